@@ -1,0 +1,83 @@
+"""Builds the optional native CPU library beside the Python packages.
+
+The sources are every ``toolkit/ops/*/cpu.cpp``, compiled as one translation unit (torch's headers are
+read once) per instruction set. The library for the machine at hand is chosen when it is loaded. Without
+torch or a C++ compiler at build time nothing is built, and the reference implementations serve.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+# -ffp-contract=off: a fused multiply-add happens where the source says fmadd and nowhere else.
+COMMON = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-w"]
+INSTRUCTION_SETS = {
+    "baseline": ["-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT"],
+    **(
+        {"avx2": ["-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2"]}
+        if X86
+        else {}
+    ),
+}
+
+
+def compile_command(name: str, sources: list[Path], out: Path, work: Path) -> list[str]:
+    """The compiler call that turns ``sources`` into the shared library ``out`` for one instruction set."""
+    import torch
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    work.mkdir(parents=True, exist_ok=True)
+    unit = work / f"native_{name}.cpp"
+    unit.write_text("".join(f'#include "{source.resolve()}"\n' for source in sources))
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
+    if compiler is None:
+        raise RuntimeError("no C++ compiler found")
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    includes = [f"-I{path}" for path in include_paths()] + [f"-I{ROOT / 'toolkit' / 'ops' / 'native'}"]
+    libraries = [f"-L{path}" for path in library_paths()] + ["-ltorch_cpu", "-lc10"]
+    return [compiler, *COMMON, abi, *INSTRUCTION_SETS[name], *includes, str(unit), "-shared", "-o", str(out), *libraries]
+
+
+class BuildNative(build_ext):
+    """Compiles the instruction sets side by side; a failure is one line, not an error."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return os.path.join(*fullname.split(".")) + ".so"
+
+    def run(self) -> None:
+        if self.inplace:
+            outputs = {e: ROOT / self.get_ext_filename(e.name) for e in self.extensions}
+        else:
+            outputs = {e: Path(self.build_lib) / self.get_ext_filename(e.name) for e in self.extensions}
+        try:
+            running = []
+            for extension, out in outputs.items():
+                out.parent.mkdir(parents=True, exist_ok=True)
+                aside = out.with_suffix(".so.new")
+                sources = sorted(ROOT.glob("toolkit/ops/*/cpu.cpp"))
+                command = compile_command(extension.name.rsplit(".", 1)[1], sources, aside, Path(self.build_temp))
+                running.append((subprocess.Popen(command, stderr=subprocess.PIPE, text=True), aside, out))
+            for process, aside, out in running:
+                _, errors = process.communicate()
+                if process.returncode != 0:
+                    raise RuntimeError(errors.strip()[-4000:] or f"compiler exit status {process.returncode}")
+                aside.replace(out)
+        except Exception as error:
+            print(f"toolkit: native CPU kernels were not built ({error}); the reference will serve", file=sys.stderr)
+
+    def get_outputs(self) -> list[str]:
+        return [path for path in super().get_outputs() if os.path.exists(path)]
+
+
+setup(
+    ext_modules=[Extension(f"toolkit.ops.native.{name}", sources=[], optional=True) for name in INSTRUCTION_SETS],
+    cmdclass={"build_ext": BuildNative},
+)

@@ -1,0 +1,36 @@
+"""Loads the native CPU library that fits this machine, if the package was built with one.
+
+``TOOLKIT_NATIVE=off`` runs on the reference implementations; ``TOOLKIT_NATIVE=/some/folder`` takes the
+libraries from there instead of from the package.
+"""
+
+import os
+import warnings
+from functools import cache
+from pathlib import Path
+
+import torch
+
+
+@cache
+def load() -> str | None:
+    """Load the library once; the instruction set it was compiled for, or None when there is none.
+
+    ``baseline`` runs anywhere; ``avx2`` needs AVX2 and FMA. Says once, in one line, when it is missing.
+    """
+    setting = os.environ.get("TOOLKIT_NATIVE", "")
+    if setting == "off":
+        return None
+    folder = Path(setting) if setting else Path(__file__).parent
+    has_avx2 = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    reason = "it was not built: no C++ compiler when the package was installed"
+    for name in ("avx2", "baseline") if has_avx2 else ("baseline",):
+        path = folder / f"{name}.so"
+        if path.exists():
+            try:
+                torch.ops.load_library(str(path))
+                return name
+            except OSError as error:  # built against another torch
+                reason = str(error).splitlines()[0]
+    warnings.warn(f"toolkit runs on its reference kernels: the native CPU library is missing ({reason}).", stacklevel=2)
+    return None

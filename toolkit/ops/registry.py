@@ -1,0 +1,81 @@
+"""One way to register an op: schema, fake, autograd and one implementation a device.
+
+An op ``toolkit::name`` has a specification in plain torch (``reference``), optionally a native CPU kernel
+(registered by the C++ library under the same name) and optionally a Triton one. The default goes by device:
+CPU takes the native kernel when the library is there and the reference otherwise; CUDA takes Triton when the
+op has one and the reference otherwise. An explicit ``impl=`` never falls back.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from toolkit.errors import ToolkitError
+from toolkit.ops import native
+
+_LIBRARY = torch.library.Library("toolkit", "DEF")
+_OPS: dict[str, "Op"] = {}
+
+
+@dataclass(frozen=True)
+class Op:
+    """A registered op. Calling it dispatches by device; ``select`` names an implementation."""
+
+    name: str
+    reference: Callable[..., Any]
+    triton: Callable[..., Any] | None
+    overload: Any
+
+    def __call__(self, *args: Any) -> Any:
+        return self.overload(*args)
+
+    def select(self, impl: str | None) -> Callable[..., Any]:
+        """The callable for ``impl``: None (by device), "reference", "cpu" or "triton"."""
+        if impl is None:
+            return self.overload
+        if impl == "reference":
+            return self.reference
+        if impl == "cpu" and has_native(self.name):
+            return self.overload
+        if impl == "triton" and self.triton is not None:
+            return self.triton
+        allowed = ["reference"] + ["cpu"] * has_native(self.name) + ["triton"] * (self.triton is not None)
+        raise ToolkitError(f"impl is {impl!r} for op {self.name}; available here are {', '.join(allowed)}.")
+
+
+def has_native(name: str) -> bool:
+    """Whether the loaded native library holds a kernel for this op."""
+    return native.load() is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"toolkit::{name}", "CPU")
+
+
+def register(
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    triton: Callable[..., Any] | None = None,
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., Any] | None = None,
+) -> Op:
+    """Define ``toolkit::<schema>`` and give it its implementations.
+
+    schema: torch schema without the namespace, e.g. ``"linear(Tensor x, Tensor weight) -> Tensor"``.
+    reference: the specification, plain torch, differentiable by autograd, any device.
+    fake: shapes and dtypes only.
+    triton: function of the same arguments for CUDA tensors; must import triton lazily.
+    backward, setup_context: as ``torch.library.register_autograd`` takes them; None for ops without gradient.
+    """
+    name = schema.split("(", 1)[0].split(".", 1)[0]
+    qualified = f"toolkit::{name}"
+    _LIBRARY.define(schema)
+    if not has_native(name):
+        _LIBRARY.impl(name, reference, "CPU")
+    _LIBRARY.impl(name, triton or reference, "CUDA")
+    torch.library.register_fake(qualified, fake, lib=_LIBRARY)
+    if backward is not None:
+        torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
+    op = Op(name, reference, triton, getattr(torch.ops.toolkit, name).default)
+    _OPS[name] = op
+    return op
