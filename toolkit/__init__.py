@@ -1,0 +1,37 @@
+"""Patch a Hugging Face model once; the same modules, kernels and paged state train it, roll it out and serve it.
+
+>>> import toolkit
+>>> report = toolkit.patch(model)
+>>> logprobs = toolkit.token_logprobs(model, [[1, 2, 3]])
+>>> with toolkit.Engine(model, tokenizer) as engine:
+...     outputs = engine.generate(["def main():"], toolkit.SamplingParams(max_tokens=32))
+>>> toolkit.export(model, "exported")
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from toolkit.engine import Engine, SamplingParams
+    from toolkit.export import export
+    from toolkit.patch import PatchReport, patch, token_logprobs, unpatch, weights_changed
+
+# Resolved on first use, so that `toolkit --help` and the ops do not wait for transformers.
+_HOMES = {
+    "Engine": "toolkit.engine",
+    "SamplingParams": "toolkit.engine",
+    "export": "toolkit.export",
+    "PatchReport": "toolkit.patch",
+    "patch": "toolkit.patch",
+    "token_logprobs": "toolkit.patch",
+    "unpatch": "toolkit.patch",
+    "weights_changed": "toolkit.patch",
+}
+__all__ = ["Engine", "PatchReport", "SamplingParams", "export", "patch", "token_logprobs", "unpatch", "weights_changed"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'toolkit' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

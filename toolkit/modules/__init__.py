@@ -1,0 +1,1 @@
+"""Roles: how an op takes the place of a module's forward. No module here knows transformers."""

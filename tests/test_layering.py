@@ -1,0 +1,74 @@
+"""The import direction of the packages, and what importing them may pull in."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = {
+    # package: toolkit packages it may import from
+    "ops": {"ops"},
+    "state": {"state", "ops"},
+    "modules": {"modules", "ops", "state"},
+    "patch": {"patch", "modules", "state", "ops"},
+    "engine": {"engine", "patch", "state", "ops"},
+    "training": {"training", "config", "engine", "patch", "state", "ops", "export"},
+    "serving": {"serving", "engine"},
+    "export": {"export", "patch"},
+    "config": {"config"},
+}
+EVERYWHERE = {"errors", "numerics", "callable_package"}
+KNOW_TRANSFORMERS = {"patch", "export", "testing", "cli", "training"}
+
+
+def imports_of(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module or "")
+    return names
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_import_downwards_only(package):
+    files = sorted((ROOT / "toolkit" / package).rglob("*.py"))
+    assert files
+    for path in files:
+        for name in imports_of(path):
+            if name.startswith("toolkit."):
+                part = name.split(".")[1]
+                assert part in PACKAGES[package] | EVERYWHERE, f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_only_some_packages_know_transformers():
+    for path in (ROOT / "toolkit").rglob("*.py"):
+        part = path.relative_to(ROOT / "toolkit").parts[0]
+        if part not in KNOW_TRANSFORMERS:
+            assert not any(n.split(".")[0] == "transformers" for n in imports_of(path)), path
+
+
+def test_hosts_do_not_import_each_other():
+    for mine, other in (("train_patches", "infer_patches"), ("infer_patches", "train_patches")):
+        for path in (ROOT / mine).rglob("*.py"):
+            assert not any(name.split(".")[0] == other for name in imports_of(path)), path
+
+
+def test_importing_the_ops_needs_neither_transformers_nor_triton_and_patches_nothing():
+    code = (
+        "import sys, toolkit, toolkit.ops.linear, toolkit.ops.attention, toolkit.state;"
+        "print([m for m in ('transformers', 'triton', 'accelerate', 'fastapi') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_files_stay_small():
+    for folder in ("toolkit", "train_patches", "infer_patches", "benchmarks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert len(path.read_text().splitlines()) <= 400, path

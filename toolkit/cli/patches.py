@@ -1,0 +1,48 @@
+"""``toolkit patches``: what would be patched in a model, with probe errors, and what would not and why."""
+
+import argparse
+from typing import Any
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser("patches", help="show what a patch of a model replaces and what it leaves alone")
+    parser.add_argument("model", nargs="?", help="checkpoint folder or training run")
+    parser.add_argument("--random", metavar="FAMILY", help="a small random model instead")
+    parser.add_argument("--numerics", choices=["bitwise", "fast"], default=None)
+    parser.add_argument("--roles", default=None, help="comma-separated roles (default: all that the model has)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from toolkit.errors import ToolkitError
+    from toolkit.patch import find_claims
+
+    if (args.model is None) == (args.random is None):
+        raise ToolkitError("patches takes either a model folder or --random FAMILY.")
+    if args.random:
+        from toolkit.testing.models import random_model
+
+        model = random_model(args.random)
+    else:
+        from toolkit.cli.loading import load_model
+
+        model, _ = load_model(args.model)
+    report = find_claims(model, args.roles.split(",") if args.roles else None, args.numerics)
+    console = Console()
+    table = Table(title=f"{type(model).__name__}, {report.numerics} tier", title_justify="left")
+    for column in ("role", "modules", "count", "becomes", "forward error", "backward error"):
+        table.add_column(column, justify="right" if "error" in column or column == "count" else "left")
+    for row in report.rows():
+        table.add_row(*row)
+    console.print(table)
+    if report.refusals:
+        left = Table(title="left alone", title_justify="left")
+        for column in ("role", "modules", "count", "why"):
+            left.add_column(column, justify="right" if column == "count" else "left")
+        for refusal in report.left_alone():
+            left.add_row(*refusal)
+        console.print(left)
+    return 0

@@ -1,0 +1,162 @@
+"""Attention over a ragged batch, or over an ordinary padded one through the same kernel.
+
+Shapes: B batch, S query tokens, S' key tokens, H query heads, G key heads, D head size.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from toolkit.ops.rotary import rotary
+from toolkit.state.batch import RaggedBatch
+
+KEYWORD = "ragged"
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """The mathematics of one call: score scale, window in tokens (0: none), soft-cap (0: none), dropout."""
+
+    scale: float
+    window: int = 0
+    softcap: float = 0.0
+    dropout: float = 0.0
+
+
+def current_batch(kwargs: dict[str, Any]) -> RaggedBatch | None:
+    """The ragged batch of this forward: from the keywords, else from the surrounding context."""
+    batch = kwargs.get(KEYWORD)
+    return batch if batch is not None else RaggedBatch.active()
+
+
+@lru_cache(maxsize=64)
+def _unpadded(batch: int, queries: int, keys: int, device: torch.device) -> RaggedBatch:
+    mask = torch.ones(batch, keys, dtype=torch.bool, device=device)
+    return RaggedBatch.for_padded(mask, queries)[0]
+
+
+def padded_plan(mask: Tensor, queries: int) -> Any:
+    """The plan for a padding mask [B, S'], made once a forward: every layer is handed the same mask object."""
+    plan = getattr(mask, "toolkit_plan", None)
+    if plan is None or plan[0] != queries:
+        plan = (queries, RaggedBatch.for_padded(mask, queries))
+        mask.toolkit_plan = plan  # type: ignore[attr-defined]
+    return plan[1]
+
+
+def attend(
+    layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, ragged: RaggedBatch | None, shape: AttentionShape
+) -> Tensor:
+    """Causal attention; q [B, S, H, D], k, v [B, S', G, D] give [B, S, H, Dv].
+
+    With ``ragged`` (B = 1) the batch says who sees what. Otherwise the queries are the last S of the S' keys of their
+    row, and ``mask`` is None, a padding mask [B, S'] (True: a token; left or right padding), or any explicit mask that
+    broadcasts to [B, H, S, S'], which takes torch's dense attention: right, but without the promise of equal bits.
+    Rows of padding come out as zeros.
+    """
+    batch_size, queries = q.shape[:2]
+    if ragged is not None:
+        out = ragged.attend(
+            layer, q[0], k[0], v[0], scale=shape.scale, window=shape.window, softcap=shape.softcap
+        )
+        return out[None]
+    if shape.dropout > 0.0 or (mask is not None and mask.dim() == 4):
+        return _dense(q, k, v, mask, shape)
+    query_rows = key_rows = None
+    if mask is None:
+        plan = _unpadded(batch_size, queries, k.shape[1], q.device)
+    else:
+        plan, query_rows, key_rows = padded_plan(mask, queries)
+    flat_q, flat_k, flat_v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    if key_rows is not None:
+        flat_k, flat_v = flat_k[key_rows], flat_v[key_rows]
+    if query_rows is not None:
+        flat_q = flat_q[query_rows]
+    out = plan.attend(layer, flat_q, flat_k, flat_v, scale=shape.scale, window=shape.window, softcap=shape.softcap)
+    if query_rows is not None:
+        out = out.new_zeros(batch_size * queries, *out.shape[1:]).index_copy(0, query_rows, out)
+    return out.unflatten(0, (batch_size, queries))
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, shape: AttentionShape) -> Tensor:
+    """Explicit masks and attention dropout, by torch's own attention."""
+    queries, keys = q.shape[1], k.shape[1]
+    if mask is None or mask.dim() == 2:
+        age = torch.arange(keys - queries, keys, device=q.device)[:, None] - torch.arange(keys, device=q.device)
+        visible = (age >= 0) & (age < shape.window if shape.window > 0 else True)
+        mask = visible[None, None] if mask is None else visible & mask[:, None, None, :]
+    mask = mask[..., :keys]
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if shape.softcap > 0.0:
+        groups = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        scores = shape.softcap * torch.tanh(q @ k.mT * (shape.scale / shape.softcap))
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        out = F.dropout(scores.softmax(-1), shape.dropout) @ v
+    else:
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=shape.dropout, scale=shape.scale, enable_gqa=True
+        )
+    if mask.dtype == torch.bool:  # a row that sees nothing is zero, not NaN
+        out = out.masked_fill(~mask.any(-1, keepdim=True), 0.0)
+    return out.transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class FusedAttention:
+    """Where an attention layer keeps its parts, by attribute name: projections and optional per-head norms.
+
+    The rotation is applied by one op per operand on tokens-major views, instead of the transposed, concatenated and
+    negated copies of the eager path.
+    """
+
+    q: str
+    k: str
+    v: str
+    out: str
+    q_norm: str | None
+    k_norm: str | None
+    interleaved: bool
+    head_dim: int
+    window: int
+    softcap: float
+
+    def forward(self) -> Callable[..., tuple[Tensor, None]]:
+        """The replacement: hidden_states [B, S, N] to (output [B, S, N], no weights)."""
+        parts = self
+
+        def forward(
+            self: nn.Module,
+            hidden_states: Tensor,
+            position_embeddings: tuple[Tensor, Tensor] | None = None,
+            attention_mask: Tensor | None = None,
+            past_key_values: Any = None,
+            **kwargs: Any,
+        ) -> tuple[Tensor, None]:
+            batch_size, length = hidden_states.shape[:2]
+            split = (batch_size, length, -1, parts.head_dim)
+            q = getattr(self, parts.q)(hidden_states).view(split)
+            k = getattr(self, parts.k)(hidden_states).view(split)
+            v = getattr(self, parts.v)(hidden_states).view(split)
+            if parts.q_norm is not None:
+                q = getattr(self, parts.q_norm)(q)
+            if parts.k_norm is not None:
+                k = getattr(self, parts.k_norm)(k)
+            assert position_embeddings is not None
+            cos, sin = (table.expand(batch_size, -1, -1).flatten(0, 1) for table in position_embeddings)
+            q = rotary(q.flatten(0, 1), cos, sin, parts.interleaved).view(split)
+            k = rotary(k.flatten(0, 1), cos, sin, parts.interleaved).view(split)
+            if past_key_values is not None:
+                k, v = past_key_values.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
+                k, v = k.transpose(1, 2), v.transpose(1, 2)
+            dropout = float(getattr(self, "attention_dropout", 0.0)) if self.training else 0.0
+            shape = AttentionShape(float(self.scaling), parts.window, parts.softcap, dropout)  # type: ignore[arg-type]
+            out = attend(self.layer_idx, q, k, v, attention_mask, current_batch(kwargs), shape)  # type: ignore[arg-type]
+            return getattr(self, parts.out)(out.reshape(batch_size, length, -1)), None
+
+        return forward

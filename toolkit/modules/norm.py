@@ -1,0 +1,26 @@
+"""Normalisation layers on the row-wise ops."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from toolkit.ops.layer_norm import layer_norm
+from toolkit.ops.rms_norm import rms_norm
+
+
+def rms_norm_forward(eps: float, offset: float) -> Callable[[nn.Module, Tensor], Tensor]:
+    """Forward of an RMS norm: ``x * rsqrt(mean(x²) + eps) * (offset + weight)``; x [..., N]."""
+
+    def forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
+        return rms_norm(hidden_states, getattr(self, "weight", None), eps, offset)
+
+    return forward
+
+
+def layer_norm_forward(eps: float) -> Callable[[nn.Module, Tensor], Tensor]:
+    """Forward of a layer norm over the last dimension; x [..., N]."""
+
+    def forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
+        return layer_norm(hidden_states, getattr(self, "weight", None), getattr(self, "bias", None), eps)
+
+    return forward

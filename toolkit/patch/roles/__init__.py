@@ -1,0 +1,24 @@
+"""One file a role: which modules of a model it claims, and how each is proven.
+
+``FINDERS`` maps a role to a function of the model and the tier that returns claims and refusals.
+"""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from toolkit.numerics import Numerics
+from toolkit.patch.claim import Claim, Refusal
+from toolkit.patch.roles import activation, attention, head, linear, mlp, norm, rotary
+
+Finder = Callable[[nn.Module, Numerics], list[Claim | Refusal]]
+
+FINDERS: dict[str, Finder] = {
+    "norm": norm.find,
+    "rotary": rotary.find,
+    "mlp": mlp.find,
+    "activation": activation.find,
+    "attention": attention.find,
+    "linear": linear.find,
+    "head": head.find,
+}

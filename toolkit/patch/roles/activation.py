@@ -1,0 +1,37 @@
+"""Plain activations: elementwise modules without parameters."""
+
+import torch
+from toolkit.modules.mlp import activation_forward
+from toolkit.numerics import Numerics
+from toolkit.ops.activation import KINDS
+from toolkit.patch.claim import Claim, ProbeError, Refusal
+from toolkit.patch.probe import compare, required_arguments, twin, with_forward
+from toolkit.patch.roles.search import Candidate, search
+from torch import Tensor, nn
+
+
+def _grid() -> Tensor:
+    """Values around zero and in both tails, an odd number of them."""
+    return torch.cat([torch.linspace(-9.0, 9.0, 301), torch.tensor([-50.0, 0.0, 50.0])])[None]
+
+
+def _probe(module: nn.Module, forward) -> ProbeError:
+    copied = twin(module)
+    return compare(with_forward(copied, forward), with_forward(copied, type(copied).forward), [[_grid()]])
+
+
+def _candidates(module: nn.Module) -> list[Candidate] | None:
+    if next(module.children(), None) is not None or next(module.parameters(), None) is not None:
+        return None
+    if next(module.buffers(), None) is not None or len(required_arguments(module)) != 1:
+        return None
+    if isinstance(module, (nn.Identity, nn.Dropout)):
+        return None
+    return [
+        (kind, forward, lambda forward=forward: _probe(module, forward))
+        for kind, forward in ((kind, activation_forward(kind)) for kind in KINDS)
+    ]
+
+
+def find(model: nn.Module, numerics: Numerics) -> list[Claim | Refusal]:
+    return search(model, "activation", _candidates)

@@ -1,0 +1,178 @@
+"""Attention layers: through the attention interface, and where the layer is built the usual way, in one forward.
+
+Every layer of a model must reach the interface, since one setting of its config selects it for all.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from toolkit.modules.attention import FusedAttention
+from toolkit.numerics import Numerics
+from toolkit.patch import seam
+from toolkit.patch.claim import Claim, ProbeError, Refusal, Undo, replace_forward
+from toolkit.patch.probe import TOLERANCE, compare, device_of, random_input, signature_key, twin, with_forward
+from toolkit.patch.roles.search import prove
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import causal_mask_function, eager_mask, sliding_window_causal_mask_function
+
+LENGTH = 7
+PROBE_WINDOW = 3  # small enough that the window cuts inside the probe
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one call of the attention interface looked like."""
+
+    heads: int
+    head_dim: int
+    window: int
+    softcap: float
+    output: Tensor
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return (
+        hasattr(module, "is_causal")
+        and hasattr(module, "layer_idx")
+        and any(isinstance(child, nn.Linear) for child in module.children())
+    )
+
+
+def _tables(model: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """Cosines and sines of the probe's positions from the model's own rotary module."""
+    for module in model.modules():
+        if isinstance(getattr(module, "inv_freq", None), Tensor):
+            x = random_input(1, 1, 8, like=module)
+            positions = torch.arange(LENGTH, device=device_of(module))[None]
+            cos, sin = with_forward(module, type(module).forward)(x, positions)[:2]
+            return cos.float(), sin.float()
+    return None
+
+
+class Probe:
+    """Runs a twin of one attention layer through eager attention, the interface and the fused forward."""
+
+    def __init__(self, module: nn.Module, tables: tuple[Tensor, Tensor] | None) -> None:
+        self.copied, self.tables = twin(module), tables
+        self.width = next(c for c in module.children() if isinstance(c, nn.Linear)).in_features
+        self.seen = self.look()
+        if self.seen.window:
+            for holder in (self.copied, self.copied.config):
+                if getattr(holder, "sliding_window", None):
+                    holder.sliding_window = PROBE_WINDOW
+
+    def look(self) -> Seen:
+        """One call with a recording function in the interface's place."""
+        calls: list[Seen] = []
+
+        def record(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+            window, softcap = kwargs.get("sliding_window") or 0, kwargs.get("softcap") or 0.0
+            output = seam.attention_function(module, query, key, value, mask, **kwargs)
+            calls.append(Seen(query.shape[1], query.shape[-1], window, softcap, output[0]))
+            return output
+
+        with _registered("toolkit_probe", record), torch.no_grad():
+            self.run("toolkit_probe", None, random_input(2, LENGTH, self.width, like=self.copied))
+        if len(calls) != 1:
+            raise RuntimeError(f"it reached the attention interface {len(calls)} times, not once")
+        return calls[0]
+
+    def run(self, implementation: str, mask: Tensor | None, hidden: Tensor, forward: Any = None) -> Tensor:
+        self.copied.config._attn_implementation = implementation
+        function = with_forward(self.copied, forward or type(self.copied).forward)
+        extra = {} if self.tables is None else {"position_embeddings": self.tables}
+        return function(hidden_states=hidden, attention_mask=mask, **extra)[0]
+
+    def error(self, forward: Any = None) -> ProbeError:
+        """Against eager attention under the mask that transformers makes for it."""
+        factory = sliding_window_causal_mask_function(PROBE_WINDOW) if self.seen.window else causal_mask_function
+        mask = eager_mask(
+            2, LENGTH, LENGTH, mask_function=factory, dtype=torch.float32, device=device_of(self.copied)
+        )
+        hidden = random_input(2, LENGTH, self.width, like=self.copied)
+        return compare(
+            lambda x: self.run(seam.NAME, None, x, forward),
+            lambda x: self.run("eager", mask, x),
+            [[hidden]],
+            list(self.copied.parameters()),
+        )
+
+
+class _registered:
+    """An attention function under a temporary name."""
+
+    def __init__(self, name: str, function: Any) -> None:
+        self.name, self.function = name, function
+
+    def __enter__(self) -> None:
+        AttentionInterface.register(self.name, self.function)
+
+    def __exit__(self, *_: object) -> None:
+        AttentionInterface._global_mapping.pop(self.name, None)
+
+
+def _fused_options(module: nn.Module, probe: Probe) -> list[Any]:
+    names = {name for name, _ in module.named_children()}
+    out = next((name for name in ("o_proj", "out_proj", "dense") if name in names), None)
+    if not {"q_proj", "k_proj", "v_proj"} <= names or out is None or probe.tables is None:
+        return []
+    q_norm, k_norm = ("q_norm" if "q_norm" in names else None), ("k_norm" if "k_norm" in names else None)
+    options = []
+    for interleaved in (False, True):
+
+        def parts(window: int, interleaved: bool = interleaved) -> FusedAttention:
+            seen = probe.seen
+            return FusedAttention(
+                "q_proj", "k_proj", "v_proj", out, q_norm, k_norm, interleaved, seen.head_dim, window, seen.softcap
+            )
+
+        probed = parts(PROBE_WINDOW if probe.seen.window else 0).forward()
+        op = f"attention (fused, {'interleaved' if interleaved else 'half'} rotary)"
+        options.append((op, parts(probe.seen.window).forward(), lambda probed=probed: probe.error(probed)))
+    return options
+
+
+def _install_interface(model: nn.Module):
+    def install() -> Undo:
+        before = model.config._attn_implementation
+        model.set_attn_implementation(seam.NAME)
+        return lambda: model.set_attn_implementation(before)
+
+    return install
+
+
+def find(model: nn.Module, numerics: Numerics) -> list[Claim | Refusal]:
+    """One claim on the model (its attention implementation) and one on each layer whose forward can be fused."""
+    seam.register()
+    layers = [(path, module) for path, module in model.named_modules() if _is_attention(module)]
+    if not layers:
+        return []
+    if not model._can_set_attn_implementation():
+        return [Refusal("attention", path, "it does not dispatch through the attention interface") for path, _ in layers]
+    indices = [module.layer_idx for _, module in layers]
+    if len(set(indices)) != len(indices) or None in indices:
+        return [Refusal("attention", path, "its layer_idx is missing or shared") for path, _ in layers]
+    tables = _tables(model)
+    verdicts: dict[Any, tuple[Probe, ProbeError, Any]] = {}
+    claims: list[Claim | Refusal] = []
+    worst = ProbeError(0.0, 0.0)
+    for path, module in layers:
+        key = signature_key(module)
+        if key not in verdicts:
+            try:
+                probe = Probe(module, tables)
+                error = probe.error()
+            except Exception as problem:
+                reason = f"its probe through the attention interface failed: {type(problem).__name__}: {problem}"
+                return [Refusal("attention", path, reason.splitlines()[0][:200])]
+            if not error.within(TOLERANCE):
+                return [Refusal("attention", path, f"the interface changes it: probe error {error.worst():.1e}")]
+            verdicts[key] = probe, error, prove(_fused_options(module, probe))
+        _, error, fused = verdicts[key]
+        worst = ProbeError(max(worst.forward, error.forward), max(worst.backward, error.backward))
+        if isinstance(fused, tuple):
+            op, forward, fused_error = fused
+            claims.append(Claim("attention", path, module, op, fused_error, replace_forward(module, forward)))
+    return [Claim("attention", "", model, "attention interface", worst, _install_interface(model)), *claims]

@@ -1,0 +1,63 @@
+"""The head: the output projection (bitwise tier) and the causal language-modelling loss."""
+
+import torch
+from toolkit.modules.head import causal_lm_loss
+from toolkit.numerics import Numerics
+from toolkit.patch.claim import Claim, ProbeError, Refusal, Undo
+from toolkit.patch.probe import TOLERANCE, compare, device_of, generator, random_input
+from toolkit.patch.roles.linear import linear_candidates
+from toolkit.patch.roles.search import search
+from torch import Tensor, nn
+
+
+def _probe_loss(model: nn.Module) -> ProbeError:
+    original, vocabulary, device = model.loss_function, 37, device_of(model)
+    labels = torch.randint(vocabulary, (2, 6), generator=generator(device), device=device)
+    labels[0, 4:] = -100
+    logits = random_input(2, 6, vocabulary, like=model, scale=3.0)
+    errors = []
+    for settings in ({}, {"num_items_in_batch": 7}, {"shift_labels": labels.roll(-1, 1)}):
+
+        def loss(function, settings=settings):
+            def run(values: Tensor) -> Tensor:
+                return function(logits=values, labels=labels, vocab_size=vocabulary, **settings)
+
+            return run
+
+        errors.append(compare(loss(causal_lm_loss), loss(original), [[logits]]))
+    return ProbeError(max(e.forward for e in errors), max(e.backward for e in errors))
+
+
+def _install_loss(model: nn.Module):
+    def install() -> Undo:
+        before = model.__dict__.get("_loss_function")
+        model.loss_function = causal_lm_loss
+
+        def undo() -> None:
+            if before is None:
+                model.__dict__.pop("_loss_function", None)
+            else:
+                model.loss_function = before
+
+        return undo
+
+    return install
+
+
+def find(model: nn.Module, numerics: Numerics) -> list[Claim | Refusal]:
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if output is None:
+        return []
+    found: list[Claim | Refusal] = []
+    if numerics is Numerics.BITWISE:
+        found += search(model, "head", lambda module: linear_candidates(module) if module is output else None)
+        if not found:
+            path = next(name for name, module in model.named_modules() if module is output)
+            found.append(Refusal("head", path, f"its class is {type(output).__name__}, not nn.Linear"))
+    try:
+        error = _probe_loss(model)
+    except Exception as problem:
+        return [*found, Refusal("head", "", f"its loss cannot be probed: {type(problem).__name__}")]
+    if error.within(TOLERANCE):
+        return [*found, Claim("head", "", model, "causal_lm_loss", error, _install_loss(model))]
+    return [*found, Refusal("head", "", f"its loss is not causal_lm_loss: probe error {error.worst():.1e}")]

@@ -1,0 +1,42 @@
+"""Gated MLPs: three projections, two of one shape and one back, and an activation."""
+
+from itertools import permutations
+
+from toolkit.modules.mlp import GatedMlp
+from toolkit.numerics import Numerics
+from toolkit.ops.activation import KINDS
+from toolkit.patch.claim import Claim, ProbeError, Refusal
+from toolkit.patch.probe import compare, random_input, required_arguments, twin, with_forward
+from toolkit.patch.roles.search import Candidate, search
+from torch import nn
+
+
+def _probe(module: nn.Module, mlp: GatedMlp) -> ProbeError:
+    copied = twin(module)
+    width = getattr(copied, mlp.gate).in_features
+    batches = [[random_input(2, 3, width, like=copied, scale=scale)] for scale in (1.0, 4.0)]
+    original = with_forward(copied, type(copied).forward)
+    return compare(with_forward(copied, mlp.forward()), original, batches, list(copied.parameters()))
+
+
+def _candidates(module: nn.Module) -> list[Candidate] | None:
+    projections = {name: child for name, child in module.named_children() if isinstance(child, nn.Linear)}
+    others = [child for _, child in module.named_children() if not isinstance(child, nn.Linear)]
+    if len(projections) != 3 or len(required_arguments(module)) != 1:
+        return None
+    if any(next(child.parameters(), None) is not None or isinstance(child, nn.Dropout) for child in others):
+        return None
+    options: list[Candidate] = []
+    for gate, up, down in permutations(projections):
+        shapes = [(projections[n].in_features, projections[n].out_features) for n in (gate, up, down)]
+        if shapes[0] != shapes[1] or shapes[2] != shapes[0][::-1]:
+            continue
+        for kind in KINDS:
+            mlp = GatedMlp(gate, up, down, kind)
+            op = f"gated_activation ({kind} of {gate})"
+            options.append((op, mlp.forward(), lambda mlp=mlp: _probe(module, mlp)))
+    return options or None
+
+
+def find(model: nn.Module, numerics: Numerics) -> list[Claim | Refusal]:
+    return search(model, "mlp", _candidates)

@@ -1,0 +1,46 @@
+"""Norms: leaf modules with one vector of weights (or none) and an epsilon."""
+
+from toolkit.modules.norm import layer_norm_forward, rms_norm_forward
+from toolkit.numerics import Numerics
+from toolkit.patch.claim import Claim, ProbeError, Refusal
+from toolkit.patch.probe import compare, random_input, required_arguments, twin, with_forward
+from toolkit.patch.roles.search import Candidate, search
+from torch import nn
+
+
+def _epsilon(module: nn.Module) -> float | None:
+    """The module's own epsilon: its only small positive float."""
+    values = [v for v in module.__dict__.values() if isinstance(v, float) and 0.0 < v < 1e-2]
+    return values[0] if len(values) == 1 else None
+
+
+def _probe(module: nn.Module, forward) -> ProbeError:
+    copied = twin(module)
+    weight = next(iter(copied.parameters()), None)
+    width = weight.shape[0] if weight is not None else 24
+    # Small inputs make the epsilon matter, large ones the order of squaring and averaging.
+    batches = [[random_input(3, 5, width, like=copied, scale=scale)] for scale in (1.0, 1e-3, 30.0)]
+    return compare(with_forward(copied, forward), with_forward(copied, type(copied).forward), batches, list(copied.parameters()))
+
+
+def _candidates(module: nn.Module) -> list[Candidate] | None:
+    parameters = dict(module.named_parameters())
+    epsilon = _epsilon(module)
+    if epsilon is None or next(module.children(), None) is not None or not set(parameters) <= {"weight", "bias"}:
+        return None
+    if any(parameter.dim() != 1 for parameter in parameters.values()):
+        return None
+    if len(required_arguments(module)) != 1:
+        return None
+    options = [("layer_norm", layer_norm_forward(epsilon))]
+    if "bias" not in parameters:
+        options = [
+            ("rms_norm", rms_norm_forward(epsilon, 0.0)),
+            ("rms_norm (1 + weight)", rms_norm_forward(epsilon, 1.0)),
+            *options,
+        ]
+    return [(op, forward, lambda forward=forward: _probe(module, forward)) for op, forward in options]
+
+
+def find(model: nn.Module, numerics: Numerics) -> list[Claim | Refusal]:
+    return search(model, "norm", _candidates)

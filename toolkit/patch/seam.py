@@ -1,0 +1,91 @@
+"""The registered attention and mask functions of transformers: how any model's attention reaches ours."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from toolkit.errors import ToolkitError
+from toolkit.modules.attention import AttentionShape, attend, current_batch, padded_plan
+from toolkit.state.batch import RaggedBatch
+
+NAME = "toolkit"
+
+
+def attention_function(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention contract: query [B, H, S, D], key, value [B, G, S', D] to [B, S, H, D]."""
+    for name, given in (("s_aux", s_aux), ("position_bias", position_bias)):
+        if given is not None:
+            raise ToolkitError(f"{name} is given to attention, which this version does not compute; allowed is None.")
+    if is_causal is False or not getattr(module, "is_causal", True):
+        raise ToolkitError("is_causal is False; allowed is causal attention.")
+    shape = AttentionShape(
+        scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        window=sliding_window or 0,
+        softcap=softcap or 0.0,
+        dropout=float(dropout),
+    )
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    layer = getattr(module, "layer_idx", None)
+    out = attend(layer if layer is not None else 0, q, k, v, attention_mask, current_batch(kwargs), shape)
+    return out.contiguous(), None
+
+
+def mask_function(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> Tensor | None:
+    """None or a padding mask [B, kv_length] where plain causal order says the rest, else an explicit boolean mask."""
+    if RaggedBatch.active() is not None:
+        return None
+    plain = allow_is_causal_skip and isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
+    if plain and attention_mask is None:
+        return None
+    if plain and attention_mask is not None:
+        mask = attention_mask[:, -kv_length:].contiguous()
+        if mask.shape[1] == kv_length:
+            if bool(mask.all()):
+                return None
+            try:
+                padded_plan(mask, q_length)
+                return mask
+            except ToolkitError:  # holes in the mask: every layer needs it spelled out
+                pass
+    return sdpa_mask(
+        batch_size,
+        q_length,
+        kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        attention_mask=attention_mask,
+        allow_is_causal_skip=False,
+        **kwargs,
+    )
+
+
+def register() -> None:
+    """Make ``attn_implementation="toolkit"`` known. Registering twice is registering once; no model changes by it."""
+    AttentionInterface.register(NAME, attention_function)
+    AttentionMaskInterface.register(NAME, mask_function)

@@ -1,0 +1,66 @@
+"""The weight version: a number that moves whenever a parameter is written."""
+
+import itertools
+import weakref
+
+from torch import nn
+
+
+
+class WeightClock:
+    """Watches the parameters of one model through torch's own in-place version counters.
+
+    An optimizer step, ``load_state_dict`` or any in-place operation moves it. Writes that go around the counters
+    (``parameter.data.copy_``) do not: say ``weights_changed(model)`` after those.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+        self._next = itertools.count(1)
+        self.refresh()
+        self._value, self._stamp = 0, self._read()
+
+    def refresh(self) -> None:
+        """Look again at which parameters the model has, after some were replaced by new ones."""
+        model = self._model()
+        self._parameters = list(model.parameters()) if model is not None else []
+
+    def _read(self) -> tuple[int, int]:
+        versions = addresses = 0
+        for parameter in self._parameters:
+            versions += parameter._version
+            addresses ^= parameter.data_ptr()
+        return versions, addresses
+
+    def version(self) -> int:
+        stamp = self._read()
+        if stamp != self._stamp:
+            self._stamp, self._value = stamp, next(self._next)
+        return self._value
+
+    def move(self) -> None:
+        self._value = next(self._next)
+
+
+_CLOCKS: "weakref.WeakKeyDictionary[nn.Module, WeightClock]" = weakref.WeakKeyDictionary()
+
+
+def weight_clock(model: nn.Module) -> WeightClock:
+    """The clock of ``model``: the same one for every caller."""
+    clock = _CLOCKS.get(model)
+    if clock is None:
+        clock = _CLOCKS[model] = WeightClock(model)
+    return clock
+
+
+def weight_version(model: nn.Module) -> int:
+    """0 at first sight of the model; another number after every write to a parameter."""
+    return weight_clock(model).version()
+
+
+def weights_changed(model: nn.Module) -> None:
+    """Move the weight version by hand, after writes that torch's version counters do not see."""
+    clock = weight_clock(model)
+    clock.refresh()
+    clock.version()
+    clock.move()

@@ -1,0 +1,82 @@
+"""Small random models of the families that the parity promise is shown on, and a tokenizer made on the spot."""
+
+from typing import Any
+
+import torch
+
+from toolkit.errors import ToolkitError, nearest
+
+
+def _common(hidden: int, layers: int, vocabulary: int) -> dict[str, Any]:
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": hidden * 11 // 4,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+
+
+# What sets a family apart from the common settings; the key is transformers' model type.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": 2},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 24},
+    "mistral": {"num_key_value_heads": 2, "sliding_window": 4096},
+    "gemma": {"num_key_value_heads": 1, "head_dim": 32},
+    "gpt_neox": {"rotary_pct": 0.25},
+}
+
+
+def random_model(
+    family: str, hidden: int = 64, layers: int = 2, vocabulary: int = 331, seed: int = 0, **settings: Any
+) -> Any:
+    """A causal LM of ``family`` with random float32 weights, norm weights and biases included; in eval mode.
+
+    The caller's random state is left as it was. Raises ToolkitError for a family that is not listed.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if family not in FAMILIES:
+        hint = nearest(family, list(FAMILIES))
+        raise ToolkitError(f"family is {family!r}; allowed are {', '.join(FAMILIES)}{hint}.")
+    values = {**_common(hidden, layers, vocabulary), **FAMILIES[family], **settings}
+    config = AutoConfig.for_model(family, **values)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                # Initial norms are all ones and biases all zeros, which would hide mistakes in them; the wider
+                # matrices give next-token distributions that are neither flat nor certain.
+                scale = 0.2 if parameter.dim() == 1 else 1.5 * parameter.shape[-1] ** -0.5
+                parameter.add_(torch.randn_like(parameter), alpha=scale)
+    return model.eval()
+
+
+def tiny_tokenizer(vocabulary: int = 331) -> Any:
+    """A byte-level BPE tokenizer with a chat template, trained on its own docstring; never downloads anything."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([__doc__ or "", tiny_tokenizer.__doc__ or ""] * 4, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    fast.chat_template = (
+        "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    return fast

@@ -1,0 +1,23 @@
+"""An exact oracle out of stock transformers code: its float32 islands lifted to float64.
+
+transformers computes norms, softmax and rotary tables in float32 whatever the model's dtype, so a float64 model of
+its own is only right to 1e-7. Inside ``lifted_to_double`` those casts go to float64 instead, and eager attention in
+float64 is an oracle to 1e-14 that shares no code with this project.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def lifted_to_double() -> Iterator[None]:
+    """``torch.float32``, ``Tensor.float()`` and ``torch.float`` mean float64 in here. Not for concurrent use."""
+    saved = torch.float32, torch.float, torch.Tensor.float
+    torch.float32 = torch.float = torch.float64  # type: ignore[misc]
+    torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.float32, torch.float, torch.Tensor.float = saved  # type: ignore[misc, method-assign]

@@ -1,0 +1,175 @@
+"""Does the engine return the training forward's log-probabilities, bit for bit, whatever the schedule?
+
+Randomised schedules: batch composition, arrival, chunk size, page size, prefix hits, forks, preemption. The training
+forward then sees the same sequences packed in random groups.
+"""
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from toolkit.engine import Engine, SamplingParams
+from toolkit.numerics import Numerics
+from toolkit.patch import patch, report_of, token_logprobs, unpatch
+
+
+@dataclass
+class Parity:
+    """Totals over all schedules. ``differing`` counts tokens whose log-probability is not ``torch.equal``."""
+
+    tokens: int = 0
+    differing: int = 0
+    largest: float = 0.0
+    schedules: int = 0
+    prefix_hit_tokens: int = 0
+    preemptions: int = 0
+    forked: int = 0
+    chunked_prompts: int = 0
+    numerics: str = ""
+    details: list[str] = field(default_factory=list)
+
+
+def check_parity(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    min_tokens: int = 2000,
+    seed: int = 0,
+    numerics: str | None = None,
+    max_new_tokens: int = 24,
+) -> Parity:
+    """Generate at least ``min_tokens`` tokens from ``prompts`` under random schedules and compare every one.
+
+    prompts: token ids; each schedule takes a random subset, some cut short or extended to share prefixes.
+    """
+    report = patch(model, numerics=numerics)
+    source = random.Random(seed)
+    result = Parity(numerics=str(report.numerics))
+    while result.tokens < min_tokens:
+        result.schedules += 1
+        _one_schedule(model, prompts, source, result, max_new_tokens)
+    return result
+
+
+def _one_schedule(
+    model: Any, prompts: Sequence[Sequence[int]], source: random.Random, result: Parity, max_new_tokens: int
+) -> None:
+    chosen = [list(source.choice(prompts)) for _ in range(source.randint(4, 14))]
+    for index in range(1, len(chosen)):
+        if source.random() < 0.4:  # share a prefix with an earlier prompt, cut anywhere
+            stem = chosen[source.randrange(index)]
+            chosen[index] = stem[: source.randint(1, len(stem))] + chosen[index][: source.randint(1, 9)]
+    page_size = source.choice([4, 8, 16])
+    siblings = [source.choice([1, 1, 1, 2, 3]) for _ in chosen]
+    longest = max(len(prompt) for prompt in chosen) + max_new_tokens
+    # Room for a few sequences only in most schedules: the rest wait, and the youngest are preempted.
+    room = source.choice([1.6, 2.5, 30.0])
+    budget = source.choice([5, 16, 33, 64, 512])
+    limits = {
+        "max_num_seqs": source.choice([3, 8, 32]),
+        "max_num_batched_tokens": budget,
+        "page_size": page_size,
+        "num_pages": int(room * max(siblings) * (longest // page_size + 2)) + 2,
+    }
+    params = [
+        SamplingParams(
+            n=n,
+            max_tokens=source.randint(1, max_new_tokens),
+            temperature=source.choice([0.0, 0.7, 1.0, 1.3]),
+            top_p=source.choice([1.0, 0.9]),
+            ignore_eos=True,
+            seed=source.randrange(2**31),
+        )
+        for n in siblings
+    ]
+    with Engine(model, **limits) as engine:
+        waiting = list(zip(chosen, params))
+        completions = []
+        while waiting or engine.has_work:
+            for _ in range(min(len(waiting), source.choice([0, 1, 1, 2, 5]) if engine.has_work else 3)):
+                engine.submit(*waiting.pop(0))
+            completions += [delta.finished for delta in engine.step() if delta.finished is not None]
+        stats = engine.stats()
+    result.prefix_hit_tokens += int(stats["prefix_hit_tokens"])
+    result.preemptions += int(stats["preemptions"])
+    result.forked += sum(n - 1 for n in siblings)
+    result.chunked_prompts += sum(len(prompt) > budget for prompt in chosen)
+    source.shuffle(completions)
+    while completions:
+        group = [completions.pop() for _ in range(min(len(completions), source.randint(1, 6)))]
+        _compare(model, group, result)
+
+
+def _compare(model: Any, group: Sequence[Any], result: Parity) -> None:
+    for completion in group:
+        if completion.finish_reason == "error":
+            raise RuntimeError(f"request {completion.request_id} failed: {completion.error}")
+    # With gradients, as a training step would run it.
+    with torch.enable_grad():
+        trained = token_logprobs(model, [list(c.prompt_token_ids) + list(c.token_ids) for c in group])
+    for completion, logprobs in zip(group, trained):
+        returned = torch.tensor(completion.logprobs, dtype=torch.float64)
+        expected = logprobs.detach()[len(completion.prompt_token_ids) - 1 :].double()
+        result.tokens += returned.numel()
+        differs = ~((returned == expected) | (returned.isnan() & expected.isnan()))
+        result.differing += int(differs.sum())
+        if returned.numel():
+            result.largest = max(result.largest, float((returned - expected).abs().max()))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of the same work in the two tiers: generation by the engine, and a training forward and backward."""
+
+    generate_bitwise: float
+    generate_fast: float
+    train_bitwise: float
+    train_fast: float
+
+    @property
+    def generate_ratio(self) -> float:
+        return self.generate_bitwise / self.generate_fast
+
+    @property
+    def train_ratio(self) -> float:
+        return self.train_bitwise / self.train_fast
+
+
+def bitwise_cost(model: Any, prompts: Sequence[Sequence[int]], repeats: int = 3, new_tokens: int = 32) -> Cost:
+    """Time of the bitwise tier against the fast one on the same prompts; medians of interleaved repeats.
+
+    Leaves the model patched as it was found.
+    """
+    report = report_of(model)
+    seconds: dict[tuple[str, str], list[float]] = {}
+    params = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
+    prompts = [list(prompt) for prompt in prompts]
+    for repeat in range(repeats + 1):
+        for tier in (Numerics.BITWISE, Numerics.FAST):
+            patch(model, numerics=tier)
+            with Engine(model, numerics=tier) as engine:
+                start = time.perf_counter()
+                engine.generate(prompts, params)
+                generated = time.perf_counter() - start
+            start = time.perf_counter()
+            loss = -torch.cat(token_logprobs(model, prompts)).mean()
+            loss.backward()
+            trained = time.perf_counter() - start
+            model.zero_grad(set_to_none=True)
+            if repeat:  # the first round warms up
+                seconds.setdefault(("generate", tier), []).append(generated)
+                seconds.setdefault(("train", tier), []).append(trained)
+    unpatch(model)
+    if report is not None:
+        patch(model, numerics=report.numerics)
+    median = {key: sorted(values)[len(values) // 2] for key, values in seconds.items()}
+    return Cost(
+        median["generate", Numerics.BITWISE],
+        median["generate", Numerics.FAST],
+        median["train", Numerics.BITWISE],
+        median["train", Numerics.FAST],
+    )
