@@ -1,0 +1,54 @@
+"""How attention is registered, and what it refuses."""
+
+import pytest
+import torch
+
+from toolkit.errors import ToolkitError
+from toolkit.ops.attention import attention
+from toolkit.ops.registry import has_native
+
+needs_native = pytest.mark.skipif(not has_native("attention"), reason="the native CPU library is not built")
+
+
+def offsets(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0)
+
+
+def test_operator_registration():
+    plan = offsets([5, 9]), torch.tensor([0, 5]), torch.tensor([5, 9])
+    shapes = (15, 2, 8), (15, 1, 8), (15, 1, 4)  # one row of padding
+    q, k, v = (torch.randn(x, dtype=torch.float64, requires_grad=True) for x in shapes)
+    args = (q, k, v, *plan, None, 0, 0.3, 4, 0.0)
+    torch.library.opcheck(torch.ops.toolkit.attention.default, args)
+    compiled = torch.compile(lambda *x: attention(*x, *plan)[0].sin(), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q, k, v), attention(q, k, v, *plan)[0].sin())
+
+
+def test_no_gradient_through_pages():
+    q, k, v = torch.randn(3, 4, 1, 8)
+    out, _ = attention(
+        q.requires_grad_(), k, v, offsets([4]), torch.tensor([0]), torch.tensor([4]), torch.tensor([[0]]), 4
+    )
+    with pytest.raises(ToolkitError, match="block_tables"):
+        out.sum().backward()
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": torch.zeros(9, 3, 8)}, "q and k the same width"),
+        ({"q": torch.zeros(9, 4, 8, dtype=torch.int32)}, "dtype"),
+        ({"query_offsets": torch.tensor([0, 9], dtype=torch.int32)}, "query_offsets"),
+        ({"query_offsets": torch.tensor([0, 99])}, "query_offsets"),
+        ({"kv_lengths": torch.tensor([10])}, "9 rows"),
+        ({"block_tables": torch.tensor([[0, 7, 1]]), "page_size": 3}, "page 7"),
+        ({"block_tables": torch.tensor([[0]]), "page_size": 3}, "kv_lengths"),
+        ({"block_tables": torch.tensor([[0]])}, "page_size"),
+    ],
+)
+def test_bad_input(change, message):
+    args = {"q": torch.zeros(9, 4, 8), "k": torch.zeros(9, 2, 8), "v": torch.zeros(9, 2, 8)}
+    args |= {"query_offsets": offsets([9]), "kv_offsets": torch.tensor([0]), "kv_lengths": torch.tensor([9])}
+    with pytest.raises(RuntimeError, match=message):
+        attention(**(args | change))

@@ -1,0 +1,285 @@
+"""linear: against fp64, its gradients, and that a row's bits depend on that row alone."""
+
+import random
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from toolkit.errors import ToolkitError
+from toolkit.ops.linear import linear
+from toolkit.ops.registry import has_native
+
+IMPLEMENTATIONS = ["reference", "cpu"] if has_native("linear") else ["reference"]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+ROWS = [0, 1, 2, 3, 5, 6, 7, 13, 64, 100]
+INNER = [1, 7, 60, 513]
+OUTPUTS = [1, 15, 17, 100]
+EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
+
+every_impl = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small products by one thread, so that a busy machine does not make the tests wait for the other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=[1, 2], ids=lambda n: f"threads{n}")
+def threads(one_thread, request):
+    torch.set_num_threads(request.param)
+
+
+def make(rows, inner, outputs, dtype=torch.float32, bias=True, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x, w, b = (torch.randn(s, generator=generator) for s in ((rows, inner), (outputs, inner), (outputs,)))
+    return x.to(dtype), w.to(dtype), b.to(dtype) if bias else None
+
+
+def oracle(x, w, b):
+    y = x.double() @ w.double().T
+    return y if b is None else y + b.double()
+
+
+def assert_sums_close(y, x, w, b):
+    """Error within a few ulp of the sum of magnitudes, the scale that rounding of a sum of products goes by."""
+    terms = x.double().abs() @ w.double().abs().T + (0 if b is None else b.double().abs())
+    adding = EPS[torch.float64 if x.dtype == torch.float64 else torch.float32]
+    bound = 30 * adding * terms + EPS[x.dtype] * oracle(x, w, b).abs() + torch.finfo(x.dtype).tiny
+    error = (y.double() - oracle(x, w, b)).abs()
+    assert bool((error <= bound).all()), f"largest error {error.max():.3g} against {bound.max():.3g}"
+
+
+@every_impl
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inner", INNER)
+def test_forward_matches_double(impl, dtype, inner):
+    for outputs in OUTPUTS:
+        for rows in ROWS:
+            for bias in (False, True):
+                x, w, b = make(rows, inner, outputs, dtype, bias, seed=rows)
+                y = linear(x, w, b, impl=impl)
+                assert y.shape == (rows, outputs)
+                assert y.dtype == dtype
+                assert_sums_close(y, x, w, b)
+
+
+@every_impl
+@pytest.mark.parametrize(("inner", "outputs", "rows"), [(1408, 512, 4), (1030, 33, 19), (512, 600, 401), (4096, 8, 2)])
+def test_forward_of_larger_blocks_matches_double(impl, inner, outputs, rows):
+    for dtype in (torch.float32, torch.float64):
+        x, w, b = make(rows, inner, outputs, dtype)
+        assert_sums_close(linear(x, w, b, impl=impl), x, w, b)
+
+
+@every_impl
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("outputs", OUTPUTS)
+def test_gradients_match_double(impl, inner, outputs):
+    for rows in ROWS:
+        x, w, b = (t.double().requires_grad_() for t in make(rows, inner, outputs, seed=rows))
+        grad = torch.randn(rows, outputs, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        linear(x, w, b, impl=impl).backward(grad)
+        torch.testing.assert_close(x.grad, grad @ w.detach(), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(w.grad, grad.T @ x.detach(), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(b.grad, grad.sum(0), rtol=1e-10, atol=1e-10)
+
+
+@every_impl
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_narrow_types(impl, dtype):
+    x, w, b = (t.requires_grad_() for t in make(13, 60, 17, dtype))
+    wide = [t.detach().double().requires_grad_() for t in (x, w, b)]
+    grad = torch.randn(13, 17, generator=torch.Generator().manual_seed(1)).to(dtype)
+    linear(x, w, b, impl=impl).backward(grad)
+    torch.nn.functional.linear(*wide).backward(grad.double())
+    for ours, exact in zip((x, w, b), wide):
+        assert ours.grad.dtype == dtype
+        torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=4 * EPS[dtype], atol=40 * EPS[dtype])
+
+
+@every_impl
+def test_only_the_gradients_asked_for(impl):
+    for wanted in range(1, 8):
+        tensors = make(5, 7, 3)
+        for i, t in enumerate(tensors):
+            t.requires_grad_(bool(wanted >> i & 1))
+        linear(*tensors, impl=impl).sum().backward()
+        assert [t.grad is not None for t in tensors] == [bool(wanted >> i & 1) for i in range(3)]
+
+
+@every_impl
+def test_gradients_under_checkpointing_are_the_same(impl):
+    grads = []
+    for use in (False, True):
+        x, w, b = (t.requires_grad_() for t in make(7, 60, 17))
+        y = checkpoint(linear, x, w, b, impl=impl, use_reentrant=False) if use else linear(x, w, b, impl=impl)
+        y.square().sum().backward()
+        grads.append((x.grad, w.grad, b.grad))
+    assert all(torch.equal(*pair) for pair in zip(*grads))
+
+
+def test_gradients_are_the_same_from_run_to_run(threads):
+    def gradients():
+        x, w, b = (t.requires_grad_() for t in make(100, 513, 100))
+        linear(x, w, b).square().sum().backward()
+        return x.grad, w.grad, b.grad
+
+    first = gradients()
+    for _ in range(5):
+        assert all(torch.equal(*pair) for pair in zip(first, gradients()))
+
+
+@every_impl
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+@pytest.mark.parametrize(("inner", "outputs"), [(513, 100), (60, 17), (1100, 48), (512, 64)])
+def test_a_row_keeps_its_bits(impl, dtype, inner, outputs, threads):
+    """Any rows, in any order, in any chunks, with other rows beside them, give the bits of the full product."""
+    rng = random.Random(inner)
+    rows = 430  # more than two blocks of rows
+    x, w, b = make(rows, inner, outputs, dtype)
+    full = linear(x, w, b, impl=impl)
+    for trial in range(12):
+        order = torch.randperm(rows, generator=torch.Generator().manual_seed(trial))
+        start = 0
+        while start < rows:
+            size = rng.choice([1, 2, 3, 4, 5, 6, 7, 8, 11, 16, 23, 64, 193, rows])
+            chosen = order[start : start + size]
+            start += size if trial < 4 else 10 * size
+            assert torch.equal(linear(x[chosen], w, b, impl=impl), full[chosen]), (trial, start, size)
+
+
+@every_impl
+def test_every_small_number_of_rows_keeps_its_bits(impl, threads):
+    x, w, _ = make(40, 520, 40)
+    full = linear(x, w, impl=impl)
+    for rows in range(1, 40):
+        assert torch.equal(linear(x[:rows], w, impl=impl), full[:rows]), rows
+        assert torch.equal(linear(x[40 - rows :], w, impl=impl), full[40 - rows :]), rows
+
+
+def test_threads_do_not_change_bits():
+    x, w, b = make(300, 513, 100)
+    results = []
+    for count in (1, 2, 3, 1):
+        torch.set_num_threads(count)
+        results.append(linear(x, w, b))
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.skipif(not has_native("linear"), reason="neighbouring outputs are a promise of the native kernel only")
+def test_an_output_does_not_depend_on_the_other_outputs():
+    x, w, _ = make(9, 513, 100)
+    full = linear(x, w)
+    for outputs in (1, 15, 16, 17, 99):
+        assert torch.equal(linear(x, w[:outputs]), full[:, :outputs])
+
+
+@every_impl
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("rows", [2, 5, 7, 13, 200])
+def test_nan_and_infinity_stay_in_their_row(impl, poison, rows):
+    x, w, b = make(rows, 60, 17)
+    clean = linear(x, w, b, impl=impl)
+    for bad in {0, rows // 2, rows - 1}:
+        dirty = x.clone()
+        dirty[bad, 13] = poison
+        y = linear(dirty, w, b, impl=impl)
+        others = [i for i in range(rows) if i != bad]
+        assert torch.equal(y[others], clean[others])
+        assert not bool(y[bad].isfinite().any())
+
+
+@every_impl
+def test_extreme_values(impl):
+    x = torch.tensor([[1e38, -1e38, 0.0], [3e38, 3e38, 0.0], [-0.0, 0.0, 0.0], [0.0, 0.0, 1e-38]])
+    w = torch.tensor([[1.0, 1.0, 1.0], [0.5, 0.25, 1.0]])
+    y = linear(x, w, impl=impl)
+    assert torch.equal(y, torch.tensor([[0.0, 2.5e37], [float("inf"), 2.25e38], [0.0, 0.0], [1e-38, 1e-38]]))
+
+
+@every_impl
+def test_leading_dimensions(impl):
+    x, w, b = make(24, 60, 17)
+    flat = linear(x, w, b, impl=impl)
+    assert torch.equal(linear(x.view(2, 3, 4, 60), w, b, impl=impl), flat.view(2, 3, 4, 17))
+    assert torch.equal(linear(x[5], w, b, impl=impl), flat[5])
+    assert linear(x.view(2, 12, 60)[:, :0], w, b, impl=impl).shape == (2, 0, 17)
+
+
+@every_impl
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+def test_strides_do_not_change_bits(impl, dtype):
+    x, w, b = make(26, 120, 34, dtype)
+    for view_x, view_w in [
+        (x[::2, :60], w[::2, :60]),
+        (x[:, ::2], w[:, ::2]),
+        (x[:, :34].T.contiguous().T, w[:, :34].T.contiguous().T),
+        (x[:, 1:61], w[:, 60:]),
+        (x[:1, :60].expand(9, 60), w[:1, :60].expand(5, 60)),
+    ]:
+        shift = b[: view_w.shape[0]]
+        expected = linear(view_x.contiguous(), view_w.contiguous(), shift, impl=impl)
+        assert torch.equal(linear(view_x, view_w, shift, impl=impl), expected)
+        strided = torch.stack([shift, shift], 1)[:, 0]
+        assert torch.equal(linear(view_x, view_w, strided, impl=impl), expected)
+
+
+@every_impl
+def test_gradients_through_strided_inputs(impl):
+    x, w, _ = (t if t is None else t.double() for t in make(12, 60, 17, bias=False))
+    wide = x.view(2, 6, 60).transpose(0, 1).requires_grad_()
+    matrix = w.T.contiguous().T.requires_grad_()
+    linear(wide, matrix, impl=impl).square().sum().backward()
+    y = 2 * wide.detach() @ matrix.detach().T
+    torch.testing.assert_close(wide.grad, y @ matrix.detach(), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        matrix.grad, torch.einsum("abn,abk->nk", y, wide.detach()), rtol=1e-10, atol=1e-10
+    )
+
+
+@every_impl
+def test_empty_shapes(impl):
+    b = torch.randn(3)
+    assert torch.equal(linear(torch.empty(2, 0), torch.empty(3, 0), impl=impl), torch.zeros(2, 3))
+    assert torch.equal(linear(torch.empty(2, 0), torch.empty(3, 0), b, impl=impl), b.expand(2, 3))
+    assert linear(torch.randn(2, 4), torch.empty(0, 4), impl=impl).shape == (2, 0)
+    x, w, b = (t.requires_grad_() for t in make(0, 4, 3))
+    linear(x, w, b, impl=impl).sum().backward()
+    assert torch.equal(w.grad, torch.zeros(3, 4))
+    assert torch.equal(b.grad, torch.zeros(3))
+
+
+def test_against_fresh_memory():
+    """Outputs land in memory that held NaN: nothing of it may survive, at panel edges least of all."""
+    for rows, inner, outputs in [(1, 513, 17), (7, 300, 15), (200, 600, 33)]:
+        x, w, _ = make(rows, inner, outputs)
+        for _ in range(3):
+            torch.full((rows, outputs), float("nan"))
+            assert bool(linear(x, w).isfinite().all())
+
+
+def test_wrong_arguments_say_what_is_wrong():
+    x, w, b = make(2, 4, 3)
+    with pytest.raises(ToolkitError, match=r"impl is 'fast' for op linear; available here are reference"):
+        linear(x, w, b, impl="fast")
+    if has_native("linear"):
+        with pytest.raises(RuntimeError, match="the last dimension of x must be 4"):
+            linear(x[:, :3], w, b)
+        with pytest.raises(RuntimeError, match="weight must have the dtype of x"):
+            linear(x, w.double(), b)
+        with pytest.raises(RuntimeError, match=r"bias must have shape \[3\]"):
+            linear(x, w, b[:2])
+        with pytest.raises(RuntimeError, match="x must be float32, float64, bfloat16 or float16"):
+            linear(x.int(), w.int())
+
+
+def test_registration_is_sound():
+    for requires_grad in (False, True):
+        tensors = [t.requires_grad_(requires_grad) for t in make(3, 5, 4)]
+        torch.library.opcheck(torch.ops.toolkit.linear.default, tensors)
+        torch.library.opcheck(torch.ops.toolkit.linear.default, [*tensors[:2], None])

@@ -1,0 +1,65 @@
+"""The Triton attention kernels without a GPU: interpreted against fp64, and compiled for every target."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the Triton kernels need triton")
+
+from benchmarks import kernels
+
+ROOT = Path(__file__).parents[2]
+# `python -m benchmarks.kernels` compiles every shipped tile; these are the ones that come nearest the limits.
+CASES = {
+    "paged bf16 128": (kernels.attention_case(torch.bfloat16, 128, paged=True), list(kernels.SHARED_LIMIT)),
+    "backward bf16 128": (kernels.attention_backward_case(torch.bfloat16, 128), list(kernels.SHARED_LIMIT)),
+    "contiguous bf16 256": (kernels.attention_case(torch.bfloat16, 256, paged=False), ["sm_90"]),
+    "paged fp32 64": (kernels.attention_case(torch.float32, 64, paged=True), ["sm_90", "gfx942"]),
+}
+
+
+@pytest.mark.parametrize("name", ["interpreted_attention.py", "interpreted_attention_backward.py"])
+def test_interpreted(name):
+    """In a process of its own: triton reads TRITON_INTERPRET when it is imported."""
+    command = [sys.executable, "-m", "pytest", str(Path(__file__).parent / name)]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "TOOLKIT_NATIVE": "off", "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert " passed" in finished.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "arch"), [(name, arch) for name, (_, archs) in CASES.items() for arch in archs]
+)
+def test_compiles_to_matrix_instructions_without_spills(name, arch, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    compiled = kernels.compile_case(CASES[name][0], arch)
+    assert compiled
+    for made in compiled:
+        assert made.spilled == 0, made
+        assert made.shared <= kernels.SHARED_LIMIT[arch], made
+        assert made.dots > 0, made
+        # NVIDIA's matrix units have no IEEE float32 product: there it is multiply-add on purpose.
+        if "fp32" not in name or arch.startswith("gfx"):
+            assert sum(made.matrix.values()) > 0, made
+    if arch == "sm_90" and "bf16" in name:
+        assert any("wgmma.mma_async" in made.matrix for made in compiled)
+    if arch == "sm_100" and "bf16" in name:
+        assert any("tcgen05.mma" in made.matrix for made in compiled)
+
+
+def test_spills_and_missing_matrix_instructions_are_seen(tmp_path, monkeypatch):
+    """The report itself has power: a tile too large for sm_80 spills, and float32 has no matrix product."""
+    from toolkit.ops.attention import tiles
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tiles, "tile", lambda *_: tiles.Tile(64, 64, 4, 2))
+    (made,) = kernels.compile_case(kernels.attention_case(torch.bfloat16, 128, paged=True), "sm_80")
+    assert made.spilled > 0
+    monkeypatch.setattr(tiles, "tile", lambda *_: tiles.Tile(16, 16, 4, 1))
+    (made,) = kernels.compile_case(kernels.attention_case(torch.float32, 16, paged=False), "sm_80")
+    assert made.matrix == {}

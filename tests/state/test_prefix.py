@@ -1,0 +1,172 @@
+"""The prefix index: real tokens, real prefixes, one weight version."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from toolkit.state import PageAllocator, PrefixIndex, Table
+
+
+class Colliding(int):
+    """A token whose hash says nothing."""
+
+    def __hash__(self) -> int:
+        return 7
+
+
+def write(allocator: PageAllocator, tokens: list[int], version: object) -> tuple[Table, int]:
+    table = Table(allocator, version)
+    hit = table.match_prefix(tokens)
+    table.reserve(len(tokens) - hit)
+    table.take_copies()
+    table.commit(tokens[hit:])
+    return table, hit
+
+
+def test_longest_run_of_full_pages_and_never_the_whole_prompt() -> None:
+    allocator = PageAllocator(16, 4)
+    tokens = list(range(10))
+    table, hit = write(allocator, tokens, 0)
+    assert hit == 0
+    assert allocator.index.match(tokens, 0) == table.pages[:2]
+    assert allocator.index.match(tokens[:7], 0) == table.pages[:1]
+    assert allocator.index.match(tokens[:3], 0) == []
+    for length, expected in ((4, 0), (5, 4), (8, 4), (9, 8), (10, 8)):
+        assert Table(allocator, 0).match_prefix([]) == 0
+        other = Table(allocator, 0)
+        assert other.match_prefix(tokens[:length]) == expected
+        assert other.tokens == tokens[:expected]
+        other.release()
+
+
+def test_versions_and_parents_are_never_crossed() -> None:
+    allocator = PageAllocator(32, 2)
+    write(allocator, [1, 2, 3, 4, 5], 0)
+    assert write(allocator, [1, 2, 3, 4, 5], 1)[1] == 0
+    assert write(allocator, [9, 9, 3, 4, 5], 0)[1] == 0  # the same second page after another first one
+    assert write(allocator, [3, 4, 5], 0)[1] == 0  # the same page, at the start
+    assert write(allocator, [1, 2, 3, 4, 5], 1)[1] == 4
+    allocator.drop_old_versions(1)
+    assert allocator.index.match([1, 2], 0) == []
+    assert len(allocator.index.match([1, 2, 3, 4], 1)) == 2
+
+
+def test_colliding_hashes_are_told_apart() -> None:
+    index = PrefixIndex(2)
+    one = [Colliding(1), Colliding(2)]
+    two = [Colliding(3), Colliding(4)]
+    assert hash(tuple(one)) == hash(tuple(two))
+    first, second = index.register(0, None, one, 0), index.register(1, None, two, 0)
+    index.register(2, first, one, 0)
+    index.register(3, second, one, 0)
+    assert index.match(one + one, 0) == [0, 2]
+    assert index.match(two + one, 0) == [1, 3]
+    assert index.match(two + two, 0) == [1]
+    index.check_integrity()
+
+
+def test_what_follows_a_truncation_hangs_from_what_was_kept() -> None:
+    allocator = PageAllocator(8, 2)
+    table, _ = write(allocator, [1, 2, 3, 4, 5], 0)
+    for keep, added, known in ((2, [6, 7], [1, 2, 6, 7]), (1, [8, 9, 9], [1, 8, 9, 9]), (0, [3, 4], [3, 4])):
+        table.truncate(keep)
+        table.reserve(len(added))
+        table.commit(added)
+        assert allocator.index.match(known, 0) == table.pages
+    assert len(allocator.index.match([1, 2, 3, 4, 6, 7], 0)) < 3
+    allocator.check_integrity([table.held])
+
+
+def test_an_evicted_beginning_hides_the_rest_until_it_is_computed_again() -> None:
+    index = PrefixIndex(1)
+    key = index.register(0, None, [1], 0)
+    index.register(1, key, [2], 0)
+    index.drop(0)
+    assert index.match([1, 2], 0) == []
+    index.register(5, None, [1], 0)
+    assert index.match([1, 2], 0) == [5, 1]
+    index.check_integrity()
+
+
+def test_the_first_page_with_some_tokens_stays_the_registered_one() -> None:
+    allocator = PageAllocator(8, 2)
+    twins = [Table(allocator, 0) for _ in range(2)]
+    for table in twins:  # scheduled together, so that neither could match the other
+        table.reserve(5)
+    for table in twins:
+        table.commit([1, 2, 3, 4, 5])
+    assert allocator.index.match([1, 2, 3, 4], 0) == twins[0].pages[:2]
+    for table in twins:
+        table.release()
+    allocator.check_integrity([])
+    assert allocator.num_cached == 2
+
+
+def test_what_two_versions_wrote_is_never_registered() -> None:
+    allocator = PageAllocator(8, 2)
+    table, _ = write(allocator, [1, 2, 3], 0)
+    table.reserve(3)
+    table.commit([4, 5, 6], version=1)
+    assert allocator.index.match([1, 2, 3, 4, 5, 6], 0) == table.pages[:1]
+    assert allocator.index.match([1, 2], 1) == []
+    table.truncate(1)
+    table.reserve(1)
+    table.commit([2])
+    assert allocator.index.match([1, 2], 0) == []
+    table.release()
+    allocator.check_integrity([])
+
+
+def test_no_version_means_no_prefix_cache() -> None:
+    allocator = PageAllocator(8, 2)
+    table, _ = write(allocator, [1, 2, 3], None)
+    assert len(allocator.index) == 0
+    assert write(allocator, [1, 2, 3], None)[1] == 0
+    table.release()
+    assert allocator.num_cached == 0
+
+
+def test_bad_registrations_are_refused() -> None:
+    index = PrefixIndex(2)
+    key = index.register(0, None, [1, 2], 0)
+    with pytest.raises(ValueError, match="only full pages of 2"):
+        index.register(1, key, [3], 0)
+    with pytest.raises(ValueError, match="already registered with other tokens"):
+        index.register(0, key, [3, 4], 0)
+    with pytest.raises(ValueError, match="cannot follow a prefix of version 0"):
+        index.register(1, key, [3, 4], 1)
+    assert index.match([1, 2, 3, 4], 0) == [0]
+
+
+def test_a_long_chain_is_let_go_without_recursion() -> None:
+    allocator = PageAllocator(10_000, 1)
+    table, _ = write(allocator, list(range(10_000)), 0)
+    table.release()
+    allocator.drop_old_versions(1)
+    assert len(allocator.index) == 0
+    allocator.check_integrity([])
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    size=st.integers(1, 3),
+    entries=st.lists(
+        st.tuples(st.lists(st.integers(0, 1), min_size=1, max_size=9), st.integers(0, 1)), max_size=8
+    ),
+    query=st.lists(st.integers(0, 1), max_size=9),
+    version=st.integers(0, 1),
+)
+def test_match_equals_a_search_through_everything_written(size, entries, query, version) -> None:
+    allocator = PageAllocator(200, size)
+    for tokens, entry_version in entries:
+        write(allocator, tokens, entry_version)
+    best = 0
+    for tokens, entry_version in entries:
+        if entry_version == version:
+            same = 0
+            while (same + 1) * size <= min(len(tokens), len(query)) and (
+                tokens[: (same + 1) * size] == query[: (same + 1) * size]
+            ):
+                same += 1
+            best = max(best, same)
+    assert len(allocator.index.match(query, version)) == best

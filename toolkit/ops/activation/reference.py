@@ -1,0 +1,29 @@
+"""Activation functions as ops, in plain torch: the specification."""
+
+import torch
+from torch import Tensor
+
+from toolkit.ops.activation.functions import find
+from toolkit.ops.rowwise import elementwise, widened
+
+
+def activation(x: Tensor, kind: str) -> Tensor:
+    """f(x) in float32 (float64 for float64), rounded once. Differentiable.
+
+    An element's bits depend on that element alone.
+    """
+    return elementwise(find(kind).value, widened(x)).to(x.dtype)
+
+
+def activation_backward(grad: Tensor, x: Tensor, kind: str) -> Tensor:
+    """``grad * f'(x)`` in float32 (float64 for float64), rounded once."""
+    wide = widened(x)
+    return (widened(grad, x) * elementwise(find(kind).derivative, wide)).to(x.dtype)
+
+
+def activation_fake(x: Tensor, kind: str) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def activation_backward_fake(grad: Tensor, x: Tensor, kind: str) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -1,0 +1,186 @@
+// Attention backward: weights recomputed from lse; a task owns the gradients of one key/value head of a sequence.
+#pragma once
+
+#include <utility>
+
+#include "problem.h"
+
+namespace toolkit::attention_op {
+
+template <typename T>
+struct Backward {
+  Layout layout;
+  Heads<const T> grad, q, k, v, out;
+  const T* lse;        // [rows, query_heads]
+  Heads<T> dq, dk, dv;  // rows of dk and dv have padded widths and hold zeros at the start
+  T scale, softcap;
+};
+
+template <typename T>
+struct BackwardBuffers {
+  BackwardBuffers(const Layout& p, int64_t rows)
+      : depth(padded<T>(p.depth)), value_depth(padded<T>(p.value_depth)) {
+    static thread_local Scratch<T> memory;
+    static thread_local Scratch<Range> limits;
+    memory.reserve(rows * (2 * depth + value_depth + 2 + 2 * kTile) + kTile * (2 * depth + value_depth));
+    limits.reserve(rows + kTile);
+    weights = memory.data();
+    dscores = weights + rows * kTile;
+    query = dscores + rows * kTile;
+    dquery = query + rows * depth;
+    grad = dquery + rows * depth;
+    keys = grad + rows * value_depth;
+    keys_t = keys + kTile * depth;
+    values_t = keys_t + kTile * depth;
+    lse = values_t + kTile * value_depth;
+    delta = lse + rows;
+    row_ranges = limits.data();
+    key_ranges = row_ranges + rows;
+  }
+  int64_t depth, value_depth;  // padded
+  T *weights, *dscores, *query, *dquery, *grad, *keys, *keys_t, *values_t, *lse, *delta;
+  Range *row_ranges, *key_ranges;
+};
+
+template <typename T>
+inline T dot(const T* a, const T* b, int64_t n) {
+  constexpr int64_t width = Vec<T>::size();
+  Vec<T> sum(T(0));
+  int64_t i = 0;
+  for (; i + width <= n; i += width) sum = at::vec::fmadd(Vec<T>::loadu(a + i), Vec<T>::loadu(b + i), sum);
+  if (i < n) sum = at::vec::fmadd(Vec<T>::loadu(a + i, n - i), Vec<T>::loadu(b + i, n - i), sum);
+  return sum_lanes(sum);
+}
+
+// scores and dweights of one row become weights and dscores.
+template <typename T>
+inline void softmax_backward(T* scores, T* dweights, Range range, T softcap, T lse, T delta) {
+  const Vec<T> cap(softcap), one(T(1)), log_sum(lse), mean(delta);
+  over_vectors<T>(range, [&](int32_t lane, bool) {
+    Vec<T> x = Vec<T>::loadu(scores + lane), slope = one;
+    if (softcap > 0) {
+      const Vec<T> bent = (x / cap).tanh();
+      slope = one - bent * bent;
+      x = cap * bent;
+    }
+    const Vec<T> weight = exponential<T>(x - log_sum);
+    Vec<T> ds = weight * (Vec<T>::loadu(dweights + lane) - mean);
+    if (softcap > 0) ds = ds * slope;
+    weight.store(scores + lane);
+    ds.store(dweights + lane);
+  });
+}
+
+// Rows of the task that see each key of the tile: one run, since ranges move forward with the row.
+inline void transpose_ranges(const Range* rows, int64_t count, const KeyTile& tile, Range* keys) {
+  int64_t first = 0, stop = 0;
+  for (int64_t key = tile.begin; key < tile.end; ++key) {
+    while (first < count && rows[first].end <= key) ++first;
+    stop = std::max(stop, first);
+    while (stop < count && rows[stop].begin <= key && rows[stop].end > key) ++stop;
+    keys[key] = {static_cast<int32_t>(first), static_cast<int32_t>(stop)};
+  }
+}
+
+template <typename T>
+void backward_block(const Backward<T>& f, const Task& task) {
+  const Layout& p = f.layout;
+  const Sequence sequence = p.sequence(task.sequence);
+  const int64_t group = p.group(), rows = (task.end - task.begin) * group;
+  const int64_t first_row = sequence.first_query + task.begin, first_head = task.kv_head * group;
+  const BackwardBuffers<T> b(p, rows);
+
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t row = first_row + r / group, head = first_head + r % group;
+    const T *query = f.q.at(row, head), *grad = f.grad.at(row, head);
+    T *to_query = b.query + r * b.depth, *to_grad = b.grad + r * b.value_depth;
+    for (int64_t d = 0; d < p.depth; ++d) to_query[d] = query[d] * f.scale;
+    std::fill(to_query + p.depth, to_query + b.depth, T(0));
+    std::memcpy(to_grad, grad, p.value_depth * sizeof(T));
+    std::fill(to_grad + p.value_depth, to_grad + b.value_depth, T(0));
+    b.lse[r] = f.lse[row * p.query_heads + head];
+    b.delta[r] = dot(grad, f.out.at(row, head), p.value_depth);
+  }
+  std::fill_n(b.dquery, rows * b.depth, T(0));
+
+  int64_t places[kTile];
+  const T *key_rows[kTile], *value_rows[kTile];
+  over_tiles(p, sequence, task.begin, task.end, [&](const KeyTile& tile) {
+    resolve_rows(p, sequence, tile, places);
+    point_rows<T>(f.k, task.kv_head, tile, places, key_rows);
+    point_rows<T>(f.v, task.kv_head, tile, places, value_rows);
+    transpose_tile(key_rows, tile.begin, tile.end, p.depth, b.keys_t);
+    transpose_tile(value_rows, tile.begin, tile.end, p.value_depth, b.values_t);
+    copy_tile(key_rows, tile.begin, tile.end, p.depth, b.keys, b.depth);
+    for (int64_t r = 0, height; r < rows; r += height) {
+      height = group_height(rows - r);
+      Range all{kTile, 0};
+      for (int64_t i = r; i < r + height; ++i) {
+        const Range range = b.row_ranges[i] = visible(p, sequence, task.begin + i / group, tile);
+        if (!range.empty()) all = {std::min(all.begin, range.begin), std::max(all.end, range.end)};
+      }
+      if (all.empty()) continue;
+      const int64_t from = all.begin / Vec<T>::size() * Vec<T>::size(), width = padded<T>(all.end) - from;
+      T *weights = b.weights + r * kTile, *dscores = b.dscores + r * kTile;
+      multiply<false>(weights + from, kTile, height, RowMajor<T>{b.query + r * b.depth, b.depth},
+                      Dense<T>{b.keys_t + from, kTile}, width, 0, p.depth);
+      multiply<false>(dscores + from, kTile, height, RowMajor<T>{b.grad + r * b.value_depth, b.value_depth},
+                      Dense<T>{b.values_t + from, kTile}, width, 0, p.value_depth);
+      for (int64_t i = 0; i < height; ++i)
+        if (!b.row_ranges[r + i].empty())
+          softmax_backward(weights + i * kTile, dscores + i * kTile, b.row_ranges[r + i], f.softcap, b.lse[r + i],
+                           b.delta[r + i]);
+      accumulate(b.dquery + r * b.depth, b.depth, height, RowMajor<T>{dscores, kTile}, Dense<T>{b.keys, b.depth},
+                 b.depth, b.row_ranges + r);
+    }
+    transpose_ranges(b.row_ranges, rows, tile, b.key_ranges);
+    for (int64_t key = tile.begin, height; key < tile.end; key += height) {
+      height = group_height(tile.end - key);
+      accumulate(f.dv.at(places[key], task.kv_head), f.dv.row_stride, height, Transposed<T>{b.weights + key, kTile},
+                 Dense<T>{b.grad, b.value_depth}, b.value_depth, b.key_ranges + key);
+      accumulate(f.dk.at(places[key], task.kv_head), f.dk.row_stride, height, Transposed<T>{b.dscores + key, kTile},
+                 Dense<T>{b.query, b.depth}, b.depth, b.key_ranges + key);
+    }
+  });
+
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* source = b.dquery + r * b.depth;
+    T* target = f.dq.at(first_row + r / group, first_head + r % group);
+    for (int64_t d = 0; d < p.depth; ++d) target[d] = source[d] * f.scale;
+  }
+}
+
+// Whether two sequences share rows of keys: then one task must take them in turn.
+inline bool shares_keys(const Layout& p) {
+  std::vector<std::pair<int64_t, int64_t>> spans;
+  for (int64_t s = 0; s < p.sequences; ++s)
+    if (p.kv_lengths[s] > 0) spans.emplace_back(p.kv_offsets[s], p.kv_offsets[s] + p.kv_lengths[s]);
+  std::sort(spans.begin(), spans.end());
+  for (size_t i = 1; i < spans.size(); ++i)
+    if (spans[i].first < spans[i - 1].second) return true;
+  return false;
+}
+
+template <typename T>
+void run_backward(const Backward<T>& f, int64_t rows) {
+  const Layout& p = f.layout;
+  const int64_t block = std::max<int64_t>(1, kTaskRows / p.group());
+  // Blocks of queries in order, sequences in order: the order of every sum, whoever runs it.
+  const auto run_sequence = [&](int64_t s, int64_t head) {
+    const int64_t queries = p.query_offsets[s + 1] - p.query_offsets[s];
+    for (int64_t begin = 0; begin < queries; begin += block)
+      backward_block(f, Task{s, head, 1, begin, std::min(begin + block, queries)});
+  };
+  const bool serial = p.multiplications() < kSerialWork;
+  if (shares_keys(p))
+    run_tasks(p.kv_heads, serial, [&](int64_t head) {
+      for (int64_t s = 0; s < p.sequences; ++s) run_sequence(s, head);
+    });
+  else
+    run_tasks(p.sequences * p.kv_heads, serial,
+              [&](int64_t i) { run_sequence(i / p.kv_heads, i % p.kv_heads); });
+  for (int64_t row = p.query_offsets[p.sequences]; row < rows; ++row)
+    for (int64_t head = 0; head < p.query_heads; ++head) std::fill_n(f.dq.at(row, head), p.depth, T(0));
+}
+
+}  // namespace toolkit::attention_op

@@ -1,0 +1,151 @@
+// Native attention for float and double; half types are computed in float.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "backward.h"
+#include "forward.h"
+
+namespace toolkit::attention_op {
+
+inline bool narrow_type(const at::Tensor& x) {
+  return x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf;
+}
+
+inline at::Tensor widen(const at::Tensor& x) { return narrow_type(x) ? x.to(at::kFloat) : x; }
+
+inline at::Tensor unit_stride(const at::Tensor& x) {
+  return x.size(-1) > 1 && x.stride(-1) != 1 ? x.contiguous() : x;
+}
+
+template <typename T>
+inline Heads<T> heads(const at::Tensor& x) {
+  return {static_cast<T*>(x.data_ptr()), x.stride(0), x.stride(1)};
+}
+
+inline const int64_t* indices(const at::Tensor& x, const char* name, int64_t dim) {
+  TORCH_CHECK(x.scalar_type() == at::kLong && x.dim() == dim && x.is_contiguous() && x.is_cpu(), name,
+              " is a ", x.dim(), "-dimensional tensor of ", x.scalar_type(), "; a contiguous ", dim,
+              "-dimensional int64 tensor on the CPU is required.");
+  return x.const_data_ptr<int64_t>();
+}
+
+inline Layout make_layout(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                          const at::Tensor& query_offsets, const at::Tensor& kv_offsets, const at::Tensor& kv_lengths,
+                          const std::optional<at::Tensor>& block_tables, int64_t page_size, int64_t window) {
+  const auto type = q.scalar_type();
+  TORCH_CHECK(type == at::kFloat || type == at::kDouble, "q has dtype ", type,
+              "; allowed are float32, float64, bfloat16 and float16.");
+  TORCH_CHECK(k.scalar_type() == type && v.scalar_type() == type, "q, k and v have dtypes ", type, ", ",
+              k.scalar_type(), " and ", v.scalar_type(), "; they must be the same.");
+  TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && v.dim() == 3, "q, k and v have shapes ", q.sizes(), ", ", k.sizes(),
+              " and ", v.sizes(), "; three dimensions [rows, heads, width] are required.");
+  TORCH_CHECK(k.size(0) == v.size(0) && k.size(1) == v.size(1) && k.size(2) == q.size(2) && k.size(1) > 0 &&
+                  q.size(1) % k.size(1) == 0,
+              "q, k and v have shapes ", q.sizes(), ", ", k.sizes(), " and ", v.sizes(),
+              "; k and v need the same rows and heads, q and k the same width, and q a multiple of k's heads.");
+  Layout p{};
+  p.query_offsets = indices(query_offsets, "query_offsets", 1);
+  p.kv_lengths = indices(kv_lengths, "kv_lengths", 1);
+  p.sequences = kv_lengths.numel();
+  p.query_heads = q.size(1);
+  p.kv_heads = k.size(1);
+  p.depth = q.size(2);
+  p.value_depth = v.size(2);
+  p.kv_rows = k.size(0);
+  p.window = window;
+  TORCH_CHECK(query_offsets.numel() == p.sequences + 1, "query_offsets has ", query_offsets.numel(),
+              " values; one more than the ", p.sequences, " sequences of kv_lengths is required.");
+  if (block_tables.has_value()) {
+    p.block_tables = indices(*block_tables, "block_tables", 2);
+    p.kv_offsets = p.kv_lengths;  // not looked at
+    p.table_stride = block_tables->size(1);
+    p.page_size = page_size;
+    TORCH_CHECK(page_size > 0, "page_size is ", page_size, "; with block_tables it must be positive.");
+    TORCH_CHECK(block_tables->size(0) == p.sequences, "block_tables has ", block_tables->size(0), " rows; the ",
+                p.sequences, " sequences of kv_lengths are required.");
+  } else {
+    p.kv_offsets = indices(kv_offsets, "kv_offsets", 1);
+    TORCH_CHECK(kv_offsets.numel() == p.sequences, "kv_offsets has ", kv_offsets.numel(), " values; the ",
+                p.sequences, " sequences of kv_lengths are required.");
+  }
+  TORCH_CHECK(p.query_offsets[0] == 0 && p.query_offsets[p.sequences] <= q.size(0), "query_offsets runs from ",
+              p.query_offsets[0], " to ", p.query_offsets[p.sequences], "; it must start at 0 and stay within the ",
+              q.size(0), " rows of q.");
+  for (int64_t s = 0; s < p.sequences; ++s) {
+    const int64_t length = p.kv_lengths[s], offset = p.kv_offsets[s];
+    TORCH_CHECK(p.query_offsets[s] <= p.query_offsets[s + 1], "query_offsets falls from ", p.query_offsets[s], " to ",
+                p.query_offsets[s + 1], " at sequence ", s, "; it must not decrease.");
+    if (p.block_tables != nullptr) {
+      TORCH_CHECK(0 <= length && length <= p.table_stride * page_size, "kv_lengths[", s, "] is ", length,
+                  "; its block table holds ", p.table_stride, " pages of ", page_size, ".");
+    } else {
+      TORCH_CHECK(0 <= length && 0 <= offset && offset + length <= p.kv_rows, "sequence ", s, " has ", length,
+                  " keys from row ", offset, "; k has ", p.kv_rows, " rows.");
+    }
+  }
+  return p;
+}
+
+std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& q_in, const at::Tensor& k_in, const at::Tensor& v_in,
+                                             const at::Tensor& query_offsets, const at::Tensor& kv_offsets,
+                                             const at::Tensor& kv_lengths,
+                                             const std::optional<at::Tensor>& block_tables, int64_t page_size,
+                                             double scale, int64_t window, double softcap) {
+  const at::Tensor q = unit_stride(widen(q_in)), k = unit_stride(widen(k_in)), v = unit_stride(widen(v_in));
+  const Layout layout =
+      make_layout(q, k, v, query_offsets, kv_offsets, kv_lengths, block_tables, page_size, window);
+  at::Tensor out = at::empty({q.size(0), q.size(1), v.size(2)}, q.options());
+  at::Tensor lse = at::empty({q.size(0), q.size(1)}, q.options());
+  const auto run = [&]<typename T>(T) {
+    run_forward(Forward<T>{layout, heads<const T>(q), heads<const T>(k), heads<const T>(v), heads<T>(out),
+                           lse.data_ptr<T>(), static_cast<T>(scale), static_cast<T>(softcap)},
+                q.size(0));
+  };
+  if (q.scalar_type() == at::kFloat)
+    run(float{});
+  else
+    run(double{});
+  return {narrow_type(q_in) ? out.to(q_in.scalar_type()) : out, lse};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_backward(
+    const at::Tensor& grad_in, const at::Tensor& q_in, const at::Tensor& k_in, const at::Tensor& v_in,
+    const at::Tensor& out_in, const at::Tensor& lse, const at::Tensor& query_offsets, const at::Tensor& kv_offsets,
+    const at::Tensor& kv_lengths, double scale, int64_t window, double softcap) {
+  const at::Tensor q = unit_stride(widen(q_in)), k = unit_stride(widen(k_in)), v = unit_stride(widen(v_in));
+  const at::Tensor grad = unit_stride(widen(grad_in)), out = unit_stride(widen(out_in));
+  const Layout layout = make_layout(q, k, v, query_offsets, kv_offsets, kv_lengths, std::nullopt, 0, window);
+  const at::Tensor log_sum = lse.contiguous();
+  at::Tensor dq = at::empty(q.sizes(), q.options()), dk, dv;
+  const auto run = [&]<typename T>(T) {
+    // Whole vectors are added to rows of dk and dv.
+    dk = at::zeros({k.size(0), k.size(1), padded<T>(k.size(2))}, k.options());
+    dv = at::zeros({v.size(0), v.size(1), padded<T>(v.size(2))}, v.options());
+    run_backward(Backward<T>{layout, heads<const T>(grad), heads<const T>(q), heads<const T>(k), heads<const T>(v),
+                             heads<const T>(out), log_sum.data_ptr<T>(), heads<T>(dq), heads<T>(dk), heads<T>(dv),
+                             static_cast<T>(scale), static_cast<T>(softcap)},
+                 q.size(0));
+  };
+  TORCH_CHECK(grad.scalar_type() == q.scalar_type() && grad.sizes() == out.sizes() &&
+                  log_sum.scalar_type() == q.scalar_type(),
+              "grad has dtype ", grad.scalar_type(), " and shape ", grad.sizes(), "; ", q.scalar_type(), " and ",
+              out.sizes(), " are required.");
+  if (q.scalar_type() == at::kFloat)
+    run(float{});
+  else
+    run(double{});
+  dk = dk.narrow(2, 0, k.size(2)).contiguous();
+  dv = dv.narrow(2, 0, v.size(2)).contiguous();
+  const auto type = q_in.scalar_type();
+  return narrow_type(q_in) ? std::make_tuple(dq.to(type), dk.to(type), dv.to(type)) : std::make_tuple(dq, dk, dv);
+}
+
+TORCH_LIBRARY_IMPL(toolkit, CPU, m) {
+  m.impl("attention", &attention);
+  m.impl("attention_backward", &attention_backward);
+}
+
+}  // namespace toolkit::attention_op

@@ -1,0 +1,156 @@
+// What a call of attention is asked for, and how it is cut into tasks.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+#include <atomic>
+#include <vector>
+
+#include "tile.h"
+
+namespace toolkit::attention_op {
+
+// Rows of heads with a contiguous last dimension; strides in elements.
+template <typename T>
+struct Heads {
+  T* data;
+  int64_t row_stride, head_stride;
+  T* at(int64_t row, int64_t head) const { return data + row * row_stride + head * head_stride; }
+};
+
+// Query i of n sees keys (i + shift - window, i + shift] of its sequence.
+struct Sequence {
+  int64_t first_query, queries, kv_offset, kv_length;
+  const int64_t* pages;  // null: keys are rows kv_offset ...
+  int64_t shift() const { return kv_length - queries; }
+};
+
+struct Layout {
+  const int64_t *query_offsets, *kv_offsets, *kv_lengths, *block_tables;
+  int64_t sequences, table_stride, page_size;
+  int64_t query_heads, kv_heads, depth, value_depth, kv_rows;
+  int64_t window;
+
+  int64_t group() const { return query_heads / kv_heads; }
+  Sequence sequence(int64_t s) const {
+    return {query_offsets[s], query_offsets[s + 1] - query_offsets[s], kv_offsets[s], kv_lengths[s],
+            block_tables == nullptr ? nullptr : block_tables + s * table_stride};
+  }
+  // Upper bound of the work.
+  int64_t multiplications() const {
+    int64_t pairs = 0;
+    for (int64_t s = 0; s < sequences; ++s) pairs += (query_offsets[s + 1] - query_offsets[s]) * kv_lengths[s];
+    return pairs * query_heads * (depth + value_depth);
+  }
+};
+
+// Queries [begin, end) of a sequence with the query heads of some key/value heads. Its rows are ordered by key/value
+// head, query and query head.
+struct Task {
+  int64_t sequence, kv_head, kv_heads, begin, end;
+};
+
+// Largest number of rows of a task: enough that packing a key tile is lost in the products that use it.
+constexpr int64_t kTaskRows = 96;
+constexpr int64_t kSerialWork = 1 << 17;  // multiplications (some 20 us) below which waking threads costs more
+
+// Tasks of every sequence in a fixed order. The list only says who computes what: no bits depend on it.
+class Tasks {
+ public:
+  void prepare(const Layout& p, int64_t block) {
+    block_ = block;
+    starts_.resize(p.sequences + 1);
+    starts_[0] = 0;
+    int64_t longest = 0;
+    for (int64_t s = 0; s < p.sequences; ++s) {
+      const int64_t queries = p.query_offsets[s + 1] - p.query_offsets[s];
+      longest = std::max(longest, queries);
+      starts_[s + 1] = starts_[s] + (queries + block - 1) / block;
+    }
+    // While decoding, a task takes neighbouring heads, whose keys lie side by side, as long as every thread keeps
+    // some tasks.
+    const int64_t blocks = std::max<int64_t>(1, starts_.back());
+    const int64_t splits = longest > 1 ? p.kv_heads : (4 * at::get_num_threads() + blocks - 1) / blocks;
+    splits_ = std::min(p.kv_heads, splits);
+    heads_ = (p.kv_heads + splits_ - 1) / splits_;
+    splits_ = (p.kv_heads + heads_ - 1) / heads_;
+  }
+  int64_t count() const { return starts_.back() * splits_; }
+  Task at(int64_t index, const Layout& p) const {
+    const int64_t block = index / splits_, head = index % splits_ * heads_;
+    const int64_t s = std::upper_bound(starts_.begin(), starts_.end(), block) - starts_.begin() - 1;
+    // The last queries of a sequence see the most keys: first come the longest tasks.
+    const int64_t begin = (starts_[s + 1] - 1 - block) * block_;
+    const int64_t queries = p.query_offsets[s + 1] - p.query_offsets[s];
+    return {s, head, std::min(heads_, p.kv_heads - head), begin, std::min(begin + block_, queries)};
+  }
+
+ private:
+  std::vector<int64_t> starts_;
+  int64_t block_ = 1, heads_ = 1, splits_ = 1;
+};
+
+// f(index) for every index below count, handed out one by one to the threads.
+template <typename F>
+inline void run_tasks(int64_t count, bool serial, F f) {
+  if (serial || count == 1) {
+    for (int64_t i = 0; i < count; ++i) f(i);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(count, at::get_num_threads()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker)
+      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) f(i);
+  });
+}
+
+// One tile of keys as a task sees it: keys [begin, end) of the tile are read, no other.
+struct KeyTile {
+  int64_t index, begin, end;
+  int64_t first() const { return index * kTile; }
+};
+
+// f(KeyTile) for the tiles that some query of [begin, end) of the sequence sees, in order.
+template <typename F>
+inline void over_tiles(const Layout& p, const Sequence& s, int64_t begin, int64_t end, F f) {
+  const int64_t last = end - 1 + s.shift();
+  const int64_t first = p.window > 0 ? std::max<int64_t>(0, begin + s.shift() - p.window + 1) : 0;
+  for (int64_t index = first / kTile; index * kTile <= last; ++index)
+    f(KeyTile{index, std::max<int64_t>(0, first - index * kTile), std::min(kTile, last + 1 - index * kTile)});
+}
+
+// The keys of a tile that query i of the sequence sees.
+inline Range visible(const Layout& p, const Sequence& s, int64_t i, const KeyTile& tile) {
+  const int64_t end = std::min(tile.end, i + s.shift() + 1 - tile.first());
+  const int64_t begin = p.window > 0 ? std::max(tile.begin, i + s.shift() - p.window + 1 - tile.first()) : 0;
+  if (end <= begin) return {0, 0};
+  return {static_cast<int32_t>(begin), static_cast<int32_t>(end)};
+}
+
+// Row numbers in the key and value tensors of the keys of a tile.
+inline void resolve_rows(const Layout& p, const Sequence& s, const KeyTile& tile, int64_t* rows) {
+  if (s.pages == nullptr) {
+    for (int64_t key = tile.begin; key < tile.end; ++key) rows[key] = s.kv_offset + tile.first() + key;
+    return;
+  }
+  int64_t key = tile.begin;
+  int64_t page = (tile.first() + key) / p.page_size, place = (tile.first() + key) % p.page_size;
+  while (key < tile.end) {
+    const int64_t stop = std::min(tile.end, key + p.page_size - place), row = s.pages[page] * p.page_size + place;
+    TORCH_CHECK(s.pages[page] >= 0 && row + (stop - key) <= p.kv_rows, "block_tables names page ", s.pages[page],
+                " but the keys have ", p.kv_rows, " rows of pages of ", p.page_size, ".");
+    for (int64_t i = 0; key < stop; ++key, ++i) rows[key] = row + i;
+    ++page;
+    place = 0;
+  }
+}
+
+template <typename T>
+inline void point_rows(const Heads<const T>& x, int64_t head, const KeyTile& tile, const int64_t* rows,
+                       const T** pointers) {
+  for (int64_t key = tile.begin; key < tile.end; ++key) pointers[key] = x.at(rows[key], head);
+}
+
+}  // namespace toolkit::attention_op

@@ -1,0 +1,51 @@
+"""Gated activation: the pointwise middle of a gated MLP (Shazeer, 2020)."""
+
+from typing import Any
+
+from torch import Tensor
+
+from toolkit.errors import ToolkitError
+from toolkit.ops.activation.functions import KINDS, find
+from toolkit.ops.gated_activation import reference
+from toolkit.ops.registry import register
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    gate, up, ctx.kind = inputs
+    ctx.save_for_backward(gate, up)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    gate, up = ctx.saved_tensors
+    dgate, dup = _BACKWARD(grad, gate, up, ctx.kind)
+    return dgate, dup, None
+
+
+_BACKWARD = register(
+    "gated_activation_backward(Tensor grad, Tensor gate, Tensor up, str kind) -> (Tensor, Tensor)",
+    reference=reference.gated_activation_backward,
+    fake=reference.gated_activation_backward_fake,
+)
+_FORWARD = register(
+    "gated_activation(Tensor gate, Tensor up, str kind) -> Tensor",
+    reference=reference.gated_activation,
+    fake=reference.gated_activation_fake,
+    backward=_backward,
+    setup_context=_setup_context,
+)
+
+
+def gated_activation(gate: Tensor, up: Tensor, kind: str, *, impl: str | None = None) -> Tensor:
+    """``f(gate) * up``, f one of the kinds of ``toolkit.ops.activation``.
+
+    gate, up: [..., N], equal shapes; rows may be strided (the two halves of one projection cost no copy);
+    float32, float64, bfloat16 or float16 (the last two computed in float32, rounded once).
+    Returns gate's shape and dtype, contiguous. Saved for backward: gate and up; f(gate) is computed again.
+    On CPU an element's bits depend on gate and up there alone.
+    Errors: ToolkitError for another kind or shapes that differ; other dtypes.
+    """
+    if kind not in KINDS:
+        find(kind)
+    if gate.shape != up.shape:
+        raise ToolkitError(f"gate has shape {list(gate.shape)}, up {list(up.shape)}; they must be equal.")
+    return _FORWARD.select(impl)(gate, up, kind)

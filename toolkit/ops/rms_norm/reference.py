@@ -1,0 +1,52 @@
+"""Root-mean-square norm in plain torch: the specification."""
+
+import torch
+from torch import Tensor
+
+from toolkit.ops.rowwise import row_sum, widened
+
+
+def _reciprocal_rms(x: Tensor, eps: float) -> Tensor:
+    return 1 / (row_sum(x * x) / x.shape[-1] + eps).sqrt()
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float) -> Tensor:
+    """``x / sqrt(mean(x^2) + eps) * (offset + weight)`` in float32 (float64 for float64).
+
+    Rounded once to x's dtype. Differentiable. A row's bits do not depend on the other rows.
+    """
+    wide = widened(x)
+    y = wide * _reciprocal_rms(wide, eps)
+    if weight is not None:
+        y = y * (offset + weight.to(y.dtype))
+    return y.to(x.dtype)
+
+
+def rms_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor | None, eps: float, offset: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients to x and weight (empty without a weight).
+
+    With ``s = 1/rms(x)``, ``f = offset + weight``: ``dx = s (g f - x s^2 mean(g f x))``, ``dw = sum g x s``.
+    """
+    wide, g = widened(x), widened(grad, x)
+    scale = _reciprocal_rms(wide, eps)
+    gf = g if weight is None else g * (offset + weight.to(g.dtype))
+    dx = scale * (gf - wide * (scale * scale * row_sum(gf * wide) / x.shape[-1]))
+    if weight is None:
+        return dx.to(x.dtype), x.new_empty(0)
+    dw = (g * (wide * scale)).reshape(-1, x.shape[-1]).sum(0)
+    return dx.to(x.dtype), dw.to(weight.dtype)
+
+
+def rms_norm_fake(x: Tensor, weight: Tensor | None, eps: float, offset: float) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def rms_norm_backward_fake(
+    grad: Tensor, x: Tensor, weight: Tensor | None, eps: float, offset: float
+) -> tuple[Tensor, Tensor]:
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return dx, x.new_empty(0) if weight is None else torch.empty_like(
+        weight, memory_format=torch.contiguous_format
+    )

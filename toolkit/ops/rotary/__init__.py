@@ -1,0 +1,90 @@
+"""Rotary position embedding (Su et al., 2021) and the tables it reads."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from toolkit.errors import ToolkitError
+from toolkit.ops.registry import register
+from toolkit.ops.rotary import reference
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, cos, sin, ctx.interleaved = inputs
+    ctx.save_for_backward(cos, sin)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    cos, sin = ctx.saved_tensors
+    return (
+        _ROTARY(grad, cos, reference.transposed_sin(sin, ctx.interleaved), ctx.interleaved),
+        None,
+        None,
+        None,
+    )
+
+
+_ROTARY = register(
+    "rotary(Tensor x, Tensor cos, Tensor sin, bool interleaved) -> Tensor",
+    reference=reference.rotary,
+    fake=reference.rotary_fake,
+    backward=_backward,
+    setup_context=_setup_context,
+)
+_TABLES = register(
+    "rotary_tables(Tensor positions, Tensor inv_freq, float scaling, ScalarType dtype) -> (Tensor, Tensor)",
+    reference=reference.rotary_tables,
+    fake=reference.rotary_tables_fake,
+)
+
+
+def rotary(
+    x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, *, impl: str | None = None
+) -> Tensor:
+    """Rotates pairs of the first R of x's D channels by the token's angles; channels R to D pass through.
+
+    x: [T, H, D], any strides in the first two dimensions (a view of a projection's rows costs no copy);
+    float32, float64, bfloat16 or float16 (the last two computed in float32, rounded once).
+    cos, sin: [T, R], R even and at most D, as ``rotary_tables`` makes them: the R/2 frequencies, twice.
+    Half layout, pairs (i, i + R/2)::
+
+        y[i]       = x[i] cos[i] - x[i + R/2] sin[i]
+        y[i + R/2] = x[i + R/2] cos[i + R/2] + x[i] sin[i + R/2]
+
+    Interleaved layout, pairs (2i, 2i + 1), reads only the first R/2 entries, one a pair: models with this
+    layout repeat each entry for both members of its pair, so ``cos[:, :R/2].repeat_interleave(2, -1)`` is the
+    table they multiply with::
+
+        y[2i]     = x[2i] cos[i] - x[2i + 1] sin[i]
+        y[2i + 1] = x[2i + 1] cos[i] + x[2i] sin[i]
+
+    Returns [T, H, D] in x's dtype, contiguous. Gradient to x only, by the transposed map (the rotation by
+    minus the angle, for tables of one angle a pair). Saved for backward: cos and sin. Every product and sum
+    is rounded on its own, so that float32 bits are those of eager torch. Errors: ToolkitError for
+    tables of other shapes; other dtypes.
+    """
+    rotated = cos.shape[-1]
+    if cos.shape != sin.shape or cos.shape != (x.shape[0], rotated) or rotated % 2 or rotated > x.shape[-1]:
+        raise ToolkitError(
+            f"cos has shape {list(cos.shape)} and sin {list(sin.shape)}; x of shape {list(x.shape)} needs"
+            f" [{x.shape[0]}, R] for both, R even and at most {x.shape[-1]}."
+        )
+    return _ROTARY.select(impl)(x, cos, sin, interleaved)
+
+
+def rotary_tables(
+    positions: Tensor,
+    inv_freq: Tensor,
+    scaling: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    *,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``scaling * cos(position * inv_freq)`` and the same of sin, the F frequencies twice: two of [..., 2F].
+
+    positions: [...] int64. inv_freq: [F], radians a position. The angle is the float32 product, as models
+    are trained with, unless ``dtype`` is float64; the result is cast to ``dtype``. No gradient. On CPU a
+    row's bits depend on its position alone.
+    """
+    return _TABLES.select(impl)(positions, inv_freq, scaling, dtype)

@@ -1,0 +1,109 @@
+// rotary and rotary_tables on CPU. The rotation is a product and a sum of products, each rounded on its own (as
+// eager torch does, so that both agree bit for bit in float32 and float64), hence plain loops.
+#include "rows.h"
+
+namespace toolkit::rotary_op {
+
+using namespace toolkit::rows;
+
+template <typename T, bool interleaved>
+void rotate(const T* __restrict x, const T* __restrict cos, const T* __restrict sin, int64_t rotated, int64_t width,
+            T* __restrict out) {
+  const int64_t half = rotated / 2;
+  for (int64_t i = 0; i < half; ++i) {
+    if constexpr (interleaved) {
+      const T a = x[2 * i], b = x[2 * i + 1];
+      out[2 * i] = a * cos[i] - b * sin[i];
+      out[2 * i + 1] = b * cos[i] + a * sin[i];
+    } else {
+      const T a = x[i], b = x[half + i];
+      out[i] = a * cos[i] - b * sin[i];
+      out[half + i] = b * cos[half + i] + a * sin[half + i];
+    }
+  }
+  for (int64_t i = rotated; i < width; ++i) out[i] = x[i];
+}
+
+Tensor forward(const Tensor& input, const Tensor& cos, const Tensor& sin, bool interleaved) {
+  TORCH_CHECK(input.dim() == 3, "rotary: x has shape ", input.sizes(), "; allowed is [T, H, D].");
+  const int64_t tokens = input.size(0), heads = input.size(1), width = input.size(2);
+  TORCH_CHECK(cos.dim() == 2 && cos.size(0) == tokens && cos.size(1) <= width && cos.size(1) % 2 == 0,
+              "rotary: cos has shape ", cos.sizes(), "; x of shape ", input.sizes(), " needs [", tokens,
+              ", R], R even and at most ", width, ".");
+  check_equal_shapes("rotary", "sin", sin, "cos", cos);
+  const auto type = compute_type(input, "rotary");
+  Tensor x = input.to(type);
+  if (width > 1 && x.stride(2) != 1) x = x.contiguous();
+  const Matrix c(cos, type), s(sin, type);
+  Tensor out = empty(input.sizes(), input, type);
+  const int64_t token_stride = x.stride(0), head_stride = x.stride(1);
+  by_type(type, [&](auto zero) {
+    using T = decltype(zero);
+    const T* from = x.const_data_ptr<T>();
+    T* to = out.mutable_data_ptr<T>();
+    for_rows(tokens, heads * width, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        for (int64_t h = 0; h < heads; ++h) {
+          const T* row = from + t * token_stride + h * head_stride;
+          T* result = to + (t * heads + h) * width;
+          if (interleaved) {
+            rotate<T, true>(row, c.row<T>(t), s.row<T>(t), c.width, width, result);
+          } else {
+            rotate<T, false>(row, c.row<T>(t), s.row<T>(t), c.width, width, result);
+          }
+        }
+      }
+    });
+  });
+  return cast(out, input.scalar_type());
+}
+
+// The angle is rounded to float (as models are trained with), its cosine and sine are taken in double.
+template <typename T>
+void fill_tables(const int64_t* positions, int64_t count, const T* frequency, int64_t n, double scaling, T* cos,
+                 T* sin) {
+  at::parallel_for(0, count, std::max<int64_t>(1, 1024 / std::max<int64_t>(1, n)), [&](int64_t begin, int64_t end) {
+    constexpr int64_t kLanes = Vec<double>::size();
+    for (int64_t t = begin; t < end; ++t) {
+      T *c = cos + t * 2 * n, *s = sin + t * 2 * n;
+      for (int64_t i = 0; i < n; i += kLanes) {
+        const int64_t lanes = std::min(kLanes, n - i);
+        double angle[kLanes] = {}, cosine[kLanes], sine[kLanes];
+        for (int64_t l = 0; l < lanes; ++l) angle[l] = static_cast<T>(positions[t]) * frequency[i + l];
+        const auto angles = Vec<double>::loadu(angle);
+        angles.cos().store(cosine);
+        angles.sin().store(sine);
+        for (int64_t l = 0; l < lanes; ++l) {
+          c[i + l] = c[n + i + l] = static_cast<T>(static_cast<T>(cosine[l]) * static_cast<T>(scaling));
+          s[i + l] = s[n + i + l] = static_cast<T>(static_cast<T>(sine[l]) * static_cast<T>(scaling));
+        }
+      }
+    }
+  });
+}
+
+std::tuple<Tensor, Tensor> tables(const Tensor& positions, const Tensor& inv_freq, double scaling,
+                                  at::ScalarType dtype) {
+  TORCH_CHECK(positions.scalar_type() == at::kLong, "rotary_tables: positions have dtype ", positions.scalar_type(),
+              "; allowed is int64.");
+  TORCH_CHECK(inv_freq.dim() == 1, "rotary_tables: inv_freq has shape ", inv_freq.sizes(), "; allowed is [F].");
+  const auto type = dtype == at::kDouble ? at::kDouble : at::kFloat;
+  const Tensor at_positions = positions.contiguous(), frequencies = inv_freq.to(type).contiguous();
+  const int64_t n = inv_freq.size(0);
+  auto sizes = positions.sizes().vec();
+  sizes.push_back(2 * n);
+  Tensor cos = empty(sizes, inv_freq, type), sin = empty(sizes, inv_freq, type);
+  by_type(type, [&](auto zero) {
+    using T = decltype(zero);
+    fill_tables<T>(at_positions.const_data_ptr<int64_t>(), positions.numel(), frequencies.const_data_ptr<T>(), n,
+                   scaling, cos.mutable_data_ptr<T>(), sin.mutable_data_ptr<T>());
+  });
+  return {cast(cos, dtype), cast(sin, dtype)};
+}
+
+TORCH_LIBRARY_IMPL(toolkit, CPU, m) {
+  m.impl("rotary", &forward);
+  m.impl("rotary_tables", &tables);
+}
+
+}  // namespace toolkit::rotary_op

@@ -1,0 +1,55 @@
+"""Rotary position embedding in plain torch: the specification."""
+
+import torch
+from torch import Tensor
+
+from toolkit.ops.rowwise import compute_dtype, elementwise
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Rotates pairs of the first R channels; float32 (float64 for float64), each operation rounded.
+
+    Differentiable. Only IEEE products and sums: the bits of an element depend on its own pair alone.
+    """
+    half, rotated = cos.shape[-1] // 2, cos.shape[-1]
+    wide = x.to(compute_dtype(x))
+    c, s = cos.to(wide.dtype)[:, None], sin.to(wide.dtype)[:, None]
+    turned = wide[..., :rotated]
+    if interleaved:
+        a, b = turned[..., 0::2], turned[..., 1::2]
+        c, s = c[..., :half], s[..., :half]
+        y = torch.stack((a * c - b * s, b * c + a * s), dim=-1).flatten(-2)
+    else:
+        a, b = turned[..., :half], turned[..., half:]
+        y = torch.cat((a * c[..., :half] - b * s[..., :half], b * c[..., half:] + a * s[..., half:]), dim=-1)
+    return torch.cat((y, wide[..., rotated:]), dim=-1).to(x.dtype)
+
+
+def transposed_sin(sin: Tensor, interleaved: bool) -> Tensor:
+    """The sine table that makes ``rotary`` the transpose of the linear map it is with ``sin``."""
+    return -sin if interleaved else -sin.roll(sin.shape[-1] // 2, -1)
+
+
+def rotary_tables(
+    positions: Tensor, inv_freq: Tensor, scaling: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of ``position * inv_freq``, times ``scaling``, each frequency twice: [..., 2F].
+
+    Angle, table and product with ``scaling`` are float32 (float64 when ``dtype`` is), then cast to ``dtype``.
+    Positions are exact up to 2^24 in float32. Rows do not depend on each other.
+    """
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    angles = positions.to(wide)[..., None] * inv_freq.to(wide)
+    cos, sin = (elementwise(f, angles) * scaling for f in (torch.cos, torch.sin))
+    return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((sin, sin), dim=-1).to(dtype)
+
+
+def rotary_fake(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def rotary_tables_fake(
+    positions: Tensor, inv_freq: Tensor, scaling: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    shape = (*positions.shape, 2 * inv_freq.shape[0])
+    return inv_freq.new_empty(shape, dtype=dtype), inv_freq.new_empty(shape, dtype=dtype)

@@ -1,0 +1,54 @@
+"""Log-probability of given tokens, the loss of language models, without a stored softmax."""
+
+from typing import Any
+
+from torch import Tensor
+
+from toolkit.errors import ToolkitError
+from toolkit.ops.registry import register
+from toolkit.ops.token_logprob import reference
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    logits, targets = inputs
+    ctx.save_for_backward(logits, targets, output[1])
+
+
+def _backward(ctx: Any, grad_logprob: Tensor, grad_lse: Tensor) -> tuple[Tensor, None]:
+    logits, targets, lse = ctx.saved_tensors
+    return _BACKWARD(grad_logprob, grad_lse, logits, targets, lse), None
+
+
+_BACKWARD = register(
+    "token_logprob_backward(Tensor grad_logprob, Tensor grad_lse, Tensor logits, Tensor targets, Tensor lse)"
+    " -> Tensor",
+    reference=reference.token_logprob_backward,
+    fake=reference.token_logprob_backward_fake,
+)
+_FORWARD = register(
+    "token_logprob(Tensor logits, Tensor targets) -> (Tensor, Tensor)",
+    reference=reference.token_logprob,
+    fake=reference.token_logprob_fake,
+    backward=_backward,
+    setup_context=_setup_context,
+)
+
+
+def token_logprob(logits: Tensor, targets: Tensor, *, impl: str | None = None) -> tuple[Tensor, Tensor]:
+    """``(logits[t, targets[t]] - lse[t], lse[t])`` with ``lse`` the natural log of the sum of exp of row t.
+
+    logits: [..., V], V >= 1; float32, float64, bfloat16 or float16. targets: [...] int64, below V; a negative
+    one is ignored: its log-probability is 0 and passes no gradient. Both results are [...], float32 (float64
+    for float64 logits), in nats. Entries of -inf have probability 0; a row of nothing else gives lse -inf,
+    a row with NaN or +inf gives NaN.
+    Saved for backward: logits, targets, lse. Both results pass gradient:
+    ``d logits = g (onehot - softmax) + g_lse softmax``, written in one pass.
+    On CPU a row's bits depend on that row alone. Errors: ToolkitError for other shapes, IndexError
+    for a target of V or more on CPU; other dtypes.
+    """
+    if targets.shape != logits.shape[:-1] or not logits.shape[-1]:
+        raise ToolkitError(
+            f"targets have shape {list(targets.shape)} and logits {list(logits.shape)};"
+            " allowed are [...] and [..., V] with V at least 1."
+        )
+    return _FORWARD.select(impl)(logits, targets)
