@@ -1,0 +1,38 @@
+"""Command ``toolkit``: a module a subcommand, with ``add_parser(subparsers)`` and ``run(args) -> int``."""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from toolkit.errors import ToolkitError
+
+COMMANDS = ("train", "generate", "verify", "export", "serve", "patches", "demo")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; its exit status. Bad input is one line on standard error and status 2."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    # Only the command at hand is imported; help and mistakes need them all.
+    names = words[:1] if words[:1] and words[0] in COMMANDS else COMMANDS
+    modules = {name: importlib.import_module(f"toolkit.cli.{name}") for name in names}
+    parser = argparse.ArgumentParser(
+        prog="toolkit",
+        description="Patch a Hugging Face model once; train it, roll it out, export it and serve it.",
+    )
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for module in modules.values():
+        module.add_parser(subparsers)
+    args = parser.parse_args(words)
+    try:
+        return modules[args.command].run(args)
+    except ToolkitError as error:
+        print(f"toolkit: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of a pipe has gone; keep the interpreter's last flush from failing on it as well.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1

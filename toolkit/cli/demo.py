@@ -15,7 +15,6 @@ PROMPTS = ["def main(argv=None):\n", "class Queue:\n    def __init__(self", "imp
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("demo", help="run the whole story on this machine's own Python sources")
     parser.add_argument("--recipe", default="recipes/pretrain.yaml")
-    parser.add_argument("--out", default="runs/demo", help="folder of the run (default runs/demo; resumed if it exists)")
     parser.add_argument("overrides", nargs="*", help="key=value overrides for the training recipe")
     parser.set_defaults(run=run)
 
@@ -24,11 +23,11 @@ def run(args: argparse.Namespace) -> int:
     import shutil
 
     started = time.monotonic()
-    out, exported = Path(args.out), Path(args.out) / "export"
-    shutil.rmtree(out, ignore_errors=True)
+    out, exported = Path("runs/demo"), Path("runs/demo-export")
+    shutil.rmtree(exported, ignore_errors=True)
     toolkit = [sys.executable, "-m", "toolkit.cli"]
     steps = [
-        ["train", args.recipe, f"run.dir={out}", *args.overrides],
+        ["train", args.recipe, "name=demo", "overwrite=true", *args.overrides],
         ["generate", str(out), *PROMPTS, "--max-tokens", "64", "--temperature", "0.7", "--seed", "1"],
         ["verify", str(out), "--tokens", "2000"],
         ["export", str(out), str(exported)],

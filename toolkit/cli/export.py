@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def greedy_tokens(path: str, prompts: list[list[int]]) -> list[list[int]]:
-    """What stock transformers generates from the checkpoint at ``path``: greedy, eager attention, one prompt at a time."""
+    """What stock transformers generates from the checkpoint at ``path``: greedy, eager attention, prompt by prompt."""
     import torch
     from transformers import AutoModelForCausalLM
 

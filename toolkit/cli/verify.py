@@ -11,15 +11,14 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--tokens", type=int, default=2000, help="sampled tokens to compare at least (default 2000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the schedules (default 0)")
     parser.add_argument("--numerics", choices=["bitwise", "fast"], default=None, help="tier to verify")
-    parser.add_argument("--no-cost", action="store_true", help="skip the timing of the bitwise tier against the fast one")
+    parser.add_argument(
+        "--no-cost", action="store_true", help="skip the timing of the bitwise tier against the fast one"
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 0 when the tier's promise holds: no differing token in the bitwise tier."""
-    from rich.console import Console
-    from rich.table import Table
-
     from toolkit.errors import ToolkitError
     from toolkit.testing.parity import bitwise_cost, check_parity
 
@@ -27,33 +26,26 @@ def run(args: argparse.Namespace) -> int:
         raise ToolkitError("verify takes either a model folder or --random FAMILY.")
     if args.tokens < 1:
         raise ToolkitError(f"--tokens is {args.tokens}; allowed are 1 and more.")
-    subjects = list(_subjects(args))
-    table = Table(title="rollout against training forward")
-    for column in ("model", "tier", "tokens", "bits differ", "largest", "schedules", "prefix hits", "preempted", "forked"):
-        table.add_column(column, justify="left" if column in ("model", "tier") else "right")
     broken = False
-    console = Console()
-    for name, model, prompts in subjects:
+    for name, model, prompts in _subjects(args):
         parity = check_parity(model, prompts, min_tokens=args.tokens, seed=args.seed, numerics=args.numerics)
         broken |= parity.numerics == "bitwise" and parity.differing > 0
-        table.add_row(
-            name,
-            parity.numerics,
-            str(parity.tokens),
-            str(parity.differing),
-            f"{parity.largest:.1e}",
-            str(parity.schedules),
-            str(parity.prefix_hit_tokens),
-            str(parity.preemptions),
-            str(parity.forked),
+        print(
+            f"{name}, {parity.numerics} tier: {parity.tokens} sampled tokens against the training forward: "
+            f"{parity.differing} differ in their bits, largest difference {parity.largest:.1e}"
         )
-    console.print(table)
-    if not args.no_cost:
-        for name, model, prompts in subjects:
+        print(
+            f"  {parity.schedules} random schedules: {parity.chunked_prompts} prompts in chunks, "
+            f"{parity.prefix_hit_tokens} tokens from the prefix cache, {parity.preemptions} preemptions, "
+            f"{parity.forked} forks",
+            flush=True,
+        )
+        if not args.no_cost:
             cost = bitwise_cost(model, prompts[:8])
-            console.print(
-                f"{name}: the bitwise tier takes {cost.generate_ratio:.2f}x the fast tier's time to generate "
-                f"and {cost.train_ratio:.2f}x to train a step"
+            print(
+                f"  the bitwise tier takes {cost.generate_ratio:.2f}x the time of the fast tier to generate, "
+                f"{cost.train_ratio:.2f}x for a training forward and backward",
+                flush=True,
             )
     return 1 if broken else 0
 
@@ -79,7 +71,7 @@ def _subjects(args: argparse.Namespace) -> Any:
 
 
 def real_prompts(tokenizer: Any, vocabulary: int, source: Any) -> list[list[int]]:
-    """32 prompts of 8 to 96 tokens: cuttings of the standard library's ``argparse``, or random ids without a tokenizer."""
+    """32 prompts of 8 to 96 tokens: cuttings of the standard library's ``argparse``, or random ids."""
     if tokenizer is None:
         ids = [source.randrange(vocabulary) for _ in range(4096)]
     else:

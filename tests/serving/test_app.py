@@ -1,0 +1,216 @@
+"""The application in one process on an engine that does as it is told: failures, limits and keys."""
+
+import asyncio
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+from fastapi.testclient import TestClient
+
+from toolkit.engine.params import SamplingParams
+from toolkit.serving.app import Served, create_app
+from toolkit.serving.runner import Runner, Unavailable
+
+PROMPT = {"prompt": [1, 2, 3], "max_tokens": 3}
+
+
+class ToldEngine:
+    """One token a step and sequence; ``step`` raises ``fail``, waits for ``held``, ends all by ``error``."""
+
+    def __init__(self, fail=None, error=None):
+        self.fail, self.error = fail, error
+        self.live, self.cancelled, self.steps = {}, [], 0
+        self.held = threading.Event()
+        self.held.set()
+
+    def submit(self, prompt, params):
+        self.live[len(self.live)] = (params, [])
+        return len(self.live) - 1
+
+    @property
+    def has_work(self):
+        return bool(self.live)
+
+    def step(self):
+        self.held.wait(10)
+        self.steps += 1
+        if self.fail:
+            raise self.fail
+        deltas = []
+        for request, (params, tokens) in list(self.live.items()):
+            tokens.append(7)
+            done = None
+            if len(tokens) == params.max_tokens or self.error:
+                del self.live[request]
+                reason = "error" if self.error else "length"
+                done = SimpleNamespace(
+                    text="x" * len(tokens), token_ids=tokens, logprobs=[-1.0] * len(tokens), top_logprobs=None
+                )
+                done.finish_reason, done.stop_reason, done.error = reason, None, self.error
+            deltas.append(
+                SimpleNamespace(
+                    request_id=request,
+                    index=0,
+                    token_ids=[7],
+                    logprobs=[float("-inf")],
+                    top_logprobs=None,
+                    text="x",
+                    finished=done,
+                )
+            )
+        return deltas
+
+    def cancel(self, request):
+        self.cancelled.append(request)
+        self.live.pop(request, None)
+
+    def stats(self):
+        return {"running": len(self.live), "waiting": 0}
+
+
+def client_of(engine, max_sequences=8, **served):
+    runner = Runner(engine, max_sequences)
+    return TestClient(create_app(Served("told", runner, **served)), raise_server_exceptions=False), runner
+
+
+def test_an_engine_that_fails_ends_its_requests_and_the_health():
+    client, _ = client_of(ToldEngine(fail=RuntimeError("out of memory")))
+    with client:
+        assert client.get("/health").status_code == 200
+        first = client.post("/v1/completions", json=PROMPT)
+        assert first.status_code == 503
+        assert first.json()["error"]["message"] == "The engine has stopped: out of memory"
+        assert client.get("/health").status_code == 503
+        assert client.post("/v1/completions", json=PROMPT).status_code == 503
+        assert client.get("/metrics").status_code == 200
+
+
+def test_an_engine_that_fails_ends_a_stream_with_an_error_event():
+    client, _ = client_of(ToldEngine(fail=RuntimeError("out of memory")))
+    with client:
+        answer = client.post("/v1/completions", json={**PROMPT, "stream": True})
+        assert "The engine has stopped: out of memory" in answer.text
+        assert "[DONE]" not in answer.text
+
+
+def test_a_request_that_fails_in_the_engine_fails_alone():
+    engine = ToldEngine(error="no such expert")
+    client, _ = client_of(engine)
+    with client:
+        answer = client.post("/v1/completions", json=PROMPT)
+        assert answer.status_code == 500
+        assert answer.json()["error"]["message"] == "The request failed in the engine: no such expert"
+        engine.error = None
+        assert client.post("/v1/completions", json=PROMPT).json()["choices"][0]["text"] == "xxx"
+
+
+def test_beyond_the_limit_requests_are_refused_until_there_is_room():
+    engine = ToldEngine()
+    client, runner = client_of(engine, max_sequences=2)
+    answers = []
+    with client:
+        engine.held.clear()
+        asking = threading.Thread(
+            target=lambda: answers.append(
+                client.post("/v1/completions", json={**PROMPT, "prompt": [[1], [2]]})
+            )
+        )
+        asking.start()
+        while not runner._tickets:
+            time.sleep(0.005)
+        refused = client.post("/v1/completions", json=PROMPT)
+        engine.held.set()
+        asking.join(10)
+        assert refused.status_code == 503
+        assert refused.headers["retry-after"] == "1"
+        assert "limit of 2 sequences" in refused.json()["error"]["message"]
+        assert answers[0].status_code == 200
+        assert client.post("/v1/completions", json=PROMPT).status_code == 200
+
+
+def test_an_api_key_is_asked_for_where_models_are():
+    client, _ = client_of(ToldEngine(), api_key="secret")
+    with client:
+        assert client.get("/health").status_code == client.get("/metrics").status_code == 200
+        for key in (
+            {},
+            {"authorization": "Bearer wrong"},
+            {"authorization": "Bearer secrét".encode("latin-1")},
+        ):
+            answer = client.get("/v1/models", headers=key)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+        good = client.get("/v1/models", headers={"authorization": "Bearer secret"})
+        assert good.json()["data"][0]["id"] == "told"
+
+
+def test_without_a_tokenizer_prompts_are_token_ids():
+    client, _ = client_of(ToldEngine())
+    with client:
+        text = client.post("/v1/completions", json={"prompt": "a"})
+        chat = client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "a"}]})
+        ids = client.post("/v1/completions", json={**PROMPT, "logprobs": 0, "stream": True})
+        assert (text.status_code, chat.status_code, ids.status_code) == (400, 400, 200)
+        assert "has no tokenizer" in text.json()["error"]["message"]
+        assert "no chat template" in chat.json()["error"]["message"]
+        assert "Infinity" not in ids.text  # which is not JSON
+        assert "token_id:7" in ids.text
+
+
+def test_a_body_beyond_the_limit_is_refused():
+    client, _ = client_of(ToldEngine())
+    with client:
+        answer = client.post("/v1/completions", content=b" " * (33 * 2**20))
+        assert answer.status_code == 413
+
+
+def test_the_engine_thread_sleeps_while_there_is_nothing_to_do():
+    engine = ToldEngine()
+    client, runner = client_of(engine)
+    with client:
+        client.post("/v1/completions", json=PROMPT)
+        used = time.process_time()
+        time.sleep(0.3)
+        assert time.process_time() - used < 0.1
+        assert engine.steps == 3
+    assert not runner._thread.is_alive()
+
+
+def test_a_closing_runner_ends_what_waits():
+    async def scenario():
+        engine = ToldEngine()
+        runner = Runner(engine)
+        runner.start()
+        ticket = await runner.submit([[1]], SamplingParams(max_tokens=10**9))
+        await asyncio.to_thread(runner.close)
+        with pytest.raises(Unavailable, match="shutting down"):
+            async for _ in ticket.deltas():
+                pass
+        with pytest.raises(Unavailable, match="shutting down"):
+            await runner.submit([[1]], SamplingParams())
+        assert engine.cancelled == [0]
+
+    asyncio.run(scenario())
+
+
+def test_a_cancelled_submission_leaves_nothing_behind():
+    async def scenario():
+        engine = ToldEngine()
+        engine.held.clear()
+        runner = Runner(engine, max_sequences=2)
+        runner.start()
+        first = await runner.submit([[1]], SamplingParams(max_tokens=10**9))
+        waiting = asyncio.create_task(runner.submit([[2]], SamplingParams(max_tokens=10**9)))
+        await asyncio.sleep(0.05)
+        waiting.cancel()
+        engine.held.set()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        first.cancel()
+        while runner._tickets:
+            await asyncio.sleep(0.005)
+        assert not engine.live
+        assert runner._load == 0
+        await asyncio.to_thread(runner.close)
+
+    asyncio.run(scenario())

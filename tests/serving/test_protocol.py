@@ -1,0 +1,113 @@
+"""Request bodies: what passes, and the one sentence of each that does not."""
+
+import json
+
+import pytest
+
+from toolkit.serving.protocol import ChatRequest, CompletionRequest, RequestError, parse
+
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+def completion(**fields):
+    return parse(CompletionRequest, json.dumps({"prompt": "a", **fields}).encode())
+
+
+def chat(**fields):
+    return parse(ChatRequest, json.dumps({"messages": HELLO, **fields}).encode())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [("a", ["a"]), ("", [""]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1], [2, 3]], [[1], [2, 3]])],
+)
+def test_every_kind_of_prompt_becomes_a_list(prompt, prompts):
+    assert completion(prompt=prompt).prompt == prompts
+
+
+def test_only_given_fields_reach_the_sampling_parameters():
+    assert completion().sampling() == {}
+    given = {"temperature": 0, "stop": "x", "top_k": 3, "n": 2, "logprobs": 1, "stream": True, "user": "u"}
+    assert completion(**given).sampling() == {"temperature": 0, "stop": ["x"], "top_k": 3, "n": 2}
+    assert chat(max_completion_tokens=7).sampling() == {"max_tokens": 7}
+
+
+def test_null_and_requests_for_nothing_are_as_good_as_absent():
+    assert completion(suffix=None, stop=None, best_of=1, echo=False, temperature=None).sampling() == {}
+    assert (
+        chat(tools=[], tool_choice="none", response_format={"type": "text"}, logit_bias={}).sampling() == {}
+    )
+
+
+def test_text_parts_are_joined():
+    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    (message,) = chat(messages=[{"role": "user", "content": parts}]).messages
+    assert message.for_template() == HELLO[0]
+
+
+WRONG = [
+    (completion, {"tempature": 1}, "tempature", "did you mean 'temperature'?"),
+    (completion, {"messages": HELLO}, "messages", "Unknown field 'messages'."),
+    (completion, {"prompt": None}, "prompt", "'prompt' is required."),
+    (completion, {"prompt": []}, "prompt", "none of them empty"),
+    (completion, {"prompt": [1, 2.5]}, "prompt", "allowed are a string"),
+    (completion, {"prompt": [1, True]}, "prompt", "allowed are a string"),
+    (completion, {"prompt": ["a", [1]]}, "prompt", "allowed are a string"),
+    (completion, {"prompt": [[1], []]}, "prompt", "none of them empty"),
+    (completion, {"n": 0}, "n", "greater than or equal to 1"),
+    (completion, {"n": 100_000}, "n", "less than or equal to 128"),
+    (completion, {"n": True}, "n", "'n' is True, but it must be a valid integer."),
+    (
+        completion,
+        {"temperature": "hot"},
+        "temperature",
+        "'temperature' is 'hot', but it must be a valid number.",
+    ),
+    (completion, {"temperature": float("nan")}, "temperature", "finite"),
+    (completion, {"stop": ["a", 3]}, "stop[1]", "'stop[1]' is 3, but it must be a valid string."),
+    (completion, {"logprobs": 21}, "logprobs", "less than or equal to 20"),
+    (completion, {"best_of": 4}, "best_of", "does not offer 'best_of'"),
+    (completion, {"echo": 0}, "echo", "does not offer 'echo'"),
+    (completion, {"stream_options": {}}, "stream_options", "'stream' is not true"),
+    (
+        completion,
+        {"stream": True, "stream_options": {"include_usag": True}},
+        "stream_options.include_usag",
+        "usage",
+    ),
+    (chat, {"messages": []}, "messages", "at least 1 item"),
+    (chat, {"messages": "hi"}, "messages", "'messages' is 'hi', but it must be a valid list."),
+    (chat, {"messages": [{"role": "usr", "content": ""}]}, "messages[0].role", "'user'"),
+    (chat, {"messages": [{"role": "user", "contnt": ""}]}, None, "content"),
+    (chat, {"messages": [{"role": "user", "content": None}]}, "messages[0].content", "is required"),
+    (
+        chat,
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        "messages[0].content[0].type",
+        "'text'",
+    ),
+    (chat, {"top_logprobs": 2}, "top_logprobs", "'logprobs' is not true"),
+    (chat, {"logprobs": 3}, "logprobs", "boolean"),
+    (chat, {"max_tokens": 2, "max_completion_tokens": 3}, "max_tokens", "give one"),
+    (chat, {"tools": [{"type": "function"}]}, "tools", "does not offer 'tools'"),
+    (chat, {"messages": [{"role": "user", "content": "\ud800"}]}, None, "surrogate"),
+]
+
+
+@pytest.mark.parametrize(("endpoint", "fields", "param", "words"), WRONG, ids=lambda value: None)
+def test_a_wrong_request_is_one_sentence_that_names_the_field(endpoint, fields, param, words):
+    with pytest.raises(RequestError) as raised:
+        endpoint(**fields)
+    message = str(raised.value)
+    assert words in message
+    assert "\n" not in message
+    assert message.endswith((".", "?"))
+    assert raised.value.status == 400
+    if param is not None:
+        assert raised.value.param == param
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"\xff", b"[" * 100_000, b"[1]", b"null", b'"text"'])
+def test_a_body_that_is_no_json_object_is_refused(raw):
+    with pytest.raises(RequestError, match="request body"):
+        parse(CompletionRequest, raw)

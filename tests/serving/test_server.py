@@ -1,0 +1,322 @@
+"""A real server process with a tiny random model, asked through the ``openai`` client and plain HTTP."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import httpx
+import openai
+import pytest
+
+GREEDY = {"temperature": 0, "extra_body": {"ignore_eos": True}}
+PROMPT = "the quick brown fox"
+CHAT = [{"role": "user", "content": "jumps over"}]
+
+
+@pytest.fixture(scope="module")
+def server(chat_model):
+    command = [sys.executable, "-m", "toolkit.cli", "serve", str(chat_model), "--port", "0", "--grace", "3"]
+    process = subprocess.Popen(
+        [*command, "--max-num-seqs", "16", "--max-queue", "64"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    errors: list[str] = []
+    reader = threading.Thread(target=lambda: errors.extend(process.stderr), daemon=True)
+    reader.start()
+    try:
+        line = process.stdout.readline()
+        found = re.fullmatch(r"serving tiny on (http://127\.0\.0\.1:\d+)\n", line)
+        assert found, (line, errors)
+        client = openai.OpenAI(base_url=f"{found[1]}/v1", api_key="any", max_retries=0, timeout=60)
+        with httpx.Client(base_url=found[1], timeout=60) as http:
+            yield SimpleNamespace(url=found[1], client=client, http=http, process=process, errors=errors)
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def client(server):
+    return server.client
+
+
+def readings(server):
+    lines = server.http.get("/metrics").text.splitlines()
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
+
+
+def until(condition, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+    assert condition()
+
+
+def complete(client, prompt=PROMPT, max_tokens=12, **fields):
+    return client.completions.create(model="tiny", prompt=prompt, max_tokens=max_tokens, **fields)
+
+
+def test_the_model_is_listed(client):
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError, match="this server has only 'tiny'"):
+        client.models.retrieve("large")
+
+
+def test_a_completion_counts_its_tokens_and_says_why_it_ended(client, chat_model):
+    from transformers import AutoTokenizer
+
+    answer = complete(client, **GREEDY)
+    (choice,) = answer.choices
+    prompt = AutoTokenizer.from_pretrained(chat_model)(PROMPT)["input_ids"]
+    assert choice.finish_reason == "length"
+    assert answer.usage.completion_tokens == 12
+    assert answer.usage.prompt_tokens == len(prompt)
+    assert answer.usage.total_tokens == 12 + len(prompt)
+    assert complete(client, prompt, **GREEDY).choices[0].text == choice.text
+
+
+def test_greedy_tokens_are_those_of_plain_transformers(client, chat_model):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(chat_model)
+    model = AutoModelForCausalLM.from_pretrained(chat_model, dtype=torch.float64)
+    ids = torch.tensor([tokenizer(PROMPT)["input_ids"]])
+    with torch.no_grad():
+        for _ in range(12):
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+        exact = model(ids).logits[0].log_softmax(-1)
+    start = ids.shape[1] - 12
+    answer = complete(client, logprobs=3, **GREEDY)
+    got = answer.choices[0].logprobs
+    assert answer.choices[0].text == tokenizer.decode(ids[0, start:])
+    assert len(got.tokens) == len(got.token_logprobs) == len(got.top_logprobs) == len(got.text_offset) == 12
+    for place in range(12):
+        best = exact[start + place - 1].topk(3).values
+        assert got.token_logprobs[place] == pytest.approx(float(best[0]), abs=1e-4)
+        top = list(got.top_logprobs[place].values())
+        assert top == pytest.approx(best.tolist(), abs=1e-4)
+
+
+def test_many_prompts_with_n_choices_come_in_order(client):
+    prompts = [PROMPT, "lazy", "dog"]
+    alone = [complete(client, prompt, seed=7, n=2).choices for prompt in prompts]
+    together = complete(client, prompts, seed=7, n=2).choices
+    assert [choice.index for choice in together] == list(range(6))
+    assert [choice.text for choice in together] == [choice.text for pair in alone for choice in pair]
+    assert together[0].text != together[1].text
+
+
+@pytest.mark.parametrize("fields", [GREEDY, {"seed": 3, "n": 2, "top_p": 0.9}], ids=["greedy", "seeded"])
+def test_a_streamed_completion_is_the_whole_one_in_pieces(client, fields):
+    whole = complete(client, max_tokens=40, **fields)
+    texts, reasons = {}, {}
+    used = None
+    for chunk in complete(
+        client, max_tokens=40, stream=True, stream_options={"include_usage": True}, **fields
+    ):
+        used = chunk.usage
+        for choice in chunk.choices:
+            texts[choice.index] = texts.get(choice.index, "") + choice.text
+            reasons[choice.index] = choice.finish_reason
+    assert texts == {choice.index: choice.text for choice in whole.choices}
+    assert reasons == {choice.index: choice.finish_reason for choice in whole.choices}
+    assert used == whole.usage
+
+
+@pytest.mark.parametrize("fields", [GREEDY, {"seed": 3, "n": 2}], ids=["greedy", "seeded"])
+def test_a_streamed_chat_is_the_whole_one_in_pieces(client, fields):
+    asked = {"model": "tiny", "messages": CHAT, "max_completion_tokens": 30, "logprobs": True, **fields}
+    whole = client.chat.completions.create(**asked)
+    chunks = list(client.chat.completions.create(**asked, stream=True))
+    for choice in whole.choices:
+        mine = [one for chunk in chunks for one in chunk.choices if one.index == choice.index]
+        assert mine[0].delta.role == "assistant"
+        assert "".join(one.delta.content or "" for one in mine) == choice.message.content
+        assert [one.finish_reason for one in mine] == [None] * (len(mine) - 1) + [choice.finish_reason]
+        logprobs = [entry for one in mine if one.logprobs for entry in one.logprobs.content]
+        assert logprobs == choice.logprobs.content
+
+
+def test_a_chat_goes_through_the_models_template(client):
+    parts = [{"type": "text", "text": "jumps "}, {"type": "text", "text": "over"}]
+    answers = [
+        client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": content}], max_tokens=16, **GREEDY
+        )
+        for content in ("jumps over", parts)
+    ]
+    plain = complete(client, "user: jumps over\nassistant:", max_tokens=16, **GREEDY)
+    assert {answer.choices[0].message.content for answer in answers} == {plain.choices[0].text}
+    assert answers[0].usage == plain.usage
+    assert answers[0].choices[0].message.role == "assistant"
+
+
+def test_chat_logprobs_spell_the_text_in_bytes(client):
+    answer = client.chat.completions.create(
+        model="tiny",
+        messages=CHAT,
+        max_tokens=24,
+        logprobs=True,
+        top_logprobs=2,
+        temperature=0,
+        extra_body={"ignore_eos": True, "skip_special_tokens": False},
+    )
+    (choice,) = answer.choices
+    spelled = b"".join(bytes(entry.bytes) for entry in choice.logprobs.content)
+    assert spelled.decode(errors="replace") == choice.message.content
+    for entry in choice.logprobs.content:
+        assert entry.top_logprobs[0].token == entry.token
+        assert entry.top_logprobs[0].logprob == pytest.approx(entry.logprob, abs=1e-5)
+        assert entry.top_logprobs[0].logprob >= entry.top_logprobs[1].logprob
+
+
+def test_the_raw_stream_ends_with_done(server):
+    body = {"prompt": PROMPT, "max_tokens": 3, "stream": True}
+    answer = server.http.post("/v1/completions", json=body)
+    events = answer.text.split("\n\n")
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert events[-2:] == ["data: [DONE]", ""]
+    assert all("usage" not in json.loads(event.removeprefix("data: ")) for event in events[:-2])
+
+
+def test_a_stop_string_is_cut_and_never_shown(client):
+    text = complete(client, max_tokens=40, **GREEDY).choices[0].text
+    stop = text[12:15]
+    whole = complete(client, max_tokens=40, stop=["never to be found", stop], **GREEDY).choices[0]
+    streamed = complete(client, max_tokens=40, stop=stop, stream=True, **GREEDY)
+    assert whole.text == text[: text.index(stop)]
+    assert whole.finish_reason == "stop"
+    assert whole.stop_reason == stop
+    assert "".join(choice.text for chunk in streamed for choice in chunk.choices) == whole.text
+
+
+def test_many_clients_at_once_get_what_each_would_get_alone(server):
+    def ask(seed):
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0, timeout=60)
+        stream = complete(client, f"fox {seed % 3}", max_tokens=5 + seed, seed=seed, stream=True)
+        return "".join(choice.text for chunk in stream for choice in chunk.choices)
+
+    alone = [ask(seed) for seed in range(10)]
+    with ThreadPoolExecutor(10) as pool:
+        assert list(pool.map(ask, range(10))) == alone
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_place(server, stream):
+    before = readings(server)
+    body = {"prompt": PROMPT, "max_tokens": 4000, "ignore_eos": True, "stream": stream, "n": 2}
+    if stream:
+        with server.http.stream("POST", "/v1/completions", json=body) as answer:
+            next(answer.iter_lines())
+            assert readings(server)["toolkit_sequences_running"] == 2
+    else:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{server.url}/v1/completions", json=body, timeout=httpx.Timeout(60, read=0.5))
+    until(lambda: readings(server)["toolkit_sequences_running"] == 0)
+    after = readings(server)
+    cancelled = 'toolkit_generations_total{reason="cancelled"}'
+    assert after[cancelled] == before.get(cancelled, 0) + 2
+    assert after["toolkit_generated_tokens_total"] - before["toolkit_generated_tokens_total"] < 7900
+    assert after["toolkit_pages_used"] == 0
+
+
+def test_metrics_count_what_was_done(server):
+    before = readings(server)
+    complete(server.client, "jumps over the lazy dog", max_tokens=9, n=2, **GREEDY)
+    after = readings(server)
+    grown = {name: after[name] - before.get(name, 0) for name in after if after[name] != before.get(name, 0)}
+    assert grown["toolkit_generated_tokens_total"] == 18
+    assert grown["toolkit_prompt_tokens_total"] > 0
+    assert grown['toolkit_generations_total{reason="length"}'] == 2
+    assert grown['toolkit_requests_total{path="/v1/completions",status="200"}'] == 1
+    assert grown["toolkit_time_to_first_token_seconds_count"] == 2
+    assert grown["toolkit_inter_token_latency_seconds_count"] == 16
+    for name in ("time_to_first_token", "inter_token_latency"):
+        assert after[f'toolkit_{name}_seconds_bucket{{le="+Inf"}}'] == after[f"toolkit_{name}_seconds_count"]
+    assert after["toolkit_sequences_running"] == after["toolkit_sequences_waiting"] == 0
+    assert server.http.get("/health").json() == {"status": "ok"}
+
+
+COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
+WRONG = [
+    (COMPLETIONS, {"prompt": "a", "tempature": 1}, 400, "tempature", "did you mean 'temperature'?"),
+    (COMPLETIONS, {}, 400, "prompt", "'prompt' is required."),
+    (COMPLETIONS, {"prompt": ""}, 400, "prompt", "prompt has 0 tokens"),
+    (COMPLETIONS, {"prompt": [3, 320]}, 400, "prompt", "'prompt' has the token id 320; allowed are 0 to"),
+    (COMPLETIONS, {"prompt": "a", "model": "large"}, 404, "model", "this server has only 'tiny'."),
+    (COMPLETIONS, {"prompt": "a", "temperature": -1}, 400, "temperature", "temperature is -1"),
+    (COMPLETIONS, {"prompt": "a", "top_p": 0}, 400, "top_p", "top_p is 0"),
+    (COMPLETIONS, {"prompt": "a", "max_tokens": 0}, 400, "max_tokens", "max_tokens is 0"),
+    (COMPLETIONS, {"prompt": "a", "max_tokens": 5000}, 400, "max_tokens", "max_tokens is 5000"),
+    (COMPLETIONS, {"prompt": [9] * 4096}, 400, "prompt", "prompt has 4096 tokens"),
+    (COMPLETIONS, {"prompt": ["a"] * 65}, 400, None, "asks for 65 sequences; allowed are up to 64."),
+    (COMPLETIONS, {"prompt": "a", "seed": 2**70}, 400, "seed", "seed is"),
+    (COMPLETIONS, {"prompt": "a", "stop": ""}, 400, "stop", "stop is"),
+    (COMPLETIONS, {"prompt": "a", "min_tokens": 9, "max_tokens": 3}, 400, "min_tokens", "min_tokens is 9"),
+    (COMPLETIONS, {"prompt": "a", "echo": True}, 400, "echo", "does not offer 'echo'"),
+    (COMPLETIONS, {"prompt": "a", "suffix": "b"}, 400, "suffix", "does not offer 'suffix'"),
+    (CHATS, {"messages": []}, 400, "messages", "at least 1 item"),
+    (CHATS, {"messages": [{"role": "tool", "content": "x"}]}, 400, "messages", "no tools here"),
+    (CHATS, {"messages": [{"role": "king", "content": "x"}]}, 400, "messages[0].role", "'user'"),
+    (CHATS, {"messages": CHAT, "tools": [{}]}, 400, "tools", "does not offer 'tools'"),
+    ("/v1/embeddings", {"input": "a"}, 404, None, "There is no POST /v1/embeddings."),
+    ("/health", {}, 405, None, "POST /health is not allowed."),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "status", "param", "words"), WRONG)
+def test_a_wrong_request_gets_one_clear_sentence(server, path, body, status, param, words):
+    answer = server.http.post(path, json=body)
+    error = answer.json()["error"]
+    assert answer.status_code == status
+    assert set(error) == {"message", "type", "param", "code"}
+    assert words in error["message"]
+    assert "\n" not in error["message"]
+    assert error["param"] == param
+
+
+def test_a_body_that_is_no_json_is_refused(server):
+    answer = server.http.post(COMPLETIONS, content=b"{'prompt'")
+    assert answer.status_code == 400
+    assert "not valid JSON" in answer.json()["error"]["message"]
+
+
+# The last test of the module: it ends the module's server.
+def test_sigterm_lets_short_requests_finish_and_ends_with_status_0(server):
+    outcome = {}
+
+    def ask(name, max_tokens, n):
+        body = {"prompt": PROMPT, "max_tokens": max_tokens, "n": n, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{server.url}{COMPLETIONS}", json=body, timeout=60) as answer:
+            for line in answer.iter_lines():
+                if line:
+                    started[name].set()
+                    outcome[name] = line
+
+    started = {"short": threading.Event(), "long": threading.Event()}
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(ask, "long", 4000, 8), pool.submit(ask, "short", 20, 1)]
+        assert all(event.wait(20) for event in started.values())
+        server.process.send_signal(signal.SIGTERM)
+        for one in asked:
+            one.result(timeout=20)
+    assert server.process.wait(timeout=20) == 0
+    assert outcome["short"] == "data: [DONE]"
+    error = json.loads(outcome["long"].removeprefix("data: "))["error"]
+    assert error["message"] == "The server is shutting down."
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{server.url}/health")
+    assert not any("Traceback" in line for line in server.errors), server.errors

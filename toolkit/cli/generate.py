@@ -1,0 +1,112 @@
+"""``toolkit generate``: continues prompts through the engine, all in one batch, streamed to the terminal."""
+
+import argparse
+import sys
+import time
+from typing import Any
+
+from toolkit.cli.options import add_model_options, make_engine
+from toolkit.errors import ToolkitError
+
+VISIBLE = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+"""Control characters as text: what a model writes must not steer the terminal."""
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser("generate", help="continue prompts with a model")
+    add_model_options(parser)
+    parser.add_argument("prompts", nargs="*", help="texts to continue (default: one, from standard input)")
+    parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="a prompt (default: 128)")
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, help="0 takes the likeliest token (default: 1)"
+    )
+    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus mass (default: 1, off)")
+    parser.add_argument(
+        "--top-k", type=int, default=0, help="likeliest tokens to draw from (default: 0, off)"
+    )
+    parser.add_argument("--seed", type=int, help="of every prompt's draws (default: a fresh one)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """0, or 1 when a prompt's generation failed."""
+    prompts = args.prompts
+    if not prompts and not sys.stdin.isatty():
+        prompts = [sys.stdin.read()]
+    if not any(prompts):
+        raise ToolkitError(
+            "There is nothing to continue: give one or more prompts, or a text on standard input."
+        )
+
+    from toolkit.engine import SamplingParams
+
+    params = SamplingParams(
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        seed=args.seed,
+    )
+
+    from toolkit.cli.loading import load_model
+
+    model, tokenizer = load_model(args.model, args.dtype, args.device)
+    if tokenizer is None:
+        raise ToolkitError(f"The model '{args.model}' has no tokenizer, so that it cannot continue text.")
+    with make_engine(args, model, tokenizer) as engine:
+        return _show(engine, prompts, params)
+
+
+def _show(engine: Any, prompts: list[str], params: Any) -> int:
+    """Stream the first prompt's text as it comes; the others, computed in the same batch, follow in order."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    started = time.perf_counter()
+    order = [engine.submit(prompt, params) for prompt in prompts]
+    unread = dict.fromkeys(order, "")
+    done: dict[Any, Any] = {}
+    shown = 0
+    _head(console, prompts, 0)
+    while len(done) < len(order):
+        for delta in engine.step():
+            if delta.request_id == order[min(shown, len(order) - 1)]:
+                _write(console, delta.text)
+            else:
+                unread[delta.request_id] += delta.text
+            if delta.finished is not None:
+                done[delta.request_id] = delta.finished
+        while shown < len(order) and order[shown] in done:
+            _tail(console, done[order[shown]])
+            shown += 1
+            if shown < len(order):
+                _head(console, prompts, shown)
+                _write(console, unread.pop(order[shown]))
+    seconds = time.perf_counter() - started
+    tokens = sum(len(completion.token_ids) for completion in done.values())
+    many = f"{len(prompts)} prompts" if len(prompts) > 1 else "1 prompt"
+    console.print(
+        f"[dim]{tokens} tokens for {many} in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s[/dim]"
+    )
+    return int(any(completion.finish_reason == "error" for completion in done.values()))
+
+
+def _write(console: Any, text: str) -> None:
+    """The model's text as it is: rich would expand tabs, by the place in a piece instead of the line."""
+    console.file.write(text.translate(VISIBLE))
+    console.file.flush()
+
+
+def _head(console: Any, prompts: list[str], place: int) -> None:
+    if len(prompts) > 1:
+        console.rule(f"prompt {place + 1} of {len(prompts)}", align="left", style="dim")
+    console.out(prompts[place].translate(VISIBLE), end="", style="bold cyan")
+
+
+def _tail(console: Any, completion: Any) -> None:
+    reason = completion.finish_reason
+    console.out("")
+    if reason == "error":
+        console.out(f"(failed: {completion.error})", style="red")
+    else:
+        console.out(f"({len(completion.token_ids)} tokens, ended by {reason})\n", style="dim")

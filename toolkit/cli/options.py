@@ -1,0 +1,42 @@
+"""Options that several subcommands share: where the model runs and how much the engine takes on."""
+
+import argparse
+from typing import Any
+
+from toolkit.cli.loading import DTYPES
+
+LIMITS = ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "page_size", "num_pages")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """The positional ``model`` with ``--dtype``, ``--device`` and ``--numerics``."""
+    parser.add_argument(
+        "model", help="folder of a Hugging Face model, or of a training run (its latest checkpoint)"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--device", default="cpu", help="such as cpu or cuda (default: cpu)")
+    parser.add_argument("--numerics", choices=("bitwise", "fast"), help="tier (default: bitwise on CPU)")
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """The engine's limits; what is not given keeps the engine's default."""
+    parser.add_argument("--max-num-seqs", type=int, metavar="N", help="sequences in a step")
+    parser.add_argument("--max-num-batched-tokens", type=int, metavar="N", help="tokens in a step")
+    parser.add_argument(
+        "--max-model-len", type=int, metavar="N", help="tokens of prompt and completion together"
+    )
+    parser.add_argument("--page-size", type=int, metavar="N", help="tokens in a page of state")
+    parser.add_argument("--num-pages", type=int, metavar="N", help="pages of state")
+    parser.add_argument(
+        "--no-prefix-cache", action="store_true", help="do not reuse the state of common prefixes"
+    )
+
+
+def make_engine(args: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
+    """The engine that the options describe."""
+    from toolkit.engine import Engine
+
+    limits = {name: getattr(args, name) for name in LIMITS if getattr(args, name, None) is not None}
+    if getattr(args, "no_prefix_cache", False):
+        limits["prefix_cache"] = False
+    return Engine(model, tokenizer, numerics=args.numerics, **limits)

@@ -1,0 +1,276 @@
+"""What a request may say: the bodies of ``/v1/completions`` and ``/v1/chat/completions``.
+
+Field names and meanings are OpenAI's, with vLLM's sampling extras. A null is the same as a field that is not
+given. Ranges of sampling values belong to ``SamplingParams`` and are checked there. Unknown fields, fields
+of the API that this server does not offer and values of the wrong type each become one sentence.
+"""
+
+import json
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from toolkit.errors import ToolkitError, nearest
+
+MAX_CHOICES = 128
+MAX_TOP_LOGPROBS = 20
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+# Fields of the OpenAI API that are not offered, each with the values that ask for nothing.
+NOT_OFFERED: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "best_of": (1,),
+    "echo": (False,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "reasoning_effort": (),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tool_calls": ([],),
+    "tools": ([],),
+    "web_search_options": (),
+}
+
+
+class RequestError(ToolkitError):
+    """A request that cannot be answered as given.
+
+    ``param``: the field at fault, where there is one. ``status``: of HTTP. ``code``: a word for programs.
+    """
+
+    def __init__(self, message: str, param: str | None = None, status: int = 400, code: str | None = None):
+        super().__init__(message)
+        self.param, self.status, self.code = param, status, code
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_asks_for_nothing(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        kept = {}
+        for name, value in body.items():
+            if value is None:
+                continue
+            if name in NOT_OFFERED and name not in cls.model_fields:
+                if any(type(value) is type(inert) and value == inert for inert in NOT_OFFERED[name]):
+                    continue
+                raise ValueError(f"'{name}' is {shown(value)}, but this server does not offer '{name}'.")
+            kept[name] = value
+        return kept
+
+
+class StreamOptions(_Body):
+    """``include_usage``: one more chunk at the end of a stream, with the token counts."""
+
+    include_usage: bool = False
+
+
+class TextPart(_Body):
+    """A part of a message's content; only text is offered."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Body):
+    """One message of a chat: a role and its text, as a string or as text parts."""
+
+    role: str
+    content: list[TextPart]
+    name: str = ""
+
+    @field_validator("role")
+    @classmethod
+    def _known_role(cls, role: str) -> str:
+        if role not in ROLES:
+            raise ValueError(
+                f"'role' of a message is {shown(role)}; allowed are {', '.join(map(repr, ROLES))}."
+            )
+        return role
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _a_string_is_one_part(cls, content: Any) -> Any:
+        return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+    def for_template(self) -> dict[str, str]:
+        """The message as chat templates read it, its text parts joined."""
+        text = "".join(part.text for part in self.content)
+        return {"role": self.role, "content": text, **({"name": self.name} if self.name else {})}
+
+
+class Sampling(_Body):
+    """The fields that both endpoints share; those of ``SamplingParams`` keep its names."""
+
+    model: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str = ""
+    n: int = Field(1, ge=1, le=MAX_CHOICES)
+    seed: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    stop: list[str] = []
+    stop_token_ids: list[int] = []
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_stop_is_a_list_of_one(cls, stop: Any) -> Any:
+        return [stop] if isinstance(stop, str) else stop
+
+    @model_validator(mode="after")
+    def _stream_options_need_a_stream(self) -> "Sampling":
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("'stream_options' is given, but 'stream' is not true.")
+        return self
+
+    def sampling(self) -> dict[str, Any]:
+        """Keyword arguments for ``SamplingParams``: what the request gave; the defaults live there."""
+        names = set(Sampling.model_fields) - {"model", "stream", "stream_options", "user"}
+        return {name: getattr(self, name) for name in names & self.model_fields_set}
+
+    @property
+    def usage_in_stream(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class CompletionRequest(Sampling):
+    """The body of ``POST /v1/completions``; ``prompt`` is kept as a list of texts or of token id lists."""
+
+    prompt: list[str] | list[list[int]]
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _prompts(cls, prompt: Any) -> Any:
+        prompts = [prompt] if isinstance(prompt, str) or _token_ids(prompt) else prompt
+        if not isinstance(prompts, list) or not prompts:
+            raise ValueError(_PROMPT_KINDS.format(shown(prompt)))
+        if all(isinstance(p, str) for p in prompts) or all(_token_ids(p) for p in prompts):
+            return prompts
+        raise ValueError(_PROMPT_KINDS.format(shown(prompt)))
+
+    @property
+    def top_logprobs(self) -> int | None:
+        return self.logprobs
+
+
+class ChatRequest(Sampling):
+    """The body of ``POST /v1/chat/completions``."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = None
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ChatRequest":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError(f"'top_logprobs' is {self.top_logprobs}, but 'logprobs' is not true.")
+        old, new = self.max_tokens, self.max_completion_tokens
+        if old is not None and new is not None and old != new:
+            raise ValueError(f"'max_tokens' is {old} and 'max_completion_tokens' is {new}; give one.")
+        return self
+
+    def sampling(self) -> dict[str, Any]:
+        values = super().sampling()
+        if self.max_completion_tokens is not None:
+            values["max_tokens"] = self.max_completion_tokens
+        return values
+
+
+Request = TypeVar("Request", bound=Sampling)
+_PROMPT_KINDS = (
+    "'prompt' is {}; allowed are a string, a list of strings, a list of token ids and a list of those lists, "
+    "none of them empty."
+)
+
+
+def parse(kind: type[Request], raw: bytes) -> Request:
+    """The request in the JSON text ``raw``; raises :class:`RequestError` with one sentence."""
+    try:
+        # Through Python's parser, because validators that run before the types need plain values.
+        body = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"The request body is not valid JSON ({str(error).rstrip('.')}).") from None
+    if b"\\ud" in raw.lower() and _has_lone_surrogate(body):
+        raise RequestError(
+            "The request body holds half of a surrogate pair, which is not valid Unicode text."
+        )
+    if not isinstance(body, dict):
+        raise RequestError(f"The request body is {shown(body)}, but it must be a JSON object.")
+    try:
+        return kind.model_validate(body)
+    except ValidationError as error:
+        raise _sentence(kind, error) from None
+
+
+def shown(value: Any, limit: int = 60) -> str:
+    """``value`` as a message shows it, cut to ``limit`` characters."""
+    text = ascii(value) if isinstance(value, str) else repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _has_lone_surrogate(body: Any) -> bool:
+    try:
+        json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _token_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
+
+
+def _sentence(kind: type[BaseModel], error: ValidationError) -> RequestError:
+    first = error.errors(include_url=False)[0]
+    where = list(first["loc"])
+    param = (
+        "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where).lstrip(".") or None
+    )
+    if first["type"] == "extra_forbidden":
+        hint = nearest(str(where[-1]), list(_owner(kind, where[:-1]).model_fields))
+        return RequestError(f"Unknown field '{param}'{hint or '.'}", param)
+    if first["type"] == "missing":
+        return RequestError(f"'{param}' is required.", param)
+    if first["type"] == "value_error":
+        message = str(first["ctx"]["error"])
+        return RequestError(message, param or _quoted(message))
+    fault = first["msg"].replace("Input should be", "it must be").replace("List should have", "it must have")
+    fault = fault.replace(" after validation", "")
+    return RequestError(f"'{param}' is {shown(first['input'])}, but {fault[0].lower()}{fault[1:]}.", param)
+
+
+def _owner(kind: type[BaseModel], where: list[Any]) -> type[BaseModel]:
+    nested: dict[Any, type[BaseModel]] = {
+        "stream_options": StreamOptions,
+        "messages": Message,
+        "content": TextPart,
+    }
+    return next((nested[part] for part in reversed(where) if part in nested), kind)
+
+
+def _quoted(message: str) -> str | None:
+    return message.split("'")[1] if message.startswith("'") else None

@@ -1,0 +1,75 @@
+"""Text to token ids for requests, and token ids to text for answers that list log-probabilities."""
+
+import copy
+from functools import lru_cache
+from typing import Any
+
+from toolkit.serving.protocol import Message, RequestError
+
+REPLACEMENT = "�"
+METASPACE = "▁"
+
+
+class Texts:
+    """A tokenizer's part in the server; ``tokenizer`` may be None, and prompts must then be token ids.
+
+    Holds a copy of its own: the engine decodes on another thread, and tokenizers are not safe to share.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = copy.deepcopy(tokenizer)
+        self._bytes_of = _byte_alphabet()
+        self.piece = lru_cache(maxsize=65536)(self._piece)
+
+    def prompt(self, text: str) -> list[int]:
+        """Token ids of a completion's prompt, with what the tokenizer puts around any text."""
+        if self._tokenizer is None:
+            raise RequestError("The served model has no tokenizer; 'prompt' must be token ids.", "prompt")
+        return list(self._tokenizer(text)["input_ids"])
+
+    def chat(self, messages: list[Message]) -> list[int]:
+        """Token ids of a chat in the model's own template, ready for the assistant's answer."""
+        if self._tokenizer is None or not self._tokenizer.chat_template:
+            raise RequestError(
+                "The served model has no chat template; use /v1/completions with a 'prompt' instead.",
+                "messages",
+            )
+        from jinja2 import TemplateError
+
+        chat = [message.for_template() for message in messages]
+        try:
+            text = self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        except (TemplateError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise RequestError(
+                f"The model's chat template refuses these messages ({reason}).", "messages"
+            ) from None
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _piece(self, token: int) -> tuple[str, list[int]]:
+        """A token as text and as UTF-8 bytes; one that is no whole character reads ``bytes:\\xf0\\x9f``."""
+        if self._tokenizer is None:
+            return f"token_id:{token}", []
+        text = self._tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        raw = self._tokenizer.convert_ids_to_tokens(token) or ""
+        if REPLACEMENT in text:
+            found = self._raw_bytes(raw)
+            if found is not None:
+                return "bytes:" + "".join(f"\\x{byte:02x}" for byte in found), found
+        if raw.startswith(METASPACE) and not text.startswith(" "):
+            text = " " + text  # the first word of a text loses its space when it is decoded alone
+        return text, list(text.encode())
+
+    def _raw_bytes(self, raw: str) -> list[int] | None:
+        """Bytes behind a token of a byte-level vocabulary, or of a byte fallback such as ``<0xF0>``."""
+        if len(raw) == 6 and raw.startswith("<0x") and raw.endswith(">"):
+            return [int(raw[3:5], 16)]
+        found = [self._bytes_of.get(character) for character in raw]
+        return None if None in found else [byte for byte in found if byte is not None]
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-in of every byte: itself where Latin-1 shows it, else 256 and up in order."""
+    shown = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {chr(byte): byte for byte in shown} | {chr(256 + place): byte for place, byte in enumerate(hidden)}
