@@ -27,7 +27,7 @@ test: lint
 	$(BIN)/python -m pytest
 
 demo: $(STAMP)
-	@$(BIN)/python -m recipes.demo
+	@$(BIN)/toolkit demo
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -21,11 +21,7 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 COMMON = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-w"]
 INSTRUCTION_SETS = {
     "baseline": ["-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT"],
-    **(
-        {"avx2": ["-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2"]}
-        if X86
-        else {}
-    ),
+    **({"avx2": ["-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2"]} if X86 else {}),
 }
 
 
@@ -43,7 +39,18 @@ def compile_command(name: str, sources: list[Path], out: Path, work: Path) -> li
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     includes = [f"-I{path}" for path in include_paths()] + [f"-I{ROOT / 'toolkit' / 'ops' / 'native'}"]
     libraries = [f"-L{path}" for path in library_paths()] + ["-ltorch_cpu", "-lc10"]
-    return [compiler, *COMMON, abi, *INSTRUCTION_SETS[name], *includes, str(unit), "-shared", "-o", str(out), *libraries]
+    return [
+        compiler,
+        *COMMON,
+        abi,
+        *INSTRUCTION_SETS[name],
+        *includes,
+        str(unit),
+        "-shared",
+        "-o",
+        str(out),
+        *libraries,
+    ]
 
 
 class BuildNative(build_ext):
@@ -71,7 +78,10 @@ class BuildNative(build_ext):
                     raise RuntimeError(errors.strip()[-4000:] or f"compiler exit status {process.returncode}")
                 aside.replace(out)
         except Exception as error:
-            print(f"toolkit: native CPU kernels were not built ({error}); the reference will serve", file=sys.stderr)
+            print(
+                f"toolkit: native CPU kernels were not built ({error}); the reference will serve",
+                file=sys.stderr,
+            )
 
     def get_outputs(self) -> list[str]:
         return [path for path in super().get_outputs() if os.path.exists(path)]

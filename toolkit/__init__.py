@@ -27,7 +27,16 @@ _HOMES = {
     "unpatch": "toolkit.patch",
     "weights_changed": "toolkit.patch",
 }
-__all__ = ["Engine", "PatchReport", "SamplingParams", "export", "patch", "token_logprobs", "unpatch", "weights_changed"]
+__all__ = [
+    "Engine",
+    "PatchReport",
+    "SamplingParams",
+    "export",
+    "patch",
+    "token_logprobs",
+    "unpatch",
+    "weights_changed",
+]
 __version__ = "0.1.0"
 
 

@@ -22,7 +22,11 @@ def test_token_logprobs_equal_the_unpatched_model(family):
     texts = sequences(model.config.vocab_size, [11, 2, 30])
     with torch.no_grad():
         expected = [
-            model(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+            model(torch.tensor([ids]))
+            .logits[0, :-1]
+            .double()
+            .log_softmax(-1)
+            .gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
             for ids in texts
         ]
     toolkit.patch(model)
@@ -78,7 +82,7 @@ def test_empty_and_single_token_sequences_have_no_logprobs():
 def test_token_ids_outside_the_vocabulary_are_refused():
     model = random_model("llama")
     toolkit.patch(model)
-    with pytest.raises(ToolkitError, match="sequence 1 .* 0 to 330"):
+    with pytest.raises(ToolkitError, match=r"sequence 1 .* 0 to 330"):
         toolkit.token_logprobs(model, [[5, 6], [4, 331]])
 
 

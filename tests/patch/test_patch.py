@@ -78,7 +78,7 @@ def test_every_module_of_the_known_families_is_claimed(family):
     report = find_claims(random_model(family))
     roles = report.roles()
     assert report.refusals == []
-    assert report.worst_error() < 2e-5
+    assert max(claim.error.forward for claim in report.claims) < 5e-6
     assert roles["head"] == 2
     assert roles["attention"] == (1 if family == "gpt_neox" else 3)
     assert roles["norm"] >= 5
@@ -153,7 +153,9 @@ class LateNorm(nn.Module):
         self.variance_epsilon = 1e-5
 
     def forward(self, hidden_states):
-        return self.weight * hidden_states / (hidden_states.pow(2).mean(-1, keepdim=True).sqrt() + self.variance_epsilon)
+        return (
+            self.weight * hidden_states / (hidden_states.pow(2).mean(-1, keepdim=True).sqrt() + self.variance_epsilon)
+        )
 
 
 def test_a_module_with_other_mathematics_is_left_alone_with_the_error():
@@ -215,7 +217,13 @@ def test_generate_of_a_patched_model_gives_the_same_greedy_tokens(family):
     """Cache, padding and decoding of transformers itself go through the same kernels."""
     model = random_model(family)
     ids, mask, _ = padded_batch("left", model.config.vocab_size)
-    settings = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 9, "pad_token_id": 0, "eos_token_id": None}
+    settings = {
+        "attention_mask": mask,
+        "do_sample": False,
+        "max_new_tokens": 9,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
     expected = model.generate(ids, **settings)
     toolkit.patch(model)
     assert torch.equal(model.generate(ids, **settings), expected)

@@ -37,10 +37,10 @@ def current_batch(kwargs: dict[str, Any]) -> RaggedBatch | None:
 @lru_cache(maxsize=64)
 def _unpadded(batch: int, queries: int, keys: int, device: torch.device) -> RaggedBatch:
     mask = torch.ones(batch, keys, dtype=torch.bool, device=device)
-    return RaggedBatch.for_padded(mask, queries)[0]
+    return RaggedBatch.for_padded(mask, queries)
 
 
-def padded_plan(mask: Tensor, queries: int) -> Any:
+def padded_plan(mask: Tensor, queries: int) -> RaggedBatch:
     """The plan for a padding mask [B, S'], made once a forward: every layer is handed the same mask object."""
     plan = getattr(mask, "toolkit_plan", None)
     if plan is None or plan[0] != queries:
@@ -50,7 +50,13 @@ def padded_plan(mask: Tensor, queries: int) -> Any:
 
 
 def attend(
-    layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, ragged: RaggedBatch | None, shape: AttentionShape
+    layer: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    ragged: RaggedBatch | None,
+    shape: AttentionShape,
 ) -> Tensor:
     """Causal attention; q [B, S, H, D], k, v [B, S', G, D] give [B, S, H, Dv].
 
@@ -61,25 +67,13 @@ def attend(
     """
     batch_size, queries = q.shape[:2]
     if ragged is not None:
-        out = ragged.attend(
-            layer, q[0], k[0], v[0], scale=shape.scale, window=shape.window, softcap=shape.softcap
-        )
+        out = ragged.attend(layer, q[0], k[0], v[0], scale=shape.scale, window=shape.window, softcap=shape.softcap)
         return out[None]
     if shape.dropout > 0.0 or (mask is not None and mask.dim() == 4):
         return _dense(q, k, v, mask, shape)
-    query_rows = key_rows = None
-    if mask is None:
-        plan = _unpadded(batch_size, queries, k.shape[1], q.device)
-    else:
-        plan, query_rows, key_rows = padded_plan(mask, queries)
-    flat_q, flat_k, flat_v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-    if key_rows is not None:
-        flat_k, flat_v = flat_k[key_rows], flat_v[key_rows]
-    if query_rows is not None:
-        flat_q = flat_q[query_rows]
-    out = plan.attend(layer, flat_q, flat_k, flat_v, scale=shape.scale, window=shape.window, softcap=shape.softcap)
-    if query_rows is not None:
-        out = out.new_zeros(batch_size * queries, *out.shape[1:]).index_copy(0, query_rows, out)
+    plan = _unpadded(batch_size, queries, k.shape[1], q.device) if mask is None else padded_plan(mask, queries)
+    rows = (part.flatten(0, 1) for part in (q, k, v))
+    out = plan.attend(layer, *rows, scale=shape.scale, window=shape.window, softcap=shape.softcap)
     return out.unflatten(0, (batch_size, queries))
 
 

@@ -64,9 +64,7 @@ def _refuse_conflicts(claims: list[Claim]) -> None:
             )
 
 
-def patch(
-    model: nn.Module, roles: Sequence[str] | None = None, numerics: str | Numerics | None = None
-) -> PatchReport:
+def patch(model: nn.Module, roles: Sequence[str] | None = None, numerics: str | Numerics | None = None) -> PatchReport:
     """Replace the forwards of ``model`` by shared ops, in place, each one proven by a probe first.
 
     roles: any of norm, rotary, mlp, activation, attention, linear, head; None takes all that the model has.

@@ -11,17 +11,22 @@ from torch import nn
 
 Undo = Callable[[], None]
 
+# Two fp32 computations of one formula differ by a few roundings, another formula by far more (gelu and its tanh form:
+# 2e-4). Gradients cancel where outputs do not (of queries and keys, say), which multiplies the roundings.
+FORWARD_TOLERANCE = 2e-5
+BACKWARD_TOLERANCE = 5e-4
+
 
 @dataclass(frozen=True)
 class ProbeError:
-    """Relative errors ‖candidate - original‖ / ‖original‖ on random inputs: of outputs, and the largest of gradients."""
+    """Relative errors ‖candidate - original‖ / ‖original‖ on random inputs: of outputs, and of gradients."""
 
     forward: float
     backward: float
 
-    def within(self, tolerance: float) -> bool:
-        """NaN never passes."""
-        return self.forward <= tolerance and self.backward <= tolerance
+    def passes(self) -> bool:
+        """Whether both are what rounding explains. NaN never passes."""
+        return self.forward <= FORWARD_TOLERANCE and self.backward <= BACKWARD_TOLERANCE
 
     def worst(self) -> float:
         return max(self.forward, self.backward)

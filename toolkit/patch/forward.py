@@ -1,7 +1,7 @@
 """Forwards of a patched model over ragged batches: logits, and the log-probabilities that training uses."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -17,13 +17,13 @@ from toolkit.state.batch import RaggedBatch
 
 @cache
 def _explicit_mask(device: torch.device) -> Tensor:
-    """A 4-D mask of no entries: transformers takes a 4-D mask as ready-made and builds none; attention reads the batch."""
+    """A 4-D mask of no entries: transformers takes it as ready-made and builds none; attention reads the batch."""
     return torch.empty(1, 1, 0, 0, device=device)
 
 
 @cache
-def _keeps_logits(model_class: type[nn.Module]) -> bool:
-    return "logits_to_keep" in inspect.signature(model_class.forward).parameters
+def _keeps_logits(forward: Callable[..., Any]) -> bool:
+    return "logits_to_keep" in inspect.signature(forward).parameters
 
 
 def ragged_forward(model: nn.Module, batch: RaggedBatch, rows: Tensor | None = None) -> Tensor:
@@ -37,7 +37,7 @@ def ragged_forward(model: nn.Module, batch: RaggedBatch, rows: Tensor | None = N
         state = f"left alone: {why}" if why else "not patched"
         raise ToolkitError(f"model {type(model).__name__} has attention {state}; a ragged batch needs it patched.")
     keep: dict[str, Any] = {}
-    if rows is not None and _keeps_logits(type(model)):
+    if rows is not None and _keeps_logits(type(model).forward):
         keep["logits_to_keep"] = rows
     with batch.activate():
         output = model(
@@ -60,14 +60,16 @@ def token_logprobs(model: nn.Module, sequences: Sequence[Sequence[int] | Tensor]
     """
     device = next(model.parameters()).device
     tokens = [torch.as_tensor(sequence, dtype=torch.int64, device=device) for sequence in sequences]
-    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator, union-attr]
+    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     for index, sequence in enumerate(tokens):
-        if sequence.dim() != 1 or (sequence.numel() and not 0 <= int(sequence.min()) <= int(sequence.max()) < vocabulary):
+        if sequence.dim() != 1 or (
+            sequence.numel() and not 0 <= int(sequence.min()) <= int(sequence.max()) < vocabulary
+        ):
             raise ToolkitError(f"sequence {index} is not a list of token ids; allowed are 0 to {vocabulary - 1}.")
     lengths = [max(sequence.numel() - 1, 0) for sequence in tokens]
     if sum(lengths) == 0:
         return [torch.zeros(0, device=device) for _ in tokens]
-    # The last token of a sequence predicts nothing that is asked for, but stays in: it costs little and keeps shapes plain.
+    # The last token of a sequence predicts nothing that is asked for, but stays in: it costs little.
     batch = RaggedBatch.from_sequences(tokens, device=device)
     starts = batch.query_offsets[:-1].tolist()
     rows = torch.cat([torch.arange(start, start + n, device=device) for start, n in zip(starts, lengths)])

@@ -14,9 +14,6 @@ from torch import Tensor, nn
 
 from toolkit.patch.claim import ProbeError
 
-# Two fp32 computations of one formula differ by a few roundings; a different formula by far more.
-TOLERANCE = 2e-5
-
 
 def generator(device: torch.device) -> torch.Generator:
     """The probes' own random numbers: the user's stream is left where it was."""
@@ -106,7 +103,7 @@ def compare(
 
 
 def signature_key(module: nn.Module) -> tuple[Any, ...]:
-    """Modules with the same key are the same mathematics: class, shapes and scalar settings, but not the layer index."""
+    """Modules with the same key are the same mathematics: class, shapes, scalar settings; not the layer index."""
     scalars = []
     for path, part in module.named_modules():
         settings = tuple(

@@ -51,7 +51,7 @@ def mask_function(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    q_offset: int | Tensor = 0,
+    q_offset: Any = 0,
     kv_offset: int = 0,
     attention_mask: Tensor | None = None,
     allow_is_causal_skip: bool = True,

@@ -31,5 +31,7 @@ def state_spec(model: nn.Module) -> list[LayerSpec]:
     with torch.no_grad():
         ragged_forward(model, watching)
     if sorted(watching.seen) != list(range(len(watching.seen))) or not watching.seen:
-        raise ToolkitError(f"layers {sorted(watching.seen)} of the model use attention; allowed is every layer from 0 on.")
+        raise ToolkitError(
+            f"layers {sorted(watching.seen)} of the model use attention; allowed is every layer from 0 on."
+        )
     return [watching.seen[layer] for layer in range(len(watching.seen))]

@@ -6,7 +6,6 @@ import weakref
 from torch import nn
 
 
-
 class WeightClock:
     """Watches the parameters of one model through torch's own in-place version counters.
 

@@ -72,9 +72,7 @@ def tiny_tokenizer(vocabulary: int = 331) -> Any:
         show_progress=False,
     )
     tokenizer.train_from_iterator([__doc__ or "", tiny_tokenizer.__doc__ or ""] * 4, trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
     fast.chat_template = (
         "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"

@@ -15,9 +15,9 @@ import torch
 def lifted_to_double() -> Iterator[None]:
     """``torch.float32``, ``Tensor.float()`` and ``torch.float`` mean float64 in here. Not for concurrent use."""
     saved = torch.float32, torch.float, torch.Tensor.float
-    torch.float32 = torch.float = torch.float64  # type: ignore[misc]
-    torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign, assignment]
+    torch.float32 = torch.float = torch.float64
+    torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
     try:
         yield
     finally:
-        torch.float32, torch.float, torch.Tensor.float = saved  # type: ignore[misc, method-assign]
+        torch.float32, torch.float, torch.Tensor.float = saved  # type: ignore[method-assign]

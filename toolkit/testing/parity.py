@@ -67,13 +67,13 @@ def _one_schedule(
     siblings = [source.choice([1, 1, 1, 2, 3]) for _ in chosen]
     longest = max(len(prompt) for prompt in chosen) + max_new_tokens
     # Room for a few sequences only in most schedules: the rest wait, and the youngest are preempted.
-    room = source.choice([1.6, 2.5, 30.0])
+    room = source.choice([1.0, 1.2, 1.6, 30.0])
     budget = source.choice([5, 16, 33, 64, 512])
     limits = {
-        "max_num_seqs": source.choice([3, 8, 32]),
+        "max_num_seqs": source.choice([4, 8, 32]),
         "max_num_batched_tokens": budget,
         "page_size": page_size,
-        "num_pages": int(room * max(siblings) * (longest // page_size + 2)) + 2,
+        "num_pages": int(room * max(siblings) * (longest // page_size + 2)) + 1,
     }
     params = [
         SamplingParams(

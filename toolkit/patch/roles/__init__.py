@@ -4,14 +4,13 @@
 """
 
 from collections.abc import Callable
-
-from torch import nn
+from typing import Any
 
 from toolkit.numerics import Numerics
 from toolkit.patch.claim import Claim, Refusal
 from toolkit.patch.roles import activation, attention, head, linear, mlp, norm, rotary
 
-Finder = Callable[[nn.Module, Numerics], list[Claim | Refusal]]
+Finder = Callable[[Any, Numerics], list[Claim | Refusal]]
 
 FINDERS: dict[str, Finder] = {
     "norm": norm.find,

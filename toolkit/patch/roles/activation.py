@@ -1,13 +1,16 @@
 """Plain activations: elementwise modules without parameters."""
 
+from functools import partial
+
 import torch
+from torch import Tensor, nn
+
 from toolkit.modules.mlp import activation_forward
 from toolkit.numerics import Numerics
 from toolkit.ops.activation import KINDS
 from toolkit.patch.claim import Claim, ProbeError, Refusal
 from toolkit.patch.probe import compare, required_arguments, twin, with_forward
 from toolkit.patch.roles.search import Candidate, search
-from torch import Tensor, nn
 
 
 def _grid() -> Tensor:
@@ -28,7 +31,7 @@ def _candidates(module: nn.Module) -> list[Candidate] | None:
     if isinstance(module, (nn.Identity, nn.Dropout)):
         return None
     return [
-        (kind, forward, lambda forward=forward: _probe(module, forward))
+        (kind, forward, partial(_probe, module, forward))
         for kind, forward in ((kind, activation_forward(kind)) for kind in KINDS)
     ]
 

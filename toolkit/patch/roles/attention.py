@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import causal_mask_function, eager_mask, sliding_window_causal_mask_function
+
 from toolkit.modules.attention import FusedAttention
 from toolkit.numerics import Numerics
 from toolkit.patch import seam
 from toolkit.patch.claim import Claim, ProbeError, Refusal, Undo, replace_forward
-from toolkit.patch.probe import TOLERANCE, compare, device_of, random_input, signature_key, twin, with_forward
+from toolkit.patch.probe import compare, device_of, random_input, signature_key, twin, with_forward
 from toolkit.patch.roles.search import prove
-from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.masking_utils import causal_mask_function, eager_mask, sliding_window_causal_mask_function
 
 LENGTH = 7
 PROBE_WINDOW = 3  # small enough that the window cuts inside the probe
@@ -55,11 +56,13 @@ class Probe:
     """Runs a twin of one attention layer through eager attention, the interface and the fused forward."""
 
     def __init__(self, module: nn.Module, tables: tuple[Tensor, Tensor] | None) -> None:
-        self.copied, self.tables = twin(module), tables
+        self.copied: Any = twin(module)
+        self.tables = tables
         self.width = next(c for c in module.children() if isinstance(c, nn.Linear)).in_features
         self.seen = self.look()
         if self.seen.window:
-            for holder in (self.copied, self.copied.config):
+            holders: tuple[Any, Any] = (self.copied, self.copied.config)
+            for holder in holders:
                 if getattr(holder, "sliding_window", None):
                     holder.sliding_window = PROBE_WINDOW
 
@@ -88,9 +91,7 @@ class Probe:
     def error(self, forward: Any = None) -> ProbeError:
         """Against eager attention under the mask that transformers makes for it."""
         factory = sliding_window_causal_mask_function(PROBE_WINDOW) if self.seen.window else causal_mask_function
-        mask = eager_mask(
-            2, LENGTH, LENGTH, mask_function=factory, dtype=torch.float32, device=device_of(self.copied)
-        )
+        mask = eager_mask(2, LENGTH, LENGTH, mask_function=factory, dtype=torch.float32, device=device_of(self.copied))
         hidden = random_input(2, LENGTH, self.width, like=self.copied)
         return compare(
             lambda x: self.run(seam.NAME, None, x, forward),
@@ -125,7 +126,16 @@ def _fused_options(module: nn.Module, probe: Probe) -> list[Any]:
         def parts(window: int, interleaved: bool = interleaved) -> FusedAttention:
             seen = probe.seen
             return FusedAttention(
-                "q_proj", "k_proj", "v_proj", out, q_norm, k_norm, interleaved, seen.head_dim, window, seen.softcap
+                "q_proj",
+                "k_proj",
+                "v_proj",
+                out,
+                q_norm,
+                k_norm,
+                interleaved,
+                seen.head_dim,
+                window,
+                seen.softcap,
             )
 
         probed = parts(PROBE_WINDOW if probe.seen.window else 0).forward()
@@ -134,7 +144,7 @@ def _fused_options(module: nn.Module, probe: Probe) -> list[Any]:
     return options
 
 
-def _install_interface(model: nn.Module):
+def _install_interface(model: Any):
     def install() -> Undo:
         before = model.config._attn_implementation
         model.set_attn_implementation(seam.NAME)
@@ -143,14 +153,16 @@ def _install_interface(model: nn.Module):
     return install
 
 
-def find(model: nn.Module, numerics: Numerics) -> list[Claim | Refusal]:
+def find(model: Any, numerics: Numerics) -> list[Claim | Refusal]:
     """One claim on the model (its attention implementation) and one on each layer whose forward can be fused."""
     seam.register()
     layers = [(path, module) for path, module in model.named_modules() if _is_attention(module)]
     if not layers:
         return []
     if not model._can_set_attn_implementation():
-        return [Refusal("attention", path, "it does not dispatch through the attention interface") for path, _ in layers]
+        return [
+            Refusal("attention", path, "it does not dispatch through the attention interface") for path, _ in layers
+        ]
     indices = [module.layer_idx for _, module in layers]
     if len(set(indices)) != len(indices) or None in indices:
         return [Refusal("attention", path, "its layer_idx is missing or shared") for path, _ in layers]
@@ -167,7 +179,7 @@ def find(model: nn.Module, numerics: Numerics) -> list[Claim | Refusal]:
             except Exception as problem:
                 reason = f"its probe through the attention interface failed: {type(problem).__name__}: {problem}"
                 return [Refusal("attention", path, reason.splitlines()[0][:200])]
-            if not error.within(TOLERANCE):
+            if not error.passes():
                 return [Refusal("attention", path, f"the interface changes it: probe error {error.worst():.1e}")]
             verdicts[key] = probe, error, prove(_fused_options(module, probe))
         _, error, fused = verdicts[key]

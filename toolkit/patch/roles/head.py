@@ -1,16 +1,19 @@
 """The head: the output projection (bitwise tier) and the causal language-modelling loss."""
 
+from typing import Any
+
 import torch
+from torch import Tensor
+
 from toolkit.modules.head import causal_lm_loss
 from toolkit.numerics import Numerics
 from toolkit.patch.claim import Claim, ProbeError, Refusal, Undo
-from toolkit.patch.probe import TOLERANCE, compare, device_of, generator, random_input
+from toolkit.patch.probe import compare, device_of, generator, random_input
 from toolkit.patch.roles.linear import linear_candidates
 from toolkit.patch.roles.search import search
-from torch import Tensor, nn
 
 
-def _probe_loss(model: nn.Module) -> ProbeError:
+def _probe_loss(model: Any) -> ProbeError:
     original, vocabulary, device = model.loss_function, 37, device_of(model)
     labels = torch.randint(vocabulary, (2, 6), generator=generator(device), device=device)
     labels[0, 4:] = -100
@@ -28,7 +31,7 @@ def _probe_loss(model: nn.Module) -> ProbeError:
     return ProbeError(max(e.forward for e in errors), max(e.backward for e in errors))
 
 
-def _install_loss(model: nn.Module):
+def _install_loss(model: Any):
     def install() -> Undo:
         before = model.__dict__.get("_loss_function")
         model.loss_function = causal_lm_loss
@@ -44,7 +47,7 @@ def _install_loss(model: nn.Module):
     return install
 
 
-def find(model: nn.Module, numerics: Numerics) -> list[Claim | Refusal]:
+def find(model: Any, numerics: Numerics) -> list[Claim | Refusal]:
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if output is None:
         return []
@@ -58,6 +61,6 @@ def find(model: nn.Module, numerics: Numerics) -> list[Claim | Refusal]:
         error = _probe_loss(model)
     except Exception as problem:
         return [*found, Refusal("head", "", f"its loss cannot be probed: {type(problem).__name__}")]
-    if error.within(TOLERANCE):
+    if error.passes():
         return [*found, Claim("head", "", model, "causal_lm_loss", error, _install_loss(model))]
     return [*found, Refusal("head", "", f"its loss is not causal_lm_loss: probe error {error.worst():.1e}")]

@@ -1,6 +1,9 @@
 """Gated MLPs: three projections, two of one shape and one back, and an activation."""
 
+from functools import partial
 from itertools import permutations
+
+from torch import nn
 
 from toolkit.modules.mlp import GatedMlp
 from toolkit.numerics import Numerics
@@ -8,7 +11,6 @@ from toolkit.ops.activation import KINDS
 from toolkit.patch.claim import Claim, ProbeError, Refusal
 from toolkit.patch.probe import compare, random_input, required_arguments, twin, with_forward
 from toolkit.patch.roles.search import Candidate, search
-from torch import nn
 
 
 def _probe(module: nn.Module, mlp: GatedMlp) -> ProbeError:
@@ -34,7 +36,7 @@ def _candidates(module: nn.Module) -> list[Candidate] | None:
         for kind in KINDS:
             mlp = GatedMlp(gate, up, down, kind)
             op = f"gated_activation ({kind} of {gate})"
-            options.append((op, mlp.forward(), lambda mlp=mlp: _probe(module, mlp)))
+            options.append((op, mlp.forward(), partial(_probe, module, mlp)))
     return options or None
 
 

@@ -1,11 +1,14 @@
 """Norms: leaf modules with one vector of weights (or none) and an epsilon."""
 
+from functools import partial
+
+from torch import nn
+
 from toolkit.modules.norm import layer_norm_forward, rms_norm_forward
 from toolkit.numerics import Numerics
 from toolkit.patch.claim import Claim, ProbeError, Refusal
 from toolkit.patch.probe import compare, random_input, required_arguments, twin, with_forward
 from toolkit.patch.roles.search import Candidate, search
-from torch import nn
 
 
 def _epsilon(module: nn.Module) -> float | None:
@@ -20,7 +23,12 @@ def _probe(module: nn.Module, forward) -> ProbeError:
     width = weight.shape[0] if weight is not None else 24
     # Small inputs make the epsilon matter, large ones the order of squaring and averaging.
     batches = [[random_input(3, 5, width, like=copied, scale=scale)] for scale in (1.0, 1e-3, 30.0)]
-    return compare(with_forward(copied, forward), with_forward(copied, type(copied).forward), batches, list(copied.parameters()))
+    return compare(
+        with_forward(copied, forward),
+        with_forward(copied, type(copied).forward),
+        batches,
+        list(copied.parameters()),
+    )
 
 
 def _candidates(module: nn.Module) -> list[Candidate] | None:
@@ -39,7 +47,7 @@ def _candidates(module: nn.Module) -> list[Candidate] | None:
             ("rms_norm (1 + weight)", rms_norm_forward(epsilon, 1.0)),
             *options,
         ]
-    return [(op, forward, lambda forward=forward: _probe(module, forward)) for op, forward in options]
+    return [(op, forward, partial(_probe, module, forward)) for op, forward in options]
 
 
 def find(model: nn.Module, numerics: Numerics) -> list[Claim | Refusal]:

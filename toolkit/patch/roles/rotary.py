@@ -1,12 +1,13 @@
 """Rotary tables: modules with inverse frequencies that turn positions into cosines and sines."""
 
 import torch
+from torch import nn
+
 from toolkit.modules.rotary import rotary_tables_forward
 from toolkit.numerics import Numerics
 from toolkit.patch.claim import Claim, ProbeError, Refusal
 from toolkit.patch.probe import compare, device_of, random_input, required_arguments, twin, with_forward
 from toolkit.patch.roles.search import Candidate, search
-from torch import nn
 
 
 def _probe(module: nn.Module, forward) -> ProbeError:

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from toolkit.patch.claim import Claim, ProbeError, Refusal, replace_forward
-from toolkit.patch.probe import TOLERANCE, signature_key
+from toolkit.patch.probe import signature_key
 
 # One way a module might be an op: what to call it, the replacing forward, and its probe.
 Candidate = tuple[str, Callable[..., Any], Callable[[], ProbeError]]
@@ -47,7 +47,7 @@ def prove(options: list[Candidate]) -> tuple[str, Callable[..., Any], ProbeError
         except Exception as problem:
             failure = f"its probe as {op} failed: {_first_line(problem)}"
             continue
-        if error.within(TOLERANCE):
+        if error.passes():
             return op, forward, error
         if closest is None or error.worst() < closest[0]:
             closest = (error.worst(), op)
