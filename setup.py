@@ -60,17 +60,15 @@ class BuildNative(build_ext):
         return os.path.join(*fullname.split(".")) + ".so"
 
     def run(self) -> None:
-        if self.inplace:
-            outputs = {e: ROOT / self.get_ext_filename(e.name) for e in self.extensions}
-        else:
-            outputs = {e: Path(self.build_lib) / self.get_ext_filename(e.name) for e in self.extensions}
+        root = ROOT if self.inplace else Path(self.build_lib)
+        outputs = {e.name: root / self.get_ext_filename(e.name) for e in self.extensions}
         try:
             running = []
-            for extension, out in outputs.items():
+            for name, out in outputs.items():
                 out.parent.mkdir(parents=True, exist_ok=True)
                 aside = out.with_suffix(".so.new")
                 sources = sorted(ROOT.glob("toolkit/ops/*/cpu.cpp"))
-                command = compile_command(extension.name.rsplit(".", 1)[1], sources, aside, Path(self.build_temp))
+                command = compile_command(name.rsplit(".", 1)[1], sources, aside, Path(self.build_temp))
                 running.append((subprocess.Popen(command, stderr=subprocess.PIPE, text=True), aside, out))
             for process, aside, out in running:
                 _, errors = process.communicate()

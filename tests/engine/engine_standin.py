@@ -1,0 +1,122 @@
+"""A model that is a pure function of the whole token history, which it reads back through the block tables.
+
+Any mistake in paging, copying, chunking or preemption changes the history, and with it the tokens; the
+stand-in also checks that what it reads back is positions 0, 1, 2, ... of one sequence.
+"""
+
+import functools
+import zlib
+from collections import deque
+
+import torch
+
+from toolkit.engine.params import SamplingParams
+from toolkit.engine.request import Request
+from toolkit.engine.sampler import sample
+from toolkit.ops.state_write import state_write
+from toolkit.state import LayerSpec, RaggedBatch
+
+VOCAB = 61
+EOS = 0
+POISON = 60
+"""A history with this token in it has NaN logits."""
+
+
+@functools.lru_cache(maxsize=100_000)
+def logits_of(history: tuple[int, ...], version: int = 0) -> torch.Tensor:
+    if POISON in history:
+        return torch.full((VOCAB,), torch.nan)
+    generator = torch.Generator().manual_seed(zlib.crc32(repr((history, version)).encode()))
+    logits = 2 * torch.randn(VOCAB, generator=generator)
+    logits[POISON] = -torch.inf
+    return logits
+
+
+class HistoryModel:
+    """Layer 0 remembers each token (key) and its position (value), layer 1 the version that wrote it."""
+
+    device = torch.device("cpu")
+    dtype = torch.float32
+    vocab_size = VOCAB
+    eos = frozenset([EOS])
+
+    def __init__(self, max_model_len: int = 256) -> None:
+        self.max_model_len = max_model_len
+        self.weights = 0
+        self.failure: BaseException | None = None
+        self.versions_read: list[set[int]] = []
+        self.batches: list[RaggedBatch] = []
+
+    def layers(self) -> list[LayerSpec]:
+        return [LayerSpec(1, 1, 1), LayerSpec(1, 1, 1)]
+
+    def version(self) -> int:
+        return self.weights
+
+    def decode_size(self, sequences: int) -> int:
+        return sequences + sequences % 3
+
+    def forward(self, batch: RaggedBatch, rows: torch.Tensor) -> torch.Tensor:
+        self.batches.append(batch)
+        if self.failure is not None:
+            failure, self.failure = self.failure, None
+            raise failure
+        pool = batch.state
+        assert pool is not None
+        assert batch.slots is not None
+        assert batch.block_tables is not None
+        taken = [slot for slot in batch.slots.tolist() if slot >= 0]
+        assert len(taken) == int(batch.query_offsets[-1]), "a token has no slot, or padding has one"
+        assert len(set(taken)) == len(taken), "two tokens share a slot"
+        tokens = batch.tokens.float()[:, None, None]
+        state_write(pool.keys[0], tokens, batch.slots)
+        state_write(pool.values[0], batch.positions.float()[:, None, None], batch.slots)
+        written = torch.full_like(tokens, self.weights)
+        state_write(pool.keys[1], written, batch.slots)
+        state_write(pool.values[1], written, batch.slots)
+        found = []
+        for row in rows.tolist():
+            owner = int(batch.sequence[row])
+            last = int(batch.query_offsets[owner + 1]) - 1
+            length = int(batch.kv_lengths[owner]) - (last - row)
+            pages = batch.block_tables[owner]
+            at = torch.arange(length)
+            slots = pages[at // batch.page_size] * batch.page_size + at % batch.page_size
+            assert torch.equal(pool.values[0][slots, 0, 0], at.float()), "positions are out of order"
+            self.versions_read.append({int(one) for one in pool.keys[1][slots, 0, 0]})
+            found.append(logits_of(tuple(int(one) for one in pool.keys[0][slots, 0, 0]), self.weights))
+        return torch.stack(found) if found else torch.empty(0, VOCAB)
+
+
+def make_request(
+    prompt: list[int], params: SamplingParams, request_id: int = 0, seed: int = 0, **given: object
+) -> Request:
+    defaults: dict = {
+        "eos": frozenset([EOS]),
+        "max_tokens": params.max_tokens,
+        "key": (seed if params.seed is None else params.seed, ()),
+        "decoder": None,
+        "sink": deque(),
+    }
+    return Request(request_id, 0, prompt, params, **(defaults | given))
+
+
+def oracle(prompt: list[int], params: SamplingParams) -> list[tuple[list[int], list[float], list[float], str]]:
+    """(tokens, logprobs, sampling logprobs, finish reason) of each of the ``n``, one at a time, no engine."""
+    found = []
+    for sequence in make_request(prompt, params).sequences:
+        while sequence.completion is None:
+            drawn = sample(logits_of(tuple(sequence.tokens))[None], [sequence])
+            if drawn.errors[0] is not None:
+                sequence.finish("error", error=drawn.errors[0])
+            else:
+                sequence.accept(
+                    drawn.token_ids[0],
+                    drawn.logprobs[0],
+                    drawn.sampling_logprobs[0],
+                    drawn.top_logprobs[0],
+                    0,
+                )
+        done = sequence.completion
+        found.append((done.token_ids, done.logprobs, done.sampling_logprobs, done.finish_reason))
+    return found

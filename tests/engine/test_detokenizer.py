@@ -1,0 +1,161 @@
+import random
+
+import pytest
+from engine_tokenizers import byte_level, metaspace
+
+from toolkit.engine.detokenizer import HOLD, REPLACEMENT, Decoder, Detokenizer
+
+SAMPLES = [
+    "the quick brown fox",
+    "naïve café 日本語 🎉🚀 end",
+    "👩‍👩‍👧👩‍👩‍👧",
+    "a" * 40,
+    "  leading and trailing  ",
+    "\n\n\ttabs\n",
+]
+
+
+def run(tokenizer, ids, prompt=(), skip=True, **stops):
+    """(pieces shown, final text, the stop string found, tokens used)."""
+    one = Detokenizer(Decoder(tokenizer, skip), list(prompt), **stops)
+    pieces, found, used = [], None, 0
+    for token in ids:
+        found = one.push(token)
+        used += 1
+        if found is not None:
+            break
+        pieces.append(one.take())
+    one.finish()
+    pieces.append(one.take())
+    return pieces, one.text, found, used
+
+
+@pytest.mark.parametrize("text", SAMPLES)
+def test_pieces_add_up_and_none_is_half_a_character(text):
+    tokenizer = byte_level()
+    ids = tokenizer(text)["input_ids"]
+    pieces, final, _, _ = run(tokenizer, ids)
+    assert "".join(pieces) == final == text
+    assert not any(REPLACEMENT in piece for piece in pieces)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_tokens_read_as_in_one_go(seed):
+    tokenizer = byte_level()
+    rng = random.Random(seed)
+    ids = [rng.randrange(len(tokenizer)) for _ in range(60)]
+    pieces, final, _, _ = run(tokenizer, ids)
+    assert "".join(pieces) == final == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_a_character_split_by_the_end_of_the_prompt_is_completed():
+    tokenizer = byte_level()
+    ids = tokenizer("日本🚀")["input_ids"]
+    whole = tokenizer.decode(ids)
+    for cut in range(len(ids) + 1):
+        _, final, _, _ = run(tokenizer, ids[cut:], prompt=ids[:cut])
+        assert final == whole[len(tokenizer.decode(ids[:cut]).rstrip(REPLACEMENT)) :]
+
+
+def test_an_incomplete_end_is_flushed_once():
+    tokenizer = byte_level()
+    ids = tokenizer("ok 🚀")["input_ids"][:-1]
+    pieces, final, _, _ = run(tokenizer, ids)
+    assert final == tokenizer.decode(ids)
+    assert final.startswith("ok ")
+    assert not any(REPLACEMENT in piece for piece in pieces[:-1])
+    assert pieces[-1].endswith(REPLACEMENT)
+
+
+def test_bytes_that_never_become_text_do_not_pile_up():
+    tokenizer = byte_level()
+    bad = tokenizer.convert_tokens_to_ids("ÿ")  # byte 0xFF starts no character
+    one = Detokenizer(Decoder(tokenizer, True), [])
+    for _ in range(10 * HOLD):
+        one.push(bad)
+        assert len(one._window) <= 2 * HOLD + 2
+    one.finish()
+    assert one.text == REPLACEMENT * 10 * HOLD
+
+
+def test_special_tokens_are_left_out_or_shown():
+    tokenizer = byte_level()
+    eos = tokenizer.eos_token_id
+    dog = tokenizer(" dog")["input_ids"]
+    ids = [*dog, eos, eos, *dog]
+    assert run(tokenizer, ids)[1] == " dog dog"
+    assert run(tokenizer, ids, skip=False)[1] == " dog<eos><eos> dog"
+
+
+def test_a_long_run_of_left_out_tokens_costs_nothing():
+    tokenizer = byte_level()
+    one = Detokenizer(Decoder(tokenizer, True), [])
+    for _ in range(1000):
+        one.push(tokenizer.eos_token_id)
+    assert len(one._window) == 0
+
+
+def test_the_first_space_survives_after_a_prompt():
+    tokenizer = metaspace()
+    the, dog, is_ = (tokenizer.convert_tokens_to_ids(word) for word in ("▁the", "▁dog", "▁is"))
+    assert tokenizer.decode([dog, is_]) == "dog is"
+    assert run(tokenizer, [dog, is_], prompt=[the])[1] == " dog is"
+    assert run(tokenizer, [dog, is_])[1] == "dog is"
+    eos = tokenizer.eos_token_id
+    assert run(tokenizer, [dog, eos, is_], prompt=[the])[1] == " dog is"
+
+
+def test_byte_fallback_characters_are_held_until_complete():
+    tokenizer = metaspace()
+    the = tokenizer.convert_tokens_to_ids("▁the")
+    rocket = [1 + byte for byte in "🚀é".encode()]
+    pieces, final, _, _ = run(tokenizer, [the, *rocket, the])
+    assert final == "the🚀é the"
+    assert [piece for piece in pieces if piece] == ["the", "🚀", "é", " the"]
+
+
+def stop_oracle(text, stops, include):
+    """Read letter by letter: the stop string that is complete first, the longest if several are."""
+    for end in range(1, len(text) + 1):
+        ending = [stop for stop in stops if text[:end].endswith(stop)]
+        if ending:
+            stop = max(ending, key=len)
+            return (text[:end] if include else text[: end - len(stop)]), stop
+    return text, None
+
+
+@pytest.mark.parametrize("include", [False, True])
+@pytest.mark.parametrize("seed", range(15))
+def test_stop_strings_over_tokens_are_never_shown_and_are_cut(seed, include):
+    tokenizer = byte_level()
+    rng = random.Random(seed)
+    text = "".join(rng.choice(["the", " dog", "ab", "a", "b", "é", "🚀", " "]) for _ in range(30))
+    stops = tuple({"".join(rng.choice("ab é🚀t") for _ in range(rng.randint(1, 4))) for _ in range(2)})
+    ids = tokenizer(text)["input_ids"]
+    pieces, final, found, _ = run(tokenizer, ids, stop=stops, include_stop=include)
+    assert (final, found) == stop_oracle(text, stops, include)
+    assert "".join(pieces) == final
+    shown = ""
+    for piece in pieces[:-1]:
+        shown += piece
+        assert final.startswith(shown)
+        assert not any(stop in shown for stop in stops)
+
+
+def test_held_back_text_comes_when_it_turns_out_not_to_be_a_stop():
+    tokenizer = byte_level()
+    ids = [tokenizer(letter)["input_ids"][0] for letter in "xENy"]
+    pieces, final, found, _ = run(tokenizer, ids, stop=("END",))
+    assert pieces == ["x", "", "", "ENy", ""]
+    assert (final, found) == ("xENy", None)
+    pieces, _, found, _ = run(tokenizer, ids[:3], stop=("END",))
+    assert pieces == ["x", "", "", "EN"]
+    assert found is None
+
+
+def test_stops_before_min_tokens_do_not_count():
+    tokenizer = byte_level()
+    one = Detokenizer(Decoder(tokenizer, True), [], ("aa",))
+    ids = [tokenizer(letter)["input_ids"][0] for letter in "aaaa"]
+    assert [one.push(token, may_stop=at >= 2) for at, token in enumerate(ids)] == [None, None, None, "aa"]
+    assert one.text == "aa"

@@ -1,0 +1,328 @@
+"""Continuous batching over one patched model."""
+
+import itertools
+import math
+import threading
+from collections import deque
+from collections.abc import Iterator
+from collections.abc import Sequence as Collection
+from typing import Any
+
+import numpy as np
+import torch
+
+from toolkit.engine.detokenizer import Decoder
+from toolkit.engine.limits import Limits
+from toolkit.engine.outputs import Completion, Delta
+from toolkit.engine.params import SamplingParams
+from toolkit.engine.prompts import check_params, check_prompt, split_prompts
+from toolkit.engine.request import Request, Sequence
+from toolkit.engine.runner import Backend, PatchedModel, Runner, default_pages
+from toolkit.engine.sampler import Workspace, sample
+from toolkit.engine.scheduler import Chunk, Scheduler
+from toolkit.errors import ToolkitError
+from toolkit.state import PageAllocator, StatePool
+
+
+class Engine:
+    """Generates from ``model`` with many requests in flight, over paged state.
+
+    model: a Hugging Face causal language model, patched here if it is not yet (nothing else of it changes),
+    or a ``Backend``. tokenizer: a Hugging Face tokenizer; None takes and gives token ids only. limits: the
+    fields of ``Limits``.
+
+    ``submit``, ``cancel`` and ``stats`` may be called from any thread while another one steps. Use it as a
+    context manager, or ``close`` it. Raises ToolkitError for limits that are unknown or not allowed.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any = None, **limits: Any) -> None:
+        self.limits = Limits.check(**limits)
+        self.backend: Backend = model if isinstance(model, Backend) else PatchedModel(model, self.limits.numerics)
+        self.tokenizer = tokenizer
+        self.max_model_len = self._max_model_len()
+        page_size = self.limits.page_size
+        layers = self.backend.layers()
+        longest = math.ceil(self.max_model_len / page_size)
+        pages = self.limits.num_pages
+        if pages is None:
+            pages = default_pages(layers, page_size, self.limits.max_num_seqs * longest, self.backend)
+        self.pool = StatePool(layers, pages, page_size, self.backend.dtype, self.backend.device)
+        self.allocator = PageAllocator(pages, page_size)
+        self.scheduler = Scheduler(
+            self.allocator,
+            self.limits.max_num_seqs,
+            self.limits.max_num_batched_tokens,
+            self.limits.prefix_cache,
+        )
+        self.runner = Runner(self.backend, self.pool, self.scheduler.max_running, self.max_model_len)
+        self._workspace = Workspace()
+        self._eos = self.backend.eos | _eos_of(tokenizer)
+        self._decoders = {skip: Decoder(tokenizer, skip) for skip in (True, False)} if tokenizer is not None else {}
+        self._seeds = np.random.SeedSequence(self.limits.seed)
+        self._ids = itertools.count()
+        self._version = self.backend.version()
+        self._generated = 0
+        self._steps = 0
+        # _stepping guards scheduler, tables and _pending. _mail guards what other threads hand in; it may be
+        # taken inside _stepping, never the other way round.
+        self._stepping = threading.Lock()
+        self._mail = threading.Lock()
+        self._live: dict[int, Request] = {}
+        self._inbox: list[Request] = []
+        self._to_cancel: list[int] = []
+        self._pending: list[Delta] = []
+        self._closed = False
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def generate(
+        self, prompts: Any, params: SamplingParams | Collection[SamplingParams] | None = None
+    ) -> list[Completion]:
+        """Completions of all prompts, in order, ``n`` a prompt.
+
+        prompts: a text, a list of token ids, or a list of those. params: one for all, or one a prompt. Raises
+        ToolkitError, starting nothing, if any prompt cannot be run; what fails later ends with "error".
+        """
+        requests = self._make(prompts, params, deque())
+        for _ in self._run(requests):
+            pass
+        return [sequence.completion for request in requests for sequence in request.sequences if sequence.completion]
+
+    def stream(
+        self, prompts: Any, params: SamplingParams | Collection[SamplingParams] | None = None
+    ) -> Iterator[Delta]:
+        """As ``generate``, but what each step adds, as it comes. Closing the iterator cancels the rest."""
+        return self._run(self._make(prompts, params, deque()))
+
+    def submit(self, prompt: Any, params: SamplingParams | None = None) -> int:
+        """Queue one prompt (text or token ids); its request id. Deltas come from ``step``."""
+        requests = self._make([prompt], params, None)
+        self._queue(requests)
+        return requests[0].request_id
+
+    def cancel(self, request_id: int) -> bool:
+        """End a request's unfinished completions with "cancelled"; False if it is not there (any more).
+
+        At once where no step is running, else before the next one.
+        """
+        with self._mail:
+            if request_id not in self._live:
+                return False
+            self._to_cancel.append(request_id)
+        if self._stepping.acquire(blocking=False):
+            try:
+                self._read_mail()
+            finally:
+                self._stepping.release()
+        return True
+
+    def step(self) -> list[Delta]:
+        """Run one step; what it added to requests made by ``submit``, a delta a sequence that grew or ended.
+
+        What fails ends its own requests with "error"; this does not raise.
+        """
+        with self._stepping:
+            self._advance()
+            deltas, self._pending = self._pending, []
+            return deltas
+
+    @property
+    def has_work(self) -> bool:
+        """Whether ``step`` has anything to do or to deliver."""
+        return bool(self._live or self._pending)
+
+    def stats(self) -> dict[str, int]:
+        """Counts: sequences running and waiting, pages, and totals since the engine was made."""
+        total, free = self.allocator.num_pages, self.allocator.num_free
+        with self._mail:
+            unread = sum(request.params.n for request in self._inbox)
+        return {
+            "running": len(self.scheduler.running),
+            "waiting": len(self.scheduler.waiting) + unread,
+            "pages_total": total,
+            "pages_used": total - free,
+            "pages_free": free,
+            "pages_cached": self.allocator.num_cached,
+            "prefix_hit_tokens": self.scheduler.prefix_hit_tokens,
+            "preemptions": self.scheduler.preemptions,
+            "generated_tokens": self._generated,
+            "steps": self._steps,
+            "weight_version": self._version,
+        }
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError where queues or pages do not add up. Not for hot paths."""
+        with self._stepping:
+            self.scheduler.check_integrity()
+
+    def close(self) -> None:
+        """Cancel what is left, refuse further work and free the pool. Closing twice is closing once."""
+        with self._stepping:
+            with self._mail:
+                if self._closed:
+                    return
+                self._closed = True
+            self._read_mail()
+            for request in list(self._live.values()):
+                self._end(request, "cancelled")
+            del self.pool, self.runner, self.backend, self._workspace
+
+    def _max_model_len(self) -> int:
+        asked, most = self.limits.max_model_len, self.backend.max_model_len
+        if asked is not None and asked > most:
+            raise ToolkitError(
+                f"max_model_len is {asked}; allowed are values up to {most}, which the model was made for."
+            )
+        return most if asked is None else asked
+
+    def _make(self, prompts: Any, params: Any, sink: deque[Delta] | None) -> list[Request]:
+        """Requests, all of them checked, not queued."""
+        given = split_prompts(prompts)
+        chosen = check_params(params, len(given))
+        ready = [
+            check_prompt(prompt, one, self.tokenizer, self.max_model_len, self.allocator)
+            for prompt, one in zip(given, chosen)
+        ]
+        with self._mail:
+            requests = []
+            for at, ((tokens, most), one) in enumerate(zip(ready, chosen)):
+                if one.seed is not None:
+                    key: tuple[int, tuple[int, ...]] = (one.seed % 2**64, ())
+                else:
+                    fresh: Any = self._seeds.spawn(1)[0]
+                    key = (fresh.entropy, fresh.spawn_key)
+                request = Request(
+                    next(self._ids),
+                    at,
+                    tokens,
+                    one,
+                    eos=self._eos,
+                    max_tokens=most,
+                    key=key,
+                    decoder=self._decoders.get(one.skip_special_tokens),
+                    sink=sink,
+                )
+                requests.append(request)
+            return requests
+
+    def _queue(self, requests: list[Request]) -> None:
+        with self._mail:
+            if self._closed:
+                raise ToolkitError("the engine is closed; allowed are requests to an open one.")
+            self._inbox += requests
+            self._live.update((request.request_id, request) for request in requests)
+
+    def _run(self, requests: list[Request]) -> Iterator[Delta]:
+        """Step until the requests are finished, yielding their deltas; cancel them if the caller leaves."""
+        sink = requests[0].sink if requests else None
+        self._queue(requests)
+        try:
+            while sink or not all(request.finished for request in requests):
+                if not sink:
+                    with self._stepping:
+                        self._advance()
+                while sink:
+                    yield sink.popleft()
+        finally:
+            for request in requests:
+                self.cancel(request.request_id)
+
+    def _advance(self) -> None:
+        """schedule → batch → forward → sample → deliver. The caller holds ``_stepping``."""
+        if self._closed:
+            return
+        self._read_mail()
+        version = self.backend.version()
+        if version != self._version:
+            self._version = version
+            self.allocator.drop_old_versions(version)
+        chunks = self.scheduler.schedule(version)
+        if not chunks:
+            return
+        self._steps += 1
+        try:
+            with torch.inference_mode():
+                self._execute(chunks, version)
+        except BaseException as error:
+            for request in {chunk.sequence.request for chunk in chunks}:
+                self._end(request, "error", f"{type(error).__name__}: {error}")
+            if not isinstance(error, Exception):
+                raise
+
+    def _execute(self, chunks: list[Chunk], version: int) -> None:
+        logits = self.runner.forward(chunks)
+        sequences: list[Sequence] = []
+        rows: list[int] = []
+        row = 0
+        for chunk in chunks:
+            sequence, table = chunk.sequence, chunk.sequence.table
+            assert table is not None
+            table.commit(sequence.tokens[chunk.start : chunk.start + chunk.count], version)
+            if chunk.samples:
+                owners = [sequence, *self.scheduler.fork_siblings(sequence)]
+                sequences += owners
+                rows += [row] * len(owners)
+                row += 1
+        if not sequences:
+            return
+        samples = sample(logits if len(rows) == row else logits[rows], sequences, self._workspace)
+        for sequence, token, logprob, sampling, top, error in zip(
+            sequences,
+            samples.token_ids,
+            samples.logprobs,
+            samples.sampling_logprobs,
+            samples.top_logprobs,
+            samples.errors,
+        ):
+            if sequence.completion is not None:  # a sibling failed, and with it the request
+                continue
+            if error is not None:
+                self._end(sequence.request, "error", error)
+                continue
+            try:
+                delta = sequence.accept(token, logprob, sampling, top, version)
+            except Exception as failure:
+                self._end(sequence.request, "error", f"{type(failure).__name__}: {failure}")
+                continue
+            self._generated += 1
+            self._deliver(sequence, delta)
+
+    def _deliver(self, sequence: Sequence, delta: Delta) -> None:
+        request = sequence.request
+        if delta.finished is not None:
+            self.scheduler.remove(sequence)
+            if request.finished:
+                with self._mail:
+                    self._live.pop(request.request_id, None)
+        (self._pending if request.sink is None else request.sink).append(delta)
+
+    def _end(self, request: Request, reason: Any, error: str | None = None) -> None:
+        """End what is unfinished of a request."""
+        for sequence in request.sequences:
+            if sequence.completion is None:
+                self._deliver(sequence, sequence.finish(reason, error=error))
+
+    def _read_mail(self) -> None:
+        """Take in new requests and cancellations."""
+        with self._mail:
+            arrived, self._inbox = self._inbox, []
+            to_cancel, self._to_cancel = self._to_cancel, []
+            cancelled = [self._live[one] for one in to_cancel if one in self._live]
+        for request in arrived:
+            wrong = [token for token in request.prompt if not 0 <= token < self.backend.vocab_size]
+            if wrong:
+                allowed = f"allowed are 0 to {self.backend.vocab_size - 1}"
+                self._end(request, "error", f"prompt has token id {wrong[0]}; {allowed}.")
+            else:
+                self.scheduler.add(request)
+        for request in cancelled:
+            self._end(request, "cancelled")
+
+
+def _eos_of(tokenizer: Any) -> frozenset[int]:
+    token = getattr(tokenizer, "eos_token_id", None)
+    return frozenset() if token is None else frozenset([token])

@@ -1,0 +1,43 @@
+"""The engine's limits, checked when it is made."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from toolkit.engine.params import flag, refuse_unknown, whole
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How much an engine takes on at once.
+
+    max_num_seqs: sequences in a step. max_num_batched_tokens: tokens in a step; also bounds the sequences,
+    since each needs one. max_model_len: prompt and completion together (None: what the model was made for).
+    page_size: tokens a page. num_pages: pages of state (None: enough for max_num_seqs sequences of
+    max_model_len, within a part of the device's memory). prefix_cache: reuse the state of common prefixes.
+    numerics: tier, see ``toolkit.numerics`` (None: the device's default, or the one already patched in).
+    seed: of the sequence that seeds requests without one (None: from the operating system).
+    """
+
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    max_model_len: int | None = None
+    page_size: int = 16
+    num_pages: int | None = None
+    prefix_cache: bool = True
+    numerics: str | None = None
+    seed: int | None = None
+
+    @classmethod
+    def check(cls, **given: Any) -> "Limits":
+        """The limits given, or a ToolkitError for an unknown name or a value that is not allowed."""
+        refuse_unknown("Engine", given, ("model", "tokenizer", *(field.name for field in fields(cls))))
+        return cls(**given)
+
+    def __post_init__(self) -> None:
+        whole("max_num_seqs", self.max_num_seqs, 1)
+        whole("max_num_batched_tokens", self.max_num_batched_tokens, 1)
+        whole("page_size", self.page_size, 1)
+        flag("prefix_cache", self.prefix_cache)
+        for name, low in (("max_model_len", 2), ("num_pages", 1), ("seed", 0)):
+            if getattr(self, name) is not None:
+                whole(name, getattr(self, name), low, also=", and None")

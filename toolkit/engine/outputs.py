@@ -1,0 +1,60 @@
+"""What the engine hands back: a completion at the end, deltas on the way."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(slots=True)
+class Completion:
+    """One finished continuation of one prompt.
+
+    prompt_index: place of the prompt in the call. index: which of the prompt's ``n`` completions.
+    token_ids: as generated, with the token that ended it. text: without stop strings and stop tokens, unless
+    asked for; "" without a tokenizer.
+    logprobs: one a generated token, natural log, under the model's own distribution (full vocabulary, before
+    penalties and temperature); float32 values. sampling_logprobs: one a token, under the distribution that it
+    was drawn from (0 for greedy). top_logprobs: the likeliest tokens a step by the model's own distribution,
+    best first, when ``SamplingParams.logprobs`` asked for them.
+    finish_reason: "stop" (end of text, stop token or stop string), "length", "cancelled" or "error".
+    stop_reason: the stop string or stop token id; None for the end-of-text token and for other reasons.
+    weight_versions: one a token, of the weights that it was sampled under. error: the message, with "error".
+    """
+
+    request_id: int
+    prompt_index: int
+    index: int
+    prompt_token_ids: list[int]
+    token_ids: list[int]
+    logprobs: list[float]
+    sampling_logprobs: list[float]
+    text: str
+    finish_reason: FinishReason
+    stop_reason: str | int | None = None
+    weight_versions: list[int] = field(default_factory=list)
+    top_logprobs: list[dict[int, float]] | None = None
+    error: str | None = None
+
+    @property
+    def weight_version(self) -> int | None:
+        """Of the last token; None when there is none."""
+        return self.weight_versions[-1] if self.weight_versions else None
+
+
+@dataclass(slots=True)
+class Delta:
+    """What one step added to one completion.
+
+    token_ids, logprobs: new ones. text: new text; never half a character, never a part of a stop string that
+    may still be cut, so it can be empty or cover several tokens. finished: the whole completion, at its end.
+    """
+
+    request_id: int
+    prompt_index: int
+    index: int
+    token_ids: list[int]
+    logprobs: list[float]
+    text: str
+    top_logprobs: list[dict[int, float]] | None = None
+    finished: Completion | None = None

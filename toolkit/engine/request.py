@@ -1,0 +1,170 @@
+"""A request and its sequences: what was asked, and how far each completion is."""
+
+from collections import deque
+from functools import cached_property
+
+import numpy as np
+
+from toolkit.engine.detokenizer import Decoder, Detokenizer
+from toolkit.engine.outputs import Completion, Delta, FinishReason
+from toolkit.engine.params import SamplingParams
+from toolkit.state import Table
+
+
+class Request:
+    """One prompt and its ``params.n`` completions.
+
+    eos: tokens that end a text. max_tokens: most tokens a completion. key: (entropy, spawn key) of the draws.
+    sink: where deltas go; None for those that ``Engine.step`` returns.
+    """
+
+    def __init__(
+        self,
+        request_id: int,
+        prompt_index: int,
+        prompt: list[int],
+        params: SamplingParams,
+        *,
+        eos: frozenset[int],
+        max_tokens: int,
+        key: tuple[int, tuple[int, ...]],
+        decoder: Decoder | None,
+        sink: deque[Delta] | None,
+    ) -> None:
+        self.request_id = request_id
+        self.prompt_index = prompt_index
+        self.prompt = prompt
+        self.params = params
+        self.stop_ids = frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else eos)
+        self.eos = eos
+        self.max_tokens = max_tokens
+        self.key = key
+        self.decoder = decoder
+        self.sink = sink
+        self.prefilled = False  # whether a sequence of it has had its prompt computed, so that others may fork it
+        self.sequences = [Sequence(self, index) for index in range(params.n)]
+
+    @property
+    def finished(self) -> bool:
+        """Whether every completion is."""
+        return all(sequence.completion is not None for sequence in self.sequences)
+
+
+class Sequence:
+    """One completion as it grows.
+
+    tokens: prompt and output. table: its pages while it runs, None while it waits. place: its row in the
+    runner's block tables while it runs; known_pages: how many entries of that row are written.
+    """
+
+    def __init__(self, request: Request, index: int) -> None:
+        self.request = request
+        self.index = index
+        self.params = request.params
+        self.order = (request.request_id, index)
+        self.prompt_length = len(request.prompt)
+        self.tokens = request.prompt.copy()
+        self.table: Table | None = None
+        self.place = -1
+        self.known_pages = 0
+        self.logprobs: list[float] = []
+        self.sampling_logprobs: list[float] = []
+        self.top_logprobs: list[dict[int, float]] | None = [] if self.params.logprobs is not None else None
+        self.versions: list[int] = []
+        self.completion: Completion | None = None
+        self._text: Detokenizer | None = None
+        if request.decoder is not None:
+            stop = tuple(self.params.stop or ())
+            self._text = Detokenizer(request.decoder, request.prompt, stop, self.params.include_stop_str_in_output)
+
+    @property
+    def generated(self) -> int:
+        """Tokens of output."""
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def remaining(self) -> int:
+        """Tokens whose state is not computed; 1 while decoding. The sequence must be running."""
+        assert self.table is not None
+        return len(self.tokens) - self.table.length
+
+    @property
+    def adjusted(self) -> bool:
+        """Whether the next token's logits are changed before the temperature."""
+        return self.params.penalised or self.generated < self.params.min_tokens
+
+    @cached_property
+    def random(self) -> np.random.Generator:
+        """The sequence's own generator, counter-based: one uniform a token, whatever else runs."""
+        entropy, spawn = self.request.key
+        seed = np.random.SeedSequence(entropy, spawn_key=(*spawn, self.index))
+        return np.random.Generator(np.random.Philox(seed))
+
+    def accept(
+        self, token: int, logprob: float, sampling_logprob: float, top: dict[int, float] | None, version: int
+    ) -> Delta:
+        """Add a drawn token; the delta that it makes, with the completion if it is the last."""
+        params, request = self.params, self.request
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        self.sampling_logprobs.append(sampling_logprob)
+        self.versions.append(version)
+        if self.top_logprobs is not None and top is not None:
+            self.top_logprobs.append(top)
+        reason: FinishReason | None = None
+        stop_reason: str | int | None = None
+        if token in request.stop_ids:
+            reason, stop_reason = "stop", None if token in request.eos else token
+        if self._text is not None and (reason is None or params.include_stop_str_in_output):
+            found = self._text.push(token, self.generated > params.min_tokens or not params.min_tokens)
+            if found is not None and reason is None:
+                reason, stop_reason = "stop", found
+        if reason is None and self.generated >= request.max_tokens:
+            reason = "length"
+        tops = [top] if top is not None else None
+        if reason is not None:
+            return self.finish(reason, stop_reason, [token], [logprob], tops)
+        text = self._text.take() if self._text is not None else ""
+        return Delta(request.request_id, request.prompt_index, self.index, [token], [logprob], text, tops)
+
+    def finish(
+        self,
+        reason: FinishReason,
+        stop_reason: str | int | None = None,
+        token_ids: list[int] | None = None,
+        logprobs: list[float] | None = None,
+        top_logprobs: list[dict[int, float]] | None = None,
+        error: str | None = None,
+    ) -> Delta:
+        """End the completion; the delta with it, and with the new tokens given."""
+        request, text, last = self.request, "", ""
+        if self._text is not None:
+            if reason != "error":  # what went wrong may be the text itself
+                self._text.finish()
+                last = self._text.take()
+            text = self._text.text
+        self.completion = Completion(
+            request_id=request.request_id,
+            prompt_index=request.prompt_index,
+            index=self.index,
+            prompt_token_ids=request.prompt,
+            token_ids=self.tokens[self.prompt_length :],
+            logprobs=self.logprobs,
+            sampling_logprobs=self.sampling_logprobs,
+            text=text,
+            finish_reason=reason,
+            stop_reason=stop_reason,
+            weight_versions=self.versions,
+            top_logprobs=self.top_logprobs,
+            error=error,
+        )
+        return Delta(
+            request.request_id,
+            request.prompt_index,
+            self.index,
+            token_ids or [],
+            logprobs or [],
+            last,
+            top_logprobs,
+            self.completion,
+        )

@@ -1,0 +1,172 @@
+"""Which tokens run in the next step.
+
+Every step gives each decoding sequence its one token first, then fills the token budget with pieces of
+prompts, oldest request first, then admits waiting requests in the order they came. When pages run out the
+youngest running sequence gives up its pages and waits; its tokens are kept, their state is recomputed later.
+"""
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+from operator import attrgetter
+
+from toolkit.engine.request import Request, Sequence
+from toolkit.state import OutOfPages, PageAllocator, Table
+
+_order = attrgetter("order")
+
+
+@dataclass(slots=True)
+class Chunk:
+    """Tokens ``start .. start + count`` of a sequence, in this step; ``samples``: they are its last."""
+
+    sequence: Sequence
+    start: int
+    count: int
+    slots: list[int]
+    samples: bool
+
+
+class Scheduler:
+    """Sequences that run and wait, both oldest first.
+
+    At most ``max_num_batched_tokens`` sequences run even where ``max_num_seqs`` allows more, since each must
+    be able to decode in every step.
+    """
+
+    def __init__(
+        self, allocator: PageAllocator, max_num_seqs: int, max_num_batched_tokens: int, prefix_cache: bool
+    ) -> None:
+        self.allocator = allocator
+        self.max_running = min(max_num_seqs, max_num_batched_tokens)
+        self.budget = max_num_batched_tokens
+        self.prefix_cache = prefix_cache
+        self.running: list[Sequence] = []
+        self.waiting: list[Sequence] = []
+        self.preemptions = 0
+        self.prefix_hit_tokens = 0
+        self._places = list(range(self.max_running - 1, -1, -1))
+
+    def add(self, request: Request) -> None:
+        """Queue every sequence of a request."""
+        for sequence in request.sequences:
+            insort(self.waiting, sequence, key=_order)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out, wherever it is, and give its pages back."""
+        queue = self.waiting if sequence.table is None else self.running
+        at = bisect_left(queue, sequence.order, key=_order)
+        if at < len(queue) and queue[at] is sequence:
+            del queue[at]
+            self._leave(sequence)
+
+    def schedule(self, version: int) -> list[Chunk]:
+        """The next step's chunks, oldest sequence first, their slots reserved; [] when nothing can run.
+
+        version: of the weights that will run it.
+        """
+        chunks: list[Chunk] = []
+        missing = [sequence.remaining for sequence in self.running]
+        spare = self.budget - missing.count(1)
+        preemptions = self.preemptions
+        for at, remaining in enumerate(missing):
+            if at >= len(self.running):
+                break  # preempted on the way
+            count = 1 if remaining == 1 else min(remaining, spare)
+            if count > 0 and (chunk := self._reserve(self.running[at], count)):
+                chunks.append(chunk)
+                spare -= count if remaining > 1 else 0
+        if self.waiting and spare > 0 and self.preemptions == preemptions:
+            self._admit(chunks, spare, version)
+        return chunks
+
+    def fork_siblings(self, leader: Sequence) -> list[Sequence]:
+        """Once a prompt is computed: the waiting sequences of the same request that now run on forks of it.
+
+        As many as may run; the others wait on as sequences of their own.
+        """
+        request = leader.request
+        if request.prefilled:
+            return []
+        request.prefilled = True
+        forked = []
+        for sibling in request.sequences:
+            if len(self.running) >= self.max_running:
+                break
+            if sibling is not leader and sibling.table is None and sibling.completion is None:
+                assert leader.table is not None
+                self._enter(sibling, leader.table.fork())
+                forked.append(sibling)
+        return forked
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError where queues, places or pages do not add up."""
+        assert self.running == sorted(self.running, key=_order), "running is out of order"
+        assert self.waiting == sorted(self.waiting, key=_order), "waiting is out of order"
+        assert len(self.running) <= self.max_running, "too many sequences run"
+        assert all(sequence.table is None for sequence in self.waiting), "a waiting sequence holds pages"
+        places = sorted(self._places + [sequence.place for sequence in self.running])
+        assert places == list(range(self.max_running)), "a place is lost or given twice"
+        tables = [sequence.table for sequence in self.running]
+        assert all(tables), "a running sequence has no table"
+        self.allocator.check_integrity(live=[table.held for table in tables if table is not None])
+
+    def _reserve(self, sequence: Sequence, count: int) -> Chunk | None:
+        """The chunk of the next ``count`` tokens, preempting the youngest; None if that was itself."""
+        table = sequence.table
+        assert table is not None
+        while True:
+            try:
+                slots = table.reserve(count)
+            except OutOfPages:
+                victim = self.running[-1]
+                if len(self.running) == 1:
+                    raise RuntimeError("a sequence that was let in does not fit in the pool") from None
+                self._leave(self.running.pop())
+                insort(self.waiting, victim, key=_order)
+                self.preemptions += 1
+                if victim is sequence:
+                    return None
+            else:
+                start = table.length
+                return Chunk(sequence, start, count, slots, start + count == len(sequence.tokens))
+
+    def _admit(self, chunks: list[Chunk], spare: int, version: int) -> None:
+        """Let waiting sequences in, in order, while there are places, budget and pages for their tokens."""
+        # Those that will fork a prompt being computed now have their places kept.
+        kept = sum(s.params.n - 1 for s in self.running if not s.request.prefilled)
+        # What runs already needs pages for the rest of its prompts and soon one more each: others given them
+        # would only be preempted again.
+        owed = sum(1 + s.table.pages_needed(s.remaining) for s in self.running if s.table is not None)
+        at = 0
+        while at < len(self.waiting) and spare > 0 and len(self.running) + kept < self.max_running:
+            sequence = self.waiting[at]
+            if sequence.index > 0 and not sequence.request.prefilled:
+                at += 1  # its prompt is computed by the first of the request
+                continue
+            table = Table(self.allocator, version if self.prefix_cache else None)
+            hit = table.match_prefix(sequence.tokens)
+            missing = len(sequence.tokens) - hit
+            if self.running and owed + table.pages_needed(missing) > self.allocator.num_free:
+                table.release()
+                return
+            self._enter(sequence, table)
+            self.prefix_hit_tokens += hit
+            count = min(missing, spare)
+            chunk = self._reserve(sequence, count)
+            assert chunk is not None
+            chunks.append(chunk)
+            spare -= count
+            owed += 1 + table.pages_needed(missing)
+            if not sequence.request.prefilled:
+                kept += sequence.params.n - 1
+
+    def _enter(self, sequence: Sequence, table: Table) -> None:
+        del self.waiting[bisect_left(self.waiting, sequence.order, key=_order)]
+        sequence.table, sequence.place, sequence.known_pages = table, self._places.pop(), 0
+        insort(self.running, sequence, key=_order)
+
+    def _leave(self, sequence: Sequence) -> None:
+        if sequence.table is not None:
+            sequence.table.release()
+            sequence.table = None
+            self._places.append(sequence.place)
