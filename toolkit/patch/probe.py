@@ -15,16 +15,17 @@ from torch import Tensor, nn
 from toolkit.patch.claim import ProbeError
 
 
-def generator(device: torch.device) -> torch.Generator:
-    """The probes' own random numbers: the user's stream is left where it was."""
-    return torch.Generator(device).manual_seed(20261123)
+def generator(device: torch.device, stream: int = 0) -> torch.Generator:
+    """The probes' own random numbers, a stream a purpose: the user's are left where they were."""
+    return torch.Generator(device).manual_seed(20261123 + stream)
 
 
 def twin(module: nn.Module) -> nn.Module:
     """A float32 copy with random parameters of unit scale (matrices: 1/sqrt(fan in)), in eval mode."""
     copied = copy.deepcopy(module).float().eval()
-    for parameter in copied.parameters():
-        source = generator(parameter.device)
+    for stream, parameter in enumerate(copied.parameters()):
+        # Each its own numbers: with equal weights, queries could not be told from keys, nor gate from up.
+        source = generator(parameter.device, 1000 + stream)
         scale = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 1.0
         with torch.no_grad():
             parameter.normal_(0.0, scale, generator=source)

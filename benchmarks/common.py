@@ -1,0 +1,196 @@
+"""What the benchmarks share: models, machine description, timing, peak memory, tables and JSON."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft", "numpy")
+
+
+def llama(**changes: Any) -> Any:
+    """A 32 M Llama with random weights: 8 layers, 512 wide, 8 heads, vocabulary 8192, embeddings not tied."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return _build(LlamaForCausalLM, LlamaConfig, changes)
+
+
+def qwen3(**changes: Any) -> Any:
+    """The same sizes as ``llama`` with Qwen3's query and key norms and 2 key/value heads."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    return _build(Qwen3ForCausalLM, Qwen3Config, {"num_key_value_heads": 2, "head_dim": 64} | changes)
+
+
+MODELS: dict[str, Callable[..., Any]] = {"llama": llama, "qwen3": qwen3}
+
+
+def _build(model: Any, config: Any, changes: dict[str, Any]) -> Any:
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 8192,
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    return model(config(**(sizes | changes))).eval()
+
+
+def describe() -> dict[str, Any]:
+    """The machine and the versions that a figure belongs to."""
+    versions: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    machine: dict[str, Any] = {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+    if torch.cuda.is_available():
+        machine["gpu"] = torch.cuda.get_device_name()
+        machine["cuda"] = torch.version.cuda or torch.version.hip
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "machine": machine,
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass  # not Linux: the platform's own word below
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None
+
+
+def interleaved(
+    calls: Mapping[str, Callable[..., Any]], repeats: int, warmup: int = 1, synchronize: bool = False
+) -> dict[str, list[float]]:
+    """Seconds of each call, taken in turns so that a noisy neighbour hits all alike; the order alternates."""
+    for call in calls.values():
+        for _ in range(warmup):
+            call()
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(repeats):
+        order = list(calls) if turn % 2 == 0 else list(calls)[::-1]
+        for name in order:
+            if synchronize:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            calls[name]()
+            if synchronize:
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def summary(seconds: Sequence[float]) -> dict[str, float]:
+    """Median, minimum and maximum of timings in seconds."""
+    return {"median_s": statistics.median(seconds), "min_s": min(seconds), "max_s": max(seconds)}
+
+
+def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
+    """||value - expected|| / ||expected|| in float64; a NaN anywhere gives NaN, which passes no gate."""
+    value, expected = value.detach().double().cpu(), expected.detach().double().cpu()
+    return float((value - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.float64).tiny))
+
+
+def peak_rss() -> int:
+    """Bytes of the largest resident set this program has had.
+
+    The kernel's own high-water mark first: getrusage's figure survives exec, so a child would report its
+    parent's peak.
+    """
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # not Linux
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def in_fresh_process(module: str, *arguments: str) -> dict[str, Any]:
+    """Run ``python -m module arguments`` in its own process; the JSON object it prints last.
+
+    Peak memory is a process's lifetime maximum, so each side of a comparison needs a process of its own.
+    """
+    command = [sys.executable, "-m", module, *arguments]
+    root = Path(__file__).parent.parent
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{result.stdout}{result.stderr}")
+    return json.loads(result.stdout.strip().splitlines()[-1])
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A table on the terminal: rich where it is installed, aligned plain text elsewhere."""
+    cells = [[_cell(value) for value in row] for row in rows]
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        widths = [max(len(row[i]) for row in [list(header), *cells]) for i in range(len(header))]
+        print(title)
+        for row in [list(header), ["-" * width for width in widths], *cells]:
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+        return
+    table = Table(title=title, title_justify="left")
+    for i, name in enumerate(header):
+        table.add_column(name, justify="left" if i == 0 else "right")
+    for row in cells:
+        table.add_row(*row)
+    console = Console()
+    Console(width=max(console.width, 110) if not console.is_terminal else None).print(table)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def write_json(name: str, result: dict[str, Any]) -> Path:
+    """Write ``benchmarks/results/<name>.json``, whole or not at all."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    aside = path.with_suffix(".json.tmp")
+    aside.write_text(json.dumps({**describe(), **result}, indent=2) + "\n")
+    aside.replace(path)
+    return path

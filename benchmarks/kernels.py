@@ -1,0 +1,224 @@
+"""What the Triton kernels compile to, for every target and shipped tile, without a GPU.
+
+``python -m benchmarks.kernels`` prints registers, shared memory, spills and matrix instructions. The
+launchers themselves are called with CPU tensors while the launch is recorded instead of run, so what is
+compiled here is what would be launched: the same tile, flags and specialisation.
+"""
+
+import argparse
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from benchmarks.common import print_table
+
+# Largest dynamic shared memory of a program, bytes.
+SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+MATRIX = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_s?mfma_)")
+SIGNATURES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A recorded launch: the kernel, its arguments in order, and the compile options."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    kernel: str
+    arch: str
+    registers: int
+    shared: int
+    spilled: int  # to memory; bytes on NVIDIA, vector registers on AMD
+    matrix: dict[str, int]  # matrix instruction -> how often it stands in the assembly
+    dots: int  # tl.dot that the kernel's intermediate code holds
+
+
+@contextmanager
+def recording(arch: str) -> Iterator[list[Launch]]:
+    """Record the launches of the body as if tensors were on ``arch``; nothing runs."""
+    from triton.runtime.jit import JITFunction
+
+    from toolkit.ops.attention import tiles
+
+    launches: list[Launch] = []
+
+    def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        arguments = dict(zip(self.arg_names, args))
+        arguments.update({name: kwargs.pop(name) for name in list(kwargs) if name in self.arg_names})
+        launches.append(Launch(self, arguments, kwargs))
+
+    with (
+        mock.patch.object(JITFunction, "run", record),
+        mock.patch.object(tiles, "architecture", return_value=arch),
+    ):
+        yield launches
+
+
+def _target(arch: str) -> Any:
+    from triton.backends.compiler import GPUTarget
+
+    return GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
+
+
+def compile_launch(launch: Launch, arch: str) -> Compiled:
+    """Compile one recorded launch for ``arch`` and read its resources from the binary."""
+    import triton
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = f"*{SIGNATURES[value.dtype]}"
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=_target(arch), options=launch.options)
+    assembly = compiled.asm["amdgcn" if arch.startswith("gfx") else "ptx"]
+    if arch.startswith("gfx"):
+        registers = _field(assembly, r"\.vgpr_count:\s+(\d+)")
+        spilled = _field(assembly, r"\.vgpr_spill_count:\s+(\d+)")  # scalar spills stay in registers
+    else:
+        registers, spilled = _nvidia_resources(compiled.asm["cubin"])
+    found = MATRIX.findall(assembly)
+    return Compiled(
+        launch.kernel.__name__, arch, registers, compiled.metadata.shared, spilled,
+        {name: found.count(name) for name in sorted(set(found))}, compiled.asm["ttir"].count("tt.dot "),
+    )  # fmt: skip
+
+
+def _field(text: str, pattern: str) -> int:
+    match = re.search(pattern, text)
+    if match is None:
+        raise RuntimeError(f"the compiler's report has no {pattern!r}")
+    return int(match.group(1))
+
+
+def _nvidia_resources(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of stack and local memory) from the disassembler that Triton's package carries."""
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return _field(report, r"REG:(\d+)"), _field(report, r"STACK:(\d+)") + _field(report, r"LOCAL:(\d+)")
+
+
+def attention_case(
+    dtype: torch.dtype, head_dim: int, *, paged: bool, heads: int = 8, kv_heads: int = 2
+) -> Callable:
+    """A call of the attention forward with windows and a soft cap off."""
+
+    def call() -> None:
+        from toolkit.ops.attention.triton import attention
+
+        q = torch.empty(64, heads, head_dim, dtype=dtype)
+        kv = torch.empty(64, kv_heads, head_dim, dtype=dtype)
+        offsets, one = torch.tensor([0, 64]), torch.tensor([64])
+        tables = torch.arange(4)[None] if paged else None
+        attention(q, kv, kv, offsets, one * 0, one, tables, 16 if paged else 0, head_dim**-0.5, 0, 0.0)
+
+    return call
+
+
+def attention_backward_case(
+    dtype: torch.dtype, head_dim: int, *, heads: int = 8, kv_heads: int = 2
+) -> Callable:
+    """A call of the attention backward: both of its kernels."""
+
+    def call() -> None:
+        from toolkit.ops.attention.triton_backward import attention_backward
+
+        q = torch.empty(64, heads, head_dim, dtype=dtype)
+        kv = torch.empty(64, kv_heads, head_dim, dtype=dtype)
+        offsets, one = torch.tensor([0, 64]), torch.tensor([64])
+        lse = torch.empty(64, heads)
+        attention_backward(q, q, kv, kv, q, lse, offsets, one * 0, one, head_dim**-0.5, 0, 0.0)
+
+    return call
+
+
+def rms_norm_case(dtype: torch.dtype, width: int) -> Callable:
+    """The rms_norm kernels, forward and backward."""
+
+    def call() -> None:
+        from toolkit.ops.rms_norm.triton import rms_norm, rms_norm_backward
+
+        x = torch.empty(64, width, dtype=dtype)
+        weight = torch.empty(width, dtype=dtype)
+        rms_norm(x, weight, 1e-6, 0.0)
+        rms_norm_backward(x, x, weight, 1e-6, 0.0)
+
+    return call
+
+
+def cases() -> dict[str, Callable]:
+    """Every kernel with every shipped tile: name -> the call that launches it."""
+    found: dict[str, Callable] = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        short = SIGNATURES[dtype]
+        for head_dim in (64, 128, 256):
+            found[f"attention {short} {head_dim} paged"] = attention_case(dtype, head_dim, paged=True)
+            found[f"attention {short} {head_dim}"] = attention_case(dtype, head_dim, paged=False)
+            found[f"attention_backward {short} {head_dim}"] = attention_backward_case(dtype, head_dim)
+        found[f"rms_norm {short} 4096"] = rms_norm_case(dtype, 4096)
+    return found
+
+
+def compile_case(call: Callable, arch: str) -> list[Compiled]:
+    """Compile every launch that ``call`` makes."""
+    with recording(arch) as launches:
+        call()
+    return [compile_launch(launch, arch) for launch in launches]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--arch", nargs="*", default=list(SHARED_LIMIT), choices=list(SHARED_LIMIT))
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    arguments = parser.parse_args()
+    rows = []
+    for name, call in cases().items():
+        if arguments.only not in name:
+            continue
+        for arch in arguments.arch:
+            for made in compile_case(call, arch):
+                matrix = ", ".join(f"{count} {kind}" for kind, count in made.matrix.items()) or "none"
+                shared = f"{made.shared / 1024:.1f}"
+                rows.append(
+                    [name, made.kernel, arch, made.registers, shared, made.spilled, made.dots, matrix]
+                )
+    header = ["case", "kernel", "target", "registers", "shared KiB", "spilled", "dots", "matrix instructions"]
+    print_table("Compiled kernels", header, rows)
+
+
+if __name__ == "__main__":
+    main()
