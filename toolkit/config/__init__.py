@@ -1,0 +1,6 @@
+"""Recipes: the schema, YAML loading, dotted overrides, and errors of one sentence."""
+
+from toolkit.config.load import dump, find, load_recipe, shipped, validate
+from toolkit.config.schema import Recipe
+
+__all__ = ["Recipe", "dump", "find", "load_recipe", "shipped", "validate"]

@@ -12,8 +12,7 @@ from torch import nn
 Undo = Callable[[], None]
 
 # Two fp32 computations of one formula differ by a few roundings, another formula by far more (gelu and its tanh form:
-# 2e-4). Gradients cancel where
-# outputs do not (of queries and keys, say), which multiplies the roundings.
+# 2e-4). Gradients cancel where outputs do not (of queries and keys, say), which multiplies the roundings.
 FORWARD_TOLERANCE = 2e-5
 BACKWARD_TOLERANCE = 1e-4
 

@@ -1,0 +1,1 @@
+"""Training: data, tokenizer, model, objective, loop, checkpoints, metrics and held-out evaluation."""

@@ -1,0 +1,190 @@
+"""Checkpoints that are whole or absent, load in plain transformers, and resume bit for bit.
+
+``checkpoints/step-000100/`` holds a Hugging Face checkpoint (safetensors, config, tokenizer, generation
+config), ``training/`` beside it (optimizer and torch RNG as safetensors, everything else as JSON),
+``recipe.yaml``, and ``manifest.json`` with the size and SHA-256 of every file. It is written aside under a
+dotted name, flushed to disk and renamed; ``checkpoints/latest`` is then replaced by a file that names it. A
+folder with a dotted name is never a checkpoint. Nothing is pickled.
+"""
+
+import contextlib
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from toolkit.errors import ToolkitError
+from toolkit.training.files import sync, write_atomic
+
+MANIFEST = "manifest.json"
+LATEST = "latest"
+_NAME = re.compile(r"^step-(\d{6,})$")
+
+
+def name_of(step: int) -> str:
+    """``step-000100`` for 100."""
+    return f"step-{step:06d}"
+
+
+def step_of(name: str) -> int | None:
+    """100 for ``step-000100``, None for a name that is no checkpoint's."""
+    match = _NAME.match(name)
+    return int(match[1]) if match else None
+
+
+def steps_in(folder: Path) -> list[int]:
+    """The steps of the checkpoints in ``folder``, ascending."""
+    if not folder.is_dir():
+        return []
+    found = (step_of(path.name) for path in folder.iterdir() if path.is_dir())
+    return sorted(step for step in found if step is not None)
+
+
+def clean(folder: Path) -> None:
+    """Remove what interrupted writes and deletions left behind."""
+    for path in folder.glob(".*"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+@contextmanager
+def writing(folder: Path, step: int) -> Iterator[Path]:
+    """A folder to fill, which becomes ``folder/step-<step>`` and the latest when the block ends well.
+
+    There must be no checkpoint of that step yet.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    final, aside = folder / name_of(step), folder / f".{name_of(step)}.new"
+    if aside.exists():
+        shutil.rmtree(aside)
+    aside.mkdir()
+    try:
+        yield aside
+        _seal(aside, step)
+        aside.rename(final)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    sync(folder)
+    write_atomic(folder / LATEST, final.name + "\n")
+
+
+def _seal(aside: Path, step: int) -> None:
+    """Write the manifest, then flush everything."""
+    import platform
+
+    import torch
+    import transformers
+
+    import toolkit
+
+    files = [path for path in sorted(aside.rglob("*")) if path.is_file()]
+    manifest = {
+        "format": 1,
+        "step": step,
+        "versions": {
+            "toolkit": toolkit.__version__,
+            "torch": str(torch.__version__),
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "files": {
+            path.relative_to(aside).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            for path in files
+        },
+    }
+    (aside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    for path in [*files, aside / MANIFEST, *(path for path in aside.rglob("*") if path.is_dir()), aside]:
+        sync(path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify(checkpoint: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose every file is there with its size and hash.
+
+    Raises ToolkitError naming the first file that is not, and the other checkpoints beside it.
+    """
+    others = [name_of(step) for step in steps_in(checkpoint.parent) if name_of(step) != checkpoint.name]
+    advice = f"; resume from another one with resume={others[-1]}" if others else ""
+
+    def corrupt(what: str) -> ToolkitError:
+        return ToolkitError(f"Checkpoint {checkpoint} is corrupt: {what}{advice}.")
+
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_bytes())
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+    except FileNotFoundError:
+        raise corrupt(f"{MANIFEST} is missing") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise corrupt(f"{MANIFEST} is not a manifest") from None
+    for name, (size, digest) in files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            raise corrupt(f"{name} is missing")
+        if path.stat().st_size != size:
+            raise corrupt(f"{name} has {path.stat().st_size} bytes where {size} were written")
+        if _sha256(path) != digest:
+            raise corrupt(f"the content of {name} is not what was written")
+    return manifest
+
+
+def latest(folder: Path) -> Path | None:
+    """The checkpoint that ``latest`` names; without that file, the one of the highest step; else None."""
+    pointer = folder / LATEST
+    if not pointer.is_file():
+        steps = steps_in(folder)
+        return folder / name_of(steps[-1]) if steps else None
+    name = pointer.read_text(encoding="utf-8", errors="replace").strip()
+    if step_of(name) is None or not (folder / name).is_dir():
+        known = ", ".join(name_of(step) for step in steps_in(folder)) or "none"
+        raise ToolkitError(f"{pointer} names '{name}', which is no checkpoint there; there are {known}.")
+    return folder / name
+
+
+def resolve(path: str | Path) -> Path:
+    """The folder with the model, for a run's folder (its latest checkpoint) or any Hugging Face folder.
+
+    Raises ToolkitError where there is none.
+    """
+    given = Path(path)
+    if (given / "config.json").is_file():
+        return given
+    for folder in (given / "checkpoints", given):
+        found = latest(folder)
+        if found is not None:
+            return found
+    raise ToolkitError(f"'{path}' is neither a run with a checkpoint nor a folder with a model (config.json).")
+
+
+def drop_after(folder: Path, step: int) -> list[str]:
+    """Remove the checkpoints later than ``step`` and make that one the latest; returns the names removed."""
+    write_atomic(folder / LATEST, name_of(step) + "\n")
+    dropped = [other for other in steps_in(folder) if other > step]
+    for other in dropped:
+        _remove(folder / name_of(other))
+    return [name_of(other) for other in dropped]
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the last ``keep`` checkpoints."""
+    for step in steps_in(folder)[:-keep]:
+        _remove(folder / name_of(step))
+
+
+def _remove(checkpoint: Path) -> None:
+    """Take the name away first, so that what a crash leaves is not taken for a checkpoint."""
+    aside = checkpoint.with_name(f".{checkpoint.name}.old")
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(aside)
+    checkpoint.rename(aside)
+    shutil.rmtree(aside)

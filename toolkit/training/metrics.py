@@ -1,0 +1,79 @@
+"""Numbers of a run: metrics.jsonl (one line a step), TensorBoard, and the loss curve."""
+
+import json
+import os
+from pathlib import Path
+from typing import IO, Any
+
+from toolkit.training.files import write_atomic
+
+FILE = "metrics.jsonl"
+
+
+class Metrics:
+    """Appends to ``metrics.jsonl`` and TensorBoard. Lines later than ``step`` are dropped on opening."""
+
+    def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
+        self._path = folder / FILE
+        kept = [json.dumps(line) + "\n" for line in read_metrics(self._path) if line["step"] <= step]
+        write_atomic(self._path, "".join(kept))
+        self._file: IO[str] = self._path.open("a", encoding="utf-8")
+        self._writer: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def write(self, values: dict[str, float | int]) -> None:
+        """Record one step; ``values`` has "step" and numbers."""
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            for name, value in values.items():
+                if name != "step":
+                    self._writer.add_scalar(name, value, values["step"])
+
+    def sync(self) -> None:
+        """Flush to disk, so that a checkpoint never knows more steps than the metrics."""
+        os.fsync(self._file.fileno())
+        if self._writer is not None:
+            self._writer.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file, one a step; a last line that a crash cut short is left out."""
+    if not path.is_file():
+        return []
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+def plot_loss(lines: list[dict[str, Any]], path: Path, title: str) -> None:
+    """The loss curve as PNG: every step, and a running mean over a fiftieth of the run."""
+    import io
+
+    from matplotlib.figure import Figure
+
+    steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
+    width = max(len(lines) // 50, 1)
+    smooth = [sum(losses[max(i - width + 1, 0) : i + 1]) / min(i + 1, width) for i in range(len(losses))]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8, label="each step")
+    axes.plot(steps, smooth, color="tab:blue", label=f"mean of {width} steps")
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    write_atomic(path, image.getvalue())

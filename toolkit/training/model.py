@@ -1,0 +1,143 @@
+"""The recipe's model: random weights of a transformers architecture, or a local checkpoint, patched."""
+
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from toolkit.config.schema import ModelSection
+from toolkit.errors import ToolkitError, nearest
+from toolkit.patch import PatchReport, patch, ragged_forward
+from toolkit.state.batch import RaggedBatch
+from toolkit.training.tokenizer import reason
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from toolkit.training.tokenizer import Tokenizer
+
+
+class RaggedModel(nn.Module):
+    """A patched causal language model as a function of a ragged batch; what accelerate and DDP wrap."""
+
+    def __init__(self, model: "PreTrainedModel") -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: RaggedBatch, rows: Tensor | None = None) -> Tensor:
+        """Logits [T, V] of every token, or [len(rows), V] of those rows."""
+        return ragged_forward(self.model, batch, rows)
+
+
+def make_model(section: ModelSection, tokenizer: "Tokenizer", max_length: int) -> "PreTrainedModel":
+    """The unpatched model in training mode. Random weights come from torch's global generator.
+
+    The vocabulary and the special tokens come from the tokenizer; a vocabulary given in ``model.config`` may
+    be larger. Raises ToolkitError for a configuration that transformers does not know or accept, a path
+    without a checkpoint, a vocabulary too small, or positions fewer than ``max_length``.
+    """
+    dtype = getattr(torch, section.dtype)
+    if section.config is not None:
+        from transformers import AutoModelForCausalLM
+
+        config = make_config(section.config, tokenizer)
+        try:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        except Exception as error:  # a combination of fields that only the model's own code refuses
+            raise ToolkitError(f"model.config makes no model: {reason(error)}") from None
+    else:
+        assert section.path is not None
+        model = load_checkpoint(section.path, dtype, "model.path")
+    rows = model.get_input_embeddings().num_embeddings
+    if rows < len(tokenizer):
+        field = "model.config.vocab_size" if section.config is not None else "the model's vocabulary"
+        raise ToolkitError(f"{field} is {rows}; it must be at least the tokenizer's {len(tokenizer)}.")
+    places = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(places, int) and places < max_length:
+        raise ToolkitError(
+            f"train.max_length is {max_length}; it must be at most the model's max_position_embeddings, {places}."
+        )
+    generation = model.generation_config
+    if generation is not None:
+        generation.eos_token_id, generation.bos_token_id = tokenizer.eos_token_id, tokenizer.bos_token_id
+        generation.pad_token_id = tokenizer.pad_token_id
+    return model.train()
+
+
+def make_config(fields: dict[str, Any], tokenizer: "Tokenizer") -> "PretrainedConfig":
+    """A transformers configuration from a recipe's fields.
+
+    Raises ToolkitError for a field that its ``model_type`` does not have, or a value it refuses.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    values = dict(fields)
+    model_type = values.pop("model_type")
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        hint = nearest(model_type, list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+        raise ToolkitError(
+            f"model.config.model_type is '{model_type}'; it must be a causal language model of "
+            f"transformers{hint or '.'}"
+        )
+    default = AutoConfig.for_model(model_type)
+    # Some fields are in no configuration's defaults, but the model's own code looks for them.
+    source = inspect.getsource(sys.modules[MODEL_FOR_CAUSAL_LM_MAPPING[type(default)].__module__])
+    looked_for = [a or b for a, b in re.findall(r'config\.(\w+)|getattr\((?:self\.)?config, "(\w+)"', source)]
+    known = sorted({*default.to_dict(), *getattr(default, "attribute_map", {}), *looked_for})
+    for field in values:
+        if field not in known:
+            raise ToolkitError(
+                f"Unknown field 'model.config.{field}' for model type '{model_type}'{nearest(field, known) or '.'}"
+            )
+    values.setdefault("vocab_size", len(tokenizer))
+    for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        values.setdefault(token, getattr(tokenizer, token))
+    try:
+        return AutoConfig.for_model(model_type, **values)
+    except Exception as error:  # transformers validates with many kinds of exception
+        raise ToolkitError(f"model.config is refused by transformers: {reason(error)}") from None
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Keep the progress bars of transformers out of the run's own output."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def load_checkpoint(path: str | Path, dtype: torch.dtype, field: str) -> "PreTrainedModel":
+    """A causal language model from a local Hugging Face folder with safetensors weights.
+
+    Raises ToolkitError, naming ``field``, for anything else.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if not (Path(path) / "config.json").is_file():
+        raise ToolkitError(f"{field} is '{path}'; it must be a local folder with a Hugging Face checkpoint.")
+    try:
+        with without_bars():
+            return AutoModelForCausalLM.from_pretrained(
+                str(path), dtype=dtype, local_files_only=True, use_safetensors=True
+            )
+    except Exception as error:  # missing, truncated or foreign files all surface differently
+        raise ToolkitError(f"{field} is '{path}', which does not load: {reason(error)}") from None
+
+
+def patch_model(model: "PreTrainedModel", section: ModelSection) -> tuple[RaggedModel, PatchReport]:
+    """Patch in place for the recipe's roles and tier."""
+    report = patch(model, section.roles, section.numerics)
+    return RaggedModel(model), report

@@ -1,0 +1,61 @@
+"""How far a run is: a bar on a terminal, a plain line now and then elsewhere."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Any, Self
+
+
+class Progress:
+    """Shows step, loss, tokens per second and time left.
+
+    On a terminal a live bar; elsewhere one line every ``every`` seconds and for the last step; silent if not
+    ``shown``.
+    """
+
+    def __init__(self, steps: int, done: int, every: float, shown: bool = True) -> None:
+        self._steps, self._first, self._every, self._shown = steps, done, every, shown
+        self._start = self._last = time.monotonic()
+        self._bar: Any = None
+        if shown and sys.stdout.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:,.0f} tokens/s  left"),
+                TimeRemainingColumn(),
+            )
+            self._task = self._bar.add_task("training", total=steps, completed=done, loss=float("nan"), rate=0.0)
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, step: int, loss: float, rate: float) -> None:
+        """After step ``step`` (1-based): loss in nats per token, rate in tokens per second."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, loss=loss, rate=rate)
+            return
+        now = time.monotonic()
+        if self._shown and (now - self._last >= self._every or step == self._steps):
+            self._last = now
+            left = (now - self._start) / (step - self._first) * (self._steps - step)
+            print(
+                f"step {step}/{self._steps}  loss {loss:.3f}  {rate:,.0f} tokens/s  {_clock(left)} left",
+                flush=True,
+            )
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"

@@ -1,0 +1,119 @@
+"""Where a run starts: anew in a clean folder, or from one of its checkpoints."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from toolkit.config import Recipe, validate
+from toolkit.errors import ToolkitError
+from toolkit.training import checkpoint
+from toolkit.training.metrics import FILE as METRICS
+
+# What may differ between the recipe that wrote a checkpoint and the one that resumes from it.
+_FREE = {"name", "output", "resume", "overwrite", "checkpoint", "log", "evaluate", "train.steps"}
+
+
+@dataclass(frozen=True)
+class Start:
+    """A verified checkpoint to go on from, and the state saved with it."""
+
+    checkpoint: Path
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.state["step"])
+
+
+def run_folder(recipe: Recipe) -> Path:
+    """``output/name``."""
+    return Path(recipe.output) / recipe.name
+
+
+def find_start(recipe: Recipe) -> Start | None:
+    """The checkpoint that ``recipe.resume`` asks for, verified; None to start anew. Changes nothing.
+
+    Raises ToolkitError for a run that has checkpoints and is to be neither resumed nor overwritten, for a
+    checkpoint that is not there or corrupt, and for a recipe that would not have given that checkpoint.
+    """
+    folder = run_folder(recipe) / "checkpoints"
+    steps = checkpoint.steps_in(folder)
+    if recipe.resume == "never":
+        if steps and not recipe.overwrite:
+            raise ToolkitError(
+                f"{run_folder(recipe)} already holds checkpoints up to step {steps[-1]}; resume with "
+                "--resume, start anew with overwrite=true, or choose another name=."
+            )
+        return None
+    if recipe.resume == "auto":
+        found = checkpoint.latest(folder)
+        if found is None:
+            return None
+    else:
+        wanted = int(recipe.resume.removeprefix("step-"))
+        if wanted not in steps:
+            known = ", ".join(checkpoint.name_of(step) for step in steps) or "none"
+            raise ToolkitError(f"resume is '{recipe.resume}', but {folder} has no such checkpoint; there are {known}.")
+        found = folder / checkpoint.name_of(wanted)
+    checkpoint.verify(found)
+    _check_recipe(recipe, found)
+    start = Start(found, json.loads((found / "training" / "state.json").read_text(encoding="utf-8")))
+    if start.step > recipe.train.steps:
+        raise ToolkitError(
+            f"train.steps is {recipe.train.steps}; it must be at least {start.step}, the step of {found}."
+        )
+    return start
+
+
+def _check_recipe(recipe: Recipe, found: Path) -> None:
+    saved = validate(yaml.safe_load((found / "recipe.yaml").read_text(encoding="utf-8")))
+    old, new = _flat(saved.model_dump()), _flat(recipe.model_dump())
+    for field in [*new, *(field for field in old if field not in new)]:
+        if old.get(field) != new.get(field) and not ({field, field.partition(".")[0]} & _FREE):
+            raise ToolkitError(
+                f"{field} is {new.get(field)!r} but {found} was trained with {old.get(field)!r}; "
+                "resume with the same, or start a new run with another name=."
+            )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def prepare_folder(recipe: Recipe, start: Start | None) -> list[str]:
+    """Make the run's folder fit the start: remove leftovers and what is later than it.
+
+    Returns the names of the checkpoints removed.
+    """
+    folder = run_folder(recipe)
+    checkpoints = folder / "checkpoints"
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ToolkitError(f"output is '{recipe.output}', where {folder} cannot be made: {error.strerror}.") from None
+    for leftover in folder.glob(".*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
+    checkpoint.clean(checkpoints)
+    for name in ("result.json", "loss.png"):
+        (folder / name).unlink(missing_ok=True)
+    if start is not None:
+        return checkpoint.drop_after(checkpoints, start.step)
+    dropped = [checkpoint.name_of(step) for step in checkpoint.steps_in(checkpoints)]
+    # Renamed first: a crash while deleting must not leave a part of the old run to be resumed.
+    aside = folder / ".checkpoints.old"
+    checkpoints.rename(aside)
+    checkpoints.mkdir()
+    shutil.rmtree(aside)
+    (folder / METRICS).unlink(missing_ok=True)
+    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+    return dropped

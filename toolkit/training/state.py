@@ -1,0 +1,74 @@
+"""What a run's state is beside the model: optimizer and random number generators, without pickle."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from toolkit.errors import ToolkitError
+
+
+def save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, path: Path) -> list[dict[str, Any]]:
+    """Write the optimizer's tensors to ``path``, named ``<parameter>/<state>``; return its groups."""
+    tensors = {}
+    names = _names(optimizer, model)
+    for index, entry in optimizer.state_dict()["state"].items():
+        for key, value in entry.items():
+            if not isinstance(value, Tensor):
+                raise ToolkitError(f"Optimizer state '{key}' is {value!r}; only tensors can be saved.")
+            tensors[f"{names[index]}/{key}"] = value.detach().cpu().contiguous()
+    save_file(tensors, str(path))
+    groups = optimizer.state_dict()["param_groups"]
+    return [{**group, "params": [names[index] for index in group["params"]]} for group in groups]
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, model: nn.Module, path: Path, groups: list[dict[str, Any]]
+) -> None:
+    """Restore what ``save_optimizer`` wrote, into an optimizer over the same parameters in the same order."""
+    names = _names(optimizer, model)
+    if [name for group in groups for name in group["params"]] != names:
+        raise ToolkitError(f"{path} holds the optimizer of a model with other parameters; it cannot be resumed.")
+    state: dict[int, dict[str, Tensor]] = {}
+    index_of = {name: index for index, name in enumerate(names)}
+    for name, value in load_file(str(path)).items():
+        parameter, _, key = name.rpartition("/")
+        # A copy, for the loaded tensors may lie at any address and some kernels' bits depend on alignment.
+        state.setdefault(index_of[parameter], {})[key] = value.clone()
+    numbered = [{**group, "params": [index_of[name] for name in group["params"]]} for group in groups]
+    optimizer.load_state_dict({"state": state, "param_groups": numbered})
+
+
+def _names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
+    """Names of the optimizer's parameters in its own numbering."""
+    by_id = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [by_id[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def rng_state() -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """States of Python's, NumPy's and torch's global generators: (JSON values, tensors)."""
+    version, internal, gauss = random.getstate()
+    algorithm, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    values = {
+        "python": [version, list(internal), gauss],
+        "numpy": [str(algorithm), np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
+    }
+    tensors = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    return values, tensors
+
+
+def restore_rng(values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Put the three generators back to what ``rng_state`` returned."""
+    version, internal, gauss = values["python"]
+    random.setstate((version, tuple(internal), gauss))
+    algorithm, keys, position, has_gauss, cached = values["numpy"]
+    np.random.set_state((algorithm, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(tensors["torch"])
+    if "cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda"])
