@@ -23,16 +23,13 @@ def plan(queries: list[int], keys: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     return starts[0], starts[1][:-1].contiguous(), torch.tensor(keys)
 
 
-def training(
-    batch: int, heads: int, kv_heads: int, length: int, depth: int, backward: bool
-) -> tuple[Call, Call]:
+def training(batch: int, heads: int, kv_heads: int, length: int, depth: int, backward: bool) -> tuple[Call, Call]:
     rows = batch * length
     layout = plan([length] * batch, [length] * batch)
     shapes = (rows, heads, depth), (rows, kv_heads, depth), (rows, kv_heads, depth)
     packed = [torch.randn(s, requires_grad=backward) for s in shapes]
     dense = [
-        x.detach().view(batch, length, -1, depth).transpose(1, 2).contiguous().requires_grad_(backward)
-        for x in packed
+        x.detach().view(batch, length, -1, depth).transpose(1, 2).contiguous().requires_grad_(backward) for x in packed
     ]
     grad = torch.randn(rows, heads, depth)
     dense_grad = grad.view(batch, length, heads, depth).transpose(1, 2).contiguous()

@@ -35,9 +35,7 @@ def product(
     tl.store(c + row[:, None] * N + col[None, :], acc, mask=(row < rows)[:, None])
 
 
-def differing(
-    dtype: torch.dtype, rows: int = 512, n: int = 512, k: int = 2048
-) -> dict[int, dict[str, float]]:
+def differing(dtype: torch.dtype, rows: int = 512, n: int = 512, k: int = 2048) -> dict[int, dict[str, float]]:
     """For every height: elements whose bits differ from height 64's, and the error against float64."""
     torch.manual_seed(3)
     a, b = (torch.randn(size, device="cuda").to(dtype) for size in ((rows, k), (k, n)))

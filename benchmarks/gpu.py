@@ -100,9 +100,7 @@ def bench_attention() -> dict[str, Any]:
         dense_q = q.view(batch, queries, heads, d).transpose(1, 2)
         dense_k, dense_v = (x.view(batch, keys, kv_heads, d).transpose(1, 2) for x in (k, v))
 
-        def paged(
-            q=q, k=k_pool, v=v_pool, offsets=offsets, starts=starts, lengths=lengths, tables=tables
-        ) -> Any:
+        def paged(q=q, k=k_pool, v=v_pool, offsets=offsets, starts=starts, lengths=lengths, tables=tables) -> Any:
             return attention(q, k, v, offsets, starts, lengths, tables, page, d**-0.5, 0, 0.0)
 
         def stock(q=dense_q, k=dense_k, v=dense_v, causal=queries > 1) -> Any:
@@ -206,9 +204,7 @@ def show(result: dict[str, Any]) -> None:
                     2.5 * floor * 1e3,
                 ]
             )
-    print_table(
-        "Attention, bf16, 32 heads on 8, head_dim 128", ["case", "paged ms", "SDPA ms", "floor ms"], rows
-    )
+    print_table("Attention, bf16, 32 heads on 8, head_dim 128", ["case", "paged ms", "SDPA ms", "floor ms"], rows)
     if training := result.get("training"):
         rows = [
             [
@@ -219,17 +215,13 @@ def show(result: dict[str, Any]) -> None:
             ]
             for side, t in training["timings"].items()
         ]
-        print_table(
-            "Training step, bf16 Qwen3, 4 layers", ["side", "ms", "tok/s", "peak GiB above state"], rows
-        )
+        print_table("Training step, bf16 Qwen3, 4 layers", ["side", "ms", "tok/s", "peak GiB above state"], rows)
     rows = [
         [count, speed["toolkit"], speed["generate"], f"{speed['toolkit'] / speed['generate']:.2f}x"]
         for count, entry in result.get("generation", {}).items()
         for speed in [entry["tokens_per_s"]]
     ]
-    print_table(
-        "Generation, bf16 Qwen3, 4 layers", ["batch", "engine tok/s", "generate tok/s", "ratio"], rows
-    )
+    print_table("Generation, bf16 Qwen3, 4 layers", ["batch", "engine tok/s", "generate tok/s", "ratio"], rows)
 
 
 def main() -> None:

@@ -132,9 +132,7 @@ def _nvidia_resources(cubin: bytes) -> tuple[int, int]:
     return _field(report, r"REG:(\d+)"), _field(report, r"STACK:(\d+)") + _field(report, r"LOCAL:(\d+)")
 
 
-def attention_case(
-    dtype: torch.dtype, head_dim: int, *, paged: bool, heads: int = 8, kv_heads: int = 2
-) -> Callable:
+def attention_case(dtype: torch.dtype, head_dim: int, *, paged: bool, heads: int = 8, kv_heads: int = 2) -> Callable:
     """A call of the attention forward with windows and a soft cap off."""
 
     def call() -> None:
@@ -149,9 +147,7 @@ def attention_case(
     return call
 
 
-def attention_backward_case(
-    dtype: torch.dtype, head_dim: int, *, heads: int = 8, kv_heads: int = 2
-) -> Callable:
+def attention_backward_case(dtype: torch.dtype, head_dim: int, *, heads: int = 8, kv_heads: int = 2) -> Callable:
     """A call of the attention backward: both of its kernels."""
 
     def call() -> None:
@@ -213,9 +209,7 @@ def main() -> None:
             for made in compile_case(call, arch):
                 matrix = ", ".join(f"{count} {kind}" for kind, count in made.matrix.items()) or "none"
                 shared = f"{made.shared / 1024:.1f}"
-                rows.append(
-                    [name, made.kernel, arch, made.registers, shared, made.spilled, made.dots, matrix]
-                )
+                rows.append([name, made.kernel, arch, made.registers, shared, made.spilled, made.dots, matrix])
     header = ["case", "kernel", "target", "registers", "shared KiB", "spilled", "dots", "matrix instructions"]
     print_table("Compiled kernels", header, rows)
 

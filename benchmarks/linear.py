@@ -7,7 +7,7 @@ stream it from memory, as a model's forward does; the ratio is of the smallest t
 import argparse
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ ROWS = [1, 4, 8, 16, 32, 2048]
 _STREAM_BYTES = 96 << 20  # several times a last-level cache
 
 
-def best_times(calls: dict[str, Callable[[int], object]], copies: int, seconds: float) -> dict[str, float]:
+def best_times(calls: Mapping[str, Callable[[int], object]], copies: int, seconds: float) -> dict[str, float]:
     """Smallest seconds a call of each, timed in turns for about ``seconds`` in all; a call is given the copy to use."""
     best = dict.fromkeys(calls, math.inf)
     end, turn = time.perf_counter() + seconds, 0

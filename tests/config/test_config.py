@@ -151,14 +151,10 @@ def test_a_misspelt_key_is_named_before_what_follows_from_it(tmp_path: Path) -> 
 
 
 def test_overwrite_and_resume_exclude_each_other(recipe: str) -> None:
-    assert refusal(recipe, "overwrite=true", "resume=auto").startswith(
-        "overwrite is true while resume is 'auto'"
-    )
+    assert refusal(recipe, "overwrite=true", "resume=auto").startswith("overwrite is true while resume is 'auto'")
 
 
-def test_shipped_recipes_are_found_by_name_and_are_valid(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shipped_recipes_are_found_by_name_and_are_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # so that only the packaged file can be meant
     names = shipped()
     assert "pretrain" in names

@@ -11,9 +11,7 @@ import torch
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available(), reason="needs a CUDA device, and this machine has none"
-    ),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and this machine has none"),
 ]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -34,9 +32,7 @@ def dense(q, k, v, lengths, queries, window=0, softcap=0.0):
         key = torch.arange(length, device=q.device)[None, :]
         hidden = (key > position) | ((key <= position - window) if window > 0 else False)
         keys, values = (x[rows].double().repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-        scores = (
-            torch.einsum("nhd,khd->hnk", q[query_at : query_at + count].double(), keys) * q.shape[-1] ** -0.5
-        )
+        scores = torch.einsum("nhd,khd->hnk", q[query_at : query_at + count].double(), keys) * q.shape[-1] ** -0.5
         if softcap > 0:
             scores = softcap * torch.tanh(scores / softcap)
         parts.append(torch.einsum("hnk,khv->nhv", scores.masked_fill(hidden, -math.inf).softmax(-1), values))
@@ -94,9 +90,7 @@ def test_pages_chunks_and_neighbours_keep_the_bits(dtype):
     pages = -(-length // page)
     order = torch.randperm(pages + 7, generator=torch.Generator().manual_seed(5))[:pages].cuda()
     slots = (order[:, None] * page + torch.arange(page, device="cuda")).flatten()[:length]
-    pools = [
-        torch.full(((pages + 7) * page, kv_heads, d), math.nan, device="cuda", dtype=dtype) for _ in range(2)
-    ]
+    pools = [torch.full(((pages + 7) * page, kv_heads, d), math.nan, device="cuda", dtype=dtype) for _ in range(2)]
     pools[0][slots], pools[1][slots] = k, v
     rng = random.Random(1)
     for trial in range(20):
@@ -116,9 +110,7 @@ def test_pages_chunks_and_neighbours_keep_the_bits(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("d", "window", "softcap"), [(128, 0, 0.0), (64, 50, 0.0), (96, 0, 20.0), (256, 0, 0.0)]
-)
+@pytest.mark.parametrize(("d", "window", "softcap"), [(128, 0, 0.0), (64, 50, 0.0), (96, 0, 20.0), (256, 0, 0.0)])
 def test_attention_backward_matches_float64(dtype, d, window, softcap):
     from toolkit.ops.attention.triton_backward import attention_backward
 
@@ -140,9 +132,7 @@ def test_attention_backward_matches_float64(dtype, d, window, softcap):
 def test_rms_norm_matches_float64_row_by_row(dtype):
     from toolkit.ops.rms_norm.triton import rms_norm, rms_norm_backward
 
-    x, weight, grad = (
-        torch.randn(*shape, device="cuda").to(dtype) for shape in ((333, 1000), (1000,), (333, 1000))
-    )
+    x, weight, grad = (torch.randn(*shape, device="cuda").to(dtype) for shape in ((333, 1000), (1000,), (333, 1000)))
     leaf, leaf_weight = x.double().requires_grad_(), weight.double().requires_grad_()
     expected = leaf * torch.rsqrt(leaf.pow(2).mean(-1, keepdim=True) + 1e-6) * (1.0 + leaf_weight)
     expected.backward(grad.double())
@@ -152,9 +142,7 @@ def test_rms_norm_matches_float64_row_by_row(dtype):
         assert relative(value, reference) < ERROR[dtype]
     for begin, end in ((0, 1), (17, 18), (5, 200)):
         assert torch.equal(rms_norm(x[begin:end], weight, 1e-6, 1.0), y[begin:end])
-        assert torch.equal(
-            rms_norm_backward(grad[begin:end], x[begin:end], weight, 1e-6, 1.0)[0], dx[begin:end]
-        )
+        assert torch.equal(rms_norm_backward(grad[begin:end], x[begin:end], weight, 1e-6, 1.0)[0], dx[begin:end])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -174,10 +162,7 @@ def test_tile_height(dtype, record_property):
         assert relative(outs[rows], exact) < ERROR[dtype]
     differ = {rows: int((out != outs[64]).sum()) for rows, out in outs.items()}
     products = differing(dtype)
-    print(
-        f"\n{dtype}: elements that differ from 64 rows: attention {differ} of {exact.numel()}, "
-        f"product {products}"
-    )
+    print(f"\n{dtype}: elements that differ from 64 rows: attention {differ} of {exact.numel()}, product {products}")
     record_property("attention_heights", str(differ))
     record_property("product_heights", str(products))
     assert all(entry["error"] < 1e-5 for entry in products.values())
@@ -203,9 +188,7 @@ def test_patched_model_trains_like_the_unpatched_one(name, dtype):
     stock = tiny(name, dtype)
     exact, patched = copy.deepcopy(stock).double(), copy.deepcopy(stock)
     toolkit.patch(patched)
-    ids = torch.randint(
-        0, 512, (3, 70), device="cuda", generator=torch.Generator(device="cuda").manual_seed(0)
-    )
+    ids = torch.randint(0, 512, (3, 70), device="cuda", generator=torch.Generator(device="cuda").manual_seed(0))
     losses, gradients = [], []
     for model in (stock, patched, exact):
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss

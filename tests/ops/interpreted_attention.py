@@ -43,9 +43,7 @@ def dense(q, keys, values, scale, window, softcap):
 class Batch:
     """Random sequences with past keys, laid out contiguously and in pages, both poisoned where unused."""
 
-    def __init__(
-        self, seed, lengths, heads, kv_heads, d, v_dim=None, page=16, dtype=torch.float32, padding=0
-    ):
+    def __init__(self, seed, lengths, heads, kv_heads, d, v_dim=None, page=16, dtype=torch.float32, padding=0):
         g = torch.Generator().manual_seed(seed)
         rng = random.Random(seed)
         v_dim = v_dim or d

@@ -27,9 +27,7 @@ def test_matches_fp64(shape, weighted, offset):
     leaf_weight = weight.double().requires_grad_() if weight is not None else None
     expected = exact(leaf, leaf_weight, 1e-6, offset)
     expected.backward(grad.double())
-    torch.testing.assert_close(
-        rms_norm(x, weight, 1e-6, offset).double(), expected.detach(), rtol=2e-6, atol=2e-6
-    )
+    torch.testing.assert_close(rms_norm(x, weight, 1e-6, offset).double(), expected.detach(), rtol=2e-6, atol=2e-6)
     dx, dweight = rms_norm_backward(grad, x, weight, 1e-6, offset)
     torch.testing.assert_close(dx.double(), leaf.grad, rtol=2e-5, atol=2e-5)
     if leaf_weight is None:
@@ -43,9 +41,7 @@ def test_rows_strides_and_half_precision():
     weight = torch.randn(48, dtype=torch.float16)
     y = rms_norm(x, weight, 1e-5, 0.0)
     assert y.dtype == torch.float16
-    torch.testing.assert_close(
-        y.double(), exact(x.double(), weight.double(), 1e-5, 0.0), rtol=2e-3, atol=2e-3
-    )
+    torch.testing.assert_close(y.double(), exact(x.double(), weight.double(), 1e-5, 0.0), rtol=2e-3, atol=2e-3)
     wide = torch.cat([x, x], -1)
     assert torch.equal(rms_norm(wide[3:, :48], weight, 1e-5, 0.0), y[3:])
     assert torch.equal(rms_norm(x.t().contiguous().t(), weight, 1e-5, 0.0), y)

@@ -24,9 +24,7 @@ def threads(n: int) -> Iterator[None]:
 
 
 def seeded(*shape: int, dtype: torch.dtype = torch.float64, scale: float = 1.0, seed: int = 0) -> Tensor:
-    return (
-        torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
-    ).to(dtype)
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale).to(dtype)
 
 
 def run(f: Callable[..., Any], inputs: list[Tensor], seed: int = 7) -> tuple[list[Tensor], list[Tensor]]:

@@ -34,9 +34,7 @@ def test_values_and_gradients(impl, dtype, kind):
         x, up = seeded(*shape, dtype=dtype, scale=2.0), seeded(*shape, dtype=dtype, seed=1)
         check_oracle(lambda x: activation(x, kind, impl=impl), ORACLES[kind], [x])
         gated = [x, up]
-        check_oracle(
-            lambda g, u: gated_activation(g, u, kind, impl=impl), lambda g, u: ORACLES[kind](g) * u, gated
-        )
+        check_oracle(lambda g, u: gated_activation(g, u, kind, impl=impl), lambda g, u: ORACLES[kind](g) * u, gated)
 
 
 def test_a_scalar_has_an_activation():
@@ -53,9 +51,7 @@ def test_limits_are_exact_in_value_and_gradient(impl, dtype, kind):
     (slope,) = torch.autograd.grad(y, x, torch.ones_like(y))
     expected = {"relu2": torch.where(x > 0, x * x, 0)}.get(kind, torch.where(x > 0, x, 0))
     assert torch.allclose(y, expected, rtol=1e-6, atol=1e-80)
-    assert torch.allclose(
-        slope, 2 * x.clamp_min(0) if kind == "relu2" else (x > 0).to(dtype), rtol=0, atol=1e-80
-    )
+    assert torch.allclose(slope, 2 * x.clamp_min(0) if kind == "relu2" else (x > 0).to(dtype), rtol=0, atol=1e-80)
     up = torch.full_like(x, 2.0).requires_grad_()
     _, (of_gate, of_up) = run(lambda g, u: gated_activation(g, u, kind, impl=impl), [x, up])
     weight = seeded(*x.shape, dtype=dtype, seed=7)

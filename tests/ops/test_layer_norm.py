@@ -60,9 +60,7 @@ def test_gradient_rows_do_not_depend_on_other_rows():
 
 @pytest.mark.parametrize("rows", [1, 16, 17, 1500])
 def test_parameter_gradients_are_the_same_on_any_number_of_threads(rows):
-    inputs = [
-        seeded(*shape, dtype=torch.float32, seed=i) for i, shape in enumerate([(rows, 64), (64,), (64,)])
-    ]
+    inputs = [seeded(*shape, dtype=torch.float32, seed=i) for i, shape in enumerate([(rows, 64), (64,), (64,)])]
     check_repeatable(lambda x, w, b: layer_norm(x, w, b, EPS), inputs)
 
 
@@ -90,15 +88,11 @@ def test_extreme_values(impl):
 
 @pytest.mark.skipif(native.load() != "avx2", reason="holds for the kernels with fused multiply-add")
 def test_float32_error_is_no_larger_than_eager_torch():
-    x, weight, bias = (
-        seeded(*s, dtype=torch.float32, seed=i) for i, s in enumerate([(64, 4096), (4096,), (4096,)])
-    )
+    x, weight, bias = (seeded(*s, dtype=torch.float32, seed=i) for i, s in enumerate([(64, 4096), (4096,), (4096,)]))
     x = x + 3
     wanted = oracle(x.double(), weight.double(), bias.double())
     theirs = eager(x, (4096,), weight, bias, EPS)
-    assert (layer_norm(x, weight, bias, EPS) - wanted).square().mean() <= 1.05 * (
-        theirs - wanted
-    ).square().mean()
+    assert (layer_norm(x, weight, bias, EPS) - wanted).square().mean() <= 1.05 * (theirs - wanted).square().mean()
 
 
 @pytest.mark.parametrize("impl", IMPLS)

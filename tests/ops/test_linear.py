@@ -237,9 +237,7 @@ def test_gradients_through_strided_inputs(impl):
     linear(wide, matrix, impl=impl).square().sum().backward()
     y = 2 * wide.detach() @ matrix.detach().T
     torch.testing.assert_close(wide.grad, y @ matrix.detach(), rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(
-        matrix.grad, torch.einsum("abn,abk->nk", y, wide.detach()), rtol=1e-10, atol=1e-10
-    )
+    torch.testing.assert_close(matrix.grad, torch.einsum("abn,abk->nk", y, wide.detach()), rtol=1e-10, atol=1e-10)
 
 
 @every_impl

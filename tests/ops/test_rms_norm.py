@@ -70,9 +70,7 @@ def test_strided_inputs(impl):
         base[:1, :1, :16],
     ):
         y, grads = run(lambda x, w: rms_norm(x, w, EPS, impl=impl), [x, weight])
-        z, expected = run(
-            lambda x, w: rms_norm(x, w, EPS, impl="reference"), [x.contiguous(), weight.contiguous()]
-        )
+        z, expected = run(lambda x, w: rms_norm(x, w, EPS, impl="reference"), [x.contiguous(), weight.contiguous()])
         assert y[0].is_contiguous()
         assert max(map(error, [*y, *grads], [*z, *expected])) < 1e-13
 
@@ -109,6 +107,4 @@ def test_opcheck(weight):
     x = seeded(3, 8, dtype=torch.float32).requires_grad_()
     torch.library.opcheck(torch.ops.toolkit.rms_norm.default, (x, weight, EPS, 1.0))
     detached = None if weight is None else weight.detach()
-    torch.library.opcheck(
-        torch.ops.toolkit.rms_norm_backward.default, (x.detach(), x.detach(), detached, EPS, 1.0)
-    )
+    torch.library.opcheck(torch.ops.toolkit.rms_norm_backward.default, (x.detach(), x.detach(), detached, EPS, 1.0))

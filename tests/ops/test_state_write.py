@@ -12,9 +12,7 @@ IMPLS = ["reference", pytest.param("cpu", marks=needs_native)]
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize(
-    "slots", [[5, 2, -1, 9, 0], [-1, -1, 3, -5, 7], [-1] * 5, [4, 3, 2, 1, 0], []], ids=str
-)
+@pytest.mark.parametrize("slots", [[5, 2, -1, 9, 0], [-1, -1, 3, -5, 7], [-1] * 5, [4, 3, 2, 1, 0], []], ids=str)
 def test_against_loop(slots, dtype, impl):
     pool = torch.randn(10, 3, 5).to(dtype)
     rows = torch.randn(len(slots), 3, 5)

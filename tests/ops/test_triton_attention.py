@@ -32,9 +32,7 @@ def test_interpreted(name):
     assert " passed" in finished.stdout
 
 
-@pytest.mark.parametrize(
-    ("name", "arch"), [(name, arch) for name, (_, archs) in CASES.items() for arch in archs]
-)
+@pytest.mark.parametrize(("name", "arch"), [(name, arch) for name, (_, archs) in CASES.items() for arch in archs])
 def test_compiles_to_matrix_instructions_without_spills(name, arch, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     compiled = kernels.compile_case(CASES[name][0], arch)

@@ -112,9 +112,7 @@ def test_beyond_the_limit_requests_are_refused_until_there_is_room():
     with client:
         engine.held.clear()
         asking = threading.Thread(
-            target=lambda: answers.append(
-                client.post("/v1/completions", json={**PROMPT, "prompt": [[1], [2]]})
-            )
+            target=lambda: answers.append(client.post("/v1/completions", json={**PROMPT, "prompt": [[1], [2]]}))
         )
         asking.start()
         while not runner._tickets:

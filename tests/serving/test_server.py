@@ -124,9 +124,7 @@ def test_a_streamed_completion_is_the_whole_one_in_pieces(client, fields):
     whole = complete(client, max_tokens=40, **fields)
     texts, reasons = {}, {}
     used = None
-    for chunk in complete(
-        client, max_tokens=40, stream=True, stream_options={"include_usage": True}, **fields
-    ):
+    for chunk in complete(client, max_tokens=40, stream=True, stream_options={"include_usage": True}, **fields):
         used = chunk.usage
         for choice in chunk.choices:
             texts[choice.index] = texts.get(choice.index, "") + choice.text

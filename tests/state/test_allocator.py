@@ -57,9 +57,7 @@ class Histories(RuleBasedStateMachine):
         assert hit == table.length < len(tokens + more)
         assert hit % self.allocator.page_size == 0
         past: tuple = ()
-        for token, content in zip(
-            tokens + more, self.written(table)
-        ):  # every hit was computed by these weights
+        for token, content in zip(tokens + more, self.written(table)):  # every hit was computed by these weights
             past = (past, token, self.version)
             assert content == past
         if not self.append(table, (tokens + more)[hit:]):

@@ -150,9 +150,7 @@ def test_a_long_chain_is_let_go_without_recursion() -> None:
 @settings(max_examples=100, deadline=None)
 @given(
     size=st.integers(1, 3),
-    entries=st.lists(
-        st.tuples(st.lists(st.integers(0, 1), min_size=1, max_size=9), st.integers(0, 1)), max_size=8
-    ),
+    entries=st.lists(st.tuples(st.lists(st.integers(0, 1), min_size=1, max_size=9), st.integers(0, 1)), max_size=8),
     query=st.lists(st.integers(0, 1), max_size=9),
     version=st.integers(0, 1),
 )

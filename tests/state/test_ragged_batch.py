@@ -27,9 +27,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, window: int, softcap: float) -> Tenso
     return torch.einsum("hnm,mhd->nhd", scores.masked_fill(hidden, -math.inf).softmax(-1), v)
 
 
-def qkv(
-    queries: int, keys: int, dtype: torch.dtype = torch.float64, seed: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
+def qkv(queries: int, keys: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shapes = (queries, HEADS, DIM), (keys, GROUPS, DIM), (keys, GROUPS, V_DIM)
     q, k, v = (torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes)
@@ -61,17 +59,11 @@ def test_packed_outputs_and_gradients_equal_each_sequence_alone(window: int, sof
     inputs = [part.requires_grad_() for part in qkv(sum(lengths), sum(lengths))]
     out = batch.attend(0, *inputs, scale=SCALE, window=window, softcap=softcap)
     expected = torch.cat(
-        [
-            dense(q, k, v, window, softcap)
-            for q, k, v in zip(*(part.split(lengths) for part in inputs))
-            if len(q)
-        ]
+        [dense(q, k, v, window, softcap) for q, k, v in zip(*(part.split(lengths) for part in inputs)) if len(q)]
     )
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
     direction = torch.randn_like(out)
-    for got, want in zip(
-        torch.autograd.grad(out, inputs, direction), torch.autograd.grad(expected, inputs, direction)
-    ):
+    for got, want in zip(torch.autograd.grad(out, inputs, direction), torch.autograd.grad(expected, inputs, direction)):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
@@ -112,9 +104,7 @@ class Runner:
         assert batch.sequence.tolist()[: len(tokens)] == [i for i, n in enumerate(counts) for _ in range(n)]
         assert batch.sequence.tolist()[len(tokens) :] == [len(tables)] * padding
         parts = [torch.cat([part[i] for _, _, part in work]) for i in range(3)]
-        q, k, v = (
-            torch.cat([part, torch.full_like(part[:1], 3.0).expand(padding, -1, -1)]) for part in parts
-        )
+        q, k, v = (torch.cat([part, torch.full_like(part[:1], 3.0).expand(padding, -1, -1)]) for part in parts)
         out = batch.attend(1, q, k, v, scale=SCALE)
         assert not out[len(tokens) :].any()
         for table, new, _ in work:

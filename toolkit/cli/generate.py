@@ -17,13 +17,9 @@ def add_parser(subparsers: Any) -> None:
     add_model_options(parser)
     parser.add_argument("prompts", nargs="*", help="texts to continue (default: one, from standard input)")
     parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="a prompt (default: 128)")
-    parser.add_argument(
-        "--temperature", type=float, default=1.0, help="0 takes the likeliest token (default: 1)"
-    )
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (default: 1)")
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus mass (default: 1, off)")
-    parser.add_argument(
-        "--top-k", type=int, default=0, help="likeliest tokens to draw from (default: 0, off)"
-    )
+    parser.add_argument("--top-k", type=int, default=0, help="likeliest tokens to draw from (default: 0, off)")
     parser.add_argument("--seed", type=int, help="of every prompt's draws (default: a fresh one)")
     parser.set_defaults(run=run)
 
@@ -34,9 +30,7 @@ def run(args: argparse.Namespace) -> int:
     if not prompts and not sys.stdin.isatty():
         prompts = [sys.stdin.read()]
     if not any(prompts):
-        raise ToolkitError(
-            "There is nothing to continue: give one or more prompts, or a text on standard input."
-        )
+        raise ToolkitError("There is nothing to continue: give one or more prompts, or a text on standard input.")
 
     from toolkit.engine import SamplingParams
 
@@ -85,9 +79,7 @@ def _show(engine: Any, prompts: list[str], params: Any) -> int:
     seconds = time.perf_counter() - started
     tokens = sum(len(completion.token_ids) for completion in done.values())
     many = f"{len(prompts)} prompts" if len(prompts) > 1 else "1 prompt"
-    console.print(
-        f"[dim]{tokens} tokens for {many} in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s[/dim]"
-    )
+    console.print(f"[dim]{tokens} tokens for {many} in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s[/dim]")
     return int(any(completion.finish_reason == "error" for completion in done.values()))
 
 

@@ -49,9 +49,7 @@ def resolve(path: str | Path) -> Path:
         return folder
     found = checkpoint.latest(folder / "checkpoints")
     if found is None:
-        raise ToolkitError(
-            f"Folder '{path}' has neither a config.json nor checkpoints/latest of a training run."
-        )
+        raise ToolkitError(f"Folder '{path}' has neither a config.json nor checkpoints/latest of a training run.")
     if not (found / "config.json").is_file():
         raise ToolkitError(f"Checkpoint '{found}' has no config.json.")
     return found
@@ -121,9 +119,7 @@ def _model(folder: Path, config: Any, dtype: Any) -> Any:
             output_loading_info=True,
         )
     except Exception as error:
-        raise ToolkitError(
-            f"'{folder}' cannot be loaded as a causal language model ({_first_line(error)})."
-        ) from None
+        raise ToolkitError(f"'{folder}' cannot be loaded as a causal language model ({_first_line(error)}).") from None
     finally:
         logging.set_verbosity(verbosity)
     model, report = loaded

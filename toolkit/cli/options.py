@@ -10,9 +10,7 @@ LIMITS = ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "page_size"
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """The positional ``model`` with ``--dtype``, ``--device`` and ``--numerics``."""
-    parser.add_argument(
-        "model", help="folder of a Hugging Face model, or of a training run (its latest checkpoint)"
-    )
+    parser.add_argument("model", help="folder of a Hugging Face model, or of a training run (its latest checkpoint)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--device", default="cpu", help="such as cpu or cuda (default: cpu)")
     parser.add_argument("--numerics", choices=("bitwise", "fast"), help="tier (default: bitwise on CPU)")
@@ -22,14 +20,10 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """The engine's limits; what is not given keeps the engine's default."""
     parser.add_argument("--max-num-seqs", type=int, metavar="N", help="sequences in a step")
     parser.add_argument("--max-num-batched-tokens", type=int, metavar="N", help="tokens in a step")
-    parser.add_argument(
-        "--max-model-len", type=int, metavar="N", help="tokens of prompt and completion together"
-    )
+    parser.add_argument("--max-model-len", type=int, metavar="N", help="tokens of prompt and completion together")
     parser.add_argument("--page-size", type=int, metavar="N", help="tokens in a page of state")
     parser.add_argument("--num-pages", type=int, metavar="N", help="pages of state")
-    parser.add_argument(
-        "--no-prefix-cache", action="store_true", help="do not reuse the state of common prefixes"
-    )
+    parser.add_argument("--no-prefix-cache", action="store_true", help="do not reuse the state of common prefixes")
 
 
 def make_engine(args: argparse.Namespace, model: Any, tokenizer: Any) -> Any:

@@ -39,9 +39,7 @@ def run(args: argparse.Namespace) -> int:
         import fastapi  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        raise ToolkitError(
-            f"Serving needs the package '{error.name}'; install train-infer-toolkit[serve]."
-        ) from None
+        raise ToolkitError(f"Serving needs the package '{error.name}'; install train-infer-toolkit[serve].") from None
 
     from toolkit.cli.loading import load_model
     from toolkit.serving.server import listen

@@ -11,12 +11,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         description="Train a model as a recipe says. Prints the resolved recipe, saves it with the run.",
     )
     parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe such as 'pretrain'")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="e.g. train.steps=100 optimizer.lr=3e-4"
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="go on from the run's latest checkpoint (resume=auto)"
-    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.steps=100 optimizer.lr=3e-4")
+    parser.add_argument("--resume", action="store_true", help="go on from the run's latest checkpoint (resume=auto)")
     parser.add_argument("--check", action="store_true", help="print the resolved recipe and stop")
     parser.set_defaults(run=run)
 

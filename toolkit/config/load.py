@@ -59,15 +59,9 @@ def find(recipe: str) -> Path:
     if path.is_file():
         return path
     if path.is_dir():
-        raise ToolkitError(
-            f"Recipe '{recipe}' is a folder; give a YAML file or the name of a shipped recipe."
-        )
+        raise ToolkitError(f"Recipe '{recipe}' is a folder; give a YAML file or the name of a shipped recipe.")
     names = shipped()
-    if (
-        path.suffix in ("", ".yaml", ".yml")
-        and path.stem in names
-        and path.parent in (Path(), Path("recipes"))
-    ):
+    if path.suffix in ("", ".yaml", ".yml") and path.stem in names and path.parent in (Path(), Path("recipes")):
         return names[path.stem]
     listed = ", ".join(f"'{name}'" for name in names) or "none"
     raise ToolkitError(
@@ -210,9 +204,7 @@ def _nullable(key: str) -> bool:
 
 
 def _sentence(problem: dict[str, Any]) -> str:
-    key = ".".join(
-        str(part) for part in problem["loc"] if not str(part).startswith(("constrained", "function"))
-    )
+    key = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("constrained", "function")))
     kind, value, context = problem["type"], problem["input"], problem.get("ctx", {})
     if kind == "extra_forbidden":
         return _unknown(key)
@@ -220,11 +212,7 @@ def _sentence(problem: dict[str, Any]) -> str:
         return f"{key} is missing; it must be given."
     if kind == "value_error":
         message = str(context["error"])
-        return (
-            f"{message[0].upper()}{message[1:]}."
-            if not message.startswith(tuple(field_names()))
-            else f"{message}."
-        )
+        return f"{message[0].upper()}{message[1:]}." if not message.startswith(tuple(field_names())) else f"{message}."
     if kind == "string_pattern_mismatch":
         allowed = _PATTERNS[key]
     elif kind in _TYPES:

@@ -39,9 +39,7 @@ class ModelSection(Section):
             raise ValueError(f"exactly one of model.path and model.config must be given, not {given}")
         if self.config is not None and not isinstance(self.config.get("model_type"), str):
             kind = self.config.get("model_type")
-            raise ValueError(
-                f"model.config.model_type is {kind!r}; it must be a transformers model type, e.g. 'llama'"
-            )
+            raise ValueError(f"model.config.model_type is {kind!r}; it must be a transformers model type, e.g. 'llama'")
         return self
 
 
@@ -158,9 +156,7 @@ class Recipe(Section):
     def _consistent(self) -> Self:
         schedule, steps = self.schedule, self.train.steps
         if schedule.decay and schedule.kind != "wsd":
-            raise ValueError(
-                f"schedule.decay is {schedule.decay}; it must be 0 unless schedule.kind is 'wsd'"
-            )
+            raise ValueError(f"schedule.decay is {schedule.decay}; it must be 0 unless schedule.kind is 'wsd'")
         if schedule.warmup + schedule.decay > steps:
             raise ValueError(
                 f"schedule.warmup + schedule.decay is {schedule.warmup + schedule.decay}; "

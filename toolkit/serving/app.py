@@ -65,9 +65,7 @@ def create_app(served: Served) -> FastAPI:
     async def no_such_route(request: Request, error: HTTPException) -> JSONResponse:
         asked = f"{request.method} {shown(request.url.path)[1:-1]}"
         about = {404: f"There is no {asked}.", 405: f"{asked} is not allowed."}
-        return _error_response(
-            RequestError(about.get(error.status_code, f"{error.detail}."), status=error.status_code)
-        )
+        return _error_response(RequestError(about.get(error.status_code, f"{error.detail}."), status=error.status_code))
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> JSONResponse:
@@ -118,9 +116,7 @@ def create_app(served: Served) -> FastAPI:
         prompts = [texts.prompt(prompt) if isinstance(prompt, str) else prompt for prompt in asked.prompt]
         check_tokens(prompts)
         params = _sampling_params(asked, asked.logprobs)
-        return await answer(
-            request, asked, prompts, params, CompletionAnswer(served.name, texts, asked.logprobs)
-        )
+        return await answer(request, asked, prompts, params, CompletionAnswer(served.name, texts, asked.logprobs))
 
     @app.post("/v1/chat/completions", dependencies=guarded)
     async def chat(request: Request) -> Response:
@@ -128,9 +124,7 @@ def create_app(served: Served) -> FastAPI:
         check_model(asked.model)
         top = (asked.top_logprobs or 0) if asked.logprobs else None
         params = _sampling_params(asked, top, max_tokens=None)
-        return await answer(
-            request, asked, [texts.chat(asked.messages)], params, ChatAnswer(served.name, texts, top)
-        )
+        return await answer(request, asked, [texts.chat(asked.messages)], params, ChatAnswer(served.name, texts, top))
 
     async def answer(
         request: Request,
@@ -143,9 +137,7 @@ def create_app(served: Served) -> FastAPI:
         ticket.watcher = asyncio.create_task(_cancel_on_disconnect(request, ticket))
         if asked.stream:
             events = _events(ticket, params.n, shape, asked.usage_in_stream)
-            return StreamingResponse(
-                events, media_type="text/event-stream", headers={"cache-control": "no-cache"}
-            )
+            return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
         return JSONResponse(await _whole(ticket, params.n, shape))
 
     return app

@@ -94,9 +94,7 @@ class Message(_Body):
     @classmethod
     def _known_role(cls, role: str) -> str:
         if role not in ROLES:
-            raise ValueError(
-                f"'role' of a message is {shown(role)}; allowed are {', '.join(map(repr, ROLES))}."
-            )
+            raise ValueError(f"'role' of a message is {shown(role)}; allowed are {', '.join(map(repr, ROLES))}.")
         return role
 
     @field_validator("content", mode="before")
@@ -215,9 +213,7 @@ def parse(kind: type[Request], raw: bytes) -> Request:
     except (ValueError, RecursionError) as error:
         raise RequestError(f"The request body is not valid JSON ({str(error).rstrip('.')}).") from None
     if b"\\ud" in raw.lower() and _has_lone_surrogate(body):
-        raise RequestError(
-            "The request body holds half of a surrogate pair, which is not valid Unicode text."
-        )
+        raise RequestError("The request body holds half of a surrogate pair, which is not valid Unicode text.")
     if not isinstance(body, dict):
         raise RequestError(f"The request body is {shown(body)}, but it must be a JSON object.")
     try:
@@ -247,9 +243,7 @@ def _token_ids(value: Any) -> bool:
 def _sentence(kind: type[BaseModel], error: ValidationError) -> RequestError:
     first = error.errors(include_url=False)[0]
     where = list(first["loc"])
-    param = (
-        "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where).lstrip(".") or None
-    )
+    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where).lstrip(".") or None
     if first["type"] == "extra_forbidden":
         hint = nearest(str(where[-1]), list(_owner(kind, where[:-1]).model_fields))
         return RequestError(f"Unknown field '{param}'{hint or '.'}", param)

@@ -128,9 +128,7 @@ class Runner:
             if self.draining:
                 raise Unavailable(SHUTTING_DOWN)
             if self._load + ticket.sequences > self.max_sequences:
-                raise Unavailable(
-                    f"The server is at its limit of {self.max_sequences} sequences; try again later."
-                )
+                raise Unavailable(f"The server is at its limit of {self.max_sequences} sequences; try again later.")
             self._load += ticket.sequences
             self._tickets.add(ticket)
             self._commands.append(lambda: self._admit(ticket, prompts, params))

@@ -32,9 +32,7 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         if listener is not None:
             listener.close()
-        raise ToolkitError(
-            f"Cannot listen on host '{host}', port {port}: {error.strerror or error}."
-        ) from None
+        raise ToolkitError(f"Cannot listen on host '{host}', port {port}: {error.strerror or error}.") from None
     return listener
 
 

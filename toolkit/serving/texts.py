@@ -41,9 +41,7 @@ class Texts:
             text = self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         except (TemplateError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split()).rstrip(".")
-            raise RequestError(
-                f"The model's chat template refuses these messages ({reason}).", "messages"
-            ) from None
+            raise RequestError(f"The model's chat template refuses these messages ({reason}).", "messages") from None
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _piece(self, token: int) -> tuple[str, list[int]]:

@@ -19,9 +19,7 @@ class PageAllocator:
 
     def __init__(self, num_pages: int, page_size: int) -> None:
         if num_pages < 0 or page_size < 1:
-            raise ValueError(
-                f"num_pages is {num_pages} and page_size {page_size}; at least 0 and 1 are allowed."
-            )
+            raise ValueError(f"num_pages is {num_pages} and page_size {page_size}; at least 0 and 1 are allowed.")
         self.num_pages = num_pages
         self.page_size = page_size
         self.index = PrefixIndex(page_size)
@@ -50,9 +48,7 @@ class PageAllocator:
         Raises OutOfPages, changing nothing, when fewer than ``n`` are free or evictable.
         """
         if n > self.num_free:
-            raise OutOfPages(
-                f"{n} pages were asked for and {self.num_free} of {self.num_pages} are available."
-            )
+            raise OutOfPages(f"{n} pages were asked for and {self.num_free} of {self.num_pages} are available.")
         pages = []
         for _ in range(n):
             if self._free:
@@ -84,9 +80,7 @@ class PageAllocator:
         """
         for page, times in Counter(pages).items():
             if self._refcounts[page] < times:
-                raise ValueError(
-                    f"page {page} is freed {times} times and held {self._refcounts[page]} times."
-                )
+                raise ValueError(f"page {page} is freed {times} times and held {self._refcounts[page]} times.")
         for page in reversed(pages):
             self._refcounts[page] -= 1
             if self._refcounts[page] == 0:
@@ -145,6 +139,4 @@ class PageAllocator:
         if live is not None:
             held = Counter(page for pages in live for page in pages)
             for page, count in enumerate(self._refcounts):
-                assert count == held[page], (
-                    f"page {page} is counted {count} times and held {held[page]} times"
-                )
+                assert count == held[page], f"page {page} is counted {count} times and held {held[page]} times"

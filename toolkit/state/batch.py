@@ -81,9 +81,7 @@ class RaggedBatch:
             raise ToolkitError(f"attention_mask has shape {tuple(mask.shape)}; [batch, length] is allowed.")
         rows, width = mask.shape
         if not 0 <= q_len <= width:
-            raise ToolkitError(
-                f"q_len is {q_len} for an attention_mask of length {width}; 0 to {width} are allowed."
-            )
+            raise ToolkitError(f"q_len is {q_len} for an attention_mask of length {width}; 0 to {width} are allowed.")
         # Plain tensors even inside inference mode: callers keep plans, and a later backward saves them.
         with torch.inference_mode(False), torch.no_grad():
             host = mask.detach().to("cpu", torch.bool)
@@ -94,9 +92,7 @@ class RaggedBatch:
             filled = (places >= start[:, None]) & (places < end[:, None])
             if not torch.equal(filled, host):
                 row = int((filled != host).any(1).nonzero()[0])
-                raise ToolkitError(
-                    f"attention_mask has a hole in row {row}; only padding left or right is allowed."
-                )
+                raise ToolkitError(f"attention_mask has a hole in row {row}; only padding left or right is allowed.")
             first = width - q_len
             seen = (end - first).clamp(0, q_len)
             kv_offsets = torch.arange(rows) * width + start

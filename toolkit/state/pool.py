@@ -33,12 +33,9 @@ class StatePool:
         self.dtype = dtype
         self.device = torch.device(device)
         self.states = [
-            kinds.find(spec.kind).allocate(spec, num_pages, page_size, dtype, self.device)
-            for spec in self.layers
+            kinds.find(spec.kind).allocate(spec, num_pages, page_size, dtype, self.device) for spec in self.layers
         ]
-        attending = {
-            layer: state for layer, state in enumerate(self.states) if isinstance(state, FullAttention)
-        }
+        attending = {layer: state for layer, state in enumerate(self.states) if isinstance(state, FullAttention)}
         self.keys: dict[int, Tensor] = {layer: state.keys for layer, state in attending.items()}
         self.values: dict[int, Tensor] = {layer: state.values for layer, state in attending.items()}
 

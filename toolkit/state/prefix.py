@@ -68,9 +68,7 @@ class PrefixIndex:
         """
         tokens = tuple(tokens_of_page)
         if len(tokens) != self.page_size:
-            raise ValueError(
-                f"page {page} has {len(tokens)} tokens; only full pages of {self.page_size} go in."
-            )
+            raise ValueError(f"page {page} has {len(tokens)} tokens; only full pages of {self.page_size} go in.")
         if parent_key is not None and parent_key.version != version:
             raise ValueError(f"version {version} cannot follow a prefix of version {parent_key.version}.")
         parent = parent_key

@@ -28,9 +28,7 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return out, q.new_empty(q.shape[0], q.shape[1], dtype=reference.result_dtype(q))
 
 
-def _fake_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
@@ -122,9 +120,7 @@ def attention(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     run = _FORWARD.select(impl)
-    return run(
-        q, k, v, query_offsets, kv_offsets, kv_lengths, block_tables, page_size, scale, window, softcap
-    )
+    return run(q, k, v, query_offsets, kv_offsets, kv_lengths, block_tables, page_size, scale, window, softcap)
 
 
 def attention_backward(

@@ -107,9 +107,7 @@ def architecture(device: torch.device) -> str:
 def tile(table: Table, arch: str, dtype: torch.dtype, head_dim: int) -> Tile:
     """The tile for an architecture, an element type and the larger of the two head dimensions."""
     if arch == "interpreter" and dtype == torch.bfloat16:  # it would multiply the raw 16-bit integers
-        raise ToolkitError(
-            "attention got dtype bfloat16 on CPU; Triton's interpreter takes float32 and float16."
-        )
+        raise ToolkitError("attention got dtype bfloat16 on CPU; Triton's interpreter takes float32 and float16.")
     for limit, choice in table[arch].get(dtype.itemsize, ()):
         if head_dim <= limit:
             return choice

@@ -154,9 +154,7 @@ def rows_contiguous(x: torch.Tensor) -> torch.Tensor:
 def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     """One sentence for shapes and dtypes that the kernels do not take."""
     if not (q.dtype == k.dtype == v.dtype):
-        raise ToolkitError(
-            f"attention got q, k, v of dtypes {q.dtype}, {k.dtype}, {v.dtype}; they must be equal."
-        )
+        raise ToolkitError(f"attention got q, k, v of dtypes {q.dtype}, {k.dtype}, {v.dtype}; they must be equal.")
     if q.shape[-1] != k.shape[-1] or k.shape[:2] != v.shape[:2] or q.shape[1] % k.shape[1]:
         raise ToolkitError(
             f"attention got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}; allowed are "

@@ -73,15 +73,9 @@ def attention_backward_queries(
     e = tl.arange(0, BLOCK_V)
     d_ok = row_ok[:, None] & (d < HEAD_DIM)[None, :]
     e_ok = row_ok[:, None] & (e < V_DIM)[None, :]
-    q_tile = tl.load(
-        q + query[:, None] * stride_qt + head[:, None] * stride_qh + d[None, :], mask=d_ok, other=0.0
-    )
-    g_tile = tl.load(
-        grad + query[:, None] * stride_gt + head[:, None] * stride_gh + e[None, :], mask=e_ok, other=0.0
-    )
-    o_tile = tl.load(
-        out + query[:, None] * stride_ot + head[:, None] * stride_oh + e[None, :], mask=e_ok, other=0.0
-    )
+    q_tile = tl.load(q + query[:, None] * stride_qt + head[:, None] * stride_qh + d[None, :], mask=d_ok, other=0.0)
+    g_tile = tl.load(grad + query[:, None] * stride_gt + head[:, None] * stride_gh + e[None, :], mask=e_ok, other=0.0)
+    o_tile = tl.load(out + query[:, None] * stride_ot + head[:, None] * stride_oh + e[None, :], mask=e_ok, other=0.0)
     row_lse = tl.load(lse + query * stride_lt + head, mask=row_ok, other=0.0)
     row_delta = tl.sum(o_tile.to(tl.float32) * g_tile.to(tl.float32), 1)
     tl.store(delta + query * stride_lt + head, row_delta, mask=row_ok)

@@ -28,9 +28,7 @@ def gated_activation_fake(gate: Tensor, up: Tensor, kind: str) -> Tensor:
     return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
 
 
-def gated_activation_backward_fake(
-    grad: Tensor, gate: Tensor, up: Tensor, kind: str
-) -> tuple[Tensor, Tensor]:
+def gated_activation_backward_fake(grad: Tensor, gate: Tensor, up: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     return (
         torch.empty(gate.shape, dtype=gate.dtype, device=gate.device),
         torch.empty(up.shape, dtype=up.dtype, device=up.device),

@@ -21,8 +21,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | N
 
 
 _BACKWARD = register(
-    "layer_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, float eps)"
-    " -> (Tensor, Tensor, Tensor)",
+    "layer_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)",
     reference=reference.layer_norm_backward,
     fake=reference.layer_norm_backward_fake,
 )
@@ -35,9 +34,7 @@ _FORWARD = register(
 )
 
 
-def layer_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, impl: str | None = None
-) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, impl: str | None = None) -> Tensor:
     """``(x - mean) / sqrt(variance + eps) * weight + bias`` over the last dimension.
 
     x: [..., N]; float32, float64, bfloat16 or float16 (the last two computed in float32, rounded once).

@@ -49,12 +49,13 @@ def linear(
 ) -> torch.Tensor:
     """``y[..., n] = sum_k x[..., k] * weight[n, k] + bias[n]``.
 
-    x: ``[..., K]``; weight: ``[N, K]``, read in place in this layout; bias: ``[N]`` or None; y: ``[..., N]``. All of one
-    dtype: float32, float64, bfloat16 or float16 (the last two add in float32 and round once).
+    x: ``[..., K]``; weight: ``[N, K]``, read in place in this layout; bias: ``[N]`` or None; y: ``[..., N]``. All of
+    one dtype: float32, float64, bfloat16 or float16 (the last two add in float32 and round once).
 
     Numerics: on CPU a row of y has the same bits for any number of rows, any neighbours and any number of threads:
     sums run over blocks of 256 k, in a block one chain of fused multiply-adds over ascending k, the blocks' sums added
-    in order, the bias last. A NaN or infinity stays in its row. Gradients are the vendor's products: the same from run to run.
+    in order, the bias last. A NaN or infinity stays in its row. Gradients are the vendor's products:
+    the same from run to run.
 
     Saved for backward: x and weight. impl: None (by device), "reference" or "cpu".
     Raises RuntimeError when shapes or dtypes do not fit, ToolkitError for an ``impl`` that is not available.

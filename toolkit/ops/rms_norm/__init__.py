@@ -48,9 +48,7 @@ _FORWARD = register(
 )
 
 
-def rms_norm(
-    x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0, *, impl: str | None = None
-) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0, *, impl: str | None = None) -> Tensor:
     """``x / sqrt(mean(x^2, -1) + eps) * (offset + weight)``; without a weight the last factor is 1.
 
     x: [..., N]; float32, float64, bfloat16 or float16 (the last two computed in float32, rounded once).

@@ -47,6 +47,4 @@ def rms_norm_backward_fake(
     grad: Tensor, x: Tensor, weight: Tensor | None, eps: float, offset: float
 ) -> tuple[Tensor, Tensor]:
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return dx, x.new_empty(0) if weight is None else torch.empty_like(
-        weight, memory_format=torch.contiguous_format
-    )
+    return dx, x.new_empty(0) if weight is None else torch.empty_like(weight, memory_format=torch.contiguous_format)

@@ -61,13 +61,9 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     """``x`` as [rows, N] with unit stride along N."""
     width = x.shape[-1]
     if width > MAX_WIDTH:
-        raise ToolkitError(
-            f"rms_norm got rows of {width} elements; its Triton kernel takes at most {MAX_WIDTH}."
-        )
+        raise ToolkitError(f"rms_norm got rows of {width} elements; its Triton kernel takes at most {MAX_WIDTH}.")
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ToolkitError(
-            f"rms_norm got dtype {x.dtype}; its Triton kernel takes float32, bfloat16 and float16."
-        )
+        raise ToolkitError(f"rms_norm got dtype {x.dtype}; its Triton kernel takes float32, bfloat16 and float16.")
     flat = x.reshape(-1, width)
     return flat if flat.stride(-1) == 1 or width == 1 else flat.contiguous()
 

@@ -39,9 +39,7 @@ _TABLES = register(
 )
 
 
-def rotary(
-    x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, *, impl: str | None = None
-) -> Tensor:
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, *, impl: str | None = None) -> Tensor:
     """Rotates pairs of the first R of x's D channels by the token's angles; channels R to D pass through.
 
     x: [T, H, D], any strides in the first two dimensions (a view of a projection's rows costs no copy);

@@ -30,9 +30,7 @@ def transposed_sin(sin: Tensor, interleaved: bool) -> Tensor:
     return -sin if interleaved else -sin.roll(sin.shape[-1] // 2, -1)
 
 
-def rotary_tables(
-    positions: Tensor, inv_freq: Tensor, scaling: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def rotary_tables(positions: Tensor, inv_freq: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin of ``position * inv_freq``, times ``scaling``, each frequency twice: [..., 2F].
 
     Angle, table and product with ``scaling`` are float32 (float64 when ``dtype`` is), then cast to ``dtype``.

@@ -20,8 +20,7 @@ def _backward(ctx: Any, grad_logprob: Tensor, grad_lse: Tensor) -> tuple[Tensor,
 
 
 _BACKWARD = register(
-    "token_logprob_backward(Tensor grad_logprob, Tensor grad_lse, Tensor logits, Tensor targets, Tensor lse)"
-    " -> Tensor",
+    "token_logprob_backward(Tensor grad_logprob, Tensor grad_lse, Tensor logits, Tensor targets, Tensor lse) -> Tensor",
     reference=reference.token_logprob_backward,
     fake=reference.token_logprob_backward_fake,
 )

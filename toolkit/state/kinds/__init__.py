@@ -110,7 +110,5 @@ def find(kind: str) -> type[StateKind]:
     known = registered()
     if kind not in known:
         allowed = sorted(known)
-        raise ToolkitError(
-            f"state kind is {kind!r}; allowed are {', '.join(allowed)}{nearest(kind, allowed)}."
-        )
+        raise ToolkitError(f"state kind is {kind!r}; allowed are {', '.join(allowed)}{nearest(kind, allowed)}.")
     return known[kind]

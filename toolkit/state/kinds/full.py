@@ -34,8 +34,7 @@ class FullAttention(StateKind, kind="full"):
     ) -> "FullAttention":
         # Zeros, because what the host has not touched yet costs no memory and a stray NaN would spread.
         keys, values = (
-            torch.zeros(num_pages * page_size, *shape, dtype=dtype, device=device)
-            for shape in cls.row_shapes(spec)
+            torch.zeros(num_pages * page_size, *shape, dtype=dtype, device=device) for shape in cls.row_shapes(spec)
         )
         return cls(keys, values, page_size)
 
