@@ -1,0 +1,82 @@
+"""The promise: what the engine returns is what training computes, in every bit, for every family."""
+
+import pytest
+import torch
+
+import toolkit
+from toolkit.engine.decode import SIZES, DecodePrograms, padded_size
+from toolkit.testing.models import FAMILIES, random_model
+from toolkit.testing.parity import check_parity
+
+
+def prompts_for(vocabulary, seed=7):
+    source = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, 90, (32,), generator=source).tolist()
+    return [torch.randint(3, vocabulary, (n,), generator=source).tolist() for n in lengths]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_token_differs_under_random_schedules(family):
+    model = random_model(family)
+    parity = check_parity(model, prompts_for(model.config.vocab_size), min_tokens=2000, seed=1)
+    assert parity.tokens >= 2000
+    assert parity.differing == 0
+    assert parity.largest == 0.0
+    # The schedules did what they are there for.
+    assert parity.chunked_prompts > 0
+    assert parity.prefix_hit_tokens > 0
+    assert parity.preemptions > 0
+    assert parity.forked > 0
+
+
+def test_the_check_sees_a_model_whose_bits_depend_on_the_batch():
+    """With the vendor's products the same check finds differing tokens: it can fail."""
+    model = random_model("llama", hidden=72)
+    parity = check_parity(model, prompts_for(model.config.vocab_size), min_tokens=100, numerics="fast")
+    assert parity.differing > 0
+    assert parity.largest < 1e-4
+
+
+def test_parity_holds_after_training_steps_between_rollouts():
+    """Recorded decode programs outlive optimizer steps; returned tokens carry the version they were drawn under."""
+    model = random_model("qwen3")
+    toolkit.patch(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    prompts = prompts_for(model.config.vocab_size)[:5]
+    versions = []
+    with toolkit.Engine(model) as engine:
+        for _ in range(3):
+            outputs = engine.generate(prompts, toolkit.SamplingParams(max_tokens=9, seed=3, ignore_eos=True))
+            texts = [[*o.prompt_token_ids, *o.token_ids] for o in outputs]
+            trained = toolkit.token_logprobs(model, texts)
+            for output, logprobs in zip(outputs, trained):
+                expected = logprobs.detach()[len(output.prompt_token_ids) - 1 :]
+                assert torch.equal(torch.tensor(output.logprobs), expected)
+            versions.append(outputs[0].weight_version)
+            (-torch.cat(trained).mean()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert len(set(versions)) == 3
+
+
+def test_replaced_parameters_and_hooks_are_noticed_by_recorded_programs():
+    model = random_model("llama")
+    params = toolkit.SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
+    with toolkit.Engine(model) as engine:
+        engine.generate([[3, 4, 5]], params)
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().flip(0).clone())
+        output = engine.generate([[3, 4, 5]], params)[0]
+        expected = toolkit.token_logprobs(model, [[3, 4, 5, *output.token_ids]])[0][2:]
+        assert torch.equal(torch.tensor(output.logprobs), expected.detach())
+        calls = []
+        model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+        engine.generate([[3, 4, 5]], params)
+        assert len(calls) == 6
+
+
+def test_batches_are_padded_to_a_few_sizes():
+    assert [padded_size(n) for n in (1, 5, 16, 17, 256, 300)] == [1, 6, 16, 20, 256, 300]
+    assert sorted(set(SIZES)) == list(SIZES)
+    model = random_model("llama")
+    toolkit.patch(model)
+    assert DecodePrograms(model).model is model
