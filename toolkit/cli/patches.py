@@ -1,6 +1,7 @@
 """``toolkit patches``: what would be patched in a model, with probe errors, and what would not and why."""
 
 import argparse
+import sys
 from typing import Any
 
 
@@ -31,17 +32,18 @@ def run(args: argparse.Namespace) -> int:
 
         model, _ = load_model(args.model)
     report = find_claims(model, args.roles.split(",") if args.roles else None, args.numerics)
-    console = Console()
+    # Into a pipe or a file the names come whole; on a terminal its width decides, and long ones fold.
+    console = Console(width=None if sys.stdout.isatty() else 160)
     table = Table(title=f"{type(model).__name__}, {report.numerics} tier", title_justify="left")
     for column in ("role", "modules", "count", "becomes", "forward error", "backward error"):
-        table.add_column(column, justify="right" if "error" in column or column == "count" else "left")
+        table.add_column(column, justify="right" if "error" in column or column == "count" else "left", overflow="fold")
     for row in report.rows():
         table.add_row(*row)
     console.print(table)
     if report.refusals:
         left = Table(title="left alone", title_justify="left")
         for column in ("role", "modules", "count", "why"):
-            left.add_column(column, justify="right" if column == "count" else "left")
+            left.add_column(column, justify="right" if column == "count" else "left", overflow="fold")
         for refusal in report.left_alone():
             left.add_row(*refusal)
         console.print(left)
