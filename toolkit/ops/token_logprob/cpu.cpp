@@ -1,51 +1,13 @@
 // token_logprob and its backward on CPU. The logits are read once each way and no softmax is stored.
-#include "elementary.h"
-#include "rows.h"
-
-#include <cmath>
-#include <limits>
+#include "softmax.h"
 
 namespace toolkit::token_logprob_op {
 
 using namespace toolkit::rows;
 
-// A row is worked on in blocks of this many columns, small enough for the first-level cache. Blocks are shared
-// out to threads and joined in order, so even one row uses all threads and its bits do not depend on their number.
-constexpr int64_t kBlock = 2048;
-constexpr int64_t kBlockGrain = 4;
+using namespace toolkit::softmax;
 
-struct Partial {
-  double max, sum;  // of the block; sum of exp(x - max)
-};
-
-template <typename T>
-Partial block_partial(const T* x, int64_t n) {
-  constexpr T kLowest = -std::numeric_limits<T>::infinity();
-  Vec<T> top[4] = {Vec<T>(kLowest), Vec<T>(kLowest), Vec<T>(kLowest), Vec<T>(kLowest)};
-  accumulate<T>(n, [&](int slot, int64_t i, int64_t lanes) {
-    top[slot] = at::vec::maximum(top[slot], filled(Vec<T>::loadu(x + i, lanes), lanes, kLowest));
-  });
-  T lane[Vec<T>::size()];
-  at::vec::maximum(at::vec::maximum(top[0], top[1]), at::vec::maximum(top[2], top[3])).store(lane);
-  T max = lane[0];
-  for (T v : lane) max = (v > max || v != v) ? v : max;
-  if (max == kLowest) return {kLowest, 0.0};
-  Sum<T> sum;
-  accumulate<T>(n, [&](int slot, int64_t i, int64_t lanes) {
-    const auto shifted = filled(Vec<T>::loadu(x + i, lanes), lanes, kLowest) - Vec<T>(max);
-    sum.part[slot] = sum.part[slot] + elementary::exp(shifted);
-  });
-  return {max, sum.total()};
-}
-
-Partial join(const Partial* parts, int64_t n) {
-  double max = parts[0].max, sum = 0.0;
-  for (int64_t b = 1; b < n; ++b) max = (parts[b].max > max || parts[b].max != parts[b].max) ? parts[b].max : max;
-  for (int64_t b = 0; b < n; ++b) {
-    sum += parts[b].max == max ? parts[b].sum : parts[b].sum * std::exp(parts[b].max - max);
-  }
-  return {max, sum};
-}
+constexpr int64_t kBlockGrain = 4;  // blocks that repay waking another thread
 
 int64_t check(const Tensor& logits, const Tensor& targets) {
   TORCH_CHECK(logits.dim() > 0 && logits.size(-1) > 0, "token_logprob: logits have shape ", logits.sizes(),
@@ -75,12 +37,12 @@ std::tuple<Tensor, Tensor> forward(const Tensor& logits, const Tensor& targets_g
     at::parallel_for(0, x.count * blocks, kBlockGrain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t column = i % blocks * kBlock;
-        parts[i] = block_partial(x.row<T>(i / blocks) + column, std::min(kBlock, width - column));
+        parts[i] = block_partial<T, false>(x.row<T>(i / blocks) + column, std::min(kBlock, width - column));
       }
     });
     for (int64_t r = 0; r < x.count; ++r) {
-      const auto [max, sum] = join(parts.data() + r * blocks, blocks);
-      const double log_sum = std::log(sum);
+      const Partial all = join(parts.data() + r * blocks, blocks);
+      const double max = all.max, log_sum = std::log(all.sum);
       to_lse[r] = static_cast<T>(max + log_sum);
       to_logprob[r] = target[r] < 0 ? T(0) : static_cast<T>((x.row<T>(r)[target[r]] - max) - log_sum);
     }

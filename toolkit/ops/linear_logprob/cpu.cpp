@@ -1,0 +1,344 @@
+// linear_logprob on CPU: logits live in one tile of rows x one block of the vocabulary a thread, forward, and in one
+// block of the vocabulary backward, never all at once.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/sum.h>
+#include <ATen/ops/tensor.h>
+#include <ATen/ops/zeros.h>
+
+#include "product.h"
+#include "softmax.h"
+
+namespace toolkit::linear_logprob_op {
+
+using namespace toolkit::rows;
+using softmax::kBlock;
+using softmax::Partial;
+
+constexpr int64_t kTileRows = 96;         // logits of a tile: 96 x 2048 floats stay near a core
+constexpr int64_t kTopTasks = 4;          // tasks a thread that top-k lists are split for, at most
+constexpr int64_t kBackwardBlock = 1024;  // columns of the vocabulary whose gradient is held at a time
+constexpr int64_t kBackwardRows = 4096;   // and rows
+
+struct Options {
+  double scale, softcap;
+  int64_t top_k;
+};
+
+// One row of products to logits, in place: rounded to the input's dtype as a head's output is, scaled, capped, tempered.
+template <typename T, typename S>
+void finish_logits(T* z, int64_t n, const Options& o, const T* temperature) {
+  if constexpr (!std::is_same_v<T, S>)
+    for (int64_t i = 0; i < n; ++i) z[i] = static_cast<T>(static_cast<S>(z[i]));
+  const bool scaled = o.scale != 1.0, capped = o.softcap > 0.0;
+  if (!scaled && !capped && temperature == nullptr) return;
+  const Vec<T> scale(o.scale), cap(o.softcap), divisor(temperature == nullptr ? T(1) : *temperature);
+  for_vectors<T>(n, [&](int64_t i, int64_t lanes) {
+    auto v = Vec<T>::loadu(z + i, lanes);
+    if (scaled) v = v * scale;
+    if (capped) v = (v / cap).tanh() * cap;
+    if (temperature != nullptr) v = v / divisor;
+    v.store(z + i, lanes);
+  });
+}
+
+// The `count` largest of z in descending order, equal ones in order of ids, merged into the list that came before it.
+template <typename T>
+void select_top(const T* z, int64_t n, int64_t first_id, T* values, int64_t* ids, int64_t count) {
+  for (int64_t i = 0; i < n; ++i) {
+    if (!(z[i] > values[count - 1])) continue;
+    int64_t at = count - 1;
+    for (; at > 0 && z[i] > values[at - 1]; --at) {
+      values[at] = values[at - 1];
+      ids[at] = ids[at - 1];
+    }
+    values[at] = z[i];
+    ids[at] = first_id + i;
+  }
+}
+
+template <typename T, typename S>
+struct Inputs {
+  Inputs(const Tensor& hidden_given, const Tensor& weight_given, const std::optional<Tensor>& bias_given,
+         const std::optional<Tensor>& temperature_given, at::ScalarType type)
+      : hidden(hidden_given.to(type).contiguous()),
+        weight(weight_given.size(1) > 1 && weight_given.stride(1) != 1 ? weight_given.contiguous() : weight_given),
+        bias(bias_given ? bias_given->to(type).contiguous() : Tensor()),
+        temperature(temperature_given ? temperature_given->to(type).contiguous() : Tensor()) {}
+
+  // Products of rows [row, row + count) with the weights of columns [column, column + n), to out [count, n].
+  void multiply(int64_t row, int64_t count, int64_t column, int64_t n, T* out) const {
+    const int64_t depth = weight.size(1);
+    const T* shift = bias.defined() ? bias.const_data_ptr<T>() + column : nullptr;
+    const product::Problem<T, S> problem{hidden.const_data_ptr<T>() + row * depth,
+                                         depth,
+                                         weight.const_data_ptr<S>() + column * weight.stride(0),
+                                         weight.stride(0),
+                                         shift,
+                                         out,
+                                         count,
+                                         n,
+                                         depth};
+    product::compute(problem);
+  }
+  const T* temperature_of(int64_t row) const {
+    return temperature.defined() ? temperature.const_data_ptr<T>() + row : nullptr;
+  }
+
+  Tensor hidden, weight, bias, temperature;
+};
+
+void check(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& targets,
+           const std::optional<Tensor>& temperature) {
+  TORCH_CHECK(hidden.dim() == 2 && weight.dim() == 2 && hidden.size(1) == weight.size(1) && weight.size(0) > 0,
+              "linear_logprob: hidden has shape ", hidden.sizes(), " and weight ", weight.sizes(),
+              "; allowed are [T, K] and [V, K] with V at least 1.");
+  TORCH_CHECK(hidden.scalar_type() == weight.scalar_type(), "linear_logprob: hidden is ", hidden.scalar_type(),
+              " and weight ", weight.scalar_type(), "; they must be equal.");
+  TORCH_CHECK(!bias || bias->numel() == weight.size(0), "linear_logprob: bias must have shape [", weight.size(0), "].");
+  TORCH_CHECK(targets.scalar_type() == at::kLong && targets.dim() == 2 && targets.size(0) == hidden.size(0),
+              "linear_logprob: targets have dtype ", targets.scalar_type(), " and shape ", targets.sizes(),
+              "; allowed are int64 and [", hidden.size(0), ", C].");
+  TORCH_CHECK(!temperature || temperature->numel() == hidden.size(0), "linear_logprob: temperature must have shape [",
+              hidden.size(0), "].");
+  const Tensor flat = targets.contiguous();
+  const int64_t* target = flat.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < flat.numel(); ++i)
+    TORCH_CHECK_INDEX(target[i] < weight.size(0), "linear_logprob: target ", target[i],
+                      " is not below the vocabulary size ", weight.size(0), ".");
+}
+
+// body(T{}, S{}): the type of the arithmetic and the one of the weights.
+template <typename Body>
+void by_types(at::ScalarType type, const Body& body) {
+  switch (type) {
+    case at::kDouble: body(double{}, double{}); break;
+    case at::kBFloat16: body(float{}, c10::BFloat16{}); break;
+    case at::kHalf: body(float{}, c10::Half{}); break;
+    default: body(float{}, float{});
+  }
+}
+
+// body(task) for every task, each taken by the next free thread.
+template <typename Body>
+void for_tasks(int64_t tasks, const Body& body) {
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t, int64_t) {
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) body(task);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
+    const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& targets_given,
+    const std::optional<Tensor>& temperature, double scale, double softcap, int64_t top_k) {
+  check(hidden, weight, bias, targets_given, temperature);
+  const auto type = compute_type(hidden, "linear_logprob");
+  const Options options{scale, softcap, top_k};
+  const Tensor targets = targets_given.contiguous();
+  const int64_t rows = hidden.size(0), vocabulary = weight.size(0), choices = targets.size(1);
+  TORCH_CHECK(top_k >= 0 && top_k <= vocabulary, "linear_logprob: top_k is ", top_k, "; allowed are 0 to ", vocabulary,
+              ".");
+  const int64_t* target = targets.const_data_ptr<int64_t>();
+  Tensor logprob = empty(targets.sizes(), hidden, type), lse = empty({rows}, hidden, type);
+  Tensor entropy = empty({rows}, hidden, type), mean = empty({rows}, hidden, type);
+  Tensor top_values = empty({rows, top_k}, hidden, type), top_ids = empty({rows, top_k}, hidden, at::kLong);
+  const int64_t blocks = (vocabulary + kBlock - 1) / kBlock, tiles = (rows + kTileRows - 1) / kTileRows;
+  const int64_t most = top_k == 0 ? blocks : tiles >= kTopTasks * at::get_num_threads() ? 1
+                                                  : kTopTasks * at::get_num_threads();
+  const int64_t per_chunk = (blocks + std::min(blocks, most) - 1) / std::min(blocks, most);
+  const int64_t chunks = (blocks + per_chunk - 1) / per_chunk;
+  std::vector<Partial> parts(rows * blocks);
+  by_types(hidden.scalar_type(), [&](auto zero, auto stored) {
+    using T = decltype(zero);
+    using S = decltype(stored);
+    const Inputs<T, S> in(hidden, weight, bias, temperature, type);
+    const bool listed = top_k > 0;
+    std::vector<T> list_values(rows * chunks * top_k, -std::numeric_limits<T>::infinity());
+    std::vector<int64_t> list_ids(rows * chunks * top_k, 0);
+    std::vector<T> own(rows * choices, T(0));
+    for_tasks(tiles * chunks, [&](int64_t task) {
+      static thread_local std::vector<T> logits;
+      const int64_t chunk = task / tiles, row = task % tiles * kTileRows, count = std::min(kTileRows, rows - row);
+      if (int64_t(logits.size()) < count * kBlock) logits.resize(count * kBlock);
+      for (int64_t b = chunk * per_chunk; b < std::min((chunk + 1) * per_chunk, blocks); ++b) {
+        const int64_t column = b * kBlock, n = std::min(kBlock, vocabulary - column);
+        in.multiply(row, count, column, n, logits.data());
+        for (int64_t r = 0; r < count; ++r) {
+          T* const z = logits.data() + r * n;
+          finish_logits<T, S>(z, n, options, in.temperature_of(row + r));
+          parts[(row + r) * blocks + b] = softmax::block_partial<T, true>(z, n);
+          for (int64_t c = (row + r) * choices; c < (row + r + 1) * choices; ++c)
+            if (target[c] >= column && target[c] < column + n) own[c] = z[target[c] - column];
+          const int64_t list = ((row + r) * chunks + chunk) * top_k;
+          if (listed) select_top(z, n, column, &list_values[list], &list_ids[list], top_k);
+        }
+      }
+    });
+    T *to_logprob = logprob.mutable_data_ptr<T>(), *to_lse = lse.mutable_data_ptr<T>();
+    T *to_entropy = entropy.mutable_data_ptr<T>(), *to_mean = mean.mutable_data_ptr<T>();
+    T* to_values = top_values.mutable_data_ptr<T>();
+    int64_t* to_ids = top_ids.mutable_data_ptr<int64_t>();
+    for_rows(rows, blocks * 16 + choices + chunks * top_k * 4, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        const Partial all = softmax::join(parts.data() + r * blocks, blocks);
+        const double log_sum = std::log(all.sum);
+        to_lse[r] = static_cast<T>(all.max + log_sum);
+        to_entropy[r] = static_cast<T>(log_sum - all.moment / all.sum);
+        to_mean[r] = static_cast<T>(all.total / vocabulary);
+        for (int64_t c = r * choices; c < (r + 1) * choices; ++c)
+          to_logprob[c] = target[c] < 0 ? T(0) : static_cast<T>((own[c] - all.max) - log_sum);
+        if (!listed) continue;
+        std::fill_n(to_values + r * top_k, top_k, -std::numeric_limits<T>::infinity());
+        std::fill_n(to_ids + r * top_k, top_k, int64_t(0));
+        for (int64_t at = r * chunks * top_k; at < (r + 1) * chunks * top_k; ++at) {
+          T* const values = to_values + r * top_k;
+          int64_t* const ids = to_ids + r * top_k;
+          if (!(list_values[at] > values[top_k - 1])) continue;
+          select_top(&list_values[at], 1, list_ids[at], values, ids, top_k);
+        }
+      }
+    });
+  });
+  return {logprob, lse, entropy, mean, top_values, top_ids};
+}
+
+// What a row's gradient is made of: d z = p (common - of_entropy (log p + H)) + of_mean / V + its targets' own.
+template <typename T>
+struct RowGradient {
+  T common, of_entropy, of_mean, lse, entropy;
+};
+
+// One row of logits [n] to the gradient of its products, in place.
+template <typename T>
+void logits_gradient(T* z, int64_t n, int64_t column, const RowGradient<T>& g, const int64_t* target, const T* of_target,
+                     int64_t choices, const Options& o, const T* temperature) {
+  const Vec<T> common(g.common), of_entropy(g.of_entropy), of_mean(g.of_mean), lse(g.lse), entropy(g.entropy);
+  const bool with_entropy = g.of_entropy != T(0), plain = o.softcap <= 0.0;
+  const T divisor = temperature == nullptr ? T(1) : *temperature;
+  const Vec<T> outer(static_cast<T>(o.scale) / divisor), to_cap(plain ? T(0) : divisor / static_cast<T>(o.softcap));
+  // The derivative of the cap at the targets, before their logits are overwritten.
+  auto slope = [&](T value) {
+    const T t = plain ? T(0) : value * divisor / static_cast<T>(o.softcap);
+    return (T(1) - t * t) * (static_cast<T>(o.scale) / divisor);
+  };
+  T kept[16];
+  std::vector<T> more(choices > 16 ? choices : 0);
+  T* const own = choices > 16 ? more.data() : kept;
+  for (int64_t c = 0; c < choices; ++c) {
+    const bool here = target[c] >= column && target[c] < column + n;
+    own[c] = here ? of_target[c] * slope(z[target[c] - column]) : T(0);
+  }
+  for_vectors<T>(n, [&](int64_t i, int64_t lanes) {
+    const auto v = Vec<T>::loadu(z + i, lanes), log_p = v - lse;
+    auto weight = common;
+    if (with_entropy) weight = weight - of_entropy * (at::vec::clamp_min(log_p, Vec<T>(-1e4)) + entropy);
+    auto d = at::vec::fmadd(elementary::exp(log_p), weight, of_mean);
+    if (!plain) {
+      const auto t = v * to_cap;
+      d = d * (Vec<T>(1) - t * t);
+    }
+    (d * outer).store(z + i, lanes);
+  });
+  for (int64_t c = 0; c < choices; ++c)
+    if (target[c] >= column && target[c] < column + n) z[target[c] - column] += own[c];
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(
+    const Tensor& grad_logprob, const Tensor& grad_lse, const Tensor& grad_entropy, const Tensor& grad_mean,
+    const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& targets_given,
+    const std::optional<Tensor>& temperature, const Tensor& lse, const Tensor& entropy, double scale, double softcap,
+    bool need_hidden, bool need_weight, bool need_bias) {
+  check(hidden, weight, bias, targets_given, temperature);
+  const auto type = compute_type(hidden, "linear_logprob_backward");
+  const Options options{scale, softcap, 0};
+  const int64_t vocabulary = weight.size(0), choices = targets_given.size(1);
+  auto wide = [&](const Tensor& x) { return x.to(type).contiguous(); };
+  const Tensor targets = targets_given.contiguous();
+  Tensor dh, dw, db;
+  by_types(hidden.scalar_type(), [&](auto zero, auto stored) {
+    using T = decltype(zero);
+    using S = decltype(stored);
+    const Tensor of_logprob = wide(grad_logprob), of_lse = wide(grad_lse), of_entropy = wide(grad_entropy);
+    const Tensor of_mean = wide(grad_mean), log_sum = wide(lse), disorder = wide(entropy);
+    const int64_t* target = targets.const_data_ptr<int64_t>();
+    const T* of_target = of_logprob.const_data_ptr<T>();
+    std::vector<RowGradient<T>> gradients;
+    std::vector<int64_t> active;  // rows that pass any gradient: a masked prompt costs nothing
+    for (int64_t r = 0; r < hidden.size(0); ++r) {
+      RowGradient<T> g{of_lse.const_data_ptr<T>()[r], of_entropy.const_data_ptr<T>()[r],
+                       of_mean.const_data_ptr<T>()[r] / static_cast<T>(vocabulary), log_sum.const_data_ptr<T>()[r],
+                       disorder.const_data_ptr<T>()[r]};
+      bool any = g.common != T(0) || g.of_entropy != T(0) || g.of_mean != T(0);
+      for (int64_t c = r * choices; c < (r + 1) * choices; ++c)
+        if (target[c] >= 0) {
+          g.common -= of_target[c];
+          any = any || of_target[c] != T(0);
+        }
+      if (!any) continue;
+      active.push_back(r);
+      gradients.push_back(g);
+    }
+    const int64_t rows = active.size();
+    const bool all = rows == hidden.size(0);
+    const Tensor index = at::tensor(active, at::kLong);
+    const Inputs<T, S> in(all ? hidden : hidden.index_select(0, index), weight, bias,
+                          temperature && !all ? temperature->reshape(-1).index_select(0, index) : temperature, type);
+    const auto wide_options = hidden.options().dtype(type);
+    Tensor dx = need_hidden ? at::zeros({rows, hidden.size(1)}, wide_options) : Tensor();
+    // Each block of the gradient is written whole: no zeros first, unless no row is there to write it.
+    if (need_weight) dw = rows > 0 ? at::empty(weight.sizes(), weight.options()) : at::zeros(weight.sizes(), weight.options());
+    if (need_bias) db = at::zeros({vocabulary}, wide_options);
+    Tensor buffer = at::empty({std::min(rows, kBackwardRows) * std::min(vocabulary, kBackwardBlock)}, wide_options);
+    for (int64_t column = 0; column < vocabulary && rows > 0; column += kBackwardBlock) {
+      const int64_t n = std::min(kBackwardBlock, vocabulary - column);
+      const Tensor block = need_hidden ? in.weight.narrow(0, column, n).to(type) : Tensor();
+      Tensor block_dw;
+      if (need_weight) {
+        block_dw = dw.narrow(0, column, n);
+        if (dw.scalar_type() != type) block_dw = at::empty({n, weight.size(1)}, wide_options);
+      }
+      for (int64_t first = 0; first < rows; first += kBackwardRows) {
+        const int64_t height = std::min(kBackwardRows, rows - first);
+        T* const g = buffer.mutable_data_ptr<T>();
+        for_tasks((height + kTileRows - 1) / kTileRows, [&](int64_t tile) {
+          const int64_t row = tile * kTileRows, count = std::min(kTileRows, height - row);
+          in.multiply(first + row, count, column, n, g + row * n);
+          for (int64_t r = row; r < row + count; ++r) {
+            const int64_t source = active[first + r];
+            const T* const tempered = in.temperature_of(first + r);
+            finish_logits<T, S>(g + r * n, n, options, tempered);
+            logits_gradient(g + r * n, n, column, gradients[first + r], target + source * choices,
+                            of_target + source * choices, choices, options, tempered);
+          }
+        });
+        const Tensor grad = buffer.narrow(0, 0, height * n).view({height, n});
+        const Tensor x = in.hidden.narrow(0, first, height);
+        if (need_hidden) dx.narrow(0, first, height).addmm_(grad, block);
+        if (need_weight) {
+          if (first == 0) {
+            at::mm_out(block_dw, grad.t(), x);
+          } else {
+            block_dw.addmm_(grad.t(), x);
+          }
+        }
+        if (need_bias) db.narrow(0, column, n).add_(grad.sum(0));
+      }
+      if (need_weight && dw.scalar_type() != type) dw.narrow(0, column, n).copy_(block_dw);
+    }
+    if (need_hidden) {
+      dh = all ? cast(dx, hidden.scalar_type())
+               : at::zeros(hidden.sizes(), hidden.options()).index_copy_(0, index, cast(dx, hidden.scalar_type()));
+    }
+  });
+  const Tensor none = at::empty({0}, hidden.options());
+  return {need_hidden ? dh : none, need_weight ? dw : none, need_bias ? cast(db, bias->scalar_type()) : none};
+}
+
+TORCH_LIBRARY_IMPL(toolkit, CPU, m) {
+  m.impl("linear_logprob", &forward);
+  m.impl("linear_logprob_backward", &backward);
+}
+
+}  // namespace toolkit::linear_logprob_op

@@ -1,0 +1,132 @@
+// y[m, n] = sum_k x[m, k] * w[n, k] + bias[n], the same bits for an output row whatever the other rows are.
+//
+// K is cut into blocks of kDepth. Within a block an output is one chain of multiply-adds over ascending k; block sums
+// are added in order, the bias last. Blocking over M and N, and threads, only choose which outputs are computed
+// together, never the order of additions of one output.
+#pragma once
+#include <ATen/Parallel.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+
+#include "gemm.h"
+
+namespace toolkit::product {
+
+template <typename T>
+constexpr int64_t kDepth = 2048 / sizeof(T);  // K block: fixes the order of additions, so part of the op's bits
+constexpr int64_t kRowBlock = 192;            // rows of x whose K block stays in L2 while panels of weights pass by
+constexpr int64_t kChunk = 32;                // panels a task at most
+constexpr int64_t kTasks = 8;                 // tasks a thread, so that a disturbed thread leaves some to the others
+constexpr int64_t kParallelWork = 1 << 20;    // multiply-adds that repay waking another thread
+constexpr int64_t kStayInCache = 1 << 18;     // bytes of x that are small enough to be passed over once a panel
+constexpr int64_t kCopyRows = 24;             // rows from which a copy of x pays when its stride fits caches badly
+constexpr int64_t kBadStride = 4096;          // bytes: rows this far apart compete for the same few cache sets
+
+template <typename T, typename S>
+struct Problem {
+  const T* x;
+  int64_t x_stride;
+  const S* weight;
+  int64_t weight_stride;
+  const T* bias;
+  T* out;
+  int64_t rows, outputs, depth;
+};
+
+template <typename T>
+T* scratch(int64_t count) {
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  static thread_local std::unique_ptr<void, Free> buffer;
+  static thread_local int64_t size = 0;
+  if (count > size) {
+    size = (count + 15) / 16 * 16;
+    buffer.reset(std::aligned_alloc(64, size * sizeof(T)));
+    TORCH_CHECK(buffer != nullptr, "out of memory for ", size, " elements of scratch.");
+  }
+  return static_cast<T*>(buffer.get());
+}
+
+// Outputs of rows [row, row_end) x panels [panel, panel_end).
+template <typename T, typename S>
+void block(const Problem<T, S>& p, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end) {
+  constexpr int64_t width = gemm::kPanel<T>, copy_stride = kDepth<T> + 64 / sizeof(T);
+  const int64_t rows = row_end - row;
+  const bool copy = rows >= kCopyRows && p.x_stride * int64_t(sizeof(T)) % kBadStride == 0;
+  T* const packed = scratch<T>(kDepth<T> * width + (copy ? rows * copy_stride : 0));
+  T* const copied = packed + kDepth<T> * width;
+
+  auto step = [&](int64_t i, int64_t k, const T* x, int64_t x_stride, int64_t next_panel, int64_t next_k) {
+    const int64_t n = i * width, columns = std::min(width, p.outputs - n);
+    T bias[width] = {};
+    const bool add_bias = p.bias != nullptr && k + kDepth<T> >= p.depth;
+    if (add_bias) std::copy_n(p.bias + n, columns, bias);
+    gemm::multiply_panel<T, S>(
+        x, x_stride, rows,
+        {p.weight + n * p.weight_stride + k, p.weight_stride, columns,
+         p.weight + next_panel * width * p.weight_stride + next_k},
+        std::min(kDepth<T>, p.depth - k), packed,
+        {p.out + row * p.outputs + n, p.outputs, columns, k > 0, add_bias ? bias : nullptr});
+  };
+
+  const T* const x = p.x + row * p.x_stride;
+  if (!copy && rows * p.depth * int64_t(sizeof(T)) <= kStayInCache) {
+    for (int64_t i = panel; i < panel_end; ++i)  // whole rows of weights, as they lie in memory
+      for (int64_t k = 0; k < p.depth; k += kDepth<T>) {
+        const bool last = k + kDepth<T> >= p.depth;
+        step(i, k, x + k, p.x_stride, last ? i + 1 : i, last ? 0 : k + kDepth<T>);
+      }
+    return;
+  }
+  for (int64_t k = 0; k < p.depth; k += kDepth<T>) {
+    if (copy)
+      for (int64_t r = 0; r < rows; ++r)
+        std::copy_n(x + r * p.x_stride + k, std::min(kDepth<T>, p.depth - k), copied + r * copy_stride);
+    for (int64_t i = panel; i < panel_end; ++i)
+      step(i, k, copy ? copied : x + k, copy ? copy_stride : p.x_stride, i + 1, k);
+  }
+}
+
+// A product without terms: the bias alone.
+template <typename T, typename S>
+void fill_empty(const Problem<T, S>& p) {
+  for (int64_t m = 0; m < p.rows; ++m)
+    for (int64_t n = 0; n < p.outputs; ++n) p.out[m * p.outputs + n] = p.bias != nullptr ? p.bias[n] : T(0);
+}
+
+// All of the product on the calling thread.
+template <typename T, typename S>
+void compute(const Problem<T, S>& p) {
+  if (p.depth == 0) return fill_empty(p);
+  block(p, 0, p.rows, 0, (p.outputs + gemm::kPanel<T> - 1) / gemm::kPanel<T>);
+}
+
+// The same, shared out to torch's threads.
+template <typename T, typename S>
+void run(const Problem<T, S>& p) {
+  constexpr int64_t width = gemm::kPanel<T>;
+  if (p.depth == 0) return fill_empty(p);
+  const int64_t panels = (p.outputs + width - 1) / width;
+  const int64_t row_blocks = (p.rows + kRowBlock - 1) / kRowBlock;
+  // A weight costs about as much to fetch as eight multiply-adds.
+  const bool worthwhile = (p.rows + 8) * p.outputs * p.depth >= kParallelWork;
+  const int64_t threads = worthwhile ? at::get_num_threads() : 1;
+  const int64_t even = panels * row_blocks / (threads * kTasks);
+  const int64_t chunks = (panels + std::clamp<int64_t>(even, 1, kChunk) - 1) / std::clamp<int64_t>(even, 1, kChunk);
+  const int64_t chunk = (panels + chunks - 1) / chunks;
+  // Threads take the next task when free: only who computes a block varies, not its bits.
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < row_blocks * chunks;) {
+      const int64_t row = task / chunks * kRowBlock, panel = task % chunks * chunk;
+      block(p, row, std::min(row + kRowBlock, p.rows), panel, std::min(panel + chunk, panels));
+    }
+  });
+}
+
+}  // namespace toolkit::product

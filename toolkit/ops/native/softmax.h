@@ -1,0 +1,64 @@
+// Statistics of exp over long rows, in blocks of fixed columns joined in order: a row's bits are its own.
+#pragma once
+#include <cmath>
+#include <limits>
+
+#include "elementary.h"
+#include "rows.h"
+
+namespace toolkit::softmax {
+
+using rows::Vec;
+
+// A row is worked on in blocks of this many columns, small enough for the first-level cache. Blocks may be shared out
+// to threads; joined in order, so even one row uses all threads and its bits do not depend on their number.
+constexpr int64_t kBlock = 2048;
+
+// Of a block or of several: the largest x, the sums of e and of e (x - max) with e = exp(x - max), and the sum of x.
+struct Partial {
+  double max, sum, moment, total;
+};
+
+// Without `Moments` the last two are 0. Of -inf, e and e (x - max) are 0.
+template <typename T, bool Moments>
+Partial block_partial(const T* x, int64_t n) {
+  constexpr T kLowest = -std::numeric_limits<T>::infinity();
+  Vec<T> top[4] = {Vec<T>(kLowest), Vec<T>(kLowest), Vec<T>(kLowest), Vec<T>(kLowest)};
+  rows::Sum<T> total;
+  rows::accumulate<T>(n, [&](int slot, int64_t i, int64_t lanes) {
+    const auto v = Vec<T>::loadu(x + i, lanes);
+    top[slot] = at::vec::maximum(top[slot], rows::filled(v, lanes, kLowest));
+    if constexpr (Moments) total.part[slot] = total.part[slot] + rows::filled(v, lanes, T(0));
+  });
+  T lane[Vec<T>::size()];
+  at::vec::maximum(at::vec::maximum(top[0], top[1]), at::vec::maximum(top[2], top[3])).store(lane);
+  T max = lane[0];
+  for (T v : lane) max = (v > max || v != v) ? v : max;
+  if (max == kLowest) return {kLowest, 0.0, 0.0, kLowest};
+  rows::Sum<T> sum, moment;
+  rows::accumulate<T>(n, [&](int slot, int64_t i, int64_t lanes) {
+    const auto shifted = rows::filled(Vec<T>::loadu(x + i, lanes), lanes, kLowest) - Vec<T>(max);
+    const auto e = elementary::exp(shifted);
+    sum.part[slot] = sum.part[slot] + e;
+    // exp has rounded to 0 long before -1e4, so the clamp only keeps 0 times infinity away.
+    if constexpr (Moments)
+      moment.part[slot] = at::vec::fmadd(e, at::vec::clamp_min(shifted, Vec<T>(-1e4)), moment.part[slot]);
+  });
+  return {max, sum.total(), moment.total(), total.total()};
+}
+
+inline Partial join(const Partial* parts, int64_t n) {
+  Partial all{parts[0].max, 0.0, 0.0, 0.0};
+  for (int64_t b = 1; b < n; ++b)
+    all.max = (parts[b].max > all.max || parts[b].max != parts[b].max) ? parts[b].max : all.max;
+  for (int64_t b = 0; b < n; ++b) {
+    const Partial& part = parts[b];
+    const double shift = part.max - all.max, weight = part.max == all.max ? 1.0 : std::exp(shift);
+    all.sum += part.max == all.max ? part.sum : part.sum * weight;
+    if (weight > 0.0) all.moment += weight * (part.max == all.max ? part.moment : part.moment + shift * part.sum);
+    all.total += part.total;
+  }
+  return all;
+}
+
+}  // namespace toolkit::softmax
