@@ -5,6 +5,7 @@ import torch
 
 import toolkit
 from toolkit.errors import ToolkitError
+from toolkit.ops.token_logprob import token_logprob
 from toolkit.patch import ragged_forward, state_spec, weight_version
 from toolkit.state import LayerSpec
 from toolkit.state.batch import RaggedBatch
@@ -51,7 +52,7 @@ def test_the_company_a_sequence_keeps_does_not_change_its_bits(family):
     mask[1, :28] = 0
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     logits = model(padded, attention_mask=mask, position_ids=positions).logits
-    ordinary = toolkit.patch.forward.token_logprob(logits[1, 28:-1], torch.tensor(texts[5][1:]))[0]
+    ordinary = token_logprob(logits[1, 28:-1], torch.tensor(texts[5][1:]))[0]
     assert torch.equal(ordinary, alone[5])
 
 

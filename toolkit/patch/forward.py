@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from toolkit.errors import ToolkitError
 from toolkit.modules.attention import KEYWORD
-from toolkit.ops.token_logprob import token_logprob
+from toolkit.ops.linear_logprob import deferred
 from toolkit.patch.apply import report_of
 from toolkit.state.batch import RaggedBatch
 
@@ -28,6 +28,8 @@ def _keeps_logits(forward: Callable[..., Any]) -> bool:
 
 def ragged_forward(model: nn.Module, batch: RaggedBatch, rows: Tensor | None = None) -> Tensor:
     """Logits [len(rows), V] (all T tokens when ``rows`` is None) of the model's own forward over ``batch``.
+
+    With gradients on they may be deferred (``toolkit.ops.linear_logprob``): any operation on them computes them.
 
     rows: int64 indices into the batch's tokens. Differentiable. Raises ToolkitError if attention is not patched.
     """
@@ -74,5 +76,5 @@ def token_logprobs(model: nn.Module, sequences: Sequence[Sequence[int] | Tensor]
     starts = batch.query_offsets[:-1].tolist()
     rows = torch.cat([torch.arange(start, start + n, device=device) for start, n in zip(starts, lengths)])
     targets = torch.cat([sequence[1:] for sequence in tokens])
-    logprobs, _ = token_logprob(ragged_forward(model, batch, rows), targets)
+    logprobs, _ = deferred.token_logprobs(ragged_forward(model, batch, rows), targets)
     return list(logprobs.split(lengths))

@@ -1,15 +1,105 @@
-"""What training minimises."""
+"""What training minimises: a few lines of torch each on the log-probabilities of ``linear_logprob``.
 
+All inputs are in nats; gradients are exact, because every statistic that an objective reads carries its own. The
+numbers are the ones that a rollout returns, so a policy's ratio to itself is exactly 1.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from toolkit.ops.token_logprob import token_logprob
+from toolkit.ops.linear_logprob.deferred import token_logprobs, token_statistics
 
 
-def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean over predicted tokens of -log p(target), in nats.
+def next_token_loss(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
+    """Mean cross-entropy over the predicted tokens, in nats.
 
-    logits [T, V], targets [T] int64; rows with a negative target are not predicted and count for nothing.
-    The log-probabilities are the engine's own op, so the loss is made of the numbers that a rollout returns.
+    ``-(1 - s) log p(target) - s mean_v log p(v) + z_loss lse^2`` with s the label smoothing (Szegedy et al., 2016) and
+    lse the log of the softmax's normaliser, which ``z_loss`` pulls to 0 (PaLM, 2022).
+    logits: [T, V], dense or deferred; targets: [T] int64, rows with a negative one count for nothing.
     """
-    logprobs, _ = token_logprob(logits, targets)
-    return -logprobs.sum() / (targets >= 0).sum().clamp_min(1)
+    counted = targets >= 0
+    if label_smoothing > 0.0:
+        logprob, lse, _, mean = token_statistics(logits, targets)
+        loss = -(1.0 - label_smoothing) * logprob - label_smoothing * (mean - lse)
+    else:
+        logprob, lse = token_logprobs(logits, targets)
+        loss = -logprob
+    if z_loss > 0.0:
+        loss = loss + z_loss * lse.square()
+    return torch.where(counted, loss, 0.0).sum() / counted.sum().clamp_min(1)
+
+
+def preference_loss(
+    chosen: Tensor, rejected: Tensor, chosen_reference: Tensor, rejected_reference: Tensor, *, beta: float = 0.1
+) -> Tensor:
+    """Direct preference optimisation (Rafailov et al., 2023), a value a pair.
+
+    ``-log sigmoid(beta ((chosen - chosen_reference) - (rejected - rejected_reference)))`` over log-probabilities of
+    whole completions, sums over their tokens; all of one shape.
+    """
+    margin = (chosen - chosen_reference) - (rejected - rejected_reference)
+    return -F.logsigmoid(beta * margin)
+
+
+class PolicyLoss(NamedTuple):
+    """One entry a token: the loss, and whether its ratio was outside of the trust region."""
+
+    loss: Tensor
+    clipped: Tensor
+
+
+def policy_loss(
+    logprob: Tensor,
+    behaviour: Tensor,
+    advantage: Tensor,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    reference: Tensor | None = None,
+    kl_weight: float = 0.0,
+    entropy: Tensor | None = None,
+    entropy_weight: float = 0.0,
+) -> PolicyLoss:
+    """The clipped surrogate of PPO (Schulman et al., 2017), which GRPO uses with group-normalised advantages.
+
+    ``-min(r a, clip(r, 1 - clip_low, 1 + clip_high) a) + kl_weight (e^d - d - 1) - entropy_weight H`` a token, with
+    ``r = exp(logprob - behaviour)``, ``d = reference - logprob`` (an estimate of KL(policy | reference) that is never
+    negative; Schulman, 2020). behaviour: the log-probability that the token was drawn with, without gradient.
+    """
+    ratio = torch.exp(logprob - behaviour)
+    bounded = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
+    loss = -torch.minimum(ratio * advantage, bounded * advantage)
+    if reference is not None and kl_weight:
+        distance = reference - logprob
+        loss = loss + kl_weight * (torch.expm1(distance) - distance)
+    if entropy is not None and entropy_weight:
+        loss = loss - entropy_weight * entropy
+    return PolicyLoss(loss, (ratio * advantage > bounded * advantage).detach())
+
+
+def with_tail(logprobs: Tensor) -> Tensor:
+    """[..., C] log-probabilities of distinct candidates and that of all other tokens together: [..., C + 1]."""
+    seen = logprobs.logsumexp(-1, keepdim=True).clamp_max(-torch.finfo(logprobs.dtype).eps)
+    return torch.cat([logprobs, torch.log(-torch.expm1(seen))], -1)
+
+
+def kl_divergence(teacher: Tensor, student: Tensor) -> Tensor:
+    """``sum_c p_c (log p_c - log q_c)`` over the last dimension: forward KL from teacher p to student q, in nats.
+
+    Log-probabilities of the same outcomes, [..., C]: the teacher's likeliest tokens (``top_ids`` of ``linear_logprob``)
+    as targets of the student, both through ``with_tail``. Swap the two for the reverse direction.
+    """
+    return F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1)
+
+
+def jensen_shannon(teacher: Tensor, student: Tensor, weight: float = 0.5) -> Tensor:
+    """``w KL(p | m) + (1 - w) KL(q | m)``, ``m = w p + (1 - w) q``: bounded and, at w = 1/2, symmetric.
+
+    Inputs as for ``kl_divergence``; 0 < weight < 1 is the teacher's part of the mixture.
+    """
+    parts = torch.tensor([weight, 1.0 - weight], dtype=student.dtype, device=student.device).log()
+    mixture = torch.logaddexp(teacher + parts[0], student + parts[1])
+    return weight * kl_divergence(teacher, mixture) + (1.0 - weight) * kl_divergence(student, mixture)

@@ -46,9 +46,9 @@ def _backward(
 
 
 _BACKWARD = register(
-    "linear_logprob_backward(Tensor grad_logprob, Tensor grad_lse, Tensor grad_entropy, Tensor grad_mean, Tensor hidden,"
-    " Tensor weight, Tensor? bias, Tensor targets, Tensor? temperature, Tensor lse, Tensor entropy, float scale,"
-    " float softcap, bool need_hidden, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
+    "linear_logprob_backward(Tensor grad_logprob, Tensor grad_lse, Tensor grad_entropy, Tensor grad_mean,"
+    " Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? temperature, Tensor lse, Tensor entropy,"
+    " float scale, float softcap, bool need_hidden, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
     reference=reference.linear_logprob_backward,
     fake=reference.linear_logprob_backward_fake,
 )
@@ -89,9 +89,10 @@ def linear_logprob(
 
     The logits are held a tile at a time, forward and backward, and computed again for the backward, where rows without
     any gradient (masked targets) cost nothing. Saved for backward: the inputs, lse and entropy. On CPU a row's bits
-    depend on that row alone, and ``logprob`` and ``lse`` are those of ``token_logprob(linear(hidden, weight, bias))``
+    depend on that row alone, and ``logprob`` and ``lse`` are those of ``token_logprob(linear(hidden, weight, bias))``,
     where z is the plain product. Entries of -inf have probability 0; a row with NaN gives NaN.
-    Errors: ToolkitError for other shapes, a temperature that is not positive; IndexError for a target of V or more on CPU.
+    Errors: ToolkitError for other shapes or a temperature that is not positive; on CPU IndexError for a target of V
+    or more.
     """
     rows = hidden.shape[:-1]
     if targets.shape[: len(rows)] != rows or targets.dim() - len(rows) not in (0, 1):

@@ -12,9 +12,9 @@ Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 def logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: Tensor | None, scale: float, softcap: float
 ) -> Tensor:
-    """``softcap * tanh(scale * (hidden @ weight.T + bias) / softcap) / temperature`` [T, V], in float32 (float64 for float64).
+    """``softcap * tanh(scale * (hidden @ weight.T + bias) / softcap) / temperature`` [T, V].
 
-    The product is rounded to hidden's dtype first, as the output of a head is.
+    In float32 (float64 for float64). The product is rounded to hidden's dtype first, as the output of a head is.
     """
     z = linear_reference(hidden, weight, bias).to(compute_dtype(hidden))
     if scale != 1.0:
@@ -80,8 +80,9 @@ def linear_logprob_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients to hidden, weight and bias; an empty tensor for one that is not needed.
 
-    ``d z = p (g_lse - sum_c g_c - g_entropy (log p + H)) + g_mean / V + sum_c g_c [target_c]`` with ``p = exp(z - lse)``
-    over targets that are not negative; ``d product = d z * scale * (1 - (z temperature / softcap)^2) / temperature``.
+    ``d z = p (g_lse - sum_c g_c - g_entropy (log p + H)) + g_mean / V + sum_c g_c [target_c]`` with
+    ``p = exp(z - lse)``, over targets that are not negative;
+    ``d product = d z * scale * (1 - (z temperature / softcap)^2) / temperature``.
     """
     z = logits(hidden, weight, bias, temperature, scale, softcap)
     ignored = targets < 0

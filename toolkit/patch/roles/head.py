@@ -1,16 +1,17 @@
-"""The head: the output projection (bitwise tier) and the causal language-modelling loss."""
+"""The head: the output projection, whose logits may wait, and the causal language-modelling loss."""
 
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from toolkit.modules.head import causal_lm_loss
+from toolkit.modules.head import causal_lm_loss, head_forward
 from toolkit.numerics import Numerics
+from toolkit.ops.linear import linear
 from toolkit.patch.claim import Claim, ProbeError, Refusal, Undo
-from toolkit.patch.probe import compare, device_of, generator, random_input
-from toolkit.patch.roles.linear import linear_candidates
-from toolkit.patch.roles.search import search
+from toolkit.patch.probe import compare, device_of, generator, random_input, twin, with_forward
+from toolkit.patch.roles.search import Candidate, search
 
 
 def _probe_loss(model: Any) -> ProbeError:
@@ -47,16 +48,42 @@ def _install_loss(model: Any):
     return install
 
 
+def _candidates(module: nn.Module, numerics: Numerics) -> list[Candidate] | None:
+    """The output projection: a plain ``nn.Linear`` whose logits wait for the loss while gradients are on."""
+    if type(module) is not nn.Linear:
+        return None
+    bitwise = numerics is Numerics.BITWISE
+    forward = head_forward(linear if bitwise else F.linear)
+
+    def probe() -> ProbeError:
+        copied = twin(module)
+        hidden = random_input(2, 5, module.in_features, like=copied)
+        labels = torch.randint(module.out_features, (2, 5), generator=generator(hidden.device), device=hidden.device)
+        labels[1, 3:] = -100
+        parameters = list(copied.parameters())
+        own, ours = with_forward(copied, nn.Linear.forward), with_forward(copied, forward)
+
+        def dense_loss(x: Tensor) -> Tensor:
+            logits = own(x)[:, :-1].flatten(0, 1)
+            return F.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=-100)
+
+        def loss(x: Tensor) -> Tensor:
+            return causal_lm_loss(ours(x), labels, module.out_features)
+
+        errors = compare(ours, own, [[hidden]], parameters), compare(loss, dense_loss, [[hidden]], parameters)
+        return ProbeError(max(e.forward for e in errors), max(e.backward for e in errors))
+
+    return [("linear_logprob" + " (fixed K order)" * bitwise, forward, probe)]
+
+
 def find(model: Any, numerics: Numerics) -> list[Claim | Refusal]:
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if output is None:
         return []
-    found: list[Claim | Refusal] = []
-    if numerics is Numerics.BITWISE:
-        found += search(model, "head", lambda module: linear_candidates(module) if module is output else None)
-        if not found:
-            path = next(name for name, module in model.named_modules() if module is output)
-            found.append(Refusal("head", path, f"its class is {type(output).__name__}, not nn.Linear"))
+    found = search(model, "head", lambda module: _candidates(module, numerics) if module is output else None)
+    if not found:
+        path = next(name for name, module in model.named_modules() if module is output)
+        found.append(Refusal("head", path, f"its class is {type(output).__name__}, not nn.Linear"))
     try:
         error = _probe_loss(model)
     except Exception as problem:

@@ -1,0 +1,130 @@
+"""Deferred logits: a tensor to everybody, hidden states to a loss that knows them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from rowwise_checks import seeded
+
+from toolkit.ops.linear import linear
+from toolkit.ops.linear_logprob import deferred
+from toolkit.ops.linear_logprob.deferred import DeferredLogits, token_logprobs, token_statistics
+
+
+def parts(bias: bool = True, dtype: torch.dtype = torch.float32):
+    tensors = [seeded(2, 5, 8, dtype=dtype), seeded(30, 8, dtype=dtype, seed=1)]
+    tensors.append(seeded(30, dtype=dtype, seed=2)) if bias else None
+    return [x.requires_grad_() for x in tensors]
+
+
+def waiting(leaves) -> DeferredLogits:
+    return DeferredLogits(leaves[0], leaves[1], leaves[2] if len(leaves) > 2 else None)
+
+
+@pytest.fixture
+def no_logits(monkeypatch):
+    """Fails a test that computes the logits."""
+
+    def compute(self):
+        raise AssertionError("the logits were computed")
+
+    monkeypatch.setattr(DeferredLogits, "compute", compute)
+
+
+# What models do between their head and their loss.
+STEPS = {
+    "nothing": lambda z: z,
+    "scale": lambda z: z * 0.0625,
+    "scale from the left": lambda z: 0.0625 * z,
+    "division": lambda z: z / 7.0,
+    "soft cap": lambda z: torch.tanh(z / 3.0) * 3.0,
+    "all": lambda z: torch.tanh((z * 0.5) / 3.0).mul(3.0) / 1.3,
+    "rows": lambda z: z[:, 1:, :],
+    "contiguous rows": lambda z: z[..., :-1, :].contiguous().float(),
+    "one": lambda z: z[0],
+    "chosen": lambda z: z[0][torch.tensor([3, 1, 1])],
+    "masked": lambda z: z[torch.tensor([[True, False, True, False, False], [False, True, True, True, True]])],
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_steps_of_models_stay_deferred_with_the_same_bits(name, no_logits):
+    leaves = parts()
+    late = STEPS[name](waiting(leaves))
+    assert isinstance(late, DeferredLogits)
+    dense = STEPS[name](linear(*leaves))
+    assert late.shape == dense.shape
+    assert late.dtype == dense.dtype
+    assert late.device == dense.device
+    assert late.dim() == dense.dim()
+    assert late.numel() == dense.numel()
+    assert late.requires_grad
+    targets = torch.arange(dense.shape[:-1].numel()).view(dense.shape[:-1]) - 1
+    for ours, exact in zip(token_logprobs(late, targets), token_logprobs(dense, targets)):
+        assert torch.equal(ours, exact)
+    for ours, exact in zip(token_statistics(late, targets), token_statistics(dense, targets)):
+        torch.testing.assert_close(ours, exact, rtol=2e-6, atol=2e-6)
+    weights = seeded(*targets.shape, dtype=torch.float32, seed=5)
+    wanted = torch.autograd.grad((token_logprobs(dense, targets)[0] * weights).sum(), leaves)
+    got = torch.autograd.grad((token_logprobs(late, targets)[0] * weights).sum(), leaves)
+    for ours, exact in zip(got, wanted):
+        torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda z: z.argmax(-1),
+        lambda z: z[..., 0],
+        lambda z: z[:, :, torch.tensor([1, 2])],
+        lambda z: z[None],
+        lambda z: z * torch.arange(30.0),
+        lambda z: torch.log_softmax(z, -1),
+        lambda z: F.cross_entropy(z.view(-1, 30), torch.arange(10)),
+        lambda z: torch.cat([z, z]),
+        lambda z: z.detach().clone(),
+        lambda z: z.sin() + 1,
+        lambda z: torch.tanh(z) * 2,
+        lambda z: z.double(),
+    ],
+)
+def test_anything_else_computes_the_logits(use):
+    leaves = parts()
+    got, wanted = use(waiting(leaves)), use(linear(*leaves))
+    if isinstance(got, DeferredLogits):  # steps that are no soft cap are still only noted down
+        assert got.scale_softcap_temperature() is None
+        got = got.compute()
+    assert type(got) is torch.Tensor
+    assert torch.equal(got, wanted)
+    if wanted.requires_grad:
+        ours, exact = (torch.autograd.grad(x.sum(), leaves) for x in (got, wanted))
+        assert all(map(torch.equal, ours, exact))
+
+
+def test_steps_that_are_no_soft_cap_take_the_logits():
+    leaves = parts()
+    targets = torch.arange(10).view(2, 5)
+    for step in (lambda z: torch.tanh(z / 3.0) * 2.0, lambda z: torch.tanh(z), lambda z: z * 2.0 * 2.0):
+        got, wanted = token_logprobs(step(waiting(leaves)), targets), token_logprobs(step(linear(*leaves)), targets)
+        assert all(map(torch.equal, got, wanted))
+
+
+def test_computed_once():
+    late = waiting(parts())
+    assert late.compute() is late.compute()
+    assert token_logprobs(late, torch.zeros(2, 5, dtype=torch.int64))[0].shape == (2, 5)
+
+
+def test_past_the_python_level():
+    """What C++ does with the tensor (collectives, copies) sees the logits too."""
+    leaves = parts()
+    with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+        assert torch.equal(torch.ops.aten.add.Tensor(waiting(leaves), 1.0), linear(*leaves) + 1.0)
+    with torch.no_grad():
+        target = torch.empty(2, 5, 30)
+        target.copy_(waiting(leaves))
+        assert torch.equal(target, linear(*leaves))
+
+
+def test_repr_computes_nothing(no_logits):
+    assert repr(waiting(parts())) == "DeferredLogits(shape=[2, 5, 30], dtype=torch.float32)"
+    assert deferred.DeferredLogits is DeferredLogits

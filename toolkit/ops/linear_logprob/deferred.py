@@ -1,0 +1,210 @@
+"""Logits that have not been computed: the output of a head while gradients are on.
+
+A loss that knows them reads log-probabilities straight from the hidden states (``linear_logprob``), and [T, V] numbers
+are never held. Everybody else sees a tensor: the first operation that is not understood computes the logits, with
+gradients, as the head would have done.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from toolkit.ops.linear import linear
+from toolkit.ops.linear_logprob import LinearLogprob, linear_logprob
+from toolkit.ops.token_logprob import token_logprob
+
+_SCALAR = (int, float)
+
+
+class DeferredLogits(Tensor):
+    """``hidden @ weight.T + bias``, then the steps that a model applies to its logits: scaling, division, soft-cap.
+
+    hidden: [..., K]; weight: [V, K]; bias: [V] or None; steps: ("mul", c), ("div", c) or ("tanh", 0.0) in order.
+    Selecting rows, scaling and tanh stay deferred.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    steps: tuple[tuple[str, float], ...]
+    product: Callable[..., Tensor]
+    dense: Tensor | None
+
+    @staticmethod
+    def __new__(
+        cls,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        product: Callable[..., Tensor] = linear,
+        steps: tuple[tuple[str, float], ...] = (),
+    ) -> "DeferredLogits":
+        shape = (*hidden.shape[:-1], weight.shape[0])
+        self = Tensor._make_wrapper_subclass(cls, shape, dtype=hidden.dtype, device=hidden.device)
+        self.hidden, self.weight, self.bias = hidden, weight, bias
+        self.steps, self.product, self.dense = steps, product, None
+        return self
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"DeferredLogits(shape={list(self.shape)}, dtype={self.dtype})"
+
+    def compute(self) -> Tensor:
+        """The logits, as the model's own operations give them; kept for the next time."""
+        if self.dense is None:
+            self.dense = self.product(self.hidden, self.weight, self.bias)
+            for step, value in self.steps:
+                if step == "tanh":
+                    self.dense = torch.tanh(self.dense)
+                else:
+                    self.dense = self.dense * value if step == "mul" else self.dense / value
+        return self.dense
+
+    def scale_softcap_temperature(self) -> tuple[float, float, float] | None:
+        """The steps as ``linear_logprob`` takes them, with the same operations in the same order; None if it cannot."""
+        steps, scale, softcap, temperature = list(self.steps), 1.0, 0.0, 1.0
+        if steps and steps[0][0] == "mul":
+            scale = steps.pop(0)[1]
+        if [step for step, _ in steps[:3]] == ["div", "tanh", "mul"] and steps[0][1] == steps[2][1] > 0.0:
+            softcap = steps[0][1]
+            steps = steps[3:]
+        if steps and steps[0][0] == "div" and steps[0][1] > 0.0:
+            temperature = steps.pop(0)[1]
+        return None if steps else (scale, softcap, temperature)
+
+    def _with(self, hidden: Tensor | None = None, step: tuple[str, float] | None = None) -> "DeferredLogits":
+        steps = self.steps if step is None else (*self.steps, step)
+        return DeferredLogits(self.hidden if hidden is None else hidden, self.weight, self.bias, self.product, steps)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        later = _DEFERRED.get(func)
+        if later is not None and args and isinstance(args[0], DeferredLogits) and args[0].dense is None:
+            result = later(*args, **kwargs)
+            if result is not None:
+                return result
+        return func(*_computed(args), **_computed(kwargs))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        # Calls from C++ (collectives, say) come past __torch_function__; gradients are off here.
+        return func(*_computed(args), **_computed(kwargs or {}))
+
+
+def _computed(value: Any) -> Any:
+    """``value`` with the logits in it computed."""
+    if isinstance(value, DeferredLogits):
+        return value.compute()
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        return type(value)(_computed(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _computed(item) for key, item in value.items()}
+    return value
+
+
+def _multiplied(logits: Any, by: Any, **kwargs: Any) -> DeferredLogits | None:
+    return logits._with(step=("mul", float(by))) if isinstance(by, _SCALAR) and not kwargs else None
+
+
+def _divided(logits: Any, by: Any, **kwargs: Any) -> DeferredLogits | None:
+    return logits._with(step=("div", float(by))) if isinstance(by, _SCALAR) and not kwargs else None
+
+
+def _tanh(logits: Any, **kwargs: Any) -> DeferredLogits | None:
+    return None if kwargs else logits._with(step=("tanh", 0.0))
+
+
+def _selected(logits: Any, index: Any) -> DeferredLogits | None:
+    """Rows, by any index that leaves the vocabulary alone."""
+    parts = list(index) if isinstance(index, tuple) else [index]
+    if not all(one is ... or isinstance(one, (int, slice, Tensor)) for one in parts):
+        return None
+    taken = sum(one.dim() if isinstance(one, Tensor) and one.dtype == torch.bool else one is not ... for one in parts)
+    for at, one in enumerate(parts):
+        if one is ...:
+            parts[at : at + 1] = [slice(None)] * (logits.dim() - taken)
+            taken = logits.dim()
+            break
+    if taken == logits.dim() and isinstance(parts[-1], slice) and parts[-1] == slice(None):
+        parts, taken = parts[:-1], taken - 1
+    return logits._with(hidden=logits.hidden[tuple(parts)]) if taken < logits.dim() else None
+
+
+def _contiguous(logits: Any, **kwargs: Any) -> DeferredLogits | None:
+    return None if kwargs else logits
+
+
+def _float(logits: Any, **kwargs: Any) -> DeferredLogits | None:
+    return logits if logits.dtype == torch.float32 and not kwargs else None
+
+
+_DEFERRED: dict[Any, Callable[..., Any]] = {
+    Tensor.mul: _multiplied,
+    Tensor.__mul__: _multiplied,
+    Tensor.__rmul__: _multiplied,
+    torch.mul: _multiplied,
+    Tensor.div: _divided,
+    Tensor.__truediv__: _divided,
+    torch.div: _divided,
+    Tensor.tanh: _tanh,
+    torch.tanh: _tanh,
+    F.tanh: _tanh,
+    Tensor.__getitem__: _selected,
+    Tensor.contiguous: _contiguous,
+    Tensor.float: _float,
+    # Logits wait only while gradients are wanted.
+    Tensor.requires_grad.__get__: lambda logits: True,  # type: ignore[attr-defined]
+}
+_METADATA = {
+    Tensor.dim,
+    Tensor.size,
+    Tensor.numel,
+    Tensor.is_floating_point,
+    *(
+        getattr(Tensor, name).__get__
+        for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_sparse", "is_meta", "is_quantized")
+    ),
+}
+
+
+def _without_logits(logits: Tensor, targets: Tensor) -> LinearLogprob | None:
+    """The statistics of deferred logits from their hidden states; None where only the logits themselves will do."""
+    if not isinstance(logits, DeferredLogits) or logits.dense is not None:
+        return None
+    settings = logits.scale_softcap_temperature()
+    if settings is None:
+        return None
+    scale, softcap, temperature = settings
+    return linear_logprob(
+        logits.hidden, logits.weight, targets,
+        bias=logits.bias, scale=scale, softcap=softcap, temperature=temperature,
+    )  # fmt: skip
+
+
+def token_logprobs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(log-probability of the targets, log-sum-exp) a row, in nats; logits [..., V], targets [...] int64.
+
+    From deferred logits by ``linear_logprob``, without computing them; from dense ones by ``token_logprob``, whose bits
+    are the same. Negative targets are ignored: 0, without gradient.
+    """
+    fused = _without_logits(logits, targets)
+    if fused is not None:
+        return fused.logprob, fused.lse
+    return token_logprob(logits.compute() if isinstance(logits, DeferredLogits) else logits, targets)
+
+
+def token_statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probability of the targets, log-sum-exp, entropy and mean logit a row: see ``token_logprobs``."""
+    fused = _without_logits(logits, targets)
+    if fused is not None:
+        return fused[:4]
+    dense = logits.compute() if isinstance(logits, DeferredLogits) else logits
+    logprob, lse = token_logprob(dense, targets)
+    wide = dense.to(lse.dtype)
+    return logprob, lse, torch.special.entr(torch.exp(wide - lse[..., None])).sum(-1), wide.mean(-1)
