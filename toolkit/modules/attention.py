@@ -36,8 +36,8 @@ def current_batch(kwargs: dict[str, Any]) -> RaggedBatch | None:
 
 @lru_cache(maxsize=64)
 def _unpadded(batch: int, queries: int, keys: int, device: torch.device) -> RaggedBatch:
-    mask = torch.ones(batch, keys, dtype=torch.bool, device=device)
-    return RaggedBatch.for_padded(mask, queries)
+    with torch.inference_mode(False):  # plans are kept, and a later backward saves them
+        return RaggedBatch.unpadded(batch, queries, keys, device)
 
 
 def padded_plan(mask: Tensor, queries: int) -> RaggedBatch:
@@ -71,7 +71,12 @@ def attend(
         return out[None]
     if shape.dropout > 0.0 or (mask is not None and mask.dim() == 4):
         return _dense(q, k, v, mask, shape)
-    plan = _unpadded(batch_size, queries, k.shape[1], q.device) if mask is None else padded_plan(mask, queries)
+    if mask is not None:
+        plan = padded_plan(mask, queries)
+    elif torch.compiler.is_compiling():
+        plan = RaggedBatch.unpadded(batch_size, queries, k.shape[1], q.device)
+    else:
+        plan = _unpadded(batch_size, queries, k.shape[1], q.device)
     rows = (part.flatten(0, 1) for part in (q, k, v))
     out = plan.attend(layer, *rows, scale=shape.scale, window=shape.window, softcap=shape.softcap)
     return out.unflatten(0, (batch_size, queries))

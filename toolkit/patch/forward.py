@@ -15,7 +15,6 @@ from toolkit.patch.apply import report_of
 from toolkit.state.batch import RaggedBatch
 
 
-@cache
 def _explicit_mask(device: torch.device) -> Tensor:
     """A 4-D mask of no entries: transformers takes it as ready-made and builds none; attention reads the batch."""
     return torch.empty(1, 1, 0, 0, device=device)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
@@ -57,13 +58,16 @@ def mask_function(
     allow_is_causal_skip: bool = True,
     **kwargs: Any,
 ) -> Tensor | None:
-    """None or a padding mask [B, kv_length] where plain causal order says the rest, else an explicit boolean mask."""
+    """None or a padding mask [B, kv_length] where plain causal order says the rest, else an explicit boolean mask.
+
+    While a compiler traces, a mask's values cannot be looked at, and any mask is made explicit.
+    """
     if RaggedBatch.active() is not None:
         return None
     plain = allow_is_causal_skip and isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
     if plain and attention_mask is None:
         return None
-    if plain and attention_mask is not None:
+    if plain and attention_mask is not None and not torch.compiler.is_compiling():
         mask = attention_mask[:, -kv_length:].contiguous()
         if mask.shape[1] == kv_length:
             if bool(mask.all()):

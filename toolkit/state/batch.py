@@ -109,6 +109,15 @@ class RaggedBatch:
             return cls._on(mask.device, tokens, positions, _offsets(queries), kv_offsets, length)
 
     @classmethod
+    def unpadded(cls, rows: int, q_len: int, width: int, device: torch.device | str | None = None) -> "RaggedBatch":
+        """``for_padded`` of a mask [rows, width] that is true everywhere, from the numbers alone."""
+        places = torch.arange(width - q_len, width).repeat(rows)
+        starts = torch.arange(rows + 1)
+        tokens = torch.tensor(-1).expand(rows * q_len)
+        lengths = torch.full((rows,), width, dtype=torch.int64)
+        return cls._on(device, tokens, places, starts * q_len, starts[:-1] * width, lengths)
+
+    @classmethod
     def _on(cls, device: torch.device | str | None, *parts: Tensor) -> "RaggedBatch":
         tokens, positions, query_offsets, kv_offsets, kv_lengths = (part.to(device) for part in parts)
         return cls(tokens, positions, query_offsets, kv_offsets, kv_lengths)
