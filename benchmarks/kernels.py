@@ -1,29 +1,41 @@
 """What the Triton kernels compile to, for every target and shipped tile, without a GPU.
 
-``python -m benchmarks.kernels`` prints registers, shared memory, spills and matrix instructions. The
-launchers themselves are called with CPU tensors while the launch is recorded instead of run, so what is
+``python -m benchmarks.kernels`` prints registers, shared memory, occupancy, spills and matrix instructions, and writes
+them to ``benchmarks/results/kernels.json`` with a fingerprint of the kernels' sources, which a test holds against the
+tree. The launchers themselves are called with CPU tensors while the launch is recorded instead of run, so what is
 compiled here is what would be launched: the same tile, flags and specialisation.
 """
 
 import argparse
+import ast
+import hashlib
+import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 
-from benchmarks.common import print_table
+from benchmarks import kernel_cases_matrix, kernel_cases_rowwise, kernel_cases_sample
+from benchmarks.common import print_table, write_json
+
+ROOT = Path(__file__).parent.parent
 
 # Largest dynamic shared memory of a program, bytes.
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+# Of one multiprocessor: registers, bytes of shared memory and how many a program takes beside its own, warps, programs.
+NVIDIA_SM = {"sm_80": (65536, 167936, 1024, 64, 32), "sm_90": (65536, 233472, 1024, 64, 32)}
+NVIDIA_SM["sm_100"] = NVIDIA_SM["sm_90"]
 MATRIX = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_s?mfma_)")
 SIGNATURES = {
+    torch.float64: "fp64",
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
@@ -47,6 +59,7 @@ class Compiled:
     arch: str
     registers: int
     shared: int
+    occupancy: float  # warps that are resident at once, of those that the multiprocessor has room for
     spilled: int  # to memory; bytes on NVIDIA, vector registers on AMD
     matrix: dict[str, int]  # matrix instruction -> how often it stands in the assembly
     dots: int  # tl.dot that the kernel's intermediate code holds
@@ -107,10 +120,23 @@ def compile_launch(launch: Launch, arch: str) -> Compiled:
     else:
         registers, spilled = _nvidia_resources(compiled.asm["cubin"])
     found = MATRIX.findall(assembly)
+    shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
     return Compiled(
-        launch.kernel.__name__, arch, registers, compiled.metadata.shared, spilled,
+        launch.kernel.__name__, arch, registers, shared, occupancy(arch, registers, shared, warps), spilled,
         {name: found.count(name) for name in sorted(set(found))}, compiled.asm["ttir"].count("tt.dot "),
     )  # fmt: skip
+
+
+def occupancy(arch: str, registers: int, shared: int, warps: int) -> float:
+    """Share of a multiprocessor's warps that programs of this size fill, by registers and shared memory."""
+    if arch.startswith("gfx"):  # four SIMDs of 512 registers a lane and 8 waves; 64 KiB of LDS together
+        waves = 4 * min(8, 512 // max(8, -(-registers // 8) * 8))
+        programs = min(waves // warps, 65536 // shared if shared else waves)
+        return programs * warps / 32
+    all_registers, all_shared, reserved, all_warps, most = NVIDIA_SM[arch]
+    by_registers = all_registers // (-(-max(registers, 1) * 32 // 256) * 256 * warps)
+    programs = min(most, all_warps // warps, by_registers, all_shared // (shared + reserved))
+    return programs * warps / all_warps
 
 
 def _field(text: str, pattern: str) -> int:
@@ -162,22 +188,7 @@ def attention_backward_case(dtype: torch.dtype, head_dim: int, *, heads: int = 8
     return call
 
 
-def rms_norm_case(dtype: torch.dtype, width: int) -> Callable:
-    """The rms_norm kernels, forward and backward."""
-
-    def call() -> None:
-        from toolkit.ops.rms_norm.triton import rms_norm, rms_norm_backward
-
-        x = torch.empty(64, width, dtype=dtype)
-        weight = torch.empty(width, dtype=dtype)
-        rms_norm(x, weight, 1e-6, 0.0)
-        rms_norm_backward(x, x, weight, 1e-6, 0.0)
-
-    return call
-
-
-def cases() -> dict[str, Callable]:
-    """Every kernel with every shipped tile: name -> the call that launches it."""
+def attention_cases() -> dict[str, Callable]:
     found: dict[str, Callable] = {}
     for dtype in (torch.bfloat16, torch.float32):
         short = SIGNATURES[dtype]
@@ -185,8 +196,13 @@ def cases() -> dict[str, Callable]:
             found[f"attention {short} {head_dim} paged"] = attention_case(dtype, head_dim, paged=True)
             found[f"attention {short} {head_dim}"] = attention_case(dtype, head_dim, paged=False)
             found[f"attention_backward {short} {head_dim}"] = attention_backward_case(dtype, head_dim)
-        found[f"rms_norm {short} 4096"] = rms_norm_case(dtype, 4096)
     return found
+
+
+def cases() -> dict[str, Callable]:
+    """Every kernel with every shipped tile: name -> the call that launches it."""
+    modules = (kernel_cases_rowwise, kernel_cases_matrix, kernel_cases_sample)
+    return attention_cases() | {name: call for module in modules for name, call in module.cases().items()}
 
 
 def compile_case(call: Callable, arch: str) -> list[Compiled]:
@@ -196,22 +212,64 @@ def compile_case(call: Callable, arch: str) -> list[Compiled]:
     return [compile_launch(launch, arch) for launch in launches]
 
 
+def compile_named(name: str, arch: str) -> list[Compiled]:
+    return compile_case(cases()[name], arch)
+
+
+def faults(made: Compiled) -> list[str]:
+    """What makes a compiled kernel unfit to ship."""
+    found = []
+    if made.spilled:
+        found.append(f"spills {made.spilled}")
+    if made.shared > SHARED_LIMIT[made.arch]:
+        found.append(f"takes {made.shared} bytes of shared memory")
+    return found
+
+
+def fingerprint() -> str:
+    """A digest of the code that decides what the kernels compile to: without comments, formatting and Triton itself."""
+    ops = ROOT / "toolkit" / "ops"
+    kernels = {*ops.rglob("triton*.py"), *ops.rglob("tiles.py"), *ops.glob("*/kinds/*.py")}
+    digest = hashlib.sha256()
+    for path in sorted(kernels | {*(ROOT / "benchmarks").glob("kernel*.py")}):
+        digest.update(path.relative_to(ROOT).as_posix().encode())
+        digest.update(ast.dump(ast.parse(path.read_text())).encode())
+    return digest.hexdigest()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--arch", nargs="*", default=list(SHARED_LIMIT), choices=list(SHARED_LIMIT))
     parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
-    rows = []
-    for name, call in cases().items():
-        if arguments.only not in name:
-            continue
-        for arch in arguments.arch:
-            for made in compile_case(call, arch):
-                matrix = ", ".join(f"{count} {kind}" for kind, count in made.matrix.items()) or "none"
-                shared = f"{made.shared / 1024:.1f}"
-                rows.append([name, made.kernel, arch, made.registers, shared, made.spilled, made.dots, matrix])
-    header = ["case", "kernel", "target", "registers", "shared KiB", "spilled", "dots", "matrix instructions"]
+    wanted = [(name, arch) for name in cases() if arguments.only in name for arch in arguments.arch]
+    with ProcessPoolExecutor(arguments.processes) as pool:
+        results = list(pool.map(compile_named, *zip(*wanted), chunksize=4))
+    rows, table, unfit = [], [], []
+    for (name, arch), compiled in zip(wanted, results):
+        for made in compiled:
+            matrix = ", ".join(f"{count} {kind}" for kind, count in made.matrix.items()) or "none"
+            filled, shared = f"{made.occupancy:.0%}", f"{made.shared / 1024:.1f}"
+            rows.append([name, made.kernel, arch, made.registers, shared, filled, made.spilled, made.dots, matrix])
+            table.append({"case": name, **asdict(made)})
+            unfit += [f"{name}, {made.kernel}, {arch}: {fault}" for fault in faults(made)]
+    header = [
+        "case",
+        "kernel",
+        "target",
+        "registers",
+        "shared KiB",
+        "occupancy",
+        "spilled",
+        "dots",
+        "matrix instructions",
+    ]
     print_table("Compiled kernels", header, rows)
+    for line in unfit:
+        print(f"unfit: {line}")
+    if not arguments.only and set(arguments.arch) == set(SHARED_LIMIT):
+        print(f"written to {write_json('kernels', {'fingerprint': fingerprint(), 'kernels': table})}")
 
 
 if __name__ == "__main__":

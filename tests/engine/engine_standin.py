@@ -94,7 +94,7 @@ def make_request(
     defaults: dict = {
         "eos": frozenset([EOS]),
         "max_tokens": params.max_tokens,
-        "key": (seed if params.seed is None else params.seed, ()),
+        "seed": seed if params.seed is None else params.seed,
         "decoder": None,
         "sink": deque(),
     }

@@ -1,15 +1,15 @@
-import math
 import random
 from collections import Counter
 
-import numpy as np
 import pytest
 import torch
-from engine_standin import make_request
+from engine_standin import EOS, make_request
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from toolkit.engine.params import SamplingParams
-from toolkit.engine.sampler import NUCLEUS_GUESS, adjust, beyond_nucleus, draw, process, sample
+from toolkit.engine.request import completion_seed
+from toolkit.engine.sampler import Sampler, sample
+from toolkit.ops.sample.reference import uniforms
 
 
 def scores_of(seed: int, rows: int, vocab: int, scale: float = 3.0) -> torch.Tensor:
@@ -22,28 +22,12 @@ def sequence_of(params: SamplingParams, prompt=(1, 2, 3), output=(), **given):
     return sequence
 
 
-def normalised(probabilities: torch.Tensor) -> torch.Tensor:
-    return probabilities / probabilities.sum(-1, keepdim=True)
-
-
-def warped(scores: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """The same filters by transformers."""
-    scores = scores / params.temperature
-    if params.top_k > 0:
-        scores = TopKLogitsWarper(params.top_k)(None, scores)
-    if params.top_p < 1:
-        scores = TopPLogitsWarper(params.top_p)(None, scores)
-    if params.min_p > 0:
-        scores = MinPLogitsWarper(params.min_p)(None, scores)
-    return scores.softmax(-1)
-
-
 FILTERS = [
     SamplingParams(),
     SamplingParams(temperature=0.3),
     SamplingParams(top_k=1),
     SamplingParams(top_k=7),
-    SamplingParams(top_k=10**6),
+    SamplingParams(top_k=10**30),
     SamplingParams(top_p=0.1),
     SamplingParams(top_p=0.9),
     SamplingParams(top_p=0.9999),
@@ -53,67 +37,25 @@ FILTERS = [
 ]
 
 
-@pytest.mark.parametrize("vocab", [2, 61, 997])
-def test_filters_keep_what_transformers_keeps(vocab):
-    for at, params in enumerate(FILTERS):
-        scores = scores_of(at, 20, vocab)
-        ours, theirs = normalised(process(scores.clone(), [params] * 20)), warped(scores, params)
-        assert torch.equal(ours > 0, theirs > 0), params
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
-
-
-def test_a_nucleus_wider_than_the_first_guess():
-    vocab = 5 * NUCLEUS_GUESS
-    params = SamplingParams(top_p=0.95)
-    scores = scores_of(0, 4, vocab, scale=0.1)
-    ours = process(scores.clone(), [params] * 4)
-    assert int((ours > 0).sum(-1).min()) > NUCLEUS_GUESS
-    assert torch.equal(ours > 0, warped(scores, params) > 0)
-
-
-def test_ties_at_the_edge_of_the_nucleus_go_to_the_lowest_ids():
-    probabilities = torch.tensor([[0.1, 0.2, 0.1, 0.2, 0.1, 0.2, 0.1]], dtype=torch.float64)
-    kept = [
-        (~beyond_nucleus(probabilities, torch.tensor([[p]])))[0].nonzero()[:, 0].tolist()
-        for p in (0.05, 0.3, 0.65, 0.75, 1.0)
-    ]
-    assert kept == [[1], [1, 3], [0, 1, 3, 5], [0, 1, 2, 3, 5], [0, 1, 2, 3, 4, 5, 6]]
-
-
-def test_draws_follow_the_distribution():
-    """Chi-square of 40,000 draws with a fixed seed, for each filter."""
-    draws, vocab = 40_000, 23
-    rng = np.random.default_rng(5)
-    for params in (FILTERS[0], FILTERS[1], FILTERS[3], FILTERS[6], FILTERS[8], FILTERS[10]):
-        scores = scores_of(3, 1, vocab, scale=1.0)
-        ids, logprobs = draw(scores.repeat(draws, 1), [params] * draws, rng.random(draws).tolist())
-        expected = warped(scores, params)[0]
-        counts = torch.bincount(ids, minlength=vocab).double()
-        assert counts[expected == 0].sum() == 0
-        some = expected > 0
-        chi2 = ((counts - draws * expected)[some] ** 2 / (draws * expected[some])).sum()
-        freedom = int(some.sum()) - 1
-        assert chi2 < freedom + 4 * math.sqrt(2 * freedom) + 1
-        torch.testing.assert_close(
-            torch.tensor(logprobs, dtype=torch.float64), expected.log()[ids], rtol=1e-9, atol=1e-9
-        )
-
-
-def test_the_draw_is_the_inverse_of_the_cumulative_distribution():
-    scores = torch.tensor([0.5, 0.0, 0.25, 0.25], dtype=torch.float64).log()[None]
-    uniforms = [0.0, 0.25, 0.4999, 0.5, 0.7499, 0.75, 1 - 2**-53]
-    ids, _ = draw(scores.repeat(len(uniforms), 1), [SamplingParams()] * len(uniforms), uniforms)
-    assert ids.tolist() == [0, 0, 0, 2, 2, 3, 3]
-
-
-@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
-def test_the_ends_of_the_interval_never_draw_a_token_without_mass(uniform):
-    for seed in range(50):
-        scores = scores_of(seed, 1, 37)
-        scores[0, :3] = scores[0, -3:] = -torch.inf
-        ids, logprobs = draw(scores, [SamplingParams(top_p=0.999)], [uniform])
-        assert 3 <= int(ids) < 34
-        assert math.isfinite(logprobs[0])
+@pytest.mark.parametrize("params", FILTERS)
+def test_parameters_reach_the_distribution_drawn_from(params):
+    """200 steps of one sequence: its tokens' log-probabilities are those that transformers' filters give."""
+    logits = scores_of(3, 1, 61, scale=1.0).float()
+    scores = logits.double() / params.temperature
+    if 0 < params.top_k < 61:
+        scores = TopKLogitsWarper(params.top_k)(None, scores)
+    if params.top_p < 1:
+        scores = TopPLogitsWarper(params.top_p)(None, scores)
+    if params.min_p > 0:
+        scores = MinPLogitsWarper(params.min_p)(None, scores)
+    expected = scores.log_softmax(-1)[0]
+    sequence, sampler = sequence_of(params, seed=5), Sampler()
+    for _ in range(200):
+        drawn = sampler.sample(logits, [sequence])
+        assert drawn.errors == [None]
+        assert abs(drawn.sampling_logprobs[0] - float(expected[drawn.token_ids[0]])) < 1e-9
+        sequence.tokens.append(drawn.token_ids[0])
+    assert (len(set(sequence.tokens[3:])) > 1) == (int(expected.isfinite().sum()) > 1)
 
 
 def test_greedy_takes_the_lowest_of_equals_with_certainty():
@@ -135,11 +77,52 @@ def test_logprobs_are_the_models_own_whatever_the_filters():
 
 
 def test_penalties_by_hand():
-    scores = torch.tensor([2.0, -2.0, 1.0, 0.5, -1.0, 3.0], dtype=torch.float64)
-    params = SamplingParams(repetition_penalty=2.0, frequency_penalty=0.5, presence_penalty=0.25)
-    adjust(scores, sequence_of(params, prompt=[0, 1], output=[2, 2, 2, 1]))
-    # 0, 1 and 2 were seen; 2 came out three times and 1 once.
-    assert scores.tolist() == [1.0, -4.0 - 0.5 - 0.25, 0.5 - 1.5 - 0.25, 0.5, -1.0, 3.0]
+    """0, 1 and 2 were seen; 2 came out three times and 1 once. What is drawn from shows the logits after that."""
+    logits = torch.tensor([[2.0, -2.0, 1.0, 0.5, -1.0, 3.0]])
+    adjusted = torch.tensor([1.0, -4.0 - 0.5 - 0.25, 0.5 - 1.5 - 0.25, 0.5, -1.0, 3.0])
+    expected = adjusted.double().log_softmax(-1)
+    found = {}
+    for seed in range(400):
+        params = SamplingParams(
+            repetition_penalty=2.0, frequency_penalty=0.5, presence_penalty=0.25, temperature=1.0, seed=seed
+        )
+        plain = sequence_of(SamplingParams(seed=seed), prompt=[0, 1], output=[2])
+        penalised = sequence_of(params, prompt=[0, 1], output=[2, 2, 2, 1])
+        drawn = sample(logits.repeat(3, 1), [plain, penalised, plain])
+        found[drawn.token_ids[1]] = drawn.sampling_logprobs[1]
+        for row in (0, 2):  # the penalties stay in their row
+            own = logits[0].double().log_softmax(-1)[drawn.token_ids[row]]
+            assert abs(drawn.sampling_logprobs[row] - float(own)) < 1e-9
+    assert len(found) >= 5
+    for token, value in found.items():
+        assert abs(value - float(expected[token])) < 1e-6
+
+
+def test_penalties_follow_a_sequence_as_it_grows():
+    """A sampler that has seen every step draws what a new one does."""
+    params = SamplingParams(repetition_penalty=1.3, frequency_penalty=0.3, presence_penalty=0.2, seed=3, min_tokens=4)
+    one, other, kept = sequence_of(params), sequence_of(SamplingParams(seed=4)), Sampler()
+    for step in range(60):
+        logits = scores_of(step, 2, 61).float()
+        drawn = kept.sample(logits, [one, other])
+        assert drawn == sample(logits, [one, other])
+        assert step >= 4 or drawn.token_ids[0] != EOS
+        for at, sequence in enumerate((one, other)):
+            sequence.tokens.append(drawn.token_ids[at])
+
+
+def test_parameters_are_made_into_tensors_once_a_composition():
+    sequences = [sequence_of(SamplingParams(seed=seed, temperature=seed)) for seed in range(3)]
+    sampler, logits = Sampler(), scores_of(0, 3, 61).float()
+    sampler.sample(logits, sequences)
+    first = sampler._composition
+    for sequence in sequences:
+        sequence.tokens.append(7)
+    sampler.sample(logits, list(sequences))
+    assert sampler._composition is first
+    for others in (sequences[::-1], sequences[:2], [*sequences[:2], sequence_of(SamplingParams())]):
+        assert sampler.sample(logits[: len(others)], others) == sample(logits[: len(others)], others)
+        assert sampler._composition is not first
 
 
 def test_penalties_reach_greedy_rows_and_the_sampling_distribution():
@@ -159,6 +142,8 @@ def test_min_tokens_bars_every_ending_token():
     params = SamplingParams(temperature=0, min_tokens=2, stop_token_ids=[5, 1000])
     picks = [sample(logits, [sequence_of(params, output=[9] * n)]).token_ids[0] for n in range(3)]
     assert picks == [9, 9, 0]
+    huge = SamplingParams(temperature=0, min_tokens=2, stop_token_ids=[5, 10**30])
+    assert sample(logits, [sequence_of(huge)]).token_ids == [9]
     ignoring = SamplingParams(temperature=0, min_tokens=2, ignore_eos=True)
     assert sample(logits, [sequence_of(ignoring)]).token_ids == [0]
 
@@ -242,33 +227,40 @@ def test_a_row_does_not_depend_on_its_neighbours(seed, vocab):
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("vocab", [61, 32_003])
-def test_probabilities_of_a_row_have_the_same_bits_anywhere(vocab):
-    """32,003 columns are more than one thread's share, and no multiple of a vector."""
-    scores = scores_of(9, 7, vocab)
-    for params in (
-        SamplingParams(temperature=0.7),
-        SamplingParams(top_p=0.8),
-        SamplingParams(top_k=9, min_p=0.1),
-    ):
-        together = process(scores.clone(), [params] * 7)
-        for row in range(7):
-            assert torch.equal(process(scores[row : row + 1].clone(), [params])[0], together[row])
-            shifted = torch.cat([torch.zeros(1, vocab, dtype=torch.float64), scores[row:]])
-            assert torch.equal(process(shifted, [params] * len(shifted))[1], together[row])
-
-
 def test_draws_are_a_function_of_seed_and_index():
     logits = torch.zeros(1, 61)
 
     def tokens(seed, index):
         one = make_request([1], SamplingParams(n=3), seed=seed).sequences[index]
-        return [sample(logits, [one]).token_ids[0] for _ in range(40)]
+        for _ in range(40):
+            one.tokens += sample(logits, [one]).token_ids
+        return one.tokens[1:]
 
     assert tokens(7, 0) == tokens(7, 0)
     lists = [tuple(tokens(seed, index)) for seed in (7, 8) for index in range(3)]
     assert len(set(lists)) == 6
     assert max(Counter(lists[0]).values()) < 10
+
+
+def test_a_draw_depends_on_the_number_of_tokens_not_on_how_the_sequence_got_there():
+    """So a preempted sequence goes on as it would have; and the first completion's seed is the request's own."""
+    logits, params = torch.zeros(1, 61), SamplingParams(seed=11)
+    grown, at_once = sequence_of(params), sequence_of(params, output=[5, 6, 7])
+    for token in (5, 6, 7):
+        sample(logits, [grown])
+        grown.tokens.append(token)
+    assert sample(logits, [grown]) == sample(logits, [at_once])
+    token = int(float(uniforms(torch.tensor([11]), torch.tensor([3]))) * 61)
+    assert sample(logits, [grown]).token_ids == [token]
+
+
+@pytest.mark.parametrize("seed", [-(2**63), -1, 0, 2**63 - 1, 2**63, 2**64 - 1])
+def test_seeds_of_completions_are_distinct_64_bit_words(seed):
+    seeds = [completion_seed(seed, index) for index in range(1000)]
+    assert len(set(seeds)) == 1000
+    assert seeds[0] % 2**64 == seed % 2**64
+    assert all(-(2**63) <= one < 2**63 for one in seeds)
+    assert torch.tensor(seeds).dtype == torch.int64
 
 
 def test_bfloat16_logits_are_read_as_float32():

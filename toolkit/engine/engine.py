@@ -18,7 +18,7 @@ from toolkit.engine.params import SamplingParams
 from toolkit.engine.prompts import check_params, check_prompt, split_prompts
 from toolkit.engine.request import Request, Sequence
 from toolkit.engine.runner import Backend, PatchedModel, Runner, default_pages
-from toolkit.engine.sampler import Workspace, sample
+from toolkit.engine.sampler import Sampler
 from toolkit.engine.scheduler import Chunk, Scheduler
 from toolkit.errors import ToolkitError
 from toolkit.state import PageAllocator, StatePool
@@ -55,10 +55,10 @@ class Engine:
             self.limits.prefix_cache,
         )
         self.runner = Runner(self.backend, self.pool, self.scheduler.max_running, self.max_model_len)
-        self._workspace = Workspace()
+        self._sampler = Sampler()
         self._eos = self.backend.eos | _eos_of(tokenizer)
         self._decoders = {skip: Decoder(tokenizer, skip) for skip in (True, False)} if tokenizer is not None else {}
-        self._seeds = np.random.SeedSequence(self.limits.seed)
+        self._seeds = np.random.default_rng(self.limits.seed)
         self._ids = itertools.count()
         self._version = self.backend.version()
         self._generated = 0
@@ -169,7 +169,7 @@ class Engine:
             self._read_mail()
             for request in list(self._live.values()):
                 self._end(request, "cancelled")
-            del self.pool, self.runner, self.backend, self._workspace
+            del self.pool, self.runner, self.backend, self._sampler
 
     def _max_model_len(self) -> int:
         asked, most = self.limits.max_model_len, self.backend.max_model_len
@@ -190,11 +190,6 @@ class Engine:
         with self._mail:
             requests = []
             for at, ((tokens, most), one) in enumerate(zip(ready, chosen)):
-                if one.seed is not None:
-                    key: tuple[int, tuple[int, ...]] = (one.seed % 2**64, ())
-                else:
-                    fresh: Any = self._seeds.spawn(1)[0]
-                    key = (fresh.entropy, fresh.spawn_key)
                 request = Request(
                     next(self._ids),
                     at,
@@ -202,7 +197,7 @@ class Engine:
                     one,
                     eos=self._eos,
                     max_tokens=most,
-                    key=key,
+                    seed=int(self._seeds.integers(2**63)) if one.seed is None else one.seed,
                     decoder=self._decoders.get(one.skip_special_tokens),
                     sink=sink,
                 )
@@ -269,7 +264,7 @@ class Engine:
                 row += 1
         if not sequences:
             return
-        samples = sample(logits if len(rows) == row else logits[rows], sequences, self._workspace)
+        samples = self._sampler.sample(logits if len(rows) == row else logits[rows], sequences)
         for sequence, token, logprob, sampling, top, error in zip(
             sequences,
             samples.token_ids,

@@ -56,7 +56,7 @@ class SamplingParams:
     top_p, min_p: nucleus mass, and least probability relative to the largest.
     stop: a string or strings that end the text, and are cut from it unless ``include_stop_str_in_output``.
     stop_token_ids: tokens that end it like the end-of-text token. ignore_eos: go on after the latter.
-    seed: the draws are a function of (seed, index among the n, logits); None draws a fresh one.
+    seed: a draw is a function of (seed, index among the n, tokens so far, logits); None draws a fresh seed.
     logprobs: also report this many of the likeliest tokens a step, under the model's own distribution.
     skip_special_tokens: leave special tokens out of ``text``.
     repetition_penalty: over prompt and output, divides positive and multiplies negative logits.

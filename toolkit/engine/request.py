@@ -1,9 +1,6 @@
 """A request and its sequences: what was asked, and how far each completion is."""
 
 from collections import deque
-from functools import cached_property
-
-import numpy as np
 
 from toolkit.engine.detokenizer import Decoder, Detokenizer
 from toolkit.engine.outputs import Completion, Delta, FinishReason
@@ -14,7 +11,7 @@ from toolkit.state import Table
 class Request:
     """One prompt and its ``params.n`` completions.
 
-    eos: tokens that end a text. max_tokens: most tokens a completion. key: (entropy, spawn key) of the draws.
+    eos: tokens that end a text. max_tokens: most tokens a completion. seed: of the draws, 64 bits.
     sink: where deltas go; None for those that ``Engine.step`` returns.
     """
 
@@ -27,7 +24,7 @@ class Request:
         *,
         eos: frozenset[int],
         max_tokens: int,
-        key: tuple[int, tuple[int, ...]],
+        seed: int,
         decoder: Decoder | None,
         sink: deque[Delta] | None,
     ) -> None:
@@ -38,7 +35,7 @@ class Request:
         self.stop_ids = frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else eos)
         self.eos = eos
         self.max_tokens = max_tokens
-        self.key = key
+        self.seed = seed
         self.decoder = decoder
         self.sink = sink
         self.prefilled = False  # whether a sequence of it has had its prompt computed, so that others may fork it
@@ -50,11 +47,18 @@ class Request:
         return all(sequence.completion is not None for sequence in self.sequences)
 
 
+def completion_seed(seed: int, index: int) -> int:
+    """The seed of one of a request's completions, as an int64: the request's own for the first, others for the rest."""
+    word = (seed + index * 0x9E3779B97F4A7C15) % 2**64  # an odd step: it meets every 64-bit word once
+    return word - 2**64 if word >= 2**63 else word
+
+
 class Sequence:
     """One completion as it grows.
 
-    tokens: prompt and output. table: its pages while it runs, None while it waits. place: its row in the
-    runner's block tables while it runs; known_pages: how many entries of that row are written.
+    seed: with the number of tokens so far, it fixes the next draw. tokens: prompt and output. table: its pages
+    while it runs, None while it waits. place: its row in the runner's block tables while it runs; known_pages:
+    how many entries of that row are written.
     """
 
     def __init__(self, request: Request, index: int) -> None:
@@ -62,6 +66,7 @@ class Sequence:
         self.index = index
         self.params = request.params
         self.order = (request.request_id, index)
+        self.seed = completion_seed(request.seed, index)
         self.prompt_length = len(request.prompt)
         self.tokens = request.prompt.copy()
         self.table: Table | None = None
@@ -92,13 +97,6 @@ class Sequence:
     def adjusted(self) -> bool:
         """Whether the next token's logits are changed before the temperature."""
         return self.params.penalised or self.generated < self.params.min_tokens
-
-    @cached_property
-    def random(self) -> np.random.Generator:
-        """The sequence's own generator, counter-based: one uniform a token, whatever else runs."""
-        entropy, spawn = self.request.key
-        seed = np.random.SeedSequence(entropy, spawn_key=(*spawn, self.index))
-        return np.random.Generator(np.random.Philox(seed))
 
     def accept(
         self, token: int, logprob: float, sampling_logprob: float, top: dict[int, float] | None, version: int

@@ -1,0 +1,248 @@
+"""Ops against their peers on CPU, each behind a float64 gate: ``python -m benchmarks.ops``.
+
+``linear`` against ``torch.nn.functional.linear``; the row-wise ops against transformers' own code, eager and compiled
+by ``torch.compile``, forward and backward; ``linear_logprob`` against a dense head with cross-entropy and against
+``torch.nn.functional.linear_cross_entropy``, in time and in peak memory. Calls are timed in turns; a ratio is of
+medians, above 1 ours is faster.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.common import in_fresh_process, peak_rss, print_table, relative_error, write_json
+from toolkit.ops.gated_activation import gated_activation
+from toolkit.ops.linear import linear
+from toolkit.ops.linear_logprob import linear_logprob
+from toolkit.ops.rms_norm import rms_norm
+from toolkit.ops.rotary import rotary
+
+# (K, N) of a 32 M Llama: attention out, keys and values together, gate or up, down, head.
+LINEAR_SHAPES = [(512, 512), (512, 1024), (512, 1408), (1408, 512), (512, 8192)]
+FEW_ROWS, MANY_ROWS = [1, 4, 8, 16, 32], 2048
+STREAM_BYTES = 96 << 20  # weights that are this large together come from memory each time, as in a model
+TOKENS, WIDTH, HEADS, HEAD_DIM, GATED = 2048, 512, 8, 64, 1408
+HEAD = {"tokens": 2048, "depth": 512, "vocabulary": 32768}
+GATE = 1e-5  # largest relative error of outputs and gradients against float64
+
+
+def in_turns(calls: Mapping[str, Callable[[int], object]], copies: int, seconds: float) -> dict[str, float]:
+    """Median seconds a call of each, timed in turns for about ``seconds`` in all; a call is given the copy to use."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call(0)
+    end, turn = time.perf_counter() + seconds, 0
+    while turn < max(5, 2 * copies) or time.perf_counter() < end:
+        for name in calls if turn % 2 else reversed(calls):
+            start = time.perf_counter()
+            calls[name](turn % copies)
+            taken[name].append(time.perf_counter() - start)
+        turn += 1
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def geomean(ratios: list[float]) -> float:
+    return math.exp(sum(map(math.log, ratios)) / len(ratios))
+
+
+def gate(name: str, ours: list[Tensor], exact: list[Tensor]) -> float:
+    """Largest relative error of ``ours``; exits on a red gate."""
+    worst = max(relative_error(a, b) for a, b in zip(ours, exact, strict=True))
+    if not worst <= GATE:
+        print(f"gate red: {name} differs from float64 by {worst:.1e}, allowed is {GATE:.0e}", file=sys.stderr)
+        raise SystemExit(1)
+    return worst
+
+
+def bench_linear(seconds: float) -> dict[str, Any]:
+    """Ratios to the vendor's product, by rows and shape."""
+    ratios: dict[int, list[float]] = {}
+    rows_shown, worst = [], 0.0
+    for rows in [*FEW_ROWS, MANY_ROWS]:
+        ratios[rows], cells = [], []
+        for inner, outputs in LINEAR_SHAPES:
+            copies = max(1, STREAM_BYTES // (4 * inner * outputs)) if rows < 256 else 1
+            weights = [torch.randn(outputs, inner) for _ in range(copies)]
+            x = torch.randn(rows, inner)
+            worst = max(worst, gate("linear", [linear(x, weights[0])], [x.double() @ weights[0].double().T]))
+            with torch.inference_mode():
+                calls = {
+                    "ours": lambda i, x=x, w=weights: linear(x, w[i]),
+                    "vendor": lambda i, x=x, w=weights: F.linear(x, w[(i + len(w) // 2) % len(w)]),
+                }
+                taken = in_turns(calls, copies, seconds)
+            ratios[rows].append(taken["vendor"] / taken["ours"])
+            speed = 2e-9 * rows * inner * outputs / taken["ours"]
+            cells.append(f"{ratios[rows][-1]:.2f}x ({speed:.0f} GF/s)")
+        rows_shown.append([rows, *cells, f"{geomean(ratios[rows]):.2f}x"])
+    few = geomean([ratio for rows in FEW_ROWS for ratio in ratios[rows]])
+    shapes = [f"{inner} to {outputs}" for inner, outputs in LINEAR_SHAPES]
+    title = f"linear, bitwise, over F.linear, fp32; all of {FEW_ROWS} rows: {few:.2f}x"
+    print_table(title, ["rows", *shapes, "geomean"], rows_shown)
+    return {
+        "shapes": LINEAR_SHAPES,
+        "ratios": {str(rows): values for rows, values in ratios.items()},
+        "few_rows": few,
+        "many_rows": geomean(ratios[MANY_ROWS]),
+        "gate": worst,
+    }
+
+
+def rowwise_cases() -> dict[str, tuple[Callable[..., Any], Callable[..., Any], list[Tensor]]]:
+    """name -> (ours, transformers' own, inputs); shapes of the 32 M Llama at 2,048 tokens."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
+    norm = LlamaRMSNorm(WIDTH, 1e-6)
+
+    def stock_norm(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.func.functional_call(norm, {"weight": weight}, (x,))
+
+    angles = torch.rand(TOKENS, HEAD_DIM) * 6.0
+    cos, sin = angles.cos(), angles.sin()
+
+    def our_rotary(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+        return tuple(rotary(x.view(TOKENS, HEADS, HEAD_DIM), cos, sin).view(1, TOKENS, -1) for x in (q, k))
+
+    def stock_rotary(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+        heads = (x.view(1, TOKENS, HEADS, HEAD_DIM).transpose(1, 2) for x in (q, k))
+        turned = apply_rotary_pos_emb(*heads, cos[None].to(q.dtype), sin[None].to(q.dtype))
+        return tuple(x.transpose(1, 2).reshape(1, TOKENS, -1) for x in turned)
+
+    def wide(*widths: int) -> list[Tensor]:
+        return [torch.randn(1, TOKENS, width) for width in widths]
+
+    return {
+        "rms_norm": (lambda x, w: rms_norm(x, w, 1e-6), stock_norm, [*wide(WIDTH), torch.randn(WIDTH)]),
+        "rotary": (our_rotary, stock_rotary, wide(WIDTH, WIDTH)),
+        "gated_activation": (
+            lambda g, u: gated_activation(g, u, "silu"),
+            lambda g, u: F.silu(g) * u,
+            wide(GATED, GATED),
+        ),
+    }
+
+
+def both_ways(function: Callable[..., Any], inputs: list[Tensor], cotangents: list[Tensor]) -> list[Tensor]:
+    """Outputs and gradients."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    outputs = function(*leaves)
+    outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
+    return [*outputs, *torch.autograd.grad(outputs, leaves, cotangents)]
+
+
+def bench_rowwise(seconds: float) -> dict[str, Any]:
+    """Ratios of forward plus backward to transformers' code, eager and compiled."""
+    results, shown = {}, []
+    for name, (ours, stock, inputs) in rowwise_cases().items():
+        outputs = ours(*inputs)
+        cotangents = [torch.randn_like(y) for y in (outputs if isinstance(outputs, tuple) else (outputs,))]
+        exact = both_ways(stock_in_double(name, stock), [x.double() for x in inputs], [g.double() for g in cotangents])
+        error = gate(name, both_ways(ours, inputs, cotangents), exact)
+        compiled = torch.compile(stock)
+        calls = {
+            key: lambda _, f=f, x=inputs, g=cotangents: both_ways(f, x, g)
+            for key, f in (("ours", ours), ("eager", stock), ("compiled", compiled))
+        }
+        taken = in_turns(calls, 1, seconds)
+        ratios = {peer: taken[peer] / taken["ours"] for peer in ("eager", "compiled")}
+        results[name] = {"seconds": taken, "ratios": ratios, "gate": error}
+        shown.append([name, taken["ours"] * 1e3, *(f"{ratio:.2f}x" for ratio in ratios.values()), f"{error:.0e}"])
+    title = f"Row-wise ops, {TOKENS} tokens, fp32, forward and backward, over transformers' code"
+    print_table(title, ["op", "ours ms", "over eager", "over torch.compile", "error"], shown)
+    return results
+
+
+def stock_in_double(name: str, stock: Callable[..., Any]) -> Callable[..., Any]:
+    """The oracle: transformers' norm computes in float32 whatever it is given, so its formula is written out."""
+    if name != "rms_norm":
+        return stock
+    return lambda x, w: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * w
+
+
+def head_losses() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    """Mean cross-entropy of a head: ours and the peers."""
+    chunked = torch.nn.LinearCrossEntropyOptions()
+    return {
+        "ours": lambda x, w, y: -linear_logprob(x, w, y).logprob.mean(),
+        "F.linear, F.cross_entropy": lambda x, w, y: F.cross_entropy(F.linear(x, w), y),
+        "F.linear_cross_entropy": lambda x, w, y: F.linear_cross_entropy(x, w, y),
+        "F.linear_cross_entropy, chunked": lambda x, w, y: F.linear_cross_entropy(x, w, y, options=chunked),
+    }
+
+
+def head_inputs() -> tuple[Tensor, Tensor, Tensor]:
+    tokens, depth, vocabulary = HEAD.values()
+    torch.manual_seed(0)
+    weight = (torch.randn(vocabulary, depth) * depth**-0.5).requires_grad_()
+    return torch.randn(tokens, depth, requires_grad=True), weight, torch.randint(vocabulary, (tokens,))
+
+
+def measure_head_memory(name: str) -> None:
+    """In this process alone: bytes of the peak above weights, inputs and gradients; prints JSON as the last line."""
+    hidden, weight, targets = head_inputs()
+    loss = head_losses()[name]
+    small = hidden[:2].detach().requires_grad_()
+    loss(small, weight, targets[:2]).backward()  # code, threads, and the gradient that stays
+    hidden.grad = torch.zeros_like(hidden)
+    before = peak_rss()
+    loss(hidden, weight, targets).backward()
+    # The weight's new gradient exists beside the accumulated one for every side alike.
+    print(json.dumps({"extra": peak_rss() - before, "gradient": weight.nbytes}))
+
+
+def bench_head(seconds: float) -> dict[str, Any]:
+    """linear_logprob forward and backward: time against the peers, and peak memory of each."""
+    hidden, weight, targets = head_inputs()
+    losses = head_losses()
+
+    def step(loss: Callable[..., Tensor]) -> list[Tensor]:
+        value = loss(hidden, weight, targets)
+        return [value.detach(), *torch.autograd.grad(value, (hidden, weight))]
+
+    leaves = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    value = losses["F.linear, F.cross_entropy"](*leaves, targets)
+    error = gate("linear_logprob", step(losses["ours"]), [value.detach(), *torch.autograd.grad(value, leaves)])
+    del leaves, value
+    taken = in_turns({name: lambda _, f=f: step(f) for name, f in losses.items()}, 1, seconds * 20)
+    logits = HEAD["tokens"] * HEAD["vocabulary"] * 4
+    memory = {name: in_fresh_process("benchmarks.ops", "--head-memory", name) for name in losses}
+    shown = [
+        [name, taken[name], f"{taken[name] / taken['ours']:.2f}x", used["extra"] / 2**20,
+         (used["extra"] - used["gradient"]) / logits]
+        for name, used in memory.items()
+    ]  # fmt: skip
+    size = "{tokens} tokens x {vocabulary} words x {depth}".format(**HEAD)
+    title = f"Head and loss, {size}, fp32, forward and backward; the logits are {logits / 2**20:.0f} MiB"
+    print_table(title, ["", "seconds", "over ours", "peak MiB", "peak above gradients / logits"], shown)
+    return {"seconds": taken, "memory": memory, "logits_bytes": logits, "gate": error}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=1.0, help="time spent on each cell of a table")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", choices=("linear", "rowwise", "head"), nargs="+")
+    parser.add_argument("--head-memory", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.head_memory:
+        measure_head_memory(options.head_memory)
+        return
+    sections = {"linear": bench_linear, "rowwise": bench_rowwise, "head": bench_head}
+    chosen = options.only or list(sections)
+    results = {name: sections[name](options.seconds) for name in chosen}
+    if chosen == list(sections):
+        print(f"written to {write_json('ops-cpu', results)}")
+
+
+if __name__ == "__main__":
+    main()

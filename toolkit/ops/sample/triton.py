@@ -1,0 +1,305 @@
+"""Sampling in Triton: one program a row, which walks the vocabulary in blocks of a width set by its length alone.
+
+Thresholds of top-k and top-p are bisected on the ordered bits of the logits, a pass of counting or summing a step,
+and the bisection ends as soon as the set of tokens is settled. Weights are float64, kept in a scratch row. All sums
+have one order; a row's bits depend on that row alone. Contraction is pinned off.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from toolkit.errors import ToolkitError
+from toolkit.ops.sample.reference import LEAST_MASS
+
+MAX_BLOCK = 4096
+
+_LOWEST = tl.constexpr(-(2**31))
+_NAN = tl.constexpr(2**31 - 1)  # the key of every NaN
+_NO_CHANCE = tl.constexpr(-2139095041)  # the key of -inf
+
+_SEEN = tl.constexpr(1 << 30)
+_BARRED = tl.constexpr(-(2**31))
+_TIMES = tl.constexpr((1 << 30) - 1)
+
+
+@triton.jit
+def ordered(values):
+    """float32 as int32 in the same order: -0 as +0, NaN above all."""
+    bits = tl.where(values == 0, 0.0, values).to(tl.int32, bitcast=True)
+    keys = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return tl.where(values != values, _NAN, keys)
+
+
+@triton.jit
+def value_of(key):
+    """The float32 with this int32 key."""
+    return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def keys_of(row, columns, WIDTH: tl.constexpr):
+    """The keys at ``columns`` of a row of logits, below all others outside of it."""
+    inside = columns < WIDTH
+    values = tl.load(row + columns, mask=inside, other=0.0).to(tl.float32)
+    return tl.where(inside, ordered(values), _LOWEST)
+
+
+@triton.jit
+def uniform(seed, step):
+    """The top 53 of the first 64 bits of Philox4x32-10, as a multiple of 2**-53 in [0, 1), float64."""
+    low = step.to(tl.uint32)
+    high = (step >> 32).to(tl.uint32)
+    first, second, _, _ = tl.philox(seed, low, high, low * 0, low * 0)
+    bits = (first.to(tl.int64) << 21) | (second.to(tl.int64) >> 11)
+    return bits.to(tl.float64) * 1.1102230246251565e-16
+
+
+@triton.jit
+def top_k_edge(row, best, k, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """A key that the k largest of a row reach, and what equals the k-th, and no others."""
+    low = tl.full([], _NO_CHANCE, tl.int64)  # at least k reach it, ``count`` of them
+    high = best.to(tl.int64) + 1  # fewer reach it
+    count = tl.full([], WIDTH, tl.int64)
+    while (high - low > 1) & (count != k):
+        middle = (low + high) >> 1
+        reach = tl.full([], 0, tl.int64)
+        for start in range(0, WIDTH, BLOCK):
+            keys = keys_of(row, start + tl.arange(0, BLOCK), WIDTH)
+            reach += tl.sum((keys >= middle).to(tl.int32), 0)
+        enough = reach >= k
+        low = tl.where(enough, middle, low)
+        count = tl.where(enough, reach, count)
+        high = tl.where(enough, high, middle)
+    return low
+
+
+@triton.jit
+def nucleus_edge(row, weights, least, best, target, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """(low, high, mass): keys from high up are in and weigh ``mass``, short of ``target``. Those from low to below
+    high are one token, or equals; with them the target is reached."""
+    low = least
+    high = best.to(tl.int64) + 1
+    reach_low = tl.full([], WIDTH, tl.int64)
+    reach_high = tl.full([], 0, tl.int64)
+    mass_high = tl.full([], 0.0, tl.float64)
+    while (high - low > 1) & (reach_low - reach_high > 1):
+        middle = (low + high) >> 1
+        reach = tl.full([], 0, tl.int64)
+        mass = tl.full([], 0.0, tl.float64)
+        for start in range(0, WIDTH, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            inside = keys_of(row, columns, WIDTH) >= middle
+            reach += tl.sum(inside.to(tl.int32), 0)
+            mass += tl.sum(tl.load(weights + columns, mask=inside, other=0.0), 0)
+        enough = mass >= target
+        low = tl.where(enough, middle, low)
+        reach_low = tl.where(enough, reach, reach_low)
+        high = tl.where(enough, high, middle)
+        reach_high = tl.where(enough, reach_high, reach)
+        mass_high = tl.where(enough, mass_high, mass)
+    return low, high, mass_high
+
+
+@triton.jit
+def sample_row(
+    logits, temperature, top_k, top_p, min_p, seeds, steps, weights, tokens, logprobs, stride,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64)
+    row = logits + at * stride
+    weights = weights + at * WIDTH
+    best = tl.full([], _LOWEST, tl.int32)
+    best_id = tl.full([], 0, tl.int32)
+    for start in range(0, WIDTH, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        keys = keys_of(row, columns, WIDTH)
+        largest = tl.max(keys, 0)
+        lowest_id = tl.min(tl.where((keys == largest) & (columns < WIDTH), columns, WIDTH), 0)
+        best_id = tl.where(largest > best, lowest_id, best_id)
+        best = tl.maximum(best, largest)
+    heat = tl.load(temperature + at)
+    hot = heat > 0
+    heat = tl.where(hot, heat, 1.0)
+    top = value_of(best).to(tl.float64) / heat
+    proper = top - top == 0  # neither infinite nor NaN
+    if hot & proper:
+        least = tl.full([], _NO_CHANCE, tl.int64)
+        k = tl.load(top_k + at)
+        if (k > 0) & (k < WIDTH):
+            least = top_k_edge(row, best, k, WIDTH, BLOCK)
+        total = tl.full([], 0.0, tl.float64)
+        for start in range(0, WIDTH, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            keys = keys_of(row, columns, WIDTH)
+            weight = tl.exp(value_of(keys).to(tl.float64) / heat - top)
+            weight = tl.where(keys >= least, weight, 0.0)
+            tl.store(weights + columns, weight, mask=columns < WIDTH)
+            total += tl.sum(weight, 0)
+        tl.debug_barrier()  # weights are read back by other threads than wrote them
+        low = least
+        high = best.to(tl.int64) + 1
+        room = tl.full([], WIDTH, tl.int64)
+        share = tl.load(top_p + at)
+        if share < 1:
+            target = share * total
+            low, high, mass = nucleus_edge(row, weights, least, best, target, WIDTH, BLOCK)
+            if high - low == 1:
+                # Equals: in, in order of ids, while the mass before them falls short.
+                one = tl.exp(value_of(low.to(tl.int32)).to(tl.float64) / heat - top)
+                fitting = tl.minimum(tl.ceil((target - mass) / one), WIDTH * 1.0)
+                room = tl.maximum(fitting.to(tl.int64), 1)
+        relative = tl.load(min_p + at)
+        total = tl.full([], 0.0, tl.float64)
+        passed = tl.full([], 0, tl.int64)
+        for start in range(0, WIDTH, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            keys = keys_of(row, columns, WIDTH)
+            edge = ((keys >= low) & (keys < high)).to(tl.int32)
+            rank = passed + tl.cumsum(edge, 0) - edge
+            passed += tl.sum(edge, 0)
+            weight = tl.load(weights + columns, mask=columns < WIDTH, other=0.0)
+            kept = (keys >= high) | ((edge != 0) & (rank < room))
+            weight = tl.where(kept & (weight >= relative), weight, 0.0)
+            tl.store(weights + columns, weight, mask=columns < WIDTH)
+            total += tl.sum(weight, 0)
+        tl.debug_barrier()
+        target = uniform(tl.load(seeds + at), tl.load(steps + at)) * total  # below the total
+        running = tl.full([], 0.0, tl.float64)
+        mass = tl.full([], 0.0, tl.float64)
+        token = tl.full([], -1, tl.int32)
+        start = tl.full([], 0, tl.int32)
+        while (token < 0) & (start < WIDTH):
+            columns = start + tl.arange(0, BLOCK)
+            weight = tl.load(weights + columns, mask=columns < WIDTH, other=0.0)
+            next_running = running + tl.sum(weight, 0)
+            if next_running > target:
+                beyond = running + tl.cumsum(weight, 0) > target
+                token = tl.min(tl.where(beyond & (weight > 0), columns, WIDTH), 0)
+                # The sum one by one, rounded otherwise, may fall short of the block's.
+                last = tl.max(tl.where(weight > 0, columns, 0), 0)
+                token = tl.where(token < WIDTH, token, last)
+                mass = tl.sum(tl.where(columns == token, weight, 0.0), 0)
+            running = next_running
+            start += BLOCK
+        tl.store(tokens + at, token.to(tl.int64))
+        tl.store(logprobs + at, tl.log(mass / total))
+    else:
+        tl.store(tokens + at, best_id.to(tl.int64))
+        tl.store(logprobs + at, tl.where(proper, 0.0, float("nan")).to(tl.float64))
+
+
+@triton.jit
+def mark_history(
+    history, offsets, prompt_lengths, barred, barred_offsets, marks, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):
+    """A row's marks: how often a token came out, and bits for those seen and those barred."""
+    row = tl.program_id(0).to(tl.int64)
+    marks = marks + row * WIDTH
+    first = tl.load(offsets + row)
+    end = tl.load(offsets + row + 1)
+    output = first + tl.load(prompt_lengths + row)
+    for start in range(first, end, BLOCK):
+        places = start + tl.arange(0, BLOCK)
+        token = tl.load(history + places, mask=places < end, other=-1)
+        inside = (token >= 0) & (token < WIDTH)
+        tl.atomic_or(marks + token, _SEEN, mask=inside)
+        tl.atomic_add(marks + token, 1, mask=inside & (places >= output))
+    first = tl.load(barred_offsets + row)
+    end = tl.load(barred_offsets + row + 1)
+    for start in range(first, end, BLOCK):
+        places = start + tl.arange(0, BLOCK)
+        token = tl.load(barred + places, mask=places < end, other=-1)
+        tl.atomic_or(marks + token, _BARRED, mask=(token >= 0) & (token < WIDTH))
+
+
+@triton.jit
+def penalize_block(
+    logits, marks, repetition, frequency, presence, result, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < WIDTH
+    values = tl.load(logits + row * stride + columns, mask=inside, other=0.0).to(tl.float64)
+    mark = tl.load(marks + row * WIDTH + columns, mask=inside, other=0)
+    factor = tl.load(repetition + row)
+    times = mark & _TIMES
+    repeated = tl.where(values > 0, values / factor, values * factor)
+    values = tl.where((mark & _SEEN) != 0, repeated, values)
+    penalty = tl.load(frequency + row) * times.to(tl.float64) + tl.load(presence + row)
+    values = tl.where(times > 0, values - penalty, values)
+    values = tl.where(mark < 0, float("-inf"), values)
+    tl.store(result + row * WIDTH + columns, values.to(tl.float32), mask=inside)
+
+
+def _launch(width: int) -> dict[str, int]:
+    """Block and warps from the row's length alone."""
+    block = min(triton.next_power_of_2(width), MAX_BLOCK)
+    return {
+        "WIDTH": width,
+        "BLOCK": block,
+        "num_warps": min(16, max(1, block // 256)),
+        "num_stages": 1,
+        "enable_fp_fusion": False,
+    }
+
+
+def _rows(name: str, logits: torch.Tensor) -> torch.Tensor:
+    """``logits`` with unit stride along V."""
+    if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ToolkitError(f"{name} got dtype {logits.dtype}; its Triton kernel takes float32, bfloat16 and float16.")
+    return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
+
+
+def sample(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    seeds: torch.Tensor,
+    steps: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``toolkit::sample``: logits [B, V] in float32, bfloat16 or float16."""
+    logits = _rows("sample", logits)
+    rows, width = logits.shape
+    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    logprobs = torch.empty(rows, dtype=torch.float64, device=logits.device)
+    weights = torch.empty(rows, width, dtype=torch.float64, device=logits.device)
+    if rows:
+        sample_row[(rows,)](
+            logits, temperature.double().contiguous(), top_k.contiguous(),
+            top_p.double().clamp_min(LEAST_MASS), min_p.double().clamp_max(1.0), seeds.contiguous(),
+            steps.contiguous(), weights, tokens, logprobs, logits.stride(0), **_launch(width),
+        )  # fmt: skip
+    return tokens, logprobs
+
+
+def penalize(
+    logits: torch.Tensor,
+    history: torch.Tensor,
+    offsets: torch.Tensor,
+    prompt_lengths: torch.Tensor,
+    repetition: torch.Tensor,
+    frequency: torch.Tensor,
+    presence: torch.Tensor,
+    barred: torch.Tensor,
+    barred_offsets: torch.Tensor,
+) -> torch.Tensor:
+    """``toolkit::penalize``: logits [B, V] in float32, bfloat16 or float16; float32 out."""
+    logits = _rows("penalize", logits)
+    rows, width = logits.shape
+    result = torch.empty(rows, width, dtype=torch.float32, device=logits.device)
+    if rows:
+        marks = torch.zeros(rows, width, dtype=torch.int32, device=logits.device)
+        launch = _launch(width)
+        mark_history[(rows,)](
+            history.contiguous(), offsets.contiguous(), prompt_lengths.contiguous(), barred.contiguous(),
+            barred_offsets.contiguous(), marks, **(launch | {"BLOCK": 512, "num_warps": 4}),
+        )  # fmt: skip
+        launch |= {"BLOCK": min(launch["BLOCK"], 2048), "num_warps": min(launch["num_warps"], 4)}
+        penalize_block[(rows, triton.cdiv(width, launch["BLOCK"]))](
+            logits, marks, repetition.double().contiguous(), frequency.double().contiguous(),
+            presence.double().contiguous(), result, logits.stride(0), **launch,
+        )  # fmt: skip
+    return result
