@@ -1,4 +1,4 @@
-"""Elements past 2^31: rows that lie further apart than 32 bits can count, in memory that is never touched in between."""
+"""Elements past 2^31: rows further apart than 32 bits can count, in memory that is never touched in between."""
 
 import pytest
 import torch
