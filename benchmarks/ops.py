@@ -169,14 +169,17 @@ def stock_in_double(name: str, stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def head_losses() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """Mean cross-entropy of a head: ours and the peers."""
-    chunked = torch.nn.LinearCrossEntropyOptions()
-    return {
+    """Mean cross-entropy of a head: ours and the peers that this torch has."""
+    losses: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
         "ours": lambda x, w, y: -linear_logprob(x, w, y).logprob.mean(),
         "F.linear, F.cross_entropy": lambda x, w, y: F.cross_entropy(F.linear(x, w), y),
-        "F.linear_cross_entropy": lambda x, w, y: F.linear_cross_entropy(x, w, y),
-        "F.linear_cross_entropy, chunked": lambda x, w, y: F.linear_cross_entropy(x, w, y, options=chunked),
     }
+    fused: Any = getattr(F, "linear_cross_entropy", None)
+    if fused is not None:
+        chunked = torch.nn.LinearCrossEntropyOptions()  # type: ignore[attr-defined]
+        losses["F.linear_cross_entropy"] = lambda x, w, y: fused(x, w, y)
+        losses["F.linear_cross_entropy, chunked"] = lambda x, w, y: fused(x, w, y, options=chunked)
+    return losses
 
 
 def head_inputs() -> tuple[Tensor, Tensor, Tensor]:

@@ -20,6 +20,9 @@ def test_operator_registration():
     q, k, v = (torch.randn(x, dtype=torch.float64, requires_grad=True) for x in shapes)
     args = (q, k, v, *plan, None, 0, 0.3, 4, 0.0)
     torch.library.opcheck(torch.ops.toolkit.attention.default, args)
+    out, lse = attention(q, k, v, *plan)
+    detached = [x.detach() for x in (out, q, k, v, out, lse)]
+    torch.library.opcheck(torch.ops.toolkit.attention_backward.default, (*detached, *plan, 0.3, 4, 0.0))
     compiled = torch.compile(lambda *x: attention(*x, *plan)[0].sin(), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(q, k, v), attention(q, k, v, *plan)[0].sin())
 

@@ -13,7 +13,7 @@ from toolkit.ops.linear_logprob.deferred import DeferredLogits, token_logprobs
 def head_forward(product: Callable[..., Tensor]) -> Callable[[nn.Linear, Tensor], Tensor]:
     """Forward of an output projection, hidden [..., K] to logits [..., V]; deferred while gradients are wanted.
 
-    product: ``linear`` in the bitwise tier, ``torch.nn.functional.linear`` in the fast one.
+    product: that of ``toolkit.modules.linear`` in the bitwise tier, ``torch.nn.functional.linear`` in the fast one.
     """
 
     def forward(self: nn.Linear, input: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 // linear on CPU: checks and dtypes; the product itself is native/product.h.
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "memory.h"
 #include "product.h"
 
 namespace toolkit::linear_op {
@@ -36,7 +36,7 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::opti
   const at::Tensor shift = bias ? bias->to(compute).contiguous() : at::Tensor();
   auto shape = x.sizes().vec();
   shape.back() = weight.size(0);
-  at::Tensor out = at::empty(shape, x.options().dtype(compute));
+  at::Tensor out = memory::empty(shape, x.options().dtype(compute));
   switch (dtype) {
     case at::kFloat: launch<float, float>(rows, matrix, shift, out); break;
     case at::kDouble: launch<double, double>(rows, matrix, shift, out); break;

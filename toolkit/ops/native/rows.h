@@ -14,6 +14,8 @@
 #include <optional>
 #include <vector>
 
+#include "memory.h"
+
 namespace toolkit::rows {
 
 using at::Tensor;
@@ -97,7 +99,7 @@ struct Matrix {
 };
 
 inline Tensor empty(at::IntArrayRef sizes, const Tensor& like, at::ScalarType type) {
-  return at::empty(sizes, like.options().dtype(type));
+  return memory::empty(sizes, like.options().dtype(type));
 }
 
 // The result in the dtype that the caller is owed.

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from toolkit.modules.head import causal_lm_loss, head_forward
+from toolkit.modules.linear import product
 from toolkit.numerics import Numerics
-from toolkit.ops.linear import linear
 from toolkit.patch.claim import Claim, ProbeError, Refusal, Undo
 from toolkit.patch.probe import compare, device_of, generator, random_input, twin, with_forward
 from toolkit.patch.roles.search import Candidate, search
@@ -53,7 +53,7 @@ def _candidates(module: nn.Module, numerics: Numerics) -> list[Candidate] | None
     if type(module) is not nn.Linear:
         return None
     bitwise = numerics is Numerics.BITWISE
-    forward = head_forward(linear if bitwise else F.linear)
+    forward = head_forward(product if bitwise else F.linear)
 
     def probe() -> ProbeError:
         copied = twin(module)
