@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
-SOURCES := $(wildcard toolkit/ops/*/cpu.cpp toolkit/ops/native/*.h)
+SOURCES := $(wildcard toolkit/ops/*/cpu.cpp toolkit/ops/native/*.h toolkit/ops/activation/kinds/*.py)
 
 .PHONY: demo test lint setup clean
 

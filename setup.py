@@ -1,10 +1,12 @@
 """Builds the optional native CPU library beside the Python packages.
 
 The sources are every ``toolkit/ops/*/cpu.cpp``, compiled as one translation unit (torch's headers are
-read once) per instruction set. The library for the machine at hand is chosen when it is loaded. Without
-torch or a C++ compiler at build time nothing is built, and the reference implementations serve.
+read once) per instruction set, with a header made from the files of ``toolkit/ops/activation/kinds``. The
+library for the machine at hand is chosen when it is loaded. Without torch or a C++ compiler at build time
+nothing is built, and the reference implementations serve.
 """
 
+import ast
 import os
 import platform
 import shutil
@@ -25,6 +27,36 @@ INSTRUCTION_SETS = {
 }
 
 
+def activation_header(folder: Path) -> str:
+    """C++ for the activation kinds: the string ``CPU`` of each file of ``folder``, read without importing it."""
+    structs, kinds = [], {}
+    for path in sorted(folder.glob("[!_]*.py")):
+        code = arguments = None
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["CPU"]:
+                code = ast.literal_eval(node.value)
+            elif isinstance(node, ast.FunctionDef) and node.name == "value":
+                arguments = len(node.args.args)
+        if code is None or arguments not in (1, 2):
+            raise RuntimeError(f"{path} has no string CPU, or no function value of one or two arguments")
+        kinds[path.stem] = arguments
+        structs.append(f"struct Kind_{path.stem} {{\n  static constexpr int kArguments = {arguments};\n{code}}};\n")
+
+    def chooser(name: str, chosen: list[str]) -> str:
+        lines = "".join(f'  if (kind == "{kind}") return body(Kind_{kind}{{}});\n' for kind in chosen)
+        return (
+            f"template <typename Body>\ninline void {name}(std::string_view kind, const Body& body) {{\n{lines}"
+            '  TORCH_CHECK(false, "activation: kind is \'", std::string(kind), "\'; allowed are '
+            f'{", ".join(chosen)}.");\n}}\n'
+        )
+
+    plain = [kind for kind, arguments in kinds.items() if arguments == 1]
+    choosers = [chooser("with_kind", list(kinds)), chooser("with_plain_kind", plain)]
+    return "\n".join(
+        ["namespace toolkit::activations {\n", *structs, *choosers, "}  // namespace toolkit::activations\n"]
+    )
+
+
 def compile_command(name: str, sources: list[Path], out: Path, work: Path) -> list[str]:
     """The compiler call that turns ``sources`` into the shared library ``out`` for one instruction set."""
     import torch
@@ -33,11 +65,18 @@ def compile_command(name: str, sources: list[Path], out: Path, work: Path) -> li
     work.mkdir(parents=True, exist_ok=True)
     unit = work / f"native_{name}.cpp"
     unit.write_text("".join(f'#include "{source.resolve()}"\n' for source in sources))
+    generated = work / f"generated_{name}"
+    generated.mkdir(exist_ok=True)
+    kinds = ROOT / "toolkit" / "ops" / "activation" / "kinds"
+    (generated / "activation_kinds.h").write_text(activation_header(kinds))
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
     if compiler is None:
         raise RuntimeError("no C++ compiler found")
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    includes = [f"-I{path}" for path in include_paths()] + [f"-I{ROOT / 'toolkit' / 'ops' / 'native'}"]
+    includes = [f"-I{path}" for path in include_paths()] + [
+        f"-I{ROOT / 'toolkit' / 'ops' / 'native'}",
+        f"-I{generated}",
+    ]
     libraries = [f"-L{path}" for path in library_paths()] + ["-ltorch_cpu", "-lc10"]
     return [
         compiler,

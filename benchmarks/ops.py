@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def in_turns(calls: Mapping[str, Callable[[int], object]], copies: int, seconds:
         call(0)
     end, turn = time.perf_counter() + seconds, 0
     while turn < max(5, 2 * copies) or time.perf_counter() < end:
-        for name in calls if turn % 2 else reversed(calls):
+        for name in calls if turn % 2 else list(calls)[::-1]:
             start = time.perf_counter()
             calls[name](turn % copies)
             taken[name].append(time.perf_counter() - start)
@@ -168,15 +169,15 @@ def stock_in_double(name: str, stock: Callable[..., Any]) -> Callable[..., Any]:
     return lambda x, w: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * w
 
 
-def head_losses() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+def head_losses() -> dict[str, Callable[..., Tensor]]:
     """Mean cross-entropy of a head: ours and the peers that this torch has."""
-    losses: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    losses: dict[str, Callable[..., Tensor]] = {
         "ours": lambda x, w, y: -linear_logprob(x, w, y).logprob.mean(),
         "F.linear, F.cross_entropy": lambda x, w, y: F.cross_entropy(F.linear(x, w), y),
     }
     fused: Any = getattr(F, "linear_cross_entropy", None)
     if fused is not None:
-        chunked = torch.nn.LinearCrossEntropyOptions()  # type: ignore[attr-defined]
+        chunked = torch.nn.LinearCrossEntropyOptions()
         losses["F.linear_cross_entropy"] = lambda x, w, y: fused(x, w, y)
         losses["F.linear_cross_entropy, chunked"] = lambda x, w, y: fused(x, w, y, options=chunked)
     return losses
@@ -215,7 +216,8 @@ def bench_head(seconds: float) -> dict[str, Any]:
     value = losses["F.linear, F.cross_entropy"](*leaves, targets)
     error = gate("linear_logprob", step(losses["ours"]), [value.detach(), *torch.autograd.grad(value, leaves)])
     del leaves, value
-    taken = in_turns({name: lambda _, f=f: step(f) for name, f in losses.items()}, 1, seconds * 20)
+    calls = {name: partial(lambda f, _: step(f), f) for name, f in losses.items()}
+    taken = in_turns(calls, 1, seconds * 20)
     logits = HEAD["tokens"] * HEAD["vocabulary"] * 4
     memory = {name: in_fresh_process("benchmarks.ops", "--head-memory", name) for name in losses}
     shown = [

@@ -1,15 +1,18 @@
 """Plain and gated activations."""
 
 import math
+import runpy
+from pathlib import Path
 
 import pytest
+import setuptools
 import torch
 import torch.nn.functional as F
 from rowwise_checks import DTYPES, IMPLS, check_oracle, check_repeatable, check_rows, error, run, seeded
 from torch import Tensor
 
 from toolkit.errors import ToolkitError
-from toolkit.ops.activation import KINDS, activation
+from toolkit.ops.activation import KINDS, activation, kinds, plain_kinds
 from toolkit.ops.gated_activation import gated_activation
 
 ORACLES = {
@@ -19,11 +22,21 @@ ORACLES = {
     "relu": lambda x: x * (x > 0),
     "relu2": lambda x: x * x * (x > 0),
 }
+
+
+def clamped_swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    gate, up = gate.clamp(max=7), up.clamp(-7, 7)
+    return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+
+
+GATES = {kind: (lambda g, u, f=f: f(g) * u) for kind, f in ORACLES.items()} | {"clamped_swiglu": clamped_swiglu}
+PLAIN = plain_kinds()
 SHAPES = [(1, 1), (3, 7), (5, 60), (3, 513), (2, 3, 64), (0, 16), (4, 0), (9,)]
 
 
 def test_every_kind_has_an_oracle():
-    assert set(KINDS) == set(ORACLES)
+    assert set(KINDS) == set(GATES)
+    assert set(PLAIN) == set(ORACLES)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -32,9 +45,29 @@ def test_every_kind_has_an_oracle():
 def test_values_and_gradients(impl, dtype, kind):
     for shape in SHAPES:
         x, up = seeded(*shape, dtype=dtype, scale=2.0), seeded(*shape, dtype=dtype, seed=1)
-        check_oracle(lambda x: activation(x, kind, impl=impl), ORACLES[kind], [x])
-        gated = [x, up]
-        check_oracle(lambda g, u: gated_activation(g, u, kind, impl=impl), lambda g, u: ORACLES[kind](g) * u, gated)
+        if kind in PLAIN:
+            check_oracle(lambda x: activation(x, kind, impl=impl), ORACLES[kind], [x])
+        else:
+            x, up = 3 * x, 4 * up  # past the limits
+        check_oracle(lambda g, u: gated_activation(g, u, kind, impl=impl), GATES[kind], [x, up])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_limits_of_the_clamped_gate(impl, dtype):
+    inf, nan, low = math.inf, math.nan, torch.finfo(dtype).min
+    gate = torch.tensor([-inf, low, 7.0, 7.1, inf, 1.0, 1.0, nan, 1.0], dtype=dtype)
+    up = torch.tensor([1.0, 1.0, 7.0, 7.1, inf, -inf, -7.0, 1.0, nan], dtype=dtype)
+    leaves = [gate.requires_grad_(), up.requires_grad_()]
+    y = gated_activation(*leaves, "clamped_swiglu", impl=impl)
+    to_gate, to_up = torch.autograd.grad(y, leaves, torch.ones_like(y))
+    assert y[:2].tolist() == to_gate[:2].tolist() == to_up[:2].tolist() == [0.0, 0.0]
+    assert y[2] == y[3] == y[4]
+    assert to_gate[[3, 4]].tolist() == [0.0, 0.0]
+    assert to_up[[3, 4, 5]].tolist() == [0.0, 0.0, 0.0]
+    assert to_gate[2] * to_up[2] * to_up[6] != 0
+    assert y[7:].isnan().all()
+    assert to_gate[7:].isnan().all()
 
 
 def test_a_scalar_has_an_activation():
@@ -43,7 +76,7 @@ def test_a_scalar_has_an_activation():
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PLAIN)
 def test_limits_are_exact_in_value_and_gradient(impl, dtype, kind):
     far = [-math.inf, torch.finfo(dtype).min, -1e4, -200.0, 200.0, 1e4, torch.finfo(dtype).max, math.inf]
     x = torch.tensor(far, dtype=dtype, requires_grad=True)
@@ -60,7 +93,7 @@ def test_limits_are_exact_in_value_and_gradient(impl, dtype, kind):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PLAIN)
 def test_nan_stays_with_its_element(impl, kind):
     x = seeded(40, dtype=torch.float32)
     x[17] = torch.nan
@@ -78,12 +111,13 @@ def test_nan_stays_with_its_element(impl, kind):
 def test_rows_do_not_depend_on_other_rows(impl, kind, dtype):
     for rows, width in ((70, 1), (70, 60), (41, 2049)):
         x, up = seeded(rows, width, dtype=dtype, scale=3.0), seeded(rows, width, dtype=dtype, seed=1)
-        check_rows(lambda x: activation(x, kind, impl=impl), [x])
+        if kind in PLAIN:
+            check_rows(lambda x: activation(x, kind, impl=impl), [x])
         check_rows(lambda g, u: gated_activation(g, u, kind, impl=impl), [x, up])
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PLAIN)
 def test_an_element_has_the_same_bits_anywhere(impl, kind):
     x = seeded(60, dtype=torch.float32, scale=3.0)
     places = torch.stack([torch.cat([torch.zeros(n), x, torch.zeros(40 - n)]) for n in range(40)])
@@ -144,8 +178,10 @@ def test_bad_input_is_named(impl):
     x = torch.ones(2, 4)
     with pytest.raises(ToolkitError, match=r"kind is 'sillu'; .*did you mean 'silu'"):
         activation(x, "sillu", impl=impl)
-    with pytest.raises(ToolkitError, match="kind is 'tanh'; allowed are silu, gelu, gelu_tanh, relu, relu2"):
+    with pytest.raises(ToolkitError, match="kind is 'tanh'; allowed are clamped_swiglu, gelu, gelu_tanh, relu, relu2"):
         gated_activation(x, x, "tanh", impl=impl)
+    with pytest.raises(ToolkitError, match="kind is 'clamped_swiglu'; allowed are gelu, gelu_tanh, relu, relu2, silu"):
+        activation(x, "clamped_swiglu", impl=impl)
     with pytest.raises(ToolkitError, match="must be equal"):
         gated_activation(x, x[:, :1], "silu", impl=impl)
 
@@ -155,6 +191,7 @@ def test_opcheck():
     ops = torch.ops.toolkit
     torch.library.opcheck(ops.activation_backward.default, (x, up, "gelu"))
     torch.library.opcheck(ops.gated_activation_backward.default, (x, up, x, "silu"))
+    torch.library.opcheck(ops.gated_activation_backward.default, (x, up, x, "clamped_swiglu"))
     leaves = [t.clone().requires_grad_() for t in (x, up)]
     torch.library.opcheck(ops.activation.default, (leaves[0], "gelu_tanh"))
     torch.library.opcheck(ops.gated_activation.default, (*leaves, "silu"))
@@ -168,3 +205,62 @@ def test_torch_compile_takes_the_op_whole():
         return gated_activation(gate, up, "silu").sum()
 
     assert torch.equal(f(gate, up), gated_activation(gate, up, "silu").sum())
+
+
+def test_a_new_kind_is_one_file(tmp_path, monkeypatch):
+    """Its torch twin serves the reference and its C++ reaches the build; for Triton see interpreted_activation.py."""
+    (tmp_path / "leaky.py").write_text(LEAKY)
+    (tmp_path / "bilinear.py").write_text(BILINEAR)
+    monkeypatch.setattr(kinds, "__path__", [*kinds.__path__, str(tmp_path)])
+    kinds.discover()
+    try:
+        x, up = (seeded(5, 40, dtype=torch.float32, seed=seed) for seed in range(2))
+        assert torch.equal(activation(x, "leaky", impl="reference"), F.leaky_relu(x, 0.25))
+        assert torch.equal(gated_activation(x, up, "leaky", impl="reference"), F.leaky_relu(x, 0.25) * up)
+        assert torch.equal(gated_activation(x, up, "bilinear", impl="reference"), x * up)
+        assert torch.equal(kinds.find("bilinear").derivative(x, up)[1], x)
+        with pytest.raises(ToolkitError, match="kind is 'bilinear'"):
+            activation(x, "bilinear", impl="reference")
+    finally:
+        monkeypatch.undo()
+        kinds.discover()
+    assert "leaky" not in KINDS
+    monkeypatch.setattr(setuptools, "setup", lambda **options: None)
+    make = runpy.run_path(str(Path(__file__).parents[2] / "setup.py"))["activation_header"]
+    header = make(tmp_path)
+    assert "struct Kind_leaky {\n  static constexpr int kArguments = 1;\n  // the leak\n};" in header
+    assert "struct Kind_bilinear {\n  static constexpr int kArguments = 2;" in header
+    chooser, plain = header.split("inline void with_plain_kind")
+    assert 'if (kind == "bilinear") return body(Kind_bilinear{});' in chooser
+    assert "bilinear" not in plain
+    (tmp_path / "broken.py").write_text("def value(x):\n    return x\n")
+    with pytest.raises(RuntimeError, match=r"broken\.py has no string CPU"):
+        make(tmp_path)
+
+
+LEAKY = """
+import torch
+
+
+def value(x):
+    return torch.where(x < 0, x / 4, x)
+
+
+def derivative(x):
+    return torch.where(x < 0, 0.25, 1.0)
+
+
+CPU = '''  // the leak
+'''
+"""
+BILINEAR = """
+def value(gate, up):
+    return gate * up
+
+
+def derivative(gate, up):
+    return up, gate
+
+
+CPU = ""
+"""

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from toolkit.errors import ToolkitError
 from toolkit.ops import native
-from toolkit.ops.rms_norm import rms_norm
+from toolkit.ops.rms_norm import add_rms_norm, rms_norm
 
 EPS = 1e-6
 
@@ -29,6 +29,56 @@ def test_values_and_gradients(impl, dtype, shape, offset):
             lambda x, w: rms_norm(x, w, EPS, offset, impl=impl),
             lambda x, w: oracle(x, w, offset),
             [x, weight],
+        )
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", [0.0, 1.0, None])
+def test_residual(impl, dtype, offset):
+    for shape in [(1, 7), (37, 60), (2, 3, 64), (0, 16), (9,), (2, 4096)]:
+        x, residual = seeded(*shape, dtype=dtype), seeded(*shape, dtype=dtype, seed=1)
+        weight = None if offset is None else seeded(shape[-1], dtype=dtype, seed=2)
+        given = [] if weight is None else [weight]
+        shift = offset or 0.0
+
+        def ours(x, r, w=None, shift=shift):
+            return add_rms_norm(x, r, w, EPS, shift, impl=impl)
+
+        def separate(x, r, w=None, shift=shift):
+            total = x + r
+            return rms_norm(total, w, EPS, shift, impl=impl), total
+
+        def exact(x, r, w=None, shift=shift):
+            return oracle(x + r, w, shift), x + r
+
+        # The sum is rounded before it is normed: once more than the tolerance of one rounding allows for.
+        tolerance = None if dtype.itemsize > 2 else {torch.bfloat16: 1.6e-2, torch.float16: 2e-3}[dtype]
+        check_oracle(ours, exact, [x, residual, *given], tolerance)
+        (y, total), (dx, dr, *dw) = run(ours, [x, residual, *given])
+        (z, other), (_, _, *expected) = run(separate, [x, residual, *given])
+        assert torch.equal(total, other)
+        assert torch.equal(y, z)
+        assert torch.equal(dx, dr)
+        assert all(map(torch.equal, dw, expected))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_residual_rows_strides_and_each_result_alone(impl):
+    x, residual = (seeded(50, 2 * 60, dtype=torch.float32, seed=seed) for seed in (0, 1))
+    weight = seeded(60, dtype=torch.float32, seed=2)
+    halves = [x[:, 60:], residual[:, :60]]
+    check_rows(lambda x, r: add_rms_norm(x, r, weight, EPS, impl=impl), halves)
+    check_repeatable(lambda x, r, w: add_rms_norm(x, r, w, EPS, impl=impl), [*halves, weight])
+    got, wanted = (add_rms_norm(*t, weight, EPS, impl=impl) for t in (halves, [h.contiguous() for h in halves]))
+    assert all(map(torch.equal, got, wanted))
+    assert got[0].is_contiguous()
+    assert got[1].is_contiguous()
+    for which in (0, 1):
+        check_oracle(
+            lambda x, r, i=which: add_rms_norm(x, r, None, EPS, impl=impl)[i],
+            lambda x, r, i=which: (oracle(x + r), x + r)[i],
+            halves,
         )
 
 
@@ -100,6 +150,9 @@ def test_bad_input_is_named(impl):
         rms_norm(torch.ones(2, 4), torch.ones(3), EPS, impl=impl)
     with pytest.raises((RuntimeError, ValueError), match=r"dtype is .*; allowed are float32"):
         rms_norm(torch.ones(2, 4, dtype=torch.int64), None, EPS, impl=impl)
+    for other in (torch.ones(2, 3), torch.ones(2, 4, dtype=torch.float64)):
+        with pytest.raises(ToolkitError, match=r"residual has shape .* x needs \[2, 4\] and torch.float32 of it"):
+            add_rms_norm(torch.ones(2, 4), other, None, EPS, impl=impl)
 
 
 @pytest.mark.parametrize("weight", [None, seeded(8, dtype=torch.float32, seed=1).requires_grad_()])
@@ -108,3 +161,7 @@ def test_opcheck(weight):
     torch.library.opcheck(torch.ops.toolkit.rms_norm.default, (x, weight, EPS, 1.0))
     detached = None if weight is None else weight.detach()
     torch.library.opcheck(torch.ops.toolkit.rms_norm_backward.default, (x.detach(), x.detach(), detached, EPS, 1.0))
+    arguments = (x.detach(), x.detach(), x.detach(), detached, EPS, 1.0)
+    torch.library.opcheck(torch.ops.toolkit.add_rms_norm_backward.default, arguments)
+    residual = seeded(3, 8, dtype=torch.float32, seed=2).requires_grad_()
+    torch.library.opcheck(torch.ops.toolkit.add_rms_norm.default, (x, residual, weight, EPS, 1.0))

@@ -128,6 +128,59 @@ def test_tables(impl, n):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_tables_of_several_axes(impl):
+    positions = torch.randint(5000, (3, 2, 7), generator=torch.Generator().manual_seed(0))
+    inv_freq, axes = frequencies(7), torch.tensor([0, 0, 2, 1, 1, 2, 0])
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        got = rotary_tables(positions, inv_freq, 1.3, dtype, axes, impl=impl)
+        for f, axis in enumerate(axes):
+            alone = rotary_tables(positions[axis], inv_freq, 1.3, dtype, impl=impl)
+            for one, wanted in zip(got, alone):
+                assert one.shape == (2, 7, 14)
+                assert torch.equal(one[..., [f, f + 7]], wanted[..., [f, f + 7]])
+    by_row = positions.flatten(1).T
+    check_rows(lambda p: rotary_tables(p.T, inv_freq, 1.0, torch.float32, axes, impl=impl), [by_row])
+    strided = positions.transpose(0, 2).contiguous().transpose(0, 2)
+    again = rotary_tables(strided, inv_freq, 1.3, torch.bfloat16, axes.repeat_interleave(2)[::2], impl=impl)
+    assert all(map(torch.equal, again, got))
+
+
+def vision_config(sections: list[int]) -> dict:
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": sections}
+    return {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32,
+            "rope_parameters": rope}  # fmt: skip
+
+
+def interleaved_sections(sections: list[int]) -> Tensor:
+    return torch.tensor([f % 3 if f < 3 * sections[f % 3] else 0 for f in range(sum(sections))])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_sections_are_those_of_transformers(impl, name):
+    sections = [6, 5, 5]
+    if name == "qwen2_vl":
+        from transformers import Qwen2VLTextConfig as Config
+        from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbedding as Rotary
+    elif name == "qwen2_5_vl":
+        from transformers import Qwen2_5_VLTextConfig as Config
+        from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryEmbedding as Rotary
+    else:
+        from transformers import Qwen3VLTextConfig as Config
+        from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding as Rotary
+    module = Rotary(Config(**vision_config(sections)))
+    positions = torch.randint(3000, (3, 2, 9), generator=torch.Generator().manual_seed(0))
+    wanted = module(torch.zeros(1), positions)
+    chunked = torch.arange(3).repeat_interleave(torch.tensor(sections))
+    axes = interleaved_sections(sections) if name == "qwen3_vl" else chunked
+    got = rotary_tables(positions, module.inv_freq, 1.0, torch.float32, axes, impl=impl)
+    if wanted[0].dim() == 4:  # a table an axis, the sections taken later
+        which = torch.cat((axes, axes))
+        wanted = [table.movedim(0, -1).gather(-1, which[:, None].expand(2, 9, -1, 1))[..., 0] for table in wanted]
+    assert max(map(error, got, wanted)) < 1.2e-7
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_table_rows_do_not_depend_on_other_rows(impl):
     positions = torch.randperm(3000, generator=torch.Generator().manual_seed(0))
     for n in (3, 32):
@@ -152,6 +205,13 @@ def test_bad_input_is_named(impl):
             rotary(x, bad, bad, impl=impl)
     with pytest.raises(ToolkitError, match=r"sin \[2, 2\]"):
         rotary(x, table, table[:, :2], impl=impl)
+    positions, axes = torch.zeros(3, 5, dtype=torch.int64), torch.tensor([0, 1, 2, 2])
+    for bad in (axes[:3], axes.int()):
+        with pytest.raises(ToolkitError, match=r"axes have shape .* need int64 \[4\]"):
+            rotary_tables(positions, frequencies(4), axes=bad, impl=impl)
+    for bad in (axes + 1, axes - 3):
+        with pytest.raises((RuntimeError, IndexError)):
+            rotary_tables(positions, frequencies(4), axes=bad, impl=impl)
 
 
 def test_opcheck():
@@ -160,4 +220,6 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.toolkit.rotary.default, (x, cos, sin, False))
     torch.library.opcheck(torch.ops.toolkit.rotary.default, (x, cos, sin, True))
     arguments = (torch.arange(3), frequencies(2), 1.0, torch.bfloat16)
+    torch.library.opcheck(torch.ops.toolkit.rotary_tables.default, arguments)
+    arguments = (torch.zeros(2, 3, dtype=torch.int64), frequencies(2), 1.0, torch.float32, torch.tensor([1, 0]))
     torch.library.opcheck(torch.ops.toolkit.rotary_tables.default, arguments)

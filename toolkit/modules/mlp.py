@@ -19,7 +19,10 @@ class GatedMlp:
     kind: str
 
     def forward(self) -> Callable[[nn.Module, Tensor], Tensor]:
-        """Forward ``down(act(gate(x)) * up(x))``; the projections are called as modules, so adapters still act."""
+        """Forward ``down(act(gate(x)) * up(x))``, or ``down(act(gate(x), up(x)))`` for a gate of two arguments.
+
+        The projections are called as modules, so adapters still act.
+        """
         gate, up, down, kind = self.gate, self.up, self.down, self.kind
 
         def forward(self: nn.Module, x: Tensor) -> Tensor:

@@ -39,15 +39,15 @@ def widened(x: Tensor, like: Tensor | None = None) -> Tensor:
     return x.to(compute_dtype(x if like is None else like)).contiguous()
 
 
-def elementwise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``function(x)`` where every element takes the vector path.
+def elementwise(function: Callable[..., Tensor], x: Tensor, *others: Tensor) -> Tensor:
+    """``function(x, *others)``, all of x's shape, where every element takes the vector path.
 
     On CPU the flat tensor is padded so that each thread's share is a whole number of vectors; elsewhere
     kernels have no such tail and the call is plain. ``function`` must work element by element. Differentiable
     where it is.
     """
     if x.device.type != "cpu":
-        return function(x)
+        return function(x, *others)
     threads, size = 1, x.numel()
     while True:
         shares = min(threads, torch.get_num_threads())
@@ -56,7 +56,7 @@ def elementwise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         if min(needed, torch.get_num_threads()) <= shares:
             break
         threads = needed
-    return function(pad(x.reshape(-1), (0, padded - size)))[:size].view(x.shape)
+    return function(*(pad(y.reshape(-1), (0, padded - size)) for y in (x, *others)))[:size].view(x.shape)
 
 
 def row_sum(x: Tensor) -> Tensor:

@@ -5,8 +5,10 @@ from typing import Any
 from torch import Tensor
 
 from toolkit.ops.activation import reference
-from toolkit.ops.activation.functions import KINDS, find
+from toolkit.ops.activation.kinds import KINDS, find, plain_kinds
 from toolkit.ops.registry import register
+
+__all__ = ["KINDS", "activation", "plain_kinds"]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -19,15 +21,29 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     return _BACKWARD(grad, x, ctx.kind), None
 
 
+def _triton(*args: Any) -> Tensor:
+    from toolkit.ops.activation import triton
+
+    return triton.activation(*args)
+
+
+def _triton_backward(*args: Any) -> Tensor:
+    from toolkit.ops.activation import triton
+
+    return triton.activation_backward(*args)
+
+
 _BACKWARD = register(
     "activation_backward(Tensor grad, Tensor x, str kind) -> Tensor",
     reference=reference.activation_backward,
     fake=reference.activation_backward_fake,
+    triton=_triton_backward,
 )
 _FORWARD = register(
     "activation(Tensor x, str kind) -> Tensor",
     reference=reference.activation,
     fake=reference.activation_fake,
+    triton=_triton,
     backward=_backward,
     setup_context=_setup_context,
 )
@@ -36,13 +52,14 @@ _FORWARD = register(
 def activation(x: Tensor, kind: str, *, impl: str | None = None) -> Tensor:
     """An activation function, element by element.
 
-    kind: ``silu`` x sigmoid(x); ``gelu`` x Phi(x), Phi the normal distribution function; ``gelu_tanh``
+    kind: the name of a file of ``toolkit/ops/activation/kinds`` with one argument. ``silu`` x sigmoid(x);
+    ``gelu`` x Phi(x), Phi the normal distribution function; ``gelu_tanh``
     x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) / 2; ``relu`` max(x, 0); ``relu2`` max(x, 0)^2.
-    x: any shape; float32, float64, bfloat16 or float16 (the last two computed in float32, rounded once).
+    x: any shape; float32, float64, bfloat16 or float16 (the last two computed in float32, rounded once; Triton
+    has no float64).
     Returns x's shape and dtype, contiguous. Saved for backward: x. Limits at infinity are exact, in the value
-    and in the gradient. On CPU an element's bits depend on that element alone.
-    Errors: ToolkitError for another kind.
+    and in the gradient. An element's bits depend on that element alone.
+    Errors: ToolkitError for another kind, or one of two arguments; other dtypes.
     """
-    if kind not in KINDS:
-        find(kind)
+    find(kind, plain=True)
     return _FORWARD.select(impl)(x, kind)

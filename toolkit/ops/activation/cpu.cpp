@@ -15,7 +15,7 @@ Tensor forward(const Tensor& input, c10::string_view kind) {
   by_type(type, [&](auto zero) {
     using T = decltype(zero);
     T* result = out.mutable_data_ptr<T>();
-    activations::with_kind({kind.data(), kind.size()}, [&](auto f) {
+    activations::with_plain_kind({kind.data(), kind.size()}, [&](auto f) {
       for_spans(x.flat(), x.count, x.width, kWeight, [&](int64_t row, int64_t column, int64_t n) {
         const T* from = x.row<T>(row) + column;
         T* to = result + row * x.width + column;
@@ -36,7 +36,7 @@ Tensor backward(const Tensor& grad, const Tensor& input, c10::string_view kind) 
   by_type(type, [&](auto zero) {
     using T = decltype(zero);
     T* result = out.mutable_data_ptr<T>();
-    activations::with_kind({kind.data(), kind.size()}, [&](auto f) {
+    activations::with_plain_kind({kind.data(), kind.size()}, [&](auto f) {
       for_spans(x.flat() && g.flat(), x.count, x.width, kWeight, [&](int64_t row, int64_t column, int64_t n) {
         const T *at_x = x.row<T>(row) + column, *at_g = g.row<T>(row) + column;
         T* to = result + row * x.width + column;

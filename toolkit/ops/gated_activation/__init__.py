@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from toolkit.errors import ToolkitError
-from toolkit.ops.activation.functions import KINDS, find
+from toolkit.ops.activation.kinds import find
 from toolkit.ops.gated_activation import reference
 from toolkit.ops.registry import register
 
@@ -21,31 +21,47 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
     return dgate, dup, None
 
 
+def _triton(*args: Any) -> Tensor:
+    from toolkit.ops.gated_activation import triton
+
+    return triton.gated_activation(*args)
+
+
+def _triton_backward(*args: Any) -> tuple[Tensor, Tensor]:
+    from toolkit.ops.gated_activation import triton
+
+    return triton.gated_activation_backward(*args)
+
+
 _BACKWARD = register(
     "gated_activation_backward(Tensor grad, Tensor gate, Tensor up, str kind) -> (Tensor, Tensor)",
     reference=reference.gated_activation_backward,
     fake=reference.gated_activation_backward_fake,
+    triton=_triton_backward,
 )
 _FORWARD = register(
     "gated_activation(Tensor gate, Tensor up, str kind) -> Tensor",
     reference=reference.gated_activation,
     fake=reference.gated_activation_fake,
+    triton=_triton,
     backward=_backward,
     setup_context=_setup_context,
 )
 
 
 def gated_activation(gate: Tensor, up: Tensor, kind: str, *, impl: str | None = None) -> Tensor:
-    """``f(gate) * up``, f one of the kinds of ``toolkit.ops.activation``.
+    """``f(gate) * up``, f a kind of ``toolkit.ops.activation``; or a gate of two arguments, ``f(gate, up)``.
 
+    kind: ``silu``, ``gelu``, ``gelu_tanh``, ``relu``, ``relu2`` as in ``toolkit.ops.activation``; ``clamped_swiglu``
+    g sigmoid(1.702 g) (u + 1), g = min(gate, 7) and u = up clamped to [-7, 7] (gpt-oss). A file of
+    ``toolkit/ops/activation/kinds`` each.
     gate, up: [..., N], equal shapes; rows may be strided (the two halves of one projection cost no copy);
-    float32, float64, bfloat16 or float16 (the last two computed in float32, rounded once).
-    Returns gate's shape and dtype, contiguous. Saved for backward: gate and up; f(gate) is computed again.
-    On CPU an element's bits depend on gate and up there alone.
+    float32, float64, bfloat16 or float16 (the last two computed in float32, rounded once; Triton has no float64).
+    Returns gate's shape and dtype, contiguous. Saved for backward: gate and up; f is computed again.
+    An element's bits depend on gate and up there alone.
     Errors: ToolkitError for another kind or shapes that differ; other dtypes.
     """
-    if kind not in KINDS:
-        find(kind)
+    find(kind)
     if gate.shape != up.shape:
         raise ToolkitError(f"gate has shape {list(gate.shape)}, up {list(up.shape)}; they must be equal.")
     return _FORWARD.select(impl)(gate, up, kind)

@@ -1,4 +1,4 @@
-// gated_activation and its backward on CPU: act(gate) * up, one pass each way, nothing in between stored.
+// gated_activation and its backward on CPU: act(gate) * up or gate(gate, up), one pass each way, nothing in between stored.
 #include "activations.h"
 
 namespace toolkit::gated_activation_op {
@@ -20,7 +20,12 @@ Tensor forward(const Tensor& gate, const Tensor& up, c10::string_view kind) {
         const T *at_g = g.row<T>(row) + column, *at_u = u.row<T>(row) + column;
         T* to = result + row * g.width + column;
         for_vectors<T>(n, [&](int64_t i, int64_t lanes) {
-          (f.value(Vec<T>::loadu(at_g + i, lanes)) * Vec<T>::loadu(at_u + i, lanes)).store(to + i, lanes);
+          const auto gate = Vec<T>::loadu(at_g + i, lanes), up = Vec<T>::loadu(at_u + i, lanes);
+          if constexpr (f.kArguments == 2) {
+            f.value(gate, up).store(to + i, lanes);
+          } else {
+            (f.value(gate) * up).store(to + i, lanes);
+          }
         });
       });
     });
@@ -43,10 +48,17 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& gate, cons
         const T *at_d = d.row<T>(row) + column, *at_g = g.row<T>(row) + column, *at_u = u.row<T>(row) + column;
         const int64_t to = row * g.width + column;
         for_vectors<T>(n, [&](int64_t i, int64_t lanes) {
-          const auto pair = f.both(Vec<T>::loadu(at_g + i, lanes));
           const auto out = Vec<T>::loadu(at_d + i, lanes);
-          (out * Vec<T>::loadu(at_u + i, lanes) * pair.derivative).store(to_gate + to + i, lanes);
-          (out * pair.value).store(to_up + to + i, lanes);
+          const auto gate = Vec<T>::loadu(at_g + i, lanes), up = Vec<T>::loadu(at_u + i, lanes);
+          if constexpr (f.kArguments == 2) {
+            const auto slopes = f.both(gate, up);
+            (out * slopes.to_gate).store(to_gate + to + i, lanes);
+            (out * slopes.to_up).store(to_up + to + i, lanes);
+          } else {
+            const auto pair = f.both(gate);
+            (out * up * pair.derivative).store(to_gate + to + i, lanes);
+            (out * pair.value).store(to_up + to + i, lanes);
+          }
         });
       });
     });

@@ -20,15 +20,29 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | N
     return dx, None if weight is None else dw, None if bias is None else db, None
 
 
+def _triton(*args: Any) -> Tensor:
+    from toolkit.ops.layer_norm import triton
+
+    return triton.layer_norm(*args)
+
+
+def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from toolkit.ops.layer_norm import triton
+
+    return triton.layer_norm_backward(*args)
+
+
 _BACKWARD = register(
     "layer_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)",
     reference=reference.layer_norm_backward,
     fake=reference.layer_norm_backward_fake,
+    triton=_triton_backward,
 )
 _FORWARD = register(
     "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor",
     reference=reference.layer_norm,
     fake=reference.layer_norm_fake,
+    triton=_triton,
     backward=_backward,
     setup_context=_setup_context,
 )
@@ -40,9 +54,9 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     x: [..., N]; float32, float64, bfloat16 or float16 (the last two computed in float32, rounded once).
     weight, bias: [N] or None, each on its own. The variance divides by N.
     Returns [..., N] in x's dtype, contiguous. Saved for backward: x, weight, bias.
-    On CPU a row's bits, of the output and of its gradient, depend on that row alone; the gradients of weight
-    and bias sum rows in an order set by their number only, whatever the number of threads.
-    Errors: ToolkitError for a weight or bias of another shape; other dtypes.
+    A row's bits, of the output and of its gradient, depend on that row alone; the gradients of weight and bias sum
+    rows in an order set by their number and width only, whatever the number of threads.
+    Errors: ToolkitError for a weight or bias of another shape; other dtypes; on Triton float64 and N above 32768.
     """
     check_row("weight", weight, x)
     check_row("bias", bias, x)

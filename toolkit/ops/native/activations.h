@@ -1,10 +1,9 @@
-// Activation functions as small inlined functors, the one place where they are written for the CPU.
-// Their torch twins are in toolkit/ops/activation/functions.py. To add one: a struct here, a line in `with_kind`,
-// and an entry there.
+// What the activation functions share on the CPU. The functions themselves are small inlined functors, written in
+// the files of toolkit/ops/activation/kinds and collected from there when the library is built.
 //
-// `value(x)` gives f(x); `both(x)` gives f(x) and f'(x) and shares the work. The limits at +-inf are exact and
-// nothing finite overflows into NaN: where a formula would multiply 0 by inf, its argument is clamped first to a
-// range outside which the function has reached its limit.
+// `value(x)` gives f(x); `both(x)` gives f(x) and f'(x) and shares the work; those of a gate take (gate, up). The
+// limits at +-inf are exact and nothing finite overflows into NaN: where a formula would multiply 0 by inf, its
+// argument is clamped first to a range outside which the function has reached its limit.
 #pragma once
 #include <limits>
 #include <string_view>
@@ -19,6 +18,12 @@ using rows::Vec;
 template <typename V>
 struct Pair {
   V value, derivative;
+};
+
+// f(gate, up) and its slopes to gate and to up.
+template <typename V>
+struct Slopes {
+  V value, to_gate, to_up;
 };
 
 template <typename V>
@@ -41,89 +46,7 @@ inline Pair<V> sigmoid_both(const V& x) {
   return {V::blendv(large, small, negative), V::blendv(small, large, negative)};
 }
 
-// x sigmoid(x)
-struct Silu {
-  template <typename V>
-  static V value(const V& x) {
-    return finite_below(x) / (V(1) + elementary::exp(x.neg()));
-  }
-  template <typename V>
-  static Pair<V> both(const V& x) {
-    const auto [s, rest] = sigmoid_both(x);
-    const V bounded = at::vec::clamp(x, V(-1e4), V(1e4));
-    return {finite_below(x) * s, s * at::vec::fmadd(bounded, rest, V(1))};
-  }
-};
-
-// x Phi(x), Phi the normal distribution function
-struct Gelu {
-  template <typename V>
-  static V value(const V& x) {
-    return finite_below(x) * elementary::normal(x).below;
-  }
-  template <typename V>
-  static Pair<V> both(const V& x) {
-    const auto [below, density] = elementary::normal(x);
-    const V bounded = at::vec::clamp(x, V(-100), V(100));
-    return {finite_below(x) * below, at::vec::fmadd(bounded, density, below)};
-  }
-};
-
-// x (1 + tanh u) / 2 = x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3)
-struct GeluTanh {
-  template <typename V>
-  static V value(const V& x) {
-    return finite_below(x) * sigmoid(twice_u(x));
-  }
-  template <typename V>
-  static Pair<V> both(const V& x) {
-    const V bounded = at::vec::clamp(x, V(-100), V(100));
-    const auto [s, rest] = sigmoid_both(twice_u(bounded));
-    const V slope = at::vec::fmadd(bounded * bounded, V(3 * kCubic), V(1)) * V(kScale);
-    return {finite_below(x) * s, at::vec::fmadd(bounded * slope, s * rest, s)};
-  }
-  template <typename V>
-  static V twice_u(const V& x) {
-    return x * at::vec::fmadd(x * x, V(kCubic), V(1)) * V(kScale);
-  }
-  static constexpr double kScale = 1.5957691216057308;  // 2 sqrt(2/pi)
-  static constexpr double kCubic = 0.044715;
-};
-
-// max(x, 0); the derivative at 0 is 0
-struct Relu {
-  template <typename V>
-  static V value(const V& x) {
-    return at::vec::clamp_min(x, V(0));
-  }
-  template <typename V>
-  static Pair<V> both(const V& x) {
-    return {value(x), V::blendv(V(1), V(0), x <= V(0))};
-  }
-};
-
-// max(x, 0)^2
-struct Relu2 {
-  template <typename V>
-  static V value(const V& x) {
-    const V r = at::vec::clamp_min(x, V(0));
-    return r * r;
-  }
-  template <typename V>
-  static Pair<V> both(const V& x) {
-    const V r = at::vec::clamp_min(x, V(0));
-    return {r * r, r + r};
-  }
-};
-
-template <typename Body>
-inline void with_kind(std::string_view kind, const Body& body) {
-  if (kind == "silu") return body(Silu{});
-  if (kind == "gelu") return body(Gelu{});
-  if (kind == "gelu_tanh") return body(GeluTanh{});
-  if (kind == "relu") return body(Relu{});
-  if (kind == "relu2") return body(Relu2{});
-  TORCH_CHECK(false, "activation: kind is '", std::string(kind), "'; allowed are silu, gelu, gelu_tanh, relu, relu2.");
-}
-
 }  // namespace toolkit::activations
+
+// One struct and one line of `with_kind` each, made by setup.py from the files of toolkit/ops/activation/kinds.
+#include "activation_kinds.h"

@@ -25,17 +25,32 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
     )
 
 
+def _triton(*args: Any) -> Tensor:
+    from toolkit.ops.rotary import triton
+
+    return triton.rotary(*args)
+
+
+def _triton_tables(*args: Any) -> tuple[Tensor, Tensor]:
+    from toolkit.ops.rotary import triton_tables
+
+    return triton_tables.rotary_tables(*args)
+
+
 _ROTARY = register(
     "rotary(Tensor x, Tensor cos, Tensor sin, bool interleaved) -> Tensor",
     reference=reference.rotary,
     fake=reference.rotary_fake,
+    triton=_triton,
     backward=_backward,
     setup_context=_setup_context,
 )
 _TABLES = register(
-    "rotary_tables(Tensor positions, Tensor inv_freq, float scaling, ScalarType dtype) -> (Tensor, Tensor)",
+    "rotary_tables(Tensor positions, Tensor inv_freq, float scaling, ScalarType dtype, Tensor? axes=None)"
+    " -> (Tensor, Tensor)",
     reference=reference.rotary_tables,
     fake=reference.rotary_tables_fake,
+    triton=_triton_tables,
 )
 
 
@@ -60,7 +75,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, *, im
     Returns [T, H, D] in x's dtype, contiguous. Gradient to x only, by the transposed map (the rotation by
     minus the angle, for tables of one angle a pair). Saved for backward: cos and sin. Every product and sum
     is rounded on its own, so that float32 bits are those of eager torch. Errors: ToolkitError for
-    tables of other shapes; other dtypes.
+    tables of other shapes; other dtypes; on Triton float64.
     """
     rotated = cos.shape[-1]
     if cos.shape != sin.shape or cos.shape != (x.shape[0], rotated) or rotated % 2 or rotated > x.shape[-1]:
@@ -76,13 +91,24 @@ def rotary_tables(
     inv_freq: Tensor,
     scaling: float = 1.0,
     dtype: torch.dtype = torch.float32,
+    axes: Tensor | None = None,
     *,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``scaling * cos(position * inv_freq)`` and the same of sin, the F frequencies twice: two of [..., 2F].
 
-    positions: [...] int64. inv_freq: [F], radians a position. The angle is the float32 product, as models
-    are trained with, unless ``dtype`` is float64; the result is cast to ``dtype``. No gradient. On CPU a
-    row's bits depend on its position alone.
+    positions: [...] int64; with ``axes`` [A, ...], a token's place along each of A axes (time, height and width, say).
+    inv_freq: [F], radians a position. axes: [F] int64, below A: the axis whose position frequency f turns by. So the
+    sections of Qwen2-VL are ``torch.arange(A).repeat_interleave(sections)``, and Qwen3-VL's interleaved ones
+    0, 1, 2, 0, 1, 2, ... and then 0.
+    The angle is the float32 product, as models are trained with, unless ``dtype`` is float64; the result is
+    cast to ``dtype``. No gradient. A row's bits depend on its positions alone.
+    Errors: ToolkitError for axes of another shape or dtype, or positions without a first dimension for them; an axis
+    that positions do not have is an error of the native CPU kernel and of torch, and NaN on Triton.
     """
-    return _TABLES.select(impl)(positions, inv_freq, scaling, dtype)
+    if axes is not None and (axes.shape != inv_freq.shape or axes.dtype != torch.int64 or not positions.dim()):
+        raise ToolkitError(
+            f"axes have shape {list(axes.shape)} and dtype {axes.dtype}; inv_freq {list(inv_freq.shape)} and positions"
+            f" {list(positions.shape)} need int64 {list(inv_freq.shape)}, and [A, ...]."
+        )
+    return _TABLES.select(impl)(positions, inv_freq, scaling, dtype, axes)

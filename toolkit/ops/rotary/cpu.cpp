@@ -58,10 +58,11 @@ Tensor forward(const Tensor& input, const Tensor& cos, const Tensor& sin, bool i
   return cast(out, input.scalar_type());
 }
 
-// The angle is rounded to float (as models are trained with), its cosine and sine are taken in double.
+// The angle is rounded to float (as models are trained with), its cosine and sine are taken in double. With axes,
+// frequency i turns by the position of its own axis; the positions of an axis are `count` apart.
 template <typename T>
-void fill_tables(const int64_t* positions, int64_t count, const T* frequency, int64_t n, double scaling, T* cos,
-                 T* sin) {
+void fill_tables(const int64_t* positions, const int64_t* axes, int64_t count, const T* frequency, int64_t n,
+                 double scaling, T* cos, T* sin) {
   at::parallel_for(0, count, std::max<int64_t>(1, 1024 / std::max<int64_t>(1, n)), [&](int64_t begin, int64_t end) {
     constexpr int64_t kLanes = Vec<double>::size();
     for (int64_t t = begin; t < end; ++t) {
@@ -69,7 +70,10 @@ void fill_tables(const int64_t* positions, int64_t count, const T* frequency, in
       for (int64_t i = 0; i < n; i += kLanes) {
         const int64_t lanes = std::min(kLanes, n - i);
         double angle[kLanes] = {}, cosine[kLanes], sine[kLanes];
-        for (int64_t l = 0; l < lanes; ++l) angle[l] = static_cast<T>(positions[t]) * frequency[i + l];
+        for (int64_t l = 0; l < lanes; ++l) {
+          const int64_t at = axes ? axes[i + l] * count + t : t;
+          angle[l] = static_cast<T>(positions[at]) * frequency[i + l];
+        }
         const auto angles = Vec<double>::loadu(angle);
         angles.cos().store(cosine);
         angles.sin().store(sine);
@@ -83,7 +87,7 @@ void fill_tables(const int64_t* positions, int64_t count, const T* frequency, in
 }
 
 std::tuple<Tensor, Tensor> tables(const Tensor& positions, const Tensor& inv_freq, double scaling,
-                                  at::ScalarType dtype) {
+                                  at::ScalarType dtype, const std::optional<Tensor>& axes) {
   TORCH_CHECK(positions.scalar_type() == at::kLong, "rotary_tables: positions have dtype ", positions.scalar_type(),
               "; allowed is int64.");
   TORCH_CHECK(inv_freq.dim() == 1, "rotary_tables: inv_freq has shape ", inv_freq.sizes(), "; allowed is [F].");
@@ -91,12 +95,28 @@ std::tuple<Tensor, Tensor> tables(const Tensor& positions, const Tensor& inv_fre
   const Tensor at_positions = positions.contiguous(), frequencies = inv_freq.to(type).contiguous();
   const int64_t n = inv_freq.size(0);
   auto sizes = positions.sizes().vec();
+  int64_t count = positions.numel();
+  Tensor axis;
+  if (axes) {
+    TORCH_CHECK(axes->scalar_type() == at::kLong && axes->dim() == 1 && axes->size(0) == n,
+                "rotary_tables: axes have dtype ", axes->scalar_type(), " and shape ", axes->sizes(),
+                "; allowed is int64 [", n, "].");
+    TORCH_CHECK(positions.dim() > 0, "rotary_tables: positions have no dimensions; with axes, [A, ...] is required.");
+    axis = axes->contiguous();
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t a = axis.const_data_ptr<int64_t>()[i];
+      TORCH_CHECK(a >= 0 && a < sizes[0], "rotary_tables: axes[", i, "] is ", a, "; positions have ", sizes[0],
+                  " axes.");
+    }
+    count = sizes[0] ? count / sizes[0] : 0;
+    sizes.erase(sizes.begin());
+  }
   sizes.push_back(2 * n);
   Tensor cos = empty(sizes, inv_freq, type), sin = empty(sizes, inv_freq, type);
   by_type(type, [&](auto zero) {
     using T = decltype(zero);
-    fill_tables<T>(at_positions.const_data_ptr<int64_t>(), positions.numel(), frequencies.const_data_ptr<T>(), n,
-                   scaling, cos.mutable_data_ptr<T>(), sin.mutable_data_ptr<T>());
+    fill_tables<T>(at_positions.const_data_ptr<int64_t>(), axes ? axis.const_data_ptr<int64_t>() : nullptr, count,
+                   frequencies.const_data_ptr<T>(), n, scaling, cos.mutable_data_ptr<T>(), sin.mutable_data_ptr<T>());
   });
   return {cast(cos, dtype), cast(sin, dtype)};
 }

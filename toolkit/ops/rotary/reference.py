@@ -30,14 +30,18 @@ def transposed_sin(sin: Tensor, interleaved: bool) -> Tensor:
     return -sin if interleaved else -sin.roll(sin.shape[-1] // 2, -1)
 
 
-def rotary_tables(positions: Tensor, inv_freq: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary_tables(
+    positions: Tensor, inv_freq: Tensor, scaling: float, dtype: torch.dtype, axes: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """cos and sin of ``position * inv_freq``, times ``scaling``, each frequency twice: [..., 2F].
 
-    Angle, table and product with ``scaling`` are float32 (float64 when ``dtype`` is), then cast to ``dtype``.
-    Positions are exact up to 2^24 in float32. Rows do not depend on each other.
+    With ``axes``, positions are [A, ...] and frequency f turns by ``positions[axes[f]]``. Angle, table and product
+    with ``scaling`` are float32 (float64 when ``dtype`` is), then cast to ``dtype``. Positions are exact up to 2^24
+    in float32. Rows do not depend on each other.
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    angles = positions.to(wide)[..., None] * inv_freq.to(wide)
+    turns = positions[..., None] if axes is None else positions.index_select(0, axes).movedim(0, -1)
+    angles = turns.to(wide) * inv_freq.to(wide)
     cos, sin = (elementwise(f, angles) * scaling for f in (torch.cos, torch.sin))
     return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((sin, sin), dim=-1).to(dtype)
 
@@ -47,7 +51,8 @@ def rotary_fake(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tenso
 
 
 def rotary_tables_fake(
-    positions: Tensor, inv_freq: Tensor, scaling: float, dtype: torch.dtype
+    positions: Tensor, inv_freq: Tensor, scaling: float, dtype: torch.dtype, axes: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    shape = (*positions.shape, 2 * inv_freq.shape[0])
+    rows = positions.shape if axes is None else positions.shape[1:]
+    shape = (*rows, 2 * inv_freq.shape[0])
     return inv_freq.new_empty(shape, dtype=dtype), inv_freq.new_empty(shape, dtype=dtype)

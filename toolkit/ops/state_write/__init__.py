@@ -1,5 +1,7 @@
 """Writing new rows of keys, values or other state into the slots of a pool."""
 
+from typing import Any
+
 from torch import Tensor
 
 from toolkit.ops.registry import register
@@ -12,10 +14,17 @@ def _fake(pool: Tensor, rows: Tensor, slots: Tensor) -> None:
     return None
 
 
+def _triton(*args: Any) -> None:
+    from toolkit.ops.state_write import triton
+
+    return triton.state_write(*args)
+
+
 _OP = register(
     "state_write(Tensor(a!) pool, Tensor rows, Tensor slots) -> ()",
     reference=reference.state_write,
     fake=_fake,
+    triton=_triton,
 )
 
 
@@ -24,6 +33,7 @@ def state_write(pool: Tensor, rows: Tensor, slots: Tensor, *, impl: str | None =
 
     pool: [slots_total, H, D], any dtype; rows: [T, H, D], converted to pool's dtype; slots: [T] int64, all
     different where not negative. No gradient: rows are written as values. A slot outside the pool is a
-    ``RuntimeError`` of the native CPU kernel, before anything is written, and torch's own error elsewhere.
+    ``RuntimeError`` of the native CPU kernel, before anything is written, torch's own error in the reference, and
+    skipped on Triton, which cannot say so without waiting for the device.
     """
     _OP.select(impl)(pool, rows.detach(), slots)

@@ -19,15 +19,29 @@ def _backward(ctx: Any, grad_logprob: Tensor, grad_lse: Tensor) -> tuple[Tensor,
     return _BACKWARD(grad_logprob, grad_lse, logits, targets, lse), None
 
 
+def _triton(*args: Any) -> tuple[Tensor, Tensor]:
+    from toolkit.ops.token_logprob import triton
+
+    return triton.token_logprob(*args)
+
+
+def _triton_backward(*args: Any) -> Tensor:
+    from toolkit.ops.token_logprob import triton
+
+    return triton.token_logprob_backward(*args)
+
+
 _BACKWARD = register(
     "token_logprob_backward(Tensor grad_logprob, Tensor grad_lse, Tensor logits, Tensor targets, Tensor lse) -> Tensor",
     reference=reference.token_logprob_backward,
     fake=reference.token_logprob_backward_fake,
+    triton=_triton_backward,
 )
 _FORWARD = register(
     "token_logprob(Tensor logits, Tensor targets) -> (Tensor, Tensor)",
     reference=reference.token_logprob,
     fake=reference.token_logprob_fake,
+    triton=_triton,
     backward=_backward,
     setup_context=_setup_context,
 )
@@ -42,8 +56,8 @@ def token_logprob(logits: Tensor, targets: Tensor, *, impl: str | None = None) -
     a row with NaN or +inf gives NaN.
     Saved for backward: logits, targets, lse. Both results pass gradient:
     ``d logits = g (onehot - softmax) + g_lse softmax``, written in one pass.
-    On CPU a row's bits depend on that row alone. Errors: ToolkitError for other shapes, IndexError
-    for a target of V or more on CPU; other dtypes.
+    A row's bits depend on that row alone. Errors: ToolkitError for other shapes; IndexError for a target of V
+    or more on CPU, where Triton gives NaN; other dtypes; on Triton float64.
     """
     if targets.shape != logits.shape[:-1] or not logits.shape[-1]:
         raise ToolkitError(

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from toolkit.modules.mlp import activation_forward
 from toolkit.numerics import Numerics
-from toolkit.ops.activation import KINDS
+from toolkit.ops.activation import plain_kinds
 from toolkit.patch.claim import Claim, ProbeError, Refusal
 from toolkit.patch.probe import compare, required_arguments, twin, with_forward
 from toolkit.patch.roles.search import Candidate, search
@@ -32,7 +32,7 @@ def _candidates(module: nn.Module) -> list[Candidate] | None:
         return None
     return [
         (kind, forward, partial(_probe, module, forward))
-        for kind, forward in ((kind, activation_forward(kind)) for kind in KINDS)
+        for kind, forward in ((kind, activation_forward(kind)) for kind in plain_kinds())
     ]
 
 

@@ -1,0 +1,77 @@
+"""What the tests of Triton kernels in Triton's interpreter share. CPU tensors, float32 and float16: the interpreter
+computes with numpy, which has no bfloat16."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+assert os.environ.get("TRITON_INTERPRET") == "1"
+
+DTYPES = [torch.float32, torch.float16]
+# Rounding of the result, and of a few operations before it.
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 2**-10}
+_empty = torch.empty
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Memory that a launcher leaves to its kernels is NaN (the largest number for integers), so that a gap shows."""
+
+    def fill(*size: Any, **options: Any) -> Tensor:
+        made = _empty(*size, **options)
+        return made.fill_(torch.nan if made.is_floating_point() else torch.iinfo(made.dtype).max)
+
+    with mock.patch.object(torch, "empty", fill):
+        yield
+
+
+def noise(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0, seed: int = 0) -> Tensor:
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
+
+
+def far_apart(rows: Tensor) -> Tensor:
+    """The same rows with more than 2^31 elements from the first to the last: untouched memory costs nothing."""
+    count = rows.shape[0]
+    stride = 2**31 // (count - 1) // 16 * 16 + 16
+    storage = _empty((count - 1) * stride + rows[0].numel(), dtype=rows.dtype)
+    view = storage.as_strided(rows.shape, (stride, *rows[0].contiguous().stride()))
+    assert (count - 1) * stride > 2**31
+    return view.copy_(rows)
+
+
+def close(got: Tensor, wanted: Tensor, tolerance: float) -> None:
+    """Equal to ``tolerance`` of the largest value wanted (of 0.1 where that is smaller)."""
+    assert got.shape == wanted.shape, (got.shape, wanted.shape)
+    if got.numel():
+        error = (got.double() - wanted.double()).abs().max() / wanted.double().abs().max().clamp_min(0.1)
+        assert error <= tolerance, float(error)  # false for NaN
+
+
+def gradients(oracle: Callable[..., Any], inputs: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    """Gradients of ``oracle`` in float64 to the floating-point ``inputs``, for upstream ``grads``."""
+    leaves = [x.double().requires_grad_() if x.is_floating_point() else x for x in inputs]
+    outputs = oracle(*leaves)
+    outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
+    wanted = [x for x in leaves if x.is_floating_point()]
+    return list(torch.autograd.grad(outputs, wanted, [g.double() for g in grads]))
+
+
+def rows_alone(f: Callable[..., Any], inputs: list[Tensor], seed: int = 0) -> None:
+    """f of any rows of ``inputs`` has those rows' bits of f of all, and the same bits again."""
+    generator = torch.Generator().manual_seed(seed)
+    count = inputs[0].shape[0]
+
+    def call(index: Any) -> list[Tensor]:
+        y = f(*(x[index] for x in inputs))
+        return list(y) if isinstance(y, tuple) else [y]
+
+    whole = call(slice(None))
+    for size in (1, 2, count // 2, count):
+        index = torch.randperm(count, generator=generator)[:size]
+        for part, full in zip(call(index), whole):
+            assert torch.equal(part, full[index])

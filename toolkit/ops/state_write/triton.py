@@ -1,0 +1,65 @@
+"""Writing rows of state into their slots, in Triton: one pass over the rows, a program a tile of them."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from toolkit.errors import ToolkitError
+from toolkit.ops.triton_rows import blocks, part_of_row
+
+# Rows of these are converted by the kernel; of others, before it.
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@triton.jit(do_not_specialize=["count", "most"])
+def state_write_copy(
+    pool, rows, slots, count, most, stride_p, stride_ph, stride_r, stride_rh,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """pool[slots[t], h] = rows[t, h]; a slot that is not in the pool is left out."""
+    across: tl.constexpr = (HEADS * WIDTH + BLOCK - 1) // BLOCK
+    program = tl.program_id(0)
+    row = (program // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = (program % across) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    head, channel = (column // WIDTH).to(tl.int64), column % WIDTH
+    slot = tl.load(slots + row, mask=row < count, other=-1)
+    kept = (slot >= 0) & (slot < most) & (column < HEADS * WIDTH)
+    values = tl.load(rows + row * stride_r + head * stride_rh + channel, mask=kept, other=0)
+    tl.store(pool + slot * stride_p + head * stride_ph + channel, values.to(pool.dtype.element_ty), mask=kept)
+
+
+def state_write(pool: Tensor, rows: Tensor, slots: Tensor) -> None:
+    """``toolkit::state_write``: pool [S, H, D] of unit stride along D, rows [T, H, D], slots [T] int64.
+
+    A slot of S or more is skipped as a negative one is: nothing outside the pool is ever written, and there is no
+    error without waiting for the device.
+    """
+    if pool.dim() != 3 or rows.dim() != 3 or pool.shape[1:] != rows.shape[1:]:
+        raise ToolkitError(
+            f"pool has shape {list(pool.shape)} and rows {list(rows.shape)}; [slots, heads, width] and"
+            " [rows, heads, width] with the same heads and width are required."
+        )
+    if slots.dtype != torch.int64 or slots.shape != rows.shape[:1]:
+        raise ToolkitError(
+            f"slots has shape {list(slots.shape)} and dtype {slots.dtype}; int64 [{rows.shape[0]}] is required."
+        )
+    if pool.shape[2] > 1 and pool.stride(2) != 1:
+        raise ToolkitError(f"pool has strides {list(pool.stride())}; a contiguous last dimension is required.")
+    if not rows.numel() or not pool.numel():
+        return
+    if rows.dtype != pool.dtype and not (rows.dtype in _FLOATS and pool.dtype in _FLOATS):
+        rows = rows.to(pool.dtype)
+    if rows.shape[2] > 1 and rows.stride(2) != 1:
+        rows = rows.contiguous()
+    if pool.dtype not in _FLOATS and pool.itemsize in _BITS:  # whatever its bits mean
+        pool, rows = pool.view(_BITS[pool.itemsize]), rows.view(_BITS[pool.itemsize])
+    heads, width = pool.shape[1:]
+    if heads > 1 and pool.stride(1) == width and rows.stride(1) == width:  # a row lies in one piece
+        heads, width = 1, heads * width
+    tile = part_of_row(heads * width, max(pool.itemsize, rows.itemsize))
+    state_write_copy[(blocks(rows.shape[0], tile.rows) * blocks(heads * width, tile.block),)](
+        pool, rows, slots.contiguous(), rows.shape[0], pool.shape[0], pool.stride(0), pool.stride(1),
+        rows.stride(0), rows.stride(1), HEADS=heads, WIDTH=width, **tile.options(),
+    )  # fmt: skip
