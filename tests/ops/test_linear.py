@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from toolkit.errors import ToolkitError
-from toolkit.ops.linear import linear
+from toolkit.ops.linear import linear, linear_group
 from toolkit.ops.registry import has_native
 
 IMPLEMENTATIONS = ["reference", "cpu"] if has_native("linear") else ["reference"]
@@ -281,3 +281,31 @@ def test_registration_is_sound():
         tensors = [t.requires_grad_(requires_grad) for t in make(3, 5, 4)]
         torch.library.opcheck(torch.ops.toolkit.linear.default, tensors)
         torch.library.opcheck(torch.ops.toolkit.linear.default, [*tensors[:2], None])
+
+
+@every_impl
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [0, 1, 5, 200])
+def test_a_group_has_the_bits_of_its_members(impl, dtype, rows, threads):
+    x, *_ = make(rows, 300, 1, dtype)
+    members = [make(1, 300, outputs, dtype, seed=outputs)[1:] for outputs in (17, 1, 512, 64, 2000)]
+    biases = [bias if at % 2 else None for at, (_, bias) in enumerate(members)]
+    group = linear_group(x, [weight for weight, _ in members], biases, impl=impl)
+    assert len(group) == len(members)
+    for y, (weight, _), bias in zip(group, members, biases):
+        assert torch.equal(y, linear(x, weight, bias, impl=impl))
+
+
+@every_impl
+def test_groups_at_the_edges(impl):
+    assert linear_group(torch.ones(2, 3), [], [], impl=impl) == []
+    empty, full = linear_group(torch.ones(2, 0), [torch.ones(4, 0)] * 2, [None, torch.arange(4.0)], impl=impl)
+    assert not empty.any()
+    assert torch.equal(full, torch.arange(4.0).expand(2, 4))
+    with pytest.raises((RuntimeError, ValueError)):
+        linear_group(torch.ones(2, 3), [torch.ones(4, 3)], [], impl=impl)
+
+
+def test_opcheck_of_groups():
+    weights, biases = [torch.ones(4, 3), torch.ones(2, 3)], [None, torch.ones(2)]
+    torch.library.opcheck(torch.ops.toolkit.linear_group.default, (torch.ones(2, 3), weights, biases))

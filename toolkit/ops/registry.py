@@ -17,6 +17,7 @@ from toolkit.ops import native
 
 _LIBRARY = torch.library.Library("toolkit", "DEF")
 _OPS: dict[str, "Op"] = {}
+_NATIVE: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class Op:
 
 
 def has_native(name: str) -> bool:
-    """Whether the loaded native library holds a kernel for this op."""
-    return native.load() is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"toolkit::{name}", "CPU")
+    """Whether the loaded native library holds a kernel for this op, which must be registered."""
+    return name in _NATIVE
 
 
 def register(
@@ -70,7 +71,10 @@ def register(
     name = schema.split("(", 1)[0].split(".", 1)[0]
     qualified = f"toolkit::{name}"
     _LIBRARY.define(schema)
-    if not has_native(name):
+    # Asked before the reference may take the place: a library built from older sources lacks the newer ops.
+    if native.load() is not None and torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CPU"):
+        _NATIVE.add(name)
+    else:
         _LIBRARY.impl(name, reference, "CPU")
     _LIBRARY.impl(name, triton or reference, "CUDA")
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)

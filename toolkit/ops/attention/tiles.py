@@ -6,6 +6,7 @@ keys fixes the order in which a row is summed, so a size that followed the batch
 ``rows``    query rows of a program (queries x the query heads that share a key/value head)
 ``keys``    keys of a step, anchored at key 0 of the sequence
 ``warps``, ``stages``   what Triton calls num_warps and num_stages
+``slice``   how much of the head dimension a product of the dq kernel takes at a time; 0: all of it
 """
 
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ class Tile:
     keys: int
     warps: int
     stages: int
+    slice: int = 0
 
 
 # architecture -> bytes an element -> ((largest head_dim, tile), ...), smallest head_dim first.
@@ -52,26 +54,29 @@ FORWARD: Table = {
     },
 }
 
-# The kernel that owns rows of queries and gives dq. Float32 at head_dim 256 is the one entry that spills
-# (some 150 bytes on NVIDIA, whose matrix units have no IEEE float32 product).
+# The kernel that owns rows of queries and gives dq. NVIDIA's matrix units have no IEEE float32 product: a thread
+# holds whole rows of both operands, so float32 at head_dim 256 takes its products in slices, or it would spill.
 BACKWARD_QUERIES: Table = {
     "sm_80": {
         2: ((64, Tile(32, 64, 4, 2)), (128, Tile(32, 64, 4, 1)), (256, Tile(16, 32, 4, 1))),
-        4: ((64, Tile(16, 16, 4, 1)), (128, Tile(16, 16, 8, 1)), (256, Tile(16, 16, 8, 1))),
+        4: ((64, Tile(16, 16, 4, 1)), (128, Tile(16, 16, 8, 1)), (256, Tile(32, 16, 8, 1, 64))),
     },
     "sm_90": {
         2: ((64, Tile(64, 64, 4, 2)), (128, Tile(64, 64, 8, 1)), (256, Tile(32, 32, 8, 1))),
-        4: ((64, Tile(16, 16, 4, 1)), (128, Tile(16, 16, 8, 1)), (256, Tile(16, 16, 8, 1))),
+        4: ((64, Tile(16, 16, 4, 1)), (128, Tile(16, 16, 8, 1)), (256, Tile(32, 16, 8, 1, 64))),
     },
     "sm_100": {
         2: ((64, Tile(64, 64, 4, 2)), (128, Tile(64, 64, 8, 1)), (256, Tile(64, 32, 8, 1))),
-        4: ((64, Tile(16, 16, 4, 1)), (128, Tile(16, 16, 8, 1)), (256, Tile(16, 16, 8, 1))),
+        4: ((64, Tile(16, 16, 4, 1)), (128, Tile(16, 16, 8, 1)), (256, Tile(32, 16, 8, 1, 64))),
     },
     "gfx942": {
         2: ((64, Tile(32, 32, 4, 1)), (128, Tile(32, 32, 4, 1)), (256, Tile(16, 16, 4, 1))),
         4: ((64, Tile(16, 16, 4, 1)), (128, Tile(16, 16, 4, 1)), (256, Tile(16, 16, 4, 1))),
     },
-    "interpreter": FORWARD["interpreter"],
+    "interpreter": {
+        2: ((256, Tile(16, 16, 1, 1)),),
+        4: ((16, Tile(16, 16, 1, 1)), (256, Tile(16, 16, 1, 1, 16))),
+    },
 }
 
 # The kernel that owns rows of keys and gives dk, dv.

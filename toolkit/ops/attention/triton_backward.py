@@ -35,6 +35,25 @@ def probabilities(products, seen, lse, scale, softcap, CAPPED: tl.constexpr):
     return tl.math.exp2(exponent * 1.4426950408889634), slope
 
 
+@triton.jit
+def sliced_products(
+    a, b, a_row, a_ok, b_row, b_ok, width,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, SLICE: tl.constexpr,
+):  # fmt: skip
+    """[ROWS, COLUMNS] products of rows of a and b, a slice of their width at a time.
+
+    Without a matrix unit for the dtype every thread holds whole rows of both operands, which for wide heads is more
+    than its registers.
+    """
+    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, BLOCK, SLICE):
+        d = start + tl.arange(0, SLICE)
+        left = tl.load(a + a_row[:, None] + d[None, :], mask=a_ok[:, None] & (d < width)[None, :], other=0.0)
+        right = tl.load(b + b_row[:, None] + d[None, :], mask=b_ok[:, None] & (d < width)[None, :], other=0.0)
+        acc = tl.dot(left, tl.trans(right), acc, input_precision="ieee")
+    return acc
+
+
 @triton.jit(do_not_specialize=["num_sequences", "num_rows", "window"])
 def attention_backward_queries(
     grad, q, k, v, out, lse, delta, dq, query_offsets, kv_offsets, kv_lengths,
@@ -43,9 +62,12 @@ def attention_backward_queries(
     stride_ot, stride_oh, stride_lt, stride_dt,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     GROUP: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
+    WINDOWED: tl.constexpr, CAPPED: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
-    """dq of a tile of rows, and delta = sum(out * grad) of each row for the other kernel."""
+    """dq of a tile of rows, and delta = sum(out * grad) of each row for the other kernel.
+
+    SLICE, where not 0, is how much of the head dimension a product takes at a time.
+    """
     QUERIES: tl.constexpr = ROWS // HEADS
     HEAD_TILES: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     sequence, start, local = find_tile(query_offsets, num_sequences, tl.program_id(0), QUERIES)
@@ -88,14 +110,22 @@ def attention_backward_queries(
             k + slot[:, None] * stride_kt + kv_head * stride_kh + d[None, :],
             mask=key_ok[:, None] & (d < HEAD_DIM)[None, :], other=0.0,
         )  # fmt: skip
-        v_tile = tl.load(
-            v + slot[:, None] * stride_vt + kv_head * stride_vh + e[None, :],
-            mask=key_ok[:, None] & (e < V_DIM)[None, :], other=0.0,
-        )  # fmt: skip
-        products = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+        if SLICE:
+            q_row, k_row = query * stride_qt + head * stride_qh, slot * stride_kt + kv_head * stride_kh
+            products = sliced_products(q, k, q_row, row_ok, k_row, key_ok, HEAD_DIM, ROWS, KEYS, BLOCK_D, SLICE)
+        else:
+            products = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
         seen = visible_keys(key, position, kv_length, window, WINDOWED)
         weights, slope = probabilities(products, seen, row_lse[:, None], scale, softcap, CAPPED)
-        grad_weights = tl.dot(g_tile, tl.trans(v_tile), input_precision="ieee")
+        if SLICE:
+            g_row, v_row = query * stride_gt + head * stride_gh, slot * stride_vt + kv_head * stride_vh
+            grad_weights = sliced_products(grad, v, g_row, row_ok, v_row, key_ok, V_DIM, ROWS, KEYS, BLOCK_V, SLICE)
+        else:
+            v_tile = tl.load(
+                v + slot[:, None] * stride_vt + kv_head * stride_vh + e[None, :],
+                mask=key_ok[:, None] & (e < V_DIM)[None, :], other=0.0,
+            )  # fmt: skip
+            grad_weights = tl.dot(g_tile, tl.trans(v_tile), input_precision="ieee")
         grad_products = weights * (grad_weights - row_delta[:, None]) * slope
         acc = tl.dot(grad_products.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
     tl.store(
@@ -205,6 +235,8 @@ def attention_backward(
     lse = lse.contiguous()
     delta = torch.empty_like(lse)
     sizes = launch_sizes(q, k, v, tiles.BACKWARD_QUERIES)
+    arch = tiles.architecture(q.device)
+    choice = tiles.tile(tiles.BACKWARD_QUERIES, arch, q.dtype, max(q.shape[-1], v.shape[-1]))
     flags = {"WINDOWED": window > 0, "CAPPED": softcap > 0}
     sequences, kv_heads = kv_lengths.shape[0], k.shape[1]
     strides = [stride for x in (grad, q, k, v) for stride in x.stride()[:2]]
@@ -212,7 +244,7 @@ def attention_backward(
         grad, q, k, v, out, lse, delta, dq, query_offsets, kv_offsets, kv_lengths,
         sequences, q.shape[0], scale, window, softcap,
         *strides,
-        out.stride(0), out.stride(1), lse.stride(0), dq.stride(0), **flags, **sizes,
+        out.stride(0), out.stride(1), lse.stride(0), dq.stride(0), SLICE=choice.slice, **flags, **sizes,
     )  # fmt: skip
     sizes = launch_sizes(q, k, v, tiles.BACKWARD_KEYS)
     del sizes["HEADS"]

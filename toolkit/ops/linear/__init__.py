@@ -1,13 +1,14 @@
 """Matrix product with a weight, whose rows keep their bits whatever other rows are computed beside them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from toolkit.ops.linear.reference import linear_reference
+from toolkit.ops.linear.reference import linear_group_reference, linear_reference
 from toolkit.ops.registry import register
 
-__all__ = ["linear", "linear_reference"]
+__all__ = ["linear", "linear_group", "linear_reference"]
 
 
 def _fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -35,12 +36,37 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.
     return grad_x, grad_weight, grad_bias
 
 
+def _triton(*args: Any) -> torch.Tensor:
+    from toolkit.ops.linear import triton
+
+    return triton.linear(*args)
+
+
+def _group_fake(
+    x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
+) -> list[torch.Tensor]:
+    return [_fake(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+
+
+def _group_triton(
+    x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
+) -> list[torch.Tensor]:
+    return [_triton(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+
+
 _OP = register(
     "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     reference=linear_reference,
     fake=_fake,
+    triton=_triton,
     backward=_backward,
     setup_context=_setup_context,
+)
+_GROUP = register(
+    "linear_group(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor[]",
+    reference=linear_group_reference,
+    fake=_group_fake,
+    triton=_group_triton,
 )
 
 
@@ -52,12 +78,28 @@ def linear(
     x: ``[..., K]``; weight: ``[N, K]``, read in place in this layout; bias: ``[N]`` or None; y: ``[..., N]``. All of
     one dtype: float32, float64, bfloat16 or float16 (the last two add in float32 and round once).
 
-    Numerics: on CPU a row of y has the same bits for any number of rows, any neighbours and any number of threads:
-    sums run over blocks of 256 k, in a block one chain of fused multiply-adds over ascending k, the blocks' sums added
-    in order, the bias last. A NaN or infinity stays in its row. Gradients are the vendor's products:
-    the same from run to run.
+    Numerics: a row of y has the same bits for any number of rows and any neighbours. On CPU, with any number of
+    threads: sums run over blocks of 1024 bytes of k, in a block one chain of fused multiply-adds over ascending k, the
+    blocks' sums added in order, the bias last. On CUDA (Triton; no float64): one float32 sum over steps of k in
+    ascending order, by a tile that goes by device, dtype and N. A NaN or infinity stays in its row.
+    Gradients are the vendor's products: the same from run to run.
 
-    Saved for backward: x and weight. impl: None (by device), "reference" or "cpu".
-    Raises RuntimeError when shapes or dtypes do not fit, ToolkitError for an ``impl`` that is not available.
+    Saved for backward: x and weight. impl: None (by device), "reference", "cpu" or "triton".
+    Raises RuntimeError or ToolkitError when shapes or dtypes do not fit, ToolkitError for an ``impl`` that is not
+    available.
     """
     return _OP.select(impl)(x, weight, bias)
+
+
+def linear_group(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    *,
+    impl: str | None = None,
+) -> list[torch.Tensor]:
+    """``[linear(x, weight, bias) for weight, bias in zip(weights, biases)]``, bit for bit, as one piece of work.
+
+    For products of few rows, whose time goes to waking threads and to the last thread of each. No gradient.
+    """
+    return _GROUP.select(impl)(x, list(weights), list(biases))

@@ -1,4 +1,5 @@
-// linear on CPU: checks and dtypes; the product itself is native/product.h.
+// linear and linear_group on CPU: checks and dtypes; the product itself is native/product.h.
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
@@ -7,46 +8,82 @@
 
 namespace toolkit::linear_op {
 
-template <typename T, typename S>
-void launch(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, at::Tensor& out) {
-  const int64_t outputs = weight.size(0), depth = weight.size(1);
-  const int64_t rows = outputs == 0 ? 0 : out.numel() / outputs;
-  if (rows == 0) return;
-  product::run<T, S>({x.const_data_ptr<T>(), depth, weight.const_data_ptr<S>(), weight.stride(0),
-             bias.defined() ? bias.const_data_ptr<T>() : nullptr, out.mutable_data_ptr<T>(), rows, outputs, depth});
-}
+using at::Tensor;
 
-at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+void check(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   TORCH_CHECK(weight.dim() == 2, "linear: weight must have 2 dimensions, [N, K]; got ", weight.dim(), ".");
   TORCH_CHECK(x.dim() >= 1 && x.size(-1) == weight.size(1), "linear: the last dimension of x must be ", weight.size(1),
               ", the second of weight; got x of shape ", x.sizes(), ".");
   const auto dtype = x.scalar_type();
   TORCH_CHECK(weight.scalar_type() == dtype, "linear: weight must have the dtype of x, ", dtype, "; got ",
               weight.scalar_type(), ".");
-  if (bias) {
-    TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0), "linear: bias must have shape [", weight.size(0),
-                "]; got ", bias->sizes(), ".");
-    TORCH_CHECK(bias->scalar_type() == dtype, "linear: bias must have the dtype of x, ", dtype, "; got ",
-                bias->scalar_type(), ".");
-  }
-  const auto compute = dtype == at::kDouble ? at::kDouble : at::kFloat;
-  // `to` and `contiguous` hand back the same tensor when there is nothing to do.
-  const at::Tensor rows = x.to(compute).contiguous();
-  const at::Tensor matrix = weight.size(1) > 1 && weight.stride(1) != 1 ? weight.contiguous() : weight;
-  const at::Tensor shift = bias ? bias->to(compute).contiguous() : at::Tensor();
-  auto shape = x.sizes().vec();
-  shape.back() = weight.size(0);
-  at::Tensor out = memory::empty(shape, x.options().dtype(compute));
-  switch (dtype) {
-    case at::kFloat: launch<float, float>(rows, matrix, shift, out); break;
-    case at::kDouble: launch<double, double>(rows, matrix, shift, out); break;
-    case at::kBFloat16: launch<float, c10::BFloat16>(rows, matrix, shift, out); break;
-    case at::kHalf: launch<float, c10::Half>(rows, matrix, shift, out); break;
-    default: TORCH_CHECK(false, "linear: x must be float32, float64, bfloat16 or float16; got ", dtype, ".");
-  }
-  return out.to(dtype);
+  if (!bias) return;
+  TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0), "linear: bias must have shape [", weight.size(0),
+              "]; got ", bias->sizes(), ".");
+  TORCH_CHECK(bias->scalar_type() == dtype, "linear: bias must have the dtype of x, ", dtype, "; got ",
+              bias->scalar_type(), ".");
 }
 
-TORCH_LIBRARY_IMPL(toolkit, CPU, m) { m.impl("linear", &linear); }
+template <typename T, typename S>
+void launch(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
+            std::vector<Tensor>& outs) {
+  std::vector<product::Problem<T, S>> problems;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const Tensor& weight = weights[i];
+    const int64_t outputs = weight.size(0), depth = weight.size(1);
+    if (outs[i].numel() == 0) continue;
+    problems.push_back({x.const_data_ptr<T>(), depth, weight.const_data_ptr<S>(), weight.stride(0),
+                        biases[i].defined() ? biases[i].const_data_ptr<T>() : nullptr, outs[i].mutable_data_ptr<T>(),
+                        outs[i].numel() / outputs, outputs, depth});
+  }
+  if (!problems.empty()) product::run(problems);
+}
+
+std::vector<Tensor> compute(const Tensor& x, std::vector<Tensor> weights, std::vector<Tensor> biases) {
+  const auto dtype = x.scalar_type(), wide = dtype == at::kDouble ? at::kDouble : at::kFloat;
+  // `to` and `contiguous` hand back the same tensor when there is nothing to do.
+  const Tensor rows = x.to(wide).contiguous();
+  std::vector<Tensor> outs;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    if (weights[i].size(1) > 1 && weights[i].stride(1) != 1) weights[i] = weights[i].contiguous();
+    if (biases[i].defined()) biases[i] = biases[i].to(wide).contiguous();
+    auto shape = x.sizes().vec();
+    shape.back() = weights[i].size(0);
+    outs.push_back(memory::empty(shape, x.options().dtype(wide)));
+  }
+  switch (dtype) {
+    case at::kFloat: launch<float, float>(rows, weights, biases, outs); break;
+    case at::kDouble: launch<double, double>(rows, weights, biases, outs); break;
+    case at::kBFloat16: launch<float, c10::BFloat16>(rows, weights, biases, outs); break;
+    case at::kHalf: launch<float, c10::Half>(rows, weights, biases, outs); break;
+    default: TORCH_CHECK(false, "linear: x must be float32, float64, bfloat16 or float16; got ", dtype, ".");
+  }
+  if (wide != dtype)
+    for (Tensor& out : outs) out = out.to(dtype);
+  return outs;
+}
+
+Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  check(x, weight, bias);
+  return compute(x, {weight}, {bias ? *bias : Tensor()})[0];
+}
+
+std::vector<Tensor> linear_group(const Tensor& x, at::TensorList weights,
+                                 const c10::List<std::optional<Tensor>>& biases) {
+  TORCH_CHECK(biases.size() == weights.size(), "linear_group: there are ", weights.size(), " weights and ",
+              biases.size(), " biases; allowed is one bias, or None, a weight.");
+  std::vector<Tensor> shifts;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const std::optional<Tensor> bias = biases.get(i);
+    check(x, weights[i], bias);
+    shifts.push_back(bias ? *bias : Tensor());
+  }
+  return compute(x, weights.vec(), std::move(shifts));
+}
+
+TORCH_LIBRARY_IMPL(toolkit, CPU, m) {
+  m.impl("linear", &linear);
+  m.impl("linear_group", &linear_group);
+}
 
 }  // namespace toolkit::linear_op

@@ -1,5 +1,7 @@
 """The specification of ``linear`` in plain torch; also what runs on CPU without the native library."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -23,3 +25,10 @@ def linear_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
     matrix = F.pad(weight.to(compute), (0, -inner % _MULTIPLE)).contiguous()
     out = F.linear(rows, matrix, None if bias is None else bias.to(compute).contiguous())
     return out[:count].to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def linear_group_reference(
+    x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
+) -> list[torch.Tensor]:
+    """``linear_reference`` of one x with several weights, each with its bias or None."""
+    return [linear_reference(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]

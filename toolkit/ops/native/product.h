@@ -11,6 +11,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <memory>
+#include <vector>
 
 #include "gemm.h"
 
@@ -106,25 +107,40 @@ void compute(const Problem<T, S>& p) {
   block(p, 0, p.rows, 0, (p.outputs + gemm::kPanel<T> - 1) / gemm::kPanel<T>);
 }
 
-// The same, shared out to torch's threads.
+// Several products, shared out to torch's threads together.
 template <typename T, typename S>
-void run(const Problem<T, S>& p) {
-  constexpr int64_t width = gemm::kPanel<T>;
-  if (p.depth == 0) return fill_empty(p);
-  const int64_t panels = (p.outputs + width - 1) / width;
-  const int64_t row_blocks = (p.rows + kRowBlock - 1) / kRowBlock;
-  // A weight costs about as much to fetch as eight multiply-adds.
-  const bool worthwhile = (p.rows + 8) * p.outputs * p.depth >= kParallelWork;
-  const int64_t threads = worthwhile ? at::get_num_threads() : 1;
-  const int64_t even = panels * row_blocks / (threads * kTasks);
-  const int64_t chunks = (panels + std::clamp<int64_t>(even, 1, kChunk) - 1) / std::clamp<int64_t>(even, 1, kChunk);
-  const int64_t chunk = (panels + chunks - 1) / chunks;
+void run(const std::vector<Problem<T, S>>& problems) {
+  struct Share {  // how one product is cut into tasks, and which task is its first
+    int64_t panels, row_blocks, chunk, chunks, first;
+  };
+  int64_t panels = 0, work = 0, tasks = 0;
+  for (const auto& p : problems) {
+    panels += (p.outputs + gemm::kPanel<T> - 1) / gemm::kPanel<T> * ((p.rows + kRowBlock - 1) / kRowBlock);
+    work += (p.rows + 8) * p.outputs * p.depth;  // a weight costs about as much to fetch as eight multiply-adds
+  }
+  const int64_t threads = work >= kParallelWork ? at::get_num_threads() : 1;
+  const int64_t wanted = std::clamp<int64_t>(panels / (threads * kTasks), 1, kChunk);
+  std::vector<Share> shares;
+  for (const auto& p : problems) {
+    if (p.depth == 0) fill_empty(p);
+    Share share{(p.outputs + gemm::kPanel<T> - 1) / gemm::kPanel<T>,
+                p.depth == 0 ? 0 : (p.rows + kRowBlock - 1) / kRowBlock, 0, 0, tasks};
+    share.chunks = std::max<int64_t>(1, (share.panels + wanted - 1) / wanted);
+    share.chunk = (share.panels + share.chunks - 1) / share.chunks;
+    tasks += share.row_blocks * share.chunks;
+    shares.push_back(share);
+  }
   // Threads take the next task when free: only who computes a block varies, not its bits.
   std::atomic<int64_t> next{0};
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < row_blocks * chunks;) {
-      const int64_t row = task / chunks * kRowBlock, panel = task % chunks * chunk;
-      block(p, row, std::min(row + kRowBlock, p.rows), panel, std::min(panel + chunk, panels));
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+      size_t at = shares.size() - 1;
+      while (shares[at].first > task) --at;
+      const Share& share = shares[at];
+      const int64_t row = (task - share.first) / share.chunks * kRowBlock;
+      const int64_t panel = (task - share.first) % share.chunks * share.chunk;
+      const auto& p = problems[at];
+      block(p, row, std::min(row + kRowBlock, p.rows), panel, std::min(panel + share.chunk, share.panels));
     }
   });
 }

@@ -1,0 +1,72 @@
+"""The matrix kernels with the shapes of a 4 B model, for ``python -m benchmarks.kernels``."""
+
+from collections.abc import Callable
+
+import torch
+
+# (N, K) of the projections and the MLP of a 4 B model.
+SHAPES = ((4096, 2560), (9728, 2560), (2560, 9728))
+
+
+def linear_case(dtype: torch.dtype, outputs: int, depth: int, rows: int = 512) -> Callable:
+    """A call of ``linear`` without bias."""
+
+    def call() -> None:
+        from toolkit.ops.linear.triton import linear
+
+        linear(torch.empty(rows, depth, dtype=dtype), torch.empty(outputs, depth, dtype=dtype), None)
+
+    return call
+
+
+def lora_case(dtype: torch.dtype, outputs: int, depth: int, rank: int, rows: int = 512, adapters: int = 4) -> Callable:
+    """A call of ``lora_add``, forward and backward: each of its kernels."""
+
+    def call() -> None:
+        from toolkit.ops.lora_linear.triton import lora_add
+        from toolkit.ops.lora_linear.triton_backward import lora_add_backward
+
+        base, x = torch.empty(rows, outputs, dtype=dtype), torch.empty(rows, depth, dtype=dtype)
+        a, b = torch.empty(adapters, rank, depth, dtype=dtype), torch.empty(adapters, outputs, rank, dtype=dtype)
+        scaling, ids = torch.ones(adapters), torch.arange(rows) % adapters
+        lora_add(base, x, a, b, scaling, ids)
+        lora_add_backward(base, x, a, b, scaling, ids, True, True, True)
+
+    return call
+
+
+def logprob_case(
+    dtype: torch.dtype, vocabulary: int = 151936, depth: int = 2560, *, whole: bool = False, rows: int = 512
+) -> Callable:
+    """A call of ``linear_logprob``, forward and backward; ``whole`` with bias, cap and temperature."""
+
+    def call() -> None:
+        from toolkit.ops.linear_logprob.triton import linear_logprob
+        from toolkit.ops.linear_logprob.triton_backward import linear_logprob_backward
+
+        hidden, weight = torch.empty(rows, depth, dtype=dtype), torch.empty(vocabulary, depth, dtype=dtype)
+        bias = torch.empty(vocabulary, dtype=dtype) if whole else None
+        heat, softcap = (torch.ones(rows), 30.0) if whole else (None, 0.0)
+        targets, row = torch.zeros(rows, 1, dtype=torch.int64), torch.ones(rows)
+        linear_logprob(hidden, weight, bias, targets, heat, 1.0, softcap, 0)
+        linear_logprob_backward(
+            row[:, None], row, row, row, hidden, weight, bias, targets, heat, row, row, 1.0, softcap, True, True, whole
+        )
+
+    return call
+
+
+def cases() -> dict[str, Callable]:
+    """name -> the call that launches the kernels."""
+    found: dict[str, Callable] = {}
+    for dtype, short in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        for outputs, depth in SHAPES:
+            found[f"linear {short} {outputs}x{depth}"] = linear_case(dtype, outputs, depth)
+        found[f"linear {short} uneven"] = linear_case(dtype, 1000, 1001)
+        for rank in (8, 16, 64):
+            found[f"lora_add {short} 9728x2560 rank {rank}"] = lora_case(dtype, 9728, 2560, rank)
+        found[f"lora_add {short} uneven rank 12"] = lora_case(dtype, 1000, 1001, 12)
+        found[f"linear_logprob {short} 151936x2560"] = logprob_case(dtype)
+        found[f"linear_logprob {short} all options"] = logprob_case(dtype, 5000, 2560, whole=True)
+        found[f"linear_logprob {short} uneven"] = logprob_case(dtype, 5001, 1001)
+    return found

@@ -1,0 +1,221 @@
+"""Backward of linear_logprob in Triton, a chunk of the vocabulary at a time.
+
+Per chunk of fixed width three kernels without atomics: one computes the logits again, tile by tile as the forward
+did, and from them their gradients; one owns tiles of d hidden and adds the chunk's part, chunks in order; one owns
+tiles of d weight and sums rows in order. Rows without any gradient are sorted behind the others on the device and
+never visited. Gradients to the logits are rounded to the dtype of hidden, as a head's are.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from toolkit.ops.attention import tiles as devices
+from toolkit.ops.linear.triton import aligned_rows, grouped_tile
+from toolkit.ops.linear_logprob import tiles
+from toolkit.ops.linear_logprob.triton import check, logit_tile
+
+
+@triton.jit(do_not_specialize=["candidates", "begin"])
+def logit_gradients(
+    hidden, weight, bias, temperature, targets, lse, entropy, grad_logprob, grad_lse, grad_entropy, grad_mean,
+    order, count, dz, begin, width, vocabulary, depth, candidates, stride_h, stride_w, stride_z, scale, softcap,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr,
+    BIASED: tl.constexpr, CAPPED: tl.constexpr, TEMPERED: tl.constexpr,
+):  # fmt: skip
+    """dz[place, v - begin]: gradients to the products of a tile of rows with ``width`` columns from ``begin`` on."""
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    real = tl.load(count)
+    if first >= real:
+        return
+    place = first + tl.arange(0, ROWS)
+    row_ok = place < real
+    row = tl.load(order + place, mask=row_ok, other=0)
+    start = begin + tl.program_id(1).to(tl.int64) * COLUMNS
+    column = start + tl.arange(0, COLUMNS)
+    z, slope = logit_tile(
+        hidden, weight, bias, temperature, row, row_ok, column, vocabulary, depth, stride_h, stride_w, scale, softcap,
+        ROWS, COLUMNS, DEPTH, EVEN, BIASED, CAPPED, TEMPERED,
+    )  # fmt: skip
+    by_entropy = tl.load(grad_entropy + row, mask=row_ok, other=0.0)
+    factor = tl.load(grad_lse + row, mask=row_ok, other=0.0)
+    for candidate in range(candidates):
+        at = row * candidates + candidate
+        target = tl.load(targets + at, mask=row_ok, other=-1)
+        factor -= tl.load(grad_logprob + at, mask=target >= 0, other=0.0)
+    log_p = z - tl.load(lse + row, mask=row_ok, other=0.0)[:, None]
+    disorder = tl.where(log_p < -1e4, -1e4, log_p) + tl.load(entropy + row, mask=row_ok, other=0.0)[:, None]
+    # Without a gradient of its own the disorder must stay out: that of a row without probabilities is NaN.
+    spread = tl.where((by_entropy == 0.0)[:, None], 0.0, by_entropy[:, None] * disorder)
+    result = tl.exp(log_p) * (factor[:, None] - spread)
+    result += (tl.load(grad_mean + row, mask=row_ok, other=0.0) / vocabulary)[:, None]
+    for candidate in range(candidates):
+        at = row * candidates + candidate
+        target = tl.load(targets + at, mask=row_ok, other=-1)
+        by_target = tl.load(grad_logprob + at, mask=target >= 0, other=0.0)
+        result += tl.where(column[None, :] == target[:, None], by_target[:, None], 0.0)
+    result = result * slope
+    at = place[:, None] * stride_z + (column - begin)[None, :]
+    tl.store(dz + at, result.to(dz.dtype.element_ty), mask=row_ok[:, None] & (column < begin + width)[None, :])
+
+
+@triton.jit(do_not_specialize=["begin", "rows"])
+def hidden_gradient(
+    dz, weight, order, count, total, dx, begin, width, depth, rows, stride_z, stride_w, stride_t,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    EVEN: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """total[place, k] (+)= sum over the chunk, in order, of dz[place, v] * weight[v, k]; the LAST one writes dx."""
+    row_tile, column_tile = grouped_tile(tl.program_id(0), tl.cdiv(rows, ROWS), tl.cdiv(depth, COLUMNS), GROUP)
+    first = row_tile.to(tl.int64) * ROWS
+    real = tl.load(count)
+    if first >= real:
+        return
+    place = first + tl.arange(0, ROWS)
+    row_ok = place < real
+    k = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+    mask = row_ok[:, None] & (k < depth)[None, :]
+    v = tl.arange(0, DEPTH)
+    z_tile = dz + place[:, None] * stride_z + v[None, :]
+    w_tile = weight + (begin + v.to(tl.int64))[:, None] * stride_w + k[None, :]
+    k_ok = (k < depth)[None, :]
+    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, width, DEPTH):
+        if EVEN:
+            left = tl.load(z_tile, mask=row_ok[:, None], other=0.0)
+            right = tl.load(w_tile, mask=k_ok, other=0.0)
+        else:
+            left = tl.load(z_tile, mask=row_ok[:, None] & (v < width - start)[None, :], other=0.0)
+            right = tl.load(w_tile, mask=(v < width - start)[:, None] & k_ok, other=0.0)
+        acc = tl.dot(left, right, acc, input_precision="ieee")
+        z_tile += DEPTH
+        w_tile += stride_w.to(tl.int64) * DEPTH
+    at = total + place[:, None] * stride_t + k[None, :]
+    if not FIRST:
+        acc += tl.load(at, mask=mask, other=0.0)
+    if LAST:
+        row = tl.load(order + place, mask=row_ok, other=0)
+        tl.store(dx + row[:, None] * depth + k[None, :], acc.to(dx.dtype.element_ty), mask=mask)
+    else:
+        tl.store(at, acc, mask=mask)
+
+
+@triton.jit(do_not_specialize=["begin"])
+def weight_gradient(
+    dz, hidden, order, count, dw, begin, width, depth, stride_z, stride_h,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """dw[v, k] = sum over rows with a gradient, in order, of dz[place, v] * hidden[row, k]."""
+    row_tile, column_tile = grouped_tile(tl.program_id(0), tl.cdiv(width, ROWS), tl.cdiv(depth, COLUMNS), GROUP)
+    real = tl.load(count).to(tl.int32)
+    v = row_tile * ROWS + tl.arange(0, ROWS)
+    k = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+    v_ok, k_ok = (v < width)[:, None], (k < depth)[None, :]
+    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, real, DEPTH):
+        place = start + tl.arange(0, DEPTH)
+        ok = place < real
+        row = tl.load(order + place, mask=ok, other=0)
+        left = tl.load(
+            dz + place.to(tl.int64)[None, :] * stride_z + v[:, None], mask=ok[None, :] & v_ok, other=0.0
+        )  # fmt: skip
+        right = tl.load(hidden + row[:, None] * stride_h + k[None, :], mask=ok[:, None] & k_ok, other=0.0)
+        acc = tl.dot(left, right, acc, input_precision="ieee")
+    tl.store(
+        dw + (begin + v.to(tl.int64))[:, None] * depth + k[None, :],
+        acc.to(dw.dtype.element_ty), mask=v_ok & k_ok,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["begin"])
+def bias_gradient(dz, count, db, begin, width, stride_z, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
+    """db[v] = sum over rows with a gradient, in order, of dz[place, v]."""
+    v = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    real = tl.load(count).to(tl.int32)
+    acc = tl.zeros([COLUMNS], tl.float32)
+    for start in range(0, real, DEPTH):
+        place = start + tl.arange(0, DEPTH)
+        mask = (place < real)[:, None] & (v < width)[None, :]
+        values = tl.load(dz + place.to(tl.int64)[:, None] * stride_z + v[None, :], mask=mask, other=0.0)
+        acc += tl.sum(values.to(tl.float32), 0)
+    tl.store(db + begin + v, acc.to(db.dtype.element_ty), mask=v < width)
+
+
+def linear_logprob_backward(
+    grad_logprob: torch.Tensor,
+    grad_lse: torch.Tensor,
+    grad_entropy: torch.Tensor,
+    grad_mean: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    temperature: torch.Tensor | None,
+    lse: torch.Tensor,
+    entropy: torch.Tensor,
+    scale: float,
+    softcap: float,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``toolkit::linear_logprob_backward``: gradients to hidden, weight, bias; empty where one is not needed."""
+    check(hidden, weight, bias)
+    arch = devices.architecture(hidden.device)
+    hidden, matrix, targets = aligned_rows(hidden), aligned_rows(weight), targets.contiguous()
+    rows, (vocabulary, depth), candidates = hidden.shape[0], matrix.shape, targets.shape[1]
+    gradients = [g.to(torch.float32).contiguous() for g in (grad_logprob, grad_lse, grad_entropy, grad_mean)]
+    heat = None if temperature is None else temperature.to(torch.float32).contiguous()
+    shift = None if bias is None else bias.contiguous()
+    passes = ((gradients[0] != 0) & (targets >= 0)).any(-1)
+    for gradient in gradients[1:]:
+        passes = passes | (gradient != 0)
+    order = torch.sort(passes.logical_not().to(torch.int8), stable=True).indices
+    count = passes.sum().reshape(1)
+
+    none = hidden.new_empty(0)
+    dx = torch.zeros(rows, depth, dtype=hidden.dtype, device=hidden.device) if need_hidden else none
+    dw = torch.empty(vocabulary, depth, dtype=weight.dtype, device=weight.device) if need_weight else none.clone()
+    with_bias = need_bias and bias is not None
+    db = torch.empty(vocabulary, dtype=hidden.dtype, device=hidden.device) if with_bias else none.clone()
+    if rows == 0 or depth == 0:
+        return dx, dw.zero_(), db.zero_()
+    pitch = min(tiles.CHUNK, -(-vocabulary // 16) * 16)  # aligned rows
+    dz = torch.empty(rows, pitch, dtype=hidden.dtype, device=hidden.device)
+    several = need_hidden and vocabulary > pitch
+    total = torch.empty(rows if several else 0, depth, dtype=torch.float32, device=hidden.device)
+    size = tiles.tile(tiles.LOGITS, arch, hidden.dtype, depth, softcap > 0.0 or temperature is not None)
+    for_hidden, for_weight = (tiles.tile(table, arch, hidden.dtype, depth) for table in (tiles.HIDDEN, tiles.WEIGHT))
+    for begin in range(0, vocabulary, pitch):
+        width = min(pitch, vocabulary - begin)
+        logit_gradients[(triton.cdiv(rows, size.rows), triton.cdiv(width, size.columns))](
+            hidden, matrix, matrix if shift is None else shift, lse if heat is None else heat, targets,
+            lse.contiguous(), entropy.contiguous(), *gradients, order, count, dz,
+            begin, width, vocabulary, depth, candidates, hidden.stride(0), matrix.stride(0), dz.stride(0),
+            float(scale), float(softcap),
+            ROWS=size.rows, COLUMNS=size.columns, DEPTH=size.depth, EVEN=depth % size.depth == 0,
+            BIASED=shift is not None, CAPPED=softcap > 0.0, TEMPERED=heat is not None,
+            num_warps=size.warps, num_stages=size.stages, enable_fp_fusion=False,
+        )  # fmt: skip
+        if need_hidden:
+            choice = for_hidden
+            hidden_gradient[(triton.cdiv(rows, choice.rows) * triton.cdiv(depth, choice.columns),)](
+                dz, matrix, order, count, total, dx, begin, width, depth, rows,
+                dz.stride(0), matrix.stride(0), total.stride(0),
+                ROWS=choice.rows, COLUMNS=choice.columns, DEPTH=choice.depth, GROUP=8,
+                EVEN=width % choice.depth == 0, FIRST=begin == 0, LAST=begin + width == vocabulary,
+                num_warps=choice.warps, num_stages=choice.stages, enable_fp_fusion=False,
+            )  # fmt: skip
+        if need_weight:
+            choice = for_weight
+            weight_gradient[(triton.cdiv(width, choice.rows) * triton.cdiv(depth, choice.columns),)](
+                dz, hidden, order, count, dw, begin, width, depth, dz.stride(0), hidden.stride(0),
+                ROWS=choice.rows, COLUMNS=choice.columns, DEPTH=choice.depth, GROUP=8,
+                num_warps=choice.warps, num_stages=choice.stages, enable_fp_fusion=False,
+            )  # fmt: skip
+        if with_bias:
+            bias_gradient[(triton.cdiv(width, 64),)](
+                dz, count, db, begin, width, dz.stride(0),
+                COLUMNS=64, DEPTH=64, num_warps=4, num_stages=1, enable_fp_fusion=False,
+            )  # fmt: skip
+    return dx, dw, db
