@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from toolkit.engine.program import record
+from toolkit.engine.fusion import fuse
+from toolkit.engine.program import build, record
 from toolkit.patch import report_of
 from toolkit.patch.forward import ragged_forward
 from toolkit.state import RaggedBatch
@@ -65,7 +66,8 @@ class DecodePrograms:
         if program is None:
             # Recorded outside inference mode: tensors made by the recording belong to later steps too.
             with torch.inference_mode(False), torch.no_grad():
-                program = record(self._function(batch), [part.clone() for part in inputs])  # type: ignore[union-attr]
+                recording = record(self._function(batch), [part.clone() for part in inputs])  # type: ignore[union-attr]
+                program = build(fuse(recording))
             self._programs[len(batch.tokens)] = program
         return program(*inputs)
 

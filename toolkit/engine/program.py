@@ -6,6 +6,7 @@ program outlives training steps. What a replay computes is what the forward comp
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,62 +14,95 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
+@dataclass
+class Call:
+    """One op of a program: what it is called with, as source text, and the names that its results get.
+
+    arguments: names of tensors and constants, or literals. reads: the names of tensors among them.
+    results: a name for a tensor, a list of them for several, None for nothing.
+    """
+
+    op: Any
+    arguments: list[str]
+    reads: list[str]
+    results: str | list[str] | None
+
+    def names(self) -> list[str]:
+        """Names of all results."""
+        return self.results if isinstance(self.results, list) else [self.results] if self.results else []
+
+
+@dataclass
+class Recording:
+    """The calls of one run in order; ``constants`` are what they hold by reference, ``tensors`` what each name was."""
+
+    calls: list[Call] = field(default_factory=list)
+    constants: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    inputs: list[str] = field(default_factory=list)
+    output: str = ""
+
+    def constant(self, value: Any, prefix: str = "c") -> str:
+        """The name of a value that is no tensor of the program: one name a value."""
+        for name, known in self.constants.items():
+            if known is value:
+                return name
+        name = f"{prefix}{len(self.constants)}"
+        self.constants[name] = value
+        return name
+
+
 class _Recorder(TorchDispatchMode):
     """Writes down every op that reaches the dispatcher, naming tensors by identity."""
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         super().__init__()
-        self.names = {id(tensor): f"i{n}" for n, tensor in enumerate(inputs)}
-        self.alive: list[Any] = list(inputs)  # an identity must not be given out twice during the recording
-        self.bound: dict[str, Any] = {}
-        self.lines: list[tuple[str, str, list[str]]] = []  # result, call, names of the tensors it reads
+        self.recording = Recording(inputs=[f"i{n}" for n in range(len(inputs))])
+        self.names: dict[int, str] = {}
+        self.alive: list[Any] = []  # an identity must not be given out twice during the recording
+        for name, tensor in zip(self.recording.inputs, inputs):
+            self.name(tensor, name)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        read: list[str] = []
-        passed = [self.render(value, read) for value in args]
-        passed += [f"{key}={self.render(value, read)}" for key, value in kwargs.items()]
+        reads: list[str] = []
+        passed = [self.render(value, reads) for value in args]
+        passed += [f"{key}={self.render(value, reads)}" for key, value in kwargs.items()]
         result = func(*args, **kwargs)
-        self.lines.append((self.assign(result), f"{self.bind(func, 'f')}({', '.join(passed)})", read))
+        self.recording.calls.append(Call(func, passed, reads, self.assign(result)))
         return result
 
-    def bind(self, value: Any, prefix: str) -> str:
-        for name, known in self.bound.items():
-            if known is value:
-                return name
-        name = f"{prefix}{len(self.bound)}"
-        self.bound[name] = value
+    def name(self, tensor: Tensor, name: str) -> str:
+        self.alive.append(tensor)
+        self.names[id(tensor)] = name
+        self.recording.tensors[name] = tensor
         return name
 
-    def render(self, value: Any, read: list[str]) -> str:
+    def render(self, value: Any, reads: list[str]) -> str:
         """The source text that stands for an argument."""
         if isinstance(value, Tensor):
             name = self.names.get(id(value))
             if name is None:  # a parameter, a buffer or a constant made outside the recording
-                name = self.names[id(value)] = self.bind(value, "c")
-                self.alive.append(value)
-            read.append(name)
+                name = self.name(value, self.recording.constant(value))
+            reads.append(name)
             return name
         if isinstance(value, (list, tuple)):
-            inner = ", ".join(self.render(item, read) for item in value)
+            inner = ", ".join(self.render(item, reads) for item in value)
             return f"[{inner}]" if isinstance(value, list) else f"({inner},)"
         if value is None or isinstance(value, (bool, int, str)):
             return repr(value)
-        return self.bind(value, "c")
+        return self.recording.constant(value)
 
-    def assign(self, result: Any) -> str:
-        """Names for the result's tensors, as an assignment target."""
-        self.alive.append(result)
+    def assign(self, result: Any) -> Any:
+        """Names for the result's tensors."""
         if isinstance(result, Tensor):
-            name = self.names[id(result)] = f"t{len(self.alive)}"
-            return name
-        if isinstance(result, (list, tuple)):
-            return "(" + "".join(f"{self.assign(item)}, " for item in result) + ")" if result else "_"
-        return "_"
+            return self.name(result, f"t{len(self.alive)}")
+        self.alive.append(result)
+        return [self.assign(item) for item in result] if isinstance(result, (list, tuple)) else None
 
 
-def record(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Callable[..., Tensor]:
-    """``function`` as straight-line code over torch ops, for inputs of the same shapes as ``inputs``.
+def record(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Recording:
+    """``function`` as calls of torch ops, for inputs of the same shapes as ``inputs``.
 
     The function runs once. Control flow and Python numbers are those of this run; tensors that are not inputs
     (parameters, buffers) are held by reference. Ops that write their arguments are kept, in order.
@@ -76,21 +110,25 @@ def record(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Callabl
     recorder = _Recorder(inputs)
     with torch.no_grad(), recorder:
         output = function(*inputs)
-    return _compile(recorder, recorder.names[id(output)], len(inputs))
+    recorder.recording.output = recorder.names[id(output)]
+    return recorder.recording
 
 
-def _compile(recorder: _Recorder, output: str, count: int) -> Callable[..., Tensor]:
-    """Python source with every op and constant as a local default: no attribute look-ups when it runs."""
+def build(recording: Recording) -> Callable[..., Tensor]:
+    """The recording as a function: every op and constant is a local default, nothing is looked up when it runs."""
     lines: list[str] = []
-    seen = {output, *recorder.bound, *(f"i{n}" for n in range(count))}
-    for target, call, read in reversed(recorder.lines):
-        dead = sorted({name for name in read if name not in seen})
-        seen.update(dead)
+    last = {recording.output, *recording.constants, *recording.inputs}
+    for call in reversed(recording.calls):
+        dead = sorted({name for name in call.reads if name not in last})
+        last.update(dead)
         if dead:  # activations go back to the allocator when eager execution would let them go
             lines.append(f"    del {', '.join(dead)}")
-        lines.append(f"    {target} = {call}")
-    arguments = ", ".join([*(f"i{n}" for n in range(count)), *(f"{name}={name}" for name in recorder.bound)])
-    source = "\n".join([f"def program({arguments}):", *reversed(lines), f"    return {output}"])
-    namespace = dict(recorder.bound)
+        op = recording.constant(call.op, "f")
+        names = call.names()
+        target = f"({', '.join(names)},)" if isinstance(call.results, list) and names else names[0] if names else "_"
+        lines.append(f"    {target} = {op}({', '.join(call.arguments)})")
+    arguments = ", ".join([*recording.inputs, *(f"{name}={name}" for name in recording.constants)])
+    source = "\n".join([f"def program({arguments}):", *reversed(lines), f"    return {recording.output}"])
+    namespace = dict(recording.constants)
     exec(compile(source, "<recorded forward>", "exec"), namespace)
     return namespace["program"]
