@@ -1,57 +1,159 @@
-"""Whether the height of a matrix tile changes the bits of a product on this device.
+"""Whether another tile changes the bits of the Triton ``linear`` on this device: ``python -m benchmarks.dot_heights``.
 
-A GPU may use another matrix instruction for 16 rows than for one of 64 (on Hopper: mma.sync and wgmma).
-If they agree bit for bit, decode may use low tiles and still return the training forward's log-probabilities.
+A GPU may use another matrix instruction for 16 rows than for 64 (on Hopper: mma.sync and wgmma). Where a tile for few
+rows gives the bits of the one that training uses, ``Choice.decode`` in ``toolkit/ops/linear/tiles.py`` may be set to
+it, and decode still returns the training forward's log-probabilities. Every tile is tried through the op's own
+launcher: heights, widths, steps, warps, stages, and rows beside other neighbours.
 """
 
+import sys
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+from unittest import mock
+
 import torch
-import triton
-import triton.language as tl
+from torch import Tensor
 
-HEIGHTS = (16, 32, 64, 128)
+from benchmarks.common import print_table, relative_error, write_json
+from benchmarks.gpu_device import DEVICE, DRY, HALF, Budget, normal, replayed, triton_on_cpu
+from toolkit.ops.attention.tiles import architecture
+from toolkit.ops.linear import tiles
+from toolkit.ops.linear.tiles import Choice, Tile
 
-
-@triton.jit
-def product(
-    a,
-    b,
-    c,
-    rows,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    STEP: tl.constexpr,
-):
-    """c [rows, N] = a [rows, K] @ b [K, N] in float32, K in order of STEP."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    col = tl.program_id(1) * COLS + tl.arange(0, COLS)
-    step = tl.arange(0, STEP)
-    acc = tl.zeros([ROWS, COLS], tl.float32)
-    for k in range(0, K, STEP):
-        left = tl.load(a + row[:, None] * K + (k + step)[None, :], mask=(row < rows)[:, None], other=0.0)
-        right = tl.load(b + (k + step)[:, None] * N + col[None, :])
-        acc = tl.dot(left, right, acc, input_precision="ieee")
-    tl.store(c + row[:, None] * N + col[None, :], acc, mask=(row < rows)[:, None])
+HEIGHTS = (16, 32) if DRY else (16, 32, 64, 128)
+ROWS = 40 if DRY else 200
+FEW = (1,) if DRY else (1, 8, 64)
+# K: a whole number of steps, and not; rows stay aligned in both.
+DEPTHS = (64, 48) if DRY else (2560, 2576)
 
 
-def differing(dtype: torch.dtype, rows: int = 512, n: int = 512, k: int = 2048) -> dict[int, dict[str, float]]:
-    """For every height: elements whose bits differ from height 64's, and the error against float64."""
+def candidates(base: Tile, itemsize: int) -> list[Tile]:
+    """The tile, and others that might serve few rows or show what changes bits."""
+    made = [base, *(replace(base, rows=rows) for rows in HEIGHTS)]
+    if not DRY:
+        made += [replace(base, rows=rows, columns=64, warps=4, stages=4) for rows in (16, 64)]
+        made += [replace(base, warps=12 - base.warps), replace(base, stages=2)]
+        if itemsize == 2:
+            made += [Tile(16, 32, 128, 4, 4), replace(base, rows=64, depth=32)]
+    return list(dict.fromkeys(made))
+
+
+def product(x: Tensor, weight: Tensor, tile: Tile) -> Tensor:
+    """``linear`` with this tile."""
+    from toolkit.ops.linear import triton
+
+    with mock.patch.object(tiles, "tile", return_value=tile):
+        return triton.linear(x, weight, None)
+
+
+def unrounded(x: Tensor, weight: Tensor, tile: Tile) -> Tensor:
+    """Its float32 sums: rounding to 16 bits would hide most of what differs."""
+    empty = torch.empty
+
+    def wide(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return empty(*shape, dtype=torch.float32, device=device)
+
+    with mock.patch.object(torch, "empty", wide):
+        return product(x, weight, tile)
+
+
+def differing(x: Tensor, weight: Tensor, tile: Tile, wanted: Tensor) -> int:
+    """Elements whose bits are not ``wanted``'s, for all rows at once and for few beside other neighbours."""
+    found = int((unrounded(x, weight, tile) != wanted).sum())
+    for rows in (slice(0, 1), slice(3, 11), slice(x.shape[0] - 17, x.shape[0])):
+        found += int((unrounded(x[rows], weight, tile) != wanted[rows]).sum())
+    return found
+
+
+def survey(choice: Choice, dtype: torch.dtype, budget: Budget) -> list[dict[str, Any]]:
+    """Every candidate for one entry of the table: bits that differ, error, seconds at few rows."""
     torch.manual_seed(3)
-    a, b = (torch.randn(size, device="cuda").to(dtype) for size in ((rows, k), (k, n)))
-    exact = a.double() @ b.double()
-    made = {}
-    for height in HEIGHTS:
-        made[height] = torch.full((rows, n), float("nan"), device="cuda")
-        product[(triton.cdiv(rows, height), n // 64)](
-            a, b, made[height], rows, N=n, K=k, ROWS=height, COLS=64, STEP=32,
-            num_warps=4, num_stages=2, enable_fp_fusion=False,
-        )  # fmt: skip
-    return {
-        height: {
-            "differing": int((value != made[64]).sum()),
-            "of": rows * n,
-            "error": float((value.double() - exact).norm() / exact.norm()),
-        }
-        for height, value in made.items()
-    }
+    outputs = (24 if DRY else 4096) if choice.outputs is not None else (40 if DRY else 9728)
+    depth, uneven = DEPTHS
+    longest = max(DEPTHS)
+    data = normal(ROWS, longest, dtype=dtype), normal(outputs, longest, dtype=dtype)
+    (x, weight), (a, b) = (tuple(t[:, :size].contiguous() for t in data) for size in (depth, uneven))
+    # Weights that come from memory each time, as in a model.
+    weights = [weight.clone() for _ in range(1 if DRY else max(1, (128 << 20) // weight.nbytes))]
+    result = []
+    for tile in candidates(choice.tile, dtype.itemsize):
+        entry: dict[str, Any] = {"tile": asdict(tile)}
+        result.append(entry)
+        if not budget.allows(str(tile), 3.0):
+            entry["failed"] = "no time left"
+            continue
+        try:
+            entry["differing"] = differing(x, weight, tile, unrounded(x, weight, choice.tile))
+            entry["error"] = relative_error(unrounded(x, weight, tile), x.double() @ weight.double().T)
+            if tile.rows <= tiles.DECODE_ROWS and entry["differing"] == 0:
+                entry["differing_uneven"] = differing(a, b, tile, unrounded(a, b, choice.tile))
+            if tile == choice.tile or entry["differing"] == 0:
+                entry["seconds"] = {
+                    rows: replayed([partial(product, x[:rows], w, tile) for w in weights]) for rows in FEW
+                }
+        except Exception as problem:  # a tile that does not fit this device is an answer, too
+            entry["failed"] = f"{type(problem).__name__}: {problem}"[:200]
+    return result
+
+
+def verdict(entries: list[dict[str, Any]]) -> str:
+    """What the survey of one entry of the table says about its ``decode``."""
+    base = entries[0]
+    if "seconds" not in base:
+        return f"unknown: {base.get('failed')}"
+    if base["differing"]:
+        return "broken: the table's own tile changes a row's bits with its neighbours"
+    fit = [
+        entry
+        for entry in entries[1:]
+        if entry.get("differing") == entry.get("differing_uneven") == 0 and "seconds" in entry
+    ]
+    if not fit:
+        return "decode must stay None: every lower tile changes bits"
+    best = min(fit, key=lambda entry: sum(entry["seconds"].values()))
+    gain = sum(base["seconds"].values()) / sum(best["seconds"].values())
+    tile = Tile(**best["tile"])
+    rows = ", ".join(map(str, FEW))
+    if gain <= 1.0:
+        return f"decode may stay None: {tile} has the same bits, and {gain:.2f}x the speed at {rows} rows"
+    return f"decode may be set to {tile}: the same bits, {gain:.2f}x the speed at {rows} rows"
+
+
+def bench_heights(budget: Budget, ceilings: dict[str, float]) -> dict[str, Any]:
+    """The survey of every entry of this device's table, and a verdict for each."""
+    table, result = tiles.TABLE[architecture(torch.device(DEVICE))], {}
+    for dtype in (HALF, torch.float32):
+        for choice in table[dtype.itemsize]:
+            name = f"{str(dtype).removeprefix('torch.')}, N {'any' if choice.outputs is None else choice.outputs}"
+            entries = survey(choice, dtype, budget)
+            result[name] = {"verdict": verdict(entries), "tiles": entries}
+    return result
+
+
+def show(result: dict[str, Any]) -> None:
+    for name, found in result.items():
+        rows = []
+        for entry in found["tiles"]:
+            tile, seconds = Tile(**entry["tile"]), entry.get("seconds", {})
+            size = f"{tile.rows} x {tile.columns} x {tile.depth}, {tile.warps} warps, {tile.stages} stages"
+            bits = entry.get("failed") or entry["differing"] + entry.get("differing_uneven", 0)
+            rows.append([size, bits, entry.get("error", ""), *(seconds.get(n, 0.0) * 1e6 for n in FEW)])
+        header = ["tile", "bits differ", "error", *(f"us at {n} rows" for n in FEW)]
+        print_table(f"linear {name}: {found['verdict']}", header, rows)
+
+
+def main() -> None:
+    if DRY:
+        triton_on_cpu()
+    elif not torch.cuda.is_available():
+        print("No CUDA device here: what a tile does to bits is a property of one.", file=sys.stderr)
+        raise SystemExit(2)
+    result = bench_heights(Budget(300.0), {})
+    show(result)
+    if not DRY:
+        print(f"written to {write_json('dot-heights', result)}")
+
+
+if __name__ == "__main__":
+    main()

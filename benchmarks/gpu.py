@@ -1,10 +1,16 @@
 """GPU checks, then GPU benchmarks: ``python -m benchmarks.gpu`` (under eight minutes).
 
-Runs tests/gpu first and reports no speed on a red gate. Without a CUDA device it says so and exits with 2.
+Runs tests/gpu first, a process a file, and reports no speed of what a failing test covers. Every section has a budget
+of seconds; one that fails is reported without stopping the others. Without a CUDA device it says so and exits with 2.
+``--dry-run`` runs every section at tiny sizes on CPU tensors in Triton's interpreter, untimed, and writes nothing.
 """
 
 import argparse
 import copy
+import json
+import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -17,9 +23,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import interleaved, print_table, qwen3, summary, write_json
+from benchmarks.common import describe, interleaved, print_table, qwen3, summary, write_json
+from benchmarks.gpu_device import DEVICE, DRY, HALF, Budget, median, peak, triton_on_cpu
 
 ROOT = Path(__file__).parent.parent
+SECONDS = 3600.0 if DRY else 465.0  # for everything
+GATE_SECONDS = 210.0
 # A few layers of a Qwen3-4B: wide enough to fill the device, few enough to leave time.
 WIDE = {
     "hidden_size": 2560,
@@ -30,73 +39,126 @@ WIDE = {
     "head_dim": 128,
     "vocab_size": 32768,
 }
+if DRY:
+    WIDE = dict.fromkeys(WIDE, 16) | {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    WIDE |= {"head_dim": 16, "vocab_size": 61}
+
+# Section -> the tests whose failure withholds its figures: file -> pattern of names.
+WATCHED: dict[str, dict[str, str]] = {
+    "attention": {"test_gpu": "attention|pages_chunks"},
+    "linear": {"test_gpu_matrix": r"test_linear(_keeps|_past|\[|$)"},
+    "linear_logprob": {"test_gpu_matrix": "test_linear_logprob"},
+    "lora_linear": {"test_gpu_matrix": r"test_lora|test_linear(_keeps|_past|\[|$)"},
+    "sample": {"test_gpu_sample": ""},
+    "memory_bound": {"test_gpu_ops": ""},
+    "training": {"test_gpu": "", "test_gpu_ops": "", "test_gpu_matrix": "", "test_gpu_model": "training|compiled"},
+    "generation": {"test_gpu": "", "test_gpu_ops": "", "test_gpu_sample": "", "test_gpu_model": "engine|training"},
+}
 
 
 def gate() -> dict[str, Any]:
-    """Run tests/gpu in a process of its own: counts, and what the tests recorded."""
-    report = ROOT / "benchmarks" / "results" / "gpu-tests.xml"
-    report.parent.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "pytest", "tests/gpu", "-m", "gpu", "-rA", f"--junitxml={report}"]
+    """Run tests/gpu, a process for each file at once (they spend their time in compilers): counts, failures, records.
+
+    A file whose process ends without a report, or takes too long, counts as one failure named ``crashed``.
+    """
+    results = ROOT / "benchmarks" / "results"
+    results.mkdir(exist_ok=True)
     start = time.perf_counter()
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    print("\n".join(finished.stdout.splitlines()[-60:]))
+    running = {}
+    for path in sorted((ROOT / "tests" / "gpu").glob("test_*.py")):
+        report, log = results / f"{path.stem}.xml", results / f"{path.stem}.log"
+        report.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "pytest", str(path), "-m", "gpu", "-ra", "--tb=short", "--durations=5"]
+        with log.open("w") as out:
+            process = subprocess.Popen(
+                [*command, f"--junitxml={report}"], cwd=ROOT, stdout=out, stderr=out, start_new_session=True
+            )
+        running[path.stem] = (process, report, log)
+    outcome: dict[str, Any] = {"tests": 0, "skipped": 0, "failed": [], "recorded": {}, "seconds_of": {}}
+    for file, (process, report, log) in running.items():
+        try:
+            process.wait(max(1.0, GATE_SECONDS - (time.perf_counter() - start)))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # with the compiler's helpers
+            process.wait()
+        print(f"{file}:", *log.read_text().splitlines()[-60:], sep="\n")
+        read_report(file, report, outcome)
+        log.unlink()
+    ran = outcome["tests"] - outcome["skipped"]
+    green = ran > 0 and not outcome["failed"]
+    return {"green": green, **outcome, "seconds": time.perf_counter() - start}
+
+
+def read_report(file: str, report: Path, outcome: dict[str, Any]) -> None:
+    """Add what a JUnit report says to ``outcome``."""
     if not report.exists():
-        return {"green": False, "error": finished.stderr[-2000:]}
+        outcome["failed"].append([file, "crashed"])
+        return
     suite = next(ElementTree.parse(report).getroot().iter("testsuite"))
-    counts = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
-    recorded = {
-        f"{case.get('name')} {p.get('name')}": p.get("value")
-        for case in suite.iter("testcase")
-        for p in case.iter("property")
-    }
+    outcome["tests"] += int(suite.get("tests", 0))
+    outcome["skipped"] += int(suite.get("skipped", 0))
+    outcome["seconds_of"][file] = float(suite.get("time", 0.0))
+    for case in suite.iter("testcase"):
+        name = case.get("name", "")
+        if case.find("failure") is not None or case.find("error") is not None:
+            outcome["failed"].append([file, name or "crashed"])
+        for found in case.iter("property"):
+            outcome["recorded"][f"{name} {found.get('name')}"] = found.get("value")
     report.unlink()
-    ran = counts["tests"] - counts["skipped"]
-    green = finished.returncode == 0 and ran > 0 and not counts["failures"] and not counts["errors"]
-    return {"green": green, **counts, "recorded": recorded, "seconds": time.perf_counter() - start}
+
+
+def withheld(section: str, failed: list[list[str]]) -> list[str]:
+    """The failing tests that keep a section from being timed."""
+    watched = WATCHED.get(section, {})
+    return [
+        f"{file}: {name}"
+        for file, name in failed
+        if file in watched and (name == "crashed" or re.search(watched[file], name))
+    ]
 
 
 def ceilings() -> dict[str, float]:
-    """What this device reaches: bytes/s of a large copy, FLOP/s of a large bf16 product on random data."""
-    source = torch.randn(2**30, device="cuda", dtype=torch.bfloat16)
+    """What this device reaches: bytes/s of a large copy, FLOP/s of a large 16-bit product on random data."""
+    size, side = (64, 8) if DRY else (2**30, 8192)
+    source = torch.randn(size, device=DEVICE, dtype=HALF)
     target = torch.empty_like(source)
-    copied = _median(lambda: target.copy_(source))
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    product = _median(lambda: a @ b)
-    return {"copy_bytes_per_s": 2 * source.nbytes / copied, "bf16_flops_per_s": 2 * 8192**3 / product}
+    copied = median(lambda: target.copy_(source), 200)
+    a, b = (torch.randn(side, side, device=DEVICE, dtype=HALF) for _ in range(2))
+    product = median(lambda: a @ b, 200)
+    return {"copy_bytes_per_s": 2 * source.nbytes / copied, "bf16_flops_per_s": 2 * side**3 / product}
 
 
-def _median(call: Callable[[], Any]) -> float:
-    """Median seconds of a call by device events."""
-    import triton.testing
-
-    return triton.testing.do_bench(call, warmup=50, rep=200, return_mode="median") / 1e3
-
-
-def bench_attention() -> dict[str, Any]:
+def bench_attention(budget: Budget, limits: dict[str, float]) -> dict[str, Any]:
     """Prefill, decode and backward against SDPA, bf16, 32 heads on 8, head_dim 128, pages of 16."""
     from torch.nn.functional import scaled_dot_product_attention as sdpa
 
     from toolkit.ops.attention.triton import attention
     from toolkit.ops.attention.triton_backward import attention_backward
 
-    heads, kv_heads, d, page = 32, 8, 128, 16
-    cases = {
-        "prefill 4x2048": (4, 2048, 2048),
-        "decode 64x2048": (64, 1, 2048),
-        "decode 1x8192": (1, 1, 8192),
-    }
+    heads, kv_heads, d, page = (4, 2, 16, 4) if DRY else (32, 8, 128, 16)
+    cases = (
+        {"prefill": (2, 8, 8), "decode": (2, 1, 8)}
+        if DRY
+        else {
+            "prefill 4x2048": (4, 2048, 2048),
+            "decode 64x2048": (64, 1, 2048),
+            "decode 1x8192": (1, 1, 8192),
+        }
+    )
     result: dict[str, Any] = {}
     for name, (batch, queries, keys) in cases.items():
-        q = torch.randn(batch * queries, heads, d, device="cuda", dtype=torch.bfloat16)
-        k, v = (torch.randn(batch * keys, kv_heads, d, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-        order = torch.randperm(batch * keys // page, device="cuda")
+        if not budget.allows(name, 4.0):
+            continue
+        q = torch.randn(batch * queries, heads, d, device=DEVICE, dtype=HALF)
+        k, v = (torch.randn(batch * keys, kv_heads, d, device=DEVICE, dtype=HALF) for _ in range(2))
+        order = torch.randperm(batch * keys // page, device=DEVICE)
         tables = order.view(batch, -1)
-        slots = (order[:, None] * page + torch.arange(page, device="cuda")).flatten()
+        slots = (order[:, None] * page + torch.arange(page, device=DEVICE)).flatten()
         k_pool, v_pool = torch.empty_like(k), torch.empty_like(v)
         k_pool[slots], v_pool[slots] = k, v
-        offsets = torch.arange(batch + 1, device="cuda") * queries
-        lengths = torch.full((batch,), keys, device="cuda")
-        starts = torch.arange(batch, device="cuda") * keys
+        offsets = torch.arange(batch + 1, device=DEVICE) * queries
+        lengths = torch.full((batch,), keys, device=DEVICE)
+        starts = torch.arange(batch, device=DEVICE) * keys
         dense_q = q.view(batch, queries, heads, d).transpose(1, 2)
         dense_k, dense_v = (x.view(batch, keys, kv_heads, d).transpose(1, 2) for x in (k, v))
 
@@ -111,16 +173,16 @@ def bench_attention() -> dict[str, Any]:
         error = float((out.double() - expected.double()).norm() / expected.double().norm())
         if not error < 2e-2:
             raise RuntimeError(f"attention {name} is {error:.1e} from SDPA")
-        entry = {"error": error, "paged_s": _median(paged), "sdpa_s": _median(stock)}
+        entry = {"error": error, "paged_s": median(paged), "sdpa_s": median(stock)}
         if queries == keys:
             grad = torch.randn_like(out)
             leaves = [x.detach().requires_grad_() for x in (dense_q, dense_k, dense_v)]
             made = stock(*leaves)
             upstream = torch.randn_like(made)
             ours = (grad, q, k, v, out, lse, offsets, starts, lengths, d**-0.5, 0, 0.0)
-            entry["backward_s"] = _median(partial(attention_backward, *ours))
+            entry["backward_s"] = median(partial(attention_backward, *ours))
             gradient = partial(torch.autograd.grad, made, leaves, upstream, retain_graph=True)
-            entry["sdpa_backward_s"] = _median(gradient)
+            entry["sdpa_backward_s"] = median(gradient)
         pairs = queries * keys - (queries * (queries - 1) // 2)
         entry["flops"] = 4 * batch * heads * d * pairs
         entry["bytes"] = 2 * q.nbytes + k.nbytes + v.nbytes
@@ -128,17 +190,24 @@ def bench_attention() -> dict[str, Any]:
     return result
 
 
-def bench_training(rows: int = 4, length: int = 1024) -> dict[str, Any]:
+def times(calls: dict[str, Callable[..., Any]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
+    """``interleaved`` on this device; dry: once."""
+    return interleaved(calls, 1, 0) if DRY else interleaved(calls, repeats, warmup, synchronize=True)
+
+
+def bench_training(budget: Budget, limits: dict[str, float]) -> dict[str, Any]:
     """A bf16 training step of a wide, shallow Qwen3, patched against unpatched: seconds and peak bytes."""
     import toolkit
 
-    stock = qwen3(**WIDE).to("cuda", torch.bfloat16).train()
-    patched = copy.deepcopy(stock)
-    toolkit.patch(patched)
-    ids = torch.randint(0, WIDE["vocab_size"], (rows, length), device="cuda")
+    rows, length = (2, 5) if DRY else (4, 1024)
+    stock = qwen3(**WIDE).to(DEVICE, HALF).train()
+    models = {"patched": copy.deepcopy(stock), "patched, bitwise": copy.deepcopy(stock), "unpatched": stock}
+    toolkit.patch(models["patched"], numerics="fast")
+    toolkit.patch(models["patched, bitwise"], numerics="bitwise")
+    ids = torch.randint(0, WIDE["vocab_size"], (rows, length), device=DEVICE)
     losses: dict[str, float] = {}
     steps: dict[str, Callable[..., None]] = {}
-    for name, model in (("patched", patched), ("unpatched", stock)):
+    for name, model in models.items():
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
         def step(name: str = name, model: Any = model, optimizer: Any = optimizer) -> None:
@@ -152,32 +221,31 @@ def bench_training(rows: int = 4, length: int = 1024) -> dict[str, Any]:
     peaks = {}
     for name, step in steps.items():
         step()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        base = torch.cuda.memory_allocated()
-        step()
-        peaks[name] = torch.cuda.max_memory_allocated() - base
-    apart = abs(losses["patched"] - losses["unpatched"]) / abs(losses["unpatched"])
-    if not apart < 1e-2:
-        raise RuntimeError(f"patched loss {losses['patched']} against {losses['unpatched']}")
-    timings = {name: summary(t) for name, t in interleaved(steps, 10, warmup=2, synchronize=True).items()}
+        peaks[name] = peak(step)
+    for name, loss in losses.items():
+        if not abs(loss - losses["unpatched"]) < 1e-2 * abs(losses["unpatched"]):
+            raise RuntimeError(f"gate red: the first loss of {name} is {loss}, of the unpatched {losses['unpatched']}")
+    timings = {name: summary(t) for name, t in times(steps, 10, 2).items()}
     return {"tokens": rows * length, "losses": losses, "timings": timings, "peak_above_state_bytes": peaks}
 
 
-def bench_generation(batch: int = 32, length: int = 128, new_tokens: int = 64) -> dict[str, Any]:
+def bench_generation(budget: Budget, limits: dict[str, float]) -> dict[str, Any]:
     """The engine against ``generate`` on the same bf16 model, greedy, at two batch sizes."""
     from benchmarks.serve import Engine, Generate, make_prompts
 
-    stock = qwen3(**WIDE).to("cuda", torch.bfloat16)
+    batch, length, new_tokens = (2, 3, 2) if DRY else (32, 128, 64)
+    stock = qwen3(**WIDE).to(DEVICE, torch.float32 if DRY else HALF).eval()
     engine, generate = Engine(copy.deepcopy(stock), batch, length + new_tokens), Generate(stock)
     result: dict[str, Any] = {}
     for count in (batch, 1):
+        if not budget.allows(f"batch {count}", 15.0):
+            continue
         prompts = make_prompts(count, length, WIDE["vocab_size"])
         calls = {
             "toolkit": lambda p=prompts: engine(p, new_tokens),
             "generate": lambda p=prompts: generate(p, new_tokens),
         }
-        timings = {name: summary(t) for name, t in interleaved(calls, 3, synchronize=True).items()}
+        timings = {name: summary(t) for name, t in times(calls, 3).items()}
         speed = {name: count * new_tokens / t["median_s"] for name, t in timings.items()}
         result[str(count)] = {"timings": timings, "tokens_per_s": speed}
     return result
@@ -185,13 +253,15 @@ def bench_generation(batch: int = 32, length: int = 128, new_tokens: int = 64) -
 
 def show(result: dict[str, Any]) -> None:
     """The figures that did come out, as tables."""
+    from benchmarks import dot_heights, gpu_ops
+
     limits = result["ceilings"]
     print_table(
         "Ceilings of this device", ["what", "reached"],
         [["copy, TB/s", limits["copy_bytes_per_s"] / 1e12],
          ["bf16 product, TFLOP/s", limits["bf16_flops_per_s"] / 1e12]],
     )  # fmt: skip
-    rows = []
+    rows: list[list[Any]] = []
     for name, entry in result.get("attention", {}).items():
         floor = max(entry["flops"] / limits["bf16_flops_per_s"], entry["bytes"] / limits["copy_bytes_per_s"])
         rows.append([name, entry["paged_s"] * 1e3, entry["sdpa_s"] * 1e3, floor * 1e3])
@@ -204,7 +274,11 @@ def show(result: dict[str, Any]) -> None:
                     2.5 * floor * 1e3,
                 ]
             )
-    print_table("Attention, bf16, 32 heads on 8, head_dim 128", ["case", "paged ms", "SDPA ms", "floor ms"], rows)
+    if rows:
+        print_table("Attention, bf16, 32 heads on 8, head_dim 128", ["case", "paged ms", "SDPA ms", "floor ms"], rows)
+    if "heights" in result:
+        dot_heights.show(result["heights"])
+    gpu_ops.show(result)
     if training := result.get("training"):
         rows = [
             [
@@ -221,40 +295,90 @@ def show(result: dict[str, Any]) -> None:
         for count, entry in result.get("generation", {}).items()
         for speed in [entry["tokens_per_s"]]
     ]
-    print_table("Generation, bf16 Qwen3, 4 layers", ["batch", "engine tok/s", "generate tok/s", "ratio"], rows)
+    if rows:
+        print_table("Generation, bf16 Qwen3, 4 layers", ["batch", "engine tok/s", "generate tok/s", "ratio"], rows)
+
+
+def sections() -> dict[str, tuple[Callable[[Budget, dict[str, float]], dict[str, Any]], float]]:
+    """name -> (what measures it, seconds it may take), in the order in which they run."""
+    from benchmarks import dot_heights, gpu_ops
+
+    return {
+        "attention": (bench_attention, 25.0),
+        "heights": (dot_heights.bench_heights, 40.0),
+        **gpu_ops.SECTIONS,
+        "training": (bench_training, 40.0),
+        "generation": (bench_generation, 60.0),
+    }
+
+
+def measure(chosen: list[str], result: dict[str, Any], whole: Budget) -> None:
+    """Run sections into ``result``; what failed, was withheld or did not fit is said there."""
+    result["ceilings"] = ceilings()
+    for name in chosen:
+        bench, seconds = sections()[name]
+        if why := withheld(name, result["tests"]["failed"]):
+            result["failed"][name] = f"withheld, for tests failed: {', '.join(why[:8])}"
+            continue
+        if not whole.allows(name, min(seconds, 15.0)):
+            continue
+        budget = Budget(whole.left() if DRY else min(seconds, whole.left()))
+        start = time.perf_counter()
+        torch.manual_seed(0)
+        try:
+            with budget.enforced():
+                result[name] = bench(budget, result["ceilings"])
+        except (
+            Exception
+        ):  # device time is scarce: the other figures are kept, and the exit code says that one is missing
+            result["failed"][name] = traceback.format_exc()
+            traceback.print_exc()
+        result["failed"] |= {f"{name}, {one}": why for one, why in budget.failed.items()}
+        result["seconds_of"][name] = time.perf_counter() - start
+        result["left_out"] += [f"{name}: {one}" for one in budget.left_out]
+        if not DRY:
+            torch.cuda.empty_cache()
+            write_json("gpu", result)  # what is there outlives a crash of the next one
+    result["left_out"] += whole.left_out
+
+
+def rehearse() -> None:
+    """Start this program again with the interpreter in place of a device; Triton reads that when it is imported."""
+    environment = os.environ | {"TOOLKIT_GPU_TESTS": "cpu", "TRITON_INTERPRET": "1", "TOOLKIT_NATIVE": "off"}
+    os.execve(sys.executable, [sys.executable, "-m", "benchmarks.gpu", *sys.argv[1:]], environment)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.parse_args()
-    if not torch.cuda.is_available():
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes, on CPU, untimed; nothing is written")
+    parser.add_argument("--only", nargs="+", choices=[*WATCHED, "heights"], help="these sections alone")
+    arguments = parser.parse_args()
+    if arguments.dry_run and not DRY:
+        rehearse()
+    if not DRY and not torch.cuda.is_available():
         print("No CUDA device here: the GPU tests and benchmarks need one.", file=sys.stderr)
         raise SystemExit(2)
-    start = time.perf_counter()
-    result: dict[str, Any] = {"tests": gate()}
-    if not result["tests"]["green"]:
-        path = write_json("gpu", result)
-        print(f"gate red: no speed is reported; written to {path}", file=sys.stderr)
-        raise SystemExit(1)
-    result["ceilings"] = ceilings()
-    failed = []
-    benches = {"attention": bench_attention, "training": bench_training, "generation": bench_generation}
-    for name, bench in benches.items():
-        try:
-            result[name] = bench()
-        except (
-            Exception
-        ):  # device time is scarce: the other figures are kept, and the exit code says that one is missing
-            failed.append(name)
-            result.setdefault("failed", {})[name] = traceback.format_exc()
-            traceback.print_exc()
-        torch.cuda.empty_cache()
-    result["seconds"] = time.perf_counter() - start
+    whole = Budget(SECONDS)
+    if DRY:
+        triton_on_cpu()
+    result: dict[str, Any] = {"failed": {}, "left_out": [], "seconds_of": {}}
+    result["tests"] = {"green": True, "failed": []} if DRY else gate()
+    measure(arguments.only or list(sections()), result, whole)
+    result["seconds"] = SECONDS - whole.left()
     show(result)
-    path = write_json("gpu", result)
-    print(f"{result['seconds']:.0f} s; written to {path}")
-    if failed:
-        raise SystemExit(f"failed: {', '.join(failed)}")
+    if DRY:
+        json.dumps({**describe(), **result})
+        print(f"{result['seconds']:.0f} s; a dry run of {', '.join(result['seconds_of'])}")
+    else:
+        print(f"{result['seconds']:.0f} s; written to {write_json('gpu', result)}")
+    for line in result["left_out"]:
+        print(f"left out for want of time: {line}")
+    for file, name in result["tests"]["failed"]:
+        print(f"test failed: {file} {name}", file=sys.stderr)
+    for name, why in result["failed"].items():
+        print(f"{name}: {why.strip().splitlines()[-1]}", file=sys.stderr)
+    if result["failed"] or not result["tests"]["green"]:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

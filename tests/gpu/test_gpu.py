@@ -146,9 +146,11 @@ def test_rms_norm_matches_float64_row_by_row(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_tile_height(dtype, record_property):
-    """Not a promise but a measurement: printed and kept in the report. Every height must be right, though."""
-    from benchmarks.dot_heights import differing
+def test_attention_tile_height(dtype, record_property):
+    """Not a promise but a measurement: printed and kept in the report. Every height must be right, though.
+
+    What tiles do to the bits of a product, ``benchmarks.dot_heights`` measures.
+    """
     from toolkit.ops.attention import tiles
 
     lengths = queries = [257]
@@ -161,11 +163,8 @@ def test_tile_height(dtype, record_property):
             outs[rows], _ = contiguous(q, k, v, lengths, queries)
         assert relative(outs[rows], exact) < ERROR[dtype]
     differ = {rows: int((out != outs[64]).sum()) for rows, out in outs.items()}
-    products = differing(dtype)
-    print(f"\n{dtype}: elements that differ from 64 rows: attention {differ} of {exact.numel()}, product {products}")
+    print(f"\n{dtype}: elements that differ from 64 rows: {differ} of {exact.numel()}")
     record_property("attention_heights", str(differ))
-    record_property("product_heights", str(products))
-    assert all(entry["error"] < 1e-5 for entry in products.values())
 
 
 def tiny(name, dtype):

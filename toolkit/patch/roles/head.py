@@ -53,7 +53,7 @@ def _candidates(module: nn.Module, numerics: Numerics) -> list[Candidate] | None
     if type(module) is not nn.Linear:
         return None
     bitwise = numerics is Numerics.BITWISE
-    forward = head_forward(product if bitwise else F.linear)
+    forward = head_forward(product if bitwise else F.linear, bitwise)
 
     def probe() -> ProbeError:
         copied = twin(module)
