@@ -55,19 +55,19 @@ FORWARD: Table = {
 }
 
 # The kernel that owns rows of queries and gives dq. NVIDIA's matrix units have no IEEE float32 product: a thread
-# holds whole rows of both operands, so float32 at head_dim 256 takes its products in slices, or it would spill.
+# holds whole rows of both operands, so float32 takes its products in slices of the head, or it would spill.
 BACKWARD_QUERIES: Table = {
     "sm_80": {
         2: ((64, Tile(32, 64, 4, 2)), (128, Tile(32, 64, 4, 1)), (256, Tile(16, 32, 4, 1))),
-        4: ((64, Tile(16, 16, 4, 1)), (128, Tile(16, 16, 8, 1)), (256, Tile(32, 16, 8, 1, 64))),
+        4: ((64, Tile(16, 16, 4, 1, 32)), (128, Tile(16, 16, 8, 1)), (256, Tile(32, 16, 8, 1, 64))),
     },
     "sm_90": {
         2: ((64, Tile(64, 64, 4, 2)), (128, Tile(64, 64, 8, 1)), (256, Tile(32, 32, 8, 1))),
-        4: ((64, Tile(16, 16, 4, 1)), (128, Tile(16, 16, 8, 1)), (256, Tile(32, 16, 8, 1, 64))),
+        4: ((64, Tile(16, 16, 4, 1, 32)), (128, Tile(16, 16, 8, 1)), (256, Tile(32, 16, 8, 1, 64))),
     },
     "sm_100": {
         2: ((64, Tile(64, 64, 4, 2)), (128, Tile(64, 64, 8, 1)), (256, Tile(64, 32, 8, 1))),
-        4: ((64, Tile(16, 16, 4, 1)), (128, Tile(16, 16, 8, 1)), (256, Tile(32, 16, 8, 1, 64))),
+        4: ((64, Tile(16, 16, 4, 1, 32)), (128, Tile(16, 16, 8, 1)), (256, Tile(32, 16, 8, 1, 64))),
     },
     "gfx942": {
         2: ((64, Tile(32, 32, 4, 1)), (128, Tile(32, 32, 4, 1)), (256, Tile(16, 16, 4, 1))),

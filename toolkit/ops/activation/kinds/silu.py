@@ -31,7 +31,7 @@ def triton_both(x):
 CPU = """
   template <typename V>
   static V value(const V& x) {
-    return finite_below(x) / (V(1) + elementary::exp(x.neg()));
+    return gated(finite_below(x), x);
   }
   template <typename V>
   static Pair<V> both(const V& x) {
