@@ -1,0 +1,201 @@
+"""What the GPU suite stands on: the device, timing by device events, correctness gates and time budgets.
+
+With ``TOOLKIT_GPU_TESTS=cpu`` and ``TRITON_INTERPRET=1`` set, the suite runs on CPU tensors through Triton's
+interpreter, at small sizes and without timing: so its code is proven on machines without a GPU.
+"""
+
+import importlib
+import math
+import os
+import pkgutil
+import signal
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import relative_error
+
+DRY = os.environ.get("TOOLKIT_GPU_TESTS") == "cpu"
+DEVICE = "cpu" if DRY else "cuda"
+# Triton's interpreter computes with numpy, which has no bfloat16.
+HALF = torch.float16 if DRY else torch.bfloat16
+# Largest relative error, norm by norm, of results and gradients against float64.
+GATE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+def triton_on_cpu() -> None:
+    """Let the Triton kernels serve the ops on CPU tensors, through the dispatcher and autograd as on a GPU."""
+    from toolkit import ops
+    from toolkit.ops import registry
+
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError("TRITON_INTERPRET is not 1; without it the Triton kernels take no CPU tensors.")
+    for entry in pkgutil.iter_modules(ops.__path__):
+        if entry.ispkg and entry.name != "native":
+            importlib.import_module(f"toolkit.ops.{entry.name}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it replaces kernels, on purpose
+        for op in registry._OPS.values():
+            if op.triton is not None:
+                registry._LIBRARY.impl(op.name, op.triton, "CPU")
+
+
+def median(call: Callable[[], Any], milliseconds: int = 100) -> float:
+    """Median seconds of a call by device events, L2 cold each time; dry: the call is made, and takes a second."""
+    if DRY:
+        call()
+        return 1.0
+    import triton.testing
+
+    taken: Any = triton.testing.do_bench(call, warmup=25, rep=milliseconds, return_mode="median")
+    return float(taken) / 1e3
+
+
+def replayed(calls: Sequence[Callable[[], Any]]) -> float:
+    """Median seconds of one of ``calls``, replayed together from a CUDA graph: the host's share is not in it.
+
+    For work of a few microseconds; each call should have operands of its own, or all but the first find them in L2.
+    """
+    if DRY:
+        return median(lambda: [call() for call in calls])
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return median(graph.replay, 60) / len(calls)
+
+
+def peak(call: Callable[[], Any]) -> int:
+    """Bytes that a call allocates at its peak above what was there before it; dry: 0."""
+    if DRY:
+        call()
+        return 0
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compile(function)``; dry: the function itself, for a compiler takes longer than the run may."""
+    return function if DRY else torch.compile(function, dynamic=False)
+
+
+@contextmanager
+def reusable_graphs() -> Iterator[None]:
+    """Backwards of compiled functions may run more than once: torch gives their saved tensors away otherwise.
+
+    Their peak memory may be larger for it by what would be given away.
+    """
+    import torch._functorch.config as config
+
+    with config.patch(donated_buffer=False):
+        yield
+
+
+def normal(*shape: int, dtype: torch.dtype = HALF, scale: float = 1.0) -> Tensor:
+    return (torch.randn(shape, device=DEVICE) * scale).to(dtype)
+
+
+def wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def doubles(values: Sequence[Tensor]) -> list[Tensor]:
+    return [x.double() if x.is_floating_point() else x for x in values]
+
+
+def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def both_ways(function: Callable[..., Any], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor]:
+    """Outputs, then the gradients to the floating-point inputs."""
+    leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
+    outputs = as_tuple(function(*leaves))
+    wanted = [x for x in leaves if x.requires_grad]
+    return [*(y.detach() for y in outputs), *torch.autograd.grad(outputs, wanted, cotangents)]
+
+
+def measure(call: Callable[..., Any], leaves: Sequence[Tensor], cotangents: Sequence[Tensor]) -> dict[str, float]:
+    """Seconds of a training forward and of its backward, and the bytes that both allocate."""
+    wanted = [x for x in leaves if x.requires_grad]
+    entry: dict[str, float] = {"forward_s": median(lambda: call(*leaves), 50)}
+    outputs = as_tuple(call(*leaves))
+    entry["backward_s"] = median(partial(torch.autograd.grad, outputs, wanted, cotangents, retain_graph=True), 50)
+    entry["peak_bytes"] = peak(lambda: torch.autograd.grad(as_tuple(call(*leaves)), wanted, cotangents))
+    return entry
+
+
+def gate(name: str, values: Sequence[Tensor], exact: Sequence[Tensor], limit: float) -> float:
+    """The largest relative error; RuntimeError on a red gate, so that no figure stands on a wrong result."""
+    worst = 0.0
+    for value, wanted in zip(values, exact, strict=True):
+        error = relative_error(value, wanted)
+        if not error <= limit:
+            raise RuntimeError(f"gate red: {name} is {error:.1e} from float64, allowed is {limit:.0e}")
+        worst = max(worst, error)
+    return worst
+
+
+def geomean(ratios: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else math.nan
+
+
+class Budget:
+    """Seconds that a section may take. What does not fit is left out by name, and a hanging call is cut off."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end = time.monotonic() + seconds
+        self.left_out: list[str] = []
+        self.failed: dict[str, str] = {}
+
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def allows(self, name: str, seconds: float) -> bool:
+        """Whether ``seconds`` more are there; the name is kept in ``left_out`` otherwise."""
+        if self.left() >= seconds:
+            return True
+        self.left_out.append(name)
+        return False
+
+    @contextmanager
+    def trying(self, name: str) -> Iterator[None]:
+        """What fails in the body is kept in ``failed``, so that the section goes on."""
+        try:
+            yield
+        except TimeoutError:
+            raise
+        except Exception:
+            self.failed[name] = traceback.format_exc()
+
+    @contextmanager
+    def enforced(self, grace: float = 30.0) -> Iterator[None]:
+        """TimeoutError in the body once the budget and ``grace`` seconds are over. Main thread only."""
+
+        def stop(*_: Any) -> None:
+            raise TimeoutError("the section's time is over")
+
+        before = signal.signal(signal.SIGALRM, stop)
+        signal.setitimer(signal.ITIMER_REAL, max(self.left() + grace, 1.0))
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
+            signal.signal(signal.SIGALRM, before)

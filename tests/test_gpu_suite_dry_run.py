@@ -1,0 +1,64 @@
+"""The GPU suite on a machine without one: every section runs, at tiny sizes, in Triton's interpreter."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="the Triton kernels need triton")
+
+from benchmarks import gpu
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_every_section_runs():
+    environment = os.environ | {
+        "TOOLKIT_GPU_TESTS": "cpu", "TRITON_INTERPRET": "1", "TOOLKIT_NATIVE": "off", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run"]
+    finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    summary = next(line for line in finished.stdout.splitlines() if "a dry run of" in line)
+    assert summary.split("a dry run of ")[1].split(", ") == list(gpu.sections())
+    assert "left out" not in finished.stdout
+
+
+def test_a_failing_test_withholds_what_it_covers():
+    failed = [["test_gpu_head", "test_linear_logprob[plain]"], ["test_gpu_sample", "crashed"]]
+    held = {name for name in gpu.sections() if gpu.withheld(name, failed)}
+    assert held == {"linear_logprob", "sample", "training", "generation"}
+    assert gpu.withheld("linear", [["test_gpu_matrix", "test_linear[512-4224-dtype0]"]])
+    assert not gpu.withheld("memory_bound", failed)
+
+
+def test_a_report_that_is_missing_is_a_failure(tmp_path):
+    outcome = {"tests": 0, "skipped": 0, "failed": [], "recorded": {}, "seconds_of": {}}
+    gpu.read_report("test_gpu", tmp_path / "none.xml", outcome)
+    assert outcome["failed"] == [["test_gpu", "crashed"]]
+    report = tmp_path / "some.xml"
+    report.write_text(
+        '<testsuites><testsuite tests="4" skipped="1" time="2.5"><testcase classname="c" name="a"><properties>'
+        '<property name="heights" value="7"/></properties></testcase>'
+        '<testcase classname="c" name="b"><failure/></testcase><testcase classname="c" name="c"><skipped/></testcase>'
+        '<testcase classname="" name="tests.gpu.test_gpu_ops"><error/></testcase></testsuite></testsuites>'
+    )
+    gpu.read_report("test_gpu_ops", report, outcome)
+    assert (outcome["tests"], outcome["skipped"], outcome["recorded"]) == (4, 1, {"a heights": "7"})
+    assert outcome["failed"][1:] == [["test_gpu_ops", "b"], ["test_gpu_ops", "crashed"]]
+
+
+def test_a_budget_leaves_out_what_does_not_fit_and_cuts_off_what_hangs():
+    from benchmarks.gpu_device import Budget
+
+    budget = Budget(0.5)
+    assert not budget.allows("long", 3.0)
+    assert budget.left_out == ["long"]
+    with budget.trying("broken"):
+        raise ValueError("why")
+    assert "ValueError: why" in budget.failed["broken"]
+    with pytest.raises(TimeoutError), budget.enforced(grace=0.0):
+        time.sleep(60)
