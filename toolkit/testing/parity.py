@@ -113,7 +113,7 @@ def _compare(model: Any, group: Sequence[Any], result: Parity) -> None:
         trained = token_logprobs(model, [list(c.prompt_token_ids) + list(c.token_ids) for c in group])
     for completion, logprobs in zip(group, trained):
         returned = torch.tensor(completion.logprobs, dtype=torch.float64)
-        expected = logprobs.detach()[len(completion.prompt_token_ids) - 1 :].double()
+        expected = logprobs.detach().cpu()[len(completion.prompt_token_ids) - 1 :].double()
         result.tokens += returned.numel()
         differs = ~((returned == expected) | (returned.isnan() & expected.isnan()))
         result.differing += int(differs.sum())
