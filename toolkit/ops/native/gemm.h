@@ -185,11 +185,13 @@ __attribute__((noinline)) void packing_tile(const T* x, int64_t x_stride, const 
   int64_t k = 0;
 #ifdef CPU_CAPABILITY_AVX2
   // A cache line of every row at a time: rows whose stride is a power of two share few sets of L1.
-  constexpr int64_t line = 64 / sizeof(S), distance = 2 * line;
+  // Weights are asked for into L2 long before they are needed: L1 has too few slots for what is under way from memory.
+  constexpr int64_t line = 64 / sizeof(S);
+  const int64_t distance = std::min<int64_t>(12 * line, depth);
   if (w.columns == width)
     for (; k + line <= depth; k += line) {
       const S* next = k + distance < depth ? w.data + k + distance : w.ahead + k + distance - depth;
-      for (int64_t i = 0; i < width; ++i) __builtin_prefetch(next + i * w.stride);
+      for (int64_t i = 0; i < width; ++i) __builtin_prefetch(next + i * w.stride, 0, 2);
 #pragma GCC unroll 8
       for (int64_t q = k; q < k + line; q += 4) {
         typename L::Vector first[4], second[4];
