@@ -1,0 +1,96 @@
+"""Fresh memory full of NaN: no op leaves an element of a result unwritten, forward or backward, or reads one."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from rowwise_checks import seeded
+from torch import Tensor
+
+from toolkit.ops.activation import activation
+from toolkit.ops.attention import attention
+from toolkit.ops.gated_activation import gated_activation
+from toolkit.ops.layer_norm import layer_norm
+from toolkit.ops.linear import linear, linear_group
+from toolkit.ops.linear_logprob import linear_logprob
+from toolkit.ops.lora_linear import lora_linear
+from toolkit.ops.rms_norm import add_rms_norm, rms_norm
+from toolkit.ops.rotary import rotary, rotary_tables
+from toolkit.ops.sample import penalize, sample
+from toolkit.ops.token_logprob import token_logprob
+
+ROWS, WIDTH = 37, 45
+IDS = torch.arange(ROWS) % 19 - 1
+OFFSETS = torch.tensor([0, 5, 5, 30])  # an empty sequence, and rows of padding at the end
+A, B = seeded(2, 3, WIDTH, seed=5), seeded(2, WIDTH, 3, seed=6)
+SQUARE = seeded(WIDTH, WIDTH, seed=4)
+HALF, INTEGERS = torch.full((ROWS,), 0.5, dtype=torch.float64), torch.arange(ROWS)
+
+
+def attend(x: Tensor) -> Tensor:
+    q = x[:, None, :44].unflatten(-1, (2, 22)).squeeze(1)
+    return attention(q, q[:, :1], q[:, 1:], OFFSETS, OFFSETS[:-1], OFFSETS.diff())[0]
+
+
+OPS = {
+    "rms_norm": lambda x: rms_norm(x, x[0], 1e-6),
+    "add_rms_norm": lambda x: add_rms_norm(x, x.flip(0), x[0], 1e-6),
+    "layer_norm": lambda x: layer_norm(x, x[0], x[1], 1e-6),
+    "activation": lambda x: activation(x, "gelu"),
+    "gated_activation": lambda x: gated_activation(x, x.flip(0), "clamped_swiglu"),
+    "rotary": lambda x: rotary(x[:, None], *rotary_tables(INTEGERS, torch.rand(10), dtype=x.dtype)),
+    "linear": lambda x: linear(x, SQUARE.to(x.dtype), x[0]),
+    "linear_group": lambda x: linear_group(x.detach(), [SQUARE.to(x.dtype)] * 2, [None, None]),
+    "lora_linear": lambda x: lora_linear(
+        x, SQUARE.to(x.dtype), None, A.to(x.dtype), B.to(x.dtype), torch.ones(2), IDS % 3 - 1
+    ),
+    "token_logprob": lambda x: token_logprob(x, IDS),
+    "linear_logprob": lambda x: linear_logprob(x, SQUARE.to(x.dtype), IDS, bias=x[0], top_k=3)[:4],
+    "linear_logprob, ignored": lambda x: linear_logprob(x, SQUARE.to(x.dtype), IDS * 0 - 1)[:1],
+    "attention": attend,
+    "sample": lambda x: sample(x.detach(), HALF, INTEGERS % 5, HALF, HALF, INTEGERS, INTEGERS)[1],
+    "penalize": lambda x: penalize(
+        x.detach(),
+        INTEGERS,
+        torch.arange(ROWS + 1),
+        INTEGERS % 2,
+        HALF,
+        HALF,
+        HALF,
+        INTEGERS[:0],
+        0 * torch.arange(ROWS + 1),
+    ),
+}
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    before, torch.utils.deterministic.fill_uninitialized_memory = (
+        torch.utils.deterministic.fill_uninitialized_memory,
+        True,
+    )
+    assert torch.empty(5).isnan().all()
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = before
+    torch.use_deterministic_algorithms(False)
+
+
+def run(name: str, dtype: torch.dtype) -> list[Tensor]:
+    x = seeded(ROWS, WIDTH, dtype=dtype).requires_grad_()
+    torch.manual_seed(0)
+    outputs = OPS[name](x)
+    outputs = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
+    graded = [y for y in outputs if y.requires_grad]
+    gradients = torch.autograd.grad(graded, x, [torch.ones_like(y) for y in graded]) if graded else ()
+    return [y.detach() for y in outputs] + list(gradients)
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_results_are_whole(name, dtype, request):
+    clean = run(name, dtype)
+    request.getfixturevalue("poison")
+    for got, wanted in zip(run(name, dtype), clean, strict=True):
+        assert wanted.isfinite().all()
+        assert torch.equal(got, wanted)
