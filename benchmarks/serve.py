@@ -1,4 +1,4 @@
-"""Generation: the engine against transformers' ``generate`` and ``generate_batch``, one model, one run.
+"""Generation: the engine, in both tiers, against transformers' ``generate`` and ``generate_batch``, in one run.
 
 ``python -m benchmarks.serve`` checks greedy tokens first and reports no speed when they differ by more than
 near ties. ``--profile`` prints where a decode step goes instead.
@@ -65,7 +65,8 @@ class GenerateBatch:
 class Engine:
     """The engine on a patched copy of the model, greedy, prefix cache off: every prompt is computed."""
 
-    def __init__(self, model: Any, max_num_seqs: int, length: int) -> None:
+    def __init__(self, model: Any, max_num_seqs: int, length: int, numerics: str = "bitwise") -> None:
+        toolkit.patch(model, numerics=numerics)
         self.engine = toolkit.Engine(
             model,
             max_num_seqs=max_num_seqs,
@@ -105,6 +106,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     vocabulary = stock.config.vocab_size
     length, new_tokens = arguments.prompt, arguments.new_tokens
     system = Engine(patched, max(arguments.batch), length + new_tokens)
+    fast = Engine(copy.deepcopy(stock), max(arguments.batch), length + new_tokens, numerics="fast")
     generate = Generate(stock)
     result: dict[str, Any] = {
         "model": arguments.model,
@@ -122,6 +124,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         print(f"gate green at batch {batch}: {gate['equal']} equal, {gate['near_ties']} near ties", flush=True)
         calls = {
             "toolkit": lambda p=prompts: system(p, new_tokens),
+            "toolkit, fast tier": lambda p=prompts: fast(p, new_tokens),
             "generate": lambda p=prompts: generate(p, new_tokens),
         }
         timings = {name: summary(t) for name, t in interleaved(calls, arguments.repeats, warmup=0).items()}
@@ -129,6 +132,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         entry = {"gate": gate, "timings": timings, "tokens_per_s": speed}
         ratio = speed["toolkit"] / speed["generate"]
         rows.append(["toolkit.Engine", batch, new_tokens, speed["toolkit"], f"{ratio:.2f}x", gate["near_ties"]])
+        ratio = speed["toolkit, fast tier"] / speed["generate"]
+        rows.append(["toolkit.Engine, fast tier", batch, new_tokens, speed["toolkit, fast tier"], f"{ratio:.2f}x", ""])
         rows.append(["generate", batch, new_tokens, speed["generate"], "1.00x", ""])
         if arguments.generate_batch and batch == max(arguments.batch):
             entry["generate_batch"] = other = measure_generate_batch(stock, system, prompts, arguments.generate_batch)

@@ -1,12 +1,23 @@
 """A patched model inside transformers' own Trainer: the same losses as without the patch."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 import toolkit
 from toolkit.testing.models import random_model
+
+
+@pytest.fixture(autouse=True)
+def own_precision() -> Iterator[None]:
+    """Accelerate keeps the precision of a process's first Trainer; later tests must not inherit it."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 class Sentences(Dataset):
