@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from rowwise_checks import seeded
 
+from toolkit.errors import ToolkitError
 from toolkit.ops.linear import linear
 from toolkit.ops.linear_logprob import deferred
 from toolkit.ops.linear_logprob.deferred import DeferredLogits, token_logprobs, token_statistics
@@ -128,3 +129,52 @@ def test_past_the_python_level():
 def test_repr_computes_nothing(no_logits):
     assert repr(waiting(parts())) == "DeferredLogits(shape=[2, 5, 30], dtype=torch.float32)"
     assert deferred.DeferredLogits is DeferredLogits
+
+
+def test_a_look_without_gradients_keeps_them_for_the_loss():
+    for quiet in (torch.no_grad, torch.inference_mode):
+        leaves = parts()
+        late = waiting(leaves)
+        with quiet():
+            seen = late.argmax(-1)
+        assert torch.equal(seen, linear(*leaves).argmax(-1))
+        got = torch.autograd.grad(late.square().sum(), leaves)
+        wanted = torch.autograd.grad(linear(*leaves).square().sum(), leaves)
+        assert all(map(torch.equal, got, wanted))
+
+
+def test_logits_of_weights_that_are_gone_are_refused():
+    leaves = parts()
+    late, read = waiting(leaves), waiting(leaves)
+    read.argmax(-1)
+    with torch.no_grad():
+        leaves[1].add_(1.0)
+    with pytest.raises(ToolkitError, match="not read before the weights changed"):
+        late.argmax(-1)
+    with pytest.raises(ToolkitError, match="not read before the weights changed"):
+        token_logprobs(late, torch.zeros(2, 5, dtype=torch.int64))
+    assert read.shape == (2, 5, 30)
+    read.argmax(-1)  # computed in time
+
+
+class Squares(torch.autograd.Function):
+    """A loss of somebody else's that autograd sees as one node."""
+
+    @staticmethod
+    def forward(ctx, logits):
+        ctx.save_for_backward(logits * 1.0)
+        return logits.square().sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (logits,) = ctx.saved_tensors
+        return 2.0 * grad * logits
+
+
+@pytest.mark.parametrize("step", [lambda z: z, lambda z: (z / 2.0)[:, 1:]])
+def test_custom_functions_pass_their_gradient(step):
+    ours, stock = parts(), parts()
+    Squares.apply(step(waiting(ours))).backward()
+    step(linear(*stock)).square().sum().backward()
+    for got, wanted in zip(ours, stock):
+        torch.testing.assert_close(got.grad, wanted.grad, rtol=1e-6, atol=1e-6)

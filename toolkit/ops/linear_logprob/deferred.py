@@ -5,6 +5,7 @@ are never held. Everybody else sees a tensor: the first operation that is not un
 gradients, as the head would have done.
 """
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from toolkit.errors import ToolkitError
 from toolkit.ops.linear import linear
 from toolkit.ops.linear_logprob import LinearLogprob, linear_logprob
 from toolkit.ops.token_logprob import token_logprob
@@ -23,7 +25,8 @@ class DeferredLogits(Tensor):
     """``hidden @ weight.T + bias``, then the steps that a model applies to its logits: scaling, division, soft-cap.
 
     hidden: [..., K]; weight: [V, K]; bias: [V] or None; steps: ("mul", c), ("div", c) or ("tanh", 0.0) in order.
-    Selecting rows, scaling and tanh stay deferred.
+    Selecting rows, scaling and tanh stay deferred. Logits that were not looked at before the weights changed (by an
+    optimizer step) are gone: computing them then is a ToolkitError, never a silent answer from the new weights.
     """
 
     hidden: Tensor
@@ -32,6 +35,7 @@ class DeferredLogits(Tensor):
     steps: tuple[tuple[str, float], ...]
     product: Callable[..., Tensor]
     dense: Tensor | None
+    versions: tuple[int, ...]
 
     @staticmethod
     def __new__(
@@ -43,24 +47,48 @@ class DeferredLogits(Tensor):
         steps: tuple[tuple[str, float], ...] = (),
     ) -> "DeferredLogits":
         shape = (*hidden.shape[:-1], weight.shape[0])
-        self = Tensor._make_wrapper_subclass(cls, shape, dtype=hidden.dtype, device=hidden.device)
+        self = Tensor._make_wrapper_subclass(cls, shape, dtype=hidden.dtype, device=hidden.device, requires_grad=True)
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self.steps, self.product, self.dense = steps, product, None
+        self.versions = self._versions()
+        # What only C++ sees (an autograd.Function applied to the logits) leaves its gradient here, at a leaf.
+        this = weakref.ref(self)
+        with torch._C.DisableTorchFunctionSubclass():
+            self.register_hook(lambda grad: _pass_on(this, grad))
         return self
+
+    def _versions(self) -> tuple[int, ...]:
+        """Torch's counts of in-place writes to what the logits are made of."""
+        parts = (self.hidden, self.weight) if self.bias is None else (self.hidden, self.weight, self.bias)
+        return tuple(part._version for part in parts)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"DeferredLogits(shape={list(self.shape)}, dtype={self.dtype})"
 
-    def compute(self) -> Tensor:
-        """The logits, as the model's own operations give them; kept for the next time."""
-        if self.dense is None:
-            self.dense = self.product(self.hidden, self.weight, self.bias)
+    def check(self) -> None:
+        """ToolkitError once the logits could only be those of other weights."""
+        if self._versions() != self.versions:
+            raise ToolkitError(
+                "logits were not read before the weights changed; read them before the optimizer's step, or patch "
+                "without the role 'head'."
+            )
+
+    def compute(self, keep: bool = True) -> Tensor:
+        """The logits, as the model's own operations give them, with their graph; kept for the next time."""
+        if self.dense is not None:
+            return self.dense
+        self.check()
+        # Whoever looks first may do so without gradients; a loss that comes later still needs them.
+        with torch.inference_mode(False), torch.enable_grad():
+            dense = self.product(self.hidden, self.weight, self.bias)
             for step, value in self.steps:
                 if step == "tanh":
-                    self.dense = torch.tanh(self.dense)
+                    dense = torch.tanh(dense)
                 else:
-                    self.dense = self.dense * value if step == "mul" else self.dense / value
-        return self.dense
+                    dense = dense * value if step == "mul" else dense / value
+        if keep:
+            self.dense = dense
+        return dense
 
     def scale_softcap_temperature(self) -> tuple[float, float, float] | None:
         """The steps as ``linear_logprob`` takes them, with the same operations in the same order; None if it cannot."""
@@ -93,19 +121,26 @@ class DeferredLogits(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        # Calls from C++ (collectives, say) come past __torch_function__; gradients are off here.
-        return func(*_computed(args), **_computed(kwargs or {}))
+        # Calls from C++ (collectives, say) come past __torch_function__, below autograd: no graph to keep here.
+        return func(*_computed(args, keep=False), **_computed(kwargs or {}, keep=False))
 
 
-def _computed(value: Any) -> Any:
+def _computed(value: Any, keep: bool = True) -> Any:
     """``value`` with the logits in it computed."""
     if isinstance(value, DeferredLogits):
-        return value.compute()
+        return value.compute(keep)
     if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
-        return type(value)(_computed(item) for item in value)
+        return type(value)(_computed(item, keep) for item in value)
     if isinstance(value, dict):
-        return {key: _computed(item) for key, item in value.items()}
+        return {key: _computed(item, keep) for key, item in value.items()}
     return value
+
+
+def _pass_on(logits: Any, grad: Tensor) -> None:
+    """The rest of a backward that ended at deferred logits."""
+    alive = logits()
+    if alive is not None:
+        torch.autograd.backward(alive.compute(), grad)
 
 
 def _multiplied(logits: Any, by: Any, **kwargs: Any) -> DeferredLogits | None:
@@ -177,6 +212,7 @@ def _without_logits(logits: Tensor, targets: Tensor) -> LinearLogprob | None:
     """The statistics of deferred logits from their hidden states; None where only the logits themselves will do."""
     if not isinstance(logits, DeferredLogits) or logits.dense is not None:
         return None
+    logits.check()
     settings = logits.scale_softcap_temperature()
     if settings is None:
         return None
