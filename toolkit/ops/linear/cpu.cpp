@@ -34,7 +34,7 @@ void launch(const Tensor& x, const std::vector<Tensor>& weights, const std::vect
     if (outs[i].numel() == 0) continue;
     problems.push_back({x.const_data_ptr<T>(), depth, weight.const_data_ptr<S>(), weight.stride(0),
                         biases[i].defined() ? biases[i].const_data_ptr<T>() : nullptr, outs[i].mutable_data_ptr<T>(),
-                        outs[i].numel() / outputs, outputs, depth});
+                        outputs, outs[i].numel() / outputs, outputs, depth});
   }
   if (!problems.empty()) product::run(problems);
 }

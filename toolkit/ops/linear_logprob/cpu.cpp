@@ -19,6 +19,7 @@ using softmax::Partial;
 
 constexpr int64_t kTileRows = 96;         // logits of a tile: 96 x 2048 floats stay near a core
 constexpr int64_t kTopTasks = 4;          // tasks a thread that top-k lists are split for, at most
+constexpr int64_t kPad = 16;              // columns between rows: rows 4 KiB apart would share a few sets of the caches
 constexpr int64_t kBackwardBlock = 1024;  // columns of the vocabulary whose gradient is held at a time
 constexpr int64_t kBackwardRows = 4096;   // and rows
 
@@ -68,8 +69,8 @@ struct Inputs {
         bias(bias_given ? bias_given->to(type).contiguous() : Tensor()),
         temperature(temperature_given ? temperature_given->to(type).contiguous() : Tensor()) {}
 
-  // Products of rows [row, row + count) with the weights of columns [column, column + n), to out [count, n].
-  void multiply(int64_t row, int64_t count, int64_t column, int64_t n, T* out) const {
+  // Products of rows [row, row + count) with the weights of columns [column, column + n), to out [count, stride].
+  void multiply(int64_t row, int64_t count, int64_t column, int64_t n, T* out, int64_t stride) const {
     const int64_t depth = weight.size(1);
     const T* shift = bias.defined() ? bias.const_data_ptr<T>() + column : nullptr;
     const product::Problem<T, S> problem{hidden.const_data_ptr<T>() + row * depth,
@@ -78,6 +79,7 @@ struct Inputs {
                                          weight.stride(0),
                                          shift,
                                          out,
+                                         stride,
                                          count,
                                          n,
                                          depth};
@@ -161,12 +163,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     for_tasks(tiles * chunks, [&](int64_t task) {
       static thread_local std::vector<T> logits;
       const int64_t chunk = task / tiles, row = task % tiles * kTileRows, count = std::min(kTileRows, rows - row);
-      if (int64_t(logits.size()) < count * kBlock) logits.resize(count * kBlock);
+      constexpr int64_t stride = kBlock + kPad;
+      if (int64_t(logits.size()) < count * stride) logits.resize(count * stride);
       for (int64_t b = chunk * per_chunk; b < std::min((chunk + 1) * per_chunk, blocks); ++b) {
         const int64_t column = b * kBlock, n = std::min(kBlock, vocabulary - column);
-        in.multiply(row, count, column, n, logits.data());
+        in.multiply(row, count, column, n, logits.data(), stride);
         for (int64_t r = 0; r < count; ++r) {
-          T* const z = logits.data() + r * n;
+          T* const z = logits.data() + r * stride;
           finish_logits<T, S>(z, n, options, in.temperature_of(row + r));
           parts[(row + r) * blocks + b] = softmax::block_partial<T, true>(z, n);
           for (int64_t c = (row + r) * choices; c < (row + r + 1) * choices; ++c)
@@ -288,9 +291,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     const auto wide_options = hidden.options().dtype(type);
     Tensor dx = need_hidden ? at::zeros({rows, hidden.size(1)}, wide_options) : Tensor();
     // Each block of the gradient is written whole: no zeros first, unless no row is there to write it.
-    if (need_weight) dw = rows > 0 ? at::empty(weight.sizes(), weight.options()) : at::zeros(weight.sizes(), weight.options());
+    if (need_weight) dw = rows > 0 ? memory::empty(weight.sizes(), weight.options()) : at::zeros(weight.sizes(), weight.options());
     if (need_bias) db = at::zeros({vocabulary}, wide_options);
-    Tensor buffer = at::empty({std::min(rows, kBackwardRows) * std::min(vocabulary, kBackwardBlock)}, wide_options);
+    const int64_t stride = std::min(vocabulary, kBackwardBlock) + kPad;
+    const Tensor buffer = memory::empty({std::min(rows, kBackwardRows), stride}, wide_options);
     for (int64_t column = 0; column < vocabulary && rows > 0; column += kBackwardBlock) {
       const int64_t n = std::min(kBackwardBlock, vocabulary - column);
       const Tensor block = need_hidden ? in.weight.narrow(0, column, n).to(type) : Tensor();
@@ -301,19 +305,19 @@ std::tuple<Tensor, Tensor, Tensor> backward(
       }
       for (int64_t first = 0; first < rows; first += kBackwardRows) {
         const int64_t height = std::min(kBackwardRows, rows - first);
-        T* const g = buffer.mutable_data_ptr<T>();
+        T* const g = static_cast<T*>(buffer.mutable_data_ptr());
         for_tasks((height + kTileRows - 1) / kTileRows, [&](int64_t tile) {
           const int64_t row = tile * kTileRows, count = std::min(kTileRows, height - row);
-          in.multiply(first + row, count, column, n, g + row * n);
+          in.multiply(first + row, count, column, n, g + row * stride, stride);
           for (int64_t r = row; r < row + count; ++r) {
             const int64_t source = active[first + r];
             const T* const tempered = in.temperature_of(first + r);
-            finish_logits<T, S>(g + r * n, n, options, tempered);
-            logits_gradient(g + r * n, n, column, gradients[first + r], target + source * choices,
+            finish_logits<T, S>(g + r * stride, n, options, tempered);
+            logits_gradient(g + r * stride, n, column, gradients[first + r], target + source * choices,
                             of_target + source * choices, choices, options, tempered);
           }
         });
-        const Tensor grad = buffer.narrow(0, 0, height * n).view({height, n});
+        const Tensor grad = buffer.narrow(0, 0, height).narrow(1, 0, n);
         const Tensor x = in.hidden.narrow(0, first, height);
         if (need_hidden) dx.narrow(0, first, height).addmm_(grad, block);
         if (need_weight) {

@@ -35,6 +35,7 @@ struct Problem {
   int64_t weight_stride;
   const T* bias;
   T* out;
+  int64_t out_stride;
   int64_t rows, outputs, depth;
 };
 
@@ -72,7 +73,7 @@ void block(const Problem<T, S>& p, int64_t row, int64_t row_end, int64_t panel, 
         {p.weight + n * p.weight_stride + k, p.weight_stride, columns,
          p.weight + next_panel * width * p.weight_stride + next_k},
         std::min(kDepth<T>, p.depth - k), packed,
-        {p.out + row * p.outputs + n, p.outputs, columns, k > 0, add_bias ? bias : nullptr});
+        {p.out + row * p.out_stride + n, p.out_stride, columns, k > 0, add_bias ? bias : nullptr});
   };
 
   const T* const x = p.x + row * p.x_stride;
@@ -97,7 +98,7 @@ void block(const Problem<T, S>& p, int64_t row, int64_t row_end, int64_t panel, 
 template <typename T, typename S>
 void fill_empty(const Problem<T, S>& p) {
   for (int64_t m = 0; m < p.rows; ++m)
-    for (int64_t n = 0; n < p.outputs; ++n) p.out[m * p.outputs + n] = p.bias != nullptr ? p.bias[n] : T(0);
+    for (int64_t n = 0; n < p.outputs; ++n) p.out[m * p.out_stride + n] = p.bias != nullptr ? p.bias[n] : T(0);
 }
 
 // All of the product on the calling thread.
