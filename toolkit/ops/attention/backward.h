@@ -22,9 +22,7 @@ struct BackwardBuffers {
       : depth(padded<T>(p.depth)), value_depth(padded<T>(p.value_depth)) {
     static thread_local Scratch<T> memory;
     static thread_local Scratch<Range> limits;
-    memory.reserve(rows * (2 * depth + value_depth + 2 + 2 * kTile) + kTile * (2 * depth + value_depth));
-    limits.reserve(rows + kTile);
-    weights = memory.data();
+    weights = memory.reserve(rows * (2 * depth + value_depth + 2 + 2 * kTile) + kTile * (2 * depth + value_depth));
     dscores = weights + rows * kTile;
     query = dscores + rows * kTile;
     dquery = query + rows * depth;
@@ -34,7 +32,7 @@ struct BackwardBuffers {
     values_t = keys_t + kTile * depth;
     lse = values_t + kTile * value_depth;
     delta = lse + rows;
-    row_ranges = limits.data();
+    row_ranges = limits.reserve(rows + kTile);
     key_ranges = row_ranges + rows;
   }
   int64_t depth, value_depth;  // padded
@@ -171,14 +169,14 @@ void run_backward(const Backward<T>& f, int64_t rows) {
     for (int64_t begin = 0; begin < queries; begin += block)
       backward_block(f, Task{s, head, 1, begin, std::min(begin + block, queries)});
   };
-  const bool serial = p.multiplications() < kSerialWork;
+  const int64_t workers = p.multiplications() < kSerialWork ? 1 : at::get_num_threads();
   if (shares_keys(p))
-    run_tasks(p.kv_heads, serial, [&](int64_t head) {
+    threads::run_tasks(p.kv_heads, workers, [&](int64_t head) {
       for (int64_t s = 0; s < p.sequences; ++s) run_sequence(s, head);
     });
   else
-    run_tasks(p.sequences * p.kv_heads, serial,
-              [&](int64_t i) { run_sequence(i / p.kv_heads, i % p.kv_heads); });
+    threads::run_tasks(p.sequences * p.kv_heads, workers,
+                       [&](int64_t i) { run_sequence(i / p.kv_heads, i % p.kv_heads); });
   for (int64_t row = p.query_offsets[p.sequences]; row < rows; ++row)
     for (int64_t head = 0; head < p.query_heads; ++head) std::fill_n(f.dq.at(row, head), p.depth, T(0));
 }

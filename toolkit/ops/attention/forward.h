@@ -19,8 +19,7 @@ template <typename T>
 struct ForwardBuffers {
   ForwardBuffers(const Layout& p, int64_t rows) : out_stride(padded<T>(p.value_depth)) {
     static thread_local Scratch<T> memory;
-    memory.reserve(rows * (p.depth + out_stride + 2) + kTile * (kRowGroup + p.depth + out_stride));
-    scores = memory.data();
+    scores = memory.reserve(rows * (p.depth + out_stride + 2) + kTile * (kRowGroup + p.depth + out_stride));
     keys = scores + kRowGroup * kTile;
     values = keys + p.depth * kTile;
     out = values + kTile * out_stride;
@@ -154,7 +153,8 @@ void run_forward(const Forward<T>& f, int64_t rows) {
   const Layout& p = f.layout;
   tasks.prepare(p, std::max<int64_t>(1, kTaskRows / p.group()));
   const Tasks& list = tasks;
-  run_tasks(list.count(), p.multiplications() < kSerialWork, [&](int64_t i) { forward_task(f, list.at(i, f.layout)); });
+  const int64_t workers = p.multiplications() < kSerialWork ? 1 : at::get_num_threads();
+  threads::run_tasks(list.count(), workers, [&](int64_t i) { forward_task(f, list.at(i, f.layout)); });
   for (int64_t row = p.query_offsets[p.sequences]; row < rows; ++row)
     for (int64_t head = 0; head < p.query_heads; ++head) {
       std::fill_n(f.out.at(row, head), p.value_depth, T(0));

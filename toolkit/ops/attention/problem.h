@@ -5,7 +5,6 @@
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
-#include <atomic>
 #include <vector>
 
 #include "tile.h"
@@ -91,20 +90,6 @@ class Tasks {
   std::vector<int64_t> starts_;
   int64_t block_ = 1, heads_ = 1, splits_ = 1;
 };
-
-// f(index) for every index below count, handed out one by one to the threads.
-template <typename F>
-inline void run_tasks(int64_t count, bool serial, F f) {
-  if (serial || count == 1) {
-    for (int64_t i = 0; i < count; ++i) f(i);
-    return;
-  }
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(count, at::get_num_threads()), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker)
-      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) f(i);
-  });
-}
 
 // One tile of keys as a task sees it: keys [begin, end) of the tile are read, no other.
 struct KeyTile {

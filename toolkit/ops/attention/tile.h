@@ -9,8 +9,8 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <memory>
-#include <new>
+
+#include "threads.h"
 
 namespace toolkit::attention_op {
 
@@ -26,24 +26,7 @@ inline int64_t padded(int64_t n) {
   return (n + Vec<T>::size() - 1) / Vec<T>::size() * Vec<T>::size();
 }
 
-// Uninitialised, aligned memory that grows and is kept for the next call of the thread.
-template <typename T>
-class Scratch {
- public:
-  void reserve(int64_t count) {
-    if (count <= size_) return;
-    memory_.reset(static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t(64))));
-    size_ = count;
-  }
-  T* data() { return memory_.get(); }
-
- private:
-  struct Free {
-    void operator()(T* p) const { ::operator delete(p, std::align_val_t(64)); }
-  };
-  std::unique_ptr<T, Free> memory_;
-  int64_t size_ = 0;
-};
+using threads::Scratch;
 
 // exp for the attention weights: within 1 ulp for float, 0 below the smallest normal number, NaN stays NaN. Arguments
 // are at most a rounding error above 0.

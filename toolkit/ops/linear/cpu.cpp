@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
+#include "dtypes.h"
 #include "memory.h"
 #include "product.h"
 
@@ -15,6 +16,7 @@ void check(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& b
   TORCH_CHECK(x.dim() >= 1 && x.size(-1) == weight.size(1), "linear: the last dimension of x must be ", weight.size(1),
               ", the second of weight; got x of shape ", x.sizes(), ".");
   const auto dtype = x.scalar_type();
+  TORCH_CHECK(dtypes::is_float(dtype), "linear: x must be float32, float64, bfloat16 or float16; got ", dtype, ".");
   TORCH_CHECK(weight.scalar_type() == dtype, "linear: weight must have the dtype of x, ", dtype, "; got ",
               weight.scalar_type(), ".");
   if (!bias) return;
@@ -40,7 +42,7 @@ void launch(const Tensor& x, const std::vector<Tensor>& weights, const std::vect
 }
 
 std::vector<Tensor> compute(const Tensor& x, std::vector<Tensor> weights, std::vector<Tensor> biases) {
-  const auto dtype = x.scalar_type(), wide = dtype == at::kDouble ? at::kDouble : at::kFloat;
+  const auto dtype = x.scalar_type(), wide = dtypes::widened(dtype);
   // `to` and `contiguous` hand back the same tensor when there is nothing to do.
   const Tensor rows = x.to(wide).contiguous();
   std::vector<Tensor> outs;
@@ -51,13 +53,9 @@ std::vector<Tensor> compute(const Tensor& x, std::vector<Tensor> weights, std::v
     shape.back() = weights[i].size(0);
     outs.push_back(memory::empty(shape, x.options().dtype(wide)));
   }
-  switch (dtype) {
-    case at::kFloat: launch<float, float>(rows, weights, biases, outs); break;
-    case at::kDouble: launch<double, double>(rows, weights, biases, outs); break;
-    case at::kBFloat16: launch<float, c10::BFloat16>(rows, weights, biases, outs); break;
-    case at::kHalf: launch<float, c10::Half>(rows, weights, biases, outs); break;
-    default: TORCH_CHECK(false, "linear: x must be float32, float64, bfloat16 or float16; got ", dtype, ".");
-  }
+  dtypes::with_types(dtype, [&](auto compute, auto stored) {
+    launch<decltype(compute), decltype(stored)>(rows, weights, biases, outs);
+  });
   if (wide != dtype)
     for (Tensor& out : outs) out = out.to(dtype);
   return outs;

@@ -112,26 +112,6 @@ void check(const Tensor& hidden, const Tensor& weight, const std::optional<Tenso
                       " is not below the vocabulary size ", weight.size(0), ".");
 }
 
-// body(T{}, S{}): the type of the arithmetic and the one of the weights.
-template <typename Body>
-void by_types(at::ScalarType type, const Body& body) {
-  switch (type) {
-    case at::kDouble: body(double{}, double{}); break;
-    case at::kBFloat16: body(float{}, c10::BFloat16{}); break;
-    case at::kHalf: body(float{}, c10::Half{}); break;
-    default: body(float{}, float{});
-  }
-}
-
-// body(task) for every task, each taken by the next free thread.
-template <typename Body>
-void for_tasks(int64_t tasks, const Body& body) {
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t, int64_t) {
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) body(task);
-  });
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& targets_given,
     const std::optional<Tensor>& temperature, double scale, double softcap, int64_t top_k) {
@@ -152,7 +132,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   const int64_t per_chunk = (blocks + std::min(blocks, most) - 1) / std::min(blocks, most);
   const int64_t chunks = (blocks + per_chunk - 1) / per_chunk;
   std::vector<Partial> parts(rows * blocks);
-  by_types(hidden.scalar_type(), [&](auto zero, auto stored) {
+  dtypes::with_types(hidden.scalar_type(), [&](auto zero, auto stored) {
     using T = decltype(zero);
     using S = decltype(stored);
     const Inputs<T, S> in(hidden, weight, bias, temperature, type);
@@ -160,16 +140,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     std::vector<T> list_values(rows * chunks * top_k, -std::numeric_limits<T>::infinity());
     std::vector<int64_t> list_ids(rows * chunks * top_k, 0);
     std::vector<T> own(rows * choices, T(0));
-    for_tasks(tiles * chunks, [&](int64_t task) {
-      static thread_local std::vector<T> logits;
+    threads::run_tasks(tiles * chunks, at::get_num_threads(), [&](int64_t task) {
       const int64_t chunk = task / tiles, row = task % tiles * kTileRows, count = std::min(kTileRows, rows - row);
       constexpr int64_t stride = kBlock + kPad;
-      if (int64_t(logits.size()) < count * stride) logits.resize(count * stride);
+      T* const logits = threads::scratch<T, 1>(count * stride);
       for (int64_t b = chunk * per_chunk; b < std::min((chunk + 1) * per_chunk, blocks); ++b) {
         const int64_t column = b * kBlock, n = std::min(kBlock, vocabulary - column);
-        in.multiply(row, count, column, n, logits.data(), stride);
+        in.multiply(row, count, column, n, logits, stride);
         for (int64_t r = 0; r < count; ++r) {
-          T* const z = logits.data() + r * stride;
+          T* const z = logits + r * stride;
           finish_logits<T, S>(z, n, options, in.temperature_of(row + r));
           parts[(row + r) * blocks + b] = softmax::block_partial<T, true>(z, n);
           for (int64_t c = (row + r) * choices; c < (row + r + 1) * choices; ++c)
@@ -260,7 +239,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   auto wide = [&](const Tensor& x) { return x.to(type).contiguous(); };
   const Tensor targets = targets_given.contiguous();
   Tensor dh, dw, db;
-  by_types(hidden.scalar_type(), [&](auto zero, auto stored) {
+  dtypes::with_types(hidden.scalar_type(), [&](auto zero, auto stored) {
     using T = decltype(zero);
     using S = decltype(stored);
     const Tensor of_logprob = wide(grad_logprob), of_lse = wide(grad_lse), of_entropy = wide(grad_entropy);
@@ -306,7 +285,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
       for (int64_t first = 0; first < rows; first += kBackwardRows) {
         const int64_t height = std::min(kBackwardRows, rows - first);
         T* const g = static_cast<T*>(buffer.mutable_data_ptr());
-        for_tasks((height + kTileRows - 1) / kTileRows, [&](int64_t tile) {
+        threads::run_tasks((height + kTileRows - 1) / kTileRows, at::get_num_threads(), [&](int64_t tile) {
           const int64_t row = tile * kTileRows, count = std::min(kTileRows, height - row);
           in.multiply(first + row, count, column, n, g + row * stride, stride);
           for (int64_t r = row; r < row + count; ++r) {

@@ -12,7 +12,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "gemm.h"
+#include "dtypes.h"
+#include "product.h"
 
 namespace toolkit::lora_linear_op {
 
@@ -24,6 +25,8 @@ constexpr int64_t kSummed = 256;              // rows of a block of a weight's g
 constexpr int64_t kParallelWork = 1 << 19;    // multiply-adds that repay waking another thread
 constexpr int64_t kPad = 16;                  // keeps rows of copies out of each other's cache sets
 
+inline int64_t workers(int64_t multiply_adds) { return multiply_adds < kParallelWork ? 1 : at::get_num_threads(); }
+
 template <typename S, typename T>
 void read_row(const S* from, int64_t count, T* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = static_cast<T>(from[i]);
@@ -33,13 +36,7 @@ void write_row(const T* from, int64_t count, S* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = static_cast<S>(from[i]);
 }
 
-// A thread's memory for `Slot`, at least `count` elements; what it held is lost.
-template <typename T, int Slot>
-T* scratch(int64_t count) {
-  static thread_local std::vector<T> buffer;
-  if (int64_t(buffer.size()) < count) buffer = std::vector<T>(count);
-  return buffer.data();
-}
+using threads::scratch;
 
 // Rows by adapter, in their order; group l is order[start[l]] ... order[start[l + 1] - 1], rows without adapter last.
 struct Groups {
@@ -68,26 +65,11 @@ struct Adapters {
   const S* second(int64_t l) const { return b + l * outputs * rank; }
 };
 
-// The sum of no products.
-template <typename T>
-void fill_zero(T* out, int64_t stride, int64_t rows, int64_t columns) {
-  for (int64_t r = 0; r < rows; ++r) std::fill_n(out + r * stride, columns, T(0));
-}
-
 // out[m, n] (+)= sum_k x[m, k] w[n, k]: rows of w are adjacent in k.
 template <typename T, typename S>
-void by_rows(const T* x, int64_t x_stride, int64_t rows, const S* w, int64_t w_stride, int64_t outputs, int64_t depth,
-             T* out, int64_t out_stride, bool add) {
-  constexpr int64_t width = gemm::kPanel<T>;
-  if (depth == 0 && !add) fill_zero(out, out_stride, rows, outputs);
-  T* const packed = scratch<T, 0>(kDepth<T> * width);
-  for (int64_t n = 0; n < outputs; n += width)
-    for (int64_t k = 0; k < depth; k += kDepth<T>) {
-      const S* const data = w + n * w_stride + k;
-      gemm::multiply_panel<T, S>(x + k, x_stride, rows, {data, w_stride, std::min(width, outputs - n), data},
-                                 std::min(kDepth<T>, depth - k), packed,
-                                 {out + n, out_stride, std::min(width, outputs - n), add || k > 0, nullptr});
-    }
+void by_rows(const T* x, int64_t x_stride, int64_t rows, const S* w, int64_t outputs, int64_t depth, T* out,
+             int64_t out_stride, bool add) {
+  product::compute<T, S>({x, x_stride, w, depth, nullptr, out, out_stride, rows, outputs, depth, add});
 }
 
 template <typename T, int R>
@@ -105,7 +87,8 @@ template <typename T, typename S>
 void by_columns(const T* p, int64_t p_row, int64_t p_step, int64_t rows, const S* q, int64_t q_stride, int64_t columns,
                 int64_t depth, T* out, int64_t out_stride, bool add) {
   constexpr int64_t width = gemm::kPanel<T>;
-  if (depth == 0 && !add) fill_zero(out, out_stride, rows, columns);
+  if (depth == 0 && !add)  // the sum of no products
+    for (int64_t r = 0; r < rows; ++r) std::fill_n(out + r * out_stride, columns, T(0));
   T* const packed = scratch<T, 0>(kDepth<T> * width);
   for (int64_t n = 0; n < columns; n += width)
     for (int64_t c = 0; c < depth; c += kDepth<T>) {
@@ -147,12 +130,12 @@ void forward_block(const Adapters<S>& w, const Block& block, const int64_t* orde
   T* const low = scratch<T, 2>(rows * w.rank);
   T* const ys = scratch<T, 3>(rows * kColumns);
   for (int64_t r = 0; r < rows; ++r) read_row(x + order[r] * w.inner, w.inner, xs + r * x_stride);
-  by_rows(xs, x_stride, rows, w.first(l), w.inner, w.rank, w.inner, low, w.rank, false);
+  by_rows(xs, x_stride, rows, w.first(l), w.rank, w.inner, low, w.rank, false);
   scale_all(low, rows * w.rank, w.scaling[l]);
   for (int64_t n = 0; n < w.outputs; n += kColumns) {
     const int64_t wide = std::min(kColumns, w.outputs - n);
     for (int64_t r = 0; r < rows; ++r) read_row(base + order[r] * w.outputs + n, wide, ys + r * kColumns);
-    by_rows(low, w.rank, rows, w.second(l) + n * w.rank, w.rank, wide, w.rank, ys, kColumns, true);
+    by_rows(low, w.rank, rows, w.second(l) + n * w.rank, wide, w.rank, ys, kColumns, true);
     for (int64_t r = 0; r < rows; ++r) write_row(ys + r * kColumns, wide, out + order[r] * w.outputs + n);
   }
 }
@@ -164,8 +147,8 @@ void forward(const Adapters<S>& w, const Groups& groups, int64_t count, const S*
     for (int64_t t = groups.start[l]; t < groups.start[l + 1]; t += kRows)
       blocks.push_back({l, t, std::min(t + kRows, groups.start[l + 1])});
   const int64_t work = groups.start[count] * w.rank * (w.inner + w.outputs);
-  at::parallel_for(0, blocks.size(), work < kParallelWork ? blocks.size() + 1 : 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) forward_block<T>(w, blocks[i], groups.order.data(), base, x, out);
+  threads::run_tasks(blocks.size(), workers(work), [&](int64_t i) {
+    forward_block<T>(w, blocks[i], groups.order.data(), base, x, out);
   });
   const int64_t grain = kParallelWork / (w.outputs + 1) + 1;
   at::parallel_for(groups.start[count], groups.start[count + 1], grain, [&](int64_t begin, int64_t end) {
@@ -193,7 +176,7 @@ struct Backward {
     low.resize(kSummed * w.rank);
     up.resize(kSummed * w.rank);
     const int64_t parts = (rows + kRows - 1) / kRows;
-    split(parts, rows * w.rank * (2 * w.inner + w.outputs), [&](int64_t part) {
+    threads::run_tasks(parts, workers(rows * w.rank * (2 * w.inner + w.outputs)), [&](int64_t part) {
       const int64_t begin = part * kRows, count = std::min(kRows, rows - begin);
       T *const x_part = xs.data() + begin * x_stride, *const g_part = gs.data() + begin * g_stride;
       T *const low_part = low.data() + begin * w.rank, *const up_part = up.data() + begin * w.rank;
@@ -202,7 +185,7 @@ struct Backward {
         read_row(grad + at[begin + r] * w.outputs, w.outputs, g_part + r * g_stride);
       }
       if (db != nullptr) {
-        by_rows(x_part, x_stride, count, w.first(l), w.inner, w.rank, w.inner, low_part, w.rank, false);
+        by_rows(x_part, x_stride, count, w.first(l), w.rank, w.inner, low_part, w.rank, false);
         scale_all(low_part, count * w.rank, w.scaling[l]);
       }
       if (dx == nullptr && da == nullptr) return;
@@ -214,24 +197,17 @@ struct Backward {
       for (int64_t r = 0; r < count; ++r) write_row(result + r * x_stride, w.inner, dx + at[begin + r] * w.inner);
     });
     if (da != nullptr)
-      split((w.inner + kColumns - 1) / kColumns, rows * w.rank * w.inner, [&](int64_t part) {
+      threads::run_tasks((w.inner + kColumns - 1) / kColumns, workers(rows * w.rank * w.inner), [&](int64_t part) {
         const int64_t k = part * kColumns;
         by_columns(up.data(), 1, w.rank, w.rank, xs.data() + k, x_stride, std::min(kColumns, w.inner - k), rows,
                    da + l * w.rank * w.inner + k, w.inner, add);
       });
     if (db != nullptr)
-      split((w.outputs + kColumns - 1) / kColumns, rows * w.rank * w.outputs, [&](int64_t part) {
+      threads::run_tasks((w.outputs + kColumns - 1) / kColumns, workers(rows * w.rank * w.outputs), [&](int64_t part) {
         const int64_t n = part * kColumns;
         by_columns(gs.data() + n, 1, g_stride, std::min(kColumns, w.outputs - n), low.data(), w.rank, w.rank, rows,
                    db + (l * w.outputs + n) * w.rank, w.rank, add);
       });
-  }
-
-  template <typename Body>
-  static void split(int64_t parts, int64_t work, const Body& body) {
-    at::parallel_for(0, parts, work < kParallelWork ? parts + 1 : 1, [&](int64_t begin, int64_t end) {
-      for (int64_t part = begin; part < end; ++part) body(part);
-    });
   }
 };
 
@@ -250,18 +226,8 @@ void check(const char* op, const at::Tensor& wide, const at::Tensor& x, const at
                   b.scalar_type() == x.scalar_type(),
               op, ": got dtypes ", wide.scalar_type(), ", ", x.scalar_type(), ", ", a.scalar_type(), ", ",
               b.scalar_type(), "; they must be equal.");
-}
-
-// Calls body(compute type{}, storage type{}).
-template <typename Body>
-void by_dtype(at::ScalarType dtype, const Body& body) {
-  switch (dtype) {
-    case at::kFloat: body(float{}, float{}); break;
-    case at::kDouble: body(double{}, double{}); break;
-    case at::kBFloat16: body(float{}, c10::BFloat16{}); break;
-    case at::kHalf: body(float{}, c10::Half{}); break;
-    default: TORCH_CHECK(false, "lora_add: x must be float32, float64, bfloat16 or float16; got ", dtype, ".");
-  }
+  TORCH_CHECK(dtypes::is_float(x.scalar_type()), op, ": x must be float32, float64, bfloat16 or float16; got ",
+              x.scalar_type(), ".");
 }
 
 at::Tensor lora_add(const at::Tensor& base, const at::Tensor& x, const at::Tensor& a, const at::Tensor& b,
@@ -271,7 +237,7 @@ at::Tensor lora_add(const at::Tensor& base, const at::Tensor& x, const at::Tenso
   const at::Tensor factors = scaling.to(at::kDouble).contiguous(), ids = adapters.contiguous();
   const Groups groups(ids, a.size(0));
   at::Tensor out = at::empty(base.sizes(), base.options());
-  by_dtype(x.scalar_type(), [&](auto compute, auto stored) {
+  dtypes::with_types(x.scalar_type(), [&](auto compute, auto stored) {
     using T = decltype(compute);
     using S = decltype(stored);
     const Adapters<S> w{first.const_data_ptr<S>(), second.const_data_ptr<S>(), factors.const_data_ptr<double>(),
@@ -288,12 +254,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lora_add_backward(
   const at::Tensor g = grad.contiguous(), rows = x.contiguous(), first = a.contiguous(), second = b.contiguous();
   const at::Tensor factors = scaling.to(at::kDouble).contiguous(), ids = adapters.contiguous();
   const Groups groups(ids, a.size(0));
-  const auto dtype = x.scalar_type(), wide = dtype == at::kDouble ? at::kDouble : at::kFloat;
+  const auto dtype = x.scalar_type(), wide = dtypes::widened(dtype);
   const auto none = [&] { return at::empty({0}, x.options()); };
   at::Tensor dx = need_x ? at::zeros(x.sizes(), x.options()) : none();
   at::Tensor da = need_a ? at::zeros(a.sizes(), a.options().dtype(wide)) : none();
   at::Tensor db = need_b ? at::zeros(b.sizes(), b.options().dtype(wide)) : none();
-  by_dtype(dtype, [&](auto compute, auto stored) {
+  dtypes::with_types(dtype, [&](auto compute, auto stored) {
     using T = decltype(compute);
     using S = decltype(stored);
     const Adapters<S> w{first.const_data_ptr<S>(), second.const_data_ptr<S>(), factors.const_data_ptr<double>(),

@@ -4,16 +4,11 @@
 // are added in order, the bias last. Blocking over M and N, and threads, only choose which outputs are computed
 // together, never the order of additions of one output.
 #pragma once
-#include <ATen/Parallel.h>
-#include <c10/util/Exception.h>
-
 #include <algorithm>
-#include <atomic>
-#include <cstdlib>
-#include <memory>
 #include <vector>
 
 #include "gemm.h"
+#include "threads.h"
 
 namespace toolkit::product {
 
@@ -37,22 +32,8 @@ struct Problem {
   T* out;
   int64_t out_stride;
   int64_t rows, outputs, depth;
+  bool add = false;  // to what `out` holds
 };
-
-template <typename T>
-T* scratch(int64_t count) {
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  static thread_local std::unique_ptr<void, Free> buffer;
-  static thread_local int64_t size = 0;
-  if (count > size) {
-    size = (count + 15) / 16 * 16;
-    buffer.reset(std::aligned_alloc(64, size * sizeof(T)));
-    TORCH_CHECK(buffer != nullptr, "out of memory for ", size, " elements of scratch.");
-  }
-  return static_cast<T*>(buffer.get());
-}
 
 // Outputs of rows [row, row_end) x panels [panel, panel_end).
 template <typename T, typename S>
@@ -60,7 +41,7 @@ void block(const Problem<T, S>& p, int64_t row, int64_t row_end, int64_t panel, 
   constexpr int64_t width = gemm::kPanel<T>, copy_stride = kDepth<T> + 64 / sizeof(T);
   const int64_t rows = row_end - row;
   const bool copy = rows >= kCopyRows && p.x_stride * int64_t(sizeof(T)) % kBadStride == 0;
-  T* const packed = scratch<T>(kDepth<T> * width + (copy ? rows * copy_stride : 0));
+  T* const packed = threads::scratch<T>(kDepth<T> * width + (copy ? rows * copy_stride : 0));
   T* const copied = packed + kDepth<T> * width;
 
   auto step = [&](int64_t i, int64_t k, const T* x, int64_t x_stride, int64_t next_panel, int64_t next_k) {
@@ -73,7 +54,7 @@ void block(const Problem<T, S>& p, int64_t row, int64_t row_end, int64_t panel, 
         {p.weight + n * p.weight_stride + k, p.weight_stride, columns,
          p.weight + next_panel * width * p.weight_stride + next_k},
         std::min(kDepth<T>, p.depth - k), packed,
-        {p.out + row * p.out_stride + n, p.out_stride, columns, k > 0, add_bias ? bias : nullptr});
+        {p.out + row * p.out_stride + n, p.out_stride, columns, p.add || k > 0, add_bias ? bias : nullptr});
   };
 
   const T* const x = p.x + row * p.x_stride;
@@ -94,11 +75,14 @@ void block(const Problem<T, S>& p, int64_t row, int64_t row_end, int64_t panel, 
   }
 }
 
-// A product without terms: the bias alone.
+// A product without terms: what was there or 0, and the bias.
 template <typename T, typename S>
 void fill_empty(const Problem<T, S>& p) {
   for (int64_t m = 0; m < p.rows; ++m)
-    for (int64_t n = 0; n < p.outputs; ++n) p.out[m * p.out_stride + n] = p.bias != nullptr ? p.bias[n] : T(0);
+    for (int64_t n = 0; n < p.outputs; ++n) {
+      T& out = p.out[m * p.out_stride + n];
+      out = (p.add ? out : T(0)) + (p.bias != nullptr ? p.bias[n] : T(0));
+    }
 }
 
 // All of the product on the calling thread.
@@ -119,8 +103,8 @@ void run(const std::vector<Problem<T, S>>& problems) {
     panels += (p.outputs + gemm::kPanel<T> - 1) / gemm::kPanel<T> * ((p.rows + kRowBlock - 1) / kRowBlock);
     work += (p.rows + 8) * p.outputs * p.depth;  // a weight costs about as much to fetch as eight multiply-adds
   }
-  const int64_t threads = work >= kParallelWork ? at::get_num_threads() : 1;
-  const int64_t wanted = std::clamp<int64_t>(panels / (threads * kTasks), 1, kChunk);
+  const int64_t workers = work >= kParallelWork ? at::get_num_threads() : 1;
+  const int64_t wanted = std::clamp<int64_t>(panels / (workers * kTasks), 1, kChunk);
   std::vector<Share> shares;
   for (const auto& p : problems) {
     if (p.depth == 0) fill_empty(p);
@@ -131,18 +115,14 @@ void run(const std::vector<Problem<T, S>>& problems) {
     tasks += share.row_blocks * share.chunks;
     shares.push_back(share);
   }
-  // Threads take the next task when free: only who computes a block varies, not its bits.
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-      size_t at = shares.size() - 1;
-      while (shares[at].first > task) --at;
-      const Share& share = shares[at];
-      const int64_t row = (task - share.first) / share.chunks * kRowBlock;
-      const int64_t panel = (task - share.first) % share.chunks * share.chunk;
-      const auto& p = problems[at];
-      block(p, row, std::min(row + kRowBlock, p.rows), panel, std::min(panel + share.chunk, share.panels));
-    }
+  threads::run_tasks(tasks, workers, [&](int64_t task) {
+    size_t at = shares.size() - 1;
+    while (shares[at].first > task) --at;
+    const Share& share = shares[at];
+    const int64_t row = (task - share.first) / share.chunks * kRowBlock;
+    const int64_t panel = (task - share.first) % share.chunks * share.chunk;
+    const auto& p = problems[at];
+    block(p, row, std::min(row + kRowBlock, p.rows), panel, std::min(panel + share.chunk, share.panels));
   });
 }
 

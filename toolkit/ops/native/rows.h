@@ -11,9 +11,11 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <limits>
 #include <optional>
 #include <vector>
 
+#include "dtypes.h"
 #include "memory.h"
 
 namespace toolkit::rows {
@@ -27,10 +29,9 @@ constexpr int64_t kGrain = 32768;
 
 // float for the 32- and 16-bit formats, double for double.
 inline at::ScalarType compute_type(const Tensor& x, const char* op) {
-  const auto type = x.scalar_type();
-  TORCH_CHECK(type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf, op,
-              ": dtype is ", type, "; allowed are float32, float64, bfloat16 and float16.");
-  return type == at::kDouble ? at::kDouble : at::kFloat;
+  TORCH_CHECK(dtypes::is_float(x.scalar_type()), op, ": dtype is ", x.scalar_type(),
+              "; allowed are float32, float64, bfloat16 and float16.");
+  return dtypes::widened(x.scalar_type());
 }
 
 inline void check_equal_shapes(const char* op, const char* name, const Tensor& x, const char* other, const Tensor& y) {
@@ -171,6 +172,21 @@ inline void accumulate(int64_t n, const Add& add) {
 template <typename T>
 inline Vec<T> filled(Vec<T> x, int64_t lanes, T fill) {
   return lanes == Vec<T>::size() ? x : Vec<T>::set(Vec<T>(fill), x, lanes);
+}
+
+// The largest of a row of at least one; NaN if there is one.
+template <typename T>
+inline T largest(const T* x, int64_t n) {
+  constexpr T kLowest = -std::numeric_limits<T>::infinity();
+  Vec<T> top[4] = {Vec<T>(kLowest), Vec<T>(kLowest), Vec<T>(kLowest), Vec<T>(kLowest)};
+  accumulate<T>(n, [&](int slot, int64_t i, int64_t lanes) {
+    top[slot] = at::vec::maximum(top[slot], filled(Vec<T>::loadu(x + i, lanes), lanes, kLowest));
+  });
+  T lane[Vec<T>::size()];
+  at::vec::maximum(at::vec::maximum(top[0], top[1]), at::vec::maximum(top[2], top[3])).store(lane);
+  T max = lane[0];
+  for (T v : lane) max = (v > max || v != v) ? v : max;
+  return max;
 }
 
 // Sums over rows (gradients of weights): rows in fixed blocks, block sums added in order. The blocks depend on

@@ -23,26 +23,18 @@ struct Partial {
 template <typename T, bool Moments>
 Partial block_partial(const T* x, int64_t n) {
   constexpr T kLowest = -std::numeric_limits<T>::infinity();
-  Vec<T> top[4] = {Vec<T>(kLowest), Vec<T>(kLowest), Vec<T>(kLowest), Vec<T>(kLowest)};
-  rows::Sum<T> total;
+  const T max = rows::largest(x, n);
+  if (max == kLowest) return {kLowest, 0.0, 0.0, kLowest};
+  rows::Sum<T> sum, moment, total;
   rows::accumulate<T>(n, [&](int slot, int64_t i, int64_t lanes) {
     const auto v = Vec<T>::loadu(x + i, lanes);
-    top[slot] = at::vec::maximum(top[slot], rows::filled(v, lanes, kLowest));
-    if constexpr (Moments) total.part[slot] = total.part[slot] + rows::filled(v, lanes, T(0));
-  });
-  T lane[Vec<T>::size()];
-  at::vec::maximum(at::vec::maximum(top[0], top[1]), at::vec::maximum(top[2], top[3])).store(lane);
-  T max = lane[0];
-  for (T v : lane) max = (v > max || v != v) ? v : max;
-  if (max == kLowest) return {kLowest, 0.0, 0.0, kLowest};
-  rows::Sum<T> sum, moment;
-  rows::accumulate<T>(n, [&](int slot, int64_t i, int64_t lanes) {
-    const auto shifted = rows::filled(Vec<T>::loadu(x + i, lanes), lanes, kLowest) - Vec<T>(max);
-    const auto e = elementary::exp(shifted);
+    const auto shifted = rows::filled(v, lanes, kLowest) - Vec<T>(max), e = elementary::exp(shifted);
     sum.part[slot] = sum.part[slot] + e;
-    // exp has rounded to 0 long before -1e4, so the clamp only keeps 0 times infinity away.
-    if constexpr (Moments)
+    if constexpr (Moments) {
+      total.part[slot] = total.part[slot] + rows::filled(v, lanes, T(0));
+      // exp has rounded to 0 long before -1e4, so the clamp only keeps 0 times infinity away.
       moment.part[slot] = at::vec::fmadd(e, at::vec::clamp_min(shifted, Vec<T>(-1e4)), moment.part[slot]);
+    }
   });
   return {max, sum.total(), moment.total(), total.total()};
 }

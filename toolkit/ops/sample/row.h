@@ -35,21 +35,6 @@ inline double uniform(uint64_t seed, uint64_t step) {
   return static_cast<double>((uint64_t{c[0]} << 21) | (c[1] >> 11)) * 0x1p-53;
 }
 
-// The largest value of a row; NaN if there is one.
-template <typename T>
-T largest(const T* x, int64_t n) {
-  constexpr T kLowest = -std::numeric_limits<T>::infinity();
-  Vec<T> top[4] = {Vec<T>(kLowest), Vec<T>(kLowest), Vec<T>(kLowest), Vec<T>(kLowest)};
-  accumulate<T>(n, [&](int slot, int64_t i, int64_t lanes) {
-    top[slot] = at::vec::maximum(top[slot], filled(Vec<T>::loadu(x + i, lanes), lanes, kLowest));
-  });
-  T lane[Vec<T>::size()];
-  at::vec::maximum(at::vec::maximum(top[0], top[1]), at::vec::maximum(top[2], top[3])).store(lane);
-  T max = lane[0];
-  for (T v : lane) max = (v > max || v != v) ? v : max;
-  return max;
-}
-
 // The first place of `value`, or of a NaN if that is what it is.
 template <typename T>
 int64_t first(const T* x, int64_t n, T value) {
