@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import resource
@@ -130,6 +131,35 @@ def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
     """||value - expected|| / ||expected|| in float64; a NaN anywhere gives NaN, which passes no gate."""
     value, expected = value.detach().double().cpu(), expected.detach().double().cpu()
     return float((value - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.float64).tiny))
+
+
+def gate(name: str, values: Sequence[torch.Tensor], exact: Sequence[torch.Tensor], limit: float) -> float:
+    """The largest relative error; RuntimeError on a red gate, so that no figure stands on a wrong result."""
+    worst = 0.0
+    for value, wanted in zip(values, exact, strict=True):
+        error = relative_error(value, wanted)
+        if not error <= limit:
+            raise RuntimeError(f"gate red: {name} is {error:.1e} from float64, allowed is {limit:.0e}")
+        worst = max(worst, error)
+    return worst
+
+
+def as_tuple(outputs: Any) -> tuple[torch.Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def both_ways(
+    function: Callable[..., Any], inputs: Sequence[torch.Tensor], cotangents: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Outputs, then the gradients to the floating-point inputs."""
+    leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
+    outputs = as_tuple(function(*leaves))
+    wanted = [x for x in leaves if x.requires_grad]
+    return [*(y.detach() for y in outputs), *torch.autograd.grad(outputs, wanted, cotangents)]
+
+
+def geomean(ratios: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else math.nan
 
 
 def peak_rss() -> int:

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from benchmarks.common import print_table, relative_error, write_json
 from benchmarks.gpu_device import DEVICE, DRY, HALF, Budget, normal, replayed, triton_on_cpu
-from toolkit.ops.attention.tiles import architecture
 from toolkit.ops.linear import tiles
 from toolkit.ops.linear.tiles import Choice, Tile
+from toolkit.ops.triton_devices import architecture
 
 HEIGHTS = (16, 32) if DRY else (16, 32, 64, 128)
 ROWS = 40 if DRY else 200

@@ -5,7 +5,6 @@ interpreter, at small sizes and without timing: so its code is proven on machine
 """
 
 import importlib
-import math
 import os
 import pkgutil
 import signal
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import relative_error
+from benchmarks.common import as_tuple
 
 DRY = os.environ.get("TOOLKIT_GPU_TESTS") == "cpu"
 DEVICE = "cpu" if DRY else "cuda"
@@ -120,18 +119,6 @@ def doubles(values: Sequence[Tensor]) -> list[Tensor]:
     return [x.double() if x.is_floating_point() else x for x in values]
 
 
-def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
-    return outputs if isinstance(outputs, tuple) else (outputs,)
-
-
-def both_ways(function: Callable[..., Any], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor]:
-    """Outputs, then the gradients to the floating-point inputs."""
-    leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
-    outputs = as_tuple(function(*leaves))
-    wanted = [x for x in leaves if x.requires_grad]
-    return [*(y.detach() for y in outputs), *torch.autograd.grad(outputs, wanted, cotangents)]
-
-
 def measure(call: Callable[..., Any], leaves: Sequence[Tensor], cotangents: Sequence[Tensor]) -> dict[str, float]:
     """Seconds of a training forward and of its backward, and the bytes that both allocate."""
     wanted = [x for x in leaves if x.requires_grad]
@@ -140,21 +127,6 @@ def measure(call: Callable[..., Any], leaves: Sequence[Tensor], cotangents: Sequ
     entry["backward_s"] = median(partial(torch.autograd.grad, outputs, wanted, cotangents, retain_graph=True), 50)
     entry["peak_bytes"] = peak(lambda: torch.autograd.grad(as_tuple(call(*leaves)), wanted, cotangents))
     return entry
-
-
-def gate(name: str, values: Sequence[Tensor], exact: Sequence[Tensor], limit: float) -> float:
-    """The largest relative error; RuntimeError on a red gate, so that no figure stands on a wrong result."""
-    worst = 0.0
-    for value, wanted in zip(values, exact, strict=True):
-        error = relative_error(value, wanted)
-        if not error <= limit:
-            raise RuntimeError(f"gate red: {name} is {error:.1e} from float64, allowed is {limit:.0e}")
-        worst = max(worst, error)
-    return worst
-
-
-def geomean(ratios: Sequence[float]) -> float:
-    return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else math.nan
 
 
 class Budget:

@@ -14,17 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import gpu_device as device
-from benchmarks.common import print_table
+from benchmarks.common import both_ways, gate, geomean, print_table
 from benchmarks.gpu_device import (
     DEVICE,
     DRY,
     GATE,
     HALF,
     Budget,
-    both_ways,
     doubles,
-    gate,
-    geomean,
     median,
     normal,
     wide,

@@ -12,16 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import gpu_device as device
+from benchmarks.common import as_tuple, both_ways, gate
 from benchmarks.gpu_device import (
     DEVICE,
     DRY,
     GATE,
     HALF,
     Budget,
-    as_tuple,
-    both_ways,
     doubles,
-    gate,
     median,
     normal,
     wide,

@@ -70,7 +70,7 @@ def recording(arch: str) -> Iterator[list[Launch]]:
     """Record the launches of the body as if tensors were on ``arch``; nothing runs."""
     from triton.runtime.jit import JITFunction
 
-    from toolkit.ops.attention import tiles
+    from toolkit.ops import triton_devices
 
     launches: list[Launch] = []
 
@@ -81,7 +81,7 @@ def recording(arch: str) -> Iterator[list[Launch]]:
 
     with (
         mock.patch.object(JITFunction, "run", record),
-        mock.patch.object(tiles, "architecture", return_value=arch),
+        mock.patch.object(triton_devices, "architecture", return_value=arch),
     ):
         yield launches
 

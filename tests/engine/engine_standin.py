@@ -12,7 +12,7 @@ import torch
 
 from toolkit.engine.params import SamplingParams
 from toolkit.engine.request import Request
-from toolkit.engine.sampler import sample
+from toolkit.engine.sampler import Sampler
 from toolkit.ops.state_write import state_write
 from toolkit.state import LayerSpec, RaggedBatch
 
@@ -106,7 +106,7 @@ def oracle(prompt: list[int], params: SamplingParams) -> list[tuple[list[int], l
     found = []
     for sequence in make_request(prompt, params).sequences:
         while sequence.completion is None:
-            drawn = sample(logits_of(tuple(sequence.tokens))[None], [sequence])
+            drawn = Sampler().sample(logits_of(tuple(sequence.tokens))[None], [sequence])
             if drawn.errors[0] is not None:
                 sequence.finish("error", error=drawn.errors[0])
             else:

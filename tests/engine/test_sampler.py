@@ -8,8 +8,13 @@ from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from toolkit.engine.params import SamplingParams
 from toolkit.engine.request import completion_seed
-from toolkit.engine.sampler import Sampler, sample
+from toolkit.engine.sampler import Sampler
 from toolkit.ops.sample.reference import uniforms
+
+
+def sample(logits, sequences):
+    """One batch by a sampler of its own."""
+    return Sampler().sample(logits, sequences)
 
 
 def scores_of(seed: int, rows: int, vocab: int, scale: float = 3.0) -> torch.Tensor:

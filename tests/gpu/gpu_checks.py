@@ -8,7 +8,8 @@ device is needed.
 import pytest
 import torch
 
-from benchmarks.gpu_device import DEVICE, DRY, as_tuple, triton_on_cpu
+from benchmarks.common import as_tuple
+from benchmarks.gpu_device import DEVICE, DRY, triton_on_cpu
 
 if DRY:
     triton_on_cpu()

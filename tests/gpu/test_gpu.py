@@ -152,11 +152,12 @@ def test_attention_tile_height(dtype, record_property):
     What tiles do to the bits of a product, ``benchmarks.dot_heights`` measures.
     """
     from toolkit.ops.attention import tiles
+    from toolkit.ops.triton_devices import architecture
 
     lengths = queries = [257]
     q, k, v = inputs(dtype, lengths, queries, 4, 4, 64)
     exact = dense(q, k, v, lengths, queries)
-    base = tiles.tile(tiles.FORWARD, tiles.architecture(q.device), dtype, 64)
+    base = tiles.tile(tiles.FORWARD, architecture(q.device), dtype, 64)
     outs = {}
     for rows in (16, 32, 64, 128):
         with mock.patch.object(tiles, "tile", lambda *_, rows=rows: replace(base, rows=rows)):

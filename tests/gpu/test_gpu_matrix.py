@@ -90,8 +90,8 @@ def test_linear_keeps_the_bits_of_a_row(dtype, depth, outputs):
 def test_linear_decode_tiles_have_the_bits_of_the_others(dtype):
     """A decode tile may only be set where this holds; ``benchmarks.dot_heights`` finds out which would do."""
     from benchmarks.dot_heights import unrounded
-    from toolkit.ops.attention.tiles import architecture
     from toolkit.ops.linear import tiles
+    from toolkit.ops.triton_devices import architecture
 
     for choice in tiles.TABLE[architecture(torch.device(DEVICE))][dtype.itemsize]:
         outputs = 40 if DRY else 4096 if choice.outputs is not None else 9728

@@ -24,6 +24,8 @@ def poisoned() -> Iterator[None]:
 
     def fill(*size: Any, **options: Any) -> Tensor:
         made = _empty(*size, **options)
+        if made.numel() >= 1 << 24:  # address space that a test reserves, not memory
+            return made
         return made.fill_(torch.nan if made.is_floating_point() else torch.iinfo(made.dtype).max)
 
     with mock.patch.object(torch, "empty", fill):

@@ -1,28 +1,22 @@
 """Triton linear in Triton's interpreter, against fp64. Run by test_triton_matrix.py in a process of its own."""
 
-import os
 import random
 
 import pytest
 import torch
+from interpreted_checks import poisoned
 
 from toolkit.errors import ToolkitError
 from toolkit.ops.linear import tiles
 from toolkit.ops.linear.triton import linear
 
-assert os.environ.get("TRITON_INTERPRET") == "1"
 EPS = {torch.float32: 2.0**-24, torch.float16: 2.0**-11}
 
 
 @pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """What is not written stays NaN."""
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: fill(empty(*a, **k)))
-
-
-def fill(x):
-    return x.fill_(float("nan")) if x.is_floating_point() and x.numel() < 1 << 24 else x
+def fresh_memory_is_poisoned():
+    with poisoned():
+        yield
 
 
 def make(rows, depth, outputs, dtype=torch.float32, seed=0):

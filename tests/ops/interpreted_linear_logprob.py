@@ -1,17 +1,15 @@
 """Triton linear_logprob in Triton's interpreter, against dense fp64. Run by test_triton_matrix.py."""
 
 import math
-import os
 
 import pytest
 import torch
+from interpreted_checks import poisoned
 
 from toolkit.errors import ToolkitError
 from toolkit.ops.linear_logprob import tiles
 from toolkit.ops.linear_logprob.triton import largest, linear_logprob
 from toolkit.ops.linear_logprob.triton_backward import linear_logprob_backward
-
-assert os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @pytest.fixture(autouse=True)
@@ -19,12 +17,8 @@ def small_and_poisoned(monkeypatch):
     """Several splits and chunks at small sizes; what is not written stays NaN."""
     monkeypatch.setattr(tiles, "SPLIT", 32)
     monkeypatch.setattr(tiles, "CHUNK", 48)
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: fill(empty(*a, **k)))
-
-
-def fill(x):
-    return x.fill_(math.nan) if x.is_floating_point() and x.numel() < 1 << 24 else x
+    with poisoned():
+        yield
 
 
 VARIANTS = {

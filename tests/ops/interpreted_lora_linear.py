@@ -1,10 +1,10 @@
 """Triton low-rank adapters in Triton's interpreter, against fp64. Run by test_triton_matrix.py."""
 
-import os
 import random
 
 import pytest
 import torch
+from interpreted_checks import poisoned
 from test_lora_linear import make
 
 from toolkit.errors import ToolkitError
@@ -12,20 +12,14 @@ from toolkit.ops.lora_linear import lora_linear, reference, tiles
 from toolkit.ops.lora_linear.triton import lora_add
 from toolkit.ops.lora_linear.triton_backward import lora_add_backward
 
-assert os.environ.get("TRITON_INTERPRET") == "1"
-
 
 @pytest.fixture(autouse=True)
 def small_and_poisoned(monkeypatch):
     """Several splits and blocks of rows at small sizes; what is not written stays NaN."""
     monkeypatch.setattr(tiles, "SPLIT", 64)
     monkeypatch.setattr(tiles, "SUMMED_ROWS", 32)
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: fill(empty(*a, **k)))
-
-
-def fill(x):
-    return x.fill_(float("nan")) if x.is_floating_point() and x.numel() < 1 << 24 else x
+    with poisoned():
+        yield
 
 
 def inputs(rows, inner, outputs, rank, count, dtype=torch.float32, seed=0):

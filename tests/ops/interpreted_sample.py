@@ -2,12 +2,12 @@
 test_triton_sample.py in a process of its own."""
 
 import math
-import os
 
 import pytest
 import torch
 import triton
 import triton.language as tl
+from interpreted_checks import poisoned
 from rowwise_checks import seeded
 from test_penalize import Rows
 from test_sample import FILTERS, columns, oracle, some_filters
@@ -16,19 +16,11 @@ from toolkit.errors import ToolkitError
 from toolkit.ops.sample import reference
 from toolkit.ops.sample.triton import MAX_BLOCK, ordered, penalize, sample, uniform, value_of
 
-assert os.environ.get("TRITON_INTERPRET") == "1"
-
 
 @pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Memory that a kernel does not write shows as NaN or as -1."""
-    plain = torch.empty
-
-    def empty(*shape, **given):
-        made = plain(*shape, **given)
-        return made.fill_(torch.nan if made.is_floating_point() else -1)
-
-    monkeypatch.setattr(torch, "empty", empty)
+def fresh_memory_is_poisoned():
+    with poisoned():
+        yield
 
 
 @triton.jit

@@ -1,6 +1,10 @@
 """What holds for every registered op."""
 
+import importlib
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +32,28 @@ def test_has_kernels(name):
     assert native.load() is None or registry.has_native(name)
     assert op.triton is not None
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"toolkit::{name}", "CUDA")
+
+
+@pytest.mark.parametrize("name", sorted(registry._OPS))
+def test_its_triton_function_is_there(name):
+    pytest.importorskip("triton")
+    module, _, function = registry._OPS[name].triton.__name__.rpartition(".")
+    assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_without_a_native_library_the_reference_serves_and_says_so_once(tmp_path):
+    script = """
+import torch
+from toolkit.ops.linear import linear
+from toolkit.ops.rms_norm import rms_norm
+from toolkit.ops import registry
+assert not registry._NATIVE
+print(rms_norm(linear(torch.ones(2, 3), torch.eye(3)), None, 0.0).tolist())
+"""
+    environment = os.environ | {"TOOLKIT_NATIVE": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str([[1.0] * 3] * 2)
+    assert done.stderr.count("toolkit runs on its reference kernels: the native CPU library is missing") == 1
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

@@ -1,18 +1,14 @@
 """The Triton attention kernels without a GPU: interpreted against fp64, and compiled for every target."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="the Triton kernels need triton")
 
+from triton_checks import compile_fit, run_interpreted
+
 from benchmarks import kernels
 
-ROOT = Path(__file__).parents[2]
 # `python -m benchmarks.kernels` compiles every shipped tile; these are the ones that come nearest the limits.
 CASES = {
     "paged bf16 128": (kernels.attention_case(torch.bfloat16, 128, paged=True), list(kernels.SHARED_LIMIT)),
@@ -22,24 +18,16 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", ["interpreted_attention.py", "interpreted_attention_backward.py"])
+@pytest.mark.parametrize("name", ["attention", "attention_backward"])
 def test_interpreted(name):
-    """In a process of its own: triton reads TRITON_INTERPRET when it is imported."""
-    command = [sys.executable, "-m", "pytest", str(Path(__file__).parent / name)]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "TOOLKIT_NATIVE": "off", "OMP_NUM_THREADS": "1"}
-    finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert " passed" in finished.stdout
+    run_interpreted(name)
 
 
 @pytest.mark.parametrize(("name", "arch"), [(name, arch) for name, (_, archs) in CASES.items() for arch in archs])
 def test_compiles_to_matrix_instructions_without_spills(name, arch, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    compiled = kernels.compile_case(CASES[name][0], arch)
-    assert compiled
+    compiled = compile_fit(CASES[name][0], arch)
     for made in compiled:
-        assert made.spilled == 0, made
-        assert made.shared <= kernels.SHARED_LIMIT[arch], made
         assert made.dots > 0, made
         # NVIDIA's matrix units have no IEEE float32 product: there it is multiply-add on purpose.
         if "fp32" not in name or arch.startswith("gfx"):

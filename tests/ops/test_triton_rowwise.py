@@ -1,18 +1,14 @@
 """The row-wise Triton kernels without a GPU: interpreted against fp64, and compiled."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton", reason="the Triton kernels need triton")
 
 import triton
+from triton_checks import compile_fit, run_interpreted
 
-from benchmarks import kernels
 from benchmarks.kernel_cases_rowwise import cases
 
 OPS = ["activation", "layer_norm", "rms_norm", "rotary", "state_write", "token_logprob"]
@@ -36,14 +32,7 @@ STREAMING = {"activation", "gated_activation", "rotary half bf16", "state_write"
 
 
 def test_interpreted():
-    """All in one process of their own: triton reads TRITON_INTERPRET when it is imported."""
-    here = Path(__file__).parent
-    files = [str(here / f"interpreted_{op}.py") for op in OPS]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "TOOLKIT_NATIVE": "off", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", *files]
-    finished = subprocess.run(command, cwd=here.parents[1], env=environment, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert " passed" in finished.stdout
+    run_interpreted(*OPS)
 
 
 @pytest.mark.parametrize(("name", "arch"), [(name, arch) for name, archs in CASES.items() for arch in archs])
@@ -57,11 +46,7 @@ def test_compiles_without_spills_in_wide_accesses(name, arch, tmp_path, monkeypa
         return made
 
     monkeypatch.setattr(triton, "compile", recorded)
-    compiled = kernels.compile_case(cases()[name], arch)
-    assert compiled
-    for made in compiled:
-        assert made.spilled == 0, made
-        assert made.shared <= kernels.SHARED_LIMIT[arch], made
+    compile_fit(cases()[name], arch)
     if arch != "gfx942" and any(name.startswith(op) for op in STREAMING):
         for text in assembly:
             narrow = set(re.findall(r"\b(?:ld|st)\.global\S*", text)) - {"ld.global.v4.b32", "st.global.v4.b32"}

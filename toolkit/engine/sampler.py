@@ -17,8 +17,7 @@ from torch import Tensor
 
 from toolkit.engine.order import first_largest
 from toolkit.engine.request import Sequence
-from toolkit.ops.sample import penalize
-from toolkit.ops.sample import sample as draw
+from toolkit.ops.sample import penalize, sample
 from toolkit.ops.token_logprob import token_logprob
 
 _NOTHING = np.zeros(0, dtype=np.int64)
@@ -127,7 +126,7 @@ class Sampler:
                 batch = self._composition = Composition(sequences, logits.device)
             scores = batch.penalties(logits) if any(one.adjusted for one in sequences) else logits
             steps = batch.integers([one.generated for one in sequences])
-            ids, sampled = draw(scores, batch.temperature, batch.top_k, batch.top_p, batch.min_p, batch.seeds, steps)
+            ids, sampled = sample(scores, batch.temperature, batch.top_k, batch.top_p, batch.min_p, batch.seeds, steps)
         logprob, lse = token_logprob(logits, ids)
         logprobs = logprob.tolist()
         sampling = [0.0] * len(sequences) if sampled is None else sampled.tolist()
@@ -142,11 +141,6 @@ class Sampler:
             for row, one in enumerate(sequences)
         ]
         return Samples(ids.tolist(), logprobs, sampling, tops, errors)
-
-
-def sample(logits: Tensor, sequences: Collection[Sequence]) -> Samples:
-    """One batch by a sampler of its own."""
-    return Sampler().sample(logits, sequences)
 
 
 def likeliest(logits: Tensor, lse: Tensor, count: int) -> dict[int, float]:

@@ -6,6 +6,7 @@ CPU takes the native kernel when the library is there and the reference otherwis
 op has one and the reference otherwise. An explicit ``impl=`` never falls back.
 """
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +47,17 @@ class Op:
         raise ToolkitError(f"impl is {impl!r} for op {self.name}; available here are {', '.join(allowed)}.")
 
 
+def _imported_late(path: str) -> Callable[..., Any]:
+    """The function of this dotted name, whose module is imported when it is called."""
+    module, _, name = path.rpartition(".")
+
+    def call(*args: Any) -> Any:
+        return getattr(importlib.import_module(module), name)(*args)
+
+    call.__name__ = path
+    return call
+
+
 def has_native(name: str) -> bool:
     """Whether the loaded native library holds a kernel for this op, which must be registered."""
     return name in _NATIVE
@@ -56,7 +68,7 @@ def register(
     *,
     reference: Callable[..., Any],
     fake: Callable[..., Any],
-    triton: Callable[..., Any] | None = None,
+    triton: str | None = None,
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., Any] | None = None,
 ) -> Op:
@@ -65,7 +77,7 @@ def register(
     schema: torch schema without the namespace, e.g. ``"linear(Tensor x, Tensor weight) -> Tensor"``.
     reference: the specification, plain torch, differentiable by autograd, any device.
     fake: shapes and dtypes only.
-    triton: function of the same arguments for CUDA tensors; must import triton lazily.
+    triton: dotted name of a function of the same arguments for CUDA tensors, imported at its first call.
     backward, setup_context: as ``torch.library.register_autograd`` takes them; None for ops without gradient.
     """
     name = schema.split("(", 1)[0].split(".", 1)[0]
@@ -76,10 +88,11 @@ def register(
         _NATIVE.add(name)
     else:
         _LIBRARY.impl(name, reference, "CPU")
-    _LIBRARY.impl(name, triton or reference, "CUDA")
+    gpu = None if triton is None else _imported_late(triton)
+    _LIBRARY.impl(name, gpu or reference, "CUDA")
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
-    op = Op(name, reference, triton, getattr(torch.ops.toolkit, name).default)
+    op = Op(name, reference, gpu, getattr(torch.ops.toolkit, name).default)
     _OPS[name] = op
     return op

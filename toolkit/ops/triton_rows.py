@@ -7,18 +7,18 @@ accesses are in flight, which is what the memory of a GPU wants; narrow rows sha
 
 from dataclasses import dataclass
 
-import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from toolkit.errors import ToolkitError
-from toolkit.ops.attention import tiles as devices
+from toolkit.ops import triton_devices
 
 TILE = 2048  # elements that a program of four warps takes
 MAX_WIDTH = 32768  # of a row that has to be held at once
 WIDE = 16384  # bytes; longer rows are walked in blocks by kernels that have more than one row to hold
 # Of the GPU that stands for its architecture.
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304, "interpreter": 2}
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,19 @@ def part_of_row(width: int, itemsize: int = 2) -> Tile:
     return Tile(size // block, block, 4)
 
 
+@triton.jit
+def tile_of(rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's rows [ROWS, 1] as int64, columns [1, BLOCK], and which of the tile's elements there are."""
+    across = tl.cdiv(width, BLOCK)
+    program = tl.program_id(0)
+    row = (program // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = (program % across) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    return row, column, (row < rows) & (column < width)
+
+
 def matrix(op: str, x: Tensor) -> Tensor:
     """``x`` [..., N] as [rows, N] with unit stride along N; a copy only where its layout leaves no other way."""
-    if x.dtype not in _FLOATS:
-        raise ToolkitError(f"{op} got dtype {x.dtype}; its Triton kernel takes float32, bfloat16 and float16.")
+    triton_devices.check_dtype(op, x.dtype)
     width = x.shape[-1]
     rows = x.numel() // width if width else 0
     flat = x.reshape(rows, width)
@@ -90,5 +99,5 @@ def parts(rows: int, tile: Tile, x: Tensor) -> tuple[int, int]:
     write more partial sums. A narrow element leaves half of them, for its kernels fetch a tile ahead.
     """
     resident = max(1, (32 if x.itemsize > 2 else 16) // tile.warps)
-    steps = max(1, blocks(rows, tile.rows * resident * MULTIPROCESSORS[devices.architecture(x.device)]))
+    steps = max(1, blocks(rows, tile.rows * resident * MULTIPROCESSORS[triton_devices.architecture(x.device)]))
     return blocks(rows, tile.rows * steps), steps

@@ -21,29 +21,17 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     return _BACKWARD(grad, x, ctx.kind), None
 
 
-def _triton(*args: Any) -> Tensor:
-    from toolkit.ops.activation import triton
-
-    return triton.activation(*args)
-
-
-def _triton_backward(*args: Any) -> Tensor:
-    from toolkit.ops.activation import triton
-
-    return triton.activation_backward(*args)
-
-
 _BACKWARD = register(
     "activation_backward(Tensor grad, Tensor x, str kind) -> Tensor",
     reference=reference.activation_backward,
     fake=reference.activation_backward_fake,
-    triton=_triton_backward,
+    triton="toolkit.ops.activation.triton.activation_backward",
 )
 _FORWARD = register(
     "activation(Tensor x, str kind) -> Tensor",
     reference=reference.activation,
     fake=reference.activation_fake,
-    triton=_triton,
+    triton="toolkit.ops.activation.triton.activation",
     backward=_backward,
     setup_context=_setup_context,
 )

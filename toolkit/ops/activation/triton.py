@@ -9,17 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from toolkit.ops.activation.kinds import find
-from toolkit.ops.triton_rows import blocks, matrix, part_of_row
-
-
-@triton.jit
-def tile_of(rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's rows [ROWS, 1] as int64, columns [1, BLOCK], and which of the tile's elements there are."""
-    across = tl.cdiv(width, BLOCK)
-    program = tl.program_id(0)
-    row = (program // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = (program % across) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    return row, column, (row < rows) & (column < width)
+from toolkit.ops.triton_rows import blocks, matrix, part_of_row, tile_of
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -11,18 +11,6 @@ from toolkit.ops.registry import register
 __all__ = ["attention", "attention_backward"]
 
 
-def _triton(*args: Any) -> tuple[Tensor, Tensor]:
-    from toolkit.ops.attention import triton
-
-    return triton.attention(*args)
-
-
-def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from toolkit.ops.attention import triton_backward
-
-    return triton_backward.attention_backward(*args)
-
-
 def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
     return out, q.new_empty(q.shape[0], q.shape[1], dtype=reference.result_dtype(q))
@@ -57,14 +45,14 @@ _BACKWARD = register(
     "-> (Tensor, Tensor, Tensor)",
     reference=reference.attention_backward,
     fake=_fake_backward,
-    triton=_triton_backward,
+    triton="toolkit.ops.attention.triton_backward.attention_backward",
 )
 _FORWARD = register(
     "attention(Tensor q, Tensor k, Tensor v, Tensor query_offsets, Tensor kv_offsets, Tensor kv_lengths, "
     "Tensor? block_tables, int page_size, float scale, int window, float softcap) -> (Tensor, Tensor)",
     reference=reference.attention,
     fake=_fake,
-    triton=_triton,
+    triton="toolkit.ops.attention.triton.attention",
     backward=_backward,
     setup_context=_setup_context,
 )

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from toolkit.errors import ToolkitError
+from toolkit.ops.triton_devices import check_product
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942", "interpreter")
 MAX_HEAD_DIM = 256
 
 
@@ -98,25 +98,10 @@ BACKWARD_KEYS: Table = {
 }
 
 
-def architecture(device: torch.device) -> str:
-    """The row of the tables that serves ``device``; CPU tensors mean Triton's interpreter."""
-    if device.type == "cpu":
-        return "interpreter"
-    if torch.version.hip:
-        return "gfx942"
-    major, _ = torch.cuda.get_device_capability(device)
-    # 12.x is consumer Blackwell: mma.sync and about 100 KiB of shared memory, so it takes sm_80's tiles.
-    return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_80")
-
-
 def tile(table: Table, arch: str, dtype: torch.dtype, head_dim: int) -> Tile:
     """The tile for an architecture, an element type and the larger of the two head dimensions."""
-    if arch == "interpreter" and dtype == torch.bfloat16:  # it would multiply the raw 16-bit integers
-        raise ToolkitError("attention got dtype bfloat16 on CPU; Triton's interpreter takes float32 and float16.")
-    for limit, choice in table[arch].get(dtype.itemsize, ()):
+    check_product("attention", dtype, arch)
+    for limit, choice in table[arch][dtype.itemsize]:
         if head_dim <= limit:
             return choice
-    raise ToolkitError(
-        f"attention has no Triton tile for dtype {dtype} with head_dim {head_dim}; "
-        f"allowed are float32, bfloat16 and float16 with head_dim up to {MAX_HEAD_DIM}."
-    )
+    raise ToolkitError(f"attention has no Triton tile for head_dim {head_dim}; allowed are up to {MAX_HEAD_DIM}.")

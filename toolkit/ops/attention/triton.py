@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from toolkit.errors import ToolkitError
+from toolkit.ops import triton_devices
 from toolkit.ops.attention import tiles
 
 _LOG2_E = math.log2(math.e)
@@ -165,7 +166,7 @@ def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
 def launch_sizes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: tiles.Table) -> dict[str, int]:
     """The compile-time sizes and launch options that the forward and both backward kernels share."""
     head_dim, v_dim = q.shape[-1], v.shape[-1]
-    choice = tiles.tile(table, tiles.architecture(q.device), q.dtype, max(head_dim, v_dim))
+    choice = tiles.tile(table, triton_devices.architecture(q.device), q.dtype, max(head_dim, v_dim))
     group = q.shape[1] // k.shape[1]
     return {
         "HEAD_DIM": head_dim,

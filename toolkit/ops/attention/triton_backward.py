@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from toolkit.ops import triton_devices
 from toolkit.ops.attention import tiles
 from toolkit.ops.attention.triton import (
     check,
@@ -235,7 +236,7 @@ def attention_backward(
     lse = lse.contiguous()
     delta = torch.empty_like(lse)
     sizes = launch_sizes(q, k, v, tiles.BACKWARD_QUERIES)
-    arch = tiles.architecture(q.device)
+    arch = triton_devices.architecture(q.device)
     choice = tiles.tile(tiles.BACKWARD_QUERIES, arch, q.dtype, max(q.shape[-1], v.shape[-1]))
     flags = {"WINDOWED": window > 0, "CAPPED": softcap > 0}
     sequences, kv_heads = kv_lengths.shape[0], k.shape[1]

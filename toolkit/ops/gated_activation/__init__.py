@@ -21,29 +21,17 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
     return dgate, dup, None
 
 
-def _triton(*args: Any) -> Tensor:
-    from toolkit.ops.gated_activation import triton
-
-    return triton.gated_activation(*args)
-
-
-def _triton_backward(*args: Any) -> tuple[Tensor, Tensor]:
-    from toolkit.ops.gated_activation import triton
-
-    return triton.gated_activation_backward(*args)
-
-
 _BACKWARD = register(
     "gated_activation_backward(Tensor grad, Tensor gate, Tensor up, str kind) -> (Tensor, Tensor)",
     reference=reference.gated_activation_backward,
     fake=reference.gated_activation_backward_fake,
-    triton=_triton_backward,
+    triton="toolkit.ops.gated_activation.triton.gated_activation_backward",
 )
 _FORWARD = register(
     "gated_activation(Tensor gate, Tensor up, str kind) -> Tensor",
     reference=reference.gated_activation,
     fake=reference.gated_activation_fake,
-    triton=_triton,
+    triton="toolkit.ops.gated_activation.triton.gated_activation",
     backward=_backward,
     setup_context=_setup_context,
 )

@@ -9,8 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from toolkit.ops.activation.kinds import find
-from toolkit.ops.activation.triton import tile_of
-from toolkit.ops.triton_rows import blocks, matrix, part_of_row
+from toolkit.ops.triton_rows import blocks, matrix, part_of_row, tile_of
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -20,29 +20,17 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | N
     return dx, None if weight is None else dw, None if bias is None else db, None
 
 
-def _triton(*args: Any) -> Tensor:
-    from toolkit.ops.layer_norm import triton
-
-    return triton.layer_norm(*args)
-
-
-def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from toolkit.ops.layer_norm import triton
-
-    return triton.layer_norm_backward(*args)
-
-
 _BACKWARD = register(
     "layer_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)",
     reference=reference.layer_norm_backward,
     fake=reference.layer_norm_backward_fake,
-    triton=_triton_backward,
+    triton="toolkit.ops.layer_norm.triton.layer_norm_backward",
 )
 _FORWARD = register(
     "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor",
     reference=reference.layer_norm,
     fake=reference.layer_norm_fake,
-    triton=_triton,
+    triton="toolkit.ops.layer_norm.triton.layer_norm",
     backward=_backward,
     setup_context=_setup_context,
 )

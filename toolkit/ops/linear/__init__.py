@@ -36,29 +36,17 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.
     return grad_x, grad_weight, grad_bias
 
 
-def _triton(*args: Any) -> torch.Tensor:
-    from toolkit.ops.linear import triton
-
-    return triton.linear(*args)
-
-
 def _group_fake(
     x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
 ) -> list[torch.Tensor]:
     return [_fake(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
 
-def _group_triton(
-    x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
-) -> list[torch.Tensor]:
-    return [_triton(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
-
-
 _OP = register(
     "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     reference=linear_reference,
     fake=_fake,
-    triton=_triton,
+    triton="toolkit.ops.linear.triton.linear",
     backward=_backward,
     setup_context=_setup_context,
 )
@@ -66,7 +54,7 @@ _GROUP = register(
     "linear_group(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor[]",
     reference=linear_group_reference,
     fake=_group_fake,
-    triton=_group_triton,
+    triton="toolkit.ops.linear.triton.linear_group",
 )
 
 

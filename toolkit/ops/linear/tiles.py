@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from toolkit.errors import ToolkitError
+from toolkit.ops.triton_devices import check_product
 
 DECODE_ROWS = 64
 
@@ -74,11 +74,8 @@ UNALIGNED: dict[str, Tile] = {
 
 def tile(arch: str, dtype: torch.dtype, outputs: int, depth: int, rows: int) -> Tile:
     """The tile for an architecture, an element type, N and K; ``rows`` counts only where a decode tile is set."""
-    if arch == "interpreter" and dtype == torch.bfloat16:  # it would multiply the raw 16-bit integers
-        raise ToolkitError("linear got dtype bfloat16 on CPU; Triton's interpreter takes float32 and float16.")
+    check_product("linear", dtype, arch)
     if dtype.itemsize == 2 and depth % ALIGNED_DEPTH and arch in UNALIGNED:
         return UNALIGNED[arch]
-    for choice in TABLE[arch].get(dtype.itemsize, ()):
-        if choice.outputs is None or outputs <= choice.outputs:
-            return choice.decode if choice.decode is not None and rows <= DECODE_ROWS else choice.tile
-    raise ToolkitError(f"linear has no Triton tile for dtype {dtype}; allowed are float32, bfloat16 and float16.")
+    choice = next(c for c in TABLE[arch][dtype.itemsize] if c.outputs is None or outputs <= c.outputs)
+    return choice.decode if choice.decode is not None and rows <= DECODE_ROWS else choice.tile

@@ -6,12 +6,14 @@ never by the number of rows. Programs run through the tiles in groups of rows, s
 group reads stay in L2 while it works.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 
 from toolkit.errors import ToolkitError
-from toolkit.ops.attention import tiles as devices
+from toolkit.ops import triton_devices
 from toolkit.ops.linear import tiles
 
 
@@ -90,8 +92,7 @@ def aligned_rows(x: torch.Tensor) -> torch.Tensor:
 
 def check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     """One sentence for shapes and dtypes that the kernel does not take."""
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ToolkitError(f"linear got x of dtype {x.dtype}; its Triton kernel takes float32, bfloat16 and float16.")
+    triton_devices.check_dtype("linear", x.dtype)
     if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
         wrong = weight.dtype if bias is None else f"{weight.dtype} and {bias.dtype}"
         raise ToolkitError(f"linear got x of dtype {x.dtype}, weight and bias of {wrong}; they must be equal.")
@@ -114,7 +115,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     rows, (outputs, depth) = flat.shape[0], matrix.shape
     y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     if y.numel():
-        size = tiles.tile(devices.architecture(x.device), x.dtype, outputs, depth, rows)
+        size = tiles.tile(triton_devices.architecture(x.device), x.dtype, outputs, depth, rows)
         linear_forward[(triton.cdiv(rows, size.rows) * triton.cdiv(outputs, size.columns),)](
             flat, matrix, matrix if bias is None else bias.contiguous(), y, rows, outputs, depth,
             flat.stride(0), matrix.stride(0),
@@ -123,3 +124,10 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
             num_warps=size.warps, num_stages=size.stages, enable_fp_fusion=False,
         )  # fmt: skip
     return y.view(*x.shape[:-1], outputs)
+
+
+def linear_group(
+    x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
+) -> list[torch.Tensor]:
+    """``toolkit::linear_group``: one product after another."""
+    return [linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]

@@ -45,32 +45,20 @@ def _backward(
     return (*(gradient if need else None for gradient, need in zip(gradients, needs)), None, None, None, None, None)
 
 
-def _triton(*args: Any) -> tuple[Tensor, ...]:
-    from toolkit.ops.linear_logprob import triton
-
-    return triton.linear_logprob(*args)
-
-
-def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from toolkit.ops.linear_logprob import triton_backward
-
-    return triton_backward.linear_logprob_backward(*args)
-
-
 _BACKWARD = register(
     "linear_logprob_backward(Tensor grad_logprob, Tensor grad_lse, Tensor grad_entropy, Tensor grad_mean,"
     " Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? temperature, Tensor lse, Tensor entropy,"
     " float scale, float softcap, bool need_hidden, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
     reference=reference.linear_logprob_backward,
     fake=reference.linear_logprob_backward_fake,
-    triton=_triton_backward,
+    triton="toolkit.ops.linear_logprob.triton_backward.linear_logprob_backward",
 )
 _FORWARD = register(
     "linear_logprob(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? temperature, float scale,"
     " float softcap, int top_k) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=reference.linear_logprob,
     fake=reference.linear_logprob_fake,
-    triton=_triton,
+    triton="toolkit.ops.linear_logprob.triton.linear_logprob",
     backward=_backward,
     setup_context=_setup_context,
 )

@@ -88,11 +88,11 @@ def linear_logprob_backward(
     ignored = targets < 0
     g = torch.where(ignored, 0.0, grad_logprob.to(z.dtype))
     log_p = z - lse.to(z.dtype)[:, None]
+    common = (grad_lse.to(z.dtype) - g.sum(-1))[:, None]
     disorder = log_p.clamp_min(-1e4) + entropy.to(z.dtype)[:, None]
-    factor = (grad_lse.to(z.dtype) - g.sum(-1))[:, None] - grad_entropy.to(z.dtype)[:, None] * disorder
     # Without a gradient of its own a term must stay out: the disorder of a row without probabilities is NaN.
-    plain = (grad_lse.to(z.dtype) - g.sum(-1))[:, None].expand_as(disorder)
-    factor = torch.where(grad_entropy[:, None] == 0, plain, factor)
+    of_entropy = grad_entropy.to(z.dtype)[:, None]
+    factor = torch.where(of_entropy == 0, common, common - of_entropy * disorder)
     dz = torch.exp(log_p) * factor + grad_mean.to(z.dtype)[:, None] / z.shape[-1]
     dz = dz.scatter_add(-1, targets.clamp_min(0), g)
     if temperature is not None:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from toolkit.errors import ToolkitError
 from toolkit.ops.linear.tiles import ALIGNED_DEPTH
+from toolkit.ops.triton_devices import check_product
 
 # Columns of the vocabulary that one program of the forward walks; its statistics are joined in order.
 SPLIT = 1024
@@ -58,10 +58,7 @@ def tile(table: Table, arch: str, dtype: torch.dtype, inner: int, shaped: bool =
 
     shaped: for logits with a cap or a temperature.
     """
-    if arch == "interpreter" and dtype == torch.bfloat16:  # it would multiply the raw 16-bit integers
-        raise ToolkitError("linear_logprob got dtype bfloat16 on CPU; Triton's interpreter takes float32 and float16.")
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ToolkitError(f"linear_logprob got dtype {dtype}; its Triton kernels take float32, bfloat16 and float16.")
+    check_product("linear_logprob", dtype, arch)
     if inner % ALIGNED_DEPTH and dtype.itemsize == 2 and arch != "interpreter":
         return UNALIGNED
     if shaped and dtype.itemsize == 2 and arch in SHAPED:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from toolkit.errors import ToolkitError
-from toolkit.ops.attention import tiles as devices
+from toolkit.ops import triton_devices
 from toolkit.ops.attention.triton import tanh
 from toolkit.ops.linear.triton import aligned_rows, row_product
 from toolkit.ops.linear.triton import linear as linear_triton
@@ -205,7 +205,7 @@ def linear_logprob(
     [T, C], lse, entropy, mean [T], the largest logits and their ids [T, top_k]. A target of V or more gives NaN.
     """
     check(hidden, weight, bias)
-    arch = devices.architecture(hidden.device)
+    arch = triton_devices.architecture(hidden.device)
     size = tiles.tile(tiles.LOGITS, arch, hidden.dtype, hidden.shape[1], softcap > 0.0 or temperature is not None)
     hidden, matrix, targets = aligned_rows(hidden), aligned_rows(weight), targets.contiguous()
     rows, (vocabulary, depth), candidates = hidden.shape[0], matrix.shape, targets.shape[1]

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from toolkit.ops.attention import tiles as devices
+from toolkit.ops import triton_devices
 from toolkit.ops.linear.triton import aligned_rows, grouped_tile
 from toolkit.ops.linear_logprob import tiles
 from toolkit.ops.linear_logprob.triton import check, logit_tile
@@ -161,7 +161,7 @@ def linear_logprob_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``toolkit::linear_logprob_backward``: gradients to hidden, weight, bias; empty where one is not needed."""
     check(hidden, weight, bias)
-    arch = devices.architecture(hidden.device)
+    arch = triton_devices.architecture(hidden.device)
     hidden, matrix, targets = aligned_rows(hidden), aligned_rows(weight), targets.contiguous()
     rows, (vocabulary, depth), candidates = hidden.shape[0], matrix.shape, targets.shape[1]
     gradients = [g.to(torch.float32).contiguous() for g in (grad_logprob, grad_lse, grad_entropy, grad_mean)]

@@ -26,30 +26,18 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad, *(gradient if need else None for gradient, need in zip(gradients, needs[1:4])), None, None
 
 
-def _triton(*args: Any) -> Tensor:
-    from toolkit.ops.lora_linear import triton
-
-    return triton.lora_add(*args)
-
-
-def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from toolkit.ops.lora_linear import triton_backward
-
-    return triton_backward.lora_add_backward(*args)
-
-
 _BACKWARD = register(
     "lora_add_backward(Tensor grad, Tensor x, Tensor a, Tensor b, Tensor scaling, Tensor adapters,"
     " bool need_x, bool need_a, bool need_b) -> (Tensor, Tensor, Tensor)",
     reference=reference.lora_add_backward,
     fake=reference.lora_add_backward_fake,
-    triton=_triton_backward,
+    triton="toolkit.ops.lora_linear.triton_backward.lora_add_backward",
 )
 _FORWARD = register(
     "lora_add(Tensor base, Tensor x, Tensor a, Tensor b, Tensor scaling, Tensor adapters) -> Tensor",
     reference=reference.lora_add,
     fake=reference.lora_add_fake,
-    triton=_triton,
+    triton="toolkit.ops.lora_linear.triton.lora_add",
     backward=_backward,
     setup_context=_setup_context,
 )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from toolkit.errors import ToolkitError
+from toolkit.ops.triton_devices import check_product
 
 # A sum along K or N is cut into splits of that length, so that few rows keep many programs busy; splits are
 # added in order.
@@ -64,10 +64,7 @@ OUTER: Table = {
 
 def tile(table: Table, arch: str, dtype: torch.dtype) -> Tile:
     """The tile for an architecture and an element type."""
-    if arch == "interpreter" and dtype == torch.bfloat16:  # it would multiply the raw 16-bit integers
-        raise ToolkitError("lora_add got dtype bfloat16 on CPU; Triton's interpreter takes float32 and float16.")
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ToolkitError(f"lora_add got dtype {dtype}; its Triton kernels take float32, bfloat16 and float16.")
+    check_product("lora_add", dtype, arch)
     return table[arch][dtype.itemsize]
 
 

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from toolkit.ops.attention import tiles as devices
+from toolkit.ops import triton_devices
 from toolkit.ops.attention.triton import find_tile
 from toolkit.ops.linear.triton import aligned_rows
 from toolkit.ops.lora_linear import tiles
@@ -146,7 +146,7 @@ def shrink(x: torch.Tensor, weight: torch.Tensor, scaling: torch.Tensor, grouped
 
     Rows of low lie in the sorted order; those without adapter are undefined.
     """
-    size = tiles.tile(tiles.SHRINK, devices.architecture(x.device), x.dtype)
+    size = tiles.tile(tiles.SHRINK, triton_devices.architecture(x.device), x.dtype)
     (_, ranks, depth), padded = weight.shape, padded_ranks(weight.shape[1])
     splits = max(1, triton.cdiv(depth, tiles.SPLIT))
     partials = torch.empty(splits, x.shape[0], padded, dtype=torch.float32, device=x.device)
@@ -173,7 +173,7 @@ def expand(
     base: torch.Tensor | None, low: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, grouped: Grouped
 ) -> None:
     """out[row, c] = base[row, c] + low[place] . weight[l, c] for weight [L, columns, R] of any strides."""
-    arch = devices.architecture(out.device)
+    arch = triton_devices.architecture(out.device)
     size = tiles.tile(tiles.EXPAND, arch, out.dtype)
     (_, columns, ranks), padded = weight.shape, low.shape[1]
     under = out if base is None else base

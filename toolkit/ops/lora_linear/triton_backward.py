@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from toolkit.ops.attention import tiles as devices
+from toolkit.ops import triton_devices
 from toolkit.ops.attention.triton import find_tile
 from toolkit.ops.linear.triton import aligned_rows
 from toolkit.ops.lora_linear import tiles
@@ -66,7 +66,7 @@ def lora_outer_join(
 
 def outer(low: torch.Tensor, y: torch.Tensor, out: torch.Tensor, grouped: Grouped) -> None:
     """out[l, r, c] = sum over the rows of adapter l of low[place, r] * y[row, c]; out [L, R, columns], any strides."""
-    arch = devices.architecture(y.device)
+    arch = triton_devices.architecture(y.device)
     size = tiles.tile(tiles.OUTER, arch, y.dtype)
     (adapters, ranks, columns), padded = out.shape, low.shape[1]
     count = grouped.tiles(tiles.SUMMED_ROWS)

@@ -32,41 +32,17 @@ def _add_backward(ctx: Any, grad: Tensor, grad_sum: Tensor) -> tuple[Tensor, Ten
     return dx, dx, None if weight is None else dw, None, None
 
 
-def _triton(*args: Any) -> Tensor:
-    from toolkit.ops.rms_norm import triton
-
-    return triton.rms_norm(*args)
-
-
-def _triton_backward(*args: Any) -> tuple[Tensor, Tensor]:
-    from toolkit.ops.rms_norm import triton
-
-    return triton.rms_norm_backward(*args)
-
-
-def _add_triton(*args: Any) -> tuple[Tensor, Tensor]:
-    from toolkit.ops.rms_norm import triton
-
-    return triton.add_rms_norm(*args)
-
-
-def _add_triton_backward(*args: Any) -> tuple[Tensor, Tensor]:
-    from toolkit.ops.rms_norm import triton
-
-    return triton.add_rms_norm_backward(*args)
-
-
 _BACKWARD = register(
     "rms_norm_backward(Tensor grad, Tensor x, Tensor? weight, float eps, float offset) -> (Tensor, Tensor)",
     reference=reference.rms_norm_backward,
     fake=reference.rms_norm_backward_fake,
-    triton=_triton_backward,
+    triton="toolkit.ops.rms_norm.triton.rms_norm_backward",
 )
 _FORWARD = register(
     "rms_norm(Tensor x, Tensor? weight, float eps, float offset) -> Tensor",
     reference=reference.rms_norm,
     fake=reference.rms_norm_fake,
-    triton=_triton,
+    triton="toolkit.ops.rms_norm.triton.rms_norm",
     backward=_backward,
     setup_context=_setup_context,
 )
@@ -75,13 +51,13 @@ _ADD_BACKWARD = register(
     " -> (Tensor, Tensor)",
     reference=reference.add_rms_norm_backward,
     fake=reference.add_rms_norm_backward_fake,
-    triton=_add_triton_backward,
+    triton="toolkit.ops.rms_norm.triton.add_rms_norm_backward",
 )
 _ADD_FORWARD = register(
     "add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps, float offset) -> (Tensor normed, Tensor sum)",
     reference=reference.add_rms_norm,
     fake=reference.add_rms_norm_fake,
-    triton=_add_triton,
+    triton="toolkit.ops.rms_norm.triton.add_rms_norm",
     backward=_add_backward,
     setup_context=_add_setup_context,
 )

@@ -25,23 +25,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
     )
 
 
-def _triton(*args: Any) -> Tensor:
-    from toolkit.ops.rotary import triton
-
-    return triton.rotary(*args)
-
-
-def _triton_tables(*args: Any) -> tuple[Tensor, Tensor]:
-    from toolkit.ops.rotary import triton_tables
-
-    return triton_tables.rotary_tables(*args)
-
-
 _ROTARY = register(
     "rotary(Tensor x, Tensor cos, Tensor sin, bool interleaved) -> Tensor",
     reference=reference.rotary,
     fake=reference.rotary_fake,
-    triton=_triton,
+    triton="toolkit.ops.rotary.triton.rotary",
     backward=_backward,
     setup_context=_setup_context,
 )
@@ -50,7 +38,7 @@ _TABLES = register(
     " -> (Tensor, Tensor)",
     reference=reference.rotary_tables,
     fake=reference.rotary_tables_fake,
-    triton=_triton_tables,
+    triton="toolkit.ops.rotary.triton_tables.rotary_tables",
 )
 
 

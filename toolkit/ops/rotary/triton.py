@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from toolkit.errors import ToolkitError
+from toolkit.ops.triton_devices import check_dtype
 from toolkit.ops.triton_rows import EXACT, TILE, blocks, matrix, power_of_2
 
 
@@ -60,8 +60,7 @@ def rotary_rotate(
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """``toolkit::rotary``: x [T, H, D] in float32, bfloat16 or float16; cos and sin [T, R] of any of these."""
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ToolkitError(f"rotary got dtype {x.dtype}; its Triton kernel takes float32, bfloat16 and float16.")
+    check_dtype("rotary", x.dtype)
     tokens, heads, width = x.shape
     if width > 1 and x.stride(2) != 1:
         x = x.contiguous()

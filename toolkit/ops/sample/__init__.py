@@ -1,7 +1,5 @@
 """Drawing tokens from logits, and the penalties that come before it."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -10,32 +8,19 @@ from toolkit.ops.registry import register
 from toolkit.ops.rowwise import compute_dtype
 from toolkit.ops.sample import reference
 
-
-def _triton_sample(*args: Any) -> tuple[Tensor, Tensor]:
-    from toolkit.ops.sample import triton
-
-    return triton.sample(*args)
-
-
-def _triton_penalize(*args: Any) -> Tensor:
-    from toolkit.ops.sample import triton
-
-    return triton.penalize(*args)
-
-
 _SAMPLE = register(
     "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seeds, Tensor steps)"
     " -> (Tensor, Tensor)",
     reference=reference.sample,
     fake=reference.sample_fake,
-    triton=_triton_sample,
+    triton="toolkit.ops.sample.triton.sample",
 )
 _PENALIZE = register(
     "penalize(Tensor logits, Tensor history, Tensor offsets, Tensor prompt_lengths, Tensor repetition,"
     " Tensor frequency, Tensor presence, Tensor barred, Tensor barred_offsets) -> Tensor",
     reference=reference.penalize,
     fake=reference.penalize_fake,
-    triton=_triton_penalize,
+    triton="toolkit.ops.sample.triton.penalize",
 )
 
 

@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from toolkit.errors import ToolkitError
 from toolkit.ops.sample.reference import LEAST_MASS
+from toolkit.ops.triton_rows import matrix
 
 MAX_BLOCK = 4096
 
@@ -244,13 +244,6 @@ def _launch(width: int) -> dict[str, int]:
     }
 
 
-def _rows(name: str, logits: torch.Tensor) -> torch.Tensor:
-    """``logits`` with unit stride along V."""
-    if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ToolkitError(f"{name} got dtype {logits.dtype}; its Triton kernel takes float32, bfloat16 and float16.")
-    return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
-
-
 def sample(
     logits: torch.Tensor,
     temperature: torch.Tensor,
@@ -261,7 +254,7 @@ def sample(
     steps: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``toolkit::sample``: logits [B, V] in float32, bfloat16 or float16."""
-    logits = _rows("sample", logits)
+    logits = matrix("sample", logits)
     rows, width = logits.shape
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     logprobs = torch.empty(rows, dtype=torch.float64, device=logits.device)
@@ -287,7 +280,7 @@ def penalize(
     barred_offsets: torch.Tensor,
 ) -> torch.Tensor:
     """``toolkit::penalize``: logits [B, V] in float32, bfloat16 or float16; float32 out."""
-    logits = _rows("penalize", logits)
+    logits = matrix("penalize", logits)
     rows, width = logits.shape
     result = torch.empty(rows, width, dtype=torch.float32, device=logits.device)
     if rows:

@@ -1,7 +1,5 @@
 """Writing new rows of keys, values or other state into the slots of a pool."""
 
-from typing import Any
-
 from torch import Tensor
 
 from toolkit.ops.registry import register
@@ -14,17 +12,11 @@ def _fake(pool: Tensor, rows: Tensor, slots: Tensor) -> None:
     return None
 
 
-def _triton(*args: Any) -> None:
-    from toolkit.ops.state_write import triton
-
-    return triton.state_write(*args)
-
-
 _OP = register(
     "state_write(Tensor(a!) pool, Tensor rows, Tensor slots) -> ()",
     reference=reference.state_write,
     fake=_fake,
-    triton=_triton,
+    triton="toolkit.ops.state_write.triton.state_write",
 )
 
 

@@ -6,10 +6,9 @@ import triton.language as tl
 from torch import Tensor
 
 from toolkit.errors import ToolkitError
-from toolkit.ops.triton_rows import blocks, part_of_row
+from toolkit.ops.triton_devices import FLOATS
+from toolkit.ops.triton_rows import blocks, part_of_row, tile_of
 
-# Rows of these are converted by the kernel; of others, before it.
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -19,13 +18,10 @@ def state_write_copy(
     HEADS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """pool[slots[t], h] = rows[t, h]; a slot that is not in the pool is left out."""
-    across: tl.constexpr = (HEADS * WIDTH + BLOCK - 1) // BLOCK
-    program = tl.program_id(0)
-    row = (program // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = (program % across) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    row, column, inside = tile_of(count, HEADS * WIDTH, ROWS, BLOCK)
     head, channel = (column // WIDTH).to(tl.int64), column % WIDTH
     slot = tl.load(slots + row, mask=row < count, other=-1)
-    kept = (slot >= 0) & (slot < most) & (column < HEADS * WIDTH)
+    kept = (slot >= 0) & (slot < most) & inside
     values = tl.load(rows + row * stride_r + head * stride_rh + channel, mask=kept, other=0)
     tl.store(pool + slot * stride_p + head * stride_ph + channel, values.to(pool.dtype.element_ty), mask=kept)
 
@@ -49,11 +45,12 @@ def state_write(pool: Tensor, rows: Tensor, slots: Tensor) -> None:
         raise ToolkitError(f"pool has strides {list(pool.stride())}; a contiguous last dimension is required.")
     if not rows.numel() or not pool.numel():
         return
-    if rows.dtype != pool.dtype and not (rows.dtype in _FLOATS and pool.dtype in _FLOATS):
+    # Between these the kernel converts; others are converted before it.
+    if rows.dtype != pool.dtype and not (rows.dtype in FLOATS and pool.dtype in FLOATS):
         rows = rows.to(pool.dtype)
     if rows.shape[2] > 1 and rows.stride(2) != 1:
         rows = rows.contiguous()
-    if pool.dtype not in _FLOATS and pool.itemsize in _BITS:  # whatever its bits mean
+    if pool.dtype not in FLOATS and pool.itemsize in _BITS:  # whatever its bits mean
         pool, rows = pool.view(_BITS[pool.itemsize]), rows.view(_BITS[pool.itemsize])
     heads, width = pool.shape[1:]
     if heads > 1 and pool.stride(1) == width and rows.stride(1) == width:  # a row lies in one piece

@@ -19,29 +19,17 @@ def _backward(ctx: Any, grad_logprob: Tensor, grad_lse: Tensor) -> tuple[Tensor,
     return _BACKWARD(grad_logprob, grad_lse, logits, targets, lse), None
 
 
-def _triton(*args: Any) -> tuple[Tensor, Tensor]:
-    from toolkit.ops.token_logprob import triton
-
-    return triton.token_logprob(*args)
-
-
-def _triton_backward(*args: Any) -> Tensor:
-    from toolkit.ops.token_logprob import triton
-
-    return triton.token_logprob_backward(*args)
-
-
 _BACKWARD = register(
     "token_logprob_backward(Tensor grad_logprob, Tensor grad_lse, Tensor logits, Tensor targets, Tensor lse) -> Tensor",
     reference=reference.token_logprob_backward,
     fake=reference.token_logprob_backward_fake,
-    triton=_triton_backward,
+    triton="toolkit.ops.token_logprob.triton.token_logprob_backward",
 )
 _FORWARD = register(
     "token_logprob(Tensor logits, Tensor targets) -> (Tensor, Tensor)",
     reference=reference.token_logprob,
     fake=reference.token_logprob_fake,
-    triton=_triton,
+    triton="toolkit.ops.token_logprob.triton.token_logprob",
     backward=_backward,
     setup_context=_setup_context,
 )

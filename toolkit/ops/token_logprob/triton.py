@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from toolkit.ops.triton_rows import EXACT, blocks, matrix, part_of_row, power_of_2
+from toolkit.ops.triton_rows import EXACT, blocks, matrix, part_of_row, power_of_2, tile_of
 
 BLOCK = 4096  # logits that a program sums
 
@@ -51,15 +51,11 @@ def token_logprob_grad(
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """(g_lse - g) exp(x - lse) + g onehot, with g = 0 where the target is ignored."""
-    across = tl.cdiv(width, BLOCK)
-    program = tl.program_id(0)
-    row = (program // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = (program % across) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    row, column, inside = tile_of(rows, width, ROWS, BLOCK)
     target = tl.load(targets + row, mask=row < rows, other=-1)
     own = tl.load(grad_logprob + row, mask=(row < rows) & (target >= 0), other=0.0).to(tl.float32)
     weight = tl.load(grad_lse + row, mask=row < rows, other=0.0).to(tl.float32) - own
     top = tl.load(lse + row, mask=row < rows, other=0.0)
-    inside = (row < rows) & (column < width)
     values = tl.load(logits + row * stride + column, mask=inside, other=0.0).to(tl.float32)
     result = tl.where(weight == 0.0, 0.0, tl.exp(values - top) * weight) + tl.where(column == target, own, 0.0)
     tl.store(dlogits + row * width + column, result.to(dlogits.dtype.element_ty), mask=inside)
