@@ -7,11 +7,9 @@ medians, above 1 ours is faster.
 """
 
 import argparse
+import itertools
 import json
-import math
 import statistics
-import sys
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -20,7 +18,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import in_fresh_process, peak_rss, print_table, relative_error, write_json
+from benchmarks.common import (
+    both_ways,
+    gate,
+    geomean,
+    in_fresh_process,
+    interleaved,
+    peak_rss,
+    print_table,
+    relative_error,
+    write_json,
+)
 from toolkit.ops.gated_activation import gated_activation
 from toolkit.ops.linear import linear
 from toolkit.ops.linear_logprob import linear_logprob
@@ -37,31 +45,16 @@ GATE = 1e-5  # largest relative error of outputs and gradients against float64
 
 
 def in_turns(calls: Mapping[str, Callable[[int], object]], copies: int, seconds: float) -> dict[str, float]:
-    """Median seconds a call of each, timed in turns for about ``seconds`` in all; a call is given the copy to use."""
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call(0)
-    end, turn = time.perf_counter() + seconds, 0
-    while turn < max(5, 2 * copies) or time.perf_counter() < end:
-        for name in calls if turn % 2 else list(calls)[::-1]:
-            start = time.perf_counter()
-            calls[name](turn % copies)
-            taken[name].append(time.perf_counter() - start)
-        turn += 1
+    """Median seconds of each call, taken in turns for about ``seconds`` in all; a call is given the copy to use."""
+
+    def next_copy(call: Callable[[int], object]) -> Callable[[], object]:
+        copy = itertools.cycle(range(copies))
+        return lambda: call(next(copy))
+
+    cycling = {name: next_copy(call) for name, call in calls.items()}
+    once = sum(sum(taken) for taken in interleaved(cycling, 1).values())
+    taken = interleaved(cycling, max(5, 2 * copies, int(seconds / once)), warmup=0)
     return {name: statistics.median(times) for name, times in taken.items()}
-
-
-def geomean(ratios: list[float]) -> float:
-    return math.exp(sum(map(math.log, ratios)) / len(ratios))
-
-
-def gate(name: str, ours: list[Tensor], exact: list[Tensor]) -> float:
-    """Largest relative error of ``ours``; exits on a red gate."""
-    worst = max(relative_error(a, b) for a, b in zip(ours, exact, strict=True))
-    if not worst <= GATE:
-        print(f"gate red: {name} differs from float64 by {worst:.1e}, allowed is {GATE:.0e}", file=sys.stderr)
-        raise SystemExit(1)
-    return worst
 
 
 def bench_linear(seconds: float) -> dict[str, Any]:
@@ -74,7 +67,7 @@ def bench_linear(seconds: float) -> dict[str, Any]:
             copies = max(1, STREAM_BYTES // (4 * inner * outputs)) if rows < 256 else 1
             weights = [torch.randn(outputs, inner) for _ in range(copies)]
             x = torch.randn(rows, inner)
-            worst = max(worst, gate("linear", [linear(x, weights[0])], [x.double() @ weights[0].double().T]))
+            worst = max(worst, gate("linear", [linear(x, weights[0])], [x.double() @ weights[0].double().T], GATE))
             with torch.inference_mode():
                 calls = {
                     "ours": lambda i, x=x, w=weights: linear(x, w[i]),
@@ -96,6 +89,30 @@ def bench_linear(seconds: float) -> dict[str, Any]:
         "many_rows": geomean(ratios[MANY_ROWS]),
         "gate": worst,
     }
+
+
+def bench_bits(seconds: float) -> dict[str, Any]:
+    """What docs/numerics.md says of the products: errors, and how many smaller calls have other bits."""
+    errors: dict[str, dict[str, float]] = {}
+    differing: dict[str, dict[str, str]] = {}
+    sides: dict[str, Callable[..., Tensor]] = {"linear": linear, "F.linear": F.linear}
+    for inner, outputs in ((512, 512), (512, 8192)):
+        x, weight = torch.randn(256, inner), torch.randn(outputs, inner)
+        exact = x.double() @ weight.double().T
+        for side, function in sides.items():
+            errors.setdefault(side, {})[f"{inner} to {outputs}"] = relative_error(function(x, weight), exact)
+    few, whole = x[:64], {side: function(x[:64], weight) for side, function in sides.items()}
+    for side, function in sides.items():
+        for rows in (1, 2, 3, 4, 8, 16):
+            starts = range(0, 65 - rows, rows)
+            other = sum(not torch.equal(function(few[i : i + rows], weight), whole[side][i : i + rows]) for i in starts)
+            differing.setdefault(side, {})[str(rows)] = f"{other} of {len(starts)}"
+    shapes = list(errors["linear"])
+    print_table("RMS error relative to float64, 256 rows", ["", *shapes], [[s, *errors[s].values()] for s in sides])
+    counts = [[side, *differing[side].values()] for side in sides]
+    title = f"Calls of few rows whose bits are not those of one call of 64 rows, {shapes[-1]}"
+    print_table(title, ["rows a call", *differing["linear"]], counts)
+    return {"rms_error": errors, "differing_calls": differing}
 
 
 def rowwise_cases() -> dict[str, tuple[Callable[..., Any], Callable[..., Any], list[Tensor]]]:
@@ -132,14 +149,6 @@ def rowwise_cases() -> dict[str, tuple[Callable[..., Any], Callable[..., Any], l
     }
 
 
-def both_ways(function: Callable[..., Any], inputs: list[Tensor], cotangents: list[Tensor]) -> list[Tensor]:
-    """Outputs and gradients."""
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    outputs = function(*leaves)
-    outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
-    return [*outputs, *torch.autograd.grad(outputs, leaves, cotangents)]
-
-
 def bench_rowwise(seconds: float) -> dict[str, Any]:
     """Ratios of forward plus backward to transformers' code, eager and compiled."""
     results, shown = {}, []
@@ -147,7 +156,7 @@ def bench_rowwise(seconds: float) -> dict[str, Any]:
         outputs = ours(*inputs)
         cotangents = [torch.randn_like(y) for y in (outputs if isinstance(outputs, tuple) else (outputs,))]
         exact = both_ways(stock_in_double(name, stock), [x.double() for x in inputs], [g.double() for g in cotangents])
-        error = gate(name, both_ways(ours, inputs, cotangents), exact)
+        error = gate(name, both_ways(ours, inputs, cotangents), exact, GATE)
         compiled = torch.compile(stock)
         calls = {
             key: lambda _, f=f, x=inputs, g=cotangents: both_ways(f, x, g)
@@ -214,7 +223,7 @@ def bench_head(seconds: float) -> dict[str, Any]:
 
     leaves = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     value = losses["F.linear, F.cross_entropy"](*leaves, targets)
-    error = gate("linear_logprob", step(losses["ours"]), [value.detach(), *torch.autograd.grad(value, leaves)])
+    error = gate("linear_logprob", step(losses["ours"]), [value.detach(), *torch.autograd.grad(value, leaves)], GATE)
     del leaves, value
     calls = {name: partial(lambda f, _: step(f), f) for name, f in losses.items()}
     taken = in_turns(calls, 1, seconds * 20)
@@ -235,14 +244,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=1.0, help="time spent on each cell of a table")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", choices=("linear", "rowwise", "head"), nargs="+")
+    parser.add_argument("--only", choices=("bits", "linear", "rowwise", "head"), nargs="+")
     parser.add_argument("--head-memory", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.head_memory:
         measure_head_memory(options.head_memory)
         return
-    sections = {"linear": bench_linear, "rowwise": bench_rowwise, "head": bench_head}
+    sections = {"bits": bench_bits, "linear": bench_linear, "rowwise": bench_rowwise, "head": bench_head}
     chosen = options.only or list(sections)
     results = {name: sections[name](options.seconds) for name in chosen}
     if chosen == list(sections):
