@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
-SOURCES := $(wildcard toolkit/ops/*/cpu.cpp toolkit/ops/native/*.h toolkit/ops/activation/kinds/*.py)
+SOURCES := $(wildcard toolkit/ops/*/cpu.cpp toolkit/ops/native/*.h toolkit/ops/activation/kinds/*.py \
+	toolkit/ops/attention/modifiers/*.py)
 
 .PHONY: demo test lint setup clean
 

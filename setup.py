@@ -1,9 +1,9 @@
 """Builds the optional native CPU library beside the Python packages.
 
 The sources are every ``toolkit/ops/*/cpu.cpp``, compiled as one translation unit (torch's headers are
-read once) per instruction set, with a header made from the files of ``toolkit/ops/activation/kinds``. The
-library for the machine at hand is chosen when it is loaded. Without torch or a C++ compiler at build time
-nothing is built, and the reference implementations serve.
+read once) per instruction set, with headers made from the files of ``toolkit/ops/activation/kinds`` and
+``toolkit/ops/attention/modifiers``. The library for the machine at hand is chosen when it is loaded. Without torch
+or a C++ compiler at build time nothing is built, and the reference implementations serve.
 """
 
 import ast
@@ -27,16 +27,23 @@ INSTRUCTION_SETS = {
 }
 
 
+def inlined_code(path: Path) -> tuple[str | None, dict[str, int]]:
+    """The string ``CPU`` of a Python file and how many arguments its functions take, without importing it."""
+    code, functions = None, {}
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["CPU"]:
+            code = ast.literal_eval(node.value)
+        elif isinstance(node, ast.FunctionDef):
+            functions[node.name] = len(node.args.args)
+    return code, functions
+
+
 def activation_header(folder: Path) -> str:
-    """C++ for the activation kinds: the string ``CPU`` of each file of ``folder``, read without importing it."""
+    """C++ for the activation kinds: the string ``CPU`` of each file of ``folder``."""
     structs, kinds = [], {}
     for path in sorted(folder.glob("[!_]*.py")):
-        code = arguments = None
-        for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["CPU"]:
-                code = ast.literal_eval(node.value)
-            elif isinstance(node, ast.FunctionDef) and node.name == "value":
-                arguments = len(node.args.args)
+        code, functions = inlined_code(path)
+        arguments = functions.get("value")
         if code is None or arguments not in (1, 2):
             raise RuntimeError(f"{path} has no string CPU, or no function value of one or two arguments")
         kinds[path.stem] = arguments
@@ -57,6 +64,31 @@ def activation_header(folder: Path) -> str:
     )
 
 
+def modifier_header(folder: Path) -> str:
+    """C++ for attention's score and mask functions: the string ``CPU`` of each file of ``folder``."""
+    structs, lines, names = [], ["  if (name.empty()) return body(Plain{});\n"], []
+    for path in sorted(folder.glob("[!_]*.py")):
+        code, functions = inlined_code(path)
+        counts = {functions[name] - own for name, own in (("score", 3), ("visible", 2)) if name in functions}
+        if code is None or len(counts) != 1:
+            raise RuntimeError(f"{path} has no string CPU, or no functions score or visible of the same parameters")
+        scores, masks = (str(name in functions).lower() for name in ("score", "visible"))
+        structs.append(
+            f"struct Modifier_{path.stem} {{\n  static constexpr bool kScores = {scores}, kMasks = {masks};\n"
+            f"  static constexpr int64_t kParameters = {counts.pop()};\n{code}}};\n"
+        )
+        lines.append(f'  if (name == "{path.stem}") return body(Modifier_{path.stem}{{}});\n')
+        names.append(path.stem)
+    chooser = (
+        f"template <typename Body>\ninline void with_modifier(std::string_view name, const Body& body) {{\n"
+        f'{"".join(lines)}  TORCH_CHECK(false, "attention: modifier is \'", std::string(name), "\'; allowed are '
+        f'{", ".join(names)}.");\n}}\n'
+    )
+    return "\n".join(
+        ["namespace toolkit::attention_op {\n", *structs, chooser, "}  // namespace toolkit::attention_op\n"]
+    )
+
+
 def compile_command(name: str, sources: list[Path], out: Path, work: Path) -> list[str]:
     """The compiler call that turns ``sources`` into the shared library ``out`` for one instruction set."""
     import torch
@@ -69,6 +101,8 @@ def compile_command(name: str, sources: list[Path], out: Path, work: Path) -> li
     generated.mkdir(exist_ok=True)
     kinds = ROOT / "toolkit" / "ops" / "activation" / "kinds"
     (generated / "activation_kinds.h").write_text(activation_header(kinds))
+    modifiers = ROOT / "toolkit" / "ops" / "attention" / "modifiers"
+    (generated / "attention_modifiers.h").write_text(modifier_header(modifiers))
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
     if compiler is None:
         raise RuntimeError("no C++ compiler found")

@@ -198,8 +198,8 @@ def test_bad_input_is_one_sentence():
         )
     with pytest.raises(ToolkitError, match="interpreter takes"):
         Batch(10, [(2, 0)], 3, 1, 16, dtype=torch.bfloat16).contiguous()
-    batch = Batch(10, [(2, 0)], 3, 1, 300)
-    with pytest.raises(ToolkitError, match="head_dim 300"):
+    batch = Batch(10, [(2, 0)], 3, 1, 600, 64)
+    with pytest.raises(ToolkitError, match="head_dim 600"):
         batch.contiguous()
     with pytest.raises(ToolkitError, match="multiple of Hkv"):
         attention(batch.q, batch.k.repeat(1, 2, 1), batch.v.repeat(1, 2, 1), batch.offsets, batch.kv_offsets,

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from toolkit.errors import ToolkitError
 from toolkit.ops.attention import attention
 from toolkit.ops.registry import has_native
 
@@ -25,15 +24,6 @@ def test_operator_registration():
     torch.library.opcheck(torch.ops.toolkit.attention_backward.default, (*detached, *plan, 0.3, 4, 0.0))
     compiled = torch.compile(lambda *x: attention(*x, *plan)[0].sin(), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(q, k, v), attention(q, k, v, *plan)[0].sin())
-
-
-def test_no_gradient_through_pages():
-    q, k, v = torch.randn(3, 4, 1, 8)
-    out, _ = attention(
-        q.requires_grad_(), k, v, offsets([4]), torch.tensor([0]), torch.tensor([4]), torch.tensor([[0]]), 4
-    )
-    with pytest.raises(ToolkitError, match="block_tables"):
-        out.sum().backward()
 
 
 @needs_native

@@ -7,18 +7,19 @@ pytest.importorskip("triton", reason="the Triton kernels need triton")
 
 from triton_checks import compile_fit, run_interpreted
 
+from benchmarks import kernel_cases_attention as cases
 from benchmarks import kernels
 
 # `python -m benchmarks.kernels` compiles every shipped tile; these are the ones that come nearest the limits.
 CASES = {
-    "paged bf16 128": (kernels.attention_case(torch.bfloat16, 128, paged=True), list(kernels.SHARED_LIMIT)),
-    "backward bf16 128": (kernels.attention_backward_case(torch.bfloat16, 128), list(kernels.SHARED_LIMIT)),
-    "contiguous bf16 256": (kernels.attention_case(torch.bfloat16, 256, paged=False), ["sm_90"]),
-    "paged fp32 64": (kernels.attention_case(torch.float32, 64, paged=True), ["sm_90", "gfx942"]),
+    "paged bf16 128": (cases.attention_case(torch.bfloat16, 128, paged=True), list(kernels.SHARED_LIMIT)),
+    "backward bf16 128": (cases.attention_backward_case(torch.bfloat16, 128), list(kernels.SHARED_LIMIT)),
+    "contiguous bf16 256": (cases.attention_case(torch.bfloat16, 256, paged=False), ["sm_90"]),
+    "paged fp32 64": (cases.attention_case(torch.float32, 64, paged=True), ["sm_90", "gfx942"]),
 }
 
 
-@pytest.mark.parametrize("name", ["attention", "attention_backward"])
+@pytest.mark.parametrize("name", ["attention", "attention_backward", "attention_forest"])
 def test_interpreted(name):
     run_interpreted(name)
 
@@ -44,8 +45,8 @@ def test_spills_and_missing_matrix_instructions_are_seen(tmp_path, monkeypatch):
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(tiles, "tile", lambda *_: tiles.Tile(64, 64, 4, 2))
-    (made,) = kernels.compile_case(kernels.attention_case(torch.bfloat16, 128, paged=True), "sm_80")
+    (made,) = kernels.compile_case(cases.attention_case(torch.bfloat16, 128, paged=True), "sm_80")
     assert made.spilled > 0
     monkeypatch.setattr(tiles, "tile", lambda *_: tiles.Tile(16, 16, 4, 1))
-    (made,) = kernels.compile_case(kernels.attention_case(torch.float32, 16, paged=False), "sm_80")
+    (made,) = kernels.compile_case(cases.attention_case(torch.float32, 16, paged=False), "sm_80")
     assert made.matrix == {}

@@ -1,11 +1,11 @@
-"""Causal attention of ragged sequences over contiguous or paged keys and values."""
+"""Causal attention of ragged sequences, or forests of them, over contiguous or paged keys and values."""
 
 from typing import Any
 
 from torch import Tensor
 
 from toolkit.errors import ToolkitError
-from toolkit.ops.attention import reference
+from toolkit.ops.attention import modifiers, reference
 from toolkit.ops.registry import register
 
 __all__ = ["attention", "attention_backward"]
@@ -16,40 +16,43 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return out, q.new_empty(q.shape[0], q.shape[1], dtype=reference.result_dtype(q))
 
 
-def _fake_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _fake_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sinks = rest[10] if len(rest) > 10 else None
+    dsinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, query_offsets, kv_offsets, kv_lengths, block_tables, _, scale, window, softcap = inputs
+    q, k, v, query_offsets, kv_offsets, kv_lengths, block_tables, page_size, scale, window, softcap = inputs[:11]
+    sinks, modifier, parameters, readers = inputs[11:]
     out, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.paged = block_tables is not None
-    ctx.attributes = scale, window, softcap
-    ctx.save_for_backward(q, k, v, out, lse, query_offsets, kv_offsets, kv_lengths)
+    ctx.attributes = scale, window, softcap, page_size, modifier
+    plan = query_offsets, kv_offsets, kv_lengths, block_tables
+    ctx.save_for_backward(q, k, v, out, lse, *plan, sinks, parameters, readers)
 
 
 def _backward(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    if ctx.paged:
-        raise ToolkitError(
-            "block_tables is given and a gradient is asked for; attention is differentiable over contiguous "
-            "keys only (block_tables=None)."
-        )
-    grads = _BACKWARD(grad, *ctx.saved_tensors, *ctx.attributes)
-    return (*grads, *(None,) * 8)
+    *tensors, block_tables, sinks, parameters, readers = ctx.saved_tensors
+    scale, window, softcap, page_size, modifier = ctx.attributes
+    options = block_tables, page_size, sinks, modifier, parameters, readers
+    dq, dk, dv, dsinks = _BACKWARD(grad, *tensors, scale, window, softcap, *options)
+    return dq, dk, dv, *(None,) * 8, None if sinks is None else dsinks, None, None, None
 
 
 _BACKWARD = register(
     "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    "Tensor query_offsets, Tensor kv_offsets, Tensor kv_lengths, float scale, int window, float softcap) "
-    "-> (Tensor, Tensor, Tensor)",
+    "Tensor query_offsets, Tensor kv_offsets, Tensor kv_lengths, float scale, int window, float softcap, "
+    "Tensor? block_tables=None, int page_size=0, Tensor? sinks=None, str modifier='', Tensor? parameters=None, "
+    "Tensor? readers=None) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.attention_backward,
     fake=_fake_backward,
     triton="toolkit.ops.attention.triton_backward.attention_backward",
 )
 _FORWARD = register(
     "attention(Tensor q, Tensor k, Tensor v, Tensor query_offsets, Tensor kv_offsets, Tensor kv_lengths, "
-    "Tensor? block_tables, int page_size, float scale, int window, float softcap) -> (Tensor, Tensor)",
+    "Tensor? block_tables, int page_size, float scale, int window, float softcap, Tensor? sinks=None, "
+    "str modifier='', Tensor? parameters=None, Tensor? readers=None) -> (Tensor, Tensor)",
     reference=reference.attention,
     fake=_fake,
     triton="toolkit.ops.attention.triton.attention",
@@ -70,45 +73,75 @@ def attention(
     scale: float | None = None,
     window: int = 0,
     softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    modifier: str = "",
+    parameters: Tensor | None = None,
+    readers: Tensor | None = None,
     *,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of every query over the keys of its own sequence up to its own position.
 
-    For query i of a sequence with n queries and L keys, at position p = L - n + i, and each of its heads::
+    For query i of a sequence with n queries and L keys, at position p = L - n + i, and each of its heads h::
 
         s_j = scale * <q_i, k_j>      for max(0, p - window + 1) <= j <= p   (window <= 0: for 0 <= j <= p)
         s_j = softcap * tanh(s_j / softcap)                                  (softcap > 0)
-        lse = log(sum_j exp(s_j)),    out = sum_j exp(s_j - lse) * v_j
+        s_j = f(s_j, p, j, parameters[h]), where visible(p, j, parameters[h])  (modifier)
+        lse = log(exp(sinks[h]) + sum_j exp(s_j))                            (without sinks: exp(...) is 0)
+        out = sum_j exp(s_j - lse) * v_j
 
     q: [T, Hq, D]. k: [rows, Hkv, D]. v: [rows, Hkv, Dv]. Query head h uses key/value head h // (Hq / Hkv).
-        The first two dimensions may have any stride; a strided last dimension is copied.
+        The first two dimensions may have any stride; a strided last dimension is copied. v may be a part of k
+        (MLA's latent: D 576, Dv 512, one head); the gradients are separate all the same.
     query_offsets: [S + 1], the queries of sequence s are rows query_offsets[s] ... query_offsets[s + 1] of q.
-        Rows past the last one are padding and give zeros with lse -inf, as does a query that sees no key.
+        Rows past the last one are padding and give zeros with lse -inf. A query that sees no key gives zeros
+        and its sink as lse, -inf without sinks.
     kv_offsets: [S], key j of s is row kv_offsets[s] + j; ignored with block_tables.
     kv_lengths: [S], keys of s; its queries are the last of them.
     block_tables: [S, P] or None. Key j of s is row block_tables[s, j // page_size] * page_size
-        + j % page_size.
+        + j % page_size. Sequences may name the same pages: a forest, in which a shared prefix is held once. With
+        page_size 1 the pages are the single rows of k. Entries whose keys no query sees are not read.
     scale: default D ** -0.5.
+    sinks: [Hq] or None; a logit of each head that takes part in the denominator alone (gpt-oss, 2025).
+    modifier: "" or the name of a file of ``toolkit/ops/attention/modifiers``. ``alibi`` adds
+        parameters[h, 0] * (j - p); ``chunked`` lets p see j where both divided by parameters[h, 0] are in one chunk.
+    parameters: [Hq, n] numbers of the modifier, None for one without; they get no gradient.
+    readers: [rows, 3] int64 or None: (first, end, position) of each row of k. Rows first ... end of q (none where
+        first >= end) are the queries of the sequences that hold the row, and it is key ``position`` of each.
+        Laid out depth first, the sequences of a forest have such ranges. Triton needs them for gradients with
+        block_tables; the other implementations find them by themselves and do not look.
 
-    dtypes: float32, float64, bfloat16, float16 (half types are computed in float32); indices int64.
+    dtypes: float32, float64, bfloat16, float16 (half types are computed in float32), sinks and parameters of any of
+    them; indices int64. Triton takes D up to 576 and Dv up to 512.
     Returns out [T, Hq, Dv] of q's dtype and lse [T, Hq] (natural log; float64 for float64, else float32).
-    lse has no gradient. Saved for backward: q, k, v, out, lse. With P = exp(s - lse), dP = grad v^T and
-    delta = rowsum(grad * out): ds = P (dP - delta) (1 - (s / softcap)^2), dq = scale ds k, dk = scale ds^T q,
-    dv = P^T grad. Gradients need block_tables=None.
+    lse has no gradient. Saved for backward: q, k, v, out, lse and the indices. With P = exp(s - lse), dP = grad v^T
+    and delta = rowsum(grad * out): ds = P (dP - delta) f' (1 - (s / softcap)^2), dq = scale ds k,
+    dk = scale ds^T q, dv = P^T grad, dsinks = -sum_rows exp(sinks - lse) delta. A row of k or v gets the sum over all
+    its readers; one without readers gets zeros.
 
     Determinism (native CPU kernel): a row's bits depend on its query and visible keys alone, whatever the
     other rows, the chunking, the page layout and the number of threads: keys are taken in tiles of 64 counted
     from key 0, with an online softmax in order. Keys that a row does not see are not read into it, whatever
-    they hold. Gradients do not depend on the number of threads.
+    they hold (those that a modifier alone hides have weight 0, and must be finite). Gradients are summed in the order
+    of sequences, queries and heads: the same bits run after run, for any number of threads. No implementation uses
+    atomics.
 
-    Raises ``ToolkitError`` for an unknown impl and, in backward, for block tables; ``RuntimeError`` from the
-    kernel for shapes, dtypes or indices that do not fit.
+    Raises ``ToolkitError`` for an unknown impl or modifier, parameters or sinks of another shape and, in Triton's
+    backward, for block tables without readers; ``RuntimeError`` from the kernel for shapes, dtypes or indices
+    that do not fit.
     Source: Milakov & Gimelshein 2018 (online softmax); Dao et al. 2022, FlashAttention (backward).
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    run = _FORWARD.select(impl)
-    return run(q, k, v, query_offsets, kv_offsets, kv_lengths, block_tables, page_size, scale, window, softcap)
+    _check(q, sinks, modifier, parameters)
+    plan = query_offsets, kv_offsets, kv_lengths, block_tables, page_size
+    return _FORWARD.select(impl)(q, k, v, *plan, scale, window, softcap, sinks, modifier, parameters, readers)
+
+
+def _check(q: Tensor, sinks: Tensor | None, modifier: str, parameters: Tensor | None) -> None:
+    if modifier or parameters is not None:
+        modifiers.check(modifier, parameters, q.shape[1])
+    if sinks is not None and (sinks.dim() != 1 or sinks.shape[0] != q.shape[1]):
+        raise ToolkitError(f"sinks has shape {list(sinks.shape)}; [{q.shape[1]}], one for a query head, is needed.")
 
 
 def attention_backward(
@@ -124,12 +157,21 @@ def attention_backward(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
+    block_tables: Tensor | None = None,
+    page_size: int = 0,
+    sinks: Tensor | None = None,
+    modifier: str = "",
+    parameters: Tensor | None = None,
+    readers: Tensor | None = None,
     *,
     impl: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients (dq, dk, dv) of ``attention`` over contiguous keys, given grad [T, Hq, Dv] of its out.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients (dq, dk, dv, dsinks) of ``attention``, given grad [T, Hq, Dv] of its out; arguments as there.
 
-    Rows of k and v that no query sees, and padding rows of q, get zeros. Sequences may share rows of k and v.
+    Rows of k and v that no query sees, and padding rows of q, get zeros; rows that several sequences read get the sum.
+    dsinks [Hq] is of sinks' dtype, empty without sinks.
     """
-    run = _BACKWARD.select(impl)
-    return run(grad, q, k, v, out, lse, query_offsets, kv_offsets, kv_lengths, scale, window, softcap)
+    _check(q, sinks, modifier, parameters)
+    plan = query_offsets, kv_offsets, kv_lengths
+    options = block_tables, page_size, sinks, modifier, parameters, readers
+    return _BACKWARD.select(impl)(grad, q, k, v, out, lse, *plan, scale, window, softcap, *options)

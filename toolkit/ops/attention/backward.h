@@ -1,8 +1,9 @@
 // Attention backward: weights recomputed from lse; a task owns the gradients of one key/value head of a sequence.
 #pragma once
 
-#include <utility>
+#include <array>
 
+#include "modifiers.h"
 #include "problem.h"
 
 namespace toolkit::attention_op {
@@ -10,10 +11,13 @@ namespace toolkit::attention_op {
 template <typename T>
 struct Backward {
   Layout layout;
+  int64_t rows;  // of q
   Heads<const T> grad, q, k, v, out;
   const T* lse;        // [rows, query_heads]
   Heads<T> dq, dk, dv;  // rows of dk and dv have padded widths and hold zeros at the start
   T scale, softcap;
+  const T *sinks, *parameters;  // [query_heads] or null; [query_heads, M::kParameters]
+  T* sink_terms;                // [query_heads, rows], zeros at the start; null without sinks
 };
 
 template <typename T>
@@ -51,8 +55,9 @@ inline T dot(const T* a, const T* b, int64_t n) {
 }
 
 // scores and dweights of one row become weights and dscores.
-template <typename T>
-inline void softmax_backward(T* scores, T* dweights, Range range, T softcap, T lse, T delta) {
+template <typename M, typename T>
+inline void softmax_backward(T* scores, T* dweights, Range range, T softcap, const Place<T>& place, T lse, T delta) {
+  constexpr bool modified = M::kScores || M::kMasks;
   const Vec<T> cap(softcap), one(T(1)), log_sum(lse), mean(delta);
   over_vectors<T>(range, [&](int32_t lane, bool) {
     Vec<T> x = Vec<T>::loadu(scores + lane), slope = one;
@@ -61,9 +66,15 @@ inline void softmax_backward(T* scores, T* dweights, Range range, T softcap, T l
       slope = one - bent * bent;
       x = cap * bent;
     }
-    const Vec<T> weight = exponential<T>(x - log_sum);
+    if constexpr (modified) x = modify<M>(x, lane, place, &slope);
+    Vec<T> weight = exponential<T>(x - log_sum);
     Vec<T> ds = weight * (Vec<T>::loadu(dweights + lane) - mean);
-    if (softcap > 0) ds = ds * slope;
+    if (softcap > 0 || M::kScores) ds = ds * slope;
+    if constexpr (modified) {  // a hidden key's weight is 0, also where lse is -inf
+      const Vec<T> zero(T(0)), hidden = x == Vec<T>(-std::numeric_limits<T>::infinity());
+      weight = Vec<T>::blendv(weight, zero, hidden);
+      ds = Vec<T>::blendv(ds, zero, hidden);
+    }
     weight.store(scores + lane);
     ds.store(dweights + lane);
   });
@@ -80,7 +91,14 @@ inline void transpose_ranges(const Range* rows, int64_t count, const KeyTile& ti
   }
 }
 
-template <typename T>
+// The end of the run of neighbouring rows that starts at a key of the tile.
+inline int64_t run_end(const int64_t* places, int64_t key, const KeyTile& tile) {
+  int64_t end = key + 1;
+  while (end < tile.end && places[end] == places[end - 1] + 1) ++end;
+  return end;
+}
+
+template <typename M, typename T>
 void backward_block(const Backward<T>& f, const Task& task) {
   const Layout& p = f.layout;
   const Sequence sequence = p.sequence(task.sequence);
@@ -98,12 +116,14 @@ void backward_block(const Backward<T>& f, const Task& task) {
     std::fill(to_grad + p.value_depth, to_grad + b.value_depth, T(0));
     b.lse[r] = f.lse[row * p.query_heads + head];
     b.delta[r] = dot(grad, f.out.at(row, head), p.value_depth);
+    if (f.sinks != nullptr && b.lse[r] != -std::numeric_limits<T>::infinity())
+      f.sink_terms[head * f.rows + row] = std::exp(f.sinks[head] - b.lse[r]) * b.delta[r];
   }
   std::fill_n(b.dquery, rows * b.depth, T(0));
 
   int64_t places[kTile];
   const T *key_rows[kTile], *value_rows[kTile];
-  over_tiles(p, sequence, task.begin, task.end, [&](const KeyTile& tile) {
+  over_tiles(p, sequence, task.begin, task.end, -1, [&](const KeyTile& tile) {
     resolve_rows(p, sequence, tile, places);
     point_rows<T>(f.k, task.kv_head, tile, places, key_rows);
     point_rows<T>(f.v, task.kv_head, tile, places, value_rows);
@@ -125,15 +145,19 @@ void backward_block(const Backward<T>& f, const Task& task) {
       multiply<false>(dscores + from, kTile, height, RowMajor<T>{b.grad + r * b.value_depth, b.value_depth},
                       Dense<T>{b.values_t + from, kTile}, width, 0, p.value_depth);
       for (int64_t i = 0; i < height; ++i)
-        if (!b.row_ranges[r + i].empty())
-          softmax_backward(weights + i * kTile, dscores + i * kTile, b.row_ranges[r + i], f.softcap, b.lse[r + i],
-                           b.delta[r + i]);
+        if (!b.row_ranges[r + i].empty()) {
+          const Place<T> place{task.begin + (r + i) / group + sequence.shift(), tile.first(),
+                               f.parameters + (first_head + (r + i) % group) * M::kParameters};
+          softmax_backward<M>(weights + i * kTile, dscores + i * kTile, b.row_ranges[r + i], f.softcap, place,
+                              b.lse[r + i], b.delta[r + i]);
+        }
       accumulate(b.dquery + r * b.depth, b.depth, height, RowMajor<T>{dscores, kTile}, Dense<T>{b.keys, b.depth},
                  b.depth, b.row_ranges + r);
     }
     transpose_ranges(b.row_ranges, rows, tile, b.key_ranges);
-    for (int64_t key = tile.begin, height; key < tile.end; key += height) {
-      height = group_height(tile.end - key);
+    for (int64_t key = tile.begin, run = key, height; key < tile.end; key += height) {
+      if (key == run) run = run_end(places, key, tile);
+      height = group_height(run - key);
       accumulate(f.dv.at(places[key], task.kv_head), f.dv.row_stride, height, Transposed<T>{b.weights + key, kTile},
                  Dense<T>{b.grad, b.value_depth}, b.value_depth, b.key_ranges + key);
       accumulate(f.dk.at(places[key], task.kv_head), f.dk.row_stride, height, Transposed<T>{b.dscores + key, kTile},
@@ -148,37 +172,74 @@ void backward_block(const Backward<T>& f, const Task& task) {
   }
 }
 
-// Whether two sequences share rows of keys: then one task must take them in turn.
-inline bool shares_keys(const Layout& p) {
-  std::vector<std::pair<int64_t, int64_t>> spans;
-  for (int64_t s = 0; s < p.sequences; ++s)
-    if (p.kv_lengths[s] > 0) spans.emplace_back(p.kv_offsets[s], p.kv_offsets[s] + p.kv_lengths[s]);
-  std::sort(spans.begin(), spans.end());
-  for (size_t i = 1; i < spans.size(); ++i)
-    if (spans[i].first < spans[i - 1].second) return true;
-  return false;
+// The sequences in groups that share no row of keys with one another; a task must take a group's members in turn.
+inline std::vector<std::vector<int64_t>> sharing_groups(const Layout& p) {
+  std::vector<int64_t> parent(p.sequences);
+  for (int64_t s = 0; s < p.sequences; ++s) parent[s] = s;
+  const auto root = [&](int64_t s) {
+    while (parent[s] != s) s = parent[s] = parent[parent[s]];
+    return s;
+  };
+  const auto join = [&](int64_t a, int64_t b) {
+    a = root(a), b = root(b);
+    parent[std::max(a, b)] = std::min(a, b);
+  };
+  if (p.block_tables == nullptr) {
+    std::vector<std::array<int64_t, 3>> spans;
+    for (int64_t s = 0; s < p.sequences; ++s)
+      if (p.kv_lengths[s] > 0) spans.push_back({p.kv_offsets[s], p.kv_offsets[s] + p.kv_lengths[s], s});
+    std::sort(spans.begin(), spans.end());
+    for (size_t i = 1; i < spans.size(); ++i) {
+      if (spans[i][0] < spans[i - 1][1]) join(spans[i][2], spans[i - 1][2]);
+      spans[i][1] = std::max(spans[i][1], spans[i - 1][1]);
+    }
+  } else {
+    std::vector<int64_t> reader((p.kv_rows + p.page_size - 1) / p.page_size, -1);
+    for (int64_t s = 0; s < p.sequences; ++s) {
+      const Sequence sequence = p.sequence(s);
+      if (sequence.queries == 0 || sequence.kv_length == 0) continue;
+      for (int64_t page = first_key(p, sequence, 0) / p.page_size; page * p.page_size < sequence.kv_length; ++page) {
+        const int64_t place = sequence.pages[page];
+        check_page(p, place, 0, 1);
+        if (reader[place] >= 0) join(s, reader[place]);
+        reader[place] = s;
+      }
+    }
+  }
+  std::vector<std::vector<int64_t>> groups;
+  std::vector<int64_t> group(p.sequences);
+  for (int64_t s = 0; s < p.sequences; ++s) {
+    if (root(s) == s) {
+      group[s] = groups.size();
+      groups.emplace_back();
+    }
+    groups[group[root(s)]].push_back(s);
+  }
+  return groups;
 }
 
-template <typename T>
-void run_backward(const Backward<T>& f, int64_t rows) {
+template <typename M, typename T>
+void run_backward(const Backward<T>& f, T* dsinks) {
   const Layout& p = f.layout;
   const int64_t block = std::max<int64_t>(1, kTaskRows / p.group());
-  // Blocks of queries in order, sequences in order: the order of every sum, whoever runs it.
-  const auto run_sequence = [&](int64_t s, int64_t head) {
-    const int64_t queries = p.query_offsets[s + 1] - p.query_offsets[s];
-    for (int64_t begin = 0; begin < queries; begin += block)
-      backward_block(f, Task{s, head, 1, begin, std::min(begin + block, queries)});
-  };
   const int64_t workers = p.multiplications() < kSerialWork ? 1 : at::get_num_threads();
-  if (shares_keys(p))
-    threads::run_tasks(p.kv_heads, workers, [&](int64_t head) {
-      for (int64_t s = 0; s < p.sequences; ++s) run_sequence(s, head);
-    });
-  else
-    threads::run_tasks(p.sequences * p.kv_heads, workers,
-                       [&](int64_t i) { run_sequence(i / p.kv_heads, i % p.kv_heads); });
-  for (int64_t row = p.query_offsets[p.sequences]; row < rows; ++row)
+  const std::vector<std::vector<int64_t>> groups = sharing_groups(p);
+  // Sequences in order, blocks of queries in order: the order of every sum, whoever runs it.
+  threads::run_tasks(groups.size() * p.kv_heads, workers, [&](int64_t i) {
+    for (const int64_t s : groups[i / p.kv_heads]) {
+      const int64_t queries = p.query_offsets[s + 1] - p.query_offsets[s];
+      for (int64_t begin = 0; begin < queries; begin += block)
+        backward_block<M>(f, Task{s, i % p.kv_heads, 1, begin, std::min(begin + block, queries)});
+    }
+  });
+  for (int64_t row = p.query_offsets[p.sequences]; row < f.rows; ++row)
     for (int64_t head = 0; head < p.query_heads; ++head) std::fill_n(f.dq.at(row, head), p.depth, T(0));
+  if (f.sinks != nullptr)
+    threads::run_tasks(p.query_heads, workers, [&](int64_t head) {
+      double sum = 0;
+      for (int64_t row = 0; row < f.rows; ++row) sum += f.sink_terms[head * f.rows + row];
+      dsinks[head] = static_cast<T>(-sum);
+    });
 }
 
 }  // namespace toolkit::attention_op

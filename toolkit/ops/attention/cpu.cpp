@@ -89,58 +89,92 @@ inline Layout make_layout(const at::Tensor& q, const at::Tensor& k, const at::Te
   return p;
 }
 
+// Numbers a query head, in the type of the arithmetic; undefined where there are none.
+inline at::Tensor of_heads(const std::optional<at::Tensor>& x, const char* name, const at::Tensor& q, int64_t dim,
+                           int64_t count) {
+  if (!x.has_value()) return {};
+  TORCH_CHECK(x->dim() == dim && x->size(0) == q.size(1) && x->numel() == q.size(1) * count, name, " has shape ",
+              x->sizes(), "; ", count, " for each of the ", q.size(1), " query heads is required.");
+  return x->to(q.scalar_type()).contiguous();
+}
+
+template <typename T>
+inline const T* values_of(const at::Tensor& x) {
+  return x.defined() ? x.const_data_ptr<T>() : nullptr;
+}
+
+// body(modifier, zero of the arithmetic's type).
+template <typename Body>
+inline void with_kernel(const at::Tensor& q, c10::string_view modifier, const Body& body) {
+  with_modifier({modifier.data(), modifier.size()}, [&](auto m) {
+    if (q.scalar_type() == at::kFloat)
+      body(m, float{});
+    else
+      body(m, double{});
+  });
+}
+
 std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& q_in, const at::Tensor& k_in, const at::Tensor& v_in,
                                              const at::Tensor& query_offsets, const at::Tensor& kv_offsets,
                                              const at::Tensor& kv_lengths,
                                              const std::optional<at::Tensor>& block_tables, int64_t page_size,
-                                             double scale, int64_t window, double softcap) {
+                                             double scale, int64_t window, double softcap,
+                                             const std::optional<at::Tensor>& sinks, c10::string_view modifier,
+                                             const std::optional<at::Tensor>& parameters,
+                                             const std::optional<at::Tensor>&) {
   const at::Tensor q = unit_stride(widen(q_in)), k = unit_stride(widen(k_in)), v = unit_stride(widen(v_in));
   const Layout layout =
       make_layout(q, k, v, query_offsets, kv_offsets, kv_lengths, block_tables, page_size, window);
   at::Tensor out = at::empty({q.size(0), q.size(1), v.size(2)}, q.options());
   at::Tensor lse = at::empty({q.size(0), q.size(1)}, q.options());
-  const auto run = [&]<typename T>(T) {
-    run_forward(Forward<T>{layout, heads<const T>(q), heads<const T>(k), heads<const T>(v), heads<T>(out),
-                           lse.data_ptr<T>(), static_cast<T>(scale), static_cast<T>(softcap)},
-                q.size(0));
-  };
-  if (q.scalar_type() == at::kFloat)
-    run(float{});
-  else
-    run(double{});
+  const at::Tensor sink = of_heads(sinks, "sinks", q, 1, 1);
+  with_kernel(q, modifier, [&]<typename M, typename T>(M, T) {
+    const at::Tensor own = of_heads(parameters, "parameters", q, 2, M::kParameters);
+    TORCH_CHECK(own.defined() == (M::kParameters > 0), "parameters: the modifier takes ", M::kParameters, " a head.");
+    run_forward<M>(Forward<T>{layout, heads<const T>(q), heads<const T>(k), heads<const T>(v), heads<T>(out),
+                              lse.data_ptr<T>(), static_cast<T>(scale), static_cast<T>(softcap), values_of<T>(sink),
+                              values_of<T>(own)},
+                   q.size(0));
+  });
   return {narrow_type(q_in) ? out.to(q_in.scalar_type()) : out, lse};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_backward(
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_backward(
     const at::Tensor& grad_in, const at::Tensor& q_in, const at::Tensor& k_in, const at::Tensor& v_in,
     const at::Tensor& out_in, const at::Tensor& lse, const at::Tensor& query_offsets, const at::Tensor& kv_offsets,
-    const at::Tensor& kv_lengths, double scale, int64_t window, double softcap) {
+    const at::Tensor& kv_lengths, double scale, int64_t window, double softcap,
+    const std::optional<at::Tensor>& block_tables, int64_t page_size, const std::optional<at::Tensor>& sinks,
+    c10::string_view modifier, const std::optional<at::Tensor>& parameters, const std::optional<at::Tensor>&) {
   const at::Tensor q = unit_stride(widen(q_in)), k = unit_stride(widen(k_in)), v = unit_stride(widen(v_in));
   const at::Tensor grad = unit_stride(widen(grad_in)), out = unit_stride(widen(out_in));
-  const Layout layout = make_layout(q, k, v, query_offsets, kv_offsets, kv_lengths, std::nullopt, 0, window);
-  const at::Tensor log_sum = lse.contiguous();
-  at::Tensor dq = at::empty(q.sizes(), q.options()), dk, dv;
-  const auto run = [&]<typename T>(T) {
-    // Whole vectors are added to rows of dk and dv.
-    dk = at::zeros({k.size(0), k.size(1), padded<T>(k.size(2))}, k.options());
-    dv = at::zeros({v.size(0), v.size(1), padded<T>(v.size(2))}, v.options());
-    run_backward(Backward<T>{layout, heads<const T>(grad), heads<const T>(q), heads<const T>(k), heads<const T>(v),
-                             heads<const T>(out), log_sum.data_ptr<T>(), heads<T>(dq), heads<T>(dk), heads<T>(dv),
-                             static_cast<T>(scale), static_cast<T>(softcap)},
-                 q.size(0));
-  };
+  const Layout layout =
+      make_layout(q, k, v, query_offsets, kv_offsets, kv_lengths, block_tables, page_size, window);
+  const at::Tensor log_sum = lse.contiguous(), sink = of_heads(sinks, "sinks", q, 1, 1);
   TORCH_CHECK(grad.scalar_type() == q.scalar_type() && grad.sizes() == out.sizes() &&
                   log_sum.scalar_type() == q.scalar_type(),
               "grad has dtype ", grad.scalar_type(), " and shape ", grad.sizes(), "; ", q.scalar_type(), " and ",
               out.sizes(), " are required.");
-  if (q.scalar_type() == at::kFloat)
-    run(float{});
-  else
-    run(double{});
+  at::Tensor dq = at::empty(q.sizes(), q.options()), dk, dv, terms;
+  at::Tensor dsinks = at::empty({sink.defined() ? sink.size(0) : 0}, q.options());
+  if (sink.defined()) terms = at::zeros({q.size(1), q.size(0)}, q.options());
+  with_kernel(q, modifier, [&]<typename M, typename T>(M, T) {
+    const at::Tensor own = of_heads(parameters, "parameters", q, 2, M::kParameters);
+    TORCH_CHECK(own.defined() == (M::kParameters > 0), "parameters: the modifier takes ", M::kParameters, " a head.");
+    // Whole vectors are added to rows of dk and dv.
+    dk = at::zeros({k.size(0), k.size(1), padded<T>(k.size(2))}, k.options());
+    dv = at::zeros({v.size(0), v.size(1), padded<T>(v.size(2))}, v.options());
+    run_backward<M>(
+        Backward<T>{layout, q.size(0), heads<const T>(grad), heads<const T>(q), heads<const T>(k), heads<const T>(v),
+                    heads<const T>(out), log_sum.data_ptr<T>(), heads<T>(dq), heads<T>(dk), heads<T>(dv),
+                    static_cast<T>(scale), static_cast<T>(softcap), values_of<T>(sink), values_of<T>(own),
+                    terms.defined() ? terms.data_ptr<T>() : nullptr},
+        dsinks.data_ptr<T>());
+  });
   dk = dk.narrow(2, 0, k.size(2)).contiguous();
   dv = dv.narrow(2, 0, v.size(2)).contiguous();
   const auto type = q_in.scalar_type();
-  return narrow_type(q_in) ? std::make_tuple(dq.to(type), dk.to(type), dv.to(type)) : std::make_tuple(dq, dk, dv);
+  if (sink.defined()) dsinks = dsinks.to(sinks->scalar_type());
+  return {dq.to(type), dk.to(type), dv.to(type), sink.defined() ? dsinks : dsinks.to(type)};
 }
 
 TORCH_LIBRARY_IMPL(toolkit, CPU, m) {

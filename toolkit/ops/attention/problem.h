@@ -49,7 +49,12 @@ struct Layout {
 // head, query and query head.
 struct Task {
   int64_t sequence, kv_head, kv_heads, begin, end;
+  int64_t split = -1;  // the only split of keys it takes; -1: all, in order
 };
+
+// Keys of a split, counted from key 0 of the sequence: part of the definition. A row's splits are summed each on its
+// own and then put together in order, by whoever.
+constexpr int64_t kSplit = 4096;
 
 // Largest number of rows of a task: enough that packing a key tile is lost in the products that use it.
 constexpr int64_t kTaskRows = 96;
@@ -70,6 +75,7 @@ class Tasks {
     }
     // While decoding, a task takes neighbouring heads, whose keys lie side by side, as long as every thread keeps
     // some tasks.
+    one_query_ = longest == 1;
     const int64_t blocks = std::max<int64_t>(1, starts_.back());
     const int64_t splits = longest > 1 ? p.kv_heads : (4 * at::get_num_threads() + blocks - 1) / blocks;
     splits_ = std::min(p.kv_heads, splits);
@@ -77,6 +83,7 @@ class Tasks {
     splits_ = (p.kv_heads + heads_ - 1) / heads_;
   }
   int64_t count() const { return starts_.back() * splits_; }
+  bool one_query() const { return one_query_; }
   Task at(int64_t index, const Layout& p) const {
     const int64_t block = index / splits_, head = index % splits_ * heads_;
     const int64_t s = std::upper_bound(starts_.begin(), starts_.end(), block) - starts_.begin() - 1;
@@ -89,6 +96,7 @@ class Tasks {
  private:
   std::vector<int64_t> starts_;
   int64_t block_ = 1, heads_ = 1, splits_ = 1;
+  bool one_query_ = false;
 };
 
 // One tile of keys as a task sees it: keys [begin, end) of the tile are read, no other.
@@ -97,11 +105,16 @@ struct KeyTile {
   int64_t first() const { return index * kTile; }
 };
 
-// f(KeyTile) for the tiles that some query of [begin, end) of the sequence sees, in order.
+// The first key that query i of the sequence sees.
+inline int64_t first_key(const Layout& p, const Sequence& s, int64_t i) {
+  return p.window > 0 ? std::max<int64_t>(0, i + s.shift() - p.window + 1) : 0;
+}
+
+// f(KeyTile) for the tiles that some query of [begin, end) of the sequence sees, in order; of one split if that is >= 0.
 template <typename F>
-inline void over_tiles(const Layout& p, const Sequence& s, int64_t begin, int64_t end, F f) {
-  const int64_t last = end - 1 + s.shift();
-  const int64_t first = p.window > 0 ? std::max<int64_t>(0, begin + s.shift() - p.window + 1) : 0;
+inline void over_tiles(const Layout& p, const Sequence& s, int64_t begin, int64_t end, int64_t split, F f) {
+  int64_t last = end - 1 + s.shift(), first = first_key(p, s, begin);
+  if (split >= 0) first = std::max(first, split * kSplit), last = std::min(last, (split + 1) * kSplit - 1);
   for (int64_t index = first / kTile; index * kTile <= last; ++index)
     f(KeyTile{index, std::max<int64_t>(0, first - index * kTile), std::min(kTile, last + 1 - index * kTile)});
 }
@@ -114,6 +127,13 @@ inline Range visible(const Layout& p, const Sequence& s, int64_t i, const KeyTil
   return {static_cast<int32_t>(begin), static_cast<int32_t>(end)};
 }
 
+// `count` rows from `place` of a page are rows of the keys.
+inline void check_page(const Layout& p, int64_t page, int64_t place, int64_t count) {
+  TORCH_CHECK(page >= 0 && page <= p.kv_rows / p.page_size && page * p.page_size + place + count <= p.kv_rows,
+              "block_tables names page ", page, " but the keys have ", p.kv_rows, " rows of pages of ", p.page_size,
+              ".");
+}
+
 // Row numbers in the key and value tensors of the keys of a tile.
 inline void resolve_rows(const Layout& p, const Sequence& s, const KeyTile& tile, int64_t* rows) {
   if (s.pages == nullptr) {
@@ -124,8 +144,7 @@ inline void resolve_rows(const Layout& p, const Sequence& s, const KeyTile& tile
   int64_t page = (tile.first() + key) / p.page_size, place = (tile.first() + key) % p.page_size;
   while (key < tile.end) {
     const int64_t stop = std::min(tile.end, key + p.page_size - place), row = s.pages[page] * p.page_size + place;
-    TORCH_CHECK(s.pages[page] >= 0 && row + (stop - key) <= p.kv_rows, "block_tables names page ", s.pages[page],
-                " but the keys have ", p.kv_rows, " rows of pages of ", p.page_size, ".");
+    check_page(p, s.pages[page], place, stop - key);
     for (int64_t i = 0; key < stop; ++key, ++i) rows[key] = row + i;
     ++page;
     place = 0;

@@ -8,6 +8,8 @@ order with their shape). Exact row invariance is what the native kernel gives. E
 import torch
 from torch import Tensor
 
+from toolkit.ops.attention.modifiers import find
+
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """What the reference calculates in: float64 on the CPU and for float64, float32 otherwise."""
@@ -19,33 +21,41 @@ def result_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def key_rows(
-    sequence: int,
-    length: int,
-    kv_offset: int,
-    block_tables: Tensor | None,
-    page_size: int,
-    device: torch.device,
-) -> Tensor:
-    """[length] row numbers in k and v of the keys of a sequence."""
-    keys = torch.arange(length, device=device)
+def key_rows(sequence: int, keys: Tensor, kv_offset: int, block_tables: Tensor | None, page_size: int) -> Tensor:
+    """Row numbers in k and v of keys of a sequence."""
     if block_tables is None:
         return keys + kv_offset
     return block_tables[sequence, keys // page_size] * page_size + keys % page_size
 
 
-def visible(queries: int, length: int, window: int, device: torch.device) -> Tensor:
-    """[queries, length] whether a query sees a key; the queries are the last of the sequence."""
-    position = torch.arange(length - queries, length, device=device)[:, None]
-    key = torch.arange(length, device=device)[None, :]
-    seen = key <= position
-    return seen & (key > position - window) if window > 0 else seen
+class _Sequence:
+    """The positions of a sequence's queries, and of the keys that they may see."""
 
+    def __init__(self, queries: int, length: int, window: int, modifier: str, parameters: Tensor | None, like: Tensor):
+        self.modifier, self.own = find(modifier), []
+        if parameters is not None:
+            self.own = [column[:, None, None] for column in parameters.to(like.device, compute_dtype(like)).unbind(1)]
+        first = max(0, length - queries - window + 1) if window > 0 else 0
+        self.keys = torch.arange(min(first, length) if queries else length, length, device=like.device)
+        query, key = torch.arange(length - queries, length, device=like.device)[:, None], self.keys[None, :]
+        self.places = query, key
+        self.seen = (key <= query) & (key > query - window) if window > 0 else key <= query
+        if self.modifier is not None and self.modifier.visible is not None:
+            self.seen = self.seen & self.modifier.visible(query, key, *self.own)
 
-def scores(q: Tensor, k: Tensor, scale: float, softcap: float) -> Tensor:
-    """[heads, queries, keys] scaled, capped scores of q [queries, heads, D], k [keys, heads, D]."""
-    s = torch.einsum("qhd,khd->hqk", q, k) * scale
-    return softcap * torch.tanh(s / softcap) if softcap > 0 else s
+    def scores(self, q: Tensor, k: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
+        """[heads, queries, keys] of q [queries, heads, D] and k [keys, heads, D], before and after the modifier."""
+        s = torch.einsum("qhd,khd->hqk", q, k) * scale
+        s = softcap * torch.tanh(s / softcap) if softcap > 0 else s
+        if self.modifier is None or self.modifier.score is None:
+            return s, s
+        return s, self.modifier.score(s, *self.places, *self.own)
+
+    def bent(self, ds: Tensor, s: Tensor) -> Tensor:
+        """The gradient of what goes into the modifier, from that of what comes out."""
+        if self.modifier is None or self.modifier.derivative is None:
+            return ds
+        return torch.where(ds == 0, 0.0, ds * self.modifier.derivative(s, *self.places, *self.own))
 
 
 def attention(
@@ -60,6 +70,10 @@ def attention(
     scale: float,
     window: int,
     softcap: float,
+    sinks: Tensor | None = None,
+    modifier: str = "",
+    parameters: Tensor | None = None,
+    readers: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See ``toolkit.ops.attention.attention``. Differentiable by autograd, also through block tables."""
     group = q.shape[1] // k.shape[1]
@@ -69,17 +83,18 @@ def attention(
     begins = kv_lengths.tolist() if block_tables is not None else kv_offsets.tolist()
     for s, length in enumerate(kv_lengths.tolist()):
         queries = ends[s + 1] - ends[s]
-        rows = key_rows(s, length, begins[s], block_tables, page_size, q.device)
+        plan = _Sequence(queries, length, window, modifier, parameters, q)
+        rows = key_rows(s, plan.keys, begins[s], block_tables, page_size)
         keys = k[rows].to(wide).repeat_interleave(group, 1)
         values = v[rows].to(wide).repeat_interleave(group, 1)
-        x = scores(q[ends[s] : ends[s + 1]].to(wide), keys, scale, softcap)
-        seen = visible(queries, length, window, q.device)
-        x = x.masked_fill(~seen, -torch.inf)
-        lse = x.logsumexp(-1) if length else x.new_full(x.shape[:2], -torch.inf)
-        blind = ~seen.any(-1)
-        weights = torch.exp(x - lse.masked_fill(blind, 0.0)[..., None])
+        x = plan.scores(q[ends[s] : ends[s + 1]].to(wide), keys, scale, softcap)[1].masked_fill(~plan.seen, -torch.inf)
+        if sinks is not None:
+            x = torch.cat([x, sinks.to(wide)[:, None, None].expand(-1, queries, 1)], -1)
+        blind = (x == -torch.inf).all(-1, keepdim=True)
+        lse = x.masked_fill(blind, 0.0).logsumexp(-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:2], 1)
+        weights = torch.exp(x - lse)[..., : len(rows)]
         outs.append(torch.einsum("hqk,khd->qhd", weights, values).to(q.dtype))
-        sums.append(lse.T.to(result_dtype(q)))
+        sums.append(lse.masked_fill(blind, -torch.inf)[..., 0].T.to(result_dtype(q)))
     padding = q.shape[0] - ends[-1]
     outs.append(q.new_zeros(padding, q.shape[1], v.shape[2]))
     sums.append(q.new_full((padding, q.shape[1]), -torch.inf, dtype=result_dtype(q)))
@@ -99,28 +114,42 @@ def attention_backward(
     scale: float,
     window: int,
     softcap: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, by the formulas in ``toolkit.ops.attention.attention``."""
+    block_tables: Tensor | None = None,
+    page_size: int = 0,
+    sinks: Tensor | None = None,
+    modifier: str = "",
+    parameters: Tensor | None = None,
+    readers: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and sinks, by the formulas in ``toolkit.ops.attention.attention``."""
     group = q.shape[1] // k.shape[1]
     wide = compute_dtype(q)
     dq = torch.zeros_like(q, dtype=wide, memory_format=torch.contiguous_format)
     dk = torch.zeros_like(k, dtype=wide, memory_format=torch.contiguous_format)
     dv = torch.zeros_like(v, dtype=wide, memory_format=torch.contiguous_format)
+    dsinks = q.new_zeros(0 if sinks is None else q.shape[1], dtype=wide)
     ends = query_offsets.tolist()
-    for s, (start, length) in enumerate(zip(kv_offsets.tolist(), kv_lengths.tolist())):
-        own, rows = slice(ends[s], ends[s + 1]), slice(start, start + length)
+    begins = kv_lengths.tolist() if block_tables is not None else kv_offsets.tolist()
+    for s, (start, length) in enumerate(zip(begins, kv_lengths.tolist())):
+        own = slice(ends[s], ends[s + 1])
+        plan = _Sequence(ends[s + 1] - ends[s], length, window, modifier, parameters, q)
+        rows = key_rows(s, plan.keys, start, block_tables, page_size)
         keys = k[rows].to(wide).repeat_interleave(group, 1)
         values = v[rows].to(wide).repeat_interleave(group, 1)
-        queries, gradient = q[own].to(wide), grad[own].to(wide)
-        x = scores(queries, keys, scale, softcap)
-        hidden = ~visible(queries.shape[0], length, window, q.device)
-        weights = torch.exp(x - lse[own].to(wide).T[..., None]).masked_fill(hidden, 0.0)
+        queries, gradient, log_sum = q[own].to(wide), grad[own].to(wide), lse[own].to(wide).T[..., None]
+        given, x = plan.scores(queries, keys, scale, softcap)
+        hidden = ~plan.seen | (x == -torch.inf)
+        weights = torch.exp(x - log_sum).masked_fill(hidden, 0.0)
         delta = (gradient * out[own].to(wide)).sum(-1).T[..., None]
         ds = weights * (torch.einsum("qhd,khd->hqk", gradient, values) - delta) * scale
+        ds = plan.bent(ds.masked_fill(hidden, 0.0), given)
         if softcap > 0:
-            ds = ds * (1 - (x / softcap) ** 2)
+            ds = ds * (1 - (given / softcap) ** 2)
         dq[own] = torch.einsum("hqk,khd->qhd", ds, keys)
         heads = k.shape[1], group
-        dk[rows] += torch.einsum("hqk,qhd->khd", ds, queries).unflatten(1, heads).sum(2)
-        dv[rows] += torch.einsum("hqk,qhd->khd", weights, gradient).unflatten(1, heads).sum(2)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+        dk.index_add_(0, rows, torch.einsum("hqk,qhd->khd", ds, queries).unflatten(1, heads).sum(2))
+        dv.index_add_(0, rows, torch.einsum("hqk,qhd->khd", weights, gradient).unflatten(1, heads).sum(2))
+        if sinks is not None:
+            share = torch.exp(sinks.to(wide)[:, None, None] - log_sum).masked_fill(log_sum == -torch.inf, 0.0)
+            dsinks -= (share * delta)[..., 0].sum(-1)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks.to(q.dtype if sinks is None else sinks.dtype)

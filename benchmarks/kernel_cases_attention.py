@@ -1,0 +1,88 @@
+"""The attention kernels with every shipped tile, for ``python -m benchmarks.kernels``."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+TOKENS, PAGE = 64, 16
+MLA = 576, 512  # widths of keys and values of a latent head that all query heads share
+
+
+def _tensors(dtype: torch.dtype, widths: tuple[int, int], heads: int, kv_heads: int) -> tuple[torch.Tensor, ...]:
+    depth, width = widths
+    shapes = (heads, depth), (kv_heads, depth), (kv_heads, width)
+    return tuple(torch.empty(TOKENS, *shape, dtype=dtype) for shape in shapes)
+
+
+def _options(heads: int, modifier: str, *, sunk: bool) -> dict[str, Any]:
+    parameters = torch.ones(heads, 1) if modifier else None
+    return {"sinks": torch.zeros(heads) if sunk else None, "modifier": modifier, "parameters": parameters}
+
+
+def attention_case(
+    dtype: torch.dtype, head_dim: int, *, paged: bool, v_dim: int = 0, heads: int = 8, kv_heads: int = 2,
+    window: int = 0, softcap: float = 0.0, modifier: str = "", sunk: bool = False,
+) -> Callable:  # fmt: skip
+    """A call of the attention forward."""
+
+    def call() -> None:
+        from toolkit.ops.attention.triton import attention
+
+        q, k, v = _tensors(dtype, (head_dim, v_dim or head_dim), heads, kv_heads)
+        offsets, one = torch.tensor([0, TOKENS]), torch.tensor([TOKENS])
+        tables = torch.arange(TOKENS // PAGE)[None] if paged else None
+        options = _options(heads, modifier, sunk=sunk)
+        plan = offsets, one * 0, one, tables, PAGE if paged else 0
+        attention(q, k, v, *plan, head_dim**-0.5, window, softcap, **options)
+
+    return call
+
+
+def attention_backward_case(
+    dtype: torch.dtype, head_dim: int, *, paged: bool = False, v_dim: int = 0, heads: int = 8, kv_heads: int = 2,
+    window: int = 0, softcap: float = 0.0, modifier: str = "", sunk: bool = False,
+) -> Callable:  # fmt: skip
+    """A call of the attention backward: its kernels of contiguous keys, or of a forest."""
+
+    def call() -> None:
+        from toolkit.ops.attention.triton_backward import attention_backward
+
+        q, k, v = _tensors(dtype, (head_dim, v_dim or head_dim), heads, kv_heads)
+        out = torch.empty(TOKENS, heads, v.shape[-1], dtype=dtype)
+        offsets, one = torch.tensor([0, TOKENS]), torch.tensor([TOKENS])
+        tensors = out, q, k, v, out, torch.empty(TOKENS, heads), offsets, one * 0, one
+        options = _options(heads, modifier, sunk=sunk)
+        if paged:
+            tables, readers = torch.arange(TOKENS)[None], torch.zeros(TOKENS, 3, dtype=torch.int64)
+            options |= {"block_tables": tables, "page_size": 1, "readers": readers}
+        attention_backward(*tensors, head_dim**-0.5, window, softcap, **options)
+
+    return call
+
+
+def cases() -> dict[str, Callable]:
+    """name -> the call that launches the kernels."""
+    found: dict[str, Callable] = {}
+    for dtype, short in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        for head_dim in (64, 128, 256):
+            found[f"attention {short} {head_dim} paged"] = attention_case(dtype, head_dim, paged=True)
+            found[f"attention {short} {head_dim}"] = attention_case(dtype, head_dim, paged=False)
+            found[f"attention_backward {short} {head_dim}"] = attention_backward_case(dtype, head_dim)
+            found[f"attention_backward {short} {head_dim} forest"] = attention_backward_case(
+                dtype, head_dim, paged=True
+            )
+        depth, width = MLA
+        for paged in (True, False):
+            shape: dict[str, Any] = {"paged": paged, "v_dim": width, "heads": 128, "kv_heads": 1}
+            name = f"{short} {depth}/{width}"
+            found[f"attention {name}{' paged' * paged}"] = attention_case(dtype, depth, **shape)
+            found[f"attention_backward {name}{' forest' * paged}"] = attention_backward_case(dtype, depth, **shape)
+        for modifier in ("alibi", "chunked"):
+            every: dict[str, Any] = {"paged": True, "window": 4096, "softcap": 50.0, "modifier": modifier, "sunk": True}
+            for head_dim in (64, 128, 256, depth):
+                name = f"{short} {head_dim} sinks, window, cap, {modifier}"
+                every["v_dim"] = min(head_dim, width)
+                found[f"attention {name}"] = attention_case(dtype, head_dim, **every)
+                found[f"attention_backward {name}"] = attention_backward_case(dtype, head_dim, **every)
+    return found

@@ -1,0 +1,190 @@
+"""Gradients of attention through block tables: forests against the same sequences unshared, in float64."""
+
+import random
+
+import pytest
+import torch
+from attention_forests import Forest, Node, error
+
+from toolkit.ops.attention import attention, attention_backward
+from toolkit.ops.registry import has_native
+
+needs_native = pytest.mark.skipif(not has_native("attention"), reason="the native CPU library is not built")
+IMPLS = ["reference", pytest.param("cpu", marks=needs_native)]
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6}
+
+
+def gradients(forest, out, lse, scale, window=0, softcap=0.0, *, impl=None, sinks=None):
+    offsets, starts, lengths, tables, page = forest.plan
+    tensors = forest.grad, forest.q, forest.k, forest.v, out, lse, offsets, starts, lengths
+    return attention_backward(*tensors, scale, window, softcap, tables, page, sinks, impl=impl)
+
+
+def check(forest, scale=0.3, window=0, softcap=0.0, *, impl=None):
+    dtype = forest.q.dtype
+    wide = [x.double().requires_grad_() for x in (forest.q, forest.k, forest.v)]
+    expected, expected_lse = forest.dense(*wide, scale, window, softcap)
+    wanted = torch.autograd.grad(expected, wide, forest.grad.double())
+    out, lse = attention(forest.q, forest.k, forest.v, *forest.plan, scale, window, softcap, impl=impl)
+    assert error(out, expected) < TOLERANCE[dtype]
+    assert error(lse.nan_to_num(0, 0, 0), expected_lse.nan_to_num(0, 0, 0)) < TOLERANCE[dtype]
+    grads = gradients(forest, out, lse, scale, window, softcap, impl=impl)
+    for name, actual, want in zip(("dq", "dk", "dv"), grads, wanted):
+        assert actual.is_contiguous()
+        assert error(actual, want) < 10 * TOLERANCE[dtype], name
+    for x in grads[1:3]:
+        assert (x[~forest.held] == 0).all()
+    assert grads[3].shape == (0,)
+
+
+SHAPES = [  # heads, kv_heads, d, v_dim, page, window, softcap
+    (4, 2, 16, 16, 1, 0, 0.0),
+    (4, 1, 20, 12, 4, 0, 0.0),
+    (3, 3, 8, 8, 1, 11, 0.0),
+    (6, 2, 16, 24, 16, 0, 4.0),
+    (2, 1, 32, 32, 4, 6, 3.0),
+]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_random_trees(shape, dtype, impl):
+    heads, kv_heads, d, v_dim, page, window, softcap = shape
+    for seed in range(6):
+        sizes = {"heads": heads, "kv_heads": kv_heads, "d": d, "v_dim": v_dim, "page": page}
+        forest = Forest(seed, **sizes, dtype=dtype, shuffled=seed % 2 == 0)
+        check(forest, window=window, softcap=softcap, impl=impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_a_long_prompt_with_completions(impl, shuffled):
+    """Several tiles of keys, tasks of many rows, and rows that lie in one run or in none."""
+    nodes = [Node(-1, 150, 20), *(Node(0, n, 0) for n in (70, 0, 33, 1))]
+    for dtype in (torch.float64, torch.float32):
+        check(Forest(1, nodes=nodes, shuffled=shuffled, dtype=dtype), 0.2, impl=impl)
+        check(Forest(1, nodes=nodes, shuffled=shuffled, dtype=dtype), 0.2, 40, impl=impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_autograd_and_unread_rows(impl):
+    forest = Forest(3, page=4)
+    leaves = [x.clone().requires_grad_() for x in (forest.q, forest.k, forest.v)]
+    out, _ = attention(*leaves, *forest.plan, 0.3, impl=impl)
+    grads = torch.autograd.grad(out, leaves, forest.grad)
+    wide = [x.clone().requires_grad_() for x in (forest.q, forest.k, forest.v)]
+    wanted = torch.autograd.grad(forest.dense(*wide, 0.3)[0], wide, forest.grad)
+    for actual, want in zip(grads, wanted):
+        assert error(actual, want) < 1e-11
+        assert actual.isfinite().all()
+
+
+def test_pages_behind_the_window_may_be_gone():
+    """Their entries of the table are not read, forward or backward."""
+    nodes = [Node(-1, 4, 60), Node(0, 8, 0), Node(0, 3, 0)]
+    forest = Forest(4, page=4, nodes=nodes)
+    expected = attention(forest.q, forest.k, forest.v, *forest.plan, 0.3, 9)
+    grads = gradients(forest, *expected, 0.3, 9)
+    first = [60 - 9 + 1, 64 - 9 + 1, 64 - 9 + 1]
+    for s, key in enumerate(first):
+        forest.tables[s, : key // 4] = -7
+    for impl in (None, "reference"):
+        again = attention(forest.q, forest.k, forest.v, *forest.plan, 0.3, 9, impl=impl)
+        assert error(again[0], expected[0]) < 1e-12
+        for actual, want in zip(gradients(forest, *again, 0.3, 9, impl=impl), grads):
+            assert error(actual, want) < 1e-11
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_types_are_computed_in_float(dtype):
+    forest = Forest(5, page=4, dtype=dtype)
+    out, lse = attention(forest.q, forest.k, forest.v, *forest.plan, 0.3)
+    grads = gradients(forest, out, lse, 0.3)
+    for name in ("q", "k", "v", "grad"):
+        setattr(forest, name, getattr(forest, name).float())
+    for actual, want in zip(grads[:3], gradients(forest, out.float(), lse, 0.3)):
+        assert torch.equal(actual, want.to(dtype))
+
+
+@needs_native
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (6, 1)])
+def test_bits_do_not_depend_on_threads_or_on_where_rows_lie(heads, kv_heads):
+    nodes = [Node(-1, 150, 0), *(Node(0, n, 0) for n in (70, 33, 1)), Node(1, 20, 0), Node(-1, 90, 0), Node(5, 5, 0)]
+    nodes = [nodes[i] for i in (0, 1, 4, 2, 3, 5, 6)]  # depth first
+    nodes[6].parent = 5
+    forest = Forest(6, heads=heads, kv_heads=kv_heads, d=32, nodes=nodes, dtype=torch.float32, shuffled=False)
+    out, lse = attention(forest.q, forest.k, forest.v, *forest.plan, 0.2)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 1):
+            torch.set_num_threads(count)
+            results.append(gradients(forest, out, lse, 0.2, 40))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, results[0]))
+    # The same rows elsewhere, and in pages.
+    order = torch.randperm(forest.rows, generator=torch.Generator().manual_seed(0))
+    place = torch.empty_like(order)
+    place[order] = torch.arange(forest.rows)
+    forest.k, forest.v = forest.k[order], forest.v[order]
+    forest.tables = torch.where(forest.tables < forest.rows, place[forest.tables.clamp(max=forest.rows - 1)], 10**9)
+    again = attention(forest.q, forest.k, forest.v, *forest.plan, 0.2)
+    assert torch.equal(again[0], out)
+    dq, dk, dv, _ = gradients(forest, *again, 0.2, 40)
+    for actual, want in zip((dq, dk[place], dv[place]), results[0]):
+        assert torch.equal(actual, want)
+
+
+@needs_native
+def test_a_row_of_a_tree_has_the_bits_of_its_sequence_alone():
+    forest = Forest(7, heads=4, kv_heads=2, d=24, longest=40, dtype=torch.float32)
+    out, lse = attention(forest.q, forest.k, forest.v, *forest.plan, 0.3)
+    dq = gradients(forest, out, lse, 0.3)[0]
+    rng = random.Random(0)
+    for keys, queries in rng.sample(forest.paths(), min(4, len(forest.paths()))):
+        own = [(p, row) for p, row in enumerate(queries) if row >= 0]
+        if not own:
+            continue
+        rows, n = [row for _, row in own], len(queries)
+        plan = torch.tensor([0, len(rows)]), torch.tensor([0]), torch.tensor([n])
+        tensors = forest.q[rows], forest.k[keys], forest.v[keys]
+        alone = attention(*tensors, *plan, None, 0, 0.3)
+        assert torch.equal(alone[0], out[rows])
+        assert torch.equal(alone[1], lse[rows])
+        assert torch.equal(attention_backward(forest.grad[rows], *tensors, *alone, *plan, 0.3)[0], dq[rows])
+
+
+@needs_native
+def test_page_of_one_row_in_order_has_the_bits_of_contiguous_keys():
+    nodes = [Node(-1, 130, 0), Node(-1, 40, 0)]
+    forest = Forest(8, d=32, nodes=nodes, padding=0, dtype=torch.float32, shuffled=False)
+    plan = forest.query_offsets, forest.query_offsets[:-1].contiguous(), forest.kv_lengths
+    out, lse = attention(forest.q, forest.k, forest.v, *forest.plan, 0.3)
+    assert torch.equal(attention(forest.q, forest.k, forest.v, *plan, None, 0, 0.3)[0], out)
+    want = attention_backward(forest.grad, forest.q, forest.k, forest.v, out, lse, *plan, 0.3)
+    for a, b in zip(gradients(forest, out, lse, 0.3), want):
+        assert torch.equal(a, b)
+
+
+@needs_native
+def test_bad_pages_are_named_in_backward():
+    forest = Forest(9, page=4)
+    out, lse = attention(forest.q, forest.k, forest.v, *forest.plan, 0.3)
+    forest.tables = forest.tables.clone()
+    forest.tables[int(forest.kv_lengths.argmax()), 0] = forest.rows
+    with pytest.raises(RuntimeError, match=f"block_tables names page {forest.rows} but"):
+        gradients(forest, out, lse, 0.3)
+
+
+def test_opcheck():
+    forest = Forest(10, page=4, trees=1, depth=2, longest=4)
+    leaves = [x.requires_grad_() for x in (forest.q, forest.k.nan_to_num(0), forest.v.nan_to_num(0))]
+    torch.library.opcheck(torch.ops.toolkit.attention.default, (*leaves, *forest.plan, 0.3, 0, 0.0))
+    forest.q, forest.k, forest.v = (x.detach() for x in leaves)
+    out, lse = attention(forest.q, forest.k, forest.v, *forest.plan, 0.3)
+    offsets, starts, lengths, tables, page = forest.plan
+    tensors = forest.grad, forest.q, forest.k, forest.v, out, lse, offsets, starts, lengths
+    torch.library.opcheck(torch.ops.toolkit.attention_backward.default, (*tensors, 0.3, 0, 0.0, tables, page))

@@ -1,0 +1,99 @@
+"""Small functions that attention inlines into its kernels, one file each: a score's, a mask's, or both.
+
+A file of this folder *is* a modifier: its name is the file's, and the folder is listed, here for the reference and for
+Triton, in setup.py for the native library. Scores come scaled and soft-capped; positions are counted from the first
+token of the sequence; the parameters, if any, are the head's own. The file holds some of
+
+``score(s, query, key, *parameters)``, ``derivative(s, query, key, *parameters)``
+    The new score and d score / d s in plain torch, of scores [heads, queries, keys], positions [queries, 1] and
+    [1, keys] (int64) and one tensor [heads, 1, 1] a parameter. ``score`` is differentiable by autograd.
+``visible(query, key, *parameters)``
+    Whether the query sees the key, beside what causality and a window allow; bool, broadcastable to the scores.
+``triton_score(s, query, key, p)``, ``triton_both(s, query, key, p)``, ``triton_visible(query, key, p)``
+    Triton functions of float32 tiles and int32 positions: the score, (score, derivative), and the mask.
+    Parameter i is ``tl.load(p + i)`` (float32; a tile that broadcasts). They see ``tl``, imported under
+    ``TYPE_CHECKING`` only, for triton is not loaded before a kernel is.
+``CPU``
+    A string, the inside of a C++ struct: templates ``score``, ``both`` (a ``Bent<V>`` of value and derivative) and
+    ``visible`` (a mask as comparisons give it) of vectors ``(s, query, key, p)`` or ``(query, key, p)``; parameter i
+    is ``p[i]``. Positions are numbers of the vectors' type: in float exact below 2^24.
+
+A key that a modifier alone hides takes part with weight 0, so what stands there must be finite.
+"""
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+from toolkit.errors import ToolkitError, nearest
+
+
+@dataclass(frozen=True)
+class Modifier:
+    """One modifier. ``score`` and ``derivative``, or ``visible``, are None where the file has none."""
+
+    name: str
+    parameters: int
+    score: Callable[..., Tensor] | None
+    derivative: Callable[..., Tensor] | None
+    visible: Callable[..., Tensor] | None
+    module: ModuleType
+
+    def device(self) -> tuple[Any, Any, Any]:
+        """``triton_score``, ``triton_both`` and ``triton_visible`` as Triton functions; None for what is not there."""
+        if self.name not in _DEVICE:
+            from toolkit.ops.attention import triton_modifiers
+
+            _DEVICE[self.name] = triton_modifiers.build(self.module)
+        return _DEVICE[self.name]
+
+
+_DEVICE: dict[str, tuple[Any, Any, Any]] = {}
+MODIFIERS: dict[str, Modifier] = {}
+
+
+def _read(name: str, module: ModuleType) -> Modifier:
+    score, visible = getattr(module, "score", None), getattr(module, "visible", None)
+    counts = {len(inspect.signature(f).parameters) - own for f, own in ((score, 3), (visible, 2)) if f is not None}
+    if len(counts) != 1:
+        raise ToolkitError(
+            f"attention modifier '{name}' has functions of {sorted(counts)} parameters;"
+            " score or visible or both, of the same parameters, are required."
+        )
+    return Modifier(name, counts.pop(), score, getattr(module, "derivative", None), visible, module)
+
+
+def discover() -> None:
+    """Fill ``MODIFIERS`` from the files of this package's folders, by name."""
+    names = [entry.name for entry in pkgutil.iter_modules(__path__)]
+    found = {name: _read(name, importlib.import_module(f"{__name__}.{name}")) for name in names}
+    MODIFIERS.clear()
+    MODIFIERS.update(sorted(found.items()))
+
+
+def find(name: str) -> Modifier | None:
+    """The modifier of this name, None for ""; ToolkitError names the nearest one otherwise."""
+    if not name:
+        return None
+    if name not in MODIFIERS:
+        raise ToolkitError(f"modifier is '{name}'; allowed are {', '.join(MODIFIERS)}{nearest(name, list(MODIFIERS))}.")
+    return MODIFIERS[name]
+
+
+def check(name: str, parameters: Tensor | None, heads: int) -> None:
+    """One sentence for a modifier that is not there, and for parameters that it does not take."""
+    modifier = find(name)
+    count = 0 if modifier is None else modifier.parameters
+    if (parameters is None) != (count == 0) or (parameters is not None and list(parameters.shape) != [heads, count]):
+        given = "None" if parameters is None else f"of shape {list(parameters.shape)}"
+        needed = f"shape {[heads, count]}" if count else "None"
+        raise ToolkitError(f"parameters is {given}; modifier '{name}' needs {needed}.")
+
+
+discover()

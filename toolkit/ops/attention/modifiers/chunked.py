@@ -1,0 +1,28 @@
+"""chunked: a query sees the keys of its own chunk of positions (Llama 4, 2025); the parameter is the chunk's size."""
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+
+def visible(query: Tensor, key: Tensor, chunk: Tensor) -> Tensor:
+    size = chunk.long()
+    return query // size == key // size
+
+
+def triton_visible(query, key, p):
+    size = tl.load(p).to(tl.int32)
+    return key >= query // size * size  # keys after the query are never seen
+
+
+CPU = """
+  template <typename V>
+  static V visible(const V& query, const V& key, const typename V::value_type* p) {
+    const V size(p[0]), guess = (query / size).floor() * size;
+    // The quotient may have been rounded up to a whole number.
+    return key >= V::blendv(guess, guess - size, guess > query);  // keys after the query are never seen
+  }
+"""

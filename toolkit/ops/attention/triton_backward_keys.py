@@ -1,0 +1,233 @@
+"""The kernels that own rows of k and v, and so of dk and dv, and the one of the sinks' gradient.
+
+A program takes a tile of rows of one key/value head and sums over everyone that reads them in a fixed order; there are
+no atomics. Contiguous keys find their readers by walking the sequences, keys behind block tables by the range of
+queries that is given for each of their rows.
+"""
+
+import triton
+import triton.language as tl
+
+from toolkit.ops.attention.triton import sliced_products, tanh, visible_keys
+
+
+@triton.jit
+def probabilities(products, seen, lse, query, key, own, scale, softcap, CAPPED: tl.constexpr, BOTH: tl.constexpr):
+    """exp(score - lse), d score / d product, and what is seen, from a tile of q.k products; the others broadcast."""
+    if CAPPED:
+        squashed = tanh(products * scale / softcap)
+        scores = squashed * softcap
+        slope = (1.0 - squashed * squashed) * scale
+    else:
+        scores = products * scale
+        slope = tl.zeros_like(products) + scale
+    if BOTH is not None:
+        scores, bend = BOTH(scores, query, key, own)
+        slope = slope * bend
+        seen = seen & (scores != float("-inf"))
+    exponent = tl.where(seen, scores - lse, float("-inf"))
+    return tl.math.exp2(exponent * 1.4426950408889634), slope, seen
+
+
+@triton.jit
+def load_rows(x, row, ok, start, width: tl.constexpr, BLOCK: tl.constexpr):
+    """Elements start ... start + BLOCK of rows of ``width``."""
+    d = start + tl.arange(0, BLOCK)
+    return tl.load(x + row[:, None] + d[None, :], mask=ok[:, None] & (d < width)[None, :], other=0.0)
+
+
+@triton.jit
+def readers_of(first, end, key, row, position, window, WINDOWED: tl.constexpr):
+    """[keys, queries] whether rows ``first`` ... ``end`` of the queries hold a row, and see its key."""
+    seen = (row[None, :] >= first[:, None]) & (row[None, :] < end[:, None]) & (key[:, None] <= position[None, :])
+    if WINDOWED:
+        seen = seen & (key[:, None] > position[None, :] - window)
+    return seen
+
+
+@triton.jit
+def add_queries(
+    dk_acc, dk_rest, dv_acc, k_tile, v_tile, k_row, v_row, key_ok, first, end, key, query, row_ok, position, head,
+    grad, q, k, v, lse, delta, parameters, scale, window, softcap,
+    stride_gt, stride_gh, stride_qt, stride_qh, stride_lt, FOREST: tl.constexpr, WINDOWED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, TAIL: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, SLICE: tl.constexpr,
+    CAPPED: tl.constexpr, BOTH: tl.constexpr, MASK: tl.constexpr, PARAMETERS: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of a tile of keys with what a tile of queries of one head adds to them.
+
+    The keys are those of one sequence of length ``end``, or, in a forest, read by the rows ``first`` ... ``end`` each.
+    """
+    q_row, g_row = query * stride_qt + head * stride_qh, query * stride_gt + head * stride_gh
+    q_tile = load_rows(q, q_row, row_ok, 0, HEAD_DIM, BLOCK_D)
+    g_tile = load_rows(grad, g_row, row_ok, 0, V_DIM, BLOCK_V)
+    row_lse = tl.load(lse + query * stride_lt + head, mask=row_ok, other=0.0)
+    row_delta = tl.load(delta + query * stride_lt + head, mask=row_ok, other=0.0)
+    own = parameters + head * PARAMETERS
+    if SLICE:
+        products = sliced_products(k, q, k_row, key_ok, q_row, row_ok, HEAD_DIM, KEYS, ROWS, SLICE)
+    else:
+        products = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
+    if FOREST:
+        seen = readers_of(first, end, key, query, position, window, WINDOWED)
+    else:
+        seen = (key >= 0)[:, None] & row_ok[None, :]
+        seen = seen & tl.trans(visible_keys(key, position, end, window, WINDOWED))
+    if MASK is not None:
+        seen = seen & MASK(position[None, :], key[:, None], own)
+    weights, slope, seen = probabilities(
+        products, seen, row_lse[None, :], position[None, :], key[:, None], own, scale, softcap, CAPPED, BOTH
+    )
+    dv_acc = tl.dot(weights.to(g_tile.dtype), g_tile, dv_acc, input_precision="ieee")
+    if SLICE:
+        grad_weights = sliced_products(v, grad, v_row, key_ok, g_row, row_ok, V_DIM, KEYS, ROWS, SLICE)
+    else:
+        grad_weights = tl.dot(v_tile, tl.trans(g_tile), input_precision="ieee")
+    # Selected, not multiplied: a row of v that this sequence does not hold may be anything.
+    grad_products = tl.where(seen, weights * (grad_weights - row_delta[None, :]) * slope, 0.0).to(q_tile.dtype)
+    dk_acc = tl.dot(grad_products, q_tile, dk_acc, input_precision="ieee")
+    if TAIL:
+        rest = load_rows(q, q_row, row_ok, BLOCK_D, HEAD_DIM, TAIL)
+        dk_rest = tl.dot(grad_products, rest, dk_rest, input_precision="ieee")
+    return dk_acc, dk_rest, dv_acc
+
+
+@triton.jit
+def store_rows(x, row, ok, start, values, width: tl.constexpr, BLOCK: tl.constexpr):
+    d = start + tl.arange(0, BLOCK)
+    place = x + row[:, None] + d[None, :]
+    tl.store(place, values.to(x.dtype.element_ty), mask=ok[:, None] & (d < width)[None, :])
+
+
+@triton.jit(do_not_specialize=["num_sequences", "num_keys", "window"])
+def attention_backward_keys(
+    grad, q, k, v, lse, delta, dk, dv, query_offsets, kv_offsets, kv_lengths, parameters,
+    num_sequences, num_keys, scale, window, softcap,
+    stride_gt, stride_gh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
+    stride_lt, stride_dkt, stride_dvt,
+    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, TAIL: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SLICE: tl.constexpr,
+    WINDOWED: tl.constexpr, CAPPED: tl.constexpr, BOTH: tl.constexpr, MASK: tl.constexpr, PARAMETERS: tl.constexpr,
+):  # fmt: skip
+    """dk, dv of a tile of rows of k and v, summed over the sequences that hold them, in their order."""
+    kv_head = tl.program_id(1)
+    slot = tl.program_id(0).to(tl.int64) * KEYS + tl.arange(0, KEYS)
+    held = slot < num_keys
+    k, v = k + kv_head * stride_kh, v + kv_head * stride_vh
+    k_row, v_row = slot * stride_kt, slot * stride_vt
+    k_tile, v_tile = k_row, v_row  # not used in slices
+    if not SLICE:
+        k_tile = load_rows(k, k_row, held, 0, HEAD_DIM, BLOCK_D)
+        v_tile = load_rows(v, v_row, held, 0, V_DIM, BLOCK_V)
+    dk_acc = tl.zeros([KEYS, BLOCK_D], tl.float32)
+    dk_rest = tl.zeros([KEYS, TAIL if TAIL else 16], tl.float32)
+    dv_acc = tl.zeros([KEYS, BLOCK_V], tl.float32)
+    for sequence in range(num_sequences):
+        base = tl.load(kv_offsets + sequence)
+        kv_length = tl.load(kv_lengths + sequence).to(tl.int32)
+        start = tl.load(query_offsets + sequence)
+        num_queries = (tl.load(query_offsets + sequence + 1) - start).to(tl.int32)
+        past = kv_length - num_queries  # position of the sequence's first query in this batch
+        first_key = (tl.program_id(0).to(tl.int64) * KEYS - base).to(tl.int32)
+        key = first_key + tl.arange(0, KEYS)
+        overlaps = (first_key < kv_length) & (first_key + KEYS > 0)
+        begin = tl.maximum(first_key - past, 0) // ROWS * ROWS
+        stop = tl.where(overlaps, num_queries, 0)
+        if WINDOWED:
+            stop = tl.minimum(stop, first_key + KEYS - 1 + window - past)
+        for member in range(GROUP):
+            head = kv_head * GROUP + member
+            for row_start in range(begin, stop, ROWS):
+                row = row_start + tl.arange(0, ROWS)
+                row_ok = row < num_queries
+                dk_acc, dk_rest, dv_acc = add_queries(
+                    dk_acc, dk_rest, dv_acc, k_tile, v_tile, k_row, v_row, held, base, kv_length, key,
+                    start + row, row_ok, past + row, head,
+                    grad, q, k, v, lse, delta, parameters, scale, window, softcap,
+                    stride_gt, stride_gh, stride_qt, stride_qh, stride_lt, False, WINDOWED,
+                    HEAD_DIM, V_DIM, BLOCK_D, BLOCK_V, TAIL, ROWS, KEYS, SLICE, CAPPED, BOTH, MASK, PARAMETERS,
+                )  # fmt: skip
+    dk, dv = dk + kv_head * HEAD_DIM, dv + kv_head * V_DIM
+    dk_row, dv_row = slot * stride_dkt, slot * stride_dvt
+    store_rows(dk, dk_row, held, 0, dk_acc, HEAD_DIM, BLOCK_D)
+    if TAIL:
+        store_rows(dk, dk_row, held, BLOCK_D, dk_rest, HEAD_DIM, TAIL)
+    store_rows(dv, dv_row, held, 0, dv_acc, V_DIM, BLOCK_V)
+
+
+@triton.jit(do_not_specialize=["num_keys", "window"])
+def attention_backward_forest_keys(
+    grad, q, k, v, lse, delta, dk, dv, positions, readers, parameters,
+    num_keys, scale, window, softcap,
+    stride_gt, stride_gh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
+    stride_lt, stride_dkt, stride_dvt,
+    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, TAIL: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SLICE: tl.constexpr,
+    WINDOWED: tl.constexpr, CAPPED: tl.constexpr, BOTH: tl.constexpr, MASK: tl.constexpr, PARAMETERS: tl.constexpr,
+):  # fmt: skip
+    """The same for rows of which each is read by one range of queries: ``readers`` [num_keys, 3] of int64 holds the
+    range's begin and end, and the row's position in its sequences; ``positions`` those of the queries."""
+    kv_head = tl.program_id(1)
+    slot = tl.program_id(0).to(tl.int64) * KEYS + tl.arange(0, KEYS)
+    held = slot < num_keys
+    first = tl.load(readers + slot * 3, mask=held, other=0).to(tl.int32)
+    end = tl.load(readers + slot * 3 + 1, mask=held, other=0).to(tl.int32)
+    key = tl.load(readers + slot * 3 + 2, mask=held, other=0).to(tl.int32)
+    read = first < end
+    begin = tl.min(tl.where(read, first, 0x7FFFFFFF), 0) // ROWS * ROWS
+    stop = tl.max(tl.where(read, end, 0), 0)
+    last_key = tl.max(tl.where(read, key, 0), 0)
+    k, v = k + kv_head * stride_kh, v + kv_head * stride_vh
+    k_row, v_row = slot * stride_kt, slot * stride_vt
+    k_tile, v_tile = k_row, v_row  # not used in slices
+    if not SLICE:
+        k_tile = load_rows(k, k_row, held, 0, HEAD_DIM, BLOCK_D)
+        v_tile = load_rows(v, v_row, held, 0, V_DIM, BLOCK_V)
+    dk_acc = tl.zeros([KEYS, BLOCK_D], tl.float32)
+    dk_rest = tl.zeros([KEYS, TAIL if TAIL else 16], tl.float32)
+    dv_acc = tl.zeros([KEYS, BLOCK_V], tl.float32)
+    for member in range(GROUP):
+        head = kv_head * GROUP + member
+        for row_start in range(begin, stop, ROWS):
+            row = row_start + tl.arange(0, ROWS)
+            row_ok = row < stop
+            position = tl.load(positions + row, mask=row_ok, other=0x7FFFFFFF)
+            near = True
+            if WINDOWED:  # whole tiles of queries may be past the window
+                near = tl.min(position, 0) - window < last_key
+            if near:
+                dk_acc, dk_rest, dv_acc = add_queries(
+                    dk_acc, dk_rest, dv_acc, k_tile, v_tile, k_row, v_row, held, first, end, key,
+                    row.to(tl.int64), row_ok, position, head,
+                    grad, q, k, v, lse, delta, parameters, scale, window, softcap,
+                    stride_gt, stride_gh, stride_qt, stride_qh, stride_lt, True, WINDOWED,
+                    HEAD_DIM, V_DIM, BLOCK_D, BLOCK_V, TAIL, ROWS, KEYS, SLICE, CAPPED, BOTH, MASK, PARAMETERS,
+                )  # fmt: skip
+    dk, dv = dk + kv_head * HEAD_DIM, dv + kv_head * V_DIM
+    dk_row, dv_row = slot * stride_dkt, slot * stride_dvt
+    store_rows(dk, dk_row, held, 0, dk_acc, HEAD_DIM, BLOCK_D)
+    if TAIL:
+        store_rows(dk, dk_row, held, BLOCK_D, dk_rest, HEAD_DIM, TAIL)
+    store_rows(dv, dv_row, held, 0, dv_acc, V_DIM, BLOCK_V)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def attention_backward_sinks(
+    lse, delta, sinks, partials, num_rows, HEADS: tl.constexpr,
+    STEPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A part's sum of -exp(sink - lse) * delta over STEPS * ROWS rows, in order, for every head."""
+    part = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    sink = tl.load(sinks + head, mask=head < HEADS, other=0.0)
+    sums = tl.zeros([ROWS, BLOCK], tl.float32)
+    for step in range(STEPS):
+        row = (part * STEPS + step) * ROWS + tl.arange(0, ROWS)
+        inside = (row < num_rows)[:, None] & (head < HEADS)[None, :]
+        place = row[:, None] * HEADS + head[None, :]
+        log_sum = tl.load(lse + place, mask=inside, other=float("-inf"))
+        share = tl.load(delta + place, mask=inside, other=0.0)
+        blind = log_sum == float("-inf")  # padding, and rows that see nothing
+        exponent = tl.where(blind, float("-inf"), sink[None, :] - log_sum)
+        sums -= tl.where(blind, 0.0, tl.math.exp2(exponent * 1.4426950408889634) * share)
+    tl.store(partials + part * HEADS + head, tl.sum(sums, 0), mask=head < HEADS)
