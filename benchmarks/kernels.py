@@ -23,7 +23,13 @@ from unittest import mock
 
 import torch
 
-from benchmarks import kernel_cases_matrix, kernel_cases_rowwise, kernel_cases_sample
+from benchmarks import (
+    kernel_cases_attention,
+    kernel_cases_matrix,
+    kernel_cases_recurrence,
+    kernel_cases_rowwise,
+    kernel_cases_sample,
+)
 from benchmarks.common import print_table, write_json
 
 ROOT = Path(__file__).parent.parent
@@ -158,51 +164,16 @@ def _nvidia_resources(cubin: bytes) -> tuple[int, int]:
     return _field(report, r"REG:(\d+)"), _field(report, r"STACK:(\d+)") + _field(report, r"LOCAL:(\d+)")
 
 
-def attention_case(dtype: torch.dtype, head_dim: int, *, paged: bool, heads: int = 8, kv_heads: int = 2) -> Callable:
-    """A call of the attention forward with windows and a soft cap off."""
-
-    def call() -> None:
-        from toolkit.ops.attention.triton import attention
-
-        q = torch.empty(64, heads, head_dim, dtype=dtype)
-        kv = torch.empty(64, kv_heads, head_dim, dtype=dtype)
-        offsets, one = torch.tensor([0, 64]), torch.tensor([64])
-        tables = torch.arange(4)[None] if paged else None
-        attention(q, kv, kv, offsets, one * 0, one, tables, 16 if paged else 0, head_dim**-0.5, 0, 0.0)
-
-    return call
-
-
-def attention_backward_case(dtype: torch.dtype, head_dim: int, *, heads: int = 8, kv_heads: int = 2) -> Callable:
-    """A call of the attention backward: both of its kernels."""
-
-    def call() -> None:
-        from toolkit.ops.attention.triton_backward import attention_backward
-
-        q = torch.empty(64, heads, head_dim, dtype=dtype)
-        kv = torch.empty(64, kv_heads, head_dim, dtype=dtype)
-        offsets, one = torch.tensor([0, 64]), torch.tensor([64])
-        lse = torch.empty(64, heads)
-        attention_backward(q, q, kv, kv, q, lse, offsets, one * 0, one, head_dim**-0.5, 0, 0.0)
-
-    return call
-
-
-def attention_cases() -> dict[str, Callable]:
-    found: dict[str, Callable] = {}
-    for dtype in (torch.bfloat16, torch.float32):
-        short = SIGNATURES[dtype]
-        for head_dim in (64, 128, 256):
-            found[f"attention {short} {head_dim} paged"] = attention_case(dtype, head_dim, paged=True)
-            found[f"attention {short} {head_dim}"] = attention_case(dtype, head_dim, paged=False)
-            found[f"attention_backward {short} {head_dim}"] = attention_backward_case(dtype, head_dim)
-    return found
-
-
 def cases() -> dict[str, Callable]:
     """Every kernel with every shipped tile: name -> the call that launches it."""
-    modules = (kernel_cases_rowwise, kernel_cases_matrix, kernel_cases_sample)
-    return attention_cases() | {name: call for module in modules for name, call in module.cases().items()}
+    modules = (
+        kernel_cases_attention,
+        kernel_cases_rowwise,
+        kernel_cases_matrix,
+        kernel_cases_sample,
+        kernel_cases_recurrence,
+    )
+    return {name: call for module in modules for name, call in module.cases().items()}
 
 
 def compile_case(call: Callable, arch: str) -> list[Compiled]:
@@ -229,7 +200,12 @@ def faults(made: Compiled) -> list[str]:
 def fingerprint() -> str:
     """A digest of the code that decides what the kernels compile to: without comments, formatting and Triton itself."""
     ops = ROOT / "toolkit" / "ops"
-    kernels = {*ops.rglob("triton*.py"), *ops.rglob("tiles.py"), *ops.glob("*/kinds/*.py")}
+    kernels = {
+        *ops.rglob("triton*.py"),
+        *ops.rglob("tiles.py"),
+        *ops.glob("*/kinds/*.py"),
+        *ops.glob("*/modifiers/*.py"),
+    }
     digest = hashlib.sha256()
     for path in sorted(kernels | {*(ROOT / "benchmarks").glob("kernel*.py")}):
         digest.update(path.relative_to(ROOT).as_posix().encode())

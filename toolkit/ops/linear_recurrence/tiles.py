@@ -1,0 +1,48 @@
+"""Tiles of the Triton kernels of the linear recurrence, as data: by (architecture, dtype of the sums, K, V).
+
+A program holds a block of columns of a head's state, [K, columns], in registers and takes token after token; columns do
+not touch each other, so blocks are what a head's work is shared by. Numbers of tokens or segments do not matter.
+"""
+
+from dataclasses import dataclass
+
+from toolkit.errors import ToolkitError
+from toolkit.ops.triton_rows import power_of_2
+
+MOST_DEPTH = 256
+MOST_WARPS = 8
+# Elements of the state that a lane holds. The backward has a state, its gradient and what it reads at hand.
+FORWARD_ELEMENTS = {"sm_80": 64, "sm_90": 64, "sm_100": 64, "gfx942": 64, "interpreter": 64}
+BACKWARD_ELEMENTS = {"sm_80": 16, "sm_90": 16, "sm_100": 16, "gfx942": 16, "interpreter": 16}
+# Columns of a block at most. Those of the backward each have a copy of dq and dk, so there are fewer blocks.
+FORWARD_COLUMNS = {"sm_80": 16, "sm_90": 16, "sm_100": 16, "gfx942": 32, "interpreter": 16}
+BACKWARD_COLUMNS = {"sm_80": 32, "sm_90": 32, "sm_100": 32, "gfx942": 32, "interpreter": 16}
+# Programs of the backward, each with room for the states of a few tokens: as many as are resident at once, about.
+BACKWARD_PROGRAMS = {"sm_80": 216, "sm_90": 264, "sm_100": 296, "gfx942": 608, "interpreter": 3}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """``depth`` (K and its padding) x ``columns`` a program, by ``warps`` warps."""
+
+    depth: int
+    columns: int
+    warps: int
+
+    def options(self) -> dict[str, int]:
+        """As keyword arguments of a launch."""
+        return {
+            "DEPTH": self.depth, "COLUMNS": self.columns,
+            "num_warps": self.warps, "num_stages": 1, "enable_fp_fusion": False,
+        }  # fmt: skip
+
+
+def tile(op: str, arch: str, depth: int, columns: int, *, backward: bool = False) -> Tile:
+    """The tile for a state of ``depth`` x ``columns``; ToolkitError for a depth that no program holds."""
+    if depth > MOST_DEPTH:
+        raise ToolkitError(f"{op} got keys of {depth} channels; its Triton kernels take at most {MOST_DEPTH}.")
+    most, elements = (BACKWARD_COLUMNS, BACKWARD_ELEMENTS) if backward else (FORWARD_COLUMNS, FORWARD_ELEMENTS)
+    lane_elements = (64 if arch.startswith("gfx") else 32) * elements[arch]  # of a warp
+    padded = power_of_2(depth)
+    block = min(power_of_2(columns), most[arch], max(1, MOST_WARPS * lane_elements // padded))
+    return Tile(padded, block, max(1, padded * block // lane_elements))
