@@ -25,7 +25,7 @@ def test_no_token_differs_under_random_schedules(family):
     # The schedules did what they are there for.
     assert parity.chunked_prompts > 0
     assert parity.prefix_hit_tokens > 0
-    assert parity.preemptions > 0
+    assert parity.preemptions >= parity.swaps > 0
     assert parity.forked > 0
 
 

@@ -14,7 +14,7 @@ from toolkit.engine.params import SamplingParams
 from toolkit.engine.request import Request
 from toolkit.engine.sampler import Sampler
 from toolkit.ops.state_write import state_write
-from toolkit.state import LayerSpec, RaggedBatch
+from toolkit.state import PagedRows, RaggedBatch, StateSpec
 
 VOCAB = 61
 EOS = 0
@@ -47,8 +47,8 @@ class HistoryModel:
         self.versions_read: list[set[int]] = []
         self.batches: list[RaggedBatch] = []
 
-    def layers(self) -> list[LayerSpec]:
-        return [LayerSpec(1, 1, 1), LayerSpec(1, 1, 1)]
+    def layers(self) -> list[StateSpec]:
+        return [StateSpec(layer, "full", ((1, 1), (1, 1))) for layer in range(2)]
 
     def version(self) -> int:
         return self.weights
@@ -63,28 +63,29 @@ class HistoryModel:
             raise failure
         pool = batch.state
         assert pool is not None
-        assert batch.slots is not None
-        assert batch.block_tables is not None
-        taken = [slot for slot in batch.slots.tolist() if slot >= 0]
+        (view,) = batch.views
+        assert isinstance(view, PagedRows)
+        taken = [slot for slot in view.slots.tolist() if slot >= 0]
         assert len(taken) == int(batch.query_offsets[-1]), "a token has no slot, or padding has one"
         assert len(set(taken)) == len(taken), "two tokens share a slot"
-        tokens = batch.tokens.float()[:, None, None]
-        state_write(pool.keys[0], tokens, batch.slots)
-        state_write(pool.values[0], batch.positions.float()[:, None, None], batch.slots)
-        written = torch.full_like(tokens, self.weights)
-        state_write(pool.keys[1], written, batch.slots)
-        state_write(pool.values[1], written, batch.slots)
+        (tokens, positions), (versions, _) = (state.rows for state in pool.states)
+        for store, written in (
+            (tokens, batch.tokens.float()),
+            (positions, batch.positions.float()),
+            (versions, torch.full((len(batch.tokens),), float(self.weights))),
+        ):
+            state_write(store, written[:, None, None], view.slots)
         found = []
         for row in rows.tolist():
             owner = int(batch.sequence[row])
             last = int(batch.query_offsets[owner + 1]) - 1
             length = int(batch.kv_lengths[owner]) - (last - row)
-            pages = batch.block_tables[owner]
+            pages = view.block_tables[owner]
             at = torch.arange(length)
-            slots = pages[at // batch.page_size] * batch.page_size + at % batch.page_size
-            assert torch.equal(pool.values[0][slots, 0, 0], at.float()), "positions are out of order"
-            self.versions_read.append({int(one) for one in pool.keys[1][slots, 0, 0]})
-            found.append(logits_of(tuple(int(one) for one in pool.keys[0][slots, 0, 0]), self.weights))
+            slots = pages[at // pool.page_size] * pool.page_size + at % pool.page_size
+            assert torch.equal(positions[slots, 0, 0], at.float()), "positions are out of order"
+            self.versions_read.append({int(one) for one in versions[slots, 0, 0]})
+            found.append(logits_of(tuple(int(one) for one in tokens[slots, 0, 0]), self.weights))
         return torch.stack(found) if found else torch.empty(0, VOCAB)
 
 

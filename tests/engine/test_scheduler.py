@@ -6,15 +6,16 @@ from engine_standin import make_request
 
 from toolkit.engine.params import SamplingParams
 from toolkit.engine.scheduler import Scheduler
-from toolkit.state import PageAllocator
+from toolkit.state import Group, Memory
 
 
 class Drive:
     """Steps a scheduler without a model: tokens are drawn from a counter, everything else is checked."""
 
     def __init__(self, num_pages=64, page_size=4, seqs=8, budget=32, prefix_cache=True, seed=0):
-        self.allocator = PageAllocator(num_pages, page_size)
-        self.scheduler = Scheduler(self.allocator, seqs, budget, prefix_cache)
+        self.memory = Memory([Group()], [num_pages], page_size)
+        self.allocator = self.memory.allocators[0]
+        self.scheduler = Scheduler(self.memory, seqs, budget, prefix_cache)
         self.rng = random.Random(seed)
         self.budget = budget
         self.requests = []
@@ -37,8 +38,8 @@ class Drive:
         total = sum(chunk.count for chunk in chunks)
         assert total <= self.budget
         assert len({chunk.sequence.order for chunk in chunks}) == len(chunks)
-        assert len({slot for chunk in chunks for slot in chunk.slots}) == total
-        assert all(chunk.count > 0 and len(chunk.slots) == chunk.count for chunk in chunks)
+        assert len({slot for chunk in chunks for slot in chunk.slots[0]}) == total
+        assert all(chunk.count > 0 and len(chunk.slots[0]) == chunk.count for chunk in chunks)
         if scheduler.preemptions == preemptions:
             assert {one.order for one in decoding} <= {chunk.sequence.order for chunk in chunks}
         alive = [one for request in self.requests for one in request.sequences if one.completion is None]
@@ -46,11 +47,11 @@ class Drive:
             assert chunks, "nothing runs though something waits"
         for chunk in chunks:
             one = chunk.sequence
-            one.table.take_copies()
-            assert chunk.start == one.table.length
-            one.table.commit(one.tokens[chunk.start : chunk.start + chunk.count], 0)
+            one.tables.take_copies()
+            assert chunk.start == one.tables.length
+            one.tables.commit(one.tokens[chunk.start : chunk.start + chunk.count], 0)
             self.log[one.order].append((chunk.start, chunk.count))
-            assert chunk.samples == (one.table.length == len(one.tokens))
+            assert chunk.samples == (one.tables.length == len(one.tokens))
             for owner in [one, *scheduler.fork_siblings(one)] if chunk.samples else []:
                 owner.accept(self.rng.randrange(1, 50), 0.0, 0.0, None, 0)
                 if owner.completion is not None:
@@ -216,11 +217,11 @@ def test_nobody_starves_under_a_stream_of_newcomers(seed):
         drive.add(rng.randint(1, 10), rng.randint(1, 10))
     for _ in range(300):
         drive.add(rng.randint(1, 10), rng.randint(1, 10))
-        before = watched.sequences[0].table.length if watched.sequences[0].table else 0
+        before = watched.sequences[0].tables.length if watched.sequences[0].tables else 0
         oldest = min(one.order for r in drive.requests for one in r.sequences if one.completion is None)
         chunks = drive.step()
         assert oldest in {chunk.sequence.order for chunk in chunks}
         if watched.finished:
             break
-        assert watched.sequences[0].table.length > before
+        assert watched.sequences[0].tables.length > before
     assert watched.finished

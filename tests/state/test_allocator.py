@@ -5,107 +5,171 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
-from toolkit.state import OutOfPages, PageAllocator, Table
+from toolkit.state import Group, Memory, OutOfPages, PageAllocator, Table, Tables
+from toolkit.state.forest import GONE
+from toolkit.state.memory import Swapped
 
 TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=11)
+FULL, WINDOW, STATE = Group(), Group(reach=3), Group(reach=1, stride=2)
+GROUPS = st.sampled_from([(FULL,), (WINDOW,), (STATE,), (FULL, WINDOW), (FULL, Group(reach=5), STATE)])
 
 
 class Histories(RuleBasedStateMachine):
-    """Tables over a small pool. ``contents`` is the oracle: the whole history of the token in each slot."""
+    """Sequences over small pools. A history is all tokens so far with the weights that computed each.
+
+    ``truth``: the history after each token of a sequence, which nothing under test has a hand in. ``contents``: what
+    the pages of each group hold: the history at each slot, or for a group of states the one after the page's last
+    token.
+    """
 
     tables = Bundle("tables")
 
-    @initialize(num_pages=st.integers(1, 9), page_size=st.integers(1, 4))
-    def start(self, num_pages: int, page_size: int) -> None:
-        self.allocator = PageAllocator(num_pages, page_size)
-        self.contents: dict[int, tuple] = {}
-        self.live: list[Table] = []
+    @initialize(groups=GROUPS, num_pages=st.integers(1, 9), page_size=st.integers(1, 4))
+    def start(self, groups: tuple[Group, ...], num_pages: int, page_size: int) -> None:
+        self.memory = Memory(groups, [num_pages] * len(groups), page_size)
+        self.contents: list[dict[int, tuple]] = [{} for _ in groups]
+        self.truth: dict[Tables, list[tuple]] = {}
         self.version = 0
 
-    def written(self, table: Table) -> list[tuple]:
-        size = self.allocator.page_size
-        return [self.contents[table.pages[at // size] * size + at % size] for at in range(table.length)]
+    def entries(self, group: int, page: int) -> list[int]:
+        """Keys into ``contents`` of a page."""
+        size = self.memory.page_size
+        return [page] if self.memory.groups[group].stride else [page * size + place for place in range(size)]
 
-    def append(self, table: Table, tokens: list[int]) -> bool:
-        """One engine step: reserve, copy, write, commit. A slot holds its token, its past and the weights."""
-        before = (list(table.pages), table.length, self.allocator.num_free)
-        needed = table.pages_needed(len(tokens))
+    def check(self, tables: Tables) -> None:
+        """Whatever is still read holds the truth."""
+        truth, size = self.truth[tables], self.memory.page_size
+        for group, part, contents in zip(self.memory.groups, tables.parts, self.contents, strict=True):
+            assert part.length == len(truth)
+            if group.stride:
+                assert (contents[part.source()] == truth[-1]) if truth else part.source() == GONE
+            else:
+                first = max(0, len(truth) - group.reach) if group.reach else 0
+                for at in range(first, len(truth)):
+                    assert contents[part.pages[at // size] * size + at % size] == truth[at]
+
+    def copy(self, tables: Tables) -> None:
+        for group, (contents, copies) in enumerate(zip(self.contents, tables.take_copies(), strict=True)):
+            for source, destination in copies:
+                for old, new in zip(self.entries(group, source), self.entries(group, destination), strict=True):
+                    contents[new] = contents.get(old, ())
+
+    def fill(self, tables: Tables, slots: list[list[int]], histories: list[tuple]) -> None:
+        """What a forward writes, and that it writes into nothing that others hold."""
+        size = self.memory.page_size
+        for part, contents, own in zip(tables.parts, self.contents, slots, strict=True):
+            if part.stride:
+                targets = [(page, histories[at]) for at, page in part.saves(len(histories))]
+                pages = [page for page, _ in targets]
+            else:
+                targets = list(zip(own, histories, strict=True))
+                pages = [slot // size for slot in own]
+            assert all(part.allocator.refcount(page) == 1 for page in pages)
+            contents.update(targets)
+
+    def append(self, tables: Tables, tokens: list[int]) -> bool:
+        """One engine step: reserve, copy, write, commit."""
+        before = ([list(part.pages) for part in tables.parts], tables.length, self.memory.free)
+        needed = tables.pages_needed(len(tokens))
         try:
-            slots = table.reserve(len(tokens))
+            slots = tables.reserve(len(tokens))
         except OutOfPages:
-            assert needed > self.allocator.num_free
-            assert (list(table.pages), table.length, self.allocator.num_free) == before
-            assert table.take_copies() == []
+            assert any(wanted > free for wanted, free in zip(needed, self.memory.free))
+            assert ([list(part.pages) for part in tables.parts], tables.length, self.memory.free) == before
+            assert not any(tables.take_copies())
             return False
-        size = self.allocator.page_size
-        for source, destination in table.take_copies():
-            for place in range(size):
-                self.contents[destination * size + place] = self.contents.get(source * size + place, ())
-        past = self.written(table)
-        for token, slot in zip(tokens, slots, strict=True):
-            assert self.allocator.refcount(slot // size) == 1
+        self.copy(tables)
+        self.check(tables)
+        truth = self.truth[tables]
+        for token in tokens:
             # The tokens alone do not tell the state: it also depends on the weights that computed each.
-            past.append((past[-1] if past else (), token, self.version))
-            self.contents[slot] = past[-1]
-        table.commit(tokens, self.version)
+            truth.append((truth[-1] if truth else (), token, self.version))
+        self.fill(tables, slots, truth[-len(tokens) :])
+        tables.commit(tokens, self.version)
         return True
 
     @rule(target=tables, tokens=TOKENS, more=TOKENS)
     def begin(self, tokens: list[int], more: list[int]) -> object:
-        table = Table(self.allocator, self.version)
-        hit = table.match_prefix(tokens + more)
-        assert hit == table.length < len(tokens + more)
-        assert hit % self.allocator.page_size == 0
-        past: tuple = ()
-        for token, content in zip(tokens + more, self.written(table)):  # every hit was computed by these weights
-            past = (past, token, self.version)
-            assert content == past
-        if not self.append(table, (tokens + more)[hit:]):
-            table.release()
+        tables = self.memory.tables(self.version)
+        hit = tables.match_prefix(tokens + more)
+        assert hit == tables.length < len(tokens + more)
+        assert hit % self.memory.page_size == 0
+        truth: list[tuple] = []
+        for token in (tokens + more)[:hit]:  # every hit was computed by these weights
+            truth.append((truth[-1] if truth else (), token, self.version))
+        self.truth[tables] = truth
+        self.check(tables)
+        if not self.append(tables, (tokens + more)[hit:]):
+            del self.truth[tables]
+            tables.release()
             return multiple()
-        self.live.append(table)
-        return table
+        return tables
 
-    @rule(table=tables, tokens=TOKENS)
-    def extend(self, table: Table, tokens: list[int]) -> None:
-        if table in self.live:
-            self.append(table, tokens)
+    @rule(tables=tables, tokens=TOKENS)
+    def extend(self, tables: Tables, tokens: list[int]) -> None:
+        if tables in self.truth:
+            self.append(tables, tokens)
 
-    @rule(table=tables, n=st.integers(1, 9))
-    def abandon(self, table: Table, n: int) -> None:
+    @rule(tables=tables, n=st.integers(1, 9))
+    def abandon(self, tables: Tables, n: int) -> None:
         """A step that failed in its forward: reserved, never committed."""
-        if table in self.live and table.pages_needed(n) <= self.allocator.num_free:
-            size = self.allocator.page_size
-            slots = table.reserve(n)
-            for source, destination in table.take_copies():
-                for place in range(size):
-                    self.contents[destination * size + place] = self.contents.get(source * size + place, ())
-            assert table.reserve(n) == slots
-            for slot in slots:
-                self.contents[slot] = ("garbage",)
+        if tables not in self.truth or any(w > f for w, f in zip(tables.pages_needed(n), self.memory.free)):
+            return
+        slots = tables.reserve(n)
+        self.copy(tables)
+        assert tables.reserve(n) == slots
+        for part, contents, own in zip(tables.parts, self.contents, slots, strict=True):
+            if not part.stride:  # a state is written over in place: what failed after that cannot be gone on from
+                contents.update((slot, ("garbage",)) for slot in own)
 
-    @rule(target=tables, table=tables)
-    def fork(self, table: Table) -> object:
-        if table not in self.live:
+    @rule(target=tables, tables=tables)
+    def fork(self, tables: Tables) -> object:
+        if tables not in self.truth:
             return multiple()
-        other = table.fork()
-        assert self.written(other) == self.written(table)
-        self.live.append(other)
+        other = tables.fork()
+        self.truth[other] = list(self.truth[tables])
         return other
 
-    @rule(table=tables, data=st.data())
-    def truncate(self, table: Table, data: st.DataObject) -> None:
-        if table in self.live:
-            keep = data.draw(st.integers(0, table.length))
-            before = self.written(table)
-            table.truncate(keep)
-            assert self.written(table) == before[:keep]
+    @rule(tables=tables, data=st.data())
+    def truncate(self, tables: Tables, data: st.DataObject) -> None:
+        if tables in self.truth:
+            asked = data.draw(st.integers(0, tables.length))
+            kept = tables.truncate(asked)
+            assert kept <= asked
+            if all(not group.reach for group in self.memory.groups):
+                assert kept == asked
+            del self.truth[tables][kept:]
 
-    @rule(table=consumes(tables))
-    def release(self, table: Table) -> None:
-        if table in self.live:
-            self.live.remove(table)
-            table.release()
+    @rule(target=tables, tables=consumes(tables))
+    def swap(self, tables: Tables) -> object:
+        """Out to the host, and into whatever pages are there then."""
+        if tables not in self.truth:
+            return multiple()
+        self.copy(tables)
+        truth = self.truth.pop(tables)
+        saved = [
+            [[contents.get(key, ()) for key in self.entries(group, page)] for page in pages]
+            for group, (contents, pages) in enumerate(zip(self.contents, tables.held_pages(), strict=True))
+        ]
+        swapped: Swapped = tables.give_up()
+        assert not any(part.held for part in tables.parts)
+        free = self.memory.free
+        try:
+            back = swapped.restore(self.memory)
+        except OutOfPages:  # its pages were shared, and the others still hold them
+            assert any(needed > room for needed, room in zip(swapped.pages_needed(), free))
+            assert self.memory.free == free
+            return multiple()
+        for group, (contents, pages) in enumerate(zip(self.contents, back.held_pages(), strict=True)):
+            for page, values in zip(pages, saved[group], strict=True):
+                contents.update(zip(self.entries(group, page), values, strict=True))
+        self.truth[back] = truth
+        return back
+
+    @rule(tables=consumes(tables))
+    def release(self, tables: Tables) -> None:
+        if self.truth.pop(tables, None) is not None:
+            tables.release()
 
     @rule()
     def move_version(self) -> None:
@@ -113,36 +177,38 @@ class Histories(RuleBasedStateMachine):
 
     @rule()
     def drop_old_versions(self) -> None:
-        self.allocator.drop_old_versions(self.version)
+        self.memory.drop_old_versions(self.version)
+
+    @rule()
+    def drop_cached(self) -> None:
+        self.memory.drop_cached()
+        assert all(allocator.num_cached == 0 for allocator in self.memory.allocators)
 
     @invariant()
     def sound(self) -> None:
-        self.allocator.check_integrity(table.held for table in self.live)
-        size = self.allocator.page_size
-        for page, node in self.allocator.index._nodes.items():  # a page holds what it would be matched for
-            content = self.contents[page * size + size - 1]
-            while node.parent is not None:
-                for token in reversed(node.tokens):
-                    assert content[1:] == (token, node.version)
-                    content = content[0]
-                node = node.parent
-            assert content == ()
-        for table in self.live:
-            past: tuple = ()
-            for token, content in zip(table.tokens, self.written(table), strict=True):
-                past = (past, token, content[2])
-                assert content == past
+        self.memory.check_integrity(self.truth)
+        for group, (allocator, contents) in enumerate(zip(self.memory.allocators, self.contents, strict=True)):
+            for page, node in allocator.index._nodes.items():  # a page holds what it would be matched for
+                content = contents[self.entries(group, page)[-1]]
+                while node.parent is not None:
+                    for token in reversed(node.tokens):
+                        assert content[1:] == (token, node.version)
+                        content = content[0]
+                    node = node.parent
+                assert content == ()
+        for tables in self.truth:
+            self.check(tables)
 
     def teardown(self) -> None:
-        for table in getattr(self, "live", []):
-            table.release()
-        if hasattr(self, "allocator"):
-            self.allocator.check_integrity([])
-            assert self.allocator.num_free == self.allocator.num_pages
+        for tables in getattr(self, "truth", {}):
+            tables.release()
+        if hasattr(self, "memory"):
+            self.memory.check_integrity([])
+            assert self.memory.free == tuple(allocator.num_pages for allocator in self.memory.allocators)
 
 
 TestHistories = Histories.TestCase
-TestHistories.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+TestHistories.settings = settings(max_examples=200, stateful_step_count=30, deadline=None)
 
 
 def test_allocate_prefers_free_pages_then_evicts_the_least_recently_used() -> None:

@@ -1,4 +1,4 @@
-"""The contract tests of state kinds, over every registered one, and the pool that holds a kind a layer."""
+"""The contract tests of state kinds, over every registered one, and the pool that holds them."""
 
 import pytest
 import torch
@@ -6,48 +6,70 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from toolkit.errors import ToolkitError
-from toolkit.state import LayerSpec, PageAllocator, StatePool, Table, kinds
-from toolkit.state.kinds.full import FullAttention, independent
+from toolkit.state import Group, Memory, PagedRows, Snapshots, StatePool, StateSpec, Tables, kinds
+from toolkit.state.kinds import Rows, independent
+from toolkit.state.kinds.full import FullAttention
+from toolkit.state.pool import group_of, groups_of
 
 KINDS = sorted(kinds.registered())
 PAGE = 4
+SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
+    "latent": ((1, 5), (1, 3)),
+    "recurrent": ((2, 3, 5),),
+    "conv": ((3, 6),),
+}
+"""What to remember in the tests of a kind; any other kind is given keys and values."""
+
+
+def spec_of(kind: str, layer: int = 0) -> StateSpec:
+    return StateSpec(layer, kind, SHAPES.get(kind, ((2, 3), (2, 5))), window=7 if kind == "window" else 0)
 
 
 class Sequences:
-    """A kind's storage, an allocator, and a generator of rows: what an engine does, in three lines a step."""
+    """A kind's storage, its tables, and a generator of inputs: what an engine does, in three lines a step."""
 
     def __init__(self, kind: str, num_pages: int = 24, dtype: torch.dtype = torch.float32) -> None:
-        self.spec = LayerSpec(2, 3, 5, kind=kind)
+        self.spec = spec_of(kind)
         self.type = kinds.find(kind)
-        self.state = self.type.allocate(self.spec, num_pages, PAGE, dtype, torch.device("cpu"))
+        self.state = self.type(self.spec, num_pages, PAGE, dtype, torch.device("cpu"))
         self.dtype = dtype
-        self.allocator = PageAllocator(num_pages, PAGE)
+        self.memory = Memory([group_of(self.spec)], [num_pages], PAGE)
 
-    def rows(self, n: int, seed: int) -> kinds.Rows:
+    def rows(self, n: int, seed: int) -> Rows:
         generator = torch.Generator().manual_seed(seed)
-        shapes = self.type.row_shapes(self.spec)
-        return tuple(torch.randn(n, *shape, generator=generator).to(self.dtype) for shape in shapes)
+        rows = [torch.randn(n, *shape, generator=generator).to(self.dtype) for shape in self.type.inputs(self.spec)]
+        if self.spec.kind == "recurrent":
+            rows[0] = torch.nn.functional.normalize(rows[0].float(), dim=-1).to(self.dtype)
+            rows[2], rows[3] = -rows[2].abs(), rows[3].sigmoid()
+        return tuple(rows)
 
-    def table(self) -> Table:
-        return Table(self.allocator, None)
+    def view(self, tables: Tables, slots: list[int], n: int) -> PagedRows | Snapshots:
+        (part,) = tables.parts
+        if self.type.stride:
+            saves = part.saves(n)
+            lists = [part.source()], [row for row, _ in saves], [page for _, page in saves]
+            return Snapshots(*(torch.tensor(one, dtype=torch.int64) for one in lists))
+        pages = torch.tensor([[max(page, 0) for page in part.pages]], dtype=torch.int64)
+        return PagedRows(pages, torch.tensor(slots, dtype=torch.int64))
 
-    def append(self, table: Table, rows: kinds.Rows) -> None:
+    def append(self, tables: Tables, rows: Rows) -> None:
         n = len(rows[0])
-        slots = table.reserve(n)
-        self.state.fork(table.take_copies())
-        self.state.write(rows, torch.tensor(slots, dtype=torch.int64))
-        table.commit([0] * n)
+        (slots,) = tables.reserve(n)
+        (copies,) = tables.take_copies()
+        self.state.fork(copies)
+        self.state.write(rows, self.view(tables, slots, n), torch.tensor([0, n]))
+        tables.commit([0] * n)
 
-    def truncate(self, table: Table, length: int) -> None:
-        table.truncate(length)
-        self.state.truncate(table.pages, length)
-
-    def read(self, table: Table) -> kinds.Rows:
-        return self.state.read(table.pages, table.length)
+    def read(self, tables: Tables) -> Rows:
+        return self.state.read(tables.parts[0].pages, tables.length)
 
 
-def same(left: kinds.Rows, right: kinds.Rows) -> bool:
+def same(left: Rows, right: Rows) -> bool:
     return len(left) == len(right) and all(torch.equal(a, b) for a, b in zip(left, right))
+
+
+def cut(rows: Rows, start: int, stop: int) -> Rows:
+    return tuple(part[start:stop] for part in rows)
 
 
 @pytest.fixture(params=KINDS)
@@ -57,69 +79,96 @@ def sequences(request) -> Sequences:
 
 def test_step_by_step_equals_all_at_once(sequences: Sequences) -> None:
     rows = sequences.rows(11, 0)
-    whole, steps = sequences.table(), sequences.table()
+    whole, steps = sequences.memory.tables(None), sequences.memory.tables(None)
     sequences.append(whole, rows)
     for start, stop in ((0, 1), (1, 1), (1, 6), (6, 7), (7, 11)):
-        sequences.append(steps, tuple(part[start:stop] for part in rows))
+        sequences.append(steps, cut(rows, start, stop))
     assert same(sequences.read(steps), sequences.read(whole))
 
 
 @pytest.mark.parametrize("length", [0, 1, 3, 4, 5, 8, 10])
 def test_writes_after_a_fork_stay_apart(sequences: Sequences, length: int) -> None:
     past, *futures = sequences.rows(length, 1), *(sequences.rows(6, seed) for seed in (2, 3, 4))
-    table = sequences.table()
-    sequences.append(table, past)
-    tables = [table, table.fork(), table.fork()]
+    tables = sequences.memory.tables(None)
+    sequences.append(tables, past)
+    branches = [tables, tables.fork(), tables.fork()]
     for step in range(6):  # interleaved, so that each could overwrite the others
-        for each, future in zip(tables, futures):
-            sequences.append(each, tuple(part[step : step + 1] for part in future))
-    for each, future in zip(tables, futures):
-        alone = sequences.table()
-        sequences.append(alone, past)
-        sequences.append(alone, future)
-        assert same(sequences.read(each), sequences.read(alone))
-    sequences.allocator.check_integrity()
+        for each, future in zip(branches, futures):
+            sequences.append(each, cut(future, step, step + 1))
+    alone = []
+    for future in futures:
+        alone.append(sequences.memory.tables(None))
+        sequences.append(alone[-1], past)
+        sequences.append(alone[-1], future)
+    for each, expected in zip(branches, alone):
+        assert same(sequences.read(each), sequences.read(expected))
+    sequences.memory.check_integrity([*branches, *alone])
+    assert not same(sequences.read(branches[0]), sequences.read(branches[1]))
 
 
-@pytest.mark.parametrize("keep", [0, 1, 4, 6, 9])
+@pytest.mark.parametrize("keep", [0, 1, 4, 6, 8, 9])
 def test_truncate_and_continue_equals_never_having_gone_further(sequences: Sequences, keep: int) -> None:
     rows, other = sequences.rows(9, 5), sequences.rows(5, 6)
-    table, straight = sequences.table(), sequences.table()
-    sequences.append(table, rows)
-    bystander = table.fork()
-    sequences.truncate(table, keep)
-    sequences.append(table, other)
-    sequences.append(straight, tuple(part[:keep] for part in rows))
+    tables, straight, whole = (sequences.memory.tables(None) for _ in range(3))
+    sequences.append(tables, cut(rows, 0, 5))
+    sequences.append(tables, cut(rows, 5, 9))
+    bystander = tables.fork()
+    kept = tables.truncate(keep)  # what cannot be restored is computed again
+    assert kept <= keep
+    sequences.append(tables, cut(rows, kept, keep))
+    sequences.append(tables, other)
+    sequences.append(straight, cut(rows, 0, keep))
     sequences.append(straight, other)
-    assert same(sequences.read(table), sequences.read(straight))
-    whole = sequences.table()
+    assert same(sequences.read(tables), sequences.read(straight))
     sequences.append(whole, rows)
     assert same(sequences.read(bystander), sequences.read(whole))
+    if not sequences.type.reach(sequences.spec):
+        assert kept == keep
+
+
+def test_a_prefix_hit_goes_on_as_if_it_had_been_computed(sequences: Sequences) -> None:
+    rows, other = sequences.rows(4 * PAGE * 16 + 3, 5), sequences.rows(6, 6)
+    sequences = Sequences(sequences.spec.kind, num_pages=200)
+    first, second, straight = (sequences.memory.tables(version) for version in (0, 0, None))
+    sequences.append(first, rows)
+    tokens = [0] * len(rows[0])
+    hit = second.match_prefix(tokens)
+    assert hit == 4 * PAGE * 16
+    sequences.append(second, other)
+    sequences.append(straight, cut(rows, 0, hit))
+    sequences.append(straight, other)
+    assert same(sequences.read(second), sequences.read(straight))
+    sequences.memory.check_integrity([first, second, straight])
 
 
 def test_swap_is_identity_in_whatever_pages_are_free(sequences: Sequences) -> None:
-    table = sequences.table()
-    sequences.append(table, sequences.rows(10, 7))
-    before = sequences.read(table)
-    host = sequences.state.swap_out(table.pages)
+    tables, other, blocker = (sequences.memory.tables(None) for _ in range(3))
+    sequences.append(tables, sequences.rows(10, 7))
+    before, old = sequences.read(tables), list(tables.parts[0].pages)
+    host = sequences.state.swap_out(tables.held_pages()[0])
     assert all(part.device.type == "cpu" for part in host)
-    occupied = sequences.allocator.allocate(3)
-    old = list(table.pages)
-    sequences.allocator.free(old)
-    sequences.append(sequences.table(), sequences.rows(20, 8))  # overwrites the freed pages
-    table.pages = sequences.allocator.allocate(3)
-    assert set(table.pages).isdisjoint(occupied)
-    assert table.pages != old
-    sequences.state.swap_in(table.pages, host)
-    assert same(sequences.read(table), before)
+    swapped = tables.give_up()
+    sequences.append(blocker, sequences.rows(1, 8))
+    sequences.append(other, sequences.rows(20, 8))  # overwrites the freed pages
+    back = swapped.restore(sequences.memory)
+    sequences.state.swap_in(back.held_pages()[0], host)
+    assert back.parts[0].pages != old
+    assert same(sequences.read(back), before)
+    sequences.memory.check_integrity([back, other, blocker])
 
 
-def test_negative_slots_are_skipped(sequences: Sequences) -> None:
-    table = sequences.table()
-    sequences.append(table, sequences.rows(4 * 24, 9))
-    before = sequences.read(table)
-    sequences.state.write(sequences.rows(2, 10), torch.tensor([-1, -1]))
-    assert same(sequences.read(table), before)
+def test_sleep_gives_the_memory_back_and_wake_takes_it(sequences: Sequences) -> None:
+    tables = sequences.memory.tables(None)
+    rows = sequences.rows(6, 3)
+    sequences.append(tables, rows)
+    before, stores = sequences.read(tables), sequences.state.stores
+    host = sequences.state.swap_out(tables.held_pages()[0])
+    sequences.state.sleep()
+    assert sum(store.untyped_storage().nbytes() for store in stores) == 0
+    sequences.state.wake()
+    assert all(not store.any() for store in stores)
+    sequences.state.swap_in(tables.held_pages()[0], host)
+    assert same(sequences.read(tables), before)
 
 
 def test_bytes_are_those_of_its_pages(sequences: Sequences) -> None:
@@ -129,36 +178,54 @@ def test_bytes_are_those_of_its_pages(sequences: Sequences) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_half_precision_is_kept_bit_for_bit(kind: str) -> None:
     sequences = Sequences(kind, dtype=torch.bfloat16)
-    table = sequences.table()
+    tables = sequences.memory.tables(None)
     rows = sequences.rows(7, 11)
-    sequences.append(table, rows)
+    sequences.append(tables, rows)
+    before = sequences.read(tables)
     assert sequences.state.bytes == 24 * sequences.type.page_bytes(sequences.spec, PAGE, torch.bfloat16)
-    host = sequences.state.swap_out(table.pages)
-    sequences.state.swap_in(table.pages, host)
-    assert same(sequences.read(table), rows if kind == "full" else sequences.read(table))
+    pages = tables.held_pages()[0]
+    host = sequences.state.swap_out(pages)
+    sequences.state.swap_in(pages, host)
+    assert same(sequences.read(tables), before)
+    if kind in ("full", "latent"):
+        assert same(before, rows)
+    if kind == "conv":
+        assert torch.equal(before[0], rows[0][-3:])
 
 
-def test_full_attention_reads_what_was_written() -> None:
-    sequences = Sequences("full")
-    table = sequences.table()
-    rows = sequences.rows(9, 12)
-    sequences.append(table, rows)
-    assert same(sequences.read(table), rows)
+@pytest.mark.parametrize("kind", ["full", "latent", "window"])
+def test_negative_slots_are_skipped(kind: str) -> None:
+    sequences = Sequences(kind)
+    before = [store.clone() for store in sequences.state.stores]
+    view = PagedRows(torch.zeros(1, 1, dtype=torch.int64), torch.tensor([-1, -1]))
+    sequences.state.write(sequences.rows(2, 10), view, torch.tensor([0, 2]))
+    assert same(tuple(before), sequences.state.stores)
+
+
+def test_a_window_gives_back_the_pages_that_it_left() -> None:
+    sequences = Sequences("window", num_pages=4)
+    tables = sequences.memory.tables(None)
+    rows = sequences.rows(200, 1)
+    for at in range(200):
+        sequences.append(tables, cut(rows, at, at + 1))
+        assert len(tables.parts[0].held) <= 3  # six tokens lie in three pages at most
+    assert same(sequences.read(tables), cut(rows, 194, 200))
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=8))
 def test_page_copies_run_as_if_one_after_the_other(copies: list[tuple[int, int]]) -> None:
-    pool = StatePool([LayerSpec(1, 2, 1)] * 2, 6, 3, torch.float64)
-    for tensor in (*pool.keys.values(), *pool.values.values()):
-        tensor.copy_(torch.randn_like(tensor))
-    expected = [tensor.clone().unflatten(0, (6, 3)) for tensor in (pool.keys[0], pool.values[1])]
-    for paged in expected:
+    specs = [StateSpec(layer, "full", ((1, 2), (1, 1))) for layer in range(2)]
+    pool = StatePool(specs, {Group(): 6}, 3, torch.float64)
+    stores = [store for state in pool.states for store in state.stores]
+    for store in stores:
+        store.copy_(torch.randn_like(store))
+    expected = [store.clone() for store in stores]
+    for store in expected:
         for source, destination in copies:
-            paged[destination] = paged[source].clone()
-    pool.copy_pages(copies)
-    assert torch.equal(pool.keys[0], expected[0].flatten(0, 1))
-    assert torch.equal(pool.values[1], expected[1].flatten(0, 1))
+            store[destination] = store[source].clone()
+    pool.copy_pages([copies])
+    assert same(tuple(stores), tuple(expected))
 
 
 def test_copies_that_do_not_meet_go_in_one_run() -> None:
@@ -166,27 +233,60 @@ def test_copies_that_do_not_meet_go_in_one_run() -> None:
     assert len(independent([(0, 1), (0, 2), (3, 0), (0, 4)])) == 2
 
 
-def test_a_pool_holds_each_layer_as_its_spec_says() -> None:
-    layers = [LayerSpec(2, 8, 4), LayerSpec(1, 6, 6, window=5)]
-    pool = StatePool(layers, 7, 3, torch.float32, "cpu")
-    assert [tuple(pool.keys[layer].shape) for layer in (0, 1)] == [(21, 2, 8), (21, 1, 6)]
-    assert [tuple(pool.values[layer].shape) for layer in (0, 1)] == [(21, 2, 4), (21, 1, 6)]
-    assert pool.bytes == 7 * StatePool.page_bytes(layers, 3, torch.float32) == 7 * 3 * 4 * (24 + 12)
-    for tensor in (*pool.keys.values(), *pool.values.values()):
-        tensor.copy_(torch.randn_like(tensor))
-    before = pool.keys[1].clone(), pool.values[0].clone()
-    host = pool.swap_out([5, 2])
-    pool.swap_in([2, 5], host)  # the two change places
-    assert torch.equal(pool.keys[1].unflatten(0, (7, 3))[2], before[0].unflatten(0, (7, 3))[5])
-    pool.swap_in([5, 2], host)
-    assert torch.equal(pool.keys[1], before[0])
-    assert torch.equal(pool.values[0], before[1])
-    assert StatePool([], 4, 2).bytes == 0
+HYBRID = [
+    StateSpec(0, "full", ((2, 8), (2, 4))),
+    StateSpec(1, "window", ((1, 6), (1, 6)), window=5),
+    StateSpec(2, "recurrent", ((2, 3, 4),)),
+    StateSpec(2, "conv", ((3, 10),)),
+    StateSpec(3, "full", ((1, 6), (1, 6))),
+    StateSpec(4, "window", ((1, 6), (1, 6)), window=9),
+]
+
+
+def test_a_pool_groups_layers_by_how_far_back_they_read() -> None:
+    groups = groups_of(HYBRID)
+    assert groups == (Group(), Group(8), Group(4), Group(1, 16))
+    pool = StatePool(HYBRID, dict(zip(groups, (7, 5, 3, 2))), 3)
+    assert pool.members == [0, 2, 3, 3, 0, 1]
+    assert [tuple(state.stores[0].shape) for state in pool.states] == [
+        (7, 3, 2, 8), (3, 3, 1, 6), (2, 2, 3, 4), (2, 3, 10), (7, 3, 1, 6), (5, 3, 1, 6),
+    ]  # fmt: skip
+    page_bytes = StatePool.page_bytes(HYBRID, 3, torch.float32)
+    assert pool.bytes == sum(page_bytes[group] * count for group, count in zip(groups, (7, 5, 3, 2)))
+    assert page_bytes[Group()] == 3 * 4 * (24 + 12)
+    assert StatePool([], {}, 2).bytes == 0
+
+
+def test_a_pool_swaps_all_kinds_of_a_sequence_together() -> None:
+    groups = groups_of(HYBRID)
+    pool = StatePool(HYBRID, dict.fromkeys(groups, 6), 3)
+    for state in pool.states:
+        for store in state.stores:
+            store.copy_(torch.randn_like(store))
+    before = [[store.clone() for store in state.stores] for state in pool.states]
+    pages = [[5, 2], [0, 1], [3, 4], [1]]
+    host = pool.swap_out(pages)
+    pool.swap_in([[2, 5], [1, 0], [4, 3], [1]], host)  # two change places in each group, one stays
+    for state, old, group in zip(pool.states, before, pool.members):
+        for store, was in zip(state.stores, old):
+            if group == 3:
+                assert torch.equal(store, was)
+            else:
+                first, second = pages[group]
+                assert torch.equal(store[first], was[second])
+                assert torch.equal(store[second], was[first])
+
+
+def test_pages_follow_from_what_a_group_keeps() -> None:
+    assert Group().pages_for(1000, 4, 64, 16) == 63 + 4
+    assert Group(reach=127).pages_for(10_000, 4, 64, 16) == 4 * (8 + 2) + 4
+    assert Group(reach=1, stride=16).pages_for(10_000, 4, 512, 16) == 3 * 4 + 2 + 1
+    assert Group(reach=4095).pages_for(100, 2, 64, 16) == 7 + 2  # never more than everything
 
 
 def test_an_unknown_kind_is_named_with_the_nearest_one() -> None:
     with pytest.raises(ToolkitError, match=r"state kind is 'ful'; allowed are .*did you mean 'full'\?"):
-        StatePool([LayerSpec(1, 2, 2, kind="ful")], 1, 1)
+        StatePool([StateSpec(0, "ful", ((1, 2), (1, 2)))], {Group(): 1}, 1)
 
 
 def test_a_kind_registers_by_being_written() -> None:
@@ -194,6 +294,6 @@ def test_a_kind_registers_by_being_written() -> None:
         pass
 
     try:
-        assert type(StatePool([LayerSpec(1, 2, 2, kind="mine")], 1, 1).states[0]) is Mine
+        assert type(StatePool([StateSpec(0, "mine", ((1, 2), (1, 2)))], {Group(): 1}, 1).states[0]) is Mine
     finally:
         del kinds.StateKind._registry["mine"]

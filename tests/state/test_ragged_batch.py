@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from toolkit.errors import ToolkitError
-from toolkit.state import LayerSpec, PageAllocator, RaggedBatch, StatePool, Table
+from toolkit.state import Group, PageAllocator, PagedRows, RaggedBatch, StatePool, StateSpec, Table
 
 HEADS, GROUPS, DIM, V_DIM = 4, 2, 8, 6
 SCALE = DIM**-0.5
@@ -42,7 +42,7 @@ def test_from_sequences_packs() -> None:
     assert batch.kv_offsets.tolist() == [0, 3, 3]
     assert batch.kv_lengths.tolist() == [3, 0, 2]
     assert batch.sequence.tolist() == [0, 0, 0, 2, 2]
-    assert batch.state is batch.block_tables is batch.slots is batch.multiplicity is None
+    assert batch.state is batch.block_tables is batch.sample_rows is batch.multiplicity is None
     parts = (batch.tokens, batch.positions, batch.query_offsets, batch.kv_offsets, batch.kv_lengths)
     assert {part.dtype for part in parts} == {torch.int64}
     for empty in ([], [[]]):
@@ -55,7 +55,7 @@ def test_from_sequences_packs() -> None:
 @pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (3, 0.0), (0, 5.0), (4, 2.0)])
 def test_packed_outputs_and_gradients_equal_each_sequence_alone(window: int, softcap: float) -> None:
     lengths = [7, 1, 0, 19, 2]
-    batch = RaggedBatch.from_sequences([[0] * length for length in lengths])
+    batch = RaggedBatch.from_sequences([[0] * length for length in lengths], share=False)
     inputs = [part.requires_grad_() for part in qkv(sum(lengths), sum(lengths))]
     out = batch.attend(0, *inputs, scale=SCALE, window=window, softcap=softcap)
     expected = torch.cat(
@@ -71,9 +71,11 @@ class Runner:
     """A one-layer engine: random schedules over real pages, poisoned wherever nothing was written."""
 
     def __init__(self, dtype: torch.dtype, num_pages: int = 40, page_size: int = 4) -> None:
-        self.pool = StatePool([LayerSpec(GROUPS, DIM, V_DIM)] * 2, num_pages, page_size, dtype)
-        for tensor in (*self.pool.keys.values(), *self.pool.values.values()):
-            tensor.fill_(math.nan)
+        specs = [StateSpec(layer, "full", ((GROUPS, DIM), (GROUPS, V_DIM))) for layer in range(2)]
+        self.pool = StatePool(specs, {Group(): num_pages}, page_size, dtype)
+        for state in self.pool.states:
+            for store in state.stores:
+                store.fill_(math.nan)
         self.allocator = PageAllocator(num_pages, page_size)
 
     def step(
@@ -86,7 +88,7 @@ class Runner:
         slots = []
         for table, tokens, _ in work:
             slots += table.reserve(len(tokens))
-            self.pool.copy_pages(table.take_copies())
+            self.pool.copy_pages([table.take_copies()])
         longest = max(len(table.pages) for table in tables)
         places = [start + i for start, count in zip(starts, counts) for i in range(count)]
         tokens = [token for _, new, _ in work for token in new]
@@ -96,10 +98,13 @@ class Runner:
             query_offsets=torch.tensor([0, *counts]).cumsum(0),
             kv_offsets=torch.zeros(len(tables), dtype=torch.int64),
             kv_lengths=torch.tensor([start + count for start, count in zip(starts, counts)]),
-            block_tables=torch.tensor([table.pages + [0] * (longest - len(table.pages)) for table in tables]),
-            slots=torch.tensor(slots + [-1] * padding),
-            page_size=self.pool.page_size,
             state=self.pool,
+            views=(
+                PagedRows(
+                    torch.tensor([table.pages + [0] * (longest - len(table.pages)) for table in tables]),
+                    torch.tensor(slots + [-1] * padding),
+                ),
+            ),
         )
         assert batch.sequence.tolist()[: len(tokens)] == [i for i, n in enumerate(counts) for _ in range(n)]
         assert batch.sequence.tolist()[len(tokens) :] == [len(tables)] * padding
@@ -128,7 +133,7 @@ def test_any_schedule_through_pages_equals_all_at_once_bit_for_bit(seed: int) ->
         part[4] = torch.cat([part[0][:9], part[4][9:]])
         part[5] = torch.cat([part[3][:10], part[5][10:]])
     q, k, v = (torch.cat(part) for part in parts)
-    whole = RaggedBatch.from_sequences(texts).attend(0, q, k, v, scale=SCALE).split(lengths)
+    whole = RaggedBatch.from_sequences(texts, share=False).attend(0, q, k, v, scale=SCALE).split(lengths)
 
     runner = Runner(torch.float32)
     runner.allocator.free(runner.allocator.allocate(choose.randrange(20)))
@@ -152,7 +157,7 @@ def test_any_schedule_through_pages_equals_all_at_once_bit_for_bit(seed: int) ->
         for got, want in zip(runner.step(work, padding=choose.randrange(3)), expected, strict=True):
             assert torch.equal(got, want)
     runner.allocator.check_integrity([table.held for table in tables.values()])
-    assert not runner.pool.keys[0].isfinite().any()  # the other layer was left alone
+    assert not runner.pool.states[0].stores[0].isfinite().any()  # the other layer was left alone
 
 
 def test_state_written_under_grad_mode_stays_plain() -> None:
@@ -161,7 +166,7 @@ def test_state_written_under_grad_mode_stays_plain() -> None:
     rows = tuple(part.requires_grad_() for part in qkv(3, 3, torch.float32))
     (out,) = runner.step([(table, [0, 0, 0], rows)])
     torch.testing.assert_close(out, dense(*rows, 0, 0.0))
-    assert not runner.pool.keys[1].requires_grad
+    assert not runner.pool.states[1].stores[0].requires_grad
 
 
 MASKS = {

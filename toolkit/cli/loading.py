@@ -10,19 +10,22 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
 
 
 def load_model(path: str | Path, dtype: str = "float32", device: str = "cpu") -> tuple[Any, Any]:
     """(model, tokenizer or None) from a Hugging Face folder, or from a training run's latest checkpoint.
 
+    A folder of PEFT adapters gives their base model, which must be a local folder too, with the adapters merged in.
     ``dtype``: one of ``DTYPES``. The model is in eval mode. Raises ToolkitError with one sentence for what
     is missing, corrupt or does not fit; a weight that the files lack is an error, never made at random.
     """
     if dtype not in DTYPES:
         raise ToolkitError(f"dtype is '{dtype}'; allowed are {', '.join(map(repr, DTYPES))}.")
     folder = resolve(path)
-    config = _config(folder)
-    _check_weights(folder)
+    base = _base(folder)
+    config = _config(base)
+    _check_weights(base)
 
     import torch
 
@@ -32,7 +35,9 @@ def load_model(path: str | Path, dtype: str = "float32", device: str = "cpu") ->
             raise RuntimeError("no CUDA device was found")
     except RuntimeError as error:
         raise ToolkitError(f"device is '{device}', which cannot be used ({_first_line(error)}).") from None
-    model = _model(folder, config, getattr(torch, dtype))
+    model = _model(base, config, getattr(torch, dtype))
+    if base != folder:
+        model = _merged(model, folder)
     return model.to(target).eval(), _tokenizer(folder)
 
 
@@ -45,14 +50,37 @@ def resolve(path: str | Path) -> Path:
         raise ToolkitError(f"Model folder '{path}' does not exist; models are read from local folders only.")
     if not folder.is_dir():
         raise ToolkitError(f"Model '{path}' is a file; allowed are a model's folder and a training run's.")
-    if (folder / "config.json").is_file():
+    if _holds_model(folder):
         return folder
     found = checkpoint.latest(folder / "checkpoints")
     if found is None:
         raise ToolkitError(f"Folder '{path}' has neither a config.json nor checkpoints/latest of a training run.")
-    if not (found / "config.json").is_file():
+    if not _holds_model(found):
         raise ToolkitError(f"Checkpoint '{found}' has no config.json.")
     return found
+
+
+def _holds_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file() or (folder / ADAPTER).is_file()
+
+
+def _base(folder: Path) -> Path:
+    """The folder with the weights: that of the base model for adapters."""
+    if (folder / "config.json").is_file() or not (folder / ADAPTER).is_file():
+        return folder
+    name = _json(folder / ADAPTER).get("base_model_name_or_path")
+    if not isinstance(name, str) or not (Path(name) / "config.json").is_file():
+        raise ToolkitError(f"'{folder / ADAPTER}' names the base model {name!r}, which is no local folder of a model.")
+    return Path(name)
+
+
+def _merged(model: Any, folder: Path) -> Any:
+    try:
+        import peft
+
+        return peft.PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+    except Exception as error:
+        raise ToolkitError(f"The adapters in '{folder}' cannot be loaded ({_first_line(error)}).") from None
 
 
 def _config(folder: Path) -> Any:

@@ -36,8 +36,8 @@ def run(args: argparse.Namespace) -> int:
         )
         print(
             f"  {parity.schedules} random schedules: {parity.chunked_prompts} prompts in chunks, "
-            f"{parity.prefix_hit_tokens} tokens from the prefix cache, {parity.preemptions} preemptions, "
-            f"{parity.forked} forks",
+            f"{parity.prefix_hit_tokens} tokens from the prefix cache, {parity.preemptions} preemptions "
+            f"({parity.swaps} swapped out), {parity.forked} forks",
             flush=True,
         )
         if not args.no_cost:

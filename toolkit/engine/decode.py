@@ -1,6 +1,7 @@
 """Recorded forwards for decode steps: one flat program a batch size, kept while the model stays the same."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from toolkit.engine.fusion import fuse
 from toolkit.engine.program import build, record
 from toolkit.patch import report_of
 from toolkit.patch.forward import ragged_forward
-from toolkit.state import RaggedBatch
+from toolkit.state import RaggedBatch, StatePool
 
 # A batch is padded up to the next size, so that a few programs serve every batch. Rows cost little next to weights.
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256)
@@ -47,53 +48,44 @@ class DecodePrograms:
     def serves(self, batch: RaggedBatch) -> bool:
         """Whether the batch is one new token a sequence, on pages, of a size that programs are made for."""
         count = len(batch.tokens)
-        return batch.state is not None and count == len(batch.kv_lengths) and count in SIZES and not self._hooked
+        steady = isinstance(batch.state, StatePool) and batch.state.recordable and not self._hooked
+        return steady and count == len(batch.kv_lengths) and count in SIZES
 
     def forward(self, batch: RaggedBatch) -> Tensor:
         """Logits [S, V] of all rows, padding included. The batch must be one that ``serves`` accepts."""
-        inputs = (
-            batch.tokens,
-            batch.positions,
-            batch.query_offsets,
-            batch.kv_offsets,
-            batch.kv_lengths,
-            batch.block_tables,
-            batch.slots,
-        )
-        assert batch.block_tables is not None
-        assert batch.slots is not None
+        inputs = _tensors(batch)
         program = self._programs.get(len(batch.tokens))
         if program is None:
             # Recorded outside inference mode: tensors made by the recording belong to later steps too.
             with torch.inference_mode(False), torch.no_grad():
-                recording = record(self._function(batch), [part.clone() for part in inputs])  # type: ignore[union-attr]
-                program = build(fuse(recording))
-            self._programs[len(batch.tokens)] = program
+                recording = record(self._function(batch), [part.clone() for part in inputs])
+                # The recording was this step: run twice, a recurrence would go two tokens further.
+                logits = recording.tensors[recording.output]
+                self._programs[len(batch.tokens)] = build(fuse(recording))
+            return logits
         return program(*inputs)
 
     def _function(self, batch: RaggedBatch) -> Callable[..., Tensor]:
-        page_size, state, model = batch.page_size, batch.state, self.model
+        model = self.model
 
-        def forward(
-            tokens: Tensor,
-            positions: Tensor,
-            query_offsets: Tensor,
-            kv_offsets: Tensor,
-            kv_lengths: Tensor,
-            block_tables: Tensor,
-            slots: Tensor,
-        ) -> Tensor:
-            rows = RaggedBatch(
-                tokens,
-                positions,
-                query_offsets,
-                kv_offsets,
-                kv_lengths,
-                block_tables,
-                slots,
-                page_size,
-                state=state,
-            )
-            return ragged_forward(model, rows)
+        def forward(*tensors: Tensor) -> Tensor:
+            return ragged_forward(model, _with_tensors(batch, tensors))
 
         return forward
+
+
+_OWN = ("tokens", "positions", "query_offsets", "kv_offsets", "kv_lengths")
+
+
+def _tensors(batch: RaggedBatch) -> list[Tensor]:
+    """Every tensor of a batch with state."""
+    found = [getattr(batch, name) for name in _OWN]
+    return found + [getattr(view, part.name) for view in batch.views for part in fields(view)]
+
+
+def _with_tensors(batch: RaggedBatch, tensors: Sequence[Tensor]) -> RaggedBatch:
+    """The same batch of other ``_tensors``."""
+    left = iter(tensors)
+    own = {name: next(left) for name in _OWN}
+    views = tuple(type(view)(*(next(left) for _ in fields(view))) for view in batch.views)
+    return replace(batch, views=views, **own)  # type: ignore[arg-type]

@@ -1,11 +1,11 @@
 """Continuous batching over one patched model."""
 
 import itertools
-import math
 import threading
 from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Collection
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,12 @@ from toolkit.engine.outputs import Completion, Delta
 from toolkit.engine.params import SamplingParams
 from toolkit.engine.prompts import check_params, check_prompt, split_prompts
 from toolkit.engine.request import Request, Sequence
-from toolkit.engine.runner import Backend, PatchedModel, Runner, default_pages
+from toolkit.engine.runner import Backend, PatchedModel, Runner, page_counts
 from toolkit.engine.sampler import Sampler
 from toolkit.engine.scheduler import Chunk, Scheduler
+from toolkit.engine.swap import SwapSpace
 from toolkit.errors import ToolkitError
-from toolkit.state import PageAllocator, StatePool
+from toolkit.state import Memory, StatePool, StateSpec
 
 
 class Engine:
@@ -40,19 +41,17 @@ class Engine:
         self.backend: Backend = model if isinstance(model, Backend) else PatchedModel(model, self.limits.numerics)
         self.tokenizer = tokenizer
         self.max_model_len = self._max_model_len()
-        page_size = self.limits.page_size
-        layers = self.backend.layers()
-        longest = math.ceil(self.max_model_len / page_size)
-        pages = self.limits.num_pages
-        if pages is None:
-            pages = default_pages(layers, page_size, self.limits.max_num_seqs * longest, self.backend)
-        self.pool = StatePool(layers, pages, page_size, self.backend.dtype, self.backend.device)
-        self.allocator = PageAllocator(pages, page_size)
+        size, specs = self.limits.page_size, self._specs()
+        running = min(self.limits.max_num_seqs, self.limits.max_num_batched_tokens)
+        pages = page_counts(specs, self.backend, self.limits, running, self.max_model_len)
+        self.pool = StatePool(specs, pages, size, self.backend.dtype, self.backend.device)
+        self.memory = Memory(self.pool.groups, [pages[group] for group in self.pool.groups], size)
         self.scheduler = Scheduler(
-            self.allocator,
+            self.memory,
             self.limits.max_num_seqs,
             self.limits.max_num_batched_tokens,
             self.limits.prefix_cache,
+            SwapSpace(self.pool, self.memory, self.limits.swap_bytes),
         )
         self.runner = Runner(self.backend, self.pool, self.scheduler.max_running, self.max_model_len)
         self._sampler = Sampler()
@@ -72,6 +71,7 @@ class Engine:
         self._to_cancel: list[int] = []
         self._pending: list[Delta] = []
         self._closed = False
+        self._asleep = False
 
     def __enter__(self) -> "Engine":
         return self
@@ -137,7 +137,7 @@ class Engine:
 
     def stats(self) -> dict[str, int]:
         """Counts: sequences running and waiting, pages, and totals since the engine was made."""
-        total, free = self.allocator.num_pages, self.allocator.num_free
+        total, free = (sum(counts) for counts in zip(*((a.num_pages, a.num_free) for a in self.memory.allocators)))
         with self._mail:
             unread = sum(request.params.n for request in self._inbox)
         return {
@@ -146,13 +146,36 @@ class Engine:
             "pages_total": total,
             "pages_used": total - free,
             "pages_free": free,
-            "pages_cached": self.allocator.num_cached,
+            "pages_cached": sum(allocator.num_cached for allocator in self.memory.allocators),
             "prefix_hit_tokens": self.scheduler.prefix_hit_tokens,
             "preemptions": self.scheduler.preemptions,
+            "swaps": self.scheduler.swap.count if self.scheduler.swap is not None else 0,
             "generated_tokens": self._generated,
             "steps": self._steps,
             "weight_version": self._version,
         }
+
+    def sleep(self) -> None:
+        """Give the memory of all state to others, such as a training step, until ``wake``.
+
+        Cached prefixes are forgotten; sequences under way go to the host and later continue where they were, under the
+        weights of then. Requests may come in meanwhile; ``step`` does nothing. Sleeping twice is sleeping once.
+        """
+        with self._stepping:
+            if self._asleep or self._closed:
+                return
+            for sequence in list(self.scheduler.running):
+                self.scheduler.preempt(sequence, unlimited=True)
+            self.memory.drop_cached()
+            self.pool.sleep()
+            self._asleep = True
+
+    def wake(self) -> None:
+        """Take the memory back after ``sleep``."""
+        with self._stepping:
+            if self._asleep and not self._closed:
+                self.pool.wake()
+                self._asleep = False
 
     def check_integrity(self) -> None:
         """Raise AssertionError where queues or pages do not add up. Not for hot paths."""
@@ -169,7 +192,17 @@ class Engine:
             self._read_mail()
             for request in list(self._live.values()):
                 self._end(request, "cancelled")
+            self.scheduler.swap = None
             del self.pool, self.runner, self.backend, self._sampler
+
+    def _specs(self) -> list[StateSpec]:
+        """What each layer remembers, of the kinds that the limits ask for."""
+        specs, kinds = list(self.backend.layers()), self.limits.kinds or {}
+        for name in kinds:
+            if all(spec.kind != name for spec in specs):
+                known = ", ".join(sorted({spec.kind for spec in specs}))
+                raise ToolkitError(f"kinds names {name!r}, which no layer asks for; allowed are {known}.")
+        return [replace(spec, kind=kinds.get(spec.kind, spec.kind)) for spec in specs]
 
     def _max_model_len(self) -> int:
         asked, most = self.limits.max_model_len, self.backend.max_model_len
@@ -184,7 +217,7 @@ class Engine:
         given = split_prompts(prompts)
         chosen = check_params(params, len(given))
         ready = [
-            check_prompt(prompt, one, self.tokenizer, self.max_model_len, self.allocator)
+            check_prompt(prompt, one, self.tokenizer, self.max_model_len, self.memory)
             for prompt, one in zip(given, chosen)
         ]
         with self._mail:
@@ -219,6 +252,8 @@ class Engine:
             while sink or not all(request.finished for request in requests):
                 if not sink:
                     with self._stepping:
+                        if self._asleep:
+                            raise ToolkitError("the engine is asleep; allowed is generating after wake().")
                         self._advance()
                 while sink:
                     yield sink.popleft()
@@ -228,13 +263,13 @@ class Engine:
 
     def _advance(self) -> None:
         """schedule → batch → forward → sample → deliver. The caller holds ``_stepping``."""
-        if self._closed:
+        if self._closed or self._asleep:
             return
         self._read_mail()
         version = self.backend.version()
         if version != self._version:
             self._version = version
-            self.allocator.drop_old_versions(version)
+            self.memory.drop_old_versions(version)
         chunks = self.scheduler.schedule(version)
         if not chunks:
             return
@@ -254,9 +289,9 @@ class Engine:
         rows: list[int] = []
         row = 0
         for chunk in chunks:
-            sequence, table = chunk.sequence, chunk.sequence.table
-            assert table is not None
-            table.commit(sequence.tokens[chunk.start : chunk.start + chunk.count], version)
+            sequence, tables = chunk.sequence, chunk.sequence.tables
+            assert tables is not None
+            tables.commit(sequence.tokens[chunk.start : chunk.start + chunk.count], version)
             if chunk.samples:
                 owners = [sequence, *self.scheduler.fork_siblings(sequence)]
                 sequences += owners

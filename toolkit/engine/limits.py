@@ -10,12 +10,14 @@ from toolkit.engine.params import flag, refuse_unknown, whole
 class Limits:
     """How much an engine takes on at once.
 
-    max_num_seqs: sequences in a step. max_num_batched_tokens: tokens in a step; also bounds the sequences,
-    since each needs one. max_model_len: prompt and completion together (None: what the model was made for).
-    page_size: tokens a page. num_pages: pages of state (None: enough for max_num_seqs sequences of
-    max_model_len, within a part of the device's memory). prefix_cache: reuse the state of common prefixes.
-    numerics: tier, see ``toolkit.numerics`` (None: the device's default, or the one already patched in).
-    seed: of the sequence that seeds requests without one (None: from the operating system).
+    max_num_seqs: sequences in a step. max_num_batched_tokens: tokens in a step; also bounds the sequences, since each
+    needs one. max_model_len: prompt and completion together (None: what the model was made for). page_size: tokens a
+    page. num_pages: pages of state (None: enough for max_num_seqs sequences of max_model_len, within a part of the
+    device's memory). swap_bytes: host memory for the state of sequences that must make room for others; without room
+    there it is computed again (None: any amount, 0: none). prefix_cache: reuse the state of common prefixes. kinds:
+    state kinds to put in the place of others, such as {"full": "int8"} (None: what the layers ask for). numerics:
+    tier, see ``toolkit.numerics`` (None: the device's default, or the one already patched in). seed: of the sequence
+    that seeds requests without one (None: from the operating system).
     """
 
     max_num_seqs: int = 64
@@ -23,7 +25,9 @@ class Limits:
     max_model_len: int | None = None
     page_size: int = 16
     num_pages: int | None = None
+    swap_bytes: int | None = 0
     prefix_cache: bool = True
+    kinds: dict[str, str] | None = None
     numerics: str | None = None
     seed: int | None = None
 
@@ -38,6 +42,6 @@ class Limits:
         whole("max_num_batched_tokens", self.max_num_batched_tokens, 1)
         whole("page_size", self.page_size, 1)
         flag("prefix_cache", self.prefix_cache)
-        for name, low in (("max_model_len", 2), ("num_pages", 1), ("seed", 0)):
+        for name, low in (("max_model_len", 2), ("num_pages", 1), ("swap_bytes", 0), ("seed", 0)):
             if getattr(self, name) is not None:
                 whole(name, getattr(self, name), low, also=", and None")

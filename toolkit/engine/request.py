@@ -5,7 +5,8 @@ from collections import deque
 from toolkit.engine.detokenizer import Decoder, Detokenizer
 from toolkit.engine.outputs import Completion, Delta, FinishReason
 from toolkit.engine.params import SamplingParams
-from toolkit.state import Table
+from toolkit.engine.swap import SwappedState
+from toolkit.state import Tables
 
 
 class Request:
@@ -56,9 +57,9 @@ def completion_seed(seed: int, index: int) -> int:
 class Sequence:
     """One completion as it grows.
 
-    seed: with the number of tokens so far, it fixes the next draw. tokens: prompt and output. table: its pages
-    while it runs, None while it waits. place: its row in the runner's block tables while it runs; known_pages:
-    how many entries of that row are written.
+    seed: with the number of tokens so far, it fixes the next draw. tokens: prompt and output. tables: its pages while
+    it runs, None while it waits; swapped: what those held, where that was kept on the host. place: its row in the
+    runner's block tables while it runs; known_pages: how many entries of that row are written.
     """
 
     def __init__(self, request: Request, index: int) -> None:
@@ -69,7 +70,8 @@ class Sequence:
         self.seed = completion_seed(request.seed, index)
         self.prompt_length = len(request.prompt)
         self.tokens = request.prompt.copy()
-        self.table: Table | None = None
+        self.tables: Tables | None = None
+        self.swapped: SwappedState | None = None
         self.place = -1
         self.known_pages = 0
         self.logprobs: list[float] = []
@@ -90,8 +92,8 @@ class Sequence:
     @property
     def remaining(self) -> int:
         """Tokens whose state is not computed; 1 while decoding. The sequence must be running."""
-        assert self.table is not None
-        return len(self.tokens) - self.table.length
+        assert self.tables is not None
+        return len(self.tokens) - self.tables.length
 
     @property
     def adjusted(self) -> bool:

@@ -2,9 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator
 from collections.abc import Sequence as Collection
-from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -12,14 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from toolkit.engine.decode import DecodePrograms, padded_size
+from toolkit.engine.limits import Limits
 from toolkit.engine.scheduler import Chunk
 from toolkit.errors import ToolkitError
 from toolkit.numerics import Numerics
 from toolkit.patch import patch, report_of
-from toolkit.patch.forward import ragged_forward
+from toolkit.patch.forward import evaluating, ragged_forward
 from toolkit.patch.state_spec import state_spec
 from toolkit.patch.weights import weight_clock, weight_version
-from toolkit.state import LayerSpec, RaggedBatch, StatePool
+from toolkit.state import Group, PagedRows, RaggedBatch, Snapshots, StatePool, StateSpec
 
 _CPU_BYTES = 4 << 30
 
@@ -34,7 +33,7 @@ class Backend(Protocol):
     max_model_len: int
     eos: frozenset[int]
 
-    def layers(self) -> Collection[LayerSpec]:
+    def layers(self) -> Collection[StateSpec]:
         """What each layer remembers of a token."""
 
     def version(self) -> int:
@@ -72,7 +71,7 @@ class PatchedModel:
         self.eos = frozenset().union(*(_ids(getattr(source, "eos_token_id", None)) for source in sources))
         self.programs = DecodePrograms(model)
 
-    def layers(self) -> Collection[LayerSpec]:
+    def layers(self) -> Collection[StateSpec]:
         return state_spec(self.model)
 
     def version(self) -> int:
@@ -82,7 +81,7 @@ class PatchedModel:
         return padded_size(sequences)
 
     def forward(self, batch: RaggedBatch, rows: Tensor) -> Tensor:
-        with _evaluating(self.model):
+        with evaluating(self.model):
             if self.programs.serves(batch):
                 return self.programs.forward(batch)[rows]
             # A prompt enters: the moment to notice that the model is made of other parts than before.
@@ -91,34 +90,35 @@ class PatchedModel:
             return ragged_forward(self.model, batch, rows)
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout is for training: a model in train mode is sampled without it, and stays in train mode."""
-    training = [module for module in model.modules() if module.training] if model.training else []
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def _ids(eos: Any) -> frozenset[int]:
     return frozenset() if eos is None else frozenset(eos) if isinstance(eos, list | tuple) else frozenset([eos])
 
 
-def default_pages(layers: Collection[LayerSpec], page_size: int, wanted: int, backend: Backend) -> int:
-    """``wanted`` pages, or as many as the device has memory to spend on.
+def page_counts(
+    specs: Collection[StateSpec], backend: Backend, limits: Limits, sequences: int, max_model_len: int
+) -> dict[Group, int]:
+    """Pages of each group: for ``sequences`` of ``max_model_len`` tokens, or as many as the device has memory to spend
+    on.
 
-    That is 80 % of what a GPU has free, and a quarter of a CPU's memory up to 4 GiB.
+    That is 80 % of what a GPU has free, and a quarter of a CPU's memory up to 4 GiB. ``limits.num_pages`` decides
+    instead where it is given.
     """
+    size, chunk = limits.page_size, limits.max_num_batched_tokens
+    page_bytes = StatePool.page_bytes(list(specs), size, backend.dtype)
+
+    def counts(pages: int) -> dict[Group, int]:
+        return {group: min(pages, group.pages_for(pages * size, sequences, chunk, size)) for group in page_bytes}
+
+    if limits.num_pages is not None:
+        return counts(limits.num_pages)
     if backend.device.type == "cuda":
         memory = int(0.8 * torch.cuda.mem_get_info(backend.device)[0])
     else:
         memory = min(_CPU_BYTES, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4)
-    page = max(1, StatePool.page_bytes(layers, page_size, backend.dtype))
-    return max(1, min(wanted, memory // page))
+    pages = sequences * math.ceil(max_model_len / size)
+    while pages > 1 and sum(page_bytes[group] * count for group, count in counts(pages).items()) > memory:
+        pages = max(1, pages * 15 // 16)
+    return counts(pages)
 
 
 class Runner:
@@ -127,13 +127,17 @@ class Runner:
     def __init__(self, backend: Backend, pool: StatePool, max_running: int, max_model_len: int) -> None:
         self.backend = backend
         self.pool = pool
-        width = min(pool.num_pages, math.ceil(max_model_len / pool.page_size))
-        self._tables = np.zeros((max_running + 1, width), dtype=np.int64)
+        width = math.ceil(max_model_len / pool.page_size)
+        self._paged = [at for at, group in enumerate(pool.groups) if not group.stride]
+        self._tables = {at: np.zeros((max_running + 1, width), dtype=np.int64) for at in self._paged}
         self._padding = max_running  # a row that no sequence has
 
     def forward(self, chunks: list[Chunk]) -> Tensor:
         """Logits [samples, V] of the chunks that sample, in order. Fills the chunks' slots."""
-        copies = [pair for chunk in chunks for pair in self._sync(chunk)]
+        copies: list[list[tuple[int, int]]] = [[] for _ in self.pool.groups]
+        for chunk in chunks:
+            for of_group, found in zip(copies, self._sync(chunk), strict=True):
+                of_group += found
         batch, rows = self.build(chunks)
         self.pool.copy_pages(copies)
         return self.backend.forward(batch, rows)
@@ -142,7 +146,6 @@ class Runner:
         """The batch of the chunks, and the rows [samples] whose logits are wanted."""
         tokens: list[int] = []
         positions: list[int] = []
-        slots: list[int] = []
         offsets = [0]
         lengths: list[int] = []
         rows: list[int] = []
@@ -157,7 +160,6 @@ class Runner:
             else:
                 tokens += sequence.tokens[start:end]
                 positions += range(start, end)
-            slots += chunk.slots
             offsets.append(len(tokens))
             lengths.append(end)
             places.append(sequence.place)
@@ -165,44 +167,69 @@ class Runner:
             if chunk.samples:
                 rows.append(len(tokens) - 1)
         count = len(chunks)
-        if len(tokens) == count:  # a decode step: padding rows have no slot, no keys and no queries of theirs
-            padding = [0] * (self.backend.decode_size(count) - count)
-            tokens += padding
-            positions += padding
-            slots += [-1] * len(padding)
-            offsets += [count] * len(padding)
-            lengths += padding
-            places += [self._padding] * len(padding)
+        padding = [0] * (self.backend.decode_size(count) - count if len(tokens) == count else 0)
+        # A decode step is padded: those rows have no slot, no keys and no queries of theirs.
+        tokens += padding
+        positions += padding
+        offsets += [count] * len(padding)
+        lengths += padding
+        places += [self._padding] * len(padding)
         # One array, one transfer, then views.
-        parts = [tokens, positions, slots, offsets, [0] * len(lengths), lengths, rows]
+        parts = [tokens, positions, offsets, [0] * len(lengths), lengths, rows]
+        of_groups = [
+            _snapshots(chunks, at, len(padding)) if group.stride else [_slots(chunks, at, len(padding))]
+            for at, group in enumerate(self.pool.groups)
+        ]
+        for found in of_groups:
+            parts += found
         flat = np.array([value for part in parts for value in part], dtype=np.int64)
         device = self.backend.device
-        on_device = torch.from_numpy(flat).to(device).split([len(part) for part in parts])
-        tokens_T, positions_T, slots_T, offsets_S, kv_offsets_S, lengths_S, rows_R = on_device
-        tables_SP = torch.from_numpy(np.ascontiguousarray(self._tables[places, :pages])).to(device)
+        tensors = iter(torch.from_numpy(flat).to(device).split([len(part) for part in parts]))
+        tokens_T, positions_T, offsets_S, kv_offsets_S, lengths_S, rows_R = (next(tensors) for _ in range(6))
+        views: list[PagedRows | Snapshots] = []
+        for at, found in enumerate(of_groups):
+            mine = [next(tensors) for _ in found]
+            if at in self._tables:
+                table = torch.from_numpy(np.ascontiguousarray(self._tables[at][places, :pages])).to(device)
+                views.append(PagedRows(table, *mine))
+            else:
+                views.append(Snapshots(*mine))
         batch = RaggedBatch(
-            tokens=tokens_T,
-            positions=positions_T,
-            query_offsets=offsets_S,
-            kv_offsets=kv_offsets_S,
-            kv_lengths=lengths_S,
-            block_tables=tables_SP,
-            slots=slots_T,
-            page_size=self.pool.page_size,
-            state=self.pool,
+            tokens_T, positions_T, offsets_S, kv_offsets_S, lengths_S, state=self.pool, views=tuple(views)
         )
         return batch, rows_R
 
-    def _sync(self, chunk: Chunk) -> list[tuple[int, int]]:
-        """Write the sequence's new pages into its row; the page copies that must run before the forward."""
+    def _sync(self, chunk: Chunk) -> list[list[tuple[int, int]]]:
+        """Write the sequence's new pages into its rows; the page copies that must run before the forward."""
         sequence = chunk.sequence
-        table = sequence.table
-        assert table is not None
-        copies = table.take_copies()
-        pages = len(table.pages)
-        if copies:
+        tables = sequence.tables
+        assert tables is not None
+        copies = tables.take_copies()
+        pages = -(-(chunk.start + chunk.count) // self.pool.page_size)
+        if any(copies):
             sequence.known_pages = 0
         if sequence.known_pages != pages:
-            self._tables[sequence.place, sequence.known_pages : pages] = table.pages[sequence.known_pages :]
+            for at in self._paged:
+                fresh = tables.parts[at].pages[sequence.known_pages : pages]
+                # Pages out of reach are not read, but a kernel may look at their numbers.
+                self._tables[at][sequence.place, sequence.known_pages : pages] = [max(page, 0) for page in fresh]
             sequence.known_pages = pages
         return copies
+
+
+def _slots(chunks: list[Chunk], group: int, padding: int) -> list[int]:
+    return [slot for chunk in chunks for slot in chunk.slots[group]] + [-1] * padding
+
+
+def _snapshots(chunks: list[Chunk], group: int, padding: int) -> list[list[int]]:
+    """Sources, rows after which the state is saved, and the pages that it is saved to."""
+    sources, rows, pages, row = [], [], [], 0
+    for chunk in chunks:
+        assert chunk.sequence.tables is not None
+        table = chunk.sequence.tables.parts[group]
+        sources.append(table.source())
+        for place, page in table.saves(chunk.count):
+            rows.append(row + place)
+            pages.append(page)
+        row += chunk.count
+    return [sources + [-1] * padding, rows + [row - 1] * padding, pages + [-1] * padding]

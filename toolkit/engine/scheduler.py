@@ -1,8 +1,9 @@
 """Which tokens run in the next step.
 
-Every step gives each decoding sequence its one token first, then fills the token budget with pieces of
-prompts, oldest request first, then admits waiting requests in the order they came. When pages run out the
-youngest running sequence gives up its pages and waits; its tokens are kept, their state is recomputed later.
+Every step gives each decoding sequence its one token first, then fills the token budget with pieces of prompts, oldest
+request first, then admits waiting requests in the order they came. When pages run out the youngest running sequence
+gives up its pages and waits; its tokens are kept, and their state is brought back from the host where it was swapped
+out, else computed again.
 """
 
 from bisect import bisect_left, insort
@@ -10,19 +11,24 @@ from dataclasses import dataclass
 from operator import attrgetter
 
 from toolkit.engine.request import Request, Sequence
-from toolkit.state import OutOfPages, PageAllocator, Table
+from toolkit.engine.swap import SwapSpace
+from toolkit.state import Memory, OutOfPages, Tables
+from toolkit.state.memory import Need
 
 _order = attrgetter("order")
 
 
 @dataclass(slots=True)
 class Chunk:
-    """Tokens ``start .. start + count`` of a sequence, in this step; ``samples``: they are its last."""
+    """Tokens ``start .. start + count`` of a sequence, in this step; ``samples``: they are its last.
+
+    slots: of the tokens, in each group of layers.
+    """
 
     sequence: Sequence
     start: int
     count: int
-    slots: list[int]
+    slots: list[list[int]]
     samples: bool
 
 
@@ -34,9 +40,15 @@ class Scheduler:
     """
 
     def __init__(
-        self, allocator: PageAllocator, max_num_seqs: int, max_num_batched_tokens: int, prefix_cache: bool
+        self,
+        memory: Memory,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        prefix_cache: bool,
+        swap: SwapSpace | None = None,
     ) -> None:
-        self.allocator = allocator
+        self.memory = memory
+        self.swap = swap
         self.max_running = min(max_num_seqs, max_num_batched_tokens)
         self.budget = max_num_batched_tokens
         self.prefix_cache = prefix_cache
@@ -45,6 +57,7 @@ class Scheduler:
         self.preemptions = 0
         self.prefix_hit_tokens = 0
         self._places = list(range(self.max_running - 1, -1, -1))
+        self._one_each: Need = (1,) * len(memory.groups)
 
     def add(self, request: Request) -> None:
         """Queue every sequence of a request."""
@@ -53,7 +66,10 @@ class Scheduler:
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is, and give its pages back."""
-        queue = self.waiting if sequence.table is None else self.running
+        if sequence.swapped is not None and self.swap is not None:
+            self.swap.drop(sequence.swapped)
+            sequence.swapped = None
+        queue = self.waiting if sequence.tables is None else self.running
         at = bisect_left(queue, sequence.order, key=_order)
         if at < len(queue) and queue[at] is sequence:
             del queue[at]
@@ -92,9 +108,9 @@ class Scheduler:
         for sibling in request.sequences:
             if len(self.running) >= self.max_running:
                 break
-            if sibling is not leader and sibling.table is None and sibling.completion is None:
-                assert leader.table is not None
-                self._enter(sibling, leader.table.fork())
+            if sibling is not leader and sibling.tables is None and sibling.completion is None:
+                assert leader.tables is not None
+                self._enter(sibling, leader.tables.fork())
                 forked.append(sibling)
         return forked
 
@@ -103,32 +119,40 @@ class Scheduler:
         assert self.running == sorted(self.running, key=_order), "running is out of order"
         assert self.waiting == sorted(self.waiting, key=_order), "waiting is out of order"
         assert len(self.running) <= self.max_running, "too many sequences run"
-        assert all(sequence.table is None for sequence in self.waiting), "a waiting sequence holds pages"
+        assert all(sequence.tables is None for sequence in self.waiting), "a waiting sequence holds pages"
+        assert all(sequence.swapped is None for sequence in self.running), "a running sequence is on the host too"
         places = sorted(self._places + [sequence.place for sequence in self.running])
         assert places == list(range(self.max_running)), "a place is lost or given twice"
-        tables = [sequence.table for sequence in self.running]
+        tables = [sequence.tables for sequence in self.running]
         assert all(tables), "a running sequence has no table"
-        self.allocator.check_integrity(live=[table.held for table in tables if table is not None])
+        self.memory.check_integrity([one for one in tables if one is not None])
 
     def _reserve(self, sequence: Sequence, count: int) -> Chunk | None:
         """The chunk of the next ``count`` tokens, preempting the youngest; None if that was itself."""
-        table = sequence.table
-        assert table is not None
+        tables = sequence.tables
+        assert tables is not None
         while True:
             try:
-                slots = table.reserve(count)
+                slots = tables.reserve(count)
             except OutOfPages:
                 victim = self.running[-1]
                 if len(self.running) == 1:
                     raise RuntimeError("a sequence that was let in does not fit in the pool") from None
-                self._leave(self.running.pop())
-                insort(self.waiting, victim, key=_order)
-                self.preemptions += 1
+                self.preempt(victim)
                 if victim is sequence:
                     return None
             else:
-                start = table.length
+                start = tables.length
                 return Chunk(sequence, start, count, slots, start + count == len(sequence.tokens))
+
+    def preempt(self, sequence: Sequence, unlimited: bool = False) -> None:
+        """Make a running sequence wait, its state on the host if there is room (``unlimited``: in any case)."""
+        del self.running[bisect_left(self.running, sequence.order, key=_order)]
+        if self.swap is not None and sequence.tables is not None:
+            sequence.swapped = self.swap.out(sequence.tables, unlimited)
+        self._leave(sequence)
+        insort(self.waiting, sequence, key=_order)
+        self.preemptions += 1
 
     def _admit(self, chunks: list[Chunk], spare: int, version: int) -> None:
         """Let waiting sequences in, in order, while there are places, budget and pages for their tokens."""
@@ -136,37 +160,60 @@ class Scheduler:
         kept = sum(s.params.n - 1 for s in self.running if not s.request.prefilled)
         # What runs already needs pages for the rest of its prompts and soon one more each: others given them
         # would only be preempted again.
-        owed = sum(1 + s.table.pages_needed(s.remaining) for s in self.running if s.table is not None)
+        owed = tuple(len(self.running) for _ in self._one_each)
+        for one in self.running:
+            assert one.tables is not None
+            owed = _sum(owed, one.tables.pages_needed(one.remaining, self.budget))
         at = 0
         while at < len(self.waiting) and spare > 0 and len(self.running) + kept < self.max_running:
             sequence = self.waiting[at]
             if sequence.index > 0 and not sequence.request.prefilled:
                 at += 1  # its prompt is computed by the first of the request
                 continue
-            table = Table(self.allocator, version if self.prefix_cache else None)
-            hit = table.match_prefix(sequence.tokens)
-            missing = len(sequence.tokens) - hit
-            if self.running and owed + table.pages_needed(missing) > self.allocator.num_free:
-                table.release()
-                return
-            self._enter(sequence, table)
+            hit = 0
+            if sequence.swapped is not None and self.swap is not None:
+                shape = sequence.swapped.shape
+                missing = len(sequence.tokens) - len(shape.tokens)
+                if self.running and not self._room(_sum(owed, shape.pages_needed(self.memory, missing, self.budget))):
+                    return
+                tables, sequence.swapped = self.swap.back(sequence.swapped), None
+            else:
+                tables = self.memory.tables(version if self.prefix_cache else None)
+                hit = tables.match_prefix(sequence.tokens)
+                if self.running and not self._room(
+                    _sum(owed, tables.pages_needed(len(sequence.tokens) - hit, self.budget))
+                ):
+                    tables.release()
+                    return
+            missing = len(sequence.tokens) - tables.length
+            needed = tables.pages_needed(missing, self.budget)
+            self._enter(sequence, tables)
             self.prefix_hit_tokens += hit
             count = min(missing, spare)
             chunk = self._reserve(sequence, count)
             assert chunk is not None
             chunks.append(chunk)
             spare -= count
-            owed += 1 + table.pages_needed(missing)
+            owed = _sum(owed, needed, self._one_each)
             if not sequence.request.prefilled:
                 kept += sequence.params.n - 1
 
-    def _enter(self, sequence: Sequence, table: Table) -> None:
+    def _room(self, pages: Need) -> bool:
+        """Whether every group has so many pages to give."""
+        return all(needed <= free for needed, free in zip(pages, self.memory.free, strict=True))
+
+    def _enter(self, sequence: Sequence, tables: Tables) -> None:
         del self.waiting[bisect_left(self.waiting, sequence.order, key=_order)]
-        sequence.table, sequence.place, sequence.known_pages = table, self._places.pop(), 0
+        sequence.tables, sequence.place, sequence.known_pages = tables, self._places.pop(), 0
         insort(self.running, sequence, key=_order)
 
     def _leave(self, sequence: Sequence) -> None:
-        if sequence.table is not None:
-            sequence.table.release()
-            sequence.table = None
+        if sequence.tables is not None:
+            sequence.tables.release()
+            sequence.tables = None
             self._places.append(sequence.place)
+
+
+def _sum(*needs: Need) -> Need:
+    """Pages a group, added up."""
+    return tuple(map(sum, zip(*needs, strict=True)))

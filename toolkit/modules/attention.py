@@ -20,12 +20,21 @@ KEYWORD = "ragged"
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """The mathematics of one call: score scale, window in tokens (0: none), soft-cap (0: none), dropout."""
+    """The mathematics of one call: score scale, window in tokens (0: none), soft-cap (0: none), dropout, sinks.
+
+    sinks: [H] an extra logit a head, which takes part in the softmax's denominator alone (gpt-oss, 2025).
+    """
 
     scale: float
     window: int = 0
     softcap: float = 0.0
     dropout: float = 0.0
+    sinks: Tensor | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """As ``RaggedBatch.attend`` takes them."""
+        extra = {} if self.sinks is None else {"sinks": self.sinks}
+        return {"scale": self.scale, "window": self.window, "softcap": self.softcap, **extra}
 
 
 def current_batch(kwargs: dict[str, Any]) -> RaggedBatch | None:
@@ -67,8 +76,7 @@ def attend(
     """
     batch_size, queries = q.shape[:2]
     if ragged is not None:
-        out = ragged.attend(layer, q[0], k[0], v[0], scale=shape.scale, window=shape.window, softcap=shape.softcap)
-        return out[None]
+        return ragged.attend(layer, q[0], k[0], v[0], **shape.settings())[None]
     if shape.dropout > 0.0 or (mask is not None and mask.dim() == 4):
         return _dense(q, k, v, mask, shape)
     if mask is not None:
@@ -78,7 +86,7 @@ def attend(
     else:
         plan = _unpadded(batch_size, queries, k.shape[1], q.device)
     rows = (part.flatten(0, 1) for part in (q, k, v))
-    out = plan.attend(layer, *rows, scale=shape.scale, window=shape.window, softcap=shape.softcap)
+    out = plan.attend(layer, *rows, **shape.settings())
     return out.unflatten(0, (batch_size, queries))
 
 
@@ -91,12 +99,17 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, shape: Attentio
         mask = visible[None, None] if mask is None else visible & mask[:, None, None, :]
     mask = mask[..., :keys]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    if shape.softcap > 0.0:
+    if shape.softcap > 0.0 or shape.sinks is not None:
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        scores = shape.softcap * torch.tanh(q @ k.mT * (shape.scale / shape.softcap))
+        scores = q @ k.mT * shape.scale
+        if shape.softcap > 0.0:
+            scores = shape.softcap * torch.tanh(scores / shape.softcap)
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-        out = F.dropout(scores.softmax(-1), shape.dropout) @ v
+        if shape.sinks is not None:
+            sinks = shape.sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
+            scores = torch.cat([scores, sinks], -1)
+        out = F.dropout(scores.softmax(-1)[..., :keys], shape.dropout) @ v
     else:
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=shape.dropout, scale=shape.scale, enable_gqa=True
@@ -108,7 +121,7 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, shape: Attentio
 
 @dataclass(frozen=True)
 class FusedAttention:
-    """Where an attention layer keeps its parts, by attribute name: projections and optional per-head norms.
+    """Where an attention layer keeps its parts, by attribute name: projections, optional per-head norms and sinks.
 
     The rotation is applied by one op per operand on tokens-major views, instead of the transposed, concatenated and
     negated copies of the eager path.
@@ -120,6 +133,7 @@ class FusedAttention:
     out: str
     q_norm: str | None
     k_norm: str | None
+    sinks: str | None
     interleaved: bool
     head_dim: int
     window: int
@@ -146,15 +160,16 @@ class FusedAttention:
                 q = getattr(self, parts.q_norm)(q)
             if parts.k_norm is not None:
                 k = getattr(self, parts.k_norm)(k)
-            assert position_embeddings is not None
-            cos, sin = (table.expand(batch_size, -1, -1).flatten(0, 1) for table in position_embeddings)
-            q = rotary(q.flatten(0, 1), cos, sin, parts.interleaved).view(split)
-            k = rotary(k.flatten(0, 1), cos, sin, parts.interleaved).view(split)
+            if position_embeddings is not None:  # some models leave positions out of some layers
+                cos, sin = (table.expand(batch_size, -1, -1).flatten(0, 1) for table in position_embeddings)
+                q = rotary(q.flatten(0, 1), cos, sin, parts.interleaved).view(split)
+                k = rotary(k.flatten(0, 1), cos, sin, parts.interleaved).view(split)
             if past_key_values is not None:
                 k, v = past_key_values.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
                 k, v = k.transpose(1, 2), v.transpose(1, 2)
             dropout = float(getattr(self, "attention_dropout", 0.0)) if self.training else 0.0
-            shape = AttentionShape(float(self.scaling), parts.window, parts.softcap, dropout)  # type: ignore[arg-type]
+            sinks = None if parts.sinks is None else getattr(self, parts.sinks)
+            shape = AttentionShape(float(self.scaling), parts.window, parts.softcap, dropout, sinks)  # type: ignore[arg-type]
             out = attend(self.layer_idx, q, k, v, attention_mask, current_batch(kwargs), shape)  # type: ignore[arg-type]
             return getattr(self, parts.out)(out.reshape(batch_size, length, -1)), None
 

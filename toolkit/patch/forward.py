@@ -1,7 +1,9 @@
 """Forwards of a patched model over ragged batches: logits, and the log-probabilities that training uses."""
 
 import inspect
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -10,8 +12,12 @@ from torch import Tensor, nn
 
 from toolkit.errors import ToolkitError
 from toolkit.modules.attention import KEYWORD
+from toolkit.modules.elementwise import row_invariant
+from toolkit.numerics import Numerics
 from toolkit.ops.linear_logprob import deferred
+from toolkit.ops.take_rows import take_rows
 from toolkit.patch.apply import report_of
+from toolkit.patch.report import PatchReport
 from toolkit.state.batch import RaggedBatch
 
 
@@ -33,14 +39,23 @@ def ragged_forward(model: nn.Module, batch: RaggedBatch, rows: Tensor | None = N
     rows: int64 indices into the batch's tokens. Differentiable. Raises ToolkitError if attention is not patched.
     """
     report = report_of(model)
-    if report is None or "attention" not in report.roles():
-        why = next((r.reason for r in report.refusals if r.role == "attention"), None) if report else None
+    if report is None or not {"attention", "mixer"} & set(report.roles()):
+        refusals = report.refusals if report else []
+        why = next((r.reason for r in refusals if r.role in ("attention", "mixer")), None)
         state = f"left alone: {why}" if why else "not patched"
         raise ToolkitError(f"model {type(model).__name__} has attention {state}; a ragged batch needs it patched.")
+    if not torch.compiler.is_compiling() and report not in _SEPARATE:
+        _SEPARATE.add(report)  # the check comes through here itself
+        try:
+            _check_separate(model)
+        except BaseException:
+            _SEPARATE.discard(report)
+            raise
     keep: dict[str, Any] = {}
     if rows is not None and _keeps_logits(type(model).forward):
         keep["logits_to_keep"] = rows
-    with batch.activate():
+    steady = report.numerics is Numerics.BITWISE and batch.tokens.is_cpu and not torch.compiler.is_compiling()
+    with batch.activate(), row_invariant() if steady else nullcontext():
         output = model(
             input_ids=batch.tokens[None],
             position_ids=batch.positions[None],
@@ -53,14 +68,59 @@ def ragged_forward(model: nn.Module, batch: RaggedBatch, rows: Tensor | None = N
     return logits if rows is None or keep else logits[rows]
 
 
-def token_logprobs(model: nn.Module, sequences: Sequence[Sequence[int] | Tensor]) -> list[Tensor]:
+_SEPARATE: "weakref.WeakSet[PatchReport]" = weakref.WeakSet()
+"""Patches under which sequences of one batch were seen to stay apart."""
+
+
+def _check_separate(model: nn.Module) -> None:
+    """A layer that is not patched and carries something along the sequence would mix a batch's sequences: look for it.
+
+    Whatever comes before in the batch, the second sequence's logits stay. Raises ToolkitError where they do not.
+    """
+    device = next(model.parameters()).device
+    with torch.no_grad(), evaluating(model):
+        rows = torch.tensor([7, 8, 9], device=device)
+        first, second = (
+            ragged_forward(model, RaggedBatch.from_sequences([[token] * 7, [1, 2, 3]], device, share=False), rows)
+            for token in (0, 3)
+        )
+    if not torch.allclose(first.float(), second.float(), rtol=1e-3, atol=1e-3 * float(first.abs().amax().nan_to_num())):
+        report = report_of(model)
+        assert report is not None
+        left = sorted({f"{r.path} ({r.reason})" for r in report.refusals if r.role in ("attention", "mixer")})
+        raise ToolkitError(
+            f"model {type(model).__name__} mixes the sequences of a batch in a layer that is not patched"
+            f"{': ' + '; '.join(left[:3]) if left else ''}; a ragged batch needs every such layer patched."
+        )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout is for training: a model in train mode is run without it, and stays in train mode."""
+    training = [module for module in model.modules() if module.training] if model.training else []
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def token_logprobs(
+    model: nn.Module,
+    sequences: Sequence[Sequence[int] | Tensor],
+    share: bool = True,
+    last: Sequence[int] | None = None,
+) -> list[Tensor]:
     """Log-probability (nats, full vocabulary) of every token of every sequence given those before it.
 
     The training forward, differentiable: tensor i has one value fewer than sequence i has tokens. All sequences go in
-    one packed batch.
+    one batch, in which common prefixes are computed once (``share``).
+    last: of sequence i, only the last ``last[i]`` tokens, which saves the head on the others (a prompt's, say).
     """
     device = next(model.parameters()).device
-    tokens = [torch.as_tensor(sequence, dtype=torch.int64, device=device) for sequence in sequences]
+    tokens = [torch.as_tensor(sequence, dtype=torch.int64).cpu() for sequence in sequences]
     vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     for index, sequence in enumerate(tokens):
         if sequence.dim() != 1 or (
@@ -68,12 +128,38 @@ def token_logprobs(model: nn.Module, sequences: Sequence[Sequence[int] | Tensor]
         ):
             raise ToolkitError(f"sequence {index} is not a list of token ids; allowed are 0 to {vocabulary - 1}.")
     lengths = [max(sequence.numel() - 1, 0) for sequence in tokens]
+    if last is not None:
+        for index, (wanted, most) in enumerate(zip(last, lengths, strict=True)):
+            if not 0 <= wanted <= most:
+                raise ToolkitError(
+                    f"last[{index}] is {wanted}; allowed are 0 to {most}, a token less than the sequence."
+                )
+        lengths = list(last)
     if sum(lengths) == 0:
         return [torch.zeros(0, device=device) for _ in tokens]
     # The last token of a sequence predicts nothing that is asked for, but stays in: it costs little.
-    batch = RaggedBatch.from_sequences(tokens, device=device)
-    starts = batch.query_offsets[:-1].tolist()
-    rows = torch.cat([torch.arange(start, start + n, device=device) for start, n in zip(starts, lengths)])
-    targets = torch.cat([sequence[1:] for sequence in tokens])
-    logprobs, _ = deferred.token_logprobs(ragged_forward(model, batch, rows), targets)
-    return list(logprobs.split(lengths))
+    batch = RaggedBatch.from_sequences(tokens, device=device, share=share)
+    return list(_predictions(model, batch, tokens, lengths).split(lengths))
+
+
+def _predictions(model: nn.Module, batch: RaggedBatch, sequences: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+    """[sum of counts] log-probabilities of the last ``counts[i]`` tokens of each sequence, one after the other.
+
+    batch: ``RaggedBatch.from_sequences(sequences)``. A prediction that several samples share (the same row, the same
+    next token) is made once; a row that goes on in several ways is one row of the head a way.
+    """
+    device = batch.tokens.device
+    ends = torch.tensor([len(sequence) for sequence in sequences]).cumsum(0).tolist()
+    # A token is predicted by the row before it.
+    places = torch.cat([torch.arange(end - 1 - count, end - 1) for end, count in zip(ends, counts) if count])
+    targets = torch.cat([sequence[len(sequence) - count :] for sequence, count in zip(sequences, counts)])
+    rows = places if batch.sample_rows is None else batch.sample_rows.cpu()[places]
+    if batch.sample_rows is None:
+        return deferred.token_logprobs(ragged_forward(model, batch, rows.to(device)), targets.to(device))[0]
+    pairs, sample_of = torch.stack([rows, targets], 1).unique(dim=0, return_inverse=True)
+    distinct, row_of = pairs[:, 0].unique_consecutive(return_inverse=True)
+    logits = ragged_forward(model, batch, distinct.to(device))
+    if len(distinct) < len(pairs):
+        logits = deferred.take_logits(logits, row_of.to(device))
+    logprobs, _ = deferred.token_logprobs(logits, pairs[:, 1].to(device))
+    return take_rows(logprobs, sample_of.to(device))

@@ -7,7 +7,7 @@ from toolkit.numerics import Numerics
 from toolkit.patch.claim import Claim, Refusal
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PatchReport:
     """The replacements made on one model (``claims``), what looked like a role and was left (``refusals``)."""
 

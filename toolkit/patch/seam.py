@@ -31,9 +31,8 @@ def attention_function(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention contract: query [B, H, S, D], key, value [B, G, S', D] to [B, S, H, D]."""
-    for name, given in (("s_aux", s_aux), ("position_bias", position_bias)):
-        if given is not None:
-            raise ToolkitError(f"{name} is given to attention, which this version does not compute; allowed is None.")
+    if position_bias is not None:
+        raise ToolkitError("position_bias is given to attention, which this version does not compute; allowed is None.")
     if is_causal is False or not getattr(module, "is_causal", True):
         raise ToolkitError("is_causal is False; allowed is causal attention.")
     shape = AttentionShape(
@@ -41,6 +40,7 @@ def attention_function(
         window=sliding_window or 0,
         softcap=softcap or 0.0,
         dropout=float(dropout),
+        sinks=s_aux,
     )
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     layer = getattr(module, "layer_idx", None)

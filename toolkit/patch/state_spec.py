@@ -9,29 +9,41 @@ from torch import Tensor, nn
 from toolkit.errors import ToolkitError
 from toolkit.patch.forward import ragged_forward
 from toolkit.patch.probe import device_of
-from toolkit.state import LayerSpec
+from toolkit.state import StateSpec
 from toolkit.state.batch import RaggedBatch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Watching(RaggedBatch):
-    """A batch that notes the keys and values that each layer brings."""
+    """A batch that notes what each layer asks of it."""
 
-    seen: dict[int, LayerSpec] = field(default_factory=dict)
+    seen: list[StateSpec] = field(default_factory=list)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **shape: Any) -> Tensor:
-        self.seen[layer] = LayerSpec(k.shape[1], k.shape[2], v.shape[2], shape.get("window", 0))
-        return super().attend(layer, q, k, v, **shape)
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor | int, **settings: Any) -> Tensor:
+        window = settings.get("window", 0)
+        values = (k.shape[1], v) if isinstance(v, int) else tuple(v.shape[1:])
+        kind = "latent" if isinstance(v, int) else "window" if window else "full"
+        self.seen.append(StateSpec(layer, kind, (tuple(k.shape[1:]), values), window))
+        return super().attend(layer, q, k, v, **settings)
+
+    def scan(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **settings: Any) -> Tensor:
+        self.seen.append(StateSpec(layer, "recurrent", ((v.shape[1], k.shape[2], v.shape[2]),)))
+        return super().scan(layer, q, k, v, *rest, **settings)
+
+    def convolve(self, layer: int, x: Tensor, weight: Tensor, *rest: Any, **settings: Any) -> Tensor:
+        self.seen.append(StateSpec(layer, "conv", ((weight.shape[1] - 1, x.shape[1]),)))
+        return super().convolve(layer, x, weight, *rest, **settings)
 
 
-def state_spec(model: nn.Module) -> list[LayerSpec]:
-    """Key heads, head sizes and window of every attention layer of a patched model, in layer order."""
+def state_spec(model: nn.Module) -> list[StateSpec]:
+    """What every layer of a patched model remembers, in the order in which its forward meets them."""
     plain = RaggedBatch.from_sequences([[0]], device=device_of(model))
     watching = _Watching(**{name: getattr(plain, name) for name in RaggedBatch.__dataclass_fields__})
     with torch.no_grad():
         ragged_forward(model, watching)
-    if sorted(watching.seen) != list(range(len(watching.seen))) or not watching.seen:
-        raise ToolkitError(
-            f"layers {sorted(watching.seen)} of the model use attention; allowed is every layer from 0 on."
-        )
-    return [watching.seen[layer] for layer in range(len(watching.seen))]
+    layers = {spec.layer for spec in watching.seen}
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", len(layers))  # type: ignore[operator, union-attr]
+    if layers != set(range(count)):
+        missing = sorted(set(range(count)) - layers)
+        raise ToolkitError(f"layers {missing} of the model keep their state to themselves; allowed is none.")
+    return watching.seen

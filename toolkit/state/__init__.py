@@ -3,7 +3,22 @@
 from toolkit.state.allocator import OutOfPages, PageAllocator
 from toolkit.state.batch import RaggedBatch
 from toolkit.state.forest import Table
-from toolkit.state.pool import LayerSpec, StatePool
+from toolkit.state.kinds import PagedRows, Snapshots, StateSpec
+from toolkit.state.memory import Group, Memory, Tables
+from toolkit.state.pool import StatePool
 from toolkit.state.prefix import PrefixIndex
 
-__all__ = ["LayerSpec", "OutOfPages", "PageAllocator", "PrefixIndex", "RaggedBatch", "StatePool", "Table"]
+__all__ = [
+    "Group",
+    "Memory",
+    "OutOfPages",
+    "PageAllocator",
+    "PagedRows",
+    "PrefixIndex",
+    "RaggedBatch",
+    "Snapshots",
+    "StatePool",
+    "StateSpec",
+    "Table",
+    "Tables",
+]

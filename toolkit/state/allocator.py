@@ -89,15 +89,15 @@ class PageAllocator:
                 else:
                     self._free.append(page)
 
-    def match(self, tokens: Sequence[int], version: Hashable) -> list[PrefixNode]:
-        """The longest registered run of full pages from the first token on; shares nothing."""
-        return self.index.walk(tokens, version)
+    def path(self, tokens: Sequence[int], version: Hashable) -> list[PrefixNode]:
+        """Known full pages from the first token on, some perhaps without a page now; shares nothing."""
+        return self.index.path(tokens, version)
 
     def register(
-        self, page: int, parent_key: PrefixNode | None, tokens_of_page: Sequence[int], version: Hashable
+        self, page: int | None, parent_key: PrefixNode | None, tokens_of_page: Sequence[int], version: Hashable
     ) -> PrefixNode:
         """Enter a held, full page into the prefix index; see ``PrefixIndex.register``."""
-        if self._refcounts[page] == 0:
+        if page is not None and self._refcounts[page] == 0:
             raise ValueError(f"page {page} is held by nobody and cannot be registered.")
         return self.index.register(page, parent_key, tokens_of_page, version)
 
@@ -119,6 +119,13 @@ class PageAllocator:
             if page in self._cached:
                 del self._cached[page]
                 self._free.append(page)
+
+    def drop_cached(self) -> None:
+        """Forget every prefix whose pages nobody holds; they become free."""
+        while self._cached:
+            page, _ = self._cached.popitem()
+            self.index.drop(page)
+            self._free.append(page)
 
     def check_integrity(self, live: Iterable[Sequence[int]] | None = None) -> None:
         """Raise AssertionError on any leak, double free or inconsistency.

@@ -7,32 +7,62 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from toolkit.errors import ToolkitError
 from toolkit.ops.attention import attention
-from toolkit.ops.state_write import state_write
-from toolkit.state.pool import StatePool
+from toolkit.state.kinds import PagedRows, Snapshots
+from toolkit.state.sharing import SharedPrefixes, share_prefixes
 
 _context = threading.local()
 
 
+class BatchState(Protocol):
+    """What a batch's past lies in: ``StatePool``, or the pages of a long sequence that is trained in chunks."""
+
+    def attend(
+        self, batch: "RaggedBatch", layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int,
+        softcap: float, modifiers: dict[str, Any],
+    ) -> Tensor: ...  # fmt: skip
+
+    def scan(
+        self, batch: "RaggedBatch", layer: int, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None,
+        scale: float, delta: bool,
+    ) -> Tensor: ...  # fmt: skip
+
+    def convolve(
+        self, batch: "RaggedBatch", layer: int, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
+    ) -> Tensor: ...
+
+
+# Sharing fewer tokens than this part of all would cost more in gathered keys than it saves.
+_WORTH_SHARING = 1 / 16
+
+
 @dataclass(frozen=True, eq=False)
 class RaggedBatch:
-    """New tokens of S sequences, one after the other, and where each sequence's past lies. All tensors int64.
+    """New tokens of S segments, one after the other, and where each one's past lies. All tensors int64.
+
+    A segment is a run of new tokens of one sequence, or of several sequences that have them in common.
 
     tokens [T]: ids, or -1 where the maker does not know them (``for_padded``).
     positions [T]: place in the sequence.
     query_offsets [S+1]: the new tokens of s are rows query_offsets[s] .. query_offsets[s+1]. Rows from
         query_offsets[S] on are padding: position 0, slot -1, output zero.
-    kv_offsets [S]: first row of s among the batch's own keys, where there is no state.
+    kv_offsets [S]: first row of s among the batch's own keys, where they lie in one run.
     kv_lengths [S]: tokens of s that exist once the batch has run; the new ones are the last of them.
-    block_tables [S, P]: physical pages of s in order, ``page_size`` slots each; None without state.
-    slots [T]: where a new token's state goes, page * page_size + place; None without state.
+    block_tables [S, L]: without state, rows of the batch that hold the keys of s, where prefixes are shared; else None.
+    readers [T, 3]: beside ``block_tables``: first row, end row and position of what sees each row (segments lie depth
+        first, so what follows from a token follows it without a gap).
+    parents [S]: without state, the segment that s goes on from; -1 for none. None where there is none at all.
     multiplicity [T]: how many unshared samples a shared token stands for; None for one each.
-    state: the pool that the pages are of; None where the batch brings all its keys.
+    sample_rows [N]: of ``from_sequences``: the row of each token of each sequence, one after the other; None: 0 .. T.
+    state, views: what the past lies in, and where, a view a group of its layers; None where the batch brings all keys.
     """
 
     tokens: Tensor
@@ -41,28 +71,69 @@ class RaggedBatch:
     kv_offsets: Tensor
     kv_lengths: Tensor
     block_tables: Tensor | None = None
-    slots: Tensor | None = None
-    page_size: int = 1
+    readers: Tensor | None = None
+    parents: Tensor | None = None
     multiplicity: Tensor | None = None
-    state: StatePool | None = None
+    sample_rows: Tensor | None = None
+    state: BatchState | None = None
+    views: tuple[PagedRows | Snapshots, ...] = ()
 
     @classmethod
     def from_sequences(
-        cls, sequences: Sequence[Sequence[int] | Tensor], device: torch.device | str | None = None
+        cls,
+        sequences: Sequence[Sequence[int] | Tensor],
+        device: torch.device | str | None = None,
+        share: bool = True,
     ) -> "RaggedBatch":
-        """Whole sequences packed one after the other, without state: the batch of training.
+        """Whole sequences, without state: the batch of training.
 
-        Sequences may be empty, and there may be none.
+        share: find common prefixes among the sequences (completions of one prompt, preference pairs, trees of turns)
+        and compute each shared token once, where that saves a sixteenth of all tokens or more. ``sample_rows`` says
+        where each sequence's tokens are. False packs the sequences one after the other. Sequences may be empty, and
+        there may be none.
         """
-        counts = [len(sequence) for sequence in sequences]
-        parts = [torch.as_tensor(sequence, dtype=torch.int64).cpu() for sequence in sequences]
+        arrays = [np.asarray(torch.as_tensor(sequence, dtype=torch.int64).cpu()) for sequence in sequences]
+        counts = [len(array) for array in arrays]
+        if share and len(arrays) > 1:
+            shared = share_prefixes(arrays)
+            if sum(counts) - shared.size > _WORTH_SHARING * sum(counts):
+                return cls._of_forest(shared, device)
         # Not repeat_interleave: on a busy CPU its threads have been seen to wait for 20 ms.
         places = [torch.arange(count) for count in counts]
         nothing = torch.empty(0, dtype=torch.int64)
-        tokens, positions = torch.cat([nothing, *parts]), torch.cat([nothing, *places])
+        tokens = torch.cat([nothing, *map(torch.from_numpy, arrays)])
+        positions = torch.cat([nothing, *places])
         lengths = torch.tensor(counts, dtype=torch.int64)
         offsets = _offsets(lengths)
         return cls._on(device, tokens, positions, offsets, offsets[:-1], lengths)
+
+    @classmethod
+    def _of_forest(cls, forest: SharedPrefixes, device: torch.device | str | None) -> "RaggedBatch":
+        segments = forest.segments
+        counts = np.array([len(one.tokens) for one in segments])
+        starts = np.array([one.start for one in segments])
+        owner = np.repeat(np.arange(len(segments)), counts)
+        rows = np.arange(forest.size)
+        positions = starts[owner] + rows - np.array([one.row for one in segments])[owner]
+        tables = np.zeros((len(segments), int((starts + counts).max())), dtype=np.int64)
+        for index, one in enumerate(segments):
+            tables[index, : one.start] = one.rows
+            tables[index, one.start : one.start + len(one.tokens)] = np.arange(one.row, one.row + len(one.tokens))
+        readers = np.stack([rows, np.array(forest.ends)[owner], positions], 1)
+        parts = (
+            np.concatenate([one.tokens for one in segments]),
+            positions,
+            np.concatenate([[0], counts.cumsum()]),
+            np.zeros(len(segments), dtype=np.int64),
+            starts + counts,
+            tables,
+            readers,
+            np.array([one.parent for one in segments]),
+            np.array([len(one.samples) for one in segments])[owner],
+            np.concatenate(forest.rows),
+        )
+        tensors = [torch.from_numpy(part.astype(np.int64, copy=False)).to(device) for part in parts]
+        return cls(*tensors)  # type: ignore[arg-type]
 
     @classmethod
     def for_padded(cls, mask: Tensor, q_len: int) -> "RaggedBatch":
@@ -133,41 +204,80 @@ class RaggedBatch:
         layer: int,
         q: Tensor,
         k: Tensor,
-        v: Tensor,
+        v: Tensor | int,
         *,
         scale: float,
         window: int = 0,
         softcap: float = 0.0,
+        **modifiers: Any,
     ) -> Tensor:
         """Causal attention of the new tokens over their own sequences.
 
-        q [T, Hq, D], k [T, H, D] and v [T, H, Dv] give [T, Hq, Dv].
+        q [T, Hq, D], k [T, H, D] and v [T, H, Dv] give [T, Hq, Dv]; a number for v: the first v columns of k (latent
+        attention). modifiers: further arguments of ``toolkit.ops.attention``, such as ``sinks``.
 
         With state, k and v first go into the layer's pages, and the past is read from there. Without, keys
         and values are the given rows (from ``for_padded``: more of them than queries), and gradients reach
         all three.
         """
-        if self.state is None:
-            keys, values = k, v
-        else:
-            keys, values = self.state.keys[layer], self.state.values[layer]
-            assert self.slots is not None
-            state_write(keys, k, self.slots)
-            state_write(values, v, self.slots)
+        if isinstance(v, int):
+            v = k[..., :v]
+        if self.state is not None:
+            return self.state.attend(self, layer, q, k, v, scale, window, softcap, modifiers)
+        if self.readers is not None:
+            modifiers["readers"] = self.readers
         out, _ = attention(
-            q,
-            keys,
-            values,
-            self.query_offsets,
-            self.kv_offsets,
-            self.kv_lengths,
-            self.block_tables,
-            self.page_size,
-            scale,
-            window,
-            softcap,
-        )
+            q, k, v, self.query_offsets, self.kv_offsets, self.kv_lengths, self.block_tables, 1,
+            scale, window, softcap, **modifiers,
+        )  # fmt: skip
         return out
+
+    def scan(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        beta: Tensor | None = None,
+        *,
+        scale: float = 1.0,
+        delta: bool = False,
+    ) -> Tensor:
+        """``linear_recurrence`` of the new tokens along their own sequences: [T, H, V]."""
+        if self.state is not None:
+            return self.state.scan(self, layer, q, k, v, g, beta, scale, delta)
+        from toolkit.ops.linear_recurrence import linear_recurrence
+
+        out, _ = linear_recurrence(q, k, v, g, beta, self.query_offsets, self._starts, None, scale, delta)
+        return out
+
+    def convolve(
+        self, layer: int, x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
+    ) -> Tensor:
+        """``causal_conv`` of the new tokens' channels [T, C] along their own sequences; weight [C, width]."""
+        if self.state is not None:
+            return self.state.convolve(self, layer, x, weight, bias, activation)
+        from toolkit.ops.causal_conv import causal_conv
+
+        return causal_conv(x, weight, bias, self.query_offsets, self.past(weight.shape[1] - 1), None, activation)
+
+    @cached_property
+    def _starts(self) -> Tensor:
+        """[S] ``parents``, spelled out."""
+        return torch.full_like(self.kv_lengths, -1) if self.parents is None else self.parents
+
+    def past(self, count: int) -> Tensor:
+        """[S, count] rows of the tokens before each segment's first, oldest first; -1 where there is none."""
+        known = self.__dict__.setdefault("_past", {})
+        if count not in known:
+            start = self.kv_lengths - self.query_offsets.diff()
+            place = start[:, None] + torch.arange(-count, 0, device=start.device)
+            if self.block_tables is None:
+                known[count] = torch.full_like(place, -1)
+            else:
+                known[count] = torch.where(place < 0, -1, self.block_tables.gather(1, place.clamp_min(0)))
+        return known[count]
 
     @contextmanager
     def activate(self) -> Iterator["RaggedBatch"]:

@@ -1,70 +1,127 @@
-"""Every layer's pages. The numbers of the pages are the ``PageAllocator``'s; their contents are here."""
+"""What the pages of every layer hold. The numbers of the pages are ``Memory``'s; their contents are here."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from toolkit.ops.attention import attention
 from toolkit.state import kinds
-from toolkit.state.kinds import LayerSpec, Rows
-from toolkit.state.kinds.full import FullAttention
+from toolkit.state.kinds import PagedRows, Rows, StateKind, StateSpec
+from toolkit.state.memory import Group
 
-__all__ = ["LayerSpec", "StatePool"]
+if TYPE_CHECKING:
+    from toolkit.state.batch import RaggedBatch
+
+
+def group_of(spec: StateSpec) -> Group:
+    """The group that a layer's state belongs to."""
+    kind = kinds.find(spec.kind)
+    return Group(kind.reach(spec), kind.stride)
+
+
+def groups_of(specs: Sequence[StateSpec]) -> tuple[Group, ...]:
+    """The groups of a model: those that keep everything first, then by reach."""
+    return tuple(sorted({group_of(spec) for spec in specs}, key=lambda group: (group.reach != 0, -group.reach)))
 
 
 class StatePool:
-    """Storage of ``num_pages`` pages of ``page_size`` token slots for each layer.
+    """Storage of all layers of a model, one structure for kinds that remember differently.
 
-    keys[layer], values[layer]: [num_pages * page_size, kv_heads, head_dim or v_head_dim], in ``dtype``, of
-    the layers that attend. states[layer]: the layer's memory as its kind.
+    specs: what each layer remembers; a layer may have several, of different kinds. pages: how many pages each of
+    ``groups_of(specs)`` has. states, members: each spec's memory, and the index of its group. It is a
+    ``RaggedBatch``'s ``state``.
     """
 
     def __init__(
         self,
-        layers: Sequence[LayerSpec],
-        num_pages: int,
+        specs: Sequence[StateSpec],
+        pages: Mapping[Group, int],
         page_size: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.layers = tuple(layers)
-        self.num_pages = num_pages
+        self.specs = tuple(specs)
+        self.groups = groups_of(specs)
         self.page_size = page_size
         self.dtype = dtype
         self.device = torch.device(device)
-        self.states = [
-            kinds.find(spec.kind).allocate(spec, num_pages, page_size, dtype, self.device) for spec in self.layers
+        self.states: list[StateKind] = [
+            kinds.find(spec.kind)(spec, pages[group_of(spec)], page_size, dtype, self.device) for spec in self.specs
         ]
-        attending = {layer: state for layer, state in enumerate(self.states) if isinstance(state, FullAttention)}
-        self.keys: dict[int, Tensor] = {layer: state.keys for layer, state in attending.items()}
-        self.values: dict[int, Tensor] = {layer: state.values for layer, state in attending.items()}
+        self.recordable = all(state.recordable for state in self.states)
+        self.members = [self.groups.index(group_of(spec)) for spec in self.specs]
+        self._serving: dict[tuple[int, str], tuple[Any, int]] = {
+            (state.spec.layer, state.op): (state, group) for state, group in zip(self.states, self.members, strict=True)
+        }
 
-    @classmethod
-    def page_bytes(cls, layers: Sequence[LayerSpec], page_size: int, dtype: torch.dtype) -> int:
-        """Bytes of one page over all layers: divide the memory to spend by it for the number of pages."""
-        return sum(kinds.find(spec.kind).page_bytes(spec, page_size, dtype) for spec in layers)
+    @staticmethod
+    def page_bytes(specs: Sequence[StateSpec], page_size: int, dtype: torch.dtype) -> dict[Group, int]:
+        """Bytes of one page of each group over all its layers."""
+        totals: dict[Group, int] = {}
+        for spec in specs:
+            group = group_of(spec)
+            totals[group] = totals.get(group, 0) + kinds.find(spec.kind).page_bytes(spec, page_size, dtype)
+        return totals
 
     @property
     def bytes(self) -> int:
         """Bytes of all storage."""
         return sum(state.bytes for state in self.states)
 
-    def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
-        """Run (source, destination) page copies in every layer, as if one after the other."""
-        if copies:
-            for state in self.states:
-                state.fork(copies)
+    def attend(
+        self, batch: "RaggedBatch", layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int,
+        softcap: float, modifiers: Mapping[str, Any],
+    ) -> Tensor:  # fmt: skip
+        """Attention of new tokens over their pages, after their own keys and values went there."""
+        state, group = self._serving[layer, "attend"]
+        view = batch.views[group]
+        assert isinstance(view, PagedRows)
+        state.write((k, v), view, batch.query_offsets)
+        keys, values, tables = state.operands(view)
+        out, _ = attention(
+            q, keys, values, batch.query_offsets, batch.kv_offsets, batch.kv_lengths, tables, self.page_size,
+            scale, window, softcap, **modifiers,
+        )  # fmt: skip
+        return out
 
-    def truncate(self, pages: Sequence[int], length: int) -> None:
-        """Make the sequence that holds ``pages`` remember its first ``length`` tokens only."""
+    def scan(
+        self, batch: "RaggedBatch", layer: int, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None,
+        scale: float, delta: bool,
+    ) -> Tensor:  # fmt: skip
+        """A linear recurrence of new tokens from and to their pages."""
+        state, group = self._serving[layer, "scan"]
+        return state.scan(q, k, v, g, beta, batch.views[group], batch.query_offsets, scale, delta)
+
+    def convolve(
+        self, batch: "RaggedBatch", layer: int, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
+    ) -> Tensor:
+        """A short convolution of new tokens from and to their pages."""
+        state, group = self._serving[layer, "convolve"]
+        return state.convolve(x, weight, bias, activation, batch.views[group], batch.query_offsets)
+
+    def copy_pages(self, copies: Sequence[Sequence[tuple[int, int]]]) -> None:
+        """Run each group's (source, destination) page copies in its layers, as if one after the other."""
+        for state, group in zip(self.states, self.members, strict=True):
+            if copies[group]:
+                state.fork(copies[group])
+
+    def swap_out(self, pages: Sequence[Sequence[int]]) -> list[Rows]:
+        """Copies of each group's ``pages`` on the host, tensors a state; the pages may then be freed."""
+        return [state.swap_out(pages[group]) for state, group in zip(self.states, self.members, strict=True)]
+
+    def swap_in(self, pages: Sequence[Sequence[int]], host: Sequence[Rows]) -> None:
+        """Put what ``swap_out`` returned into each group's ``pages``: any pages, as many as were swapped out."""
+        for state, group, saved in zip(self.states, self.members, host, strict=True):
+            state.swap_in(pages[group], saved)
+
+    def sleep(self) -> None:
+        """Give all memory back; contents are lost. The tensors stay the same objects, so recordings stay valid."""
         for state in self.states:
-            state.truncate(pages, length)
+            state.sleep()
 
-    def swap_out(self, pages: Sequence[int]) -> list[Rows]:
-        """Copies of pages on the host, a tuple of tensors a layer; the pages may then be freed."""
-        return [state.swap_out(pages) for state in self.states]
-
-    def swap_in(self, pages: Sequence[int], host: Sequence[Rows]) -> None:
-        """Put what ``swap_out`` returned into ``pages``: any pages, as many as were swapped out."""
-        for state, saved in zip(self.states, host, strict=True):
-            state.swap_in(pages, saved)
+    def wake(self) -> None:
+        """Take the memory again."""
+        for state in self.states:
+            state.wake()

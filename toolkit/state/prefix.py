@@ -5,6 +5,7 @@ are found by the real tokens of the next page. Python's own dict compares those 
 the root is the prefix, so two different prefixes can never be taken for one another, whatever their hashes.
 """
 
+import itertools
 from collections.abc import Hashable, Sequence
 from weakref import WeakValueDictionary
 
@@ -40,28 +41,29 @@ class PrefixIndex:
     def __len__(self) -> int:
         return len(self._nodes)
 
-    def walk(self, tokens: Sequence[int], version: Hashable) -> list[PrefixNode]:
-        """Nodes of the longest run of full pages, from the first token on, that are all registered."""
+    def path(self, tokens: Sequence[int], version: Hashable) -> list[PrefixNode]:
+        """Nodes of full pages from the first token on, as far as any is known; some may have no page."""
         node = self._roots.get(version)
         found: list[PrefixNode] = []
         for start in range(0, len(tokens) - self.page_size + 1, self.page_size):
             if node is None:
                 break
             node = node.children.get(tuple(tokens[start : start + self.page_size]))
-            if node is None or node.page is None:
-                break
-            found.append(node)
+            if node is not None:
+                found.append(node)
         return found
 
     def match(self, tokens: Sequence[int], version: Hashable) -> list[int]:
         """Pages that hold the longest registered prefix of ``tokens`` computed by weights ``version``."""
-        return [node.page for node in self.walk(tokens, version) if node.page is not None]
+        pages = (node.page for node in self.path(tokens, version))
+        return list(itertools.takewhile(lambda page: page is not None, pages))  # type: ignore[arg-type]
 
     def register(
-        self, page: int, parent_key: PrefixNode | None, tokens_of_page: Sequence[int], version: Hashable
+        self, page: int | None, parent_key: PrefixNode | None, tokens_of_page: Sequence[int], version: Hashable
     ) -> PrefixNode:
         """Say that ``page`` holds ``tokens_of_page`` after the prefix ``parent_key`` (None: at the start).
 
+        page: None where the tokens are passed over, so that what follows them hangs from them.
         Returns the key to pass as the next page's ``parent_key``. Where another page already holds the same
         tokens after the same prefix, that page stays the registered one. Raises ValueError for a page that is
         not full, is registered under other tokens, or follows a prefix of another version.
@@ -78,6 +80,8 @@ class PrefixIndex:
         if node is None:
             node = PrefixNode(parent, tokens, version)
             parent.children[tokens] = node
+        if page is None:
+            return node
         if self._nodes.get(page, node) is not node:
             raise ValueError(f"page {page} is already registered with other tokens.")
         if node.page is None:

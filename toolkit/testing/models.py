@@ -28,7 +28,47 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"num_key_value_heads": 2, "sliding_window": 4096},
     "gemma": {"num_key_value_heads": 1, "head_dim": 32},
     "gpt_neox": {"rotary_pct": 0.25},
+    "gemma2": {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 9, "query_pre_attn_scalar": 16},
+    "granite_swa": {
+        "num_key_value_heads": 2,
+        "sliding_window": 9,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "attention_multiplier": 0.25,
+    },
+    "deepseek_v3": {
+        "num_key_value_heads": 4,
+        "q_lora_rank": 24,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 16,
+        "first_k_dense_replace": 99,
+    },
+    "qwen3_next": {
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 12,
+        "layer_types": ["linear_attention", "full_attention"],
+        "mlp_only_layers": list(range(99)),
+    },
+    "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 12, "n_groups": 2, "expand": 2, "chunk_size": 8},
+    "bamba": {
+        "num_key_value_heads": 2,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 16,
+        "mamba_d_state": 12,
+        "mamba_n_groups": 2,
+        "mamba_chunk_size": 8,
+        "attn_layer_indices": [1],
+    },
+    "lfm2": {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"], "block_multiple_of": 8},
 }
+
+# Their mixers keep transformers' own forward in ordinary calls: ragged batches alone have the promise of equal bits.
+HYBRIDS = ("qwen3_next", "mamba2", "bamba", "lfm2")
 
 
 def random_model(

@@ -1,7 +1,7 @@
 """Does the engine return the training forward's log-probabilities, bit for bit, whatever the schedule?
 
-Randomised schedules: batch composition, arrival, chunk size, page size, prefix hits, forks, preemption. The training
-forward then sees the same sequences packed in random groups.
+Randomised schedules: batch composition, arrival, chunk size, page size, prefix hits, forks, preemption, swapping,
+sleep. The training forward then sees the same sequences packed in random groups.
 """
 
 import random
@@ -27,6 +27,7 @@ class Parity:
     schedules: int = 0
     prefix_hit_tokens: int = 0
     preemptions: int = 0
+    swaps: int = 0
     forked: int = 0
     chunked_prompts: int = 0
     numerics: str = ""
@@ -74,6 +75,7 @@ def _one_schedule(
         "max_num_batched_tokens": budget,
         "page_size": page_size,
         "num_pages": int(room * (longest // page_size + 2)),
+        "swap_bytes": source.choice([0, None]),
     }
     params = [
         SamplingParams(
@@ -93,9 +95,13 @@ def _one_schedule(
             for _ in range(min(len(waiting), source.choice([0, 1, 1, 2, 5]) if engine.has_work else 3)):
                 engine.submit(*waiting.pop(0))
             completions += [delta.finished for delta in engine.step() if delta.finished is not None]
+            if source.random() < 0.04:  # as a training step between two rollout steps would
+                engine.sleep()
+                engine.wake()
         stats = engine.stats()
     result.prefix_hit_tokens += int(stats["prefix_hit_tokens"])
     result.preemptions += int(stats["preemptions"])
+    result.swaps += int(stats["swaps"])
     result.forked += sum(n - 1 for n in siblings)
     result.chunked_prompts += sum(len(prompt) > budget for prompt in chosen)
     source.shuffle(completions)

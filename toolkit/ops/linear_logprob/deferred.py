@@ -16,6 +16,7 @@ from torch import Tensor
 from toolkit.errors import ToolkitError
 from toolkit.ops.linear import linear
 from toolkit.ops.linear_logprob import LinearLogprob, linear_logprob
+from toolkit.ops.take_rows import take_rows
 from toolkit.ops.token_logprob import token_logprob
 
 _SCALAR = (int, float)
@@ -206,6 +207,13 @@ _METADATA = {
         for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_sparse", "is_meta", "is_quantized")
     ),
 }
+
+
+def take_logits(logits: Tensor, rows: Tensor) -> Tensor:
+    """logits [T, V] at ``rows``, which may repeat; deferred logits stay deferred. Gradients add up in a fixed order."""
+    if isinstance(logits, DeferredLogits) and logits.dense is None:
+        return logits._with(hidden=take_rows(logits.hidden, rows))
+    return take_rows(logits.compute() if isinstance(logits, DeferredLogits) else logits, rows)
 
 
 def _without_logits(logits: Tensor, targets: Tensor) -> LinearLogprob | None:

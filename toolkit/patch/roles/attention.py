@@ -12,11 +12,13 @@ from transformers import AttentionInterface
 from transformers.masking_utils import causal_mask_function, eager_mask, sliding_window_causal_mask_function
 
 from toolkit.modules.attention import FusedAttention
+from toolkit.modules.latent_attention import parts_of
 from toolkit.numerics import Numerics
 from toolkit.patch import seam
 from toolkit.patch.claim import Claim, ProbeError, Refusal, Undo, replace_forward
 from toolkit.patch.probe import compare, device_of, random_input, signature_key, twin, with_forward
 from toolkit.patch.roles.search import prove
+from toolkit.state.batch import RaggedBatch
 
 LENGTH = 7
 PROBE_WINDOW = 3  # small enough that the window cuts inside the probe
@@ -30,6 +32,7 @@ class Seen:
     head_dim: int
     window: int
     softcap: float
+    sinks: str | None
     output: Tensor
 
 
@@ -72,8 +75,10 @@ class Probe:
 
         def record(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
             window, softcap = kwargs.get("sliding_window") or 0, kwargs.get("softcap") or 0.0
+            given = kwargs.get("s_aux")
+            sinks = next((name for name, own in module.named_parameters(recurse=False) if own is given), None)
             output = seam.attention_function(module, query, key, value, mask, **kwargs)
-            calls.append(Seen(query.shape[1], query.shape[-1], window, softcap, output[0]))
+            calls.append(Seen(query.shape[1], query.shape[-1], window, softcap, sinks, output[0]))
             return output
 
         with _registered("toolkit_probe", record), torch.no_grad():
@@ -132,6 +137,7 @@ def _fused_options(module: nn.Module, probe: Probe) -> list[Any]:
                 out,
                 q_norm,
                 k_norm,
+                seen.sinks,
                 interleaved,
                 seen.head_dim,
                 window,
@@ -142,6 +148,50 @@ def _fused_options(module: nn.Module, probe: Probe) -> list[Any]:
         op = f"attention (fused, {'interleaved' if interleaved else 'half'} rotary)"
         options.append((op, parts(probe.seen.window).forward(), lambda probed=probed: probe.error(probed)))
     return options
+
+
+LENGTHS = (LENGTH, 4)  # of the sequences that latent attention is probed with
+
+
+def _latent_options(module: nn.Module, probe: Probe) -> list[Any]:
+    """Latent attention serves ragged batches alone: one of two sequences, against eager attention on each."""
+    options = []
+    for interleaved in (False, True):
+        parts = parts_of(module, interleaved)
+        if parts is None or probe.tables is None or probe.seen.window or probe.seen.softcap or probe.seen.sinks:
+            return []
+        forward = parts.forward(type(module).forward)
+        op = f"latent attention ({'interleaved' if interleaved else 'half'} rotary)"
+        options.append((op, forward, lambda forward=forward: _latent_error(probe, forward)))
+    return options
+
+
+def _latent_error(probe: Probe, forward: Any) -> ProbeError:
+    assert probe.tables is not None
+    cos, sin = probe.tables
+    batch = RaggedBatch.from_sequences([[0] * length for length in LENGTHS], device_of(probe.copied), share=False)
+    together_tables = tuple(torch.cat([table[:, :length] for length in LENGTHS], 1) for table in (cos, sin))
+
+    def together(*sequences: Tensor) -> Tensor:
+        with batch.activate():
+            return with_forward(probe.copied, forward)(torch.cat(sequences, 1), position_embeddings=together_tables)[0]
+
+    def alone(*sequences: Tensor) -> Tensor:
+        outputs = []
+        for x in sequences:
+            length = x.shape[1]
+            mask = eager_mask(
+                1, length, length, mask_function=causal_mask_function, dtype=torch.float32, device=x.device
+            )
+            tables, probe.tables = probe.tables, (cos[:, :length], sin[:, :length])
+            try:
+                outputs.append(probe.run("eager", mask, x))
+            finally:
+                probe.tables = tables
+        return torch.cat(outputs, 1)
+
+    inputs = [random_input(1, length, probe.width, like=probe.copied) for length in LENGTHS]
+    return compare(together, alone, [inputs], list(probe.copied.parameters()))
 
 
 def _install_interface(model: Any):
@@ -181,7 +231,8 @@ def find(model: Any, numerics: Numerics) -> list[Claim | Refusal]:
                 return [Refusal("attention", path, reason.splitlines()[0][:200])]
             if not error.passes():
                 return [Refusal("attention", path, f"the interface changes it: probe error {error.worst():.1e}")]
-            verdicts[key] = probe, error, prove(_fused_options(module, probe))
+            fused = prove(_fused_options(module, probe))
+            verdicts[key] = probe, error, fused if isinstance(fused, tuple) else prove(_latent_options(module, probe))
         _, error, fused = verdicts[key]
         worst = ProbeError(max(worst.forward, error.forward), max(worst.backward, error.backward))
         if isinstance(fused, tuple):

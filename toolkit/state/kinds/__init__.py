@@ -1,8 +1,8 @@
 """The contract of a state kind: what one layer remembers of every sequence. One file a kind.
 
-A kind stores rows, one for each token slot, in the pages that a ``Table`` hands out; the layer's mathematics
-reads them through block tables. A new kind is a file in this folder with a subclass of ``StateKind``; the
-contract tests find it by themselves.
+``out, state' = op(in, state)``: a kind stores something in the pages that a sequence's ``Table`` hands out, and its op
+reads and writes it there. A new kind is a file in this folder with a subclass of ``StateKind``; the contract tests
+find it by themselves. docs/state.md shows one from start to end.
 """
 
 import importlib
@@ -18,84 +18,162 @@ from torch import Tensor
 from toolkit.errors import ToolkitError, nearest
 
 Rows = tuple[Tensor, ...]
-"""What a kind stores of T tokens: tensors of T rows each, in the order and shapes of ``row_shapes``."""
+"""Tensors of one row a token, or one entry a page."""
 
 
 @dataclass(frozen=True)
-class LayerSpec:
+class StateSpec:
     """What one layer needs to remember.
 
-    kv_heads, head_dim, v_head_dim: heads of keys and values, width of a key and of a value.
-    window: tokens that a query looks back over, itself included; 0 for all of them.
-    kind: name of the state kind.
+    layer: index of the layer. kind: name of the state kind. shapes: of what it stores of a token (or, for snapshots,
+    of the value that a page holds), a shape a tensor. window: tokens that a query looks back over, itself included; 0
+    for all.
     """
 
-    kv_heads: int
-    head_dim: int
-    v_head_dim: int
+    layer: int
+    kind: str
+    shapes: tuple[tuple[int, ...], ...]
     window: int = 0
-    kind: str = "full"
+
+
+@dataclass(frozen=True)
+class PagedRows:
+    """Where the tokens of a batch lie in a group whose pages hold ``page_size`` slots each. int64.
+
+    block_tables [S, P]: physical pages of each sequence in order (any page where it is not read any more).
+    slots [T]: where a new token's state goes, page * page_size + place; negative: nowhere.
+    """
+
+    block_tables: Tensor
+    slots: Tensor
+
+
+@dataclass(frozen=True)
+class Snapshots:
+    """Where the states of a batch lie in a group whose pages hold one value each. int64.
+
+    sources [S]: page of the state that each sequence goes on from; negative: the empty state.
+    save_rows [N], save_pages [N]: after the token at that row, the state goes to that page; rows ascend.
+    """
+
+    sources: Tensor
+    save_rows: Tensor
+    save_pages: Tensor
 
 
 class StateKind(ABC):
     """One layer's memory. ``class Mine(StateKind, kind="mine")`` registers itself.
 
-    Slots are ``page * page_size + place``; ``pages`` are one sequence's physical pages in order.
+    ``stores``: tensors of [num_pages, ...] that hold everything; copies, swaps and counts of bytes follow from them.
     """
 
     kind: ClassVar[str]
+    op: ClassVar[str]
+    """The method of ``RaggedBatch`` that uses it: "attend", "scan" or "convolve"; a layer has one of each at most."""
+    stride: ClassVar[int] = 0
+    """0: a page holds a slot for each token. s > 0: it holds one value, of which every s-th page's is kept."""
+    recordable: ClassVar[bool] = True
+    """Whether a decode step can be recorded once and replayed: False where shapes inside depend on values."""
     _registry: ClassVar[dict[str, type["StateKind"]]] = {}
 
-    def __init_subclass__(cls, *, kind: str) -> None:
+    def __init_subclass__(cls, *, kind: str | None = None) -> None:
         super().__init_subclass__()
-        cls.kind = kind
-        StateKind._registry[kind] = cls
+        if kind is not None:
+            cls.kind = kind
+            StateKind._registry[kind] = cls
 
-    @staticmethod
-    @abstractmethod
-    def row_shapes(spec: LayerSpec) -> tuple[tuple[int, ...], ...]:
-        """Shape of one token's row in each tensor of ``Rows``."""
+    def __init__(
+        self, spec: StateSpec, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.spec = spec
+        self.page_size = page_size
+        # Zeros, because what the host has not touched yet costs no memory and a stray NaN would spread.
+        self.stores: Rows = tuple(
+            torch.zeros(num_pages, *shape, dtype=kept, device=device)
+            for shape, kept in self.entries(spec, page_size, dtype)
+        )
 
     @classmethod
     @abstractmethod
-    def page_bytes(cls, spec: LayerSpec, page_size: int, dtype: torch.dtype) -> int:
-        """Bytes that one page of this layer takes."""
+    def entries(cls, spec: StateSpec, page_size: int, dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of a page's entry in each of ``stores``."""
+
+    @classmethod
+    def reach(cls, spec: StateSpec) -> int:
+        """How many of its last tokens a sequence still reads; 0: all."""
+        return 0
 
     @classmethod
     @abstractmethod
-    def allocate(
-        cls, spec: LayerSpec, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
-    ) -> "StateKind":
-        """Storage for ``num_pages`` pages."""
-
-    @property
-    @abstractmethod
-    def bytes(self) -> int:
-        """Bytes of storage."""
+    def inputs(cls, spec: StateSpec) -> tuple[tuple[int, ...], ...]:
+        """Shape of a token's row in each tensor that ``write`` takes."""
 
     @abstractmethod
-    def write(self, rows: Rows, slots: Tensor) -> None:
-        """Store rows [T, ...] at slots [T] (int64; negative ones are skipped)."""
+    def write(self, rows: Rows, view: PagedRows | Snapshots, query_offsets: Tensor) -> None:
+        """Take in rows [T, ...]: sequence s of ``view`` goes on with rows query_offsets[s] .. query_offsets[s + 1]."""
 
     @abstractmethod
     def read(self, pages: Sequence[int], length: int) -> Rows:
-        """The first ``length`` rows of the sequence that holds ``pages``, in order, as copies."""
+        """What a sequence of ``length`` tokens remembers, as copies; ``pages``: its table, negative where not held."""
 
-    @abstractmethod
+    @classmethod
+    def page_bytes(cls, spec: StateSpec, page_size: int, dtype: torch.dtype) -> int:
+        """Bytes that one page of this layer takes."""
+        return sum(kept.itemsize * torch.Size(shape).numel() for shape, kept in cls.entries(spec, page_size, dtype))
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of storage, given up or not."""
+        return sum(store.nbytes for store in self.stores)
+
     def fork(self, copies: Sequence[tuple[int, int]]) -> None:
         """Run the (source, destination) page copies of a fork, as if one after the other."""
+        for group in independent(copies):
+            source, destination = self._index([page for copy in group for page in copy]).view(-1, 2).unbind(1)
+            for store in self.stores:
+                store[destination] = store[source]
 
-    @abstractmethod
-    def truncate(self, pages: Sequence[int], length: int) -> None:
-        """Make the sequence that holds ``pages`` remember its first ``length`` tokens only."""
-
-    @abstractmethod
     def swap_out(self, pages: Sequence[int]) -> Rows:
         """Copies of whole pages on the host, one page a row."""
+        index = self._index(pages)
+        return tuple(store[index].cpu() for store in self.stores)
 
-    @abstractmethod
     def swap_in(self, pages: Sequence[int], host: Rows) -> None:
         """Put what ``swap_out`` returned into ``pages`` (any pages, as many as were swapped out)."""
+        index = self._index(pages)
+        for store, saved in zip(self.stores, host, strict=True):
+            store[index] = saved.to(store.device)
+
+    def sleep(self) -> None:
+        """Give the memory back; contents are lost, tensors keep their identity."""
+        for store in self.stores:
+            store.untyped_storage().resize_(0)
+
+    def wake(self) -> None:
+        """Take the memory again, as zeros."""
+        for store in self.stores:
+            store.untyped_storage().resize_(store.nbytes)
+            store.zero_()
+
+    def _index(self, pages: Sequence[int]) -> Tensor:
+        return torch.tensor(pages, dtype=torch.int64, device=self.stores[0].device)
+
+
+def independent(copies: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """Cut a list of page copies into runs whose copies may happen all at once.
+
+    A run reads all its sources before it writes, so it ends only where a source or a destination was written
+    by the run already.
+    """
+    groups: list[list[tuple[int, int]]] = []
+    written: set[int] = set()
+    for source, destination in copies:
+        if not groups or source in written or destination in written:
+            groups.append([])
+            written = set()
+        groups[-1].append((source, destination))
+        written.add(destination)
+    return groups
 
 
 def registered() -> dict[str, type[StateKind]]:

@@ -1,0 +1,98 @@
+"""Multi-head latent attention over a ragged batch, by its latents alone (DeepSeek-V2, 2024).
+
+A key is W_uk c and a value W_uv c of one latent c a token, so a head's score is <W_uk^T q, c> and its output W_uv (sum
+of weighted c): attention with one key head, whose keys are the latents (and the rotated part that all heads share) and
+whose values are the latents again. Training and decoding do it alike, so a token has the same bits in both.
+
+Shapes: T tokens, H heads, R latent width, N width of a key's part without position, P of its rotated part, V of a
+value.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from toolkit.modules.attention import current_batch
+from toolkit.ops.linear import linear
+from toolkit.ops.rotary import rotary
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """Where a layer keeps its parts, by attribute name, and its widths.
+
+    q: projections and norms that make the queries, in order.
+    """
+
+    q: tuple[str, ...]
+    down: str
+    norm: str
+    up: str
+    out: str
+    rank: int
+    content: int
+    rotated: int
+    interleaved: bool
+
+    def forward(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """The replacement: ragged batches by their latents, all else as ``original`` does it."""
+        parts = self
+
+        def forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            batch = current_batch(kwargs)
+            up = getattr(self, parts.up)
+            # An adapter around the projection is part of it; its product with the queries is not taken apart.
+            if batch is None or type(up) is not nn.Linear:
+                return original(self, hidden_states, *args, **kwargs)
+            tables: Any = kwargs.get("position_embeddings", args[0] if args else None)
+            cos, sin = (table[0] for table in tables)
+            x = hidden_states
+            for name in parts.q:
+                x = getattr(self, name)(x)
+            q = x[0].unflatten(-1, (-1, parts.content + parts.rotated))
+            latent, shared = getattr(self, parts.down)(hidden_states)[0].split([parts.rank, parts.rotated], -1)
+            latent = getattr(self, parts.norm)(latent)
+            content, turned = q.split([parts.content, parts.rotated], -1)
+            turned = rotary(turned, cos, sin, parts.interleaved)
+            shared = rotary(shared[:, None], cos, sin, parts.interleaved)
+            heads = up.weight.unflatten(0, (q.shape[1], -1))  # [H, N + V, R]
+            to_latent, to_value = heads[:, : parts.content].mT, heads[:, parts.content :]
+            asked = torch.stack([linear(content[:, h], to_latent[h]) for h in range(len(heads))], 1)
+            out = batch.attend(
+                self.layer_idx,  # type: ignore[arg-type]
+                torch.cat([asked, turned], -1),
+                torch.cat([latent[:, None], shared], -1),
+                parts.rank,
+                scale=float(self.scaling),  # type: ignore[arg-type]
+            )
+            values = torch.stack([linear(out[:, h], to_value[h]) for h in range(len(heads))], 1)
+            return getattr(self, parts.out)(values.flatten(1)[None]), None
+
+        return forward
+
+
+def parts_of(module: nn.Module, interleaved: bool) -> LatentAttention | None:
+    """The layer's parts, if its children are those of latent attention."""
+    children = dict(module.named_children())
+    down, norm, up = (children.get(name) for name in ("kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj"))
+    out = next((name for name in ("o_proj", "out_proj") if name in children), None)
+    if not (isinstance(down, nn.Linear) and type(up) is nn.Linear and norm is not None and out is not None):
+        return None
+    if up.bias is not None:
+        return None
+    q = ("q_proj",) if "q_proj" in children else ("q_a_proj", "q_a_layernorm", "q_b_proj")
+    last = children.get(q[-1])
+    if not isinstance(last, nn.Linear):
+        return None
+    rank = up.in_features
+    rotated = down.out_features - rank
+    heads = getattr(module, "num_heads", None) or getattr(module.config, "num_attention_heads", 0)
+    if rotated <= 0 or not heads or last.out_features % heads:
+        return None
+    content = last.out_features // heads - rotated
+    return LatentAttention(
+        q, "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", out, rank, content, rotated, interleaved
+    )

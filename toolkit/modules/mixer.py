@@ -1,0 +1,93 @@
+"""Recurrent mixers over a ragged batch: the functions that a mixer's own forward calls, with the batch's past.
+
+A mixer (gated delta rule, state-space duality, short convolution) projects, convolves, scans and projects again. Its
+own code does the projecting; the convolution and the scan are these. Shapes: B = 1 batch, T tokens, C channels, H
+value heads, G key heads, K key width, V value width.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from toolkit.ops.rms_norm import rms_norm
+from toolkit.state.batch import RaggedBatch
+
+
+def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """x / sqrt(sum(x^2) + eps) over the last dimension, in float32 at least."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    width = x.shape[-1]
+    return rms_norm(x, None, eps / width) * width**-0.5
+
+
+def convolution(layer: int, batch: RaggedBatch) -> Callable[..., Tensor]:
+    """``f(hidden_states [1, C, T], weight [C, width], bias, activation)``: [1, C, T]."""
+
+    def convolve(
+        hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, **_: Any
+    ) -> Tensor:
+        kind = "silu" if activation in ("silu", "swish") else activation
+        return batch.convolve(layer, hidden_states[0].T, weight, bias, kind).T[None]
+
+    return convolve
+
+
+def gated_delta_rule(layer: int, batch: RaggedBatch) -> Callable[..., tuple[Tensor, None]]:
+    """``f(query, key [1, T, G, K], value [1, T, H, V], g, beta [1, T, H])``: ([1, T, H, V], None)."""
+
+    def scan(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        use_qk_l2norm_in_kernel: bool = False,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        q, k = (l2_norm(x) if use_qk_l2norm_in_kernel else x for x in (query[0], key[0]))
+        dtype = torch.promote_types(value.dtype, torch.float32)
+        v, g, beta = (x[0].to(dtype) for x in (value, g, beta))
+        out = batch.scan(layer, q.to(dtype), k.to(dtype), v, g, beta, scale=q.shape[-1] ** -0.5, delta=True)
+        return out[None].to(value.dtype), None
+
+    return scan
+
+
+def state_space(layer: int, batch: RaggedBatch) -> Callable[..., Tensor]:
+    """``f(x [1, T, H, V], dt [1, T, H], A [H], B, C [1, T, G, K], chunk, D [H])``: [1, T, H, V]."""
+
+    def scan(
+        hidden_states: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        chunk_size: int = 0,
+        D: Tensor | None = None,
+        dt_bias: Tensor | None = None,
+        dt_softplus: bool = False,
+        dt_limit: tuple[float, float] = (0.0, float("inf")),
+        return_final_states: bool = False,
+        **_: Any,
+    ) -> Any:
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        if dt_bias is not None:
+            dt = dt + dt_bias.to(dt.dtype)
+        if dt_softplus:
+            dt = F.softplus(dt)
+        step = torch.clamp(dt, min=dt_limit[0], max=dt_limit[1])[0].to(dtype)
+        x, b, c = (part[0].to(dtype) for part in (hidden_states, B, C))
+        out = batch.scan(layer, c, b, x, A.to(dtype) * step, step)
+        if D is not None:
+            out = out + D.to(dtype)[:, None] * x
+        return (out[None], None) if return_final_states else out[None]
+
+    return scan
+
+
+def declined(layer: int, batch: RaggedBatch) -> Callable[..., None]:
+    """For a function that fuses the whole mixer where it can: it cannot, and the mixer goes its long way."""
+    return lambda *args, **kwargs: None

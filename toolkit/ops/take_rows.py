@@ -1,0 +1,39 @@
+"""Rows by index, where an index may repeat: the gradient adds up in a fixed order, on every device."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _TakeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.count = x.shape[0]
+        return x[rows]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        total = grad.new_zeros(ctx.count, *grad.shape[1:])
+        if rows.numel():
+            order = rows.argsort(stable=True)
+            ranked = rows[order]
+            first = torch.searchsorted(ranked, ranked)  # where the run of equal rows begins
+            turn = torch.arange(len(rows), device=rows.device) - first
+            # Within a turn no row comes twice, so nothing is added to at once.
+            for at in range(int(turn.max()) + 1):
+                now = order[turn == at]
+                total[rows[now]] += grad[now]
+        return total, None
+
+
+def take_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """x[rows]: x [T, ...], rows [N] int64 from 0 to T - 1, with repetitions; [N, ...].
+
+    The gradient of a row is the sum over its repetitions in the order of ``rows``: the same bits every time, which
+    ``x[rows]`` does not promise (its backward adds atomically). Takes as many steps as the most frequent row has
+    repetitions.
+    """
+    return _TakeRows.apply(x, rows)

@@ -1,0 +1,54 @@
+"""Short causal convolutions: the last few inputs of every channel. Pages hold snapshots, as for ``recurrent``."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from toolkit.state.kinds import PagedRows, Rows, Snapshots, StateKind, StateSpec
+
+
+class ShortConvolution(StateKind, kind="conv"):
+    """tails [num_pages, width - 1, channels] of one layer, oldest first; spec.shapes: that entry's shape."""
+
+    op = "convolve"
+    stride = 16
+
+    @classmethod
+    def entries(cls, spec: StateSpec, page_size: int, dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        return [(spec.shapes[0], dtype)]
+
+    @classmethod
+    def reach(cls, spec: StateSpec) -> int:
+        return 1
+
+    @classmethod
+    def inputs(cls, spec: StateSpec) -> tuple[tuple[int, ...], ...]:
+        return ((spec.shapes[0][1],),)
+
+    def write(self, rows: Rows, view: PagedRows | Snapshots, query_offsets: Tensor) -> None:
+        (x,) = rows
+        self.convolve(x, x.new_zeros(x.shape[1], self.spec.shapes[0][0] + 1), None, None, view, query_offsets)
+
+    def convolve(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: str | None,
+        view: PagedRows | Snapshots,
+        query_offsets: Tensor,
+    ) -> Tensor:
+        """Outputs [T, C] of ``causal_conv`` from and to the pages."""
+        from toolkit.ops.causal_conv import causal_conv_paged
+
+        assert isinstance(view, Snapshots)
+        return causal_conv_paged(
+            x, weight, bias, query_offsets, view.sources, view.save_rows, view.save_pages, self.stores[0], activation
+        )
+
+    def read(self, pages: Sequence[int], length: int) -> Rows:
+        """The last inputs; zeros where the sequence is shorter."""
+        if length == 0:
+            return (torch.zeros_like(self.stores[0][0]),)
+        return (self.stores[0][pages[(length - 1) // self.page_size]].clone(),)
