@@ -117,6 +117,92 @@ def test_a_wrong_override_is_one_sentence(recipe: str, override: str, expected: 
     assert refusal(recipe, override).startswith(expected)
 
 
+ON_TASK = "task: {name: countdown}"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("objective=3", "objective is 3; it must be a mapping of fields."),
+        ("objective={}", "objective.kind is missing; it must be one of 'pretrain', 'sft', 'dpo', 'grpo' or 'distill'."),
+        ("objective.kind=grp", "objective.kind is 'grp'; it must be one of "),
+        ("objective.kind=[grpo]", "objective.kind is ['grpo']; it must be one of "),
+        ("objective={kind: grpo}", "objective.task is null; a rollout needs a task."),
+        (
+            f"objective={{kind: grpo, {ON_TASK}, clip_lo: 3}}",
+            "Unknown field 'objective.clip_lo'; did you mean 'objective.clip_low'?",
+        ),
+        (f"objective={{kind: dpo, {ON_TASK}, group: 3}}", "Unknown field 'objective.group'; did you mean "),
+        (f"objective={{kind: grpo, {ON_TASK}, clip_low: 3}}", "objective.clip_low is 3; it must be less than 1.0."),
+        (f"objective={{kind: grpo, {ON_TASK}, group: 1}}", "objective.group is 1; it must be at least 2."),
+        (
+            f"objective={{kind: grpo, {ON_TASK}, importance_cap: x}}",
+            "objective.importance_cap is 'x'; it must be a number or null.",
+        ),
+        (
+            f"objective={{kind: grpo, {ON_TASK}, ratio: 3}}",
+            "objective.ratio is 3; it must be one of 'token' or 'sequence'.",
+        ),
+        (
+            f"objective={{kind: grpo, {ON_TASK}, warmup: 3}}",
+            "objective.warmup is 3; it must be a mapping of fields or null.",
+        ),
+        (
+            f"objective={{kind: grpo, {ON_TASK}, warmup: {{steps: 0}}}}",
+            "objective.warmup.steps is 0; it must be at least 1.",
+        ),
+        (
+            f"objective={{kind: grpo, {ON_TASK}, warmup: {{step: 1}}}}",
+            "Unknown field 'objective.warmup.step'; did you mean 'objective.warmup.steps'?",
+        ),
+        (
+            f"objective={{kind: grpo, {ON_TASK}, rollout: {{temperature: 0.7}}}}",
+            "objective.rollout.temperature is 0.7; it must be 1.0 with objective.kind 'grpo'",
+        ),
+        (
+            f"objective={{kind: grpo, {ON_TASK}, rollout: {{max_tokens: 512}}}}",
+            "objective.rollout.max_tokens is 512; it must be below train.max_length, which is 512.",
+        ),
+        ("objective={kind: sft}", "Exactly one of objective.task and objective.data must be given, not neither."),
+        (
+            f"objective={{kind: sft, data: x, {ON_TASK}}}",
+            "Exactly one of objective.task and objective.data must be given, not both.",
+        ),
+        (
+            "objective={kind: sft, data: x, warmup: {steps: 1}}",
+            "objective.warmup.task is null; without objective.task it must be given.",
+        ),
+        (f"objective={{kind: distill, {ON_TASK}}}", "objective.teacher is missing; it must be given."),
+        (
+            f"objective={{kind: distill, {ON_TASK}, teacher: {{steps: 3}}}}",
+            "Exactly one of objective.teacher.path and objective.teacher.config must be given, not neither.",
+        ),
+        ("model.lora={rank: 0}", "model.lora.rank is 0; it must be at least 1."),
+        ("model.lora={targets: all}", "model.lora.targets is 'all'; it must be a list or null."),
+        (
+            "model.lora={rank: 4}",
+            "model.lora is given while model.path and objective.warmup are null; adapters need a trained model.",
+        ),
+    ],
+)
+def test_a_wrong_objective_is_one_sentence(recipe: str, override: str, expected: str) -> None:
+    assert refusal(recipe, override).startswith(expected)
+
+
+def test_accumulation_is_for_objectives_without_rollouts(recipe: str) -> None:
+    message = refusal(recipe, f"objective={{kind: grpo, {ON_TASK}}}", "train.accumulate=2")
+    assert message.startswith("train.accumulate is 2; it must be 1 with objective.kind 'grpo'")
+
+
+def test_the_fields_of_every_kind_are_known(recipe: str) -> None:
+    for kind in ("sft", "dpo", "grpo", "distill"):
+        assert "objective.warmup.batch_tokens" in field_names(kind=kind)
+    assert "objective.clip_high" in field_names(kind="grpo")
+    assert "objective.clip_high" not in field_names(kind="sft")
+    loaded = load_recipe(recipe, [f"objective={{kind: grpo, {ON_TASK}, warmup: {{steps: 3}}}}"])
+    assert validate(yaml.safe_load(dump(loaded))) == loaded
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -172,4 +258,4 @@ def test_every_field_name_resolves(recipe: str) -> None:
     for name in field_names():
         inner = values
         for part in name.split("."):
-            inner = inner[part]
+            inner = inner[part] if inner is not None else {}  # null in place of a section

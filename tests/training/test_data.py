@@ -37,7 +37,7 @@ def files(folder: Path) -> list[corpus.SourceFile]:
 
 @pytest.fixture(scope="module")
 def tokenizer(files: list[corpus.SourceFile]) -> Any:
-    return train_tokenizer(files, 300, 64)
+    return train_tokenizer([file.read() for file in files], 300, 64)
 
 
 def make(files: list[corpus.SourceFile], tokenizer: Any, **changes: Any) -> PackedStream:
@@ -101,7 +101,7 @@ def test_tokenizer_is_lossless_and_keeps_special_tokens_out_of_text(
 
 
 def test_tokenizer_training_is_deterministic(files: list[corpus.SourceFile], tokenizer: Any) -> None:
-    again = train_tokenizer(files, 300, 64)
+    again = train_tokenizer([file.read() for file in files], 300, 64)
     assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
 
 

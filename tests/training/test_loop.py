@@ -22,7 +22,7 @@ from toolkit.state.batch import RaggedBatch
 from toolkit.training.evaluate import compressed_bits_per_byte, windows
 from toolkit.training.loop import Trainer, train
 from toolkit.training.metrics import read_metrics
-from toolkit.training.report import evaluate, held_out_texts
+from toolkit.training.objectives.pretrain import Pretrain
 from toolkit.training.schedule import learning_rate_factor
 
 
@@ -58,6 +58,11 @@ def train_until(recipe: Recipe, step: int) -> None:
     trainer.train_step = train_step  # type: ignore[method-assign]
     with pytest.raises(Interrupted):
         trainer.fit()
+
+
+def pretraining(trainer: Trainer) -> Pretrain:
+    assert isinstance(trainer.objective, Pretrain)
+    return trainer.objective
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -104,7 +109,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(corpus: Path, accumulate: int,
     for index, entry in whole.optimizer.state_dict()["state"].items():
         for key, tensor in entry.items():
             assert torch.equal(tensor, parts.optimizer.state_dict()["state"][index][key])
-    assert parts.stream.state_dict() == whole.stream.state_dict()
+    assert parts.objective.state_dict() == whole.objective.state_dict()
     assert torch.equal(torch.get_rng_state(), generator)
     lines = [read_metrics(trainer.folder / "metrics.jsonl") for trainer in (whole, parts)]
     for one, other in zip(*lines, strict=True):
@@ -160,14 +165,15 @@ def test_accumulation_equals_one_large_batch(corpus: Path) -> None:
     """Two forwards of 40 tokens and one of 80 over the same sequences give one gradient (fp64)."""
     recipe = tiny_recipe(corpus, train={"accumulate": 2, "steps": 2}, model={"dtype": "float64"})
     trainer = Trainer(recipe, quiet=True)
-    batches = [trainer.stream.next_batch() for _ in range(2)]
-    large = RaggedBatch.from_sequences([piece for batch in batches for piece in batch.inputs])
+    objective = pretraining(trainer)
+    batches = [objective.stream.next_batch() for _ in range(2)]
+    large = RaggedBatch.from_sequences([piece for batch in batches for piece in batch.inputs], share=False)
     targets = torch.tensor([token for batch in batches for piece in batch.targets for token in piece])
     logits = trainer.ragged(large)
     torch.nn.functional.cross_entropy(logits, targets).backward()
     expected = {name: p.grad.clone() for name, p in trainer.ragged.named_parameters() if p.grad is not None}
     trainer.ragged.zero_grad()
-    trainer.stream.load_state_dict({"epoch": 0, "next": 0, "turn": 0, "open": []})
+    objective.load_state_dict({"epoch": 0, "next": 0, "turn": 0, "open": []})
     got: dict[str, torch.Tensor] = {}
 
     def clip() -> torch.Tensor:
@@ -187,8 +193,9 @@ def test_bits_per_byte_against_one_token_at_a_time(corpus: Path, overlap: float)
     """Score every held-out token by an ordinary forward of its own context, one forward a token."""
     recipe = tiny_recipe(corpus, model={"dtype": "float64"}, evaluate={"enabled": True, "overlap": overlap})
     trainer = Trainer(recipe, quiet=True)
-    score = evaluate(trainer, held_out_texts(trainer))
-    texts = [Path(file.path).read_bytes() for file in trainer.held_out_files]
+    objective = pretraining(trainer)
+    score = objective.score(objective.held_out_texts())
+    texts = [Path(file.path).read_bytes() for file in objective.held_out_files]
     length, keep = recipe.train.max_length, int(recipe.train.max_length * overlap)
     bits, tokens = 0.0, 0
     trainer.hf_model.eval()

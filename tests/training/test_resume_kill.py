@@ -88,7 +88,9 @@ def main(folder: Path) -> None:
         trainer.fit()
 
     def make_tokenizer() -> None:
-        train_tokenizer(list_files(recipe("x").data), 270, 16).save_pretrained(str(folder / "tokenizer"))
+        train_tokenizer([file.read() for file in list_files(recipe("x").data)], 270, 16).save_pretrained(
+            str(folder / "tokenizer")
+        )
 
     assert wait(fork(make_tokenizer)) == 0  # in a child, for it starts threads
     warm = Trainer(recipe("warm"), quiet=True)  # what is imported on the way, the children need not import again

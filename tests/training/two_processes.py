@@ -24,5 +24,6 @@ resumed = Trainer(tiny_recipe(folder, name="two", train={"steps": 4}, resume="st
 assert resumed.step == 2
 resumed.fit()
 assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.hf_model.state_dict().items())
-assert resumed.stream.state_dict() == whole.stream.state_dict()
+assert resumed.objective.state_dict() == whole.objective.state_dict()
 print("same bits", flush=True)
+torch.distributed.destroy_process_group()  # its threads may abort a process that ends with them running

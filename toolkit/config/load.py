@@ -6,11 +6,12 @@ import typing
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from toolkit.config.objective import ObjectiveSection
 from toolkit.config.schema import Recipe
 from toolkit.errors import ToolkitError, nearest
 
@@ -102,7 +103,9 @@ def validate(values: Mapping[str, Any]) -> Recipe:
         problems = error.errors(include_url=False)
         # A misspelt key is the cause of what else is missing or inconsistent.
         problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-        raise ToolkitError(_sentence(dict(problem))) from None
+        objective = values.get("objective")
+        kind = objective.get("kind") if isinstance(objective, dict) else "pretrain"
+        raise ToolkitError(_sentence(dict(problem), kind if isinstance(kind, str) else None)) from None
 
 
 def dump(recipe: Recipe) -> str:
@@ -130,24 +133,34 @@ def _override(values: dict[str, Any], override: str) -> None:
     target[last] = _parse(text, f"The value of override '{override}'")
 
 
-def _section(annotation: Any) -> type[BaseModel] | None:
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """The sections among the alternatives of a field's type."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for inner in typing.get_args(annotation) for found in _sections(inner)]
 
 
-def field_names(section: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
-    """Every dotted field name of a section, inner sections included."""
+def _section(annotation: Any, kind: str | None) -> type[BaseModel] | None:
+    """The section of a field's type, that of ``kind`` where there are several; None for a plain value."""
+    found = _sections(annotation)
+    chosen = [one for one in found if len(found) == 1 or one.model_fields["kind"].annotation == Literal[kind]]
+    return chosen[0] if chosen else None
+
+
+def field_names(section: type[BaseModel] = Recipe, prefix: str = "", kind: str | None = "pretrain") -> list[str]:
+    """Every dotted field name of a section, inner sections included, with an objective of ``kind``."""
     names: list[str] = []
     for name, field in section.model_fields.items():
         names.append(prefix + name)
-        inner = _section(field.annotation)
+        inner = _section(field.annotation, kind)
         if inner is not None:
-            names += field_names(inner, f"{prefix}{name}.")
+            names += field_names(inner, f"{prefix}{name}.", kind)
     return names
 
 
-def _unknown(key: str) -> str:
+def _unknown(key: str, objective: str | None) -> str:
     parent, _, last = key.rpartition(".")
-    names = field_names()
+    names = field_names(kind=objective)
     siblings = [name for name in names if name.rpartition(".")[0] == parent]
     hint = nearest(last, [name.rpartition(".")[2] for name in siblings])
     if hint and parent:
@@ -190,10 +203,10 @@ _PATTERNS = {
 }
 
 
-def _nullable(key: str) -> bool:
+def _nullable(key: str, kind: str | None) -> bool:
     annotation: Any = Recipe
     for part in key.split("."):
-        section = _section(annotation)
+        section = _section(annotation, kind)
         field = section.model_fields.get(part) if section else None
         if field is None:
             return False
@@ -203,16 +216,31 @@ def _nullable(key: str) -> bool:
     )
 
 
-def _sentence(problem: dict[str, Any]) -> str:
-    key = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("constrained", "function")))
+def _key(location: tuple[Any, ...], kind: str | None) -> str:
+    """The dotted name of a place as pydantic reports it, which names the alternatives it tried on the way."""
+    parts = [str(part) for part in location]
+    if parts[:1] == ["objective"] and parts[1:2] == [kind]:
+        del parts[1]
+    return ".".join(part for part in parts if not part.startswith(("constrained", "function")))
+
+
+def _sentence(problem: dict[str, Any], objective: str | None) -> str:
+    key = _key(problem["loc"], objective)
     kind, value, context = problem["type"], problem["input"], problem.get("ctx", {})
     if kind == "extra_forbidden":
-        return _unknown(key)
+        return _unknown(key, objective)
     if kind == "missing":
         return f"{key} is missing; it must be given."
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        kinds = [typing.get_args(one.model_fields["kind"].annotation)[0] for one in _sections(ObjectiveSection)]
+        listed = f"it must be one of {', '.join(map(repr, kinds[:-1]))} or {kinds[-1]!r}"
+        if kind == "union_tag_not_found":
+            return f"{key}.kind is missing; {listed}."
+        return f"{key}.kind is {value.get('kind')!r}; {listed}{nearest(str(value.get('kind')), kinds) or '.'}"
     if kind == "value_error":
         message = str(context["error"])
-        return f"{message[0].upper()}{message[1:]}." if not message.startswith(tuple(field_names())) else f"{message}."
+        named = message.startswith(tuple(field_names(kind=objective)))
+        return f"{message}." if named else f"{message[0].upper()}{message[1:]}."
     if kind == "string_pattern_mismatch":
         allowed = _PATTERNS[key]
     elif kind in _TYPES:
@@ -220,4 +248,4 @@ def _sentence(problem: dict[str, Any]) -> str:
     else:
         allowed = problem["msg"][0].lower() + problem["msg"][1:]
         return f"{key} is {value!r}; {allowed}."
-    return f"{key} is {value!r}; it must be {allowed}{' or null' if _nullable(key) else ''}."
+    return f"{key} is {value!r}; it must be {allowed}{' or null' if _nullable(key, objective) else ''}."

@@ -6,17 +6,21 @@ Units: lengths and budgets ending in ``tokens`` or ``length`` are tokens, ``byte
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-FolderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+from toolkit.config.base import Count, FolderName, Fraction, Section
+from toolkit.config.objective import ObjectiveSection, PretrainObjective
 
 
-class Section(BaseModel):
-    """A mapping of known fields."""
+class LoraSection(Section):
+    """Low-rank adapters beside frozen weights (PEFT's LoRA); only they are trained and saved."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    rank: Count = 8
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    """The product of the adapter's matrices is scaled by alpha / rank."""
+    targets: Annotated[list[str], Field(min_length=1)] | None = None
+    """Ends of module names, e.g. ``q_proj``; null is every linear layer but the head."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
 class ModelSection(Section):
@@ -31,6 +35,8 @@ class ModelSection(Section):
     """Roles to patch; null patches every role that matches."""
     numerics: Literal["bitwise", "fast"] | None = None
     """Tier of numerics; null is the device's default."""
+    lora: LoraSection | None = None
+    """Train adapters instead of the weights; null trains the weights."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -54,13 +60,18 @@ class TokenizerSection(Section):
 
 
 class DataSection(Section):
-    """Text files, one document a file, split into training and held-out by a hash of the file's name."""
+    """What objective.kind 'pretrain' reads: text files, one document a file.
+
+    They are split into training and held-out by a hash of the file's name.
+    """
 
     root: str = "stdlib"
     """A directory, or "stdlib": the source of the running Python's standard library."""
-    include: Annotated[list[str], Field(min_length=1)] = ["*.py"]
+    include: Annotated[list[str], Field(min_length=1)] = Field(default_factory=lambda: ["*.py"])
     """File name patterns."""
-    exclude: list[str] = ["site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"]
+    exclude: list[str] = Field(
+        default_factory=lambda: ["site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"]
+    )
     """Names of folders that are not entered."""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Expected share of the files that is held out."""
@@ -72,10 +83,9 @@ class OptimizerSection(Section):
     """AdamW. Matrices decay, vectors (norms, biases) do not."""
 
     lr: Annotated[float, Field(gt=0)] = 1e-3
-    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [
-        0.9,
-        0.95,
-    ]
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = Field(
+        default_factory=lambda: [0.9, 0.95]
+    )
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     clip: Annotated[float, Field(gt=0)] | None = 1.0
@@ -142,6 +152,7 @@ class Recipe(Section):
     """never: start anew; auto: go on from the latest checkpoint if there is one; step-N: from that one."""
     overwrite: bool = False
     """Start anew although the run's folder holds checkpoints; they are deleted."""
+    objective: ObjectiveSection = Field(default_factory=PretrainObjective)
     model: ModelSection
     tokenizer: TokenizerSection = Field(default_factory=TokenizerSection)
     data: DataSection = Field(default_factory=DataSection)
@@ -162,6 +173,22 @@ class Recipe(Section):
                 f"schedule.warmup + schedule.decay is {schedule.warmup + schedule.decay}; "
                 f"it must be at most train.steps, which is {steps}"
             )
+        kind = self.objective.kind
+        if self.model.lora is not None and self.model.path is None and getattr(self.objective, "warmup", None) is None:
+            raise ValueError(
+                "model.lora is given while model.path and objective.warmup are null; adapters need a trained model"
+            )
+        if kind not in ("pretrain", "sft") and self.train.accumulate != 1:
+            raise ValueError(
+                f"train.accumulate is {self.train.accumulate}; it must be 1 with objective.kind '{kind}', which makes "
+                "forwards of train.batch_tokens as they are needed"
+            )
+        if not isinstance(self.objective, PretrainObjective) and self.objective.task is not None:
+            longest, most = self.objective.rollout.max_tokens, self.train.max_length
+            if longest >= most:
+                raise ValueError(
+                    f"objective.rollout.max_tokens is {longest}; it must be below train.max_length, which is {most}"
+                )
         if self.overwrite and self.resume != "never":
             raise ValueError(f"overwrite is true while resume is '{self.resume}'; one run cannot do both")
         return self

@@ -67,7 +67,7 @@ def score_windows(
             room -= len(cut[index].inputs)
             pack.append(cut[index])
             index += 1
-        batch = RaggedBatch.from_sequences([window.inputs for window in pack], device=device)
+        batch = RaggedBatch.from_sequences([window.inputs for window in pack], device=device, share=False)
         ends = batch.query_offsets[1:].tolist()
         rows = torch.cat([torch.arange(end - len(w.targets), end) for w, end in zip(pack, ends)]).to(device)
         targets = torch.tensor([token for window in pack for token in window.targets], device=device)

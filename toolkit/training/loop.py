@@ -1,14 +1,18 @@
 """The training loop: a recipe in, a run's folder out. Stands on accelerate.
 
-A run's folder holds recipe.yaml (resolved), metrics.jsonl, tensorboard/, checkpoints/, loss.png
-and result.json. With the same recipe, machine, versions, threads and processes, weights after N steps are the
-same bits whether or not the run was killed and resumed on the way.
+What is minimised is the recipe's objective (``toolkit.training.objectives``); this loop owns all else. A run's folder
+holds recipe.yaml (resolved), metrics.jsonl, tensorboard/, checkpoints/, a curve and result.json, and the folders
+``warmup`` and ``teacher`` of runs that come first. With the same recipe, machine, versions, threads and processes,
+weights after N steps are the same bits whether or not the run was killed and resumed on the way.
 """
 
 import json
 import math
 import time
+import warnings
 from collections import deque
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,18 +24,26 @@ from torch import Tensor
 
 from toolkit.config import Recipe, dump
 from toolkit.errors import ToolkitError
+from toolkit.patch import weights_changed
 from toolkit.state.batch import RaggedBatch
-from toolkit.training import checkpoint, corpus
-from toolkit.training.data import PackedStream
+from toolkit.training import checkpoint
 from toolkit.training.files import write_atomic
 from toolkit.training.metrics import FILE as METRICS
-from toolkit.training.metrics import Metrics, plot_loss, read_metrics
-from toolkit.training.model import RaggedModel, load_checkpoint, make_model, patch_model, without_bars
-from toolkit.training.objectives import next_token_loss
+from toolkit.training.metrics import Metrics, plot_curve, read_metrics
+from toolkit.training.model import (
+    RaggedModel,
+    load_adapters,
+    load_checkpoint,
+    make_model,
+    patch_model,
+    save_model,
+)
+from toolkit.training.objectives.base import Setting, make_objective
 from toolkit.training.progress import Progress
 from toolkit.training.report import figures, show
 from toolkit.training.resume import Start, find_start, prepare_folder, run_folder
 from toolkit.training.schedule import make_optimizer, make_scheduler
+from toolkit.training.stages import warmup_recipe
 from toolkit.training.state import load_optimizer, restore_rng, rng_state, save_optimizer
 from toolkit.training.tokenizer import load_tokenizer, make_tokenizer
 
@@ -44,52 +56,44 @@ _DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.M
 class Trainer:
     """A run that has been set up; ``fit()`` trains it to the recipe's last step.
 
-    Setting up reads the data, makes or loads tokenizer and model, patches, and restores the checkpoint to
-    resume from.
+    Setting up reads the data, makes or loads tokenizer and model (after the warm-up, if the recipe has one), patches,
+    and restores the checkpoint to resume from. ``child``: part of another run, which has said what there is to say.
     """
 
-    def __init__(self, recipe: Recipe, quiet: bool = False) -> None:
+    def __init__(self, recipe: Recipe, quiet: bool = False, child: bool = False) -> None:
         self.recipe = recipe
-        self.accelerator = Accelerator(
-            gradient_accumulation_steps=recipe.train.accumulate, step_scheduler_with_optimizer=False
-        )
+        self.accelerator = Accelerator(step_scheduler_with_optimizer=False)
         if self.accelerator.distributed_type not in _DISTRIBUTED:
             raise ToolkitError(
                 f"accelerate is set up for {self.accelerator.distributed_type}; allowed are one process and "
                 "plain data parallel."
             )
         self._quiet = quiet or not self.accelerator.is_main_process
-        self.say(dump(recipe))
+        if not child:
+            self.say(dump(recipe))
         self.folder = run_folder(recipe)
         start = find_start(recipe)
-        files = corpus.list_files(recipe.data)
-        train_files, self.held_out_files = corpus.split(files, recipe.data.held_out)
-        self._fingerprint = corpus.fingerprint(files)
+        self.objective = make_objective(recipe)
         if start is not None:
             self._check_start(start)
-        self.say(f"data: {len(train_files)} files to train on, {len(self.held_out_files)} held out")
+        self.say(f"data: {self.objective.describe()}")
+        self._found = self._come_first(start)
 
-        self.tokenizer = self._make_tokenizer(start, train_files)
+        self.tokenizer = self._make_tokenizer(start)
         set_seed(recipe.seed)
         self.hf_model = self._make_model(start)
         ragged, self.patch_report = patch_model(self.hf_model, recipe.model)
+        if start is not None and recipe.model.lora is not None:
+            load_adapters(self.hf_model, start.checkpoint)
         optimizer = make_optimizer(ragged, recipe.optimizer)
         scheduler = make_scheduler(optimizer, recipe.schedule, recipe.train.steps)
         self.forward, self.optimizer, self.scheduler = self.accelerator.prepare(ragged, optimizer, scheduler)
         self.ragged: RaggedModel = self.accelerator.unwrap_model(self.forward)
-        self.stream = PackedStream(
-            train_files,
-            self.tokenizer,
-            batch_tokens=recipe.train.batch_tokens,
-            max_length=recipe.train.max_length,
-            interleave=recipe.data.interleave,
-            seed=recipe.seed,
-            rank=self.accelerator.process_index,
-            world=self.accelerator.num_processes,
-        )
+        self.objective.bind(self._setting())
         with torch.no_grad():  # a model that cannot take a ragged batch is refused before anything is written
             self.ragged(RaggedBatch.from_sequences([[0]], device=self.accelerator.device))
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.tokens = 0, 0.0, 0
+        self.before: dict[str, Any] | None = None
         set_seed(recipe.seed, device_specific=True)
         if start is not None:
             self._restore(start)
@@ -99,8 +103,10 @@ class Trainer:
                 self.say(f"removed {name} of an earlier run")
             write_atomic(self.folder / "recipe.yaml", dump(recipe))
         self.parameters = sum(parameter.numel() for parameter in self.hf_model.parameters())
+        self.trained = sum(p.numel() for p in self.hf_model.parameters() if p.requires_grad)
         roles = ", ".join(f"{count} {role}" for role, count in self.patch_report.roles().items())
-        self.say(f"model: {type(self.hf_model).__name__}, {self.parameters / 1e6:.2f} M parameters")
+        part = f", {self.trained / 1e6:.3f} M of them trained" if self.trained != self.parameters else ""
+        self.say(f"model: {type(self.hf_model).__name__}, {self.parameters / 1e6:.2f} M parameters{part}")
         self.say(f"patched: {roles} (numerics: {self.patch_report.numerics})")
 
     def say(self, line: str) -> None:
@@ -108,11 +114,38 @@ class Trainer:
         if not self._quiet:
             print(line, flush=True)
 
-    @property
-    def tokens_per_step(self) -> int:
-        """Predicted tokens of an optimizer step, over all processes."""
-        train = self.recipe.train
-        return train.batch_tokens * train.accumulate * self.accelerator.num_processes
+    def _setting(self) -> Setting:
+        return Setting(
+            recipe=self.recipe,
+            accelerator=self.accelerator,
+            tokenizer=self.tokenizer,
+            model=self.ragged,
+            found=self._found_model,
+            child=self._child,
+            folder=self.folder,
+            say=self.say,
+        )
+
+    def _come_first(self, start: Start | None) -> Path | None:
+        """Train the warm-up, unless this run is past it; the checkpoint to begin with, None without a warm-up."""
+        recipe = warmup_recipe(self.recipe)
+        if recipe is None:
+            return None
+        last = run_folder(recipe) / "checkpoints" / checkpoint.name_of(recipe.train.steps)
+        if start is not None:
+            if not last.is_dir():
+                raise ToolkitError(f"{start.checkpoint} was trained on from {last}, which is no longer there.")
+            return last
+        self.say(f"warm-up: {recipe.train.steps} steps")
+        return self._child(recipe)
+
+    def _child(self, recipe: Recipe) -> Path:
+        """Train another recipe inside of this run, or go on with it; its last checkpoint."""
+        last = run_folder(recipe) / "checkpoints" / checkpoint.name_of(recipe.train.steps)
+        if recipe.resume == "never" or not last.is_dir():
+            train(recipe, self._quiet, child=True)
+        self.accelerator.wait_for_everyone()
+        return last
 
     def _check_start(self, start: Start) -> None:
         world = self.accelerator.num_processes
@@ -120,24 +153,34 @@ class Trainer:
             raise ToolkitError(
                 f"{start.checkpoint} was written by {start.state['world']} processes and cannot be resumed by {world}."
             )
-        if start.state["files"] != self._fingerprint:
-            raise ToolkitError(
-                f"data.root '{self.recipe.data.root}' has other files than when {start.checkpoint} was "
-                "written; resuming needs the same."
-            )
+        if start.state["data_fingerprint"] != self.objective.fingerprint:
+            what = {"pretrain": f"data.root '{self.recipe.data.root}' has other files"}
+            other = what.get(self.recipe.objective.kind, "objective.data has other lines")
+            raise ToolkitError(f"{other} than when {start.checkpoint} was written; resuming needs the same.")
 
-    def _make_tokenizer(self, start: Start | None, train_files: list[corpus.SourceFile]) -> Any:
+    def _make_tokenizer(self, start: Start | None) -> Any:
         if start is not None:
             return load_tokenizer(start.checkpoint, "the checkpoint")
+        if self._found is not None:
+            return load_tokenizer(self._found, "the warm-up")
         recipe, begun = self.recipe, time.monotonic()
-        made = make_tokenizer(recipe.tokenizer, recipe.model.path, train_files, recipe.train.max_length)
+        made = make_tokenizer(recipe.tokenizer, recipe.model.path, self.objective.texts(), recipe.train.max_length)
         self.say(f"tokenizer: {len(made)} tokens, {time.monotonic() - begun:.1f} s")
         return made
 
+    def _found_model(self) -> "PreTrainedModel":
+        """The model as training finds it: after the warm-up, from ``model.path``, or random."""
+        section = self.recipe.model
+        if self._found is not None:
+            return load_checkpoint(self._found, getattr(torch, section.dtype), "the warm-up").train()
+        with torch.random.fork_rng():
+            set_seed(self.recipe.seed)
+            return make_model(section, self.tokenizer, self.recipe.train.max_length)
+
     def _make_model(self, start: Start | None) -> "PreTrainedModel":
         section = self.recipe.model
-        if start is None:
-            model = make_model(section, self.tokenizer, self.recipe.train.max_length)
+        if start is None or section.lora is not None:
+            model = self._found_model()
         else:
             model = load_checkpoint(start.checkpoint, getattr(torch, section.dtype), "the checkpoint").train()
         for tensor in (*model.parameters(), *model.buffers()):
@@ -152,11 +195,12 @@ class Trainer:
             self.optimizer.optimizer, self.ragged.model, folder / "optimizer.safetensors", state["optimizer"]
         )
         self.scheduler.load_state_dict(state["scheduler"])
-        self.stream.load_state_dict(state["data"][rank])
+        self.objective.load_state_dict(state["data"][rank])
         tensors = load_file(str(folder / "rng.safetensors"))
         mine = {name.partition("/")[2]: t for name, t in tensors.items() if name.startswith(f"{rank}/")}
         restore_rng(state["rng"][rank], mine)
-        self.step, self.seconds = start.step, state["seconds"]
+        self.step, self.seconds, self.tokens = start.step, state["seconds"], state["tokens"]
+        self.before = state["before"]
         self.say(f"resumed from {start.checkpoint}")
         if state["threads"] != torch.get_num_threads():
             self.say(
@@ -168,31 +212,36 @@ class Trainer:
         """Train to ``train.steps``, saving as the recipe says and at the end."""
         recipe, last = self.recipe, self.recipe.train.steps
         main = self.accelerator.is_main_process
+        if recipe.evaluate.enabled and self.objective.before and self.before is None:
+            self.before = self._apart(self.objective.evaluate)
+            self.say(f"held out, before: {_line(self.before)}")
         metrics = Metrics(self.folder, self.step, recipe.log.tensorboard) if main else None
-        times: deque[float] = deque(maxlen=20)
+        recent: deque[tuple[int, float]] = deque(maxlen=20)
+        headline = self.objective.headline
         try:
-            with Progress(last, self.step, recipe.log.every, not self._quiet) as progress:
+            with Progress(last, self.step, recipe.log.every, not self._quiet, headline) as progress:
                 while self.step < last:
                     begun = time.perf_counter()
                     rate = self.scheduler.get_last_lr()[0]
                     loss, norm = self.train_step()
-                    times.append(time.perf_counter() - begun)
-                    self.seconds += times[-1]
-                    speed = self.tokens_per_step * len(times) / sum(times)
+                    tokens, values = self.objective.finish()
+                    recent.append((tokens, time.perf_counter() - begun))
+                    self.seconds += recent[-1][1]
+                    self.tokens += tokens
+                    line = {
+                        "step": self.step,
+                        "loss": loss,
+                        "learning_rate": rate,
+                        "gradient_norm": norm,
+                        "tokens": self.tokens,
+                        "tokens_per_second": round(tokens / recent[-1][1], 1),
+                        **values,
+                        "seconds": round(self.seconds, 3),
+                    }
                     if metrics is not None:
-                        metrics.write(
-                            {
-                                "step": self.step,
-                                "loss": loss,
-                                "learning_rate": rate,
-                                "gradient_norm": norm,
-                                "tokens": self.step * self.tokens_per_step,
-                                "tokens_per_second": round(self.tokens_per_step / times[-1], 1),
-                                "epoch": self.stream.epoch,
-                                "seconds": round(self.seconds, 3),
-                            }
-                        )
-                    progress.update(self.step, loss, speed)
+                        metrics.write(line)
+                    speed = sum(count for count, _ in recent) / sum(seconds for _, seconds in recent)
+                    progress.update(self.step, line[headline], speed)
                     every = recipe.checkpoint.every
                     if self.step == last or (every is not None and self.step % every == 0):
                         if metrics is not None:
@@ -202,31 +251,41 @@ class Trainer:
             if metrics is not None:
                 metrics.close()
         if main and recipe.log.plot:
-            plot_loss(read_metrics(self.folder / METRICS), self.folder / "loss.png", recipe.name)
+            plot_curve(read_metrics(self.folder / METRICS), headline, self.folder / f"{headline}.png", recipe.name)
+
+    def _apart(self, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Run a measure without leaving a trace in the random numbers that training draws."""
+        values, tensors = rng_state()
+        try:
+            return measure()
+        finally:
+            restore_rng(values, tensors)
 
     def train_step(self) -> tuple[float, float]:
-        """One optimizer step; returns the mean loss before it (nats per token) and the gradient's norm."""
+        """One step; returns its mean loss over its updates, and the gradient's norm at the last of them."""
         total = torch.zeros((), device=self.accelerator.device)
         norm = torch.zeros(())
-        for _ in range(self.recipe.train.accumulate):
-            batch, targets = self._next_batch()
-            with self.accelerator.accumulate(self.forward):
-                loss = next_token_loss(self.forward(batch), targets)
-                self.accelerator.backward(loss)
-                total += loss.detach() / self.recipe.train.accumulate
-                if self.accelerator.sync_gradients:
-                    norm = self._clip()
-                    self.optimizer.step()
-                    self.scheduler.step()
-                    self.optimizer.zero_grad()
+        updates = 0
+        for micros in self.objective.updates(self.step):
+            for index, micro in enumerate(micros):
+                # Gradients are averaged over the processes with the last part.
+                last = index == len(micros) - 1
+                with nullcontext() if last else self.accelerator.no_sync(self.forward):
+                    loss = self.objective.loss(self.forward, micro)
+                    self.accelerator.backward(loss)
+                    total += loss.detach()
+            norm = self._clip()
+            self.optimizer.step()
+            weights_changed(self.hf_model)  # torch's fused optimizers write past the counters that tell it by itself
+            self.optimizer.zero_grad()
+            updates += 1
+        with warnings.catch_warnings():
+            # A first step without updates (all groups dropped, say) would be taken for a mistake in the order.
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            self.scheduler.step()
         self.step += 1
-        mean = cast(Tensor, self.accelerator.reduce(total, "mean"))
+        mean = cast(Tensor, self.accelerator.reduce(total / max(updates, 1), "mean"))
         return mean.item(), norm.item()
-
-    def _next_batch(self) -> tuple[RaggedBatch, Tensor]:
-        packed, device = self.stream.next_batch(), self.accelerator.device
-        targets = torch.tensor([token for targets in packed.targets for token in targets], device=device)
-        return RaggedBatch.from_sequences(packed.inputs, device=device), targets
 
     def _clip(self) -> Tensor:
         limit = self.recipe.optimizer.clip
@@ -243,7 +302,7 @@ class Trainer:
         """Write a checkpoint of this step and remove those that the recipe does not keep."""
         values, tensors = rng_state()
         rngs = gather_object([(values, tensors)])
-        positions = gather_object([self.stream.state_dict()])
+        positions = gather_object([self.objective.state_dict()])
         if self.accelerator.is_main_process:
             folder = self.folder / "checkpoints"
             with checkpoint.writing(folder, self.step) as aside:
@@ -254,8 +313,7 @@ class Trainer:
     def _write(
         self, aside: Path, rngs: list[dict[str, Any]], tensors: list[dict[str, Tensor]], positions: list[Any]
     ) -> None:
-        with without_bars():
-            self.ragged.model.save_pretrained(str(aside))
+        save_model(self.hf_model, aside)
         self.tokenizer.save_pretrained(str(aside))
         (aside / "recipe.yaml").write_text(dump(self.recipe), encoding="utf-8")
         training = aside / "training"
@@ -266,9 +324,11 @@ class Trainer:
         state = {
             "step": self.step,
             "seconds": self.seconds,
+            "tokens": self.tokens,
+            "before": self.before,
             "world": self.accelerator.num_processes,
             "threads": torch.get_num_threads(),
-            "files": self._fingerprint,
+            "data_fingerprint": self.objective.fingerprint,
             "optimizer": groups,
             "scheduler": self.scheduler.state_dict(),
             "data": positions,
@@ -277,16 +337,25 @@ class Trainer:
         (training / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
 
-def train(recipe: Recipe, quiet: bool = False) -> dict[str, Any]:
+def train(recipe: Recipe, quiet: bool = False, child: bool = False) -> dict[str, Any]:
     """Run a recipe to its end; returns what it writes to ``result.json``.
 
     Raises ToolkitError for bad input.
     """
-    trainer = Trainer(recipe, quiet)
-    trainer.fit()
-    result = figures(trainer)
-    if trainer.accelerator.is_main_process:
-        write_atomic(trainer.folder / "result.json", json.dumps(result, indent=1) + "\n")
-        if not quiet:
-            show(result, trainer.folder)
+    trainer = Trainer(recipe, quiet, child)
+    try:
+        trainer.fit()
+        result = figures(trainer)
+        if trainer.accelerator.is_main_process:
+            write_atomic(trainer.folder / "result.json", json.dumps(result, indent=1) + "\n")
+            if not quiet:
+                show(trainer, result)
+    finally:
+        trainer.objective.close()
     return result
+
+
+def _line(values: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}" for name, value in values.items()
+    )

@@ -1,4 +1,4 @@
-"""Numbers of a run: metrics.jsonl (one line a step), TensorBoard, and the loss curve."""
+"""Numbers of a run: metrics.jsonl (one line a step), TensorBoard, and a curve."""
 
 import json
 import os
@@ -58,20 +58,21 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def plot_loss(lines: list[dict[str, Any]], path: Path, title: str) -> None:
-    """The loss curve as PNG: every step, and a running mean over a fiftieth of the run."""
+def plot_curve(lines: list[dict[str, Any]], name: str, path: Path, title: str) -> None:
+    """The curve of one figure as PNG: every step, and a running mean over a fiftieth of the run."""
     import io
 
     from matplotlib.figure import Figure
 
-    steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
+    steps, values = [line["step"] for line in lines], [line[name] for line in lines]
     width = max(len(lines) // 50, 1)
-    smooth = [sum(losses[max(i - width + 1, 0) : i + 1]) / min(i + 1, width) for i in range(len(losses))]
+    smooth = [sum(values[max(i - width + 1, 0) : i + 1]) / min(i + 1, width) for i in range(len(values))]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8, label="each step")
+    axes.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=0.8, label="each step")
     axes.plot(steps, smooth, color="tab:blue", label=f"mean of {width} steps")
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    unit = "loss (nats per token)" if name == "loss" else name
+    axes.set(xlabel="step", ylabel=unit, title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     image = io.BytesIO()

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from toolkit.config.schema import ModelSection
+from toolkit.config.schema import LoraSection, ModelSection
 from toolkit.errors import ToolkitError, nearest
-from toolkit.patch import PatchReport, patch, ragged_forward
+from toolkit.patch import PatchReport, patch, ragged_forward, token_logprobs, weights_changed
 from toolkit.state.batch import RaggedBatch
 from toolkit.training.tokenizer import reason
 
@@ -30,8 +30,35 @@ class RaggedModel(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: RaggedBatch, rows: Tensor | None = None) -> Tensor:
-        """Logits [T, V] of every token, or [len(rows), V] of those rows."""
+    def forward(
+        self, batch: RaggedBatch | list[list[int]], rows: Tensor | None = None, last: list[int] | None = None
+    ) -> Any:
+        """Logits [T, V] of every token of a batch, or [len(rows), V] of those rows.
+
+        Of a list of sequences: the log-probabilities of the last ``last[i]`` tokens of each, as ``token_logprobs``
+        gives them; what sequences begin with in common is computed once.
+        """
+        if isinstance(batch, list):
+            return token_logprobs(self.model, batch, share=True, last=last)
+        return ragged_forward(self.model, batch, rows)
+
+
+class Reference:
+    """A frozen model beside the one in training: never updated, never in training mode."""
+
+    def __init__(self, model: "PreTrainedModel", section: ModelSection, device: torch.device) -> None:
+        model.requires_grad_(False).to(device).eval()  # type: ignore[arg-type]
+        patch(model, section.roles, section.numerics)
+        self.model = model
+
+    @torch.no_grad()
+    def logprobs(self, sequences: list[list[int]], last: list[int]) -> list[Tensor]:
+        """Log-probabilities of the last ``last[i]`` tokens of each sequence, without gradients."""
+        return token_logprobs(self.model, sequences, share=True, last=last)
+
+    @torch.no_grad()
+    def logits(self, batch: RaggedBatch, rows: Tensor) -> Tensor:
+        """Logits [len(rows), V] of those rows."""
         return ragged_forward(self.model, batch, rows)
 
 
@@ -138,6 +165,50 @@ def load_checkpoint(path: str | Path, dtype: torch.dtype, field: str) -> "PreTra
 
 
 def patch_model(model: "PreTrainedModel", section: ModelSection) -> tuple[RaggedModel, PatchReport]:
-    """Patch in place for the recipe's roles and tier."""
+    """Patch in place for the recipe's roles and tier, and put in the adapters that the recipe wants."""
     report = patch(model, section.roles, section.numerics)
+    if section.lora is not None:
+        add_adapters(model, section.lora, report)
     return RaggedModel(model), report
+
+
+def add_adapters(model: "PreTrainedModel", section: LoraSection, report: PatchReport) -> None:
+    """Put LoRA adapters of PEFT into a patched model; its own weights freeze.
+
+    Layers are recognised by their linear parts, which PEFT wraps, so the patch comes first: patched forwards call their
+    projections as modules, and wrapped ones are called like others. The adapters' own products keep the tier's promise.
+    Raises ToolkitError for target names that no module of the model has.
+    """
+    import peft
+
+    config = peft.LoraConfig(
+        r=section.rank,
+        lora_alpha=section.alpha,  # type: ignore[arg-type]
+        lora_dropout=section.dropout,
+        target_modules=section.targets if section.targets is not None else "all-linear",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=str(Path(str(model.name_or_path)).absolute()),
+    )
+    try:
+        model.add_adapter(config)
+    except ValueError as error:
+        raise ToolkitError(f"model.lora.targets is {section.targets!r}: {reason(error)}") from None
+    if "linear" in report.roles():
+        for name, module in model.named_modules():
+            if name.rpartition(".")[2] in ("lora_A", "lora_B"):
+                patch(module, ["linear"], report.numerics)
+    weights_changed(model)
+
+
+def load_adapters(model: "PreTrainedModel", folder: Path) -> None:
+    """Weights that ``save_model`` wrote, into the adapters of ``model``."""
+    import peft
+    from safetensors.torch import load_file
+
+    peft.set_peft_model_state_dict(model, load_file(str(folder / "adapter_model.safetensors")))
+
+
+def save_model(model: "PreTrainedModel", folder: Path) -> None:
+    """The model as a checkpoint of transformers; one with adapters as PEFT saves it: the adapters alone."""
+    with without_bars():
+        model.save_pretrained(str(folder))

@@ -7,13 +7,14 @@ from typing import Any, Self
 
 
 class Progress:
-    """Shows step, loss, tokens per second and time left.
+    """Shows step, one figure (the loss, say), tokens per second and time left.
 
     On a terminal a live bar; elsewhere one line every ``every`` seconds and for the last step; silent if not
     ``shown``.
     """
 
-    def __init__(self, steps: int, done: int, every: float, shown: bool = True) -> None:
+    def __init__(self, steps: int, done: int, every: float, shown: bool = True, name: str = "loss") -> None:
+        self._name = name
         self._steps, self._first, self._every, self._shown = steps, done, every, shown
         self._start = self._last = time.monotonic()
         self._bar: Any = None
@@ -25,10 +26,10 @@ class Progress:
                 TextColumn("training"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:,.0f} tokens/s  left"),
+                TextColumn(name + " {task.fields[value]:.3f}  {task.fields[rate]:,.0f} tokens/s  left"),
                 TimeRemainingColumn(),
             )
-            self._task = self._bar.add_task("training", total=steps, completed=done, loss=float("nan"), rate=0.0)
+            self._task = self._bar.add_task("training", total=steps, completed=done, value=float("nan"), rate=0.0)
 
     def __enter__(self) -> Self:
         if self._bar is not None:
@@ -41,17 +42,17 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
-    def update(self, step: int, loss: float, rate: float) -> None:
-        """After step ``step`` (1-based): loss in nats per token, rate in tokens per second."""
+    def update(self, step: int, value: float, rate: float) -> None:
+        """After step ``step`` (1-based): the figure, and the rate in tokens per second."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, loss=loss, rate=rate)
+            self._bar.update(self._task, completed=step, value=value, rate=rate)
             return
         now = time.monotonic()
         if self._shown and (now - self._last >= self._every or step == self._steps):
             self._last = now
             left = (now - self._start) / (step - self._first) * (self._steps - step)
             print(
-                f"step {step}/{self._steps}  loss {loss:.3f}  {rate:,.0f} tokens/s  {_clock(left)} left",
+                f"step {step}/{self._steps}  {self._name} {value:.3f}  {rate:,.0f} tokens/s  {_clock(left)} left",
                 flush=True,
             )
 

@@ -104,7 +104,7 @@ def prepare_folder(recipe: Recipe, start: Start | None) -> list[str]:
         else:
             leftover.unlink()
     checkpoint.clean(checkpoints)
-    for name in ("result.json", "loss.png"):
+    for name in ("result.json", "loss.png", "reward.png"):
         (folder / name).unlink(missing_ok=True)
     if start is not None:
         return checkpoint.drop_after(checkpoints, start.step)

@@ -1,13 +1,12 @@
 """The recipe's tokenizer: a Hugging Face fast tokenizer, loaded, or byte-level BPE trained on the spot."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from toolkit.config.schema import TokenizerSection
 from toolkit.errors import ToolkitError
-from toolkit.training.corpus import SourceFile, take_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,10 +18,10 @@ else:
 END_OF_TEXT = "<|endoftext|>"
 
 
-def train_tokenizer(files: Sequence[SourceFile], vocab_size: int, max_length: int) -> Tokenizer:
-    """Byte-level BPE over the files: lossless for any UTF-8 text, one special token (eos, also bos and pad).
+def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> Tokenizer:
+    """Byte-level BPE over the texts: lossless for any UTF-8 text, one special token (eos, also bos and pad).
 
-    The same files give the same tokenizer. ``max_length`` is what it announces as the model's longest input.
+    The same texts give the same tokenizer. ``max_length`` is what it announces as the model's longest input.
     """
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -37,7 +36,7 @@ def train_tokenizer(files: Sequence[SourceFile], vocab_size: int, max_length: in
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    backend.train_from_iterator((file.read() for file in files), trainer, length=len(files))
+    backend.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         eos_token=END_OF_TEXT,
@@ -66,14 +65,14 @@ def load_tokenizer(path: str | Path, field: str = "tokenizer.path") -> Tokenizer
 
 
 def make_tokenizer(
-    section: TokenizerSection, model_path: str | None, files: Sequence[SourceFile], max_length: int
+    section: TokenizerSection, model_path: str | None, texts: Iterable[str], max_length: int
 ) -> Tokenizer:
-    """``tokenizer.path``, else the tokenizer beside ``model.path``, else one trained on ``files``."""
+    """``tokenizer.path``, else the tokenizer beside ``model.path``, else one trained on ``texts``."""
     if section.path is not None:
         return load_tokenizer(section.path)
     if model_path is not None:
         return load_tokenizer(model_path, "model.path")
-    return train_tokenizer(take_bytes(files, section.max_bytes), section.vocab_size, max_length)
+    return train_tokenizer(texts, section.vocab_size, max_length)
 
 
 def reason(error: Exception) -> str:

@@ -4,6 +4,7 @@ All inputs are in nats; gradients are exact, because every statistic that an obj
 numbers are the ones that a rollout returns, so a policy's ratio to itself is exactly 1.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -62,22 +63,53 @@ def policy_loss(
     kl_weight: float = 0.0,
     entropy: Tensor | None = None,
     entropy_weight: float = 0.0,
+    lengths: Sequence[int] | None = None,
 ) -> PolicyLoss:
     """The clipped surrogate of PPO (Schulman et al., 2017), which GRPO uses with group-normalised advantages.
 
     ``-min(r a, clip(r, 1 - clip_low, 1 + clip_high) a) + kl_weight (e^d - d - 1) - entropy_weight H`` a token, with
     ``r = exp(logprob - behaviour)``, ``d = reference - logprob`` (an estimate of KL(policy | reference) that is never
     negative; Schulman, 2020). behaviour: the log-probability that the token was drawn with, without gradient.
+    lengths: with the tokens of each completion, r is the geometric mean of theirs (GSPO; Zheng et al., 2025).
     """
-    ratio = torch.exp(logprob - behaviour)
+    difference = logprob - behaviour
+    ratio = torch.exp(difference if lengths is None else sequence_mean(difference, lengths))
     bounded = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
     loss = -torch.minimum(ratio * advantage, bounded * advantage)
     if reference is not None and kl_weight:
-        distance = reference - logprob
-        loss = loss + kl_weight * (torch.expm1(distance) - distance)
+        loss = loss + kl_weight * divergence_estimate(reference - logprob)
     if entropy is not None and entropy_weight:
         loss = loss - entropy_weight * entropy
     return PolicyLoss(loss, (ratio * advantage > bounded * advantage).detach())
+
+
+def divergence_estimate(difference: Tensor) -> Tensor:
+    """``e^d - d - 1``: its mean over tokens drawn from p, with ``d = log q - log p``, is KL(p | q); never negative."""
+    return torch.expm1(difference) - difference
+
+
+def sequence_mean(values: Tensor, lengths: Sequence[int]) -> Tensor:
+    """[T] values of completions of these lengths, one after the other: each replaced by its completion's mean."""
+    return torch.cat([part.mean().expand(len(part)) for part in values.split(list(lengths))])
+
+
+def group_advantages(rewards: Tensor, *, scaled: bool = True, eps: float = 1e-4) -> Tensor:
+    """[G, n] rewards of n completions of each prompt: ``(r - mean) / (std + eps)`` a group (GRPO; Shao et al., 2024).
+
+    std is that of a sample (n - 1). Not ``scaled``: ``r - mean`` alone (Dr. GRPO; Liu et al., 2025). Exactly 0 where
+    all of a group's rewards are the same.
+    """
+    alike = (rewards == rewards[:, :1]).all(1, keepdim=True)
+    centred = (rewards - rewards.mean(1, keepdim=True)).masked_fill(alike, 0.0)
+    return centred / (rewards.std(1, keepdim=True) + eps) if scaled else centred
+
+
+def importance_weight(train: Tensor, rollout: Tensor, cap: float) -> Tensor:
+    """``min(exp(train - rollout), cap)``, without gradient: truncated importance sampling (Yao et al., 2025).
+
+    Log-probabilities of the same tokens under the same weights, by the training forward and by the rollout.
+    """
+    return torch.exp(train - rollout).clamp_max(cap).detach()
 
 
 def with_tail(logprobs: Tensor) -> Tensor:

@@ -1,0 +1,49 @@
+"""Small recipes of every kind of objective, over small tasks."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from training_recipes import tiny_recipe
+
+from toolkit.config import Recipe
+from toolkit.training.loop import Trainer
+from toolkit.training.tasks import Problem, Task
+
+TASK = {"name": "countdown", "numbers": 2, "largest": 5, "target": 25}
+LOWER = {"name": "objective_recipes:Lower"}
+WARMUP = {"steps": 6, "lr": 1e-2, "batch_tokens": 128}
+
+
+class Lower(Task):
+    """Answer with bytes of the lower half: random weights have something to gain from the first step on."""
+
+    def make(self, seed: int, count: int) -> list[Problem]:
+        names = [f"{(seed + at) % 9973:x}" for at in range(count)]
+        return [Problem(f"{name} :", "aaaa", "\u00e9\u00e9\u00e9", name) for name in names]
+
+    def reward(self, prompt: str, completion: str) -> float:
+        return sum(character.isascii() for character in completion) / max(len(completion), 1)
+
+
+def objective_recipe(output: Path, kind: str, objective: dict[str, Any], **sections: Any) -> Recipe:
+    """A recipe of a few steps; ``objective`` overrides the fields of its section."""
+    common: dict[str, Any] = {
+        "kind": kind,
+        "task": TASK,
+        "rollout": {"max_tokens": 8, "sequences": 16},
+        "evaluation": {"problems": 16, "held_out": 0.2},
+    }
+    sections.setdefault("tokenizer", {"vocab_size": 257})
+    train = {"steps": 4, "batch_tokens": 128, "max_length": 32, **sections.pop("train", {})}
+    return tiny_recipe(output, name=sections.pop("name", kind), objective=common | objective, train=train, **sections)
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in trainer.hf_model.state_dict().items()}
+
+
+def dense_logprobs(model: Any, sequence: list[int]) -> torch.Tensor:
+    """Log-probabilities of a sequence's tokens after the first, by an ordinary forward and plain torch."""
+    logits = model(torch.tensor([sequence])).logits[0, :-1] + 0.0
+    return logits.log_softmax(-1).gather(1, torch.tensor(sequence[1:])[:, None])[:, 0]

@@ -1,0 +1,294 @@
+"""GRPO and its relatives: losses against hand-written torch, the promise of equal bits, resuming, several processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from objective_recipes import LOWER, TASK, WARMUP, dense_logprobs, objective_recipe, weights
+
+from toolkit.errors import ToolkitError
+from toolkit.training.loop import Trainer, train
+from toolkit.training.metrics import read_metrics
+from toolkit.training.objectives import group_advantages, importance_weight, policy_loss, sequence_mean
+from toolkit.training.objectives.grpo import GroupPolicy, Micro, Sample, pack
+
+SMALL = {"task": LOWER, "prompts": 3, "group": 4}
+
+
+def setup(folder: Path, objective: dict[str, Any], **sections: Any) -> tuple[Trainer, GroupPolicy]:
+    trainer = Trainer(objective_recipe(folder, "grpo", SMALL | objective, **sections), quiet=True)
+    assert isinstance(trainer.objective, GroupPolicy)
+    return trainer, trainer.objective
+
+
+def by_hand(model: Any, samples: list[Sample], objective: dict[str, Any], longest: int) -> torch.Tensor:
+    """The loss of groups of four, from the definitions, one sample after the other."""
+    low, high = objective.get("clip_low", 0.2), objective.get("clip_high", 0.2)
+    terms, tokens = [], []
+    for sample in samples:
+        count = len(sample.tokens)
+        logprob = dense_logprobs(model, sample.sequence)[-count:]
+        behaviour = torch.tensor(sample.behaviour, dtype=logprob.dtype)
+        scale = torch.ones(count, dtype=logprob.dtype)
+        if objective.get("importance_cap") is not None:
+            assert sample.train is not None
+            scale = torch.exp(sample.train - behaviour).clamp(max=objective["importance_cap"])
+            behaviour = sample.train
+        if objective.get("ratio") == "sequence":
+            ratio = torch.exp((logprob - behaviour).mean()).expand(count)
+        else:
+            ratio = torch.exp(logprob - behaviour)
+        surrogate = torch.minimum(ratio * sample.advantage, ratio.clamp(1 - low, 1 + high) * sample.advantage)
+        term = -surrogate
+        if objective.get("kl_weight"):
+            assert sample.reference is not None
+            d = sample.reference - logprob
+            term = term + objective["kl_weight"] * (d.exp() - 1 - d)
+        terms.append(term * scale)
+        tokens.append(count)
+    average = objective.get("average", "sequence")
+    if average == "token":
+        return torch.cat(terms).sum() / sum(tokens)
+    if average == "constant":
+        return torch.cat(terms).sum() / (len(terms) * longest)
+    return torch.stack([term.mean() for term in terms]).mean()
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {},
+        {"scale": "none", "average": "constant"},
+        {"average": "token", "clip_high": 0.28},
+        {"ratio": "sequence", "clip_low": 0.03, "clip_high": 0.04},
+        {"importance_cap": 1.01},
+        {"kl_weight": 0.3},
+        {"kl_weight": 0.3, "ratio": "sequence", "importance_cap": 0.99, "average": "token"},
+    ],
+)
+def test_losses_and_gradients_are_those_of_the_definitions(tmp_path: Path, objective: dict[str, Any]) -> None:
+    trainer, policy = setup(tmp_path, objective | {"updates": 2}, model={"dtype": "float64"})
+    updates = policy.updates(0)
+    chance = torch.Generator().manual_seed(0)
+    for update in range(2):
+        micros = next(updates)
+        loss = torch.zeros((), dtype=torch.float64)
+        for micro in micros:
+            assert micro.first == (update == 0)
+            part = policy.loss(trainer.forward, micro)
+            part.backward()
+            loss += part.detach()
+        ours = {name: p.grad.clone() for name, p in trainer.hf_model.named_parameters() if p.grad is not None}
+        trainer.hf_model.zero_grad()
+        samples = [sample for micro in micros for sample in micro.samples]
+        assert len(samples) == 12
+        exact = by_hand(trainer.hf_model, samples, objective, 8)
+        exact.backward()
+        torch.testing.assert_close(loss, exact.detach(), rtol=1e-6, atol=1e-7)
+        for name, parameter in trainer.hf_model.named_parameters():
+            torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-5, atol=1e-7, msg=name)
+        trainer.hf_model.zero_grad()
+        with torch.no_grad():  # far enough for some ratios to be clipped
+            for parameter in trainer.hf_model.parameters():
+                parameter += 0.02 * torch.randn(parameter.shape, generator=chance, dtype=torch.float64)
+    tokens, figures = policy.finish()
+    assert tokens == 2 * sum(len(sample.tokens) for sample in samples)
+    if "importance_cap" not in objective:
+        assert 0.0 < figures["clip_fraction"] < 1.0
+    assert ("reference_kl" in figures) == ("kl_weight" in objective)
+
+
+def test_advantages() -> None:
+    rewards = torch.tensor([[0.0, 1.0, 1.0, 0.0], [2.0, 2.0, 2.0, 2.0], [0.0, 0.0, 0.0, 1.0]], dtype=torch.float64)
+    centred = rewards - rewards.mean(1, keepdim=True)
+    torch.testing.assert_close(group_advantages(rewards, scaled=False), centred)
+    deviations = (centred.square().sum(1, keepdim=True) / 3).sqrt()
+    torch.testing.assert_close(group_advantages(rewards), centred / (deviations + 1e-4))
+    assert not group_advantages(torch.full((1, 7), 0.1)).any()  # the mean of seven 0.1 is not quite 0.1
+
+
+def test_truncated_importance_and_sequence_means() -> None:
+    train = torch.tensor([-1.0, -2.0, -0.5], requires_grad=True)
+    weight = importance_weight(train, torch.tensor([-1.0, -1.0, -2.0]), 2.0)
+    torch.testing.assert_close(weight, torch.tensor([1.0, 0.36787944, 2.0]))
+    assert not weight.requires_grad
+    values = torch.arange(5.0)
+    torch.testing.assert_close(sequence_mean(values, [2, 3]), torch.tensor([0.5, 0.5, 3.0, 3.0, 3.0]))
+    ratio = policy_loss(values, torch.zeros(5), torch.ones(5), clip_high=100.0, lengths=[2, 3]).loss
+    torch.testing.assert_close(ratio, -torch.exp(sequence_mean(values, [2, 3])))
+
+
+def test_the_loss_does_not_depend_on_the_micro_batches(tmp_path: Path) -> None:
+    losses = []
+    for name, budget in (("small", 24), ("large", 4096)):
+        trainer, policy = setup(tmp_path, {}, name=name, train={"batch_tokens": budget})
+        micros = next(policy.updates(0))
+        losses.append(sum(policy.loss(trainer.forward, micro).item() for micro in micros))
+        assert len(micros) == 1 if budget == 4096 else len(micros) > 3
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_a_group_without_variance_counts_in_the_mean_and_is_not_computed(tmp_path: Path) -> None:
+    trainer, policy = setup(tmp_path, {"prompts": 2})
+    rewards = iter([1.0] * 4 + [0.0, 1.0, 1.0, 0.0])
+    policy.task.reward = lambda prompt, completion: next(rewards)  # type: ignore[method-assign]
+    micros = next(policy.updates(0))
+    samples = [sample for micro in micros for sample in micro.samples]
+    assert len(samples) == 4
+    assert sum(sample.weight * len(sample.tokens) for sample in samples) == pytest.approx(0.5)
+    sum(policy.loss(trainer.forward, micro) for micro in micros)
+    assert policy.finish()[1]["groups"] == 2
+
+
+def test_micro_batches_keep_groups_together_and_within_the_budget() -> None:
+    def group(prompt: int, *lengths: int) -> list[Sample]:
+        return [Sample([0] * prompt, [0] * length, [0.0] * length) for length in lengths]
+
+    def cost(micro: Micro) -> int:
+        prompts = {id(sample.prompt): len(sample.prompt) for sample in micro.samples}
+        return sum(prompts.values()) + sum(len(sample.tokens) for sample in micro.samples)
+
+    groups = [group(5, 3, 3), group(5, 2, 4), group(4, 9, 9, 9, 9), group(30, 1)]
+    for one in groups:
+        shared = one[0].prompt
+        for sample in one:
+            sample.prompt = shared
+    micros = pack(groups, 22)
+    assert [len(micro.samples) for micro in micros] == [4, 2, 2, 1]
+    assert [sample for micro in micros for sample in micro.samples] == [sample for one in groups for sample in one]
+    assert all(cost(micro) <= 22 for micro in micros[:3])
+    assert pack([], 22) == []
+
+
+def test_it_learns_with_equal_bits_in_every_step(tmp_path: Path) -> None:
+    recipe = objective_recipe(
+        tmp_path,
+        "grpo",
+        {"task": LOWER, "prompts": 8, "group": 8},
+        train={"steps": 12, "batch_tokens": 1024},
+        optimizer={"lr": 2e-2, "weight_decay": 0.0},
+        schedule={"kind": "constant"},
+        evaluate={"enabled": True},
+        checkpoint={"every": None},
+        log={"plot": True},
+    )
+    figures = train(recipe, quiet=True)
+    lines = read_metrics(tmp_path / "runs" / "grpo" / "metrics.jsonl")
+    assert [line["mismatch_bits"] for line in lines] == [0] * 12
+    assert [line["mismatch_kl"] for line in lines] == [0.0] * 12
+    assert lines[-1]["reward"] > lines[0]["reward"] + 0.2
+    versions = [line["weight_version"] for line in lines]
+    assert versions == sorted(set(versions))  # every step moved it
+    for name in ("entropy", "clip_fraction", "completion_length", "rollout_tokens_per_second", "tokens_per_second"):
+        assert all(line[name] >= 0.0 for line in lines)
+    assert lines[0]["training_tokens_per_second"] > 0
+    assert 4.0 < lines[0]["entropy"] < 6.0  # random weights over 257 tokens: log 257 = 5.55
+    assert figures["held_out"]["problems"] == figures["held_out_before"]["problems"] == 16
+    assert (tmp_path / "runs" / "grpo" / "reward.png").is_file()
+
+
+def test_memory_is_what_the_recipe_gives_and_changes_no_bit(tmp_path: Path) -> None:
+    steps, figures, engines = [], [], []
+    for name, memory in (("ample", None), ("scarce", 48)):  # three pages: most sequences are preempted on the way
+        rollout = {"max_tokens": 8, "sequences": 16, "memory_tokens": memory}
+        trainer, policy = setup(tmp_path, {"rollout": rollout}, name=name)
+        steps.append([trainer.train_step() for _ in range(2)])
+        figures.append(policy.finish()[1])
+        engines.append(policy.rollout.engine.stats())
+    assert steps[0] == steps[1]
+    assert [engine["pages_total"] for engine in engines] == [32, 3]
+    assert engines[1]["preemptions"] > 0
+    assert figures[1]["mismatch_bits"] == 0
+
+
+def test_a_fast_model_reports_its_mismatch(tmp_path: Path) -> None:
+    trainer, policy = setup(tmp_path, {"importance_cap": 2.0}, model={"numerics": "fast"})
+    trainer.train_step()
+    _, figures = policy.finish()
+    assert 0.0 <= figures["mismatch_kl"] < 1e-9
+
+
+def test_dynamic_sampling_drops_groups_without_variance(tmp_path: Path) -> None:
+    trainer, policy = setup(tmp_path, {"dynamic_sampling": True, "max_rounds": 3})
+    rewards = iter([1.0] * 4 + [0.0, 1.0, 1.0, 0.0] + [0.0] * 4 + [1.0, 0.0] * 2 + [0.5] * 4 + [0.2, 0.3] * 2)
+    policy.task.reward = lambda prompt, completion: next(rewards)  # type: ignore[method-assign]
+    micros = next(policy.updates(0))
+    kept = [sample.advantage for micro in micros for sample in micro.samples]
+    assert len(kept) == 12
+    assert all(kept)
+    for micro in micros:
+        policy.loss(trainer.forward, micro)
+    _, figures = policy.finish()
+    assert (figures["groups"], figures["groups_dropped"], figures["rounds"]) == (3, 3, 2.0)
+
+
+def test_a_step_without_any_variance_changes_nothing(tmp_path: Path) -> None:
+    trainer, policy = setup(tmp_path, {"dynamic_sampling": True, "max_rounds": 2})
+    policy.task.reward = lambda prompt, completion: 1.0  # type: ignore[method-assign]
+    before = weights(trainer)
+    assert trainer.train_step() == (0.0, 0.0)
+    tokens, figures = policy.finish()
+    assert (tokens, figures["groups"], figures["rounds"], figures["success"]) == (0, 0, 2.0, 1.0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(trainer).items())
+
+
+@pytest.mark.parametrize("objective", [{}, {"updates": 2, "kl_weight": 0.1, "warmup": WARMUP, "task": TASK}])
+def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path, objective: dict[str, Any]) -> None:
+    sections: dict[str, Any] = {"train": {"steps": 5}, "checkpoint": {"every": 2}, "evaluate": {"enabled": True}}
+    whole, _ = setup(tmp_path, objective, name="whole", **sections)
+    whole.fit()
+    recipe = objective_recipe(tmp_path, "grpo", SMALL | objective, name="parts", **sections)
+    parts = Trainer(recipe, quiet=True)
+    while parts.step < 3:
+        parts.train_step()
+        parts.objective.finish()
+        if parts.step == 2:
+            parts.save()
+    again = Trainer(recipe.model_copy(update={"resume": "auto"}), quiet=True)
+    assert again.step == 2
+    again.fit()
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, weights(again)[name]), name
+    if "warmup" in objective:
+        folder = tmp_path / "runs" / "parts" / "warmup"
+        assert (folder / "checkpoints" / "step-000006").is_dir()
+        with pytest.raises(ToolkitError, match="already holds checkpoints up to step 5"):
+            Trainer(recipe, quiet=True)
+        os.rename(folder, folder.with_name("gone"))
+        with pytest.raises(ToolkitError, match="which is no longer there"):
+            Trainer(recipe.model_copy(update={"resume": "auto"}), quiet=True)
+
+
+def test_a_prompt_too_long_is_one_sentence(tmp_path: Path) -> None:
+    trainer, _ = setup(tmp_path, {"task": {"name": "countdown", "numbers": 6, "largest": 99}}, train={"max_length": 16})
+    with pytest.raises(ToolkitError, match=r"a prompt has \d+ tokens; with train.max_length 16 and objective.rollout"):
+        trainer.train_step()
+
+
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    """Each rolls out its share; the step is that of one process, and both end with the same weights."""
+    here = Path(__file__).parent
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    path = os.pathsep.join([str(here.parents[1]), str(here)])
+    result = subprocess.run(
+        [*command, str(here / "two_rollouts.py"), str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("same weights") == 2
+    trainer, _ = setup(tmp_path, {"prompts": 4}, name="one", train={"steps": 2})
+    trainer.fit()
+    one, two = (read_metrics(tmp_path / "runs" / name / "metrics.jsonl") for name in ("one", "two"))
+    for key in ("reward", "tokens", "completion_length", "entropy", "mismatch_bits"):
+        assert one[0][key] == pytest.approx(two[0][key], rel=1e-9)
+    assert one[0]["gradient_norm"] == pytest.approx(two[0]["gradient_norm"], rel=1e-4)
+    with pytest.raises(ToolkitError, match="was written by 2 processes"):
+        setup(tmp_path, {"prompts": 4}, name="two", train={"steps": 2}, resume="auto")

@@ -1,0 +1,402 @@
+"""Supervised runs, adapters, preferences, distillation: what each promises, in a few steps."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from objective_recipes import LOWER, TASK, WARMUP, dense_logprobs, objective_recipe, weights
+from safetensors.torch import load_file
+
+from toolkit.cli.loading import load_model
+from toolkit.errors import ToolkitError
+from toolkit.training.examples import Lines, LineStream, Packed, conversation, example_of
+from toolkit.training.loop import Trainer, train
+from toolkit.training.metrics import read_metrics
+from toolkit.training.objectives.distill import Distillation
+from toolkit.training.objectives.dpo import Preference
+from toolkit.training.objectives.sft import FIELDS, Supervised
+
+TEACHER = {
+    "config": {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 32,
+    },
+    "steps": 10,
+    "lr": 1e-2,
+    "batch_tokens": 256,
+}
+KINDS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("sft", {}, {"train": {"accumulate": 2}}),
+    ("sft", {"warmup": WARMUP}, {"model": {"lora": {"rank": 2, "dropout": 0.1}}}),
+    ("dpo", {"pairs": 6}, {}),
+    ("distill", {"prompts": 4, "teacher": TEACHER, "warmup": WARMUP}, {}),
+]
+
+
+@pytest.mark.parametrize(("kind", "objective", "sections"), KINDS)
+def test_resumed_equals_uninterrupted_bit_for_bit(
+    tmp_path: Path, kind: str, objective: dict[str, Any], sections: dict[str, Any]
+) -> None:
+    train_section = {"steps": 5, **sections.get("train", {})}
+    common = {k: v for k, v in sections.items() if k != "train"} | {"checkpoint": {"every": 2}}
+    whole = Trainer(
+        objective_recipe(tmp_path, kind, objective, name="whole", train=train_section, **common), quiet=True
+    )
+    whole.fit()
+    recipe = objective_recipe(tmp_path, kind, objective, name="parts", train=train_section, **common)
+    parts = Trainer(recipe, quiet=True)
+    while parts.step < 3:
+        parts.train_step()
+        parts.objective.finish()
+        if parts.step == 2:
+            parts.save()
+    again = Trainer(recipe.model_copy(update={"resume": "auto"}), quiet=True)
+    assert again.step == 2
+    again.fit()
+    assert again.objective.state_dict() == whole.objective.state_dict()
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, weights(again)[name]), name
+
+
+def test_supervised_loss_is_the_mean_over_completion_tokens(tmp_path: Path) -> None:
+    recipe = objective_recipe(tmp_path, "sft", {}, train={"accumulate": 3}, model={"dtype": "float64"})
+    trainer = Trainer(recipe, quiet=True)
+    assert isinstance(trainer.objective, Supervised)
+    micros = next(trainer.objective.updates(0))
+    loss = sum(trainer.objective.loss(trainer.forward, micro).item() for micro in micros)
+    again = Trainer(recipe.model_copy(update={"name": "again"}), quiet=True).objective
+    assert isinstance(again, Supervised)
+    total, count = 0.0, 0
+    for _ in micros:
+        for example in again.stream.next_batch():
+            logits = trainer.hf_model(torch.tensor([example.inputs])).logits[0] + 0.0
+            targets = torch.tensor(example.targets)
+            total += F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum").item()
+            count += example.counted
+    assert loss == pytest.approx(total / count, rel=1e-9)
+    assert trainer.objective.finish()[0] == count
+
+
+def test_supervised_learns(tmp_path: Path) -> None:
+    figures = train(
+        objective_recipe(
+            tmp_path,
+            "sft",
+            {"task": LOWER},
+            train={"steps": 40},
+            optimizer={"lr": 2e-2},
+            evaluate={"enabled": True},
+            checkpoint={"every": None},
+        ),
+        quiet=True,
+    )
+    losses = [line["loss"] for line in read_metrics(tmp_path / "runs" / "sft" / "metrics.jsonl")]
+    assert losses[-1] < 0.2 * losses[0]
+    assert figures["held_out"]["success_greedy"] == 1.0 > figures["held_out_before"]["success_sampled"]
+
+
+@pytest.fixture
+def chat(tmp_path: Path) -> Path:
+    lines: list[dict[str, Any]] = [{"prompt": f"{at} ", "completion": f"{at + 1}"} for at in range(30)]
+    for at in range(30):
+        turns = [
+            ("system", "be brief"),
+            ("user", f"n {at}"),
+            ("assistant", f"{at}!"),
+            ("user", "?"),
+            ("assistant", "."),
+        ]
+        lines.append({"messages": [{"role": role, "content": text} for role, text in turns]})
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path
+
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+)
+
+
+def test_a_file_of_conversations(chat: Path) -> None:
+    recipe = objective_recipe(
+        chat,
+        "sft",
+        {"task": None, "data": str(chat / "chat.jsonl"), "chat_template": TEMPLATE},
+        train={"steps": 6, "max_length": 64},
+        model={"config": {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}},
+        evaluate={"enabled": True},
+    )
+    figures = train(recipe, quiet=True)
+    assert figures["held_out"]["loss"] < figures["held_out_before"]["loss"]
+    trainer = Trainer(recipe.model_copy(update={"name": "look"}), quiet=True)
+    messages = [
+        {"role": "user", "content": "ab"},
+        {"role": "assistant", "content": "cd"},
+        {"role": "user", "content": "e"},
+        {"role": "assistant", "content": "f"},
+    ]
+    example = conversation(trainer.tokenizer, TEMPLATE, messages, 100)
+    decode = trainer.tokenizer.decode
+    eos = trainer.tokenizer.eos_token
+    assert decode(example.inputs) == f"<u>ab<a>cd{eos}<u>e<a>f"
+    assert decode([t for t in example.targets if t >= 0]) == f"cd{eos}f{eos}"
+    at = example.targets.index(trainer.tokenizer.eos_token_id)
+    assert example.inputs[at + 1] == example.targets[at]
+    assert len(conversation(trainer.tokenizer, TEMPLATE, messages, 5).inputs) == 5
+    forgetful = TEMPLATE.replace("{% for m in messages %}", "{% for m in messages[-2:] %}")
+    with pytest.raises(ToolkitError, match="writes earlier messages anew"):
+        conversation(trainer.tokenizer, forgetful, messages, 100)
+    with pytest.raises(ToolkitError, match=r"objective.chat_template does not take the messages: no"):
+        conversation(trainer.tokenizer, "{{ raise_exception('no') }}", messages, 100)
+    with pytest.raises(ToolkitError, match="messages has 3; it must be a mapping with 'role' and 'content'"):
+        conversation(trainer.tokenizer, TEMPLATE, [3], 100)
+
+
+def test_examples_mask_prompts_and_are_cut() -> None:
+    assert example_of([1, 2, 3], [4, 5], 10) == ([1, 2, 3, 4], [-1, -1, 4, 5])
+    assert example_of([1, 2, 3], [4, 5], 3) == ([1, 2, 3], [-1, -1, 4])
+    assert example_of([1], [4], 3) == ([1], [4])
+
+
+def test_lines_are_split_shuffled_and_resumed(chat: Path) -> None:
+    lines = Lines(str(chat / "chat.jsonl"), 0.2, FIELDS)
+    assert len(lines.train) + len(lines.held_out) == 60
+    assert lines.held_out
+    assert not any(line in lines.train for line in lines.held_out)
+    stream = LineStream(lines.train, 0)
+    whole = stream.take(3 * len(lines.train))
+    epochs = [whole[at : at + len(lines.train)] for at in range(0, len(whole), len(lines.train))]
+    assert all(sorted(map(str, epoch)) == sorted(map(str, lines.train)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    for at in (0, 1, len(lines.train), len(lines.train) + 3):
+        other = LineStream(lines.train, 0)
+        other.take(at)
+        resumed = LineStream(lines.train, 0)
+        resumed.load_state_dict(other.state_dict())
+        assert resumed.take(20) == whole[at : at + 20]
+
+
+def test_a_packing_is_resumed_where_an_example_waits(chat: Path) -> None:
+    def packed() -> Packed:
+        lines = [{"n": at} for at in range(50)]
+        return Packed(LineStream(lines, 0), lambda line: example_of([line["n"]] * (1 + line["n"] % 7), [1, 2], 99), 16)
+
+    whole = packed()
+    states, batches = [], []
+    for _ in range(20):
+        states.append(json.loads(json.dumps(whole.state_dict())))
+        batches.append(whole.next_batch())
+        assert sum(len(example.inputs) for example in batches[-1]) <= 16
+    for at in (1, 7, 19):
+        resumed = packed()
+        resumed.load_state_dict(states[at])
+        assert [resumed.next_batch() for _ in range(20 - at)] == batches[at:]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("{", "line 1, is not JSON; it must be a mapping with 'messages', or 'prompt' and 'completion'."),
+        ('{"prompt": "a", "completion": "b"}\n[]', "line 2, must be a mapping with 'messages', or "),
+        ('{"prompt": "a", "completion": 3}', "line 1, must be a mapping with"),
+        ("", "which has no line to train on."),
+    ],
+)
+def test_a_wrong_file_is_one_sentence(tmp_path: Path, text: str, expected: str) -> None:
+    (tmp_path / "data.jsonl").write_text(text)
+    with pytest.raises(ToolkitError) as caught:
+        Lines(str(tmp_path / "data.jsonl"), 0.1, FIELDS)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_and_prompts_too_long_are_one_sentence(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    recipe = objective_recipe(tmp_path, "sft", {"task": None, "data": str(data)})
+    with pytest.raises(ToolkitError, match=r"objective.data is '.*', which cannot be read: No such file"):
+        Trainer(recipe, quiet=True)
+    data.write_text(json.dumps({"prompt": "x" * 100, "completion": "y"}) + "\n")
+    with pytest.raises(ToolkitError, match="no completion in its first 64 examples that begins within"):
+        Trainer(recipe, quiet=True)
+    data.write_text(json.dumps({"prompt": "x" * 100, "chosen": "y", "rejected": "z"}) + "\n")
+    recipe = objective_recipe(tmp_path, "dpo", {"task": None, "data": str(data), "pairs": 1})
+    with pytest.raises(ToolkitError, match=r"a prompt has 100 tokens; with train.max_length 32 it must have fewer"):
+        Trainer(recipe, quiet=True).train_step()
+
+
+def test_adapters_are_all_that_is_trained_and_open_in_peft(tmp_path: Path) -> None:
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    recipe = objective_recipe(
+        tmp_path, "sft", {"warmup": WARMUP}, model={"lora": {"rank": 4, "alpha": 8.0}}, optimizer={"lr": 5e-2}
+    )
+    trainer = Trainer(recipe, quiet=True)
+    before = weights(trainer)
+    trainer.fit()
+    moved = {name for name, tensor in weights(trainer).items() if not torch.equal(tensor, before[name])}
+    assert moved == {name for name in before if "lora_" in name}
+    folder = tmp_path / "runs" / "sft" / "checkpoints" / "step-000004"
+    assert (folder / "adapter_config.json").is_file()
+    assert not (folder / "model.safetensors").exists()
+    assert all("lora_" in name for name in load_file(str(folder / "adapter_model.safetensors")))
+    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    stock = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(folder))
+    ids = torch.arange(1, 20)[None]
+    with torch.no_grad():
+        trainer.hf_model.eval()
+        ours = trainer.hf_model(ids).logits + 0.0
+        torch.testing.assert_close(ours, stock(ids).logits, rtol=1e-4, atol=1e-5)
+        merged, tokenizer = load_model(tmp_path / "runs" / "sft")
+        torch.testing.assert_close(ours, merged(ids).logits, rtol=1e-4, atol=1e-5)
+    assert len(tokenizer) == 257
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "elsewhere"}))
+    with pytest.raises(ToolkitError, match="names the base model 'elsewhere', which is no local folder of a model"):
+        load_model(folder)
+
+
+def test_adapters_roll_out_with_equal_bits(tmp_path: Path) -> None:
+    recipe = objective_recipe(
+        tmp_path,
+        "grpo",
+        {"task": LOWER, "prompts": 4, "group": 4, "warmup": {**WARMUP, "task": TASK}, "kl_weight": 0.01},
+        model={"lora": {"rank": 4}},
+        optimizer={"lr": 5e-2},
+    )
+    train(recipe, quiet=True)
+    lines = read_metrics(tmp_path / "runs" / "grpo" / "metrics.jsonl")
+    assert [line["mismatch_bits"] for line in lines] == [0] * 4
+    assert lines[0]["reference_kl"] == pytest.approx(0.0, abs=1e-9)
+    assert lines[-1]["reference_kl"] > 1e-6  # the adapters have moved, and the engine with them
+
+
+@pytest.mark.parametrize(("targets", "expected"), [(["nothing"], "model.lora.targets is ['nothing']: Target modules")])
+def test_wrong_targets_are_one_sentence(tmp_path: Path, targets: list[str], expected: str) -> None:
+    recipe = objective_recipe(tmp_path, "sft", {"warmup": WARMUP}, model={"lora": {"targets": targets}})
+    with pytest.raises(ToolkitError) as caught:
+        Trainer(recipe, quiet=True)
+    assert str(caught.value).startswith(expected)
+    assert "\n" not in str(caught.value)
+
+
+def test_preference_loss_is_that_of_the_definition(tmp_path: Path) -> None:
+    recipe = objective_recipe(
+        tmp_path,
+        "dpo",
+        {"pairs": 5, "beta": 0.5, "sft_weight": 0.25},
+        model={"dtype": "float64"},
+        train={"batch_tokens": 64},
+    )
+    trainer = Trainer(recipe, quiet=True)
+    assert isinstance(trainer.objective, Preference)
+    chance = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in trainer.hf_model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=chance, dtype=torch.float64)
+    micros = next(trainer.objective.updates(0))
+    assert len(micros) > 1
+    loss = sum(trainer.objective.loss(trainer.forward, micro) for micro in micros)
+    exact = []
+    for pair in (pair for micro in micros for pair in micro):
+        sums = {}
+        for side, tokens in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+            for who, model in (("policy", trainer.hf_model), ("reference", trainer.objective.reference.model)):
+                sums[side, who] = dense_logprobs(model, pair.prompt + tokens)[-len(tokens) :].sum()
+        ratio = {side: sums[side, "policy"] - sums[side, "reference"].detach() for side in ("chosen", "rejected")}
+        supervised = -sums["chosen", "policy"] / len(pair.chosen)
+        exact.append(-F.logsigmoid(0.5 * (ratio["chosen"] - ratio["rejected"])) + 0.25 * supervised)
+    torch.testing.assert_close(loss, torch.stack(exact).mean(), rtol=1e-6, atol=1e-7)
+    assert trainer.objective.finish()[1]["accuracy"] in {0.0, 0.2, 0.4, 0.6, 0.8, 1.0}
+
+
+def test_preferences_are_learnt(tmp_path: Path) -> None:
+    figures = train(
+        objective_recipe(
+            tmp_path,
+            "dpo",
+            {"task": LOWER, "pairs": 16},
+            train={"steps": 15, "batch_tokens": 512},
+            optimizer={"lr": 1e-2},
+            evaluate={"enabled": True},
+            checkpoint={"every": None},
+        ),
+        quiet=True,
+    )
+    before, after = figures["held_out_before"], figures["held_out"]
+    assert (before["accuracy"], before["margin"]) == (0.5, 0.0)
+    assert after["accuracy"] == 1.0
+    assert after["margin"] > 0.1
+
+
+@pytest.mark.parametrize("divergence", ["reverse", "forward", "jensen_shannon"])
+def test_distillation_loss_is_that_of_the_definition(tmp_path: Path, divergence: str) -> None:
+    """The teacher's likeliest tokens and the rest as one outcome, by dense softmax."""
+    objective = {
+        "prompts": 3,
+        "completions": 2,
+        "teacher": TEACHER | {"steps": 1},
+        "top_k": 5,
+        "divergence": divergence,
+    }
+    recipe = objective_recipe(tmp_path, "distill", objective, model={"dtype": "float64"}, train={"batch_tokens": 48})
+    trainer = Trainer(recipe, quiet=True)
+    assert isinstance(trainer.objective, Distillation)
+    micros = next(trainer.objective.updates(0))
+    assert len(micros) > 1
+    loss = sum(trainer.objective.loss(trainer.forward, micro) for micro in micros)
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for micro in micros:
+        logits = trainer.hf_model.lm_head.weight.new_tensor(0.0) + trainer.ragged(micro.batch, micro.rows)
+        student = logits.softmax(-1)
+        teacher = trainer.objective.teacher.logits(micro.batch, micro.rows).softmax(-1)
+        for p_all, q_all, times in zip(teacher, student, micro.counts):
+            best = p_all.topk(5).indices
+            p, q = (torch.cat([x[best], (1 - x[best].sum())[None]]) for x in (p_all, q_all))
+            m = 0.5 * (p + q)
+            outcomes = {
+                "forward": (p * (p / q).log()).sum(),
+                "reverse": (q * (q / p).log()).sum(),
+                "jensen_shannon": 0.5 * (p * (p / m).log()).sum() + 0.5 * (q * (q / m).log()).sum(),
+            }
+            total = total + times * outcomes[divergence]
+            count += int(times)
+    torch.testing.assert_close(loss, total / count, rtol=1e-5, atol=1e-8)
+    trainer.train_step()
+    trainer.objective.finish()
+
+
+def test_distillation_learns_from_a_teacher_on_disk(tmp_path: Path) -> None:
+    teacher = objective_recipe(
+        tmp_path, "sft", {"task": LOWER}, name="teacher", train={"steps": 40}, optimizer={"lr": 2e-2}
+    )
+    train(teacher, quiet=True)
+    figures = train(
+        objective_recipe(
+            tmp_path,
+            "distill",
+            {"task": LOWER, "prompts": 8, "teacher": {"path": str(tmp_path / "runs" / "teacher")}},
+            train={"steps": 40, "batch_tokens": 512},
+            optimizer={"lr": 2e-2},
+            evaluate={"enabled": True},
+            checkpoint={"every": None},
+        ),
+        quiet=True,
+    )
+    lines = read_metrics(tmp_path / "runs" / "distill" / "metrics.jsonl")
+    assert lines[-1]["divergence"] < 0.5 * lines[0]["divergence"]
+    assert lines[-1]["weight_version"] > lines[0]["weight_version"]
+    assert figures["held_out"]["problems"] == 16
+
+
+def test_a_teacher_of_another_vocabulary_is_one_sentence(tmp_path: Path) -> None:
+    config = TEACHER["config"] | {"vocab_size": 300}  # type: ignore[operator]
+    objective = {"prompts": 2, "teacher": TEACHER | {"config": config, "steps": 1}}
+    with pytest.raises(ToolkitError, match="has a vocabulary of 300; it must be the student's, which is 257"):
+        Trainer(objective_recipe(tmp_path, "distill", objective), quiet=True)

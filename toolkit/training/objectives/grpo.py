@@ -1,0 +1,233 @@
+"""Group-relative policy optimisation: the engine rolls out from the live weights, a task's reward judges."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from toolkit.training.model import Reference
+from toolkit.training.objectives.base import Setting
+from toolkit.training.objectives.functions import (
+    divergence_estimate,
+    group_advantages,
+    importance_weight,
+    policy_loss,
+)
+from toolkit.training.objectives.on_task import OnTask
+
+
+@dataclass
+class Sample:
+    """One completion: its tokens after the prompt's, the engine's log-probabilities of them, and what it is worth."""
+
+    prompt: list[int]
+    tokens: list[int]
+    behaviour: list[float]
+    advantage: float = 0.0
+    weight: float = 0.0
+    """Of each of its tokens in the loss; 0 for a sample that only fills a micro-batch."""
+    train: Tensor | None = None
+    """Log-probabilities by the first training forward, where they are asked for."""
+    reference: Tensor | None = None
+
+    @property
+    def sequence(self) -> list[int]:
+        return [*self.prompt, *self.tokens]
+
+
+@dataclass
+class Micro:
+    """Samples of one forward, members of a group side by side, so that their prompt is computed once."""
+
+    samples: list[Sample]
+    first: bool = field(default=True)
+    """Whether the weights are still those of the rollout."""
+
+    @property
+    def sequences(self) -> list[list[int]]:
+        return [sample.sequence for sample in self.samples]
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(sample.tokens) for sample in self.samples]
+
+
+class GroupPolicy(OnTask):
+    """GRPO and its relatives: see ``GrpoObjective``. Behaviour log-probabilities are the engine's own."""
+
+    headline = "reward"
+
+    def bind(self, setting: Setting) -> None:
+        super().bind(setting)
+        self.reference = (
+            Reference(setting.found(), self.recipe.model, setting.device) if self.section.kl_weight else None
+        )
+
+    def updates(self, step: int) -> Iterator[Sequence[Micro]]:
+        self.begin()
+        groups = self._groups(step)
+        self._weigh([sample for group in groups for sample in group])
+        if self.reference is None:
+            # A group whose rewards are all alike has no gradient: it counts in the mean and costs nothing.
+            groups = [group for group in groups if any(sample.advantage for sample in group)]
+        micros = pack(groups, self.recipe.train.batch_tokens)
+        count = self.setting.largest(len(micros))
+        if not micros and count:  # every process gives as many micro-batches, if need be of nothing
+            filler = Sample([self.setting.tokenizer.eos_token_id], [self.setting.tokenizer.eos_token_id], [0.0])
+            micros = [Micro([filler])]
+        micros += [Micro([_filler(micros[0].samples[0])]) for _ in range(count - len(micros))]
+        self._remember_reference(micros)
+        for update in range(self.section.updates if count else 0):
+            for micro in micros:
+                micro.first = update == 0
+            yield micros
+
+    def _groups(self, step: int) -> list[list[Sample]]:
+        """The groups to train on, with advantages; with dynamic sampling, rounds until there are enough."""
+        section, wanted = self.section, self.prompts
+        groups: list[list[Sample]] = []
+        dropped, rounds = 0, 0
+        while rounds < (section.max_rounds if section.dynamic_sampling else 1):
+            problems, answers = self.roll_out(step, section.group, rounds)
+            rounds += 1
+            rewards = torch.tensor(self.count(problems, answers), dtype=torch.float64)
+            advantages = group_advantages(rewards, scaled=section.scale == "std")
+            for group, values, reward in zip(answers, advantages.tolist(), rewards):
+                if section.dynamic_sampling and bool((reward == reward[0]).all()):
+                    dropped += 1
+                    continue
+                groups.append(
+                    [
+                        Sample(one.prompt_token_ids, one.token_ids, one.logprobs, advantage)
+                        for one, advantage in zip(group, values)
+                    ]
+                )
+            missing = max(wanted - len(groups), 0)
+            if not self.setting.largest(missing):  # all processes go on, or none does
+                break
+        self.sums.add(groups=min(len(groups), wanted), groups_dropped=dropped, rounds=rounds)
+        return groups[:wanted]
+
+    def _weigh(self, samples: list[Sample]) -> None:
+        """Each token's weight, so that the loss is the asked-for mean over the samples of all processes."""
+        count, tokens = self.setting.total([len(samples), sum(len(sample.tokens) for sample in samples)])
+        for sample in samples:
+            if self.section.average == "token":
+                weight = 1.0 / tokens
+            elif self.section.average == "sequence":
+                weight = 1.0 / (count * len(sample.tokens))
+            else:
+                weight = 1.0 / (count * self.section.rollout.max_tokens)
+            sample.weight = weight * self.setting.world  # gradients are averaged over the processes
+
+    def _remember_reference(self, micros: Sequence[Micro]) -> None:
+        if self.reference is not None:
+            for micro in micros:
+                values = self.reference.logprobs(micro.sequences, micro.lengths)
+                for sample, value in zip(micro.samples, values):
+                    sample.reference = value
+
+    def loss(self, forward: Callable[..., Any], micro: Micro) -> Tensor:
+        section, samples = self.section, micro.samples
+        lengths = micro.lengths
+        logprob = torch.cat(forward(micro.sequences, last=lengths))
+        device = logprob.device
+
+        def spread(values: list[float]) -> Tensor:
+            """[samples] numbers to the tokens of each."""
+            given = torch.tensor(values, dtype=logprob.dtype, device=device)
+            return torch.cat([one.expand(length) for one, length in zip(given, lengths)])
+
+        rolled = torch.tensor(
+            [value for sample in samples for value in sample.behaviour], dtype=torch.float64, device=device
+        )
+        counted = spread([float(sample.weight > 0.0) for sample in samples])
+        if micro.first:
+            self._compare(logprob.detach(), rolled, counted)
+        behaviour, weight = rolled.to(logprob.dtype), spread([sample.weight for sample in samples])
+        if section.importance_cap is not None:
+            if micro.first:
+                for sample, values in zip(samples, logprob.detach().split(lengths)):
+                    sample.train = values
+            train = torch.cat([cast(Tensor, sample.train) for sample in samples])
+            weight = weight * importance_weight(train, behaviour, section.importance_cap)
+            behaviour = train  # the ratio is that of the weights alone; the weight stands for the other engine
+        reference = torch.cat([cast(Tensor, s.reference) for s in samples]) if self.reference is not None else None
+        result = policy_loss(
+            logprob,
+            behaviour,
+            spread([sample.advantage for sample in samples]),
+            clip_low=section.clip_low,
+            clip_high=section.clip_high,
+            reference=reference,
+            kl_weight=section.kl_weight,
+            lengths=lengths if section.ratio == "sequence" else None,
+        )
+        self.sums.add(clipped=(result.clipped * counted).sum().item(), trained=counted.sum().item())
+        if reference is not None:
+            distance = divergence_estimate(reference - logprob.detach())
+            self.sums.add(distance=(distance * counted).sum().item())
+        return (result.loss * weight).sum()
+
+    def _compare(self, train: Tensor, rolled: Tensor, counted: Tensor) -> None:
+        """The training forward against the engine, under the same weights: nats, and bits."""
+        difference = (train.double() - rolled) * counted
+        # The engine hands out float32 values; a difference in any bit counts, be it the sign of a zero.
+        other = train.float().view(torch.int32) != rolled.float().view(torch.int32)
+        self.sums.add(
+            compared=counted.sum().item(),
+            mismatch=divergence_estimate(difference).sum().item(),
+            bits=(other & (counted > 0)).sum().item(),
+        )
+
+    def finish(self) -> tuple[int, dict[str, float]]:
+        """Beside ``OnTask.figures``: engine against training forward, and what was clipped or dropped."""
+        names = ("compared", "mismatch", "bits", "clipped", "trained", "distance")
+        self.sums.add(**dict.fromkeys(names, 0.0))  # a process, or a step, may have had nothing to train on
+        got = self.take()
+        self.trained_tokens = int(got["trained"])
+        compared, trained = max(got["compared"], 1.0), max(got["trained"], 1.0)
+        values = {
+            **self.figures(got),
+            "mismatch_kl": got["mismatch"] / compared,
+            "mismatch_bits": int(got["bits"]),
+            "clip_fraction": got["clipped"] / trained,
+            "groups": int(got["groups"]),
+            "groups_dropped": int(got["groups_dropped"]),
+            "rounds": got["rounds"] / got["processes"],
+        }
+        if self.reference is not None:
+            values["reference_kl"] = got["distance"] / trained
+        return self.trained_tokens, values
+
+
+def pack(groups: Sequence[Sequence[Sample]], batch_tokens: int) -> list[Micro]:
+    """Groups to micro-batches of at most ``batch_tokens`` tokens, a prompt counted once for the members beside it.
+
+    A group that is larger is split; a sample that is larger stands alone.
+    """
+    micros: list[Micro] = []
+    room = 0
+    for group in groups:
+        whole = len(group[0].prompt) + sum(len(sample.tokens) for sample in group)
+        fresh = not micros or whole > room
+        if fresh:
+            micros.append(Micro([]))
+            room = batch_tokens
+        first = True
+        for sample in group:
+            cost = len(sample.tokens) + (len(sample.prompt) if first else 0)
+            if micros[-1].samples and cost > room:
+                micros.append(Micro([]))
+                room, cost = batch_tokens, len(sample.tokens) + len(sample.prompt)
+            micros[-1].samples.append(sample)
+            room -= cost
+            first = False
+    return micros
+
+
+def _filler(like: Sample) -> Sample:
+    """A sample that counts for nothing."""
+    return Sample(like.prompt, like.tokens[:1], like.behaviour[:1])

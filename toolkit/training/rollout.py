@@ -1,0 +1,108 @@
+"""Rollouts: one engine on the live weights, made once, used by training and by held-out measures."""
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from toolkit.config.objective import RolloutSection
+from toolkit.engine import Engine, SamplingParams
+from toolkit.engine.outputs import Completion
+from toolkit.errors import ToolkitError
+from toolkit.training.corpus import digest
+from toolkit.training.examples import prompt_ids
+from toolkit.training.objectives.base import Setting
+from toolkit.training.tasks import Problem, ProblemStream, Task
+
+PAGE = 16
+
+
+class Rollout:
+    """Generates with the weights as they are. The first call makes the engine; its state is bounded by the recipe."""
+
+    def __init__(self, setting: Setting, section: RolloutSection) -> None:
+        self._setting, self._section = setting, section
+        self._engine: Engine | None = None
+        self.seconds, self.tokens = 0.0, 0
+
+    @property
+    def engine(self) -> Engine:
+        """The engine, made when first asked for."""
+        if self._engine is None:
+            section, longest = self._section, self._setting.recipe.train.max_length
+            memory = section.memory_tokens or section.sequences * longest
+            self._engine = Engine(
+                self._setting.model.model,
+                self._setting.tokenizer,
+                max_num_seqs=section.sequences,
+                max_num_batched_tokens=max(2048, section.sequences),
+                max_model_len=longest,
+                page_size=PAGE,
+                num_pages=max(math.ceil(memory / PAGE), math.ceil(longest / PAGE)),
+                seed=0,
+            )
+        return self._engine
+
+    def generate(
+        self, prompts: Sequence[list[int]], seeds: Sequence[int], n: int = 1, temperature: float | None = None
+    ) -> list[list[Completion]]:
+        """``n`` completions of each prompt, which depend on the weights and the prompt's seed alone."""
+        section, begun = self._section, time.perf_counter()
+        longest = self._setting.recipe.train.max_length - section.max_tokens
+        for prompt in prompts:
+            if len(prompt) > longest:
+                raise ToolkitError(
+                    f"a prompt has {len(prompt)} tokens; with train.max_length {longest + section.max_tokens} and "
+                    f"objective.rollout.max_tokens {section.max_tokens} it must have at most {longest}."
+                )
+        params = [
+            SamplingParams(
+                n=n,
+                max_tokens=section.max_tokens,
+                temperature=section.temperature if temperature is None else temperature,
+                seed=seed,
+            )
+            for seed in seeds
+        ]
+        completions = self.engine.generate(list(prompts), params) if prompts else []
+        for one in completions:
+            if one.error is not None:
+                raise ToolkitError(f"a rollout failed: {one.error.rstrip('.')}.")
+        self.seconds += time.perf_counter() - begun
+        self.tokens += sum(len(one.token_ids) for one in completions)
+        return [completions[at : at + n] for at in range(0, len(completions), n)]
+
+    def close(self) -> None:
+        """Free the engine's memory; a later call makes another one."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+
+def success(setting: Setting, rollout: Rollout, task: Task, count: int, share: float) -> dict[str, Any]:
+    """How many of ``count`` held-out problems are solved, greedily and by one sample at temperature 1.
+
+    The problems and the seeds of the samples are always the same ones. The processes share the work.
+    """
+    problems: list[Problem] = ProblemStream(task, 0, share, held_out=True).take(count)
+    mine = list(enumerate(problems))[setting.rank :: setting.world]
+    prompts = [prompt_ids(setting.tokenizer, problem.prompt) for _, problem in mine]
+    seeds = [digest(f"held out/{at}") for at, _ in mine]
+    begun, solved = time.perf_counter(), []
+    for temperature in (1.0, 0.0):
+        answers = rollout.generate(prompts, seeds, 1, temperature)
+        solved.append(sum(task.reward(p.prompt, a.text) >= 1.0 for (_, p), (a,) in zip(mine, answers)))
+    sampled, greedy = setting.total(solved)
+    return {
+        "problems": count,
+        "success_sampled": sampled / count,
+        "success_greedy": greedy / count,
+        "seconds": round(time.perf_counter() - begun, 1),
+    }
+
+
+def show_success(before: dict[str, Any] | None, after: dict[str, Any]) -> None:
+    """Print the held-out success before and after."""
+    for name, how in (("success_sampled", "sampled at temperature 1"), ("success_greedy", "greedy")):
+        start = f"{before[name]:.1%} before, " if before else ""
+        print(f"held-out problems solved, {how}: {start}{after[name]:.1%} after ({after['problems']} problems)")
