@@ -94,6 +94,23 @@ def relative(value, expected):
     return float((value.double() - expected.double()).norm() / expected.double().norm())
 
 
+@pytest.mark.parametrize("family", FORESTS)
+def test_activation_checkpointing_runs_the_same_forest_again(family):
+    model = random_model(family)
+    toolkit.patch(model)
+    model.train()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        torch.cat(toolkit.token_logprobs(model, tree(4))).square().sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert set(gradients[0]) == set(gradients[1])
+    for name, gradient in gradients[0].items():
+        assert relative(gradients[1][name], gradient) <= 1e-5, name
+
+
 @pytest.mark.parametrize("family", ["llama", "granite_swa", "qwen3_next"])
 def test_sharing_changes_no_bit_forward_and_every_run_gives_the_same_gradients(family):
     model = random_model(family)

@@ -26,4 +26,3 @@ resumed.fit()
 assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.hf_model.state_dict().items())
 assert resumed.objective.state_dict() == whole.objective.state_dict()
 print("same bits", flush=True)
-torch.distributed.destroy_process_group()  # its threads may abort a process that ends with them running

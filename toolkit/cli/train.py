@@ -26,14 +26,10 @@ def run(args: argparse.Namespace) -> int:
     if args.check:
         print(dump(recipe), end="")
         return 0
-    from torch import distributed
-
     from toolkit.training.loop import train
 
     try:
         train(recipe)
-        if distributed.is_available() and distributed.is_initialized():
-            distributed.destroy_process_group()  # its threads may abort a process that ends with them running
     except KeyboardInterrupt:
         kept = [word for word in args.overrides if word.partition("=")[0] not in ("overwrite", "resume")]
         print(f"\nInterrupted; go on with: toolkit train {' '.join([args.recipe, *kept, '--resume'])}")

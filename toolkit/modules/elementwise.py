@@ -5,6 +5,7 @@ so the last bit of a sigmoid depends on how many rows there are. Inside ``row_in
 call between their modules (gates, time steps) are the op ``activation`` instead, whose elements stand alone.
 """
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from toolkit.ops.activation import activation
 
+_thread = threading.local()
 _KINDS: dict[Callable[..., Any], str] = {
     torch.sigmoid: "sigmoid",
     Tensor.sigmoid: "sigmoid",
@@ -42,6 +44,13 @@ class _RowInvariant(TorchFunctionMode):
 
 @contextmanager
 def row_invariant() -> Iterator[None]:
-    """See the module. Of this thread only."""
-    with _RowInvariant():
+    """See the module. Of this thread only; inside itself it changes nothing."""
+    if getattr(_thread, "on", False):
         yield
+        return
+    _thread.on = True
+    try:
+        with _RowInvariant():
+            yield
+    finally:
+        _thread.on = False

@@ -22,8 +22,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    bias, tails = ctx.saved_tensors[2], ctx.saved_tensors[5]
-    dx, to_weight, to_bias, to_tails = _BACKWARD(grad, *ctx.saved_tensors, ctx.activation)
+    saved = ctx.saved_tensors  # once: activation checkpointing computes them again at every look
+    bias, tails = saved[2], saved[5]
+    dx, to_weight, to_bias, to_tails = _BACKWARD(grad, *saved, ctx.activation)
     return dx, to_weight, None if bias is None else to_bias, None, None, None if tails is None else to_tails, None
 
 

@@ -24,10 +24,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad: Tensor | None, grad_finals: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     if not ctx.keep:
         raise ToolkitError("keep is False for linear_recurrence; a gradient needs it to be True.")
-    beta, initial = ctx.saved_tensors[4], ctx.saved_tensors[7]
     if grad is None and grad_finals is None:
         return (None,) * 11
-    dq, dk, dv, dg, dbeta, dinitial = _BACKWARD(grad, grad_finals, *ctx.saved_tensors, ctx.scale, ctx.delta)
+    saved = ctx.saved_tensors  # once: activation checkpointing computes them again at every look
+    beta, initial = saved[4], saved[7]
+    dq, dk, dv, dg, dbeta, dinitial = _BACKWARD(grad, grad_finals, *saved, ctx.scale, ctx.delta)
     to_beta, to_initial = None if beta is None else dbeta, None if initial is None else dinitial
     return dq, dk, dv, dg, to_beta, None, None, to_initial, None, None, None
 

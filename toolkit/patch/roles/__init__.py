@@ -8,7 +8,7 @@ from typing import Any
 
 from toolkit.numerics import Numerics
 from toolkit.patch.claim import Claim, Refusal
-from toolkit.patch.roles import activation, attention, head, linear, mixer, mlp, norm, rotary
+from toolkit.patch.roles import activation, attention, head, layer, linear, mixer, mlp, norm, rotary
 
 Finder = Callable[[Any, Numerics], list[Claim | Refusal]]
 
@@ -19,6 +19,7 @@ FINDERS: dict[str, Finder] = {
     "activation": activation.find,
     "attention": attention.find,
     "mixer": mixer.find,
+    "layer": layer.find,
     "linear": linear.find,
     "head": head.find,
 }
