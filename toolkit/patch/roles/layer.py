@@ -25,11 +25,13 @@ def rerunnable(forward: Callable[..., Any], steady: bool) -> Callable[..., Any]:
     own = getattr(forward, "__wrapped__", None) if "checkpointing" in forward.__code__.co_name else None
 
     def replaced(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return forward(self, *args, **kwargs)
         hidden = args[0] if args else kwargs.get("hidden_states")
         batch = current_batch(kwargs)
         if batch is None and torch._C._current_graph_task_id() != -1:  # in a backward
             batch = getattr(hidden, "toolkit_batch", None)
-        if batch is None or torch.compiler.is_compiling():
+        if batch is None:
             return forward(self, *args, **kwargs)
 
         def run(*inputs: Any) -> Any:
