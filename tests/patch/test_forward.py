@@ -119,3 +119,13 @@ def test_weight_version_moves_with_every_write():
     toolkit.weights_changed(model)
     seen.append(weight_version(model))
     assert len(set(seen)) == 4
+
+
+def test_a_fused_optimizer_moves_the_weight_version():
+    model = random_model("llama")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    before = weight_version(model)
+    model(torch.tensor([[3, 4]]), labels=torch.tensor([[3, 4]])).loss.backward()
+    assert weight_version(model) == before
+    optimizer.step()
+    assert weight_version(model) != before

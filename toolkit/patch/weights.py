@@ -2,8 +2,23 @@
 
 import itertools
 import weakref
+from functools import cache
+from typing import Any
 
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+_STEPS = [0]
+
+
+@cache
+def _count_optimizer_steps() -> None:
+    """Fused optimizers write without moving torch's counters, so a step of any optimizer counts as a write."""
+
+    def stepped(*_: Any) -> None:
+        _STEPS[0] += 1
+
+    register_optimizer_step_post_hook(stepped)
 
 
 class WeightClock:
@@ -14,6 +29,7 @@ class WeightClock:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        _count_optimizer_steps()
         self._model = weakref.ref(model)
         self._next = itertools.count(1)
         self.refresh()
@@ -25,7 +41,7 @@ class WeightClock:
         self._parameters = list(model.parameters()) if model is not None else []
 
     def _read(self) -> tuple[int, int]:
-        versions = addresses = 0
+        versions, addresses = _STEPS[0], 0
         for parameter in self._parameters:
             versions += parameter._version
             addresses ^= parameter.data_ptr()
