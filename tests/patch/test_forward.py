@@ -123,9 +123,13 @@ def test_weight_version_moves_with_every_write():
 
 def test_a_fused_optimizer_moves_the_weight_version():
     model = random_model("llama")
+    toolkit.patch(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     before = weight_version(model)
     model(torch.tensor([[3, 4]]), labels=torch.tensor([[3, 4]])).loss.backward()
     assert weight_version(model) == before
+    late = model(torch.tensor([[3, 4]])).logits
     optimizer.step()
     assert weight_version(model) != before
+    with pytest.raises(ToolkitError, match="not read before the weights changed"):
+        late.argmax(-1)

@@ -11,6 +11,7 @@ from toolkit.numerics import Numerics
 from toolkit.patch.claim import Claim, Undo
 from toolkit.patch.probe import device_of
 from toolkit.patch.report import PatchReport
+from toolkit.patch.weights import count_fused_writes
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ def patch(model: nn.Module, roles: Sequence[str] | None = None, numerics: str | 
         if applied.roles == wanted and same_tier:
             return applied.report
         unpatch(model)
+    count_fused_writes()  # deferred logits and the weight version tell changes by torch's counters
     report = find_claims(model, roles, numerics)
     undo: list[Undo] = []
     try:

@@ -6,17 +6,18 @@ from functools import cache
 from typing import Any
 
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
-
-_STEPS = [0]
+from torch.autograd.graph import increment_version
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 
 @cache
-def _count_optimizer_steps() -> None:
-    """Fused optimizers write without moving torch's counters, so a step of any optimizer counts as a write."""
+def count_fused_writes() -> None:
+    """Make fused optimizers move torch's version counters, which they write past and all others move."""
 
-    def stepped(*_: Any) -> None:
-        _STEPS[0] += 1
+    def stepped(optimizer: Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            if group.get("fused"):
+                increment_version([parameter for parameter in group["params"] if parameter.grad is not None])
 
     register_optimizer_step_post_hook(stepped)
 
@@ -29,7 +30,7 @@ class WeightClock:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        _count_optimizer_steps()
+        count_fused_writes()
         self._model = weakref.ref(model)
         self._next = itertools.count(1)
         self.refresh()
@@ -41,7 +42,7 @@ class WeightClock:
         self._parameters = list(model.parameters()) if model is not None else []
 
     def _read(self) -> tuple[int, int]:
-        versions, addresses = _STEPS[0], 0
+        versions = addresses = 0
         for parameter in self._parameters:
             versions += parameter._version
             addresses ^= parameter.data_ptr()

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from toolkit.config import Recipe, dump
 from toolkit.errors import ToolkitError
-from toolkit.patch import weights_changed
 from toolkit.state.batch import RaggedBatch
 from toolkit.training import checkpoint
 from toolkit.training.files import write_atomic
@@ -276,7 +275,6 @@ class Trainer:
                     total += loss.detach()
             norm = self._clip()
             self.optimizer.step()
-            weights_changed(self.hf_model)  # torch's fused optimizers write past the counters that tell it by itself
             self.optimizer.zero_grad()
             updates += 1
         with warnings.catch_warnings():
