@@ -43,6 +43,20 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in trainer.hf_model.state_dict().items()}
 
 
+def resumed(recipe: Recipe) -> Trainer:
+    """A run that is stopped in its third step, after a checkpoint of the second, and goes on from there to its end."""
+    parts = Trainer(recipe, quiet=True)
+    while parts.step < 3:
+        parts.train_step()
+        parts.objective.finish()
+        if parts.step == 2:
+            parts.save()
+    again = Trainer(recipe.model_copy(update={"resume": "auto"}), quiet=True)
+    assert again.step == 2
+    again.fit()
+    return again
+
+
 def dense_logprobs(model: Any, sequence: list[int]) -> torch.Tensor:
     """Log-probabilities of a sequence's tokens after the first, by an ordinary forward and plain torch."""
     logits = model(torch.tensor([sequence])).logits[0, :-1] + 0.0

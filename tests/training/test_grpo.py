@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from objective_recipes import LOWER, TASK, WARMUP, dense_logprobs, objective_recipe, weights
+from objective_recipes import LOWER, TASK, WARMUP, dense_logprobs, objective_recipe, resumed, weights
 
 from toolkit.errors import ToolkitError
 from toolkit.training.loop import Trainer, train
@@ -242,15 +242,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path, objective: dic
     whole, _ = setup(tmp_path, objective, name="whole", **sections)
     whole.fit()
     recipe = objective_recipe(tmp_path, "grpo", SMALL | objective, name="parts", **sections)
-    parts = Trainer(recipe, quiet=True)
-    while parts.step < 3:
-        parts.train_step()
-        parts.objective.finish()
-        if parts.step == 2:
-            parts.save()
-    again = Trainer(recipe.model_copy(update={"resume": "auto"}), quiet=True)
-    assert again.step == 2
-    again.fit()
+    again = resumed(recipe)
     for name, tensor in weights(whole).items():
         assert torch.equal(tensor, weights(again)[name]), name
     if "warmup" in objective:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from objective_recipes import LOWER, TASK, WARMUP, dense_logprobs, objective_recipe, weights
+from objective_recipes import LOWER, TASK, WARMUP, dense_logprobs, objective_recipe, resumed, weights
 from safetensors.torch import load_file
 
 from toolkit.cli.loading import load_model
@@ -17,7 +17,7 @@ from toolkit.training.loop import Trainer, train
 from toolkit.training.metrics import read_metrics
 from toolkit.training.objectives.distill import Distillation
 from toolkit.training.objectives.dpo import Preference
-from toolkit.training.objectives.sft import FIELDS, Supervised
+from toolkit.training.objectives.sft import Supervised
 
 TEACHER = {
     "config": {
@@ -51,15 +51,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     )
     whole.fit()
     recipe = objective_recipe(tmp_path, kind, objective, name="parts", train=train_section, **common)
-    parts = Trainer(recipe, quiet=True)
-    while parts.step < 3:
-        parts.train_step()
-        parts.objective.finish()
-        if parts.step == 2:
-            parts.save()
-    again = Trainer(recipe.model_copy(update={"resume": "auto"}), quiet=True)
-    assert again.step == 2
-    again.fit()
+    again = resumed(recipe)
     assert again.objective.state_dict() == whole.objective.state_dict()
     for name, tensor in weights(whole).items():
         assert torch.equal(tensor, weights(again)[name]), name
@@ -166,7 +158,7 @@ def test_examples_mask_prompts_and_are_cut() -> None:
 
 
 def test_lines_are_split_shuffled_and_resumed(chat: Path) -> None:
-    lines = Lines(str(chat / "chat.jsonl"), 0.2, FIELDS)
+    lines = Lines(str(chat / "chat.jsonl"), 0.2, Supervised.fields)
     assert len(lines.train) + len(lines.held_out) == 60
     assert lines.held_out
     assert not any(line in lines.train for line in lines.held_out)
@@ -212,7 +204,7 @@ def test_a_packing_is_resumed_where_an_example_waits(chat: Path) -> None:
 def test_a_wrong_file_is_one_sentence(tmp_path: Path, text: str, expected: str) -> None:
     (tmp_path / "data.jsonl").write_text(text)
     with pytest.raises(ToolkitError) as caught:
-        Lines(str(tmp_path / "data.jsonl"), 0.1, FIELDS)
+        Lines(str(tmp_path / "data.jsonl"), 0.1, Supervised.fields)
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from toolkit.ops.token_logprob import token_logprob
 from toolkit.state.batch import RaggedBatch
+from toolkit.training.examples import in_batches
 
 Forward = Callable[[RaggedBatch, Tensor], Tensor]
 
@@ -59,14 +60,8 @@ def score_windows(
 
     Windows are packed up to ``batch_tokens`` rows a forward (one window at least).
     """
-    bits, index = 0.0, 0
-    while index < len(cut):
-        pack, room = [cut[index]], batch_tokens - len(cut[index].inputs)
-        index += 1
-        while index < len(cut) and len(cut[index].inputs) <= room:
-            room -= len(cut[index].inputs)
-            pack.append(cut[index])
-            index += 1
+    bits = 0.0
+    for pack in in_batches(cut, lambda window: len(window.inputs), batch_tokens):
         batch = RaggedBatch.from_sequences([window.inputs for window in pack], device=device, share=False)
         ends = batch.query_offsets[1:].tolist()
         rows = torch.cat([torch.arange(end - len(w.targets), end) for w, end in zip(pack, ends)]).to(device)

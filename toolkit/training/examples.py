@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from toolkit.errors import ToolkitError
 from toolkit.training.corpus import digest
@@ -12,6 +12,8 @@ from toolkit.training.data import encode
 
 if TYPE_CHECKING:
     from toolkit.training.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 
 class Stream(Protocol):
@@ -137,6 +139,19 @@ class Packed:
         """Go to a position of a packing with the same arguments."""
         self._waiting = None
         self._stream.load_state_dict(state)
+
+
+def in_batches(items: Iterable[T], tokens: Callable[[T], int], most: int) -> list[list[T]]:
+    """Items in order, in batches of at most ``most`` tokens; a larger item stands alone."""
+    batches: list[list[T]] = []
+    room = 0
+    for item in items:
+        if not batches or tokens(item) > room:
+            batches.append([])
+            room = most
+        batches[-1].append(item)
+        room -= tokens(item)
+    return batches
 
 
 def prompt_ids(tokenizer: "Tokenizer", prompt: str) -> list[int]:

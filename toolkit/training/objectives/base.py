@@ -12,6 +12,7 @@ from torch import Tensor
 
 from toolkit.config import Recipe
 from toolkit.errors import ToolkitError
+from toolkit.training.tasks import ProblemStream, Task
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -147,6 +148,12 @@ class Objective(ABC):
 
     def close(self) -> None:  # noqa: B027
         """Free what the objective holds beside the model."""
+
+
+def task_texts(task: Task, seed: int, share: float) -> list[str]:
+    """What a tokenizer is trained on for a task whose ``share`` is held out."""
+    problems = ProblemStream(task, seed, share).take(TOKENIZER_PROBLEMS)
+    return [problem.prompt + problem.solution for problem in problems]
 
 
 _KINDS = {

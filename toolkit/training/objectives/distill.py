@@ -16,6 +16,7 @@ from toolkit.errors import ToolkitError
 from toolkit.ops.linear_logprob.deferred import token_logprobs
 from toolkit.state.batch import RaggedBatch
 from toolkit.training import checkpoint
+from toolkit.training.examples import in_batches
 from toolkit.training.model import Reference, load_checkpoint
 from toolkit.training.objectives.base import Setting
 from toolkit.training.objectives.functions import jensen_shannon, kl_divergence, with_tail
@@ -77,15 +78,9 @@ class Distillation(OnTask):
         problems, answers = self.roll_out(step, self.section.completions)
         self.count(problems, answers)
         completions = [one for group in answers for one in group]
-        packs: list[list[tuple[list[int], int]]] = []
-        room = 0
-        for one in completions:
-            ids = [*one.prompt_token_ids, *one.token_ids[:-1]]  # the last token predicts nothing
-            if not packs or len(ids) > room:
-                packs.append([])
-                room = self.recipe.train.batch_tokens
-            packs[-1].append((ids, len(one.token_ids)))
-            room -= len(ids)
+        # The last token predicts nothing.
+        drawn = [([*one.prompt_token_ids, *one.token_ids[:-1]], len(one.token_ids)) for one in completions]
+        packs = in_batches(drawn, lambda item: len(item[0]), self.recipe.train.batch_tokens)
         (total,) = self.setting.total([sum(len(one.token_ids) for one in completions)])
         self.trained_tokens = int(total)
         count = self.setting.largest(len(packs))

@@ -1,6 +1,6 @@
 """Direct preference optimisation: pairs side by side in a batch, so that their prompt is computed once."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -10,13 +10,13 @@ from torch import Tensor
 from toolkit.config import Recipe
 from toolkit.config.objective import DpoObjective
 from toolkit.errors import ToolkitError
-from toolkit.training.examples import Lines, LineStream, Stream, completion_ids, prompt_ids
+from toolkit.patch.forward import evaluating
+from toolkit.training.examples import completion_ids, in_batches, prompt_ids
 from toolkit.training.model import Reference
-from toolkit.training.objectives.base import TOKENIZER_PROBLEMS, Objective, Setting, Sums, divided
+from toolkit.training.objectives.base import Setting, Sums, divided
 from toolkit.training.objectives.functions import preference_loss
-from toolkit.training.tasks import Problem, ProblemStream, make_task
-
-FIELDS = ({"prompt": str, "chosen": str, "rejected": str},)
+from toolkit.training.objectives.on_examples import OnExamples
+from toolkit.training.tasks import Problem, ProblemStream
 
 
 @dataclass
@@ -36,40 +36,24 @@ class Pair:
         return len(self.prompt) + len(self.chosen) + len(self.rejected)
 
 
-class Preference(Objective):
+class Preference(OnExamples):
     """Pairs of a task (a right and a wrong answer) or of a file. The reference is a frozen copy."""
 
     headline = "accuracy"
+    fields = ({"prompt": str, "chosen": str, "rejected": str},)
+    of_task = of_file = "pairs"
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
         self.section = cast(DpoObjective, recipe.objective)
-        self.task = make_task(self.section.task) if self.section.task is not None else None
-        share = self.section.evaluation.held_out
-        self.lines = Lines(self.section.data, share, FIELDS) if self.section.data is not None else None
-        self.fingerprint = self.lines.fingerprint if self.lines is not None else repr(self.section.task)
 
-    def describe(self) -> str:
-        if self.lines is not None:
-            return f"{len(self.lines.train)} pairs to train on, {len(self.lines.held_out)} held out"
-        return f"pairs of {self.section.task}, {self.section.evaluation.held_out:.0%} of them held out"
-
-    def texts(self) -> Iterable[str]:
-        if self.task is not None:
-            stream = ProblemStream(self.task, self.recipe.seed, self.section.evaluation.held_out)
-            return [problem.prompt + problem.solution for problem in stream.take(TOKENIZER_PROBLEMS)]
-        assert self.lines is not None
-        return [line["prompt"] + line["chosen"] + line["rejected"] for line in self.lines.train]
+    @staticmethod
+    def text_of(line: dict[str, Any]) -> str:
+        return line["prompt"] + line["chosen"] + line["rejected"]
 
     def bind(self, setting: Setting) -> None:
         super().bind(setting)
-        self.stream: Stream
-        if self.task is not None:
-            share = self.section.evaluation.held_out
-            self.stream = ProblemStream(self.task, self.recipe.seed, share, rank=setting.rank, world=setting.world)
-        else:
-            assert self.lines is not None
-            self.stream = LineStream(self.lines.train, self.recipe.seed, rank=setting.rank, world=setting.world)
+        self.stream = self.sources(setting)
         self._pairs = divided("objective.pairs", self.section.pairs, setting.world)
         self.reference = Reference(setting.found(), self.recipe.model, setting.device)
         self.sums = Sums()
@@ -103,14 +87,7 @@ class Preference(Objective):
 
     def _packed(self, pairs: Sequence[Pair]) -> list[list[Pair]]:
         """Pairs in forwards of ``train.batch_tokens``, with the reference's opinion of them."""
-        micros: list[list[Pair]] = []
-        room = 0
-        for pair in pairs:
-            if not micros or pair.tokens > room:
-                micros.append([])
-                room = self.recipe.train.batch_tokens
-            micros[-1].append(pair)
-            room -= pair.tokens
+        micros = in_batches(pairs, lambda pair: pair.tokens, self.recipe.train.batch_tokens)
         for micro in micros:
             chosen, rejected, _ = _scores(self.reference.logprobs(*_sequences(micro)))
             for pair, one, other in zip(micro, chosen.tolist(), rejected.tolist()):
@@ -173,12 +150,11 @@ class Preference(Objective):
         mine = [self.pair(source) for source in sources[setting.rank :: setting.world]]
         for pair in mine:
             pair.weight = 1.0
-        setting.model.eval()
-        for micro in self._packed(mine):
-            sequences, lengths = _sequences(micro)
-            chosen, rejected, _ = _scores(setting.model(sequences, last=lengths))
-            self._count(micro, chosen, rejected, chosen.new_tensor([pair.reference for pair in micro]))
-        setting.model.train()
+        with evaluating(setting.model):
+            for micro in self._packed(mine):
+                sequences, lengths = _sequences(micro)
+                chosen, rejected, _ = _scores(setting.model(sequences, last=lengths))
+                self._count(micro, chosen, rejected, chosen.new_tensor([pair.reference for pair in micro]))
         return {"pairs": len(sources), **self._figures()}
 
     def show(self, before: dict[str, Any] | None, after: dict[str, Any]) -> None:
@@ -186,12 +162,6 @@ class Preference(Objective):
             for name, what in (("accuracy", "margin above 0"), ("preferred", "right answer likelier than the wrong")):
                 start = f"{before[name]:.1%} before, " if before else ""
                 print(f"held-out pairs, {what}: {start}{after[name]:.1%} after ({after['pairs']} pairs)")
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.stream.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.stream.load_state_dict(state)
 
 
 def _sequences(micro: Sequence[Pair]) -> tuple[list[list[int]], list[int]]:

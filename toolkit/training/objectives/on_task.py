@@ -8,7 +8,7 @@ from toolkit.config import Recipe
 from toolkit.engine.outputs import Completion
 from toolkit.training.corpus import digest
 from toolkit.training.examples import prompt_ids
-from toolkit.training.objectives.base import TOKENIZER_PROBLEMS, Objective, Setting, Sums, divided
+from toolkit.training.objectives.base import Objective, Setting, Sums, divided, task_texts
 from toolkit.training.rollout import Rollout, show_success, success
 from toolkit.training.tasks import Problem, ProblemStream, make_task
 
@@ -27,8 +27,7 @@ class OnTask(Objective):
         return f"problems of {self.section.task}, {self.section.evaluation.held_out:.0%} of them held out"
 
     def texts(self) -> Iterable[str]:
-        stream = ProblemStream(self.task, self.recipe.seed, self.section.evaluation.held_out)
-        return [problem.prompt + problem.solution for problem in stream.take(TOKENIZER_PROBLEMS)]
+        return task_texts(self.task, self.recipe.seed, self.section.evaluation.held_out)
 
     def bind(self, setting: Setting) -> None:
         super().bind(setting)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from toolkit.config import Recipe
+from toolkit.patch.forward import evaluating
 from toolkit.state.batch import RaggedBatch
 from toolkit.training import corpus
 from toolkit.training.data import PackedStream, encode
@@ -89,11 +90,8 @@ class Pretrain(Objective):
         documents = [encode(setting.tokenizer, text) for text in texts]
         cut = [window for ids in documents for window in windows(ids, eos, train.max_length, overlap)]
         mine = cut[setting.rank :: setting.world]
-        setting.model.eval()
-        try:
+        with evaluating(setting.model):
             bits = score_windows(setting.model, mine, train.batch_tokens, setting.device)
-        finally:
-            setting.model.train()
         (total,) = setting.total([bits])
         return Score(total, sum(map(len, documents)), sum(len(text.encode("utf-8")) for text in texts))
 
