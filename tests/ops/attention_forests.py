@@ -14,6 +14,22 @@ from torch import Tensor
 
 Score = Callable[[Tensor, Tensor, Tensor, int], Tensor]  # (scores, query positions, key positions, head)
 
+# The modifiers' own definitions, and parameters for four heads.
+SLOPES = torch.tensor([[0.5], [0.1], [-0.2], [0.0]])
+CHUNKS = torch.tensor([[7.0], [16.0], [1.0], [1000.0]])
+
+
+def alibi(x, query, key, head):
+    return x + SLOPES[head, 0].double() * (key - query)
+
+
+def chunked(x, query, key, head):
+    size = int(CHUNKS[head, 0])
+    return x.masked_fill(query // size != key // size, -math.inf)
+
+
+ORACLES = {"": (None, None), "alibi": (alibi, SLOPES), "chunked": (chunked, CHUNKS)}
+
 
 @dataclass
 class Node:

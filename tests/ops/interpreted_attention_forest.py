@@ -6,28 +6,13 @@ import textwrap
 
 import pytest
 import torch
-from attention_forests import Forest, Node, error
+from attention_forests import ORACLES, Forest, Node, error
 from interpreted_checks import far_apart, poisoned
 
 from toolkit.errors import ToolkitError
 from toolkit.ops.attention import modifiers
 from toolkit.ops.attention.triton import attention
 from toolkit.ops.attention.triton_backward import attention_backward
-
-SLOPES = torch.tensor([[0.5], [0.1], [-0.2], [0.0]])
-CHUNKS = torch.tensor([[7.0], [16.0], [1.0], [1000.0]])
-
-
-def alibi(x, query, key, head):
-    return x + SLOPES[head, 0].double() * (key - query)
-
-
-def chunked(x, query, key, head):
-    size = int(CHUNKS[head, 0])
-    return x.masked_fill(query // size != key // size, -math.inf)
-
-
-ORACLES = {"": (None, None), "alibi": (alibi, SLOPES), "chunked": (chunked, CHUNKS)}
 
 
 def run(forest, scale=0.3, window=0, softcap=0.0, **options):

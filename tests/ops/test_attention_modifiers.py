@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import setuptools
 import torch
-from attention_forests import Forest, Node, error
+from attention_forests import ORACLES, SLOPES, Forest, Node, error
 
 from toolkit.errors import ToolkitError
 from toolkit.ops.attention import attention, attention_backward, modifiers
@@ -17,20 +17,6 @@ from toolkit.ops.registry import has_native
 needs_native = pytest.mark.skipif(not has_native("attention"), reason="the native CPU library is not built")
 IMPLS = ["reference", pytest.param("cpu", marks=needs_native)]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6}
-SLOPES = torch.tensor([[0.5], [0.1], [-0.2], [0.0]])
-CHUNKS = torch.tensor([[7.0], [16.0], [1.0], [1000.0]])
-
-
-def alibi(x, query, key, head):
-    return x + SLOPES[head, 0].double() * (key - query)
-
-
-def chunked(x, query, key, head):
-    size = int(CHUNKS[head, 0])
-    return x.masked_fill(query // size != key // size, -math.inf)
-
-
-ORACLES = {"": (None, None), "alibi": (alibi, SLOPES), "chunked": (chunked, CHUNKS)}
 
 
 def test_every_modifier_has_an_oracle():

@@ -241,7 +241,7 @@ def test_a_match_makes_a_cached_page_recent() -> None:
     for table in tables:
         table.release()
     again = Table(allocator, 0)
-    assert again.match_prefix([5, 9]) == 1
+    assert Tables([again]).match_prefix([5, 9]) == 1
     again.release()
     allocator.allocate(1)
     assert allocator.index.match([5], 0)
@@ -267,7 +267,7 @@ def test_misuse_is_refused_and_changes_nothing() -> None:
     with pytest.raises(ValueError, match="length is 1; 0 to 0"):
         table.truncate(1)
     with pytest.raises(RuntimeError, match="empty table"):
-        table.match_prefix([1])
+        Tables([table]).match_prefix([1])
 
 
 @pytest.mark.parametrize(

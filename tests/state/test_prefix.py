@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from toolkit.state import PageAllocator, PrefixIndex, Table
+from toolkit.state import PageAllocator, PrefixIndex, Table, Tables
 
 
 class Colliding(int):
@@ -16,7 +16,7 @@ class Colliding(int):
 
 def write(allocator: PageAllocator, tokens: list[int], version: object) -> tuple[Table, int]:
     table = Table(allocator, version)
-    hit = table.match_prefix(tokens)
+    hit = Tables([table]).match_prefix(tokens)
     table.reserve(len(tokens) - hit)
     table.take_copies()
     table.commit(tokens[hit:])
@@ -32,9 +32,9 @@ def test_longest_run_of_full_pages_and_never_the_whole_prompt() -> None:
     assert allocator.index.match(tokens[:7], 0) == table.pages[:1]
     assert allocator.index.match(tokens[:3], 0) == []
     for length, expected in ((4, 0), (5, 4), (8, 4), (9, 8), (10, 8)):
-        assert Table(allocator, 0).match_prefix([]) == 0
+        assert Tables([Table(allocator, 0)]).match_prefix([]) == 0
         other = Table(allocator, 0)
-        assert other.match_prefix(tokens[:length]) == expected
+        assert Tables([other]).match_prefix(tokens[:length]) == expected
         assert other.tokens == tokens[:expected]
         other.release()
 

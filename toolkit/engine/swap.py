@@ -28,12 +28,8 @@ class SwapSpace:
         self.capacity = capacity
         self.used = 0
         self.count = 0
-        self._page_bytes = tuple(
-            sum(
-                state.bytes // max(1, pages) for state, at in zip(pool.states, pool.members, strict=True) if at == group
-            )
-            for group, pages in enumerate(allocator.num_pages for allocator in memory.allocators)
-        )
+        page_bytes = StatePool.page_bytes(pool.specs, pool.page_size, pool.dtype)
+        self._page_bytes = [page_bytes[group] for group in pool.groups]
 
     def out(self, tables: Tables, unlimited: bool = False) -> SwappedState | None:
         """Move a sequence's state to the host and release its pages; None, changing nothing, where there is no room."""

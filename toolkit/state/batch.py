@@ -16,6 +16,8 @@ from torch import Tensor
 
 from toolkit.errors import ToolkitError
 from toolkit.ops.attention import attention
+from toolkit.ops.causal_conv import causal_conv
+from toolkit.ops.linear_recurrence import linear_recurrence
 from toolkit.state.kinds import PagedRows, Snapshots
 from toolkit.state.sharing import SharedPrefixes, share_prefixes
 
@@ -247,8 +249,6 @@ class RaggedBatch:
         """``linear_recurrence`` of the new tokens along their own sequences: [T, H, V]."""
         if self.state is not None:
             return self.state.scan(self, layer, q, k, v, g, beta, scale, delta)
-        from toolkit.ops.linear_recurrence import linear_recurrence
-
         out, _ = linear_recurrence(q, k, v, g, beta, self.query_offsets, self._starts, None, scale, delta)
         return out
 
@@ -258,8 +258,6 @@ class RaggedBatch:
         """``causal_conv`` of the new tokens' channels [T, C] along their own sequences; weight [C, width]."""
         if self.state is not None:
             return self.state.convolve(self, layer, x, weight, bias, activation)
-        from toolkit.ops.causal_conv import causal_conv
-
         return causal_conv(x, weight, bias, self.query_offsets, self.past(weight.shape[1] - 1), None, activation)
 
     @cached_property

@@ -69,16 +69,6 @@ class Table:
             self.tokens = [token for node in nodes for token in node.tokens]
             self._node = nodes[-1]
 
-    def match_prefix(self, tokens: Sequence[int]) -> int:
-        """Share the pages of the longest cached prefix of a prompt; returns how many tokens that covers.
-
-        Whole pages of the same weight version only, and never the whole prompt: its last token must run,
-        since what is wanted is that token's output.
-        """
-        nodes = self.prefixes(tokens[: len(tokens) - 1])
-        self.adopt(nodes[: longest_prefix([self], [nodes])])
-        return self.length
-
     def pages_needed(self, n: int) -> int:
         """Pages that ``reserve(n)`` would take from the allocator."""
         return len(self._missing(n)) + (n > 0 and self._last_page_is_shared())

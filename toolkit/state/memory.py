@@ -91,7 +91,11 @@ class Tables:
         return self.parts[0].length
 
     def match_prefix(self, tokens: Sequence[int]) -> int:
-        """Share the longest cached prefix that every group can go on from; returns how many tokens that covers."""
+        """Share the longest cached prefix that every group can go on from; returns how many tokens that covers.
+
+        Whole pages of the same weight version only, and never the whole prompt: its last token must run, since what is
+        wanted is that token's output.
+        """
         known = [part.prefixes(tokens[: len(tokens) - 1]) for part in self.parts]
         pages = longest_prefix(self.parts, known)
         for part, nodes in zip(self.parts, known, strict=True):

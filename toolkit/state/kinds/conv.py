@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from toolkit.ops.causal_conv import causal_conv_paged
 from toolkit.state.kinds import PagedRows, Rows, Snapshots, StateKind, StateSpec
 
 
@@ -40,8 +41,6 @@ class ShortConvolution(StateKind, kind="conv"):
         query_offsets: Tensor,
     ) -> Tensor:
         """Outputs [T, C] of ``causal_conv`` from and to the pages."""
-        from toolkit.ops.causal_conv import causal_conv_paged
-
         assert isinstance(view, Snapshots)
         return causal_conv_paged(
             x, weight, bias, query_offsets, view.sources, view.save_rows, view.save_pages, self.stores[0], activation

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from toolkit.ops.linear_recurrence import linear_recurrence_paged
 from toolkit.state.kinds import PagedRows, Rows, Snapshots, StateKind, StateSpec
 
 
@@ -49,8 +50,6 @@ class Recurrence(StateKind, kind="recurrent"):
         delta: bool,
     ) -> Tensor:
         """Outputs [T, H, V] of ``linear_recurrence`` from and to the pages."""
-        from toolkit.ops.linear_recurrence import linear_recurrence_paged
-
         assert isinstance(view, Snapshots)
         return linear_recurrence_paged(
             q, k, v, g, beta, query_offsets, view.sources, view.save_rows, view.save_pages, self.stores[0], scale, delta
