@@ -260,6 +260,16 @@ class RaggedBatch:
             return self.state.convolve(self, layer, x, weight, bias, activation)
         return causal_conv(x, weight, bias, self.query_offsets, self.past(weight.shape[1] - 1), None, activation)
 
+    def note_routing(self, layer: int, ids: Tensor) -> None:
+        """Record the experts ids [T, K] that the new tokens go to in a layer of experts, where that is asked for."""
+
+    def note_scores(self, layer: int, logits: Tensor, ids: Tensor) -> None:
+        """Take statistics of a layer's router, logits [T, E] and its choice ids [T, K], where that is asked for."""
+
+    def replayed(self, layer: int) -> Tensor | None:
+        """[T, K] the experts to take in a layer instead of choosing; None to choose."""
+        return None
+
     @cached_property
     def _starts(self) -> Tensor:
         """[S] ``parents``, spelled out."""

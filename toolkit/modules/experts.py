@@ -1,0 +1,60 @@
+"""Experts of a mixture as a module keeps them: which parameters they are, and how they lie."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from toolkit.moe import ExpertAdapters, ExpertWeights, mix
+from toolkit.state.batch import RaggedBatch
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Where a module keeps the parameters of its experts, by attribute name, and their layout.
+
+    layer: its place among the model's layers of experts, by which routing is recorded and replayed.
+    post: a norm of every expert's output. The other fields are those of ``toolkit.ops.experts.experts``.
+    """
+
+    up: str
+    down: str
+    kind: str
+    up_bias: str | None = None
+    down_bias: str | None = None
+    site: str = "activation"
+    transposed: bool = False
+    interleaved: bool = False
+    post: str | None = None
+    layer: int = 0
+
+    def weights(self, module: nn.Module) -> ExpertWeights:
+        """The parameters as they are now."""
+        up_bias, down_bias = (
+            None if name is None else getattr(module, name) for name in (self.up_bias, self.down_bias)
+        )
+        return ExpertWeights(
+            getattr(module, self.up), getattr(module, self.down), self.kind, up_bias, down_bias, self.site,
+            self.transposed, self.interleaved,
+        )  # fmt: skip
+
+    def run(
+        self, module: nn.Module, x: Tensor, ids: Tensor, scores: Tensor, adapters: ExpertAdapters | None = None,
+        recompute: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """x [T, H], ids and scores [T, K]: [T, H]. What was routed where is noted by the batch that is served."""
+        batch = RaggedBatch.active()
+        if batch is not None:
+            batch.note_routing(self.layer, ids)
+        post: Any = None if self.post is None else getattr(module, self.post)
+        return mix(x, ids, scores, self.weights(module), adapters=adapters, post=post, recompute=recompute)
+
+    def forward(self) -> Callable[..., Tensor]:
+        """A forward ``(hidden_states [T, H], top_k_index [T, K], top_k_weights [T, K])``."""
+        parts = self
+
+        def forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+            return parts.run(self, hidden_states, top_k_index, top_k_weights)
+
+        return forward

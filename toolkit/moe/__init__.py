@@ -1,0 +1,6 @@
+"""Mixtures of experts: one plan of which row goes where, for a training batch and a decode step alike."""
+
+from toolkit.moe.experts import ExpertAdapters, ExpertWeights, mix
+from toolkit.moe.plan import DispatchPlan
+
+__all__ = ["DispatchPlan", "ExpertAdapters", "ExpertWeights", "mix"]

@@ -1,0 +1,106 @@
+"""What a layer of experts computes, from routed tokens to their sum: the fused op, or its parts where more is wanted.
+
+T tokens, K slots a token, R = T K rows, E experts, H wide outside, I inside; G = 2 where gated, else 1.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from toolkit.moe.plan import DispatchPlan
+from toolkit.ops.activation import activation
+from toolkit.ops.experts import experts
+from toolkit.ops.gated_activation import gated_activation
+from toolkit.ops.grouped_linear import combine, grouped_linear
+from toolkit.ops.lora_linear import lora_add
+
+
+class ExpertWeights(NamedTuple):
+    """Weights of all experts of a layer, and their layout: see ``toolkit.ops.experts.experts``."""
+
+    up: Tensor
+    down: Tensor
+    kind: str
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+    site: str = "activation"
+    transposed: bool = False
+    interleaved: bool = False
+
+    @property
+    def num_experts(self) -> int:
+        return self.up.shape[0]
+
+    @property
+    def gated(self) -> bool:
+        return self.up.shape[2 if self.transposed else 1] != self.down.shape[1 if self.transposed else 2]
+
+
+class ExpertAdapters(NamedTuple):
+    """Low-rank adapters of each expert, ``W + scaling B A``: a [E, r, in], b [E, out, r], scaling a number; or None."""
+
+    up: tuple[Tensor, Tensor, float] | None = None
+    down: tuple[Tensor, Tensor, float] | None = None
+
+
+def mix(
+    x: Tensor,
+    ids: Tensor,
+    scores: Tensor,
+    weights: ExpertWeights,
+    *,
+    adapters: ExpertAdapters | None = None,
+    post: Callable[[Tensor], Tensor] | None = None,
+    recompute: bool = False,
+) -> Tensor:
+    """[T, H]: every token through the experts it was routed to, in the order of its slots.
+
+    x [T, H]; ids [T, K] int64, ``weights.num_experts`` for a slot to skip; scores [T, K]. post: a norm of every
+    expert's output [R, H], before the scores. recompute: save nothing of R rows for the backward. Adapters and ``post`` take the
+    op apart: the same mathematics, with its parts saved one by one.
+    """
+    plan = DispatchPlan.of(ids, weights.num_experts)
+    if adapters is None and post is None:
+        return experts(
+            x, scores, weights.up, weights.down, plan, weights.kind,
+            up_bias=weights.up_bias, down_bias=weights.down_bias, site=weights.site,
+            transposed=weights.transposed, interleaved=weights.interleaved, recompute=recompute,
+        )  # fmt: skip
+    return _in_parts(x, scores, weights, plan, adapters or ExpertAdapters(), post)
+
+
+def _in_parts(
+    x: Tensor, scores: Tensor, weights: ExpertWeights, plan: DispatchPlan, adapters: ExpertAdapters,
+    post: Callable[[Tensor], Tensor] | None,
+) -> Tensor:  # fmt: skip
+    slots = max(plan.rows.shape[1], 1)
+    of_row = torch.searchsorted(
+        plan.offsets[1:].contiguous(), torch.arange(len(plan.order), device=x.device), right=True
+    )
+    of_row = torch.where(of_row < weights.num_experts, of_row, -1)  # rows of skipped slots have no adapter
+
+    def adapted(base: Tensor, source: Tensor, adapter: tuple[Tensor, Tensor, float] | None) -> Tensor:
+        if adapter is None:
+            return base
+        a, b, scaling = adapter
+        return lora_add(base, source, a, b, torch.full((len(a),), scaling, device=x.device), of_row)
+
+    rows = x[plan.order // slots]
+    if weights.site == "input":
+        rows = (rows * scores.flatten()[plan.order][:, None]).to(x.dtype)
+    z = grouped_linear(rows, weights.up, weights.up_bias, plan, transposed=weights.transposed)
+    z = adapted(z, rows, adapters.up)
+    if not weights.gated:
+        a = activation(z, weights.kind)
+    elif weights.interleaved:
+        a = gated_activation(z[:, ::2], z[:, 1::2], weights.kind)
+    else:
+        gate, up = z.tensor_split(2, -1)
+        a = gated_activation(gate, up, weights.kind)
+    y = grouped_linear(a, weights.down, weights.down_bias, plan, transposed=weights.transposed)
+    y = adapted(y, a, adapters.down)
+    if post is not None:
+        y = post(y)
+    return combine(y, plan.rows, None if weights.site == "input" else scores)

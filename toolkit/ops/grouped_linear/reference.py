@@ -1,0 +1,129 @@
+"""Products of rows with their experts' weights, and the sum over a token's rows, in plain torch: the specification.
+
+T tokens, K slots a token, R = T K rows, E experts; rows from offsets[E] on are zeros and have no gradient.
+"""
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from toolkit.ops.linear.reference import linear_reference
+from toolkit.ops.rowwise import widened
+
+
+def spans(offsets: Tensor) -> Iterator[tuple[int, slice]]:
+    """(expert, its rows) for every expert that has rows."""
+    for expert, (begin, end) in enumerate(pairwise(offsets.tolist())):
+        if end > begin:
+            yield expert, slice(begin, end)
+
+
+def grouped_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, order: Tensor, rows: Tensor, offsets: Tensor, tiles: Tensor,
+    gather: bool, transposed: bool,
+) -> Tensor:  # fmt: skip
+    """y [R, N]: ``weight[e] x + bias[e]`` for the rows of expert e; in float32 (float64 for float64), rounded once."""
+    outputs = weight.shape[2 if transposed else 1]
+    parts = []
+    for expert, span in spans(offsets):
+        matrix = weight[expert].T if transposed else weight[expert]
+        source = x[order[span] // rows.shape[1]] if gather else x[span]
+        shift = None if bias is None else widened(bias[expert])
+        parts.append(linear_reference(widened(source), widened(matrix), shift).to(x.dtype))
+    done = sum(part.shape[0] for part in parts)
+    return torch.cat([*parts, x.new_zeros(rows.numel() - done, outputs)])
+
+
+def grouped_linear_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, order: Tensor, rows: Tensor, offsets: Tensor, tiles: Tensor,
+    gather: bool, transposed: bool, need_x: bool, need_weight: bool, need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients to x, weight and bias [E, N]; an empty tensor for one that is not needed.
+
+    ``dx = g W_e`` a row, with ``gather`` summed over a token's rows in the order of its slots; ``dW_e = g^T x`` and
+    ``db_e = sum g`` over the rows of e, ascending.
+    """
+    to_rows = x.new_zeros(rows.numel(), x.shape[1], dtype=widened(x[:0]).dtype)
+    to_weight, to_bias = torch.zeros_like(weight), weight.new_zeros(weight.shape[0], grad.shape[1])
+    for expert, span in spans(offsets):
+        g = widened(grad[span])
+        source = widened(x[order[span] // rows.shape[1]] if gather else x[span])
+        matrix = widened(weight[expert])
+        to_rows[span] = g @ (matrix.T if transposed else matrix)
+        product = g.T @ source
+        to_weight[expert] = (product.T if transposed else product).to(weight.dtype)
+        to_bias[expert] = g.sum(0).to(weight.dtype)
+    to_x = combine(to_rows, rows, None) if gather else to_rows
+    none = x.new_empty(0)
+    return (
+        to_x.to(x.dtype) if need_x else none,
+        to_weight if need_weight else none.clone(),
+        to_bias if need_bias else none.clone(),
+    )
+
+
+def grouped_linear_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, order: Tensor, rows: Tensor, offsets: Tensor, tiles: Tensor,
+    gather: bool, transposed: bool,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(rows.numel(), weight.shape[2 if transposed else 1])
+
+
+def grouped_linear_backward_fake(
+    grad: Tensor, x: Tensor, weight: Tensor, order: Tensor, rows: Tensor, offsets: Tensor, tiles: Tensor,
+    gather: bool, transposed: bool, need_x: bool, need_weight: bool, need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    none = x.new_empty(0)
+    return (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x else none,
+        torch.empty(weight.shape, dtype=weight.dtype, device=x.device) if need_weight else none.clone(),
+        weight.new_empty(weight.shape[0], grad.shape[1]) if need_bias else none.clone(),
+    )
+
+
+def combine(y: Tensor, rows: Tensor, weights: Tensor | None) -> Tensor:
+    """out [T, N] = sum over k, ascending, of weights[t, k] y[rows[t, k]]; slots of row -1 add nothing."""
+    out = widened(y).new_zeros(rows.shape[0], y.shape[1])
+    for k in range(rows.shape[1]):
+        row = rows[:, k]
+        part = widened(y)[row.clamp_min(0)] if y.shape[0] else out
+        if weights is not None:
+            part = part * widened(weights[:, k : k + 1], y)
+        out = out + torch.where(row[:, None] >= 0, part, 0.0)
+    return out.to(y.dtype)
+
+
+def combine_backward(
+    grad: Tensor, y: Tensor, rows: Tensor, weights: Tensor | None, need_y: bool, need_weights: bool
+) -> tuple[Tensor, Tensor]:
+    """dy [R, N] = weight times grad of the row's token (0 for rows of no slot); dweights [T, K] = <grad, y>."""
+    g, kept = widened(grad), rows >= 0
+    none = y.new_empty(0)
+    to_y, to_weights = none, none.clone()
+    if need_y:
+        to_y = g.new_zeros(y.shape)
+        factor = g.new_ones(rows.shape) if weights is None else widened(weights, y)
+        to_y[rows[kept]] = (g[:, None, :] * factor[..., None])[kept]
+        to_y = to_y.to(y.dtype)
+    if need_weights:
+        assert weights is not None
+        products = g.new_zeros(rows.shape)
+        products[kept] = (g[:, None, :].expand(*rows.shape, -1)[kept] * widened(y)[rows[kept]]).sum(-1)
+        to_weights = products.to(weights.dtype)
+    return to_y, to_weights
+
+
+def combine_fake(y: Tensor, rows: Tensor, weights: Tensor | None) -> Tensor:
+    return y.new_empty(rows.shape[0], y.shape[1])
+
+
+def combine_backward_fake(
+    grad: Tensor, y: Tensor, rows: Tensor, weights: Tensor | None, need_y: bool, need_weights: bool
+) -> tuple[Tensor, Tensor]:
+    none = y.new_empty(0)
+    to_y = torch.empty(y.shape, dtype=y.dtype, device=y.device) if need_y else none
+    if not need_weights or weights is None:
+        return to_y, none.clone()
+    return to_y, torch.empty(weights.shape, dtype=weights.dtype, device=y.device)
