@@ -58,8 +58,8 @@ def mix(
     """[T, H]: every token through the experts it was routed to, in the order of its slots.
 
     x [T, H]; ids [T, K] int64, ``weights.num_experts`` for a slot to skip; scores [T, K]. post: a norm of every
-    expert's output [R, H], before the scores. recompute: save nothing of R rows for the backward. Adapters and ``post`` take the
-    op apart: the same mathematics, with its parts saved one by one.
+    expert's output [R, H], before the scores. recompute: save nothing of R rows for the backward. Adapters and
+    ``post`` take the op apart: the same mathematics, with its parts saved one by one.
     """
     plan = DispatchPlan.of(ids, weights.num_experts)
     if adapters is None and post is None:
