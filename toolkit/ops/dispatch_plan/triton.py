@@ -13,7 +13,7 @@ from toolkit.ops.dispatch_plan.reference import tile_bound
 
 _BLOCK = 64  # slots of a program
 _SCAN = (128, 16)  # blocks and bins that a program of the scan holds
-_TILES = 16  # tiles of the plan that a program writes at a time
+_HELD = 2048  # tiles of the plan, times bins, that a program holds
 
 
 @triton.jit(do_not_specialize=["slots"])
@@ -99,6 +99,6 @@ def dispatch_plan(experts: Tensor, num_experts: int, tile: int) -> tuple[Tensor,
     count_slots[(blocks,)](ids, counts, slots, **fixed, **options)
     add_counts[(bins // width,)](counts, totals, blocks, BINS=bins, ROWS=height, COLUMNS=width, **options)
     place_slots[(blocks,)](
-        ids, counts, totals, order, rows, offsets, tiles, slots, count, TILE=tile, TILES=_TILES, **fixed, **options
+        ids, counts, totals, order, rows, offsets, tiles, slots, count, TILE=tile, TILES=max(1, _HELD // bins), **fixed, **options
     )
     return order, rows, offsets, tiles

@@ -14,7 +14,15 @@ from toolkit.ops import triton_devices
 from toolkit.ops.activation.kinds import find
 from toolkit.ops.experts.reference import is_gated, score_of_rows
 from toolkit.ops.grouped_linear import tiles as table
-from toolkit.ops.grouped_linear.triton import Matrices, clear_rest, expert_product, product, source_rows, span_of
+from toolkit.ops.grouped_linear.triton import (
+    Matrices,
+    clear_rest,
+    expert_product,
+    product,
+    source_rows,
+    span_of,
+    steps_of,
+)
 from toolkit.ops.grouped_linear.triton_combine import combine
 from toolkit.ops.linear.triton import aligned_rows, grouped_tile
 
@@ -49,9 +57,9 @@ def gate_and_up(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RUNS: tl.conste
     return tl.split(pairs)
 
 
-@triton.jit(do_not_specialize=["tile_count", "rows"])
+@triton.jit(do_not_specialize=["tile_count", "steps", "rows"])
 def experts_up(
-    x, weight, bias, scores, z, a, order, offsets, tiles, tile_count, experts, rows, inner, outputs, depth,
+    x, weight, bias, scores, z, a, order, offsets, tiles, tile_count, steps, experts, rows, inner, outputs, depth,
     stride_x, stride_e, stride_w,
     VALUE: tl.constexpr, ARGUMENTS: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
     SCALED: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
@@ -63,43 +71,49 @@ def experts_up(
     """
     WIDTH: tl.constexpr = COLUMNS // 2 if GATED else COLUMNS  # columns of a
     RUNS: tl.constexpr = TURNED and not INTERLEAVED
-    tile, column_tile = grouped_tile(tl.program_id(0), tile_count, tl.cdiv(inner, WIDTH), GROUP)
-    begin_column = column_tile.to(tl.int64) * WIDTH
+    parts = tile_count * steps
+    part, column_tile = grouped_tile(tl.program_id(0), parts, tl.cdiv(inner, WIDTH), GROUP)
+    begin_column = column_tile * WIDTH
     unit = begin_column + tl.arange(0, WIDTH)
     if GATED:
         column, inside = gated_columns(begin_column, inner, COLUMNS, INTERLEAVED, RUNS)
     else:
         column, inside = unit, unit < inner
-    clear_rest(z, offsets, tile, tile_count, experts, rows, column, inside, outputs, ROWS)
-    expert, first, end = span_of(tiles, offsets, tile, tile_count, experts)
-    for begin in range(first, end, ROWS):
-        row = begin + tl.arange(0, ROWS)
-        row_ok = row < end
-        source = source_rows(order, row, row_ok, SLOTS, GATHER)
-        acc = expert_product(
-            x, weight + expert * stride_e, source, row_ok, column, outputs, depth, stride_x, stride_w,
-            ROWS, COLUMNS, DEPTH, EVEN, TURNED,
-        )  # fmt: skip
-        if BIASED:
-            acc += tl.load(bias + expert * outputs + column, mask=inside, other=0.0).to(tl.float32)[None, :]
-        stored = acc.to(z.dtype.element_ty)
-        tl.store(z + row[:, None] * outputs + column[None, :], stored, mask=row_ok[:, None] & inside[None, :])
-        held = stored.to(tl.float32)
-        if GATED:
-            gate, up = gate_and_up(held, ROWS, COLUMNS, RUNS)
-            if ARGUMENTS == 2:
-                result = VALUE(gate, up)
-            else:
-                result = VALUE(gate) * up
+    clear_rest(z, offsets, part, parts, experts, rows, column, inside, outputs, ROWS)
+    expert, first, end = span_of(tiles, offsets, part, tile_count, steps, experts, ROWS)
+    if first >= end:
+        return
+    local = tl.arange(0, ROWS)
+    row = first + local
+    row_ok = row < end
+    source = source_rows(order, row, row_ok, SLOTS, GATHER)
+    acc = expert_product(
+        x, weight + expert * stride_e, source, row_ok, column, outputs, depth, stride_x, stride_w,
+        ROWS, COLUMNS, DEPTH, EVEN, TURNED,
+    )  # fmt: skip
+    if BIASED:
+        acc += tl.load(bias + expert * outputs + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    stored = acc.to(z.dtype.element_ty)
+    z_rows = z + first * outputs + local[:, None] * outputs
+    unit_ok = row_ok[:, None] & (unit < inner)[None, :]
+    if GATED:
+        gate, up = gate_and_up(stored, ROWS, COLUMNS, RUNS)
+        if INTERLEAVED:
+            tl.store(z_rows + column[None, :], stored, mask=row_ok[:, None] & inside[None, :])
+        else:  # apart, for each is a run in memory
+            tl.store(z_rows + unit[None, :], gate, mask=unit_ok)
+            tl.store(z_rows + inner + unit[None, :], up, mask=unit_ok)
+        if ARGUMENTS == 2:
+            result = VALUE(gate.to(tl.float32), up.to(tl.float32))
         else:
-            result = VALUE(held)
-        if SCALED:
-            slot = tl.load(order + row, mask=row_ok, other=0)
-            result *= tl.load(scores + slot, mask=row_ok, other=0.0).to(tl.float32)[:, None]
-        tl.store(
-            a + row[:, None] * inner + unit[None, :],
-            result.to(a.dtype.element_ty), mask=row_ok[:, None] & (unit < inner)[None, :],
-        )  # fmt: skip
+            result = VALUE(gate.to(tl.float32)) * up.to(tl.float32)
+    else:
+        tl.store(z_rows + unit[None, :], stored, mask=unit_ok)
+        result = VALUE(stored.to(tl.float32))
+    if SCALED:
+        slot = tl.load(order + row, mask=row_ok, other=0)
+        result *= tl.load(scores + slot, mask=row_ok, other=0.0).to(tl.float32)[:, None]
+    tl.store(a + first * inner + (local[:, None] * inner + unit[None, :]), result.to(a.dtype.element_ty), mask=unit_ok)
 
 
 def input_rows(x: Tensor, scores: Tensor, order: Tensor, rows: Tensor, offsets: Tensor, site: str) -> Tensor:
@@ -116,16 +130,17 @@ def up_product(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(a [R, I], z [R, G I]) of x [R, H], or [T, H] with ``gather``; a times ``scores`` where they are given."""
     size, function = weight.size(table.PRODUCT, x), find(kind)
-    outputs, depth, rows, count = weight.outputs, weight.depth, order.numel(), tiles.shape[0]
+    outputs, depth, rows, experts = weight.outputs, weight.depth, order.numel(), weight.values.shape[0]
     inner = outputs // 2 if gated else outputs
     a = torch.empty(rows, inner, dtype=x.dtype, device=x.device)
     z = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
-    if not z.numel() or not count or not weight.values.shape[0]:
+    if not z.numel() or not experts:
         return a.zero_(), z.zero_()
+    count, steps = tiles.shape[0], steps_of(tiles, rows, experts, size.rows)
     width = size.columns // 2 if gated else size.columns
-    experts_up[(count * triton.cdiv(inner, width),)](
+    experts_up[(count * steps * triton.cdiv(inner, width),)](
         x, weight.values, z if bias is None else bias.contiguous(), z if scores is None else scores.contiguous(),
-        z, a, order, offsets, tiles, count, weight.values.shape[0], rows, inner, outputs, depth,
+        z, a, order, offsets, tiles, count, steps, experts, rows, inner, outputs, depth,
         x.stride(0), weight.values.stride(0), weight.values.stride(1),
         VALUE=function.device()[0], ARGUMENTS=function.arguments, GATED=gated, INTERLEAVED=interleaved,
         SCALED=scores is not None, SLOTS=slots, ROWS=size.rows, COLUMNS=size.columns, DEPTH=size.depth,

@@ -37,8 +37,8 @@ PRODUCT: Table = {
 }
 # The product of the backward between the two weights, whose epilogue holds activations, slopes and scores as well.
 INNER: Table = {
-    "sm_80": {2: Tile(64, 64, 32, 4, 4), 4: Tile(64, 64, 16, 8, 3)},
-    "sm_90": {2: Tile(64, 128, 64, 8, 4), 4: Tile(64, 64, 16, 8, 3)},
+    "sm_80": {2: Tile(64, 64, 32, 8, 4), 4: Tile(64, 64, 16, 8, 3)},
+    "sm_90": {2: Tile(64, 64, 64, 8, 4), 4: Tile(64, 64, 16, 8, 3)},
     "sm_100": {2: Tile(64, 128, 64, 8, 4), 4: Tile(64, 64, 16, 8, 3)},
     "gfx942": {2: Tile(64, 64, 64, 4, 2), 4: Tile(64, 64, 16, 4, 2)},
     "interpreter": {2: Tile(16, 16, 32, 1, 1, 2), 4: Tile(16, 16, 32, 1, 1, 2)},

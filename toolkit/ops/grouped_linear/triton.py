@@ -19,13 +19,13 @@ from toolkit.ops.linear.triton import aligned_rows, grouped_tile, row_product
 
 
 @triton.jit
-def span_of(tiles, offsets, tile, tile_count, experts):
-    """(expert, first row, end) of a tile; no rows for a tile that the plan does not need."""
+def span_of(tiles, offsets, part, tile_count, steps, experts, ROWS: tl.constexpr):
+    """(expert, first row, end) of one of the ``steps`` parts of a tile; no rows where there are none."""
+    tile = part // steps
     expert = tl.load(tiles + 2 * tile)
-    first = tl.load(tiles + 2 * tile + 1)
-    last = tile + 1 >= tile_count
+    first = tl.load(tiles + 2 * tile + 1) + part % steps * ROWS
     end = tl.load(tiles + 2 * tile + 3, mask=tile + 1 < tile_count, other=0)
-    return expert, first, tl.where(last, tl.load(offsets + experts), end)
+    return expert, first, tl.where(tile + 1 < tile_count, end, tl.load(offsets + experts))
 
 
 @triton.jit
@@ -65,46 +65,50 @@ def expert_product(
 
 
 @triton.jit
-def clear_rest(y, offsets, tile, tile_count, experts, rows, column, inside, outputs, ROWS: tl.constexpr):
-    """Zeros in the rows of no expert, shared out to all tiles: how many there are is known on the device alone."""
-    first = tl.load(offsets + experts) + tile.to(tl.int64) * ROWS
-    for begin in range(first, rows, tile_count * ROWS):
-        row = begin + tl.arange(0, ROWS)
+def clear_rest(y, offsets, part, parts, experts, rows, column, inside, outputs, ROWS: tl.constexpr):
+    """Zeros in the rows of no expert, shared out to all parts: how many there are is known on the device alone."""
+    first = tl.load(offsets + experts) + part.to(tl.int64) * ROWS
+    for begin in range(first, rows, parts * ROWS):
+        local = tl.arange(0, ROWS)
         zeros = tl.zeros([ROWS, column.shape[0]], y.dtype.element_ty)
-        tl.store(y + row[:, None] * outputs + column[None, :], zeros, mask=(row < rows)[:, None] & inside[None, :])
+        mask = (begin + local < rows)[:, None] & inside[None, :]
+        tl.store(y + begin * outputs + (local[:, None] * outputs + column[None, :]), zeros, mask=mask)
 
 
-@triton.jit(do_not_specialize=["tile_count", "rows"])
+@triton.jit(do_not_specialize=["tile_count", "steps", "rows"])
 def grouped_forward(
-    x, weight, bias, scores, y, order, offsets, tiles, tile_count, experts, rows, outputs, depth,
+    x, weight, bias, scores, y, order, offsets, tiles, tile_count, steps, experts, rows, outputs, depth,
     stride_x, stride_e, stride_w,
     SLOTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
     EVEN: tl.constexpr, BIASED: tl.constexpr, SCALED: tl.constexpr, GATHER: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
     """A tile of columns of y [rows, outputs] for a tile of the plan; SCALED takes the bias times a row's score."""
-    tile, column_tile = grouped_tile(tl.program_id(0), tile_count, tl.cdiv(outputs, COLUMNS), GROUP)
-    column = column_tile.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    parts = tile_count * steps
+    part, column_tile = grouped_tile(tl.program_id(0), parts, tl.cdiv(outputs, COLUMNS), GROUP)
+    column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < outputs
-    clear_rest(y, offsets, tile, tile_count, experts, rows, column, inside, outputs, ROWS)
-    expert, first, end = span_of(tiles, offsets, tile, tile_count, experts)
-    for begin in range(first, end, ROWS):
-        row = begin + tl.arange(0, ROWS)
-        row_ok = row < end
-        source = source_rows(order, row, row_ok, SLOTS, GATHER)
-        acc = expert_product(
-            x, weight + expert * stride_e, source, row_ok, column, outputs, depth, stride_x, stride_w,
-            ROWS, COLUMNS, DEPTH, EVEN, TURNED,
-        )  # fmt: skip
-        if BIASED:
-            shift = tl.load(bias + expert * outputs + column, mask=inside, other=0.0).to(tl.float32)[None, :]
-            if SCALED:
-                slot = tl.load(order + row, mask=row_ok, other=0)
-                shift = tl.load(scores + slot, mask=row_ok, other=0.0).to(tl.float32)[:, None] * shift
-            acc += shift
-        tl.store(
-            y + row[:, None] * outputs + column[None, :],
-            acc.to(y.dtype.element_ty), mask=row_ok[:, None] & inside[None, :],
-        )  # fmt: skip
+    clear_rest(y, offsets, part, parts, experts, rows, column, inside, outputs, ROWS)
+    expert, first, end = span_of(tiles, offsets, part, tile_count, steps, experts, ROWS)
+    if first >= end:
+        return
+    local = tl.arange(0, ROWS)
+    row = first + local
+    row_ok = row < end
+    source = source_rows(order, row, row_ok, SLOTS, GATHER)
+    acc = expert_product(
+        x, weight + expert * stride_e, source, row_ok, column, outputs, depth, stride_x, stride_w,
+        ROWS, COLUMNS, DEPTH, EVEN, TURNED,
+    )  # fmt: skip
+    if BIASED:
+        shift = tl.load(bias + expert * outputs + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+        if SCALED:
+            slot = tl.load(order + row, mask=row_ok, other=0)
+            shift = tl.load(scores + slot, mask=row_ok, other=0.0).to(tl.float32)[:, None] * shift
+        acc += shift
+    tl.store(
+        y + first * outputs + (local[:, None] * outputs + column[None, :]),
+        acc.to(y.dtype.element_ty), mask=row_ok[:, None] & inside[None, :],
+    )  # fmt: skip
 
 
 class Matrices(NamedTuple):
@@ -138,19 +142,30 @@ class Matrices(NamedTuple):
         return table.tile(kind, triton_devices.architecture(x.device), x.dtype, self.outputs, self.depth)
 
 
+def steps_of(tiles: Tensor, rows: int, experts: int, height: int) -> int:
+    """How many steps of ``height`` rows the tallest tile of a plan can have, by the plan's shapes alone.
+
+    A plan has ``rows // its tile`` tiles, and one more for each expert with rows: one step, unless its tile is taller
+    than ``height`` or the rows are so few that it may be.
+    """
+    whole = tiles.shape[0] - min(experts, rows)
+    return triton.cdiv(rows // whole if whole else rows, height)
+
+
 def product(
     x: Tensor, weight: Matrices, bias: Tensor | None, scores: Tensor | None, order: Tensor, offsets: Tensor,
     tiles: Tensor, slots: int, gather: bool,
 ) -> Tensor:  # fmt: skip
     """[R, N]: x [R, K], or [T, K] with ``gather``, times the weights of the rows' experts; the bias times ``scores``."""
     flat, size = aligned_rows(x), weight.size(table.PRODUCT, x)
-    outputs, depth, rows, count = weight.outputs, weight.depth, order.numel(), tiles.shape[0]
+    outputs, depth, rows, experts = weight.outputs, weight.depth, order.numel(), weight.values.shape[0]
     y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
-    if not y.numel() or not count or not weight.values.shape[0]:
+    if not y.numel() or not experts:
         return y.zero_()
-    grouped_forward[(count * triton.cdiv(outputs, size.columns),)](
+    count, steps = tiles.shape[0], steps_of(tiles, rows, experts, size.rows)
+    grouped_forward[(count * steps * triton.cdiv(outputs, size.columns),)](
         flat, weight.values, y if bias is None else bias.contiguous(), y if scores is None else scores.contiguous(),
-        y, order, offsets, tiles, count, weight.values.shape[0], rows, outputs, depth,
+        y, order, offsets, tiles, count, steps, experts, rows, outputs, depth,
         flat.stride(0), weight.values.stride(0), weight.values.stride(1),
         SLOTS=slots, ROWS=size.rows, COLUMNS=size.columns, DEPTH=size.depth, GROUP=size.group,
         EVEN=depth % size.depth == 0, BIASED=bias is not None, SCALED=scores is not None,
