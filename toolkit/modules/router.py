@@ -45,12 +45,13 @@ class Router:
             bias: Any = None if settings.bias is None else getattr(self, settings.bias)
             logits = linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
             batch = RaggedBatch.active()
+            correction: Any = None if settings.correction is None else getattr(self, settings.correction)
             weights, ids = route(
                 logits,
                 settings.k,
                 settings.score,
-                bias=None if settings.correction is None else getattr(self, settings.correction),
-                chosen=None if batch is None else batch.replayed(settings.layer),
+                bias=correction,
+                chosen=None if batch is None else batch.replayed(settings.layer, len(weight)),
                 groups=settings.groups,
                 kept_groups=settings.kept_groups,
                 group_best=settings.group_best,
@@ -59,7 +60,7 @@ class Router:
                 scale=settings.scale,
             )
             if batch is not None:
-                batch.note_scores(settings.layer, logits, ids)
+                batch.note_scores(settings.layer, logits, ids, correction)
             found = {"logits": logits.to(x.dtype), "weights": weights.to(x.dtype), "ids": ids}
             values = tuple(found[name] for name in settings.outputs)
             return values if len(values) > 1 else values[0]
