@@ -17,8 +17,8 @@ class Limits:
     there it is computed again (None: any amount, 0: none). prefix_cache: reuse the state of common prefixes. kinds:
     state kinds to put in the place of others, such as {"full": "int8"} (None: what the layers ask for).
     record_routing: keep the experts that each token goes to beside its other state, and return them
-    (``Completion.routed_experts``). numerics: tier, see ``toolkit.numerics`` (None: the device's default, or the one already patched in). seed: of the sequence
-    that seeds requests without one (None: from the operating system).
+    (``Completion.routed_experts``). numerics: tier, see ``toolkit.numerics`` (None: the device's default, or the one
+    already patched in). seed: of the sequence that seeds requests without one (None: from the operating system).
     """
 
     max_num_seqs: int = 64

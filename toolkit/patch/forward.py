@@ -18,7 +18,7 @@ from toolkit.ops.linear_logprob import deferred
 from toolkit.ops.take_rows import take_rows
 from toolkit.patch.apply import report_of
 from toolkit.patch.report import PatchReport
-from toolkit.state.batch import RaggedBatch
+from toolkit.state.batch import RaggedBatch, observing
 
 
 def _explicit_mask(device: torch.device) -> Tensor:
@@ -80,7 +80,7 @@ def _check_separate(model: nn.Module) -> None:
     Whatever comes before in the batch, the second sequence's logits stay. Raises ToolkitError where they do not.
     """
     device = next(model.parameters()).device
-    with torch.no_grad(), evaluating(model):
+    with torch.no_grad(), evaluating(model), observing(None):
         rows = torch.tensor([7, 8, 9], device=device)
         first, second = (
             ragged_forward(model, RaggedBatch.from_sequences([[token] * 7, [1, 2, 3]], device, share=False), rows)

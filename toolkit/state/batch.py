@@ -364,8 +364,8 @@ class RaggedBatch:
 
 
 @contextmanager
-def observing(observer: RouterObserver) -> Iterator[None]:
-    """Show ``observer`` what routers do in this thread's forwards.
+def observing(observer: RouterObserver | None) -> Iterator[None]:
+    """Show ``observer`` what routers do in this thread's forwards; None: nobody.
 
     A layer that activation checkpointing runs again, in the backward, is not shown again.
     """
