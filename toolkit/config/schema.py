@@ -104,7 +104,10 @@ class ScheduleSection(Section):
 
 
 class MoeSection(Section):
-    """How the experts of a mixture are kept in even use, by every objective. Dense models have nothing to balance."""
+    """How the experts of a mixture are kept in even use, by every objective, warm-up included.
+
+    Dense models have nothing to balance, and a teacher that the run trains is not balanced.
+    """
 
     balance: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the load balancing loss (Switch Transformers; transformers' ``router_aux_loss_coef``)."""
