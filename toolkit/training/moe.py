@@ -13,7 +13,7 @@ from torch import Tensor
 from toolkit.config.schema import MoeSection
 from toolkit.errors import ToolkitError
 from toolkit.moe.balance import RouterStatistics, correct_bias, load_figures
-from toolkit.patch import PatchReport, weights_changed
+from toolkit.patch import PatchReport, ragged_forward, weights_changed
 from toolkit.state.batch import RaggedBatch, observing
 from toolkit.training.objectives.base import Setting
 
@@ -41,7 +41,7 @@ class Balancing:
         """Which routers the model has."""
         section, seen = self.section, RouterStatistics(losses=False)
         with torch.no_grad(), observing(seen):
-            self.setting.model(RaggedBatch.from_sequences([[0]], device=self.setting.device))
+            ragged_forward(self.setting.model.model, RaggedBatch.from_sequences([[0]], device=self.setting.device))
         self.routers = len(seen.take_loads())
         left = sorted({refusal.reason for refusal in report.refusals if refusal.role in ("router", "experts")})
         why = f" ({'; '.join(left)})" if left else ""
