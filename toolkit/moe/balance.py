@@ -57,9 +57,9 @@ def expert_load(ids: Tensor, experts: int, multiplicity: Tensor | None = None) -
 def correct_bias(bias: Tensor, load: Tensor, rate: float) -> None:
     """``bias_e += rate sign(mean load - load_e)``, in place: overloaded experts become harder to choose.
 
-    Wang et al., "Auxiliary-Loss-Free Load Balancing", 2024, as DeepSeek-V3 trains with it. bias, load: [E].
+    Wang et al., "Auxiliary-Loss-Free Load Balancing", 2024, as DeepSeek-V3 trains with it. bias: E numbers of any shape; load: [E].
     """
-    bias.add_((load.mean() - load).sign().to(bias.dtype), alpha=rate)
+    bias.add_((load.mean() - load).sign().to(bias.dtype).view(bias.shape), alpha=rate)
 
 
 def load_figures(loads: Sequence[Tensor]) -> dict[str, float]:
