@@ -12,13 +12,12 @@
 #include <algorithm>
 #include <vector>
 
+#include "columns.h"
 #include "dtypes.h"
 #include "product.h"
 
 namespace toolkit::lora_linear_op {
 
-template <typename T>
-constexpr int64_t kDepth = 2048 / sizeof(T);  // block of a long sum
 constexpr int64_t kRows = 32;                 // rows that are worked on together
 constexpr int64_t kColumns = 512;             // outputs at a time: kRows of them stay in L2
 constexpr int64_t kSummed = 256;              // rows of a block of a weight's gradient
@@ -70,47 +69,6 @@ template <typename T, typename S>
 void by_rows(const T* x, int64_t x_stride, int64_t rows, const S* w, int64_t outputs, int64_t depth, T* out,
              int64_t out_stride, bool add) {
   product::compute<T, S>({x, x_stride, w, depth, nullptr, out, out_stride, rows, outputs, depth, add});
-}
-
-template <typename T, int R>
-__attribute__((noinline)) void packed_tile(const T* p, int64_t p_row, int64_t p_step, const T* packed, int64_t depth,
-                                           const gemm::Epilogue<T>& e) {
-  using L = gemm::Lanes<T>;
-  typename L::Vector sum[R][2] = {};
-  for (int64_t c = 0; c < depth; ++c, packed += gemm::kPanel<T>)
-    gemm::multiply_add<T, R>(p + c * p_step, p_row, L::load(packed), L::load(packed + gemm::kLanes<T>), sum);
-  gemm::finish<T, R>(sum, e);
-}
-
-// out[m, n] (+)= sum_c p[m, c] q[c, n] for any strides of p: rows of q are adjacent in n.
-template <typename T, typename S>
-void by_columns(const T* p, int64_t p_row, int64_t p_step, int64_t rows, const S* q, int64_t q_stride, int64_t columns,
-                int64_t depth, T* out, int64_t out_stride, bool add) {
-  constexpr int64_t width = gemm::kPanel<T>;
-  if (depth == 0 && !add)  // the sum of no products
-    for (int64_t r = 0; r < rows; ++r) std::fill_n(out + r * out_stride, columns, T(0));
-  T* const packed = scratch<T, 0>(kDepth<T> * width);
-  for (int64_t n = 0; n < columns; n += width)
-    for (int64_t c = 0; c < depth; c += kDepth<T>) {
-      const int64_t steps = std::min(kDepth<T>, depth - c), wide = std::min(width, columns - n);
-      for (int64_t i = 0; i < steps; ++i) {
-        read_row(q + (c + i) * q_stride + n, wide, packed + i * width);
-        std::fill(packed + i * width + wide, packed + (i + 1) * width, T(0));
-      }
-      const T* from = p + c * p_step;
-      gemm::Epilogue<T> e{out + n, out_stride, wide, add || c > 0, nullptr};
-      for (int64_t m = 0; m < rows; m += gemm::kMaxRows, from += gemm::kMaxRows * p_row,
-                   e.out += gemm::kMaxRows * out_stride) {
-        switch (std::min<int64_t>(gemm::kMaxRows, rows - m)) {
-          case 1: packed_tile<T, 1>(from, p_row, p_step, packed, steps, e); break;
-          case 2: packed_tile<T, 2>(from, p_row, p_step, packed, steps, e); break;
-          case 3: packed_tile<T, 3>(from, p_row, p_step, packed, steps, e); break;
-          case 4: packed_tile<T, 4>(from, p_row, p_step, packed, steps, e); break;
-          case 5: packed_tile<T, 5>(from, p_row, p_step, packed, steps, e); break;
-          default: packed_tile<T, 6>(from, p_row, p_step, packed, steps, e); break;
-        }
-      }
-    }
 }
 
 template <typename T>
@@ -189,23 +147,23 @@ struct Backward {
         scale_all(low_part, count * w.rank, w.scaling[l]);
       }
       if (dx == nullptr && da == nullptr) return;
-      by_columns(g_part, g_stride, 1, count, w.second(l), w.rank, w.rank, w.outputs, up_part, w.rank, false);
+      columns::multiply(g_part, g_stride, 1, count, w.second(l), w.rank, w.rank, w.outputs, up_part, w.rank, false);
       scale_all(up_part, count * w.rank, w.scaling[l]);
       if (dx == nullptr) return;
       T* const result = scratch<T, 1>(count * x_stride);
-      by_columns(up_part, w.rank, 1, count, w.first(l), w.inner, w.inner, w.rank, result, x_stride, false);
+      columns::multiply(up_part, w.rank, 1, count, w.first(l), w.inner, w.inner, w.rank, result, x_stride, false);
       for (int64_t r = 0; r < count; ++r) write_row(result + r * x_stride, w.inner, dx + at[begin + r] * w.inner);
     });
     if (da != nullptr)
       threads::run_tasks((w.inner + kColumns - 1) / kColumns, workers(rows * w.rank * w.inner), [&](int64_t part) {
         const int64_t k = part * kColumns;
-        by_columns(up.data(), 1, w.rank, w.rank, xs.data() + k, x_stride, std::min(kColumns, w.inner - k), rows,
+        columns::multiply(up.data(), 1, w.rank, w.rank, xs.data() + k, x_stride, std::min(kColumns, w.inner - k), rows,
                    da + l * w.rank * w.inner + k, w.inner, add);
       });
     if (db != nullptr)
       threads::run_tasks((w.outputs + kColumns - 1) / kColumns, workers(rows * w.rank * w.outputs), [&](int64_t part) {
         const int64_t n = part * kColumns;
-        by_columns(gs.data() + n, 1, g_stride, std::min(kColumns, w.outputs - n), low.data(), w.rank, w.rank, rows,
+        columns::multiply(gs.data() + n, 1, g_stride, std::min(kColumns, w.outputs - n), low.data(), w.rank, w.rank, rows,
                    db + (l * w.outputs + n) * w.rank, w.rank, add);
       });
   }

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "columns.h"
 #include "gemm.h"
 #include "threads.h"
 
@@ -24,6 +25,7 @@ constexpr int64_t kBadStride = 4096;          // bytes: rows this far apart comp
 
 template <typename T, typename S>
 struct Problem {
+  using Value = T;
   const T* x;
   int64_t x_stride;
   const S* weight;
@@ -32,46 +34,61 @@ struct Problem {
   T* out;
   int64_t out_stride;
   int64_t rows, outputs, depth;
-  bool add = false;  // to what `out` holds
+  bool add = false;                // to what `out` holds
+  const int64_t* index = nullptr;  // row r is row index[r] of x; null: row r
+  bool transposed = false;         // w[n, k] lies at weight + k * weight_stride + n
 };
 
 // Outputs of rows [row, row_end) x panels [panel, panel_end).
 template <typename T, typename S>
 void block(const Problem<T, S>& p, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end) {
-  constexpr int64_t width = gemm::kPanel<T>, copy_stride = kDepth<T> + 64 / sizeof(T);
+  constexpr int64_t width = gemm::kPanel<T>, pad = 64 / sizeof(T);
   const int64_t rows = row_end - row;
-  const bool copy = rows >= kCopyRows && p.x_stride * int64_t(sizeof(T)) % kBadStride == 0;
+  const bool bad_stride = rows >= kCopyRows && p.x_stride * int64_t(sizeof(T)) % kBadStride == 0;
+  const bool copy = p.index != nullptr || bad_stride;
+  const bool whole = (p.index != nullptr || !bad_stride) && rows * p.depth * int64_t(sizeof(T)) <= kStayInCache;
+  const int64_t copied_depth = whole ? p.depth : kDepth<T>, copy_stride = copied_depth + pad;
   T* const packed = threads::scratch<T>(kDepth<T> * width + (copy ? rows * copy_stride : 0));
   T* const copied = packed + kDepth<T> * width;
+  const int64_t x_stride = copy ? copy_stride : p.x_stride;
 
-  auto step = [&](int64_t i, int64_t k, const T* x, int64_t x_stride, int64_t next_panel, int64_t next_k) {
-    const int64_t n = i * width, columns = std::min(width, p.outputs - n);
+  // x[r, k] lies at rows_from(k)[r * x_stride], for a block of kDepth or, where `whole`, for all of them.
+  auto rows_from = [&](int64_t k) -> const T* {
+    if (!copy) return p.x + row * p.x_stride + k;
+    const int64_t count = std::min(copied_depth, p.depth - k);
+    for (int64_t r = 0; r < rows; ++r)
+      std::copy_n(p.x + (p.index == nullptr ? row + r : p.index[row + r]) * p.x_stride + k, count,
+                  copied + r * copy_stride);
+    return copied;
+  };
+  auto step = [&](int64_t i, int64_t k, const T* x, int64_t next_panel, int64_t next_k) {
+    const int64_t n = i * width, columns = std::min(width, p.outputs - n), depth = std::min(kDepth<T>, p.depth - k);
     T bias[width] = {};
     const bool add_bias = p.bias != nullptr && k + kDepth<T> >= p.depth;
     if (add_bias) std::copy_n(p.bias + n, columns, bias);
-    gemm::multiply_panel<T, S>(
-        x, x_stride, rows,
-        {p.weight + n * p.weight_stride + k, p.weight_stride, columns,
-         p.weight + next_panel * width * p.weight_stride + next_k},
-        std::min(kDepth<T>, p.depth - k), packed,
-        {p.out + row * p.out_stride + n, p.out_stride, columns, p.add || k > 0, add_bias ? bias : nullptr});
+    const gemm::Epilogue<T> e{p.out + row * p.out_stride + n, p.out_stride, columns, p.add || k > 0,
+                              add_bias ? bias : nullptr};
+    if (p.transposed)
+      return columns::multiply_panel<T, S>(x, x_stride, 1, rows, p.weight + k * p.weight_stride + n, p.weight_stride,
+                                           depth, packed, e);
+    gemm::multiply_panel<T, S>(x, x_stride, rows,
+                               {p.weight + n * p.weight_stride + k, p.weight_stride, columns,
+                                p.weight + next_panel * width * p.weight_stride + next_k},
+                               depth, packed, e);
   };
 
-  const T* const x = p.x + row * p.x_stride;
-  if (!copy && rows * p.depth * int64_t(sizeof(T)) <= kStayInCache) {
+  if (whole) {
+    const T* const x = rows_from(0);
     for (int64_t i = panel; i < panel_end; ++i)  // whole rows of weights, as they lie in memory
       for (int64_t k = 0; k < p.depth; k += kDepth<T>) {
         const bool last = k + kDepth<T> >= p.depth;
-        step(i, k, x + k, p.x_stride, last ? i + 1 : i, last ? 0 : k + kDepth<T>);
+        step(i, k, x + k, last ? i + 1 : i, last ? 0 : k + kDepth<T>);
       }
     return;
   }
   for (int64_t k = 0; k < p.depth; k += kDepth<T>) {
-    if (copy)
-      for (int64_t r = 0; r < rows; ++r)
-        std::copy_n(x + r * p.x_stride + k, std::min(kDepth<T>, p.depth - k), copied + r * copy_stride);
-    for (int64_t i = panel; i < panel_end; ++i)
-      step(i, k, copy ? copied : x + k, copy ? copy_stride : p.x_stride, i + 1, k);
+    const T* const x = rows_from(k);
+    for (int64_t i = panel; i < panel_end; ++i) step(i, k, x, i + 1, k);
   }
 }
 
@@ -92,9 +109,10 @@ void compute(const Problem<T, S>& p) {
   block(p, 0, p.rows, 0, (p.outputs + gemm::kPanel<T> - 1) / gemm::kPanel<T>);
 }
 
-// Several products, shared out to torch's threads together.
-template <typename T, typename S>
-void run(const std::vector<Problem<T, S>>& problems) {
+// Several products of one kind, shared out to torch's threads together.
+template <typename P>
+void run(const std::vector<P>& problems) {
+  using T = typename P::Value;
   struct Share {  // how one product is cut into tasks, and which task is its first
     int64_t panels, row_blocks, chunk, chunks, first;
   };

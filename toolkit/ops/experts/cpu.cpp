@@ -1,0 +1,221 @@
+// experts and its backward on CPU, in phases that are each shared out to all threads: products of all experts at once
+// (native/grouped.h), the activation row by row (gates.h), sums over a token's slots.
+#include "gates.h"
+#include "grouped.h"
+
+namespace toolkit::experts_op {
+
+using namespace toolkit::grouped;
+
+enum class Site { kActivation, kCombine, kInput };
+
+Site site_of(c10::string_view name) {
+  if (name == "activation") return Site::kActivation;
+  if (name == "combine") return Site::kCombine;
+  TORCH_CHECK(name == "input", "experts: site is '", std::string(name), "'; allowed are activation, combine, input.");
+  return Site::kInput;
+}
+
+Layout check(const char* op, const Plan& plan, const Tensor& x, const Tensor& scores, const Tensor& up,
+             const std::optional<Tensor>& up_bias, const Tensor& down, const std::optional<Tensor>& down_bias,
+             bool transposed, bool interleaved) {
+  rows::compute_type(x, op);
+  const int64_t outputs = transposed ? 2 : 1, inputs = 3 - outputs;
+  TORCH_CHECK(x.dim() == 2 && up.dim() == 3 && down.dim() == 3 && x.size(0) == plan.tokens &&
+                  scores.sizes() == plan.rows.sizes() && up.size(0) == plan.experts && down.size(0) == plan.experts &&
+                  up.size(inputs) == x.size(1) && down.size(outputs) == x.size(1) &&
+                  (up.size(outputs) == down.size(inputs) || up.size(outputs) == 2 * down.size(inputs)),
+              op, ": got x ", x.sizes(), ", scores ", scores.sizes(), ", up ", up.sizes(), ", down ", down.sizes(),
+              " and a plan of ", plan.tokens, " tokens of ", plan.slots, " slots and ", plan.experts,
+              " experts; they do not fit together.");
+  for (const auto& [bias, size] : {std::pair{up_bias, up.size(outputs)}, std::pair{down_bias, x.size(1)}})
+    TORCH_CHECK(!bias || (bias->dim() == 2 && bias->size(0) == plan.experts && bias->size(1) == size &&
+                          bias->scalar_type() == x.scalar_type()),
+                op, ": a bias has shape ", bias ? bias->sizes() : at::IntArrayRef{}, "; allowed is [", plan.experts, ", ",
+                size, "] of ", x.scalar_type(), ".");
+  TORCH_CHECK(up.scalar_type() == x.scalar_type() && down.scalar_type() == x.scalar_type(), op, ": got x of ",
+              x.scalar_type(), ", weights of ", up.scalar_type(), " and ", down.scalar_type(), "; they must be equal.");
+  return {down.size(inputs), up.size(outputs) != down.size(inputs), interleaved};
+}
+
+// The slots' scores in the order of the rows.
+template <typename T>
+std::vector<T> by_row(const Plan& plan, const Tensor& scores) {
+  std::vector<T> found(plan.used);
+  const T* const from = scores.const_data_ptr<T>();
+  for (int64_t r = 0; r < plan.used; ++r) found[r] = from[plan.slot_of[r]];
+  return found;
+}
+
+// out[r] = factor[r] x[token of r].
+template <typename T>
+Tensor scaled_rows(const Plan& plan, const Tensor& x, const std::vector<T>& factor) {
+  const int64_t width = x.size(1);
+  Tensor out = rows::empty({plan.used, width}, x, x.scalar_type());
+  const T* const from = x.const_data_ptr<T>();
+  T* const to = out.mutable_data_ptr<T>();
+  rows::for_rows(plan.used, width, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r)
+      for (int64_t c = 0; c < width; ++c)
+        to[r * width + c] = from[plan.token_of[r] * x.stride(0) + c] * factor[r];
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& scores, const Tensor& up,
+                                   const std::optional<Tensor>& up_bias, const Tensor& down,
+                                   const std::optional<Tensor>& down_bias, const Tensor& order, const Tensor& slot_rows,
+                                   const Tensor& offsets, const Tensor&, c10::string_view kind, c10::string_view where,
+                                   bool transposed, bool interleaved) {
+  const Plan plan("experts", order, slot_rows, offsets);
+  const Layout layout = check("experts", plan, x, scores, up, up_bias, down, down_bias, transposed, interleaved);
+  const Site site = site_of(where);
+  const auto dtype = x.scalar_type(), type = dtypes::widened(dtype);
+  const Tensor first = rows_adjacent(up), second = rows_adjacent(down), factors = wide(scores, type);
+  std::optional<Tensor> shift_up, shift_down;
+  if (up_bias) shift_up = wide(*up_bias, type);
+  if (down_bias) shift_down = wide(*down_bias, type);
+  Tensor z = rows::empty({plan.count, layout.width()}, x, type), saved, out;
+  Tensor a = rows::empty({plan.used, layout.inner}, x, type), y = rows::empty({plan.used, x.size(1)}, x, type);
+  dtypes::with_types(dtype, [&](auto compute, auto stored) {
+    using T = decltype(compute);
+    using S = decltype(stored);
+    const bool at_activation = site == Site::kActivation;
+    const std::vector<T> factor = site == Site::kCombine ? std::vector<T>{} : by_row<T>(plan, factors);
+    Tensor source = wide(x);
+    if (site == Site::kInput) source = scaled_rows(plan, source, factor).to(dtype).to(type);
+    multiply<T, S>(plan, source, site != Site::kInput, first, !transposed, shift_up, z);
+    saved = rows::cast(z, dtype);
+    if (dtype != type) z = saved.to(type);  // what the backward will read
+    activate(kind, layout, plan.used, z.const_data_ptr<T>(), at_activation ? factor.data() : nullptr,
+             a.mutable_data_ptr<T>());
+    multiply<T, S>(plan, a, false, second, !transposed, at_activation ? std::nullopt : shift_down, y);
+    const T* const slots = factors.const_data_ptr<T>();
+    if (at_activation && down_bias) {
+      const Shift<T> shift{shift_down->const_data_ptr<T>(), slots, plan.expert_of_rows()};
+      out = combine<T>(y, plan.rows, nullptr, &shift);
+    } else {
+      out = combine<T>(y, plan.rows, site == Site::kCombine ? slots : nullptr);
+    }
+  });
+  return {rows::cast(out, dtype), saved};
+}
+
+// What the backward needs, and its steps in the type T of the arithmetic, with weights stored as S.
+template <typename T, typename S>
+struct Backward {
+  const Plan& plan;
+  const Layout layout;
+  const Site site;
+  const c10::string_view kind;
+  const bool transposed;
+  const Tensor grad, x, factors, z, up, down;  // the first four in T
+  const std::optional<Tensor> down_bias;
+  const std::vector<T> factor = by_row<T>(plan, factors);
+  Tensor a, dz, to_rows;
+  std::vector<T> products = std::vector<T>(plan.used);  // the gradients of the rows' scores
+
+  const T* scale() const { return site == Site::kInput ? nullptr : factor.data(); }
+  Tensor rows_of(int64_t width) const { return rows::empty({plan.used, width}, x, x.scalar_type()); }
+
+  // dz, and a times the score where it is multiplied in behind the activation.
+  void through_activation(bool need_dz) {
+    a = rows_of(layout.inner);
+    if (!need_dz) {
+      activate(kind, layout, plan.used, z.const_data_ptr<T>(), scale(), a.mutable_data_ptr<T>());
+      return;
+    }
+    multiply<T, S>(plan, grad, true, down, transposed, {}, a);
+    dz = rows_of(layout.width());
+    activate_backward(kind, layout, plan.used, z.const_data_ptr<T>(), scale(), a.mutable_data_ptr<T>(),
+                      dz.mutable_data_ptr<T>(), products.data());
+  }
+
+  void through_up() {
+    to_rows = rows_of(x.size(1));
+    multiply<T, S>(plan, dz, false, up, transposed, {}, to_rows);
+  }
+
+  Tensor to_scores() {
+    Tensor out = rows::empty(factors.sizes(), x, x.scalar_type());
+    T* const to = out.mutable_data_ptr<T>();
+    std::fill_n(to, out.numel(), T(0));
+    const int64_t width = x.size(1);
+    const std::vector<int64_t> owner = down_bias ? plan.expert_of_rows() : std::vector<int64_t>{};
+    rows::for_rows(plan.used, width, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        const int64_t token = plan.token_of[r];
+        T& sum = to[plan.slot_of[r]];
+        if (site == Site::kInput) {
+          sum = dot(to_rows.const_data_ptr<T>() + r * width, x.const_data_ptr<T>() + token * x.stride(0), width);
+          continue;
+        }
+        sum = products[r];
+        if (down_bias)
+          sum += dot(down_bias->const_data_ptr<T>() + owner[r] * width,
+                     grad.const_data_ptr<T>() + token * grad.stride(0), width);
+      }
+    });
+    return out;
+  }
+
+  Tensor to_x() const {
+    return combine<T>(to_rows, plan.rows, site == Site::kInput ? factors.const_data_ptr<T>() : nullptr);
+  }
+  Tensor to_up_bias() const { return sum_rows<T>(plan, dz, false, nullptr); }
+  Tensor to_down_bias() const { return sum_rows<T>(plan, grad, true, scale()); }
+  Tensor to_down() const {
+    return transposed ? outer<T>(plan, a, false, grad, true) : outer<T>(plan, grad, true, a, false);
+  }
+  Tensor to_up() const {
+    const bool scaled = site == Site::kInput;
+    const Tensor source = scaled ? scaled_rows(plan, x, factor) : x;
+    return transposed ? outer<T>(plan, source, !scaled, dz, false) : outer<T>(plan, dz, false, source, !scaled);
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& grad, const Tensor& x, const Tensor& scores, const Tensor& z, const Tensor& up, const Tensor& down,
+    const std::optional<Tensor>& down_bias, const Tensor& order, const Tensor& slot_rows, const Tensor& offsets,
+    const Tensor&, c10::string_view kind, c10::string_view where, bool transposed, bool interleaved, bool need_x,
+    bool need_scores, bool need_up, bool need_up_bias, bool need_down, bool need_down_bias) {
+  const Plan plan("experts_backward", order, slot_rows, offsets);
+  const Layout layout =
+      check("experts_backward", plan, x, scores, up, {}, down, down_bias, transposed, interleaved);
+  TORCH_CHECK(grad.sizes() == x.sizes() && z.dim() == 2 && z.size(0) == plan.count && z.size(1) == layout.width(),
+              "experts_backward: got grad ", grad.sizes(), " and z ", z.sizes(), "; allowed are ", x.sizes(), " and [",
+              plan.count, ", ", layout.width(), "].");
+  const auto type = dtypes::widened(x.scalar_type());
+  std::optional<Tensor> shift;
+  if (down_bias) shift = wide(*down_bias, type);
+  Tensor to_x, to_scores, to_up, to_up_bias, to_down, to_down_bias;
+  dtypes::with_types(x.scalar_type(), [&](auto compute, auto stored) {
+    Backward<decltype(compute), decltype(stored)> steps{
+        plan, layout, site_of(where), kind, transposed, rows_adjacent(grad.to(type)), wide(x), wide(scores, type),
+        wide(z, type), rows_adjacent(up), rows_adjacent(down), shift};
+    const bool need_rows = need_x || (need_scores && steps.site == Site::kInput);
+    const bool need_dz = need_rows || need_scores || need_up || need_up_bias;
+    if (need_dz || need_down) steps.through_activation(need_dz);
+    if (need_rows) steps.through_up();
+    if (need_scores) to_scores = steps.to_scores();
+    if (need_x) to_x = steps.to_x();
+    steps.to_rows = Tensor();
+    if (need_up) to_up = steps.to_up();
+    if (need_up_bias) to_up_bias = steps.to_up_bias();
+    steps.dz = Tensor();
+    if (need_down) to_down = steps.to_down();
+    if (need_down_bias) to_down_bias = steps.to_down_bias();
+  });
+  const auto owed = [&](const Tensor& value, const Tensor& like) {
+    return value.defined() ? rows::cast(value, like.scalar_type()) : at::empty({0}, like.options());
+  };
+  return {owed(to_x, x),   owed(to_scores, scores), owed(to_up, up), owed(to_up_bias, up),
+          owed(to_down, down), owed(to_down_bias, down)};
+}
+
+TORCH_LIBRARY_IMPL(toolkit, CPU, m) {
+  m.impl("experts", &forward);
+  m.impl("experts_backward", &backward);
+}
+
+}  // namespace toolkit::experts_op

@@ -1,0 +1,168 @@
+// What the ops of a mixture of experts share on the CPU: the plan, products of all experts at once, sums over slots.
+#pragma once
+#include "outer.h"
+#include "rows.h"
+
+namespace toolkit::grouped {
+
+using at::Tensor;
+using rows::Vec;
+
+// A dispatch plan of T tokens, K slots and E experts, checked: what it points to lies within what it indexes.
+struct Plan {
+  Plan(const char* op, const Tensor& order_, const Tensor& rows_, const Tensor& offsets_)
+      : order(order_.contiguous()), rows(rows_.contiguous()), offsets(offsets_.contiguous()) {
+    TORCH_CHECK(rows.dim() == 2 && order.dim() == 1 && offsets.dim() == 1 && order.numel() == rows.numel() &&
+                    offsets.numel() >= 1 && order.scalar_type() == at::kLong && rows.scalar_type() == at::kLong &&
+                    offsets.scalar_type() == at::kLong,
+                op, ": the plan has order ", order.sizes(), ", rows ", rows.sizes(), " and offsets ", offsets.sizes(),
+                "; allowed are int64 [T K], [T, K] and [E + 1].");
+    tokens = rows.size(0), slots = rows.size(1), experts = offsets.numel() - 1, count = order.numel();
+    begin = offsets.const_data_ptr<int64_t>();
+    row_of = rows.const_data_ptr<int64_t>();
+    slot_of = order.const_data_ptr<int64_t>();
+    used = begin[experts];
+    bool sound = begin[0] == 0 && used <= count;
+    for (int64_t e = 0; e < experts; ++e) sound = sound && begin[e] <= begin[e + 1];
+    for (int64_t r = 0; r < count; ++r) sound = sound && row_of[r] >= -1 && row_of[r] < used;
+    token_of.resize(sound ? used : 0);
+    for (size_t r = 0; r < token_of.size(); ++r) {
+      sound = sound && slot_of[r] >= 0 && slot_of[r] < count;
+      token_of[r] = slot_of[r] / slots;
+    }
+    TORCH_CHECK(sound, op, ": the plan's order, rows or offsets point outside of its ", count, " rows.");
+  }
+
+  // body(expert, first row, end) for every expert, or those that have rows.
+  template <typename Body>
+  void for_experts(bool empty_too, const Body& body) const {
+    for (int64_t e = 0; e < experts; ++e)
+      if (empty_too || begin[e + 1] > begin[e]) body(e, begin[e], begin[e + 1]);
+  }
+
+  std::vector<int64_t> expert_of_rows() const {
+    std::vector<int64_t> owner(used);
+    for_experts(false, [&](int64_t e, int64_t first, int64_t end) { std::fill_n(&owner[first], end - first, e); });
+    return owner;
+  }
+
+  Tensor order, rows, offsets;
+  int64_t tokens, slots, experts, count, used;  // count = T K; rows from `used` on belong to nobody
+  const int64_t *begin, *row_of, *slot_of;
+  std::vector<int64_t> token_of;  // of each used row
+};
+
+// Tensors in the type of the arithmetic, elements of a row adjacent; the same tensor when there is nothing to do.
+inline Tensor rows_adjacent(const Tensor& x) { return x.dim() == 0 || x.stride(-1) == 1 ? x : x.contiguous(); }
+inline Tensor wide(const Tensor& x) { return rows_adjacent(x.to(dtypes::widened(x.scalar_type()))); }
+inline Tensor wide(const Tensor& x, at::ScalarType type) { return x.to(type).contiguous(); }
+
+// out[r] = W_e x[r] + bias[e] for the rows r of every expert e. x: row r of `x`, or of its token where `gather`.
+// `by_outputs`: W_e[n, k] lies as [E, N, K], else as [E, K, N]. Rows of nobody are zeros where out has them.
+template <typename T, typename S>
+void multiply(const Plan& plan, const Tensor& x, bool gather, const Tensor& weight, bool by_outputs,
+              const std::optional<Tensor>& bias, Tensor& out) {
+  const int64_t outputs = out.size(1), depth = x.size(1);
+  const T* const from = x.const_data_ptr<T>();
+  T* const to = out.mutable_data_ptr<T>();
+  std::vector<product::Problem<T, S>> problems;
+  problems.reserve(plan.experts);
+  if (outputs > 0)
+    plan.for_experts(false, [&](int64_t e, int64_t first, int64_t end) {
+      problems.push_back({gather ? from : from + first * x.stride(0), x.stride(0),
+                          weight.const_data_ptr<S>() + e * weight.stride(0), weight.stride(1),
+                          bias ? bias->const_data_ptr<T>() + e * outputs : nullptr, to + first * outputs, outputs,
+                          end - first, outputs, depth, false, gather ? &plan.token_of[first] : nullptr, !by_outputs});
+    });
+  if (!problems.empty()) product::run(problems);
+  std::fill(to + plan.used * outputs, to + out.size(0) * outputs, T(0));
+}
+
+// out[e][m, n] = sum over the rows r of expert e, ascending, of p[r, m] q[r, n]; rows of p or q are the token's where
+// their `gather`. An expert without rows gets zeros.
+template <typename T>
+Tensor outer(const Plan& plan, const Tensor& p, bool gather_p, const Tensor& q, bool gather_q) {
+  Tensor out = memory::empty({plan.experts, p.size(1), q.size(1)}, p.options());
+  const T *const from_p = p.const_data_ptr<T>(), *const from_q = q.const_data_ptr<T>();
+  T* const to = out.mutable_data_ptr<T>();
+  const int64_t size = p.size(1) * q.size(1);
+  std::vector<product::Outer<T>> sums;
+  sums.reserve(plan.experts);
+  if (size > 0)
+    plan.for_experts(true, [&](int64_t e, int64_t first, int64_t end) {
+      const int64_t* const tokens = plan.token_of.data() + first;
+      sums.push_back({gather_p ? from_p : from_p + first * p.stride(0), p.stride(0), gather_p ? tokens : nullptr,
+                      gather_q ? from_q : from_q + first * q.stride(0), q.stride(0), gather_q ? tokens : nullptr,
+                      to + e * size, q.size(1), p.size(1), q.size(1), end - first});
+    });
+  if (!sums.empty()) product::run(sums);
+  return out;
+}
+
+// out[e] = sum over the rows r of expert e, ascending, of factor[r] x[r]; factor may be null for ones.
+template <typename T>
+Tensor sum_rows(const Plan& plan, const Tensor& x, bool gather, const T* factor) {
+  const int64_t width = x.size(1);
+  Tensor out = rows::empty({plan.experts, width}, x, x.scalar_type());
+  const T* const from = x.const_data_ptr<T>();
+  T* const to = out.mutable_data_ptr<T>();
+  const int64_t work = (plan.used / std::max<int64_t>(1, plan.experts) + 1) * std::max<int64_t>(1, width);
+  at::parallel_for(0, plan.experts, std::max<int64_t>(1, rows::kGrain / work), [&](int64_t begin, int64_t end) {
+    for (int64_t e = begin; e < end; ++e) {
+      T* const sum = to + e * width;
+      std::fill_n(sum, width, T(0));
+      for (int64_t r = plan.begin[e]; r < plan.begin[e + 1]; ++r) {
+        const T* const row = from + (gather ? plan.token_of[r] : r) * x.stride(0);
+        const T weight = factor == nullptr ? T(1) : factor[r];
+        for (int64_t c = 0; c < width; ++c) sum[c] += weight * row[c];
+      }
+    }
+  });
+  return out;
+}
+
+// out[t] = sum over its slots k, ascending, of w[t, k] (y[r] + s[t, k] b[e(r)]), r = rows[t, k]; slots of row -1 add
+// nothing. weights may be null for ones, and shift, which gives s b, for none.
+template <typename T>
+struct Shift {
+  const T *bias, *scores;
+  std::vector<int64_t> expert_of_row;
+};
+
+template <typename T>
+Tensor combine(const Tensor& y, const Tensor& slot_rows, const T* weights, const Shift<T>* shift = nullptr) {
+  const int64_t tokens = slot_rows.size(0), slots = slot_rows.size(1), width = y.size(1);
+  Tensor out = rows::empty({tokens, width}, y, y.scalar_type());
+  const T* const from = y.const_data_ptr<T>();
+  const int64_t* const row_of = slot_rows.const_data_ptr<int64_t>();
+  T* const to = out.mutable_data_ptr<T>();
+  rows::for_rows(tokens, width * std::max<int64_t>(1, slots), [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t)
+      rows::for_vectors<T>(width, [&](int64_t i, int64_t lanes) {
+        Vec<T> sum(0);
+        for (int64_t slot = t * slots; slot < (t + 1) * slots; ++slot) {
+          const int64_t row = row_of[slot];
+          if (row < 0) continue;
+          Vec<T> part = Vec<T>::loadu(from + row * y.stride(0) + i, lanes);
+          if (shift != nullptr)
+            part = part + Vec<T>(shift->scores[slot]) *
+                              Vec<T>::loadu(shift->bias + shift->expert_of_row[row] * width + i, lanes);
+          sum = sum + (weights == nullptr ? part : part * Vec<T>(weights[slot]));
+        }
+        sum.store(to + t * width + i, lanes);
+      });
+  });
+  return out;
+}
+
+// <a, b> along a row.
+template <typename T>
+inline T dot(const T* a, const T* b, int64_t n) {
+  rows::Sum<T> sum;
+  rows::accumulate<T>(n, [&](int slot, int64_t i, int64_t lanes) {
+    sum.part[slot] = sum.part[slot] + Vec<T>::loadu(a + i, lanes) * Vec<T>::loadu(b + i, lanes);
+  });
+  return static_cast<T>(sum.total());
+}
+
+}  // namespace toolkit::grouped
