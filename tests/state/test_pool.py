@@ -17,6 +17,7 @@ SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
     "latent": ((1, 5), (1, 3)),
     "recurrent": ((2, 3, 5),),
     "conv": ((3, 6),),
+    "routing": ((1, 4),),
 }
 """What to remember in the tests of a kind; any other kind is given keys and values."""
 
@@ -37,6 +38,8 @@ class Sequences:
 
     def rows(self, n: int, seed: int) -> Rows:
         generator = torch.Generator().manual_seed(seed)
+        if self.spec.kind == "routing":
+            return tuple(torch.randint(0, 40_000, (n, *shape), generator=generator) for shape in self.spec.shapes)
         rows = [torch.randn(n, *shape, generator=generator).to(self.dtype) for shape in self.type.inputs(self.spec)]
         if self.spec.kind == "recurrent":
             rows[0] = torch.nn.functional.normalize(rows[0].float(), dim=-1).to(self.dtype)
@@ -191,9 +194,11 @@ def test_half_precision_is_kept_bit_for_bit(kind: str) -> None:
         assert same(before, rows)
     if kind == "conv":
         assert torch.equal(before[0], rows[0][-3:])
+    if kind == "routing":
+        assert torch.equal(before[0], rows[0].int())
 
 
-@pytest.mark.parametrize("kind", ["full", "latent", "window"])
+@pytest.mark.parametrize("kind", ["full", "latent", "routing", "window"])
 def test_negative_slots_are_skipped(kind: str) -> None:
     sequences = Sequences(kind)
     before = [store.clone() for store in sequences.state.stores]

@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     broken = False
     for name, model, prompts in _subjects(args):
         parity = check_parity(model, prompts, min_tokens=args.tokens, seed=args.seed, numerics=args.numerics)
-        broken |= parity.numerics == "bitwise" and parity.differing > 0
+        broken |= parity.numerics == "bitwise" and parity.differing + parity.replayed_differing > 0
         print(
             f"{name}, {parity.numerics} tier: {parity.tokens} sampled tokens against the training forward: "
             f"{parity.differing} differ in their bits, largest difference {parity.largest:.1e}"
@@ -40,6 +40,12 @@ def run(args: argparse.Namespace) -> int:
             f"({parity.swaps} swapped out), {parity.forked} forks",
             flush=True,
         )
+        if parity.replayed:
+            print(
+                f"  mixture of experts: {parity.replayed} of them once more with the engine's routing replayed: "
+                f"{parity.replayed_differing} differ in their bits",
+                flush=True,
+            )
         if not args.no_cost:
             cost = bitwise_cost(model, prompts[:8])
             print(

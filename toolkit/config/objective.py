@@ -169,6 +169,8 @@ class GrpoObjective(_OnPolicy):
     """Rounds of rollouts a step at the most with ``dynamic_sampling``; what is there then is used."""
     importance_cap: Positive | None = None
     """Weigh tokens by min(p_train / p_rollout, cap), without gradient; for the fast tier. null does not."""
+    replay_routing: bool = False
+    """Of a mixture of experts: train every token through the experts that it was rolled out with."""
     kl_weight: Annotated[float, Field(ge=0)] = 0.0
     """Of the divergence from the model as training found it (after the warm-up); above 0 keeps a copy of that."""
 

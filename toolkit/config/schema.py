@@ -103,6 +103,22 @@ class ScheduleSection(Section):
     """Where the decay ends, as a share of optimizer.lr."""
 
 
+class MoeSection(Section):
+    """How the experts of a mixture are kept in even use, by every objective, warm-up included.
+
+    Dense models have nothing to balance, and a teacher that the run trains is not balanced.
+    """
+
+    balance: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the load balancing loss (Switch Transformers; transformers' ``router_aux_loss_coef``)."""
+    z_loss: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the routers' mean squared log-sum-exp (ST-MoE)."""
+    bias_rate: Annotated[float, Field(ge=0)] = 0.0
+    """By how much a router's correction bias moves after every update, where it has one (DeepSeek-V3)."""
+    recompute: bool = False
+    """Compute the experts' activations again in the backward instead of keeping them."""
+
+
 class TrainSection(Section):
     """The size of a step and their number. A step trains ``batch_tokens * accumulate * processes`` tokens."""
 
@@ -113,6 +129,7 @@ class TrainSection(Section):
     """Longest sequence; longer documents are cut."""
     accumulate: Count = 1
     """Forwards a step whose gradients are averaged."""
+    moe: MoeSection = Field(default_factory=MoeSection)
 
 
 class CheckpointSection(Section):

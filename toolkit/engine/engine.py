@@ -198,6 +198,13 @@ class Engine:
     def _specs(self) -> list[StateSpec]:
         """What each layer remembers, of the kinds that the limits ask for."""
         specs, kinds = list(self.backend.layers()), self.limits.kinds or {}
+        if not self.limits.record_routing:
+            specs = [spec for spec in specs if spec.kind != "routing"]
+        elif all(spec.kind != "routing" for spec in specs):
+            raise ToolkitError(
+                "record_routing is True, but the model has no layer of experts that is patched (role 'experts'); "
+                "allowed is False."
+            )
         for name in kinds:
             if all(spec.kind != name for spec in specs):
                 known = ", ".join(sorted({spec.kind for spec in specs}))
@@ -324,6 +331,9 @@ class Engine:
     def _deliver(self, sequence: Sequence, delta: Delta) -> None:
         request = sequence.request
         if delta.finished is not None:
+            if sequence.tables is not None:
+                pages = [part.pages for part in sequence.tables.parts]
+                delta.finished.routed_experts = self.pool.recorded(pages, sequence.tables.length)
             self.scheduler.remove(sequence)
             if request.finished:
                 with self._mail:

@@ -15,9 +15,10 @@ class Limits:
     page. num_pages: pages of state (None: enough for max_num_seqs sequences of max_model_len, within a part of the
     device's memory). swap_bytes: host memory for the state of sequences that must make room for others; without room
     there it is computed again (None: any amount, 0: none). prefix_cache: reuse the state of common prefixes. kinds:
-    state kinds to put in the place of others, such as {"full": "int8"} (None: what the layers ask for). numerics:
-    tier, see ``toolkit.numerics`` (None: the device's default, or the one already patched in). seed: of the sequence
-    that seeds requests without one (None: from the operating system).
+    state kinds to put in the place of others, such as {"full": "int8"} (None: what the layers ask for).
+    record_routing: keep the experts that each token goes to beside its other state, and return them
+    (``Completion.routed_experts``). numerics: tier, see ``toolkit.numerics`` (None: the device's default, or the one
+    already patched in). seed: of the sequence that seeds requests without one (None: from the operating system).
     """
 
     max_num_seqs: int = 64
@@ -28,6 +29,7 @@ class Limits:
     swap_bytes: int | None = 0
     prefix_cache: bool = True
     kinds: dict[str, str] | None = None
+    record_routing: bool = False
     numerics: str | None = None
     seed: int | None = None
 
@@ -42,6 +44,7 @@ class Limits:
         whole("max_num_batched_tokens", self.max_num_batched_tokens, 1)
         whole("page_size", self.page_size, 1)
         flag("prefix_cache", self.prefix_cache)
+        flag("record_routing", self.record_routing)
         for name, low in (("max_model_len", 2), ("num_pages", 1), ("swap_bytes", 0), ("seed", 0)):
             if getattr(self, name) is not None:
                 whole(name, getattr(self, name), low, also=", and None")

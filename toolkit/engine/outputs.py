@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from torch import Tensor
+
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
@@ -20,6 +22,9 @@ class Completion:
     finish_reason: "stop" (end of text, stop token or stop string), "length", "cancelled" or "error".
     stop_reason: the stop string or stop token id; None for the end-of-text token and for other reasons.
     weight_versions: one a token, of the weights that it was sampled under. error: the message, with "error".
+    routed_experts: [tokens, L, K] int32 on the host, where the engine records routing: the experts that each token of
+    prompt and completion went to in each layer of experts, best first. The last token, which the engine never ran, has
+    none. What ended while it had to wait has None.
     """
 
     request_id: int
@@ -35,6 +40,7 @@ class Completion:
     weight_versions: list[int] = field(default_factory=list)
     top_logprobs: list[dict[int, float]] | None = None
     error: str | None = None
+    routed_experts: Tensor | None = field(default=None, compare=False)
 
     @property
     def weight_version(self) -> int | None:

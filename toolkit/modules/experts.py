@@ -15,6 +15,7 @@ class Experts:
     """Where a module keeps the parameters of its experts, by attribute name, and their layout.
 
     layer: its place among the model's layers of experts, by which routing is recorded and replayed.
+    A module whose attribute ``recompute_experts`` is true keeps no activations of rows for the backward.
     post: a norm of every expert's output. The other fields are those of ``toolkit.ops.experts.experts``.
     """
 
@@ -47,6 +48,7 @@ class Experts:
         batch = RaggedBatch.active()
         if batch is not None:
             batch.note_routing(self.layer, ids)
+        recompute = recompute or getattr(module, "recompute_experts", False)
         post: Any = None if self.post is None else getattr(module, self.post)
         return mix(x, ids, scores, self.weights(module), adapters=adapters, post=post, recompute=recompute)
 

@@ -78,10 +78,10 @@ class Router:
             if settings.correction == "":
                 correction = (*args, *kwargs.values())[0]
             batch = RaggedBatch.active()
-            chosen = None if batch is None else batch.replayed(settings.layer)
+            chosen = None if batch is None else batch.replayed(settings.layer, logits.shape[1])
             weights, ids = settings.choose(logits, correction, chosen)
             if batch is not None:
-                batch.note_scores(settings.layer, logits, ids)
+                batch.note_scores(settings.layer, logits, ids, correction)
             found = {"logits": logits, "weights": weights, "ids": ids}
             for name in ("logits", "weights"):
                 found[name] = found[name] if name in settings.wide else found[name].to(x.dtype)

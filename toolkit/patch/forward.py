@@ -18,7 +18,7 @@ from toolkit.ops.linear_logprob import deferred
 from toolkit.ops.take_rows import take_rows
 from toolkit.patch.apply import report_of
 from toolkit.patch.report import PatchReport
-from toolkit.state.batch import RaggedBatch
+from toolkit.state.batch import RaggedBatch, observing
 
 
 def _explicit_mask(device: torch.device) -> Tensor:
@@ -64,6 +64,8 @@ def ragged_forward(model: nn.Module, batch: RaggedBatch, rows: Tensor | None = N
             **keep,
             **{KEYWORD: batch},
         )
+    if not torch.compiler.is_compiling():
+        batch.check_replayed()
     logits = output.logits[0]
     return logits if rows is None or keep else logits[rows]
 
@@ -78,7 +80,7 @@ def _check_separate(model: nn.Module) -> None:
     Whatever comes before in the batch, the second sequence's logits stay. Raises ToolkitError where they do not.
     """
     device = next(model.parameters()).device
-    with torch.no_grad(), evaluating(model):
+    with torch.no_grad(), evaluating(model), observing(None):
         rows = torch.tensor([7, 8, 9], device=device)
         first, second = (
             ragged_forward(model, RaggedBatch.from_sequences([[token] * 7, [1, 2, 3]], device, share=False), rows)
@@ -112,12 +114,15 @@ def token_logprobs(
     sequences: Sequence[Sequence[int] | Tensor],
     share: bool = True,
     last: Sequence[int] | None = None,
+    routing: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     """Log-probability (nats, full vocabulary) of every token of every sequence given those before it.
 
     The training forward, differentiable: tensor i has one value fewer than sequence i has tokens. All sequences go in
     one batch, in which common prefixes are computed once (``share``).
     last: of sequence i, only the last ``last[i]`` tokens, which saves the head on the others (a prompt's, say).
+    routing: of sequence i the experts [tokens, layers of experts, K] that its tokens take instead of their routers'
+    choice: ``Completion.routed_experts``. The last token may be missing. Routers must be patched.
     """
     device = next(model.parameters()).device
     tokens = [torch.as_tensor(sequence, dtype=torch.int64).cpu() for sequence in sequences]
@@ -138,7 +143,7 @@ def token_logprobs(
     if sum(lengths) == 0:
         return [torch.zeros(0, device=device) for _ in tokens]
     # The last token of a sequence predicts nothing that is asked for, but stays in: it costs little.
-    batch = RaggedBatch.from_sequences(tokens, device=device, share=share)
+    batch = RaggedBatch.from_sequences(tokens, device=device, share=share, routing=routing)
     return list(_predictions(model, batch, tokens, lengths).split(lengths))
 
 

@@ -18,6 +18,7 @@ class _Watching(RaggedBatch):
     """A batch that notes what each layer asks of it."""
 
     seen: list[StateSpec] = field(default_factory=list)
+    routed: list[StateSpec] = field(default_factory=list)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor | int, **settings: Any) -> Tensor:
         window = settings.get("window", 0)
@@ -34,9 +35,15 @@ class _Watching(RaggedBatch):
         self.seen.append(StateSpec(layer, "conv", ((weight.shape[1] - 1, x.shape[1]),)))
         return super().convolve(layer, x, weight, *rest, **settings)
 
+    def note_routing(self, layer: int, ids: Tensor) -> None:
+        self.routed.append(StateSpec(layer, "routing", ((1, ids.shape[1]),)))
+
 
 def state_spec(model: nn.Module) -> list[StateSpec]:
-    """What every layer of a patched model remembers, in the order in which its forward meets them."""
+    """What every layer of a patched model remembers, in the order in which its forward meets them.
+
+    After those come its layers of experts, counted by themselves: where their tokens are routed (kind "routing").
+    """
     plain = RaggedBatch.from_sequences([[0]], device=device_of(model))
     watching = _Watching(**{name: getattr(plain, name) for name in RaggedBatch.__dataclass_fields__})
     with torch.no_grad():
@@ -46,4 +53,7 @@ def state_spec(model: nn.Module) -> list[StateSpec]:
     if layers != set(range(count)):
         missing = sorted(set(range(count)) - layers)
         raise ToolkitError(f"layers {missing} of the model keep their state to themselves; allowed is none.")
-    return watching.seen
+    places = sorted(spec.layer for spec in watching.routed)
+    if places != list(range(len(places))):
+        raise ToolkitError(f"layers of experts are numbered {places}; allowed are 0 to {len(places) - 1}, each once.")
+    return watching.seen + watching.routed

@@ -6,7 +6,7 @@ Shapes: T new tokens, S sequences, P pages of the longest sequence.
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from toolkit.ops.attention import attention
 from toolkit.ops.causal_conv import causal_conv
 from toolkit.ops.linear_recurrence import linear_recurrence
 from toolkit.state.kinds import PagedRows, Snapshots
+from toolkit.state.replay import check_routing, name_rows
 from toolkit.state.sharing import SharedPrefixes, share_prefixes
 
 _context = threading.local()
@@ -40,6 +41,16 @@ class BatchState(Protocol):
     def convolve(
         self, batch: "RaggedBatch", layer: int, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
     ) -> Tensor: ...
+
+    def record(self, batch: "RaggedBatch", layer: int, ids: Tensor) -> None: ...
+
+
+class RouterObserver(Protocol):
+    """Who takes statistics of routers: see ``observing``."""
+
+    def __call__(
+        self, layer: int, logits: Tensor, ids: Tensor, multiplicity: Tensor | None, correction: Tensor | None
+    ) -> None: ...
 
 
 # Sharing fewer tokens than this part of all would cost more in gathered keys than it saves.
@@ -65,6 +76,7 @@ class RaggedBatch:
     multiplicity [T]: how many unshared samples a shared token stands for; None for one each.
     sample_rows [N]: of ``from_sequences``: the row of each token of each sequence, one after the other; None: 0 .. T.
     state, views: what the past lies in, and where, a view a group of its layers; None where the batch brings all keys.
+    routing [L, T, K]: the experts that each token is to take in each layer of experts; None to let routers choose.
     """
 
     tokens: Tensor
@@ -79,6 +91,7 @@ class RaggedBatch:
     sample_rows: Tensor | None = None
     state: BatchState | None = None
     views: tuple[PagedRows | Snapshots, ...] = ()
+    routing: Tensor | None = None
 
     @classmethod
     def from_sequences(
@@ -86,6 +99,7 @@ class RaggedBatch:
         sequences: Sequence[Sequence[int] | Tensor],
         device: torch.device | str | None = None,
         share: bool = True,
+        routing: Sequence[Tensor] | None = None,
     ) -> "RaggedBatch":
         """Whole sequences, without state: the batch of training.
 
@@ -93,13 +107,22 @@ class RaggedBatch:
         and compute each shared token once, where that saves a sixteenth of all tokens or more. ``sample_rows`` says
         where each sequence's tokens are. False packs the sequences one after the other. Sequences may be empty, and
         there may be none.
+        routing: of each sequence the experts [tokens, layers of experts, K] that its tokens are to take
+        (``Completion.routed_experts``); the last token may be missing, see ``check_routing``. Sequences share what they
+        begin with as far as they were routed alike.
         """
         arrays = [np.asarray(torch.as_tensor(sequence, dtype=torch.int64).cpu()) for sequence in sequences]
         counts = [len(array) for array in arrays]
+        experts = check_routing(routing, counts) if routing is not None else None
         if share and len(arrays) > 1:
-            shared = share_prefixes(arrays)
+            names, tokens_of, experts_of = name_rows(arrays, experts) if experts else (arrays, None, None)
+            shared = share_prefixes(names)
             if sum(counts) - shared.size > _WORTH_SHARING * sum(counts):
-                return cls._of_forest(shared, device)
+                batch = cls._of_forest(shared, device)
+                if tokens_of is None or experts_of is None:
+                    return batch
+                named = torch.from_numpy(tokens_of).to(device)[batch.tokens]
+                return replace(batch, tokens=named, routing=_by_layer(experts_of, device)[:, batch.tokens])
         # Not repeat_interleave: on a busy CPU its threads have been seen to wait for 20 ms.
         places = [torch.arange(count) for count in counts]
         nothing = torch.empty(0, dtype=torch.int64)
@@ -107,7 +130,8 @@ class RaggedBatch:
         positions = torch.cat([nothing, *places])
         lengths = torch.tensor(counts, dtype=torch.int64)
         offsets = _offsets(lengths)
-        return cls._on(device, tokens, positions, offsets, offsets[:-1], lengths)
+        batch = cls._on(device, tokens, positions, offsets, offsets[:-1], lengths)
+        return replace(batch, routing=_by_layer(np.concatenate(experts), device)) if experts else batch
 
     @classmethod
     def _of_forest(cls, forest: SharedPrefixes, device: torch.device | str | None) -> "RaggedBatch":
@@ -261,14 +285,50 @@ class RaggedBatch:
         return causal_conv(x, weight, bias, self.query_offsets, self.past(weight.shape[1] - 1), None, activation)
 
     def note_routing(self, layer: int, ids: Tensor) -> None:
-        """Record the experts ids [T, K] that the new tokens go to in a layer of experts, where that is asked for."""
+        """Record the experts ids [T, K] that the new tokens go to in a layer of experts, where the state keeps that."""
+        if self.state is not None:
+            self.state.record(self, layer, ids)
 
-    def note_scores(self, layer: int, logits: Tensor, ids: Tensor) -> None:
-        """Take statistics of a layer's router, logits [T, E] and its choice ids [T, K], where that is asked for."""
+    def note_scores(self, layer: int, logits: Tensor, ids: Tensor, correction: Tensor | None = None) -> None:
+        """Show a layer's router, logits [T, E] and its choice ids [T, K], to who is ``observing`` this forward.
 
-    def replayed(self, layer: int) -> Tensor | None:
-        """[T, K] the experts to take in a layer instead of choosing; None to choose."""
-        return None
+        correction: [E] the bias of the choice, where the router has one.
+        """
+        observer: RouterObserver | None = getattr(_context, "observer", None)
+        if observer is not None:
+            observer(layer, logits, ids, self.multiplicity, correction)
+
+    def replayed(self, layer: int, experts: int | None = None) -> Tensor | None:
+        """[T, K] int64: what tokens are to take in a layer instead of the router's choice; None to choose.
+
+        experts: how many there are. Raises ToolkitError where ``routing`` has no such layer, or more experts.
+        """
+        if self.routing is None:
+            return None
+        if layer >= len(self.routing):
+            raise ToolkitError(f"routing has {len(self.routing)} layers of experts; the model has more.")
+        if experts is not None and self._experts_named > experts:
+            raise ToolkitError(f"routing has the expert {self._experts_named - 1}; allowed are 0 to {experts - 1}.")
+        self._replayed_layers.add(layer)
+        return self.routing[layer]
+
+    def check_replayed(self) -> None:
+        """After a forward: raise ToolkitError unless every layer of ``routing`` was asked for by a router."""
+        if self.routing is not None and len(self._replayed_layers) < len(self.routing):
+            missing = sorted(set(range(len(self.routing))) - self._replayed_layers)
+            raise ToolkitError(
+                f"routing has {len(self.routing)} layers of experts, of which no router of the model took {missing}; "
+                "replaying needs every router patched (role 'router')."
+            )
+
+    @cached_property
+    def _replayed_layers(self) -> set[int]:
+        return set()
+
+    @cached_property
+    def _experts_named(self) -> int:
+        """One more than the largest id of ``routing``."""
+        return int(self.routing.amax()) + 1 if self.routing is not None and self.routing.numel() else 0
 
     @cached_property
     def _starts(self) -> Tensor:
@@ -301,6 +361,25 @@ class RaggedBatch:
     def active() -> "RaggedBatch | None":
         """The batch of the innermost ``activate`` of this thread, or None."""
         return getattr(_context, "batch", None)
+
+
+@contextmanager
+def observing(observer: RouterObserver | None) -> Iterator[None]:
+    """Show ``observer`` what routers do in this thread's forwards; None: nobody.
+
+    A layer that activation checkpointing runs again, in the backward, is not shown again.
+    """
+    outer = getattr(_context, "observer", None)
+    _context.observer = observer
+    try:
+        yield
+    finally:
+        _context.observer = outer
+
+
+def _by_layer(experts: np.ndarray, device: torch.device | str | None) -> Tensor:
+    """[T, L, K] to [L, T, K]: a layer's part in one piece."""
+    return torch.from_numpy(np.ascontiguousarray(experts.transpose(1, 0, 2))).to(device)
 
 
 def _offsets(lengths: Tensor) -> Tensor:

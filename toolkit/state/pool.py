@@ -101,6 +101,24 @@ class StatePool:
         state, group = self._serving[layer, "convolve"]
         return state.convolve(x, weight, bias, activation, batch.views[group], batch.query_offsets)
 
+    def record(self, batch: "RaggedBatch", layer: int, ids: Tensor) -> None:
+        """Write the experts ids [T, K] of new tokens into their pages, where a layer of experts has such."""
+        if (layer, "record") in self._serving:
+            state, group = self._serving[layer, "record"]
+            state.write((ids[:, None],), batch.views[group], batch.query_offsets)
+
+    def recorded(self, pages: Sequence[Sequence[int]], length: int) -> Tensor | None:
+        """[length, L, K] int32 on the host: the experts of every token of a sequence in each layer of experts, in order.
+
+        pages: the sequence's table in each group. None where no layer records its routing.
+        """
+        layers = sorted(layer for layer, op in self._serving if op == "record")
+        if not layers:
+            return None
+        with torch.inference_mode(False):  # what training reads later must be an ordinary tensor
+            serving = [self._serving[layer, "record"] for layer in layers]
+            return torch.cat([state.read(pages[group], length)[0] for state, group in serving], 1).cpu()
+
     def copy_pages(self, copies: Sequence[Sequence[tuple[int, int]]]) -> None:
         """Run each group's (source, destination) page copies in its layers, as if one after the other."""
         for state, group in zip(self.states, self.members, strict=True):

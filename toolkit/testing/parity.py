@@ -14,15 +14,21 @@ import torch
 
 from toolkit.engine import Engine, SamplingParams
 from toolkit.numerics import Numerics
-from toolkit.patch import patch, report_of, token_logprobs, unpatch
+from toolkit.patch import patch, report_of, state_spec, token_logprobs, unpatch
 
 
 @dataclass
 class Parity:
-    """Totals over all schedules. ``differing`` counts tokens whose log-probability is not ``torch.equal``."""
+    """Totals over all schedules. ``differing`` counts tokens whose log-probability is not ``torch.equal``.
+
+    replayed: tokens that training computed once more, through the experts that the engine recorded; those of them
+    that differ are in ``replayed_differing``. ``largest`` is over both.
+    """
 
     tokens: int = 0
     differing: int = 0
+    replayed: int = 0
+    replayed_differing: int = 0
     largest: float = 0.0
     schedules: int = 0
     prefix_hit_tokens: int = 0
@@ -46,6 +52,7 @@ def check_parity(
     """Generate at least ``min_tokens`` tokens from ``prompts`` under random schedules and compare every one.
 
     prompts: token ids; each schedule takes a random subset, some cut short or extended to share prefixes.
+    A mixture of experts is compared twice: with routers that choose in training, and with the engine's routing replayed.
     """
     report = patch(model, numerics=numerics)
     source = random.Random(seed)
@@ -76,6 +83,7 @@ def _one_schedule(
         "page_size": page_size,
         "num_pages": int(room * (longest // page_size + 2)),
         "swap_bytes": source.choice([0, None]),
+        "record_routing": any(spec.kind == "routing" for spec in state_spec(model)),
     }
     params = [
         SamplingParams(
@@ -114,17 +122,28 @@ def _compare(model: Any, group: Sequence[Any], result: Parity) -> None:
     for completion in group:
         if completion.finish_reason == "error":
             raise RuntimeError(f"request {completion.request_id} failed: {completion.error}")
+    routings = [completion.routed_experts for completion in group]
+    result.tokens += sum(len(completion.token_ids) for completion in group)
+    result.differing += _differing(model, group, None, result)
+    if all(routing is not None for routing in routings):
+        result.replayed += sum(len(completion.token_ids) for completion in group)
+        result.replayed_differing += _differing(model, group, routings, result)
+
+
+def _differing(model: Any, group: Sequence[Any], routing: Any, result: Parity) -> int:
+    """How many of the group's tokens differ from the training forward's."""
     # With gradients, as a training step would run it.
     with torch.enable_grad():
-        trained = token_logprobs(model, [list(c.prompt_token_ids) + list(c.token_ids) for c in group])
+        sequences = [list(c.prompt_token_ids) + list(c.token_ids) for c in group]
+        trained = token_logprobs(model, sequences, routing=routing)
+    count = 0
     for completion, logprobs in zip(group, trained):
         returned = torch.tensor(completion.logprobs, dtype=torch.float64)
         expected = logprobs.detach().cpu()[len(completion.prompt_token_ids) - 1 :].double()
-        result.tokens += returned.numel()
-        differs = ~((returned == expected) | (returned.isnan() & expected.isnan()))
-        result.differing += int(differs.sum())
+        count += int((~((returned == expected) | (returned.isnan() & expected.isnan()))).sum())
         if returned.numel():
             result.largest = max(result.largest, float((returned - expected).abs().max()))
+    return count
 
 
 @dataclass(frozen=True)

@@ -153,6 +153,9 @@ class ChunkedState:
         self._after(key, torch.cat([tails[0], x])[-width:][None])
         return out
 
+    def record(self, batch: RaggedBatch, layer: int, ids: Tensor) -> None:
+        """Nothing: a chunk that is run again is routed as before."""
+
 
 def backward_in_chunks(
     model: nn.Module,

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from toolkit.config import Recipe, dump
 from toolkit.errors import ToolkitError
-from toolkit.state.batch import RaggedBatch
 from toolkit.training import checkpoint
 from toolkit.training.files import write_atomic
 from toolkit.training.metrics import FILE as METRICS
@@ -37,6 +36,7 @@ from toolkit.training.model import (
     patch_model,
     save_model,
 )
+from toolkit.training.moe import Balancing
 from toolkit.training.objectives.base import Setting, make_objective
 from toolkit.training.progress import Progress
 from toolkit.training.report import figures, show
@@ -89,8 +89,8 @@ class Trainer:
         self.forward, self.optimizer, self.scheduler = self.accelerator.prepare(ragged, optimizer, scheduler)
         self.ragged: RaggedModel = self.accelerator.unwrap_model(self.forward)
         self.objective.bind(self._setting())
-        with torch.no_grad():  # a model that cannot take a ragged batch is refused before anything is written
-            self.ragged(RaggedBatch.from_sequences([[0]], device=self.accelerator.device))
+        # Runs the model: one that cannot take a ragged batch is refused before anything is written.
+        self.balancing = Balancing(recipe.train.moe, self.objective.setting, self.patch_report)
         self.step, self.seconds, self.tokens = 0, 0.0, 0
         self.before: dict[str, Any] | None = None
         set_seed(recipe.seed, device_specific=True)
@@ -235,6 +235,7 @@ class Trainer:
                         "tokens": self.tokens,
                         "tokens_per_second": round(tokens / recent[-1][1], 1),
                         **values,
+                        **self.balancing.figures(),
                         "seconds": round(self.seconds, 3),
                     }
                     if metrics is not None:
@@ -266,16 +267,19 @@ class Trainer:
         norm = torch.zeros(())
         updates = 0
         for micros in self.objective.updates(self.step):
+            self.balancing.begin(micros, self.objective.rows)
             for index, micro in enumerate(micros):
                 # Gradients are averaged over the processes with the last part.
                 last = index == len(micros) - 1
                 with nullcontext() if last else self.accelerator.no_sync(self.forward):
                     loss = self.objective.loss(self.forward, micro)
-                    self.accelerator.backward(loss)
                     total += loss.detach()
+                    routers = self.balancing.loss(index)
+                    self.accelerator.backward(loss if routers is None else loss + routers)
             norm = self._clip()
             self.optimizer.step()
             self.optimizer.zero_grad()
+            self.balancing.finish_update()
             updates += 1
         with warnings.catch_warnings():
             # A first step without updates (all groups dropped, say) would be taken for a mistake in the order.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from toolkit.config.schema import LoraSection, ModelSection
 from toolkit.errors import ToolkitError, nearest
 from toolkit.patch import PatchReport, patch, ragged_forward, token_logprobs, weights_changed
-from toolkit.state.batch import RaggedBatch
+from toolkit.state.batch import RaggedBatch, RouterObserver, observing
 from toolkit.training.tokenizer import reason
 
 if TYPE_CHECKING:
@@ -24,23 +24,32 @@ if TYPE_CHECKING:
 
 
 class RaggedModel(nn.Module):
-    """A patched causal language model as a function of a ragged batch; what accelerate and DDP wrap."""
+    """A patched causal language model as a function of a ragged batch; what accelerate and DDP wrap.
+
+    observer: takes statistics of the routers in forwards with gradients; None for nobody.
+    """
 
     def __init__(self, model: "PreTrainedModel") -> None:
         super().__init__()
         self.model = model
+        self.observer: RouterObserver | None = None
 
     def forward(
-        self, batch: RaggedBatch | list[list[int]], rows: Tensor | None = None, last: list[int] | None = None
+        self,
+        batch: RaggedBatch | list[list[int]],
+        rows: Tensor | None = None,
+        last: list[int] | None = None,
+        routing: list[Tensor] | None = None,
     ) -> Any:
         """Logits [T, V] of every token of a batch, or [len(rows), V] of those rows.
 
         Of a list of sequences: the log-probabilities of the last ``last[i]`` tokens of each, as ``token_logprobs``
-        gives them; what sequences begin with in common is computed once.
+        gives them; what sequences begin with in common is computed once. routing: the experts that their tokens take.
         """
-        if isinstance(batch, list):
-            return token_logprobs(self.model, batch, share=True, last=last)
-        return ragged_forward(self.model, batch, rows)
+        with observing(self.observer if torch.is_grad_enabled() else None):
+            if isinstance(batch, list):
+                return token_logprobs(self.model, batch, share=True, last=last, routing=routing)
+            return ragged_forward(self.model, batch, rows)
 
 
 class Reference:

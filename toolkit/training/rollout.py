@@ -18,10 +18,13 @@ PAGE = 16
 
 
 class Rollout:
-    """Generates with the weights as they are. The first call makes the engine; its state is bounded by the recipe."""
+    """Generates with the weights as they are. The first call makes the engine; its state is bounded by the recipe.
 
-    def __init__(self, setting: Setting, section: RolloutSection) -> None:
-        self._setting, self._section = setting, section
+    record_routing: completions say which experts their tokens went to.
+    """
+
+    def __init__(self, setting: Setting, section: RolloutSection, record_routing: bool = False) -> None:
+        self._setting, self._section, self._record_routing = setting, section, record_routing
         self._engine: Engine | None = None
         self.seconds, self.tokens = 0.0, 0
 
@@ -39,6 +42,7 @@ class Rollout:
                 max_model_len=longest,
                 page_size=PAGE,
                 num_pages=max(math.ceil(memory / PAGE), math.ceil(longest / PAGE)),
+                record_routing=self._record_routing,
                 seed=0,
             )
         return self._engine

@@ -5,6 +5,7 @@ from typing import Any
 
 from toolkit.config import Recipe, validate
 from toolkit.config.objective import PretrainObjective
+from toolkit.config.schema import MoeSection
 from toolkit.training.resume import run_folder
 
 
@@ -23,6 +24,8 @@ def teacher_recipe(recipe: Recipe, tokenizer: Path) -> Recipe:
     objective: Any = recipe.objective
     teacher = objective.teacher
     model = {"model": {**recipe.model.model_dump(), "path": None, "config": teacher.config, "lora": None}}
+    # The section is about the student's experts; a teacher may have none.
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"moe": MoeSection()})})
     changed = model | {"tokenizer": {"path": str(tokenizer)}}
     return _supervised(recipe, "teacher", objective.task, teacher.steps, teacher.lr, teacher.batch_tokens, changed)
 

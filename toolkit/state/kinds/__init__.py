@@ -25,9 +25,9 @@ Rows = tuple[Tensor, ...]
 class StateSpec:
     """What one layer needs to remember.
 
-    layer: index of the layer. kind: name of the state kind. shapes: of what it stores of a token (or, for snapshots,
-    of the value that a page holds), a shape a tensor. window: tokens that a query looks back over, itself included; 0
-    for all.
+    layer: index of the layer (for routing: among the layers of experts). kind: name of the state kind. shapes: of what
+    it stores of a token (or, for snapshots, of the value that a page holds), a shape a tensor. window: tokens that a
+    query looks back over, itself included; 0 for all.
     """
 
     layer: int
@@ -69,7 +69,7 @@ class StateKind(ABC):
 
     kind: ClassVar[str]
     op: ClassVar[str]
-    """The method of ``RaggedBatch`` that uses it: "attend", "scan" or "convolve"; a layer has one of each at most."""
+    """The method of the pool that uses it: "attend", "scan", "convolve" or "record"; a layer has one of each at most."""
     stride: ClassVar[int] = 0
     """0: a page holds a slot for each token. s > 0: it holds one value, of which every s-th page's is kept."""
     recordable: ClassVar[bool] = True

@@ -127,6 +127,10 @@ class Objective(ABC):
         """
 
     @abstractmethod
+    def rows(self, micro: Any) -> int:
+        """Tokens that a micro-batch's samples have, shared ones once for each sample; 0 where it only fills up."""
+
+    @abstractmethod
     def finish(self) -> tuple[int, dict[str, float]]:
         """(tokens that the step trained on, what else it logs), over all processes."""
 

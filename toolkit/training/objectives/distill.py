@@ -108,6 +108,11 @@ class Distillation(OnTask):
         self.sums.add(divergence=divergence.item() * real, trained=micro.counts.sum().item() * real)
         return divergence * micro.share
 
+    def rows(self, micro: Micro) -> int:
+        if not micro.share:
+            return 0
+        return len(micro.batch.tokens if micro.batch.sample_rows is None else micro.batch.sample_rows)
+
     def finish(self) -> tuple[int, dict[str, float]]:
         got = self.take()
         return self.trained_tokens, {"divergence": got["divergence"] / got["trained"], **self.figures(got)}

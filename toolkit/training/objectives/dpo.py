@@ -105,6 +105,9 @@ class Preference(OnExamples):
             loss = loss - self.section.sft_weight * tokenwise
         return (loss * weight).sum()
 
+    def rows(self, micro: list[Pair]) -> int:
+        return sum(pair.tokens + len(pair.prompt) for pair in micro if pair.weight)
+
     def _count(self, micro: list[Pair], chosen: Tensor, rejected: Tensor, references: Tensor) -> None:
         margin = (chosen - references[:, 0]) - (rejected - references[:, 1])
         real = chosen.new_tensor([float(pair.weight > 0.0) for pair in micro])

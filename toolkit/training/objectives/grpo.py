@@ -31,6 +31,8 @@ class Sample:
     train: Tensor | None = None
     """Log-probabilities by the first training forward, where they are asked for."""
     reference: Tensor | None = None
+    routing: Tensor | None = None
+    """The experts of its tokens but the last one, where they are replayed."""
 
     @property
     def sequence(self) -> list[int]:
@@ -52,6 +54,12 @@ class Micro:
     @property
     def lengths(self) -> list[int]:
         return [len(sample.tokens) for sample in self.samples]
+
+    @property
+    def routing(self) -> list[Tensor] | None:
+        """Of each sample, or None where nothing is replayed."""
+        found = [sample.routing for sample in self.samples if sample.routing is not None]
+        return found if len(found) == len(self.samples) else None
 
 
 class GroupPolicy(OnTask):
@@ -100,7 +108,9 @@ class GroupPolicy(OnTask):
                     continue
                 groups.append(
                     [
-                        Sample(one.prompt_token_ids, one.token_ids, one.logprobs, advantage)
+                        Sample(
+                            one.prompt_token_ids, one.token_ids, one.logprobs, advantage, routing=one.routed_experts
+                        )
                         for one, advantage in zip(group, values)
                     ]
                 )
@@ -132,7 +142,7 @@ class GroupPolicy(OnTask):
     def loss(self, forward: Callable[..., Any], micro: Micro) -> Tensor:
         section, samples = self.section, micro.samples
         lengths = micro.lengths
-        logprob = torch.cat(forward(micro.sequences, last=lengths))
+        logprob = torch.cat(forward(micro.sequences, last=lengths, routing=micro.routing))
         device = logprob.device
 
         def spread(values: list[float]) -> Tensor:
@@ -170,6 +180,9 @@ class GroupPolicy(OnTask):
             distance = divergence_estimate(reference - logprob.detach())
             self.sums.add(distance=(distance * counted).sum().item())
         return (result.loss * weight).sum()
+
+    def rows(self, micro: Micro) -> int:
+        return sum(len(sample.sequence) for sample in micro.samples if sample.weight)
 
     def _compare(self, train: Tensor, rolled: Tensor, counted: Tensor) -> None:
         """The training forward against the engine, under the same weights: nats, and bits."""
@@ -230,4 +243,5 @@ def pack(groups: Sequence[Sequence[Sample]], batch_tokens: int) -> list[Micro]:
 
 def _filler(like: Sample) -> Sample:
     """A sample that counts for nothing."""
-    return Sample(like.prompt, like.tokens[:1], like.behaviour[:1])
+    routing = None if like.routing is None else like.routing[: len(like.prompt)]
+    return Sample(like.prompt, like.tokens[:1], like.behaviour[:1], routing=routing)

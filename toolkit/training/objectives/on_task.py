@@ -33,7 +33,7 @@ class OnTask(Objective):
         super().bind(setting)
         share = self.section.evaluation.held_out
         self.stream = ProblemStream(self.task, self.recipe.seed, share, rank=setting.rank, world=setting.world)
-        self.rollout = Rollout(setting, self.section.rollout)
+        self.rollout = Rollout(setting, self.section.rollout, getattr(self.section, "replay_routing", False))
         self.sums = Sums()
         self.prompts = divided("objective.prompts", self.section.prompts, setting.world)
         self.trained_tokens = 0

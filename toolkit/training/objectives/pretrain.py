@@ -65,6 +65,9 @@ class Pretrain(Objective):
     def loss(self, forward: Callable[..., Any], micro: _Micro) -> Tensor:
         return next_token_loss(forward(micro.batch), micro.targets) / self.recipe.train.accumulate
 
+    def rows(self, micro: _Micro) -> int:
+        return len(micro.batch.tokens)
+
     def finish(self) -> tuple[int, dict[str, float]]:
         train = self.recipe.train
         return train.batch_tokens * train.accumulate * self.setting.world, {"epoch": self.stream.epoch}

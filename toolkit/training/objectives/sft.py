@@ -95,6 +95,9 @@ class Supervised(OnExamples):
         )  # the mean over the micro-batch
         return loss * micro.share
 
+    def rows(self, micro: Micro) -> int:
+        return len(micro.batch.tokens)
+
     def finish(self) -> tuple[int, dict[str, float]]:
         return self._tokens, {}
 

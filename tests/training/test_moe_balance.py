@@ -1,0 +1,198 @@
+"""Section ``train.moe`` in every objective: weights of the losses, figures, corrections, several processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from moe_recipes import KINDS, MIXTURE, moe_recipe
+from objective_recipes import weights
+
+from toolkit.errors import ToolkitError
+from toolkit.moe.balance import RouterStatistics
+from toolkit.training.loop import Trainer
+from toolkit.training.metrics import read_metrics
+
+FIGURES = {"expert_load_max", "expert_load_entropy", "balance_loss", "router_z_loss"}
+
+
+def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
+    found = {name: p.grad.clone() for name, p in trainer.hf_model.named_parameters() if p.grad is not None}
+    trainer.hf_model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_objective_adds_the_losses_of_its_update(tmp_path: Path, kind: str) -> None:
+    """The gradient of a step is the objective's, and that of the micro-batches' losses by their share of the tokens."""
+    moe = {"balance": 0.3, "z_loss": 0.2}
+    accumulate = {"accumulate": 2} if kind in ("pretrain", "sft") else {}
+    recipe = moe_recipe(
+        tmp_path, kind, moe, model={"dtype": "float64"}, train={"batch_tokens": 48, **accumulate}
+    )
+    trainer = Trainer(recipe, quiet=True)
+    objective = trainer.objective
+    micros = next(objective.updates(0))
+    assert len(micros) > 1
+    trainer.balancing.begin(micros, objective.rows)
+    for index, micro in enumerate(micros):
+        loss = objective.loss(trainer.forward, micro)
+        part = trainer.balancing.loss(index)
+        assert part is not None
+        (loss + part).backward()
+    ours = gradients(trainer)
+    trainer.balancing.finish_update()
+    got = trainer.balancing.figures()
+
+    total = sum(objective.rows(micro) for micro in micros)
+    sums = [0.0, 0.0]
+    for micro in micros:
+        statistics = RouterStatistics()
+        trainer.ragged.observer = statistics
+        loss = objective.loss(trainer.forward, micro)
+        balance, z_loss = statistics.take_losses()
+        seen = statistics.take_loads()
+        assert all(load.sum() == 2 * objective.rows(micro) for load in seen.values())
+        share = objective.rows(micro) / total
+        (loss + share * (0.3 * balance + 0.2 * z_loss)).backward()
+        sums = [sums[0] + share * balance.item(), sums[1] + share * z_loss.item()]
+    for name, gradient in gradients(trainer).items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
+    assert got["balance_loss"] == pytest.approx(sums[0])
+    assert got["router_z_loss"] == pytest.approx(sums[1])
+    assert set(got) == FIGURES
+
+
+def test_a_run_logs_and_evens_out_its_experts(tmp_path: Path) -> None:
+    loads = []
+    for name, balance in (("off", 0.0), ("on", 1.0)):
+        recipe = moe_recipe(tmp_path, "pretrain", {"balance": balance}, name=name, train={"steps": 25, "batch_tokens": 160})
+        trainer = Trainer(recipe, quiet=True)
+        trainer.fit()
+        lines = read_metrics(tmp_path / "runs" / name / "metrics.jsonl")
+        assert set(lines[0]) >= (FIGURES if balance else {"expert_load_max", "expert_load_entropy"})
+        assert ("balance_loss" in lines[0]) == (balance > 0)
+        loads.append([line["expert_load_max"] for line in lines])
+    assert loads[0][0] == loads[1][0]
+    assert sum(loads[1][-5:]) < 0.8 * sum(loads[0][-5:])
+
+
+def test_the_z_loss_does_not_depend_on_the_micro_batches(tmp_path: Path) -> None:
+    found = []
+    for name, budget in (("small", 40), ("large", 4096)):
+        recipe = moe_recipe(
+            tmp_path, "dpo", {"z_loss": 0.5}, name=name, model={"dtype": "float64"}, train={"batch_tokens": budget}
+        )
+        trainer = Trainer(recipe, quiet=True)
+        loss, norm = trainer.train_step()
+        found.append((loss, norm, trainer.balancing.figures()["router_z_loss"]))
+    assert found[0] == pytest.approx(found[1], rel=1e-9)
+
+
+def test_forwards_without_gradients_are_not_counted(tmp_path: Path) -> None:
+    trainer = Trainer(moe_recipe(tmp_path, "sft", {"balance": 0.1}, evaluate={"enabled": True}), quiet=True)
+    trainer.objective.evaluate()
+    assert trainer.balancing.statistics.take_loads() == {}
+
+
+def test_recomputing_changes_no_bit(tmp_path: Path) -> None:
+    found = []
+    for name, recompute in (("kept", False), ("again", True)):
+        trainer = Trainer(moe_recipe(tmp_path, "sft", {"recompute": recompute}, name=name), quiet=True)
+        experts = [module for path, module in trainer.hf_model.named_modules() if path.endswith(".experts")]
+        assert [module.recompute_experts for module in experts] == [recompute] * 2
+        trainer.train_step()
+        found.append(weights(trainer))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_corrections_move_against_the_load(tmp_path: Path) -> None:
+    config: dict[str, Any] = {
+        **{name: value for name, value in MIXTURE.items() if name not in ("num_experts", "head_dim", "norm_topk_prob")},
+        "model_type": "deepseek_v3",
+        "n_routed_experts": 6,
+        "n_shared_experts": 1,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 0,
+        "num_key_value_heads": 2,
+        "q_lora_rank": None,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 8,
+    }
+    recipe = moe_recipe(tmp_path, "sft", {"bias_rate": 0.125})
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"config": config})})
+    trainer = Trainer(recipe, quiet=True)
+    expected = {layer: bias.clone() for layer, bias in enumerate(biases(trainer))}
+    assert len(expected) == 2
+    for _ in range(3):
+        loads: dict[int, torch.Tensor] = {}
+        keep = trainer.balancing.finish_update
+        trainer.balancing.finish_update = lambda keep=keep: (loads.update(trainer.balancing._loads), keep())[1]
+        trainer.train_step()
+        trainer.balancing.finish_update = keep
+        for layer, load in loads.items():
+            assert load.sum() > 0
+            expected[layer] += 0.125 * (load.mean() - load).sign().float()
+        for layer, bias in enumerate(biases(trainer)):
+            assert torch.equal(bias, expected[layer])
+    assert any(bias.any() for bias in expected.values())
+    trainer.save()
+    again = Trainer(recipe.model_copy(update={"resume": "auto"}), quiet=True)
+    assert all(torch.equal(bias, expected[layer]) for layer, bias in enumerate(biases(again)))
+
+
+def biases(trainer: Trainer) -> list[torch.Tensor]:
+    return [b for name, b in trainer.hf_model.named_buffers() if name.endswith("e_score_correction_bias")]
+
+
+@pytest.mark.parametrize(
+    ("moe", "sentence"),
+    [
+        ({"balance": 0.01}, "train.moe.balance is 0.01; it must be 0 for a model without a patched router"),
+        ({"z_loss": 1.0}, "train.moe.z_loss is 1.0; it must be 0"),
+        ({"bias_rate": 0.001}, "train.moe.bias_rate is 0.001; it must be 0 for a model without a patched router"),
+        ({"recompute": True}, "train.moe.recompute is true; it must be false for a model without patched experts"),
+    ],
+)
+def test_a_dense_model_has_nothing_to_balance(tmp_path: Path, moe: dict[str, Any], sentence: str) -> None:
+    recipe = moe_recipe(tmp_path, "sft", moe)
+    config = {name: value for name, value in MIXTURE.items() if "expert" not in name and "norm_topk" not in name}
+    config = {**config, "model_type": "llama"}
+    del config["moe_intermediate_size"]
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"config": config})})
+    with pytest.raises(ToolkitError) as caught:
+        Trainer(recipe, quiet=True)
+    assert sentence in str(caught.value)
+
+
+def test_a_router_without_a_correction_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ToolkitError, match="must be 0 for a model whose routers have no correction bias"):
+        Trainer(moe_recipe(tmp_path, "sft", {"bias_rate": 0.001}), quiet=True)
+
+
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    here = Path(__file__).parent
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    path = os.pathsep.join([str(here.parents[1]), str(here), os.environ.get("PYTHONPATH", "")])
+    result = subprocess.run(
+        [*command, str(here / "two_balances.py"), str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("same weights") == 2
+    trainer = Trainer(moe_recipe(tmp_path, "dpo", {"z_loss": 0.5}, name="one", train={"steps": 2}), quiet=True)
+    trainer.fit()
+    one, two = (read_metrics(tmp_path / "runs" / name / "metrics.jsonl") for name in ("one", "two"))
+    for key in ("router_z_loss", "expert_load_max", "expert_load_entropy"):
+        assert one[0][key] == pytest.approx(two[0][key], rel=1e-6), key
+    assert one[0]["gradient_norm"] == pytest.approx(two[0]["gradient_norm"], rel=1e-4)

@@ -1,0 +1,46 @@
+"""What the kinds have in common whose pages hold a row for each token: keys and values, latents, routing."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from toolkit.ops.state_write import state_write
+from toolkit.state.kinds import PagedRows, Rows, Snapshots, StateKind, StateSpec
+
+
+class TokenRows(StateKind):
+    """``stores`` of [num_pages, page_size, heads, width], one for each of spec.shapes, (heads, width) of a token's row.
+
+    ``rows``: the same memory, a row a slot.
+    """
+
+    def __init__(
+        self, spec: StateSpec, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__(spec, num_pages, page_size, dtype, device)
+        self.rows = tuple(store.flatten(0, 1) for store in self.stores)
+
+    @classmethod
+    def entries(cls, spec: StateSpec, page_size: int, dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        return [((page_size, *shape), dtype) for shape in spec.shapes]
+
+    @classmethod
+    def inputs(cls, spec: StateSpec) -> tuple[tuple[int, ...], ...]:
+        return spec.shapes
+
+    def write(self, rows: Rows, view: PagedRows | Snapshots, query_offsets: Tensor) -> None:
+        assert isinstance(view, PagedRows)
+        for store, given in zip(self.rows, rows, strict=True):
+            state_write(store, given, view.slots)
+
+    def read(self, pages: Sequence[int], length: int) -> Rows:
+        """The rows of the tokens that are still read, [n, ...] each."""
+        reach = self.reach(self.spec)
+        start = max(0, length - reach) if reach else 0
+        first = start // self.page_size
+        index = self._index(pages[first : -(-length // self.page_size)])
+        return tuple(
+            store[index].flatten(0, 1)[start - first * self.page_size : length - first * self.page_size]
+            for store in self.stores
+        )
