@@ -50,13 +50,24 @@ class ShardedExperts:
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], parallel: ExpertParallel, replicas: dist.ProcessGroup | None
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        modules: Sequence[nn.Module],
+        parallel: ExpertParallel,
+        replicas: dist.ProcessGroup | None,
+        average: bool,
     ) -> None:
         self.parameters, self.parallel, self._replicas = dict(parameters), parallel, replicas
+        self._modules = modules
         copies = 1 if replicas is None else dist.get_world_size(replicas)
         share = 1.0 / (parallel.size * copies)
-        for parameter in self.parameters.values():
+        for parameter in self.parameters.values() if average else ():
             parameter.register_hook(lambda grad: grad * share)
+        self._attach()
+
+    def _attach(self) -> None:
+        for module in self._modules:
+            setattr(module, ATTRIBUTE, self.parallel)
 
     def reduce(self) -> None:
         """Add the gradients up over the ranks that hold the same experts; once, before an optimizer step."""
@@ -96,19 +107,37 @@ class ShardedExperts:
         return whole[self.parallel.owned(len(whole))].clone()
 
     @contextmanager
-    def gathered(self) -> Iterator[None]:
-        """The parameters hold all experts inside of the block, as the model had them: for saving and export.
+    def gathered(self, optimizer: torch.optim.Optimizer | None = None) -> Iterator[None]:
+        """Inside of the block the model is whole and this rank's own, as it was before: for saving, export, evaluation.
 
-        All ranks of the group must enter it, and each needs the memory for it. What is written to them is lost.
+        So is the state of ``optimizer``. All ranks of the group must enter it; inside, they need not do the same. Each
+        needs the memory for it. What is written to the parameters inside is lost.
         """
-        parts = {name: parameter.data for name, parameter in self.parameters.items()}
+        parts = [(parameter, parameter.data) for parameter in self.parameters.values()]
+        known = {} if optimizer is None else optimizer.state
+        states = [(known[parameter], dict(known[parameter])) for parameter, _ in parts if parameter in known]
         try:
-            for name, parameter in self.parameters.items():
-                parameter.data = self.whole(parts[name])
+            for parameter, part in parts:
+                parameter.data = self.whole(part)
+            for state, before in states:
+                state.update({key: self.whole(value) for key, value in before.items() if value.dim()})
+            for module in self._modules:
+                delattr(module, ATTRIBUTE)
             yield
         finally:
-            for name, parameter in self.parameters.items():
-                parameter.data = parts[name]
+            for parameter, part in parts:
+                parameter.data = part
+            for state, before in states:
+                state.update(before)
+            self._attach()
+
+    def take_part(self, optimizer: torch.optim.Optimizer) -> None:
+        """Cut this rank's part out of an optimizer's state in the full layout, as ``gathered`` gave it."""
+        for parameter in self.parameters.values():
+            state = optimizer.state[parameter]
+            for key, value in state.items():
+                if value.dim():
+                    state[key] = self.part(value)
 
 
 def shard_experts(
@@ -119,13 +148,15 @@ def shard_experts(
     chunks: int = 2,
     replicas: dist.ProcessGroup | None = None,
     parallel: ExpertParallel | None = None,
+    average: bool = True,
 ) -> ShardedExperts:
     """Share the experts of ``model`` out to the ranks of ``group``, in place.
 
     model: as data parallel will wrap it, which then leaves the experts' gradients alone. layers: its modules of experts
-    and the names of their parameters [E, ...] (``toolkit.modules.experts.expert_layers``). They keep their names and
+    and the names of their parameters [E, ...] (``toolkit.patch.expert_layers``). They keep their names and
     hold this rank's part afterwards; what they compute goes through the exchange. All ranks must start with equal ones.
     group, replicas: of ``expert_groups``. chunks: see ``ExpertParallel``; ``parallel`` takes the place of both.
+    average: divide the experts' gradients by the number of data-parallel ranks, unless a host does that itself.
     Raises ToolkitError for a model without such layers, and for experts that the ranks do not divide.
     """
     if not layers:
@@ -138,10 +169,9 @@ def shard_experts(
             parameter = getattr(module, name)
             parameter.data = parameter.data[parallel.owned(len(parameter))].clone()
             sharded[f"{path}.{name}" if path else name] = parameter
-            setattr(module, ATTRIBUTE, parallel)
     ignored = [*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *sharded]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
-    return ShardedExperts(sharded, parallel, replicas)
+    return ShardedExperts(sharded, list(layers), parallel, replicas, average)
 
 
 def gather_state_dict(model: nn.Module, sharded: ShardedExperts) -> dict[str, Tensor]:
