@@ -99,6 +99,18 @@ def dispatch_plan(experts: Tensor, num_experts: int, tile: int) -> tuple[Tensor,
     count_slots[(blocks,)](ids, counts, slots, **fixed, **options)
     add_counts[(bins // width,)](counts, totals, blocks, BINS=bins, ROWS=height, COLUMNS=width, **options)
     place_slots[(blocks,)](
-        ids, counts, totals, order, rows, offsets, tiles, slots, count, TILE=tile, TILES=max(1, _HELD // bins), **fixed, **options
+        ids,
+        counts,
+        totals,
+        order,
+        rows,
+        offsets,
+        tiles,
+        slots,
+        count,
+        TILE=tile,
+        TILES=max(1, _HELD // bins),
+        **fixed,
+        **options,
     )
     return order, rows, offsets, tiles
