@@ -45,7 +45,7 @@ def prove(options: list[Candidate]) -> tuple[str, Callable[..., Any], ProbeError
         try:
             error = probe()
         except Exception as problem:
-            failure = f"its probe as {op} failed: {_first_line(problem)}"
+            failure = f"its probe as {op} failed: {first_line(problem)}"
             continue
         if error.passes():
             return op, forward, error
@@ -56,6 +56,7 @@ def prove(options: list[Candidate]) -> tuple[str, Callable[..., Any], ProbeError
     return failure
 
 
-def _first_line(problem: Exception) -> str:
+def first_line(problem: Exception) -> str:
+    """What went wrong, in one line."""
     lines = str(problem).splitlines()
-    return f"{type(problem).__name__}: {lines[0][:120]}" if lines else type(problem).__name__
+    return f"{type(problem).__name__}: {lines[0][:160]}" if lines else type(problem).__name__
