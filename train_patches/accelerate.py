@@ -1,19 +1,19 @@
 """Expert parallelism in a loop of accelerate's: shard before ``prepare``, clip and save through what comes back.
 
-    accelerator = Accelerator()
-    toolkit.patch(model)
-    sharded = expert_parallel(accelerator, model)
-    optimizer = torch.optim.AdamW(model.parameters())
-    model, optimizer = accelerator.prepare(model, optimizer)
-    ...
-    accelerator.backward(loss)
-    sharded.reduce()
-    sharded.clip(model.parameters(), 1.0)
-    optimizer.step()
-    ...
-    with sharded.gathered():  # on every process
-        if accelerator.is_main_process:
-            toolkit.export(accelerator.unwrap_model(model), path)
+accelerator = Accelerator()
+toolkit.patch(model)
+sharded = expert_parallel(accelerator, model)
+optimizer = torch.optim.AdamW(model.parameters())
+model, optimizer = accelerator.prepare(model, optimizer)
+...
+accelerator.backward(loss)
+sharded.reduce()
+sharded.clip(model.parameters(), 1.0)
+optimizer.step()
+...
+with sharded.gathered():  # on every process
+    if accelerator.is_main_process:
+        toolkit.export(accelerator.unwrap_model(model), path)
 """
 
 from typing import TYPE_CHECKING

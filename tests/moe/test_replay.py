@@ -171,7 +171,11 @@ def test_short_and_empty_sequences() -> None:
     model = random_model("qwen3_moe")
     toolkit.patch(model)
     sequences: list[list[int]] = [[], [5], [6, 7]]
-    routing = [torch.zeros(0, 2, 3, dtype=torch.int64), torch.zeros(0, 2, 3, dtype=torch.int16), torch.ones(1, 2, 3).int()]
+    routing = [
+        torch.zeros(0, 2, 3, dtype=torch.int64),
+        torch.zeros(0, 2, 3, dtype=torch.int16),
+        torch.ones(1, 2, 3).int(),
+    ]
     values = toolkit.token_logprobs(model, sequences, routing=routing)
     assert [len(one) for one in values] == [0, 0, 1]
     batch = RaggedBatch.from_sequences(sequences, routing=routing)
@@ -203,5 +207,7 @@ def test_what_cannot_be_replayed_is_one_sentence() -> None:
         toolkit.token_logprobs(model, [sequence, [5, 6]], routing=[good, good[:1, :1]])
     dense = random_model("llama")
     toolkit.patch(dense)
-    with pytest.raises(ToolkitError, match=r"no router of the model took \[0, 1\]; replaying needs every router patched"):
+    with pytest.raises(
+        ToolkitError, match=r"no router of the model took \[0, 1\]; replaying needs every router patched"
+    ):
         toolkit.token_logprobs(dense, [sequence], routing=[good])

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from toolkit.moe import ExpertAdapters, ExpertWeights, mix
@@ -50,13 +51,20 @@ class Experts:
         self, module: nn.Module, x: Tensor, ids: Tensor, scores: Tensor, adapters: ExpertAdapters | None = None,
         recompute: bool = False,
     ) -> Tensor:  # fmt: skip
-        """x [T, H], ids and scores [T, K]: [T, H]. What was routed where is noted by the batch that is served."""
+        """x [T, H], ids and scores [T, K]: [T, H]. What was routed where is noted by the batch that is served.
+
+        Inside of autocast the products are in autocast's dtype, as those of a linear layer.
+        """
         batch = RaggedBatch.active()
         if batch is not None:
             batch.note_routing(self.layer, ids)
         recompute = recompute or getattr(module, "recompute_experts", False)
         post: Any = None if self.post is None else getattr(module, self.post)
-        return mix(x, ids, scores, self.weights(module), adapters=adapters, post=post, recompute=recompute)
+        weights, source = self.weights(module), x
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            source, weights, adapters = x.to(dtype), _cast(weights, dtype), adapters and _cast(adapters, dtype)
+        return mix(source, ids, scores, weights, adapters=adapters, post=post, recompute=recompute).to(x.dtype)
 
     def forward(self) -> Callable[..., Tensor]:
         """A forward ``(hidden_states [T, H], top_k_index [T, K], top_k_weights [T, K])``."""
@@ -75,3 +83,13 @@ LAYOUTS: "WeakKeyDictionary[nn.Module, Experts]" = WeakKeyDictionary()
 def expert_layers(model: nn.Module) -> dict[nn.Module, list[str]]:
     """The patched modules of experts of a model, and the names of their parameters: see ``shard_experts``."""
     return {module: LAYOUTS[module].names() for module in model.modules() if module in LAYOUTS}
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Named tuples of tensors, and of tuples of them, in another dtype."""
+    if isinstance(value, Tensor):
+        return value.to(dtype)
+    if isinstance(value, tuple):
+        parts = [_cast(part, dtype) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value

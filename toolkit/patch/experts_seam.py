@@ -1,18 +1,14 @@
 """The registered experts function of transformers: how any model's experts reach ours."""
 
 import inspect
-import weakref
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.integrations.moe import ExpertsInterface
 
-from toolkit.modules.experts import Experts
+from toolkit.modules.experts import LAYOUTS
 
 NAME = "toolkit"
-
-LAYOUTS: "weakref.WeakKeyDictionary[nn.Module, Experts]" = weakref.WeakKeyDictionary()
-"""How the parameters of each proven module lie."""
 
 
 def own_forward(module: nn.Module) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from toolkit.modules.experts import Experts
+from toolkit.modules.experts import LAYOUTS, Experts
 from toolkit.numerics import Numerics
 from toolkit.ops.activation import KINDS, plain_kinds
 from toolkit.patch import experts_seam
@@ -114,12 +114,17 @@ def _verdict(mixture: Mixture) -> tuple[str, Experts, ProbeError] | str:
     return prove(options)
 
 
-def _install_layout(module: nn.Module, parts: Experts) -> Callable[[], Undo]:
+def _install(module: nn.Module, parts: Experts, dispatches: bool) -> Callable[[], Undo]:
+    """An installer of the module's layout, and of a forward where none looks the layout up."""
+
     def install() -> Undo:
-        experts_seam.LAYOUTS[module] = parts
+        LAYOUTS[module] = parts
+        back = None if dispatches else replace_forward(module, parts.forward())()
 
         def undo() -> None:
-            experts_seam.LAYOUTS.pop(module, None)
+            LAYOUTS.pop(module, None)
+            if back is not None:
+                back()
 
         return undo
 
@@ -162,8 +167,7 @@ def find(model: Any, numerics: Numerics) -> list[Claim | Refusal]:
         parts = replace(parts, layer=mixture.layer)
         if through:
             reached.append(error)
-        install = _install_layout(module, parts) if through else replace_forward(module, parts.forward())
-        claims.append(Claim("experts", mixture.path, module, op, error, install))
+        claims.append(Claim("experts", mixture.path, module, op, error, _install(module, parts, through)))
     if reached or (dispatching and numerics is Numerics.BITWISE):
         errors = [ProbeError(0.0, 0.0), *reached]
         worst = ProbeError(max(e.forward for e in errors), max(e.backward for e in errors))
