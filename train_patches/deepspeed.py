@@ -10,8 +10,8 @@
     ...
     state = gather_state_dict(model, sharded)  # on every process; full layout
 
-DeepSpeed tells expert parameters by ``allreduce = False`` and ``group_name``, partitions their optimizer state over the ranks
-that hold the same experts, divides their gradients by the number of all ranks and adds their norm up over them.
+DeepSpeed tells expert parameters by ``allreduce = False`` and ``group_name``, partitions their optimizer state over
+the ranks that hold the same experts, divides their gradients by the number of all ranks and adds their norm up.
 """
 
 from typing import Any
@@ -26,15 +26,15 @@ from toolkit.patch import expert_layers
 __all__ = ["expert_parallel", "gather_state_dict", "parameter_groups"]
 
 MARK = "deepspeed_experts"
-"""The child without parameters by which DeepSpeed's engine sees that a model has experts."""
+"""A child without parameters, of the first layer of experts, by which DeepSpeed's engine sees that there are some."""
 
 
 def expert_parallel(model: nn.Module, size: int | None = None, chunks: int = 2) -> ShardedExperts:
     """Share the experts of a patched model out to the processes, before ``deepspeed.initialize``.
 
     size: processes that share a layer's experts, None for all; chunks: see ``toolkit.moe.ExpertParallel``. Every process
-    must hold equal parameters. The groups are DeepSpeed's own, and gradients are averaged and clipped by it: ``reduce`` and
-    ``clip`` of the result are not to be called. ``engine.save_checkpoint`` does not know these experts; save what
+    must hold equal parameters. The groups are DeepSpeed's own, and gradients are averaged and clipped by it: ``reduce``
+    and ``clip`` of the result are not to be called. ``engine.save_checkpoint`` does not know these experts; save what
     ``gather_state_dict`` gives.
     Raises ToolkitError unless ``deepspeed.init_distributed`` was called, and for sizes that do not divide.
     """
@@ -49,13 +49,14 @@ def expert_parallel(model: nn.Module, size: int | None = None, chunks: int = 2) 
         )
     name = f"ep_size_{size}"
     groups._create_expert_and_data_parallel(size)
-    sharded = shard_experts(
-        model, expert_layers(model), groups._get_expert_parallel_group(name), chunks=chunks, average=False
-    )
+    layers = expert_layers(model)
+    group = groups._get_expert_parallel_group(name)
+    sharded = shard_experts(model, layers, group, chunks=chunks, average=False)
     for parameter in sharded.parameters.values():
         mark: Any = parameter
         mark.allreduce, mark.group_name = False, name
-    model.add_module(MARK, _mark(next(iter(sharded.parameters.values())).shape[0] * size))
+    first = next(iter(layers))
+    first.add_module(MARK, _mark(len(getattr(first, layers[first][0])) * size))
     return sharded
 
 
