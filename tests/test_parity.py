@@ -8,7 +8,6 @@ from toolkit.engine.decode import SIZES, DecodePrograms, padded_size
 from toolkit.testing.models import FAMILIES, random_model
 from toolkit.testing.parity import check_parity
 
-
 MIXTURES = ("qwen3_moe", "mixtral", "olmoe", "gpt_oss")
 """Families with experts, whose routing is also replayed."""
 

@@ -30,9 +30,7 @@ def test_every_objective_adds_the_losses_of_its_update(tmp_path: Path, kind: str
     """The gradient of a step is the objective's, and that of the micro-batches' losses by their share of the tokens."""
     moe = {"balance": 0.3, "z_loss": 0.2}
     accumulate = {"accumulate": 2} if kind in ("pretrain", "sft") else {}
-    recipe = moe_recipe(
-        tmp_path, kind, moe, model={"dtype": "float64"}, train={"batch_tokens": 48, **accumulate}
-    )
+    recipe = moe_recipe(tmp_path, kind, moe, model={"dtype": "float64"}, train={"batch_tokens": 48, **accumulate})
     trainer = Trainer(recipe, quiet=True)
     objective = trainer.objective
     micros = next(objective.updates(0))
@@ -69,7 +67,9 @@ def test_every_objective_adds_the_losses_of_its_update(tmp_path: Path, kind: str
 def test_a_run_logs_and_evens_out_its_experts(tmp_path: Path) -> None:
     loads = []
     for name, balance in (("off", 0.0), ("on", 1.0)):
-        recipe = moe_recipe(tmp_path, "pretrain", {"balance": balance}, name=name, train={"steps": 25, "batch_tokens": 160})
+        recipe = moe_recipe(
+            tmp_path, "pretrain", {"balance": balance}, name=name, train={"steps": 25, "batch_tokens": 160}
+        )
         trainer = Trainer(recipe, quiet=True)
         trainer.fit()
         lines = read_metrics(tmp_path / "runs" / name / "metrics.jsonl")
@@ -131,14 +131,12 @@ def test_corrections_move_against_the_load(tmp_path: Path) -> None:
     expected = {layer: bias.clone() for layer, bias in enumerate(biases(trainer))}
     assert len(expected) == 2
     for _ in range(3):
-        loads: dict[int, torch.Tensor] = {}
-        keep = trainer.balancing.finish_update
-        trainer.balancing.finish_update = lambda keep=keep: (loads.update(trainer.balancing._loads), keep())[1]
         trainer.train_step()
-        trainer.balancing.finish_update = keep
-        for layer, load in loads.items():
+        for layer, load in trainer.balancing._step_loads.items():
             assert load.sum() > 0
             expected[layer] += 0.125 * (load.mean() - load).sign().float()
+        assert len(trainer.balancing._step_loads) == 2
+        trainer.balancing.figures()
         for layer, bias in enumerate(biases(trainer)):
             assert torch.equal(bias, expected[layer])
     assert any(bias.any() for bias in expected.values())

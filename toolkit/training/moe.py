@@ -58,7 +58,9 @@ class Balancing:
             )
         experts = [claim.module for claim in report.claims if claim.role == "experts"]
         if section.recompute and not experts:
-            raise ToolkitError(f"train.moe.recompute is true; it must be false for a model without patched experts{why}.")
+            raise ToolkitError(
+                f"train.moe.recompute is true; it must be false for a model without patched experts{why}."
+            )
         for module in experts:
             module.recompute_experts = section.recompute  # type: ignore[assignment]
 

@@ -108,9 +108,7 @@ class GroupPolicy(OnTask):
                     continue
                 groups.append(
                     [
-                        Sample(
-                            one.prompt_token_ids, one.token_ids, one.logprobs, advantage, routing=one.routed_experts
-                        )
+                        Sample(one.prompt_token_ids, one.token_ids, one.logprobs, advantage, routing=one.routed_experts)
                         for one, advantage in zip(group, values)
                     ]
                 )
