@@ -178,11 +178,15 @@ def measure_memory(arguments: argparse.Namespace) -> None:
     count = arguments.completion
     run: Callable[[], Tensor]
     if arguments.memory_of == "unpatched":
-        ids = torch.tensor(samples)
 
         def run() -> Tensor:
-            logits = model(ids, logits_to_keep=count + 1, use_cache=False).logits[:, :-1]
-            return logits.log_softmax(-1).gather(2, ids[:, -count:, None]).mean()
+            """TRL's way: a micro-batch after the other, each with its backward."""
+            total = torch.zeros((), requires_grad=True)
+            for ids in torch.tensor(samples).split(arguments.micro):
+                logits = model(ids, logits_to_keep=count + 1, use_cache=False).logits[:, :-1]
+                loss = logits.log_softmax(-1).gather(2, ids[:, -count:, None]).mean()
+                (-loss).backward()
+            return total
     else:
         import toolkit
 
@@ -225,7 +229,7 @@ def case(prompt_tokens: int, group: int, completion: int, micro: int, repeats: i
     ours.engine.close()
     timings = {"toolkit": summary(seconds[2:]), "trl": summary(trl["seconds"][1:])}
     common = ["--prompt", str(prompt_tokens), "--group", str(group), "--completion", str(completion)]
-    common += ["--threads", str(threads)]
+    common += ["--micro", str(micro), "--threads", str(threads)]
     memory = {way: in_fresh_process("benchmarks.grpo", "--memory-of", way, *common) for way in MEMORY_WAYS}
     used = {way: one["peak"] - one["before"] for way, one in memory.items()}
     ratios = {

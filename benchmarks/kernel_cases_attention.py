@@ -6,13 +6,16 @@ from typing import Any
 import torch
 
 TOKENS, PAGE = 64, 16
+LONG = 4096  # keys: several splits, for which a few queries have a program each, and many are one program's
 MLA = 576, 512  # widths of keys and values of a latent head that all query heads share
 
 
-def _tensors(dtype: torch.dtype, widths: tuple[int, int], heads: int, kv_heads: int) -> tuple[torch.Tensor, ...]:
+def _tensors(
+    dtype: torch.dtype, widths: tuple[int, int], heads: int, kv_heads: int, tokens: int = TOKENS, keys: int = TOKENS
+) -> tuple[torch.Tensor, ...]:
     depth, width = widths
-    shapes = (heads, depth), (kv_heads, depth), (kv_heads, width)
-    return tuple(torch.empty(TOKENS, *shape, dtype=dtype) for shape in shapes)
+    shapes = (tokens, heads, depth), (keys, kv_heads, depth), (keys, kv_heads, width)
+    return tuple(torch.empty(shape, dtype=dtype) for shape in shapes)
 
 
 def _options(heads: int, modifier: str, *, sunk: bool) -> dict[str, Any]:
@@ -23,15 +26,16 @@ def _options(heads: int, modifier: str, *, sunk: bool) -> dict[str, Any]:
 def attention_case(
     dtype: torch.dtype, head_dim: int, *, paged: bool, v_dim: int = 0, heads: int = 8, kv_heads: int = 2,
     window: int = 0, softcap: float = 0.0, modifier: str = "", sunk: bool = False,
+    tokens: int = TOKENS, keys: int = TOKENS,
 ) -> Callable:  # fmt: skip
     """A call of the attention forward."""
 
     def call() -> None:
         from toolkit.ops.attention.triton import attention
 
-        q, k, v = _tensors(dtype, (head_dim, v_dim or head_dim), heads, kv_heads)
-        offsets, one = torch.tensor([0, TOKENS]), torch.tensor([TOKENS])
-        tables = torch.arange(TOKENS // PAGE)[None] if paged else None
+        q, k, v = _tensors(dtype, (head_dim, v_dim or head_dim), heads, kv_heads, tokens, keys)
+        offsets, one = torch.tensor([0, tokens]), torch.tensor([keys])
+        tables = torch.arange(keys // PAGE)[None] if paged else None
         options = _options(heads, modifier, sunk=sunk)
         plan = offsets, one * 0, one, tables, PAGE if paged else 0
         attention(q, k, v, *plan, head_dim**-0.5, window, softcap, **options)
@@ -78,6 +82,12 @@ def cases() -> dict[str, Callable]:
             name = f"{short} {depth}/{width}"
             found[f"attention {name}{' paged' * paged}"] = attention_case(dtype, depth, **shape)
             found[f"attention_backward {name}{' forest' * paged}"] = attention_backward_case(dtype, depth, **shape)
+        for tokens, way in ((TOKENS, "splits apart"), (LONG, "splits in turn")):
+            deep: dict[str, Any] = {"paged": True, "tokens": tokens, "keys": LONG}
+            for head_dim in (64, 128, 256):
+                found[f"attention {short} {head_dim} {way}"] = attention_case(dtype, head_dim, **deep)
+            latent = deep | {"v_dim": width, "heads": 128, "kv_heads": 1}
+            found[f"attention {short} {depth}/{width} {way}"] = attention_case(dtype, depth, **latent)
         for modifier in ("alibi", "chunked"):
             every: dict[str, Any] = {"paged": True, "window": 4096, "softcap": 50.0, "modifier": modifier, "sunk": True}
             for head_dim in (64, 128, 256, depth):

@@ -26,6 +26,7 @@ import torch
 from benchmarks import (
     kernel_cases_attention,
     kernel_cases_matrix,
+    kernel_cases_moe,
     kernel_cases_recurrence,
     kernel_cases_rowwise,
     kernel_cases_sample,
@@ -170,6 +171,7 @@ def cases() -> dict[str, Callable]:
         kernel_cases_attention,
         kernel_cases_rowwise,
         kernel_cases_matrix,
+        kernel_cases_moe,
         kernel_cases_sample,
         kernel_cases_recurrence,
     )

@@ -166,7 +166,7 @@ def test_accumulation_equals_one_large_batch(corpus: Path) -> None:
     recipe = tiny_recipe(corpus, train={"accumulate": 2, "steps": 2}, model={"dtype": "float64"})
     trainer = Trainer(recipe, quiet=True)
     objective = pretraining(trainer)
-    batches = [objective.stream.next_batch() for _ in range(2)]
+    batches = [objective.streams[0].next_batch() for _ in range(2)]
     large = RaggedBatch.from_sequences([piece for batch in batches for piece in batch.inputs], share=False)
     targets = torch.tensor([token for batch in batches for piece in batch.targets for token in piece])
     logits = trainer.ragged(large)

@@ -77,6 +77,9 @@ class DataSection(Section):
     """Expected share of the files that is held out."""
     interleave: Count = 32
     """Documents open at once; a batch takes pieces from them in turn."""
+    streams: Count | None = None
+    """Streams that the files are shared out to; a step takes from each, whatever the number of processes, which must
+    divide it. null is one a process."""
 
 
 class OptimizerSection(Section):
@@ -119,8 +122,20 @@ class MoeSection(Section):
     """Compute the experts' activations again in the backward instead of keeping them."""
 
 
+class ExpertParallelSection(Section):
+    """Experts of each layer shared out to processes, instead of a copy of all in each."""
+
+    size: Count | None = None
+    """Processes that share a layer's experts; it must divide their number, and that of the experts. null is all."""
+    chunks: Count = 2
+    """Runs of a forward's tokens: the exchange of one overlaps the products of another."""
+
+
 class TrainSection(Section):
-    """The size of a step and their number. A step trains ``batch_tokens * accumulate * processes`` tokens."""
+    """The size of a step and their number.
+
+    A step trains ``batch_tokens * accumulate`` tokens in each process, with ``data.streams`` for each stream.
+    """
 
     steps: Count = 1000
     batch_tokens: Annotated[int, Field(ge=2)] = 2048
@@ -130,6 +145,8 @@ class TrainSection(Section):
     accumulate: Count = 1
     """Forwards a step whose gradients are averaged."""
     moe: MoeSection = Field(default_factory=MoeSection)
+    expert_parallel: ExpertParallelSection | None = None
+    """For mixtures of experts; null keeps all experts in every process."""
 
 
 class CheckpointSection(Section):
@@ -194,6 +211,12 @@ class Recipe(Section):
         if self.model.lora is not None and self.model.path is None and getattr(self.objective, "warmup", None) is None:
             raise ValueError(
                 "model.lora is given while model.path and objective.warmup are null; adapters need a trained model"
+            )
+        if self.train.expert_parallel is not None and (self.model.lora is not None or kind in ("grpo", "distill")):
+            other = "model.lora" if self.model.lora is not None else f"objective.kind '{kind}'"
+            raise ValueError(
+                f"train.expert_parallel is given with {other}; allowed are objective.kind 'pretrain', 'sft' and 'dpo' "
+                "without adapters"
             )
         if kind not in ("pretrain", "sft") and self.train.accumulate != 1:
             raise ValueError(

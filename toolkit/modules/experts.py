@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
 from toolkit.moe import ExpertAdapters, ExpertWeights, mix
+from toolkit.moe.sharding import ATTRIBUTE
 from toolkit.state.batch import RaggedBatch
 
 
@@ -37,8 +39,12 @@ class Experts:
         )
         return ExpertWeights(
             getattr(module, self.up), getattr(module, self.down), self.kind, up_bias, down_bias, self.site,
-            self.transposed, self.interleaved,
+            self.transposed, self.interleaved, getattr(module, ATTRIBUTE, None),
         )  # fmt: skip
+
+    def names(self) -> list[str]:
+        """The parameters with a row an expert."""
+        return [name for name in (self.up, self.down, self.up_bias, self.down_bias) if name is not None]
 
     def run(
         self, module: nn.Module, x: Tensor, ids: Tensor, scores: Tensor, adapters: ExpertAdapters | None = None,
@@ -60,3 +66,12 @@ class Experts:
             return parts.run(self, hidden_states, top_k_index, top_k_weights)
 
         return forward
+
+
+LAYOUTS: "WeakKeyDictionary[nn.Module, Experts]" = WeakKeyDictionary()
+"""The layout of every module of experts that is patched."""
+
+
+def expert_layers(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """The patched modules of experts of a model, and the names of their parameters: see ``shard_experts``."""
+    return {module: LAYOUTS[module].names() for module in model.modules() if module in LAYOUTS}

@@ -1,7 +1,9 @@
 """Linear layers whose output rows have the same bits in any batch."""
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from toolkit.ops.linear import linear
 
@@ -14,6 +16,11 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return linear(x, weight, bias)
 
 
-def linear_forward(self: nn.Linear, input: Tensor) -> Tensor:
+def linear_forward(self: Any, input: Tensor) -> Tensor:
     """Forward of ``nn.Linear`` in the bitwise tier; input [..., K] gives [..., N]."""
     return product(input, self.weight, self.bias)
+
+
+def transposed_linear_forward(self: Any, input: Tensor) -> Tensor:
+    """The same with a weight [K, N], as GPT-2's layers keep it; the weight is copied in turn at every call."""
+    return product(input, self.weight.t(), self.bias)

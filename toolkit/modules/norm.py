@@ -1,6 +1,7 @@
 """Normalisation layers on the row-wise ops."""
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -11,7 +12,9 @@ from toolkit.ops.rms_norm import rms_norm
 def rms_norm_forward(eps: float, offset: float) -> Callable[[nn.Module, Tensor], Tensor]:
     """Forward of an RMS norm: ``x * rsqrt(mean(x²) + eps) * (offset + weight)``; x [..., N]."""
 
-    def forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
+    def forward(self: nn.Module, hidden_states: Tensor, *more: Any, **others: Any) -> Tensor:
+        if more or others:  # a gate, say: the norm with what it may be given beside is the module's own
+            return type(self).forward(self, hidden_states, *more, **others)
         return rms_norm(hidden_states, getattr(self, "weight", None), eps, offset)
 
     return forward

@@ -1,6 +1,7 @@
 """Mixtures of experts: one plan of which row goes where, for a training batch and a decode step alike."""
 
+from toolkit.moe.exchange import ExpertParallel
 from toolkit.moe.experts import ExpertAdapters, ExpertWeights, mix
 from toolkit.moe.plan import DispatchPlan
 
-__all__ = ["DispatchPlan", "ExpertAdapters", "ExpertWeights", "mix"]
+__all__ = ["DispatchPlan", "ExpertAdapters", "ExpertParallel", "ExpertWeights", "mix"]

@@ -4,11 +4,12 @@ T tokens, K slots a token, R = T K rows, E experts, H wide outside, I inside; G 
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from toolkit.errors import ToolkitError
 from toolkit.moe.plan import DispatchPlan
 from toolkit.ops.activation import activation
 from toolkit.ops.experts import experts
@@ -16,9 +17,15 @@ from toolkit.ops.gated_activation import gated_activation
 from toolkit.ops.grouped_linear import combine, grouped_linear
 from toolkit.ops.lora_linear import lora_add
 
+if TYPE_CHECKING:
+    from toolkit.moe.exchange import ExpertParallel
+
 
 class ExpertWeights(NamedTuple):
-    """Weights of all experts of a layer, and their layout: see ``toolkit.ops.experts.experts``."""
+    """Weights of all experts of a layer, and their layout: see ``toolkit.ops.experts.experts``.
+
+    parallel: where the weights are one rank's share of the experts, how their tokens come and go.
+    """
 
     up: Tensor
     down: Tensor
@@ -28,10 +35,12 @@ class ExpertWeights(NamedTuple):
     site: str = "activation"
     transposed: bool = False
     interleaved: bool = False
+    parallel: "ExpertParallel | None" = None
 
     @property
     def num_experts(self) -> int:
-        return self.up.shape[0]
+        """Of the layer, on all ranks together."""
+        return self.up.shape[0] * (1 if self.parallel is None else self.parallel.size)
 
     @property
     def gated(self) -> bool:
@@ -59,8 +68,14 @@ def mix(
 
     x [T, H]; ids [T, K] int64, ``weights.num_experts`` for a slot to skip; scores [T, K]. post: a norm of every
     expert's output [R, H], before the scores. recompute: save nothing of R rows for the backward. Adapters and
-    ``post`` take the op apart: the same mathematics, with its parts saved one by one.
+    ``post`` take the op apart: the same mathematics, with its parts saved one by one. Neither goes with experts that
+    are shared out to ranks (ToolkitError).
     """
+    if weights.parallel is not None:
+        if adapters is not None or post is not None:
+            extra = "adapters" if adapters is not None else "a norm of their outputs"
+            raise ToolkitError(f"These experts are shared out to ranks and have {extra}; allowed are plain ones.")
+        return weights.parallel.mix(x, ids, scores, weights, recompute)
     plan = DispatchPlan.of(ids, weights.num_experts)
     if adapters is None and post is None:
         return experts(
@@ -69,6 +84,16 @@ def mix(
             transposed=weights.transposed, interleaved=weights.interleaved, recompute=recompute,
         )  # fmt: skip
     return _in_parts(x, scores, weights, plan, adapters or ExpertAdapters(), post)
+
+
+def activated(z: Tensor, weights: ExpertWeights) -> Tensor:
+    """[R, I] of the pre-activation z [R, G I]."""
+    if not weights.gated:
+        return activation(z, weights.kind)
+    if weights.interleaved:
+        return gated_activation(z[:, ::2], z[:, 1::2], weights.kind)
+    gate, up = z.tensor_split(2, -1)
+    return gated_activation(gate, up, weights.kind)
 
 
 def _in_parts(
@@ -92,13 +117,7 @@ def _in_parts(
         rows = (rows * scores.flatten()[plan.order][:, None]).to(x.dtype)
     z = grouped_linear(rows, weights.up, weights.up_bias, plan, transposed=weights.transposed)
     z = adapted(z, rows, adapters.up)
-    if not weights.gated:
-        a = activation(z, weights.kind)
-    elif weights.interleaved:
-        a = gated_activation(z[:, ::2], z[:, 1::2], weights.kind)
-    else:
-        gate, up = z.tensor_split(2, -1)
-        a = gated_activation(gate, up, weights.kind)
+    a = activated(z, weights)
     y = grouped_linear(a, weights.down, weights.down_bias, plan, transposed=weights.transposed)
     y = adapted(y, a, adapters.down)
     if post is not None:

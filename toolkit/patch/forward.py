@@ -80,19 +80,29 @@ def _check_separate(model: nn.Module) -> None:
     Whatever comes before in the batch, the second sequence's logits stay. Raises ToolkitError where they do not.
     """
     device = next(model.parameters()).device
+
+    def after(before: list[int]) -> Tensor:
+        rows = torch.arange(len(before), len(before) + 3, device=device)
+        return ragged_forward(model, RaggedBatch.from_sequences([before, [1, 2, 3]], device, share=False), rows).float()
+
     with torch.no_grad(), evaluating(model), observing(None):
-        rows = torch.tensor([7, 8, 9], device=device)
-        first, second = (
-            ragged_forward(model, RaggedBatch.from_sequences([[token] * 7, [1, 2, 3]], device, share=False), rows)
-            for token in (0, 3)
-        )
-    if not torch.allclose(first.float(), second.float(), rtol=1e-3, atol=1e-3 * float(first.abs().amax().nan_to_num())):
+        first, second, moved = after([0] * 7), after([3] * 7), after([0] * 4)
+
+    def alike(one: Tensor, other: Tensor) -> bool:
+        return torch.allclose(one, other, rtol=1e-3, atol=1e-3 * float(one.abs().amax().nan_to_num()))
+
+    if not alike(first, second):
         report = report_of(model)
         assert report is not None
         left = sorted({f"{r.path} ({r.reason})" for r in report.refusals if r.role in ("attention", "mixer")})
         raise ToolkitError(
             f"model {type(model).__name__} mixes the sequences of a batch in a layer that is not patched"
             f"{': ' + '; '.join(left[:3]) if left else ''}; a ragged batch needs every such layer patched."
+        )
+    if not alike(first, moved):
+        raise ToolkitError(
+            f"model {type(model).__name__} takes a token's position from its place in the batch and not from "
+            "position_ids; a ragged batch needs those."
         )
 
 

@@ -59,15 +59,21 @@ def _first_tensors(value: Any) -> list[Tensor]:
     return [item for item in value if isinstance(item, Tensor)]
 
 
-def _relative(candidate: Sequence[Tensor | None], original: Sequence[Tensor | None]) -> float:
+# Of the largest gradient. A gradient may be 0 but for roundings (of a bias that every key has in common, say).
+_SMALL_GRADIENT = 1e-2
+
+
+def _relative(candidate: Sequence[Tensor | None], original: Sequence[Tensor | None], small: float = 0.0) -> float:
+    """Largest ‖candidate - original‖ / ‖original‖; a norm counts as ``small`` times the largest one at least."""
     worst = 0.0
+    largest = max((float(one.detach().double().norm()) for one in original if one is not None), default=0.0)
     for got, expected in zip(candidate, original, strict=True):
         if got is None and expected is None:
             continue
         if got is None or expected is None or got.shape != expected.shape:
             return float("inf")
         got, expected = got.detach().double(), expected.detach().double()
-        error = (got - expected).norm() / expected.norm().clamp_min(1e-30)
+        error = (got - expected).norm() / expected.norm().clamp_min(max(small * largest, 1e-30))
         worst = max(worst, float(error.nan_to_num(nan=float("inf"))))
     return worst
 
@@ -102,7 +108,7 @@ def compare(
             if len(got) != len(expected) or len(got_gradients) != len(expected_gradients):
                 return ProbeError(float("inf"), float("inf"))
             forward = max(forward, _relative(got, expected))
-            backward = max(backward, _relative(got_gradients, expected_gradients))
+            backward = max(backward, _relative(got_gradients, expected_gradients, _SMALL_GRADIENT))
     return ProbeError(forward, backward)
 
 

@@ -12,7 +12,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,6 +24,9 @@ from torch import Tensor
 
 from toolkit.config import Recipe, dump
 from toolkit.errors import ToolkitError
+from toolkit.moe.sharding import ShardedExperts, expert_groups, shard_experts
+from toolkit.patch import expert_layers
+from toolkit.state.batch import RaggedBatch
 from toolkit.training import checkpoint
 from toolkit.training.files import write_atomic
 from toolkit.training.metrics import FILE as METRICS
@@ -84,6 +87,9 @@ class Trainer:
         ragged, self.patch_report = patch_model(self.hf_model, recipe.model)
         if start is not None and recipe.model.lora is not None:
             load_adapters(self.hf_model, start.checkpoint)
+        self.parameters = sum(parameter.numel() for parameter in self.hf_model.parameters())
+        self.trained = sum(p.numel() for p in self.hf_model.parameters() if p.requires_grad)
+        self.sharded = self._share_experts(ragged)
         optimizer = make_optimizer(ragged, recipe.optimizer)
         scheduler = make_scheduler(optimizer, recipe.schedule, recipe.train.steps)
         self.forward, self.optimizer, self.scheduler = self.accelerator.prepare(ragged, optimizer, scheduler)
@@ -101,8 +107,6 @@ class Trainer:
             for name in prepare_folder(recipe, start):
                 self.say(f"removed {name} of an earlier run")
             write_atomic(self.folder / "recipe.yaml", dump(recipe))
-        self.parameters = sum(parameter.numel() for parameter in self.hf_model.parameters())
-        self.trained = sum(p.numel() for p in self.hf_model.parameters() if p.requires_grad)
         roles = ", ".join(f"{count} {role}" for role, count in self.patch_report.roles().items())
         part = f", {self.trained / 1e6:.3f} M of them trained" if self.trained != self.parameters else ""
         self.say(f"model: {type(self.hf_model).__name__}, {self.parameters / 1e6:.2f} M parameters{part}")
@@ -187,12 +191,31 @@ class Trainer:
             tensor.data = tensor.data.clone()
         return model
 
+    def _share_experts(self, ragged: RaggedModel) -> ShardedExperts | None:
+        section = self.recipe.train.expert_parallel
+        if section is None:
+            return None
+        group, replicas = expert_groups(section.size)
+        layers = expert_layers(ragged)
+        return shard_experts(ragged, layers, group, chunks=section.chunks, replicas=replicas)
+
+    def _whole(self, optimizer: torch.optim.Optimizer | None = None) -> AbstractContextManager[None]:
+        """The model with all its experts in every process, which it always has where they are not shared out."""
+        return nullcontext() if self.sharded is None else self.sharded.gathered(optimizer)
+
+    def evaluate(self) -> dict[str, Any]:
+        """The objective's held-out measure. All processes must call it."""
+        with self._whole():
+            return self.objective.evaluate()
+
     def _restore(self, start: Start) -> None:
         state, folder = start.state, start.checkpoint / "training"
         rank = self.accelerator.process_index
         load_optimizer(
             self.optimizer.optimizer, self.ragged.model, folder / "optimizer.safetensors", state["optimizer"]
         )
+        if self.sharded is not None:
+            self.sharded.take_part(self.optimizer.optimizer)
         self.scheduler.load_state_dict(state["scheduler"])
         self.objective.load_state_dict(state["data"][rank])
         tensors = load_file(str(folder / "rng.safetensors"))
@@ -212,7 +235,7 @@ class Trainer:
         recipe, last = self.recipe, self.recipe.train.steps
         main = self.accelerator.is_main_process
         if recipe.evaluate.enabled and self.objective.before and self.before is None:
-            self.before = self._apart(self.objective.evaluate)
+            self.before = self._apart(self.evaluate)
             self.say(f"held out, before: {_line(self.before)}")
         metrics = Metrics(self.folder, self.step, recipe.log.tensorboard) if main else None
         recent: deque[tuple[int, float]] = deque(maxlen=20)
@@ -290,9 +313,12 @@ class Trainer:
         return mean.item(), norm.item()
 
     def _clip(self) -> Tensor:
-        limit = self.recipe.optimizer.clip
-        norm = self.accelerator.clip_grad_norm_(self.forward.parameters(), math.inf if limit is None else limit)
-        assert norm is not None
+        limit = math.inf if self.recipe.optimizer.clip is None else self.recipe.optimizer.clip
+        if self.sharded is not None:
+            self.sharded.reduce()
+            norm = self.sharded.clip(self.forward.parameters(), limit)
+        else:
+            norm = cast(Tensor, self.accelerator.clip_grad_norm_(self.forward.parameters(), limit))
         if not torch.isfinite(norm):
             raise ToolkitError(
                 f"The gradient of step {self.step + 1} is not finite (norm {norm.item()}); lower "
@@ -305,11 +331,12 @@ class Trainer:
         values, tensors = rng_state()
         rngs = gather_object([(values, tensors)])
         positions = gather_object([self.objective.state_dict()])
-        if self.accelerator.is_main_process:
-            folder = self.folder / "checkpoints"
-            with checkpoint.writing(folder, self.step) as aside:
-                self._write(aside, [values for values, _ in rngs], [tensors for _, tensors in rngs], positions)
-            checkpoint.prune(folder, self.recipe.checkpoint.keep)
+        with self._whole(self.optimizer.optimizer):
+            if self.accelerator.is_main_process:
+                folder = self.folder / "checkpoints"
+                with checkpoint.writing(folder, self.step) as aside:
+                    self._write(aside, [values for values, _ in rngs], [tensors for _, tensors in rngs], positions)
+                checkpoint.prune(folder, self.recipe.checkpoint.keep)
         self.accelerator.wait_for_everyone()
 
     def _write(

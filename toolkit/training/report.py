@@ -32,7 +32,7 @@ def figures(trainer: "Trainer") -> dict[str, Any]:
     if trainer.recipe.evaluate.enabled:
         if trainer.before is not None:
             result["held_out_before"] = trainer.before
-        result["held_out"] = trainer.objective.evaluate()
+        result["held_out"] = trainer.evaluate()
     return result
 
 

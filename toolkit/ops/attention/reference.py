@@ -36,6 +36,9 @@ class _Sequence:
         if parameters is not None:
             self.own = [column[:, None, None] for column in parameters.to(like.device, compute_dtype(like)).unbind(1)]
         first = max(0, length - queries - window + 1) if window > 0 else 0
+        if self.modifier is not None and self.modifier.first is not None and queries:
+            bounds = self.modifier.first(torch.tensor(length - queries, device=like.device), *self.own)
+            first = max(first, int(bounds.min()))
         self.keys = torch.arange(min(first, length) if queries else length, length, device=like.device)
         query, key = torch.arange(length - queries, length, device=like.device)[:, None], self.keys[None, :]
         self.places = query, key

@@ -1,7 +1,7 @@
 """Tile sizes of the Triton attention kernels, as data.
 
-Chosen by (architecture, dtype, head_dim), never by the number of tokens, queries or sequences: the tile of
-keys fixes the order in which a row is summed, so a size that followed the batch would change bits with it.
+Chosen by (architecture, dtype, head_dim), never by the number of tokens, queries or sequences: the tile and the split
+of keys fix the order in which a row is summed, so a size that followed the batch would change bits with it.
 
 ``rows``    query rows of a program (queries x the query heads that share a key/value head)
 ``keys``    keys of a step, anchored at key 0 of the sequence
@@ -10,6 +10,7 @@ keys fixes the order in which a row is summed, so a size that followed the batch
 """
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -17,6 +18,7 @@ from toolkit.errors import ToolkitError
 from toolkit.ops.triton_devices import check_product
 
 MAX_HEAD_DIM, MAX_V_DIM = 576, 512
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -219,10 +221,31 @@ BACKWARD_KEYS: Table = {
 }
 
 
+# Keys of a split of the forward, counted from key 0 of the sequence: a multiple of every tile's keys. Short enough that
+# one long context fills a device while it decodes; long enough that joining splits costs a few percent of walking them.
+_SPLITS = {2: ((256, 2048), (576, 1024)), 4: ((256, 2048), (576, 1024))}
+SPLITS: dict[str, dict[int, tuple[tuple[int, int], ...]]] = {
+    **dict.fromkeys(("sm_80", "sm_90", "sm_100", "gfx942"), _SPLITS),
+    "interpreter": {2: ((576, 32),), 4: ((576, 32),)},
+}
+# What only says who computes what: with at most APART_ROWS rows of queries every split has a program of its own, as
+# long as their sums take at most WORKSPACE float32 numbers. A program joins JOINED_COLUMNS of the values.
+APART_ROWS, WORKSPACE, JOINED_COLUMNS = 512, 1 << 26, 32
+
+
 def tile(table: Table, arch: str, dtype: torch.dtype, head_dim: int) -> Tile:
     """The tile for an architecture, an element type and the larger of the two head dimensions."""
     check_product("attention", dtype, arch)
-    for limit, choice in table[arch][dtype.itemsize]:
+    return _fitting(table[arch][dtype.itemsize], head_dim)
+
+
+def split(arch: str, dtype: torch.dtype, head_dim: int) -> int:
+    """The keys of a split, of the same arguments."""
+    return _fitting(SPLITS[arch][dtype.itemsize], head_dim)
+
+
+def _fitting(choices: tuple[tuple[int, T], ...], head_dim: int) -> T:
+    for limit, choice in choices:
         if head_dim <= limit:
             return choice
     raise ToolkitError(f"attention has no Triton tile for head_dim {head_dim}; allowed are up to {MAX_HEAD_DIM}.")

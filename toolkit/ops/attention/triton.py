@@ -4,8 +4,12 @@ A program owns a tile of rows (queries of one sequence x the query heads of one 
 sequence's keys from key 0 in tiles of a fixed size, with an online softmax in that order. A key tile that a
 row cannot see leaves the row as it was (its probabilities are 0 and its rescale is 1), so a row's bits depend
 on its own query, its keys and the tile table: not on chunking, page layout, neighbours or batch size. There
-are no atomics and keys are never split by a count. Floating-point contraction is pinned off, so that a
-compiler default cannot move bits between versions or between the paged and the contiguous variant.
+are no atomics. Floating-point contraction is pinned off, so that a compiler default cannot move bits between versions
+or between the kernel's variants.
+
+The sums start anew at every split of keys, of a fixed size from key 0 on, and the splits are joined in order; a split
+that a row cannot see leaves it as it was. Whether one program takes the splits in turn or each has a program of its own,
+and a second kernel joins them, is decided by shapes, and no bit depends on it.
 """
 
 from typing import Any
@@ -14,137 +18,45 @@ import torch
 import triton
 import triton.language as tl
 
-from toolkit.errors import ToolkitError
 from toolkit.ops import triton_devices
 from toolkit.ops.attention import tiles
-from toolkit.ops.attention.modifiers import find
+from toolkit.ops.attention.triton_common import (
+    check,
+    inlined,
+    key_slots,
+    launch_sizes,
+    load_rows,
+    owned_rows,
+    query_grid,
+    rows_contiguous,
+    seen_range,
+    sliced_products,
+    store_rows,
+    tanh,
+    visible_keys,
+)
 
 
 @triton.jit
-def tanh(x):
-    """tanh from exp2; the series near 0 avoids the cancellation of 1 - t."""
-    magnitude = tl.abs(x)
-    t = tl.math.exp2(magnitude * -2.8853900817779268)
-    far = (1.0 - t) / (1.0 + t)
-    square = x * x
-    series = -0.008863235529902197
-    series = series * square + 0.021869488536155203
-    series = series * square - 0.05396825396825397
-    series = series * square + 0.13333333333333333
-    series = series * square - 0.3333333333333333
-    near = x + x * square * series
-    return tl.where(magnitude < 0.25, near, tl.where(x < 0, -far, far))
-
-
-@triton.jit
-def find_tile(starts, count, tile, SIZE: tl.constexpr):
-    """The sequence that owns ``tile``, and the tile's place in it.
-
-    Sequence s begins at tile ``starts[s] // SIZE + s``: at least its number of tiles apart from the next one,
-    and known without reading the longest length on the host. ``count`` stands for the rows past the end.
-    """
-    low = tile * 0
-    high = low + count
-    while low < high:
-        middle = (low + high + 1) // 2
-        before = (tl.load(starts + middle) // SIZE + middle).to(tl.int32) <= tile
-        low = tl.where(before, middle, low)
-        high = tl.where(before, high, middle - 1)
-    start = tl.load(starts + low)
-    return low, start, tile - (start // SIZE + low).to(tl.int32)
-
-
-@triton.jit
-def visible_keys(key, position, kv_length, window, WINDOWED: tl.constexpr):
-    """[rows, keys] causal (and windowed) visibility of key indices to query positions."""
-    seen = (key[None, :] <= position[:, None]) & (key[None, :] < kv_length)
-    if WINDOWED:
-        seen = seen & (key[None, :] > position[:, None] - window)
-    return seen
-
-
-@triton.jit
-def key_slots(key, key_ok, base, table, PAGE: tl.constexpr):
-    """Rows of k and v of a sequence's keys: from ``base`` on, or through its block table."""
-    if PAGE:
-        return tl.load(table + key // PAGE, mask=key_ok, other=0) * PAGE + key % PAGE
-    else:
-        return base + key
-
-
-@triton.jit
-def sliced_products(
-    a, b, a_row, a_ok, b_row, b_ok, width: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SLICE: tl.constexpr
-):
-    """[ROWS, COLUMNS] products of rows of a and b, a slice of their width at a time.
-
-    Wide heads are more than a program can hold; and without a matrix unit for the dtype every thread holds whole rows
-    of both operands, which is more than its registers.
-    """
-    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, width, SLICE):
-        d = start + tl.arange(0, SLICE)
-        left = tl.load(a + a_row[:, None] + d[None, :], mask=a_ok[:, None] & (d < width)[None, :], other=0.0)
-        right = tl.load(b + b_row[:, None] + d[None, :], mask=b_ok[:, None] & (d < width)[None, :], other=0.0)
-        acc = tl.dot(left, tl.trans(right), acc, input_precision="ieee")
-    return acc
-
-
-@triton.jit(do_not_specialize=["num_sequences", "num_rows", "window"])
-def attention_forward(
-    q, k, v, out, lse, query_offsets, kv_offsets, kv_lengths, block_tables, sinks, parameters,
-    num_sequences, num_rows, scale, window, softcap,
-    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_lt, stride_table,
+def attend_keys(
+    q, k, v, q_tile, q_row, row_ok, position, begin, stop, kv_length, kv_head, base, table, own, scale, window, softcap,
+    stride_kt, stride_kh, stride_vt, stride_vh,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    GROUP: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    PAGE: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, SLICE: tl.constexpr,
-    SUNK: tl.constexpr, SCORE: tl.constexpr, MASK: tl.constexpr, PARAMETERS: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, PAGE: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
+    SLICE: tl.constexpr, SCORE: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """HEADS query heads of GROUP share a program with ROWS // HEADS queries; PAGE 0 means contiguous keys.
-
-    SLICE, where not 0, is how much of the head dimension a product takes at a time.
-    """
-    QUERIES: tl.constexpr = ROWS // HEADS
-    HEAD_TILES: tl.constexpr = (GROUP + HEADS - 1) // HEADS
-    sequence, start, local = find_tile(query_offsets, num_sequences, tl.program_id(0), QUERIES)
-    real = sequence < num_sequences
-    end = tl.load(query_offsets + sequence + 1, mask=real, other=num_rows)
-    kv_length = tl.load(kv_lengths + sequence, mask=real, other=0).to(tl.int32)
-    first = start + local * QUERIES
-    if first >= end:
-        return
-    kv_head = tl.program_id(1) // HEAD_TILES
-    row = tl.arange(0, ROWS)
-    query = first + row // HEADS
-    member = (tl.program_id(1) % HEAD_TILES) * HEADS + row % HEADS
-    head = kv_head * GROUP + member
-    row_ok = (row < QUERIES * HEADS) & (query < end) & (member < GROUP)
-    position = kv_length - (end - query).to(tl.int32)
-    first_position = kv_length - (end - first).to(tl.int32)
-    stop = tl.minimum(kv_length, first_position + QUERIES)
-    begin = tl.zeros_like(stop)
-    if WINDOWED:
-        begin = tl.maximum(first_position - window + 1, 0) // KEYS * KEYS
-
+    """Of keys ``begin`` ... ``stop``: the rows' largest score (times log2 e), sum of weights, weighted sum of values."""
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_V)
-    if not SLICE:
-        q_tile = tl.load(
-            q + query[:, None] * stride_qt + head[:, None] * stride_qh + d[None, :],
-            mask=row_ok[:, None] & (d < HEAD_DIM)[None, :], other=0.0,
-        )  # fmt: skip
-    own = parameters + (tl.where(row_ok, head, 0) * PARAMETERS)[:, None]
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_V], tl.float32)
-    base = tl.load(kv_offsets + sequence, mask=real, other=0)
-    table = block_tables + sequence.to(tl.int64) * stride_table
     for key_start in range(begin, stop, KEYS):
         key = key_start + tl.arange(0, KEYS)
         key_ok = key < kv_length
         slot = key_slots(key, key_ok, base, table, PAGE)
         if SLICE:
-            q_row, k_row = query * stride_qt + head * stride_qh, slot * stride_kt + kv_head * stride_kh
+            k_row = slot * stride_kt + kv_head * stride_kh
             scores = sliced_products(q, k, q_row, row_ok, k_row, key_ok, HEAD_DIM, ROWS, KEYS, SLICE)
         else:
             k_tile = tl.load(
@@ -174,7 +86,31 @@ def attention_forward(
         )  # fmt: skip
         acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * rescale[:, None], input_precision="ieee")
         top = new_top
+    return top, total, acc
 
+
+@triton.jit
+def join(top, total, acc, later_top, later_total, later_acc):
+    """A row's sums over a later split added to those over the splits before it."""
+    new_top = tl.maximum(top, later_top)
+    anchor = tl.where(new_top == float("-inf"), 0.0, new_top)
+    before, after = tl.math.exp2(top - anchor), tl.math.exp2(later_top - anchor)
+    return new_top, total * before + later_total * after, acc * before[:, None] + later_acc * after[:, None]
+
+
+@triton.jit
+def splits_of(begin, stop, SPLIT: tl.constexpr):
+    """The first split of keys ``begin`` ... ``stop`` and the end of their splits: one at least."""
+    first = begin // SPLIT
+    return first, tl.maximum(tl.cdiv(stop, SPLIT), first + 1)
+
+
+@triton.jit
+def finish_rows(
+    top, total, acc, out, lse, sinks, query, head, row_ok, real, column, stride_ot, stride_lt,
+    V_DIM: tl.constexpr, COLUMNS: tl.constexpr, SUNK: tl.constexpr,
+):  # fmt: skip
+    """out's columns from ``column`` on, from a row's sums over all its keys; with column 0 the lse, too."""
     if SUNK:  # one more logit, without a value
         sink = tl.load(sinks + head, mask=row_ok, other=float("-inf")) * 1.4426950408889634
         sink = tl.where(real, sink, float("-inf"))  # padding sees nothing
@@ -186,64 +122,129 @@ def attention_forward(
         top = new_top
     empty = total == 0.0
     result = acc / tl.where(empty, 1.0, total)[:, None]
-    tl.store(
-        out + query[:, None] * stride_ot + head[:, None] * V_DIM + e[None, :],
-        result.to(out.dtype.element_ty), mask=row_ok[:, None] & (e < V_DIM)[None, :],
-    )  # fmt: skip
+    store_rows(out, query * stride_ot + head * V_DIM, row_ok, column, result, V_DIM, COLUMNS)
     log_sum = (tl.where(empty, 0.0, top) + tl.math.log2(tl.where(empty, 1.0, total))) * 0.6931471805599453
-    tl.store(lse + query * stride_lt + head, tl.where(empty, float("-inf"), log_sum), mask=row_ok)
+    if column == 0:
+        tl.store(lse + query * stride_lt + head, tl.where(empty, float("-inf"), log_sum), mask=row_ok)
 
 
-def rows_contiguous(x: torch.Tensor) -> torch.Tensor:
-    """``x`` with unit stride in its last dimension, copied only where it has another one."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+@triton.jit(do_not_specialize=["num_sequences", "num_rows", "first_tile", "window"])
+def attention_forward(
+    q, k, v, out, lse, sums, marks, query_offsets, kv_offsets, kv_lengths, block_tables, sinks, parameters,
+    num_sequences, num_rows, first_tile, scale, window, softcap,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_lt, stride_table,
+    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    PAGE: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, SLICE: tl.constexpr,
+    SUNK: tl.constexpr, SCORE: tl.constexpr, MASK: tl.constexpr, FIRST: tl.constexpr, PARAMETERS: tl.constexpr,
+    SPLIT: tl.constexpr, APART: tl.constexpr,
+):  # fmt: skip
+    """PAGE 0 means contiguous keys. SLICE, where not 0, is how much of the head dimension a product takes at a time.
+
+    SPLIT 0: no sequence has more keys than a split. Otherwise ``sums`` and ``marks`` hold what is summed so far: with
+    APART every split, for ``attention_join``, else what the program itself picks up again after its next split.
+    """
+    QUERIES: tl.constexpr = ROWS // HEADS
+    sequence, kv_length, first, end, kv_head, query, head, position, row_ok = owned_rows(
+        query_offsets, kv_lengths, num_sequences, num_rows, first_tile + tl.program_id(0), GROUP, HEADS, ROWS
+    )
+    if first >= end:
+        return
+    real = sequence < num_sequences
+    base = tl.load(kv_offsets + sequence, mask=real, other=0)
+    table = block_tables + sequence.to(tl.int64) * stride_table
+    own = parameters + (tl.where(row_ok, head, 0) * PARAMETERS)[:, None]
+    begin, stop = seen_range(
+        kv_length, first, end, position, row_ok, own, window, QUERIES, KEYS, WINDOWED, FIRST
+    )  # fmt: skip
+    q_row = query * stride_qt + head * stride_qh
+    q_tile = q_row  # not used in slices
+    if not SLICE:
+        q_tile = load_rows(q, q_row, row_ok, 0, HEAD_DIM, BLOCK_D)
+    if SPLIT:
+        first_split, stop_split = splits_of(begin, stop, SPLIT)
+        place = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        from_split, to_split = first_split, stop_split
+        if APART:
+            place = (query * stride_lt + head) * tl.num_programs(2) + tl.program_id(2)
+            from_split = first_split + tl.program_id(2)
+            to_split = tl.minimum(from_split + 1, stop_split)
+        for split in range(from_split, to_split):
+            top, total, acc = attend_keys(
+                q, k, v, q_tile, q_row, row_ok, position,
+                tl.maximum(begin, split * SPLIT), tl.minimum(stop, (split + 1) * SPLIT),
+                kv_length, kv_head, base, table, own, scale, window, softcap,
+                stride_kt, stride_kh, stride_vt, stride_vh,
+                HEAD_DIM, V_DIM, BLOCK_D, BLOCK_V, ROWS, KEYS, PAGE, WINDOWED, CAPPED, SLICE, SCORE, MASK,
+            )  # fmt: skip
+            last = split + 1 == stop_split
+            if APART:
+                last = stop_split == first_split + 1
+            elif split > first_split:
+                tl.debug_barrier()  # other threads wrote what this one reads
+                kept = load_rows(sums, place * V_DIM, row_ok, 0, V_DIM, BLOCK_V)
+                kept_top = tl.load(marks + place * 2, mask=row_ok, other=float("-inf"))
+                kept_total = tl.load(marks + place * 2 + 1, mask=row_ok, other=0.0)
+                tl.debug_barrier()
+                top, total, acc = join(kept_top, kept_total, kept, top, total, acc)
+            if last:
+                finish_rows(
+                    top, total, acc, out, lse, sinks, query, head, row_ok, real, 0,
+                    stride_ot, stride_lt, V_DIM, BLOCK_V, SUNK,
+                )  # fmt: skip
+            else:
+                store_rows(sums, place * V_DIM, row_ok, 0, acc, V_DIM, BLOCK_V)
+                tl.store(marks + place * 2, top, mask=row_ok)
+                tl.store(marks + place * 2 + 1, total, mask=row_ok)
+    else:
+        top, total, acc = attend_keys(
+            q, k, v, q_tile, q_row, row_ok, position, begin, stop,
+            kv_length, kv_head, base, table, own, scale, window, softcap,
+            stride_kt, stride_kh, stride_vt, stride_vh,
+            HEAD_DIM, V_DIM, BLOCK_D, BLOCK_V, ROWS, KEYS, PAGE, WINDOWED, CAPPED, SLICE, SCORE, MASK,
+        )  # fmt: skip
+        finish_rows(
+            top, total, acc, out, lse, sinks, query, head, row_ok, real, 0,
+            stride_ot, stride_lt, V_DIM, BLOCK_V, SUNK,
+        )  # fmt: skip
 
 
-def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    """One sentence for shapes and dtypes that the kernels do not take."""
-    if not (q.dtype == k.dtype == v.dtype):
-        raise ToolkitError(f"attention got q, k, v of dtypes {q.dtype}, {k.dtype}, {v.dtype}; they must be equal.")
-    if q.shape[-1] != k.shape[-1] or k.shape[:2] != v.shape[:2] or q.shape[1] % k.shape[1]:
-        raise ToolkitError(
-            f"attention got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}; allowed are "
-            f"q [T, Hq, D], k [rows, Hkv, D], v [rows, Hkv, Dv] with Hq a multiple of Hkv."
-        )
-
-
-def launch_sizes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: tiles.Table) -> dict[str, Any]:
-    """The compile-time sizes and launch options that the forward and the backward kernels share."""
-    head_dim, v_dim = q.shape[-1], v.shape[-1]
-    if v_dim > tiles.MAX_V_DIM:
-        raise ToolkitError(f"attention got values of width {v_dim}; its Triton kernels take up to {tiles.MAX_V_DIM}.")
-    choice = tiles.tile(table, triton_devices.architecture(q.device), q.dtype, max(head_dim, v_dim))
-    group = q.shape[1] // k.shape[1]
-    return {
-        "HEAD_DIM": head_dim,
-        "V_DIM": v_dim,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-        "BLOCK_V": max(16, triton.next_power_of_2(v_dim)),
-        "GROUP": group,
-        "HEADS": min(group, choice.rows),
-        "ROWS": choice.rows,
-        "KEYS": choice.keys,
-        "SLICE": choice.slice,
-        "num_warps": choice.warps,
-        "num_stages": choice.stages,
-        "enable_fp_fusion": False,
-    }
-
-
-def inlined(modifier: str, parameters: torch.Tensor | None, q: torch.Tensor) -> tuple[torch.Tensor, Any, Any, Any]:
-    """A modifier's parameters (q stands for none) and its score, score with slope, and mask as Triton functions."""
-    found = find(modifier)
-    score, both, visible = (None, None, None) if found is None else found.device()
-    return q if parameters is None else parameters.to(q.device, torch.float32).contiguous(), score, both, visible
-
-
-def query_grid(q: torch.Tensor, kv_heads: int, sequences: int, sizes: dict[str, Any]) -> tuple[int, int]:
-    """Programs over (row tiles, key/value heads x head tiles): a bound from shapes, with no host sync."""
-    queries = sizes["ROWS"] // sizes["HEADS"]
-    return q.shape[0] // queries + sequences + 1, kv_heads * triton.cdiv(sizes["GROUP"], sizes["HEADS"])
+@triton.jit(do_not_specialize=["num_sequences", "num_rows", "slots", "window"])
+def attention_join(
+    sums, marks, out, lse, query_offsets, kv_lengths, sinks, parameters, num_sequences, num_rows, slots, window,
+    stride_ot, stride_lt,
+    V_DIM: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr, WINDOWED: tl.constexpr, SUNK: tl.constexpr, FIRST: tl.constexpr, PARAMETERS: tl.constexpr,
+    SPLIT: tl.constexpr,
+):  # fmt: skip
+    """out and lse of the tiles of rows that have several splits, COLUMNS of the values a program."""
+    sequence, kv_length, first, end, _, query, head, position, row_ok = owned_rows(
+        query_offsets, kv_lengths, num_sequences, num_rows, tl.program_id(0), GROUP, HEADS, ROWS
+    )
+    if first >= end:
+        return
+    own = parameters + (tl.where(row_ok, head, 0) * PARAMETERS)[:, None]
+    begin, stop = seen_range(
+        kv_length, first, end, position, row_ok, own, window, ROWS // HEADS, KEYS, WINDOWED, FIRST
+    )  # fmt: skip
+    first_split, stop_split = splits_of(begin, stop, SPLIT)
+    if stop_split == first_split + 1:
+        return
+    column = tl.program_id(2) * COLUMNS
+    place = (query * stride_lt + head) * slots
+    top = tl.load(marks + place * 2, mask=row_ok, other=float("-inf"))
+    total = tl.load(marks + place * 2 + 1, mask=row_ok, other=0.0)
+    acc = load_rows(sums, place * V_DIM, row_ok, column, V_DIM, COLUMNS)
+    for _ in range(first_split + 1, stop_split):
+        place += 1
+        later_top = tl.load(marks + place * 2, mask=row_ok, other=float("-inf"))
+        later_total = tl.load(marks + place * 2 + 1, mask=row_ok, other=0.0)
+        later = load_rows(sums, place * V_DIM, row_ok, column, V_DIM, COLUMNS)
+        top, total, acc = join(top, total, acc, later_top, later_total, later)
+    finish_rows(
+        top, total, acc, out, lse, sinks, query, head, row_ok, sequence < num_sequences, column,
+        stride_ot, stride_lt, V_DIM, COLUMNS, SUNK,
+    )  # fmt: skip
 
 
 def attention(
@@ -279,15 +280,48 @@ def attention(
     sizes = launch_sizes(q, k, v, tiles.FORWARD)
     sequences = kv_lengths.shape[0]
     table = kv_lengths if block_tables is None else block_tables.contiguous()
-    own, score, _, visible = inlined(modifier, parameters, q)
-    attention_forward[query_grid(q, k.shape[1], sequences, sizes)](
-        q, k, v, out, lse, query_offsets, kv_lengths if block_tables is not None else kv_offsets, kv_lengths, table,
-        lse if sinks is None else sinks.float(), own,
-        sequences, q.shape[0], scale, window, softcap,
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        out.stride(0), lse.stride(0), 0 if block_tables is None else table.stride(0),
-        PAGE=0 if block_tables is None else page_size, WINDOWED=window > 0, CAPPED=softcap > 0,
-        SUNK=sinks is not None, SCORE=score, MASK=visible,
-        PARAMETERS=0 if parameters is None else parameters.shape[1], **sizes,
-    )  # fmt: skip
+    own, functions = inlined(modifier, parameters, q)
+    logits = lse if sinks is None else sinks.float()
+    flags: dict[str, Any] = {
+        "WINDOWED": window > 0,
+        "SUNK": sinks is not None,
+        "FIRST": functions["first"],
+        "PARAMETERS": 0 if parameters is None else parameters.shape[1],
+    }
+    grid = query_grid(q, k.shape[1], sequences, sizes)
+    # No length is read on the host: the bound of a sequence's keys is what its block table or the rows can hold.
+    longest = k.shape[0] if block_tables is None else block_tables.shape[1] * page_size
+    split = tiles.split(triton_devices.architecture(q.device), q.dtype, max(q.shape[-1], v.shape[-1]))
+    slots = triton.cdiv(longest, split)
+    if window > 0:
+        slots = min(slots, (window + sizes["ROWS"] // sizes["HEADS"] - 2) // split + 2)
+    apart = slots > 1 and q.shape[0] <= tiles.APART_ROWS and out.numel() * slots <= tiles.WORKSPACE
+    tiles_a_launch, kept = grid[0], 0
+    if apart:
+        kept = q.shape[0] * q.shape[1] * slots
+    elif slots > 1:
+        tiles_a_launch = min(grid[0], max(1, tiles.WORKSPACE // (grid[1] * sizes["ROWS"] * v.shape[-1])))
+        kept = tiles_a_launch * grid[1] * sizes["ROWS"]
+    sums = torch.empty(kept * v.shape[-1], dtype=torch.float32, device=q.device)
+    marks = torch.empty(kept * 2, dtype=torch.float32, device=q.device)
+    for first_tile in range(0, grid[0], tiles_a_launch):
+        count = min(tiles_a_launch, grid[0] - first_tile)
+        attention_forward[(count, grid[1], slots if apart else 1)](
+            q, k, v, out, lse, sums, marks,
+            query_offsets, kv_lengths if block_tables is not None else kv_offsets, kv_lengths, table, logits, own,
+            sequences, q.shape[0], first_tile, scale, window, softcap,
+            q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+            out.stride(0), lse.stride(0), 0 if block_tables is None else table.stride(0),
+            PAGE=0 if block_tables is None else page_size, CAPPED=softcap > 0,
+            SCORE=functions["score"], MASK=functions["visible"],
+            SPLIT=split if slots > 1 else 0, APART=apart, **flags, **sizes,
+        )  # fmt: skip
+    if apart:
+        columns = min(sizes["BLOCK_V"], tiles.JOINED_COLUMNS)
+        attention_join[(*grid, triton.cdiv(v.shape[-1], columns))](
+            sums, marks, out, lse, query_offsets, kv_lengths, logits, own, sequences, q.shape[0], slots, window,
+            out.stride(0), lse.stride(0),
+            V_DIM=v.shape[-1], COLUMNS=columns, SPLIT=split, num_warps=4, enable_fp_fusion=False, **flags,
+            **{name: sizes[name] for name in ("GROUP", "HEADS", "ROWS", "KEYS")},
+        )  # fmt: skip
     return out, lse

@@ -13,24 +13,25 @@ import triton.language as tl
 
 from toolkit.errors import ToolkitError
 from toolkit.ops.attention import tiles
-from toolkit.ops.attention.triton import (
-    check,
-    find_tile,
-    inlined,
-    key_slots,
-    launch_sizes,
-    query_grid,
-    rows_contiguous,
-    sliced_products,
-    visible_keys,
-)
 from toolkit.ops.attention.triton_backward_keys import (
     attention_backward_forest_keys,
     attention_backward_keys,
     attention_backward_sinks,
-    load_rows,
     probabilities,
+)
+from toolkit.ops.attention.triton_common import (
+    check,
+    inlined,
+    key_slots,
+    launch_sizes,
+    load_rows,
+    owned_rows,
+    query_grid,
+    rows_contiguous,
+    seen_range,
+    sliced_products,
     store_rows,
+    visible_keys,
 )
 
 
@@ -43,35 +44,23 @@ def attention_backward_queries(
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, TAIL: tl.constexpr,
     GROUP: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     PAGE: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, SLICE: tl.constexpr,
-    BOTH: tl.constexpr, MASK: tl.constexpr, PARAMETERS: tl.constexpr,
+    BOTH: tl.constexpr, MASK: tl.constexpr, FIRST: tl.constexpr, PARAMETERS: tl.constexpr,
 ):  # fmt: skip
     """dq of a tile of rows, and for the other kernels delta = sum(out * grad) and with pages the position of each row.
 
     SLICE, where not 0, is how much of the head dimension a product takes at a time; TAIL columns of dq follow BLOCK_D.
     """
-    QUERIES: tl.constexpr = ROWS // HEADS
-    HEAD_TILES: tl.constexpr = (GROUP + HEADS - 1) // HEADS
-    sequence, start, local = find_tile(query_offsets, num_sequences, tl.program_id(0), QUERIES)
-    real = sequence < num_sequences
-    end = tl.load(query_offsets + sequence + 1, mask=real, other=num_rows)
-    kv_length = tl.load(kv_lengths + sequence, mask=real, other=0).to(tl.int32)
-    base = tl.load(kv_offsets + sequence, mask=real, other=0)
-    first = start + local * QUERIES
+    sequence, kv_length, first, end, kv_head, query, head, position, row_ok = owned_rows(
+        query_offsets, kv_lengths, num_sequences, num_rows, tl.program_id(0), GROUP, HEADS, ROWS
+    )
     if first >= end:
         return
-    kv_head = tl.program_id(1) // HEAD_TILES
-    row = tl.arange(0, ROWS)
-    query = first + row // HEADS
-    member = (tl.program_id(1) % HEAD_TILES) * HEADS + row % HEADS
-    head = kv_head * GROUP + member
-    row_ok = (row < QUERIES * HEADS) & (query < end) & (member < GROUP)
-    position = kv_length - (end - query).to(tl.int32)
-    first_position = kv_length - (end - first).to(tl.int32)
-    stop = tl.minimum(kv_length, first_position + QUERIES)
-    begin = tl.zeros_like(stop)
-    if WINDOWED:
-        begin = tl.maximum(first_position - window + 1, 0) // KEYS * KEYS
-
+    base = tl.load(kv_offsets + sequence, mask=sequence < num_sequences, other=0)
+    table = block_tables + sequence.to(tl.int64) * stride_table
+    own = parameters + (tl.where(row_ok, head, 0) * PARAMETERS)[:, None]
+    begin, stop = seen_range(
+        kv_length, first, end, position, row_ok, own, window, ROWS // HEADS, KEYS, WINDOWED, FIRST
+    )  # fmt: skip
     q_row, g_row = query * stride_qt + head * stride_qh, query * stride_gt + head * stride_gh
     if not SLICE:
         q_tile = load_rows(q, q_row, row_ok, 0, HEAD_DIM, BLOCK_D)
@@ -82,8 +71,6 @@ def attention_backward_queries(
     tl.store(delta + query * stride_lt + head, row_delta, mask=row_ok)
     if PAGE:
         tl.store(positions + query, position, mask=row_ok & (head == 0))
-    own = parameters + (tl.where(row_ok, head, 0) * PARAMETERS)[:, None]
-    table = block_tables + sequence.to(tl.int64) * stride_table
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
     rest = tl.zeros([ROWS, TAIL if TAIL else 16], tl.float32)
     for key_start in range(begin, stop, KEYS):
@@ -173,12 +160,13 @@ def attention_backward(
     lse = lse.contiguous()
     delta = torch.empty_like(lse)
     positions = torch.empty(0 if block_tables is None else q.shape[0], dtype=torch.int32, device=q.device)
-    own, _, both, visible = inlined(modifier, parameters, q)
+    own, functions = inlined(modifier, parameters, q)
     flags = {
         "WINDOWED": window > 0,
         "CAPPED": softcap > 0,
-        "BOTH": both,
-        "MASK": visible,
+        "BOTH": functions["both"],
+        "MASK": functions["visible"],
+        "FIRST": functions["first"],
         "PARAMETERS": 0 if parameters is None else parameters.shape[1],
     }
     sequences, kv_heads = kv_lengths.shape[0], k.shape[1]

@@ -8,7 +8,7 @@ queries that is given for each of their rows.
 import triton
 import triton.language as tl
 
-from toolkit.ops.attention.triton import sliced_products, tanh, visible_keys
+from toolkit.ops.attention.triton_common import load_rows, sliced_products, store_rows, tanh, visible_keys
 
 
 @triton.jit
@@ -27,13 +27,6 @@ def probabilities(products, seen, lse, query, key, own, scale, softcap, CAPPED: 
         seen = seen & (scores != float("-inf"))
     exponent = tl.where(seen, scores - lse, float("-inf"))
     return tl.math.exp2(exponent * 1.4426950408889634), slope, seen
-
-
-@triton.jit
-def load_rows(x, row, ok, start, width: tl.constexpr, BLOCK: tl.constexpr):
-    """Elements start ... start + BLOCK of rows of ``width``."""
-    d = start + tl.arange(0, BLOCK)
-    return tl.load(x + row[:, None] + d[None, :], mask=ok[:, None] & (d < width)[None, :], other=0.0)
 
 
 @triton.jit
@@ -93,10 +86,16 @@ def add_queries(
 
 
 @triton.jit
-def store_rows(x, row, ok, start, values, width: tl.constexpr, BLOCK: tl.constexpr):
-    d = start + tl.arange(0, BLOCK)
-    place = x + row[:, None] + d[None, :]
-    tl.store(place, values.to(x.dtype.element_ty), mask=ok[:, None] & (d < width)[None, :])
+def rows_before_bound(past, count, last_key, own, FIRST: tl.constexpr):
+    """How many of ``count`` queries from position ``past`` on have their bound at or below ``last_key``; by bisection."""
+    low = count * 0
+    high = tl.maximum(count, 0)
+    while low < high:
+        middle = (low + high) // 2
+        near = FIRST(past + middle, own) <= last_key
+        low = tl.where(near, middle + 1, low)
+        high = tl.where(near, high, middle)
+    return low
 
 
 @triton.jit(do_not_specialize=["num_sequences", "num_keys", "window"])
@@ -107,7 +106,8 @@ def attention_backward_keys(
     stride_lt, stride_dkt, stride_dvt,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, TAIL: tl.constexpr,
     GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SLICE: tl.constexpr,
-    WINDOWED: tl.constexpr, CAPPED: tl.constexpr, BOTH: tl.constexpr, MASK: tl.constexpr, PARAMETERS: tl.constexpr,
+    WINDOWED: tl.constexpr, CAPPED: tl.constexpr, BOTH: tl.constexpr, MASK: tl.constexpr, FIRST: tl.constexpr,
+    PARAMETERS: tl.constexpr,
 ):  # fmt: skip
     """dk, dv of a tile of rows of k and v, summed over the sequences that hold them, in their order."""
     kv_head = tl.program_id(1)
@@ -137,7 +137,10 @@ def attention_backward_keys(
             stop = tl.minimum(stop, first_key + KEYS - 1 + window - past)
         for member in range(GROUP):
             head = kv_head * GROUP + member
-            for row_start in range(begin, stop, ROWS):
+            near = stop
+            if FIRST is not None:
+                near = rows_before_bound(past, stop, first_key + KEYS - 1, parameters + head * PARAMETERS, FIRST)
+            for row_start in range(begin, near, ROWS):
                 row = row_start + tl.arange(0, ROWS)
                 row_ok = row < num_queries
                 dk_acc, dk_rest, dv_acc = add_queries(
@@ -163,7 +166,8 @@ def attention_backward_forest_keys(
     stride_lt, stride_dkt, stride_dvt,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, TAIL: tl.constexpr,
     GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SLICE: tl.constexpr,
-    WINDOWED: tl.constexpr, CAPPED: tl.constexpr, BOTH: tl.constexpr, MASK: tl.constexpr, PARAMETERS: tl.constexpr,
+    WINDOWED: tl.constexpr, CAPPED: tl.constexpr, BOTH: tl.constexpr, MASK: tl.constexpr, FIRST: tl.constexpr,
+    PARAMETERS: tl.constexpr,
 ):  # fmt: skip
     """The same for rows of which each is read by one range of queries: ``readers`` [num_keys, 3] of int64 holds the
     range's begin and end, and the row's position in its sequences; ``positions`` those of the queries."""
@@ -193,8 +197,10 @@ def attention_backward_forest_keys(
             row_ok = row < stop
             position = tl.load(positions + row, mask=row_ok, other=0x7FFFFFFF)
             near = True
-            if WINDOWED:  # whole tiles of queries may be past the window
+            if WINDOWED:  # whole tiles of queries may be past the window, or all below a modifier's bound
                 near = tl.min(position, 0) - window < last_key
+            if FIRST is not None:
+                near = near & (FIRST(tl.min(position, 0), parameters + head * PARAMETERS) <= last_key)
             if near:
                 dk_acc, dk_rest, dv_acc = add_queries(
                     dk_acc, dk_rest, dv_acc, k_tile, v_tile, k_row, v_row, held, first, end, key,

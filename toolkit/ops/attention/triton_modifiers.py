@@ -1,5 +1,6 @@
 """How the Triton functions of a modifier's file come to Triton."""
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -7,9 +8,8 @@ import triton
 import triton.language as tl
 
 
-def build(module: ModuleType) -> tuple[Any, Any, Any]:
-    """``triton_score``, ``triton_both``, ``triton_visible`` of a file as Triton functions; None for what it lacks."""
+def build(module: ModuleType, names: Sequence[str]) -> dict[str, Any]:
+    """``triton_<name>`` of a file as Triton functions, by name; None for what it lacks."""
     vars(module).setdefault("tl", tl)
-    functions = [getattr(module, f"triton_{name}", None) for name in ("score", "both", "visible")]
-    score, both, visible = (None if f is None else triton.jit(f) for f in functions)
-    return score, both, visible
+    functions = {name: getattr(module, f"triton_{name}", None) for name in names}
+    return {name: None if f is None else triton.jit(f) for name, f in functions.items()}

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from toolkit.errors import ToolkitError
 from toolkit.ops import triton_devices
-from toolkit.ops.attention.triton import tanh
+from toolkit.ops.attention.triton_common import tanh
 from toolkit.ops.linear.triton import aligned_rows, row_product
 from toolkit.ops.linear.triton import linear as linear_triton
 from toolkit.ops.linear_logprob import tiles

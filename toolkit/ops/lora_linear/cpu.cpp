@@ -147,24 +147,24 @@ struct Backward {
         scale_all(low_part, count * w.rank, w.scaling[l]);
       }
       if (dx == nullptr && da == nullptr) return;
-      columns::multiply(g_part, g_stride, 1, count, w.second(l), w.rank, w.rank, w.outputs, up_part, w.rank, false);
+      columns::multiply<false>(g_part, g_stride, count, w.second(l), w.rank, w.rank, w.outputs, up_part, w.rank, false);
       scale_all(up_part, count * w.rank, w.scaling[l]);
       if (dx == nullptr) return;
       T* const result = scratch<T, 1>(count * x_stride);
-      columns::multiply(up_part, w.rank, 1, count, w.first(l), w.inner, w.inner, w.rank, result, x_stride, false);
+      columns::multiply<false>(up_part, w.rank, count, w.first(l), w.inner, w.inner, w.rank, result, x_stride, false);
       for (int64_t r = 0; r < count; ++r) write_row(result + r * x_stride, w.inner, dx + at[begin + r] * w.inner);
     });
     if (da != nullptr)
       threads::run_tasks((w.inner + kColumns - 1) / kColumns, workers(rows * w.rank * w.inner), [&](int64_t part) {
         const int64_t k = part * kColumns;
-        columns::multiply(up.data(), 1, w.rank, w.rank, xs.data() + k, x_stride, std::min(kColumns, w.inner - k), rows,
-                   da + l * w.rank * w.inner + k, w.inner, add);
+        columns::multiply<true>(up.data(), w.rank, w.rank, xs.data() + k, x_stride, std::min(kColumns, w.inner - k),
+                                rows, da + l * w.rank * w.inner + k, w.inner, add);
       });
     if (db != nullptr)
       threads::run_tasks((w.outputs + kColumns - 1) / kColumns, workers(rows * w.rank * w.outputs), [&](int64_t part) {
         const int64_t n = part * kColumns;
-        columns::multiply(gs.data() + n, 1, g_stride, std::min(kColumns, w.outputs - n), low.data(), w.rank, w.rank, rows,
-                   db + (l * w.outputs + n) * w.rank, w.rank, add);
+        columns::multiply<true>(gs.data() + n, g_stride, std::min(kColumns, w.outputs - n), low.data(), w.rank, w.rank,
+                                rows, db + (l * w.outputs + n) * w.rank, w.rank, add);
       });
   }
 };

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from toolkit.ops import triton_devices
-from toolkit.ops.attention.triton import find_tile
+from toolkit.ops.attention.triton_common import find_tile
 from toolkit.ops.linear.triton import aligned_rows
 from toolkit.ops.lora_linear import tiles
 from toolkit.ops.lora_linear.triton import Grouped, expand, group_rows, shrink

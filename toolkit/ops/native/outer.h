@@ -45,8 +45,9 @@ void block(const Outer<T>& o, int64_t first, int64_t last, int64_t panel, int64_
       for (int64_t r = 0; r < steps; ++r)
         columns::pack_row(row_at(o.q, o.q_stride, o.q_index, k + r) + n, wide, packed + r * width);
       for (int64_t t = 0; t < tiles; ++t)
-        columns::tile_of<T>(std::min(height, last - first - t * height), turned + t * steps * height, 1, height, packed,
-                            steps, {o.out + (first + t * height) * o.out_stride + n, o.out_stride, wide, k > 0, nullptr});
+        columns::tile_of<true>(std::min(height, last - first - t * height), turned + t * steps * height, height, packed,
+                               steps,
+                               {o.out + (first + t * height) * o.out_stride + n, o.out_stride, wide, k > 0, nullptr});
     }
   }
 }

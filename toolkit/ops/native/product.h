@@ -69,8 +69,8 @@ void block(const Problem<T, S>& p, int64_t row, int64_t row_end, int64_t panel, 
     const gemm::Epilogue<T> e{p.out + row * p.out_stride + n, p.out_stride, columns, p.add || k > 0,
                               add_bias ? bias : nullptr};
     if (p.transposed)
-      return columns::multiply_panel<T, S>(x, x_stride, 1, rows, p.weight + k * p.weight_stride + n, p.weight_stride,
-                                           depth, packed, e);
+      return columns::multiply_panel<false>(x, x_stride, rows, p.weight + k * p.weight_stride + n, p.weight_stride,
+                                            depth, packed, e);
     gemm::multiply_panel<T, S>(x, x_stride, rows,
                                {p.weight + n * p.weight_stride + k, p.weight_stride, columns,
                                 p.weight + next_panel * width * p.weight_stride + next_k},

@@ -9,18 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.masking_utils import causal_mask_function, eager_mask, sliding_window_causal_mask_function
+from transformers.masking_utils import causal_mask_function, eager_mask
 
 from toolkit.modules.attention import FusedAttention
 from toolkit.modules.latent_attention import parts_of
 from toolkit.numerics import Numerics
 from toolkit.patch import seam
+from toolkit.patch.calls import MASK, Call, watch
 from toolkit.patch.claim import Claim, ProbeError, Refusal, Undo, replace_forward
 from toolkit.patch.probe import compare, device_of, random_input, signature_key, twin, with_forward
-from toolkit.patch.roles.search import prove
+from toolkit.patch.roles.search import first_line, prove
 from toolkit.state.batch import RaggedBatch
 
-LENGTH = 7
+ROWS, LENGTH = 2, 7
 PROBE_WINDOW = 3  # small enough that the window cuts inside the probe
 
 
@@ -40,28 +41,17 @@ def _is_attention(module: nn.Module) -> bool:
     return (
         hasattr(module, "is_causal")
         and hasattr(module, "layer_idx")
-        and any(isinstance(child, nn.Linear) for child in module.children())
+        and any(getattr(getattr(child, "weight", None), "ndim", 0) == 2 for child in module.children())
     )
 
 
-def _tables(model: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """Cosines and sines of the probe's positions from the model's own rotary module."""
-    for module in model.modules():
-        if isinstance(getattr(module, "inv_freq", None), Tensor):
-            x = random_input(1, 1, 8, like=module)
-            positions = torch.arange(LENGTH, device=device_of(module))[None]
-            cos, sin = with_forward(module, type(module).forward)(x, positions)[:2]
-            return cos.float(), sin.float()
-    return None
-
-
 class Probe:
-    """Runs a twin of one attention layer through eager attention, the interface and the fused forward."""
+    """Runs a twin of an attention layer, called as the model calls it, through eager attention and its replacements."""
 
-    def __init__(self, module: nn.Module, tables: tuple[Tensor, Tensor] | None) -> None:
+    def __init__(self, module: nn.Module, call: Call) -> None:
         self.copied: Any = twin(module)
-        self.tables = tables
-        self.width = next(c for c in module.children() if isinstance(c, nn.Linear)).in_features
+        self.call = call
+        self.shape = call.arguments[call.hidden].shape
         self.seen = self.look()
         if self.seen.window:
             holders: tuple[Any, Any] = (self.copied, self.copied.config)
@@ -73,7 +63,10 @@ class Probe:
         """One call with a recording function in the interface's place."""
         calls: list[Seen] = []
 
-        def record(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+        def record(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any = None, **kwargs: Any
+        ) -> Any:
+            mask = kwargs.pop("attention_mask", mask)
             window, softcap = kwargs.get("sliding_window") or 0, kwargs.get("softcap") or 0.0
             given = kwargs.get("s_aux")
             sinks = next((name for name, own in module.named_parameters(recurse=False) if own is given), None)
@@ -82,25 +75,31 @@ class Probe:
             return output
 
         with _registered("toolkit_probe", record), torch.no_grad():
-            self.run("toolkit_probe", None, random_input(2, LENGTH, self.width, like=self.copied))
+            self.run("toolkit_probe", None, random_input(*self.shape, like=self.copied))
         if len(calls) != 1:
             raise RuntimeError(f"it reached the attention interface {len(calls)} times, not once")
         return calls[0]
 
-    def run(self, implementation: str, mask: Tensor | None, hidden: Tensor, forward: Any = None) -> Tensor:
+    @property
+    def tables(self) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines that the layer is handed, [1 or B, S, D]."""
+        given = self.call.arguments.get("position_embeddings")
+        return given if isinstance(given, tuple) and len(given) == 2 else None
+
+    def run(self, implementation: str, mask: Any, hidden: Tensor, forward: Any = None, **replaced: Any) -> Tensor:
         self.copied.config._attn_implementation = implementation
         function = with_forward(self.copied, forward or type(self.copied).forward)
-        extra = {} if self.tables is None else {"position_embeddings": self.tables}
-        return function(hidden_states=hidden, attention_mask=mask, **extra)[0]
+        arguments = self.call.having(**{self.call.hidden: hidden, MASK: mask}, **replaced)
+        output = function(**arguments)
+        return output[0] if isinstance(output, tuple) else output
 
     def error(self, forward: Any = None) -> ProbeError:
-        """Against eager attention under the mask that transformers makes for it."""
-        factory = sliding_window_causal_mask_function(PROBE_WINDOW) if self.seen.window else causal_mask_function
-        mask = eager_mask(2, LENGTH, LENGTH, mask_function=factory, dtype=torch.float32, device=device_of(self.copied))
-        hidden = random_input(2, LENGTH, self.width, like=self.copied)
+        """Against eager attention under the mask that transformers made for it."""
+        hidden = random_input(*self.shape, like=self.copied)
+        given = self.call.arguments.get(MASK)
         return compare(
             lambda x: self.run(seam.NAME, None, x, forward),
-            lambda x: self.run("eager", mask, x),
+            lambda x: self.run("eager", given, x),
             [[hidden]],
             list(self.copied.parameters()),
         )
@@ -122,7 +121,7 @@ class _registered:
 def _fused_options(module: nn.Module, probe: Probe) -> list[Any]:
     names = {name for name, _ in module.named_children()}
     out = next((name for name in ("o_proj", "out_proj", "dense") if name in names), None)
-    if not {"q_proj", "k_proj", "v_proj"} <= names or out is None or probe.tables is None:
+    if not {"q_proj", "k_proj", "v_proj"} <= names or out is None or probe.tables is None or probe.call.positional > 1:
         return []
     q_norm, k_norm = ("q_norm" if "q_norm" in names else None), ("k_norm" if "k_norm" in names else None)
     options = []
@@ -168,7 +167,7 @@ def _latent_options(module: nn.Module, probe: Probe) -> list[Any]:
 
 def _latent_error(probe: Probe, forward: Any) -> ProbeError:
     assert probe.tables is not None
-    cos, sin = probe.tables
+    cos, sin = (table[:1] for table in probe.tables)
     batch = RaggedBatch.from_sequences([[0] * length for length in LENGTHS], device_of(probe.copied), share=False)
     together_tables = tuple(torch.cat([table[:, :length] for length in LENGTHS], 1) for table in (cos, sin))
 
@@ -183,14 +182,10 @@ def _latent_error(probe: Probe, forward: Any) -> ProbeError:
             mask = eager_mask(
                 1, length, length, mask_function=causal_mask_function, dtype=torch.float32, device=x.device
             )
-            tables, probe.tables = probe.tables, (cos[:, :length], sin[:, :length])
-            try:
-                outputs.append(probe.run("eager", mask, x))
-            finally:
-                probe.tables = tables
+            outputs.append(probe.run("eager", mask, x, position_embeddings=(cos[:, :length], sin[:, :length])))
         return torch.cat(outputs, 1)
 
-    inputs = [random_input(1, length, probe.width, like=probe.copied) for length in LENGTHS]
+    inputs = [random_input(1, length, probe.shape[-1], like=probe.copied) for length in LENGTHS]
     return compare(together, alone, [inputs], list(probe.copied.parameters()))
 
 
@@ -213,22 +208,30 @@ def find(model: Any, numerics: Numerics) -> list[Claim | Refusal]:
         return [
             Refusal("attention", path, "it does not dispatch through the attention interface") for path, _ in layers
         ]
+    try:
+        calls = watch(model, [module for _, module in layers], ROWS, LENGTH, PROBE_WINDOW)
+    except Exception as problem:
+        return [Refusal("attention", path, f"the model's forward failed: {first_line(problem)}") for path, _ in layers]
+    layers = [(path, module) for path, module in layers if calls[module]]  # without those for another model's states
+    twice = next((path for path, module in layers if len(calls[module]) > 1), None)
+    if twice is not None:
+        return [Refusal("attention", twice, "the model calls it more than once in a forward")]
     indices = [module.layer_idx for _, module in layers]
     if len(set(indices)) != len(indices) or None in indices:
         return [Refusal("attention", path, "its layer_idx is missing or shared") for path, _ in layers]
-    tables = _tables(model)
     verdicts: dict[Any, tuple[Probe, ProbeError, Any]] = {}
     claims: list[Claim | Refusal] = []
     worst = ProbeError(0.0, 0.0)
     for path, module in layers:
-        key = signature_key(module)
+        (call,) = calls[module]
+        key = signature_key(module), tuple(sorted(name for name, value in call.arguments.items() if value is not None))
         if key not in verdicts:
             try:
-                probe = Probe(module, tables)
+                probe = Probe(module, call)
                 error = probe.error()
             except Exception as problem:
-                reason = f"its probe through the attention interface failed: {type(problem).__name__}: {problem}"
-                return [Refusal("attention", path, reason.splitlines()[0][:200])]
+                reason = f"its probe through the attention interface failed: {first_line(problem)}"
+                return [Refusal("attention", path, reason)]
             if not error.passes():
                 return [Refusal("attention", path, f"the interface changes it: probe error {error.worst():.1e}")]
             fused = prove(_fused_options(module, probe))

@@ -47,7 +47,7 @@ def prove(options: Sequence[tuple[str, T, Callable[[], ProbeError]]]) -> tuple[s
         try:
             error = probe()
         except Exception as problem:
-            failure = f"its probe as {op} failed: {_first_line(problem)}"
+            failure = f"its probe as {op} failed: {first_line(problem)}"
             continue
         if error.passes():
             return op, forward, error
@@ -58,6 +58,7 @@ def prove(options: Sequence[tuple[str, T, Callable[[], ProbeError]]]) -> tuple[s
     return failure
 
 
-def _first_line(problem: Exception) -> str:
+def first_line(problem: Exception) -> str:
+    """What went wrong, in one line."""
     lines = str(problem).splitlines()
-    return f"{type(problem).__name__}: {lines[0][:120]}" if lines else type(problem).__name__
+    return f"{type(problem).__name__}: {lines[0][:160]}" if lines else type(problem).__name__

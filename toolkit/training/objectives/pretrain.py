@@ -14,7 +14,7 @@ from toolkit.state.batch import RaggedBatch
 from toolkit.training import corpus
 from toolkit.training.data import PackedStream, encode
 from toolkit.training.evaluate import Score, compressed_bits_per_byte, score_windows, windows
-from toolkit.training.objectives.base import Objective, Setting
+from toolkit.training.objectives.base import Objective, Setting, divided
 from toolkit.training.objectives.functions import next_token_loss
 
 
@@ -43,40 +43,47 @@ class Pretrain(Objective):
     def bind(self, setting: Setting) -> None:
         super().bind(setting)
         recipe = self.recipe
-        self.stream = PackedStream(
-            self.train_files,
-            setting.tokenizer,
-            batch_tokens=recipe.train.batch_tokens,
-            max_length=recipe.train.max_length,
-            interleave=recipe.data.interleave,
-            seed=recipe.seed,
-            rank=setting.rank,
-            world=setting.world,
-        )
+        count = setting.world if recipe.data.streams is None else recipe.data.streams
+        mine = divided("data.streams", count, setting.world)
+        self.streams = [
+            PackedStream(
+                self.train_files,
+                setting.tokenizer,
+                batch_tokens=recipe.train.batch_tokens,
+                max_length=recipe.train.max_length,
+                interleave=recipe.data.interleave,
+                seed=recipe.seed,
+                rank=setting.rank * mine + index,
+                world=count,
+            )
+            for index in range(mine)
+        ]
 
     def updates(self, step: int) -> Iterator[Sequence[_Micro]]:
-        yield [self._next_batch() for _ in range(self.recipe.train.accumulate)]
+        yield [self._next_batch(stream) for stream in self.streams for _ in range(self.recipe.train.accumulate)]
 
-    def _next_batch(self) -> _Micro:
-        packed, device = self.stream.next_batch(), self.setting.device
+    def _next_batch(self, stream: PackedStream) -> _Micro:
+        packed, device = stream.next_batch(), self.setting.device
         targets = torch.tensor([token for targets in packed.targets for token in targets], device=device)
         return _Micro(RaggedBatch.from_sequences(packed.inputs, device=device, share=False), targets)
 
     def loss(self, forward: Callable[..., Any], micro: _Micro) -> Tensor:
-        return next_token_loss(forward(micro.batch), micro.targets) / self.recipe.train.accumulate
+        return next_token_loss(forward(micro.batch), micro.targets) / (self.recipe.train.accumulate * len(self.streams))
 
     def rows(self, micro: _Micro) -> int:
         return len(micro.batch.tokens)
 
     def finish(self) -> tuple[int, dict[str, float]]:
         train = self.recipe.train
-        return train.batch_tokens * train.accumulate * self.setting.world, {"epoch": self.stream.epoch}
+        tokens = train.batch_tokens * train.accumulate * len(self.streams) * self.setting.world
+        return tokens, {"epoch": self.streams[0].epoch}
 
     def state_dict(self) -> dict[str, Any]:
-        return self.stream.state_dict()
+        return {"streams": [stream.state_dict() for stream in self.streams]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.stream.load_state_dict(state)
+        for stream, position in zip(self.streams, state["streams"], strict=True):
+            stream.load_state_dict(position)
 
     def held_out_texts(self) -> list[str]:
         """The held-out documents that ``evaluate.max_bytes`` allows."""

@@ -9,8 +9,12 @@ token of the sequence; the parameters, if any, are the head's own. The file hold
     [1, keys] (int64) and one tensor [heads, 1, 1] a parameter. ``score`` is differentiable by autograd.
 ``visible(query, key, *parameters)``
     Whether the query sees the key, beside what causality and a window allow; bool, broadcastable to the scores.
-``triton_score(s, query, key, p)``, ``triton_both(s, query, key, p)``, ``triton_visible(query, key, p)``
-    Triton functions of float32 tiles and int32 positions: the score, (score, derivative), and the mask.
+``first(query, *parameters)``
+    Beside ``visible``: a bound below which the query sees no key, which never falls as the query moves on. Tiles of keys
+    below the bound are skipped; no bit depends on it.
+``triton_score(s, query, key, p)``, ``triton_both(s, query, key, p)``, ``triton_visible(query, key, p)``,
+``triton_first(query, p)``
+    Triton functions of float32 tiles and int32 positions: the score, (score, derivative), the mask, the bound.
     Parameter i is ``tl.load(p + i)`` (float32; a tile that broadcasts). They see ``tl``, imported under
     ``TYPE_CHECKING`` only, for triton is not loaded before a kernel is.
 ``CPU``
@@ -36,25 +40,27 @@ from toolkit.errors import ToolkitError, nearest
 
 @dataclass(frozen=True)
 class Modifier:
-    """One modifier. ``score`` and ``derivative``, or ``visible``, are None where the file has none."""
+    """One modifier. Of ``score`` and ``derivative``, ``visible`` and ``first``, None stands for what the file lacks."""
 
     name: str
     parameters: int
     score: Callable[..., Tensor] | None
     derivative: Callable[..., Tensor] | None
     visible: Callable[..., Tensor] | None
+    first: Callable[..., Tensor] | None
     module: ModuleType
 
-    def device(self) -> tuple[Any, Any, Any]:
-        """``triton_score``, ``triton_both`` and ``triton_visible`` as Triton functions; None for what is not there."""
+    def device(self) -> dict[str, Any]:
+        """``triton_<name>`` for each of ``NAMES`` as Triton functions; None for what is not there."""
         if self.name not in _DEVICE:
             from toolkit.ops.attention import triton_modifiers
 
-            _DEVICE[self.name] = triton_modifiers.build(self.module)
+            _DEVICE[self.name] = triton_modifiers.build(self.module, NAMES)
         return _DEVICE[self.name]
 
 
-_DEVICE: dict[str, tuple[Any, Any, Any]] = {}
+NAMES = ("score", "both", "visible", "first")
+_DEVICE: dict[str, dict[str, Any]] = {}
 MODIFIERS: dict[str, Modifier] = {}
 
 
@@ -66,7 +72,8 @@ def _read(name: str, module: ModuleType) -> Modifier:
             f"attention modifier '{name}' has functions of {sorted(counts)} parameters;"
             " score or visible or both, of the same parameters, are required."
         )
-    return Modifier(name, counts.pop(), score, getattr(module, "derivative", None), visible, module)
+    first = getattr(module, "first", None)
+    return Modifier(name, counts.pop(), score, getattr(module, "derivative", None), visible, first, module)
 
 
 def discover() -> None:

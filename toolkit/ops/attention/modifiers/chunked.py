@@ -13,6 +13,16 @@ def visible(query: Tensor, key: Tensor, chunk: Tensor) -> Tensor:
     return query // size == key // size
 
 
+def first(query: Tensor, chunk: Tensor) -> Tensor:
+    size = chunk.long()
+    return query // size * size
+
+
+def triton_first(query, p):
+    size = tl.load(p).to(tl.int32)
+    return query // size * size
+
+
 def triton_visible(query, key, p):
     size = tl.load(p).to(tl.int32)
     return key >= query // size * size  # keys after the query are never seen

@@ -1,0 +1,19 @@
+"""Experts shared out under other people's loops train as one process of plain torch does, clipping included."""
+
+from pathlib import Path
+
+import pytest
+import torch.multiprocessing as multiprocessing
+from expert_hosts import under_accelerate, under_deepspeed
+
+
+@pytest.mark.parametrize(("size", "experts"), [(2, 2), (4, 2)])
+def test_accelerate(tmp_path: Path, size: int, experts: int) -> None:
+    multiprocessing.spawn(under_accelerate, (size, str(tmp_path), experts), size)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(("size", "experts"), [(2, 2), (4, 2)])
+def test_deepspeed(tmp_path: Path, size: int, experts: int, stage: int) -> None:
+    pytest.importorskip("deepspeed")
+    multiprocessing.spawn(under_deepspeed, (size, str(tmp_path), experts, stage), size)

@@ -1,0 +1,64 @@
+"""Experts shared out in the loop: two processes train as one does, resume to the bit, and save the whole model."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from shared_experts import moe_recipe
+from training_recipes import write_corpus
+
+from toolkit.errors import ToolkitError
+from toolkit.training.loop import Trainer
+from toolkit.training.metrics import read_metrics
+
+HERE = Path(__file__).parent
+
+
+def run_processes(folder: Path, name: str, count: int) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+    result = subprocess.run(
+        [*command, str(HERE / "shared_experts.py"), str(folder), name],
+        env=os.environ | {"PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("same bits") == count
+
+
+def test_two_processes_train_the_recipe_as_one_does(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "text")
+    runs = []
+    for name, count in (("one", 1), ("two", 2)):
+        run_processes(tmp_path, name, count)
+        folder = tmp_path / "runs" / name
+        runs.append(
+            (
+                read_metrics(folder / "metrics.jsonl"),
+                load_file(str(folder / "checkpoints/step-000008/model.safetensors")),
+            )
+        )
+    (lines, weights), (others, other_weights) = runs
+    assert len(lines) == len(others) == 8
+    for line, other in zip(lines, others):
+        assert line["tokens"] == other["tokens"]
+        assert abs(line["loss"] - other["loss"]) <= 1e-5
+        assert line["loss"] == other["loss"]
+    assert all(torch.equal(tensor, other_weights[name]) for name, tensor in weights.items())
+
+
+def test_errors_are_one_sentence(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "text")
+    with pytest.raises(ToolkitError, match="expert parallelism over 2 ranks cannot share out 1 processes"):
+        Trainer(moe_recipe(tmp_path, "one", **{"train.expert_parallel.size": 2}), quiet=True)
+    dense = {"model.config": "{model_type: llama, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2}"}
+    with pytest.raises(ToolkitError, match="RaggedModel has no patched layer of experts"):
+        Trainer(moe_recipe(tmp_path, "one", **dense), quiet=True)
+    with pytest.raises(ToolkitError, match=r"train.expert_parallel is given with objective.kind 'grpo'"):
+        moe_recipe(tmp_path, "one", objective="{kind: grpo, task: {name: countdown}}")

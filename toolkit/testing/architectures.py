@@ -1,0 +1,146 @@
+"""A small random model of every causal language model that transformers registers, from its default configuration.
+
+A default configuration is made small field by field: sizes go by a field's name, which architectures share, and what no
+name tells is in ``SETTINGS``. Of lists with an entry a layer as many layers are kept as show every entry once. Nothing
+is downloaded.
+"""
+
+import re
+from typing import Any
+
+import torch
+
+LAYERS = 2
+MOST_LAYERS = 4
+VOCABULARY = 331
+TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+# A whole number in a field of this name is at most this; the first name that fits.
+SIZES: tuple[tuple[str, int], ...] = (
+    (r".*vocab_size.*|.*hash_byte_group_vocab", VOCABULARY),
+    (r".*(max|n)_(target_|source_)?(position(_embedding)?s|ctx)|max_seq_len|n_ctx|n_positions|model_max_length", 512),
+    (r"(seq|context|image_seq|prompt)_length", 512),
+    (r".*(num_key_value_heads|num_kv_heads)|num_query_groups|linear_num_key_heads|index_n_heads", 2),
+    (r"(num_|n_|.*_)?(attention_)?heads?|.*num_(attention_)?heads|linear_num_value_heads", 4),
+    (r"n_layers?|num_(hidden_)?layers|(num_)?(de|en)coder_layers|num_blocks|num_layers_per_stack", LAYERS),
+    (r"mamba_n_heads|mamba_num_heads|n_mamba_heads", 8),
+    (r"qk_head_dim", 24),
+    (r"qk_rope_head_dim", 8),
+    (r".*head_(dim|size)|.*headdim|mamba_d_head|kv_channels|dim_head|d_head", 16),
+    (r"rotary_dim", 8),
+    (r".*_rank", 16),
+    (r".*(state_size|d_state)", 12),
+    (r"mamba_d_ssm", 128),
+    (r".*chunk_size", 8),
+    (r".*(intermediate|ffn|feed_forward).*(size|dim)|d_?ff|dim_ff|d_inner|n_inner|intermediate_size_mlp", 96),
+    (r"(moe_)?(n_routed|num|num_local)_experts|moe_num_experts", 8),
+    (r"num_expert_groups?|n_group", 2),
+    (r"num_experts_per_tok(en)?|moe_topk|topk_group|top_k", 2),
+    (r".*(hidden|embedding|embed|model|emb|backbone).*(size|dim|proj_dim)|d_model|n_embd|lru_width", 64),
+    (r".*sliding_window(_size)?|.*window_(size|len)|.*local_attention|mem_len", 8),
+    (r"index_topk", 8),
+    (r"query_pre_attn_scalar", 16),
+)
+
+# What else an architecture needs, by its model type.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16},
+    "codegen": {"rotary_dim": 8},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "deepseek_v2": {"topk_group": 1, "n_group": 1, "topk_method": "greedy"},
+    "dots1": {"n_shared_experts": 1, "n_routed_experts": 8, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
+    "dots3_note": {"per_layer_config": {}},
+    "dots3_note_text": {"per_layer_config": {}},
+    "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_ssm": 128},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
+    "granitemoehybrid": {
+        "mamba_n_heads": 8,
+        "mamba_d_head": 16,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2},
+    "ministral": {"head_dim": 16},
+    "nemotron": {"num_key_value_heads": 2},
+    "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 2},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"], "num_key_value_heads": 4},
+    "xlnet": {"d_head": 16},
+}
+
+
+def _kept_layers(values: dict[str, Any], count: int) -> list[int]:
+    """Layers that show every combination of entries of the lists with one entry a layer, in their order."""
+    lists = [value for value in values.values() if isinstance(value, list) and len(value) == count]
+    seen: dict[Any, int] = {}
+    for layer in range(count):
+        seen.setdefault(repr([one[layer] for one in lists]), layer)
+    kept = sorted(seen.values())[:MOST_LAYERS]
+    return kept if len(kept) >= LAYERS else list(range(min(LAYERS, count)))
+
+
+def _smaller(values: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a configuration that change, made small."""
+    counts = [values.get(name) for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers")]
+    count = next((one for one in counts if isinstance(one, int)), 0)
+    layers = _kept_layers(values, count) if count else []
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and "model_type" in value:
+            found[name] = {**value, **_smaller(value)}
+        elif isinstance(value, list) and count > LAYERS and len(value) == count:
+            found[name] = [_sized(name, value[layer]) for layer in layers]
+        elif name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") and isinstance(value, int):
+            found[name] = len(layers)
+        elif name.endswith("_token_id") and isinstance(value, int):
+            found[name] = TOKENS.get(name, 3)
+        elif (size := _sized(name, value)) != value:
+            found[name] = size
+    if values.get("qk_nope_head_dim") or values.get(
+        "kv_lora_rank"
+    ):  # latent attention: every head has a key of its own
+        found["num_key_value_heads"] = found.get("num_attention_heads", values.get("num_attention_heads"))
+        if values.get("head_dim") == values.get("qk_rope_head_dim"):
+            found["head_dim"] = found.get("qk_rope_head_dim")
+    return found
+
+
+def _sized(name: str, value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int):
+        return value
+    return next((min(value, size) for pattern, size in SIZES if re.fullmatch(pattern, name)), value)
+
+
+def architectures() -> list[str]:
+    """The model types whose causal language model transformers registers, one a class."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as names
+
+    first: dict[str, str] = {}
+    for model_type, class_name in names.items():
+        first.setdefault(class_name, model_type)
+    return list(first.values())
+
+
+def small_config(model_type: str, **settings: Any) -> Any:
+    """A configuration of ``model_type`` with 2 to 4 layers and a width of 64 or so."""
+    from transformers import AutoConfig
+
+    values = AutoConfig.for_model(model_type).to_dict()
+    decoder = {"is_decoder": True} if values.get("is_decoder") is False and not values.get("is_encoder_decoder") else {}
+    changed = _smaller(values) | TOKENS | decoder | SETTINGS.get(model_type, {}) | settings
+    return AutoConfig.for_model(model_type, **changed)
+
+
+def small_model(model_type: str, seed: int = 0, **settings: Any) -> Any:
+    """A float32 causal language model of ``small_config`` with random weights, in eval mode."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(small_config(model_type, **settings), dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                scale = 0.2 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5
+                parameter.add_(torch.randn_like(parameter), alpha=scale)
+    return model.eval()

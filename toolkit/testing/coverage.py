@@ -1,0 +1,262 @@
+"""What a patch does to each architecture that transformers registers, measured on a small random model of it.
+
+Seven columns: roles patched, largest probe error, loss and gradient against the unpatched model, greedy generation by
+the engine against ``generate``, tokens whose log-probability differs between engine and training, and export and
+reload. An architecture is covered when all hold, refused when the patch left what a ragged batch needs and said why,
+and wrong when something was patched and a number is not right.
+"""
+
+import math
+import multiprocessing
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from toolkit.engine import Engine, SamplingParams
+from toolkit.errors import ToolkitError
+from toolkit.export import export
+from toolkit.patch import patch, token_logprobs, unpatch
+from toolkit.testing.architectures import small_model
+from toolkit.testing.parity import check_parity
+
+LOSS_LIMIT = 1e-5  # relative, float32 both
+GRADIENT_LIMIT = 1e-4  # relative norm of all gradients together, float32 both
+NEW_TOKENS = 8
+PARITY_TOKENS = 150
+SECONDS = 120  # an architecture may take
+
+
+@dataclass
+class Coverage:
+    """One architecture's row. None in a column: it was not reached, and ``reason`` says why."""
+
+    model_type: str
+    name: str = ""
+    roles: dict[str, int] = field(default_factory=dict)
+    probe_error: float | None = None
+    loss_error: float | None = None
+    gradient_error: float | None = None
+    generated: bool | None = None
+    differing: int | None = None
+    exported: bool | None = None
+    left_alone: list[str] = field(default_factory=list)
+    reason: str = ""
+    seconds: float = 0.0
+
+    @property
+    def covered(self) -> bool:
+        """All seven columns hold."""
+        return bool(self.roles) and bool(self.generated) and self.differing == 0 and bool(self.exported) and self.right
+
+    @property
+    def right(self) -> bool:
+        """Nothing that was measured is wrong."""
+        loss, gradient = self.loss_error or 0.0, self.gradient_error or 0.0
+        numbers = loss <= LOSS_LIMIT and gradient <= GRADIENT_LIMIT
+        return numbers and self.generated is not False and not self.differing and self.exported is not False
+
+    @property
+    def verdict(self) -> str:
+        """ "covered", "refused" (with a reason, nothing wrong) or "wrong"."""
+        return "covered" if self.covered else "refused" if self.right and self.reason else "wrong"
+
+
+def _batch(vocabulary: int) -> tuple[Tensor, Tensor]:
+    source = torch.Generator().manual_seed(3)
+    ids = torch.randint(5, vocabulary, (2, 13), generator=source)
+    return ids, ids.clone()
+
+
+def _loss_and_gradient(model: Any) -> tuple[Tensor, Tensor]:
+    """Loss, and all gradients in one vector, float64."""
+    ids, labels = _batch(min(model.get_input_embeddings().num_embeddings, 300))
+    model.zero_grad(set_to_none=True)
+    loss = model(input_ids=ids, labels=labels, use_cache=False).loss
+    loss.backward()
+    parts = [
+        p.grad.flatten().double() if p.grad is not None else torch.zeros(p.numel()).double() for p in model.parameters()
+    ]
+    model.zero_grad(set_to_none=True)
+    return loss.detach().double(), torch.cat(parts)
+
+
+def _generate(model: Any, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """transformers' greedy continuation of each prompt alone."""
+    found = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW_TOKENS,
+            min_new_tokens=NEW_TOKENS, eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+        found.append(out[0, len(prompt) :].tolist())
+    return found
+
+
+def _agrees(model: Any, prompts: Sequence[Sequence[int]], expected: Sequence[Sequence[int]]) -> bool:
+    """Whether the engine's greedy tokens are those expected; a tie in the logits may go either way."""
+    params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
+    with Engine(model, max_num_seqs=4) as engine:
+        outputs = engine.generate([list(prompt) for prompt in prompts], params)
+    for output in outputs:
+        if output.error is not None:
+            raise ToolkitError(output.error)
+    return all(output.token_ids == list(tokens) for output, tokens in zip(outputs, expected, strict=True))
+
+
+def _reloads(model: Any) -> bool:
+    """Whether an export, opened by unpatched transformers, computes the same logits."""
+    from transformers import AutoModelForCausalLM
+
+    ids, _ = _batch(300)
+    with tempfile.TemporaryDirectory() as folder:
+        path = export(model, Path(folder) / "exported")
+        other = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    unpatch(model)
+    with torch.no_grad():
+        mine, theirs = (one(input_ids=ids, use_cache=False).logits for one in (model, other))
+    return torch.allclose(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+def measure(model_type: str) -> Coverage:
+    """One architecture's row. What goes wrong on the way is the row's reason."""
+    row, begun = Coverage(model_type), time.monotonic()
+    stage = "no small model can be made of it"
+    try:
+        model = small_model(model_type)
+        row.name = type(model).__name__
+        stage = "transformers' own forward fails on the small model"
+        loss, gradient = _loss_and_gradient(model)
+        if not math.isfinite(float(loss)):
+            raise ToolkitError("the loss is not finite")
+        stage = "patch"
+        report = patch(model)
+        row.roles = report.roles()
+        row.probe_error = report.worst_error()
+        row.left_alone = [f"{role} {path}: {reason}" for role, path, _, reason in report.left_alone()]
+        stage = "patched forward"
+        got, patched = _loss_and_gradient(model)
+        row.loss_error = float((got - loss).abs() / loss.abs().clamp_min(1e-30))
+        row.gradient_error = float((patched - gradient).norm() / gradient.norm().clamp_min(1e-30))
+        stage = "ragged batch"
+        prompts = [_batch(300)[0][0, :length].tolist() for length in (5, 11)]
+        with torch.no_grad():
+            token_logprobs(model, prompts)
+        unpatch(model)
+        stage = "transformers' generate"
+        expected = _generate(model, prompts)
+        patch(model)
+        stage = "engine"
+        row.generated = _agrees(model, prompts, expected)
+        stage = "parity"
+        row.differing = check_parity(model, [_batch(300)[0][0].tolist()], min_tokens=PARITY_TOKENS).differing
+        stage = "export"
+        row.exported = _reloads(model)
+    except Exception as problem:
+        text = str(problem).strip().splitlines()
+        row.reason = f"{stage}: {text[0][:240] if text else type(problem).__name__}"
+    finally:
+        row.seconds = round(time.monotonic() - begun, 1)
+    return row
+
+
+def _work(model_types: Sequence[str], connection: Any) -> None:
+    """In a process of its own: a row after the other."""
+    import logging
+
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.CRITICAL)
+    torch.set_num_threads(1)
+    for model_type in model_types:
+        connection.send(asdict(measure(model_type)))
+    connection.close()
+
+
+def measure_all(
+    model_types: Sequence[str],
+    workers: int = 2,
+    seconds: float = SECONDS,
+    say: Callable[[Coverage], None] | None = None,
+) -> list[Coverage]:
+    """Rows of all, in order; an architecture that takes longer than ``seconds``, or ends its process, is such a row."""
+    context = multiprocessing.get_context("spawn")
+    waiting = list(model_types)
+    rows: dict[str, Coverage] = {}
+    running: list[_Worker] = []
+    while waiting or running:
+        while waiting and len(running) < workers:
+            share, waiting = waiting[:8], waiting[8:]
+            running.append(_Worker(context, share))
+        for worker in list(running):
+            for row in worker.rows(seconds):
+                rows[row.model_type] = row
+                if say is not None:
+                    say(row)
+            if worker.done:
+                running.remove(worker)
+                waiting = worker.left + waiting
+        time.sleep(0.05)
+    return [rows[model_type] for model_type in model_types]
+
+
+class _Worker:
+    """A process with some architectures to measure."""
+
+    def __init__(self, context: Any, share: list[str]) -> None:
+        self.left = share
+        self.done = False
+        self._connection, other = context.Pipe(duplex=False)
+        self._process = context.Process(target=_work, args=(share, other), daemon=True)
+        self._process.start()
+        other.close()
+        self._since = time.monotonic()
+
+    def rows(self, seconds: float) -> Iterator[Coverage]:
+        """Rows that have come in; the one under way as a failed one, if it takes too long or its process has ended."""
+        try:
+            while self._connection.poll():
+                row = Coverage(**self._connection.recv())
+                self.left = self.left[1:]
+                self._since = time.monotonic()
+                yield row
+        except EOFError:
+            self.done = True
+        late = time.monotonic() - self._since > seconds
+        if self.left and (late or self.done):
+            self._process.kill()
+            self.done = True
+            failed, self.left = self.left[0], self.left[1:]
+            yield Coverage(failed, reason=f"it took more than {seconds:.0f} s" if late else "its process ended")
+        if self.done:
+            self._process.join()
+
+
+def report_lines(rows: Sequence[Coverage]) -> list[str]:
+    """A Markdown table, a row an architecture, then what was left alone and why."""
+
+    def number(value: float | None) -> str:
+        return "" if value is None else f"{value:.1e}"
+
+    def yes(value: bool | None) -> str:
+        return "" if value is None else "yes" if value else "no"
+
+    lines = [
+        "| architecture | verdict | roles | probe | loss | gradient | greedy | differing | export | reason |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        roles = ", ".join(f"{count} {role}" for role, count in row.roles.items())
+        differing = "" if row.differing is None else str(row.differing)
+        reason = (row.reason or "; ".join(row.left_alone)).replace("|", "\\|")
+        lines.append(
+            f"| {row.model_type} | {row.verdict} | {roles} | {number(row.probe_error)} | {number(row.loss_error)} | "
+            f"{number(row.gradient_error)} | {yes(row.generated)} | {differing} | {yes(row.exported)} | {reason} |"
+        )
+    return lines

@@ -1,0 +1,83 @@
+"""Expert parallelism under DeepSpeed's ZeRO stages 1 and 2: experts over our exchange, the rest as DeepSpeed has it.
+
+    toolkit.patch(model)
+    sharded = expert_parallel(model)
+    optimizer = torch.optim.AdamW(parameter_groups(model))
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    ...
+    engine.backward(loss)
+    engine.step()
+    ...
+    state = gather_state_dict(model, sharded)  # on every process; full layout
+
+DeepSpeed tells expert parameters by ``allreduce = False`` and ``group_name``, partitions their optimizer state over the ranks
+that hold the same experts, divides their gradients by the number of all ranks and adds their norm up over them.
+"""
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from toolkit.errors import ToolkitError
+from toolkit.moe.sharding import ShardedExperts, gather_state_dict, shard_experts
+from toolkit.patch import expert_layers
+
+__all__ = ["expert_parallel", "gather_state_dict", "parameter_groups"]
+
+MARK = "deepspeed_experts"
+"""The child without parameters by which DeepSpeed's engine sees that a model has experts."""
+
+
+def expert_parallel(model: nn.Module, size: int | None = None, chunks: int = 2) -> ShardedExperts:
+    """Share the experts of a patched model out to the processes, before ``deepspeed.initialize``.
+
+    size: processes that share a layer's experts, None for all; chunks: see ``toolkit.moe.ExpertParallel``. Every process
+    must hold equal parameters. The groups are DeepSpeed's own, and gradients are averaged and clipped by it: ``reduce`` and
+    ``clip`` of the result are not to be called. ``engine.save_checkpoint`` does not know these experts; save what
+    ``gather_state_dict`` gives.
+    Raises ToolkitError unless ``deepspeed.init_distributed`` was called, and for sizes that do not divide.
+    """
+    from deepspeed.utils import groups
+
+    if not dist.is_initialized():
+        raise ToolkitError("torch.distributed has no process group; call deepspeed.init_distributed() first.")
+    size = dist.get_world_size() if size is None else size
+    if size < 1 or dist.get_world_size() % size:
+        raise ToolkitError(
+            f"expert parallelism over {size} ranks cannot share out {dist.get_world_size()} processes evenly."
+        )
+    name = f"ep_size_{size}"
+    groups._create_expert_and_data_parallel(size)
+    sharded = shard_experts(
+        model, expert_layers(model), groups._get_expert_parallel_group(name), chunks=chunks, average=False
+    )
+    for parameter in sharded.parameters.values():
+        mark: Any = parameter
+        mark.allreduce, mark.group_name = False, name
+    model.add_module(MARK, _mark(next(iter(sharded.parameters.values())).shape[0] * size))
+    return sharded
+
+
+def _mark(num_experts: int) -> nn.Module:
+    from deepspeed.moe.layer import MoE
+
+    class Mark(MoE):
+        """No layer: DeepSpeed's engine looks for modules of this class."""
+
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+            self.num_experts = num_experts
+
+        def set_deepspeed_parallelism(self, *args: Any, **kwargs: Any) -> None:
+            """The groups are there."""
+
+    return Mark()
+
+
+def parameter_groups(model: nn.Module, **settings: Any) -> list[dict[str, Any]]:
+    """Groups for an optimizer that DeepSpeed takes: experts apart from the rest. ``settings`` are those of every group."""
+    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return split_params_into_different_moe_groups_for_optimizer({"params": trained, "name": "dense", **settings})
