@@ -117,7 +117,7 @@ def test_the_ids_that_a_forward_uses_are_the_replayed_ones(numerics: str) -> Non
     model = random_model("qwen3_moe")
     toolkit.patch(model, numerics=numerics)
     sequences = tree(2)
-    routing = [other_routing(one, 2, 3, 8, 1) for one in sequences]
+    routing = [other_routing(one, 2, 3, 12, 1) for one in sequences]
     batch = RaggedBatch.from_sequences(sequences, routing=routing)
     seen: dict[int, torch.Tensor] = {}
 
@@ -139,9 +139,9 @@ def test_sequences_share_rows_only_as_far_as_they_were_routed_alike() -> None:
     toolkit.patch(model)
     first = tree(4)[0]
     sequences = [first, first, first[:-3]]
-    routing = [other_routing(one, 2, 3, 8, 1) for one in sequences]
+    routing = [other_routing(one, 2, 3, 12, 1) for one in sequences]
     routing[1] = routing[1].clone()
-    routing[1][10:, 0] = (routing[1][10:, 0] + 1) % 8
+    routing[1][10:, 0] = (routing[1][10:, 0] + 1) % 12
     routing[2] = routing[2][:-1]
     batch = RaggedBatch.from_sequences(sequences, routing=routing)
     # The third lacks its last token's experts, so that one is a row of its own.
@@ -156,7 +156,7 @@ def test_layers_that_run_again_are_routed_alike() -> None:
     model = random_model("qwen3_moe")
     toolkit.patch(model)
     sequences = tree(5)
-    routing = [other_routing(one, 2, 3, 8, 9) for one in sequences]
+    routing = [other_routing(one, 2, 3, 12, 9) for one in sequences]
     model.train()
     wanted = gradients(model, toolkit.token_logprobs(model, sequences, routing=routing))
     for reentrant in (False, True):
@@ -199,7 +199,7 @@ def test_what_cannot_be_replayed_is_one_sentence() -> None:
     assert "routing[0] has shape [2, 2, 3]" in refused(good[:2])
     assert "dtype torch.float32" in refused(good.float())
     assert "routing[0] has the expert -1; allowed are 0 and more." in refused(good - 1)
-    assert "routing has the expert 10; allowed are 0 to 7." in refused(good + 8)
+    assert "routing has the expert 14; allowed are 0 to 11." in refused(good + 12)
     assert "chosen has shape [4, 2]; allowed is [4, 3]." in refused(good[..., :2])
     assert "routing has 1 layers of experts; the model has more." in refused(good[:, :1])
     assert "of which no router of the model took [2, 3]" in refused(good.repeat(1, 2, 1))

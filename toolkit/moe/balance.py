@@ -20,7 +20,7 @@ def load_balancing_loss(logits: Sequence[Tensor], ids: Sequence[Tensor], multipl
     ``f_e = sum_lt m_t [t goes to e] / N`` (constant) and ``P_e = sum_lt m_t softmax(logits_lt)_e / N``.
 
     Fedus et al., "Switch Transformers", 2021, equations 4 to 6, as transformers' ``load_balancing_loss_func`` has it:
-    layers are pooled, and f sums to K, so even loads give K. logits: [T, E] a layer; ids: [T, K] a layer, what was chosen.
+    layers are pooled, and f sums to K, so even loads give K. logits: [T, E] a layer; ids: [T, K] a layer, the choice.
     A scalar in float32 (float64 for float64), differentiable in the logits. Raises ToolkitError where layers differ in
     experts, for their loads are added up.
     """
@@ -57,7 +57,8 @@ def expert_load(ids: Tensor, experts: int, multiplicity: Tensor | None = None) -
 def correct_bias(bias: Tensor, load: Tensor, rate: float) -> None:
     """``bias_e += rate sign(mean load - load_e)``, in place: overloaded experts become harder to choose.
 
-    Wang et al., "Auxiliary-Loss-Free Load Balancing", 2024, as DeepSeek-V3 trains with it. bias: E numbers of any shape; load: [E].
+    Wang et al., "Auxiliary-Loss-Free Load Balancing", 2024, as DeepSeek-V3 trains with it. load: [E]. bias: as many
+    numbers, in any shape.
     """
     bias.add_((load.mean() - load).sign().to(bias.dtype).view(bias.shape), alpha=rate)
 
@@ -91,8 +92,10 @@ class RouterStatistics:
     def __call__(
         self, layer: int, logits: Tensor, ids: Tensor, multiplicity: Tensor | None, correction: Tensor | None
     ) -> None:
-        """Called by routers. Raises ToolkitError inside a reentrant checkpoint, which hides the logits' graph, and for a
-        second forward whose losses nobody took between.
+        """Called by routers.
+
+        Raises ToolkitError inside a reentrant checkpoint, which hides the logits' graph, and for a second forward
+        before the losses of the first were taken.
         """
         if self.losses and layer in self._seen:
             raise ToolkitError(f"the router of layer {layer} ran twice; take the losses of a forward before the next.")

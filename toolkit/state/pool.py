@@ -108,7 +108,7 @@ class StatePool:
             state.write((ids[:, None],), batch.views[group], batch.query_offsets)
 
     def recorded(self, pages: Sequence[Sequence[int]], length: int) -> Tensor | None:
-        """[length, L, K] int32 on the host: the experts of every token of a sequence in each layer of experts, in order.
+        """[length, L, K] int32 on the host: the experts of every token of a sequence, in each layer of experts.
 
         pages: the sequence's table in each group. None where no layer records its routing.
         """

@@ -52,7 +52,8 @@ def check_parity(
     """Generate at least ``min_tokens`` tokens from ``prompts`` under random schedules and compare every one.
 
     prompts: token ids; each schedule takes a random subset, some cut short or extended to share prefixes.
-    A mixture of experts is compared twice: with routers that choose in training, and with the engine's routing replayed.
+    A mixture of experts is compared twice: with routers that choose in training, and with the engine's routing
+    replayed.
     """
     report = patch(model, numerics=numerics)
     source = random.Random(seed)

@@ -69,7 +69,7 @@ class StateKind(ABC):
 
     kind: ClassVar[str]
     op: ClassVar[str]
-    """The method of the pool that uses it: "attend", "scan", "convolve" or "record"; a layer has one of each at most."""
+    """The pool's method that uses it: "attend", "scan", "convolve" or "record"; a layer has one of each at most."""
     stride: ClassVar[int] = 0
     """0: a page holds a slot for each token. s > 0: it holds one value, of which every s-th page's is kept."""
     recordable: ClassVar[bool] = True

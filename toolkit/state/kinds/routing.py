@@ -1,7 +1,7 @@
 """Where a token was routed: the experts of each token in a layer of experts, beside its keys and values.
 
-Prefix hits, forks, swaps and truncations bring a token's routing along with its state, so a completion's is always whole
-and is the one that its log-probabilities were computed by ("rollout routing replay" trains on it).
+Prefix hits, forks, swaps and truncations bring a token's routing along with its state, so a completion's is always
+whole, and it is the one that its state was computed by ("rollout routing replay" trains on it).
 """
 
 import torch
