@@ -9,13 +9,17 @@ from torch import Tensor
 
 from toolkit.ops.activation import activation
 from toolkit.ops.attention import attention
+from toolkit.ops.dispatch_plan import dispatch_plan
+from toolkit.ops.experts import experts
 from toolkit.ops.gated_activation import gated_activation
+from toolkit.ops.grouped_linear import combine, grouped_linear
 from toolkit.ops.layer_norm import layer_norm
 from toolkit.ops.linear import linear, linear_group
 from toolkit.ops.linear_logprob import linear_logprob
 from toolkit.ops.lora_linear import lora_linear
 from toolkit.ops.rms_norm import add_rms_norm, rms_norm
 from toolkit.ops.rotary import rotary, rotary_tables
+from toolkit.ops.route import route
 from toolkit.ops.sample import penalize, sample
 from toolkit.ops.token_logprob import token_logprob
 
@@ -25,6 +29,18 @@ OFFSETS = torch.tensor([0, 5, 5, 30])  # an empty sequence, and rows of padding 
 A, B = seeded(2, 3, WIDTH, seed=5), seeded(2, WIDTH, 3, seed=6)
 SQUARE = seeded(WIDTH, WIDTH, seed=4)
 HALF, INTEGERS = torch.full((ROWS,), 0.5, dtype=torch.float64), torch.arange(ROWS)
+
+
+# Experts 0 to 3, of which 2 gets no token; 4 marks a slot to skip.
+PLAN = dispatch_plan(torch.tensor([[0, 1], [3, 4], [1, 4], [4, 4]]).repeat(10, 1)[:ROWS], 4)
+UP, DOWN = seeded(4, 14, WIDTH, seed=7), seeded(4, WIDTH, 7, seed=8)
+
+
+def mixed(x: Tensor, site: str) -> Tensor:
+    bias = x[:4, :14], x[4:8]
+    return experts(
+        x, x[:, :2], UP.to(x.dtype), DOWN.to(x.dtype), PLAN, "silu", up_bias=bias[0], down_bias=bias[1], site=site
+    )  # fmt: skip
 
 
 def attend(x: Tensor) -> Tensor:
@@ -48,6 +64,20 @@ OPS = {
     "linear_logprob": lambda x: linear_logprob(x, SQUARE.to(x.dtype), IDS, bias=x[0], top_k=3)[:4],
     "linear_logprob, ignored": lambda x: linear_logprob(x, SQUARE.to(x.dtype), IDS * 0 - 1)[:1],
     "attention": attend,
+    "dispatch_plan": lambda x: [value.double() for value in dispatch_plan(IDS.view(-1, 1) % 6, 4, 8)],
+    "route": lambda x: route(x, 3, "sigmoid", bias=x[0].detach(), groups=9, kept_groups=2, group_best=2)[0],
+    "route, normalised": lambda x: route(x, 3, normalise=True)[0],
+    "grouped_linear": lambda x: grouped_linear(x, UP.to(x.dtype), x[:4, :14], PLAN, gather=True),
+    "grouped_linear, weights": lambda x: grouped_linear(
+        torch.cat([x, x])[: 2 * ROWS].detach(), x[:28].unflatten(0, (4, 7)), None, PLAN
+    ),
+    "combine": lambda x: combine(torch.cat([x, x]), PLAN[1], x[:, :2]),
+    "experts": lambda x: mixed(x, "activation"),
+    "experts, at the combine": lambda x: mixed(x, "combine"),
+    "experts, at the input": lambda x: mixed(x, "input"),
+    "experts, weights": lambda x: experts(
+        x.detach(), x.detach()[:, :2], x[:28].unflatten(0, (4, 7)), DOWN.to(x.dtype), PLAN, "gelu"
+    ),
     "sample": lambda x: sample(x.detach(), HALF, INTEGERS % 5, HALF, HALF, INTEGERS, INTEGERS)[1],
     "penalize": lambda x: penalize(
         x.detach(),

@@ -13,7 +13,8 @@ using at::Tensor;
 std::tuple<Tensor, Tensor, Tensor, Tensor> dispatch_plan(const Tensor& experts, int64_t num_experts, int64_t tile) {
   TORCH_CHECK(experts.dim() == 2 && experts.scalar_type() == at::kLong && num_experts >= 0 && tile >= 1,
               "dispatch_plan: got experts ", experts.sizes(), " of ", experts.scalar_type(), ", num_experts ",
-              num_experts, " and tile ", tile, "; allowed are int64 [T, K], 0 or more experts and a tile of 1 or more.");
+              num_experts, " and tile ", tile,
+              "; allowed are int64 [T, K], 0 or more experts and a tile of 1 or more.");
   const Tensor ids = experts.contiguous();
   const int64_t slots = ids.numel(), bound = slots / tile + std::min(num_experts, slots);
   Tensor order = at::empty({slots}, ids.options()), rows = at::empty(ids.sizes(), ids.options());

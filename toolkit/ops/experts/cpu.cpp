@@ -31,8 +31,8 @@ Layout check(const char* op, const Plan& plan, const Tensor& x, const Tensor& sc
   for (const auto& [bias, size] : {std::pair{up_bias, up.size(outputs)}, std::pair{down_bias, x.size(1)}})
     TORCH_CHECK(!bias || (bias->dim() == 2 && bias->size(0) == plan.experts && bias->size(1) == size &&
                           bias->scalar_type() == x.scalar_type()),
-                op, ": a bias has shape ", bias ? bias->sizes() : at::IntArrayRef{}, "; allowed is [", plan.experts, ", ",
-                size, "] of ", x.scalar_type(), ".");
+                op, ": a bias has shape ", bias ? bias->sizes() : at::IntArrayRef{}, "; allowed is [", plan.experts,
+                ", ", size, "] of ", x.scalar_type(), ".");
   TORCH_CHECK(up.scalar_type() == x.scalar_type() && down.scalar_type() == x.scalar_type(), op, ": got x of ",
               x.scalar_type(), ", weights of ", up.scalar_type(), " and ", down.scalar_type(), "; they must be equal.");
   return {down.size(inputs), up.size(outputs) != down.size(inputs), interleaved};

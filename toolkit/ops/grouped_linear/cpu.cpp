@@ -11,8 +11,8 @@ void check(const char* op, const Plan& plan, const Tensor& x, const Tensor& weig
   TORCH_CHECK(weight.dim() == 3 && weight.size(0) == plan.experts && x.dim() == 2 &&
                   x.size(0) == (gather ? plan.tokens : plan.count) && x.size(1) == weight.size(transposed ? 1 : 2),
               op, ": got x ", x.sizes(), " and weight ", weight.sizes(), " for a plan of ", plan.tokens, " tokens, ",
-              plan.count, " rows and ", plan.experts, " experts; allowed are [R, D], or [T, D] with gather, and [E, N, ",
-              "D], or [E, D, N] transposed.");
+              plan.count, " rows and ", plan.experts, " experts; allowed are [R, D], or [T, D] with gather, and ",
+              "[E, N, D], or [E, D, N] transposed.");
   TORCH_CHECK(weight.scalar_type() == x.scalar_type() && (!bias || bias->scalar_type() == x.scalar_type()), op,
               ": got x of ", x.scalar_type(), " and weight of ", weight.scalar_type(), "; they must be equal.");
   const int64_t outputs = weight.size(transposed ? 2 : 1);
@@ -44,7 +44,8 @@ std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(const Tensor& grad, c
   check("grouped_linear_backward", plan, x, weight, {}, gather, transposed);
   const int64_t outputs = weight.size(transposed ? 2 : 1);
   TORCH_CHECK(grad.dim() == 2 && grad.size(0) == plan.count && grad.size(1) == outputs,
-              "grouped_linear_backward: grad has shape ", grad.sizes(), "; allowed is [", plan.count, ", ", outputs, "].");
+              "grouped_linear_backward: grad has shape ", grad.sizes(), "; allowed is [", plan.count, ", ", outputs,
+              "].");
   const Tensor source = wide(x), g = rows_adjacent(grad.to(source.scalar_type())), matrices = rows_adjacent(weight);
   const auto type = source.scalar_type();
   Tensor to_x = at::empty({0}, x.options()), to_weight = at::empty({0}, x.options()), to_bias = to_weight.clone();

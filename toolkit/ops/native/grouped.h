@@ -121,13 +121,15 @@ Tensor sum_rows(const Plan& plan, const Tensor& x, bool gather, const T* factor)
   return out;
 }
 
-// out[t] = sum over its slots k, ascending, of w[t, k] (y[r] + s[t, k] b[e(r)]), r = rows[t, k]; slots of row -1 add
-// nothing. weights may be null for ones, and shift, which gives s b, for none.
+// A bias of each expert, times the slot's score.
 template <typename T>
 struct Shift {
   const T *bias, *scores;
   std::vector<int64_t> expert_of_row;
 };
+
+// out[t] = sum over its slots k, ascending, of w[t, k] (y[r] + shift), r = rows[t, k]; slots of row -1 add nothing.
+// weights may be null for ones, shift for none.
 
 template <typename T>
 Tensor combine(const Tensor& y, const Tensor& slot_rows, const T* weights, const Shift<T>* shift = nullptr) {

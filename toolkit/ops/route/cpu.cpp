@@ -21,14 +21,17 @@ void softmax(const T* x, int64_t n, T* p) {
   for_vectors<T>(n, [&](int64_t i, int64_t lanes) { (Vec<T>::loadu(p + i, lanes) / total).store(p + i, lanes); });
 }
 
+template <typename T, typename F>
+void score_row(const F& f, const T* x, int64_t n, T* p) {
+  for_vectors<T>(n, [&](int64_t i, int64_t lanes) { f.value(Vec<T>::loadu(x + i, lanes)).store(p + i, lanes); });
+}
+
 // body(score): score(x, n, p) writes p of one row.
 template <typename T, typename Body>
 void with_score(c10::string_view name, const Body& body) {
   if (name == "softmax") return body(softmax<T>);
   activations::with_plain_kind({name.data(), name.size()}, [&](auto f) {
-    body([f](const T* x, int64_t n, T* p) {
-      for_vectors<T>(n, [&](int64_t i, int64_t lanes) { f.value(Vec<T>::loadu(x + i, lanes)).store(p + i, lanes); });
-    });
+    body([f](const T* x, int64_t n, T* p) { score_row(f, x, n, p); });
   });
 }
 
@@ -193,7 +196,7 @@ Tensor backward(const Tensor& grad, const Tensor& logits, const Tensor& ids, c10
     }
     activations::with_plain_kind({score.data(), score.size()}, [&](auto f) {
       for_tokens([&](const T* row, T* p, T* to, const T* g, const int64_t* at) {
-        for_vectors<T>(n, [&](int64_t i, int64_t lanes) { f.value(Vec<T>::loadu(row + i, lanes)).store(p + i, lanes); });
+        score_row(f, row, n, p);
         scatter_gradient<T>(g, at, k, p, normalise, eps, scale, to);
         for_vectors<T>(n, [&](int64_t i, int64_t lanes) {
           const auto slope = f.both(Vec<T>::loadu(row + i, lanes)).derivative;

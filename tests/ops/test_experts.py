@@ -1,0 +1,288 @@
+"""experts: outputs and every gradient against a loop over experts in float64, and bits over random schedules."""
+
+import random
+
+import pytest
+import torch
+from moe_checks import LAYERS, ROUTINGS, Layer, gradients_of, routing
+from rowwise_checks import TOLERANCE, error, seeded, threads
+from torch import Tensor
+
+from toolkit.errors import ToolkitError
+from toolkit.ops.dispatch_plan import dispatch_plan
+from toolkit.ops.experts import experts
+from toolkit.ops.registry import has_native
+
+IMPLEMENTATIONS = ["reference", "cpu"] if has_native("experts") else ["reference"]
+every_impl = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+every_layer = pytest.mark.parametrize("name", LAYERS)
+native_only = pytest.mark.skipif(
+    not has_native("experts"), reason="the order of sums is a promise of the native kernel"
+)
+# An output of a narrow type has passed through z, the activation and the products' outputs, each rounded to it.
+NARROW = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
+SCORES = 1  # among the inputs
+
+
+def gradients(layer: Layer, inputs: list[Tensor], ids: Tensor, grad: Tensor, **how) -> list[Tensor]:
+    """The output, then the gradient of every input."""
+    leaves = [value.detach().clone().requires_grad_() for value in inputs]
+    out = layer.run(leaves, ids, **how)
+    return [out.detach(), *gradients_of(out, leaves, grad)]
+
+
+def check(layer: Layer, tokens: int, routed: str, impl: str, dtype: torch.dtype = torch.float32) -> None:
+    inputs, ids = layer.inputs(tokens, dtype), routing(routed, tokens, layer.slots, layer.experts)
+    grad = seeded(tokens, layer.width, seed=9, dtype=dtype)
+    leaves = [value.double().requires_grad_() for value in inputs]
+    exact = layer.oracle(leaves, ids)
+    wanted = gradients_of(exact, leaves, grad.double())
+    # In float32 16 roundings of the largest value: sums of these lengths in blocks lose less.
+    bound = NARROW.get(dtype, TOLERANCE[dtype])
+    out, *found = gradients(layer, inputs, ids, grad, impl=impl)
+    assert out.dtype == dtype
+    assert error(out, exact.detach()) <= bound
+    for at, (got, value) in enumerate(zip(found, wanted, strict=True)):
+        assert got.dtype == dtype
+        if at == SCORES and tokens:
+            # The product of a token's gradient with an output may cancel: it is judged by the former's length.
+            length = grad.double().norm(dim=-1).max().expand(1, layer.slots)
+            got, value = torch.cat([got.double(), length]), torch.cat([value, length])
+        assert error(got, value) <= bound
+
+
+@every_impl
+@every_layer
+@pytest.mark.parametrize("routed", ROUTINGS)
+def test_outputs_and_every_gradient_match_fp64(impl, name, routed):
+    for tokens in (0, 1, 5, 97):
+        check(LAYERS[name], tokens, routed, impl)
+
+
+@every_impl
+@every_layer
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_other_types(impl, name, dtype):
+    check(LAYERS[name], 41, "skipped slots", impl, dtype)
+
+
+@every_impl
+@pytest.mark.parametrize("routed", ROUTINGS)
+@pytest.mark.parametrize("name", ["halves", "as gpt-oss", "at the input"])
+def test_a_thousand_tokens(impl, routed, name):
+    check(LAYERS[name], 1000, routed, impl)
+
+
+@every_impl
+def test_more_tokens_than_four_thousand(impl):
+    check(Layer(width=16, inner=8, biases=True), 4097, "skewed", impl)
+
+
+@every_impl
+@every_layer
+def test_a_needle_keeps_its_bits(impl, name):
+    """The same token, experts and scores: any place, any number of tokens, any company, 1 or 2 threads."""
+    layer, rng = LAYERS[name], random.Random(0)
+    x, scores, *weights = layer.inputs(450)
+    ids = routing("skipped slots" if layer.slots > 1 else "uniform", 450, layer.slots, layer.experts, 3)
+    needle = 4
+    assert bool((ids[needle] < layer.experts).any())
+    alone = layer.run([x[needle : needle + 1], scores[needle : needle + 1], *weights], ids[needle : needle + 1], impl)
+    for trial in range(12):
+        tokens = rng.choice([1, 2, 3, 7, 30, 200, 450])
+        place = rng.randrange(tokens)
+        company = torch.randint(450, (tokens,))
+        company[place] = needle
+        with threads(trial % 2 + 1):
+            routed = (
+                ids[company] if trial % 3 else routing(rng.choice(ROUTINGS), tokens, layer.slots, layer.experts, trial)
+            )
+            routed[place] = ids[needle]
+            out = layer.run([x[company], scores[company], *weights], routed, impl)
+        assert torch.equal(out[place], alone[0]), (trial, tokens, place)
+
+
+@every_impl
+@every_layer
+@pytest.mark.parametrize("routed", ROUTINGS)
+def test_a_prefill_has_the_bits_of_its_decodes(impl, name, routed):
+    layer = LAYERS[name]
+    x, scores, *weights = layer.inputs(23)
+    ids = routing(routed, 23, layer.slots, layer.experts)
+    whole = layer.run([x, scores, *weights], ids, impl)
+    steps = [layer.run([x[t : t + 1], scores[t : t + 1], *weights], ids[t : t + 1], impl) for t in range(23)]
+    assert torch.equal(whole, torch.cat(steps))
+
+
+@native_only
+@every_layer
+def test_gradients_have_the_same_bits_on_every_run_and_any_threads(name):
+    layer = LAYERS[name]
+    inputs, grad = layer.inputs(600), seeded(600, layer.width, seed=9, dtype=torch.float32)
+    ids = routing("skewed", 600, layer.slots, layer.experts)
+    with threads(1):
+        first = gradients(layer, inputs, ids, grad)
+    for n in (1, 2, 2):
+        with threads(n):
+            assert all(torch.equal(*pair) for pair in zip(first, gradients(layer, inputs, ids, grad)))
+
+
+@every_layer
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recomputed_gradients_have_the_same_bits(name, dtype):
+    layer = LAYERS[name]
+    inputs, grad = layer.inputs(60, dtype), seeded(60, layer.width, seed=9, dtype=dtype)
+    ids = routing("skipped slots", 60, layer.slots, layer.experts)
+    kept, taken = (gradients(layer, inputs, ids, grad, recompute=again) for again in (False, True))
+    assert all(torch.equal(*pair) for pair in zip(kept, taken))
+
+
+def saved_shapes(layer: Layer, inputs: list[Tensor], ids: Tensor, recompute: bool) -> set[tuple[int, ...]]:
+    """Shapes of the floating-point tensors that are saved beside the inputs."""
+    leaves = [value.clone().requires_grad_() for value in inputs]
+    own = {leaf.untyped_storage().data_ptr() for leaf in leaves}
+    found = set()
+
+    def note(value: Tensor) -> Tensor:
+        if value.is_floating_point() and value.untyped_storage().data_ptr() not in own:
+            found.add(tuple(value.shape))
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda value: value):
+        layer.run(leaves, ids, recompute=recompute)
+    return found
+
+
+@pytest.mark.parametrize("name", ["halves", "as gpt-oss", "at the combine", "at the input"])
+def test_what_is_saved(name):
+    layer = LAYERS[name]
+    inputs, ids = layer.inputs(10), routing("uniform", 10, layer.slots, layer.experts)
+    assert saved_shapes(layer, inputs, ids, False) == {(10 * layer.slots, 2 * layer.inner)}
+    assert saved_shapes(layer, inputs, ids, True) == set()
+
+
+@every_impl
+def test_only_the_gradients_asked_for_and_experts_without_rows(impl):
+    layer = LAYERS["biases"]
+    ids = torch.tensor([[1, 3], [3, 1], [1, 5]])
+    full = gradients(layer, layer.inputs(3), ids, torch.ones(3, layer.width), impl=impl)[1:]
+    for value in full[2:]:
+        assert not value[[0, 2, 4]].any()
+        assert value[[1, 3]].flatten(1).any(1).all()
+    for wanted in range(1, 64):
+        leaves = [leaf.requires_grad_(bool(wanted >> i & 1)) for i, leaf in enumerate(layer.inputs(3))]
+        layer.run(leaves, ids, impl).sum().backward()
+        for i, (leaf, value) in enumerate(zip(leaves, full)):
+            assert (leaf.grad is not None) == bool(wanted >> i & 1)
+            assert leaf.grad is None or error(leaf.grad, value) <= TOLERANCE[torch.float32]
+
+
+@every_impl
+@every_layer
+def test_strides_do_not_change_bits(impl, name):
+    layer = LAYERS[name]
+    inputs, ids = layer.inputs(20), routing("uniform", 20, layer.slots, layer.experts)
+    grad = seeded(20, layer.width, seed=9, dtype=torch.float32)
+    strided = [torch.stack([value, -value], -1)[..., 0] for value in inputs]
+    turned = [value.mT.contiguous().mT for value in inputs]
+    dense = gradients(layer, inputs, ids, grad, impl=impl)
+    for views in (strided, turned):
+        assert torch.equal(layer.run(views, ids, impl), dense[0])
+        leaves = [value.requires_grad_() for value in views]
+        cotangent = torch.stack([grad, grad], -1)[..., 0]
+        for got, wanted in zip(torch.autograd.grad(layer.run(leaves, ids, impl), leaves, cotangent), dense[1:]):
+            assert error(got, wanted) <= (0 if impl == "cpu" else TOLERANCE[torch.float32])
+
+
+@every_impl
+@every_layer
+def test_nan_stays_with_its_token_and_its_expert(impl, name):
+    layer = LAYERS[name]
+    x, scores, up, *rest = layer.inputs(60)
+    ids = routing("skipped slots", 60, layer.slots, layer.experts)
+    clean = layer.run([x, scores, up, *rest], ids, impl)
+    x[7], scores[ids == layer.experts], up[0] = float("nan"), float("nan"), float("nan")
+    out = layer.run([x, scores, up, *rest], ids, impl)
+    dirty = (ids == 0).any(-1)
+    dirty[7] = bool((ids[7] < layer.experts).any())
+    assert torch.equal(out[~dirty], clean[~dirty])
+    assert bool(out[dirty].isnan().all())
+
+
+@every_impl
+def test_tokens_without_experts_and_scores_of_zero(impl):
+    layer = LAYERS["biases"]
+    inputs = layer.inputs(6)
+    assert not layer.run(inputs, torch.full((6, 2), 5), impl).any()
+    inputs[1].zero_()
+    assert not layer.run(inputs, routing("uniform", 6, 2, 5), impl).any()
+
+
+@every_impl
+def test_scores_may_be_wider_than_the_rest(impl):
+    layer = LAYERS["biases"]
+    inputs, ids = layer.inputs(30, torch.bfloat16), routing("uniform", 30, 2, 5)
+    inputs[1] = layer.inputs(30)[1].requires_grad_()
+    out = layer.run(inputs, ids, impl)
+    out.sum().backward()
+    assert (out.dtype, inputs[1].grad.dtype) == (torch.bfloat16, torch.float32)
+    assert error(out.detach(), layer.oracle([value.detach().double() for value in inputs], ids)) <= NARROW[out.dtype]
+
+
+def test_wrong_arguments_are_one_sentence():
+    layer = LAYERS["biases"]
+    x, scores, up, down, up_bias, down_bias = layer.inputs(4)
+    plan = dispatch_plan(routing("uniform", 4, 2, 5), 5)
+    for arguments, extra, words in [
+        ((x, scores, up, down, plan, "silu"), {"site": "end"}, "site is 'end'; allowed are activation, combine, input"),
+        ((x[0], scores, up, down, plan, "silu"), {}, "experts got x"),
+        ((x[:, :5], scores, up, down, plan, "silu"), {}, "do not fit together"),
+        ((x, scores, up[:4], down, plan, "silu"), {}, "do not fit together"),
+        ((x, scores[:, :1], up, down, plan, "silu"), {}, "experts got x"),
+        ((x, scores, up, down, plan, "no"), {}, "no"),
+        ((x, scores, up, down, plan, "silu"), {"up_bias": down_bias}, "up_bias is"),
+        ((x, scores, up.double(), down, plan, "silu"), {}, "must be equal"),
+    ]:
+        with pytest.raises(ToolkitError, match=words):
+            experts(*arguments, **extra)
+    if has_native("experts"):
+        for arguments, words in [
+            ((x, scores, up, up_bias, down, down_bias, *plan, "silu", "end", False, False), "site is 'end'"),
+            ((x, scores, up, up_bias, down[:2], None, *plan, "silu", "input", False, False), "do not fit together"),
+            ((x, scores, up, up_bias[:2], down, None, *plan, "silu", "input", False, False), "a bias has shape"),
+        ]:
+            with pytest.raises(RuntimeError, match=words):
+                torch.ops.toolkit.experts(*arguments)
+
+
+@every_layer
+def test_opcheck(name):
+    layer = LAYERS[name]
+    ids = routing("skipped slots", 5, layer.slots, layer.experts)
+    plan = dispatch_plan(ids, layer.experts)
+    flags = (layer.kind, layer.site, layer.transposed, layer.interleaved)
+    for needs in (False, True):
+        x, scores, up, down, *biases = (value.requires_grad_(needs) for value in layer.inputs(5))
+        up_bias, down_bias = biases or (None, None)
+        torch.library.opcheck(
+            torch.ops.toolkit.experts.default, (x, scores, up, up_bias, down, down_bias, *plan, *flags)
+        )  # fmt: skip
+    x, scores, up, down, *biases = layer.inputs(5)
+    z = torch.ops.toolkit.experts(x, scores, up, None, down, None, *plan, *flags)[1]
+    for needs in ((True,) * 6, (False, True, False, True, False, True)):
+        torch.library.opcheck(
+            torch.ops.toolkit.experts_backward.default,
+            (torch.ones_like(x), x, scores, z, up, down, biases[1] if biases else None, *plan, *flags, *needs),
+        )
+
+
+def test_compiles_into_one_graph():
+    layer = LAYERS["as gpt-oss"]
+    ids = routing("skipped slots", 9, layer.slots, layer.experts)
+    compiled = torch.compile(lambda ids, *inputs: layer.run(list(inputs), ids) * 2, backend="aot_eager", fullgraph=True)
+    results = []
+    for function in (compiled, lambda ids, *inputs: layer.run(list(inputs), ids) * 2):
+        leaves = [value.requires_grad_() for value in layer.inputs(9)]
+        out = function(ids, *leaves)
+        results.append([out.detach(), *torch.autograd.grad(out.sum(), leaves)])
+    assert all(torch.equal(*pair) for pair in zip(*results))

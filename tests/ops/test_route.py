@@ -1,0 +1,187 @@
+"""route: the choice against plain Python, weights and gradients against float64, a token's bits its own."""
+
+from itertools import product
+
+import pytest
+import torch
+from rowwise_checks import check_repeatable, check_rows, error, seeded, threads
+from torch import Tensor
+
+from toolkit.errors import ToolkitError
+from toolkit.ops.registry import has_native
+from toolkit.ops.route import route
+
+IMPLEMENTATIONS = ["reference", "cpu"] if has_native("route") else ["reference"]
+EXPERTS = 24
+GROUPS = [(1, 1, 1), (4, 2, 2), (6, 3, 1), (3, 3, 2)]
+every_impl = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+SETTINGS = [
+    {"score": score, "normalise": normalise, "groups": groups, "kept_groups": kept, "group_best": best}
+    for score, normalise, (groups, kept, best) in product(("softmax", "sigmoid"), (False, True), GROUPS)
+]
+
+
+def key(value: float) -> float:
+    return float("-inf") if value != value else value
+
+
+def chosen_by_hand(values: list[float], k: int, groups: int, kept: int, best: int) -> list[int]:
+    """Places of the k highest values in the groups that are kept; of equal ones the lowest."""
+    size = len(values) // groups
+    members = [range(g * size, (g + 1) * size) for g in range(groups)]
+    sums = [sum(sorted((values[e] for e in group), key=key, reverse=True)[:best]) for group in members]
+    order = sorted(range(groups), key=lambda g: (-key(sums[g]), g))[:kept]
+    candidates = [e for g in sorted(order) for e in members[g]]
+    return sorted(candidates, key=lambda e: (-key(values[e]), e))[:k]
+
+
+def oracle(logits: Tensor, ids: Tensor, *, score: str = "softmax", normalise: bool = False, eps: float = 0.0,
+           scale: float = 1.0, **_: object) -> Tensor:  # fmt: skip
+    wide = logits.double()
+    p = (wide.softmax(-1) if score == "softmax" else wide.sigmoid()).gather(1, ids)
+    return scale * (p / (p.sum(1, keepdim=True) + eps) if normalise else p)
+
+
+@every_impl
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_choice_weights_and_gradient(impl, settings, dtype):
+    for tokens, k, biased in ((0, 3, False), (1, 1, True), (57, 5, False), (57, 4, True)):
+        logits = seeded(tokens, EXPERTS, dtype=dtype, scale=2).requires_grad_()
+        bias = seeded(EXPERTS, seed=1, scale=0.2).to(dtype) if biased else None
+        weights, ids = route(logits, k, bias=bias, eps=1e-6, scale=1.7, impl=impl, **settings)
+        assert weights.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        wide = logits.detach().double()
+        scores = wide.softmax(-1) if settings["score"] == "softmax" else wide.sigmoid()
+        values = scores if bias is None else scores + bias.double()
+        limits = (settings["groups"], settings["kept_groups"], settings["group_best"])
+        assert ids.tolist() == [chosen_by_hand(row, k, *limits) for row in values.tolist()]
+        leaf = logits.detach().double().requires_grad_()
+        exact = oracle(leaf, ids, eps=1e-6, scale=1.7, **settings)
+        grad = seeded(tokens, k, seed=2).to(weights.dtype)
+        # A few roundings of exp, a sum of 24 and two quotients; the gradient of a narrow type is rounded to it.
+        bound = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-6}[dtype]
+        assert error(weights.detach(), exact.detach()) <= bound
+        (got,) = torch.autograd.grad(weights, logits, grad)
+        (wanted,) = torch.autograd.grad(exact, leaf, grad.double())
+        assert got.dtype == dtype
+        assert error(got, wanted) <= (4e-3 if dtype == torch.bfloat16 else bound)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_gradcheck_of_the_reference(settings):
+    logits = seeded(4, EXPERTS).requires_grad_()
+    ids = route(logits.detach(), 3, impl="reference", **settings)[1]
+
+    def weights(x: Tensor) -> Tensor:
+        return route(x, 3, chosen=ids, eps=1e-3, scale=1.3, impl="reference", **settings)[0]
+
+    assert torch.autograd.gradcheck(weights, logits)
+
+
+@every_impl
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_equal_values_go_to_the_lower_id(impl, settings):
+    logits = torch.randint(-1, 2, (200, EXPERTS), generator=torch.Generator().manual_seed(0)).float()
+    limits = (settings["groups"], settings["kept_groups"], settings["group_best"])
+    for k in (1, 4, 8):
+        ids = route(logits, k, impl=impl, **settings)[1]
+        # Equal logits have equal scores, so whole numbers in their place choose alike; but for sums of the best.
+        values = logits if limits[2] == 1 else route(logits, EXPERTS, settings["score"], impl=impl,
+                                                     chosen=torch.arange(EXPERTS).expand(200, -1))[0]  # fmt: skip
+        assert ids.tolist() == [chosen_by_hand(row, k, *limits) for row in values.tolist()]
+    zeros = torch.zeros(3, EXPERTS)
+    assert route(zeros, 5, impl=impl)[1].tolist() == [[0, 1, 2, 3, 4]] * 3
+
+
+@every_impl
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_rows_of_nan_and_infinity_have_distinct_valid_ids(impl, settings):
+    logits = seeded(40, EXPERTS, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    for value in (float("nan"), float("inf"), float("-inf")):
+        logits[torch.rand(40, EXPERTS, generator=generator) < 0.3] = value
+    logits[0], logits[1], logits[2] = float("nan"), float("-inf"), float("inf")
+    clean = torch.cat([seeded(5, EXPERTS, dtype=torch.float32, seed=3), logits])
+    for k in (1, 6):
+        ids = route(logits, k, impl=impl, **settings)[1]
+        assert all(len(set(row)) == k and 0 <= min(row) <= max(row) < EXPERTS for row in ids.tolist())
+        assert torch.equal(ids, route(logits, k, impl="reference", **settings)[1])
+        beside = route(clean, k, impl=impl, **settings)
+        for got, wanted in zip(beside, route(clean[:5], k, impl=impl, **settings)):
+            assert torch.equal(got[:5], wanted)
+    bias = torch.full((EXPERTS,), float("nan"))
+    assert route(logits[3:4], 3, "sigmoid", bias=bias, impl=impl)[1].tolist() == [[0, 1, 2]]
+
+
+@every_impl
+def test_a_recorded_routing_is_taken_in_its_order(impl):
+    logits = seeded(30, EXPERTS, dtype=torch.float32).requires_grad_()
+    chosen = torch.rand(30, EXPERTS, generator=torch.Generator().manual_seed(0)).argsort(-1)[:, ::6]
+    assert not chosen.is_contiguous()
+    weights, ids = route(logits, 4, chosen=chosen, normalise=True, impl=impl)
+    assert torch.equal(ids, chosen)
+    assert error(weights.detach(), oracle(logits.detach(), chosen, normalise=True)) <= 1e-6
+    weights, ids = route(logits, 4, normalise=True, impl=impl)
+    again, _ = route(logits, 4, chosen=ids, normalise=True, impl=impl)
+    assert torch.equal(weights, again)
+
+
+@every_impl
+@pytest.mark.parametrize("settings", SETTINGS[::3], ids=str)
+@pytest.mark.parametrize("experts", [24, 132])
+def test_a_token_keeps_its_bits(impl, settings, experts):
+    logits, bias = seeded(150, experts, dtype=torch.float32), seeded(experts, dtype=torch.float32, seed=4)
+    check_rows(lambda x: route(x, 4, bias=bias, impl=impl, **settings), [logits])
+    check_repeatable(lambda x: route(x, 4, bias=bias, impl=impl, **settings)[0], [logits])
+    strided = torch.stack([logits, logits], -1)[..., 0]
+    for got, wanted in zip(route(strided, 4, impl=impl), route(logits, 4, impl=impl)):
+        assert torch.equal(got, wanted)
+
+
+@every_impl
+def test_gradient_rows_keep_their_bits(impl):
+    logits = seeded(60, EXPERTS, dtype=torch.float32)
+    grad = seeded(60, 4, dtype=torch.float32, seed=1)
+
+    def gradient(rows: Tensor) -> Tensor:
+        leaf = logits[rows].requires_grad_()
+        weights, _ = route(leaf, 4, normalise=True, impl=impl)
+        return torch.autograd.grad(weights, leaf, grad[rows])[0]
+
+    whole = gradient(torch.arange(60))
+    for n in (1, 2):
+        with threads(n):
+            rows = torch.randperm(60, generator=torch.Generator().manual_seed(n))[:17]
+            assert torch.equal(gradient(rows), whole[rows])
+
+
+def test_wrong_arguments_are_one_sentence():
+    logits = torch.zeros(3, 8)
+    for arguments, words in [
+        ({"k": 9}, "k is 9 for logits"),
+        ({"k": 0}, "k is 0 for logits"),
+        ({"k": 2, "score": "no"}, "no"),
+        ({"k": 2, "groups": 3}, "groups, kept_groups and group_best are 3"),
+        ({"k": 5, "groups": 4, "kept_groups": 2}, "k is 5; 2 groups of 2 experts allow at most 4"),
+        ({"k": 2, "bias": torch.zeros(7)}, r"bias has shape \[7\]"),
+        ({"k": 2, "chosen": torch.zeros(3, 3, dtype=torch.int64)}, r"chosen has shape \[3, 3\]"),
+    ]:
+        with pytest.raises(ToolkitError, match=words):
+            route(logits, **arguments)
+    if has_native("route"):
+        with pytest.raises(IndexError, match="ids hold 8; allowed are 0 to 7"):
+            route(logits, 2, chosen=torch.full((3, 2), 8))
+
+
+def test_opcheck():
+    logits, bias = seeded(5, 8, dtype=torch.float32), torch.zeros(8)
+    for x in (logits, logits.clone().requires_grad_()):
+        torch.library.opcheck(
+            torch.ops.toolkit.route.default, (x, bias, None, 3, "softmax", 4, 2, 2, True, 1e-6, 2.0)
+        )  # fmt: skip
+        ids = route(logits, 3)[1]
+        torch.library.opcheck(torch.ops.toolkit.route.default, (x, None, ids, 3, "sigmoid", 1, 1, 1, False, 0.0, 1.0))
+    torch.library.opcheck(
+        torch.ops.toolkit.route_backward.default, (torch.ones(5, 3), logits, ids, "softmax", True, 0.0, 1.0)
+    )
