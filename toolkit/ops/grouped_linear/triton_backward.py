@@ -16,7 +16,7 @@ from toolkit.ops.grouped_linear.triton_combine import combine
 from toolkit.ops.linear.triton import aligned_rows
 from toolkit.ops.triton_rows import EXACT
 
-_SUMMED = (16, 256)  # rows and columns that a program of a bias' gradient holds
+_SUMMED = (16, 128)  # rows and columns that a program of a bias' gradient holds
 
 
 @triton.jit
