@@ -82,7 +82,7 @@ def cases() -> dict[str, Callable]:
             name = f"{short} {depth}/{width}"
             found[f"attention {name}{' paged' * paged}"] = attention_case(dtype, depth, **shape)
             found[f"attention_backward {name}{' forest' * paged}"] = attention_backward_case(dtype, depth, **shape)
-        for tokens, way in ((TOKENS, "splits apart"), (LONG, "splits in turn")):
+        for tokens, way in ((TOKENS, "splits apart"), (1024, "splits in turn")):
             deep: dict[str, Any] = {"paged": True, "tokens": tokens, "keys": LONG}
             for head_dim in (64, 128, 256):
                 found[f"attention {short} {head_dim} {way}"] = attention_case(dtype, head_dim, **deep)

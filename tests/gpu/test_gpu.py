@@ -110,6 +110,36 @@ def test_pages_chunks_and_neighbours_keep_the_bits(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "d", "window"), [(8, 2, 128, 0), (4, 2, 64, 2500), (16, 1, 576, 0)])
+def test_splits_keep_the_bits(dtype, heads, kv_heads, d, window):
+    """Many queries (one program takes the splits in turn), chunks and decode (a program a split), and a context that
+    alone is within one split (none) but has a longer neighbour: float64's values, and one row's bits."""
+    from toolkit.ops.attention import tiles
+    from toolkit.ops.triton_devices import architecture
+
+    split = tiles.split(architecture(torch.device("cuda")), dtype, d)
+    count = tiles.APART_ROWS + 88
+    length = 2 * split + 300
+    q, k, v = inputs(dtype, [length], [count], heads, kv_heads, d)
+    v = v[..., :512]
+    whole, whole_lse = contiguous(q, k, v, [length], [count], window)
+    assert relative(whole, dense(q, k, v, [length], [count], window)) < ERROR[dtype]
+    for begin, end in ((0, 1), (299, 300), (300, 301), (count - 301, count - 299), (7, 150), (count - 1, count)):
+        keys = length - count + end
+        got, lse = contiguous(q[begin:end], k[:keys], v[:keys], [keys], [end - begin], window)
+        assert torch.equal(got, whole[begin:end])
+        assert torch.equal(lse, whole_lse[begin:end])
+    short = split - 5
+    alone, alone_lse = contiguous(q[:9], k[:short], v[:short], [short], [9], window)
+    for others in (3, count):
+        packed = torch.cat([q[:9], q[:others]])
+        keys, values = torch.cat([k[:short], k]), torch.cat([v[:short], v])
+        got, lse = contiguous(packed, keys, values, [short, length], [9, others], window)
+        assert torch.equal(got[:9], alone)
+        assert torch.equal(lse[:9], alone_lse)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("d", "window", "softcap"), [(128, 0, 0.0), (64, 50, 0.0), (96, 0, 20.0), (256, 0, 0.0)])
 def test_attention_backward_matches_float64(dtype, d, window, softcap):
     from toolkit.ops.attention.triton_backward import attention_backward

@@ -139,6 +139,53 @@ def test_bits_do_not_depend_on_threads_or_on_where_rows_lie(heads, kv_heads):
 
 
 @needs_native
+@pytest.mark.parametrize(("kv_heads", "page", "window", "modifier"), [
+    (1, 1, 0, ""), (2, 4, 0, "chunked"), (1, 16, 90, ""), (1, 1, 60, "alibi"),
+])  # fmt: skip
+def test_bits_are_the_same_where_a_head_is_cut_among_threads(kv_heads, page, window, modifier):
+    """One tree of few heads, and beside a small one: by blocks of queries and runs of keys, or by one thread."""
+    nodes = [Node(-1, 256, 64), Node(0, 70, 0), Node(0, 33, 0), Node(-1, 9, 0)]
+    forest = Forest(11, heads=4, kv_heads=kv_heads, d=20, v_dim=12, page=page, nodes=nodes, dtype=torch.float32)
+    parameters = {"": None, "alibi": torch.full((4, 1), 0.1), "chunked": torch.full((4, 1), 70.0)}[modifier]
+    options = {"sinks": torch.randn(4), "modifier": modifier, "parameters": parameters}
+    out, lse = attention(forest.q, forest.k, forest.v, *forest.plan, 0.2, window, 3.0, **options)
+    offsets, starts, lengths, tables, page = forest.plan
+    tensors = forest.grad, forest.q, forest.k, forest.v, out, lse, offsets, starts, lengths
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5, 16):
+            torch.set_num_threads(count)
+            results.append(attention_backward(*tensors, 0.2, window, 3.0, tables, page, **options))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
+
+
+@needs_native
+@pytest.mark.parametrize("paged", [False, True])
+def test_rows_that_are_shared_at_other_positions_are_summed_by_one_thread(paged):
+    """Sequences that name one row as different keys: then tiles of keys share rows, and heads are not cut up."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v, grad = (torch.randn(n, h, 16, generator=g) for n, h in ((120, 2), (200, 1), (200, 1), (120, 2)))
+    offsets, starts, lengths = torch.tensor([0, 60, 120]), torch.tensor([0, 70]), torch.tensor([150, 130])
+    tables = (starts[:, None] + torch.arange(150)).clamp(max=199) if paged else None
+    plan = offsets, starts, lengths
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 7):
+            torch.set_num_threads(count)
+            out, lse = attention(q, k, v, *plan, tables, int(paged), 0.3)
+            results.append(attention_backward(grad, q, k, v, out, lse, *plan, 0.3, 0, 0.0, tables, int(paged)))
+    finally:
+        torch.set_num_threads(threads)
+    want = attention_backward(grad, q, k, v, out, lse, *plan, 0.3, 0, 0.0, tables, int(paged), impl="reference")
+    for result in results:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+        assert all(error(a, b) < 5e-6 for a, b in zip(result, want))
+
+
+@needs_native
 def test_a_row_of_a_tree_has_the_bits_of_its_sequence_alone():
     forest = Forest(7, heads=4, kv_heads=2, d=24, longest=40, dtype=torch.float32)
     out, lse = attention(forest.q, forest.k, forest.v, *forest.plan, 0.3)

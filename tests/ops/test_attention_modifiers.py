@@ -23,6 +23,18 @@ def test_every_modifier_has_an_oracle():
     assert {"", *modifiers.MODIFIERS} == set(ORACLES)
 
 
+@pytest.mark.parametrize("name", [name for name, one in modifiers.MODIFIERS.items() if one.first is not None])
+def test_no_key_below_the_bound_is_visible(name):
+    one, parameters = modifiers.MODIFIERS[name], ORACLES[name][1]
+    query, key = torch.arange(60)[:, None], torch.arange(60)[None]
+    for own in parameters:
+        bound = one.first(query, *own)
+        seen = one.visible(query, key, *own) & (key <= query)
+        assert not (seen & (key < bound)).any()
+        assert (bound.diff(dim=0) >= 0).all()
+        assert (bound > 0).any() or own[0] >= 60
+
+
 def check(forest, modifier, sinks, window, softcap, impl):
     score, parameters = ORACLES[modifier]
     dtype = forest.q.dtype

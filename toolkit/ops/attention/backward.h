@@ -1,4 +1,5 @@
-// Attention backward: weights recomputed from lse; a task owns the gradients of one key/value head of a sequence.
+// Attention backward: weights recomputed from lse; a task owns the gradients of one key/value head of some sequences, or
+// where there are fewer of these than threads, of some of its queries or some of its keys.
 #pragma once
 
 #include <array>
@@ -98,10 +99,19 @@ inline int64_t run_end(const int64_t* places, int64_t key, const KeyTile& tile) 
   return end;
 }
 
+// What of a block's gradients is computed: dq, and dk and dv of the keys of tiles [first_tile, end_tile).
+struct Share {
+  bool queries = true, keys = true;
+  int64_t first_tile = 0, end_tile = std::numeric_limits<int64_t>::max();
+};
+
 template <typename M, typename T>
-void backward_block(const Backward<T>& f, const Task& task) {
+void backward_block(const Backward<T>& f, const Task& task, const Share& share) {
   const Layout& p = f.layout;
   const Sequence sequence = p.sequence(task.sequence);
+  if (!share.queries && (first_key(p, sequence, task.begin) / kTile >= share.end_tile ||
+                         task.end - 1 + sequence.shift() < share.first_tile * kTile))
+    return;  // sees none of the tiles
   const int64_t group = p.group(), rows = (task.end - task.begin) * group;
   const int64_t first_row = sequence.first_query + task.begin, first_head = task.kv_head * group;
   const BackwardBuffers<T> b(p, rows);
@@ -116,7 +126,7 @@ void backward_block(const Backward<T>& f, const Task& task) {
     std::fill(to_grad + p.value_depth, to_grad + b.value_depth, T(0));
     b.lse[r] = f.lse[row * p.query_heads + head];
     b.delta[r] = dot(grad, f.out.at(row, head), p.value_depth);
-    if (f.sinks != nullptr && b.lse[r] != -std::numeric_limits<T>::infinity())
+    if (share.queries && f.sinks != nullptr && b.lse[r] != -std::numeric_limits<T>::infinity())
       f.sink_terms[head * f.rows + row] = std::exp(f.sinks[head] - b.lse[r]) * b.delta[r];
   }
   std::fill_n(b.dquery, rows * b.depth, T(0));
@@ -124,12 +134,13 @@ void backward_block(const Backward<T>& f, const Task& task) {
   int64_t places[kTile];
   const T *key_rows[kTile], *value_rows[kTile];
   over_tiles(p, sequence, task.begin, task.end, -1, [&](const KeyTile& tile) {
+    if (tile.index < share.first_tile || tile.index >= share.end_tile) return;
     resolve_rows(p, sequence, tile, places);
     point_rows<T>(f.k, task.kv_head, tile, places, key_rows);
     point_rows<T>(f.v, task.kv_head, tile, places, value_rows);
     transpose_tile(key_rows, tile.begin, tile.end, p.depth, b.keys_t);
     transpose_tile(value_rows, tile.begin, tile.end, p.value_depth, b.values_t);
-    copy_tile(key_rows, tile.begin, tile.end, p.depth, b.keys, b.depth);
+    if (share.queries) copy_tile(key_rows, tile.begin, tile.end, p.depth, b.keys, b.depth);
     for (int64_t r = 0, height; r < rows; r += height) {
       height = group_height(rows - r);
       Range all{kTile, 0};
@@ -151,9 +162,11 @@ void backward_block(const Backward<T>& f, const Task& task) {
           softmax_backward<M>(weights + i * kTile, dscores + i * kTile, b.row_ranges[r + i], f.softcap, place,
                               b.lse[r + i], b.delta[r + i]);
         }
-      accumulate(b.dquery + r * b.depth, b.depth, height, RowMajor<T>{dscores, kTile}, Dense<T>{b.keys, b.depth},
-                 b.depth, b.row_ranges + r);
+      if (share.queries)
+        accumulate(b.dquery + r * b.depth, b.depth, height, RowMajor<T>{dscores, kTile}, Dense<T>{b.keys, b.depth},
+                   b.depth, b.row_ranges + r);
     }
+    if (!share.keys) return;
     transpose_ranges(b.row_ranges, rows, tile, b.key_ranges);
     for (int64_t key = tile.begin, run = key, height; key < tile.end; key += height) {
       if (key == run) run = run_end(places, key, tile);
@@ -165,6 +178,7 @@ void backward_block(const Backward<T>& f, const Task& task) {
     }
   });
 
+  if (!share.queries) return;
   for (int64_t r = 0; r < rows; ++r) {
     const T* source = b.dquery + r * b.depth;
     T* target = f.dq.at(first_row + r / group, first_head + r % group);
@@ -172,15 +186,23 @@ void backward_block(const Backward<T>& f, const Task& task) {
   }
 }
 
-// The sequences in groups that share no row of keys with one another; a task must take a group's members in turn.
-inline std::vector<std::vector<int64_t>> sharing_groups(const Layout& p) {
+// Sequences that share rows of keys with one another and with no other sequence, in order.
+struct Group {
+  std::vector<int64_t> sequences;
+  bool aligned = true;  // whoever shares a row has it at the same position: tiles of keys share no rows
+  int64_t pairs = 0, longest = 0;
+};
+
+inline std::vector<Group> sharing_groups(const Layout& p) {
   std::vector<int64_t> parent(p.sequences);
+  std::vector<bool> aligned(p.sequences, true);
   for (int64_t s = 0; s < p.sequences; ++s) parent[s] = s;
   const auto root = [&](int64_t s) {
     while (parent[s] != s) s = parent[s] = parent[parent[s]];
     return s;
   };
-  const auto join = [&](int64_t a, int64_t b) {
+  const auto join = [&](int64_t a, int64_t b, bool at_same_position) {
+    if (!at_same_position) aligned[a] = false;
     a = root(a), b = root(b);
     parent[std::max(a, b)] = std::min(a, b);
   };
@@ -190,32 +212,71 @@ inline std::vector<std::vector<int64_t>> sharing_groups(const Layout& p) {
       if (p.kv_lengths[s] > 0) spans.push_back({p.kv_offsets[s], p.kv_offsets[s] + p.kv_lengths[s], s});
     std::sort(spans.begin(), spans.end());
     for (size_t i = 1; i < spans.size(); ++i) {
-      if (spans[i][0] < spans[i - 1][1]) join(spans[i][2], spans[i - 1][2]);
+      if (spans[i][0] < spans[i - 1][1]) join(spans[i][2], spans[i - 1][2], spans[i][0] == spans[i - 1][0]);
       spans[i][1] = std::max(spans[i][1], spans[i - 1][1]);
     }
   } else {
-    std::vector<int64_t> reader((p.kv_rows + p.page_size - 1) / p.page_size, -1);
+    std::vector<std::array<int64_t, 2>> reader((p.kv_rows + p.page_size - 1) / p.page_size, {-1, -1});
     for (int64_t s = 0; s < p.sequences; ++s) {
       const Sequence sequence = p.sequence(s);
       if (sequence.queries == 0 || sequence.kv_length == 0) continue;
       for (int64_t page = first_key(p, sequence, 0) / p.page_size; page * p.page_size < sequence.kv_length; ++page) {
         const int64_t place = sequence.pages[page];
         check_page(p, place, 0, 1);
-        if (reader[place] >= 0) join(s, reader[place]);
-        reader[place] = s;
+        if (reader[place][0] >= 0) join(s, reader[place][0], reader[place][1] == page);
+        reader[place] = {s, page};
       }
     }
   }
-  std::vector<std::vector<int64_t>> groups;
+  std::vector<Group> groups;
   std::vector<int64_t> group(p.sequences);
   for (int64_t s = 0; s < p.sequences; ++s) {
     if (root(s) == s) {
       group[s] = groups.size();
       groups.emplace_back();
     }
-    groups[group[root(s)]].push_back(s);
+    Group& own = groups[group[root(s)]];
+    own.sequences.push_back(s);
+    own.aligned = own.aligned && aligned[s];
+    own.pairs += (p.query_offsets[s + 1] - p.query_offsets[s]) * p.kv_lengths[s];
+    own.longest = std::max(own.longest, p.kv_lengths[s]);
   }
   return groups;
+}
+
+// A share of the gradients of a group's key/value head, over all its sequences or over one.
+struct Part {
+  int64_t group, head, sequence;  // -1: all
+  int64_t begin, end;             // queries of the one
+  Share share;
+};
+
+// Every gradient is of one part, which adds to it in the order of sequences and blocks of queries: the list only says
+// who computes what. A head that is more than a thread's share of the work is cut up into blocks of queries, which give
+// dq, and runs of key tiles, which give dk and dv: two fifths more work for as many parts as there are tiles.
+inline std::vector<Part> backward_parts(const Layout& p, const std::vector<Group>& groups, int64_t block,
+                                        int64_t workers) {
+  int64_t pairs = 0;
+  for (const Group& group : groups) pairs += group.pairs * p.kv_heads;
+  std::vector<Part> parts;
+  for (size_t g = 0; g < groups.size(); ++g) {
+    const Group& group = groups[g];
+    const bool cut = group.aligned && 2 * group.pairs * workers > 3 * pairs;
+    const int64_t tiles = (group.longest + kTile - 1) / kTile, run = std::max<int64_t>(2, tiles / (4 * workers));
+    for (int64_t head = 0; head < p.kv_heads; ++head) {
+      const int64_t index = static_cast<int64_t>(g);
+      if (!cut) {
+        parts.push_back({index, head, -1, 0, 0, {}});
+        continue;
+      }
+      for (int64_t tile = 0; tile < tiles; tile += run)
+        parts.push_back({index, head, -1, 0, 0, {false, true, tile, tile + run}});
+      for (const int64_t s : group.sequences)
+        for (int64_t end = p.query_offsets[s + 1] - p.query_offsets[s]; end > 0; end = (end - 1) / block * block)
+          parts.push_back({index, head, s, (end - 1) / block * block, end, {true, false}});
+    }
+  }
+  return parts;
 }
 
 template <typename M, typename T>
@@ -223,13 +284,16 @@ void run_backward(const Backward<T>& f, T* dsinks) {
   const Layout& p = f.layout;
   const int64_t block = std::max<int64_t>(1, kTaskRows / p.group());
   const int64_t workers = p.multiplications() < kSerialWork ? 1 : at::get_num_threads();
-  const std::vector<std::vector<int64_t>> groups = sharing_groups(p);
-  // Sequences in order, blocks of queries in order: the order of every sum, whoever runs it.
-  threads::run_tasks(groups.size() * p.kv_heads, workers, [&](int64_t i) {
-    for (const int64_t s : groups[i / p.kv_heads]) {
+  const std::vector<Group> groups = sharing_groups(p);
+  const std::vector<Part> parts = backward_parts(p, groups, block, workers);
+  threads::run_tasks(parts.size(), workers, [&](int64_t i) {
+    const Part& part = parts[i];
+    if (part.sequence >= 0)
+      return backward_block<M>(f, Task{part.sequence, part.head, 1, part.begin, part.end}, part.share);
+    for (const int64_t s : groups[part.group].sequences) {
       const int64_t queries = p.query_offsets[s + 1] - p.query_offsets[s];
       for (int64_t begin = 0; begin < queries; begin += block)
-        backward_block<M>(f, Task{s, i % p.kv_heads, 1, begin, std::min(begin + block, queries)});
+        backward_block<M>(f, Task{s, part.head, 1, begin, std::min(begin + block, queries)}, part.share);
     }
   });
   for (int64_t row = p.query_offsets[p.sequences]; row < f.rows; ++row)

@@ -53,7 +53,7 @@ FORWARD: Table = {
             (576, Tile(16, 32, 8, 1, 64)),
         ),
         4: (
-            (64, Tile(32, 32, 4, 2)),
+            (64, Tile(32, 32, 4, 1)),
             (128, Tile(32, 16, 4, 1)),
             (256, Tile(16, 16, 4, 1)),
             (576, Tile(32, 16, 16, 1, 64)),
@@ -81,7 +81,7 @@ FORWARD: Table = {
             (576, Tile(64, 32, 8, 1, 64)),
         ),
         4: (
-            (64, Tile(32, 32, 4, 2)),
+            (64, Tile(32, 32, 4, 1)),
             (128, Tile(32, 16, 4, 1)),
             (256, Tile(16, 16, 8, 1, 64)),
             (576, Tile(32, 16, 16, 1, 64)),
@@ -223,7 +223,10 @@ BACKWARD_KEYS: Table = {
 
 # Keys of a split of the forward, counted from key 0 of the sequence: a multiple of every tile's keys. Short enough that
 # one long context fills a device while it decodes; long enough that joining splits costs a few percent of walking them.
-_SPLITS = {2: ((256, 2048), (576, 1024)), 4: ((256, 2048), (576, 1024))}
+_SPLITS: dict[int, tuple[tuple[int, int], ...]] = {
+    2: ((256, 2048), (576, 1024)),
+    4: ((256, 2048), (576, 1024)),
+}
 SPLITS: dict[str, dict[int, tuple[tuple[int, int], ...]]] = {
     **dict.fromkeys(("sm_80", "sm_90", "sm_100", "gfx942"), _SPLITS),
     "interpreter": {2: ((576, 32),), 4: ((576, 32),)},

@@ -8,8 +8,8 @@ are no atomics. Floating-point contraction is pinned off, so that a compiler def
 or between the kernel's variants.
 
 The sums start anew at every split of keys, of a fixed size from key 0 on, and the splits are joined in order; a split
-that a row cannot see leaves it as it was. Whether one program takes the splits in turn or each has a program of its own,
-and a second kernel joins them, is decided by shapes, and no bit depends on it.
+that a row cannot see leaves it as it was. Shapes decide whether one program takes the splits in turn, or each has a
+program of its own and a second kernel joins them; no bit depends on it.
 """
 
 from typing import Any
@@ -29,6 +29,7 @@ from toolkit.ops.attention.triton_common import (
     owned_rows,
     query_grid,
     rows_contiguous,
+    rows_of,
     seen_range,
     sliced_products,
     store_rows,
@@ -39,15 +40,17 @@ from toolkit.ops.attention.triton_common import (
 
 @triton.jit
 def attend_keys(
-    q, k, v, q_tile, q_row, row_ok, position, begin, stop, kv_length, kv_head, base, table, own, scale, window, softcap,
+    q, k, v, q_row, row_ok, position, begin, stop, kv_length, kv_head, base, table, own, scale, window, softcap,
     stride_kt, stride_kh, stride_vt, stride_vh,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, PAGE: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
     SLICE: tl.constexpr, SCORE: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """Of keys ``begin`` ... ``stop``: the rows' largest score (times log2 e), sum of weights, weighted sum of values."""
+    """Of keys ``begin`` ... ``stop``: each row's largest score (times log2 e), sum of weights, and weighted values."""
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_V)
+    if not SLICE:
+        q_tile = load_rows(q, q_row, row_ok, 0, HEAD_DIM, BLOCK_D)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_V], tl.float32)
@@ -99,6 +102,22 @@ def join(top, total, acc, later_top, later_total, later_acc):
 
 
 @triton.jit
+def keep_rows(top, total, acc, sums, marks, place, row_ok, V_DIM: tl.constexpr, BLOCK_V: tl.constexpr):
+    """A row's sums put aside at ``place``."""
+    store_rows(sums, place * V_DIM, row_ok, 0, acc, V_DIM, BLOCK_V)
+    tl.store(marks + place * 2, top, mask=row_ok)
+    tl.store(marks + place * 2 + 1, total, mask=row_ok)
+
+
+@triton.jit
+def kept_rows(sums, marks, place, row_ok, column, V_DIM: tl.constexpr, COLUMNS: tl.constexpr):
+    """What ``keep_rows`` put aside, COLUMNS from ``column`` on."""
+    top = tl.load(marks + place * 2, mask=row_ok, other=float("-inf"))
+    total = tl.load(marks + place * 2 + 1, mask=row_ok, other=0.0)
+    return top, total, load_rows(sums, place * V_DIM, row_ok, column, V_DIM, COLUMNS)
+
+
+@triton.jit
 def splits_of(begin, stop, SPLIT: tl.constexpr):
     """The first split of keys ``begin`` ... ``stop`` and the end of their splits: one at least."""
     first = begin // SPLIT
@@ -128,6 +147,35 @@ def finish_rows(
         tl.store(lse + query * stride_lt + head, tl.where(empty, float("-inf"), log_sum), mask=row_ok)
 
 
+@triton.jit
+def join_kept(
+    sums, marks, place, out, lse, sinks, query, head, row_ok, real, last, stride_ot, stride_lt,
+    V_DIM: tl.constexpr, COLUMNS: tl.constexpr, SUNK: tl.constexpr,
+):  # fmt: skip
+    """What was kept at ``place + 1`` added to ``place``, or with the ``last`` split finished, by a single program.
+
+    Some columns at a time: a second set of a row's sums is more than a program can hold.
+    """
+    for column in range(0, V_DIM, COLUMNS):
+        tl.debug_barrier()  # other threads wrote what this one reads; and an unrolled loop must not load all at once
+        top, total, acc = kept_rows(sums, marks, place, row_ok, column, V_DIM, COLUMNS)
+        later = kept_rows(sums, marks, place + 1, row_ok, column, V_DIM, COLUMNS)
+        new_top, new_total, acc = join(top, total, acc, later[0], later[1], later[2])
+        if last:
+            finish_rows(
+                new_top, new_total, acc, out, lse, sinks, query, head, row_ok, real, column,
+                stride_ot, stride_lt, V_DIM, COLUMNS, SUNK,
+            )  # fmt: skip
+        else:
+            store_rows(sums, place * V_DIM, row_ok, column, acc, V_DIM, COLUMNS)
+    top, total, none = kept_rows(sums, marks, place, row_ok, V_DIM, V_DIM, 16)
+    later = kept_rows(sums, marks, place + 1, row_ok, V_DIM, V_DIM, 16)
+    top, total, none = join(top, total, none, later[0], later[1], later[2])
+    tl.debug_barrier()
+    tl.store(marks + place * 2, top, mask=row_ok)
+    tl.store(marks + place * 2 + 1, total, mask=row_ok)
+
+
 @triton.jit(do_not_specialize=["num_sequences", "num_rows", "first_tile", "window"])
 def attention_forward(
     q, k, v, out, lse, sums, marks, query_offsets, kv_offsets, kv_lengths, block_tables, sinks, parameters,
@@ -137,7 +185,7 @@ def attention_forward(
     GROUP: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     PAGE: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, SLICE: tl.constexpr,
     SUNK: tl.constexpr, SCORE: tl.constexpr, MASK: tl.constexpr, FIRST: tl.constexpr, PARAMETERS: tl.constexpr,
-    SPLIT: tl.constexpr, APART: tl.constexpr,
+    SPLIT: tl.constexpr, APART: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """PAGE 0 means contiguous keys. SLICE, where not 0, is how much of the head dimension a product takes at a time.
 
@@ -145,7 +193,7 @@ def attention_forward(
     APART every split, for ``attention_join``, else what the program itself picks up again after its next split.
     """
     QUERIES: tl.constexpr = ROWS // HEADS
-    sequence, kv_length, first, end, kv_head, query, head, position, row_ok = owned_rows(
+    sequence, local, kv_length, first, end, kv_head, query, head, position, row_ok = owned_rows(
         query_offsets, kv_lengths, num_sequences, num_rows, first_tile + tl.program_id(0), GROUP, HEADS, ROWS
     )
     if first >= end:
@@ -157,48 +205,51 @@ def attention_forward(
     begin, stop = seen_range(
         kv_length, first, end, position, row_ok, own, window, QUERIES, KEYS, WINDOWED, FIRST
     )  # fmt: skip
-    q_row = query * stride_qt + head * stride_qh
-    q_tile = q_row  # not used in slices
-    if not SLICE:
-        q_tile = load_rows(q, q_row, row_ok, 0, HEAD_DIM, BLOCK_D)
     if SPLIT:
         first_split, stop_split = splits_of(begin, stop, SPLIT)
-        place = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         from_split, to_split = first_split, stop_split
         if APART:
-            place = (query * stride_lt + head) * tl.num_programs(2) + tl.program_id(2)
             from_split = first_split + tl.program_id(2)
             to_split = tl.minimum(from_split + 1, stop_split)
-        for split in range(from_split, to_split):
+        # Rows are looked up again for every split, and nothing is hoisted: addresses that are only needed after the
+        # loop over keys would take its registers.
+        for split in tl.range(from_split, to_split, disable_licm=True):
+            kv_length, first, end, kv_head, query, head, position, row_ok = rows_of(
+                query_offsets, kv_lengths, num_sequences, num_rows, sequence, local, GROUP, HEADS, ROWS
+            )
+            base = tl.load(kv_offsets + sequence, mask=real, other=0)
+            q_row = query * stride_qt + head * stride_qh
+            own = parameters + (tl.where(row_ok, head, 0) * PARAMETERS)[:, None]
             top, total, acc = attend_keys(
-                q, k, v, q_tile, q_row, row_ok, position,
+                q, k, v, q_row, row_ok, position,
                 tl.maximum(begin, split * SPLIT), tl.minimum(stop, (split + 1) * SPLIT),
                 kv_length, kv_head, base, table, own, scale, window, softcap,
                 stride_kt, stride_kh, stride_vt, stride_vh,
                 HEAD_DIM, V_DIM, BLOCK_D, BLOCK_V, ROWS, KEYS, PAGE, WINDOWED, CAPPED, SLICE, SCORE, MASK,
             )  # fmt: skip
-            last = split + 1 == stop_split
-            if APART:
-                last = stop_split == first_split + 1
-            elif split > first_split:
-                tl.debug_barrier()  # other threads wrote what this one reads
-                kept = load_rows(sums, place * V_DIM, row_ok, 0, V_DIM, BLOCK_V)
-                kept_top = tl.load(marks + place * 2, mask=row_ok, other=float("-inf"))
-                kept_total = tl.load(marks + place * 2 + 1, mask=row_ok, other=0.0)
-                tl.debug_barrier()
-                top, total, acc = join(kept_top, kept_total, kept, top, total, acc)
-            if last:
+            if stop_split == first_split + 1:
                 finish_rows(
                     top, total, acc, out, lse, sinks, query, head, row_ok, real, 0,
                     stride_ot, stride_lt, V_DIM, BLOCK_V, SUNK,
                 )  # fmt: skip
             else:
-                store_rows(sums, place * V_DIM, row_ok, 0, acc, V_DIM, BLOCK_V)
-                tl.store(marks + place * 2, top, mask=row_ok)
-                tl.store(marks + place * 2 + 1, total, mask=row_ok)
+                if APART:
+                    place = (query * stride_lt + head) * tl.num_programs(2) + (split - first_split)
+                    keep_rows(top, total, acc, sums, marks, place, row_ok, V_DIM, BLOCK_V)
+                else:
+                    program = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
+                    place = (program * ROWS + tl.arange(0, ROWS)) * 2
+                    slot = (split > first_split).to(tl.int32)
+                    keep_rows(top, total, acc, sums, marks, place + slot, row_ok, V_DIM, BLOCK_V)
+                    if split > first_split:
+                        join_kept(
+                            sums, marks, place, out, lse, sinks, query, head, row_ok, real, split + 1 == stop_split,
+                            stride_ot, stride_lt, V_DIM, COLUMNS, SUNK,
+                        )  # fmt: skip
     else:
+        q_row = query * stride_qt + head * stride_qh
         top, total, acc = attend_keys(
-            q, k, v, q_tile, q_row, row_ok, position, begin, stop,
+            q, k, v, q_row, row_ok, position, begin, stop,
             kv_length, kv_head, base, table, own, scale, window, softcap,
             stride_kt, stride_kh, stride_vt, stride_vh,
             HEAD_DIM, V_DIM, BLOCK_D, BLOCK_V, ROWS, KEYS, PAGE, WINDOWED, CAPPED, SLICE, SCORE, MASK,
@@ -218,7 +269,7 @@ def attention_join(
     SPLIT: tl.constexpr,
 ):  # fmt: skip
     """out and lse of the tiles of rows that have several splits, COLUMNS of the values a program."""
-    sequence, kv_length, first, end, _, query, head, position, row_ok = owned_rows(
+    sequence, _, kv_length, first, end, _, query, head, position, row_ok = owned_rows(
         query_offsets, kv_lengths, num_sequences, num_rows, tl.program_id(0), GROUP, HEADS, ROWS
     )
     if first >= end:
@@ -232,15 +283,10 @@ def attention_join(
         return
     column = tl.program_id(2) * COLUMNS
     place = (query * stride_lt + head) * slots
-    top = tl.load(marks + place * 2, mask=row_ok, other=float("-inf"))
-    total = tl.load(marks + place * 2 + 1, mask=row_ok, other=0.0)
-    acc = load_rows(sums, place * V_DIM, row_ok, column, V_DIM, COLUMNS)
-    for _ in range(first_split + 1, stop_split):
-        place += 1
-        later_top = tl.load(marks + place * 2, mask=row_ok, other=float("-inf"))
-        later_total = tl.load(marks + place * 2 + 1, mask=row_ok, other=0.0)
-        later = load_rows(sums, place * V_DIM, row_ok, column, V_DIM, COLUMNS)
-        top, total, acc = join(top, total, acc, later_top, later_total, later)
+    top, total, acc = kept_rows(sums, marks, place, row_ok, column, V_DIM, COLUMNS)
+    for slot in range(1, stop_split - first_split):
+        later = kept_rows(sums, marks, place + slot, row_ok, column, V_DIM, COLUMNS)
+        top, total, acc = join(top, total, acc, later[0], later[1], later[2])
     finish_rows(
         top, total, acc, out, lse, sinks, query, head, row_ok, sequence < num_sequences, column,
         stride_ot, stride_lt, V_DIM, COLUMNS, SUNK,
@@ -296,12 +342,14 @@ def attention(
     if window > 0:
         slots = min(slots, (window + sizes["ROWS"] // sizes["HEADS"] - 2) // split + 2)
     apart = slots > 1 and q.shape[0] <= tiles.APART_ROWS and out.numel() * slots <= tiles.WORKSPACE
+    columns = min(sizes["BLOCK_V"], tiles.JOINED_COLUMNS)
     tiles_a_launch, kept = grid[0], 0
     if apart:
         kept = q.shape[0] * q.shape[1] * slots
     elif slots > 1:
-        tiles_a_launch = min(grid[0], max(1, tiles.WORKSPACE // (grid[1] * sizes["ROWS"] * v.shape[-1])))
-        kept = tiles_a_launch * grid[1] * sizes["ROWS"]
+        rows_a_tile = 2 * grid[1] * sizes["ROWS"]  # what is summed so far, and the split at hand
+        tiles_a_launch = min(grid[0], max(1, tiles.WORKSPACE // (rows_a_tile * v.shape[-1])))
+        kept = tiles_a_launch * rows_a_tile
     sums = torch.empty(kept * v.shape[-1], dtype=torch.float32, device=q.device)
     marks = torch.empty(kept * 2, dtype=torch.float32, device=q.device)
     for first_tile in range(0, grid[0], tiles_a_launch):
@@ -314,10 +362,9 @@ def attention(
             out.stride(0), lse.stride(0), 0 if block_tables is None else table.stride(0),
             PAGE=0 if block_tables is None else page_size, CAPPED=softcap > 0,
             SCORE=functions["score"], MASK=functions["visible"],
-            SPLIT=split if slots > 1 else 0, APART=apart, **flags, **sizes,
+            SPLIT=split if slots > 1 else 0, APART=apart, COLUMNS=columns, **flags, **sizes,
         )  # fmt: skip
     if apart:
-        columns = min(sizes["BLOCK_V"], tiles.JOINED_COLUMNS)
         attention_join[(*grid, triton.cdiv(v.shape[-1], columns))](
             sums, marks, out, lse, query_offsets, kv_lengths, logits, own, sequences, q.shape[0], slots, window,
             out.stride(0), lse.stride(0),

@@ -50,7 +50,7 @@ def attention_backward_queries(
 
     SLICE, where not 0, is how much of the head dimension a product takes at a time; TAIL columns of dq follow BLOCK_D.
     """
-    sequence, kv_length, first, end, kv_head, query, head, position, row_ok = owned_rows(
+    sequence, _, kv_length, first, end, kv_head, query, head, position, row_ok = owned_rows(
         query_offsets, kv_lengths, num_sequences, num_rows, tl.program_id(0), GROUP, HEADS, ROWS
     )
     if first >= end:

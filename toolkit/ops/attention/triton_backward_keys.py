@@ -87,7 +87,7 @@ def add_queries(
 
 @triton.jit
 def rows_before_bound(past, count, last_key, own, FIRST: tl.constexpr):
-    """How many of ``count`` queries from position ``past`` on have their bound at or below ``last_key``; by bisection."""
+    """How many of ``count`` queries from position ``past`` on have their bound at or below ``last_key``."""
     low = count * 0
     high = tl.maximum(count, 0)
     while low < high:

@@ -51,26 +51,38 @@ def owned_rows(
     query_offsets, kv_lengths, num_sequences, num_rows, tile,
     GROUP: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The rows of tile number ``tile``, of the key/value head and head tile ``program_id(1)``: HEADS query heads of GROUP
-    share it with ROWS // HEADS queries.
+    """The rows of tile number ``tile``, of the key/value head and head tile ``program_id(1)``: HEADS query heads of
+    GROUP share it with ROWS // HEADS queries. The sequence, the tile's place in it, and what ``rows_of`` gives.
+    """
+    sequence, _, local = find_tile(query_offsets, num_sequences, tile, ROWS // HEADS)
+    kv_length, first, end, kv_head, query, head, position, row_ok = rows_of(
+        query_offsets, kv_lengths, num_sequences, num_rows, sequence, local, GROUP, HEADS, ROWS
+    )
+    return sequence, local, kv_length, first, end, kv_head, query, head, position, row_ok
 
-    The sequence, its number of keys, the first query, the end of the sequence's queries (at or before the first one:
-    there are no rows), the key/value head; and of every row the query, the head, the position, and whether it is one.
+
+@triton.jit
+def rows_of(
+    query_offsets, kv_lengths, num_sequences, num_rows, sequence, local,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Of a sequence's tile number ``local``: the sequence's number of keys, the first query, the end of the sequence's
+    queries (at or before the first one: there are no rows), the key/value head; and of every row the query, the head,
+    the position, and whether it is one.
     """
     QUERIES: tl.constexpr = ROWS // HEADS
     HEAD_TILES: tl.constexpr = (GROUP + HEADS - 1) // HEADS
-    sequence, start, local = find_tile(query_offsets, num_sequences, tile, QUERIES)
     real = sequence < num_sequences
     end = tl.load(query_offsets + sequence + 1, mask=real, other=num_rows)
     kv_length = tl.load(kv_lengths + sequence, mask=real, other=0).to(tl.int32)
-    first = start + local * QUERIES
+    first = tl.load(query_offsets + sequence) + local * QUERIES
     kv_head = tl.program_id(1) // HEAD_TILES
     row = tl.arange(0, ROWS)
     query = first + row // HEADS
     member = (tl.program_id(1) % HEAD_TILES) * HEADS + row % HEADS
     row_ok = (row < QUERIES * HEADS) & (query < end) & (member < GROUP)
     position = kv_length - (end - query).to(tl.int32)
-    return sequence, kv_length, first, end, kv_head, query, kv_head * GROUP + member, position, row_ok
+    return kv_length, first, end, kv_head, query, kv_head * GROUP + member, position, row_ok
 
 
 @triton.jit

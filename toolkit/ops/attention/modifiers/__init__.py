@@ -10,8 +10,8 @@ token of the sequence; the parameters, if any, are the head's own. The file hold
 ``visible(query, key, *parameters)``
     Whether the query sees the key, beside what causality and a window allow; bool, broadcastable to the scores.
 ``first(query, *parameters)``
-    Beside ``visible``: a bound below which the query sees no key, which never falls as the query moves on. Tiles of keys
-    below the bound are skipped; no bit depends on it.
+    Beside ``visible``: a bound below which the query sees no key, which never falls as the query moves on. Triton
+    skips tiles of keys below it, which changes no bit, and the reference such keys.
 ``triton_score(s, query, key, p)``, ``triton_both(s, query, key, p)``, ``triton_visible(query, key, p)``,
 ``triton_first(query, p)``
     Triton functions of float32 tiles and int32 positions: the score, (score, derivative), the mask, the bound.
