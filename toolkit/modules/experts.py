@@ -59,12 +59,13 @@ class Experts:
         return mix(source, ids, scores, weights, adapters=adapters, post=post, recompute=recompute).to(x.dtype)
 
     def forward(self) -> Callable[..., Tensor]:
-        """A forward ``(hidden_states [T, H], top_k_index [T, K], top_k_weights [T, K])``."""
+        """A forward ``(hidden_states [T, H], top_k_index [T, K], top_k_weights [T, K])``; its ``layout`` is this."""
         parts = self
 
         def forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
             return parts.run(self, hidden_states, top_k_index, top_k_weights)
 
+        forward.layout = parts  # type: ignore[attr-defined]
         return forward
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from toolkit.modules.experts import Experts
 from toolkit.moe import ExpertAdapters
 from toolkit.patch.claim import replace_forward
-from toolkit.patch.experts_seam import LAYOUTS
+from toolkit.patch.experts_seam import layout_of
 
 Factors = tuple[Tensor, Tensor, float]
 
@@ -60,7 +60,7 @@ def _adapters(wrappers: list[Any], parts: Experts) -> ExpertAdapters | None:
 def _forward(own: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         wrappers, experts = _chain(self)
-        parts = LAYOUTS.get(experts)
+        parts = layout_of(experts)
         adapters = None if parts is None or kwargs or len(args) != 2 else _adapters(wrappers, parts)
         if parts is None or adapters is None:
             return own(self, x, *args, **kwargs)
@@ -77,7 +77,7 @@ def adopt_adapters(model: nn.Module) -> int:
     """
     count = 0
     for module in model.modules():
-        if wraps_parameter(module) and _chain(module)[1] in LAYOUTS:
+        if wraps_parameter(module) and layout_of(_chain(module)[1]) is not None:
             count += 1
             if "forward" not in module.__dict__:
                 replace_forward(module, _forward(type(module).forward))()

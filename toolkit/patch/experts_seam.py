@@ -1,7 +1,6 @@
 """The registered experts function of transformers: how any model's experts reach ours."""
 
 import inspect
-import weakref
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,9 +9,6 @@ from transformers.integrations.moe import ExpertsInterface
 from toolkit.modules.experts import Experts
 
 NAME = "toolkit"
-
-LAYOUTS: "weakref.WeakKeyDictionary[nn.Module, Experts]" = weakref.WeakKeyDictionary()
-"""How the parameters of each proven module lie."""
 
 
 def own_forward(module: nn.Module) -> Any:
@@ -25,18 +21,22 @@ def dispatches(module: nn.Module) -> bool:
     return hasattr(module, "_is_expert_parallel") and own_forward(module) is not type(module).forward
 
 
-def experts_function(
-    module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, **kwargs: Any
-) -> Tensor:
+def layout_of(module: nn.Module) -> Experts | None:
+    """How the parameters of a patched module of experts lie; None for another module.
+
+    It goes with the forward that a patch put on the module: copies have it too, and compilers can follow.
+    """
+    return getattr(module.forward, "layout", None)
+
+
+def experts_function(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     """transformers' experts contract: hidden states [T, H], ids and weights [T, K] to [T, H].
 
-    A module whose layout was not proven runs its own code: right whatever it is, and in the bitwise tier the same bits
-    in any batch, for it takes one expert after the other.
+    Proven modules have a forward of their own in front of this. What comes here runs the code that its class was
+    written with: right whatever it is, and in the bitwise tier the same bits in any batch, for it takes one expert after
+    the other.
     """
-    parts = LAYOUTS.get(module)
-    if parts is None:
-        return own_forward(module)(module, hidden_states, top_k_index, top_k_weights, **kwargs)
-    return parts.run(module, hidden_states, top_k_index, top_k_weights)
+    return own_forward(module)(module, *args, **kwargs)
 
 
 def register() -> None:

@@ -1,7 +1,7 @@
 """Experts of a mixture, as parameters of three dimensions: two grouped products with an activation between them.
 
-Most of transformers' classes dispatch through its experts interface: one setting of the model's config selects it for
-all, and each module's layout is looked up. Classes that do not are given another forward.
+Most of transformers' classes dispatch through its experts interface, which a setting of the model's config turns to
+ours, so that nobody else takes it for one of transformers' own and changes it (``generate`` does).
 """
 
 from collections.abc import Callable, Iterator
@@ -114,18 +114,6 @@ def _verdict(mixture: Mixture) -> tuple[str, Experts, ProbeError] | str:
     return prove(options)
 
 
-def _install_layout(module: nn.Module, parts: Experts) -> Callable[[], Undo]:
-    def install() -> Undo:
-        experts_seam.LAYOUTS[module] = parts
-
-        def undo() -> None:
-            experts_seam.LAYOUTS.pop(module, None)
-
-        return undo
-
-    return install
-
-
 def _install_interface(model: Any) -> Callable[[], Undo]:
     def install() -> Undo:
         before = model.get_experts_implementation()
@@ -162,8 +150,7 @@ def find(model: Any, numerics: Numerics) -> list[Claim | Refusal]:
         parts = replace(parts, layer=mixture.layer)
         if through:
             reached.append(error)
-        install = _install_layout(module, parts) if through else replace_forward(module, parts.forward())
-        claims.append(Claim("experts", mixture.path, module, op, error, install))
+        claims.append(Claim("experts", mixture.path, module, op, error, replace_forward(module, parts.forward())))
     if reached or (dispatching and numerics is Numerics.BITWISE):
         errors = [ProbeError(0.0, 0.0), *reached]
         worst = ProbeError(max(e.forward for e in errors), max(e.backward for e in errors))
