@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import toolkit
 from toolkit.errors import ToolkitError
-from toolkit.modules.experts import LAYOUTS
+from toolkit.modules.experts import layout_of
 from toolkit.patch import find_claims
 from toolkit.patch.roles.experts import find as find_experts
 from toolkit.testing.models import random_model
@@ -86,10 +86,10 @@ def test_a_router_that_draws_random_numbers_in_training_is_left_alone():
 def test_the_place_of_experts_counts_layers_of_experts_alone():
     model = random_model("deepseek_v3_moe", layers=3)
     toolkit.patch(model)
-    layers = [LAYOUTS[layer.mlp.experts].layer for layer in model.model.layers[1:]]
+    layers = [layout_of(layer.mlp.experts).layer for layer in model.model.layers[1:]]
     assert layers == [0, 1]
     toolkit.unpatch(model)
-    assert all(layer.mlp.experts not in LAYOUTS for layer in model.model.layers[1:])
+    assert all(layout_of(layer.mlp.experts) is None for layer in model.model.layers[1:])
 
 
 def test_experts_with_other_limits_are_left_alone_and_the_others_are_not():
@@ -116,7 +116,6 @@ def test_experts_of_a_class_that_does_not_dispatch_are_given_another_forward():
         "model.layers.0.mlp.experts", "model.layers.1.mlp.experts"
     ]  # fmt: skip
     assert model.config._experts_implementation == "grouped_mm"
-    assert "forward" in model.model.layers[0].mlp.experts.__dict__
     torch.testing.assert_close(model(ids).logits, before, rtol=1e-4, atol=1e-4)
     toolkit.unpatch(model)
     assert torch.equal(model(ids).logits, before)
@@ -165,4 +164,4 @@ def test_a_patched_copy_computes_the_same():
     model = random_model("qwen3_moe")
     toolkit.patch(model)
     ids = torch.arange(3, 16)[None]
-    torch.testing.assert_close(copy.deepcopy(model)(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+    assert torch.equal(copy.deepcopy(model)(ids).logits + 0, model(ids).logits + 0)

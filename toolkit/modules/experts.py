@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -67,22 +66,28 @@ class Experts:
         return mix(source, ids, scores, weights, adapters=adapters, post=post, recompute=recompute).to(x.dtype)
 
     def forward(self) -> Callable[..., Tensor]:
-        """A forward ``(hidden_states [T, H], top_k_index [T, K], top_k_weights [T, K])``."""
+        """A forward ``(hidden_states [T, H], top_k_index [T, K], top_k_weights [T, K])``; its ``layout`` is this."""
         parts = self
 
         def forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
             return parts.run(self, hidden_states, top_k_index, top_k_weights)
 
+        forward.layout = parts  # type: ignore[attr-defined]
         return forward
 
 
-LAYOUTS: "WeakKeyDictionary[nn.Module, Experts]" = WeakKeyDictionary()
-"""The layout of every module of experts that is patched."""
+def layout_of(module: nn.Module) -> Experts | None:
+    """How the parameters of a patched module of experts lie; None for another module.
+
+    It goes with the forward that a patch put on the module: copies have it too, and compilers can follow.
+    """
+    return getattr(module.forward, "layout", None)
 
 
 def expert_layers(model: nn.Module) -> dict[nn.Module, list[str]]:
     """The patched modules of experts of a model, and the names of their parameters: see ``shard_experts``."""
-    return {module: LAYOUTS[module].names() for module in model.modules() if module in LAYOUTS}
+    layouts = {module: layout_of(module) for module in model.modules()}
+    return {module: parts.names() for module, parts in layouts.items() if parts is not None}
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from toolkit.modules.experts import LAYOUTS, Experts
+from toolkit.modules.experts import Experts, layout_of
 from toolkit.moe import ExpertAdapters
 from toolkit.patch.claim import replace_forward
 
@@ -59,7 +59,7 @@ def _adapters(wrappers: list[Any], parts: Experts) -> ExpertAdapters | None:
 def _forward(own: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         wrappers, experts = _chain(self)
-        parts = LAYOUTS.get(experts)
+        parts = layout_of(experts)
         adapters = None if parts is None or kwargs or len(args) != 2 else _adapters(wrappers, parts)
         if parts is None or adapters is None:
             return own(self, x, *args, **kwargs)
@@ -76,7 +76,7 @@ def adopt_adapters(model: nn.Module) -> int:
     """
     count = 0
     for module in model.modules():
-        if wraps_parameter(module) and _chain(module)[1] in LAYOUTS:
+        if wraps_parameter(module) and layout_of(_chain(module)[1]) is not None:
             count += 1
             if "forward" not in module.__dict__:
                 replace_forward(module, _forward(type(module).forward))()

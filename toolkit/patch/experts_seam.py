@@ -6,8 +6,6 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.integrations.moe import ExpertsInterface
 
-from toolkit.modules.experts import LAYOUTS
-
 NAME = "toolkit"
 
 
@@ -21,18 +19,14 @@ def dispatches(module: nn.Module) -> bool:
     return hasattr(module, "_is_expert_parallel") and own_forward(module) is not type(module).forward
 
 
-def experts_function(
-    module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, **kwargs: Any
-) -> Tensor:
+def experts_function(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     """transformers' experts contract: hidden states [T, H], ids and weights [T, K] to [T, H].
 
-    A module whose layout was not proven runs its own code: right whatever it is, and in the bitwise tier the same bits
-    in any batch, for it takes one expert after the other.
+    Proven modules have a forward of their own in front of this. What comes here runs the code that its class was
+    written with: right whatever it is, and in the bitwise tier the same bits in any batch, for it takes one expert after
+    the other.
     """
-    parts = LAYOUTS.get(module)
-    if parts is None:
-        return own_forward(module)(module, hidden_states, top_k_index, top_k_weights, **kwargs)
-    return parts.run(module, hidden_states, top_k_index, top_k_weights)
+    return own_forward(module)(module, *args, **kwargs)
 
 
 def register() -> None:

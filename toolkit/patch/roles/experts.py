@@ -1,7 +1,7 @@
 """Experts of a mixture, as parameters of three dimensions: two grouped products with an activation between them.
 
-Most of transformers' classes dispatch through its experts interface: one setting of the model's config selects it for
-all, and each module's layout is looked up. Classes that do not are given another forward.
+Most of transformers' classes dispatch through its experts interface, which a setting of the model's config turns to
+ours, so that nobody else takes it for one of transformers' own and changes it (``generate`` does).
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from toolkit.modules.experts import LAYOUTS, Experts
+from toolkit.modules.experts import Experts
 from toolkit.numerics import Numerics
 from toolkit.ops.activation import KINDS, plain_kinds
 from toolkit.patch import experts_seam
@@ -114,23 +114,6 @@ def _verdict(mixture: Mixture) -> tuple[str, Experts, ProbeError] | str:
     return prove(options)
 
 
-def _install(module: nn.Module, parts: Experts, dispatches: bool) -> Callable[[], Undo]:
-    """An installer of the module's layout, and of a forward where none looks the layout up."""
-
-    def install() -> Undo:
-        LAYOUTS[module] = parts
-        back = None if dispatches else replace_forward(module, parts.forward())()
-
-        def undo() -> None:
-            LAYOUTS.pop(module, None)
-            if back is not None:
-                back()
-
-        return undo
-
-    return install
-
-
 def _install_interface(model: Any) -> Callable[[], Undo]:
     def install() -> Undo:
         before = model.get_experts_implementation()
@@ -167,7 +150,7 @@ def find(model: Any, numerics: Numerics) -> list[Claim | Refusal]:
         parts = replace(parts, layer=mixture.layer)
         if through:
             reached.append(error)
-        claims.append(Claim("experts", mixture.path, module, op, error, _install(module, parts, through)))
+        claims.append(Claim("experts", mixture.path, module, op, error, replace_forward(module, parts.forward())))
     if reached or (dispatching and numerics is Numerics.BITWISE):
         errors = [ProbeError(0.0, 0.0), *reached]
         worst = ProbeError(max(e.forward for e in errors), max(e.backward for e in errors))
