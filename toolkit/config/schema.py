@@ -18,9 +18,19 @@ class LoraSection(Section):
     rank: Count = 8
     alpha: Annotated[float, Field(gt=0)] = 16.0
     """The product of the adapter's matrices is scaled by alpha / rank."""
-    targets: Annotated[list[str], Field(min_length=1)] | None = None
+    targets: list[str] | None = None
     """Ends of module names, e.g. ``q_proj``; null is every linear layer but the head."""
+    parameters: Annotated[list[str], Field(min_length=1)] | None = None
+    """Ends of names of parameters, for the experts of a mixture, e.g. ``experts.gate_up_proj``; null is none."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _something_to_adapt(self) -> Self:
+        if self.targets == [] and self.parameters is None:
+            raise ValueError("model.lora.targets is empty and model.lora.parameters null; one of them must name something")
+        if self.parameters is not None and self.dropout > 0:
+            raise ValueError(f"model.lora.dropout is {self.dropout}; with model.lora.parameters it must be 0")
+        return self
 
 
 class ModelSection(Section):

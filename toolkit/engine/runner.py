@@ -15,6 +15,7 @@ from toolkit.engine.scheduler import Chunk
 from toolkit.errors import ToolkitError
 from toolkit.numerics import Numerics
 from toolkit.patch import patch, report_of
+from toolkit.patch.adapters import adopt_adapters
 from toolkit.patch.forward import evaluating, ragged_forward
 from toolkit.patch.state_spec import state_spec
 from toolkit.patch.weights import weight_clock, weight_version
@@ -85,6 +86,7 @@ class PatchedModel:
             if self.programs.serves(batch):
                 return self.programs.forward(batch)[rows]
             # A prompt enters: the moment to notice that the model is made of other parts than before.
+            adopt_adapters(self.model)
             self.programs.refresh()
             weight_clock(self.model).refresh()
             return ragged_forward(self.model, batch, rows)

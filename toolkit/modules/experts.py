@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from toolkit.moe import ExpertAdapters, ExpertWeights, mix
@@ -49,12 +50,19 @@ class Experts:
         self, module: nn.Module, x: Tensor, ids: Tensor, scores: Tensor, adapters: ExpertAdapters | None = None,
         recompute: bool = False,
     ) -> Tensor:  # fmt: skip
-        """x [T, H], ids and scores [T, K]: [T, H]. What was routed where is noted by the batch that is served."""
+        """x [T, H], ids and scores [T, K]: [T, H]. What was routed where is noted by the batch that is served.
+
+        Inside of autocast the products are in autocast's dtype, as those of a linear layer.
+        """
         batch = RaggedBatch.active()
         if batch is not None:
             batch.note_routing(self.layer, ids)
         post: Any = None if self.post is None else getattr(module, self.post)
-        return mix(x, ids, scores, self.weights(module), adapters=adapters, post=post, recompute=recompute)
+        weights, source = self.weights(module), x
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            source, weights, adapters = x.to(dtype), _cast(weights, dtype), adapters and _cast(adapters, dtype)
+        return mix(source, ids, scores, weights, adapters=adapters, post=post, recompute=recompute).to(x.dtype)
 
     def forward(self) -> Callable[..., Tensor]:
         """A forward ``(hidden_states [T, H], top_k_index [T, K], top_k_weights [T, K])``."""
@@ -66,8 +74,18 @@ class Experts:
         return forward
 
 
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Named tuples of tensors, and of tuples of them, in another dtype."""
+    if isinstance(value, Tensor):
+        return value.to(dtype)
+    if isinstance(value, tuple):
+        parts = [_cast(part, dtype) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value
+
+
 LAYOUTS: "WeakKeyDictionary[nn.Module, Experts]" = WeakKeyDictionary()
-"""The layout of every module of experts that is patched."""
+"""How the parameters lie of each patched module of experts that a model hands its tokens to by one function for all."""
 
 
 def expert_layers(model: nn.Module) -> dict[nn.Module, list[str]]:

@@ -110,7 +110,8 @@ def _in_parts(
         if adapter is None:
             return base
         a, b, scaling = adapter
-        return lora_add(base, source, a, b, torch.full((len(a),), scaling, device=x.device), of_row)
+        factors = torch.full((len(a),), scaling, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        return lora_add(base, source, a, b, factors, of_row)
 
     rows = x[plan.order // slots]
     if weights.site == "input":

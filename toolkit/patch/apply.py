@@ -68,7 +68,8 @@ def _refuse_conflicts(claims: list[Claim]) -> None:
 def patch(model: nn.Module, roles: Sequence[str] | None = None, numerics: str | Numerics | None = None) -> PatchReport:
     """Replace the forwards of ``model`` by shared ops, in place, each one proven by a probe first.
 
-    roles: any of norm, rotary, mlp, activation, attention, mixer, layer, linear, head; None takes all there are.
+    roles: any of norm, rotary, mlp, activation, router, experts, attention, mixer, layer, linear, head; None takes
+    all there are.
     numerics: "bitwise" or "fast" (toolkit.numerics); None is bitwise on CPU and fast elsewhere.
     Returns the report: what was replaced with which probe errors, and what was left alone and why.
     Parameters keep their names, storage and layout. Patching twice is patching once; other roles or another tier

@@ -20,9 +20,12 @@ def generator(device: torch.device, stream: int = 0) -> torch.Generator:
     return torch.Generator(device).manual_seed(20261123 + stream)
 
 
-def twin(module: nn.Module) -> nn.Module:
-    """A float32 copy with random parameters of unit scale (matrices: 1/sqrt(fan in)), in eval mode."""
-    copied = copy.deepcopy(module).float().eval()
+def twin(module: nn.Module, instead: dict[int, nn.Parameter] | None = None) -> nn.Module:
+    """A float32 copy with random parameters of unit scale (matrices: 1/sqrt(fan in)), in eval mode.
+
+    instead: other parameters to copy in the place of those of these identities.
+    """
+    copied = copy.deepcopy(module, dict(instead or {})).float().eval()
     for stream, parameter in enumerate(copied.parameters()):
         # Each its own numbers: with equal weights, queries could not be told from keys, nor gate from up.
         source = generator(parameter.device, 1000 + stream)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from toolkit.config.schema import LoraSection, ModelSection
 from toolkit.errors import ToolkitError, nearest
 from toolkit.patch import PatchReport, patch, ragged_forward, token_logprobs, weights_changed
+from toolkit.patch.adapters import adopt_adapters
 from toolkit.state.batch import RaggedBatch
 from toolkit.training.tokenizer import reason
 
@@ -176,8 +177,9 @@ def add_adapters(model: "PreTrainedModel", section: LoraSection, report: PatchRe
     """Put LoRA adapters of PEFT into a patched model; its own weights freeze.
 
     Layers are recognised by their linear parts, which PEFT wraps, so the patch comes first: patched forwards call their
-    projections as modules, and wrapped ones are called like others. The adapters' own products keep the tier's promise.
-    Raises ToolkitError for target names that no module of the model has.
+    projections as modules, and wrapped ones are called like others. The adapters' own products keep the tier's promise;
+    those of parameters of experts are grouped like the experts' own.
+    Raises ToolkitError for target names that no module or parameter of the model has.
     """
     import peft
 
@@ -186,17 +188,22 @@ def add_adapters(model: "PreTrainedModel", section: LoraSection, report: PatchRe
         lora_alpha=section.alpha,  # type: ignore[arg-type]
         lora_dropout=section.dropout,
         target_modules=section.targets if section.targets is not None else "all-linear",
+        target_parameters=section.parameters,
         task_type="CAUSAL_LM",
         base_model_name_or_path=str(Path(str(model.name_or_path)).absolute()),
     )
     try:
         model.add_adapter(config)
     except ValueError as error:
-        raise ToolkitError(f"model.lora.targets is {section.targets!r}: {reason(error)}") from None
+        fields = f"model.lora.targets is {section.targets!r}"
+        if section.parameters is not None:
+            fields += f" and model.lora.parameters is {section.parameters!r}"
+        raise ToolkitError(f"{fields}: {reason(error)}") from None
     if "linear" in report.roles():
         for name, module in model.named_modules():
             if name.rpartition(".")[2] in ("lora_A", "lora_B"):
                 patch(module, ["linear"], report.numerics)
+    adopt_adapters(model)
     weights_changed(model)
 
 

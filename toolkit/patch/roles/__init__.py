@@ -8,7 +8,7 @@ from typing import Any
 
 from toolkit.numerics import Numerics
 from toolkit.patch.claim import Claim, Refusal
-from toolkit.patch.roles import activation, attention, head, layer, linear, mixer, mlp, norm, rotary
+from toolkit.patch.roles import activation, attention, experts, head, layer, linear, mixer, mlp, norm, rotary, router
 
 Finder = Callable[[Any, Numerics], list[Claim | Refusal]]
 
@@ -17,6 +17,8 @@ FINDERS: dict[str, Finder] = {
     "rotary": rotary.find,
     "mlp": mlp.find,
     "activation": activation.find,
+    "router": router.find,
+    "experts": experts.find,
     "attention": attention.find,
     "mixer": mixer.find,
     "layer": layer.find,

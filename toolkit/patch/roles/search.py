@@ -1,12 +1,14 @@
 """The walk that the per-module roles share: look at each module once, prove each distinct mathematics once."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from torch import nn
 
 from toolkit.patch.claim import Claim, ProbeError, Refusal, replace_forward
 from toolkit.patch.probe import signature_key
+
+T = TypeVar("T")
 
 # One way a module might be an op: what to call it, the replacing forward, and its probe.
 Candidate = tuple[str, Callable[..., Any], Callable[[], ProbeError]]
@@ -37,7 +39,7 @@ def search(
     return found
 
 
-def prove(options: list[Candidate]) -> tuple[str, Callable[..., Any], ProbeError] | str:
+def prove(options: Sequence[tuple[str, T, Callable[[], ProbeError]]]) -> tuple[str, T, ProbeError] | str:
     """The first candidate that the probe confirms, or the reason why none is."""
     closest: tuple[float, str] | None = None
     failure = "no candidate has its structure"
