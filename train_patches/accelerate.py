@@ -33,11 +33,11 @@ def expert_parallel(
 ) -> ShardedExperts:
     """Share the experts of a patched model out to accelerate's processes, before ``accelerator.prepare(model)``.
 
-    size: processes that share a layer's experts, None for all; chunks: see ``toolkit.moe.ExpertParallel``. Every process
-    must hold equal parameters, make as many forwards and backwards as the others, and call ``reduce`` and ``clip`` of
-    the result in the place of ``accelerator.clip_grad_norm_``, which does not know that norms add up over processes.
-    Raises ToolkitError where accelerate shards parameters itself (FSDP, DeepSpeed: ``train_patches.deepspeed``) or scales
-    the loss, for a model without patched experts, and for sizes that do not divide.
+    size: processes that share a layer's experts, None for all. chunks: see ``toolkit.moe.ExpertParallel``. Every
+    process must hold equal parameters, make as many forwards and backwards as the others, and call ``reduce`` and
+    ``clip`` of the result in the place of ``accelerator.clip_grad_norm_``, to which a part of the experts is all.
+    Raises ToolkitError where accelerate shards parameters itself (FSDP; DeepSpeed has ``train_patches.deepspeed``) or
+    scales the loss, for a model without patched experts, and for sizes that do not divide.
     """
     from accelerate.utils import DistributedType
 

@@ -32,8 +32,8 @@ MARK = "deepspeed_experts"
 def expert_parallel(model: nn.Module, size: int | None = None, chunks: int = 2) -> ShardedExperts:
     """Share the experts of a patched model out to the processes, before ``deepspeed.initialize``.
 
-    size: processes that share a layer's experts, None for all; chunks: see ``toolkit.moe.ExpertParallel``. Every process
-    must hold equal parameters. The groups are DeepSpeed's own, and gradients are averaged and clipped by it: ``reduce``
+    size: processes that share a layer's experts, None for all. chunks: see ``toolkit.moe.ExpertParallel``. Every
+    process must hold equal parameters. The groups are DeepSpeed's own, and it averages and clips gradients: ``reduce``
     and ``clip`` of the result are not to be called. ``engine.save_checkpoint`` does not know these experts; save what
     ``gather_state_dict`` gives.
     Raises ToolkitError unless ``deepspeed.init_distributed`` was called, and for sizes that do not divide.
@@ -77,7 +77,7 @@ def _mark(num_experts: int) -> nn.Module:
 
 
 def parameter_groups(model: nn.Module, **settings: Any) -> list[dict[str, Any]]:
-    """Groups for an optimizer that DeepSpeed takes: experts apart from the rest. ``settings`` are those of every group."""
+    """Groups for an optimizer that DeepSpeed takes: experts apart from the rest, each group with ``settings``."""
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

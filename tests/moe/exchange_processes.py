@@ -3,10 +3,13 @@
 import random
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from exchange_cases import exchanged, make_case, on_one
 
+from toolkit.errors import ToolkitError
+from toolkit.moe.symmetric_memory import SymmetricMemory
 from toolkit.moe.transport import Collective, transport_of
 
 
@@ -43,3 +46,9 @@ def agree_with_one_process(rank: int, size: int, seeds: int) -> None:
             expected = whole[case.of_rank(rank) if name in ("x", "scores") else mine]
             error = (gradients[name].double() - expected).norm()
             assert error <= limit * whole.norm().clamp_min(1e-30), (seed, name)
+
+
+def refuse_symmetric_memory(rank: int, size: int) -> None:
+    group: Any = dist.group.WORLD
+    with pytest.raises(ToolkitError, match="Symmetric memory needs"):
+        SymmetricMemory(group, 1024)

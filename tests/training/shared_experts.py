@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from training_recipes import layouts_until_the_role
 
 from toolkit.config import Recipe, load_recipe
 from toolkit.training.loop import Trainer
@@ -42,7 +41,6 @@ def moe_recipe(folder: Path, name: str, **values: Any) -> Recipe:
 def main() -> None:
     torch.set_num_threads(1)
     folder, name = Path(sys.argv[1]), sys.argv[2]
-    layouts_until_the_role()
     whole = Trainer(moe_recipe(folder, name), quiet=True)
     world = whole.accelerator.num_processes
     held = [p for path, p in whole.ragged.named_parameters() if path.endswith("experts.gate_up_proj")]

@@ -48,24 +48,3 @@ def tiny_recipe(output: Path, **sections: Any) -> Recipe:
     for key, value in sections.items():
         values[key] = {**values[key], **value} if isinstance(value, dict) and key in values else value
     return validate(values)
-
-
-def layouts_until_the_role() -> None:
-    """Patch the experts of Qwen3-MoE by hand where there is no role for it."""
-    from toolkit.modules.experts import LAYOUTS, Experts
-    from toolkit.patch.claim import replace_forward
-    from toolkit.patch.roles import FINDERS
-    from toolkit.training import loop, model
-
-    if "experts" in FINDERS:
-        return
-
-    def patch_model(hf_model: Any, section: Any) -> Any:
-        result = model.patch_model(hf_model, section)
-        for module in hf_model.modules():
-            if type(module).__name__ == "Qwen3MoeExperts":
-                LAYOUTS[module] = Experts("gate_up_proj", "down_proj", "silu")
-                replace_forward(module, LAYOUTS[module].forward())()
-        return result
-
-    loop.patch_model = patch_model
