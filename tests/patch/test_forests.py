@@ -14,7 +14,7 @@ from toolkit.errors import ToolkitError
 from toolkit.patch.forward import ragged_forward
 from toolkit.state import RaggedBatch
 from toolkit.testing.models import FAMILIES, random_model
-from toolkit.testing.oracle import lifted_to_double
+from toolkit.testing.oracle import eager, lifted_to_double
 
 FORESTS = ["llama", "gemma2", "granite_swa", "deepseek_v3", "qwen3_next", "mamba2", "bamba", "lfm2"]
 MIXERS = {"qwen3_next", "mamba2", "bamba"}
@@ -38,7 +38,7 @@ def tree(seed, count=8, depth=5):
 
 
 def stock_logprobs(model, sequences):
-    model.set_attn_implementation("eager")
+    eager(model)
     for sequence in sequences:
         logits = model(torch.tensor([sequence]), use_cache=False).logits[0, :-1]
         yield logits.log_softmax(-1).gather(1, torch.tensor(sequence[1:])[:, None])[:, 0]

@@ -11,8 +11,8 @@ from torch import nn
 import toolkit
 from toolkit.errors import ToolkitError
 from toolkit.patch import find_claims, report_of
-from toolkit.testing.models import FAMILIES, HYBRIDS, random_model
-from toolkit.testing.oracle import lifted_to_double
+from toolkit.testing.models import FAMILIES, HYBRIDS, MIXTURES, random_model
+from toolkit.testing.oracle import eager, lifted_to_double
 
 LEFT_AND_RIGHT = ("none", "left", "right", "both")
 
@@ -51,12 +51,12 @@ def test_padded_training_step_equals_eager_float64(family, side):
     model = random_model(family).double()
     ids, mask, labels = padded_batch(side, model.config.vocab_size)
     oracle = copy.deepcopy(model)
-    oracle.set_attn_implementation("eager")
+    eager(oracle)
     with lifted_to_double():
         expected_loss, expected = loss_and_gradients(oracle, ids, mask, labels)
     toolkit.patch(model)
-    # The float32 islands inside of a mixer are its own code's, patched or not.
-    with lifted_to_double() if family in HYBRIDS else nullcontext():
+    # The float32 islands inside of a mixer, and of rotary tables of half the width, are its own code's, patched or not.
+    with lifted_to_double() if family in (*HYBRIDS, "gpt_oss") else nullcontext():
         loss, gradients = loss_and_gradients(model, ids, mask, labels)
     assert relative(loss, expected_loss) < 1e-10
     for name, gradient in gradients.items():
@@ -72,8 +72,14 @@ def test_training_step_equals_unpatched_float32(family, numerics):
     toolkit.patch(model, numerics=numerics)
     loss, gradients = loss_and_gradients(model, ids, mask, labels)
     assert relative(loss, expected_loss) < 1e-5
-    for name, gradient in gradients.items():
-        assert relative(gradient, expected[name]) < 1e-5, name
+    far = [name for name, gradient in gradients.items() if relative(gradient, expected[name]) >= 1e-5]
+    assert not far or family in HYBRIDS, far
+    if far:  # sums in a mixer cancel, in its own code: neither model is further from float64 than the other
+        oracle = eager(random_model(family).double())
+        with lifted_to_double():
+            _, exact = loss_and_gradients(oracle, ids, mask, labels)
+        for name in far:
+            assert relative(gradients[name], exact[name]) < 2 * relative(expected[name], exact[name]), name
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -81,17 +87,26 @@ def test_every_module_of_the_known_families_is_claimed(family):
     report = find_claims(random_model(family))
     roles = report.roles()
     # A gated norm of two inputs is no role; its mixer keeps it as it is.
-    assert {refusal.role for refusal in report.refusals} <= {"norm"} if family in HYBRIDS else report.refusals == []
+    # gpt-oss keeps tables of half the width, which its own code applies.
+    left = {"gpt_oss": {"rotary"}}.get(family, {"norm"} if family in HYBRIDS else set())
+    assert {refusal.role for refusal in report.refusals} <= left
     assert max(claim.error.forward for claim in report.claims) < 5e-6
     assert roles["head"] == 2
     # The model's setting, and a fused forward a layer of the usual build.
-    attention = {"gpt_neox": 1, "qwen3_next": 1, "lfm2": 1, "mamba2": 0, "bamba": 2}
+    attention = {"mamba2": 0, "bamba": 2}
+    attention |= dict.fromkeys(("gpt_neox", "qwen3_next", "qwen3_next_moe", "lfm2", "olmoe", "gpt_oss"), 1)
     assert roles.get("attention", 0) == attention.get(family, 3)
     assert roles.get("mixer", 0) == {"mamba2": 2}.get(family, 1 if family in HYBRIDS else 0)
     assert roles["norm"] >= (3 if family == "mamba2" else 5)
     linears = {"gpt_neox": 8, "deepseek_v3": 16, "qwen3_next": 13, "mamba2": 4, "bamba": 12, "lfm2": 12}
-    assert roles["linear"] == linears.get(family, 14)
-    assert roles.get("mlp", 0) == (0 if family in ("gpt_neox", "mamba2") else 2)
+    linears |= {"deepseek_v3_moe": 16, "qwen3_next_moe": 15}
+    assert roles["linear"] == linears.get(family, 8 if family in MIXTURES else 14)
+    without = ("gpt_neox", "mamba2", "qwen3_moe", "mixtral", "olmoe", "gpt_oss")
+    assert roles.get("mlp", 0) == (0 if family in without else 2)
+    # The model's setting, and each layer's.
+    layers = {"deepseek_v3_moe": 1}.get(family, 2) if family in MIXTURES else 0
+    assert roles.get("router", 0) == layers
+    assert roles.get("experts", 0) == (layers + 1 if layers else 0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -99,14 +114,15 @@ def test_unpatch_restores_behaviour_keys_repr_and_pickling(family):
     model = random_model(family)
     ids = torch.arange(3, 16)[None]
     before = model(ids).logits
-    keys, text, implementation = list(model.state_dict()), repr(model), model.config._attn_implementation
+    keys, text = list(model.state_dict()), repr(model)
+    implementations = model.config._attn_implementation, model.config._experts_implementation
     toolkit.patch(model)
     assert list(model.state_dict()) == keys
     assert not torch.equal(model(ids).logits, before)
     toolkit.unpatch(model)
     assert torch.equal(model(ids).logits, before)
     assert repr(model) == text
-    assert model.config._attn_implementation == implementation
+    assert (model.config._attn_implementation, model.config._experts_implementation) == implementations
     assert report_of(model) is None
     assert all("forward" not in module.__dict__ for module in model.modules())
     assert torch.equal(pickle.loads(pickle.dumps(model))(ids).logits, before)
@@ -241,7 +257,7 @@ def test_sliding_window_cuts_like_eager():
     model = random_model("mistral", sliding_window=4).double()
     ids, mask, labels = padded_batch("right", model.config.vocab_size)
     oracle = copy.deepcopy(model)
-    oracle.set_attn_implementation("eager")
+    eager(oracle)
     with lifted_to_double():
         expected_loss, expected = loss_and_gradients(oracle, ids, mask, labels)
     toolkit.patch(model)

@@ -26,7 +26,8 @@ class DecodePrograms:
 
     A program is made at the first batch of its size and holds parameters by reference: training between two replays
     is seen. What a recording cannot see (another patch, replaced parameters, hooks) is looked for by ``refresh``, which
-    the caller runs whenever a prompt enters.
+    the caller runs whenever a prompt enters. A model whose own code looks at values on the way has no programs, and is
+    run as it is.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -34,6 +35,7 @@ class DecodePrograms:
         self._programs: dict[int, Callable[..., Tensor]] = {}
         self._made_of: tuple[object, ...] = ()
         self._hooked = False
+        self.decided_by = ""
         self.refresh()
 
     def refresh(self) -> None:
@@ -41,14 +43,15 @@ class DecodePrograms:
         made_of = (report_of(self.model), *map(id, self.model.parameters()), *map(id, self.model.buffers()))
         if made_of != self._made_of:
             self._programs.clear()
-            self._made_of = made_of
+            self._made_of, self.decided_by = made_of, ""
         # A hook is the user's Python and must run at every step.
         self._hooked = any(m._forward_hooks or m._forward_pre_hooks for m in self.model.modules())
 
     def serves(self, batch: RaggedBatch) -> bool:
         """Whether the batch is one new token a sequence, on pages, of a size that programs are made for."""
         count = len(batch.tokens)
-        steady = isinstance(batch.state, StatePool) and batch.state.recordable and not self._hooked
+        steady = isinstance(batch.state, StatePool) and batch.state.recordable
+        steady = steady and not self._hooked and not self.decided_by
         return steady and count == len(batch.kv_lengths) and count in SIZES
 
     def forward(self, batch: RaggedBatch) -> Tensor:
@@ -61,7 +64,9 @@ class DecodePrograms:
                 recording = record(self._function(batch), [part.clone() for part in inputs])
                 # The recording was this step: run twice, a recurrence would go two tokens further.
                 logits = recording.tensors[recording.output]
-                self._programs[len(batch.tokens)] = build(fuse(recording))
+                self.decided_by = recording.decided_by
+                if not self.decided_by:
+                    self._programs[len(batch.tokens)] = build(fuse(recording))
             return logits
         return program(*inputs)
 

@@ -1,8 +1,10 @@
-"""Elementwise functions of a model's own code, with bits that do not depend on the rows beside an element.
+"""Functions of a model's own code, with bits that do not depend on the rows beside a row.
 
 Torch's vectorised loops on the CPU treat what is left over at the end of a flat tensor with other code than the rest,
-so the last bit of a sigmoid depends on how many rows there are. Inside ``row_invariant`` the functions that models
-call between their modules (gates, time steps) are the op ``activation`` instead, whose elements stand alone.
+so the last bit of a sigmoid depends on how many rows there are; so does that of the vendor's product with a weight.
+Inside ``row_invariant`` the functions that models call between their modules (gates, time steps, routers and experts
+that no role claims) are the ops ``activation`` and ``linear`` instead, whose rows stand alone, and of equal values the
+largest is the one of the lowest index, as in the op ``route``.
 """
 
 import threading
@@ -15,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from toolkit.modules.linear import product
 from toolkit.ops.activation import activation
 
 _thread = threading.local()
@@ -31,15 +34,52 @@ _KINDS: dict[Callable[..., Any], str] = {
 }
 
 
+def _on_cpu(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_cpu and x.is_floating_point()
+
+
+def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
+    if _on_cpu(input) and weight.dim() == 2 and input.dtype == weight.dtype:
+        return product(input, weight, bias)
+    return NotImplemented
+
+
+def _matmul(input: Any, other: Any) -> Any:
+    """A product with one matrix [K, N] for all rows: a weight that lies the other way around."""
+    if _on_cpu(input) and isinstance(other, Tensor) and input.dim() > 1 and other.dim() == 2:
+        return _linear(input, other.t())
+    return NotImplemented
+
+
+def _topk(input: Any, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
+    if _on_cpu(input) and largest and input.dim() and dim in (-1, input.dim() - 1):
+        values, indices = torch.sort(input, dim=-1, descending=True, stable=True)
+        return torch.return_types.topk((values[..., :k], indices[..., :k]))
+    return NotImplemented
+
+
+_FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.linear: _linear,
+    torch.matmul: _matmul,
+    torch.mm: _matmul,
+    Tensor.matmul: _matmul,
+    Tensor.mm: _matmul,
+    Tensor.__matmul__: _matmul,
+    torch.topk: _topk,
+    Tensor.topk: _topk,
+}
+
+
 class _RowInvariant(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         kind = _KINDS.get(func)
         # Only the plain call: a softplus of another slope, or one in place, is left to torch.
-        if kind is not None and len(args) == 1 and not (kwargs and any(kwargs.values())):
-            (x,) = args
-            if isinstance(x, Tensor) and x.is_cpu and x.is_floating_point():
-                return activation(x, kind)
-        return func(*args, **(kwargs or {}))
+        if kind is not None and len(args) == 1 and not any(kwargs.values()) and _on_cpu(args[0]):
+            return activation(args[0], kind)
+        own = _FUNCTIONS.get(func)
+        result = NotImplemented if own is None or "out" in kwargs else own(*args, **kwargs)
+        return func(*args, **kwargs) if result is NotImplemented else result
 
 
 @contextmanager

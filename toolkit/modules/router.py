@@ -76,7 +76,7 @@ class Router:
             logits = settings.logits(self, x)
             correction: Any = None if find is None else find(self)
             if settings.correction == "":
-                correction = (*args, *kwargs.values())[0]
+                correction = next(iter((*args, *kwargs.values())), None)
             batch = RaggedBatch.active()
             chosen = None if batch is None else batch.replayed(settings.layer, logits.shape[1])
             weights, ids = settings.choose(logits, correction, chosen)

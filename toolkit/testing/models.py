@@ -21,7 +21,7 @@ def _common(hidden: int, layers: int, vocabulary: int) -> dict[str, Any]:
     }
 
 
-# What sets a family apart from the common settings; the key is transformers' model type.
+# What sets a family apart from the common settings; the key is transformers' model type where none is given.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": 2},
     "qwen3": {"num_key_value_heads": 2, "head_dim": 24},
@@ -87,8 +87,34 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "lfm2": {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"], "block_multiple_of": 8},
 }
 
+FAMILIES["deepseek_v3_moe"] = {
+    **FAMILIES["deepseek_v3"],
+    "model_type": "deepseek_v3",
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 40,
+    "n_routed_experts": 12,
+    "num_local_experts": 12,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "n_shared_experts": 1,
+    "routed_scaling_factor": 2.5,
+}
+FAMILIES["qwen3_next_moe"] = {
+    **FAMILIES["qwen3_next"],
+    "model_type": "qwen3_next",
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 40,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+}
+
+# Their layers, or some of them, are mixtures of experts.
+MIXTURES = ("qwen3_moe", "mixtral", "olmoe", "gpt_oss", "deepseek_v3_moe", "qwen3_next_moe")
+
 # Their mixers keep transformers' own forward in ordinary calls: ragged batches alone have the promise of equal bits.
-HYBRIDS = ("qwen3_next", "mamba2", "bamba", "lfm2")
+HYBRIDS = ("qwen3_next", "qwen3_next_moe", "mamba2", "bamba", "lfm2")
 
 
 def random_model(
@@ -104,16 +130,18 @@ def random_model(
         hint = nearest(family, list(FAMILIES))
         raise ToolkitError(f"family is {family!r}; allowed are {', '.join(FAMILIES)}{hint}.")
     values = {**_common(hidden, layers, vocabulary), **FAMILIES[family], **settings}
-    config = AutoConfig.for_model(family, **values)
+    config = AutoConfig.for_model(values.pop("model_type", family), **values)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         with torch.no_grad():
-            for parameter in model.parameters():
+            saved = model.state_dict()
+            corrections = [b for name, b in model.named_buffers() if name in saved and b.is_floating_point()]
+            for tensor in (*model.parameters(), *corrections):
                 # Initial norms are all ones and biases all zeros, which would hide mistakes in them; the wider
                 # matrices give next-token distributions that are neither flat nor certain.
-                scale = 0.2 if parameter.dim() == 1 else 1.5 * parameter.shape[-1] ** -0.5
-                parameter.add_(torch.randn_like(parameter), alpha=scale)
+                scale = 0.2 if tensor.dim() == 1 else 1.5 * tensor.shape[-1] ** -0.5
+                tensor.add_(torch.randn_like(tensor), alpha=scale)
     return model.eval()
 
 

@@ -7,6 +7,7 @@ float64 is an oracle to 1e-14 that shares no code with this project.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -21,3 +22,10 @@ def lifted_to_double() -> Iterator[None]:
         yield
     finally:
         torch.float32, torch.float, torch.Tensor.float = saved  # type: ignore[method-assign]
+
+
+def eager(model: Any) -> Any:
+    """``model`` with transformers' own plain code for attention and experts."""
+    model.set_attn_implementation("eager")
+    model.set_experts_implementation("eager")
+    return model

@@ -4,6 +4,7 @@ The settings are looked for, not read: every combination of what the module's at
 its own choices, and what agrees is proven with gradients.
 """
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +19,7 @@ from toolkit.modules.router import Router
 from toolkit.numerics import Numerics
 from toolkit.ops.activation import plain_kinds
 from toolkit.patch.claim import Claim, ProbeError, Refusal, replace_forward
-from toolkit.patch.probe import compare, generator, random_input, required_arguments, signature_key, twin, with_forward
+from toolkit.patch.probe import compare, generator, random_input, signature_key, twin, with_forward
 from toolkit.patch.roles.mixtures import Mixture, matrix_rows, mixtures
 from toolkit.patch.roles.search import prove
 
@@ -50,15 +51,12 @@ class Probe:
         self.count = count
         for stream, buffer in enumerate(self.copied.buffers()):
             if buffer.is_floating_point():
-                with torch.no_grad():
-                    buffer.copy_(torch.rand(buffer.shape, generator=generator(buffer.device, 500 + stream)) - 0.5)
+                # Most of them negative: what is left out of a choice as 0 is told from what is left out as -inf.
+                source = generator(buffer.device, 500 + stream)
+                buffer.copy_(torch.rand(buffer.shape, generator=source, device=buffer.device) - 0.9)
         self.holder, self.plain = self._matrix()
         self.parameters = list(self.copied.parameters())
-        self.original = with_forward(self.copied, type(self.copied).forward)
-        # A second argument that the forward cannot do without is the choice's bias.
-        self.extra: list[Tensor] = []
-        if len(required_arguments(module)) == 2:
-            self.extra = [random_input(count, like=self.copied).mul_(0.3)]
+        self.extra = self._second_argument()
         self.batches = [[x, *self.extra] for x in self._inputs()]
         self.outputs, self.seen = self._look()
         self.wide = self._wide_outputs()
@@ -78,6 +76,21 @@ class Probe:
             return child, Router(1, projection=name)
         biases = [n for n, p in own.items() if p.shape == (self.count,) and "bias" in n and "correction" not in n]
         return self.copied, Router(1, weight=weights[0], bias=biases[0] if len(biases) == 1 else None)
+
+    def _second_argument(self) -> list[Tensor]:
+        """A bias of the choice, where the forward takes one."""
+        taken = list(inspect.signature(type(self.copied).forward).parameters.values())[1:]
+        if len(taken) < 2 or taken[1].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
+            return []
+        return [random_input(self.count, like=self.copied, scale=0.3)]
+
+    def _run(self, *inputs: Tensor, module: Any = None) -> Any:
+        """The module's own outputs; some take [T, H], some [B, S, H] alone."""
+        original = with_forward(module or self.copied, type(self.copied).forward)
+        try:
+            return original(*inputs)
+        except ValueError:
+            return original(inputs[0][None], *inputs[1:])
 
     def _product(self, x: Tensor) -> Tensor:
         """The logits by torch."""
@@ -104,8 +117,9 @@ class Probe:
         for inputs in self.batches:
             with torch.no_grad():
                 logits = self._product(inputs[0])
-                found = self._named(self.original(*inputs), logits)
-                again = self._named(with_forward(self.copied.train(), type(self.copied).forward)(*inputs), logits)
+                found = self._named(self._run(*inputs), logits)
+                self.copied.train()
+                again = self._named(self._run(*inputs), logits)
                 self.copied.eval()
             if {"weights", "ids"} - set(found):
                 raise RuntimeError("its forward does not return weights and ids of the chosen experts")
@@ -138,7 +152,7 @@ class Probe:
         inputs = [x.to(torch.bfloat16) for x in self.batches[0]]
         with torch.no_grad():
             try:
-                outputs = with_forward(narrow, type(narrow).forward)(*inputs)
+                outputs = self._run(*inputs, module=narrow)
             except RuntimeError:  # a module that needs float32 parameters
                 return ()
         return tuple(name for name, value in zip(self.outputs, outputs) if value.dtype == torch.float32)
@@ -147,7 +161,6 @@ class Probe:
         """What may be added to the scores for the choice: nothing, an argument, a vector of one number an expert."""
         if self.extra:
             yield "", self.extra[0]
-            return
         yield None, None
         for name, tensor in (*self.copied.named_parameters(), *self.copied.named_buffers()):
             if tensor.numel() == self.count and tensor.dim() <= 2 and name != self.plain.bias:
@@ -203,7 +216,7 @@ class Probe:
             return run
 
         return compare(
-            ordered(with_forward(self.copied, router.forward())), ordered(self.original), self.batches, self.parameters
+            ordered(with_forward(self.copied, router.forward())), ordered(self._run), self.batches, self.parameters
         )
 
 
