@@ -8,6 +8,7 @@ from toolkit.engine.decode import SIZES, DecodePrograms, padded_size
 from toolkit.testing.models import FAMILIES, MIXTURES, random_model
 from toolkit.testing.parity import check_parity
 
+
 def prompts_for(vocabulary, seed=7):
     source = torch.Generator().manual_seed(seed)
     lengths = torch.randint(2, 90, (32,), generator=source).tolist()

@@ -26,7 +26,6 @@ from toolkit.config import Recipe, dump
 from toolkit.errors import ToolkitError
 from toolkit.moe.sharding import ShardedExperts, expert_groups, shard_experts
 from toolkit.patch import expert_layers
-from toolkit.state.batch import RaggedBatch
 from toolkit.training import checkpoint
 from toolkit.training.files import write_atomic
 from toolkit.training.metrics import FILE as METRICS
