@@ -5,11 +5,8 @@ import torch
 
 import toolkit
 from toolkit.engine.decode import SIZES, DecodePrograms, padded_size
-from toolkit.testing.models import FAMILIES, random_model
+from toolkit.testing.models import FAMILIES, MIXTURES, random_model
 from toolkit.testing.parity import check_parity
-
-MIXTURES = ("qwen3_moe", "mixtral", "olmoe", "gpt_oss")
-"""Families with experts, whose routing is also replayed."""
 
 
 def prompts_for(vocabulary, seed=7):

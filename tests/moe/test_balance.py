@@ -21,7 +21,7 @@ from toolkit.moe.balance import (
 from toolkit.patch.forward import ragged_forward
 from toolkit.state.batch import RaggedBatch, observing
 from toolkit.testing.models import random_model
-from toolkit.testing.oracle import lifted_to_double
+from toolkit.testing.oracle import eager, lifted_to_double
 
 
 def sequences_with_a_prefix(seed: int) -> list[list[int]]:
@@ -114,11 +114,9 @@ def close(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], limit: 
 
 def test_a_forest_has_the_losses_of_its_sequences_alone() -> None:
     """Against transformers' own model and function on every unshared sequence, in float64, with all gradients."""
-    stock = random_model("qwen3_moe", layers=3).double()
+    stock = eager(random_model("qwen3_moe", layers=3).double())
     model = copy.deepcopy(stock)
     toolkit.patch(model)
-    stock.set_attn_implementation("eager")
-    stock.set_experts_implementation("eager")
     sequences = sequences_with_a_prefix(0)
     with lifted_to_double():
         assert RaggedBatch.from_sequences(sequences).multiplicity is not None

@@ -11,7 +11,7 @@ from toolkit.errors import ToolkitError
 from toolkit.patch.forward import ragged_forward
 from toolkit.state.batch import RaggedBatch, observing
 from toolkit.testing.models import random_model
-from toolkit.testing.oracle import lifted_to_double
+from toolkit.testing.oracle import eager, lifted_to_double
 
 
 def tree(seed: int, count: int = 5) -> list[list[int]]:
@@ -73,11 +73,9 @@ def test_the_models_own_routing_changes_no_bit(share: bool) -> None:
 
 def test_another_routing_is_really_taken() -> None:
     """Against transformers' own forward with its routers' choice replaced, in float64, with all gradients."""
-    stock = random_model("qwen3_moe").double()
+    stock = eager(random_model("qwen3_moe").double())
     model = copy.deepcopy(stock)
     toolkit.patch(model)
-    stock.set_attn_implementation("eager")
-    stock.set_experts_implementation("eager")
     gates = [module for name, module in stock.named_modules() if name.endswith(".gate")]
     current: dict[str, torch.Tensor] = {}
 

@@ -13,10 +13,21 @@ from objective_recipes import weights
 
 from toolkit.errors import ToolkitError
 from toolkit.moe.balance import RouterStatistics
+from toolkit.testing.oracle import eager
+from toolkit.training import loop
 from toolkit.training.loop import Trainer
 from toolkit.training.metrics import read_metrics
+from toolkit.training.objectives import distill
 
 FIGURES = {"expert_load_max", "expert_load_entropy", "balance_loss", "router_z_loss"}
+
+
+@pytest.fixture
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models in float64, whose experts transformers' default code does not take."""
+    for module, name in ((loop, "make_model"), (loop, "load_checkpoint"), (distill, "load_checkpoint")):
+        make = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *given, make=make: eager(make(*given)))
 
 
 def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -25,6 +36,7 @@ def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_objective_adds_the_losses_of_its_update(tmp_path: Path, kind: str) -> None:
     """The gradient of a step is the objective's, and that of the micro-batches' losses by their share of the tokens."""
@@ -75,11 +87,12 @@ def test_a_run_logs_and_evens_out_its_experts(tmp_path: Path) -> None:
         lines = read_metrics(tmp_path / "runs" / name / "metrics.jsonl")
         assert set(lines[0]) >= (FIGURES if balance else {"expert_load_max", "expert_load_entropy"})
         assert ("balance_loss" in lines[0]) == (balance > 0)
-        loads.append([line["expert_load_max"] for line in lines])
+        loads.append([line["expert_load_max"] - 1.0 for line in lines])  # what is above an even load
     assert loads[0][0] == loads[1][0]
     assert sum(loads[1][-5:]) < 0.8 * sum(loads[0][-5:])
 
 
+@pytest.mark.usefixtures("exact")
 def test_the_z_loss_does_not_depend_on_the_micro_batches(tmp_path: Path) -> None:
     found = []
     for name, budget in (("small", 40), ("large", 4096)):
