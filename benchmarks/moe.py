@@ -1,14 +1,15 @@
 """A mixture of experts, 89 M Qwen3-MoE: training, generation and activations against transformers' implementations.
 
 ``python -m benchmarks.moe``: loss and gradients against the unpatched model first, and greedy tokens against
-``generate``'s; no speed on a red gate. Then a training step (AdamW) and generation at batch 16, in turns in one process,
-and what the block of experts saves for its backward.
+``generate``'s; no speed on a red gate. Then a training step (AdamW) and generation at batch 16, in turns in one
+process, and what the block of experts saves for its backward.
 """
 
 import argparse
 import copy
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -107,7 +108,7 @@ def generation(arguments: argparse.Namespace) -> dict[str, Any]:
         print("gate red: greedy tokens differ", file=sys.stderr)
         raise SystemExit(1)
     calls: dict[str, Callable[[], Any]] = {"toolkit": lambda: system(prompts, arguments.new_tokens)}
-    calls |= {name: lambda peer=peer: peer(prompts, arguments.new_tokens) for name, peer in peers.items()}
+    calls |= {name: partial(peer, prompts, arguments.new_tokens) for name, peer in peers.items()}
     timings = {name: summary(seconds) for name, seconds in interleaved(calls, arguments.repeats, warmup=0).items()}
     speed = {name: arguments.batch * arguments.new_tokens / one["median_s"] for name, one in timings.items()}
     # The last of transformers' three gathers a copy of weights a token; a few tokens of it are enough to see.
