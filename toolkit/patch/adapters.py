@@ -63,7 +63,8 @@ def _forward(own: Callable[..., Any]) -> Callable[..., Any]:
         adapters = None if parts is None or kwargs or len(args) != 2 else _adapters(wrappers, parts)
         if parts is None or adapters is None:
             return own(self, x, *args, **kwargs)
-        return parts.run(experts, x, *args, adapters=None if adapters == (None, None) else adapters)
+        ids, scores = args
+        return parts.run(experts, x, ids, scores, adapters=None if adapters == (None, None) else adapters)
 
     return forward
 
