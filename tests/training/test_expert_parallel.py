@@ -14,6 +14,7 @@ from training_recipes import write_corpus
 from toolkit.errors import ToolkitError
 from toolkit.training.loop import Trainer
 from toolkit.training.metrics import read_metrics
+from toolkit.training.objectives.base import divided
 
 HERE = Path(__file__).parent
 
@@ -60,5 +61,7 @@ def test_errors_are_one_sentence(tmp_path: Path) -> None:
     dense = {"model.config": "{model_type: llama, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2}"}
     with pytest.raises(ToolkitError, match="RaggedModel has no patched layer of experts"):
         Trainer(moe_recipe(tmp_path, "one", **dense), quiet=True)
+    with pytest.raises(ToolkitError, match=r"data.streams is 1; it must be a multiple of the 2 processes"):
+        divided("data.streams", 1, 2)
     with pytest.raises(ToolkitError, match=r"train.expert_parallel is given with objective.kind 'grpo'"):
         moe_recipe(tmp_path, "one", objective="{kind: grpo, task: {name: countdown}}")

@@ -173,7 +173,7 @@ def test_accumulation_equals_one_large_batch(corpus: Path) -> None:
     torch.nn.functional.cross_entropy(logits, targets).backward()
     expected = {name: p.grad.clone() for name, p in trainer.ragged.named_parameters() if p.grad is not None}
     trainer.ragged.zero_grad()
-    objective.load_state_dict({"epoch": 0, "next": 0, "turn": 0, "open": []})
+    objective.load_state_dict({"streams": [{"epoch": 0, "next": 0, "turn": 0, "open": []}]})
     got: dict[str, torch.Tensor] = {}
 
     def clip() -> torch.Tensor:
