@@ -35,7 +35,27 @@ def qwen3(**changes: Any) -> Any:
     return _build(Qwen3ForCausalLM, Qwen3Config, {"num_key_value_heads": 2, "head_dim": 64} | changes)
 
 
-MODELS: dict[str, Callable[..., Any]] = {"llama": llama, "qwen3": qwen3}
+def qwen3_moe(**changes: Any) -> Any:
+    """An 89 M Qwen3-MoE with random weights: 6 layers, 512 wide, 32 experts of 256 of which 4 serve a token.
+
+    Its experts run as transformers' eager loop until another implementation is asked for.
+    """
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sizes = {
+        "num_hidden_layers": 6,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "num_experts": 32,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 256,
+        "norm_topk_prob": True,
+        "experts_implementation": "eager",
+    }
+    return _build(Qwen3MoeForCausalLM, Qwen3MoeConfig, sizes | changes)
+
+
+MODELS: dict[str, Callable[..., Any]] = {"llama": llama, "qwen3": qwen3, "qwen3_moe": qwen3_moe}
 
 
 def _build(model: Any, config: Any, changes: dict[str, Any]) -> Any:
