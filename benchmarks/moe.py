@@ -9,6 +9,7 @@ import argparse
 import copy
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def bench_op(stock: Any, repeats: int) -> dict[str, Any]:
         peer_leaves = [*leaves[:2], experts.gate_up_proj, experts.down_proj]
         grad = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(4))
         wide = [value.detach().double() for value in inputs]
-        exact = both_ways(lambda *v, ids=ids: _loop(*v, ids=ids), wide, [grad.double()])
+        exact = both_ways(partial(_loop, ids), wide, [grad.double()])
         worst = gate("experts", both_ways(ours, inputs, [grad]), exact, GATE)
 
         def forward(function: Callable[..., Tensor], values: list[Tensor]) -> Callable[[], None]:
@@ -94,7 +95,7 @@ def bench_op(stock: Any, repeats: int) -> dict[str, Any]:
     return result
 
 
-def _loop(x: Tensor, scores: Tensor, up: Tensor, down: Tensor, ids: Tensor) -> Tensor:
+def _loop(ids: Tensor, x: Tensor, scores: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """The experts one by one: what float64 is asked for."""
     out = torch.zeros_like(x)
     for e in range(up.shape[0]):
