@@ -36,7 +36,10 @@ def qwen3(**changes: Any) -> Any:
 
 
 def qwen3_moe(**changes: Any) -> Any:
-    """An 89 M Qwen3-MoE: 6 layers, 512 wide, 32 experts 256 wide of which a token has 4, vocabulary 8192."""
+    """An 89 M Qwen3-MoE with random weights: 6 layers, 512 wide, 32 experts of 256 of which 4 serve a token.
+
+    Its experts run as transformers' eager loop until another implementation is asked for.
+    """
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     sizes = {
@@ -47,6 +50,7 @@ def qwen3_moe(**changes: Any) -> Any:
         "num_experts_per_tok": 4,
         "moe_intermediate_size": 256,
         "norm_topk_prob": True,
+        "experts_implementation": "eager",
     }
     return _build(Qwen3MoeForCausalLM, Qwen3MoeConfig, sizes | changes)
 
