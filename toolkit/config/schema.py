@@ -125,7 +125,7 @@ class MoeSection(Section):
     """
 
     balance: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the load balancing loss (Switch Transformers; transformers' ``router_aux_loss_coef``)."""
+    """Weight of the load balancing loss (Switch Transformers), the mean of each layer's own."""
     z_loss: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the routers' mean squared log-sum-exp (ST-MoE)."""
     bias_rate: Annotated[float, Field(ge=0)] = 0.0

@@ -20,8 +20,8 @@ def load_balancing_loss(logits: Sequence[Tensor], ids: Sequence[Tensor], multipl
     ``f_e = sum_lt m_t [t goes to e] / N`` (constant) and ``P_e = sum_lt m_t softmax(logits_lt)_e / N``.
 
     Fedus et al., "Switch Transformers", 2021, equations 4 to 6, as transformers' ``load_balancing_loss_func`` has it:
-    layers are pooled, and f sums to K, so even loads give K. logits: [T, E] a layer; ids: [T, K] a layer, the choice.
-    A scalar in float32 (float64 for float64), differentiable in the logits. Raises ToolkitError where layers differ in
+    layers given together are pooled, and f sums to K, so even loads give K. logits: [T, E] a layer; ids: [T, K] a layer,
+    the choice. A scalar in float32 (float64 for float64), differentiable in the logits. Raises ToolkitError where layers differ in
     experts, for their loads are added up.
     """
     experts = {layer.shape[1] for layer in logits}
@@ -112,12 +112,16 @@ class RouterStatistics:
             self._seen[layer] = logits, ids, multiplicity
 
     def take_losses(self) -> tuple[Tensor, Tensor]:
-        """(load balancing loss, z-loss) of the forward since the last call; the logits are let go."""
+        """(load balancing loss, z-loss) of the forward since the last call; the logits are let go.
+
+        The first is the mean of each layer's own: pooled, layers may stay uneven that make up for each other.
+        """
         seen, self._seen = list(self._seen.values()), {}
         if not seen:
             raise ToolkitError("no router of the model was seen; balancing needs routers that are patched.")
         logits, ids, (multiplicity, *_) = (list(part) for part in zip(*seen))
-        return load_balancing_loss(logits, ids, multiplicity), router_z_loss(logits, multiplicity)
+        each = [load_balancing_loss([one], [chosen], multiplicity) for one, chosen in zip(logits, ids)]
+        return torch.stack(each).mean(), router_z_loss(logits, multiplicity)
 
     def take_loads(self) -> dict[int, Tensor]:
         """[E] tokens of each expert by layer, since the last call."""
