@@ -31,7 +31,14 @@ def routing(tokens: int, slots: int, experts: int, *, skipped: bool = True, seed
 
 
 def layer(
-    experts: int, hidden: int, inner: int, gated: bool, biased: bool, transposed: bool, dtype: torch.dtype, seed: int = 1
+    experts: int,
+    hidden: int,
+    inner: int,
+    gated: bool,
+    biased: bool,
+    transposed: bool,
+    dtype: torch.dtype,
+    seed: int = 1,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """up, up_bias, down, down_bias."""
     wide = inner * (2 if gated else 1)

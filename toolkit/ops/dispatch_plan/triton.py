@@ -1,7 +1,8 @@
 """``dispatch_plan`` in Triton: count the slots of each expert block by block, add up the counts, place the slots.
 
 A stable counting sort: a slot's row is where its expert's rows begin, plus the slots of that expert in earlier blocks,
-plus those before it in its own. Integers only, no atomics, nothing read by the host; three kernels for any number of slots.
+plus those before it in its own. Integers only, no atomics of ours, nothing read by the host; three kernels, whatever
+the number of slots.
 """
 
 import torch
@@ -99,6 +100,18 @@ def dispatch_plan(experts: Tensor, num_experts: int, tile: int) -> tuple[Tensor,
     count_slots[(blocks,)](ids, counts, slots, **fixed, **options)
     add_counts[(bins // width,)](counts, totals, blocks, BINS=bins, ROWS=height, COLUMNS=width, **options)
     place_slots[(blocks,)](
-        ids, counts, totals, order, rows, offsets, tiles, slots, count, TILE=tile, TILES=max(1, _HELD // bins), **fixed, **options
+        ids,
+        counts,
+        totals,
+        order,
+        rows,
+        offsets,
+        tiles,
+        slots,
+        count,
+        TILE=tile,
+        TILES=max(1, _HELD // bins),
+        **fixed,
+        **options,
     )
     return order, rows, offsets, tiles
