@@ -42,6 +42,16 @@ ROUTERS = [(24, 4, "sigmoid", 6, 2, 2)] if DRY else [
 ]  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def rows_of_products_alone(monkeypatch):
+    """In the interpreter, whose own product gives a row other bits in another place of its tile."""
+    if DRY:
+        from interpreted_attention import row_by_row
+        from triton.runtime.interpreter import InterpreterBuilder
+
+        monkeypatch.setattr(InterpreterBuilder, "create_dot", row_by_row)
+
+
 def made(layout, sizes, dtype):
     """(x, scores), weights, ids, flags."""
     kind, gated, biased, site, transposed, interleaved = layout

@@ -158,7 +158,7 @@ def product(
     x: Tensor, weight: Matrices, bias: Tensor | None, scores: Tensor | None, order: Tensor, offsets: Tensor,
     tiles: Tensor, slots: int, gather: bool,
 ) -> Tensor:  # fmt: skip
-    """[R, N]: x [R, K], or with ``gather`` [T, K], times the weights of the rows' experts; the bias times ``scores``."""
+    """[R, N]: x [R, K], or [T, K] to ``gather`` from, times the rows' weights, plus bias, times ``scores`` if given."""
     flat, size = aligned_rows(x), weight.size(table.PRODUCT, x)
     outputs, depth, rows, experts = weight.outputs, weight.depth, order.numel(), weight.values.shape[0]
     y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
