@@ -52,6 +52,7 @@ WATCHED: dict[str, dict[str, str]] = {
     "lora_linear": {"test_gpu_matrix": r"test_lora|test_linear(_keeps|_past|\[|$)"},
     "sample": {"test_gpu_sample": ""},
     "memory_bound": {"test_gpu_ops": ""},
+    "moe": {"test_gpu_moe": ""},
     "training": {
         "test_gpu": "",
         "test_gpu_ops": "",
@@ -260,7 +261,7 @@ def bench_generation(budget: Budget, limits: dict[str, float]) -> dict[str, Any]
 
 def show(result: dict[str, Any]) -> None:
     """The figures that did come out, as tables."""
-    from benchmarks import dot_heights, gpu_ops
+    from benchmarks import dot_heights, gpu_moe, gpu_ops
 
     limits = result["ceilings"]
     print_table(
@@ -286,6 +287,7 @@ def show(result: dict[str, Any]) -> None:
     if "heights" in result:
         dot_heights.show(result["heights"])
     gpu_ops.show(result)
+    gpu_moe.show(result)
     if training := result.get("training"):
         rows = [
             [
@@ -308,12 +310,13 @@ def show(result: dict[str, Any]) -> None:
 
 def sections() -> dict[str, tuple[Callable[[Budget, dict[str, float]], dict[str, Any]], float]]:
     """name -> (what measures it, seconds it may take), in the order in which they run."""
-    from benchmarks import dot_heights, gpu_ops
+    from benchmarks import dot_heights, gpu_moe, gpu_ops
 
     return {
         "attention": (bench_attention, 25.0),
         "heights": (dot_heights.bench_heights, 50.0),
         **gpu_ops.SECTIONS,
+        "moe": (gpu_moe.bench_moe, 45.0),
         "training": (bench_training, 40.0),
         "generation": (bench_generation, 60.0),
     }

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from toolkit.ops.grouped_linear import Plan
+
 TOKENS, EXPERTS = 40, 8
 
 
@@ -43,7 +45,7 @@ ROUTERS = {
 }
 
 
-def plan_of(slots: int) -> tuple[torch.Tensor, ...]:
+def plan_of(slots: int) -> Plan:
     from toolkit.ops.dispatch_plan.reference import dispatch_plan
 
     return dispatch_plan(torch.arange(TOKENS * slots).view(TOKENS, slots) % EXPERTS, EXPERTS, 64)

@@ -75,8 +75,8 @@ def test_the_pre_activation_is_the_grouped_product_to_the_bit(layout):
 
 @pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[3], LAYOUTS[5]])
 def test_a_token_keeps_its_bits_in_any_company(layout):
-    tokens = 14
-    inputs, ids, flags, grad = made(layout, tokens)
+    tokens = 9
+    inputs, ids, flags, grad = made(layout, tokens, hidden=20)
 
     def both(some, tile=16):
         part = [inputs[0][some], inputs[1][some], *inputs[2:]]
@@ -86,11 +86,11 @@ def test_a_token_keeps_its_bits_in_any_company(layout):
         return out, *backward(grad[some], part, z, plan, flags, needs)[:2]
 
     whole = both(torch.arange(tokens))
-    for tile in (16, 40):  # again, and by another plan
+    for tile in (16, 5):  # again, and by another plan
         for one, other in zip(both(torch.arange(tokens), tile), whole, strict=True):
             assert torch.equal(one, other)
     generator = torch.Generator().manual_seed(2)
-    for size in (1, 8):
+    for size in (1, 5):
         some = torch.randperm(tokens, generator=generator)[:size]
         for one, other in zip(both(some), whole, strict=True):
             assert torch.equal(one, other[some])

@@ -95,7 +95,9 @@ def test_layouts_of_memory_and_only_what_is_needed():
     y = grouped_linear(x, weight, bias, *plan, True, False)
     whole = grouped_linear_backward(grad, x, weight, *plan, True, False, True, True, True)
     turned = weight.mT.contiguous().mT
-    assert torch.equal(grouped_linear(x, weight[:, :, None].expand(-1, -1, 2, -1)[:, :, 1], bias, *plan, True, False), y)
+    assert torch.equal(
+        grouped_linear(x, weight[:, :, None].expand(-1, -1, 2, -1)[:, :, 1], bias, *plan, True, False), y
+    )
     close(grouped_linear(x.T.contiguous().T, turned, bias, *plan, True, False), y, 1e-6)
     strided = torch.stack([weight, weight], -1)[..., 0]
     assert torch.equal(grouped_linear(x, strided, bias, *plan, True, False), y)

@@ -1,7 +1,8 @@
 """``dispatch_plan`` in Triton: count the slots of each expert block by block, add up the counts, place the slots.
 
 A stable counting sort: a slot's row is where its expert's rows begin, plus the slots of that expert in earlier blocks,
-plus those before it in its own. Integers only, no atomics, nothing read by the host; three kernels for any number of slots.
+plus those before it in its own. Integers only, no atomics of ours, nothing read by the host; three kernels, whatever
+the number of slots.
 """
 
 import torch

@@ -1,8 +1,8 @@
 """``experts`` in Triton: a grouped product with the activation in its epilogue, a second one, and the ordered sum.
 
 The first kernel gathers tokens, multiplies, stores the pre-activation z for the backward and, from z as it is stored,
-the activated row times its score: nothing else is written in between. A gate's columns lie in the tile beside the
-columns that they gate, so that one product makes both. Layouts of rows and weights: ``Gate``.
+the activated row times its score: nothing else is written in between. A tile holds columns of the gate and the columns
+that they gate (``gated_columns``), so that one product makes both.
 """
 
 import torch

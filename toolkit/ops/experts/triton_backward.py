@@ -29,7 +29,7 @@ _SCORED = (64, 64)  # rows and columns that a program of the scores' gradient ho
 def load_pair(
     z, local, first, unit, row_ok, inner, outputs, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INTERLEAVED: tl.constexpr
 ):
-    """Gate and up [ROWS, COLUMNS] of the rows of z from its pointer on; ``unit`` are their columns from ``first`` on."""
+    """Gate and up [ROWS, COLUMNS] of the rows that begin at z; ``unit`` are their columns from ``first`` on."""
     if INTERLEAVED:
         column = 2 * first + tl.arange(0, 2 * COLUMNS)
         mask = row_ok[:, None] & (column < outputs)[None, :]
@@ -58,8 +58,8 @@ def store_pair(
 
 @triton.jit(do_not_specialize=["tile_count", "steps", "rows"])
 def experts_inner(
-    grad, weight, z, scores, dz, a, partials, order, offsets, tiles, tile_count, steps, experts, rows, inner, outputs, depth,
-    stride_g, stride_e, stride_w,
+    grad, weight, z, scores, dz, a, partials, order, offsets, tiles, tile_count, steps, experts, rows, inner, outputs,
+    depth, stride_g, stride_e, stride_w,
     BOTH: tl.constexpr, ARGUMENTS: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
     SCALED: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     GROUP: tl.constexpr, EVEN: tl.constexpr, TURNED: tl.constexpr,

@@ -27,10 +27,10 @@ class Tile:
 Table = dict[str, dict[int, Tile]]
 
 # [rows of one expert, K] x [K, columns]. Of a gated product the columns are half gate, half up. The rows are those of
-# a plan's tile by default: a program goes through a taller tile in steps and leaves the rest of a lower one empty.
+# a plan's tile by default: a taller tile takes several programs, a lower one leaves rows of its program empty.
 PRODUCT: Table = {
     "sm_80": {2: Tile(64, 128, 32, 4, 4), 4: Tile(64, 64, 16, 8, 3)},
-    "sm_90": {2: Tile(64, 256, 64, 8, 4), 4: Tile(64, 64, 16, 8, 3)},
+    "sm_90": {2: Tile(64, 256, 64, 8, 4), 4: Tile(64, 64, 32, 8, 2)},
     "sm_100": {2: Tile(64, 256, 64, 8, 4), 4: Tile(64, 64, 16, 8, 3)},
     "gfx942": {2: Tile(64, 128, 64, 4, 2), 4: Tile(64, 64, 16, 4, 2)},
     "interpreter": {2: Tile(16, 32, 32, 1, 1, 2), 4: Tile(16, 32, 32, 1, 1, 2)},
@@ -53,11 +53,12 @@ OUTER: Table = {
 }
 # Where a matrix has rows that are not aligned: loads go element by element, and a large tile would spill.
 UNALIGNED = Tile(64, 64, 32, 8, 1)
+UNALIGNED_OUTER = Tile(64, 64, 64, 8, 1)
 
 
 def tile(table: Table, arch: str, dtype: torch.dtype, *widths: int) -> Tile:
     """The tile for an architecture, an element type and the widths of the matrices that are read (N and K)."""
     check_product("grouped_linear", dtype, arch)
     if dtype.itemsize == 2 and arch != "interpreter" and any(width % ALIGNED_DEPTH for width in widths):
-        return UNALIGNED
+        return UNALIGNED_OUTER if table is OUTER else UNALIGNED
     return table[arch][dtype.itemsize]

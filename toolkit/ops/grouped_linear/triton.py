@@ -2,8 +2,8 @@
 
 A program takes the rows of one tile of the plan and a tile of columns, and walks K as ``linear`` does: in ascending
 steps of a fixed depth, one float32 accumulator, never split, so a row's bits depend on that row and its expert alone.
-A tile's rows end where the next tile's begin. Thus the kernels read the plan's tile height off the plan itself: their
-own height is data (``tiles.py``), and another one in the plan costs speed, not rows.
+A tile's rows end where the next tile's begin, so the kernels take any height of the plan's tiles: their own height is
+data (``tiles.py``), a taller tile is shared out to several programs, and another height costs speed alone.
 """
 
 from typing import NamedTuple
@@ -42,25 +42,27 @@ def expert_product(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
     """acc[r, c] = sum_k x[source[r], k] * weight[column[c], k], of TURNED weights weight[k, column[c]]."""
-    if not TURNED:
-        return row_product(
-            x, weight, source, row_ok, column, outputs, depth, stride_x, stride_w, ROWS, COLUMNS, DEPTH, EVEN
-        )
-    k = tl.arange(0, DEPTH)
-    x_tile = x + source[:, None] * stride_x + k[None, :]
-    w_tile = weight + k.to(tl.int64)[:, None] * stride_w + column[None, :]
-    column_ok = (column < outputs)[None, :]
-    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, depth, DEPTH):
-        if EVEN:
-            left = tl.load(x_tile, mask=row_ok[:, None], other=0.0)
-            right = tl.load(w_tile, mask=column_ok, other=0.0)
-        else:
-            left = tl.load(x_tile, mask=row_ok[:, None] & (k < depth - start)[None, :], other=0.0)
-            right = tl.load(w_tile, mask=(k < depth - start)[:, None] & column_ok, other=0.0)
-        acc = tl.dot(left, right, acc, input_precision="ieee")
-        x_tile += DEPTH
-        w_tile += DEPTH * stride_w
+    if TURNED:
+        k = tl.arange(0, DEPTH)
+        x_tile = x + source[:, None] * stride_x + k[None, :]
+        w_tile = weight + k.to(tl.int64)[:, None] * stride_w + column[None, :]
+        column_ok = (column < outputs)[None, :]
+        acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for start in range(0, depth, DEPTH):
+            if EVEN:
+                left = tl.load(x_tile, mask=row_ok[:, None], other=0.0)
+                right = tl.load(w_tile, mask=column_ok, other=0.0)
+            else:
+                left = tl.load(x_tile, mask=row_ok[:, None] & (k < depth - start)[None, :], other=0.0)
+                right = tl.load(w_tile, mask=(k < depth - start)[:, None] & column_ok, other=0.0)
+            acc = tl.dot(left, right, acc, input_precision="ieee")
+            x_tile += DEPTH
+            w_tile += DEPTH * stride_w
+    else:
+        acc = row_product(
+            x, weight, source, row_ok, column.to(tl.int64), outputs, depth, stride_x, stride_w,
+            ROWS, COLUMNS, DEPTH, EVEN,
+        )  # fmt: skip
     return acc
 
 
@@ -156,7 +158,7 @@ def product(
     x: Tensor, weight: Matrices, bias: Tensor | None, scores: Tensor | None, order: Tensor, offsets: Tensor,
     tiles: Tensor, slots: int, gather: bool,
 ) -> Tensor:  # fmt: skip
-    """[R, N]: x [R, K], or [T, K] with ``gather``, times the weights of the rows' experts; the bias times ``scores``."""
+    """[R, N]: x [R, K], or [T, K] to ``gather`` from, times the rows' weights, plus bias, times ``scores`` if given."""
     flat, size = aligned_rows(x), weight.size(table.PRODUCT, x)
     outputs, depth, rows, experts = weight.outputs, weight.depth, order.numel(), weight.values.shape[0]
     y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)

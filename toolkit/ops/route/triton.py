@@ -23,8 +23,10 @@ def scores_of(logits, inside, VALUE: tl.constexpr):
     if VALUE is None:
         shifted = tl.where(inside, logits, float("-inf"))
         weight = tl.where(inside, tl.exp(shifted - tl.max(shifted, 1)[:, None]), 0.0)
-        return weight / tl.sum(weight, 1)[:, None]
-    return tl.where(inside, VALUE(logits), 0.0)
+        scores = weight / tl.sum(weight, 1)[:, None]
+    else:
+        scores = tl.where(inside, VALUE(logits), 0.0)
+    return scores
 
 
 @triton.jit
