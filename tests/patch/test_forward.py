@@ -53,7 +53,11 @@ def test_the_company_a_sequence_keeps_does_not_change_its_bits(family):
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     logits = model(padded, attention_mask=mask, position_ids=positions).logits
     ordinary = token_logprob(logits[1, 28:-1], torch.tensor(texts[5][1:]))[0]
-    if family in (*HYBRIDS, "deepseek_v3", "deepseek_v3_moe"):  # which go by latents and shared scans in ragged batches alone
+    if family in (
+        *HYBRIDS,
+        "deepseek_v3",
+        "deepseek_v3_moe",
+    ):  # which go by latents and shared scans in ragged batches alone
         torch.testing.assert_close(ordinary, alone[5], rtol=1e-5, atol=1e-5)
     else:
         assert torch.equal(ordinary, alone[5])

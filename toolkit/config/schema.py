@@ -27,7 +27,7 @@ class LoraSection(Section):
     @model_validator(mode="after")
     def _something_to_adapt(self) -> Self:
         if self.targets == [] and self.parameters is None:
-            raise ValueError("model.lora.targets is empty and model.lora.parameters null; one of them must name something")
+            raise ValueError("model.lora.targets is empty and model.lora.parameters null; one of them must name some")
         if self.parameters is not None and self.dropout > 0:
             raise ValueError(f"model.lora.dropout is {self.dropout}; with model.lora.parameters it must be 0")
         return self

@@ -69,6 +69,14 @@ class Experts:
         return forward
 
 
+def layout_of(module: nn.Module) -> Experts | None:
+    """How the parameters of a patched module of experts lie; None for another module.
+
+    It goes with the forward that a patch put on the module: copies have it too, and compilers can follow.
+    """
+    return getattr(module.forward, "layout", None)
+
+
 def _cast(value: Any, dtype: torch.dtype) -> Any:
     """Named tuples of tensors, and of tuples of them, in another dtype."""
     if isinstance(value, Tensor):

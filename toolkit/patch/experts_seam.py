@@ -6,8 +6,6 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.integrations.moe import ExpertsInterface
 
-from toolkit.modules.experts import Experts
-
 NAME = "toolkit"
 
 
@@ -21,20 +19,11 @@ def dispatches(module: nn.Module) -> bool:
     return hasattr(module, "_is_expert_parallel") and own_forward(module) is not type(module).forward
 
 
-def layout_of(module: nn.Module) -> Experts | None:
-    """How the parameters of a patched module of experts lie; None for another module.
-
-    It goes with the forward that a patch put on the module: copies have it too, and compilers can follow.
-    """
-    return getattr(module.forward, "layout", None)
-
-
 def experts_function(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     """transformers' experts contract: hidden states [T, H], ids and weights [T, K] to [T, H].
 
     Proven modules have a forward of their own in front of this. What comes here runs the code that its class was
-    written with: right whatever it is, and in the bitwise tier the same bits in any batch, for it takes one expert after
-    the other.
+    written with: right whatever it is, and in the bitwise tier the same bits in any batch, one expert after the other.
     """
     return own_forward(module)(module, *args, **kwargs)
 
