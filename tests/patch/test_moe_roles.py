@@ -1,4 +1,4 @@
-"""Roles ``experts`` and ``router``: what is claimed in which architecture, what is not, and what a claim leaves alone."""
+"""Roles ``experts`` and ``router``: what is claimed in which architecture, and what is left alone."""
 
 import copy
 
@@ -99,7 +99,8 @@ def test_experts_with_other_limits_are_left_alone_and_the_others_are_not():
     report = toolkit.patch(model)
     assert [claim.path for claim in report.claims if claim.role == "experts"] == ["", "model.layers.1.mlp.experts"]
     refusal = next(refusal for refusal in report.refusals if refusal.role == "experts")
-    assert refusal.path == "model.layers.0.mlp.experts" and "probe error" in refusal.reason
+    assert refusal.path == "model.layers.0.mlp.experts"
+    assert "probe error" in refusal.reason
     torch.testing.assert_close(model(torch.arange(3, 16)[None]).logits, before, rtol=1e-4, atol=1e-4)
 
 

@@ -125,7 +125,7 @@ WEIGHT = torch.randn(3, generator=torch.Generator().manual_seed(0))
         lambda x: torch.repeat_interleave(x, (x > 1).long() + 1),
         lambda x: x * int(x[1].int()),
         lambda x: x if torch.equal(x, WEIGHT) else -x,
-        lambda x: x * [float(value) for value in x.clone().add_(1)][0],
+        lambda x: x * next(float(value) for value in x.clone().add_(1)),
     ],
 )
 def test_a_recording_says_that_values_decided_what_it_holds(function):

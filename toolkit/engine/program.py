@@ -157,8 +157,8 @@ class _Reads(TorchFunctionMode):
 def record(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Recording:
     """``function`` as calls of torch ops, for inputs of the same shapes as ``inputs``.
 
-    The function runs once. Control flow and Python numbers are those of this run (see ``decided_by``); tensors that are not inputs
-    (parameters, buffers) are held by reference. Ops that write their arguments are kept, in order.
+    The function runs once. Control flow and Python numbers are those of this run (see ``decided_by``); tensors that are
+    not inputs (parameters, buffers) are held by reference. Ops that write their arguments are kept, in order.
     """
     recorder = _Recorder(inputs)
     with torch.no_grad(), recorder, _Reads(recorder):

@@ -22,6 +22,11 @@ def wraps_parameter(module: nn.Module) -> bool:
     return all(hasattr(module, name) for name in ("parameter_name", "base_layer", "get_delta_factors"))
 
 
+def inside(module: nn.Module) -> nn.Module:
+    """The module in all wrappers of its parameters."""
+    return _chain(module)[1]
+
+
 def _chain(module: nn.Module) -> tuple[list[Any], nn.Module]:
     """The wrappers around a module of experts, outermost first, and that module."""
     wrappers = []
@@ -64,7 +69,8 @@ def _forward(own: Callable[..., Any]) -> Callable[..., Any]:
         if parts is None or adapters is None:
             return own(self, x, *args, **kwargs)
         ids, scores = args
-        return parts.run(experts, x, ids, scores, adapters=None if adapters == (None, None) else adapters)
+        plain = adapters.up is None and adapters.down is None
+        return parts.run(experts, x, ids, scores, None if plain else adapters)
 
     return forward
 
@@ -72,13 +78,20 @@ def _forward(own: Callable[..., Any]) -> Callable[..., Any]:
 def adopt_adapters(model: nn.Module) -> int:
     """Let the adapters on experts of a patched ``model`` be computed as grouped products; how many wrappers there are.
 
-    The engine does so whenever a prompt enters, ``toolkit train`` when it puts adapters in. Adapters that are not
-    adopted are right too, at the price of PEFT's own forward. Once the model is unpatched, so are they.
+    ``patch`` does so with those that are there, the engine whenever a prompt enters, ``toolkit train`` when it puts
+    adapters in. Adapters that are not adopted are right too, at the price of PEFT's own forward.
     """
     count = 0
     for module in model.modules():
-        if wraps_parameter(module) and layout_of(_chain(module)[1]) is not None:
+        if wraps_parameter(module) and layout_of(inside(module)) is not None:
             count += 1
             if "forward" not in module.__dict__:
                 replace_forward(module, _forward(type(module).forward))()
     return count
+
+
+def release_adapters(model: nn.Module) -> None:
+    """Give adopted wrappers their own forward back."""
+    for module in model.modules():
+        if wraps_parameter(module):
+            module.__dict__.pop("forward", None)

@@ -8,6 +8,7 @@ from torch import nn
 
 from toolkit.errors import ToolkitError, nearest
 from toolkit.numerics import Numerics
+from toolkit.patch.adapters import adopt_adapters, release_adapters
 from toolkit.patch.claim import Claim, Undo
 from toolkit.patch.probe import device_of
 from toolkit.patch.report import PatchReport
@@ -93,6 +94,7 @@ def patch(model: nn.Module, roles: Sequence[str] | None = None, numerics: str | 
             step()
         raise
     _APPLIED[model] = Applied(report, wanted, tuple(undo))
+    adopt_adapters(model)
     return report
 
 
@@ -100,6 +102,7 @@ def unpatch(model: nn.Module) -> None:
     """Give every replaced module its own forward back. A model that is not patched is left as it is."""
     applied = _APPLIED.pop(model, None)
     if applied is not None:
+        release_adapters(model)
         for step in reversed(applied.undo):
             step()
 

@@ -23,8 +23,7 @@ def experts_function(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     """transformers' experts contract: hidden states [T, H], ids and weights [T, K] to [T, H].
 
     Proven modules have a forward of their own in front of this. What comes here runs the code that its class was
-    written with: right whatever it is, and in the bitwise tier the same bits in any batch, for it takes one expert after
-    the other.
+    written with: right whatever it is, and in the bitwise tier the same bits in any batch, one expert after the other.
     """
     return own_forward(module)(module, *args, **kwargs)
 

@@ -26,7 +26,6 @@ _FEW = 5  # experts of a probe's twin: a layer's hundreds are of one mathematics
 _SLOTS = 2
 # The largest takes gates into their tails, past the limits at which some of them are clamped.
 _SCALES = (1.0, 4.0, 16.0)
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _few(module: nn.Module, count: int) -> nn.Module:
@@ -106,8 +105,8 @@ def _verdict(mixture: Mixture) -> tuple[str, Experts, ProbeError] | str:
     """The layout that the probe confirms, or why there is none."""
     module = mixture.module
     dtypes = {p.dtype for p in module.parameters(recurse=False)}
-    if len(dtypes) != 1 or not dtypes <= set(_DTYPES):
-        return f"its parameters are of {' and '.join(sorted(map(str, dtypes)))}; one floating dtype is needed"
+    if len(dtypes) != 1 or not all(dtype.is_floating_point and dtype.itemsize > 1 for dtype in dtypes):
+        return f"its parameters are of {' and '.join(sorted(map(str, dtypes)))}; one of 16 bits or more is needed"
     options = _candidates(module, mixture.count)
     if not options:
         return "its parameters do not have the shapes of two products with an activation between them"

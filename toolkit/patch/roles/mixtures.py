@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from toolkit.patch.adapters import inside, wraps_parameter
+
 
 @dataclass(frozen=True)
 class Mixture:
@@ -46,7 +48,10 @@ def mixtures(model: nn.Module) -> list[Mixture]:
     """Every layer of experts of ``model``, in the order of its modules."""
     found: list[Mixture] = []
     for parent_path, parent in model.named_modules():
+        if wraps_parameter(parent):
+            continue
         for name, child in parent.named_children():
+            child = inside(child)
             prefix = f"{parent_path}." if parent_path else ""
             siblings = {prefix + other: module for other, module in parent.named_children() if other != name}
             stacked = stacked_count(child)
