@@ -20,9 +20,9 @@ def load_balancing_loss(logits: Sequence[Tensor], ids: Sequence[Tensor], multipl
     ``f_e = sum_lt m_t [t goes to e] / N`` (constant) and ``P_e = sum_lt m_t softmax(logits_lt)_e / N``.
 
     Fedus et al., "Switch Transformers", 2021, equations 4 to 6, as transformers' ``load_balancing_loss_func`` has it:
-    layers given together are pooled, and f sums to K, so even loads give K. logits: [T, E] a layer; ids: [T, K] a layer,
-    the choice. A scalar in float32 (float64 for float64), differentiable in the logits. Raises ToolkitError where layers differ in
-    experts, for their loads are added up.
+    layers given together are pooled, and f sums to K, so even loads give K. logits: [T, E] a layer; ids: [T, K] a
+    layer, the choice. A scalar in float32 (float64 for float64), differentiable in the logits. Raises ToolkitError
+    where layers differ in experts, for their loads are added up.
     """
     experts = {layer.shape[1] for layer in logits}
     if len(experts) != 1:
