@@ -100,14 +100,15 @@ def checked(tokens: int, weights: list[Tensor]) -> float:
     count = min(tokens, 64)
     x, grad, (scores, ids) = normal(count, SIZES[1]), normal(count, SIZES[1]), routed(count)
     inputs = [x, scores, *weights]
-    exact = both_ways(lambda *t: dense(*t, ids), doubles(inputs), [grad.double()])
-    return gate("experts", both_ways(lambda *t: ours(*t, ids), inputs, [grad]), exact, GATE[HALF])
+    exact = both_ways(partial(dense, ids=ids), doubles(inputs), [grad.double()])
+    return gate("experts", both_ways(partial(ours, ids=ids), inputs, [grad]), exact, GATE[HALF])
 
 
 def agreeing(call: Callable[..., Tensor], x: Tensor, scores: Tensor, weights: list[Tensor], ids: Tensor) -> None:
     """A peer that computes something else is no peer."""
     with torch.no_grad():
-        made, wanted = call(x, scores, *weights, ids), ours(x, scores, *weights, ids)
+        up, down = weights
+        made, wanted = call(x, scores, up, down, ids), ours(x, scores, up, down, ids)
     gate("a peer's layer", [made], [wanted], 2 * GATE[HALF])
 
 
@@ -122,7 +123,7 @@ def bench_many(tokens: int, weights: list[Tensor]) -> dict[str, Any]:
             call = maker()
             if side != "ours":
                 agreeing(call, x, scores, weights, ids)
-            result["sides"][side] = device.measure(partial(_last, call, ids), leaves, [grad])
+            result["sides"][side] = device.measure(partial(call, ids=ids), leaves, [grad])
         except ImportError:
             result["missing"].append(side)
         except Exception as problem:
@@ -132,17 +133,13 @@ def bench_many(tokens: int, weights: list[Tensor]) -> dict[str, Any]:
     return result
 
 
-def _last(call: Callable[..., Tensor], ids: Tensor, *leaves: Tensor) -> Tensor:
-    return call(*leaves, ids)
-
-
 def bench_few(tokens: int, layers: list[list[Tensor]], copy: float) -> dict[str, Any]:
     """A forward's seconds as a share of the time in which the weights of the experts that were hit are read."""
     x, (scores, ids) = normal(tokens, SIZES[1]), routed(tokens)
     hit = int(ids.unique().numel())
     read = hit * sum(w[0].nbytes for w in layers[0])
     with torch.no_grad():
-        taken = device.replayed([partial(ours, x, scores, *weights, ids) for weights in layers])
+        taken = device.replayed([partial(ours, x, scores, up, down, ids) for up, down in layers])
         planned = median(partial(dispatch_plan, ids, SIZES[0]), 20)
     # A copy reads and writes each byte: its figure counts both, as reading alone does here.
     return {"forward_s": taken, "plan_s": planned, "experts_hit": hit, "of_streaming": read / copy / taken}
