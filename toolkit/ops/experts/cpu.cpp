@@ -62,6 +62,16 @@ Tensor scaled_rows(const Plan& plan, const Tensor& x, const std::vector<T>& fact
   return out;
 }
 
+// y[r] += factor[r] shift[e(r)], rows of `width`.
+template <typename T>
+void add_shift(const Plan& plan, const std::vector<T>& factor, const T* shift, int64_t width, T* y) {
+  const std::vector<int64_t> owner = plan.expert_of_rows();
+  rows::for_rows(plan.used, width, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r)
+      for (int64_t c = 0; c < width; ++c) y[r * width + c] += factor[r] * shift[owner[r] * width + c];
+  });
+}
+
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& scores, const Tensor& up,
                                    const std::optional<Tensor>& up_bias, const Tensor& down,
                                    const std::optional<Tensor>& down_bias, const Tensor& order, const Tensor& slot_rows,
@@ -89,9 +99,15 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& scores, const 
     if (dtype != type) z = saved.to(type);  // what the backward will read
     activate(kind, layout, plan.used, z.const_data_ptr<T>(), at_activation ? factor.data() : nullptr,
              a.mutable_data_ptr<T>());
+    const bool narrow = dtype != type;  // what is stored on the way is rounded as if the steps were ops of their own
+    if (narrow) a = a.to(dtype).to(type);
     multiply<T, S>(plan, a, false, second, !transposed, at_activation ? std::nullopt : shift_down, y);
+    if (narrow) y = y.to(dtype).to(type);
     const T* const slots = factors.const_data_ptr<T>();
-    if (at_activation && down_bias) {
+    if (narrow && at_activation && down_bias) {
+      add_shift(plan, factor, shift_down->const_data_ptr<T>(), x.size(1), y.mutable_data_ptr<T>());
+      out = combine<T>(y.to(dtype).to(type), plan.rows, nullptr);
+    } else if (at_activation && down_bias) {
       const Shift<T> shift{shift_down->const_data_ptr<T>(), slots, plan.expert_of_rows()};
       out = combine<T>(y, plan.rows, nullptr, &shift);
     } else {
