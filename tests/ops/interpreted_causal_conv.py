@@ -150,20 +150,6 @@ def test_no_rows_and_no_segments():
         assert not any(t.any() for t in (y, *grads))
 
 
-def test_rows_of_past_that_do_not_exist_are_zeros():
-    """Past the rows of x and past those of tails: forward and every gradient as for -1, and nothing is read."""
-    x, weight, bias, tails = noise(9, 5), noise(5, 3, seed=1), noise(5, seed=2), noise(2, 2, 5, seed=3)
-    offsets, real = torch.tensor([0, 4, 9]), torch.tensor([[-1, -2], [3, -1]])
-    far, grad = torch.tensor([[9, -2], [3, -2 - 4]]), noise(9, 5, seed=4)
-    results = []
-    for past in (real, far, torch.where(far == 9, 2**40, torch.where(far == -6, -(2**40), far))):
-        args = (x, weight, bias, offsets, past, tails, None)
-        with poisoned():
-            results.append([causal_conv(*args, impl="triton"), *causal_conv_backward(grad, *args)])
-    for result in results[1:]:
-        assert all(map(torch.equal, result, results[0]))
-
-
 def test_extreme_values():
     """NaN and inf stay where they are read, also in the gradient."""
     x = torch.ones(12, 1)

@@ -39,10 +39,10 @@ def segments_of(offsets, segments, steps, row):
 
 @triton.jit
 def tap(
-    x, tails, past, rows, frames, row, first, segment, column, inside, back, width, stride_x, stride_f, stride_t,
+    x, tails, past, frames, row, first, segment, column, inside, back, width, stride_x, stride_f, stride_t,
     TAPS: tl.constexpr, PAGED: tl.constexpr,
 ):  # fmt: skip
-    """The input ``back`` tokens before each row of ``rows``, [ROWS, BLOCK] in float32; zeros where there is none."""
+    """The input ``back`` tokens before each row, [ROWS, BLOCK] in float32; zeros where there is none."""
     at = row - back
     earlier = at < first
     place = tl.maximum(at - first + (TAPS - 1), 0)
@@ -56,7 +56,7 @@ def tap(
         held = earlier & (other < -1) & (-2 - other < frames * (TAPS - 1))
         place = (-2 - other) * width
         at = tl.where(earlier, other, at)
-    value = tl.load(x + at * stride_x + column, mask=inside & (at >= 0) & (at < rows), other=0.0).to(tl.float32)
+    value = tl.load(x + at * stride_x + column, mask=inside & (at >= 0), other=0.0).to(tl.float32)
     return value + tl.load(tails + place + column, mask=inside & held, other=0.0).to(tl.float32)
 
 
@@ -80,7 +80,7 @@ def conv_forward(
         total += tl.load(bias + column, mask=column < width, other=0.0).to(tl.float32)
     for i in tl.static_range(TAPS):
         value = tap(
-            x, tails, past, rows, frames, row, first, segment, column, inside & real, TAPS - 1 - i,
+            x, tails, past, frames, row, first, segment, column, inside & real, TAPS - 1 - i,
             width, stride_x, stride_f, stride_t, TAPS, PAGED,
         )  # fmt: skip
         total += value * tl.load(weight + column * TAPS + i, mask=column < width, other=0.0).to(tl.float32)
@@ -108,7 +108,7 @@ def conv_tails(
     first = tl.load(offsets + segment)
     for i in tl.static_range(TAPS - 1):
         value = tap(
-            x, tails, sources, end, frames, row, first, segment, column, inside & real, TAPS - 2 - i,
+            x, tails, sources, frames, row, first, segment, column, inside & real, TAPS - 2 - i,
             width, stride_x, stride_f, stride_t, TAPS, True,
         )  # fmt: skip
         tl.store(staged + (save * (TAPS - 1) + i) * width + column, value.to(staged.dtype.element_ty), mask=inside)

@@ -33,7 +33,7 @@ def conv_weight_grad(
         if i < TAPS:
             segment = segments_of(offsets, segments, search, tl.where(real, row, 0))
             value = tap(
-                x, tails, past, rows, frames, row, tl.load(offsets + segment), segment, column, inside, TAPS - 1 - i,
+                x, tails, past, frames, row, tl.load(offsets + segment), segment, column, inside, TAPS - 1 - i,
                 width, stride_x, 0, 0, TAPS, False,
             )  # fmt: skip
             gradient = tl.where(real, gradient * value, 0.0)
@@ -104,10 +104,9 @@ def causal_conv_backward(
     sums = partials[:, : taps + (bias is not None)].sum(0)
 
     # Places of past by the row of [x, tails] that they name; those that name none come last.
-    none = rows + frames * (taps - 1)
-    key = torch.where(past >= 0, torch.where(past < rows, past, none), torch.where(past == -1, none, rows - 2 - past))
-    ids, order = torch.sort(key.flatten(), stable=True)
-    starts = torch.searchsorted(ids, torch.arange(none + 1, device=x.device))
+    key = torch.where(past >= 0, past, torch.where(past == -1, rows + frames * (taps - 1), rows - 2 - past)).flatten()
+    ids, order = torch.sort(key, stable=True)
+    starts = torch.searchsorted(ids, torch.arange(rows + frames * (taps - 1) + 1, device=x.device))
     gathered = part_of_row(width, 8)  # half a tile: a lane has many addresses to hold
     for to, own, skipped in ((dx, True, 0), (to_tails, False, rows)):
         if to.numel():

@@ -54,11 +54,15 @@ OUTER: Table = {
 # Where a matrix has rows that are not aligned: loads go element by element, and a large tile would spill.
 UNALIGNED = Tile(64, 64, 32, 8, 1)
 UNALIGNED_OUTER = Tile(64, 64, 64, 8, 1)
+UNALIGNED_FLOAT = Tile(64, 32, 16, 8, 2)
 
 
 def tile(table: Table, arch: str, dtype: torch.dtype, *widths: int) -> Tile:
     """The tile for an architecture, an element type and the widths of the matrices that are read (N and K)."""
     check_product("grouped_linear", dtype, arch)
-    if dtype.itemsize == 2 and arch != "interpreter" and any(width % ALIGNED_DEPTH for width in widths):
-        return UNALIGNED_OUTER if table is OUTER else UNALIGNED
+    if arch != "interpreter" and any(width % ALIGNED_DEPTH for width in widths):
+        if dtype.itemsize == 2:
+            return UNALIGNED_OUTER if table is OUTER else UNALIGNED
+        if table is not OUTER:
+            return UNALIGNED_FLOAT
     return table[arch][dtype.itemsize]

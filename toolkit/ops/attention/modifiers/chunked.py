@@ -18,11 +18,6 @@ def first(query: Tensor, chunk: Tensor) -> Tensor:
     return query // size * size
 
 
-def triton_first(query, p):
-    size = tl.load(p).to(tl.int32)
-    return query // size * size
-
-
 def triton_visible(query, key, p):
     size = tl.load(p).to(tl.int32)
     return key >= query // size * size  # keys after the query are never seen
