@@ -4,7 +4,9 @@ import random
 
 import pytest
 import torch
+from interpreted_attention import row_by_row
 from interpreted_checks import poisoned
+from triton.runtime.interpreter import InterpreterBuilder
 
 from toolkit.errors import ToolkitError
 from toolkit.ops.linear import tiles
@@ -14,7 +16,8 @@ EPS = {torch.float32: 2.0**-24, torch.float16: 2.0**-11}
 
 
 @pytest.fixture(autouse=True)
-def fresh_memory_is_poisoned():
+def poisoned_and_row_by_row(monkeypatch):
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", row_by_row)
     with poisoned():
         yield
 

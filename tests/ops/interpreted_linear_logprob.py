@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
+from interpreted_attention import row_by_row
 from interpreted_checks import poisoned
+from triton.runtime.interpreter import InterpreterBuilder
 
 from toolkit.errors import ToolkitError
 from toolkit.ops.linear_logprob import tiles
@@ -17,6 +19,7 @@ def small_and_poisoned(monkeypatch):
     """Several splits and chunks at small sizes; what is not written stays NaN."""
     monkeypatch.setattr(tiles, "SPLIT", 32)
     monkeypatch.setattr(tiles, "CHUNK", 48)
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", row_by_row)
     with poisoned():
         yield
 

@@ -4,8 +4,10 @@ import random
 
 import pytest
 import torch
+from interpreted_attention import row_by_row
 from interpreted_checks import poisoned
 from test_lora_linear import make
+from triton.runtime.interpreter import InterpreterBuilder
 
 from toolkit.errors import ToolkitError
 from toolkit.ops.lora_linear import lora_linear, reference, tiles
@@ -18,6 +20,7 @@ def small_and_poisoned(monkeypatch):
     """Several splits and blocks of rows at small sizes; what is not written stays NaN."""
     monkeypatch.setattr(tiles, "SPLIT", 64)
     monkeypatch.setattr(tiles, "SUMMED_ROWS", 32)
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", row_by_row)
     with poisoned():
         yield
 
