@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from toolkit.errors import ToolkitError
 
-COMMANDS = ("train", "generate", "verify", "export", "serve", "patches", "demo")
+COMMANDS = ("train", "generate", "verify", "export", "serve", "patches", "coverage", "demo")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -71,12 +71,11 @@ def watch(model: Any, modules: Sequence[nn.Module], rows: int, length: int, reac
     calls: dict[nn.Module, list[Call]] = {module: [] for module in modules}
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
-        named = dict(list(bound.items())[1:])
-        rest = next(
-            (p.name for p in inspect.signature(type(module).forward).parameters.values() if p.kind is p.VAR_KEYWORD), ""
-        )
-        named |= named.pop(rest, {})
+        signature = inspect.signature(type(module).forward)
+        named = dict(list(signature.bind(module, *args, **kwargs).arguments.items())[1:])
+        for parameter in signature.parameters.values():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                named |= named.pop(parameter.name, {})
         calls[module].append(Call({name: _kept(value) for name, value in named.items()}, len(args)))
 
     configs = {id(one): one for one in (model.config, model.config.get_text_config())}.values()
@@ -86,7 +85,7 @@ def watch(model: Any, modules: Sequence[nn.Module], rows: int, length: int, reac
             stack.enter_context(_replaced(config, {"sliding_window": reach, "attention_chunk_size": reach}))
         for module in modules:
             stack.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
-        model.set_attn_implementation("eager")
         stack.callback(model.set_attn_implementation, before)
+        model.set_attn_implementation("eager")
         model(input_ids=ids, use_cache=False)
     return calls

@@ -8,7 +8,7 @@ is downloaded.
 import re
 from typing import Any
 
-import torch
+from toolkit.testing.models import from_config
 
 LAYERS = 2
 MOST_LAYERS = 4
@@ -112,12 +112,17 @@ def _sized(name: str, value: Any) -> Any:
     return next((min(value, size) for pattern, size in SIZES if re.fullmatch(pattern, name)), value)
 
 
-def architectures() -> list[str]:
-    """The model types whose causal language model transformers registers, one a class."""
+def registered() -> dict[str, str]:
+    """The class of the causal language model of each model type that transformers registers."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as names
 
+    return dict(names)
+
+
+def architectures() -> list[str]:
+    """One model type for each such class."""
     first: dict[str, str] = {}
-    for model_type, class_name in names.items():
+    for model_type, class_name in registered().items():
         first.setdefault(class_name, model_type)
     return list(first.values())
 
@@ -133,14 +138,5 @@ def small_config(model_type: str, **settings: Any) -> Any:
 
 
 def small_model(model_type: str, seed: int = 0, **settings: Any) -> Any:
-    """A float32 causal language model of ``small_config`` with random weights, in eval mode."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(small_config(model_type, **settings), dtype=torch.float32)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                scale = 0.2 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5
-                parameter.add_(torch.randn_like(parameter), alpha=scale)
-    return model.eval()
+    """The causal language model of ``small_config`` with random weights, in eval mode."""
+    return from_config(small_config(model_type, **settings), seed)

@@ -124,13 +124,23 @@ def random_model(
 
     The caller's random state is left as it was. Raises ToolkitError for a family that is not listed.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     if family not in FAMILIES:
         hint = nearest(family, list(FAMILIES))
         raise ToolkitError(f"family is {family!r}; allowed are {', '.join(FAMILIES)}{hint}.")
     values = {**_common(hidden, layers, vocabulary), **FAMILIES[family], **settings}
     config = AutoConfig.for_model(values.pop("model_type", family), **values)
+    return from_config(config, seed)
+
+
+def from_config(config: Any, seed: int = 0) -> Any:
+    """A causal LM of a configuration, its float32 weights random throughout, in eval mode.
+
+    The caller's random state is left as it was.
+    """
+    from transformers import AutoModelForCausalLM
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
