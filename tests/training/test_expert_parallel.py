@@ -1,12 +1,10 @@
 """Experts shared out in the loop: two processes train as one does, resume to the bit, and save the whole model."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_processes
 from safetensors.torch import load_file
 from shared_experts import moe_recipe
 from training_recipes import write_corpus
@@ -19,25 +17,11 @@ from toolkit.training.objectives.base import divided
 HERE = Path(__file__).parent
 
 
-def run_processes(folder: Path, name: str, count: int) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-    result = subprocess.run(
-        [*command, str(HERE / "shared_experts.py"), str(folder), name],
-        env=os.environ | {"PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("same bits") == count
-
-
 def test_two_processes_train_the_recipe_as_one_does(tmp_path: Path) -> None:
     write_corpus(tmp_path / "text")
     runs = []
     for name, count in (("one", 1), ("two", 2)):
-        run_processes(tmp_path, name, count)
+        run_processes("shared_experts.py", tmp_path, name, says="same bits", processes=count, seconds=300)
         folder = tmp_path / "runs" / name
         runs.append(
             (

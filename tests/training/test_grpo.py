@@ -1,14 +1,13 @@
 """GRPO and its relatives: losses against hand-written torch, the promise of equal bits, resuming, several processes."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from objective_recipes import LOWER, TASK, WARMUP, dense_logprobs, objective_recipe, resumed, weights
+from processes import run_processes
 
 from toolkit.errors import ToolkitError
 from toolkit.training.loop import Trainer, train
@@ -263,19 +262,7 @@ def test_a_prompt_too_long_is_one_sentence(tmp_path: Path) -> None:
 
 def test_two_processes_are_one(tmp_path: Path) -> None:
     """Each rolls out its share; the step is that of one process, and both end with the same weights."""
-    here = Path(__file__).parent
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    path = os.pathsep.join([str(here.parents[1]), str(here)])
-    result = subprocess.run(
-        [*command, str(here / "two_rollouts.py"), str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("same weights") == 2
+    run_processes("two_rollouts.py", tmp_path, says="same weights")
     trainer, _ = setup(tmp_path, {"prompts": 4}, name="one", train={"steps": 2})
     trainer.fit()
     one, two = (read_metrics(tmp_path / "runs" / name / "metrics.jsonl") for name in ("one", "two"))

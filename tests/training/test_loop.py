@@ -4,16 +4,14 @@ import gzip
 import json
 import lzma
 import math
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from processes import run_processes
 from training_recipes import tiny_recipe, write_corpus
 
 from toolkit.config import Recipe, dump
@@ -351,18 +349,6 @@ def test_a_gradient_that_is_not_finite_stops_the_run(corpus: Path) -> None:
 
 
 def test_two_processes_train_as_one(corpus: Path) -> None:
-    """Two gloo processes, started by torchrun (``accelerate launch`` starts CPU processes by mpirun)."""
-    here = Path(__file__).parent
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = subprocess.run(
-        [*command, str(here / "two_processes.py"), str(corpus)],
-        env=os.environ | {"PYTHONPATH": str(here.parents[1]), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("same bits") == 2
+    run_processes("two_processes.py", corpus, says="same bits")
     with pytest.raises(ToolkitError, match="was written by 2 processes and cannot be resumed by 1"):
         Trainer(tiny_recipe(corpus, name="two", train={"steps": 4}, resume="auto"), quiet=True)

@@ -1,8 +1,5 @@
 """Section ``train.moe`` in every objective: weights of the losses, figures, corrections, several processes."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +7,7 @@ import pytest
 import torch
 from moe_recipes import KINDS, MIXTURE, moe_recipe
 from objective_recipes import weights
+from processes import run_processes
 
 from toolkit.errors import ToolkitError
 from toolkit.moe.balance import RouterStatistics
@@ -188,19 +186,7 @@ def test_a_router_without_a_correction_is_named(tmp_path: Path) -> None:
 
 
 def test_two_processes_are_one(tmp_path: Path) -> None:
-    here = Path(__file__).parent
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    path = os.pathsep.join([str(here.parents[1]), str(here), os.environ.get("PYTHONPATH", "")])
-    result = subprocess.run(
-        [*command, str(here / "two_balances.py"), str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("same weights") == 2
+    run_processes("two_balances.py", tmp_path, says="same weights", seconds=300)
     trainer = Trainer(moe_recipe(tmp_path, "dpo", {"z_loss": 0.5}, name="one", train={"steps": 2}), quiet=True)
     trainer.fit()
     one, two = (read_metrics(tmp_path / "runs" / name / "metrics.jsonl") for name in ("one", "two"))

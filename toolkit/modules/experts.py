@@ -47,9 +47,8 @@ class Experts:
         return [name for name in (self.up, self.down, self.up_bias, self.down_bias) if name is not None]
 
     def run(
-        self, module: nn.Module, x: Tensor, ids: Tensor, scores: Tensor, adapters: ExpertAdapters | None = None,
-        recompute: bool = False,
-    ) -> Tensor:  # fmt: skip
+        self, module: nn.Module, x: Tensor, ids: Tensor, scores: Tensor, adapters: ExpertAdapters | None = None
+    ) -> Tensor:
         """x [T, H], ids and scores [T, K]: [T, H]. What was routed where is noted by the batch that is served.
 
         Inside of autocast the products are in autocast's dtype, as those of a linear layer.
@@ -57,7 +56,7 @@ class Experts:
         batch = RaggedBatch.active()
         if batch is not None:
             batch.note_routing(self.layer, ids)
-        recompute = recompute or getattr(module, "recompute_experts", False)
+        recompute = getattr(module, "recompute_experts", False)
         post: Any = None if self.post is None else getattr(module, self.post)
         weights, source = self.weights(module), x
         if torch.is_autocast_enabled(x.device.type):

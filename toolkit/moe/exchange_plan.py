@@ -108,7 +108,7 @@ def plan_exchange(ids: Tensor, num_experts: int, chunks: int, transport: Transpo
 def _rows_once(plan: DispatchPlan, slots: int) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of a plan over ranks, each token once a rank: (token of each row, row of each slot, where ranks begin)."""
     token = plan.order // max(slots, 1)
-    rank = torch.searchsorted(plan.offsets[1:].contiguous(), torch.arange(len(token), device=token.device), right=True)
+    rank = plan.expert_of_rows()
     first = torch.ones_like(token, dtype=torch.bool)
     first[1:] = (token[1:] != token[:-1]) | (rank[1:] != rank[:-1])
     row = first.cumsum(0) - 1

@@ -101,9 +101,7 @@ def _in_parts(
     post: Callable[[Tensor], Tensor] | None,
 ) -> Tensor:  # fmt: skip
     slots = max(plan.rows.shape[1], 1)
-    of_row = torch.searchsorted(
-        plan.offsets[1:].contiguous(), torch.arange(len(plan.order), device=x.device), right=True
-    )
+    of_row = plan.expert_of_rows()
     of_row = torch.where(of_row < weights.num_experts, of_row, -1)  # rows of skipped slots have no adapter
 
     def adapted(base: Tensor, source: Tensor, adapter: tuple[Tensor, Tensor, float] | None) -> Tensor:

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from toolkit.ops.dispatch_plan import TILE, dispatch_plan
+from toolkit.ops.dispatch_plan import TILE, dispatch_plan, expert_of_rows
 
 
 class DispatchPlan(NamedTuple):
@@ -22,6 +22,10 @@ class DispatchPlan(NamedTuple):
     rows: Tensor
     offsets: Tensor
     tiles: Tensor
+
+    def expert_of_rows(self) -> Tensor:
+        """[R] the expert of each row; E for rows of skipped slots."""
+        return expert_of_rows(self.order, self.offsets)
 
     @classmethod
     def of(cls, ids: Tensor, num_experts: int, tile: int = TILE) -> "DispatchPlan":

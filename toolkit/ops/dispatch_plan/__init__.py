@@ -6,7 +6,9 @@ from toolkit.errors import ToolkitError
 from toolkit.ops.dispatch_plan import reference
 from toolkit.ops.registry import register
 
-__all__ = ["dispatch_plan"]
+__all__ = ["dispatch_plan", "expert_of_rows"]
+
+expert_of_rows = reference.expert_of_rows
 
 TILE = 64
 """Rows of a tile where none is asked for."""

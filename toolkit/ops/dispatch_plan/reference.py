@@ -29,6 +29,11 @@ def dispatch_plan(experts: Tensor, num_experts: int, tile: int) -> tuple[Tensor,
     return order, rows, offsets, torch.stack([owner, first], 1)
 
 
+def expert_of_rows(order: Tensor, offsets: Tensor) -> Tensor:
+    """[R] the expert of each row of a plan; E for rows of skipped slots."""
+    return torch.searchsorted(offsets[1:].contiguous(), torch.arange(len(order), device=order.device), right=True)
+
+
 def dispatch_plan_fake(experts: Tensor, num_experts: int, tile: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     slots = experts.numel()
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from toolkit.ops.activation.kinds import find
+from toolkit.ops.dispatch_plan.reference import expert_of_rows
 from toolkit.ops.grouped_linear.reference import combine, grouped_linear, grouped_linear_backward
 from toolkit.ops.rowwise import elementwise, widened
 
@@ -79,13 +80,8 @@ def experts(
     if down_bias is not None:
         shift = torch.zeros(1, down.shape[0] + 1, down_bias.shape[1], dtype=a.dtype, device=x.device)[0]
         shift[:-1] = widened(down_bias)
-        y = (widened(y) + weight * shift[_expert_of_rows(order, offsets)]).to(x.dtype)
+        y = (widened(y) + weight * shift[expert_of_rows(order, offsets)]).to(x.dtype)
     return combine(y, rows, None), z
-
-
-def _expert_of_rows(order: Tensor, offsets: Tensor) -> Tensor:
-    """[R] the expert of each row, E for rows of skipped slots."""
-    return torch.searchsorted(offsets[1:].contiguous(), torch.arange(len(order), device=order.device), right=True)
 
 
 def experts_backward(
@@ -108,10 +104,11 @@ def experts_backward(
     weight = score_of_rows(scores, order, offsets).to(g.dtype)
     inner = weight if site != "input" else torch.ones_like(weight)
     a = torch.where(used, activate(z, kind, gated, interleaved), 0.0)
-    v, to_down, to_down_bias = grouped_linear_backward(
-        g * inner, a, widened(down), *plan, False, transposed, True, need_down, need_down_bias
+    v = grouped_linear_backward(g, a, widened(down), *plan, False, transposed, True, False, False)[0]
+    _, to_down, to_down_bias = grouped_linear_backward(
+        g * inner, a, widened(down), *plan, False, transposed, False, need_down, need_down_bias
     )
-    dz = torch.where(used, activate_backward(v, z, kind, gated, interleaved), 0.0)
+    dz = torch.where(used, activate_backward(v * inner, z, kind, gated, interleaved), 0.0)
     source = widened(x)[token] if site != "input" else widened(x)[token] * weight
     to_rows, to_up, to_up_bias = grouped_linear_backward(
         dz, torch.where(used, source, 0.0), widened(up), *plan, False, transposed, True, need_up, need_up_bias
@@ -119,10 +116,9 @@ def experts_backward(
     if site == "input":
         to_score = (to_rows * widened(x)[token]).sum(-1)
     else:
-        plain = grouped_linear_backward(g, a, widened(down), *plan, False, transposed, True, False, False)[0]
-        to_score = (plain * a).sum(-1)
+        to_score = (v * a).sum(-1)
         if down_bias is not None:
-            shift = torch.cat([widened(down_bias), g.new_zeros(1, g.shape[1])])[_expert_of_rows(order, offsets)]
+            shift = torch.cat([widened(down_bias), g.new_zeros(1, g.shape[1])])[expert_of_rows(order, offsets)]
             to_score = to_score + (shift * g).sum(-1)
     to_x = combine(to_rows * weight if site == "input" else to_rows, rows, None)
     to_scores = torch.where(rows >= 0, to_score[rows.clamp_min(0)], 0.0) if rows.numel() else to_score.view(rows.shape)

@@ -51,11 +51,14 @@ def grouped_linear_backward(
         g = widened(grad[span])
         source = widened(x[order[span] // rows.shape[1]] if gather else x[span])
         matrix = widened(weight[expert])
-        to_rows[span] = g @ (matrix.T if transposed else matrix)
-        product = g.T @ source
-        to_weight[expert] = (product.T if transposed else product).to(weight.dtype)
-        to_bias[expert] = g.sum(0).to(weight.dtype)
-    to_x = combine(to_rows, rows, None) if gather else to_rows
+        if need_x:
+            to_rows[span] = g @ (matrix.T if transposed else matrix)
+        if need_weight:
+            product = g.T @ source
+            to_weight[expert] = (product.T if transposed else product).to(weight.dtype)
+        if need_bias:
+            to_bias[expert] = g.sum(0).to(weight.dtype)
+    to_x = combine(to_rows, rows, None) if gather and need_x else to_rows
     none = x.new_empty(0)
     return (
         to_x.to(x.dtype) if need_x else none,

@@ -1,0 +1,42 @@
+"""Gloo processes on this machine, started by torchrun (``accelerate launch`` starts CPU processes by mpirun)."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+
+
+def run_processes(script: str, *arguments: Any, says: str, processes: int = 2, seconds: int = 200) -> None:
+    """Run a script of this folder; every process must print ``says``, and none may fail."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    path = os.pathsep.join([str(HERE.parents[1]), str(HERE), os.environ.get("PYTHONPATH", "")])
+    result = subprocess.run(
+        [*command, str(HERE / script), *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count(says) == processes
+
+
+def end_with_same_weights(recipe: Any) -> None:
+    """In one of two processes: train the recipe; says "same weights" when both ended with the same. Does not return."""
+    import torch
+    from accelerate.utils import gather_object
+
+    from toolkit.training.loop import Trainer
+
+    torch.set_num_threads(1)
+    trainer = Trainer(recipe, quiet=True)
+    assert trainer.accelerator.num_processes == 2
+    trainer.fit()
+    sums = gather_object([[parameter.double().sum().item() for parameter in trainer.hf_model.parameters()]])
+    assert sums[0] == sums[1]
+    print("same weights", flush=True)
+    os._exit(0)  # a thread of gloo that lets go of its last tensors while Python ends aborts the process now and then
