@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from toolkit.errors import ToolkitError
-from toolkit.moe.sharding import ShardedExperts, gather_state_dict, shard_experts
+from toolkit.moe.sharding import ShardedExperts, gather_state_dict, group_size, shard_experts
 from toolkit.patch import expert_layers
 
 __all__ = ["expert_parallel", "gather_state_dict", "parameter_groups"]
@@ -42,11 +42,7 @@ def expert_parallel(model: nn.Module, size: int | None = None, chunks: int = 2) 
 
     if not dist.is_initialized():
         raise ToolkitError("torch.distributed has no process group; call deepspeed.init_distributed() first.")
-    size = dist.get_world_size() if size is None else size
-    if size < 1 or dist.get_world_size() % size:
-        raise ToolkitError(
-            f"expert parallelism over {size} ranks cannot share out {dist.get_world_size()} processes evenly."
-        )
+    size = group_size(size)
     name = f"ep_size_{size}"
     groups._create_expert_and_data_parallel(size)
     layers = expert_layers(model)

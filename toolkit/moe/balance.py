@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from toolkit.errors import ToolkitError
+from toolkit.ops.rowwise import compute_dtype
 
 
 def load_balancing_loss(logits: Sequence[Tensor], ids: Sequence[Tensor], multiplicity: Tensor | None = None) -> Tensor:
@@ -28,7 +29,7 @@ def load_balancing_loss(logits: Sequence[Tensor], ids: Sequence[Tensor], multipl
     if len(experts) != 1:
         raise ToolkitError(f"layers have {sorted(experts)} experts; the load balancing loss needs as many in each.")
     (count,) = experts
-    probabilities = [layer.to(_wide(layer)).softmax(-1) for layer in logits]
+    probabilities = [layer.to(compute_dtype(layer)).softmax(-1) for layer in logits]
     total = sum(_mass(layer, multiplicity) for layer in logits)
     load = torch.stack([expert_load(one, count, multiplicity) for one in ids]).sum(0) / total
     mean = torch.stack([(p * _column(p, multiplicity)).sum(0) for p in probabilities]).sum(0) / total
@@ -40,7 +41,7 @@ def router_z_loss(logits: Sequence[Tensor], multiplicity: Tensor | None = None) 
 
     Zoph et al., "ST-MoE", 2022, equation 5. Arguments and result as for ``load_balancing_loss``.
     """
-    squares = [layer.to(_wide(layer)).logsumexp(-1).square() for layer in logits]
+    squares = [layer.to(compute_dtype(layer)).logsumexp(-1).square() for layer in logits]
     total = sum(_mass(layer, multiplicity) for layer in logits)
     return torch.stack([(one * _column(one[:, None], multiplicity)[:, 0]).sum() for one in squares]).sum() / total
 
@@ -127,10 +128,6 @@ class RouterStatistics:
         """[E] tokens of each expert by layer, since the last call."""
         taken, self._loads = dict(sorted(self._loads.items())), {}
         return taken
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _column(like: Tensor, multiplicity: Tensor | None) -> Tensor:

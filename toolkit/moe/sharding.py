@@ -19,6 +19,15 @@ ATTRIBUTE = "expert_parallel"
 """Of a module of experts: the ``ExpertParallel`` that carries its tokens."""
 
 
+def group_size(size: int | None = None) -> int:
+    """``size``, or all ranks where it is None; ToolkitError unless it divides their number."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    size = world if size is None else size
+    if size < 1 or world % size:
+        raise ToolkitError(f"expert parallelism over {size} ranks cannot share out {world} processes evenly.")
+    return size
+
+
 def expert_groups(size: int | None = None) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
     """(the group of ``size`` consecutive ranks that this one belongs to, the group of those that hold its experts too).
 
@@ -28,9 +37,7 @@ def expert_groups(size: int | None = None) -> tuple[dist.ProcessGroup | None, di
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if dist.is_initialized() else 0
-    size = world if size is None else size
-    if size < 1 or world % size:
-        raise ToolkitError(f"expert parallelism over {size} ranks cannot share out {world} processes evenly.")
+    size = group_size(size)
     mine: list[dist.ProcessGroup | None] = [None, None]
     together = [list(range(first, first + size)) for first in range(0, world, size)]
     alike = [list(range(first, world, size)) for first in range(size)]
