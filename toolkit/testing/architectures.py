@@ -47,11 +47,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16},
     "codegen": {"rotary_dim": 8},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
-    "deepseek_v2": {"topk_group": 1, "n_group": 1, "topk_method": "greedy"},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0}},
+    "deepseek_v2": {"topk_group": 1, "n_group": 1, "topk_method": "greedy", "num_experts_per_tok": 2},
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 8, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
-    "dots3_note": {"per_layer_config": {}},
-    "dots3_note_text": {"per_layer_config": {}},
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_ssm": 128},
+    "gemma3n_text": {
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "activation_sparsity_pattern": [0.0] * 4,
+        "intermediate_size": [96] * 4,
+    },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "granitemoehybrid": {
         "mamba_n_heads": 8,
@@ -66,6 +72,25 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "nemotron": {"num_key_value_heads": 2},
     "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 2},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "num_key_value_heads": 4},
+    "qwen4_exp": {
+        "text_config": {
+            "indexer_n_heads": 4,
+            "indexer_kv_heads": 2,
+            "indexer_head_dim": 16,
+            "indexer_budget": 8,
+            "indexer_compress_ratio": 2,
+            "layer_types": ["linear_attention", "indexed_attention"],
+        }
+    },
+    "reformer": {"axial_pos_embds": False},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["mamba", "hybrid"] * 2,
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+    },
+    "zamba2": {"attention_hidden_size": 128, "attention_head_dim": 32},
     "xlnet": {"d_head": 16},
 }
 
@@ -89,6 +114,10 @@ def _smaller(values: dict[str, Any]) -> dict[str, Any]:
     for name, value in values.items():
         if isinstance(value, dict) and "model_type" in value:
             found[name] = {**value, **_smaller(value)}
+        elif name == "per_layer_config" and isinstance(value, dict):  # what differs, by the layer's number
+            by_layer = {int(layer): settings for layer, settings in value.items()}
+            kept = [(at, by_layer[layer]) for at, layer in enumerate(layers) if layer in by_layer]
+            found[name] = {at: {**settings, **_smaller(settings)} for at, settings in kept}
         elif isinstance(value, list) and count > LAYERS and len(value) == count:
             found[name] = [_sized(name, value[layer]) for layer in layers]
         elif name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") and isinstance(value, int):
@@ -112,6 +141,16 @@ def _sized(name: str, value: Any) -> Any:
     return next((min(value, size) for pattern, size in SIZES if re.fullmatch(pattern, name)), value)
 
 
+def _merged(values: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """``values`` with the settings, those of a configuration inside of it into that one."""
+    nested = {
+        name: _merged(values[name], value)
+        for name, value in settings.items()
+        if isinstance(value, dict) and "model_type" in values.get(name, {})
+    }
+    return values | settings | nested
+
+
 def registered() -> dict[str, str]:
     """The class of the causal language model of each model type that transformers registers."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as names
@@ -133,7 +172,7 @@ def small_config(model_type: str, **settings: Any) -> Any:
 
     values = AutoConfig.for_model(model_type).to_dict()
     decoder = {"is_decoder": True} if values.get("is_decoder") is False and not values.get("is_encoder_decoder") else {}
-    changed = _smaller(values) | TOKENS | decoder | SETTINGS.get(model_type, {}) | settings
+    changed = _merged(_smaller(values) | TOKENS | decoder, SETTINGS.get(model_type, {}) | settings)
     return AutoConfig.for_model(model_type, **changed)
 
 

@@ -112,12 +112,10 @@ def _agrees(model: Any, prompts: Sequence[Sequence[int]], expected: Sequence[Seq
 
 def _reloads(model: Any) -> bool:
     """Whether an export, opened by unpatched transformers, computes the same logits."""
-    from transformers import AutoModelForCausalLM
-
     ids = _tokens()
     with tempfile.TemporaryDirectory() as folder:
         path = export(model, Path(folder) / "exported")
-        other = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        other = type(model).from_pretrained(path, dtype=torch.float32).eval()
     unpatch(model)
     with torch.no_grad():
         mine, theirs = (one(input_ids=ids, use_cache=False).logits for one in (model, other))

@@ -150,7 +150,7 @@ def from_config(config: Any, seed: int = 0) -> Any:
             for tensor in (*model.parameters(), *corrections):
                 # Initial norms are all ones and biases all zeros, which would hide mistakes in them; the wider
                 # matrices give next-token distributions that are neither flat nor certain.
-                scale = 0.2 if tensor.dim() == 1 else 1.5 * tensor.shape[-1] ** -0.5
+                scale = 0.2 if tensor.dim() < 2 else 1.5 * tensor.shape[-1] ** -0.5
                 tensor.add_(torch.randn_like(tensor), alpha=scale)
     return model.eval()
 
