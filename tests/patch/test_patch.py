@@ -55,8 +55,8 @@ def test_padded_training_step_equals_eager_float64(family, side):
     with lifted_to_double():
         expected_loss, expected = loss_and_gradients(oracle, ids, mask, labels)
     toolkit.patch(model)
-    # The float32 islands inside of a mixer, and of rotary tables of half the width, are its own code's, patched or not.
-    with lifted_to_double() if family in (*HYBRIDS, "gpt_oss") else nullcontext():
+    # The float32 islands inside of a mixer are its own code's, patched or not.
+    with lifted_to_double() if family in HYBRIDS else nullcontext():
         loss, gradients = loss_and_gradients(model, ids, mask, labels)
     assert relative(loss, expected_loss) < 1e-10
     for name, gradient in gradients.items():
@@ -87,9 +87,7 @@ def test_every_module_of_the_known_families_is_claimed(family):
     report = find_claims(random_model(family))
     roles = report.roles()
     # A gated norm of two inputs is no role; its mixer keeps it as it is.
-    # gpt-oss keeps tables of half the width, which its own code applies.
-    left = {"gpt_oss": {"rotary"}}.get(family, {"norm"} if family in HYBRIDS else set())
-    assert {refusal.role for refusal in report.refusals} <= left
+    assert {refusal.role for refusal in report.refusals} <= ({"norm"} if family in HYBRIDS else set())
     assert max(claim.error.forward for claim in report.claims) < 5e-6
     assert roles["head"] == 2
     # The model's setting, and a fused forward a layer of the usual build.

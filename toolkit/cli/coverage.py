@@ -1,7 +1,9 @@
 """``toolkit coverage``: what a patch does to each architecture that transformers registers, on small random models."""
 
 import argparse
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,6 +16,9 @@ def add_parser(subparsers: Any) -> None:
         "architectures", nargs="*", help="model types (default: one for each class that transformers registers)"
     )
     parser.add_argument("--workers", type=int, default=2, help="processes that measure side by side (default 2)")
+    parser.add_argument(
+        "--write", metavar="FILE", help="also write the page to FILE (default docs/coverage.md for all architectures)"
+    )
     parser.set_defaults(run=run)
 
 
@@ -21,7 +26,8 @@ def run(args: argparse.Namespace) -> int:
     """Exit status 1 where an architecture is patched and wrong. Prints a Markdown table."""
     from toolkit.errors import ToolkitError, nearest
     from toolkit.testing.architectures import architectures, registered
-    from toolkit.testing.coverage import measure_all
+    from toolkit.testing.coverage import Coverage, measure_all
+    from toolkit.training.files import write_atomic
 
     known = list(registered())
     for name in args.architectures:
@@ -31,14 +37,70 @@ def run(args: argparse.Namespace) -> int:
             )
     if args.workers < 1:
         raise ToolkitError(f"--workers is {args.workers}; allowed are 1 and more.")
-    rows = measure_all(args.architectures or architectures(), args.workers)
-    print("\n".join(report_lines(rows)))
+    names = args.architectures or architectures()
+    done: list[Coverage] = []
+
+    def say(row: Coverage) -> None:
+        done.append(row)
+        print(f"{len(done)}/{len(names)} {row.model_type}: {row.verdict}, {row.seconds:.0f} s", file=sys.stderr)
+
+    rows = measure_all(names, args.workers, say=say)
+    print("\n".join(table(rows)))
+    print(f"\n{totals(rows)}")
+    path = args.write or (None if args.architectures else "docs/coverage.md")
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(Path(path), page(rows))
+    return int(any(row.verdict == "wrong" for row in rows))
+
+
+def totals(rows: "Sequence[Coverage]") -> str:
     verdicts = [row.verdict for row in rows]
-    print(f"\n{', '.join(f'{verdicts.count(name)} {name}' for name in ('covered', 'refused', 'wrong'))}")
-    return int("wrong" in verdicts)
+    return ", ".join(f"{verdicts.count(name)} {name}" for name in ("covered", "refused", "wrong"))
 
 
-def report_lines(rows: "Sequence[Coverage]") -> list[str]:
+PAGE = """# Architectures
+
+Written by `toolkit coverage` with {packages}: a row for each class of causal language model that transformers
+registers, measured on a small model of it: random float32 weights, bitwise tier, CPU.
+
+| column | what it says | covered when |
+|---|---|---|
+| roles | modules patched, by role; a setting of the model as a whole counts as one | there are some |
+| probe | largest relative error of the probes, of outputs and gradients | the probe passed |
+| loss | relative difference from the unpatched model's loss | at most {loss:.0e} |
+| gradient | the same of all gradients together, by norm | at most {gradient:.0e} |
+| greedy | the engine's {new} greedy tokens for two prompts are those of the unpatched `generate` | yes |
+| differing | tokens, of {parity} or more, whose log-probability differs in a bit between engine and training | 0 |
+| export | unpatched transformers opens an export and computes the same logits | yes |
+
+Covered: all of that holds; modules that were left alone are named with the reason. Refused: nothing that was measured
+is wrong, and the row says why it goes no further. Wrong: a number is not right.
+
+**{totals}.**
+
+{table}
+"""
+
+
+def page(rows: "Sequence[Coverage]") -> str:
+    """The Markdown page of a run: what the columns mean, the totals and the table."""
+    from importlib.metadata import version
+
+    from toolkit.testing.coverage import GRADIENT_LIMIT, LOSS_LIMIT, NEW_TOKENS, PARITY_TOKENS
+
+    return PAGE.format(
+        packages=", ".join(f"{name} {version(name)}" for name in ("transformers", "torch")),
+        loss=LOSS_LIMIT,
+        gradient=GRADIENT_LIMIT,
+        new=NEW_TOKENS,
+        parity=PARITY_TOKENS,
+        totals=totals(rows),
+        table="\n".join(table(rows)),
+    )
+
+
+def table(rows: "Sequence[Coverage]") -> list[str]:
     """A Markdown table, a row an architecture."""
 
     def number(value: float | None) -> str:

@@ -31,6 +31,29 @@ class GatedMlp:
         return forward
 
 
+@dataclass(frozen=True)
+class PackedMlp:
+    """Where a gated MLP whose gate and up projections are one keeps its projections, and how the two lie in it."""
+
+    gate_up: str
+    down: str
+    kind: str
+    gate_first: bool = True
+    interleaved: bool = False
+
+    def forward(self) -> Callable[[nn.Module, Tensor], Tensor]:
+        """As ``GatedMlp.forward``: gate and up are halves of one projection, or every other column of it."""
+        gate_up, down, kind, interleaved = self.gate_up, self.down, self.kind, self.interleaved
+        gate_at, up_at = (0, 1) if self.gate_first else (1, 0)
+
+        def forward(self: nn.Module, x: Tensor) -> Tensor:
+            packed = getattr(self, gate_up)(x)
+            parts = (packed[..., 0::2], packed[..., 1::2]) if interleaved else packed.chunk(2, -1)
+            return getattr(self, down)(gated_activation(parts[gate_at], parts[up_at], kind))
+
+        return forward
+
+
 def activation_forward(kind: str) -> Callable[[nn.Module, Tensor], Tensor]:
     """Forward of a parameterless elementwise activation."""
 

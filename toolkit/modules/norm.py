@@ -20,10 +20,13 @@ def rms_norm_forward(eps: float, offset: float) -> Callable[[nn.Module, Tensor],
     return forward
 
 
-def layer_norm_forward(eps: float) -> Callable[[nn.Module, Tensor], Tensor]:
-    """Forward of a layer norm over the last dimension; x [..., N]."""
+def layer_norm_forward(eps: float, offset: float = 0.0) -> Callable[[nn.Module, Tensor], Tensor]:
+    """Forward of a layer norm over the last dimension, its factor ``offset + weight``; x [..., N]."""
 
     def forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
-        return layer_norm(hidden_states, getattr(self, "weight", None), getattr(self, "bias", None), eps)
+        weight: Tensor | None = getattr(self, "weight", None)
+        if weight is not None and offset:
+            weight = weight + offset
+        return layer_norm(hidden_states, weight, getattr(self, "bias", None), eps)
 
     return forward

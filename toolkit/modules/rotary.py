@@ -1,38 +1,41 @@
 """The table of rotary angles: cosines and sines of each token's position."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from toolkit.ops.rotary import rotary_tables
 
-
-def rotary_tables_forward(scaling: float) -> Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Forward of a rotary embedding with the buffer ``inv_freq`` [F]: cos, sin of [..., 2F] in x's dtype."""
-
-    @torch.no_grad()
-    def forward(self: nn.Module, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        return rotary_tables(position_ids, self.inv_freq, scaling, x.dtype)  # type: ignore[arg-type]
-
-    return forward
+# What a table of the F frequencies becomes, of (cos, sin) [..., F] each: models differ in the layout they multiply by.
+LAYOUTS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "twice": lambda cos, sin: (torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)),
+    "repeated": lambda cos, sin: (cos.repeat_interleave(2, -1), sin.repeat_interleave(2, -1)),
+    "once": lambda cos, sin: (cos, sin),
+    "complex": torch.complex,
+}
 
 
-def rotary_grids_forward(
-    scaling: float, grid_of: Tensor
-) -> Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """As ``rotary_tables_forward``, for positions on several grids (time, height, width): position_ids [G, B, T].
+def rotary_tables_forward(layout: str = "twice", axes: Tensor | None = None) -> Callable[..., Any]:
+    """Forward of a rotary embedding with the buffer ``inv_freq`` [F] (or one for each kind of layer): cos and sin.
 
-    grid_of: [2F] int64, the grid whose position turns a column of the tables. Positions [B, T] are those of all grids.
+    layout: how the frequencies lie in the tables: a name of LAYOUTS. position_ids: [B, T]; with ``axes`` [F] also
+    [A, B, T], a place along each of A axes (see ``toolkit.ops.rotary.rotary_tables``). layer_type: the kind of layer
+    whose buffer ``<layer_type>_inv_freq`` is meant. Tables are in x's dtype; complex ones in float32.
     """
-    plain = rotary_tables_forward(scaling)
 
     @torch.no_grad()
-    def forward(self: nn.Module, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = plain(self, x, position_ids)
-        if position_ids.dim() == 2:
+    def forward(self: nn.Module, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
+        prefix = "" if layer_type is None else f"{layer_type}_"
+        inv_freq = getattr(self, f"{prefix}inv_freq")
+        scaling = float(getattr(self, f"{prefix}attention_scaling", 1.0))
+        along = axes.to(inv_freq.device) if axes is not None and position_ids.dim() == 3 else None
+        dtype = torch.float32 if layout == "complex" else x.dtype
+        cos, sin = rotary_tables(position_ids, inv_freq, scaling, dtype, along)
+        if layout == "twice":
             return cos, sin
-        index = grid_of.to(cos.device).expand(1, *cos.shape[1:])
-        return cos.gather(0, index)[0], sin.gather(0, index)[0]
+        half = inv_freq.shape[0]
+        return LAYOUTS[layout](cos[..., :half], sin[..., :half])
 
     return forward

@@ -42,7 +42,7 @@ def ragged_forward(model: nn.Module, batch: RaggedBatch, rows: Tensor | None = N
     if report is None or not {"attention", "mixer"} & set(report.roles()):
         refusals = report.refusals if report else []
         why = next((r.reason for r in refusals if r.role in ("attention", "mixer")), None)
-        state = f"left alone: {why}" if why else "not patched"
+        state = f"left alone: {why}" if why else "not patched: no layer has the form of those that reach the interface"
         raise ToolkitError(f"model {type(model).__name__} has attention {state}; a ragged batch needs it patched.")
     if not torch.compiler.is_compiling() and report not in _SEPARATE:
         _SEPARATE.add(report)  # the check comes through here itself

@@ -85,7 +85,8 @@ def _run(function: Callable[..., Any], inputs: Sequence[Tensor], parameters: Seq
     differentiable = [out for out in outputs if out.requires_grad]
     if not wanted or not differentiable:
         return outputs, []
-    cotangents = [torch.randn(o.shape, device=o.device, generator=generator(o.device)) for o in differentiable]
+    # Numbers apart from the inputs': along its own input a norm without weights has no gradient.
+    cotangents = [torch.randn(o.shape, device=o.device, generator=generator(o.device, 1)) for o in differentiable]
     return outputs, torch.autograd.grad(differentiable, wanted, cotangents, allow_unused=True)
 
 

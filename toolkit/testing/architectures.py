@@ -8,6 +8,9 @@ is downloaded.
 import re
 from typing import Any
 
+import torch
+from torch import nn
+
 from toolkit.testing.models import from_config
 
 LAYERS = 2
@@ -21,9 +24,9 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r".*(max|n)_(target_|source_)?(position(_embedding)?s|ctx)|max_seq_len|n_ctx|n_positions|model_max_length", 512),
     (r"(seq|context|image_seq|prompt)_length", 512),
     (r".*(num_key_value_heads|num_kv_heads)|num_query_groups|linear_num_key_heads|index_n_heads", 2),
+    (r"mamba_n_heads|mamba_num_heads|n_mamba_heads", 8),
     (r"(num_|n_|.*_)?(attention_)?heads?|.*num_(attention_)?heads|linear_num_value_heads", 4),
     (r"n_layers?|num_(hidden_)?layers|(num_)?(de|en)coder_layers|num_blocks|num_layers_per_stack", LAYERS),
-    (r"mamba_n_heads|mamba_num_heads|n_mamba_heads", 8),
     (r"qk_head_dim", 24),
     (r"qk_rope_head_dim", 8),
     (r".*head_(dim|size)|.*headdim|mamba_d_head|kv_channels|dim_head|d_head", 16),
@@ -177,5 +180,10 @@ def small_config(model_type: str, **settings: Any) -> Any:
 
 
 def small_model(model_type: str, seed: int = 0, **settings: Any) -> Any:
-    """The causal language model of ``small_config`` with random weights, in eval mode."""
-    return from_config(small_config(model_type, **settings), seed)
+    """The causal language model of ``small_config`` with random weights, in eval mode; padding is embedded as 0."""
+    model = from_config(small_config(model_type, **settings), seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx].zero_()  # as some models make it whenever they are loaded
+    return model

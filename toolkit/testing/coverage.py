@@ -168,8 +168,11 @@ def _work(model_types: Sequence[str], connection: Any) -> None:
     """In a process of its own: a row after the other."""
     import logging
 
+    from transformers.utils.logging import disable_progress_bar
+
     warnings.filterwarnings("ignore")
     logging.disable(logging.CRITICAL)
+    disable_progress_bar()
     torch.set_num_threads(1)
     for model_type in model_types:
         connection.send(asdict(measure(model_type)))

@@ -230,7 +230,7 @@ def find(model: Any, numerics: Numerics) -> list[Claim | Refusal]:
                 probe = Probe(module, call)
                 error = probe.error()
             except Exception as problem:
-                reason = f"its probe through the attention interface failed: {first_line(problem)}"
+                reason = f"its probe through the attention interface, which has no mask, failed: {first_line(problem)}"
                 return [Refusal("attention", path, reason)]
             if not error.passes():
                 return [Refusal("attention", path, f"the interface changes it: probe error {error.worst():.1e}")]

@@ -10,17 +10,26 @@ from toolkit.patch.claim import Claim, ProbeError, Refusal
 from toolkit.patch.probe import compare, random_input, required_arguments, twin, with_forward
 from toolkit.patch.roles.search import Candidate, search
 
+USUAL_EPSILON = 1e-5  # of torch's layer norm, where a module that normalises names none
+
 
 def _epsilon(module: nn.Module) -> float | None:
     """The module's own epsilon: its only small positive float."""
     values = [v for v in module.__dict__.values() if isinstance(v, float) and 0.0 < v < 1e-2]
+    if not values and hasattr(module, "normalized_shape"):
+        return USUAL_EPSILON
     return values[0] if len(values) == 1 else None
 
 
+def _width(module: nn.Module) -> int:
+    """The size of the dimension it normalises; any, for a module that has no say in it."""
+    weight = next(iter(module.parameters()), None)
+    shape = weight.shape if weight is not None else getattr(module, "normalized_shape", (24,))
+    return int(shape[-1])
+
+
 def _probe(module: nn.Module, forward) -> ProbeError:
-    copied = twin(module)
-    weight = next(iter(copied.parameters()), None)
-    width = weight.shape[0] if weight is not None else 24
+    copied, width = twin(module), _width(module)
     # Small inputs make the epsilon matter, large ones the order of squaring and averaging.
     batches = [[random_input(3, 5, width, like=copied, scale=scale)] for scale in (1.0, 1e-3, 30.0)]
     return compare(
@@ -41,6 +50,8 @@ def _candidates(module: nn.Module) -> list[Candidate] | None:
     if len(required_arguments(module)) != 1:
         return None
     options = [("layer_norm", layer_norm_forward(epsilon))]
+    if "weight" in parameters:
+        options.append(("layer_norm (1 + weight)", layer_norm_forward(epsilon, 1.0)))
     if "bias" not in parameters:
         options = [
             ("rms_norm", rms_norm_forward(epsilon, 0.0)),
