@@ -17,6 +17,7 @@ from toolkit.numerics import Numerics
 from toolkit.ops.linear_logprob import deferred
 from toolkit.ops.take_rows import take_rows
 from toolkit.patch.apply import report_of
+from toolkit.patch.linear_adapters import inner_model
 from toolkit.patch.report import PatchReport
 from toolkit.state.batch import RaggedBatch, observing
 
@@ -38,6 +39,7 @@ def ragged_forward(model: nn.Module, batch: RaggedBatch, rows: Tensor | None = N
 
     rows: int64 indices into the batch's tokens. Differentiable. Raises ToolkitError if attention is not patched.
     """
+    model = inner_model(model)
     report = report_of(model)
     if report is None or not {"attention", "mixer"} & set(report.roles()):
         refusals = report.refusals if report else []
