@@ -72,7 +72,7 @@ def test_loss_and_gradients_are_pefts_own(family, parameters):
 
 def test_no_weights_of_all_experts_are_made(monkeypatch):
     """PEFT registers a parametrisation at each forward, which computes W + BA; adopted wrappers do not."""
-    model = adapted_and_patched()
+    model = adapted_and_patched(modules=())
     calls = []
     monkeypatch.setattr(torch.nn.utils.parametrize, "register_parametrization", lambda *a, **k: calls.append(a))
     grouped = []

@@ -10,6 +10,7 @@ from toolkit.engine.fusion import fuse
 from toolkit.engine.program import build, record
 from toolkit.patch import report_of
 from toolkit.patch.forward import ragged_forward
+from toolkit.patch.linear_adapters import adapter_layers, adapter_state
 from toolkit.state import RaggedBatch, StatePool
 
 # A batch is padded up to the next size, so that a few programs serve every batch. Rows cost little next to weights.
@@ -40,7 +41,8 @@ class DecodePrograms:
 
     def refresh(self) -> None:
         """Drop the programs if the model is no longer made of what they were recorded from."""
-        made_of = (report_of(self.model), *map(id, self.model.parameters()), *map(id, self.model.buffers()))
+        parts = (*map(id, self.model.parameters()), *map(id, self.model.buffers()))
+        made_of = (report_of(self.model), adapter_state(adapter_layers(self.model)), *parts)
         if made_of != self._made_of:
             self._programs.clear()
             self._made_of, self.decided_by = made_of, ""

@@ -17,6 +17,7 @@ from toolkit.numerics import Numerics
 from toolkit.patch import patch, report_of
 from toolkit.patch.adapters import adopt_adapters
 from toolkit.patch.forward import evaluating, ragged_forward
+from toolkit.patch.linear_adapters import inner_model
 from toolkit.patch.state_spec import state_spec
 from toolkit.patch.weights import weight_clock, weight_version
 from toolkit.state import Group, PagedRows, RaggedBatch, Snapshots, StatePool, StateSpec
@@ -51,6 +52,7 @@ class PatchedModel:
     """A Hugging Face causal language model as a backend. Patches it unless it is patched already."""
 
     def __init__(self, model: nn.Module, numerics: str | None = None) -> None:
+        model = inner_model(model)
         report = report_of(model)
         if report is None:
             report = patch(model, numerics=numerics)
@@ -61,6 +63,7 @@ class PatchedModel:
                 "allowed are that one and None, or unpatch the model first."
             )
         self.model = model
+        self.numerics = report.numerics
         self.device = parameter.device
         self.dtype = parameter.dtype
         config: Any = model.config
@@ -86,7 +89,7 @@ class PatchedModel:
             if self.programs.serves(batch):
                 return self.programs.forward(batch)[rows]
             # A prompt enters: the moment to notice that the model is made of other parts than before.
-            adopt_adapters(self.model)
+            adopt_adapters(self.model, self.numerics)
             self.programs.refresh()
             weight_clock(self.model).refresh()
             return ragged_forward(self.model, batch, rows)

@@ -1,6 +1,8 @@
 """The end of a causal language model: the head, whose logits may wait, and the loss, from logits to one number."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -8,6 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from toolkit.ops.linear_logprob.deferred import DeferredLogits, token_logprobs
+
+_LOSS_ONLY: ContextVar[bool] = ContextVar("loss_only", default=False)
+
+
+@contextmanager
+def loss_only() -> Iterator[None]:
+    """Inside, logits wait without gradients too: for an evaluation of which nothing but the loss is looked at."""
+    token = _LOSS_ONLY.set(True)
+    try:
+        yield
+    finally:
+        _LOSS_ONLY.reset(token)
 
 
 def head_forward(product: Callable[..., Tensor], bitwise: bool) -> Callable[[nn.Linear, Tensor], Tensor]:
@@ -17,12 +31,15 @@ def head_forward(product: Callable[..., Tensor], bitwise: bool) -> Callable[[nn.
     """
 
     def forward(self: nn.Linear, input: Tensor) -> Tensor:
-        wanted = torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad)
-        if wanted and _may_wait(self.weight, input, bitwise):
+        if _may_wait(self.weight, input, bitwise) and (_wants_gradients(self.weight, input) or _LOSS_ONLY.get()):
             return DeferredLogits(input, self.weight, self.bias, product)
         return product(input, self.weight, self.bias)
 
     return forward
+
+
+def _wants_gradients(weight: Tensor, hidden: Tensor) -> bool:
+    return torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
 
 
 def _may_wait(weight: Tensor, hidden: Tensor, bitwise: bool) -> bool:

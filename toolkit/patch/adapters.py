@@ -1,7 +1,8 @@
-"""Low-rank adapters of experts, as PEFT keeps them (``target_parameters``): found in a patched model, and grouped.
+"""Adapters of PEFT in a patched model: those of linear layers are fused, those of experts found here, and grouped.
 
-PEFT wraps a module of experts once for each adapted parameter, and computes ``W + scaling B A`` of all experts at each
-forward. Here the outermost wrapper's forward hands the factors to the experts' products instead, row by row.
+With ``target_parameters`` PEFT wraps a module of experts once for each adapted parameter, and at each forward computes
+``W + scaling B A`` of all experts. Here the outermost wrapper's forward hands the factors to the experts' products
+instead, row by row.
 """
 
 from collections.abc import Callable
@@ -12,14 +13,12 @@ from torch import Tensor, nn
 
 from toolkit.modules.experts import Experts, layout_of
 from toolkit.moe import ExpertAdapters
+from toolkit.numerics import Numerics
 from toolkit.patch.claim import replace_forward
+from toolkit.patch.linear_adapters import fuse_adapters, release_linear_adapters, wraps_parameter
+from toolkit.patch.probe import device_of
 
 Factors = tuple[Tensor, Tensor, float]
-
-
-def wraps_parameter(module: nn.Module) -> bool:
-    """Whether the module is a wrapper of one parameter of what is inside of it."""
-    return all(hasattr(module, name) for name in ("parameter_name", "base_layer", "get_delta_factors"))
 
 
 def inside(module: nn.Module) -> nn.Module:
@@ -75,12 +74,14 @@ def _forward(own: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def adopt_adapters(model: nn.Module) -> int:
-    """Let the adapters on experts of a patched ``model`` be computed as grouped products; how many wrappers there are.
+def adopt_adapters(model: nn.Module, numerics: Numerics | None = None) -> int:
+    """Let the adapters in a patched ``model`` run fused, those on experts grouped; how many of the latter there are.
 
     ``patch`` does so with those that are there, the engine whenever a prompt enters, ``toolkit train`` when it puts
     adapters in. Adapters that are not adopted are right too, at the price of PEFT's own forward.
+    numerics: the patch's tier; None is the device's default.
     """
+    fuse_adapters(model, numerics or Numerics.choose(None, device_of(model)))
     count = 0
     for module in model.modules():
         if wraps_parameter(module) and layout_of(inside(module)) is not None:
@@ -92,6 +93,7 @@ def adopt_adapters(model: nn.Module) -> int:
 
 def release_adapters(model: nn.Module) -> None:
     """Give adopted wrappers their own forward back."""
+    release_linear_adapters(model)
     for module in model.modules():
         if wraps_parameter(module):
             module.__dict__.pop("forward", None)

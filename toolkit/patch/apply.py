@@ -9,7 +9,8 @@ from torch import nn
 from toolkit.errors import ToolkitError, nearest
 from toolkit.numerics import Numerics
 from toolkit.patch.adapters import adopt_adapters, release_adapters
-from toolkit.patch.claim import Claim, Undo
+from toolkit.patch.claim import Claim, Refusal, Undo
+from toolkit.patch.linear_adapters import FUSED, adapter_report, adapters_aside, inner_model
 from toolkit.patch.probe import device_of
 from toolkit.patch.report import PatchReport
 from toolkit.patch.weights import count_fused_writes
@@ -34,15 +35,23 @@ def find_claims(
 
     Raises ToolkitError for an unknown role, and for a requested role that no module of the model has.
     """
-    from toolkit.patch.roles import FINDERS
-
+    model = inner_model(model)
     tier = Numerics.choose(numerics, device_of(model))
     report = PatchReport(tier)
+    with adapters_aside(model):
+        _collect(model, roles, report)
+    _refuse_conflicts(report.claims)
+    return report
+
+
+def _collect(model: nn.Module, roles: Sequence[str] | None, report: PatchReport) -> None:
+    from toolkit.patch.roles import FINDERS
+
     for role in roles if roles is not None else FINDERS:
         if role not in FINDERS:
             hint = nearest(role, list(FINDERS))
             raise ToolkitError(f"roles has {role!r}; allowed are {', '.join(FINDERS)}{hint}.")
-        found = FINDERS[role](model, tier)
+        found = FINDERS[role](model, report.numerics)
         claims = [item for item in found if isinstance(item, Claim)]
         report.claims.extend(claims)
         report.refusals.extend(item for item in found if not isinstance(item, Claim))
@@ -50,8 +59,6 @@ def find_claims(
             reasons = {item.reason for item in found if not isinstance(item, Claim)}
             why = f": {'; '.join(sorted(reasons))}" if reasons else ""
             raise ToolkitError(f"roles has {role!r}, but no module of {type(model).__name__} can take it{why}.")
-    _refuse_conflicts(report.claims)
-    return report
 
 
 def _refuse_conflicts(claims: list[Claim]) -> None:
@@ -75,7 +82,9 @@ def patch(model: nn.Module, roles: Sequence[str] | None = None, numerics: str | 
     Returns the report: what was replaced with which probe errors, and what was left alone and why.
     Parameters keep their names, storage and layout. Patching twice is patching once; other roles or another tier
     replace the earlier patch. ``unpatch`` restores the model.
+    A ``PeftModel`` is patched like the model inside of it, before or after its adapters came in.
     """
+    model = inner_model(model)
     wanted = tuple(roles) if roles is not None else None
     applied = _APPLIED.get(model)
     if applied is not None:
@@ -94,12 +103,15 @@ def patch(model: nn.Module, roles: Sequence[str] | None = None, numerics: str | 
             step()
         raise
     _APPLIED[model] = Applied(report, wanted, tuple(undo))
-    adopt_adapters(model)
+    adopt_adapters(model, report.numerics)
+    left = [(path, verdict) for path, verdict in adapter_report(model) if verdict != FUSED]
+    report.refusals.extend(Refusal("adapter", path, reason) for path, reason in left)
     return report
 
 
 def unpatch(model: nn.Module) -> None:
     """Give every replaced module its own forward back. A model that is not patched is left as it is."""
+    model = inner_model(model)
     applied = _APPLIED.pop(model, None)
     if applied is not None:
         release_adapters(model)
@@ -109,5 +121,5 @@ def unpatch(model: nn.Module) -> None:
 
 def report_of(model: nn.Module) -> PatchReport | None:
     """The report of a patched model, None for another."""
-    applied = _APPLIED.get(model)
+    applied = _APPLIED.get(inner_model(model))
     return applied.report if applied is not None else None

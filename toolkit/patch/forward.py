@@ -17,6 +17,7 @@ from toolkit.numerics import Numerics
 from toolkit.ops.linear_logprob import deferred
 from toolkit.ops.take_rows import take_rows
 from toolkit.patch.apply import report_of
+from toolkit.patch.linear_adapters import inner_model
 from toolkit.patch.report import PatchReport
 from toolkit.state.batch import RaggedBatch, observing
 
@@ -38,6 +39,7 @@ def ragged_forward(model: nn.Module, batch: RaggedBatch, rows: Tensor | None = N
 
     rows: int64 indices into the batch's tokens. Differentiable. Raises ToolkitError if attention is not patched.
     """
+    model = inner_model(model)
     report = report_of(model)
     if report is None or not {"attention", "mixer"} & set(report.roles()):
         refusals = report.refusals if report else []
@@ -154,11 +156,21 @@ def token_logprobs(
         return [torch.zeros(0, device=device) for _ in tokens]
     # The last token of a sequence predicts nothing that is asked for, but stays in: it costs little.
     batch = RaggedBatch.from_sequences(tokens, device=device, share=share, routing=routing)
-    return list(_predictions(model, batch, tokens, lengths).split(lengths))
+    return list(predictions(model, batch, tokens, lengths)[0].split(lengths))
 
 
-def _predictions(model: nn.Module, batch: RaggedBatch, sequences: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
-    """[sum of counts] log-probabilities of the last ``counts[i]`` tokens of each sequence, one after the other.
+# Of logits [..., V] and targets: numbers of each row, the first of which is the log-probability of its target.
+Reading = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+
+
+def predictions(
+    model: nn.Module,
+    batch: RaggedBatch,
+    sequences: Sequence[Tensor],
+    counts: Sequence[int],
+    read: Reading = deferred.token_logprobs,
+) -> tuple[Tensor, ...]:
+    """What ``read`` takes from the logits of the last ``counts[i]`` tokens of each sequence: [sum of counts], in order.
 
     batch: ``RaggedBatch.from_sequences(sequences)``. A prediction that several samples share (the same row, the same
     next token) is made once; a row that goes on in several ways is one row of the head a way.
@@ -170,11 +182,11 @@ def _predictions(model: nn.Module, batch: RaggedBatch, sequences: Sequence[Tenso
     targets = torch.cat([sequence[len(sequence) - count :] for sequence, count in zip(sequences, counts)])
     rows = places if batch.sample_rows is None else batch.sample_rows.cpu()[places]
     if batch.sample_rows is None:
-        return deferred.token_logprobs(ragged_forward(model, batch, rows.to(device)), targets.to(device))[0]
+        return read(ragged_forward(model, batch, rows.to(device)), targets.to(device))
     pairs, sample_of = torch.stack([rows, targets], 1).unique(dim=0, return_inverse=True)
     distinct, row_of = pairs[:, 0].unique_consecutive(return_inverse=True)
     logits = ragged_forward(model, batch, distinct.to(device))
     if len(distinct) < len(pairs):
         logits = deferred.take_logits(logits, row_of.to(device))
-    logprobs, _ = deferred.token_logprobs(logits, pairs[:, 1].to(device))
-    return take_rows(logprobs, sample_of.to(device))
+    where = sample_of.to(device)
+    return tuple(take_rows(values, where) for values in read(logits, pairs[:, 1].to(device)))

@@ -9,6 +9,8 @@ from torch import nn
 from torch.autograd.graph import increment_version
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+from toolkit.patch.linear_adapters import adapter_layers, adapter_state, inner_model
+
 
 @cache
 def count_fused_writes() -> None:
@@ -25,8 +27,8 @@ def count_fused_writes() -> None:
 class WeightClock:
     """Watches the parameters of one model through torch's own in-place version counters.
 
-    An optimizer step, ``load_state_dict`` or any in-place operation moves it. Writes that go around the counters
-    (``parameter.data.copy_``) do not: say ``weights_changed(model)`` after those.
+    An optimizer step, ``load_state_dict`` or any in-place operation moves it, and so does another choice of adapters.
+    Writes that go around the counters (``parameter.data.copy_``) do not: say ``weights_changed(model)`` after those.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -40,13 +42,14 @@ class WeightClock:
         """Look again at which parameters the model has, after some were replaced by new ones."""
         model = self._model()
         self._parameters = list(model.parameters()) if model is not None else []
+        self._adapters = adapter_layers(model) if model is not None else []
 
-    def _read(self) -> tuple[int, int]:
+    def _read(self) -> tuple[int, int, int]:
         versions = addresses = 0
         for parameter in self._parameters:
             versions += parameter._version
             addresses ^= parameter.data_ptr()
-        return versions, addresses
+        return versions, addresses, adapter_state(self._adapters)
 
     def version(self) -> int:
         stamp = self._read()
@@ -63,6 +66,7 @@ _CLOCKS: "weakref.WeakKeyDictionary[nn.Module, WeightClock]" = weakref.WeakKeyDi
 
 def weight_clock(model: nn.Module) -> WeightClock:
     """The clock of ``model``: the same one for every caller."""
+    model = inner_model(model)
     clock = _CLOCKS.get(model)
     if clock is None:
         clock = _CLOCKS[model] = WeightClock(model)

@@ -208,11 +208,7 @@ def add_adapters(model: "PreTrainedModel", section: LoraSection, report: PatchRe
         if section.parameters is not None:
             fields += f" and model.lora.parameters is {section.parameters!r}"
         raise ToolkitError(f"{fields}: {reason(error)}") from None
-    if "linear" in report.roles():
-        for name, module in model.named_modules():
-            if name.rpartition(".")[2] in ("lora_A", "lora_B"):
-                patch(module, ["linear"], report.numerics)
-    adopt_adapters(model)
+    adopt_adapters(model, report.numerics)
     weights_changed(model)
 
 

@@ -1,0 +1,181 @@
+"""TRL's trainers on a patched model: SFT and DPO as without the patch, GRPO with the engine as its rollout."""
+
+import pytest
+import torch
+
+import toolkit
+from toolkit.errors import ToolkitError
+from toolkit.patch import report_of
+from toolkit.testing.models import random_model, tiny_tokenizer
+
+trl = pytest.importorskip("trl")
+datasets = pytest.importorskip("datasets")
+from train_patches.trl import engine_rollout  # noqa: E402
+
+PROMPTS = ["a model", "an optimizer step moves", "the engine", "rows of one batch"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+def common(folder, **settings):
+    return {
+        "output_dir": str(folder), "max_steps": 3, "logging_steps": 1, "learning_rate": 1e-3, "report_to": [],
+        "save_strategy": "no", "use_cpu": True, "bf16": False, "seed": 5, "disable_tqdm": True,
+        "gradient_checkpointing": False, "lr_scheduler_type": "constant",
+    } | settings  # fmt: skip
+
+
+def rewards(completion_ids, **_):
+    return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
+
+
+def grpo(tokenizer, folder, model=None, peft_config=None, **settings):
+    settings = {
+        "per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 10, "temperature": 1.0,
+        "beta": 0.0, "shuffle_dataset": False, "top_k": 0,
+    } | settings  # fmt: skip
+    trainer = trl.GRPOTrainer(
+        model=random_model("llama") if model is None else model,
+        args=trl.GRPOConfig(**common(folder, **settings)),
+        processing_class=tokenizer,
+        train_dataset=datasets.Dataset.from_list([{"prompt": text} for text in PROMPTS]),
+        reward_funcs=rewards,
+        peft_config=peft_config,
+    )
+    trainer.current_gradient_accumulation_steps = 1  # what ``train`` sets, for a loss outside of it
+    return trainer
+
+
+def logged(trainer, name):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_sft_and_dpo_lose_what_the_unpatched_model_loses(kind, tokenizer, tmp_path):
+    results = []
+    for patched in (False, True):
+        model = random_model("llama")
+        if patched:
+            toolkit.patch(model)
+        if kind == "sft":
+            rows = [{"prompt": text, "completion": f" is {text} again"} for text in PROMPTS]
+            arguments = trl.SFTConfig(
+                **common(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2, packing=False)
+            )
+            trainer_class, more = trl.SFTTrainer, {}
+        else:
+            rows = [{"prompt": text, "chosen": f" is {text}", "rejected": " or not"} for text in PROMPTS]
+            arguments = trl.DPOConfig(**common(tmp_path, per_device_train_batch_size=2, max_steps=2))
+            trainer_class, more = trl.DPOTrainer, {"ref_model": random_model("llama")}
+        trainer = trainer_class(
+            model=model, args=arguments, processing_class=tokenizer, train_dataset=datasets.Dataset.from_list(rows),
+            eval_dataset=datasets.Dataset.from_list(rows), **more,
+        )  # fmt: skip
+        trainer.train()
+        results.append(([*logged(trainer, "loss"), trainer.evaluate()["eval_loss"]], model.lm_head.weight.detach()))
+    assert results[1][0] == pytest.approx(results[0][0], rel=1e-5)
+    torch.testing.assert_close(results[1][1], results[0][1], rtol=1e-3, atol=1e-4)
+
+
+def test_greedy_tokens_are_those_of_trls_own_generation(tokenizer, tmp_path):
+    trainer = grpo(tokenizer, tmp_path, generation_kwargs={"do_sample": False, "min_new_tokens": 3})
+    prompts = [tokenizer(text)["input_ids"] for text in PROMPTS for _ in range(2)]
+    expected, _ = trainer._generate_single_turn(prompts, None, {}, 2)
+    # A token that these completions do come to, so that some end early, and not before the third token.
+    trainer.eos_token_ids = [expected[0][4]]
+    trainer.generation_config.eos_token_id = trainer.eos_token_ids
+    trainer.generation_kwargs["eos_token_id"] = trainer.eos_token_ids
+    expected, _ = trainer._generate_single_turn(prompts, None, {}, 2)
+    with engine_rollout(trainer, max_model_len=64):
+        completions, logprobs = trainer._generate_single_turn(prompts, None, {}, 2)
+    assert completions == expected
+    assert len({len(one) for one in completions}) > 1
+    assert [len(one) for one in logprobs] == [len(one) for one in completions]
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
+def test_rollout_and_training_agree_in_every_bit_while_the_weights_move(adapted, tokenizer, tmp_path):
+    config = None
+    if adapted:
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    trainer = grpo(tokenizer, tmp_path, peft_config=config, num_iterations=2, max_steps=4)
+    drawn = []
+    with engine_rollout(trainer, max_model_len=64) as engine:
+        generate = trainer._generate_single_turn
+        trainer._generate_single_turn = lambda *args: drawn.append((generate(*args), engine.stats())) or drawn[-1][0]
+        trainer.train()
+        engine.wake()
+        completion = engine.generate([[3, 4, 5]], toolkit.SamplingParams(max_tokens=6, temperature=0, ignore_eos=True))
+    model = trainer.model if config is None else trainer.model.merge_and_unload()
+    toolkit.unpatch(model)
+    wanted = model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    assert completion[0].token_ids == wanted[0, 3:].tolist()  # the weights of the end, and none else
+    assert len(drawn) == 2  # four updates, two a rollout
+    assert drawn[0][1]["weight_version"] != drawn[1][1]["weight_version"]
+    for name in ("mismatch/kl", "mismatch/bits"):
+        assert logged(trainer, name) == [0.0, 0.0]  # of the first update of each rollout, and of those alone
+    assert all(norm > 0 for norm in logged(trainer, "grad_norm"))
+
+
+def test_loss_gradients_and_entropy_are_trls_own(tokenizer, tmp_path):
+    """On one batch of completions of uneven lengths, some masked, at two temperatures."""
+    for temperature in (1.0, 0.7):
+        results = []
+        generator = torch.Generator().manual_seed(1)
+        mask = (torch.arange(10) < torch.tensor([[10], [4], [1], [10], [0], [7], [10], [9]])).long()
+        prompts = torch.randint(3, 331, (2, 6), generator=generator).repeat_interleave(4, 0)
+        inputs = {
+            "prompt_ids": prompts,
+            "prompt_mask": (torch.arange(6) >= torch.tensor([2, 0]).repeat_interleave(4)[:, None]).long(),
+            "completion_ids": torch.randint(3, 331, (8, 10), generator=generator),
+            "completion_mask": mask,
+            "advantages": torch.randn(8, generator=generator),
+            "old_per_token_logps": -5.0 - torch.rand(8, 10, generator=generator),
+            "num_items_in_batch": mask.sum(),
+        }
+        for ours in (False, True):
+            trainer = grpo(tokenizer, tmp_path, temperature=temperature)
+            trainer.model.train()
+            engine = engine_rollout(trainer, max_model_len=64) if ours else None
+            loss = trainer.compute_loss(trainer.model, dict(inputs))
+            loss.backward()
+            gradients = [p.grad for p in trainer.model.parameters()]
+            results.append((loss.detach(), trainer._metrics["train"]["entropy"][0], gradients))
+            if engine is not None:
+                engine.close()
+        torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-6)
+
+
+def test_trls_padded_forward_is_compared_all_the_same(tokenizer, tmp_path):
+    """Its head adds in another order than the engine's: the metric says by how much."""
+    trainer = grpo(tokenizer, tmp_path, max_steps=1, temperature=0.8)
+    with engine_rollout(trainer, forest=False, max_model_len=64):
+        trainer.train()
+    (divergence,), (bits,) = logged(trainer, "mismatch/kl"), logged(trainer, "mismatch/bits")
+    assert 0.0 <= divergence < 1e-9
+    assert 0.0 < bits <= 1.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "change", "sentence"),
+    [
+        ({}, {"use_vllm": True}, r"use_vllm is True; allowed is False"),
+        ({}, {"rollout_func": len}, r"rollout_func is .*len.*; allowed is None"),
+        ({"generation_kwargs": {"num_beams": 2}}, {}, r"generation_kwargs is \{'num_beams': 2\}; allowed is bos_token"),
+        ({"temperature": 0.5, "top_p": 0.9}, {}, r"temperature is 0\.5; allowed is 1\.0 together with top_p"),
+    ],
+    ids=["vllm", "rollout_func", "generation_kwargs", "temperature"],
+)
+def test_what_the_engine_cannot_do_is_refused_by_name(settings, change, sentence, tokenizer, tmp_path):
+    trainer = grpo(tokenizer, tmp_path, **settings)
+    for name, value in change.items():
+        setattr(trainer, name, value)
+        setattr(trainer.args, name, value)
+    with pytest.raises(ToolkitError, match=sentence):
+        engine_rollout(trainer)
+    assert report_of(trainer.model) is None
+    assert "_generate_single_turn" not in trainer.__dict__

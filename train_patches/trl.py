@@ -1,0 +1,217 @@
+"""TRL's ``GRPOTrainer`` with the engine as its rollout, on the live weights; SFT and DPO take a patched model as it is.
+
+    trainer = GRPOTrainer(model=model, args=GRPOConfig(...), ...)
+    with engine_rollout(trainer, max_model_len=1024) as engine:
+        trainer.train()
+
+Two of the trainer's methods are put in place on the instance, and nothing of TRL is copied: ``_generate_single_turn``
+(completions and their log-probabilities; tools and environments go through it too) and
+``_get_per_token_logps_and_entropies`` (the training forward, over a forest of samples that share their prompts).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from toolkit import Engine, SamplingParams
+from toolkit.engine.outputs import Completion
+from toolkit.errors import ToolkitError
+from toolkit.ops.linear_logprob.deferred import token_statistics
+from toolkit.patch import patch, weight_version
+from toolkit.patch.forward import predictions
+from toolkit.state import RaggedBatch
+from toolkit.training.objectives.functions import divergence_estimate
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer
+
+# What ``GRPOConfig.generation_kwargs`` may hold, and GRPOTrainer itself puts there.
+_UNDERSTOOD = {
+    "max_new_tokens", "min_new_tokens", "do_sample", "pad_token_id", "bos_token_id", "eos_token_id", "temperature",
+    "top_p", "top_k", "min_p", "repetition_penalty", "cache_implementation",
+}  # fmt: skip
+
+
+def engine_rollout(trainer: "GRPOTrainer", *, forest: bool = True, **limits: Any) -> Engine:
+    """Let ``trainer`` generate with an engine on its own model, which is patched if it is not; the engine.
+
+    limits: fields of the engine's ``Limits``; ``seed`` is the trainer's, moved by the rank, unless given. Weights are
+    read where they lie: after an optimizer step nothing is copied, and no prefix of older weights is hit. The engine
+    sleeps while the trainer computes its loss.
+    forest: the trainer's log-probabilities come from a forward in which samples share their prompt; False keeps TRL's
+    padded forward and its own head.
+    Logs ``mismatch/kl`` (mean of ``e^d - d - 1``, d = trainer's minus engine's log-probability, nats a token) and
+    ``mismatch/bits`` (share of tokens whose two float32 values differ in any bit) of the batches that are trained under
+    the weights of their rollout. At temperature 1 both are of the model's own distribution, and 0 in the bitwise tier
+    with ``forest``; at another one of the tempered.
+    Raises ToolkitError, leaving the trainer as it was, for other rollouts (``use_vllm``,
+    ``use_transformers_continuous_batching``, ``rollout_func``), images, sharded parameters, generation settings that
+    the engine does not have, and a temperature other than 1 with top_p, top_k, min_p or repetition_penalty, whose
+    log-probabilities would be of another distribution than the trainer's.
+    """
+    host: Any = trainer
+    _check(host)
+    patch(host.model, numerics=limits.get("numerics"))
+    limits = {"seed": host.args.seed + host.accelerator.process_index} | limits
+    rollout = Rollout(host, Engine(host.model, **limits), host._compute_loss, host._get_per_token_logps_and_entropies)
+    host._generate_single_turn = rollout.generate
+    host._compute_loss = rollout.compute_loss
+    host._get_per_token_logps_and_entropies = rollout.forest if forest else rollout.padded
+    return rollout.engine
+
+
+def _check(trainer: Any) -> None:
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    settings = trainer.generation_config.to_diff_dict() if not trainer.use_vllm else {}
+    unknown = sorted(set(trainer.args.generation_kwargs or {}) - _UNDERSTOOD)
+    cut = [name for name, off in _OFF.items() if settings.get(name, off) not in (off, None)]
+    refused = {
+        "args.use_vllm": (trainer.use_vllm, "False"),
+        "args.use_transformers_continuous_batching": (trainer.use_transformers_continuous_batching, "False"),
+        "rollout_func": (trainer.rollout_func is not None, "None"),
+        "processing_class": (trainer._is_vlm, "a tokenizer"),
+        "distributed_type": (
+            trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled(),
+            "one that keeps parameters whole",
+        ),
+        "args.generation_kwargs": (bool(unknown), f"{', '.join(sorted(_UNDERSTOOD))}"),
+        "args.temperature": (trainer.temperature != 1.0 and bool(cut), f"1.0 together with {', '.join(cut)}"),
+    }
+    for name, (present, allowed) in refused.items():
+        if present:
+            holder = trainer.args if name.startswith("args.") else trainer
+            holder = trainer.accelerator if name == "distributed_type" else holder
+            raise ToolkitError(f"{name} is {getattr(holder, name.rpartition('.')[2])!r}; allowed is {allowed}.")
+
+
+_OFF = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+
+
+@dataclass
+class Rollout:
+    """An engine in a trainer's place of generation. loss, own: the trainer's own ``_compute_loss`` and
+    ``_get_per_token_logps_and_entropies``; version: of the weights of the last rollout; seen: the log-probabilities of
+    the loss under way.
+    """
+
+    trainer: Any
+    engine: Engine
+    loss: Callable[..., Tensor]
+    own: Callable[..., Any]
+    version: int = -1
+    seen: Tensor | None = None
+
+    def params(self, count: int) -> SamplingParams:
+        config = self.trainer.generation_config
+        return SamplingParams(
+            n=count,
+            max_tokens=config.max_new_tokens,
+            min_tokens=config.min_new_tokens or 0,
+            temperature=config.temperature if config.do_sample else 0.0,
+            top_p=_or(config.top_p, 1.0),
+            top_k=_or(config.top_k, 0),
+            min_p=_or(config.min_p, 0.0),
+            repetition_penalty=_or(config.repetition_penalty, 1.0),
+            ignore_eos=True,  # the trainer's own list of tokens decides
+            stop_token_ids=self.trainer.eos_token_ids,
+        )
+
+    def generate(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> tuple[list[Any], list[Any]]:
+        """TRL's ``_generate_single_turn``: (token ids, log-probabilities) of a completion of each prompt.
+
+        Equal prompts that follow each other are one request of several completions.
+        """
+        self.engine.wake()
+        groups = [(list(prompt), len(list(same))) for prompt, same in groupby(prompt_ids, key=tuple)]
+        params = [self.params(count) for _, count in groups]
+        completions = self.engine.generate([prompt for prompt, _ in groups], params)
+        for one in completions:
+            if one.finish_reason == "error":
+                raise ToolkitError(f"prompt {one.prompt_index} of the rollout failed: {one.error}")
+        self.version = weight_version(self.trainer.model)
+        return [one.token_ids for one in completions], [self._comparable(one) for one in completions]
+
+    def _comparable(self, completion: Completion) -> list[float]:
+        """The log-probabilities that are of the trainer's distribution."""
+        return completion.logprobs if self.trainer.temperature == 1.0 else completion.sampling_logprobs
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """TRL's ``_compute_loss``, and the mismatch of what it computed with what the engine said."""
+        self.engine.sleep()
+        self.seen = None
+        loss = self.loss(model, inputs)
+        rolled = inputs.get("sampling_per_token_logps")
+        fresh = self.version == weight_version(self.trainer.model) and self.trainer.model.training
+        if self.seen is not None and rolled is not None and fresh:
+            mask = inputs["completion_mask"]
+            self._compare(self.seen, rolled, mask if "tool_mask" not in inputs else mask * inputs["tool_mask"])
+        return loss
+
+    def _compare(self, train: Tensor, rolled: Tensor, mask: Tensor) -> None:
+        counted = mask.bool()
+        train, rolled = train[counted].float(), rolled[counted].float()
+        differing = train.view(torch.int32) != rolled.view(torch.int32)
+        apart = divergence_estimate(train.double() - rolled.double())
+        sums = torch.stack([apart.sum(), differing.sum().double(), counted.sum().double()])
+        divergence, bits, count = self.trainer.accelerator.reduce(sums, reduction="sum").tolist()
+        metrics = self.trainer._metrics["train"]
+        metrics["mismatch/kl"].append(divergence / max(count, 1.0))
+        metrics["mismatch/bits"].append(bits / max(count, 1.0))
+
+    def padded(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's own log-probabilities, noted."""
+        result = self.own(*args, **kwargs)
+        self.seen = result[0].detach()
+        return result
+
+    def forest(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **media: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """TRL's ``_get_per_token_logps_and_entropies``: [B, C] each, 0 where a completion has ended.
+
+        A reference model, a wrapped one (DDP counts on its own forward) and a balancing loss go TRL's way.
+        """
+        if model is not self.trainer.model or compute_aux_loss or any(one is not None for one in media.values()):
+            settings = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss, **media}
+            return self.padded(model, input_ids, attention_mask, logits_to_keep, batch_size, **settings)
+        kept = attention_mask.bool()
+        parts = [
+            self._statistics(model, rows.cpu(), mask.cpu(), logits_to_keep)
+            for rows, mask in zip(input_ids.split(batch_size or len(kept)), kept.split(batch_size or len(kept)))
+        ]
+        ended = kept[:, -logits_to_keep:]
+        logprobs, entropies = (
+            torch.zeros(ended.shape, dtype=values.dtype, device=values.device).masked_scatter(ended, values)
+            for values in (torch.cat([part[at] for part in parts]) for at in (0, 1))
+        )
+        self.seen = logprobs.detach()
+        return logprobs, entropies if compute_entropy else None, None
+
+    def _statistics(self, model: Any, ids: Tensor, kept: Tensor, count: int) -> tuple[Tensor, ...]:
+        """Log-probability and entropy (nats) of the kept ones of the last ``count`` tokens, row after row."""
+        sequences: Sequence[Tensor] = [row[mask] for row, mask in zip(ids, kept)]
+        temperature = self.trainer.temperature
+
+        def read(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+            logprob, _, entropy, _ = token_statistics(logits if temperature == 1.0 else logits / temperature, targets)
+            return logprob, entropy
+
+        batch = RaggedBatch.from_sequences(sequences, device=self.engine.backend.device, share=True)
+        return predictions(model, batch, sequences, kept[:, -count:].sum(1).tolist(), read)
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
