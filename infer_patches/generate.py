@@ -4,15 +4,15 @@
     with route_generate(model):
         model.generate(**tokenizer(texts, padding=True, return_tensors="pt"), max_new_tokens=64)
 
-The seam is ``custom_generate``: transformers merges configurations, pads and expands inputs and makes its processors and
-criteria, and calls a function of ours in the place of its own loop.
+The seam is ``custom_generate``: transformers merges configurations, expands inputs, makes its processors and criteria,
+and calls a function of ours in the place of its own loop.
 """
 
 import copy
 import inspect
 import types
 import weakref
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +71,8 @@ class GenerateRoute:
 
     def own(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         """transformers' ``generate``, or what stood in its place."""
-        return self._before(*args, **kwargs) if self._before is not None else type(model).generate(model, *args, **kwargs)
+        function = self._before or types.MethodType(type(model).generate, model)
+        return function(*args, **kwargs)
 
 
 _ROUTES: "weakref.WeakKeyDictionary[nn.Module, GenerateRoute]" = weakref.WeakKeyDictionary()
@@ -85,7 +86,7 @@ def route_generate(
     engine: one of this model's, which is left open; None makes one with ``limits`` (``toolkit.engine.Limits``).
     fallback: hand calls that the engine cannot do to transformers' own generate, in the place of an error.
 
-    ``generate`` takes input_ids and attention_mask (padded left or right); GenerationConfig, keyword arguments, or both:
+    ``generate`` takes input_ids and attention_mask (padded left or right); GenerationConfig, keyword arguments, both:
     max_new_tokens, max_length, min_new_tokens, min_length, do_sample, temperature, top_k, top_p, min_p,
     repetition_penalty, num_return_sequences, eos_token_id, pad_token_id, stop_strings with tokenizer, max_time,
     return_dict_in_generate, output_scores, output_logits; streamer and stopping_criteria. Others are refused by name.
@@ -218,9 +219,8 @@ class _Loop:
             scores = tuple(
                 logits_processor(sequences[:, : length + at], one.clone()) for at, one in enumerate(logits or ())
             )
-        return GenerateDecoderOnlyOutput(
-            sequences=sequences, scores=scores, logits=logits if config.output_logits else None
-        )
+        asked: Any = logits if config.output_logits else None
+        return GenerateDecoderOnlyOutput(cast(torch.LongTensor, sequences), scores=scores, logits=asked)
 
 
 def _seed() -> int:
@@ -251,7 +251,7 @@ def _prompts(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]
     for row, runs in enumerate(starts.tolist()):
         if runs != 1:
             what = "holes" if runs else "no token"
-            raise ToolkitError(f"attention_mask leaves {what} in row {row}; allowed is padding on the left or the right.")
+            raise ToolkitError(f"attention_mask leaves {what} in row {row}; allowed is padding on the left or right.")
     return [ids[mask].tolist() for ids, mask in zip(input_ids, kept, strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""What a ``GenerationConfig`` of transformers asks for, in the engine's words; shared by the hosts that are given one."""
+"""What a ``GenerationConfig`` of transformers asks for, in the engine's words: for the hosts that are given one."""
 
 from typing import Any
 

@@ -4,6 +4,7 @@ Every layer of a model must reach the interface, since one setting of its config
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -189,13 +190,10 @@ def _latent_error(probe: Probe, forward: Any) -> ProbeError:
     return compare(together, alone, [inputs], list(probe.copied.parameters()))
 
 
-def _install_interface(model: Any):
-    def install() -> Undo:
-        before = model.config._attn_implementation
-        model.set_attn_implementation(seam.NAME)
-        return lambda: model.set_attn_implementation(before)
-
-    return install
+def _install_interface(model: Any) -> Undo:
+    before = model.config._attn_implementation
+    model.set_attn_implementation(seam.NAME)
+    return partial(model.set_attn_implementation, before)
 
 
 def find(model: Any, numerics: Numerics) -> list[Claim | Refusal]:
@@ -241,4 +239,4 @@ def find(model: Any, numerics: Numerics) -> list[Claim | Refusal]:
         if isinstance(fused, tuple):
             op, forward, fused_error = fused
             claims.append(Claim("attention", path, module, op, fused_error, replace_forward(module, forward)))
-    return [Claim("attention", "", model, "attention interface", worst, _install_interface(model)), *claims]
+    return [Claim("attention", "", model, "attention interface", worst, partial(_install_interface, model)), *claims]
