@@ -10,17 +10,16 @@ and calls a function of ours in the place of its own loop.
 
 import copy
 import inspect
-import types
-import weakref
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from infer_patches.generation_config import SAMPLING, refuse_unsupported, sampling_params
+from infer_patches.route import Route
 from toolkit import Engine
 from toolkit.errors import ToolkitError, nearest
-from toolkit.patch import ragged_forward, report_of
+from toolkit.patch import ragged_forward
 from toolkit.patch.forward import evaluating
 from toolkit.state import RaggedBatch
 
@@ -41,41 +40,23 @@ _HONOURED = SAMPLING | {
 }
 
 
-class GenerateRoute:
-    """``model.generate`` on its way to ``engine``. ``undo()``, or the end of a ``with`` block, gives it back."""
+class GenerateRoute(Route):
+    """``model.generate`` on its way to ``engine``."""
 
-    def __init__(self, model: nn.Module, engine: Engine, owned: bool, fallback: bool) -> None:
-        self.engine = engine
+    def __init__(self, model: nn.Module, engine: Engine | None, fallback: bool, limits: dict[str, Any]) -> None:
+        super().__init__(model, generate)
         self.fallback = fallback
-        self._owned = owned
-        self._model = weakref.ref(model)
-        self._before = model.__dict__.get("generate")
-
-    def __enter__(self) -> "GenerateRoute":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.undo()
+        self._owned = engine is None
+        try:
+            self.engine = Engine(model, **limits) if engine is None else engine
+        except BaseException:
+            super().undo()
+            raise
 
     def undo(self) -> None:
-        """Give the model its own ``generate`` back and close the engine made for it. Twice is once."""
-        model = self._model()
-        if model is not None and _ROUTES.get(model) is self:
-            del _ROUTES[model]
-            if self._before is None:
-                del model.__dict__["generate"]
-            else:
-                model.__dict__["generate"] = self._before
+        super().undo()
         if self._owned:
             self.engine.close()
-
-    def own(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        """transformers' ``generate``, or what stood in its place."""
-        function = self._before or types.MethodType(type(model).generate, model)
-        return function(*args, **kwargs)
-
-
-_ROUTES: "weakref.WeakKeyDictionary[nn.Module, GenerateRoute]" = weakref.WeakKeyDictionary()
 
 
 def route_generate(
@@ -100,30 +81,23 @@ def route_generate(
 
     Raises ToolkitError for a model that is not patched, or is routed already, and for limits that are not allowed.
     """
-    if report_of(model) is None:
-        raise ToolkitError(f"model {type(model).__name__} is not patched; call toolkit.patch(model) first.")
-    if model in _ROUTES:
-        raise ToolkitError(f"generate of {type(model).__name__} is routed already; allowed is one route at a time.")
     if engine is not None and limits:
         raise ToolkitError(f"engine is given, and {', '.join(limits)} beside it; allowed is one of the two.")
-    route = GenerateRoute(model, engine or Engine(model, **limits), engine is None, fallback)
-    _ROUTES[model] = route
-    model.__dict__["generate"] = types.MethodType(generate, model)
-    return route
+    return GenerateRoute(model, engine, fallback, limits)
 
 
 def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
     """``generate`` as a routed model has it; a copy of such a model, which has no engine, runs transformers' own."""
-    route = _ROUTES.get(self)
+    route = GenerateRoute.of.get(self)
     if route is None:
         return type(self).generate(self, *args, **kwargs)
-    loop = _Loop(route.engine)
+    own, loop = route.own(self, "generate"), _Loop(route.engine)
     try:
-        return route.own(self, **_accepted(self, args, kwargs, loop), custom_generate=loop)
+        return own(**_accepted(self, args, kwargs, loop), custom_generate=loop)
     except ToolkitError:
         if not route.fallback or loop.started:
             raise
-        return route.own(self, *args, **kwargs)
+        return own(*args, **kwargs)
 
 
 def _accepted(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], loop: "_Loop") -> dict[str, Any]:
