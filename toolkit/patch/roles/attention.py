@@ -53,6 +53,7 @@ class Probe:
         self.copied: Any = twin(module)
         self.call = call
         self.shape = call.arguments[call.hidden].shape
+        self.paired = True
         self.seen = self.look()
         if self.seen.window:
             holders: tuple[Any, Any] = (self.copied, self.copied.config)
@@ -92,6 +93,10 @@ class Probe:
         function = with_forward(self.copied, forward or type(self.copied).forward)
         arguments = self.call.having(**{self.call.hidden: hidden, MASK: mask}, **replaced)
         output = function(**arguments)
+        if forward is None:
+            self.paired = isinstance(output, tuple)
+        elif isinstance(output, tuple) != self.paired:
+            raise RuntimeError("it does not return a pair of outputs and weights")
         return output[0] if isinstance(output, tuple) else output
 
     def error(self, forward: Any = None) -> ProbeError:
