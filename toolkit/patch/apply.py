@@ -1,8 +1,9 @@
 """Collect claims, check them against each other, install them, and take them back."""
 
-import weakref
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -18,14 +19,33 @@ from toolkit.patch.weights import count_fused_writes
 
 @dataclass(frozen=True)
 class Applied:
-    """What lives beside a patched model: its report, the way back, and what was asked for."""
+    """What a patched model carries: its report, the way back, and what was asked for.
 
-    report: PatchReport
+    A deep copy of the model is patched too, with a record of its own. A pickled model comes back with its classes' own
+    forwards, which pickle finds, and with the way back for the settings that it keeps.
+    """
+
+    report: PatchReport | None
     roles: tuple[str, ...] | None
     undo: tuple[Undo, ...]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Applied":
+        return Applied(copy.deepcopy(self.report, memo), self.roles, copy.deepcopy(self.undo, memo))
 
-_APPLIED: "weakref.WeakKeyDictionary[nn.Module, Applied]" = weakref.WeakKeyDictionary()
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled, (self.undo,)
+
+
+def _unpickled(undo: tuple[Undo, ...]) -> Applied:
+    from toolkit.patch import experts_seam, seam
+
+    seam.register()
+    experts_seam.register()
+    return Applied(None, None, undo)
+
+
+_RECORD = "_toolkit_patch"
+"""The attribute of a patched model that holds its ``Applied``: it goes wherever the model goes, and away with it."""
 
 
 def find_claims(
@@ -33,9 +53,16 @@ def find_claims(
 ) -> PatchReport:
     """What ``patch`` would do, with every probe run, without doing it.
 
-    Raises ToolkitError for an unknown role, and for a requested role that no module of the model has.
+    Raises ToolkitError for an unknown role, for a requested role that no module of the model has, and for parameters
+    that are on the meta device.
     """
     model = inner_model(model)
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ToolkitError(
+                f"parameter {name} is on the meta device (not loaded yet, or offloaded); allowed is patching a model "
+                "whose weights are all there."
+            )
     tier = Numerics.choose(numerics, device_of(model))
     report = PatchReport(tier)
     with adapters_aside(model):
@@ -86,12 +113,12 @@ def patch(model: nn.Module, roles: Sequence[str] | None = None, numerics: str | 
     """
     model = inner_model(model)
     wanted = tuple(roles) if roles is not None else None
-    applied = _APPLIED.get(model)
-    if applied is not None:
-        same_tier = numerics is None or applied.report.numerics is Numerics.choose(numerics, device_of(model))
-        if applied.roles == wanted and same_tier:
-            return applied.report
-        unpatch(model)
+    report = report_of(model)
+    if report is not None:
+        same_tier = numerics is None or report.numerics is Numerics.choose(numerics, device_of(model))
+        if model.__dict__[_RECORD].roles == wanted and same_tier:
+            return report
+    unpatch(model)
     count_fused_writes()  # deferred logits and the weight version tell changes by torch's counters
     report = find_claims(model, roles, numerics)
     undo: list[Undo] = []
@@ -102,7 +129,7 @@ def patch(model: nn.Module, roles: Sequence[str] | None = None, numerics: str | 
         for step in reversed(undo):
             step()
         raise
-    _APPLIED[model] = Applied(report, wanted, tuple(undo))
+    model.__dict__[_RECORD] = Applied(report, wanted, tuple(undo))
     adopt_adapters(model, report.numerics)
     left = [(path, verdict) for path, verdict in adapter_report(model) if verdict != FUSED]
     report.refusals.extend(Refusal("adapter", path, reason) for path, reason in left)
@@ -112,7 +139,7 @@ def patch(model: nn.Module, roles: Sequence[str] | None = None, numerics: str | 
 def unpatch(model: nn.Module) -> None:
     """Give every replaced module its own forward back. A model that is not patched is left as it is."""
     model = inner_model(model)
-    applied = _APPLIED.pop(model, None)
+    applied = model.__dict__.pop(_RECORD, None)
     if applied is not None:
         release_adapters(model)
         for step in reversed(applied.undo):
@@ -121,5 +148,5 @@ def unpatch(model: nn.Module) -> None:
 
 def report_of(model: nn.Module) -> PatchReport | None:
     """The report of a patched model, None for another."""
-    applied = _APPLIED.get(inner_model(model))
+    applied = inner_model(model).__dict__.get(_RECORD)
     return applied.report if applied is not None else None

@@ -6,6 +6,8 @@ A claim is collected on the original model, carries the errors of its probe and 
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -53,19 +55,44 @@ class Refusal:
     reason: str
 
 
+# Installers and undos are partial functions of their modules and no closures: in a deep copy of a model they speak of
+# the copy's modules.
+
+
 def replace_forward(module: nn.Module, forward: Callable) -> Callable[[], Undo]:
     """An installer that puts ``forward`` on the instance, in front of the class's own; undo takes it away again."""
+    forward.__name__ = "forward"  # under which pickle, which keeps no functions, finds the class's own
+    return partial(_put_forward, module, types.MethodType(forward, module))
 
-    def install() -> Undo:
-        before = module.__dict__.get("forward")
-        module.__dict__["forward"] = types.MethodType(forward, module)
 
-        def undo() -> None:
-            if before is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.__dict__["forward"] = before
+# Where accelerate's hooks keep the forward that they call between moving inputs and outputs.
+_HOOKED = "_old_forward"
 
-        return undo
 
-    return install
+def _put_forward(module: nn.Module, forward: Any) -> Undo:
+    name = _HOOKED if _HOOKED in module.__dict__ else "forward"
+    before = module.__dict__.get(name)
+    module.__dict__[name] = forward
+    return partial(_take_forward, module, forward, before)
+
+
+def _take_forward(module: nn.Module, forward: Any, before: Any) -> None:
+    """Put ``before`` in the place of ``forward``, which hooks may have come around, or left, in the meantime."""
+    if module.__dict__.get(_HOOKED) == forward:
+        module.__dict__[_HOOKED] = before or types.MethodType(type(module).forward, module)
+    else:
+        _put_back(module, "forward", before)
+
+
+def put_on(module: nn.Module, name: str, value: Any) -> Undo:
+    """Set an attribute of the instance, past ``__setattr__``; the way back."""
+    before = module.__dict__.get(name)
+    module.__dict__[name] = value
+    return partial(_put_back, module, name, before)
+
+
+def _put_back(module: nn.Module, name: str, before: Any) -> None:
+    if before is None:
+        module.__dict__.pop(name, None)
+    else:
+        module.__dict__[name] = before

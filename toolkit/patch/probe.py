@@ -78,16 +78,20 @@ def _relative(candidate: Sequence[Tensor | None], original: Sequence[Tensor | No
     return worst
 
 
-def _run(function: Callable[..., Any], inputs: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> tuple[Any, Any]:
+def _run(
+    function: Callable[..., Any], inputs: Sequence[Tensor], parameters: Sequence[nn.Parameter]
+) -> tuple[Any, Any, int | None]:
+    """Outputs, gradients, and of how many entries the outputs are: None for a tensor by itself."""
     leaves = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in inputs]
-    outputs = _first_tensors(function(*leaves))
+    returned = function(*leaves)
+    outputs, entries = _first_tensors(returned), None if isinstance(returned, Tensor) else len(returned)
     wanted = [x for x in leaves if x.requires_grad] + list(parameters)
     differentiable = [out for out in outputs if out.requires_grad]
     if not wanted or not differentiable:
-        return outputs, []
+        return outputs, [], entries
     # Numbers apart from the inputs': along its own input a norm without weights has no gradient.
     cotangents = [torch.randn(o.shape, device=o.device, generator=generator(o.device, 1)) for o in differentiable]
-    return outputs, torch.autograd.grad(differentiable, wanted, cotangents, allow_unused=True)
+    return outputs, torch.autograd.grad(differentiable, wanted, cotangents, allow_unused=True), entries
 
 
 def compare(
@@ -98,15 +102,15 @@ def compare(
 ) -> ProbeError:
     """Largest relative error of ``candidate`` against ``original`` over ``batches`` of inputs.
 
-    Outputs may be a tensor or a tuple (entries that are not tensors are ignored). Gradients are taken with respect
-    to every floating input and all ``parameters``, against one random cotangent.
+    Outputs may be a tensor or a tuple (entries that are not tensors are ignored), of one length from both. Gradients
+    are taken with respect to every floating input and all ``parameters``, against one random cotangent.
     """
     forward = backward = 0.0
     with torch.enable_grad():
         for inputs in batches:
-            expected, expected_gradients = _run(original, inputs, parameters)
-            got, got_gradients = _run(candidate, inputs, parameters)
-            if len(got) != len(expected) or len(got_gradients) != len(expected_gradients):
+            expected, expected_gradients, form = _run(original, inputs, parameters)
+            got, got_gradients, got_form = _run(candidate, inputs, parameters)
+            if got_form != form or len(got) != len(expected) or len(got_gradients) != len(expected_gradients):
                 return ProbeError(float("inf"), float("inf"))
             forward = max(forward, _relative(got, expected))
             backward = max(backward, _relative(got_gradients, expected_gradients, _SMALL_GRADIENT))

@@ -4,6 +4,7 @@ Every layer of a model must reach the interface, since one setting of its config
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,6 +53,7 @@ class Probe:
         self.copied: Any = twin(module)
         self.call = call
         self.shape = call.arguments[call.hidden].shape
+        self.paired = True
         self.seen = self.look()
         if self.seen.window:
             holders: tuple[Any, Any] = (self.copied, self.copied.config)
@@ -91,6 +93,10 @@ class Probe:
         function = with_forward(self.copied, forward or type(self.copied).forward)
         arguments = self.call.having(**{self.call.hidden: hidden, MASK: mask}, **replaced)
         output = function(**arguments)
+        if forward is None:
+            self.paired = isinstance(output, tuple)
+        elif isinstance(output, tuple) != self.paired:
+            raise RuntimeError("it does not return a pair of outputs and weights")
         return output[0] if isinstance(output, tuple) else output
 
     def error(self, forward: Any = None) -> ProbeError:
@@ -189,13 +195,10 @@ def _latent_error(probe: Probe, forward: Any) -> ProbeError:
     return compare(together, alone, [inputs], list(probe.copied.parameters()))
 
 
-def _install_interface(model: Any):
-    def install() -> Undo:
-        before = model.config._attn_implementation
-        model.set_attn_implementation(seam.NAME)
-        return lambda: model.set_attn_implementation(before)
-
-    return install
+def _install_interface(model: Any) -> Undo:
+    before = model.config._attn_implementation
+    model.set_attn_implementation(seam.NAME)
+    return partial(model.set_attn_implementation, before)
 
 
 def find(model: Any, numerics: Numerics) -> list[Claim | Refusal]:
@@ -241,4 +244,4 @@ def find(model: Any, numerics: Numerics) -> list[Claim | Refusal]:
         if isinstance(fused, tuple):
             op, forward, fused_error = fused
             claims.append(Claim("attention", path, module, op, fused_error, replace_forward(module, forward)))
-    return [Claim("attention", "", model, "attention interface", worst, _install_interface(model)), *claims]
+    return [Claim("attention", "", model, "attention interface", worst, partial(_install_interface, model)), *claims]

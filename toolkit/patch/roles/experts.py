@@ -113,13 +113,10 @@ def _verdict(mixture: Mixture) -> tuple[str, Experts, ProbeError] | str:
     return prove(options)
 
 
-def _install_interface(model: Any) -> Callable[[], Undo]:
-    def install() -> Undo:
-        before = model.get_experts_implementation()
-        model.set_experts_implementation(experts_seam.NAME)
-        return lambda: model.set_experts_implementation(before)
-
-    return install
+def _install_interface(model: Any) -> Undo:
+    before = model.get_experts_implementation()
+    model.set_experts_implementation(experts_seam.NAME)
+    return partial(model.set_experts_implementation, before)
 
 
 def find(model: Any, numerics: Numerics) -> list[Claim | Refusal]:
@@ -153,5 +150,5 @@ def find(model: Any, numerics: Numerics) -> list[Claim | Refusal]:
     if reached or (dispatching and numerics is Numerics.BITWISE):
         errors = [ProbeError(0.0, 0.0), *reached]
         worst = ProbeError(max(e.forward for e in errors), max(e.backward for e in errors))
-        claims.insert(0, Claim("experts", "", model, "experts interface", worst, _install_interface(model)))
+        claims.insert(0, Claim("experts", "", model, "experts interface", worst, partial(_install_interface, model)))
     return claims

@@ -1,5 +1,6 @@
 """The head: the output projection, whose logits may wait, and the causal language-modelling loss."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from toolkit.modules.head import causal_lm_loss, head_forward
 from toolkit.modules.linear import product
 from toolkit.numerics import Numerics
-from toolkit.patch.claim import Claim, ProbeError, Refusal, Undo
+from toolkit.patch.claim import Claim, ProbeError, Refusal, put_on
 from toolkit.patch.probe import compare, device_of, generator, random_input, twin, with_forward
 from toolkit.patch.roles.search import Candidate, search
 
@@ -30,22 +31,6 @@ def _probe_loss(model: Any) -> ProbeError:
 
         errors.append(compare(loss(causal_lm_loss), loss(original), [[logits]]))
     return ProbeError(max(e.forward for e in errors), max(e.backward for e in errors))
-
-
-def _install_loss(model: Any):
-    def install() -> Undo:
-        before = model.__dict__.get("_loss_function")
-        model.loss_function = causal_lm_loss
-
-        def undo() -> None:
-            if before is None:
-                model.__dict__.pop("_loss_function", None)
-            else:
-                model.loss_function = before
-
-        return undo
-
-    return install
 
 
 def _candidates(module: nn.Module, numerics: Numerics) -> list[Candidate] | None:
@@ -89,5 +74,6 @@ def find(model: Any, numerics: Numerics) -> list[Claim | Refusal]:
     except Exception as problem:
         return [*found, Refusal("head", "", f"its loss cannot be probed: {type(problem).__name__}")]
     if error.passes():
-        return [*found, Claim("head", "", model, "causal_lm_loss", error, _install_loss(model))]
+        install = partial(put_on, model, "_loss_function", causal_lm_loss)
+        return [*found, Claim("head", "", model, "causal_lm_loss", error, install)]
     return [*found, Refusal("head", "", f"its loss is not causal_lm_loss: probe error {error.worst():.1e}")]
