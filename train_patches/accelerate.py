@@ -1,5 +1,8 @@
 """Expert parallelism in a loop of accelerate's: shard before ``prepare``, clip and save through what comes back.
 
+A patched model needs nothing of this file to be trained by accelerate; where accelerate keeps parameters in parts,
+``train_patches.fsdp`` or ``train_patches.deepspeed`` gathers them for a phase of rollout (docs/distributed.md).
+
 accelerator = Accelerator()
 toolkit.patch(model)
 sharded = expert_parallel(accelerator, model)

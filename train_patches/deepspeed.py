@@ -1,4 +1,11 @@
-"""Expert parallelism under DeepSpeed's ZeRO stages 1 and 2: experts over our exchange, the rest as DeepSpeed has it.
+"""DeepSpeed: rollout under ZeRO-3, and expert parallelism under ZeRO-1 and 2.
+
+A patched model trains under every stage as it is. What else needs parameters under ZeRO-3 finds them in ``gathered``:
+
+    with gathered(model):  # on every process, once a rollout phase
+        completions = engine.generate(prompts, params)
+
+Experts over our exchange, the rest as DeepSpeed has it:
 
     toolkit.patch(model)
     sharded = expert_parallel(model)
@@ -14,6 +21,7 @@ DeepSpeed tells expert parameters by ``allreduce = False`` and ``group_name``, p
 the ranks that hold the same experts, divides their gradients by the number of all ranks and adds their norm up.
 """
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch.distributed as dist
@@ -22,11 +30,29 @@ from torch import nn
 from toolkit.errors import ToolkitError
 from toolkit.moe.sharding import ShardedExperts, gather_state_dict, group_size, shard_experts
 from toolkit.patch import expert_layers
+from toolkit.patch.sharding import gathering
 
-__all__ = ["expert_parallel", "gather_state_dict", "parameter_groups"]
+__all__ = ["expert_parallel", "gather_state_dict", "gathered", "parameter_groups"]
 
 MARK = "deepspeed_experts"
 """A child without parameters, of the first layer of experts, by which DeepSpeed's engine sees that there are some."""
+
+
+def gathered(model: nn.Module) -> AbstractContextManager[None]:
+    """Inside of the block every parameter is whole in every process: for patching, an engine, export, evaluation.
+
+    model: what ``deepspeed.initialize`` was given, or one made under ``deepspeed.zero.Init``, or DeepSpeed's engine.
+    Parameters are gathered once, used for as many forwards as there are, and partitioned again at the end; training
+    goes on as before. All processes must enter it, between an optimizer's step and the next forward. Inside, they need
+    not do the same. Each needs the memory for the whole model. What is written to parameters inside is lost.
+    Under the other stages parameters are whole anyway; DeepSpeed's hooks, which keep the engine from its recorded
+    programs, do not run inside.
+    """
+    import deepspeed
+
+    model = getattr(model, "module", model)  # of an engine
+    parameters = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
+    return gathering(model, "deepspeed", [deepspeed.zero.GatheredParameters(parameters)] if parameters else [])
 
 
 def expert_parallel(model: nn.Module, size: int | None = None, chunks: int = 2) -> ShardedExperts:

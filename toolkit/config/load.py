@@ -48,7 +48,7 @@ def _parse(text: str, where: str) -> Any:
 def shipped() -> dict[str, Path]:
     """The recipes that come with the package, by name."""
     folder = Path(str(resources.files("recipes")))
-    return {path.stem: path for path in sorted(folder.rglob("*.yaml"))}
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def find(recipe: str) -> Path:

@@ -18,6 +18,7 @@ from toolkit.patch import patch, report_of
 from toolkit.patch.adapters import adopt_adapters
 from toolkit.patch.forward import evaluating, ragged_forward
 from toolkit.patch.linear_adapters import inner_model
+from toolkit.patch.sharding import check_whole
 from toolkit.patch.state_spec import state_spec
 from toolkit.patch.weights import weight_clock, weight_version
 from toolkit.state import Group, PagedRows, RaggedBatch, Snapshots, StatePool, StateSpec
@@ -74,12 +75,17 @@ class PatchedModel:
         sources = (getattr(model, "generation_config", None), config, text)
         self.eos = frozenset().union(*(_ids(getattr(source, "eos_token_id", None)) for source in sources))
         self.programs = DecodePrograms(model)
+        self._whole_at = -1
 
     def layers(self) -> Collection[StateSpec]:
         return state_spec(self.model)
 
     def version(self) -> int:
-        return weight_version(self.model)
+        version = weight_version(self.model)
+        if version != self._whole_at:  # sharding moves parameters, too
+            check_whole(self.model, "generating")
+            self._whole_at = version
+        return version
 
     def decode_size(self, sequences: int) -> int:
         return padded_size(sequences)

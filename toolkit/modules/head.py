@@ -24,14 +24,18 @@ def loss_only() -> Iterator[None]:
         _LOSS_ONLY.reset(token)
 
 
-def head_forward(product: Callable[..., Tensor], bitwise: bool) -> Callable[[nn.Linear, Tensor], Tensor]:
+def head_forward(
+    product: Callable[..., Tensor], bitwise: bool, sharded: Callable[[], bool] = lambda: False
+) -> Callable[[nn.Linear, Tensor], Tensor]:
     """Forward of an output projection, hidden [..., K] to logits [..., V]; deferred while gradients are wanted.
 
     product: that of ``toolkit.modules.linear`` in the bitwise tier, ``torch.nn.functional.linear`` in the fast one.
+    sharded: whether the weight is whole for the duration of a forward only, so that nothing may wait for later.
     """
 
     def forward(self: nn.Linear, input: Tensor) -> Tensor:
-        if _may_wait(self.weight, input, bitwise) and (_wants_gradients(self.weight, input) or _LOSS_ONLY.get()):
+        asked = _wants_gradients(self.weight, input) or _LOSS_ONLY.get()
+        if asked and _may_wait(self.weight, input, bitwise) and not sharded():
             return DeferredLogits(input, self.weight, self.bias, product)
         return product(input, self.weight, self.bias)
 
@@ -47,9 +51,7 @@ def _may_wait(weight: Tensor, hidden: Tensor, bitwise: bool) -> bool:
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(hidden.device.type) or hidden.dtype != weight.dtype:
         return False
     # linear_logprob has the bits of linear on a CPU only: elsewhere its tiles add in another order than rollout's do.
-    if bitwise and hidden.device.type != "cpu":
-        return False
-    return not hasattr(weight, "ds_id")  # DeepSpeed's ZeRO-3 gathers a parameter for its module's forward only
+    return not bitwise or hidden.device.type == "cpu"
 
 
 def causal_lm_loss(

@@ -14,7 +14,8 @@ from toolkit.patch.claim import Claim, Refusal, Undo
 from toolkit.patch.linear_adapters import FUSED, adapter_report, adapters_aside, inner_model
 from toolkit.patch.probe import device_of
 from toolkit.patch.report import PatchReport
-from toolkit.patch.weights import count_fused_writes
+from toolkit.patch.sharding import check_whole
+from toolkit.patch.weights import count_writes
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,8 @@ def patch(model: nn.Module, roles: Sequence[str] | None = None, numerics: str | 
         if model.__dict__[_RECORD].roles == wanted and same_tier:
             return report
     unpatch(model)
-    count_fused_writes()  # deferred logits and the weight version tell changes by torch's counters
+    check_whole(model, "patching")
+    count_writes(model)  # deferred logits and the weight version tell changes by torch's counters
     report = find_claims(model, roles, numerics)
     undo: list[Undo] = []
     try:

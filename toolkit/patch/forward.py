@@ -32,29 +32,39 @@ def _keeps_logits(forward: Callable[..., Any]) -> bool:
     return "logits_to_keep" in inspect.signature(forward).parameters
 
 
+def _patched(model: nn.Module) -> nn.Module:
+    """``model``, or the patched one in it where it is a wrapper (data parallel, DeepSpeed's engine)."""
+    inner: Any = model
+    while report_of(inner) is None and isinstance(getattr(inner, "module", None), nn.Module):
+        inner = inner.module
+    return inner if report_of(inner) is not None else model
+
+
 def ragged_forward(model: nn.Module, batch: RaggedBatch, rows: Tensor | None = None) -> Tensor:
     """Logits [len(rows), V] (all T tokens when ``rows`` is None) of the model's own forward over ``batch``.
 
     With gradients on they may be deferred (``toolkit.ops.linear_logprob``): any operation on them computes them.
 
+    model: a patched one, or what data parallel or DeepSpeed wrapped it in, whose forward is then called.
     rows: int64 indices into the batch's tokens. Differentiable. Raises ToolkitError if attention is not patched.
     """
     model = inner_model(model)
-    report = report_of(model)
+    inner = inner_model(_patched(model))
+    report = report_of(inner)
     if report is None or not {"attention", "mixer"} & set(report.roles()):
         refusals = report.refusals if report else []
         why = next((r.reason for r in refusals if r.role in ("attention", "mixer")), None)
         state = f"left alone: {why}" if why else "not patched: no layer has the form of those that reach the interface"
-        raise ToolkitError(f"model {type(model).__name__} has attention {state}; a ragged batch needs it patched.")
+        raise ToolkitError(f"model {type(inner).__name__} has attention {state}; a ragged batch needs it patched.")
     if not torch.compiler.is_compiling() and report not in _SEPARATE:
         _SEPARATE.add(report)  # the check comes through here itself
         try:
-            _check_separate(model)
+            _check_separate(inner)
         except BaseException:
             _SEPARATE.discard(report)
             raise
     keep: dict[str, Any] = {}
-    if rows is not None and _keeps_logits(type(model).forward):
+    if rows is not None and _keeps_logits(type(inner).forward):
         keep["logits_to_keep"] = rows
     steady = report.numerics is Numerics.BITWISE and batch.tokens.is_cpu and not torch.compiler.is_compiling()
     with batch.activate(), row_invariant() if steady else nullcontext():
@@ -132,13 +142,14 @@ def token_logprobs(
 
     The training forward, differentiable: tensor i has one value fewer than sequence i has tokens. All sequences go in
     one batch, in which common prefixes are computed once (``share``).
+    model: a patched one, or what data parallel or DeepSpeed wrapped it in.
     last: of sequence i, only the last ``last[i]`` tokens, which saves the head on the others (a prompt's, say).
     routing: of sequence i the experts [tokens, layers of experts, K] that its tokens take instead of their routers'
     choice: ``Completion.routed_experts``. The last token may be missing. Routers must be patched.
     """
     device = next(model.parameters()).device
     tokens = [torch.as_tensor(sequence, dtype=torch.int64).cpu() for sequence in sequences]
-    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    vocabulary = _patched(model).get_input_embeddings().num_embeddings  # type: ignore[operator]
     for index, sequence in enumerate(tokens):
         if sequence.dim() != 1 or (
             sequence.numel() and not 0 <= int(sequence.min()) <= int(sequence.max()) < vocabulary

@@ -1,6 +1,7 @@
 """The weight version: a number that moves whenever a parameter is written."""
 
 import itertools
+import sys
 import weakref
 from functools import cache
 from typing import Any
@@ -11,15 +12,27 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from toolkit.patch.linear_adapters import adapter_layers, adapter_state, inner_model
 
+_WATCHED: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+
+
+def count_writes(model: nn.Module) -> None:
+    """Make torch's version counters of ``model``'s parameters move with optimizers that write past them."""
+    _WATCHED.add(model)
+    _count_steps()
+
 
 @cache
-def count_fused_writes() -> None:
-    """Make fused optimizers move torch's version counters, which they write past and all others move."""
-
+def _count_steps() -> None:
     def stepped(optimizer: Optimizer, *_: Any) -> None:
+        copies = False
         for group in optimizer.param_groups:
+            copies = copies or not all(isinstance(parameter, nn.Parameter) for parameter in group["params"])
             if group.get("fused"):
                 increment_version([parameter for parameter in group["params"] if parameter.grad is not None])
+        # DeepSpeed's optimizers step flat copies and write them back past the counters; of which model, is not said.
+        if copies and "deepspeed" in sys.modules:
+            for model in list(_WATCHED):
+                increment_version([parameter for parameter in model.parameters() if parameter.requires_grad])
 
     register_optimizer_step_post_hook(stepped)
 
@@ -27,12 +40,13 @@ def count_fused_writes() -> None:
 class WeightClock:
     """Watches the parameters of one model through torch's own in-place version counters.
 
-    An optimizer step, ``load_state_dict`` or any in-place operation moves it, and so does another choice of adapters.
-    Writes that go around the counters (``parameter.data.copy_``) do not: say ``weights_changed(model)`` after those.
+    An optimizer step (DeepSpeed's too), ``load_state_dict`` or any in-place operation moves it, and so does another
+    choice of adapters. Writes that go around the counters (``parameter.data.copy_``) do not: say
+    ``weights_changed(model)`` after those.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        count_fused_writes()
+        count_writes(model)
         self._model = weakref.ref(model)
         self._next = itertools.count(1)
         self.refresh()
@@ -48,7 +62,7 @@ class WeightClock:
         versions = addresses = 0
         for parameter in self._parameters:
             versions += parameter._version
-            addresses ^= parameter.data_ptr()
+            addresses ^= getattr(parameter, "_local_tensor", parameter).data_ptr()  # a DTensor is where its part is
         return versions, addresses, adapter_state(self._adapters)
 
     def version(self) -> int:

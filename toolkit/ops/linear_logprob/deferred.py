@@ -73,6 +73,11 @@ class DeferredLogits(Tensor):
                 "logits were not read before the weights changed; read them before the optimizer's step, or patch "
                 "without the role 'head'."
             )
+        if not self.weight.untyped_storage().size() and self.weight.numel():
+            raise ToolkitError(
+                "logits were not read before the head's weight was sharded again; shard the patched model itself and "
+                "not a module around it, or patch without the role 'head'."
+            )
 
     def compute(self, keep: bool = True) -> Tensor:
         """The logits, as the model's own operations give them, with their graph; kept for the next time."""

@@ -1,5 +1,6 @@
 """The head: the output projection, whose logits may wait, and the causal language-modelling loss."""
 
+import weakref
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from toolkit.numerics import Numerics
 from toolkit.patch.claim import Claim, ProbeError, Refusal, put_on
 from toolkit.patch.probe import compare, device_of, generator, random_input, twin, with_forward
 from toolkit.patch.roles.search import Candidate, search
+from toolkit.patch.sharding import is_sharded
 
 
 def _probe_loss(model: Any) -> ProbeError:
@@ -33,12 +35,13 @@ def _probe_loss(model: Any) -> ProbeError:
     return ProbeError(max(e.forward for e in errors), max(e.backward for e in errors))
 
 
-def _candidates(module: nn.Module, numerics: Numerics) -> list[Candidate] | None:
+def _candidates(module: nn.Module, model: nn.Module, numerics: Numerics) -> list[Candidate] | None:
     """The output projection: a plain ``nn.Linear`` whose logits wait for the loss while gradients are on."""
     if type(module) is not nn.Linear:
         return None
     bitwise = numerics is Numerics.BITWISE
-    forward = head_forward(product if bitwise else F.linear, bitwise)
+    owner = weakref.ref(model)  # a forward must not keep its model alive
+    forward = head_forward(product if bitwise else F.linear, bitwise, lambda: is_sharded(owner()))
 
     def probe() -> ProbeError:
         copied = twin(module)
@@ -65,7 +68,7 @@ def find(model: Any, numerics: Numerics) -> list[Claim | Refusal]:
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if output is None:
         return []
-    found = search(model, "head", lambda module: _candidates(module, numerics) if module is output else None)
+    found = search(model, "head", lambda module: _candidates(module, model, numerics) if module is output else None)
     if not found:
         path = next(name for name, module in model.named_modules() if module is output)
         found.append(Refusal("head", path, f"its class is {type(output).__name__}, not nn.Linear"))
