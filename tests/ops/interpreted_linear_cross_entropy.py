@@ -37,5 +37,5 @@ def test_value_and_gradients_match_fp64(weighted, dtype, rows):
         assert value.dtype == torch.float32
         close(value, exact, 3e-6 if dtype == torch.float32 else 3e-3)
     few = linear_cross_entropy(*tensors, targets, weights, False, True, False)
-    assert [x.numel() for x in few] == [1, 70 * 40, 0] or not rows
+    assert [x.numel() for x in few[1:]] == [0, 70 * 40, 0]
     assert torch.equal(few[2], got[2])
