@@ -15,6 +15,7 @@ from toolkit.ops.gated_activation import gated_activation
 from toolkit.ops.grouped_linear import combine, grouped_linear
 from toolkit.ops.layer_norm import layer_norm
 from toolkit.ops.linear import linear, linear_group
+from toolkit.ops.linear_cross_entropy import linear_cross_entropy
 from toolkit.ops.linear_logprob import linear_logprob
 from toolkit.ops.lora_linear import lora_linear
 from toolkit.ops.rms_norm import add_rms_norm, rms_norm
@@ -63,6 +64,9 @@ OPS = {
     "token_logprob": lambda x: token_logprob(x, IDS),
     "linear_logprob": lambda x: linear_logprob(x, SQUARE.to(x.dtype), IDS, bias=x[0], top_k=3)[:4],
     "linear_logprob, ignored": lambda x: linear_logprob(x, SQUARE.to(x.dtype), IDS * 0 - 1)[:1],
+    "linear_cross_entropy": lambda x: linear_cross_entropy(x, SQUARE.to(x.dtype), IDS, bias=x[0]),
+    "linear_cross_entropy, weight": lambda x: linear_cross_entropy(x.detach(), x, IDS, row_weights=HALF),
+    "linear_cross_entropy, ignored": lambda x: linear_cross_entropy(x, SQUARE.to(x.dtype), IDS * 0 - 1),
     "attention": attend,
     "dispatch_plan": lambda x: [value.double() for value in dispatch_plan(IDS.view(-1, 1) % 6, 4, 8)],
     "route": lambda x: route(x, 3, "sigmoid", bias=x[0].detach(), groups=9, kept_groups=2, group_best=2)[0],

@@ -21,7 +21,7 @@ CHOSEN = [
 
 
 def test_interpreted():
-    run_interpreted("linear", "lora_linear", "linear_logprob")
+    run_interpreted("linear", "lora_linear", "linear_logprob", "linear_cross_entropy")
 
 
 @pytest.mark.parametrize(("name", "arch"), CHOSEN)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from toolkit.ops.linear_logprob.deferred import DeferredLogits, token_logprobs
+from toolkit.ops.linear_logprob.deferred import DeferredLogits, summed_cross_entropy
 
 _LOSS_ONLY: ContextVar[bool] = ContextVar("loss_only", default=False)
 
@@ -74,7 +74,7 @@ def causal_lm_loss(
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     targets = shift_labels.to(logits.device).reshape(logits.shape[:-1])
     targets = torch.where(targets == ignore_index, -1, targets)
-    total = -token_logprobs(logits, targets)[0].sum()
+    total = summed_cross_entropy(logits, targets)
     if num_items_in_batch is None:
         return total / (targets >= 0).sum()
     if isinstance(num_items_in_batch, Tensor):

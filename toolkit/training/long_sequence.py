@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from toolkit.errors import ToolkitError
 from toolkit.ops.attention import attention, attention_backward
 from toolkit.ops.causal_conv import causal_conv
-from toolkit.ops.linear_logprob.deferred import token_logprobs
+from toolkit.ops.linear_logprob.deferred import summed_cross_entropy
 from toolkit.ops.linear_recurrence import linear_recurrence
 from toolkit.patch.forward import ragged_forward
 from toolkit.state.batch import RaggedBatch
@@ -204,7 +204,7 @@ def backward_in_chunks(
         if not torch.is_grad_enabled():
             rows = rows[:1]  # the head is only wanted for its loss
         logits = ragged_forward(model, batch, rows)
-        return -token_logprobs(logits, targets[start:stop][rows])[0].sum() / counted
+        return summed_cross_entropy(logits, targets[start:stop][rows]) / counted
 
     with torch.no_grad():
         for chunk in range(len(starts) - 1):

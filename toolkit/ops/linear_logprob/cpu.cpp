@@ -8,18 +8,18 @@
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
 
-#include "product.h"
+#include "head.h"
 #include "softmax.h"
 
 namespace toolkit::linear_logprob_op {
 
 using namespace toolkit::rows;
+using head::kPad;
+using head::kTileRows;
 using softmax::kBlock;
 using softmax::Partial;
 
-constexpr int64_t kTileRows = 96;         // logits of a tile: 96 x 2048 floats stay near a core
 constexpr int64_t kTopTasks = 4;          // tasks a thread that top-k lists are split for, at most
-constexpr int64_t kPad = 16;              // columns between rows: rows 4 KiB apart would share a few sets of the caches
 constexpr int64_t kBackwardBlock = 1024;  // columns of the vocabulary whose gradient is held at a time
 constexpr int64_t kBackwardRows = 4096;   // and rows
 
@@ -28,11 +28,9 @@ struct Options {
   int64_t top_k;
 };
 
-// One row of products to logits, in place: rounded to the input's dtype as a head's output is, scaled, capped, tempered.
-template <typename T, typename S>
+// One row of products to logits, in place: scaled, capped, tempered.
+template <typename T>
 void finish_logits(T* z, int64_t n, const Options& o, const T* temperature) {
-  if constexpr (!std::is_same_v<T, S>)
-    for (int64_t i = 0; i < n; ++i) z[i] = static_cast<T>(static_cast<S>(z[i]));
   const bool scaled = o.scale != 1.0, capped = o.softcap > 0.0;
   if (!scaled && !capped && temperature == nullptr) return;
   const Vec<T> scale(o.scale), cap(o.softcap), divisor(temperature == nullptr ? T(1) : *temperature);
@@ -61,55 +59,25 @@ void select_top(const T* z, int64_t n, int64_t first_id, T* values, int64_t* ids
 }
 
 template <typename T, typename S>
-struct Inputs {
-  Inputs(const Tensor& hidden_given, const Tensor& weight_given, const std::optional<Tensor>& bias_given,
+struct Inputs : head::Head<T, S> {
+  Inputs(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
          const std::optional<Tensor>& temperature_given, at::ScalarType type)
-      : hidden(hidden_given.to(type).contiguous()),
-        weight(weight_given.size(1) > 1 && weight_given.stride(1) != 1 ? weight_given.contiguous() : weight_given),
-        bias(bias_given ? bias_given->to(type).contiguous() : Tensor()),
+      : head::Head<T, S>(hidden, weight, bias, type),
         temperature(temperature_given ? temperature_given->to(type).contiguous() : Tensor()) {}
 
-  // Products of rows [row, row + count) with the weights of columns [column, column + n), to out [count, stride].
-  void multiply(int64_t row, int64_t count, int64_t column, int64_t n, T* out, int64_t stride) const {
-    const int64_t depth = weight.size(1);
-    const T* shift = bias.defined() ? bias.const_data_ptr<T>() + column : nullptr;
-    const product::Problem<T, S> problem{hidden.const_data_ptr<T>() + row * depth,
-                                         depth,
-                                         weight.const_data_ptr<S>() + column * weight.stride(0),
-                                         weight.stride(0),
-                                         shift,
-                                         out,
-                                         stride,
-                                         count,
-                                         n,
-                                         depth};
-    product::compute(problem);
-  }
   const T* temperature_of(int64_t row) const {
     return temperature.defined() ? temperature.const_data_ptr<T>() + row : nullptr;
   }
 
-  Tensor hidden, weight, bias, temperature;
+  Tensor temperature;
 };
 
 void check(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& targets,
            const std::optional<Tensor>& temperature) {
-  TORCH_CHECK(hidden.dim() == 2 && weight.dim() == 2 && hidden.size(1) == weight.size(1) && weight.size(0) > 0,
-              "linear_logprob: hidden has shape ", hidden.sizes(), " and weight ", weight.sizes(),
-              "; allowed are [T, K] and [V, K] with V at least 1.");
-  TORCH_CHECK(hidden.scalar_type() == weight.scalar_type(), "linear_logprob: hidden is ", hidden.scalar_type(),
-              " and weight ", weight.scalar_type(), "; they must be equal.");
-  TORCH_CHECK(!bias || bias->numel() == weight.size(0), "linear_logprob: bias must have shape [", weight.size(0), "].");
-  TORCH_CHECK(targets.scalar_type() == at::kLong && targets.dim() == 2 && targets.size(0) == hidden.size(0),
-              "linear_logprob: targets have dtype ", targets.scalar_type(), " and shape ", targets.sizes(),
-              "; allowed are int64 and [", hidden.size(0), ", C].");
+  head::check("linear_logprob", hidden, weight, bias, targets);
+  TORCH_CHECK(targets.dim() == 2, "linear_logprob: targets have shape ", targets.sizes(), "; allowed is [T, C].");
   TORCH_CHECK(!temperature || temperature->numel() == hidden.size(0), "linear_logprob: temperature must have shape [",
               hidden.size(0), "].");
-  const Tensor flat = targets.contiguous();
-  const int64_t* target = flat.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < flat.numel(); ++i)
-    TORCH_CHECK_INDEX(target[i] < weight.size(0), "linear_logprob: target ", target[i],
-                      " is not below the vocabulary size ", weight.size(0), ".");
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
@@ -149,7 +117,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
         in.multiply(row, count, column, n, logits, stride);
         for (int64_t r = 0; r < count; ++r) {
           T* const z = logits + r * stride;
-          finish_logits<T, S>(z, n, options, in.temperature_of(row + r));
+          finish_logits(z, n, options, in.temperature_of(row + r));
           parts[(row + r) * blocks + b] = softmax::block_partial<T, true>(z, n);
           for (int64_t c = (row + r) * choices; c < (row + r + 1) * choices; ++c)
             if (target[c] >= column && target[c] < column + n) own[c] = z[target[c] - column];
@@ -291,7 +259,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
           for (int64_t r = row; r < row + count; ++r) {
             const int64_t source = active[first + r];
             const T* const tempered = in.temperature_of(first + r);
-            finish_logits<T, S>(g + r * stride, n, options, tempered);
+            finish_logits(g + r * stride, n, options, tempered);
             logits_gradient(g + r * stride, n, column, gradients[first + r], target + source * choices,
                             of_target + source * choices, choices, options, tempered);
           }

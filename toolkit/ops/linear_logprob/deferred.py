@@ -15,7 +15,9 @@ from torch import Tensor
 
 from toolkit.errors import ToolkitError
 from toolkit.ops.linear import linear
+from toolkit.ops.linear_cross_entropy import linear_cross_entropy
 from toolkit.ops.linear_logprob import LinearLogprob, linear_logprob
+from toolkit.ops.registry import has_native
 from toolkit.ops.take_rows import take_rows
 from toolkit.ops.token_logprob import token_logprob
 
@@ -246,6 +248,20 @@ def token_logprobs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     if fused is not None:
         return fused.logprob, fused.lse
     return token_logprob(logits.compute() if isinstance(logits, DeferredLogits) else logits, targets)
+
+
+def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """The sum of -log p(target) over the rows, in nats, with the bits of ``-token_logprobs(logits, targets)[0].sum()``.
+
+    Of logits that wait as they left a head on a CPU, ``linear_cross_entropy`` takes value and gradients in three
+    products instead of four; scaled or capped ones, and other devices, where no product would be saved, go the way of
+    ``token_logprobs``.
+    """
+    plain = isinstance(logits, DeferredLogits) and logits.dense is None and not logits.steps
+    if plain and logits.device.type == "cpu" and has_native("linear_cross_entropy"):
+        logits.check()
+        return linear_cross_entropy(logits.hidden, logits.weight, targets, bias=logits.bias)
+    return -token_logprobs(logits, targets)[0].sum()
 
 
 def token_statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -19,17 +19,22 @@ struct Partial {
   double max, sum, moment, total;
 };
 
-// Without `Moments` the last two are 0. Of -inf, e and e (x - max) are 0.
-template <typename T, bool Moments>
-Partial block_partial(const T* x, int64_t n) {
+// Without `Moments` the last two are 0. Of -inf, e and e (x - max) are 0. With `Keep`, e is left in `kept`, which may
+// be x.
+template <typename T, bool Moments, bool Keep = false>
+Partial block_partial(const T* x, int64_t n, T* kept = nullptr) {
   constexpr T kLowest = -std::numeric_limits<T>::infinity();
   const T max = rows::largest(x, n);
-  if (max == kLowest) return {kLowest, 0.0, 0.0, kLowest};
+  if (max == kLowest) {
+    if constexpr (Keep) std::fill_n(kept, n, T(0));
+    return {kLowest, 0.0, 0.0, kLowest};
+  }
   rows::Sum<T> sum, moment, total;
   rows::accumulate<T>(n, [&](int slot, int64_t i, int64_t lanes) {
     const auto v = Vec<T>::loadu(x + i, lanes);
     const auto shifted = rows::filled(v, lanes, kLowest) - Vec<T>(max), e = elementary::exp(shifted);
     sum.part[slot] = sum.part[slot] + e;
+    if constexpr (Keep) e.store(kept + i, lanes);
     if constexpr (Moments) {
       total.part[slot] = total.part[slot] + rows::filled(v, lanes, T(0));
       // exp has rounded to 0 long before -1e4, so the clamp only keeps 0 times infinity away.

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from toolkit.ops.linear_logprob.deferred import token_logprobs, token_statistics
+from toolkit.ops.linear_logprob.deferred import summed_cross_entropy, token_logprobs, token_statistics
 
 
 def next_token_loss(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
@@ -22,6 +22,8 @@ def next_token_loss(logits: Tensor, targets: Tensor, *, label_smoothing: float =
     logits: [T, V], dense or deferred; targets: [T] int64, rows with a negative one count for nothing.
     """
     counted = targets >= 0
+    if label_smoothing == z_loss == 0.0:
+        return summed_cross_entropy(logits, targets) / counted.sum().clamp_min(1)
     if label_smoothing > 0.0:
         logprob, lse, _, mean = token_statistics(logits, targets)
         loss = -(1.0 - label_smoothing) * logprob - label_smoothing * (mean - lse)

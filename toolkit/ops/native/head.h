@@ -1,0 +1,64 @@
+// A language model's head, a tile of rows x columns of the vocabulary at a time.
+#pragma once
+#include "product.h"
+#include "rows.h"
+
+namespace toolkit::head {
+
+using at::Tensor;
+
+constexpr int64_t kTileRows = 96;  // logits of a tile: 96 x 2048 floats stay near a core
+constexpr int64_t kPad = 16;       // columns between rows: rows 4 KiB apart would share a few sets of the caches
+
+// hidden [T, K], weight [V, K] of one dtype, bias [V], targets [T, ...] below V.
+inline void check(const char* op, const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
+                  const Tensor& targets) {
+  TORCH_CHECK(hidden.dim() == 2 && weight.dim() == 2 && hidden.size(1) == weight.size(1) && weight.size(0) > 0, op,
+              ": hidden has shape ", hidden.sizes(), " and weight ", weight.sizes(),
+              "; allowed are [T, K] and [V, K] with V at least 1.");
+  TORCH_CHECK(hidden.scalar_type() == weight.scalar_type(), op, ": hidden is ", hidden.scalar_type(), " and weight ",
+              weight.scalar_type(), "; they must be equal.");
+  TORCH_CHECK(!bias || bias->numel() == weight.size(0), op, ": bias must have shape [", weight.size(0), "].");
+  TORCH_CHECK(targets.scalar_type() == at::kLong && targets.dim() > 0 && targets.size(0) == hidden.size(0), op,
+              ": targets have dtype ", targets.scalar_type(), " and shape ", targets.sizes(),
+              "; allowed are int64 and ", hidden.size(0), " rows.");
+  const Tensor flat = targets.contiguous();
+  const int64_t* target = flat.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < flat.numel(); ++i)
+    TORCH_CHECK_INDEX(target[i] < weight.size(0), op, ": target ", target[i], " is not below the vocabulary size ",
+                      weight.size(0), ".");
+}
+
+template <typename T, typename S>
+struct Head {
+  Head(const Tensor& hidden_given, const Tensor& weight_given, const std::optional<Tensor>& bias_given,
+       at::ScalarType type)
+      : hidden(hidden_given.to(type).contiguous()),
+        weight(weight_given.size(1) > 1 && weight_given.stride(1) != 1 ? weight_given.contiguous() : weight_given),
+        bias(bias_given ? bias_given->to(type).contiguous() : Tensor()) {}
+
+  // Products of rows [row, row + count) with the weights of columns [column, column + n), to out [count, stride];
+  // rounded to the dtype of the inputs, as a head's output is.
+  void multiply(int64_t row, int64_t count, int64_t column, int64_t n, T* out, int64_t stride) const {
+    const int64_t depth = weight.size(1);
+    const T* shift = bias.defined() ? bias.const_data_ptr<T>() + column : nullptr;
+    const product::Problem<T, S> problem{hidden.const_data_ptr<T>() + row * depth,
+                                         depth,
+                                         weight.const_data_ptr<S>() + column * weight.stride(0),
+                                         weight.stride(0),
+                                         shift,
+                                         out,
+                                         stride,
+                                         count,
+                                         n,
+                                         depth};
+    product::compute(problem);
+    if constexpr (!std::is_same_v<T, S>)
+      for (int64_t r = 0; r < count; ++r)
+        for (int64_t i = r * stride; i < r * stride + n; ++i) out[i] = static_cast<T>(static_cast<S>(out[i]));
+  }
+
+  Tensor hidden, weight, bias;
+};
+
+}  // namespace toolkit::head
