@@ -55,10 +55,17 @@ def loss_of_logprobs(model: nn.Module, ids: Tensor) -> Tensor:
     return -torch.cat(toolkit.token_logprobs(model, list(ids))).mean()
 
 
+def loss_of_checkpoints(model: nn.Module, ids: Tensor) -> Tensor:
+    """The same, every layer's forward run again in the backward."""
+    getattr(model, "module", model).gradient_checkpointing_enable()
+    return loss_of_logprobs(model, ids)
+
+
 CASES: list[tuple[str, bool, Loss]] = [
     ("llama", False, own_loss),
     ("llama", True, own_loss),
     ("llama", True, loss_of_logits),
+    ("llama", True, loss_of_checkpoints),
     ("gemma", True, own_loss),  # head and embedding are one parameter
     ("deepseek_v3_moe", True, loss_of_logprobs),  # attention reads a projection's weight, experts their own
 ]
