@@ -22,7 +22,16 @@ from toolkit.state.kinds import PagedRows, Snapshots
 from toolkit.state.replay import check_routing, name_rows
 from toolkit.state.sharing import SharedPrefixes, share_prefixes
 
-_context = threading.local()
+
+class _Context(threading.local):
+    """What a thread's forwards go by; there from the start, since compiled graphs depend on which attributes exist."""
+
+    def __init__(self) -> None:
+        self.batch: RaggedBatch | None = None
+        self.observer: RouterObserver | None = None
+
+
+_context = _Context()
 
 
 class BatchState(Protocol):
@@ -294,7 +303,7 @@ class RaggedBatch:
 
         correction: [E] the bias of the choice, where the router has one.
         """
-        observer: RouterObserver | None = getattr(_context, "observer", None)
+        observer = _context.observer
         if observer is not None:
             observer(layer, logits, ids, self.multiplicity, correction)
 
@@ -360,7 +369,7 @@ class RaggedBatch:
     @staticmethod
     def active() -> "RaggedBatch | None":
         """The batch of the innermost ``activate`` of this thread, or None."""
-        return getattr(_context, "batch", None)
+        return _context.batch
 
 
 @contextmanager
@@ -369,7 +378,7 @@ def observing(observer: RouterObserver | None) -> Iterator[None]:
 
     A layer that activation checkpointing runs again, in the backward, is not shown again.
     """
-    outer = getattr(_context, "observer", None)
+    outer = _context.observer
     _context.observer = observer
     try:
         yield

@@ -1,5 +1,6 @@
 """Matrix product with a weight, whose rows keep their bits whatever other rows are computed beside them."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +26,8 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.
     need_x, need_weight, need_bias = ctx.needs_input_grad
     # The vendor's CPU products of 16-bit tensors are hundreds of times slower than converting.
     wide = torch.float32 if grad.device.type == "cpu" and grad.itemsize == 2 else grad.dtype
-    rows = grad.reshape(x.shape[:-1].numel(), weight.shape[0]).to(wide)
+    # math.prod, unlike torch.Size.numel, leaves sizes that a compiler keeps open open.
+    rows = grad.reshape(math.prod(x.shape[:-1]), weight.shape[0]).to(wide)
     grad_x = grad_weight = grad_bias = None
     if need_x:
         grad_x = torch.mm(rows, weight.to(wide)).to(x.dtype).view(x.shape)
