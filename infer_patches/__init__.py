@@ -1,6 +1,6 @@
 """How the toolkit's structures enter an inference stack that is not its own: one file a host.
 
-``generate`` (pipelines with it) and ``continuous_batching`` are hosts; ``route`` and ``generation_config`` is what they
+``generate`` (pipelines with it) and ``continuous_batching`` are hosts; ``route`` and ``generation_config`` are what they
 share.
 
 A host is what drives the model there, such as transformers' ``generate``. Each file takes a patched model
