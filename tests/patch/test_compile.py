@@ -6,6 +6,7 @@ import pytest
 import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 import toolkit
@@ -41,14 +42,15 @@ def assert_same(got, wanted):
         assert (got[1][name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
 
-def compiled(function, graphs: list[Counter]):
+def compiled(function, graphs: list[Counter], dynamic: bool | None = None):
     """``function`` as one graph forward and one backward, run as they are; the ops in each go to ``graphs``."""
 
     def collect(graph, _):
         graphs.append(Counter(str(node.target) for node in graph.graph.nodes if node.op == "call_function"))
         return make_boxed_func(graph.forward)
 
-    return torch.compile(function, fullgraph=True, backend=aot_autograd(fw_compiler=collect, bw_compiler=collect))
+    backend = aot_autograd(fw_compiler=collect, bw_compiler=collect)
+    return torch.compile(function, fullgraph=True, dynamic=dynamic, backend=backend)
 
 
 def assert_ops(model, graphs: list[Counter], with_attention: bool):
@@ -101,6 +103,44 @@ def test_an_ordinary_call_is_one_graph_each_way(llama, padded):
         results.append((loss.detach(), {name: p.grad for name, p in llama.named_parameters()}))
     assert_same(*results)
     assert_ops(llama, graphs, with_attention=False)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "qwen3_moe"])
+def test_one_compilation_serves_all_lengths_of_ordinary_calls(family):
+    model = random_model(family, layers=1).train()
+    toolkit.patch(model)
+    torch._dynamo.reset()
+    counters.clear()
+    graphs: list[Counter] = []
+    function = compiled(model, graphs, dynamic=True)
+    for rows, length in ((2, 19), (3, 23), (5, 7)):
+        ids = ids_of(model, rows, length)
+        assert_same(step(model, function, ids), step(model, model, ids))
+    assert len(graphs) == 2
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_one_compilation_serves_all_lengths_of_ragged_batches():
+    """From two sequences on: to torch a size of one is another graph."""
+    model = random_model("llama", layers=1).train()
+    toolkit.patch(model)
+    torch._dynamo.reset()
+    counters.clear()
+    graphs: list[Counter] = []
+
+    def loss(batch, targets):
+        return next_token_loss(ragged_forward(model, batch), targets)
+
+    function = compiled(loss, graphs, dynamic=True)
+    for lengths in ([7, 1, 12], [3, 9, 5, 2], [30, 4]):
+        tokens = [torch.arange(3, 4 + length) for length in lengths]
+        batch = RaggedBatch.from_sequences([one[:-1] for one in tokens], share=False)
+        targets = torch.cat([one[1:] for one in tokens])
+        value = function(batch, targets)
+        value.backward()
+        torch.testing.assert_close(value, loss(batch, targets), rtol=1e-6, atol=1e-6)
+    assert len(graphs) == 2
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_inductor(llama):
