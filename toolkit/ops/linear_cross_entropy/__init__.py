@@ -23,7 +23,7 @@ def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]
     if torch.is_grad_enabled():
         raise ToolkitError(
             "linear_cross_entropy keeps its gradient, not the graph of it: create_graph=True is not supported; "
-            "take linear_logprob(...).logprob or dense logits."
+            "take the loss from dense logits."
         )
     # A graph that is not kept lets its buffers go: there the product may take their place. Not in a compiler's trace.
     kept = torch._C._autograd._get_current_graph_task_keep_graph()
