@@ -1,31 +1,76 @@
-"""``toolkit coverage`` on a few architectures: what holds, and what is refused and why."""
+"""``toolkit coverage`` on a few architectures: what docs/coverage.md says of them still holds."""
 
 import re
+from pathlib import Path
 
 import pytest
 
 from toolkit.cli import main
+from toolkit.cli.coverage import page, totals
+from toolkit.testing.architectures import architectures
+from toolkit.testing.coverage import Coverage
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "coverage.md"
+ROW = re.compile(r"^\| ([\w-]+) \| (covered|refused|wrong) \|.*\|$", re.MULTILINE)
+COMPARED = {  # what is particular about each
+    "gpt2": "weights [K, N]",
+    "opt": "scales its queries itself; the gradient of its keys' bias is 0",
+    "cohere": "rotary tables with each frequency repeated, logits scaled",
+    "deepseek_v2": "complex rotary tables, latent attention, shared experts",
+    "dbrx": "a mixture of its own layout",
+    "gemma3_text": "rotary tables of two kinds",
+    "gpt_bigcode": "one key for all heads",
+    "nemotron_h": "layers without state, and a mixture",
+    "olmo": "norms without weights",
+    "phi3": "packed projections",
+    "qwen3_5": "a hybrid whose positions lie along axes",
+    "zamba2": "a hybrid with shared layers",
+    "bart": "takes a token's position from its place in the batch",
+    "bloom": "attention that does not dispatch through the interface",
+}
+
+
+def written() -> dict[str, str]:
+    return dict(ROW.findall(PAGE.read_text()))
+
+
+def test_the_page_has_a_row_for_each_architecture_and_none_is_wrong():
+    verdicts = written()
+    assert set(verdicts) == set(architectures())
+    assert "wrong" not in verdicts.values()
+    covered = list(verdicts.values()).count("covered")
+    assert f"**{covered} covered, {len(verdicts) - covered} refused, 0 wrong.**" in PAGE.read_text()
+
+
+def test_refusals_have_reasons():
+    for line in PAGE.read_text().splitlines():
+        if "| refused |" in line:
+            assert len(line.rstrip("| ").rpartition("|")[2]) > 20, line
+
+
+def test_architectures_are_as_the_page_says(capsys, tmp_path):
+    assert main(["coverage", *COMPARED, "--workers", "1", "--write", str(tmp_path / "page.md")]) == 0
+    verdicts = written()
+    found = dict(ROW.findall(capsys.readouterr().out))
+    assert found == {name: verdicts[name] for name in COMPARED}
+    assert dict(ROW.findall((tmp_path / "page.md").read_text())) == found
+
+
+def test_a_wrong_number_is_told(capsys, monkeypatch):
+    rows = [Coverage("some", roles={"norm": 1}, loss_error=2e-3), Coverage("other", reason="patch: it cannot be made")]
+    monkeypatch.setattr("toolkit.testing.coverage.measure_all", lambda *_, **__: rows)
+    assert main(["coverage", "gpt2", "opt"]) == 1
+    assert totals(rows) == "0 covered, 1 refused, 1 wrong"
+    assert "| some | wrong | 1 norm |" in page(rows)
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"),
+    ("arguments", "told"),
     [
-        ("gpt2", ""),  # weights [K, N]
-        ("opt", ""),  # scales its queries itself; the gradient of its keys' bias is 0
-        ("gemma3_text", ""),  # rotary tables of two kinds
-        ("olmo3", ""),  # windows in some layers
-        ("nemotron_h", ""),  # layers without state, and a mixture
-        ("bart", "takes a token's position from its place in the batch"),
-        ("bloom", "a ragged batch needs it patched"),
+        (["lama"], "architecture is 'lama'; allowed are model types of transformers; did you mean"),
+        (["gpt2", "--workers", "0"], "--workers is 0; allowed are 1 and more"),
     ],
 )
-def test_an_architecture_is_covered_or_refused(name, reason, capsys):
-    assert main(["coverage", name, "--workers", "1"]) == 0
-    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(f"| {name} |"))
-    assert re.match(rf"\| {name} \| {'refused' if reason else 'covered'} \|", row), row
-    assert reason in row
-
-
-def test_unknown_architectures_are_named(capsys):
-    assert main(["coverage", "lama"]) == 2
-    assert "architecture is 'lama'; allowed are model types of transformers; did you mean" in capsys.readouterr().err
+def test_bad_input_is_named(arguments, told, capsys):
+    assert main(["coverage", *arguments]) == 2
+    assert told in capsys.readouterr().err

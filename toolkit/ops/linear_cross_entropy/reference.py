@@ -37,13 +37,15 @@ def linear_cross_entropy(
     loss = -(logprob[:, 0] * weights).sum()
     zero = torch.zeros_like(weights)
     with torch.no_grad():
-        wide = [None if x is None else x.to(weights.dtype) for x in (hidden, weight, bias)]
-        gradients = reference.linear_logprob_backward(
-            -weights[:, None], zero, zero, zero, *wide, chosen, None, lse, entropy, 1.0, 0.0,
+        wide, wide_weight = hidden.to(weights.dtype), weight.to(weights.dtype)
+        wide_bias = None if bias is None else bias.to(weights.dtype)
+        dh, dw, db = reference.linear_logprob_backward(
+            -weights[:, None], zero, zero, zero, wide, wide_weight, wide_bias, chosen, None, lse, entropy, 1.0, 0.0,
             need_hidden, need_weight, need_bias,
         )  # fmt: skip
-    needs = need_hidden, need_weight, need_bias and bias is not None
-    return loss, *(gradient if need else zero.new_empty(0) for gradient, need in zip(gradients, needs))
+    empty = zero.new_empty(0)
+    needs_bias = need_bias and bias is not None
+    return loss, dh if need_hidden else empty, dw if need_weight else empty, db if needs_bias else empty
 
 
 def linear_cross_entropy_fake(
