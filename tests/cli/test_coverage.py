@@ -48,6 +48,7 @@ def test_refusals_have_reasons():
             assert len(line.rstrip("| ").rpartition("|")[2]) > 20, line
 
 
+@pytest.mark.timeout(600)
 def test_architectures_are_as_the_page_says(capsys, tmp_path):
     assert main(["coverage", *COMPARED, "--workers", "1", "--write", str(tmp_path / "page.md")]) == 0
     verdicts = written()
