@@ -15,11 +15,14 @@ __all__ = ["linear_cross_entropy"]
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, *gradients = output
     ctx.mark_non_differentiable(*gradients)
+    ctx.set_materialize_grads(False)  # no zeros, as large as the weight, for outputs that have no gradient
     ctx.save_for_backward(*gradients)
     ctx.dtype = inputs[0].dtype
 
 
-def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return (None,) * 8
     if torch.is_grad_enabled():
         raise ToolkitError(
             "linear_cross_entropy keeps its gradient, not the graph of it: create_graph=True is not supported; "
