@@ -252,8 +252,8 @@ def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     products instead of four; scaled or capped ones, and other devices, where no product would be saved, go the way of
     ``token_logprobs``.
     """
-    plain = isinstance(logits, DeferredLogits) and logits.dense is None and not logits.steps
-    if plain and logits.device.type == "cpu" and has_native("linear_cross_entropy"):
+    three_products = logits.device.type == "cpu" and has_native("linear_cross_entropy")
+    if three_products and isinstance(logits, DeferredLogits) and logits.dense is None and not logits.steps:
         logits.check()
         return linear_cross_entropy(logits.hidden, logits.weight, targets, bias=logits.bias)
     return -token_logprobs(logits, targets)[0].sum()
