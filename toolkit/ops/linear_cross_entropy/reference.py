@@ -37,15 +37,19 @@ def linear_cross_entropy(
     loss = -(logprob[:, 0] * weights).sum()
     zero = torch.zeros_like(weights)
     with torch.no_grad():
-        wide, wide_weight = hidden.to(weights.dtype), weight.to(weights.dtype)
-        wide_bias = None if bias is None else bias.to(weights.dtype)
+        wide = [x.to(weights.dtype) for x in (hidden, weight)]
+        shift = None if bias is None else bias.to(weights.dtype)
         dh, dw, db = reference.linear_logprob_backward(
-            -weights[:, None], zero, zero, zero, wide, wide_weight, wide_bias, chosen, None, lse, entropy, 1.0, 0.0,
+            -weights[:, None], zero, zero, zero, wide[0], wide[1], shift, chosen, None, lse, entropy, 1.0, 0.0,
             need_hidden, need_weight, need_bias,
         )  # fmt: skip
-    empty = zero.new_empty(0)
-    needs_bias = need_bias and bias is not None
-    return loss, dh if need_hidden else empty, dw if need_weight else empty, db if needs_bias else empty
+    none = [zero.new_empty(0) for _ in range(3)]
+    return (
+        loss,
+        dh if need_hidden else none[0],
+        dw if need_weight else none[1],
+        db if need_bias and bias is not None else none[2],
+    )
 
 
 def linear_cross_entropy_fake(

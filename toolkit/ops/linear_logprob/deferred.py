@@ -75,11 +75,6 @@ class DeferredLogits(Tensor):
                 "logits were not read before the weights changed; read them before the optimizer's step, or patch "
                 "without the role 'head'."
             )
-        if not self.weight.untyped_storage().size() and self.weight.numel():
-            raise ToolkitError(
-                "logits were not read before the head's weight was sharded again; shard the patched model itself and "
-                "not a module around it, or patch without the role 'head'."
-            )
 
     def compute(self, keep: bool = True) -> Tensor:
         """The logits, as the model's own operations give them, with their graph; kept for the next time."""
@@ -257,13 +252,8 @@ def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     products instead of four; scaled or capped ones, and other devices, where no product would be saved, go the way of
     ``token_logprobs``.
     """
-    if (
-        isinstance(logits, DeferredLogits)
-        and logits.dense is None
-        and not logits.steps
-        and logits.device.type == "cpu"
-        and has_native("linear_cross_entropy")
-    ):
+    three_products = logits.device.type == "cpu" and has_native("linear_cross_entropy")
+    if three_products and isinstance(logits, DeferredLogits) and logits.dense is None and not logits.steps:
         logits.check()
         return linear_cross_entropy(logits.hidden, logits.weight, targets, bias=logits.bias)
     return -token_logprobs(logits, targets)[0].sum()
