@@ -27,6 +27,7 @@ CASES = {
 }
 
 
+@pytest.mark.timeout(900)  # the interpreter is slow: minutes, beside other work
 @pytest.mark.parametrize("name", ["attention", "attention_backward", "attention_forest", "attention_splits"])
 def test_interpreted(name):
     run_interpreted(name)
