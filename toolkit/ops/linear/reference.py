@@ -5,25 +5,27 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-# The vendor's CPU product keeps a row's bits while the numbers of rows and of k are multiples of this.
-_MULTIPLE = 8
+_MULTIPLE = 8  # of k, with zeros
+_ROWS = 32  # of one call to the vendor's product: a row's bits depend on how many rows it is called for
 
 
 def linear_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """``y = x @ weight.T + bias``: x ``[..., K]``, weight ``[N, K]``, bias ``[N]`` or None, y ``[..., N]``.
 
-    On CPU, rows and K are padded with zeros to multiples of 8, and bfloat16 and float16 are computed in float32 and
-    rounded once. The vendor's library then gives a row the same bits for any number of rows and any place among them:
-    measured on AVX2 with torch 2.13 for float32 and float64, not promised by that library elsewhere. On other devices
-    this is ``torch.nn.functional.linear``.
+    On CPU, rows go to the vendor's library 32 at a time, the last ones filled up with zeros, as K is to a multiple of
+    8; bfloat16 and float16 are computed in float32 and rounded once. That library then gives a row the same bits for
+    any number of rows and any place among them, with a given number of threads: measured on AVX2 and AVX-512 with
+    torch 2.13 for float32 and float64, not promised by it elsewhere. On other devices this is
+    ``torch.nn.functional.linear``.
     """
     if x.device.type != "cpu":
         return F.linear(x, weight, bias)
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     count, inner = x.shape[:-1].numel(), x.shape[-1]
-    rows = F.pad(x.reshape(count, inner).to(compute), (0, -inner % _MULTIPLE, 0, -count % _MULTIPLE)).contiguous()
+    rows = F.pad(x.reshape(count, inner).to(compute), (0, -inner % _MULTIPLE, 0, -count % _ROWS)).contiguous()
     matrix = F.pad(weight.to(compute), (0, -inner % _MULTIPLE)).contiguous()
-    out = F.linear(rows, matrix, None if bias is None else bias.to(compute).contiguous())
+    shift = None if bias is None else bias.to(compute).contiguous()
+    out = torch.cat([F.linear(some, matrix, shift) for some in rows.split(_ROWS)])
     return out[:count].to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
 
 

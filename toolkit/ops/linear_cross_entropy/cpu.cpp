@@ -1,9 +1,7 @@
 // linear_cross_entropy on CPU: the logits of a chunk of rows, from which its losses and its share of every gradient are
 // taken. Rows that count for nothing are left out of all products.
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/tensor.h>
@@ -35,8 +33,7 @@ struct Chunk {
   const head::Head<T, S>& in;
   const int64_t *target, *row_of;  // of every row given; the rows that count
   const T* row_weight;
-  const Tensor& buffer;  // [height or more, stride]
-  T* values;
+  T* values;  // [height or more, stride]
   int64_t first, height, stride;
 
   int64_t vocabulary() const { return in.weight.size(0); }
@@ -95,31 +92,17 @@ struct Chunk {
     });
   }
 
-  // The chunk's share of d hidden and d weight by block of the vocabulary; 16-bit weights are widened a block at a time.
+  // The chunk's share of d hidden and d weight, by block of the vocabulary.
   void add_products(const Tensor& dh, const Tensor& dw) const {
-    const Tensor x = in.hidden.narrow(0, first, height), gradients = buffer.narrow(0, 0, height);
-    auto multiply = [](Tensor out, const Tensor& a, const Tensor& b, bool add) {
-      if (add) {
-        out.addmm_(a, b);
-      } else {
-        at::mm_out(out, a, b);
-      }
-    };
+    const int64_t depth = in.weight.size(1);
     for (int64_t column = 0; column < vocabulary(); column += kBlock) {
       const int64_t n = std::min(kBlock, vocabulary() - column);
-      const Tensor dz = gradients.narrow(1, column, n);
+      const T* const dz = values + column;
       if (dh.numel() > 0)
-        multiply(dh.narrow(0, first, height), dz, in.weight.narrow(0, column, n).to(dz.scalar_type()), column > 0);
-      if (dw.numel() > 0) multiply(dw.narrow(0, column, n), dz.t(), x, first > 0);
+        in.gradient_to_hidden(dz, stride, height, column, n, dh.mutable_data_ptr<T>() + first * depth, column > 0);
+      if (dw.numel() > 0)
+        in.gradient_to_weight(dz, stride, first, height, n, dw.mutable_data_ptr<T>() + column * depth, first > 0);
     }
-  }
-
-  // Rows in ascending order.
-  void add_to_bias(T* db) const {
-    at::parallel_for(0, vocabulary(), std::max<int64_t>(1, kGrain / height), [&](int64_t begin, int64_t end) {
-      for (int64_t r = 0; r < height; ++r)
-        for (int64_t v = begin; v < end; ++v) db[v] += values[r * stride + v];
-    });
   }
 };
 
@@ -161,12 +144,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& hidden, const T
     const Tensor buffer = memory::empty({height, stride}, options);
     std::vector<T> factors;
     for (int64_t first = 0; first < rows; first += height) {
-      const Chunk<T, S> chunk{in, target, counted.data(), row_weight, buffer,
+      const Chunk<T, S> chunk{in, target, counted.data(), row_weight,
                               buffer.mutable_data_ptr<T>(), first, std::min(height, rows - first), stride};
       chunk.forward(logprob.mutable_data_ptr<T>(), factors);
       if (need_hidden || need_weight || biased) chunk.differentiate(factors);
       chunk.add_products(dh, dw);
-      if (biased) chunk.add_to_bias(db.mutable_data_ptr<T>());
+      if (biased) in.gradient_to_bias(chunk.values, stride, chunk.height, vocabulary, db.mutable_data_ptr<T>());
     }
     if (need_hidden && !all) dh = at::zeros(hidden.sizes(), options).index_copy_(0, index, dh);
   });

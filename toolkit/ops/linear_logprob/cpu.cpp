@@ -1,10 +1,7 @@
 // linear_logprob on CPU: logits live in one tile of rows x one block of the vocabulary a thread, forward, and in one
 // block of the vocabulary backward, never all at once.
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
-#include <ATen/ops/sum.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
 
@@ -203,7 +200,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   check(hidden, weight, bias, targets_given, temperature);
   const auto type = compute_type(hidden, "linear_logprob_backward");
   const Options options{scale, softcap, 0};
-  const int64_t vocabulary = weight.size(0), choices = targets_given.size(1);
+  const int64_t vocabulary = weight.size(0), depth = weight.size(1), choices = targets_given.size(1);
   auto wide = [&](const Tensor& x) { return x.to(type).contiguous(); };
   const Tensor targets = targets_given.contiguous();
   Tensor dh, dw, db;
@@ -244,7 +241,6 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     const Tensor buffer = memory::empty({std::min(rows, kBackwardRows), stride}, wide_options);
     for (int64_t column = 0; column < vocabulary && rows > 0; column += kBackwardBlock) {
       const int64_t n = std::min(kBackwardBlock, vocabulary - column);
-      const Tensor block = need_hidden ? in.weight.narrow(0, column, n).to(type) : Tensor();
       Tensor block_dw;
       if (need_weight) {
         block_dw = dw.narrow(0, column, n);
@@ -264,17 +260,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(
                             of_target + source * choices, choices, options, tempered);
           }
         });
-        const Tensor grad = buffer.narrow(0, 0, height).narrow(1, 0, n);
-        const Tensor x = in.hidden.narrow(0, first, height);
-        if (need_hidden) dx.narrow(0, first, height).addmm_(grad, block);
-        if (need_weight) {
-          if (first == 0) {
-            at::mm_out(block_dw, grad.t(), x);
-          } else {
-            block_dw.addmm_(grad.t(), x);
-          }
-        }
-        if (need_bias) db.narrow(0, column, n).add_(grad.sum(0));
+        if (need_hidden)
+          in.gradient_to_hidden(g, stride, height, column, n, dx.mutable_data_ptr<T>() + first * depth, true);
+        if (need_weight) in.gradient_to_weight(g, stride, first, height, n, block_dw.mutable_data_ptr<T>(), first > 0);
+        if (need_bias) in.gradient_to_bias(g, stride, height, n, db.mutable_data_ptr<T>() + column);
       }
       if (need_weight && dw.scalar_type() != type) dw.narrow(0, column, n).copy_(block_dw);
     }

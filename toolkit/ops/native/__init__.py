@@ -11,20 +11,23 @@ from pathlib import Path
 
 import torch
 
+_FITTING = {"AVX512": ("avx512", "avx2", "baseline"), "AVX2": ("avx2", "baseline")}  # of what torch finds
+
 
 @cache
 def load() -> str | None:
     """Load the library once; the instruction set it was compiled for, or None when there is none.
 
-    ``baseline`` runs anywhere; ``avx2`` needs AVX2 and FMA. Says once, in one line, when it is missing.
+    ``baseline`` runs anywhere; ``avx2`` needs AVX2 and FMA; ``avx512`` takes AVX-512 F and DQ for matrix products, to
+    the same bits as ``avx2``. ``ATEN_CPU_CAPABILITY=avx2`` bounds it as it bounds torch. Says once, in one line, when
+    it is missing.
     """
     setting = os.environ.get("TOOLKIT_NATIVE", "")
     if setting == "off":
         return None
     folder = Path(setting) if setting else Path(__file__).parent
-    has_avx2 = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     reason = "it was not built: no C++ compiler when the package was installed"
-    for name in ("avx2", "baseline") if has_avx2 else ("baseline",):
+    for name in _FITTING.get(torch.backends.cpu.get_cpu_capability(), ("baseline",)):
         path = folder / f"{name}.so"
         if path.exists():
             try:

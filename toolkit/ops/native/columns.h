@@ -19,7 +19,7 @@ inline void pack_row(const S* q, int64_t wide, T* packed) {
   constexpr int64_t width = gemm::kPanel<T>;
   __builtin_prefetch(q + width, 0, 2);
   if (wide == width) {
-#pragma GCC unroll 16
+#pragma GCC unroll 32
     for (int64_t i = 0; i < width; ++i) packed[i] = static_cast<T>(q[i]);
   } else {
     for (int64_t i = 0; i < wide; ++i) packed[i] = static_cast<T>(q[i]);
@@ -49,14 +49,7 @@ __attribute__((noinline)) void tile(const T* p, int64_t stride, const T* packed,
 template <bool Turned, typename T>
 inline void tile_of(int64_t height, const T* p, int64_t stride, const T* packed, int64_t depth,
                     const gemm::Epilogue<T>& e) {
-  switch (height) {
-    case 1: return tile<T, 1, Turned>(p, stride, packed, depth, e);
-    case 2: return tile<T, 2, Turned>(p, stride, packed, depth, e);
-    case 3: return tile<T, 3, Turned>(p, stride, packed, depth, e);
-    case 4: return tile<T, 4, Turned>(p, stride, packed, depth, e);
-    case 5: return tile<T, 5, Turned>(p, stride, packed, depth, e);
-    default: return tile<T, 6, Turned>(p, stride, packed, depth, e);
-  }
+  gemm::with_height<gemm::kMaxRows>(height, [&](auto r) { tile<T, r(), Turned>(p, stride, packed, depth, e); });
 }
 
 // All `rows` of p against one panel and block of q; `packed` is scratch of depth * kPanel.

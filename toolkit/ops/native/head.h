@@ -1,6 +1,6 @@
 // A language model's head, a tile of rows x columns of the vocabulary at a time.
 #pragma once
-#include "product.h"
+#include "outer.h"
 #include "rows.h"
 
 namespace toolkit::head {
@@ -56,6 +56,29 @@ struct Head {
     if constexpr (!std::is_same_v<T, S>)
       for (int64_t r = 0; r < count; ++r)
         for (int64_t i = r * stride; i < r * stride + n; ++i) out[i] = static_cast<T>(static_cast<S>(out[i]));
+  }
+
+  // dh[r, k] (+)= sum_v g[r, v] weight[column + v, k] for g [count, n] with rows `stride` apart, dh [count, K].
+  void gradient_to_hidden(const T* g, int64_t stride, int64_t count, int64_t column, int64_t n, T* dh, bool add) const {
+    const int64_t depth = weight.size(1);
+    const S* const from = weight.const_data_ptr<S>() + column * weight.stride(0);
+    product::run(std::vector<product::Problem<T, S>>{
+        {g, stride, from, weight.stride(0), nullptr, dh, depth, count, depth, n, add, nullptr, true}});
+  }
+
+  // dw[v, k] (+)= sum_r g[r, v] hidden[row + r, k] for dw [n, K].
+  void gradient_to_weight(const T* g, int64_t stride, int64_t row, int64_t count, int64_t n, T* dw, bool add) const {
+    const int64_t depth = weight.size(1);
+    product::run(std::vector<product::Outer<T>>{{g, stride, nullptr, hidden.const_data_ptr<T>() + row * depth, depth,
+                                                 nullptr, dw, depth, n, depth, count, add}});
+  }
+
+  // db[v] += sum_r g[r, v], rows in ascending order.
+  void gradient_to_bias(const T* g, int64_t stride, int64_t count, int64_t n, T* db) const {
+    at::parallel_for(0, n, std::max<int64_t>(1, rows::kGrain / count), [&](int64_t begin, int64_t end) {
+      for (int64_t r = 0; r < count; ++r)
+        for (int64_t v = begin; v < end; ++v) db[v] += g[r * stride + v];
+    });
   }
 
   Tensor hidden, weight, bias;

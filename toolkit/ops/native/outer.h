@@ -19,6 +19,7 @@ struct Outer {
   T* out;
   int64_t out_stride;
   int64_t rows, outputs, depth;  // M, N and the rows that are added up
+  bool add = false;              // to what `out` holds
 };
 
 template <typename T>
@@ -47,7 +48,7 @@ void block(const Outer<T>& o, int64_t first, int64_t last, int64_t panel, int64_
       for (int64_t t = 0; t < tiles; ++t)
         columns::tile_of<true>(std::min(height, last - first - t * height), turned + t * steps * height, height, packed,
                                steps,
-                               {o.out + (first + t * height) * o.out_stride + n, o.out_stride, wide, k > 0, nullptr});
+                               {o.out + (first + t * height) * o.out_stride + n, o.out_stride, wide, o.add || k > 0, nullptr});
     }
   }
 }
@@ -55,6 +56,7 @@ void block(const Outer<T>& o, int64_t first, int64_t last, int64_t panel, int64_
 // The sum of no rows.
 template <typename T>
 void fill_empty(const Outer<T>& o) {
+  if (o.add) return;
   for (int64_t m = 0; m < o.rows; ++m) std::fill_n(o.out + m * o.out_stride, o.outputs, T(0));
 }
 

@@ -1,0 +1,59 @@
+"""The libraries of one machine: what AVX-512 computes faster has the bits of AVX2."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from toolkit.ops import native
+
+PRODUCTS = """
+import sys
+import torch
+from toolkit.ops import native
+from toolkit.ops.dispatch_plan import dispatch_plan
+from toolkit.ops.grouped_linear import grouped_linear
+from toolkit.ops.linear import linear
+from toolkit.ops.linear_logprob import linear_logprob
+
+torch.manual_seed(0)
+results = [native.load()]
+SIZES = ((1, 32, 256), (3, 33, 64), (8, 64, 32), (9, 65, 257), (67, 31, 300), (500, 96, 1024), (5, 7, 3))
+for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    for rows, outputs, depth in SIZES:
+        x = torch.randn(rows, depth).to(dtype).requires_grad_()
+        weight = torch.randn(outputs, depth).to(dtype).requires_grad_()
+        bias = torch.randn(outputs).to(dtype).requires_grad_()
+        y = linear(x, weight, bias)
+        results += [y.detach(), *torch.autograd.grad(y, (x, weight, bias), torch.randn(y.shape).to(dtype))]
+hidden = torch.randn(77, 96, requires_grad=True)
+head = torch.randn(301, 96, requires_grad=True)
+value = linear_logprob(hidden, head, torch.randint(301, (77,))).logprob
+results += [value.detach(), *torch.autograd.grad(value.sum(), (hidden, head))]
+plan = dispatch_plan(torch.randint(5, (77, 2)), 5)
+for transposed in (False, True):
+    weight = torch.randn(*((5, 96, 40) if transposed else (5, 40, 96)), requires_grad=True)
+    y = grouped_linear(hidden, weight, None, plan, gather=True, transposed=transposed)
+    results += [y.detach(), *torch.autograd.grad(y, (hidden, weight), torch.randn(y.shape))]
+torch.save(results, sys.argv[1])
+"""
+
+
+@pytest.mark.skipif(native.load() != "avx512", reason="needs a machine with AVX-512")
+def test_avx512_has_the_bits_of_avx2(tmp_path):
+    kept = []
+    for capability in ("avx2", "avx512"):
+        out = tmp_path / f"{capability}.pt"
+        subprocess.run(
+            [sys.executable, "-c", PRODUCTS, str(out)],
+            check=True,
+            env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
+        )
+        name, *results = torch.load(out)
+        assert name == capability
+        kept.append(results)
+    assert len(kept[0]) == len(kept[1]) > 100
+    for narrow, wide in zip(*kept):
+        assert torch.equal(narrow, wide)

@@ -1,0 +1,181 @@
+// Vectors of a matrix product for the instruction set that is compiled for: 64 bytes with AVX-512, else 32.
+#pragma once
+
+#include <ATen/cpu/vec/vec.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+namespace toolkit::gemm {
+
+template <typename T>
+struct Lanes;
+
+#if defined(TOOLKIT_AVX512)
+constexpr int64_t kVectorBytes = 64;
+constexpr int kMaxRows = 8;  // 16 accumulators hide the latency of two multipliers; more rows run out of addresses
+constexpr int kPackingRows = 8;
+
+template <>
+struct Lanes<float> {
+  using Vector = __m512;
+  static Vector load(const float* p) { return _mm512_loadu_ps(p); }
+  static Vector broadcast(const float* p) { return _mm512_set1_ps(*p); }
+  static Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+  static void store(float* p, Vector v) { _mm512_storeu_ps(p, v); }
+};
+template <>
+struct Lanes<double> {
+  using Vector = __m512d;
+  static Vector load(const double* p) { return _mm512_loadu_pd(p); }
+  static Vector broadcast(const double* p) { return _mm512_set1_pd(*p); }
+  static Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_pd(a, b, c); }
+  static void store(double* p, Vector v) { _mm512_storeu_pd(p, v); }
+};
+#else
+constexpr int64_t kVectorBytes = 32;
+constexpr int kMaxRows = 6;  // 6 x 2 accumulators, 2 weights and 2 broadcasts fill 16 registers
+constexpr int kPackingRows = 4;
+
+#ifdef CPU_CAPABILITY_AVX2
+template <>
+struct Lanes<float> {
+  using Vector = __m256;
+  static Vector load(const float* p) { return _mm256_loadu_ps(p); }
+  static Vector broadcast(const float* p) { return _mm256_broadcast_ss(p); }
+  static Vector fma(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
+  static void store(float* p, Vector v) { _mm256_storeu_ps(p, v); }
+};
+template <>
+struct Lanes<double> {
+  using Vector = __m256d;
+  static Vector load(const double* p) { return _mm256_loadu_pd(p); }
+  static Vector broadcast(const double* p) { return _mm256_broadcast_sd(p); }
+  static Vector fma(Vector a, Vector b, Vector c) { return _mm256_fmadd_pd(a, b, c); }
+  static void store(double* p, Vector v) { _mm256_storeu_pd(p, v); }
+};
+#else
+template <typename T>
+struct Lanes {
+  typedef T Vector __attribute__((vector_size(kVectorBytes)));
+  static Vector load(const T* p) {
+    Vector v;
+    std::memcpy(&v, p, sizeof(v));
+    return v;
+  }
+  static Vector broadcast(const T* p) { return *p - Vector{}; }
+  static Vector fma(Vector a, Vector b, Vector c) { return a * b + c; }
+  static void store(T* p, Vector v) { std::memcpy(p, &v, sizeof(v)); }
+};
+#endif
+#endif
+
+template <typename T>
+constexpr int64_t kLanes = kVectorBytes / sizeof(T);
+template <typename T>
+constexpr int64_t kPanel = 2 * kLanes<T>;  // outputs a panel
+template <typename T>  // consecutive k that are transposed at a time; with AVX-512 a row's cache line is read in one go
+constexpr int64_t kTransposed = kVectorBytes == 64 ? kLanes<T> : 4;
+
+#ifdef CPU_CAPABILITY_AVX2
+// Four consecutive k of one weight row, in float.
+inline __m128 load4(const float* p) { return _mm_loadu_ps(p); }
+inline __m128 load4(const c10::BFloat16* p) {
+  const __m128i half = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(half), 16));
+}
+inline __m128 load4(const c10::Half* p) {
+  return _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+
+// out[k][i] = w[i][k] for kLanes rows i and kTransposed k. Rows that are 4 (2 doubles) apart share a register, so a
+// transpose in each quarter (half) of it is all.
+#ifdef TOOLKIT_AVX512
+// A pointer that the compiler takes as new: it would keep one for each row, more than there are registers.
+template <typename S>
+__attribute__((always_inline)) inline const S* as_new(const S* p) {
+  asm("" : "+r"(p));
+  return p;
+}
+
+template <typename S>
+__attribute__((always_inline)) inline void transpose(const S* w, int64_t stride, __m512* out) {
+  __m512 row[4][4];  // [four k][row]
+  auto quarter = [&]<int L>(std::integral_constant<int, L>) __attribute__((always_inline)) {
+    const S* from = as_new(w + 4 * L * stride);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+#pragma GCC unroll 4
+      for (int q = 0; q < 4; ++q) {
+        const __m128 piece = load4(from + i * stride + 4 * q);
+        row[q][i] = L == 0 ? _mm512_castps128_ps512(piece) : _mm512_insertf32x4(row[q][i], piece, L);
+      }
+  };
+  quarter(std::integral_constant<int, 0>{});
+  quarter(std::integral_constant<int, 1>{});
+  quarter(std::integral_constant<int, 2>{});
+  quarter(std::integral_constant<int, 3>{});
+#pragma GCC unroll 4
+  for (int q = 0; q < 4; ++q) {
+    const __m512 a = _mm512_unpacklo_ps(row[q][0], row[q][1]), b = _mm512_unpackhi_ps(row[q][0], row[q][1]);
+    const __m512 c = _mm512_unpacklo_ps(row[q][2], row[q][3]), d = _mm512_unpackhi_ps(row[q][2], row[q][3]);
+    out[4 * q] = _mm512_shuffle_ps(a, c, 0x44);
+    out[4 * q + 1] = _mm512_shuffle_ps(a, c, 0xee);
+    out[4 * q + 2] = _mm512_shuffle_ps(b, d, 0x44);
+    out[4 * q + 3] = _mm512_shuffle_ps(b, d, 0xee);
+  }
+}
+__attribute__((always_inline)) inline void transpose(const double* w, int64_t stride, __m512d* out) {
+  __m512d row[4][2];  // [two k][even or odd row]
+  auto quarter = [&]<int L>(std::integral_constant<int, L>) __attribute__((always_inline)) {
+    const double* from = as_new(w + 2 * L * stride);
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i)
+#pragma GCC unroll 4
+      for (int q = 0; q < 4; ++q) {
+        const __m128d piece = _mm_loadu_pd(from + i * stride + 2 * q);
+        row[q][i] = L == 0 ? _mm512_castpd128_pd512(piece) : _mm512_insertf64x2(row[q][i], piece, L);
+      }
+  };
+  quarter(std::integral_constant<int, 0>{});
+  quarter(std::integral_constant<int, 1>{});
+  quarter(std::integral_constant<int, 2>{});
+  quarter(std::integral_constant<int, 3>{});
+#pragma GCC unroll 4
+  for (int q = 0; q < 4; ++q) {
+    out[2 * q] = _mm512_unpacklo_pd(row[q][0], row[q][1]);
+    out[2 * q + 1] = _mm512_unpackhi_pd(row[q][0], row[q][1]);
+  }
+}
+#else
+template <typename S>
+__attribute__((always_inline)) inline void transpose(const S* w, int64_t stride, __m256* out) {
+  __m256 row[4];
+  for (int i = 0; i < 4; ++i)
+    row[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(load4(w + i * stride)), load4(w + (i + 4) * stride), 1);
+  const __m256 a = _mm256_unpacklo_ps(row[0], row[1]), b = _mm256_unpackhi_ps(row[0], row[1]);
+  const __m256 c = _mm256_unpacklo_ps(row[2], row[3]), d = _mm256_unpackhi_ps(row[2], row[3]);
+  out[0] = _mm256_shuffle_ps(a, c, 0x44);
+  out[1] = _mm256_shuffle_ps(a, c, 0xee);
+  out[2] = _mm256_shuffle_ps(b, d, 0x44);
+  out[3] = _mm256_shuffle_ps(b, d, 0xee);
+}
+__attribute__((always_inline)) inline void transpose(const double* w, int64_t stride, __m256d* out) {
+  __m256d low[2], high[2];
+  for (int i = 0; i < 2; ++i) {
+    const double *first = w + i * stride, *second = w + (i + 2) * stride;
+    low[i] = _mm256_insertf128_pd(_mm256_castpd128_pd256(_mm_loadu_pd(first)), _mm_loadu_pd(second), 1);
+    high[i] = _mm256_insertf128_pd(_mm256_castpd128_pd256(_mm_loadu_pd(first + 2)), _mm_loadu_pd(second + 2), 1);
+  }
+  out[0] = _mm256_unpacklo_pd(low[0], low[1]);
+  out[1] = _mm256_unpackhi_pd(low[0], low[1]);
+  out[2] = _mm256_unpacklo_pd(high[0], high[1]);
+  out[3] = _mm256_unpackhi_pd(high[0], high[1]);
+}
+#endif
+#endif
+
+}  // namespace toolkit::gemm
