@@ -162,11 +162,13 @@ def registered() -> dict[str, str]:
 
 
 def architectures() -> list[str]:
-    """One model type for each such class."""
-    first: dict[str, str] = {}
+    """One model type for each such class: the one it is called after, or the first."""
+    chosen: dict[str, str] = {}
     for model_type, class_name in registered().items():
-        first.setdefault(class_name, model_type)
-    return list(first.values())
+        own = class_name.lower().startswith((f"{model_type.replace('_', '')}for", f"{model_type}lmhead"))
+        if own or class_name not in chosen:
+            chosen[class_name] = model_type
+    return list(chosen.values())
 
 
 def small_config(model_type: str, **settings: Any) -> Any:

@@ -24,6 +24,7 @@ from toolkit.errors import ToolkitError
 from toolkit.export import export
 from toolkit.patch import patch, token_logprobs, unpatch
 from toolkit.testing.architectures import small_model
+from toolkit.testing.models import exact_attention
 from toolkit.testing.parity import check_parity
 
 LOSS_LIMIT = 1e-5  # relative, float32 both
@@ -115,7 +116,8 @@ def _reloads(model: Any) -> bool:
     ids = _tokens()
     with tempfile.TemporaryDirectory() as folder:
         path = export(model, Path(folder) / "exported")
-        other = type(model).from_pretrained(path, dtype=torch.float32).eval()
+        attention = exact_attention(model.config)
+        other = type(model).from_pretrained(path, dtype=torch.float32, **attention).eval()
     unpatch(model)
     with torch.no_grad():
         mine, theirs = (one(input_ids=ids, use_cache=False).logits for one in (model, other))
