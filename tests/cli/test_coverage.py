@@ -13,7 +13,7 @@ from toolkit.testing.coverage import Coverage
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "coverage.md"
 ROW = re.compile(r"^\| ([\w-]+) \| (covered|refused|wrong) \|.*\|$", re.MULTILINE)
 COMPARED = {  # what is particular about each
-    "gpt-sw3": "a GPT-2: weights [K, N]",
+    "gpt2": "a GPT-2: weights [K, N]",
     "opt": "scales its queries itself; the gradient of its keys' bias is 0",
     "cohere": "rotary tables with each frequency repeated, logits scaled",
     "deepseek_v2": "complex rotary tables, latent attention, shared experts",
