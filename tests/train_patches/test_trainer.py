@@ -67,6 +67,7 @@ def train(patched: bool, folder, **options) -> tuple[list[float], float, torch.T
     return [*losses, result["eval_loss"]], result["eval_right"], trainer.model.lm_head.weight.detach()
 
 
+@pytest.mark.timeout(900)  # inductor calls a C++ compiler
 @pytest.mark.parametrize(
     "options",
     [
@@ -74,7 +75,7 @@ def train(patched: bool, folder, **options) -> tuple[list[float], float, torch.T
         {"gradient_accumulation_steps": 2},
         {"label_smoothing_factor": 0.1, "gradient_accumulation_steps": 2},
         {"gradient_checkpointing": True},
-        {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+        {"torch_compile": True},  # by inductor
     ],
     ids=lambda options: next(iter(options), "plain"),
 )
