@@ -15,7 +15,8 @@ namespace toolkit::product {
 
 template <typename T>
 constexpr int64_t kDepth = 1024 / sizeof(T);  // K block: fixes the order of additions, so part of the op's bits
-constexpr int64_t kRowBlock = 6 * gemm::kVectorBytes;  // rows of x whose K block stays in L2 while panels of weights pass
+// Rows of x whose K block stays in L2 while panels of weights pass by: 192, or 384 with AVX-512 and its larger caches.
+constexpr int64_t kRowBlock = 6 * gemm::kVectorBytes;
 constexpr int64_t kChunk = 32;                // panels a task at most
 constexpr int64_t kTasks = 4;                 // tasks a thread, so that a disturbed thread leaves some to the others
 constexpr int64_t kParallelWork = 1 << 20;    // multiply-adds that repay waking another thread
