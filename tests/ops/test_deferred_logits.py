@@ -6,13 +6,14 @@ import torch.nn.functional as F
 from rowwise_checks import seeded
 
 from toolkit.errors import ToolkitError
+from toolkit.modules.elementwise import row_invariant
 from toolkit.ops.linear import linear
 from toolkit.ops.linear_logprob import deferred
 from toolkit.ops.linear_logprob.deferred import DeferredLogits, token_logprobs, token_statistics
 
 
 def parts(bias: bool = True, dtype: torch.dtype = torch.float32):
-    """hidden, weight and bias; the number of logits is one that torch's tanh takes in whole vectors."""
+    """hidden, weight and bias."""
     tensors = [seeded(2, 5, 8, dtype=dtype), seeded(32, 8, dtype=dtype, seed=1)]
     tensors.append(seeded(32, dtype=dtype, seed=2)) if bias else None
     return [x.requires_grad_() for x in tensors]
@@ -53,7 +54,8 @@ def test_steps_of_models_stay_deferred_with_the_same_bits(name, no_logits):
     leaves = parts()
     late = STEPS[name](waiting(leaves))
     assert isinstance(late, DeferredLogits)
-    dense = STEPS[name](linear(*leaves))
+    with row_invariant():  # torch's tanh has other bits on some machines
+        dense = STEPS[name](linear(*leaves))
     assert late.shape == dense.shape
     assert late.dtype == dense.dtype
     assert late.device == dense.device

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from toolkit.errors import ToolkitError
+from toolkit.ops.activation import activation
 from toolkit.ops.linear import linear
 from toolkit.ops.linear_cross_entropy import linear_cross_entropy
 from toolkit.ops.linear_logprob import LinearLogprob, linear_logprob
@@ -77,7 +78,7 @@ class DeferredLogits(Tensor):
             )
 
     def compute(self, keep: bool = True) -> Tensor:
-        """The logits, as the model's own operations give them, with their graph; kept for the next time."""
+        """The logits by the model's own operations, with their graph; kept for the next time."""
         if self.dense is not None:
             return self.dense
         self.check()
@@ -86,7 +87,8 @@ class DeferredLogits(Tensor):
             dense = self.product(self.hidden, self.weight, self.bias)
             for step, value in self.steps:
                 if step == "tanh":
-                    dense = torch.tanh(dense)
+                    # On CPU torch's own has other bits: of the last elements, and with MKL on some machines of any.
+                    dense = activation(dense, "tanh") if dense.is_cpu else torch.tanh(dense)
                 else:
                     dense = dense * value if step == "mul" else dense / value
         if keep:
