@@ -10,6 +10,7 @@
 #include <cstring>
 #include <limits>
 
+#include "lanes.h"
 #include "threads.h"
 
 namespace toolkit::attention_op {
@@ -67,12 +68,7 @@ inline void transpose_8x4(const float* const* rows, int64_t column, __m256 (&out
   for (int i = 0; i < 4; ++i)
     pair[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(rows[i] + column)),
                                    _mm_loadu_ps(rows[i + 4] + column), 1);
-  const __m256 a = _mm256_unpacklo_ps(pair[0], pair[1]), b = _mm256_unpackhi_ps(pair[0], pair[1]);
-  const __m256 c = _mm256_unpacklo_ps(pair[2], pair[3]), d = _mm256_unpackhi_ps(pair[2], pair[3]);
-  out[0] = _mm256_shuffle_ps(a, c, 0x44);
-  out[1] = _mm256_shuffle_ps(a, c, 0xee);
-  out[2] = _mm256_shuffle_ps(b, d, 0x44);
-  out[3] = _mm256_shuffle_ps(b, d, 0xee);
+  gemm::turn(pair, out);
 }
 
 // Scores of R queries with B vectors of keys where they lie: the chain of multiply_block, without a transposed copy.

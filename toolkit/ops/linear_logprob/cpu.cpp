@@ -233,8 +233,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     const Inputs<T, S> in(all ? hidden : hidden.index_select(0, index), weight, bias,
                           temperature && !all ? temperature->reshape(-1).index_select(0, index) : temperature, type);
     const auto wide_options = hidden.options().dtype(type);
-    Tensor dx = need_hidden ? at::zeros({rows, hidden.size(1)}, wide_options) : Tensor();
-    // Each block of the gradient is written whole: no zeros first, unless no row is there to write it.
+    // Blocks are written whole by the first product that adds to them: no zeros first, unless no row is there.
+    Tensor dx = need_hidden ? memory::empty({rows, depth}, wide_options) : Tensor();
     if (need_weight) dw = rows > 0 ? memory::empty(weight.sizes(), weight.options()) : at::zeros(weight.sizes(), weight.options());
     if (need_bias) db = at::zeros({vocabulary}, wide_options);
     const int64_t stride = std::min(vocabulary, kBackwardBlock) + kPad;
@@ -261,7 +261,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(
           }
         });
         if (need_hidden)
-          in.gradient_to_hidden(g, stride, height, column, n, dx.mutable_data_ptr<T>() + first * depth, true);
+          in.gradient_to_hidden(g, stride, height, column, n, dx.mutable_data_ptr<T>() + first * depth,
+                                column > 0);
         if (need_weight) in.gradient_to_weight(g, stride, first, height, n, block_dw.mutable_data_ptr<T>(), first > 0);
         if (need_bias) in.gradient_to_bias(g, stride, height, n, db.mutable_data_ptr<T>() + column);
       }

@@ -1,13 +1,12 @@
 // Register-blocked product of a few rows of x with one panel of weight rows, for C[m, n] = sum_k x[m, k] * w[n, k].
 //
-// A panel is kPanel = 2 vectors of weight rows (outputs). `pack_panel` transposes it in registers from the stored
+// A panel is kPanel = 2 vectors of weight rows (outputs). `packing_tile` transposes it in registers from the stored
 // [N, K] layout into k-major order; `tile` then broadcasts x against it. Whatever the number of rows R of a tile,
 // each output is one chain of (fused) multiply-adds over k in ascending order, so its bits depend on its own row only,
 // and are the same for vectors of 32 bytes (AVX2) and of 64 (AVX-512).
 #pragma once
 
 #include <algorithm>
-#include <utility>
 
 #include "lanes.h"
 

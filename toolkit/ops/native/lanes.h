@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 namespace toolkit::gemm {
 
@@ -91,71 +92,10 @@ inline __m128 load4(const c10::Half* p) {
   return _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 }
 
-// out[k][i] = w[i][k] for kLanes rows i and kTransposed k. Rows that are 4 (2 doubles) apart share a register, so a
-// transpose in each quarter (half) of it is all.
-#ifdef TOOLKIT_AVX512
-// A pointer that the compiler takes as new: it would keep one for each row, more than there are registers.
-template <typename S>
-__attribute__((always_inline)) inline const S* as_new(const S* p) {
-  asm("" : "+r"(p));
-  return p;
-}
+inline __m128d load2(const double* p) { return _mm_loadu_pd(p); }
 
-template <typename S>
-__attribute__((always_inline)) inline void transpose(const S* w, int64_t stride, __m512* out) {
-  __m512 row[4][4];  // [four k][row]
-  auto quarter = [&]<int L>(std::integral_constant<int, L>) __attribute__((always_inline)) {
-    const S* from = as_new(w + 4 * L * stride);
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i)
-#pragma GCC unroll 4
-      for (int q = 0; q < 4; ++q) {
-        const __m128 piece = load4(from + i * stride + 4 * q);
-        row[q][i] = L == 0 ? _mm512_castps128_ps512(piece) : _mm512_insertf32x4(row[q][i], piece, L);
-      }
-  };
-  quarter(std::integral_constant<int, 0>{});
-  quarter(std::integral_constant<int, 1>{});
-  quarter(std::integral_constant<int, 2>{});
-  quarter(std::integral_constant<int, 3>{});
-#pragma GCC unroll 4
-  for (int q = 0; q < 4; ++q) {
-    const __m512 a = _mm512_unpacklo_ps(row[q][0], row[q][1]), b = _mm512_unpackhi_ps(row[q][0], row[q][1]);
-    const __m512 c = _mm512_unpacklo_ps(row[q][2], row[q][3]), d = _mm512_unpackhi_ps(row[q][2], row[q][3]);
-    out[4 * q] = _mm512_shuffle_ps(a, c, 0x44);
-    out[4 * q + 1] = _mm512_shuffle_ps(a, c, 0xee);
-    out[4 * q + 2] = _mm512_shuffle_ps(b, d, 0x44);
-    out[4 * q + 3] = _mm512_shuffle_ps(b, d, 0xee);
-  }
-}
-__attribute__((always_inline)) inline void transpose(const double* w, int64_t stride, __m512d* out) {
-  __m512d row[4][2];  // [two k][even or odd row]
-  auto quarter = [&]<int L>(std::integral_constant<int, L>) __attribute__((always_inline)) {
-    const double* from = as_new(w + 2 * L * stride);
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i)
-#pragma GCC unroll 4
-      for (int q = 0; q < 4; ++q) {
-        const __m128d piece = _mm_loadu_pd(from + i * stride + 2 * q);
-        row[q][i] = L == 0 ? _mm512_castpd128_pd512(piece) : _mm512_insertf64x2(row[q][i], piece, L);
-      }
-  };
-  quarter(std::integral_constant<int, 0>{});
-  quarter(std::integral_constant<int, 1>{});
-  quarter(std::integral_constant<int, 2>{});
-  quarter(std::integral_constant<int, 3>{});
-#pragma GCC unroll 4
-  for (int q = 0; q < 4; ++q) {
-    out[2 * q] = _mm512_unpacklo_pd(row[q][0], row[q][1]);
-    out[2 * q + 1] = _mm512_unpackhi_pd(row[q][0], row[q][1]);
-  }
-}
-#else
-template <typename S>
-__attribute__((always_inline)) inline void transpose(const S* w, int64_t stride, __m256* out) {
-  __m256 row[4];
-  for (int i = 0; i < 4; ++i)
-    row[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(load4(w + i * stride)), load4(w + (i + 4) * stride), 1);
+// Within each quarter or half of the registers, 4 x 4 floats transposed.
+__attribute__((always_inline)) inline void turn(const __m256* row, __m256* out) {
   const __m256 a = _mm256_unpacklo_ps(row[0], row[1]), b = _mm256_unpackhi_ps(row[0], row[1]);
   const __m256 c = _mm256_unpacklo_ps(row[2], row[3]), d = _mm256_unpackhi_ps(row[2], row[3]);
   out[0] = _mm256_shuffle_ps(a, c, 0x44);
@@ -163,12 +103,67 @@ __attribute__((always_inline)) inline void transpose(const S* w, int64_t stride,
   out[2] = _mm256_shuffle_ps(b, d, 0x44);
   out[3] = _mm256_shuffle_ps(b, d, 0xee);
 }
+
+// out[k][i] = w[i][k] for kLanes rows i and kTransposed k. Rows that are 4 (2 doubles) apart share a register, so a
+// transpose in each quarter (half) of it is all.
+#ifdef TOOLKIT_AVX512
+__attribute__((always_inline)) inline void turn(const __m512* row, __m512* out) {
+  const __m512 a = _mm512_unpacklo_ps(row[0], row[1]), b = _mm512_unpackhi_ps(row[0], row[1]);
+  const __m512 c = _mm512_unpacklo_ps(row[2], row[3]), d = _mm512_unpackhi_ps(row[2], row[3]);
+  out[0] = _mm512_shuffle_ps(a, c, 0x44);
+  out[1] = _mm512_shuffle_ps(a, c, 0xee);
+  out[2] = _mm512_shuffle_ps(b, d, 0x44);
+  out[3] = _mm512_shuffle_ps(b, d, 0xee);
+}
+__attribute__((always_inline)) inline void turn(const __m512d* row, __m512d* out) {
+  out[0] = _mm512_unpacklo_pd(row[0], row[1]);
+  out[1] = _mm512_unpackhi_pd(row[0], row[1]);
+}
+
+// Sixteen bytes of a row, in T, to quarter L of a register.
+template <int L, typename S>
+__attribute__((always_inline)) inline __m512 insert(__m512 row, const S* from) {
+  if constexpr (L == 0) return _mm512_castps128_ps512(load4(from));
+  return _mm512_insertf32x4(row, load4(from), L);
+}
+template <int L>
+__attribute__((always_inline)) inline __m512d insert(__m512d row, const double* from) {
+  if constexpr (L == 0) return _mm512_castpd128_pd512(load2(from));
+  return _mm512_insertf64x2(row, load2(from), L);
+}
+
+template <typename S, typename V>
+__attribute__((always_inline)) inline void transpose(const S* w, int64_t stride, V* out) {
+  constexpr int kSide = std::is_same_v<V, __m512d> ? 2 : 4;  // rows, and k, of a quarter
+  V row[4][kSide] = {};                                      // [kSide k][row]
+  [&]<int... L>(std::integer_sequence<int, L...>) __attribute__((always_inline)) {
+    auto quarter = [&]<int Q>(std::integral_constant<int, Q>) __attribute__((always_inline)) {
+      const S* from = w + kSide * Q * stride;
+      asm("" : "+r"(from));  // new to the compiler: it would keep a pointer for each row, more than there are registers
+#pragma GCC unroll 4
+      for (int i = 0; i < kSide; ++i)
+#pragma GCC unroll 4
+        for (int q = 0; q < 4; ++q) row[q][i] = insert<Q>(row[q][i], from + i * stride + kSide * q);
+    };
+    (quarter(std::integral_constant<int, L>{}), ...);
+  }(std::make_integer_sequence<int, 4>{});
+#pragma GCC unroll 4
+  for (int q = 0; q < 4; ++q) turn(row[q], out + kSide * q);
+}
+#else
+template <typename S>
+__attribute__((always_inline)) inline void transpose(const S* w, int64_t stride, __m256* out) {
+  __m256 row[4];
+  for (int i = 0; i < 4; ++i)
+    row[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(load4(w + i * stride)), load4(w + (i + 4) * stride), 1);
+  turn(row, out);
+}
 __attribute__((always_inline)) inline void transpose(const double* w, int64_t stride, __m256d* out) {
   __m256d low[2], high[2];
   for (int i = 0; i < 2; ++i) {
     const double *first = w + i * stride, *second = w + (i + 2) * stride;
-    low[i] = _mm256_insertf128_pd(_mm256_castpd128_pd256(_mm_loadu_pd(first)), _mm_loadu_pd(second), 1);
-    high[i] = _mm256_insertf128_pd(_mm256_castpd128_pd256(_mm_loadu_pd(first + 2)), _mm_loadu_pd(second + 2), 1);
+    low[i] = _mm256_insertf128_pd(_mm256_castpd128_pd256(load2(first)), load2(second), 1);
+    high[i] = _mm256_insertf128_pd(_mm256_castpd128_pd256(load2(first + 2)), load2(second + 2), 1);
   }
   out[0] = _mm256_unpacklo_pd(low[0], low[1]);
   out[1] = _mm256_unpackhi_pd(low[0], low[1]);
