@@ -173,45 +173,61 @@ struct Transposed {
   Transposed skip(int64_t rows) const { return {base + rows, stride}; }
 };
 
+// The vectors of a product, 64 bytes where the instruction set has them, and those of the columns that are left.
+template <typename T>
+struct Wide : gemm::Lanes<T> {
+  static constexpr int64_t kWidth = gemm::kLanes<T>;
+};
+template <typename T>
+struct Narrow {
+  static constexpr int64_t kWidth = Vec<T>::size();
+  using Vector = Vec<T>;
+  static Vector load(const T* p) { return Vector::loadu(p); }
+  static Vector broadcast(const T* p) { return Vector(*p); }
+  static Vector fma(Vector a, Vector b, Vector c) { return at::vec::fmadd(a, b, c); }
+  static void store(T* p, Vector v) { v.store(p); }
+};
+
 // c[r][0 .. NV vectors) (+)= sum over k in [begin, end), ascending, of a(r, k) * b[k][...].
-template <typename T, int R, int NV, bool Add, typename A, typename B>
+template <typename L, int R, int NV, bool Add, typename T, typename A, typename B>
 inline void multiply_block(T* c, int64_t stride, A a, B b, int64_t begin, int64_t end) {
-  constexpr int64_t width = Vec<T>::size();
-  Vec<T> sum[R][NV];
+  const T zero(0);
+  typename L::Vector sum[R][NV];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int n = 0; n < NV; ++n) sum[r][n] = Add ? Vec<T>::loadu(c + r * stride + n * width) : Vec<T>(T(0));
+    for (int n = 0; n < NV; ++n) sum[r][n] = Add ? L::load(c + r * stride + n * L::kWidth) : L::broadcast(&zero);
   for (int64_t k = begin; k < end; ++k) {
     const T* right = b.row(k);
-    Vec<T> values[NV];
+    typename L::Vector values[NV];
 #pragma GCC unroll 8
-    for (int n = 0; n < NV; ++n) values[n] = Vec<T>::loadu(right + n * width);
+    for (int n = 0; n < NV; ++n) values[n] = L::load(right + n * L::kWidth);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const Vec<T> left(*a.at(r, k));
+      const auto left = L::broadcast(a.at(r, k));
 #pragma GCC unroll 8
-      for (int n = 0; n < NV; ++n) sum[r][n] = at::vec::fmadd(left, values[n], sum[r][n]);
+      for (int n = 0; n < NV; ++n) sum[r][n] = L::fma(left, values[n], sum[r][n]);
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int n = 0; n < NV; ++n) sum[r][n].store(c + r * stride + n * width);
+    for (int n = 0; n < NV; ++n) L::store(c + r * stride + n * L::kWidth, sum[r][n]);
 }
 
 template <typename T, int R, bool Add, typename A, typename B>
 __attribute__((noinline)) void multiply_columns(T* c, int64_t stride, A a, B b, int64_t columns, int64_t begin,
                                                 int64_t end) {
-  constexpr int64_t width = Vec<T>::size();
-  constexpr int wide = R == 1 ? 8 : R <= 3 ? 4 : 2;
+  constexpr int wide = R == 1 ? 8 : R <= 3 || gemm::kVectorBytes == 64 ? 4 : 2;
   int64_t n = 0;
-  for (; n + wide * width <= columns; n += wide * width)
-    multiply_block<T, R, wide, Add>(c + n, stride, a, b.from(n), begin, end);
-  if constexpr (wide > 2)
-    for (; n + 2 * width <= columns; n += 2 * width)
-      multiply_block<T, R, 2, Add>(c + n, stride, a, b.from(n), begin, end);
-  for (; n < columns; n += width) multiply_block<T, R, 1, Add>(c + n, stride, a, b.from(n), begin, end);
+  const auto run = [&]<typename L, int NV>() __attribute__((always_inline)) {
+    for (; n + NV * L::kWidth <= columns; n += NV * L::kWidth)
+      multiply_block<L, R, NV, Add>(c + n, stride, a, b.from(n), begin, end);
+  };
+  run.template operator()<Wide<T>, wide>();
+  if constexpr (wide > 2) run.template operator()<Wide<T>, 2>();
+  run.template operator()<Wide<T>, 1>();
+  if constexpr (gemm::kVectorBytes == 64) run.template operator()<Narrow<T>, 1>();
 }
 
 // As multiply_block, for up to kRowGroup rows and any number of columns (a multiple of the vector width).

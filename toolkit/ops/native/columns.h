@@ -13,17 +13,39 @@ namespace toolkit::columns {
 template <typename T>
 constexpr int64_t kDepth = 2048 / sizeof(T);  // block of a long sum
 
-// packed = q, `wide` columns of it and zeros up to a panel; the line beside it, of the next panel, is asked for.
-template <typename T, typename S>
-inline void pack_row(const S* q, int64_t wide, T* packed) {
-  constexpr int64_t width = gemm::kPanel<T>;
-  __builtin_prefetch(q + width, 0, 2);
-  if (wide == width) {
-#pragma GCC unroll 32
-    for (int64_t i = 0; i < width; ++i) packed[i] = static_cast<T>(q[i]);
-  } else {
-    for (int64_t i = 0; i < wide; ++i) packed[i] = static_cast<T>(q[i]);
-    std::fill(packed + wide, packed + width, T(0));
+// One panel of q: row(c) is where its row c lies, of `depth` rows with `wide` columns.
+template <typename Row>
+struct Panel {
+  Row row;
+  int64_t wide, depth;
+};
+
+// packed[c] = row(c) and zeros up to a panel, for c of [first, end). What lies beside it, of a later panel, is asked for.
+template <typename T, typename Row>
+inline void pack(const Panel<Row>& panel, int64_t first, int64_t end, T* packed) {
+  using L = gemm::Lanes<T>;
+  constexpr int64_t lanes = gemm::kLanes<T>;
+  const int64_t width = gemm::panel_vectors<T>(panel.wide) * lanes;
+  for (int64_t c = first; c < end; ++c) {
+    const auto* const q = panel.row(c);
+    T* const to = packed + c * width;
+    gemm::ask_for<false>(q + gemm::kPanel<T>, gemm::kPanel<T> * sizeof(*q));
+    if (std::is_same_v<decltype(q), const T* const> && panel.wide == width) {
+      for (int64_t i = 0; i < width; i += lanes) L::store(to + i, L::load(reinterpret_cast<const T*>(q) + i));
+      continue;
+    }
+    for (int64_t i = 0; i < panel.wide; ++i) to[i] = static_cast<T>(q[i]);
+    std::fill(to + panel.wide, to + width, T(0));
+  }
+}
+
+// body(tile) for every tile of a panel. Between them the next panel, if any, is packed row by row: its way from memory
+// hides behind the arithmetic.
+template <typename T, typename Row, typename Body>
+inline void for_tiles(int64_t tiles, const Panel<Row>& next, T* packed_next, const Body& body) {
+  for (int64_t t = 0; t < tiles; ++t) {
+    pack(next, t * next.depth / tiles, (t + 1) * next.depth / tiles, packed_next);
+    body(t);
   }
 }
 
@@ -33,33 +55,39 @@ inline const T* place(const T* p, int64_t stride, int64_t m, int64_t c) {
   return Turned ? p + c * stride + m : p + m * stride + c;
 }
 
-template <typename T, int R, bool Turned>
+template <typename T, int R, int V, bool Turned>
 __attribute__((noinline)) void tile(const T* p, int64_t stride, const T* packed, int64_t depth,
                                     const gemm::Epilogue<T>& e) {
   using L = gemm::Lanes<T>;
-  typename L::Vector sum[R][2] = {};
-  for (int r = 0; r < R; ++r) __builtin_prefetch(e.out + r * e.stride, 1, 3);
+  typename L::Vector sum[R][V] = {};
+  for (int r = 0; r < R; ++r) gemm::ask_for<true>(e.out + r * e.stride, V * gemm::kVectorBytes);
 #pragma GCC unroll 4
-  for (int64_t c = 0; c < depth; ++c, packed += gemm::kPanel<T>)
-    gemm::multiply_add<T, R>(place<Turned>(p, stride, 0, c), Turned ? 1 : stride, L::load(packed),
-                             L::load(packed + gemm::kLanes<T>), sum);
-  gemm::finish<T, R>(sum, e);
+  for (int64_t c = 0; c < depth; ++c, packed += V * gemm::kLanes<T>) {
+    typename L::Vector w[V];
+    gemm::load_panel<T, V>(packed, w);
+    gemm::multiply_add<T, R, V>(place<Turned>(p, stride, 0, c), Turned ? 1 : stride, w, sum);
+  }
+  gemm::finish<T, R, V>(sum, e);
 }
 
 template <bool Turned, typename T>
 inline void tile_of(int64_t height, const T* p, int64_t stride, const T* packed, int64_t depth,
                     const gemm::Epilogue<T>& e) {
-  gemm::with_height<gemm::kMaxRows>(height, [&](auto r) { tile<T, r(), Turned>(p, stride, packed, depth, e); });
+  gemm::with_vectors<T>(e.columns, [&](auto v) {
+    gemm::with_height<gemm::kMaxRows>(height,
+                                      [&](auto r) { tile<T, r(), v(), Turned>(p, stride, packed, depth, e); });
+  });
 }
 
-// All `rows` of p against one panel and block of q; `packed` is scratch of depth * kPanel.
-template <bool Turned, typename T, typename S>
-inline void multiply_panel(const T* p, int64_t stride, int64_t rows, const S* q, int64_t q_stride, int64_t depth,
-                           T* packed, gemm::Epilogue<T> e) {
-  for (int64_t c = 0; c < depth; ++c) pack_row(q + c * q_stride, e.columns, packed + c * gemm::kPanel<T>);
-  for (int64_t m = 0; m < rows; m += gemm::kMaxRows, e.out += gemm::kMaxRows * e.stride)
+// All `rows` of p against one packed panel and block of q, while the next one is packed.
+template <bool Turned, typename T, typename Row>
+inline void multiply_panel(const T* p, int64_t stride, int64_t rows, const T* packed, int64_t depth,
+                           const gemm::Epilogue<T>& e, const Panel<Row>& next, T* packed_next) {
+  for_tiles((rows + gemm::kMaxRows - 1) / gemm::kMaxRows, next, packed_next, [&](int64_t t) {
+    const int64_t m = t * gemm::kMaxRows;
     tile_of<Turned>(std::min<int64_t>(gemm::kMaxRows, rows - m), place<Turned>(p, stride, m, 0), stride, packed, depth,
-                    e);
+                    {e.out + m * e.stride, e.stride, e.columns, e.accumulate, e.bias});
+  });
 }
 
 // out[m, n] (+)= sum_c p[m, c] q[c, n] on the calling thread.
@@ -69,12 +97,22 @@ void multiply(const T* p, int64_t stride, int64_t rows, const S* q, int64_t q_st
   constexpr int64_t width = gemm::kPanel<T>;
   if (depth == 0 && !add)  // the sum of no products
     for (int64_t r = 0; r < rows; ++r) std::fill_n(out + r * out_stride, columns, T(0));
-  T* const packed = threads::scratch<T>(kDepth<T> * width);
-  for (int64_t n = 0; n < columns; n += width)
-    for (int64_t c = 0; c < depth; c += kDepth<T>)
-      multiply_panel<Turned>(place<Turned>(p, stride, 0, c), stride, rows, q + c * q_stride + n, q_stride,
-                             std::min(kDepth<T>, depth - c), packed,
-                             {out + n, out_stride, std::min(width, columns - n), add || c > 0, nullptr});
+  if (depth == 0 || columns == 0) return;
+  T *packed = threads::scratch<T>(2 * kDepth<T> * width), *packed_next = packed + kDepth<T> * width;
+  const int64_t blocks = (depth + kDepth<T> - 1) / kDepth<T>, steps = (columns + width - 1) / width * blocks;
+  const auto panel_of = [&](int64_t step) {  // blocks of c within a panel
+    const int64_t n = gemm::panel_begin<T>(columns, step / blocks), c = step % blocks * kDepth<T>;
+    const auto row = [from = q + c * q_stride + n, q_stride](int64_t r) { return from + r * q_stride; };
+    return Panel<decltype(row)>{row, gemm::panel_columns<T>(columns, step / blocks), step < steps ? std::min(kDepth<T>, depth - c) : 0};
+  };
+  pack(panel_of(0), 0, panel_of(0).depth, packed);
+  for (int64_t step = 0; step < steps; ++step) {
+    const int64_t n = gemm::panel_begin<T>(columns, step / blocks), c = step % blocks * kDepth<T>;
+    const auto panel = panel_of(step);
+    multiply_panel<Turned>(place<Turned>(p, stride, 0, c), stride, rows, packed, panel.depth,
+                           {out + n, out_stride, panel.wide, add || c > 0, nullptr}, panel_of(step + 1), packed_next);
+    std::swap(packed, packed_next);
+  }
 }
 
 }  // namespace toolkit::columns

@@ -1,9 +1,9 @@
 // Register-blocked product of a few rows of x with one panel of weight rows, for C[m, n] = sum_k x[m, k] * w[n, k].
 //
-// A panel is kPanel = 2 vectors of weight rows (outputs). `packing_tile` transposes it in registers from the stored
-// [N, K] layout into k-major order; `tile` then broadcasts x against it. Whatever the number of rows R of a tile,
-// each output is one chain of (fused) multiply-adds over k in ascending order, so its bits depend on its own row only,
-// and are the same for vectors of 32 bytes (AVX2) and of 64 (AVX-512).
+// A panel is kPanel weight rows (outputs), the last one what is left. `packing_tile` transposes it in registers from the
+// stored [N, K] layout into k-major order; `tile` then broadcasts x against it. Whatever the number of rows R of a tile
+// and of vectors V of a panel, each output is one chain of (fused) multiply-adds over k in ascending order, so its bits
+// depend on its own row only, and are the same for vectors of 32 bytes (AVX2) and of 64 (AVX-512).
 #pragma once
 
 #include <algorithm>
@@ -20,11 +20,39 @@ __attribute__((always_inline)) inline void with_height(int64_t height, const Bod
   }(std::make_integer_sequence<int, Max>{});
 }
 
-// out[c] = w[c][0] for one k; columns up to kPanel are zero.
+// The vectors of a packed panel: with AVX-512 what its columns need, else always two.
+template <typename T>
+inline int64_t panel_vectors(int64_t columns) {
+  return kPanelVectors == 2 ? 2 : (columns + kLanes<T> - 1) / kLanes<T>;
+}
+
+// The first output of panel i. A last panel of one vector would wait for its few chains: it takes one more from its
+// neighbour.
+template <typename T>
+inline int64_t panel_begin(int64_t outputs, int64_t i) {
+  const int64_t at = i * kPanel<T>, left = outputs - at;
+  if (kPanelVectors == 3 && i > 0 && left > 0 && left <= kLanes<T>) return at - kLanes<T>;
+  return std::min(at, outputs);
+}
+template <typename T>
+inline int64_t panel_columns(int64_t outputs, int64_t i) {
+  return panel_begin<T>(outputs, i + 1) - panel_begin<T>(outputs, i);
+}
+
+// body(std::integral_constant<int, V>) for the vectors of a panel.
+template <typename T, typename Body>
+__attribute__((always_inline)) inline void with_vectors(int64_t columns, const Body& body) {
+  if constexpr (kPanelVectors == 2)
+    body(std::integral_constant<int, 2>{});
+  else
+    with_height<kPanelVectors>(panel_vectors<T>(columns), body);
+}
+
+// out[c] = w[c][0] for one k; columns up to `width` are zero.
 template <typename T, typename S>
-inline void pack_one_k(const S* w, int64_t stride, int64_t columns, T* out) {
+inline void pack_one_k(const S* w, int64_t stride, int64_t columns, T* out, int64_t width) {
   for (int64_t c = 0; c < columns; ++c) out[c] = static_cast<T>(w[c * stride]);
-  for (int64_t c = columns; c < kPanel<T>; ++c) out[c] = T(0);
+  for (int64_t c = columns; c < width; ++c) out[c] = T(0);
 }
 
 // What to do with the sums of one K block: `accumulate` adds them to what `out` holds (blocks in order), then `bias`
@@ -38,40 +66,51 @@ struct Epilogue {
   const T* bias;
 };
 
-template <typename T, int R>
-__attribute__((always_inline)) inline void finish(typename Lanes<T>::Vector (&sum)[R][2], const Epilogue<T>& e) {
+template <typename T, int R, int V>
+__attribute__((always_inline)) inline void finish(typename Lanes<T>::Vector (&sum)[R][V], const Epilogue<T>& e) {
   using L = Lanes<T>;
-  constexpr int64_t width = kPanel<T>, half = kLanes<T>;
+  constexpr int64_t lanes = kLanes<T>, width = V * lanes;
   const bool whole = e.columns == width;
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
     T edge[width] = {};
     T* const row = e.out + r * e.stride;
     T* const target = whole ? row : edge;
-    if (e.accumulate) {
-      if (!whole) std::memcpy(edge, row, e.columns * sizeof(T));
-      sum[r][0] = L::load(target) + sum[r][0];
-      sum[r][1] = L::load(target + half) + sum[r][1];
+    if (e.accumulate && !whole) std::memcpy(edge, row, e.columns * sizeof(T));
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      if (e.accumulate) sum[r][v] = L::load(target + v * lanes) + sum[r][v];
+      if (e.bias != nullptr) sum[r][v] = sum[r][v] + L::load(e.bias + v * lanes);
+      L::store(target + v * lanes, sum[r][v]);
     }
-    if (e.bias != nullptr) {
-      sum[r][0] = sum[r][0] + L::load(e.bias);
-      sum[r][1] = sum[r][1] + L::load(e.bias + half);
-    }
-    L::store(target, sum[r][0]);
-    L::store(target + half, sum[r][1]);
     if (!whole) std::memcpy(row, edge, e.columns * sizeof(T));
   }
 }
 
-template <typename T, int R>
-__attribute__((always_inline)) inline void multiply_add(const T* x, int64_t x_stride, typename Lanes<T>::Vector w0, typename Lanes<T>::Vector w1,
-                         typename Lanes<T>::Vector (&sum)[R][2]) {
+// The lines of `bytes` from `p` on, asked for: Write to be written soon, else to be read later, into L2.
+template <bool Write>
+__attribute__((always_inline)) inline void ask_for(const void* p, int64_t bytes) {
+#pragma GCC unroll 4
+  for (int64_t at = 0; at < bytes; at += 64)
+    __builtin_prefetch(static_cast<const char*>(p) + at, Write, Write ? 3 : 2);
+}
+
+template <typename T, int R, int V>
+__attribute__((always_inline)) inline void multiply_add(const T* x, int64_t x_stride, const typename Lanes<T>::Vector (&w)[V],
+                                                        typename Lanes<T>::Vector (&sum)[R][V]) {
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
     const auto value = Lanes<T>::broadcast(x + r * x_stride);
-    sum[r][0] = Lanes<T>::fma(value, w0, sum[r][0]);
-    sum[r][1] = Lanes<T>::fma(value, w1, sum[r][1]);
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sum[r][v] = Lanes<T>::fma(value, w[v], sum[r][v]);
   }
+}
+
+// One k of a packed panel.
+template <typename T, int V>
+__attribute__((always_inline)) inline void load_panel(const T* panel, typename Lanes<T>::Vector (&w)[V]) {
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) w[v] = Lanes<T>::load(panel + v * kLanes<T>);
 }
 
 // The weights of one panel and K block. `ahead` is the block that will be asked for next: it is fetched meanwhile.
@@ -83,62 +122,94 @@ struct Weights {
   const S* ahead;
 };
 
-// R rows of x against a packed panel. Meanwhile `rows` rows of a coming block of weights, at `ahead`, move into L2.
-template <typename T, typename S, int R>
-__attribute__((noinline)) void tile(const T* x, int64_t x_stride, const T* panel, int64_t depth, const S* ahead,
-                                    int64_t ahead_stride, int64_t ahead_rows, const Epilogue<T>& e) {
-  using L = Lanes<T>;
-  constexpr int64_t line = 64 / sizeof(S);
-  typename L::Vector sum[R][2] = {};
-  for (int r = 0; r < R; ++r) __builtin_prefetch(e.out + r * e.stride, 1, 3);
-  for (int64_t k = 0; k < depth;) {
-    for (int64_t i = 0; i < ahead_rows; ++i) __builtin_prefetch(ahead + i * ahead_stride + k, 0, 2);
-    for (const int64_t end = std::min(k + line, depth); k < end; ++k, panel += kPanel<T>)
-      multiply_add<T, R>(x + k, x_stride, L::load(panel), L::load(panel + kLanes<T>), sum);
+// Rows of a coming block of weights that move into L2 meanwhile: a line of each every `step` k.
+struct Ahead {
+  const char* data;
+  int64_t stride, rows, step;  // stride in bytes
+};
+
+// R rows of x against a packed panel of V vectors.
+template <typename T, int R, int V>
+__attribute__((noinline)) void tile(const T* x, int64_t x_stride, const T* panel, int64_t depth, const Ahead& ahead,
+                                    const Epilogue<T>& e) {
+  typename Lanes<T>::Vector sum[R][V] = {};
+  for (int r = 0; r < R; ++r) ask_for<true>(e.out + r * e.stride, V * kVectorBytes);
+  const char* next = ahead.data;
+  for (int64_t k = 0; k < depth; next += 64) {
+    for (int64_t i = 0; i < ahead.rows; ++i) __builtin_prefetch(next + i * ahead.stride, 0, 2);
+#pragma GCC unroll 2
+    for (const int64_t end = std::min(k + ahead.step, depth); k < end; ++k, panel += V * kLanes<T>) {
+      typename Lanes<T>::Vector w[V];
+      load_panel<T, V>(panel, w);
+      multiply_add<T, R, V>(x + k, x_stride, w, sum);
+    }
   }
-  finish<T, R>(sum, e);
+  finish<T, R, V>(sum, e);
 }
 
+// Weights are asked for into L2 long before they are needed: L1 has too few slots for what is under way from memory.
+template <typename S>
+constexpr int64_t kAhead = 12 * 64 / sizeof(S);
+
+#if defined(TOOLKIT_AVX512)
+// `tile` that also packs the panel as it goes, so that shuffles and memory waits hide behind the arithmetic: one vector
+// of it after the other, since a transposed line of one and the sums fit the registers. Without `Keep` the packed panel
+// is not wanted afterwards.
+template <typename T, typename S, int R, bool Keep>
+__attribute__((noinline)) void packing_tile(const T* x, int64_t x_stride, const Weights<S>& w, int64_t depth, T* panel,
+                                            int64_t width, const Epilogue<T>& e) {
+  using L = Lanes<T>;
+  constexpr int64_t lanes = kLanes<T>, line = 64 / sizeof(S), step = kTransposed<T>;
+  typename L::Vector sum[R][1] = {};
+  const int64_t distance = std::min(kAhead<S>, depth), lines = w.columns == lanes ? depth / line * line : 0;
+  // A line is read in one go: rows whose stride is a power of two share one set of L1.
+  for (int64_t at = 0; at < lines; at += line) {
+    const S* next = at + distance < depth ? w.data + at + distance : w.ahead + at + distance - depth;
+    for (int64_t i = 0; i < lanes; ++i) __builtin_prefetch(next + i * w.stride, 0, 2);
+    for (int64_t q = at; q < at + line; q += step) {
+      typename L::Vector turned[step];
+      transpose(w.data + q, w.stride, turned);
+#pragma GCC unroll 16
+      for (int j = 0; j < step; ++j) {
+        if (Keep) L::store(panel + (q + j) * width, turned[j]);
+        multiply_add<T, R, 1>(x + q + j, x_stride, {turned[j]}, sum);
+      }
+    }
+  }
+  for (int64_t k = lines; k < depth; ++k) {
+    T packed[lanes];
+    pack_one_k<T, S>(w.data + k, w.stride, w.columns, packed, lanes);
+    if (Keep) std::copy_n(packed, lanes, panel + k * width);
+    multiply_add<T, R, 1>(x + k, x_stride, {L::load(packed)}, sum);
+  }
+  finish<T, R, 1>(sum, e);
+}
+
+// The first R rows of x against a panel.
+template <typename T, typename S, int R, bool Keep>
+inline void pack_panel(const T* x, int64_t x_stride, const Weights<S>& w, int64_t depth, T* panel, const Epilogue<T>& e) {
+  constexpr int64_t lanes = kLanes<T>;
+  const int64_t width = panel_vectors<T>(w.columns) * lanes;
+  for (int64_t c = 0; c < w.columns; c += lanes) {
+    const int64_t columns = std::min(lanes, w.columns - c);
+    packing_tile<T, S, R, Keep>(x, x_stride, {w.data + c * w.stride, w.stride, columns, w.ahead + c * w.stride}, depth,
+                                panel + c, width,
+                                {e.out + c, e.stride, columns, e.accumulate, e.bias == nullptr ? nullptr : e.bias + c});
+  }
+}
+#else
 // `tile` that also packs the panel as it goes, so that shuffles and memory waits hide behind the arithmetic.
 // Without `Keep` the packed panel is not wanted afterwards.
 template <typename T, typename S, int R, bool Keep>
-__attribute__((noinline)) void packing_tile(const T* x, int64_t x_stride, const Weights<S>& w, int64_t depth, T* panel,
-                                            const Epilogue<T>& e) {
+__attribute__((noinline)) void pack_panel(const T* x, int64_t x_stride, const Weights<S>& w, int64_t depth, T* panel,
+                                          const Epilogue<T>& e) {
   using L = Lanes<T>;
   constexpr int64_t width = kPanel<T>, half = kLanes<T>;
   typename L::Vector sum[R][2] = {};
   int64_t k = 0;
-  // Weights are asked for into L2 long before they are needed: L1 has too few slots for what is under way from memory.
+#if defined(CPU_CAPABILITY_AVX2)
   constexpr int64_t line = 64 / sizeof(S), step = kTransposed<T>;
-  const int64_t distance = std::min<int64_t>(12 * line, depth);
-#if defined(TOOLKIT_AVX512)
-  // Half a panel after the other: a transposed line of it and the sums fit the registers. A line is read in one go, since
-  // rows whose stride is a power of two share one set of L1.
-  auto half_panel = [&]<int H>() __attribute__((always_inline)) {
-    typename L::Vector part[R] = {};
-    const int64_t skipped = H * half * w.stride;
-    for (int64_t at = 0; at + line <= depth; at += line) {
-      const S* next = skipped + (at + distance < depth ? w.data + at + distance : w.ahead + at + distance - depth);
-      for (int64_t i = 0; i < half; ++i) __builtin_prefetch(next + i * w.stride, 0, 2);
-      for (int64_t q = at; q < at + line; q += step) {
-        typename L::Vector turned[step];
-        transpose(w.data + skipped + q, w.stride, turned);
-#pragma GCC unroll 16
-        for (int j = 0; j < step; ++j) {
-          if (Keep) L::store(panel + (q + j) * width + H * half, turned[j]);
-#pragma GCC unroll 16
-          for (int r = 0; r < R; ++r) part[r] = L::fma(L::broadcast(x + r * x_stride + q + j), turned[j], part[r]);
-        }
-      }
-    }
-    for (int r = 0; r < R; ++r) sum[r][H] = part[r];
-  };
-  if (w.columns == width) {
-    half_panel.template operator()<0>();
-    half_panel.template operator()<1>();
-    k = depth / line * line;
-  }
-#elif defined(CPU_CAPABILITY_AVX2)
+  const int64_t distance = std::min(kAhead<S>, depth);
   // A cache line of every row at a time: rows whose stride is a power of two share few sets of L1.
   if (w.columns == width)
     for (; k + line <= depth; k += line) {
@@ -155,18 +226,19 @@ __attribute__((noinline)) void packing_tile(const T* x, int64_t x_stride, const 
             L::store(panel + (q + j) * width, first[j]);
             L::store(panel + (q + j) * width + half, second[j]);
           }
-          multiply_add<T, R>(x + q + j, x_stride, first[j], second[j], sum);
+          multiply_add<T, R, 2>(x + q + j, x_stride, {first[j], second[j]}, sum);
         }
       }
     }
 #endif
   for (; k < depth; ++k) {
     T* const packed = panel + k * width;
-    pack_one_k<T, S>(w.data + k, w.stride, w.columns, packed);
-    multiply_add<T, R>(x + k, x_stride, L::load(packed), L::load(packed + half), sum);
+    pack_one_k<T, S>(w.data + k, w.stride, w.columns, packed, width);
+    multiply_add<T, R, 2>(x + k, x_stride, {L::load(packed), L::load(packed + half)}, sum);
   }
-  finish<T, R>(sum, e);
+  finish<T, R, 2>(sum, e);
 }
+#endif
 
 // All `rows` of x against one block of weights; `panel` is scratch of depth * kPanel.
 template <typename T, typename S>
@@ -174,9 +246,9 @@ inline void multiply_panel(const T* x, int64_t x_stride, int64_t rows, const Wei
                            Epilogue<T> e) {
   const int64_t first = std::min<int64_t>(rows, kPackingRows);
   if (rows > first)
-    packing_tile<T, S, kPackingRows, true>(x, x_stride, w, depth, panel, e);
+    pack_panel<T, S, kPackingRows, true>(x, x_stride, w, depth, panel, e);
   else
-    with_height<kPackingRows>(first, [&](auto r) { packing_tile<T, S, r(), false>(x, x_stride, w, depth, panel, e); });
+    with_height<kPackingRows>(first, [&](auto r) { pack_panel<T, S, r(), false>(x, x_stride, w, depth, panel, e); });
   int64_t height = first;
   rows -= first;
   const int64_t count = (rows + kMaxRows - 1) / kMaxRows;
@@ -185,9 +257,10 @@ inline void multiply_panel(const T* x, int64_t x_stride, int64_t rows, const Wei
     e.out += height * e.stride;
     height = (rows + count - i - 1) / (count - i);
     const int64_t fetched = i * kPanel<T> / count, fetch = (i + 1) * kPanel<T> / count - fetched;
-    const S* ahead = w.ahead + fetched * w.stride;
-    with_height<kMaxRows>(height, [&](auto r) {
-      tile<T, S, r()>(x, x_stride, panel, depth, ahead, w.stride, fetch, e);
+    const Ahead ahead{reinterpret_cast<const char*>(w.ahead + fetched * w.stride), w.stride * int64_t(sizeof(S)), fetch,
+                      64 / int64_t(sizeof(S))};
+    with_vectors<T>(e.columns, [&](auto v) {
+      with_height<kMaxRows>(height, [&](auto r) { tile<T, r(), v()>(x, x_stride, panel, depth, ahead, e); });
     });
   }
 }

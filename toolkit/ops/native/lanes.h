@@ -17,7 +17,8 @@ struct Lanes;
 
 #if defined(TOOLKIT_AVX512)
 constexpr int64_t kVectorBytes = 64;
-constexpr int kMaxRows = 8;  // 16 accumulators hide the latency of two multipliers; more rows run out of addresses
+constexpr int kPanelVectors = 3;
+constexpr int kMaxRows = 8;  // 8 x 3 accumulators: the fewest loads a multiply-add that 32 registers allow
 constexpr int kPackingRows = 8;
 
 template <>
@@ -38,6 +39,7 @@ struct Lanes<double> {
 };
 #else
 constexpr int64_t kVectorBytes = 32;
+constexpr int kPanelVectors = 2;
 constexpr int kMaxRows = 6;  // 6 x 2 accumulators, 2 weights and 2 broadcasts fill 16 registers
 constexpr int kPackingRows = 4;
 
@@ -77,7 +79,7 @@ struct Lanes {
 template <typename T>
 constexpr int64_t kLanes = kVectorBytes / sizeof(T);
 template <typename T>
-constexpr int64_t kPanel = 2 * kLanes<T>;  // outputs a panel
+constexpr int64_t kPanel = kPanelVectors * kLanes<T>;  // outputs a panel
 template <typename T>  // consecutive k that are transposed at a time; with AVX-512 a row's cache line is read in one go
 constexpr int64_t kTransposed = kVectorBytes == 64 ? kLanes<T> : 4;
 

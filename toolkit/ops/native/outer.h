@@ -1,11 +1,14 @@
 // Sums of outer products of rows, out[m, n] = sum_r p[r, m] q[r, n]: gradients of weights.
 //
-// Rows are cut into blocks of kDepth; within a block an output is one chain of multiply-adds over ascending r, and
-// block sums are added in order. Threads share out outputs, so their number changes no bit.
+// Rows are cut into blocks of like size, of kSummed at most; within a block an output is one chain of multiply-adds over
+// ascending r, and block sums are added in order. Threads share out outputs, so their number changes no bit.
 #pragma once
 #include "product.h"
 
 namespace toolkit::product {
+
+template <typename T>
+constexpr int64_t kSummed = 2048 / sizeof(T);  // a block of rows: fixes the order of additions, so part of the bits
 
 template <typename T>
 struct Outer {
@@ -31,24 +34,32 @@ inline const T* row_at(const T* x, int64_t stride, const int64_t* index, int64_t
 template <typename T>
 void block(const Outer<T>& o, int64_t first, int64_t last, int64_t panel, int64_t panel_end) {
   constexpr int64_t width = gemm::kPanel<T>, height = gemm::kMaxRows;
-  const int64_t tiles = (last - first + height - 1) / height;
-  T* const packed = threads::scratch<T>(kDepth<T> * (width + tiles * height));
-  T* const turned = packed + kDepth<T> * width;  // of p, `height` columns at a time: [tile][r][column]
-  for (int64_t k = 0; k < o.depth; k += kDepth<T>) {
-    const int64_t steps = std::min(kDepth<T>, o.depth - k);
+  const int64_t tiles = (last - first + height - 1) / height, whole = (last - first) / height;
+  const int64_t blocks = (o.depth + kSummed<T> - 1) / kSummed<T>, longest = (o.depth + blocks - 1) / blocks;
+  T *packed = threads::scratch<T>(longest * (2 * width + tiles * height)), *packed_next = packed + longest * width;
+  T* const turned = packed_next + longest * width;  // of p, `height` columns at a time: [tile][r][column]
+  for (int64_t k = 0; k < o.depth; k += longest) {
+    const int64_t steps = std::min(longest, o.depth - k);
     for (int64_t r = 0; r < steps; ++r) {
-      const T* from = row_at(o.p, o.p_stride, o.p_index, k + r) + first;
-      for (int64_t t = 0; t < tiles; ++t)
-        std::copy_n(from + t * height, std::min(height, last - first - t * height), turned + (t * steps + r) * height);
+      const T* const from = row_at(o.p, o.p_stride, o.p_index, k + r) + first;
+      for (int64_t t = 0; t < whole; ++t)
+        std::memcpy(turned + (t * steps + r) * height, from + t * height, height * sizeof(T));
+      if (tiles > whole)
+        std::copy_n(from + whole * height, last - first - whole * height, turned + (whole * steps + r) * height);
     }
-    for (int64_t i = panel; i < panel_end; ++i) {
-      const int64_t n = i * width, wide = std::min(width, o.outputs - n);
-      for (int64_t r = 0; r < steps; ++r)
-        columns::pack_row(row_at(o.q, o.q_stride, o.q_index, k + r) + n, wide, packed + r * width);
-      for (int64_t t = 0; t < tiles; ++t)
-        columns::tile_of<true>(std::min(height, last - first - t * height), turned + t * steps * height, height, packed,
-                               steps,
-                               {o.out + (first + t * height) * o.out_stride + n, o.out_stride, wide, o.add || k > 0, nullptr});
+    const auto panel_of = [&](int64_t i) {
+      const int64_t n = gemm::panel_begin<T>(o.outputs, i);
+      const auto row = [&o, k, n](int64_t r) { return row_at(o.q, o.q_stride, o.q_index, k + r) + n; };
+      return columns::Panel<decltype(row)>{row, gemm::panel_columns<T>(o.outputs, i), i < panel_end ? steps : 0};
+    };
+    columns::pack(panel_of(panel), 0, steps, packed);
+    for (int64_t i = panel; i < panel_end; ++i, std::swap(packed, packed_next)) {
+      const int64_t n = gemm::panel_begin<T>(o.outputs, i), wide = panel_of(i).wide;
+      columns::for_tiles(tiles, panel_of(i + 1), packed_next, [&](int64_t t) {
+        const int64_t m = first + t * height;
+        columns::tile_of<true>(std::min(height, last - m), turned + t * steps * height, height, packed, steps,
+                               {o.out + m * o.out_stride + n, o.out_stride, wide, o.add || k > 0, nullptr});
+      });
     }
   }
 }

@@ -24,6 +24,9 @@ constexpr int64_t kStayInCache = 1 << 18;     // bytes of x that are small enoug
 constexpr int64_t kCopyRows = 24;             // rows from which a copy of x pays when its stride fits caches badly
 constexpr int64_t kBadStride = 4096;          // bytes: rows this far apart compete for the same few cache sets
 
+// A weight costs about as much to fetch as eight multiply-adds.
+inline int64_t cost(int64_t rows, int64_t weights) { return (rows + 8) * weights; }
+
 template <typename T, typename S>
 struct Problem {
   using Value = T;
@@ -49,8 +52,8 @@ void block(const Problem<T, S>& p, int64_t row, int64_t row_end, int64_t panel, 
   const bool copy = p.index != nullptr || bad_stride;
   const bool whole = (p.index != nullptr || !bad_stride) && rows * p.depth * int64_t(sizeof(T)) <= kStayInCache;
   const int64_t copied_depth = whole ? p.depth : kDepth<T>, copy_stride = copied_depth + pad;
-  T* const packed = threads::scratch<T>(kDepth<T> * width + (copy ? rows * copy_stride : 0));
-  T* const copied = packed + kDepth<T> * width;
+  T* packed = threads::scratch<T>(2 * kDepth<T> * width + (copy ? rows * copy_stride : 0));
+  T *packed_next = packed + kDepth<T> * width, *const copied = packed_next + kDepth<T> * width;
   const int64_t x_stride = copy ? copy_stride : p.x_stride;
 
   // x[r, k] lies at rows_from(k)[r * x_stride], for a block of kDepth or, where `whole`, for all of them.
@@ -62,34 +65,45 @@ void block(const Problem<T, S>& p, int64_t row, int64_t row_end, int64_t panel, 
                   copied + r * copy_stride);
     return copied;
   };
-  auto step = [&](int64_t i, int64_t k, const T* x, int64_t next_panel, int64_t next_k) {
-    const int64_t n = i * width, columns = std::min(width, p.outputs - n), depth = std::min(kDepth<T>, p.depth - k);
+  // A step is a panel and a block of k: whole rows of weights, as they lie in memory, where all of x stays in cache.
+  struct Step {
+    int64_t panel, k;
+  };
+  const int64_t panels = panel_end - panel, depths = (p.depth + kDepth<T> - 1) / kDepth<T>, steps = panels * depths;
+  auto step_of = [&](int64_t s) -> Step {
+    if (s == steps) return {panel_end, 0};  // what this thread is likely to be given next
+    return whole ? Step{panel + s / depths, s % depths * kDepth<T>} : Step{panel + s % panels, s / panels * kDepth<T>};
+  };
+  auto turned_panel = [&](const Step& s) {
+    const int64_t stride = p.weight_stride;
+    const S* const from = p.weight + s.k * stride + gemm::panel_begin<T>(p.outputs, s.panel);
+    const auto row = [from, stride](int64_t c) { return from + c * stride; };
+    return columns::Panel<decltype(row)>{row, gemm::panel_columns<T>(p.outputs, s.panel),
+                                         s.panel < panel_end ? std::min(kDepth<T>, p.depth - s.k) : 0};
+  };
+
+  if (p.transposed) columns::pack(turned_panel(step_of(0)), 0, std::min(kDepth<T>, p.depth), packed);
+  const T* x = nullptr;
+  for (int64_t s = 0; s < steps; ++s) {
+    const auto [i, k] = step_of(s);
+    const Step next = step_of(s + 1);
+    if (s == 0 || (!whole && i == panel)) x = rows_from(k);
+    const T* const from = whole ? x + k : x;
+    const int64_t n = gemm::panel_begin<T>(p.outputs, i), columns = gemm::panel_columns<T>(p.outputs, i);
+    const int64_t depth = std::min(kDepth<T>, p.depth - k);
     T bias[width] = {};
     const bool add_bias = p.bias != nullptr && k + kDepth<T> >= p.depth;
     if (add_bias) std::copy_n(p.bias + n, columns, bias);
     const gemm::Epilogue<T> e{p.out + row * p.out_stride + n, p.out_stride, columns, p.add || k > 0,
                               add_bias ? bias : nullptr};
-    if (p.transposed)
-      return columns::multiply_panel<false>(x, x_stride, rows, p.weight + k * p.weight_stride + n, p.weight_stride,
-                                            depth, packed, e);
-    gemm::multiply_panel<T, S>(x, x_stride, rows,
-                               {p.weight + n * p.weight_stride + k, p.weight_stride, columns,
-                                p.weight + next_panel * width * p.weight_stride + next_k},
-                               depth, packed, e);
-  };
-
-  if (whole) {
-    const T* const x = rows_from(0);
-    for (int64_t i = panel; i < panel_end; ++i)  // whole rows of weights, as they lie in memory
-      for (int64_t k = 0; k < p.depth; k += kDepth<T>) {
-        const bool last = k + kDepth<T> >= p.depth;
-        step(i, k, x + k, last ? i + 1 : i, last ? 0 : k + kDepth<T>);
-      }
-    return;
-  }
-  for (int64_t k = 0; k < p.depth; k += kDepth<T>) {
-    const T* const x = rows_from(k);
-    for (int64_t i = panel; i < panel_end; ++i) step(i, k, x, i + 1, k);
+    if (p.transposed) {
+      columns::multiply_panel<false>(from, x_stride, rows, packed, depth, e, turned_panel(next), packed_next);
+      std::swap(packed, packed_next);
+    } else {
+      const S* const ahead = p.weight + gemm::panel_begin<T>(p.outputs, next.panel) * p.weight_stride + next.k;
+      gemm::multiply_panel<T, S>(from, x_stride, rows, {p.weight + n * p.weight_stride + k, p.weight_stride, columns, ahead},
+                                 depth, packed, e);
+    }
   }
 }
 
@@ -115,22 +129,24 @@ template <typename P>
 void run(const std::vector<P>& problems) {
   using T = typename P::Value;
   struct Share {  // how one product is cut into tasks, and which task is its first
-    int64_t panels, row_blocks, chunk, chunks, first;
+    int64_t panels, row_blocks, height, chunk, chunks, first;
   };
+  const auto cut = [](int64_t count, int64_t parts) { return (count + parts - 1) / parts; };  // parts of like size
   int64_t panels = 0, work = 0, tasks = 0;
   for (const auto& p : problems) {
-    panels += (p.outputs + gemm::kPanel<T> - 1) / gemm::kPanel<T> * ((p.rows + kRowBlock - 1) / kRowBlock);
-    work += (p.rows + 8) * p.outputs * p.depth;  // a weight costs about as much to fetch as eight multiply-adds
+    panels += cut(p.outputs, gemm::kPanel<T>) * cut(p.rows, kRowBlock);
+    work += cost(p.rows, p.outputs * p.depth);
   }
   const int64_t workers = work >= kParallelWork ? at::get_num_threads() : 1;
   const int64_t wanted = std::clamp<int64_t>(panels / (workers * kTasks), 1, kChunk);
   std::vector<Share> shares;
   for (const auto& p : problems) {
     if (p.depth == 0) fill_empty(p);
-    Share share{(p.outputs + gemm::kPanel<T> - 1) / gemm::kPanel<T>,
-                p.depth == 0 ? 0 : (p.rows + kRowBlock - 1) / kRowBlock, 0, 0, tasks};
-    share.chunks = std::max<int64_t>(1, (share.panels + wanted - 1) / wanted);
-    share.chunk = (share.panels + share.chunks - 1) / share.chunks;
+    Share share{cut(p.outputs, gemm::kPanel<T>), p.depth == 0 ? 0 : cut(p.rows, kRowBlock), 0, 0, 0, tasks};
+    const int64_t tiles = cut(p.rows, gemm::kMaxRows);
+    share.height = cut(tiles, std::max<int64_t>(1, share.row_blocks)) * gemm::kMaxRows;
+    share.chunks = std::max<int64_t>(1, cut(share.panels, wanted));
+    share.chunk = cut(share.panels, share.chunks);
     tasks += share.row_blocks * share.chunks;
     shares.push_back(share);
   }
@@ -138,10 +154,10 @@ void run(const std::vector<P>& problems) {
     size_t at = shares.size() - 1;
     while (shares[at].first > task) --at;
     const Share& share = shares[at];
-    const int64_t row = (task - share.first) / share.chunks * kRowBlock;
+    const int64_t row = (task - share.first) / share.chunks * share.height;
     const int64_t panel = (task - share.first) % share.chunks * share.chunk;
     const auto& p = problems[at];
-    block(p, row, std::min(row + kRowBlock, p.rows), panel, std::min(panel + share.chunk, share.panels));
+    block(p, row, std::min(row + share.height, p.rows), panel, std::min(panel + share.chunk, share.panels));
   });
 }
 
