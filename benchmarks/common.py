@@ -211,6 +211,68 @@ def in_fresh_process(module: str, *arguments: str) -> dict[str, Any]:
     return json.loads(result.stdout.strip().splitlines()[-1])
 
 
+def take_steps(step: Callable[[], Any], warmup: int = 2) -> None:
+    """A side of ``in_turns``: a step for every line of standard input, its seconds as a line; at the end what memory it
+    took, before the first step and at the most."""
+    before = peak_rss()
+    for _ in range(warmup):
+        step()
+    print(json.dumps({"before": before}), flush=True)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        step()
+        print(time.perf_counter() - start, flush=True)
+    print(json.dumps({"before": before, "peak": peak_rss()}), flush=True)
+
+
+class Side:
+    """``python -m module arguments``, a process that calls ``take_steps``."""
+
+    def __init__(self, module: str, arguments: Sequence[str]) -> None:
+        command = [sys.executable, "-m", module, *arguments]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, cwd=RESULTS.parent.parent, stdin=pipe, stdout=pipe, text=True)
+
+    def answer(self) -> Any:
+        line = self.process.stdout.readline() if self.process.stdout else ""
+        if not line:
+            raise RuntimeError(f"{self.process.args!r} ended with status {self.process.wait()}")
+        return json.loads(line)
+
+    def step(self) -> float:
+        print("step", file=self.process.stdin, flush=True)
+        return float(self.answer())
+
+    def finish(self) -> Any:
+        if self.process.stdin:
+            self.process.stdin.close()
+        return self.answer()
+
+
+def in_turns(
+    module: str, arguments: Mapping[str, Sequence[str]], repeats: int
+) -> tuple[dict[str, list[float]], dict[str, dict[str, int]]]:
+    """Seconds of each side's steps, taken in turns, and the bytes of memory it came to.
+
+    Each is a process that trains one model, as a user's is: in one process a side works in the heap that the others
+    leave.
+    """
+    sides: dict[str, Side] = {}
+    try:
+        for name, given in arguments.items():
+            sides[name] = Side(module, given)
+            sides[name].answer()  # ready
+        seconds: dict[str, list[float]] = {name: [] for name in sides}
+        for turn in range(repeats):
+            for name in list(sides) if turn % 2 == 0 else list(sides)[::-1]:
+                seconds[name].append(sides[name].step())
+        return seconds, {name: side.finish() for name, side in sides.items()}
+    finally:
+        for side in sides.values():
+            side.process.kill()
+            side.process.wait()
+
+
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """A table on the terminal: rich where it is installed, aligned plain text elsewhere."""
     cells = [[_cell(value) for value in row] for row in rows]

@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.moe``: the 89 M Qwen3-MoE of ``benchmarks.common``. The peers are transformers' experts
 implementations, ``grouped_mm`` and ``eager``; generation is held against the fastest of them all. Every part comes
-behind its gate; calls are timed in turns, and ratios are of medians, above 1 ours is faster.
+behind its gate; calls are timed in turns, training steps each in a process of its own, and ratios are of medians, above
+1 ours is faster.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from torch import Tensor
 import toolkit
 from benchmarks.common import both_ways, gate, interleaved, print_table, qwen3_moe, summary, write_json
 from benchmarks.serve import Engine, Generate, compare, make_prompts
-from benchmarks.train import gradient_gate, make_batch, stepper
+from benchmarks.train import gradient_gate, steps_in_turns
 from toolkit.moe import ExpertWeights, mix
 
 PEERS = ("grouped_mm", "eager")
@@ -131,7 +132,7 @@ def bench_memory(stock: Any, tokens: int) -> dict[str, Any]:
     return {"tokens": tokens, "bytes": found, "ratio": ratio}
 
 
-def bench_training(stock: Any, rows: int, length: int, repeats: int) -> dict[str, Any]:
+def bench_training(rows: int, length: int, threads: int, repeats: int) -> dict[str, Any]:
     """A step with AdamW; gate: loss and gradients against the model as it was, in float64 and float32."""
     gates = [
         gradient_gate("qwen3_moe", torch.float64, 2, 48),
@@ -144,15 +145,21 @@ def bench_training(stock: Any, rows: int, length: int, repeats: int) -> dict[str
     if not all(one["green"] for one in gates):
         print("gate red: no speed is reported", file=sys.stderr)
         raise SystemExit(1)
-    models = {"patched": patched(stock), **{name: with_experts(stock, name) for name in PEERS}}
-    ids = make_batch(rows, length, stock.config.vocab_size)
-    steps = {name: stepper(model.train(), ids) for name, model in models.items()}
-    seconds = {name: summary(times) for name, times in interleaved(steps, repeats).items()}
+    sides = ("patched", *PEERS)
+    taken, memory = steps_in_turns("qwen3_moe", sides, rows, length, threads, repeats)
+    seconds = {name: summary(times) for name, times in taken.items()}
     speed = {name: rows * length / times["median_s"] for name, times in seconds.items()}
-    shown = [[name, seconds[name]["median_s"], speed[name], f"{speed['patched'] / speed[name]:.2f}x"] for name in steps]
+    shown = [[name, seconds[name]["median_s"], speed[name], f"{speed['patched'] / speed[name]:.2f}x"] for name in sides]
     print_table(f"training step, {rows}x{length} tokens, AdamW", ["", "median s", "tok/s", "patched is"], shown)
     ratios = {name: speed["patched"] / speed[name] for name in PEERS}
-    return {"tokens": rows * length, "gates": gates, "seconds": seconds, "tokens_per_s": speed, "ratios": ratios}
+    return {
+        "tokens": rows * length,
+        "gates": gates,
+        "seconds": seconds,
+        "tokens_per_s": speed,
+        "memory_bytes": memory,
+        "ratios": ratios,
+    }
 
 
 def bench_generation(stock: Any, batch: int, prompt: int, new_tokens: int, repeats: int) -> dict[str, Any]:
@@ -197,7 +204,7 @@ def main() -> None:
     measured: dict[str, Callable[[], dict[str, Any]]] = {
         "op": lambda: bench_op(stock, arguments.repeats),
         "memory": lambda: bench_memory(stock, arguments.rows * arguments.length),
-        "training": lambda: bench_training(stock, arguments.rows, arguments.length, arguments.repeats),
+        "training": lambda: bench_training(arguments.rows, arguments.length, arguments.threads, arguments.repeats),
         "generation": lambda: bench_generation(
             stock, arguments.batch, arguments.prompt, arguments.new_tokens, max(1, arguments.repeats // 2)
         ),

@@ -1,14 +1,12 @@
 """A training step, patched against unpatched: loss and gradients first, then time, then peak memory.
 
-``python -m benchmarks.train``: same weights, same batch, AdamW. Times are interleaved in one process; peak
-memory is taken in a fresh process for each side, because it is a process's lifetime maximum.
+``python -m benchmarks.train``: same weights, same batch, AdamW. Each side trains in a process of its own and takes its
+steps in turn with the other; peak memory is the process's.
 """
 
 import argparse
-import copy
-import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,12 +15,11 @@ from torch.overrides import TorchFunctionMode
 
 from benchmarks.common import (
     MODELS,
-    in_fresh_process,
-    interleaved,
-    peak_rss,
+    in_turns,
     print_table,
     relative_error,
     summary,
+    take_steps,
     write_json,
 )
 
@@ -45,13 +42,24 @@ class NoFloat32(TorchFunctionMode):
         return func(*args, **named)
 
 
-def make_model(name: str, patched: bool) -> Any:
+def make_model(name: str, side: str = "unpatched") -> Any:
+    """A side: ``patched``, ``unpatched``, or unpatched with one of transformers' implementations of experts."""
     model = MODELS[name]()
-    if patched:
+    if side == "patched":
         import toolkit
 
         toolkit.patch(model)
+    elif side != "unpatched":
+        model.set_experts_implementation(side)
     return model.train()
+
+
+def steps_in_turns(
+    model: str, sides: Sequence[str], rows: int, length: int, threads: int, repeats: int
+) -> tuple[dict[str, list[float]], dict[str, dict[str, int]]]:
+    """Seconds of the sides' steps, and their memory."""
+    sizes = ["--model", model, "--rows", str(rows), "--length", str(length), "--threads", str(threads)]
+    return in_turns("benchmarks.train", {side: ["--side", side, *sizes] for side in sides}, repeats)
 
 
 def make_batch(rows: int, length: int, vocabulary: int) -> torch.Tensor:
@@ -75,7 +83,7 @@ def stepper(model: Any, ids: torch.Tensor) -> Callable[[], float]:
 
 def gradient_gate(name: str, dtype: torch.dtype, rows: int, length: int) -> dict[str, Any]:
     """Relative errors of loss and gradients of the patched model against the unpatched one."""
-    stock, patched = MODELS[name]().to(dtype).train(), make_model(name, False).to(dtype)
+    stock, patched = MODELS[name]().to(dtype).train(), make_model(name).to(dtype)
     import toolkit
 
     toolkit.patch(patched)
@@ -102,16 +110,6 @@ def gradient_gate(name: str, dtype: torch.dtype, rows: int, length: int) -> dict
     }
 
 
-def measure_memory(arguments: argparse.Namespace) -> None:
-    """In this process alone: two steps of one side; prints JSON as the last line."""
-    model = make_model(arguments.model, arguments.memory_of == "patched")
-    before = peak_rss()
-    step = stepper(model, make_batch(arguments.rows, arguments.length, model.config.vocab_size))
-    for _ in range(2):  # the second one has the optimizer's state beside the activations
-        step()
-    print(json.dumps({"before": before, "peak": peak_rss()}))
-
-
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     gates = [
         gradient_gate(arguments.model, torch.float64, 2, 48),
@@ -126,19 +124,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         print("gate red: no speed is reported", file=sys.stderr)
         raise SystemExit(1)
 
-    common = ["--model", arguments.model, "--rows", str(arguments.rows), "--length", str(arguments.length)]
-    common += ["--threads", str(arguments.threads)]
     sides = ("patched", "unpatched")
-    memory = {side: in_fresh_process("benchmarks.train", "--memory-of", side, *common) for side in sides}
-
-    unpatched = make_model(arguments.model, False)
-    patched = copy.deepcopy(unpatched)
-    import toolkit
-
-    toolkit.patch(patched)
-    ids = make_batch(arguments.rows, arguments.length, unpatched.config.vocab_size)
-    steps = {"patched": stepper(patched, ids), "unpatched": stepper(unpatched, ids)}
-    timings = {side: summary(t) for side, t in interleaved(steps, arguments.repeats).items()}
+    seconds, memory = steps_in_turns(
+        arguments.model, sides, arguments.rows, arguments.length, arguments.threads, arguments.repeats
+    )
+    timings = {side: summary(seconds[side]) for side in sides}
     tokens = arguments.rows * arguments.length
     speed = {side: tokens / timings[side]["median_s"] for side in sides}
     ratios = {
@@ -179,11 +169,12 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--memory-of", choices=("patched", "unpatched"), help=argparse.SUPPRESS)
+    parser.add_argument("--side", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    if arguments.memory_of:
-        measure_memory(arguments)
+    if arguments.side:
+        model = make_model(arguments.model, arguments.side)
+        take_steps(stepper(model, make_batch(arguments.rows, arguments.length, model.config.vocab_size)))
         return
     path = write_json(f"train-{arguments.model}", run(arguments))
     print(f"written to {path}")
