@@ -20,7 +20,8 @@ struct Panel {
   int64_t wide, depth;
 };
 
-// packed[c] = row(c) and zeros up to a panel, for c of [first, end). What lies beside it, of a later panel, is asked for.
+// packed[c] = row(c) and zeros up to whole vectors, for c of [first, end). What lies beside it, of a later panel, is
+// asked for.
 template <typename T, typename Row>
 inline void pack(const Panel<Row>& panel, int64_t first, int64_t end, T* packed) {
   using L = gemm::Lanes<T>;
@@ -94,20 +95,21 @@ inline void multiply_panel(const T* p, int64_t stride, int64_t rows, const T* pa
 template <bool Turned, typename T, typename S>
 void multiply(const T* p, int64_t stride, int64_t rows, const S* q, int64_t q_stride, int64_t columns, int64_t depth,
               T* out, int64_t out_stride, bool add) {
-  constexpr int64_t width = gemm::kPanel<T>;
   if (depth == 0 && !add)  // the sum of no products
     for (int64_t r = 0; r < rows; ++r) std::fill_n(out + r * out_stride, columns, T(0));
   if (depth == 0 || columns == 0) return;
-  T *packed = threads::scratch<T>(2 * kDepth<T> * width), *packed_next = packed + kDepth<T> * width;
-  const int64_t blocks = (depth + kDepth<T> - 1) / kDepth<T>, steps = (columns + width - 1) / width * blocks;
+  constexpr int64_t room = kDepth<T> * gemm::kPanel<T>;
+  T *packed = threads::scratch<T>(2 * room), *packed_next = packed + room;
+  const gemm::Panels<T> cut(columns, rows);
+  const int64_t blocks = (depth + kDepth<T> - 1) / kDepth<T>, steps = cut.count() * blocks;
   const auto panel_of = [&](int64_t step) {  // blocks of c within a panel
-    const int64_t n = gemm::panel_begin<T>(columns, step / blocks), c = step % blocks * kDepth<T>;
+    const int64_t n = cut.begin(step / blocks), c = step % blocks * kDepth<T>;
     const auto row = [from = q + c * q_stride + n, q_stride](int64_t r) { return from + r * q_stride; };
-    return Panel<decltype(row)>{row, gemm::panel_columns<T>(columns, step / blocks), step < steps ? std::min(kDepth<T>, depth - c) : 0};
+    return Panel<decltype(row)>{row, cut.columns(step / blocks), step < steps ? std::min(kDepth<T>, depth - c) : 0};
   };
   pack(panel_of(0), 0, panel_of(0).depth, packed);
   for (int64_t step = 0; step < steps; ++step) {
-    const int64_t n = gemm::panel_begin<T>(columns, step / blocks), c = step % blocks * kDepth<T>;
+    const int64_t n = cut.begin(step / blocks), c = step % blocks * kDepth<T>;
     const auto panel = panel_of(step);
     multiply_panel<Turned>(place<Turned>(p, stride, 0, c), stride, rows, packed, panel.depth,
                            {out + n, out_stride, panel.wide, add || c > 0, nullptr}, panel_of(step + 1), packed_next);

@@ -1,9 +1,9 @@
 // Register-blocked product of a few rows of x with one panel of weight rows, for C[m, n] = sum_k x[m, k] * w[n, k].
 //
-// A panel is kPanel weight rows (outputs), the last one what is left. `packing_tile` transposes it in registers from the
-// stored [N, K] layout into k-major order; `tile` then broadcasts x against it. Whatever the number of rows R of a tile
-// and of vectors V of a panel, each output is one chain of (fused) multiply-adds over k in ascending order, so its bits
-// depend on its own row only, and are the same for vectors of 32 bytes (AVX2) and of 64 (AVX-512).
+// A panel is some weight rows (outputs), two vectors of them or three. `pack_panel` transposes it in registers from the
+// stored [N, K] layout into k-major order; `tile` then broadcasts x against it. Whatever the number of rows R of a
+// tile and of vectors V of a panel, each output is one chain of (fused) multiply-adds over k in ascending order, so
+// its bits depend on its own row only, and are the same for vectors of 32 bytes (AVX2) and of 64 (AVX-512).
 #pragma once
 
 #include <algorithm>
@@ -26,18 +26,22 @@ inline int64_t panel_vectors(int64_t columns) {
   return kPanelVectors == 2 ? 2 : (columns + kLanes<T> - 1) / kLanes<T>;
 }
 
-// The first output of panel i. A last panel of one vector would wait for its few chains: it takes one more from its
-// neighbour.
+// How N outputs are cut into panels. Few rows do not come back to a packed panel: theirs are narrower, which gives the
+// threads more of like size.
 template <typename T>
-inline int64_t panel_begin(int64_t outputs, int64_t i) {
-  const int64_t at = i * kPanel<T>, left = outputs - at;
-  if (kPanelVectors == 3 && i > 0 && left > 0 && left <= kLanes<T>) return at - kLanes<T>;
-  return std::min(at, outputs);
-}
-template <typename T>
-inline int64_t panel_columns(int64_t outputs, int64_t i) {
-  return panel_begin<T>(outputs, i + 1) - panel_begin<T>(outputs, i);
-}
+struct Panels {
+  int64_t outputs, width;
+  Panels(int64_t outputs, int64_t rows)
+      : outputs(outputs), width(rows > kPackingRows ? kPanel<T> : 2 * kLanes<T>) {}
+  int64_t count() const { return (outputs + width - 1) / width; }
+  // A last panel of one vector would wait for its few chains: it takes one more from its neighbour.
+  int64_t begin(int64_t i) const {
+    const int64_t at = i * width, left = outputs - at;
+    if (width == 3 * kLanes<T> && i > 0 && left > 0 && left <= kLanes<T>) return at - kLanes<T>;
+    return std::min(at, outputs);
+  }
+  int64_t columns(int64_t i) const { return begin(i + 1) - begin(i); }
+};
 
 // body(std::integral_constant<int, V>) for the vectors of a panel.
 template <typename T, typename Body>
@@ -96,7 +100,8 @@ __attribute__((always_inline)) inline void ask_for(const void* p, int64_t bytes)
 }
 
 template <typename T, int R, int V>
-__attribute__((always_inline)) inline void multiply_add(const T* x, int64_t x_stride, const typename Lanes<T>::Vector (&w)[V],
+__attribute__((always_inline)) inline void multiply_add(const T* x, int64_t x_stride,
+                                                        const typename Lanes<T>::Vector (&w)[V],
                                                         typename Lanes<T>::Vector (&sum)[R][V]) {
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
@@ -187,7 +192,8 @@ __attribute__((noinline)) void packing_tile(const T* x, int64_t x_stride, const 
 
 // The first R rows of x against a panel.
 template <typename T, typename S, int R, bool Keep>
-inline void pack_panel(const T* x, int64_t x_stride, const Weights<S>& w, int64_t depth, T* panel, const Epilogue<T>& e) {
+inline void pack_panel(const T* x, int64_t x_stride, const Weights<S>& w, int64_t depth, T* panel,
+                       const Epilogue<T>& e) {
   constexpr int64_t lanes = kLanes<T>;
   const int64_t width = panel_vectors<T>(w.columns) * lanes;
   for (int64_t c = 0; c < w.columns; c += lanes) {

@@ -1,7 +1,7 @@
 // Sums of outer products of rows, out[m, n] = sum_r p[r, m] q[r, n]: gradients of weights.
 //
-// Rows are cut into blocks of like size, of kSummed at most; within a block an output is one chain of multiply-adds over
-// ascending r, and block sums are added in order. Threads share out outputs, so their number changes no bit.
+// Rows are cut into blocks of like size, of kSummed at most; within a block an output is one chain of multiply-adds
+// over ascending r, and block sums are added in order. Threads share out outputs, so their number changes no bit.
 #pragma once
 #include "product.h"
 
@@ -34,6 +34,7 @@ inline const T* row_at(const T* x, int64_t stride, const int64_t* index, int64_t
 template <typename T>
 void block(const Outer<T>& o, int64_t first, int64_t last, int64_t panel, int64_t panel_end) {
   constexpr int64_t width = gemm::kPanel<T>, height = gemm::kMaxRows;
+  const gemm::Panels<T> cut(o.outputs, o.rows);
   const int64_t tiles = (last - first + height - 1) / height, whole = (last - first) / height;
   const int64_t blocks = (o.depth + kSummed<T> - 1) / kSummed<T>, longest = (o.depth + blocks - 1) / blocks;
   T *packed = threads::scratch<T>(longest * (2 * width + tiles * height)), *packed_next = packed + longest * width;
@@ -48,13 +49,13 @@ void block(const Outer<T>& o, int64_t first, int64_t last, int64_t panel, int64_
         std::copy_n(from + whole * height, last - first - whole * height, turned + (whole * steps + r) * height);
     }
     const auto panel_of = [&](int64_t i) {
-      const int64_t n = gemm::panel_begin<T>(o.outputs, i);
+      const int64_t n = cut.begin(i);
       const auto row = [&o, k, n](int64_t r) { return row_at(o.q, o.q_stride, o.q_index, k + r) + n; };
-      return columns::Panel<decltype(row)>{row, gemm::panel_columns<T>(o.outputs, i), i < panel_end ? steps : 0};
+      return columns::Panel<decltype(row)>{row, cut.columns(i), i < panel_end ? steps : 0};
     };
     columns::pack(panel_of(panel), 0, steps, packed);
     for (int64_t i = panel; i < panel_end; ++i, std::swap(packed, packed_next)) {
-      const int64_t n = gemm::panel_begin<T>(o.outputs, i), wide = panel_of(i).wide;
+      const int64_t n = cut.begin(i), wide = panel_of(i).wide;
       columns::for_tiles(tiles, panel_of(i + 1), packed_next, [&](int64_t t) {
         const int64_t m = first + t * height;
         columns::tile_of<true>(std::min(height, last - m), turned + t * steps * height, height, packed, steps,

@@ -46,14 +46,16 @@ struct Problem {
 // Outputs of rows [row, row_end) x panels [panel, panel_end).
 template <typename T, typename S>
 void block(const Problem<T, S>& p, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end) {
-  constexpr int64_t width = gemm::kPanel<T>, pad = 64 / sizeof(T);
+  constexpr int64_t pad = 64 / sizeof(T);
+  const gemm::Panels<T> cut(p.outputs, p.rows);
   const int64_t rows = row_end - row;
   const bool bad_stride = rows >= kCopyRows && p.x_stride * int64_t(sizeof(T)) % kBadStride == 0;
   const bool copy = p.index != nullptr || bad_stride;
   const bool whole = (p.index != nullptr || !bad_stride) && rows * p.depth * int64_t(sizeof(T)) <= kStayInCache;
   const int64_t copied_depth = whole ? p.depth : kDepth<T>, copy_stride = copied_depth + pad;
-  T* packed = threads::scratch<T>(2 * kDepth<T> * width + (copy ? rows * copy_stride : 0));
-  T *packed_next = packed + kDepth<T> * width, *const copied = packed_next + kDepth<T> * width;
+  constexpr int64_t room = kDepth<T> * gemm::kPanel<T>;
+  T* packed = threads::scratch<T>(2 * room + (copy ? rows * copy_stride : 0));
+  T *packed_next = packed + room, *const copied = packed_next + room;
   const int64_t x_stride = copy ? copy_stride : p.x_stride;
 
   // x[r, k] lies at rows_from(k)[r * x_stride], for a block of kDepth or, where `whole`, for all of them.
@@ -76,9 +78,9 @@ void block(const Problem<T, S>& p, int64_t row, int64_t row_end, int64_t panel, 
   };
   auto turned_panel = [&](const Step& s) {
     const int64_t stride = p.weight_stride;
-    const S* const from = p.weight + s.k * stride + gemm::panel_begin<T>(p.outputs, s.panel);
+    const S* const from = p.weight + s.k * stride + cut.begin(s.panel);
     const auto row = [from, stride](int64_t c) { return from + c * stride; };
-    return columns::Panel<decltype(row)>{row, gemm::panel_columns<T>(p.outputs, s.panel),
+    return columns::Panel<decltype(row)>{row, cut.columns(s.panel),
                                          s.panel < panel_end ? std::min(kDepth<T>, p.depth - s.k) : 0};
   };
 
@@ -89,9 +91,9 @@ void block(const Problem<T, S>& p, int64_t row, int64_t row_end, int64_t panel, 
     const Step next = step_of(s + 1);
     if (s == 0 || (!whole && i == panel)) x = rows_from(k);
     const T* const from = whole ? x + k : x;
-    const int64_t n = gemm::panel_begin<T>(p.outputs, i), columns = gemm::panel_columns<T>(p.outputs, i);
+    const int64_t n = cut.begin(i), columns = cut.columns(i);
     const int64_t depth = std::min(kDepth<T>, p.depth - k);
-    T bias[width] = {};
+    T bias[gemm::kPanel<T>] = {};
     const bool add_bias = p.bias != nullptr && k + kDepth<T> >= p.depth;
     if (add_bias) std::copy_n(p.bias + n, columns, bias);
     const gemm::Epilogue<T> e{p.out + row * p.out_stride + n, p.out_stride, columns, p.add || k > 0,
@@ -100,9 +102,9 @@ void block(const Problem<T, S>& p, int64_t row, int64_t row_end, int64_t panel, 
       columns::multiply_panel<false>(from, x_stride, rows, packed, depth, e, turned_panel(next), packed_next);
       std::swap(packed, packed_next);
     } else {
-      const S* const ahead = p.weight + gemm::panel_begin<T>(p.outputs, next.panel) * p.weight_stride + next.k;
-      gemm::multiply_panel<T, S>(from, x_stride, rows, {p.weight + n * p.weight_stride + k, p.weight_stride, columns, ahead},
-                                 depth, packed, e);
+      const S* const ahead = p.weight + cut.begin(next.panel) * p.weight_stride + next.k;
+      const gemm::Weights<S> weights{p.weight + n * p.weight_stride + k, p.weight_stride, columns, ahead};
+      gemm::multiply_panel<T, S>(from, x_stride, rows, weights, depth, packed, e);
     }
   }
 }
@@ -121,7 +123,7 @@ void fill_empty(const Problem<T, S>& p) {
 template <typename T, typename S>
 void compute(const Problem<T, S>& p) {
   if (p.depth == 0) return fill_empty(p);
-  block(p, 0, p.rows, 0, (p.outputs + gemm::kPanel<T> - 1) / gemm::kPanel<T>);
+  block(p, 0, p.rows, 0, gemm::Panels<T>(p.outputs, p.rows).count());
 }
 
 // Several products of one kind, shared out to torch's threads together.
@@ -134,7 +136,7 @@ void run(const std::vector<P>& problems) {
   const auto cut = [](int64_t count, int64_t parts) { return (count + parts - 1) / parts; };  // parts of like size
   int64_t panels = 0, work = 0, tasks = 0;
   for (const auto& p : problems) {
-    panels += cut(p.outputs, gemm::kPanel<T>) * cut(p.rows, kRowBlock);
+    panels += gemm::Panels<T>(p.outputs, p.rows).count() * cut(p.rows, kRowBlock);
     work += cost(p.rows, p.outputs * p.depth);
   }
   const int64_t workers = work >= kParallelWork ? at::get_num_threads() : 1;
@@ -142,7 +144,7 @@ void run(const std::vector<P>& problems) {
   std::vector<Share> shares;
   for (const auto& p : problems) {
     if (p.depth == 0) fill_empty(p);
-    Share share{cut(p.outputs, gemm::kPanel<T>), p.depth == 0 ? 0 : cut(p.rows, kRowBlock), 0, 0, 0, tasks};
+    Share share{gemm::Panels<T>(p.outputs, p.rows).count(), p.depth == 0 ? 0 : cut(p.rows, kRowBlock), 0, 0, 0, tasks};
     const int64_t tiles = cut(p.rows, gemm::kMaxRows);
     share.height = cut(tiles, std::max<int64_t>(1, share.row_blocks)) * gemm::kMaxRows;
     share.chunks = std::max<int64_t>(1, cut(share.panels, wanted));
