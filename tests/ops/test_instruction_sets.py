@@ -13,6 +13,7 @@ PRODUCTS = """
 import sys
 import torch
 from toolkit.ops import native
+from toolkit.ops.attention import attention
 from toolkit.ops.dispatch_plan import dispatch_plan
 from toolkit.ops.grouped_linear import grouped_linear
 from toolkit.ops.linear import linear
@@ -28,6 +29,9 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         bias = torch.randn(outputs).to(dtype).requires_grad_()
         y = linear(x, weight, bias)
         results += [y.detach(), *torch.autograd.grad(y, (x, weight, bias), torch.randn(y.shape).to(dtype))]
+for outputs in (1, 15, 16, 17, 47, 48, 49, 63, 64, 65, 97, 112, 113):  # panels of one, two and three vectors
+    for rows in (3, 21):
+        results.append(linear(torch.randn(rows, 70), torch.randn(outputs, 70), None))
 hidden = torch.randn(77, 96, requires_grad=True)
 head = torch.randn(301, 96, requires_grad=True)
 value = linear_logprob(hidden, head, torch.randint(301, (77,))).logprob
@@ -37,6 +41,18 @@ for transposed in (False, True):
     weight = torch.randn(*((5, 96, 40) if transposed else (5, 40, 96)), requires_grad=True)
     y = grouped_linear(hidden, weight, None, plan, gather=True, transposed=transposed)
     results += [y.detach(), *torch.autograd.grad(y, (hidden, weight), torch.randn(y.shape))]
+plan = dispatch_plan(torch.zeros(1100, 1, dtype=torch.int64), 2)  # more rows than one block of a sum, and none
+many = torch.randn(1100, 40, requires_grad=True)
+for outputs in (5, 65, 97):
+    weight = torch.randn(2, outputs, 40, requires_grad=True)
+    y = grouped_linear(many, weight, None, plan, gather=True)
+    results += [y.detach(), *torch.autograd.grad(y, (many, weight), torch.randn(y.shape))]
+starts = torch.tensor([0, 67, 200, 201])
+for dtype in (torch.float32, torch.float64):
+    for depth in (24, 64, 72, 100):
+        q, k, v = (torch.randn(201, heads, depth, dtype=dtype, requires_grad=True) for heads in (6, 2, 2))
+        out = attention(q, k, v, starts, starts[:-1].contiguous(), starts.diff())[0]
+        results += [out.detach(), *torch.autograd.grad(out, (q, k, v), torch.randn(out.shape, dtype=dtype))]
 torch.save(results, sys.argv[1])
 """
 
