@@ -206,7 +206,7 @@ def main() -> None:
         "memory": lambda: bench_memory(stock, arguments.rows * arguments.length),
         "training": lambda: bench_training(arguments.rows, arguments.length, arguments.threads, arguments.repeats),
         "generation": lambda: bench_generation(
-            stock, arguments.batch, arguments.prompt, arguments.new_tokens, max(1, arguments.repeats // 2)
+            stock, arguments.batch, arguments.prompt, arguments.new_tokens, arguments.repeats
         ),
     }
     result: dict[str, Any] = {"parameters": sum(p.numel() for p in stock.parameters())}
