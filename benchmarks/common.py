@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -240,7 +241,8 @@ class Side:
         return json.loads(line)
 
     def step(self) -> float:
-        print("step", file=self.process.stdin, flush=True)
+        with suppress(BrokenPipeError):  # it has ended: `answer` says how
+            print("step", file=self.process.stdin, flush=True)
         return float(self.answer())
 
     def finish(self) -> Any:

@@ -18,6 +18,7 @@ from toolkit.ops.dispatch_plan import dispatch_plan
 from toolkit.ops.grouped_linear import grouped_linear
 from toolkit.ops.linear import linear
 from toolkit.ops.linear_logprob import linear_logprob
+from toolkit.ops.lora_linear import lora_add
 
 torch.manual_seed(0)
 results = [native.load()]
@@ -36,6 +37,12 @@ hidden = torch.randn(77, 96, requires_grad=True)
 head = torch.randn(301, 96, requires_grad=True)
 value = linear_logprob(hidden, head, torch.randint(301, (77,))).logprob
 results += [value.detach(), *torch.autograd.grad(value.sum(), (hidden, head))]
+long, words = torch.randn(500, 96, requires_grad=True), torch.randn(700, 96, requires_grad=True)
+value = linear_logprob(long, words, torch.randint(700, (500,))).logprob  # block of k after block of k, not row by row
+results += [value.detach(), *torch.autograd.grad(value.sum(), (long, words))]
+a, b = torch.randn(2, 9, 96, requires_grad=True), torch.randn(2, 120, 9, requires_grad=True)
+y = lora_add(torch.zeros(500, 120), long, a, b, torch.tensor([2.0, 0.5]), torch.randint(2, (500,)))
+results += [y.detach(), *torch.autograd.grad(y, (long, a, b), torch.randn(y.shape))]
 plan = dispatch_plan(torch.randint(5, (77, 2)), 5)
 for transposed in (False, True):
     weight = torch.randn(*((5, 96, 40) if transposed else (5, 40, 96)), requires_grad=True)

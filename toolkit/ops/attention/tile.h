@@ -173,11 +173,7 @@ struct Transposed {
   Transposed skip(int64_t rows) const { return {base + rows, stride}; }
 };
 
-// The vectors of a product, 64 bytes where the instruction set has them, and those of the columns that are left.
-template <typename T>
-struct Wide : gemm::Lanes<T> {
-  static constexpr int64_t kWidth = gemm::kLanes<T>;
-};
+// The vectors of a product: 64 bytes with AVX-512, and those of every other kernel for the columns that are left.
 template <typename T>
 struct Narrow {
   static constexpr int64_t kWidth = Vec<T>::size();
@@ -187,6 +183,15 @@ struct Narrow {
   static Vector fma(Vector a, Vector b, Vector c) { return at::vec::fmadd(a, b, c); }
   static void store(T* p, Vector v) { v.store(p); }
 };
+#ifdef TOOLKIT_AVX512
+template <typename T>
+struct Wide : gemm::Lanes<T> {
+  static constexpr int64_t kWidth = gemm::kLanes<T>;
+};
+#else
+template <typename T>
+using Wide = Narrow<T>;
+#endif
 
 // c[r][0 .. NV vectors) (+)= sum over k in [begin, end), ascending, of a(r, k) * b[k][...].
 template <typename L, int R, int NV, bool Add, typename T, typename A, typename B>
@@ -218,7 +223,8 @@ inline void multiply_block(T* c, int64_t stride, A a, B b, int64_t begin, int64_
 template <typename T, int R, bool Add, typename A, typename B>
 __attribute__((noinline)) void multiply_columns(T* c, int64_t stride, A a, B b, int64_t columns, int64_t begin,
                                                 int64_t end) {
-  constexpr int wide = R == 1 ? 8 : R <= 3 || gemm::kVectorBytes == 64 ? 4 : 2;
+  constexpr bool two_widths = Wide<T>::kWidth > Narrow<T>::kWidth;
+  constexpr int wide = R == 1 ? 8 : R <= 3 || two_widths ? 4 : 2;
   int64_t n = 0;
   const auto run = [&]<typename L, int NV>() __attribute__((always_inline)) {
     for (; n + NV * L::kWidth <= columns; n += NV * L::kWidth)
@@ -227,7 +233,7 @@ __attribute__((noinline)) void multiply_columns(T* c, int64_t stride, A a, B b, 
   run.template operator()<Wide<T>, wide>();
   if constexpr (wide > 2) run.template operator()<Wide<T>, 2>();
   run.template operator()<Wide<T>, 1>();
-  if constexpr (gemm::kVectorBytes == 64) run.template operator()<Narrow<T>, 1>();
+  if constexpr (two_widths) run.template operator()<Narrow<T>, 1>();
 }
 
 // As multiply_block, for up to kRowGroup rows and any number of columns (a multiple of the vector width).

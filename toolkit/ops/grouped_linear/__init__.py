@@ -91,8 +91,8 @@ def grouped_linear(
 
     Numerics: a row's bits depend on that row and its expert's weights alone. On CPU they are those of ``linear``; where
     ``transposed``, one chain over blocks of ascending k likewise. Gradients of a weight add an expert's rows in
-    ascending order and those of x a token's in the order of its slots: the same bits every run. No atomics, no host
-    sync on CUDA.
+    ascending order (on CPU in blocks of like size) and those of x a token's in the order of its slots: the same bits
+    every run. No atomics, no host sync on CUDA.
     Saved for backward: x, weight and plan.
     Raises ToolkitError where shapes or dtypes do not fit.
     """

@@ -1,6 +1,6 @@
 // Register-blocked product of a few rows of x with one panel of weight rows, for C[m, n] = sum_k x[m, k] * w[n, k].
 //
-// A panel is some weight rows (outputs), two vectors of them or three. `pack_panel` transposes it in registers from the
+// A panel is some weight rows (outputs), at most kPanel of them. `pack_panel` transposes it in registers from the
 // stored [N, K] layout into k-major order; `tile` then broadcasts x against it. Whatever the number of rows R of a
 // tile and of vectors V of a panel, each output is one chain of (fused) multiply-adds over k in ascending order, so
 // its bits depend on its own row only, and are the same for vectors of 32 bytes (AVX2) and of 64 (AVX-512).
@@ -34,7 +34,7 @@ struct Panels {
   Panels(int64_t outputs, int64_t rows)
       : outputs(outputs), width(rows > kPackingRows ? kPanel<T> : 2 * kLanes<T>) {}
   int64_t count() const { return (outputs + width - 1) / width; }
-  // A last panel of one vector would wait for its few chains: it takes one more from its neighbour.
+  // Beside panels of three vectors a last one of one would wait for its few chains: its neighbour gives it a second.
   int64_t begin(int64_t i) const {
     const int64_t at = i * width, left = outputs - at;
     if (width == 3 * kLanes<T> && i > 0 && left > 0 && left <= kLanes<T>) return at - kLanes<T>;

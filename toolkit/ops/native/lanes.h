@@ -18,7 +18,7 @@ struct Lanes;
 #if defined(TOOLKIT_AVX512)
 constexpr int64_t kVectorBytes = 64;
 constexpr int kPanelVectors = 3;
-constexpr int kMaxRows = 8;  // 8 x 3 accumulators: few loads a multiply-add; a panel of 4 vectors would not fit L1
+constexpr int kMaxRows = 8;  // 8 x 3 accumulators, 3 weights and a broadcast of 32 registers: few loads a multiply-add
 constexpr int kPackingRows = 8;
 
 template <>

@@ -33,6 +33,7 @@ inline const T* row_at(const T* x, int64_t stride, const int64_t* index, int64_t
 // Outputs m of [first, last) x panels [panel, panel_end) of n.
 template <typename T>
 void block(const Outer<T>& o, int64_t first, int64_t last, int64_t panel, int64_t panel_end) {
+  if (o.depth == 0) return;
   constexpr int64_t width = gemm::kPanel<T>, height = gemm::kMaxRows;
   const gemm::Panels<T> cut(o.outputs, o.rows);
   const int64_t tiles = (last - first + height - 1) / height, whole = (last - first) / height;
@@ -53,7 +54,7 @@ void block(const Outer<T>& o, int64_t first, int64_t last, int64_t panel, int64_
       const auto row = [&o, k, n](int64_t r) { return row_at(o.q, o.q_stride, o.q_index, k + r) + n; };
       return columns::Panel<decltype(row)>{row, cut.columns(i), i < panel_end ? steps : 0};
     };
-    columns::pack(panel_of(panel), 0, steps, packed);
+    columns::pack(panel_of(panel), 0, panel_of(panel).depth, packed);
     for (int64_t i = panel; i < panel_end; ++i, std::swap(packed, packed_next)) {
       const int64_t n = cut.begin(i), wide = panel_of(i).wide;
       columns::for_tiles(tiles, panel_of(i + 1), packed_next, [&](int64_t t) {

@@ -73,7 +73,7 @@ void block(const Problem<T, S>& p, int64_t row, int64_t row_end, int64_t panel, 
   };
   const int64_t panels = panel_end - panel, depths = (p.depth + kDepth<T> - 1) / kDepth<T>, steps = panels * depths;
   auto step_of = [&](int64_t s) -> Step {
-    if (s == steps) return {panel_end, 0};  // what this thread is likely to be given next
+    if (s == steps) return {panel_end, 0};  // nothing, or what a thread begins with next
     return whole ? Step{panel + s / depths, s % depths * kDepth<T>} : Step{panel + s % panels, s / panels * kDepth<T>};
   };
   auto turned_panel = [&](const Step& s) {
@@ -84,7 +84,7 @@ void block(const Problem<T, S>& p, int64_t row, int64_t row_end, int64_t panel, 
                                          s.panel < panel_end ? std::min(kDepth<T>, p.depth - s.k) : 0};
   };
 
-  if (p.transposed) columns::pack(turned_panel(step_of(0)), 0, std::min(kDepth<T>, p.depth), packed);
+  if (p.transposed) columns::pack(turned_panel(step_of(0)), 0, turned_panel(step_of(0)).depth, packed);
   const T* x = nullptr;
   for (int64_t s = 0; s < steps; ++s) {
     const auto [i, k] = step_of(s);
