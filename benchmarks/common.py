@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -122,24 +122,29 @@ def _commit() -> str | None:
     return result.stdout.strip() if result.returncode == 0 else None
 
 
+def turns(names: Iterable[str], repeats: int) -> Iterator[str]:
+    """Every name once a turn, so that a noisy neighbour hits all alike; the order alternates."""
+    order = list(names)
+    for turn in range(repeats):
+        yield from order if turn % 2 == 0 else reversed(order)
+
+
 def interleaved(
     calls: Mapping[str, Callable[..., Any]], repeats: int, warmup: int = 1, synchronize: bool = False
 ) -> dict[str, list[float]]:
-    """Seconds of each call, taken in turns so that a noisy neighbour hits all alike; the order alternates."""
+    """Seconds of each call, taken in ``turns``."""
     for call in calls.values():
         for _ in range(warmup):
             call()
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(repeats):
-        order = list(calls) if turn % 2 == 0 else list(calls)[::-1]
-        for name in order:
-            if synchronize:
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            calls[name]()
-            if synchronize:
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - start)
+    for name in turns(calls, repeats):
+        if synchronize:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        calls[name]()
+        if synchronize:
+            torch.cuda.synchronize()
+        seconds[name].append(time.perf_counter() - start)
     return seconds
 
 
@@ -218,7 +223,7 @@ def take_steps(step: Callable[[], Any], warmup: int = 2) -> None:
     before = peak_rss()
     for _ in range(warmup):
         step()
-    print(json.dumps({"before": before}), flush=True)
+    print(json.dumps("ready"), flush=True)
     for _ in sys.stdin:
         start = time.perf_counter()
         step()
@@ -265,9 +270,8 @@ def in_turns(
             sides[name] = Side(module, given)
             sides[name].answer()  # ready
         seconds: dict[str, list[float]] = {name: [] for name in sides}
-        for turn in range(repeats):
-            for name in list(sides) if turn % 2 == 0 else list(sides)[::-1]:
-                seconds[name].append(sides[name].step())
+        for name in turns(sides, repeats):
+            seconds[name].append(sides[name].step())
         return seconds, {name: side.finish() for name, side in sides.items()}
     finally:
         for side in sides.values():
