@@ -63,7 +63,7 @@ class Ours:
         self.differing = 0
 
     def loss(self, completions: Sequence[Sequence[int]], behaviour: Sequence[Tensor] | None = None) -> Tensor:
-        from toolkit.patch import token_logprobs
+        from toolkit.patching import token_logprobs
         from toolkit.training.objectives.functions import group_advantages, policy_loss
 
         advantages = group_advantages(torch.tensor([[reward(one) for one in completions]]))[0]

@@ -59,7 +59,7 @@ def attention_backward_case(
         options = _options(heads, modifier, sunk=sunk)
         if paged:
             tables, readers = torch.arange(TOKENS)[None], torch.zeros(TOKENS, 3, dtype=torch.int64)
-            options |= {"block_tables": tables, "page_size": 1, "readers": readers}
+            options |= {"block_tables": tables, "block_size": 1, "readers": readers}
         attention_backward(*tensors, head_dim**-0.5, window, softcap, **options)
 
     return call

@@ -72,7 +72,7 @@ class Engine:
             max_num_seqs=max_num_seqs,
             max_model_len=length,
             max_num_batched_tokens=4096,
-            prefix_cache=False,
+            enable_prefix_caching=False,
         )
 
     def __call__(self, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:

@@ -29,11 +29,11 @@ from toolkit.errors import ToolkitError
 
 _HONOURED = SAMPLING | {"max_new_tokens", "min_new_tokens", "eos_token_id", "pad_token_id", "num_return_sequences"}
 _LIMITS = {
-    "page_size": "page_size",
-    "num_blocks": "num_pages",
+    "page_size": "block_size",
+    "num_blocks": "num_blocks",
     "max_batch_tokens": "max_num_batched_tokens",
     "max_requests_per_batch": "max_num_seqs",
-    "allow_block_sharing": "prefix_cache",
+    "allow_block_sharing": "enable_prefix_caching",
     "seed": "seed",
 }
 """Fields of a ContinuousBatchingConfig, and the engine's limits that they are."""

@@ -19,8 +19,8 @@ from infer_patches.generation_config import SAMPLING, refuse_unsupported, sampli
 from infer_patches.route import Route
 from toolkit import Engine
 from toolkit.errors import ToolkitError, nearest
-from toolkit.patch import ragged_forward
-from toolkit.patch.forward import evaluating
+from toolkit.patching import ragged_forward
+from toolkit.patching.forward import evaluating
 from toolkit.state import RaggedBatch
 
 _INPUTS = ("inputs", "input_ids", "attention_mask", "generation_config", "stopping_criteria", "streamer", "tokenizer")

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from toolkit.errors import ToolkitError
-from toolkit.patch import report_of
+from toolkit.patching import report_of
 
 
 class Route:

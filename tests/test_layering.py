@@ -14,15 +14,15 @@ PACKAGES = {
     "state": {"state", "ops"},
     "moe": {"moe", "ops"},
     "modules": {"modules", "ops", "state", "moe"},
-    "patch": {"patch", "modules", "state", "moe", "ops"},
-    "engine": {"engine", "patch", "state", "ops"},
-    "training": {"training", "config", "engine", "patch", "state", "moe", "ops", "export"},
+    "patching": {"patching", "modules", "state", "moe", "ops"},
+    "engine": {"engine", "patching", "state", "ops"},
+    "training": {"training", "config", "engine", "patching", "state", "moe", "ops", "exporting"},
     "serving": {"serving", "engine"},
-    "export": {"export", "patch"},
+    "exporting": {"exporting", "patching"},
     "config": {"config"},
 }
-EVERYWHERE = {"errors", "numerics", "callable_package"}
-KNOW_TRANSFORMERS = {"patch", "export", "testing", "cli", "training"}
+EVERYWHERE = {"errors", "numerics"}
+KNOW_TRANSFORMERS = {"patching", "exporting", "testing", "cli", "training"}
 
 
 def imports_of(path: Path) -> set[str]:

@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from toolkit.engine import Engine, SamplingParams
-    from toolkit.export import export
-    from toolkit.patch import PatchReport, patch, token_logprobs, unpatch, weights_changed
+    from toolkit.exporting import export
+    from toolkit.patching import PatchReport, patch, token_logprobs, unpatch, weights_changed
 
 # Resolved on first use, so that `toolkit --help` and the ops do not wait for transformers.
 _HOMES = {
     "Engine": "toolkit.engine",
     "SamplingParams": "toolkit.engine",
-    "export": "toolkit.export",
-    "PatchReport": "toolkit.patch",
-    "patch": "toolkit.patch",
-    "token_logprobs": "toolkit.patch",
-    "unpatch": "toolkit.patch",
-    "weights_changed": "toolkit.patch",
+    "export": "toolkit.exporting",
+    "PatchReport": "toolkit.patching",
+    "patch": "toolkit.patching",
+    "token_logprobs": "toolkit.patching",
+    "unpatch": "toolkit.patching",
+    "weights_changed": "toolkit.patching",
 }
 __all__ = [
     "Engine",

@@ -25,7 +25,7 @@ from torch import nn
 
 from toolkit.errors import ToolkitError
 from toolkit.moe.sharding import ShardedExperts, expert_groups, shard_experts
-from toolkit.patch import expert_layers
+from toolkit.patching import expert_layers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

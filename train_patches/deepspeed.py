@@ -29,8 +29,8 @@ from torch import nn
 
 from toolkit.errors import ToolkitError
 from toolkit.moe.sharding import ShardedExperts, gather_state_dict, group_size, shard_experts
-from toolkit.patch import expert_layers
-from toolkit.patch.sharding import gathering
+from toolkit.patching import expert_layers
+from toolkit.patching.sharding import gathering
 
 __all__ = ["expert_parallel", "gather_state_dict", "gathered", "parameter_groups"]
 

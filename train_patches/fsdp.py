@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, cast
 from torch import nn
 
 from toolkit.errors import ToolkitError
-from toolkit.patch.sharding import gathering
+from toolkit.patching.sharding import gathering
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from toolkit.errors import ToolkitError
-from toolkit.patch import adapters, report_of
-from toolkit.patch.linear_adapters import adapter_report, inner_model
+from toolkit.patching import adapters, report_of
+from toolkit.patching.linear_adapters import adapter_report, inner_model
 
 
 @dataclass(frozen=True)

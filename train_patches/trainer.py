@@ -21,7 +21,7 @@ from toolkit.errors import ToolkitError
 from toolkit.modules.head import loss_only
 from toolkit.numerics import Numerics
 from toolkit.ops.linear_logprob.deferred import token_statistics
-from toolkit.patch import PatchReport, patch
+from toolkit.patching import PatchReport, patch
 
 if TYPE_CHECKING:
     from transformers import Trainer

@@ -21,8 +21,8 @@ from toolkit import Engine, SamplingParams
 from toolkit.engine.outputs import Completion
 from toolkit.errors import ToolkitError
 from toolkit.ops.linear_logprob.deferred import token_statistics
-from toolkit.patch import patch, weight_version
-from toolkit.patch.forward import predictions
+from toolkit.patching import patch, weight_version
+from toolkit.patching.forward import predictions
 from toolkit.state import RaggedBatch
 from toolkit.training.objectives.functions import divergence_estimate
 

@@ -82,7 +82,7 @@ class HistoryModel:
             length = int(batch.kv_lengths[owner]) - (last - row)
             pages = view.block_tables[owner]
             at = torch.arange(length)
-            slots = pages[at // pool.page_size] * pool.page_size + at % pool.page_size
+            slots = pages[at // pool.block_size] * pool.block_size + at % pool.block_size
             assert torch.equal(positions[slots, 0, 0], at.float()), "positions are out of order"
             self.versions_read.append({int(one) for one in versions[slots, 0, 0]})
             found.append(logits_of(tuple(int(one) for one in tokens[slots, 0, 0]), self.weights))

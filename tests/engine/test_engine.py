@@ -35,13 +35,13 @@ def random_params(rng: random.Random, longest: int) -> SamplingParams:
 
 
 def random_limits(rng: random.Random, longest: int) -> dict:
-    page_size = rng.choice([1, 2, 4, 16])
+    block_size = rng.choice([1, 2, 4, 16])
     return {
         "max_num_seqs": rng.choice([1, 2, 5, 16]),
         "max_num_batched_tokens": rng.choice([1, 3, 8, 64]),
-        "page_size": page_size,
-        "num_pages": -(-longest // page_size) + rng.choice([0, 1, 4, 40]),
-        "prefix_cache": rng.random() < 0.7,
+        "block_size": block_size,
+        "num_blocks": -(-longest // block_size) + rng.choice([0, 1, 4, 40]),
+        "enable_prefix_caching": rng.random() < 0.7,
     }
 
 
@@ -63,7 +63,7 @@ def test_any_schedule_gives_what_one_sequence_alone_gives(seed):
     with Engine(HistoryModel(), **random_limits(rng, 40)) as engine:
         got = engine.generate(prompts, params)
         engine.check_integrity()
-        assert engine.stats()["pages_used"] == 0
+        assert engine.stats()["blocks_used"] == 0
     expected = [one for prompt, p in zip(prompts, params) for one in oracle(prompt, p)]
     assert [result(one) for one in got] == expected
     assert [(one.prompt_index, one.index) for one in got] == [
@@ -96,7 +96,7 @@ def test_arrivals_and_cancellations_at_any_step(seed):
             if delta.finished is not None:
                 finished[key] = delta.finished
         engine.check_integrity()
-    assert engine.stats()["pages_used"] == 0
+    assert engine.stats()["blocks_used"] == 0
     reasons = set()
     for number, (prompt, params) in asked.items():
         for index, expected in enumerate(oracle(prompt, params)):
@@ -116,7 +116,7 @@ def test_arrivals_and_cancellations_at_any_step(seed):
 
 
 def test_preemption_happens_in_the_random_tests():
-    engine = Engine(HistoryModel(), page_size=2, num_pages=20, prefix_cache=False)
+    engine = Engine(HistoryModel(), block_size=2, num_blocks=20, enable_prefix_caching=False)
     prompts = [[1 + at, 2, 3] for at in range(6)]
     params = SamplingParams(max_tokens=30, ignore_eos=True, seed=3)
     got = engine.generate(prompts, params)
@@ -128,7 +128,7 @@ def test_preemption_happens_in_the_random_tests():
 
 def test_the_prompt_of_n_completions_is_computed_once():
     model = HistoryModel()
-    engine = Engine(model, prefix_cache=False, page_size=4, max_num_batched_tokens=16)
+    engine = Engine(model, enable_prefix_caching=False, block_size=4, max_num_batched_tokens=16)
     prompt, params = list(range(1, 31)), SamplingParams(n=8, max_tokens=5, ignore_eos=True, seed=1)
     got = engine.generate(prompt, params)
     assert sum(int(batch.query_offsets[-1]) for batch in model.batches) == 30 + 8 * 4
@@ -151,7 +151,7 @@ def test_only_rows_that_sample_reach_the_head():
 
 def test_a_new_weight_version_tags_tokens_and_hides_old_prefixes():
     model = HistoryModel()
-    engine = Engine(model, page_size=4, max_num_batched_tokens=64)
+    engine = Engine(model, block_size=4, max_num_batched_tokens=64)
     prompt = list(range(1, 18))
     params = SamplingParams(max_tokens=6, ignore_eos=True, seed=5)
     first = engine.submit(prompt, params)
@@ -178,7 +178,7 @@ def test_a_new_weight_version_tags_tokens_and_hides_old_prefixes():
 
 def test_a_sequence_preempted_over_a_weight_move_is_recomputed_whole():
     model = HistoryModel()
-    engine = Engine(model, page_size=2, num_pages=14)
+    engine = Engine(model, block_size=2, num_blocks=14)
     params = SamplingParams(max_tokens=20, ignore_eos=True, seed=5)
     ids = [engine.submit([1 + at, 2], params) for at in range(3)]
     versions = {}
@@ -203,7 +203,7 @@ def test_one_bad_request_ends_alone():
     assert "not finite" in got[2].error
     assert "token id -1" in got[3].error
     assert [result(got[at]) for at in (0, 4)] == [oracle(prompts[at], params)[0] for at in (0, 4)]
-    assert engine.stats()["pages_used"] == 0
+    assert engine.stats()["blocks_used"] == 0
     engine.check_integrity()
 
 
@@ -242,7 +242,7 @@ def test_a_failing_detokenizer_ends_its_request_alone():
         if one.error:
             assert one.error == "UnicodeError: no such piece"
     engine.check_integrity()
-    assert engine.stats()["pages_used"] == 0
+    assert engine.stats()["blocks_used"] == 0
 
 
 def test_a_failing_forward_ends_its_batch_and_the_engine_goes_on():
@@ -271,7 +271,7 @@ def test_an_interrupt_gets_through_and_leaves_nothing_behind():
     with pytest.raises(KeyboardInterrupt):
         engine.generate([[1], [2]], SamplingParams())
     assert not engine.has_work
-    assert engine.stats()["pages_used"] == 0
+    assert engine.stats()["blocks_used"] == 0
     assert len(engine.generate([1], SamplingParams(max_tokens=2, ignore_eos=True))[0].token_ids) == 2
 
 
@@ -338,7 +338,7 @@ def test_stream_yields_each_token_and_cancels_when_left():
     next(stream)
     stream.close()
     assert not engine.has_work
-    assert engine.stats()["pages_used"] == 0
+    assert engine.stats()["blocks_used"] == 0
     unread = engine.stream([1, 2], params)
     del unread
     gc.collect()
@@ -358,7 +358,7 @@ def test_generate_leaves_the_deltas_of_other_requests_to_step():
 
 
 def test_submit_and_cancel_from_other_threads():
-    engine = Engine(HistoryModel(), max_num_seqs=4, page_size=4, num_pages=64)
+    engine = Engine(HistoryModel(), max_num_seqs=4, block_size=4, num_blocks=64)
     finished, asked, lock = {}, {}, threading.Lock()
     stop = threading.Event()
 
@@ -404,7 +404,7 @@ def test_submit_and_cancel_from_other_threads():
         if given is not None and finished[number].finish_reason != "cancelled":
             assert result(finished[number]) == oracle(*given)[0]
     engine.check_integrity()
-    assert engine.stats()["pages_used"] == 0
+    assert engine.stats()["blocks_used"] == 0
 
 
 def test_unseeded_requests_differ_and_follow_the_engines_seed():
@@ -443,10 +443,10 @@ def test_requests_that_cannot_run_are_refused_at_once(prompt, params, message):
 
 
 def test_requests_that_the_pool_can_never_hold_are_refused_and_the_largest_runs():
-    engine = Engine(HistoryModel(), page_size=4, num_pages=3)
+    engine = Engine(HistoryModel(), block_size=4, num_blocks=3)
     with pytest.raises(
         ToolkitError,
-        match=r"allowed are up to 5, so that both fit in num_pages \* page_size \+ 1, which is 13",
+        match=r"allowed are up to 5, so that both fit in num_blocks \* block_size \+ 1, which is 13",
     ):
         engine.submit([1] * 8, SamplingParams(max_tokens=6))
     params = SamplingParams(max_tokens=5, ignore_eos=True, n=3, seed=1)
@@ -485,8 +485,8 @@ def test_a_closed_engine_gives_everything_back_and_refuses():
     with Engine(HistoryModel()) as engine:
         engine.submit([1, 2], SamplingParams(ignore_eos=True))
         engine.step()
-        assert engine.stats()["pages_used"] == 1
-    assert engine.stats()["pages_used"] == 0
+        assert engine.stats()["blocks_used"] == 1
+    assert engine.stats()["blocks_used"] == 0
     assert [delta.finished.finish_reason for delta in engine.step()] == ["cancelled"]
     assert not engine.has_work
     for call in (engine.submit, engine.generate, lambda prompt: list(engine.stream(prompt))):

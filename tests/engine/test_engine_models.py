@@ -12,8 +12,8 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaFo
 
 from toolkit.engine import Engine, SamplingParams
 from toolkit.errors import ToolkitError
-from toolkit.patch.apply import patch, report_of
-from toolkit.patch.forward import token_logprobs
+from toolkit.patching.apply import patch, report_of
+from toolkit.patching.forward import token_logprobs
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +78,7 @@ def check_parity(model, completions):
 def test_greedy_is_what_generate_gives():
     plain, model = plain_llama(), patched_llama()
     prompts = prompts_of(random.Random(0), 8)
-    with Engine(model, max_num_batched_tokens=32, page_size=4) as engine:
+    with Engine(model, max_num_batched_tokens=32, block_size=4) as engine:
         got = engine.generate(prompts, SamplingParams(temperature=0, max_tokens=24))
     for prompt, one in zip(prompts, got):
         expected = plain.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[0]
@@ -89,13 +89,13 @@ def test_greedy_is_what_generate_gives():
 def test_logprobs_have_the_bits_of_the_training_forward_under_any_schedule(seed):
     rng = random.Random(seed)
     model = patched_llama()
-    page_size = rng.choice([1, 4, 16])
+    block_size = rng.choice([1, 4, 16])
     limits = {
-        "page_size": page_size,
-        "num_pages": -(-70 // page_size) + rng.choice([2, 40]),
+        "block_size": block_size,
+        "num_blocks": -(-70 // block_size) + rng.choice([2, 40]),
         "max_num_seqs": rng.choice([2, 5, 16]),
         "max_num_batched_tokens": rng.choice([3, 17, 128]),
-        "prefix_cache": rng.random() < 0.7,
+        "enable_prefix_caching": rng.random() < 0.7,
     }
     params = [
         SamplingParams(
@@ -127,7 +127,7 @@ def test_a_training_step_moves_the_version_and_rollouts_follow():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     prompt = list(range(3, 40))
     params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
-    with Engine(model, page_size=4) as engine:
+    with Engine(model, block_size=4) as engine:
         before = engine.generate([prompt, prompt], params)
         assert check_parity(model, before)
         torch.cat(token_logprobs(model, [prompt])).sum().backward()
@@ -170,36 +170,36 @@ def test_a_model_in_train_mode_is_sampled_without_dropout_and_stays_in_it():
 def test_the_engine_patches_once_and_keeps_the_tier():
     model = llama()
     assert report_of(model) is None
-    Engine(model, num_pages=4)
+    Engine(model, num_blocks=4)
     report = report_of(model)
     assert report is not None
     forward = model.model.layers[0].mlp.forward
-    Engine(model, num_pages=4, numerics="bitwise")
+    Engine(model, num_blocks=4, numerics="bitwise")
     assert report_of(model) is report
     assert model.model.layers[0].mlp.forward == forward
     with pytest.raises(ToolkitError, match="numerics is 'fast' but the model is patched as 'bitwise'"):
-        Engine(model, num_pages=4, numerics="fast")
+        Engine(model, num_blocks=4, numerics="fast")
     with pytest.raises(ToolkitError, match="numerics is 'exact'; allowed are 'fast', 'bitwise'"):
-        Engine(model, num_pages=4, numerics="exact")
+        Engine(model, num_blocks=4, numerics="exact")
 
 
 def test_ends_of_text_come_from_config_generation_config_and_tokenizer():
     model = llama()
     model.generation_config.eos_token_id = [5, 6]
-    engine = Engine(model, type("Tokenizer", (), {"eos_token_id": 7})(), num_pages=4)
+    engine = Engine(model, type("Tokenizer", (), {"eos_token_id": 7})(), num_blocks=4)
     assert engine._eos == {2, 5, 6, 7}
 
 
 def test_default_limits_follow_the_model():
     engine = Engine(patched_llama(), max_num_seqs=4)
     assert engine.max_model_len == 128
-    assert engine.stats()["pages_total"] == 4 * 8
+    assert engine.stats()["blocks_total"] == 4 * 8
     with pytest.raises(ToolkitError, match="max_model_len is 129; allowed are values up to 128"):
         Engine(patched_llama(), max_model_len=129)
 
 
 def test_closing_frees_the_pool_with_everything_recorded_around_it():
-    with Engine(patched_llama(), page_size=4) as engine:
+    with Engine(patched_llama(), block_size=4) as engine:
         engine.generate([[3, 4, 5], [6]], SamplingParams(max_tokens=4, ignore_eos=True))
         pool = weakref.ref(engine.pool)
     gc.collect()

@@ -28,25 +28,25 @@ def model(request):
 
 
 def test_swapped_sequences_go_on_where_they_were(model):
-    with Engine(model, page_size=4) as engine:
+    with Engine(model, block_size=4) as engine:
         expected = outcome(engine.generate(PROMPTS, params()))
     # Room for one long sequence and a little: the others must make way, again and again.
-    with Engine(model, page_size=4, num_pages=22, swap_bytes=None, max_num_batched_tokens=64) as engine:
+    with Engine(model, block_size=4, num_blocks=22, swap_bytes=None, max_num_batched_tokens=64) as engine:
         assert outcome(engine.generate(PROMPTS, params())) == expected
         stats = engine.stats()
         engine.check_integrity()
         assert engine.scheduler.swap.used == 0
     if model.config.model_type in ("llama", "granite_swa"):
         assert stats["swaps"] > 0
-        with Engine(model, page_size=4, num_pages=22, swap_bytes=0, max_num_batched_tokens=64) as engine:
+        with Engine(model, block_size=4, num_blocks=22, swap_bytes=0, max_num_batched_tokens=64) as engine:
             assert outcome(engine.generate(PROMPTS, params())) == expected
             assert engine.stats()["swaps"] == 0
 
 
 def test_sleep_gives_the_memory_away_and_requests_under_way_survive(model):
-    with Engine(model, page_size=4) as engine:
+    with Engine(model, block_size=4) as engine:
         expected = outcome(engine.generate(PROMPTS, params()))
-    with Engine(model, page_size=4) as engine:
+    with Engine(model, block_size=4) as engine:
         for prompt in PROMPTS:
             engine.submit(prompt, params())
         finished = []
@@ -73,7 +73,7 @@ def test_sleep_gives_the_memory_away_and_requests_under_way_survive(model):
 
 
 def test_a_cancelled_sequence_leaves_nothing_on_the_host(model):
-    with Engine(model, page_size=4) as engine:
+    with Engine(model, block_size=4) as engine:
         request = engine.submit(PROMPTS[0], params())
         engine.step()
         engine.sleep()
@@ -88,14 +88,14 @@ def test_a_cancelled_sequence_leaves_nothing_on_the_host(model):
 def test_windows_bound_what_a_long_sequence_holds():
     model = random_model("granite_swa")
     toolkit.patch(model)
-    with Engine(model, page_size=4, max_num_seqs=1, max_num_batched_tokens=16, prefix_cache=False) as engine:
+    with Engine(model, block_size=4, max_num_seqs=1, max_num_batched_tokens=16, enable_prefix_caching=False) as engine:
         full, window = engine.memory.allocators
-        assert window.num_pages < full.num_pages / 4
+        assert window.num_blocks < full.num_blocks / 4
         engine.submit(list(range(3, 203)), params(max_tokens=50))
         most = 0
         while engine.has_work:
             engine.step()
-            most = max(most, window.num_pages - window.num_free)
+            most = max(most, window.num_blocks - window.num_free)
             engine.check_integrity()
     assert most <= 3 + 4 + 1  # nine tokens, and a step's sixteen
 
@@ -105,7 +105,7 @@ def test_prefix_hits_need_what_every_layer_remembers(family):
     model = random_model(family)
     toolkit.patch(model)
     prompt = list(range(3, 303))
-    with Engine(model, page_size=4) as engine:
+    with Engine(model, block_size=4) as engine:
         first = engine.generate([prompt], params())[0]
         hits = engine.stats()["prefix_hit_tokens"]
         second = engine.generate([[*prompt[:280], 5, 6, 7]], params())[0]

@@ -9,8 +9,8 @@ import torch
 import toolkit
 from toolkit.engine import Engine, SamplingParams
 from toolkit.errors import ToolkitError
-from toolkit.patch import state_spec
-from toolkit.patch.forward import ragged_forward
+from toolkit.patching import state_spec
+from toolkit.patching.forward import ragged_forward
 from toolkit.state import RaggedBatch, StateSpec
 from toolkit.state.batch import observing
 from toolkit.testing.models import random_model
@@ -60,30 +60,30 @@ def prompts(seed: int, count: int) -> list[list[int]]:
     "limits",
     [
         {},
-        {"page_size": 4, "num_pages": 22, "max_num_batched_tokens": 16, "swap_bytes": 0},
-        {"page_size": 4, "num_pages": 22, "max_num_batched_tokens": 16, "swap_bytes": None},
-        {"prefix_cache": False, "max_num_seqs": 3, "max_num_batched_tokens": 9},
+        {"block_size": 4, "num_blocks": 22, "max_num_batched_tokens": 16, "swap_bytes": 0},
+        {"block_size": 4, "num_blocks": 22, "max_num_batched_tokens": 16, "swap_bytes": None},
+        {"enable_prefix_caching": False, "max_num_seqs": 3, "max_num_batched_tokens": 9},
     ],
 )
 def test_it_is_that_of_every_sequence_alone(model: Any, limits: dict[str, Any]) -> None:
-    with Engine(model, record_routing=True, **limits) as engine:
+    with Engine(model, enable_return_routed_experts=True, **limits) as engine:
         params = SamplingParams(n=2, max_tokens=9, ignore_eos=True, seed=1)
         completions = engine.generate(prompts(0, 6), params)
         completions += engine.generate(prompts(0, 3), params)
         stats = engine.stats()
         engine.check_integrity()
     check(model, completions)
-    if "num_pages" in limits:
+    if "num_blocks" in limits:
         assert stats["preemptions"] > 0
         assert (stats["swaps"] > 0) == (limits["swap_bytes"] is None)
-    if limits.get("prefix_cache", True):
+    if limits.get("enable_prefix_caching", True):
         assert stats["prefix_hit_tokens"] > 0
 
 
 def test_it_is_that_of_transformers_own_router(model: Any) -> None:
     stock = random_model("qwen3_moe")
     stock.set_attn_implementation("eager")
-    with Engine(model, record_routing=True) as engine:
+    with Engine(model, enable_return_routed_experts=True) as engine:
         completions = engine.generate(prompts(3, 5), SamplingParams(max_tokens=6, ignore_eos=True, seed=1))
     for one in completions:
         tokens = [*one.prompt_token_ids, *one.token_ids][:-1]
@@ -96,7 +96,7 @@ def test_it_is_that_of_transformers_own_router(model: Any) -> None:
 def test_a_sleep_and_a_prefix_hit_in_between_lose_nothing(model: Any) -> None:
     prompt = prompts(5, 1)[0] * 3
     params = SamplingParams(max_tokens=5, ignore_eos=True, temperature=0.0)
-    with Engine(model, record_routing=True, page_size=4) as engine:
+    with Engine(model, enable_return_routed_experts=True, block_size=4) as engine:
         for _ in range(3):
             engine.submit(prompt, params)
         found = []
@@ -116,7 +116,7 @@ def test_it_is_of_the_weights_that_computed_it() -> None:
     toolkit.patch(model)
     prompt = prompts(7, 1)[0] * 2
     params = SamplingParams(max_tokens=4, ignore_eos=True, temperature=0.0)
-    with Engine(model, record_routing=True, page_size=4) as engine:
+    with Engine(model, enable_return_routed_experts=True, block_size=4) as engine:
         first = engine.generate([prompt], params)
         check(model, first)
         with torch.no_grad():
@@ -128,7 +128,7 @@ def test_it_is_of_the_weights_that_computed_it() -> None:
 
 
 def test_single_tokens_and_ends_before_the_last(model: Any) -> None:
-    with Engine(model, record_routing=True, max_num_seqs=1) as engine:
+    with Engine(model, enable_return_routed_experts=True, max_num_seqs=1) as engine:
         one = engine.generate([[5]], SamplingParams(max_tokens=1, ignore_eos=True))
         assert one[0].routed_experts.shape == (1, LAYERS, K)
         check(model, one)
@@ -147,7 +147,7 @@ def test_single_tokens_and_ends_before_the_last(model: Any) -> None:
 def test_it_is_kept_only_when_asked_for(model: Any) -> None:
     assert state_spec(model)[-LAYERS:] == [StateSpec(at, "routing", ((1, K),)) for at in range(LAYERS)]
     params = SamplingParams(max_tokens=4, ignore_eos=True, temperature=0.0)
-    with Engine(model) as plain, Engine(model, record_routing=True) as recording:
+    with Engine(model) as plain, Engine(model, enable_return_routed_experts=True) as recording:
         assert [spec.kind for spec in plain.pool.specs] == ["full"] * LAYERS
         first, second = plain.generate([[5, 6]], params), recording.generate([[5, 6]], params)
     assert first[0].routed_experts is None
@@ -155,7 +155,7 @@ def test_it_is_kept_only_when_asked_for(model: Any) -> None:
 
 
 def test_it_cannot_be_asked_of_a_dense_model(model: Any) -> None:
-    with pytest.raises(ToolkitError, match="record_routing is True, but the model has no layer of experts"):
-        Engine(random_model("llama"), record_routing=True)
-    with pytest.raises(ToolkitError, match="record_routing is 'yes'"):
-        Engine(model, record_routing="yes")
+    with pytest.raises(ToolkitError, match="routed_experts is True, but the model has no layer of experts"):
+        Engine(random_model("llama"), enable_return_routed_experts=True)
+    with pytest.raises(ToolkitError, match="enable_return_routed_experts is 'yes'"):
+        Engine(model, enable_return_routed_experts="yes")

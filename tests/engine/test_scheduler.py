@@ -6,16 +6,16 @@ from engine_standin import make_request
 
 from toolkit.engine.params import SamplingParams
 from toolkit.engine.scheduler import Scheduler
-from toolkit.state import Group, Memory
+from toolkit.state import BlockManager, Group
 
 
 class Drive:
     """Steps a scheduler without a model: tokens are drawn from a counter, everything else is checked."""
 
-    def __init__(self, num_pages=64, page_size=4, seqs=8, budget=32, prefix_cache=True, seed=0):
-        self.memory = Memory([Group()], [num_pages], page_size)
+    def __init__(self, num_blocks=64, block_size=4, seqs=8, budget=32, enable_prefix_caching=True, seed=0):
+        self.memory = BlockManager([Group()], [num_blocks], block_size)
         self.allocator = self.memory.allocators[0]
-        self.scheduler = Scheduler(self.memory, seqs, budget, prefix_cache)
+        self.scheduler = Scheduler(self.memory, seqs, budget, enable_prefix_caching)
         self.rng = random.Random(seed)
         self.budget = budget
         self.requests = []
@@ -65,7 +65,7 @@ class Drive:
             self.step()
             steps += 1
             assert steps < limit, "no progress"
-        assert self.allocator.num_free == self.allocator.num_pages
+        assert self.allocator.num_free == self.allocator.num_blocks
         assert not self.scheduler.running
         assert not self.scheduler.waiting
         return steps
@@ -105,7 +105,7 @@ def test_the_budget_bounds_what_runs():
 
 
 def test_requests_are_let_in_in_order_and_none_overtakes():
-    drive = Drive(num_pages=8, page_size=4, seqs=8)
+    drive = Drive(num_blocks=8, block_size=4, seqs=8)
     drive.add(14, 10)
     drive.add(20, 4)  # does not fit beside the first
     drive.add(1, 2)  # would fit, but came later
@@ -116,7 +116,7 @@ def test_requests_are_let_in_in_order_and_none_overtakes():
 
 
 def test_the_youngest_is_preempted_and_keeps_its_tokens():
-    drive = Drive(num_pages=6, page_size=2, seqs=3, prefix_cache=False)
+    drive = Drive(num_blocks=6, block_size=2, seqs=3, enable_prefix_caching=False)
     old, young = drive.add(2, 9), drive.add(2, 9)
     while not drive.scheduler.preemptions:
         drive.step()
@@ -131,7 +131,7 @@ def test_the_youngest_is_preempted_and_keeps_its_tokens():
 
 
 def test_prefix_hits_skip_whole_pages():
-    drive = Drive(page_size=4)
+    drive = Drive(block_size=4)
     prompt = list(range(1, 15))
     drive.add(0, 2, prompt=prompt)
     drive.drain()
@@ -139,7 +139,7 @@ def test_prefix_hits_skip_whole_pages():
     drive.drain()
     assert drive.log[(1, 0)][0] == (12, 2)
     assert drive.scheduler.prefix_hit_tokens == 12
-    other = Drive(page_size=4, prefix_cache=False)
+    other = Drive(block_size=4, enable_prefix_caching=False)
     for _ in range(2):
         other.add(0, 2, prompt=prompt)
         other.drain()
@@ -147,7 +147,7 @@ def test_prefix_hits_skip_whole_pages():
 
 
 def test_siblings_fork_one_prefill():
-    drive = Drive(budget=6, seqs=8, prefix_cache=False)
+    drive = Drive(budget=6, seqs=8, enable_prefix_caching=False)
     drive.add(15, 3, n=4)
     for _ in range(3):
         drive.step()
@@ -181,14 +181,14 @@ def test_more_siblings_than_places():
 @pytest.mark.parametrize("seed", range(40))
 def test_random_loads_end_within_bounds_and_leak_nothing(seed):
     rng = random.Random(seed)
-    page_size = rng.choice([1, 2, 3, 4, 16])
+    block_size = rng.choice([1, 2, 3, 4, 16])
     longest = 40
     drive = Drive(
-        num_pages=-(-longest // page_size) + rng.choice([0, 1, 5, 30]),
-        page_size=page_size,
+        num_blocks=-(-longest // block_size) + rng.choice([0, 1, 5, 30]),
+        block_size=block_size,
         seqs=rng.choice([1, 2, 5, 16]),
         budget=rng.choice([1, 2, 7, 64]),
-        prefix_cache=rng.random() < 0.7,
+        enable_prefix_caching=rng.random() < 0.7,
         seed=seed,
     )
     shared = [rng.randrange(1, 50) for _ in range(20)]
@@ -211,7 +211,7 @@ def test_random_loads_end_within_bounds_and_leak_nothing(seed):
 def test_nobody_starves_under_a_stream_of_newcomers(seed):
     """Requests go on arriving; the oldest unfinished one always gets on, so each ends in bounded time."""
     rng = random.Random(seed)
-    drive = Drive(num_pages=12, page_size=2, seqs=4, budget=rng.choice([3, 8]), seed=seed)
+    drive = Drive(num_blocks=12, block_size=2, seqs=4, budget=rng.choice([3, 8]), seed=seed)
     watched = drive.add(10, 10)
     for _ in range(30):
         drive.add(rng.randint(1, 10), rng.randint(1, 10))

@@ -10,7 +10,7 @@ from gpu_checks import HALF, integers, needs_cuda, needs_device
 import toolkit
 from benchmarks.gpu_device import DEVICE, DRY
 from toolkit.modules import head
-from toolkit.patch import ragged_forward
+from toolkit.patching import ragged_forward
 from toolkit.state import RaggedBatch
 from toolkit.testing.models import random_model
 from toolkit.training.objectives import next_token_loss
@@ -102,9 +102,9 @@ def test_a_compiled_ragged_step_is_one_graph(numerics):
 
 
 SCHEDULES = [
-    {"max_num_seqs": 8, "max_num_batched_tokens": 512, "page_size": 16},
-    {"max_num_seqs": 3, "max_num_batched_tokens": 33, "page_size": 8},
-    {"max_num_seqs": 4, "max_num_batched_tokens": 16, "page_size": 4, "num_pages": 60},
+    {"max_num_seqs": 8, "max_num_batched_tokens": 512, "block_size": 16},
+    {"max_num_seqs": 3, "max_num_batched_tokens": 33, "block_size": 8},
+    {"max_num_seqs": 4, "max_num_batched_tokens": 16, "block_size": 4, "num_blocks": 60},
 ]
 
 

@@ -25,7 +25,7 @@ def pair():
     model = random_model("llama")
     own = copy.deepcopy(model)
     toolkit.patch(model)
-    with route_continuous_batching(model, num_pages=64):
+    with route_continuous_batching(model, num_blocks=64):
         yield own, model
 
 
@@ -166,7 +166,7 @@ def test_the_way_out():
     attributes = dict(model.__dict__)
     with pytest.raises(ToolkitError, match="num_page"):
         route_continuous_batching(model, num_page=16)
-    route = route_continuous_batching(model, num_pages=16)
+    route = route_continuous_batching(model, num_blocks=16)
     with pytest.raises(ValueError, match="toolkit is not supported"):  # transformers' own, which knows few attentions
         copy.deepcopy(model).init_continuous_batching(greedy())
     assert set(model.__dict__) > set(attributes)

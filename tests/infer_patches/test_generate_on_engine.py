@@ -24,7 +24,7 @@ def pair():
     model = random_model("llama")
     own = copy.deepcopy(model)
     toolkit.patch(model)
-    with route_generate(model, num_pages=256) as route:
+    with route_generate(model, num_blocks=256) as route:
         yield own, model
         route.engine.check_integrity()
 
@@ -81,7 +81,7 @@ def test_greedy_tokens_of_other_architectures(family):
     inputs, settings = padded(), {"max_new_tokens": 7, "pad_token_id": PAD, "eos_token_id": None}
     expected = model.generate(**inputs, **settings)
     toolkit.patch(model)
-    with route_generate(model, num_pages=64):
+    with route_generate(model, num_blocks=64):
         assert torch.equal(model.generate(**inputs, **settings), expected)
 
 
@@ -306,7 +306,7 @@ def test_the_way_out_and_the_way_round():
     toolkit.patch(model)
     attributes = dict(model.__dict__)
     expected = model.generate(**inputs, **beams)
-    with route_generate(model, num_pages=64, fallback=True) as route:
+    with route_generate(model, num_blocks=64, fallback=True) as route:
         assert torch.equal(model.generate(**inputs, **beams), expected)
         assert route.engine.stats()["generated_tokens"] == 0
         model.generate(**inputs, max_new_tokens=2, pad_token_id=PAD, eos_token_id=None)
@@ -317,14 +317,14 @@ def test_the_way_out_and_the_way_round():
         assert torch.equal(loaded.generate(**inputs, **beams), expected)
     assert model.__dict__ == attributes
     assert torch.equal(model.generate(**inputs, **beams), expected)
-    with toolkit.Engine(model, num_pages=64) as engine:
+    with toolkit.Engine(model, num_blocks=64) as engine:
         route = route_generate(model, engine)
         model.generate(**inputs, max_new_tokens=2, pad_token_id=PAD)
         route.undo()
         route.undo()
         assert engine.generate([[3, 4]])[0].finish_reason in ("length", "stop")
-        with pytest.raises(ToolkitError, match="engine is given, and num_pages"):
-            route_generate(model, engine, num_pages=3)
+        with pytest.raises(ToolkitError, match="engine is given, and num_blocks"):
+            route_generate(model, engine, num_blocks=3)
     with pytest.raises(ToolkitError, match="num_page"):
         route_generate(model, num_page=3)
     assert "generate" not in model.__dict__

@@ -21,7 +21,7 @@ def pair():
     model = random_model("llama")
     own = pipeline("text-generation", model=copy.deepcopy(model), tokenizer=tokenizer)
     toolkit.patch(model)
-    with route_generate(model, num_pages=128) as route:
+    with route_generate(model, num_blocks=128) as route:
         yield own, pipeline("text-generation", model=model, tokenizer=tokenizer), route.engine
 
 

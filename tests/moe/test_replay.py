@@ -8,7 +8,7 @@ import torch
 
 import toolkit
 from toolkit.errors import ToolkitError
-from toolkit.patch.forward import ragged_forward
+from toolkit.patching.forward import ragged_forward
 from toolkit.state.batch import RaggedBatch, observing
 from toolkit.testing.models import random_model
 from toolkit.testing.oracle import eager, lifted_to_double

@@ -20,7 +20,7 @@ def run(forest, scale=0.3, window=0, softcap=0.0, **options):
         out, lse = attention(forest.q, forest.k, forest.v, *forest.plan, scale, window, softcap, **options)
         offsets, starts, lengths, tables, page = forest.plan
         tensors = forest.grad, forest.q, forest.k, forest.v, out, lse, offsets, starts, lengths
-        rest = {"block_tables": tables, "page_size": page, "readers": forest.readers, **options}
+        rest = {"block_tables": tables, "block_size": page, "readers": forest.readers, **options}
         return out, lse, *attention_backward(*tensors, scale, window, softcap, **rest)
 
 
@@ -98,7 +98,7 @@ def test_wide_heads(d, v_dim, heads):
     readers = torch.zeros(k.shape[0], 3, dtype=torch.int64)
     length = int(forest.kv_lengths[0])
     readers[:length, 1], readers[:length, 2] = q.shape[0], torch.arange(length)
-    rest = {"block_tables": tables, "page_size": 1, "readers": readers}
+    rest = {"block_tables": tables, "block_size": 1, "readers": readers}
     for a, b in zip(got, attention_backward(grad, q, k, v, out, lse, *plan, 0.3, 0, 0.0, **rest)):
         assert error(a, b) < 1e-6
 

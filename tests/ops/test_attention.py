@@ -204,15 +204,15 @@ def test_extreme_scores(impl):
         assert x.isfinite().all()
 
 
-def run_in_pages(q, k, v, lengths, chunks, page_size, window, softcap, rng, spare=3):
+def run_in_pages(q, k, v, lengths, chunks, block_size, window, softcap, rng, spare=3):
     """Attention call by call: chunks[i] lists (sequence, queries) of call i. Unwritten slots hold NaN."""
-    pages = [-(-n // page_size) for n in lengths]
+    pages = [-(-n // block_size) for n in lengths]
     order = list(range(sum(pages) + spare))
     rng.shuffle(order)
     tables = torch.full((len(lengths), max(pages) + 1), -1)
     for s, count in enumerate(pages):
         tables[s, :count] = torch.tensor([order.pop() for _ in range(count)], dtype=torch.int64)
-    slots = (sum(pages) + spare) * page_size
+    slots = (sum(pages) + spare) * block_size
     pool_k = torch.full((slots, *k.shape[1:]), torch.nan, dtype=k.dtype)
     pool_v = torch.full((slots, *v.shape[1:]), torch.nan, dtype=v.dtype)
     starts, done = offsets(lengths).tolist(), [0] * len(lengths)
@@ -224,7 +224,7 @@ def run_in_pages(q, k, v, lengths, chunks, page_size, window, softcap, rng, spar
         rows = []
         for s, count in call:
             own = torch.arange(done[s], done[s] + count)
-            slot = tables[s, own // page_size] * page_size + own % page_size
+            slot = tables[s, own // block_size] * block_size + own % block_size
             pool_k[slot], pool_v[slot] = k[starts[s] + own], v[starts[s] + own]
             done[s] += count
             rows.append(starts[s] + own)
@@ -233,14 +233,14 @@ def run_in_pages(q, k, v, lengths, chunks, page_size, window, softcap, rng, spar
         for i, s in enumerate(batch):  # pages behind the window may be gone
             oldest = done[s] - call[i][1] - window + 1
             if window and oldest > 0:
-                taken[i, : oldest // page_size] = -7
+                taken[i, : oldest // block_size] = -7
         index = torch.cat(rows)
         layout = (
             offsets([count for _, count in call]),
             torch.zeros(len(call), dtype=torch.int64),
             torch.tensor([done[s] for s in batch]),
         )
-        out[index], lse[index] = attention(q[index], pool_k, pool_v, *layout, taken, page_size, 0.2, window, softcap)
+        out[index], lse[index] = attention(q[index], pool_k, pool_v, *layout, taken, block_size, 0.2, window, softcap)
     assert done == lengths
     return out, lse
 
@@ -282,13 +282,13 @@ def test_bits_do_not_depend_on_schedule(shape):
     one_by_one = [[(s, 1) for s, n in enumerate(lengths) if i < n] for i in range(max(lengths))]
     threads = torch.get_num_threads()
     try:
-        for i, page_size in enumerate((4, 16, 48)):
+        for i, block_size in enumerate((4, 16, 48)):
             torch.set_num_threads(1 + i % 2)
             schedules = [one_by_one] if i == 1 else []
             schedules += [random_chunks(lengths, largest, rng) for largest in (5, 100)]
             for chunks in schedules:
                 for actual, want in zip(
-                    run_in_pages(q, k, v, lengths, chunks, page_size, window, softcap, rng), expected
+                    run_in_pages(q, k, v, lengths, chunks, block_size, window, softcap, rng), expected
                 ):
                     assert torch.equal(actual, want)
             for actual, want in zip(attention(q, k, v, *plan, None, 0, 0.2, window, softcap), expected):

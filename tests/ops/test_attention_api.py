@@ -35,9 +35,9 @@ def test_operator_registration():
         ({"query_offsets": torch.tensor([0, 9], dtype=torch.int32)}, "query_offsets"),
         ({"query_offsets": torch.tensor([0, 99])}, "query_offsets"),
         ({"kv_lengths": torch.tensor([10])}, "9 rows"),
-        ({"block_tables": torch.tensor([[0, 7, 1]]), "page_size": 3}, "page 7"),
-        ({"block_tables": torch.tensor([[0]]), "page_size": 3}, "kv_lengths"),
-        ({"block_tables": torch.tensor([[0]])}, "page_size"),
+        ({"block_tables": torch.tensor([[0, 7, 1]]), "block_size": 3}, "page 7"),
+        ({"block_tables": torch.tensor([[0]]), "block_size": 3}, "kv_lengths"),
+        ({"block_tables": torch.tensor([[0]])}, "block_size"),
     ],
 )
 def test_bad_input(change, message):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from toolkit.errors import ToolkitError
-from toolkit.state import Group, Memory, PagedRows, Snapshots, StatePool, StateSpec, Tables, kinds
+from toolkit.state import BlockManager, BlockTables, Group, PagedRows, Snapshots, StatePool, StateSpec, kinds
 from toolkit.state.kinds import Rows, independent
 from toolkit.state.kinds.full import FullAttention
 from toolkit.state.pool import group_of, groups_of
@@ -29,12 +29,12 @@ def spec_of(kind: str, layer: int = 0) -> StateSpec:
 class Sequences:
     """A kind's storage, its tables, and a generator of inputs: what an engine does, in three lines a step."""
 
-    def __init__(self, kind: str, num_pages: int = 24, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, kind: str, num_blocks: int = 24, dtype: torch.dtype = torch.float32) -> None:
         self.spec = spec_of(kind)
         self.type = kinds.find(kind)
-        self.state = self.type(self.spec, num_pages, PAGE, dtype, torch.device("cpu"))
+        self.state = self.type(self.spec, num_blocks, PAGE, dtype, torch.device("cpu"))
         self.dtype = dtype
-        self.memory = Memory([group_of(self.spec)], [num_pages], PAGE)
+        self.memory = BlockManager([group_of(self.spec)], [num_blocks], PAGE)
 
     def rows(self, n: int, seed: int) -> Rows:
         generator = torch.Generator().manual_seed(seed)
@@ -46,7 +46,7 @@ class Sequences:
             rows[2], rows[3] = -rows[2].abs(), rows[3].sigmoid()
         return tuple(rows)
 
-    def view(self, tables: Tables, slots: list[int], n: int) -> PagedRows | Snapshots:
+    def view(self, tables: BlockTables, slots: list[int], n: int) -> PagedRows | Snapshots:
         (part,) = tables.parts
         if self.type.stride:
             saves = part.saves(n)
@@ -55,7 +55,7 @@ class Sequences:
         pages = torch.tensor([[max(page, 0) for page in part.pages]], dtype=torch.int64)
         return PagedRows(pages, torch.tensor(slots, dtype=torch.int64))
 
-    def append(self, tables: Tables, rows: Rows) -> None:
+    def append(self, tables: BlockTables, rows: Rows) -> None:
         n = len(rows[0])
         (slots,) = tables.reserve(n)
         (copies,) = tables.take_copies()
@@ -63,7 +63,7 @@ class Sequences:
         self.state.write(rows, self.view(tables, slots, n), torch.tensor([0, n]))
         tables.commit([0] * n)
 
-    def read(self, tables: Tables) -> Rows:
+    def read(self, tables: BlockTables) -> Rows:
         return self.state.read(tables.parts[0].pages, tables.length)
 
 
@@ -131,7 +131,7 @@ def test_truncate_and_continue_equals_never_having_gone_further(sequences: Seque
 
 def test_a_prefix_hit_goes_on_as_if_it_had_been_computed(sequences: Sequences) -> None:
     rows, other = sequences.rows(4 * PAGE * 16 + 3, 5), sequences.rows(6, 6)
-    sequences = Sequences(sequences.spec.kind, num_pages=200)
+    sequences = Sequences(sequences.spec.kind, num_blocks=200)
     first, second, straight = (sequences.memory.tables(version) for version in (0, 0, None))
     sequences.append(first, rows)
     tokens = [0] * len(rows[0])
@@ -148,13 +148,13 @@ def test_swap_is_identity_in_whatever_pages_are_free(sequences: Sequences) -> No
     tables, other, blocker = (sequences.memory.tables(None) for _ in range(3))
     sequences.append(tables, sequences.rows(10, 7))
     before, old = sequences.read(tables), list(tables.parts[0].pages)
-    host = sequences.state.swap_out(tables.held_pages()[0])
+    host = sequences.state.swap_out(tables.held_blocks()[0])
     assert all(part.device.type == "cpu" for part in host)
     swapped = tables.give_up()
     sequences.append(blocker, sequences.rows(1, 8))
     sequences.append(other, sequences.rows(20, 8))  # overwrites the freed pages
     back = swapped.restore(sequences.memory)
-    sequences.state.swap_in(back.held_pages()[0], host)
+    sequences.state.swap_in(back.held_blocks()[0], host)
     assert back.parts[0].pages != old
     assert same(sequences.read(back), before)
     sequences.memory.check_integrity([back, other, blocker])
@@ -165,17 +165,17 @@ def test_sleep_gives_the_memory_back_and_wake_takes_it(sequences: Sequences) -> 
     rows = sequences.rows(6, 3)
     sequences.append(tables, rows)
     before, stores = sequences.read(tables), sequences.state.stores
-    host = sequences.state.swap_out(tables.held_pages()[0])
+    host = sequences.state.swap_out(tables.held_blocks()[0])
     sequences.state.sleep()
     assert sum(store.untyped_storage().nbytes() for store in stores) == 0
     sequences.state.wake()
     assert all(not store.any() for store in stores)
-    sequences.state.swap_in(tables.held_pages()[0], host)
+    sequences.state.swap_in(tables.held_blocks()[0], host)
     assert same(sequences.read(tables), before)
 
 
 def test_bytes_are_those_of_its_pages(sequences: Sequences) -> None:
-    assert sequences.state.bytes == 24 * sequences.type.page_bytes(sequences.spec, PAGE, torch.float32) > 0
+    assert sequences.state.bytes == 24 * sequences.type.block_bytes(sequences.spec, PAGE, torch.float32) > 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -185,8 +185,8 @@ def test_half_precision_is_kept_bit_for_bit(kind: str) -> None:
     rows = sequences.rows(7, 11)
     sequences.append(tables, rows)
     before = sequences.read(tables)
-    assert sequences.state.bytes == 24 * sequences.type.page_bytes(sequences.spec, PAGE, torch.bfloat16)
-    pages = tables.held_pages()[0]
+    assert sequences.state.bytes == 24 * sequences.type.block_bytes(sequences.spec, PAGE, torch.bfloat16)
+    pages = tables.held_blocks()[0]
     host = sequences.state.swap_out(pages)
     sequences.state.swap_in(pages, host)
     assert same(sequences.read(tables), before)
@@ -208,7 +208,7 @@ def test_negative_slots_are_skipped(kind: str) -> None:
 
 
 def test_a_window_gives_back_the_pages_that_it_left() -> None:
-    sequences = Sequences("window", num_pages=4)
+    sequences = Sequences("window", num_blocks=4)
     tables = sequences.memory.tables(None)
     rows = sequences.rows(200, 1)
     for at in range(200):
@@ -229,7 +229,7 @@ def test_page_copies_run_as_if_one_after_the_other(copies: list[tuple[int, int]]
     for store in expected:
         for source, destination in copies:
             store[destination] = store[source].clone()
-    pool.copy_pages([copies])
+    pool.copy_blocks([copies])
     assert same(tuple(stores), tuple(expected))
 
 
@@ -256,9 +256,9 @@ def test_a_pool_groups_layers_by_how_far_back_they_read() -> None:
     assert [tuple(state.stores[0].shape) for state in pool.states] == [
         (7, 3, 2, 8), (3, 3, 1, 6), (2, 2, 3, 4), (2, 3, 10), (7, 3, 1, 6), (5, 3, 1, 6),
     ]  # fmt: skip
-    page_bytes = StatePool.page_bytes(HYBRID, 3, torch.float32)
-    assert pool.bytes == sum(page_bytes[group] * count for group, count in zip(groups, (7, 5, 3, 2)))
-    assert page_bytes[Group()] == 3 * 4 * (24 + 12)
+    block_bytes = StatePool.block_bytes(HYBRID, 3, torch.float32)
+    assert pool.bytes == sum(block_bytes[group] * count for group, count in zip(groups, (7, 5, 3, 2)))
+    assert block_bytes[Group()] == 3 * 4 * (24 + 12)
     assert StatePool([], {}, 2).bytes == 0
 
 
@@ -283,10 +283,10 @@ def test_a_pool_swaps_all_kinds_of_a_sequence_together() -> None:
 
 
 def test_pages_follow_from_what_a_group_keeps() -> None:
-    assert Group().pages_for(1000, 4, 64, 16) == 63 + 4
-    assert Group(reach=127).pages_for(10_000, 4, 64, 16) == 4 * (8 + 2) + 4
-    assert Group(reach=1, stride=16).pages_for(10_000, 4, 512, 16) == 3 * 4 + 2 + 1
-    assert Group(reach=4095).pages_for(100, 2, 64, 16) == 7 + 2  # never more than everything
+    assert Group().blocks_for(1000, 4, 64, 16) == 63 + 4
+    assert Group(reach=127).blocks_for(10_000, 4, 64, 16) == 4 * (8 + 2) + 4
+    assert Group(reach=1, stride=16).blocks_for(10_000, 4, 512, 16) == 3 * 4 + 2 + 1
+    assert Group(reach=4095).blocks_for(100, 2, 64, 16) == 7 + 2  # never more than everything
 
 
 def test_an_unknown_kind_is_named_with_the_nearest_one() -> None:

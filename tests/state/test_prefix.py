@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from toolkit.state import PageAllocator, PrefixIndex, Table, Tables
+from toolkit.state import BlockAllocator, BlockTable, BlockTables, PrefixIndex
 
 
 class Colliding(int):
@@ -14,9 +14,9 @@ class Colliding(int):
         return 7
 
 
-def write(allocator: PageAllocator, tokens: list[int], version: object) -> tuple[Table, int]:
-    table = Table(allocator, version)
-    hit = Tables([table]).match_prefix(tokens)
+def write(allocator: BlockAllocator, tokens: list[int], version: object) -> tuple[BlockTable, int]:
+    table = BlockTable(allocator, version)
+    hit = BlockTables([table]).match_prefix(tokens)
     table.reserve(len(tokens) - hit)
     table.take_copies()
     table.commit(tokens[hit:])
@@ -24,7 +24,7 @@ def write(allocator: PageAllocator, tokens: list[int], version: object) -> tuple
 
 
 def test_longest_run_of_full_pages_and_never_the_whole_prompt() -> None:
-    allocator = PageAllocator(16, 4)
+    allocator = BlockAllocator(16, 4)
     tokens = list(range(10))
     table, hit = write(allocator, tokens, 0)
     assert hit == 0
@@ -32,15 +32,15 @@ def test_longest_run_of_full_pages_and_never_the_whole_prompt() -> None:
     assert allocator.index.match(tokens[:7], 0) == table.pages[:1]
     assert allocator.index.match(tokens[:3], 0) == []
     for length, expected in ((4, 0), (5, 4), (8, 4), (9, 8), (10, 8)):
-        assert Tables([Table(allocator, 0)]).match_prefix([]) == 0
-        other = Table(allocator, 0)
-        assert Tables([other]).match_prefix(tokens[:length]) == expected
+        assert BlockTables([BlockTable(allocator, 0)]).match_prefix([]) == 0
+        other = BlockTable(allocator, 0)
+        assert BlockTables([other]).match_prefix(tokens[:length]) == expected
         assert other.tokens == tokens[:expected]
         other.release()
 
 
 def test_versions_and_parents_are_never_crossed() -> None:
-    allocator = PageAllocator(32, 2)
+    allocator = BlockAllocator(32, 2)
     write(allocator, [1, 2, 3, 4, 5], 0)
     assert write(allocator, [1, 2, 3, 4, 5], 1)[1] == 0
     assert write(allocator, [9, 9, 3, 4, 5], 0)[1] == 0  # the same second page after another first one
@@ -66,7 +66,7 @@ def test_colliding_hashes_are_told_apart() -> None:
 
 
 def test_what_follows_a_truncation_hangs_from_what_was_kept() -> None:
-    allocator = PageAllocator(8, 2)
+    allocator = BlockAllocator(8, 2)
     table, _ = write(allocator, [1, 2, 3, 4, 5], 0)
     for keep, added, known in ((2, [6, 7], [1, 2, 6, 7]), (1, [8, 9, 9], [1, 8, 9, 9]), (0, [3, 4], [3, 4])):
         table.truncate(keep)
@@ -89,8 +89,8 @@ def test_an_evicted_beginning_hides_the_rest_until_it_is_computed_again() -> Non
 
 
 def test_the_first_page_with_some_tokens_stays_the_registered_one() -> None:
-    allocator = PageAllocator(8, 2)
-    twins = [Table(allocator, 0) for _ in range(2)]
+    allocator = BlockAllocator(8, 2)
+    twins = [BlockTable(allocator, 0) for _ in range(2)]
     for table in twins:  # scheduled together, so that neither could match the other
         table.reserve(5)
     for table in twins:
@@ -103,7 +103,7 @@ def test_the_first_page_with_some_tokens_stays_the_registered_one() -> None:
 
 
 def test_what_two_versions_wrote_is_never_registered() -> None:
-    allocator = PageAllocator(8, 2)
+    allocator = BlockAllocator(8, 2)
     table, _ = write(allocator, [1, 2, 3], 0)
     table.reserve(3)
     table.commit([4, 5, 6], version=1)
@@ -117,8 +117,8 @@ def test_what_two_versions_wrote_is_never_registered() -> None:
     allocator.check_integrity([])
 
 
-def test_no_version_means_no_prefix_cache() -> None:
-    allocator = PageAllocator(8, 2)
+def test_no_version_means_no_enable_prefix_caching() -> None:
+    allocator = BlockAllocator(8, 2)
     table, _ = write(allocator, [1, 2, 3], None)
     assert len(allocator.index) == 0
     assert write(allocator, [1, 2, 3], None)[1] == 0
@@ -139,7 +139,7 @@ def test_bad_registrations_are_refused() -> None:
 
 
 def test_a_long_chain_is_let_go_without_recursion() -> None:
-    allocator = PageAllocator(10_000, 1)
+    allocator = BlockAllocator(10_000, 1)
     table, _ = write(allocator, list(range(10_000)), 0)
     table.release()
     allocator.drop_old_versions(1)
@@ -155,7 +155,7 @@ def test_a_long_chain_is_let_go_without_recursion() -> None:
     version=st.integers(0, 1),
 )
 def test_match_equals_a_search_through_everything_written(size, entries, query, version) -> None:
-    allocator = PageAllocator(200, size)
+    allocator = BlockAllocator(200, size)
     for tokens, entry_version in entries:
         write(allocator, tokens, entry_version)
     best = 0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from toolkit.errors import ToolkitError
-from toolkit.state import Group, PageAllocator, PagedRows, RaggedBatch, StatePool, StateSpec, Table, Tables
+from toolkit.state import BlockAllocator, BlockTable, BlockTables, Group, PagedRows, RaggedBatch, StatePool, StateSpec
 
 HEADS, GROUPS, DIM, V_DIM = 4, 2, 8, 6
 SCALE = DIM**-0.5
@@ -70,16 +70,16 @@ def test_packed_outputs_and_gradients_equal_each_sequence_alone(window: int, sof
 class Runner:
     """A one-layer engine: random schedules over real pages, poisoned wherever nothing was written."""
 
-    def __init__(self, dtype: torch.dtype, num_pages: int = 40, page_size: int = 4) -> None:
+    def __init__(self, dtype: torch.dtype, num_blocks: int = 40, block_size: int = 4) -> None:
         specs = [StateSpec(layer, "full", ((GROUPS, DIM), (GROUPS, V_DIM))) for layer in range(2)]
-        self.pool = StatePool(specs, {Group(): num_pages}, page_size, dtype)
+        self.pool = StatePool(specs, {Group(): num_blocks}, block_size, dtype)
         for state in self.pool.states:
             for store in state.stores:
                 store.fill_(math.nan)
-        self.allocator = PageAllocator(num_pages, page_size)
+        self.allocator = BlockAllocator(num_blocks, block_size)
 
     def step(
-        self, work: list[tuple[Table, list[int], tuple[Tensor, Tensor, Tensor]]], padding: int = 0
+        self, work: list[tuple[BlockTable, list[int], tuple[Tensor, Tensor, Tensor]]], padding: int = 0
     ) -> list[Tensor]:
         """Append tokens with their q, k, v to tables, in one batch; returns each one's output rows."""
         tables = [table for table, _, _ in work]
@@ -88,7 +88,7 @@ class Runner:
         slots = []
         for table, tokens, _ in work:
             slots += table.reserve(len(tokens))
-            self.pool.copy_pages([table.take_copies()])
+            self.pool.copy_blocks([table.take_copies()])
         longest = max(len(table.pages) for table in tables)
         places = [start + i for start, count in zip(starts, counts) for i in range(count)]
         tokens = [token for _, new, _ in work for token in new]
@@ -137,11 +137,11 @@ def test_any_schedule_through_pages_equals_all_at_once_bit_for_bit(seed: int) ->
 
     runner = Runner(torch.float32)
     runner.allocator.free(runner.allocator.allocate(choose.randrange(20)))
-    tables: dict[int, Table] = {i: Table(runner.allocator, 0) for i in range(4)}
+    tables: dict[int, BlockTable] = {i: BlockTable(runner.allocator, 0) for i in range(4)}
     while any(table.length < lengths[i] for i, table in tables.items()) or len(tables) < 6:
         if 4 not in tables and tables[0].length >= 8:
-            tables[4] = Table(runner.allocator, 0)
-            assert Tables([tables[4]]).match_prefix(texts[4]) == 8
+            tables[4] = BlockTable(runner.allocator, 0)
+            assert BlockTables([tables[4]]).match_prefix(texts[4]) == 8
         if 5 not in tables and tables[3].length >= 10:
             tables[5] = tables[3].fork()
             tables[5].truncate(10)
@@ -162,7 +162,7 @@ def test_any_schedule_through_pages_equals_all_at_once_bit_for_bit(seed: int) ->
 
 def test_state_written_under_grad_mode_stays_plain() -> None:
     runner = Runner(torch.float32)
-    table = Table(runner.allocator, None)
+    table = BlockTable(runner.allocator, None)
     rows = tuple(part.requires_grad_() for part in qkv(3, 3, torch.float32))
     (out,) = runner.step([(table, [0, 0, 0], rows)])
     torch.testing.assert_close(out, dense(*rows, 0, 0.0))

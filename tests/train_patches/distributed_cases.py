@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import toolkit
 from toolkit.errors import ToolkitError
-from toolkit.patch import weight_version
+from toolkit.patching import weight_version
 from toolkit.testing.models import random_model
 
 STEPS, RATE, CLIP, TOLERANCE = 4, 1e-2, 1.0, 1e-4

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from toolkit.modules.experts import Experts
-from toolkit.patch.claim import replace_forward
+from toolkit.patching.claim import replace_forward
 
 EXPERTS, WIDTH, TOKENS, STEPS = 4, 8, 12, 6
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from toolkit.patch import report_of
+from toolkit.patching import report_of
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "loops.md").read_text()

@@ -7,7 +7,7 @@ import torch
 
 import toolkit
 from toolkit.errors import ToolkitError
-from toolkit.patch import report_of
+from toolkit.patching import report_of
 from toolkit.testing.models import random_model
 from toolkit.testing.oracle import eager, lifted_to_double
 from train_patches.peft import adopt_adapters

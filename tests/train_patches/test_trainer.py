@@ -13,7 +13,7 @@ from transformers.trainer_pt_utils import LabelSmoother as StockSmoother
 from benchmarks import trainer_curve
 from toolkit.errors import ToolkitError
 from toolkit.ops.linear_logprob.deferred import DeferredLogits
-from toolkit.patch import report_of
+from toolkit.patching import report_of
 from toolkit.testing.models import random_model
 from train_patches.trainer import LabelSmoother, patch_trainer
 

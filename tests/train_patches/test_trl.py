@@ -5,7 +5,7 @@ import torch
 
 import toolkit
 from toolkit.errors import ToolkitError
-from toolkit.patch import report_of
+from toolkit.patching import report_of
 from toolkit.testing.models import random_model, tiny_tokenizer
 
 trl = pytest.importorskip("trl")

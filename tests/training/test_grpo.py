@@ -13,14 +13,14 @@ from toolkit.errors import ToolkitError
 from toolkit.training.loop import Trainer, train
 from toolkit.training.metrics import read_metrics
 from toolkit.training.objectives import group_advantages, importance_weight, policy_loss, sequence_mean
-from toolkit.training.objectives.grpo import GroupPolicy, Micro, Sample, pack
+from toolkit.training.objectives.grpo import GRPO, MicroBatch, Sample, pack
 
 SMALL = {"task": LOWER, "prompts": 3, "group": 4}
 
 
-def setup(folder: Path, objective: dict[str, Any], **sections: Any) -> tuple[Trainer, GroupPolicy]:
+def setup(folder: Path, objective: dict[str, Any], **sections: Any) -> tuple[Trainer, GRPO]:
     trainer = Trainer(objective_recipe(folder, "grpo", SMALL | objective, **sections), quiet=True)
-    assert isinstance(trainer.objective, GroupPolicy)
+    assert isinstance(trainer.objective, GRPO)
     return trainer, trainer.objective
 
 
@@ -147,7 +147,7 @@ def test_micro_batches_keep_groups_together_and_within_the_budget() -> None:
     def group(prompt: int, *lengths: int) -> list[Sample]:
         return [Sample([0] * prompt, [0] * length, [0.0] * length) for length in lengths]
 
-    def cost(micro: Micro) -> int:
+    def cost(micro: MicroBatch) -> int:
         prompts = {id(sample.prompt): len(sample.prompt) for sample in micro.samples}
         return sum(prompts.values()) + sum(len(sample.tokens) for sample in micro.samples)
 
@@ -199,7 +199,7 @@ def test_memory_is_what_the_recipe_gives_and_changes_no_bit(tmp_path: Path) -> N
         figures.append(policy.finish()[1])
         engines.append(policy.rollout.engine.stats())
     assert steps[0] == steps[1]
-    assert [engine["pages_total"] for engine in engines] == [32, 3]
+    assert [engine["blocks_total"] for engine in engines] == [32, 3]
     assert engines[1]["preemptions"] > 0
     assert figures[1]["mismatch_bits"] == 0
 

@@ -11,13 +11,13 @@ from objective_recipes import weights
 from toolkit.errors import ToolkitError
 from toolkit.training.loop import Trainer
 from toolkit.training.metrics import read_metrics
-from toolkit.training.objectives.grpo import GroupPolicy, Micro, _filler
+from toolkit.training.objectives.grpo import GRPO, MicroBatch, _filler
 
 
-def setup(folder: Path, replay: bool, **sections: Any) -> tuple[Trainer, GroupPolicy]:
+def setup(folder: Path, replay: bool, **sections: Any) -> tuple[Trainer, GRPO]:
     objective = {"replay_routing": replay, **sections.pop("objective", {})}
     trainer = Trainer(moe_recipe(folder, "grpo", {}, objective=objective, **sections), quiet=True)
-    assert isinstance(trainer.objective, GroupPolicy)
+    assert isinstance(trainer.objective, GRPO)
     return trainer, trainer.objective
 
 
@@ -64,12 +64,12 @@ def test_training_takes_the_recorded_experts(tmp_path: Path, numerics: str) -> N
 def test_samples_that_only_fill_up_are_replayed_too(tmp_path: Path) -> None:
     trainer, policy = setup(tmp_path, True)
     micros = next(policy.updates(0))
-    filler = Micro([_filler(micros[0].samples[0])])
+    filler = MicroBatch([_filler(micros[0].samples[0])])
     assert filler.routing is not None
     assert len(filler.routing[0]) == len(filler.sequences[0]) - 1
     assert policy.loss(trainer.forward, filler).item() == 0.0
     assert policy.rows(filler) == 0
-    assert Micro([micros[0].samples[0], type(micros[0].samples[0])([1], [2], [0.0])]).routing is None
+    assert MicroBatch([micros[0].samples[0], type(micros[0].samples[0])([1], [2], [0.0])]).routing is None
 
 
 def test_a_dense_model_has_nothing_to_replay(tmp_path: Path) -> None:
@@ -78,5 +78,5 @@ def test_a_dense_model_has_nothing_to_replay(tmp_path: Path) -> None:
     config["model_type"] = "llama"
     del config["moe_intermediate_size"]
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"config": config})})
-    with pytest.raises(ToolkitError, match="record_routing is True, but the model has no layer of experts"):
+    with pytest.raises(ToolkitError, match="routed_experts is True, but the model has no layer of experts"):
         Trainer(recipe, quiet=True).train_step()

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from toolkit.cli.loading import load_model
 from toolkit.errors import ToolkitError
-from toolkit.training.examples import Lines, LineStream, Packed, conversation, example_of
+from toolkit.training.examples import JsonlDataset, LineStream, Packed, conversation, example_of
 from toolkit.training.loop import Trainer, train
 from toolkit.training.metrics import read_metrics
 from toolkit.training.objectives.distill import Distillation
@@ -158,7 +158,7 @@ def test_examples_mask_prompts_and_are_cut() -> None:
 
 
 def test_lines_are_split_shuffled_and_resumed(chat: Path) -> None:
-    lines = Lines(str(chat / "chat.jsonl"), 0.2, Supervised.fields)
+    lines = JsonlDataset(str(chat / "chat.jsonl"), 0.2, Supervised.fields)
     assert len(lines.train) + len(lines.held_out) == 60
     assert lines.held_out
     assert not any(line in lines.train for line in lines.held_out)
@@ -204,7 +204,7 @@ def test_a_packing_is_resumed_where_an_example_waits(chat: Path) -> None:
 def test_a_wrong_file_is_one_sentence(tmp_path: Path, text: str, expected: str) -> None:
     (tmp_path / "data.jsonl").write_text(text)
     with pytest.raises(ToolkitError) as caught:
-        Lines(str(tmp_path / "data.jsonl"), 0.1, Supervised.fields)
+        JsonlDataset(str(tmp_path / "data.jsonl"), 0.1, Supervised.fields)
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
 

@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
     from toolkit.cli.loading import load_model
     from toolkit.cli.verify import real_prompts
     from toolkit.engine import Engine, SamplingParams
-    from toolkit.export import export
+    from toolkit.exporting import export
 
     model, tokenizer = load_model(args.model)
     with Engine(model, tokenizer) as engine:

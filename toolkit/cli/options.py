@@ -5,7 +5,7 @@ from typing import Any
 
 from toolkit.cli.loading import DTYPES
 
-LIMITS = ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "page_size", "num_pages")
+LIMITS = ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "block_size", "num_blocks")
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -21,9 +21,11 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-num-seqs", type=int, metavar="N", help="sequences in a step")
     parser.add_argument("--max-num-batched-tokens", type=int, metavar="N", help="tokens in a step")
     parser.add_argument("--max-model-len", type=int, metavar="N", help="tokens of prompt and completion together")
-    parser.add_argument("--page-size", type=int, metavar="N", help="tokens in a page of state")
-    parser.add_argument("--num-pages", type=int, metavar="N", help="pages of state")
-    parser.add_argument("--no-prefix-cache", action="store_true", help="do not reuse the state of common prefixes")
+    parser.add_argument("--block-size", type=int, metavar="N", help="tokens in a page of state")
+    parser.add_argument("--num-blocks", type=int, metavar="N", help="pages of state")
+    parser.add_argument(
+        "--no-enable-prefix-caching", action="store_true", help="do not reuse the state of common prefixes"
+    )
 
 
 def make_engine(args: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
@@ -31,6 +33,6 @@ def make_engine(args: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
     from toolkit.engine import Engine
 
     limits = {name: getattr(args, name) for name in LIMITS if getattr(args, name, None) is not None}
-    if getattr(args, "no_prefix_cache", False):
-        limits["prefix_cache"] = False
+    if getattr(args, "no_enable_prefix_caching", False):
+        limits["enable_prefix_caching"] = False
     return Engine(model, tokenizer, numerics=args.numerics, **limits)

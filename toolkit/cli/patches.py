@@ -19,7 +19,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.table import Table
 
     from toolkit.errors import ToolkitError
-    from toolkit.patch import find_claims
+    from toolkit.patching import find_claims
 
     if (args.model is None) == (args.random is None):
         raise ToolkitError("patches takes either a model folder or --random FAMILY.")

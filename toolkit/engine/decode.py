@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from toolkit.engine.fusion import fuse
 from toolkit.engine.program import build, record
-from toolkit.patch import report_of
-from toolkit.patch.forward import ragged_forward
-from toolkit.patch.linear_adapters import adapter_layers, adapter_state
+from toolkit.patching import report_of
+from toolkit.patching.forward import ragged_forward
+from toolkit.patching.linear_adapters import adapter_layers, adapter_state
 from toolkit.state import RaggedBatch, StatePool
 
 # A batch is padded up to the next size, so that a few programs serve every batch. Rows cost little next to weights.

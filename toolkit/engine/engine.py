@@ -17,12 +17,12 @@ from toolkit.engine.outputs import Completion, Delta
 from toolkit.engine.params import SamplingParams
 from toolkit.engine.prompts import check_params, check_prompt, split_prompts
 from toolkit.engine.request import Request, Sequence
-from toolkit.engine.runner import Backend, PatchedModel, Runner, page_counts
+from toolkit.engine.runner import Backend, PatchedModel, Runner, block_counts
 from toolkit.engine.sampler import Sampler
 from toolkit.engine.scheduler import Chunk, Scheduler
 from toolkit.engine.swap import SwapSpace
 from toolkit.errors import ToolkitError
-from toolkit.state import Memory, StatePool, StateSpec
+from toolkit.state import BlockManager, StatePool, StateSpec
 
 
 class Engine:
@@ -41,16 +41,16 @@ class Engine:
         self.backend: Backend = model if isinstance(model, Backend) else PatchedModel(model, self.limits.numerics)
         self.tokenizer = tokenizer
         self.max_model_len = self._max_model_len()
-        size, specs = self.limits.page_size, self._specs()
+        size, specs = self.limits.block_size, self._specs()
         running = min(self.limits.max_num_seqs, self.limits.max_num_batched_tokens)
-        pages = page_counts(specs, self.backend, self.limits, running, self.max_model_len)
+        pages = block_counts(specs, self.backend, self.limits, running, self.max_model_len)
         self.pool = StatePool(specs, pages, size, self.backend.dtype, self.backend.device)
-        self.memory = Memory(self.pool.groups, [pages[group] for group in self.pool.groups], size)
+        self.memory = BlockManager(self.pool.groups, [pages[group] for group in self.pool.groups], size)
         self.scheduler = Scheduler(
             self.memory,
             self.limits.max_num_seqs,
             self.limits.max_num_batched_tokens,
-            self.limits.prefix_cache,
+            self.limits.enable_prefix_caching,
             SwapSpace(self.pool, self.memory, self.limits.swap_bytes),
         )
         self.runner = Runner(self.backend, self.pool, self.scheduler.max_running, self.max_model_len)
@@ -137,16 +137,16 @@ class Engine:
 
     def stats(self) -> dict[str, int]:
         """Counts: sequences running and waiting, pages, and totals since the engine was made."""
-        total, free = (sum(counts) for counts in zip(*((a.num_pages, a.num_free) for a in self.memory.allocators)))
+        total, free = (sum(counts) for counts in zip(*((a.num_blocks, a.num_free) for a in self.memory.allocators)))
         with self._mail:
             unread = sum(request.params.n for request in self._inbox)
         return {
             "running": len(self.scheduler.running),
             "waiting": len(self.scheduler.waiting) + unread,
-            "pages_total": total,
-            "pages_used": total - free,
-            "pages_free": free,
-            "pages_cached": sum(allocator.num_cached for allocator in self.memory.allocators),
+            "blocks_total": total,
+            "blocks_used": total - free,
+            "blocks_free": free,
+            "blocks_cached": sum(allocator.num_cached for allocator in self.memory.allocators),
             "prefix_hit_tokens": self.scheduler.prefix_hit_tokens,
             "preemptions": self.scheduler.preemptions,
             "swaps": self.scheduler.swap.count if self.scheduler.swap is not None else 0,
@@ -198,12 +198,12 @@ class Engine:
     def _specs(self) -> list[StateSpec]:
         """What each layer remembers, of the kinds that the limits ask for."""
         specs, kinds = list(self.backend.layers()), self.limits.kinds or {}
-        if not self.limits.record_routing:
+        if not self.limits.enable_return_routed_experts:
             specs = [spec for spec in specs if spec.kind != "routing"]
         elif all(spec.kind != "routing" for spec in specs):
             raise ToolkitError(
-                "record_routing is True, but the model has no layer of experts that is patched (role 'experts'); "
-                "allowed is False."
+                "enable_return_routed_experts is True, but the model has no layer of experts that is patched "
+                "(role 'experts'); allowed is False."
             )
         for name in kinds:
             if all(spec.kind != name for spec in specs):

@@ -6,7 +6,7 @@ from typing import Any
 
 from toolkit.engine.params import SamplingParams
 from toolkit.errors import ToolkitError
-from toolkit.state import Memory
+from toolkit.state import BlockManager
 
 
 def _is_id(value: Any) -> bool:
@@ -44,7 +44,7 @@ def check_params(params: Any, count: int) -> list[SamplingParams]:
 
 
 def check_prompt(
-    prompt: Any, params: SamplingParams, tokenizer: Any, max_model_len: int, memory: Memory
+    prompt: Any, params: SamplingParams, tokenizer: Any, max_model_len: int, memory: BlockManager
 ) -> tuple[list[int], int]:
     """(token ids, most tokens to generate) of one prompt, or a ToolkitError that says what is allowed."""
     prompt = _plain(prompt)
@@ -63,7 +63,7 @@ def check_prompt(
     room = memory.most_tokens
     longest, name = max_model_len, "max_model_len"
     if room is not None and room + 1 < longest:  # the state of the last token is never needed
-        longest, name = room + 1, "num_pages * page_size + 1"
+        longest, name = room + 1, "num_blocks * block_size + 1"
     if len(tokens) >= longest:
         raise ToolkitError(f"prompt has {len(tokens)} tokens; allowed are up to {longest - 1}, one below {name}.")
     if params.max_tokens is None:

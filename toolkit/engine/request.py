@@ -6,7 +6,7 @@ from toolkit.engine.detokenizer import Decoder, Detokenizer
 from toolkit.engine.outputs import Completion, Delta, FinishReason
 from toolkit.engine.params import SamplingParams
 from toolkit.engine.swap import SwappedState
-from toolkit.state import Tables
+from toolkit.state import BlockTables
 
 
 class Request:
@@ -70,7 +70,7 @@ class Sequence:
         self.seed = completion_seed(request.seed, index)
         self.prompt_length = len(request.prompt)
         self.tokens = request.prompt.copy()
-        self.tables: Tables | None = None
+        self.tables: BlockTables | None = None
         self.swapped: SwappedState | None = None
         self.place = -1
         self.known_pages = 0

@@ -14,13 +14,13 @@ from toolkit.engine.limits import Limits
 from toolkit.engine.scheduler import Chunk
 from toolkit.errors import ToolkitError
 from toolkit.numerics import Numerics
-from toolkit.patch import patch, report_of
-from toolkit.patch.adapters import adopt_adapters
-from toolkit.patch.forward import evaluating, ragged_forward
-from toolkit.patch.linear_adapters import inner_model
-from toolkit.patch.sharding import check_whole
-from toolkit.patch.state_spec import state_spec
-from toolkit.patch.weights import weight_clock, weight_version
+from toolkit.patching import patch, report_of
+from toolkit.patching.adapters import adopt_adapters
+from toolkit.patching.forward import evaluating, ragged_forward
+from toolkit.patching.linear_adapters import inner_model
+from toolkit.patching.sharding import check_whole
+from toolkit.patching.state_spec import state_spec
+from toolkit.patching.weights import weight_clock, weight_version
 from toolkit.state import Group, PagedRows, RaggedBatch, Snapshots, StatePool, StateSpec
 
 _CPU_BYTES = 4 << 30
@@ -105,29 +105,29 @@ def _ids(eos: Any) -> frozenset[int]:
     return frozenset() if eos is None else frozenset(eos) if isinstance(eos, list | tuple) else frozenset([eos])
 
 
-def page_counts(
+def block_counts(
     specs: Collection[StateSpec], backend: Backend, limits: Limits, sequences: int, max_model_len: int
 ) -> dict[Group, int]:
     """Pages of each group: for ``sequences`` of ``max_model_len`` tokens, or as many as the device has memory to spend
     on.
 
-    That is 80 % of what a GPU has free, and a quarter of a CPU's memory up to 4 GiB. ``limits.num_pages`` decides
+    That is 80 % of what a GPU has free, and a quarter of a CPU's memory up to 4 GiB. ``limits.num_blocks`` decides
     instead where it is given.
     """
-    size, chunk = limits.page_size, limits.max_num_batched_tokens
-    page_bytes = StatePool.page_bytes(list(specs), size, backend.dtype)
+    size, chunk = limits.block_size, limits.max_num_batched_tokens
+    block_bytes = StatePool.block_bytes(list(specs), size, backend.dtype)
 
     def counts(pages: int) -> dict[Group, int]:
-        return {group: min(pages, group.pages_for(pages * size, sequences, chunk, size)) for group in page_bytes}
+        return {group: min(pages, group.blocks_for(pages * size, sequences, chunk, size)) for group in block_bytes}
 
-    if limits.num_pages is not None:
-        return counts(limits.num_pages)
+    if limits.num_blocks is not None:
+        return counts(limits.num_blocks)
     if backend.device.type == "cuda":
         memory = int(0.8 * torch.cuda.mem_get_info(backend.device)[0])
     else:
         memory = min(_CPU_BYTES, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4)
     pages = sequences * math.ceil(max_model_len / size)
-    while pages > 1 and sum(page_bytes[group] * count for group, count in counts(pages).items()) > memory:
+    while pages > 1 and sum(block_bytes[group] * count for group, count in counts(pages).items()) > memory:
         pages = max(1, pages * 15 // 16)
     return counts(pages)
 
@@ -138,7 +138,7 @@ class Runner:
     def __init__(self, backend: Backend, pool: StatePool, max_running: int, max_model_len: int) -> None:
         self.backend = backend
         self.pool = pool
-        width = math.ceil(max_model_len / pool.page_size)
+        width = math.ceil(max_model_len / pool.block_size)
         self._paged = [at for at, group in enumerate(pool.groups) if not group.stride]
         self._tables = {at: np.zeros((max_running + 1, width), dtype=np.int64) for at in self._paged}
         self._padding = max_running  # a row that no sequence has
@@ -150,7 +150,7 @@ class Runner:
             for of_group, found in zip(copies, self._sync(chunk), strict=True):
                 of_group += found
         batch, rows = self.build(chunks)
-        self.pool.copy_pages(copies)
+        self.pool.copy_blocks(copies)
         return self.backend.forward(batch, rows)
 
     def build(self, chunks: list[Chunk]) -> tuple[RaggedBatch, Tensor]:
@@ -216,7 +216,7 @@ class Runner:
         tables = sequence.tables
         assert tables is not None
         copies = tables.take_copies()
-        pages = -(-(chunk.start + chunk.count) // self.pool.page_size)
+        pages = -(-(chunk.start + chunk.count) // self.pool.block_size)
         if any(copies):
             sequence.known_pages = 0
         if sequence.known_pages != pages:

@@ -12,8 +12,8 @@ from operator import attrgetter
 
 from toolkit.engine.request import Request, Sequence
 from toolkit.engine.swap import SwapSpace
-from toolkit.state import Memory, OutOfPages, Tables
-from toolkit.state.memory import Need
+from toolkit.state import BlockManager, BlockTables, OutOfBlocks
+from toolkit.state.block_manager import Need
 
 _order = attrgetter("order")
 
@@ -41,17 +41,17 @@ class Scheduler:
 
     def __init__(
         self,
-        memory: Memory,
+        memory: BlockManager,
         max_num_seqs: int,
         max_num_batched_tokens: int,
-        prefix_cache: bool,
+        enable_prefix_caching: bool,
         swap: SwapSpace | None = None,
     ) -> None:
         self.memory = memory
         self.swap = swap
         self.max_running = min(max_num_seqs, max_num_batched_tokens)
         self.budget = max_num_batched_tokens
-        self.prefix_cache = prefix_cache
+        self.enable_prefix_caching = enable_prefix_caching
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
         self.preemptions = 0
@@ -134,7 +134,7 @@ class Scheduler:
         while True:
             try:
                 slots = tables.reserve(count)
-            except OutOfPages:
+            except OutOfBlocks:
                 victim = self.running[-1]
                 if len(self.running) == 1:
                     raise RuntimeError("a sequence that was let in does not fit in the pool") from None
@@ -163,7 +163,7 @@ class Scheduler:
         owed = tuple(len(self.running) for _ in self._one_each)
         for one in self.running:
             assert one.tables is not None
-            owed = _sum(owed, one.tables.pages_needed(one.remaining, self.budget))
+            owed = _sum(owed, one.tables.blocks_needed(one.remaining, self.budget))
         at = 0
         while at < len(self.waiting) and spare > 0 and len(self.running) + kept < self.max_running:
             sequence = self.waiting[at]
@@ -174,19 +174,19 @@ class Scheduler:
             if sequence.swapped is not None and self.swap is not None:
                 shape = sequence.swapped.shape
                 missing = len(sequence.tokens) - len(shape.tokens)
-                if self.running and not self._room(_sum(owed, shape.pages_needed(self.memory, missing, self.budget))):
+                if self.running and not self._room(_sum(owed, shape.blocks_needed(self.memory, missing, self.budget))):
                     return
                 tables, sequence.swapped = self.swap.back(sequence.swapped), None
             else:
-                tables = self.memory.tables(version if self.prefix_cache else None)
+                tables = self.memory.tables(version if self.enable_prefix_caching else None)
                 hit = tables.match_prefix(sequence.tokens)
                 if self.running and not self._room(
-                    _sum(owed, tables.pages_needed(len(sequence.tokens) - hit, self.budget))
+                    _sum(owed, tables.blocks_needed(len(sequence.tokens) - hit, self.budget))
                 ):
                     tables.release()
                     return
             missing = len(sequence.tokens) - tables.length
-            needed = tables.pages_needed(missing, self.budget)
+            needed = tables.blocks_needed(missing, self.budget)
             self._enter(sequence, tables)
             self.prefix_hit_tokens += hit
             count = min(missing, spare)
@@ -202,7 +202,7 @@ class Scheduler:
         """Whether every group has so many pages to give."""
         return all(needed <= free for needed, free in zip(pages, self.memory.free, strict=True))
 
-    def _enter(self, sequence: Sequence, tables: Tables) -> None:
+    def _enter(self, sequence: Sequence, tables: BlockTables) -> None:
         del self.waiting[bisect_left(self.waiting, sequence.order, key=_order)]
         sequence.tables, sequence.place, sequence.known_pages = tables, self._places.pop(), 0
         insort(self.running, sequence, key=_order)

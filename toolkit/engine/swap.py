@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from toolkit.state import Memory, StatePool, Tables
+from toolkit.state import BlockManager, BlockTables, StatePool
+from toolkit.state.block_manager import Swapped
 from toolkit.state.kinds import Rows
-from toolkit.state.memory import Swapped
 
 
 @dataclass(frozen=True)
@@ -22,32 +22,32 @@ class SwappedState:
 class SwapSpace:
     """At most ``capacity`` bytes of swapped state; None for any amount, 0 for none."""
 
-    def __init__(self, pool: StatePool, memory: Memory, capacity: int | None) -> None:
+    def __init__(self, pool: StatePool, memory: BlockManager, capacity: int | None) -> None:
         self.pool = pool
         self.memory = memory
         self.capacity = capacity
         self.used = 0
         self.count = 0
-        page_bytes = StatePool.page_bytes(pool.specs, pool.page_size, pool.dtype)
-        self._page_bytes = [page_bytes[group] for group in pool.groups]
+        block_bytes = StatePool.block_bytes(pool.specs, pool.block_size, pool.dtype)
+        self._page_bytes = [block_bytes[group] for group in pool.groups]
 
-    def out(self, tables: Tables, unlimited: bool = False) -> SwappedState | None:
+    def out(self, tables: BlockTables, unlimited: bool = False) -> SwappedState | None:
         """Move a sequence's state to the host and release its pages; None, changing nothing, where there is no room."""
-        pages = tables.held_pages()
+        pages = tables.held_blocks()
         size = sum(len(held) * each for held, each in zip(pages, self._page_bytes, strict=True))
         if not tables.length or (not unlimited and self.capacity is not None and self.used + size > self.capacity):
             return None
-        self.pool.copy_pages(tables.take_copies())
-        pages = tables.held_pages()
+        self.pool.copy_blocks(tables.take_copies())
+        pages = tables.held_blocks()
         swapped = SwappedState(tables.give_up(), self.pool.swap_out(pages))
         self.used += swapped.bytes
         self.count += 1
         return swapped
 
-    def back(self, swapped: SwappedState) -> Tables:
-        """The sequence on new pages. Raises OutOfPages, changing nothing."""
+    def back(self, swapped: SwappedState) -> BlockTables:
+        """The sequence on new pages. Raises OutOfBlocks, changing nothing."""
         tables = swapped.shape.restore(self.memory)
-        self.pool.swap_in(tables.held_pages(), swapped.contents)
+        self.pool.swap_in(tables.held_blocks(), swapped.contents)
         self.drop(swapped)
         return tables
 

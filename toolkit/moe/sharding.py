@@ -160,7 +160,7 @@ def shard_experts(
     """Share the experts of ``model`` out to the ranks of ``group``, in place.
 
     model: as data parallel will wrap it, which then leaves the experts' gradients alone. layers: its modules of experts
-    and the names of their parameters [E, ...] (``toolkit.patch.expert_layers``). They keep their names and
+    and the names of their parameters [E, ...] (``toolkit.patching.expert_layers``). They keep their names and
     hold this rank's part afterwards; what they compute goes through the exchange. All ranks must start with equal ones.
     group, replicas: of ``expert_groups``. chunks: see ``ExpertParallel``; ``parallel`` takes the place of both.
     average: divide the experts' gradients by the number of data-parallel ranks, unless a host does that itself.

@@ -41,9 +41,9 @@ class Reading(NamedTuple):
 READINGS = {
     "toolkit_sequences_running": Reading("running", "Sequences that hold pages and run."),
     "toolkit_sequences_waiting": Reading("waiting", "Sequences that wait for their turn."),
-    "toolkit_pages_used": Reading("pages_used", "Pages of state in use."),
-    "toolkit_pages_cached": Reading("pages_cached", "Pages kept for prefixes that no sequence holds."),
-    "toolkit_pages_total": Reading("pages_total", "Pages of state there are."),
+    "toolkit_pages_used": Reading("blocks_used", "Pages of state in use."),
+    "toolkit_pages_cached": Reading("blocks_cached", "Pages kept for prefixes that no sequence holds."),
+    "toolkit_pages_total": Reading("blocks_total", "Pages of state there are."),
     "toolkit_prefix_hit_tokens_total": Reading(
         "prefix_hit_tokens", "Prompt tokens found in the prefix cache.", "counter"
     ),

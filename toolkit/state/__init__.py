@@ -1,24 +1,24 @@
 """What a sequence remembers: pages, the sequences that share them, and the batch that reaches them."""
 
-from toolkit.state.allocator import OutOfPages, PageAllocator
 from toolkit.state.batch import RaggedBatch
-from toolkit.state.forest import Table
+from toolkit.state.block_allocator import BlockAllocator, OutOfBlocks
+from toolkit.state.block_manager import BlockManager, BlockTables, Group
+from toolkit.state.block_table import BlockTable
 from toolkit.state.kinds import PagedRows, Snapshots, StateSpec
-from toolkit.state.memory import Group, Memory, Tables
 from toolkit.state.pool import StatePool
 from toolkit.state.prefix import PrefixIndex
 
 __all__ = [
+    "BlockAllocator",
+    "BlockManager",
+    "BlockTable",
+    "BlockTables",
     "Group",
-    "Memory",
-    "OutOfPages",
-    "PageAllocator",
+    "OutOfBlocks",
     "PagedRows",
     "PrefixIndex",
     "RaggedBatch",
     "Snapshots",
     "StatePool",
     "StateSpec",
-    "Table",
-    "Tables",
 ]

@@ -1,4 +1,4 @@
-"""What the pages of every layer hold. The numbers of the pages are ``Memory``'s; their contents are here."""
+"""What the pages of every layer hold. The numbers of the pages are ``BlockManager``'s; their contents are here."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -8,8 +8,8 @@ from torch import Tensor
 
 from toolkit.ops.attention import attention
 from toolkit.state import kinds
+from toolkit.state.block_manager import Group
 from toolkit.state.kinds import PagedRows, Rows, StateKind, StateSpec
-from toolkit.state.memory import Group
 
 if TYPE_CHECKING:
     from toolkit.state.batch import RaggedBatch
@@ -38,17 +38,17 @@ class StatePool:
         self,
         specs: Sequence[StateSpec],
         pages: Mapping[Group, int],
-        page_size: int,
+        block_size: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
         self.specs = tuple(specs)
         self.groups = groups_of(specs)
-        self.page_size = page_size
+        self.block_size = block_size
         self.dtype = dtype
         self.device = torch.device(device)
         self.states: list[StateKind] = [
-            kinds.find(spec.kind)(spec, pages[group_of(spec)], page_size, dtype, self.device) for spec in self.specs
+            kinds.find(spec.kind)(spec, pages[group_of(spec)], block_size, dtype, self.device) for spec in self.specs
         ]
         self.recordable = all(state.recordable for state in self.states)
         self.members = [self.groups.index(group_of(spec)) for spec in self.specs]
@@ -57,12 +57,12 @@ class StatePool:
         }
 
     @staticmethod
-    def page_bytes(specs: Sequence[StateSpec], page_size: int, dtype: torch.dtype) -> dict[Group, int]:
+    def block_bytes(specs: Sequence[StateSpec], block_size: int, dtype: torch.dtype) -> dict[Group, int]:
         """Bytes of one page of each group over all its layers."""
         totals: dict[Group, int] = {}
         for spec in specs:
             group = group_of(spec)
-            totals[group] = totals.get(group, 0) + kinds.find(spec.kind).page_bytes(spec, page_size, dtype)
+            totals[group] = totals.get(group, 0) + kinds.find(spec.kind).block_bytes(spec, block_size, dtype)
         return totals
 
     @property
@@ -81,7 +81,7 @@ class StatePool:
         state.write((k, v), view, batch.query_offsets)
         keys, values, tables = state.operands(view)
         out, _ = attention(
-            q, keys, values, batch.query_offsets, batch.kv_offsets, batch.kv_lengths, tables, self.page_size,
+            q, keys, values, batch.query_offsets, batch.kv_offsets, batch.kv_lengths, tables, self.block_size,
             scale, window, softcap, **modifiers,
         )  # fmt: skip
         return out
@@ -119,7 +119,7 @@ class StatePool:
             serving = [self._serving[layer, "record"] for layer in layers]
             return torch.cat([state.read(pages[group], length)[0] for state, group in serving], 1).cpu()
 
-    def copy_pages(self, copies: Sequence[Sequence[tuple[int, int]]]) -> None:
+    def copy_blocks(self, copies: Sequence[Sequence[tuple[int, int]]]) -> None:
         """Run each group's (source, destination) page copies in its layers, as if one after the other."""
         for state, group in zip(self.states, self.members, strict=True):
             if copies[group]:

@@ -30,8 +30,8 @@ class PrefixNode:
 class PrefixIndex:
     """Registered pages by (weight version, prefix, tokens of the page)."""
 
-    def __init__(self, page_size: int) -> None:
-        self.page_size = page_size
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
         self._roots: dict[Hashable, PrefixNode] = {}
         self._nodes: dict[int, PrefixNode] = {}
 
@@ -45,10 +45,10 @@ class PrefixIndex:
         """Nodes of full pages from the first token on, as far as any is known; some may have no page."""
         node = self._roots.get(version)
         found: list[PrefixNode] = []
-        for start in range(0, len(tokens) - self.page_size + 1, self.page_size):
+        for start in range(0, len(tokens) - self.block_size + 1, self.block_size):
             if node is None:
                 break
-            node = node.children.get(tuple(tokens[start : start + self.page_size]))
+            node = node.children.get(tuple(tokens[start : start + self.block_size]))
             if node is not None:
                 found.append(node)
         return found
@@ -69,8 +69,8 @@ class PrefixIndex:
         not full, is registered under other tokens, or follows a prefix of another version.
         """
         tokens = tuple(tokens_of_page)
-        if len(tokens) != self.page_size:
-            raise ValueError(f"page {page} has {len(tokens)} tokens; only full pages of {self.page_size} go in.")
+        if len(tokens) != self.block_size:
+            raise ValueError(f"page {page} has {len(tokens)} tokens; only full pages of {self.block_size} go in.")
         if parent_key is not None and parent_key.version != version:
             raise ValueError(f"version {version} cannot follow a prefix of version {parent_key.version}.")
         parent = parent_key
@@ -107,7 +107,7 @@ class PrefixIndex:
             assert node.page == page, f"page {page} is registered under a node that names page {node.page}"
             step = node
             while step.parent is not None:
-                assert len(step.tokens) == self.page_size, f"page {page} hangs from a prefix that is not full"
+                assert len(step.tokens) == self.block_size, f"page {page} hangs from a prefix that is not full"
                 assert step.version == node.version, f"page {page} follows a prefix of another version"
                 assert step.parent.children.get(step.tokens) is step, f"page {page} cannot be reached"
                 step = step.parent

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from toolkit.engine import Engine, SamplingParams
 from toolkit.errors import ToolkitError
-from toolkit.export import export
-from toolkit.patch import patch, token_logprobs, unpatch
+from toolkit.exporting import export
+from toolkit.patching import patch, token_logprobs, unpatch
 from toolkit.testing.architectures import small_model
 from toolkit.testing.models import exact_attention
 from toolkit.testing.parity import check_parity

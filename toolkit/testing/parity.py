@@ -14,7 +14,7 @@ import torch
 
 from toolkit.engine import Engine, SamplingParams
 from toolkit.numerics import Numerics
-from toolkit.patch import patch, report_of, state_spec, token_logprobs, unpatch
+from toolkit.patching import patch, report_of, state_spec, token_logprobs, unpatch
 
 
 @dataclass
@@ -72,7 +72,7 @@ def _one_schedule(
         if source.random() < 0.4:  # share a prefix with an earlier prompt, cut anywhere
             stem = chosen[source.randrange(index)]
             chosen[index] = stem[: source.randint(1, len(stem))] + chosen[index][: source.randint(1, 9)]
-    page_size = source.choice([4, 8, 16])
+    block_size = source.choice([4, 8, 16])
     siblings = [source.choice([1, 1, 1, 2, 3]) for _ in chosen]
     longest = max(len(prompt) for prompt in chosen) + max_new_tokens
     # Room for one to three long sequences in most schedules: the rest wait, and the youngest are preempted.
@@ -81,10 +81,10 @@ def _one_schedule(
     limits = {
         "max_num_seqs": source.choice([4, 8, 32]),
         "max_num_batched_tokens": budget,
-        "page_size": page_size,
-        "num_pages": int(room * (longest // page_size + 2)),
+        "block_size": block_size,
+        "num_blocks": int(room * (longest // block_size + 2)),
         "swap_bytes": source.choice([0, None]),
-        "record_routing": any(spec.kind == "routing" for spec in state_spec(model)),
+        "enable_return_routed_experts": any(spec.kind == "routing" for spec in state_spec(model)),
     }
     params = [
         SamplingParams(

@@ -40,7 +40,7 @@ class Example(NamedTuple):
         return sum(target >= 0 for target in self.targets)
 
 
-class Lines:
+class JsonlDataset:
     """A json lines file in memory, split into training and held out by a hash of the line."""
 
     def __init__(self, path: str, share: float, known: Sequence[Mapping[str, type]]) -> None:

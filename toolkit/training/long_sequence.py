@@ -17,7 +17,7 @@ from toolkit.ops.attention import attention, attention_backward
 from toolkit.ops.causal_conv import causal_conv
 from toolkit.ops.linear_logprob.deferred import summed_cross_entropy
 from toolkit.ops.linear_recurrence import linear_recurrence
-from toolkit.patch.forward import ragged_forward
+from toolkit.patching.forward import ragged_forward
 from toolkit.state.batch import RaggedBatch
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from toolkit.config import Recipe, dump
 from toolkit.errors import ToolkitError
 from toolkit.moe.sharding import ShardedExperts, expert_groups, shard_experts
-from toolkit.patch import expert_layers
+from toolkit.patching import expert_layers
 from toolkit.training import checkpoint
 from toolkit.training.files import write_atomic
 from toolkit.training.metrics import FILE as METRICS
@@ -39,7 +39,7 @@ from toolkit.training.model import (
     save_model,
 )
 from toolkit.training.moe import Balancing
-from toolkit.training.objectives.base import Setting, make_objective
+from toolkit.training.objectives.base import RunContext, make_objective
 from toolkit.training.progress import Progress
 from toolkit.training.report import figures, show
 from toolkit.training.resume import Start, find_start, prepare_folder, run_folder
@@ -116,8 +116,8 @@ class Trainer:
         if not self._quiet:
             print(line, flush=True)
 
-    def _setting(self) -> Setting:
-        return Setting(
+    def _setting(self) -> RunContext:
+        return RunContext(
             recipe=self.recipe,
             accelerator=self.accelerator,
             tokenizer=self.tokenizer,

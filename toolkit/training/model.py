@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from toolkit.config.schema import LoraSection, ModelSection
 from toolkit.errors import ToolkitError, nearest
-from toolkit.patch import PatchReport, patch, ragged_forward, token_logprobs, weights_changed
-from toolkit.patch.adapters import adopt_adapters
+from toolkit.patching import PatchReport, patch, ragged_forward, token_logprobs, weights_changed
+from toolkit.patching.adapters import adopt_adapters
 from toolkit.state.batch import RaggedBatch, RouterObserver, observing
 from toolkit.training.tokenizer import reason
 

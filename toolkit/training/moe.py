@@ -13,9 +13,9 @@ from torch import Tensor
 from toolkit.config.schema import MoeSection
 from toolkit.errors import ToolkitError
 from toolkit.moe.balance import RouterStatistics, correct_bias, load_figures
-from toolkit.patch import PatchReport, ragged_forward, weights_changed
+from toolkit.patching import PatchReport, ragged_forward, weights_changed
 from toolkit.state.batch import RaggedBatch, observing
-from toolkit.training.objectives.base import Setting
+from toolkit.training.objectives.base import RunContext
 
 
 class Balancing:
@@ -24,7 +24,7 @@ class Balancing:
     Raises ToolkitError where the section asks for what the model has not.
     """
 
-    def __init__(self, section: MoeSection, setting: Setting, report: PatchReport) -> None:
+    def __init__(self, section: MoeSection, setting: RunContext, report: PatchReport) -> None:
         self.section, self.setting = section, setting
         self.statistics = RouterStatistics(losses=section.balance > 0 or section.z_loss > 0)
         self._counts: list[int] = []

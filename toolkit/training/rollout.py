@@ -11,7 +11,7 @@ from toolkit.engine.outputs import Completion
 from toolkit.errors import ToolkitError
 from toolkit.training.corpus import digest
 from toolkit.training.examples import prompt_ids
-from toolkit.training.objectives.base import Setting
+from toolkit.training.objectives.base import RunContext
 from toolkit.training.tasks import Problem, ProblemStream, Task
 
 PAGE = 16
@@ -20,11 +20,13 @@ PAGE = 16
 class Rollout:
     """Generates with the weights as they are. The first call makes the engine; its state is bounded by the recipe.
 
-    record_routing: completions say which experts their tokens went to.
+    enable_return_routed_experts: completions say which experts their tokens went to.
     """
 
-    def __init__(self, setting: Setting, section: RolloutSection, record_routing: bool = False) -> None:
-        self._setting, self._section, self._record_routing = setting, section, record_routing
+    def __init__(
+        self, setting: RunContext, section: RolloutSection, enable_return_routed_experts: bool = False
+    ) -> None:
+        self._setting, self._section, self._record_routing = setting, section, enable_return_routed_experts
         self._engine: Engine | None = None
         self.seconds, self.tokens = 0.0, 0
 
@@ -40,9 +42,9 @@ class Rollout:
                 max_num_seqs=section.sequences,
                 max_num_batched_tokens=max(2048, section.sequences),
                 max_model_len=longest,
-                page_size=PAGE,
-                num_pages=max(math.ceil(memory / PAGE), math.ceil(longest / PAGE)),
-                record_routing=self._record_routing,
+                block_size=PAGE,
+                num_blocks=max(math.ceil(memory / PAGE), math.ceil(longest / PAGE)),
+                enable_return_routed_experts=self._record_routing,
                 seed=0,
             )
         return self._engine
@@ -83,7 +85,7 @@ class Rollout:
             self._engine = None
 
 
-def success(setting: Setting, rollout: Rollout, task: Task, count: int, share: float) -> dict[str, Any]:
+def success(setting: RunContext, rollout: Rollout, task: Task, count: int, share: float) -> dict[str, Any]:
     """How many of ``count`` held-out problems are solved, greedily and by one sample at temperature 1.
 
     The problems and the seeds of the samples are always the same ones. The processes share the work.

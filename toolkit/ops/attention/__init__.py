@@ -23,19 +23,19 @@ def _fake_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) ->
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, query_offsets, kv_offsets, kv_lengths, block_tables, page_size, scale, window, softcap = inputs[:11]
+    q, k, v, query_offsets, kv_offsets, kv_lengths, block_tables, block_size, scale, window, softcap = inputs[:11]
     sinks, modifier, parameters, readers = inputs[11:]
     out, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.attributes = scale, window, softcap, page_size, modifier
+    ctx.attributes = scale, window, softcap, block_size, modifier
     plan = query_offsets, kv_offsets, kv_lengths, block_tables
     ctx.save_for_backward(q, k, v, out, lse, *plan, sinks, parameters, readers)
 
 
 def _backward(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, block_tables, sinks, parameters, readers = ctx.saved_tensors
-    scale, window, softcap, page_size, modifier = ctx.attributes
-    options = block_tables, page_size, sinks, modifier, parameters, readers
+    scale, window, softcap, block_size, modifier = ctx.attributes
+    options = block_tables, block_size, sinks, modifier, parameters, readers
     dq, dk, dv, dsinks = _BACKWARD(grad, *tensors, scale, window, softcap, *options)
     return dq, dk, dv, *(None,) * 8, None if sinks is None else dsinks, None, None, None
 
@@ -43,7 +43,7 @@ def _backward(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None,
 _BACKWARD = register(
     "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     "Tensor query_offsets, Tensor kv_offsets, Tensor kv_lengths, float scale, int window, float softcap, "
-    "Tensor? block_tables=None, int page_size=0, Tensor? sinks=None, str modifier='', Tensor? parameters=None, "
+    "Tensor? block_tables=None, int block_size=0, Tensor? sinks=None, str modifier='', Tensor? parameters=None, "
     "Tensor? readers=None) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.attention_backward,
     fake=_fake_backward,
@@ -51,7 +51,7 @@ _BACKWARD = register(
 )
 _FORWARD = register(
     "attention(Tensor q, Tensor k, Tensor v, Tensor query_offsets, Tensor kv_offsets, Tensor kv_lengths, "
-    "Tensor? block_tables, int page_size, float scale, int window, float softcap, Tensor? sinks=None, "
+    "Tensor? block_tables, int block_size, float scale, int window, float softcap, Tensor? sinks=None, "
     "str modifier='', Tensor? parameters=None, Tensor? readers=None) -> (Tensor, Tensor)",
     reference=reference.attention,
     fake=_fake,
@@ -69,7 +69,7 @@ def attention(
     kv_offsets: Tensor,
     kv_lengths: Tensor,
     block_tables: Tensor | None = None,
-    page_size: int = 0,
+    block_size: int = 0,
     scale: float | None = None,
     window: int = 0,
     softcap: float = 0.0,
@@ -98,9 +98,9 @@ def attention(
         and its sink as lse, -inf without sinks.
     kv_offsets: [S], key j of s is row kv_offsets[s] + j; ignored with block_tables.
     kv_lengths: [S], keys of s; its queries are the last of them.
-    block_tables: [S, P] or None. Key j of s is row block_tables[s, j // page_size] * page_size
-        + j % page_size. Sequences may name the same pages: a forest, in which a shared prefix is held once. With
-        page_size 1 the pages are the single rows of k. Entries whose keys no query sees are not read.
+    block_tables: [S, P] or None. Key j of s is row block_tables[s, j // block_size] * block_size
+        + j % block_size. Sequences may name the same pages: a forest, in which a shared prefix is held once. With
+        block_size 1 the pages are the single rows of k. Entries whose keys no query sees are not read.
     scale: default D ** -0.5.
     sinks: [Hq] or None; a logit of each head that takes part in the denominator alone (gpt-oss, 2025).
     modifier: "" or the name of a file of ``toolkit/ops/attention/modifiers``. ``alibi`` adds
@@ -133,7 +133,7 @@ def attention(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     _check(q, sinks, modifier, parameters)
-    plan = query_offsets, kv_offsets, kv_lengths, block_tables, page_size
+    plan = query_offsets, kv_offsets, kv_lengths, block_tables, block_size
     return _FORWARD.select(impl)(q, k, v, *plan, scale, window, softcap, sinks, modifier, parameters, readers)
 
 
@@ -158,7 +158,7 @@ def attention_backward(
     window: int = 0,
     softcap: float = 0.0,
     block_tables: Tensor | None = None,
-    page_size: int = 0,
+    block_size: int = 0,
     sinks: Tensor | None = None,
     modifier: str = "",
     parameters: Tensor | None = None,
@@ -173,5 +173,5 @@ def attention_backward(
     """
     _check(q, sinks, modifier, parameters)
     plan = query_offsets, kv_offsets, kv_lengths
-    options = block_tables, page_size, sinks, modifier, parameters, readers
+    options = block_tables, block_size, sinks, modifier, parameters, readers
     return _BACKWARD.select(impl)(grad, q, k, v, out, lse, *plan, scale, window, softcap, *options)

@@ -216,11 +216,11 @@ inline std::vector<Group> sharing_groups(const Layout& p) {
       spans[i][1] = std::max(spans[i][1], spans[i - 1][1]);
     }
   } else {
-    std::vector<std::array<int64_t, 2>> reader((p.kv_rows + p.page_size - 1) / p.page_size, {-1, -1});
+    std::vector<std::array<int64_t, 2>> reader((p.kv_rows + p.block_size - 1) / p.block_size, {-1, -1});
     for (int64_t s = 0; s < p.sequences; ++s) {
       const Sequence sequence = p.sequence(s);
       if (sequence.queries == 0 || sequence.kv_length == 0) continue;
-      for (int64_t page = first_key(p, sequence, 0) / p.page_size; page * p.page_size < sequence.kv_length; ++page) {
+      for (int64_t page = first_key(p, sequence, 0) / p.block_size; page * p.block_size < sequence.kv_length; ++page) {
         const int64_t place = sequence.pages[page];
         check_page(p, place, 0, 1);
         if (reader[place][0] >= 0) join(s, reader[place][0], reader[place][1] == page);

@@ -34,7 +34,7 @@ inline const int64_t* indices(const at::Tensor& x, const char* name, int64_t dim
 
 inline Layout make_layout(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                           const at::Tensor& query_offsets, const at::Tensor& kv_offsets, const at::Tensor& kv_lengths,
-                          const std::optional<at::Tensor>& block_tables, int64_t page_size, int64_t window) {
+                          const std::optional<at::Tensor>& block_tables, int64_t block_size, int64_t window) {
   const auto type = q.scalar_type();
   TORCH_CHECK(type == at::kFloat || type == at::kDouble, "q has dtype ", type,
               "; allowed are float32, float64, bfloat16 and float16.");
@@ -62,8 +62,8 @@ inline Layout make_layout(const at::Tensor& q, const at::Tensor& k, const at::Te
     p.block_tables = indices(*block_tables, "block_tables", 2);
     p.kv_offsets = p.kv_lengths;  // not looked at
     p.table_stride = block_tables->size(1);
-    p.page_size = page_size;
-    TORCH_CHECK(page_size > 0, "page_size is ", page_size, "; with block_tables it must be positive.");
+    p.block_size = block_size;
+    TORCH_CHECK(block_size > 0, "block_size is ", block_size, "; with block_tables it must be positive.");
     TORCH_CHECK(block_tables->size(0) == p.sequences, "block_tables has ", block_tables->size(0), " rows; the ",
                 p.sequences, " sequences of kv_lengths are required.");
   } else {
@@ -79,8 +79,8 @@ inline Layout make_layout(const at::Tensor& q, const at::Tensor& k, const at::Te
     TORCH_CHECK(p.query_offsets[s] <= p.query_offsets[s + 1], "query_offsets falls from ", p.query_offsets[s], " to ",
                 p.query_offsets[s + 1], " at sequence ", s, "; it must not decrease.");
     if (p.block_tables != nullptr) {
-      TORCH_CHECK(0 <= length && length <= p.table_stride * page_size, "kv_lengths[", s, "] is ", length,
-                  "; its block table holds ", p.table_stride, " pages of ", page_size, ".");
+      TORCH_CHECK(0 <= length && length <= p.table_stride * block_size, "kv_lengths[", s, "] is ", length,
+                  "; its block table holds ", p.table_stride, " pages of ", block_size, ".");
     } else {
       TORCH_CHECK(0 <= length && 0 <= offset && offset + length <= p.kv_rows, "sequence ", s, " has ", length,
                   " keys from row ", offset, "; k has ", p.kv_rows, " rows.");
@@ -117,14 +117,14 @@ inline void with_kernel(const at::Tensor& q, c10::string_view modifier, const Bo
 std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& q_in, const at::Tensor& k_in, const at::Tensor& v_in,
                                              const at::Tensor& query_offsets, const at::Tensor& kv_offsets,
                                              const at::Tensor& kv_lengths,
-                                             const std::optional<at::Tensor>& block_tables, int64_t page_size,
+                                             const std::optional<at::Tensor>& block_tables, int64_t block_size,
                                              double scale, int64_t window, double softcap,
                                              const std::optional<at::Tensor>& sinks, c10::string_view modifier,
                                              const std::optional<at::Tensor>& parameters,
                                              const std::optional<at::Tensor>&) {
   const at::Tensor q = unit_stride(widen(q_in)), k = unit_stride(widen(k_in)), v = unit_stride(widen(v_in));
   const Layout layout =
-      make_layout(q, k, v, query_offsets, kv_offsets, kv_lengths, block_tables, page_size, window);
+      make_layout(q, k, v, query_offsets, kv_offsets, kv_lengths, block_tables, block_size, window);
   at::Tensor out = at::empty({q.size(0), q.size(1), v.size(2)}, q.options());
   at::Tensor lse = at::empty({q.size(0), q.size(1)}, q.options());
   const at::Tensor sink = of_heads(sinks, "sinks", q, 1, 1);
@@ -143,12 +143,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_backward(
     const at::Tensor& grad_in, const at::Tensor& q_in, const at::Tensor& k_in, const at::Tensor& v_in,
     const at::Tensor& out_in, const at::Tensor& lse, const at::Tensor& query_offsets, const at::Tensor& kv_offsets,
     const at::Tensor& kv_lengths, double scale, int64_t window, double softcap,
-    const std::optional<at::Tensor>& block_tables, int64_t page_size, const std::optional<at::Tensor>& sinks,
+    const std::optional<at::Tensor>& block_tables, int64_t block_size, const std::optional<at::Tensor>& sinks,
     c10::string_view modifier, const std::optional<at::Tensor>& parameters, const std::optional<at::Tensor>&) {
   const at::Tensor q = unit_stride(widen(q_in)), k = unit_stride(widen(k_in)), v = unit_stride(widen(v_in));
   const at::Tensor grad = unit_stride(widen(grad_in)), out = unit_stride(widen(out_in));
   const Layout layout =
-      make_layout(q, k, v, query_offsets, kv_offsets, kv_lengths, block_tables, page_size, window);
+      make_layout(q, k, v, query_offsets, kv_offsets, kv_lengths, block_tables, block_size, window);
   const at::Tensor log_sum = lse.contiguous(), sink = of_heads(sinks, "sinks", q, 1, 1);
   TORCH_CHECK(grad.scalar_type() == q.scalar_type() && grad.sizes() == out.sizes() &&
                   log_sum.scalar_type() == q.scalar_type(),

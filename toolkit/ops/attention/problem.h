@@ -28,7 +28,7 @@ struct Sequence {
 
 struct Layout {
   const int64_t *query_offsets, *kv_offsets, *kv_lengths, *block_tables;
-  int64_t sequences, table_stride, page_size;
+  int64_t sequences, table_stride, block_size;
   int64_t query_heads, kv_heads, depth, value_depth, kv_rows;
   int64_t window;
 
@@ -129,8 +129,8 @@ inline Range visible(const Layout& p, const Sequence& s, int64_t i, const KeyTil
 
 // `count` rows from `place` of a page are rows of the keys.
 inline void check_page(const Layout& p, int64_t page, int64_t place, int64_t count) {
-  TORCH_CHECK(page >= 0 && page <= p.kv_rows / p.page_size && page * p.page_size + place + count <= p.kv_rows,
-              "block_tables names page ", page, " but the keys have ", p.kv_rows, " rows of pages of ", p.page_size,
+  TORCH_CHECK(page >= 0 && page <= p.kv_rows / p.block_size && page * p.block_size + place + count <= p.kv_rows,
+              "block_tables names page ", page, " but the keys have ", p.kv_rows, " rows of pages of ", p.block_size,
               ".");
 }
 
@@ -141,9 +141,9 @@ inline void resolve_rows(const Layout& p, const Sequence& s, const KeyTile& tile
     return;
   }
   int64_t key = tile.begin;
-  int64_t page = (tile.first() + key) / p.page_size, place = (tile.first() + key) % p.page_size;
+  int64_t page = (tile.first() + key) / p.block_size, place = (tile.first() + key) % p.block_size;
   while (key < tile.end) {
-    const int64_t stop = std::min(tile.end, key + p.page_size - place), row = s.pages[page] * p.page_size + place;
+    const int64_t stop = std::min(tile.end, key + p.block_size - place), row = s.pages[page] * p.block_size + place;
     check_page(p, s.pages[page], place, stop - key);
     for (int64_t i = 0; key < stop; ++key, ++i) rows[key] = row + i;
     ++page;

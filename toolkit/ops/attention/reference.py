@@ -21,11 +21,11 @@ def result_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def key_rows(sequence: int, keys: Tensor, kv_offset: int, block_tables: Tensor | None, page_size: int) -> Tensor:
+def key_rows(sequence: int, keys: Tensor, kv_offset: int, block_tables: Tensor | None, block_size: int) -> Tensor:
     """Row numbers in k and v of keys of a sequence."""
     if block_tables is None:
         return keys + kv_offset
-    return block_tables[sequence, keys // page_size] * page_size + keys % page_size
+    return block_tables[sequence, keys // block_size] * block_size + keys % block_size
 
 
 class _Sequence:
@@ -69,7 +69,7 @@ def attention(
     kv_offsets: Tensor,
     kv_lengths: Tensor,
     block_tables: Tensor | None,
-    page_size: int,
+    block_size: int,
     scale: float,
     window: int,
     softcap: float,
@@ -87,7 +87,7 @@ def attention(
     for s, length in enumerate(kv_lengths.tolist()):
         queries = ends[s + 1] - ends[s]
         plan = _Sequence(queries, length, window, modifier, parameters, q)
-        rows = key_rows(s, plan.keys, begins[s], block_tables, page_size)
+        rows = key_rows(s, plan.keys, begins[s], block_tables, block_size)
         keys = k[rows].to(wide).repeat_interleave(group, 1)
         values = v[rows].to(wide).repeat_interleave(group, 1)
         x = plan.scores(q[ends[s] : ends[s + 1]].to(wide), keys, scale, softcap)[1].masked_fill(~plan.seen, -torch.inf)
@@ -118,7 +118,7 @@ def attention_backward(
     window: int,
     softcap: float,
     block_tables: Tensor | None = None,
-    page_size: int = 0,
+    block_size: int = 0,
     sinks: Tensor | None = None,
     modifier: str = "",
     parameters: Tensor | None = None,
@@ -136,7 +136,7 @@ def attention_backward(
     for s, (start, length) in enumerate(zip(begins, kv_lengths.tolist())):
         own = slice(ends[s], ends[s + 1])
         plan = _Sequence(ends[s + 1] - ends[s], length, window, modifier, parameters, q)
-        rows = key_rows(s, plan.keys, start, block_tables, page_size)
+        rows = key_rows(s, plan.keys, start, block_tables, block_size)
         keys = k[rows].to(wide).repeat_interleave(group, 1)
         values = v[rows].to(wide).repeat_interleave(group, 1)
         queries, gradient, log_sum = q[own].to(wide), grad[own].to(wide), lse[own].to(wide).T[..., None]

@@ -301,7 +301,7 @@ def attention(
     kv_offsets: torch.Tensor,
     kv_lengths: torch.Tensor,
     block_tables: torch.Tensor | None,
-    page_size: int,
+    block_size: int,
     scale: float,
     window: int,
     softcap: float,
@@ -336,7 +336,7 @@ def attention(
     }
     grid = query_grid(q, k.shape[1], sequences, sizes)
     # No length is read on the host: the bound of a sequence's keys is what its block table or the rows can hold.
-    longest = k.shape[0] if block_tables is None else block_tables.shape[1] * page_size
+    longest = k.shape[0] if block_tables is None else block_tables.shape[1] * block_size
     split = tiles.split(triton_devices.architecture(q.device), q.dtype, max(q.shape[-1], v.shape[-1]))
     slots = triton.cdiv(longest, split)
     if window > 0:
@@ -360,7 +360,7 @@ def attention(
             sequences, q.shape[0], first_tile, scale, window, softcap,
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
             out.stride(0), lse.stride(0), 0 if block_tables is None else table.stride(0),
-            PAGE=0 if block_tables is None else page_size, CAPPED=softcap > 0,
+            PAGE=0 if block_tables is None else block_size, CAPPED=softcap > 0,
             SCORE=functions["score"], MASK=functions["visible"],
             SPLIT=split if slots > 1 else 0, APART=apart, COLUMNS=columns, **flags, **sizes,
         )  # fmt: skip

@@ -131,7 +131,7 @@ def attention_backward(
     window: int,
     softcap: float,
     block_tables: torch.Tensor | None = None,
-    page_size: int = 0,
+    block_size: int = 0,
     sinks: torch.Tensor | None = None,
     modifier: str = "",
     parameters: torch.Tensor | None = None,
@@ -179,7 +179,7 @@ def attention_backward(
         sequences, q.shape[0], scale, window, softcap,
         *strides,
         out.stride(0), out.stride(1), lse.stride(0), dq.stride(0), 0 if block_tables is None else table.stride(0),
-        PAGE=0 if block_tables is None else page_size, **flags, **sizes,
+        PAGE=0 if block_tables is None else block_size, **flags, **sizes,
     )  # fmt: skip
     sizes = backward_sizes(q, k, v, tiles.BACKWARD_KEYS)
     del sizes["HEADS"]

@@ -1,7 +1,7 @@
 """The contract of a state kind: what one layer remembers of every sequence. One file a kind.
 
-``out, state' = op(in, state)``: a kind stores something in the pages that a sequence's ``Table`` hands out, and its op
-reads and writes it there. A new kind is a file in this folder with a subclass of ``StateKind``; the contract tests
+``out, state' = op(in, state)``: a kind stores something in the pages that a sequence's ``BlockTable`` hands out;
+its op reads and writes it there. A new kind is a file in this folder with a subclass of ``StateKind``; the contract tests
 find it by themselves. docs/state.md shows one from start to end.
 """
 
@@ -38,10 +38,10 @@ class StateSpec:
 
 @dataclass(frozen=True)
 class PagedRows:
-    """Where the tokens of a batch lie in a group whose pages hold ``page_size`` slots each. int64.
+    """Where the tokens of a batch lie in a group whose pages hold ``block_size`` slots each. int64.
 
     block_tables [S, P]: physical pages of each sequence in order (any page where it is not read any more).
-    slots [T]: where a new token's state goes, page * page_size + place; negative: nowhere.
+    slots [T]: where a new token's state goes, page * block_size + place; negative: nowhere.
     """
 
     block_tables: Tensor
@@ -64,7 +64,7 @@ class Snapshots:
 class StateKind(ABC):
     """One layer's memory. ``class Mine(StateKind, kind="mine")`` registers itself.
 
-    ``stores``: tensors of [num_pages, ...] that hold everything; copies, swaps and counts of bytes follow from them.
+    ``stores``: tensors of [num_blocks, ...] that hold everything; copies, swaps and counts of bytes follow from them.
     """
 
     kind: ClassVar[str]
@@ -83,19 +83,19 @@ class StateKind(ABC):
             StateKind._registry[kind] = cls
 
     def __init__(
-        self, spec: StateSpec, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
+        self, spec: StateSpec, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.spec = spec
-        self.page_size = page_size
+        self.block_size = block_size
         # Zeros, because what the host has not touched yet costs no memory and a stray NaN would spread.
         self.stores: Rows = tuple(
-            torch.zeros(num_pages, *shape, dtype=kept, device=device)
-            for shape, kept in self.entries(spec, page_size, dtype)
+            torch.zeros(num_blocks, *shape, dtype=kept, device=device)
+            for shape, kept in self.entries(spec, block_size, dtype)
         )
 
     @classmethod
     @abstractmethod
-    def entries(cls, spec: StateSpec, page_size: int, dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    def entries(cls, spec: StateSpec, block_size: int, dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of a page's entry in each of ``stores``."""
 
     @classmethod
@@ -117,9 +117,9 @@ class StateKind(ABC):
         """What a sequence of ``length`` tokens remembers, as copies; ``pages``: its table, negative where not held."""
 
     @classmethod
-    def page_bytes(cls, spec: StateSpec, page_size: int, dtype: torch.dtype) -> int:
+    def block_bytes(cls, spec: StateSpec, block_size: int, dtype: torch.dtype) -> int:
         """Bytes that one page of this layer takes."""
-        return sum(kept.itemsize * torch.Size(shape).numel() for shape, kept in cls.entries(spec, page_size, dtype))
+        return sum(kept.itemsize * torch.Size(shape).numel() for shape, kept in cls.entries(spec, block_size, dtype))
 
     @property
     def bytes(self) -> int:

@@ -10,13 +10,13 @@ from toolkit.state.kinds import PagedRows, Rows, Snapshots, StateKind, StateSpec
 
 
 class ShortConvolution(StateKind, kind="conv"):
-    """tails [num_pages, width - 1, channels] of one layer, oldest first; spec.shapes: that entry's shape."""
+    """tails [num_blocks, width - 1, channels] of one layer, oldest first; spec.shapes: that entry's shape."""
 
     op = "convolve"
     stride = 16
 
     @classmethod
-    def entries(cls, spec: StateSpec, page_size: int, dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    def entries(cls, spec: StateSpec, block_size: int, dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
         return [(spec.shapes[0], dtype)]
 
     @classmethod
@@ -50,4 +50,4 @@ class ShortConvolution(StateKind, kind="conv"):
         """The last inputs; zeros where the sequence is shorter."""
         if length == 0:
             return (torch.zeros_like(self.stores[0][0]),)
-        return (self.stores[0][pages[(length - 1) // self.page_size]].clone(),)
+        return (self.stores[0][pages[(length - 1) // self.block_size]].clone(),)

@@ -7,7 +7,7 @@ from toolkit.state.kinds.token_rows import TokenRows
 
 
 class FullAttention(TokenRows, kind="full"):
-    """keys [num_pages, page_size, heads, width] and values [..., value width] of one layer.
+    """keys [num_blocks, block_size, heads, width] and values [..., value width] of one layer.
 
     spec.shapes: (heads, width) of a token's keys, (heads, value width) of its values.
     """

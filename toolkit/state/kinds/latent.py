@@ -11,14 +11,14 @@ from toolkit.state.kinds.full import FullAttention
 
 
 class LatentAttention(FullAttention, kind="latent"):
-    """latents [num_pages, page_size, 1, width] of one layer.
+    """latents [num_blocks, block_size, 1, width] of one layer.
 
     spec.shapes: (1, width) of a key, (1, n) of its value, which is its first n columns.
     """
 
     @classmethod
-    def entries(cls, spec: StateSpec, page_size: int, dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        return super().entries(spec, page_size, dtype)[:1]
+    def entries(cls, spec: StateSpec, block_size: int, dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        return super().entries(spec, block_size, dtype)[:1]
 
     @classmethod
     def inputs(cls, spec: StateSpec) -> tuple[tuple[int, ...], ...]:

@@ -14,13 +14,13 @@ from toolkit.state.kinds import PagedRows, Rows, Snapshots, StateKind, StateSpec
 
 
 class Recurrence(StateKind, kind="recurrent"):
-    """states [num_pages, heads, key width, value width] of one layer; spec.shapes: that entry's shape."""
+    """states [num_blocks, heads, key width, value width] of one layer; spec.shapes: that entry's shape."""
 
     op = "scan"
     stride = 16
 
     @classmethod
-    def entries(cls, spec: StateSpec, page_size: int, dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    def entries(cls, spec: StateSpec, block_size: int, dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
         return [(spec.shapes[0], torch.promote_types(dtype, torch.float32))]
 
     @classmethod
@@ -59,4 +59,4 @@ class Recurrence(StateKind, kind="recurrent"):
         """The state after the last token; zeros for none."""
         if length == 0:
             return (torch.zeros_like(self.stores[0][0]),)
-        return (self.stores[0][pages[(length - 1) // self.page_size]].clone(),)
+        return (self.stores[0][pages[(length - 1) // self.block_size]].clone(),)

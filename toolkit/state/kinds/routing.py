@@ -11,7 +11,7 @@ from toolkit.state.kinds.token_rows import TokenRows
 
 
 class Routing(TokenRows, kind="routing"):
-    """ids [num_pages, page_size, 1, K] int32 of one layer of experts; spec.shapes: (1, K).
+    """ids [num_blocks, block_size, 1, K] int32 of one layer of experts; spec.shapes: (1, K).
 
     spec.layer counts the layers of experts alone. Nothing of a forward reads it.
     """
@@ -19,5 +19,5 @@ class Routing(TokenRows, kind="routing"):
     op = "record"
 
     @classmethod
-    def entries(cls, spec: StateSpec, page_size: int, dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        return [(shape, torch.int32) for shape, _ in super().entries(spec, page_size, dtype)]
+    def entries(cls, spec: StateSpec, block_size: int, dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        return [(shape, torch.int32) for shape, _ in super().entries(spec, block_size, dtype)]

@@ -10,20 +10,20 @@ from toolkit.state.kinds import PagedRows, Rows, Snapshots, StateKind, StateSpec
 
 
 class TokenRows(StateKind):
-    """``stores`` of [num_pages, page_size, heads, width], one for each of spec.shapes, (heads, width) of a token's row.
+    """``stores`` of [num_blocks, block_size, heads, width], one for each of spec.shapes, (heads, width) a token.
 
     ``rows``: the same memory, a row a slot.
     """
 
     def __init__(
-        self, spec: StateSpec, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
+        self, spec: StateSpec, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        super().__init__(spec, num_pages, page_size, dtype, device)
+        super().__init__(spec, num_blocks, block_size, dtype, device)
         self.rows = tuple(store.flatten(0, 1) for store in self.stores)
 
     @classmethod
-    def entries(cls, spec: StateSpec, page_size: int, dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        return [((page_size, *shape), dtype) for shape in spec.shapes]
+    def entries(cls, spec: StateSpec, block_size: int, dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        return [((block_size, *shape), dtype) for shape in spec.shapes]
 
     @classmethod
     def inputs(cls, spec: StateSpec) -> tuple[tuple[int, ...], ...]:
@@ -38,9 +38,9 @@ class TokenRows(StateKind):
         """The rows of the tokens that are still read, [n, ...] each."""
         reach = self.reach(self.spec)
         start = max(0, length - reach) if reach else 0
-        first = start // self.page_size
-        index = self._index(pages[first : -(-length // self.page_size)])
+        first = start // self.block_size
+        index = self._index(pages[first : -(-length // self.block_size)])
         return tuple(
-            store[index].flatten(0, 1)[start - first * self.page_size : length - first * self.page_size]
+            store[index].flatten(0, 1)[start - first * self.block_size : length - first * self.block_size]
             for store in self.stores
         )

@@ -26,7 +26,7 @@ TOKENIZER_PROBLEMS = 2000
 
 
 @dataclass(frozen=True)
-class Setting:
+class RunContext:
     """The run around an objective.
 
     model: patched, unwrapped. found: makes the model as training found it anew, unpatched. folder: the run's.
@@ -67,7 +67,7 @@ class Setting:
 
 
 @dataclass
-class Sums:
+class MetricAccumulator:
     """Numbers of a step, added up on the way and over the processes at its end."""
 
     values: dict[str, float] = field(default_factory=dict)
@@ -76,7 +76,7 @@ class Sums:
         for name, value in values.items():
             self.values[name] = self.values.get(name, 0.0) + float(value)
 
-    def take(self, setting: Setting) -> dict[str, float]:
+    def take(self, setting: RunContext) -> dict[str, float]:
         """The sums over all processes, which must have added the same names; the next step starts from nothing."""
         taken, self.values = dict(sorted(self.values.items())), {}
         return dict(zip(taken, setting.total(list(taken.values()))))
@@ -107,7 +107,7 @@ class Objective(ABC):
     def texts(self) -> Iterable[str]:
         """What a tokenizer is trained on, where the recipe wants one made."""
 
-    def bind(self, setting: Setting) -> None:
+    def bind(self, setting: RunContext) -> None:
         """Take the run's other parts."""
         self.setting = setting
 
@@ -164,7 +164,7 @@ _KINDS = {
     "pretrain": "toolkit.training.objectives.pretrain.Pretrain",
     "sft": "toolkit.training.objectives.sft.Supervised",
     "dpo": "toolkit.training.objectives.dpo.Preference",
-    "grpo": "toolkit.training.objectives.grpo.GroupPolicy",
+    "grpo": "toolkit.training.objectives.grpo.GRPO",
     "distill": "toolkit.training.objectives.distill.Distillation",
 }
 

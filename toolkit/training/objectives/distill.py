@@ -18,13 +18,13 @@ from toolkit.state.batch import RaggedBatch
 from toolkit.training import checkpoint
 from toolkit.training.examples import in_batches
 from toolkit.training.model import Reference, load_checkpoint
-from toolkit.training.objectives.base import Setting
+from toolkit.training.objectives.base import RunContext
 from toolkit.training.objectives.functions import jensen_shannon, kl_divergence, with_tail
-from toolkit.training.objectives.on_task import OnTask
+from toolkit.training.objectives.on_policy import OnPolicyObjective
 from toolkit.training.stages import teacher_recipe
 
 
-class Micro(NamedTuple):
+class MicroBatch(NamedTuple):
     """Rows whose next token the student drew, for how many completions, and the teacher's likeliest tokens there."""
 
     batch: RaggedBatch
@@ -35,7 +35,7 @@ class Micro(NamedTuple):
     share: float
 
 
-class Distillation(OnTask):
+class Distillation(OnPolicyObjective):
     """See ``DistillObjective``. The teacher is frozen; what it says is computed once a rollout."""
 
     headline = "divergence"
@@ -48,7 +48,7 @@ class Distillation(OnTask):
             "jensen_shannon": lambda teacher, student: jensen_shannon(teacher, student, self.section.weight),
         }[self.section.divergence]
 
-    def bind(self, setting: Setting) -> None:
+    def bind(self, setting: RunContext) -> None:
         super().bind(setting)
         model = load_checkpoint(self._teacher(), getattr(torch, self.recipe.model.dtype), "objective.teacher.path")
         vocabulary, own = (m.get_input_embeddings().num_embeddings for m in (model, setting.model.model))
@@ -73,7 +73,7 @@ class Distillation(OnTask):
         self.setting.say(f"teacher: {self.section.teacher.steps} steps")
         return self.setting.child(teacher_recipe(self.recipe, tokenizer))
 
-    def updates(self, step: int) -> Iterator[Sequence[Micro]]:
+    def updates(self, step: int) -> Iterator[Sequence[MicroBatch]]:
         self.begin()
         problems, answers = self.roll_out(step, self.section.completions)
         self.count(problems, answers)
@@ -88,7 +88,7 @@ class Distillation(OnTask):
         micros += [micros[0]._replace(share=0.0) for _ in range(count - len(micros))]
         yield micros
 
-    def _micro(self, pack: Sequence[tuple[list[int], int]], share: float) -> Micro:
+    def _micro(self, pack: Sequence[tuple[list[int], int]], share: float) -> MicroBatch:
         device = self.setting.device
         batch = RaggedBatch.from_sequences([ids for ids, _ in pack], device=device)
         ends = accumulate(len(ids) for ids, _ in pack)
@@ -97,9 +97,9 @@ class Distillation(OnTask):
         rows, counts = (places if batch.sample_rows is None else batch.sample_rows[places]).unique(return_counts=True)
         logprobs = self.teacher.logits(batch, rows).float().log_softmax(-1)
         best = logprobs.topk(self.section.top_k, dim=-1)
-        return Micro(batch, rows, counts, best.indices, best.values, share)
+        return MicroBatch(batch, rows, counts, best.indices, best.values, share)
 
-    def loss(self, forward: Callable[..., Any], micro: Micro) -> Tensor:
+    def loss(self, forward: Callable[..., Any], micro: MicroBatch) -> Tensor:
         logits = forward(micro.batch, micro.rows)
         student, _ = token_logprobs(logits, micro.candidates)
         each = self._divergence(with_tail(micro.teacher.to(student.dtype)), with_tail(student))
@@ -108,7 +108,7 @@ class Distillation(OnTask):
         self.sums.add(divergence=divergence.item() * real, trained=micro.counts.sum().item() * real)
         return divergence * micro.share
 
-    def rows(self, micro: Micro) -> int:
+    def rows(self, micro: MicroBatch) -> int:
         if not micro.share:
             return 0
         return len(micro.batch.tokens if micro.batch.sample_rows is None else micro.batch.sample_rows)

@@ -10,12 +10,12 @@ from torch import Tensor
 from toolkit.config import Recipe
 from toolkit.config.objective import DpoObjective
 from toolkit.errors import ToolkitError
-from toolkit.patch.forward import evaluating
+from toolkit.patching.forward import evaluating
 from toolkit.training.examples import completion_ids, in_batches, prompt_ids
 from toolkit.training.model import Reference
-from toolkit.training.objectives.base import Setting, Sums, divided
+from toolkit.training.objectives.base import MetricAccumulator, RunContext, divided
 from toolkit.training.objectives.functions import preference_loss
-from toolkit.training.objectives.on_examples import OnExamples
+from toolkit.training.objectives.offline import OfflineObjective
 from toolkit.training.tasks import Problem, ProblemStream
 
 
@@ -36,7 +36,7 @@ class Pair:
         return len(self.prompt) + len(self.chosen) + len(self.rejected)
 
 
-class Preference(OnExamples):
+class Preference(OfflineObjective):
     """Pairs of a task (a right and a wrong answer) or of a file. The reference is a frozen copy."""
 
     headline = "accuracy"
@@ -51,12 +51,12 @@ class Preference(OnExamples):
     def text_of(line: dict[str, Any]) -> str:
         return line["prompt"] + line["chosen"] + line["rejected"]
 
-    def bind(self, setting: Setting) -> None:
+    def bind(self, setting: RunContext) -> None:
         super().bind(setting)
         self.stream = self.sources(setting)
         self._pairs = divided("objective.pairs", self.section.pairs, setting.world)
         self.reference = Reference(setting.found(), self.recipe.model, setting.device)
-        self.sums = Sums()
+        self.sums = MetricAccumulator()
 
     def pair(self, source: Problem | dict[str, Any]) -> Pair:
         """The tokens of a problem's two answers, or of a line."""

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from toolkit.training.model import Reference
-from toolkit.training.objectives.base import Setting
+from toolkit.training.objectives.base import RunContext
 from toolkit.training.objectives.functions import (
     divergence_estimate,
     group_advantages,
     importance_weight,
     policy_loss,
 )
-from toolkit.training.objectives.on_task import OnTask
+from toolkit.training.objectives.on_policy import OnPolicyObjective
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Sample:
 
 
 @dataclass
-class Micro:
+class MicroBatch:
     """Samples of one forward, members of a group side by side, so that their prompt is computed once."""
 
     samples: list[Sample]
@@ -62,18 +62,18 @@ class Micro:
         return found if len(found) == len(self.samples) else None
 
 
-class GroupPolicy(OnTask):
+class GRPO(OnPolicyObjective):
     """GRPO and its relatives: see ``GrpoObjective``. Behaviour log-probabilities are the engine's own."""
 
     headline = "reward"
 
-    def bind(self, setting: Setting) -> None:
+    def bind(self, setting: RunContext) -> None:
         super().bind(setting)
         self.reference = (
             Reference(setting.found(), self.recipe.model, setting.device) if self.section.kl_weight else None
         )
 
-    def updates(self, step: int) -> Iterator[Sequence[Micro]]:
+    def updates(self, step: int) -> Iterator[Sequence[MicroBatch]]:
         self.begin()
         groups = self._groups(step)
         self._weigh([sample for group in groups for sample in group])
@@ -84,8 +84,8 @@ class GroupPolicy(OnTask):
         count = self.setting.largest(len(micros))
         if not micros and count:  # every process gives as many micro-batches, if need be of nothing
             filler = Sample([self.setting.tokenizer.eos_token_id], [self.setting.tokenizer.eos_token_id], [0.0])
-            micros = [Micro([filler])]
-        micros += [Micro([_filler(micros[0].samples[0])]) for _ in range(count - len(micros))]
+            micros = [MicroBatch([filler])]
+        micros += [MicroBatch([_filler(micros[0].samples[0])]) for _ in range(count - len(micros))]
         self._remember_reference(micros)
         for update in range(self.section.updates if count else 0):
             for micro in micros:
@@ -130,14 +130,14 @@ class GroupPolicy(OnTask):
                 weight = 1.0 / (count * self.section.rollout.max_tokens)
             sample.weight = weight * self.setting.world  # gradients are averaged over the processes
 
-    def _remember_reference(self, micros: Sequence[Micro]) -> None:
+    def _remember_reference(self, micros: Sequence[MicroBatch]) -> None:
         if self.reference is not None:
             for micro in micros:
                 values = self.reference.logprobs(micro.sequences, micro.lengths)
                 for sample, value in zip(micro.samples, values):
                     sample.reference = value
 
-    def loss(self, forward: Callable[..., Any], micro: Micro) -> Tensor:
+    def loss(self, forward: Callable[..., Any], micro: MicroBatch) -> Tensor:
         section, samples = self.section, micro.samples
         lengths = micro.lengths
         logprob = torch.cat(forward(micro.sequences, last=lengths, routing=micro.routing))
@@ -179,7 +179,7 @@ class GroupPolicy(OnTask):
             self.sums.add(distance=(distance * counted).sum().item())
         return (result.loss * weight).sum()
 
-    def rows(self, micro: Micro) -> int:
+    def rows(self, micro: MicroBatch) -> int:
         return sum(len(sample.sequence) for sample in micro.samples if sample.weight)
 
     def _compare(self, train: Tensor, rolled: Tensor, counted: Tensor) -> None:
@@ -194,7 +194,7 @@ class GroupPolicy(OnTask):
         )
 
     def finish(self) -> tuple[int, dict[str, float]]:
-        """Beside ``OnTask.figures``: engine against training forward, and what was clipped or dropped."""
+        """Beside ``OnPolicyObjective.figures``: engine against training forward, and what was clipped or dropped."""
         names = ("compared", "mismatch", "bits", "clipped", "trained", "distance")
         self.sums.add(**dict.fromkeys(names, 0.0))  # a process, or a step, may have had nothing to train on
         got = self.take()
@@ -214,24 +214,24 @@ class GroupPolicy(OnTask):
         return self.trained_tokens, values
 
 
-def pack(groups: Sequence[Sequence[Sample]], batch_tokens: int) -> list[Micro]:
+def pack(groups: Sequence[Sequence[Sample]], batch_tokens: int) -> list[MicroBatch]:
     """Groups to micro-batches of at most ``batch_tokens`` tokens, a prompt counted once for the members beside it.
 
     A group that is larger is split; a sample that is larger stands alone.
     """
-    micros: list[Micro] = []
+    micros: list[MicroBatch] = []
     room = 0
     for group in groups:
         whole = len(group[0].prompt) + sum(len(sample.tokens) for sample in group)
         fresh = not micros or whole > room
         if fresh:
-            micros.append(Micro([]))
+            micros.append(MicroBatch([]))
             room = batch_tokens
         first = True
         for sample in group:
             cost = len(sample.tokens) + (len(sample.prompt) if first else 0)
             if micros[-1].samples and cost > room:
-                micros.append(Micro([]))
+                micros.append(MicroBatch([]))
                 room, cost = batch_tokens, len(sample.tokens) + len(sample.prompt)
             micros[-1].samples.append(sample)
             room -= cost

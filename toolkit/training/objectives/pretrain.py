@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from toolkit.config import Recipe
-from toolkit.patch.forward import evaluating
+from toolkit.patching.forward import evaluating
 from toolkit.state.batch import RaggedBatch
 from toolkit.training import corpus
 from toolkit.training.data import PackedStream, encode
 from toolkit.training.evaluate import Score, compressed_bits_per_byte, score_windows, windows
-from toolkit.training.objectives.base import Objective, Setting, divided
+from toolkit.training.objectives.base import Objective, RunContext, divided
 from toolkit.training.objectives.functions import next_token_loss
 
 
@@ -40,7 +40,7 @@ class Pretrain(Objective):
     def texts(self) -> Iterator[str]:
         return (file.read() for file in corpus.take_bytes(self.train_files, self.recipe.tokenizer.max_bytes))
 
-    def bind(self, setting: Setting) -> None:
+    def bind(self, setting: RunContext) -> None:
         super().bind(setting)
         recipe = self.recipe
         count = setting.world if recipe.data.streams is None else recipe.data.streams

@@ -11,17 +11,17 @@ from torch import Tensor
 from toolkit.config import Recipe
 from toolkit.config.objective import SftObjective
 from toolkit.errors import ToolkitError
-from toolkit.patch.forward import evaluating
+from toolkit.patching.forward import evaluating
 from toolkit.state.batch import RaggedBatch
 from toolkit.training.examples import Example, Packed, completion_ids, conversation, example_of, prompt_ids
-from toolkit.training.objectives.base import Setting, Sums
+from toolkit.training.objectives.base import MetricAccumulator, RunContext
 from toolkit.training.objectives.functions import next_token_loss
-from toolkit.training.objectives.on_examples import OnExamples
+from toolkit.training.objectives.offline import OfflineObjective
 from toolkit.training.rollout import Rollout, show_success, success
 from toolkit.training.tasks import Problem, ProblemStream
 
 
-class Micro(NamedTuple):
+class MicroBatch(NamedTuple):
     """Rows of a packed batch that predict something that counts, and the share that they have in the update."""
 
     batch: RaggedBatch
@@ -30,7 +30,7 @@ class Micro(NamedTuple):
     share: float
 
 
-class Supervised(OnExamples):
+class Supervised(OfflineObjective):
     """Cross-entropy of completions, averaged over the completion tokens of the whole step."""
 
     fields = ({"messages": list}, {"prompt": str, "completion": str})
@@ -47,7 +47,7 @@ class Supervised(OnExamples):
             return "\n".join(str(message.get("content", "")) for message in messages if isinstance(message, dict))
         return line["prompt"] + line["completion"]
 
-    def bind(self, setting: Setting) -> None:
+    def bind(self, setting: RunContext) -> None:
         super().bind(setting)
         sources = self.sources(setting)
         if not any(self.example(one).counted for one in islice(self._some(), 64)):
@@ -77,7 +77,7 @@ class Supervised(OnExamples):
             prompt, completion = source["prompt"], source["completion"]
         return example_of(prompt_ids(tokenizer, prompt), completion_ids(tokenizer, completion), longest)
 
-    def updates(self, step: int) -> Iterator[Sequence[Micro]]:
+    def updates(self, step: int) -> Iterator[Sequence[MicroBatch]]:
         packs = [self.stream.next_batch() for _ in range(self.recipe.train.accumulate)]
         counts = [sum(example.counted for example in pack) for pack in packs]
         (total,) = self.setting.total([sum(counts)])
@@ -87,7 +87,7 @@ class Supervised(OnExamples):
             for pack, count in zip(packs, counts)
         ]
 
-    def loss(self, forward: Callable[..., Any], micro: Micro) -> Tensor:
+    def loss(self, forward: Callable[..., Any], micro: MicroBatch) -> Tensor:
         logits = forward(micro.batch, micro.rows)
         section = self.section
         loss = next_token_loss(
@@ -95,7 +95,7 @@ class Supervised(OnExamples):
         )  # the mean over the micro-batch
         return loss * micro.share
 
-    def rows(self, micro: Micro) -> int:
+    def rows(self, micro: MicroBatch) -> int:
         return len(micro.batch.tokens)
 
     def finish(self) -> tuple[int, dict[str, float]]:
@@ -111,7 +111,7 @@ class Supervised(OnExamples):
             return found
         assert self.lines is not None
         mine = self.lines.held_out[: evaluation.problems][setting.rank :: setting.world]
-        sums = Sums({"loss": 0.0, "tokens": 0.0})
+        sums = MetricAccumulator({"loss": 0.0, "tokens": 0.0})
         with evaluating(setting.model):
             for example in map(self.example, mine):
                 if example.counted:
@@ -133,11 +133,11 @@ class Supervised(OnExamples):
         self.rollout.close()
 
 
-def micro_of(pack: Sequence[Example], share: float, device: torch.device) -> Micro:
+def micro_of(pack: Sequence[Example], share: float, device: torch.device) -> MicroBatch:
     """The packed batch of some examples."""
     flat = [target for example in pack for target in example.targets]
     rows = [row for row, target in enumerate(flat) if target >= 0]
-    return Micro(
+    return MicroBatch(
         RaggedBatch.from_sequences([example.inputs for example in pack], device=device, share=False),
         torch.tensor(rows, device=device),
         torch.tensor([flat[row] for row in rows], device=device),

@@ -1,0 +1,343 @@
+"""The allocator and the tables on it: random histories never leak, and never hit what they must not."""
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
+
+from toolkit.state import BlockAllocator, BlockManager, BlockTable, BlockTables, Group, OutOfBlocks
+from toolkit.state.block_manager import Swapped
+from toolkit.state.block_table import NULL_BLOCK
+
+TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=11)
+FULL, WINDOW, STATE = Group(), Group(reach=3), Group(reach=1, stride=2)
+GROUPS = st.sampled_from([(FULL,), (WINDOW,), (STATE,), (FULL, WINDOW), (FULL, Group(reach=5), STATE)])
+
+
+class Histories(RuleBasedStateMachine):
+    """Sequences over small pools. A history is all tokens so far with the weights that computed each.
+
+    ``truth``: the history after each token of a sequence, which nothing under test has a hand in. ``contents``: what
+    the pages of each group hold: the history at each slot, or for a group of states the one after the page's last
+    token.
+    """
+
+    tables = Bundle("tables")
+
+    @initialize(groups=GROUPS, num_blocks=st.integers(1, 9), block_size=st.integers(1, 4))
+    def start(self, groups: tuple[Group, ...], num_blocks: int, block_size: int) -> None:
+        self.memory = BlockManager(groups, [num_blocks] * len(groups), block_size)
+        self.contents: list[dict[int, tuple]] = [{} for _ in groups]
+        self.truth: dict[BlockTables, list[tuple]] = {}
+        self.version = 0
+
+    def entries(self, group: int, page: int) -> list[int]:
+        """Keys into ``contents`` of a page."""
+        size = self.memory.block_size
+        return [page] if self.memory.groups[group].stride else [page * size + place for place in range(size)]
+
+    def check(self, tables: BlockTables) -> None:
+        """Whatever is still read holds the truth."""
+        truth, size = self.truth[tables], self.memory.block_size
+        for group, part, contents in zip(self.memory.groups, tables.parts, self.contents, strict=True):
+            assert part.length == len(truth)
+            if group.stride:
+                assert (contents[part.source()] == truth[-1]) if truth else part.source() == NULL_BLOCK
+            else:
+                first = max(0, len(truth) - group.reach) if group.reach else 0
+                for at in range(first, len(truth)):
+                    assert contents[part.pages[at // size] * size + at % size] == truth[at]
+
+    def copy(self, tables: BlockTables) -> None:
+        for group, (contents, copies) in enumerate(zip(self.contents, tables.take_copies(), strict=True)):
+            for source, destination in copies:
+                for old, new in zip(self.entries(group, source), self.entries(group, destination), strict=True):
+                    contents[new] = contents.get(old, ())
+
+    def fill(self, tables: BlockTables, slots: list[list[int]], histories: list[tuple]) -> None:
+        """What a forward writes, and that it writes into nothing that others hold."""
+        size = self.memory.block_size
+        for part, contents, own in zip(tables.parts, self.contents, slots, strict=True):
+            if part.stride:
+                targets = [(page, histories[at]) for at, page in part.saves(len(histories))]
+                pages = [page for page, _ in targets]
+            else:
+                targets = list(zip(own, histories, strict=True))
+                pages = [slot // size for slot in own]
+            assert all(part.allocator.refcount(page) == 1 for page in pages)
+            contents.update(targets)
+
+    def append(self, tables: BlockTables, tokens: list[int]) -> bool:
+        """One engine step: reserve, copy, write, commit."""
+        before = ([list(part.pages) for part in tables.parts], tables.length, self.memory.free)
+        needed = tables.blocks_needed(len(tokens))
+        try:
+            slots = tables.reserve(len(tokens))
+        except OutOfBlocks:
+            assert any(wanted > free for wanted, free in zip(needed, self.memory.free))
+            assert ([list(part.pages) for part in tables.parts], tables.length, self.memory.free) == before
+            assert not any(tables.take_copies())
+            return False
+        self.copy(tables)
+        self.check(tables)
+        truth = self.truth[tables]
+        for token in tokens:
+            # The tokens alone do not tell the state: it also depends on the weights that computed each.
+            truth.append((truth[-1] if truth else (), token, self.version))
+        self.fill(tables, slots, truth[-len(tokens) :])
+        tables.commit(tokens, self.version)
+        return True
+
+    @rule(target=tables, tokens=TOKENS, more=TOKENS)
+    def begin(self, tokens: list[int], more: list[int]) -> object:
+        tables = self.memory.tables(self.version)
+        hit = tables.match_prefix(tokens + more)
+        assert hit == tables.length < len(tokens + more)
+        assert hit % self.memory.block_size == 0
+        truth: list[tuple] = []
+        for token in (tokens + more)[:hit]:  # every hit was computed by these weights
+            truth.append((truth[-1] if truth else (), token, self.version))
+        self.truth[tables] = truth
+        self.check(tables)
+        if not self.append(tables, (tokens + more)[hit:]):
+            del self.truth[tables]
+            tables.release()
+            return multiple()
+        return tables
+
+    @rule(tables=tables, tokens=TOKENS)
+    def extend(self, tables: BlockTables, tokens: list[int]) -> None:
+        if tables in self.truth:
+            self.append(tables, tokens)
+
+    @rule(tables=tables, n=st.integers(1, 9))
+    def abandon(self, tables: BlockTables, n: int) -> None:
+        """A step that failed in its forward: reserved, never committed."""
+        if tables not in self.truth or any(w > f for w, f in zip(tables.blocks_needed(n), self.memory.free)):
+            return
+        slots = tables.reserve(n)
+        self.copy(tables)
+        assert tables.reserve(n) == slots
+        for part, contents, own in zip(tables.parts, self.contents, slots, strict=True):
+            if not part.stride:  # a state is written over in place: what failed after that cannot be gone on from
+                contents.update((slot, ("garbage",)) for slot in own)
+
+    @rule(target=tables, tables=tables)
+    def fork(self, tables: BlockTables) -> object:
+        if tables not in self.truth:
+            return multiple()
+        other = tables.fork()
+        self.truth[other] = list(self.truth[tables])
+        return other
+
+    @rule(tables=tables, data=st.data())
+    def truncate(self, tables: BlockTables, data: st.DataObject) -> None:
+        if tables in self.truth:
+            asked = data.draw(st.integers(0, tables.length))
+            kept = tables.truncate(asked)
+            assert kept <= asked
+            if all(not group.reach for group in self.memory.groups):
+                assert kept == asked
+            del self.truth[tables][kept:]
+
+    @rule(target=tables, tables=consumes(tables))
+    def swap(self, tables: BlockTables) -> object:
+        """Out to the host, and into whatever pages are there then."""
+        if tables not in self.truth:
+            return multiple()
+        self.copy(tables)
+        truth = self.truth.pop(tables)
+        saved = [
+            [[contents.get(key, ()) for key in self.entries(group, page)] for page in pages]
+            for group, (contents, pages) in enumerate(zip(self.contents, tables.held_blocks(), strict=True))
+        ]
+        swapped: Swapped = tables.give_up()
+        assert not any(part.held for part in tables.parts)
+        free = self.memory.free
+        try:
+            back = swapped.restore(self.memory)
+        except OutOfBlocks:  # its pages were shared, and the others still hold them
+            assert any(needed > room for needed, room in zip(swapped.blocks_needed(), free))
+            assert self.memory.free == free
+            return multiple()
+        for group, (contents, pages) in enumerate(zip(self.contents, back.held_blocks(), strict=True)):
+            for page, values in zip(pages, saved[group], strict=True):
+                contents.update(zip(self.entries(group, page), values, strict=True))
+        self.truth[back] = truth
+        return back
+
+    @rule(tables=consumes(tables))
+    def release(self, tables: BlockTables) -> None:
+        if self.truth.pop(tables, None) is not None:
+            tables.release()
+
+    @rule()
+    def move_version(self) -> None:
+        self.version += 1
+
+    @rule()
+    def drop_old_versions(self) -> None:
+        self.memory.drop_old_versions(self.version)
+
+    @rule()
+    def drop_cached(self) -> None:
+        self.memory.drop_cached()
+        assert all(allocator.num_cached == 0 for allocator in self.memory.allocators)
+
+    @invariant()
+    def sound(self) -> None:
+        self.memory.check_integrity(self.truth)
+        for group, (allocator, contents) in enumerate(zip(self.memory.allocators, self.contents, strict=True)):
+            for page, node in allocator.index._nodes.items():  # a page holds what it would be matched for
+                content = contents[self.entries(group, page)[-1]]
+                while node.parent is not None:
+                    for token in reversed(node.tokens):
+                        assert content[1:] == (token, node.version)
+                        content = content[0]
+                    node = node.parent
+                assert content == ()
+        for tables in self.truth:
+            self.check(tables)
+
+    def teardown(self) -> None:
+        for tables in getattr(self, "truth", {}):
+            tables.release()
+        if hasattr(self, "memory"):
+            self.memory.check_integrity([])
+            assert self.memory.free == tuple(allocator.num_blocks for allocator in self.memory.allocators)
+
+
+TestHistories = Histories.TestCase
+TestHistories.settings = settings(max_examples=200, stateful_step_count=30, deadline=None)
+
+
+def test_allocate_prefers_free_pages_then_evicts_the_least_recently_used() -> None:
+    allocator = BlockAllocator(4, 1)
+    first, second, third = allocator.allocate(3)
+    key = allocator.register(first, None, [1], 0)
+    allocator.register(second, key, [2], 0)
+    allocator.free([first, second])
+    assert allocator.num_free == 3
+    assert allocator.num_cached == 2
+    assert allocator.allocate(1) == [3]
+    assert allocator.allocate(1) == [second]  # the end of a chain goes before its beginning
+    assert allocator.index.match([1, 2], 0) == [first]
+    with pytest.raises(OutOfBlocks, match="2 pages were asked for and 1 of 4 are available"):
+        allocator.allocate(2)
+    assert allocator.allocate(1) == [first]
+    assert allocator.index.match([1, 2], 0) == []
+    allocator.check_integrity([[0, 1, 2, 3]])
+    assert allocator.refcount(third) == 1
+
+
+def test_a_match_makes_a_cached_page_recent() -> None:
+    allocator = BlockAllocator(2, 1)
+    tables = []
+    for token in (5, 6):
+        table = BlockTable(allocator, 0)
+        table.reserve(1)
+        table.commit([token])
+        tables.append(table)
+    for table in tables:
+        table.release()
+    again = BlockTable(allocator, 0)
+    assert BlockTables([again]).match_prefix([5, 9]) == 1
+    again.release()
+    allocator.allocate(1)
+    assert allocator.index.match([5], 0)
+    assert not allocator.index.match([6], 0)
+
+
+def test_misuse_is_refused_and_changes_nothing() -> None:
+    allocator = BlockAllocator(3, 2)
+    pages = allocator.allocate(2)
+    with pytest.raises(ValueError, match="freed 2 times and held 1 times"):
+        allocator.free([pages[0], pages[1], pages[1]])
+    with pytest.raises(ValueError, match="is free and cannot be shared"):
+        allocator.share([pages[0], 2])
+    with pytest.raises(ValueError, match="held by nobody"):
+        allocator.register(2, None, [1, 2], 0)
+    with pytest.raises(ValueError, match="num_blocks is 1 and block_size 0"):
+        BlockAllocator(1, 0)
+    allocator.check_integrity([pages])
+    table = BlockTable(allocator, 0)
+    table.reserve(1)
+    with pytest.raises(RuntimeError, match="3 tokens were committed and 2 slots are reserved"):
+        table.commit([1, 2, 3])
+    with pytest.raises(ValueError, match="length is 1; 0 to 0"):
+        table.truncate(1)
+    with pytest.raises(RuntimeError, match="empty table"):
+        BlockTables([table]).match_prefix([1])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda a: a._free.append(a._free[0]),
+        lambda a: a._free.pop(),
+        lambda a: a._free.append(1),
+        lambda a: a._cached.popitem(),
+        lambda a: a._refcounts.__setitem__(1, 0),
+        lambda a: a._refcounts.__setitem__(1, 2),
+        lambda a: a.index.drop(0),
+        lambda a: setattr(a.index._nodes[0], "page", 1),
+        lambda a: a.index._nodes[0].parent.children.clear(),
+    ],
+)
+def test_check_integrity_notices_damage(damage) -> None:
+    allocator = BlockAllocator(4, 1)
+    cached, held = allocator.allocate(2)
+    allocator.register(cached, None, [3], 0)
+    allocator.free([cached])
+    allocator.check_integrity([[held]])
+    damage(allocator)
+    with pytest.raises(AssertionError):
+        allocator.check_integrity([[held]])
+
+
+def test_a_fork_copies_only_the_page_it_writes_and_its_source_stays_until_then() -> None:
+    allocator = BlockAllocator(4, 4)
+    table = BlockTable(allocator, None)
+    table.reserve(6)
+    table.commit([1] * 6)
+    other = table.fork()
+    assert other.pages == table.pages
+    assert other.blocks_needed(2) == 1
+    slots = other.reserve(2)
+    assert other.pages[0] == table.pages[0]
+    assert slots == [other.pages[1] * 4 + 2, other.pages[1] * 4 + 3]
+    source = table.pages[1]
+    table.release()
+    assert allocator.refcount(source) == 1  # pending
+    with pytest.raises(RuntimeError, match="take_copies"):
+        other.fork()
+    allocator.check_integrity([other.held])
+    assert other.take_copies() == [(source, other.pages[1])]
+    assert allocator.refcount(source) == 0
+    other.reserve(1)
+    assert other.take_copies() == []  # its own by now
+
+
+def test_truncate_drops_a_pending_copy() -> None:
+    allocator = BlockAllocator(4, 4)
+    table = BlockTable(allocator, None)
+    table.reserve(6)
+    table.commit([1] * 6)
+    other = table.fork()
+    other.reserve(1)
+    other.truncate(4)
+    assert other.take_copies() == []
+    allocator.check_integrity([table.held, other.held])
+
+
+def test_a_failed_reserve_leaves_the_table_and_the_index_alone() -> None:
+    allocator = BlockAllocator(2, 2)
+    table = BlockTable(allocator, 0)
+    table.reserve(4)
+    table.commit([1, 2, 3, 4])
+    table.truncate(3)
+    with pytest.raises(OutOfBlocks):
+        table.reserve(2)
+    assert allocator.index.match([1, 2, 3, 4], 0) == table.pages
+    assert table.reserve(1) == [table.pages[1] * 2 + 1]  # about to be overwritten: no longer to be matched
+    assert allocator.index.match([1, 2, 3, 4], 0) == table.pages[:1]

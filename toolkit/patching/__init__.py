@@ -1,0 +1,22 @@
+"""Claim, probe, apply, undo, report: how a Hugging Face model is patched. Knows transformers; nothing below it does."""
+
+from toolkit.modules.experts import expert_layers
+from toolkit.patching.apply import find_claims, patch, report_of, unpatch
+from toolkit.patching.forward import ragged_forward, token_logprobs
+from toolkit.patching.report import PatchReport
+from toolkit.patching.state_spec import state_spec
+from toolkit.patching.weights import weight_version, weights_changed
+
+__all__ = [
+    "PatchReport",
+    "expert_layers",
+    "find_claims",
+    "patch",
+    "ragged_forward",
+    "report_of",
+    "state_spec",
+    "token_logprobs",
+    "unpatch",
+    "weight_version",
+    "weights_changed",
+]

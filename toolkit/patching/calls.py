@@ -1,0 +1,91 @@
+"""How a model calls its layers, watched during one forward of its own over a few tokens.
+
+What a layer is handed beside its hidden states (rotary tables of its kind, masks, whatever an architecture adds) is
+then what the model hands it, and need not be guessed from names.
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from toolkit.patching.forward import evaluating
+from toolkit.patching.probe import device_of, generator
+
+HIDDEN = ("hidden_states", "x")
+MASK = "attention_mask"
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments of one call of a module, by name; ``positional``: how many came without one."""
+
+    arguments: dict[str, Any]
+    positional: int
+
+    @property
+    def hidden(self) -> str:
+        """The name of the argument that is the hidden states."""
+        return next(name for name in HIDDEN if name in self.arguments)
+
+    def having(self, **replaced: Any) -> dict[str, Any]:
+        """The arguments with some replaced; those that the module does not take are left out."""
+        return self.arguments | {name: value for name, value in replaced.items() if name in self.arguments}
+
+
+def _kept(value: Any) -> Any:
+    """A copy in float32 of tensors, also inside of tuples and lists."""
+    if isinstance(value, Tensor):
+        return value.detach().float().clone() if value.is_floating_point() else value.detach().clone()
+    if isinstance(value, (tuple, list)):
+        return type(value)(_kept(item) for item in value)
+    return value
+
+
+@contextmanager
+def _replaced(config: Any, values: dict[str, Any]) -> Iterator[None]:
+    """A configuration with other values of the fields that it has, for the time being."""
+    before = {name: getattr(config, name) for name in values if getattr(config, name, None)}
+    try:
+        for name in before:
+            setattr(config, name, values[name])
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
+
+
+def watch(model: Any, modules: Sequence[nn.Module], rows: int, length: int, reach: int) -> dict[nn.Module, list[Call]]:
+    """Every call of ``modules`` in the model's own eager forward over ``rows`` sequences of ``length`` tokens.
+
+    reach: what windows and chunks of the configuration are for the time being, so that masks cut within ``length``.
+    """
+    device = device_of(model)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    source = generator(device, 7)
+    ids = torch.randint(min(vocabulary, 97), (rows, length), generator=source, device=device)
+    calls: dict[nn.Module, list[Call]] = {module: [] for module in modules}
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        signature = inspect.signature(type(module).forward)
+        named = dict(list(signature.bind(module, *args, **kwargs).arguments.items())[1:])
+        for parameter in signature.parameters.values():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                named |= named.pop(parameter.name, {})
+        calls[module].append(Call({name: _kept(value) for name, value in named.items()}, len(args)))
+
+    configs = {id(one): one for one in (model.config, model.config.get_text_config())}.values()
+    before = model.config._attn_implementation
+    with ExitStack() as stack, torch.no_grad(), evaluating(model):
+        for config in configs:
+            stack.enter_context(_replaced(config, {"sliding_window": reach, "attention_chunk_size": reach}))
+        for module in modules:
+            stack.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
+        stack.callback(model.set_attn_implementation, before)
+        model.set_attn_implementation("eager")
+        model(input_ids=ids, use_cache=False)
+    return calls

@@ -1,0 +1,203 @@
+"""Forwards of a patched model over ragged batches: logits, and the log-probabilities that training uses."""
+
+import inspect
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from toolkit.errors import ToolkitError
+from toolkit.modules.attention import KEYWORD
+from toolkit.modules.elementwise import row_invariant
+from toolkit.numerics import Numerics
+from toolkit.ops.linear_logprob import deferred
+from toolkit.ops.take_rows import take_rows
+from toolkit.patching.apply import report_of
+from toolkit.patching.linear_adapters import inner_model
+from toolkit.patching.report import PatchReport
+from toolkit.state.batch import RaggedBatch, observing
+
+
+def _explicit_mask(device: torch.device) -> Tensor:
+    """A 4-D mask of no entries: transformers takes it as ready-made and builds none; attention reads the batch."""
+    return torch.empty(1, 1, 0, 0, device=device)
+
+
+@cache
+def _keeps_logits(forward: Callable[..., Any]) -> bool:
+    return "logits_to_keep" in inspect.signature(forward).parameters
+
+
+def _patched(model: nn.Module) -> nn.Module:
+    """``model``, or the patched one in it where it is a wrapper (data parallel, DeepSpeed's engine)."""
+    inner: Any = model
+    while report_of(inner) is None and isinstance(getattr(inner, "module", None), nn.Module):
+        inner = inner.module
+    return inner if report_of(inner) is not None else model
+
+
+def ragged_forward(model: nn.Module, batch: RaggedBatch, rows: Tensor | None = None) -> Tensor:
+    """Logits [len(rows), V] (all T tokens when ``rows`` is None) of the model's own forward over ``batch``.
+
+    With gradients on they may be deferred (``toolkit.ops.linear_logprob``): any operation on them computes them.
+
+    model: a patched one, or what data parallel or DeepSpeed wrapped it in, whose forward is then called.
+    rows: int64 indices into the batch's tokens. Differentiable. Raises ToolkitError if attention is not patched.
+    """
+    model = inner_model(model)
+    inner = inner_model(_patched(model))
+    report = report_of(inner)
+    if report is None or not {"attention", "mixer"} & set(report.roles()):
+        refusals = report.refusals if report else []
+        why = next((r.reason for r in refusals if r.role in ("attention", "mixer")), None)
+        state = f"left alone: {why}" if why else "not patched: no layer has the form of those that reach the interface"
+        raise ToolkitError(f"model {type(inner).__name__} has attention {state}; a ragged batch needs it patched.")
+    if not torch.compiler.is_compiling() and report not in _SEPARATE:
+        _SEPARATE.add(report)  # the check comes through here itself
+        try:
+            _check_separate(inner)
+        except BaseException:
+            _SEPARATE.discard(report)
+            raise
+    keep: dict[str, Any] = {}
+    if rows is not None and _keeps_logits(type(inner).forward):
+        keep["logits_to_keep"] = rows
+    steady = report.numerics is Numerics.BITWISE and batch.tokens.is_cpu and not torch.compiler.is_compiling()
+    with batch.activate(), row_invariant() if steady else nullcontext():
+        output = model(
+            input_ids=batch.tokens[None],
+            position_ids=batch.positions[None],
+            attention_mask=_explicit_mask(batch.tokens.device),
+            use_cache=False,
+            **keep,
+            **{KEYWORD: batch},
+        )
+    if not torch.compiler.is_compiling():
+        batch.check_replayed()
+    logits = output.logits[0]
+    return logits if rows is None or keep else logits[rows]
+
+
+_SEPARATE: "weakref.WeakSet[PatchReport]" = weakref.WeakSet()
+"""Patches under which sequences of one batch were seen to stay apart."""
+
+
+def _check_separate(model: nn.Module) -> None:
+    """A layer that is not patched and carries something along the sequence would mix a batch's sequences: look for it.
+
+    Whatever comes before in the batch, the second sequence's logits stay. Raises ToolkitError where they do not.
+    """
+    device = next(model.parameters()).device
+
+    def after(before: list[int]) -> Tensor:
+        rows = torch.arange(len(before), len(before) + 3, device=device)
+        return ragged_forward(model, RaggedBatch.from_sequences([before, [1, 2, 3]], device, share=False), rows).float()
+
+    with torch.no_grad(), evaluating(model), observing(None):
+        first, second, moved = after([0] * 7), after([3] * 7), after([0] * 4)
+
+    def alike(one: Tensor, other: Tensor) -> bool:
+        return torch.allclose(one, other, rtol=1e-3, atol=1e-3 * float(one.abs().amax().nan_to_num()))
+
+    if not alike(first, second):
+        report = report_of(model)
+        assert report is not None
+        left = sorted({f"{r.path} ({r.reason})" for r in report.refusals if r.role in ("attention", "mixer")})
+        raise ToolkitError(
+            f"model {type(model).__name__} mixes the sequences of a batch in a layer that is not patched"
+            f"{': ' + '; '.join(left[:3]) if left else ''}; a ragged batch needs every such layer patched."
+        )
+    if not alike(first, moved):
+        raise ToolkitError(
+            f"model {type(model).__name__} takes a token's position from its place in the batch and not from "
+            "position_ids; a ragged batch needs those."
+        )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout is for training: a model in train mode is run without it, and stays in train mode."""
+    training = [module for module in model.modules() if module.training] if model.training else []
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def token_logprobs(
+    model: nn.Module,
+    sequences: Sequence[Sequence[int] | Tensor],
+    share: bool = True,
+    last: Sequence[int] | None = None,
+    routing: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """Log-probability (nats, full vocabulary) of every token of every sequence given those before it.
+
+    The training forward, differentiable: tensor i has one value fewer than sequence i has tokens. All sequences go in
+    one batch, in which common prefixes are computed once (``share``).
+    model: a patched one, or what data parallel or DeepSpeed wrapped it in.
+    last: of sequence i, only the last ``last[i]`` tokens, which saves the head on the others (a prompt's, say).
+    routing: of sequence i the experts [tokens, layers of experts, K] that its tokens take instead of their routers'
+    choice: ``Completion.routed_experts``. The last token may be missing. Routers must be patched.
+    """
+    device = next(model.parameters()).device
+    tokens = [torch.as_tensor(sequence, dtype=torch.int64).cpu() for sequence in sequences]
+    vocabulary = _patched(model).get_input_embeddings().num_embeddings  # type: ignore[operator]
+    for index, sequence in enumerate(tokens):
+        if sequence.dim() != 1 or (
+            sequence.numel() and not 0 <= int(sequence.min()) <= int(sequence.max()) < vocabulary
+        ):
+            raise ToolkitError(f"sequence {index} is not a list of token ids; allowed are 0 to {vocabulary - 1}.")
+    lengths = [max(sequence.numel() - 1, 0) for sequence in tokens]
+    if last is not None:
+        for index, (wanted, most) in enumerate(zip(last, lengths, strict=True)):
+            if not 0 <= wanted <= most:
+                raise ToolkitError(
+                    f"last[{index}] is {wanted}; allowed are 0 to {most}, a token less than the sequence."
+                )
+        lengths = list(last)
+    if sum(lengths) == 0:
+        return [torch.zeros(0, device=device) for _ in tokens]
+    # The last token of a sequence predicts nothing that is asked for, but stays in: it costs little.
+    batch = RaggedBatch.from_sequences(tokens, device=device, share=share, routing=routing)
+    return list(predictions(model, batch, tokens, lengths)[0].split(lengths))
+
+
+# Of logits [..., V] and targets: numbers of each row, the first of which is the log-probability of its target.
+Reading = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+
+
+def predictions(
+    model: nn.Module,
+    batch: RaggedBatch,
+    sequences: Sequence[Tensor],
+    counts: Sequence[int],
+    read: Reading = deferred.token_logprobs,
+) -> tuple[Tensor, ...]:
+    """What ``read`` takes from the logits of the last ``counts[i]`` tokens of each sequence: [sum of counts], in order.
+
+    batch: ``RaggedBatch.from_sequences(sequences)``. A prediction that several samples share (the same row, the same
+    next token) is made once; a row that goes on in several ways is one row of the head a way.
+    """
+    device = batch.tokens.device
+    ends = torch.tensor([len(sequence) for sequence in sequences]).cumsum(0).tolist()
+    # A token is predicted by the row before it.
+    places = torch.cat([torch.arange(end - 1 - count, end - 1) for end, count in zip(ends, counts) if count])
+    targets = torch.cat([sequence[len(sequence) - count :] for sequence, count in zip(sequences, counts)])
+    rows = places if batch.sample_rows is None else batch.sample_rows.cpu()[places]
+    if batch.sample_rows is None:
+        return read(ragged_forward(model, batch, rows.to(device)), targets.to(device))
+    pairs, sample_of = torch.stack([rows, targets], 1).unique(dim=0, return_inverse=True)
+    distinct, row_of = pairs[:, 0].unique_consecutive(return_inverse=True)
+    logits = ragged_forward(model, batch, distinct.to(device))
+    if len(distinct) < len(pairs):
+        logits = deferred.take_logits(logits, row_of.to(device))
+    where = sample_of.to(device)
+    return tuple(take_rows(values, where) for values in read(logits, pairs[:, 1].to(device)))

@@ -1,0 +1,57 @@
+"""What a patch did, and did not do, in a form that can be read and printed."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from toolkit.numerics import Numerics
+from toolkit.patching.claim import Claim, Refusal
+
+
+@dataclass(frozen=True, eq=False)
+class PatchReport:
+    """The replacements made on one model (``claims``), what looked like a role and was left (``refusals``)."""
+
+    numerics: Numerics
+    claims: list[Claim] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+
+    def roles(self) -> dict[str, int]:
+        """Number of replaced modules of each role."""
+        return dict(Counter(claim.role for claim in self.claims))
+
+    def worst_error(self) -> float:
+        """Largest relative probe error, forward or backward, over all replacements."""
+        return max((claim.error.worst() for claim in self.claims), default=0.0)
+
+    def rows(self) -> list[tuple[str, str, str, str, str, str]]:
+        """One row a distinct (role, op, path pattern): role, modules, count, op, forward error, backward error."""
+        groups: dict[tuple[str, str, str], list[Claim]] = {}
+        for claim in self.claims:
+            groups.setdefault((claim.role, _pattern(claim.path), claim.op), []).append(claim)
+        return [
+            (
+                role,
+                pattern or "(model)",
+                str(len(claims)),
+                op,
+                f"{max(claim.error.forward for claim in claims):.1e}",
+                f"{max(claim.error.backward for claim in claims):.1e}",
+            )
+            for (role, pattern, op), claims in groups.items()
+        ]
+
+    def left_alone(self) -> list[tuple[str, str, str, str]]:
+        """One row a distinct (role, path pattern, reason): role, modules, count, reason."""
+        groups = Counter((r.role, _pattern(r.path), r.reason) for r in self.refusals)
+        return [(role, pattern or "(model)", str(n), reason) for (role, pattern, reason), n in groups.items()]
+
+    def __str__(self) -> str:
+        lines = [f"numerics: {self.numerics}"]
+        lines += [f"  {' · '.join(row)}" for row in self.rows()]
+        lines += [f"  left alone: {' · '.join(row)}" for row in self.left_alone()]
+        return "\n".join(lines)
+
+
+def _pattern(path: str) -> str:
+    """``layers.3.mlp`` and ``layers.4.mlp`` are one line of a report: ``layers.*.mlp``."""
+    return ".".join("*" if part.isdigit() else part for part in path.split("."))

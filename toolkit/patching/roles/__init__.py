@@ -1,0 +1,27 @@
+"""One file a role: which modules of a model it claims, and how each is proven.
+
+``FINDERS`` maps a role to a function of the model and the tier that returns claims and refusals.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from toolkit.numerics import Numerics
+from toolkit.patching.claim import Claim, Refusal
+from toolkit.patching.roles import activation, attention, experts, head, layer, linear, mixer, mlp, norm, rotary, router
+
+Finder = Callable[[Any, Numerics], list[Claim | Refusal]]
+
+FINDERS: dict[str, Finder] = {
+    "norm": norm.find,
+    "rotary": rotary.find,
+    "mlp": mlp.find,
+    "activation": activation.find,
+    "router": router.find,
+    "experts": experts.find,
+    "attention": attention.find,
+    "mixer": mixer.find,
+    "layer": layer.find,
+    "linear": linear.find,
+    "head": head.find,
+}

@@ -1,0 +1,154 @@
+"""Experts of a mixture, as parameters of three dimensions: two grouped products with an activation between them.
+
+Most of transformers' classes dispatch through its experts interface, which a setting of the model's config turns to
+ours, so that nobody else takes it for one of transformers' own and changes it (``generate`` does).
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from itertools import permutations
+from typing import Any
+
+import torch
+from torch import nn
+
+from toolkit.modules.experts import Experts
+from toolkit.numerics import Numerics
+from toolkit.ops.activation import KINDS, plain_kinds
+from toolkit.patching import experts_interface
+from toolkit.patching.claim import Claim, ProbeError, Refusal, Undo, replace_forward
+from toolkit.patching.probe import compare, generator, random_input, signature_key, twin, with_forward
+from toolkit.patching.roles.mixtures import Mixture, mixtures
+from toolkit.patching.roles.search import prove
+
+_FEW = 5  # experts of a probe's twin: a layer's hundreds are of one mathematics
+_SLOTS = 2
+# The largest takes gates into their tails, past the limits at which some of them are clamped.
+_SCALES = (1.0, 4.0, 16.0)
+
+
+def _few(module: nn.Module, count: int) -> nn.Module:
+    """A twin of the first ``_FEW`` of ``count`` experts."""
+    kept = min(count, _FEW)
+    instead = {
+        id(p): nn.Parameter(p.detach()[:kept].clone())
+        for p in module.parameters(recurse=False)
+        if p.dim() > 1 and p.shape[0] == count
+    }
+    copied = twin(module, instead)
+    for name, value in list(copied.__dict__.items()):
+        if "expert" in name and type(value) is int and value == count:
+            setattr(copied, name, kept)
+    return copied
+
+
+def _probe(module: nn.Module, count: int, parts: Experts, wide: int) -> ProbeError:
+    copied = _few(module, count)
+    device, kept = next(copied.parameters()).device, min(count, _FEW)
+    batches = []
+    for stream, scale in enumerate(_SCALES):
+        # Distinct experts of a token, some without any.
+        order = torch.rand(6, kept, generator=generator(device, 1 + stream), device=device).argsort(-1)
+        ids = order[:, : min(_SLOTS, kept)]
+        scores = torch.rand(ids.shape, generator=generator(device, 11 + stream), device=device) + 0.1
+        batches.append([random_input(6, wide, like=copied, scale=scale), ids, scores])
+    original = with_forward(copied, experts_interface.own_forward(copied))
+    return compare(with_forward(copied, parts.forward()), original, batches, list(copied.parameters()))
+
+
+def _layouts(module: nn.Module) -> Iterator[tuple[Experts, int]]:
+    """Every way in which the parameters may lie, by their shapes, with the width of the hidden states."""
+    own = dict(module.named_parameters(recurse=False))
+    weights = [name for name, p in own.items() if p.dim() == 3]
+    posts = [name for name, child in module.named_children() if next(child.parameters(), None) is not None]
+    for up, down in permutations(weights, 2):
+        for transposed in (False, True):
+            first, second = own[up].shape, own[down].shape
+            wide, width = (first[2], first[1]) if transposed else (first[1], first[2])
+            inner, back = (second[1], second[2]) if transposed else (second[2], second[1])
+            if back != width or wide not in (inner, 2 * inner):
+                continue
+            biases = [name for name, p in own.items() if p.dim() == 2]
+            for up_bias, down_bias in permutations([*biases, None, None], 2):
+                if (up_bias and own[up_bias].shape[1] != wide) or (down_bias and own[down_bias].shape[1] != width):
+                    continue
+                used = {up, down, up_bias, down_bias}
+                if used >= set(own) and len(posts) < 2:
+                    post = posts[0] if posts else None
+                    yield Experts(up, down, "", up_bias, down_bias, transposed=transposed, post=post), width
+
+
+def _candidates(module: nn.Module, count: int) -> list[tuple[str, Experts, Callable[[], ProbeError]]]:
+    """Layouts by likelihood: what the usual modules have comes first, for a probe of wide experts is slow."""
+    found: list[tuple[str, Experts, Callable[[], ProbeError]]] = []
+    for parts, width in dict.fromkeys(_layouts(module)):
+        gated = parts.weights(module).gated
+        kinds = sorted(KINDS if gated else plain_kinds(), key=lambda kind: kind != "silu")
+        for site in ("activation", "input"):
+            for kind in kinds:
+                for interleaved in (False, True)[: 1 + gated]:
+                    chosen = replace(parts, kind=kind, interleaved=interleaved, site=site)
+                    found.append((_name(chosen, gated), chosen, partial(_probe, module, count, chosen, width)))
+    return found
+
+
+def _name(parts: Experts, gated: bool) -> str:
+    """What the report calls a layout."""
+    words = [parts.kind, *(["interleaved" if parts.interleaved else "halves"] if gated else ["no gate"])]
+    words += ["transposed"] * parts.transposed + ["biases"] * (parts.up_bias is not None)
+    words += ["scores at the input"] * (parts.site == "input") + ["norm after"] * (parts.post is not None)
+    return f"experts ({', '.join(words)})"
+
+
+def _verdict(mixture: Mixture) -> tuple[str, Experts, ProbeError] | str:
+    """The layout that the probe confirms, or why there is none."""
+    module = mixture.module
+    dtypes = {p.dtype for p in module.parameters(recurse=False)}
+    if len(dtypes) != 1 or not all(dtype.is_floating_point and dtype.itemsize > 1 for dtype in dtypes):
+        return f"its parameters are of {' and '.join(sorted(map(str, dtypes)))}; one of 16 bits or more is needed"
+    options = _candidates(module, mixture.count)
+    if not options:
+        return "its parameters do not have the shapes of two products with an activation between them"
+    return prove(options)
+
+
+def _install_interface(model: Any) -> Undo:
+    before = model.get_experts_implementation()
+    model.set_experts_implementation(experts_interface.NAME)
+    return partial(model.set_experts_implementation, before)
+
+
+def find(model: Any, numerics: Numerics) -> list[Claim | Refusal]:
+    """A claim on every module of experts whose layout is proven, and one on the model's experts implementation.
+
+    That implementation is set for all modules at once: one that is not proven runs its own code, expert by expert,
+    which in the bitwise tier keeps its bits where the implementation that was set before would not.
+    """
+    experts_interface.register()
+    claims: list[Claim | Refusal] = []
+    proven: dict[Any, tuple[str, Experts, ProbeError] | str] = {}
+    reached: list[ProbeError] = []
+    settable = hasattr(model, "set_experts_implementation") and model._can_set_experts_implementation()
+    dispatching = False
+    for mixture in (one for one in mixtures(model) if one.stacked):
+        module = mixture.module
+        key = signature_key(module)
+        if key not in proven:
+            proven[key] = _verdict(mixture)
+        verdict = proven[key]
+        through = settable and experts_interface.dispatches(module)
+        dispatching |= through
+        if isinstance(verdict, str):
+            claims.append(Refusal("experts", mixture.path, verdict))
+            continue
+        op, parts, error = verdict
+        parts = replace(parts, layer=mixture.layer)
+        if through:
+            reached.append(error)
+        claims.append(Claim("experts", mixture.path, module, op, error, replace_forward(module, parts.forward())))
+    if reached or (dispatching and numerics is Numerics.BITWISE):
+        errors = [ProbeError(0.0, 0.0), *reached]
+        worst = ProbeError(max(e.forward for e in errors), max(e.backward for e in errors))
+        claims.insert(0, Claim("experts", "", model, "experts interface", worst, partial(_install_interface, model)))
+    return claims

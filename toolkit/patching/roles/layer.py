@@ -1,0 +1,61 @@
+"""Decoder layers: what activation checkpointing runs again in the backward, outside of the forward that set the stage.
+
+A layer's second run must be its first one again: over the same ragged batch, although some models drop the keyword
+that brings it, and in the bitwise tier with the elementwise functions of ``row_invariant``.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from toolkit.modules.attention import current_batch
+from toolkit.modules.elementwise import row_invariant
+from toolkit.numerics import Numerics
+from toolkit.patching.claim import Claim, ProbeError, Refusal, replace_forward
+from toolkit.patching.probe import device_of
+
+
+def rerunnable(forward: Callable[..., Any], steady: bool) -> Callable[..., Any]:
+    """``forward``, run and run again over the ragged batch that its input belongs to."""
+    # transformers checkpoints inside of the class's forward; earlier versions do around the module's call, where the
+    # input has to remember the batch.
+    own = getattr(forward, "__wrapped__", None) if "checkpointing" in forward.__code__.co_name else None
+
+    def replaced(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return forward(self, *args, **kwargs)
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        batch = current_batch(kwargs)
+        if batch is None and torch._C._current_graph_task_id() != -1:  # in a backward
+            batch = getattr(hidden, "toolkit_batch", None)
+        if batch is None:
+            return forward(self, *args, **kwargs)
+
+        def run(*inputs: Any) -> Any:
+            with batch.activate(), row_invariant() if steady else nullcontext():
+                return (own or forward)(self, *inputs, **kwargs)
+
+        if own is None:
+            if torch.is_grad_enabled() and isinstance(hidden, Tensor):
+                hidden.toolkit_batch = batch  # type: ignore[attr-defined]
+        elif self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(run, *args)  # type: ignore[operator]
+        return run(*args)
+
+    return replaced
+
+
+def find(model: nn.Module, numerics: Numerics) -> list[Claim | Refusal]:
+    """A claim on every layer that can be checkpointed. Nothing is computed otherwise, so there is nothing to probe."""
+    steady = numerics is Numerics.BITWISE and device_of(model).type == "cpu"
+    return [
+        Claim(
+            "layer", path, module, "its own forward, over its batch", ProbeError(0.0, 0.0),
+            replace_forward(module, rerunnable(type(module).forward, steady)),
+        )
+        for path, module in model.named_modules()
+        if hasattr(type(module), "gradient_checkpointing")
+    ]  # fmt: skip

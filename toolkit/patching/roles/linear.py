@@ -1,0 +1,49 @@
+"""Linear layers, in the bitwise tier: the vendor's product changes bits with the number of rows."""
+
+from typing import Any
+
+from torch import nn
+
+from toolkit.modules.linear import linear_forward, transposed_linear_forward
+from toolkit.numerics import Numerics
+from toolkit.patching.claim import Claim, ProbeError, Refusal
+from toolkit.patching.probe import compare, random_input, required_arguments, twin, with_forward
+from toolkit.patching.roles.search import Candidate, search
+
+
+def linear_candidates(module: nn.Module) -> list[Candidate] | None:
+    """The one candidate of a plain ``nn.Linear`` (subclasses, quantised or adapted, are something else), or of a leaf
+    with a weight [K, N] and a bias [N]."""
+    weight: Any = getattr(module, "weight", None)
+    op, forward, width = "linear (fixed K order)", linear_forward, 0
+    if type(module) is nn.Linear:
+        width = weight.shape[1]
+    elif _is_transposed(module):
+        op, forward, width = "linear (fixed K order, weight [K, N])", transposed_linear_forward, weight.shape[0]
+    else:
+        return None
+
+    def probe() -> ProbeError:
+        copied = twin(module)
+        x = random_input(2, 3, width, like=copied)
+        return compare(
+            with_forward(copied, forward), with_forward(copied, type(copied).forward), [[x]], list(copied.parameters())
+        )
+
+    return [(op, forward, probe)]
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    parameters = dict(module.named_parameters())
+    leaf = next(module.children(), None) is None
+    if isinstance(module, nn.Linear) or not leaf or set(parameters) != {"weight", "bias"}:
+        return False
+    weight, bias = parameters["weight"], parameters["bias"]
+    return weight.dim() == 2 and bias.shape == weight.shape[1:] and len(required_arguments(module)) == 1
+
+
+def find(model: Any, numerics: Numerics) -> list[Claim | Refusal]:
+    if numerics is not Numerics.BITWISE:
+        return []
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return search(model, "linear", lambda module: None if module is output else linear_candidates(module))

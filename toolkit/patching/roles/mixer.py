@@ -1,0 +1,115 @@
+"""Recurrent mixers: their own forward, with the functions that carry state along the sequence replaced.
+
+transformers writes the convolution and the scan of every mixer as functions that a faster kernel may stand in for. A
+function is recognised by its arguments; the mixer's forward is kept, and run with other functions under those names
+while it serves a ragged batch. Ordinary calls, with caches and padding, go the model's own way.
+"""
+
+import builtins
+import inspect
+import types
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from toolkit.modules import mixer
+from toolkit.modules.attention import current_batch
+from toolkit.numerics import Numerics
+from toolkit.patching.claim import Claim, ProbeError, Refusal, replace_forward
+from toolkit.patching.probe import compare, random_input, signature_key, twin
+from toolkit.patching.roles.search import prove
+from toolkit.state.batch import RaggedBatch
+
+LENGTHS = (5, 9)  # of the probe's sequences
+Make = Callable[[int, RaggedBatch], Callable[..., Any]]
+
+# A function of these arguments (and none of those) is this; the first that fits.
+_FUNCTIONS: tuple[tuple[set[str], set[str], Make], ...] = (
+    ({"rmsnorm_weight", "chunk_size", "dt_bias"}, set(), mixer.declined),
+    ({"query", "key", "value", "g", "beta", "initial_state", "chunk_size"}, set(), mixer.gated_delta_rule),
+    ({"hidden_states", "dt", "A", "B", "C", "chunk_size", "initial_states"}, set(), mixer.state_space),
+    ({"hidden_states", "weight", "bias", "activation"}, {"conv_state"}, mixer.convolution),
+)
+
+
+def _called(forward: Any) -> dict[str, Any]:
+    """Functions of its module that a forward names."""
+    found = {name: forward.__globals__.get(name) for name in forward.__code__.co_names}
+    return {name: value for name, value in found.items() if inspect.isfunction(value) and not hasattr(builtins, name)}
+
+
+def _replacements(forward: Any) -> dict[str, Make]:
+    found = {}
+    for name, function in _called(forward).items():
+        arguments = set(inspect.signature(function).parameters)
+        for needed, other, make in _FUNCTIONS:
+            if needed <= arguments and not other & arguments:
+                found[name] = make
+                break
+    return found
+
+
+def substituted(forward: Any, replacements: dict[str, Make]) -> Callable[..., Any]:
+    """``forward`` that, for a ragged batch, runs with the batch's functions in the place of its own."""
+    inner = inspect.unwrap(forward)
+
+    def replaced(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        batch = current_batch(kwargs)
+        if batch is None:
+            return forward(self, *args, **kwargs)
+        own = {name: make(self.layer_idx, batch) for name, make in replacements.items()}  # type: ignore[arg-type]
+        function = types.FunctionType(
+            inner.__code__, inner.__globals__ | own, inner.__name__, inner.__defaults__, inner.__closure__
+        )
+        function.__kwdefaults__ = inner.__kwdefaults__
+        return function(self, *args, **kwargs)
+
+    return replaced
+
+
+def _probe(module: nn.Module, forward: Callable[..., Any]) -> ProbeError:
+    """A ragged batch of two sequences against the module's own forward of each alone."""
+    copied = twin(module)
+    width = next(child for child in copied.modules() if isinstance(child, nn.Linear)).in_features
+    batch = RaggedBatch.from_sequences([[0] * length for length in LENGTHS], share=False)
+    original = type(copied).forward
+
+    def alone(*sequences: Tensor) -> Tensor:
+        return torch.cat([original(copied, x) for x in sequences], 1)
+
+    def together(*sequences: Tensor) -> Tensor:
+        with batch.activate():
+            return forward(copied, torch.cat(sequences, 1))
+
+    inputs = [random_input(1, length, width, like=copied) for length in LENGTHS]
+    return compare(together, alone, [inputs], list(copied.parameters()))
+
+
+def find(model: nn.Module, numerics: Numerics) -> list[Claim | Refusal]:
+    """A claim on every mixer whose state-carrying functions are known; a refusal for one that keeps state otherwise."""
+    found: list[Claim | Refusal] = []
+    proven: dict[Any, Any] = {}
+    for path, module in model.named_modules():
+        if not any(isinstance(child, nn.Conv1d) for child in module.children()) or not hasattr(module, "layer_idx"):
+            continue
+        key = signature_key(module)
+        if key not in proven:
+            forward = type(module).forward
+            replacements = _replacements(inspect.unwrap(forward))
+            names = {make.__name__ for make in replacements.values()} - {"declined"}
+            if not names:
+                proven[key] = "its forward calls no convolution or scan of a known kind"
+            else:
+                function = substituted(forward, replacements)
+                op = " + ".join(sorted(name.replace("_", " ") for name in names))
+                proven[key] = prove([(op, function, partial(_probe, module, function))])
+        verdict = proven[key]
+        if isinstance(verdict, str):
+            found.append(Refusal("mixer", path, verdict))
+        else:
+            op, function, error = verdict
+            found.append(Claim("mixer", path, module, op, error, replace_forward(module, function)))
+    return found

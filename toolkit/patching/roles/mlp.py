@@ -1,0 +1,61 @@
+"""Gated MLPs: two projections of one shape, apart or packed in one, an activation, and a projection back."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import permutations, product
+from typing import Any
+
+from torch import nn
+
+from toolkit.modules.mlp import GatedMlp, PackedMlp
+from toolkit.numerics import Numerics
+from toolkit.ops.activation import KINDS
+from toolkit.patching.claim import Claim, ProbeError, Refusal
+from toolkit.patching.probe import compare, random_input, required_arguments, twin, with_forward
+from toolkit.patching.roles.search import Candidate, search
+
+# The largest takes gates into their tails, past the limits at which some of them are clamped.
+_SCALES = (1.0, 4.0, 16.0)
+
+
+def _probe(module: nn.Module, forward: Callable[..., Any], width: int) -> ProbeError:
+    copied = twin(module)
+    batches = [[random_input(2, 3, width, like=copied, scale=scale)] for scale in _SCALES]
+    original = with_forward(copied, type(copied).forward)
+    return compare(with_forward(copied, forward), original, batches, list(copied.parameters()))
+
+
+def _separate(shapes: dict[str, tuple[int, int]], kinds: list[str]) -> Iterator[tuple[str, GatedMlp]]:
+    for gate, up, down in permutations(shapes, 3):
+        if shapes[gate] == shapes[up] == shapes[down][::-1]:
+            yield from ((f"gated_activation ({kind} of {gate})", GatedMlp(gate, up, down, kind)) for kind in kinds)
+
+
+def _packed(shapes: dict[str, tuple[int, int]], kinds: list[str]) -> Iterator[tuple[str, PackedMlp]]:
+    for gate_up, down in permutations(shapes, 2):
+        if shapes[gate_up] != (shapes[down][1], 2 * shapes[down][0]):
+            continue
+        for interleaved, gate_first, kind in product((False, True), (True, False), kinds):
+            half = "even" if interleaved else "first"
+            if not gate_first:
+                half = "odd" if interleaved else "second"
+            mlp = PackedMlp(gate_up, down, kind, gate_first, interleaved)
+            yield f"gated_activation ({kind} of the {half} half of {gate_up})", mlp
+
+
+def _candidates(module: nn.Module) -> list[Candidate] | None:
+    projections = {name: child for name, child in module.named_children() if isinstance(child, nn.Linear)}
+    others = [child for _, child in module.named_children() if not isinstance(child, nn.Linear)]
+    if len(projections) not in (2, 3) or len(required_arguments(module)) != 1:
+        return None
+    if any(next(child.parameters(), None) is not None or isinstance(child, nn.Dropout) for child in others):
+        return None
+    kinds = sorted(KINDS, key=lambda kind: kind != "silu")  # the usual one first: a probe of a wide layer is slow
+    shapes = {name: (child.in_features, child.out_features) for name, child in projections.items()}
+    found = _separate(shapes, kinds) if len(shapes) == 3 else _packed(shapes, kinds)
+    options = [(op, mlp.forward(), shapes[mlp.down][1]) for op, mlp in found]
+    return [(op, forward, partial(_probe, module, forward, width)) for op, forward, width in options] or None
+
+
+def find(model: nn.Module, numerics: Numerics) -> list[Claim | Refusal]:
+    return search(model, "mlp", _candidates)

@@ -1,0 +1,65 @@
+"""Norms: leaf modules with one vector of weights (or none) and an epsilon."""
+
+from functools import partial
+
+from torch import nn
+
+from toolkit.modules.norm import layer_norm_forward, rms_norm_forward
+from toolkit.numerics import Numerics
+from toolkit.patching.claim import Claim, ProbeError, Refusal
+from toolkit.patching.probe import compare, random_input, required_arguments, twin, with_forward
+from toolkit.patching.roles.search import Candidate, search
+
+USUAL_EPSILON = 1e-5  # of torch's layer norm, where a module that normalises names none
+
+
+def _epsilon(module: nn.Module) -> float | None:
+    """The module's own epsilon: its only small positive float."""
+    values = [v for v in module.__dict__.values() if isinstance(v, float) and 0.0 < v < 1e-2]
+    if not values and hasattr(module, "normalized_shape"):
+        return USUAL_EPSILON
+    return values[0] if len(values) == 1 else None
+
+
+def _width(module: nn.Module) -> int:
+    """The size of the dimension it normalises; any, for a module that has no say in it."""
+    weight = next(iter(module.parameters()), None)
+    shape = weight.shape if weight is not None else getattr(module, "normalized_shape", (24,))
+    return int(shape[-1])
+
+
+def _probe(module: nn.Module, forward) -> ProbeError:
+    copied, width = twin(module), _width(module)
+    # Small inputs make the epsilon matter, large ones the order of squaring and averaging.
+    batches = [[random_input(3, 5, width, like=copied, scale=scale)] for scale in (1.0, 1e-3, 30.0)]
+    return compare(
+        with_forward(copied, forward),
+        with_forward(copied, type(copied).forward),
+        batches,
+        list(copied.parameters()),
+    )
+
+
+def _candidates(module: nn.Module) -> list[Candidate] | None:
+    parameters = dict(module.named_parameters())
+    epsilon = _epsilon(module)
+    if epsilon is None or next(module.children(), None) is not None or not set(parameters) <= {"weight", "bias"}:
+        return None
+    if any(parameter.dim() != 1 for parameter in parameters.values()):
+        return None
+    if len(required_arguments(module)) != 1:
+        return None
+    options = [("layer_norm", layer_norm_forward(epsilon))]
+    if "weight" in parameters:
+        options.append(("layer_norm (1 + weight)", layer_norm_forward(epsilon, 1.0)))
+    if "bias" not in parameters:
+        options = [
+            ("rms_norm", rms_norm_forward(epsilon, 0.0)),
+            ("rms_norm (1 + weight)", rms_norm_forward(epsilon, 1.0)),
+            *options,
+        ]
+    return [(op, forward, partial(_probe, module, forward)) for op, forward in options]
+
+
+def find(model: nn.Module, numerics: Numerics) -> list[Claim | Refusal]:
+    return search(model, "norm", _candidates)

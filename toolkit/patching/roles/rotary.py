@@ -1,0 +1,87 @@
+"""Rotary tables: modules with inverse frequencies that turn positions into cosines and sines."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from toolkit.modules.rotary import LAYOUTS, rotary_tables_forward
+from toolkit.numerics import Numerics
+from toolkit.patching.claim import Claim, ProbeError, Refusal
+from toolkit.patching.probe import compare, device_of, random_input, required_arguments, twin, with_forward
+from toolkit.patching.roles.search import Candidate, search
+
+AXES = 3  # time, height, width
+BUFFER = "inv_freq"
+
+
+def _layer_types(module: nn.Module) -> list[str | None]:
+    """The kinds of layers that the module has frequencies for; [None] where they are for all layers, [] for none."""
+    buffers = [name for name, _ in module.named_buffers(recurse=False) if name.endswith(BUFFER)]
+    if BUFFER in buffers:
+        return [None]
+    return [name.removesuffix(f"_{BUFFER}") for name in buffers if not name.endswith(f"original_{BUFFER}")]
+
+
+def _real(tables: Any) -> Any:
+    return torch.view_as_real(tables) if isinstance(tables, Tensor) and tables.is_complex() else tables
+
+
+def _call(module: nn.Module, forward: Callable[..., Any], layer_type: str | None) -> Callable[[Tensor], Any]:
+    """Tables of positions, by ``forward`` on the module."""
+    x, more = random_input(1, 1, 8, like=module), () if layer_type is None else (layer_type,)
+    return lambda positions: _real(with_forward(module, forward)(x, positions, *more))
+
+
+def _probe(module: nn.Module, forward: Callable[..., Any], along_axes: bool) -> ProbeError:
+    # One twin each: a table that grows rewrites its own frequencies, which the candidate must not see.
+    copied, pristine = twin(module), twin(module)
+    longest = int(getattr(module, "max_seq_len_cached", 2048))
+    near = torch.tensor([[0, 1, 2, 5, 31], [7, 100, 3, 0, longest - 1]], device=device_of(copied))
+    # Beyond the trained length, tables that change with the sequence give themselves away.
+    far = torch.tensor([[0, 4 * longest + 3]], device=device_of(copied))
+    inputs = [[near], [far], [near]]
+    if along_axes:
+        inputs.append([torch.stack([near, near.flip(-1), near + 3])])
+    errors = [
+        compare(_call(pristine, forward, kind), _call(copied, type(copied).forward, kind), inputs)
+        for kind in _layer_types(module)
+    ]
+    return ProbeError(max(e.forward for e in errors), max(e.backward for e in errors))
+
+
+def _axes(module: nn.Module) -> Tensor | None:
+    """[F] the axis that each frequency turns by, where positions may be [axes, batch, tokens] and give one table.
+
+    Told apart by tokens with another place along each axis.
+    """
+    places = torch.tensor([1, 40, 900], device=device_of(module)).view(AXES, 1, 1).expand(AXES, 2, 2)
+    try:
+        mixed = _call(twin(module), type(module).forward, None)(places)
+    except (RuntimeError, IndexError, ValueError):
+        return None
+    if not isinstance(mixed, tuple) or mixed[0].shape[:-1] != (2, 2):
+        return None
+    half = mixed[0].shape[-1] // 2
+    single = [_call(twin(module), rotary_tables_forward(), None)(one) for one in places]
+    distance = torch.stack([abs(cos - mixed[0]) + abs(sin - mixed[1]) for cos, sin in single])
+    return distance[..., :half].amax((1, 2)).argmin(0)
+
+
+def _candidates(module: nn.Module) -> list[Candidate] | None:
+    kinds, needed = _layer_types(module), required_arguments(module)
+    if not kinds or "position_ids" not in needed or len(needed) > (2 if kinds == [None] else 3):
+        return None
+    axes = _axes(module) if kinds == [None] else None
+    options: list[Candidate] = []
+    for layout in LAYOUTS:
+        forward = rotary_tables_forward(layout, axes)
+        named = "".join([f" ({layout})" * (layout != "twice"), " along axes" * (axes is not None)])
+        options.append((f"rotary_tables{named}", forward, partial(_probe, module, forward, axes is not None)))
+    return options
+
+
+def find(model: nn.Module, numerics: Numerics) -> list[Claim | Refusal]:
+    return search(model, "rotary", _candidates)

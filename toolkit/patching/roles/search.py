@@ -1,0 +1,64 @@
+"""The walk that the per-module roles share: look at each module once, prove each distinct mathematics once."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from torch import nn
+
+from toolkit.patching.claim import Claim, ProbeError, Refusal, replace_forward
+from toolkit.patching.probe import signature_key
+
+T = TypeVar("T")
+
+# One way a module might be an op: what to call it, the replacing forward, and its probe.
+Candidate = tuple[str, Callable[..., Any], Callable[[], ProbeError]]
+
+
+def search(
+    model: nn.Module, role: str, candidates: Callable[[nn.Module], list[Candidate] | None]
+) -> list[Claim | Refusal]:
+    """Claims and refusals of ``role``: ``candidates(module)`` is None where the module does not look like the role.
+
+    The first candidate whose probe passes is claimed. An exception in a probe means that the module is something else.
+    """
+    found: list[Claim | Refusal] = []
+    proven: dict[Any, tuple[str, Callable[..., Any], ProbeError] | str] = {}
+    for path, module in model.named_modules():
+        options = candidates(module)
+        if options is None:
+            continue
+        key = signature_key(module)
+        if key not in proven:
+            proven[key] = prove(options)
+        verdict = proven[key]
+        if isinstance(verdict, str):
+            found.append(Refusal(role, path, verdict))
+        else:
+            op, forward, error = verdict
+            found.append(Claim(role, path, module, op, error, replace_forward(module, forward)))
+    return found
+
+
+def prove(options: Sequence[tuple[str, T, Callable[[], ProbeError]]]) -> tuple[str, T, ProbeError] | str:
+    """The first candidate that the probe confirms, or the reason why none is."""
+    closest: tuple[float, str] | None = None
+    failure = "no candidate has its structure"
+    for op, forward, probe in options:
+        try:
+            error = probe()
+        except Exception as problem:
+            failure = f"its probe as {op} failed: {first_line(problem)}"
+            continue
+        if error.passes():
+            return op, forward, error
+        if closest is None or error.worst() < closest[0]:
+            closest = (error.worst(), op)
+    if closest is not None:
+        return f"it is not {closest[1]}: probe error {closest[0]:.1e}"
+    return failure
+
+
+def first_line(problem: Exception) -> str:
+    """What went wrong, in one line."""
+    lines = str(problem).splitlines()
+    return f"{type(problem).__name__}: {lines[0][:160]}" if lines else type(problem).__name__

@@ -1,0 +1,100 @@
+"""The weight version: a number that moves whenever a parameter is written."""
+
+import itertools
+import sys
+import weakref
+from functools import cache
+from typing import Any
+
+from torch import nn
+from torch.autograd.graph import increment_version
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+from toolkit.patching.linear_adapters import adapter_layers, adapter_state, inner_model
+
+_WATCHED: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+
+
+def count_writes(model: nn.Module) -> None:
+    """Make torch's version counters of ``model``'s parameters move with optimizers that write past them."""
+    _WATCHED.add(model)
+    _count_steps()
+
+
+@cache
+def _count_steps() -> None:
+    def stepped(optimizer: Optimizer, *_: Any) -> None:
+        copies = False
+        for group in optimizer.param_groups:
+            copies = copies or not all(isinstance(parameter, nn.Parameter) for parameter in group["params"])
+            if group.get("fused"):
+                increment_version([parameter for parameter in group["params"] if parameter.grad is not None])
+        # DeepSpeed's optimizers step flat copies and write them back past the counters; of which model, is not said.
+        if copies and "deepspeed" in sys.modules:
+            for model in list(_WATCHED):
+                increment_version([parameter for parameter in model.parameters() if parameter.requires_grad])
+
+    register_optimizer_step_post_hook(stepped)
+
+
+class WeightClock:
+    """Watches the parameters of one model through torch's own in-place version counters.
+
+    An optimizer step (DeepSpeed's too), ``load_state_dict`` or any in-place operation moves it, and so does another
+    choice of adapters. Writes that go around the counters (``parameter.data.copy_``) do not: say
+    ``weights_changed(model)`` after those.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        count_writes(model)
+        self._model = weakref.ref(model)
+        self._next = itertools.count(1)
+        self.refresh()
+        self._value, self._stamp = 0, self._read()
+
+    def refresh(self) -> None:
+        """Look again at which parameters the model has, after some were replaced by new ones."""
+        model = self._model()
+        self._parameters = list(model.parameters()) if model is not None else []
+        self._adapters = adapter_layers(model) if model is not None else []
+
+    def _read(self) -> tuple[int, int, int]:
+        versions = addresses = 0
+        for parameter in self._parameters:
+            versions += parameter._version
+            addresses ^= getattr(parameter, "_local_tensor", parameter).data_ptr()  # a DTensor is where its part is
+        return versions, addresses, adapter_state(self._adapters)
+
+    def version(self) -> int:
+        stamp = self._read()
+        if stamp != self._stamp:
+            self._stamp, self._value = stamp, next(self._next)
+        return self._value
+
+    def move(self) -> None:
+        self._value = next(self._next)
+
+
+_CLOCKS: "weakref.WeakKeyDictionary[nn.Module, WeightClock]" = weakref.WeakKeyDictionary()
+
+
+def weight_clock(model: nn.Module) -> WeightClock:
+    """The clock of ``model``: the same one for every caller."""
+    model = inner_model(model)
+    clock = _CLOCKS.get(model)
+    if clock is None:
+        clock = _CLOCKS[model] = WeightClock(model)
+    return clock
+
+
+def weight_version(model: nn.Module) -> int:
+    """0 at first sight of the model; another number after every write to a parameter."""
+    return weight_clock(model).version()
+
+
+def weights_changed(model: nn.Module) -> None:
+    """Move the weight version by hand, after writes that torch's version counters do not see."""
+    clock = weight_clock(model)
+    clock.refresh()
+    clock.version()
+    clock.move()
