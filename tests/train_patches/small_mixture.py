@@ -19,7 +19,7 @@ class MixtureLayer(nn.Module):
         self.experts = nn.Module()
         self.experts.up = nn.Parameter(torch.randn(EXPERTS, 12, WIDTH) * 0.3)
         self.experts.down = nn.Parameter(torch.randn(EXPERTS, WIDTH, 6) * 0.3)
-        replace_forward(self.experts, Experts("up", "down", "silu").forward())()
+        replace_forward(self.experts, Experts("up", "down", "silu").make_forward())()
 
     def forward(self, x: Tensor) -> Tensor:
         scores, ids = self.router(x).softmax(-1).topk(2)

@@ -139,7 +139,7 @@ class FusedAttention:
     window: int
     softcap: float
 
-    def forward(self) -> Callable[..., tuple[Tensor, None]]:
+    def make_forward(self) -> Callable[..., tuple[Tensor, None]]:
         """The replacement: hidden_states [B, S, N] to (output [B, S, N], no weights)."""
         parts = self
 

@@ -64,7 +64,7 @@ class Experts:
             source, weights, adapters = x.to(dtype), _cast(weights, dtype), adapters and _cast(adapters, dtype)
         return mix(source, ids, scores, weights, adapters=adapters, post=post, recompute=recompute).to(x.dtype)
 
-    def forward(self) -> Callable[..., Tensor]:
+    def make_forward(self) -> Callable[..., Tensor]:
         """A forward ``(hidden_states [T, H], top_k_index [T, K], top_k_weights [T, K])``; its ``layout`` is this."""
         parts = self
 

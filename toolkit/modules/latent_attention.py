@@ -37,7 +37,7 @@ class LatentAttention:
     rotated: int
     interleaved: bool
 
-    def forward(self, original: Callable[..., Any]) -> Callable[..., Any]:
+    def make_forward(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """The replacement: ragged batches by their latents, all else as ``original`` does it."""
         parts = self
 

@@ -18,7 +18,7 @@ class GatedMlp:
     down: str
     kind: str
 
-    def forward(self) -> Callable[[nn.Module, Tensor], Tensor]:
+    def make_forward(self) -> Callable[[nn.Module, Tensor], Tensor]:
         """Forward ``down(act(gate(x)) * up(x))``, or ``down(act(gate(x), up(x)))`` for a gate of two arguments.
 
         The projections are called as modules, so adapters still act.
@@ -41,8 +41,8 @@ class PackedMlp:
     gate_first: bool = True
     interleaved: bool = False
 
-    def forward(self) -> Callable[[nn.Module, Tensor], Tensor]:
-        """As ``GatedMlp.forward``: gate and up are halves of one projection, or every other column of it."""
+    def make_forward(self) -> Callable[[nn.Module, Tensor], Tensor]:
+        """As ``GatedMlp.make_forward``: gate and up are halves of one projection, or every other column of it."""
         gate_up, down, kind, interleaved = self.gate_up, self.down, self.kind, self.interleaved
         gate_at, up_at = (0, 1) if self.gate_first else (1, 0)
 

@@ -66,7 +66,7 @@ class Router:
             scale=self.scale,
         )
 
-    def forward(self) -> Callable[..., Any]:
+    def make_forward(self) -> Callable[..., Any]:
         """A forward of hidden states [..., H] that returns ``outputs`` of [T, E], [T, K] and [T, K]."""
         settings = self
         find = attrgetter(self.correction) if self.correction else None

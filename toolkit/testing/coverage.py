@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from toolkit.engine import Engine, SamplingParams
-from toolkit.errors import ToolkitError
+from toolkit.errors import ToolkitError, first_line
 from toolkit.exporting import export
 from toolkit.patching import patch, token_logprobs, unpatch
 from toolkit.testing.architectures import small_model
@@ -159,8 +159,7 @@ def measure(model_type: str) -> Coverage:
         stage = "export"
         row.exported = _reloads(model)
     except Exception as problem:
-        text = str(problem).strip().splitlines()
-        row.reason = f"{stage}: {text[0][:240] if text else type(problem).__name__}"
+        row.reason = f"{stage}: {first_line(problem)}"
     finally:
         row.seconds = round(time.monotonic() - begun, 1)
     return row

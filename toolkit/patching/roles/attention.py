@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import causal_mask_function, eager_mask
 
+from toolkit.errors import first_line
 from toolkit.modules.attention import FusedAttention
 from toolkit.modules.latent_attention import parts_of
 from toolkit.numerics import Numerics
@@ -19,7 +20,7 @@ from toolkit.patching import attention_interface
 from toolkit.patching.calls import MASK, Call, watch
 from toolkit.patching.claim import Claim, ProbeError, Refusal, Undo, replace_forward
 from toolkit.patching.probe import compare, device_of, random_input, signature_key, twin, with_forward
-from toolkit.patching.roles.search import first_line, prove
+from toolkit.patching.roles.search import prove
 from toolkit.state.batch import RaggedBatch
 
 ROWS, LENGTH = 2, 7
@@ -149,9 +150,9 @@ def _fused_options(module: nn.Module, probe: Probe) -> list[Any]:
                 seen.softcap,
             )
 
-        probed = parts(PROBE_WINDOW if probe.seen.window else 0).forward()
+        probed = parts(PROBE_WINDOW if probe.seen.window else 0).make_forward()
         op = f"attention (fused, {'interleaved' if interleaved else 'half'} rotary)"
-        options.append((op, parts(probe.seen.window).forward(), lambda probed=probed: probe.error(probed)))
+        options.append((op, parts(probe.seen.window).make_forward(), lambda probed=probed: probe.error(probed)))
     return options
 
 
@@ -165,7 +166,7 @@ def _latent_options(module: nn.Module, probe: Probe) -> list[Any]:
         parts = parts_of(module, interleaved)
         if parts is None or probe.tables is None or probe.seen.window or probe.seen.softcap or probe.seen.sinks:
             return []
-        forward = parts.forward(type(module).forward)
+        forward = parts.make_forward(type(module).forward)
         op = f"latent attention ({'interleaved' if interleaved else 'half'} rotary)"
         options.append((op, forward, lambda forward=forward: _latent_error(probe, forward)))
     return options
@@ -214,7 +215,10 @@ def find(model: Any, numerics: Numerics) -> list[Claim | Refusal]:
     try:
         calls = watch(model, [module for _, module in layers], ROWS, LENGTH, PROBE_WINDOW)
     except Exception as problem:
-        return [Refusal("attention", path, f"the model's forward failed: {first_line(problem)}") for path, _ in layers]
+        return [
+            Refusal("attention", path, f"the model's forward failed: {first_line(problem, with_class=True)}")
+            for path, _ in layers
+        ]
     layers = [(path, module) for path, module in layers if calls[module]]  # without those for another model's states
     twice = next((path for path, module in layers if len(calls[module]) > 1), None)
     if twice is not None:
@@ -233,7 +237,8 @@ def find(model: Any, numerics: Numerics) -> list[Claim | Refusal]:
                 probe = Probe(module, call)
                 error = probe.error()
             except Exception as problem:
-                reason = f"its probe through the attention interface, which has no mask, failed: {first_line(problem)}"
+                why = first_line(problem, with_class=True)
+                reason = f"its probe through the attention interface, which has no mask, failed: {why}"
                 return [Refusal("attention", path, reason)]
             if not error.passes():
                 return [Refusal("attention", path, f"the interface changes it: probe error {error.worst():.1e}")]

@@ -54,7 +54,7 @@ def _probe(module: nn.Module, count: int, parts: Experts, wide: int) -> ProbeErr
         scores = torch.rand(ids.shape, generator=generator(device, 11 + stream), device=device) + 0.1
         batches.append([random_input(6, wide, like=copied, scale=scale), ids, scores])
     original = with_forward(copied, experts_interface.own_forward(copied))
-    return compare(with_forward(copied, parts.forward()), original, batches, list(copied.parameters()))
+    return compare(with_forward(copied, parts.make_forward()), original, batches, list(copied.parameters()))
 
 
 def _layouts(module: nn.Module) -> Iterator[tuple[Experts, int]]:
@@ -146,7 +146,7 @@ def find(model: Any, numerics: Numerics) -> list[Claim | Refusal]:
         parts = replace(parts, layer=mixture.layer)
         if through:
             reached.append(error)
-        claims.append(Claim("experts", mixture.path, module, op, error, replace_forward(module, parts.forward())))
+        claims.append(Claim("experts", mixture.path, module, op, error, replace_forward(module, parts.make_forward())))
     if reached or (dispatching and numerics is Numerics.BITWISE):
         errors = [ProbeError(0.0, 0.0), *reached]
         worst = ProbeError(max(e.forward for e in errors), max(e.backward for e in errors))

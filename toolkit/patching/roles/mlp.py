@@ -53,7 +53,7 @@ def _candidates(module: nn.Module) -> list[Candidate] | None:
     kinds = sorted(KINDS, key=lambda kind: kind != "silu")  # the usual one first: a probe of a wide layer is slow
     shapes = {name: (child.in_features, child.out_features) for name, child in projections.items()}
     found = _separate(shapes, kinds) if len(shapes) == 3 else _packed(shapes, kinds)
-    options = [(op, mlp.forward(), shapes[mlp.down][1]) for op, mlp in found]
+    options = [(op, mlp.make_forward(), shapes[mlp.down][1]) for op, mlp in found]
     return [(op, forward, partial(_probe, module, forward, width)) for op, forward, width in options] or None
 
 

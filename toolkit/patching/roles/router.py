@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from toolkit.errors import first_line
 from toolkit.modules.router import Router
 from toolkit.numerics import Numerics
 from toolkit.ops.activation import plain_kinds
@@ -216,7 +217,7 @@ class Probe:
             return run
 
         return compare(
-            ordered(with_forward(self.copied, router.forward())), ordered(self._run), self.batches, self.parameters
+            ordered(with_forward(self.copied, router.make_forward())), ordered(self._run), self.batches, self.parameters
         )
 
 
@@ -238,7 +239,7 @@ def _verdict(module: nn.Module, count: int) -> tuple[str, Router, ProbeError] | 
         probe = Probe(module, count)
         found = list(probe.settings())
     except Exception as problem:
-        return str(problem).splitlines()[0][:160] or type(problem).__name__
+        return first_line(problem)
     if not found:
         return "no score, choice and normalisation that are known make its weights and ids of its logits"
     options = [(_name(router), router, partial(probe.error, router)) for router in found]
@@ -266,6 +267,6 @@ def find(model: nn.Module, numerics: Numerics) -> list[Claim | Refusal]:
                 found.append(Refusal("router", path, verdict))
                 continue
             op, router, error = verdict
-            forward = replace(router, layer=mixture.layer).forward()
+            forward = replace(router, layer=mixture.layer).make_forward()
             found.append(Claim("router", path, module, op, error, replace_forward(module, forward)))
     return found

@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from toolkit.errors import first_line
 from toolkit.patching.claim import Claim, ProbeError, Refusal, replace_forward
 from toolkit.patching.probe import signature_key
 
@@ -47,7 +48,7 @@ def prove(options: Sequence[tuple[str, T, Callable[[], ProbeError]]]) -> tuple[s
         try:
             error = probe()
         except Exception as problem:
-            failure = f"its probe as {op} failed: {first_line(problem)}"
+            failure = f"its probe as {op} failed: {first_line(problem, with_class=True)}"
             continue
         if error.passes():
             return op, forward, error
@@ -56,9 +57,3 @@ def prove(options: Sequence[tuple[str, T, Callable[[], ProbeError]]]) -> tuple[s
     if closest is not None:
         return f"it is not {closest[1]}: probe error {closest[0]:.1e}"
     return failure
-
-
-def first_line(problem: Exception) -> str:
-    """What went wrong, in one line."""
-    lines = str(problem).splitlines()
-    return f"{type(problem).__name__}: {lines[0][:160]}" if lines else type(problem).__name__
