@@ -1,8 +1,8 @@
 """The contract of a state kind: what one layer remembers of every sequence. One file a kind.
 
 ``out, state' = op(in, state)``: a kind stores something in the pages that a sequence's ``BlockTable`` hands out;
-its op reads and writes it there. A new kind is a file in this folder with a subclass of ``StateKind``; the contract tests
-find it by themselves. docs/state.md shows one from start to end.
+its op reads and writes it there. A new kind is a file in this folder with a subclass of ``StateKind``; the contract
+tests find it by themselves. docs/state.md shows one from start to end.
 """
 
 import importlib
