@@ -1,6 +1,6 @@
 """Finds words that stay out of the project: private terms where the field has one, and noise.
 
-``python -m tools.vocabulary [PATH ...]`` lists each use with the word to write instead and exits with 1 if there is one.
+``python -m tools.vocabulary [PATH ...]`` lists each use and what to write instead; it exits with 1 if there is one.
 """
 
 import io
@@ -106,7 +106,8 @@ def uses(path: Path) -> Iterator[Use]:
     if path.suffix == ".py" and not path.name.startswith("triton"):
         for token in tokenize.generate_tokens(io.StringIO(text).readline):
             if token.type == tokenize.NAME:
-                found = {WHOLE_NAMES.get(token.string)} | {NAMES.get(part) for part in token.string.lower().replace("in_place", "").split("_")}
+                parts = token.string.lower().replace("in_place", "").split("_")
+                found = {WHOLE_NAMES.get(token.string), *map(NAMES.get, parts)}
                 for instead in sorted(found - {None}, key=str):
                     yield Use(where, token.start[0], token.string, str(instead))
 
