@@ -305,10 +305,14 @@ def _cell(value: Any) -> str:
 
 
 def write_json(name: str, result: dict[str, Any]) -> Path:
-    """Write ``benchmarks/results/<name>.json``, whole or not at all."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    aside = path.with_suffix(".json.tmp")
-    aside.write_text(json.dumps({**describe(), **result}, indent=2) + "\n")
+    """Write ``benchmarks/results/<name>.json``, whole or not at all; its path."""
+    return write_aside(RESULTS / f"{name}.json", json.dumps({**describe(), **result}, indent=2) + "\n")
+
+
+def write_aside(path: Path, text: str) -> Path:
+    """Write a file aside and move it into place; its path."""
+    path.parent.mkdir(exist_ok=True)
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(text)
     aside.replace(path)
     return path

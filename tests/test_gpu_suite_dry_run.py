@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton", reason="the Triton kernels need triton")
 
-from benchmarks import gpu
+from benchmarks.gpu import suite
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,21 +23,21 @@ def test_every_section_runs():
     finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     summary = next(line for line in finished.stdout.splitlines() if "a dry run of" in line)
-    assert summary.split("a dry run of ")[1].split(", ") == list(gpu.sections())
+    assert summary.split("a dry run of ")[1].split(", ") == list(suite.sections())
     assert "left out" not in finished.stdout
 
 
 def test_a_failing_test_withholds_what_it_covers():
     failed = [["test_gpu_head", "test_linear_logprob[plain]"], ["test_gpu_sample", "crashed"]]
-    held = {name for name in gpu.sections() if gpu.withheld(name, failed)}
+    held = {name for name in suite.sections() if suite.withheld(name, failed)}
     assert held == {"linear_logprob", "sample", "training", "generation"}
-    assert gpu.withheld("linear", [["test_gpu_matrix", "test_linear[512-4224-dtype0]"]])
-    assert not gpu.withheld("memory_bound", failed)
+    assert suite.withheld("linear", [["test_gpu_matrix", "test_linear[512-4224-dtype0]"]])
+    assert not suite.withheld("memory_bound", failed)
 
 
 def test_a_report_that_is_missing_is_a_failure(tmp_path):
     outcome = {"tests": 0, "skipped": 0, "failed": [], "recorded": {}, "seconds_of": {}}
-    gpu.read_report("test_gpu", tmp_path / "none.xml", outcome)
+    suite.read_report("test_gpu", tmp_path / "none.xml", outcome)
     assert outcome["failed"] == [["test_gpu", "crashed"]]
     report = tmp_path / "some.xml"
     report.write_text(
@@ -46,13 +46,13 @@ def test_a_report_that_is_missing_is_a_failure(tmp_path):
         '<testcase classname="c" name="b"><failure/></testcase><testcase classname="c" name="c"><skipped/></testcase>'
         '<testcase classname="" name="tests.gpu.test_gpu_ops"><error/></testcase></testsuite></testsuites>'
     )
-    gpu.read_report("test_gpu_ops", report, outcome)
+    suite.read_report("test_gpu_ops", report, outcome)
     assert (outcome["tests"], outcome["skipped"], outcome["recorded"]) == (4, 1, {"a heights": "7"})
     assert outcome["failed"][1:] == [["test_gpu_ops", "b"], ["test_gpu_ops", "crashed"]]
 
 
 def test_a_budget_leaves_out_what_does_not_fit_and_cuts_off_what_hangs():
-    from benchmarks.gpu_device import Budget
+    from benchmarks.gpu.device import Budget
 
     budget = Budget(0.5)
     assert not budget.allows("long", 3.0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.common import as_tuple
-from benchmarks.gpu_device import DEVICE, DRY, triton_on_cpu
+from benchmarks.gpu.device import DEVICE, DRY, triton_on_cpu
 
 if DRY:
     triton_on_cpu()

@@ -179,7 +179,7 @@ def test_rms_norm_matches_float64_row_by_row(dtype):
 def test_attention_tile_height(dtype, record_property):
     """Not a promise but a measurement: printed and kept in the report. Every height must be right, though.
 
-    What tiles do to the bits of a product, ``benchmarks.dot_heights`` measures.
+    What tiles do to the bits of a product, ``benchmarks.gpu.tile_invariance`` measures.
     """
     from toolkit.ops.attention import tiles
     from toolkit.ops.triton_devices import architecture
@@ -234,7 +234,7 @@ def test_patched_model_trains_like_the_unpatched_one(name, dtype):
 @pytest.mark.parametrize("name", ["Llama", "Qwen3"])
 def test_engine_greedy_equals_generate(name):
     import toolkit
-    from benchmarks.serve import Generate, compare, make_prompts
+    from benchmarks.end_to_end.serve import Generate, compare, make_prompts
 
     stock = tiny(name, torch.float32)
     prompts = make_prompts(6, 37, 512)

@@ -22,7 +22,7 @@ from gpu_checks import (
     subsets,
 )  # fmt: skip
 
-from benchmarks.gpu_device import DEVICE, DRY
+from benchmarks.gpu.device import DEVICE, DRY
 from toolkit.ops.linear import linear
 from toolkit.ops.linear_logprob import linear_logprob
 

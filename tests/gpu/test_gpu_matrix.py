@@ -24,7 +24,7 @@ from gpu_checks import (
     subsets,
 )  # fmt: skip
 
-from benchmarks.gpu_device import DEVICE, DRY
+from benchmarks.gpu.device import DEVICE, DRY
 from toolkit.ops.linear import linear
 from toolkit.ops.lora_linear import lora_linear
 
@@ -88,8 +88,8 @@ def test_linear_keeps_the_bits_of_a_row(dtype, depth, outputs):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear_decode_tiles_have_the_bits_of_the_others(dtype):
-    """A decode tile may only be set where this holds; ``benchmarks.dot_heights`` finds out which would do."""
-    from benchmarks.dot_heights import unrounded
+    """A decode tile may only be set where this holds; ``benchmarks.gpu.tile_invariance`` finds out which would do."""
+    from benchmarks.gpu.tile_invariance import unrounded
     from toolkit.ops.linear import tiles
     from toolkit.ops.triton_devices import architecture
 

@@ -8,7 +8,7 @@ import torch
 from gpu_checks import HALF, integers, needs_cuda, needs_device
 
 import toolkit
-from benchmarks.gpu_device import DEVICE, DRY
+from benchmarks.gpu.device import DEVICE, DRY
 from toolkit.modules import head
 from toolkit.patching import ragged_forward
 from toolkit.state import RaggedBatch

@@ -22,7 +22,7 @@ from gpu_checks import (
     subsets,
 )  # fmt: skip
 
-from benchmarks.gpu_device import DEVICE, DRY
+from benchmarks.gpu.device import DEVICE, DRY
 from toolkit.ops.dispatch_plan import TILE, dispatch_plan
 from toolkit.ops.dispatch_plan import reference as plans
 from toolkit.ops.experts import experts

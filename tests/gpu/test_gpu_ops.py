@@ -19,7 +19,7 @@ from gpu_checks import (
     subsets,
 )  # fmt: skip
 
-from benchmarks.gpu_device import DEVICE, DRY
+from benchmarks.gpu.device import DEVICE, DRY
 from toolkit.ops.activation import activation
 from toolkit.ops.gated_activation import gated_activation
 from toolkit.ops.layer_norm import layer_norm

@@ -4,7 +4,7 @@ import pytest
 import torch
 from gpu_checks import DTYPES, HALF, assert_same_bits, integers, needs_cuda, needs_device, noise, subsets
 
-from benchmarks.gpu_device import DEVICE, DRY
+from benchmarks.gpu.device import DEVICE, DRY
 from toolkit.ops.sample import penalize, reference, sample
 
 pytestmark = [pytest.mark.gpu, needs_device]

@@ -4,17 +4,14 @@ Compiling all of it takes minutes; the table carries a fingerprint of the code t
 are compiled afresh in the tests of their ops.
 """
 
-import json
 from functools import cache
-from typing import Any
 
 import pytest
 
 pytest.importorskip("triton", reason="the Triton kernels need triton")
 
-from benchmarks import kernels
+from tools.compile_kernels import compiler, table
 
-TABLE = kernels.ROOT / "benchmarks" / "results" / "kernels.json"
 # NVIDIA's matrix units have no IEEE float32 product: there float32 is multiply-add on purpose.
 NO_MATRIX = "fp32"
 # Kernels whose products have a side below 64 rows, which warp-group instructions do not take.
@@ -22,33 +19,33 @@ WGMMA = {"linear_forward": 128, "attention_forward": 64}
 
 
 @cache
-def table() -> dict[str, Any]:
-    return json.loads(TABLE.read_text())
+def committed() -> tuple[str, list[tuple[str, compiler.Compiled]]]:
+    return table.read()
 
 
-def rows() -> list[kernels.Compiled]:
-    return [kernels.Compiled(**{k: v for k, v in row.items() if k != "case"}) for row in table()["kernels"]]
+def rows() -> list[tuple[str, compiler.Compiled]]:
+    return committed()[1]
 
 
 def test_is_of_this_tree():
-    assert table()["fingerprint"] == kernels.fingerprint(), "kernels changed: run python -m benchmarks.kernels"
+    assert committed()[0] == table.fingerprint(), "kernels changed: run python -m tools.compile_kernels"
 
 
 def test_is_complete():
-    have = {(row["case"], row["arch"]) for row in table()["kernels"]}
-    assert have == {(name, arch) for name in kernels.cases() for arch in kernels.SHARED_LIMIT}
+    have = {(case, made.arch) for case, made in rows()}
+    assert have == {(name, arch) for name in table.cases() for arch in compiler.SHARED_LIMIT}
 
 
 def test_nothing_spills_or_takes_too_much_shared_memory():
-    unfit = {(made.kernel, made.arch, fault) for made in rows() for fault in kernels.faults(made)}
+    unfit = {(made.kernel, made.arch, fault) for _, made in rows() for fault in compiler.faults(made)}
     assert not unfit
 
 
 def test_products_use_matrix_instructions():
     plain = {
-        (row["case"], row["kernel"], row["arch"])
-        for row in table()["kernels"]
-        if row["dots"] and not row["matrix"] and (NO_MATRIX not in row["case"] or row["arch"].startswith("gfx"))
+        (case, made.kernel, made.arch)
+        for case, made in rows()
+        if made.dots and not made.matrix and (NO_MATRIX not in case or made.arch.startswith("gfx"))
     }
     assert not plain
 
@@ -56,24 +53,27 @@ def test_products_use_matrix_instructions():
 @pytest.mark.parametrize("kernel", WGMMA)
 @pytest.mark.parametrize(("arch", "instruction"), [("sm_90", "wgmma.mma_async"), ("sm_100", "tcgen05.mma")])
 def test_large_tiles_use_the_largest_instructions(kernel, arch, instruction):
-    found = [row for row in table()["kernels"] if row["kernel"] == kernel and row["arch"] == arch]
-    found = [row for row in found if "bf16" in row["case"] and "uneven" not in row["case"]]
+    found = [
+        made
+        for case, made in rows()
+        if (made.kernel, made.arch) == (kernel, arch) and "bf16" in case and "uneven" not in case
+    ]
     assert found
-    assert all(instruction in row["matrix"] for row in found)
+    assert all(instruction in made.matrix for made in found)
 
 
 def test_faults_are_seen():
-    fit = rows()[0]
-    spilling = kernels.Compiled(**{**vars(fit), "spilled": 8})
-    large = kernels.Compiled(**{**vars(fit), "shared": kernels.SHARED_LIMIT[fit.arch] + 1})
-    assert kernels.faults(fit) == []
-    assert kernels.faults(spilling) == ["spills 8"]
-    assert kernels.faults(large)
+    fit = rows()[0][1]
+    spilling = compiler.Compiled(**{**vars(fit), "spilled": 8})
+    large = compiler.Compiled(**{**vars(fit), "shared": compiler.SHARED_LIMIT[fit.arch] + 1})
+    assert compiler.faults(fit) == []
+    assert compiler.faults(spilling) == ["spills 8"]
+    assert compiler.faults(large)
 
 
 def test_occupancy():
-    assert kernels.occupancy("sm_90", 32, 0, 4) == 1.0
-    assert kernels.occupancy("sm_90", 255, 0, 8) == 8 / 64  # 65,280 registers a program
-    assert kernels.occupancy("sm_80", 32, 100_000, 4) == 4 / 64
-    assert kernels.occupancy("gfx942", 512, 0, 4) == 4 / 32
-    assert kernels.occupancy("gfx942", 64, 32768, 4) == 8 / 32
+    assert compiler.occupancy("sm_90", 32, 0, 4) == 1.0
+    assert compiler.occupancy("sm_90", 255, 0, 8) == 8 / 64  # 65,280 registers a program
+    assert compiler.occupancy("sm_80", 32, 100_000, 4) == 4 / 64
+    assert compiler.occupancy("gfx942", 512, 0, 4) == 4 / 32
+    assert compiler.occupancy("gfx942", 64, 32768, 4) == 8 / 32

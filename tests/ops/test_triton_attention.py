@@ -7,21 +7,21 @@ pytest.importorskip("triton", reason="the Triton kernels need triton")
 
 from triton_checks import compile_fit, run_interpreted
 
-from benchmarks import kernel_cases_attention as cases
-from benchmarks import kernels
+from tools.compile_kernels import compiler
+from tools.compile_kernels import kernel_cases_attention as cases
 
-# `python -m benchmarks.kernels` compiles every shipped tile; these are the ones that come nearest the limits.
+# `python -m tools.compile_kernels` compiles every shipped tile; these are the ones that come nearest the limits.
 CASES = {
-    "paged bf16 128": (cases.attention_case(torch.bfloat16, 128, paged=True), list(kernels.SHARED_LIMIT)),
+    "paged bf16 128": (cases.attention_case(torch.bfloat16, 128, paged=True), list(compiler.SHARED_LIMIT)),
     "splits apart bf16 576": (
         cases.attention_case(torch.bfloat16, 576, paged=True, v_dim=512, heads=128, kv_heads=1, keys=cases.LONG),
-        list(kernels.SHARED_LIMIT),
+        list(compiler.SHARED_LIMIT),
     ),
     "splits in turn bf16 128": (
         cases.attention_case(torch.bfloat16, 128, paged=True, tokens=1024, keys=cases.LONG),
-        list(kernels.SHARED_LIMIT),
+        list(compiler.SHARED_LIMIT),
     ),
-    "backward bf16 128": (cases.attention_backward_case(torch.bfloat16, 128), list(kernels.SHARED_LIMIT)),
+    "backward bf16 128": (cases.attention_backward_case(torch.bfloat16, 128), list(compiler.SHARED_LIMIT)),
     "contiguous bf16 256": (cases.attention_case(torch.bfloat16, 256, paged=False), ["sm_90"]),
     "paged fp32 64": (cases.attention_case(torch.float32, 64, paged=True), ["sm_90", "gfx942"]),
 }
@@ -54,8 +54,8 @@ def test_spills_and_missing_matrix_instructions_are_seen(tmp_path, monkeypatch):
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(tiles, "tile", lambda *_: tiles.Tile(64, 64, 4, 2))
-    (made,) = kernels.compile_case(cases.attention_case(torch.bfloat16, 128, paged=True), "sm_80")
+    (made,) = compiler.compile_case(cases.attention_case(torch.bfloat16, 128, paged=True), "sm_80")
     assert made.spilled > 0
     monkeypatch.setattr(tiles, "tile", lambda *_: tiles.Tile(16, 16, 4, 1))
-    (made,) = kernels.compile_case(cases.attention_case(torch.float32, 16, paged=False), "sm_80")
+    (made,) = compiler.compile_case(cases.attention_case(torch.float32, 16, paged=False), "sm_80")
     assert made.matrix == {}

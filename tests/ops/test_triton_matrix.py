@@ -6,12 +6,12 @@ pytest.importorskip("triton", reason="the Triton kernels need triton")
 
 from triton_checks import compile_fit, run_interpreted
 
-from benchmarks import kernels
-from benchmarks.kernel_cases_matrix import cases
+from tools.compile_kernels import compiler
+from tools.compile_kernels.kernel_cases_matrix import cases
 
-# `python -m benchmarks.kernels` compiles every shipped tile; these are the ones that come nearest the limits.
+# `python -m tools.compile_kernels` compiles every shipped tile; these are the ones that come nearest the limits.
 CHOSEN = [
-    *(("linear bf16 9728x2560", arch) for arch in kernels.SHARED_LIMIT),
+    *(("linear bf16 9728x2560", arch) for arch in compiler.SHARED_LIMIT),
     ("linear bf16 uneven", "sm_80"),
     ("linear fp32 9728x2560", "gfx942"),
     ("lora_add bf16 9728x2560 rank 64", "sm_90"),

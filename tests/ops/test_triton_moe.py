@@ -6,12 +6,12 @@ pytest.importorskip("triton", reason="the Triton kernels need triton")
 
 from triton_checks import compile_fit, run_interpreted
 
-from benchmarks import kernels
-from benchmarks.kernel_cases_moe import cases
+from tools.compile_kernels import compiler
+from tools.compile_kernels.kernel_cases_moe import cases
 
-# `python -m benchmarks.kernels` compiles every shipped tile; these are the ones that come nearest the limits.
+# `python -m tools.compile_kernels` compiles every shipped tile; these are the ones that come nearest the limits.
 CHOSEN = [
-    *(("experts bf16 2880x2880 interleaved", arch) for arch in kernels.SHARED_LIMIT),
+    *(("experts bf16 2880x2880 interleaved", arch) for arch in compiler.SHARED_LIMIT),
     ("experts bf16 uneven interleaved", "sm_90"),
     ("experts fp32 2048x768", "sm_80"),
     ("route bf16 256 sigmoid in groups", "sm_90"),

@@ -6,10 +6,10 @@ pytest.importorskip("triton", reason="the Triton kernels need triton")
 
 from triton_checks import compile_fit, run_interpreted
 
-from benchmarks.kernel_cases_recurrence import cases
+from tools.compile_kernels.kernel_cases_recurrence import cases
 
 OPS = ["linear_recurrence", "causal_conv"]
-# `python -m benchmarks.kernels` compiles every shipped tile for every target; these stand for them.
+# `python -m tools.compile_kernels` compiles every shipped tile for every target; these stand for them.
 CASES = {
     "linear_recurrence delta bf16 128 128": ["sm_80", "sm_90", "gfx942"],
     "linear_recurrence ssd fp32 256 64": ["sm_90", "sm_100"],

@@ -9,10 +9,10 @@ pytest.importorskip("triton", reason="the Triton kernels need triton")
 import triton
 from triton_checks import compile_fit, run_interpreted
 
-from benchmarks.kernel_cases_rowwise import cases
+from tools.compile_kernels.kernel_cases_rowwise import cases
 
 OPS = ["activation", "layer_norm", "rms_norm", "rotary", "state_write", "token_logprob"]
-# `python -m benchmarks.kernels` compiles every shipped tile for every target; these stand for them.
+# `python -m tools.compile_kernels` compiles every shipped tile for every target; these stand for them.
 CASES = {
     "activation gelu bf16 4096": ["sm_90"],
     "gated_activation clamped_swiglu bf16 4096": ["sm_90", "gfx942"],

@@ -7,7 +7,7 @@ pytest.importorskip("triton", reason="the Triton kernels need triton")
 
 from triton_checks import compile_fit, run_interpreted
 
-from benchmarks import kernel_cases_sample
+from tools.compile_kernels import kernel_cases_sample
 
 
 def test_interpreted():

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import kernels
+from tools.compile_kernels import compiler
 
 HERE = Path(__file__).parent
 
@@ -20,10 +20,10 @@ def run_interpreted(*names: str) -> None:
     assert " passed" in finished.stdout
 
 
-def compile_fit(case: Callable[[], None], arch: str) -> list[kernels.Compiled]:
+def compile_fit(case: Callable[[], None], arch: str) -> list[compiler.Compiled]:
     """The kernels that ``case`` launches, compiled for ``arch``; no one has a fault."""
-    compiled = kernels.compile_case(case, arch)
+    compiled = compiler.compile_case(case, arch)
     assert compiled
     for made in compiled:
-        assert kernels.faults(made) == [], made
+        assert compiler.faults(made) == [], made
     return compiled

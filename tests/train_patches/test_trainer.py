@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother as StockSmoother
 
-from benchmarks import trainer_curve
+from benchmarks.end_to_end import trainer_curve
 from toolkit.errors import ToolkitError
 from toolkit.ops.linear_logprob.deferred import DeferredLogits
 from toolkit.patching import report_of

@@ -30,7 +30,7 @@ class Choice:
     """The tile for weights of at most ``outputs`` rows (None: any).
 
     decode: a tile for at most DECODE_ROWS rows of x. It may be set only where it was shown to give the same bits
-    as ``tile``: benchmarks/dot_heights.py and tests/gpu measure that, and until they did, every entry is None.
+    as ``tile``: benchmarks/gpu/tile_invariance.py and tests/gpu measure that, and until they did, every entry is None.
     """
 
     outputs: int | None

@@ -1,4 +1,6 @@
-"""Whether another tile changes the bits of the Triton ``linear`` on this device: ``python -m benchmarks.dot_heights``.
+"""Whether another tile changes the bits of the Triton ``linear`` on this device.
+
+``python -m benchmarks.gpu.tile_invariance``, also a section of ``python -m benchmarks.gpu``.
 
 A GPU may use another matrix instruction for 16 rows than for 64 (on Hopper: mma.sync and wgmma). Where a tile for few
 rows gives the bits of the one that training uses, ``Choice.decode`` in ``toolkit/ops/linear/tiles.py`` may be set to
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import print_table, relative_error, write_json
-from benchmarks.gpu_device import DEVICE, DRY, HALF, Budget, normal, replayed, triton_on_cpu
+from benchmarks.gpu.device import DEVICE, DRY, HALF, Budget, normal, replayed, triton_on_cpu
 from toolkit.ops.linear import tiles
 from toolkit.ops.linear.tiles import Choice, Tile
 from toolkit.ops.triton_devices import architecture
@@ -120,7 +122,7 @@ def verdict(entries: list[dict[str, Any]]) -> str:
     return f"decode may be set to {tile}: the same bits, {gain:.2f}x the speed at {rows} rows"
 
 
-def bench_heights(budget: Budget, ceilings: dict[str, float]) -> dict[str, Any]:
+def bench_tile_invariance(budget: Budget, ceilings: dict[str, float]) -> dict[str, Any]:
     """The survey of every entry of this device's table, and a verdict for each."""
     table, result = tiles.TABLE[architecture(torch.device(DEVICE))], {}
     for dtype in (HALF, torch.float32):
@@ -149,10 +151,10 @@ def main() -> None:
     elif not torch.cuda.is_available():
         print("No CUDA device here: what a tile does to bits is a property of one.", file=sys.stderr)
         raise SystemExit(2)
-    result = bench_heights(Budget(300.0), {})
+    result = bench_tile_invariance(Budget(300.0), {})
     show(result)
     if not DRY:
-        print(f"written to {write_json('dot-heights', result)}")
+        print(f"written to {write_json('tile-invariance', result)}")
 
 
 if __name__ == "__main__":

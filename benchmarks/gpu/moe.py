@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import gpu_device as device
 from benchmarks.common import both_ways, gate, print_table
-from benchmarks.gpu_device import DRY, GATE, HALF, Budget, doubles, median, normal
+from benchmarks.gpu import device
+from benchmarks.gpu.device import DRY, GATE, HALF, Budget, doubles, median, normal
 from toolkit.ops.dispatch_plan import dispatch_plan
 from toolkit.ops.experts import experts
 from toolkit.ops.route import route

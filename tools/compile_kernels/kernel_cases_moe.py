@@ -1,4 +1,4 @@
-"""The kernels of a mixture of experts with the shapes of released models, for ``python -m benchmarks.kernels``.
+"""The kernels of a mixture of experts with the shapes of released models, for ``python -m tools.compile_kernels``.
 
 Few experts and tokens: neither decides what a kernel of the products compiles to.
 """

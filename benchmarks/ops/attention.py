@@ -1,6 +1,6 @@
 """Native attention against torch's scaled_dot_product_attention on the CPU: forward, backward and decode.
 
-``python -m benchmarks.attention [--threads N] [--repeats N]`` prints a row per shape: the best time of each
+``python -m benchmarks.ops.attention [--threads N] [--repeats N]`` prints a row per shape: the best time of each
 (calls of the two alternate, so that a busy machine slows both), and their ratio.
 """
 

@@ -1,39 +1,20 @@
-"""What the Triton kernels compile to, for every target and shipped tile, without a GPU.
+"""Compiles a launch of a Triton kernel for a target that need not be there, and reads its resources from the binary.
 
-``python -m benchmarks.kernels`` prints registers, shared memory, occupancy, spills and matrix instructions, and writes
-them to ``benchmarks/results/kernels.json`` with a fingerprint of the kernels' sources, which a test holds against the
-tree. The launchers themselves are called with CPU tensors while the launch is recorded instead of run, so what is
-compiled here is what would be launched: the same tile, flags and specialisation.
+The ops' launchers are called with CPU tensors while the launch is recorded instead of run, so what is compiled is what
+would be launched: the same tile, flags and specialisation.
 """
 
-import argparse
-import ast
-import hashlib
-import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-
-from benchmarks import (
-    kernel_cases_attention,
-    kernel_cases_matrix,
-    kernel_cases_moe,
-    kernel_cases_recurrence,
-    kernel_cases_rowwise,
-    kernel_cases_sample,
-)
-from benchmarks.common import print_table, write_json
-
-ROOT = Path(__file__).parent.parent
 
 # Largest dynamic shared memory of a program, bytes.
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
@@ -165,28 +146,11 @@ def _nvidia_resources(cubin: bytes) -> tuple[int, int]:
     return _field(report, r"REG:(\d+)"), _field(report, r"STACK:(\d+)") + _field(report, r"LOCAL:(\d+)")
 
 
-def cases() -> dict[str, Callable]:
-    """Every kernel with every shipped tile: name -> the call that launches it."""
-    modules = (
-        kernel_cases_attention,
-        kernel_cases_rowwise,
-        kernel_cases_matrix,
-        kernel_cases_moe,
-        kernel_cases_sample,
-        kernel_cases_recurrence,
-    )
-    return {name: call for module in modules for name, call in module.cases().items()}
-
-
 def compile_case(call: Callable, arch: str) -> list[Compiled]:
     """Compile every launch that ``call`` makes."""
     with recording(arch) as launches:
         call()
     return [compile_launch(launch, arch) for launch in launches]
-
-
-def compile_named(name: str, arch: str) -> list[Compiled]:
-    return compile_case(cases()[name], arch)
 
 
 def faults(made: Compiled) -> list[str]:
@@ -197,58 +161,3 @@ def faults(made: Compiled) -> list[str]:
     if made.shared > SHARED_LIMIT[made.arch]:
         found.append(f"takes {made.shared} bytes of shared memory")
     return found
-
-
-def fingerprint() -> str:
-    """A digest of the code that decides what the kernels compile to: without comments, formatting and Triton itself."""
-    ops = ROOT / "toolkit" / "ops"
-    kernels = {
-        *ops.rglob("triton*.py"),
-        *ops.rglob("tiles.py"),
-        *ops.glob("*/kinds/*.py"),
-        *ops.glob("*/modifiers/*.py"),
-    }
-    digest = hashlib.sha256()
-    for path in sorted(kernels | {*(ROOT / "benchmarks").glob("kernel*.py")}):
-        digest.update(path.relative_to(ROOT).as_posix().encode())
-        digest.update(ast.dump(ast.parse(path.read_text())).encode())
-    return digest.hexdigest()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--arch", nargs="*", default=list(SHARED_LIMIT), choices=list(SHARED_LIMIT))
-    parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--processes", type=int, default=os.cpu_count())
-    arguments = parser.parse_args()
-    wanted = [(name, arch) for name in cases() if arguments.only in name for arch in arguments.arch]
-    with ProcessPoolExecutor(arguments.processes) as pool:
-        results = list(pool.map(compile_named, *zip(*wanted), chunksize=4))
-    rows, table, unfit = [], [], []
-    for (name, arch), compiled in zip(wanted, results):
-        for made in compiled:
-            matrix = ", ".join(f"{count} {kind}" for kind, count in made.matrix.items()) or "none"
-            filled, shared = f"{made.occupancy:.0%}", f"{made.shared / 1024:.1f}"
-            rows.append([name, made.kernel, arch, made.registers, shared, filled, made.spilled, made.dots, matrix])
-            table.append({"case": name, **asdict(made)})
-            unfit += [f"{name}, {made.kernel}, {arch}: {fault}" for fault in faults(made)]
-    header = [
-        "case",
-        "kernel",
-        "target",
-        "registers",
-        "shared KiB",
-        "occupancy",
-        "spilled",
-        "dots",
-        "matrix instructions",
-    ]
-    print_table("Compiled kernels", header, rows)
-    for line in unfit:
-        print(f"unfit: {line}")
-    if not arguments.only and set(arguments.arch) == set(SHARED_LIMIT):
-        print(f"written to {write_json('kernels', {'fingerprint': fingerprint(), 'kernels': table})}")
-
-
-if __name__ == "__main__":
-    main()

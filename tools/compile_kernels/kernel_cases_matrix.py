@@ -1,4 +1,4 @@
-"""The matrix kernels with the shapes of a 4 B model, for ``python -m benchmarks.kernels``."""
+"""The matrix kernels with the shapes of a 4 B model, for ``python -m tools.compile_kernels``."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""The attention kernels with every shipped tile, for ``python -m benchmarks.kernels``."""
+"""The attention kernels with every shipped tile, for ``python -m tools.compile_kernels``."""
 
 from collections.abc import Callable
 from typing import Any

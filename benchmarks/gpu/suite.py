@@ -25,9 +25,9 @@ from typing import Any
 import torch
 
 from benchmarks.common import describe, interleaved, print_table, qwen3, summary, write_json
-from benchmarks.gpu_device import DEVICE, DRY, HALF, Budget, median, peak, triton_on_cpu
+from benchmarks.gpu.device import DEVICE, DRY, HALF, Budget, median, peak, triton_on_cpu
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SECONDS = 3600.0 if DRY else 465.0  # for everything
 GATE_SECONDS = 210.0
 # A few layers of a Qwen3-4B: wide enough to fill the device, few enough to leave time.
@@ -239,7 +239,7 @@ def bench_training(budget: Budget, limits: dict[str, float]) -> dict[str, Any]:
 
 def bench_generation(budget: Budget, limits: dict[str, float]) -> dict[str, Any]:
     """The engine against ``generate`` on the same bf16 model, greedy, at two batch sizes."""
-    from benchmarks.serve import Engine, Generate, make_prompts
+    from benchmarks.end_to_end.serve import Engine, Generate, make_prompts
 
     batch, length, new_tokens = (2, 3, 2) if DRY else (32, 128, 64)
     stock = qwen3(**WIDE).to(DEVICE, torch.float32 if DRY else HALF).eval()
@@ -261,7 +261,7 @@ def bench_generation(budget: Budget, limits: dict[str, float]) -> dict[str, Any]
 
 def show(result: dict[str, Any]) -> None:
     """The figures that did come out, as tables."""
-    from benchmarks import dot_heights, gpu_moe, gpu_ops
+    from benchmarks.gpu import moe, ops, tile_invariance
 
     limits = result["ceilings"]
     print_table(
@@ -284,10 +284,10 @@ def show(result: dict[str, Any]) -> None:
             )
     if rows:
         print_table("Attention, bf16, 32 heads on 8, head_dim 128", ["case", "paged ms", "SDPA ms", "floor ms"], rows)
-    if "heights" in result:
-        dot_heights.show(result["heights"])
-    gpu_ops.show(result)
-    gpu_moe.show(result)
+    if "tile_invariance" in result:
+        tile_invariance.show(result["tile_invariance"])
+    ops.show(result)
+    moe.show(result)
     if training := result.get("training"):
         rows = [
             [
@@ -310,13 +310,13 @@ def show(result: dict[str, Any]) -> None:
 
 def sections() -> dict[str, tuple[Callable[[Budget, dict[str, float]], dict[str, Any]], float]]:
     """name -> (what measures it, seconds it may take), in the order in which they run."""
-    from benchmarks import dot_heights, gpu_moe, gpu_ops
+    from benchmarks.gpu import moe, ops, tile_invariance
 
     return {
         "attention": (bench_attention, 25.0),
-        "heights": (dot_heights.bench_heights, 50.0),
-        **gpu_ops.SECTIONS,
-        "moe": (gpu_moe.bench_moe, 45.0),
+        "tile_invariance": (tile_invariance.bench_tile_invariance, 50.0),
+        **ops.SECTIONS,
+        "moe": (moe.bench_moe, 45.0),
         "training": (bench_training, 40.0),
         "generation": (bench_generation, 60.0),
     }
@@ -362,7 +362,7 @@ def rehearse() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes, on CPU, untimed; nothing is written")
-    parser.add_argument("--only", nargs="+", choices=[*WATCHED, "heights"], help="these sections alone")
+    parser.add_argument("--only", nargs="+", choices=[*WATCHED, "tile_invariance"], help="these sections alone")
     arguments = parser.parse_args()
     if arguments.dry_run and not DRY:
         rehearse()

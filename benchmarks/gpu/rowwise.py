@@ -1,6 +1,6 @@
 """Memory-bound ops on a GPU: as a share of a copy's bandwidth, and against ``torch.compile`` and Liger.
 
-Part of ``benchmarks.gpu_ops``, which says what is measured and how.
+Part of ``benchmarks.gpu.ops``, which says what is measured and how.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import gpu_device as device
 from benchmarks.common import as_tuple, both_ways, gate
-from benchmarks.gpu_device import (
+from benchmarks.gpu import device
+from benchmarks.gpu.device import (
     DEVICE,
     DRY,
     GATE,

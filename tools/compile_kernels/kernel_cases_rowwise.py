@@ -1,4 +1,4 @@
-"""The row-wise kernels' cases for ``benchmarks.kernels``: name -> the call that launches them, forward and backward."""
+"""The row-wise kernels, forward and backward, for ``tools.compile_kernels``: name -> the call that launches them."""
 
 from collections.abc import Callable
 

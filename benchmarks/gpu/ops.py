@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import gpu_device as device
 from benchmarks.common import both_ways, gate, geomean, print_table
-from benchmarks.gpu_device import (
+from benchmarks.gpu import device
+from benchmarks.gpu.device import (
     DEVICE,
     DRY,
     GATE,
@@ -26,7 +26,7 @@ from benchmarks.gpu_device import (
     normal,
     wide,
 )
-from benchmarks.gpu_rowwise import bench_memory_bound
+from benchmarks.gpu.rowwise import bench_memory_bound
 from toolkit.ops.linear import linear
 from toolkit.ops.linear_logprob import linear_logprob
 from toolkit.ops.lora_linear import lora_linear

@@ -1,0 +1,3 @@
+from benchmarks.gpu.suite import main
+
+main()

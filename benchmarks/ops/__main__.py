@@ -1,0 +1,3 @@
+from benchmarks.ops.run import main
+
+main()
