@@ -6,7 +6,7 @@
 
 Two of the trainer's methods are put in place on the instance, and nothing of TRL is copied: ``_generate_single_turn``
 (completions and their log-probabilities; tools and environments go through it too) and
-``_get_per_token_logps_and_entropies`` (the training forward, over a forest of samples that share their prompts).
+``_get_per_token_logps_and_entropies`` (the training forward, over prefix trees: samples share their prompts).
 """
 
 from collections.abc import Callable, Sequence
@@ -36,18 +36,18 @@ _UNDERSTOOD = {
 }  # fmt: skip
 
 
-def engine_rollout(trainer: "GRPOTrainer", *, forest: bool = True, **limits: Any) -> Engine:
+def engine_rollout(trainer: "GRPOTrainer", *, share: bool = True, **limits: Any) -> Engine:
     """Let ``trainer`` generate with an engine on its own model, which is patched if it is not; the engine.
 
     limits: fields of the engine's ``Limits``; ``seed`` is the trainer's, moved by the rank, unless given. Weights are
     read where they lie: after an optimizer step nothing is copied, and no prefix of older weights is hit. The engine
     sleeps while the trainer computes its loss.
-    forest: the trainer's log-probabilities come from a forward in which samples share their prompt; False keeps TRL's
+    share: the trainer's log-probabilities come from a forward in which samples share their prompt; False keeps TRL's
     padded forward and its own head.
     Logs ``mismatch/kl`` (mean of ``e^d - d - 1``, d = trainer's minus engine's log-probability, nats a token) and
     ``mismatch/bits`` (share of tokens whose two float32 values differ in any bit) of the batches that are trained under
     the weights of their rollout. At temperature 1 both are of the model's own distribution, and 0 in the bitwise tier
-    with ``forest``; at another one of the tempered.
+    with ``share``; at another one of the tempered.
     Raises ToolkitError, leaving the trainer as it was, for other rollouts (``use_vllm``,
     ``use_transformers_continuous_batching``, ``rollout_func``), images, sharded parameters, generation settings that
     the engine does not have, and a temperature other than 1 with top_p, top_k, min_p or repetition_penalty, whose
@@ -60,7 +60,7 @@ def engine_rollout(trainer: "GRPOTrainer", *, forest: bool = True, **limits: Any
     rollout = Rollout(host, Engine(host.model, **limits), host._compute_loss, host._get_per_token_logps_and_entropies)
     host._generate_single_turn = rollout.generate
     host._compute_loss = rollout.compute_loss
-    host._get_per_token_logps_and_entropies = rollout.forest if forest else rollout.padded
+    host._get_per_token_logps_and_entropies = rollout.shared if share else rollout.padded
     return rollout.engine
 
 
@@ -169,7 +169,7 @@ class Rollout:
         self.seen = result[0].detach()
         return result
 
-    def forest(
+    def shared(
         self,
         model: Any,
         input_ids: Tensor,

@@ -89,13 +89,13 @@ def test_windows_bound_what_a_long_sequence_holds():
     model = random_model("granite_swa")
     toolkit.patch(model)
     with Engine(model, block_size=4, max_num_seqs=1, max_num_batched_tokens=16, enable_prefix_caching=False) as engine:
-        full, window = engine.memory.allocators
+        full, window = engine.block_manager.allocators
         assert window.num_blocks < full.num_blocks / 4
         engine.submit(list(range(3, 203)), params(max_tokens=50))
         most = 0
         while engine.has_work:
             engine.step()
-            most = max(most, window.num_blocks - window.num_free)
+            most = max(most, window.num_blocks - window.num_free_blocks)
             engine.check_integrity()
     assert most <= 3 + 4 + 1  # nine tokens, and a step's sixteen
 

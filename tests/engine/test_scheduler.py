@@ -13,9 +13,9 @@ class Drive:
     """Steps a scheduler without a model: tokens are drawn from a counter, everything else is checked."""
 
     def __init__(self, num_blocks=64, block_size=4, seqs=8, budget=32, enable_prefix_caching=True, seed=0):
-        self.memory = BlockManager([Group()], [num_blocks], block_size)
-        self.allocator = self.memory.allocators[0]
-        self.scheduler = Scheduler(self.memory, seqs, budget, enable_prefix_caching)
+        self.block_manager = BlockManager([Group()], [num_blocks], block_size)
+        self.allocator = self.block_manager.allocators[0]
+        self.scheduler = Scheduler(self.block_manager, seqs, budget, enable_prefix_caching)
         self.rng = random.Random(seed)
         self.budget = budget
         self.requests = []
@@ -47,11 +47,11 @@ class Drive:
             assert chunks, "nothing runs though something waits"
         for chunk in chunks:
             one = chunk.sequence
-            one.tables.take_copies()
-            assert chunk.start == one.tables.length
-            one.tables.commit(one.tokens[chunk.start : chunk.start + chunk.count], 0)
+            one.block_tables.take_copies()
+            assert chunk.start == one.block_tables.length
+            one.block_tables.commit(one.tokens[chunk.start : chunk.start + chunk.count], 0)
             self.log[one.order].append((chunk.start, chunk.count))
-            assert chunk.samples == (one.tables.length == len(one.tokens))
+            assert chunk.samples == (one.block_tables.length == len(one.tokens))
             for owner in [one, *scheduler.fork_siblings(one)] if chunk.samples else []:
                 owner.accept(self.rng.randrange(1, 50), 0.0, 0.0, None, 0)
                 if owner.completion is not None:
@@ -65,7 +65,7 @@ class Drive:
             self.step()
             steps += 1
             assert steps < limit, "no progress"
-        assert self.allocator.num_free == self.allocator.num_blocks
+        assert self.allocator.num_free_blocks == self.allocator.num_blocks
         assert not self.scheduler.running
         assert not self.scheduler.waiting
         return steps
@@ -217,11 +217,11 @@ def test_nobody_starves_under_a_stream_of_newcomers(seed):
         drive.add(rng.randint(1, 10), rng.randint(1, 10))
     for _ in range(300):
         drive.add(rng.randint(1, 10), rng.randint(1, 10))
-        before = watched.sequences[0].tables.length if watched.sequences[0].tables else 0
+        before = watched.sequences[0].block_tables.length if watched.sequences[0].block_tables else 0
         oldest = min(one.order for r in drive.requests for one in r.sequences if one.completion is None)
         chunks = drive.step()
         assert oldest in {chunk.sequence.order for chunk in chunks}
         if watched.finished:
             break
-        assert watched.sequences[0].tables.length > before
+        assert watched.sequences[0].block_tables.length > before
     assert watched.finished

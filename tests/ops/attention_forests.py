@@ -105,12 +105,12 @@ class Forest:
                 self.tables[i, : before[i]] = self.tables[node.parent, : before[i]]
             for p in range(before[i], pages[i]):
                 self.tables[i, p] = free.pop()
-        self.readers = torch.zeros(self.rows, 3, dtype=torch.int64)
+        self.query_ranges = torch.zeros(self.rows, 3, dtype=torch.int64)
         for i, node in enumerate(self.nodes):
             own = range(lengths[i] - node.queries - node.past, lengths[i])
             for position in own:
                 row = int(self.tables[i, position // page]) * page + position % page
-                self.readers[row] = torch.tensor([starts[i], starts[self.last[i] + 1], position])
+                self.query_ranges[row] = torch.tensor([starts[i], starts[self.last[i] + 1], position])
         total = starts[-1] + padding
         v_dim = v_dim or d
         self.q = torch.randn(total, heads, d, generator=g, dtype=torch.float64).to(dtype)

@@ -20,7 +20,7 @@ def run(forest, scale=0.3, window=0, softcap=0.0, **options):
         out, lse = attention(forest.q, forest.k, forest.v, *forest.plan, scale, window, softcap, **options)
         offsets, starts, lengths, tables, page = forest.plan
         tensors = forest.grad, forest.q, forest.k, forest.v, out, lse, offsets, starts, lengths
-        rest = {"block_tables": tables, "block_size": page, "readers": forest.readers, **options}
+        rest = {"block_tables": tables, "block_size": page, "query_ranges": forest.query_ranges, **options}
         return out, lse, *attention_backward(*tensors, scale, window, softcap, **rest)
 
 
@@ -95,10 +95,10 @@ def test_wide_heads(d, v_dim, heads):
     out, lse = attention(q, k, v, *plan, None, 0, 0.3, 0, 0.0)
     got = attention_backward(grad, q, k, v, out, lse, *plan, 0.3, 0, 0.0)
     tables = torch.arange(k.shape[0])[None]
-    readers = torch.zeros(k.shape[0], 3, dtype=torch.int64)
+    query_ranges = torch.zeros(k.shape[0], 3, dtype=torch.int64)
     length = int(forest.kv_lengths[0])
-    readers[:length, 1], readers[:length, 2] = q.shape[0], torch.arange(length)
-    rest = {"block_tables": tables, "block_size": 1, "readers": readers}
+    query_ranges[:length, 1], query_ranges[:length, 2] = q.shape[0], torch.arange(length)
+    rest = {"block_tables": tables, "block_size": 1, "query_ranges": query_ranges}
     for a, b in zip(got, attention_backward(grad, q, k, v, out, lse, *plan, 0.3, 0, 0.0, **rest)):
         assert error(a, b) < 1e-6
 
@@ -113,7 +113,7 @@ def test_rows_that_nobody_reads_may_be_anything_and_runs_are_equal():
     forest = Forest(6, heads=2, kv_heads=2, trees=1, page=4, dtype=torch.float32)
     first = run(forest)
     forest.k[~forest.held], forest.v[~forest.held] = math.inf, -math.inf
-    forest.readers[~forest.held] = torch.tensor([5, 5, 3])
+    forest.query_ranges[~forest.held] = torch.tensor([5, 5, 3])
     for a, b in zip(first, run(forest)):
         assert torch.equal(a, b)
 
@@ -165,10 +165,10 @@ def test_bad_input_is_one_sentence():
     offsets, starts, lengths, tables, page = forest.plan
     out, lse = attention(forest.q, forest.k, forest.v, *forest.plan, 0.3, 0, 0.0)
     tensors = forest.grad, forest.q, forest.k, forest.v, out, lse, offsets, starts, lengths
-    with pytest.raises(ToolkitError, match="readers is None; for gradients through block_tables"):
+    with pytest.raises(ToolkitError, match="query_ranges is None; for gradients through block_tables"):
         attention_backward(*tensors, 0.3, 0, 0.0, tables, page)
-    with pytest.raises(ToolkitError, match="readers is of shape"):
-        attention_backward(*tensors, 0.3, 0, 0.0, tables, page, readers=forest.readers[:1])
+    with pytest.raises(ToolkitError, match="query_ranges is of shape"):
+        attention_backward(*tensors, 0.3, 0, 0.0, tables, page, query_ranges=forest.query_ranges[:1])
     wide = torch.empty(4, 1, 600)
     with pytest.raises(ToolkitError, match="values of width 600"):
         attention(wide, wide, wide, offsets, starts, lengths, None, 0, 0.3, 0, 0.0)

@@ -145,11 +145,11 @@ def test_skipping_what_a_modifier_hides_changes_no_bit(paged, monkeypatch):
     plan = torch.tensor([0, length]), torch.tensor([0]), torch.tensor([length])
     tables = (torch.arange(length)[None], 1) if paged else (None, 0)
     position = torch.arange(length)
-    readers = torch.stack([torch.zeros_like(position), torch.full_like(position, length), position], 1)
+    query_ranges = torch.stack([torch.zeros_like(position), torch.full_like(position, length), position], 1)
 
     def everything():
         out, lse = attention(q, k, v, *plan, *tables, 0.3, 0, 0.0, None, "chunked", parameters)
-        options = {"modifier": "chunked", "parameters": parameters, "readers": readers if paged else None}
+        options = {"modifier": "chunked", "parameters": parameters, "query_ranges": query_ranges if paged else None}
         tensors = torch.ones_like(out), q, k, v, out, lse
         return out, lse, *attention_backward(*tensors, *plan, 0.3, 0, 0.0, *tables, **options)
 
@@ -166,7 +166,7 @@ def test_skipping_what_a_modifier_hides_changes_no_bit(paged, monkeypatch):
     out, lse = attention(q[-3:], k, v, *last, *tables, 0.3, 0, 0.0, None, "chunked", parameters)
     assert out.isfinite().all()
     tensors = torch.ones_like(out), q[-3:], k, v, out, lse
-    options = {"modifier": "chunked", "parameters": parameters, "readers": None}
+    options = {"modifier": "chunked", "parameters": parameters, "query_ranges": None}
     if paged:
-        options["readers"] = torch.stack([torch.zeros_like(position), torch.full_like(position, 3), position], 1)
+        options["query_ranges"] = torch.stack([torch.zeros_like(position), torch.full_like(position, 3), position], 1)
     assert attention_backward(*tensors, *last, 0.3, 0, 0.0, *tables, **options)[0].isfinite().all()

@@ -223,7 +223,7 @@ def test_operator_registration():
     forest = Forest(10, trees=1, depth=2, longest=4)
     leaves = [x.nan_to_num(0).requires_grad_() for x in (forest.q, forest.k, forest.v)]
     sinks = torch.randn(4, dtype=torch.float64, requires_grad=True)
-    options = sinks, "alibi", SLOPES.double(), forest.readers
+    options = sinks, "alibi", SLOPES.double(), forest.query_ranges
     torch.library.opcheck(torch.ops.toolkit.attention.default, (*leaves, *forest.plan, 0.3, 0, 0.0, *options))
     compiled = torch.compile(
         lambda *x: attention(*x, *forest.plan, 0.3, 0, 0.0, *options)[0].sin(), fullgraph=True, backend="aot_eager"

@@ -10,15 +10,15 @@ from toolkit.state.block_manager import Swapped
 from toolkit.state.block_table import NULL_BLOCK
 
 TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=11)
-FULL, WINDOW, STATE = Group(), Group(reach=3), Group(reach=1, stride=2)
-GROUPS = st.sampled_from([(FULL,), (WINDOW,), (STATE,), (FULL, WINDOW), (FULL, Group(reach=5), STATE)])
+FULL, WINDOW, STATE = Group(), Group(lookback=3), Group(lookback=1, snapshot_interval=2)
+GROUPS = st.sampled_from([(FULL,), (WINDOW,), (STATE,), (FULL, WINDOW), (FULL, Group(lookback=5), STATE)])
 
 
 class Histories(RuleBasedStateMachine):
     """Sequences over small pools. A history is all tokens so far with the weights that computed each.
 
     ``truth``: the history after each token of a sequence, which nothing under test has a hand in. ``contents``: what
-    the pages of each group hold: the history at each slot, or for a group of states the one after the page's last
+    the blocks of each group hold: the history at each slot, or for a group of states the one after the block's last
     token.
     """
 
@@ -26,27 +26,31 @@ class Histories(RuleBasedStateMachine):
 
     @initialize(groups=GROUPS, num_blocks=st.integers(1, 9), block_size=st.integers(1, 4))
     def start(self, groups: tuple[Group, ...], num_blocks: int, block_size: int) -> None:
-        self.memory = BlockManager(groups, [num_blocks] * len(groups), block_size)
+        self.block_manager = BlockManager(groups, [num_blocks] * len(groups), block_size)
         self.contents: list[dict[int, tuple]] = [{} for _ in groups]
         self.truth: dict[BlockTables, list[tuple]] = {}
         self.version = 0
 
-    def entries(self, group: int, page: int) -> list[int]:
-        """Keys into ``contents`` of a page."""
-        size = self.memory.block_size
-        return [page] if self.memory.groups[group].stride else [page * size + place for place in range(size)]
+    def entries(self, group: int, block: int) -> list[int]:
+        """Keys into ``contents`` of a block."""
+        size = self.block_manager.block_size
+        return (
+            [block]
+            if self.block_manager.groups[group].snapshot_interval
+            else [block * size + place for place in range(size)]
+        )
 
     def check(self, tables: BlockTables) -> None:
         """Whatever is still read holds the truth."""
-        truth, size = self.truth[tables], self.memory.block_size
-        for group, part, contents in zip(self.memory.groups, tables.parts, self.contents, strict=True):
+        truth, size = self.truth[tables], self.block_manager.block_size
+        for group, part, contents in zip(self.block_manager.groups, tables.parts, self.contents, strict=True):
             assert part.length == len(truth)
-            if group.stride:
-                assert (contents[part.source()] == truth[-1]) if truth else part.source() == NULL_BLOCK
+            if group.snapshot_interval:
+                assert (contents[part.load_block()] == truth[-1]) if truth else part.load_block() == NULL_BLOCK
             else:
-                first = max(0, len(truth) - group.reach) if group.reach else 0
+                first = max(0, len(truth) - group.lookback) if group.lookback else 0
                 for at in range(first, len(truth)):
-                    assert contents[part.pages[at // size] * size + at % size] == truth[at]
+                    assert contents[part.blocks[at // size] * size + at % size] == truth[at]
 
     def copy(self, tables: BlockTables) -> None:
         for group, (contents, copies) in enumerate(zip(self.contents, tables.take_copies(), strict=True)):
@@ -56,26 +60,30 @@ class Histories(RuleBasedStateMachine):
 
     def fill(self, tables: BlockTables, slots: list[list[int]], histories: list[tuple]) -> None:
         """What a forward writes, and that it writes into nothing that others hold."""
-        size = self.memory.block_size
+        size = self.block_manager.block_size
         for part, contents, own in zip(tables.parts, self.contents, slots, strict=True):
-            if part.stride:
-                targets = [(page, histories[at]) for at, page in part.saves(len(histories))]
-                pages = [page for page, _ in targets]
+            if part.snapshot_interval:
+                targets = [(block, histories[at]) for at, block in part.store_blocks(len(histories))]
+                blocks = [block for block, _ in targets]
             else:
                 targets = list(zip(own, histories, strict=True))
-                pages = [slot // size for slot in own]
-            assert all(part.allocator.refcount(page) == 1 for page in pages)
+                blocks = [slot // size for slot in own]
+            assert all(part.allocator.ref_count(block) == 1 for block in blocks)
             contents.update(targets)
 
     def append(self, tables: BlockTables, tokens: list[int]) -> bool:
         """One engine step: reserve, copy, write, commit."""
-        before = ([list(part.pages) for part in tables.parts], tables.length, self.memory.free)
+        before = ([list(part.blocks) for part in tables.parts], tables.length, self.block_manager.num_free_blocks)
         needed = tables.blocks_needed(len(tokens))
         try:
             slots = tables.reserve(len(tokens))
         except OutOfBlocks:
-            assert any(wanted > free for wanted, free in zip(needed, self.memory.free))
-            assert ([list(part.pages) for part in tables.parts], tables.length, self.memory.free) == before
+            assert any(wanted > free for wanted, free in zip(needed, self.block_manager.num_free_blocks))
+            assert (
+                [list(part.blocks) for part in tables.parts],
+                tables.length,
+                self.block_manager.num_free_blocks,
+            ) == before
             assert not any(tables.take_copies())
             return False
         self.copy(tables)
@@ -90,10 +98,10 @@ class Histories(RuleBasedStateMachine):
 
     @rule(target=tables, tokens=TOKENS, more=TOKENS)
     def begin(self, tokens: list[int], more: list[int]) -> object:
-        tables = self.memory.tables(self.version)
+        tables = self.block_manager.new_tables(self.version)
         hit = tables.match_prefix(tokens + more)
         assert hit == tables.length < len(tokens + more)
-        assert hit % self.memory.block_size == 0
+        assert hit % self.block_manager.block_size == 0
         truth: list[tuple] = []
         for token in (tokens + more)[:hit]:  # every hit was computed by these weights
             truth.append((truth[-1] if truth else (), token, self.version))
@@ -113,13 +121,17 @@ class Histories(RuleBasedStateMachine):
     @rule(tables=tables, n=st.integers(1, 9))
     def abandon(self, tables: BlockTables, n: int) -> None:
         """A step that failed in its forward: reserved, never committed."""
-        if tables not in self.truth or any(w > f for w, f in zip(tables.blocks_needed(n), self.memory.free)):
+        if tables not in self.truth or any(
+            w > f for w, f in zip(tables.blocks_needed(n), self.block_manager.num_free_blocks)
+        ):
             return
         slots = tables.reserve(n)
         self.copy(tables)
         assert tables.reserve(n) == slots
         for part, contents, own in zip(tables.parts, self.contents, slots, strict=True):
-            if not part.stride:  # a state is written over in place: what failed after that cannot be gone on from
+            if (
+                not part.snapshot_interval
+            ):  # a state is written over in place: what failed after that cannot be gone on from
                 contents.update((slot, ("garbage",)) for slot in own)
 
     @rule(target=tables, tables=tables)
@@ -136,33 +148,33 @@ class Histories(RuleBasedStateMachine):
             asked = data.draw(st.integers(0, tables.length))
             kept = tables.truncate(asked)
             assert kept <= asked
-            if all(not group.reach for group in self.memory.groups):
+            if all(not group.lookback for group in self.block_manager.groups):
                 assert kept == asked
             del self.truth[tables][kept:]
 
     @rule(target=tables, tables=consumes(tables))
     def swap(self, tables: BlockTables) -> object:
-        """Out to the host, and into whatever pages are there then."""
+        """Out to the host, and into whatever blocks are there then."""
         if tables not in self.truth:
             return multiple()
         self.copy(tables)
         truth = self.truth.pop(tables)
         saved = [
-            [[contents.get(key, ()) for key in self.entries(group, page)] for page in pages]
-            for group, (contents, pages) in enumerate(zip(self.contents, tables.held_blocks(), strict=True))
+            [[contents.get(key, ()) for key in self.entries(group, block)] for block in blocks]
+            for group, (contents, blocks) in enumerate(zip(self.contents, tables.held_blocks(), strict=True))
         ]
         swapped: Swapped = tables.give_up()
         assert not any(part.held for part in tables.parts)
-        free = self.memory.free
+        free = self.block_manager.num_free_blocks
         try:
-            back = swapped.restore(self.memory)
-        except OutOfBlocks:  # its pages were shared, and the others still hold them
+            back = swapped.restore(self.block_manager)
+        except OutOfBlocks:  # its blocks were shared, and the others still hold them
             assert any(needed > room for needed, room in zip(swapped.blocks_needed(), free))
-            assert self.memory.free == free
+            assert self.block_manager.num_free_blocks == free
             return multiple()
-        for group, (contents, pages) in enumerate(zip(self.contents, back.held_blocks(), strict=True)):
-            for page, values in zip(pages, saved[group], strict=True):
-                contents.update(zip(self.entries(group, page), values, strict=True))
+        for group, (contents, blocks) in enumerate(zip(self.contents, back.held_blocks(), strict=True)):
+            for block, values in zip(blocks, saved[group], strict=True):
+                contents.update(zip(self.entries(group, block), values, strict=True))
         self.truth[back] = truth
         return back
 
@@ -177,19 +189,19 @@ class Histories(RuleBasedStateMachine):
 
     @rule()
     def drop_old_versions(self) -> None:
-        self.memory.drop_old_versions(self.version)
+        self.block_manager.drop_old_versions(self.version)
 
     @rule()
-    def drop_cached(self) -> None:
-        self.memory.drop_cached()
-        assert all(allocator.num_cached == 0 for allocator in self.memory.allocators)
+    def reset_prefix_cache(self) -> None:
+        self.block_manager.reset_prefix_cache()
+        assert all(allocator.num_cached_blocks == 0 for allocator in self.block_manager.allocators)
 
     @invariant()
     def sound(self) -> None:
-        self.memory.check_integrity(self.truth)
-        for group, (allocator, contents) in enumerate(zip(self.memory.allocators, self.contents, strict=True)):
-            for page, node in allocator.index._nodes.items():  # a page holds what it would be matched for
-                content = contents[self.entries(group, page)[-1]]
+        self.block_manager.check_integrity(self.truth)
+        for group, (allocator, contents) in enumerate(zip(self.block_manager.allocators, self.contents, strict=True)):
+            for block, node in allocator.index._nodes.items():  # a block holds what it would be matched for
+                content = contents[self.entries(group, block)[-1]]
                 while node.parent is not None:
                     for token in reversed(node.tokens):
                         assert content[1:] == (token, node.version)
@@ -202,9 +214,11 @@ class Histories(RuleBasedStateMachine):
     def teardown(self) -> None:
         for tables in getattr(self, "truth", {}):
             tables.release()
-        if hasattr(self, "memory"):
-            self.memory.check_integrity([])
-            assert self.memory.free == tuple(allocator.num_blocks for allocator in self.memory.allocators)
+        if hasattr(self, "block_manager"):
+            self.block_manager.check_integrity([])
+            assert self.block_manager.num_free_blocks == tuple(
+                allocator.num_blocks for allocator in self.block_manager.allocators
+            )
 
 
 TestHistories = Histories.TestCase
@@ -217,17 +231,17 @@ def test_allocate_prefers_free_pages_then_evicts_the_least_recently_used() -> No
     key = allocator.register(first, None, [1], 0)
     allocator.register(second, key, [2], 0)
     allocator.free([first, second])
-    assert allocator.num_free == 3
-    assert allocator.num_cached == 2
+    assert allocator.num_free_blocks == 3
+    assert allocator.num_cached_blocks == 2
     assert allocator.allocate(1) == [3]
     assert allocator.allocate(1) == [second]  # the end of a chain goes before its beginning
     assert allocator.index.match([1, 2], 0) == [first]
-    with pytest.raises(OutOfBlocks, match="2 pages were asked for and 1 of 4 are available"):
+    with pytest.raises(OutOfBlocks, match="2 blocks were asked for and 1 of 4 are available"):
         allocator.allocate(2)
     assert allocator.allocate(1) == [first]
     assert allocator.index.match([1, 2], 0) == []
     allocator.check_integrity([[0, 1, 2, 3]])
-    assert allocator.refcount(third) == 1
+    assert allocator.ref_count(third) == 1
 
 
 def test_a_match_makes_a_cached_page_recent() -> None:
@@ -250,16 +264,16 @@ def test_a_match_makes_a_cached_page_recent() -> None:
 
 def test_misuse_is_refused_and_changes_nothing() -> None:
     allocator = BlockAllocator(3, 2)
-    pages = allocator.allocate(2)
+    blocks = allocator.allocate(2)
     with pytest.raises(ValueError, match="freed 2 times and held 1 times"):
-        allocator.free([pages[0], pages[1], pages[1]])
+        allocator.free([blocks[0], blocks[1], blocks[1]])
     with pytest.raises(ValueError, match="is free and cannot be shared"):
-        allocator.share([pages[0], 2])
+        allocator.touch([blocks[0], 2])
     with pytest.raises(ValueError, match="held by nobody"):
         allocator.register(2, None, [1, 2], 0)
     with pytest.raises(ValueError, match="num_blocks is 1 and block_size 0"):
         BlockAllocator(1, 0)
-    allocator.check_integrity([pages])
+    allocator.check_integrity([blocks])
     table = BlockTable(allocator, 0)
     table.reserve(1)
     with pytest.raises(RuntimeError, match="3 tokens were committed and 2 slots are reserved"):
@@ -277,10 +291,10 @@ def test_misuse_is_refused_and_changes_nothing() -> None:
         lambda a: a._free.pop(),
         lambda a: a._free.append(1),
         lambda a: a._cached.popitem(),
-        lambda a: a._refcounts.__setitem__(1, 0),
-        lambda a: a._refcounts.__setitem__(1, 2),
+        lambda a: a._ref_counts.__setitem__(1, 0),
+        lambda a: a._ref_counts.__setitem__(1, 2),
         lambda a: a.index.drop(0),
-        lambda a: setattr(a.index._nodes[0], "page", 1),
+        lambda a: setattr(a.index._nodes[0], "block", 1),
         lambda a: a.index._nodes[0].parent.children.clear(),
     ],
 )
@@ -301,19 +315,19 @@ def test_a_fork_copies_only_the_page_it_writes_and_its_source_stays_until_then()
     table.reserve(6)
     table.commit([1] * 6)
     other = table.fork()
-    assert other.pages == table.pages
+    assert other.blocks == table.blocks
     assert other.blocks_needed(2) == 1
     slots = other.reserve(2)
-    assert other.pages[0] == table.pages[0]
-    assert slots == [other.pages[1] * 4 + 2, other.pages[1] * 4 + 3]
-    source = table.pages[1]
+    assert other.blocks[0] == table.blocks[0]
+    assert slots == [other.blocks[1] * 4 + 2, other.blocks[1] * 4 + 3]
+    source = table.blocks[1]
     table.release()
-    assert allocator.refcount(source) == 1  # pending
+    assert allocator.ref_count(source) == 1  # pending
     with pytest.raises(RuntimeError, match="take_copies"):
         other.fork()
     allocator.check_integrity([other.held])
-    assert other.take_copies() == [(source, other.pages[1])]
-    assert allocator.refcount(source) == 0
+    assert other.take_copies() == [(source, other.blocks[1])]
+    assert allocator.ref_count(source) == 0
     other.reserve(1)
     assert other.take_copies() == []  # its own by now
 
@@ -338,6 +352,6 @@ def test_a_failed_reserve_leaves_the_table_and_the_index_alone() -> None:
     table.truncate(3)
     with pytest.raises(OutOfBlocks):
         table.reserve(2)
-    assert allocator.index.match([1, 2, 3, 4], 0) == table.pages
-    assert table.reserve(1) == [table.pages[1] * 2 + 1]  # about to be overwritten: no longer to be matched
-    assert allocator.index.match([1, 2, 3, 4], 0) == table.pages[:1]
+    assert allocator.index.match([1, 2, 3, 4], 0) == table.blocks
+    assert table.reserve(1) == [table.blocks[1] * 2 + 1]  # about to be overwritten: no longer to be matched
+    assert allocator.index.match([1, 2, 3, 4], 0) == table.blocks[:1]

@@ -45,7 +45,7 @@ def test_the_example_kind_passes_the_contract_tests(example) -> None:
         for case in cases:
             check(contract.Sequences("int8"), *case)
     sequences = contract.Sequences("int8")
-    tables, rows = sequences.memory.tables(None), sequences.rows(9, 0)
+    tables, rows = sequences.block_manager.new_tables(None), sequences.rows(9, 0)
     sequences.append(tables, rows)
     for read, given in zip(sequences.read(tables), rows):
         assert (read - given).abs().max() <= given.abs().amax() / 250

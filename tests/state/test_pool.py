@@ -34,7 +34,7 @@ class Sequences:
         self.type = kinds.find(kind)
         self.state = self.type(self.spec, num_blocks, PAGE, dtype, torch.device("cpu"))
         self.dtype = dtype
-        self.memory = BlockManager([group_of(self.spec)], [num_blocks], PAGE)
+        self.block_manager = BlockManager([group_of(self.spec)], [num_blocks], PAGE)
 
     def rows(self, n: int, seed: int) -> Rows:
         generator = torch.Generator().manual_seed(seed)
@@ -48,12 +48,12 @@ class Sequences:
 
     def view(self, tables: BlockTables, slots: list[int], n: int) -> PagedRows | Snapshots:
         (part,) = tables.parts
-        if self.type.stride:
-            saves = part.saves(n)
-            lists = [part.source()], [row for row, _ in saves], [page for _, page in saves]
+        if self.type.snapshot_interval:
+            stores = part.store_blocks(n)
+            lists = [part.load_block()], [row for row, _ in stores], [block for _, block in stores]
             return Snapshots(*(torch.tensor(one, dtype=torch.int64) for one in lists))
-        pages = torch.tensor([[max(page, 0) for page in part.pages]], dtype=torch.int64)
-        return PagedRows(pages, torch.tensor(slots, dtype=torch.int64))
+        blocks = torch.tensor([[max(block, 0) for block in part.blocks]], dtype=torch.int64)
+        return PagedRows(blocks, torch.tensor(slots, dtype=torch.int64))
 
     def append(self, tables: BlockTables, rows: Rows) -> None:
         n = len(rows[0])
@@ -64,7 +64,7 @@ class Sequences:
         tables.commit([0] * n)
 
     def read(self, tables: BlockTables) -> Rows:
-        return self.state.read(tables.parts[0].pages, tables.length)
+        return self.state.read(tables.parts[0].blocks, tables.length)
 
 
 def same(left: Rows, right: Rows) -> bool:
@@ -82,7 +82,7 @@ def sequences(request) -> Sequences:
 
 def test_step_by_step_equals_all_at_once(sequences: Sequences) -> None:
     rows = sequences.rows(11, 0)
-    whole, steps = sequences.memory.tables(None), sequences.memory.tables(None)
+    whole, steps = sequences.block_manager.new_tables(None), sequences.block_manager.new_tables(None)
     sequences.append(whole, rows)
     for start, stop in ((0, 1), (1, 1), (1, 6), (6, 7), (7, 11)):
         sequences.append(steps, cut(rows, start, stop))
@@ -92,7 +92,7 @@ def test_step_by_step_equals_all_at_once(sequences: Sequences) -> None:
 @pytest.mark.parametrize("length", [0, 1, 3, 4, 5, 8, 10])
 def test_writes_after_a_fork_stay_apart(sequences: Sequences, length: int) -> None:
     past, *futures = sequences.rows(length, 1), *(sequences.rows(6, seed) for seed in (2, 3, 4))
-    tables = sequences.memory.tables(None)
+    tables = sequences.block_manager.new_tables(None)
     sequences.append(tables, past)
     branches = [tables, tables.fork(), tables.fork()]
     for step in range(6):  # interleaved, so that each could overwrite the others
@@ -100,19 +100,19 @@ def test_writes_after_a_fork_stay_apart(sequences: Sequences, length: int) -> No
             sequences.append(each, cut(future, step, step + 1))
     alone = []
     for future in futures:
-        alone.append(sequences.memory.tables(None))
+        alone.append(sequences.block_manager.new_tables(None))
         sequences.append(alone[-1], past)
         sequences.append(alone[-1], future)
     for each, expected in zip(branches, alone):
         assert same(sequences.read(each), sequences.read(expected))
-    sequences.memory.check_integrity([*branches, *alone])
+    sequences.block_manager.check_integrity([*branches, *alone])
     assert not same(sequences.read(branches[0]), sequences.read(branches[1]))
 
 
 @pytest.mark.parametrize("keep", [0, 1, 4, 6, 8, 9])
 def test_truncate_and_continue_equals_never_having_gone_further(sequences: Sequences, keep: int) -> None:
     rows, other = sequences.rows(9, 5), sequences.rows(5, 6)
-    tables, straight, whole = (sequences.memory.tables(None) for _ in range(3))
+    tables, straight, whole = (sequences.block_manager.new_tables(None) for _ in range(3))
     sequences.append(tables, cut(rows, 0, 5))
     sequences.append(tables, cut(rows, 5, 9))
     bystander = tables.fork()
@@ -125,14 +125,14 @@ def test_truncate_and_continue_equals_never_having_gone_further(sequences: Seque
     assert same(sequences.read(tables), sequences.read(straight))
     sequences.append(whole, rows)
     assert same(sequences.read(bystander), sequences.read(whole))
-    if not sequences.type.reach(sequences.spec):
+    if not sequences.type.lookback(sequences.spec):
         assert kept == keep
 
 
 def test_a_prefix_hit_goes_on_as_if_it_had_been_computed(sequences: Sequences) -> None:
     rows, other = sequences.rows(4 * PAGE * 16 + 3, 5), sequences.rows(6, 6)
     sequences = Sequences(sequences.spec.kind, num_blocks=200)
-    first, second, straight = (sequences.memory.tables(version) for version in (0, 0, None))
+    first, second, straight = (sequences.block_manager.new_tables(version) for version in (0, 0, None))
     sequences.append(first, rows)
     tokens = [0] * len(rows[0])
     hit = second.match_prefix(tokens)
@@ -141,27 +141,27 @@ def test_a_prefix_hit_goes_on_as_if_it_had_been_computed(sequences: Sequences) -
     sequences.append(straight, cut(rows, 0, hit))
     sequences.append(straight, other)
     assert same(sequences.read(second), sequences.read(straight))
-    sequences.memory.check_integrity([first, second, straight])
+    sequences.block_manager.check_integrity([first, second, straight])
 
 
 def test_swap_is_identity_in_whatever_pages_are_free(sequences: Sequences) -> None:
-    tables, other, blocker = (sequences.memory.tables(None) for _ in range(3))
+    tables, other, blocker = (sequences.block_manager.new_tables(None) for _ in range(3))
     sequences.append(tables, sequences.rows(10, 7))
-    before, old = sequences.read(tables), list(tables.parts[0].pages)
+    before, old = sequences.read(tables), list(tables.parts[0].blocks)
     host = sequences.state.swap_out(tables.held_blocks()[0])
     assert all(part.device.type == "cpu" for part in host)
     swapped = tables.give_up()
     sequences.append(blocker, sequences.rows(1, 8))
-    sequences.append(other, sequences.rows(20, 8))  # overwrites the freed pages
-    back = swapped.restore(sequences.memory)
+    sequences.append(other, sequences.rows(20, 8))  # overwrites the freed blocks
+    back = swapped.restore(sequences.block_manager)
     sequences.state.swap_in(back.held_blocks()[0], host)
-    assert back.parts[0].pages != old
+    assert back.parts[0].blocks != old
     assert same(sequences.read(back), before)
-    sequences.memory.check_integrity([back, other, blocker])
+    sequences.block_manager.check_integrity([back, other, blocker])
 
 
 def test_sleep_gives_the_memory_back_and_wake_takes_it(sequences: Sequences) -> None:
-    tables = sequences.memory.tables(None)
+    tables = sequences.block_manager.new_tables(None)
     rows = sequences.rows(6, 3)
     sequences.append(tables, rows)
     before, stores = sequences.read(tables), sequences.state.stores
@@ -181,14 +181,14 @@ def test_bytes_are_those_of_its_pages(sequences: Sequences) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_half_precision_is_kept_bit_for_bit(kind: str) -> None:
     sequences = Sequences(kind, dtype=torch.bfloat16)
-    tables = sequences.memory.tables(None)
+    tables = sequences.block_manager.new_tables(None)
     rows = sequences.rows(7, 11)
     sequences.append(tables, rows)
     before = sequences.read(tables)
     assert sequences.state.bytes == 24 * sequences.type.block_bytes(sequences.spec, PAGE, torch.bfloat16)
-    pages = tables.held_blocks()[0]
-    host = sequences.state.swap_out(pages)
-    sequences.state.swap_in(pages, host)
+    blocks = tables.held_blocks()[0]
+    host = sequences.state.swap_out(blocks)
+    sequences.state.swap_in(blocks, host)
     assert same(sequences.read(tables), before)
     if kind in ("full", "latent"):
         assert same(before, rows)
@@ -209,11 +209,11 @@ def test_negative_slots_are_skipped(kind: str) -> None:
 
 def test_a_window_gives_back_the_pages_that_it_left() -> None:
     sequences = Sequences("window", num_blocks=4)
-    tables = sequences.memory.tables(None)
+    tables = sequences.block_manager.new_tables(None)
     rows = sequences.rows(200, 1)
     for at in range(200):
         sequences.append(tables, cut(rows, at, at + 1))
-        assert len(tables.parts[0].held) <= 3  # six tokens lie in three pages at most
+        assert len(tables.parts[0].held) <= 3  # six tokens lie in three blocks at most
     assert same(sequences.read(tables), cut(rows, 194, 200))
 
 
@@ -269,24 +269,24 @@ def test_a_pool_swaps_all_kinds_of_a_sequence_together() -> None:
         for store in state.stores:
             store.copy_(torch.randn_like(store))
     before = [[store.clone() for store in state.stores] for state in pool.states]
-    pages = [[5, 2], [0, 1], [3, 4], [1]]
-    host = pool.swap_out(pages)
+    blocks = [[5, 2], [0, 1], [3, 4], [1]]
+    host = pool.swap_out(blocks)
     pool.swap_in([[2, 5], [1, 0], [4, 3], [1]], host)  # two change places in each group, one stays
     for state, old, group in zip(pool.states, before, pool.members):
         for store, was in zip(state.stores, old):
             if group == 3:
                 assert torch.equal(store, was)
             else:
-                first, second = pages[group]
+                first, second = blocks[group]
                 assert torch.equal(store[first], was[second])
                 assert torch.equal(store[second], was[first])
 
 
 def test_pages_follow_from_what_a_group_keeps() -> None:
     assert Group().blocks_for(1000, 4, 64, 16) == 63 + 4
-    assert Group(reach=127).blocks_for(10_000, 4, 64, 16) == 4 * (8 + 2) + 4
-    assert Group(reach=1, stride=16).blocks_for(10_000, 4, 512, 16) == 3 * 4 + 2 + 1
-    assert Group(reach=4095).blocks_for(100, 2, 64, 16) == 7 + 2  # never more than everything
+    assert Group(lookback=127).blocks_for(10_000, 4, 64, 16) == 4 * (8 + 2) + 4
+    assert Group(lookback=1, snapshot_interval=16).blocks_for(10_000, 4, 512, 16) == 3 * 4 + 2 + 1
+    assert Group(lookback=4095).blocks_for(100, 2, 64, 16) == 7 + 2  # never more than everything
 
 
 def test_an_unknown_kind_is_named_with_the_nearest_one() -> None:

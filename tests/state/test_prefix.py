@@ -28,8 +28,8 @@ def test_longest_run_of_full_pages_and_never_the_whole_prompt() -> None:
     tokens = list(range(10))
     table, hit = write(allocator, tokens, 0)
     assert hit == 0
-    assert allocator.index.match(tokens, 0) == table.pages[:2]
-    assert allocator.index.match(tokens[:7], 0) == table.pages[:1]
+    assert allocator.index.match(tokens, 0) == table.blocks[:2]
+    assert allocator.index.match(tokens[:7], 0) == table.blocks[:1]
     assert allocator.index.match(tokens[:3], 0) == []
     for length, expected in ((4, 0), (5, 4), (8, 4), (9, 8), (10, 8)):
         assert BlockTables([BlockTable(allocator, 0)]).match_prefix([]) == 0
@@ -43,8 +43,8 @@ def test_versions_and_parents_are_never_crossed() -> None:
     allocator = BlockAllocator(32, 2)
     write(allocator, [1, 2, 3, 4, 5], 0)
     assert write(allocator, [1, 2, 3, 4, 5], 1)[1] == 0
-    assert write(allocator, [9, 9, 3, 4, 5], 0)[1] == 0  # the same second page after another first one
-    assert write(allocator, [3, 4, 5], 0)[1] == 0  # the same page, at the start
+    assert write(allocator, [9, 9, 3, 4, 5], 0)[1] == 0  # the same second block after another first one
+    assert write(allocator, [3, 4, 5], 0)[1] == 0  # the same block, at the start
     assert write(allocator, [1, 2, 3, 4, 5], 1)[1] == 4
     allocator.drop_old_versions(1)
     assert allocator.index.match([1, 2], 0) == []
@@ -72,7 +72,7 @@ def test_what_follows_a_truncation_hangs_from_what_was_kept() -> None:
         table.truncate(keep)
         table.reserve(len(added))
         table.commit(added)
-        assert allocator.index.match(known, 0) == table.pages
+        assert allocator.index.match(known, 0) == table.blocks
     assert len(allocator.index.match([1, 2, 3, 4, 6, 7], 0)) < 3
     allocator.check_integrity([table.held])
 
@@ -95,11 +95,11 @@ def test_the_first_page_with_some_tokens_stays_the_registered_one() -> None:
         table.reserve(5)
     for table in twins:
         table.commit([1, 2, 3, 4, 5])
-    assert allocator.index.match([1, 2, 3, 4], 0) == twins[0].pages[:2]
+    assert allocator.index.match([1, 2, 3, 4], 0) == twins[0].blocks[:2]
     for table in twins:
         table.release()
     allocator.check_integrity([])
-    assert allocator.num_cached == 2
+    assert allocator.num_cached_blocks == 2
 
 
 def test_what_two_versions_wrote_is_never_registered() -> None:
@@ -107,7 +107,7 @@ def test_what_two_versions_wrote_is_never_registered() -> None:
     table, _ = write(allocator, [1, 2, 3], 0)
     table.reserve(3)
     table.commit([4, 5, 6], version=1)
-    assert allocator.index.match([1, 2, 3, 4, 5, 6], 0) == table.pages[:1]
+    assert allocator.index.match([1, 2, 3, 4, 5, 6], 0) == table.blocks[:1]
     assert allocator.index.match([1, 2], 1) == []
     table.truncate(1)
     table.reserve(1)
@@ -123,13 +123,13 @@ def test_no_version_means_no_enable_prefix_caching() -> None:
     assert len(allocator.index) == 0
     assert write(allocator, [1, 2, 3], None)[1] == 0
     table.release()
-    assert allocator.num_cached == 0
+    assert allocator.num_cached_blocks == 0
 
 
 def test_bad_registrations_are_refused() -> None:
     index = PrefixIndex(2)
     key = index.register(0, None, [1, 2], 0)
-    with pytest.raises(ValueError, match="only full pages of 2"):
+    with pytest.raises(ValueError, match="only full blocks of 2"):
         index.register(1, key, [3], 0)
     with pytest.raises(ValueError, match="already registered with other tokens"):
         index.register(0, key, [3, 4], 0)

@@ -68,7 +68,7 @@ def test_packed_outputs_and_gradients_equal_each_sequence_alone(window: int, sof
 
 
 class Runner:
-    """A one-layer engine: random schedules over real pages, poisoned wherever nothing was written."""
+    """A one-layer engine: random schedules over real blocks, poisoned wherever nothing was written."""
 
     def __init__(self, dtype: torch.dtype, num_blocks: int = 40, block_size: int = 4) -> None:
         specs = [StateSpec(layer, "full", ((GROUPS, DIM), (GROUPS, V_DIM))) for layer in range(2)]
@@ -89,7 +89,7 @@ class Runner:
         for table, tokens, _ in work:
             slots += table.reserve(len(tokens))
             self.pool.copy_blocks([table.take_copies()])
-        longest = max(len(table.pages) for table in tables)
+        longest = max(len(table.blocks) for table in tables)
         places = [start + i for start, count in zip(starts, counts) for i in range(count)]
         tokens = [token for _, new, _ in work for token in new]
         batch = RaggedBatch(
@@ -101,7 +101,7 @@ class Runner:
             state=self.pool,
             views=(
                 PagedRows(
-                    torch.tensor([table.pages + [0] * (longest - len(table.pages)) for table in tables]),
+                    torch.tensor([table.blocks + [0] * (longest - len(table.blocks)) for table in tables]),
                     torch.tensor(slots + [-1] * padding),
                 ),
             ),
@@ -124,8 +124,8 @@ def test_any_schedule_through_pages_equals_all_at_once_bit_for_bit(seed: int) ->
     choose = random.Random(seed)
     lengths = [17, 5, 1, 23]
     texts = [[choose.randrange(3) for _ in range(length)] for length in lengths]
-    texts.append([*texts[0][:9], 3, 3, 3, 3])  # shares two pages and a token with the first
-    texts.append(texts[3][:10] + [4] * 6)  # forked off the fourth within a page
+    texts.append([*texts[0][:9], 3, 3, 3, 3])  # shares two blocks and a token with the first
+    texts.append(texts[3][:10] + [4] * 6)  # forked off the fourth within a block
     lengths = [len(text) for text in texts]
     packed = qkv(sum(lengths), sum(lengths), torch.float32, seed)
     parts = [list(part.split(lengths)) for part in packed]

@@ -153,7 +153,7 @@ def test_loss_gradients_and_entropy_are_trls_own(tokenizer, tmp_path):
 def test_trls_padded_forward_is_compared_all_the_same(tokenizer, tmp_path):
     """Its head adds in another order than the engine's: the metric says by how much."""
     trainer = grpo(tokenizer, tmp_path, max_steps=1, temperature=0.8)
-    with engine_rollout(trainer, forest=False, max_model_len=64):
+    with engine_rollout(trainer, share=False, max_model_len=64):
         trainer.train()
     (divergence,), (bits,) = logged(trainer, "mismatch/kl"), logged(trainer, "mismatch/bits")
     assert 0.0 <= divergence < 1e-9

@@ -45,13 +45,13 @@ class Engine:
         running = min(self.limits.max_num_seqs, self.limits.max_num_batched_tokens)
         pages = block_counts(specs, self.backend, self.limits, running, self.max_model_len)
         self.pool = StatePool(specs, pages, size, self.backend.dtype, self.backend.device)
-        self.memory = BlockManager(self.pool.groups, [pages[group] for group in self.pool.groups], size)
+        self.block_manager = BlockManager(self.pool.groups, [pages[group] for group in self.pool.groups], size)
         self.scheduler = Scheduler(
-            self.memory,
+            self.block_manager,
             self.limits.max_num_seqs,
             self.limits.max_num_batched_tokens,
             self.limits.enable_prefix_caching,
-            SwapSpace(self.pool, self.memory, self.limits.swap_bytes),
+            SwapSpace(self.pool, self.block_manager, self.limits.swap_bytes),
         )
         self.runner = Runner(self.backend, self.pool, self.scheduler.max_running, self.max_model_len)
         self._sampler = Sampler()
@@ -137,7 +137,9 @@ class Engine:
 
     def stats(self) -> dict[str, int]:
         """Counts: sequences running and waiting, pages, and totals since the engine was made."""
-        total, free = (sum(counts) for counts in zip(*((a.num_blocks, a.num_free) for a in self.memory.allocators)))
+        total, free = (
+            sum(counts) for counts in zip(*((a.num_blocks, a.num_free_blocks) for a in self.block_manager.allocators))
+        )
         with self._mail:
             unread = sum(request.params.n for request in self._inbox)
         return {
@@ -146,7 +148,7 @@ class Engine:
             "blocks_total": total,
             "blocks_used": total - free,
             "blocks_free": free,
-            "blocks_cached": sum(allocator.num_cached for allocator in self.memory.allocators),
+            "blocks_cached": sum(allocator.num_cached_blocks for allocator in self.block_manager.allocators),
             "prefix_hit_tokens": self.scheduler.prefix_hit_tokens,
             "preemptions": self.scheduler.preemptions,
             "swaps": self.scheduler.swap.count if self.scheduler.swap is not None else 0,
@@ -166,7 +168,7 @@ class Engine:
                 return
             for sequence in list(self.scheduler.running):
                 self.scheduler.preempt(sequence, unlimited=True)
-            self.memory.drop_cached()
+            self.block_manager.reset_prefix_cache()
             self.pool.sleep()
             self._asleep = True
 
@@ -224,7 +226,7 @@ class Engine:
         given = split_prompts(prompts)
         chosen = check_params(params, len(given))
         ready = [
-            check_prompt(prompt, one, self.tokenizer, self.max_model_len, self.memory)
+            check_prompt(prompt, one, self.tokenizer, self.max_model_len, self.block_manager)
             for prompt, one in zip(given, chosen)
         ]
         with self._mail:
@@ -276,7 +278,7 @@ class Engine:
         version = self.backend.version()
         if version != self._version:
             self._version = version
-            self.memory.drop_old_versions(version)
+            self.block_manager.drop_old_versions(version)
         chunks = self.scheduler.schedule(version)
         if not chunks:
             return
@@ -296,7 +298,7 @@ class Engine:
         rows: list[int] = []
         row = 0
         for chunk in chunks:
-            sequence, tables = chunk.sequence, chunk.sequence.tables
+            sequence, tables = chunk.sequence, chunk.sequence.block_tables
             assert tables is not None
             tables.commit(sequence.tokens[chunk.start : chunk.start + chunk.count], version)
             if chunk.samples:
@@ -331,9 +333,9 @@ class Engine:
     def _deliver(self, sequence: Sequence, delta: Delta) -> None:
         request = sequence.request
         if delta.finished is not None:
-            if sequence.tables is not None:
-                pages = [part.pages for part in sequence.tables.parts]
-                delta.finished.routed_experts = self.pool.recorded(pages, sequence.tables.length)
+            if sequence.block_tables is not None:
+                blocks = [part.blocks for part in sequence.block_tables.parts]
+                delta.finished.routed_experts = self.pool.recorded_routing(blocks, sequence.block_tables.length)
             self.scheduler.remove(sequence)
             if request.finished:
                 with self._mail:

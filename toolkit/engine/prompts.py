@@ -44,7 +44,7 @@ def check_params(params: Any, count: int) -> list[SamplingParams]:
 
 
 def check_prompt(
-    prompt: Any, params: SamplingParams, tokenizer: Any, max_model_len: int, memory: BlockManager
+    prompt: Any, params: SamplingParams, tokenizer: Any, max_model_len: int, block_manager: BlockManager
 ) -> tuple[list[int], int]:
     """(token ids, most tokens to generate) of one prompt, or a ToolkitError that says what is allowed."""
     prompt = _plain(prompt)
@@ -60,7 +60,7 @@ def check_prompt(
         raise ToolkitError(f"stop is {params.stop!r}, but the engine has no tokenizer; allowed are stop_token_ids.")
     if not tokens:
         raise ToolkitError("prompt has 0 tokens; allowed are prompts of at least one.")
-    room = memory.most_tokens
+    room = block_manager.max_sequence_tokens
     longest, name = max_model_len, "max_model_len"
     if room is not None and room + 1 < longest:  # the state of the last token is never needed
         longest, name = room + 1, "num_blocks * block_size + 1"

@@ -70,7 +70,7 @@ class Sequence:
         self.seed = completion_seed(request.seed, index)
         self.prompt_length = len(request.prompt)
         self.tokens = request.prompt.copy()
-        self.tables: BlockTables | None = None
+        self.block_tables: BlockTables | None = None
         self.swapped: SwappedState | None = None
         self.place = -1
         self.known_pages = 0
@@ -92,8 +92,8 @@ class Sequence:
     @property
     def remaining(self) -> int:
         """Tokens whose state is not computed; 1 while decoding. The sequence must be running."""
-        assert self.tables is not None
-        return len(self.tokens) - self.tables.length
+        assert self.block_tables is not None
+        return len(self.tokens) - self.block_tables.length
 
     @property
     def adjusted(self) -> bool:

@@ -139,7 +139,7 @@ class Runner:
         self.backend = backend
         self.pool = pool
         width = math.ceil(max_model_len / pool.block_size)
-        self._paged = [at for at, group in enumerate(pool.groups) if not group.stride]
+        self._paged = [at for at, group in enumerate(pool.groups) if not group.snapshot_interval]
         self._tables = {at: np.zeros((max_running + 1, width), dtype=np.int64) for at in self._paged}
         self._padding = max_running  # a row that no sequence has
 
@@ -188,7 +188,7 @@ class Runner:
         # One array, one transfer, then views.
         parts = [tokens, positions, offsets, [0] * len(lengths), lengths, rows]
         of_groups = [
-            _snapshots(chunks, at, len(padding)) if group.stride else [_slots(chunks, at, len(padding))]
+            _snapshots(chunks, at, len(padding)) if group.snapshot_interval else [_slots(chunks, at, len(padding))]
             for at, group in enumerate(self.pool.groups)
         ]
         for found in of_groups:
@@ -213,7 +213,7 @@ class Runner:
     def _sync(self, chunk: Chunk) -> list[list[tuple[int, int]]]:
         """Write the sequence's new pages into its rows; the page copies that must run before the forward."""
         sequence = chunk.sequence
-        tables = sequence.tables
+        tables = sequence.block_tables
         assert tables is not None
         copies = tables.take_copies()
         pages = -(-(chunk.start + chunk.count) // self.pool.block_size)
@@ -221,7 +221,7 @@ class Runner:
             sequence.known_pages = 0
         if sequence.known_pages != pages:
             for at in self._paged:
-                fresh = tables.parts[at].pages[sequence.known_pages : pages]
+                fresh = tables.parts[at].blocks[sequence.known_pages : pages]
                 # Pages out of reach are not read, but a kernel may look at their numbers.
                 self._tables[at][sequence.place, sequence.known_pages : pages] = [max(page, 0) for page in fresh]
             sequence.known_pages = pages
@@ -236,10 +236,10 @@ def _snapshots(chunks: list[Chunk], group: int, padding: int) -> list[list[int]]
     """Sources, rows after which the state is saved, and the pages that it is saved to."""
     sources, rows, pages, row = [], [], [], 0
     for chunk in chunks:
-        assert chunk.sequence.tables is not None
-        table = chunk.sequence.tables.parts[group]
-        sources.append(table.source())
-        for place, page in table.saves(chunk.count):
+        assert chunk.sequence.block_tables is not None
+        table = chunk.sequence.block_tables.parts[group]
+        sources.append(table.load_block())
+        for place, page in table.store_blocks(chunk.count):
             rows.append(row + place)
             pages.append(page)
         row += chunk.count

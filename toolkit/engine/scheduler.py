@@ -41,13 +41,13 @@ class Scheduler:
 
     def __init__(
         self,
-        memory: BlockManager,
+        block_manager: BlockManager,
         max_num_seqs: int,
         max_num_batched_tokens: int,
         enable_prefix_caching: bool,
         swap: SwapSpace | None = None,
     ) -> None:
-        self.memory = memory
+        self.block_manager = block_manager
         self.swap = swap
         self.max_running = min(max_num_seqs, max_num_batched_tokens)
         self.budget = max_num_batched_tokens
@@ -57,7 +57,7 @@ class Scheduler:
         self.preemptions = 0
         self.prefix_hit_tokens = 0
         self._places = list(range(self.max_running - 1, -1, -1))
-        self._one_each: Need = (1,) * len(memory.groups)
+        self._one_each: Need = (1,) * len(block_manager.groups)
 
     def add(self, request: Request) -> None:
         """Queue every sequence of a request."""
@@ -69,7 +69,7 @@ class Scheduler:
         if sequence.swapped is not None and self.swap is not None:
             self.swap.drop(sequence.swapped)
             sequence.swapped = None
-        queue = self.waiting if sequence.tables is None else self.running
+        queue = self.waiting if sequence.block_tables is None else self.running
         at = bisect_left(queue, sequence.order, key=_order)
         if at < len(queue) and queue[at] is sequence:
             del queue[at]
@@ -108,9 +108,9 @@ class Scheduler:
         for sibling in request.sequences:
             if len(self.running) >= self.max_running:
                 break
-            if sibling is not leader and sibling.tables is None and sibling.completion is None:
-                assert leader.tables is not None
-                self._enter(sibling, leader.tables.fork())
+            if sibling is not leader and sibling.block_tables is None and sibling.completion is None:
+                assert leader.block_tables is not None
+                self._enter(sibling, leader.block_tables.fork())
                 forked.append(sibling)
         return forked
 
@@ -119,17 +119,17 @@ class Scheduler:
         assert self.running == sorted(self.running, key=_order), "running is out of order"
         assert self.waiting == sorted(self.waiting, key=_order), "waiting is out of order"
         assert len(self.running) <= self.max_running, "too many sequences run"
-        assert all(sequence.tables is None for sequence in self.waiting), "a waiting sequence holds pages"
+        assert all(sequence.block_tables is None for sequence in self.waiting), "a waiting sequence holds pages"
         assert all(sequence.swapped is None for sequence in self.running), "a running sequence is on the host too"
         places = sorted(self._places + [sequence.place for sequence in self.running])
         assert places == list(range(self.max_running)), "a place is lost or given twice"
-        tables = [sequence.tables for sequence in self.running]
+        tables = [sequence.block_tables for sequence in self.running]
         assert all(tables), "a running sequence has no table"
-        self.memory.check_integrity([one for one in tables if one is not None])
+        self.block_manager.check_integrity([one for one in tables if one is not None])
 
     def _reserve(self, sequence: Sequence, count: int) -> Chunk | None:
         """The chunk of the next ``count`` tokens, preempting the youngest; None if that was itself."""
-        tables = sequence.tables
+        tables = sequence.block_tables
         assert tables is not None
         while True:
             try:
@@ -148,8 +148,8 @@ class Scheduler:
     def preempt(self, sequence: Sequence, unlimited: bool = False) -> None:
         """Make a running sequence wait, its state on the host if there is room (``unlimited``: in any case)."""
         del self.running[bisect_left(self.running, sequence.order, key=_order)]
-        if self.swap is not None and sequence.tables is not None:
-            sequence.swapped = self.swap.out(sequence.tables, unlimited)
+        if self.swap is not None and sequence.block_tables is not None:
+            sequence.swapped = self.swap.out(sequence.block_tables, unlimited)
         self._leave(sequence)
         insort(self.waiting, sequence, key=_order)
         self.preemptions += 1
@@ -162,8 +162,8 @@ class Scheduler:
         # would only be preempted again.
         owed = tuple(len(self.running) for _ in self._one_each)
         for one in self.running:
-            assert one.tables is not None
-            owed = _sum(owed, one.tables.blocks_needed(one.remaining, self.budget))
+            assert one.block_tables is not None
+            owed = _sum(owed, one.block_tables.blocks_needed(one.remaining, self.budget))
         at = 0
         while at < len(self.waiting) and spare > 0 and len(self.running) + kept < self.max_running:
             sequence = self.waiting[at]
@@ -174,11 +174,13 @@ class Scheduler:
             if sequence.swapped is not None and self.swap is not None:
                 shape = sequence.swapped.shape
                 missing = len(sequence.tokens) - len(shape.tokens)
-                if self.running and not self._room(_sum(owed, shape.blocks_needed(self.memory, missing, self.budget))):
+                if self.running and not self._room(
+                    _sum(owed, shape.blocks_needed(self.block_manager, missing, self.budget))
+                ):
                     return
                 tables, sequence.swapped = self.swap.back(sequence.swapped), None
             else:
-                tables = self.memory.tables(version if self.enable_prefix_caching else None)
+                tables = self.block_manager.new_tables(version if self.enable_prefix_caching else None)
                 hit = tables.match_prefix(sequence.tokens)
                 if self.running and not self._room(
                     _sum(owed, tables.blocks_needed(len(sequence.tokens) - hit, self.budget))
@@ -200,17 +202,17 @@ class Scheduler:
 
     def _room(self, pages: Need) -> bool:
         """Whether every group has so many pages to give."""
-        return all(needed <= free for needed, free in zip(pages, self.memory.free, strict=True))
+        return all(needed <= free for needed, free in zip(pages, self.block_manager.num_free_blocks, strict=True))
 
     def _enter(self, sequence: Sequence, tables: BlockTables) -> None:
         del self.waiting[bisect_left(self.waiting, sequence.order, key=_order)]
-        sequence.tables, sequence.place, sequence.known_pages = tables, self._places.pop(), 0
+        sequence.block_tables, sequence.place, sequence.known_pages = tables, self._places.pop(), 0
         insort(self.running, sequence, key=_order)
 
     def _leave(self, sequence: Sequence) -> None:
-        if sequence.tables is not None:
-            sequence.tables.release()
-            sequence.tables = None
+        if sequence.block_tables is not None:
+            sequence.block_tables.release()
+            sequence.block_tables = None
             self._places.append(sequence.place)
 
 

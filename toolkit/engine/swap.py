@@ -22,19 +22,19 @@ class SwappedState:
 class SwapSpace:
     """At most ``capacity`` bytes of swapped state; None for any amount, 0 for none."""
 
-    def __init__(self, pool: StatePool, memory: BlockManager, capacity: int | None) -> None:
+    def __init__(self, pool: StatePool, block_manager: BlockManager, capacity: int | None) -> None:
         self.pool = pool
-        self.memory = memory
+        self.block_manager = block_manager
         self.capacity = capacity
         self.used = 0
         self.count = 0
         block_bytes = StatePool.block_bytes(pool.specs, pool.block_size, pool.dtype)
-        self._page_bytes = [block_bytes[group] for group in pool.groups]
+        self._block_bytes = [block_bytes[group] for group in pool.groups]
 
     def out(self, tables: BlockTables, unlimited: bool = False) -> SwappedState | None:
         """Move a sequence's state to the host and release its pages; None, changing nothing, where there is no room."""
         pages = tables.held_blocks()
-        size = sum(len(held) * each for held, each in zip(pages, self._page_bytes, strict=True))
+        size = sum(len(held) * each for held, each in zip(pages, self._block_bytes, strict=True))
         if not tables.length or (not unlimited and self.capacity is not None and self.used + size > self.capacity):
             return None
         self.pool.copy_blocks(tables.take_copies())
@@ -46,7 +46,7 @@ class SwapSpace:
 
     def back(self, swapped: SwappedState) -> BlockTables:
         """The sequence on new pages. Raises OutOfBlocks, changing nothing."""
-        tables = swapped.shape.restore(self.memory)
+        tables = swapped.shape.restore(self.block_manager)
         self.pool.swap_in(tables.held_blocks(), swapped.contents)
         self.drop(swapped)
         return tables

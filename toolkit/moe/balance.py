@@ -1,7 +1,7 @@
 """Keeping experts evenly used: losses on routers, the correction of a choice's bias, and figures of the load.
 
 T tokens, L layers of experts, E experts, K of them a token. multiplicity [T]: how many unshared samples a token stands
-for; every sum over tokens is weighted by it, so a forest of sequences counts as its samples one by one. Nothing here
+for; every sum over tokens is weighted by it, so shared prefixes count as their samples one by one. Nothing here
 drops a token: there is no capacity.
 """
 

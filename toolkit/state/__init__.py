@@ -1,4 +1,4 @@
-"""What a sequence remembers: pages, the sequences that share them, and the batch that reaches them."""
+"""What a sequence remembers: blocks, the sequences that share them, and the batch that reaches them."""
 
 from toolkit.state.batch import RaggedBatch
 from toolkit.state.block_allocator import BlockAllocator, OutOfBlocks

@@ -1,6 +1,6 @@
-"""The one structure that carries tokens into a model: segments of new tokens over a forest of sequences.
+"""The one structure that carries tokens into a model: segments of new tokens over prefix trees of sequences.
 
-Shapes: T new tokens, S sequences, P pages of the longest sequence.
+Shapes: T new tokens, S sequences, P blocks of the longest sequence.
 """
 
 import threading
@@ -19,8 +19,8 @@ from toolkit.ops.attention import attention
 from toolkit.ops.causal_conv import causal_conv
 from toolkit.ops.linear_recurrence import linear_recurrence
 from toolkit.state.kinds import PagedRows, Snapshots
+from toolkit.state.prefix_trees import SharedPrefixes, share_prefixes
 from toolkit.state.replay import check_routing, name_rows
-from toolkit.state.sharing import SharedPrefixes, share_prefixes
 
 
 class _Context(threading.local):
@@ -35,7 +35,7 @@ _context = _Context()
 
 
 class BatchState(Protocol):
-    """What a batch's past lies in: ``StatePool``, or the pages of a long sequence that is trained in chunks."""
+    """What a batch's past lies in: ``StatePool``, or the blocks of a long sequence that is trained in chunks."""
 
     def attend(
         self, batch: "RaggedBatch", layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int,
@@ -79,8 +79,8 @@ class RaggedBatch:
     kv_offsets [S]: first row of s among the batch's own keys, where they lie in one run.
     kv_lengths [S]: tokens of s that exist once the batch has run; the new ones are the last of them.
     block_tables [S, L]: without state, rows of the batch that hold the keys of s, where prefixes are shared; else None.
-    readers [T, 3]: beside ``block_tables``: first row, end row and position of what sees each row (segments lie depth
-        first, so what follows from a token follows it without a gap).
+    query_ranges [T, 3]: beside ``block_tables``: of each row, the first and end row of the queries that see it, and its
+        position (segments lie depth first, so what continues a token follows it without a gap).
     parents [S]: without state, the segment that s goes on from; -1 for none. None where there is none at all.
     multiplicity [T]: how many unshared samples a shared token stands for; None for one each.
     sample_rows [N]: of ``from_sequences``: the row of each token of each sequence, one after the other; None: 0 .. T.
@@ -94,7 +94,7 @@ class RaggedBatch:
     kv_offsets: Tensor
     kv_lengths: Tensor
     block_tables: Tensor | None = None
-    readers: Tensor | None = None
+    query_ranges: Tensor | None = None
     parents: Tensor | None = None
     multiplicity: Tensor | None = None
     sample_rows: Tensor | None = None
@@ -127,7 +127,7 @@ class RaggedBatch:
             names, tokens_of, experts_of = name_rows(arrays, experts) if experts else (arrays, None, None)
             shared = share_prefixes(names)
             if sum(counts) - shared.size > _WORTH_SHARING * sum(counts):
-                batch = cls._of_forest(shared, device)
+                batch = cls._of_prefix_trees(shared, device)
                 if tokens_of is None or experts_of is None:
                     return batch
                 named = torch.from_numpy(tokens_of).to(device)[batch.tokens]
@@ -143,18 +143,18 @@ class RaggedBatch:
         return replace(batch, routing=_by_layer(np.concatenate(experts), device)) if experts else batch
 
     @classmethod
-    def _of_forest(cls, forest: SharedPrefixes, device: torch.device | str | None) -> "RaggedBatch":
-        segments = forest.segments
+    def _of_prefix_trees(cls, trees: SharedPrefixes, device: torch.device | str | None) -> "RaggedBatch":
+        segments = trees.segments
         counts = np.array([len(one.tokens) for one in segments])
         starts = np.array([one.start for one in segments])
         owner = np.repeat(np.arange(len(segments)), counts)
-        rows = np.arange(forest.size)
+        rows = np.arange(trees.size)
         positions = starts[owner] + rows - np.array([one.row for one in segments])[owner]
         tables = np.zeros((len(segments), int((starts + counts).max())), dtype=np.int64)
         for index, one in enumerate(segments):
             tables[index, : one.start] = one.rows
             tables[index, one.start : one.start + len(one.tokens)] = np.arange(one.row, one.row + len(one.tokens))
-        readers = np.stack([rows, np.array(forest.ends)[owner], positions], 1)
+        query_ranges = np.stack([rows, np.array(trees.ends)[owner], positions], 1)
         parts = (
             np.concatenate([one.tokens for one in segments]),
             positions,
@@ -162,10 +162,10 @@ class RaggedBatch:
             np.zeros(len(segments), dtype=np.int64),
             starts + counts,
             tables,
-            readers,
+            query_ranges,
             np.array([one.parent for one in segments]),
             np.array([len(one.samples) for one in segments])[owner],
-            np.concatenate(forest.rows),
+            np.concatenate(trees.rows),
         )
         tensors = [torch.from_numpy(part.astype(np.int64, copy=False)).to(device) for part in parts]
         return cls(*tensors)  # type: ignore[arg-type]
@@ -251,7 +251,7 @@ class RaggedBatch:
         q [T, Hq, D], k [T, H, D] and v [T, H, Dv] give [T, Hq, Dv]; a number for v: the first v columns of k (latent
         attention). modifiers: further arguments of ``toolkit.ops.attention``, such as ``sinks``.
 
-        With state, k and v first go into the layer's pages, and the past is read from there. Without, keys
+        With state, k and v first go into the layer's blocks, and the past is read from there. Without, keys
         and values are the given rows (from ``for_padded``: more of them than queries), and gradients reach
         all three.
         """
@@ -259,8 +259,8 @@ class RaggedBatch:
             v = k[..., :v]
         if self.state is not None:
             return self.state.attend(self, layer, q, k, v, scale, window, softcap, modifiers)
-        if self.readers is not None:
-            modifiers["readers"] = self.readers
+        if self.query_ranges is not None:
+            modifiers["query_ranges"] = self.query_ranges
         out, _ = attention(
             q, k, v, self.query_offsets, self.kv_offsets, self.kv_lengths, self.block_tables, 1,
             scale, window, softcap, **modifiers,

@@ -1,6 +1,6 @@
-"""Pages as numbers: who holds them, which are free, which are kept because their prefix may come back.
+"""Blocks as numbers: who holds them, which are free, which are kept because their prefix may come back.
 
-A page is in exactly one of three conditions: held (reference count above zero), cached (nobody holds it but
+A block is in exactly one of three conditions: held (reference count above zero), cached (nobody holds it but
 the prefix index knows its tokens; evicted least recently used first), or free.
 """
 
@@ -11,11 +11,11 @@ from toolkit.state.prefix import PrefixIndex, PrefixNode
 
 
 class OutOfBlocks(Exception):
-    """More pages were asked for than are free or evictable; nothing was changed."""
+    """More blocks were asked for than are free or evictable; nothing was changed."""
 
 
 class BlockAllocator:
-    """Reference counts, the free list and the prefix index of ``num_blocks`` pages of ``block_size`` tokens."""
+    """Reference counts, the free list and the prefix index of ``num_blocks`` blocks of ``block_size`` tokens."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         if num_blocks < 0 or block_size < 1:
@@ -23,127 +23,129 @@ class BlockAllocator:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.index = PrefixIndex(block_size)
-        self._refcounts = [0] * num_blocks
-        # A stack, lowest page on top: pages used last are still in the caches of the machine.
+        self._ref_counts = [0] * num_blocks
+        # A stack, lowest block on top: blocks used last are still in the caches of the machine.
         self._free = list(range(num_blocks - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()
 
     @property
-    def num_free(self) -> int:
-        """Pages that ``allocate`` can hand out: free ones and evictable cached ones."""
+    def num_free_blocks(self) -> int:
+        """Blocks that ``allocate`` can hand out: free ones and evictable cached ones."""
         return len(self._free) + len(self._cached)
 
     @property
-    def num_cached(self) -> int:
-        """Pages that nobody holds and whose prefix can still be matched."""
+    def num_cached_blocks(self) -> int:
+        """Blocks that nobody holds and whose prefix can still be matched."""
         return len(self._cached)
 
-    def refcount(self, page: int) -> int:
-        """How many holders a page has."""
-        return self._refcounts[page]
+    def ref_count(self, block: int) -> int:
+        """How many holders a block has."""
+        return self._ref_counts[block]
 
     def allocate(self, n: int) -> list[int]:
-        """``n`` pages, each held once. Cached pages are evicted only once no free page is left.
+        """``n`` blocks, each held once. Cached blocks are evicted only once no free block is left.
 
         Raises OutOfBlocks, changing nothing, when fewer than ``n`` are free or evictable.
         """
-        if n > self.num_free:
-            raise OutOfBlocks(f"{n} pages were asked for and {self.num_free} of {self.num_blocks} are available.")
-        pages = []
+        if n > self.num_free_blocks:
+            raise OutOfBlocks(
+                f"{n} blocks were asked for and {self.num_free_blocks} of {self.num_blocks} are available."
+            )
+        blocks = []
         for _ in range(n):
             if self._free:
-                page = self._free.pop()
+                block = self._free.pop()
             else:
-                page, _ = self._cached.popitem(last=False)
-                self.index.drop(page)
-            self._refcounts[page] = 1
-            pages.append(page)
-        return pages
+                block, _ = self._cached.popitem(last=False)
+                self.index.drop(block)
+            self._ref_counts[block] = 1
+            blocks.append(block)
+        return blocks
 
-    def share(self, pages: Sequence[int]) -> None:
-        """One more holder for each page, held or cached.
+    def touch(self, blocks: Sequence[int]) -> None:
+        """One more holder for each block, held or cached.
 
         Raises ValueError, changing nothing, for a free one.
         """
-        for page in pages:
-            if self._refcounts[page] == 0 and page not in self._cached:
-                raise ValueError(f"page {page} is free and cannot be shared.")
-        for page in pages:
-            self._cached.pop(page, None)
-            self._refcounts[page] += 1
+        for block in blocks:
+            if self._ref_counts[block] == 0 and block not in self._cached:
+                raise ValueError(f"block {block} is free and cannot be shared.")
+        for block in blocks:
+            self._cached.pop(block, None)
+            self._ref_counts[block] += 1
 
-    def free(self, pages: Sequence[int]) -> None:
-        """One holder fewer for each page; the last holder's leaving caches a registered page, frees another.
+    def free(self, blocks: Sequence[int]) -> None:
+        """One holder fewer for each block; the last holder's leaving caches a registered block, frees another.
 
-        The last of ``pages`` becomes the least recently used: a page is useless without those before it.
-        Raises ValueError, changing nothing, when a page would be freed more often than it is held.
+        The last of ``blocks`` becomes the least recently used: a block is useless without those before it.
+        Raises ValueError, changing nothing, when a block would be freed more often than it is held.
         """
-        for page, times in Counter(pages).items():
-            if self._refcounts[page] < times:
-                raise ValueError(f"page {page} is freed {times} times and held {self._refcounts[page]} times.")
-        for page in reversed(pages):
-            self._refcounts[page] -= 1
-            if self._refcounts[page] == 0:
-                if page in self.index:
-                    self._cached[page] = None
+        for block, times in Counter(blocks).items():
+            if self._ref_counts[block] < times:
+                raise ValueError(f"block {block} is freed {times} times and held {self._ref_counts[block]} times.")
+        for block in reversed(blocks):
+            self._ref_counts[block] -= 1
+            if self._ref_counts[block] == 0:
+                if block in self.index:
+                    self._cached[block] = None
                 else:
-                    self._free.append(page)
+                    self._free.append(block)
 
     def path(self, tokens: Sequence[int], version: Hashable) -> list[PrefixNode]:
-        """Known full pages from the first token on, some perhaps without a page now; shares nothing."""
+        """Known full blocks from the first token on, some perhaps without a block now; shares nothing."""
         return self.index.path(tokens, version)
 
     def register(
-        self, page: int | None, parent_key: PrefixNode | None, tokens_of_page: Sequence[int], version: Hashable
+        self, block: int | None, parent_key: PrefixNode | None, block_tokens: Sequence[int], version: Hashable
     ) -> PrefixNode:
-        """Enter a held, full page into the prefix index; see ``PrefixIndex.register``."""
-        if page is not None and self._refcounts[page] == 0:
-            raise ValueError(f"page {page} is held by nobody and cannot be registered.")
-        return self.index.register(page, parent_key, tokens_of_page, version)
+        """Enter a held, full block into the prefix index; see ``PrefixIndex.register``."""
+        if block is not None and self._ref_counts[block] == 0:
+            raise ValueError(f"block {block} is held by nobody and cannot be registered.")
+        return self.index.register(block, parent_key, block_tokens, version)
 
-    def make_writable(self, page: int) -> bool:
-        """Whether the one holder of ``page`` may write into it; False when it must be copied first.
+    def make_writable(self, block: int) -> bool:
+        """Whether the one holder of ``block`` may write into it; False when it must be copied first.
 
-        A registered page with a single holder leaves the prefix index, because its tokens are about to
+        A registered block with a single holder leaves the prefix index, because its tokens are about to
         change.
         """
-        if self._refcounts[page] != 1:
+        if self._ref_counts[block] != 1:
             return False
-        if page in self.index:
-            self.index.drop(page)
+        if block in self.index:
+            self.index.drop(block)
         return True
 
     def drop_old_versions(self, version: Hashable) -> None:
         """Forget every prefix that weights other than ``version`` computed; cached ones become free."""
-        for page in self.index.drop_old_versions(version):
-            if page in self._cached:
-                del self._cached[page]
-                self._free.append(page)
+        for block in self.index.drop_old_versions(version):
+            if block in self._cached:
+                del self._cached[block]
+                self._free.append(block)
 
-    def drop_cached(self) -> None:
-        """Forget every prefix whose pages nobody holds; they become free."""
+    def reset_prefix_cache(self) -> None:
+        """Forget every prefix whose blocks nobody holds; they become free."""
         while self._cached:
-            page, _ = self._cached.popitem()
-            self.index.drop(page)
-            self._free.append(page)
+            block, _ = self._cached.popitem()
+            self.index.drop(block)
+            self._free.append(block)
 
     def check_integrity(self, live: Iterable[Sequence[int]] | None = None) -> None:
         """Raise AssertionError on any leak, double free or inconsistency.
 
-        live: the pages that each holder holds (``BlockTable.held``), all of them; then every reference count must
-        equal the number of times that the page is held.
+        live: the blocks that each holder holds (``BlockTable.held``), all of them; then every reference count must
+        equal the number of times that the block is held.
         """
         free, cached = set(self._free), set(self._cached)
-        assert len(free) == len(self._free), "a page is on the free list twice"
-        assert not free & cached, "a page is both free and cached"
-        for page, count in enumerate(self._refcounts):
-            assert count >= 0, f"page {page} has reference count {count}"
-            assert (count == 0) == (page in free or page in cached), f"page {page} is lost or free while held"
-            assert page not in free or page not in self.index, f"page {page} is free and registered"
-            assert page not in cached or page in self.index, f"page {page} is cached and not registered"
-        assert free | cached <= set(range(self.num_blocks)), "a page that does not exist is free or cached"
+        assert len(free) == len(self._free), "a block is on the free list twice"
+        assert not free & cached, "a block is both free and cached"
+        for block, count in enumerate(self._ref_counts):
+            assert count >= 0, f"block {block} has reference count {count}"
+            assert (count == 0) == (block in free or block in cached), f"block {block} is lost or free while held"
+            assert block not in free or block not in self.index, f"block {block} is free and registered"
+            assert block not in cached or block in self.index, f"block {block} is cached and not registered"
+        assert free | cached <= set(range(self.num_blocks)), "a block that does not exist is free or cached"
         self.index.check_integrity()
         if live is not None:
-            held = Counter(page for pages in live for page in pages)
-            for page, count in enumerate(self._refcounts):
-                assert count == held[page], f"page {page} is counted {count} times and held {held[page]} times"
+            held = Counter(block for blocks in live for block in blocks)
+            for block, count in enumerate(self._ref_counts):
+                assert count == held[block], f"block {block} is counted {count} times and held {held[block]} times"

@@ -1,4 +1,4 @@
-"""The forest of sequences: each one's pages in order, shared with the sequences that have the same prefix."""
+"""The block table of a sequence: its blocks in order, shared with the sequences that have the same prefix."""
 
 from collections.abc import Hashable, Sequence
 
@@ -6,32 +6,36 @@ from toolkit.state.block_allocator import BlockAllocator
 from toolkit.state.prefix import PrefixNode
 
 NULL_BLOCK = -1
-"""Stands in a table for a page that the sequence no longer reads, or never kept."""
+"""Stands in a table for a block that the sequence no longer reads, or never kept."""
 
 
 class BlockTable:
     """One sequence's block table in one group of layers.
 
-    A step is ``reserve(n)`` (slots for the next n tokens), then the page copies of ``take_copies()``, then
+    A step is ``reserve(n)`` (slots for the next n tokens), then the block copies of ``take_copies()``, then
     the forward that fills the slots, then ``commit(tokens)``, which alone moves ``length``. A step that
     fails before its commit leaves nothing to undo: the next ``reserve`` returns the same slots.
 
-    version: of the weights that compute the sequence; None keeps it out of the prefix index. reach: how many of its
-    last tokens the sequence still reads, 0 for all: pages before them are given back (and stay matchable while nobody
-    needs the memory). stride: 0 where every token has a slot; s > 0 where a page holds one value, the state after its
-    last token, of which every s-th page and the last one are kept. pages: physical pages in order, reserved ones
-    included; ``NULL_BLOCK`` for those that are not held. tokens: those whose state is written.
+    version: of the weights that compute the sequence; None keeps it out of the prefix index.
+    lookback: how many of its last tokens the sequence still reads, 0 for all. Blocks before them are given back (and
+        stay matchable while nobody needs the memory).
+    snapshot_interval: 0 where every token has a slot; s > 0 where a block holds one value, the state after its last
+        token. Every s-th block and the last one are kept.
+    blocks: physical blocks in order, reserved ones included; ``NULL_BLOCK`` for those that are not held.
+    tokens: those whose state is written.
     """
 
-    def __init__(self, allocator: BlockAllocator, version: Hashable | None, reach: int = 0, stride: int = 0) -> None:
+    def __init__(
+        self, allocator: BlockAllocator, version: Hashable | None, lookback: int = 0, snapshot_interval: int = 0
+    ) -> None:
         self.allocator = allocator
         self.version = version
-        self.reach = reach
-        self.stride = stride
-        self.pages: list[int] = []
+        self.lookback = lookback
+        self.snapshot_interval = snapshot_interval
+        self.blocks: list[int] = []
         self.tokens: list[int] = []
         self._copies: list[tuple[int, int]] = []
-        # The prefix up to the last full page; None where there is none yet, and while version is None.
+        # The prefix up to the last full block; None where there is none yet, and while version is None.
         self._node: PrefixNode | None = None
 
     @property
@@ -41,105 +45,107 @@ class BlockTable:
 
     @property
     def held(self) -> list[int]:
-        """Every page that this table counts for: its own, and the sources of copies not yet taken."""
-        return [page for page in self.pages if page != NULL_BLOCK] + [source for source, _ in self._copies]
+        """Every block that this table counts for: its own, and the sources of copies not yet taken."""
+        return [block for block in self.blocks if block != NULL_BLOCK] + [source for source, _ in self._copies]
 
     def first_read(self, length: int) -> int:
-        """Index of the first page that a sequence of ``length`` tokens still reads."""
-        return max(0, length - self.reach) // self.allocator.block_size if self.reach else 0
+        """Index of the first block that a sequence of ``length`` tokens still reads."""
+        return max(0, length - self.lookback) // self.allocator.block_size if self.lookback else 0
 
     def prefixes(self, tokens: Sequence[int]) -> list[PrefixNode]:
-        """What is known of the full pages of ``tokens``, under this table's version."""
+        """What is known of the full blocks of ``tokens``, under this table's version."""
         return [] if self.version is None else self.allocator.path(tokens, self.version)
 
-    def suffices(self, nodes: Sequence[PrefixNode], pages: int) -> bool:
-        """Whether the first ``pages`` of ``nodes`` have all the pages that a sequence which goes on there reads."""
-        first = self.first_read(pages * self.allocator.block_size)
-        return all(node.page is not None for node in nodes[first:pages])
+    def suffices(self, nodes: Sequence[PrefixNode], blocks: int) -> bool:
+        """Whether the first ``blocks`` of ``nodes`` have all the blocks that a sequence which goes on there reads."""
+        first = self.first_read(blocks * self.allocator.block_size)
+        return all(node.block is not None for node in nodes[first:blocks])
 
     def adopt(self, nodes: Sequence[PrefixNode]) -> None:
-        """Start from the prefix of ``nodes``, sharing its pages. Raises RuntimeError unless the table is empty."""
-        if self.pages:
+        """Start from the prefix of ``nodes``, sharing its blocks. Raises RuntimeError unless the table is empty."""
+        if self.blocks:
             raise RuntimeError("a prefix needs an empty table.")
         if nodes:
             first = self.first_read(len(nodes) * self.allocator.block_size)
-            taken = [node.page for node in nodes[first:] if node.page is not None]
-            self.allocator.share(taken)
-            self.pages = [NULL_BLOCK] * first + taken
+            taken = [node.block for node in nodes[first:] if node.block is not None]
+            self.allocator.touch(taken)
+            self.blocks = [NULL_BLOCK] * first + taken
             self.tokens = [token for node in nodes for token in node.tokens]
             self._node = nodes[-1]
 
     def blocks_needed(self, n: int) -> int:
-        """Pages that ``reserve(n)`` would take from the allocator."""
-        return len(self._missing(n)) + (n > 0 and self._last_page_is_shared())
+        """Blocks that ``reserve(n)`` would take from the allocator."""
+        return len(self._missing(n)) + (n > 0 and self._last_block_is_shared())
 
     def _missing(self, n: int) -> list[int]:
-        """Indices of the pages that the next ``n`` tokens need and that are not there."""
+        """Indices of the blocks that the next ``n`` tokens need and that are not there."""
         size = self.allocator.block_size
         first, end = -(-self.length // size), -(-(self.length + n) // size)
-        if not self.stride:
-            return list(range(max(first, len(self.pages)), end))
-        wanted = {at for at in range(first, end) if (at + 1) % self.stride == 0} | ({end - 1} if end > first else set())
-        return sorted(at for at in wanted if at >= len(self.pages) or self.pages[at] == NULL_BLOCK)
+        if not self.snapshot_interval:
+            return list(range(max(first, len(self.blocks)), end))
+        wanted = {at for at in range(first, end) if (at + 1) % self.snapshot_interval == 0} | (
+            {end - 1} if end > first else set()
+        )
+        return sorted(at for at in wanted if at >= len(self.blocks) or self.blocks[at] == NULL_BLOCK)
 
     def reserve(self, n: int) -> list[int]:
-        """Slots (page * block_size + place) for the next ``n`` tokens.
+        """Slots (block * block_size + place) for the next ``n`` tokens.
 
-        Takes new pages as needed. A page that is partly filled and shared is replaced by a new one, and the
+        Takes new blocks as needed. A block that is partly filled and shared is replaced by a new one, and the
         copy is left for ``take_copies``. Raises OutOfBlocks with the table unchanged.
-        With a stride the slots mean nothing: ask ``saves``.
+        Of snapshots the slots mean nothing: ask ``store_blocks``.
         """
         if n <= 0:
             return []
         size = self.allocator.block_size
         tail = self.length // size
-        copy = self._last_page_is_shared()
+        copy = self._last_block_is_shared()
         missing = self._missing(n)
         fresh = self.allocator.allocate(len(missing) + copy)
         if copy:
             # The source stays held until the copy is taken, so that nobody else can be given it before.
-            self._copies.append((self.pages[tail], fresh[0]))
-            self.pages[tail] = fresh.pop(0)
+            self._copies.append((self.blocks[tail], fresh[0]))
+            self.blocks[tail] = fresh.pop(0)
         elif self.length % size:
-            self.allocator.make_writable(self.pages[tail])
+            self.allocator.make_writable(self.blocks[tail])
         if missing:
-            self.pages += [NULL_BLOCK] * (missing[-1] + 1 - len(self.pages))
-            for at, page in zip(missing, fresh, strict=True):
-                self.pages[at] = page
-        if self.stride:
+            self.blocks += [NULL_BLOCK] * (missing[-1] + 1 - len(self.blocks))
+            for at, block in zip(missing, fresh, strict=True):
+                self.blocks[at] = block
+        if self.snapshot_interval:
             return []
-        return [self.pages[at // size] * size + at % size for at in range(self.length, self.length + n)]
+        return [self.blocks[at // size] * size + at % size for at in range(self.length, self.length + n)]
 
-    def source(self) -> int:
-        """With a stride: the page that holds the state after the last token; ``NULL_BLOCK`` if there is none."""
-        return self.pages[(self.length - 1) // self.allocator.block_size] if self.length else NULL_BLOCK
+    def load_block(self) -> int:
+        """Of snapshots: the block that holds the state after the last token; ``NULL_BLOCK`` if there is none."""
+        return self.blocks[(self.length - 1) // self.allocator.block_size] if self.length else NULL_BLOCK
 
-    def saves(self, n: int) -> list[tuple[int, int]]:
-        """With a stride: (which of the next ``n`` tokens, page that the state after it goes to), once reserved."""
+    def store_blocks(self, n: int) -> list[tuple[int, int]]:
+        """Of snapshots: (which of the next ``n`` tokens, block that the state after it goes to), once reserved."""
         size, length = self.allocator.block_size, self.length
         found = []
         for at in range(length // size, -(-(length + n) // size)) if n > 0 else ():
-            if self.pages[at] != NULL_BLOCK:
-                found.append((min((at + 1) * size, length + n) - length - 1, self.pages[at]))
+            if self.blocks[at] != NULL_BLOCK:
+                found.append((min((at + 1) * size, length + n) - length - 1, self.blocks[at]))
         return found
 
     def take_copies(self) -> list[tuple[int, int]]:
-        """Pending (source, destination) page copies, to be run in order before the slots are filled."""
+        """Pending (source, destination) block copies, to be run in order before the slots are filled."""
         copies, self._copies = self._copies, []
         self.allocator.free([source for source, _ in copies])
         return copies
 
     def commit(self, tokens: Sequence[int], version: Hashable | None = None) -> None:
-        """Say that the next reserved slots now hold the state of ``tokens``; full pages become matchable.
+        """Say that the next reserved slots now hold the state of ``tokens``; full blocks become matchable.
 
-        Pages that the sequence does not read any more are given back.
+        Blocks that the sequence does not read any more are given back.
         version: of the weights that wrote them, where known. Once it differs from the table's, the sequence
-        is of two minds and none of its later pages is ever registered.
+        is of two minds and none of its later blocks is ever registered.
         Raises RuntimeError for more tokens than were reserved.
         """
         size = self.allocator.block_size
-        if self.length + len(tokens) > len(self.pages) * size:
-            room = len(self.pages) * size - self.length
+        if self.length + len(tokens) > len(self.blocks) * size:
+            room = len(self.blocks) * size - self.length
             raise RuntimeError(f"{len(tokens)} tokens were committed and {room} slots are reserved.")
         if version is not None and version != self.version:
             self.version = self._node = None
@@ -148,26 +154,28 @@ class BlockTable:
         if self.version is not None:
             for at in range(before // size, self.length // size):
                 page_tokens = self.tokens[at * size : (at + 1) * size]
-                page = None if self.pages[at] == NULL_BLOCK else self.pages[at]
-                self._node = self.allocator.register(page, self._node, page_tokens, self.version)
-        if self.reach:
+                block = None if self.blocks[at] == NULL_BLOCK else self.blocks[at]
+                self._node = self.allocator.register(block, self._node, page_tokens, self.version)
+        if self.lookback:
             first = self.first_read(before)
-            out_of_reach = [page for page in self.pages[first : self.first_read(self.length)] if page != NULL_BLOCK]
-            if out_of_reach:
-                self.allocator.free(out_of_reach)
+            out_of_window = [
+                block for block in self.blocks[first : self.first_read(self.length)] if block != NULL_BLOCK
+            ]
+            if out_of_window:
+                self.allocator.free(out_of_window)
             for at in range(first, self.first_read(self.length)):
-                self.pages[at] = NULL_BLOCK
+                self.blocks[at] = NULL_BLOCK
 
     def fork(self) -> "BlockTable":
-        """A second sequence with the same past. Pages are shared; whoever writes into a shared one copies it.
+        """A second sequence with the same past. Blocks are shared; whoever writes into a shared one copies it.
 
-        Raises RuntimeError while copies are pending, since the shared page would not hold its contents yet.
+        Raises RuntimeError while copies are pending, since the shared block would not hold its contents yet.
         """
         if self._copies:
             raise RuntimeError("take_copies must be called before fork.")
-        other = BlockTable(self.allocator, self.version, self.reach, self.stride)
-        other.pages = self.pages[: -(-self.length // self.allocator.block_size)]
-        self.allocator.share([page for page in other.pages if page != NULL_BLOCK])
+        other = BlockTable(self.allocator, self.version, self.lookback, self.snapshot_interval)
+        other.blocks = self.blocks[: -(-self.length // self.allocator.block_size)]
+        self.allocator.touch([block for block in other.blocks if block != NULL_BLOCK])
         other.tokens = self.tokens.copy()
         other._node = self._node
         return other
@@ -175,16 +183,16 @@ class BlockTable:
     def restorable(self, length: int) -> int:
         """The largest length up to ``length`` that the sequence can be cut to and go on from."""
         size = self.allocator.block_size
-        if length >= self.length or not self.reach:
+        if length >= self.length or not self.lookback:
             return min(length, self.length)
-        if self.stride:
+        if self.snapshot_interval:
             length = length // size * size
-        while length > 0 and NULL_BLOCK in self.pages[self.first_read(length) : -(-length // size)]:
+        while length > 0 and NULL_BLOCK in self.blocks[self.first_read(length) : -(-length // size)]:
             length = (length - 1) // size * size
         return length
 
     def truncate(self, length: int) -> None:
-        """Forget the tokens from ``length`` on, with the pages that only they needed, reserved ones included.
+        """Forget the tokens from ``length`` on, with the blocks that only they needed, reserved ones included.
 
         Raises ValueError outside 0..length and for a length that is not ``restorable``.
         """
@@ -198,29 +206,29 @@ class BlockTable:
                 assert self._node is not None
                 self._node = self._node.parent
         keep = -(-length // size)
-        dropped, self.pages = self.pages[keep:], self.pages[:keep]
+        dropped, self.blocks = self.blocks[keep:], self.blocks[:keep]
         stale = [copy for copy in self._copies if copy[1] in dropped]
         self._copies = [copy for copy in self._copies if copy[1] not in dropped]
         self.allocator.free([source for source, _ in stale])
-        self.allocator.free([page for page in dropped if page != NULL_BLOCK])
+        self.allocator.free([block for block in dropped if block != NULL_BLOCK])
         del self.tokens[length:]
 
     def release(self) -> None:
-        """Give every page back and be empty again; registered pages stay matchable until evicted.
+        """Give every block back and be empty again; registered blocks stay matchable until evicted.
 
         Pending copies are dropped.
         """
         self.truncate(0)
 
-    def _last_page_is_shared(self) -> bool:
-        """Whether the next token goes into a page that is partly filled and held by others too."""
+    def _last_block_is_shared(self) -> bool:
+        """Whether the next token goes into a block that is partly filled and held by others too."""
         size = self.allocator.block_size
-        return self.length % size != 0 and self.allocator.refcount(self.pages[self.length // size]) > 1
+        return self.length % size != 0 and self.allocator.ref_count(self.blocks[self.length // size]) > 1
 
 
 def longest_prefix(tables: Sequence[BlockTable], nodes: Sequence[Sequence[PrefixNode]]) -> int:
-    """Pages of the longest prefix from which every one of ``tables`` can go on; ``nodes``: what each knows of it."""
-    for pages in range(min(len(known) for known in nodes), 0, -1):
-        if all(table.suffices(known, pages) for table, known in zip(tables, nodes, strict=True)):
-            return pages
+    """Blocks of the longest prefix from which every one of ``tables`` can go on; ``nodes``: what each knows of it."""
+    for blocks in range(min(len(known) for known in nodes), 0, -1):
+        if all(table.suffices(known, blocks) for table, known in zip(tables, nodes, strict=True)):
+            return blocks
     return 0

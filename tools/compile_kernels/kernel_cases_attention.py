@@ -58,8 +58,8 @@ def attention_backward_case(
         tensors = out, q, k, v, out, torch.empty(TOKENS, heads), offsets, one * 0, one
         options = _options(heads, modifier, sunk=sunk)
         if paged:
-            tables, readers = torch.arange(TOKENS)[None], torch.zeros(TOKENS, 3, dtype=torch.int64)
-            options |= {"block_tables": tables, "block_size": 1, "readers": readers}
+            tables, query_ranges = torch.arange(TOKENS)[None], torch.zeros(TOKENS, 3, dtype=torch.int64)
+            options |= {"block_tables": tables, "block_size": 1, "query_ranges": query_ranges}
         attention_backward(*tensors, head_dim**-0.5, window, softcap, **options)
 
     return call

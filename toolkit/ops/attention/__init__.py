@@ -24,18 +24,18 @@ def _fake_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) ->
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, query_offsets, kv_offsets, kv_lengths, block_tables, block_size, scale, window, softcap = inputs[:11]
-    sinks, modifier, parameters, readers = inputs[11:]
+    sinks, modifier, parameters, query_ranges = inputs[11:]
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.attributes = scale, window, softcap, block_size, modifier
     plan = query_offsets, kv_offsets, kv_lengths, block_tables
-    ctx.save_for_backward(q, k, v, out, lse, *plan, sinks, parameters, readers)
+    ctx.save_for_backward(q, k, v, out, lse, *plan, sinks, parameters, query_ranges)
 
 
 def _backward(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, block_tables, sinks, parameters, readers = ctx.saved_tensors
+    *tensors, block_tables, sinks, parameters, query_ranges = ctx.saved_tensors
     scale, window, softcap, block_size, modifier = ctx.attributes
-    options = block_tables, block_size, sinks, modifier, parameters, readers
+    options = block_tables, block_size, sinks, modifier, parameters, query_ranges
     dq, dk, dv, dsinks = _BACKWARD(grad, *tensors, scale, window, softcap, *options)
     return dq, dk, dv, *(None,) * 8, None if sinks is None else dsinks, None, None, None
 
@@ -44,7 +44,7 @@ _BACKWARD = register(
     "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     "Tensor query_offsets, Tensor kv_offsets, Tensor kv_lengths, float scale, int window, float softcap, "
     "Tensor? block_tables=None, int block_size=0, Tensor? sinks=None, str modifier='', Tensor? parameters=None, "
-    "Tensor? readers=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? query_ranges=None) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.attention_backward,
     fake=_fake_backward,
     triton="toolkit.ops.attention.triton_backward.attention_backward",
@@ -52,7 +52,7 @@ _BACKWARD = register(
 _FORWARD = register(
     "attention(Tensor q, Tensor k, Tensor v, Tensor query_offsets, Tensor kv_offsets, Tensor kv_lengths, "
     "Tensor? block_tables, int block_size, float scale, int window, float softcap, Tensor? sinks=None, "
-    "str modifier='', Tensor? parameters=None, Tensor? readers=None) -> (Tensor, Tensor)",
+    "str modifier='', Tensor? parameters=None, Tensor? query_ranges=None) -> (Tensor, Tensor)",
     reference=reference.attention,
     fake=_fake,
     triton="toolkit.ops.attention.triton.attention",
@@ -76,7 +76,7 @@ def attention(
     sinks: Tensor | None = None,
     modifier: str = "",
     parameters: Tensor | None = None,
-    readers: Tensor | None = None,
+    query_ranges: Tensor | None = None,
     *,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -106,7 +106,7 @@ def attention(
     modifier: "" or the name of a file of ``toolkit/ops/attention/modifiers``. ``alibi`` adds
         parameters[h, 0] * (j - p); ``chunked`` lets p see j where both divided by parameters[h, 0] are in one chunk.
     parameters: [Hq, n] numbers of the modifier, None for one without; they get no gradient.
-    readers: [rows, 3] int64 or None: (first, end, position) of each row of k. Rows first ... end of q (none where
+    query_ranges: [rows, 3] int64 or None: (first, end, position) of each row of k. Rows first ... end of q (none where
         first >= end) are the queries of the sequences that hold the row, and it is key ``position`` of each.
         Laid out depth first, the sequences of a forest have such ranges. Triton needs them for gradients with
         block_tables; the other implementations find them by themselves and do not look.
@@ -117,7 +117,7 @@ def attention(
     lse has no gradient. Saved for backward: q, k, v, out, lse and the indices. With P = exp(s - lse), dP = grad v^T
     and delta = rowsum(grad * out): ds = P (dP - delta) f' (1 - (s / softcap)^2), dq = scale ds k,
     dk = scale ds^T q, dv = P^T grad, dsinks = -sum_rows exp(sinks - lse) delta. A row of k or v gets the sum over all
-    its readers; one without readers gets zeros.
+    its queries; one without queries gets zeros.
 
     Determinism (native CPU kernel): a row's bits depend on its query and visible keys alone, whatever the
     other rows, the chunking, the page layout and the number of threads: keys are taken in tiles of 64 counted
@@ -127,14 +127,14 @@ def attention(
     atomics.
 
     Raises ``ToolkitError`` for an unknown impl or modifier, parameters or sinks of another shape and, in Triton's
-    backward, for block tables without readers; ``RuntimeError`` from the kernel for shapes, dtypes or indices
+    backward, for block tables without query_ranges; ``RuntimeError`` from the kernel for shapes, dtypes or indices
     that do not fit.
     Source: Milakov & Gimelshein 2018 (online softmax); Dao et al. 2022, FlashAttention (backward).
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     _check(q, sinks, modifier, parameters)
     plan = query_offsets, kv_offsets, kv_lengths, block_tables, block_size
-    return _FORWARD.select(impl)(q, k, v, *plan, scale, window, softcap, sinks, modifier, parameters, readers)
+    return _FORWARD.select(impl)(q, k, v, *plan, scale, window, softcap, sinks, modifier, parameters, query_ranges)
 
 
 def _check(q: Tensor, sinks: Tensor | None, modifier: str, parameters: Tensor | None) -> None:
@@ -162,7 +162,7 @@ def attention_backward(
     sinks: Tensor | None = None,
     modifier: str = "",
     parameters: Tensor | None = None,
-    readers: Tensor | None = None,
+    query_ranges: Tensor | None = None,
     *,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -173,5 +173,5 @@ def attention_backward(
     """
     _check(q, sinks, modifier, parameters)
     plan = query_offsets, kv_offsets, kv_lengths
-    options = block_tables, block_size, sinks, modifier, parameters, readers
+    options = block_tables, block_size, sinks, modifier, parameters, query_ranges
     return _BACKWARD.select(impl)(grad, q, k, v, out, lse, *plan, scale, window, softcap, *options)

@@ -76,7 +76,7 @@ def attention(
     sinks: Tensor | None = None,
     modifier: str = "",
     parameters: Tensor | None = None,
-    readers: Tensor | None = None,
+    query_ranges: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See ``toolkit.ops.attention.attention``. Differentiable by autograd, also through block tables."""
     group = q.shape[1] // k.shape[1]
@@ -122,7 +122,7 @@ def attention_backward(
     sinks: Tensor | None = None,
     modifier: str = "",
     parameters: Tensor | None = None,
-    readers: Tensor | None = None,
+    query_ranges: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and sinks, by the formulas in ``toolkit.ops.attention.attention``."""
     group = q.shape[1] // k.shape[1]

@@ -308,7 +308,7 @@ def attention(
     sinks: torch.Tensor | None = None,
     modifier: str = "",
     parameters: torch.Tensor | None = None,
-    readers: torch.Tensor | None = None,
+    query_ranges: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``toolkit::attention`` on a GPU (or on CPU tensors in Triton's interpreter).
 

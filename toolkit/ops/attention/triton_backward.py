@@ -1,7 +1,7 @@
 """Backward of variable-length attention in Triton, over contiguous keys or through block tables.
 
 Two kernels, no atomics: one owns a tile of queries and sums dq over its keys in order, the other owns a tile
-of rows of k and v of one head and sums dk, dv over their readers in order. The probabilities are recomputed from the
+of rows of k and v of one head and sums dk, dv over their queries in order. The probabilities are recomputed from the
 saved log-sum-exp; nothing of size queries x keys is kept.
 """
 
@@ -135,19 +135,19 @@ def attention_backward(
     sinks: torch.Tensor | None = None,
     modifier: str = "",
     parameters: torch.Tensor | None = None,
-    readers: torch.Tensor | None = None,
+    query_ranges: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """``toolkit::attention_backward`` on a GPU (or on CPU tensors in Triton's interpreter).
 
     (dq, dk, dv, dsinks), in the dtypes of q, k, v and sinks; sums in float32, in an order fixed by the tile
-    table. Sequences may share rows of k and v; rows that no query sees get zero. With block tables, ``readers`` says
-    who reads a row.
+    table. Sequences may share rows of k and v; rows that no query sees get zero. With block tables, ``query_ranges``
+    says which queries see a row.
     """
     check(q, k, v)
-    if block_tables is not None and (readers is None or readers.shape != (k.shape[0], 3)):
-        given = "None" if readers is None else f"of shape {list(readers.shape)}"
+    if block_tables is not None and (query_ranges is None or query_ranges.shape != (k.shape[0], 3)):
+        given = "None" if query_ranges is None else f"of shape {list(query_ranges.shape)}"
         raise ToolkitError(
-            f"readers is {given}; for gradients through block_tables, attention in Triton needs shape"
+            f"query_ranges is {given}; for gradients through block_tables, attention in Triton needs shape"
             f" {[k.shape[0], 3]}: first query, end and position of each row of k."
         )
     grad, q, k, v, out = (rows_contiguous(x) for x in (grad, q, k, v, out))
@@ -185,14 +185,14 @@ def attention_backward(
     del sizes["HEADS"]
     grid = triton.cdiv(k.shape[0], sizes["KEYS"]), kv_heads
     ends = lse.stride(0), dk.stride(0), dv.stride(0)
-    if readers is None or block_tables is None:
+    if query_ranges is None or block_tables is None:
         attention_backward_keys[grid](
             grad, q, k, v, lse, delta, dk, dv, query_offsets, kv_offsets, kv_lengths, own,
             sequences, k.shape[0], scale, window, softcap, *strides, *ends, **flags, **sizes,
         )  # fmt: skip
     else:
         attention_backward_forest_keys[grid](
-            grad, q, k, v, lse, delta, dk, dv, positions, readers.contiguous(), own,
+            grad, q, k, v, lse, delta, dk, dv, positions, query_ranges.contiguous(), own,
             k.shape[0], scale, window, softcap, *strides, *ends, **flags, **sizes,
         )  # fmt: skip
     if sinks is not None:

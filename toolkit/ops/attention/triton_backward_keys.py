@@ -1,7 +1,7 @@
 """The kernels that own rows of k and v, and so of dk and dv, and the one of the sinks' gradient.
 
 A program takes a tile of rows of one key/value head and sums over everyone that reads them in a fixed order; there are
-no atomics. Contiguous keys find their readers by walking the sequences, keys behind block tables by the range of
+no atomics. Contiguous keys find their queries by walking the sequences, keys behind block tables by the range of
 queries that is given for each of their rows.
 """
 
@@ -160,7 +160,7 @@ def attention_backward_keys(
 
 @triton.jit(do_not_specialize=["num_keys", "window"])
 def attention_backward_forest_keys(
-    grad, q, k, v, lse, delta, dk, dv, positions, readers, parameters,
+    grad, q, k, v, lse, delta, dk, dv, positions, query_ranges, parameters,
     num_keys, scale, window, softcap,
     stride_gt, stride_gh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     stride_lt, stride_dkt, stride_dvt,
@@ -169,14 +169,14 @@ def attention_backward_forest_keys(
     WINDOWED: tl.constexpr, CAPPED: tl.constexpr, BOTH: tl.constexpr, MASK: tl.constexpr, FIRST: tl.constexpr,
     PARAMETERS: tl.constexpr,
 ):  # fmt: skip
-    """The same for rows of which each is read by one range of queries: ``readers`` [num_keys, 3] of int64 holds the
-    range's begin and end, and the row's position in its sequences; ``positions`` those of the queries."""
+    """The same for rows of which each is read by one range of queries: ``query_ranges`` [num_keys, 3] of int64 holds
+    the range's begin and end, and the row's position in its sequences; ``positions`` those of the queries."""
     kv_head = tl.program_id(1)
     slot = tl.program_id(0).to(tl.int64) * KEYS + tl.arange(0, KEYS)
     held = slot < num_keys
-    first = tl.load(readers + slot * 3, mask=held, other=0).to(tl.int32)
-    end = tl.load(readers + slot * 3 + 1, mask=held, other=0).to(tl.int32)
-    key = tl.load(readers + slot * 3 + 2, mask=held, other=0).to(tl.int32)
+    first = tl.load(query_ranges + slot * 3, mask=held, other=0).to(tl.int32)
+    end = tl.load(query_ranges + slot * 3 + 1, mask=held, other=0).to(tl.int32)
+    key = tl.load(query_ranges + slot * 3 + 2, mask=held, other=0).to(tl.int32)
     read = first < end
     begin = tl.min(tl.where(read, first, 0x7FFFFFFF), 0) // ROWS * ROWS
     stop = tl.max(tl.where(read, end, 0), 0)

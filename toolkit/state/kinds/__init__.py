@@ -1,8 +1,8 @@
 """The contract of a state kind: what one layer remembers of every sequence. One file a kind.
 
-``out, state' = op(in, state)``: a kind stores something in the pages that a sequence's ``BlockTable`` hands out;
+``out, state' = op(in, state)``: a kind stores something in the blocks that a sequence's ``BlockTable`` hands out;
 its op reads and writes it there. A new kind is a file in this folder with a subclass of ``StateKind``; the contract
-tests find it by themselves. docs/state.md shows one from start to end.
+tests find it. docs/state.md shows one from start to end.
 """
 
 import importlib
@@ -18,7 +18,7 @@ from torch import Tensor
 from toolkit.errors import ToolkitError, nearest
 
 Rows = tuple[Tensor, ...]
-"""Tensors of one row a token, or one entry a page."""
+"""Tensors of one row a token, or one entry a block."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class StateSpec:
     """What one layer needs to remember.
 
     layer: index of the layer (for routing: among the layers of experts). kind: name of the state kind. shapes: of what
-    it stores of a token (or, for snapshots, of the value that a page holds), a shape a tensor. window: tokens that a
+    it stores of a token (or, for snapshots, of the value that a block holds), a shape a tensor. window: tokens that a
     query looks back over, itself included; 0 for all.
     """
 
@@ -38,10 +38,10 @@ class StateSpec:
 
 @dataclass(frozen=True)
 class PagedRows:
-    """Where the tokens of a batch lie in a group whose pages hold ``block_size`` slots each. int64.
+    """Where the tokens of a batch lie in a group whose blocks hold ``block_size`` slots each. int64.
 
-    block_tables [S, P]: physical pages of each sequence in order (any page where it is not read any more).
-    slots [T]: where a new token's state goes, page * block_size + place; negative: nowhere.
+    block_tables [S, P]: physical blocks of each sequence in order (any block where it is not read any more).
+    slots [T]: where a new token's state goes, block * block_size + place; negative: nowhere.
     """
 
     block_tables: Tensor
@@ -50,15 +50,15 @@ class PagedRows:
 
 @dataclass(frozen=True)
 class Snapshots:
-    """Where the states of a batch lie in a group whose pages hold one value each. int64.
+    """Where the states of a batch lie in a group whose blocks hold one value each. int64.
 
-    sources [S]: page of the state that each sequence goes on from; negative: the empty state.
-    save_rows [N], save_pages [N]: after the token at that row, the state goes to that page; rows ascend.
+    load_blocks [S]: block of the state that each sequence goes on from; negative: the empty state.
+    store_rows [N], store_blocks [N]: after the token at that row, the state goes to that block; rows ascend.
     """
 
-    sources: Tensor
-    save_rows: Tensor
-    save_pages: Tensor
+    load_blocks: Tensor
+    store_rows: Tensor
+    store_blocks: Tensor
 
 
 class StateKind(ABC):
@@ -70,8 +70,8 @@ class StateKind(ABC):
     kind: ClassVar[str]
     op: ClassVar[str]
     """The pool's method that uses it: "attend", "scan", "convolve" or "record"; a layer has one of each at most."""
-    stride: ClassVar[int] = 0
-    """0: a page holds a slot for each token. s > 0: it holds one value, of which every s-th page's is kept."""
+    snapshot_interval: ClassVar[int] = 0
+    """0: a block holds a slot for each token. s > 0: it holds one value, of which every s-th block's is kept."""
     recordable: ClassVar[bool] = True
     """Whether a decode step can be recorded once and replayed: False where shapes inside depend on values."""
     _registry: ClassVar[dict[str, type["StateKind"]]] = {}
@@ -96,10 +96,10 @@ class StateKind(ABC):
     @classmethod
     @abstractmethod
     def entries(cls, spec: StateSpec, block_size: int, dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of a page's entry in each of ``stores``."""
+        """Shape and dtype of a block's entry in each of ``stores``."""
 
     @classmethod
-    def reach(cls, spec: StateSpec) -> int:
+    def lookback(cls, spec: StateSpec) -> int:
         """How many of its last tokens a sequence still reads; 0: all."""
         return 0
 
@@ -113,12 +113,12 @@ class StateKind(ABC):
         """Take in rows [T, ...]: sequence s of ``view`` goes on with rows query_offsets[s] .. query_offsets[s + 1]."""
 
     @abstractmethod
-    def read(self, pages: Sequence[int], length: int) -> Rows:
-        """What a sequence of ``length`` tokens remembers, as copies; ``pages``: its table, negative where not held."""
+    def read(self, blocks: Sequence[int], length: int) -> Rows:
+        """What a sequence of ``length`` tokens remembers, as copies; ``blocks``: its table, negative where not held."""
 
     @classmethod
     def block_bytes(cls, spec: StateSpec, block_size: int, dtype: torch.dtype) -> int:
-        """Bytes that one page of this layer takes."""
+        """Bytes that one block of this layer takes."""
         return sum(kept.itemsize * torch.Size(shape).numel() for shape, kept in cls.entries(spec, block_size, dtype))
 
     @property
@@ -127,20 +127,20 @@ class StateKind(ABC):
         return sum(store.nbytes for store in self.stores)
 
     def fork(self, copies: Sequence[tuple[int, int]]) -> None:
-        """Run the (source, destination) page copies of a fork, as if one after the other."""
+        """Run the (source, destination) block copies of a fork, as if one after the other."""
         for group in independent(copies):
-            source, destination = self._index([page for copy in group for page in copy]).view(-1, 2).unbind(1)
+            source, destination = self._index([block for copy in group for block in copy]).view(-1, 2).unbind(1)
             for store in self.stores:
                 store[destination] = store[source]
 
-    def swap_out(self, pages: Sequence[int]) -> Rows:
-        """Copies of whole pages on the host, one page a row."""
-        index = self._index(pages)
+    def swap_out(self, blocks: Sequence[int]) -> Rows:
+        """Copies of whole blocks on the host, one block a row."""
+        index = self._index(blocks)
         return tuple(store[index].cpu() for store in self.stores)
 
-    def swap_in(self, pages: Sequence[int], host: Rows) -> None:
-        """Put what ``swap_out`` returned into ``pages`` (any pages, as many as were swapped out)."""
-        index = self._index(pages)
+    def swap_in(self, blocks: Sequence[int], host: Rows) -> None:
+        """Put what ``swap_out`` returned into ``blocks`` (any blocks, as many as were swapped out)."""
+        index = self._index(blocks)
         for store, saved in zip(self.stores, host, strict=True):
             store[index] = saved.to(store.device)
 
@@ -155,12 +155,12 @@ class StateKind(ABC):
             store.untyped_storage().resize_(store.nbytes)
             store.zero_()
 
-    def _index(self, pages: Sequence[int]) -> Tensor:
-        return torch.tensor(pages, dtype=torch.int64, device=self.stores[0].device)
+    def _index(self, blocks: Sequence[int]) -> Tensor:
+        return torch.tensor(blocks, dtype=torch.int64, device=self.stores[0].device)
 
 
 def independent(copies: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
-    """Cut a list of page copies into runs whose copies may happen all at once.
+    """Cut a list of block copies into runs whose copies may happen all at once.
 
     A run reads all its sources before it writes, so it ends only where a source or a destination was written
     by the run already.

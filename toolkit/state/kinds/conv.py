@@ -1,4 +1,4 @@
-"""Short causal convolutions: the last few inputs of every channel. Pages hold snapshots, as for ``recurrent``."""
+"""Short causal convolutions: the last few inputs of every channel. Blocks hold snapshots, as for ``recurrent``."""
 
 from collections.abc import Sequence
 
@@ -13,14 +13,14 @@ class ShortConvolution(StateKind, kind="conv"):
     """tails [num_blocks, width - 1, channels] of one layer, oldest first; spec.shapes: that entry's shape."""
 
     op = "convolve"
-    stride = 16
+    snapshot_interval = 16
 
     @classmethod
     def entries(cls, spec: StateSpec, block_size: int, dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
         return [(spec.shapes[0], dtype)]
 
     @classmethod
-    def reach(cls, spec: StateSpec) -> int:
+    def lookback(cls, spec: StateSpec) -> int:
         return 1
 
     @classmethod
@@ -40,14 +40,13 @@ class ShortConvolution(StateKind, kind="conv"):
         view: PagedRows | Snapshots,
         query_offsets: Tensor,
     ) -> Tensor:
-        """Outputs [T, C] of ``causal_conv`` from and to the pages."""
+        """Outputs [T, C] of ``causal_conv`` from and to the blocks."""
         assert isinstance(view, Snapshots)
-        return causal_conv_paged(
-            x, weight, bias, query_offsets, view.sources, view.save_rows, view.save_pages, self.stores[0], activation
-        )
+        snapshots = view.load_blocks, view.store_rows, view.store_blocks
+        return causal_conv_paged(x, weight, bias, query_offsets, *snapshots, self.stores[0], activation)
 
-    def read(self, pages: Sequence[int], length: int) -> Rows:
+    def read(self, blocks: Sequence[int], length: int) -> Rows:
         """The last inputs; zeros where the sequence is shorter."""
         if length == 0:
             return (torch.zeros_like(self.stores[0][0]),)
-        return (self.stores[0][pages[(length - 1) // self.block_size]].clone(),)
+        return (self.stores[0][blocks[(length - 1) // self.block_size]].clone(),)

@@ -1,6 +1,6 @@
 """Linear recurrences: one matrix a head, whatever the length (gated delta rule, state-space duality).
 
-A page holds the state after its last token so far, in float32 at least. The state of a full page is a snapshot: a
+A block holds the state after its last token so far, in float32 at least. The state of a full block is a snapshot: a
 prefix that ends there can be gone on from, by a fork, a prefix hit or after a truncation.
 """
 
@@ -17,14 +17,14 @@ class Recurrence(StateKind, kind="recurrent"):
     """states [num_blocks, heads, key width, value width] of one layer; spec.shapes: that entry's shape."""
 
     op = "scan"
-    stride = 16
+    snapshot_interval = 16
 
     @classmethod
     def entries(cls, spec: StateSpec, block_size: int, dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
         return [(spec.shapes[0], torch.promote_types(dtype, torch.float32))]
 
     @classmethod
-    def reach(cls, spec: StateSpec) -> int:
+    def lookback(cls, spec: StateSpec) -> int:
         return 1
 
     @classmethod
@@ -49,14 +49,13 @@ class Recurrence(StateKind, kind="recurrent"):
         scale: float,
         delta: bool,
     ) -> Tensor:
-        """Outputs [T, H, V] of ``linear_recurrence`` from and to the pages."""
+        """Outputs [T, H, V] of ``linear_recurrence`` from and to the blocks."""
         assert isinstance(view, Snapshots)
-        return linear_recurrence_paged(
-            q, k, v, g, beta, query_offsets, view.sources, view.save_rows, view.save_pages, self.stores[0], scale, delta
-        )
+        snapshots = view.load_blocks, view.store_rows, view.store_blocks
+        return linear_recurrence_paged(q, k, v, g, beta, query_offsets, *snapshots, self.stores[0], scale, delta)
 
-    def read(self, pages: Sequence[int], length: int) -> Rows:
+    def read(self, blocks: Sequence[int], length: int) -> Rows:
         """The state after the last token; zeros for none."""
         if length == 0:
             return (torch.zeros_like(self.stores[0][0]),)
-        return (self.stores[0][pages[(length - 1) // self.block_size]].clone(),)
+        return (self.stores[0][blocks[(length - 1) // self.block_size]].clone(),)

@@ -1,4 +1,4 @@
-"""What the kinds have in common whose pages hold a row for each token: keys and values, latents, routing."""
+"""What the kinds have in common whose blocks hold a row for each token: keys and values, latents, routing."""
 
 from collections.abc import Sequence
 
@@ -34,12 +34,12 @@ class TokenRows(StateKind):
         for store, given in zip(self.rows, rows, strict=True):
             state_write(store, given, view.slots)
 
-    def read(self, pages: Sequence[int], length: int) -> Rows:
+    def read(self, blocks: Sequence[int], length: int) -> Rows:
         """The rows of the tokens that are still read, [n, ...] each."""
-        reach = self.reach(self.spec)
-        start = max(0, length - reach) if reach else 0
+        lookback = self.lookback(self.spec)
+        start = max(0, length - lookback) if lookback else 0
         first = start // self.block_size
-        index = self._index(pages[first : -(-length // self.block_size)])
+        index = self._index(blocks[first : -(-length // self.block_size)])
         return tuple(
             store[index].flatten(0, 1)[start - first * self.block_size : length - first * self.block_size]
             for store in self.stores

@@ -1,4 +1,4 @@
-"""Sliding-window attention: keys and values of the last tokens. Pages that left the window are given back."""
+"""Sliding-window attention: keys and values of the last tokens. Blocks that left the window are given back."""
 
 from toolkit.state.kinds import StateSpec
 from toolkit.state.kinds.full import FullAttention
@@ -8,5 +8,5 @@ class WindowAttention(FullAttention, kind="window"):
     """As ``full``, for a layer whose queries see ``spec.window`` tokens, themselves included."""
 
     @classmethod
-    def reach(cls, spec: StateSpec) -> int:
+    def lookback(cls, spec: StateSpec) -> int:
         return max(1, spec.window - 1)  # the next query sees itself and these

@@ -1,4 +1,4 @@
-"""Common prefixes: every shared token is one row, and a forest's rows, keys and readers are those of the trees."""
+"""Common prefixes: every shared token is one row, and the rows, keys and query ranges are those of the prefix trees."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from toolkit.state import RaggedBatch
-from toolkit.state.sharing import share_prefixes
+from toolkit.state.prefix_trees import share_prefixes
 
 # Few different tokens, so that prefixes meet; sequences that end inside of others, equal ones and empty ones too.
 SEQUENCES = st.lists(st.lists(st.integers(0, 2), max_size=9), max_size=9)
@@ -20,20 +20,20 @@ def distinct_prefixes(sequences: list[list[int]]) -> set[tuple[int, ...]]:
 @settings(max_examples=300, deadline=None)
 @given(SEQUENCES)
 def test_a_row_is_a_distinct_prefix(sequences: list[list[int]]) -> None:
-    forest = share_prefixes([np.array(one, dtype=np.int64) for one in sequences])
-    assert forest.size == len(distinct_prefixes(sequences))
+    trees = share_prefixes([np.array(one, dtype=np.int64) for one in sequences])
+    assert trees.size == len(distinct_prefixes(sequences))
     prefix_of: dict[int, tuple[int, ...]] = {}
-    for one, rows in zip(sequences, forest.rows, strict=True):
+    for one, rows in zip(sequences, trees.rows, strict=True):
         assert len(rows) == len(one)
         for at, row in enumerate(rows.tolist()):
             assert prefix_of.setdefault(row, tuple(one[: at + 1])) == tuple(one[: at + 1])
-    for index, segment in enumerate(forest.segments):
+    for index, segment in enumerate(trees.segments):
         assert segment.parent < index
         assert len(segment.tokens) > 0
-        assert segment.samples == [i for i, rows in enumerate(forest.rows) if segment.row in rows.tolist()]
+        assert segment.samples == [i for i, rows in enumerate(trees.rows) if segment.row in rows.tolist()]
 
 
-def forest_of(sequences: list[list[int]]) -> RaggedBatch | None:
+def batch_of(sequences: list[list[int]]) -> RaggedBatch | None:
     total = sum(map(len, sequences))
     worth = total - len(distinct_prefixes(sequences)) > total / 16
     batch = RaggedBatch.from_sequences(sequences)
@@ -43,8 +43,8 @@ def forest_of(sequences: list[list[int]]) -> RaggedBatch | None:
 
 @settings(max_examples=300, deadline=None)
 @given(SEQUENCES)
-def test_the_batch_of_a_forest(sequences: list[list[int]]) -> None:
-    batch = forest_of(sequences)
+def test_the_batch_of_prefix_trees(sequences: list[list[int]]) -> None:
+    batch = batch_of(sequences)
     if batch is None:
         return
     assert batch.sample_rows is not None
@@ -73,8 +73,8 @@ def test_the_batch_of_a_forest(sequences: list[list[int]]) -> None:
         for row in own:
             for key in path_of[row]:
                 seen_by[key].add(row)
-    assert batch.readers is not None
-    for row, (first, end, position) in enumerate(batch.readers.tolist()):
+    assert batch.query_ranges is not None
+    for row, (first, end, position) in enumerate(batch.query_ranges.tolist()):
         assert seen_by[row] == set(range(first, end))
         assert position == len(path_of[row]) - 1
 
@@ -89,9 +89,9 @@ def test_what_is_not_worth_sharing_is_packed() -> None:
 
 @pytest.mark.parametrize("depth", [400])
 def test_a_deep_chain_needs_no_recursion(depth: int) -> None:
-    forest = share_prefixes([np.arange(n + 1) for n in range(depth)])
-    assert forest.size == depth
-    assert [rows.tolist() for rows in forest.rows] == [list(range(n + 1)) for n in range(depth)]
+    trees = share_prefixes([np.arange(n + 1) for n in range(depth)])
+    assert trees.size == depth
+    assert [rows.tolist() for rows in trees.rows] == [list(range(n + 1)) for n in range(depth)]
 
 
 def test_tensors_and_lists_alike() -> None:

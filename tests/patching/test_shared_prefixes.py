@@ -1,4 +1,4 @@
-"""A forest of sequences trains like the same sequences alone: every family, forward and every gradient.
+"""Sequences that share prefixes train like the same sequences alone: every family, forward and every gradient.
 
 The oracle is transformers' eager attention (and its own mixers) on each unshared sequence.
 """
@@ -52,7 +52,7 @@ def trained(model, logprobs, weights):
 
 
 @pytest.mark.parametrize("family", FORESTS)
-def test_a_forest_trains_like_its_sequences_alone(family):
+def test_prefix_trees_train_like_their_sequences_alone(family):
     stock = random_model(family)
     exact = copy.deepcopy(stock).double()
     sides = {torch.float32: copy.deepcopy(stock), torch.float64: copy.deepcopy(exact)}
@@ -95,7 +95,7 @@ def relative(value, expected):
 
 
 @pytest.mark.parametrize("family", FORESTS)
-def test_activation_checkpointing_runs_the_same_forest_again(family):
+def test_activation_checkpointing_runs_the_same_prefix_trees_again(family):
     model = random_model(family)
     toolkit.patch(model)
     model.train()
