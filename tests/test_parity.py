@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import toolkit
-from toolkit.engine.decode import SIZES, DecodePrograms, padded_size
+from toolkit.engine.decode_graphs import CAPTURE_SIZES, DecodeGraphs, padded_size
 from toolkit.testing.models import FAMILIES, MIXTURES, random_model
 from toolkit.testing.parity import check_parity
 
@@ -78,7 +78,7 @@ def test_replaced_parameters_and_hooks_are_noticed_by_recorded_programs():
 
 def test_batches_are_padded_to_a_few_sizes():
     assert [padded_size(n) for n in (1, 5, 16, 17, 256, 300)] == [1, 6, 16, 20, 256, 300]
-    assert sorted(set(SIZES)) == list(SIZES)
+    assert sorted(set(CAPTURE_SIZES)) == list(CAPTURE_SIZES)
     model = random_model("llama")
     toolkit.patch(model)
-    assert DecodePrograms(model).model is model
+    assert DecodeGraphs(model).model is model

@@ -1,4 +1,4 @@
-"""Routers and experts that no role claims: the same bits in any batch, and no recorded program that bakes them in."""
+"""Routers and experts that no role claims: the same bits in any batch, and no captured graph that bakes them in."""
 
 import pytest
 import torch
@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import toolkit
-from toolkit.engine.decode import DecodePrograms
-from toolkit.engine.program import record
+from toolkit.engine.decode_graphs import DecodeGraphs
+from toolkit.engine.graph import capture
 from toolkit.modules.elementwise import row_invariant
 from toolkit.testing.models import random_model
 from toolkit.testing.parity import check_parity
@@ -93,21 +93,21 @@ def test_experts_in_a_list_are_gated_mlps():
     assert "experts" not in report.roles()
 
 
-@pytest.mark.parametrize(("make", "recorded"), [(listed, False), (other_limits, False), (own_router, True)])
-def test_forwards_that_look_at_values_have_no_programs(make, recorded, monkeypatch):
+@pytest.mark.parametrize(("make", "captured"), [(listed, False), (other_limits, False), (own_router, True)])
+def test_forwards_that_look_at_values_have_no_graphs(make, captured, monkeypatch):
     made = []
-    original = DecodePrograms.__init__
+    original = DecodeGraphs.__init__
 
     def noted(self, model):
         original(self, model)
         made.append(self)
 
-    monkeypatch.setattr(DecodePrograms, "__init__", noted)
+    monkeypatch.setattr(DecodeGraphs, "__init__", noted)
     with toolkit.Engine(make()) as engine:
         engine.generate(PROMPTS, toolkit.SamplingParams(max_tokens=6, seed=1, ignore_eos=True))
-    (programs,) = made
-    assert bool(programs._programs) is recorded
-    assert bool(programs.decided_by) is not recorded
+    (graphs,) = made
+    assert bool(graphs._graphs) is captured
+    assert bool(graphs.data_dependent_op) is not captured
 
 
 WEIGHT = torch.randn(3, generator=torch.Generator().manual_seed(0))
@@ -129,7 +129,7 @@ WEIGHT = torch.randn(3, generator=torch.Generator().manual_seed(0))
     ],
 )
 def test_a_recording_says_that_values_decided_what_it_holds(function):
-    assert record(function, [torch.tensor([1.0, 2.0, 3.0])]).decided_by
+    assert capture(function, [torch.tensor([1.0, 2.0, 3.0])]).data_dependent_op
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_a_recording_says_that_values_decided_what_it_holds(function):
     ],
 )
 def test_constants_and_shapes_may_be_looked_at(function):
-    assert record(function, [torch.tensor([1.0, 2.0, 3.0])]).decided_by == ""
+    assert capture(function, [torch.tensor([1.0, 2.0, 3.0])]).data_dependent_op == ""
 
 
 def test_of_equal_values_the_lowest_index_is_taken_and_gradients_reach_them():

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from toolkit.engine.decode import DecodePrograms, padded_size
+from toolkit.engine.decode_graphs import DecodeGraphs, padded_size
 from toolkit.engine.limits import Limits
 from toolkit.engine.scheduler import Chunk
 from toolkit.errors import ToolkitError
@@ -74,7 +74,7 @@ class PatchedModel:
         self.max_model_len = int(getattr(text, "max_position_embeddings", None) or 2048)
         sources = (getattr(model, "generation_config", None), config, text)
         self.eos = frozenset().union(*(_ids(getattr(source, "eos_token_id", None)) for source in sources))
-        self.programs = DecodePrograms(model)
+        self.graphs = DecodeGraphs(model)
         self._whole_at = -1
 
     def layers(self) -> Collection[StateSpec]:
@@ -92,11 +92,11 @@ class PatchedModel:
 
     def forward(self, batch: RaggedBatch, rows: Tensor) -> Tensor:
         with evaluating(self.model):
-            if self.programs.serves(batch):
-                return self.programs.forward(batch)[rows]
+            if self.graphs.serves(batch):
+                return self.graphs.forward(batch)[rows]
             # A prompt enters: the moment to notice that the model is made of other parts than before.
             adopt_adapters(self.model, self.numerics)
-            self.programs.refresh()
+            self.graphs.refresh()
             weight_clock(self.model).refresh()
             return ragged_forward(self.model, batch, rows)
 

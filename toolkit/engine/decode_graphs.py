@@ -1,0 +1,98 @@
+"""Captured graphs of decode steps: one per batch size, kept while the model stays the same."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+
+import torch
+from torch import Tensor, nn
+
+from toolkit.engine.graph import capture
+from toolkit.engine.graph_passes import optimize
+from toolkit.patching import report_of
+from toolkit.patching.forward import ragged_forward
+from toolkit.patching.linear_adapters import adapter_layers, adapter_state
+from toolkit.state import RaggedBatch, StatePool
+
+# A batch is padded up to the next size, so that a few graphs serve every batch. Rows cost little next to weights.
+CAPTURE_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256)
+
+
+def padded_size(count: int) -> int:
+    """The smallest size that holds ``count`` sequences; ``count`` itself beyond the largest."""
+    return next((size for size in CAPTURE_SIZES if size >= count), count)
+
+
+class DecodeGraphs:
+    """Decode forwards of one patched model over one pool.
+
+    A graph is captured at the first batch of its size and holds parameters by reference, so that it sees training
+    between two replays. What a replay cannot see (another patch, replaced parameters, hooks) is checked by
+    ``refresh``, which the caller runs whenever a prompt enters. A model with a data-dependent op has no graphs and runs
+    eagerly.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._graphs: dict[int, Callable[..., Tensor]] = {}
+        self._captured_from: tuple[object, ...] = ()
+        self._hooked = False
+        self.data_dependent_op = ""
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Drop the graphs if the model no longer consists of the parts that they were captured from."""
+        parts = (*map(id, self.model.parameters()), *map(id, self.model.buffers()))
+        parts_now = (report_of(self.model), adapter_state(adapter_layers(self.model)), *parts)
+        if parts_now != self._captured_from:
+            self._graphs.clear()
+            self._captured_from, self.data_dependent_op = parts_now, ""
+        # A hook is the user's Python and must run at every step.
+        self._hooked = any(m._forward_hooks or m._forward_pre_hooks for m in self.model.modules())
+
+    def serves(self, batch: RaggedBatch) -> bool:
+        """Whether the batch is one new token per sequence, on pages, of a size that graphs are captured for."""
+        count = len(batch.tokens)
+        steady = isinstance(batch.state, StatePool) and batch.state.recordable
+        steady = steady and not self._hooked and not self.data_dependent_op
+        return steady and count == len(batch.kv_lengths) and count in CAPTURE_SIZES
+
+    def forward(self, batch: RaggedBatch) -> Tensor:
+        """Logits [S, V] of all rows, padding included, of a batch that ``serves`` accepts."""
+        inputs = _tensors(batch)
+        replay = self._graphs.get(len(batch.tokens))
+        if replay is None:
+            # Captured outside inference mode: tensors made by the capture belong to later steps too.
+            with torch.inference_mode(False), torch.no_grad():
+                graph = capture(self._function(batch), [part.clone() for part in inputs])
+                # The capture was this step: run twice, a recurrence would advance by two tokens.
+                logits = graph.output.tensor
+                self.data_dependent_op = graph.data_dependent_op
+                if not self.data_dependent_op:
+                    self._graphs[len(batch.tokens)] = optimize(graph).compile()
+            return logits
+        return replay(*inputs)
+
+    def _function(self, batch: RaggedBatch) -> Callable[..., Tensor]:
+        model = self.model
+
+        def forward(*tensors: Tensor) -> Tensor:
+            return ragged_forward(model, _with_tensors(batch, tensors))
+
+        return forward
+
+
+_OWN = ("tokens", "positions", "query_offsets", "kv_offsets", "kv_lengths")
+
+
+def _tensors(batch: RaggedBatch) -> list[Tensor]:
+    """Every tensor of a batch with state."""
+    found = [getattr(batch, name) for name in _OWN]
+    return found + [getattr(view, part.name) for view in batch.views for part in fields(view)]
+
+
+def _with_tensors(batch: RaggedBatch, tensors: Sequence[Tensor]) -> RaggedBatch:
+    """The same batch of other ``_tensors``."""
+    left = iter(tensors)
+    own = {name: next(left) for name in _OWN}
+    views = tuple(type(view)(*(next(left) for _ in fields(view))) for view in batch.views)
+    return replace(batch, views=views, **own)  # type: ignore[arg-type]
