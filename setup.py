@@ -12,6 +12,8 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -131,35 +133,69 @@ def compile_command(name: str, sources: list[Path], out: Path, work: Path) -> li
 
 
 class BuildNative(build_ext):
-    """Compiles the instruction sets side by side; a failure is one line, not an error."""
+    """Compiles one library per instruction set, side by side; a failure is one line, not an error.
+
+    MAX_JOBS limits how many compilers run at a time; each needs about 1 GB. A library that is newer than everything it
+    is made from is kept.
+    """
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".so"
 
     def run(self) -> None:
         root = ROOT if self.inplace else Path(self.build_lib)
-        outputs = {e.name: root / self.get_ext_filename(e.name) for e in self.extensions}
+        outputs = {e.name.rsplit(".", 1)[1]: root / self.get_ext_filename(e.name) for e in self.extensions}
         try:
-            running = []
-            for name, out in outputs.items():
-                out.parent.mkdir(parents=True, exist_ok=True)
-                aside = out.with_suffix(".so.new")
-                sources = sorted(ROOT.glob("toolkit/ops/*/cpu.cpp"))
-                command = compile_command(name.rsplit(".", 1)[1], sources, aside, Path(self.build_temp))
-                running.append((subprocess.Popen(command, stderr=subprocess.PIPE, text=True), aside, out))
-            for process, aside, out in running:
-                _, errors = process.communicate()
-                if process.returncode != 0:
-                    raise RuntimeError(errors.strip()[-4000:] or f"compiler exit status {process.returncode}")
-                aside.replace(out)
+            self.compile_stale(outputs)
         except Exception as error:
             print(
-                f"toolkit: native CPU kernels were not built ({error}); the reference will serve",
+                f"toolkit: the native CPU kernels were not built ({error}); the reference implementations run instead",
                 file=sys.stderr,
+                flush=True,
             )
+
+    def compile_stale(self, outputs: dict[str, Path]) -> None:
+        """Compile what is older than its sources."""
+        changed = newest_source()
+        stale = {
+            name: out
+            for name, out in outputs.items()
+            if self.force or not out.exists() or out.stat().st_mtime < changed
+        }
+        if not stale:
+            print("toolkit: the native CPU kernels are up to date", flush=True)
+            return
+        jobs = max(1, min(len(stale), int(os.environ.get("MAX_JOBS", len(stale)))))
+        print(f"toolkit: compiling the native CPU kernels for {', '.join(stale)}, {jobs} at a time", flush=True)
+        started = time.monotonic()
+        with ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(self.compile_one, stale, stale.values()))
+        print(f"toolkit: compiled the native CPU kernels in {time.monotonic() - started:.0f} s", flush=True)
+
+    def compile_one(self, name: str, out: Path) -> None:
+        """Compile one instruction set aside and move it into place."""
+        started = time.monotonic()
+        out.parent.mkdir(parents=True, exist_ok=True)
+        aside = out.with_suffix(".so.new")
+        sources = sorted(ROOT.glob("toolkit/ops/*/cpu.cpp"))
+        command = compile_command(name, sources, aside, Path(self.build_temp))
+        result = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+        if result.returncode != 0:
+            raise RuntimeError(result.stderr.strip()[-4000:] or f"compiler exit status {result.returncode}")
+        aside.replace(out)
+        print(f"toolkit: {name} compiled in {time.monotonic() - started:.0f} s", flush=True)
 
     def get_outputs(self) -> list[str]:
         return [path for path in super().get_outputs() if os.path.exists(path)]
+
+
+def newest_source() -> float:
+    """When what the libraries are made from last changed: sources, headers, this file, torch."""
+    import torch
+
+    ops = ROOT / "toolkit" / "ops"
+    files = [*ops.rglob("*.cpp"), *ops.rglob("*.h"), *ops.glob("*/kinds/*.py"), *ops.glob("*/modifiers/*.py")]
+    return max(path.stat().st_mtime for path in [*files, Path(__file__), Path(torch.version.__file__)])
 
 
 setup(

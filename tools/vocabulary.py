@@ -108,8 +108,8 @@ def uses(path: Path) -> Iterator[Use]:
             if token.type == tokenize.NAME:
                 parts = token.string.lower().replace("in_place", "").split("_")
                 found = {WHOLE_NAMES.get(token.string), *map(NAMES.get, parts)}
-                for instead in sorted(found - {None}, key=str):
-                    yield Use(where, token.start[0], token.string, str(instead))
+                for instead in sorted(word for word in found if word is not None):
+                    yield Use(where, token.start[0], token.string, instead)
 
 
 def files(paths: list[Path]) -> Iterator[Path]:

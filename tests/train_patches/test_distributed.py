@@ -50,7 +50,7 @@ def run(line: str, script: str, folder: Path) -> None:
     assert result.stdout.count("all held") == 2
 
 
-@pytest.mark.parametrize("file", ["ddp.yaml", "fsdp2.yaml"])
+@pytest.mark.parametrize("file", [pytest.param("ddp.yaml", marks=pytest.mark.sweep), "fsdp2.yaml"])
 def test_accelerate(file: str, tmp_path: Path) -> None:
     run(line_of(file), "under_accelerate.py", tmp_path)
 

@@ -94,6 +94,7 @@ def test_mixed_precision(tmp_path):
     assert ours[0] == pytest.approx(stock[0], rel=1e-2)
 
 
+@pytest.mark.sweep
 def test_two_hundred_steps_are_the_same_curve():
     result = trainer_curve.compare(200)
     assert result["largest_difference"] <= 1e-4

@@ -260,6 +260,7 @@ def test_a_prompt_too_long_is_one_sentence(tmp_path: Path) -> None:
         trainer.train_step()
 
 
+@pytest.mark.sweep
 def test_two_processes_are_one(tmp_path: Path) -> None:
     """Each rolls out its share; the step is that of one process, and both end with the same weights."""
     run_processes("two_rollouts.py", tmp_path, says="same weights")

@@ -185,6 +185,7 @@ def test_a_router_without_a_correction_is_named(tmp_path: Path) -> None:
         Trainer(moe_recipe(tmp_path, "sft", {"bias_rate": 0.001}), quiet=True)
 
 
+@pytest.mark.sweep
 def test_two_processes_are_one(tmp_path: Path) -> None:
     run_processes("two_balances.py", tmp_path, says="same weights", seconds=300)
     trainer = Trainer(moe_recipe(tmp_path, "dpo", {"z_loss": 0.5}, name="one", train={"steps": 2}), quiet=True)
