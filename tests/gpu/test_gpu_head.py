@@ -4,7 +4,7 @@ from unittest import mock
 
 import pytest
 import torch
-from gpu_checks import (
+from tests.helpers.bounds import (
     DTYPES,
     HALF,
     NOISE,

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from gpu_checks import HALF, integers, needs_cuda, needs_device
+from tests.helpers.bounds import HALF, integers, needs_cuda, needs_device
 
 import toolkit
 from benchmarks.gpu.device import DEVICE, DRY

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu_checks import (
+from tests.helpers.bounds import (
     DTYPES,
     HALF,
     UNIT,
@@ -30,7 +30,7 @@ from toolkit.ops.grouped_linear import combine, grouped_linear
 from toolkit.ops.route import reference, route
 
 sys.path.append(str(Path(__file__).parents[1] / "ops"))
-from interpreted_moe_checks import LAYOUTS, dense_experts, layer
+from tests.helpers.moe_dense import LAYOUTS, dense_experts, layer
 
 pytestmark = [pytest.mark.gpu, needs_device]
 
@@ -46,7 +46,7 @@ ROUTERS = [(24, 4, "sigmoid", 6, 2, 2)] if DRY else [
 def rows_of_products_alone(monkeypatch):
     """In the interpreter, whose own product gives a row other bits in another place of its tile."""
     if DRY:
-        from interpreted_attention import row_by_row
+        from tests.helpers.interpreter import row_by_row
         from triton.runtime.interpreter import InterpreterBuilder
 
         monkeypatch.setattr(InterpreterBuilder, "create_dot", row_by_row)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from gpu_checks import (
+from tests.helpers.bounds import (
     DTYPES,
     HALF,
     assert_near,

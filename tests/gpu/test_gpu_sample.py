@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from gpu_checks import DTYPES, HALF, assert_same_bits, integers, needs_cuda, needs_device, noise, subsets
+from tests.helpers.bounds import DTYPES, HALF, assert_same_bits, integers, needs_cuda, needs_device, noise, subsets
 
 from benchmarks.gpu.device import DEVICE, DRY
 from toolkit.ops.sample import penalize, reference, sample

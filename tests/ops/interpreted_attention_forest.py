@@ -6,8 +6,8 @@ import textwrap
 
 import pytest
 import torch
-from attention_forests import ORACLES, Forest, Node, error
-from interpreted_checks import far_apart, poisoned
+from tests.helpers.prefix_trees import ORACLES, Forest, Node, error
+from tests.helpers.interpreter import far_apart, poisoned
 
 from toolkit.errors import ToolkitError
 from toolkit.ops.attention import modifiers

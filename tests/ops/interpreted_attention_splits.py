@@ -9,10 +9,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from attention_forests import Forest, Node
+from tests.helpers.prefix_trees import Forest, Node
 from interpreted_attention import Batch, row_by_row
 from interpreted_attention_forest import check, run
-from interpreted_checks import poisoned
+from tests.helpers.interpreter import poisoned
 from triton.runtime.interpreter import InterpreterBuilder
 
 from toolkit.ops.attention import modifiers, tiles

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from interpreted_checks import DTYPES, close, far_apart, gradients, noise, poisoned
-from recurrence_checks import Forest, cuts, past_rows, random_forest, tensors
+from tests.helpers.interpreter import DTYPES, close, far_apart, gradients, noise, poisoned
+from tests.helpers.recurrence import Forest, cuts, past_rows, random_forest, tensors
 from test_causal_conv import unshared
 
 from toolkit.errors import ToolkitError

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from interpreted_checks import DTYPES, TOLERANCE, close, far_apart, gradients, noise, poisoned, rows_alone
+from tests.helpers.interpreter import DTYPES, TOLERANCE, close, far_apart, gradients, noise, poisoned, rows_alone
 
 from toolkit.errors import ToolkitError
 from toolkit.ops.layer_norm import layer_norm

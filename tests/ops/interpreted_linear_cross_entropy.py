@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from interpreted_attention import row_by_row
-from interpreted_checks import close, noise, poisoned
+from tests.helpers.interpreter import row_by_row
+from tests.helpers.interpreter import close, noise, poisoned
 from triton.runtime.interpreter import InterpreterBuilder
 
 from toolkit.ops.linear_cross_entropy.triton import linear_cross_entropy

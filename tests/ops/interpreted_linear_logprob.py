@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from interpreted_attention import row_by_row
-from interpreted_checks import poisoned
+from tests.helpers.interpreter import row_by_row
+from tests.helpers.interpreter import poisoned
 from triton.runtime.interpreter import InterpreterBuilder
 
 from toolkit.errors import ToolkitError

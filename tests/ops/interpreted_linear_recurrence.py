@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from interpreted_checks import close, far_apart, gradients, noise, poisoned
-from recurrence_checks import Forest, cuts, inputs, tensors, unshared
+from tests.helpers.interpreter import close, far_apart, gradients, noise, poisoned
+from tests.helpers.recurrence import Forest, cuts, inputs, tensors, unshared
 
 from toolkit.errors import ToolkitError
 from toolkit.ops.linear_recurrence import linear_recurrence, linear_recurrence_paged, triton_backward

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from interpreted_attention import row_by_row
-from interpreted_checks import close, poisoned
-from interpreted_moe_checks import LAYOUTS, dense_experts, exact_gradients, layer, normal, routing
+from tests.helpers.interpreter import row_by_row
+from tests.helpers.interpreter import close, poisoned
+from tests.helpers.moe_dense import LAYOUTS, dense_experts, exact_gradients, layer, normal, routing
 from triton.runtime.interpreter import InterpreterBuilder
 
 from toolkit.errors import ToolkitError

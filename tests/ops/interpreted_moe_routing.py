@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 import torch
-from interpreted_checks import DTYPES, close, noise, poisoned, rows_alone
-from interpreted_moe_checks import routing
+from tests.helpers.interpreter import DTYPES, close, noise, poisoned, rows_alone
+from tests.helpers.moe_dense import routing
 
 from toolkit.errors import ToolkitError
 from toolkit.ops.activation.kinds import find

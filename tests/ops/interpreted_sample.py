@@ -7,8 +7,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from interpreted_checks import poisoned
-from rowwise_checks import seeded
+from tests.helpers.interpreter import poisoned
+from tests.helpers.rowwise import seeded
 from test_penalize import Rows
 from test_sample import FILTERS, columns, oracle, some_filters
 

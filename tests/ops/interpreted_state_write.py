@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from interpreted_checks import far_apart, noise
+from tests.helpers.interpreter import far_apart, noise
 
 from toolkit.errors import ToolkitError
 from toolkit.ops.state_write import state_write

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from interpreted_checks import DTYPES, TOLERANCE, close, far_apart, gradients, noise, poisoned, rows_alone
+from tests.helpers.interpreter import DTYPES, TOLERANCE, close, far_apart, gradients, noise, poisoned, rows_alone
 
 from toolkit.errors import ToolkitError
 from toolkit.ops.token_logprob import token_logprob

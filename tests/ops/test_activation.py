@@ -8,7 +8,7 @@ import pytest
 import setuptools
 import torch
 import torch.nn.functional as F
-from rowwise_checks import DTYPES, IMPLS, check_oracle, check_repeatable, check_rows, error, run, seeded
+from tests.helpers.rowwise import DTYPES, IMPLS, check_oracle, check_repeatable, check_rows, error, run, seeded
 from torch import Tensor
 
 from toolkit.errors import ToolkitError

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import setuptools
 import torch
-from attention_forests import ORACLES, SLOPES, Forest, Node, error
+from tests.helpers.prefix_trees import ORACLES, SLOPES, Forest, Node, error
 
 from toolkit.errors import ToolkitError
 from toolkit.ops.attention import attention, attention_backward, modifiers

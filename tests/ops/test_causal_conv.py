@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from recurrence_checks import Forest, cuts, past_rows, poisoned, random_forest, sequences, tensors
-from rowwise_checks import check_oracle, check_repeatable, error, run, seeded, threads
+from tests.helpers.recurrence import Forest, cuts, past_rows, poisoned, random_forest, sequences, tensors
+from tests.helpers.rowwise import check_oracle, check_repeatable, error, run, seeded, threads
 
 from toolkit.errors import ToolkitError
 from toolkit.ops.activation import activation

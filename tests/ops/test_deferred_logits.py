@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from rowwise_checks import seeded
+from tests.helpers.rowwise import seeded
 
 from toolkit.errors import ToolkitError
 from toolkit.modules.elementwise import row_invariant

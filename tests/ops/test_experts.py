@@ -4,8 +4,8 @@ import random
 
 import pytest
 import torch
-from moe_checks import LAYERS, ROUTINGS, Layer, gradients_of, routing
-from rowwise_checks import TOLERANCE, error, seeded, threads
+from tests.helpers.moe import LAYERS, ROUTINGS, Layer, gradients_of, routing
+from tests.helpers.rowwise import TOLERANCE, error, seeded, threads
 from torch import Tensor
 
 from toolkit.errors import ToolkitError

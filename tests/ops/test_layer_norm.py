@@ -1,6 +1,6 @@
 import pytest
 import torch
-from rowwise_checks import DTYPES, IMPLS, check_oracle, check_repeatable, check_rows, error, run, seeded
+from tests.helpers.rowwise import DTYPES, IMPLS, check_oracle, check_repeatable, check_rows, error, run, seeded
 from torch import Tensor
 from torch.nn.functional import layer_norm as eager
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from rowwise_checks import error, seeded, threads
+from tests.helpers.rowwise import error, seeded, threads
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 

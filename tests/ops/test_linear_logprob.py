@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from rowwise_checks import DTYPES, check_repeatable, check_rows, error, seeded, threads
+from tests.helpers.rowwise import DTYPES, check_repeatable, check_rows, error, seeded, threads
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 

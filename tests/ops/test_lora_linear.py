@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from rowwise_checks import threads
+from tests.helpers.rowwise import threads
 from torch import Tensor
 
 from toolkit.errors import ToolkitError

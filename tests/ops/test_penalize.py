@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from rowwise_checks import seeded, threads
+from tests.helpers.rowwise import seeded, threads
 from torch import Tensor
 
 from toolkit.errors import ToolkitError

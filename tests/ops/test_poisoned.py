@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from rowwise_checks import seeded
+from tests.helpers.rowwise import seeded
 from torch import Tensor
 
 from toolkit.ops.activation import activation

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from rowwise_checks import DTYPES, IMPLS, check_oracle, check_repeatable, check_rows, error, seeded
+from tests.helpers.rowwise import DTYPES, IMPLS, check_oracle, check_repeatable, check_rows, error, seeded
 from torch import Tensor
 
 from toolkit.errors import ToolkitError

@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 import torch
-from rowwise_checks import check_repeatable, check_rows, error, seeded, threads
+from tests.helpers.rowwise import check_repeatable, check_rows, error, seeded, threads
 from torch import Tensor
 
 from toolkit.errors import ToolkitError

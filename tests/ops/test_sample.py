@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from rowwise_checks import check_rows, seeded, threads
+from tests.helpers.rowwise import check_rows, seeded, threads
 from torch import Tensor
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 

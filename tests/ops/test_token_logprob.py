@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from rowwise_checks import (
+from tests.helpers.rowwise import (
     DTYPES,
     IMPLS,
     TOLERANCE,

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton", reason="the Triton kernels need triton")
 
-from triton_checks import compile_fit, run_interpreted
+from tests.helpers.compiler import compile_fit, run_interpreted
 
 from tools.compile_kernels import compiler
 from tools.compile_kernels import kernel_cases_attention as cases

@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("triton", reason="the Triton kernels need triton")
 
-from triton_checks import compile_fit, run_interpreted
+from tests.helpers.compiler import compile_fit, run_interpreted
 
 from tools.compile_kernels import compiler
 from tools.compile_kernels.kernel_cases_moe import cases

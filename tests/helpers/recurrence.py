@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from rowwise_checks import seeded
+from tests.helpers.rowwise import seeded
 from torch import Tensor
 
 Forest = tuple[list[int], list[int]]  # lengths of the segments, and their parents as linear_recurrence takes them

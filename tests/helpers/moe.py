@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from rowwise_checks import seeded
+from tests.helpers.rowwise import seeded
 from torch import Tensor
 
 from toolkit.ops.dispatch_plan import dispatch_plan

@@ -1,17 +1,15 @@
-"""What the tests of Triton kernels in Triton's interpreter share. CPU tensors, float32 and float16: the interpreter
-computes with numpy, which has no bfloat16."""
+"""What tests of Triton launchers share, in Triton's interpreter or on a device."""
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor
 
-assert os.environ.get("TRITON_INTERPRET") == "1"
-
+# The interpreter computes with numpy, which has no bfloat16.
 DTYPES = [torch.float32, torch.float16]
 # Rounding of the result, and of a few operations before it.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2**-10}
@@ -77,3 +75,13 @@ def rows_alone(f: Callable[..., Any], inputs: list[Tensor], seed: int = 0) -> No
         index = torch.randperm(count, generator=generator)[:size]
         for part, full in zip(call(index), whole):
             assert torch.equal(part, full[index])
+
+
+def row_by_row(self: Any, a: Any, b: Any, c: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
+    """``tl.dot`` of the interpreter with one order of summation for every output. Its own one is numpy's BLAS, in which
+    a row's bits depend on its position in the tile, and would hide what the kernel itself promises."""
+    from triton.language import core
+    from triton.runtime.interpreter import TensorHandle
+
+    product = (a.data[:, :, None].astype(np.float64) * b.data[None].astype(np.float64)).sum(1)
+    return TensorHandle(product.astype(np.float32) + c.data, core.float32)

@@ -1,0 +1,1 @@
+"""Oracles, checks and fixtures that the test files share."""

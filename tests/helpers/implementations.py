@@ -1,0 +1,117 @@
+"""What a test of an op is parametrised over: the reference, the native CPU kernels and the Triton kernels.
+
+The Triton kernels run on the CUDA device where there is one, and in Triton's interpreter on CPU tensors otherwise.
+``@impl_and_dtype()`` gives a test every pair of an implementation and a dtype that it takes; the fixture ``impl`` alone
+gives it every implementation.
+"""
+
+import importlib
+import pkgutil
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.helpers.interpreter import poisoned
+from toolkit import ops
+from toolkit.ops import registry
+
+CUDA = torch.cuda.is_available()
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One implementation of the ops.
+
+    option: what the ops' ``impl=`` takes for it. None dispatches by device: to the native kernels where the library was
+        built, and to Triton while ``active()``. An explicit "triton" would pass autograd by.
+    dtypes: floating-point dtypes that it takes, the most precise one first.
+    """
+
+    name: str
+    option: str | None
+    device: torch.device
+    dtypes: tuple[torch.dtype, ...]
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Default dispatch goes to this implementation, and new tensors to its device."""
+        with ExitStack() as stack:
+            if self.name == "triton":
+                stack.enter_context(poisoned())
+                stack.enter_context(torch.device(self.device) if CUDA else triton_on_cpu())
+            yield
+
+    def pick(self, *values: Tensor) -> list[Tensor]:
+        """``values`` on this implementation's device."""
+        return [value.to(self.device) for value in values]
+
+
+CPU = torch.device("cpu")
+REFERENCE = Implementation(
+    "reference", "reference", CPU, (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+)
+NATIVE = Implementation("native", None, CPU, REFERENCE.dtypes)
+TRITON = Implementation(
+    "triton",
+    None,
+    torch.device("cuda" if CUDA else "cpu"),
+    # The interpreter computes with numpy, which has no bfloat16.
+    (torch.float32, torch.bfloat16, torch.float16) if CUDA else (torch.float32, torch.float16),
+)
+IMPLEMENTATIONS = (REFERENCE, NATIVE, TRITON)
+
+
+def parameter(implementation: Implementation, *values: Any) -> Any:
+    """A parameter set of a test; on a CUDA device it belongs to the GPU suite."""
+    marks = [pytest.mark.gpu] if implementation.device.type == "cuda" else []
+    names = [str(value).removeprefix("torch.") for value in values]
+    return pytest.param(implementation, *values, marks=marks, id="-".join([implementation.name, *names]))
+
+
+PARAMETERS = [parameter(implementation) for implementation in IMPLEMENTATIONS]
+
+
+def impl_and_dtype(
+    dtypes: Sequence[torch.dtype] | None = None, implementations: Sequence[Implementation] = IMPLEMENTATIONS
+) -> pytest.MarkDecorator:
+    """Parametrise a test by ``impl`` and ``dtype``: of ``dtypes`` (all) those that an implementation takes."""
+    pairs = [
+        parameter(one, dtype) for one in implementations for dtype in one.dtypes if dtypes is None or dtype in dtypes
+    ]
+    return pytest.mark.parametrize(("impl", "dtype"), pairs, indirect=["impl"])
+
+
+def implementations(*chosen: Implementation) -> pytest.MarkDecorator:
+    """Parametrise a test by ``impl`` over ``chosen`` only."""
+    return pytest.mark.parametrize("impl", [parameter(one) for one in chosen], indirect=True)
+
+
+only_triton = implementations(TRITON)
+"""For a test of what only the Triton kernels do: of launchers, tiles and their limits."""
+
+
+@cache
+def _every_op() -> tuple[registry.Op, ...]:
+    for entry in pkgutil.iter_modules(ops.__path__):
+        if entry.ispkg and entry.name != "native":
+            importlib.import_module(f"toolkit.ops.{entry.name}")
+    return tuple(registry._OPS.values())
+
+
+@contextmanager
+def triton_on_cpu() -> Iterator[None]:
+    """The Triton kernels serve the ops on CPU tensors, through the dispatcher and autograd as on a GPU."""
+    with torch.library._scoped_library("toolkit", "IMPL") as library:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of kernels that are replaced
+            for op in _every_op():
+                if op.triton is not None:
+                    library.impl(op.name, op.triton, "CPU", allow_override=True)
+        yield
