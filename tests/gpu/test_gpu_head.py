@@ -4,6 +4,8 @@ from unittest import mock
 
 import pytest
 import torch
+
+from benchmarks.gpu.device import DEVICE, DRY
 from tests.helpers.bounds import (
     DTYPES,
     HALF,
@@ -21,8 +23,6 @@ from tests.helpers.bounds import (
     rounded,
     subsets,
 )  # fmt: skip
-
-from benchmarks.gpu.device import DEVICE, DRY
 from toolkit.ops.linear import linear
 from toolkit.ops.linear_logprob import linear_logprob
 

@@ -5,6 +5,8 @@ from unittest import mock
 
 import pytest
 import torch
+
+from benchmarks.gpu.device import DEVICE, DRY
 from tests.helpers.bounds import (
     DTYPES,
     HALF,
@@ -23,8 +25,6 @@ from tests.helpers.bounds import (
     rounded,
     subsets,
 )  # fmt: skip
-
-from benchmarks.gpu.device import DEVICE, DRY
 from toolkit.ops.linear import linear
 from toolkit.ops.lora_linear import lora_linear
 

@@ -5,10 +5,10 @@ import itertools
 
 import pytest
 import torch
-from tests.helpers.bounds import HALF, integers, needs_cuda, needs_device
 
 import toolkit
 from benchmarks.gpu.device import DEVICE, DRY
+from tests.helpers.bounds import HALF, integers, needs_cuda, needs_device
 from toolkit.modules import head
 from toolkit.patching import ragged_forward
 from toolkit.state import RaggedBatch

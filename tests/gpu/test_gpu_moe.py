@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from benchmarks.gpu.device import DEVICE, DRY
 from tests.helpers.bounds import (
     DTYPES,
     HALF,
@@ -21,8 +23,6 @@ from tests.helpers.bounds import (
     noise,
     subsets,
 )  # fmt: skip
-
-from benchmarks.gpu.device import DEVICE, DRY
 from toolkit.ops.dispatch_plan import TILE, dispatch_plan
 from toolkit.ops.dispatch_plan import reference as plans
 from toolkit.ops.experts import experts
@@ -46,8 +46,9 @@ ROUTERS = [(24, 4, "sigmoid", 6, 2, 2)] if DRY else [
 def rows_of_products_alone(monkeypatch):
     """In the interpreter, whose own product gives a row other bits in another place of its tile."""
     if DRY:
-        from tests.helpers.interpreter import row_by_row
         from triton.runtime.interpreter import InterpreterBuilder
+
+        from tests.helpers.interpreter import row_by_row
 
         monkeypatch.setattr(InterpreterBuilder, "create_dot", row_by_row)
 

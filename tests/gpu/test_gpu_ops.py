@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+
+from benchmarks.gpu.device import DEVICE, DRY
 from tests.helpers.bounds import (
     DTYPES,
     HALF,
@@ -18,8 +20,6 @@ from tests.helpers.bounds import (
     rounded,
     subsets,
 )  # fmt: skip
-
-from benchmarks.gpu.device import DEVICE, DRY
 from toolkit.ops.activation import activation
 from toolkit.ops.gated_activation import gated_activation
 from toolkit.ops.layer_norm import layer_norm

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tests.helpers.bounds import DTYPES, HALF, assert_same_bits, integers, needs_cuda, needs_device, noise, subsets
 
 from benchmarks.gpu.device import DEVICE, DRY
+from tests.helpers.bounds import DTYPES, HALF, assert_same_bits, integers, needs_cuda, needs_device, noise, subsets
 from toolkit.ops.sample import penalize, reference, sample
 
 pytestmark = [pytest.mark.gpu, needs_device]

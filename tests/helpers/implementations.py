@@ -54,9 +54,7 @@ class Implementation:
 
 
 CPU = torch.device("cpu")
-REFERENCE = Implementation(
-    "reference", "reference", CPU, (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-)
+REFERENCE = Implementation("reference", "reference", CPU, (torch.float64, torch.float32, torch.bfloat16, torch.float16))
 NATIVE = Implementation("native", None, CPU, REFERENCE.dtypes)
 TRITON = Implementation(
     "triton",

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from tests.helpers.rowwise import seeded
 from torch import Tensor
 
+from tests.helpers.rowwise import seeded
 from toolkit.ops.dispatch_plan import dispatch_plan
 from toolkit.ops.experts import experts
 

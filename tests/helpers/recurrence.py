@@ -7,8 +7,9 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from tests.helpers.rowwise import seeded
 from torch import Tensor
+
+from tests.helpers.rowwise import seeded
 
 Forest = tuple[list[int], list[int]]  # lengths of the segments, and their parents as linear_recurrence takes them
 

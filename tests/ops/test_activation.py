@@ -8,9 +8,9 @@ import pytest
 import setuptools
 import torch
 import torch.nn.functional as F
-from tests.helpers.rowwise import DTYPES, IMPLS, check_oracle, check_repeatable, check_rows, error, run, seeded
 from torch import Tensor
 
+from tests.helpers.rowwise import DTYPES, IMPLS, check_oracle, check_repeatable, check_rows, error, run, seeded
 from toolkit.errors import ToolkitError
 from toolkit.ops.activation import KINDS, activation, kinds, plain_kinds
 from toolkit.ops.gated_activation import gated_activation
@@ -221,7 +221,7 @@ def test_torch_compile_takes_the_op_whole():
 
 
 def test_a_new_kind_is_one_file(tmp_path, monkeypatch):
-    """Its torch twin serves the reference and its C++ reaches the build; for Triton see interpreted_activation.py."""
+    """Its torch twin serves the reference and its C++ reaches the build; for Triton see test_triton_activation.py."""
     (tmp_path / "leaky.py").write_text(LEAKY)
     (tmp_path / "bilinear.py").write_text(BILINEAR)
     monkeypatch.setattr(kinds, "__path__", [*kinds.__path__, str(tmp_path)])

@@ -4,8 +4,8 @@ import random
 
 import pytest
 import torch
-from tests.helpers.prefix_trees import Forest, Node, error
 
+from tests.helpers.prefix_trees import Forest, Node, error
 from toolkit.ops.attention import attention, attention_backward
 from toolkit.ops.registry import has_native
 

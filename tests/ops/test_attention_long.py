@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from tests.helpers.prefix_trees import Forest, Node, error
 
+from tests.helpers.prefix_trees import Forest, Node, error
 from toolkit.ops.attention import attention, attention_backward
 from toolkit.ops.registry import has_native
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import setuptools
 import torch
-from tests.helpers.prefix_trees import ORACLES, SLOPES, Forest, Node, error
 
+from tests.helpers.prefix_trees import ORACLES, SLOPES, Forest, Node, error
 from toolkit.errors import ToolkitError
 from toolkit.ops.attention import attention, attention_backward, modifiers
 from toolkit.ops.registry import has_native
@@ -232,7 +232,7 @@ def test_operator_registration():
 
 
 def test_a_new_modifier_is_one_file(tmp_path, monkeypatch):
-    """Its twin serves the reference, its C++ reaches the build; for Triton see interpreted_attention_forest.py."""
+    """Its twin serves the reference, its C++ reaches the build; for Triton see test_triton_attention_forest.py."""
     (tmp_path / "bent.py").write_text(BENT)
     monkeypatch.setattr(modifiers, "__path__", [*modifiers.__path__, str(tmp_path)])
     modifiers.discover()

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from tests.helpers.recurrence import Forest, cuts, past_rows, poisoned, random_forest, sequences, tensors
 from tests.helpers.rowwise import check_oracle, check_repeatable, error, run, seeded, threads
-
 from toolkit.errors import ToolkitError
 from toolkit.ops.activation import activation
 from toolkit.ops.causal_conv import causal_conv, causal_conv_paged

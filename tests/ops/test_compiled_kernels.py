@@ -137,7 +137,7 @@ def attention_of_tile(
     from toolkit.ops.attention import tiles
 
     case = kernel_cases_attention.attention_case(dtype, head_dim, paged=paged)
-    with mock.patch.object(tiles, "tile", lambda *_: tiles.Tile(*sizes)):
+    with mock.patch.object(tiles, "tile", return_value=tiles.Tile(*sizes)):
         (made,) = kernels.compile_case(case, "sm_80")
     return made
 

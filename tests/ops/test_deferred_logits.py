@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.helpers.rowwise import seeded
 
+from tests.helpers.rowwise import seeded
 from toolkit.errors import ToolkitError
 from toolkit.modules.elementwise import row_invariant
 from toolkit.ops.linear import linear

@@ -4,10 +4,10 @@ import random
 
 import pytest
 import torch
-from tests.helpers.moe import ROUTINGS, gradients_of, routing
-from tests.helpers.rowwise import TOLERANCE, error, seeded, threads
 from torch import Tensor
 
+from tests.helpers.moe import ROUTINGS, gradients_of, routing
+from tests.helpers.rowwise import TOLERANCE, error, seeded, threads
 from toolkit.errors import ToolkitError
 from toolkit.ops.dispatch_plan import dispatch_plan
 from toolkit.ops.grouped_linear import combine, grouped_linear

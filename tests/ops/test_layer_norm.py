@@ -1,9 +1,9 @@
 import pytest
 import torch
-from tests.helpers.rowwise import DTYPES, IMPLS, check_oracle, check_repeatable, check_rows, error, run, seeded
 from torch import Tensor
 from torch.nn.functional import layer_norm as eager
 
+from tests.helpers.rowwise import DTYPES, IMPLS, check_oracle, check_repeatable, check_rows, error, run, seeded
 from toolkit.errors import ToolkitError
 from toolkit.ops import native
 from toolkit.ops.layer_norm import layer_norm

@@ -5,10 +5,10 @@ import sys
 
 import pytest
 import torch
-from tests.helpers.rowwise import error, seeded, threads
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from tests.helpers.rowwise import error, seeded, threads
 from toolkit.errors import ToolkitError
 from toolkit.modules.head import causal_lm_loss
 from toolkit.ops.linear_cross_entropy import linear_cross_entropy

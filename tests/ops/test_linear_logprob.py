@@ -6,10 +6,10 @@ import sys
 
 import pytest
 import torch
-from tests.helpers.rowwise import DTYPES, check_repeatable, check_rows, error, seeded, threads
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from tests.helpers.rowwise import DTYPES, check_repeatable, check_rows, error, seeded, threads
 from toolkit.errors import ToolkitError
 from toolkit.ops.linear import linear
 from toolkit.ops.linear_logprob import linear_logprob

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from tests.helpers.recurrence import Forest, cuts, inputs, poisoned, random_forest, tensors, unshared
 from tests.helpers.rowwise import check_oracle, check_repeatable, error, run, seeded, threads
-
 from toolkit.errors import ToolkitError
 from toolkit.ops.linear_recurrence import linear_recurrence, linear_recurrence_paged
 from toolkit.ops.registry import has_native

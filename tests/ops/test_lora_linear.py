@@ -4,9 +4,9 @@ import random
 
 import pytest
 import torch
-from tests.helpers.rowwise import threads
 from torch import Tensor
 
+from tests.helpers.rowwise import threads
 from toolkit.errors import ToolkitError
 from toolkit.ops.linear import linear
 from toolkit.ops.lora_linear import lora_add, lora_linear

@@ -4,9 +4,9 @@ from collections import Counter
 
 import pytest
 import torch
-from tests.helpers.rowwise import seeded, threads
 from torch import Tensor
 
+from tests.helpers.rowwise import seeded, threads
 from toolkit.errors import ToolkitError
 from toolkit.ops.sample import penalize
 

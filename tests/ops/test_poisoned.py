@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from tests.helpers.rowwise import seeded
 from torch import Tensor
 
+from tests.helpers.rowwise import seeded
 from toolkit.ops.activation import activation
 from toolkit.ops.attention import attention
 from toolkit.ops.dispatch_plan import dispatch_plan

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from tests.helpers.rowwise import DTYPES, IMPLS, check_oracle, check_repeatable, check_rows, error, run, seeded
 from torch import Tensor
 
+from tests.helpers.rowwise import DTYPES, IMPLS, check_oracle, check_repeatable, check_rows, error, run, seeded
 from toolkit.errors import ToolkitError
 from toolkit.ops import native
 from toolkit.ops.rms_norm import add_rms_norm, rms_norm

@@ -2,9 +2,9 @@ import math
 
 import pytest
 import torch
-from tests.helpers.rowwise import DTYPES, IMPLS, check_oracle, check_repeatable, check_rows, error, seeded
 from torch import Tensor
 
+from tests.helpers.rowwise import DTYPES, IMPLS, check_oracle, check_repeatable, check_rows, error, seeded
 from toolkit.errors import ToolkitError
 from toolkit.ops.rotary import rotary, rotary_tables
 

@@ -4,9 +4,9 @@ from itertools import product
 
 import pytest
 import torch
-from tests.helpers.rowwise import check_repeatable, check_rows, error, seeded, threads
 from torch import Tensor
 
+from tests.helpers.rowwise import check_repeatable, check_rows, error, seeded, threads
 from toolkit.errors import ToolkitError
 from toolkit.ops.registry import has_native
 from toolkit.ops.route import route

@@ -3,10 +3,10 @@ import math
 
 import pytest
 import torch
-from tests.helpers.rowwise import check_rows, seeded, threads
 from torch import Tensor
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from tests.helpers.rowwise import check_rows, seeded, threads
 from toolkit.errors import ToolkitError
 from toolkit.ops.sample import reference, sample
 

@@ -2,6 +2,8 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+
 from tests.helpers.rowwise import (
     DTYPES,
     IMPLS,
@@ -13,8 +15,6 @@ from tests.helpers.rowwise import (
     run,
     seeded,
 )
-from torch import Tensor
-
 from toolkit.errors import ToolkitError
 from toolkit.ops.token_logprob import token_logprob
 

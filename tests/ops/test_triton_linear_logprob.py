@@ -1,13 +1,12 @@
-"""Triton linear_logprob in Triton's interpreter, against dense fp64. Run by test_triton_matrix.py."""
+"""Triton linear_logprob in Triton's interpreter, against dense fp64."""
 
 import math
 
 import pytest
 import torch
-from tests.helpers.interpreter import row_by_row
-from tests.helpers.interpreter import poisoned
 from triton.runtime.interpreter import InterpreterBuilder
 
+from tests.helpers.interpreter import poisoned, row_by_row
 from toolkit.errors import ToolkitError
 from toolkit.ops.linear_logprob import tiles
 from toolkit.ops.linear_logprob.triton import largest, linear_logprob

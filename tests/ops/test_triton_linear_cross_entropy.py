@@ -1,11 +1,10 @@
-"""Triton linear_cross_entropy in Triton's interpreter, against dense fp64. Run by test_triton_matrix.py."""
+"""Triton linear_cross_entropy in Triton's interpreter, against dense fp64."""
 
 import pytest
 import torch
-from tests.helpers.interpreter import row_by_row
-from tests.helpers.interpreter import close, noise, poisoned
 from triton.runtime.interpreter import InterpreterBuilder
 
+from tests.helpers.interpreter import close, noise, poisoned, row_by_row
 from toolkit.ops.linear_cross_entropy.triton import linear_cross_entropy
 from toolkit.ops.linear_logprob import tiles
 

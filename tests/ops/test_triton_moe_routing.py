@@ -1,12 +1,12 @@
-"""Triton dispatch_plan and route in Triton's interpreter. Run by test_triton_moe.py."""
+"""Triton dispatch_plan and route in Triton's interpreter."""
 
 import itertools
 
 import pytest
 import torch
+
 from tests.helpers.interpreter import DTYPES, close, noise, poisoned, rows_alone
 from tests.helpers.moe_dense import routing
-
 from toolkit.errors import ToolkitError
 from toolkit.ops.activation.kinds import find
 from toolkit.ops.dispatch_plan import reference as plans

@@ -1,13 +1,12 @@
-"""Triton linear in Triton's interpreter, against fp64. Run by test_triton_matrix.py in a process of its own."""
+"""Triton linear in Triton's interpreter, against fp64."""
 
 import random
 
 import pytest
 import torch
-from tests.helpers.interpreter import row_by_row
-from tests.helpers.interpreter import poisoned
 from triton.runtime.interpreter import InterpreterBuilder
 
+from tests.helpers.interpreter import poisoned, row_by_row
 from toolkit.errors import ToolkitError
 from toolkit.ops.linear import tiles
 from toolkit.ops.linear.triton import linear

@@ -1,14 +1,14 @@
 """Triton attention in Triton's interpreter: forests with gradients, sinks, modifiers and wide heads, against dense
-float64 attention of the unshared sequences. Run by test_triton_attention.py in a process of its own."""
+float64 attention of the unshared sequences."""
 
 import math
 import textwrap
 
 import pytest
 import torch
-from tests.helpers.prefix_trees import ORACLES, Forest, Node, error
-from tests.helpers.interpreter import far_apart, poisoned
 
+from tests.helpers.interpreter import far_apart, poisoned
+from tests.helpers.prefix_trees import ORACLES, Forest, Node, error
 from toolkit.errors import ToolkitError
 from toolkit.ops.attention import modifiers
 from toolkit.ops.attention.triton import attention

@@ -1,9 +1,9 @@
-"""Triton rotary and rotary_tables in Triton's interpreter, against fp64. Run by test_triton_rowwise.py."""
+"""Triton rotary and rotary_tables in Triton's interpreter, against fp64."""
 
 import pytest
 import torch
-from tests.helpers.interpreter import DTYPES, TOLERANCE, close, far_apart, noise, poisoned, rows_alone
 
+from tests.helpers.interpreter import DTYPES, TOLERANCE, close, far_apart, noise, poisoned, rows_alone
 from toolkit.errors import ToolkitError
 from toolkit.ops.rotary import reference, rotary, rotary_tables
 

@@ -1,9 +1,9 @@
-"""Triton rms_norm and add_rms_norm in Triton's interpreter, against fp64. Run by test_triton_rowwise.py."""
+"""Triton rms_norm and add_rms_norm in Triton's interpreter, against fp64."""
 
 import pytest
 import torch
-from tests.helpers.interpreter import DTYPES, TOLERANCE, close, far_apart, gradients, noise, poisoned, rows_alone
 
+from tests.helpers.interpreter import DTYPES, TOLERANCE, close, far_apart, gradients, noise, poisoned, rows_alone
 from toolkit.errors import ToolkitError
 from toolkit.ops.rms_norm import add_rms_norm, rms_norm
 from toolkit.ops.rms_norm.triton import add_rms_norm_backward, rms_norm_backward

@@ -1,9 +1,9 @@
-"""Triton state_write in Triton's interpreter, against a Python loop. Run by test_triton_rowwise.py."""
+"""Triton state_write in Triton's interpreter, against a Python loop."""
 
 import pytest
 import torch
-from tests.helpers.interpreter import far_apart, noise
 
+from tests.helpers.interpreter import far_apart, noise
 from toolkit.errors import ToolkitError
 from toolkit.ops.state_write import state_write
 

@@ -1,5 +1,5 @@
 """Triton attention over contexts of several splits, in Triton's interpreter, whose splits are of 32 keys: against dense
-float64 attention, and the bits of a row. Run by test_triton_attention.py in a process of its own."""
+float64 attention, and the bits of a row."""
 
 import itertools
 import math
@@ -9,12 +9,12 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from tests.helpers.prefix_trees import Forest, Node
-from interpreted_attention import Batch, row_by_row
-from interpreted_attention_forest import check, run
-from tests.helpers.interpreter import poisoned
+from test_triton_attention import Batch
+from test_triton_attention_forest import check, run
 from triton.runtime.interpreter import InterpreterBuilder
 
+from tests.helpers.interpreter import poisoned, row_by_row
+from tests.helpers.prefix_trees import Forest, Node
 from toolkit.ops.attention import modifiers, tiles
 from toolkit.ops.attention.modifiers import find
 from toolkit.ops.attention.triton import attention

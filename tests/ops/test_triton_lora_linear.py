@@ -1,14 +1,13 @@
-"""Triton low-rank adapters in Triton's interpreter, against fp64. Run by test_triton_matrix.py."""
+"""Triton low-rank adapters in Triton's interpreter, against fp64."""
 
 import random
 
 import pytest
 import torch
-from tests.helpers.interpreter import row_by_row
-from tests.helpers.interpreter import poisoned
 from test_lora_linear import make
 from triton.runtime.interpreter import InterpreterBuilder
 
+from tests.helpers.interpreter import poisoned, row_by_row
 from toolkit.errors import ToolkitError
 from toolkit.ops.lora_linear import lora_linear, reference, tiles
 from toolkit.ops.lora_linear.triton import lora_add

@@ -1,12 +1,11 @@
-"""Triton grouped_linear and combine in Triton's interpreter, against fp64. Run by test_triton_moe.py."""
+"""Triton grouped_linear and combine in Triton's interpreter, against fp64."""
 
 import pytest
 import torch
-from tests.helpers.interpreter import row_by_row
-from tests.helpers.interpreter import DTYPES, TOLERANCE, close, poisoned
-from tests.helpers.moe_dense import normal, routing
 from triton.runtime.interpreter import InterpreterBuilder
 
+from tests.helpers.interpreter import DTYPES, TOLERANCE, close, poisoned, row_by_row
+from tests.helpers.moe_dense import normal, routing
 from toolkit.errors import ToolkitError
 from toolkit.ops.dispatch_plan.triton import dispatch_plan
 from toolkit.ops.grouped_linear import reference

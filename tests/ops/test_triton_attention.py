@@ -1,28 +1,16 @@
-"""Triton attention in Triton's interpreter, on CPU tensors. Run by test_triton_attention.py in a process of
-its own, because TRITON_INTERPRET must be set before triton is imported."""
+"""Triton attention in Triton's interpreter, on CPU tensors."""
 
 import itertools
 import math
-import os
 import random
 
-import numpy as np
 import pytest
 import torch
-from triton.language import core
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+from triton.runtime.interpreter import InterpreterBuilder
 
+from tests.helpers.interpreter import row_by_row
 from toolkit.errors import ToolkitError
 from toolkit.ops.attention.triton import attention
-
-assert os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def row_by_row(self, a, b, c, input_precision, max_num_imprecise_acc):
-    """The interpreter's product, each output summed in one order. Its own one is the host's BLAS, in which
-    a row's bits depend on its place in the tile, and would hide what the kernel itself promises."""
-    product = (a.data[:, :, None].astype(np.float64) * b.data[None].astype(np.float64)).sum(1)
-    return TensorHandle(product.astype(np.float32) + c.data, core.float32)
 
 
 def dense(q, keys, values, scale, window, softcap):

@@ -1,11 +1,11 @@
-"""Triton causal_conv in Triton's interpreter, against F.conv1d in fp64. Run by test_triton_recurrence.py."""
+"""Triton causal_conv in Triton's interpreter, against F.conv1d in fp64."""
 
 import pytest
 import torch
-from tests.helpers.interpreter import DTYPES, close, far_apart, gradients, noise, poisoned
-from tests.helpers.recurrence import Forest, cuts, past_rows, random_forest, tensors
 from test_causal_conv import unshared
 
+from tests.helpers.interpreter import DTYPES, close, far_apart, gradients, noise, poisoned
+from tests.helpers.recurrence import Forest, cuts, past_rows, random_forest, tensors
 from toolkit.errors import ToolkitError
 from toolkit.ops.activation import activation
 from toolkit.ops.causal_conv import causal_conv, causal_conv_paged

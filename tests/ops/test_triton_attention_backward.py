@@ -1,16 +1,12 @@
-"""Triton attention backward in Triton's interpreter, against autograd through a dense fp64 oracle.
-Run by test_triton_attention.py in a process of its own."""
+"""Triton attention backward in Triton's interpreter, against autograd through a dense fp64 oracle."""
 
 import math
-import os
 
 import pytest
 import torch
 
 from toolkit.ops.attention.triton import attention
 from toolkit.ops.attention.triton_backward import attention_backward
-
-assert os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def dense(q, k, v, offsets, kv_offsets, kv_lengths, scale, window, softcap):

@@ -1,12 +1,12 @@
-"""Triton activations, plain and gated, in Triton's interpreter against fp64. Run by test_triton_rowwise.py."""
+"""Triton activations, plain and gated, in Triton's interpreter against fp64."""
 
 import math
 import textwrap
 
 import pytest
 import torch
-from tests.helpers.interpreter import DTYPES, TOLERANCE, close, far_apart, gradients, noise, poisoned, rows_alone
 
+from tests.helpers.interpreter import DTYPES, TOLERANCE, close, far_apart, gradients, noise, poisoned, rows_alone
 from toolkit.errors import ToolkitError
 from toolkit.ops.activation import activation, kinds
 from toolkit.ops.activation.triton import activation_backward

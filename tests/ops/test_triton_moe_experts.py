@@ -1,12 +1,11 @@
-"""Triton experts in Triton's interpreter, against a dense oracle in fp64. Run by test_triton_moe.py."""
+"""Triton experts in Triton's interpreter, against a dense oracle in fp64."""
 
 import pytest
 import torch
-from tests.helpers.interpreter import row_by_row
-from tests.helpers.interpreter import close, poisoned
-from tests.helpers.moe_dense import LAYOUTS, dense_experts, exact_gradients, layer, normal, routing
 from triton.runtime.interpreter import InterpreterBuilder
 
+from tests.helpers.interpreter import close, poisoned, row_by_row
+from tests.helpers.moe_dense import LAYOUTS, dense_experts, exact_gradients, layer, normal, routing
 from toolkit.errors import ToolkitError
 from toolkit.ops.dispatch_plan.triton import dispatch_plan
 from toolkit.ops.experts.triton import experts, input_rows

@@ -1,11 +1,11 @@
-"""Triton token_logprob in Triton's interpreter, against fp64. Run by test_triton_rowwise.py."""
+"""Triton token_logprob in Triton's interpreter, against fp64."""
 
 import math
 
 import pytest
 import torch
-from tests.helpers.interpreter import DTYPES, TOLERANCE, close, far_apart, gradients, noise, poisoned, rows_alone
 
+from tests.helpers.interpreter import DTYPES, TOLERANCE, close, far_apart, gradients, noise, poisoned, rows_alone
 from toolkit.errors import ToolkitError
 from toolkit.ops.token_logprob import token_logprob
 from toolkit.ops.token_logprob.triton import token_logprob_backward

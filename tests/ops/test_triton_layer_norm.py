@@ -1,9 +1,9 @@
-"""Triton layer_norm in Triton's interpreter, against fp64. Run by test_triton_rowwise.py."""
+"""Triton layer_norm in Triton's interpreter, against fp64."""
 
 import pytest
 import torch
-from tests.helpers.interpreter import DTYPES, TOLERANCE, close, far_apart, gradients, noise, poisoned, rows_alone
 
+from tests.helpers.interpreter import DTYPES, TOLERANCE, close, far_apart, gradients, noise, poisoned, rows_alone
 from toolkit.errors import ToolkitError
 from toolkit.ops.layer_norm import layer_norm
 from toolkit.ops.layer_norm.triton import layer_norm_backward

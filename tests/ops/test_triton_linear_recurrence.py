@@ -1,10 +1,10 @@
-"""Triton linear_recurrence in Triton's interpreter, against unshared fp64. Run by test_triton_recurrence.py."""
+"""Triton linear_recurrence in Triton's interpreter, against unshared fp64."""
 
 import pytest
 import torch
+
 from tests.helpers.interpreter import close, far_apart, gradients, noise, poisoned
 from tests.helpers.recurrence import Forest, cuts, inputs, tensors, unshared
-
 from toolkit.errors import ToolkitError
 from toolkit.ops.linear_recurrence import linear_recurrence, linear_recurrence_paged, triton_backward
 from toolkit.ops.linear_recurrence import triton as triton_forward

@@ -1,5 +1,4 @@
-"""Triton sampling in Triton's interpreter, against the specification and a loop in Python. Run by
-test_triton_sample.py in a process of its own."""
+"""Triton sampling in Triton's interpreter, against the specification and a loop in Python."""
 
 import math
 
@@ -7,11 +6,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from tests.helpers.interpreter import poisoned
-from tests.helpers.rowwise import seeded
 from test_penalize import Rows
 from test_sample import FILTERS, columns, oracle, some_filters
 
+from tests.helpers.interpreter import poisoned
+from tests.helpers.rowwise import seeded
 from toolkit.errors import ToolkitError
 from toolkit.ops.sample import reference
 from toolkit.ops.sample.triton import MAX_BLOCK, ordered, penalize, sample, uniform, value_of
