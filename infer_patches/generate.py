@@ -20,7 +20,7 @@ from infer_patches.route import Route
 from toolkit import Engine
 from toolkit.errors import ToolkitError, nearest
 from toolkit.patching import ragged_forward
-from toolkit.patching.forward import evaluating
+from toolkit.patching.eval_mode import eval_mode
 from toolkit.state import RaggedBatch
 
 _INPUTS = ("inputs", "input_ids", "attention_mask", "generation_config", "stopping_criteria", "streamer", "tokenizer")
@@ -285,6 +285,6 @@ def _logits(model: nn.Module, prompts: list[list[int]], new: Tensor) -> tuple[Te
     batch = RaggedBatch.from_sequences(texts, next(model.parameters()).device, share=False)
     ends = torch.tensor([len(text) for text in texts]).cumsum(0)
     places = (ends[:, None] - width + torch.arange(width)).flatten()
-    with evaluating(model):
+    with eval_mode(model):
         logits = ragged_forward(model, batch, places.to(batch.tokens.device)).float()
     return tuple(logits.view(rows, width, -1).to(new.device).unbind(1))

@@ -1,8 +1,10 @@
 """The import direction of the packages, and what importing them may pull in."""
 
 import ast
+import graphlib
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,44 @@ def test_hosts_do_not_import_each_other():
     for mine, other in (("train_patches", "infer_patches"), ("infer_patches", "train_patches")):
         for path in (ROOT / mine).rglob("*.py"):
             assert not any(name.split(".")[0] == other for name in imports_of(path)), path
+
+
+# (module, imported module) of imports inside functions that are there to delay something heavy, with the reason.
+DELAYED: dict[tuple[str, str], str] = {}
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported_modules(path: Path, modules: set[str]) -> Iterator[str]:
+    """What a file imports of ``modules``, inside functions too; not what it imports for type checkers alone."""
+    pending: list[ast.AST] = [ast.parse(path.read_text())]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            pending.extend(node.orelse)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in modules)
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                yield from [submodule] if submodule in modules else {node.module or ""} & modules
+        else:
+            pending.extend(ast.iter_child_nodes(node))
+
+
+def test_no_import_circle_between_modules():
+    modules = {module_name(path): path for path in (ROOT / "toolkit").rglob("*.py")}
+    names = set(modules)
+    graph = {
+        name: {other for other in imported_modules(path, names) if (name, other) not in DELAYED}
+        for name, path in modules.items()
+    }
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        raise AssertionError("import circle: " + " <- ".join(error.args[1])) from None
 
 
 def test_importing_the_ops_needs_neither_transformers_nor_triton_and_patches_nothing():

@@ -2,7 +2,7 @@
 
     model = get_peft_model(model, LoraConfig(...))  # before or after the patch
     toolkit.patch(model)
-    print(adopt_adapters(model))  # after adapters came into a model that was patched before
+    print(fuse_adapters(model))  # after adapters came into a model that was patched before
 
 ``patch`` adopts the adapters that it finds and the engine those that came later, so the call is for training, and for
 reading what was done. Saving, loading, merging and switching are PEFT's own: the wrappers stay where they are.
@@ -15,7 +15,7 @@ from torch import nn
 
 from toolkit.errors import ToolkitError
 from toolkit.patching import adapters, report_of
-from toolkit.patching.linear_adapters import adapter_report, inner_model
+from toolkit.patching.adapters import adapter_report, inner_model
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class AdapterReport:
         return "\n".join(lines + [f"{self.experts} parameters of experts: grouped"] * bool(self.experts))
 
 
-def adopt_adapters(model: nn.Module) -> AdapterReport:
+def fuse_adapters(model: nn.Module) -> AdapterReport:
     """Fuse the adapters of a patched model (a ``PeftModel``, or one with ``add_adapter``), new ones and old.
 
     A linear layer with LoRA or DoRA becomes the layer and one ``lora_add``; adapters of parameters of experts become
@@ -44,7 +44,7 @@ def adopt_adapters(model: nn.Module) -> AdapterReport:
     report = report_of(model)
     if report is None:
         raise ToolkitError(f"model {type(model).__name__} is not patched; call toolkit.patch(model) first.")
-    experts = adapters.adopt_adapters(model, report.numerics)
+    experts = adapters.fuse_adapters(model, report.numerics)
     linear = adapter_report(model)
     if not linear and not experts:
         raise ToolkitError(f"model {type(model).__name__} has no adapters; put them in with PEFT first.")

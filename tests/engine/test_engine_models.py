@@ -12,7 +12,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaFo
 
 from toolkit.engine import Engine, SamplingParams
 from toolkit.errors import ToolkitError
-from toolkit.patching.apply import patch, report_of
+from toolkit.patching import patch, report_of
 from toolkit.patching.forward import token_logprobs
 
 

@@ -1,4 +1,4 @@
-"""An architecture written after the patches is patched; a part of it that computes a little else is left alone."""
+"""An architecture written after the patches is patched; a part of it that computes something else is skipped."""
 
 import pytest
 import torch
@@ -49,10 +49,10 @@ def test_what_is_proven_is_patched_and_nothing_else(change):
     wanted = {name: count for name, count in (WHOLE | less).items() if count}
     assert report.roles() == wanted
     if role is None:
-        assert report.refusals == []
+        assert report.skipped == []
     else:
-        assert {one.role for one in report.refusals} == {role}
-        assert all(one.reason.startswith(reason) and "probe error" in one.reason for one in report.refusals)
+        assert {one.role for one in report.skipped} == {role}
+        assert all(one.reason.startswith(reason) and "probe error" in one.reason for one in report.skipped)
     if change == "swapped":  # found for what it is
         assert {one.op for one in report.claims if one.role == "mlp"} == {"gated_activation (silu of up_proj)"}
     loss, gradients = step(model, ids)
@@ -66,7 +66,7 @@ def test_what_is_proven_is_patched_and_nothing_else(change):
         (completion,) = engine.generate([ids[0].tolist()], params)
     assert completion.token_ids == written[0, 17:].tolist()
     again = toolkit.token_logprobs(model, [ids[0].tolist() + completion.token_ids])[0]
-    # Parts that are left alone have no promise of equal bits; but these are elementwise, and sums over a row.
+    # Skipped parts are not promised to be bitwise identical; but these are elementwise, and sums over a row.
     torch.testing.assert_close(again[16:].tolist(), completion.logprobs, rtol=1e-5, atol=1e-5)
     if not change:
         assert again[16:].tolist() == completion.logprobs

@@ -9,7 +9,7 @@ import toolkit
 from toolkit.config.schema import LoraSection
 from toolkit.errors import ToolkitError
 from toolkit.ops import lora_linear
-from toolkit.patching.adapters import adopt_adapters
+from toolkit.patching.adapters import fuse_adapters
 from toolkit.testing.models import random_model
 from toolkit.testing.oracle import eager, lifted_to_double
 from toolkit.training.model import add_adapters
@@ -60,13 +60,13 @@ def test_loss_and_gradients_are_pefts_own(family, parameters):
     patched = copy.deepcopy(model).double()
     toolkit.patch(patched)
     adapted(patched, parameters=parameters)
-    assert adopt_adapters(patched) == len(parameters) * (1 if family == "deepseek_v3_moe" else 2)
+    assert fuse_adapters(patched) == len(parameters) * (1 if family == "deepseek_v3_moe" else 2)
     with lifted_to_double():
         expected = loss_and_gradients(oracle)
         assert_near(loss_and_gradients(patched), expected, 1e-10)
     toolkit.patch(model)
     adapted(model, parameters=parameters)
-    adopt_adapters(model)
+    fuse_adapters(model)
     assert_near(loss_and_gradients(model), expected, 1e-4)
 
 
@@ -93,7 +93,7 @@ def adapted_and_patched(family="qwen3_moe", **kwargs):
     model = random_model(family)
     toolkit.patch(model)
     adapted(model, **kwargs)
-    adopt_adapters(model)
+    fuse_adapters(model)
     return model
 
 
@@ -113,7 +113,7 @@ def test_several_active_adapters_add_up_and_disabled_ones_do_not():
     expected = both(copy.deepcopy(model))(ids).logits
     toolkit.patch(model)
     both(model)
-    adopt_adapters(model)
+    fuse_adapters(model)
     assert relative(expected, plain) > 0.05
     assert relative(model(ids).logits, expected) < 1e-5
     model.set_adapter("two")
@@ -145,7 +145,7 @@ def test_merged_and_unmerged_and_saved_as_peft_does(tmp_path):
     oracle = adapted(copy.deepcopy(model))
     toolkit.patch(model)
     adapted(model)
-    adopt_adapters(model)
+    fuse_adapters(model)
     ids = torch.arange(3, 16)[None]
     expected = oracle(ids).logits
     oracle.save_pretrained(tmp_path / "oracle")

@@ -1,4 +1,4 @@
-"""Roles ``experts`` and ``router``: what is claimed in which architecture, and what is left alone."""
+"""Roles ``experts`` and ``router``: what is claimed in which architecture, and what is skipped."""
 
 import copy
 
@@ -65,7 +65,7 @@ def test_routers_and_experts_are_recognised_by_what_they_compute(architecture, s
     report = find_claims(small_model(architecture, settings), ["router", "experts"])
     assert becomes(report, "router") == {f"route ({router})"}
     assert becomes(report, "experts") == {f"experts ({experts})"}
-    assert report.refusals == []
+    assert report.skipped == []
 
 
 def test_experts_without_a_gate_are_proven():
@@ -76,7 +76,7 @@ def test_experts_without_a_gate_are_proven():
     assert becomes(report, "experts") == {"experts (relu2, no gate)"}
 
 
-def test_a_router_that_draws_random_numbers_in_training_is_left_alone():
+def test_a_router_that_draws_random_numbers_in_training_is_skipped():
     report = find_claims(small_model("phimoe", {"router_jitter_noise": 0.1}), ["experts", "norm"])
     assert becomes(report, "experts") == {"experts (silu, halves)"}
     with pytest.raises(ToolkitError, match="computes something else in training"):
@@ -92,13 +92,13 @@ def test_the_place_of_experts_counts_layers_of_experts_alone():
     assert all(layout_of(layer.mlp.experts) is None for layer in model.model.layers[1:])
 
 
-def test_experts_with_other_limits_are_left_alone_and_the_others_are_not():
+def test_experts_with_other_limits_are_skipped_and_the_others_are_not():
     model = random_model("gpt_oss")
     model.model.layers[0].mlp.experts.limit = 5.0
     before = model(torch.arange(3, 16)[None]).logits
     report = toolkit.patch(model)
     assert [claim.path for claim in report.claims if claim.role == "experts"] == ["", "model.layers.1.mlp.experts"]
-    refusal = next(refusal for refusal in report.refusals if refusal.role == "experts")
+    refusal = next(refusal for refusal in report.skipped if refusal.role == "experts")
     assert refusal.path == "model.layers.0.mlp.experts"
     assert "probe error" in refusal.reason
     torch.testing.assert_close(model(torch.arange(3, 16)[None]).logits, before, rtol=1e-4, atol=1e-4)

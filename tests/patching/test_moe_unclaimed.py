@@ -78,7 +78,7 @@ def own_router():
 
 
 @pytest.mark.parametrize("make", [listed, other_limits, own_router])
-def test_no_token_differs_where_experts_or_routers_are_left_alone(make):
+def test_no_token_differs_where_experts_or_routers_are_skipped(make):
     model = make()
     toolkit.patch(model)
     parity = check_parity(model, PROMPTS, min_tokens=400, seed=2, max_new_tokens=12)

@@ -87,7 +87,7 @@ def test_every_module_of_the_known_families_is_claimed(family):
     report = find_claims(random_model(family))
     roles = report.roles()
     # A gated norm of two inputs is no role; its mixer keeps it as it is.
-    assert {refusal.role for refusal in report.refusals} <= ({"norm"} if family in HYBRIDS else set())
+    assert {refusal.role for refusal in report.skipped} <= ({"norm"} if family in HYBRIDS else set())
     assert max(claim.error.forward for claim in report.claims) < 5e-6
     assert roles["head"] == 2
     # The model's setting, and a fused forward a layer of the usual build.
@@ -140,12 +140,12 @@ def test_patching_twice_is_patching_once():
 def test_a_patched_copy_is_independent():
     model = random_model("llama")
     toolkit.patch(model)
-    twin = copy.deepcopy(model)
+    copied = copy.deepcopy(model)
     with torch.no_grad():
-        twin.lm_head.weight.zero_()
+        copied.lm_head.weight.zero_()
     ids = torch.arange(3, 16)[None]
-    assert not torch.equal(model(ids).logits, twin(ids).logits)
-    assert twin(ids).logits.abs().max() == 0
+    assert not torch.equal(model(ids).logits, copied(ids).logits)
+    assert copied(ids).logits.abs().max() == 0
 
 
 def test_unknown_role_is_refused_with_the_nearest():
@@ -180,11 +180,11 @@ class LateNorm(nn.Module):
         )
 
 
-def test_a_module_with_other_mathematics_is_left_alone_with_the_error():
+def test_a_module_with_other_mathematics_is_skipped_with_the_error():
     model = random_model("llama")
     model.model.norm = LateNorm(64)
     report = toolkit.patch(model)
-    refusal = next(r for r in report.refusals if r.path == "model.norm")
+    refusal = next(r for r in report.skipped if r.path == "model.norm")
     assert refusal.role == "norm"
     assert "probe error" in refusal.reason
     assert "forward" not in model.model.norm.__dict__
@@ -205,7 +205,7 @@ def test_swapped_gate_and_up_are_found_as_such():
     assert claims["model.layers.1.mlp"] == "gated_activation (silu of gate_proj)"
 
 
-def test_extra_scale_is_left_alone():
+def test_extra_scale_is_skipped():
     model = random_model("llama")
     mlp = model.model.layers[0].mlp
 
@@ -215,13 +215,13 @@ def test_extra_scale_is_left_alone():
 
     mlp.__class__ = Scaled
     report = toolkit.patch(model)
-    assert [r.path for r in report.refusals] == ["model.layers.0.mlp"]
+    assert [r.path for r in report.skipped] == ["model.layers.0.mlp"]
 
 
-def test_rotary_tables_that_grow_with_the_sequence_are_left_alone():
+def test_rotary_tables_that_grow_with_the_sequence_are_skipped():
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     report = find_claims(random_model("llama", rope_parameters=rope))
-    assert [r.role for r in report.refusals] == ["rotary"]
+    assert [r.role for r in report.skipped] == ["rotary"]
 
 
 def test_probes_leave_random_state_and_weights_alone():

@@ -47,7 +47,7 @@ def test_trainer(names):
 
 def test_peft(names, capsys):
     run(EXAMPLES[2], names)
-    (said,) = re.findall(r"adopt_adapters\(model\)\)  # (.*)", EXAMPLES[2])
+    (said,) = re.findall(r"fuse_adapters\(model\)\)  # (.*)", EXAMPLES[2])
     assert said in capsys.readouterr().out
     ids = torch.tensor([[1, 5, 9, 13]])
     torch.testing.assert_close(names["unpatched"](ids).logits, names["model"](ids).logits, rtol=1e-4, atol=1e-5)

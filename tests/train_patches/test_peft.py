@@ -10,7 +10,7 @@ from toolkit.errors import ToolkitError
 from toolkit.patching import report_of
 from toolkit.testing.models import random_model
 from toolkit.testing.oracle import eager, lifted_to_double
-from train_patches.peft import adopt_adapters
+from train_patches.peft import fuse_adapters
 
 peft = pytest.importorskip("peft")
 LINEAR = ["q_proj", "o_proj", "gate_proj", "down_proj", "lm_head"]
@@ -40,7 +40,7 @@ def patched_with(model, config, first: str):
     if first == "patch":
         toolkit.patch(model)
         model = with_adapters(model, config)
-        adopt_adapters(model)
+        fuse_adapters(model)
         return model
     model = with_adapters(model, config)
     toolkit.patch(model)
@@ -94,12 +94,12 @@ def test_loss_and_gradients_are_pefts_own(case, first):
         assert_near(loss_and_gradients(double), expected, 1e-10)
     single = patched_with(model, copy.deepcopy(config), first)
     assert_near(loss_and_gradients(single), expected, 1e-4)
-    report = adopt_adapters(single)
+    report = fuse_adapters(single)
     assert {verdict for _, verdict in report.linear} == {"fused"}
     assert report.experts == (4 if case == "experts" else 0)
     wanted = {"mlp", "attention"} if family in ("llama", "gemma2") else {"attention"}
     assert wanted <= set(report_of(single).roles())
-    assert not [r for r in report_of(single).refusals if r.role in ("mlp", "head", "attention")]
+    assert not [r for r in report_of(single).skipped if r.role in ("mlp", "head", "attention")]
 
 
 def test_fused_layers_run_one_op_and_never_the_weights_of_the_adapter(monkeypatch):
@@ -120,7 +120,7 @@ def test_the_head_keeps_its_adapter_in_every_loss():
     ids = ids_of()
     plain = model(input_ids=ids, labels=ids).loss.item()
     adapted = with_adapters(model, lora(["lm_head"]))
-    adopt_adapters(adapted)
+    fuse_adapters(adapted)
     assert abs(adapted(input_ids=ids, labels=ids).loss.item() - plain) > 1e-2
     rows = [row.tolist() for row in ids]
     mean = -torch.cat(toolkit.token_logprobs(adapted, rows)).mean()
@@ -189,7 +189,7 @@ def test_merged_saved_and_loaded_as_peft_does(use_dora, tmp_path):
         base = random_model("llama")
         toolkit.patch(base)
         ours = peft.PeftModel.from_pretrained(base, tmp_path / "unpatched")
-        adopt_adapters(ours)
+        fuse_adapters(ours)
         assert torch.equal(ours(ids).logits, model(ids).logits)
         assert relative(ours(ids).logits, expected) < 1e-5
         model.merge_adapter()
@@ -252,12 +252,12 @@ def test_what_is_not_lora_is_left_to_peft_with_a_reason():
     )
     oracle = with_adapters(random_model("llama"), copy.deepcopy(config))
     model = patched_with(random_model("llama"), config, "adapters")
-    report = adopt_adapters(model)
+    report = fuse_adapters(model)
     assert {verdict for _, verdict in report.linear} == {"it has no lora_A"}
     assert "4 linear layers: it has no lora_A" in str(report)
     assert relative(model(ids).logits, oracle(ids).logits) < 1e-5
     assert "mlp" in report_of(model).roles()
-    assert "left alone: adapter · model.layers.*.self_attn.k_proj · 2 · it has no lora_A" in str(report_of(model))
+    assert "skipped: adapter · model.layers.*.self_attn.k_proj · 2 · it has no lora_A" in str(report_of(model))
 
 
 def test_an_adapted_model_is_one_graph():
@@ -285,12 +285,12 @@ def test_unpatch_leaves_peft_as_it_was():
 def test_what_cannot_be_meant_is_refused():
     model = random_model("llama")
     with pytest.raises(ToolkitError, match="LlamaForCausalLM is not patched"):
-        adopt_adapters(model)
+        fuse_adapters(model)
     toolkit.patch(model)
     with pytest.raises(ToolkitError, match="LlamaForCausalLM has no adapters"):
-        adopt_adapters(model)
+        fuse_adapters(model)
     prompted = peft.get_peft_model(
         random_model("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     )
-    with pytest.raises(ToolkitError, match="peft_type of adapter 'default' is PROMPT_TUNING"):
+    with pytest.raises(ToolkitError, match=r"peft_type of adapter 'default' must be .*, got PROMPT_TUNING"):
         toolkit.patch(prompted)

@@ -74,7 +74,7 @@ registers, measured on a small model of it: random float32 weights, bitwise tier
 | differing | tokens, of {parity} or more, whose log-probability differs in a bit between engine and training | 0 |
 | export | unpatched transformers opens an export and computes the same logits | yes |
 
-Covered: all of that holds; modules that were left alone are named with the reason. Refused: nothing that was measured
+Covered: all of that holds; skipped modules are named with the reason. Refused: nothing that was measured
 is wrong, and the row says why it goes no further. Wrong: a number is not right.
 
 **{totals}.**
@@ -116,7 +116,7 @@ def table(rows: "Sequence[Coverage]") -> list[str]:
     for row in rows:
         roles = ", ".join(f"{count} {role}" for role, count in row.roles.items())
         differing = "" if row.differing is None else str(row.differing)
-        reason = (row.reason or "; ".join(row.left_alone)).replace("|", "\\|")
+        reason = (row.reason or "; ".join(row.skipped)).replace("|", "\\|")
         lines.append(
             f"| {row.model_type} | {row.verdict} | {roles} | {number(row.probe_error)} | {number(row.loss_error)} | "
             f"{number(row.gradient_error)} | {yes(row.generated)} | {differing} | {yes(row.exported)} | {reason} |"

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser("patches", help="show what a patch of a model replaces and what it leaves alone")
+    parser = subparsers.add_parser("patches", help="show what a patch of a model replaces and what it skips")
     parser.add_argument("model", nargs="?", help="checkpoint folder or training run")
     parser.add_argument("--random", metavar="FAMILY", help="a small random model instead")
     parser.add_argument("--numerics", choices=["bitwise", "fast"], default=None)
@@ -40,11 +40,11 @@ def run(args: argparse.Namespace) -> int:
     for row in report.rows():
         table.add_row(*row)
     console.print(table)
-    if report.refusals:
-        left = Table(title="left alone", title_justify="left")
+    if report.skipped:
+        left = Table(title="skipped", title_justify="left")
         for column in ("role", "modules", "count", "why"):
             left.add_column(column, justify="right" if column == "count" else "left", overflow="fold")
-        for refusal in report.left_alone():
-            left.add_row(*refusal)
+        for skipped in report.skipped_rows():
+            left.add_row(*skipped)
         console.print(left)
     return 0

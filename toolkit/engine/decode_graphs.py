@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from toolkit.engine.graph import capture
 from toolkit.engine.graph_passes import optimize
 from toolkit.patching import report_of
+from toolkit.patching.adapters import adapter_layers, adapter_state
 from toolkit.patching.forward import ragged_forward
-from toolkit.patching.linear_adapters import adapter_layers, adapter_state
 from toolkit.state import RaggedBatch, StatePool
 
 # A batch is padded up to the next size, so that a few graphs serve every batch. Rows cost little next to weights.

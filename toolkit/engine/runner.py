@@ -15,9 +15,9 @@ from toolkit.engine.scheduler import Chunk
 from toolkit.errors import ToolkitError
 from toolkit.numerics import Numerics
 from toolkit.patching import patch, report_of
-from toolkit.patching.adapters import adopt_adapters
-from toolkit.patching.forward import evaluating, ragged_forward
-from toolkit.patching.linear_adapters import inner_model
+from toolkit.patching.adapters import fuse_adapters, inner_model
+from toolkit.patching.eval_mode import eval_mode
+from toolkit.patching.forward import ragged_forward
 from toolkit.patching.sharding import check_whole
 from toolkit.patching.state_spec import state_spec
 from toolkit.patching.weights import weight_clock, weight_version
@@ -91,11 +91,11 @@ class PatchedModel:
         return padded_size(sequences)
 
     def forward(self, batch: RaggedBatch, rows: Tensor) -> Tensor:
-        with evaluating(self.model):
+        with eval_mode(self.model):
             if self.graphs.serves(batch):
                 return self.graphs.forward(batch)[rows]
             # A prompt enters: the moment to notice that the model is made of other parts than before.
-            adopt_adapters(self.model, self.numerics)
+            fuse_adapters(self.model, self.numerics)
             self.graphs.refresh()
             weight_clock(self.model).refresh()
             return ragged_forward(self.model, batch, rows)

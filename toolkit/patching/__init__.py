@@ -1,8 +1,9 @@
 """Claim, probe, apply, undo, report: how a Hugging Face model is patched. Knows transformers; nothing below it does."""
 
 from toolkit.modules.experts import expert_layers
-from toolkit.patching.apply import find_claims, patch, report_of, unpatch
+from toolkit.patching.apply import find_claims, patch, unpatch
 from toolkit.patching.forward import ragged_forward, token_logprobs
+from toolkit.patching.record import report_of
 from toolkit.patching.report import PatchReport
 from toolkit.patching.state_spec import state_spec
 from toolkit.patching.weights import weight_version, weights_changed

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from toolkit.patching.forward import evaluating
+from toolkit.patching.eval_mode import eval_mode
 from toolkit.patching.probe import device_of, generator
 
 HIDDEN = ("hidden_states", "x")
@@ -80,7 +80,7 @@ def watch(model: Any, modules: Sequence[nn.Module], rows: int, length: int, reac
 
     configs = {id(one): one for one in (model.config, model.config.get_text_config())}.values()
     before = model.config._attn_implementation
-    with ExitStack() as stack, torch.no_grad(), evaluating(model):
+    with ExitStack() as stack, torch.no_grad(), eval_mode(model):
         for config in configs:
             stack.enter_context(_replaced(config, {"sliding_window": reach, "attention_chunk_size": reach}))
         for module in modules:

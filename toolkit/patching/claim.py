@@ -1,6 +1,6 @@
-"""What a patch wants to replace, and what it leaves alone.
+"""What a patch replaces, and what it skips.
 
-A claim is collected on the original model, carries the errors of its probe and knows how to install and undo itself.
+A claim is collected on the original model, carries the errors of its probe, and knows how to install and undo itself.
 """
 
 import types
@@ -27,16 +27,26 @@ class ProbeError:
     backward: float
 
     def passes(self) -> bool:
-        """Whether both are what rounding explains. NaN never passes."""
+        """Whether rounding explains both. NaN never passes."""
         return self.forward <= FORWARD_TOLERANCE and self.backward <= BACKWARD_TOLERANCE
 
     def worst(self) -> float:
+        """The larger of the two."""
         return max(self.forward, self.backward)
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A proven wish to replace ``module``'s forward in ``role`` by ``op``."""
+    """A proven replacement.
+
+    Args:
+        role: what the module is in the model.
+        path: its dotted name; "" for a setting of the model as a whole.
+        module: the module itself, or the model.
+        op: what replaces it, for the report.
+        error: of the probe.
+        install: makes the replacement and returns its undo step.
+    """
 
     role: str
     path: str
@@ -47,21 +57,21 @@ class Claim:
 
 
 @dataclass(frozen=True)
-class Refusal:
-    """A module that looked like ``role`` and is left as it was, with the reason."""
+class Skipped:
+    """A module that looked like ``role`` and keeps its own forward, with the reason."""
 
     role: str
     path: str
     reason: str
 
 
-# Installers and undos are partial functions of their modules and no closures: in a deep copy of a model they speak of
-# the copy's modules.
+# Installers and undo steps are partial functions of their modules and not closures: in a deep copy of a model they
+# refer to the copy's modules.
 
 
-def replace_forward(module: nn.Module, forward: Callable) -> Callable[[], Undo]:
-    """An installer that puts ``forward`` on the instance, in front of the class's own; undo takes it away again."""
-    forward.__name__ = "forward"  # under which pickle, which keeps no functions, finds the class's own
+def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], Undo]:
+    """An installer that puts ``forward`` on the instance, in front of the class's own; undo removes it."""
+    forward.__name__ = "forward"  # pickle keeps no functions; under this name it finds the class's own
     return partial(_put_forward, module, types.MethodType(forward, module))
 
 
@@ -73,25 +83,25 @@ def _put_forward(module: nn.Module, forward: Any) -> Undo:
     name = _HOOKED if _HOOKED in module.__dict__ else "forward"
     before = module.__dict__.get(name)
     module.__dict__[name] = forward
-    return partial(_take_forward, module, forward, before)
+    return partial(_remove_forward, module, forward, before)
 
 
-def _take_forward(module: nn.Module, forward: Any, before: Any) -> None:
-    """Put ``before`` in the place of ``forward``, which hooks may have come around, or left, in the meantime."""
+def _remove_forward(module: nn.Module, forward: Any, before: Any) -> None:
+    """Put ``before`` back in place of ``forward``; hooks may have been added or removed since."""
     if module.__dict__.get(_HOOKED) == forward:
         module.__dict__[_HOOKED] = before or types.MethodType(type(module).forward, module)
     else:
-        _put_back(module, "forward", before)
+        _restore(module, "forward", before)
 
 
-def put_on(module: nn.Module, name: str, value: Any) -> Undo:
-    """Set an attribute of the instance, past ``__setattr__``; the way back."""
+def set_attribute(module: nn.Module, name: str, value: Any) -> Undo:
+    """The undo step, after setting an attribute of the instance past ``nn.Module.__setattr__``."""
     before = module.__dict__.get(name)
     module.__dict__[name] = value
-    return partial(_put_back, module, name, before)
+    return partial(_restore, module, name, before)
 
 
-def _put_back(module: nn.Module, name: str, before: Any) -> None:
+def _restore(module: nn.Module, name: str, before: Any) -> None:
     if before is None:
         module.__dict__.pop(name, None)
     else:

@@ -2,8 +2,8 @@
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -16,8 +16,9 @@ from toolkit.modules.elementwise import row_invariant
 from toolkit.numerics import Numerics
 from toolkit.ops.linear_logprob import deferred
 from toolkit.ops.take_rows import take_rows
-from toolkit.patching.apply import report_of
-from toolkit.patching.linear_adapters import inner_model
+from toolkit.patching.adapters import inner_model
+from toolkit.patching.eval_mode import eval_mode
+from toolkit.patching.record import report_of
 from toolkit.patching.report import PatchReport
 from toolkit.state.batch import RaggedBatch, observing
 
@@ -52,9 +53,9 @@ def ragged_forward(model: nn.Module, batch: RaggedBatch, rows: Tensor | None = N
     inner = inner_model(_patched(model))
     report = report_of(inner)
     if report is None or not {"attention", "mixer"} & set(report.roles()):
-        refusals = report.refusals if report else []
-        why = next((r.reason for r in refusals if r.role in ("attention", "mixer")), None)
-        state = f"left alone: {why}" if why else "not patched: no layer has the form of those that reach the interface"
+        skipped = report.skipped if report else []
+        why = next((r.reason for r in skipped if r.role in ("attention", "mixer")), None)
+        state = f"skipped: {why}" if why else "not patched: no layer has the form of those that reach the interface"
         raise ToolkitError(f"model {type(inner).__name__} has attention {state}; a ragged batch needs it patched.")
     if not torch.compiler.is_compiling() and report not in _SEPARATE:
         _SEPARATE.add(report)  # the check comes through here itself
@@ -97,7 +98,7 @@ def _check_separate(model: nn.Module) -> None:
         rows = torch.arange(len(before), len(before) + 3, device=device)
         return ragged_forward(model, RaggedBatch.from_sequences([before, [1, 2, 3]], device, share=False), rows).float()
 
-    with torch.no_grad(), evaluating(model), observing(None):
+    with torch.no_grad(), eval_mode(model), observing(None):
         first, second, moved = after([0] * 7), after([3] * 7), after([0] * 4)
 
     def alike(one: Tensor, other: Tensor) -> bool:
@@ -106,7 +107,7 @@ def _check_separate(model: nn.Module) -> None:
     if not alike(first, second):
         report = report_of(model)
         assert report is not None
-        left = sorted({f"{r.path} ({r.reason})" for r in report.refusals if r.role in ("attention", "mixer")})
+        left = sorted({f"{r.path} ({r.reason})" for r in report.skipped if r.role in ("attention", "mixer")})
         raise ToolkitError(
             f"model {type(model).__name__} mixes the sequences of a batch in a layer that is not patched"
             f"{': ' + '; '.join(left[:3]) if left else ''}; a ragged batch needs every such layer patched."
@@ -116,19 +117,6 @@ def _check_separate(model: nn.Module) -> None:
             f"model {type(model).__name__} takes a token's position from its place in the batch and not from "
             "position_ids; a ragged batch needs those."
         )
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout is for training: a model in train mode is run without it, and stays in train mode."""
-    training = [module for module in model.modules() if module.training] if model.training else []
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def token_logprobs(

@@ -1,6 +1,6 @@
 """Is a module the mathematics of an op? Ask it, on random inputs, forward and backward.
 
-The module under question is never touched: a float32 twin of it, with random parameters, answers.
+The module itself is never touched: a float32 probe copy of it, with random parameters, is run in its place.
 """
 
 import copy
@@ -20,7 +20,7 @@ def generator(device: torch.device, stream: int = 0) -> torch.Generator:
     return torch.Generator(device).manual_seed(20261123 + stream)
 
 
-def twin(module: nn.Module, instead: dict[int, nn.Parameter] | None = None) -> nn.Module:
+def probe_copy(module: nn.Module, instead: dict[int, nn.Parameter] | None = None) -> nn.Module:
     """A float32 copy with random parameters of unit scale (matrices: 1/sqrt(fan in)), in eval mode.
 
     instead: other parameters to copy in the place of those of these identities.

@@ -1,19 +1,25 @@
-"""What a patch did, and did not do, in a form that can be read and printed."""
+"""What a patch replaced and what it skipped, to be read by code or printed."""
 
 from collections import Counter
 from dataclasses import dataclass, field
 
 from toolkit.numerics import Numerics
-from toolkit.patching.claim import Claim, Refusal
+from toolkit.patching.claim import Claim, Skipped
 
 
 @dataclass(frozen=True, eq=False)
 class PatchReport:
-    """The replacements made on one model (``claims``), what looked like a role and was left (``refusals``)."""
+    """The result of patching one model.
+
+    Args:
+        numerics: mode of the patch.
+        claims: replacements, with their probe errors.
+        skipped: modules that looked like a role and keep their own forward, with the reason.
+    """
 
     numerics: Numerics
     claims: list[Claim] = field(default_factory=list)
-    refusals: list[Refusal] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
 
     def roles(self) -> dict[str, int]:
         """Number of replaced modules of each role."""
@@ -24,7 +30,7 @@ class PatchReport:
         return max((claim.error.worst() for claim in self.claims), default=0.0)
 
     def rows(self) -> list[tuple[str, str, str, str, str, str]]:
-        """One row a distinct (role, op, path pattern): role, modules, count, op, forward error, backward error."""
+        """One row per (role, op, path pattern): role, modules, count, op, forward error, backward error."""
         groups: dict[tuple[str, str, str], list[Claim]] = {}
         for claim in self.claims:
             groups.setdefault((claim.role, _pattern(claim.path), claim.op), []).append(claim)
@@ -40,15 +46,15 @@ class PatchReport:
             for (role, pattern, op), claims in groups.items()
         ]
 
-    def left_alone(self) -> list[tuple[str, str, str, str]]:
-        """One row a distinct (role, path pattern, reason): role, modules, count, reason."""
-        groups = Counter((r.role, _pattern(r.path), r.reason) for r in self.refusals)
+    def skipped_rows(self) -> list[tuple[str, str, str, str]]:
+        """One row per (role, path pattern, reason): role, modules, count, reason."""
+        groups = Counter((one.role, _pattern(one.path), one.reason) for one in self.skipped)
         return [(role, pattern or "(model)", str(n), reason) for (role, pattern, reason), n in groups.items()]
 
     def __str__(self) -> str:
         lines = [f"numerics: {self.numerics}"]
         lines += [f"  {' · '.join(row)}" for row in self.rows()]
-        lines += [f"  left alone: {' · '.join(row)}" for row in self.left_alone()]
+        lines += [f"  skipped: {' · '.join(row)}" for row in self.skipped_rows()]
         return "\n".join(lines)
 
 

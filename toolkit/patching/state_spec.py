@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from toolkit.errors import ToolkitError
-from toolkit.patching.apply import report_of
 from toolkit.patching.forward import ragged_forward
 from toolkit.patching.probe import device_of
+from toolkit.patching.record import report_of
 from toolkit.state import StateSpec
 from toolkit.state.batch import RaggedBatch
 
@@ -53,7 +53,7 @@ def state_spec(model: nn.Module) -> list[StateSpec]:
     count = getattr(model.config.get_text_config(), "num_hidden_layers", len(layers))  # type: ignore[operator, union-attr]
     missing = sorted(set(range(count)) - layers)
     report = report_of(model)
-    if missing and report is not None and any(one.role in ("attention", "mixer") for one in report.refusals):
+    if missing and report is not None and any(one.role in ("attention", "mixer") for one in report.skipped):
         raise ToolkitError(f"layers {missing} of the model keep their state to themselves; allowed is none.")
     places = sorted(spec.layer for spec in watching.routed)
     if places != list(range(len(places))):

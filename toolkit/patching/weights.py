@@ -10,7 +10,7 @@ from torch import nn
 from torch.autograd.graph import increment_version
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from toolkit.patching.linear_adapters import adapter_layers, adapter_state, inner_model
+from toolkit.patching.adapters import adapter_layers, adapter_state, inner_model
 
 _WATCHED: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 

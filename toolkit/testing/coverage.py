@@ -47,7 +47,7 @@ class Coverage:
     generated: bool | None = None
     differing: int | None = None
     exported: bool | None = None
-    left_alone: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
     reason: str = ""
     seconds: float = 0.0
 
@@ -139,7 +139,7 @@ def measure(model_type: str) -> Coverage:
         report = patch(model)
         row.roles = report.roles()
         row.probe_error = report.worst_error()
-        row.left_alone = [f"{role} {path}: {reason}" for role, path, _, reason in report.left_alone()]
+        row.skipped = [f"{role} {path}: {reason}" for role, path, _, reason in report.skipped_rows()]
         stage = "patched forward"
         got, patched = _loss_and_gradient(model)
         row.loss_error = float((got - loss).abs() / loss.abs().clamp_min(1e-30))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from toolkit.config.schema import LoraSection, ModelSection
 from toolkit.errors import ToolkitError, nearest
 from toolkit.patching import PatchReport, patch, ragged_forward, token_logprobs, weights_changed
-from toolkit.patching.adapters import adopt_adapters
+from toolkit.patching.adapters import fuse_adapters
 from toolkit.state.batch import RaggedBatch, RouterObserver, observing
 from toolkit.training.tokenizer import reason
 
@@ -208,7 +208,7 @@ def add_adapters(model: "PreTrainedModel", section: LoraSection, report: PatchRe
         if section.parameters is not None:
             fields += f" and model.lora.parameters is {section.parameters!r}"
         raise ToolkitError(f"{fields}: {reason(error)}") from None
-    adopt_adapters(model, report.numerics)
+    fuse_adapters(model, report.numerics)
     weights_changed(model)
 
 

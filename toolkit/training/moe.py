@@ -43,7 +43,7 @@ class Balancing:
         with torch.no_grad(), observing(seen):
             ragged_forward(self.setting.model.model, RaggedBatch.from_sequences([[0]], device=self.setting.device))
         self.routers = len(seen.take_loads())
-        left = sorted({refusal.reason for refusal in report.refusals if refusal.role in ("router", "experts")})
+        left = sorted({refusal.reason for refusal in report.skipped if refusal.role in ("router", "experts")})
         why = f" ({'; '.join(left)})" if left else ""
         for name in ("balance", "z_loss", "bias_rate"):
             if getattr(section, name) and not self.routers:

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 from toolkit.numerics import Numerics
-from toolkit.patching.claim import Claim, Refusal
+from toolkit.patching.claim import Claim, Skipped
 from toolkit.patching.roles import activation, attention, experts, head, layer, linear, mixer, mlp, norm, rotary, router
 
-Finder = Callable[[Any, Numerics], list[Claim | Refusal]]
+Finder = Callable[[Any, Numerics], list[Claim | Skipped]]
 
 FINDERS: dict[str, Finder] = {
     "norm": norm.find,

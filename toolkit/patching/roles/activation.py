@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from toolkit.modules.mlp import activation_forward
 from toolkit.numerics import Numerics
 from toolkit.ops.activation import plain_kinds
-from toolkit.patching.claim import Claim, ProbeError, Refusal
-from toolkit.patching.probe import compare, required_arguments, twin, with_forward
-from toolkit.patching.roles.search import Candidate, search
+from toolkit.patching.claim import Claim, ProbeError, Skipped
+from toolkit.patching.probe import compare, probe_copy, required_arguments, with_forward
+from toolkit.patching.search import Candidate, search
 
 
 def _grid() -> Tensor:
@@ -19,13 +19,13 @@ def _grid() -> Tensor:
 
 
 def _probe(module: nn.Module, forward) -> ProbeError:
-    copied = twin(module)
+    copied = probe_copy(module)
     return compare(with_forward(copied, forward), with_forward(copied, type(copied).forward), [[_grid()]])
 
 
 def _elementwise(module: nn.Module) -> bool:
     """Whether it maps each value by itself: every other value changes, and what the rest become does not."""
-    values, copied = _grid()[:, :-3], twin(module)  # without the tails, beside which a softmax sees nothing else
+    values, copied = _grid()[:, :-3], probe_copy(module)  # without the tails, beside which a softmax sees nothing else
     others = values.clone()
     others[:, ::2] += 1.0
     try:
@@ -50,5 +50,5 @@ def _candidates(module: nn.Module) -> list[Candidate] | None:
     ]
 
 
-def find(model: nn.Module, numerics: Numerics) -> list[Claim | Refusal]:
+def find(model: nn.Module, numerics: Numerics) -> list[Claim | Skipped]:
     return search(model, "activation", _candidates)

@@ -18,9 +18,9 @@ from toolkit.modules.latent_attention import parts_of
 from toolkit.numerics import Numerics
 from toolkit.patching import attention_interface
 from toolkit.patching.calls import MASK, Call, watch
-from toolkit.patching.claim import Claim, ProbeError, Refusal, Undo, replace_forward
-from toolkit.patching.probe import compare, device_of, random_input, signature_key, twin, with_forward
-from toolkit.patching.roles.search import prove
+from toolkit.patching.claim import Claim, ProbeError, Skipped, Undo, replace_forward
+from toolkit.patching.probe import compare, device_of, probe_copy, random_input, signature_key, with_forward
+from toolkit.patching.search import prove
 from toolkit.state.batch import RaggedBatch
 
 ROWS, LENGTH = 2, 7
@@ -48,10 +48,10 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 class Probe:
-    """Runs a twin of an attention layer, called as the model calls it, through eager attention and its replacements."""
+    """Runs a probe copy of an attention layer, called as the model calls it, through eager attention and candidates."""
 
     def __init__(self, module: nn.Module, call: Call) -> None:
-        self.copied: Any = twin(module)
+        self.copied: Any = probe_copy(module)
         self.call = call
         self.shape = call.arguments[call.hidden].shape
         self.paired = True
@@ -202,7 +202,7 @@ def _install_interface(model: Any) -> Undo:
     return partial(model.set_attn_implementation, before)
 
 
-def find(model: Any, numerics: Numerics) -> list[Claim | Refusal]:
+def find(model: Any, numerics: Numerics) -> list[Claim | Skipped]:
     """One claim on the model (its attention implementation) and one on each layer whose forward can be fused."""
     attention_interface.register()
     layers = [(path, module) for path, module in model.named_modules() if _is_attention(module)]
@@ -210,24 +210,24 @@ def find(model: Any, numerics: Numerics) -> list[Claim | Refusal]:
         return []
     if not model._can_set_attn_implementation():
         return [
-            Refusal("attention", path, "it does not dispatch through the attention interface") for path, _ in layers
+            Skipped("attention", path, "it does not dispatch through the attention interface") for path, _ in layers
         ]
     try:
         calls = watch(model, [module for _, module in layers], ROWS, LENGTH, PROBE_WINDOW)
     except Exception as problem:
         return [
-            Refusal("attention", path, f"the model's forward failed: {first_line(problem, with_class=True)}")
+            Skipped("attention", path, f"the model's forward failed: {first_line(problem, with_class=True)}")
             for path, _ in layers
         ]
     layers = [(path, module) for path, module in layers if calls[module]]  # without those for another model's states
     twice = next((path for path, module in layers if len(calls[module]) > 1), None)
     if twice is not None:
-        return [Refusal("attention", twice, "the model calls it more than once in a forward")]
+        return [Skipped("attention", twice, "the model calls it more than once in a forward")]
     indices = [module.layer_idx for _, module in layers]
     if len(set(indices)) != len(indices) or None in indices:
-        return [Refusal("attention", path, "its layer_idx is missing or shared") for path, _ in layers]
+        return [Skipped("attention", path, "its layer_idx is missing or shared") for path, _ in layers]
     verdicts: dict[Any, tuple[Probe, ProbeError, Any]] = {}
-    claims: list[Claim | Refusal] = []
+    claims: list[Claim | Skipped] = []
     worst = ProbeError(0.0, 0.0)
     for path, module in layers:
         (call,) = calls[module]
@@ -239,9 +239,9 @@ def find(model: Any, numerics: Numerics) -> list[Claim | Refusal]:
             except Exception as problem:
                 why = first_line(problem, with_class=True)
                 reason = f"its probe through the attention interface, which has no mask, failed: {why}"
-                return [Refusal("attention", path, reason)]
+                return [Skipped("attention", path, reason)]
             if not error.passes():
-                return [Refusal("attention", path, f"the interface changes it: probe error {error.worst():.1e}")]
+                return [Skipped("attention", path, f"the interface changes it: probe error {error.worst():.1e}")]
             fused = prove(_fused_options(module, probe))
             verdicts[key] = probe, error, fused if isinstance(fused, tuple) else prove(_latent_options(module, probe))
         _, error, fused = verdicts[key]

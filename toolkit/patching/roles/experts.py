@@ -17,26 +17,26 @@ from toolkit.modules.experts import Experts
 from toolkit.numerics import Numerics
 from toolkit.ops.activation import KINDS, plain_kinds
 from toolkit.patching import experts_interface
-from toolkit.patching.claim import Claim, ProbeError, Refusal, Undo, replace_forward
-from toolkit.patching.probe import compare, generator, random_input, signature_key, twin, with_forward
+from toolkit.patching.claim import Claim, ProbeError, Skipped, Undo, replace_forward
+from toolkit.patching.probe import compare, generator, probe_copy, random_input, signature_key, with_forward
 from toolkit.patching.roles.mixtures import Mixture, mixtures
-from toolkit.patching.roles.search import prove
+from toolkit.patching.search import prove
 
-_FEW = 5  # experts of a probe's twin: a layer's hundreds are of one mathematics
+_FEW = 5  # experts of a probe copy: the hundreds of a layer compute the same function
 _SLOTS = 2
 # The largest takes gates into their tails, past the limits at which some of them are clamped.
 _SCALES = (1.0, 4.0, 16.0)
 
 
 def _few(module: nn.Module, count: int) -> nn.Module:
-    """A twin of the first ``_FEW`` of ``count`` experts."""
+    """A probe copy of the first ``_FEW`` of ``count`` experts."""
     kept = min(count, _FEW)
     instead = {
         id(p): nn.Parameter(p.detach()[:kept].clone())
         for p in module.parameters(recurse=False)
         if p.dim() > 1 and p.shape[0] == count
     }
-    copied = twin(module, instead)
+    copied = probe_copy(module, instead)
     for name, value in list(copied.__dict__.items()):
         if "expert" in name and type(value) is int and value == count:
             setattr(copied, name, kept)
@@ -119,14 +119,14 @@ def _install_interface(model: Any) -> Undo:
     return partial(model.set_experts_implementation, before)
 
 
-def find(model: Any, numerics: Numerics) -> list[Claim | Refusal]:
+def find(model: Any, numerics: Numerics) -> list[Claim | Skipped]:
     """A claim on every module of experts whose layout is proven, and one on the model's experts implementation.
 
     That implementation is set for all modules at once: one that is not proven runs its own code, expert by expert,
     which in the bitwise tier keeps its bits where the implementation that was set before would not.
     """
     experts_interface.register()
-    claims: list[Claim | Refusal] = []
+    claims: list[Claim | Skipped] = []
     proven: dict[Any, tuple[str, Experts, ProbeError] | str] = {}
     reached: list[ProbeError] = []
     settable = hasattr(model, "set_experts_implementation") and model._can_set_experts_implementation()
@@ -140,7 +140,7 @@ def find(model: Any, numerics: Numerics) -> list[Claim | Refusal]:
         through = settable and experts_interface.dispatches(module)
         dispatching |= through
         if isinstance(verdict, str):
-            claims.append(Refusal("experts", mixture.path, verdict))
+            claims.append(Skipped("experts", mixture.path, verdict))
             continue
         op, parts, error = verdict
         parts = replace(parts, layer=mixture.layer)

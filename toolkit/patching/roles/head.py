@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from toolkit.modules.head import causal_lm_loss, head_forward
 from toolkit.modules.linear import product
 from toolkit.numerics import Numerics
-from toolkit.patching.claim import Claim, ProbeError, Refusal, put_on
-from toolkit.patching.probe import compare, device_of, generator, random_input, twin, with_forward
-from toolkit.patching.roles.search import Candidate, search
+from toolkit.patching.claim import Claim, ProbeError, Skipped, set_attribute
+from toolkit.patching.probe import compare, device_of, generator, probe_copy, random_input, with_forward
+from toolkit.patching.search import Candidate, search
 from toolkit.patching.sharding import is_sharded
 
 
@@ -44,7 +44,7 @@ def _candidates(module: nn.Module, model: nn.Module, numerics: Numerics) -> list
     forward = head_forward(product if bitwise else F.linear, bitwise, lambda: is_sharded(owner()))
 
     def probe() -> ProbeError:
-        copied = twin(module)
+        copied = probe_copy(module)
         hidden = random_input(2, 5, module.in_features, like=copied)
         labels = torch.randint(module.out_features, (2, 5), generator=generator(hidden.device), device=hidden.device)
         labels[1, 3:] = -100
@@ -64,19 +64,19 @@ def _candidates(module: nn.Module, model: nn.Module, numerics: Numerics) -> list
     return [("linear_logprob" + " (fixed K order)" * bitwise, forward, probe)]
 
 
-def find(model: Any, numerics: Numerics) -> list[Claim | Refusal]:
+def find(model: Any, numerics: Numerics) -> list[Claim | Skipped]:
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if output is None:
         return []
     found = search(model, "head", lambda module: _candidates(module, model, numerics) if module is output else None)
     if not found:
         path = next(name for name, module in model.named_modules() if module is output)
-        found.append(Refusal("head", path, f"its class is {type(output).__name__}, not nn.Linear"))
+        found.append(Skipped("head", path, f"its class is {type(output).__name__}, not nn.Linear"))
     try:
         error = _probe_loss(model)
     except Exception as problem:
-        return [*found, Refusal("head", "", f"its loss cannot be probed: {type(problem).__name__}")]
+        return [*found, Skipped("head", "", f"its loss cannot be probed: {type(problem).__name__}")]
     if error.passes():
-        install = partial(put_on, model, "_loss_function", causal_lm_loss)
+        install = partial(set_attribute, model, "_loss_function", causal_lm_loss)
         return [*found, Claim("head", "", model, "causal_lm_loss", error, install)]
-    return [*found, Refusal("head", "", f"its loss is not causal_lm_loss: probe error {error.worst():.1e}")]
+    return [*found, Skipped("head", "", f"its loss is not causal_lm_loss: probe error {error.worst():.1e}")]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from toolkit.modules.attention import current_batch
 from toolkit.modules.elementwise import row_invariant
 from toolkit.numerics import Numerics
-from toolkit.patching.claim import Claim, ProbeError, Refusal, replace_forward
+from toolkit.patching.claim import Claim, ProbeError, Skipped, replace_forward
 from toolkit.patching.probe import device_of
 
 
@@ -48,7 +48,7 @@ def rerunnable(forward: Callable[..., Any], steady: bool) -> Callable[..., Any]:
     return replaced
 
 
-def find(model: nn.Module, numerics: Numerics) -> list[Claim | Refusal]:
+def find(model: nn.Module, numerics: Numerics) -> list[Claim | Skipped]:
     """A claim on every layer that can be checkpointed. Nothing is computed otherwise, so there is nothing to probe."""
     steady = numerics is Numerics.BITWISE and device_of(model).type == "cpu"
     return [

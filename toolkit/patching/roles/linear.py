@@ -6,9 +6,9 @@ from torch import nn
 
 from toolkit.modules.linear import linear_forward, transposed_linear_forward
 from toolkit.numerics import Numerics
-from toolkit.patching.claim import Claim, ProbeError, Refusal
-from toolkit.patching.probe import compare, random_input, required_arguments, twin, with_forward
-from toolkit.patching.roles.search import Candidate, search
+from toolkit.patching.claim import Claim, ProbeError, Skipped
+from toolkit.patching.probe import compare, probe_copy, random_input, required_arguments, with_forward
+from toolkit.patching.search import Candidate, search
 
 
 def linear_candidates(module: nn.Module) -> list[Candidate] | None:
@@ -24,7 +24,7 @@ def linear_candidates(module: nn.Module) -> list[Candidate] | None:
         return None
 
     def probe() -> ProbeError:
-        copied = twin(module)
+        copied = probe_copy(module)
         x = random_input(2, 3, width, like=copied)
         return compare(
             with_forward(copied, forward), with_forward(copied, type(copied).forward), [[x]], list(copied.parameters())
@@ -42,7 +42,7 @@ def _is_transposed(module: nn.Module) -> bool:
     return weight.dim() == 2 and bias.shape == weight.shape[1:] and len(required_arguments(module)) == 1
 
 
-def find(model: Any, numerics: Numerics) -> list[Claim | Refusal]:
+def find(model: Any, numerics: Numerics) -> list[Claim | Skipped]:
     if numerics is not Numerics.BITWISE:
         return []
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from toolkit.modules import mixer
 from toolkit.modules.attention import current_batch
 from toolkit.numerics import Numerics
-from toolkit.patching.claim import Claim, ProbeError, Refusal, replace_forward
-from toolkit.patching.probe import compare, random_input, signature_key, twin
-from toolkit.patching.roles.search import prove
+from toolkit.patching.claim import Claim, ProbeError, Skipped, replace_forward
+from toolkit.patching.probe import compare, probe_copy, random_input, signature_key
+from toolkit.patching.search import prove
 from toolkit.state.batch import RaggedBatch
 
 LENGTHS = (5, 9)  # of the probe's sequences
@@ -72,7 +72,7 @@ def substituted(forward: Any, replacements: dict[str, Make]) -> Callable[..., An
 
 def _probe(module: nn.Module, forward: Callable[..., Any]) -> ProbeError:
     """A ragged batch of two sequences against the module's own forward of each alone."""
-    copied = twin(module)
+    copied = probe_copy(module)
     width = next(child for child in copied.modules() if isinstance(child, nn.Linear)).in_features
     batch = RaggedBatch.from_sequences([[0] * length for length in LENGTHS], share=False)
     original = type(copied).forward
@@ -88,9 +88,9 @@ def _probe(module: nn.Module, forward: Callable[..., Any]) -> ProbeError:
     return compare(together, alone, [inputs], list(copied.parameters()))
 
 
-def find(model: nn.Module, numerics: Numerics) -> list[Claim | Refusal]:
+def find(model: nn.Module, numerics: Numerics) -> list[Claim | Skipped]:
     """A claim on every mixer whose state-carrying functions are known; a refusal for one that keeps state otherwise."""
-    found: list[Claim | Refusal] = []
+    found: list[Claim | Skipped] = []
     proven: dict[Any, Any] = {}
     for path, module in model.named_modules():
         if not any(isinstance(child, nn.Conv1d) for child in module.children()) or not hasattr(module, "layer_idx"):
@@ -108,7 +108,7 @@ def find(model: nn.Module, numerics: Numerics) -> list[Claim | Refusal]:
                 proven[key] = prove([(op, function, partial(_probe, module, function))])
         verdict = proven[key]
         if isinstance(verdict, str):
-            found.append(Refusal("mixer", path, verdict))
+            found.append(Skipped("mixer", path, verdict))
         else:
             op, function, error = verdict
             found.append(Claim("mixer", path, module, op, error, replace_forward(module, function)))

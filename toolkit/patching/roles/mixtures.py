@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from toolkit.patching.adapters import inside, wraps_parameter
+from toolkit.patching.adapters import base_module, wraps_parameter
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def mixtures(model: nn.Module) -> list[Mixture]:
         if wraps_parameter(parent):
             continue
         for name, child in parent.named_children():
-            child = inside(child)
+            child = base_module(child)
             prefix = f"{parent_path}." if parent_path else ""
             siblings = {prefix + other: module for other, module in parent.named_children() if other != name}
             stacked = stacked_count(child)

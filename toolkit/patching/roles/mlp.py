@@ -10,16 +10,16 @@ from torch import nn
 from toolkit.modules.mlp import GatedMlp, PackedMlp
 from toolkit.numerics import Numerics
 from toolkit.ops.activation import KINDS
-from toolkit.patching.claim import Claim, ProbeError, Refusal
-from toolkit.patching.probe import compare, random_input, required_arguments, twin, with_forward
-from toolkit.patching.roles.search import Candidate, search
+from toolkit.patching.claim import Claim, ProbeError, Skipped
+from toolkit.patching.probe import compare, probe_copy, random_input, required_arguments, with_forward
+from toolkit.patching.search import Candidate, search
 
 # The largest takes gates into their tails, past the limits at which some of them are clamped.
 _SCALES = (1.0, 4.0, 16.0)
 
 
 def _probe(module: nn.Module, forward: Callable[..., Any], width: int) -> ProbeError:
-    copied = twin(module)
+    copied = probe_copy(module)
     batches = [[random_input(2, 3, width, like=copied, scale=scale)] for scale in _SCALES]
     original = with_forward(copied, type(copied).forward)
     return compare(with_forward(copied, forward), original, batches, list(copied.parameters()))
@@ -57,5 +57,5 @@ def _candidates(module: nn.Module) -> list[Candidate] | None:
     return [(op, forward, partial(_probe, module, forward, width)) for op, forward, width in options] or None
 
 
-def find(model: nn.Module, numerics: Numerics) -> list[Claim | Refusal]:
+def find(model: nn.Module, numerics: Numerics) -> list[Claim | Skipped]:
     return search(model, "mlp", _candidates)

@@ -6,9 +6,9 @@ from torch import nn
 
 from toolkit.modules.norm import layer_norm_forward, rms_norm_forward
 from toolkit.numerics import Numerics
-from toolkit.patching.claim import Claim, ProbeError, Refusal
-from toolkit.patching.probe import compare, random_input, required_arguments, twin, with_forward
-from toolkit.patching.roles.search import Candidate, search
+from toolkit.patching.claim import Claim, ProbeError, Skipped
+from toolkit.patching.probe import compare, probe_copy, random_input, required_arguments, with_forward
+from toolkit.patching.search import Candidate, search
 
 USUAL_EPSILON = 1e-5  # of torch's layer norm, where a module that normalises names none
 
@@ -29,7 +29,7 @@ def _width(module: nn.Module) -> int:
 
 
 def _probe(module: nn.Module, forward) -> ProbeError:
-    copied, width = twin(module), _width(module)
+    copied, width = probe_copy(module), _width(module)
     # Small inputs make the epsilon matter, large ones the order of squaring and averaging.
     batches = [[random_input(3, 5, width, like=copied, scale=scale)] for scale in (1.0, 1e-3, 30.0)]
     return compare(
@@ -61,5 +61,5 @@ def _candidates(module: nn.Module) -> list[Candidate] | None:
     return [(op, forward, partial(_probe, module, forward)) for op, forward in options]
 
 
-def find(model: nn.Module, numerics: Numerics) -> list[Claim | Refusal]:
+def find(model: nn.Module, numerics: Numerics) -> list[Claim | Skipped]:
     return search(model, "norm", _candidates)

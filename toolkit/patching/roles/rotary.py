@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from toolkit.modules.rotary import LAYOUTS, rotary_tables_forward
 from toolkit.numerics import Numerics
-from toolkit.patching.claim import Claim, ProbeError, Refusal
-from toolkit.patching.probe import compare, device_of, random_input, required_arguments, twin, with_forward
-from toolkit.patching.roles.search import Candidate, search
+from toolkit.patching.claim import Claim, ProbeError, Skipped
+from toolkit.patching.probe import compare, device_of, probe_copy, random_input, required_arguments, with_forward
+from toolkit.patching.search import Candidate, search
 
 AXES = 3  # time, height, width
 BUFFER = "inv_freq"
@@ -36,8 +36,8 @@ def _call(module: nn.Module, forward: Callable[..., Any], layer_type: str | None
 
 
 def _probe(module: nn.Module, forward: Callable[..., Any], along_axes: bool) -> ProbeError:
-    # One twin each: a table that grows rewrites its own frequencies, which the candidate must not see.
-    copied, pristine = twin(module), twin(module)
+    # A probe copy each: a table that grows rewrites its own frequencies, which the candidate must not see.
+    copied, pristine = probe_copy(module), probe_copy(module)
     longest = int(getattr(module, "max_seq_len_cached", 2048))
     near = torch.tensor([[0, 1, 2, 5, 31], [7, 100, 3, 0, longest - 1]], device=device_of(copied))
     # Beyond the trained length, tables that change with the sequence give themselves away.
@@ -59,13 +59,13 @@ def _axes(module: nn.Module) -> Tensor | None:
     """
     places = torch.tensor([1, 40, 900], device=device_of(module)).view(AXES, 1, 1).expand(AXES, 2, 2)
     try:
-        mixed = _call(twin(module), type(module).forward, None)(places)
+        mixed = _call(probe_copy(module), type(module).forward, None)(places)
     except (RuntimeError, IndexError, ValueError):
         return None
     if not isinstance(mixed, tuple) or mixed[0].shape[:-1] != (2, 2):
         return None
     half = mixed[0].shape[-1] // 2
-    single = [_call(twin(module), rotary_tables_forward(), None)(one) for one in places]
+    single = [_call(probe_copy(module), rotary_tables_forward(), None)(one) for one in places]
     distance = torch.stack([abs(cos - mixed[0]) + abs(sin - mixed[1]) for cos, sin in single])
     return distance[..., :half].amax((1, 2)).argmin(0)
 
@@ -83,5 +83,5 @@ def _candidates(module: nn.Module) -> list[Candidate] | None:
     return options
 
 
-def find(model: nn.Module, numerics: Numerics) -> list[Claim | Refusal]:
+def find(model: nn.Module, numerics: Numerics) -> list[Claim | Skipped]:
     return search(model, "rotary", _candidates)

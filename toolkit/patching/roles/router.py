@@ -19,10 +19,10 @@ from toolkit.errors import first_line
 from toolkit.modules.router import Router
 from toolkit.numerics import Numerics
 from toolkit.ops.activation import plain_kinds
-from toolkit.patching.claim import Claim, ProbeError, Refusal, replace_forward
-from toolkit.patching.probe import compare, generator, random_input, signature_key, twin, with_forward
+from toolkit.patching.claim import Claim, ProbeError, Skipped, replace_forward
+from toolkit.patching.probe import compare, generator, probe_copy, random_input, signature_key, with_forward
 from toolkit.patching.roles.mixtures import Mixture, matrix_rows, mixtures
-from toolkit.patching.roles.search import prove
+from toolkit.patching.search import prove
 
 _TOKENS = 33
 _AGREE = 1e-5  # relative; another setting is further away in at least one of the probe's batches
@@ -45,10 +45,10 @@ def _sorted(weights: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Probe:
-    """A twin of one router, with random corrections, and what it made of a few batches."""
+    """A probe copy of one router, with random corrections, and what it made of a few batches."""
 
     def __init__(self, module: nn.Module, count: int) -> None:
-        self.copied: Any = twin(module)
+        self.copied: Any = probe_copy(module)
         self.count = count
         for stream, buffer in enumerate(self.copied.buffers()):
             if buffer.is_floating_point():
@@ -149,7 +149,7 @@ class Probe:
 
     def _wide_outputs(self) -> tuple[str, ...]:
         """Outputs that stay float32 when all else is bfloat16."""
-        narrow = twin(self.copied).to(torch.bfloat16)
+        narrow = probe_copy(self.copied).to(torch.bfloat16)
         inputs = [x.to(torch.bfloat16) for x in self.batches[0]]
         with torch.no_grad():
             try:
@@ -251,9 +251,9 @@ def _looks_like(module: nn.Module, mixture: Mixture) -> bool:
     return type(module) is not nn.Linear and mixture.count in matrix_rows(module)
 
 
-def find(model: nn.Module, numerics: Numerics) -> list[Claim | Refusal]:
+def find(model: nn.Module, numerics: Numerics) -> list[Claim | Skipped]:
     """A claim on every router whose settings are proven. One that is not keeps its own forward."""
-    found: list[Claim | Refusal] = []
+    found: list[Claim | Skipped] = []
     proven: dict[Any, tuple[str, Router, ProbeError] | str] = {}
     for mixture in mixtures(model):
         for path, module in mixture.siblings.items():
@@ -264,7 +264,7 @@ def find(model: nn.Module, numerics: Numerics) -> list[Claim | Refusal]:
                 proven[key] = _verdict(module, mixture.count)
             verdict = proven[key]
             if isinstance(verdict, str):
-                found.append(Refusal("router", path, verdict))
+                found.append(Skipped("router", path, verdict))
                 continue
             op, router, error = verdict
             forward = replace(router, layer=mixture.layer).make_forward()

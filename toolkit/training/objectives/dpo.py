@@ -10,7 +10,7 @@ from torch import Tensor
 from toolkit.config import Recipe
 from toolkit.config.objective import DpoObjective
 from toolkit.errors import ToolkitError
-from toolkit.patching.forward import evaluating
+from toolkit.patching.eval_mode import eval_mode
 from toolkit.training.examples import completion_ids, in_batches, prompt_ids
 from toolkit.training.model import Reference
 from toolkit.training.objectives.base import MetricAccumulator, RunContext, divided
@@ -153,7 +153,7 @@ class Preference(OfflineObjective):
         mine = [self.pair(source) for source in sources[setting.rank :: setting.world]]
         for pair in mine:
             pair.weight = 1.0
-        with evaluating(setting.model):
+        with eval_mode(setting.model):
             for micro in self._packed(mine):
                 sequences, lengths = _sequences(micro)
                 chosen, rejected, _ = _scores(setting.model(sequences, last=lengths))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from toolkit.config import Recipe
-from toolkit.patching.forward import evaluating
+from toolkit.patching.eval_mode import eval_mode
 from toolkit.state.batch import RaggedBatch
 from toolkit.training import corpus
 from toolkit.training.data import PackedStream, encode
@@ -100,7 +100,7 @@ class Pretrain(Objective):
         documents = [encode(setting.tokenizer, text) for text in texts]
         cut = [window for ids in documents for window in windows(ids, eos, train.max_length, overlap)]
         mine = cut[setting.rank :: setting.world]
-        with evaluating(setting.model):
+        with eval_mode(setting.model):
             bits = score_windows(setting.model, mine, train.batch_tokens, setting.device)
         (total,) = setting.total([bits])
         return Score(total, sum(map(len, documents)), sum(len(text.encode("utf-8")) for text in texts))

@@ -11,7 +11,7 @@ from torch import Tensor
 from toolkit.config import Recipe
 from toolkit.config.objective import SftObjective
 from toolkit.errors import ToolkitError
-from toolkit.patching.forward import evaluating
+from toolkit.patching.eval_mode import eval_mode
 from toolkit.state.batch import RaggedBatch
 from toolkit.training.examples import Example, Packed, completion_ids, conversation, example_of, prompt_ids
 from toolkit.training.objectives.base import MetricAccumulator, RunContext
@@ -112,7 +112,7 @@ class Supervised(OfflineObjective):
         assert self.lines is not None
         mine = self.lines.held_out[: evaluation.problems][setting.rank :: setting.world]
         sums = MetricAccumulator({"loss": 0.0, "tokens": 0.0})
-        with evaluating(setting.model):
+        with eval_mode(setting.model):
             for example in map(self.example, mine):
                 if example.counted:
                     micro = micro_of([example], 1.0, setting.device)

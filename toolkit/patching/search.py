@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from toolkit.errors import first_line
-from toolkit.patching.claim import Claim, ProbeError, Refusal, replace_forward
+from toolkit.patching.claim import Claim, ProbeError, Skipped, replace_forward
 from toolkit.patching.probe import signature_key
 
 T = TypeVar("T")
@@ -17,12 +17,12 @@ Candidate = tuple[str, Callable[..., Any], Callable[[], ProbeError]]
 
 def search(
     model: nn.Module, role: str, candidates: Callable[[nn.Module], list[Candidate] | None]
-) -> list[Claim | Refusal]:
+) -> list[Claim | Skipped]:
     """Claims and refusals of ``role``: ``candidates(module)`` is None where the module does not look like the role.
 
     The first candidate whose probe passes is claimed. An exception in a probe means that the module is something else.
     """
-    found: list[Claim | Refusal] = []
+    found: list[Claim | Skipped] = []
     proven: dict[Any, tuple[str, Callable[..., Any], ProbeError] | str] = {}
     for path, module in model.named_modules():
         options = candidates(module)
@@ -33,7 +33,7 @@ def search(
             proven[key] = prove(options)
         verdict = proven[key]
         if isinstance(verdict, str):
-            found.append(Refusal(role, path, verdict))
+            found.append(Skipped(role, path, verdict))
         else:
             op, forward, error = verdict
             found.append(Claim(role, path, module, op, error, replace_forward(module, forward)))

@@ -1,0 +1,88 @@
+"""Install the fused forwards on a model's wrappers, say what was fused and what was skipped, and take them back."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from toolkit.modules.experts import layout_of
+from toolkit.modules.linear import linear_forward
+from toolkit.numerics import Numerics
+from toolkit.patching.adapters.experts import grouped_experts
+from toolkit.patching.adapters.find import adapter_layers, base_module, is_adapter, wraps_parameter
+from toolkit.patching.adapters.prove import proven_forward
+from toolkit.patching.claim import Undo, replace_forward
+from toolkit.patching.probe import device_of, signature_key
+
+FUSED = "fused"
+
+_UNDO: "weakref.WeakKeyDictionary[nn.Module, Undo]" = weakref.WeakKeyDictionary()
+_SKIPPED: "weakref.WeakKeyDictionary[nn.Module, str]" = weakref.WeakKeyDictionary()
+
+
+def fuse_adapters(model: nn.Module, numerics: Numerics | None = None) -> int:
+    """Number of adapted parameters of experts, after the adapters of a patched ``model`` were fused.
+
+    Linear layers that are proven to be LoRA or DoRA become the layer and one ``lora_add``; LoRA on parameters of
+    experts becomes grouped GEMMs. ``patch`` calls this, the engine calls it whenever a prompt enters, and
+    ``toolkit train`` after adding adapters. Adapters that are not fused run PEFT's own forward: correct, and slower.
+
+    Args:
+        numerics: mode of the patch; None is the default of the model's device. In bitwise mode the factors' GEMMs are
+            batch-invariant too, for the forwards that stay PEFT's.
+    """
+    _fuse_linear(model, numerics or Numerics.choose(None, device_of(model)))
+    count = 0
+    for module in model.modules():
+        if wraps_parameter(module) and layout_of(base_module(module)) is not None:
+            count += 1
+            if "forward" not in module.__dict__:
+                replace_forward(module, grouped_experts(type(module).forward))()
+    return count
+
+
+def _fuse_linear(model: nn.Module, numerics: Numerics) -> None:
+    proven: dict[Any, str | Callable[..., Any]] = {}
+    for module in adapter_layers(model):
+        if wraps_parameter(module):
+            continue
+        if numerics is Numerics.BITWISE:
+            _make_factors_batch_invariant(module)
+        if module in _SKIPPED or "forward" in module.__dict__:
+            continue
+        key = signature_key(module)
+        if key not in proven:
+            proven[key] = proven_forward(module)
+        verdict = proven[key]
+        if isinstance(verdict, str):
+            _SKIPPED[module] = verdict
+        else:
+            _UNDO[module] = replace_forward(module, verdict)()
+
+
+def _make_factors_batch_invariant(module: Any) -> None:
+    for name in ("lora_A", "lora_B"):
+        for factor in getattr(module, name, {}).values():
+            if type(factor) is nn.Linear and "forward" not in factor.__dict__:
+                _UNDO[factor] = replace_forward(factor, linear_forward)()
+
+
+def adapter_report(model: nn.Module) -> list[tuple[str, str]]:
+    """(path, ``FUSED`` or the reason why PEFT's forward stays) of each wrapper of a linear layer."""
+    return [
+        (path, FUSED if module in _UNDO else _SKIPPED.get(module, "another forward was put in its place"))
+        for path, module in model.named_modules()
+        if is_adapter(module) and not wraps_parameter(module)
+    ]
+
+
+def release_adapters(model: nn.Module) -> None:
+    """Give all wrappers, and their factors, PEFT's own forward back."""
+    for module in model.modules():
+        undo = _UNDO.pop(module, None)
+        if undo is not None:
+            undo()
+        _SKIPPED.pop(module, None)
+        if wraps_parameter(module):
+            module.__dict__.pop("forward", None)
