@@ -3,7 +3,7 @@
 ``python -m benchmarks.gpu.tile_invariance``, also a section of ``python -m benchmarks.gpu``.
 
 A GPU may use another matrix instruction for 16 rows than for 64 (on Hopper: mma.sync and wgmma). Where a tile for few
-rows gives the bits of the one that training uses, ``Choice.decode`` in ``toolkit/ops/linear/tiles.py`` may be set to
+rows gives the bits of the one that training uses, ``GemmTile.decode`` in ``toolkit/ops/linear/tiles.py`` may be set to
 it, and decode still returns the training forward's log-probabilities. Every tile is tried through the op's own
 launcher: heights, widths, steps, warps, stages, and rows beside other neighbours.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks.common import print_table, relative_error, write_json
 from benchmarks.gpu.device import DEVICE, DRY, HALF, Budget, normal, replayed, triton_on_cpu
 from toolkit.ops.linear import tiles
-from toolkit.ops.linear.tiles import Choice, Tile
+from toolkit.ops.tiles import DECODE_ROWS, GemmTile, TileTable, for_any_size
 from toolkit.ops.triton_devices import architecture
 
 HEIGHTS = (16, 32) if DRY else (16, 32, 64, 128)
@@ -30,26 +30,27 @@ FEW = (1,) if DRY else (1, 8, 64)
 DEPTHS = (64, 48) if DRY else (2560, 2576)
 
 
-def candidates(base: Tile, itemsize: int) -> list[Tile]:
+def candidates(base: GemmTile, itemsize: int) -> list[GemmTile]:
     """The tile, and others that might serve few rows or show what changes bits."""
     made = [base, *(replace(base, rows=rows) for rows in HEIGHTS)]
     if not DRY:
         made += [replace(base, rows=rows, columns=64, warps=4, stages=4) for rows in (16, 64)]
         made += [replace(base, warps=12 - base.warps), replace(base, stages=2)]
         if itemsize == 2:
-            made += [Tile(16, 32, 128, 4, 4), replace(base, rows=64, depth=32)]
+            made += [GemmTile(16, 32, 128, 4, 4), replace(base, rows=64, depth=32)]
     return list(dict.fromkeys(made))
 
 
-def product(x: Tensor, weight: Tensor, tile: Tile) -> Tensor:
+def product(x: Tensor, weight: Tensor, tile: GemmTile) -> Tensor:
     """``linear`` with this tile."""
     from toolkit.ops.linear import triton
 
-    with mock.patch.object(tiles, "tile", return_value=tile):
+    table = TileTable("linear", for_any_size({architecture(x.device): {x.itemsize: tile}}))
+    with mock.patch.object(tiles, "TABLE", table):
         return triton.linear(x, weight, None)
 
 
-def unrounded(x: Tensor, weight: Tensor, tile: Tile) -> Tensor:
+def unrounded(x: Tensor, weight: Tensor, tile: GemmTile) -> Tensor:
     """Its float32 sums: rounding to 16 bits would hide most of what differs."""
     empty = torch.empty
 
@@ -60,7 +61,7 @@ def unrounded(x: Tensor, weight: Tensor, tile: Tile) -> Tensor:
         return product(x, weight, tile)
 
 
-def differing(x: Tensor, weight: Tensor, tile: Tile, wanted: Tensor) -> int:
+def differing(x: Tensor, weight: Tensor, tile: GemmTile, wanted: Tensor) -> int:
     """Elements whose bits are not ``wanted``'s, for all rows at once and for few beside other neighbours."""
     found = int((unrounded(x, weight, tile) != wanted).sum())
     for rows in (slice(0, 1), slice(3, 11), slice(x.shape[0] - 17, x.shape[0])):
@@ -68,10 +69,10 @@ def differing(x: Tensor, weight: Tensor, tile: Tile, wanted: Tensor) -> int:
     return found
 
 
-def survey(choice: Choice, dtype: torch.dtype, budget: Budget) -> list[dict[str, Any]]:
+def survey(limit: int | None, base: GemmTile, dtype: torch.dtype, budget: Budget) -> list[dict[str, Any]]:
     """Every candidate for one entry of the table: bits that differ, error, seconds at few rows."""
     torch.manual_seed(3)
-    outputs = (24 if DRY else 4096) if choice.outputs is not None else (40 if DRY else 9728)
+    outputs = (24 if DRY else 4096) if limit is not None else (40 if DRY else 9728)
     depth, uneven = DEPTHS
     longest = max(DEPTHS)
     data = normal(ROWS, longest, dtype=dtype), normal(outputs, longest, dtype=dtype)
@@ -79,18 +80,18 @@ def survey(choice: Choice, dtype: torch.dtype, budget: Budget) -> list[dict[str,
     # Weights that come from memory each time, as in a model.
     weights = [weight.clone() for _ in range(1 if DRY else max(1, (128 << 20) // weight.nbytes))]
     result = []
-    for tile in candidates(choice.tile, dtype.itemsize):
+    for tile in candidates(base, dtype.itemsize):
         entry: dict[str, Any] = {"tile": asdict(tile)}
         result.append(entry)
         if not budget.allows(str(tile), 3.0):
             entry["failed"] = "no time left"
             continue
         try:
-            entry["differing"] = differing(x, weight, tile, unrounded(x, weight, choice.tile))
+            entry["differing"] = differing(x, weight, tile, unrounded(x, weight, base))
             entry["error"] = relative_error(unrounded(x, weight, tile), x.double() @ weight.double().T)
-            if tile.rows <= tiles.DECODE_ROWS and entry["differing"] == 0:
-                entry["differing_uneven"] = differing(a, b, tile, unrounded(a, b, choice.tile))
-            if tile == choice.tile or entry["differing"] == 0:
+            if tile.rows <= DECODE_ROWS and entry["differing"] == 0:
+                entry["differing_uneven"] = differing(a, b, tile, unrounded(a, b, base))
+            if tile == base or entry["differing"] == 0:
                 entry["seconds"] = {
                     rows: replayed([partial(product, x[:rows], w, tile) for w in weights]) for rows in FEW
                 }
@@ -115,7 +116,7 @@ def verdict(entries: list[dict[str, Any]]) -> str:
         return "decode must stay None: every lower tile changes bits"
     best = min(fit, key=lambda entry: sum(entry["seconds"].values()))
     gain = sum(base["seconds"].values()) / sum(best["seconds"].values())
-    tile = Tile(**best["tile"])
+    tile = GemmTile(**best["tile"])
     rows = ", ".join(map(str, FEW))
     if gain <= 1.0:
         return f"decode may stay None: {tile} has the same bits, and {gain:.2f}x the speed at {rows} rows"
@@ -124,11 +125,11 @@ def verdict(entries: list[dict[str, Any]]) -> str:
 
 def bench_tile_invariance(budget: Budget, ceilings: dict[str, float]) -> dict[str, Any]:
     """The survey of every entry of this device's table, and a verdict for each."""
-    table, result = tiles.TABLE[architecture(torch.device(DEVICE))], {}
+    row, result = tiles.TABLE.entries[architecture(torch.device(DEVICE))], {}
     for dtype in (HALF, torch.float32):
-        for choice in table[dtype.itemsize]:
-            name = f"{str(dtype).removeprefix('torch.')}, N {'any' if choice.outputs is None else choice.outputs}"
-            entries = survey(choice, dtype, budget)
+        for limit, base in row[dtype.itemsize]:
+            name = f"{str(dtype).removeprefix('torch.')}, N {'any' if limit is None else limit}"
+            entries = survey(limit, base, dtype, budget)
             result[name] = {"verdict": verdict(entries), "tiles": entries}
     return result
 
@@ -137,7 +138,7 @@ def show(result: dict[str, Any]) -> None:
     for name, found in result.items():
         rows = []
         for entry in found["tiles"]:
-            tile, seconds = Tile(**entry["tile"]), entry.get("seconds", {})
+            tile, seconds = GemmTile(**entry["tile"]), entry.get("seconds", {})
             size = f"{tile.rows} x {tile.columns} x {tile.depth}, {tile.warps} warps, {tile.stages} stages"
             bits = entry.get("failed") or entry["differing"] + entry.get("differing_uneven", 0)
             rows.append([size, bits, entry.get("error", ""), *(seconds.get(n, 0.0) * 1e6 for n in FEW)])

@@ -117,7 +117,7 @@ def test_splits_keep_the_bits(dtype, heads, kv_heads, d, window):
     from toolkit.ops.attention import tiles
     from toolkit.ops.triton_devices import architecture
 
-    split = tiles.split(architecture(torch.device("cuda")), dtype, d)
+    split = tiles.SPLITS.find(architecture(torch.device("cuda")), dtype, d)
     count = tiles.APART_ROWS + 88
     length = 2 * split + 300
     q, k, v = inputs(dtype, [length], [count], heads, kv_heads, d)
@@ -182,15 +182,18 @@ def test_attention_tile_height(dtype, record_property):
     What tiles do to the bits of a product, ``benchmarks.gpu.tile_invariance`` measures.
     """
     from toolkit.ops.attention import tiles
+    from toolkit.ops.tiles import TileTable, for_any_size
     from toolkit.ops.triton_devices import architecture
 
     lengths = queries = [257]
     q, k, v = inputs(dtype, lengths, queries, 4, 4, 64)
     exact = dense(q, k, v, lengths, queries)
-    base = tiles.tile(tiles.FORWARD, architecture(q.device), dtype, 64)
+    arch = architecture(q.device)
+    base = tiles.FORWARD.find(arch, dtype, 64)
     outs = {}
     for rows in (16, 32, 64, 128):
-        with mock.patch.object(tiles, "tile", lambda *_, rows=rows: replace(base, rows=rows)):
+        table = TileTable("attention", for_any_size({arch: {dtype.itemsize: replace(base, rows=rows)}}))
+        with mock.patch.object(tiles, "FORWARD", table):
             outs[rows], _ = contiguous(q, k, v, lengths, queries)
         assert relative(outs[rows], exact) < ERROR[dtype]
     differ = {rows: int((out != outs[64]).sum()) for rows, out in outs.items()}

@@ -91,15 +91,16 @@ def test_linear_decode_tiles_have_the_bits_of_the_others(dtype):
     """A decode tile may only be set where this holds; ``benchmarks.gpu.tile_invariance`` finds out which would do."""
     from benchmarks.gpu.tile_invariance import unrounded
     from toolkit.ops.linear import tiles
+    from toolkit.ops.tiles import DECODE_ROWS
     from toolkit.ops.triton_devices import architecture
 
-    for choice in tiles.TABLE[architecture(torch.device(DEVICE))][dtype.itemsize]:
-        outputs = 40 if DRY else 4096 if choice.outputs is not None else 9728
+    for limit, tile in tiles.TABLE.entries[architecture(torch.device(DEVICE))][dtype.itemsize]:
+        outputs = 40 if DRY else 4096 if limit is not None else 9728
         for depth in (64, 48) if DRY else (2560, 2576):
-            x, weight, _ = product(depth, outputs, dtype, rows=tiles.DECODE_ROWS)
-            wanted = unrounded(x, weight, choice.tile)
-            for rows in (1, 3, tiles.DECODE_ROWS):
-                got = unrounded(x[:rows], weight, choice.decode or choice.tile)
+            x, weight, _ = product(depth, outputs, dtype, rows=DECODE_ROWS)
+            wanted = unrounded(x, weight, tile)
+            for rows in (1, 3, DECODE_ROWS):
+                got = unrounded(x[:rows], weight, tile.decode or tile)
                 assert torch.equal(got, wanted[:rows])
 
 

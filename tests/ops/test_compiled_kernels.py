@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("triton", reason="the Triton kernels need triton")
 
 from tests.helpers.compiler import Compiler
+from toolkit.ops.tiles import GemmTile, TileTable, for_any_size
 from tools.compile_kernels import compiler as kernels
 from tools.compile_kernels import kernel_cases_attention, table
 
@@ -126,18 +127,17 @@ def test_compiles_without_spills_in_wide_accesses(name, arch, compiler):
 
 def test_spills_and_missing_matrix_instructions_are_seen(compiler):
     """The report itself has power: a tile too large for sm_80 spills, and float32 has no matrix product."""
-    spilling = compiler.run(attention_of_tile, (64, 64, 4, 2), torch.bfloat16, 128, True)
+    spilling = compiler.run(attention_of_tile, GemmTile(64, 64, 0, 4, 2), torch.bfloat16, 128, True)
     assert spilling.spilled > 0
-    assert compiler.run(attention_of_tile, (16, 16, 4, 1), torch.float32, 16, False).matrix == {}
+    assert compiler.run(attention_of_tile, GemmTile(16, 16, 0, 4, 1), torch.float32, 16, False).matrix == {}
 
 
-def attention_of_tile(
-    sizes: tuple[int, int, int, int], dtype: torch.dtype, head_dim: int, paged: bool
-) -> kernels.Compiled:
+def attention_of_tile(tile: GemmTile, dtype: torch.dtype, head_dim: int, paged: bool) -> kernels.Compiled:
     from toolkit.ops.attention import tiles
 
     case = kernel_cases_attention.attention_case(dtype, head_dim, paged=paged)
-    with mock.patch.object(tiles, "tile", return_value=tiles.Tile(*sizes)):
+    table = TileTable("attention", for_any_size({"sm_80": {dtype.itemsize: tile}}))
+    with mock.patch.object(tiles, "FORWARD", table):
         (made,) = kernels.compile_case(case, "sm_80")
     return made
 

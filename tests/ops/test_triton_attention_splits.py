@@ -20,7 +20,7 @@ from toolkit.ops.attention.modifiers import find
 from toolkit.ops.attention.triton import attention
 from toolkit.ops.attention.triton_backward import attention_backward
 
-SPLIT = tiles.split("interpreter", torch.float32, 64)
+SPLIT = tiles.SPLITS.find("interpreter", torch.float32, 64)
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ from tests.helpers.interpreter import poisoned, row_by_row
 from toolkit.errors import ToolkitError
 from toolkit.ops.linear import tiles
 from toolkit.ops.linear.triton import linear
+from toolkit.ops.tiles import DECODE_ROWS, GemmTile
 
 EPS = {torch.float32: 2.0**-24, torch.float16: 2.0**-11}
 
@@ -89,11 +90,14 @@ def test_extreme_values():
 
 
 def test_a_decode_tile_serves_few_rows(monkeypatch):
-    assert all(c.decode is None for table in tiles.TABLE.values() for choices in table.values() for c in choices)
-    large, small = tiles.Tile(32, 16, 16, 1, 1), tiles.Tile(16, 32, 16, 1, 1)
-    monkeypatch.setitem(tiles.TABLE["interpreter"], 4, (tiles.Choice(None, large, small),))
-    assert tiles.tile("interpreter", torch.float32, 9, 40, tiles.DECODE_ROWS) == small
-    assert tiles.tile("interpreter", torch.float32, 9, 40, tiles.DECODE_ROWS + 1) == large
+    rows = [choices for row in tiles.TABLE.entries.values() for choices in row.values()]
+    assert all(tile.decode is None for choices in rows for _, tile in choices)
+    small = GemmTile(16, 32, 16, 1, 1)
+    large = GemmTile(32, 16, 16, 1, 1, decode=small)
+    monkeypatch.setitem(tiles.TABLE.entries["interpreter"], 4, ((None, large),))
+    tile = tiles.TABLE.find("interpreter", torch.float32, 9, row_widths=(40,))
+    assert tile.for_rows(DECODE_ROWS) == small
+    assert tile.for_rows(DECODE_ROWS + 1) == large
     x, weight, bias = make(70, 40, 20)
     torch.testing.assert_close(linear(x[:5], weight, bias), linear(x, weight, bias)[:5])
 

@@ -24,8 +24,8 @@ def check_dtype(op: str, dtype: torch.dtype) -> None:
         raise ToolkitError(f"{op} got dtype {dtype}; its Triton kernels take float32, bfloat16 and float16.")
 
 
-def check_product(op: str, dtype: torch.dtype, arch: str) -> None:
-    """``check_dtype`` for kernels with matrix products, of which the interpreter cannot do all."""
+def check_gemm_dtype(op: str, dtype: torch.dtype, arch: str) -> None:
+    """``check_dtype`` for kernels with a GEMM, which the interpreter cannot run in bfloat16."""
     check_dtype(op, dtype)
     if arch == "interpreter" and dtype == torch.bfloat16:  # it would multiply the raw 16-bit integers
         raise ToolkitError(f"{op} got dtype bfloat16 on CPU; Triton's interpreter takes float32 and float16.")

@@ -337,7 +337,7 @@ def attention(
     grid = query_grid(q, k.shape[1], sequences, sizes)
     # No length is read on the host: the bound of a sequence's keys is what its block table or the rows can hold.
     longest = k.shape[0] if block_tables is None else block_tables.shape[1] * block_size
-    split = tiles.split(triton_devices.architecture(q.device), q.dtype, max(q.shape[-1], v.shape[-1]))
+    split = tiles.SPLITS.find(triton_devices.architecture(q.device), q.dtype, max(q.shape[-1], v.shape[-1]))
     slots = triton.cdiv(longest, split)
     if window > 0:
         slots = min(slots, (window + sizes["ROWS"] // sizes["HEADS"] - 2) // split + 2)

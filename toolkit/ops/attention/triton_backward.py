@@ -33,6 +33,7 @@ from toolkit.ops.attention.triton_common import (
     store_rows,
     visible_keys,
 )
+from toolkit.ops.tiles import GemmTile, TileTable
 
 
 @triton.jit(do_not_specialize=["num_sequences", "num_rows", "window"])
@@ -107,7 +108,7 @@ def attention_backward_queries(
         store_rows(dq, d_row, row_ok, BLOCK_D, rest, HEAD_DIM, TAIL)
 
 
-def backward_sizes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: tiles.Table) -> dict[str, Any]:
+def backward_sizes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: TileTable[GemmTile]) -> dict[str, Any]:
     """``launch_sizes``, with wide heads cut into a power of two and a rest."""
     sizes = launch_sizes(q, k, v, table)
     head_dim, sizes["TAIL"] = q.shape[-1], 0

@@ -10,6 +10,7 @@ from toolkit.errors import ToolkitError
 from toolkit.ops import triton_devices
 from toolkit.ops.attention import tiles
 from toolkit.ops.attention.modifiers import NAMES, find
+from toolkit.ops.tiles import GemmTile, TileTable
 
 
 @triton.jit
@@ -167,12 +168,12 @@ def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         )
 
 
-def launch_sizes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: tiles.Table) -> dict[str, Any]:
+def launch_sizes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: TileTable[GemmTile]) -> dict[str, Any]:
     """The compile-time sizes and launch options that the forward and the backward kernels share."""
     head_dim, v_dim = q.shape[-1], v.shape[-1]
     if v_dim > tiles.MAX_V_DIM:
         raise ToolkitError(f"attention got values of width {v_dim}; its Triton kernels take up to {tiles.MAX_V_DIM}.")
-    choice = tiles.tile(table, triton_devices.architecture(q.device), q.dtype, max(head_dim, v_dim))
+    choice = table.find(triton_devices.architecture(q.device), q.dtype, max(head_dim, v_dim))
     group = q.shape[1] // k.shape[1]
     return {
         "HEAD_DIM": head_dim,
@@ -182,11 +183,9 @@ def launch_sizes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: tiles
         "GROUP": group,
         "HEADS": min(group, choice.rows),
         "ROWS": choice.rows,
-        "KEYS": choice.keys,
-        "SLICE": choice.slice,
-        "num_warps": choice.warps,
-        "num_stages": choice.stages,
-        "enable_fp_fusion": False,
+        "KEYS": choice.columns,
+        "SLICE": choice.depth,
+        **choice.options(),
     }
 
 

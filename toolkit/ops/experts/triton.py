@@ -145,7 +145,7 @@ def up_product(
         VALUE=function.device()[0], ARGUMENTS=function.arguments, GATED=gated, INTERLEAVED=interleaved,
         SCALED=scores is not None, SLOTS=slots, ROWS=size.rows, COLUMNS=size.columns, DEPTH=size.depth,
         GROUP=size.group, EVEN=depth % size.depth == 0, BIASED=bias is not None, GATHER=gather, TURNED=weight.turned,
-        num_warps=size.warps, num_stages=size.stages, enable_fp_fusion=False,
+        **size.options(),
     )  # fmt: skip
     return a, z
 

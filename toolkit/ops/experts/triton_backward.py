@@ -157,7 +157,7 @@ def inner_product(
         BOTH=function.device()[1], ARGUMENTS=function.arguments, GATED=gated, INTERLEAVED=interleaved,
         SCALED=scores is not None, SLOTS=slots, ROWS=size.rows, COLUMNS=size.columns, DEPTH=size.depth,
         GROUP=size.group, EVEN=depth % size.depth == 0, TURNED=weight.turned,
-        num_warps=size.warps, num_stages=size.stages, enable_fp_fusion=False,
+        **size.options(),
     )  # fmt: skip
     return dz, a, partials
 

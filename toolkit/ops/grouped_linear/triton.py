@@ -16,6 +16,7 @@ from torch import Tensor
 from toolkit.ops import triton_devices
 from toolkit.ops.grouped_linear import tiles as table
 from toolkit.ops.linear.triton import aligned_rows, grouped_tile, row_product
+from toolkit.ops.tiles import GemmTile, TileTable
 
 
 @triton.jit
@@ -139,9 +140,10 @@ class Matrices(NamedTuple):
     def depth(self) -> int:
         return self.values.shape[1 if self.turned else 2]
 
-    def size(self, kind: table.Table, x: Tensor) -> table.Tile:
+    def size(self, kind: TileTable[GemmTile], x: Tensor) -> GemmTile:
         """The tile of a product with ``x``."""
-        return table.tile(kind, triton_devices.architecture(x.device), x.dtype, self.outputs, self.depth)
+        arch = triton_devices.architecture(x.device)
+        return kind.find(arch, x.dtype, row_widths=(self.outputs, self.depth))
 
 
 def steps_of(tiles: Tensor, rows: int, experts: int, height: int) -> int:
@@ -172,7 +174,7 @@ def product(
         SLOTS=slots, ROWS=size.rows, COLUMNS=size.columns, DEPTH=size.depth, GROUP=size.group,
         EVEN=depth % size.depth == 0, BIASED=bias is not None, SCALED=scores is not None,
         GATHER=gather, TURNED=weight.turned,
-        num_warps=size.warps, num_stages=size.stages, enable_fp_fusion=False,
+        **size.options(),
     )  # fmt: skip
     return y
 

@@ -82,12 +82,12 @@ def outer(
     out = torch.empty(experts, height, width, dtype=left.dtype, device=left.device)
     if out.numel():
         arch = triton_devices.architecture(left.device)
-        size = table.tile(table.OUTER, arch, left.dtype, height, width)
+        size = table.OUTER.find(arch, left.dtype, row_widths=(height, width))
         expert_outer[(triton.cdiv(height, size.rows) * triton.cdiv(width, size.columns), experts)](
             one, other, out, order, offsets, height, width, one.stride(0), other.stride(0),
             SLOTS=slots, ROWS=size.rows, COLUMNS=size.columns, DEPTH=size.depth,
             GATHER_LEFT=gather_left, GATHER_RIGHT=gather_right,
-            num_warps=size.warps, num_stages=size.stages, enable_fp_fusion=False,
+            **size.options(),
         )  # fmt: skip
     return out
 

@@ -15,6 +15,7 @@ import triton.language as tl
 from toolkit.errors import ToolkitError
 from toolkit.ops import triton_devices
 from toolkit.ops.linear import tiles
+from toolkit.ops.tiles import ALIGNMENT
 
 
 @triton.jit
@@ -84,8 +85,8 @@ def aligned_rows(x: torch.Tensor) -> torch.Tensor:
     """
     width = x.shape[-1]
     flat = x.reshape(-1, width) if width else x.new_empty(x.shape[:-1].numel(), 0)
-    odd = flat.stride(0) % tiles.ALIGNED_DEPTH or flat.data_ptr() % 16
-    if (flat.stride(-1) == 1 or width == 1) and not (odd and width % tiles.ALIGNED_DEPTH == 0 and flat.shape[0] > 1):
+    odd = flat.stride(0) % ALIGNMENT or flat.data_ptr() % 16
+    if (flat.stride(-1) == 1 or width == 1) and not (odd and width % ALIGNMENT == 0 and flat.shape[0] > 1):
         return flat
     return flat.clone(memory_format=torch.contiguous_format)
 
@@ -115,13 +116,14 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     rows, (outputs, depth) = flat.shape[0], matrix.shape
     y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     if y.numel():
-        size = tiles.tile(triton_devices.architecture(x.device), x.dtype, outputs, depth, rows)
+        arch = triton_devices.architecture(x.device)
+        size = tiles.TABLE.find(arch, x.dtype, outputs, row_widths=(depth,)).for_rows(rows)
         linear_forward[(triton.cdiv(rows, size.rows) * triton.cdiv(outputs, size.columns),)](
             flat, matrix, matrix if bias is None else bias.contiguous(), y, rows, outputs, depth,
             flat.stride(0), matrix.stride(0),
             ROWS=size.rows, COLUMNS=size.columns, DEPTH=size.depth, GROUP=size.group,
             EVEN=depth % size.depth == 0, BIASED=bias is not None,
-            num_warps=size.warps, num_stages=size.stages, enable_fp_fusion=False,
+            **size.options(),
         )  # fmt: skip
     return y.view(*x.shape[:-1], outputs)
 

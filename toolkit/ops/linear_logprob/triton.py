@@ -15,6 +15,7 @@ from toolkit.ops.attention.triton_common import tanh
 from toolkit.ops.linear.triton import aligned_rows, row_product
 from toolkit.ops.linear.triton import linear as linear_triton
 from toolkit.ops.linear_logprob import tiles
+from toolkit.ops.tiles import GemmTile
 
 
 @triton.jit
@@ -189,6 +190,13 @@ def top_logits(
     return values, ids
 
 
+def logits_tile(hidden: torch.Tensor, softcap: float, temperature: torch.Tensor | None) -> GemmTile:
+    """The tile of the logits, the same in forward and backward."""
+    table = tiles.SHAPED_LOGITS if softcap > 0.0 or temperature is not None else tiles.LOGITS
+    arch = triton_devices.architecture(hidden.device)
+    return table.find(arch, hidden.dtype, row_widths=(hidden.shape[1],))
+
+
 def linear_logprob(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -205,8 +213,7 @@ def linear_logprob(
     [T, C], lse, entropy, mean [T], the largest logits and their ids [T, top_k]. A target of V or more gives NaN.
     """
     check(hidden, weight, bias)
-    arch = triton_devices.architecture(hidden.device)
-    size = tiles.tile(tiles.LOGITS, arch, hidden.dtype, hidden.shape[1], softcap > 0.0 or temperature is not None)
+    size = logits_tile(hidden, softcap, temperature)
     hidden, matrix, targets = aligned_rows(hidden), aligned_rows(weight), targets.contiguous()
     rows, (vocabulary, depth), candidates = hidden.shape[0], matrix.shape, targets.shape[1]
     heat = None if temperature is None else temperature.to(torch.float32).contiguous()
@@ -227,7 +234,7 @@ def linear_logprob(
         rows, vocabulary, depth, candidates, hidden.stride(0), matrix.stride(0), float(scale), float(softcap),
         ROWS=size.rows, COLUMNS=size.columns, DEPTH=size.depth, SPLIT=tiles.SPLIT, EVEN=depth % size.depth == 0,
         BIASED=shift is not None, CAPPED=softcap > 0.0, TEMPERED=heat is not None,
-        num_warps=size.warps, num_stages=size.stages, enable_fp_fusion=False,
+        **size.options(),
     )  # fmt: skip
     logprob_join[(triton.cdiv(rows, 32),)](
         *parts, chosen, targets, logprob, lse, entropy, mean, rows, vocabulary, candidates, splits,

@@ -13,7 +13,7 @@ import triton.language as tl
 from toolkit.ops import triton_devices
 from toolkit.ops.linear.triton import aligned_rows, grouped_tile
 from toolkit.ops.linear_logprob import tiles
-from toolkit.ops.linear_logprob.triton import check, logit_tile
+from toolkit.ops.linear_logprob.triton import check, logit_tile, logits_tile
 
 
 @triton.jit(do_not_specialize=["candidates", "begin"])
@@ -184,8 +184,10 @@ def linear_logprob_backward(
     dz = torch.empty(rows, pitch, dtype=hidden.dtype, device=hidden.device)
     several = need_hidden and vocabulary > pitch
     total = torch.empty(rows if several else 0, depth, dtype=torch.float32, device=hidden.device)
-    size = tiles.tile(tiles.LOGITS, arch, hidden.dtype, depth, softcap > 0.0 or temperature is not None)
-    for_hidden, for_weight = (tiles.tile(table, arch, hidden.dtype, depth) for table in (tiles.HIDDEN, tiles.WEIGHT))
+    size = logits_tile(hidden, softcap, temperature)
+    for_hidden, for_weight = (
+        table.find(arch, hidden.dtype, row_widths=(depth,)) for table in (tiles.HIDDEN, tiles.WEIGHT)
+    )
     for begin in range(0, vocabulary, pitch):
         width = min(pitch, vocabulary - begin)
         logit_gradients[(triton.cdiv(rows, size.rows), triton.cdiv(width, size.columns))](
@@ -195,7 +197,7 @@ def linear_logprob_backward(
             float(scale), float(softcap),
             ROWS=size.rows, COLUMNS=size.columns, DEPTH=size.depth, EVEN=depth % size.depth == 0,
             BIASED=shift is not None, CAPPED=softcap > 0.0, TEMPERED=heat is not None,
-            num_warps=size.warps, num_stages=size.stages, enable_fp_fusion=False,
+            **size.options(),
         )  # fmt: skip
         if need_hidden:
             choice = for_hidden
@@ -204,14 +206,14 @@ def linear_logprob_backward(
                 dz.stride(0), matrix.stride(0), total.stride(0),
                 ROWS=choice.rows, COLUMNS=choice.columns, DEPTH=choice.depth, GROUP=8,
                 EVEN=width % choice.depth == 0, FIRST=begin == 0, LAST=begin + width == vocabulary,
-                num_warps=choice.warps, num_stages=choice.stages, enable_fp_fusion=False,
+                **choice.options(),
             )  # fmt: skip
         if need_weight:
             choice = for_weight
             weight_gradient[(triton.cdiv(width, choice.rows) * triton.cdiv(depth, choice.columns),)](
                 dz, hidden, order, count, dw, begin, width, depth, dz.stride(0), hidden.stride(0),
                 ROWS=choice.rows, COLUMNS=choice.columns, DEPTH=choice.depth, GROUP=8,
-                num_warps=choice.warps, num_stages=choice.stages, enable_fp_fusion=False,
+                **choice.options(),
             )  # fmt: skip
         if with_bias:
             bias_gradient[(triton.cdiv(width, 64),)](

@@ -4,9 +4,8 @@ A program holds a block of columns of a head's state, [K, columns], in registers
 not touch each other, so blocks are what a head's work is shared by. Numbers of tokens or segments do not matter.
 """
 
-from dataclasses import dataclass
-
 from toolkit.errors import ToolkitError
+from toolkit.ops.tiles import GemmTile
 from toolkit.ops.triton_rows import power_of_2
 
 MOST_DEPTH = 256
@@ -21,28 +20,18 @@ BACKWARD_COLUMNS = {"sm_80": 32, "sm_90": 32, "sm_100": 32, "gfx942": 32, "inter
 BACKWARD_PROGRAMS = {"sm_80": 216, "sm_90": 264, "sm_100": 296, "gfx942": 608, "interpreter": 3}
 
 
-@dataclass(frozen=True)
-class Tile:
-    """``depth`` (K and its padding) x ``columns`` a program, by ``warps`` warps."""
+def tile(op: str, arch: str, depth: int, columns: int, *, backward: bool = False) -> GemmTile:
+    """The tile for a state of ``depth`` x ``columns`` (K x V).
 
-    depth: int
-    columns: int
-    warps: int
+    Its rows are K, padded to a power of two; a step is one token.
 
-    def options(self) -> dict[str, int]:
-        """As keyword arguments of a launch."""
-        return {
-            "DEPTH": self.depth, "COLUMNS": self.columns,
-            "num_warps": self.warps, "num_stages": 1, "enable_fp_fusion": False,
-        }  # fmt: skip
-
-
-def tile(op: str, arch: str, depth: int, columns: int, *, backward: bool = False) -> Tile:
-    """The tile for a state of ``depth`` x ``columns``; ToolkitError for a depth that no program holds."""
+    Raises:
+        ToolkitError: for a K that no program holds.
+    """
     if depth > MOST_DEPTH:
-        raise ToolkitError(f"{op} got keys of {depth} channels; its Triton kernels take at most {MOST_DEPTH}.")
+        raise ToolkitError(f"The head size of k must be <= {MOST_DEPTH} in the Triton kernels of {op}, got {depth}.")
     most, elements = (BACKWARD_COLUMNS, BACKWARD_ELEMENTS) if backward else (FORWARD_COLUMNS, FORWARD_ELEMENTS)
     lane_elements = (64 if arch.startswith("gfx") else 32) * elements[arch]  # of a warp
     padded = power_of_2(depth)
     block = min(power_of_2(columns), most[arch], max(1, MOST_WARPS * lane_elements // padded))
-    return Tile(padded, block, max(1, padded * block // lane_elements))
+    return GemmTile(padded, block, 1, max(1, padded * block // lane_elements), 1)

@@ -186,7 +186,8 @@ def linear_recurrence(
             order, starts, finals if initial is None else initial.contiguous(), out, finals, kept,
             0 if initial is None else initial.shape[0], heads, heads // q.shape[1], depth, width, scale,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
-            CHUNK=CHUNK, KEEP=keep, WEIGHTED=beta is not None, DELTA=delta, **shape.options(),
+            CHUNK=CHUNK, KEEP=keep, WEIGHTED=beta is not None, DELTA=delta,
+            DEPTH=shape.rows, COLUMNS=shape.columns, **shape.options(),
         )  # fmt: skip
     return out, finals, kept
 
@@ -213,6 +214,7 @@ def linear_recurrence_paged(
             save_rows, save_frames.contiguous(), starts, states, out,
             states.shape[0], heads, heads // q.shape[1], depth, width, scale,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *states.stride()[:3],
-            WEIGHTED=beta is not None, DELTA=delta, **shape.options(),
+            WEIGHTED=beta is not None, DELTA=delta,
+            DEPTH=shape.rows, COLUMNS=shape.columns, **shape.options(),
         )  # fmt: skip
     return out

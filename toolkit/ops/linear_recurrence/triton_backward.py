@@ -169,14 +169,15 @@ def linear_recurrence_backward(
         pending = torch.zeros_like(finals) if grad_finals is None else grad_finals.contiguous().clone()
         order, starts = groups(parents, given)
         programs = min(tasks, BACKWARD_PROGRAMS[arch])
-        scratch = torch.empty(programs, CHUNK // SPAN + SPAN, shape.depth, shape.columns, **wide)
+        scratch = torch.empty(programs, CHUNK // SPAN + SPAN, shape.rows, shape.columns, **wide)
         q, k, v, g = (x.contiguous() for x in (q, k, v, g))  # their strides would take registers
         recurrence_grad[(programs,)](
             grad, q, k, v, g, g if beta is None else beta.contiguous(), query_offsets.contiguous(),
             parents.contiguous(), order, starts, finals if initial is None else initial.contiguous(), finals, kept,
             pending, scratch, to_initial if given else pending, part_q, part_k, to_v, part_g, part_beta,
             tokens, tasks, given, heads, key_heads, depth, width, scale,
-            CHUNK=CHUNK, SPAN=SPAN, WEIGHTED=beta is not None, DELTA=delta, BLOCKS=count, **shape.options(),
+            CHUNK=CHUNK, SPAN=SPAN, WEIGHTED=beta is not None, DELTA=delta, BLOCKS=count,
+            DEPTH=shape.rows, COLUMNS=shape.columns, **shape.options(),
         )  # fmt: skip
     inside = torch.arange(tokens, device=q.device) < query_offsets[-1]
 

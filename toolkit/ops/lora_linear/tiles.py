@@ -1,76 +1,64 @@
-"""Tiles of the Triton kernels of low-rank adapters, as data: by (architecture, element type), never by rows.
-
-``rows``     rows of one adapter that a program takes
-``ranks``    at most that many ranks at a time
-``columns``  outputs of a program, of those that are as long as x or y
-``depth``    the step along a long sum
-``warps``, ``stages``   what Triton calls num_warps and num_stages
-"""
-
-from dataclasses import dataclass
+"""Tiles of the Triton kernels of low-rank adapters, as data: by (architecture, dtype)."""
 
 import torch
 
-from toolkit.ops.triton_devices import check_product
+from toolkit.ops.tiles import GemmTile, TileTable, for_any_size
 
-# A sum along K or N is cut into splits of that length, so that few rows keep many programs busy; splits are
-# added in order.
+# A sum along K or N is split into parts of this length, so that few rows keep many programs busy. The parts are added
+# in order.
 SPLIT = 1024
 # The step along a long sum where rows are not aligned: loads go element by element, and a longer step would spill.
 UNALIGNED_DEPTH = 32
 # Rows of an adapter that one program of a weight's gradient sums; its partials are added in order.
 SUMMED_ROWS = 512
 
+# [rows, long] x [long, ranks]: columns are ranks.
+SHRINK = TileTable(
+    "lora_add",
+    for_any_size(
+        {
+            "sm_80": {2: GemmTile(64, 64, 64, 4, 3), 4: GemmTile(64, 32, 32, 4, 2)},
+            "sm_90": {2: GemmTile(64, 64, 64, 4, 4), 4: GemmTile(64, 32, 32, 4, 2)},
+            "sm_100": {2: GemmTile(64, 64, 64, 4, 4), 4: GemmTile(64, 32, 32, 4, 2)},
+            "gfx942": {2: GemmTile(64, 64, 64, 4, 2), 4: GemmTile(64, 64, 32, 4, 2)},
+            "interpreter": {2: GemmTile(16, 16, 64, 1, 1), 4: GemmTile(16, 16, 64, 1, 1)},
+        }
+    ),
+)
 
-@dataclass(frozen=True)
-class Tile:
-    rows: int
-    ranks: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
+# [rows, ranks] x [ranks, columns]: the step is along ranks.
+EXPAND = TileTable(
+    "lora_add",
+    for_any_size(
+        {
+            "sm_80": {2: GemmTile(64, 128, 16, 8, 1), 4: GemmTile(64, 64, 16, 8, 1)},
+            "sm_90": {2: GemmTile(64, 128, 32, 8, 1), 4: GemmTile(64, 64, 16, 8, 1)},
+            "sm_100": {2: GemmTile(64, 128, 32, 8, 1), 4: GemmTile(64, 64, 16, 8, 1)},
+            "gfx942": {2: GemmTile(64, 128, 32, 4, 1), 4: GemmTile(64, 64, 16, 4, 1)},
+            "interpreter": {2: GemmTile(16, 32, 16, 1, 1), 4: GemmTile(16, 32, 16, 1, 1)},
+        }
+    ),
+)
 
-
-Table = dict[str, dict[int, Tile]]
-
-# [rows, long] x [long, ranks]
-SHRINK: Table = {
-    "sm_80": {2: Tile(64, 64, 0, 64, 4, 3), 4: Tile(64, 32, 0, 32, 4, 2)},
-    "sm_90": {2: Tile(64, 64, 0, 64, 4, 4), 4: Tile(64, 32, 0, 32, 4, 2)},
-    "sm_100": {2: Tile(64, 64, 0, 64, 4, 4), 4: Tile(64, 32, 0, 32, 4, 2)},
-    "gfx942": {2: Tile(64, 64, 0, 64, 4, 2), 4: Tile(64, 64, 0, 32, 4, 2)},
-    "interpreter": {2: Tile(16, 16, 0, 64, 1, 1), 4: Tile(16, 16, 0, 64, 1, 1)},
-}
-
-# [rows, ranks] x [ranks, columns]
-EXPAND: Table = {
-    "sm_80": {2: Tile(64, 16, 128, 0, 8, 1), 4: Tile(64, 16, 64, 0, 8, 1)},
-    "sm_90": {2: Tile(64, 32, 128, 0, 8, 1), 4: Tile(64, 16, 64, 0, 8, 1)},
-    "sm_100": {2: Tile(64, 32, 128, 0, 8, 1), 4: Tile(64, 16, 64, 0, 8, 1)},
-    "gfx942": {2: Tile(64, 32, 128, 0, 4, 1), 4: Tile(64, 16, 64, 0, 4, 1)},
-    "interpreter": {2: Tile(16, 16, 32, 0, 1, 1), 4: Tile(16, 16, 32, 0, 1, 1)},
-}
-
-# [ranks, rows] x [rows, columns], in steps of ``rows``
-OUTER: Table = {
-    "sm_80": {2: Tile(32, 64, 64, 0, 4, 2), 4: Tile(16, 32, 64, 0, 4, 2)},
-    "sm_90": {2: Tile(32, 64, 64, 0, 4, 2), 4: Tile(16, 32, 64, 0, 4, 2)},
-    "sm_100": {2: Tile(32, 64, 64, 0, 4, 2), 4: Tile(16, 32, 64, 0, 4, 2)},
-    "gfx942": {2: Tile(32, 64, 64, 0, 4, 2), 4: Tile(16, 32, 64, 0, 4, 2)},
-    "interpreter": {2: Tile(16, 16, 32, 0, 1, 1), 4: Tile(16, 16, 32, 0, 1, 1)},
-}
-
-
-def tile(table: Table, arch: str, dtype: torch.dtype) -> Tile:
-    """The tile for an architecture and an element type."""
-    check_product("lora_add", dtype, arch)
-    return table[arch][dtype.itemsize]
+# [ranks, rows] x [rows, columns]: rows of the tile are ranks, the step is along rows of the batch.
+OUTER = TileTable(
+    "lora_add",
+    for_any_size(
+        {
+            "sm_80": {2: GemmTile(64, 64, 32, 4, 2), 4: GemmTile(32, 64, 16, 4, 2)},
+            "sm_90": {2: GemmTile(64, 64, 32, 4, 2), 4: GemmTile(32, 64, 16, 4, 2)},
+            "sm_100": {2: GemmTile(64, 64, 32, 4, 2), 4: GemmTile(32, 64, 16, 4, 2)},
+            "gfx942": {2: GemmTile(64, 64, 32, 4, 2), 4: GemmTile(32, 64, 16, 4, 2)},
+            "interpreter": {2: GemmTile(16, 32, 16, 1, 1), 4: GemmTile(16, 32, 16, 1, 1)},
+        }
+    ),
+)
 
 
-def wide_precision(arch: str, dtype: torch.dtype) -> str:
-    """How to multiply float32 sums by ``dtype``: three TF32 products on NVIDIA, exact beyond 16-bit dtypes' rounding.
+def float32_precision(arch: str, dtype: torch.dtype) -> str:
+    """The input precision of a GEMM of float32 sums with ``dtype``.
 
-    float32 itself is IEEE everywhere (AMD's matrix units have such a product).
+    Three TF32 GEMMs on NVIDIA, which are exact beyond the rounding of 16-bit dtypes. float32 is IEEE everywhere (AMD's
+    matrix units have such an instruction).
     """
     return "tf32x3" if arch.startswith("sm_") and dtype.itemsize == 2 else "ieee"

@@ -146,11 +146,11 @@ def shrink(x: torch.Tensor, weight: torch.Tensor, scaling: torch.Tensor, grouped
 
     Rows of low lie in the sorted order; those without adapter are undefined.
     """
-    size = tiles.tile(tiles.SHRINK, triton_devices.architecture(x.device), x.dtype)
+    size = tiles.SHRINK.find(triton_devices.architecture(x.device), x.dtype)
     (_, ranks, depth), padded = weight.shape, padded_ranks(weight.shape[1])
     splits = max(1, triton.cdiv(depth, tiles.SPLIT))
     partials = torch.empty(splits, x.shape[0], padded, dtype=torch.float32, device=x.device)
-    block = min(size.ranks, padded)
+    block = min(size.columns, padded)
     aligned = depth % 16 == 0 and ranks % 16 == 0
     step = size.depth if aligned else min(size.depth, tiles.UNALIGNED_DEPTH)
     lora_shrink[(grouped.tiles(size.rows), splits, padded // block)](
@@ -158,7 +158,7 @@ def shrink(x: torch.Tensor, weight: torch.Tensor, scaling: torch.Tensor, grouped
         x.stride(0), *weight.stride(), partials.stride(0),
         ROWS=size.rows, RANKS=block, DEPTH=step, SPLIT=tiles.SPLIT, PADDED=padded,
         EVEN=depth % step == 0, ALIGNED=ranks == padded,
-        num_warps=size.warps, num_stages=size.stages, enable_fp_fusion=False,
+        **size.options(),
     )  # fmt: skip
     if splits == 1:
         return partials[0]
@@ -174,15 +174,15 @@ def expand(
 ) -> None:
     """out[row, c] = base[row, c] + low[place] . weight[l, c] for weight [L, columns, R] of any strides."""
     arch = triton_devices.architecture(out.device)
-    size = tiles.tile(tiles.EXPAND, arch, out.dtype)
+    size = tiles.EXPAND.find(arch, out.dtype)
     (_, columns, ranks), padded = weight.shape, low.shape[1]
     under = out if base is None else base
     lora_expand[(grouped.tiles(size.rows), triton.cdiv(columns, size.columns))](
         under, low, weight, out, grouped.order, grouped.starts, grouped.adapters + 1, grouped.rows, columns, ranks,
         under.stride(0), *weight.stride(), out.stride(0),
-        ROWS=size.rows, RANKS=min(size.ranks, padded), COLUMNS=size.columns, PADDED=padded,
-        BASED=base is not None, PRECISION=tiles.wide_precision(arch, out.dtype),
-        num_warps=size.warps, num_stages=size.stages, enable_fp_fusion=False,
+        ROWS=size.rows, RANKS=min(size.depth, padded), COLUMNS=size.columns, PADDED=padded,
+        BASED=base is not None, PRECISION=tiles.float32_precision(arch, out.dtype),
+        **size.options(),
     )  # fmt: skip
 
 

@@ -67,22 +67,22 @@ def lora_outer_join(
 def outer(low: torch.Tensor, y: torch.Tensor, out: torch.Tensor, grouped: Grouped) -> None:
     """out[l, r, c] = sum over the rows of adapter l of low[place, r] * y[row, c]; out [L, R, columns], any strides."""
     arch = triton_devices.architecture(y.device)
-    size = tiles.tile(tiles.OUTER, arch, y.dtype)
+    size = tiles.OUTER.find(arch, y.dtype)
     (adapters, ranks, columns), padded = out.shape, low.shape[1]
     count = grouped.tiles(tiles.SUMMED_ROWS)
     partials = torch.empty(count, padded, columns, dtype=torch.float32, device=y.device)
-    block = min(size.ranks, padded)
-    shared = {"RANKS": block, "COLUMNS": size.columns, "SUMMED": tiles.SUMMED_ROWS, "enable_fp_fusion": False}
+    block = min(size.rows, padded)
+    shared = {"RANKS": block, "COLUMNS": size.columns, "SUMMED": tiles.SUMMED_ROWS}
     blocks = (triton.cdiv(columns, size.columns), padded // block)
     lora_outer[(count, *blocks)](
         low, y, grouped.order, grouped.starts, partials, grouped.adapters + 1, grouped.rows, columns,
         y.stride(0), partials.stride(0),
-        ROWS=size.rows, PADDED=padded, PRECISION=tiles.wide_precision(arch, y.dtype), **shared,
-        num_warps=size.warps, num_stages=size.stages,
+        ROWS=size.depth, PADDED=padded, PRECISION=tiles.float32_precision(arch, y.dtype), **shared,
+        **size.options(),
     )  # fmt: skip
     lora_outer_join[(adapters, *blocks)](
         partials, out, grouped.starts, grouped.adapters + 1, grouped.rows, columns, ranks,
-        partials.stride(0), *out.stride(), **shared, num_warps=4, num_stages=1,
+        partials.stride(0), *out.stride(), **shared, num_warps=4, num_stages=1, enable_fp_fusion=False,
     )  # fmt: skip
 
 
