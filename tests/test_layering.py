@@ -23,7 +23,7 @@ PACKAGES = {
     "exporting": {"exporting", "patching"},
     "config": {"config"},
 }
-EVERYWHERE = {"errors", "numerics"}
+EVERYWHERE = {"errors", "numerics", "registry", "sentences"}
 KNOW_TRANSFORMERS = {"patching", "exporting", "testing", "cli", "training"}
 
 

@@ -24,7 +24,7 @@ from toolkit.ops.linear_logprob.deferred import token_statistics
 from toolkit.patching import patch, weight_version
 from toolkit.patching.forward import predictions
 from toolkit.state import RaggedBatch
-from toolkit.training.objectives.functions import divergence_estimate
+from toolkit.training.losses import divergence_estimate
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer

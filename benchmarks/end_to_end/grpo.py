@@ -64,7 +64,7 @@ class Ours:
 
     def loss(self, completions: Sequence[Sequence[int]], behaviour: Sequence[Tensor] | None = None) -> Tensor:
         from toolkit.patching import token_logprobs
-        from toolkit.training.objectives.functions import group_advantages, policy_loss
+        from toolkit.training.losses import group_advantages, policy_loss
 
         advantages = group_advantages(torch.tensor([[reward(one) for one in completions]]))[0]
         lengths = [len(one) for one in completions]

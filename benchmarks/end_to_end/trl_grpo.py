@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.common import MODELS, print_table, relative_error, summary, write_json
 from benchmarks.end_to_end.grpo import EOS, gradient_norm, make_prompt, make_tokenizer, reward
-from toolkit.training.objectives.functions import divergence_estimate
+from toolkit.training.losses import divergence_estimate
 
 LIMIT = 1e-4  # of the relative difference of loss and gradient norm, float32 both
 WARM = 1  # steps before the timed ones: programs are recorded, caches filled

@@ -45,9 +45,9 @@ def work(checkpoint, tmp_path, monkeypatch):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").write_text("kept")
     recipe = {
-        "name": "bad",
-        "model": {"path": "good"},
-        "data": {"root": "good", "include": ["*"], "held_out": 0.5},
+        "run_name": "bad",
+        "model": {"name_or_path": "good"},
+        "data": {"data_dir": "good", "include": ["*"], "val_set_size": 0.5},
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     (tmp_path / "broken.yaml").write_text("name: [unclosed\n")
@@ -59,14 +59,14 @@ WRONG = [
     (["train", "missing.yaml"], "missing.yaml"),
     (["train", "broken.yaml"], "broken.yaml"),
     (["train", "list.yaml"], "list.yaml"),
-    (["train", "recipe.yaml", "train.step=3"], "train.steps"),
-    (["train", "recipe.yaml", "train.steps=many"], "train.steps"),
-    (["train", "recipe.yaml", "train.steps=0"], "train.steps"),
-    (["train", "recipe.yaml", "optimizer.lr=-1"], "optimizer.lr"),
+    (["train", "recipe.yaml", "train.max_step=3"], "train.max_steps"),
+    (["train", "recipe.yaml", "train.max_steps=many"], "train.max_steps"),
+    (["train", "recipe.yaml", "train.max_steps=0"], "train.max_steps"),
+    (["train", "recipe.yaml", "optimizer.learning_rate=-1"], "optimizer.learning_rate"),
     (["train", "recipe.yaml", "model.numerics=exact"], "model.numerics"),
-    (["train", "recipe.yaml", "model.path=nowhere"], "nowhere"),
-    (["train", "recipe.yaml", "data.root=nowhere"], "nowhere"),
-    (["train", "recipe.yaml", "resume=step-7"], "step-7"),
+    (["train", "recipe.yaml", "model.name_or_path=nowhere"], "nowhere"),
+    (["train", "recipe.yaml", "data.data_dir=nowhere"], "nowhere"),
+    (["train", "recipe.yaml", "resume_from_checkpoint=step-7"], "step-7"),
     (["generate", "nowhere", "text"], "nowhere"),
     (["generate", "no_config", "text"], "config.json"),
     (["generate", "bad_config", "text"], "config.json"),

@@ -1,4 +1,4 @@
-"""Recipes: what is accepted, and that each refusal is one sentence naming field, value and range."""
+"""Recipes: what is accepted, and that each error is one sentence naming field, value and range."""
 
 from pathlib import Path
 
@@ -11,8 +11,8 @@ from toolkit.errors import ToolkitError
 
 BASE = """
 model: {config: {model_type: llama, hidden_size: 64}}
-optimizer: {lr: 2e-3}
-train: {steps: 50}
+optimizer: {learning_rate: 2e-3}
+train: {max_steps: 50}
 """
 
 
@@ -23,7 +23,7 @@ def recipe(tmp_path: Path) -> str:
     return str(path)
 
 
-def refusal(recipe: str, *overrides: str) -> str:
+def error_of(recipe: str, *overrides: str) -> str:
     with pytest.raises(ToolkitError) as caught:
         load_recipe(recipe, overrides)
     message = str(caught.value)
@@ -38,28 +38,30 @@ def test_values_and_overrides_are_typed(recipe: str) -> None:
         recipe,
         [
             "train.batch_tokens=128",
-            "optimizer.betas=[0.5, 0.75]",
-            "optimizer.eps=1e-6",
-            "optimizer.clip=null",
+            "optimizer.adam_beta1=0.5",
+            "data.include=[a, b]",
+            "optimizer.adam_epsilon=1e-6",
+            "optimizer.max_grad_norm=null",
             "model.config.hidden_size=32",
             "model.config.tie_word_embeddings=true",
-            "checkpoint.every=",
-            "schedule.kind=wsd",
-            "schedule.decay=10",
+            "checkpoint.save_steps=",
+            "schedule.lr_scheduler_type=warmup_stable_decay",
+            "schedule.num_decay_steps=10",
         ],
     )
-    assert loaded.name == "small"
-    assert loaded.optimizer.lr == 0.002
-    assert loaded.optimizer.eps == 1e-6
-    assert loaded.optimizer.clip is None
-    assert loaded.checkpoint.every is None
-    assert loaded.optimizer.betas == [0.5, 0.75]
+    assert loaded.run_name == "small"
+    assert loaded.optimizer.learning_rate == 0.002
+    assert loaded.optimizer.adam_epsilon == 1e-6
+    assert loaded.optimizer.max_grad_norm is None
+    assert loaded.checkpoint.save_steps is None
+    assert loaded.optimizer.adam_beta1 == 0.5
+    assert loaded.data.include == ["a", "b"]
     assert loaded.model.config == {"model_type": "llama", "hidden_size": 32, "tie_word_embeddings": True}
     assert loaded.train.batch_tokens == 128
 
 
 def test_the_resolved_recipe_is_a_recipe(recipe: str, tmp_path: Path) -> None:
-    loaded = load_recipe(recipe, ["optimizer.eps=1e-12", "resume=step-000010"])
+    loaded = load_recipe(recipe, ["optimizer.adam_epsilon=1e-12", "resume_from_checkpoint=step-000010"])
     assert validate(yaml.safe_load(dump(loaded))) == loaded
     copy = tmp_path / "other.yaml"
     copy.write_text(dump(loaded))
@@ -69,52 +71,65 @@ def test_the_resolved_recipe_is_a_recipe(recipe: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("trian.steps=5", "Unknown field 'trian'; did you mean 'train'?"),
-        ("train.step=5", "Unknown field 'train.step'; did you mean 'train.steps'?"),
-        ("lr=3", "Unknown field 'lr'; did you mean 'optimizer.lr'?"),
-        ("qqqq=1", "Unknown field 'qqqq'; fields are name, output, "),
-        ("train.zzzzz=1", "Unknown field 'train.zzzzz'; fields are steps, batch_tokens, "),
-        ("train.steps=0", "train.steps is 0; it must be at least 1."),
-        ("train.steps=many", "train.steps is 'many'; it must be an integer."),
-        ("train.steps=true", "train.steps is True; it must be an integer."),
-        ("train.steps=1.5", "train.steps is 1.5; it must be an integer."),
-        ("train=3", "train is 3; it must be a mapping of fields."),
-        ("model=[]", "model is []; it must be a mapping of fields."),
-        ("schedule.kind=cosin", "schedule.kind is 'cosin'; it must be one of 'cosine', 'wsd' or 'constant'."),
-        ("optimizer.betas=[0.5, 1]", "optimizer.betas.1 is 1; it must be less than 1.0."),
-        ("optimizer.betas=[0.5]", "optimizer.betas is [0.5]; it must be a list of at least 2."),
-        ("optimizer.lr=-1", "optimizer.lr is -1; it must be greater than 0.0."),
-        ("optimizer.lr=.nan", "optimizer.lr is nan; it must be a finite number."),
-        ("optimizer.clip=off", "optimizer.clip is False; it must be a number or null."),
-        ("overwrite=1", "overwrite is 1; it must be true or false."),
-        ("name=../x", "name is '../x'; it must be a folder name of letters, digits, '.', '_' and '-'."),
-        ("output=''", "output is ''; it must be text of at least 1 character."),
-        ("resume=later", "resume is 'later'; it must be 'never', 'auto' or 'step-' and a number."),
-        ("seed=-1", "seed is -1; it must be at least 0."),
-        ("data.include=*.py", "The value of override 'data.include=*.py' is not valid YAML"),
-        ("data.include=[]", "data.include is []; it must be a list of at least 1."),
-        ("data.include=[3]", "data.include.0 is 3; it must be text."),
-        ("data.held_out=1.0", "data.held_out is 1.0; it must be less than 1.0."),
-        ("tokenizer.vocab_size=256", "tokenizer.vocab_size is 256; it must be at least 257."),
-        ("checkpoint.every=x", "checkpoint.every is 'x'; it must be an integer or null."),
-        ("model.dtype=int8", "model.dtype is 'int8'; it must be one of 'float32', 'float64', "),
-        ("model.path=/x", "Exactly one of model.path and model.config must be given, not both."),
-        ("model.config=null", "Exactly one of model.path and model.config must be given, not neither."),
-        ("model.config.model_type=3", "model.config.model_type is 3; it must be a transformers model type"),
+        ("trian.max_steps=5", "Unknown field 'trian'; did you mean 'train'?"),
+        ("train.max_step=5", "Unknown field 'train.max_step'; did you mean 'train.max_steps'?"),
+        ("learning_rate=3", "Unknown field 'learning_rate'; did you mean 'optimizer.learning_rate'?"),
+        ("qqqq=1", "Unknown field 'qqqq'; fields are run_name, output_dir, "),
+        ("train.zzzzz=1", "Unknown field 'train.zzzzz'; fields are max_steps, batch_tokens, "),
+        ("train.max_steps=0", "train.max_steps must be >= 1, got 0."),
+        ("train.max_steps=many", "train.max_steps must be an integer, got 'many'."),
+        ("train.max_steps=true", "train.max_steps must be an integer, got True."),
+        ("train.max_steps=1.5", "train.max_steps must be an integer, got 1.5."),
+        ("train=3", "train must be a mapping of fields, got 3."),
+        ("model=[]", "model must be a mapping of fields, got []."),
         (
-            "schedule.warmup=51",
-            "schedule.warmup + schedule.decay is 51; it must be at most train.steps, which is 50.",
+            "schedule.lr_scheduler_type=cosin",
+            "schedule.lr_scheduler_type must be one of 'cosine_with_min_lr', 'warmup_stable_decay' or "
+            "'constant_with_warmup', got 'cosin'.",
         ),
-        ("schedule.decay=2", "schedule.decay is 2; it must be 0 unless schedule.kind is 'wsd'."),
-        ("train.steps", "Override 'train.steps' is not of the form key=value, e.g. train.steps=100."),
+        ("optimizer.adam_beta2=1", "optimizer.adam_beta2 must be < 1, got 1."),
+        ("optimizer.learning_rate=-1", "optimizer.learning_rate must be > 0, got -1."),
+        ("optimizer.learning_rate=.nan", "optimizer.learning_rate must be a finite number, got nan."),
+        ("optimizer.max_grad_norm=off", "optimizer.max_grad_norm must be a number or null, got False."),
+        ("overwrite=1", "overwrite must be true or false, got 1."),
+        ("run_name=../x", "run_name must be a folder name of letters, digits, '.', '_' and '-', got '../x'."),
+        ("output_dir=''", "output_dir must be text of at least 1 character, got ''."),
+        (
+            "resume_from_checkpoint=later",
+            "resume_from_checkpoint must be true, false or 'step-' and a number, got 'later'.",
+        ),
+        ("resume_from_checkpoint=3", "resume_from_checkpoint must be true, false or 'step-' and a number, got 3."),
+        ("seed=-1", "seed must be >= 0, got -1."),
+        ("data.include=*.py", "The value of override 'data.include=*.py' is not valid YAML"),
+        ("data.include=[]", "data.include must be a list of at least 1, got []."),
+        ("data.include=[3]", "data.include.0 must be text, got 3."),
+        ("data.val_set_size=1.0", "data.val_set_size must be < 1, got 1.0."),
+        ("tokenizer.vocab_size=256", "tokenizer.vocab_size must be >= 257, got 256."),
+        ("checkpoint.save_steps=x", "checkpoint.save_steps must be an integer or null, got 'x'."),
+        ("model.dtype=int8", "model.dtype must be one of 'float32', 'float64', "),
+        ("model.name_or_path=/x", "Exactly one of model.name_or_path and model.config must be given, got both."),
+        ("model.config=null", "Exactly one of model.name_or_path and model.config must be given, got neither."),
+        (
+            "model.config.model_type=3",
+            "model.config.model_type must be a model type of transformers, e.g. 'llama', got 3.",
+        ),
+        (
+            "schedule.warmup_steps=51",
+            "schedule.warmup_steps + schedule.num_decay_steps must be <= train.max_steps, which is 50, got 51.",
+        ),
+        (
+            "schedule.num_decay_steps=2",
+            "schedule.num_decay_steps must be 0 unless schedule.lr_scheduler_type is 'warmup_stable_decay', got 2.",
+        ),
+        ("train.max_steps", "Override 'train.max_steps' is not of the form key=value, e.g. train.max_steps=100."),
         ("=3", "Override '=3' is not of the form key=value"),
         ("a..b=3", "Override 'a..b=3' is not of the form key=value"),
-        ("name.x=3", "Override 'name.x=3' names a field inside name, which is 'small', not a mapping."),
-        ("train.steps=[1", "The value of override 'train.steps=[1' is not valid YAML"),
+        ("run_name.x=3", "Override 'run_name.x=3' names a field inside run_name, which is 'small', not a mapping."),
+        ("train.max_steps=[1", "The value of override 'train.max_steps=[1' is not valid YAML"),
     ],
 )
 def test_a_wrong_override_is_one_sentence(recipe: str, override: str, expected: str) -> None:
-    assert refusal(recipe, override).startswith(expected)
+    assert error_of(recipe, override).startswith(expected)
 
 
 ON_TASK = "task: {name: countdown}"
@@ -123,83 +138,91 @@ ON_TASK = "task: {name: countdown}"
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("objective=3", "objective is 3; it must be a mapping of fields."),
-        ("objective={}", "objective.kind is missing; it must be one of 'pretrain', 'sft', 'dpo', 'grpo' or 'distill'."),
-        ("objective.kind=grp", "objective.kind is 'grp'; it must be one of "),
-        ("objective.kind=[grpo]", "objective.kind is ['grpo']; it must be one of "),
-        ("objective={kind: grpo}", "objective.task is null; a rollout needs a task."),
+        ("objective=3", "objective must be a mapping of fields, got 3."),
         (
-            f"objective={{kind: grpo, {ON_TASK}, clip_lo: 3}}",
-            "Unknown field 'objective.clip_lo'; did you mean 'objective.clip_low'?",
-        ),
-        (f"objective={{kind: dpo, {ON_TASK}, group: 3}}", "Unknown field 'objective.group'; did you mean "),
-        (f"objective={{kind: grpo, {ON_TASK}, clip_low: 3}}", "objective.clip_low is 3; it must be less than 1.0."),
-        (f"objective={{kind: grpo, {ON_TASK}, group: 1}}", "objective.group is 1; it must be at least 2."),
-        (
-            f"objective={{kind: grpo, {ON_TASK}, importance_cap: x}}",
-            "objective.importance_cap is 'x'; it must be a number or null.",
+            "objective={}",
+            "objective.kind is missing; it must be one of 'distill', 'dpo', 'grpo', 'pretrain', 'sft'.",
         ),
         (
-            f"objective={{kind: grpo, {ON_TASK}, ratio: 3}}",
-            "objective.ratio is 3; it must be one of 'token' or 'sequence'.",
+            "objective.kind=grp",
+            "objective.kind must be one of distill, dpo, grpo, pretrain, sft, got 'grp'; did you mean 'grpo'?",
+        ),
+        ("objective.kind=[grpo]", "objective.kind must be one of distill, dpo, grpo, pretrain, sft, got ['grpo']"),
+        ("objective={kind: grpo}", "objective.task must be given for rollouts, got null."),
+        (
+            f"objective={{kind: grpo, {ON_TASK}, epsilon_hi: 3}}",
+            "Unknown field 'objective.epsilon_hi'; did you mean 'objective.epsilon_high'?",
+        ),
+        (f"objective={{kind: dpo, {ON_TASK}, pair: 3}}", "Unknown field 'objective.pair'; did you mean "),
+        (f"objective={{kind: grpo, {ON_TASK}, epsilon: 3}}", "objective.epsilon must be < 1, got 3."),
+        (f"objective={{kind: grpo, {ON_TASK}, num_generations: 1}}", "objective.num_generations must be >= 2, got 1."),
+        (
+            f"objective={{kind: grpo, {ON_TASK}, importance_sampling_clip_max: x}}",
+            "objective.importance_sampling_clip_max must be a number or null, got 'x'.",
+        ),
+        (
+            f"objective={{kind: grpo, {ON_TASK}, importance_sampling_level: 3}}",
+            "objective.importance_sampling_level must be one of 'token' or 'sequence', got 3.",
         ),
         (
             f"objective={{kind: grpo, {ON_TASK}, warmup: 3}}",
-            "objective.warmup is 3; it must be a mapping of fields or null.",
+            "objective.warmup must be a mapping of fields or null, got 3.",
         ),
         (
-            f"objective={{kind: grpo, {ON_TASK}, warmup: {{steps: 0}}}}",
-            "objective.warmup.steps is 0; it must be at least 1.",
+            f"objective={{kind: grpo, {ON_TASK}, warmup: {{max_steps: 0}}}}",
+            "objective.warmup.max_steps must be >= 1, got 0.",
         ),
         (
-            f"objective={{kind: grpo, {ON_TASK}, warmup: {{step: 1}}}}",
-            "Unknown field 'objective.warmup.step'; did you mean 'objective.warmup.steps'?",
+            f"objective={{kind: grpo, {ON_TASK}, warmup: {{max_step: 1}}}}",
+            "Unknown field 'objective.warmup.max_step'; did you mean 'objective.warmup.max_steps'?",
         ),
         (
             f"objective={{kind: grpo, {ON_TASK}, rollout: {{temperature: 0.7}}}}",
-            "objective.rollout.temperature is 0.7; it must be 1.0 with objective.kind 'grpo'",
+            "objective.rollout.temperature must be 1.0 with objective.kind 'grpo'",
         ),
         (
-            f"objective={{kind: grpo, {ON_TASK}, rollout: {{max_tokens: 512}}}}",
-            "objective.rollout.max_tokens is 512; it must be below train.max_length, which is 512.",
+            f"objective={{kind: grpo, {ON_TASK}, rollout: {{max_completion_length: 512}}}}",
+            "objective.rollout.max_completion_length must be < train.max_length, which is 512, got 512.",
         ),
-        ("objective={kind: sft}", "Exactly one of objective.task and objective.data must be given, not neither."),
+        ("objective={kind: sft}", "Exactly one of objective.task and objective.data_files must be given, got neither."),
         (
-            f"objective={{kind: sft, data: x, {ON_TASK}}}",
-            "Exactly one of objective.task and objective.data must be given, not both.",
+            f"objective={{kind: sft, data_files: x, {ON_TASK}}}",
+            "Exactly one of objective.task and objective.data_files must be given, got both.",
         ),
         (
-            "objective={kind: sft, data: x, warmup: {steps: 1}}",
-            "objective.warmup.task is null; without objective.task it must be given.",
+            "objective={kind: sft, data_files: x, warmup: {max_steps: 1}}",
+            "objective.warmup.task must be given without objective.task, got null.",
         ),
         (f"objective={{kind: distill, {ON_TASK}}}", "objective.teacher is missing; it must be given."),
         (
-            f"objective={{kind: distill, {ON_TASK}, teacher: {{steps: 3}}}}",
-            "Exactly one of objective.teacher.path and objective.teacher.config must be given, not neither.",
+            f"objective={{kind: distill, {ON_TASK}, teacher: {{max_steps: 3}}}}",
+            "Exactly one of objective.teacher.name_or_path and objective.teacher.config must be given, got neither.",
         ),
-        ("model.lora={rank: 0}", "model.lora.rank is 0; it must be at least 1."),
-        ("model.lora={targets: all}", "model.lora.targets is 'all'; it must be a list or null."),
+        ("model.lora={r: 0}", "model.lora.r must be >= 1, got 0."),
+        ("model.lora={target_modules: all}", "model.lora.target_modules must be a list or null, got 'all'."),
         (
-            "model.lora={rank: 4}",
-            "model.lora is given while model.path and objective.warmup are null; adapters need a trained model.",
+            "model.lora={r: 4}",
+            "model.lora must be null while model.name_or_path and objective.warmup are null: adapters need a trained "
+            "model.",
         ),
     ],
 )
 def test_a_wrong_objective_is_one_sentence(recipe: str, override: str, expected: str) -> None:
-    assert refusal(recipe, override).startswith(expected)
+    assert error_of(recipe, override).startswith(expected)
 
 
 def test_accumulation_is_for_objectives_without_rollouts(recipe: str) -> None:
-    message = refusal(recipe, f"objective={{kind: grpo, {ON_TASK}}}", "train.accumulate=2")
-    assert message.startswith("train.accumulate is 2; it must be 1 with objective.kind 'grpo'")
+    message = error_of(recipe, f"objective={{kind: grpo, {ON_TASK}}}", "train.gradient_accumulation_steps=2")
+    assert message.startswith("train.gradient_accumulation_steps must be 1 with objective.kind 'grpo'")
+    assert message.endswith("got 2.")
 
 
 def test_the_fields_of_every_kind_are_known(recipe: str) -> None:
     for kind in ("sft", "dpo", "grpo", "distill"):
         assert "objective.warmup.batch_tokens" in field_names(kind=kind)
-    assert "objective.clip_high" in field_names(kind="grpo")
-    assert "objective.clip_high" not in field_names(kind="sft")
-    loaded = load_recipe(recipe, [f"objective={{kind: grpo, {ON_TASK}, warmup: {{steps: 3}}}}"])
+    assert "objective.epsilon_high" in field_names(kind="grpo")
+    assert "objective.epsilon_high" not in field_names(kind="sft")
+    loaded = load_recipe(recipe, [f"objective={{kind: grpo, {ON_TASK}, warmup: {{max_steps: 3}}}}"])
     assert validate(yaml.safe_load(dump(loaded))) == loaded
 
 
@@ -207,11 +230,11 @@ def test_the_fields_of_every_kind_are_known(recipe: str) -> None:
     ("text", "expected"),
     [
         ("", "model is missing; it must be given."),
-        ("model: {}", "Exactly one of model.path and model.config must be given, not neither."),
-        ("- a\n- b\n", "holds a list; it must be a mapping of fields."),
-        ("train: {steps: 3\nmodel:", "line 2 is not valid YAML"),
+        ("model: {}", "Exactly one of model.name_or_path and model.config must be given, got neither."),
+        ("- a\n- b\n", "must hold a mapping of fields, got a list."),
+        ("train: {max_steps: 3\nmodel:", "line 2 is not valid YAML"),
         (
-            "train: {steps: 3}\ntrain: {steps: 4}\n",
+            "train: {max_steps: 3}\ntrain: {max_steps: 4}\n",
             "line 2 is not valid YAML: the key 'train' is given twice.",
         ),
         ("train: !!python/object:os.system {}\n", "is not valid YAML"),
@@ -220,24 +243,26 @@ def test_the_fields_of_every_kind_are_known(recipe: str) -> None:
 def test_a_wrong_file_is_one_sentence(tmp_path: Path, text: str, expected: str) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(text)
-    assert expected in refusal(str(path))
+    assert expected in error_of(str(path))
 
 
 def test_an_unreadable_file_is_one_sentence(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_bytes(b"name: \xff\xfe")
-    assert refusal(str(path)).endswith("cannot be read: it is not UTF-8.")
-    assert "is a folder" in refusal(str(tmp_path))
+    assert error_of(str(path)).endswith("cannot be read: it is not UTF-8.")
+    assert "is a folder" in error_of(str(tmp_path))
 
 
 def test_a_misspelt_key_is_named_before_what_follows_from_it(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text("modle: {config: {model_type: llama}}\n")
-    assert refusal(str(path)) == "Unknown field 'modle'; did you mean 'model'?"
+    assert error_of(str(path)) == "Unknown field 'modle'; did you mean 'model'?"
 
 
 def test_overwrite_and_resume_exclude_each_other(recipe: str) -> None:
-    assert refusal(recipe, "overwrite=true", "resume=auto").startswith("overwrite is true while resume is 'auto'")
+    assert error_of(recipe, "overwrite=true", "resume_from_checkpoint=true").startswith(
+        "overwrite must be false with resume_from_checkpoint True"
+    )
 
 
 def test_shipped_recipes_are_found_by_name_and_are_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,10 +272,10 @@ def test_shipped_recipes_are_found_by_name_and_are_valid(tmp_path: Path, monkeyp
     for name, path in names.items():
         assert find(name) == find(f"recipes/{name}.yaml") == path
         assert isinstance(load_recipe(name), Recipe)
-    message = refusal("pretrian")
+    message = error_of("pretrian")
     assert "neither a file nor a shipped recipe" in message
     assert message.endswith("did you mean 'pretrain'?")
-    assert "neither a file nor" in refusal("elsewhere/pretrain.yaml")
+    assert "neither a file nor" in error_of("elsewhere/pretrain.yaml")
 
 
 def test_every_field_name_resolves(recipe: str) -> None:

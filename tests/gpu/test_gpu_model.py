@@ -13,7 +13,7 @@ from toolkit.modules import head
 from toolkit.patching import ragged_forward
 from toolkit.state import RaggedBatch
 from toolkit.testing.models import random_model
-from toolkit.training.objectives import next_token_loss
+from toolkit.training.losses import next_token_loss
 
 pytestmark = [pytest.mark.gpu, needs_device]
 

@@ -13,7 +13,7 @@ import toolkit
 from toolkit.patching import ragged_forward
 from toolkit.state import RaggedBatch
 from toolkit.testing.models import random_model
-from toolkit.training.objectives import next_token_loss
+from toolkit.training.losses import next_token_loss
 
 
 @pytest.fixture

@@ -191,22 +191,29 @@ def test_rollout_and_training_agree_in_every_bit(family):
 def test_recipes_name_parameters():
     model = random_model("qwen3_moe")
     report = toolkit.patch(model)
-    section = LoraSection(rank=2, alpha=4.0, targets=[], parameters=["experts.down_proj"])
+    section = LoraSection(r=2, lora_alpha=4.0, target_modules=[], target_parameters=["experts.down_proj"])
     add_adapters(model, section, report)
     names = {name.split(".lora_")[0] for name, p in model.named_parameters() if p.requires_grad}
     assert names == {f"model.layers.{layer}.mlp.experts" for layer in (0, 1)}
     assert all("forward" in layer.mlp.experts.__dict__ for layer in model.model.layers)
     loss_and_gradients(model)
     other = random_model("qwen3_moe")
-    with pytest.raises(ToolkitError, match=r"model\.lora\.parameters is \['experts\.sideways'"):
-        add_adapters(other, LoraSection(targets=[], parameters=["experts.sideways"]), toolkit.patch(other))
+    with pytest.raises(
+        ToolkitError, match=r"model\.lora\.target_parameters must name .* got \[\] and \['experts\.sideways'"
+    ):
+        add_adapters(
+            other, LoraSection(target_modules=[], target_parameters=["experts.sideways"]), toolkit.patch(other)
+        )
 
 
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"targets": []}, "targets is empty and model.lora.parameters null"),
-        ({"parameters": ["experts.down_proj"], "dropout": 0.1}, "dropout is 0.1; with model.lora.parameters"),
+        ({"target_modules": []}, "target_parameters must name something, got "),
+        (
+            {"target_parameters": ["experts.down_proj"], "lora_dropout": 0.1},
+            "lora_dropout must be 0 with model.lora.target_parameters, got 0.1",
+        ),
     ],
 )
 def test_recipes_that_cannot_be_meant_are_refused(fields, sentence):

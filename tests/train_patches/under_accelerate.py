@@ -71,7 +71,7 @@ def under_ddp(folder: Path) -> None:
     with accelerator.main_process_first():
         if accelerator.is_main_process:
             write_corpus(folder / "text")
-    Trainer(tiny_recipe(folder, name="ddp", train={"steps": 2}), quiet=True).fit()
+    Trainer(tiny_recipe(folder, run_name="ddp", train={"max_steps": 2}), quiet=True).fit()
     run_example("accelerate and DDP", folder / "example")
 
 
@@ -94,7 +94,9 @@ def under_fsdp2(folder: Path) -> None:
     assert not isinstance(model, FSDPModule)
     refused("Linear is not sharded", lambda: gathered(model))
     run_example("FSDP2", folder / "example")
-    refused("allowed are one process and plain data parallel", lambda: Trainer(tiny_recipe(folder, name="no")))
+    refused(
+        "must be set up for one process or plain data parallel", lambda: Trainer(tiny_recipe(folder, run_name="no"))
+    )
 
 
 torch.set_num_threads(1)

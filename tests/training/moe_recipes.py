@@ -1,4 +1,4 @@
-"""Small recipes of every kind of objective, of a mixture of experts."""
+"""Small recipes of every kind of objective, of an MoE model."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from training_recipes import tiny_recipe, write_corpus
 
 from toolkit.config import Recipe
 
-MIXTURE = {
+MOE_CONFIG = {
     "model_type": "qwen3_moe",
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -27,14 +27,18 @@ KINDS: dict[str, dict[str, Any]] = {
     "pretrain": {},
     "sft": {},
     "dpo": {"pairs": 6},
-    "grpo": {"task": {"name": "objective_recipes:Lower"}, "prompts": 3, "group": 4},
-    "distill": {"prompts": 6, "top_k": 4, "teacher": {"config": MIXTURE, "steps": 2, "batch_tokens": 64}},
+    "grpo": {"task": {"name": "objective_recipes:Lower"}, "prompts": 3, "num_generations": 4},
+    "distill": {
+        "prompts": 6,
+        "teacher_top_k": 4,
+        "teacher": {"config": MOE_CONFIG, "max_steps": 2, "batch_tokens": 64},
+    },
 }
 
 
 def moe_recipe(output: Path, kind: str, moe: dict[str, Any], **sections: Any) -> Recipe:
     """A run of ``kind`` with section ``train.moe``."""
-    model = {"config": MIXTURE | sections.pop("config", {}), **sections.pop("model", {})}
+    model = {"config": MOE_CONFIG | sections.pop("config", {}), **sections.pop("model", {})}
     train = {"moe": moe, **sections.pop("train", {})}
     if kind == "pretrain":
         write_corpus(output / "text")

@@ -12,7 +12,7 @@ from toolkit.training.tasks import Problem, Task
 
 TASK = {"name": "countdown", "numbers": 2, "largest": 5, "target": 25}
 LOWER = {"name": "objective_recipes:Lower"}
-WARMUP = {"steps": 6, "lr": 1e-2, "batch_tokens": 128}
+WARMUP = {"max_steps": 6, "learning_rate": 1e-2, "batch_tokens": 128}
 
 
 class Lower(Task):
@@ -31,12 +31,14 @@ def objective_recipe(output: Path, kind: str, objective: dict[str, Any], **secti
     common: dict[str, Any] = {
         "kind": kind,
         "task": TASK,
-        "rollout": {"max_tokens": 8, "sequences": 16},
-        "evaluation": {"problems": 16, "held_out": 0.2},
+        "rollout": {"max_completion_length": 8, "max_num_seqs": 16},
+        "evaluation": {"max_eval_samples": 16, "val_set_size": 0.2},
     }
     sections.setdefault("tokenizer", {"vocab_size": 257})
-    train = {"steps": 4, "batch_tokens": 128, "max_length": 32, **sections.pop("train", {})}
-    return tiny_recipe(output, name=sections.pop("name", kind), objective=common | objective, train=train, **sections)
+    train = {"max_steps": 4, "batch_tokens": 128, "max_length": 32, **sections.pop("train", {})}
+    return tiny_recipe(
+        output, run_name=sections.pop("run_name", kind), objective=common | objective, train=train, **sections
+    )
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -51,7 +53,7 @@ def resumed(recipe: Recipe) -> Trainer:
         parts.objective.finish()
         if parts.step == 2:
             parts.save()
-    again = Trainer(recipe.model_copy(update={"resume": "auto"}), quiet=True)
+    again = Trainer(recipe.model_copy(update={"resume_from_checkpoint": True}), quiet=True)
     assert again.step == 2
     again.fit()
     return again

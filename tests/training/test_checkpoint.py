@@ -98,7 +98,7 @@ def test_each_corruption_is_one_sentence_naming_the_file(tmp_path: Path) -> None
         message = str(caught.value)
         assert "\n" not in message
         assert message.startswith(f"Checkpoint {broken} is corrupt: ")
-        assert message.endswith("; resume from another one with resume=step-000005.")
+        assert message.endswith("; resume from another one with resume_from_checkpoint=step-000005.")
         return message
 
     state = broken / "training" / "state.json"
@@ -202,7 +202,7 @@ def test_a_checkpoint_is_a_plain_hugging_face_model(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     write_corpus(tmp_path / "text")
-    trainer = Trainer(tiny_recipe(tmp_path, train={"steps": 2}), quiet=True)
+    trainer = Trainer(tiny_recipe(tmp_path, train={"max_steps": 2}), quiet=True)
     trainer.fit()
     folder = checkpoint.resolve(trainer.folder)
     checkpoint.verify(folder)

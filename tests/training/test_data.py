@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def files(folder: Path) -> list[corpus.SourceFile]:
-    return corpus.list_files(DataSection(root=str(folder)))
+    return corpus.list_files(DataSection(data_dir=str(folder)))
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +51,10 @@ def test_listing(folder: Path, files: list[corpus.SourceFile]) -> None:
     assert len(names) == 60  # 59 non-empty of 60, and odd.py; no .md, no tests/
     assert "p0/odd.py" in names
     assert all(Path(file.path).stat().st_size == file.size for file in files)
-    with pytest.raises(ToolkitError, match=r"data\.root is '/nowhere'; it must be a folder or 'stdlib'\."):
-        corpus.list_files(DataSection(root="/nowhere"))
-    with pytest.raises(ToolkitError, match="holds no non-empty file that matches"):
-        corpus.list_files(DataSection(root=str(folder), include=["*.rs"]))
+    with pytest.raises(ToolkitError, match=r"data\.data_dir must be a folder or 'stdlib', got '/nowhere'\."):
+        corpus.list_files(DataSection(data_dir="/nowhere"))
+    with pytest.raises(ToolkitError, match="must hold a non-empty file that matches"):
+        corpus.list_files(DataSection(data_dir=str(folder), include=["*.rs"]))
 
 
 def test_the_standard_library_is_found_without_its_tests() -> None:
@@ -73,7 +73,7 @@ def test_split_is_disjoint_complete_and_does_not_move(files: list[corpus.SourceF
     assert set(fewer_train) <= set(train)
     # The hash is fixed across processes and versions, so that a held-out file stays held out.
     assert corpus.digest("p0/f0.py") == 0xA92504FAE0183ED8
-    with pytest.raises(ToolkitError, match="leaves none on the held-out side"):
+    with pytest.raises(ToolkitError, match="must leave a file on the held-out side"):
         corpus.split(files[:2], 1e-9)
 
 
@@ -110,8 +110,8 @@ def test_a_path_without_tokenizer_is_one_sentence(tmp_path: Path, files: list[co
         (str(tmp_path / "no"), "must be a local folder"),
         (str(tmp_path), "holds no tokenizer"),
     ):
-        with pytest.raises(ToolkitError, match=f"tokenizer.path is '{path}'.*{text}") as caught:
-            make_tokenizer(TokenizerSection(path=path), None, files, 64)
+        with pytest.raises(ToolkitError, match=f"tokenizer.name_or_path is '{path}'.*{text}") as caught:
+            make_tokenizer(TokenizerSection(name_or_path=path), None, files, 64)
         assert "\n" not in str(caught.value)
 
 
@@ -177,8 +177,8 @@ def test_order_changes_with_seed_and_epoch_only(files: list[corpus.SourceFile], 
 
 
 def test_ranks_share_the_files_without_overlap(files: list[corpus.SourceFile], tokenizer: Any) -> None:
-    shares = [make(files, tokenizer, rank=rank, world=3)._share(0) for rank in range(3)]
+    shares = [make(files, tokenizer, rank=rank, world_size=3)._share(0) for rank in range(3)]
     names = [file.name for share in shares for file in share]
     assert sorted(names) == sorted(file.name for file in files)
-    with pytest.raises(ToolkitError, match="There are 2 training files for 3 processes"):
-        make(files[:2], tokenizer, world=3)
+    with pytest.raises(ToolkitError, match="must hold a training file for each of 3 processes, got 2"):
+        make(files[:2], tokenizer, world_size=3)

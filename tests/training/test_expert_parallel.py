@@ -1,4 +1,4 @@
-"""Experts shared out in the loop: two processes train as one does, resume to the bit, and save the whole model."""
+"""Sharded experts in the loop: two processes train as one does, resume bit for bit, and save the whole model."""
 
 from pathlib import Path
 

@@ -11,11 +11,11 @@ from processes import run_processes
 
 from toolkit.errors import ToolkitError
 from toolkit.training.loop import Trainer, train
+from toolkit.training.losses import group_advantages, importance_weight, policy_loss, sequence_mean
 from toolkit.training.metrics import read_metrics
-from toolkit.training.objectives import group_advantages, importance_weight, policy_loss, sequence_mean
 from toolkit.training.objectives.grpo import GRPO, MicroBatch, Sample, pack
 
-SMALL = {"task": LOWER, "prompts": 3, "group": 4}
+SMALL = {"task": LOWER, "prompts": 3, "num_generations": 4}
 
 
 def setup(folder: Path, objective: dict[str, Any], **sections: Any) -> tuple[Trainer, GRPO]:
@@ -26,33 +26,33 @@ def setup(folder: Path, objective: dict[str, Any], **sections: Any) -> tuple[Tra
 
 def by_hand(model: Any, samples: list[Sample], objective: dict[str, Any], longest: int) -> torch.Tensor:
     """The loss of groups of four, from the definitions, one sample after the other."""
-    low, high = objective.get("clip_low", 0.2), objective.get("clip_high", 0.2)
+    low, high = objective.get("epsilon", 0.2), objective.get("epsilon_high", 0.2)
     terms, tokens = [], []
     for sample in samples:
         count = len(sample.tokens)
         logprob = dense_logprobs(model, sample.sequence)[-count:]
         behaviour = torch.tensor(sample.behaviour, dtype=logprob.dtype)
         scale = torch.ones(count, dtype=logprob.dtype)
-        if objective.get("importance_cap") is not None:
+        if objective.get("importance_sampling_clip_max") is not None:
             assert sample.train is not None
-            scale = torch.exp(sample.train - behaviour).clamp(max=objective["importance_cap"])
+            scale = torch.exp(sample.train - behaviour).clamp(max=objective["importance_sampling_clip_max"])
             behaviour = sample.train
-        if objective.get("ratio") == "sequence":
+        if objective.get("importance_sampling_level") == "sequence":
             ratio = torch.exp((logprob - behaviour).mean()).expand(count)
         else:
             ratio = torch.exp(logprob - behaviour)
         surrogate = torch.minimum(ratio * sample.advantage, ratio.clamp(1 - low, 1 + high) * sample.advantage)
         term = -surrogate
-        if objective.get("kl_weight"):
+        if objective.get("beta"):
             assert sample.reference is not None
             d = sample.reference - logprob
-            term = term + objective["kl_weight"] * (d.exp() - 1 - d)
+            term = term + objective["beta"] * (d.exp() - 1 - d)
         terms.append(term * scale)
         tokens.append(count)
-    average = objective.get("average", "sequence")
-    if average == "token":
+    loss_type = objective.get("loss_type", "grpo")
+    if loss_type == "dapo":
         return torch.cat(terms).sum() / sum(tokens)
-    if average == "constant":
+    if loss_type == "dr_grpo":
         return torch.cat(terms).sum() / (len(terms) * longest)
     return torch.stack([term.mean() for term in terms]).mean()
 
@@ -61,16 +61,21 @@ def by_hand(model: Any, samples: list[Sample], objective: dict[str, Any], longes
     "objective",
     [
         {},
-        {"scale": "none", "average": "constant"},
-        {"average": "token", "clip_high": 0.28},
-        {"ratio": "sequence", "clip_low": 0.03, "clip_high": 0.04},
-        {"importance_cap": 1.01},
-        {"kl_weight": 0.3},
-        {"kl_weight": 0.3, "ratio": "sequence", "importance_cap": 0.99, "average": "token"},
+        {"scale_rewards": "none", "loss_type": "dr_grpo"},
+        {"loss_type": "dapo", "epsilon_high": 0.28},
+        {"importance_sampling_level": "sequence", "epsilon": 0.03, "epsilon_high": 0.04},
+        {"importance_sampling_clip_max": 1.01},
+        {"beta": 0.3},
+        {
+            "beta": 0.3,
+            "importance_sampling_level": "sequence",
+            "importance_sampling_clip_max": 0.99,
+            "loss_type": "dapo",
+        },
     ],
 )
 def test_losses_and_gradients_are_those_of_the_definitions(tmp_path: Path, objective: dict[str, Any]) -> None:
-    trainer, policy = setup(tmp_path, objective | {"updates": 2}, model={"dtype": "float64"})
+    trainer, policy = setup(tmp_path, objective | {"num_iterations": 2}, model={"dtype": "float64"})
     updates = policy.updates(0)
     chance = torch.Generator().manual_seed(0)
     for update in range(2):
@@ -94,11 +99,11 @@ def test_losses_and_gradients_are_those_of_the_definitions(tmp_path: Path, objec
         with torch.no_grad():  # far enough for some ratios to be clipped
             for parameter in trainer.hf_model.parameters():
                 parameter += 0.02 * torch.randn(parameter.shape, generator=chance, dtype=torch.float64)
-    tokens, figures = policy.finish()
+    tokens, metrics = policy.finish()
     assert tokens == 2 * sum(len(sample.tokens) for sample in samples)
-    if "importance_cap" not in objective:
-        assert 0.0 < figures["clip_fraction"] < 1.0
-    assert ("reference_kl" in figures) == ("kl_weight" in objective)
+    if "importance_sampling_clip_max" not in objective:
+        assert 0.0 < metrics["clip_ratio/region_mean"] < 1.0
+    assert ("kl" in metrics) == ("beta" in objective)
 
 
 def test_advantages() -> None:
@@ -117,14 +122,14 @@ def test_truncated_importance_and_sequence_means() -> None:
     assert not weight.requires_grad
     values = torch.arange(5.0)
     torch.testing.assert_close(sequence_mean(values, [2, 3]), torch.tensor([0.5, 0.5, 3.0, 3.0, 3.0]))
-    ratio = policy_loss(values, torch.zeros(5), torch.ones(5), clip_high=100.0, lengths=[2, 3]).loss
+    ratio = policy_loss(values, torch.zeros(5), torch.ones(5), epsilon_high=100.0, lengths=[2, 3]).loss
     torch.testing.assert_close(ratio, -torch.exp(sequence_mean(values, [2, 3])))
 
 
 def test_the_loss_does_not_depend_on_the_micro_batches(tmp_path: Path) -> None:
     losses = []
     for name, budget in (("small", 24), ("large", 4096)):
-        trainer, policy = setup(tmp_path, {}, name=name, train={"batch_tokens": budget})
+        trainer, policy = setup(tmp_path, {}, run_name=name, train={"batch_tokens": budget})
         micros = next(policy.updates(0))
         losses.append(sum(policy.loss(trainer.forward, micro).item() for micro in micros))
         assert len(micros) == 1 if budget == 4096 else len(micros) > 3
@@ -167,48 +172,54 @@ def test_it_learns_with_equal_bits_in_every_step(tmp_path: Path) -> None:
     recipe = objective_recipe(
         tmp_path,
         "grpo",
-        {"task": LOWER, "prompts": 8, "group": 8},
-        train={"steps": 12, "batch_tokens": 1024},
-        optimizer={"lr": 2e-2, "weight_decay": 0.0},
-        schedule={"kind": "constant"},
-        evaluate={"enabled": True},
-        checkpoint={"every": None},
+        {"task": LOWER, "prompts": 8, "num_generations": 8},
+        train={"max_steps": 12, "batch_tokens": 1024},
+        optimizer={"learning_rate": 2e-2, "weight_decay": 0.0},
+        schedule={"lr_scheduler_type": "constant_with_warmup"},
+        evaluate={"do_eval": True},
+        checkpoint={"save_steps": None},
         log={"plot": True},
     )
-    figures = train(recipe, quiet=True)
+    metrics = train(recipe, quiet=True)
     lines = read_metrics(tmp_path / "runs" / "grpo" / "metrics.jsonl")
     assert [line["mismatch_bits"] for line in lines] == [0] * 12
     assert [line["mismatch_kl"] for line in lines] == [0.0] * 12
     assert lines[-1]["reward"] > lines[0]["reward"] + 0.2
     versions = [line["weight_version"] for line in lines]
     assert versions == sorted(set(versions))  # every step moved it
-    for name in ("entropy", "clip_fraction", "completion_length", "rollout_tokens_per_second", "tokens_per_second"):
+    for name in (
+        "entropy",
+        "clip_ratio/region_mean",
+        "completions/mean_length",
+        "rollout_tokens_per_second",
+        "tokens_per_second",
+    ):
         assert all(line[name] >= 0.0 for line in lines)
     assert lines[0]["training_tokens_per_second"] > 0
     assert 4.0 < lines[0]["entropy"] < 6.0  # random weights over 257 tokens: log 257 = 5.55
-    assert figures["held_out"]["problems"] == figures["held_out_before"]["problems"] == 16
-    assert (tmp_path / "runs" / "grpo" / "reward.png").is_file()
+    assert metrics["eval_samples"] == metrics["before_training"]["eval_samples"] == 16
+    assert (tmp_path / "runs" / "grpo" / "plots" / "reward.png").is_file()
 
 
 def test_memory_is_what_the_recipe_gives_and_changes_no_bit(tmp_path: Path) -> None:
-    steps, figures, engines = [], [], []
+    steps, metrics, engines = [], [], []
     for name, memory in (("ample", None), ("scarce", 48)):  # three pages: most sequences are preempted on the way
-        rollout = {"max_tokens": 8, "sequences": 16, "memory_tokens": memory}
-        trainer, policy = setup(tmp_path, {"rollout": rollout}, name=name)
+        rollout = {"max_completion_length": 8, "max_num_seqs": 16, "memory_tokens": memory}
+        trainer, policy = setup(tmp_path, {"rollout": rollout}, run_name=name)
         steps.append([trainer.train_step() for _ in range(2)])
-        figures.append(policy.finish()[1])
+        metrics.append(policy.finish()[1])
         engines.append(policy.rollout.engine.stats())
     assert steps[0] == steps[1]
     assert [engine["blocks_total"] for engine in engines] == [32, 3]
     assert engines[1]["preemptions"] > 0
-    assert figures[1]["mismatch_bits"] == 0
+    assert metrics[1]["mismatch_bits"] == 0
 
 
 def test_a_fast_model_reports_its_mismatch(tmp_path: Path) -> None:
-    trainer, policy = setup(tmp_path, {"importance_cap": 2.0}, model={"numerics": "fast"})
+    trainer, policy = setup(tmp_path, {"importance_sampling_clip_max": 2.0}, model={"numerics": "fast"})
     trainer.train_step()
-    _, figures = policy.finish()
-    assert 0.0 <= figures["mismatch_kl"] < 1e-9
+    _, metrics = policy.finish()
+    assert 0.0 <= metrics["mismatch_kl"] < 1e-9
 
 
 def test_dynamic_sampling_drops_groups_without_variance(tmp_path: Path) -> None:
@@ -221,8 +232,8 @@ def test_dynamic_sampling_drops_groups_without_variance(tmp_path: Path) -> None:
     assert all(kept)
     for micro in micros:
         policy.loss(trainer.forward, micro)
-    _, figures = policy.finish()
-    assert (figures["groups"], figures["groups_dropped"], figures["rounds"]) == (3, 3, 2.0)
+    _, metrics = policy.finish()
+    assert (metrics["groups"], metrics["groups_dropped"], metrics["rounds"]) == (3, 3, 2.0)
 
 
 def test_a_step_without_any_variance_changes_nothing(tmp_path: Path) -> None:
@@ -230,17 +241,21 @@ def test_a_step_without_any_variance_changes_nothing(tmp_path: Path) -> None:
     policy.task.reward = lambda prompt, completion: 1.0  # type: ignore[method-assign]
     before = weights(trainer)
     assert trainer.train_step() == (0.0, 0.0)
-    tokens, figures = policy.finish()
-    assert (tokens, figures["groups"], figures["rounds"], figures["success"]) == (0, 0, 2.0, 1.0)
+    tokens, metrics = policy.finish()
+    assert (tokens, metrics["groups"], metrics["rounds"], metrics["accuracy"]) == (0, 0, 2.0, 1.0)
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(trainer).items())
 
 
-@pytest.mark.parametrize("objective", [{}, {"updates": 2, "kl_weight": 0.1, "warmup": WARMUP, "task": TASK}])
+@pytest.mark.parametrize("objective", [{}, {"num_iterations": 2, "beta": 0.1, "warmup": WARMUP, "task": TASK}])
 def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path, objective: dict[str, Any]) -> None:
-    sections: dict[str, Any] = {"train": {"steps": 5}, "checkpoint": {"every": 2}, "evaluate": {"enabled": True}}
-    whole, _ = setup(tmp_path, objective, name="whole", **sections)
+    sections: dict[str, Any] = {
+        "train": {"max_steps": 5},
+        "checkpoint": {"save_steps": 2},
+        "evaluate": {"do_eval": True},
+    }
+    whole, _ = setup(tmp_path, objective, run_name="whole", **sections)
     whole.fit()
-    recipe = objective_recipe(tmp_path, "grpo", SMALL | objective, name="parts", **sections)
+    recipe = objective_recipe(tmp_path, "grpo", SMALL | objective, run_name="parts", **sections)
     again = resumed(recipe)
     for name, tensor in weights(whole).items():
         assert torch.equal(tensor, weights(again)[name]), name
@@ -251,12 +266,14 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path, objective: dic
             Trainer(recipe, quiet=True)
         os.rename(folder, folder.with_name("gone"))
         with pytest.raises(ToolkitError, match="which is no longer there"):
-            Trainer(recipe.model_copy(update={"resume": "auto"}), quiet=True)
+            Trainer(recipe.model_copy(update={"resume_from_checkpoint": True}), quiet=True)
 
 
 def test_a_prompt_too_long_is_one_sentence(tmp_path: Path) -> None:
     trainer, _ = setup(tmp_path, {"task": {"name": "countdown", "numbers": 6, "largest": 99}}, train={"max_length": 16})
-    with pytest.raises(ToolkitError, match=r"a prompt has \d+ tokens; with train.max_length 16 and objective.rollout"):
+    with pytest.raises(
+        ToolkitError, match=r"a prompt must have <= 8 tokens with train.max_length 16 and objective.rollout.*got \d+"
+    ):
         trainer.train_step()
 
 
@@ -264,11 +281,11 @@ def test_a_prompt_too_long_is_one_sentence(tmp_path: Path) -> None:
 def test_two_processes_are_one(tmp_path: Path) -> None:
     """Each rolls out its share; the step is that of one process, and both end with the same weights."""
     run_processes("two_rollouts.py", tmp_path, says="same weights")
-    trainer, _ = setup(tmp_path, {"prompts": 4}, name="one", train={"steps": 2})
+    trainer, _ = setup(tmp_path, {"prompts": 4}, run_name="one", train={"max_steps": 2})
     trainer.fit()
     one, two = (read_metrics(tmp_path / "runs" / name / "metrics.jsonl") for name in ("one", "two"))
-    for key in ("reward", "tokens", "completion_length", "entropy", "mismatch_bits"):
+    for key in ("reward", "num_tokens", "completions/mean_length", "entropy", "mismatch_bits"):
         assert one[0][key] == pytest.approx(two[0][key], rel=1e-9)
-    assert one[0]["gradient_norm"] == pytest.approx(two[0]["gradient_norm"], rel=1e-4)
+    assert one[0]["grad_norm"] == pytest.approx(two[0]["grad_norm"], rel=1e-4)
     with pytest.raises(ToolkitError, match="was written by 2 processes"):
-        setup(tmp_path, {"prompts": 4}, name="two", train={"steps": 2}, resume="auto")
+        setup(tmp_path, {"prompts": 4}, run_name="two", train={"max_steps": 2}, resume_from_checkpoint=True)

@@ -77,7 +77,7 @@ def changed(recipe: Recipe, **values: Any) -> Recipe:
     return recipe.model_copy(update=values)
 
 
-MIXTURE = {
+MOE_CONFIG = {
     "model_type": "qwen3_moe",
     "num_experts": 4,
     "num_experts_per_tok": 2,
@@ -86,21 +86,21 @@ MIXTURE = {
 }
 
 
-@pytest.mark.parametrize(("accumulate", "config"), [(1, {"tie_word_embeddings": True}), (2, {}), (1, MIXTURE)])
+@pytest.mark.parametrize(("accumulate", "config"), [(1, {"tie_word_embeddings": True}), (2, {}), (1, MOE_CONFIG)])
 def test_resumed_equals_uninterrupted_bit_for_bit(corpus: Path, accumulate: int, config: dict[str, Any]) -> None:
     sections = {
-        "train": {"steps": 8, "accumulate": accumulate},
+        "train": {"max_steps": 8, "gradient_accumulation_steps": accumulate},
         "model": {"config": (tiny_recipe(corpus).model.config or {}) | config},
     }
-    whole = run(tiny_recipe(corpus, name="whole", **sections))
+    whole = run(tiny_recipe(corpus, run_name="whole", **sections))
     generator = torch.get_rng_state()
-    recipe = tiny_recipe(corpus, name="parts", **sections)
+    recipe = tiny_recipe(corpus, run_name="parts", **sections)
     for stop in (5, 6, 8):  # 5 resumes from 4; 6 from 4 again; 8 from 6
-        train_until(changed(recipe, resume="auto"), stop)
+        train_until(changed(recipe, resume_from_checkpoint=True), stop)
         random.seed(stop)  # what another process would start from
         np.random.seed(stop)
         torch.manual_seed(stop)
-    parts = run(changed(recipe, resume="auto"))
+    parts = run(changed(recipe, resume_from_checkpoint=True))
     assert parts.step == whole.step == 8
     for name, tensor in weights(whole).items():
         assert torch.equal(tensor, weights(parts)[name]), name
@@ -111,16 +111,16 @@ def test_resumed_equals_uninterrupted_bit_for_bit(corpus: Path, accumulate: int,
     assert torch.equal(torch.get_rng_state(), generator)
     lines = [read_metrics(trainer.folder / "metrics.jsonl") for trainer in (whole, parts)]
     for one, other in zip(*lines, strict=True):
-        for key in ("step", "loss", "learning_rate", "gradient_norm", "tokens", "epoch"):
+        for key in ("step", "loss", "learning_rate", "grad_norm", "num_tokens", "epoch"):
             assert one[key] == other[key]
     assert [line["step"] for line in lines[0]] == list(range(1, 9))
 
 
 def test_resume_from_a_named_step_drops_what_is_later(corpus: Path) -> None:
-    recipe = tiny_recipe(corpus, checkpoint={"every": 2, "keep": 9})
+    recipe = tiny_recipe(corpus, checkpoint={"save_steps": 2, "save_total_limit": 9})
     whole = weights(run(recipe))
-    folder = Path(recipe.output) / "tiny"
-    again = noisy(changed(recipe, resume="step-4"))
+    folder = Path(recipe.output_dir) / "tiny"
+    again = noisy(changed(recipe, resume_from_checkpoint="step-4"))
     assert again.step == 4
     assert sorted(path.name for path in (folder / "checkpoints").glob("step*")) == [
         "step-000002",
@@ -134,34 +134,33 @@ def test_resume_from_a_named_step_drops_what_is_later(corpus: Path) -> None:
 def test_it_learns_and_leaves_a_whole_run_behind(corpus: Path) -> None:
     recipe = tiny_recipe(
         corpus,
-        train={"steps": 60},
-        checkpoint={"every": 25, "keep": 2},
-        log={"tensorboard": True, "plot": True},
-        evaluate={"enabled": True},
+        train={"max_steps": 60},
+        checkpoint={"save_steps": 25, "save_total_limit": 2},
+        log={"report_to": "tensorboard", "plot": True},
+        evaluate={"do_eval": True},
     )
-    figures = train(recipe, quiet=True)
-    folder = Path(recipe.output) / "tiny"
+    metrics = train(recipe, quiet=True)
+    folder = Path(recipe.output_dir) / "tiny"
     lines = read_metrics(folder / "metrics.jsonl")
     assert len(lines) == 60
     assert abs(lines[0]["loss"] - math.log(270)) < 0.2
-    assert figures["loss"] < lines[0]["loss"] - 1.5
+    assert metrics["loss"] < lines[0]["loss"] - 1.5
     assert lines[0]["learning_rate"] == pytest.approx(0.005)
     assert sorted(path.name for path in (folder / "checkpoints").glob("step*")) == [
         "step-000050",
         "step-000060",
     ]
     assert (folder / "recipe.yaml").read_text() == dump(recipe)
-    assert (folder / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert (folder / "plots" / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert list((folder / "tensorboard").iterdir())
-    assert json.loads((folder / "result.json").read_text()) == figures
-    held_out = figures["held_out"]["bits_per_byte"]
-    assert 0 < held_out["model"] < 8
+    assert json.loads((folder / "result.json").read_text()) == metrics
+    assert 0 < metrics["eval_bits_per_byte"] < 8
     assert not list(folder.rglob(".*"))
 
 
 def test_accumulation_equals_one_large_batch(corpus: Path) -> None:
     """Two forwards of 40 tokens and one of 80 over the same sequences give one gradient (fp64)."""
-    recipe = tiny_recipe(corpus, train={"accumulate": 2, "steps": 2}, model={"dtype": "float64"})
+    recipe = tiny_recipe(corpus, train={"gradient_accumulation_steps": 2, "max_steps": 2}, model={"dtype": "float64"})
     trainer = Trainer(recipe, quiet=True)
     objective = pretraining(trainer)
     batches = [objective.streams[0].next_batch() for _ in range(2)]
@@ -188,8 +187,8 @@ def test_accumulation_equals_one_large_batch(corpus: Path) -> None:
 
 @pytest.mark.parametrize("overlap", [0.0, 0.25, 0.9])
 def test_bits_per_byte_against_one_token_at_a_time(corpus: Path, overlap: float) -> None:
-    """Score every held-out token by an ordinary forward of its own context, one forward a token."""
-    recipe = tiny_recipe(corpus, model={"dtype": "float64"}, evaluate={"enabled": True, "overlap": overlap})
+    """Score every held-out token by an ordinary forward of its own context, one forward per token."""
+    recipe = tiny_recipe(corpus, model={"dtype": "float64"}, evaluate={"do_eval": True, "overlap": overlap})
     trainer = Trainer(recipe, quiet=True)
     objective = pretraining(trainer)
     score = objective.score(objective.held_out_texts())
@@ -225,28 +224,35 @@ def test_windows_cover_every_token_once() -> None:
 
 def test_compressors_are_those_of_the_standard_library() -> None:
     text = b"def f(x):\n    return x\n" * 50
-    figures = compressed_bits_per_byte(text)
-    assert figures["gzip -9"] == len(gzip.compress(text, 9)) * 8 / len(text)
-    assert figures["xz -9"] == len(lzma.compress(text, preset=9)) * 8 / len(text)
+    metrics = compressed_bits_per_byte(text)
+    assert metrics["gzip -9"] == len(gzip.compress(text, 9)) * 8 / len(text)
+    assert metrics["xz -9"] == len(lzma.compress(text, preset=9)) * 8 / len(text)
 
 
 def test_learning_rate_schedules() -> None:
     base = tiny_recipe(Path("/x"))
 
     def factors(kind: str, decay: int, floor: float) -> list[float]:
-        schedule = base.schedule.model_copy(update={"kind": kind, "warmup": 4, "decay": decay, "floor": floor})
+        schedule = base.schedule.model_copy(
+            update={
+                "lr_scheduler_type": kind,
+                "warmup_steps": 4,
+                "num_decay_steps": decay,
+                "min_lr_ratio": floor,
+            }
+        )
         return [learning_rate_factor(step, 20, schedule) for step in range(20)]
 
-    for kind, decay in (("cosine", 0), ("wsd", 5), ("constant", 0)):
+    for kind, decay in (("cosine_with_min_lr", 0), ("warmup_stable_decay", 5), ("constant_with_warmup", 0)):
         assert factors(kind, decay, 0.1)[:4] == [0.25, 0.5, 0.75, 1.0]
-    cosine = factors("cosine", 0, 0.1)
+    cosine = factors("cosine_with_min_lr", 0, 0.1)
     assert cosine[-1] == pytest.approx(0.1)
     assert cosine[4:] == sorted(cosine[4:], reverse=True)
     assert cosine[4] == 1.0
-    wsd = factors("wsd", 5, 0.0)
+    wsd = factors("warmup_stable_decay", 5, 0.0)
     assert wsd[4:15] == [1.0] * 11
     assert wsd[15:] == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.0])
-    assert set(factors("constant", 0, 0.1)[4:]) == {1.0}
+    assert set(factors("constant_with_warmup", 0, 0.1)[4:]) == {1.0}
 
 
 def sentence(recipe: Recipe) -> str:
@@ -262,7 +268,7 @@ def sentence(recipe: Recipe) -> str:
     [
         (
             {"model_type": "lama"},
-            "model.config.model_type is 'lama'; it must be a causal language model of transformers",
+            "model.config.model_type must be a causal language model of transformers, got 'lama'",
         ),
         (
             {"hiden_size": 8},
@@ -276,8 +282,11 @@ def sentence(recipe: Recipe) -> str:
             {"hidden_size": 15},
             "model.config is refused by transformers: The hidden size (15) is not a multiple",
         ),
-        ({"vocab_size": 100}, "model.config.vocab_size is 100; it must be at least the tokenizer's 270."),
-        ({"max_position_embeddings": 8}, "train.max_length is 16; it must be at most the model's"),
+        ({"vocab_size": 100}, "model.config.vocab_size must be >= the tokenizer's, which is 270, got 100."),
+        (
+            {"max_position_embeddings": 8},
+            "train.max_length must be <= the model's max_position_embeddings, which is 8, got 16.",
+        ),
     ],
 )
 def test_a_wrong_model_is_one_sentence(corpus: Path, model: dict[str, Any], expected: str) -> None:
@@ -298,7 +307,7 @@ def test_a_refused_recipe_leaves_the_earlier_run_alone(corpus: Path) -> None:
 
 
 def test_a_wrong_checkpoint_to_start_from_is_one_sentence(corpus: Path) -> None:
-    train(tiny_recipe(corpus, name="base"), quiet=True)
+    train(tiny_recipe(corpus, run_name="base"), quiet=True)
     good = corpus / "runs" / "base" / "checkpoints" / "step-000008"
     for file, content, expected in [
         ("model.safetensors", b"\0" * 100, "which does not load"),
@@ -306,11 +315,11 @@ def test_a_wrong_checkpoint_to_start_from_is_one_sentence(corpus: Path) -> None:
     ]:
         original = (good / file).read_bytes()
         (good / file).write_bytes(content)
-        assert expected in sentence(tiny_recipe(corpus, model={"config": None, "path": str(good)}))
+        assert expected in sentence(tiny_recipe(corpus, model={"config": None, "name_or_path": str(good)}))
         (good / file).write_bytes(original)
-    missing = sentence(tiny_recipe(corpus, model={"config": None, "path": str(corpus)}))
-    assert missing.startswith("model.path is '")
-    started = Trainer(tiny_recipe(corpus, model={"config": None, "path": str(good)}), quiet=True)
+    missing = sentence(tiny_recipe(corpus, model={"config": None, "name_or_path": str(corpus)}))
+    assert missing.startswith("model.name_or_path")
+    started = Trainer(tiny_recipe(corpus, model={"config": None, "name_or_path": str(good)}), quiet=True)
     from safetensors.torch import load_file
 
     for name, tensor in load_file(str(good / "model.safetensors")).items():
@@ -321,12 +330,14 @@ def test_what_cannot_be_resumed_is_one_sentence(corpus: Path) -> None:
     recipe = tiny_recipe(corpus)
     train(recipe, quiet=True)
     assert "already holds checkpoints up to step 8; resume with --resume" in sentence(recipe)
-    resumed = changed(recipe, resume="auto")
-    other = changed(resumed, optimizer=recipe.optimizer.model_copy(update={"lr": 0.5}))
-    assert sentence(other).startswith("optimizer.lr is 0.5 but ")
-    assert "there are step-000004, step-000006, step-000008" in sentence(changed(recipe, resume="step-5"))
-    shorter = changed(resumed, train=recipe.train.model_copy(update={"steps": 7}))
-    assert sentence(shorter).startswith("train.steps is 7; it must be at least 8")
+    resumed = changed(recipe, resume_from_checkpoint=True)
+    other = changed(resumed, optimizer=recipe.optimizer.model_copy(update={"learning_rate": 0.5}))
+    assert sentence(other).startswith("optimizer.learning_rate must be 0.01 to resume from ")
+    assert "there are step-000004, step-000006, step-000008" in sentence(
+        changed(recipe, resume_from_checkpoint="step-5")
+    )
+    shorter = changed(resumed, train=recipe.train.model_copy(update={"max_steps": 7}))
+    assert sentence(shorter).startswith("train.max_steps must be >= 8, the step of ")
     (corpus / "text" / "new.py").write_text("x = 1\n")
     assert "has other files than when" in sentence(resumed)
     assert len(list((corpus / "runs" / "tiny" / "checkpoints").glob("step*"))) == 3  # refusals removed nothing
@@ -351,4 +362,4 @@ def test_a_gradient_that_is_not_finite_stops_the_run(corpus: Path) -> None:
 def test_two_processes_train_as_one(corpus: Path) -> None:
     run_processes("two_processes.py", corpus, says="same bits")
     with pytest.raises(ToolkitError, match="was written by 2 processes and cannot be resumed by 1"):
-        Trainer(tiny_recipe(corpus, name="two", train={"steps": 4}, resume="auto"), quiet=True)
+        Trainer(tiny_recipe(corpus, run_name="two", train={"max_steps": 4}, resume_from_checkpoint=True), quiet=True)

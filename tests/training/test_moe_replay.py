@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from moe_recipes import MIXTURE, moe_recipe
+from moe_recipes import MOE_CONFIG, moe_recipe
 from objective_recipes import weights
 
 from toolkit.errors import ToolkitError
@@ -24,11 +24,11 @@ def setup(folder: Path, replay: bool, **sections: Any) -> tuple[Trainer, GRPO]:
 def test_equal_bits_with_and_without_replay(tmp_path: Path) -> None:
     found = []
     for name, replay in (("off", False), ("on", True)):
-        trainer, _ = setup(tmp_path, replay, name=name, train={"steps": 3})
+        trainer, _ = setup(tmp_path, replay, run_name=name, train={"max_steps": 3})
         trainer.fit()
         lines = read_metrics(tmp_path / "runs" / name / "metrics.jsonl")
         assert [line["mismatch_bits"] for line in lines] == [0] * 3
-        found.append((lines[0]["loss"], lines[0]["reward"], lines[0]["gradient_norm"]))
+        found.append((lines[0]["loss"], lines[0]["reward"], lines[0]["grad_norm"]))
         last = weights(trainer)
     # The last token of a sequence, which no loss reads, may lie in another tile of its experts.
     assert found[0][:2] == found[1][:2]
@@ -39,7 +39,7 @@ def test_equal_bits_with_and_without_replay(tmp_path: Path) -> None:
 @pytest.mark.parametrize("numerics", ["bitwise", "fast"])
 def test_training_takes_the_recorded_experts(tmp_path: Path, numerics: str) -> None:
     """Samples carry what the engine recorded, and other experts give other log-probabilities."""
-    trainer, policy = setup(tmp_path, True, model={"numerics": numerics}, objective={"updates": 2})
+    trainer, policy = setup(tmp_path, True, model={"numerics": numerics}, objective={"num_iterations": 2})
     micros = next(policy.updates(0))
     samples = [sample for micro in micros for sample in micro.samples]
     for sample in samples:
@@ -56,7 +56,7 @@ def test_training_takes_the_recorded_experts(tmp_path: Path, numerics: str) -> N
         expected = {tuple(row) for sample in micros[0].samples for row in sample.routing[:, layer].tolist()}
         assert {tuple(row) for row in seen[layer][0].tolist()} == expected
     for sample in samples:
-        sample.routing = (sample.routing + 1) % MIXTURE["num_experts"]
+        sample.routing = (sample.routing + 1) % MOE_CONFIG["num_experts"]
     micros[0].first = False
     assert policy.loss(trainer.forward, micros[0]) != loss
 
@@ -74,7 +74,7 @@ def test_samples_that_only_fill_up_are_replayed_too(tmp_path: Path) -> None:
 
 def test_a_dense_model_has_nothing_to_replay(tmp_path: Path) -> None:
     recipe = moe_recipe(tmp_path, "grpo", {}, objective={"replay_routing": True})
-    config = {name: value for name, value in MIXTURE.items() if "expert" not in name and "norm_topk" not in name}
+    config = {name: value for name, value in MOE_CONFIG.items() if "expert" not in name and "norm_topk" not in name}
     config["model_type"] = "llama"
     del config["moe_intermediate_size"]
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"config": config})})

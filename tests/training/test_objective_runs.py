@@ -1,4 +1,4 @@
-"""Supervised runs, adapters, preferences, distillation: what each promises, in a few steps."""
+"""SFT runs, adapters, preferences, distillation: what each promises, in a few steps."""
 
 import json
 from pathlib import Path
@@ -16,8 +16,8 @@ from toolkit.training.examples import JsonlDataset, LineStream, Packed, conversa
 from toolkit.training.loop import Trainer, train
 from toolkit.training.metrics import read_metrics
 from toolkit.training.objectives.distill import Distillation
-from toolkit.training.objectives.dpo import Preference
-from toolkit.training.objectives.sft import Supervised
+from toolkit.training.objectives.dpo import DPO
+from toolkit.training.objectives.sft import SFT
 
 TEACHER = {
     "config": {
@@ -28,13 +28,13 @@ TEACHER = {
         "num_attention_heads": 2,
         "max_position_embeddings": 32,
     },
-    "steps": 10,
-    "lr": 1e-2,
+    "max_steps": 10,
+    "learning_rate": 1e-2,
     "batch_tokens": 256,
 }
 KINDS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
-    ("sft", {}, {"train": {"accumulate": 2}}),
-    ("sft", {"warmup": WARMUP}, {"model": {"lora": {"rank": 2, "dropout": 0.1}}}),
+    ("sft", {}, {"train": {"gradient_accumulation_steps": 2}}),
+    ("sft", {"warmup": WARMUP}, {"model": {"lora": {"r": 2, "lora_dropout": 0.1}}}),
     ("dpo", {"pairs": 6}, {}),
     ("distill", {"prompts": 4, "teacher": TEACHER, "warmup": WARMUP}, {}),
 ]
@@ -44,13 +44,13 @@ KINDS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 def test_resumed_equals_uninterrupted_bit_for_bit(
     tmp_path: Path, kind: str, objective: dict[str, Any], sections: dict[str, Any]
 ) -> None:
-    train_section = {"steps": 5, **sections.get("train", {})}
-    common = {k: v for k, v in sections.items() if k != "train"} | {"checkpoint": {"every": 2}}
+    train_section = {"max_steps": 5, **sections.get("train", {})}
+    common = {k: v for k, v in sections.items() if k != "train"} | {"checkpoint": {"save_steps": 2}}
     whole = Trainer(
-        objective_recipe(tmp_path, kind, objective, name="whole", train=train_section, **common), quiet=True
+        objective_recipe(tmp_path, kind, objective, run_name="whole", train=train_section, **common), quiet=True
     )
     whole.fit()
-    recipe = objective_recipe(tmp_path, kind, objective, name="parts", train=train_section, **common)
+    recipe = objective_recipe(tmp_path, kind, objective, run_name="parts", train=train_section, **common)
     again = resumed(recipe)
     assert again.objective.state_dict() == whole.objective.state_dict()
     for name, tensor in weights(whole).items():
@@ -58,13 +58,13 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
 
 
 def test_supervised_loss_is_the_mean_over_completion_tokens(tmp_path: Path) -> None:
-    recipe = objective_recipe(tmp_path, "sft", {}, train={"accumulate": 3}, model={"dtype": "float64"})
+    recipe = objective_recipe(tmp_path, "sft", {}, train={"gradient_accumulation_steps": 3}, model={"dtype": "float64"})
     trainer = Trainer(recipe, quiet=True)
-    assert isinstance(trainer.objective, Supervised)
+    assert isinstance(trainer.objective, SFT)
     micros = next(trainer.objective.updates(0))
     loss = sum(trainer.objective.loss(trainer.forward, micro).item() for micro in micros)
-    again = Trainer(recipe.model_copy(update={"name": "again"}), quiet=True).objective
-    assert isinstance(again, Supervised)
+    again = Trainer(recipe.model_copy(update={"run_name": "again"}), quiet=True).objective
+    assert isinstance(again, SFT)
     total, count = 0.0, 0
     for _ in micros:
         for example in again.stream.next_batch():
@@ -77,21 +77,21 @@ def test_supervised_loss_is_the_mean_over_completion_tokens(tmp_path: Path) -> N
 
 
 def test_supervised_learns(tmp_path: Path) -> None:
-    figures = train(
+    metrics = train(
         objective_recipe(
             tmp_path,
             "sft",
             {"task": LOWER},
-            train={"steps": 40},
-            optimizer={"lr": 2e-2},
-            evaluate={"enabled": True},
-            checkpoint={"every": None},
+            train={"max_steps": 40},
+            optimizer={"learning_rate": 2e-2},
+            evaluate={"do_eval": True},
+            checkpoint={"save_steps": None},
         ),
         quiet=True,
     )
     losses = [line["loss"] for line in read_metrics(tmp_path / "runs" / "sft" / "metrics.jsonl")]
     assert losses[-1] < 0.2 * losses[0]
-    assert figures["held_out"]["success_greedy"] == 1.0 > figures["held_out_before"]["success_sampled"]
+    assert metrics["eval_accuracy_greedy"] == 1.0 > metrics["before_training"]["eval_accuracy_sampled"]
 
 
 @pytest.fixture
@@ -120,14 +120,14 @@ def test_a_file_of_conversations(chat: Path) -> None:
     recipe = objective_recipe(
         chat,
         "sft",
-        {"task": None, "data": str(chat / "chat.jsonl"), "chat_template": TEMPLATE},
-        train={"steps": 6, "max_length": 64},
+        {"task": None, "data_files": str(chat / "chat.jsonl"), "chat_template": TEMPLATE},
+        train={"max_steps": 6, "max_length": 64},
         model={"config": {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}},
-        evaluate={"enabled": True},
+        evaluate={"do_eval": True},
     )
-    figures = train(recipe, quiet=True)
-    assert figures["held_out"]["loss"] < figures["held_out_before"]["loss"]
-    trainer = Trainer(recipe.model_copy(update={"name": "look"}), quiet=True)
+    metrics = train(recipe, quiet=True)
+    assert metrics["eval_loss"] < metrics["before_training"]["eval_loss"]
+    trainer = Trainer(recipe.model_copy(update={"run_name": "look"}), quiet=True)
     messages = [
         {"role": "user", "content": "ab"},
         {"role": "assistant", "content": "cd"},
@@ -143,11 +143,11 @@ def test_a_file_of_conversations(chat: Path) -> None:
     assert example.inputs[at + 1] == example.targets[at]
     assert len(conversation(trainer.tokenizer, TEMPLATE, messages, 5).inputs) == 5
     forgetful = TEMPLATE.replace("{% for m in messages %}", "{% for m in messages[-2:] %}")
-    with pytest.raises(ToolkitError, match="writes earlier messages anew"):
+    with pytest.raises(ToolkitError, match="must not rewrite earlier messages"):
         conversation(trainer.tokenizer, forgetful, messages, 100)
     with pytest.raises(ToolkitError, match=r"objective.chat_template does not take the messages: no"):
         conversation(trainer.tokenizer, "{{ raise_exception('no') }}", messages, 100)
-    with pytest.raises(ToolkitError, match="messages has 3; it must be a mapping with 'role' and 'content'"):
+    with pytest.raises(ToolkitError, match="messages must hold mappings with 'role' and 'content', got 3"):
         conversation(trainer.tokenizer, TEMPLATE, [3], 100)
 
 
@@ -158,7 +158,7 @@ def test_examples_mask_prompts_and_are_cut() -> None:
 
 
 def test_lines_are_split_shuffled_and_resumed(chat: Path) -> None:
-    lines = JsonlDataset(str(chat / "chat.jsonl"), 0.2, Supervised.fields)
+    lines = JsonlDataset(str(chat / "chat.jsonl"), 0.2, SFT.fields)
     assert len(lines.train) + len(lines.held_out) == 60
     assert lines.held_out
     assert not any(line in lines.train for line in lines.held_out)
@@ -195,31 +195,31 @@ def test_a_packing_is_resumed_where_an_example_waits(chat: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("{", "line 1, is not JSON; it must be a mapping with 'messages', or 'prompt' and 'completion'."),
-        ('{"prompt": "a", "completion": "b"}\n[]', "line 2, must be a mapping with 'messages', or "),
-        ('{"prompt": "a", "completion": 3}', "line 1, must be a mapping with"),
-        ("", "which has no line to train on."),
+        ("{", "line 1, must be a JSON object with 'messages', or 'prompt' and 'completion'."),
+        ('{"prompt": "a", "completion": "b"}\n[]', "line 2, must be a JSON object with 'messages', or "),
+        ('{"prompt": "a", "completion": 3}', "line 1, must be a JSON object with"),
+        ("", "objective.data_files must have a line to train on, got "),
     ],
 )
 def test_a_wrong_file_is_one_sentence(tmp_path: Path, text: str, expected: str) -> None:
     (tmp_path / "data.jsonl").write_text(text)
     with pytest.raises(ToolkitError) as caught:
-        JsonlDataset(str(tmp_path / "data.jsonl"), 0.1, Supervised.fields)
+        JsonlDataset(str(tmp_path / "data.jsonl"), 0.1, SFT.fields)
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_missing_file_and_prompts_too_long_are_one_sentence(tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
-    recipe = objective_recipe(tmp_path, "sft", {"task": None, "data": str(data)})
-    with pytest.raises(ToolkitError, match=r"objective.data is '.*', which cannot be read: No such file"):
+    recipe = objective_recipe(tmp_path, "sft", {"task": None, "data_files": str(data)})
+    with pytest.raises(ToolkitError, match=r"objective.data_files must be a json lines file, got '.*' \(No such file"):
         Trainer(recipe, quiet=True)
     data.write_text(json.dumps({"prompt": "x" * 100, "completion": "y"}) + "\n")
     with pytest.raises(ToolkitError, match="no completion in its first 64 examples that begins within"):
         Trainer(recipe, quiet=True)
     data.write_text(json.dumps({"prompt": "x" * 100, "chosen": "y", "rejected": "z"}) + "\n")
-    recipe = objective_recipe(tmp_path, "dpo", {"task": None, "data": str(data), "pairs": 1})
-    with pytest.raises(ToolkitError, match=r"a prompt has 100 tokens; with train.max_length 32 it must have fewer"):
+    recipe = objective_recipe(tmp_path, "dpo", {"task": None, "data_files": str(data), "pairs": 1})
+    with pytest.raises(ToolkitError, match=r"a prompt must have < 32 tokens with train.max_length 32, .* got 100"):
         Trainer(recipe, quiet=True).train_step()
 
 
@@ -228,7 +228,11 @@ def test_adapters_are_all_that_is_trained_and_open_in_peft(tmp_path: Path) -> No
     from transformers import AutoModelForCausalLM
 
     recipe = objective_recipe(
-        tmp_path, "sft", {"warmup": WARMUP}, model={"lora": {"rank": 4, "alpha": 8.0}}, optimizer={"lr": 5e-2}
+        tmp_path,
+        "sft",
+        {"warmup": WARMUP},
+        model={"lora": {"r": 4, "lora_alpha": 8.0}},
+        optimizer={"learning_rate": 5e-2},
     )
     trainer = Trainer(recipe, quiet=True)
     before = weights(trainer)
@@ -258,20 +262,23 @@ def test_adapters_roll_out_with_equal_bits(tmp_path: Path) -> None:
     recipe = objective_recipe(
         tmp_path,
         "grpo",
-        {"task": LOWER, "prompts": 4, "group": 4, "warmup": {**WARMUP, "task": TASK}, "kl_weight": 0.01},
-        model={"lora": {"rank": 4}},
-        optimizer={"lr": 5e-2},
+        {"task": LOWER, "prompts": 4, "num_generations": 4, "warmup": {**WARMUP, "task": TASK}, "beta": 0.01},
+        model={"lora": {"r": 4}},
+        optimizer={"learning_rate": 5e-2},
     )
     train(recipe, quiet=True)
     lines = read_metrics(tmp_path / "runs" / "grpo" / "metrics.jsonl")
     assert [line["mismatch_bits"] for line in lines] == [0] * 4
-    assert lines[0]["reference_kl"] == pytest.approx(0.0, abs=1e-9)
-    assert lines[-1]["reference_kl"] > 1e-6  # the adapters have moved, and the engine with them
+    assert lines[0]["kl"] == pytest.approx(0.0, abs=1e-9)
+    assert lines[-1]["kl"] > 1e-6  # the adapters have moved, and the engine with them
 
 
-@pytest.mark.parametrize(("targets", "expected"), [(["nothing"], "model.lora.targets is ['nothing']: Target modules")])
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [(["nothing"], "model.lora.target_modules must name layers of the model, got ['nothing']: Target modules")],
+)
 def test_wrong_targets_are_one_sentence(tmp_path: Path, targets: list[str], expected: str) -> None:
-    recipe = objective_recipe(tmp_path, "sft", {"warmup": WARMUP}, model={"lora": {"targets": targets}})
+    recipe = objective_recipe(tmp_path, "sft", {"warmup": WARMUP}, model={"lora": {"target_modules": targets}})
     with pytest.raises(ToolkitError) as caught:
         Trainer(recipe, quiet=True)
     assert str(caught.value).startswith(expected)
@@ -287,7 +294,7 @@ def test_preference_loss_is_that_of_the_definition(tmp_path: Path) -> None:
         train={"batch_tokens": 64},
     )
     trainer = Trainer(recipe, quiet=True)
-    assert isinstance(trainer.objective, Preference)
+    assert isinstance(trainer.objective, DPO)
     chance = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in trainer.hf_model.parameters():
@@ -305,37 +312,37 @@ def test_preference_loss_is_that_of_the_definition(tmp_path: Path) -> None:
         supervised = -sums["chosen", "policy"] / len(pair.chosen)
         exact.append(-F.logsigmoid(0.5 * (ratio["chosen"] - ratio["rejected"])) + 0.25 * supervised)
     torch.testing.assert_close(loss, torch.stack(exact).mean(), rtol=1e-6, atol=1e-7)
-    assert trainer.objective.finish()[1]["accuracy"] in {0.0, 0.2, 0.4, 0.6, 0.8, 1.0}
+    assert trainer.objective.finish()[1]["rewards/accuracies"] in {0.0, 0.2, 0.4, 0.6, 0.8, 1.0}
 
 
 def test_preferences_are_learnt(tmp_path: Path) -> None:
-    figures = train(
+    metrics = train(
         objective_recipe(
             tmp_path,
             "dpo",
             {"task": LOWER, "pairs": 16},
-            train={"steps": 15, "batch_tokens": 512},
-            optimizer={"lr": 1e-2},
-            evaluate={"enabled": True},
-            checkpoint={"every": None},
+            train={"max_steps": 15, "batch_tokens": 512},
+            optimizer={"learning_rate": 1e-2},
+            evaluate={"do_eval": True},
+            checkpoint={"save_steps": None},
         ),
         quiet=True,
     )
-    before, after = figures["held_out_before"], figures["held_out"]
-    assert (before["accuracy"], before["margin"]) == (0.5, 0.0)
-    assert after["accuracy"] == 1.0
-    assert after["margin"] > 0.1
+    before = metrics["before_training"]
+    assert (before["eval_rewards/accuracies"], before["eval_rewards/margins"]) == (0.5, 0.0)
+    assert metrics["eval_rewards/accuracies"] == 1.0
+    assert metrics["eval_rewards/margins"] > 0.1
 
 
-@pytest.mark.parametrize("divergence", ["reverse", "forward", "jensen_shannon"])
-def test_distillation_loss_is_that_of_the_definition(tmp_path: Path, divergence: str) -> None:
-    """The teacher's likeliest tokens and the rest as one outcome, by dense softmax."""
+@pytest.mark.parametrize("beta", [1.0, 0.0, 0.5])
+def test_distillation_loss_is_that_of_the_definition(tmp_path: Path, beta: float) -> None:
+    """The teacher's top-k tokens and the rest as one outcome, by dense softmax."""
     objective = {
         "prompts": 3,
-        "completions": 2,
-        "teacher": TEACHER | {"steps": 1},
-        "top_k": 5,
-        "divergence": divergence,
+        "num_generations": 2,
+        "teacher": TEACHER | {"max_steps": 1},
+        "teacher_top_k": 5,
+        "beta": beta,
     }
     recipe = objective_recipe(tmp_path, "distill", objective, model={"dtype": "float64"}, train={"batch_tokens": 48})
     trainer = Trainer(recipe, quiet=True)
@@ -353,11 +360,11 @@ def test_distillation_loss_is_that_of_the_definition(tmp_path: Path, divergence:
             p, q = (torch.cat([x[best], (1 - x[best].sum())[None]]) for x in (p_all, q_all))
             m = 0.5 * (p + q)
             outcomes = {
-                "forward": (p * (p / q).log()).sum(),
-                "reverse": (q * (q / p).log()).sum(),
-                "jensen_shannon": 0.5 * (p * (p / m).log()).sum() + 0.5 * (q * (q / m).log()).sum(),
+                0.0: (p * (p / q).log()).sum(),
+                1.0: (q * (q / p).log()).sum(),
+                0.5: 0.5 * (p * (p / m).log()).sum() + 0.5 * (q * (q / m).log()).sum(),
             }
-            total = total + times * outcomes[divergence]
+            total = total + times * outcomes[beta]
             count += int(times)
     torch.testing.assert_close(loss, total / count, rtol=1e-5, atol=1e-8)
     trainer.train_step()
@@ -366,29 +373,29 @@ def test_distillation_loss_is_that_of_the_definition(tmp_path: Path, divergence:
 
 def test_distillation_learns_from_a_teacher_on_disk(tmp_path: Path) -> None:
     teacher = objective_recipe(
-        tmp_path, "sft", {"task": LOWER}, name="teacher", train={"steps": 40}, optimizer={"lr": 2e-2}
+        tmp_path, "sft", {"task": LOWER}, run_name="teacher", train={"max_steps": 40}, optimizer={"learning_rate": 2e-2}
     )
     train(teacher, quiet=True)
-    figures = train(
+    metrics = train(
         objective_recipe(
             tmp_path,
             "distill",
-            {"task": LOWER, "prompts": 8, "teacher": {"path": str(tmp_path / "runs" / "teacher")}},
-            train={"steps": 40, "batch_tokens": 512},
-            optimizer={"lr": 2e-2},
-            evaluate={"enabled": True},
-            checkpoint={"every": None},
+            {"task": LOWER, "prompts": 8, "teacher": {"name_or_path": str(tmp_path / "runs" / "teacher")}},
+            train={"max_steps": 40, "batch_tokens": 512},
+            optimizer={"learning_rate": 2e-2},
+            evaluate={"do_eval": True},
+            checkpoint={"save_steps": None},
         ),
         quiet=True,
     )
     lines = read_metrics(tmp_path / "runs" / "distill" / "metrics.jsonl")
     assert lines[-1]["divergence"] < 0.5 * lines[0]["divergence"]
     assert lines[-1]["weight_version"] > lines[0]["weight_version"]
-    assert figures["held_out"]["problems"] == 16
+    assert metrics["eval_samples"] == 16
 
 
 def test_a_teacher_of_another_vocabulary_is_one_sentence(tmp_path: Path) -> None:
     config = TEACHER["config"] | {"vocab_size": 300}  # type: ignore[operator]
-    objective = {"prompts": 2, "teacher": TEACHER | {"config": config, "steps": 1}}
-    with pytest.raises(ToolkitError, match="has a vocabulary of 300; it must be the student's, which is 257"):
+    objective = {"prompts": 2, "teacher": TEACHER | {"config": config, "max_steps": 1}}
+    with pytest.raises(ToolkitError, match="must have the student's vocabulary size, which is 257, got 300"):
         Trainer(objective_recipe(tmp_path, "distill", objective), quiet=True)

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from toolkit.ops.linear_logprob import linear_logprob
 from toolkit.ops.linear_logprob.deferred import DeferredLogits
-from toolkit.training.objectives import (
-    jensen_shannon,
+from toolkit.training.losses import (
+    generalized_jsd,
     kl_divergence,
     next_token_loss,
     policy_loss,
@@ -75,8 +75,8 @@ def test_policy(advantage):
     dense = log_p.gather(-1, targets[:, None])[:, 0]
     behaviour, reference = dense.detach() + 0.3 * numbers(12, seed=4), dense.detach() + 0.5 * numbers(12, seed=5)
     ours = policy_loss(
-        result.logprob, behaviour, torch.tensor(advantage), clip_low=0.1, clip_high=0.3,
-        reference=reference, kl_weight=0.2, entropy=result.entropy, entropy_weight=0.05,
+        result.logprob, behaviour, torch.tensor(advantage), epsilon=0.1, epsilon_high=0.3,
+        reference=reference, beta=0.2, entropy=result.entropy, entropy_coef=0.05,
     )  # fmt: skip
     ratio = (dense - behaviour).exp()
     surrogate = torch.stack([ratio * advantage, ratio.clamp(0.9, 1.3) * advantage]).amin(0)
@@ -119,7 +119,7 @@ def test_distillation(candidates):
     for share in (0.5, 0.1):
         m = share * p + (1 - share) * q
         exact = share * (p * (p / m).log()).sum(-1) + (1 - share) * (q * (q / m).log()).sum(-1)
-        ours = jensen_shannon(with_tail(teacher.top_logprobs), with_tail(student.logprob), share)
+        ours = generalized_jsd(with_tail(teacher.top_logprobs), with_tail(student.logprob), share)
         same(ours, exact, [hidden, weight])
 
 

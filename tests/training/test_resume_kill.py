@@ -59,11 +59,11 @@ def main(folder: Path, wanted: int) -> None:
     def recipe(name: str):  # type: ignore[no-untyped-def]
         return tiny_recipe(
             folder,
-            name=name,
-            resume="auto",
-            tokenizer={"path": str(folder / "tokenizer")},
-            train={"steps": STEPS},
-            checkpoint={"every": 1, "keep": 2},
+            run_name=name,
+            resume_from_checkpoint=True,
+            tokenizer={"name_or_path": str(folder / "tokenizer")},
+            train={"max_steps": STEPS},
+            checkpoint={"save_steps": 1, "save_total_limit": 2},
         )
 
     def fork(work: Callable[[], None]) -> int:

@@ -99,7 +99,7 @@ def test_a_stream_goes_on_where_it_was_and_ranks_share_it() -> None:
         after = ProblemStream(task, 3, 0.1)
         after.load_state_dict(before.state_dict())
         assert after.take(700 - at) == whole[at:]
-    ranks = [ProblemStream(task, 3, 0.1, rank=rank, world=2).take(200) for rank in range(2)]
+    ranks = [ProblemStream(task, 3, 0.1, rank=rank, world_size=2).take(200) for rank in range(2)]
     assert ranks[0][:100] == whole[0:200:2]
     assert ranks[1][:100] == whole[1:200:2]
 
@@ -107,15 +107,24 @@ def test_a_stream_goes_on_where_it_was_and_ranks_share_it() -> None:
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({"name": "countdwn"}, "objective.task.name is 'countdwn'; it must be one of 'countdown'"),
-        ({}, "objective.task.name is None; it must be one of 'countdown'"),
-        ({"name": "countdown", "numbers": 1}, "objective.task.numbers is 1; it must be a whole number from 2 to 6."),
-        ({"name": "countdown", "largest": "9"}, "objective.task.largest is '9'; it must be a whole number"),
-        ({"name": "countdown", "target": 10**6}, "objective.task.target is 1000000; it must be a whole number"),
-        ({"name": "countdown", "colour": 1}, "objective.task is {'name': 'countdown', 'colour': 1}, which task"),
-        ({"name": "nowhere:Task"}, "objective.task.name is 'nowhere:Task', which cannot be imported"),
-        ({"name": "random:Nothing"}, "objective.task.name is 'random:Nothing', which cannot be imported"),
-        ({"name": "random:Random"}, "objective.task.name is 'random:Random'; it must be a class derived from Task."),
+        (
+            {"name": "countdwn"},
+            "objective.task.name must be one of countdown, package.module:Class, got 'countdwn'; did you",
+        ),
+        ({}, "objective.task.name must be one of countdown, package.module:Class, got None"),
+        ({"name": "countdown", "numbers": 1}, "objective.task.numbers must be a whole number from 2 to 6, got 1."),
+        ({"name": "countdown", "largest": "9"}, "objective.task.largest must be a whole number from 2 to 99, got '9'."),
+        (
+            {"name": "countdown", "target": 10**6},
+            "objective.task.target must be a whole number from 10 to 999, got 1000000.",
+        ),
+        (
+            {"name": "countdown", "colour": 1},
+            "objective.task must have the fields of 'countdown', got {'name': 'countdown', 'colour': 1} (",
+        ),
+        ({"name": "nowhere:Task"}, "objective.task.name must be a class to import, got 'nowhere:Task' ("),
+        ({"name": "random:Nothing"}, "objective.task.name must be a class to import, got 'random:Nothing' ("),
+        ({"name": "random:Random"}, "objective.task.name must be a class derived from Task, got 'random:Random'."),
     ],
 )
 def test_a_wrong_task_is_one_sentence(fields: dict[str, object], expected: str) -> None:

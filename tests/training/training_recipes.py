@@ -22,8 +22,8 @@ def write_corpus(root: Path, files: int = 24) -> None:
 def tiny_recipe(output: Path, **sections: Any) -> Recipe:
     """A recipe over ``output``/text; keyword arguments update its sections or replace its plain values."""
     values: dict[str, Any] = {
-        "name": "tiny",
-        "output": str(output / "runs"),
+        "run_name": "tiny",
+        "output_dir": str(output / "runs"),
         "model": {
             "config": {
                 "model_type": "llama",
@@ -37,13 +37,13 @@ def tiny_recipe(output: Path, **sections: Any) -> Recipe:
             }
         },
         "tokenizer": {"vocab_size": 270},
-        "data": {"root": str(output / "text"), "held_out": 0.2, "interleave": 3},
-        "optimizer": {"lr": 1e-2},
-        "schedule": {"warmup": 2},
-        "train": {"steps": 8, "batch_tokens": 40, "max_length": 16},
-        "checkpoint": {"every": 2, "keep": 3},
-        "log": {"tensorboard": False, "plot": False},
-        "evaluate": {"enabled": False},
+        "data": {"data_dir": str(output / "text"), "val_set_size": 0.2, "interleave": 3},
+        "optimizer": {"learning_rate": 1e-2},
+        "schedule": {"warmup_steps": 2},
+        "train": {"max_steps": 8, "batch_tokens": 40, "max_length": 16},
+        "checkpoint": {"save_steps": 2, "save_total_limit": 3},
+        "log": {"report_to": "none", "plot": False},
+        "evaluate": {"do_eval": False},
     }
     for key, value in sections.items():
         values[key] = {**values[key], **value} if isinstance(value, dict) and key in values else value

@@ -7,5 +7,11 @@ from moe_recipes import moe_recipe
 from processes import end_with_same_weights
 
 end_with_same_weights(
-    moe_recipe(Path(sys.argv[1]), "dpo", {"z_loss": 0.5, "balance": 0.0}, name="two", train={"steps": 2})
+    moe_recipe(
+        Path(sys.argv[1]),
+        "dpo",
+        {"router_z_loss_coef": 0.5, "router_aux_loss_coef": 0.0},
+        run_name="two",
+        train={"max_steps": 2},
+    )
 )

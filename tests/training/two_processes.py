@@ -11,7 +11,7 @@ from toolkit.training.loop import Trainer
 
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
-whole = Trainer(tiny_recipe(folder, name="two", train={"steps": 4}), quiet=True)
+whole = Trainer(tiny_recipe(folder, run_name="two", train={"max_steps": 4}), quiet=True)
 assert whole.accelerator.num_processes == 2
 assert type(whole.forward).__name__ == "DistributedDataParallel"
 whole.fit()
@@ -20,7 +20,9 @@ saved = load_file(str(folder / "runs" / "two" / "checkpoints" / "step-000004" / 
 whole.accelerator.wait_for_everyone()  # both have read before the resumed run removes it
 assert all(torch.equal(tensor, expected[name]) for name, tensor in saved.items())
 
-resumed = Trainer(tiny_recipe(folder, name="two", train={"steps": 4}, resume="step-2"), quiet=True)
+resumed = Trainer(
+    tiny_recipe(folder, run_name="two", train={"max_steps": 4}, resume_from_checkpoint="step-2"), quiet=True
+)
 assert resumed.step == 2
 resumed.fit()
 assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.hf_model.state_dict().items())

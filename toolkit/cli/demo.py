@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     shutil.rmtree(exported, ignore_errors=True)
     toolkit = [sys.executable, "-m", "toolkit.cli"]
     steps = [
-        ["train", args.recipe, "name=demo", "overwrite=true", *args.overrides],
+        ["train", args.recipe, "run_name=demo", "overwrite=true", *args.overrides],
         ["generate", str(out), *PROMPTS, "--max-tokens", "64", "--temperature", "0.7", "--seed", "1"],
         ["verify", str(out), "--tokens", "2000"],
         ["export", str(out), str(exported)],

@@ -6,14 +6,15 @@ import typing
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from toolkit.config.objective import ObjectiveSection
+from toolkit.config.objective import OBJECTIVES, ObjectiveSection
 from toolkit.config.schema import Recipe
 from toolkit.errors import ToolkitError, nearest
+from toolkit.sentences import sentence
 
 
 class _Loader(yaml.SafeLoader):
@@ -74,8 +75,8 @@ def find(recipe: str) -> Path:
 def load_recipe(recipe: str, overrides: Iterable[str] = ()) -> Recipe:
     """The validated recipe of a file (or shipped name) with dotted ``key=value`` overrides laid over it.
 
-    Values of overrides are typed by YAML: ``train.steps=100``, ``optimizer.betas=[0.9, 0.99]``,
-    ``tokenizer.path=null``. A recipe without a name takes its file's.
+    Values of overrides are typed by YAML: ``train.max_steps=100``, ``data.include=[*.py, *.md]``,
+    ``tokenizer.name_or_path=null``. A recipe without a ``run_name`` takes its file's name.
     Raises ToolkitError (one sentence) for anything unreadable, unknown, mistyped or out of range.
     """
     path = find(recipe)
@@ -88,8 +89,8 @@ def load_recipe(recipe: str, overrides: Iterable[str] = ()) -> Recipe:
     if values is None:
         values = {}
     if not isinstance(values, dict):
-        raise ToolkitError(f"Recipe '{recipe}' holds {_kind(values)}; it must be a mapping of fields.")
-    values.setdefault("name", path.stem)
+        raise ToolkitError(f"Recipe '{recipe}' must hold a mapping of fields, got {_kind(values)}.")
+    values.setdefault("run_name", path.stem)
     for override in overrides:
         _override(values, override)
     return validate(values)
@@ -117,7 +118,7 @@ def _override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not key or not all(key.split(".")):
-        raise ToolkitError(f"Override '{override}' is not of the form key=value, e.g. train.steps=100.")
+        raise ToolkitError(f"Override '{override}' is not of the form key=value, e.g. train.max_steps=100.")
     *parents, last = key.split(".")
     target = values
     for depth, parent in enumerate(parents):
@@ -133,18 +134,12 @@ def _override(values: dict[str, Any], override: str) -> None:
     target[last] = _parse(text, f"The value of override '{override}'")
 
 
-def _sections(annotation: Any) -> list[type[BaseModel]]:
-    """The sections among the alternatives of a field's type."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [found for inner in typing.get_args(annotation) for found in _sections(inner)]
-
-
 def _section(annotation: Any, kind: str | None) -> type[BaseModel] | None:
-    """The section of a field's type, that of ``kind`` where there are several; None for a plain value."""
-    found = _sections(annotation)
-    chosen = [one for one in found if len(found) == 1 or one.model_fields["kind"].annotation == Literal[kind]]
-    return chosen[0] if chosen else None
+    """The section of a field's type, that of ``kind`` for the objective; None for a plain value."""
+    for one in (annotation, *typing.get_args(annotation)):
+        if isinstance(one, type) and issubclass(one, BaseModel):
+            return OBJECTIVES.get(kind or "") if one is ObjectiveSection else one
+    return None
 
 
 def field_names(section: type[BaseModel] = Recipe, prefix: str = "", kind: str | None = "pretrain") -> list[str]:
@@ -177,32 +172,6 @@ def _kind(value: Any) -> str:
     return "a list" if isinstance(value, list) else f"{value!r}"
 
 
-_TYPES = {
-    "int_type": "an integer",
-    "float_type": "a number",
-    "bool_type": "true or false",
-    "string_type": "text",
-    "list_type": "a list",
-    "dict_type": "a mapping of fields",
-    "model_type": "a mapping of fields",
-    "model_attributes_type": "a mapping of fields",
-    "finite_number": "a finite number",
-    "greater_than": "greater than {gt}",
-    "greater_than_equal": "at least {ge}",
-    "less_than": "less than {lt}",
-    "less_than_equal": "at most {le}",
-    "too_short": "a list of at least {min_length}",
-    "too_long": "a list of at most {max_length}",
-    "string_too_short": "text of at least {min_length} character",
-    "string_too_long": "text of at most {max_length} characters",
-    "literal_error": "one of {expected}",
-}
-_PATTERNS = {
-    "name": "a folder name of letters, digits, '.', '_' and '-'",
-    "resume": "'never', 'auto' or 'step-' and a number",
-}
-
-
 def _nullable(key: str, kind: str | None) -> bool:
     annotation: Any = Recipe
     for part in key.split("."):
@@ -216,36 +185,15 @@ def _nullable(key: str, kind: str | None) -> bool:
     )
 
 
-def _key(location: tuple[Any, ...], kind: str | None) -> str:
-    """The dotted name of a place as pydantic reports it, which names the alternatives it tried on the way."""
-    parts = [str(part) for part in location]
-    if parts[:1] == ["objective"] and parts[1:2] == [kind]:
-        del parts[1]
-    return ".".join(part for part in parts if not part.startswith(("constrained", "function")))
-
-
 def _sentence(problem: dict[str, Any], objective: str | None) -> str:
-    key = _key(problem["loc"], objective)
-    kind, value, context = problem["type"], problem["input"], problem.get("ctx", {})
+    key = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("constrained", "function")))
+    kind = problem["type"]
     if kind == "extra_forbidden":
         return _unknown(key, objective)
-    if kind == "missing":
-        return f"{key} is missing; it must be given."
-    if kind in ("union_tag_invalid", "union_tag_not_found"):
-        kinds = [typing.get_args(one.model_fields["kind"].annotation)[0] for one in _sections(ObjectiveSection)]
-        listed = f"it must be one of {', '.join(map(repr, kinds[:-1]))} or {kinds[-1]!r}"
-        if kind == "union_tag_not_found":
-            return f"{key}.kind is missing; {listed}."
-        return f"{key}.kind is {value.get('kind')!r}; {listed}{nearest(str(value.get('kind')), kinds) or '.'}"
     if kind == "value_error":
-        message = str(context["error"])
+        message = str(problem["ctx"]["error"])
         named = message.startswith(tuple(field_names(kind=objective)))
-        return f"{message}." if named else f"{message[0].upper()}{message[1:]}."
-    if kind == "string_pattern_mismatch":
-        allowed = _PATTERNS[key]
-    elif kind in _TYPES:
-        allowed = _TYPES[kind].format(**context)
-    else:
-        allowed = problem["msg"][0].lower() + problem["msg"][1:]
-        return f"{key} is {value!r}; {allowed}."
-    return f"{key} is {value!r}; it must be {allowed}{' or null' if _nullable(key, objective) else ''}."
+        end = "" if message.endswith((".", "?")) else "."
+        return f"{message if named else message[0].upper() + message[1:]}{end}"
+    folder_name = "a folder name of letters, digits, '.', '_' and '-'" if kind == "string_pattern_mismatch" else None
+    return sentence(problem, key, requirement=folder_name, nullable=_nullable(key, objective))

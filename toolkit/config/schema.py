@@ -1,70 +1,80 @@
-"""What a training recipe may say. Types are strict, unknown keys are refused, ranges are checked here.
+"""The sections of a recipe. Types are strict, unknown keys are refused, ranges are checked here.
 
-Units: lengths and budgets ending in ``tokens`` or ``length`` are tokens, ``bytes`` are bytes of UTF-8 text,
-``every``, ``warmup`` and ``decay`` are optimizer steps.
+Keys have the names of transformers' ``TrainingArguments``, TRL and PEFT where those have one. Units: fields ending in
+``tokens`` or ``length`` are tokens, ``bytes`` are bytes of UTF-8 text, ``steps`` are optimizer steps.
 """
 
+import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from toolkit.config.base import Count, FolderName, Fraction, Section
-from toolkit.config.objective import ObjectiveSection, PretrainObjective
+from toolkit.config.objective import OBJECTIVES, ObjectiveSection, parse_objective
 
 
 class LoraSection(Section):
-    """Low-rank adapters beside frozen weights (PEFT's LoRA); only they are trained and saved."""
+    """Low-rank adapters beside frozen weights: fields of PEFT's ``LoraConfig``. Only adapters are trained and saved."""
 
-    rank: Count = 8
-    alpha: Annotated[float, Field(gt=0)] = 16.0
-    """The product of the adapter's matrices is scaled by alpha / rank."""
-    targets: list[str] | None = None
+    r: Count = 8
+    lora_alpha: Annotated[float, Field(gt=0)] = 16.0
+    """The product of the adapter's matrices is scaled by lora_alpha / r."""
+    target_modules: list[str] | None = None
     """Ends of module names, e.g. ``q_proj``; null is every linear layer but the head."""
-    parameters: Annotated[list[str], Field(min_length=1)] | None = None
-    """Ends of names of parameters, for the experts of a mixture, e.g. ``experts.gate_up_proj``; null is none."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_parameters: Annotated[list[str], Field(min_length=1)] | None = None
+    """Ends of names of parameters, for experts, e.g. ``experts.gate_up_proj``; null is none."""
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     @model_validator(mode="after")
     def _something_to_adapt(self) -> Self:
-        if self.targets == [] and self.parameters is None:
+        if self.target_modules == [] and self.target_parameters is None:
             raise ValueError(
-                "model.lora.targets is empty and model.lora.parameters null; one of them must name something"
+                "one of model.lora.target_modules and model.lora.target_parameters must name something, got [] and null"
             )
-        if self.parameters is not None and self.dropout > 0:
-            raise ValueError(f"model.lora.dropout is {self.dropout}; with model.lora.parameters it must be 0")
+        if self.target_parameters is not None and self.lora_dropout > 0:
+            raise ValueError(
+                f"model.lora.lora_dropout must be 0 with model.lora.target_parameters, got {self.lora_dropout}"
+            )
         return self
 
 
 class ModelSection(Section):
-    """The model: random weights of an architecture (``config``), or a local checkpoint (``path``)."""
+    """The model: random weights of an architecture (``config``), or a checkpoint (``name_or_path``)."""
 
-    path: str | None = None
-    """Directory of a Hugging Face checkpoint with safetensors weights."""
+    name_or_path: str | None = None
+    """A folder of a model, adapters or a run, a GGUF file, or a repository of the Hub such as ``org/name``."""
+    revision: str | None = None
+    """Branch, tag or commit of a repository of the Hub; null is its main branch."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the checkpoint."""
     config: dict[str, Any] | None = None
     """``model_type`` and fields of its configuration; vocabulary and eos come from the tokenizer."""
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
     roles: list[str] | None = None
     """Roles to patch; null patches every role that matches."""
     numerics: Literal["bitwise", "fast"] | None = None
-    """Tier of numerics; null is the device's default."""
+    """Numerics mode; null is the device's default."""
     lora: LoraSection | None = None
     """Train adapters instead of the weights; null trains the weights."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        if (self.path is None) == (self.config is None):
-            given = "both" if self.path is not None else "neither"
-            raise ValueError(f"exactly one of model.path and model.config must be given, not {given}")
+        if (self.name_or_path is None) == (self.config is None):
+            given = "both" if self.name_or_path is not None else "neither"
+            raise ValueError(f"exactly one of model.name_or_path and model.config must be given, got {given}")
         if self.config is not None and not isinstance(self.config.get("model_type"), str):
             kind = self.config.get("model_type")
-            raise ValueError(f"model.config.model_type is {kind!r}; it must be a transformers model type, e.g. 'llama'")
+            raise ValueError(
+                f"model.config.model_type must be a model type of transformers, e.g. 'llama', got {kind!r}"
+            )
         return self
 
 
 class TokenizerSection(Section):
-    """A tokenizer to load (``path``), or byte-level BPE trained on the training split."""
+    """A tokenizer to load (``name_or_path``), or byte-level BPE trained on the training split."""
 
-    path: str | None = None
+    name_or_path: str | None = None
+    """A folder with a tokenizer, or a repository of the Hub; null takes the one of ``model.name_or_path``."""
     vocab_size: Annotated[int, Field(ge=257, le=1_000_000)] = 4096
     """Size with the end-of-text token; 256 bytes and that token are the least."""
     max_bytes: Count | None = None
@@ -72,12 +82,12 @@ class TokenizerSection(Section):
 
 
 class DataSection(Section):
-    """What objective.kind 'pretrain' reads: text files, one document a file.
+    """What objective.kind 'pretrain' reads: text files, one document per file.
 
     They are split into training and held-out by a hash of the file's name.
     """
 
-    root: str = "stdlib"
+    data_dir: str = "stdlib"
     """A directory, or "stdlib": the source of the running Python's standard library."""
     include: Annotated[list[str], Field(min_length=1)] = Field(default_factory=lambda: ["*.py"])
     """File name patterns."""
@@ -85,120 +95,130 @@ class DataSection(Section):
         default_factory=lambda: ["site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"]
     )
     """Names of folders that are not entered."""
-    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    val_set_size: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Expected share of the files that is held out."""
     interleave: Count = 32
-    """Documents open at once; a batch takes pieces from them in turn."""
+    """Documents open at once; a batch takes chunks from them in turn."""
     streams: Count | None = None
-    """Streams that the files are shared out to; a step takes from each, whatever the number of processes, which must
-    divide it. null is one a process."""
+    """Streams that the files are sharded to; a step takes a batch of each. The number of processes must divide it; null
+    is one per process."""
 
 
 class OptimizerSection(Section):
     """AdamW. Matrices decay, vectors (norms, biases) do not."""
 
-    lr: Annotated[float, Field(gt=0)] = 1e-3
-    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = Field(
-        default_factory=lambda: [0.9, 0.95]
-    )
-    eps: Annotated[float, Field(gt=0)] = 1e-8
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    clip: Annotated[float, Field(gt=0)] | None = 1.0
-    """Largest norm of the gradient; null does not clip."""
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Gradients are clipped to this norm; null does not clip."""
 
 
 class ScheduleSection(Section):
-    """Linear warm-up, then cosine, constant, or constant with a linear decay at the end (wsd)."""
+    """Linear warm-up, then cosine, constant, or constant with a linear decay at the end."""
 
-    kind: Literal["cosine", "wsd", "constant"] = "cosine"
-    warmup: Annotated[int, Field(ge=0)] = 0
-    decay: Annotated[int, Field(ge=0)] = 0
-    """Steps of the linear decay; wsd only."""
-    floor: Fraction = 0.1
-    """Where the decay ends, as a share of optimizer.lr."""
+    lr_scheduler_type: Literal["cosine_with_min_lr", "warmup_stable_decay", "constant_with_warmup"] = (
+        "cosine_with_min_lr"
+    )
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    num_decay_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of the linear decay; warmup_stable_decay only."""
+    min_lr_ratio: Fraction = 0.1
+    """Where the decay ends, as a share of optimizer.learning_rate."""
 
 
 class MoeSection(Section):
-    """How the experts of a mixture are kept in even use, by every objective, warm-up included.
+    """How the routers of MoE models are balanced, by every objective, warm-up included.
 
     Dense models have nothing to balance, and a teacher that the run trains is not balanced.
     """
 
-    balance: Annotated[float, Field(ge=0)] = 0.0
+    router_aux_loss_coef: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the load balancing loss (Switch Transformers), the mean of each layer's own."""
-    z_loss: Annotated[float, Field(ge=0)] = 0.0
+    router_z_loss_coef: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the routers' mean squared log-sum-exp (ST-MoE)."""
-    bias_rate: Annotated[float, Field(ge=0)] = 0.0
-    """By how much a router's correction bias moves after every update, where it has one (DeepSeek-V3)."""
+    bias_update_rate: Annotated[float, Field(ge=0)] = 0.0
+    """By how much a router's expert bias moves after every update, where it has one (DeepSeek-V3)."""
     recompute: bool = False
     """Compute the experts' activations again in the backward instead of keeping them."""
 
 
 class ExpertParallelSection(Section):
-    """Experts of each layer shared out to processes, instead of a copy of all in each."""
+    """Experts of each layer sharded over processes, instead of a copy of all in each."""
 
     size: Count | None = None
     """Processes that share a layer's experts; it must divide their number, and that of the experts. null is all."""
     chunks: Count = 2
-    """Runs of a forward's tokens: the exchange of one overlaps the products of another."""
+    """Chunks of a forward's tokens: the exchange of one overlaps the GEMMs of another."""
 
 
 class TrainSection(Section):
     """The size of a step and their number.
 
-    A step trains ``batch_tokens * accumulate`` tokens in each process, with ``data.streams`` for each stream.
+    A step trains ``batch_tokens * gradient_accumulation_steps`` tokens in each process, with ``data.streams`` for each
+    stream.
     """
 
-    steps: Count = 1000
+    max_steps: Count = 1000
     batch_tokens: Annotated[int, Field(ge=2)] = 2048
     """Predicted tokens in one forward: one flat ragged row, always full."""
     max_length: Annotated[int, Field(ge=2)] = 512
-    """Longest sequence; longer documents are cut."""
-    accumulate: Count = 1
-    """Forwards a step whose gradients are averaged."""
+    """Longest sequence; longer documents are split."""
+    gradient_accumulation_steps: Count = 1
+    """Forwards per step, whose gradients are averaged."""
     moe: MoeSection = Field(default_factory=MoeSection)
     expert_parallel: ExpertParallelSection | None = None
-    """For mixtures of experts; null keeps all experts in every process."""
+    """For MoE models; null keeps all experts in every process."""
 
 
 class CheckpointSection(Section):
     """When to save, beside the last step, and how many to keep."""
 
-    every: Count | None = 100
-    keep: Count = 2
+    save_steps: Count | None = 100
+    save_total_limit: Count = 2
 
 
 class LogSection(Section):
     """Beside metrics.jsonl, which is always written."""
 
-    tensorboard: bool = True
+    report_to: Literal["tensorboard", "none"] = "tensorboard"
     plot: bool = True
-    every: Annotated[float, Field(gt=0)] = 10.0
+    progress_seconds: Annotated[float, Field(gt=0)] = 10.0
     """Seconds between progress lines where the output is not a terminal."""
 
 
 class EvaluateSection(Section):
-    """Held-out bits per byte after the last step."""
+    """The held-out measure, before the first step (where the objective has use for it) and after the last."""
 
-    enabled: bool = True
+    do_eval: bool = True
     max_bytes: Count | None = None
-    """Use at most this much held-out text (whole files, in hash order); null takes all of it."""
+    """pretrain: use at most this much held-out text (whole files, in hash order); null takes all of it."""
     overlap: Fraction = 0.25
-    """Share of a window that repeats the document's previous tokens as context."""
+    """pretrain: share of a window that repeats the document's previous tokens as context."""
+
+
+def _checkpoint_to_resume(value: Any) -> Any:
+    if isinstance(value, bool) or (isinstance(value, str) and re.fullmatch(r"step-\d+", value)):
+        return value
+    raise ValueError(f"resume_from_checkpoint must be true, false or 'step-' and a number, got {value!r}")
 
 
 class Recipe(Section):
     """A training run, complete: with the same machine and versions it determines the weights bit for bit."""
 
-    name: FolderName = "run"
-    """Folder of the run inside ``output``."""
-    output: Annotated[str, Field(min_length=1)] = "runs"
+    run_name: FolderName = "run"
+    """Folder of the run inside ``output_dir``."""
+    output_dir: Annotated[str, Field(min_length=1)] = "runs"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    resume: Annotated[str, Field(pattern=r"^(never|auto|step-\d+)$")] = "never"
-    """never: start anew; auto: go on from the latest checkpoint if there is one; step-N: from that one."""
+    resume_from_checkpoint: Annotated[bool | str, BeforeValidator(_checkpoint_to_resume)] = False
+    """false: start anew; true: resume from the latest checkpoint if there is one; step-N: from that one."""
     overwrite: bool = False
     """Start anew although the run's folder holds checkpoints; they are deleted."""
-    objective: ObjectiveSection = Field(default_factory=PretrainObjective)
+    objective: Annotated[SerializeAsAny[ObjectiveSection], BeforeValidator(parse_objective)] = Field(
+        default_factory=lambda: parse_objective({"kind": "pretrain"})
+    )
     model: ModelSection
     tokenizer: TokenizerSection = Field(default_factory=TokenizerSection)
     data: DataSection = Field(default_factory=DataSection)
@@ -211,36 +231,37 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        schedule, steps = self.schedule, self.train.steps
-        if schedule.decay and schedule.kind != "wsd":
-            raise ValueError(f"schedule.decay is {schedule.decay}; it must be 0 unless schedule.kind is 'wsd'")
-        if schedule.warmup + schedule.decay > steps:
+        schedule, steps, objective = self.schedule, self.train.max_steps, self.objective
+        if schedule.num_decay_steps and schedule.lr_scheduler_type != "warmup_stable_decay":
             raise ValueError(
-                f"schedule.warmup + schedule.decay is {schedule.warmup + schedule.decay}; "
-                f"it must be at most train.steps, which is {steps}"
+                "schedule.num_decay_steps must be 0 unless schedule.lr_scheduler_type is 'warmup_stable_decay', got "
+                f"{schedule.num_decay_steps}"
             )
-        kind = self.objective.kind
-        if self.model.lora is not None and self.model.path is None and getattr(self.objective, "warmup", None) is None:
+        if schedule.warmup_steps + schedule.num_decay_steps > steps:
             raise ValueError(
-                "model.lora is given while model.path and objective.warmup are null; adapters need a trained model"
+                f"schedule.warmup_steps + schedule.num_decay_steps must be <= train.max_steps, which is {steps}, got "
+                f"{schedule.warmup_steps + schedule.num_decay_steps}"
             )
-        if self.train.expert_parallel is not None and (self.model.lora is not None or kind in ("grpo", "distill")):
-            other = "model.lora" if self.model.lora is not None else f"objective.kind '{kind}'"
+        if self.model.lora and self.model.name_or_path is None and getattr(objective, "warmup", None) is None:
             raise ValueError(
-                f"train.expert_parallel is given with {other}; allowed are objective.kind 'pretrain', 'sft' and 'dpo' "
-                "without adapters"
+                "model.lora must be null while model.name_or_path and objective.warmup are null: adapters need a "
+                "trained model"
             )
-        if kind not in ("pretrain", "sft") and self.train.accumulate != 1:
+        if self.train.expert_parallel is not None and (self.model.lora or not objective.supports_expert_parallel):
+            other = "model.lora" if self.model.lora is not None else f"objective.kind '{objective.kind}'"
+            kinds = [name for name in OBJECTIVES.names() if OBJECTIVES.find("", name).supports_expert_parallel]
             raise ValueError(
-                f"train.accumulate is {self.train.accumulate}; it must be 1 with objective.kind '{kind}', which makes "
-                "forwards of train.batch_tokens as they are needed"
+                f"train.expert_parallel must be null with {other}: it is for objective.kind "
+                f"{', '.join(map(repr, kinds))} without adapters"
             )
-        if not isinstance(self.objective, PretrainObjective) and self.objective.task is not None:
-            longest, most = self.objective.rollout.max_tokens, self.train.max_length
-            if longest >= most:
-                raise ValueError(
-                    f"objective.rollout.max_tokens is {longest}; it must be below train.max_length, which is {most}"
-                )
-        if self.overwrite and self.resume != "never":
-            raise ValueError(f"overwrite is true while resume is '{self.resume}'; one run cannot do both")
+        if not objective.supports_gradient_accumulation and self.train.gradient_accumulation_steps != 1:
+            raise ValueError(
+                f"train.gradient_accumulation_steps must be 1 with objective.kind '{objective.kind}', which makes "
+                f"forwards of train.batch_tokens as they are needed, got {self.train.gradient_accumulation_steps}"
+            )
+        objective.check(self)
+        if self.overwrite and self.resume_from_checkpoint is not False:
+            raise ValueError(
+                f"overwrite must be false with resume_from_checkpoint {self.resume_from_checkpoint!r}, got true"
+            )
         return self

@@ -115,7 +115,7 @@ def verify(checkpoint: Path) -> dict[str, Any]:
     Raises ToolkitError naming the first file that is not, and the other checkpoints beside it.
     """
     others = [name_of(step) for step in steps_in(checkpoint.parent) if name_of(step) != checkpoint.name]
-    advice = f"; resume from another one with resume={others[-1]}" if others else ""
+    advice = f"; resume from another one with resume_from_checkpoint={others[-1]}" if others else ""
 
     def corrupt(what: str) -> ToolkitError:
         return ToolkitError(f"Checkpoint {checkpoint} is corrupt: {what}{advice}.")

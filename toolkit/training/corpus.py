@@ -35,11 +35,11 @@ def digest(text: str) -> int:
 
 
 def list_files(data: DataSection) -> list[SourceFile]:
-    """The non-empty files under ``data.root`` that match, by name; links to folders are not followed."""
-    root = sysconfig.get_path("stdlib") if data.root == "stdlib" else data.root
+    """The non-empty files under ``data.data_dir`` that match, by name; links to folders are not followed."""
+    root = sysconfig.get_path("stdlib") if data.data_dir == "stdlib" else data.data_dir
     if not os.path.isdir(root):
-        raise ToolkitError(f"data.root is '{data.root}'; it must be a folder or 'stdlib'.")
-    found = []
+        raise ToolkitError(f"data.data_dir must be a folder or 'stdlib', got '{data.data_dir}'.")
+    files = []
     for folder, inner, names in os.walk(root):
         inner[:] = [name for name in inner if name not in data.exclude]
         for name in names:
@@ -47,23 +47,25 @@ def list_files(data: DataSection) -> list[SourceFile]:
             if any(fnmatch(name, pattern) for pattern in data.include) and os.path.isfile(path):
                 size = os.path.getsize(path)
                 if size:
-                    found.append(SourceFile(os.path.relpath(path, root).replace(os.sep, "/"), path, size))
-    if not found:
-        raise ToolkitError(f"data.root '{data.root}' holds no non-empty file that matches {data.include}.")
-    return sorted(found, key=lambda file: file.name)
+                    files.append(SourceFile(os.path.relpath(path, root).replace(os.sep, "/"), path, size))
+    if not files:
+        raise ToolkitError(
+            f"data.data_dir must hold a non-empty file that matches {data.include}, got '{data.data_dir}'."
+        )
+    return sorted(files, key=lambda file: file.name)
 
 
-def split(files: Sequence[SourceFile], held_out: float) -> tuple[list[SourceFile], list[SourceFile]]:
-    """(training, held-out) files. A file is held out when hash(name) / 2^64 < ``held_out``: for good,
+def split(files: Sequence[SourceFile], val_set_size: float) -> tuple[list[SourceFile], list[SourceFile]]:
+    """(training, held-out) files. A file is held out when hash(name) / 2^64 < ``val_set_size``: for good,
     whatever other files there are."""
-    threshold = int(held_out * 2**64)
+    threshold = int(val_set_size * 2**64)
     sides: tuple[list[SourceFile], list[SourceFile]] = ([], [])
     for file in files:
         sides[digest(file.name) < threshold].append(file)
     for side, files_of_side in zip(("training", "held-out"), sides, strict=True):
         if not files_of_side:
             raise ToolkitError(
-                f"data.held_out is {held_out}; with {len(files)} files it leaves none on the {side} side."
+                f"data.val_set_size must leave a file on the {side} side, got {val_set_size} of {len(files)} files."
             )
     return sides
 

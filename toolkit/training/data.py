@@ -1,8 +1,8 @@
 """Documents to packed batches, streamed, with a position that is a few integers.
 
 Each document is ``eos + text + eos``. ``interleave`` documents are open at once; a batch is one row of
-exactly ``batch_tokens`` predicted tokens, filled with pieces of at most ``max_length`` tokens from the open
-documents in turn. A document's tokens are each predicted exactly once: where a piece ends, the next starts
+exactly ``batch_tokens`` predicted tokens, filled with chunks of at most ``max_length`` tokens from the open
+documents in turn. A document's tokens are each predicted exactly once: where a chunk ends, the next starts
 with the last token predicted as its first input. Nothing is padded.
 """
 
@@ -33,7 +33,7 @@ def _read(files: list[SourceFile]) -> Iterator[dict[str, str]]:
 
 
 def token_stream(files: Sequence[SourceFile], tokenizer: "Tokenizer") -> "IterableDataset":
-    """A streamed dataset of ``{"ids": eos + text + eos}``, one document a file, in the order given."""
+    """A streamed dataset of ``{"ids": eos + text + eos}``, one document per file, in the order given."""
     from datasets import IterableDataset
 
     eos = tokenizer.eos_token_id
@@ -76,13 +76,15 @@ class PackedStream:
         interleave: int = 1,
         seed: int = 0,
         rank: int = 0,
-        world: int = 1,
+        world_size: int = 1,
     ) -> None:
-        if len(files) < world:
-            raise ToolkitError(f"There are {len(files)} training files for {world} processes; each needs one at least.")
+        if len(files) < world_size:
+            raise ToolkitError(
+                f"data.data_dir must hold a training file for each of {world_size} processes, got {len(files)}."
+            )
         self._files, self._tokenizer = list(files), tokenizer
         self._batch_tokens, self._max_length = batch_tokens, max_length
-        self._interleave, self._seed, self._rank, self._world = interleave, seed, rank, world
+        self._interleave, self._seed, self._rank, self._world_size = interleave, seed, rank, world_size
         self._epoch, self._next, self._turn = 0, 0, 0
         self._open: list[_Open] = []
         self._documents: Iterator[dict[str, Any]] | None = None
@@ -93,7 +95,7 @@ class PackedStream:
         return self._epoch
 
     def _share(self, epoch: int) -> list[SourceFile]:
-        return in_hash_order(self._files, f"{self._seed}/{epoch}")[self._rank :: self._world]
+        return in_hash_order(self._files, f"{self._seed}/{epoch}")[self._rank :: self._world_size]
 
     def _open_next(self) -> _Open:
         while True:
@@ -136,7 +138,7 @@ class PackedStream:
         """Go to a position that ``state_dict`` of a stream with the same arguments returned."""
         self._epoch, self._next, self._turn = state["epoch"], state["next"], state["turn"]
         self._documents = None
-        # The open documents may span two epochs; each is read again, alone, and cut at its offset.
+        # The open documents may span two epochs; each is read again and continues at its offset.
         files = [self._share(epoch)[index] for epoch, index, _ in state["open"]]
         documents = token_stream(files, self._tokenizer) if files else []
         self._open = [

@@ -1,4 +1,4 @@
-"""Held-out bits per byte, and what gzip and xz need for the same text."""
+"""Held-out bits per byte, and those of gzip and xz on the same text."""
 
 import gzip
 import lzma
@@ -38,7 +38,7 @@ class Score:
 
 
 def windows(ids: Sequence[int], start_id: int, max_length: int, overlap: int) -> Iterator[Window]:
-    """Cut a document so that each of its tokens is a target exactly once.
+    """Split a document so that each of its tokens is a target exactly once.
 
     The first token is conditioned on ``start_id``, every other on what precedes it in its window; windows
     after the first repeat at least ``overlap`` earlier tokens as context (0 <= overlap < max_length).
@@ -54,14 +54,14 @@ def windows(ids: Sequence[int], start_id: int, max_length: int, overlap: int) ->
 
 @torch.no_grad()
 def score_windows(
-    forward: Forward, cut: Sequence[Window], batch_tokens: int, device: torch.device | None = None
+    forward: Forward, split: Sequence[Window], batch_tokens: int, device: torch.device | None = None
 ) -> float:
     """Sum of -log2 p over all targets. ``forward(batch, rows)`` gives the logits of those rows.
 
-    Windows are packed up to ``batch_tokens`` rows a forward (one window at least).
+    Windows are packed up to ``batch_tokens`` rows per forward (at least one window).
     """
     bits = 0.0
-    for pack in in_batches(cut, lambda window: len(window.inputs), batch_tokens):
+    for pack in in_batches(split, lambda window: len(window.inputs), batch_tokens):
         batch = RaggedBatch.from_sequences([window.inputs for window in pack], device=device, share=False)
         ends = batch.query_offsets[1:].tolist()
         rows = torch.cat([torch.arange(end - len(w.targets), end) for w, end in zip(pack, ends)]).to(device)

@@ -1,4 +1,4 @@
-"""Examples of supervised and preference training: made by a task, or the lines of a json lines file."""
+"""Examples for SFT and DPO: made by a task, or the lines of a json lines file."""
 
 import hashlib
 import json
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
-from toolkit.errors import ToolkitError
+from toolkit.errors import ToolkitError, first_line
 from toolkit.training.corpus import digest
 from toolkit.training.data import encode
 
@@ -43,21 +43,21 @@ class Example(NamedTuple):
 class JsonlDataset:
     """A json lines file in memory, split into training and held out by a hash of the line."""
 
-    def __init__(self, path: str, share: float, known: Sequence[Mapping[str, type]]) -> None:
+    def __init__(self, path: str, val_set_size: float, known: Sequence[Mapping[str, type]]) -> None:
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
-            raise ToolkitError(f"objective.data is '{path}', which cannot be read: {reason}.") from None
+            raise ToolkitError(f"objective.data_files must be a json lines file, got '{path}' ({reason}).") from None
         self.fingerprint = hashlib.sha256(text.encode("utf-8")).hexdigest()
         self.train: list[dict[str, Any]] = []
         self.held_out: list[dict[str, Any]] = []
         for number, line in enumerate(text.splitlines(), 1):
             if line.strip():
-                side = self.held_out if digest(line) < int(share * 2**64) else self.train
-                side.append(_checked(line, f"objective.data '{path}', line {number},", known))
+                side = self.held_out if digest(line) < int(val_set_size * 2**64) else self.train
+                side.append(_checked(line, f"objective.data_files '{path}', line {number},", known))
         if not self.train:
-            raise ToolkitError(f"objective.data is '{path}', which has no line to train on.")
+            raise ToolkitError(f"objective.data_files must have a line to train on, got '{path}'.")
 
 
 def _checked(line: str, where: str, known: Sequence[Mapping[str, type]]) -> dict[str, Any]:
@@ -66,26 +66,28 @@ def _checked(line: str, where: str, known: Sequence[Mapping[str, type]]) -> dict
     try:
         value = json.loads(line)
     except ValueError:
-        raise ToolkitError(f"{where} is not JSON; it must be a mapping with {wanted}.") from None
+        raise ToolkitError(f"{where} must be a JSON object with {wanted}.") from None
     for fields in known:
         if isinstance(value, dict) and all(isinstance(value.get(name), kind) for name, kind in fields.items()):
             return value
-    raise ToolkitError(f"{where} must be a mapping with {wanted}.")
+    raise ToolkitError(f"{where} must be a JSON object with {wanted}.")
 
 
 class LineStream:
     """Endless lines, in an order of their hashes that is another one every epoch; every process its share."""
 
-    def __init__(self, lines: Sequence[dict[str, Any]], seed: int, *, rank: int = 0, world: int = 1) -> None:
-        if len(lines) < world:
-            raise ToolkitError(f"There are {len(lines)} lines for {world} processes; each needs one at least.")
-        self._lines, self._seed, self._rank, self._world = lines, seed, rank, world
+    def __init__(self, lines: Sequence[dict[str, Any]], seed: int, *, rank: int = 0, world_size: int = 1) -> None:
+        if len(lines) < world_size:
+            raise ToolkitError(
+                f"objective.data_files must have a line for each of {world_size} processes, got {len(lines)}."
+            )
+        self._lines, self._seed, self._rank, self._world_size = lines, seed, rank, world_size
         self._epoch, self._done = 0, 0
         self._share = self._order()
 
     def _order(self) -> list[int]:
         order = sorted(range(len(self._lines)), key=lambda at: digest(f"{self._seed}/{self._epoch}/{at}"))
-        return order[self._rank :: self._world]
+        return order[self._rank :: self._world_size]
 
     def take(self, count: int) -> list[dict[str, Any]]:
         """The next ``count`` lines."""
@@ -142,7 +144,7 @@ class Packed:
 
 
 def in_batches(items: Iterable[T], tokens: Callable[[T], int], most: int) -> list[list[T]]:
-    """Items in order, in batches of at most ``most`` tokens; a larger item stands alone."""
+    """Items in order, in batches of at most ``most`` tokens; a larger item has a batch to itself."""
     batches: list[list[T]] = []
     room = 0
     for item in items:
@@ -165,7 +167,7 @@ def completion_ids(tokenizer: "Tokenizer", completion: str) -> list[int]:
 
 
 def example_of(prompt: list[int], completion: list[int], max_length: int) -> Example:
-    """Only the completion counts; cut to ``max_length`` inputs."""
+    """Only the completion counts; truncated to ``max_length`` inputs."""
     ids = [*prompt, *completion]
     targets = [-1] * (len(prompt) - 1) + completion
     return Example(ids[:-1][:max_length], targets[:max_length])
@@ -174,23 +176,23 @@ def example_of(prompt: list[int], completion: list[int], max_length: int) -> Exa
 def conversation(tokenizer: "Tokenizer", template: str | None, messages: Sequence[Any], max_length: int) -> Example:
     """A conversation by the chat template; what the template adds for each message of the assistant counts.
 
-    Raises ToolkitError for messages that are none, and for a template that rewrites earlier turns: there is no one
-    sequence then in which every turn stands as it will be generated.
+    Raises ToolkitError for messages that are malformed, and for a template that rewrites earlier turns: there is no one
+    sequence then in which every turn is as it will be generated.
     """
     for message in messages:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
-            raise ToolkitError(f"messages has {message!r}; it must be a mapping with 'role' and 'content'.")
+            raise ToolkitError(f"messages must hold mappings with 'role' and 'content', got {message!r}.")
     ids: list[int] = []
     targets: list[int] = []
     for text, counted in _turns(tokenizer, template, list(messages)):
-        piece = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        ids += piece
-        targets += piece if counted else [-1] * len(piece)
+        tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids += tokens
+        targets += tokens if counted else [-1] * len(tokens)
     return Example(ids[:-1][:max_length], targets[1:][:max_length])
 
 
 def _turns(tokenizer: "Tokenizer", template: str | None, messages: list[Any]) -> Iterator[tuple[str, bool]]:
-    """The conversation's text in pieces, and whether each is the assistant's."""
+    """The conversation's text in chunks, and whether each is the assistant's."""
 
     def text(count: int, prompt: bool) -> str:
         try:
@@ -200,8 +202,7 @@ def _turns(tokenizer: "Tokenizer", template: str | None, messages: list[Any]) ->
                 )
             )
         except Exception as error:  # jinja and templates raise anything
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-            raise ToolkitError(f"objective.chat_template does not take the messages: {first}.") from None
+            raise ToolkitError(f"objective.chat_template does not take the messages: {first_line(error)}.") from None
 
     done = ""
     for count, message in enumerate(messages):
@@ -210,8 +211,8 @@ def _turns(tokenizer: "Tokenizer", template: str | None, messages: list[Any]) ->
         for whole, counted in ((text(count, True), False), (text(count + 1, False), True)):
             if not whole.startswith(done):
                 raise ToolkitError(
-                    "objective.chat_template writes earlier messages anew when later ones follow; give each turn as "
-                    "'prompt' and 'completion' instead."
+                    "objective.chat_template must not rewrite earlier messages when later ones follow; give each turn "
+                    "as 'prompt' and 'completion' instead."
                 )
             yield whole[len(done) :], counted
             done = whole

@@ -1,4 +1,4 @@
-"""Numbers of a run: metrics.jsonl (one line a step), TensorBoard, and a curve."""
+"""Metrics of a run: metrics.jsonl (one line per step), TensorBoard, and plots."""
 
 import json
 import os
@@ -8,6 +8,8 @@ from typing import IO, Any
 from toolkit.training.files import write_atomic
 
 FILE = "metrics.jsonl"
+PLOTS = "plots"
+"""Folder of the run's plots; a run that starts or resumes removes it."""
 
 
 class Metrics:
@@ -46,7 +48,7 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file, one a step; a last line that a crash cut short is left out."""
+    """The lines of a metrics file, one per step, without a last line that a crash left incomplete."""
     if not path.is_file():
         return []
     lines = []
@@ -58,8 +60,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def plot_curve(lines: list[dict[str, Any]], name: str, path: Path, title: str) -> None:
-    """The curve of one figure as PNG: every step, and a running mean over a fiftieth of the run."""
+def plot_curve(lines: list[dict[str, Any]], name: str, folder: Path, title: str) -> None:
+    """Write the curve of one metric to ``folder``/plots: every step, and a running mean over a fiftieth of the run."""
     import io
 
     from matplotlib.figure import Figure
@@ -77,4 +79,6 @@ def plot_curve(lines: list[dict[str, Any]], name: str, path: Path, title: str) -
     axes.legend()
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120)
+    path = folder / PLOTS / f"{name.replace('/', '_')}.png"
+    path.parent.mkdir(exist_ok=True)
     write_atomic(path, image.getvalue())

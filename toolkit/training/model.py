@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 class RaggedModel(nn.Module):
     """A patched causal language model as a function of a ragged batch; what accelerate and DDP wrap.
 
-    observer: takes statistics of the routers in forwards with gradients; None for nobody.
+    Attributes:
+        observer: takes statistics of the routers in forwards with gradients; None for none.
     """
 
     def __init__(self, model: "PreTrainedModel") -> None:
@@ -45,7 +46,12 @@ class RaggedModel(nn.Module):
         """Logits [T, V] of every token of a batch, or [len(rows), V] of those rows.
 
         Of a list of sequences: the log-probabilities of the last ``last[i]`` tokens of each, as ``token_logprobs``
-        gives them; what sequences begin with in common is computed once. routing: the experts that their tokens take.
+        returns them; common prefixes are computed once.
+
+        Args:
+            rows: rows of the batch whose logits are wanted.
+            last: tokens of each sequence whose log-probabilities are wanted.
+            routing: the experts of each sequence's tokens.
         """
         with observing(self.observer if torch.is_grad_enabled() else None):
             if isinstance(batch, list):
@@ -89,16 +95,16 @@ def make_model(section: ModelSection, tokenizer: "Tokenizer", max_length: int) -
         except Exception as error:  # a combination of fields that only the model's own code refuses
             raise ToolkitError(f"model.config makes no model: {reason(error)}") from None
     else:
-        assert section.path is not None
-        model = load_checkpoint(section.path, dtype, "model.path")
+        assert section.name_or_path is not None
+        model = load_checkpoint(section.name_or_path, dtype, "model.name_or_path")
     rows = model.get_input_embeddings().num_embeddings
     if rows < len(tokenizer):
-        field = "model.config.vocab_size" if section.config is not None else "the model's vocabulary"
-        raise ToolkitError(f"{field} is {rows}; it must be at least the tokenizer's {len(tokenizer)}.")
-    places = getattr(model.config, "max_position_embeddings", None)
-    if isinstance(places, int) and places < max_length:
+        field = "model.config.vocab_size" if section.config is not None else "the model's vocabulary size"
+        raise ToolkitError(f"{field} must be >= the tokenizer's, which is {len(tokenizer)}, got {rows}.")
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(positions, int) and positions < max_length:
         raise ToolkitError(
-            f"train.max_length is {max_length}; it must be at most the model's max_position_embeddings, {places}."
+            f"train.max_length must be <= the model's max_position_embeddings, which is {positions}, got {max_length}."
         )
     generation = model.generation_config
     if generation is not None:
@@ -120,8 +126,7 @@ def make_config(fields: dict[str, Any], tokenizer: "Tokenizer") -> "PretrainedCo
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         hint = nearest(model_type, list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
         raise ToolkitError(
-            f"model.config.model_type is '{model_type}'; it must be a causal language model of "
-            f"transformers{hint or '.'}"
+            f"model.config.model_type must be a causal language model of transformers, got '{model_type}'{hint or '.'}"
         )
     default = AutoConfig.for_model(model_type)
     # Some fields are in no configuration's defaults, but the model's own code looks for them.
@@ -175,7 +180,7 @@ def load_checkpoint(path: str | Path, dtype: torch.dtype, field: str) -> "PreTra
 
 
 def patch_model(model: "PreTrainedModel", section: ModelSection) -> tuple[RaggedModel, PatchReport]:
-    """Patch in place for the recipe's roles and tier, and put in the adapters that the recipe wants."""
+    """Patch in place for the recipe's roles and numerics mode, and add the adapters that the recipe asks for."""
     report = patch(model, section.roles, section.numerics)
     if section.lora is not None:
         add_adapters(model, section.lora, report)
@@ -186,28 +191,30 @@ def add_adapters(model: "PreTrainedModel", section: LoraSection, report: PatchRe
     """Put LoRA adapters of PEFT into a patched model; its own weights freeze.
 
     Layers are recognised by their linear parts, which PEFT wraps, so the patch comes first: patched forwards call their
-    projections as modules, and wrapped ones are called like others. The adapters' own products keep the tier's promise;
-    those of parameters of experts are grouped like the experts' own.
+    projections as modules, and wrapped ones are called like others. The adapters' GEMMs follow the numerics mode; those
+    of experts' parameters are grouped like the experts' own.
     Raises ToolkitError for target names that no module or parameter of the model has.
     """
     import peft
 
     config = peft.LoraConfig(
-        r=section.rank,
-        lora_alpha=section.alpha,  # type: ignore[arg-type]
-        lora_dropout=section.dropout,
-        target_modules=section.targets if section.targets is not None else "all-linear",
-        target_parameters=section.parameters,
+        r=section.r,
+        lora_alpha=section.lora_alpha,  # type: ignore[arg-type]
+        lora_dropout=section.lora_dropout,
+        target_modules=section.target_modules if section.target_modules is not None else "all-linear",
+        target_parameters=section.target_parameters,
         task_type="CAUSAL_LM",
         base_model_name_or_path=str(Path(str(model.name_or_path)).absolute()),
     )
     try:
         model.add_adapter(config)
     except ValueError as error:
-        fields = f"model.lora.targets is {section.targets!r}"
-        if section.parameters is not None:
-            fields += f" and model.lora.parameters is {section.parameters!r}"
-        raise ToolkitError(f"{fields}: {reason(error)}") from None
+        given = repr(section.target_modules)
+        names = "model.lora.target_modules"
+        if section.target_parameters is not None:
+            given += f" and {section.target_parameters!r}"
+            names += " and model.lora.target_parameters"
+        raise ToolkitError(f"{names} must name layers of the model, got {given}: {reason(error)}") from None
     fuse_adapters(model, report.numerics)
     weights_changed(model)
 

@@ -1,4 +1,4 @@
-"""How far a run is: a bar on a terminal, a plain line now and then elsewhere."""
+"""Progress of a run: a bar on a terminal, a plain line at intervals elsewhere."""
 
 import sys
 import time
@@ -7,15 +7,15 @@ from typing import Any, Self
 
 
 class Progress:
-    """Shows step, one figure (the loss, say), tokens per second and time left.
+    """Shows step, one metric (such as the loss), tokens per second and time left.
 
-    On a terminal a live bar; elsewhere one line every ``every`` seconds and for the last step; silent if not
+    On a terminal a live bar; elsewhere one line every ``seconds`` seconds and for the last step; silent if not
     ``shown``.
     """
 
-    def __init__(self, steps: int, done: int, every: float, shown: bool = True, name: str = "loss") -> None:
+    def __init__(self, steps: int, done: int, seconds: float, shown: bool = True, name: str = "loss") -> None:
         self._name = name
-        self._steps, self._first, self._every, self._shown = steps, done, every, shown
+        self._steps, self._first, self._seconds, self._shown = steps, done, seconds, shown
         self._start = self._last = time.monotonic()
         self._bar: Any = None
         if shown and sys.stdout.isatty():
@@ -43,12 +43,12 @@ class Progress:
             self._bar.stop()
 
     def update(self, step: int, value: float, rate: float) -> None:
-        """After step ``step`` (1-based): the figure, and the rate in tokens per second."""
+        """After step ``step`` (1-based): the metric, and the rate in tokens per second."""
         if self._bar is not None:
             self._bar.update(self._task, completed=step, value=value, rate=rate)
             return
         now = time.monotonic()
-        if self._shown and (now - self._last >= self._every or step == self._steps):
+        if self._shown and (now - self._last >= self._seconds or step == self._steps):
             self._last = now
             left = (now - self._start) / (step - self._first) * (self._steps - step)
             print(

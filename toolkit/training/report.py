@@ -1,48 +1,25 @@
-"""What a finished run says about itself: figures for result.json, and the same on the terminal."""
+"""What a finished run prints."""
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-import torch
-
-from toolkit.training.metrics import FILE as METRICS
-from toolkit.training.metrics import read_metrics
-
-if TYPE_CHECKING:
-    from toolkit.training.loop import Trainer
+from toolkit.training.objectives.base import Objective
 
 
-def figures(trainer: "Trainer") -> dict[str, Any]:
-    """Figures of the finished run; with the held-out measure unless the recipe turns it off."""
-    lines = read_metrics(trainer.folder / METRICS)[-20:]
-    headline = trainer.objective.headline
-    result: dict[str, Any] = {
-        "name": trainer.recipe.name,
-        "objective": trainer.recipe.objective.kind,
-        "steps": trainer.step,
-        "parameters": trainer.parameters,
-        "trained_parameters": trainer.trained,
-        "tokens": trainer.tokens,
-        "seconds": round(trainer.seconds, 1),
-        "tokens_per_second": round(trainer.tokens / max(trainer.seconds, 1e-9), 1),
-        **{name: sum(line[name] for line in lines) / max(len(lines), 1) for name in dict.fromkeys(("loss", headline))},
-        "numerics": str(trainer.patch_report.numerics),
-        "threads": torch.get_num_threads(),
-        "processes": trainer.accelerator.num_processes,
-    }
-    if trainer.recipe.evaluate.enabled:
-        if trainer.before is not None:
-            result["held_out_before"] = trainer.before
-        result["held_out"] = trainer.evaluate()
-    return result
-
-
-def show(trainer: "Trainer", result: dict[str, Any]) -> None:
-    """Print the figures: a line on the training, and the held-out measure."""
-    headline = trainer.objective.headline
+def show(result: dict[str, Any], objective: Objective[Any], folder: Path) -> None:
+    """Print a line on the training, and the held-out measure."""
+    primary = objective.primary_metric
     print(
-        f"trained {result['steps']} steps, {result['tokens']:,} tokens in {result['seconds']:.0f} s "
-        f"({result['tokens_per_second']:,.0f} tokens/s), {headline} {result[headline]:.3f}"
+        f"trained {result['global_step']} steps, {result['num_tokens']:,} tokens in {result['train_runtime']:.0f} s "
+        f"({result['train_tokens_per_second']:,.0f} tokens/s), {primary} {result[primary]:.3f}"
     )
-    if "held_out" in result:
-        trainer.objective.show(result.get("held_out_before"), result["held_out"])
-    print(f"run: {trainer.folder}", flush=True)
+    if any(name.startswith("eval_") for name in result):
+        objective.show(result.get("before_training"), result)
+    print(f"run: {folder}", flush=True)
+
+
+def line(values: dict[str, Any]) -> str:
+    """Metrics as one line."""
+    return ", ".join(
+        f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}" for name, value in values.items()
+    )

@@ -12,14 +12,19 @@ from toolkit.config import Recipe, validate
 from toolkit.errors import ToolkitError
 from toolkit.training import checkpoint
 from toolkit.training.metrics import FILE as METRICS
+from toolkit.training.metrics import PLOTS
+
+RESULT = "result.json"
 
 # What may differ between the recipe that wrote a checkpoint and the one that resumes from it.
-_FREE = {"name", "output", "resume", "overwrite", "checkpoint", "log", "evaluate", "train.steps"}
+_FREE = {
+    "run_name", "output_dir", "resume_from_checkpoint", "overwrite", "checkpoint", "log", "evaluate", "train.max_steps",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Start:
-    """A verified checkpoint to go on from, and the state saved with it."""
+    """A verified checkpoint to resume from, and the state saved with it."""
 
     checkpoint: Path
     state: dict[str, Any]
@@ -30,53 +35,56 @@ class Start:
 
 
 def run_folder(recipe: Recipe) -> Path:
-    """``output/name``."""
-    return Path(recipe.output) / recipe.name
+    """``output_dir/run_name``."""
+    return Path(recipe.output_dir) / recipe.run_name
 
 
 def find_start(recipe: Recipe) -> Start | None:
-    """The checkpoint that ``recipe.resume`` asks for, verified; None to start anew. Changes nothing.
+    """The checkpoint that ``resume_from_checkpoint`` asks for, verified; None to start anew. Changes nothing.
 
     Raises ToolkitError for a run that has checkpoints and is to be neither resumed nor overwritten, for a
     checkpoint that is not there or corrupt, and for a recipe that would not have given that checkpoint.
     """
     folder = run_folder(recipe) / "checkpoints"
     steps = checkpoint.steps_in(folder)
-    if recipe.resume == "never":
+    wanted = recipe.resume_from_checkpoint
+    if wanted is False:
         if steps and not recipe.overwrite:
             raise ToolkitError(
                 f"{run_folder(recipe)} already holds checkpoints up to step {steps[-1]}; resume with "
-                "--resume, start anew with overwrite=true, or choose another name=."
+                "--resume, start anew with overwrite=true, or choose another run_name=."
             )
         return None
-    if recipe.resume == "auto":
-        found = checkpoint.latest(folder)
-        if found is None:
+    if wanted is True:
+        path = checkpoint.latest(folder)
+        if path is None:
             return None
     else:
-        wanted = int(recipe.resume.removeprefix("step-"))
-        if wanted not in steps:
-            known = ", ".join(checkpoint.name_of(step) for step in steps) or "none"
-            raise ToolkitError(f"resume is '{recipe.resume}', but {folder} has no such checkpoint; there are {known}.")
-        found = folder / checkpoint.name_of(wanted)
-    checkpoint.verify(found)
-    _check_recipe(recipe, found)
-    start = Start(found, json.loads((found / "training" / "state.json").read_text(encoding="utf-8")))
-    if start.step > recipe.train.steps:
+        step = int(str(wanted).removeprefix("step-"))
+        if step not in steps:
+            known = ", ".join(checkpoint.name_of(other) for other in steps) or "none"
+            raise ToolkitError(
+                f"resume_from_checkpoint must be a checkpoint of {folder}, got '{wanted}'; there are {known}."
+            )
+        path = folder / checkpoint.name_of(step)
+    checkpoint.verify(path)
+    _check_recipe(recipe, path)
+    start = Start(path, json.loads((path / "training" / "state.json").read_text(encoding="utf-8")))
+    if start.step > recipe.train.max_steps:
         raise ToolkitError(
-            f"train.steps is {recipe.train.steps}; it must be at least {start.step}, the step of {found}."
+            f"train.max_steps must be >= {start.step}, the step of {path}, got {recipe.train.max_steps}."
         )
     return start
 
 
-def _check_recipe(recipe: Recipe, found: Path) -> None:
-    saved = validate(yaml.safe_load((found / "recipe.yaml").read_text(encoding="utf-8")))
+def _check_recipe(recipe: Recipe, path: Path) -> None:
+    saved = validate(yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8")))
     old, new = _flat(saved.model_dump()), _flat(recipe.model_dump())
     for field in [*new, *(field for field in old if field not in new)]:
         if old.get(field) != new.get(field) and not ({field, field.partition(".")[0]} & _FREE):
             raise ToolkitError(
-                f"{field} is {new.get(field)!r} but {found} was trained with {old.get(field)!r}; "
-                "resume with the same, or start a new run with another name=."
+                f"{field} must be {old.get(field)!r} to resume from {path}, got {new.get(field)!r}; or start a new run "
+                "with another run_name=."
             )
 
 
@@ -97,15 +105,17 @@ def prepare_folder(recipe: Recipe, start: Start | None) -> list[str]:
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ToolkitError(f"output is '{recipe.output}', where {folder} cannot be made: {error.strerror}.") from None
+        raise ToolkitError(
+            f"output_dir must be a folder to write to, got '{recipe.output_dir}' ({folder}: {error.strerror})."
+        ) from None
     for leftover in folder.glob(".*"):
         if leftover.is_dir():
             shutil.rmtree(leftover)
         else:
             leftover.unlink()
     checkpoint.clean(checkpoints)
-    for name in ("result.json", "loss.png", "reward.png"):
-        (folder / name).unlink(missing_ok=True)
+    (folder / RESULT).unlink(missing_ok=True)
+    shutil.rmtree(folder / PLOTS, ignore_errors=True)
     if start is not None:
         return checkpoint.drop_after(checkpoints, start.step)
     dropped = [checkpoint.name_of(step) for step in checkpoint.steps_in(checkpoints)]

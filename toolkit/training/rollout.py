@@ -24,9 +24,9 @@ class Rollout:
     """
 
     def __init__(
-        self, setting: RunContext, section: RolloutSection, enable_return_routed_experts: bool = False
+        self, context: RunContext, section: RolloutSection, enable_return_routed_experts: bool = False
     ) -> None:
-        self._setting, self._section, self._record_routing = setting, section, enable_return_routed_experts
+        self._context, self._section, self._record_routing = context, section, enable_return_routed_experts
         self._engine: Engine | None = None
         self.seconds, self.tokens = 0.0, 0
 
@@ -34,13 +34,13 @@ class Rollout:
     def engine(self) -> Engine:
         """The engine, made when first asked for."""
         if self._engine is None:
-            section, longest = self._section, self._setting.recipe.train.max_length
-            memory = section.memory_tokens or section.sequences * longest
+            section, longest = self._section, self._context.recipe.train.max_length
+            memory = section.memory_tokens or section.max_num_seqs * longest
             self._engine = Engine(
-                self._setting.model.model,
-                self._setting.tokenizer,
-                max_num_seqs=section.sequences,
-                max_num_batched_tokens=max(2048, section.sequences),
+                self._context.model.model,
+                self._context.tokenizer,
+                max_num_seqs=section.max_num_seqs,
+                max_num_batched_tokens=max(2048, section.max_num_seqs),
                 max_model_len=longest,
                 block_size=PAGE,
                 num_blocks=max(math.ceil(memory / PAGE), math.ceil(longest / PAGE)),
@@ -54,17 +54,18 @@ class Rollout:
     ) -> list[list[Completion]]:
         """``n`` completions of each prompt, which depend on the weights and the prompt's seed alone."""
         section, begun = self._section, time.perf_counter()
-        longest = self._setting.recipe.train.max_length - section.max_tokens
+        longest = self._context.recipe.train.max_length - section.max_completion_length
         for prompt in prompts:
             if len(prompt) > longest:
                 raise ToolkitError(
-                    f"a prompt has {len(prompt)} tokens; with train.max_length {longest + section.max_tokens} and "
-                    f"objective.rollout.max_tokens {section.max_tokens} it must have at most {longest}."
+                    f"a prompt must have <= {longest} tokens with train.max_length "
+                    f"{longest + section.max_completion_length} and objective.rollout.max_completion_length "
+                    f"{section.max_completion_length}, got {len(prompt)}."
                 )
         params = [
             SamplingParams(
                 n=n,
-                max_tokens=section.max_tokens,
+                max_tokens=section.max_completion_length,
                 temperature=section.temperature if temperature is None else temperature,
                 seed=seed,
             )
@@ -85,30 +86,30 @@ class Rollout:
             self._engine = None
 
 
-def success(setting: RunContext, rollout: Rollout, task: Task, count: int, share: float) -> dict[str, Any]:
-    """How many of ``count`` held-out problems are solved, greedily and by one sample at temperature 1.
+def eval_accuracy(context: RunContext, rollout: Rollout, task: Task, count: int, val_set_size: float) -> dict[str, Any]:
+    """The share of ``count`` held-out problems that are solved, greedily and by one sample at temperature 1.
 
     The problems and the seeds of the samples are always the same ones. The processes share the work.
     """
-    problems: list[Problem] = ProblemStream(task, 0, share, held_out=True).take(count)
-    mine = list(enumerate(problems))[setting.rank :: setting.world]
-    prompts = [prompt_ids(setting.tokenizer, problem.prompt) for _, problem in mine]
+    problems: list[Problem] = ProblemStream(task, 0, val_set_size, held_out=True).take(count)
+    mine = list(enumerate(problems))[context.rank :: context.world_size]
+    prompts = [prompt_ids(context.tokenizer, problem.prompt) for _, problem in mine]
     seeds = [digest(f"held out/{at}") for at, _ in mine]
     begun, solved = time.perf_counter(), []
     for temperature in (1.0, 0.0):
         answers = rollout.generate(prompts, seeds, 1, temperature)
         solved.append(sum(task.reward(p.prompt, a.text) >= 1.0 for (_, p), (a,) in zip(mine, answers)))
-    sampled, greedy = setting.total(solved)
+    sampled, greedy = context.reduce_sum(solved)
     return {
-        "problems": count,
-        "success_sampled": sampled / count,
-        "success_greedy": greedy / count,
-        "seconds": round(time.perf_counter() - begun, 1),
+        "eval_samples": count,
+        "eval_accuracy_sampled": sampled / count,
+        "eval_accuracy_greedy": greedy / count,
+        "eval_runtime": round(time.perf_counter() - begun, 1),
     }
 
 
-def show_success(before: dict[str, Any] | None, after: dict[str, Any]) -> None:
-    """Print the held-out success before and after."""
-    for name, how in (("success_sampled", "sampled at temperature 1"), ("success_greedy", "greedy")):
+def show_accuracy(before: dict[str, Any] | None, after: dict[str, Any]) -> None:
+    """Print the accuracy on held-out problems before and after."""
+    for name, how in (("eval_accuracy_sampled", "sampled at temperature 1"), ("eval_accuracy_greedy", "greedy")):
         start = f"{before[name]:.1%} before, " if before else ""
-        print(f"held-out problems solved, {how}: {start}{after[name]:.1%} after ({after['problems']} problems)")
+        print(f"held-out problems solved, {how}: {start}{after[name]:.1%} after ({after['eval_samples']} problems)")

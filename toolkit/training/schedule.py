@@ -8,19 +8,23 @@ from toolkit.config.schema import OptimizerSection, ScheduleSection
 
 
 def learning_rate_factor(step: int, steps: int, schedule: ScheduleSection) -> float:
-    """Share of ``optimizer.lr`` at ``step`` (0-based) of ``steps``.
+    """Share of ``optimizer.learning_rate`` at ``step`` (0-based) of ``steps``.
 
-    Warm-up: (step + 1) / warmup. Then cosine: floor + (1 - floor) * (1 + cos(pi * x)) / 2 with x from 0 to 1
-    over the remaining steps; wsd: 1, then linearly to ``floor`` over the last ``decay`` steps; constant: 1.
+    Warm-up: (step + 1) / warmup_steps. Then, with m = min_lr_ratio: cosine_with_min_lr: m + (1 - m) (1 + cos(pi x)) / 2
+    with x from 0 to 1 over the remaining steps; warmup_stable_decay: 1, then linearly to m over the last
+    ``num_decay_steps``; constant_with_warmup: 1.
     """
-    if step < schedule.warmup:
-        return (step + 1) / schedule.warmup
-    if schedule.kind == "cosine":
-        x = min((step - schedule.warmup) / max(steps - 1 - schedule.warmup, 1), 1.0)
-        return schedule.floor + (1 - schedule.floor) * (1 + math.cos(math.pi * x)) / 2
-    if schedule.kind == "wsd" and schedule.decay:
-        x = min(max(step + 1 - (steps - schedule.decay), 0) / schedule.decay, 1.0)
-        return 1 - (1 - schedule.floor) * x
+    kind, warmup, decay, least = (
+        schedule.lr_scheduler_type, schedule.warmup_steps, schedule.num_decay_steps, schedule.min_lr_ratio,
+    )  # fmt: skip
+    if step < warmup:
+        return (step + 1) / warmup
+    if kind == "cosine_with_min_lr":
+        x = min((step - warmup) / max(steps - 1 - warmup, 1), 1.0)
+        return least + (1 - least) * (1 + math.cos(math.pi * x)) / 2
+    if kind == "warmup_stable_decay" and decay:
+        x = min(max(step + 1 - (steps - decay), 0) / decay, 1.0)
+        return 1 - (1 - least) * x
     return 1.0
 
 
@@ -33,12 +37,11 @@ def make_optimizer(model: torch.nn.Module, section: OptimizerSection) -> torch.o
         {"params": matrices, "weight_decay": section.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    first, second = section.betas
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
-        lr=section.lr,
-        betas=(first, second),
-        eps=section.eps,
+        lr=section.learning_rate,
+        betas=(section.adam_beta1, section.adam_beta2),
+        eps=section.adam_epsilon,
         fused=all(parameter.device.type in ("cpu", "cuda") for parameter in trained),
     )
 
@@ -46,5 +49,5 @@ def make_optimizer(model: torch.nn.Module, section: OptimizerSection) -> torch.o
 def make_scheduler(
     optimizer: torch.optim.Optimizer, schedule: ScheduleSection, steps: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """``learning_rate_factor`` as a torch scheduler, to be stepped once an optimizer step."""
+    """``learning_rate_factor`` as a torch scheduler, to be stepped once per optimizer step."""
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps, schedule))

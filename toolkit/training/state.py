@@ -1,5 +1,6 @@
-"""What a run's state is beside the model: optimizer and random number generators, without pickle."""
+"""What a checkpoint holds beside the model: optimizer, random number generators, position; without pickle."""
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ def save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, path: Pat
     for index, entry in optimizer.state_dict()["state"].items():
         for key, value in entry.items():
             if not isinstance(value, Tensor):
-                raise ToolkitError(f"Optimizer state '{key}' is {value!r}; only tensors can be saved.")
+                raise ToolkitError(f"Optimizer state '{key}' must be a tensor, got {value!r}.")
             tensors[f"{names[index]}/{key}"] = value.detach().cpu().contiguous()
     save_file(tensors, str(path))
     groups = optimizer.state_dict()["param_groups"]
@@ -49,6 +50,36 @@ def _names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
     return [by_id[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
 
 
+def write_state(
+    folder: Path,
+    values: dict[str, Any],
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    rngs: list[tuple[dict[str, Any], dict[str, Tensor]]],
+) -> None:
+    """Write a run's state to the new ``folder``.
+
+    Args:
+        values: step, counts and positions, as JSON.
+        rngs: what ``rng_state`` returned in each process.
+    """
+    folder.mkdir()
+    groups = save_optimizer(optimizer, model, folder / "optimizer.safetensors")
+    flat = {f"{rank}/{name}": t for rank, (_, named) in enumerate(rngs) for name, t in named.items()}
+    save_file(flat, str(folder / "rng.safetensors"))
+    state = {**values, "optimizer": groups, "rng": [numbers for numbers, _ in rngs]}
+    (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
+
+
+def restore_rank(folder: Path, state: dict[str, Any], rank: int) -> None:
+    """Set this process's generators to those that ``write_state`` wrote for ``rank``."""
+    tensors = load_file(str(folder / "rng.safetensors"))
+    restore_rng(
+        state["rng"][rank],
+        {name.partition("/")[2]: t for name, t in tensors.items() if name.startswith(f"{rank}/")},
+    )
+
+
 def rng_state() -> tuple[dict[str, Any], dict[str, Tensor]]:
     """States of Python's, NumPy's and torch's global generators: (JSON values, tensors)."""
     version, internal, gauss = random.getstate()
@@ -64,7 +95,7 @@ def rng_state() -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def restore_rng(values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Put the three generators back to what ``rng_state`` returned."""
+    """Set the generators to what ``rng_state`` returned."""
     version, internal, gauss = values["python"]
     random.setstate((version, tuple(internal), gauss))
     algorithm, keys, position, has_gauss, cached = values["numpy"]

@@ -47,7 +47,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> T
     )
 
 
-def load_tokenizer(path: str | Path, field: str = "tokenizer.path") -> Tokenizer:
+def load_tokenizer(path: str | Path, field: str = "tokenizer.name_or_path") -> Tokenizer:
     """The fast tokenizer saved in a local folder. ToolkitError where there is none or it has no eos token."""
     from transformers import AutoTokenizer
 
@@ -67,11 +67,11 @@ def load_tokenizer(path: str | Path, field: str = "tokenizer.path") -> Tokenizer
 def make_tokenizer(
     section: TokenizerSection, model_path: str | None, texts: Iterable[str], max_length: int
 ) -> Tokenizer:
-    """``tokenizer.path``, else the tokenizer beside ``model.path``, else one trained on ``texts``."""
-    if section.path is not None:
-        return load_tokenizer(section.path)
+    """``tokenizer.name_or_path``, else the tokenizer beside ``model.name_or_path``, else one trained on ``texts``."""
+    if section.name_or_path is not None:
+        return load_tokenizer(section.name_or_path)
     if model_path is not None:
-        return load_tokenizer(model_path, "model.path")
+        return load_tokenizer(model_path, "model.name_or_path")
     return train_tokenizer(texts, section.vocab_size, max_length)
 
 

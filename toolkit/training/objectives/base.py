@@ -1,21 +1,21 @@
 """What the loop asks of an objective, and what it lends to one."""
 
-import importlib
+import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
 
 from toolkit.config import Recipe
+from toolkit.config.objective import ObjectiveSection
 from toolkit.errors import ToolkitError
 from toolkit.training.tasks import ProblemStream, Task
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import Accelerator
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from toolkit.training.model import RaggedModel
@@ -24,26 +24,33 @@ if TYPE_CHECKING:
 TOKENIZER_PROBLEMS = 2000
 """Problems of a task whose text a tokenizer is trained on."""
 
+Metrics = dict[str, Any]
+S = TypeVar("S", bound=ObjectiveSection)
+
 
 @dataclass(frozen=True)
 class RunContext:
     """The run around an objective.
 
-    model: patched, unwrapped. found: makes the model as training found it anew, unpatched. folder: the run's.
-    child: trains another recipe first, inside of this run, and gives the folder of its last checkpoint.
+    Attributes:
+        model: patched and unwrapped.
+        initial_model: makes the model that training started from again, unpatched.
+        nested_run: trains another recipe first, inside of this run; returns the folder of its last checkpoint.
+        folder: the run's.
+        log: prints a line on the main process.
     """
 
     recipe: Recipe
     accelerator: "Accelerator"
     tokenizer: "Tokenizer"
     model: "RaggedModel"
-    found: "Callable[[], PreTrainedModel]"
-    child: Callable[[Recipe], Path]
+    initial_model: "Callable[[], PreTrainedModel]"
+    nested_run: Callable[[Recipe], Path]
     folder: Path
-    say: Callable[[str], None]
+    log: Callable[[str], None]
 
     @property
-    def device(self) -> torch.device:
+    def device(self) -> "torch.device":
         return self.accelerator.device
 
     @property
@@ -51,24 +58,30 @@ class RunContext:
         return self.accelerator.process_index
 
     @property
-    def world(self) -> int:
+    def world_size(self) -> int:
         return self.accelerator.num_processes
 
-    def total(self, values: Sequence[float]) -> list[float]:
-        """The sums of numbers over the processes."""
-        given = torch.tensor(list(values), dtype=torch.float64, device=self.device)
-        return cast(Tensor, self.accelerator.reduce(given, "sum")).tolist()
+    def reduce_sum(self, values: Sequence[float]) -> list[float]:
+        """The sum of each number over the processes."""
+        import torch
 
-    def largest(self, value: int) -> int:
+        given = torch.tensor(list(values), dtype=torch.float64, device=self.device)
+        total: list[float] = cast("Tensor", self.accelerator.reduce(given, "sum")).tolist()
+        return total
+
+    def reduce_max(self, value: int) -> int:
         """The largest of a number over the processes."""
-        if self.world == 1:
+        import torch
+
+        if self.world_size == 1:
             return value
-        return int(self.accelerator.gather(torch.tensor([value], device=self.device)).max())
+        gathered = cast("Tensor", self.accelerator.gather(torch.tensor([value], device=self.device)))
+        return int(gathered.max())
 
 
 @dataclass
 class MetricAccumulator:
-    """Numbers of a step, added up on the way and over the processes at its end."""
+    """Numbers of a step, summed along the way and over the processes at its end."""
 
     values: dict[str, float] = field(default_factory=dict)
 
@@ -76,40 +89,52 @@ class MetricAccumulator:
         for name, value in values.items():
             self.values[name] = self.values.get(name, 0.0) + float(value)
 
-    def take(self, setting: RunContext) -> dict[str, float]:
+    def take(self, context: RunContext) -> dict[str, float]:
         """The sums over all processes, which must have added the same names; the next step starts from nothing."""
         taken, self.values = dict(sorted(self.values.items())), {}
-        return dict(zip(taken, setting.total(list(taken.values()))))
+        return dict(zip(taken, context.reduce_sum(list(taken.values()))))
 
 
-class Objective(ABC):
+class Objective(ABC, Generic[S]):
     """A kind of run: its data, its loss and its held-out measure. The loop owns all else.
 
-    ``__init__`` reads the data, before there is a tokenizer or a model; ``bind`` brings those. Bad input raises
-    ToolkitError in either.
+    A subclass names its section, ``class GRPO(Objective[GRPOSection])``, which registers it. ``__init__`` reads the
+    data, before there is a tokenizer or a model; ``bind`` brings those. Bad input raises ToolkitError in either.
     """
 
-    headline: ClassVar[str] = "loss"
-    """The figure of a step that is shown and plotted."""
-    before: ClassVar[bool] = True
+    primary_metric: ClassVar[str] = "loss"
+    """The metric of a step that is shown and plotted."""
+    eval_on_start: ClassVar[bool] = True
     """Whether ``evaluate`` also runs before the first step."""
     fingerprint: str
     """Of the data: a position in it means something only for the same data."""
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for base in cls.__dict__.get("__orig_bases__", ()):
+            for section in typing.get_args(base):
+                if isinstance(section, type):
+                    _CLASSES[section] = cls
+
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
+        self.section = cast(S, recipe.objective)
 
     @abstractmethod
     def describe(self) -> str:
         """A line on the data."""
 
+    def data_changed(self) -> str:
+        """Says that ``fingerprint`` is another one, as the beginning of a sentence."""
+        return "objective.data_files has other lines"
+
     @abstractmethod
     def texts(self) -> Iterable[str]:
         """What a tokenizer is trained on, where the recipe wants one made."""
 
-    def bind(self, setting: RunContext) -> None:
+    def bind(self, context: RunContext) -> None:
         """Take the run's other parts."""
-        self.setting = setting
+        self.context = context
 
     @abstractmethod
     def updates(self, step: int) -> Iterator[Sequence[Any]]:
@@ -120,26 +145,26 @@ class Objective(ABC):
         """
 
     @abstractmethod
-    def loss(self, forward: Callable[..., Any], micro: Any) -> Tensor:
-        """A micro-batch's part of its update's loss: parts are added up, and averaged over the processes.
+    def loss(self, forward: Callable[..., Any], micro: Any) -> "Tensor":
+        """A micro-batch's part of its update's loss: parts are summed, and averaged over the processes.
 
         ``forward`` is the model as ``RaggedModel.forward``.
         """
 
     @abstractmethod
     def rows(self, micro: Any) -> int:
-        """Tokens that a micro-batch's samples have, shared ones once for each sample; 0 where it only fills up."""
+        """Tokens of a micro-batch's samples, shared ones once for each sample; 0 for a micro-batch of padding."""
 
     @abstractmethod
     def finish(self) -> tuple[int, dict[str, float]]:
         """(tokens that the step trained on, what else it logs), over all processes."""
 
     @abstractmethod
-    def evaluate(self) -> dict[str, Any]:
-        """The held-out measure; the processes share the work and all get it."""
+    def evaluate(self) -> Metrics:
+        """The held-out measure, names with the prefix ``eval_``; the processes share the work and all get it."""
 
     @abstractmethod
-    def show(self, before: dict[str, Any] | None, after: dict[str, Any]) -> None:
+    def show(self, before: Metrics | None, after: Metrics) -> None:
         """Print the held-out measure."""
 
     @abstractmethod
@@ -148,35 +173,28 @@ class Objective(ABC):
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where ``state_dict`` was taken."""
+        """Continue where ``state_dict`` was taken."""
 
-    def close(self) -> None:  # noqa: B027
+    def close(self) -> None:
         """Free what the objective holds beside the model."""
 
 
-def task_texts(task: Task, seed: int, share: float) -> list[str]:
-    """What a tokenizer is trained on for a task whose ``share`` is held out."""
-    problems = ProblemStream(task, seed, share).take(TOKENIZER_PROBLEMS)
+_CLASSES: dict[type, type[Objective[Any]]] = {}
+
+
+def make_objective(recipe: Recipe) -> Objective[Any]:
+    """The objective that the recipe's section ``objective`` describes, with its data."""
+    return _CLASSES[type(recipe.objective)](recipe)
+
+
+def task_texts(task: Task, seed: int, val_set_size: float) -> list[str]:
+    """What a tokenizer is trained on for a task whose share ``val_set_size`` is held out."""
+    problems = ProblemStream(task, seed, val_set_size).take(TOKENIZER_PROBLEMS)
     return [problem.prompt + problem.solution for problem in problems]
 
 
-_KINDS = {
-    "pretrain": "toolkit.training.objectives.pretrain.Pretrain",
-    "sft": "toolkit.training.objectives.sft.Supervised",
-    "dpo": "toolkit.training.objectives.dpo.Preference",
-    "grpo": "toolkit.training.objectives.grpo.GRPO",
-    "distill": "toolkit.training.objectives.distill.Distillation",
-}
-
-
-def make_objective(recipe: Recipe) -> Objective:
-    """The objective that the recipe's section ``objective`` describes, with its data."""
-    module, _, name = _KINDS[recipe.objective.kind].rpartition(".")
-    return getattr(importlib.import_module(module), name)(recipe)
-
-
-def divided(what: str, count: int, world: int) -> int:
+def divided(what: str, count: int, world_size: int) -> int:
     """``count`` split evenly over the processes, or a ToolkitError."""
-    if count % world:
-        raise ToolkitError(f"{what} is {count}; it must be a multiple of the {world} processes.")
-    return count // world
+    if count % world_size:
+        raise ToolkitError(f"{what} must be a multiple of the {world_size} processes, got {count}.")
+    return count // world_size

@@ -1,4 +1,4 @@
-"""On-policy distillation: the student rolls out, and a teacher says at every token what it would have said.
+"""On-policy distillation: the student rolls out, and learns the teacher's distribution at every sampled token.
 
 Agarwal et al., "On-Policy Distillation of Language Models", 2024 (generalised knowledge distillation).
 """
@@ -6,103 +6,148 @@ Agarwal et al., "On-Policy Distillation of Language Models", 2024 (generalised k
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self
 
-import torch
-from torch import Tensor
+from pydantic import Field, model_validator
 
-from toolkit.config import Recipe
+from toolkit.config.base import Count, Fraction, Section
+from toolkit.config.objective import OnPolicySection, Positive
 from toolkit.errors import ToolkitError
-from toolkit.ops.linear_logprob.deferred import token_logprobs
-from toolkit.state.batch import RaggedBatch
-from toolkit.training import checkpoint
 from toolkit.training.examples import in_batches
-from toolkit.training.model import Reference, load_checkpoint
 from toolkit.training.objectives.base import RunContext
-from toolkit.training.objectives.functions import jensen_shannon, kl_divergence, with_tail
 from toolkit.training.objectives.on_policy import OnPolicyObjective
-from toolkit.training.stages import teacher_recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from toolkit.state.batch import RaggedBatch
+
+
+class TeacherSection(Section):
+    """A checkpoint, or a model that an SFT run trains first, in the folder ``teacher`` of the run."""
+
+    name_or_path: str | None = None
+    """As ``model.name_or_path``."""
+    config: dict[str, Any] | None = None
+    """As ``model.config``; the tokenizer is the student's."""
+    max_steps: Count = 1000
+    """Of the SFT run; it and the next two as in ``warmup``."""
+    learning_rate: Positive = 1e-3
+    batch_tokens: Annotated[int, Field(ge=2)] = 2048
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.name_or_path is None) == (self.config is None):
+            given = "both" if self.name_or_path is not None else "neither"
+            raise ValueError(
+                f"exactly one of objective.teacher.name_or_path and objective.teacher.config must be given, got {given}"
+            )
+        return self
+
+
+class DistillSection(OnPolicySection):
+    """On-policy distillation, generalised (GKD)."""
+
+    kind: Literal["distill"] = "distill"
+    teacher: TeacherSection
+    num_generations: Count = 1
+    """Completions per prompt."""
+    beta: Fraction = 1.0
+    """As in TRL's ``GKDConfig``: 0 is the KL divergence from teacher to student, 1 (mode-seeking) that from student to
+    teacher, between them the Jensen-Shannon divergence in which the teacher has this weight."""
+    teacher_top_k: Count = 16
+    """Of the teacher's most probable tokens; all others are one outcome."""
 
 
 class MicroBatch(NamedTuple):
-    """Rows whose next token the student drew, for how many completions, and the teacher's likeliest tokens there."""
+    """Rows whose next token the student sampled, for how many completions, and the teacher's top-k tokens there."""
 
-    batch: RaggedBatch
-    rows: Tensor
-    counts: Tensor
-    candidates: Tensor
-    teacher: Tensor
+    batch: "RaggedBatch"
+    rows: "Tensor"
+    counts: "Tensor"
+    candidates: "Tensor"
+    teacher: "Tensor"
     share: float
 
 
-class Distillation(OnPolicyObjective):
-    """See ``DistillObjective``. The teacher is frozen; what it says is computed once a rollout."""
+class Distillation(OnPolicyObjective[DistillSection]):
+    """See ``DistillSection``. The teacher is frozen; its log-probabilities are computed once per rollout."""
 
-    headline = "divergence"
+    primary_metric = "divergence"
 
-    def __init__(self, recipe: Recipe) -> None:
-        super().__init__(recipe)
-        self._divergence = {
-            "forward": lambda teacher, student: kl_divergence(teacher, student),
-            "reverse": lambda teacher, student: kl_divergence(student, teacher),
-            "jensen_shannon": lambda teacher, student: jensen_shannon(teacher, student, self.section.weight),
-        }[self.section.divergence]
+    def bind(self, context: RunContext) -> None:
+        import torch
 
-    def bind(self, setting: RunContext) -> None:
-        super().bind(setting)
-        model = load_checkpoint(self._teacher(), getattr(torch, self.recipe.model.dtype), "objective.teacher.path")
-        vocabulary, own = (m.get_input_embeddings().num_embeddings for m in (model, setting.model.model))
+        from toolkit.training.model import Reference, load_checkpoint
+
+        super().bind(context)
+        dtype = getattr(torch, self.recipe.model.dtype)
+        model = load_checkpoint(self._teacher(), dtype, "objective.teacher.name_or_path")
+        vocabulary, own = (m.get_input_embeddings().num_embeddings for m in (model, context.model.model))
         if vocabulary != own:
             raise ToolkitError(
-                f"objective.teacher has a vocabulary of {vocabulary}; it must be the student's, which is {own}."
+                f"objective.teacher must have the student's vocabulary size, which is {own}, got {vocabulary}."
             )
-        if self.section.top_k >= vocabulary:
+        if self.section.teacher_top_k >= vocabulary:
             raise ToolkitError(
-                f"objective.top_k is {self.section.top_k}; it must be below the vocabulary, {vocabulary}."
+                f"objective.teacher_top_k must be < the vocabulary size, which is {vocabulary}, got "
+                f"{self.section.teacher_top_k}."
             )
-        self.teacher = Reference(model, self.recipe.model, setting.device)
+        self.teacher = Reference(model, self.recipe.model, context.device)
 
     def _teacher(self) -> Path:
         """The folder of the teacher, which is trained first if there is none yet."""
-        if self.section.teacher.path is not None:
-            return checkpoint.resolve(self.section.teacher.path)
-        tokenizer = self.setting.folder / "tokenizer"
-        if self.setting.accelerator.is_main_process:
-            self.setting.tokenizer.save_pretrained(str(tokenizer))
-        self.setting.accelerator.wait_for_everyone()
-        self.setting.say(f"teacher: {self.section.teacher.steps} steps")
-        return self.setting.child(teacher_recipe(self.recipe, tokenizer))
+        from toolkit.training import checkpoint
+        from toolkit.training.nested import teacher_recipe
+
+        if self.section.teacher.name_or_path is not None:
+            return checkpoint.resolve(self.section.teacher.name_or_path)
+        tokenizer = self.context.folder / "tokenizer"
+        if self.context.accelerator.is_main_process:
+            self.context.tokenizer.save_pretrained(str(tokenizer))
+        self.context.accelerator.wait_for_everyone()
+        self.context.log(f"teacher: {self.section.teacher.max_steps} steps")
+        return self.context.nested_run(teacher_recipe(self.recipe, tokenizer))
 
     def updates(self, step: int) -> Iterator[Sequence[MicroBatch]]:
         self.begin()
-        problems, answers = self.roll_out(step, self.section.completions)
-        self.count(problems, answers)
-        completions = [one for group in answers for one in group]
+        problems, groups = self.roll_out(step, self.section.num_generations)
+        self.count(problems, groups)
+        completions = [one for group in groups for one in group]
         # The last token predicts nothing.
-        drawn = [([*one.prompt_token_ids, *one.token_ids[:-1]], len(one.token_ids)) for one in completions]
-        packs = in_batches(drawn, lambda item: len(item[0]), self.recipe.train.batch_tokens)
-        (total,) = self.setting.total([sum(len(one.token_ids) for one in completions)])
+        sampled = [([*one.prompt_token_ids, *one.token_ids[:-1]], len(one.token_ids)) for one in completions]
+        packs = in_batches(sampled, lambda item: len(item[0]), self.recipe.train.batch_tokens)
+        (total,) = self.context.reduce_sum([sum(len(one.token_ids) for one in completions)])
         self.trained_tokens = int(total)
-        count = self.setting.largest(len(packs))
-        micros = [self._micro(pack, self.setting.world / total) for pack in packs]
+        count = self.context.reduce_max(len(packs))
+        micros = [self._micro(pack, self.context.world_size / total) for pack in packs]
         micros += [micros[0]._replace(share=0.0) for _ in range(count - len(micros))]
         yield micros
 
     def _micro(self, pack: Sequence[tuple[list[int], int]], share: float) -> MicroBatch:
-        device = self.setting.device
+        import torch
+
+        from toolkit.state.batch import RaggedBatch
+
+        device = self.context.device
         batch = RaggedBatch.from_sequences([ids for ids, _ in pack], device=device)
         ends = accumulate(len(ids) for ids, _ in pack)
-        places = torch.cat([torch.arange(end - drawn, end) for end, (_, drawn) in zip(ends, pack)]).to(device)
-        # Where completions begin alike they share rows; what the teacher says there counts for each of them.
-        rows, counts = (places if batch.sample_rows is None else batch.sample_rows[places]).unique(return_counts=True)
+        positions = torch.cat([torch.arange(end - count, end) for end, (_, count) in zip(ends, pack)]).to(device)
+        # Completions share the rows of their common prefix; the loss there counts for each of them.
+        rows, counts = (positions if batch.sample_rows is None else batch.sample_rows[positions]).unique(
+            return_counts=True
+        )
         logprobs = self.teacher.logits(batch, rows).float().log_softmax(-1)
-        best = logprobs.topk(self.section.top_k, dim=-1)
+        best = logprobs.topk(self.section.teacher_top_k, dim=-1)
         return MicroBatch(batch, rows, counts, best.indices, best.values, share)
 
-    def loss(self, forward: Callable[..., Any], micro: MicroBatch) -> Tensor:
+    def loss(self, forward: Callable[..., Any], micro: MicroBatch) -> "Tensor":
+        from toolkit.ops.linear_logprob.deferred import token_logprobs
+        from toolkit.training.losses import generalized_jsd, with_tail
+
         logits = forward(micro.batch, micro.rows)
         student, _ = token_logprobs(logits, micro.candidates)
-        each = self._divergence(with_tail(micro.teacher.to(student.dtype)), with_tail(student))
+        each = generalized_jsd(with_tail(micro.teacher.to(student.dtype)), with_tail(student), self.section.beta)
         divergence = (each * micro.counts).sum()
         real = float(micro.share > 0.0)
         self.sums.add(divergence=divergence.item() * real, trained=micro.counts.sum().item() * real)
@@ -115,4 +160,4 @@ class Distillation(OnPolicyObjective):
 
     def finish(self) -> tuple[int, dict[str, float]]:
         got = self.take()
-        return self.trained_tokens, {"divergence": got["divergence"] / got["trained"], **self.figures(got)}
+        return self.trained_tokens, {"divergence": got["divergence"] / got["trained"], **self.metrics(got)}

@@ -2,20 +2,62 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
 
-import torch
-from torch import Tensor
+from pydantic import Field, model_validator
 
-from toolkit.training.model import Reference
+from toolkit.config.base import Count
+from toolkit.config.objective import OnPolicySection, Positive
 from toolkit.training.objectives.base import RunContext
-from toolkit.training.objectives.functions import (
-    divergence_estimate,
-    group_advantages,
-    importance_weight,
-    policy_loss,
-)
 from toolkit.training.objectives.on_policy import OnPolicyObjective
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class GRPOSection(OnPolicySection):
+    """GRPO and its relatives; fields have the names of TRL's ``GRPOConfig``.
+
+    GRPO (DeepSeekMath, 2024) as it stands. Dr. GRPO (Liu et al., 2025): ``scale_rewards: none, loss_type: dr_grpo``.
+    DAPO (Yu et al., 2025): ``epsilon_high: 0.28, dynamic_sampling: true, loss_type: dapo``.
+    GSPO (Zheng et al., 2025): ``importance_sampling_level: sequence, epsilon: 3e-4, epsilon_high: 4e-4``.
+    """
+
+    kind: Literal["grpo"] = "grpo"
+    num_generations: Annotated[int, Field(ge=2)] = 8
+    """Completions per prompt."""
+    num_iterations: Count = 1
+    """Optimizer updates on each batch of rollouts."""
+    scale_rewards: Literal["group", "none"] = "group"
+    """Whether advantages are divided by the standard deviation of their group."""
+    loss_type: Literal["grpo", "dapo", "dr_grpo"] = "grpo"
+    """grpo: mean over the tokens of a completion, then over completions. dapo: mean over all tokens. dr_grpo: sum over
+    tokens, divided by ``rollout.max_completion_length``, mean over completions."""
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    """Each token's ratio, or the geometric mean over its completion."""
+    epsilon: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """Ratios are clipped to 1 - epsilon .. 1 + epsilon_high."""
+    epsilon_high: Annotated[float, Field(ge=0)] | None = None
+    """null is ``epsilon``."""
+    dynamic_sampling: bool = False
+    """Drop groups whose rewards are all equal, and roll out others in their place."""
+    max_rounds: Count = 4
+    """Most rounds of rollouts per step with ``dynamic_sampling``; what is there then is used."""
+    importance_sampling_clip_max: Positive | None = None
+    """Weigh tokens by min(p_train / p_rollout, this), without gradient; for fast numerics. null does not."""
+    replay_routing: bool = False
+    """Of a MoE model: train every token through the experts that it was rolled out with."""
+    beta: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the KL divergence from the initial model (after the warm-up); above 0 keeps a copy of that."""
+
+    @model_validator(mode="after")
+    def _samples_from_the_policy(self) -> Self:
+        if self.rollout.temperature != 1.0:
+            raise ValueError(
+                "objective.rollout.temperature must be 1.0 with objective.kind 'grpo', which trains the distribution "
+                f"that it samples from, got {self.rollout.temperature}"
+            )
+        return self
 
 
 @dataclass
@@ -28,10 +70,10 @@ class Sample:
     advantage: float = 0.0
     weight: float = 0.0
     """Of each of its tokens in the loss; 0 for a sample that only fills a micro-batch."""
-    train: Tensor | None = None
+    train: "Tensor | None" = None
     """Log-probabilities by the first training forward, where they are asked for."""
-    reference: Tensor | None = None
-    routing: Tensor | None = None
+    reference: "Tensor | None" = None
+    routing: "Tensor | None" = None
     """The experts of its tokens but the last one, where they are replayed."""
 
     @property
@@ -56,53 +98,59 @@ class MicroBatch:
         return [len(sample.tokens) for sample in self.samples]
 
     @property
-    def routing(self) -> list[Tensor] | None:
+    def routing(self) -> "list[Tensor] | None":
         """Of each sample, or None where nothing is replayed."""
-        found = [sample.routing for sample in self.samples if sample.routing is not None]
-        return found if len(found) == len(self.samples) else None
+        routing = [sample.routing for sample in self.samples if sample.routing is not None]
+        return routing if len(routing) == len(self.samples) else None
 
 
-class GRPO(OnPolicyObjective):
-    """GRPO and its relatives: see ``GrpoObjective``. Behaviour log-probabilities are the engine's own."""
+class GRPO(OnPolicyObjective[GRPOSection]):
+    """GRPO and its relatives: see ``GRPOSection``. Behaviour log-probabilities are the engine's own."""
 
-    headline = "reward"
+    primary_metric = "reward"
 
-    def bind(self, setting: RunContext) -> None:
-        super().bind(setting)
-        self.reference = (
-            Reference(setting.found(), self.recipe.model, setting.device) if self.section.kl_weight else None
-        )
+    def bind(self, context: RunContext) -> None:
+        from toolkit.training.model import Reference
+
+        super().bind(context)
+        self.reference: Reference | None = None
+        if self.section.beta:
+            self.reference = Reference(context.initial_model(), self.recipe.model, context.device)
 
     def updates(self, step: int) -> Iterator[Sequence[MicroBatch]]:
         self.begin()
         groups = self._groups(step)
         self._weigh([sample for group in groups for sample in group])
         if self.reference is None:
-            # A group whose rewards are all alike has no gradient: it counts in the mean and costs nothing.
+            # A group whose rewards are all equal has no gradient: it counts in the mean and needs no forward.
             groups = [group for group in groups if any(sample.advantage for sample in group)]
         micros = pack(groups, self.recipe.train.batch_tokens)
-        count = self.setting.largest(len(micros))
-        if not micros and count:  # every process gives as many micro-batches, if need be of nothing
-            filler = Sample([self.setting.tokenizer.eos_token_id], [self.setting.tokenizer.eos_token_id], [0.0])
+        count = self.context.reduce_max(len(micros))
+        if not micros and count:  # every process gives as many micro-batches, of padding if need be
+            filler = Sample([self.context.tokenizer.eos_token_id], [self.context.tokenizer.eos_token_id], [0.0])
             micros = [MicroBatch([filler])]
         micros += [MicroBatch([_filler(micros[0].samples[0])]) for _ in range(count - len(micros))]
         self._remember_reference(micros)
-        for update in range(self.section.updates if count else 0):
+        for update in range(self.section.num_iterations if count else 0):
             for micro in micros:
                 micro.first = update == 0
             yield micros
 
     def _groups(self, step: int) -> list[list[Sample]]:
         """The groups to train on, with advantages; with dynamic sampling, rounds until there are enough."""
+        import torch
+
+        from toolkit.training.losses import group_advantages
+
         section, wanted = self.section, self.prompts
         groups: list[list[Sample]] = []
         dropped, rounds = 0, 0
         while rounds < (section.max_rounds if section.dynamic_sampling else 1):
-            problems, answers = self.roll_out(step, section.group, rounds)
+            problems, completions = self.roll_out(step, section.num_generations, rounds)
             rounds += 1
-            rewards = torch.tensor(self.count(problems, answers), dtype=torch.float64)
-            advantages = group_advantages(rewards, scaled=section.scale == "std")
-            for group, values, reward in zip(answers, advantages.tolist(), rewards):
+            rewards = torch.tensor(self.count(problems, completions), dtype=torch.float64)
+            advantages = group_advantages(rewards, scaled=section.scale_rewards == "group")
+            for group, values, reward in zip(completions, advantages.tolist(), rewards):
                 if section.dynamic_sampling and bool((reward == reward[0]).all()):
                     dropped += 1
                     continue
@@ -113,22 +161,22 @@ class GRPO(OnPolicyObjective):
                     ]
                 )
             missing = max(wanted - len(groups), 0)
-            if not self.setting.largest(missing):  # all processes go on, or none does
+            if not self.context.reduce_max(missing):  # all processes continue, or none does
                 break
         self.sums.add(groups=min(len(groups), wanted), groups_dropped=dropped, rounds=rounds)
         return groups[:wanted]
 
     def _weigh(self, samples: list[Sample]) -> None:
         """Each token's weight, so that the loss is the asked-for mean over the samples of all processes."""
-        count, tokens = self.setting.total([len(samples), sum(len(sample.tokens) for sample in samples)])
+        count, tokens = self.context.reduce_sum([len(samples), sum(len(sample.tokens) for sample in samples)])
         for sample in samples:
-            if self.section.average == "token":
+            if self.section.loss_type == "dapo":
                 weight = 1.0 / tokens
-            elif self.section.average == "sequence":
+            elif self.section.loss_type == "grpo":
                 weight = 1.0 / (count * len(sample.tokens))
             else:
-                weight = 1.0 / (count * self.section.rollout.max_tokens)
-            sample.weight = weight * self.setting.world  # gradients are averaged over the processes
+                weight = 1.0 / (count * self.section.rollout.max_completion_length)
+            sample.weight = weight * self.context.world_size  # gradients are averaged over the processes
 
     def _remember_reference(self, micros: Sequence[MicroBatch]) -> None:
         if self.reference is not None:
@@ -137,13 +185,17 @@ class GRPO(OnPolicyObjective):
                 for sample, value in zip(micro.samples, values):
                     sample.reference = value
 
-    def loss(self, forward: Callable[..., Any], micro: MicroBatch) -> Tensor:
+    def loss(self, forward: Callable[..., Any], micro: MicroBatch) -> "Tensor":
+        import torch
+
+        from toolkit.training.losses import divergence_estimate, importance_weight, policy_loss
+
         section, samples = self.section, micro.samples
         lengths = micro.lengths
         logprob = torch.cat(forward(micro.sequences, last=lengths, routing=micro.routing))
         device = logprob.device
 
-        def spread(values: list[float]) -> Tensor:
+        def spread(values: list[float]) -> "Tensor":
             """[samples] numbers to the tokens of each."""
             given = torch.tensor(values, dtype=logprob.dtype, device=device)
             return torch.cat([one.expand(length) for one, length in zip(given, lengths)])
@@ -155,35 +207,39 @@ class GRPO(OnPolicyObjective):
         if micro.first:
             self._compare(logprob.detach(), rolled, counted)
         behaviour, weight = rolled.to(logprob.dtype), spread([sample.weight for sample in samples])
-        if section.importance_cap is not None:
+        if section.importance_sampling_clip_max is not None:
             if micro.first:
                 for sample, values in zip(samples, logprob.detach().split(lengths)):
                     sample.train = values
-            train = torch.cat([cast(Tensor, sample.train) for sample in samples])
-            weight = weight * importance_weight(train, behaviour, section.importance_cap)
+            train = torch.cat([cast("Tensor", sample.train) for sample in samples])
+            weight = weight * importance_weight(train, behaviour, section.importance_sampling_clip_max)
             behaviour = train  # the ratio is that of the weights alone; the weight stands for the other engine
-        reference = torch.cat([cast(Tensor, s.reference) for s in samples]) if self.reference is not None else None
+        reference = torch.cat([cast("Tensor", s.reference) for s in samples]) if self.reference is not None else None
         result = policy_loss(
             logprob,
             behaviour,
             spread([sample.advantage for sample in samples]),
-            clip_low=section.clip_low,
-            clip_high=section.clip_high,
+            epsilon=section.epsilon,
+            epsilon_high=section.epsilon if section.epsilon_high is None else section.epsilon_high,
             reference=reference,
-            kl_weight=section.kl_weight,
-            lengths=lengths if section.ratio == "sequence" else None,
+            beta=section.beta,
+            lengths=lengths if section.importance_sampling_level == "sequence" else None,
         )
         self.sums.add(clipped=(result.clipped * counted).sum().item(), trained=counted.sum().item())
         if reference is not None:
             distance = divergence_estimate(reference - logprob.detach())
-            self.sums.add(distance=(distance * counted).sum().item())
+            self.sums.add(kl=(distance * counted).sum().item())
         return (result.loss * weight).sum()
 
     def rows(self, micro: MicroBatch) -> int:
         return sum(len(sample.sequence) for sample in micro.samples if sample.weight)
 
-    def _compare(self, train: Tensor, rolled: Tensor, counted: Tensor) -> None:
+    def _compare(self, train: "Tensor", rolled: "Tensor", counted: "Tensor") -> None:
         """The training forward against the engine, under the same weights: nats, and bits."""
+        import torch
+
+        from toolkit.training.losses import divergence_estimate
+
         difference = (train.double() - rolled) * counted
         # The engine hands out float32 values; a difference in any bit counts, be it the sign of a zero.
         other = train.float().view(torch.int32) != rolled.float().view(torch.int32)
@@ -194,28 +250,28 @@ class GRPO(OnPolicyObjective):
         )
 
     def finish(self) -> tuple[int, dict[str, float]]:
-        """Beside ``OnPolicyObjective.figures``: engine against training forward, and what was clipped or dropped."""
-        names = ("compared", "mismatch", "bits", "clipped", "trained", "distance")
+        """Beside ``OnPolicyObjective.metrics``: engine against training forward, and what was clipped or dropped."""
+        names = ("compared", "mismatch", "bits", "clipped", "trained", "kl")
         self.sums.add(**dict.fromkeys(names, 0.0))  # a process, or a step, may have had nothing to train on
         got = self.take()
         self.trained_tokens = int(got["trained"])
         compared, trained = max(got["compared"], 1.0), max(got["trained"], 1.0)
         values = {
-            **self.figures(got),
+            **self.metrics(got),
             "mismatch_kl": got["mismatch"] / compared,
             "mismatch_bits": int(got["bits"]),
-            "clip_fraction": got["clipped"] / trained,
+            "clip_ratio/region_mean": got["clipped"] / trained,
             "groups": int(got["groups"]),
             "groups_dropped": int(got["groups_dropped"]),
             "rounds": got["rounds"] / got["processes"],
         }
         if self.reference is not None:
-            values["reference_kl"] = got["distance"] / trained
+            values["kl"] = got["kl"] / trained
         return self.trained_tokens, values
 
 
 def pack(groups: Sequence[Sequence[Sample]], batch_tokens: int) -> list[MicroBatch]:
-    """Groups to micro-batches of at most ``batch_tokens`` tokens, a prompt counted once for the members beside it.
+    """Groups to micro-batches of at most ``batch_tokens`` tokens, a prompt counted once for the members of its group.
 
     A group that is larger is split; a sample that is larger stands alone.
     """

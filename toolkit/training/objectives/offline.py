@@ -2,18 +2,23 @@
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from toolkit.config import Recipe
+from toolkit.config.objective import OfflineSection
 from toolkit.training.examples import JsonlDataset, LineStream, Stream
 from toolkit.training.objectives.base import Objective, RunContext, task_texts
 from toolkit.training.tasks import ProblemStream, make_task
 
+O = TypeVar("O", bound=OfflineSection)
 
-class OfflineObjective(Objective):
-    """An objective whose section has ``task`` or ``data``. ``stream``, which ``bind`` sets, is its position in them.
 
-    fields: the sets of fields that a line may have. of_task, of_file: what the examples are called.
+class OfflineObjective(Objective[O]):
+    """An objective whose section has ``task`` or ``data_files``. ``bind`` sets ``stream``, the position in them.
+
+    Attributes:
+        fields: the sets of fields that a line may have.
+        of_task, of_file: what the examples are called.
     """
 
     fields: ClassVar[Sequence[Mapping[str, type]]]
@@ -23,21 +28,22 @@ class OfflineObjective(Objective):
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
-        section: Any = recipe.objective
+        section = self.section
         self.task = make_task(section.task) if section.task is not None else None
-        self.share: float = section.evaluation.held_out
-        self.lines = JsonlDataset(section.data, self.share, self.fields) if section.data is not None else None
+        self.val_set_size: float = section.evaluation.val_set_size
+        self.lines: JsonlDataset | None = None
+        if section.data_files is not None:
+            self.lines = JsonlDataset(section.data_files, self.val_set_size, self.fields)
         self.fingerprint = self.lines.fingerprint if self.lines is not None else repr(section.task)
-        self._task_fields = section.task
 
     def describe(self) -> str:
         if self.lines is not None:
             return f"{len(self.lines.train)} {self.of_file} to train on, {len(self.lines.held_out)} held out"
-        return f"{self.of_task} of {self._task_fields}, {self.share:.0%} of them held out"
+        return f"{self.of_task} of {self.section.task}, {self.val_set_size:.0%} of them held out"
 
     def texts(self) -> Iterable[str]:
         if self.task is not None:
-            return task_texts(self.task, self.recipe.seed, self.share)
+            return task_texts(self.task, self.recipe.seed, self.val_set_size)
         assert self.lines is not None
         return [self.text_of(line) for line in self.lines.train]
 
@@ -46,15 +52,17 @@ class OfflineObjective(Objective):
     def text_of(line: dict[str, Any]) -> str:
         """All text of a line."""
 
-    def sources(self, setting: RunContext) -> Stream:
+    def sources(self, context: RunContext) -> Stream:
         """This process's share of the problems or lines, from the start."""
+        rank, world_size = context.rank, context.world_size
         if self.task is not None:
-            return ProblemStream(self.task, self.recipe.seed, self.share, rank=setting.rank, world=setting.world)
+            return ProblemStream(self.task, self.recipe.seed, self.val_set_size, rank=rank, world_size=world_size)
         assert self.lines is not None
-        return LineStream(self.lines.train, self.recipe.seed, rank=setting.rank, world=setting.world)
+        return LineStream(self.lines.train, self.recipe.seed, rank=rank, world_size=world_size)
 
     def state_dict(self) -> dict[str, Any]:
-        return self.stream.state_dict()
+        state: dict[str, Any] = self.stream.state_dict()
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.stream.load_state_dict(state)

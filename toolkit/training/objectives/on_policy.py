@@ -1,41 +1,49 @@
-"""What the objectives that roll out share: a task's prompts, the engine, figures of rollouts, held-out success."""
+"""What the objectives that roll out share: a task's prompts, the engine, metrics of rollouts, eval accuracy."""
 
+import math
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from toolkit.config import Recipe
-from toolkit.engine.outputs import Completion
+from toolkit.config.objective import OnPolicySection
 from toolkit.training.corpus import digest
 from toolkit.training.examples import prompt_ids
-from toolkit.training.objectives.base import MetricAccumulator, Objective, RunContext, divided, task_texts
-from toolkit.training.rollout import Rollout, show_success, success
+from toolkit.training.objectives.base import MetricAccumulator, Metrics, Objective, RunContext, divided, task_texts
 from toolkit.training.tasks import Problem, ProblemStream, make_task
 
+if TYPE_CHECKING:
+    from toolkit.engine.outputs import Completion
 
-class OnPolicyObjective(Objective):
-    """An objective that trains on completions of a task's prompts, drawn from the live weights."""
+P = TypeVar("P", bound=OnPolicySection)
+
+
+class OnPolicyObjective(Objective[P]):
+    """An objective that trains on completions of a task's prompts, sampled from the live weights."""
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
-        section: Any = recipe.objective
-        self.section = section
-        self.task = make_task(section.task)
-        self.fingerprint = repr(section.task)
+        assert self.section.task is not None
+        self.task = make_task(self.section.task)
+        self.fingerprint = repr(self.section.task)
 
     def describe(self) -> str:
-        return f"problems of {self.section.task}, {self.section.evaluation.held_out:.0%} of them held out"
+        return f"problems of {self.section.task}, {self.section.evaluation.val_set_size:.0%} of them held out"
 
     def texts(self) -> Iterable[str]:
-        return task_texts(self.task, self.recipe.seed, self.section.evaluation.held_out)
+        return task_texts(self.task, self.recipe.seed, self.section.evaluation.val_set_size)
 
-    def bind(self, setting: RunContext) -> None:
-        super().bind(setting)
-        share = self.section.evaluation.held_out
-        self.stream = ProblemStream(self.task, self.recipe.seed, share, rank=setting.rank, world=setting.world)
-        self.rollout = Rollout(setting, self.section.rollout, getattr(self.section, "replay_routing", False))
+    def bind(self, context: RunContext) -> None:
+        from toolkit.training.rollout import Rollout
+
+        super().bind(context)
+        share = self.section.evaluation.val_set_size
+        self.stream = ProblemStream(
+            self.task, self.recipe.seed, share, rank=context.rank, world_size=context.world_size
+        )
+        self.rollout = Rollout(context, self.section.rollout, getattr(self.section, "replay_routing", False))
         self.sums = MetricAccumulator()
-        self.prompts = divided("objective.prompts", self.section.prompts, setting.world)
+        self.prompts = divided("objective.prompts", self.section.prompts, context.world_size)
         self.trained_tokens = 0
 
     def begin(self) -> None:
@@ -43,27 +51,28 @@ class OnPolicyObjective(Objective):
         self._begun = time.perf_counter()
         self.rollout.seconds, self.rollout.tokens = 0.0, 0
 
-    def roll_out(self, step: int, n: int, attempt: int = 0) -> tuple[list[Problem], list[list[Completion]]]:
-        """This process's problems of a step and ``n`` completions of each; draws depend on (seed, step, index)."""
-        setting = self.setting
+    def roll_out(self, step: int, n: int, attempt: int = 0) -> tuple[list[Problem], list[list["Completion"]]]:
+        """This process's problems of a step and ``n`` completions of each; samples depend on (seed, step, index)."""
+        context = self.context
         problems = self.stream.take(self.prompts)
-        places = [at * setting.world + setting.rank for at in range(len(problems))]
-        seeds = [digest(f"{self.recipe.seed}/{step}/{attempt}/{place}") for place in places]
-        prompts = [prompt_ids(setting.tokenizer, problem.prompt) for problem in problems]
+        indices = [at * context.world_size + context.rank for at in range(len(problems))]
+        seeds = [digest(f"{self.recipe.seed}/{step}/{attempt}/{index}") for index in indices]
+        prompts = [prompt_ids(context.tokenizer, problem.prompt) for problem in problems]
         return problems, self.rollout.generate(prompts, seeds, n)
 
-    def count(self, problems: Sequence[Problem], answers: Sequence[Sequence[Completion]]) -> list[list[float]]:
-        """The rewards of the answers to each problem; they and the answers enter the step's figures."""
-        rewards = [[self.task.reward(p.prompt, a.text) for a in group] for p, group in zip(problems, answers)]
+    def count(self, problems: Sequence[Problem], completions: Sequence[Sequence["Completion"]]) -> list[list[float]]:
+        """The rewards of the completions of each problem; they enter the step's metrics."""
+        rewards = [[self.task.reward(p.prompt, one.text) for one in group] for p, group in zip(problems, completions)]
         values = [reward for group in rewards for reward in group]
-        flat = [one for group in answers for one in group]
+        flat = [one for group in completions for one in group]
         self.sums.add(
             samples=len(flat),
             reward=sum(values),
-            success=sum(value >= 1.0 for value in values),
+            squared_reward=sum(value * value for value in values),
+            solved=sum(value >= 1.0 for value in values),
             length=sum(len(one.token_ids) for one in flat),
-            cut=sum(one.finish_reason == "length" for one in flat),
-            surprise=-sum(sum(one.logprobs) for one in flat),
+            truncated=sum(one.finish_reason == "length" for one in flat),
+            negative_log_likelihood=-sum(sum(one.logprobs) for one in flat),
         )
         return rewards
 
@@ -73,17 +82,22 @@ class OnPolicyObjective(Objective):
         self.sums.add(
             rolled=self.rollout.tokens, rollout_seconds=self.rollout.seconds, training_seconds=training, processes=1.0
         )
-        return self.sums.take(self.setting)
+        return self.sums.take(self.context)
 
-    def figures(self, got: dict[str, float]) -> dict[str, float]:
-        """What every step with rollouts logs. The entropy is an estimate: the mean surprise of the tokens drawn."""
+    def metrics(self, got: dict[str, float]) -> dict[str, float]:
+        """What every step with rollouts logs.
+
+        The entropy is an estimate: the mean negative log-likelihood of the sampled tokens.
+        """
         samples, processes = got["samples"], got["processes"]
+        variance = (got["squared_reward"] - got["reward"] ** 2 / samples) / max(samples - 1, 1)
         return {
             "reward": got["reward"] / samples,
-            "success": got["success"] / samples,
-            "entropy": got["surprise"] / got["length"],
-            "completion_length": got["length"] / samples,
-            "cut_fraction": got["cut"] / samples,
+            "reward_std": math.sqrt(max(variance, 0.0)),
+            "accuracy": got["solved"] / samples,
+            "entropy": got["negative_log_likelihood"] / got["length"],
+            "completions/mean_length": got["length"] / samples,
+            "truncated_fraction": got["truncated"] / samples,
             "rollout_tokens": int(got["rolled"]),
             "rollout_tokens_per_second": round(got["rolled"] * processes / max(got["rollout_seconds"], 1e-9), 1),
             "training_tokens_per_second": round(
@@ -92,12 +106,18 @@ class OnPolicyObjective(Objective):
             "weight_version": self.rollout.engine.stats()["weight_version"],
         }
 
-    def evaluate(self) -> dict[str, Any]:
-        evaluation = self.section.evaluation
-        return success(self.setting, self.rollout, self.task, evaluation.problems, evaluation.held_out)
+    def evaluate(self) -> Metrics:
+        from toolkit.training.rollout import eval_accuracy
 
-    def show(self, before: dict[str, Any] | None, after: dict[str, Any]) -> None:
-        show_success(before, after)
+        evaluation = self.section.evaluation
+        return eval_accuracy(
+            self.context, self.rollout, self.task, evaluation.max_eval_samples, evaluation.val_set_size
+        )
+
+    def show(self, before: Metrics | None, after: Metrics) -> None:
+        from toolkit.training.rollout import show_accuracy
+
+        show_accuracy(before, after)
 
     def state_dict(self) -> dict[str, Any]:
         return self.stream.state_dict()

@@ -3,72 +3,85 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
-import torch
-from torch import Tensor
+from pydantic import Field
 
-from toolkit.config import Recipe
-from toolkit.config.objective import SftObjective
+from toolkit.config.objective import OfflineSection
 from toolkit.errors import ToolkitError
-from toolkit.patching.eval_mode import eval_mode
-from toolkit.state.batch import RaggedBatch
 from toolkit.training.examples import Example, Packed, completion_ids, conversation, example_of, prompt_ids
-from toolkit.training.objectives.base import MetricAccumulator, RunContext
-from toolkit.training.objectives.functions import next_token_loss
+from toolkit.training.objectives.base import MetricAccumulator, Metrics, RunContext
 from toolkit.training.objectives.offline import OfflineObjective
-from toolkit.training.rollout import Rollout, show_success, success
 from toolkit.training.tasks import Problem, ProblemStream
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from toolkit.state.batch import RaggedBatch
+
+
+class SFTSection(OfflineSection):
+    """Cross-entropy of completions only, packed.
+
+    ``data_files``: lines with ``messages``, or ``prompt`` and ``completion``. In a conversation every message of the
+    assistant counts, and its end; nothing else does.
+    """
+
+    supports_gradient_accumulation: ClassVar[bool] = True
+
+    kind: Literal["sft"] = "sft"
+    label_smoothing_factor: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    z_loss: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the squared log of the softmax's normaliser (PaLM, 2022)."""
 
 
 class MicroBatch(NamedTuple):
     """Rows of a packed batch that predict something that counts, and the share that they have in the update."""
 
-    batch: RaggedBatch
-    rows: Tensor
-    targets: Tensor
+    batch: "RaggedBatch"
+    rows: "Tensor"
+    targets: "Tensor"
     share: float
 
 
-class Supervised(OfflineObjective):
+class SFT(OfflineObjective[SFTSection]):
     """Cross-entropy of completions, averaged over the completion tokens of the whole step."""
 
     fields = ({"messages": list}, {"prompt": str, "completion": str})
     of_task, of_file = "problems", "lines"
-
-    def __init__(self, recipe: Recipe) -> None:
-        super().__init__(recipe)
-        self.section = cast(SftObjective, recipe.objective)
 
     @staticmethod
     def text_of(line: dict[str, Any]) -> str:
         if "messages" in line:
             messages = line["messages"]
             return "\n".join(str(message.get("content", "")) for message in messages if isinstance(message, dict))
-        return line["prompt"] + line["completion"]
+        return f"{line['prompt']}{line['completion']}"
 
-    def bind(self, setting: RunContext) -> None:
-        super().bind(setting)
-        sources = self.sources(setting)
+    def bind(self, context: RunContext) -> None:
+        from toolkit.training.rollout import Rollout
+
+        super().bind(context)
+        sources = self.sources(context)
         if not any(self.example(one).counted for one in islice(self._some(), 64)):
             raise ToolkitError(
                 "objective has no completion in its first 64 examples that begins within train.max_length, which is "
-                f"{self.recipe.train.max_length}."
+                f"{self.recipe.train.max_length}; raise it."
             )
         self.stream = Packed(sources, self.example, self.recipe.train.batch_tokens)
-        self.rollout = Rollout(setting, self.section.rollout)
+        self.rollout = Rollout(context, self.section.rollout)
         self._tokens = 0
 
     def _some(self) -> Iterator[Any]:
         yield from (
             self.lines.train
             if self.lines is not None
-            else ProblemStream(cast(Any, self.task), self.recipe.seed, self.share).take(64)
+            else ProblemStream(self.task, self.recipe.seed, self.val_set_size).take(64)  # type: ignore[arg-type]
         )
 
     def example(self, source: Problem | dict[str, Any]) -> Example:
         """Inputs and targets of a problem or a line."""
-        tokenizer, longest = self.setting.tokenizer, self.recipe.train.max_length
+        tokenizer, longest = self.context.tokenizer, self.recipe.train.max_length
         if isinstance(source, Problem):
             prompt, completion = source.prompt, source.solution
         elif "messages" in source:
@@ -78,20 +91,22 @@ class Supervised(OfflineObjective):
         return example_of(prompt_ids(tokenizer, prompt), completion_ids(tokenizer, completion), longest)
 
     def updates(self, step: int) -> Iterator[Sequence[MicroBatch]]:
-        packs = [self.stream.next_batch() for _ in range(self.recipe.train.accumulate)]
+        packs = [self.stream.next_batch() for _ in range(self.recipe.train.gradient_accumulation_steps)]
         counts = [sum(example.counted for example in pack) for pack in packs]
-        (total,) = self.setting.total([sum(counts)])
+        (total,) = self.context.reduce_sum([sum(counts)])
         self._tokens = int(total)
         yield [
-            micro_of(pack, count * self.setting.world / total, self.setting.device)
+            _micro(pack, count * self.context.world_size / total, self.context.device)
             for pack, count in zip(packs, counts)
         ]
 
-    def loss(self, forward: Callable[..., Any], micro: MicroBatch) -> Tensor:
+    def loss(self, forward: Callable[..., Any], micro: MicroBatch) -> "Tensor":
+        from toolkit.training.losses import next_token_loss
+
         logits = forward(micro.batch, micro.rows)
         section = self.section
         loss = next_token_loss(
-            logits, micro.targets, label_smoothing=section.label_smoothing, z_loss=section.z_loss
+            logits, micro.targets, label_smoothing=section.label_smoothing_factor, z_loss=section.z_loss
         )  # the mean over the micro-batch
         return loss * micro.share
 
@@ -101,40 +116,54 @@ class Supervised(OfflineObjective):
     def finish(self) -> tuple[int, dict[str, float]]:
         return self._tokens, {}
 
-    @torch.no_grad()
-    def evaluate(self) -> dict[str, Any]:
-        """Held-out loss of a file's completions, or a task's success."""
-        evaluation, setting = self.section.evaluation, self.setting
+    def evaluate(self) -> Metrics:
+        """Held-out loss of a file's completions, or the accuracy on a task."""
+        import torch
+
+        from toolkit.patching.eval_mode import eval_mode
+        from toolkit.training.losses import next_token_loss
+        from toolkit.training.rollout import eval_accuracy
+
+        evaluation, context = self.section.evaluation, self.context
         if self.task is not None:
-            found = success(setting, self.rollout, self.task, evaluation.problems, evaluation.held_out)
+            accuracy = eval_accuracy(
+                context, self.rollout, self.task, evaluation.max_eval_samples, evaluation.val_set_size
+            )
             self.rollout.close()
-            return found
+            return accuracy
         assert self.lines is not None
-        mine = self.lines.held_out[: evaluation.problems][setting.rank :: setting.world]
+        lines = self.lines.held_out[: evaluation.max_eval_samples]
+        mine = lines[context.rank :: context.world_size]
         sums = MetricAccumulator({"loss": 0.0, "tokens": 0.0})
-        with eval_mode(setting.model):
+        with torch.no_grad(), eval_mode(context.model):
             for example in map(self.example, mine):
                 if example.counted:
-                    micro = micro_of([example], 1.0, setting.device)
-                    mean = next_token_loss(setting.model(micro.batch, micro.rows), micro.targets)
+                    micro = _micro([example], 1.0, context.device)
+                    mean = next_token_loss(context.model(micro.batch, micro.rows), micro.targets)
                     sums.add(loss=mean.item() * example.counted, tokens=example.counted)
-        totals = sums.take(setting)
+        totals = sums.take(context)
         loss = totals["loss"] / totals["tokens"] if totals["tokens"] else math.nan
-        return {"lines": len(self.lines.held_out[: evaluation.problems]), "tokens": int(totals["tokens"]), "loss": loss}
+        return {"eval_samples": len(lines), "eval_num_tokens": int(totals["tokens"]), "eval_loss": loss}
 
-    def show(self, before: dict[str, Any] | None, after: dict[str, Any]) -> None:
+    def show(self, before: Metrics | None, after: Metrics) -> None:
+        from toolkit.training.rollout import show_accuracy
+
         if self.task is not None:
-            show_success(before, after)
-        elif after["tokens"]:
-            start = f"{before['loss']:.3f} before, " if before else ""
-            print(f"held-out loss: {start}{after['loss']:.3f} after ({after['lines']} lines)")
+            show_accuracy(before, after)
+        elif after["eval_num_tokens"]:
+            start = f"{before['eval_loss']:.3f} before, " if before else ""
+            print(f"held-out loss: {start}{after['eval_loss']:.3f} after ({after['eval_samples']} lines)")
 
     def close(self) -> None:
         self.rollout.close()
 
 
-def micro_of(pack: Sequence[Example], share: float, device: torch.device) -> MicroBatch:
+def _micro(pack: Sequence[Example], share: float, device: "torch.device") -> MicroBatch:
     """The packed batch of some examples."""
+    import torch
+
+    from toolkit.state.batch import RaggedBatch
+
     flat = [target for example in pack for target in example.targets]
     rows = [row for row, target in enumerate(flat) if target >= 0]
     return MicroBatch(

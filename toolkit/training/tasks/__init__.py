@@ -1,38 +1,40 @@
-"""Verifiable tasks, a file each, by the name that a recipe gives; ``package.module:Class`` names one elsewhere."""
+"""Verifiable tasks, one file each, by the name that a recipe gives; ``package.module:Class`` names one elsewhere."""
 
 import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from toolkit.errors import ToolkitError, nearest
-from toolkit.training.tasks.base import Problem, ProblemStream, Task
-from toolkit.training.tasks.countdown import Countdown
+from toolkit.errors import ToolkitError
+from toolkit.training.tasks.base import TASKS, Problem, ProblemStream, Task
 
 __all__ = ["TASKS", "Problem", "ProblemStream", "Task", "make_task"]
 
-TASKS: dict[str, type[Task]] = {"countdown": Countdown}
-
 
 def make_task(fields: Mapping[str, Any]) -> Task:
-    """The task that ``fields["name"]`` names, made with the other fields. ToolkitError where that cannot be."""
+    """The task that ``fields["name"]`` names, made with the other fields.
+
+    Raises:
+        ToolkitError: there is no such task, or it does not take the fields.
+    """
     options = dict(fields)
     name = options.pop("name", None)
-    kind: Any = TASKS.get(name) if isinstance(name, str) else None
+    kind = _imported(name) if isinstance(name, str) and ":" in name else None
     if kind is None:
-        if not isinstance(name, str) or ":" not in name:
-            hint = nearest(str(name), list(TASKS)) or "."
-            listed = ", ".join(f"'{one}'" for one in TASKS)
-            raise ToolkitError(
-                f"objective.task.name is {name!r}; it must be one of {listed}, or 'package.module:Class'{hint}"
-            )
-        module, _, attribute = name.partition(":")
-        try:
-            kind = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ToolkitError(f"objective.task.name is '{name}', which cannot be imported: {error}.") from None
-        if not (isinstance(kind, type) and issubclass(kind, Task)):
-            raise ToolkitError(f"objective.task.name is '{name}'; it must be a class derived from Task.")
+        kind = TASKS.find("objective.task.name", name, ["package.module:Class"])
     try:
         return kind(**options)
     except TypeError as error:
-        raise ToolkitError(f"objective.task is {dict(fields)!r}, which task '{name}' does not take: {error}.") from None
+        raise ToolkitError(
+            f"objective.task must have the fields of '{name}', got {dict(fields)!r} ({error})."
+        ) from None
+
+
+def _imported(name: str) -> type[Task]:
+    module, _, attribute = name.partition(":")
+    try:
+        kind = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ToolkitError(f"objective.task.name must be a class to import, got '{name}' ({error}).") from None
+    if not (isinstance(kind, type) and issubclass(kind, Task)):
+        raise ToolkitError(f"objective.task.name must be a class derived from Task, got '{name}'.")
+    return kind

@@ -1,10 +1,11 @@
-"""What a verifiable task is: problems made on the spot, and a reward that checks an answer."""
+"""What a verifiable task is: synthetic problems, and a reward that checks a completion."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from toolkit.registry import Registry
 from toolkit.training.corpus import digest
 
 CHUNK = 256
@@ -14,8 +15,8 @@ CHUNK = 256
 class Problem:
     """A prompt, one right completion of it, and a wrong one.
 
-    key: what makes two problems the same one. Held-out problems are told apart by it, so spellings of one problem
-    share it.
+    Attributes:
+        key: identifies the problem. The held-out split is by its hash, so spellings of one problem share it.
     """
 
     prompt: str
@@ -25,7 +26,15 @@ class Problem:
 
 
 class Task(ABC):
-    """Problems by seed, and a reward. The constructor takes the recipe's ``task`` fields beside ``name``."""
+    """Problems by seed, and a reward. The constructor takes the recipe's ``task`` fields beside ``name``.
+
+    ``class Countdown(Task, name="countdown")`` registers a task of this package; one from elsewhere needs no name.
+    """
+
+    def __init_subclass__(cls, name: str | None = None, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if name is not None:
+            TASKS.add(name, cls)
 
     @abstractmethod
     def make(self, seed: int, count: int) -> list[Problem]:
@@ -33,28 +42,31 @@ class Task(ABC):
 
     @abstractmethod
     def reward(self, prompt: str, completion: str) -> float:
-        """How good ``completion`` is, for any text whatever: 1 is solved. Never raises, never runs the text."""
+        """How good ``completion`` is, for any text: 1 is solved. Never raises, never runs the text."""
+
+
+TASKS: Registry[Task] = Registry("toolkit.training.tasks")
 
 
 class ProblemStream:
     """Endless problems of one side of a task's split, every process its share; the position is one number.
 
-    A problem is held out when hash(key) / 2^64 < ``share``: for good, whatever the seed, so what is trained on and what
-    is measured never meet.
+    A problem is held out when hash(key) / 2^64 < ``val_set_size``, for every seed: what is trained on is never
+    measured.
     """
 
     def __init__(
-        self, task: Task, seed: int, share: float, *, held_out: bool = False, rank: int = 0, world: int = 1
+        self, task: Task, seed: int, val_set_size: float, *, held_out: bool = False, rank: int = 0, world_size: int = 1
     ) -> None:
         self._task, self._seed, self._held_out = task, seed, held_out
-        self._threshold, self._rank, self._world = int(share * 2**64), rank, world
+        self._threshold, self._rank, self._world_size = int(val_set_size * 2**64), rank, world_size
         self._chunk, self._done = 0, 0
         self._left: Iterator[Problem] | None = None
 
     def _problems(self) -> Iterator[Problem]:
         made = self._task.make(digest(f"{self._seed}/{self._held_out}/{self._chunk}"), CHUNK)
         side = [problem for problem in made if (digest(problem.key) < self._threshold) == self._held_out]
-        return iter(side[self._rank :: self._world])
+        return iter(side[self._rank :: self._world_size])
 
     def take(self, count: int) -> list[Problem]:
         """The next ``count`` problems."""

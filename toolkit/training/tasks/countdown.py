@@ -13,7 +13,7 @@ LONGEST = 200
 """Characters of the longest expression that is read."""
 
 
-class Countdown(Task):
+class Countdown(Task, name="countdown"):
     """``numbers`` numbers of 1 .. ``largest``, and a target of 1 .. ``target`` that two or more of them reach.
 
     The reward is 1 for an expression of + - * and parentheses that gives the target and uses each given number at most
@@ -28,24 +28,24 @@ class Countdown(Task):
         ):
             if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
                 raise ToolkitError(
-                    f"objective.task.{field} is {value!r}; it must be a whole number from {low} to {high}."
+                    f"objective.task.{field} must be a whole number from {low} to {high}, got {value!r}."
                 )
         self._numbers, self._largest, self._target = numbers, largest, target
 
     def make(self, seed: int, count: int) -> list[Problem]:
         """Random numbers, and a random expression of some of them whose value becomes the target."""
-        chance = random.Random(seed)
+        rng = random.Random(seed)
         problems: list[Problem] = []
         while len(problems) < count:
-            numbers = [chance.randint(1, self._largest) for _ in range(self._numbers)]
-            used = chance.sample(numbers, chance.randint(2, self._numbers))
-            text, value = _expression(used, chance)
+            numbers = [rng.randint(1, self._largest) for _ in range(self._numbers)]
+            used = rng.sample(numbers, rng.randint(2, self._numbers))
+            text, value = _expression(used, rng)
             if not 1 <= value <= self._target:
                 continue
-            chance.shuffle(numbers)
+            rng.shuffle(numbers)
             shown = " ".join(map(str, numbers))
             key = f"{sorted(numbers)} {value}"
-            problems.append(Problem(f"{shown} > {value} :", f" {text}", f" {_spoilt(text, value, chance)}", key))
+            problems.append(Problem(f"{shown} > {value} :", f" {text}", f" {_corrupted(text, value, rng)}", key))
         return problems
 
     def reward(self, prompt: str, completion: str) -> float:
@@ -60,12 +60,12 @@ class Countdown(Task):
         return float(colon == ":" and value == wanted and not Counter(used) - Counter(allowed))
 
 
-def _expression(numbers: Sequence[int], chance: random.Random) -> tuple[str, int]:
+def _expression(numbers: Sequence[int], rng: random.Random) -> tuple[str, int]:
     """A random expression of all the numbers, and its value; parentheses only where they are needed."""
     parts = [(str(number), number, 3) for number in numbers]
     while len(parts) > 1:
-        right, left = (parts.pop(chance.randrange(len(parts))) for _ in range(2))
-        sign = chance.choice("+-*")
+        right, left = (parts.pop(rng.randrange(len(parts))) for _ in range(2))
+        sign = rng.choice("+-*")
         if sign == "-" and left[1] < right[1]:
             left, right = right, left
         if sign == "*":
@@ -79,11 +79,11 @@ def _expression(numbers: Sequence[int], chance: random.Random) -> tuple[str, int
     return parts[0][0], parts[0][1]
 
 
-def _spoilt(text: str, value: int, chance: random.Random) -> str:
+def _corrupted(text: str, value: int, rng: random.Random) -> str:
     """An expression with one sign changed, so that its value is another one: what a near miss looks like."""
     while True:
-        at = chance.choice([at for at, character in enumerate(text) if character in "+-*"])
-        other = text[:at] + chance.choice("+-*") + text[at + 1 :]
+        at = rng.choice([at for at, character in enumerate(text) if character in "+-*"])
+        other = text[:at] + rng.choice("+-*") + text[at + 1 :]
         if evaluate(other)[0] != value:
             return other
 

@@ -1,7 +1,7 @@
-"""What training minimises: a few lines of torch each on the log-probabilities of ``linear_logprob``.
+"""Losses: a few lines of torch each on the log-probabilities of ``linear_logprob``.
 
-All inputs are in nats; gradients are exact, because every statistic that an objective reads carries its own. The
-numbers are the ones that a rollout returns, so a policy's ratio to itself is exactly 1.
+All inputs are in nats; gradients are exact, because every statistic that a loss reads is differentiable. The values are
+the ones that a rollout returns, so a policy's ratio to itself is exactly 1.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ def next_token_loss(logits: Tensor, targets: Tensor, *, label_smoothing: float =
 def preference_loss(
     chosen: Tensor, rejected: Tensor, chosen_reference: Tensor, rejected_reference: Tensor, *, beta: float = 0.1
 ) -> Tensor:
-    """Direct preference optimisation (Rafailov et al., 2023), a value a pair.
+    """Direct preference optimisation (Rafailov et al., 2023), one value per pair.
 
     ``-log sigmoid(beta ((chosen - chosen_reference) - (rejected - rejected_reference)))`` over log-probabilities of
     whole completions, sums over their tokens; all of one shape.
@@ -48,7 +48,7 @@ def preference_loss(
 
 
 class PolicyLoss(NamedTuple):
-    """One entry a token: the loss, and whether its ratio was outside of the trust region."""
+    """One entry per token: the loss, and whether its ratio was outside of the trust region."""
 
     loss: Tensor
     clipped: Tensor
@@ -59,34 +59,41 @@ def policy_loss(
     behaviour: Tensor,
     advantage: Tensor,
     *,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
+    epsilon: float = 0.2,
+    epsilon_high: float = 0.2,
     reference: Tensor | None = None,
-    kl_weight: float = 0.0,
+    beta: float = 0.0,
     entropy: Tensor | None = None,
-    entropy_weight: float = 0.0,
+    entropy_coef: float = 0.0,
     lengths: Sequence[int] | None = None,
 ) -> PolicyLoss:
     """The clipped surrogate of PPO (Schulman et al., 2017), which GRPO uses with group-normalised advantages.
 
-    ``-min(r a, clip(r, 1 - clip_low, 1 + clip_high) a) + kl_weight (e^d - d - 1) - entropy_weight H`` a token, with
+    ``-min(r a, clip(r, 1 - epsilon, 1 + epsilon_high) a) + beta (e^d - d - 1) - entropy_coef H`` per token, with
     ``r = exp(logprob - behaviour)``, ``d = reference - logprob`` (an estimate of KL(policy | reference) that is never
-    negative; Schulman, 2020). behaviour: the log-probability that the token was drawn with, without gradient.
-    lengths: with the tokens of each completion, r is the geometric mean of theirs (GSPO; Zheng et al., 2025).
+    negative; Schulman, 2020).
+
+    Args:
+        logprob: [T], of the policy in training.
+        behaviour: [T], the log-probability that the token was sampled with, without gradient.
+        advantage: [T].
+        reference: [T], of the reference policy.
+        entropy: [T], nats.
+        lengths: tokens of each completion; r is then the geometric mean over its completion (GSPO; Zheng et al., 2025).
     """
     difference = logprob - behaviour
     ratio = torch.exp(difference if lengths is None else sequence_mean(difference, lengths))
-    bounded = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
+    bounded = ratio.clamp(1.0 - epsilon, 1.0 + epsilon_high)
     loss = -torch.minimum(ratio * advantage, bounded * advantage)
-    if reference is not None and kl_weight:
-        loss = loss + kl_weight * divergence_estimate(reference - logprob)
-    if entropy is not None and entropy_weight:
-        loss = loss - entropy_weight * entropy
+    if reference is not None and beta:
+        loss = loss + beta * divergence_estimate(reference - logprob)
+    if entropy is not None and entropy_coef:
+        loss = loss - entropy_coef * entropy
     return PolicyLoss(loss, (ratio * advantage > bounded * advantage).detach())
 
 
 def divergence_estimate(difference: Tensor) -> Tensor:
-    """``e^d - d - 1``: its mean over tokens drawn from p, with ``d = log q - log p``, is KL(p | q); never negative."""
+    """``e^d - d - 1``, never negative: with ``d = log q - log p`` its mean over tokens sampled from p is KL(p | q)."""
     return torch.expm1(difference) - difference
 
 
@@ -96,13 +103,13 @@ def sequence_mean(values: Tensor, lengths: Sequence[int]) -> Tensor:
 
 
 def group_advantages(rewards: Tensor, *, scaled: bool = True, eps: float = 1e-4) -> Tensor:
-    """[G, n] rewards of n completions of each prompt: ``(r - mean) / (std + eps)`` a group (GRPO; Shao et al., 2024).
+    """[G, n] rewards of n completions of each prompt: ``(r - mean) / (std + eps)`` per group (GRPO; Shao et al., 2024).
 
     std is that of a sample (n - 1). Not ``scaled``: ``r - mean`` alone (Dr. GRPO; Liu et al., 2025). Exactly 0 where
-    all of a group's rewards are the same.
+    all of a group's rewards are equal.
     """
-    alike = (rewards == rewards[:, :1]).all(1, keepdim=True)
-    centred = (rewards - rewards.mean(1, keepdim=True)).masked_fill(alike, 0.0)
+    equal = (rewards == rewards[:, :1]).all(1, keepdim=True)
+    centred = (rewards - rewards.mean(1, keepdim=True)).masked_fill(equal, 0.0)
     return centred / (rewards.std(1, keepdim=True) + eps) if scaled else centred
 
 
@@ -123,17 +130,22 @@ def with_tail(logprobs: Tensor) -> Tensor:
 def kl_divergence(teacher: Tensor, student: Tensor) -> Tensor:
     """``sum_c p_c (log p_c - log q_c)`` over the last dimension: forward KL from teacher p to student q, in nats.
 
-    Log-probabilities of the same outcomes, [..., C]: the teacher's likeliest tokens (``top_ids`` of ``linear_logprob``)
+    Log-probabilities of the same outcomes, [..., C]: the teacher's top-k tokens (``top_ids`` of ``linear_logprob``)
     as targets of the student, both through ``with_tail``. Swap the two for the reverse direction.
     """
     return F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1)
 
 
-def jensen_shannon(teacher: Tensor, student: Tensor, weight: float = 0.5) -> Tensor:
-    """``w KL(p | m) + (1 - w) KL(q | m)``, ``m = w p + (1 - w) q``: bounded and, at w = 1/2, symmetric.
+def generalized_jsd(teacher: Tensor, student: Tensor, beta: float = 0.5) -> Tensor:
+    """The generalised Jensen-Shannon divergence of GKD (Agarwal et al., 2024), bounded for 0 < beta < 1.
 
-    Inputs as for ``kl_divergence``; 0 < weight < 1 is the teacher's part of the mixture.
+    ``beta KL(p | m) + (1 - beta) KL(q | m)`` with ``m = beta p + (1 - beta) q``, p the teacher's distribution and q the
+    student's. 0 stands for KL(p | q), 1 for KL(q | p), as in TRL. Inputs as for ``kl_divergence``.
     """
-    parts = torch.tensor([weight, 1.0 - weight], dtype=student.dtype, device=student.device).log()
-    mixture = torch.logaddexp(teacher + parts[0], student + parts[1])
-    return weight * kl_divergence(teacher, mixture) + (1.0 - weight) * kl_divergence(student, mixture)
+    if beta == 0.0:
+        return kl_divergence(teacher, student)
+    if beta == 1.0:
+        return kl_divergence(student, teacher)
+    parts = torch.tensor([beta, 1.0 - beta], dtype=student.dtype, device=student.device).log()
+    mean = torch.logaddexp(teacher + parts[0], student + parts[1])
+    return beta * kl_divergence(teacher, mean) + (1.0 - beta) * kl_divergence(student, mean)

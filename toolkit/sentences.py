@@ -1,0 +1,59 @@
+"""One sentence for a pydantic error: ``X must be >= 1, got 3.``"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from toolkit.errors import nearest
+
+_REQUIREMENTS = {
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "list_type": "a list",
+    "dict_type": "a mapping of fields",
+    "model_type": "a mapping of fields",
+    "model_attributes_type": "a mapping of fields",
+    "finite_number": "a finite number",
+    "greater_than": "> {gt:g}",
+    "greater_than_equal": ">= {ge:g}",
+    "less_than": "< {lt:g}",
+    "less_than_equal": "<= {le:g}",
+    "too_short": "a list of at least {min_length}",
+    "too_long": "a list of at most {max_length}",
+    "string_too_short": "text of at least {min_length} character",
+    "string_too_long": "text of at most {max_length} characters",
+    "literal_error": "one of {expected}",
+}
+
+
+def sentence(problem: Mapping[str, Any], field: str, *, requirement: str | None = None, nullable: bool = False) -> str:
+    """What a value must be, and what it is.
+
+    Args:
+        problem: an entry of ``ValidationError.errors()`` about a missing value, a type or a range.
+        field: the field as the user writes it.
+        requirement: what the value must be, for errors that pydantic words badly (patterns).
+        nullable: null is allowed too.
+    """
+    kind, context = problem["type"], problem.get("ctx", {})
+    if kind == "missing":
+        return f"{field} is missing; it must be given."
+    if requirement is None:
+        message = problem["msg"].removeprefix("Input should be ")
+        requirement = (
+            _REQUIREMENTS[kind].format(**context) if kind in _REQUIREMENTS else message[0].lower() + message[1:]
+        )
+    return f"{field} must be {requirement}{' or null' if nullable else ''}, got {shown(problem['input'])}."
+
+
+def unknown_field(field: str, last: str, allowed: Iterable[str]) -> str:
+    """An unknown field, with the allowed one closest to its ``last`` part."""
+    return f"Unknown field '{field}'{nearest(last, list(allowed)) or '.'}"
+
+
+def shown(value: Any, limit: int = 60) -> str:
+    """``value`` as a message shows it, cut to ``limit`` characters."""
+    text = ascii(value) if isinstance(value, str) else repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
