@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 from benchmarks.common import print_table, write_json
-from toolkit.moe import DispatchPlan, ExpertParallel, ExpertWeights
+from toolkit.moe import ExpertParallel, ExpertWeights, dispatch_plan
 from toolkit.moe import exchange as exchange_module
 from toolkit.moe import rows as local
 from toolkit.moe.overlap import Event, Layer, Rates, predict
@@ -77,7 +77,7 @@ def measured_rates(
     transfer = seconds_of(lambda: transport.exchange(rows, counts).wait(), repeats)
     number = layer.tokens * layer.slots // chunks
     expert = torch.randint(EXPERTS // RANKS, (number,), generator=torch.Generator().manual_seed(1))
-    plan = DispatchPlan.of(expert[:, None], EXPERTS // RANKS)
+    plan = dispatch_plan(expert[:, None], EXPERTS // RANKS)
     routed = local.Routed(torch.randn(number, layer.width), expert, torch.rand(number), plan)
     if backward:
         z = local.forward(routed, weights)[1]

@@ -92,7 +92,7 @@ PEERS: dict[str, Callable[[], Callable[..., Tensor]]] = {
 
 def routed(tokens: int) -> tuple[Tensor, Tensor]:
     """(scores, ids) of random logits."""
-    return route(normal(tokens, SIZES[0]), SIZES[3], normalise=True)
+    return route(normal(tokens, SIZES[0]), SIZES[3], norm_topk_prob=True)
 
 
 def checked(tokens: int, weights: list[Tensor]) -> float:

@@ -80,7 +80,7 @@ def calls(weights, flags, ids, recompute=False):
         up, up_bias, down, down_bias = spread(some)
         plan = dispatch_plan(ids, up.shape[0])
         return experts(
-            x, scores, up, down, plan, kind, up_bias=up_bias, down_bias=down_bias, site=site,
+            x, scores, up, down, plan, kind, up_bias=up_bias, down_bias=down_bias, score_position=site,
             transposed=transposed, interleaved=interleaved, recompute=recompute,
         )  # fmt: skip
 
@@ -100,7 +100,7 @@ def test_route(dtype, router):
     count, k, score, groups, kept, best = router
     tokens = 11 if DRY else 67
     logits = noise(tokens, count, dtype=dtype, scale=2.0)
-    options = {"groups": groups, "kept_groups": kept, "group_best": best, "normalise": True}
+    options = {"n_group": groups, "topk_group": kept, "experts_per_group_score": best, "norm_topk_prob": True}
     weights, ids = route(logits, k, score, **options)
     exact, _ = reference.route(logits.double().cpu(), None, ids.cpu(), k, score, groups, kept, best, True, 0.0, 1.0)
     assert_near(weights.cpu(), exact)
@@ -109,7 +109,7 @@ def test_route(dtype, router):
     assert_near(weights.cpu(), free)
     leaf = logits.detach().requires_grad_()
     grad = noise(tokens, k, seed=1)
-    (got,) = torch.autograd.grad(route(leaf, k, score, chosen=ids, **options)[0], leaf, grad)
+    (got,) = torch.autograd.grad(route(leaf, k, score, topk_ids=ids, **options)[0], leaf, grad)
     wanted = reference.route_backward(grad.double().cpu(), logits.double().cpu(), ids.cpu(), score, True, 0.0, 1.0)
     assert_near(got.cpu(), wanted)
     tied = torch.zeros(5, count, device=DEVICE, dtype=dtype)
@@ -193,7 +193,7 @@ def test_nothing_waits_for_the_device():
     torch.cuda.set_sync_debug_mode("error")
     try:
         evaluate(op, rows, params, grad)
-        route(rows[0], 4, normalise=True)
+        route(rows[0], 4, norm_topk_prob=True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

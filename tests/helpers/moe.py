@@ -1,4 +1,4 @@
-"""What the tests of a mixture's ops share: routings, weights, and a loop over experts in float64 as oracle."""
+"""What the tests of a MoE ops share: routings, weights, and a loop over experts in float64 as oracle."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ PLAIN: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu2": lambda 
 
 
 def routing(name: str, tokens: int, slots: int, experts: int, seed: int = 0) -> Tensor:
-    """[T, K] ids, distinct within a token; ``experts`` marks a slot that is skipped."""
+    """[T, K] ids, distinct within a token; ``experts`` marks a pair that is skipped."""
     generator = torch.Generator().manual_seed(seed)
     keys = torch.rand(tokens, experts, generator=generator)
     if name == "skewed":
@@ -55,11 +55,11 @@ class Layer:
     slots: int = 2
     width: int = 37
     inner: int = 11
-    kind: str = "silu"
+    activation: str = "silu"
     gated: bool = True
     interleaved: bool = False
     transposed: bool = False
-    site: str = "activation"
+    score_position: str = "activation"
     biases: bool = False
 
     def inputs(self, tokens: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:
@@ -78,8 +78,9 @@ class Layer:
         x, scores, up, down, *biases = inputs
         up_bias, down_bias = biases or (None, None)
         return experts(
-            x, scores, up, down, dispatch_plan(ids, self.experts), self.kind, up_bias=up_bias, down_bias=down_bias,
-            site=self.site, transposed=self.transposed, interleaved=self.interleaved, recompute=recompute, impl=impl,
+            x, scores, up, down, dispatch_plan(ids, self.experts), self.activation,
+            up_bias=up_bias, down_bias=down_bias, score_position=self.score_position, transposed=self.transposed,
+            interleaved=self.interleaved, recompute=recompute, impl=impl,
         )  # fmt: skip
 
     def oracle(self, inputs: list[Tensor], ids: Tensor) -> Tensor:
@@ -89,35 +90,35 @@ class Layer:
         for e in range(self.experts):
             token, slot = torch.where(ids == e)
             s = scores[token, slot][:, None]
-            rows = x[token] * s if self.site == "input" else x[token]
+            rows = x[token] * s if self.score_position == "input" else x[token]
             first, second = (up[e].T, down[e].T) if self.transposed else (up[e], down[e])
             z = F.linear(rows, first, biases[0][e] if biases else None)
             y = F.linear(self.activate(z), second, biases[1][e] if biases else None)
-            out = out.index_add(0, token, y if self.site == "input" else y * s)
+            out = out.index_add(0, token, y if self.score_position == "input" else y * s)
         return out
 
     def activate(self, z: Tensor) -> Tensor:
         if not self.gated:
-            return PLAIN[self.kind](z)
+            return PLAIN[self.activation](z)
         gate, up = (z[:, ::2], z[:, 1::2]) if self.interleaved else z.chunk(2, -1)
-        return GATES[self.kind](gate, up)
+        return GATES[self.activation](gate, up)
 
 
-PLAIN_LAYER = Layer(gated=False, kind="gelu")
+PLAIN_LAYER = Layer(gated=False, activation="gelu")
 LAYERS = {
     "halves": Layer(),
-    "interleaved": Layer(interleaved=True, kind="gelu_tanh"),
+    "interleaved": Layer(interleaved=True, activation="gelu_tanh"),
     "biases": Layer(biases=True),
-    "as gpt-oss": Layer(interleaved=True, transposed=True, biases=True, kind="clamped_swiglu"),
+    "as gpt-oss": Layer(interleaved=True, transposed=True, biases=True, activation="clamped_swiglu"),
     "plain": PLAIN_LAYER,
-    "plain, transposed, biases": Layer(gated=False, kind="relu2", transposed=True, biases=True),
-    **{f"at the {site}": Layer(site=site, biases=True) for site in ("combine", "input")},
+    "plain, transposed, biases": Layer(gated=False, activation="relu2", transposed=True, biases=True),
+    **{f"at the {position}": Layer(score_position=position, biases=True) for position in ("combine", "input")},
     **{
-        f"at the {site}, transposed": Layer(site=site, transposed=True, interleaved=True)
-        for site in ("combine", "input")
+        f"at the {position}, transposed": Layer(score_position=position, transposed=True, interleaved=True)
+        for position in ("combine", "input")
     },
-    "plain, at the input": replace(PLAIN_LAYER, site="input"),
+    "plain, at the input": replace(PLAIN_LAYER, score_position="input"),
     "one expert": Layer(experts=1, slots=1),
     "larger than a block": Layer(experts=3, width=270, inner=40),
 }
-"""Every layout and site, each with another at least once."""
+"""Every layout and score position, each with another at least once."""

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toolkit.moe import DispatchPlan, ExpertParallel, ExpertWeights, mix
+from toolkit.moe import ExpertParallel, ExpertWeights, mix
 from toolkit.moe.transport import Transport
+from toolkit.ops.dispatch_plan import dispatch_plan
 from toolkit.ops.experts import experts
 
 GRADIENTS = ("x", "scores", "up", "down", "up_bias", "down_bias")
@@ -94,9 +95,9 @@ def on_one(case: Case, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
             leaves[name] = getattr(case.weights, name).to(dtype, copy=True).requires_grad_()
     w = case.weights
     out = experts(
-        leaves["x"], leaves["scores"], leaves["up"], leaves["down"], DispatchPlan.of(case.ids, case.num_experts),
-        w.kind, up_bias=leaves.get("up_bias"), down_bias=leaves.get("down_bias"), site=w.site, transposed=w.transposed,
-        interleaved=w.interleaved,
+        leaves["x"], leaves["scores"], leaves["up"], leaves["down"], dispatch_plan(case.ids, case.num_experts),
+        w.kind, up_bias=leaves.get("up_bias"), down_bias=leaves.get("down_bias"), score_position=w.site,
+        transposed=w.transposed, interleaved=w.interleaved,
     )  # fmt: skip
     out.backward(case.grad.to(dtype))
     gradients: dict[str, Any] = {name: leaf.grad for name, leaf in leaves.items()}

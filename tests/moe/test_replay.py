@@ -198,7 +198,7 @@ def test_what_cannot_be_replayed_is_one_sentence() -> None:
     assert "dtype torch.float32" in refused(good.float())
     assert "routing[0] has the expert -1; allowed are 0 and more." in refused(good - 1)
     assert "routing has the expert 14; allowed are 0 to 11." in refused(good + 12)
-    assert "chosen has shape [4, 2]; allowed is [4, 3]." in refused(good[..., :2])
+    assert "topk_ids must be [4, 3], got [4, 2]." in refused(good[..., :2])
     assert "routing has 1 layers of experts; the model has more." in refused(good[:, :1])
     assert "of which no router of the model took [2, 3]" in refused(good.repeat(1, 2, 1))
     with pytest.raises(ToolkitError, match=r"routing\[1\] has shape \[1, 1, 3\] while routing\[0\] has \[3, 2, 3\]"):

@@ -67,10 +67,10 @@ def test_edges(impl):
 def test_wrong_arguments_are_one_sentence():
     ids = torch.zeros(3, 2, dtype=torch.int64)
     for arguments in ((ids[0], 4), (ids.float(), 4), (ids, -1), (ids, 4, 0)):
-        with pytest.raises(ToolkitError, match="dispatch_plan got experts"):
+        with pytest.raises(ToolkitError, match="dispatch_plan needs integer topk_ids"):
             dispatch_plan(*arguments)
     if has_native("dispatch_plan"):
-        with pytest.raises(RuntimeError, match=r"allowed are int64 \[T, K\]"):
+        with pytest.raises(RuntimeError, match=r"needs int64 topk_ids \[T, K\]"):
             torch.ops.toolkit.dispatch_plan(ids.int(), 4, 64)
 
 

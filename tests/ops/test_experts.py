@@ -234,22 +234,29 @@ def test_wrong_arguments_are_one_sentence():
     x, scores, up, down, up_bias, down_bias = layer.inputs(4)
     plan = dispatch_plan(routing("uniform", 4, 2, 5), 5)
     for arguments, extra, words in [
-        ((x, scores, up, down, plan, "silu"), {"site": "end"}, "site is 'end'; allowed are activation, combine, input"),
-        ((x[0], scores, up, down, plan, "silu"), {}, "experts got x"),
-        ((x[:, :5], scores, up, down, plan, "silu"), {}, "do not fit together"),
-        ((x, scores, up[:4], down, plan, "silu"), {}, "do not fit together"),
-        ((x, scores[:, :1], up, down, plan, "silu"), {}, "experts got x"),
+        (
+            (x, scores, up, down, plan, "silu"),
+            {"score_position": "end"},
+            "score_position must be one of activation, combine, input, got 'end'",
+        ),
+        ((x[0], scores, up, down, plan, "silu"), {}, r"experts needs x \[T, H\], up"),
+        ((x[:, :5], scores, up, down, plan, "silu"), {}, "that fit together, got"),
+        ((x, scores, up[:4], down, plan, "silu"), {}, "that fit together, got"),
+        ((x, scores[:, :1], up, down, plan, "silu"), {}, r"experts needs x \[T, H\], topk_weights"),
         ((x, scores, up, down, plan, "no"), {}, "no"),
-        ((x, scores, up, down, plan, "silu"), {"up_bias": down_bias}, "up_bias is"),
-        ((x, scores, up.double(), down, plan, "silu"), {}, "must be equal"),
+        ((x, scores, up, down, plan, "silu"), {"up_bias": down_bias}, "up_bias must be"),
+        ((x, scores, up.double(), down, plan, "silu"), {}, "experts needs one dtype for x, up and down"),
     ]:
         with pytest.raises(ToolkitError, match=words):
             experts(*arguments, **extra)
     if has_native("experts"):
         for arguments, words in [
-            ((x, scores, up, up_bias, down, down_bias, *plan, "silu", "end", False, False), "site is 'end'"),
-            ((x, scores, up, up_bias, down[:2], None, *plan, "silu", "input", False, False), "do not fit together"),
-            ((x, scores, up, up_bias[:2], down, None, *plan, "silu", "input", False, False), "a bias has shape"),
+            (
+                (x, scores, up, up_bias, down, down_bias, *plan, "silu", "end", False, False),
+                "score_position must be one of .*, got 'end'",
+            ),
+            ((x, scores, up, up_bias, down[:2], None, *plan, "silu", "input", False, False), "must fit together"),
+            ((x, scores, up, up_bias[:2], down, None, *plan, "silu", "input", False, False), "a bias must be"),
         ]:
             with pytest.raises(RuntimeError, match=words):
                 torch.ops.toolkit.experts(*arguments)
@@ -260,7 +267,7 @@ def test_opcheck(name):
     layer = LAYERS[name]
     ids = routing("skipped slots", 5, layer.slots, layer.experts)
     plan = dispatch_plan(ids, layer.experts)
-    flags = (layer.kind, layer.site, layer.transposed, layer.interleaved)
+    flags = (layer.activation, layer.score_position, layer.transposed, layer.interleaved)
     for needs in (False, True):
         x, scores, up, down, *biases = (value.requires_grad_(needs) for value in layer.inputs(5))
         up_bias, down_bias = biases or (None, None)

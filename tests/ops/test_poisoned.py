@@ -37,10 +37,11 @@ PLAN = dispatch_plan(torch.tensor([[0, 1], [3, 4], [1, 4], [4, 4]]).repeat(10, 1
 UP, DOWN = seeded(4, 14, WIDTH, seed=7), seeded(4, WIDTH, 7, seed=8)
 
 
-def mixed(x: Tensor, site: str) -> Tensor:
+def mixed(x: Tensor, score_position: str) -> Tensor:
     bias = x[:4, :14], x[4:8]
     return experts(
-        x, x[:, :2], UP.to(x.dtype), DOWN.to(x.dtype), PLAN, "silu", up_bias=bias[0], down_bias=bias[1], site=site
+        x, x[:, :2], UP.to(x.dtype), DOWN.to(x.dtype), PLAN, "silu", up_bias=bias[0], down_bias=bias[1],
+        score_position=score_position,
     )  # fmt: skip
 
 
@@ -69,8 +70,10 @@ OPS = {
     "linear_cross_entropy, ignored": lambda x: linear_cross_entropy(x, SQUARE.to(x.dtype), IDS * 0 - 1),
     "attention": attend,
     "dispatch_plan": lambda x: [value.double() for value in dispatch_plan(IDS.view(-1, 1) % 6, 4, 8)],
-    "route": lambda x: route(x, 3, "sigmoid", bias=x[0].detach(), groups=9, kept_groups=2, group_best=2)[0],
-    "route, normalised": lambda x: route(x, 3, normalise=True)[0],
+    "route": lambda x: route(
+        x, 3, "sigmoid", expert_bias=x[0].detach(), n_group=9, topk_group=2, experts_per_group_score=2
+    )[0],
+    "route, normalised": lambda x: route(x, 3, norm_topk_prob=True)[0],
     "grouped_linear": lambda x: grouped_linear(x, UP.to(x.dtype), x[:4, :14], PLAN, gather=True),
     "grouped_linear, weights": lambda x: grouped_linear(
         torch.cat([x, x])[: 2 * ROWS].detach(), x[:28].unflatten(0, (4, 7)), None, PLAN

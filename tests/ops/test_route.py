@@ -16,7 +16,13 @@ EXPERTS = 24
 GROUPS = [(1, 1, 1), (4, 2, 2), (6, 3, 1), (3, 3, 2)]
 every_impl = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 SETTINGS = [
-    {"score": score, "normalise": normalise, "groups": groups, "kept_groups": kept, "group_best": best}
+    {
+        "scoring_func": score,
+        "norm_topk_prob": normalise,
+        "n_group": groups,
+        "topk_group": kept,
+        "experts_per_group_score": best,
+    }
     for score, normalise, (groups, kept, best) in product(("softmax", "sigmoid"), (False, True), GROUPS)
 ]
 
@@ -35,11 +41,11 @@ def chosen_by_hand(values: list[float], k: int, groups: int, kept: int, best: in
     return sorted(candidates, key=lambda e: (-key(values[e]), e))[:k]
 
 
-def oracle(logits: Tensor, ids: Tensor, *, score: str = "softmax", normalise: bool = False, eps: float = 0.0,
-           scale: float = 1.0, **_: object) -> Tensor:  # fmt: skip
+def oracle(logits: Tensor, ids: Tensor, *, scoring_func: str = "softmax", norm_topk_prob: bool = False,
+           eps: float = 0.0, routed_scaling_factor: float = 1.0, **_: object) -> Tensor:  # fmt: skip
     wide = logits.double()
-    p = (wide.softmax(-1) if score == "softmax" else wide.sigmoid()).gather(1, ids)
-    return scale * (p / (p.sum(1, keepdim=True) + eps) if normalise else p)
+    p = (wide.softmax(-1) if scoring_func == "softmax" else wide.sigmoid()).gather(1, ids)
+    return routed_scaling_factor * (p / (p.sum(1, keepdim=True) + eps) if norm_topk_prob else p)
 
 
 @every_impl
@@ -49,15 +55,15 @@ def test_choice_weights_and_gradient(impl, settings, dtype):
     for tokens, k, biased in ((0, 3, False), (1, 1, True), (57, 5, False), (57, 4, True)):
         logits = seeded(tokens, EXPERTS, dtype=dtype, scale=2).requires_grad_()
         bias = seeded(EXPERTS, seed=1, scale=0.2).to(dtype) if biased else None
-        weights, ids = route(logits, k, bias=bias, eps=1e-6, scale=1.7, impl=impl, **settings)
+        weights, ids = route(logits, k, expert_bias=bias, eps=1e-6, routed_scaling_factor=1.7, impl=impl, **settings)
         assert weights.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         wide = logits.detach().double()
-        scores = wide.softmax(-1) if settings["score"] == "softmax" else wide.sigmoid()
+        scores = wide.softmax(-1) if settings["scoring_func"] == "softmax" else wide.sigmoid()
         values = scores if bias is None else scores + bias.double()
-        limits = (settings["groups"], settings["kept_groups"], settings["group_best"])
+        limits = (settings["n_group"], settings["topk_group"], settings["experts_per_group_score"])
         assert ids.tolist() == [chosen_by_hand(row, k, *limits) for row in values.tolist()]
         leaf = logits.detach().double().requires_grad_()
-        exact = oracle(leaf, ids, eps=1e-6, scale=1.7, **settings)
+        exact = oracle(leaf, ids, eps=1e-6, routed_scaling_factor=1.7, **settings)
         grad = seeded(tokens, k, seed=2).to(weights.dtype)
         # A few roundings of exp, a sum of 24 and two quotients; the gradient of a narrow type is rounded to it.
         bound = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-6}[dtype]
@@ -74,7 +80,7 @@ def test_gradcheck_of_the_reference(settings):
     ids = route(logits.detach(), 3, impl="reference", **settings)[1]
 
     def weights(x: Tensor) -> Tensor:
-        return route(x, 3, chosen=ids, eps=1e-3, scale=1.3, impl="reference", **settings)[0]
+        return route(x, 3, topk_ids=ids, eps=1e-3, routed_scaling_factor=1.3, impl="reference", **settings)[0]
 
     assert torch.autograd.gradcheck(weights, logits)
 
@@ -83,12 +89,12 @@ def test_gradcheck_of_the_reference(settings):
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_equal_values_go_to_the_lower_id(impl, settings):
     logits = torch.randint(-1, 2, (200, EXPERTS), generator=torch.Generator().manual_seed(0)).float()
-    limits = (settings["groups"], settings["kept_groups"], settings["group_best"])
+    limits = (settings["n_group"], settings["topk_group"], settings["experts_per_group_score"])
     for k in (1, 4, 8):
         ids = route(logits, k, impl=impl, **settings)[1]
         # Equal logits have equal scores, so whole numbers in their place choose alike; but for sums of the best.
-        values = logits if limits[2] == 1 else route(logits, EXPERTS, settings["score"], impl=impl,
-                                                     chosen=torch.arange(EXPERTS).expand(200, -1))[0]  # fmt: skip
+        values = logits if limits[2] == 1 else route(logits, EXPERTS, settings["scoring_func"], impl=impl,
+                                                     topk_ids=torch.arange(EXPERTS).expand(200, -1))[0]  # fmt: skip
         assert ids.tolist() == [chosen_by_hand(row, k, *limits) for row in values.tolist()]
     zeros = torch.zeros(3, EXPERTS)
     assert route(zeros, 5, impl=impl)[1].tolist() == [[0, 1, 2, 3, 4]] * 3
@@ -111,7 +117,7 @@ def test_rows_of_nan_and_infinity_have_distinct_valid_ids(impl, settings):
         for got, wanted in zip(beside, route(clean[:5], k, impl=impl, **settings)):
             assert torch.equal(got[:5], wanted)
     bias = torch.full((EXPERTS,), float("nan"))
-    assert route(logits[3:4], 3, "sigmoid", bias=bias, impl=impl)[1].tolist() == [[0, 1, 2]]
+    assert route(logits[3:4], 3, "sigmoid", expert_bias=bias, impl=impl)[1].tolist() == [[0, 1, 2]]
 
 
 @every_impl
@@ -119,11 +125,11 @@ def test_a_recorded_routing_is_taken_in_its_order(impl):
     logits = seeded(30, EXPERTS, dtype=torch.float32).requires_grad_()
     chosen = torch.rand(30, EXPERTS, generator=torch.Generator().manual_seed(0)).argsort(-1)[:, ::6]
     assert not chosen.is_contiguous()
-    weights, ids = route(logits, 4, chosen=chosen, normalise=True, impl=impl)
+    weights, ids = route(logits, 4, topk_ids=chosen, norm_topk_prob=True, impl=impl)
     assert torch.equal(ids, chosen)
-    assert error(weights.detach(), oracle(logits.detach(), chosen, normalise=True)) <= 1e-6
-    weights, ids = route(logits, 4, normalise=True, impl=impl)
-    again, _ = route(logits, 4, chosen=ids, normalise=True, impl=impl)
+    assert error(weights.detach(), oracle(logits.detach(), chosen, norm_topk_prob=True)) <= 1e-6
+    weights, ids = route(logits, 4, norm_topk_prob=True, impl=impl)
+    again, _ = route(logits, 4, topk_ids=ids, norm_topk_prob=True, impl=impl)
     assert torch.equal(weights, again)
 
 
@@ -132,8 +138,8 @@ def test_a_recorded_routing_is_taken_in_its_order(impl):
 @pytest.mark.parametrize("experts", [24, 132])
 def test_a_token_keeps_its_bits(impl, settings, experts):
     logits, bias = seeded(150, experts, dtype=torch.float32), seeded(experts, dtype=torch.float32, seed=4)
-    check_rows(lambda x: route(x, 4, bias=bias, impl=impl, **settings), [logits])
-    check_repeatable(lambda x: route(x, 4, bias=bias, impl=impl, **settings)[0], [logits])
+    check_rows(lambda x: route(x, 4, expert_bias=bias, impl=impl, **settings), [logits])
+    check_repeatable(lambda x: route(x, 4, expert_bias=bias, impl=impl, **settings)[0], [logits])
     strided = torch.stack([logits, logits], -1)[..., 0]
     for got, wanted in zip(route(strided, 4, impl=impl), route(logits, 4, impl=impl)):
         assert torch.equal(got, wanted)
@@ -146,7 +152,7 @@ def test_gradient_rows_keep_their_bits(impl):
 
     def gradient(rows: Tensor) -> Tensor:
         leaf = logits[rows].requires_grad_()
-        weights, _ = route(leaf, 4, normalise=True, impl=impl)
+        weights, _ = route(leaf, 4, norm_topk_prob=True, impl=impl)
         return torch.autograd.grad(weights, leaf, grad[rows])[0]
 
     whole = gradient(torch.arange(60))
@@ -159,19 +165,19 @@ def test_gradient_rows_keep_their_bits(impl):
 def test_wrong_arguments_are_one_sentence():
     logits = torch.zeros(3, 8)
     for arguments, words in [
-        ({"k": 9}, "k is 9 for logits"),
-        ({"k": 0}, "k is 0 for logits"),
-        ({"k": 2, "score": "no"}, "no"),
-        ({"k": 2, "groups": 3}, "groups, kept_groups and group_best are 3"),
-        ({"k": 5, "groups": 4, "kept_groups": 2}, "k is 5; 2 groups of 2 experts allow at most 4"),
-        ({"k": 2, "bias": torch.zeros(7)}, r"bias has shape \[7\]"),
-        ({"k": 2, "chosen": torch.zeros(3, 3, dtype=torch.int64)}, r"chosen has shape \[3, 3\]"),
+        ({"top_k": 9}, "top_k must be >= 1 and <= E for logits .*, got 9"),
+        ({"top_k": 0}, "top_k must be >= 1 and <= E for logits .*, got 0"),
+        ({"top_k": 2, "scoring_func": "no"}, "no"),
+        ({"top_k": 2, "n_group": 3}, "n_group must be >= 1 and divide the 8 experts, got 3"),
+        ({"top_k": 5, "n_group": 4, "topk_group": 2}, "top_k must be <= 4, the experts of 2 groups of 2, got 5"),
+        ({"top_k": 2, "expert_bias": torch.zeros(7)}, r"expert_bias must be \[8\], got \[7\]"),
+        ({"top_k": 2, "topk_ids": torch.zeros(3, 3, dtype=torch.int64)}, r"topk_ids must be \[3, 2\], got \[3, 3\]"),
     ]:
         with pytest.raises(ToolkitError, match=words):
             route(logits, **arguments)
     if has_native("route"):
-        with pytest.raises(IndexError, match="ids hold 8; allowed are 0 to 7"):
-            route(logits, 2, chosen=torch.full((3, 2), 8))
+        with pytest.raises(IndexError, match="topk_ids must be >= 0 and < 8, got 8"):
+            route(logits, 2, topk_ids=torch.full((3, 2), 8))
 
 
 def test_opcheck():

@@ -1,4 +1,4 @@
-"""Routers of mixtures of experts: scores in float32 at least, the same bits for a token in any batch."""
+"""Routers of MoE layers: logits in float32 or wider, batch-invariant."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,76 +15,86 @@ from toolkit.state.batch import RaggedBatch
 
 @dataclass(frozen=True)
 class Router:
-    """What a router computes: fields of ``toolkit.ops.route.route``, and the attributes that hold its parameters.
+    """A router's settings, and the names of the attributes that hold its parameters.
 
-    layer: its place among the model's layers of experts. projection: a linear child that makes the logits, called as a
-    module so that adapters act, in the place of weight and bias. correction: the (dotted) attribute of the choice's
-    bias; "" where it is the forward's second argument. outputs: what its forward returns, in order, of "logits",
-    "weights" and "ids"; wide: those of them that are not rounded to the hidden states' dtype.
+    Args:
+        top_k, scoring_func, n_group, topk_group, experts_per_group_score, norm_topk_prob, eps, routed_scaling_factor:
+            of ``toolkit.ops.route.route``.
+        weight: the attribute of the weight [E, H].
+        bias: the attribute of the logits' bias [E], or None.
+        projection: the name of a linear child that makes the logits, in place of weight and bias. It is called as a
+            module, so that adapters apply.
+        expert_bias: the (dotted) attribute of the bias of the selection; "" where it is the forward's second argument;
+            None for none.
+        outputs: what the forward returns, in order, of "logits", "topk_weights" and "topk_ids".
+        float32_outputs: those of ``outputs`` that are not cast to the hidden states' dtype.
+        layer: the index among the model's MoE layers, under which routing is recorded and replayed.
     """
 
-    k: int
-    score: str = "softmax"
+    top_k: int
+    scoring_func: str = "softmax"
     weight: str = "weight"
     bias: str | None = None
     projection: str | None = None
-    correction: str | None = None
-    groups: int = 1
-    kept_groups: int = 1
-    group_best: int = 1
-    normalise: bool = False
+    expert_bias: str | None = None
+    n_group: int = 1
+    topk_group: int = 1
+    experts_per_group_score: int = 1
+    norm_topk_prob: bool = False
     eps: float = 0.0
-    scale: float = 1.0
-    outputs: tuple[str, ...] = ("logits", "weights", "ids")
-    wide: tuple[str, ...] = ()
+    routed_scaling_factor: float = 1.0
+    outputs: tuple[str, ...] = ("logits", "topk_weights", "topk_ids")
+    float32_outputs: tuple[str, ...] = ()
     layer: int = 0
 
     def logits(self, module: nn.Module, x: Tensor) -> Tensor:
-        """[T, E] of hidden states [T, H]."""
+        """[T, E] of hidden states [T, H], in float32 or wider."""
         if self.projection is not None:
             child: Any = getattr(module, self.projection)
-            logits = child(x.to(next(child.parameters()).dtype))
+            logits: Tensor = child(x.to(next(child.parameters()).dtype))
             return logits.to(torch.promote_types(logits.dtype, torch.float32))
         weight: Any = getattr(module, self.weight)
         wide = torch.promote_types(x.dtype, torch.float32)
         bias: Any = None if self.bias is None else getattr(module, self.bias)
         return linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
 
-    def choose(self, logits: Tensor, correction: Tensor | None, chosen: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Weights and ids [T, K] of logits [T, E]."""
+    def route(
+        self, logits: Tensor, expert_bias: Tensor | None, topk_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(topk_weights, topk_ids) [T, K] of logits [T, E]; ``topk_ids``, if given, replaces the selection."""
         return route(
             logits,
-            self.k,
-            self.score,
-            bias=None if correction is None else correction.detach().reshape(-1),
-            chosen=chosen,
-            groups=self.groups,
-            kept_groups=self.kept_groups,
-            group_best=self.group_best,
-            normalise=self.normalise,
+            self.top_k,
+            self.scoring_func,
+            expert_bias=None if expert_bias is None else expert_bias.detach().reshape(-1),
+            topk_ids=topk_ids,
+            n_group=self.n_group,
+            topk_group=self.topk_group,
+            experts_per_group_score=self.experts_per_group_score,
+            norm_topk_prob=self.norm_topk_prob,
             eps=self.eps,
-            scale=self.scale,
+            routed_scaling_factor=self.routed_scaling_factor,
         )
 
     def make_forward(self) -> Callable[..., Any]:
         """A forward of hidden states [..., H] that returns ``outputs`` of [T, E], [T, K] and [T, K]."""
         settings = self
-        find = attrgetter(self.correction) if self.correction else None
+        find = attrgetter(self.expert_bias) if self.expert_bias else None
 
         def forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             x = hidden_states.reshape(-1, hidden_states.shape[-1])
             logits = settings.logits(self, x)
-            correction: Any = None if find is None else find(self)
-            if settings.correction == "":
-                correction = next(iter((*args, *kwargs.values())), None)
+            expert_bias: Any = None if find is None else find(self)
+            if settings.expert_bias == "":
+                expert_bias = next(iter((*args, *kwargs.values())), None)
             batch = RaggedBatch.active()
-            chosen = None if batch is None else batch.replayed(settings.layer, logits.shape[1])
-            weights, ids = settings.choose(logits, correction, chosen)
+            replayed = None if batch is None else batch.replayed(settings.layer, logits.shape[1])
+            topk_weights, topk_ids = settings.route(logits, expert_bias, replayed)
             if batch is not None:
-                batch.note_scores(settings.layer, logits, ids, correction)
-            found = {"logits": logits, "weights": weights, "ids": ids}
-            for name in ("logits", "weights"):
-                found[name] = found[name] if name in settings.wide else found[name].to(x.dtype)
+                batch.note_scores(settings.layer, logits, topk_ids, expert_bias)
+            found = {"logits": logits, "topk_weights": topk_weights, "topk_ids": topk_ids}
+            for name in ("logits", "topk_weights"):
+                found[name] = found[name] if name in settings.float32_outputs else found[name].to(x.dtype)
             values = tuple(found[name] for name in settings.outputs)
             return values if len(values) > 1 else values[0]
 

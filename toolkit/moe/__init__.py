@@ -2,6 +2,6 @@
 
 from toolkit.moe.exchange import ExpertParallel
 from toolkit.moe.experts import ExpertAdapters, ExpertWeights, mix
-from toolkit.moe.plan import DispatchPlan
+from toolkit.ops.dispatch_plan import DispatchPlan, dispatch_plan
 
-__all__ = ["DispatchPlan", "ExpertAdapters", "ExpertParallel", "ExpertWeights", "mix"]
+__all__ = ["DispatchPlan", "ExpertAdapters", "ExpertParallel", "ExpertWeights", "dispatch_plan", "mix"]

@@ -15,9 +15,9 @@ from toolkit.errors import ToolkitError
 from toolkit.moe import rows as local
 from toolkit.moe.exchange_plan import ChunkPlan, Counts, check_experts, plan_exchange, schedule, unpacked
 from toolkit.moe.experts import ExpertWeights
-from toolkit.moe.plan import DispatchPlan
 from toolkit.moe.rows import Factors, Routed
 from toolkit.moe.transport import Pending, Transport, transport_of
+from toolkit.ops.dispatch_plan import DispatchPlan, dispatch_plan
 from toolkit.ops.grouped_linear import combine
 
 _TENSORS = ("up", "down", "up_bias", "down_bias")
@@ -115,7 +115,7 @@ class _Exchanged(torch.autograd.Function):
             chunk = exchange.plan[index]
             slots, arriving = (pending.wait() for pending in sent[index])
             row, expert, score = exchange.rows(chunk, slots, scores.dtype)
-            routed = Routed(arriving[row], expert, score, DispatchPlan.of(expert[:, None], weights.up.shape[0]))
+            routed = Routed(arriving[row], expert, score, dispatch_plan(expert[:, None], weights.up.shape[0]))
             y, z = local.forward(routed, weights)
             done[index] = exchange.send_back(chunk, y)
             kept[index] = [arriving, row, expert, score, *routed.plan, *([] if exchange.recompute else [z])]

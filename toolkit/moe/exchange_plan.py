@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from toolkit.errors import ToolkitError
-from toolkit.moe.plan import DispatchPlan
 from toolkit.moe.transport import Transport
+from toolkit.ops.dispatch_plan import DispatchPlan, dispatch_plan
 
 Counts = list[list[int]]
 """[W][W]: how many rows go from each rank to each."""
@@ -88,7 +88,7 @@ def plan_exchange(ids: Tensor, num_experts: int, chunks: int, transport: Transpo
     ranks = torch.where((ids >= 0) & (ids < num_experts), ids // max(per_rank, 1), size)
     ends = [len(ids) * chunk // chunks for chunk in range(chunks + 1)]
     runs = [slice(begin, end) for begin, end in pairwise(ends)]
-    plans = [DispatchPlan.of(ranks[run], size) for run in runs]
+    plans = [dispatch_plan(ranks[run], size) for run in runs]
     drafts = [_rows_once(plan, ids.shape[1]) for plan in plans]
     mine = torch.stack([torch.stack([sent.diff(), plan.offsets.diff()]) for plan, (_, _, sent) in zip(plans, drafts)])
     every = transport.gather(mine).permute(1, 2, 0, 3).tolist()  # [C][2][from][to]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from toolkit.errors import ToolkitError
-from toolkit.moe.plan import DispatchPlan
 from toolkit.ops.activation import activation
+from toolkit.ops.dispatch_plan import DispatchPlan, dispatch_plan
 from toolkit.ops.experts import experts
 from toolkit.ops.gated_activation import gated_activation
 from toolkit.ops.grouped_linear import combine, grouped_linear
@@ -76,11 +76,11 @@ def mix(
             extra = "adapters" if adapters is not None else "a norm of their outputs"
             raise ToolkitError(f"These experts are shared out to ranks and have {extra}; allowed are plain ones.")
         return weights.parallel.mix(x, ids, scores, weights, recompute)
-    plan = DispatchPlan.of(ids, weights.num_experts)
+    plan = dispatch_plan(ids, weights.num_experts)
     if adapters is None and post is None:
         return experts(
             x, scores, weights.up, weights.down, plan, weights.kind,
-            up_bias=weights.up_bias, down_bias=weights.down_bias, site=weights.site,
+            up_bias=weights.up_bias, down_bias=weights.down_bias, score_position=weights.site,
             transposed=weights.transposed, interleaved=weights.interleaved, recompute=recompute,
         )  # fmt: skip
     return _in_parts(x, scores, weights, plan, adapters or ExpertAdapters(), post)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from toolkit.moe.experts import ExpertWeights, activated
-from toolkit.moe.plan import DispatchPlan
+from toolkit.ops.dispatch_plan import DispatchPlan, dispatch_plan
 from toolkit.ops.grouped_linear import grouped_linear
 from toolkit.ops.rowwise import row_sum, widened
 
@@ -104,7 +104,7 @@ def weight_gradients(factors: Factors, count: list[int], weights: ExpertWeights)
 
 
 def _of_one_rank(part: Factors, weights: ExpertWeights) -> Gradients:
-    plan = DispatchPlan.of(part.expert[:, None], weights.up.shape[0])
+    plan = dispatch_plan(part.expert[:, None], weights.up.shape[0])
     found: Gradients = {}
     for name, grad, source in (("up", part.to_up, part.source), ("down", part.to_down, part.activation)):
         bias = getattr(weights, f"{name}_bias") is not None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from toolkit.ops.grouped_linear import Plan
+from toolkit.ops.dispatch_plan import DispatchPlan
 
 TOKENS, EXPERTS = 40, 8
 
@@ -20,10 +20,10 @@ class Layer:
     hidden: int
     inner: int
     slots: int
-    kind: str = "silu"
+    activation: str = "silu"
     gated: bool = True
     biased: bool = False
-    site: str = "activation"
+    score_position: str = "activation"
     transposed: bool = False
     interleaved: bool = False
 
@@ -31,8 +31,8 @@ class Layer:
 LAYERS = {
     "2048x768": Layer(2048, 768, 8),
     "2880x2880 interleaved": Layer(2880, 2880, 4, "clamped_swiglu", True, True, "activation", True, True),
-    "5120x8192 by input": Layer(5120, 8192, 1, site="input", transposed=True),
-    "2688x1856 plain": Layer(2688, 1856, 6, "relu2", gated=False, site="combine"),
+    "5120x8192 by input": Layer(5120, 8192, 1, score_position="input", transposed=True),
+    "2688x1856 plain": Layer(2688, 1856, 6, "relu2", gated=False, score_position="combine"),
     "uneven": Layer(1001, 333, 3, biased=True),
     "uneven interleaved": Layer(1001, 333, 3, "clamped_swiglu", True, True, "activation", True, True),
 }
@@ -45,10 +45,10 @@ ROUTERS = {
 }
 
 
-def plan_of(slots: int) -> Plan:
+def plan_of(slots: int) -> DispatchPlan:
     from toolkit.ops.dispatch_plan.reference import dispatch_plan
 
-    return dispatch_plan(torch.arange(TOKENS * slots).view(TOKENS, slots) % EXPERTS, EXPERTS, 64)
+    return DispatchPlan(*dispatch_plan(torch.arange(TOKENS * slots).view(TOKENS, slots) % EXPERTS, EXPERTS, 64))
 
 
 def experts_case(dtype: torch.dtype, layer: Layer) -> Callable:
@@ -63,7 +63,10 @@ def experts_case(dtype: torch.dtype, layer: Layer) -> Callable:
         up, down = (torch.empty(EXPERTS, *(s[::-1] if layer.transposed else s), dtype=dtype) for s in shapes)
         biases = [torch.empty(EXPERTS, size, dtype=dtype) if layer.biased else None for size in (wide, layer.hidden)]
         x, scores = torch.empty(TOKENS, layer.hidden, dtype=dtype), torch.empty(TOKENS, layer.slots)
-        plan, flags = plan_of(layer.slots), (layer.kind, layer.site, layer.transposed, layer.interleaved)
+        plan, flags = (
+            plan_of(layer.slots),
+            (layer.activation, layer.score_position, layer.transposed, layer.interleaved),
+        )
         _, z = experts(x, scores, up, biases[0], down, biases[1], *plan, *flags)
         needs = (True, True, True, layer.biased, True, layer.biased)
         experts_backward(x, x, scores, z, up, down, biases[1], *plan, *flags, *needs)

@@ -4,14 +4,14 @@ import torch
 from torch import Tensor
 
 
-def tile_bound(slots: int, num_experts: int, tile: int) -> int:
-    """The most tiles that ``slots`` rows can make: every whole one, and a part of one for each expert with rows."""
-    return slots // tile + min(num_experts, slots)
+def tile_bound(pairs: int, num_experts: int, tile: int) -> int:
+    """The largest number of tiles: every full one, and a partial one for each expert with rows."""
+    return pairs // tile + min(num_experts, pairs)
 
 
-def dispatch_plan(experts: Tensor, num_experts: int, tile: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(order [R], rows [T, K], offsets [E + 1], tiles [B, 2]): see ``toolkit.ops.dispatch_plan.dispatch_plan``."""
-    ids = experts.reshape(-1)
+def dispatch_plan(topk_ids: Tensor, num_experts: int, tile: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(order [R], rows [T, K], offsets [E + 1], tiles [B, 2]): see ``toolkit.ops.dispatch_plan.DispatchPlan``."""
+    ids = topk_ids.reshape(-1)
     known = torch.arange(num_experts, device=ids.device)
     kept = (ids >= 0) & (ids < num_experts)
     ids = torch.where(kept, ids, num_experts)
@@ -20,7 +20,7 @@ def dispatch_plan(experts: Tensor, num_experts: int, tile: int) -> tuple[Tensor,
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     rows = torch.empty_like(order)
     rows[order] = torch.arange(len(order), device=ids.device)
-    rows = torch.where(kept, rows, -1).view(experts.shape)
+    rows = torch.where(kept, rows, -1).view(topk_ids.shape)
     ends = (-(-counts // tile)).cumsum(0)  # of the tiles of each expert
     index = torch.arange(tile_bound(len(order), num_experts, tile), device=ids.device)
     owner = torch.searchsorted(ends, index, right=True)
@@ -30,15 +30,15 @@ def dispatch_plan(experts: Tensor, num_experts: int, tile: int) -> tuple[Tensor,
 
 
 def expert_of_rows(order: Tensor, offsets: Tensor) -> Tensor:
-    """[R] the expert of each row of a plan; E for rows of skipped slots."""
+    """[R] the expert of each row of a plan; E for rows of skipped pairs."""
     return torch.searchsorted(offsets[1:].contiguous(), torch.arange(len(order), device=order.device), right=True)
 
 
-def dispatch_plan_fake(experts: Tensor, num_experts: int, tile: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    slots = experts.numel()
+def dispatch_plan_fake(topk_ids: Tensor, num_experts: int, tile: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    pairs = topk_ids.numel()
 
     def like(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.int64, device=experts.device)
+        return torch.empty(shape, dtype=torch.int64, device=topk_ids.device)
 
-    rows = torch.empty(experts.shape, dtype=torch.int64, device=experts.device)
-    return like(slots), rows, like(num_experts + 1), like(tile_bound(slots, num_experts, tile), 2)
+    rows = torch.empty(topk_ids.shape, dtype=torch.int64, device=topk_ids.device)
+    return like(pairs), rows, like(num_experts + 1), like(tile_bound(pairs, num_experts, tile), 2)

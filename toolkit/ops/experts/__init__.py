@@ -1,27 +1,29 @@
-"""The experts of a mixture (Shazeer et al., 2017): two grouped products and what lies between them, as one op."""
+"""The experts of an MoE layer (Shazeer et al., 2017) as one op: two grouped GEMMs and what lies between them."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from toolkit.errors import ToolkitError
+from toolkit.errors import ToolkitError, must_be_one_of
 from toolkit.ops.activation.kinds import find
+from toolkit.ops.dispatch_plan import DispatchPlan
 from toolkit.ops.experts import reference
-from toolkit.ops.grouped_linear import Plan, grouped_linear
+from toolkit.ops.grouped_linear import grouped_linear
 from toolkit.ops.registry import register
 
-__all__ = ["SITES", "experts"]
+__all__ = ["SCORE_POSITIONS", "experts", "is_gated"]
 
-SITES = reference.SITES
-_FLAGS = 4  # kind, site, transposed, interleaved
+SCORE_POSITIONS = reference.SCORE_POSITIONS
+is_gated = reference.is_gated
+_FLAGS = 4  # activation, score_position, transposed, interleaved
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, scores, up, _, down, down_bias, *plan = inputs[:-_FLAGS]
+    x, topk_weights, up, _, down, down_bias, *plan = inputs[:-_FLAGS]
     ctx.flags = inputs[-_FLAGS:]
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(x, scores, output[1], up, down, down_bias, *plan)
+    ctx.save_for_backward(x, topk_weights, output[1], up, down, down_bias, *plan)
 
 
 def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
@@ -32,19 +34,19 @@ def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
 
 _ARGUMENTS = (
     "Tensor up, Tensor? up_bias, Tensor down, Tensor? down_bias, Tensor order, Tensor rows, Tensor offsets,"
-    " Tensor tiles, str kind, str site, bool transposed, bool interleaved"
+    " Tensor tiles, str activation, str score_position, bool transposed, bool interleaved"
 )
 _BACKWARD = register(
-    "experts_backward(Tensor grad, Tensor x, Tensor scores, Tensor z, Tensor up, Tensor down, Tensor? down_bias,"
-    " Tensor order, Tensor rows, Tensor offsets, Tensor tiles, str kind, str site, bool transposed, bool interleaved,"
-    " bool need_x, bool need_scores, bool need_up, bool need_up_bias, bool need_down, bool need_down_bias)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "experts_backward(Tensor grad, Tensor x, Tensor topk_weights, Tensor z, Tensor up, Tensor down, Tensor? down_bias,"
+    " Tensor order, Tensor rows, Tensor offsets, Tensor tiles, str activation, str score_position, bool transposed,"
+    " bool interleaved, bool need_x, bool need_topk_weights, bool need_up, bool need_up_bias, bool need_down,"
+    " bool need_down_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=reference.experts_backward,
     fake=reference.experts_backward_fake,
     triton="toolkit.ops.experts.triton_backward.experts_backward",
 )
 _FORWARD = register(
-    f"experts(Tensor x, Tensor scores, {_ARGUMENTS}) -> (Tensor, Tensor)",
+    f"experts(Tensor x, Tensor topk_weights, {_ARGUMENTS}) -> (Tensor, Tensor)",
     reference=reference.experts,
     fake=reference.experts_fake,
     triton="toolkit.ops.experts.triton.experts",
@@ -54,7 +56,7 @@ _FORWARD = register(
 
 
 class _Recomputed(torch.autograd.Function):
-    """``experts`` that saves no pre-activation: the backward takes the first product again."""
+    """``experts`` that saves no pre-activation: the backward recomputes the first GEMM."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
@@ -64,95 +66,115 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, scores, up, up_bias, down, down_bias, *plan = ctx.saved_tensors
-        _, site, transposed, _ = ctx.flags
-        if site == "input":
-            order, rows, offsets, _ = plan
-            weight = reference.score_of_rows(scores, order, offsets)
-            source = (x[order // max(rows.shape[1], 1)].to(weight.dtype) * weight).to(x.dtype)
-            z = grouped_linear(source, up, up_bias, tuple(plan), transposed=transposed)
+        x, topk_weights, up, up_bias, down, down_bias, *tensors = ctx.saved_tensors
+        plan = DispatchPlan(*tensors)
+        _, score_position, transposed, _ = ctx.flags
+        if score_position == "input":
+            weight = reference.weight_of_rows(topk_weights, plan.order, plan.offsets)
+            source = (x[plan.order // max(plan.rows.shape[1], 1)].to(weight.dtype) * weight).to(x.dtype)
+            z = grouped_linear(source, up, up_bias, plan, transposed=transposed)
         else:
-            z = grouped_linear(x, up, up_bias, tuple(plan), gather=True, transposed=transposed)
+            z = grouped_linear(x, up, up_bias, plan, gather=True, transposed=transposed)
         needs = ctx.needs_input_grad[:6]
-        found = _BACKWARD(grad, x, scores, z, up, down, down_bias, *plan, *ctx.flags, *needs)
+        found = _BACKWARD(grad, x, topk_weights, z, up, down, down_bias, *plan, *ctx.flags, *needs)
         return *(one if need else None for one, need in zip(found, needs)), *[None] * (4 + _FLAGS)
 
 
 def experts(
     x: Tensor,
-    scores: Tensor,
+    topk_weights: Tensor,
     up: Tensor,
     down: Tensor,
-    plan: Plan,
-    kind: str,
+    plan: DispatchPlan,
+    activation: str,
     *,
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
-    site: str = "activation",
+    score_position: str = "activation",
     transposed: bool = False,
     interleaved: bool = False,
     recompute: bool = False,
     impl: str | None = None,
 ) -> Tensor:
-    """``out[t] = sum over slots k of s W_down[e] act(W_up[e] x[t] + b_up[e]) + s b_down[e]``, e and s those of (t, k).
+    """[T, H]: ``out[t] = sum_k w W_down[e] act(W_up[e] x[t] + b_up[e]) + w b_down[e]``, e and w of the pair (t, k).
 
-    plan: of ``toolkit.ops.dispatch_plan`` for T tokens of K slots and E experts; skipped slots add nothing.
-    x: [T, H]; scores: [T, K], the slots' weights s, in x's dtype or float32 (the same for float64).
-    up: [E, G I, H], down: [E, H, I]; ``transposed``: [E, H, G I] and [E, I, H]. up_bias: [E, G I], down_bias: [E, H],
-    or None. G is 2 where there is a gate, gate before up in halves, or taking turns (``interleaved``), else 1.
-    kind: of ``toolkit.ops.gated_activation`` with a gate, of ``toolkit.ops.activation`` without one.
-    site: where s is multiplied in: at the "activation", which leaves an unweighted sum at the end (the same
-    mathematics as at the "combine"), or at the "input", ``W_up[e] (s x)`` and nowhere else (Llama 4).
-    Returns [T, H] in x's dtype. Products add in float32 (float64 for float64); what is stored on the way has x's dtype.
+    Args:
+        x: [T, H]. One dtype with weights and biases: float32, float64, bfloat16 or float16.
+        topk_weights: [T, K], the routing weights w, in x's dtype or float32 (float64 for float64).
+        up: [E, G I, H], or [E, H, G I] where ``transposed``. G is 2 with a gate, else 1.
+        down: [E, H, I], or [E, I, H] where ``transposed``.
+        plan: of ``toolkit.ops.dispatch_plan`` for T tokens with K of E experts; skipped pairs add nothing.
+        activation: a kind of ``toolkit.ops.gated_activation`` with a gate, of ``toolkit.ops.activation`` without one.
+        up_bias: [E, G I] or None.
+        down_bias: [E, H] or None.
+        score_position: where w is applied: at the "activation", which leaves an unweighted sum at the end (the same
+            mathematics as at the "combine"), or at the "input", ``W_up[e] (w x)`` and nowhere else (Llama 4).
+        transposed: layout of the weights, see above.
+        interleaved: gate and up alternate along G I; otherwise the gate is the first half.
+        recompute: save no pre-activation; the backward recomputes the first GEMM, bitwise identical. By device only,
+            without ``impl``.
 
-    Numerics: a token's bits depend on its own row, experts and scores alone, added up in the order of its slots.
-    Gradients reach x, scores, weights and biases; a weight's adds its expert's rows in ascending order. No atomics,
-    the same bits every run, no host sync on CUDA.
-    Saved for backward: x, the pre-activation [R, G I], scores and plan; no activation, none of the experts' outputs.
-    recompute: save no pre-activation either; the backward takes the first product again, to the same bits. By device
-    only, without ``impl``.
-    Raises ToolkitError for an unknown kind or site, or shapes or dtypes that do not fit.
+    Returns:
+        [T, H] in x's dtype.
+
+    Raises:
+        ToolkitError: for an unknown activation or score_position, or shapes or dtypes that do not fit.
+
+    Numerics: batch-invariant: a token depends on its own row, experts and weights alone, summed in order of k. GEMMs
+    accumulate in float32 (float64 for float64); intermediates are stored in x's dtype. Gradients reach x, topk_weights,
+    weights and biases; a weight's adds its expert's rows in ascending order. Deterministic, no atomics, no host sync on
+    CUDA.
+    Saved for backward: x, the pre-activation [R, G I], topk_weights and plan; no activation, no expert outputs.
     """
-    _check(x, scores, up, down, plan, kind, up_bias, down_bias, site, transposed)
-    arguments = (x, scores, up, up_bias, down, down_bias, *plan, kind, site, transposed, interleaved)
+    _check(x, topk_weights, up, down, plan, activation, up_bias, down_bias, score_position, transposed)
+    arguments = (
+        x, topk_weights, up, up_bias, down, down_bias, *plan, activation, score_position, transposed, interleaved
+    )  # fmt: skip
     if recompute and torch.is_grad_enabled():
         return _Recomputed.apply(*arguments)
     return _FORWARD.select(impl)(*arguments)[0]
 
 
 def _check(
-    x: Tensor, scores: Tensor, up: Tensor, down: Tensor, plan: Plan, kind: str, up_bias: Tensor | None,
-    down_bias: Tensor | None, site: str, transposed: bool,
-) -> None:  # fmt: skip
-    """ToolkitError, in one sentence, for arguments that do not fit."""
+    x: Tensor,
+    topk_weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    plan: DispatchPlan,
+    activation: str,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    score_position: str,
+    transposed: bool,
+) -> None:
+    """ToolkitError for arguments that do not fit."""
     _, rows, offsets, _ = plan
-    if site not in SITES:
-        raise ToolkitError(f"site is {site!r}; allowed are {', '.join(SITES)}.")
+    if score_position not in SCORE_POSITIONS:
+        raise ToolkitError(must_be_one_of("score_position", score_position, SCORE_POSITIONS))
     count = len(offsets) - 1
     if up.dim() != 3 or down.dim() != 3 or x.dim() != 2:
         raise ToolkitError(
-            f"experts got x {list(x.shape)}, up {list(up.shape)} and down {list(down.shape)}; allowed are [T, H], "
-            "[E, G I, H] and [E, H, I]."
+            f"experts needs x [T, H], up [E, G I, H] and down [E, H, I], got {list(x.shape)}, {list(up.shape)} and "
+            f"{list(down.shape)}."
         )
-    width = x.shape[1]
+    hidden = x.shape[1]
     outer, wide = (up.shape[1], up.shape[2]) if transposed else (up.shape[2], up.shape[1])
     inner, back = (down.shape[1], down.shape[2]) if transposed else (down.shape[2], down.shape[1])
     gated = wide != inner
-    if (outer, back) != (width, width) or wide not in (inner, 2 * inner) or {up.shape[0], down.shape[0]} != {count}:
+    if (outer, back) != (hidden, hidden) or wide not in (inner, 2 * inner) or {up.shape[0], down.shape[0]} != {count}:
         raise ToolkitError(
-            f"experts got x {list(x.shape)}, up {list(up.shape)}, down {list(down.shape)} and a plan of {count} "
-            "experts; they do not fit together."
+            f"experts needs x, up, down and a plan that fit together, got {list(x.shape)}, {list(up.shape)}, "
+            f"{list(down.shape)} and a plan of {count} experts."
         )
-    find(kind, plain=not gated)
-    if rows.shape[0] != x.shape[0] or scores.shape != rows.shape:
+    find(activation, plain=not gated)
+    if rows.shape[0] != x.shape[0] or topk_weights.shape != rows.shape:
         raise ToolkitError(
-            f"experts got x {list(x.shape)}, scores {list(scores.shape)} and a plan of slots {list(rows.shape)}; "
-            "allowed are [T, H], [T, K] and [T, K]."
+            f"experts needs x [T, H], topk_weights [T, K] and a plan of pairs [T, K], got {list(x.shape)}, "
+            f"{list(topk_weights.shape)} and {list(rows.shape)}."
         )
-    for name, bias, size in (("up_bias", up_bias, wide), ("down_bias", down_bias, width)):
+    for name, bias, size in (("up_bias", up_bias, wide), ("down_bias", down_bias, hidden)):
         if bias is not None and (bias.shape != (count, size) or bias.dtype != x.dtype):
-            raise ToolkitError(
-                f"{name} is {list(bias.shape)} of {bias.dtype}; allowed is [{count}, {size}] of {x.dtype}."
-            )
+            given = f"{list(bias.shape)} of {bias.dtype}"
+            raise ToolkitError(f"{name} must be [{count}, {size}] of {x.dtype}, got {given}.")
     if up.dtype != x.dtype or down.dtype != x.dtype:
-        raise ToolkitError(f"experts got x of {x.dtype}, weights of {up.dtype} and {down.dtype}; they must be equal.")
+        raise ToolkitError(f"experts needs one dtype for x, up and down, got {x.dtype}, {up.dtype} and {down.dtype}.")

@@ -1,5 +1,5 @@
-// experts and its backward on CPU, in phases that are each shared out to all threads: products of all experts at once
-// (native/grouped.h), the activation row by row (gates.h), sums over a token's slots.
+// experts and its backward on CPU, in phases that each use all threads: grouped GEMMs (native/grouped.h), the
+// activation row by row (gates.h), the combine over a token's K rows.
 #include "gates.h"
 #include "grouped.h"
 
@@ -7,43 +7,46 @@ namespace toolkit::experts_op {
 
 using namespace toolkit::grouped;
 
-enum class Site { kActivation, kCombine, kInput };
+enum class ScorePosition { kActivation, kCombine, kInput };
 
-Site site_of(c10::string_view name) {
-  if (name == "activation") return Site::kActivation;
-  if (name == "combine") return Site::kCombine;
-  TORCH_CHECK(name == "input", "experts: site is '", std::string(name), "'; allowed are activation, combine, input.");
-  return Site::kInput;
+ScorePosition position_of(c10::string_view name) {
+  if (name == "activation") return ScorePosition::kActivation;
+  if (name == "combine") return ScorePosition::kCombine;
+  TORCH_CHECK(name == "input", "experts: score_position must be one of activation, combine, input, got '",
+              std::string(name), "'.");
+  return ScorePosition::kInput;
 }
 
-Layout check(const char* op, const Plan& plan, const Tensor& x, const Tensor& scores, const Tensor& up,
+Layout check(const char* op, const Plan& plan, const Tensor& x, const Tensor& topk_weights, const Tensor& up,
              const std::optional<Tensor>& up_bias, const Tensor& down, const std::optional<Tensor>& down_bias,
              bool transposed, bool interleaved) {
   rows::compute_type(x, op);
   const int64_t outputs = transposed ? 2 : 1, inputs = 3 - outputs;
   TORCH_CHECK(x.dim() == 2 && up.dim() == 3 && down.dim() == 3 && x.size(0) == plan.tokens &&
-                  scores.sizes() == plan.rows.sizes() && up.size(0) == plan.experts && down.size(0) == plan.experts &&
+                  topk_weights.sizes() == plan.rows.sizes() && up.size(0) == plan.experts &&
+                  down.size(0) == plan.experts &&
                   up.size(inputs) == x.size(1) && down.size(outputs) == x.size(1) &&
                   (up.size(outputs) == down.size(inputs) || up.size(outputs) == 2 * down.size(inputs)),
-              op, ": got x ", x.sizes(), ", scores ", scores.sizes(), ", up ", up.sizes(), ", down ", down.sizes(),
-              " and a plan of ", plan.tokens, " tokens of ", plan.slots, " slots and ", plan.experts,
-              " experts; they do not fit together.");
+              op, ": x, topk_weights, up, down and the plan must fit together, got ", x.sizes(), ", ",
+              topk_weights.sizes(), ", ", up.sizes(), ", ", down.sizes(), " and a plan of ", plan.tokens, " tokens, ",
+              plan.top_k, " experts per token and ", plan.experts, " experts.");
   for (const auto& [bias, size] : {std::pair{up_bias, up.size(outputs)}, std::pair{down_bias, x.size(1)}})
     TORCH_CHECK(!bias || (bias->dim() == 2 && bias->size(0) == plan.experts && bias->size(1) == size &&
                           bias->scalar_type() == x.scalar_type()),
-                op, ": a bias has shape ", bias ? bias->sizes() : at::IntArrayRef{}, "; allowed is [", plan.experts,
-                ", ", size, "] of ", x.scalar_type(), ".");
-  TORCH_CHECK(up.scalar_type() == x.scalar_type() && down.scalar_type() == x.scalar_type(), op, ": got x of ",
-              x.scalar_type(), ", weights of ", up.scalar_type(), " and ", down.scalar_type(), "; they must be equal.");
+                op, ": a bias must be [", plan.experts, ", ", size, "] of ", x.scalar_type(), ", got ",
+                bias ? bias->sizes() : at::IntArrayRef{}, ".");
+  TORCH_CHECK(up.scalar_type() == x.scalar_type() && down.scalar_type() == x.scalar_type(), op,
+              ": x and weights must have one dtype, got ", x.scalar_type(), ", ", up.scalar_type(), " and ",
+              down.scalar_type(), ".");
   return {down.size(inputs), up.size(outputs) != down.size(inputs), interleaved};
 }
 
-// The slots' scores in the order of the rows.
+// The pairs' routing weights in row order.
 template <typename T>
-std::vector<T> by_row(const Plan& plan, const Tensor& scores) {
+std::vector<T> by_row(const Plan& plan, const Tensor& topk_weights) {
   std::vector<T> found(plan.used);
-  const T* const from = scores.const_data_ptr<T>();
-  for (int64_t r = 0; r < plan.used; ++r) found[r] = from[plan.slot_of[r]];
+  const T* const from = topk_weights.const_data_ptr<T>();
+  for (int64_t r = 0; r < plan.used; ++r) found[r] = from[plan.pair_of[r]];
   return found;
 }
 
@@ -72,16 +75,16 @@ void add_shift(const Plan& plan, const std::vector<T>& factor, const T* shift, i
   });
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& scores, const Tensor& up,
+std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& topk_weights, const Tensor& up,
                                    const std::optional<Tensor>& up_bias, const Tensor& down,
-                                   const std::optional<Tensor>& down_bias, const Tensor& order, const Tensor& slot_rows,
-                                   const Tensor& offsets, const Tensor&, c10::string_view kind, c10::string_view where,
-                                   bool transposed, bool interleaved) {
-  const Plan plan("experts", order, slot_rows, offsets);
-  const Layout layout = check("experts", plan, x, scores, up, up_bias, down, down_bias, transposed, interleaved);
-  const Site site = site_of(where);
+                                   const std::optional<Tensor>& down_bias, const Tensor& order, const Tensor& pair_rows,
+                                   const Tensor& offsets, const Tensor&, c10::string_view activation,
+                                   c10::string_view score_position, bool transposed, bool interleaved) {
+  const Plan plan("experts", order, pair_rows, offsets);
+  const Layout layout = check("experts", plan, x, topk_weights, up, up_bias, down, down_bias, transposed, interleaved);
+  const ScorePosition position = position_of(score_position);
   const auto dtype = x.scalar_type(), type = dtypes::widened(dtype);
-  const Tensor first = rows_adjacent(up), second = rows_adjacent(down), factors = wide(scores, type);
+  const Tensor first = rows_adjacent(up), second = rows_adjacent(down), factors = wide(topk_weights, type);
   std::optional<Tensor> shift_up, shift_down;
   if (up_bias) shift_up = wide(*up_bias, type);
   if (down_bias) shift_down = wide(*down_bias, type);
@@ -90,60 +93,60 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& scores, const 
   dtypes::with_types(dtype, [&](auto compute, auto stored) {
     using T = decltype(compute);
     using S = decltype(stored);
-    const bool at_activation = site == Site::kActivation;
-    const std::vector<T> factor = site == Site::kCombine ? std::vector<T>{} : by_row<T>(plan, factors);
+    const bool at_activation = position == ScorePosition::kActivation;
+    const std::vector<T> factor = position == ScorePosition::kCombine ? std::vector<T>{} : by_row<T>(plan, factors);
     Tensor source = wide(x);
-    if (site == Site::kInput) source = scaled_rows(plan, source, factor).to(dtype).to(type);
-    multiply<T, S>(plan, source, site != Site::kInput, first, !transposed, shift_up, z);
+    if (position == ScorePosition::kInput) source = scaled_rows(plan, source, factor).to(dtype).to(type);
+    multiply<T, S>(plan, source, position != ScorePosition::kInput, first, !transposed, shift_up, z);
     saved = rows::cast(z, dtype);
     if (dtype != type) z = saved.to(type);  // what the backward will read
-    activate(kind, layout, plan.used, z.const_data_ptr<T>(), at_activation ? factor.data() : nullptr,
+    activate(activation, layout, plan.used, z.const_data_ptr<T>(), at_activation ? factor.data() : nullptr,
              a.mutable_data_ptr<T>());
-    const bool narrow = dtype != type;  // what is stored on the way is rounded as if the steps were ops of their own
+    const bool narrow = dtype != type;  // intermediates are rounded as if each step were a separate op
     if (narrow) a = a.to(dtype).to(type);
     multiply<T, S>(plan, a, false, second, !transposed, at_activation ? std::nullopt : shift_down, y);
     if (narrow) y = y.to(dtype).to(type);
-    const T* const slots = factors.const_data_ptr<T>();
+    const T* const weights = factors.const_data_ptr<T>();
     if (narrow && at_activation && down_bias) {
       add_shift(plan, factor, shift_down->const_data_ptr<T>(), x.size(1), y.mutable_data_ptr<T>());
       out = combine<T>(y.to(dtype).to(type), plan.rows, nullptr);
     } else if (at_activation && down_bias) {
-      const Shift<T> shift{shift_down->const_data_ptr<T>(), slots, plan.expert_of_rows()};
+      const Shift<T> shift{shift_down->const_data_ptr<T>(), weights, plan.expert_of_rows()};
       out = combine<T>(y, plan.rows, nullptr, &shift);
     } else {
-      out = combine<T>(y, plan.rows, site == Site::kCombine ? slots : nullptr);
+      out = combine<T>(y, plan.rows, position == ScorePosition::kCombine ? weights : nullptr);
     }
   });
   return {rows::cast(out, dtype), saved};
 }
 
-// What the backward needs, and its steps in the type T of the arithmetic, with weights stored as S.
+// Inputs and steps of the backward in the compute dtype T, with weights stored as S.
 template <typename T, typename S>
 struct Backward {
   const Plan& plan;
   const Layout layout;
-  const Site site;
-  const c10::string_view kind;
+  const ScorePosition position;
+  const c10::string_view activation;
   const bool transposed;
   const Tensor grad, x, factors, z, up, down;  // the first four in T
   const std::optional<Tensor> down_bias;
   const std::vector<T> factor = by_row<T>(plan, factors);
   Tensor a, dz, to_rows;
-  std::vector<T> products = std::vector<T>(plan.used);  // the gradients of the rows' scores
+  std::vector<T> products = std::vector<T>(plan.used);  // the gradients of the rows' routing weights
 
-  const T* scale() const { return site == Site::kInput ? nullptr : factor.data(); }
+  const T* scale() const { return position == ScorePosition::kInput ? nullptr : factor.data(); }
   Tensor rows_of(int64_t width) const { return rows::empty({plan.used, width}, x, x.scalar_type()); }
 
-  // dz, and a times the score where it is multiplied in behind the activation.
+  // dz, and a times the routing weight where that is applied after the activation.
   void through_activation(bool need_dz) {
     a = rows_of(layout.inner);
     if (!need_dz) {
-      activate(kind, layout, plan.used, z.const_data_ptr<T>(), scale(), a.mutable_data_ptr<T>());
+      activate(activation, layout, plan.used, z.const_data_ptr<T>(), scale(), a.mutable_data_ptr<T>());
       return;
     }
     multiply<T, S>(plan, grad, true, down, transposed, {}, a);
     dz = rows_of(layout.width());
-    activate_backward(kind, layout, plan.used, z.const_data_ptr<T>(), scale(), a.mutable_data_ptr<T>(),
+    activate_backward(activation, layout, plan.used, z.const_data_ptr<T>(), scale(), a.mutable_data_ptr<T>(),
                       dz.mutable_data_ptr<T>(), products.data());
   }
 
@@ -152,7 +155,7 @@ struct Backward {
     multiply<T, S>(plan, dz, false, up, transposed, {}, to_rows);
   }
 
-  Tensor to_scores() {
+  Tensor to_topk_weights() {
     Tensor out = rows::empty(factors.sizes(), x, x.scalar_type());
     T* const to = out.mutable_data_ptr<T>();
     std::fill_n(to, out.numel(), T(0));
@@ -161,8 +164,8 @@ struct Backward {
     rows::for_rows(plan.used, width, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
         const int64_t token = plan.token_of[r];
-        T& sum = to[plan.slot_of[r]];
-        if (site == Site::kInput) {
+        T& sum = to[plan.pair_of[r]];
+        if (position == ScorePosition::kInput) {
           sum = dot(to_rows.const_data_ptr<T>() + r * width, x.const_data_ptr<T>() + token * x.stride(0), width);
           continue;
         }
@@ -176,7 +179,7 @@ struct Backward {
   }
 
   Tensor to_x() const {
-    return combine<T>(to_rows, plan.rows, site == Site::kInput ? factors.const_data_ptr<T>() : nullptr);
+    return combine<T>(to_rows, plan.rows, position == ScorePosition::kInput ? factors.const_data_ptr<T>() : nullptr);
   }
   Tensor to_up_bias() const { return sum_rows<T>(plan, dz, false, nullptr); }
   Tensor to_down_bias() const { return sum_rows<T>(plan, grad, true, scale()); }
@@ -184,36 +187,37 @@ struct Backward {
     return transposed ? outer<T>(plan, a, false, grad, true) : outer<T>(plan, grad, true, a, false);
   }
   Tensor to_up() const {
-    const bool scaled = site == Site::kInput;
+    const bool scaled = position == ScorePosition::kInput;
     const Tensor source = scaled ? scaled_rows(plan, x, factor) : x;
     return transposed ? outer<T>(plan, source, !scaled, dz, false) : outer<T>(plan, dz, false, source, !scaled);
   }
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    const Tensor& grad, const Tensor& x, const Tensor& scores, const Tensor& z, const Tensor& up, const Tensor& down,
-    const std::optional<Tensor>& down_bias, const Tensor& order, const Tensor& slot_rows, const Tensor& offsets,
-    const Tensor&, c10::string_view kind, c10::string_view where, bool transposed, bool interleaved, bool need_x,
-    bool need_scores, bool need_up, bool need_up_bias, bool need_down, bool need_down_bias) {
-  const Plan plan("experts_backward", order, slot_rows, offsets);
+    const Tensor& grad, const Tensor& x, const Tensor& topk_weights, const Tensor& z, const Tensor& up,
+    const Tensor& down, const std::optional<Tensor>& down_bias, const Tensor& order, const Tensor& pair_rows,
+    const Tensor& offsets, const Tensor&, c10::string_view activation, c10::string_view score_position, bool transposed,
+    bool interleaved, bool need_x, bool need_topk_weights, bool need_up, bool need_up_bias, bool need_down,
+    bool need_down_bias) {
+  const Plan plan("experts_backward", order, pair_rows, offsets);
   const Layout layout =
-      check("experts_backward", plan, x, scores, up, {}, down, down_bias, transposed, interleaved);
+      check("experts_backward", plan, x, topk_weights, up, {}, down, down_bias, transposed, interleaved);
   TORCH_CHECK(grad.sizes() == x.sizes() && z.dim() == 2 && z.size(0) == plan.count && z.size(1) == layout.width(),
-              "experts_backward: got grad ", grad.sizes(), " and z ", z.sizes(), "; allowed are ", x.sizes(), " and [",
-              plan.count, ", ", layout.width(), "].");
+              "experts_backward: grad and z must be ", x.sizes(), " and [", plan.count, ", ", layout.width(), "], got ",
+              grad.sizes(), " and ", z.sizes(), ".");
   const auto type = dtypes::widened(x.scalar_type());
   std::optional<Tensor> shift;
   if (down_bias) shift = wide(*down_bias, type);
-  Tensor to_x, to_scores, to_up, to_up_bias, to_down, to_down_bias;
+  Tensor to_x, to_topk_weights, to_up, to_up_bias, to_down, to_down_bias;
   dtypes::with_types(x.scalar_type(), [&](auto compute, auto stored) {
     Backward<decltype(compute), decltype(stored)> steps{
-        plan, layout, site_of(where), kind, transposed, rows_adjacent(grad.to(type)), wide(x), wide(scores, type),
-        wide(z, type), rows_adjacent(up), rows_adjacent(down), shift};
-    const bool need_rows = need_x || (need_scores && steps.site == Site::kInput);
-    const bool need_dz = need_rows || need_scores || need_up || need_up_bias;
+        plan, layout, position_of(score_position), activation, transposed, rows_adjacent(grad.to(type)), wide(x),
+        wide(topk_weights, type), wide(z, type), rows_adjacent(up), rows_adjacent(down), shift};
+    const bool need_rows = need_x || (need_topk_weights && steps.position == ScorePosition::kInput);
+    const bool need_dz = need_rows || need_topk_weights || need_up || need_up_bias;
     if (need_dz || need_down) steps.through_activation(need_dz);
     if (need_rows) steps.through_up();
-    if (need_scores) to_scores = steps.to_scores();
+    if (need_topk_weights) to_topk_weights = steps.to_topk_weights();
     if (need_x) to_x = steps.to_x();
     steps.to_rows = Tensor();
     if (need_up) to_up = steps.to_up();
@@ -225,7 +229,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const auto owed = [&](const Tensor& value, const Tensor& like) {
     return value.defined() ? rows::cast(value, like.scalar_type()) : at::empty({0}, like.options());
   };
-  return {owed(to_x, x),   owed(to_scores, scores), owed(to_up, up), owed(to_up_bias, up),
+  return {owed(to_x, x),   owed(to_topk_weights, topk_weights), owed(to_up, up), owed(to_up_bias, up),
           owed(to_down, down), owed(to_down_bias, down)};
 }
 

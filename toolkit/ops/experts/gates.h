@@ -1,4 +1,4 @@
-// The activation between an expert's two products, and its gradient, row by row of the pre-activation.
+// The activation between an expert's two GEMMs, and its gradient, one row of the pre-activation at a time.
 #pragma once
 #include <string_view>
 
@@ -9,7 +9,7 @@ namespace toolkit::experts_op {
 
 using rows::Vec;
 
-// How a row of z [G I] is read: the gate alone, halves, or gate and up taking turns.
+// Layout of a row of z [G I]: no gate, gate and up in halves, or interleaved.
 struct Layout {
   int64_t inner;
   bool gated, interleaved;
@@ -37,7 +37,7 @@ inline Halves<const T> read_halves(const T* row, const Layout& layout, T* memory
   return halves<const T>(memory, layout);
 }
 
-// f and its slopes, to the gate and to up, in one form for plain kinds, gates and functions of both.
+// f and its derivatives by gate and up, in one form for plain activations, gates and functions of both.
 template <typename T, typename F>
 inline Vec<T> value_of(const F& f, const Halves<const T>& z, int64_t i, int64_t lanes) {
   const auto gate = Vec<T>::loadu(z.gate + i, lanes);
@@ -61,19 +61,19 @@ inline activations::Slopes<Vec<T>> slopes_of(const F& f, const Halves<const T>& 
   }
 }
 
-// body(f) for a kind that fits the layout.
+// body(f) for an activation that fits the layout.
 template <typename Body>
-inline void with_fitting_kind(c10::string_view kind, bool gated, const Body& body) {
-  const std::string_view name{kind.data(), kind.size()};
+inline void with_activation(c10::string_view activation, bool gated, const Body& body) {
+  const std::string_view name{activation.data(), activation.size()};
   gated ? activations::with_kind(name, body) : activations::with_plain_kind(name, body);
 }
 
-constexpr int64_t kWeight = 4;  // as for activation: what an exp costs against an add
+constexpr int64_t kWeight = 4;  // cost of an exp relative to an add, as in activation
 
 // a[r] = factor[r] act(z[r]) for `count` rows; a null factor is 1.
 template <typename T>
-void activate(c10::string_view kind, const Layout& layout, int64_t count, const T* z, const T* factor, T* a) {
-  with_fitting_kind(kind, layout.gated, [&](auto f) {
+void activate(c10::string_view activation, const Layout& layout, int64_t count, const T* z, const T* factor, T* a) {
+  with_activation(activation, layout.gated, [&](auto f) {
     rows::for_rows(count, layout.width() * kWeight, [&](int64_t begin, int64_t end) {
       T* const memory = threads::scratch<T, 1>(layout.width());
       for (int64_t r = begin; r < end; ++r) {
@@ -90,10 +90,10 @@ void activate(c10::string_view kind, const Layout& layout, int64_t count, const 
 // Of a row with v the gradient to factor times act(z): dz = factor v act'(z), v becomes factor act(z), and product, the
 // gradient to the factor, is <v, act(z)>.
 template <typename T>
-void activate_backward(c10::string_view kind, const Layout& layout, int64_t count, const T* z, const T* factor, T* v,
-                       T* dz, T* product) {
+void activate_backward(c10::string_view activation, const Layout& layout, int64_t count, const T* z, const T* factor,
+                       T* v, T* dz, T* product) {
   const int64_t n = layout.inner;
-  with_fitting_kind(kind, layout.gated, [&](auto f) {
+  with_activation(activation, layout.gated, [&](auto f) {
     rows::for_rows(count, layout.width() * kWeight, [&](int64_t begin, int64_t end) {
       T* const memory = threads::scratch<T, 1>(2 * layout.width());
       for (int64_t r = begin; r < end; ++r) {

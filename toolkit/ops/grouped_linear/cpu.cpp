@@ -1,4 +1,4 @@
-// grouped_linear, combine and their backwards on CPU: checks and dtypes; the products are native/grouped.h.
+// grouped_linear, combine and their backwards on CPU: checks and dtypes; the grouped GEMMs are native/grouped.h.
 #include "grouped.h"
 
 namespace toolkit::grouped_linear_op {
@@ -10,20 +10,19 @@ void check(const char* op, const Plan& plan, const Tensor& x, const Tensor& weig
   rows::compute_type(x, op);
   TORCH_CHECK(weight.dim() == 3 && weight.size(0) == plan.experts && x.dim() == 2 &&
                   x.size(0) == (gather ? plan.tokens : plan.count) && x.size(1) == weight.size(transposed ? 1 : 2),
-              op, ": got x ", x.sizes(), " and weight ", weight.sizes(), " for a plan of ", plan.tokens, " tokens, ",
-              plan.count, " rows and ", plan.experts, " experts; allowed are [R, D], or [T, D] with gather, and ",
-              "[E, N, D], or [E, D, N] transposed.");
+              op, ": x must be [R, D], or [T, D] with gather, and weight [E, N, D], or [E, D, N] transposed, got ",
+              x.sizes(), " and ", weight.sizes(), " for a plan of ", plan.tokens, " tokens, ", plan.count, " rows and ",
+              plan.experts, " experts.");
   TORCH_CHECK(weight.scalar_type() == x.scalar_type() && (!bias || bias->scalar_type() == x.scalar_type()), op,
-              ": got x of ", x.scalar_type(), " and weight of ", weight.scalar_type(), "; they must be equal.");
+              ": x and weight must have one dtype, got ", x.scalar_type(), " and ", weight.scalar_type(), ".");
   const int64_t outputs = weight.size(transposed ? 2 : 1);
   TORCH_CHECK(!bias || (bias->dim() == 2 && bias->size(0) == plan.experts && bias->size(1) == outputs), op,
-              ": bias has shape ", bias ? bias->sizes() : at::IntArrayRef{}, "; allowed is [", plan.experts, ", ",
-              outputs, "].");
+              ": bias must be [", plan.experts, ", ", outputs, "], got ", bias ? bias->sizes() : at::IntArrayRef{}, ".");
 }
 
 Tensor grouped_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& order,
-                      const Tensor& slot_rows, const Tensor& offsets, const Tensor&, bool gather, bool transposed) {
-  const Plan plan("grouped_linear", order, slot_rows, offsets);
+                      const Tensor& pair_rows, const Tensor& offsets, const Tensor&, bool gather, bool transposed) {
+  const Plan plan("grouped_linear", order, pair_rows, offsets);
   check("grouped_linear", plan, x, weight, bias, gather, transposed);
   const Tensor source = wide(x), matrices = rows_adjacent(weight);
   std::optional<Tensor> shift;
@@ -36,16 +35,15 @@ Tensor grouped_linear(const Tensor& x, const Tensor& weight, const std::optional
 }
 
 std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
-                                                           const Tensor& order, const Tensor& slot_rows,
+                                                           const Tensor& order, const Tensor& pair_rows,
                                                            const Tensor& offsets, const Tensor&, bool gather,
                                                            bool transposed, bool need_x, bool need_weight,
                                                            bool need_bias) {
-  const Plan plan("grouped_linear_backward", order, slot_rows, offsets);
+  const Plan plan("grouped_linear_backward", order, pair_rows, offsets);
   check("grouped_linear_backward", plan, x, weight, {}, gather, transposed);
   const int64_t outputs = weight.size(transposed ? 2 : 1);
   TORCH_CHECK(grad.dim() == 2 && grad.size(0) == plan.count && grad.size(1) == outputs,
-              "grouped_linear_backward: grad has shape ", grad.sizes(), "; allowed is [", plan.count, ", ", outputs,
-              "].");
+              "grouped_linear_backward: grad must be [", plan.count, ", ", outputs, "], got ", grad.sizes(), ".");
   const Tensor source = wide(x), g = rows_adjacent(grad.to(source.scalar_type())), matrices = rows_adjacent(weight);
   const auto type = source.scalar_type();
   Tensor to_x = at::empty({0}, x.options()), to_weight = at::empty({0}, x.options()), to_bias = to_weight.clone();
@@ -64,21 +62,22 @@ std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(const Tensor& grad, c
           rows::cast(to_bias, x.scalar_type())};
 }
 
-// The rows of a plan given alone: within y, and none twice.
-void check_rows(const char* op, const Tensor& y, const Tensor& slot_rows, const std::optional<Tensor>& weights) {
+// Checks the rows of a plan that is given without its order and offsets.
+void check_rows(const char* op, const Tensor& y, const Tensor& pair_rows, const std::optional<Tensor>& weights) {
   rows::compute_type(y, op);
-  TORCH_CHECK(y.dim() == 2 && slot_rows.dim() == 2 && slot_rows.scalar_type() == at::kLong &&
-                  (!weights || weights->sizes() == slot_rows.sizes()),
-              op, ": got y ", y.sizes(), ", rows ", slot_rows.sizes(), " of ", slot_rows.scalar_type(), " and weights ",
-              weights ? weights->sizes() : at::IntArrayRef{}, "; allowed are [R, N], int64 [T, K] and [T, K] or None.");
-  const int64_t* row = slot_rows.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < slot_rows.numel(); ++i)
-    TORCH_CHECK_INDEX(row[i] >= -1 && row[i] < y.size(0), op, ": rows hold ", row[i], "; allowed are -1 to ",
-                      y.size(0) - 1, ".");
+  TORCH_CHECK(y.dim() == 2 && pair_rows.dim() == 2 && pair_rows.scalar_type() == at::kLong &&
+                  (!weights || weights->sizes() == pair_rows.sizes()),
+              op, ": y must be [R, N], rows int64 [T, K] and weights [T, K] or None, got ", y.sizes(), ", ",
+              pair_rows.scalar_type(), " ", pair_rows.sizes(), " and ", weights ? weights->sizes() : at::IntArrayRef{},
+              ".");
+  const int64_t* row = pair_rows.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < pair_rows.numel(); ++i)
+    TORCH_CHECK_INDEX(row[i] >= -1 && row[i] < y.size(0), op, ": rows must be >= -1 and < ", y.size(0), ", got ",
+                      row[i], ".");
 }
 
-Tensor combine_forward(const Tensor& y, const Tensor& slot_rows, const std::optional<Tensor>& weights) {
-  const Tensor taken = slot_rows.contiguous(), source = wide(y);
+Tensor combine_forward(const Tensor& y, const Tensor& pair_rows, const std::optional<Tensor>& weights) {
+  const Tensor taken = pair_rows.contiguous(), source = wide(y);
   check_rows("combine", y, taken, weights);
   Tensor out;
   rows::by_type(source.scalar_type(), [&](auto zero) {
@@ -89,14 +88,14 @@ Tensor combine_forward(const Tensor& y, const Tensor& slot_rows, const std::opti
   return rows::cast(out, y.scalar_type());
 }
 
-std::tuple<Tensor, Tensor> combine_backward(const Tensor& grad, const Tensor& y, const Tensor& slot_rows,
+std::tuple<Tensor, Tensor> combine_backward(const Tensor& grad, const Tensor& y, const Tensor& pair_rows,
                                             const std::optional<Tensor>& weights, bool need_y, bool need_weights) {
-  const Tensor taken = slot_rows.contiguous(), source = wide(y), g = wide(grad, source.scalar_type());
+  const Tensor taken = pair_rows.contiguous(), source = wide(y), g = wide(grad, source.scalar_type());
   check_rows("combine_backward", y, taken, weights);
-  const int64_t slots = taken.size(1), width = y.size(1);
+  const int64_t top_k = taken.size(1), width = y.size(1);
   TORCH_CHECK(g.dim() == 2 && g.size(0) == taken.size(0) && g.size(1) == width && (weights || !need_weights),
-              "combine_backward: grad has shape ", grad.sizes(), "; allowed is [", taken.size(0), ", ", width,
-              "], and weights where their gradient is wanted.");
+              "combine_backward: grad must be [", taken.size(0), ", ", width,
+              "], and weights are needed for their gradient, got grad ", grad.sizes(), ".");
   const auto type = source.scalar_type();
   Tensor to_y = need_y ? rows::empty(y.sizes(), y, type).zero_() : at::empty({0}, y.options());
   Tensor to_weights = need_weights ? rows::empty(taken.sizes(), y, type) : at::empty({0}, y.options());
@@ -109,12 +108,12 @@ std::tuple<Tensor, Tensor> combine_backward(const Tensor& grad, const Tensor& y,
     T* const rows_out = need_y ? to_y.mutable_data_ptr<T>() : nullptr;
     T* const products = need_weights ? to_weights.mutable_data_ptr<T>() : nullptr;
     rows::for_rows(taken.numel(), width, [&](int64_t begin, int64_t end) {
-      for (int64_t slot = begin; slot < end; ++slot) {
-        const int64_t row = row_of[slot];
-        const T* const token = at_g + slot / slots * width;
-        if (products != nullptr) products[slot] = row < 0 ? T(0) : dot(token, from + row * source.stride(0), width);
+      for (int64_t pair = begin; pair < end; ++pair) {
+        const int64_t row = row_of[pair];
+        const T* const token = at_g + pair / top_k * width;
+        if (products != nullptr) products[pair] = row < 0 ? T(0) : dot(token, from + row * source.stride(0), width);
         if (rows_out == nullptr || row < 0) continue;
-        const Vec<T> weight(factor == nullptr ? T(1) : factor[slot]);
+        const Vec<T> weight(factor == nullptr ? T(1) : factor[pair]);
         rows::for_vectors<T>(width, [&](int64_t i, int64_t lanes) {
           (Vec<T>::loadu(token + i, lanes) * weight).store(rows_out + row * width + i, lanes);
         });

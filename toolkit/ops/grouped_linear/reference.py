@@ -1,6 +1,6 @@
-"""Products of rows with their experts' weights, and the sum over a token's rows, in plain torch: the specification.
+"""Grouped GEMMs and the combine over a token's rows, in plain torch: the specification.
 
-T tokens, K slots a token, R = T K rows, E experts; rows from offsets[E] on are zeros and have no gradient.
+T tokens, K experts per token, R = T K rows, E experts; rows from offsets[E] on are zeros and have no gradient.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from toolkit.ops.rowwise import widened
 
 
 def spans(offsets: Tensor) -> Iterator[tuple[int, slice]]:
-    """(expert, its rows) for every expert that has rows."""
+    """Yields (expert, its rows) for every expert that has rows."""
     for expert, (begin, end) in enumerate(pairwise(offsets.tolist())):
         if end > begin:
             yield expert, slice(begin, end)
@@ -42,7 +42,7 @@ def grouped_linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients to x, weight and bias [E, N]; an empty tensor for one that is not needed.
 
-    ``dx = g W_e`` a row, with ``gather`` summed over a token's rows in the order of its slots; ``dW_e = g^T x`` and
+    ``dx = g W_e`` per row, with ``gather`` summed over a token's rows in order of k; ``dW_e = g^T x`` and
     ``db_e = sum g`` over the rows of e, ascending.
     """
     to_rows = x.new_zeros(rows.numel(), x.shape[1], dtype=widened(x[:0]).dtype)
@@ -54,8 +54,8 @@ def grouped_linear_backward(
         if need_x:
             to_rows[span] = g @ (matrix.T if transposed else matrix)
         if need_weight:
-            product = g.T @ source
-            to_weight[expert] = (product.T if transposed else product).to(weight.dtype)
+            outer = g.T @ source
+            to_weight[expert] = (outer.T if transposed else outer).to(weight.dtype)
         if need_bias:
             to_bias[expert] = g.sum(0).to(weight.dtype)
     to_x = combine(to_rows, rows, None) if gather and need_x else to_rows
@@ -86,47 +86,47 @@ def grouped_linear_backward_fake(
     )
 
 
-def combine(y: Tensor, rows: Tensor, weights: Tensor | None) -> Tensor:
-    """out [T, N] = sum over k, ascending, of weights[t, k] y[rows[t, k]]; slots of row -1 add nothing."""
+def combine(y: Tensor, rows: Tensor, topk_weights: Tensor | None) -> Tensor:
+    """out [T, N] = sum over k, ascending, of topk_weights[t, k] y[rows[t, k]]; pairs of row -1 add nothing."""
     out = widened(y).new_zeros(rows.shape[0], y.shape[1])
     for k in range(rows.shape[1]):
         row = rows[:, k]
         part = widened(y)[row.clamp_min(0)] if y.shape[0] else out
-        if weights is not None:
-            part = part * widened(weights[:, k : k + 1], y)
+        if topk_weights is not None:
+            part = part * widened(topk_weights[:, k : k + 1], y)
         out = out + torch.where(row[:, None] >= 0, part, 0.0)
     return out.to(y.dtype)
 
 
 def combine_backward(
-    grad: Tensor, y: Tensor, rows: Tensor, weights: Tensor | None, need_y: bool, need_weights: bool
+    grad: Tensor, y: Tensor, rows: Tensor, topk_weights: Tensor | None, need_y: bool, need_weights: bool
 ) -> tuple[Tensor, Tensor]:
-    """dy [R, N] = weight times grad of the row's token (0 for rows of no slot); dweights [T, K] = <grad, y>."""
+    """dy [R, N] = weight times grad of the row's token (0 for rows of no pair); dweights [T, K] = <grad, y>."""
     g, kept = widened(grad), rows >= 0
     none = y.new_empty(0)
     to_y, to_weights = none, none.clone()
     if need_y:
         to_y = g.new_zeros(y.shape)
-        factor = g.new_ones(rows.shape) if weights is None else widened(weights, y)
+        factor = g.new_ones(rows.shape) if topk_weights is None else widened(topk_weights, y)
         to_y[rows[kept]] = (g[:, None, :] * factor[..., None])[kept]
         to_y = to_y.to(y.dtype)
     if need_weights:
-        assert weights is not None
-        products = g.new_zeros(rows.shape)
-        products[kept] = (g[:, None, :].expand(*rows.shape, -1)[kept] * widened(y)[rows[kept]]).sum(-1)
-        to_weights = products.to(weights.dtype)
+        assert topk_weights is not None
+        dots = g.new_zeros(rows.shape)
+        dots[kept] = (g[:, None, :].expand(*rows.shape, -1)[kept] * widened(y)[rows[kept]]).sum(-1)
+        to_weights = dots.to(topk_weights.dtype)
     return to_y, to_weights
 
 
-def combine_fake(y: Tensor, rows: Tensor, weights: Tensor | None) -> Tensor:
+def combine_fake(y: Tensor, rows: Tensor, topk_weights: Tensor | None) -> Tensor:
     return y.new_empty(rows.shape[0], y.shape[1])
 
 
 def combine_backward_fake(
-    grad: Tensor, y: Tensor, rows: Tensor, weights: Tensor | None, need_y: bool, need_weights: bool
+    grad: Tensor, y: Tensor, rows: Tensor, topk_weights: Tensor | None, need_y: bool, need_weights: bool
 ) -> tuple[Tensor, Tensor]:
     none = y.new_empty(0)
     to_y = torch.empty(y.shape, dtype=y.dtype, device=y.device) if need_y else none
-    if not need_weights or weights is None:
+    if not need_weights or topk_weights is None:
         return to_y, none.clone()
-    return to_y, torch.empty(weights.shape, dtype=weights.dtype, device=y.device)
+    return to_y, torch.empty(topk_weights.shape, dtype=topk_weights.dtype, device=y.device)

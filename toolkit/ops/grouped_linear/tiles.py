@@ -16,7 +16,7 @@ _PRODUCT = {
 }
 PRODUCT = TileTable("grouped_linear", for_any_size(_PRODUCT), _UNALIGNED)
 
-# The GEMM of the backward between the two weights, whose epilogue holds activations, slopes and scores as well.
+# The backward's GEMM between the two weights, whose epilogue also holds activations, derivatives and routing weights.
 _INNER = {
     "sm_80": {2: GemmTile(64, 64, 32, 8, 4), 4: GemmTile(64, 64, 16, 8, 3)},
     "sm_90": {2: GemmTile(64, 64, 64, 8, 4), 4: GemmTile(64, 64, 16, 8, 3)},

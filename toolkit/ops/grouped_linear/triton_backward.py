@@ -1,7 +1,7 @@
-"""Backward of ``grouped_linear`` in Triton: the product with turned weights, and sums over the rows of an expert.
+"""Backward of ``grouped_linear`` in Triton: a GEMM with the transposed weights, and sums over the rows of an expert.
 
-One program owns a tile of one expert's gradient and adds that expert's rows in ascending order: no atomics, no partial
-sums, and zeros of its own for an expert without rows.
+A program owns a tile of one expert's gradient and adds that expert's rows in ascending order: no atomics, no partial
+sums, and an expert without rows gets zeros.
 """
 
 import torch
@@ -11,18 +11,19 @@ from torch import Tensor
 
 from toolkit.ops import triton_devices
 from toolkit.ops.grouped_linear import tiles as table
-from toolkit.ops.grouped_linear.triton import Matrices, product, source_rows
+from toolkit.ops.grouped_linear.triton import grouped_gemm
 from toolkit.ops.grouped_linear.triton_combine import combine
+from toolkit.ops.grouped_linear.triton_gemm import ExpertMatrices, source_rows
 from toolkit.ops.linear.triton import aligned_rows
 from toolkit.ops.triton_rows import EXACT
 
-_SUMMED = (16, 128)  # rows and columns that a program of a bias' gradient holds
+_SUMMED = (16, 128)  # rows and columns per program of a bias' gradient
 
 
 @triton.jit
 def expert_outer(
     left, right, out, order, offsets, height, width, stride_l, stride_r,
-    SLOTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    TOP_K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr,
 ):  # fmt: skip
     """A tile of out[e, a, b] = sum over the rows r of e, ascending, of left[r, a] * right[r, b]."""
@@ -36,8 +37,8 @@ def expert_outer(
     for start in range(0, count, DEPTH):
         step = start + tl.arange(0, DEPTH)
         ok = step < count
-        from_left = source_rows(order, begin + step, ok, SLOTS, GATHER_LEFT)
-        from_right = source_rows(order, begin + step, ok, SLOTS, GATHER_RIGHT)
+        from_left = source_rows(order, begin + step, ok, TOP_K, GATHER_LEFT)
+        from_right = source_rows(order, begin + step, ok, TOP_K, GATHER_RIGHT)
         one = tl.load(
             left + from_left[None, :] * stride_l + a[:, None], mask=ok[None, :] & (a < height)[:, None], other=0.0
         )
@@ -45,16 +46,16 @@ def expert_outer(
             right + from_right[:, None] * stride_r + b[None, :], mask=ok[:, None] & (b < width)[None, :], other=0.0
         )
         acc = tl.dot(one, other, acc, input_precision="ieee")
-    place = (expert * height + a[:, None]) * width + b[None, :]
-    tl.store(out + place, acc.to(out.dtype.element_ty), mask=(a < height)[:, None] & (b < width)[None, :])
+    at = (expert * height + a[:, None]) * width + b[None, :]
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=(a < height)[:, None] & (b < width)[None, :])
 
 
 @triton.jit
 def expert_sum(
-    grad, scores, out, order, offsets, width, stride_g,
-    SLOTS: tl.constexpr, GATHER: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    grad, topk_weights, out, order, offsets, width, stride_g,
+    TOP_K: tl.constexpr, GATHER: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out[e, n] = the sum of grad[r, n] over the rows r of e, times their scores where SCALED."""
+    """out[e, n] = the sum of grad[r, n] over the rows r of e, times their routing weights where SCALED."""
     expert = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     begin = tl.load(offsets + expert)
@@ -63,20 +64,20 @@ def expert_sum(
     for first in range(begin, end, ROWS):
         row = first + tl.arange(0, ROWS)
         ok = row < end
-        source = source_rows(order, row, ok, SLOTS, GATHER)
+        source = source_rows(order, row, ok, TOP_K, GATHER)
         mask = ok[:, None] & (column < width)[None, :]
         part = tl.load(grad + source[:, None] * stride_g + column[None, :], mask=mask, other=0.0).to(tl.float32)
         if SCALED:
-            slot = tl.load(order + row, mask=ok, other=0)
-            part *= tl.load(scores + slot, mask=ok, other=0.0).to(tl.float32)[:, None]
+            pair = tl.load(order + row, mask=ok, other=0)
+            part *= tl.load(topk_weights + pair, mask=ok, other=0.0).to(tl.float32)[:, None]
         total += part
     tl.store(out + expert * width + column, tl.sum(total, 0).to(out.dtype.element_ty), mask=column < width)
 
 
 def outer(
-    left: Tensor, right: Tensor, order: Tensor, offsets: Tensor, slots: int, gather_left: bool, gather_right: bool
+    left: Tensor, right: Tensor, order: Tensor, offsets: Tensor, top_k: int, gather_left: bool, gather_right: bool
 ) -> Tensor:
-    """[E, A, B]: an expert's ``left[r]^T right[r]`` summed over its rows; operands [R, .], or [T, .] to gather from."""
+    """[E, A, B]: ``left[r]^T right[r]`` summed over each expert's rows; operands [R, .], or [T, .] to gather from."""
     one, other = aligned_rows(left), aligned_rows(right)
     experts, height, width = len(offsets) - 1, left.shape[1], right.shape[1]
     out = torch.empty(experts, height, width, dtype=left.dtype, device=left.device)
@@ -84,47 +85,82 @@ def outer(
         arch = triton_devices.architecture(left.device)
         size = table.OUTER.find(arch, left.dtype, row_widths=(height, width))
         expert_outer[(triton.cdiv(height, size.rows) * triton.cdiv(width, size.columns), experts)](
-            one, other, out, order, offsets, height, width, one.stride(0), other.stride(0),
-            SLOTS=slots, ROWS=size.rows, COLUMNS=size.columns, DEPTH=size.depth,
-            GATHER_LEFT=gather_left, GATHER_RIGHT=gather_right,
+            left=one,
+            right=other,
+            out=out,
+            order=order,
+            offsets=offsets,
+            height=height,
+            width=width,
+            stride_l=one.stride(0),
+            stride_r=other.stride(0),
+            TOP_K=top_k,
+            ROWS=size.rows,
+            COLUMNS=size.columns,
+            DEPTH=size.depth,
+            GATHER_LEFT=gather_left,
+            GATHER_RIGHT=gather_right,
             **size.options(),
-        )  # fmt: skip
+        )
     return out
 
 
-def sums(grad: Tensor, scores: Tensor | None, order: Tensor, offsets: Tensor, slots: int, gather: bool) -> Tensor:
-    """[E, N]: the rows of ``grad`` [R, N], or [T, N] with ``gather``, summed an expert, times ``scores`` if given."""
+def sums(grad: Tensor, topk_weights: Tensor | None, order: Tensor, offsets: Tensor, top_k: int, gather: bool) -> Tensor:
+    """[E, N]: the rows of ``grad`` [R, N], or [T, N] with ``gather``, times ``topk_weights`` if given, per expert."""
     flat = aligned_rows(grad)
     experts, width = len(offsets) - 1, grad.shape[1]
     out = torch.empty(experts, width, dtype=grad.dtype, device=grad.device)
     if out.numel():
         rows, block = _SUMMED
         expert_sum[(triton.cdiv(width, block), experts)](
-            flat, flat if scores is None else scores.contiguous(), out, order, offsets, width, flat.stride(0),
-            SLOTS=slots, GATHER=gather, SCALED=scores is not None, ROWS=rows, BLOCK=block,
-            num_warps=4, num_stages=1, **EXACT,
-        )  # fmt: skip
+            grad=flat,
+            topk_weights=flat if topk_weights is None else topk_weights.contiguous(),
+            out=out,
+            order=order,
+            offsets=offsets,
+            width=width,
+            stride_g=flat.stride(0),
+            TOP_K=top_k,
+            GATHER=gather,
+            SCALED=topk_weights is not None,
+            ROWS=rows,
+            BLOCK=block,
+            num_warps=4,
+            num_stages=1,
+            **EXACT,
+        )
     return out
 
 
 def grouped_linear_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, order: Tensor, rows: Tensor, offsets: Tensor, tiles: Tensor,
-    gather: bool, transposed: bool, need_x: bool, need_weight: bool, need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    order: Tensor,
+    rows: Tensor,
+    offsets: Tensor,
+    tiles: Tensor,
+    gather: bool,
+    transposed: bool,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """``toolkit::grouped_linear_backward``: gradients to x, weight, bias; an empty tensor for one not needed.
 
     With ``gather`` the rows' gradients to x are rounded to its dtype before a token's are added.
     """
     triton_devices.check_dtype("grouped_linear_backward", x.dtype)
-    slots = max(rows.shape[1], 1)
+    top_k = max(rows.shape[1], 1)
     none = x.new_empty(0)
     to_x, to_weight, to_bias = none, none.clone(), none.clone()
     if need_x:
-        to_x = product(grad, Matrices.of(weight, not transposed), None, None, order, offsets, tiles, slots, False)
+        matrices = ExpertMatrices.of(weight, not transposed)
+        to_x = grouped_gemm(grad, matrices, None, None, order, offsets, tiles, top_k, False)
         to_x = combine(to_x, rows, None) if gather else to_x
     if need_weight:
         pair, gathered = ((x, grad), (gather, False)) if transposed else ((grad, x), (False, gather))
-        to_weight = outer(*pair, order, offsets, slots, *gathered)
+        to_weight = outer(*pair, order, offsets, top_k, *gathered)
     if need_bias:
-        to_bias = sums(grad, None, order, offsets, slots, False)
+        to_bias = sums(grad, None, order, offsets, top_k, False)
     return to_x, to_weight, to_bias

@@ -1,4 +1,4 @@
-// What the ops of a mixture of experts share on the CPU: the plan, products of all experts at once, sums over slots.
+// Shared by the MoE ops on CPU: the dispatch plan, grouped GEMMs, and the combine over a token's K rows.
 #pragma once
 #include "outer.h"
 #include "rows.h"
@@ -8,27 +8,27 @@ namespace toolkit::grouped {
 using at::Tensor;
 using rows::Vec;
 
-// A dispatch plan of T tokens, K slots and E experts, checked: what it points to lies within what it indexes.
+// A dispatch plan of T tokens, K experts per token and E experts, with its indices checked against their bounds.
 struct Plan {
   Plan(const char* op, const Tensor& order_, const Tensor& rows_, const Tensor& offsets_)
       : order(order_.contiguous()), rows(rows_.contiguous()), offsets(offsets_.contiguous()) {
     TORCH_CHECK(rows.dim() == 2 && order.dim() == 1 && offsets.dim() == 1 && order.numel() == rows.numel() &&
                     offsets.numel() >= 1 && order.scalar_type() == at::kLong && rows.scalar_type() == at::kLong &&
                     offsets.scalar_type() == at::kLong,
-                op, ": the plan has order ", order.sizes(), ", rows ", rows.sizes(), " and offsets ", offsets.sizes(),
-                "; allowed are int64 [T K], [T, K] and [E + 1].");
-    tokens = rows.size(0), slots = rows.size(1), experts = offsets.numel() - 1, count = order.numel();
+                op, ": the plan must have int64 order [T K], rows [T, K] and offsets [E + 1], got ", order.sizes(), ", ",
+                rows.sizes(), " and ", offsets.sizes(), ".");
+    tokens = rows.size(0), top_k = rows.size(1), experts = offsets.numel() - 1, count = order.numel();
     begin = offsets.const_data_ptr<int64_t>();
     row_of = rows.const_data_ptr<int64_t>();
-    slot_of = order.const_data_ptr<int64_t>();
+    pair_of = order.const_data_ptr<int64_t>();
     used = begin[experts];
     bool sound = begin[0] == 0 && used <= count;
     for (int64_t e = 0; e < experts; ++e) sound = sound && begin[e] <= begin[e + 1];
     for (int64_t r = 0; r < count; ++r) sound = sound && row_of[r] >= -1 && row_of[r] < used;
     token_of.resize(sound ? used : 0);
     for (size_t r = 0; r < token_of.size(); ++r) {
-      sound = sound && slot_of[r] >= 0 && slot_of[r] < count;
-      token_of[r] = slot_of[r] / slots;
+      sound = sound && pair_of[r] >= 0 && pair_of[r] < count;
+      token_of[r] = pair_of[r] / top_k;
     }
     TORCH_CHECK(sound, op, ": the plan's order, rows or offsets point outside of its ", count, " rows.");
   }
@@ -47,18 +47,18 @@ struct Plan {
   }
 
   Tensor order, rows, offsets;
-  int64_t tokens, slots, experts, count, used;  // count = T K; rows from `used` on belong to nobody
-  const int64_t *begin, *row_of, *slot_of;
+  int64_t tokens, top_k, experts, count, used;  // count = T K; rows from `used` on belong to no expert
+  const int64_t *begin, *row_of, *pair_of;
   std::vector<int64_t> token_of;  // of each used row
 };
 
-// Tensors in the type of the arithmetic, elements of a row adjacent; the same tensor when there is nothing to do.
+// Tensors in the compute dtype with unit stride along a row; the same tensor where it has both already.
 inline Tensor rows_adjacent(const Tensor& x) { return x.dim() == 0 || x.stride(-1) == 1 ? x : x.contiguous(); }
 inline Tensor wide(const Tensor& x) { return rows_adjacent(x.to(dtypes::widened(x.scalar_type()))); }
 inline Tensor wide(const Tensor& x, at::ScalarType type) { return x.to(type).contiguous(); }
 
 // out[r] = W_e x[r] + bias[e] for the rows r of every expert e. x: row r of `x`, or of its token where `gather`.
-// `by_outputs`: W_e[n, k] lies as [E, N, K], else as [E, K, N]. Rows of nobody are zeros where out has them.
+// `by_outputs`: W_e[n, k] lies as [E, N, K], else as [E, K, N]. Rows of no expert are zeros where out has them.
 template <typename T, typename S>
 void multiply(const Plan& plan, const Tensor& x, bool gather, const Tensor& weight, bool by_outputs,
               const std::optional<Tensor>& bias, Tensor& out) {
@@ -121,35 +121,34 @@ Tensor sum_rows(const Plan& plan, const Tensor& x, bool gather, const T* factor)
   return out;
 }
 
-// A bias of each expert, times the slot's score.
+// A bias per expert, times the pair's routing weight.
 template <typename T>
 struct Shift {
-  const T *bias, *scores;
+  const T *bias, *topk_weights;
   std::vector<int64_t> expert_of_row;
 };
 
-// out[t] = sum over its slots k, ascending, of w[t, k] (y[r] + shift), r = rows[t, k]; slots of row -1 add nothing.
+// out[t] = sum over k, ascending, of w[t, k] (y[r] + shift), r = rows[t, k]; pairs of row -1 add nothing.
 // weights may be null for ones, shift for none.
-
 template <typename T>
-Tensor combine(const Tensor& y, const Tensor& slot_rows, const T* weights, const Shift<T>* shift = nullptr) {
-  const int64_t tokens = slot_rows.size(0), slots = slot_rows.size(1), width = y.size(1);
+Tensor combine(const Tensor& y, const Tensor& pair_rows, const T* weights, const Shift<T>* shift = nullptr) {
+  const int64_t tokens = pair_rows.size(0), top_k = pair_rows.size(1), width = y.size(1);
   Tensor out = rows::empty({tokens, width}, y, y.scalar_type());
   const T* const from = y.const_data_ptr<T>();
-  const int64_t* const row_of = slot_rows.const_data_ptr<int64_t>();
+  const int64_t* const row_of = pair_rows.const_data_ptr<int64_t>();
   T* const to = out.mutable_data_ptr<T>();
-  rows::for_rows(tokens, width * std::max<int64_t>(1, slots), [&](int64_t begin, int64_t end) {
+  rows::for_rows(tokens, width * std::max<int64_t>(1, top_k), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t)
       rows::for_vectors<T>(width, [&](int64_t i, int64_t lanes) {
         Vec<T> sum(0);
-        for (int64_t slot = t * slots; slot < (t + 1) * slots; ++slot) {
-          const int64_t row = row_of[slot];
+        for (int64_t pair = t * top_k; pair < (t + 1) * top_k; ++pair) {
+          const int64_t row = row_of[pair];
           if (row < 0) continue;
           Vec<T> part = Vec<T>::loadu(from + row * y.stride(0) + i, lanes);
           if (shift != nullptr)
-            part = part + Vec<T>(shift->scores[slot]) *
+            part = part + Vec<T>(shift->topk_weights[pair]) *
                               Vec<T>::loadu(shift->bias + shift->expert_of_row[row] * width + i, lanes);
-          sum = sum + (weights == nullptr ? part : part * Vec<T>(weights[slot]));
+          sum = sum + (weights == nullptr ? part : part * Vec<T>(weights[pair]));
         }
         sum.store(to + t * width + i, lanes);
       });

@@ -1,4 +1,4 @@
-"""The router of a mixture of experts: which experts a token goes to, and with which weights."""
+"""The router of an MoE layer: which experts a token goes to, and with which weights."""
 
 from typing import Any
 
@@ -13,26 +13,28 @@ __all__ = ["route"]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    logits, _, _, _, ctx.score, _, _, _, ctx.normalise, ctx.eps, ctx.scale = inputs
+    logits, _, _, _, ctx.scoring_func, _, _, _, ctx.norm_topk_prob, ctx.eps, ctx.routed_scaling_factor = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(logits, output[1])
 
 
 def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    logits, ids = ctx.saved_tensors
-    return _BACKWARD(grad, logits, ids, ctx.score, ctx.normalise, ctx.eps, ctx.scale), *[None] * 10
+    logits, topk_ids = ctx.saved_tensors
+    settings = ctx.scoring_func, ctx.norm_topk_prob, ctx.eps, ctx.routed_scaling_factor
+    return _BACKWARD(grad, logits, topk_ids, *settings), *[None] * 10
 
 
 _BACKWARD = register(
-    "route_backward(Tensor grad, Tensor logits, Tensor ids, str score, bool normalise, float eps, float scale)"
-    " -> Tensor",
+    "route_backward(Tensor grad, Tensor logits, Tensor topk_ids, str scoring_func, bool norm_topk_prob, float eps,"
+    " float routed_scaling_factor) -> Tensor",
     reference=reference.route_backward,
     fake=reference.route_backward_fake,
     triton="toolkit.ops.route.triton.route_backward",
 )
 _FORWARD = register(
-    "route(Tensor logits, Tensor? bias, Tensor? chosen, int k, str score, int groups, int kept, int best,"
-    " bool normalise, float eps, float scale) -> (Tensor, Tensor)",
+    "route(Tensor logits, Tensor? expert_bias, Tensor? topk_ids, int top_k, str scoring_func, int n_group,"
+    " int topk_group, int experts_per_group_score, bool norm_topk_prob, float eps, float routed_scaling_factor)"
+    " -> (Tensor, Tensor)",
     reference=reference.route,
     fake=reference.route_fake,
     triton="toolkit.ops.route.triton.route",
@@ -43,54 +45,82 @@ _FORWARD = register(
 
 def route(
     logits: Tensor,
-    k: int,
-    score: str = "softmax",
+    top_k: int,
+    scoring_func: str = "softmax",
     *,
-    bias: Tensor | None = None,
-    chosen: Tensor | None = None,
-    groups: int = 1,
-    kept_groups: int = 1,
-    group_best: int = 1,
-    normalise: bool = False,
+    expert_bias: Tensor | None = None,
+    topk_ids: Tensor | None = None,
+    n_group: int = 1,
+    topk_group: int = 1,
+    experts_per_group_score: int = 1,
+    norm_topk_prob: bool = False,
     eps: float = 0.0,
-    scale: float = 1.0,
+    routed_scaling_factor: float = 1.0,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The k experts of each token with the highest score: weights [T, k] and ids [T, k], best first.
+    """(topk_weights [T, K], topk_ids [T, K]): the K experts of each token with the highest score, highest first.
 
-    ``p = score(logits)``; the choice is by ``p + bias``; ``weights = scale p / (sum of the chosen p + eps)`` where
-    ``normalise``, else ``scale p``. (A softmax over the chosen logits alone is softmax, normalised.)
+    ``p = scoring_func(logits)``; the K experts have the highest ``p + expert_bias``; with P the sum of their p,
+    ``topk_weights = routed_scaling_factor p / (P + eps)`` where ``norm_topk_prob``, else ``routed_scaling_factor p``.
+    (A softmax over the selected logits alone is softmax with norm_topk_prob.)
 
-    logits: [T, E], float32, float64, bfloat16 or float16. score: "softmax" over the experts, or a kind of
-    ``toolkit.ops.activation`` such as "sigmoid". bias: [E] or None, for the choice alone (DeepSeek-V3).
-    groups, kept_groups, group_best: experts lie in ``groups`` equal runs; only those of the ``kept_groups`` runs whose
-    ``group_best`` highest values have the largest sum can be chosen (DeepSeek-V2: 1, V3: 2).
-    chosen: [T, k] int64 ids to take instead of choosing (a recorded routing), in their order; all within 0 to E - 1.
-    Returns weights in float32 (float64 for float64) and ids in int64.
+    Args:
+        logits: [T, E], float32, float64, bfloat16 or float16.
+        top_k: K, experts per token.
+        scoring_func: "softmax" over the experts, or an activation of ``toolkit.ops.activation`` such as "sigmoid".
+        expert_bias: [E] or None, added for the selection alone (DeepSeek-V3's e_score_correction_bias).
+        topk_ids: [T, K] int64, 0 to E - 1: a recorded routing to use instead of selecting, in its order.
+        n_group: the experts lie in n_group equal groups.
+        topk_group: only experts of the topk_group groups with the highest group score can be selected.
+        experts_per_group_score: a group's score is the sum of its so many highest ``p + expert_bias`` (DeepSeek-V2: 1,
+            V3: 2).
+        norm_topk_prob: normalise the weights of a token by their sum.
+        eps: added to that sum.
+        routed_scaling_factor: multiplies the weights.
 
-    Numerics: a token's bits depend on its own logits alone; equal values go to the lower id, NaN counts as the least.
-    Gradient to the logits through the weights; the choice has none. Saved for backward: logits and ids.
-    Raises ToolkitError for a score, a number of experts, groups or shapes that do not fit.
+    Returns:
+        topk_weights: [T, K] float32 (float64 for float64 logits).
+        topk_ids: [T, K] int64.
+
+    Raises:
+        ToolkitError: for a scoring function, a number of experts, groups or shapes that do not fit.
+
+    Numerics: batch-invariant; ties go to the lower id, NaN ranks as -inf. The gradient reaches the logits through the
+    weights; the selection has none. Saved for backward: logits and topk_ids.
     """
     experts = logits.shape[-1]
-    if logits.dim() != 2 or not 1 <= k <= experts:
-        raise ToolkitError(f"k is {k} for logits {list(logits.shape)}; allowed are 1 to E for logits [T, E].")
-    if score != "softmax":
-        find(score, plain=True)
-    members = experts // groups if groups > 0 else 0
-    if groups < 1 or experts % groups or not 1 <= kept_groups <= groups or not 1 <= group_best <= members:
+    if logits.dim() != 2 or not 1 <= top_k <= experts:
+        raise ToolkitError(f"top_k must be >= 1 and <= E for logits [T, E], got {top_k} for {list(logits.shape)}.")
+    if scoring_func != "softmax":
+        find(scoring_func, plain=True)
+    members = experts // n_group if n_group > 0 else 0
+    if n_group < 1 or experts % n_group:
+        raise ToolkitError(f"n_group must be >= 1 and divide the {experts} experts, got {n_group}.")
+    if not 1 <= topk_group <= n_group:
+        raise ToolkitError(f"topk_group must be >= 1 and <= n_group = {n_group}, got {topk_group}.")
+    if not 1 <= experts_per_group_score <= members:
         raise ToolkitError(
-            f"groups, kept_groups and group_best are {groups}, {kept_groups} and {group_best} for {experts} experts; "
-            "groups must divide the experts, and the others be at most the groups and the experts of one."
+            f"experts_per_group_score must be >= 1 and <= {members}, the experts per group, got "
+            f"{experts_per_group_score}."
         )
-    if k > kept_groups * members:
+    if top_k > topk_group * members:
         raise ToolkitError(
-            f"k is {k}; {kept_groups} groups of {members} experts allow at most {kept_groups * members}."
+            f"top_k must be <= {topk_group * members}, the experts of {topk_group} groups of {members}, got {top_k}."
         )
-    if bias is not None and bias.shape != (experts,):
-        raise ToolkitError(f"bias has shape {list(bias.shape)}; logits {list(logits.shape)} need [{experts}].")
-    if chosen is not None and chosen.shape != (logits.shape[0], k):
-        raise ToolkitError(f"chosen has shape {list(chosen.shape)}; allowed is [{logits.shape[0]}, {k}].")
+    if expert_bias is not None and expert_bias.shape != (experts,):
+        raise ToolkitError(f"expert_bias must be [{experts}], got {list(expert_bias.shape)}.")
+    if topk_ids is not None and topk_ids.shape != (logits.shape[0], top_k):
+        raise ToolkitError(f"topk_ids must be [{logits.shape[0]}, {top_k}], got {list(topk_ids.shape)}.")
     return _FORWARD.select(impl)(
-        logits, bias, chosen, k, score, groups, kept_groups, group_best, normalise, eps, scale
-    )  # fmt: skip
+        logits,
+        expert_bias,
+        topk_ids,
+        top_k,
+        scoring_func,
+        n_group,
+        topk_group,
+        experts_per_group_score,
+        norm_topk_prob,
+        eps,
+        routed_scaling_factor,
+    )

@@ -1,13 +1,13 @@
-// route and route_backward on CPU: a token at a time, its bits from its own logits alone.
+// route and route_backward on CPU, one token at a time: batch-invariant.
 #include "activations.h"
 
 namespace toolkit::route_op {
 
 using namespace toolkit::rows;
 
-constexpr int64_t kWeight = 8;  // an exp and a place among the best, against an add
+constexpr int64_t kWeight = 8;  // cost of an exp and a top-k insertion, relative to an add
 
-// p = score(x) for one row.
+// p = softmax(x) for one row.
 template <typename T>
 void softmax(const T* x, int64_t n, T* p) {
   const Vec<T> max(largest(x, n));
@@ -26,7 +26,7 @@ void score_row(const F& f, const T* x, int64_t n, T* p) {
   for_vectors<T>(n, [&](int64_t i, int64_t lanes) { f.value(Vec<T>::loadu(x + i, lanes)).store(p + i, lanes); });
 }
 
-// body(score): score(x, n, p) writes p of one row.
+// body(scoring_func), where scoring_func(x, n, p) writes p of one row.
 template <typename T, typename Body>
 void with_score(c10::string_view name, const Body& body) {
   if (name == "softmax") return body(softmax<T>);
@@ -35,109 +35,113 @@ void with_score(c10::string_view name, const Body& body) {
   });
 }
 
-// The best `count` of what is offered, best first; of equal ones the first offered. NaN counts as -inf.
+// The `count` largest of the offered values, largest first; ties go to the value offered first. NaN counts as -inf.
 template <typename T>
-struct Best {
-  explicit Best(int64_t count) : values(count), places(count) {}
+struct TopK {
+  explicit TopK(int64_t count) : values(count), ids(count) {}
   void clear() { found = 0; }
-  void offer(T value, int64_t place) {
+  void offer(T value, int64_t id) {
     if (value != value) value = -std::numeric_limits<T>::infinity();
     const int64_t count = values.size();
     if (found == count && !(value > values[count - 1])) return;
     int64_t at = found < count ? found++ : count - 1;
     for (; at > 0 && value > values[at - 1]; --at) {
       values[at] = values[at - 1];
-      places[at] = places[at - 1];
+      ids[at] = ids[at - 1];
     }
     values[at] = value;
-    places[at] = place;
+    ids[at] = id;
   }
   std::vector<T> values;
-  std::vector<int64_t> places;
+  std::vector<int64_t> ids;
   int64_t found = 0;
 };
 
-// Which experts may be chosen, and the choice among them.
+// Group-limited top-k: the experts of the kept groups are the candidates.
 template <typename T>
-struct Choice {
-  Choice(int64_t k, int64_t groups, int64_t kept, int64_t best, int64_t members)
-      : experts(k), runs(kept), within(best), allowed(groups, 1), members(members) {}
+struct Selection {
+  Selection(int64_t top_k, int64_t n_group, int64_t topk_group, int64_t experts_per_group_score, int64_t members)
+      : experts(top_k), groups(topk_group), within(experts_per_group_score), allowed(n_group, 1), members(members) {}
 
-  void choose(const T* values, int64_t* ids) {
-    const int64_t groups = allowed.size();
-    if (int64_t(runs.values.size()) < groups) keep_groups(values, groups);
+  void select(const T* values, int64_t* topk_ids) {
+    const int64_t n_group = allowed.size();
+    if (int64_t(groups.values.size()) < n_group) select_groups(values, n_group);
     experts.clear();
-    for (int64_t g = 0; g < groups; ++g)
+    for (int64_t g = 0; g < n_group; ++g)
       if (allowed[g])
         for (int64_t e = g * members; e < (g + 1) * members; ++e) experts.offer(values[e], e);
-    std::copy(experts.places.begin(), experts.places.end(), ids);
+    std::copy(experts.ids.begin(), experts.ids.end(), topk_ids);
   }
 
  private:
-  void keep_groups(const T* values, int64_t groups) {
-    runs.clear();
-    for (int64_t g = 0; g < groups; ++g) {
+  void select_groups(const T* values, int64_t n_group) {
+    groups.clear();
+    for (int64_t g = 0; g < n_group; ++g) {
       within.clear();
       for (int64_t e = g * members; e < (g + 1) * members; ++e) within.offer(values[e], e);
       T sum(0);
-      for (int64_t e : within.places) sum += values[e];
-      runs.offer(sum, g);
+      for (int64_t e : within.ids) sum += values[e];
+      groups.offer(sum, g);
     }
     std::fill(allowed.begin(), allowed.end(), 0);
-    for (int64_t g : runs.places) allowed[g] = 1;
+    for (int64_t g : groups.ids) allowed[g] = 1;
   }
 
-  Best<T> experts, runs, within;
+  TopK<T> experts, groups, within;
   std::vector<char> allowed;
   int64_t members;
 };
 
 void check_ids(const char* op, const Tensor& ids, int64_t tokens, int64_t experts) {
-  TORCH_CHECK(ids.dim() == 2 && ids.size(0) == tokens && ids.scalar_type() == at::kLong, op, ": ids have shape ",
-              ids.sizes(), " and dtype ", ids.scalar_type(), "; allowed are int64 [", tokens, ", K].");
+  TORCH_CHECK(ids.dim() == 2 && ids.size(0) == tokens && ids.scalar_type() == at::kLong, op,
+              ": topk_ids must be int64 [", tokens, ", K], got ", ids.scalar_type(), " ", ids.sizes(), ".");
   const int64_t* id = ids.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < ids.numel(); ++i)
-    TORCH_CHECK_INDEX(id[i] >= 0 && id[i] < experts, op, ": ids hold ", id[i], "; allowed are 0 to ", experts - 1, ".");
+    TORCH_CHECK_INDEX(id[i] >= 0 && id[i] < experts, op, ": topk_ids must be >= 0 and < ", experts, ", got ", id[i],
+                      ".");
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& logits, const std::optional<Tensor>& bias,
-                                   const std::optional<Tensor>& chosen, int64_t k, c10::string_view score,
-                                   int64_t groups, int64_t kept, int64_t best, bool normalise, double eps,
-                                   double scale) {
+std::tuple<Tensor, Tensor> forward(const Tensor& logits, const std::optional<Tensor>& expert_bias,
+                                   const std::optional<Tensor>& given_ids, int64_t top_k, c10::string_view scoring_func,
+                                   int64_t n_group, int64_t topk_group, int64_t experts_per_group_score,
+                                   bool norm_topk_prob, double eps, double routed_scaling_factor) {
   const auto type = compute_type(logits, "route");
-  check_row("route", "bias", bias, logits);
-  const int64_t count = logits.size(-1), members = groups > 0 ? count / groups : 0;
-  TORCH_CHECK(logits.dim() == 2 && groups >= 1 && count % groups == 0 && kept >= 1 && kept <= groups && best >= 1 &&
-                  best <= members && k >= 1 && k <= kept * members,
-              "route: k is ", k, ", groups, kept and best are ", groups, ", ", kept, " and ", best, " for logits ",
-              logits.sizes(), "; allowed are equal groups of [T, E], and no more than there are.");
+  check_row("route", "expert_bias", expert_bias, logits);
+  const int64_t count = logits.size(-1), members = n_group > 0 ? count / n_group : 0;
+  TORCH_CHECK(logits.dim() == 2 && n_group >= 1 && count % n_group == 0 && topk_group >= 1 && topk_group <= n_group &&
+                  experts_per_group_score >= 1 && experts_per_group_score <= members && top_k >= 1 &&
+                  top_k <= topk_group * members,
+              "route: top_k, n_group, topk_group and experts_per_group_score must fit logits [T, E], got ", top_k, ", ",
+              n_group, ", ", topk_group, " and ", experts_per_group_score, " for logits ", logits.sizes(), ".");
   const Matrix x(logits, type);
-  Tensor weights = empty({x.count, k}, logits, type);
-  Tensor ids = chosen ? chosen->clone(at::MemoryFormat::Contiguous) : empty({x.count, k}, logits, at::kLong);
-  if (chosen) {
+  Tensor weights = empty({x.count, top_k}, logits, type);
+  Tensor ids =
+      given_ids ? given_ids->clone(at::MemoryFormat::Contiguous) : empty({x.count, top_k}, logits, at::kLong);
+  if (given_ids) {
     check_ids("route", ids, x.count, count);
-    TORCH_CHECK(ids.size(1) == k, "route: chosen has shape ", ids.sizes(), "; k is ", k, ".");
+    TORCH_CHECK(ids.size(1) == top_k, "route: topk_ids must have top_k = ", top_k, " columns, got ", ids.sizes(), ".");
   }
-  const Tensor shift = bias ? bias->to(type).contiguous() : Tensor();
+  const Tensor shift = expert_bias ? expert_bias->to(type).contiguous() : Tensor();
   by_type(type, [&](auto zero) {
     using T = decltype(zero);
-    const T* add = bias ? shift.const_data_ptr<T>() : nullptr;
+    const T* add = expert_bias ? shift.const_data_ptr<T>() : nullptr;
     T* to_weights = weights.mutable_data_ptr<T>();
     int64_t* to_ids = ids.mutable_data_ptr<int64_t>();
-    with_score<T>(score, [&](auto scores_of) {
+    with_score<T>(scoring_func, [&](auto scores_of) {
       for_rows(x.count, count * kWeight, [&](int64_t begin, int64_t end) {
-        std::vector<T> p(count), values(bias ? count : 0);
-        Choice<T> choice(k, groups, kept, best, members);
+        std::vector<T> p(count), values(expert_bias ? count : 0);
+        Selection<T> selection(top_k, n_group, topk_group, experts_per_group_score, members);
         for (int64_t t = begin; t < end; ++t) {
           scores_of(x.row<T>(t), count, p.data());
-          int64_t* id = to_ids + t * k;
+          int64_t* id = to_ids + t * top_k;
           for (size_t e = 0; e < values.size(); ++e) values[e] = p[e] + add[e];
-          if (!chosen) choice.choose(bias ? values.data() : p.data(), id);
+          if (!given_ids) selection.select(expert_bias ? values.data() : p.data(), id);
           T total(0);
-          for (int64_t i = 0; i < k; ++i) total += p[id[i]];
+          for (int64_t i = 0; i < top_k; ++i) total += p[id[i]];
           total += static_cast<T>(eps);
-          for (int64_t i = 0; i < k; ++i)
-            to_weights[t * k + i] = (normalise ? p[id[i]] / total : p[id[i]]) * static_cast<T>(scale);
+          for (int64_t i = 0; i < top_k; ++i)
+            to_weights[t * top_k + i] =
+                (norm_topk_prob ? p[id[i]] / total : p[id[i]]) * static_cast<T>(routed_scaling_factor);
         }
       });
     });
@@ -145,31 +149,32 @@ std::tuple<Tensor, Tensor> forward(const Tensor& logits, const std::optional<Ten
   return {weights, ids};
 }
 
-// The gradient to the scores of one row: `d` at the chosen, through the sum where `normalise`, scattered over zeros.
+// The gradient to the scores of one row: `d` at the selected experts (through the sum where `norm_topk_prob`), else 0.
 template <typename T>
-void scatter_gradient(const T* grad, const int64_t* id, int64_t k, const T* p, bool normalise, T eps, T scale, T* to) {
+void scatter_gradient(const T* grad, const int64_t* id, int64_t k, const T* p, bool norm_topk_prob, T eps, T scale,
+                      T* to) {
   T total(0), mean(0);
-  if (normalise) {
+  if (norm_topk_prob) {
     for (int64_t i = 0; i < k; ++i) total += p[id[i]];
     total += eps;
     for (int64_t i = 0; i < k; ++i) mean += grad[i] * scale * (p[id[i]] / total);
   }
-  for (int64_t i = 0; i < k; ++i) to[id[i]] = normalise ? (grad[i] * scale - mean) / total : grad[i] * scale;
+  for (int64_t i = 0; i < k; ++i) to[id[i]] = norm_topk_prob ? (grad[i] * scale - mean) / total : grad[i] * scale;
 }
 
-Tensor backward(const Tensor& grad, const Tensor& logits, const Tensor& ids, c10::string_view score, bool normalise,
-                double eps, double scale) {
+Tensor backward(const Tensor& grad, const Tensor& logits, const Tensor& topk_ids, c10::string_view scoring_func,
+                bool norm_topk_prob, double eps, double routed_scaling_factor) {
   const auto type = compute_type(logits, "route_backward");
   const Matrix x(logits, type);
-  const Tensor chosen = ids.contiguous(), d = grad.to(type).contiguous();
-  check_ids("route_backward", chosen, x.count, x.width);
-  check_equal_shapes("route_backward", "grad", d, "ids", chosen);
+  const Tensor ids = topk_ids.contiguous(), d = grad.to(type).contiguous();
+  check_ids("route_backward", ids, x.count, x.width);
+  check_equal_shapes("route_backward", "grad", d, "topk_ids", ids);
   Tensor out = empty(logits.sizes(), logits, type);
-  const int64_t k = chosen.size(1), n = x.width;
+  const int64_t k = ids.size(1), n = x.width;
   by_type(type, [&](auto zero) {
     using T = decltype(zero);
     T* result = out.mutable_data_ptr<T>();
-    const int64_t* id = chosen.const_data_ptr<int64_t>();
+    const int64_t* id = ids.const_data_ptr<int64_t>();
     const T* from = d.const_data_ptr<T>();
     auto for_tokens = [&](auto&& token) {
       for_rows(x.count, n * kWeight, [&](int64_t begin, int64_t end) {
@@ -181,10 +186,10 @@ Tensor backward(const Tensor& grad, const Tensor& logits, const Tensor& ids, c10
         }
       });
     };
-    if (score == "softmax") {
+    if (scoring_func == "softmax") {
       for_tokens([&](const T* row, T* p, T* to, const T* g, const int64_t* at) {
         softmax(row, n, p);
-        scatter_gradient<T>(g, at, k, p, normalise, eps, scale, to);
+        scatter_gradient<T>(g, at, k, p, norm_topk_prob, eps, routed_scaling_factor, to);
         T mean(0);
         for (int64_t i = 0; i < k; ++i) mean += to[at[i]] * p[at[i]];
         const Vec<T> middle(mean);
@@ -194,10 +199,10 @@ Tensor backward(const Tensor& grad, const Tensor& logits, const Tensor& ids, c10
       });
       return;
     }
-    activations::with_plain_kind({score.data(), score.size()}, [&](auto f) {
+    activations::with_plain_kind({scoring_func.data(), scoring_func.size()}, [&](auto f) {
       for_tokens([&](const T* row, T* p, T* to, const T* g, const int64_t* at) {
         score_row(f, row, n, p);
-        scatter_gradient<T>(g, at, k, p, normalise, eps, scale, to);
+        scatter_gradient<T>(g, at, k, p, norm_topk_prob, eps, routed_scaling_factor, to);
         for_vectors<T>(n, [&](int64_t i, int64_t lanes) {
           const auto slope = f.both(Vec<T>::loadu(row + i, lanes)).derivative;
           (Vec<T>::loadu(to + i, lanes) * slope).store(to + i, lanes);

@@ -1,4 +1,4 @@
-"""Choosing experts in plain torch: the specification. T tokens, E experts, K chosen of them, in G groups."""
+"""Routing in plain torch: the specification. T tokens, E experts, K selected per token."""
 
 import torch
 from torch import Tensor
@@ -7,81 +7,121 @@ from toolkit.ops.activation.kinds import find
 from toolkit.ops.rowwise import compute_dtype, elementwise
 
 
-def first_largest(values: Tensor, count: int) -> Tensor:
-    """[..., count] places of the largest values, best first; of equal ones the lower place; NaN counts as least."""
+def stable_topk(values: Tensor, count: int) -> Tensor:
+    """[..., count] indices of the largest values, largest first; ties go to the lower index; NaN ranks as -inf."""
     ranked = torch.where(values.isnan(), -torch.inf, values)
     return torch.sort(ranked, dim=-1, descending=True, stable=True).indices[..., :count]
 
 
-def affinity(logits: Tensor, score: str) -> Tensor:
-    """softmax over the experts, or a kind of ``toolkit.ops.activation`` of each logit."""
+def expert_scores(logits: Tensor, scoring_func: str) -> Tensor:
+    """[T, E]: softmax over the experts, or an activation of ``toolkit.ops.activation`` of each logit."""
     wide = logits.to(compute_dtype(logits))
-    if score == "softmax":
+    if scoring_func == "softmax":
         return torch.softmax(wide, -1)
-    return elementwise(find(score, plain=True).value, wide.contiguous())
+    return elementwise(find(scoring_func, plain=True).value, wide.contiguous())
 
 
-def choose(scores: Tensor, bias: Tensor | None, k: int, groups: int, kept: int, best: int) -> Tensor:
-    """[T, K] ids by score plus bias, among the ``kept`` groups whose ``best`` highest values have the largest sum."""
-    values = scores if bias is None else scores + bias.to(scores.dtype)
-    if kept < groups:
-        members = values.unflatten(-1, (groups, -1))
-        ranked = first_largest(members, best)
-        chosen = first_largest(members.gather(-1, ranked).sum(-1), kept)
-        allowed = torch.zeros(members.shape[:-1], dtype=torch.bool, device=values.device).scatter(-1, chosen, True)
+def select(
+    scores: Tensor,
+    expert_bias: Tensor | None,
+    top_k: int,
+    n_group: int,
+    topk_group: int,
+    experts_per_group_score: int,
+) -> Tensor:
+    """[T, K] ids by score plus bias, among the ``topk_group`` groups with the highest group score."""
+    values = scores if expert_bias is None else scores + expert_bias.to(scores.dtype)
+    if topk_group < n_group:
+        members = values.unflatten(-1, (n_group, -1))
+        ranked = stable_topk(members, experts_per_group_score)
+        groups = stable_topk(members.gather(-1, ranked).sum(-1), topk_group)
+        allowed = torch.zeros(members.shape[:-1], dtype=torch.bool, device=values.device).scatter(-1, groups, True)
         values = torch.where(allowed.repeat_interleave(members.shape[-1], -1), values, -torch.inf)
-        # What is left out comes after -inf and NaN of the groups that are kept.
+        # Experts of the other groups rank behind -inf and NaN of the selected groups.
         order = torch.sort(allowed.repeat_interleave(members.shape[-1], -1).int(), dim=-1, descending=True, stable=True)
-        return order.indices.gather(-1, first_largest(values.gather(-1, order.indices), k))
-    return first_largest(values, k)
+        return order.indices.gather(-1, stable_topk(values.gather(-1, order.indices), top_k))
+    return stable_topk(values, top_k)
 
 
 def route(
-    logits: Tensor, bias: Tensor | None, chosen: Tensor | None, k: int, score: str, groups: int, kept: int, best: int,
-    normalise: bool, eps: float, scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(weights [T, K], ids [T, K]): see ``toolkit.ops.route.route``."""
-    scores = affinity(logits, score)
-    ids = choose(scores, bias, k, groups, kept, best) if chosen is None else chosen.clone()
+    logits: Tensor,
+    expert_bias: Tensor | None,
+    topk_ids: Tensor | None,
+    top_k: int,
+    scoring_func: str,
+    n_group: int,
+    topk_group: int,
+    experts_per_group_score: int,
+    norm_topk_prob: bool,
+    eps: float,
+    routed_scaling_factor: float,
+) -> tuple[Tensor, Tensor]:
+    """(topk_weights [T, K], topk_ids [T, K]): see ``toolkit.ops.route.route``."""
+    scores = expert_scores(logits, scoring_func)
+    if topk_ids is None:
+        ids = select(scores, expert_bias, top_k, n_group, topk_group, experts_per_group_score)
+    else:
+        ids = topk_ids.clone()
     weights = scores.gather(-1, ids)
-    if normalise:
+    if norm_topk_prob:
         weights = weights / (weights.sum(-1, keepdim=True) + eps)
-    return weights * scale, ids
+    return weights * routed_scaling_factor, ids
 
 
 def route_backward(
-    grad: Tensor, logits: Tensor, ids: Tensor, score: str, normalise: bool, eps: float, scale: float
+    grad: Tensor,
+    logits: Tensor,
+    topk_ids: Tensor,
+    scoring_func: str,
+    norm_topk_prob: bool,
+    eps: float,
+    routed_scaling_factor: float,
 ) -> Tensor:
-    """The gradient to the logits: of the chosen scores through sum and scale, and for softmax through all of them.
+    """The gradient to the logits: of the selected scores through sum and scale, and for softmax through all of them.
 
-    With p the scores, w = p / (sum p + eps) and d = scale grad: ``dp = (d - <d, w>) / (sum p + eps)``, or d without the
-    sum; softmax ``p (dp - <dp, p>)``, a kind ``f'(logit) dp``. The choice has no gradient.
+    With p the scores, w = p / (sum p + eps) and d = routed_scaling_factor grad: ``dp = (d - <d, w>) / (sum p + eps)``,
+    or d without the sum; softmax ``p (dp - <dp, p>)``, an activation ``f'(logit) dp``. The selection has no gradient.
     """
     wide = logits.to(compute_dtype(logits))
-    scores = affinity(logits, score)
-    d = grad.to(wide.dtype) * scale
-    if normalise:
-        p = scores.gather(-1, ids)
+    scores = expert_scores(logits, scoring_func)
+    d = grad.to(wide.dtype) * routed_scaling_factor
+    if norm_topk_prob:
+        p = scores.gather(-1, topk_ids)
         total = p.sum(-1, keepdim=True) + eps
         d = (d - (d * (p / total)).sum(-1, keepdim=True)) / total
-    to_scores = torch.zeros_like(scores).scatter(-1, ids, d)
-    if score == "softmax":
+    to_scores = torch.zeros_like(scores).scatter(-1, topk_ids, d)
+    if scoring_func == "softmax":
         to_logits = scores * (to_scores - (to_scores * scores).sum(-1, keepdim=True))
     else:
-        to_logits = to_scores * elementwise(find(score, plain=True).derivative, wide.contiguous())
+        to_logits = to_scores * elementwise(find(scoring_func, plain=True).derivative, wide.contiguous())
     return to_logits.to(logits.dtype)
 
 
 def route_fake(
-    logits: Tensor, bias: Tensor | None, chosen: Tensor | None, k: int, score: str, groups: int, kept: int, best: int,
-    normalise: bool, eps: float, scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    shape = (logits.shape[0], k)
+    logits: Tensor,
+    expert_bias: Tensor | None,
+    topk_ids: Tensor | None,
+    top_k: int,
+    scoring_func: str,
+    n_group: int,
+    topk_group: int,
+    experts_per_group_score: int,
+    norm_topk_prob: bool,
+    eps: float,
+    routed_scaling_factor: float,
+) -> tuple[Tensor, Tensor]:
+    shape = (logits.shape[0], top_k)
     weights = torch.empty(shape, dtype=compute_dtype(logits), device=logits.device)
     return weights, torch.empty(shape, dtype=torch.int64, device=logits.device)
 
 
 def route_backward_fake(
-    grad: Tensor, logits: Tensor, ids: Tensor, score: str, normalise: bool, eps: float, scale: float
+    grad: Tensor,
+    logits: Tensor,
+    topk_ids: Tensor,
+    scoring_func: str,
+    norm_topk_prob: bool,
+    eps: float,
+    routed_scaling_factor: float,
 ) -> Tensor:
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)

@@ -19,7 +19,7 @@ from toolkit.ops.activation import KINDS, plain_kinds
 from toolkit.patching import experts_interface
 from toolkit.patching.claim import Claim, ProbeError, Skipped, Undo, replace_forward
 from toolkit.patching.probe import compare, generator, probe_copy, random_input, signature_key, with_forward
-from toolkit.patching.roles.mixtures import Mixture, mixtures
+from toolkit.patching.roles.moe_layers import MoeLayer, moe_layers
 from toolkit.patching.search import prove
 
 _FEW = 5  # experts of a probe copy: the hundreds of a layer compute the same function
@@ -101,13 +101,13 @@ def _name(parts: Experts, gated: bool) -> str:
     return f"experts ({', '.join(words)})"
 
 
-def _verdict(mixture: Mixture) -> tuple[str, Experts, ProbeError] | str:
+def _verdict(moe: MoeLayer) -> tuple[str, Experts, ProbeError] | str:
     """The layout that the probe confirms, or why there is none."""
-    module = mixture.module
+    module = moe.module
     dtypes = {p.dtype for p in module.parameters(recurse=False)}
     if len(dtypes) != 1 or not all(dtype.is_floating_point and dtype.itemsize > 1 for dtype in dtypes):
         return f"its parameters are of {' and '.join(sorted(map(str, dtypes)))}; one of 16 bits or more is needed"
-    options = _candidates(module, mixture.count)
+    options = _candidates(module, moe.num_experts)
     if not options:
         return "its parameters do not have the shapes of two products with an activation between them"
     return prove(options)
@@ -131,22 +131,22 @@ def find(model: Any, numerics: Numerics) -> list[Claim | Skipped]:
     reached: list[ProbeError] = []
     settable = hasattr(model, "set_experts_implementation") and model._can_set_experts_implementation()
     dispatching = False
-    for mixture in (one for one in mixtures(model) if one.stacked):
-        module = mixture.module
+    for moe in (one for one in moe_layers(model) if one.stacked):
+        module = moe.module
         key = signature_key(module)
         if key not in proven:
-            proven[key] = _verdict(mixture)
+            proven[key] = _verdict(moe)
         verdict = proven[key]
         through = settable and experts_interface.dispatches(module)
         dispatching |= through
         if isinstance(verdict, str):
-            claims.append(Skipped("experts", mixture.path, verdict))
+            claims.append(Skipped("experts", moe.path, verdict))
             continue
         op, parts, error = verdict
-        parts = replace(parts, layer=mixture.layer)
+        parts = replace(parts, layer=moe.layer)
         if through:
             reached.append(error)
-        claims.append(Claim("experts", mixture.path, module, op, error, replace_forward(module, parts.make_forward())))
+        claims.append(Claim("experts", moe.path, module, op, error, replace_forward(module, parts.make_forward())))
     if reached or (dispatching and numerics is Numerics.BITWISE):
         errors = [ProbeError(0.0, 0.0), *reached]
         worst = ProbeError(max(e.forward for e in errors), max(e.backward for e in errors))
