@@ -18,13 +18,14 @@ PACKAGES = {
     "modules": {"modules", "ops", "state", "moe"},
     "patching": {"patching", "modules", "state", "moe", "ops"},
     "engine": {"engine", "patching", "state", "ops"},
-    "training": {"training", "config", "engine", "patching", "state", "moe", "ops", "exporting"},
+    "training": {"training", "config", "engine", "patching", "state", "moe", "ops", "exporting", "loading"},
     "serving": {"serving", "engine"},
     "exporting": {"exporting", "patching"},
     "config": {"config"},
+    "loading": {"loading"},
 }
 EVERYWHERE = {"errors", "numerics", "registry", "sentences"}
-KNOW_TRANSFORMERS = {"patching", "exporting", "testing", "cli", "training"}
+KNOW_TRANSFORMERS = {"patching", "exporting", "testing", "cli", "training", "loading"}
 
 
 def imports_of(path: Path) -> set[str]:

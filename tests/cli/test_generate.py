@@ -32,8 +32,8 @@ def saved(tmp_path_factory):
 @pytest.fixture(scope="module")
 def completions(saved):
     """What the engine gives for all three prompts, drawn with seed 5."""
-    from toolkit.cli.loading import load_model
     from toolkit.engine import Engine, SamplingParams
+    from toolkit.loading import load_model
 
     with Engine(*load_model(saved)) as engine:
         return engine.generate(PROMPTS, SamplingParams(max_tokens=12, temperature=0.8, seed=5))

@@ -1,4 +1,4 @@
-"""Models from folders: what loads, and the one sentence of each folder that does not."""
+"""Models from folders, the Hub's cache and GGUF files: what loads, and the one sentence for what does not."""
 
 import json
 import shutil
@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from toolkit.cli import main
-from toolkit.cli.loading import load_model
 from toolkit.errors import ToolkitError
+from toolkit.loading import load_model
 from toolkit.testing.models import random_model
 
 
@@ -24,7 +24,7 @@ def copy(saved, tmp_path):
     return shutil.copytree(saved, tmp_path / "model")
 
 
-def refusal(path, **options):
+def error_of(path, **options):
     with pytest.raises(ToolkitError) as raised:
         load_model(path, **options)
     message = str(raised.value)
@@ -49,12 +49,12 @@ def test_shards_load_as_one(saved, tmp_path):
     assert all(torch.equal(weights[name], value) for name, value in load_model(saved)[0].state_dict().items())
     shard = min(tmp_path.glob("*.safetensors"))
     shard.unlink()
-    assert f"has no {shard.name}." in refusal(tmp_path)
+    assert f"has no {shard.name}." in error_of(tmp_path)
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "../../secret.safetensors"}}))
-    assert "outside of its folder" in refusal(tmp_path)
+    assert "outside of its folder" in error_of(tmp_path)
     index.write_text("{}")
-    assert "has no weight_map" in refusal(tmp_path)
+    assert "has no weight_map" in error_of(tmp_path)
 
 
 def test_a_run_loads_its_latest_checkpoint(saved, tmp_path):
@@ -65,19 +65,19 @@ def test_a_run_loads_its_latest_checkpoint(saved, tmp_path):
     (checkpoints / "latest").write_text("step-000001\n")
     load_model(tmp_path)
     (checkpoints / "latest").write_text("step-000002\n")
-    assert "has no config.json" in refusal(tmp_path)
+    assert "has no config.json" in error_of(tmp_path)
     (checkpoints / "latest").write_text("step-000003\n")
-    assert "names 'step-000003'" in refusal(tmp_path)
+    assert "names 'step-000003'" in error_of(tmp_path)
 
 
 def test_what_is_not_there_is_named(tmp_path, copy):
-    assert "meta/llama' does not exist; models are read from local" in refusal(tmp_path / "meta/llama")
-    assert "is a file" in refusal(copy / "config.json")
-    assert "neither a config.json nor checkpoints/latest" in refusal(tmp_path)
-    assert "dtype is 'int8'; allowed are 'float32'" in refusal(copy, dtype="int8")
-    assert "device is 'gpu', which cannot be used" in refusal(copy, device="gpu")
+    assert "meta/llama', which does not exist" in error_of(tmp_path / "meta/llama")
+    assert "must be a folder, a GGUF file or org/name, got the file" in error_of(copy / "config.json")
+    assert "neither a config.json nor checkpoints/latest" in error_of(tmp_path)
+    assert "dtype must be one of float32, bfloat16, float16, float64, got 'int8'." in error_of(copy, dtype="int8")
+    assert "device must be one that torch can use, got 'gpu'" in error_of(copy, device="gpu")
     (copy / "model.safetensors").unlink()
-    assert "has no model.safetensors." in refusal(copy)
+    assert "has no model.safetensors." in error_of(copy)
 
 
 @pytest.mark.parametrize(
@@ -92,19 +92,83 @@ def test_what_is_not_there_is_named(tmp_path, copy):
 )
 def test_a_wrong_config_is_refused(copy, text, words):
     (copy / "config.json").write_text(text)
-    assert words in refusal(copy)
+    assert words in error_of(copy)
+
+
+@pytest.fixture
+def hub(saved, tmp_path, monkeypatch):
+    """A Hub that cannot be reached, with one repository in the cache."""
+    from huggingface_hub import constants
+
+    repository = tmp_path / "hub" / "models--org--name"
+    shutil.copytree(saved, repository / "snapshots" / "abc123")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc123")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return repository
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_repository_comes_from_the_cache_when_offline(saved):
+    expected = load_model(saved)[0].state_dict()
+    for options in ({}, {"revision": "main"}):
+        weights = load_model("org/name", **options)[0].state_dict()
+        assert all(torch.equal(weights[name], value) for name, value in expected.items())
+    assert "a repository in the local cache while HF_HUB_OFFLINE is set, got 'org/other'" in error_of("org/other")
+    assert "got 'org/name' at revision 'v2'" in error_of("org/name", revision="v2")
+
+
+def test_adapters_find_their_base_model_on_the_hub(hub, tmp_path):
+    import peft
+
+    base = load_model("org/name")[0]
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    model.peft_config["default"].base_model_name_or_path = "org/name"
+    model.save_pretrained(tmp_path / "adapters")
+    ids = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(load_model(tmp_path / "adapters")[0](ids).logits, model.eval()(ids).logits)
+    shutil.rmtree(hub)
+    assert "names the base model 'org/name': base_model_name_or_path must be a folder or" in error_of(
+        tmp_path / "adapters"
+    )
+
+
+def test_code_of_a_checkpoint_runs_only_when_trusted(copy, tmp_path, monkeypatch):
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    (copy / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own_llama'\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    config = json.loads((copy / "config.json").read_text()) | {"model_type": "own_llama"}
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (copy / "config.json").write_text(json.dumps(config))
+    assert "own_llama" in error_of(copy)
+    assert type(load_model(copy, trust_remote_code=True)[0]).__name__ == "OwnModel"
+
+
+def test_gguf_without_its_package_is_one_sentence(tmp_path, monkeypatch):
+    from toolkit.loading import model
+
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: None)
+    assert "m.gguf' needs the package 'gguf': pip install gguf." in error_of(tmp_path / "m.gguf")
 
 
 def test_pickled_weights_are_refused_unread(copy):
     (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
-    assert "only 'pytorch_model.bin'; pickled weights are refused" in refusal(copy)
+    assert "only 'pytorch_model.bin'; pickled weights are not loaded" in error_of(copy)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 200, 5000])
 def test_cut_weights_are_refused(copy, keep):
     weights = copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:keep])
-    assert "is not a whole safetensors file" in refusal(copy)
+    assert "is not a whole safetensors file" in error_of(copy)
 
 
 def test_weights_that_are_not_this_models_are_refused_and_never_made_up(copy):
@@ -113,15 +177,15 @@ def test_weights_that_are_not_this_models_are_refused_and_never_made_up(copy):
     weights = load_file(copy / "model.safetensors")
     missing = {name: value for name, value in weights.items() if "o_proj" not in name}
     save_file(missing, copy / "model.safetensors", {"format": "pt"})
-    assert "lack 'model.layers.0.self_attn.o_proj.weight' and 1 more." in refusal(copy)
+    assert "lack 'model.layers.0.self_attn.o_proj.weight' and 1 more." in error_of(copy)
     wrong = {**weights, "model.norm.weight": torch.ones(3)}
     save_file(wrong, copy / "model.safetensors", {"format": "pt"})
-    assert "cannot be loaded as a causal language model" in refusal(copy)
+    assert "cannot be loaded as a causal language model" in error_of(copy)
 
 
 def test_a_broken_tokenizer_is_refused(copy):
     (copy / "tokenizer.json").write_text("{")
-    assert "The tokenizer in" in refusal(copy)
+    assert "The tokenizer in" in error_of(copy)
 
 
 def test_the_command_line_answers_bad_input_with_one_line_and_status_2(saved, tmp_path, capsys):

@@ -50,7 +50,7 @@ def main() -> None:
     with whole._whole():
         expected = {name: tensor.clone() for name, tensor in whole.hf_model.state_dict().items()}
     last = folder / "runs" / name / "checkpoints" / "step-000008"
-    saved = load_checkpoint(last, torch.float32, "the checkpoint").state_dict()
+    saved = load_checkpoint(last, "float32", "the checkpoint").state_dict()
     moments = load_file(str(last / "training" / "optimizer.safetensors"))
     whole.accelerator.wait_for_everyone()  # all have read before the resumed run removes it
     assert saved.keys() == expected.keys()
@@ -60,7 +60,7 @@ def main() -> None:
     resumed = Trainer(moe_recipe(folder, name, resume_from_checkpoint="step-4"), quiet=True)
     assert resumed.step == 4
     resumed.fit()
-    again = load_checkpoint(last, torch.float32, "the checkpoint").state_dict()
+    again = load_checkpoint(last, "float32", "the checkpoint").state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in again.items())
     # The processes judge different numbers of windows, with all experts each.
     assert 0 < resumed.evaluate()["eval_bits_per_byte"] < 20

@@ -12,6 +12,8 @@ import torch
 from training_recipes import tiny_recipe, write_corpus
 
 from toolkit.errors import ToolkitError
+from toolkit.loading import find_source
+from toolkit.loading.run import latest, name_of, step_of, steps_in
 from toolkit.training import checkpoint, files
 from toolkit.training.loop import Trainer
 from toolkit.training.metrics import Metrics, read_metrics
@@ -27,11 +29,11 @@ def fill(folder: Path, step: int) -> None:
 
 
 def test_names() -> None:
-    assert checkpoint.name_of(100) == "step-000100"
-    assert checkpoint.step_of("step-000100") == 100
-    assert checkpoint.step_of("step-1234567") == 1234567
+    assert name_of(100) == "step-000100"
+    assert step_of("step-000100") == 100
+    assert step_of("step-1234567") == 1234567
     for name in (".step-000100.new", "step-100", "step-000100.old", "latest", "step-00010x"):
-        assert checkpoint.step_of(name) is None
+        assert step_of(name) is None
 
 
 def test_written_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -45,7 +47,7 @@ def test_written_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="disk full"):
         fail()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000005"]
-    assert checkpoint.latest(tmp_path) == tmp_path / "step-000005"
+    assert latest(tmp_path) == tmp_path / "step-000005"
     assert checkpoint.verify(tmp_path / "step-000005")["step"] == 5
 
 
@@ -54,25 +56,25 @@ def test_leftovers_are_neither_taken_nor_kept(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "step-000005", tmp_path / ".step-000006.new")
     shutil.copytree(tmp_path / "step-000005", tmp_path / ".step-000004.old")
     (tmp_path / ".latest.new").write_text("step-000006")
-    assert checkpoint.steps_in(tmp_path) == [5]
+    assert steps_in(tmp_path) == [5]
     checkpoint.clean(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000005"]
 
 
 def test_prune_latest_and_drop_after(tmp_path: Path) -> None:
-    assert checkpoint.latest(tmp_path) is None
+    assert latest(tmp_path) is None
     for step in (1, 2, 3, 4):
         fill(tmp_path, step)
     checkpoint.prune(tmp_path, 3)
-    assert checkpoint.steps_in(tmp_path) == [2, 3, 4]
-    assert checkpoint.latest(tmp_path) == tmp_path / "step-000004"
+    assert steps_in(tmp_path) == [2, 3, 4]
+    assert latest(tmp_path) == tmp_path / "step-000004"
     assert checkpoint.drop_after(tmp_path, 2) == ["step-000003", "step-000004"]
-    assert checkpoint.latest(tmp_path) == tmp_path / "step-000002"
+    assert latest(tmp_path) == tmp_path / "step-000002"
     (tmp_path / "latest").unlink()
-    assert checkpoint.latest(tmp_path) == tmp_path / "step-000002"
+    assert latest(tmp_path) == tmp_path / "step-000002"
     (tmp_path / "latest").write_text("step-000009\n")
     with pytest.raises(ToolkitError, match=r"names 'step-000009', which is no checkpoint there; there are step-000002"):
-        checkpoint.latest(tmp_path)
+        latest(tmp_path)
 
 
 def test_resolve(tmp_path: Path) -> None:
@@ -80,11 +82,10 @@ def test_resolve(tmp_path: Path) -> None:
     fill(run / "checkpoints", 3)
     fill(run / "checkpoints", 12)
     expected = run / "checkpoints" / "step-000012"
-    assert (
-        checkpoint.resolve(run) == checkpoint.resolve(run / "checkpoints") == checkpoint.resolve(expected) == expected
-    )
-    with pytest.raises(ToolkitError, match="neither a run with a checkpoint nor a folder with a model"):
-        checkpoint.resolve(tmp_path)
+    for path in (run, run / "checkpoints", expected):
+        assert find_source(path).folder == expected
+    with pytest.raises(ToolkitError, match="must be the folder of a model or of a training run"):
+        find_source(tmp_path)
 
 
 def test_each_corruption_is_one_sentence_naming_the_file(tmp_path: Path) -> None:
@@ -204,7 +205,7 @@ def test_a_checkpoint_is_a_plain_hugging_face_model(tmp_path: Path) -> None:
     write_corpus(tmp_path / "text")
     trainer = Trainer(tiny_recipe(tmp_path, train={"max_steps": 2}), quiet=True)
     trainer.fit()
-    folder = checkpoint.resolve(trainer.folder)
+    folder = find_source(trainer.folder).folder
     checkpoint.verify(folder)
     # Nothing in it can execute code when read.
     assert {path.suffix for path in folder.rglob("*") if path.is_file()} == {".json", ".safetensors", ".yaml"}

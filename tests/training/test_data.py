@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 
-from toolkit.config.schema import DataSection, TokenizerSection
+from toolkit.config.schema import DataSection, ModelSection, TokenizerSection
 from toolkit.errors import ToolkitError
 from toolkit.training import corpus
 from toolkit.training.data import PackedStream, encode
 from toolkit.training.tokenizer import END_OF_TEXT, load_tokenizer, make_tokenizer, train_tokenizer
+
+RANDOM = ModelSection(config={"model_type": "llama"})
 
 
 @pytest.fixture(scope="module")
@@ -107,11 +109,11 @@ def test_tokenizer_training_is_deterministic(files: list[corpus.SourceFile], tok
 
 def test_a_path_without_tokenizer_is_one_sentence(tmp_path: Path, files: list[corpus.SourceFile]) -> None:
     for path, text in (
-        (str(tmp_path / "no"), "must be a local folder"),
-        (str(tmp_path), "holds no tokenizer"),
+        (str(tmp_path / "no"), "a folder, a GGUF file or a repository of the Hub such as org/name"),
+        (str(tmp_path), "the folder of a model or of a training run"),
     ):
-        with pytest.raises(ToolkitError, match=f"tokenizer.name_or_path is '{path}'.*{text}") as caught:
-            make_tokenizer(TokenizerSection(name_or_path=path), None, files, 64)
+        with pytest.raises(ToolkitError, match=f"tokenizer.name_or_path must be {text}, got '{path}'") as caught:
+            make_tokenizer(TokenizerSection(name_or_path=path), RANDOM, files, 64)
         assert "\n" not in str(caught.value)
 
 

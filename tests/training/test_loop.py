@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from processes import run_processes
+from safetensors.torch import load_file, save_file
 from training_recipes import tiny_recipe, write_corpus
 
 from toolkit.config import Recipe, dump
@@ -310,18 +311,22 @@ def test_a_wrong_checkpoint_to_start_from_is_one_sentence(corpus: Path) -> None:
     train(tiny_recipe(corpus, run_name="base"), quiet=True)
     good = corpus / "runs" / "base" / "checkpoints" / "step-000008"
     for file, content, expected in [
-        ("model.safetensors", b"\0" * 100, "which does not load"),
-        ("config.json", b"{", "which holds no tokenizer that loads"),
+        ("model.safetensors", b"\0" * 100, "is not a whole safetensors file"),
+        ("config.json", b"{", "The tokenizer in "),
     ]:
         original = (good / file).read_bytes()
         (good / file).write_bytes(content)
         assert expected in sentence(tiny_recipe(corpus, model={"config": None, "name_or_path": str(good)}))
         (good / file).write_bytes(original)
+    weights_file = good / "model.safetensors"
+    whole = load_file(str(weights_file))
+    save_file({k: v for k, v in whole.items() if "o_proj" not in k}, str(weights_file), {"format": "pt"})
+    lacking = sentence(tiny_recipe(corpus, model={"config": None, "name_or_path": str(good)}))
+    assert "lack 'model.layers.0.self_attn.o_proj.weight' and 1 more." in lacking  # never trained from random values
+    save_file(whole, str(weights_file), {"format": "pt"})
     missing = sentence(tiny_recipe(corpus, model={"config": None, "name_or_path": str(corpus)}))
     assert missing.startswith("model.name_or_path")
     started = Trainer(tiny_recipe(corpus, model={"config": None, "name_or_path": str(good)}), quiet=True)
-    from safetensors.torch import load_file
-
     for name, tensor in load_file(str(good / "model.safetensors")).items():
         assert torch.equal(tensor, started.hf_model.state_dict()[name])
 

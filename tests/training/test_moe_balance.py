@@ -12,10 +12,9 @@ from processes import run_processes
 from toolkit.errors import ToolkitError
 from toolkit.moe.balance import RouterStatistics
 from toolkit.testing.oracle import eager
-from toolkit.training import loop
+from toolkit.training import loop, model
 from toolkit.training.loop import Trainer
 from toolkit.training.metrics import read_metrics
-from toolkit.training.objectives import distill
 
 METRICS = {"expert_load_max", "expert_load_entropy", "aux_loss", "router_z_loss"}
 
@@ -23,7 +22,7 @@ METRICS = {"expert_load_max", "expert_load_entropy", "aux_loss", "router_z_loss"
 @pytest.fixture
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models in float64, whose experts transformers' default code does not take."""
-    for module, name in ((loop, "make_model"), (loop, "load_checkpoint"), (distill, "load_checkpoint")):
+    for module, name in ((loop, "make_model"), (loop, "load_checkpoint"), (model, "load_checkpoint")):
         make = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *given, make=make: eager(make(*given)))
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from objective_recipes import LOWER, TASK, WARMUP, dense_logprobs, objective_recipe, resumed, weights
 from safetensors.torch import load_file
 
-from toolkit.cli.loading import load_model
 from toolkit.errors import ToolkitError
+from toolkit.loading import load_model
 from toolkit.training.examples import JsonlDataset, LineStream, Packed, conversation, example_of
 from toolkit.training.loop import Trainer, train
 from toolkit.training.metrics import read_metrics
@@ -254,7 +254,9 @@ def test_adapters_are_all_that_is_trained_and_open_in_peft(tmp_path: Path) -> No
         torch.testing.assert_close(ours, merged(ids).logits, rtol=1e-4, atol=1e-5)
     assert len(tokenizer) == 257
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "elsewhere"}))
-    with pytest.raises(ToolkitError, match="names the base model 'elsewhere', which is no local folder of a model"):
+    with pytest.raises(
+        ToolkitError, match="names the base model 'elsewhere': base_model_name_or_path must be a folder"
+    ):
         load_model(folder)
 
 
@@ -332,6 +334,20 @@ def test_preferences_are_learnt(tmp_path: Path) -> None:
     assert (before["eval_rewards/accuracies"], before["eval_rewards/margins"]) == (0.5, 0.0)
     assert metrics["eval_rewards/accuracies"] == 1.0
     assert metrics["eval_rewards/margins"] > 0.1
+
+
+def test_a_resumed_run_drops_the_plot_of_the_earlier_one(tmp_path: Path) -> None:
+    sections: dict[str, Any] = {"train": {"max_steps": 2}, "log": {"plot": True}}
+    recipe = objective_recipe(tmp_path, "dpo", {"task": LOWER, "pairs": 4}, **sections)
+    train(recipe, quiet=True)
+    plot = tmp_path / "runs" / "dpo" / "plots" / "rewards_accuracies.png"
+    assert plot.is_file()
+    longer = objective_recipe(tmp_path, "dpo", {"task": LOWER, "pairs": 4}, **sections | {"train": {"max_steps": 4}})
+    longer = longer.model_copy(update={"resume_from_checkpoint": True})
+    Trainer(longer, quiet=True)
+    assert not plot.exists()
+    train(longer, quiet=True)
+    assert plot.is_file()
 
 
 @pytest.mark.parametrize("beta", [1.0, 0.0, 0.5])

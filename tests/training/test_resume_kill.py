@@ -45,7 +45,8 @@ def main(folder: Path, wanted: int) -> None:
     from safetensors.torch import load_file
     from training_recipes import tiny_recipe, write_corpus
 
-    from toolkit.training import checkpoint
+    from toolkit.loading import find_source
+    from toolkit.loading.run import name_of
     from toolkit.training.corpus import list_files
     from toolkit.training.loop import Trainer
     from toolkit.training.metrics import read_metrics
@@ -105,13 +106,13 @@ def main(folder: Path, wanted: int) -> None:
     assert wait(child) == 0
     fitting = time.monotonic() - begun
     reference = folder / "runs" / "whole"
-    expected = load_file(str(checkpoint.resolve(reference) / "model.safetensors"))
+    expected = load_file(str(find_source(reference).folder / "model.safetensors"))
     losses = [line["loss"] for line in read_metrics(reference / "metrics.jsonl")]
     assert len(losses) == STEPS
 
     def compare(name: str) -> None:
-        last = checkpoint.resolve(folder / "runs" / name)
-        assert last.name == checkpoint.name_of(STEPS)
+        last = find_source(folder / "runs" / name).folder
+        assert last.name == name_of(STEPS)
         got = load_file(str(last / "model.safetensors"))
         assert set(got) == set(expected)
         assert all(torch.equal(got[key], tensor) for key, tensor in expected.items())

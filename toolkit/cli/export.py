@@ -20,10 +20,10 @@ def run(args: argparse.Namespace) -> int:
     """Exit status 0 when the export was written and, unless told not to look, generates the same greedy tokens."""
     import random
 
-    from toolkit.cli.loading import load_model
     from toolkit.cli.verify import real_prompts
     from toolkit.engine import Engine, SamplingParams
     from toolkit.exporting import export
+    from toolkit.loading import load_model
 
     model, tokenizer = load_model(args.model)
     with Engine(model, tokenizer) as engine:

@@ -5,7 +5,7 @@ import sys
 import time
 from typing import Any
 
-from toolkit.cli.options import add_model_options, make_engine
+from toolkit.cli.options import add_model_options, load, make_engine
 from toolkit.errors import ToolkitError
 
 VISIBLE = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
@@ -42,9 +42,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
 
-    from toolkit.cli.loading import load_model
-
-    model, tokenizer = load_model(args.model, args.dtype, args.device)
+    model, tokenizer = load(args)
     if tokenizer is None:
         raise ToolkitError(f"The model '{args.model}' has no tokenizer, so that it cannot continue text.")
     with make_engine(args, model, tokenizer) as engine:

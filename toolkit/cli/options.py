@@ -3,17 +3,26 @@
 import argparse
 from typing import Any
 
-from toolkit.cli.loading import DTYPES
+from toolkit.loading import DTYPES, load_model
 
 LIMITS = ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "block_size", "num_blocks")
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """The positional ``model`` with ``--dtype``, ``--device`` and ``--numerics``."""
-    parser.add_argument("model", help="folder of a Hugging Face model, or of a training run (its latest checkpoint)")
+    parser.add_argument("model", help="a model's folder, a training run, a GGUF file or a repository such as org/name")
+    parser.add_argument("--revision", help="branch, tag or commit of a repository (default: main)")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--device", default="cpu", help="such as cpu or cuda (default: cpu)")
     parser.add_argument("--numerics", choices=("bitwise", "fast"), help="tier (default: bitwise on CPU)")
+
+
+def load(args: argparse.Namespace) -> tuple[Any, Any]:
+    """(model, tokenizer or None) that the options of ``add_model_options`` describe."""
+    return load_model(
+        args.model, args.dtype, args.device, revision=args.revision, trust_remote_code=args.trust_remote_code
+    )
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
 
         model = random_model(args.random)
     else:
-        from toolkit.cli.loading import load_model
+        from toolkit.loading import load_model
 
         model, _ = load_model(args.model)
     report = find_claims(model, args.roles.split(",") if args.roles else None, args.numerics)

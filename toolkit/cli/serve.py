@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from toolkit.cli.options import add_engine_options, add_model_options, make_engine
+from toolkit.cli.options import add_engine_options, add_model_options, load, make_engine
 from toolkit.errors import ToolkitError
 
 KEY_VARIABLE = "TOOLKIT_API_KEY"
@@ -41,12 +41,11 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise ToolkitError(f"Serving needs the package '{error.name}'; install train-infer-toolkit[serve].") from None
 
-    from toolkit.cli.loading import load_model
     from toolkit.serving.server import listen
 
     # Bound first: a port that is taken is known before the model is read.
     with listen(args.host, args.port) as listener:
-        model, tokenizer = load_model(args.model, args.dtype, args.device)
+        model, tokenizer = load(args)
         with make_engine(args, model, tokenizer) as engine:
             return _serve(args, engine, tokenizer, listener)
 

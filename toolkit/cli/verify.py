@@ -70,7 +70,7 @@ def _subjects(args: argparse.Namespace) -> Any:
             prompts = [[source.randrange(3, vocabulary) for _ in range(source.randint(2, 90))] for _ in range(32)]
             yield f"random {family}", model, prompts
         return
-    from toolkit.cli.loading import load_model
+    from toolkit.loading import load_model
 
     model, tokenizer = load_model(args.model)
     yield args.model, model, real_prompts(tokenizer, model.get_input_embeddings().num_embeddings, source)

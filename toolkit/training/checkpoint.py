@@ -10,7 +10,6 @@ folder with a dotted name is never a checkpoint. Nothing is pickled.
 import contextlib
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,30 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.errors import ToolkitError
+from toolkit.loading.run import LATEST, name_of, steps_in
 from toolkit.training.files import sync, write_atomic
 
 MANIFEST = "manifest.json"
-LATEST = "latest"
-_NAME = re.compile(r"^step-(\d{6,})$")
-
-
-def name_of(step: int) -> str:
-    """``step-000100`` for 100."""
-    return f"step-{step:06d}"
-
-
-def step_of(name: str) -> int | None:
-    """100 for ``step-000100``, None for a name that is no checkpoint's."""
-    match = _NAME.match(name)
-    return int(match[1]) if match else None
-
-
-def steps_in(folder: Path) -> list[int]:
-    """The steps of the checkpoints in ``folder``, ascending."""
-    if not folder.is_dir():
-        return []
-    found = (step_of(path.name) for path in folder.iterdir() if path.is_dir())
-    return sorted(step for step in found if step is not None)
 
 
 def clean(folder: Path) -> None:
@@ -136,34 +115,6 @@ def verify(checkpoint: Path) -> dict[str, Any]:
         if _sha256(path) != digest:
             raise corrupt(f"the content of {name} is not what was written")
     return manifest
-
-
-def latest(folder: Path) -> Path | None:
-    """The checkpoint that ``latest`` names; without that file, the one of the highest step; else None."""
-    pointer = folder / LATEST
-    if not pointer.is_file():
-        steps = steps_in(folder)
-        return folder / name_of(steps[-1]) if steps else None
-    name = pointer.read_text(encoding="utf-8", errors="replace").strip()
-    if step_of(name) is None or not (folder / name).is_dir():
-        known = ", ".join(name_of(step) for step in steps_in(folder)) or "none"
-        raise ToolkitError(f"{pointer} names '{name}', which is no checkpoint there; there are {known}.")
-    return folder / name
-
-
-def resolve(path: str | Path) -> Path:
-    """The folder with the model, for a run's folder (its latest checkpoint) or any Hugging Face folder.
-
-    Raises ToolkitError where there is none.
-    """
-    given = Path(path)
-    if (given / "config.json").is_file():
-        return given
-    for folder in (given / "checkpoints", given):
-        found = latest(folder)
-        if found is not None:
-            return found
-    raise ToolkitError(f"'{path}' is neither a run with a checkpoint nor a folder with a model (config.json).")
 
 
 def drop_after(folder: Path, step: int) -> list[str]:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from toolkit.config import Recipe, dump
 from toolkit.errors import ToolkitError
+from toolkit.loading.run import name_of
 from toolkit.moe.sharding import ShardedExperts, expert_groups, shard_experts
 from toolkit.patching import expert_layers
 from toolkit.training import checkpoint
@@ -136,7 +137,7 @@ class Trainer:
         recipe = warmup_recipe(self.recipe)
         if recipe is None:
             return None
-        last = run_folder(recipe) / "checkpoints" / checkpoint.name_of(recipe.train.max_steps)
+        last = run_folder(recipe) / "checkpoints" / name_of(recipe.train.max_steps)
         if start is not None:
             if not last.is_dir():
                 raise ToolkitError(f"{start.checkpoint} was trained from {last}, which is no longer there.")
@@ -146,7 +147,7 @@ class Trainer:
 
     def _nested_run(self, recipe: Recipe) -> Path:
         """Train another recipe inside of this run, or resume it; its last checkpoint."""
-        last = run_folder(recipe) / "checkpoints" / checkpoint.name_of(recipe.train.max_steps)
+        last = run_folder(recipe) / "checkpoints" / name_of(recipe.train.max_steps)
         if recipe.resume_from_checkpoint is False or not last.is_dir():
             train(recipe, self._quiet, nested=True)
         self.accelerator.wait_for_everyone()
@@ -167,9 +168,7 @@ class Trainer:
         if self._warmed_up is not None:
             return load_tokenizer(self._warmed_up, "the warm-up")
         recipe, begun = self.recipe, time.monotonic()
-        made = make_tokenizer(
-            recipe.tokenizer, recipe.model.name_or_path, self.objective.texts(), recipe.train.max_length
-        )
+        made = make_tokenizer(recipe.tokenizer, recipe.model, self.objective.texts(), recipe.train.max_length)
         self.log(f"tokenizer: {len(made)} tokens, {time.monotonic() - begun:.1f} s")
         return made
 
@@ -177,7 +176,7 @@ class Trainer:
         """The model that training starts from: after the warm-up, from ``model.name_or_path``, or random."""
         section = self.recipe.model
         if self._warmed_up is not None:
-            return load_checkpoint(self._warmed_up, getattr(torch, section.dtype), "the warm-up").train()
+            return load_checkpoint(self._warmed_up, section.dtype, "the warm-up").train()
         with torch.random.fork_rng():
             set_seed(self.recipe.seed)
             return make_model(section, self.tokenizer, self.recipe.train.max_length)
@@ -187,7 +186,7 @@ class Trainer:
         if start is None or section.lora is not None:
             model = self._initial_model()
         else:
-            model = load_checkpoint(start.checkpoint, getattr(torch, section.dtype), "the checkpoint").train()
+            model = load_checkpoint(start.checkpoint, section.dtype, "the checkpoint").train()
         for tensor in (*model.parameters(), *model.buffers()):
             # Loaded tensors may lie at any address; fresh ones are aligned the same, and bits can depend on it.
             tensor.data = tensor.data.clone()

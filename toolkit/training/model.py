@@ -3,8 +3,6 @@
 import inspect
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from toolkit.config.schema import LoraSection, ModelSection
-from toolkit.errors import ToolkitError, nearest
+from toolkit.errors import ToolkitError, first_line, nearest
+from toolkit.loading import find_source, load_weights
+from toolkit.loading.model import quiet_transformers
 from toolkit.patching import PatchReport, patch, ragged_forward, token_logprobs, weights_changed
 from toolkit.patching.adapters import fuse_adapters
 from toolkit.state.batch import RaggedBatch, RouterObserver, observing
-from toolkit.training.tokenizer import reason
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -85,18 +84,19 @@ def make_model(section: ModelSection, tokenizer: "Tokenizer", max_length: int) -
     be larger. Raises ToolkitError for a configuration that transformers does not know or accept, a path
     without a checkpoint, a vocabulary too small, or positions fewer than ``max_length``.
     """
-    dtype = getattr(torch, section.dtype)
     if section.config is not None:
         from transformers import AutoModelForCausalLM
 
         config = make_config(section.config, tokenizer)
         try:
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, section.dtype))
         except Exception as error:  # a combination of fields that only the model's own code refuses
-            raise ToolkitError(f"model.config makes no model: {reason(error)}") from None
+            raise ToolkitError(f"model.config makes no model: {first_line(error)}.") from None
     else:
         assert section.name_or_path is not None
-        model = load_checkpoint(section.name_or_path, dtype, "model.name_or_path")
+        model = load_checkpoint(
+            section.name_or_path, section.dtype, "model.name_or_path", section.revision, section.trust_remote_code
+        )
     rows = model.get_input_embeddings().num_embeddings
     if rows < len(tokenizer):
         field = "model.config.vocab_size" if section.config is not None else "the model's vocabulary size"
@@ -144,39 +144,19 @@ def make_config(fields: dict[str, Any], tokenizer: "Tokenizer") -> "PretrainedCo
     try:
         return AutoConfig.for_model(model_type, **values)
     except Exception as error:  # transformers validates with many kinds of exception
-        raise ToolkitError(f"model.config is refused by transformers: {reason(error)}") from None
+        raise ToolkitError(f"model.config is refused by transformers: {first_line(error)}.") from None
 
 
-@contextmanager
-def without_bars() -> Iterator[None]:
-    """Keep the progress bars of transformers out of the run's own output."""
-    from transformers.utils import logging
+def load_checkpoint(
+    name_or_path: str | Path, dtype: str, field: str, revision: str | None = None, trust_remote_code: bool = False
+) -> "PreTrainedModel":
+    """The causal language model of a checkpoint in eval mode: see ``toolkit.loading.load_model``.
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-def load_checkpoint(path: str | Path, dtype: torch.dtype, field: str) -> "PreTrainedModel":
-    """A causal language model from a local Hugging Face folder with safetensors weights.
-
-    Raises ToolkitError, naming ``field``, for anything else.
+    Raises ToolkitError, naming ``field``, where there is none, and for weights that lack a tensor.
     """
-    from transformers import AutoModelForCausalLM
-
-    if not (Path(path) / "config.json").is_file():
-        raise ToolkitError(f"{field} is '{path}'; it must be a local folder with a Hugging Face checkpoint.")
-    try:
-        with without_bars():
-            return AutoModelForCausalLM.from_pretrained(
-                str(path), dtype=dtype, local_files_only=True, use_safetensors=True
-            )
-    except Exception as error:  # missing, truncated or foreign files all surface differently
-        raise ToolkitError(f"{field} is '{path}', which does not load: {reason(error)}") from None
+    source = find_source(name_or_path, revision=revision, trust_remote_code=trust_remote_code, field=field)
+    model: PreTrainedModel = load_weights(source, dtype)
+    return model
 
 
 def patch_model(model: "PreTrainedModel", section: ModelSection) -> tuple[RaggedModel, PatchReport]:
@@ -214,7 +194,7 @@ def add_adapters(model: "PreTrainedModel", section: LoraSection, report: PatchRe
         if section.target_parameters is not None:
             given += f" and {section.target_parameters!r}"
             names += " and model.lora.target_parameters"
-        raise ToolkitError(f"{names} must name layers of the model, got {given}: {reason(error)}") from None
+        raise ToolkitError(f"{names} must name layers of the model, got {given}: {first_line(error)}.") from None
     fuse_adapters(model, report.numerics)
     weights_changed(model)
 
@@ -229,5 +209,5 @@ def load_adapters(model: "PreTrainedModel", folder: Path) -> None:
 
 def save_model(model: "PreTrainedModel", folder: Path) -> None:
     """The model as a checkpoint of transformers; one with adapters as PEFT saves it: the adapters alone."""
-    with without_bars():
+    with quiet_transformers():
         model.save_pretrained(str(folder))

@@ -10,6 +10,7 @@ import yaml
 
 from toolkit.config import Recipe, validate
 from toolkit.errors import ToolkitError
+from toolkit.loading.run import latest, name_of, steps_in
 from toolkit.training import checkpoint
 from toolkit.training.metrics import FILE as METRICS
 from toolkit.training.metrics import PLOTS
@@ -46,7 +47,7 @@ def find_start(recipe: Recipe) -> Start | None:
     checkpoint that is not there or corrupt, and for a recipe that would not have given that checkpoint.
     """
     folder = run_folder(recipe) / "checkpoints"
-    steps = checkpoint.steps_in(folder)
+    steps = steps_in(folder)
     wanted = recipe.resume_from_checkpoint
     if wanted is False:
         if steps and not recipe.overwrite:
@@ -56,17 +57,17 @@ def find_start(recipe: Recipe) -> Start | None:
             )
         return None
     if wanted is True:
-        path = checkpoint.latest(folder)
+        path = latest(folder)
         if path is None:
             return None
     else:
         step = int(str(wanted).removeprefix("step-"))
         if step not in steps:
-            known = ", ".join(checkpoint.name_of(other) for other in steps) or "none"
+            known = ", ".join(name_of(other) for other in steps) or "none"
             raise ToolkitError(
                 f"resume_from_checkpoint must be a checkpoint of {folder}, got '{wanted}'; there are {known}."
             )
-        path = folder / checkpoint.name_of(step)
+        path = folder / name_of(step)
     checkpoint.verify(path)
     _check_recipe(recipe, path)
     start = Start(path, json.loads((path / "training" / "state.json").read_text(encoding="utf-8")))
@@ -118,7 +119,7 @@ def prepare_folder(recipe: Recipe, start: Start | None) -> list[str]:
     shutil.rmtree(folder / PLOTS, ignore_errors=True)
     if start is not None:
         return checkpoint.drop_after(checkpoints, start.step)
-    dropped = [checkpoint.name_of(step) for step in checkpoint.steps_in(checkpoints)]
+    dropped = [name_of(step) for step in steps_in(checkpoints)]
     # Renamed first: a crash while deleting must not leave a part of the old run to be resumed.
     aside = folder / ".checkpoints.old"
     checkpoints.rename(aside)

@@ -1,12 +1,13 @@
-"""The recipe's tokenizer: a Hugging Face fast tokenizer, loaded, or byte-level BPE trained on the spot."""
+"""The recipe's tokenizer: a Hugging Face fast tokenizer, loaded, or byte-level BPE trained by the run."""
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from toolkit.config.schema import TokenizerSection
+from toolkit import loading
+from toolkit.config.schema import ModelSection, TokenizerSection
 from toolkit.errors import ToolkitError
+from toolkit.loading import find_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,36 +48,29 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> T
     )
 
 
-def load_tokenizer(path: str | Path, field: str = "tokenizer.name_or_path") -> Tokenizer:
-    """The fast tokenizer saved in a local folder. ToolkitError where there is none or it has no eos token."""
-    from transformers import AutoTokenizer
+def load_tokenizer(
+    name_or_path: str | Path,
+    field: str = "tokenizer.name_or_path",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Tokenizer:
+    """The fast tokenizer of a folder, a run or a repository of the Hub.
 
-    if not Path(path).is_dir():
-        raise ToolkitError(f"{field} is '{path}'; it must be a local folder with a tokenizer.")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-    except Exception as error:  # transformers raises many kinds
-        raise ToolkitError(f"{field} is '{path}', which holds no tokenizer that loads: {reason(error)}") from None
-    if not tokenizer.is_fast:
-        raise ToolkitError(f"{field} is '{path}'; it must hold a fast tokenizer (tokenizer.json).")
+    Raises ToolkitError, naming ``field``, where there is none or it has no eos token.
+    """
+    source = find_tokenizer(name_or_path, revision=revision, trust_remote_code=trust_remote_code, field=field)
+    tokenizer: Tokenizer = loading.load_tokenizer(source)
+    if tokenizer is None or not tokenizer.is_fast:
+        raise ToolkitError(f"{field} must hold a fast tokenizer (tokenizer.json), got '{name_or_path}'.")
     if tokenizer.eos_token_id is None:
-        raise ToolkitError(f"{field} is '{path}', whose tokenizer has no eos token; training needs one.")
+        raise ToolkitError(f"{field} must hold a tokenizer with an eos token, got '{name_or_path}'.")
     return tokenizer
 
 
-def make_tokenizer(
-    section: TokenizerSection, model_path: str | None, texts: Iterable[str], max_length: int
-) -> Tokenizer:
-    """``tokenizer.name_or_path``, else the tokenizer beside ``model.name_or_path``, else one trained on ``texts``."""
+def make_tokenizer(section: TokenizerSection, model: ModelSection, texts: Iterable[str], max_length: int) -> Tokenizer:
+    """``tokenizer.name_or_path``, else the tokenizer of ``model.name_or_path``, else one trained on ``texts``."""
     if section.name_or_path is not None:
         return load_tokenizer(section.name_or_path)
-    if model_path is not None:
-        return load_tokenizer(model_path, "model.name_or_path")
+    if model.name_or_path is not None:
+        return load_tokenizer(model.name_or_path, "model.name_or_path", model.revision, model.trust_remote_code)
     return train_tokenizer(texts, section.vocab_size, max_length)
-
-
-def reason(error: Exception) -> str:
-    """The first telling line of an exception of transformers, as the end of a sentence."""
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
-    telling = lines[1] if len(lines) > 1 and lines[0].endswith(":") else lines[0]
-    return re.sub(r"^\w*Error: ", "", telling).rstrip(".") + "."

@@ -76,13 +76,10 @@ class Distillation(OnPolicyObjective[DistillSection]):
     primary_metric = "divergence"
 
     def bind(self, context: RunContext) -> None:
-        import torch
-
         from toolkit.training.model import Reference, load_checkpoint
 
         super().bind(context)
-        dtype = getattr(torch, self.recipe.model.dtype)
-        model = load_checkpoint(self._teacher(), dtype, "objective.teacher.name_or_path")
+        model = load_checkpoint(self._teacher(), self.recipe.model.dtype, "objective.teacher.name_or_path")
         vocabulary, own = (m.get_input_embeddings().num_embeddings for m in (model, context.model.model))
         if vocabulary != own:
             raise ToolkitError(
@@ -95,13 +92,12 @@ class Distillation(OnPolicyObjective[DistillSection]):
             )
         self.teacher = Reference(model, self.recipe.model, context.device)
 
-    def _teacher(self) -> Path:
-        """The folder of the teacher, which is trained first if there is none yet."""
-        from toolkit.training import checkpoint
+    def _teacher(self) -> str | Path:
+        """The checkpoint of the teacher, which is trained first if there is none yet."""
         from toolkit.training.nested import teacher_recipe
 
         if self.section.teacher.name_or_path is not None:
-            return checkpoint.resolve(self.section.teacher.name_or_path)
+            return self.section.teacher.name_or_path
         tokenizer = self.context.folder / "tokenizer"
         if self.context.accelerator.is_main_process:
             self.context.tokenizer.save_pretrained(str(tokenizer))

@@ -1,0 +1,40 @@
+"""Models and tokenizers from a folder, a training run, adapters, a GGUF file or the Hub: one loader for every caller.
+
+Weights are safetensors or GGUF, never pickled; a tensor that the files lack is an error, never random values.
+"""
+
+from typing import Any
+
+from toolkit.loading.model import DTYPES, load_weights
+from toolkit.loading.source import Source, find_source
+from toolkit.loading.tokenizer import find_tokenizer, load_tokenizer
+
+__all__ = ["DTYPES", "Source", "find_source", "find_tokenizer", "load_model", "load_tokenizer", "load_weights"]
+
+
+def load_model(
+    name_or_path: str,
+    dtype: str = "float32",
+    device: str = "cpu",
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    field: str = "model",
+) -> tuple[Any, Any]:
+    """(model in eval mode, tokenizer or None).
+
+    Args:
+        name_or_path: a folder of a Hugging Face model or of PEFT adapters (merged into their base model), a training
+            run (its latest checkpoint), a GGUF file, or a repository of the Hub such as ``org/name``. The Hub's cache
+            alone is read when ``HF_HUB_OFFLINE`` is set.
+        dtype: one of ``DTYPES``. Weights are memory-mapped and converted tensor by tensor.
+        device: where the weights are loaded to.
+        revision: branch, tag or commit of a repository of the Hub.
+        trust_remote_code: run Python code that comes with the checkpoint.
+        field: what the user calls ``name_or_path``, for error sentences.
+
+    Raises:
+        ToolkitError: what is missing, corrupt or does not fit, in one sentence.
+    """
+    source = find_source(name_or_path, revision=revision, trust_remote_code=trust_remote_code, field=field)
+    return load_weights(source, dtype, device), load_tokenizer(source)

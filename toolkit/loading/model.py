@@ -1,0 +1,159 @@
+"""The weights of a source as a model: checked files, no random tensors, the wanted dtype and device."""
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolkit.errors import ToolkitError, first_line
+from toolkit.loading.source import CONFIG, Source, read_json
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+INDEX = "model.safetensors.index.json"
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def load_weights(source: Source, dtype: str = "float32", device: str = "cpu") -> Any:
+    """The causal language model of a source in eval mode; adapters are merged into their base model.
+
+    Args:
+        dtype: one of ``DTYPES``.
+        device: such as "cpu" or "cuda".
+
+    Raises:
+        ToolkitError: what is missing, corrupt or does not fit; a tensor that the files lack.
+    """
+    if dtype not in DTYPES:
+        raise ToolkitError(f"dtype must be one of {', '.join(DTYPES)}, got '{dtype}'.")
+    base = source if source.base is None else source.base
+    if base.gguf is None:
+        config = _config(base)
+        _check_files(base.folder)
+    else:
+        config = None
+        if importlib.util.find_spec("gguf") is None:
+            raise ToolkitError(f"Reading '{base.folder / base.gguf}' needs the package 'gguf': pip install gguf.")
+
+    import torch
+
+    target = _device(device)
+    model = _model(base, config, getattr(torch, dtype), target)
+    if base is not source:
+        model = _merged(model, source.folder)
+    return model.to(target).eval()
+
+
+def _device(device: str) -> "torch.device":
+    import torch
+
+    try:
+        target = torch.device(device)
+        if target.type == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError("no CUDA device was found")
+    except RuntimeError as error:
+        raise ToolkitError(f"device must be one that torch can use, got '{device}' ({first_line(error)}).") from None
+    return target
+
+
+def _config(source: Source) -> Any:
+    file = source.folder / CONFIG
+    fields = read_json(file)
+    if not isinstance(fields.get("model_type"), str):
+        raise ToolkitError(f"'{file}' has no model_type.")
+
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(source.folder, **source.options)
+    except Exception as error:
+        raise ToolkitError(
+            f"'{file}' is no configuration that transformers reads (model_type '{fields['model_type']}': "
+            f"{first_line(error)})."
+        ) from None
+
+
+def _check_files(folder: Path) -> None:
+    """Every safetensors file is there and whole: its header can be read and ends where the file does."""
+    from safetensors import SafetensorError, safe_open
+
+    if (folder / INDEX).is_file():
+        shards = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+            raise ToolkitError(f"'{folder / INDEX}' has no weight_map of tensors to files.")
+        names = sorted(set(shards.values()))
+        if any(Path(name).name != name for name in names):
+            raise ToolkitError(f"'{folder / INDEX}' names files outside of its folder.")
+    else:
+        names = ["model.safetensors"]
+    for name in names:
+        file = folder / name
+        if not file.is_file():
+            pickled = sorted(other.name for kind in PICKLED for other in folder.glob(kind))
+            if pickled:
+                raise ToolkitError(
+                    f"'{folder}' has no {name}, only '{pickled[0]}'; pickled weights are not loaded, save the model as "
+                    "safetensors."
+                )
+            raise ToolkitError(f"'{folder}' has no {name}.")
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                tensors.keys()
+        except (SafetensorError, OSError) as error:
+            raise ToolkitError(f"'{file}' is not a whole safetensors file ({first_line(error)}).") from None
+
+
+def _model(source: Source, config: Any, dtype: "torch.dtype", device: "torch.device") -> Any:
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {**source.options, "dtype": dtype, "output_loading_info": True}
+    if source.gguf is None:
+        options |= {"config": config, "use_safetensors": True}
+    if device.type != "cpu" and importlib.util.find_spec("accelerate") is not None:
+        options["device_map"] = {"": device}
+    name = source.folder if source.gguf is None else source.folder / source.gguf
+    try:
+        with quiet_transformers():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(source.folder, **options)
+    except Exception as error:  # missing, truncated or foreign files all surface differently
+        raise ToolkitError(f"'{name}' cannot be loaded as a causal language model ({first_line(error)}).") from None
+    model, report = loaded
+    missing = sorted(report["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ToolkitError(f"The weights in '{name}' lack '{missing[0]}'{more}.")
+    if source.gguf is not None:
+        # transformers has dequantised the weights; what remains of the quantiser would keep the model from being saved.
+        model.hf_quantizer = None
+        model.name_or_path = str(name)
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+    return model
+
+
+def _merged(model: Any, folder: Path) -> Any:
+    try:
+        import peft
+
+        return peft.PeftModel.from_pretrained(model, str(folder)).merge_and_unload()  # type: ignore[operator]
+    except Exception as error:
+        raise ToolkitError(f"The adapters in '{folder}' cannot be loaded ({first_line(error)}).") from None
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep progress bars and loading reports of transformers off the terminal."""
+    from transformers.utils import logging
+
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,39 @@
+"""The tokenizer beside a model."""
+
+from pathlib import Path
+from typing import Any
+
+from toolkit.errors import ToolkitError, first_line
+from toolkit.loading.source import Source, find_source
+
+FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
+
+
+def find_tokenizer(name_or_path: str | Path, **options: Any) -> Source:
+    """The source of a tokenizer: as ``find_source``, but a folder with a tokenizer needs no model."""
+    folder = Path(name_or_path)
+    if _holds_tokenizer(folder):
+        return Source(folder, trust_remote_code=options.get("trust_remote_code", False))
+    return find_source(name_or_path, **options)
+
+
+def _holds_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in FILES)
+
+
+def load_tokenizer(source: Source) -> Any:
+    """The tokenizer of a source, of adapters without one that of their base model; None where there is none.
+
+    Raises:
+        ToolkitError: it does not load.
+    """
+    folder = source.folder
+    if source.gguf is None and not _holds_tokenizer(folder):
+        return None if source.base is None else load_tokenizer(source.base)
+
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, **source.options)
+    except Exception as error:  # transformers raises many kinds
+        raise ToolkitError(f"The tokenizer in '{folder}' cannot be loaded ({first_line(error)}).") from None
