@@ -14,7 +14,7 @@ from toolkit.engine.params import SamplingParams
 from toolkit.engine.request import Request
 from toolkit.engine.sampler import Sampler
 from toolkit.ops.state_write import state_write
-from toolkit.state import PagedRows, RaggedBatch, StateSpec
+from toolkit.state import PagedContext, PagedRows, RaggedBatch, StateSpec
 
 VOCAB = 61
 EOS = 0
@@ -56,13 +56,12 @@ class HistoryModel:
     def decode_size(self, sequences: int) -> int:
         return sequences + sequences % 3
 
-    def forward(self, batch: RaggedBatch, rows: torch.Tensor) -> torch.Tensor:
+    def forward(self, context: PagedContext, rows: torch.Tensor) -> torch.Tensor:
+        batch, pool = context.batch, context.pool
         self.batches.append(batch)
         if self.failure is not None:
             failure, self.failure = self.failure, None
             raise failure
-        pool = batch.state
-        assert pool is not None
         (view,) = batch.views
         assert isinstance(view, PagedRows)
         taken = [slot for slot in view.slots.tolist() if slot >= 0]
@@ -77,7 +76,7 @@ class HistoryModel:
             state_write(store, written[:, None, None], view.slots)
         found = []
         for row in rows.tolist():
-            owner = int(batch.sequence[row])
+            owner = int(batch.sequence_ids[row])
             last = int(batch.query_offsets[owner + 1]) - 1
             length = int(batch.kv_lengths[owner]) - (last - row)
             pages = view.block_tables[owner]

@@ -9,10 +9,10 @@ import torch
 import toolkit
 from toolkit.engine import Engine, SamplingParams
 from toolkit.errors import ToolkitError
+from toolkit.moe.observer import observing
 from toolkit.patching import state_spec
 from toolkit.patching.forward import ragged_forward
 from toolkit.state import RaggedBatch, StateSpec
-from toolkit.state.batch import observing
 from toolkit.testing.models import random_model
 
 LAYERS, K = 2, 3

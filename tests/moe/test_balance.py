@@ -18,8 +18,9 @@ from toolkit.moe.balance import (
     load_figures,
     router_z_loss,
 )
+from toolkit.moe.observer import observing
 from toolkit.patching.forward import ragged_forward
-from toolkit.state.batch import RaggedBatch, observing
+from toolkit.state.batch import RaggedBatch
 from toolkit.testing.models import random_model
 from toolkit.testing.oracle import eager, lifted_to_double
 

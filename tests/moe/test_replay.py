@@ -8,8 +8,9 @@ import torch
 
 import toolkit
 from toolkit.errors import ToolkitError
+from toolkit.moe.observer import observing
 from toolkit.patching.forward import ragged_forward
-from toolkit.state.batch import RaggedBatch, observing
+from toolkit.state.batch import RaggedBatch
 from toolkit.testing.models import random_model
 from toolkit.testing.oracle import eager, lifted_to_double
 
@@ -193,19 +194,17 @@ def test_what_cannot_be_replayed_is_one_sentence() -> None:
             toolkit.token_logprobs(model, [sequence], routing=routing)
         return str(caught.value)
 
-    assert "routing has 2 tensors; allowed is one for each of 1 sequences." in refused(good, good)
-    assert "routing[0] has shape [2, 2, 3]" in refused(good[:2])
+    assert "routing must have a tensor for each of 1 sequences, got 2." in refused(good, good)
+    assert "got shape [2, 2, 3]" in refused(good[:2])
     assert "dtype torch.float32" in refused(good.float())
-    assert "routing[0] has the expert -1; allowed are 0 and more." in refused(good - 1)
-    assert "routing has the expert 14; allowed are 0 to 11." in refused(good + 12)
+    assert "experts of routing[0] must be >= 0, got -1." in refused(good - 1)
+    assert "experts of a routing must be < 12, got 14." in refused(good + 12)
     assert "topk_ids must be [4, 3], got [4, 2]." in refused(good[..., :2])
-    assert "routing has 1 layers of experts; the model has more." in refused(good[:, :1])
-    assert "of which no router of the model took [2, 3]" in refused(good.repeat(1, 2, 1))
-    with pytest.raises(ToolkitError, match=r"routing\[1\] has shape \[1, 1, 3\] while routing\[0\] has \[3, 2, 3\]"):
+    assert "routing must have each of the model's layers of experts, got 1." in refused(good[:, :1])
+    assert "in each of its 4 layers, got none for [2, 3]" in refused(good.repeat(1, 2, 1))
+    with pytest.raises(ToolkitError, match=r"routing\[1\] must have .* has shape \[3, 2, 3\], got \[1, 1, 3\]"):
         toolkit.token_logprobs(model, [sequence, [5, 6]], routing=[good, good[:1, :1]])
     dense = random_model("llama")
     toolkit.patch(dense)
-    with pytest.raises(
-        ToolkitError, match=r"no router of the model took \[0, 1\]; replaying needs every router patched"
-    ):
+    with pytest.raises(ToolkitError, match=r"got none for \[0, 1\]\. Replay needs every router patched"):
         toolkit.token_logprobs(dense, [sequence], routing=[good])

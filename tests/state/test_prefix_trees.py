@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from toolkit.state import RaggedBatch
+from toolkit.state import DenseContext, RaggedBatch
 from toolkit.state.prefix_trees import share_prefixes
 
 # Few different tokens, so that prefixes meet; sequences that end inside of others, equal ones and empty ones too.
@@ -66,7 +66,7 @@ def test_the_batch_of_prefix_trees(sequences: list[list[int]]) -> None:
         start = length - len(own)
         for width in (1, 3):
             expected = [-1] * max(0, width - start) + path_of[own[-1]][max(0, start - width) : start]
-            assert batch.past(width)[s].tolist() == expected
+            assert DenseContext(batch).past(width)[s].tolist() == expected
         assert batch.parents is not None
         parent = int(batch.parents[s])
         assert (path_of[offsets[parent + 1] - 1] if parent >= 0 else []) == path_of[own[-1]][:start]

@@ -9,7 +9,19 @@ import torch
 from torch import Tensor
 
 from toolkit.errors import ToolkitError
-from toolkit.state import BlockAllocator, BlockTable, BlockTables, Group, PagedRows, RaggedBatch, StatePool, StateSpec
+from toolkit.state import (
+    BlockAllocator,
+    BlockTable,
+    BlockTables,
+    DenseContext,
+    Group,
+    PagedContext,
+    PagedRows,
+    RaggedBatch,
+    StatePool,
+    StateSpec,
+)
+from toolkit.state.active import forward_context_of, get_forward_context, set_forward_context
 
 HEADS, GROUPS, DIM, V_DIM = 4, 2, 8, 6
 SCALE = DIM**-0.5
@@ -41,15 +53,15 @@ def test_from_sequences_packs() -> None:
     assert batch.query_offsets.tolist() == [0, 3, 3, 5]
     assert batch.kv_offsets.tolist() == [0, 3, 3]
     assert batch.kv_lengths.tolist() == [3, 0, 2]
-    assert batch.sequence.tolist() == [0, 0, 0, 2, 2]
-    assert batch.state is batch.block_tables is batch.sample_rows is batch.multiplicity is None
+    assert batch.sequence_ids.tolist() == [0, 0, 0, 2, 2]
+    assert batch.block_tables is batch.sample_rows is batch.multiplicity is None
     parts = (batch.tokens, batch.positions, batch.query_offsets, batch.kv_offsets, batch.kv_lengths)
     assert {part.dtype for part in parts} == {torch.int64}
     for empty in ([], [[]]):
         nothing = RaggedBatch.from_sequences(empty)
         assert len(nothing.tokens) == len(nothing.positions) == 0
         assert nothing.query_offsets.tolist() == [0] * (len(empty) + 1)
-        assert nothing.attend(0, *qkv(0, 0), scale=SCALE).shape == (0, HEADS, V_DIM)
+        assert DenseContext(nothing).attend(0, *qkv(0, 0), scale=SCALE).shape == (0, HEADS, V_DIM)
 
 
 @pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (3, 0.0), (0, 5.0), (4, 2.0)])
@@ -57,7 +69,7 @@ def test_packed_outputs_and_gradients_equal_each_sequence_alone(window: int, sof
     lengths = [7, 1, 0, 19, 2]
     batch = RaggedBatch.from_sequences([[0] * length for length in lengths], share=False)
     inputs = [part.requires_grad_() for part in qkv(sum(lengths), sum(lengths))]
-    out = batch.attend(0, *inputs, scale=SCALE, window=window, softcap=softcap)
+    out = DenseContext(batch).attend(0, *inputs, scale=SCALE, window=window, softcap=softcap)
     expected = torch.cat(
         [dense(q, k, v, window, softcap) for q, k, v in zip(*(part.split(lengths) for part in inputs)) if len(q)]
     )
@@ -98,7 +110,6 @@ class Runner:
             query_offsets=torch.tensor([0, *counts]).cumsum(0),
             kv_offsets=torch.zeros(len(tables), dtype=torch.int64),
             kv_lengths=torch.tensor([start + count for start, count in zip(starts, counts)]),
-            state=self.pool,
             views=(
                 PagedRows(
                     torch.tensor([table.blocks + [0] * (longest - len(table.blocks)) for table in tables]),
@@ -106,11 +117,11 @@ class Runner:
                 ),
             ),
         )
-        assert batch.sequence.tolist()[: len(tokens)] == [i for i, n in enumerate(counts) for _ in range(n)]
-        assert batch.sequence.tolist()[len(tokens) :] == [len(tables)] * padding
+        assert batch.sequence_ids.tolist()[: len(tokens)] == [i for i, n in enumerate(counts) for _ in range(n)]
+        assert batch.sequence_ids.tolist()[len(tokens) :] == [len(tables)] * padding
         parts = [torch.cat([part[i] for _, _, part in work]) for i in range(3)]
         q, k, v = (torch.cat([part, torch.full_like(part[:1], 3.0).expand(padding, -1, -1)]) for part in parts)
-        out = batch.attend(1, q, k, v, scale=SCALE)
+        out = PagedContext(batch, self.pool).attend(1, q, k, v, scale=SCALE)
         assert not out[len(tokens) :].any()
         for table, new, _ in work:
             table.commit(new)
@@ -133,7 +144,8 @@ def test_any_schedule_through_pages_equals_all_at_once_bit_for_bit(seed: int) ->
         part[4] = torch.cat([part[0][:9], part[4][9:]])
         part[5] = torch.cat([part[3][:10], part[5][10:]])
     q, k, v = (torch.cat(part) for part in parts)
-    whole = RaggedBatch.from_sequences(texts, share=False).attend(0, q, k, v, scale=SCALE).split(lengths)
+    packing = RaggedBatch.from_sequences(texts, share=False)
+    whole = DenseContext(packing).attend(0, q, k, v, scale=SCALE).split(lengths)
 
     runner = Runner(torch.float32)
     runner.allocator.free(runner.allocator.allocate(choose.randrange(20)))
@@ -157,7 +169,7 @@ def test_any_schedule_through_pages_equals_all_at_once_bit_for_bit(seed: int) ->
         for got, want in zip(runner.step(work, padding=choose.randrange(3)), expected, strict=True):
             assert torch.equal(got, want)
     runner.allocator.check_integrity([table.held for table in tables.values()])
-    assert not runner.pool.states[0].stores[0].isfinite().any()  # the other layer was left alone
+    assert not runner.pool.states[0].stores[0].isfinite().any()  # nothing was written to the other layer
 
 
 def test_state_written_under_grad_mode_stays_plain() -> None:
@@ -188,7 +200,7 @@ def test_padded_calls_attend_like_each_row_alone(name: str, cut: int) -> None:
     batch = RaggedBatch.for_padded(mask, queries)
     inputs = [part.requires_grad_() for part in qkv(rows * queries, rows * width)]
     q, k, v = (part.unflatten(0, (rows, -1)) if len(part) else part for part in inputs)
-    out = batch.attend(0, *inputs, scale=SCALE)
+    out = DenseContext(batch).attend(0, *inputs, scale=SCALE)
     expected = torch.zeros_like(out).view(rows, queries, HEADS, V_DIM)
     positions = torch.zeros(rows, queries, dtype=torch.int64)
     for row in range(rows):
@@ -222,11 +234,11 @@ def test_no_padding_and_left_padding_take_one_segment_a_row() -> None:
 
 
 def test_masks_that_are_not_padding_are_refused() -> None:
-    with pytest.raises(ToolkitError, match="hole in row 1"):
+    with pytest.raises(ToolkitError, match="got a hole in row 1"):
         RaggedBatch.for_padded(torch.tensor([[1, 1, 1], [1, 0, 1]]), 3)
-    with pytest.raises(ToolkitError, match=r"shape \(3,\); \[batch, length\] is allowed"):
+    with pytest.raises(ToolkitError, match=r"shape \[batch, length\], got \[3\]"):
         RaggedBatch.for_padded(torch.ones(3), 3)
-    with pytest.raises(ToolkitError, match=r"q_len is 4 .* 0 to 3 are allowed"):
+    with pytest.raises(ToolkitError, match=r"q_len must be between 0 .* 3, got 4"):
         RaggedBatch.for_padded(torch.ones(2, 3), 4)
 
 
@@ -235,23 +247,25 @@ def test_a_plan_made_in_inference_mode_serves_a_later_backward() -> None:
         mask = torch.ones(2, 3, dtype=torch.bool)
         batch = RaggedBatch.for_padded(mask, 3)
     inputs = [part.requires_grad_() for part in qkv(6, 6)]
-    batch.attend(0, *inputs, scale=SCALE).sum().backward()
+    DenseContext(batch).attend(0, *inputs, scale=SCALE).sum().backward()
     assert all(part.grad is not None for part in inputs)
 
 
-def test_the_active_batch_is_scoped_nested_and_of_one_thread() -> None:
-    outer, inner = RaggedBatch.from_sequences([[1]]), RaggedBatch.from_sequences([[2]])
-    assert RaggedBatch.active() is None
+def test_the_forward_context_is_scoped_nested_and_of_one_thread() -> None:
+    outer, inner = (DenseContext(RaggedBatch.from_sequences([[token]])) for token in (1, 2))
+    assert get_forward_context() is None
     seen = []
-    with outer.activate() as given:
-        assert RaggedBatch.active() is given is outer
-        with inner.activate():
-            assert RaggedBatch.active() is inner
-        with pytest.raises(KeyError), inner.activate():
+    with set_forward_context(outer) as given:
+        assert get_forward_context() is given is outer
+        assert forward_context_of({"ragged": inner}) is inner
+        assert forward_context_of({}) is outer
+        with set_forward_context(inner):
+            assert get_forward_context() is inner
+        with pytest.raises(KeyError), set_forward_context(inner):
             raise KeyError
-        assert RaggedBatch.active() is outer
-        thread = threading.Thread(target=lambda: seen.append(RaggedBatch.active()))
+        assert get_forward_context() is outer
+        thread = threading.Thread(target=lambda: seen.append(get_forward_context()))
         thread.start()
         thread.join()
-    assert RaggedBatch.active() is None
+    assert get_forward_context() is None
     assert seen == [None]

@@ -62,7 +62,7 @@ def test_targets_choose_what_counts_and_gradients_add_up():
 def test_bad_arguments_are_named():
     model = random_model("llama")
     toolkit.patch(model)
-    with pytest.raises(ToolkitError, match="chunk_tokens is 4; allowed are 8 and more"):
+    with pytest.raises(ToolkitError, match="chunk_tokens must be >= 8, got 4"):
         backward_in_chunks(model, [3, 4, 5], chunk_tokens=4)
-    with pytest.raises(ToolkitError, match=r"targets have shape \[2\]; allowed is \[3\]"):
+    with pytest.raises(ToolkitError, match=r"targets must have the tokens' shape \[3\], got \[2\]"):
         backward_in_chunks(model, [3, 4, 5], targets=torch.tensor([1, 2]))

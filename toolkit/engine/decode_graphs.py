@@ -10,8 +10,8 @@ from toolkit.engine.graph import capture
 from toolkit.engine.graph_passes import optimize
 from toolkit.patching import report_of
 from toolkit.patching.adapters import adapter_layers, adapter_state
-from toolkit.patching.forward import ragged_forward
-from toolkit.state import RaggedBatch, StatePool
+from toolkit.patching.forward import context_forward
+from toolkit.state import PagedContext
 
 # A batch is padded up to the next size, so that a few graphs serve every batch. Rows cost little next to weights.
 CAPTURE_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256)
@@ -49,34 +49,34 @@ class DecodeGraphs:
         # A hook is the user's Python and must run at every step.
         self._hooked = any(m._forward_hooks or m._forward_pre_hooks for m in self.model.modules())
 
-    def serves(self, batch: RaggedBatch) -> bool:
+    def serves(self, context: PagedContext) -> bool:
         """Whether the batch is one new token per sequence, on pages, of a size that graphs are captured for."""
-        count = len(batch.tokens)
-        steady = isinstance(batch.state, StatePool) and batch.state.recordable
-        steady = steady and not self._hooked and not self.data_dependent_op
-        return steady and count == len(batch.kv_lengths) and count in CAPTURE_SIZES
+        count = len(context.batch.tokens)
+        steady = context.pool.capturable and not self._hooked and not self.data_dependent_op
+        return steady and count == len(context.batch.kv_lengths) and count in CAPTURE_SIZES
 
-    def forward(self, batch: RaggedBatch) -> Tensor:
+    def forward(self, context: PagedContext) -> Tensor:
         """Logits [S, V] of all rows, padding included, of a batch that ``serves`` accepts."""
-        inputs = _tensors(batch)
-        replay = self._graphs.get(len(batch.tokens))
+        inputs = _tensors(context)
+        size = len(context.batch.tokens)
+        replay = self._graphs.get(size)
         if replay is None:
             # Captured outside inference mode: tensors made by the capture belong to later steps too.
             with torch.inference_mode(False), torch.no_grad():
-                graph = capture(self._function(batch), [part.clone() for part in inputs])
+                graph = capture(self._function(context), [part.clone() for part in inputs])
                 # The capture was this step: run twice, a recurrence would advance by two tokens.
                 logits = graph.output.tensor
                 self.data_dependent_op = graph.data_dependent_op
                 if not self.data_dependent_op:
-                    self._graphs[len(batch.tokens)] = optimize(graph).compile()
+                    self._graphs[size] = optimize(graph).compile()
             return logits
         return replay(*inputs)
 
-    def _function(self, batch: RaggedBatch) -> Callable[..., Tensor]:
+    def _function(self, context: PagedContext) -> Callable[..., Tensor]:
         model = self.model
 
         def forward(*tensors: Tensor) -> Tensor:
-            return ragged_forward(model, _with_tensors(batch, tensors))
+            return context_forward(model, _with_tensors(context, tensors))
 
         return forward
 
@@ -84,15 +84,17 @@ class DecodeGraphs:
 _OWN = ("tokens", "positions", "query_offsets", "kv_offsets", "kv_lengths")
 
 
-def _tensors(batch: RaggedBatch) -> list[Tensor]:
-    """Every tensor of a batch with state."""
+def _tensors(context: PagedContext) -> list[Tensor]:
+    """Every tensor of a paged batch."""
+    batch = context.batch
     found = [getattr(batch, name) for name in _OWN]
     return found + [getattr(view, part.name) for view in batch.views for part in fields(view)]
 
 
-def _with_tensors(batch: RaggedBatch, tensors: Sequence[Tensor]) -> RaggedBatch:
-    """The same batch of other ``_tensors``."""
+def _with_tensors(context: PagedContext, tensors: Sequence[Tensor]) -> PagedContext:
+    """The same context over a batch of other ``_tensors``."""
     left = iter(tensors)
     own = {name: next(left) for name in _OWN}
-    views = tuple(type(view)(*(next(left) for _ in fields(view))) for view in batch.views)
-    return replace(batch, views=views, **own)  # type: ignore[arg-type]
+    views = tuple(type(view)(*(next(left) for _ in fields(view))) for view in context.batch.views)
+    batch = replace(context.batch, views=views, **own)  # type: ignore[arg-type]
+    return PagedContext(batch, context.pool)

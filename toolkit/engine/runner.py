@@ -17,11 +17,11 @@ from toolkit.numerics import Numerics
 from toolkit.patching import patch, report_of
 from toolkit.patching.adapters import fuse_adapters, inner_model
 from toolkit.patching.eval_mode import eval_mode
-from toolkit.patching.forward import ragged_forward
+from toolkit.patching.forward import context_forward
 from toolkit.patching.sharding import check_whole
 from toolkit.patching.state_spec import state_spec
 from toolkit.patching.weights import weight_clock, weight_version
-from toolkit.state import Group, PagedRows, RaggedBatch, Snapshots, StatePool, StateSpec
+from toolkit.state import Group, PagedContext, PagedRows, RaggedBatch, Snapshots, StatePool, StateSpec
 
 _CPU_BYTES = 4 << 30
 
@@ -42,7 +42,7 @@ class Backend(Protocol):
     def version(self) -> int:
         """Moves whenever the weights do."""
 
-    def forward(self, batch: RaggedBatch, rows: Tensor) -> Tensor:
+    def forward(self, context: PagedContext, rows: Tensor) -> Tensor:
         """Logits [len(rows), vocab_size] at ``rows`` of the batch's tokens."""
 
     def decode_size(self, sequences: int) -> int:
@@ -90,15 +90,15 @@ class PatchedModel:
     def decode_size(self, sequences: int) -> int:
         return padded_size(sequences)
 
-    def forward(self, batch: RaggedBatch, rows: Tensor) -> Tensor:
+    def forward(self, context: PagedContext, rows: Tensor) -> Tensor:
         with eval_mode(self.model):
-            if self.graphs.serves(batch):
-                return self.graphs.forward(batch)[rows]
+            if self.graphs.serves(context):
+                return self.graphs.forward(context)[rows]
             # A prompt enters: the moment to notice that the model is made of other parts than before.
             fuse_adapters(self.model, self.numerics)
             self.graphs.refresh()
             weight_clock(self.model).refresh()
-            return ragged_forward(self.model, batch, rows)
+            return context_forward(self.model, context, rows)
 
 
 def _ids(eos: Any) -> frozenset[int]:
@@ -151,7 +151,7 @@ class Runner:
                 of_group += found
         batch, rows = self.build(chunks)
         self.pool.copy_blocks(copies)
-        return self.backend.forward(batch, rows)
+        return self.backend.forward(PagedContext(batch, self.pool), rows)
 
     def build(self, chunks: list[Chunk]) -> tuple[RaggedBatch, Tensor]:
         """The batch of the chunks, and the rows [samples] whose logits are wanted."""
@@ -205,9 +205,7 @@ class Runner:
                 views.append(PagedRows(table, *mine))
             else:
                 views.append(Snapshots(*mine))
-        batch = RaggedBatch(
-            tokens_T, positions_T, offsets_S, kv_offsets_S, lengths_S, state=self.pool, views=tuple(views)
-        )
+        batch = RaggedBatch(tokens_T, positions_T, offsets_S, kv_offsets_S, lengths_S, views=tuple(views))
         return batch, rows_R
 
     def _sync(self, chunk: Chunk) -> list[list[tuple[int, int]]]:

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from toolkit.ops.rotary import rotary
+from toolkit.state.active import forward_context_of
 from toolkit.state.batch import RaggedBatch
-
-KEYWORD = "ragged"
+from toolkit.state.context import ForwardContext
+from toolkit.state.dense import DenseContext
 
 
 @dataclass(frozen=True)
@@ -32,30 +33,24 @@ class AttentionShape:
     sinks: Tensor | None = None
 
     def settings(self) -> dict[str, Any]:
-        """As ``RaggedBatch.attend`` takes them."""
+        """As ``ForwardContext.attend`` takes them."""
         extra = {} if self.sinks is None else {"sinks": self.sinks}
         return {"scale": self.scale, "window": self.window, "softcap": self.softcap, **extra}
 
 
-def current_batch(kwargs: dict[str, Any]) -> RaggedBatch | None:
-    """The ragged batch of this forward: from the keywords, else from the surrounding context."""
-    batch = kwargs.get(KEYWORD)
-    return batch if batch is not None else RaggedBatch.active()
-
-
 @lru_cache(maxsize=64)
-def _unpadded(batch: int, queries: int, keys: int, device: torch.device) -> RaggedBatch:
-    with torch.inference_mode(False):  # plans are kept, and a later backward saves them
-        return RaggedBatch.unpadded(batch, queries, keys, device)
+def _unpadded(batch: int, queries: int, keys: int, device: torch.device) -> DenseContext:
+    with torch.inference_mode(False):  # contexts are kept, and a later backward saves their tensors
+        return DenseContext(RaggedBatch.unpadded(batch, queries, keys, device))
 
 
-def padded_plan(mask: Tensor, queries: int) -> RaggedBatch:
-    """The plan for a padding mask [B, S'], made once a forward: every layer is handed the same mask object."""
-    plan = getattr(mask, "toolkit_plan", None)
-    if plan is None or plan[0] != queries:
-        plan = (queries, RaggedBatch.for_padded(mask, queries))
-        mask.toolkit_plan = plan  # type: ignore[attr-defined]
-    return plan[1]
+def padded_context(mask: Tensor, queries: int) -> DenseContext:
+    """The context of a padding mask [B, S'], made once a forward: every layer is handed the same mask object."""
+    kept: tuple[int, DenseContext] | None = getattr(mask, "toolkit_context", None)
+    if kept is None or kept[0] != queries:
+        kept = (queries, DenseContext(RaggedBatch.for_padded(mask, queries)))
+        mask.toolkit_context = kept  # type: ignore[attr-defined]
+    return kept[1]
 
 
 def attend(
@@ -64,29 +59,36 @@ def attend(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
-    ragged: RaggedBatch | None,
+    context: ForwardContext | None,
     shape: AttentionShape,
 ) -> Tensor:
-    """Causal attention; q [B, S, H, D], k, v [B, S', G, D] give [B, S, H, Dv].
+    """Causal attention [B, S, H, Dv].
 
-    With ``ragged`` (B = 1) the batch says who sees what. Otherwise the queries are the last S of the S' keys of their
-    row, and ``mask`` is None, a padding mask [B, S'] (True: a token; left or right padding), or any explicit mask that
-    broadcasts to [B, H, S, S'], which takes torch's dense attention: right, but without the promise of equal bits.
-    Rows of padding come out as zeros.
+    Rows of padding come out as zeros. An explicit mask takes torch's dense attention, which is not batch-invariant.
+
+    Args:
+        layer: index of the layer.
+        q: [B, S, H, D]; without a context, the last S of the S' keys of their row.
+        k: [B, S', G, D].
+        v: [B, S', G, Dv].
+        mask: None, a padding mask [B, S'] (True: a token; left or right padding), or any explicit mask that broadcasts
+            to [B, H, S, S'].
+        context: of a ragged batch (B = 1), which says which query sees which key; None for an ordinary call.
+        shape: scale, window and the rest.
     """
     batch_size, queries = q.shape[:2]
-    if ragged is not None:
-        return ragged.attend(layer, q[0], k[0], v[0], **shape.settings())[None]
+    if context is not None:
+        return context.attend(layer, q[0], k[0], v[0], **shape.settings())[None]
     if shape.dropout > 0.0 or (mask is not None and mask.dim() == 4):
         return _dense(q, k, v, mask, shape)
     if mask is not None:
-        plan = padded_plan(mask, queries)
+        padded = padded_context(mask, queries)
     elif torch.compiler.is_compiling():
-        plan = RaggedBatch.unpadded(batch_size, queries, k.shape[1], q.device)
+        padded = DenseContext(RaggedBatch.unpadded(batch_size, queries, k.shape[1], q.device))
     else:
-        plan = _unpadded(batch_size, queries, k.shape[1], q.device)
+        padded = _unpadded(batch_size, queries, k.shape[1], q.device)
     rows = (part.flatten(0, 1) for part in (q, k, v))
-    out = plan.attend(layer, *rows, **shape.settings())
+    out = padded.attend(layer, *rows, **shape.settings())
     return out.unflatten(0, (batch_size, queries))
 
 
@@ -170,7 +172,7 @@ class FusedAttention:
             dropout = float(getattr(self, "attention_dropout", 0.0)) if self.training else 0.0
             sinks = None if parts.sinks is None else getattr(self, parts.sinks)
             shape = AttentionShape(float(self.scaling), parts.window, parts.softcap, dropout, sinks)  # type: ignore[arg-type]
-            out = attend(self.layer_idx, q, k, v, attention_mask, current_batch(kwargs), shape)  # type: ignore[arg-type]
+            out = attend(self.layer_idx, q, k, v, attention_mask, forward_context_of(kwargs), shape)  # type: ignore[arg-type]
             return getattr(self, parts.out)(out.reshape(batch_size, length, -1)), None
 
         return forward

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from toolkit.moe import ExpertAdapters, ExpertWeights, mix
 from toolkit.moe.sharding import ATTRIBUTE
-from toolkit.state.batch import RaggedBatch
+from toolkit.state.active import get_forward_context
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class Experts:
 
         Inside of autocast the products are in autocast's dtype, as those of a linear layer.
         """
-        batch = RaggedBatch.active()
-        if batch is not None:
-            batch.note_routing(self.layer, ids)
+        context = get_forward_context()
+        if context is not None:
+            context.record_routing(self.layer, ids)
         recompute = getattr(module, "recompute_experts", False)
         post: Any = None if self.post is None else getattr(module, self.post)
         weights, source = self.weights(module), x

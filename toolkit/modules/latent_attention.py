@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from toolkit.modules.attention import current_batch
 from toolkit.ops.linear import linear
 from toolkit.ops.rotary import rotary
+from toolkit.state.active import forward_context_of
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class LatentAttention:
         parts = self
 
         def forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            batch = current_batch(kwargs)
+            context = forward_context_of(kwargs)
             up = getattr(self, parts.up)
             # An adapter around the projection is part of it; its product with the queries is not taken apart.
-            if batch is None or type(up) is not nn.Linear:
+            if context is None or type(up) is not nn.Linear:
                 return original(self, hidden_states, *args, **kwargs)
             tables: Any = kwargs.get("position_embeddings", args[0] if args else None)
             cos, sin = (table[0] for table in tables)
@@ -61,7 +61,7 @@ class LatentAttention:
             heads = up.weight.unflatten(0, (q.shape[1], -1))  # [H, N + V, R]
             to_latent, to_value = heads[:, : parts.content].mT, heads[:, parts.content :]
             asked = torch.stack([linear(content[:, h], to_latent[h]) for h in range(len(heads))], 1)
-            out = batch.attend(
+            out = context.attend_latent(
                 self.layer_idx,  # type: ignore[arg-type]
                 torch.cat([asked, turned], -1),
                 torch.cat([latent[:, None], shared], -1),

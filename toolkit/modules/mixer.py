@@ -1,4 +1,4 @@
-"""Recurrent mixers over a ragged batch: the functions that a mixer's own forward calls, with the batch's past.
+"""Recurrent mixers over a ragged batch: the functions that a mixer's own forward calls, with the context's past.
 
 A mixer (gated delta rule, state-space duality, short convolution) projects, convolves, scans and projects again. Its
 own code does the projecting; the convolution and the scan are these. Shapes: B = 1 batch, T tokens, C channels, H
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from toolkit.ops.rms_norm import rms_norm
-from toolkit.state.batch import RaggedBatch
+from toolkit.state.context import ForwardContext
 
 
 def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
@@ -23,19 +23,19 @@ def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     return rms_norm(x, None, eps / width) * width**-0.5
 
 
-def convolution(layer: int, batch: RaggedBatch) -> Callable[..., Tensor]:
+def convolution(layer: int, context: ForwardContext) -> Callable[..., Tensor]:
     """``f(hidden_states [1, C, T], weight [C, width], bias, activation)``: [1, C, T]."""
 
     def convolve(
         hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, **_: Any
     ) -> Tensor:
         kind = "silu" if activation in ("silu", "swish") else activation
-        return batch.convolve(layer, hidden_states[0].T, weight, bias, kind).T[None]
+        return context.convolve(layer, hidden_states[0].T, weight, bias, kind).T[None]
 
     return convolve
 
 
-def gated_delta_rule(layer: int, batch: RaggedBatch) -> Callable[..., tuple[Tensor, None]]:
+def gated_delta_rule(layer: int, context: ForwardContext) -> Callable[..., tuple[Tensor, None]]:
     """``f(query, key [1, T, G, K], value [1, T, H, V], g, beta [1, T, H])``: ([1, T, H, V], None)."""
 
     def scan(
@@ -50,13 +50,13 @@ def gated_delta_rule(layer: int, batch: RaggedBatch) -> Callable[..., tuple[Tens
         q, k = (l2_norm(x) if use_qk_l2norm_in_kernel else x for x in (query[0], key[0]))
         dtype = torch.promote_types(value.dtype, torch.float32)
         v, g, beta = (x[0].to(dtype) for x in (value, g, beta))
-        out = batch.scan(layer, q.to(dtype), k.to(dtype), v, g, beta, scale=q.shape[-1] ** -0.5, delta=True)
+        out = context.scan(layer, q.to(dtype), k.to(dtype), v, g, beta, scale=q.shape[-1] ** -0.5, delta=True)
         return out[None].to(value.dtype), None
 
     return scan
 
 
-def state_space(layer: int, batch: RaggedBatch) -> Callable[..., Tensor]:
+def state_space(layer: int, context: ForwardContext) -> Callable[..., Tensor]:
     """``f(x [1, T, H, V], dt [1, T, H], A [H], B, C [1, T, G, K], chunk, D [H])``: [1, T, H, V]."""
 
     def scan(
@@ -80,7 +80,7 @@ def state_space(layer: int, batch: RaggedBatch) -> Callable[..., Tensor]:
             dt = F.softplus(dt)
         step = torch.clamp(dt, min=dt_limit[0], max=dt_limit[1])[0].to(dtype)
         x, b, c = (part[0].to(dtype) for part in (hidden_states, B, C))
-        out = batch.scan(layer, c, b, x, A.to(dtype) * step, step)
+        out = context.scan(layer, c, b, x, A.to(dtype) * step, step)
         if D is not None:
             out = out + D.to(dtype)[:, None] * x
         return (out[None], None) if return_final_states else out[None]
@@ -88,6 +88,6 @@ def state_space(layer: int, batch: RaggedBatch) -> Callable[..., Tensor]:
     return scan
 
 
-def declined(layer: int, batch: RaggedBatch) -> Callable[..., None]:
+def declined(layer: int, context: ForwardContext) -> Callable[..., None]:
     """For a function that fuses the whole mixer where it can: it cannot, and the mixer goes its long way."""
     return lambda *args, **kwargs: None

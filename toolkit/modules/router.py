@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from toolkit.moe.observer import observe_router
 from toolkit.ops.linear import linear
 from toolkit.ops.route import route
-from toolkit.state.batch import RaggedBatch
+from toolkit.state.active import get_forward_context
 
 
 @dataclass(frozen=True)
@@ -87,11 +88,12 @@ class Router:
             expert_bias: Any = None if find is None else find(self)
             if settings.expert_bias == "":
                 expert_bias = next(iter((*args, *kwargs.values())), None)
-            batch = RaggedBatch.active()
-            replayed = None if batch is None else batch.replayed(settings.layer, logits.shape[1])
+            context = get_forward_context()
+            replay = None if context is None else context.replay
+            replayed = None if replay is None else replay.take(settings.layer, logits.shape[1])
             topk_weights, topk_ids = settings.route(logits, expert_bias, replayed)
-            if batch is not None:
-                batch.note_scores(settings.layer, logits, topk_ids, expert_bias)
+            if context is not None:
+                observe_router(settings.layer, logits, topk_ids, context.batch.multiplicity, expert_bias)
             found = {"logits": logits, "topk_weights": topk_weights, "topk_ids": topk_ids}
             for name in ("logits", "topk_weights"):
                 found[name] = found[name] if name in settings.float32_outputs else found[name].to(x.dtype)

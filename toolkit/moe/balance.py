@@ -79,7 +79,7 @@ def load_figures(loads: Sequence[Tensor]) -> dict[str, float]:
 
 
 class RouterStatistics:
-    """What routers did in some forwards: an observer for ``toolkit.state.batch.observing``.
+    """What routers did in some forwards: an observer for ``toolkit.moe.observer.observing``.
 
     losses: keep logits, with their graph, until ``take_losses``. Loads are counted in any case, until ``take_loads``.
     """

@@ -8,8 +8,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from toolkit.errors import ToolkitError
-from toolkit.modules.attention import AttentionShape, attend, current_batch, padded_plan
-from toolkit.state.batch import RaggedBatch
+from toolkit.modules.attention import AttentionShape, attend, padded_context
+from toolkit.state.active import forward_context_of, get_forward_context
 
 NAME = "toolkit"
 
@@ -44,7 +44,7 @@ def attention_function(
     )
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     layer = getattr(module, "layer_idx", None)
-    out = attend(layer if layer is not None else 0, q, k, v, attention_mask, current_batch(kwargs), shape)
+    out = attend(layer if layer is not None else 0, q, k, v, attention_mask, forward_context_of(kwargs), shape)
     return out.contiguous(), None
 
 
@@ -62,7 +62,7 @@ def mask_function(
 
     While a compiler traces, a mask's values cannot be looked at, and any mask is made explicit.
     """
-    if RaggedBatch.active() is not None:
+    if get_forward_context() is not None:
         return None
     plain = allow_is_causal_skip and isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
     if plain and attention_mask is None:
@@ -73,7 +73,7 @@ def mask_function(
             if bool(mask.all()):
                 return None
             try:
-                padded_plan(mask, q_length)
+                padded_context(mask, q_length)
                 return mask
             except ToolkitError:  # holes in the mask: every layer needs it spelled out
                 pass

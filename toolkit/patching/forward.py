@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from toolkit.errors import ToolkitError
-from toolkit.modules.attention import KEYWORD
 from toolkit.modules.elementwise import row_invariant
+from toolkit.moe.observer import observing
 from toolkit.numerics import Numerics
 from toolkit.ops.linear_logprob import deferred
 from toolkit.ops.take_rows import take_rows
@@ -20,7 +20,10 @@ from toolkit.patching.adapters import inner_model
 from toolkit.patching.eval_mode import eval_mode
 from toolkit.patching.record import report_of
 from toolkit.patching.report import PatchReport
-from toolkit.state.batch import RaggedBatch, observing
+from toolkit.state.active import KEYWORD, set_forward_context
+from toolkit.state.batch import RaggedBatch
+from toolkit.state.context import ForwardContext
+from toolkit.state.dense import DenseContext
 
 
 def _explicit_mask(device: torch.device) -> Tensor:
@@ -42,13 +45,24 @@ def _patched(model: nn.Module) -> nn.Module:
 
 
 def ragged_forward(model: nn.Module, batch: RaggedBatch, rows: Tensor | None = None) -> Tensor:
-    """Logits [len(rows), V] (all T tokens when ``rows`` is None) of the model's own forward over ``batch``.
+    """Logits [len(rows), V] of whole sequences, with gradients: ``context_forward`` in a ``DenseContext``."""
+    return context_forward(model, DenseContext(batch), rows)
+
+
+def context_forward(model: nn.Module, context: ForwardContext, rows: Tensor | None = None) -> Tensor:
+    """Logits [len(rows), V] of the model's own forward over the context's batch.
 
     With gradients on they may be deferred (``toolkit.ops.linear_logprob``): any operation on them computes them.
 
-    model: a patched one, or what data parallel or DeepSpeed wrapped it in, whose forward is then called.
-    rows: int64 indices into the batch's tokens. Differentiable. Raises ToolkitError if attention is not patched.
+    Args:
+        model: a patched one, or what data parallel or DeepSpeed wrapped it in, whose forward is then called.
+        context: what layers attend, scan and convolve by; a new one for each forward.
+        rows: int64 indices into the batch's tokens; None for all T of them.
+
+    Raises:
+        ToolkitError: if attention is not patched, or the batch's routing does not fit the model.
     """
+    batch = context.batch
     model = inner_model(model)
     inner = inner_model(_patched(model))
     report = report_of(inner)
@@ -68,17 +82,17 @@ def ragged_forward(model: nn.Module, batch: RaggedBatch, rows: Tensor | None = N
     if rows is not None and _keeps_logits(type(inner).forward):
         keep["logits_to_keep"] = rows
     steady = report.numerics is Numerics.BITWISE and batch.tokens.is_cpu and not torch.compiler.is_compiling()
-    with batch.activate(), row_invariant() if steady else nullcontext():
+    with set_forward_context(context), row_invariant() if steady else nullcontext():
         output = model(
             input_ids=batch.tokens[None],
             position_ids=batch.positions[None],
             attention_mask=_explicit_mask(batch.tokens.device),
             use_cache=False,
             **keep,
-            **{KEYWORD: batch},
+            **{KEYWORD: context},
         )
-    if not torch.compiler.is_compiling():
-        batch.check_replayed()
+    if context.replay is not None and not torch.compiler.is_compiling():
+        context.replay.check_complete()
     logits = output.logits[0]
     return logits if rows is None or keep else logits[rows]
 

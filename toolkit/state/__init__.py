@@ -4,7 +4,10 @@ from toolkit.state.batch import RaggedBatch
 from toolkit.state.block_allocator import BlockAllocator, OutOfBlocks
 from toolkit.state.block_manager import BlockManager, BlockTables, Group
 from toolkit.state.block_table import BlockTable
+from toolkit.state.context import ForwardContext
+from toolkit.state.dense import DenseContext
 from toolkit.state.kinds import PagedRows, Snapshots, StateSpec
+from toolkit.state.paged import PagedContext
 from toolkit.state.pool import StatePool
 from toolkit.state.prefix import PrefixIndex
 
@@ -13,8 +16,11 @@ __all__ = [
     "BlockManager",
     "BlockTable",
     "BlockTables",
+    "DenseContext",
+    "ForwardContext",
     "Group",
     "OutOfBlocks",
+    "PagedContext",
     "PagedRows",
     "PrefixIndex",
     "RaggedBatch",

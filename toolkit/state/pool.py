@@ -1,18 +1,14 @@
 """What the blocks of every layer hold. The numbers of the blocks are ``BlockManager``'s; their contents are here."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from toolkit.ops.attention import attention
 from toolkit.state import kinds
 from toolkit.state.block_manager import Group
-from toolkit.state.kinds import PagedRows, Rows, StateKind, StateSpec
-
-if TYPE_CHECKING:
-    from toolkit.state.batch import RaggedBatch
+from toolkit.state.kinds import Rows, StateKind, StateSpec
 
 
 def group_of(spec: StateSpec) -> Group:
@@ -30,8 +26,7 @@ class StatePool:
     """Storage of all layers of a model, one structure for kinds that remember differently.
 
     specs: what each layer remembers; a layer may have several, of different kinds. num_blocks: how many blocks each of
-    ``groups_of(specs)`` has. states, members: each spec's memory, and the index of its group. It is a
-    ``RaggedBatch``'s ``state``.
+    ``groups_of(specs)`` has. states, members: each spec's memory, and the index of its group.
     """
 
     def __init__(
@@ -51,7 +46,7 @@ class StatePool:
             kinds.find(spec.kind)(spec, num_blocks[group_of(spec)], block_size, dtype, self.device)
             for spec in self.specs
         ]
-        self.recordable = all(state.recordable for state in self.states)
+        self.capturable = all(state.capturable for state in self.states)
         self.members = [self.groups.index(group_of(spec)) for spec in self.specs]
         self._serving: dict[tuple[int, str], tuple[Any, int]] = {
             (state.spec.layer, state.op): (state, group) for state, group in zip(self.states, self.members, strict=True)
@@ -71,42 +66,13 @@ class StatePool:
         """Bytes of all storage."""
         return sum(state.bytes for state in self.states)
 
-    def attend(
-        self, batch: "RaggedBatch", layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int,
-        softcap: float, modifiers: Mapping[str, Any],
-    ) -> Tensor:  # fmt: skip
-        """Attention of new tokens over their blocks, after their own keys and values went there."""
-        state, group = self._serving[layer, "attend"]
-        view = batch.views[group]
-        assert isinstance(view, PagedRows)
-        state.write((k, v), view, batch.query_offsets)
-        keys, values, tables = state.operands(view)
-        out, _ = attention(
-            q, keys, values, batch.query_offsets, batch.kv_offsets, batch.kv_lengths, tables, self.block_size,
-            scale, window, softcap, **modifiers,
-        )  # fmt: skip
-        return out
+    def has(self, layer: int, op: str) -> bool:
+        """Whether a layer has state of an op: "attend", "scan", "convolve" or "record"."""
+        return (layer, op) in self._serving
 
-    def scan(
-        self, batch: "RaggedBatch", layer: int, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None,
-        scale: float, delta: bool,
-    ) -> Tensor:  # fmt: skip
-        """A linear recurrence of new tokens from and to their blocks."""
-        state, group = self._serving[layer, "scan"]
-        return state.scan(q, k, v, g, beta, batch.views[group], batch.query_offsets, scale, delta)
-
-    def convolve(
-        self, batch: "RaggedBatch", layer: int, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
-    ) -> Tensor:
-        """A short convolution of new tokens from and to their blocks."""
-        state, group = self._serving[layer, "convolve"]
-        return state.convolve(x, weight, bias, activation, batch.views[group], batch.query_offsets)
-
-    def record(self, batch: "RaggedBatch", layer: int, ids: Tensor) -> None:
-        """Write the experts ids [T, K] of new tokens into their blocks, where a layer of experts has such."""
-        if (layer, "record") in self._serving:
-            state, group = self._serving[layer, "record"]
-            state.write((ids[:, None],), batch.views[group], batch.query_offsets)
+    def find(self, layer: int, op: str) -> tuple[Any, int]:
+        """The state that serves an op of a layer, a kind with that op's methods, and the index of its group."""
+        return self._serving[layer, op]
 
     def recorded_routing(self, blocks: Sequence[Sequence[int]], length: int) -> Tensor | None:
         """[length, L, K] int32 on the host: the experts of every token of a sequence, in each layer of experts.

@@ -13,9 +13,10 @@ from toolkit.config.schema import LoraSection, ModelSection
 from toolkit.errors import ToolkitError, first_line, nearest
 from toolkit.loading import find_source, load_weights
 from toolkit.loading.model import quiet_transformers
+from toolkit.moe.observer import RouterObserver, observing
 from toolkit.patching import PatchReport, patch, ragged_forward, token_logprobs, weights_changed
 from toolkit.patching.adapters import fuse_adapters
-from toolkit.state.batch import RaggedBatch, RouterObserver, observing
+from toolkit.state.batch import RaggedBatch
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

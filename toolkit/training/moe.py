@@ -13,8 +13,9 @@ from torch import Tensor
 from toolkit.config.schema import MoeSection
 from toolkit.errors import ToolkitError
 from toolkit.moe.balance import RouterStatistics, correct_bias, load_figures
+from toolkit.moe.observer import observing
 from toolkit.patching import PatchReport, ragged_forward, weights_changed
-from toolkit.state.batch import RaggedBatch, observing
+from toolkit.state.batch import RaggedBatch
 from toolkit.training.objectives.base import RunContext
 
 

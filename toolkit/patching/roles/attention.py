@@ -21,7 +21,9 @@ from toolkit.patching.calls import MASK, Call, watch
 from toolkit.patching.claim import Claim, ProbeError, Skipped, Undo, replace_forward
 from toolkit.patching.probe import compare, device_of, probe_copy, random_input, signature_key, with_forward
 from toolkit.patching.search import prove
+from toolkit.state.active import set_forward_context
 from toolkit.state.batch import RaggedBatch
+from toolkit.state.dense import DenseContext
 
 ROWS, LENGTH = 2, 7
 PROBE_WINDOW = 3  # small enough that the window cuts inside the probe
@@ -176,10 +178,11 @@ def _latent_error(probe: Probe, forward: Any) -> ProbeError:
     assert probe.tables is not None
     cos, sin = (table[:1] for table in probe.tables)
     batch = RaggedBatch.from_sequences([[0] * length for length in LENGTHS], device_of(probe.copied), share=False)
+    context = DenseContext(batch)
     together_tables = tuple(torch.cat([table[:, :length] for length in LENGTHS], 1) for table in (cos, sin))
 
     def together(*sequences: Tensor) -> Tensor:
-        with batch.activate():
+        with set_forward_context(context):
             return with_forward(probe.copied, forward)(torch.cat(sequences, 1), position_embeddings=together_tables)[0]
 
     def alone(*sequences: Tensor) -> Tensor:

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from toolkit.modules.attention import current_batch
 from toolkit.modules.elementwise import row_invariant
 from toolkit.numerics import Numerics
 from toolkit.patching.claim import Claim, ProbeError, Skipped, replace_forward
 from toolkit.patching.probe import device_of
+from toolkit.state.active import forward_context_of, set_forward_context
 
 
 def rerunnable(forward: Callable[..., Any], steady: bool) -> Callable[..., Any]:
@@ -28,19 +28,19 @@ def rerunnable(forward: Callable[..., Any], steady: bool) -> Callable[..., Any]:
         if torch.compiler.is_compiling():
             return forward(self, *args, **kwargs)
         hidden = args[0] if args else kwargs.get("hidden_states")
-        batch = current_batch(kwargs)
-        if batch is None and torch._C._current_graph_task_id() != -1:  # in a backward
-            batch = getattr(hidden, "toolkit_batch", None)
-        if batch is None:
+        context = forward_context_of(kwargs)
+        if context is None and torch._C._current_graph_task_id() != -1:  # in a backward
+            context = getattr(hidden, "toolkit_context", None)
+        if context is None:
             return forward(self, *args, **kwargs)
 
         def run(*inputs: Any) -> Any:
-            with batch.activate(), row_invariant() if steady else nullcontext():
+            with set_forward_context(context), row_invariant() if steady else nullcontext():
                 return (own or forward)(self, *inputs, **kwargs)
 
         if own is None:
             if torch.is_grad_enabled() and isinstance(hidden, Tensor):
-                hidden.toolkit_batch = batch  # type: ignore[attr-defined]
+                hidden.toolkit_context = context  # type: ignore[attr-defined]
         elif self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(run, *args)  # type: ignore[operator]
         return run(*args)

@@ -16,15 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from toolkit.modules import mixer
-from toolkit.modules.attention import current_batch
 from toolkit.numerics import Numerics
 from toolkit.patching.claim import Claim, ProbeError, Skipped, replace_forward
 from toolkit.patching.probe import compare, probe_copy, random_input, signature_key
 from toolkit.patching.search import prove
+from toolkit.state.active import forward_context_of, set_forward_context
 from toolkit.state.batch import RaggedBatch
+from toolkit.state.context import ForwardContext
+from toolkit.state.dense import DenseContext
 
 LENGTHS = (5, 9)  # of the probe's sequences
-Make = Callable[[int, RaggedBatch], Callable[..., Any]]
+Make = Callable[[int, ForwardContext], Callable[..., Any]]
 
 # A function of these arguments (and none of those) is this; the first that fits.
 _FUNCTIONS: tuple[tuple[set[str], set[str], Make], ...] = (
@@ -57,10 +59,10 @@ def substituted(forward: Any, replacements: dict[str, Make]) -> Callable[..., An
     inner = inspect.unwrap(forward)
 
     def replaced(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        batch = current_batch(kwargs)
-        if batch is None:
+        context = forward_context_of(kwargs)
+        if context is None:
             return forward(self, *args, **kwargs)
-        own = {name: make(self.layer_idx, batch) for name, make in replacements.items()}  # type: ignore[arg-type]
+        own = {name: make(self.layer_idx, context) for name, make in replacements.items()}  # type: ignore[arg-type]
         function = types.FunctionType(
             inner.__code__, inner.__globals__ | own, inner.__name__, inner.__defaults__, inner.__closure__
         )
@@ -74,14 +76,14 @@ def _probe(module: nn.Module, forward: Callable[..., Any]) -> ProbeError:
     """A ragged batch of two sequences against the module's own forward of each alone."""
     copied = probe_copy(module)
     width = next(child for child in copied.modules() if isinstance(child, nn.Linear)).in_features
-    batch = RaggedBatch.from_sequences([[0] * length for length in LENGTHS], share=False)
+    context = DenseContext(RaggedBatch.from_sequences([[0] * length for length in LENGTHS], share=False))
     original = type(copied).forward
 
     def alone(*sequences: Tensor) -> Tensor:
         return torch.cat([original(copied, x) for x in sequences], 1)
 
     def together(*sequences: Tensor) -> Tensor:
-        with batch.activate():
+        with set_forward_context(context):
             return forward(copied, torch.cat(sequences, 1))
 
     inputs = [random_input(1, length, width, like=copied) for length in LENGTHS]

@@ -72,7 +72,7 @@ class StateKind(ABC):
     """The pool's method that uses it: "attend", "scan", "convolve" or "record"; a layer has one of each at most."""
     snapshot_interval: ClassVar[int] = 0
     """0: a block holds a slot for each token. s > 0: it holds one value, of which every s-th block's is kept."""
-    recordable: ClassVar[bool] = True
+    capturable: ClassVar[bool] = True
     """Whether a decode step can be recorded once and replayed: False where shapes inside depend on values."""
     _registry: ClassVar[dict[str, type["StateKind"]]] = {}
 

@@ -1,0 +1,83 @@
+"""What the layers of a forward call on a ragged batch: one protocol, whatever the past lies in.
+
+Shapes: T new tokens, C channels, Hq query heads, H heads, D key width, V value width, K experts per token.
+"""
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+from toolkit.state.batch import RaggedBatch
+from toolkit.state.replay import RoutingReplay
+
+
+class ForwardContext(ABC):
+    """One forward over ``batch``: its layers call these methods with the rows of the new tokens.
+
+    ``DenseContext`` keeps nothing and brings gradients to all inputs (training, ordinary calls); ``PagedContext`` reads
+    and writes the blocks of a ``StatePool`` (the engine). A context lives for one forward, its backward included.
+
+    Attributes:
+        batch: the tokens, and where each one's past lies.
+        replay: the experts that tokens are to take in the place of the routers' choice; None to let routers choose.
+    """
+
+    def __init__(self, batch: RaggedBatch) -> None:
+        self.batch = batch
+        self.replay = None if batch.routing is None else RoutingReplay(batch.routing)
+
+    @abstractmethod
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float,
+        window: int = 0,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
+        modifier: str = "",
+        parameters: Tensor | None = None,
+    ) -> Tensor:
+        """Causal attention [T, Hq, V] of the new tokens over their own sequences.
+
+        Args:
+            layer: index of the layer.
+            q: [T, Hq, D].
+            k: [T, H, D].
+            v: [T, H, V].
+            scale: factor of the scores.
+            window: tokens that a query sees, itself included; 0 for all.
+            softcap, sinks, modifier, parameters: as in ``toolkit.ops.attention``.
+        """
+
+    def attend_latent(self, layer: int, q: Tensor, latents: Tensor, value_width: int, *, scale: float) -> Tensor:
+        """``attend`` of latents [T, 1, D], which are the keys and, by their first columns, the values."""
+        return self.attend(layer, q, latents, latents[..., :value_width], scale=scale)
+
+    @abstractmethod
+    def scan(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        beta: Tensor | None = None,
+        *,
+        scale: float = 1.0,
+        delta: bool = False,
+    ) -> Tensor:
+        """``linear_recurrence`` of the new tokens along their own sequences: [T, H, V]."""
+
+    @abstractmethod
+    def convolve(
+        self, layer: int, x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
+    ) -> Tensor:
+        """``causal_conv`` of the new tokens' channels [T, C] along their own sequences; weight [C, width]."""
+
+    @abstractmethod
+    def record_routing(self, layer: int, ids: Tensor) -> None:
+        """Keep the experts ids [T, K] that the new tokens go to in a layer of experts, where the state does."""

@@ -1,0 +1,81 @@
+"""Forwards without state: a batch brings all its keys, and gradients reach every input."""
+
+import torch
+from torch import Tensor
+
+from toolkit.ops.attention import attention
+from toolkit.ops.causal_conv import causal_conv
+from toolkit.ops.linear_recurrence import linear_recurrence
+from toolkit.state.batch import RaggedBatch
+from toolkit.state.context import ForwardContext
+
+
+class DenseContext(ForwardContext):
+    """Sequences from their first token on; shared prefixes are computed once, with gradients through the block table.
+
+    Keys and values are the given rows; those of ``RaggedBatch.for_padded`` have more of them than queries.
+    """
+
+    def __init__(self, batch: RaggedBatch) -> None:
+        super().__init__(batch)
+        self._parents = batch.parents
+        self._past: dict[int, Tensor] = {}
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float,
+        window: int = 0,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
+        modifier: str = "",
+        parameters: Tensor | None = None,
+    ) -> Tensor:
+        batch = self.batch
+        out, _ = attention(
+            q, k, v, batch.query_offsets, batch.kv_offsets, batch.kv_lengths, batch.block_tables, 1,
+            scale, window, softcap, sinks, modifier, parameters, batch.query_ranges,
+        )  # fmt: skip
+        return out
+
+    def scan(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        beta: Tensor | None = None,
+        *,
+        scale: float = 1.0,
+        delta: bool = False,
+    ) -> Tensor:
+        if self._parents is None:
+            self._parents = torch.full_like(self.batch.kv_lengths, -1)
+        out, _ = linear_recurrence(q, k, v, g, beta, self.batch.query_offsets, self._parents, None, scale, delta)
+        return out
+
+    def convolve(
+        self, layer: int, x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
+    ) -> Tensor:
+        past = self.past(weight.shape[1] - 1)
+        return causal_conv(x, weight, bias, self.batch.query_offsets, past, None, activation)
+
+    def record_routing(self, layer: int, ids: Tensor) -> None:
+        """Nothing: there is no state to keep it."""
+
+    def past(self, count: int) -> Tensor:
+        """[S, count] rows of the tokens before each segment's first, oldest first; -1 where there is none."""
+        if count not in self._past:
+            batch = self.batch
+            start = batch.kv_lengths - batch.query_offsets.diff()
+            position = start[:, None] + torch.arange(-count, 0, device=start.device)
+            if batch.block_tables is None:
+                self._past[count] = torch.full_like(position, -1)
+            else:
+                self._past[count] = torch.where(position < 0, -1, batch.block_tables.gather(1, position.clamp_min(0)))
+        return self._past[count]

@@ -1,0 +1,78 @@
+"""Forwards over state: new tokens read their past from a pool's blocks and leave theirs there."""
+
+from typing import Any
+
+from torch import Tensor
+
+from toolkit.ops.attention import attention
+from toolkit.state.batch import RaggedBatch
+from toolkit.state.context import ForwardContext
+from toolkit.state.kinds import PagedRows, Snapshots
+from toolkit.state.pool import StatePool
+
+
+class PagedContext(ForwardContext):
+    """``batch`` over ``pool``: ``batch.views`` has one view for each of ``pool.groups``. No gradients."""
+
+    def __init__(self, batch: RaggedBatch, pool: StatePool) -> None:
+        super().__init__(batch)
+        self.pool = pool
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float,
+        window: int = 0,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
+        modifier: str = "",
+        parameters: Tensor | None = None,
+    ) -> Tensor:
+        """Attention over the blocks, after the new tokens' own keys and values went there."""
+        batch = self.batch
+        state, view = self._state(layer, "attend")
+        assert isinstance(view, PagedRows)
+        state.write((k, v), view, batch.query_offsets)
+        keys, values, tables = state.operands(view)
+        out, _ = attention(
+            q, keys, values, batch.query_offsets, batch.kv_offsets, batch.kv_lengths, tables, self.pool.block_size,
+            scale, window, softcap, sinks, modifier, parameters,
+        )  # fmt: skip
+        return out
+
+    def scan(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        beta: Tensor | None = None,
+        *,
+        scale: float = 1.0,
+        delta: bool = False,
+    ) -> Tensor:
+        state, view = self._state(layer, "scan")
+        out: Tensor = state.scan(q, k, v, g, beta, view, self.batch.query_offsets, scale, delta)
+        return out
+
+    def convolve(
+        self, layer: int, x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
+    ) -> Tensor:
+        state, view = self._state(layer, "convolve")
+        out: Tensor = state.convolve(x, weight, bias, activation, view, self.batch.query_offsets)
+        return out
+
+    def record_routing(self, layer: int, ids: Tensor) -> None:
+        if self.pool.has(layer, "record"):
+            state, view = self._state(layer, "record")
+            state.write((ids[:, None],), view, self.batch.query_offsets)
+
+    def _state(self, layer: int, op: str) -> tuple[Any, PagedRows | Snapshots]:
+        """The state kind that serves an op of a layer, and the batch's view of its group."""
+        state, group = self.pool.find(layer, op)
+        return state, self.batch.views[group]
