@@ -16,7 +16,7 @@ from toolkit.state import RaggedBatch
 from toolkit.testing.models import FAMILIES, random_model
 from toolkit.testing.oracle import eager, lifted_to_double
 
-FORESTS = ["llama", "gemma2", "granite_swa", "deepseek_v3", "qwen3_next", "mamba2", "bamba", "lfm2"]
+SHARING = ["llama", "gemma2", "granite_swa", "deepseek_v3", "qwen3_next", "mamba2", "bamba", "lfm2"]
 MIXERS = {"qwen3_next", "mamba2", "bamba"}
 
 
@@ -51,7 +51,7 @@ def trained(model, logprobs, weights):
     return [value.detach() for value in values], {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("family", FORESTS)
+@pytest.mark.parametrize("family", SHARING)
 def test_prefix_trees_train_like_their_sequences_alone(family):
     stock = random_model(family)
     exact = copy.deepcopy(stock).double()
@@ -94,7 +94,7 @@ def relative(value, expected):
     return float((value.double() - expected.double()).norm() / expected.double().norm())
 
 
-@pytest.mark.parametrize("family", FORESTS)
+@pytest.mark.parametrize("family", SHARING)
 def test_activation_checkpointing_runs_the_same_prefix_trees_again(family):
     model = random_model(family)
     toolkit.patch(model)
@@ -147,7 +147,7 @@ def test_a_layer_that_would_mix_sequences_is_noticed():
 
     model = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4))
     report = toolkit.patch(model)
-    assert any(refusal.role == "mixer" for refusal in report.skipped) or "mixer" in report.roles()
+    assert any(skipped.role == "mixer" for skipped in report.skipped) or "mixer" in report.roles()
     with pytest.raises(ToolkitError, match=r"mixes the sequences of a batch|not patched|skipped"):
         ragged_forward(model, RaggedBatch.from_sequences([[1, 2], [3]]))
 
@@ -165,4 +165,4 @@ def test_ordinary_calls_of_a_hybrid_stay_what_they_were(family):
 
 
 def test_every_family_is_listed_once():
-    assert set(FORESTS) <= set(FAMILIES)
+    assert set(SHARING) <= set(FAMILIES)

@@ -34,14 +34,12 @@ class Histories(RuleBasedStateMachine):
     def entries(self, group: int, block: int) -> list[int]:
         """Keys into ``contents`` of a block."""
         size = self.block_manager.block_size
-        return (
-            [block]
-            if self.block_manager.groups[group].snapshot_interval
-            else [block * size + place for place in range(size)]
-        )
+        if self.block_manager.groups[group].snapshot_interval:
+            return [block]
+        return [block * size + offset for offset in range(size)]
 
     def check(self, tables: BlockTables) -> None:
-        """Whatever is still read holds the truth."""
+        """All that is still read holds the truth."""
         truth, size = self.truth[tables], self.block_manager.block_size
         for group, part, contents in zip(self.block_manager.groups, tables.parts, self.contents, strict=True):
             assert part.length == len(truth)
@@ -98,7 +96,7 @@ class Histories(RuleBasedStateMachine):
 
     @rule(target=tables, tokens=TOKENS, more=TOKENS)
     def begin(self, tokens: list[int], more: list[int]) -> object:
-        tables = self.block_manager.new_tables(self.version)
+        tables = self.block_manager.new_block_tables(self.version)
         hit = tables.match_prefix(tokens + more)
         assert hit == tables.length < len(tokens + more)
         assert hit % self.block_manager.block_size == 0
@@ -154,7 +152,7 @@ class Histories(RuleBasedStateMachine):
 
     @rule(target=tables, tables=consumes(tables))
     def swap(self, tables: BlockTables) -> object:
-        """Out to the host, and into whatever blocks are there then."""
+        """Out to the CPU, and into the blocks that are free then."""
         if tables not in self.truth:
             return multiple()
         self.copy(tables)
@@ -163,7 +161,7 @@ class Histories(RuleBasedStateMachine):
             [[contents.get(key, ()) for key in self.entries(group, block)] for block in blocks]
             for group, (contents, blocks) in enumerate(zip(self.contents, tables.held_blocks(), strict=True))
         ]
-        swapped: Swapped = tables.give_up()
+        swapped: Swapped = tables.swap_out()
         assert not any(part.held for part in tables.parts)
         free = self.block_manager.num_free_blocks
         try:
@@ -236,7 +234,7 @@ def test_allocate_prefers_free_pages_then_evicts_the_least_recently_used() -> No
     assert allocator.allocate(1) == [3]
     assert allocator.allocate(1) == [second]  # the end of a chain goes before its beginning
     assert allocator.index.match([1, 2], 0) == [first]
-    with pytest.raises(OutOfBlocks, match="2 blocks were asked for and 1 of 4 are available"):
+    with pytest.raises(OutOfBlocks, match="2 blocks were requested, 1 of 4 are available"):
         allocator.allocate(2)
     assert allocator.allocate(1) == [first]
     assert allocator.index.match([1, 2], 0) == []
@@ -265,22 +263,22 @@ def test_a_match_makes_a_cached_page_recent() -> None:
 def test_misuse_is_refused_and_changes_nothing() -> None:
     allocator = BlockAllocator(3, 2)
     blocks = allocator.allocate(2)
-    with pytest.raises(ValueError, match="freed 2 times and held 1 times"):
+    with pytest.raises(ValueError, match="freed at most 1 times, got 2"):
         allocator.free([blocks[0], blocks[1], blocks[1]])
-    with pytest.raises(ValueError, match="is free and cannot be shared"):
+    with pytest.raises(ValueError, match="must be held or cached to be shared, got the free block 2"):
         allocator.touch([blocks[0], 2])
-    with pytest.raises(ValueError, match="held by nobody"):
+    with pytest.raises(ValueError, match="must be held to be registered, got the free block 2"):
         allocator.register(2, None, [1, 2], 0)
-    with pytest.raises(ValueError, match="num_blocks is 1 and block_size 0"):
+    with pytest.raises(ValueError, match="num_blocks must be >= 0 and block_size >= 1, got 1 and 0"):
         BlockAllocator(1, 0)
     allocator.check_integrity([blocks])
     table = BlockTable(allocator, 0)
     table.reserve(1)
-    with pytest.raises(RuntimeError, match="3 tokens were committed and 2 slots are reserved"):
+    with pytest.raises(RuntimeError, match="committed tokens must be <= the 2 reserved slots, got 3"):
         table.commit([1, 2, 3])
-    with pytest.raises(ValueError, match="length is 1; 0 to 0"):
+    with pytest.raises(ValueError, match="length must be between 0 and 0, got 1"):
         table.truncate(1)
-    with pytest.raises(RuntimeError, match="empty table"):
+    with pytest.raises(RuntimeError, match="table must be empty"):
         BlockTables([table]).match_prefix([1])
 
 

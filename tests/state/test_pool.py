@@ -12,7 +12,7 @@ from toolkit.state.kinds.full import FullAttention
 from toolkit.state.pool import group_of, groups_of
 
 KINDS = sorted(kinds.registered())
-PAGE = 4
+BLOCK_SIZE = 4
 SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
     "latent": ((1, 5), (1, 3)),
     "recurrent": ((2, 3, 5),),
@@ -32,9 +32,9 @@ class Sequences:
     def __init__(self, kind: str, num_blocks: int = 24, dtype: torch.dtype = torch.float32) -> None:
         self.spec = spec_of(kind)
         self.type = kinds.find(kind)
-        self.state = self.type(self.spec, num_blocks, PAGE, dtype, torch.device("cpu"))
+        self.state = self.type(self.spec, num_blocks, BLOCK_SIZE, dtype, torch.device("cpu"))
         self.dtype = dtype
-        self.block_manager = BlockManager([group_of(self.spec)], [num_blocks], PAGE)
+        self.block_manager = BlockManager([group_of(self.spec)], [num_blocks], BLOCK_SIZE)
 
     def rows(self, n: int, seed: int) -> Rows:
         generator = torch.Generator().manual_seed(seed)
@@ -82,7 +82,7 @@ def sequences(request) -> Sequences:
 
 def test_step_by_step_equals_all_at_once(sequences: Sequences) -> None:
     rows = sequences.rows(11, 0)
-    whole, steps = sequences.block_manager.new_tables(None), sequences.block_manager.new_tables(None)
+    whole, steps = sequences.block_manager.new_block_tables(None), sequences.block_manager.new_block_tables(None)
     sequences.append(whole, rows)
     for start, stop in ((0, 1), (1, 1), (1, 6), (6, 7), (7, 11)):
         sequences.append(steps, cut(rows, start, stop))
@@ -92,7 +92,7 @@ def test_step_by_step_equals_all_at_once(sequences: Sequences) -> None:
 @pytest.mark.parametrize("length", [0, 1, 3, 4, 5, 8, 10])
 def test_writes_after_a_fork_stay_apart(sequences: Sequences, length: int) -> None:
     past, *futures = sequences.rows(length, 1), *(sequences.rows(6, seed) for seed in (2, 3, 4))
-    tables = sequences.block_manager.new_tables(None)
+    tables = sequences.block_manager.new_block_tables(None)
     sequences.append(tables, past)
     branches = [tables, tables.fork(), tables.fork()]
     for step in range(6):  # interleaved, so that each could overwrite the others
@@ -100,7 +100,7 @@ def test_writes_after_a_fork_stay_apart(sequences: Sequences, length: int) -> No
             sequences.append(each, cut(future, step, step + 1))
     alone = []
     for future in futures:
-        alone.append(sequences.block_manager.new_tables(None))
+        alone.append(sequences.block_manager.new_block_tables(None))
         sequences.append(alone[-1], past)
         sequences.append(alone[-1], future)
     for each, expected in zip(branches, alone):
@@ -110,9 +110,9 @@ def test_writes_after_a_fork_stay_apart(sequences: Sequences, length: int) -> No
 
 
 @pytest.mark.parametrize("keep", [0, 1, 4, 6, 8, 9])
-def test_truncate_and_continue_equals_never_having_gone_further(sequences: Sequences, keep: int) -> None:
+def test_truncate_and_continue_equals_never_having_run_further(sequences: Sequences, keep: int) -> None:
     rows, other = sequences.rows(9, 5), sequences.rows(5, 6)
-    tables, straight, whole = (sequences.block_manager.new_tables(None) for _ in range(3))
+    tables, straight, whole = (sequences.block_manager.new_block_tables(None) for _ in range(3))
     sequences.append(tables, cut(rows, 0, 5))
     sequences.append(tables, cut(rows, 5, 9))
     bystander = tables.fork()
@@ -129,14 +129,14 @@ def test_truncate_and_continue_equals_never_having_gone_further(sequences: Seque
         assert kept == keep
 
 
-def test_a_prefix_hit_goes_on_as_if_it_had_been_computed(sequences: Sequences) -> None:
-    rows, other = sequences.rows(4 * PAGE * 16 + 3, 5), sequences.rows(6, 6)
+def test_a_prefix_hit_continues_as_if_it_had_been_computed(sequences: Sequences) -> None:
+    rows, other = sequences.rows(4 * BLOCK_SIZE * 16 + 3, 5), sequences.rows(6, 6)
     sequences = Sequences(sequences.spec.kind, num_blocks=200)
-    first, second, straight = (sequences.block_manager.new_tables(version) for version in (0, 0, None))
+    first, second, straight = (sequences.block_manager.new_block_tables(version) for version in (0, 0, None))
     sequences.append(first, rows)
     tokens = [0] * len(rows[0])
     hit = second.match_prefix(tokens)
-    assert hit == 4 * PAGE * 16
+    assert hit == 4 * BLOCK_SIZE * 16
     sequences.append(second, other)
     sequences.append(straight, cut(rows, 0, hit))
     sequences.append(straight, other)
@@ -144,13 +144,13 @@ def test_a_prefix_hit_goes_on_as_if_it_had_been_computed(sequences: Sequences) -
     sequences.block_manager.check_integrity([first, second, straight])
 
 
-def test_swap_is_identity_in_whatever_pages_are_free(sequences: Sequences) -> None:
-    tables, other, blocker = (sequences.block_manager.new_tables(None) for _ in range(3))
+def test_swap_is_identity_in_any_free_blocks(sequences: Sequences) -> None:
+    tables, other, blocker = (sequences.block_manager.new_block_tables(None) for _ in range(3))
     sequences.append(tables, sequences.rows(10, 7))
     before, old = sequences.read(tables), list(tables.parts[0].blocks)
     host = sequences.state.swap_out(tables.held_blocks()[0])
     assert all(part.device.type == "cpu" for part in host)
-    swapped = tables.give_up()
+    swapped = tables.swap_out()
     sequences.append(blocker, sequences.rows(1, 8))
     sequences.append(other, sequences.rows(20, 8))  # overwrites the freed blocks
     back = swapped.restore(sequences.block_manager)
@@ -160,8 +160,8 @@ def test_swap_is_identity_in_whatever_pages_are_free(sequences: Sequences) -> No
     sequences.block_manager.check_integrity([back, other, blocker])
 
 
-def test_sleep_gives_the_memory_back_and_wake_takes_it(sequences: Sequences) -> None:
-    tables = sequences.block_manager.new_tables(None)
+def test_sleep_frees_the_memory_and_wake_allocates_it(sequences: Sequences) -> None:
+    tables = sequences.block_manager.new_block_tables(None)
     rows = sequences.rows(6, 3)
     sequences.append(tables, rows)
     before, stores = sequences.read(tables), sequences.state.stores
@@ -174,18 +174,18 @@ def test_sleep_gives_the_memory_back_and_wake_takes_it(sequences: Sequences) -> 
     assert same(sequences.read(tables), before)
 
 
-def test_bytes_are_those_of_its_pages(sequences: Sequences) -> None:
-    assert sequences.state.bytes == 24 * sequences.type.block_bytes(sequences.spec, PAGE, torch.float32) > 0
+def test_bytes_are_those_of_its_blocks(sequences: Sequences) -> None:
+    assert sequences.state.bytes == 24 * sequences.type.block_bytes(sequences.spec, BLOCK_SIZE, torch.float32) > 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_half_precision_is_kept_bit_for_bit(kind: str) -> None:
     sequences = Sequences(kind, dtype=torch.bfloat16)
-    tables = sequences.block_manager.new_tables(None)
+    tables = sequences.block_manager.new_block_tables(None)
     rows = sequences.rows(7, 11)
     sequences.append(tables, rows)
     before = sequences.read(tables)
-    assert sequences.state.bytes == 24 * sequences.type.block_bytes(sequences.spec, PAGE, torch.bfloat16)
+    assert sequences.state.bytes == 24 * sequences.type.block_bytes(sequences.spec, BLOCK_SIZE, torch.bfloat16)
     blocks = tables.held_blocks()[0]
     host = sequences.state.swap_out(blocks)
     sequences.state.swap_in(blocks, host)
@@ -207,9 +207,9 @@ def test_negative_slots_are_skipped(kind: str) -> None:
     assert same(tuple(before), sequences.state.stores)
 
 
-def test_a_window_gives_back_the_pages_that_it_left() -> None:
+def test_a_window_frees_the_blocks_that_it_left() -> None:
     sequences = Sequences("window", num_blocks=4)
-    tables = sequences.block_manager.new_tables(None)
+    tables = sequences.block_manager.new_block_tables(None)
     rows = sequences.rows(200, 1)
     for at in range(200):
         sequences.append(tables, cut(rows, at, at + 1))
@@ -219,7 +219,7 @@ def test_a_window_gives_back_the_pages_that_it_left() -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=8))
-def test_page_copies_run_as_if_one_after_the_other(copies: list[tuple[int, int]]) -> None:
+def test_block_copies_run_as_if_one_after_the_other(copies: list[tuple[int, int]]) -> None:
     specs = [StateSpec(layer, "full", ((1, 2), (1, 1))) for layer in range(2)]
     pool = StatePool(specs, {Group(): 6}, 3, torch.float64)
     stores = [store for state in pool.states for store in state.stores]
@@ -282,7 +282,7 @@ def test_a_pool_swaps_all_kinds_of_a_sequence_together() -> None:
                 assert torch.equal(store[second], was[first])
 
 
-def test_pages_follow_from_what_a_group_keeps() -> None:
+def test_blocks_follow_from_what_a_group_keeps() -> None:
     assert Group().blocks_for(1000, 4, 64, 16) == 63 + 4
     assert Group(lookback=127).blocks_for(10_000, 4, 64, 16) == 4 * (8 + 2) + 4
     assert Group(lookback=1, snapshot_interval=16).blocks_for(10_000, 4, 512, 16) == 3 * 4 + 2 + 1
@@ -290,7 +290,7 @@ def test_pages_follow_from_what_a_group_keeps() -> None:
 
 
 def test_an_unknown_kind_is_named_with_the_nearest_one() -> None:
-    with pytest.raises(ToolkitError, match=r"state kind is 'ful'; allowed are .*did you mean 'full'\?"):
+    with pytest.raises(ToolkitError, match=r"state kind must be one of .*, got 'ful'; did you mean 'full'\?"):
         StatePool([StateSpec(0, "ful", ((1, 2), (1, 2)))], {Group(): 1}, 1)
 
 

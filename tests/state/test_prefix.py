@@ -88,15 +88,15 @@ def test_an_evicted_beginning_hides_the_rest_until_it_is_computed_again() -> Non
     index.check_integrity()
 
 
-def test_the_first_page_with_some_tokens_stays_the_registered_one() -> None:
+def test_the_first_block_with_some_tokens_stays_the_registered_one() -> None:
     allocator = BlockAllocator(8, 2)
-    twins = [BlockTable(allocator, 0) for _ in range(2)]
-    for table in twins:  # scheduled together, so that neither could match the other
+    pair = [BlockTable(allocator, 0) for _ in range(2)]
+    for table in pair:  # scheduled together, so that neither could match the other
         table.reserve(5)
-    for table in twins:
+    for table in pair:
         table.commit([1, 2, 3, 4, 5])
-    assert allocator.index.match([1, 2, 3, 4], 0) == twins[0].blocks[:2]
-    for table in twins:
+    assert allocator.index.match([1, 2, 3, 4], 0) == pair[0].blocks[:2]
+    for table in pair:
         table.release()
     allocator.check_integrity([])
     assert allocator.num_cached_blocks == 2
@@ -129,11 +129,11 @@ def test_no_version_means_no_enable_prefix_caching() -> None:
 def test_bad_registrations_are_refused() -> None:
     index = PrefixIndex(2)
     key = index.register(0, None, [1, 2], 0)
-    with pytest.raises(ValueError, match="only full blocks of 2"):
+    with pytest.raises(ValueError, match="must be full with 2 tokens, got 1"):
         index.register(1, key, [3], 0)
-    with pytest.raises(ValueError, match="already registered with other tokens"):
+    with pytest.raises(ValueError, match="must be registered once, got other tokens"):
         index.register(0, key, [3, 4], 0)
-    with pytest.raises(ValueError, match="cannot follow a prefix of version 0"):
+    with pytest.raises(ValueError, match="version must be that of the prefix, 0, got 1"):
         index.register(1, key, [3, 4], 1)
     assert index.match([1, 2, 3, 4], 0) == [0]
 

@@ -55,11 +55,11 @@ def test_the_batch_of_prefix_trees(sequences: list[list[int]]) -> None:
     offsets, lengths = batch.query_offsets.tolist(), batch.kv_lengths.tolist()
     assert batch.block_tables is not None
     path_of = {}
-    for one, places in zip(sequences, rows):
-        assert batch.tokens[places].tolist() == one
-        assert batch.positions[places].tolist() == list(range(len(one)))
-        for at, row in enumerate(places.tolist()):
-            path_of[row] = places[: at + 1].tolist()
+    for one, own_rows in zip(sequences, rows):
+        assert batch.tokens[own_rows].tolist() == one
+        assert batch.positions[own_rows].tolist() == list(range(len(one)))
+        for at, row in enumerate(own_rows.tolist()):
+            path_of[row] = own_rows[: at + 1].tolist()
     for s, length in enumerate(lengths):
         own = range(offsets[s], offsets[s + 1])
         assert batch.block_tables[s, :length].tolist() == path_of[own[-1]]
@@ -94,7 +94,7 @@ def test_a_deep_chain_needs_no_recursion(depth: int) -> None:
     assert [rows.tolist() for rows in trees.rows] == [list(range(n + 1)) for n in range(depth)]
 
 
-def test_tensors_and_lists_alike() -> None:
+def test_tensors_and_lists_are_equal() -> None:
     batch = RaggedBatch.from_sequences([torch.tensor([5, 6, 7]), [5, 6, 8]])
     assert batch.tokens.tolist() == [5, 6, 7, 8]
     assert batch.sample_rows is not None

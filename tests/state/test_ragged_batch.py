@@ -102,11 +102,11 @@ class Runner:
             slots += table.reserve(len(tokens))
             self.pool.copy_blocks([table.take_copies()])
         longest = max(len(table.blocks) for table in tables)
-        places = [start + i for start, count in zip(starts, counts) for i in range(count)]
+        positions = [start + i for start, count in zip(starts, counts) for i in range(count)]
         tokens = [token for _, new, _ in work for token in new]
         batch = RaggedBatch(
             tokens=torch.tensor(tokens + [0] * padding),
-            positions=torch.tensor(places + [0] * padding),
+            positions=torch.tensor(positions + [0] * padding),
             query_offsets=torch.tensor([0, *counts]).cumsum(0),
             kv_offsets=torch.zeros(len(tables), dtype=torch.int64),
             kv_lengths=torch.tensor([start + count for start, count in zip(starts, counts)]),
@@ -130,7 +130,7 @@ class Runner:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_any_schedule_through_pages_equals_all_at_once_bit_for_bit(seed: int) -> None:
+def test_any_schedule_through_blocks_equals_all_at_once_bit_for_bit(seed: int) -> None:
     """Chunks, neighbours, padding rows, forks, prefix hits: the rows are those of the training batch."""
     choose = random.Random(seed)
     lengths = [17, 5, 1, 23]
@@ -194,7 +194,7 @@ MASKS = {
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("cut", [0, 1, 2, 99])
 def test_padded_calls_attend_like_each_row_alone(name: str, cut: int) -> None:
-    mask = torch.tensor([[place == "1" for place in row] for row in MASKS[name]])
+    mask = torch.tensor([[mark == "1" for mark in row] for row in MASKS[name]])
     rows, width = mask.shape
     queries = max(width - cut, 0)
     batch = RaggedBatch.for_padded(mask, queries)
@@ -226,7 +226,7 @@ def test_padded_calls_attend_like_each_row_alone(name: str, cut: int) -> None:
 
 def test_no_padding_and_left_padding_take_one_segment_a_row() -> None:
     for name in ("full", "left"):
-        mask = torch.tensor([[place == "1" for place in row] for row in MASKS[name]])
+        mask = torch.tensor([[mark == "1" for mark in row] for row in MASKS[name]])
         batch = RaggedBatch.for_padded(mask, 4)
         assert len(batch.kv_lengths) == len(mask)
         assert torch.equal(batch.kv_lengths, mask.sum(1))

@@ -13,7 +13,7 @@ from operator import attrgetter
 from toolkit.engine.request import Request, Sequence
 from toolkit.engine.swap import SwapSpace
 from toolkit.state import BlockManager, BlockTables, OutOfBlocks
-from toolkit.state.block_manager import Need
+from toolkit.state.block_manager import BlockCounts
 
 _order = attrgetter("order")
 
@@ -57,7 +57,7 @@ class Scheduler:
         self.preemptions = 0
         self.prefix_hit_tokens = 0
         self._places = list(range(self.max_running - 1, -1, -1))
-        self._one_each: Need = (1,) * len(block_manager.groups)
+        self._one_each: BlockCounts = (1,) * len(block_manager.groups)
 
     def add(self, request: Request) -> None:
         """Queue every sequence of a request."""
@@ -180,7 +180,7 @@ class Scheduler:
                     return
                 tables, sequence.swapped = self.swap.back(sequence.swapped), None
             else:
-                tables = self.block_manager.new_tables(version if self.enable_prefix_caching else None)
+                tables = self.block_manager.new_block_tables(version if self.enable_prefix_caching else None)
                 hit = tables.match_prefix(sequence.tokens)
                 if self.running and not self._room(
                     _sum(owed, tables.blocks_needed(len(sequence.tokens) - hit, self.budget))
@@ -200,7 +200,7 @@ class Scheduler:
             if not sequence.request.prefilled:
                 kept += sequence.params.n - 1
 
-    def _room(self, pages: Need) -> bool:
+    def _room(self, pages: BlockCounts) -> bool:
         """Whether every group has so many pages to give."""
         return all(needed <= free for needed, free in zip(pages, self.block_manager.num_free_blocks, strict=True))
 
@@ -216,6 +216,6 @@ class Scheduler:
             self._places.append(sequence.place)
 
 
-def _sum(*needs: Need) -> Need:
+def _sum(*needs: BlockCounts) -> BlockCounts:
     """Pages a group, added up."""
     return tuple(map(sum, zip(*needs, strict=True)))

@@ -39,7 +39,7 @@ class SwapSpace:
             return None
         self.pool.copy_blocks(tables.take_copies())
         pages = tables.held_blocks()
-        swapped = SwappedState(tables.give_up(), self.pool.swap_out(pages))
+        swapped = SwappedState(tables.swap_out(), self.pool.swap_out(pages))
         self.used += swapped.bytes
         self.count += 1
         return swapped

@@ -89,7 +89,8 @@ def attend(
         padded = _unpadded(batch_size, queries, k.shape[1], q.device)
     rows = (part.flatten(0, 1) for part in (q, k, v))
     out = padded.attend(layer, *rows, **shape.settings())
-    return out.unflatten(0, (batch_size, queries))
+    unflattened: Tensor = out.unflatten(0, (batch_size, queries))
+    return unflattened
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, shape: AttentionShape) -> Tensor:

@@ -1,10 +1,9 @@
-"""Functions of a model's own code, with bits that do not depend on the rows beside a row.
+"""Functions of a model's own code, batch-invariant.
 
-Torch's vectorised loops on the CPU treat what is left over at the end of a flat tensor with other code than the rest,
-so the last bit of a sigmoid depends on how many rows there are; so does that of the vendor's product with a weight.
-Inside ``row_invariant`` the functions that models call between their modules (gates, time steps, routers and experts
-that no role claims) are the ops ``activation`` and ``linear`` instead, whose rows stand alone, and of equal values the
-largest is the one of the lowest index, as in the op ``route``.
+Torch's vectorised loops on the CPU run other code for the end of a flat tensor than for the rest, so the last bit of a
+sigmoid depends on the number of rows; so does that of an MKL GEMM. Inside ``row_invariant`` the functions that models
+call between their modules (gates, time steps, routers and experts that no role claims) are the batch-invariant ops
+``activation`` and ``linear`` instead, and of equal values topk takes the one of the lowest index, as the op ``route``.
 """
 
 import threading
@@ -45,7 +44,7 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
 
 
 def _matmul(input: Any, other: Any) -> Any:
-    """A product with one matrix [K, N] for all rows: a weight that lies the other way around."""
+    """A GEMM with one transposed weight [K, N] for all rows."""
     if _on_cpu(input) and isinstance(other, Tensor) and input.dim() > 1 and other.dim() == 2:
         return _linear(input, other.t())
     return NotImplemented
@@ -74,7 +73,7 @@ class _RowInvariant(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         kind = _KINDS.get(func)
-        # Only the plain call: a softplus of another slope, or one in place, is left to torch.
+        # Only the plain call: a softplus of another slope, or one in place, stays torch's.
         if kind is not None and len(args) == 1 and not any(kwargs.values()) and _on_cpu(args[0]):
             return activation(args[0], kind)
         own = _FUNCTIONS.get(func)
@@ -84,7 +83,7 @@ class _RowInvariant(TorchFunctionMode):
 
 @contextmanager
 def row_invariant() -> Iterator[None]:
-    """See the module. Of this thread only; inside itself it changes nothing."""
+    """Batch-invariant functions in this thread; nested uses change nothing."""
     if getattr(_thread, "on", False):
         yield
         return

@@ -1,8 +1,8 @@
 """Multi-head latent attention over a ragged batch, by its latents alone (DeepSeek-V2, 2024).
 
-A key is W_uk c and a value W_uv c of one latent c a token, so a head's score is <W_uk^T q, c> and its output W_uv (sum
-of weighted c): attention with one key head, whose keys are the latents (and the rotated part that all heads share) and
-whose values are the latents again. Training and decoding do it alike, so a token has the same bits in both.
+A key is W_uk c and a value W_uv c of one latent c per token, so a head's score is <W_uk^T q, c> and its output W_uv
+(sum of weighted c): attention with one key head, whose keys are the latents (and the rotated part that all heads share)
+and whose values are the latents again. Training and decoding both compute it so and are bitwise identical.
 
 Shapes: T tokens, H heads, R latent width, N width of a key's part without position, P of its rotated part, V of a
 value.
@@ -24,7 +24,16 @@ from toolkit.state.active import forward_context_of
 class LatentAttention:
     """Where a layer keeps its parts, by attribute name, and its widths.
 
-    q: projections and norms that make the queries, in order.
+    Args:
+        q: projections and norms that make the queries, in order.
+        down: projection to the latent and the shared rotated part of keys.
+        norm: of the latent.
+        up: projection of the latent to keys and values.
+        out: output projection.
+        rank: R.
+        content: N.
+        rotated: P.
+        interleaved: whether the rotation pairs neighbouring columns.
     """
 
     q: tuple[str, ...]
@@ -55,15 +64,15 @@ class LatentAttention:
             q = x[0].unflatten(-1, (-1, parts.content + parts.rotated))
             latent, shared = getattr(self, parts.down)(hidden_states)[0].split([parts.rank, parts.rotated], -1)
             latent = getattr(self, parts.norm)(latent)
-            content, turned = q.split([parts.content, parts.rotated], -1)
-            turned = rotary(turned, cos, sin, parts.interleaved)
+            content, rotated_q = q.split([parts.content, parts.rotated], -1)
+            rotated_q = rotary(rotated_q, cos, sin, parts.interleaved)
             shared = rotary(shared[:, None], cos, sin, parts.interleaved)
             heads = up.weight.unflatten(0, (q.shape[1], -1))  # [H, N + V, R]
             to_latent, to_value = heads[:, : parts.content].mT, heads[:, parts.content :]
             asked = torch.stack([linear(content[:, h], to_latent[h]) for h in range(len(heads))], 1)
             out = context.attend_latent(
                 self.layer_idx,  # type: ignore[arg-type]
-                torch.cat([asked, turned], -1),
+                torch.cat([asked, rotated_q], -1),
                 torch.cat([latent[:, None], shared], -1),
                 parts.rank,
                 scale=float(self.scaling),  # type: ignore[arg-type]

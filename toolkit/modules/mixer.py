@@ -20,7 +20,9 @@ def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(sum(x^2) + eps) over the last dimension, in float32 at least."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     width = x.shape[-1]
-    return rms_norm(x, None, eps / width) * width**-0.5
+    normed: Tensor = rms_norm(x, None, eps / width)
+    out: Tensor = normed * width**-0.5
+    return out
 
 
 def convolution(layer: int, context: ForwardContext) -> Callable[..., Tensor]:
@@ -89,5 +91,5 @@ def state_space(layer: int, context: ForwardContext) -> Callable[..., Tensor]:
 
 
 def declined(layer: int, context: ForwardContext) -> Callable[..., None]:
-    """For a function that fuses the whole mixer where it can: it cannot, and the mixer goes its long way."""
+    """For a function that fuses the whole mixer where it can: None, so that the mixer runs its unfused code."""
     return lambda *args, **kwargs: None

@@ -46,7 +46,7 @@ class _SpecContext(DenseContext):
 def state_spec(model: nn.Module) -> list[StateSpec]:
     """What every layer of a patched model remembers, in the order in which its forward meets them.
 
-    After those come its layers of experts, counted by themselves: where their tokens are routed (kind "routing").
+    After those come its layers of experts, numbered separately: where their tokens are routed (kind "routing").
     """
     context = _SpecContext(RaggedBatch.from_sequences([[0]], device=device_of(model)))
     with torch.no_grad():

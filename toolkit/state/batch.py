@@ -178,7 +178,7 @@ class RaggedBatch:
             seen = (end - first).clamp(0, q_len)
             kv_offsets = torch.arange(rows) * width + start
             if bool((seen < q_len).any()):
-                # Padding after the tokens is a segment of its own, without keys.
+                # Padding after the tokens is a separate segment without keys.
                 queries = torch.stack([seen, q_len - seen], 1).flatten()
                 kv_offsets = torch.stack([kv_offsets, kv_offsets], 1).flatten()
                 length = torch.stack([length, torch.zeros_like(length)], 1).flatten()

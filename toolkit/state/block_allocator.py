@@ -11,7 +11,7 @@ from toolkit.state.prefix import PrefixIndex, PrefixNode
 
 
 class OutOfBlocks(Exception):
-    """More blocks were asked for than are free or evictable; nothing was changed."""
+    """More blocks were requested than are free or evictable; nothing was changed."""
 
 
 class BlockAllocator:
@@ -19,7 +19,7 @@ class BlockAllocator:
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         if num_blocks < 0 or block_size < 1:
-            raise ValueError(f"num_blocks is {num_blocks} and block_size {block_size}; at least 0 and 1 are allowed.")
+            raise ValueError(f"num_blocks must be >= 0 and block_size >= 1, got {num_blocks} and {block_size}.")
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.index = PrefixIndex(block_size)
@@ -48,9 +48,7 @@ class BlockAllocator:
         Raises OutOfBlocks, changing nothing, when fewer than ``n`` are free or evictable.
         """
         if n > self.num_free_blocks:
-            raise OutOfBlocks(
-                f"{n} blocks were asked for and {self.num_free_blocks} of {self.num_blocks} are available."
-            )
+            raise OutOfBlocks(f"{n} blocks were requested, {self.num_free_blocks} of {self.num_blocks} are available.")
         blocks = []
         for _ in range(n):
             if self._free:
@@ -69,7 +67,7 @@ class BlockAllocator:
         """
         for block in blocks:
             if self._ref_counts[block] == 0 and block not in self._cached:
-                raise ValueError(f"block {block} is free and cannot be shared.")
+                raise ValueError(f"blocks must be held or cached to be shared, got the free block {block}.")
         for block in blocks:
             self._cached.pop(block, None)
             self._ref_counts[block] += 1
@@ -82,7 +80,7 @@ class BlockAllocator:
         """
         for block, times in Counter(blocks).items():
             if self._ref_counts[block] < times:
-                raise ValueError(f"block {block} is freed {times} times and held {self._ref_counts[block]} times.")
+                raise ValueError(f"block {block} must be freed at most {self._ref_counts[block]} times, got {times}.")
         for block in reversed(blocks):
             self._ref_counts[block] -= 1
             if self._ref_counts[block] == 0:
@@ -100,11 +98,11 @@ class BlockAllocator:
     ) -> PrefixNode:
         """Enter a held, full block into the prefix index; see ``PrefixIndex.register``."""
         if block is not None and self._ref_counts[block] == 0:
-            raise ValueError(f"block {block} is held by nobody and cannot be registered.")
+            raise ValueError(f"blocks must be held to be registered, got the free block {block}.")
         return self.index.register(block, parent_key, block_tokens, version)
 
     def make_writable(self, block: int) -> bool:
-        """Whether the one holder of ``block`` may write into it; False when it must be copied first.
+        """Whether the one holder of ``block`` may write into it; False if it needs a copy first.
 
         A registered block with a single holder leaves the prefix index, because its tokens are about to
         change.

@@ -1,6 +1,6 @@
 """Block tables of all groups of a model's layers, moved together.
 
-Layers that remember equally far back form a group with blocks of its own: full attention keeps every token, a sliding
+Layers that remember equally far back form a group with its own blocks: full attention keeps every token, a sliding
 window the last ones, a recurrence the state after the last token. A sequence has a table in each group.
 """
 
@@ -10,13 +10,18 @@ from dataclasses import dataclass
 from toolkit.state.block_allocator import BlockAllocator, OutOfBlocks
 from toolkit.state.block_table import NULL_BLOCK, BlockTable, longest_prefix
 
-Need = tuple[int, ...]
-"""Blocks a group."""
+BlockCounts = tuple[int, ...]
+"""Blocks of each group."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """How far back the layers of a group read (``lookback``, 0: all) and which blocks they keep; see ``BlockTable``."""
+    """How far back the layers of a group read, and which blocks they keep; see ``BlockTable``.
+
+    Args:
+        lookback: last tokens that a sequence still reads; 0 for all.
+        snapshot_interval: 0 where every token has a slot; s > 0 where every s-th block's state is kept.
+    """
 
     lookback: int = 0
     snapshot_interval: int = 0
@@ -34,7 +39,7 @@ class Group:
 
 
 class BlockManager:
-    """The allocators of ``groups``; makes the tables of sequences."""
+    """The allocators of ``groups``, which have ``num_blocks`` each; makes the block tables of sequences."""
 
     def __init__(self, groups: Sequence[Group], num_blocks: Sequence[int], block_size: int) -> None:
         self.groups = tuple(groups)
@@ -48,12 +53,12 @@ class BlockManager:
         return min(rooms, default=None)
 
     @property
-    def num_free_blocks(self) -> Need:
-        """Blocks that can be had now."""
+    def num_free_blocks(self) -> BlockCounts:
+        """Blocks of each group that are free or evictable."""
         return tuple(allocator.num_free_blocks for allocator in self.allocators)
 
-    def new_tables(self, version: Hashable | None) -> "BlockTables":
-        """An empty sequence."""
+    def new_block_tables(self, version: Hashable | None) -> "BlockTables":
+        """Block tables of an empty sequence."""
         return BlockTables(
             [
                 BlockTable(a, version, group.lookback, group.snapshot_interval)
@@ -92,21 +97,21 @@ class BlockTables:
         return self.parts[0].length
 
     def match_prefix(self, tokens: Sequence[int]) -> int:
-        """Share the longest cached prefix that every group can go on from; returns how many tokens that covers.
+        """The tokens of the longest cached prefix that every group can continue; the sequence now shares it.
 
         Whole blocks of the same weight version only, and never the whole prompt: its last token must run, since what is
         wanted is that token's output.
         """
-        known = [part.prefixes(tokens[: len(tokens) - 1]) for part in self.parts]
-        blocks = longest_prefix(self.parts, known)
+        known = [part.known_prefix(tokens[: len(tokens) - 1]) for part in self.parts]
+        num_blocks = longest_prefix(self.parts, known)
         for part, nodes in zip(self.parts, known, strict=True):
-            part.adopt(nodes[:blocks])
+            part.share_prefix(nodes[:num_blocks])
         return self.length
 
-    def blocks_needed(self, n: int, at_once: int | None = None) -> Need:
-        """Blocks that ``n`` more tokens take from each group, ``at_once`` at a time, between which old ones go."""
-        pieces = n if at_once is None else min(n, at_once)
-        return tuple(part.blocks_needed(pieces if part.lookback else n) for part in self.parts)
+    def blocks_needed(self, n: int, at_once: int | None = None) -> BlockCounts:
+        """Blocks that ``n`` more tokens take from each group, in chunks of ``at_once`` between which old ones go."""
+        chunk = n if at_once is None else min(n, at_once)
+        return tuple(part.blocks_needed(chunk if part.lookback else n) for part in self.parts)
 
     def reserve(self, n: int) -> list[list[int]]:
         """Slots of the next ``n`` tokens in each group. Raises OutOfBlocks with every table unchanged."""
@@ -115,7 +120,7 @@ class BlockTables:
                 needed = part.blocks_needed(n)
                 if needed > part.allocator.num_free_blocks:
                     raise OutOfBlocks(
-                        f"{needed} blocks were asked for and {part.allocator.num_free_blocks} are available."
+                        f"{needed} blocks were requested, {part.allocator.num_free_blocks} are available."
                     )
         return [part.reserve(n) for part in self.parts]
 
@@ -131,7 +136,7 @@ class BlockTables:
         return BlockTables([part.fork() for part in self.parts])
 
     def truncate(self, length: int) -> int:
-        """Cut to the largest length up to ``length`` that every group can go on from, and return it."""
+        """The largest length up to ``length`` that every group can continue; the sequence is truncated to it."""
         while (kept := min(part.restorable(length) for part in self.parts)) != length:
             length = kept
         for part in self.parts:
@@ -143,37 +148,37 @@ class BlockTables:
             part.release()
 
     def held_blocks(self) -> list[list[int]]:
-        """Blocks in order that hold the tokens so far, a list a group."""
+        """Blocks in order that hold the tokens so far, one list per group."""
         size = self.parts[0].allocator.block_size
         count = -(-self.length // size)
         return [[block for block in part.blocks[:count] if block != NULL_BLOCK] for part in self.parts]
 
-    def give_up(self) -> "Swapped":
-        """Release every block, keeping where they belong: what ``Swapped.restore`` needs beside their contents."""
+    def swap_out(self) -> "Swapped":
+        """Release every block; returns where they belong, which ``Swapped.restore`` needs beside their contents."""
         size = self.parts[0].allocator.block_size
         count = -(-self.length // size)
-        kept = [[at for at, block in enumerate(part.blocks[:count]) if block != NULL_BLOCK] for part in self.parts]
-        swapped = Swapped(list(self.parts[0].tokens), kept)
+        indices = [[at for at, block in enumerate(part.blocks[:count]) if block != NULL_BLOCK] for part in self.parts]
+        swapped = Swapped(list(self.parts[0].tokens), indices)
         self.release()
         return swapped
 
 
 @dataclass(frozen=True)
 class Swapped:
-    """The shape of a sequence whose blocks were given up: its tokens, and which blocks of each group it held."""
+    """The shape of a sequence that was swapped out: its tokens, and which blocks of each group's table it held."""
 
     tokens: list[int]
-    kept: list[list[int]]
+    indices: list[list[int]]
 
     def blocks_needed(
         self, block_manager: "BlockManager | None" = None, more: int = 0, at_once: int | None = None
-    ) -> Need:
+    ) -> BlockCounts:
         """Blocks to restore it; with ``block_manager``, at most as many as ``more`` further tokens take too."""
-        needed = [len(places) for places in self.kept]
+        needed = [len(indices) for indices in self.indices]
         if block_manager is not None:
-            pieces = more if at_once is None else min(more, at_once)
+            chunk = more if at_once is None else min(more, at_once)
             for at, group in enumerate(block_manager.groups):
-                needed[at] += 1 + -(-(pieces if group.lookback else more) // block_manager.block_size)
+                needed[at] += 1 + -(-(chunk if group.lookback else more) // block_manager.block_size)
         return tuple(needed)
 
     def restore(self, block_manager: BlockManager) -> BlockTables:
@@ -183,11 +188,11 @@ class Swapped:
         """
         for needed, free in zip(self.blocks_needed(), block_manager.num_free_blocks, strict=True):
             if needed > free:
-                raise OutOfBlocks(f"{needed} blocks were asked for and {free} are available.")
-        tables = block_manager.new_tables(None)
-        for part, places in zip(tables.parts, self.kept, strict=True):
+                raise OutOfBlocks(f"{needed} blocks were requested, {free} are available.")
+        tables = block_manager.new_block_tables(None)
+        for part, indices in zip(tables.parts, self.indices, strict=True):
             part.blocks = [NULL_BLOCK] * (-(-len(self.tokens) // block_manager.block_size))
-            for at, block in zip(places, part.allocator.allocate(len(places)), strict=True):
+            for at, block in zip(indices, part.allocator.allocate(len(indices)), strict=True):
                 part.blocks[at] = block
             part.tokens = list(self.tokens)
         return tables

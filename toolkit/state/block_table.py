@@ -16,13 +16,17 @@ class BlockTable:
     the forward that fills the slots, then ``commit(tokens)``, which alone moves ``length``. A step that
     fails before its commit leaves nothing to undo: the next ``reserve`` returns the same slots.
 
-    version: of the weights that compute the sequence; None keeps it out of the prefix index.
-    lookback: how many of its last tokens the sequence still reads, 0 for all. Blocks before them are given back (and
-        stay matchable while nobody needs the memory).
-    snapshot_interval: 0 where every token has a slot; s > 0 where a block holds one value, the state after its last
-        token. Every s-th block and the last one are kept.
-    blocks: physical blocks in order, reserved ones included; ``NULL_BLOCK`` for those that are not held.
-    tokens: those whose state is written.
+    Args:
+        allocator: of the group.
+        version: of the weights that compute the sequence; None keeps it out of the prefix index.
+        lookback: how many of its last tokens the sequence still reads, 0 for all. Blocks before them are freed (and
+            can be matched until they are evicted).
+        snapshot_interval: 0 where every token has a slot; s > 0 where a block holds one value, the state after its last
+            token. Every s-th block and the last one are kept.
+
+    Attributes:
+        blocks: physical blocks in order, reserved ones included; ``NULL_BLOCK`` for those that are not held.
+        tokens: those whose state is written.
     """
 
     def __init__(
@@ -52,19 +56,19 @@ class BlockTable:
         """Index of the first block that a sequence of ``length`` tokens still reads."""
         return max(0, length - self.lookback) // self.allocator.block_size if self.lookback else 0
 
-    def prefixes(self, tokens: Sequence[int]) -> list[PrefixNode]:
-        """What is known of the full blocks of ``tokens``, under this table's version."""
+    def known_prefix(self, tokens: Sequence[int]) -> list[PrefixNode]:
+        """Nodes of the full blocks of ``tokens`` that the prefix index knows, under this table's version."""
         return [] if self.version is None else self.allocator.path(tokens, self.version)
 
-    def suffices(self, nodes: Sequence[PrefixNode], blocks: int) -> bool:
-        """Whether the first ``blocks`` of ``nodes`` have all the blocks that a sequence which goes on there reads."""
-        first = self.first_read(blocks * self.allocator.block_size)
-        return all(node.block is not None for node in nodes[first:blocks])
+    def can_continue(self, nodes: Sequence[PrefixNode], num_blocks: int) -> bool:
+        """Whether the first ``num_blocks`` of ``nodes`` have all the blocks that a sequence continuing there reads."""
+        first = self.first_read(num_blocks * self.allocator.block_size)
+        return all(node.block is not None for node in nodes[first:num_blocks])
 
-    def adopt(self, nodes: Sequence[PrefixNode]) -> None:
+    def share_prefix(self, nodes: Sequence[PrefixNode]) -> None:
         """Start from the prefix of ``nodes``, sharing its blocks. Raises RuntimeError unless the table is empty."""
         if self.blocks:
-            raise RuntimeError("a prefix needs an empty table.")
+            raise RuntimeError(f"a table must be empty to share a prefix, got {len(self.blocks)} blocks.")
         if nodes:
             first = self.first_read(len(nodes) * self.allocator.block_size)
             taken = [node.block for node in nodes[first:] if node.block is not None]
@@ -89,7 +93,7 @@ class BlockTable:
         return sorted(at for at in wanted if at >= len(self.blocks) or self.blocks[at] == NULL_BLOCK)
 
     def reserve(self, n: int) -> list[int]:
-        """Slots (block * block_size + place) for the next ``n`` tokens.
+        """Slots (block * block_size + offset) for the next ``n`` tokens.
 
         Takes new blocks as needed. A block that is partly filled and shared is replaced by a new one, and the
         copy is left for ``take_copies``. Raises OutOfBlocks with the table unchanged.
@@ -136,17 +140,22 @@ class BlockTable:
         return copies
 
     def commit(self, tokens: Sequence[int], version: Hashable | None = None) -> None:
-        """Say that the next reserved slots now hold the state of ``tokens``; full blocks become matchable.
+        """The next reserved slots now hold the state of ``tokens``; full blocks can be matched.
 
-        Blocks that the sequence does not read any more are given back.
-        version: of the weights that wrote them, where known. Once it differs from the table's, the sequence
-        is of two minds and none of its later blocks is ever registered.
-        Raises RuntimeError for more tokens than were reserved.
+        Blocks that the sequence does not read any more are freed.
+
+        Args:
+            tokens: the next tokens of the sequence.
+            version: of the weights that wrote them, where known. Once it differs from the table's, the sequence has
+                mixed weight versions and none of its later blocks is ever registered.
+
+        Raises:
+            RuntimeError: for more tokens than were reserved.
         """
         size = self.allocator.block_size
         if self.length + len(tokens) > len(self.blocks) * size:
             room = len(self.blocks) * size - self.length
-            raise RuntimeError(f"{len(tokens)} tokens were committed and {room} slots are reserved.")
+            raise RuntimeError(f"committed tokens must be <= the {room} reserved slots, got {len(tokens)}.")
         if version is not None and version != self.version:
             self.version = self._node = None
         before = self.length
@@ -172,7 +181,7 @@ class BlockTable:
         Raises RuntimeError while copies are pending, since the shared block would not hold its contents yet.
         """
         if self._copies:
-            raise RuntimeError("take_copies must be called before fork.")
+            raise RuntimeError("take_copies() must be called before fork().")
         other = BlockTable(self.allocator, self.version, self.lookback, self.snapshot_interval)
         other.blocks = self.blocks[: -(-self.length // self.allocator.block_size)]
         self.allocator.touch([block for block in other.blocks if block != NULL_BLOCK])
@@ -181,7 +190,7 @@ class BlockTable:
         return other
 
     def restorable(self, length: int) -> int:
-        """The largest length up to ``length`` that the sequence can be cut to and go on from."""
+        """The largest length up to ``length`` that the sequence can be truncated to and continue."""
         size = self.allocator.block_size
         if length >= self.length or not self.lookback:
             return min(length, self.length)
@@ -197,9 +206,11 @@ class BlockTable:
         Raises ValueError outside 0..length and for a length that is not ``restorable``.
         """
         if not 0 <= length <= self.length:
-            raise ValueError(f"length is {length}; 0 to {self.length} are allowed.")
+            raise ValueError(f"length must be between 0 and {self.length}, got {length}.")
         if self.restorable(length) != length:
-            raise ValueError(f"length is {length}; the state is kept up to {self.restorable(length)}.")
+            raise ValueError(
+                f"length must be one whose state is kept, such as {self.restorable(length)}, got {length}."
+            )
         size = self.allocator.block_size
         if self._node is not None:
             for _ in range(self.length // size - length // size):
@@ -214,7 +225,7 @@ class BlockTable:
         del self.tokens[length:]
 
     def release(self) -> None:
-        """Give every block back and be empty again; registered blocks stay matchable until evicted.
+        """Free every block and be empty again; registered blocks can be matched until evicted.
 
         Pending copies are dropped.
         """
@@ -227,8 +238,8 @@ class BlockTable:
 
 
 def longest_prefix(tables: Sequence[BlockTable], nodes: Sequence[Sequence[PrefixNode]]) -> int:
-    """Blocks of the longest prefix from which every one of ``tables`` can go on; ``nodes``: what each knows of it."""
-    for blocks in range(min(len(known) for known in nodes), 0, -1):
-        if all(table.suffices(known, blocks) for table, known in zip(tables, nodes, strict=True)):
-            return blocks
+    """Blocks of the longest prefix that every one of ``tables`` can continue; ``nodes``: what each knows of it."""
+    for num_blocks in range(min(len(known) for known in nodes), 0, -1):
+        if all(table.can_continue(known, num_blocks) for table, known in zip(tables, nodes, strict=True)):
+            return num_blocks
     return 0

@@ -1,4 +1,4 @@
-"""What the layers of a forward call on a ragged batch: one protocol, whatever the past lies in.
+"""What the layers of a forward call on a ragged batch: one protocol for dense and paged forwards.
 
 Shapes: T new tokens, C channels, Hq query heads, H heads, D key width, V value width, K experts per token.
 """

@@ -23,10 +23,18 @@ def groups_of(specs: Sequence[StateSpec]) -> tuple[Group, ...]:
 
 
 class StatePool:
-    """Storage of all layers of a model, one structure for kinds that remember differently.
+    """Storage of all layers of a model, for kinds that remember differently.
 
-    specs: what each layer remembers; a layer may have several, of different kinds. num_blocks: how many blocks each of
-    ``groups_of(specs)`` has. states, members: each spec's memory, and the index of its group.
+    Args:
+        specs: what each layer remembers; a layer may have several, of different kinds.
+        num_blocks: of each of ``groups_of(specs)``.
+        block_size: tokens per block.
+        dtype: of the model's activations; a kind may store another one.
+        device: of the storage.
+
+    Attributes:
+        states: of each spec, its storage.
+        members: of each spec, the index of its group.
     """
 
     def __init__(
@@ -75,9 +83,9 @@ class StatePool:
         return self._serving[layer, op]
 
     def recorded_routing(self, blocks: Sequence[Sequence[int]], length: int) -> Tensor | None:
-        """[length, L, K] int32 on the host: the experts of every token of a sequence, in each layer of experts.
+        """[length, L, K] int32 on the CPU: the experts of every token of a sequence, in each of L layers of experts.
 
-        blocks: the sequence's table in each group. None where no layer records its routing.
+        blocks: the sequence's table in each group. Returns None where no layer records its routing.
         """
         layers = sorted(layer for layer, op in self._serving if op == "record")
         if not layers:
@@ -93,7 +101,7 @@ class StatePool:
                 state.fork(copies[group])
 
     def swap_out(self, blocks: Sequence[Sequence[int]]) -> list[Rows]:
-        """Copies of each group's ``blocks`` on the host, tensors a state; the blocks may then be freed."""
+        """Copies of each group's ``blocks`` on the CPU, tensors of each state; the blocks may then be freed."""
         return [state.swap_out(blocks[group]) for state, group in zip(self.states, self.members, strict=True)]
 
     def swap_in(self, blocks: Sequence[Sequence[int]], host: Sequence[Rows]) -> None:
@@ -102,11 +110,11 @@ class StatePool:
             state.swap_in(blocks[group], saved)
 
     def sleep(self) -> None:
-        """Give all memory back; contents are lost. The tensors stay the same objects, so recordings stay valid."""
+        """Free all memory; contents are lost. The tensors stay the same objects, so captured graphs stay valid."""
         for state in self.states:
             state.sleep()
 
     def wake(self) -> None:
-        """Take the memory again."""
+        """Allocate the memory again."""
         for state in self.states:
             state.wake()

@@ -2,7 +2,7 @@
 
 A trie a weight version: a node stands for one full block of tokens after one exact prefix, and its children
 are found by the real tokens of the next block. Python's own dict compares those tokens, and the path from
-the root is the prefix, so two different prefixes can never be taken for one another, whatever their hashes.
+the root is the prefix, so two different prefixes can never be taken for one another, even where hashes collide.
 """
 
 import itertools
@@ -70,9 +70,9 @@ class PrefixIndex:
         """
         tokens = tuple(block_tokens)
         if len(tokens) != self.block_size:
-            raise ValueError(f"block {block} has {len(tokens)} tokens; only full blocks of {self.block_size} go in.")
+            raise ValueError(f"block {block} must be full with {self.block_size} tokens, got {len(tokens)}.")
         if parent_key is not None and parent_key.version != version:
-            raise ValueError(f"version {version} cannot follow a prefix of version {parent_key.version}.")
+            raise ValueError(f"version must be that of the prefix, {parent_key.version!r}, got {version!r}.")
         parent = parent_key
         if parent is None:
             parent = self._roots.setdefault(version, PrefixNode(None, (), version))
@@ -83,7 +83,7 @@ class PrefixIndex:
         if block is None:
             return node
         if self._nodes.get(block, node) is not node:
-            raise ValueError(f"block {block} is already registered with other tokens.")
+            raise ValueError(f"block {block} must be registered once, got other tokens.")
         if node.block is None:
             node.block = block
             self._nodes[block] = node

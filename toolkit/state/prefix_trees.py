@@ -13,8 +13,13 @@ _NOTHING = np.empty(0, dtype=np.int64)
 class Segment:
     """A run of tokens that ``samples`` have in common after ``parent``'s, and no others have.
 
-    parent: index of the segment that it follows, -1 at a root. row: of its first token. start: that token's place in
-    the sequence. rows: [start] of the tokens before it. samples: indices of the sequences that pass through it.
+    Attributes:
+        tokens: ids.
+        parent: index of the segment that it continues, -1 at a root.
+        row: of its first token.
+        start: that token's position in the sequence.
+        rows: [start] of the tokens before it.
+        samples: indices of the sequences that pass through it.
     """
 
     tokens: Ints
@@ -29,7 +34,11 @@ class Segment:
 class SharedPrefixes:
     """Segments in depth-first order, so that the rows below any segment follow it without a gap.
 
-    rows[i]: [length of sequence i] the row of each of its tokens. ends[s]: one past the last row below segment s.
+    Attributes:
+        segments: runs of tokens.
+        rows: of each sequence, the row of each of its tokens.
+        ends: of each segment, one past the last row below it.
+        size: rows of all segments.
     """
 
     segments: list[Segment] = field(default_factory=list)
@@ -77,7 +86,7 @@ def share_prefixes(sequences: Sequence[Ints]) -> SharedPrefixes:
 
 
 def _split(sequences: Sequence[Ints], members: Sequence[int], depth: int) -> list[list[int]]:
-    """The members that go on after ``depth`` tokens, grouped by the next one."""
+    """The members that have more than ``depth`` tokens, grouped by the next one."""
     groups: dict[int, list[int]] = {}
     for member in members:
         if len(sequences[member]) > depth:

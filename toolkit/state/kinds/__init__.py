@@ -15,19 +15,21 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from toolkit.errors import ToolkitError, nearest
+from toolkit.errors import ToolkitError, must_be_one_of
 
 Rows = tuple[Tensor, ...]
-"""Tensors of one row a token, or one entry a block."""
+"""Tensors of one row per token, or one entry per block."""
 
 
 @dataclass(frozen=True)
 class StateSpec:
     """What one layer needs to remember.
 
-    layer: index of the layer (for routing: among the layers of experts). kind: name of the state kind. shapes: of what
-    it stores of a token (or, for snapshots, of the value that a block holds), a shape a tensor. window: tokens that a
-    query looks back over, itself included; 0 for all.
+    Args:
+        layer: index of the layer (for routing: among the layers of experts).
+        kind: name of the state kind.
+        shapes: of each tensor that it stores of a token (or, for snapshots, of the value that a block holds).
+        window: tokens that a query sees, itself included; 0 for all.
     """
 
     layer: int
@@ -40,8 +42,9 @@ class StateSpec:
 class PagedRows:
     """Where the tokens of a batch lie in a group whose blocks hold ``block_size`` slots each. int64.
 
-    block_tables [S, P]: physical blocks of each sequence in order (any block where it is not read any more).
-    slots [T]: where a new token's state goes, block * block_size + place; negative: nowhere.
+    Args:
+        block_tables: [S, P] physical blocks of each sequence in order (any block where it is not read any more).
+        slots: [T] where a new token's state goes, block * block_size + offset; negative: nowhere.
     """
 
     block_tables: Tensor
@@ -52,8 +55,10 @@ class PagedRows:
 class Snapshots:
     """Where the states of a batch lie in a group whose blocks hold one value each. int64.
 
-    load_blocks [S]: block of the state that each sequence goes on from; negative: the empty state.
-    store_rows [N], store_blocks [N]: after the token at that row, the state goes to that block; rows ascend.
+    Args:
+        load_blocks: [S] block of the state that each sequence continues; negative: the empty state.
+        store_rows: [N] rows of tokens after which the state is stored, ascending.
+        store_blocks: [N] the block that it is stored to; negative: nowhere.
     """
 
     load_blocks: Tensor
@@ -62,18 +67,22 @@ class Snapshots:
 
 
 class StateKind(ABC):
-    """One layer's memory. ``class Mine(StateKind, kind="mine")`` registers itself.
+    """The state of one layer. ``class Mine(StateKind, kind="mine")`` registers itself.
 
-    ``stores``: tensors of [num_blocks, ...] that hold everything; copies, swaps and counts of bytes follow from them.
+    Besides the methods below, a kind has the one that its ``op`` calls (see ``PagedContext``): ``operands`` for
+    "attend", ``scan`` for "scan", ``convolve`` for "convolve", none for "record".
+
+    Attributes:
+        stores: tensors [num_blocks, ...] that hold everything; copies, swaps and counts of bytes follow from them.
     """
 
     kind: ClassVar[str]
     op: ClassVar[str]
-    """The pool's method that uses it: "attend", "scan", "convolve" or "record"; a layer has one of each at most."""
+    """What uses it: "attend", "scan", "convolve" or "record"; a layer has one of each at most."""
     snapshot_interval: ClassVar[int] = 0
-    """0: a block holds a slot for each token. s > 0: it holds one value, of which every s-th block's is kept."""
+    """0: a block holds a slot for each token. s > 0: it holds one value, and every s-th block's is kept."""
     capturable: ClassVar[bool] = True
-    """Whether a decode step can be recorded once and replayed: False where shapes inside depend on values."""
+    """Whether a decode step can be captured once and replayed: False for data-dependent shapes."""
     _registry: ClassVar[dict[str, type["StateKind"]]] = {}
 
     def __init_subclass__(cls, *, kind: str | None = None) -> None:
@@ -100,7 +109,7 @@ class StateKind(ABC):
 
     @classmethod
     def lookback(cls, spec: StateSpec) -> int:
-        """How many of its last tokens a sequence still reads; 0: all."""
+        """Last tokens that a sequence still reads; 0: all."""
         return 0
 
     @classmethod
@@ -110,7 +119,7 @@ class StateKind(ABC):
 
     @abstractmethod
     def write(self, rows: Rows, view: PagedRows | Snapshots, query_offsets: Tensor) -> None:
-        """Take in rows [T, ...]: sequence s of ``view`` goes on with rows query_offsets[s] .. query_offsets[s + 1]."""
+        """Append rows [T, ...]: query_offsets[s] .. query_offsets[s + 1] are the next of sequence s of ``view``."""
 
     @abstractmethod
     def read(self, blocks: Sequence[int], length: int) -> Rows:
@@ -123,7 +132,7 @@ class StateKind(ABC):
 
     @property
     def bytes(self) -> int:
-        """Bytes of storage, given up or not."""
+        """Bytes of storage, asleep or not."""
         return sum(store.nbytes for store in self.stores)
 
     def fork(self, copies: Sequence[tuple[int, int]]) -> None:
@@ -145,12 +154,12 @@ class StateKind(ABC):
             store[index] = saved.to(store.device)
 
     def sleep(self) -> None:
-        """Give the memory back; contents are lost, tensors keep their identity."""
+        """Free the memory; contents are lost, tensors keep their identity."""
         for store in self.stores:
             store.untyped_storage().resize_(0)
 
     def wake(self) -> None:
-        """Take the memory again, as zeros."""
+        """Allocate the memory again, as zeros."""
         for store in self.stores:
             store.untyped_storage().resize_(store.nbytes)
             store.zero_()
@@ -160,7 +169,7 @@ class StateKind(ABC):
 
 
 def independent(copies: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
-    """Cut a list of block copies into runs whose copies may happen all at once.
+    """Split a list of block copies into runs whose copies may happen all at once.
 
     A run reads all its sources before it writes, so it ends only where a source or a destination was written
     by the run already.
@@ -188,5 +197,5 @@ def find(kind: str) -> type[StateKind]:
     known = registered()
     if kind not in known:
         allowed = sorted(known)
-        raise ToolkitError(f"state kind is {kind!r}; allowed are {', '.join(allowed)}{nearest(kind, allowed)}.")
+        raise ToolkitError(must_be_one_of("state kind", kind, allowed))
     return known[kind]

@@ -1,4 +1,4 @@
-"""Linear recurrences: one matrix a head, whatever the length (gated delta rule, state-space duality).
+"""Linear recurrences: one matrix per head for any length (gated delta rule, state-space duality).
 
 A block holds the state after its last token so far, in float32 at least. The state of a full block is a snapshot: a
 prefix that ends there can be gone on from, by a fork, a prefix hit or after a truncation.

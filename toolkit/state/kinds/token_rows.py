@@ -12,7 +12,7 @@ from toolkit.state.kinds import PagedRows, Rows, Snapshots, StateKind, StateSpec
 class TokenRows(StateKind):
     """``stores`` of [num_blocks, block_size, heads, width], one for each of spec.shapes, (heads, width) a token.
 
-    ``rows``: the same memory, a row a slot.
+    ``rows``: the same memory, one row per slot.
     """
 
     def __init__(
