@@ -39,7 +39,7 @@ def sentence(problem: Mapping[str, Any], field: str, *, requirement: str | None 
     """
     kind, context = problem["type"], problem.get("ctx", {})
     if kind == "missing":
-        return f"{field} is missing; it must be given."
+        return f"{field} is required."
     if requirement is None:
         message = problem["msg"].removeprefix("Input should be ")
         requirement = (

@@ -141,7 +141,7 @@ ON_TASK = "task: {name: countdown}"
         ("objective=3", "objective must be a mapping of fields, got 3."),
         (
             "objective={}",
-            "objective.kind is missing; it must be one of 'distill', 'dpo', 'grpo', 'pretrain', 'sft'.",
+            "objective.kind is required: one of distill, dpo, grpo, pretrain, sft.",
         ),
         (
             "objective.kind=grp",
@@ -193,7 +193,7 @@ ON_TASK = "task: {name: countdown}"
             "objective={kind: sft, data_files: x, warmup: {max_steps: 1}}",
             "objective.warmup.task must be given without objective.task, got null.",
         ),
-        (f"objective={{kind: distill, {ON_TASK}}}", "objective.teacher is missing; it must be given."),
+        (f"objective={{kind: distill, {ON_TASK}}}", "objective.teacher is required."),
         (
             f"objective={{kind: distill, {ON_TASK}, teacher: {{max_steps: 3}}}}",
             "Exactly one of objective.teacher.name_or_path and objective.teacher.config must be given, got neither.",
@@ -229,7 +229,7 @@ def test_the_fields_of_every_kind_are_known(recipe: str) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("", "model is missing; it must be given."),
+        ("", "model is required."),
         ("model: {}", "Exactly one of model.name_or_path and model.config must be given, got neither."),
         ("- a\n- b\n", "must hold a mapping of fields, got a list."),
         ("train: {max_steps: 3\nmodel:", "line 2 is not valid YAML"),

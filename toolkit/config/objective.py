@@ -48,7 +48,7 @@ def parse_objective(value: Any) -> ObjectiveSection:
     if not isinstance(value, dict):
         raise ValueError(f"objective must be a mapping of fields, got {value!r}")
     if "kind" not in value:
-        raise ValueError(f"objective.kind is missing; it must be one of {', '.join(map(repr, OBJECTIVES.names()))}")
+        raise ValueError(f"objective.kind is required: one of {', '.join(OBJECTIVES.names())}")
     return OBJECTIVES.find("objective.kind", value["kind"]).model_validate(value)
 
 

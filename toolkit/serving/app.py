@@ -15,8 +15,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from toolkit.engine.params import SamplingParams
 from toolkit.errors import ToolkitError
+from toolkit.sentences import shown
 from toolkit.serving.metrics import Counter
-from toolkit.serving.protocol import ChatRequest, CompletionRequest, RequestError, Sampling, parse, shown
+from toolkit.serving.protocol import ChatRequest, CompletionRequest, RequestError, Sampling, parse
 from toolkit.serving.responses import END_OF_STREAM, ChatAnswer, CompletionAnswer, error_body, event, usage
 from toolkit.serving.runner import Runner, Ticket, Unavailable
 from toolkit.serving.texts import Texts

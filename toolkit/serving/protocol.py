@@ -10,7 +10,8 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from toolkit.errors import ToolkitError, nearest
+from toolkit.errors import ToolkitError
+from toolkit.sentences import sentence, shown, unknown_field
 
 MAX_CHOICES = 128
 MAX_TOP_LOGPROBS = 20
@@ -222,12 +223,6 @@ def parse(kind: type[Request], raw: bytes) -> Request:
         raise _sentence(kind, error) from None
 
 
-def shown(value: Any, limit: int = 60) -> str:
-    """``value`` as a message shows it, cut to ``limit`` characters."""
-    text = ascii(value) if isinstance(value, str) else repr(value)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
 def _has_lone_surrogate(body: Any) -> bool:
     try:
         json.dumps(body, ensure_ascii=False).encode()
@@ -245,16 +240,11 @@ def _sentence(kind: type[BaseModel], error: ValidationError) -> RequestError:
     where = list(first["loc"])
     param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where).lstrip(".") or None
     if first["type"] == "extra_forbidden":
-        hint = nearest(str(where[-1]), list(_owner(kind, where[:-1]).model_fields))
-        return RequestError(f"Unknown field '{param}'{hint or '.'}", param)
-    if first["type"] == "missing":
-        return RequestError(f"'{param}' is required.", param)
+        return RequestError(unknown_field(str(param), str(where[-1]), _owner(kind, where[:-1]).model_fields), param)
     if first["type"] == "value_error":
         message = str(first["ctx"]["error"])
         return RequestError(message, param or _quoted(message))
-    fault = first["msg"].replace("Input should be", "it must be").replace("List should have", "it must have")
-    fault = fault.replace(" after validation", "")
-    return RequestError(f"'{param}' is {shown(first['input'])}, but {fault[0].lower()}{fault[1:]}.", param)
+    return RequestError(sentence(first, f"'{param}'"), param)
 
 
 def _owner(kind: type[BaseModel], where: list[Any]) -> type[BaseModel]:

@@ -1,0 +1,54 @@
+"""What an export target is, and how a folder appears whole or not at all."""
+
+import os
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from toolkit.registry import Registry
+
+
+class ExportTarget(ABC):
+    """A format of other programs. ``class HuggingFace(ExportTarget, name="hf")`` registers it under a name."""
+
+    def __init_subclass__(cls, name: str | None = None, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if name is not None:
+            TARGETS.add(name, cls)
+
+    @abstractmethod
+    def write(self, model: Any, folder: Path, tokenizer: Any = None) -> None:
+        """Write the model, and the tokenizer if there is one, into the new, empty ``folder``."""
+
+
+TARGETS: Registry[ExportTarget] = Registry("toolkit.exporting")
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which is flushed to disk and becomes ``path`` when the block ends without an error."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        for file in aside.rglob("*"):
+            _flush(file)
+        _flush(aside)
+        if path.exists():
+            path.rmdir()
+        os.replace(aside, path)
+        _flush(path.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
