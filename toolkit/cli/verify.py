@@ -82,6 +82,6 @@ def real_prompts(tokenizer: Any, vocabulary: int, source: Any) -> list[list[int]
         ids = [source.randrange(vocabulary) for _ in range(4096)]
     else:
         with open(argparse.__file__, encoding="utf-8") as file:
-            ids = tokenizer(file.read(), add_special_tokens=False)["input_ids"]
+            ids = tokenizer(file.read(), add_special_tokens=False, verbose=False)["input_ids"]
     starts = [source.randrange(max(1, len(ids) - 96)) for _ in range(32)]
     return [ids[start : start + source.randint(8, 96)] for start in starts]
