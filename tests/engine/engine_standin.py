@@ -64,7 +64,7 @@ class HistoryModel:
             raise failure
         (view,) = batch.views
         assert isinstance(view, PagedRows)
-        taken = [slot for slot in view.slots.tolist() if slot >= 0]
+        taken = [slot for slot in view.slot_mapping.tolist() if slot >= 0]
         assert len(taken) == int(batch.query_offsets[-1]), "a token has no slot, or padding has one"
         assert len(set(taken)) == len(taken), "two tokens share a slot"
         (tokens, positions), (versions, _) = (state.rows for state in pool.states)
@@ -73,7 +73,7 @@ class HistoryModel:
             (positions, batch.positions.float()),
             (versions, torch.full((len(batch.tokens),), float(self.weights))),
         ):
-            state_write(store, written[:, None, None], view.slots)
+            state_write(store, written[:, None, None], view.slot_mapping)
         found = []
         for row in rows.tolist():
             owner = int(batch.sequence_ids[row])

@@ -22,7 +22,7 @@ class Histories(RuleBasedStateMachine):
     token.
     """
 
-    tables = Bundle("tables")
+    block_tables = Bundle("block_tables")
 
     @initialize(groups=GROUPS, num_blocks=st.integers(1, 9), block_size=st.integers(1, 4))
     def start(self, groups: tuple[Group, ...], num_blocks: int, block_size: int) -> None:
@@ -38,10 +38,10 @@ class Histories(RuleBasedStateMachine):
             return [block]
         return [block * size + offset for offset in range(size)]
 
-    def check(self, tables: BlockTables) -> None:
+    def check(self, block_tables: BlockTables) -> None:
         """All that is still read holds the truth."""
-        truth, size = self.truth[tables], self.block_manager.block_size
-        for group, part, contents in zip(self.block_manager.groups, tables.parts, self.contents, strict=True):
+        truth, size = self.truth[block_tables], self.block_manager.block_size
+        for group, part, contents in zip(self.block_manager.groups, block_tables.parts, self.contents, strict=True):
             assert part.length == len(truth)
             if group.snapshot_interval:
                 assert (contents[part.load_block()] == truth[-1]) if truth else part.load_block() == NULL_BLOCK
@@ -50,16 +50,16 @@ class Histories(RuleBasedStateMachine):
                 for at in range(first, len(truth)):
                     assert contents[part.blocks[at // size] * size + at % size] == truth[at]
 
-    def copy(self, tables: BlockTables) -> None:
-        for group, (contents, copies) in enumerate(zip(self.contents, tables.take_copies(), strict=True)):
+    def copy(self, block_tables: BlockTables) -> None:
+        for group, (contents, copies) in enumerate(zip(self.contents, block_tables.take_copies(), strict=True)):
             for source, destination in copies:
                 for old, new in zip(self.entries(group, source), self.entries(group, destination), strict=True):
                     contents[new] = contents.get(old, ())
 
-    def fill(self, tables: BlockTables, slots: list[list[int]], histories: list[tuple]) -> None:
+    def fill(self, block_tables: BlockTables, slots: list[list[int]], histories: list[tuple]) -> None:
         """What a forward writes, and that it writes into nothing that others hold."""
         size = self.block_manager.block_size
-        for part, contents, own in zip(tables.parts, self.contents, slots, strict=True):
+        for part, contents, own in zip(block_tables.parts, self.contents, slots, strict=True):
             if part.snapshot_interval:
                 targets = [(block, histories[at]) for at, block in part.store_blocks(len(histories))]
                 blocks = [block for block, _ in targets]
@@ -69,100 +69,104 @@ class Histories(RuleBasedStateMachine):
             assert all(part.allocator.ref_count(block) == 1 for block in blocks)
             contents.update(targets)
 
-    def append(self, tables: BlockTables, tokens: list[int]) -> bool:
+    def append(self, block_tables: BlockTables, tokens: list[int]) -> bool:
         """One engine step: reserve, copy, write, commit."""
-        before = ([list(part.blocks) for part in tables.parts], tables.length, self.block_manager.num_free_blocks)
-        needed = tables.blocks_needed(len(tokens))
+        before = (
+            [list(part.blocks) for part in block_tables.parts],
+            block_tables.length,
+            self.block_manager.num_free_blocks,
+        )
+        needed = block_tables.blocks_needed(len(tokens))
         try:
-            slots = tables.reserve(len(tokens))
+            slots = block_tables.reserve(len(tokens))
         except OutOfBlocks:
             assert any(wanted > free for wanted, free in zip(needed, self.block_manager.num_free_blocks))
             assert (
-                [list(part.blocks) for part in tables.parts],
-                tables.length,
+                [list(part.blocks) for part in block_tables.parts],
+                block_tables.length,
                 self.block_manager.num_free_blocks,
             ) == before
-            assert not any(tables.take_copies())
+            assert not any(block_tables.take_copies())
             return False
-        self.copy(tables)
-        self.check(tables)
-        truth = self.truth[tables]
+        self.copy(block_tables)
+        self.check(block_tables)
+        truth = self.truth[block_tables]
         for token in tokens:
             # The tokens alone do not tell the state: it also depends on the weights that computed each.
             truth.append((truth[-1] if truth else (), token, self.version))
-        self.fill(tables, slots, truth[-len(tokens) :])
-        tables.commit(tokens, self.version)
+        self.fill(block_tables, slots, truth[-len(tokens) :])
+        block_tables.commit(tokens, self.version)
         return True
 
-    @rule(target=tables, tokens=TOKENS, more=TOKENS)
+    @rule(target=block_tables, tokens=TOKENS, more=TOKENS)
     def begin(self, tokens: list[int], more: list[int]) -> object:
-        tables = self.block_manager.new_block_tables(self.version)
-        hit = tables.match_prefix(tokens + more)
-        assert hit == tables.length < len(tokens + more)
+        block_tables = self.block_manager.new_block_tables(self.version)
+        hit = block_tables.match_prefix(tokens + more)
+        assert hit == block_tables.length < len(tokens + more)
         assert hit % self.block_manager.block_size == 0
         truth: list[tuple] = []
         for token in (tokens + more)[:hit]:  # every hit was computed by these weights
             truth.append((truth[-1] if truth else (), token, self.version))
-        self.truth[tables] = truth
-        self.check(tables)
-        if not self.append(tables, (tokens + more)[hit:]):
-            del self.truth[tables]
-            tables.release()
+        self.truth[block_tables] = truth
+        self.check(block_tables)
+        if not self.append(block_tables, (tokens + more)[hit:]):
+            del self.truth[block_tables]
+            block_tables.release()
             return multiple()
-        return tables
+        return block_tables
 
-    @rule(tables=tables, tokens=TOKENS)
-    def extend(self, tables: BlockTables, tokens: list[int]) -> None:
-        if tables in self.truth:
-            self.append(tables, tokens)
+    @rule(block_tables=block_tables, tokens=TOKENS)
+    def extend(self, block_tables: BlockTables, tokens: list[int]) -> None:
+        if block_tables in self.truth:
+            self.append(block_tables, tokens)
 
-    @rule(tables=tables, n=st.integers(1, 9))
-    def abandon(self, tables: BlockTables, n: int) -> None:
+    @rule(block_tables=block_tables, n=st.integers(1, 9))
+    def abandon(self, block_tables: BlockTables, n: int) -> None:
         """A step that failed in its forward: reserved, never committed."""
-        if tables not in self.truth or any(
-            w > f for w, f in zip(tables.blocks_needed(n), self.block_manager.num_free_blocks)
+        if block_tables not in self.truth or any(
+            w > f for w, f in zip(block_tables.blocks_needed(n), self.block_manager.num_free_blocks)
         ):
             return
-        slots = tables.reserve(n)
-        self.copy(tables)
-        assert tables.reserve(n) == slots
-        for part, contents, own in zip(tables.parts, self.contents, slots, strict=True):
+        slots = block_tables.reserve(n)
+        self.copy(block_tables)
+        assert block_tables.reserve(n) == slots
+        for part, contents, own in zip(block_tables.parts, self.contents, slots, strict=True):
             if (
                 not part.snapshot_interval
             ):  # a state is written over in place: what failed after that cannot be gone on from
                 contents.update((slot, ("garbage",)) for slot in own)
 
-    @rule(target=tables, tables=tables)
-    def fork(self, tables: BlockTables) -> object:
-        if tables not in self.truth:
+    @rule(target=block_tables, block_tables=block_tables)
+    def fork(self, block_tables: BlockTables) -> object:
+        if block_tables not in self.truth:
             return multiple()
-        other = tables.fork()
-        self.truth[other] = list(self.truth[tables])
+        other = block_tables.fork()
+        self.truth[other] = list(self.truth[block_tables])
         return other
 
-    @rule(tables=tables, data=st.data())
-    def truncate(self, tables: BlockTables, data: st.DataObject) -> None:
-        if tables in self.truth:
-            asked = data.draw(st.integers(0, tables.length))
-            kept = tables.truncate(asked)
+    @rule(block_tables=block_tables, data=st.data())
+    def truncate(self, block_tables: BlockTables, data: st.DataObject) -> None:
+        if block_tables in self.truth:
+            asked = data.draw(st.integers(0, block_tables.length))
+            kept = block_tables.truncate(asked)
             assert kept <= asked
             if all(not group.lookback for group in self.block_manager.groups):
                 assert kept == asked
-            del self.truth[tables][kept:]
+            del self.truth[block_tables][kept:]
 
-    @rule(target=tables, tables=consumes(tables))
-    def swap(self, tables: BlockTables) -> object:
+    @rule(target=block_tables, block_tables=consumes(block_tables))
+    def swap(self, block_tables: BlockTables) -> object:
         """Out to the CPU, and into the blocks that are free then."""
-        if tables not in self.truth:
+        if block_tables not in self.truth:
             return multiple()
-        self.copy(tables)
-        truth = self.truth.pop(tables)
+        self.copy(block_tables)
+        truth = self.truth.pop(block_tables)
         saved = [
             [[contents.get(key, ()) for key in self.entries(group, block)] for block in blocks]
-            for group, (contents, blocks) in enumerate(zip(self.contents, tables.held_blocks(), strict=True))
+            for group, (contents, blocks) in enumerate(zip(self.contents, block_tables.held_blocks(), strict=True))
         ]
-        swapped: Swapped = tables.swap_out()
-        assert not any(part.held for part in tables.parts)
+        swapped: Swapped = block_tables.swap_out()
+        assert not any(part.held for part in block_tables.parts)
         free = self.block_manager.num_free_blocks
         try:
             back = swapped.restore(self.block_manager)
@@ -176,10 +180,10 @@ class Histories(RuleBasedStateMachine):
         self.truth[back] = truth
         return back
 
-    @rule(tables=consumes(tables))
-    def release(self, tables: BlockTables) -> None:
-        if self.truth.pop(tables, None) is not None:
-            tables.release()
+    @rule(block_tables=consumes(block_tables))
+    def release(self, block_tables: BlockTables) -> None:
+        if self.truth.pop(block_tables, None) is not None:
+            block_tables.release()
 
     @rule()
     def move_version(self) -> None:
@@ -198,7 +202,7 @@ class Histories(RuleBasedStateMachine):
     def sound(self) -> None:
         self.block_manager.check_integrity(self.truth)
         for group, (allocator, contents) in enumerate(zip(self.block_manager.allocators, self.contents, strict=True)):
-            for block, node in allocator.index._nodes.items():  # a block holds what it would be matched for
+            for block, node in allocator.prefix_index._nodes.items():  # a block holds what it would be matched for
                 content = contents[self.entries(group, block)[-1]]
                 while node.parent is not None:
                     for token in reversed(node.tokens):
@@ -206,12 +210,12 @@ class Histories(RuleBasedStateMachine):
                         content = content[0]
                     node = node.parent
                 assert content == ()
-        for tables in self.truth:
-            self.check(tables)
+        for block_tables in self.truth:
+            self.check(block_tables)
 
     def teardown(self) -> None:
-        for tables in getattr(self, "truth", {}):
-            tables.release()
+        for block_tables in getattr(self, "truth", {}):
+            block_tables.release()
         if hasattr(self, "block_manager"):
             self.block_manager.check_integrity([])
             assert self.block_manager.num_free_blocks == tuple(
@@ -233,31 +237,31 @@ def test_allocate_prefers_free_pages_then_evicts_the_least_recently_used() -> No
     assert allocator.num_cached_blocks == 2
     assert allocator.allocate(1) == [3]
     assert allocator.allocate(1) == [second]  # the end of a chain goes before its beginning
-    assert allocator.index.match([1, 2], 0) == [first]
+    assert allocator.prefix_index.match([1, 2], 0) == [first]
     with pytest.raises(OutOfBlocks, match="2 blocks were requested, 1 of 4 are available"):
         allocator.allocate(2)
     assert allocator.allocate(1) == [first]
-    assert allocator.index.match([1, 2], 0) == []
+    assert allocator.prefix_index.match([1, 2], 0) == []
     allocator.check_integrity([[0, 1, 2, 3]])
     assert allocator.ref_count(third) == 1
 
 
 def test_a_match_makes_a_cached_page_recent() -> None:
     allocator = BlockAllocator(2, 1)
-    tables = []
+    block_tables = []
     for token in (5, 6):
         table = BlockTable(allocator, 0)
         table.reserve(1)
         table.commit([token])
-        tables.append(table)
-    for table in tables:
+        block_tables.append(table)
+    for table in block_tables:
         table.release()
     again = BlockTable(allocator, 0)
     assert BlockTables([again]).match_prefix([5, 9]) == 1
     again.release()
     allocator.allocate(1)
-    assert allocator.index.match([5], 0)
-    assert not allocator.index.match([6], 0)
+    assert allocator.prefix_index.match([5], 0)
+    assert not allocator.prefix_index.match([6], 0)
 
 
 def test_misuse_is_refused_and_changes_nothing() -> None:
@@ -291,9 +295,9 @@ def test_misuse_is_refused_and_changes_nothing() -> None:
         lambda a: a._cached.popitem(),
         lambda a: a._ref_counts.__setitem__(1, 0),
         lambda a: a._ref_counts.__setitem__(1, 2),
-        lambda a: a.index.drop(0),
-        lambda a: setattr(a.index._nodes[0], "block", 1),
-        lambda a: a.index._nodes[0].parent.children.clear(),
+        lambda a: a.prefix_index.drop(0),
+        lambda a: setattr(a.prefix_index._nodes[0], "block", 1),
+        lambda a: a.prefix_index._nodes[0].parent.children.clear(),
     ],
 )
 def test_check_integrity_notices_damage(damage) -> None:
@@ -350,6 +354,6 @@ def test_a_failed_reserve_leaves_the_table_and_the_index_alone() -> None:
     table.truncate(3)
     with pytest.raises(OutOfBlocks):
         table.reserve(2)
-    assert allocator.index.match([1, 2, 3, 4], 0) == table.blocks
+    assert allocator.prefix_index.match([1, 2, 3, 4], 0) == table.blocks
     assert table.reserve(1) == [table.blocks[1] * 2 + 1]  # about to be overwritten: no longer to be matched
-    assert allocator.index.match([1, 2, 3, 4], 0) == table.blocks[:1]
+    assert allocator.prefix_index.match([1, 2, 3, 4], 0) == table.blocks[:1]

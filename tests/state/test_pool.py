@@ -46,8 +46,8 @@ class Sequences:
             rows[2], rows[3] = -rows[2].abs(), rows[3].sigmoid()
         return tuple(rows)
 
-    def view(self, tables: BlockTables, slots: list[int], n: int) -> PagedRows | Snapshots:
-        (part,) = tables.parts
+    def view(self, block_tables: BlockTables, slots: list[int], n: int) -> PagedRows | Snapshots:
+        (part,) = block_tables.parts
         if self.type.snapshot_interval:
             stores = part.store_blocks(n)
             lists = [part.load_block()], [row for row, _ in stores], [block for _, block in stores]
@@ -55,16 +55,16 @@ class Sequences:
         blocks = torch.tensor([[max(block, 0) for block in part.blocks]], dtype=torch.int64)
         return PagedRows(blocks, torch.tensor(slots, dtype=torch.int64))
 
-    def append(self, tables: BlockTables, rows: Rows) -> None:
+    def append(self, block_tables: BlockTables, rows: Rows) -> None:
         n = len(rows[0])
-        (slots,) = tables.reserve(n)
-        (copies,) = tables.take_copies()
+        (slots,) = block_tables.reserve(n)
+        (copies,) = block_tables.take_copies()
         self.state.fork(copies)
-        self.state.write(rows, self.view(tables, slots, n), torch.tensor([0, n]))
-        tables.commit([0] * n)
+        self.state.write(rows, self.view(block_tables, slots, n), torch.tensor([0, n]))
+        block_tables.commit([0] * n)
 
-    def read(self, tables: BlockTables) -> Rows:
-        return self.state.read(tables.parts[0].blocks, tables.length)
+    def read(self, block_tables: BlockTables) -> Rows:
+        return self.state.read(block_tables.parts[0].blocks, block_tables.length)
 
 
 def same(left: Rows, right: Rows) -> bool:
@@ -92,9 +92,9 @@ def test_step_by_step_equals_all_at_once(sequences: Sequences) -> None:
 @pytest.mark.parametrize("length", [0, 1, 3, 4, 5, 8, 10])
 def test_writes_after_a_fork_stay_apart(sequences: Sequences, length: int) -> None:
     past, *futures = sequences.rows(length, 1), *(sequences.rows(6, seed) for seed in (2, 3, 4))
-    tables = sequences.block_manager.new_block_tables(None)
-    sequences.append(tables, past)
-    branches = [tables, tables.fork(), tables.fork()]
+    block_tables = sequences.block_manager.new_block_tables(None)
+    sequences.append(block_tables, past)
+    branches = [block_tables, block_tables.fork(), block_tables.fork()]
     for step in range(6):  # interleaved, so that each could overwrite the others
         for each, future in zip(branches, futures):
             sequences.append(each, cut(future, step, step + 1))
@@ -112,17 +112,17 @@ def test_writes_after_a_fork_stay_apart(sequences: Sequences, length: int) -> No
 @pytest.mark.parametrize("keep", [0, 1, 4, 6, 8, 9])
 def test_truncate_and_continue_equals_never_having_run_further(sequences: Sequences, keep: int) -> None:
     rows, other = sequences.rows(9, 5), sequences.rows(5, 6)
-    tables, straight, whole = (sequences.block_manager.new_block_tables(None) for _ in range(3))
-    sequences.append(tables, cut(rows, 0, 5))
-    sequences.append(tables, cut(rows, 5, 9))
-    bystander = tables.fork()
-    kept = tables.truncate(keep)  # what cannot be restored is computed again
+    block_tables, straight, whole = (sequences.block_manager.new_block_tables(None) for _ in range(3))
+    sequences.append(block_tables, cut(rows, 0, 5))
+    sequences.append(block_tables, cut(rows, 5, 9))
+    bystander = block_tables.fork()
+    kept = block_tables.truncate(keep)  # what cannot be restored is computed again
     assert kept <= keep
-    sequences.append(tables, cut(rows, kept, keep))
-    sequences.append(tables, other)
+    sequences.append(block_tables, cut(rows, kept, keep))
+    sequences.append(block_tables, other)
     sequences.append(straight, cut(rows, 0, keep))
     sequences.append(straight, other)
-    assert same(sequences.read(tables), sequences.read(straight))
+    assert same(sequences.read(block_tables), sequences.read(straight))
     sequences.append(whole, rows)
     assert same(sequences.read(bystander), sequences.read(whole))
     if not sequences.type.lookback(sequences.spec):
@@ -145,12 +145,12 @@ def test_a_prefix_hit_continues_as_if_it_had_been_computed(sequences: Sequences)
 
 
 def test_swap_is_identity_in_any_free_blocks(sequences: Sequences) -> None:
-    tables, other, blocker = (sequences.block_manager.new_block_tables(None) for _ in range(3))
-    sequences.append(tables, sequences.rows(10, 7))
-    before, old = sequences.read(tables), list(tables.parts[0].blocks)
-    host = sequences.state.swap_out(tables.held_blocks()[0])
+    block_tables, other, blocker = (sequences.block_manager.new_block_tables(None) for _ in range(3))
+    sequences.append(block_tables, sequences.rows(10, 7))
+    before, old = sequences.read(block_tables), list(block_tables.parts[0].blocks)
+    host = sequences.state.swap_out(block_tables.held_blocks()[0])
     assert all(part.device.type == "cpu" for part in host)
-    swapped = tables.swap_out()
+    swapped = block_tables.swap_out()
     sequences.append(blocker, sequences.rows(1, 8))
     sequences.append(other, sequences.rows(20, 8))  # overwrites the freed blocks
     back = swapped.restore(sequences.block_manager)
@@ -161,17 +161,17 @@ def test_swap_is_identity_in_any_free_blocks(sequences: Sequences) -> None:
 
 
 def test_sleep_frees_the_memory_and_wake_allocates_it(sequences: Sequences) -> None:
-    tables = sequences.block_manager.new_block_tables(None)
+    block_tables = sequences.block_manager.new_block_tables(None)
     rows = sequences.rows(6, 3)
-    sequences.append(tables, rows)
-    before, stores = sequences.read(tables), sequences.state.stores
-    host = sequences.state.swap_out(tables.held_blocks()[0])
+    sequences.append(block_tables, rows)
+    before, stores = sequences.read(block_tables), sequences.state.stores
+    host = sequences.state.swap_out(block_tables.held_blocks()[0])
     sequences.state.sleep()
     assert sum(store.untyped_storage().nbytes() for store in stores) == 0
     sequences.state.wake()
     assert all(not store.any() for store in stores)
-    sequences.state.swap_in(tables.held_blocks()[0], host)
-    assert same(sequences.read(tables), before)
+    sequences.state.swap_in(block_tables.held_blocks()[0], host)
+    assert same(sequences.read(block_tables), before)
 
 
 def test_bytes_are_those_of_its_blocks(sequences: Sequences) -> None:
@@ -181,15 +181,15 @@ def test_bytes_are_those_of_its_blocks(sequences: Sequences) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_half_precision_is_kept_bit_for_bit(kind: str) -> None:
     sequences = Sequences(kind, dtype=torch.bfloat16)
-    tables = sequences.block_manager.new_block_tables(None)
+    block_tables = sequences.block_manager.new_block_tables(None)
     rows = sequences.rows(7, 11)
-    sequences.append(tables, rows)
-    before = sequences.read(tables)
+    sequences.append(block_tables, rows)
+    before = sequences.read(block_tables)
     assert sequences.state.bytes == 24 * sequences.type.block_bytes(sequences.spec, BLOCK_SIZE, torch.bfloat16)
-    blocks = tables.held_blocks()[0]
+    blocks = block_tables.held_blocks()[0]
     host = sequences.state.swap_out(blocks)
     sequences.state.swap_in(blocks, host)
-    assert same(sequences.read(tables), before)
+    assert same(sequences.read(block_tables), before)
     if kind in ("full", "latent"):
         assert same(before, rows)
     if kind == "conv":
@@ -209,12 +209,12 @@ def test_negative_slots_are_skipped(kind: str) -> None:
 
 def test_a_window_frees_the_blocks_that_it_left() -> None:
     sequences = Sequences("window", num_blocks=4)
-    tables = sequences.block_manager.new_block_tables(None)
+    block_tables = sequences.block_manager.new_block_tables(None)
     rows = sequences.rows(200, 1)
     for at in range(200):
-        sequences.append(tables, cut(rows, at, at + 1))
-        assert len(tables.parts[0].held) <= 3  # six tokens lie in three blocks at most
-    assert same(sequences.read(tables), cut(rows, 194, 200))
+        sequences.append(block_tables, cut(rows, at, at + 1))
+        assert len(block_tables.parts[0].held) <= 3  # six tokens lie in three blocks at most
+    assert same(sequences.read(block_tables), cut(rows, 194, 200))
 
 
 @settings(max_examples=100, deadline=None)

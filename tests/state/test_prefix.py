@@ -28,9 +28,9 @@ def test_longest_run_of_full_pages_and_never_the_whole_prompt() -> None:
     tokens = list(range(10))
     table, hit = write(allocator, tokens, 0)
     assert hit == 0
-    assert allocator.index.match(tokens, 0) == table.blocks[:2]
-    assert allocator.index.match(tokens[:7], 0) == table.blocks[:1]
-    assert allocator.index.match(tokens[:3], 0) == []
+    assert allocator.prefix_index.match(tokens, 0) == table.blocks[:2]
+    assert allocator.prefix_index.match(tokens[:7], 0) == table.blocks[:1]
+    assert allocator.prefix_index.match(tokens[:3], 0) == []
     for length, expected in ((4, 0), (5, 4), (8, 4), (9, 8), (10, 8)):
         assert BlockTables([BlockTable(allocator, 0)]).match_prefix([]) == 0
         other = BlockTable(allocator, 0)
@@ -47,8 +47,8 @@ def test_versions_and_parents_are_never_crossed() -> None:
     assert write(allocator, [3, 4, 5], 0)[1] == 0  # the same block, at the start
     assert write(allocator, [1, 2, 3, 4, 5], 1)[1] == 4
     allocator.drop_old_versions(1)
-    assert allocator.index.match([1, 2], 0) == []
-    assert len(allocator.index.match([1, 2, 3, 4], 1)) == 2
+    assert allocator.prefix_index.match([1, 2], 0) == []
+    assert len(allocator.prefix_index.match([1, 2, 3, 4], 1)) == 2
 
 
 def test_colliding_hashes_are_told_apart() -> None:
@@ -72,8 +72,8 @@ def test_what_follows_a_truncation_hangs_from_what_was_kept() -> None:
         table.truncate(keep)
         table.reserve(len(added))
         table.commit(added)
-        assert allocator.index.match(known, 0) == table.blocks
-    assert len(allocator.index.match([1, 2, 3, 4, 6, 7], 0)) < 3
+        assert allocator.prefix_index.match(known, 0) == table.blocks
+    assert len(allocator.prefix_index.match([1, 2, 3, 4, 6, 7], 0)) < 3
     allocator.check_integrity([table.held])
 
 
@@ -95,7 +95,7 @@ def test_the_first_block_with_some_tokens_stays_the_registered_one() -> None:
         table.reserve(5)
     for table in pair:
         table.commit([1, 2, 3, 4, 5])
-    assert allocator.index.match([1, 2, 3, 4], 0) == pair[0].blocks[:2]
+    assert allocator.prefix_index.match([1, 2, 3, 4], 0) == pair[0].blocks[:2]
     for table in pair:
         table.release()
     allocator.check_integrity([])
@@ -107,12 +107,12 @@ def test_what_two_versions_wrote_is_never_registered() -> None:
     table, _ = write(allocator, [1, 2, 3], 0)
     table.reserve(3)
     table.commit([4, 5, 6], version=1)
-    assert allocator.index.match([1, 2, 3, 4, 5, 6], 0) == table.blocks[:1]
-    assert allocator.index.match([1, 2], 1) == []
+    assert allocator.prefix_index.match([1, 2, 3, 4, 5, 6], 0) == table.blocks[:1]
+    assert allocator.prefix_index.match([1, 2], 1) == []
     table.truncate(1)
     table.reserve(1)
     table.commit([2])
-    assert allocator.index.match([1, 2], 0) == []
+    assert allocator.prefix_index.match([1, 2], 0) == []
     table.release()
     allocator.check_integrity([])
 
@@ -167,4 +167,4 @@ def test_match_equals_a_search_through_everything_written(size, entries, query, 
             ):
                 same += 1
             best = max(best, same)
-    assert len(allocator.index.match(query, version)) == best
+    assert len(allocator.prefix_index.match(query, version)) == best

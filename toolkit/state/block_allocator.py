@@ -22,7 +22,7 @@ class BlockAllocator:
             raise ValueError(f"num_blocks must be >= 0 and block_size >= 1, got {num_blocks} and {block_size}.")
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.index = PrefixIndex(block_size)
+        self.prefix_index = PrefixIndex(block_size)
         self._ref_counts = [0] * num_blocks
         # A stack, lowest block on top: blocks used last are still in the caches of the machine.
         self._free = list(range(num_blocks - 1, -1, -1))
@@ -55,7 +55,7 @@ class BlockAllocator:
                 block = self._free.pop()
             else:
                 block, _ = self._cached.popitem(last=False)
-                self.index.drop(block)
+                self.prefix_index.drop(block)
             self._ref_counts[block] = 1
             blocks.append(block)
         return blocks
@@ -84,14 +84,14 @@ class BlockAllocator:
         for block in reversed(blocks):
             self._ref_counts[block] -= 1
             if self._ref_counts[block] == 0:
-                if block in self.index:
+                if block in self.prefix_index:
                     self._cached[block] = None
                 else:
                     self._free.append(block)
 
     def path(self, tokens: Sequence[int], version: Hashable) -> list[PrefixNode]:
         """Known full blocks from the first token on, some perhaps without a block now; shares nothing."""
-        return self.index.path(tokens, version)
+        return self.prefix_index.path(tokens, version)
 
     def register(
         self, block: int | None, parent_key: PrefixNode | None, block_tokens: Sequence[int], version: Hashable
@@ -99,7 +99,7 @@ class BlockAllocator:
         """Enter a held, full block into the prefix index; see ``PrefixIndex.register``."""
         if block is not None and self._ref_counts[block] == 0:
             raise ValueError(f"blocks must be held to be registered, got the free block {block}.")
-        return self.index.register(block, parent_key, block_tokens, version)
+        return self.prefix_index.register(block, parent_key, block_tokens, version)
 
     def make_writable(self, block: int) -> bool:
         """Whether the one holder of ``block`` may write into it; False if it needs a copy first.
@@ -109,13 +109,13 @@ class BlockAllocator:
         """
         if self._ref_counts[block] != 1:
             return False
-        if block in self.index:
-            self.index.drop(block)
+        if block in self.prefix_index:
+            self.prefix_index.drop(block)
         return True
 
     def drop_old_versions(self, version: Hashable) -> None:
         """Forget every prefix that weights other than ``version`` computed; cached ones become free."""
-        for block in self.index.drop_old_versions(version):
+        for block in self.prefix_index.drop_old_versions(version):
             if block in self._cached:
                 del self._cached[block]
                 self._free.append(block)
@@ -124,7 +124,7 @@ class BlockAllocator:
         """Forget every prefix whose blocks nobody holds; they become free."""
         while self._cached:
             block, _ = self._cached.popitem()
-            self.index.drop(block)
+            self.prefix_index.drop(block)
             self._free.append(block)
 
     def check_integrity(self, live: Iterable[Sequence[int]] | None = None) -> None:
@@ -139,10 +139,10 @@ class BlockAllocator:
         for block, count in enumerate(self._ref_counts):
             assert count >= 0, f"block {block} has reference count {count}"
             assert (count == 0) == (block in free or block in cached), f"block {block} is lost or free while held"
-            assert block not in free or block not in self.index, f"block {block} is free and registered"
-            assert block not in cached or block in self.index, f"block {block} is cached and not registered"
+            assert block not in free or block not in self.prefix_index, f"block {block} is free and registered"
+            assert block not in cached or block in self.prefix_index, f"block {block} is cached and not registered"
         assert free | cached <= set(range(self.num_blocks)), "a block that does not exist is free or cached"
-        self.index.check_integrity()
+        self.prefix_index.check_integrity()
         if live is not None:
             held = Counter(block for blocks in live for block in blocks)
             for block, count in enumerate(self._ref_counts):

@@ -78,9 +78,11 @@ class BlockManager:
         """Raise AssertionError on any leak or inconsistency, given every sequence that holds blocks."""
         sequences = list(live)
         for at, allocator in enumerate(self.allocators):
-            allocator.check_integrity([tables.parts[at].held for tables in sequences])
-        for tables in sequences:
-            assert len({part.length for part in tables.parts}) == 1, "a sequence has different lengths in its groups"
+            allocator.check_integrity([block_tables.parts[at].held for block_tables in sequences])
+        for block_tables in sequences:
+            assert len({part.length for part in block_tables.parts}) == 1, (
+                "a sequence has different lengths in its groups"
+            )
 
 
 class BlockTables:
@@ -189,10 +191,10 @@ class Swapped:
         for needed, free in zip(self.blocks_needed(), block_manager.num_free_blocks, strict=True):
             if needed > free:
                 raise OutOfBlocks(f"{needed} blocks were requested, {free} are available.")
-        tables = block_manager.new_block_tables(None)
-        for part, indices in zip(tables.parts, self.indices, strict=True):
+        block_tables = block_manager.new_block_tables(None)
+        for part, indices in zip(block_tables.parts, self.indices, strict=True):
             part.blocks = [NULL_BLOCK] * (-(-len(self.tokens) // block_manager.block_size))
             for at, block in zip(indices, part.allocator.allocate(len(indices)), strict=True):
                 part.blocks[at] = block
             part.tokens = list(self.tokens)
-        return tables
+        return block_tables

@@ -44,11 +44,11 @@ class PagedRows:
 
     Args:
         block_tables: [S, P] physical blocks of each sequence in order (any block where it is not read any more).
-        slots: [T] where a new token's state goes, block * block_size + offset; negative: nowhere.
+        slot_mapping: [T] where a new token's state goes, block * block_size + offset; negative: nowhere.
     """
 
     block_tables: Tensor
-    slots: Tensor
+    slot_mapping: Tensor
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ class TokenRows(StateKind):
     def write(self, rows: Rows, view: PagedRows | Snapshots, query_offsets: Tensor) -> None:
         assert isinstance(view, PagedRows)
         for store, given in zip(self.rows, rows, strict=True):
-            state_write(store, given, view.slots)
+            state_write(store, given, view.slot_mapping)
 
     def read(self, blocks: Sequence[int], length: int) -> Rows:
         """The rows of the tokens that are still read, [n, ...] each."""
