@@ -13,12 +13,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
 
-from tests.helpers.interpreter import poisoned
+from tests.helpers import interpreter, rowwise
 from toolkit import ops
 from toolkit.ops import registry
 
@@ -44,13 +44,11 @@ class Implementation:
         """Default dispatch goes to this implementation, and new tensors to its device."""
         with ExitStack() as stack:
             if self.name == "triton":
-                stack.enter_context(poisoned())
+                bounds = {dtype: (bound, 2 * bound) for dtype, bound in interpreter.TOLERANCE.items()}
+                stack.enter_context(mock.patch.multiple(rowwise, BOUNDS=bounds, THREADS=(1,)))
+                stack.enter_context(interpreter.poisoned())
                 stack.enter_context(torch.device(self.device) if CUDA else triton_on_cpu())
             yield
-
-    def pick(self, *values: Tensor) -> list[Tensor]:
-        """``values`` on this implementation's device."""
-        return [value.to(self.device) for value in values]
 
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from torch import Tensor
 # The interpreter computes with numpy, which has no bfloat16.
 DTYPES = [torch.float32, torch.float16]
 # Rounding of the result, and of a few operations before it.
-TOLERANCE = {torch.float32: 1e-6, torch.float16: 2**-10}
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 _empty = torch.empty
 
 
@@ -31,7 +31,9 @@ def poisoned() -> Iterator[None]:
 
 
 def noise(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0, seed: int = 0) -> Tensor:
-    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
+    """Normal numbers, the same ones on every device."""
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), device="cpu") * scale
+    return values.to(torch.get_default_device(), dtype)
 
 
 def far_apart(rows: Tensor) -> Tensor:
@@ -72,7 +74,7 @@ def rows_alone(f: Callable[..., Any], inputs: list[Tensor], seed: int = 0) -> No
 
     whole = call(slice(None))
     for size in (1, 2, count // 2, count):
-        index = torch.randperm(count, generator=generator)[:size]
+        index = torch.randperm(count, generator=generator, device="cpu")[:size].to(inputs[0].device)
         for part, full in zip(call(index), whole):
             assert torch.equal(part, full[index])
 

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IMPLS = [None, "reference"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+# What an implementation is held to; ``Implementation.active`` sets both.
+BOUNDS = {dtype: (bound, bound) for dtype, bound in TOLERANCE.items()}  # of outputs and of gradients, see ``error``
+THREADS: tuple[int, ...] = (1, 2)  # numbers of threads that may not matter
 
 
 @contextlib.contextmanager
@@ -24,7 +26,16 @@ def threads(n: int) -> Iterator[None]:
 
 
 def seeded(*shape: int, dtype: torch.dtype = torch.float64, scale: float = 1.0, seed: int = 0) -> Tensor:
-    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale).to(dtype)
+    """Normal numbers, the same ones on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") * scale
+    return values.to(torch.get_default_device(), dtype)
+
+
+def integers(low: int, high: int, *shape: int, seed: int = 0) -> Tensor:
+    """Integers of [low, high), the same ones on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(low, high, shape, generator=generator, device="cpu").to(torch.get_default_device())
 
 
 def run(f: Callable[..., Any], inputs: list[Tensor], seed: int = 7) -> tuple[list[Tensor], list[Tensor]]:
@@ -47,11 +58,18 @@ def error(got: Tensor, wanted: Tensor) -> float:
 
 
 def check_oracle(
-    f: Callable[..., Any], oracle: Callable[..., Any], inputs: list[Tensor], tolerance: float | None = None
+    f: Callable[..., Any],
+    oracle: Callable[..., Any],
+    inputs: list[Tensor],
+    tolerance: float | tuple[float, float] | None = None,
 ) -> None:
-    """Outputs and all gradients of f against those of ``oracle`` on the same numbers in float64."""
+    """Outputs and all gradients of f against those of ``oracle`` on the same numbers in float64.
+
+    tolerance: of outputs and of gradients, or one for both.
+    """
     dtype = next(x.dtype for x in inputs if x.is_floating_point())
-    bound = TOLERANCE[dtype] if tolerance is None else tolerance
+    bound = BOUNDS[dtype] if tolerance is None else tolerance
+    of_outputs, of_gradients = bound if isinstance(bound, tuple) else (bound, bound)
     outputs, grads = run(f, inputs)
     wide = [x.double() if x.is_floating_point() else x for x in inputs]
     leaves = [x.requires_grad_() if x.is_floating_point() else x for x in wide]
@@ -59,13 +77,16 @@ def check_oracle(
     expected = list(expected) if isinstance(expected, tuple) else [expected]
     weights = [seeded(*y.shape, dtype=y.dtype, seed=7 + i).double() for i, y in enumerate(outputs)]
     expected_grads = torch.autograd.grad(expected, [x for x in leaves if x.is_floating_point()], weights)
-    for got, wanted in zip([*outputs, *grads], [*expected, *expected_grads]):
+    bounds = [of_outputs] * len(outputs) + [of_gradients] * len(grads)
+    for got, wanted, allowed in zip([*outputs, *grads], [*expected, *expected_grads], bounds, strict=True):
         assert got.isfinite().all()
-        assert error(got, wanted.detach()) <= bound
+        assert error(got, wanted.detach()) <= allowed
+    of_floats = [x.dtype for x in inputs if x.is_floating_point()]
+    assert [g.dtype for g in grads] == of_floats
 
 
 def check_rows(f: Callable[..., Any], inputs: list[Tensor], seed: int = 0) -> None:
-    """f of any rows of ``inputs`` (each [T, ...]) has those rows' bits of f of all, on 1 or 2 threads."""
+    """f of any rows of ``inputs`` (each [T, ...]) is bitwise identical to those rows of f of all, on 1 or 2 threads."""
     generator = torch.Generator().manual_seed(seed)
     rows = inputs[0].shape[0]
 
@@ -75,23 +96,23 @@ def check_rows(f: Callable[..., Any], inputs: list[Tensor], seed: int = 0) -> No
 
     with threads(1):
         whole = call(slice(None))
-    for n in (1, 2):
+    for n in THREADS:
         with threads(n):
-            for size in (1, 2, 3, 5, rows // 2, rows):
-                index = torch.randperm(rows, generator=generator)[:size]
+            for size in sorted({1, 2, 3, 5, rows // 2, rows}):
+                index = torch.randperm(rows, generator=generator, device="cpu")[:size].to(inputs[0].device)
                 for part, full in zip(call(index), whole):
                     assert torch.equal(part, full[index]), f"{size} rows on {n} threads"
-            cuts = sorted({0, rows, *torch.randint(rows, (4,), generator=generator).tolist()})
+            cuts = sorted({0, rows, *torch.randint(rows, (4,), generator=generator, device="cpu").tolist()})
             chunks = [call(slice(a, b)) for a, b in pairwise(cuts)]
             for parts, full in zip(zip(*chunks), whole):
                 assert torch.equal(torch.cat(parts), full), f"chunks {cuts} on {n} threads"
 
 
 def check_repeatable(f: Callable[..., Any], inputs: list[Tensor]) -> None:
-    """Outputs and gradients have the same bits on every run and any number of threads."""
+    """Outputs and gradients are bitwise identical on every run and any number of threads."""
     with threads(1):
         outputs, grads = run(f, inputs)
-    for n in (1, 2, 2):
+    for n in (*THREADS, THREADS[-1]):
         with threads(n):
             again_outputs, again_grads = run(f, inputs)
         for a, b in zip([*outputs, *grads], [*again_outputs, *again_grads]):

@@ -2,6 +2,7 @@
 
 import math
 import runpy
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.helpers.rowwise import DTYPES, IMPLS, check_oracle, check_repeatable, check_rows, error, run, seeded
+from tests.helpers.implementations import NATIVE, TRITON, impl_and_dtype, implementations, only_triton
+from tests.helpers.interpreter import far_apart
+from tests.helpers.rowwise import check_oracle, check_repeatable, check_rows, error, run, seeded
 from toolkit.errors import ToolkitError
 from toolkit.ops.activation import KINDS, activation, kinds, plain_kinds
 from toolkit.ops.gated_activation import gated_activation
@@ -34,7 +37,7 @@ def clamped_swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 GATES = {kind: (lambda g, u, f=f: f(g) * u) for kind, f in ORACLES.items()} | {"clamped_swiglu": clamped_swiglu}
 PLAIN = plain_kinds()
-SHAPES = [(1, 1), (3, 7), (5, 60), (3, 513), (2, 3, 64), (0, 16), (4, 0), (9,)]
+SHAPES = [(1, 1), (3, 7), (5, 60), (3, 513), (2, 3, 64), (0, 16), (4, 0), (9,), (2, 1030)]
 
 
 def test_every_kind_has_an_oracle():
@@ -42,27 +45,25 @@ def test_every_kind_has_an_oracle():
     assert set(PLAIN) == set(ORACLES)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@impl_and_dtype()
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_and_gradients(impl, dtype, kind):
     for shape in SHAPES:
         x, up = seeded(*shape, dtype=dtype, scale=2.0), seeded(*shape, dtype=dtype, seed=1)
         if kind in PLAIN:
-            check_oracle(lambda x: activation(x, kind, impl=impl), ORACLES[kind], [x])
+            check_oracle(lambda x: activation(x, kind, impl=impl.option), ORACLES[kind], [x])
         else:
             x, up = 3 * x, 4 * up  # past the limits
-        check_oracle(lambda g, u: gated_activation(g, u, kind, impl=impl), GATES[kind], [x, up])
+        check_oracle(lambda g, u: gated_activation(g, u, kind, impl=impl.option), GATES[kind], [x, up])
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@impl_and_dtype([torch.float32, torch.float64])
 def test_limits_of_the_clamped_gate(impl, dtype):
     inf, nan, low = math.inf, math.nan, torch.finfo(dtype).min
     gate = torch.tensor([-inf, low, 7.0, 7.1, inf, 1.0, 1.0, nan, 1.0], dtype=dtype)
     up = torch.tensor([1.0, 1.0, 7.0, 7.1, inf, -inf, -7.0, 1.0, nan], dtype=dtype)
     leaves = [gate.requires_grad_(), up.requires_grad_()]
-    y = gated_activation(*leaves, "clamped_swiglu", impl=impl)
+    y = gated_activation(*leaves, "clamped_swiglu", impl=impl.option)
     to_gate, to_up = torch.autograd.grad(y, leaves, torch.ones_like(y))
     assert y[:2].tolist() == to_gate[:2].tolist() == to_up[:2].tolist() == [0.0, 0.0]
     assert y[2] == y[3] == y[4]
@@ -73,8 +74,9 @@ def test_limits_of_the_clamped_gate(impl, dtype):
     assert to_gate[7:].isnan().all()
 
 
-def test_a_scalar_has_an_activation():
-    check_oracle(lambda x: activation(x, "silu"), ORACLES["silu"], [torch.tensor(0.7)])
+def test_a_scalar_has_an_activation(impl):
+    for kind in ("silu", "relu2"):
+        check_oracle(lambda x, kind=kind: activation(x, kind, impl=impl.option), ORACLES[kind], [torch.tensor(0.7)])
 
 
 def limits(kind: str, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,31 +88,29 @@ def limits(kind: str, x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(x > 0, x, 0), (x > 0).to(x.dtype)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@impl_and_dtype([torch.float32, torch.float64, torch.float16])
 @pytest.mark.parametrize("kind", PLAIN)
 def test_limits_are_exact_in_value_and_gradient(impl, dtype, kind):
     far = [-math.inf, torch.finfo(dtype).min, -1e4, -200.0, 200.0, 1e4, torch.finfo(dtype).max, math.inf]
     x = torch.tensor(far, dtype=dtype, requires_grad=True)
-    y = activation(x, kind, impl=impl)
+    y = activation(x, kind, impl=impl.option)
     (slope,) = torch.autograd.grad(y, x, torch.ones_like(y))
     expected, slopes = limits(kind, x.detach())
     assert torch.allclose(y, expected, rtol=1e-6, atol=1e-80)
     # In float32 a sigmoid's own tail ends at e^-86.
     assert torch.allclose(slope, slopes, rtol=0, atol=2e-37 if kind in ("sigmoid", "tanh") else 1e-80)
     up = torch.full_like(x, 2.0).requires_grad_()
-    _, (of_gate, of_up) = run(lambda g, u: gated_activation(g, u, kind, impl=impl), [x, up])
+    _, (of_gate, of_up) = run(lambda g, u: gated_activation(g, u, kind, impl=impl.option), [x, up])
     weight = seeded(*x.shape, dtype=dtype, seed=7)
     assert torch.allclose(of_gate, 2 * weight * slope, rtol=2e-3, atol=1e-80)
     assert torch.allclose(of_up, weight * y.detach(), rtol=2e-3, atol=1e-80)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("kind", PLAIN)
 def test_nan_stays_with_its_element(impl, kind):
     x = seeded(40, dtype=torch.float32)
     x[17] = torch.nan
-    y, (slope,) = run(lambda x: activation(x, kind, impl=impl), [x])
+    y, (slope,) = run(lambda x: activation(x, kind, impl=impl.option), [x])
     others = torch.arange(40) != 17
     assert y[0][17].isnan()
     assert y[0][others].isfinite().all()
@@ -118,28 +118,25 @@ def test_nan_stays_with_its_element(impl, kind):
     assert slope[17].isnan() or kind == "relu"
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@impl_and_dtype([torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_rows_do_not_depend_on_other_rows(impl, kind, dtype):
-    for rows, width in ((70, 1), (70, 60), (41, 2049)):
+    for rows, width in ((70, 1), (70, 60), (41, 2049)) if impl is not TRITON else ((13, 1), (13, 60), (13, 1030)):
         x, up = seeded(rows, width, dtype=dtype, scale=3.0), seeded(rows, width, dtype=dtype, seed=1)
         if kind in PLAIN:
-            check_rows(lambda x: activation(x, kind, impl=impl), [x])
-        check_rows(lambda g, u: gated_activation(g, u, kind, impl=impl), [x, up])
+            check_rows(lambda x: activation(x, kind, impl=impl.option), [x])
+        check_rows(lambda g, u: gated_activation(g, u, kind, impl=impl.option), [x, up])
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("kind", PLAIN)
 def test_an_element_has_the_same_bits_anywhere(impl, kind):
     x = seeded(60, dtype=torch.float32, scale=3.0)
     places = torch.stack([torch.cat([torch.zeros(n), x, torch.zeros(40 - n)]) for n in range(40)])
-    y = activation(places, kind, impl=impl)
+    y = activation(places, kind, impl=impl.option)
     for n in range(40):
         assert torch.equal(y[n, n : n + 60], y[0, :60])
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 def test_strided_inputs(impl):
     both = seeded(3, 5, 40, dtype=torch.float32)
     gate, up = both.chunk(2, dim=-1)
@@ -149,14 +146,59 @@ def test_strided_inputs(impl):
         (gate[..., ::2], up[..., ::2]),
         (both.mT, both.mT + 1),
     ):
-        y, grads = run(lambda g, u: gated_activation(g, u, "silu", impl=impl), [g, u])
+        y, grads = run(lambda g, u: gated_activation(g, u, "silu", impl=impl.option), [g, u])
         z, expected = run(lambda g, u: gated_activation(g, u, "silu"), [g.contiguous(), u.contiguous()])
         assert y[0].is_contiguous()
         assert max(map(error, [*y, *grads], [*z, *expected])) < 1e-6
-        y, grads = run(lambda g: activation(g, "gelu", impl=impl), [g])
+        y, grads = run(lambda g: activation(g, "gelu", impl=impl.option), [g])
         z, expected = run(lambda g: activation(g, "gelu"), [g.contiguous()])
         assert y[0].is_contiguous()
         assert max(map(error, [*y, *grads], [*z, *expected])) < 1e-6
+
+
+@implementations(NATIVE, TRITON)
+def test_gradient_rows_do_not_depend_on_other_rows(impl):
+    for width in (1, 60, 1030):
+        inputs = [seeded(13, width, dtype=torch.float32, scale=3.0, seed=seed) for seed in range(3)]
+        check_rows(lambda *t: torch.ops.toolkit.gated_activation_backward(*t, "clamped_swiglu"), inputs)
+        check_rows(lambda *t: torch.ops.toolkit.activation_backward(*t, "gelu_tanh"), inputs[:2])
+
+
+@only_triton
+@pytest.mark.parametrize("kind", PLAIN)
+def test_lower_tail_keeps_its_relative_precision(impl, kind):
+    x = torch.linspace(-9, -1, 300)
+    y, wanted = activation(x, kind).double(), ORACLES[kind](x.double())
+    if kind == "gelu":  # the definition by erf cancels
+        wanted = x.double() * torch.erfc(-x.double() / math.sqrt(2)) / 2
+    if kind == "gelu_tanh":  # written so that it does not cancel; tanh itself does
+        wanted = x.double() * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x.double() + 0.044715 * x.double() ** 3))
+    # A rounding of an argument of exp of up to n makes n half units in the last place: gelu_tanh has four of them.
+    units = 4 * 70 if kind == "gelu_tanh" else 76
+    assert ((y - wanted).abs() <= units * 2**-24 * wanted.abs() + 1e-45).all()
+
+
+@implementations(NATIVE, TRITON)
+def test_strides_do_not_matter(impl):
+    both = seeded(3, 5, 40, dtype=torch.float16)
+    gate, up = both.chunk(2, dim=-1)
+    for g, u in ((gate, up), (gate[:, ::2], up[:, ::2]), (gate[..., ::2], up[..., ::2]), (both.mT, both.mT + 1)):
+        wanted = gated_activation(g.contiguous(), u.contiguous(), "clamped_swiglu")
+        assert torch.equal(gated_activation(g, u, "clamped_swiglu"), wanted)
+        assert torch.equal(activation(g, "gelu"), activation(g.contiguous(), "gelu"))
+    grad, op = seeded(1, 1, 1, dtype=torch.float16).expand(3, 5, 20), torch.ops.toolkit.gated_activation_backward
+    got, wanted = op(grad, gate, up, "silu"), op(grad.contiguous(), gate.contiguous(), up.contiguous(), "silu")
+    assert all(map(torch.equal, got, wanted))
+
+
+@implementations(NATIVE, TRITON)
+def test_offsets_past_two_to_the_31(impl):
+    gate, up, grad = (seeded(4, 40, dtype=torch.float16, seed=seed) for seed in range(3))
+    far, op = far_apart(gate), torch.ops.toolkit
+    assert torch.equal(activation(far, "silu"), activation(gate, "silu"))
+    assert torch.equal(op.activation_backward(far, up, "silu"), op.activation_backward(gate, up, "silu"))
+    got, wanted = (op.gated_activation_backward(grad, g, up, "clamped_swiglu") for g in (far, gate))
+    assert all(map(torch.equal, got, wanted))
 
 
 def test_strided_gate_has_the_bits_of_a_contiguous_one():
@@ -186,17 +228,19 @@ def test_float32_error_is_no_larger_than_eager_torch(kind, eager):
     assert ours[1] <= 1.05 * theirs[1]
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 def test_bad_input_is_named(impl):
     x = torch.ones(2, 4)
     with pytest.raises(ToolkitError, match=r"kind is 'sillu'; .*did you mean 'silu'"):
-        activation(x, "sillu", impl=impl)
+        activation(x, "sillu", impl=impl.option)
     with pytest.raises(ToolkitError, match="kind is 'tan'; allowed are clamped_swiglu, gelu, gelu_tanh, relu, relu2"):
-        gated_activation(x, x, "tan", impl=impl)
+        gated_activation(x, x, "tan", impl=impl.option)
     with pytest.raises(ToolkitError, match="kind is 'clamped_swiglu'; allowed are gelu, gelu_tanh, relu, relu2"):
-        activation(x, "clamped_swiglu", impl=impl)
+        activation(x, "clamped_swiglu", impl=impl.option)
+    if impl is TRITON:
+        with pytest.raises(ToolkitError, match=r"activation got dtype torch\.float64"):
+            activation(x.double(), "silu")
     with pytest.raises(ToolkitError, match="must be equal"):
-        gated_activation(x, x[:, :1], "silu", impl=impl)
+        gated_activation(x, x[:, :1], "silu", impl=impl.option)
 
 
 def test_opcheck():
@@ -221,7 +265,7 @@ def test_torch_compile_takes_the_op_whole():
 
 
 def test_a_new_kind_is_one_file(tmp_path, monkeypatch):
-    """Its torch twin serves the reference and its C++ reaches the build; for Triton see test_triton_activation.py."""
+    """Its torch twin serves the reference and its C++ reaches the build; for Triton see below."""
     (tmp_path / "leaky.py").write_text(LEAKY)
     (tmp_path / "bilinear.py").write_text(BILINEAR)
     monkeypatch.setattr(kinds, "__path__", [*kinds.__path__, str(tmp_path)])
@@ -276,4 +320,77 @@ def derivative(gate, up):
 
 
 CPU = ""
+"""
+
+
+@only_triton
+def test_a_new_kind_s_triton_functions(impl, tmp_path, monkeypatch):
+    """mish: x tanh(log(1 + e^x)), and a gate of two arguments."""
+    (tmp_path / "mish.py").write_text(textwrap.dedent(MISH))
+    (tmp_path / "bilinear.py").write_text(textwrap.dedent(TRITON_BILINEAR))
+    monkeypatch.setattr(kinds, "__path__", [*kinds.__path__, str(tmp_path)])
+    kinds.discover()
+    try:
+        x, up, grad = (seeded(5, 40, dtype=torch.float32, scale=2.0, seed=seed) for seed in range(3))
+        mish = torch.nn.functional.mish
+        assert error(activation(x, "mish"), mish(x.double())) <= 1e-6
+        check_oracle(lambda x: activation(x, "mish"), mish, [x], 1e-6)
+        assert error(gated_activation(x, up, "mish"), mish(x.double()) * up.double()) <= 1e-6
+        assert error(activation(x, "mish", impl="reference"), mish(x.double())) <= 1e-6
+        assert torch.equal(gated_activation(x, up, "bilinear"), x * up)
+        assert all(
+            map(
+                torch.equal, torch.ops.toolkit.gated_activation_backward(grad, x, up, "bilinear"), (grad * up, grad * x)
+            )
+        )
+        with pytest.raises(ToolkitError, match="kind is 'bilinear'"):
+            activation(x, "bilinear")
+    finally:
+        monkeypatch.undo()
+        kinds.discover()
+    assert "mish" not in kinds.KINDS
+
+
+MISH = """
+    from typing import TYPE_CHECKING
+
+    import torch.nn.functional as F
+
+    if TYPE_CHECKING:
+        import triton.language as tl
+
+        from toolkit.ops.activation.triton_functions import sigmoid
+
+    def value(x):
+        return F.mish(x)
+
+    def triton_value(x):
+        e = tl.exp(-tl.abs(x))  # tanh(log(1 + e^x)) without overflow, in both signs
+        n = tl.where(x > 0, 1.0 + 2.0 * e, e * e + 2.0 * e)
+        return x * n / tl.where(x > 0, n + 2.0 * e * e, n + 2.0)
+
+    def triton_both(x):
+        t = tl.where(x == 0.0, 0.6, triton_value(x) / x)
+        return x * t, t + x * sigmoid(x) * (1.0 - t * t)
+
+    def derivative(x):
+        t = F.softplus(x).tanh()
+        return t + x * x.sigmoid() * (1 - t * t)
+
+    CPU = ""
+"""
+TRITON_BILINEAR = """
+    def value(gate, up):
+        return gate * up
+
+    def derivative(gate, up):
+        return up, gate
+
+    def triton_value(gate, up):
+        return gate * up
+
+    def triton_both(gate, up):
+        return gate * up, up, gate
+
+    CPU = ""
 """
