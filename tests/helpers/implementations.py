@@ -45,10 +45,14 @@ class Implementation:
         with ExitStack() as stack:
             if self.name == "triton":
                 bounds = {dtype: (bound, 2 * bound) for dtype, bound in interpreter.TOLERANCE.items()}
-                stack.enter_context(mock.patch.multiple(rowwise, BOUNDS=bounds, THREADS=(1,)))
+                stack.enter_context(mock.patch.multiple(rowwise, BOUNDS=bounds, THREADS=(1,), WIDEST=self.dtypes[0]))
                 stack.enter_context(interpreter.poisoned())
                 stack.enter_context(torch.device(self.device) if CUDA else triton_on_cpu())
             yield
+
+    def near(self, float64: float, float32: float = 3e-6) -> float:
+        """The bound of an error at the most precise dtype of this implementation."""
+        return float64 if self.dtypes[0] == torch.float64 else float32
 
 
 CPU = torch.device("cpu")

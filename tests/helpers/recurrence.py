@@ -45,14 +45,14 @@ def sequences(forest: Forest) -> list[tuple[int, list[int]]]:
 
 
 def inputs(
-    rows: int, key_heads: int, heads: int, depth: int, width: int, dtype: torch.dtype, seed: int = 0
+    rows: int, key_heads: int, heads: int, depth: int, width: int, dtype: torch.dtype | None = None, seed: int = 0
 ) -> list[Tensor]:
     """q, k, v, g, beta as models make them: keys of length one, decays below one, beta between 0 and 1."""
     q, k = (F.normalize(seeded(rows, key_heads, depth, seed=seed + i), dim=-1) for i in (0, 1))
     v = seeded(rows, heads, width, seed=seed + 2)
     g = -F.softplus(seeded(rows, heads, seed=seed + 3) - 2)
     beta = seeded(rows, heads, seed=seed + 4).sigmoid()
-    return [x.to(dtype) for x in (q, k, v, g, beta)]
+    return [x.to(dtype or v.dtype) for x in (q, k, v, g, beta)]
 
 
 def unshared(

@@ -10,9 +10,10 @@ from torch import Tensor
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-# What an implementation is held to; ``Implementation.active`` sets both.
+# What an implementation is held to and takes; ``Implementation.active`` sets them.
 BOUNDS = {dtype: (bound, bound) for dtype, bound in TOLERANCE.items()}  # of outputs and of gradients, see ``error``
 THREADS: tuple[int, ...] = (1, 2)  # numbers of threads that may not matter
+WIDEST = torch.float64  # the most precise dtype
 
 
 @contextlib.contextmanager
@@ -25,11 +26,11 @@ def threads(n: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def seeded(*shape: int, dtype: torch.dtype = torch.float64, scale: float = 1.0, seed: int = 0) -> Tensor:
-    """Normal numbers, the same ones on every device."""
+def seeded(*shape: int, dtype: torch.dtype | None = None, scale: float = 1.0, seed: int = 0) -> Tensor:
+    """Normal numbers, the same ones on every device; of the implementation's most precise dtype by default."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") * scale
-    return values.to(torch.get_default_device(), dtype)
+    return values.to(torch.get_default_device(), dtype or WIDEST)
 
 
 def integers(low: int, high: int, *shape: int, seed: int = 0) -> Tensor:

@@ -4,23 +4,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.helpers.implementations import NATIVE, REFERENCE, TRITON, impl_and_dtype, implementations, only_triton
+from tests.helpers.interpreter import far_apart
 from tests.helpers.recurrence import Forest, cuts, past_rows, poisoned, random_forest, sequences, tensors
 from tests.helpers.rowwise import check_oracle, check_repeatable, error, run, seeded, threads
 from toolkit.errors import ToolkitError
 from toolkit.ops.activation import activation
-from toolkit.ops.causal_conv import causal_conv, causal_conv_paged
+from toolkit.ops.causal_conv import causal_conv
+from toolkit.ops.causal_conv import causal_conv_paged as paged
 from toolkit.ops.registry import has_native
 
 needs_native = pytest.mark.skipif(not has_native("causal_conv"), reason="the native CPU library is not built")
-IMPLS = ["reference", pytest.param("cpu", marks=needs_native)]
 # One rounding of the result; in the gradient to the weight of a 16-bit dtype, of each row's share before it.
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 FOREST: Forest = ([9, 0, 1, 2, 3, 1, 0, 4], [-1, 0, 1, 2, -3, -2, 5, -2])  # 20 rows
 
 
-def op(x, weight, bias, tails, forest, kind=None, impl=None):
+def op(x, weight, bias, tails, forest, kind=None, option=None):
     return causal_conv(
-        x, weight, bias, tensors(forest)[0], past_rows(forest, weight.shape[1] - 1), tails, kind, impl=impl
+        x, weight, bias, tensors(forest)[0], past_rows(forest, weight.shape[1] - 1), tails, kind, impl=option
     )
 
 
@@ -38,8 +40,7 @@ def unshared(x, weight, bias, tails, forest, kind):
     return F.silu(whole) if kind else whole
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@impl_and_dtype()
 @pytest.mark.parametrize("kind", [None, "silu"])
 def test_forest_against_unshared_sequences(impl, dtype, kind):
     for width, channels in ((2, 1), (4, 37), (8, 5)):
@@ -47,37 +48,36 @@ def test_forest_against_unshared_sequences(impl, dtype, kind):
         tails = seeded(2, width - 1, channels, seed=3)
         given = [y.to(dtype) for y in (x, weight, bias, tails)]
         check_oracle(
-            lambda *t: op(*t, FOREST, kind, impl), lambda *t: unshared(*t, FOREST, kind), given, TOLERANCE[dtype]
+            lambda *t: op(*t, FOREST, kind, impl.option), lambda *t: unshared(*t, FOREST, kind), given, TOLERANCE[dtype]
         )
         check_oracle(
-            lambda x, w, t: op(x, w, None, t, FOREST, kind, impl),
+            lambda x, w, t: op(x, w, None, t, FOREST, kind, impl.option),
             lambda x, w, t: unshared(x, w, None, t, FOREST, kind),
             [given[0], given[1], given[3]],
             TOLERANCE[dtype],
         )
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("seed", range(6))
 def test_random_forests(impl, seed):
     forest = random_forest(seed, segments=15, longest=6, given=2)
     x, weight, bias = seeded(sum(forest[0]) + seed % 2, 6), seeded(6, 2 + seed, seed=1), seeded(6, seed=2)
     tails = seeded(2, 1 + seed, 6, seed=3)
     check_oracle(
-        lambda *t: op(*t, forest, "silu", impl),
+        lambda *t: op(*t, forest, "silu", impl.option),
         lambda *t: unshared(*t, forest, "silu"),
         [x, weight, bias, tails],
-        2e-14,
+        impl.near(2e-14, 2e-6),
     )
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@implementations(REFERENCE, NATIVE)
 def test_dtypes_may_differ(impl):
     """Parameters and tails in float32 under 16-bit rows, as mixed models have them; gradients in their own dtype."""
     x, tails = seeded(22, 6, dtype=torch.bfloat16), seeded(2, 3, 6, dtype=torch.bfloat16, seed=3)
     weight, bias = seeded(6, 4, dtype=torch.float32, seed=1), seeded(6, dtype=torch.float32, seed=2)
     for held in (tails, tails.float()):
-        y, grads = run(lambda *t: op(*t, FOREST, "silu", impl), [x, weight, bias, held])
+        y, grads = run(lambda *t: op(*t, FOREST, "silu", impl.option), [x, weight, bias, held])
         assert [g.dtype for g in grads] == [torch.bfloat16, torch.float32, torch.float32, held.dtype]
         wanted, exact = run(lambda *t: unshared(*t, FOREST, "silu"), [t.double() for t in (x, weight, bias, tails)])
         assert error(y[0], wanted[0]) < 4e-3
@@ -91,19 +91,19 @@ def test_dtypes_may_differ(impl):
             assert error(got, one) < (4e-3 if got.dtype == torch.bfloat16 else 1e-6)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@impl_and_dtype([torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("width", [2, 4])
 def test_bits_do_not_depend_on_cuts_forests_or_pages(impl, dtype, width):
     """One sequence and a branch of it: whole, cut at random into segments, and in paged calls."""
-    rows, branch, fork, channels, held = 60, 12, 23, 19, width - 1
+    rows, branch, fork = (40, 12, 17) if impl is TRITON else (60, 12, 23)
+    channels, held = 19, width - 1
     x, weight = seeded(rows + branch, channels, dtype=dtype), seeded(channels, width, dtype=dtype, seed=1)
     bias = seeded(channels, dtype=dtype, seed=2)
-    whole = op(x[:rows], weight, bias, None, ([rows], [-1]), "silu", impl)
-    other = op(torch.cat([x[:fork], x[rows:]]), weight, bias, None, ([fork + branch], [-1]), "silu", impl)
+    whole = op(x[:rows], weight, bias, None, ([rows], [-1]), "silu", impl.option)
+    other = op(torch.cat([x[:fork], x[rows:]]), weight, bias, None, ([fork + branch], [-1]), "silu", impl.option)
     wanted = torch.cat([whole, other[fork:]])
     none = torch.empty(0, dtype=torch.int64)
-    for seed in range(6):
+    for seed in range(3 if impl is TRITON else 6):
         first = cuts(fork, 2 + seed, seed)
         pieces = [*first, *((a + fork, b + fork) for a, b in cuts(rows - fork, 3 + 3 * seed, seed))]
         lengths = [b - a for a, b in pieces]
@@ -111,26 +111,36 @@ def test_bits_do_not_depend_on_cuts_forests_or_pages(impl, dtype, width):
         parents = [*range(-1, trunk - 1), len(first) - 1, *range(trunk, trunk + 3)]
         forest = ([*lengths, *(b - a for a, b in tail)], parents)
         with threads(1 + seed % 2):
-            assert torch.equal(op(x, weight, bias, None, forest, "silu", impl), wanted)
+            assert torch.equal(op(x, weight, bias, None, forest, "silu", impl.option), wanted)
 
         # Cut into calls: a snapshot at the fork goes to frame 1, the sequence itself lives in frame 2.
         tails, parts = torch.full((4, held, channels), torch.nan, dtype=dtype), []
         for i, (a, b) in enumerate(p for p in pieces if p[0] < p[1]):
             save = [(fork - 1 - a, 1)] * (a < fork <= b) + [(b - 1 - a, 2)]
+            if impl is TRITON:  # frames that are not there are skipped
+                save += [(b - 1 - a, -1), (b - 1 - a, 99)]
             saves, source = torch.tensor(save).unbind(1), torch.tensor([2 if i else -1])
             offsets = torch.tensor([0, b - a])
-            parts.append(causal_conv_paged(x[a:b], weight, bias, offsets, source, *saves, tails, "silu", impl=impl))
+            parts.append(paged(x[a:b], weight, bias, offsets, source, *saves, tails, "silu", impl=impl.option))
         assert torch.equal(torch.cat(parts), whole)
         assert torch.equal(tails[2], x[rows - held : rows])
         assert torch.equal(tails[1], x[fork - held : fork])
-        rest = causal_conv_paged(
-            x[rows:], weight, bias, torch.tensor([0, branch]), torch.tensor([1]), none, none, tails, "silu", impl=impl
+        rest = paged(
+            x[rows:],
+            weight,
+            bias,
+            torch.tensor([0, branch]),
+            torch.tensor([1]),
+            none,
+            none,
+            tails,
+            "silu",
+            impl=impl.option,
         )
         assert torch.equal(rest, other[fork:])
         assert tails[[0, 3]].isnan().all()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 def test_decode_in_place_in_any_company(impl):
     """Every sequence on its own frame, whatever others are in the batch, with padding rows after them."""
     x, weight = seeded(42, 19, dtype=torch.float32), seeded(19, 4, dtype=torch.float32, seed=1)
@@ -139,47 +149,46 @@ def test_decode_in_place_in_any_company(impl):
     for row in range(42):
         frame, one = torch.tensor([row % 6]), torch.tensor([0])
         offsets = torch.tensor([0, 1])
-        wanted.append(causal_conv_paged(x[row, None], weight, None, offsets, frame, one, frame, alone, impl=impl))
+        wanted.append(paged(x[row, None], weight, None, offsets, frame, one, frame, alone, impl=impl.option))
     tails = torch.full((9, 2, 3, 24), torch.nan)[:, 1, :, :19].copy_(start)
-    generator = torch.Generator().manual_seed(0)
     for step in range(7):
-        order = torch.randperm(6, generator=generator)
+        order = torch.arange(6).roll(step)
         rows = torch.cat([order + 6 * step, torch.tensor([0, 1])])
         saves = torch.arange(6)
-        y = causal_conv_paged(x[rows], weight, None, torch.arange(7), order, saves, order, tails, impl=impl)
+        y = paged(x[rows], weight, None, torch.arange(7), order, saves, order, tails, impl=impl.option)
         assert torch.equal(y[:6], torch.cat(wanted)[rows[:6]])
         assert not y[6:].any()
     assert torch.equal(tails, alone)
     assert torch.equal(tails[:6], x[24:].view(3, 6, 19).transpose(0, 1))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@impl_and_dtype([torch.float32, torch.bfloat16, torch.float16])
 def test_paged_frames_that_are_skipped_repeated_or_of_short_segments(impl, dtype):
     x, weight = seeded(9, 5, dtype=dtype), seeded(5, 4, dtype=dtype, seed=1)
     offsets, sources = torch.tensor([0, 4, 4, 8]), torch.tensor([-1, 1, 0])
     save_rows, save_frames = torch.tensor([0, 1, 3, 3, 4, 5, 7]), torch.tensor([4, -1, 2, 3, 5, -7, 0])
     for held in (dtype, torch.float32):
-        tails = seeded(7, 3, 5, seed=3).to(dtype).to(held)
-        before = tails.clone()
-        y = causal_conv_paged(x, weight, None, offsets, sources, save_rows, save_frames, tails, "silu", impl=impl)
-        assert torch.equal(y, op(x, weight, None, before[:2], ([4, 0, 4], [-1, -3, -2]), "silu", impl))
+        before = seeded(7, 3, 5, seed=3).to(dtype).to(held)
+        tails = torch.full((7, 2, 3, 8), torch.nan, dtype=held)[:, 1, :, :5].copy_(before)  # half of a larger buffer
+        y = paged(x, weight, None, offsets, sources, save_rows, save_frames, tails, "silu", impl=impl.option)
+        assert torch.equal(y, op(x, weight, None, before[:2], ([4, 0, 4], [-1, -3, -2]), "silu", impl.option))
+        assert not y[8].any()
         short = torch.cat([torch.zeros(2, 5), x[:1]])
         third = torch.cat([before[0, 1:], x[4:5].to(held)])
         wanted = [x[5:8], before[1], x[1:4], x[1:4], short, third, before[6]]
         assert torch.equal(tails, torch.stack([t.to(held) for t in wanted]))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 def test_activation_has_the_bits_of_the_op(impl):
     x, weight = 4 * seeded(30, 33, dtype=torch.float32), seeded(33, 4, dtype=torch.float32, seed=1)
-    plain, silu = (op(x, weight, None, None, ([30], [-1]), kind, impl) for kind in (None, "silu"))
-    assert torch.equal(silu, activation(plain, "silu", impl=impl))
+    plain, silu = (op(x, weight, None, None, ([30], [-1]), kind, impl.option) for kind in (None, "silu"))
+    assert torch.equal(silu, activation(plain, "silu", impl=impl.option))
 
 
+@implementations(NATIVE, TRITON)
 @pytest.mark.parametrize("kind", [None, "silu"])
-def test_gradient_bits_are_the_same_on_any_number_of_threads(kind):
-    forest = random_forest(3, segments=40, longest=90, given=2)
+def test_gradient_bits_are_the_same_on_any_number_of_threads(impl, kind):
+    forest = random_forest(3, segments=6 if impl is TRITON else 40, longest=90, given=2)
     x, weight = seeded(sum(forest[0]), 70, dtype=torch.float32), seeded(70, 4, dtype=torch.float32, seed=1)
     bias, tails = seeded(70, dtype=torch.float32, seed=2), seeded(2, 3, 70, dtype=torch.float32, seed=3)
     check_repeatable(lambda *t: op(*t, forest, kind), [x, weight, bias, tails])
@@ -199,33 +208,30 @@ def test_results_are_whole():
         assert torch.equal(got, wanted)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 def test_strided_inputs(impl):
     wide, weight, bias = seeded(20, 40), seeded(8, 7, seed=1)[:, ::2], seeded(16, seed=2)[::2]
     tails = seeded(3, 2, 8, seed=3).transpose(0, 1)
     for x in (wide[:, 8:16], wide[:, :32:4], seeded(8, 20, seed=4).T):
         for weight_of in (weight, seeded(4, 8, seed=5).T):
             given = [x, weight_of, bias, tails]
-            y, grads = run(lambda *t: op(*t, FOREST, "silu", impl), given)
+            y, grads = run(lambda *t: op(*t, FOREST, "silu", impl.option), given)
             z, wanted = run(lambda *t: op(*t, FOREST, "silu", "reference"), [t.contiguous() for t in given])
             assert y[0].is_contiguous()
-            assert max(map(error, [*y, *grads], [*z, *wanted])) < 1e-14
+            assert max(map(error, [*y, *grads], [*z, *wanted])) < impl.near(1e-14, 2e-6)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 def test_no_rows_and_no_segments(impl):
     weight, bias, tails = seeded(5, 3, seed=1), seeded(5, seed=2), seeded(1, 2, 5, seed=3)
     for rows, forest in ((0, ([], [])), (0, ([0, 0], [-1, 0])), (3, ([], [])), (3, ([0], [-2]))):
-        y, grads = run(lambda *t, f=forest: op(*t, f, None, impl), [seeded(rows, 5), weight, bias, tails])
+        y, grads = run(lambda *t, f=forest: op(*t, f, None, impl.option), [seeded(rows, 5), weight, bias, tails])
         assert y[0].shape == (rows, 5)
         assert not any(t.any() for t in (*y, *grads))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 def test_extreme_values(impl):
     """Sums that overflow the 16-bit format or reach the limits of silu; NaN and inf stay where they are read."""
     x = torch.tensor([1e30, -1e30, 1e4, -1e4, 0.0, 1.0, torch.nan, 1.0, 1.0, 1.0, torch.inf, 1.0, 1.0])[:, None]
-    y = op(x, torch.ones(1, 2), None, None, ([13], [-1]), "silu", impl)[:, 0]
+    y = op(x, torch.ones(1, 2), None, None, ([13], [-1]), "silu", impl.option)[:, 0]
     assert torch.equal(y[:6].isfinite(), torch.ones(6, dtype=torch.bool))
     assert y[0] == 1e30
     assert y[3].eq(0)  # 1e4 - 1e4
@@ -233,7 +239,8 @@ def test_extreme_values(impl):
     assert y.isinf().nonzero().flatten().tolist() == [10, 11]
 
 
-def test_offsets_past_two_to_the_31():
+@implementations(NATIVE, TRITON)
+def test_offsets_past_two_to_the_31(impl):
     """Rows, and frames, further apart than 32 bits can count."""
     far = 2**31 + 64
     x = torch.empty(far + 48, dtype=torch.float32).as_strided((2, 48), (far, 1)).copy_(seeded(2, 48))
@@ -243,8 +250,45 @@ def test_offsets_past_two_to_the_31():
     tails = torch.empty(far + 48, dtype=torch.float32).as_strided((2, 1, 48), (far, 48, 1))
     tails.fill_(0.0)
     one = torch.tensor([1])
-    causal_conv_paged(x, weight, None, torch.tensor([0, 2]), one, one, one, tails)
+    paged(x, weight, None, torch.tensor([0, 2]), one, one, one, tails)
     assert torch.equal(tails[1], x[1:])
+
+
+@only_triton
+def test_a_forest_of_many_tiles(impl):
+    from toolkit.ops.triton_rows import part_of_row, parts
+
+    forest = random_forest(0, segments=12, longest=90, given=2)
+    x, weight, bias, tails = (
+        seeded(sum(forest[0]) + 1, 70),
+        seeded(70, 4, seed=1, scale=0.5),
+        seeded(70),
+        seeded(2, 3, 70),
+    )
+    assert parts(len(x), part_of_row(70, 4), x)[1] > 1
+    given = [x, weight, bias, tails]
+    check_oracle(lambda *t: op(*t, forest, "silu"), lambda *t: unshared(*t, forest, "silu"), given, (1e-6, 2e-6))
+
+
+@implementations(NATIVE, TRITON)
+def test_strides_do_not_matter(impl):
+    wide, weight, bias = (seeded(*s, dtype=torch.float32, seed=i) for i, s in enumerate([(20, 40), (8, 7), (16,)]))
+    weight, bias = weight[:, ::2], bias[::2]
+    tails = seeded(3, 2, 8, dtype=torch.float32, seed=3).transpose(0, 1)
+    packed = wide[:, 8:16].contiguous()
+    index = tensors(FOREST)[0], past_rows(FOREST, 3), tails, "silu"
+    backward = torch.ops.toolkit.causal_conv_backward
+    results = [
+        [op(x, weight, bias, tails, FOREST, "silu"), *backward(x, x, weight, bias, *index)]
+        for x in (packed, wide[:, 8:16], packed.t().contiguous().t(), far_apart(packed))
+    ]
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
+    frames = far_apart(seeded(3, 3, 8, dtype=torch.float32))
+    held, last, source = frames[2:].clone(), torch.tensor([19]), torch.tensor([2])
+    y = paged(packed, weight, bias, torch.tensor([0, 20]), source, last, source, frames)
+    assert torch.equal(y, op(packed, weight, bias, held, ([20], [-2])))
+    assert torch.equal(frames[2], packed[17:])
 
 
 @pytest.mark.parametrize("full", [True, False])
@@ -275,6 +319,12 @@ def test_compiled_in_one_graph():
     assert all(map(torch.equal, torch.autograd.grad(compiled(x, weight), (x, weight)), wanted))
 
 
+@only_triton
+def test_a_dtype_that_no_triton_kernel_takes_is_named(impl):
+    with pytest.raises(ToolkitError, match="float64"):
+        op(torch.zeros(2, 3, dtype=torch.float64), torch.zeros(3, 2), None, None, ([2], [-1]))
+
+
 def test_bad_input_is_named():
     x, weight, bias = torch.ones(5, 6), torch.ones(6, 4), torch.ones(6)
     offsets, past = torch.tensor([0, 2, 5]), torch.full((2, 3), -1)
@@ -292,7 +342,7 @@ def test_bad_input_is_named():
         causal_conv(x.long(), weight, bias, offsets, past)
     none = torch.empty(0, dtype=torch.int64)
     with pytest.raises(ToolkitError, match="contiguous last dimension"):
-        causal_conv_paged(x, weight, bias, offsets, past[:, 0], none, none, torch.ones(2, 6, 3).mT)
+        paged(x, weight, bias, offsets, past[:, 0], none, none, torch.ones(2, 6, 3).mT)
 
 
 @needs_native
@@ -313,5 +363,5 @@ def test_indices_out_of_range_are_named_and_nothing_is_written():
     ):
         indices = (torch.tensor(t) for t in (sources, rows, frames))
         with pytest.raises(RuntimeError, match=message):
-            causal_conv_paged(x, weight, None, torch.tensor([0, 2, 5]), *indices, tails)
+            paged(x, weight, None, torch.tensor([0, 2, 5]), *indices, tails)
     assert not tails.any()
