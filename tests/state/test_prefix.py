@@ -120,7 +120,7 @@ def test_what_two_versions_wrote_is_never_registered() -> None:
 def test_no_version_means_no_enable_prefix_caching() -> None:
     allocator = BlockAllocator(8, 2)
     table, _ = write(allocator, [1, 2, 3], None)
-    assert len(allocator.index) == 0
+    assert len(allocator.prefix_index) == 0
     assert write(allocator, [1, 2, 3], None)[1] == 0
     table.release()
     assert allocator.num_cached_blocks == 0
@@ -143,7 +143,7 @@ def test_a_long_chain_is_let_go_without_recursion() -> None:
     table, _ = write(allocator, list(range(10_000)), 0)
     table.release()
     allocator.drop_old_versions(1)
-    assert len(allocator.index) == 0
+    assert len(allocator.prefix_index) == 0
     allocator.check_integrity([])
 
 
