@@ -171,7 +171,7 @@ def test_cut_weights_are_refused(copy, keep):
     assert "is not a whole safetensors file" in error_of(copy)
 
 
-def test_weights_that_are_not_this_models_are_refused_and_never_made_up(copy):
+def test_weights_that_are_not_this_models_are_refused_and_never_random(copy):
     from safetensors.torch import load_file, save_file
 
     weights = load_file(copy / "model.safetensors")
@@ -188,7 +188,7 @@ def test_a_broken_tokenizer_is_refused(copy):
     assert "The tokenizer in" in error_of(copy)
 
 
-def test_the_command_line_answers_bad_input_with_one_line_and_status_2(saved, tmp_path, capsys):
+def test_bad_input_on_the_command_line_is_one_line_and_status_2(saved, tmp_path, capsys):
     for words, message in (
         (["generate", str(tmp_path / "none"), "a"], "does not exist"),
         (["generate", str(saved), "a"], "has no tokenizer"),

@@ -64,7 +64,7 @@ def main() -> None:
     assert all(torch.equal(tensor, expected[name]) for name, tensor in again.items())
     # The processes judge different numbers of windows, with all experts each.
     assert 0 < resumed.evaluate()["eval_bits_per_byte"] < 20
-    print("same bits", flush=True)
+    print("bitwise identical", flush=True)
 
 
 if __name__ == "__main__":

@@ -169,7 +169,7 @@ def test_random_state_is_exact() -> None:
     values, tensors = rng_state()
     values = json.loads(json.dumps(values))
 
-    def draw() -> list[float]:
+    def sample() -> list[float]:
         return [
             random.gauss(0, 1),
             random.random(),
@@ -178,10 +178,10 @@ def test_random_state_is_exact() -> None:
             torch.rand(()).item(),
         ]
 
-    first = draw()
-    assert draw() != first
+    first = sample()
+    assert sample() != first
     restore_rng(values, tensors)
-    assert draw() == first
+    assert sample() == first
 
 
 def test_metrics_drop_what_is_later_and_what_is_cut(tmp_path: Path) -> None:

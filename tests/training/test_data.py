@@ -128,19 +128,19 @@ def test_packing_loses_and_repeats_nothing(
     documents = {file.name: [eos, *encode(tokenizer, file.read()), eos] for file in files}
     transitions = sum(len(ids) - 1 for ids in documents.values())
     stream = make(files, tokenizer, batch_tokens=batch_tokens, max_length=max_length, interleave=interleave)
-    pieces: list[tuple[list[int], list[int]]] = []
+    chunks: list[tuple[list[int], list[int]]] = []
     # Two epochs and what may still be open at their end.
     while stream.epoch < 2 or any(epoch < 2 for epoch, _, _ in stream.state_dict()["open"]):
         batch = stream.next_batch()
         assert sum(map(len, batch.inputs)) == batch_tokens
-        assert all(0 < len(piece) <= max_length for piece in batch.inputs)
+        assert all(0 < len(chunk) <= max_length for chunk in batch.inputs)
         assert list(map(len, batch.inputs)) == list(map(len, batch.targets))
-        pieces += zip(batch.inputs, batch.targets)
-    # Independent reassembly: pieces go round the open slots; a slot takes the next document when one ends.
+        chunks += zip(batch.inputs, batch.targets)
+    # Independent reassembly: chunks come from the open slots in turn; a slot takes the next document when one ends.
     order = [f.name for epoch in range(20) for f in corpus.in_hash_order(files, f"3/{epoch}")]
     slots = [documents[name] for name in order[:interleave]]
     at, following, finished, seen = [0] * interleave, interleave, 0, 0
-    for index, (inputs, targets) in enumerate(pieces):
+    for index, (inputs, targets) in enumerate(chunks):
         slot = index % interleave
         start = at[slot]
         assert inputs == slots[slot][start : start + len(inputs)]

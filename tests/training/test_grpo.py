@@ -1,4 +1,4 @@
-"""GRPO and its relatives: losses against hand-written torch, the promise of equal bits, resuming, several processes."""
+"""GRPO and its relatives: losses against hand-written torch, bitwise identical log-probabilities, resuming, several processes."""
 
 import os
 from pathlib import Path
@@ -168,7 +168,7 @@ def test_micro_batches_keep_groups_together_and_within_the_budget() -> None:
     assert pack([], 22) == []
 
 
-def test_it_learns_with_equal_bits_in_every_step(tmp_path: Path) -> None:
+def test_it_learns_with_bitwise_identical_logprobs_in_every_step(tmp_path: Path) -> None:
     recipe = objective_recipe(
         tmp_path,
         "grpo",

@@ -1,4 +1,4 @@
-"""The loop: it learns, resumes bit for bit, accumulates and scores rightly, refuses with one sentence."""
+"""The loop: it learns, resumes bit for bit, accumulates and scores rightly; each error is one sentence."""
 
 import gzip
 import json
@@ -36,7 +36,7 @@ class Interrupted(Exception):
 
 
 def noisy(recipe: Recipe) -> Trainer:
-    """A trainer whose forwards draw from torch's generator: dropout on the embeddings."""
+    """A trainer whose forwards use torch's generator: dropout on the embeddings."""
     trainer = Trainer(recipe, quiet=True)
     embeddings = trainer.hf_model.get_input_embeddings()
     embeddings.register_forward_hook(lambda module, inputs, output: torch.dropout(output, 0.2, True))
@@ -165,8 +165,8 @@ def test_accumulation_equals_one_large_batch(corpus: Path) -> None:
     trainer = Trainer(recipe, quiet=True)
     objective = pretraining(trainer)
     batches = [objective.streams[0].next_batch() for _ in range(2)]
-    large = RaggedBatch.from_sequences([piece for batch in batches for piece in batch.inputs], share=False)
-    targets = torch.tensor([token for batch in batches for piece in batch.targets for token in piece])
+    large = RaggedBatch.from_sequences([chunk for batch in batches for chunk in batch.inputs], share=False)
+    targets = torch.tensor([token for batch in batches for chunk in batch.targets for token in chunk])
     logits = trainer.ragged(large)
     torch.nn.functional.cross_entropy(logits, targets).backward()
     expected = {name: p.grad.clone() for name, p in trainer.ragged.named_parameters() if p.grad is not None}
@@ -188,7 +188,7 @@ def test_accumulation_equals_one_large_batch(corpus: Path) -> None:
 
 @pytest.mark.parametrize("overlap", [0.0, 0.25, 0.9])
 def test_bits_per_byte_against_one_token_at_a_time(corpus: Path, overlap: float) -> None:
-    """Score every held-out token by an ordinary forward of its own context, one forward per token."""
+    """Score every held-out token by an ordinary forward over its context, one forward per token."""
     recipe = tiny_recipe(corpus, model={"dtype": "float64"}, evaluate={"do_eval": True, "overlap": overlap})
     trainer = Trainer(recipe, quiet=True)
     objective = pretraining(trainer)
@@ -201,11 +201,11 @@ def test_bits_per_byte_against_one_token_at_a_time(corpus: Path, overlap: float)
         for text in texts:
             row = [trainer.tokenizer.eos_token_id, *trainer.tokenizer(text.decode())["input_ids"]]
             start = 0
-            for place in range(1, len(row)):
-                if place - start > length:  # the window is full; the next one starts ``keep`` inputs back
-                    start = place - 1 - keep
-                logits = trainer.hf_model(torch.tensor([row[start:place]])).logits[0, -1]
-                bits -= logits.log_softmax(-1)[row[place]].item() / math.log(2)
+            for position in range(1, len(row)):
+                if position - start > length:  # the window is full; the next one starts ``keep`` inputs back
+                    start = position - 1 - keep
+                logits = trainer.hf_model(torch.tensor([row[start:position]])).logits[0, -1]
+                bits -= logits.log_softmax(-1)[row[position]].item() / math.log(2)
                 tokens += 1
     assert tokens == score.tokens
     assert score.bytes == sum(map(len, texts))
@@ -345,9 +345,9 @@ def test_what_cannot_be_resumed_is_one_sentence(corpus: Path) -> None:
     assert sentence(shorter).startswith("train.max_steps must be >= 8, the step of ")
     (corpus / "text" / "new.py").write_text("x = 1\n")
     assert "has other files than when" in sentence(resumed)
-    assert len(list((corpus / "runs" / "tiny" / "checkpoints").glob("step*"))) == 3  # refusals removed nothing
-    anew = Trainer(changed(recipe, overwrite=True), quiet=True)
-    assert anew.step == 0
+    assert len(list((corpus / "runs" / "tiny" / "checkpoints").glob("step*"))) == 3  # errors removed nothing
+    fresh = Trainer(changed(recipe, overwrite=True), quiet=True)
+    assert fresh.step == 0
     assert not list((corpus / "runs" / "tiny" / "checkpoints").iterdir())
 
 
@@ -365,6 +365,6 @@ def test_a_gradient_that_is_not_finite_stops_the_run(corpus: Path) -> None:
 
 
 def test_two_processes_train_as_one(corpus: Path) -> None:
-    run_processes("two_processes.py", corpus, says="same bits")
+    run_processes("two_processes.py", corpus, says="bitwise identical")
     with pytest.raises(ToolkitError, match="was written by 2 processes and cannot be resumed by 1"):
         Trainer(tiny_recipe(corpus, run_name="two", train={"max_steps": 4}, resume_from_checkpoint=True), quiet=True)

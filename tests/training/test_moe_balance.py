@@ -130,7 +130,7 @@ def test_recomputing_changes_no_bit(tmp_path: Path) -> None:
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
-def test_corrections_move_against_the_load(tmp_path: Path) -> None:
+def test_expert_biases_move_against_the_load(tmp_path: Path) -> None:
     config: dict[str, Any] = {
         **{
             name: value
@@ -197,7 +197,7 @@ def test_a_dense_model_has_nothing_to_balance(tmp_path: Path, moe: dict[str, Any
     assert sentence in str(caught.value)
 
 
-def test_a_router_without_a_correction_is_named(tmp_path: Path) -> None:
+def test_a_router_without_an_expert_bias_is_named(tmp_path: Path) -> None:
     with pytest.raises(ToolkitError, match=r"must be 0 for a model whose routers have no expert bias, got 0\.001"):
         Trainer(moe_recipe(tmp_path, "sft", {"bias_update_rate": 0.001}), quiet=True)
 

@@ -1,4 +1,4 @@
-"""GRPO on a mixture of experts: rollouts record their routing, and training takes it."""
+"""GRPO on an MoE model: rollouts record their routing, and training takes it."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ def setup(folder: Path, replay: bool, **sections: Any) -> tuple[Trainer, GRPO]:
     return trainer, trainer.objective
 
 
-def test_equal_bits_with_and_without_replay(tmp_path: Path) -> None:
+def test_bitwise_identical_with_and_without_replay(tmp_path: Path) -> None:
     found = []
     for name, replay in (("off", False), ("on", True)):
         trainer, _ = setup(tmp_path, replay, run_name=name, train={"max_steps": 3})

@@ -260,7 +260,7 @@ def test_adapters_are_all_that_is_trained_and_open_in_peft(tmp_path: Path) -> No
         load_model(folder)
 
 
-def test_adapters_roll_out_with_equal_bits(tmp_path: Path) -> None:
+def test_adapters_roll_out_with_bitwise_identical_logprobs(tmp_path: Path) -> None:
     recipe = objective_recipe(
         tmp_path,
         "grpo",

@@ -1,6 +1,6 @@
-"""SIGKILL at random moments: what is left always loads, and resuming gives the uninterrupted run's bits.
+"""SIGKILL at random moments: what is left always loads, and resuming gives weights bitwise identical to the uninterrupted run's.
 
-The test starts this file as a process of its own, which imports once and forks a child an attempt.
+The test starts this file as a separate process, which imports once and forks a child per attempt.
 """
 
 import os

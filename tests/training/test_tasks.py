@@ -17,7 +17,7 @@ PROMPT = "3 5 2 > 13 :"
 
 
 @pytest.mark.parametrize("numbers", [2, 3, 4, 6])
-def test_solutions_are_right_and_wrong_answers_wrong(numbers: int) -> None:
+def test_solutions_are_right_and_wrong_completions_wrong(numbers: int) -> None:
     task = make_task({"name": "countdown", "numbers": numbers, "largest": 12})
     problems = task.make(5, 300)
     assert problems == task.make(5, 300)
@@ -81,7 +81,7 @@ def test_held_out_problems_are_never_trained_on() -> None:
         train = {problem.key for problem in ProblemStream(task, seed, 0.2).take(1000)}
         assert not train & held_out
     assert len(held_out) > 50
-    shown = {"3 5 2 > 13": "[2, 3, 5] 13"}  # one problem in whatever order its numbers are shown
+    shown = {"3 5 2 > 13": "[2, 3, 5] 13"}  # one problem in any order of its numbers
     made = {problem.prompt.removesuffix(" :"): problem.key for problem in task.make(1, 3000)}
     for prompt, key in shown.items():
         numbers, target = prompt.split(" > ")

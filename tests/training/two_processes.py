@@ -27,4 +27,4 @@ assert resumed.step == 2
 resumed.fit()
 assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.hf_model.state_dict().items())
 assert resumed.objective.state_dict() == whole.objective.state_dict()
-print("same bits", flush=True)
+print("bitwise identical", flush=True)

@@ -64,7 +64,7 @@ def find_source(
     name = read_json(folder / ADAPTER).get("base_model_name_or_path")
     try:
         if not isinstance(name, str):
-            raise ToolkitError("it must be text")
+            raise ToolkitError("a name must be text")
         base = find_source(name, trust_remote_code=trust_remote_code, field="base_model_name_or_path")
     except ToolkitError as error:
         raise ToolkitError(f"'{folder / ADAPTER}' names the base model {name!r}: {first_line(error)}.") from None

@@ -56,8 +56,8 @@ def list_files(data: DataSection) -> list[SourceFile]:
 
 
 def split(files: Sequence[SourceFile], val_set_size: float) -> tuple[list[SourceFile], list[SourceFile]]:
-    """(training, held-out) files. A file is held out when hash(name) / 2^64 < ``val_set_size``: for good,
-    whatever other files there are."""
+    """(training, held-out) files. A file is held out when hash(name) / 2^64 < ``val_set_size``, so the split
+    of a file does not depend on other files."""
     threshold = int(val_set_size * 2**64)
     sides: tuple[list[SourceFile], list[SourceFile]] = ([], [])
     for file in files:

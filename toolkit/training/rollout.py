@@ -97,8 +97,8 @@ def eval_accuracy(context: RunContext, rollout: Rollout, task: Task, count: int,
     seeds = [digest(f"held out/{at}") for at, _ in mine]
     begun, solved = time.perf_counter(), []
     for temperature in (1.0, 0.0):
-        answers = rollout.generate(prompts, seeds, 1, temperature)
-        solved.append(sum(task.reward(p.prompt, a.text) >= 1.0 for (_, p), (a,) in zip(mine, answers)))
+        completions = rollout.generate(prompts, seeds, 1, temperature)
+        solved.append(sum(task.reward(p.prompt, a.text) >= 1.0 for (_, p), (a,) in zip(mine, completions)))
     sampled, greedy = context.reduce_sum(solved)
     return {
         "eval_samples": count,

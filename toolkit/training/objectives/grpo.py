@@ -273,7 +273,7 @@ class GRPO(OnPolicyObjective[GRPOSection]):
 def pack(groups: Sequence[Sequence[Sample]], batch_tokens: int) -> list[MicroBatch]:
     """Groups to micro-batches of at most ``batch_tokens`` tokens, a prompt counted once for the members of its group.
 
-    A group that is larger is split; a sample that is larger stands alone.
+    A group that is larger is split; a sample that is larger has one to itself.
     """
     micros: list[MicroBatch] = []
     room = 0
