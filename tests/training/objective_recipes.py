@@ -46,7 +46,7 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 
 def resumed(recipe: Recipe) -> Trainer:
-    """A run that is stopped in its third step, after a checkpoint of the second, and is resumed from there to its end."""
+    """A run that is stopped in its third step, after a checkpoint of the second, and resumed."""
     parts = Trainer(recipe, quiet=True)
     while parts.step < 3:
         parts.train_step()

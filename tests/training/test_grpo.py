@@ -1,4 +1,4 @@
-"""GRPO and its relatives: losses against hand-written torch, bitwise identical log-probabilities, resuming, several processes."""
+"""GRPO and its relatives: losses against hand-written torch, bitwise identical log-probabilities, several processes."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments: what is left always loads, and resuming gives weights bitwise identical to the uninterrupted run's.
+"""SIGKILL at random moments: what is left always loads, and a resumed run ends with the uninterrupted run's weights.
 
 The test starts this file as a separate process, which imports once and forks a child per attempt.
 """

