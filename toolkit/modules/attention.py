@@ -21,9 +21,14 @@ from toolkit.state.dense import DenseContext
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """The mathematics of one call: score scale, window in tokens (0: none), soft-cap (0: none), dropout, sinks.
+    """The mathematics of one call.
 
-    sinks: [H] an extra logit a head, which takes part in the softmax's denominator alone (gpt-oss, 2025).
+    Args:
+        scale: factor of the scores.
+        window: tokens that a query sees, itself included; 0: all.
+        softcap: bound of the scores; 0: none.
+        dropout: probability, in training.
+        sinks: [H] an extra logit per head, which takes part in the softmax's denominator alone (gpt-oss, 2025).
     """
 
     scale: float

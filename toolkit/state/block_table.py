@@ -107,7 +107,7 @@ class BlockTable:
         missing = self._missing(n)
         fresh = self.allocator.allocate(len(missing) + copy)
         if copy:
-            # The source stays held until the copy is taken, so that nobody else can be given it before.
+            # The source stays held until the copy is taken, so that it cannot be allocated again before.
             self._copies.append((self.blocks[tail], fresh[0]))
             self.blocks[tail] = fresh.pop(0)
         elif self.length % size:

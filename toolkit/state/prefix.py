@@ -1,8 +1,8 @@
 """Which block already holds the state of which tokens.
 
-A trie a weight version: a node stands for one full block of tokens after one exact prefix, and its children
-are found by the real tokens of the next block. Python's own dict compares those tokens, and the path from
-the root is the prefix, so two different prefixes can never be taken for one another, even where hashes collide.
+One trie per weight version: a node is one full block of tokens after one exact prefix, and its children are looked up
+by the tokens of the next block. Python's dict compares those tokens, and the path from the root is the prefix, so two
+different prefixes are never confused, even where hashes collide.
 """
 
 import itertools
@@ -11,10 +11,10 @@ from weakref import WeakValueDictionary
 
 
 class PrefixNode:
-    """One full block of tokens after one exact prefix; ``block`` is where its state lies, None once evicted.
+    """One full block of tokens after one exact prefix; ``block`` holds its state, None once evicted.
 
-    A node lives while its block is registered, while a table stands on it, or while a longer prefix hangs from
-    it. So a prefix whose first block was evicted becomes reachable again as soon as that block is recomputed.
+    A node lives while its block is registered, while a block table refers to it, or while it has children. So a prefix
+    whose first block was evicted can be matched again as soon as that block is recomputed.
     """
 
     __slots__ = ("__weakref__", "block", "children", "parent", "tokens", "version")
@@ -61,12 +61,19 @@ class PrefixIndex:
     def register(
         self, block: int | None, parent_key: PrefixNode | None, block_tokens: Sequence[int], version: Hashable
     ) -> PrefixNode:
-        """Say that ``block`` holds ``block_tokens`` after the prefix ``parent_key`` (None: at the start).
+        """The node of ``block_tokens`` after a prefix, from now on held by ``block``: the next block's ``parent_key``.
 
-        block: None where the tokens are passed over, so that what follows them hangs from them.
-        Returns the key to pass as the next block's ``parent_key``. Where another block already holds the same
-        tokens after the same prefix, that block stays the registered one. Raises ValueError for a block that is
-        not full, is registered under other tokens, or follows a prefix of another version.
+        Where another block already holds the same tokens after the same prefix, that block stays registered.
+
+        Args:
+            block: None where no block keeps the state of these tokens, so that the next ones still have a parent.
+            parent_key: node of the prefix; None at the start.
+            block_tokens: a full block of tokens.
+            version: of the weights.
+
+        Raises:
+            ValueError: for a block that is not full, is registered under other tokens, or follows a prefix of another
+                version.
         """
         tokens = tuple(block_tokens)
         if len(tokens) != self.block_size:

@@ -15,11 +15,17 @@ Ints = np.ndarray
 
 
 def check_routing(routing: Sequence[Tensor], counts: Sequence[int]) -> list[Ints]:
-    """Each sequence's experts [its tokens, L, K] in int64, of a tensor a sequence.
+    """Each sequence's experts [its tokens, L, K] in int64.
 
-    A tensor may lack its sequence's last token, which an engine never runs and whose output nobody asks for: it takes
-    the experts of the token before it (of a single token: 0 to K - 1).
-    Raises ToolkitError for another number of tensors or tokens, differing L or K, and negative ids.
+    A sequence's last token may be missing, since an engine never runs it and nothing needs its output: it takes the
+    experts of the token before it (of a single token: 0 to K - 1).
+
+    Args:
+        routing: of each sequence the experts [its tokens or one less, L, K], integers.
+        counts: tokens of each sequence.
+
+    Raises:
+        ToolkitError: for another number of tensors or tokens, differing L or K, and negative ids.
     """
     if len(routing) != len(counts):
         raise ToolkitError(f"routing must have a tensor for each of {len(counts)} sequences, got {len(routing)}.")
@@ -47,9 +53,16 @@ def check_routing(routing: Sequence[Tensor], counts: Sequence[int]) -> list[Ints
 
 
 def name_rows(tokens: Sequence[Ints], experts: Sequence[Ints]) -> tuple[list[Ints], Ints, Ints]:
-    """One number for each different (token, its experts): the sequences in those, and what each number stands for.
+    """The sequences with one number for each distinct (token, its experts), which only shared rows have in common.
 
     Sequences share a token's row only where they share its routing too: elsewhere it is another computation.
+
+    Args:
+        tokens: ids of each sequence.
+        experts: of each sequence [its tokens, L, K].
+
+    Returns:
+        The sequences in those numbers; the token of each number; the experts [numbers, L, K] of each number.
     """
     flat = np.concatenate(tokens)
     routes = np.concatenate(experts)
@@ -60,10 +73,13 @@ def name_rows(tokens: Sequence[Ints], experts: Sequence[Ints]) -> tuple[list[Int
 
 
 class RoutingReplay:
-    """The experts that the tokens of a forward take in the place of their routers' choice; knows who asked."""
+    """The experts that the tokens of a forward take in the place of their routers' choice; knows which layers did.
+
+    Args:
+        routing: [L, T, K] int64.
+    """
 
     def __init__(self, routing: Tensor) -> None:
-        """routing: [L, T, K] int64."""
         self.routing = routing
         self._num_experts: int | None = None
         self._layers_taken: set[int] = set()
@@ -83,7 +99,7 @@ class RoutingReplay:
         return self.routing[layer]
 
     def check_complete(self) -> None:
-        """After a forward: raise ToolkitError unless a router asked for every layer."""
+        """After a forward: raise ToolkitError unless a router took every layer."""
         missing = sorted(set(range(len(self.routing))) - self._layers_taken)
         if missing:
             raise ToolkitError(

@@ -1,4 +1,4 @@
-"""Sliding-window attention: keys and values of the last tokens. Blocks that left the window are given back."""
+"""Sliding-window attention: keys and values of the last tokens. Blocks that left the window are freed."""
 
 from toolkit.state.kinds import StateSpec
 from toolkit.state.kinds.full import FullAttention
