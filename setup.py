@@ -28,7 +28,7 @@ INSTRUCTION_SETS = {
 }
 if X86:
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2"]
-    # Only matrix products take the wider vectors, where the order of additions does not depend on them: the other
+    # Only GEMMs use the wider vectors, where the order of additions does not depend on them: the other
     # kernels wait for memory, and so every bit is that of avx2.
     INSTRUCTION_SETS["avx512"] = [*INSTRUCTION_SETS["avx2"], "-mavx512f", "-mavx512dq", "-DTOOLKIT_AVX512"]
 

@@ -23,7 +23,7 @@ PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft", "numpy")
 
 
 def llama(**changes: Any) -> Any:
-    """A 32 M Llama with random weights: 8 layers, 512 wide, 8 heads, vocabulary 8192, embeddings not tied."""
+    """A 32 M Llama with random weights: 8 layers, hidden size 512, 8 heads, vocabulary size 8,192."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return _build(LlamaForCausalLM, LlamaConfig, changes)
@@ -37,7 +37,7 @@ def qwen3(**changes: Any) -> Any:
 
 
 def qwen3_moe(**changes: Any) -> Any:
-    """An 89 M Qwen3-MoE with random weights: 6 layers, 512 wide, 32 experts of 256 of which 4 serve a token.
+    """An 89 M Qwen3-MoE with random weights: 6 layers, hidden size 512, 32 experts of 256, 4 per token.
 
     Its experts run as transformers' eager loop until another implementation is asked for.
     """
@@ -78,7 +78,7 @@ def _build(model: Any, config: Any, changes: dict[str, Any]) -> Any:
 
 
 def describe() -> dict[str, Any]:
-    """The machine and the versions that a figure belongs to."""
+    """The machine and the versions that a measurement belongs to."""
     versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
@@ -123,7 +123,7 @@ def _commit() -> str | None:
 
 
 def turns(names: Iterable[str], repeats: int) -> Iterator[str]:
-    """Every name once a turn, so that a noisy neighbour hits all alike; the order alternates."""
+    """Every name once a turn, so that a noisy neighbour slows all of them; the order alternates."""
     order = list(names)
     for turn in range(repeats):
         yield from order if turn % 2 == 0 else reversed(order)
@@ -160,12 +160,12 @@ def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def gate(name: str, values: Sequence[torch.Tensor], exact: Sequence[torch.Tensor], limit: float) -> float:
-    """The largest relative error; RuntimeError on a red gate, so that no figure stands on a wrong result."""
+    """The largest relative error; RuntimeError above ``limit``, so that no wrong result is timed."""
     worst = 0.0
     for value, wanted in zip(values, exact, strict=True):
         error = relative_error(value, wanted)
         if not error <= limit:
-            raise RuntimeError(f"gate red: {name} is {error:.1e} from float64, allowed is {limit:.0e}")
+            raise RuntimeError(f"The relative error of {name} to float64 must be <= {limit:.0e}, got {error:.1e}.")
         worst = max(worst, error)
     return worst
 
@@ -207,7 +207,7 @@ def peak_rss() -> int:
 def in_fresh_process(module: str, *arguments: str) -> dict[str, Any]:
     """Run ``python -m module arguments`` in its own process; the JSON object it prints last.
 
-    Peak memory is a process's lifetime maximum, so each side of a comparison needs a process of its own.
+    Peak memory is a process's lifetime maximum, so each side of a comparison runs in a separate process.
     """
     command = [sys.executable, "-m", module, *arguments]
     root = Path(__file__).parent.parent
@@ -239,21 +239,21 @@ class Side:
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, cwd=RESULTS.parent.parent, stdin=pipe, stdout=pipe, text=True)
 
-    def answer(self) -> Any:
+    def read(self) -> Any:
         line = self.process.stdout.readline() if self.process.stdout else ""
         if not line:
             raise RuntimeError(f"{self.process.args!r} ended with status {self.process.wait()}")
         return json.loads(line)
 
     def step(self) -> float:
-        with suppress(BrokenPipeError):  # it has ended: `answer` says how
+        with suppress(BrokenPipeError):  # it has ended: `read` says how
             print("step", file=self.process.stdin, flush=True)
-        return float(self.answer())
+        return float(self.read())
 
     def finish(self) -> Any:
         if self.process.stdin:
             self.process.stdin.close()
-        return self.answer()
+        return self.read()
 
 
 def in_turns(
@@ -268,7 +268,7 @@ def in_turns(
     try:
         for name, given in arguments.items():
             sides[name] = Side(module, given)
-            sides[name].answer()  # ready
+            sides[name].read()  # ready
         seconds: dict[str, list[float]] = {name: [] for name in sides}
         for name in turns(sides, repeats):
             seconds[name].append(sides[name].step())

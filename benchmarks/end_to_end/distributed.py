@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.distributed``: a tiny Llama on the bytes of one of Python's modules, AdamW, clipped gradients.
 The curve of one process of unpatched transformers on the joint batch is the reference; each other one must stay within
-1e-4 of it at every step. Hosts are started by the launch lines of recipes/distributed. Writes JSON and a plot.
+1e-4 of it at every step. Each framework is started by the launch lines of recipes/distributed. Writes JSON and a plot.
 """
 
 import argparse
@@ -36,7 +36,7 @@ LAUNCHERS = {
 
 
 def make_model(patched: bool) -> Any:
-    """The same weights every time: two layers, 32 wide, a byte a token."""
+    """The same weights every time: two layers, hidden size 32, one token per byte."""
     import toolkit
     from toolkit.testing.models import random_model
 
@@ -120,45 +120,47 @@ def under_zero(model: Any, stage: int) -> tuple[nn.Module, Callable[[Tensor], No
     return engine, step
 
 
-def host_main(host: str, steps: int, target: Path) -> None:
-    """In each process that a launcher started: the host's curves, written by the first."""
+def framework_main(framework: str, steps: int, target: Path) -> None:
+    """In each process that a launcher started: the framework's curves, written by the first."""
     torch.set_num_threads(1)
-    if host == "zero":
+    if framework == "zero":
         import deepspeed
 
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo does without; it would be compiled first
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
+            False  # gloo does not need it; it would be compiled first
+        )
         deepspeed.init_distributed("gloo")
     else:
         from accelerate import PartialState
 
         PartialState(cpu=True)
-    wrap = {"ddp": under_ddp, "fsdp2": under_fsdp2, "zero": under_zero}[host]
+    wrap = {"ddp": under_ddp, "fsdp2": under_fsdp2, "zero": under_zero}[framework]
     curves = {}
-    for stage in STAGES if host == "zero" else (0,):
+    for stage in STAGES if framework == "zero" else (0,):
         for patched in (False, True):
             wrapped, step = wrap(make_model(patched), stage)
-            curves[_name(host + (str(stage) if stage else ""), patched)] = curve(wrapped, step, steps)
+            curves[_name(framework + (str(stage) if stage else ""), patched)] = curve(wrapped, step, steps)
     if dist.get_rank() == 0:
         target.write_text(json.dumps(curves))
     dist.barrier()
     os._exit(0)  # gloo's teardown aborts a process now and then
 
 
-def _name(host: str, patched: bool) -> str:
-    return f"{host} {'patched' if patched else 'unpatched'}"
+def _name(framework: str, patched: bool) -> str:
+    return f"{framework} {'patched' if patched else 'unpatched'}"
 
 
-def launch(host: str, steps: int) -> dict[str, list[float]]:
-    """The curves of a host, from its own launcher."""
+def launch(framework: str, steps: int) -> dict[str, list[float]]:
+    """The curves of a framework, from its own launcher."""
     with socket.socket() as free:
         free.bind(("", 0))
-        program, *options = LAUNCHERS[host].replace("PORT", str(free.getsockname()[1])).split()
+        program, *options = LAUNCHERS[framework].replace("PORT", str(free.getsockname()[1])).split()
     module = ["--module", "benchmarks.end_to_end.distributed"]
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "curves.json"
         subprocess.run(
-            [str(Path(sys.executable).parent / program), *options, *module, "--host", host, "--steps", str(steps),
-             "--target", str(target)],
+            [str(Path(sys.executable).parent / program), *options, *module, "--framework", framework,
+             "--steps", str(steps), "--target", str(target)],
             cwd=ROOT,
             env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
             check=True,
@@ -185,17 +187,17 @@ def plot(curves: dict[str, list[float]], reference: list[float], path: Path) -> 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--host", choices=list(LAUNCHERS), help=argparse.SUPPRESS)
+    parser.add_argument("--framework", choices=list(LAUNCHERS), help=argparse.SUPPRESS)
     parser.add_argument("--target", type=Path, help=argparse.SUPPRESS)
     chosen, _ = parser.parse_known_args(arguments)
-    if chosen.host:
-        host_main(chosen.host, chosen.steps, chosen.target)
+    if chosen.framework:
+        framework_main(chosen.framework, chosen.steps, chosen.target)
     curves = {}
     for patched in (False, True):
         model = make_model(patched)
         curves[_name("one process", patched)] = curve(model, plain_step(model), chosen.steps)
-    for host in LAUNCHERS:
-        curves |= launch(host, chosen.steps)
+    for framework in LAUNCHERS:
+        curves |= launch(framework, chosen.steps)
     reference = curves["one process unpatched"]
     rows = {
         name: {

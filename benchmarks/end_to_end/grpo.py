@@ -1,9 +1,9 @@
 """A GRPO step against TRL's ``GRPOTrainer`` on the same work: loss and gradients first, then time, then peak memory.
 
 ``python -m benchmarks.grpo``: a prompt, a group of completions, a reward, one update. Both sides start from the same
-weights; on the completions that TRL drew, both must give the same loss and the same norm of the gradient. Times are of
-whole steps, rollout included, in turns in one process. Peak memory is that of the training part alone, each way in a
-fresh process.
+weights; on the completions that TRL sampled, both must give the same loss and the same norm of the gradient. Times are
+of whole steps, rollout included, in turns in one process. Peak memory is that of the training part alone, each side in
+a fresh process.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from benchmarks.common import MODELS, in_fresh_process, peak_rss, print_table, r
 VOCABULARY = 8192
 EOS = VOCABULARY - 1
 LIMIT = 1e-4  # of the gradient norm's relative difference, float32 both
-MEMORY_WAYS = ("forest", "unshared", "unpatched")
+MEMORY_WAYS = ("shared", "unshared", "unpatched")
 
 
 def make_tokenizer() -> Any:
@@ -49,7 +49,7 @@ def reward(tokens: Sequence[int]) -> float:
 
 
 class Ours:
-    """The engine rolls out from the training weights; the group is trained on as a forest."""
+    """The engine rolls out from the training weights; the group is trained on as a prefix tree."""
 
     def __init__(self, model: Any, prompt: list[int], group: int, completion: int) -> None:
         import toolkit
@@ -84,9 +84,9 @@ class Ours:
         params = SamplingParams(
             n=self.group, max_tokens=self.completion, temperature=1.0, ignore_eos=True, seed=self.step_number
         )
-        drawn = self.engine.generate([self.prompt], params)
+        samples = self.engine.generate([self.prompt], params)
         self.rollout_s.append(time.perf_counter() - begun)
-        loss = self.loss([one.token_ids for one in drawn], [torch.tensor(one.logprobs) for one in drawn])
+        loss = self.loss([one.token_ids for one in samples], [torch.tensor(one.logprobs) for one in samples])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1e9)
         self.optimizer.step()
@@ -194,7 +194,7 @@ def measure_memory(arguments: argparse.Namespace) -> None:
         toolkit.token_logprobs(model, [[1, 2, 3]])[0].sum().backward()  # what the first call sets up
 
         def run() -> Tensor:
-            share = arguments.memory_of == "forest"
+            share = arguments.memory_of == "shared"
             return torch.stack(toolkit.token_logprobs(model, samples, share, [count] * len(samples))).mean()
 
     model.train()
@@ -218,7 +218,7 @@ def case(prompt_tokens: int, group: int, completion: int, micro: int, repeats: i
         f"{gate['trl_gradient']:.6f} (relative difference {gate['gradient_error']:.1e}, limit {LIMIT:.0e})"
     )
     if not gate["green"]:
-        print("gate red: no speed is reported", file=sys.stderr)
+        print("the gate failed: no speed is reported", file=sys.stderr)
         raise SystemExit(1)
     ours = Ours(model.train(), prompt, group, completion)
     seconds = []
@@ -234,13 +234,13 @@ def case(prompt_tokens: int, group: int, completion: int, micro: int, repeats: i
     used = {way: one["peak"] - one["before"] for way, one in memory.items()}
     ratios = {
         "speed": timings["trl"]["median_s"] / timings["toolkit"]["median_s"],
-        "memory_of_unshared": used["forest"] / used["unshared"],
-        "memory_of_unpatched": used["forest"] / used["unpatched"],
-        "peak_of_unshared": memory["forest"]["peak"] / memory["unshared"]["peak"],
+        "memory_of_unshared": used["shared"] / used["unshared"],
+        "memory_of_unpatched": used["shared"] / used["unpatched"],
+        "peak_of_unshared": memory["shared"]["peak"] / memory["unshared"]["peak"],
     }
     rollout = statistics.median(ours.rollout_s[2:])
     rows = [
-        ["toolkit", timings["toolkit"]["median_s"], rollout, used["forest"] / 2**30],
+        ["toolkit", timings["toolkit"]["median_s"], rollout, used["shared"] / 2**30],
         ["TRL", timings["trl"]["median_s"], "", used["unpatched"] / 2**30],
         ["TRL / toolkit", f"{ratios['speed']:.2f}x", "", f"{1 / ratios['memory_of_unpatched']:.2f}x"],
     ]

@@ -18,7 +18,7 @@ LIMIT = 1e-5
 
 
 def make_model(length: int) -> Any:
-    """10.2 M parameters: 4 layers, 384 wide, 6 heads, vocabulary 4096."""
+    """10.2 M parameters: 4 layers, hidden size 384, 6 heads, vocabulary size 4,096."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -89,7 +89,7 @@ def main() -> None:
         f"worst gradient error {gate['error']:.1e} ({gate['worst']}), limit {LIMIT:.0e}"
     )
     if not gate["green"]:
-        print("gate red: nothing else is reported", file=sys.stderr)
+        print("the gate failed: nothing else is reported", file=sys.stderr)
         raise SystemExit(1)
     common = ["--length", str(arguments.length), "--chunk", str(arguments.chunk), "--threads", str(arguments.threads)]
     got = in_fresh_process("benchmarks.end_to_end.long_sequence", "--measure", *common)

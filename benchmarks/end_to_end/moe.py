@@ -1,9 +1,9 @@
-"""A mixture of experts on CPU: the op, a training step, generation and saved memory, against transformers' own.
+"""An MoE model on CPU: the op, a training step, generation and saved memory, against transformers' own.
 
 ``python -m benchmarks.moe``: the 89 M Qwen3-MoE of ``benchmarks.common``. The peers are transformers' experts
-implementations, ``grouped_mm`` and ``eager``; generation is held against the fastest of them all. Every part comes
-behind its gate; calls are timed in turns, training steps each in a process of its own, and ratios are of medians, above
-1 ours is faster.
+implementations, ``grouped_mm`` and ``eager``; generation is compared with the fastest of them. Every part comes after
+its gate; calls are timed in turns, each side of a training step in a separate process. Ratios are of medians; above 1
+ours is faster.
 """
 
 import argparse
@@ -69,8 +69,8 @@ def bench_op(stock: Any, repeats: int) -> dict[str, Any]:
         leaves = [value.detach().requires_grad_() for value in inputs]
         peer_leaves = [*leaves[:2], experts.gate_up_proj, experts.down_proj]
         grad = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(4))
-        wide = [value.detach().double() for value in inputs]
-        exact = both_ways(partial(_loop, ids), wide, [grad.double()])
+        upcast = [value.detach().double() for value in inputs]
+        exact = both_ways(partial(_loop, ids), upcast, [grad.double()])
         worst = gate("experts", both_ways(ours, inputs, [grad]), exact, GATE)
 
         def forward(function: Callable[..., Tensor], values: list[Tensor]) -> Callable[[], None]:
@@ -143,7 +143,7 @@ def bench_training(rows: int, length: int, threads: int, repeats: int) -> dict[s
             f"gate {one['dtype']}: loss error {one['loss_error']:.1e}, worst gradient {one['worst_gradient_error']:.1e}"
         )
     if not all(one["green"] for one in gates):
-        print("gate red: no speed is reported", file=sys.stderr)
+        print("the gate failed: no speed is reported", file=sys.stderr)
         raise SystemExit(1)
     sides = ("patched", *PEERS)
     taken, memory = steps_in_turns("qwen3_moe", sides, rows, length, threads, repeats)
@@ -173,7 +173,7 @@ def bench_generation(stock: Any, batch: int, prompt: int, new_tokens: int, repea
     counts = compare(stock, prompts, system(prompts, new_tokens), models[best](prompts, new_tokens))
     print(f"gate: {counts}; transformers' fastest: {best}", flush=True)
     if counts["mismatches"]:
-        print("gate red: no speed is reported", file=sys.stderr)
+        print("the gate failed: no speed is reported", file=sys.stderr)
         raise SystemExit(1)
     calls = {"engine": lambda: system(prompts, new_tokens), best: lambda: models[best](prompts, new_tokens)}
     seconds = {name: summary(times) for name, times in interleaved(calls, repeats, warmup=0).items()}

@@ -3,7 +3,7 @@
     python -m benchmarks.moe_overlap --chunks 4
 
 The rates that the model is given are measured too, each alone: the link's on one transfer, the products' on a chunk of
-rows. On CPU transfers take the cores that products want: overlap gains less than the model says of a link of its own.
+rows. On CPU transfers take the cores that products want: overlap gains less than the model says of a dedicated link.
 """
 
 import argparse
@@ -169,8 +169,8 @@ def report(layer: Layer, passes: dict[int, Any], traced: int) -> None:
         model_of = {(event.action, event.chunk): event for event in predicted}
         lines = []
         for event in sorted(measured["events"], key=lambda one: one.begin):
-            twin = model_of[event.action, event.chunk]
-            spans = [f"{e.begin * 1e3:.2f} to {e.end * 1e3:.2f}" for e in (event, twin)]
+            expected = model_of[event.action, event.chunk]
+            spans = [f"{e.begin * 1e3:.2f} to {e.end * 1e3:.2f}" for e in (event, expected)]
             lines.append([event.action, event.chunk if event.chunk >= 0 else "all", *spans])
         print_table(f"{name}, one run, ms", ["action", "chunk", "measured", "model"], lines)
     result = {"layer": vars(layer), "passes": [dict(zip(FIELDS, row)) for row in rows]}

@@ -1,4 +1,4 @@
-"""Generation: the engine, in both tiers, against transformers' ``generate`` and ``generate_batch``, in one run.
+"""Generation: the engine, in both numerics modes, against transformers' ``generate`` and ``generate_batch``.
 
 ``python -m benchmarks.serve`` checks greedy tokens first and reports no speed when they differ by more than
 near ties. ``--profile`` prints where a decode step goes instead.
@@ -100,7 +100,7 @@ def compare(model: Any, prompts: list[list[int]], got: list[list[int]], expected
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Gate, then timings at every batch size; raises SystemExit on a red gate."""
+    """Gate, then timings at every batch size; raises SystemExit when the gate fails."""
     stock = MODELS[arguments.model]()
     patched = copy.deepcopy(stock)
     vocabulary = stock.config.vocab_size
@@ -119,12 +119,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         prompts = make_prompts(batch, length, vocabulary)
         gate = compare(stock, prompts, system(prompts, new_tokens), generate(prompts, new_tokens))
         if gate["mismatches"]:
-            print(f"gate red at batch {batch}: greedy tokens differ from generate's: {gate}", file=sys.stderr)
+            print(f"the gate failed at batch {batch}: greedy tokens differ from generate's: {gate}", file=sys.stderr)
             raise SystemExit(1)
-        print(f"gate green at batch {batch}: {gate['equal']} equal, {gate['near_ties']} near ties", flush=True)
+        print(f"gate passed at batch {batch}: {gate['equal']} equal, {gate['near_ties']} near ties", flush=True)
         calls = {
             "toolkit": lambda p=prompts: system(p, new_tokens),
-            "toolkit, fast tier": lambda p=prompts: fast(p, new_tokens),
+            "toolkit, fast": lambda p=prompts: fast(p, new_tokens),
             "generate": lambda p=prompts: generate(p, new_tokens),
         }
         timings = {name: summary(t) for name, t in interleaved(calls, arguments.repeats, warmup=0).items()}
@@ -132,8 +132,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         entry = {"gate": gate, "timings": timings, "tokens_per_s": speed}
         ratio = speed["toolkit"] / speed["generate"]
         rows.append(["toolkit.Engine", batch, new_tokens, speed["toolkit"], f"{ratio:.2f}x", gate["near_ties"]])
-        ratio = speed["toolkit, fast tier"] / speed["generate"]
-        rows.append(["toolkit.Engine, fast tier", batch, new_tokens, speed["toolkit, fast tier"], f"{ratio:.2f}x", ""])
+        ratio = speed["toolkit, fast"] / speed["generate"]
+        rows.append(["toolkit.Engine, fast", batch, new_tokens, speed["toolkit, fast"], f"{ratio:.2f}x", ""])
         rows.append(["generate", batch, new_tokens, speed["generate"], "1.00x", ""])
         if arguments.generate_batch and batch == max(arguments.batch):
             entry["generate_batch"] = other = measure_generate_batch(stock, system, prompts, arguments.generate_batch)

@@ -1,6 +1,6 @@
 """A training step, patched against unpatched: loss and gradients first, then time, then peak memory.
 
-``python -m benchmarks.train``: same weights, same batch, AdamW. Each side trains in a process of its own and takes its
+``python -m benchmarks.train``: same weights, same batch, AdamW. Each side trains in a separate process and takes its
 steps in turn with the other; peak memory is the process's.
 """
 
@@ -121,7 +121,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             f"{gate['worst_gradient_error']:.1e} ({gate['worst_gradient']}), limit {gate['limit']:.0e}"
         )
     if not all(gate["green"] for gate in gates):
-        print("gate red: no speed is reported", file=sys.stderr)
+        print("the gate failed: no speed is reported", file=sys.stderr)
         raise SystemExit(1)
 
     sides = ("patched", "unpatched")
@@ -150,7 +150,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     size = f"{arguments.rows}x{arguments.length} tokens, {arguments.threads} threads"
     title = f"{arguments.model}, fp32, AdamW, {size}"
-    print_table(title, ["side", "median s", "least s", "tok/s", "peak GiB"], rows)
+    print_table(title, ["side", "median s", "min s", "tok/s", "peak GiB"], rows)
     return {
         "model": arguments.model,
         "tokens": tokens,

@@ -1,6 +1,6 @@
 """transformers' ``Trainer`` with and without the patch, from one seed: two loss curves and how far they part.
 
-``python -m benchmarks.trainer_curve``: a small Llama on made sequences, gradients accumulated over two batches with
+``python -m benchmarks.trainer_curve``: a small Llama on number sequences, gradients accumulated over two batches with
 uneven numbers of labels. Writes the curves and their plot; exits with 1 if two losses of a step are further apart than
 the limit.
 """
@@ -19,8 +19,8 @@ LIMIT = 1e-4
 VOCABULARY = 331
 
 
-def made_sequences(count: int = 256, length: int = 24) -> list[dict[str, Tensor]]:
-    """Walks through the vocabulary with a stride of their own: the first two tokens tell the rest."""
+def synthetic_sequences(count: int = 256, length: int = 24) -> list[dict[str, Tensor]]:
+    """Arithmetic sequences over the vocabulary: the first two tokens determine the rest."""
     generator = torch.Generator().manual_seed(0)
     rows = []
     for _ in range(count):
@@ -32,7 +32,7 @@ def made_sequences(count: int = 256, length: int = 24) -> list[dict[str, Tensor]
 
 
 def loss_curve(patched: bool, steps: int, seed: int = 3, **options: Any) -> list[float]:
-    """The loss of each step; the same weights and the same order of data whatever ``patched`` is."""
+    """The loss of each step; the same weights and order of data in both cases."""
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
     from toolkit.testing.models import random_model
@@ -47,7 +47,7 @@ def loss_curve(patched: bool, steps: int, seed: int = 3, **options: Any) -> list
         trainer = Trainer(
             model=random_model("llama", vocabulary=VOCABULARY, tie_word_embeddings=True),
             args=arguments,
-            train_dataset=made_sequences(),
+            train_dataset=synthetic_sequences(),
         )
         trainer.remove_callback(PrinterCallback)
         if patched:

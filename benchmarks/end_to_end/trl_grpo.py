@@ -119,8 +119,8 @@ def trl_mismatch(base: Any, sizes: argparse.Namespace, folder: str) -> tuple[flo
     def noting_generate(*args: Any, **kwargs: Any) -> Tensor:
         result = generate(*args, **kwargs, return_dict_in_generate=True, output_logits=True)
         logits = torch.stack(result.logits, 1)
-        drawn = result.sequences[:, -logits.shape[1] :]
-        rolled[:] = [logits.log_softmax(-1).gather(2, drawn[..., None]).squeeze(2)]
+        sampled = result.sequences[:, -logits.shape[1] :]
+        rolled[:] = [logits.log_softmax(-1).gather(2, sampled[..., None]).squeeze(2)]
         return result.sequences
 
     def noting_statistics(*args: Any, **kwargs: Any) -> Any:
@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--completion", type=int, default=64)
-    parser.add_argument("--layers", type=int, default=8, help="of the Llama, 512 wide; 8 make 32 M parameters")
+    parser.add_argument("--layers", type=int, default=8, help="of the Llama, hidden size 512; 8 make 32 M parameters")
     parser.add_argument("--repeats", type=int, default=2, help="timed steps a turn")
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
@@ -192,7 +192,7 @@ def main() -> None:
         f"and {gate['trl_loss']:.3e}, gradient norms differ by {gate['gradient_error']:.1e} (limit {LIMIT:.0e})"
     )
     if not gate["green"]:
-        print("gate red: no speed is reported", file=sys.stderr)
+        print("the gate failed: no speed is reported", file=sys.stderr)
         raise SystemExit(1)
     times = {name: one["median_s"] for name, one in result["timings"].items()}
     rows = [

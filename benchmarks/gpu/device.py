@@ -60,7 +60,7 @@ def median(call: Callable[[], Any], milliseconds: int = 100) -> float:
 def replayed(calls: Sequence[Callable[[], Any]]) -> float:
     """Median seconds of one of ``calls``, replayed together from a CUDA graph: the host's share is not in it.
 
-    For work of a few microseconds; each call should have operands of its own, or all but the first find them in L2.
+    For work of a few microseconds; each call should have separate operands, or all but the first find them in L2.
     """
     if DRY:
         return median(lambda: [call() for call in calls])
@@ -111,7 +111,7 @@ def normal(*shape: int, dtype: torch.dtype = HALF, scale: float = 1.0) -> Tensor
     return (torch.randn(shape, device=DEVICE) * scale).to(dtype)
 
 
-def wide(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -130,7 +130,7 @@ def measure(call: Callable[..., Any], leaves: Sequence[Tensor], cotangents: Sequ
 
 
 class Budget:
-    """Seconds that a section may take. What does not fit is left out by name, and a hanging call is cut off."""
+    """Seconds that a section may take. What does not fit is skipped and named, and a hanging call is interrupted."""
 
     def __init__(self, seconds: float) -> None:
         self.end = time.monotonic() + seconds
@@ -149,7 +149,7 @@ class Budget:
 
     @contextmanager
     def trying(self, name: str) -> Iterator[None]:
-        """What fails in the body is kept in ``failed``, so that the section goes on."""
+        """What fails in the body is kept in ``failed``, so that the section continues."""
         try:
             yield
         except TimeoutError:

@@ -1,8 +1,8 @@
-"""Mixtures of experts on a GPU, part of ``python -m benchmarks.gpu``: a layer's experts with their plan.
+"""MoE layers on a GPU, part of ``python -m benchmarks.gpu``: a layer's experts with their plan.
 
-Many tokens, forward and backward, against torch's grouped products and the kernels of Liger and SonicMoE where they
+Many tokens, forward and backward, against torch's grouped GEMM and the kernels of Liger and SonicMoE where they
 are installed; a missing peer is named. Few tokens, forward, against the time in which the weights of the experts that
-were hit come from memory. Every figure stands behind a gate against float64.
+were hit come from memory. Every measurement comes after a gate against float64.
 """
 
 from collections.abc import Callable
@@ -33,50 +33,54 @@ def weights_of() -> list[Tensor]:
     return [normal(count, 2 * inner, width, scale=width**-0.5), normal(count, width, inner, scale=inner**-0.5)]
 
 
-def ours(x: Tensor, scores: Tensor, up: Tensor, down: Tensor, ids: Tensor) -> Tensor:
-    return experts(x, scores, up, down, dispatch_plan(ids, SIZES[0]), "silu")
+def ours(x: Tensor, topk_weights: Tensor, up: Tensor, down: Tensor, topk_ids: Tensor) -> Tensor:
+    return experts(x, topk_weights, up, down, dispatch_plan(topk_ids, SIZES[0]), "silu")
 
 
-def dense(x: Tensor, scores: Tensor, up: Tensor, down: Tensor, ids: Tensor) -> Tensor:
+def dense(x: Tensor, topk_weights: Tensor, up: Tensor, down: Tensor, topk_ids: Tensor) -> Tensor:
     """An expert after another in the dtype of its inputs: the oracle."""
     out = torch.zeros_like(x)
-    for expert in ids.unique().tolist():
-        token, slot = (ids == expert).nonzero(as_tuple=True)
+    for expert in topk_ids.unique().tolist():
+        token, slot = (topk_ids == expert).nonzero(as_tuple=True)
         gate_, rest = F.linear(x[token], up[expert]).chunk(2, -1)
-        y = F.linear(F.silu(gate_) * rest, down[expert]) * scores[token, slot, None]
+        y = F.linear(F.silu(gate_) * rest, down[expert]) * topk_weights[token, slot, None]
         out = out.index_add(0, token, y)
     return out
 
 
-def grouped_mm(x: Tensor, scores: Tensor, up: Tensor, down: Tensor, ids: Tensor) -> Tensor:
-    """torch's grouped products around sorted rows, as models are written with them."""
+def grouped_mm(x: Tensor, topk_weights: Tensor, up: Tensor, down: Tensor, topk_ids: Tensor) -> Tensor:
+    """torch's grouped GEMM around sorted rows, as models are written with them."""
     product = getattr(F, "grouped_mm", None) or torch._grouped_mm
-    slots = ids.shape[1]
-    order = ids.flatten().argsort(stable=True)
-    ends = torch.bincount(ids.flatten(), minlength=SIZES[0]).cumsum(0).to(torch.int32)
+    slots = topk_ids.shape[1]
+    order = topk_ids.flatten().argsort(stable=True)
+    ends = torch.bincount(topk_ids.flatten(), minlength=SIZES[0]).cumsum(0).to(torch.int32)
     gate_, rest = product(x[order // slots], up.mT, offs=ends).chunk(2, -1)
-    y = product(F.silu(gate_) * rest, down.mT, offs=ends) * scores.flatten()[order, None].to(x.dtype)
+    y = product(F.silu(gate_) * rest, down.mT, offs=ends) * topk_weights.flatten()[order, None].to(x.dtype)
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
-    return y[back].view(*ids.shape, -1).sum(1)
+    return y[back].view(*topk_ids.shape, -1).sum(1)
 
 
 def liger() -> Callable[..., Tensor]:
     from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
 
-    return lambda x, scores, up, down, ids: LigerFusedMoEFunction.apply(x, up, down, ids.int(), scores)
+    return lambda x, topk_weights, up, down, topk_ids: LigerFusedMoEFunction.apply(
+        x, up, down, topk_ids.int(), topk_weights
+    )
 
 
 def sonic() -> Callable[..., Tensor]:
     from sonicmoe.enums import ActivationType
     from sonicmoe.functional import moe_general_routing_inputs
 
-    def call(x: Tensor, scores: Tensor, up: Tensor, down: Tensor, ids: Tensor) -> Tensor:
-        token = torch.arange(len(ids), device=ids.device, dtype=torch.int32).repeat_interleave(ids.shape[1])
+    def call(x: Tensor, topk_weights: Tensor, up: Tensor, down: Tensor, topk_ids: Tensor) -> Tensor:
+        token = torch.arange(len(topk_ids), device=topk_ids.device, dtype=torch.int32).repeat_interleave(
+            topk_ids.shape[1]
+        )
         stream = torch.cuda.current_stream().cuda_stream
         out, _ = moe_general_routing_inputs(
-            x, scores.flatten(), token, ids.flatten().int(), up.permute(1, 2, 0), None, down.permute(1, 2, 0), None,
-            SIZES[0], stream, ActivationType.SWIGLU, concat_layout=True,
+            x, topk_weights.flatten(), token, topk_ids.flatten().int(), up.permute(1, 2, 0), None,
+            down.permute(1, 2, 0), None, SIZES[0], stream, ActivationType.SWIGLU, concat_layout=True,
         )  # fmt: skip
         return out
 
@@ -91,39 +95,41 @@ PEERS: dict[str, Callable[[], Callable[..., Tensor]]] = {
 
 
 def routed(tokens: int) -> tuple[Tensor, Tensor]:
-    """(scores, ids) of random logits."""
+    """(topk_weights, topk_ids) of random logits."""
     return route(normal(tokens, SIZES[0]), SIZES[3], norm_topk_prob=True)
 
 
 def checked(tokens: int, weights: list[Tensor]) -> float:
-    """The largest error of results and gradients on a few tokens, against float64; RuntimeError on a red gate."""
+    """The largest error of results and gradients on a few tokens, against float64; RuntimeError when the gate fails."""
     count = min(tokens, 64)
-    x, grad, (scores, ids) = normal(count, SIZES[1]), normal(count, SIZES[1]), routed(count)
-    inputs = [x, scores, *weights]
-    exact = both_ways(partial(dense, ids=ids), doubles(inputs), [grad.double()])
-    return gate("experts", both_ways(partial(ours, ids=ids), inputs, [grad]), exact, GATE[HALF])
+    x, grad, (topk_weights, topk_ids) = normal(count, SIZES[1]), normal(count, SIZES[1]), routed(count)
+    inputs = [x, topk_weights, *weights]
+    exact = both_ways(partial(dense, topk_ids=topk_ids), doubles(inputs), [grad.double()])
+    return gate("experts", both_ways(partial(ours, topk_ids=topk_ids), inputs, [grad]), exact, GATE[HALF])
 
 
-def agreeing(call: Callable[..., Tensor], x: Tensor, scores: Tensor, weights: list[Tensor], ids: Tensor) -> None:
+def agreeing(
+    call: Callable[..., Tensor], x: Tensor, topk_weights: Tensor, weights: list[Tensor], topk_ids: Tensor
+) -> None:
     """A peer that computes something else is no peer."""
     with torch.no_grad():
         up, down = weights
-        made, wanted = call(x, scores, up, down, ids), ours(x, scores, up, down, ids)
+        made, wanted = call(x, topk_weights, up, down, topk_ids), ours(x, topk_weights, up, down, topk_ids)
     gate("a peer's layer", [made], [wanted], 2 * GATE[HALF])
 
 
 def bench_many(tokens: int, weights: list[Tensor]) -> dict[str, Any]:
     """Seconds and peak bytes of a training forward and backward, of every side."""
-    x, grad, (scores, ids) = normal(tokens, SIZES[1]), normal(tokens, SIZES[1]), routed(tokens)
-    leaves = [t.detach().requires_grad_() for t in (x, scores, *weights)]
-    flops = 6 * ids.numel() * SIZES[1] * SIZES[2]  # of the forward
+    x, grad, (topk_weights, topk_ids) = normal(tokens, SIZES[1]), normal(tokens, SIZES[1]), routed(tokens)
+    leaves = [t.detach().requires_grad_() for t in (x, topk_weights, *weights)]
+    flops = 6 * topk_ids.numel() * SIZES[1] * SIZES[2]  # of the forward
     result: dict[str, Any] = {"gate": checked(tokens, weights), "flops": flops, "sides": {}, "missing": []}
     for side, maker in ({"ours": lambda: ours} | PEERS).items():
         try:
             call = maker()
             if side != "ours":
-                agreeing(call, x, scores, weights, ids)
-            result["sides"][side] = device.measure(partial(call, ids=ids), leaves, [grad])
+                agreeing(call, x, topk_weights, weights, topk_ids)
+            result["sides"][side] = device.measure(partial(call, topk_ids=topk_ids), leaves, [grad])
         except ImportError:
             result["missing"].append(side)
         except Exception as problem:
@@ -135,12 +141,12 @@ def bench_many(tokens: int, weights: list[Tensor]) -> dict[str, Any]:
 
 def bench_few(tokens: int, layers: list[list[Tensor]], copy: float) -> dict[str, Any]:
     """A forward's seconds as a share of the time in which the weights of the experts that were hit are read."""
-    x, (scores, ids) = normal(tokens, SIZES[1]), routed(tokens)
-    hit = int(ids.unique().numel())
+    x, (topk_weights, topk_ids) = normal(tokens, SIZES[1]), routed(tokens)
+    hit = int(topk_ids.unique().numel())
     read = hit * sum(w[0].nbytes for w in layers[0])
     with torch.no_grad():
-        taken = device.replayed([partial(ours, x, scores, up, down, ids) for up, down in layers])
-        planned = median(partial(dispatch_plan, ids, SIZES[0]), 20)
+        taken = device.replayed([partial(ours, x, topk_weights, up, down, topk_ids) for up, down in layers])
+        planned = median(partial(dispatch_plan, topk_ids, SIZES[0]), 20)
     # A copy reads and writes each byte: its figure counts both, as reading alone does here.
     return {"forward_s": taken, "plan_s": planned, "experts_hit": hit, "of_streaming": read / copy / taken}
 
@@ -162,7 +168,7 @@ def bench_moe(budget: Budget, ceilings: dict[str, float]) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> None:
-    """The figures that did come out, as tables."""
+    """The measurements that were made, as tables."""
     if not (entry := result.get("moe")):
         return
     rows: list[list[Any]] = []

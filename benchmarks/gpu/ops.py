@@ -1,8 +1,8 @@
 """The ops on a GPU against their peers, part of ``python -m benchmarks.gpu``.
 
-Every figure stands behind a gate: results and gradients on a small slice against float64. Times are medians by device
-events, with L2 cold and operands of 64 MiB and more; memory is what a forward and backward allocate at their peak above
-their inputs. Peers: ``torch.compile`` of the plain formula, the vendor's products, and Liger's kernels where installed.
+Every measurement comes after a gate: results and gradients on a small slice against float64. Times are medians by
+device events, with L2 cold and operands of 64 MiB and more; memory is the peak that a forward and backward allocate
+above their inputs. Peers: ``torch.compile`` of the plain formula, cuBLAS GEMMs, and Liger's kernels where installed.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from benchmarks.gpu.device import (
     doubles,
     median,
     normal,
-    wide,
+    upcast,
 )
 from benchmarks.gpu.rowwise import bench_memory_bound
 from toolkit.ops.linear import linear
@@ -45,11 +45,11 @@ BETWEEN: list[int] = [] if DRY else [512]
 HEAD = {"tokens": 24, "depth": 32, "vocabulary": 90} if DRY else {"tokens": 8192, "depth": 2560, "vocabulary": 151936}
 LORA = (20, 32, 40, 4, 3) if DRY else (4096, 2560, 4096, 16, 8)  # rows, K, N, rank, adapters
 DECODE_LORA = (4, 32, 40, 4, 3) if DRY else (64, 2560, 4096, 16, 32)
-DRAWS = [(3, 70)] if DRY else [(1, 151936), (64, 151936)]
+SAMPLES = [(3, 70)] if DRY else [(1, 151936), (64, 151936)]
 
 
 def bench_linear(budget: Budget, ceilings: dict[str, float]) -> dict[str, Any]:
-    """The bitwise product against the vendor's: ratios by rows and shape, above 1 ours is faster."""
+    """``linear`` in bitwise mode against cuBLAS: ratios by rows and shape, above 1 ours is faster."""
     ratios: dict[int, list[float]] = {}
     seconds: dict[str, dict[str, float]] = {}
     worst = 0.0
@@ -66,10 +66,10 @@ def bench_linear(budget: Budget, ceilings: dict[str, float]) -> dict[str, Any]:
                 exact = x[some].double() @ weights[0].double().T
                 worst = max(worst, gate(label, [linear(x, weights[0])[some]], [exact], GATE[HALF]))
                 taken = {}
-                for side, function in (("ours", linear), ("vendor", F.linear)):
+                for side, function in (("ours", linear), ("cublas", F.linear)):
                     calls = [partial(function, x, weight) for weight in weights]
                     taken[side] = median(calls[0], 60) if rows in MANY else device.replayed(calls)
-                ratios.setdefault(rows, []).append(taken["vendor"] / taken["ours"])
+                ratios.setdefault(rows, []).append(taken["cublas"] / taken["ours"])
                 seconds[label] = {**taken, "flops_per_s": 2 * rows * depth * outputs / taken["ours"]}
     return {
         "gate": worst,
@@ -85,7 +85,7 @@ def chunked_loss(hidden: Tensor, weight: Tensor, targets: Tensor, size: int = 10
     from torch.utils.checkpoint import checkpoint
 
     def part(h: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(wide(F.linear(h, weight)), y, reduction="sum")
+        return F.cross_entropy(upcast(F.linear(h, weight)), y, reduction="sum")
 
     parts = zip(hidden.split(size), targets.split(size))
     total = torch.stack([checkpoint(part, h, y, use_reentrant=False) for h, y in parts])
@@ -161,12 +161,12 @@ def bench_head(budget: Budget, ceilings: dict[str, float]) -> dict[str, Any]:
     expected = result["sides"]["ours"]["loss"]
     for side, entry in result["sides"].items():
         if "loss" in entry and not abs(entry["loss"] - expected) <= 1e-2 * abs(expected):
-            raise RuntimeError(f"gate red: the loss of {side} is {entry['loss']}, ours {expected}")
+            raise RuntimeError(f"The loss of {side} must be within 1 % of {expected}, got {entry['loss']}.")
     return result
 
 
 def lora_loop(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: Tensor, adapters: Tensor) -> Tensor:
-    """Adapters one after another on the vendor's products."""
+    """Adapters one after another on cuBLAS GEMMs."""
     y = F.linear(x, weight)
     for index in range(a.shape[0]):
         own = (adapters == index).nonzero().squeeze(-1)
@@ -180,7 +180,7 @@ def lora_ours(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: Tensor, 
 
 
 def bench_lora(budget: Budget, ceilings: dict[str, float]) -> dict[str, Any]:
-    """Several adapters in one batch against a loop over adapters on the vendor's products."""
+    """Several adapters in one batch against a loop over adapters on cuBLAS GEMMs."""
     result: dict[str, Any] = {}
     for name, (rows, depth, outputs, rank, count) in {"training": LORA, "decode": DECODE_LORA}.items():
         if not budget.allows(f"lora_linear {name}", 4.0):
@@ -210,7 +210,7 @@ def bench_lora(budget: Budget, ceilings: dict[str, float]) -> dict[str, Any]:
 
 
 def torch_sample(logits: Tensor, temperature: float = 0.8, top_k: int = 50, top_p: float = 0.9) -> Tensor:
-    """Temperature, top-k, top-p by sorting, and a draw: what engines write in plain torch."""
+    """Temperature, top-k, top-p by sorting, and a multinomial: what engines write in plain torch."""
     z = logits.float() / temperature
     kept = torch.topk(z, min(top_k, z.shape[-1]), dim=-1).values[:, -1:]
     ordered, ids = torch.softmax(z.masked_fill(z < kept, -torch.inf), -1).sort(dim=-1, descending=True)
@@ -218,14 +218,14 @@ def torch_sample(logits: Tensor, temperature: float = 0.8, top_k: int = 50, top_
     return ids.gather(-1, torch.multinomial(ordered, 1))
 
 
-def torch_draw(logits: Tensor, temperature: float = 0.8) -> Tensor:
+def torch_multinomial(logits: Tensor, temperature: float = 0.8) -> Tensor:
     return torch.multinomial(torch.softmax(logits / temperature, -1), 1)
 
 
 def bench_sample(budget: Budget, ceilings: dict[str, float]) -> dict[str, Any]:
-    """Draws with top-k and top-p, and by temperature alone, against plain torch."""
+    """Sampling with top-k and top-p, and by temperature alone, against plain torch."""
     result = {}
-    for rows, size in DRAWS:
+    for rows, size in SAMPLES:
         logits = normal(rows, size, dtype=torch.float32, scale=3.0)
         one = torch.ones(rows, device=DEVICE)
         for name, (top_k, top_p) in {"top-k 50, top-p 0.9": (50, 0.9), "temperature": (0, 1.0)}.items():
@@ -236,8 +236,8 @@ def bench_sample(budget: Budget, ceilings: dict[str, float]) -> dict[str, Any]:
             few = slice(0, 4)
             wanted = sampling.sample(logits[few].cpu(), *(c[few].cpu() for c in columns))
             if not torch.equal(sample(logits, *columns)[0][few].cpu(), wanted[0]):
-                raise RuntimeError(f"gate red: sample {label} draws other tokens than its specification")
-            plain = torch_sample if top_k else torch_draw
+                raise RuntimeError(f"The tokens of sample {label} must be those of its reference.")
+            plain = torch_sample if top_k else torch_multinomial
             result[label] = {
                 "ours_s": median(partial(sample, logits, *columns), 50),
                 "torch_s": median(partial(plain, logits), 50),
@@ -264,7 +264,7 @@ def ratio(entry: dict[str, Any], side: str, what: str) -> str:
 
 
 def show(result: dict[str, Any]) -> None:
-    """The figures that did come out, as tables."""
+    """The measurements that were made, as tables."""
     if entries := result.get("memory_bound"):
         rows = [
             [name, entry["sides"]["ours"]["forward_s"] * 1e3, f"{entry['forward_of_copy']:.0%}",
@@ -276,7 +276,7 @@ def show(result: dict[str, Any]) -> None:
         header = ["op", "forward ms", "of copy", "backward of copy", "compile: forward", "backward", "memory"]
         print_table("Memory-bound ops; peers' time and memory over ours", [*header, "liger: forward", "backward"], rows)
     if entry := result.get("linear"):
-        rows = [[label, s["ours"] * 1e3, f"{s['vendor'] / s['ours']:.2f}x", s["flops_per_s"] / 1e12]
+        rows = [[label, s["ours"] * 1e3, f"{s['cublas'] / s['ours']:.2f}x", s["flops_per_s"] / 1e12]
                 for label, s in entry["seconds"].items()]  # fmt: skip
         title = f"linear, bitwise, over F.linear: few rows {entry['few_rows']:.2f}x, many {entry['many_rows']:.2f}x"
         print_table(title, ["rows x K -> N", "ours ms", "over F.linear", "TFLOP/s"], rows)
@@ -287,7 +287,7 @@ def show(result: dict[str, Any]) -> None:
              ratio(entry, side, "forward_and_backward_s"), s["peak_bytes"] / 2**30]
             for side, s in entry["sides"].items()
         ]  # fmt: skip
-        title = "Head and loss, {tokens} tokens x {vocabulary} words x {depth}".format(**HEAD)
+        title = "Head and loss, {tokens} tokens x vocabulary size {vocabulary} x {depth}".format(**HEAD)
         print_table(title, ["", "forward ms", "both ms", "over ours", "peak GiB"], rows)
     if entries := result.get("lora_linear"):
         rows = [[name, side, s["forward_s"] * 1e3, s["backward_s"] * 1e3, s["peak_bytes"] / 2**20]
@@ -296,4 +296,4 @@ def show(result: dict[str, Any]) -> None:
     if entries := result.get("sample"):
         rows = [[label, s["ours_s"] * 1e3, s["torch_s"] * 1e3, f"{s['torch_s'] / s['ours_s']:.2f}x"]
                 for label, s in entries.items()]  # fmt: skip
-        print_table("sample", ["rows x words", "ours ms", "torch ms", "ratio"], rows)
+        print_table("sample", ["rows x vocabulary size", "ours ms", "torch ms", "ratio"], rows)

@@ -22,7 +22,7 @@ from benchmarks.gpu.device import (
     doubles,
     median,
     normal,
-    wide,
+    upcast,
 )
 from toolkit.ops.activation import activation
 from toolkit.ops.gated_activation import gated_activation
@@ -57,7 +57,7 @@ class Bound:
 
 
 def plain_rms(x: Tensor, weight: Tensor) -> Tensor:
-    values = wide(x)
+    values = upcast(x)
     return (values * torch.rsqrt(values.square().mean(-1, keepdim=True) + EPS)).to(x.dtype) * weight
 
 
@@ -73,7 +73,7 @@ def plain_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def plain_logprob(logits: Tensor, targets: Tensor) -> Tensor:
-    return -F.cross_entropy(wide(logits), targets, reduction="none")
+    return -F.cross_entropy(upcast(logits), targets, reduction="none")
 
 
 def liger_rms() -> Callable[..., Any]:
@@ -136,7 +136,7 @@ def bound_cases(dtype: torch.dtype) -> dict[str, Callable[[], Bound]]:
         rows, size = matrices(2)
         return Bound(
             lambda g, u: gated_activation(g, u, "silu"),
-            lambda g, u: F.silu(wide(g)).to(g.dtype) * u,
+            lambda g, u: F.silu(upcast(g)).to(g.dtype) * u,
             rows, 3 * size, 5 * size, liger=liger_gated,
         )  # fmt: skip
 

@@ -30,8 +30,8 @@ from benchmarks.gpu.device import DEVICE, DRY, HALF, Budget, median, peak, trito
 ROOT = Path(__file__).parents[2]
 SECONDS = 3600.0 if DRY else 465.0  # for everything
 GATE_SECONDS = 210.0
-# A few layers of a Qwen3-4B: wide enough to fill the device, few enough to leave time.
-WIDE = {
+# A few layers of a Qwen3-4B: large enough to fill the device, few enough to leave time.
+SHALLOW = {
     "hidden_size": 2560,
     "intermediate_size": 9728,
     "num_hidden_layers": 4,
@@ -41,10 +41,10 @@ WIDE = {
     "vocab_size": 32768,
 }
 if DRY:
-    WIDE = dict.fromkeys(WIDE, 16) | {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
-    WIDE |= {"head_dim": 16, "vocab_size": 61}
+    SHALLOW = dict.fromkeys(SHALLOW, 16) | {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    SHALLOW |= {"head_dim": 16, "vocab_size": 61}
 
-# Section -> the tests whose failure withholds its figures: file -> pattern of names.
+# Section -> the tests whose failure withholds its measurements: file -> pattern of names.
 WATCHED: dict[str, dict[str, str]] = {
     "attention": {"test_gpu": "attention|pages_chunks"},
     "linear": {"test_gpu_matrix": r"test_linear(_keeps|_past|\[|$)"},
@@ -204,15 +204,15 @@ def times(calls: dict[str, Callable[..., Any]], repeats: int, warmup: int = 1) -
 
 
 def bench_training(budget: Budget, limits: dict[str, float]) -> dict[str, Any]:
-    """A bf16 training step of a wide, shallow Qwen3, patched against unpatched: seconds and peak bytes."""
+    """A bf16 training step of a shallow Qwen3, patched against unpatched: seconds and peak bytes."""
     import toolkit
 
     rows, length = (1, 4) if DRY else (4, 1024)
-    stock = qwen3(**WIDE).to(DEVICE, HALF).train()
+    stock = qwen3(**SHALLOW).to(DEVICE, HALF).train()
     models = {"patched": copy.deepcopy(stock), "patched, bitwise": copy.deepcopy(stock), "unpatched": stock}
     toolkit.patch(models["patched"], numerics="fast")
     toolkit.patch(models["patched, bitwise"], numerics="bitwise")
-    ids = torch.randint(0, WIDE["vocab_size"], (rows, length), device=DEVICE)
+    ids = torch.randint(0, SHALLOW["vocab_size"], (rows, length), device=DEVICE)
     losses: dict[str, float] = {}
     steps: dict[str, Callable[..., None]] = {}
     for name, model in models.items():
@@ -232,7 +232,7 @@ def bench_training(budget: Budget, limits: dict[str, float]) -> dict[str, Any]:
         peaks[name] = peak(step)
     for name, loss in losses.items():
         if not abs(loss - losses["unpatched"]) < 1e-2 * abs(losses["unpatched"]):
-            raise RuntimeError(f"gate red: the first loss of {name} is {loss}, of the unpatched {losses['unpatched']}")
+            raise RuntimeError(f"The first loss of {name} must be within 1 % of {losses['unpatched']}, got {loss}.")
     timings = {name: summary(t) for name, t in times(steps, 10, 2).items()}
     return {"tokens": rows * length, "losses": losses, "timings": timings, "peak_above_state_bytes": peaks}
 
@@ -242,13 +242,13 @@ def bench_generation(budget: Budget, limits: dict[str, float]) -> dict[str, Any]
     from benchmarks.end_to_end.serve import Engine, Generate, make_prompts
 
     batch, length, new_tokens = (2, 3, 2) if DRY else (32, 128, 64)
-    stock = qwen3(**WIDE).to(DEVICE, torch.float32 if DRY else HALF).eval()
+    stock = qwen3(**SHALLOW).to(DEVICE, torch.float32 if DRY else HALF).eval()
     engine, generate = Engine(copy.deepcopy(stock), batch, length + new_tokens), Generate(stock)
     result: dict[str, Any] = {}
     for count in (batch, 1):
         if not budget.allows(f"batch {count}", 15.0):
             continue
-        prompts = make_prompts(count, length, WIDE["vocab_size"])
+        prompts = make_prompts(count, length, SHALLOW["vocab_size"])
         calls = {
             "toolkit": lambda p=prompts: engine(p, new_tokens),
             "generate": lambda p=prompts: generate(p, new_tokens),
@@ -260,7 +260,7 @@ def bench_generation(budget: Budget, limits: dict[str, float]) -> dict[str, Any]
 
 
 def show(result: dict[str, Any]) -> None:
-    """The figures that did come out, as tables."""
+    """The measurements that were made, as tables."""
     from benchmarks.gpu import moe, ops, tile_invariance
 
     limits = result["ceilings"]
@@ -328,7 +328,7 @@ def measure(chosen: list[str], result: dict[str, Any], whole: Budget) -> None:
     for name in chosen:
         bench, seconds = sections()[name]
         if why := withheld(name, result["tests"]["failed"]):
-            result["failed"][name] = f"withheld, for tests failed: {', '.join(why[:8])}"
+            result["failed"][name] = f"withheld, since tests failed: {', '.join(why[:8])}"
             continue
         if not whole.allows(name, min(seconds, 15.0)):
             continue
@@ -383,7 +383,7 @@ def main() -> None:
     else:
         print(f"{result['seconds']:.0f} s; written to {write_json('gpu', result)}")
     for line in result["left_out"]:
-        print(f"left out for want of time: {line}")
+        print(f"skipped, out of time: {line}")
     for file, name in result["tests"]["failed"]:
         print(f"test failed: {file} {name}", file=sys.stderr)
     for name, why in result["failed"].items():

@@ -54,10 +54,10 @@ def unrounded(x: Tensor, weight: Tensor, tile: GemmTile) -> Tensor:
     """Its float32 sums: rounding to 16 bits would hide most of what differs."""
     empty = torch.empty
 
-    def wide(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def float32_empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return empty(*shape, dtype=torch.float32, device=device)
 
-    with mock.patch.object(torch, "empty", wide):
+    with mock.patch.object(torch, "empty", float32_empty):
         return product(x, weight, tile)
 
 
@@ -119,8 +119,8 @@ def verdict(entries: list[dict[str, Any]]) -> str:
     tile = GemmTile(**best["tile"])
     rows = ", ".join(map(str, FEW))
     if gain <= 1.0:
-        return f"decode may stay None: {tile} has the same bits, and {gain:.2f}x the speed at {rows} rows"
-    return f"decode may be set to {tile}: the same bits, {gain:.2f}x the speed at {rows} rows"
+        return f"decode may stay None: {tile} is bitwise identical, with {gain:.2f}x the speed at {rows} rows"
+    return f"decode may be set to {tile}: bitwise identical, {gain:.2f}x the speed at {rows} rows"
 
 
 def bench_tile_invariance(budget: Budget, ceilings: dict[str, float]) -> dict[str, Any]:

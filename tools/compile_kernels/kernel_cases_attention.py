@@ -47,7 +47,7 @@ def attention_backward_case(
     dtype: torch.dtype, head_dim: int, *, paged: bool = False, v_dim: int = 0, heads: int = 8, kv_heads: int = 2,
     window: int = 0, softcap: float = 0.0, modifier: str = "", sunk: bool = False,
 ) -> Callable:  # fmt: skip
-    """A call of the attention backward: its kernels of contiguous keys, or of a forest."""
+    """A call of the attention backward: its kernels of contiguous keys, or of a prefix tree."""
 
     def call() -> None:
         from toolkit.ops.attention.triton_backward import attention_backward
@@ -73,15 +73,13 @@ def cases() -> dict[str, Callable]:
             found[f"attention {short} {head_dim} paged"] = attention_case(dtype, head_dim, paged=True)
             found[f"attention {short} {head_dim}"] = attention_case(dtype, head_dim, paged=False)
             found[f"attention_backward {short} {head_dim}"] = attention_backward_case(dtype, head_dim)
-            found[f"attention_backward {short} {head_dim} forest"] = attention_backward_case(
-                dtype, head_dim, paged=True
-            )
+            found[f"attention_backward {short} {head_dim} tree"] = attention_backward_case(dtype, head_dim, paged=True)
         depth, width = MLA
         for paged in (True, False):
             shape: dict[str, Any] = {"paged": paged, "v_dim": width, "heads": 128, "kv_heads": 1}
             name = f"{short} {depth}/{width}"
             found[f"attention {name}{' paged' * paged}"] = attention_case(dtype, depth, **shape)
-            found[f"attention_backward {name}{' forest' * paged}"] = attention_backward_case(dtype, depth, **shape)
+            found[f"attention_backward {name}{' tree' * paged}"] = attention_backward_case(dtype, depth, **shape)
         for tokens, way in ((TOKENS, "splits apart"), (1024, "splits in turn")):
             deep: dict[str, Any] = {"paged": True, "tokens": tokens, "keys": LONG}
             for head_dim in (64, 128, 256):

@@ -1,4 +1,4 @@
-"""The kernels of a mixture of experts with the shapes of released models, for ``python -m tools.compile_kernels``.
+"""The kernels of an MoE layer with the shapes of released models, for ``python -m tools.compile_kernels``.
 
 Few experts and tokens: neither decides what a kernel of the products compiles to.
 """
@@ -15,7 +15,7 @@ TOKENS, EXPERTS = 40, 8
 
 @dataclass(frozen=True)
 class Layer:
-    """Sizes and layout of the experts of a layer; ``inner`` wide inside."""
+    """Sizes and layout of the experts of a layer; ``inner`` is the intermediate size."""
 
     hidden: int
     inner: int
@@ -58,10 +58,10 @@ def experts_case(dtype: torch.dtype, layer: Layer) -> Callable:
         from toolkit.ops.experts.triton import experts
         from toolkit.ops.experts.triton_backward import experts_backward
 
-        wide = layer.inner * (2 if layer.gated else 1)
-        shapes = ((wide, layer.hidden), (layer.hidden, layer.inner))
+        up_size = layer.inner * (2 if layer.gated else 1)
+        shapes = ((up_size, layer.hidden), (layer.hidden, layer.inner))
         up, down = (torch.empty(EXPERTS, *(s[::-1] if layer.transposed else s), dtype=dtype) for s in shapes)
-        biases = [torch.empty(EXPERTS, size, dtype=dtype) if layer.biased else None for size in (wide, layer.hidden)]
+        biases = [torch.empty(EXPERTS, size, dtype=dtype) if layer.biased else None for size in (up_size, layer.hidden)]
         x, scores = torch.empty(TOKENS, layer.hidden, dtype=dtype), torch.empty(TOKENS, layer.slots)
         plan, flags = (
             plan_of(layer.slots),

@@ -8,7 +8,7 @@ VOCABULARIES = (8192, 151936)
 
 
 def sample_case(dtype: torch.dtype, vocabulary: int) -> Callable:
-    """The kernel that draws a token a row."""
+    """The kernel that samples one token per row."""
 
     def call() -> None:
         from toolkit.ops.sample.triton import sample
