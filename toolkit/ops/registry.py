@@ -1,19 +1,25 @@
-"""One way to register an op: schema, fake, autograd and one implementation a device.
+"""One way to register an op: schema, fake, autograd and one implementation per device.
 
 An op ``toolkit::name`` has a specification in plain torch (``reference``), optionally a native CPU kernel
 (registered by the C++ library under the same name) and optionally a Triton one. The default goes by device:
 CPU takes the native kernel when the library is there and the reference otherwise; CUDA takes Triton when the
 op has one and the reference otherwise. An explicit ``impl=`` never falls back.
+
+``register`` defines one op. ``register_differentiable`` defines an op and its backward op, and derives the autograd
+formula from their schemas.
 """
 
+import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from toolkit.errors import ToolkitError
+from toolkit.errors import ToolkitError, must_be_one_of
 from toolkit.ops import native
 
 _LIBRARY = torch.library.Library("toolkit", "DEF")
@@ -44,15 +50,20 @@ class Op:
         if impl == "triton" and self.triton is not None:
             return self.triton
         allowed = ["reference"] + ["cpu"] * has_native(self.name) + ["triton"] * (self.triton is not None)
-        raise ToolkitError(f"impl is {impl!r} for op {self.name}; available here are {', '.join(allowed)}.")
+        raise ToolkitError(must_be_one_of(f"impl of op {self.name}", impl, allowed))
 
 
 def _imported_late(path: str) -> Callable[..., Any]:
-    """The function of this dotted name, whose module is imported when it is called."""
+    """The function of this dotted name, whose module is imported at its first call."""
     module, _, name = path.rpartition(".")
 
+    @functools.cache
+    def load() -> Callable[..., Any]:
+        function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+        return function
+
     def call(*args: Any) -> Any:
-        return getattr(importlib.import_module(module), name)(*args)
+        return load()(*args)
 
     call.__name__ = path
     return call
@@ -74,11 +85,12 @@ def register(
 ) -> Op:
     """Define ``toolkit::<schema>`` and give it its implementations.
 
-    schema: torch schema without the namespace, e.g. ``"linear(Tensor x, Tensor weight) -> Tensor"``.
-    reference: the specification, plain torch, differentiable by autograd, any device.
-    fake: shapes and dtypes only.
-    triton: dotted name of a function of the same arguments for CUDA tensors, imported at its first call.
-    backward, setup_context: as ``torch.library.register_autograd`` takes them; None for ops without gradient.
+    Args:
+        schema: torch schema without the namespace, e.g. ``"linear(Tensor x, Tensor weight) -> Tensor"``.
+        reference: the specification, plain torch, differentiable by autograd, any device.
+        fake: shapes and dtypes only.
+        triton: dotted name of a function of the same arguments for CUDA tensors, imported at its first call.
+        backward, setup_context: as ``torch.library.register_autograd`` takes them; None for ops without gradient.
     """
     name = schema.split("(", 1)[0].split(".", 1)[0]
     qualified = f"toolkit::{name}"
@@ -96,3 +108,100 @@ def register(
     op = Op(name, reference, gpu, getattr(torch.ops.toolkit, name).default)
     _OPS[name] = op
     return op
+
+
+def register_differentiable(
+    schema: str,
+    backward_schema: str,
+    *,
+    gradients: Sequence[str | tuple[str, ...]],
+    reference: ModuleType,
+    triton: str,
+    triton_backward: str | None = None,
+) -> tuple[Op, Op]:
+    """Define an op and its backward op, and register the one as the gradient of the other.
+
+    ``reference`` holds ``<name>``, ``<name>_fake``, ``<name>_backward`` and ``<name>_backward_fake``.
+
+    Args:
+        schema: the forward op, as for ``register``. Outputs that the backward reads have names.
+        backward_schema: ``<name>_backward``. Its first arguments are the gradients of the outputs, ``grad`` or
+            ``grad_<output>``; an output without one is not differentiable. The others are inputs or outputs of the
+            forward by their names, which are saved for the backward, or ``need_<input>``: whether a gradient is needed.
+        gradients: for each result of the backward the input that it is the gradient of, or several that share it.
+        triton: dotted name of the module of the Triton functions ``<name>`` and ``<name>_backward``.
+        triton_backward: the module of ``<name>_backward``, where it is another one.
+
+    Returns:
+        The forward op and the backward op.
+    """
+    name, backward_name = (text.split("(", 1)[0] for text in (schema, backward_schema))
+    backward_op = register(
+        backward_schema,
+        reference=getattr(reference, backward_name),
+        fake=getattr(reference, f"{backward_name}_fake"),
+        triton=f"{triton_backward or triton}.{backward_name}",
+    )
+    formula = _Formula(schema, backward_op, gradients)
+    forward_op = register(
+        schema,
+        reference=getattr(reference, name),
+        fake=getattr(reference, f"{name}_fake"),
+        triton=f"{triton}.{name}",
+        backward=formula.backward,
+        setup_context=formula.setup_context,
+    )
+    return forward_op, backward_op
+
+
+class _Formula:
+    """The autograd formula that the schemas of an op and of its backward op give."""
+
+    def __init__(self, schema: str, backward_op: Op, gradients: Sequence[str | tuple[str, ...]]) -> None:
+        parsed = torch._C.parse_schema(schema)
+        inputs = [argument.name for argument in parsed.arguments]
+        outputs = [result.name for result in parsed.returns]
+        arguments = backward_op.overload._schema.arguments
+        self.op, self.num_inputs, self.num_outputs = backward_op, len(inputs), len(outputs)
+        grads = [argument.name for argument in arguments if argument.name.split("_")[0] == "grad"]
+        # A single gradient ``grad`` is that of the first output.
+        self.differentiable = (
+            [0] if grads == ["grad"] else [outputs.index(name.removeprefix("grad_")) for name in grads]
+        )
+        # Where each other argument of the backward comes from: an index into inputs + outputs, or a needed gradient.
+        saved = [argument for argument in arguments[len(grads) :] if not argument.name.startswith("need_")]
+        names = [*inputs, *outputs]
+        is_tensor = [str(argument.type) in ("Tensor", "Optional[Tensor]") for argument in saved]
+        self.tensors = [names.index(argument.name) for argument, yes in zip(saved, is_tensor) if yes]
+        self.attributes = [names.index(argument.name) for argument, yes in zip(saved, is_tensor) if not yes]
+        self.is_tensor = is_tensor
+        self.needs = [
+            inputs.index(argument.name.removeprefix("need_"))
+            for argument in arguments
+            if argument.name.startswith("need_")
+        ]
+        self.targets = [
+            [inputs.index(name) for name in ((names,) if isinstance(names, str) else names)] for names in gradients
+        ]
+
+    def setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        results = output if isinstance(output, tuple) else (output,)
+        fixed = [result for i, result in enumerate(results) if i not in self.differentiable]
+        if fixed:
+            ctx.mark_non_differentiable(*fixed)
+        values = [*inputs, *results]
+        ctx.present = [value is not None for value in inputs]
+        ctx.attributes = [values[i] for i in self.attributes]
+        ctx.save_for_backward(*(values[i] for i in self.tensors))
+
+    def backward(self, ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad
+        tensors, attributes = iter(ctx.saved_tensors), iter(ctx.attributes)
+        saved = [next(tensors) if yes else next(attributes) for yes in self.is_tensor]
+        results = self.op(*(grads[i] for i in self.differentiable), *saved, *(needs[i] for i in self.needs))
+        found: list[Tensor | None] = [None] * self.num_inputs
+        for targets, result in zip(self.targets, results if isinstance(results, tuple) else (results,)):
+            for i in targets:
+                # The gradient of an input that was not given, or asked for, is an empty tensor.
+                found[i] = result if ctx.present[i] and (needs[i] or i not in self.needs) else None
+        return tuple(found)

@@ -1,39 +1,20 @@
 """Pointwise activation functions."""
 
-from typing import Any
-
 from torch import Tensor
 
 from toolkit.ops.activation import reference
 from toolkit.ops.activation.kinds import KINDS, find, plain_kinds
-from toolkit.ops.registry import register
+from toolkit.ops.registry import register_differentiable
 
 __all__ = ["KINDS", "activation", "plain_kinds"]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, ctx.kind = inputs
-    ctx.save_for_backward(x)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-    (x,) = ctx.saved_tensors
-    return _BACKWARD(grad, x, ctx.kind), None
-
-
-_BACKWARD = register(
-    "activation_backward(Tensor grad, Tensor x, str kind) -> Tensor",
-    reference=reference.activation_backward,
-    fake=reference.activation_backward_fake,
-    triton="toolkit.ops.activation.triton.activation_backward",
-)
-_FORWARD = register(
+_OP, _ = register_differentiable(
     "activation(Tensor x, str kind) -> Tensor",
-    reference=reference.activation,
-    fake=reference.activation_fake,
-    triton="toolkit.ops.activation.triton.activation",
-    backward=_backward,
-    setup_context=_setup_context,
+    "activation_backward(Tensor grad, Tensor x, str kind) -> Tensor",
+    gradients=("x",),
+    reference=reference,
+    triton="toolkit.ops.activation.triton",
 )
 
 
@@ -50,4 +31,4 @@ def activation(x: Tensor, kind: str, *, impl: str | None = None) -> Tensor:
     Errors: ToolkitError for another kind, or one of two arguments; other dtypes.
     """
     find(kind, plain=True)
-    return _FORWARD.select(impl)(x, kind)
+    return _OP.select(impl)(x, kind)

@@ -1,63 +1,26 @@
 """Causal attention of ragged sequences, or forests of them, over contiguous or paged keys and values."""
 
-from typing import Any
-
 from torch import Tensor
 
 from toolkit.errors import ToolkitError
 from toolkit.ops.attention import modifiers, reference
-from toolkit.ops.registry import register
+from toolkit.ops.registry import register_differentiable
 
 __all__ = ["attention", "attention_backward"]
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
-    return out, q.new_empty(q.shape[0], q.shape[1], dtype=reference.result_dtype(q))
-
-
-def _fake_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    sinks = rest[10] if len(rest) > 10 else None
-    dsinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, query_offsets, kv_offsets, kv_lengths, block_tables, block_size, scale, window, softcap = inputs[:11]
-    sinks, modifier, parameters, query_ranges = inputs[11:]
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.attributes = scale, window, softcap, block_size, modifier
-    plan = query_offsets, kv_offsets, kv_lengths, block_tables
-    ctx.save_for_backward(q, k, v, out, lse, *plan, sinks, parameters, query_ranges)
-
-
-def _backward(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, block_tables, sinks, parameters, query_ranges = ctx.saved_tensors
-    scale, window, softcap, block_size, modifier = ctx.attributes
-    options = block_tables, block_size, sinks, modifier, parameters, query_ranges
-    dq, dk, dv, dsinks = _BACKWARD(grad, *tensors, scale, window, softcap, *options)
-    return dq, dk, dv, *(None,) * 8, None if sinks is None else dsinks, None, None, None
-
-
-_BACKWARD = register(
+_FORWARD, _BACKWARD = register_differentiable(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor query_offsets, Tensor kv_offsets, Tensor kv_lengths, "
+    "Tensor? block_tables, int block_size, float scale, int window, float softcap, Tensor? sinks=None, "
+    "str modifier='', Tensor? parameters=None, Tensor? query_ranges=None) -> (Tensor out, Tensor lse)",
     "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     "Tensor query_offsets, Tensor kv_offsets, Tensor kv_lengths, float scale, int window, float softcap, "
     "Tensor? block_tables=None, int block_size=0, Tensor? sinks=None, str modifier='', Tensor? parameters=None, "
     "Tensor? query_ranges=None) -> (Tensor, Tensor, Tensor, Tensor)",
-    reference=reference.attention_backward,
-    fake=_fake_backward,
-    triton="toolkit.ops.attention.triton_backward.attention_backward",
-)
-_FORWARD = register(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor query_offsets, Tensor kv_offsets, Tensor kv_lengths, "
-    "Tensor? block_tables, int block_size, float scale, int window, float softcap, Tensor? sinks=None, "
-    "str modifier='', Tensor? parameters=None, Tensor? query_ranges=None) -> (Tensor, Tensor)",
-    reference=reference.attention,
-    fake=_fake,
-    triton="toolkit.ops.attention.triton.attention",
-    backward=_backward,
-    setup_context=_setup_context,
+    gradients=("q", "k", "v", "sinks"),
+    reference=reference,
+    triton="toolkit.ops.attention.triton",
+    triton_backward="toolkit.ops.attention.triton_backward",
 )
 
 

@@ -5,6 +5,8 @@ depends on the rows computed beside it (about one value in 10^8 does: matrix pro
 order with their shape). Exact row invariance is what the native kernel gives. Elsewhere float32 is used.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -156,3 +158,16 @@ def attention_backward(
             share = torch.exp(sinks.to(wide)[:, None, None] - log_sum).masked_fill(log_sum == -torch.inf, 0.0)
             dsinks -= (share * delta)[..., 0].sum(-1)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks.to(q.dtype if sinks is None else sinks.dtype)
+
+
+def attention_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+    return out, q.new_empty(q.shape[0], q.shape[1], dtype=result_dtype(q))
+
+
+def attention_backward_fake(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sinks = rest[10] if len(rest) > 10 else None
+    dsinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks

@@ -1,13 +1,11 @@
 """Short depthwise causal convolutions over a forest of segments, as linear-attention layers use before their state."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from toolkit.errors import ToolkitError
 from toolkit.ops.causal_conv import reference
-from toolkit.ops.registry import register
+from toolkit.ops.registry import register, register_differentiable
 from toolkit.ops.rowwise import compute_dtype
 
 __all__ = ["causal_conv", "causal_conv_paged"]
@@ -16,33 +14,15 @@ WIDTHS = range(2, 9)
 ACTIVATIONS = (None, "silu")
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.activation = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # once: activation checkpointing computes them again at every look
-    bias, tails = saved[2], saved[5]
-    dx, to_weight, to_bias, to_tails = _BACKWARD(grad, *saved, ctx.activation)
-    return dx, to_weight, None if bias is None else to_bias, None, None, None if tails is None else to_tails, None
-
-
-_BACKWARD = register(
-    "causal_conv_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor query_offsets, Tensor past,"
-    " Tensor? tails, str? activation) -> (Tensor, Tensor, Tensor, Tensor)",
-    reference=reference.causal_conv_backward,
-    fake=reference.causal_conv_backward_fake,
-    triton="toolkit.ops.causal_conv.triton_backward.causal_conv_backward",
-)
-_FORWARD = register(
+_OP, _ = register_differentiable(
     "causal_conv(Tensor x, Tensor weight, Tensor? bias, Tensor query_offsets, Tensor past, Tensor? tails,"
     " str? activation) -> Tensor",
-    reference=reference.causal_conv,
-    fake=reference.causal_conv_fake,
-    triton="toolkit.ops.causal_conv.triton.causal_conv",
-    backward=_backward,
-    setup_context=_setup_context,
+    "causal_conv_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor query_offsets, Tensor past,"
+    " Tensor? tails, str? activation) -> (Tensor, Tensor, Tensor, Tensor)",
+    gradients=("x", "weight", "bias", "tails"),
+    reference=reference,
+    triton="toolkit.ops.causal_conv.triton",
+    triton_backward="toolkit.ops.causal_conv.triton_backward",
 )
 _PAGED = register(
     "causal_conv_paged(Tensor x, Tensor weight, Tensor? bias, Tensor query_offsets, Tensor sources, Tensor save_rows,"
@@ -122,7 +102,7 @@ def causal_conv(
     """
     _check(x, weight, bias, tails, activation)
     _check_indices(query_offsets, past=(past, [len(query_offsets) - 1, weight.shape[1] - 1]))
-    return _FORWARD.select(impl)(x, weight, bias, query_offsets, past, tails, activation)
+    return _OP.select(impl)(x, weight, bias, query_offsets, past, tails, activation)
 
 
 def causal_conv_paged(

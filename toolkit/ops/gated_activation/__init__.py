@@ -1,39 +1,18 @@
 """Gated activation: the pointwise middle of a gated MLP (Shazeer, 2020)."""
 
-from typing import Any
-
 from torch import Tensor
 
 from toolkit.errors import ToolkitError
 from toolkit.ops.activation.kinds import find
 from toolkit.ops.gated_activation import reference
-from toolkit.ops.registry import register
+from toolkit.ops.registry import register_differentiable
 
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    gate, up, ctx.kind = inputs
-    ctx.save_for_backward(gate, up)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-    gate, up = ctx.saved_tensors
-    dgate, dup = _BACKWARD(grad, gate, up, ctx.kind)
-    return dgate, dup, None
-
-
-_BACKWARD = register(
-    "gated_activation_backward(Tensor grad, Tensor gate, Tensor up, str kind) -> (Tensor, Tensor)",
-    reference=reference.gated_activation_backward,
-    fake=reference.gated_activation_backward_fake,
-    triton="toolkit.ops.gated_activation.triton.gated_activation_backward",
-)
-_FORWARD = register(
+_OP, _ = register_differentiable(
     "gated_activation(Tensor gate, Tensor up, str kind) -> Tensor",
-    reference=reference.gated_activation,
-    fake=reference.gated_activation_fake,
-    triton="toolkit.ops.gated_activation.triton.gated_activation",
-    backward=_backward,
-    setup_context=_setup_context,
+    "gated_activation_backward(Tensor grad, Tensor gate, Tensor up, str kind) -> (Tensor, Tensor)",
+    gradients=("gate", "up"),
+    reference=reference,
+    triton="toolkit.ops.gated_activation.triton",
 )
 
 
@@ -52,4 +31,4 @@ def gated_activation(gate: Tensor, up: Tensor, kind: str, *, impl: str | None = 
     find(kind)
     if gate.shape != up.shape:
         raise ToolkitError(f"gate has shape {list(gate.shape)}, up {list(up.shape)}; they must be equal.")
-    return _FORWARD.select(impl)(gate, up, kind)
+    return _OP.select(impl)(gate, up, kind)

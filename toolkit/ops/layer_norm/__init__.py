@@ -1,38 +1,17 @@
 """Layer norm over the last dimension (Ba, Kiros and Hinton, 2016)."""
 
-from typing import Any
-
 from torch import Tensor
 
 from toolkit.ops.layer_norm import reference
-from toolkit.ops.registry import register
+from toolkit.ops.registry import register_differentiable
 from toolkit.ops.rowwise import check_row
 
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, ctx.eps = inputs
-    ctx.save_for_backward(x, weight, bias)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
-    x, weight, bias = ctx.saved_tensors
-    dx, dw, db = _BACKWARD(grad, x, weight, bias, ctx.eps)
-    return dx, None if weight is None else dw, None if bias is None else db, None
-
-
-_BACKWARD = register(
-    "layer_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)",
-    reference=reference.layer_norm_backward,
-    fake=reference.layer_norm_backward_fake,
-    triton="toolkit.ops.layer_norm.triton.layer_norm_backward",
-)
-_FORWARD = register(
+_OP, _ = register_differentiable(
     "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor",
-    reference=reference.layer_norm,
-    fake=reference.layer_norm_fake,
-    triton="toolkit.ops.layer_norm.triton.layer_norm",
-    backward=_backward,
-    setup_context=_setup_context,
+    "layer_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)",
+    gradients=("x", "weight", "bias"),
+    reference=reference,
+    triton="toolkit.ops.layer_norm.triton",
 )
 
 
@@ -48,4 +27,4 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     """
     check_row("weight", weight, x)
     check_row("bias", bias, x)
-    return _FORWARD.select(impl)(x, weight, bias, eps)
+    return _OP.select(impl)(x, weight, bias, eps)

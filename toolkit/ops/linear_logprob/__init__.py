@@ -3,14 +3,14 @@
 What stands under every objective (cross-entropy, preference and policy losses, distillation) and under scoring.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from toolkit.errors import ToolkitError
 from toolkit.ops.linear_logprob import reference
-from toolkit.ops.registry import register
+from toolkit.ops.registry import register_differentiable
 
 __all__ = ["LinearLogprob", "linear_logprob"]
 
@@ -26,41 +26,17 @@ class LinearLogprob(NamedTuple):
     top_ids: Tensor
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, targets, temperature, ctx.scale, ctx.softcap, _ = inputs
-    _, lse, entropy, _, top_values, top_ids = output
-    ctx.mark_non_differentiable(top_values, top_ids)
-    ctx.save_for_backward(hidden, weight, bias, targets, temperature, lse, entropy)
-
-
-def _backward(
-    ctx: Any, grad_logprob: Tensor, grad_lse: Tensor, grad_entropy: Tensor, grad_mean: Tensor, *_: Any
-) -> tuple[Tensor | None, ...]:
-    hidden, weight, bias, targets, temperature, lse, entropy = ctx.saved_tensors
-    needs = ctx.needs_input_grad[:3]
-    gradients = _BACKWARD(
-        grad_logprob, grad_lse, grad_entropy, grad_mean, hidden, weight, bias, targets, temperature, lse, entropy,
-        ctx.scale, ctx.softcap, *needs,
-    )  # fmt: skip
-    return (*(gradient if need else None for gradient, need in zip(gradients, needs)), None, None, None, None, None)
-
-
-_BACKWARD = register(
+_OP, _ = register_differentiable(
+    "linear_logprob(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? temperature, float scale,"
+    " float softcap, int top_k) -> (Tensor logprob, Tensor lse, Tensor entropy, Tensor mean,"
+    " Tensor top_values, Tensor top_ids)",
     "linear_logprob_backward(Tensor grad_logprob, Tensor grad_lse, Tensor grad_entropy, Tensor grad_mean,"
     " Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? temperature, Tensor lse, Tensor entropy,"
     " float scale, float softcap, bool need_hidden, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
-    reference=reference.linear_logprob_backward,
-    fake=reference.linear_logprob_backward_fake,
-    triton="toolkit.ops.linear_logprob.triton_backward.linear_logprob_backward",
-)
-_FORWARD = register(
-    "linear_logprob(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? temperature, float scale,"
-    " float softcap, int top_k) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    reference=reference.linear_logprob,
-    fake=reference.linear_logprob_fake,
-    triton="toolkit.ops.linear_logprob.triton.linear_logprob",
-    backward=_backward,
-    setup_context=_setup_context,
+    gradients=("hidden", "weight", "bias"),
+    reference=reference,
+    triton="toolkit.ops.linear_logprob.triton",
+    triton_backward="toolkit.ops.linear_logprob.triton_backward",
 )
 
 
@@ -116,7 +92,7 @@ def linear_logprob(
     several = targets.dim() > len(rows)
     flat = targets.reshape(rows.numel(), targets.shape[-1] if several else 1)
     arguments = (hidden.reshape(rows.numel(), hidden.shape[-1]), weight, bias, flat, per_row, scale, softcap, top_k)
-    logprob, lse, entropy, mean, top_values, top_ids = _FORWARD.select(impl)(*arguments)
+    logprob, lse, entropy, mean, top_values, top_ids = _OP.select(impl)(*arguments)
     return LinearLogprob(
         logprob.reshape(targets.shape),
         lse.view(rows),

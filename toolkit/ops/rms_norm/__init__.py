@@ -1,65 +1,26 @@
 """Root-mean-square norm over the last dimension (Zhang and Sennrich, 2019), of x or of x plus a residual."""
 
-from typing import Any
-
 from torch import Tensor
 
 from toolkit.errors import ToolkitError
-from toolkit.ops.registry import register
+from toolkit.ops.registry import register_differentiable
 from toolkit.ops.rms_norm import reference
 from toolkit.ops.rowwise import check_row
 
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, ctx.eps, ctx.offset = inputs
-    ctx.save_for_backward(x, weight)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-    x, weight = ctx.saved_tensors
-    dx, dw = _BACKWARD(grad, x, weight, ctx.eps, ctx.offset)
-    return dx, None if weight is None else dw, None, None
-
-
-def _add_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, _, weight, ctx.eps, ctx.offset = inputs
-    ctx.save_for_backward(output[1], weight)
-
-
-def _add_backward(ctx: Any, grad: Tensor, grad_sum: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
-    total, weight = ctx.saved_tensors
-    dx, dw = _ADD_BACKWARD(grad, grad_sum, total, weight, ctx.eps, ctx.offset)
-    return dx, dx, None if weight is None else dw, None, None
-
-
-_BACKWARD = register(
-    "rms_norm_backward(Tensor grad, Tensor x, Tensor? weight, float eps, float offset) -> (Tensor, Tensor)",
-    reference=reference.rms_norm_backward,
-    fake=reference.rms_norm_backward_fake,
-    triton="toolkit.ops.rms_norm.triton.rms_norm_backward",
-)
-_FORWARD = register(
+_OP, _ = register_differentiable(
     "rms_norm(Tensor x, Tensor? weight, float eps, float offset) -> Tensor",
-    reference=reference.rms_norm,
-    fake=reference.rms_norm_fake,
-    triton="toolkit.ops.rms_norm.triton.rms_norm",
-    backward=_backward,
-    setup_context=_setup_context,
+    "rms_norm_backward(Tensor grad, Tensor x, Tensor? weight, float eps, float offset) -> (Tensor, Tensor)",
+    gradients=("x", "weight"),
+    reference=reference,
+    triton="toolkit.ops.rms_norm.triton",
 )
-_ADD_BACKWARD = register(
-    "add_rms_norm_backward(Tensor grad, Tensor grad_sum, Tensor total, Tensor? weight, float eps, float offset)"
-    " -> (Tensor, Tensor)",
-    reference=reference.add_rms_norm_backward,
-    fake=reference.add_rms_norm_backward_fake,
-    triton="toolkit.ops.rms_norm.triton.add_rms_norm_backward",
-)
-_ADD_FORWARD = register(
+_ADD, _ = register_differentiable(
     "add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps, float offset) -> (Tensor normed, Tensor sum)",
-    reference=reference.add_rms_norm,
-    fake=reference.add_rms_norm_fake,
-    triton="toolkit.ops.rms_norm.triton.add_rms_norm",
-    backward=_add_backward,
-    setup_context=_add_setup_context,
+    "add_rms_norm_backward(Tensor grad_normed, Tensor grad_sum, Tensor sum, Tensor? weight, float eps, float offset)"
+    " -> (Tensor, Tensor)",
+    gradients=(("x", "residual"), "weight"),
+    reference=reference,
+    triton="toolkit.ops.rms_norm.triton",
 )
 
 
@@ -74,7 +35,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0, 
     Errors: ToolkitError for a weight of another shape; other dtypes; on Triton float64 and N above 32768.
     """
     check_row("weight", weight, x)
-    return _FORWARD.select(impl)(x, weight, eps, offset)
+    return _OP.select(impl)(x, weight, eps, offset)
 
 
 def add_rms_norm(
@@ -93,4 +54,4 @@ def add_rms_norm(
             f" {list(x.shape)} and {x.dtype} of it."
         )
     check_row("weight", weight, x)
-    return _ADD_FORWARD.select(impl)(x, residual, weight, eps, offset)
+    return _ADD.select(impl)(x, residual, weight, eps, offset)

@@ -1,37 +1,17 @@
 """Log-probability of given tokens, the loss of language models, without a stored softmax."""
 
-from typing import Any
-
 from torch import Tensor
 
 from toolkit.errors import ToolkitError
-from toolkit.ops.registry import register
+from toolkit.ops.registry import register_differentiable
 from toolkit.ops.token_logprob import reference
 
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    logits, targets = inputs
-    ctx.save_for_backward(logits, targets, output[1])
-
-
-def _backward(ctx: Any, grad_logprob: Tensor, grad_lse: Tensor) -> tuple[Tensor, None]:
-    logits, targets, lse = ctx.saved_tensors
-    return _BACKWARD(grad_logprob, grad_lse, logits, targets, lse), None
-
-
-_BACKWARD = register(
+_OP, _ = register_differentiable(
+    "token_logprob(Tensor logits, Tensor targets) -> (Tensor logprob, Tensor lse)",
     "token_logprob_backward(Tensor grad_logprob, Tensor grad_lse, Tensor logits, Tensor targets, Tensor lse) -> Tensor",
-    reference=reference.token_logprob_backward,
-    fake=reference.token_logprob_backward_fake,
-    triton="toolkit.ops.token_logprob.triton.token_logprob_backward",
-)
-_FORWARD = register(
-    "token_logprob(Tensor logits, Tensor targets) -> (Tensor, Tensor)",
-    reference=reference.token_logprob,
-    fake=reference.token_logprob_fake,
-    triton="toolkit.ops.token_logprob.triton.token_logprob",
-    backward=_backward,
-    setup_context=_setup_context,
+    gradients=("logits",),
+    reference=reference,
+    triton="toolkit.ops.token_logprob.triton",
 )
 
 
@@ -52,4 +32,4 @@ def token_logprob(logits: Tensor, targets: Tensor, *, impl: str | None = None) -
             f"targets have shape {list(targets.shape)} and logits {list(logits.shape)};"
             " allowed are [...] and [..., V] with V at least 1."
         )
-    return _FORWARD.select(impl)(logits, targets)
+    return _OP.select(impl)(logits, targets)
