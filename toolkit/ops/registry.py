@@ -41,12 +41,11 @@ class Op:
 
     def select(self, impl: str | None) -> Callable[..., Any]:
         """The callable for ``impl``: None (by device), "reference", "cpu" or "triton"."""
-        if impl is None:
-            return self.overload
+        by_device: Callable[..., Any] = self.overload
+        if impl is None or (impl == "cpu" and has_native(self.name)):
+            return by_device
         if impl == "reference":
             return self.reference
-        if impl == "cpu" and has_native(self.name):
-            return self.overload
         if impl == "triton" and self.triton is not None:
             return self.triton
         allowed = ["reference"] + ["cpu"] * has_native(self.name) + ["triton"] * (self.triton is not None)
@@ -162,7 +161,7 @@ class _Formula:
         inputs = [argument.name for argument in parsed.arguments]
         outputs = [result.name for result in parsed.returns]
         arguments = backward_op.overload._schema.arguments
-        self.op, self.num_inputs, self.num_outputs = backward_op, len(inputs), len(outputs)
+        self.op, self.num_inputs = backward_op, len(inputs)
         grads = [argument.name for argument in arguments if argument.name.split("_")[0] == "grad"]
         # A single gradient ``grad`` is that of the first output.
         self.differentiable = (
