@@ -14,7 +14,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,25 +23,27 @@ from toolkit.errors import ToolkitError, must_be_one_of
 from toolkit.ops import native
 
 _LIBRARY = torch.library.Library("toolkit", "DEF")
-_OPS: dict[str, "Op"] = {}
+R = TypeVar("R")
+_OPS: dict[str, "Op[Any]"] = {}
 _NATIVE: set[str] = set()
 
 
 @dataclass(frozen=True)
-class Op:
-    """A registered op. Calling it dispatches by device; ``select`` names an implementation."""
+class Op(Generic[R]):
+    """A registered op with results of type R. Calling it dispatches by device; ``select`` names an implementation."""
 
     name: str
-    reference: Callable[..., Any]
-    triton: Callable[..., Any] | None
+    reference: Callable[..., R]
+    triton: Callable[..., R] | None
     overload: Any
 
-    def __call__(self, *args: Any) -> Any:
-        return self.overload(*args)
+    def __call__(self, *args: Any) -> R:
+        result: R = self.overload(*args)
+        return result
 
-    def select(self, impl: str | None) -> Callable[..., Any]:
+    def select(self, impl: str | None) -> Callable[..., R]:
         """The callable for ``impl``: None (by device), "reference", "cpu" or "triton"."""
-        by_device: Callable[..., Any] = self.overload
+        by_device: Callable[..., R] = self.overload
         if impl is None or (impl == "cpu" and has_native(self.name)):
             return by_device
         if impl == "reference":
@@ -76,12 +78,12 @@ def has_native(name: str) -> bool:
 def register(
     schema: str,
     *,
-    reference: Callable[..., Any],
+    reference: Callable[..., R],
     fake: Callable[..., Any],
     triton: str | None = None,
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., Any] | None = None,
-) -> Op:
+) -> Op[R]:
     """Define ``toolkit::<schema>`` and give it its implementations.
 
     Args:
@@ -104,7 +106,7 @@ def register(
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
-    op = Op(name, reference, gpu, getattr(torch.ops.toolkit, name).default)
+    op: Op[R] = Op(name, reference, gpu, getattr(torch.ops.toolkit, name).default)
     _OPS[name] = op
     return op
 
@@ -117,7 +119,7 @@ def register_differentiable(
     reference: ModuleType,
     triton: str,
     triton_backward: str | None = None,
-) -> tuple[Op, Op]:
+) -> tuple[Op[Any], Op[Any]]:
     """Define an op and its backward op, and register the one as the gradient of the other.
 
     ``reference`` holds ``<name>``, ``<name>_fake``, ``<name>_backward`` and ``<name>_backward_fake``.
@@ -132,7 +134,7 @@ def register_differentiable(
         triton_backward: the module of ``<name>_backward``, where it is another one.
 
     Returns:
-        The forward op and the backward op.
+        The forward op and the backward op; their variables declare the types of the results.
     """
     name, backward_name = (text.split("(", 1)[0] for text in (schema, backward_schema))
     backward_op = register(
@@ -156,7 +158,7 @@ def register_differentiable(
 class _Formula:
     """The autograd formula that the schemas of an op and of its backward op give."""
 
-    def __init__(self, schema: str, backward_op: Op, gradients: Sequence[str | tuple[str, ...]]) -> None:
+    def __init__(self, schema: str, backward_op: Op[Any], gradients: Sequence[str | tuple[str, ...]]) -> None:
         parsed = torch._C.parse_schema(schema)
         inputs = [argument.name for argument in parsed.arguments]
         outputs = [result.name for result in parsed.returns]

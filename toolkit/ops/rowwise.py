@@ -65,4 +65,5 @@ def row_sum(x: Tensor) -> Tensor:
     if width <= _BLOCK:
         return x.sum(-1, keepdim=True)
     blocks = pad(x, (0, -width % _BLOCK)).unflatten(-1, (-1, _BLOCK))
-    return blocks.sum(-1).sum(-1, keepdim=True)
+    total: Tensor = blocks.sum(-1).sum(-1, keepdim=True)
+    return total

@@ -36,4 +36,5 @@ def take_rows(x: Tensor, rows: Tensor) -> Tensor:
     ``x[rows]`` does not promise (its backward adds atomically). Takes as many steps as the most frequent row has
     repetitions.
     """
-    return _TakeRows.apply(x, rows)
+    taken: Tensor = _TakeRows.apply(x, rows)  # type: ignore[no-untyped-call]
+    return taken

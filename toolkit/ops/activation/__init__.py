@@ -4,11 +4,12 @@ from torch import Tensor
 
 from toolkit.ops.activation import reference
 from toolkit.ops.activation.kinds import KINDS, find, plain_kinds
-from toolkit.ops.registry import register_differentiable
+from toolkit.ops.registry import Op, register_differentiable
 
 __all__ = ["KINDS", "activation", "plain_kinds"]
 
 
+_OP: Op[Tensor]
 _OP, _ = register_differentiable(
     "activation(Tensor x, str kind) -> Tensor",
     "activation_backward(Tensor grad, Tensor x, str kind) -> Tensor",

@@ -4,11 +4,13 @@ from torch import Tensor
 
 from toolkit.errors import ToolkitError
 from toolkit.ops.attention import modifiers, reference
-from toolkit.ops.registry import register_differentiable
+from toolkit.ops.registry import Op, register_differentiable
 
 __all__ = ["attention", "attention_backward"]
 
 
+_FORWARD: Op[tuple[Tensor, Tensor]]
+_BACKWARD: Op[tuple[Tensor, Tensor, Tensor, Tensor]]
 _FORWARD, _BACKWARD = register_differentiable(
     "attention(Tensor q, Tensor k, Tensor v, Tensor query_offsets, Tensor kv_offsets, Tensor kv_lengths, "
     "Tensor? block_tables, int block_size, float scale, int window, float softcap, Tensor? sinks=None, "

@@ -211,7 +211,7 @@ _SPLITS: dict[int, Choices[int]] = {
     2: ((256, 2048), (576, 1024)),
     4: ((256, 2048), (576, 1024)),
 }
-SPLITS = TileTable(
+SPLITS: TileTable[int] = TileTable(
     "attention",
     {
         **dict.fromkeys(("sm_80", "sm_90", "sm_100", "gfx942"), _SPLITS),

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from toolkit.errors import ToolkitError
 from toolkit.ops.causal_conv import reference
-from toolkit.ops.registry import register, register_differentiable
+from toolkit.ops.registry import Op, register, register_differentiable
 from toolkit.ops.rowwise import compute_dtype
 
 __all__ = ["causal_conv", "causal_conv_paged"]
@@ -14,6 +14,7 @@ WIDTHS = range(2, 9)
 ACTIVATIONS = (None, "silu")
 
 
+_OP: Op[Tensor]
 _OP, _ = register_differentiable(
     "causal_conv(Tensor x, Tensor weight, Tensor? bias, Tensor query_offsets, Tensor past, Tensor? tails,"
     " str? activation) -> Tensor",

@@ -131,7 +131,8 @@ def experts(
         x, topk_weights, up, up_bias, down, down_bias, *plan, activation, score_position, transposed, interleaved
     )  # fmt: skip
     if recompute and torch.is_grad_enabled():
-        return _Recomputed.apply(*arguments)
+        out: Tensor = _Recomputed.apply(*arguments)  # type: ignore[no-untyped-call]
+        return out
     return _FORWARD.select(impl)(*arguments)[0]
 
 

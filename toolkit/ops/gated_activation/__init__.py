@@ -5,8 +5,9 @@ from torch import Tensor
 from toolkit.errors import ToolkitError
 from toolkit.ops.activation.kinds import find
 from toolkit.ops.gated_activation import reference
-from toolkit.ops.registry import register_differentiable
+from toolkit.ops.registry import Op, register_differentiable
 
+_OP: Op[Tensor]
 _OP, _ = register_differentiable(
     "gated_activation(Tensor gate, Tensor up, str kind) -> Tensor",
     "gated_activation_backward(Tensor grad, Tensor gate, Tensor up, str kind) -> (Tensor, Tensor)",

@@ -3,9 +3,10 @@
 from torch import Tensor
 
 from toolkit.ops.layer_norm import reference
-from toolkit.ops.registry import register_differentiable
+from toolkit.ops.registry import Op, register_differentiable
 from toolkit.ops.rowwise import check_row
 
+_OP: Op[Tensor]
 _OP, _ = register_differentiable(
     "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor",
     "layer_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)",

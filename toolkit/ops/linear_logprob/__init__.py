@@ -10,7 +10,7 @@ from torch import Tensor
 
 from toolkit.errors import ToolkitError
 from toolkit.ops.linear_logprob import reference
-from toolkit.ops.registry import register_differentiable
+from toolkit.ops.registry import Op, register_differentiable
 
 __all__ = ["LinearLogprob", "linear_logprob"]
 
@@ -26,6 +26,7 @@ class LinearLogprob(NamedTuple):
     top_ids: Tensor
 
 
+_OP: Op[tuple[Tensor, ...]]
 _OP, _ = register_differentiable(
     "linear_logprob(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? temperature, float scale,"
     " float softcap, int top_k) -> (Tensor logprob, Tensor lse, Tensor entropy, Tensor mean,"

@@ -58,7 +58,7 @@ class DeferredLogits(Tensor):
         # What only C++ sees (an autograd.Function applied to the logits) leaves its gradient here, at a leaf.
         this = weakref.ref(self)
         with torch._C.DisableTorchFunctionSubclass():
-            self.register_hook(lambda grad: _pass_on(this, grad))
+            self.register_hook(lambda grad: _pass_on(this, grad))  # type: ignore[no-untyped-call]
         return self
 
     def _versions(self) -> tuple[int, ...]:

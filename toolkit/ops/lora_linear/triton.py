@@ -16,6 +16,7 @@ from toolkit.ops import triton_devices
 from toolkit.ops.attention.triton_common import find_tile
 from toolkit.ops.linear.triton import aligned_rows
 from toolkit.ops.lora_linear import tiles
+from toolkit.ops.triton_rows import power_of_2
 
 
 @triton.jit(do_not_specialize=["groups", "num_rows"])
@@ -138,7 +139,7 @@ def group_rows(adapters: torch.Tensor, count: int) -> Grouped:
 
 
 def padded_ranks(ranks: int) -> int:
-    return max(16, triton.next_power_of_2(ranks))
+    return max(16, power_of_2(ranks))
 
 
 def shrink(x: torch.Tensor, weight: torch.Tensor, scaling: torch.Tensor, grouped: Grouped) -> torch.Tensor:

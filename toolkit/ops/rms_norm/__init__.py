@@ -3,10 +3,11 @@
 from torch import Tensor
 
 from toolkit.errors import ToolkitError
-from toolkit.ops.registry import register_differentiable
+from toolkit.ops.registry import Op, register_differentiable
 from toolkit.ops.rms_norm import reference
 from toolkit.ops.rowwise import check_row
 
+_OP: Op[Tensor]
 _OP, _ = register_differentiable(
     "rms_norm(Tensor x, Tensor? weight, float eps, float offset) -> Tensor",
     "rms_norm_backward(Tensor grad, Tensor x, Tensor? weight, float eps, float offset) -> (Tensor, Tensor)",
@@ -14,6 +15,7 @@ _OP, _ = register_differentiable(
     reference=reference,
     triton="toolkit.ops.rms_norm.triton",
 )
+_ADD: Op[tuple[Tensor, Tensor]]
 _ADD, _ = register_differentiable(
     "add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps, float offset) -> (Tensor normed, Tensor sum)",
     "add_rms_norm_backward(Tensor grad_normed, Tensor grad_sum, Tensor sum, Tensor? weight, float eps, float offset)"

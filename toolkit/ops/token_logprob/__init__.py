@@ -3,9 +3,10 @@
 from torch import Tensor
 
 from toolkit.errors import ToolkitError
-from toolkit.ops.registry import register_differentiable
+from toolkit.ops.registry import Op, register_differentiable
 from toolkit.ops.token_logprob import reference
 
+_OP: Op[tuple[Tensor, Tensor]]
 _OP, _ = register_differentiable(
     "token_logprob(Tensor logits, Tensor targets) -> (Tensor logprob, Tensor lse)",
     "token_logprob_backward(Tensor grad_logprob, Tensor grad_lse, Tensor logits, Tensor targets, Tensor lse) -> Tensor",
