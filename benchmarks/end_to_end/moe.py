@@ -20,7 +20,7 @@ import toolkit
 from benchmarks.common import both_ways, gate, interleaved, print_table, qwen3_moe, summary, write_json
 from benchmarks.end_to_end.serve import Engine, Generate, compare, make_prompts
 from benchmarks.end_to_end.train import gradient_gate, steps_in_turns
-from toolkit.moe import ExpertWeights, mix
+from toolkit.moe import ExpertLayout, ExpertWeights, moe_forward
 
 PEERS = ("grouped_mm", "eager")
 IMPLEMENTATIONS = ("grouped_mm", "eager", "batched_mm")
@@ -61,7 +61,7 @@ def bench_op(stock: Any, repeats: int) -> dict[str, Any]:
         experts, inputs, ids = block(tokens, stock)
 
         def ours(x: Tensor, s: Tensor, up: Tensor, down: Tensor, ids: Tensor = ids) -> Tensor:
-            return mix(x, ids, s, ExpertWeights(up, down, "silu"))
+            return moe_forward(x, ids, s, ExpertWeights(up, down, ExpertLayout("silu")))
 
         def theirs(x: Tensor, s: Tensor, *_: Tensor, ids: Tensor = ids, experts: Any = experts) -> Tensor:
             return grouped_mm_experts_forward(experts, x, ids, s)

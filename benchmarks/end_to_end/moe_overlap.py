@@ -1,9 +1,9 @@
-"""A layer of experts over two gloo processes: when each chunk was sent, computed and returned, beside the model of it.
+"""An MoE layer over two gloo processes: when each chunk was sent, computed and returned, beside the model of it.
 
     python -m benchmarks.moe_overlap --chunks 4
 
-The rates that the model is given are measured too, each alone: the link's on one transfer, the products' on a chunk of
-rows. On CPU transfers take the cores that products want: overlap gains less than the model says of a dedicated link.
+The model's rates are measured too, each alone: the link's on one transfer, the GEMMs' on a chunk of rows. On CPU
+transfers use the cores that GEMMs need, so overlap gains less than the model of a separate link predicts.
 """
 
 import argparse
@@ -19,17 +19,19 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 from benchmarks.common import print_table, write_json
-from toolkit.moe import ExpertParallel, ExpertWeights, dispatch_plan
-from toolkit.moe import exchange as exchange_module
-from toolkit.moe import rows as local
-from toolkit.moe.overlap import Event, Layer, Rates, predict
-from toolkit.moe.transport import Collective, Pending
+from benchmarks.end_to_end.moe_overlap_model import Event, Layer, Rates, predict
+from toolkit.moe import ExpertLayout, ExpertParallelDispatcher, ExpertWeights, dispatch_plan, moe_forward
+from toolkit.moe import pipeline as pipeline_module
+from toolkit.moe.dispatchers.exchange_plan import schedule
+from toolkit.moe.dispatchers.transport import Collective, Pending
+from toolkit.ops.experts.rows import RoutedRows, experts_rows, experts_rows_backward
 
-EXPERTS, SLOTS, RANKS = 8, 2, 2
+EXPERTS, TOP_K, RANKS = 8, 2, 2
+COMPUTES = ("experts_rows", "experts_rows_backward", "experts_weight_gradients")  # of the pipeline's module
 
 
 class Traced(Collective):
-    """Notes when transfers of token rows begin and end, told by their width; smaller ones ride along."""
+    """Records when transfers of token rows begin and end, identified by their width; smaller ones are not recorded."""
 
     def __init__(self, group: dist.ProcessGroup, width: int) -> None:
         super().__init__(group)
@@ -48,7 +50,7 @@ class Traced(Collective):
 def events_of(transport: Traced, computed: list[list[float]], chunks: int, backward: bool) -> list[Event]:
     """Events of one pass, from its first transfer on; the transfers come in the order of the schedule."""
     zero = transport.transfers[0][0]
-    order = [step for step in exchange_module.schedule(chunks, backward) if step.action in ("send", "compute")]
+    order = [step for step in schedule(chunks, backward) if step.action in ("send", "compute")]
     names = [("send" if step.action == "send" else "return", step.chunk) for step in order]
     events = [Event(*name, t[0] - zero, t[1] - zero) for name, t in zip(names, transport.transfers, strict=True)]
     steps = [("compute", chunk) for chunk in range(chunks)] + [("weights", -1)] * backward
@@ -69,35 +71,38 @@ def seconds_of(action: Any, repeats: int) -> float:
 def measured_rates(
     transport: Collective, layer: Layer, weights: ExpertWeights, chunks: int, backward: bool, repeats: int
 ) -> Rates:
-    """Of a transfer of rows to the other rank, of an empty one, and of the products of a chunk's rows."""
+    """Of a transfer of rows to the other rank, of an empty one, and of the GEMMs of a chunk's rows."""
     count = layer.tokens
-    rows = torch.randn(count, layer.width)
+    rows = torch.randn(count, layer.hidden_size)
     counts = [[0, count], [count, 0]]
     latency = seconds_of(lambda: transport.exchange(rows[:0], [[0, 0], [0, 0]]).wait(), repeats)
     transfer = seconds_of(lambda: transport.exchange(rows, counts).wait(), repeats)
-    number = layer.tokens * layer.slots // chunks
+    number = layer.tokens * layer.top_k // chunks
     expert = torch.randint(EXPERTS // RANKS, (number,), generator=torch.Generator().manual_seed(1))
     plan = dispatch_plan(expert[:, None], EXPERTS // RANKS)
-    routed = local.Routed(torch.randn(number, layer.width), expert, torch.rand(number), plan)
+    rows_here = RoutedRows(torch.randn(number, layer.hidden_size), expert, torch.rand(number), plan)
+    layout = weights.layout
+    how = (weights.up, weights.up_bias, weights.down, weights.down_bias, layout.activation, layout.score_position,
+           layout.transposed, layout.interleaved)  # fmt: skip
     if backward:
-        z = local.forward(routed, weights)[1]
-        grad = torch.randn_like(routed.x)
-        gemm = seconds_of(lambda: local.backward(grad, routed, z, weights), repeats)
+        z = experts_rows(rows_here, *how)[1]
+        grad = torch.randn_like(rows_here.x)
+        gemm = seconds_of(lambda: experts_rows_backward(grad, rows_here, z, *how), repeats)
     else:
-        gemm = seconds_of(lambda: local.forward(routed, weights), repeats)
-    return Rates(count * layer.width * 4 / max(transfer - latency, 1e-9), layer.products / chunks / gemm, latency)
+        gemm = seconds_of(lambda: experts_rows(rows_here, *how), repeats)
+    return Rates(count * layer.hidden_size * 4 / max(transfer - latency, 1e-9), layer.flops / chunks / gemm, latency)
 
 
 def traced_pass(layer: Layer, weights: ExpertWeights, chunks: int, repeats: int) -> dict[str, Any]:
     """Median seconds of forward and backward, and the events of the last of each."""
-    transport = Traced(dist.group.WORLD, layer.width)  # type: ignore[arg-type]
-    parallel = ExpertParallel(chunks=chunks, transport=transport)
+    transport = Traced(dist.group.WORLD, layer.hidden_size)  # type: ignore[arg-type]
+    dispatcher = ExpertParallelDispatcher(chunks=chunks, transport=transport)
     generator = torch.Generator().manual_seed(2 + transport.rank)
-    x = torch.randn(layer.tokens, layer.width, generator=generator).requires_grad_()
-    ids = torch.rand(layer.tokens, EXPERTS, generator=generator).argsort(-1)[:, :SLOTS]
-    scores = torch.rand(layer.tokens, SLOTS, generator=generator).requires_grad_()
+    x = torch.randn(layer.tokens, layer.hidden_size, generator=generator).requires_grad_()
+    topk_ids = torch.rand(layer.tokens, EXPERTS, generator=generator).argsort(-1)[:, :TOP_K]
+    topk_weights = torch.rand(layer.tokens, TOP_K, generator=generator).requires_grad_()
     computed: list[list[float]] = []
-    real = local.forward, local.backward, local.weight_gradients
+    real = {name: getattr(pipeline_module, name) for name in COMPUTES}
 
     def timed(function: Any) -> Any:
         def call(*arguments: Any) -> Any:
@@ -108,7 +113,8 @@ def traced_pass(layer: Layer, weights: ExpertWeights, chunks: int, repeats: int)
 
         return call
 
-    local.forward, local.backward, local.weight_gradients = map(timed, real)
+    for name, function in real.items():
+        setattr(pipeline_module, name, timed(function))
     seconds: dict[str, list[float]] = {"forward": [], "backward": []}
     events: dict[str, list[Event]] = {}
     try:
@@ -120,24 +126,31 @@ def traced_pass(layer: Layer, weights: ExpertWeights, chunks: int, repeats: int)
                 dist.barrier()
                 begin = time.perf_counter()
                 if name == "forward":
-                    out = parallel.mix(x, ids, scores, weights)
+                    out = moe_forward(x, topk_ids, topk_weights, weights, dispatcher)
                 else:
                     out.sum().backward()
                 seconds[name].append(time.perf_counter() - begin)
                 events[name] = events_of(transport, computed, chunks, name == "backward")
     finally:
-        local.forward, local.backward, local.weight_gradients = real
+        for name, function in real.items():
+            setattr(pipeline_module, name, function)
     return {name: {"seconds": statistics.median(seconds[name][1:]), "events": events[name]} for name in seconds}
 
 
 def work(rank: int, store: str, arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
-    layer = Layer(arguments.tokens, SLOTS, RANKS, arguments.width, arguments.inner)
+    layer = Layer(arguments.tokens, TOP_K, RANKS, arguments.hidden_size, arguments.intermediate_size)
     generator = torch.Generator().manual_seed(rank)
-    up = torch.randn(EXPERTS // RANKS, 2 * layer.inner, layer.width, generator=generator) * layer.width**-0.5
-    down = torch.randn(EXPERTS // RANKS, layer.width, layer.inner, generator=generator) * layer.inner**-0.5
-    weights = ExpertWeights(up.requires_grad_(), down.requires_grad_(), "silu")
+    up = (
+        torch.randn(EXPERTS // RANKS, 2 * layer.intermediate_size, layer.hidden_size, generator=generator)
+        * layer.hidden_size**-0.5
+    )
+    down = (
+        torch.randn(EXPERTS // RANKS, layer.hidden_size, layer.intermediate_size, generator=generator)
+        * layer.intermediate_size**-0.5
+    )
+    weights = ExpertWeights(up.requires_grad_(), down.requires_grad_(), ExpertLayout("silu"))
     group: Any = dist.group.WORLD
     transport = Collective(group)
     passes = {}
@@ -169,8 +182,8 @@ def report(layer: Layer, passes: dict[int, Any], traced: int) -> None:
         model_of = {(event.action, event.chunk): event for event in predicted}
         lines = []
         for event in sorted(measured["events"], key=lambda one: one.begin):
-            expected = model_of[event.action, event.chunk]
-            spans = [f"{e.begin * 1e3:.2f} to {e.end * 1e3:.2f}" for e in (event, expected)]
+            predicted_event = model_of[event.action, event.chunk]
+            spans = [f"{e.begin * 1e3:.2f} to {e.end * 1e3:.2f}" for e in (event, predicted_event)]
             lines.append([event.action, event.chunk if event.chunk >= 0 else "all", *spans])
         print_table(f"{name}, one run, ms", ["action", "chunk", "measured", "model"], lines)
     result = {"layer": vars(layer), "passes": [dict(zip(FIELDS, row)) for row in rows]}
@@ -180,8 +193,8 @@ def report(layer: Layer, passes: dict[int, Any], traced: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--inner", type=int, default=256)
+    parser.add_argument("--hidden-size", type=int, default=512)
+    parser.add_argument("--intermediate-size", type=int, default=256)
     parser.add_argument("--chunks", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=7)
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Random layers of experts shared out to ranks, and the single process they must agree with."""
+"""Random MoE layers sharded over ranks, and the single process they must agree with."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toolkit.moe import ExpertParallel, ExpertWeights, mix
-from toolkit.moe.transport import Transport
+from toolkit.moe import ExpertLayout, ExpertParallelDispatcher, ExpertWeights, moe_forward
+from toolkit.moe.dispatchers.transport import Transport
 from toolkit.ops.dispatch_plan import dispatch_plan
 from toolkit.ops.experts import experts
 
-GRADIENTS = ("x", "scores", "up", "down", "up_bias", "down_bias")
+GRADIENTS = ("x", "topk_weights", "up", "down", "up_bias", "down_bias")
 
 
 @dataclass
@@ -19,8 +19,8 @@ class Case:
     """All ranks' tokens one after the other; rank r has ``tokens[r]`` of them."""
 
     x: Tensor
-    ids: Tensor
-    scores: Tensor
+    topk_ids: Tensor
+    topk_weights: Tensor
     grad: Tensor
     weights: ExpertWeights
     tokens: list[int]
@@ -35,8 +35,8 @@ def make_case(
     tokens: list[int],
     *,
     num_experts: int = 8,
-    slots: int = 3,
-    width: int = 10,
+    top_k: int = 3,
+    hidden: int = 10,
     inner: int = 6,
     only: range | None = None,
     dtype: torch.dtype = torch.float32,
@@ -44,7 +44,7 @@ def make_case(
     gated: bool = True,
     **layout: Any,
 ) -> Case:
-    """Ids from ``only`` (all experts where None), some of them the mark of a slot to skip."""
+    """Ids from ``only`` (all experts where None), some of them the mark of a pair to skip."""
     g = torch.Generator().manual_seed(seed)
     count = sum(tokens)
     allowed = torch.tensor([*(only or range(num_experts)), num_experts])
@@ -53,31 +53,33 @@ def make_case(
         return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
 
     wide = 2 * inner if gated else inner
-    up, down = normal(num_experts, wide, width), normal(num_experts, width, inner)
+    up, down = normal(num_experts, wide, hidden), normal(num_experts, hidden, inner)
     if layout.get("transposed"):
         up, down = up.mT.contiguous(), down.mT.contiguous()
-    biases = (normal(num_experts, wide), normal(num_experts, width)) if bias else (None, None)
-    weights = ExpertWeights(up, down, "silu", *biases, **layout)
-    ids = allowed[torch.randint(len(allowed), (count, slots), generator=g)]
-    scores = torch.rand(count, slots, generator=g, dtype=torch.float64)
-    scores = scores.to(torch.float64 if dtype == torch.float64 else torch.float32)
-    return Case(normal(count, width), ids, scores, normal(count, width), weights, tokens, num_experts)
+    biases = (normal(num_experts, wide), normal(num_experts, hidden)) if bias else (None, None)
+    weights = ExpertWeights(up, down, ExpertLayout("silu", **layout), *biases)
+    topk_ids = allowed[torch.randint(len(allowed), (count, top_k), generator=g)]
+    topk_weights = torch.rand(count, top_k, generator=g, dtype=torch.float64)
+    topk_weights = topk_weights.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    return Case(normal(count, hidden), topk_ids, topk_weights, normal(count, hidden), weights, tokens, num_experts)
 
 
 def exchanged(
     case: Case, transport: Transport, chunks: int, recompute: bool = False
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Output and gradients on this rank; the weights' are those of its experts."""
-    parallel = ExpertParallel(chunks=chunks, transport=transport)
-    mine, owned = case.of_rank(transport.rank), parallel.owned(case.num_experts)
-    leaves = {"x": case.x[mine].clone(), "scores": case.scores[mine].clone()}
+    dispatcher = ExpertParallelDispatcher(chunks=chunks, transport=transport)
+    mine, owned = case.of_rank(transport.rank), dispatcher.owned(case.num_experts)
+    leaves = {"x": case.x[mine].clone(), "topk_weights": case.topk_weights[mine].clone()}
     for name in GRADIENTS[2:]:
         if getattr(case.weights, name) is not None:
             leaves[name] = getattr(case.weights, name)[owned].clone()
     leaves = {name: tensor.requires_grad_() for name, tensor in leaves.items()}
-    tensors: dict[str, Any] = {name: tensor for name, tensor in leaves.items() if name not in ("x", "scores")}
-    weights = case.weights._replace(**tensors, parallel=parallel)
-    out = mix(leaves["x"], case.ids[mine], leaves["scores"], weights, recompute=recompute)
+    tensors: dict[str, Any] = {name: tensor for name, tensor in leaves.items() if name not in ("x", "topk_weights")}
+    weights = case.weights._replace(**tensors)
+    out = moe_forward(
+        leaves["x"], case.topk_ids[mine], leaves["topk_weights"], weights, dispatcher, recompute=recompute
+    )
     out.backward(case.grad[mine])
     gradients: dict[str, Any] = {name: leaf.grad for name, leaf in leaves.items()}
     return out.detach(), gradients
@@ -85,19 +87,21 @@ def exchanged(
 
 def on_one(case: Case, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
     """Output and gradients of the op on all tokens and experts, in ``dtype``."""
-    kind = case.scores.dtype if dtype == case.x.dtype else dtype
+    kind = case.topk_weights.dtype if dtype == case.x.dtype else dtype
     leaves = {
         "x": case.x.to(dtype, copy=True).requires_grad_(),
-        "scores": case.scores.to(kind, copy=True).requires_grad_(),
+        "topk_weights": case.topk_weights.to(kind, copy=True).requires_grad_(),
     }
     for name in GRADIENTS[2:]:
         if getattr(case.weights, name) is not None:
             leaves[name] = getattr(case.weights, name).to(dtype, copy=True).requires_grad_()
-    w = case.weights
+    layout = case.weights.layout
     out = experts(
-        leaves["x"], leaves["scores"], leaves["up"], leaves["down"], dispatch_plan(case.ids, case.num_experts),
-        w.kind, up_bias=leaves.get("up_bias"), down_bias=leaves.get("down_bias"), score_position=w.site,
-        transposed=w.transposed, interleaved=w.interleaved,
+        leaves["x"], leaves["topk_weights"], leaves["up"], leaves["down"],
+        dispatch_plan(case.topk_ids, case.num_experts), layout.activation,
+        up_bias=leaves.get("up_bias"), down_bias=leaves.get("down_bias"),
+        score_position=layout.score_position,
+        transposed=layout.transposed, interleaved=layout.interleaved,
     )  # fmt: skip
     out.backward(case.grad.to(dtype))
     gradients: dict[str, Any] = {name: leaf.grad for name, leaf in leaves.items()}

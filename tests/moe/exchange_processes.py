@@ -9,8 +9,8 @@ import torch.distributed as dist
 from exchange_cases import exchanged, make_case, on_one
 
 from toolkit.errors import ToolkitError
-from toolkit.moe.symmetric_memory import SymmetricMemory
-from toolkit.moe.transport import Collective, transport_of
+from toolkit.moe.dispatchers.symmetric_memory import SymmetricMemory
+from toolkit.moe.dispatchers.transport import Collective, transport_of
 
 
 def run(rank: int, size: int, store: str, function: Any, *arguments: Any) -> None:
@@ -31,8 +31,10 @@ def agree_with_one_process(rank: int, size: int, seeds: int) -> None:
         tokens = [chance.choice([0, 1, 5, 16]) for _ in range(size)]
         dtype = chance.choice([torch.float32, torch.float32, torch.float64, torch.bfloat16])
         only = chance.choice([None, None, range(2)])
-        site = chance.choice(["activation", "combine", "input"])
-        case = make_case(seed, tokens, dtype=dtype, bias=chance.choice([True, False]), only=only, site=site)
+        position = chance.choice(["activation", "combine", "input"])
+        case = make_case(
+            seed, tokens, dtype=dtype, bias=chance.choice([True, False]), only=only, score_position=position
+        )
         chunks = chance.choice([1, 2, 4])
         out, gradients = exchanged(case, transport, chunks)
         again, once_more = exchanged(case, transport, chunks)
@@ -43,7 +45,7 @@ def agree_with_one_process(rank: int, size: int, seeds: int) -> None:
         for name, whole in on_one(case, torch.float64)[1].items():
             count = case.num_experts // size
             mine = slice(rank * count, (rank + 1) * count)
-            expected = whole[case.of_rank(rank) if name in ("x", "scores") else mine]
+            expected = whole[case.of_rank(rank) if name in ("x", "topk_weights") else mine]
             error = (gradients[name].double() - expected).norm()
             assert error <= limit * whole.norm().clamp_min(1e-30), (seed, name)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toolkit.moe.transport import Pending
+from toolkit.moe.dispatchers.transport import Pending
 
 
 class Board:

@@ -1,4 +1,4 @@
-"""Losses and figures of routers, on random logits and inside of a model over a forest of sequences."""
+"""Losses and metrics of routers, on random logits and inside a model over a forest of sequences."""
 
 import copy
 import math
@@ -12,11 +12,11 @@ import toolkit
 from toolkit.errors import ToolkitError
 from toolkit.moe.balance import (
     RouterStatistics,
-    correct_bias,
     expert_load,
     load_balancing_loss,
-    load_figures,
+    load_metrics,
     router_z_loss,
+    update_expert_bias,
 )
 from toolkit.moe.observer import observing
 from toolkit.patching.forward import ragged_forward
@@ -73,24 +73,24 @@ def test_even_loads_give_k_and_half_precision_is_computed_in_float32() -> None:
 
 
 def test_layers_with_other_numbers_of_experts_are_refused() -> None:
-    with pytest.raises(ToolkitError, match=r"layers have \[3, 4\] experts"):
+    with pytest.raises(ToolkitError, match=r"needs layers with equally many experts, got \[3, 4\]"):
         load_balancing_loss([torch.zeros(2, 3), torch.zeros(2, 4)], [torch.zeros(2, 1).long()] * 2)
 
 
-def test_loads_corrections_and_figures() -> None:
-    ids = torch.tensor([[0, 1], [0, 4], [3, 0]])  # 4: a slot that was skipped
+def test_loads_expert_biases_and_metrics() -> None:
+    ids = torch.tensor([[0, 1], [0, 4], [3, 0]])  # 4: a skipped pair
     assert expert_load(ids, 4).tolist() == [3.0, 1.0, 0.0, 1.0]
     assert expert_load(ids, 4, torch.tensor([2, 1, 5])).tolist() == [8.0, 2.0, 0.0, 5.0]
     assert expert_load(ids[:0], 4).tolist() == [0.0] * 4
     bias = torch.tensor([0.5, 0.0, 0.0, 0.0])
-    correct_bias(bias, torch.tensor([3.0, 1.0, 0.0, 0.0]), 0.125)
+    update_expert_bias(bias, torch.tensor([3.0, 1.0, 0.0, 0.0]), 0.125)
     assert bias.tolist() == [0.375, 0.0, 0.125, 0.125]
     even, uneven = torch.full((4,), 7.0), torch.tensor([6.0, 2.0, 0.0, 0.0])
-    assert load_figures([even]) == {"expert_load_max": 1.0, "expert_load_entropy": pytest.approx(1.0)}
+    assert load_metrics([even]) == {"expert_load_max": 1.0, "expert_load_entropy": pytest.approx(1.0)}
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) / math.log(4)
-    figures = load_figures([even, uneven])
-    assert figures == {"expert_load_max": 3.0, "expert_load_entropy": pytest.approx((1 + entropy) / 2)}
-    assert load_figures([torch.tensor([9.0])])["expert_load_max"] == 1.0
+    metrics = load_metrics([even, uneven])
+    assert metrics == {"expert_load_max": 3.0, "expert_load_entropy": pytest.approx((1 + entropy) / 2)}
+    assert load_metrics([torch.tensor([9.0])])["expert_load_max"] == 1.0
 
 
 def routed(model: torch.nn.Module, sequences: list[list[int]], share: bool) -> tuple[torch.Tensor, RouterStatistics]:
@@ -190,5 +190,5 @@ def test_losses_are_taken_once_a_forward() -> None:
     with pytest.raises(ToolkitError, match="layer 0 ran twice"), observing(statistics):
         toolkit.token_logprobs(model, [[4, 5]])
     statistics.take_losses()
-    with pytest.raises(ToolkitError, match="no router of the model was seen"):
+    with pytest.raises(ToolkitError, match="no router of the model was observed"):
         statistics.take_losses()

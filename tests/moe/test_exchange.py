@@ -1,4 +1,4 @@
-"""Experts shared out to ranks: the bits of one process, gradients of the float64 op, every shape of traffic."""
+"""Expert parallelism: bitwise identical to one process, gradients of the float64 op, every shape of traffic."""
 
 import random
 from typing import Any
@@ -10,9 +10,9 @@ from ranks import Threads, on_ranks
 from torch import Tensor
 
 from toolkit.errors import ToolkitError
-from toolkit.moe import ExpertAdapters, ExpertParallel, mix
-from toolkit.moe.exchange_plan import Step, schedule
-from toolkit.moe.transport import Here
+from toolkit.moe import ExpertAdapters, ExpertParallelDispatcher, moe_forward
+from toolkit.moe.dispatchers.exchange_plan import Step, schedule
+from toolkit.moe.dispatchers.transport import SingleRank
 
 
 def joined(results: list[tuple[Tensor, dict[str, Tensor]]]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -40,7 +40,7 @@ def test_any_number_of_ranks_has_the_bits_of_one(seed: int) -> None:
     chance = random.Random(seed)
     tokens = some_tokens(chance, 4)
     layout: dict[str, Any] = {
-        "site": chance.choice(["activation", "combine", "input"]),
+        "score_position": chance.choice(["activation", "combine", "input"]),
         "gated": chance.choice([True, True, False]),
         "bias": chance.choice([True, False]),
         "transposed": chance.choice([True, False]),
@@ -56,7 +56,7 @@ def test_any_number_of_ranks_has_the_bits_of_one(seed: int) -> None:
     ]
     for out, gradients in found[1:]:
         assert torch.equal(out, found[0][0])
-        for name in ("x", "scores"):
+        for name in ("x", "topk_weights"):
             assert torch.equal(gradients[name], found[0][1][name]), name
 
 
@@ -76,9 +76,11 @@ def test_weights_get_what_one_rank_adds_up_over_the_ranks_batches() -> None:
         parts = []
         for rank in range(4):
             mine = case.of_rank(rank)
-            alone = Case(case.x[mine], case.ids[mine], case.scores[mine], case.grad[mine], case.weights, [0], 8)
+            alone = Case(
+                case.x[mine], case.topk_ids[mine], case.topk_weights[mine], case.grad[mine], case.weights, [0], 8
+            )
             alone.tokens = [len(alone.x)]
-            parts.append(exchanged(alone, Here(), 3)[1][name])
+            parts.append(exchanged(alone, SingleRank(), 3)[1][name])
         assert torch.equal(gradients[name], parts[0] + parts[1] + parts[2] + parts[3]), name
 
 
@@ -89,15 +91,15 @@ def test_weights_get_what_one_rank_adds_up_over_the_ranks_batches() -> None:
         ([0, 9, 0, 3], None),
         ([5, 4, 3, 6], range(2, 4)),  # all to one rank
         ([5, 0, 0, 0], range(6, 8)),  # one rank sends, another computes
-        ([5, 4, 3, 6], range(8, 9)),  # every slot is skipped
+        ([5, 4, 3, 6], range(8, 9)),  # every pair is skipped
     ],
 )
 def test_traffic_of_every_shape(tokens: list[int], only: range | None) -> None:
     check(make_case(1, tokens, only=only), 4, 2)
 
 
-def test_a_token_goes_to_a_rank_once_and_comes_back_once_a_slot() -> None:
-    case = make_case(2, [20, 20], slots=4)
+def test_a_token_goes_to_a_rank_once_and_comes_back_once_per_pair() -> None:
+    case = make_case(2, [20, 20], top_k=4)
     sent: list[tuple[int, torch.Size]] = []
 
     def run(transport: Threads) -> Tensor:
@@ -108,31 +110,32 @@ def test_a_token_goes_to_a_rank_once_and_comes_back_once_a_slot() -> None:
             return original(rows, counts)
 
         transport.exchange = exchange  # type: ignore[method-assign]
-        parallel = ExpertParallel(chunks=1, transport=transport)
-        mine, owned = case.of_rank(transport.rank), parallel.owned(8)
-        weights = case.weights._replace(up=case.weights.up[owned], down=case.weights.down[owned], parallel=parallel)
-        return mix(case.x[mine], case.ids[mine], case.scores[mine], weights)
+        dispatcher = ExpertParallelDispatcher(chunks=1, transport=transport)
+        mine, owned = case.of_rank(transport.rank), dispatcher.owned(8)
+        weights = case.weights._replace(up=case.weights.up[owned], down=case.weights.down[owned])
+        return moe_forward(case.x[mine], case.topk_ids[mine], case.topk_weights[mine], weights, dispatcher)
 
     on_ranks(2, run)
     for rank in range(2):
-        ids = case.ids[case.of_rank(rank)]
+        ids = case.topk_ids[case.of_rank(rank)]
         rows = sum(len({int(e) // 4 for e in line if e < 8}) for line in ids)
-        slots = int((ids < 8).sum())
+        pairs = int((ids < 8).sum())
         shapes = [tuple(shape) for who, shape in sent if who == rank]
-        assert rows < slots
-        assert shapes[:2] == [(slots, 12), (rows, 10)]
+        assert rows < pairs
+        assert shapes[:2] == [(pairs, 12), (rows, 10)]
     assert sum(shape[0] for _, shape in sent if shape[1] == 10) == sum(
-        len({int(e) // 4 for e in line if e < 8}) for line in case.ids
-    ) + int((case.ids < 8).sum())
+        len({int(e) // 4 for e in line if e < 8}) for line in case.topk_ids
+    ) + int((case.topk_ids < 8).sum())
 
 
 def test_only_what_needs_a_gradient_gets_one() -> None:
     case = make_case(3, [6])
-    weights = case.weights._replace(parallel=ExpertParallel(), up=case.weights.up.clone().requires_grad_())
-    out = mix(case.x, case.ids, case.scores, weights)
+    dispatcher = ExpertParallelDispatcher()
+    weights = case.weights._replace(up=case.weights.up.clone().requires_grad_())
+    out = moe_forward(case.x, case.topk_ids, case.topk_weights, weights, dispatcher)
     out.backward(case.grad)
-    assert torch.equal(weights.up.grad, exchanged(case, Here(), 2)[1]["up"])  # type: ignore[arg-type]
-    assert not mix(case.x, case.ids, case.scores, case.weights._replace(parallel=ExpertParallel())).requires_grad
+    assert torch.equal(weights.up.grad, exchanged(case, SingleRank(), 2)[1]["up"])  # type: ignore[arg-type]
+    assert not moe_forward(case.x, case.topk_ids, case.topk_weights, case.weights, dispatcher).requires_grad
 
 
 def test_schedule_sends_ahead_and_takes_late() -> None:
@@ -153,12 +156,12 @@ def test_schedule_sends_ahead_and_takes_late() -> None:
 
 def test_errors_are_one_sentence() -> None:
     case = make_case(4, [3, 3, 3], num_experts=8)
-    with pytest.raises(ToolkitError, match="has 8 experts; expert parallelism over 3 ranks needs a multiple"):
+    with pytest.raises(ToolkitError, match="must be a multiple of the 3 ranks of expert parallelism, got 8"):
         on_ranks(3, lambda transport: exchanged(case, transport, 2))
-    with pytest.raises(ToolkitError, match="chunks is 0; it must be 1 or more"):
-        ExpertParallel(chunks=0)
-    weights = case.weights._replace(parallel=ExpertParallel())
-    with pytest.raises(ToolkitError, match=r"got x \[9, 10\], ids \[4, 3\]"):
-        mix(case.x, case.ids[:4], case.scores, weights)
-    with pytest.raises(ToolkitError, match="shared out to ranks and have adapters"):
-        mix(case.x, case.ids, case.scores, weights, adapters=ExpertAdapters())
+    with pytest.raises(ToolkitError, match="chunks must be >= 1, got 0"):
+        ExpertParallelDispatcher(chunks=0)
+    dispatcher = ExpertParallelDispatcher()
+    with pytest.raises(ToolkitError, match=r"got \[9, 10\], \[4, 3\] and \[9, 3\]"):
+        moe_forward(case.x, case.topk_ids[:4], case.topk_weights, case.weights, dispatcher)
+    with pytest.raises(ToolkitError, match="sharded over ranks cannot have adapters"):
+        moe_forward(case.x, case.topk_ids, case.topk_weights, case.weights, dispatcher, adapters=ExpertAdapters())

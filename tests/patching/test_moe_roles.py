@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import toolkit
 from toolkit.errors import ToolkitError
-from toolkit.modules.experts import layout_of
+from toolkit.modules.moe_experts import moe_experts_of
 from toolkit.patching import find_claims
 from toolkit.patching.roles.experts import find as find_experts
 from toolkit.testing.models import random_model
@@ -87,10 +87,10 @@ def test_a_router_that_draws_random_numbers_in_training_is_skipped():
 def test_the_place_of_experts_counts_layers_of_experts_alone():
     model = random_model("deepseek_v3_moe", layers=3)
     toolkit.patch(model)
-    layers = [layout_of(layer.mlp.experts).layer for layer in model.model.layers[1:]]
+    layers = [moe_experts_of(layer.mlp.experts).layer for layer in model.model.layers[1:]]
     assert layers == [0, 1]
     toolkit.unpatch(model)
-    assert all(layout_of(layer.mlp.experts) is None for layer in model.model.layers[1:])
+    assert all(moe_experts_of(layer.mlp.experts) is None for layer in model.model.layers[1:])
 
 
 def test_experts_with_other_limits_are_skipped_and_the_others_are_not():

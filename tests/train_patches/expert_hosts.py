@@ -1,11 +1,11 @@
-"""Run by test_expert_hosts.py in every process: the small mixture under accelerate and DeepSpeed."""
+"""Run by test_expert_hosts.py in every process: the small MoE model under accelerate and DeepSpeed."""
 
 import os
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from small_mixture import STEPS, loss_of, small_model, train_alone
+from small_moe_model import STEPS, loss_of, small_model, train_alone
 from torch import Tensor
 
 CLIP = 0.05  # far below the norms, so that every step is clipped

@@ -1,7 +1,19 @@
-"""Mixtures of experts: one plan of which row goes where, for a training batch and a decode step alike."""
+"""MoE layers: expert weights, dispatchers, and the forward that training and decoding share."""
 
-from toolkit.moe.exchange import ExpertParallel
-from toolkit.moe.experts import ExpertAdapters, ExpertWeights, mix
+from toolkit.moe.dispatchers import LOCAL, Dispatcher, ExpertParallelDispatcher, LocalDispatcher
+from toolkit.moe.forward import moe_forward
+from toolkit.moe.weights import ExpertAdapters, ExpertLayout, ExpertWeights
 from toolkit.ops.dispatch_plan import DispatchPlan, dispatch_plan
 
-__all__ = ["DispatchPlan", "ExpertAdapters", "ExpertParallel", "ExpertWeights", "dispatch_plan", "mix"]
+__all__ = [
+    "LOCAL",
+    "DispatchPlan",
+    "Dispatcher",
+    "ExpertAdapters",
+    "ExpertLayout",
+    "ExpertParallelDispatcher",
+    "ExpertWeights",
+    "LocalDispatcher",
+    "dispatch_plan",
+    "moe_forward",
+]

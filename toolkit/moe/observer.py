@@ -1,4 +1,4 @@
-"""Who watches the routers of a thread's forwards, for statistics and losses."""
+"""Observation of the routers of a thread's forwards, for statistics and auxiliary losses."""
 
 import threading
 from collections.abc import Iterator
@@ -9,15 +9,15 @@ from torch import Tensor
 
 
 class RouterObserver(Protocol):
-    """Takes statistics of routers: see ``observing``."""
+    """Receives what routers compute: see ``observe_router`` for the arguments."""
 
     def __call__(
-        self, layer: int, logits: Tensor, ids: Tensor, multiplicity: Tensor | None, expert_bias: Tensor | None
+        self, layer: int, logits: Tensor, topk_ids: Tensor, multiplicity: Tensor | None, expert_bias: Tensor | None
     ) -> None: ...
 
 
 class _Thread(threading.local):
-    """There from the start, since compiled graphs depend on which attributes exist."""
+    """The attribute exists from the start, because compiled graphs depend on which attributes exist."""
 
     def __init__(self) -> None:
         self.observer: RouterObserver | None = None
@@ -28,9 +28,9 @@ _thread = _Thread()
 
 @contextmanager
 def observing(observer: RouterObserver | None) -> Iterator[None]:
-    """Show ``observer`` what routers do in this thread's ragged forwards; None: nobody.
+    """Inside the block ``observer`` receives what routers compute in this thread's ragged forwards; None: nobody.
 
-    A layer that activation checkpointing runs again, in the backward, is not shown again.
+    A layer that activation checkpointing runs again, in the backward, is not observed again.
     """
     outer = _thread.observer
     _thread.observer = observer
@@ -41,16 +41,16 @@ def observing(observer: RouterObserver | None) -> Iterator[None]:
 
 
 def observe_router(
-    layer: int, logits: Tensor, ids: Tensor, multiplicity: Tensor | None, expert_bias: Tensor | None
+    layer: int, logits: Tensor, topk_ids: Tensor, multiplicity: Tensor | None, expert_bias: Tensor | None
 ) -> None:
-    """Show a router's work to who is ``observing`` this forward.
+    """Passes a router's results to the observer of this thread, if there is one.
 
     Args:
-        layer: index among the model's layers of experts.
+        layer: the index among the model's MoE layers.
         logits: [T, E].
-        ids: [T, K] its choice.
-        multiplicity: [T] how many samples each token stands for; None for one each.
-        expert_bias: [E] the bias of the choice, where the router has one.
+        topk_ids: [T, K], the routing.
+        multiplicity: [T], how many unshared samples each token stands for; None for ones.
+        expert_bias: the bias of the selection, where the router has one.
     """
     if _thread.observer is not None:
-        _thread.observer(layer, logits, ids, multiplicity, expert_bias)
+        _thread.observer(layer, logits, topk_ids, multiplicity, expert_bias)

@@ -1,6 +1,6 @@
 """Claim, probe, apply, undo, report: how a Hugging Face model is patched. Knows transformers; nothing below it does."""
 
-from toolkit.modules.experts import expert_layers
+from toolkit.modules.moe_experts import expert_layers
 from toolkit.patching.apply import find_claims, patch, unpatch
 from toolkit.patching.forward import ragged_forward, token_logprobs
 from toolkit.patching.record import report_of

@@ -1,4 +1,4 @@
-"""The registered experts function of transformers: how any model's experts reach ours."""
+"""The experts function that we register with transformers."""
 
 import inspect
 from typing import Any
@@ -10,24 +10,24 @@ NAME = "toolkit"
 
 
 def own_forward(module: nn.Module) -> Any:
-    """The forward that a module's class was written with, in front of any dispatch."""
+    """The forward of a module's class, without transformers' dispatch around it."""
     return inspect.unwrap(type(module).forward)
 
 
 def dispatches(module: nn.Module) -> bool:
-    """Whether the module's class hands its work to the experts interface."""
+    """Whether the module's class dispatches through the experts interface."""
     return hasattr(module, "_is_expert_parallel") and own_forward(module) is not type(module).forward
 
 
 def experts_function(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-    """transformers' experts contract: hidden states [T, H], ids and weights [T, K] to [T, H].
+    """[T, H] of hidden states [T, H], topk_ids and topk_weights [T, K], as transformers' experts interface asks.
 
-    Proven modules have a forward of their own in front of this. What comes here runs the code that its class was
-    written with: right whatever it is, and in the bitwise tier the same bits in any batch, one expert after the other.
+    Patched modules have a forward that precedes this. All others run the code of their class, expert by expert, which
+    in bitwise mode is batch-invariant.
     """
     return own_forward(module)(module, *args, **kwargs)
 
 
 def register() -> None:
-    """Make ``experts_implementation="toolkit"`` known; no model changes by it."""
+    """Registers ``experts_implementation="toolkit"``; changes no model."""
     ExpertsInterface.register(NAME, experts_function)

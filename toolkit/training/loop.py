@@ -216,7 +216,7 @@ class Trainer:
             self.optimizer.optimizer, self.ragged.model, folder / "optimizer.safetensors", state["optimizer"]
         )
         if self.sharded is not None:
-            self.sharded.take_part(self.optimizer.optimizer)
+            self.sharded.shard_optimizer(self.optimizer.optimizer)
         self.scheduler.load_state_dict(state["scheduler"])
         self.objective.load_state_dict(state["data"][rank])
         restore_rank(folder, state, rank)

@@ -1,7 +1,7 @@
-"""A mixture's experts in training: section ``train.moe`` at work, in one place for all objectives.
+"""Load balancing of an MoE model in training: section ``train.moe``, for all objectives.
 
-The losses are the mean over all tokens of an update, over micro-batches and processes alike; the load balancing loss,
-which is no sum over tokens, is that of each micro-batch, weighted by its tokens.
+The losses are the mean over all tokens of an update, over micro-batches and processes. The load balancing loss, which
+is not a sum over tokens, is that of each micro-batch, weighted by its tokens.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from toolkit.config.schema import MoeSection
 from toolkit.errors import ToolkitError
-from toolkit.moe.balance import RouterStatistics, correct_bias, load_figures
+from toolkit.moe.balance import RouterStatistics, load_metrics, update_expert_bias
 from toolkit.moe.observer import observing
 from toolkit.patching import PatchReport, ragged_forward, weights_changed
 from toolkit.state.batch import RaggedBatch
@@ -20,9 +20,15 @@ from toolkit.training.objectives.base import RunContext
 
 
 class Balancing:
-    """Losses, corrections and figures of the routers of a run's model. Of a dense model it does nothing.
+    """Auxiliary losses, updates of expert biases and metrics of the routers of a run's model; none for a dense model.
 
-    Raises ToolkitError where the section asks for what the model has not.
+    Args:
+        section: ``train.moe`` of the recipe.
+        context: the run.
+        report: of patching the model.
+
+    Raises:
+        ToolkitError: where the section needs routers, expert biases or experts that the model does not have.
     """
 
     def __init__(self, section: MoeSection, context: RunContext, report: PatchReport) -> None:
@@ -30,29 +36,29 @@ class Balancing:
         self.statistics = RouterStatistics(losses=section.router_aux_loss_coef > 0 or section.router_z_loss_coef > 0)
         self._counts: list[int] = []
         self._total = 1.0
-        self._loads: dict[int, Tensor] = {}  # of the update under way, on this process
-        self._step_loads: dict[int, Tensor] = {}  # of the step so far, on all
+        self._loads: dict[int, Tensor] = {}  # of the current update, on this process
+        self._step_loads: dict[int, Tensor] = {}  # of the current step, on all processes
         self._losses = torch.zeros(2, dtype=torch.float64, device=context.device)
         self._updates = 0
-        self._look(report)
+        self._check(report)
         if self.routers:
             context.model.observer = self.statistics
 
-    def _look(self, report: PatchReport) -> None:
-        """Which routers the model has."""
-        section, seen = self.section, RouterStatistics(losses=False)
-        with torch.no_grad(), observing(seen):
+    def _check(self, report: PatchReport) -> None:
+        """Counts the model's routers by a forward of one token, and checks the section against them."""
+        section, observed = self.section, RouterStatistics(losses=False)
+        with torch.no_grad(), observing(observed):
             ragged_forward(self.context.model.model, RaggedBatch.from_sequences([[0]], device=self.context.device))
-        self.routers = len(seen.take_loads())
-        left = sorted({refusal.reason for refusal in report.skipped if refusal.role in ("router", "experts")})
-        why = f" ({'; '.join(left)})" if left else ""
+        self.routers = len(observed.take_loads())
+        reasons = sorted({one.reason for one in report.skipped if one.role in ("router", "experts")})
+        why = f" ({'; '.join(reasons)})" if reasons else ""
         for name in ("router_aux_loss_coef", "router_z_loss_coef", "bias_update_rate"):
             if getattr(section, name) and not self.routers:
                 raise ToolkitError(
                     f"train.moe.{name} must be 0 for a model without a patched router{why}, got "
                     f"{getattr(section, name)}."
                 )
-        if section.bias_update_rate and not seen.corrections:
+        if section.bias_update_rate and not observed.expert_biases:
             raise ToolkitError(
                 "train.moe.bias_update_rate must be 0 for a model whose routers have no expert bias, got "
                 f"{section.bias_update_rate}."
@@ -64,13 +70,13 @@ class Balancing:
             module.recompute_experts = section.recompute  # type: ignore[assignment]
 
     def begin(self, micros: Sequence[Any], rows: Callable[[Any], int]) -> None:
-        """Before an update of ``micros``, which have so many rows."""
+        """Before an update of ``micros``; ``rows`` gives the number of rows of each."""
         if self.routers:
             self._counts = [rows(micro) for micro in micros]
             (self._total,) = self.context.reduce_sum([sum(self._counts)])
 
     def loss(self, index: int) -> Tensor | None:
-        """Takes in the micro-batch that just ran; what it adds to its loss, or None."""
+        """The auxiliary losses of the micro-batch that just ran, weighted for its backward; None without any."""
         if not self.routers:
             return None
         count = self._counts[index]
@@ -81,12 +87,11 @@ class Balancing:
         share = count * self.context.world_size / max(self._total, 1.0)
         both = torch.stack(self.statistics.take_losses())
         self._losses += share * both.detach()
-        return (
-            share * (both * both.new_tensor([self.section.router_aux_loss_coef, self.section.router_z_loss_coef])).sum()
-        )
+        coefficients = both.new_tensor([self.section.router_aux_loss_coef, self.section.router_z_loss_coef])
+        return share * (both * coefficients).sum()
 
     def finish_update(self) -> None:
-        """After the optimizer: sum up the loads of all processes, and correct the routers' biases by them."""
+        """After the optimizer step: sums the loads of all processes and updates the expert biases by them."""
         mine, self._loads = self._loads, {}
         if not mine:
             return
@@ -94,17 +99,17 @@ class Balancing:
         reduced = cast(Tensor, self.context.accelerator.reduce(torch.cat(list(mine.values())), "sum"))
         for layer, load in zip(mine, reduced.split([len(load) for load in mine.values()])):
             _add(self._step_loads, layer, load)
-            if self.section.bias_update_rate and layer in self.statistics.corrections:
-                correct_bias(self.statistics.corrections[layer], load, self.section.bias_update_rate)
+            if self.section.bias_update_rate and layer in self.statistics.expert_biases:
+                update_expert_bias(self.statistics.expert_biases[layer], load, self.section.bias_update_rate)
         if self.section.bias_update_rate:
             weights_changed(self.context.model.model)  # biases are buffers, which the weight version does not watch
 
     def metrics(self) -> dict[str, float]:
-        """What a step logs: how even the loads of all its tokens are, and its mean losses."""
+        """Metrics of a step: the balance of the loads of all its tokens, and its mean auxiliary losses."""
         loads, self._step_loads = list(self._step_loads.values()), {}
         if not loads:
             return {}
-        values = load_figures(loads)
+        values = load_metrics(loads)
         if self.statistics.losses:
             balance, z_loss = self.context.reduce_sum(
                 (self._losses / (self._updates * self.context.world_size)).tolist()

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toolkit.modules.experts import Experts, layout_of
+from toolkit.modules.moe_experts import MoeExperts, moe_experts_of
 from toolkit.moe import ExpertAdapters
+from toolkit.moe.weights import Factors
 from toolkit.patching.adapters.find import parameter_wrappers
-
-Factors = tuple[Tensor, Tensor, float]
 
 
 def grouped_experts(own: Callable[..., Any]) -> Callable[..., Any]:
@@ -28,7 +27,7 @@ def grouped_experts(own: Callable[..., Any]) -> Callable[..., Any]:
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         wrappers, experts = parameter_wrappers(self)
-        parts = layout_of(experts)
+        parts = moe_experts_of(experts)
         adapters = None if parts is None or kwargs or len(args) != 2 else _adapters(wrappers, parts)
         if parts is None or adapters is None:
             return own(self, x, *args, **kwargs)
@@ -39,7 +38,7 @@ def grouped_experts(own: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def _adapters(wrappers: list[Any], parts: Experts) -> ExpertAdapters | None:
+def _adapters(wrappers: list[Any], parts: MoeExperts) -> ExpertAdapters | None:
     """What the wrappers add to the experts' weights; None where one of them does something else."""
     found: dict[str, Factors | None] = {}
     for wrapper in wrappers:
@@ -47,7 +46,7 @@ def _adapters(wrappers: list[Any], parts: Experts) -> ExpertAdapters | None:
             return None  # PEFT's forward unmerges the weights first
         if wrapper.parameter_name not in (parts.up, parts.down) or wrapper.parameter_name in found:
             return None
-        found[wrapper.parameter_name] = None if wrapper.merged else _factors(wrapper, parts.transposed)
+        found[wrapper.parameter_name] = None if wrapper.merged else _factors(wrapper, parts.layout.transposed)
     return ExpertAdapters(found.get(parts.up), found.get(parts.down))
 
 

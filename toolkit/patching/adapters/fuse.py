@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from toolkit.modules.experts import layout_of
 from toolkit.modules.linear import linear_forward
+from toolkit.modules.moe_experts import moe_experts_of
 from toolkit.numerics import Numerics
 from toolkit.patching.adapters.experts import grouped_experts
 from toolkit.patching.adapters.find import adapter_layers, base_module, is_adapter, wraps_parameter
@@ -35,7 +35,7 @@ def fuse_adapters(model: nn.Module, numerics: Numerics | None = None) -> int:
     _fuse_linear(model, numerics or Numerics.choose(None, device_of(model)))
     count = 0
     for module in model.modules():
-        if wraps_parameter(module) and layout_of(base_module(module)) is not None:
+        if wraps_parameter(module) and moe_experts_of(base_module(module)) is not None:
             count += 1
             if "forward" not in module.__dict__:
                 replace_forward(module, grouped_experts(type(module).forward))()

@@ -1,7 +1,7 @@
-"""Experts of a mixture, as parameters of three dimensions: two grouped products with an activation between them.
+"""Experts of MoE layers, as parameters [E, ., .]: two grouped GEMMs with an activation between them.
 
-Most of transformers' classes dispatch through its experts interface, which a setting of the model's config turns to
-ours, so that nobody else takes it for one of transformers' own and changes it (``generate`` does).
+Most of transformers' classes dispatch through its experts interface, which a setting of the model's config points to
+ours, so that no other code takes it for one of transformers' own and changes it (``generate`` does).
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from toolkit.modules.experts import Experts
+from toolkit.modules.moe_experts import MoeExperts
+from toolkit.moe import ExpertLayout
 from toolkit.numerics import Numerics
 from toolkit.ops.activation import KINDS, plain_kinds
 from toolkit.patching import experts_interface
@@ -23,8 +24,8 @@ from toolkit.patching.roles.moe_layers import MoeLayer, moe_layers
 from toolkit.patching.search import prove
 
 _FEW = 5  # experts of a probe copy: the hundreds of a layer compute the same function
-_SLOTS = 2
-# The largest takes gates into their tails, past the limits at which some of them are clamped.
+_TOP_K = 2
+# The largest drives gates into their tails, past the limits at which some of them are clamped.
 _SCALES = (1.0, 4.0, 16.0)
 
 
@@ -43,25 +44,25 @@ def _few(module: nn.Module, count: int) -> nn.Module:
     return copied
 
 
-def _probe(module: nn.Module, count: int, parts: Experts, wide: int) -> ProbeError:
+def _probe(module: nn.Module, count: int, parts: MoeExperts, hidden_size: int) -> ProbeError:
     copied = _few(module, count)
     device, kept = next(copied.parameters()).device, min(count, _FEW)
     batches = []
     for stream, scale in enumerate(_SCALES):
-        # Distinct experts of a token, some without any.
+        # A token's experts are distinct; some experts get no token.
         order = torch.rand(6, kept, generator=generator(device, 1 + stream), device=device).argsort(-1)
-        ids = order[:, : min(_SLOTS, kept)]
-        scores = torch.rand(ids.shape, generator=generator(device, 11 + stream), device=device) + 0.1
-        batches.append([random_input(6, wide, like=copied, scale=scale), ids, scores])
+        topk_ids = order[:, : min(_TOP_K, kept)]
+        topk_weights = torch.rand(topk_ids.shape, generator=generator(device, 11 + stream), device=device) + 0.1
+        batches.append([random_input(6, hidden_size, like=copied, scale=scale), topk_ids, topk_weights])
     original = with_forward(copied, experts_interface.own_forward(copied))
     return compare(with_forward(copied, parts.make_forward()), original, batches, list(copied.parameters()))
 
 
-def _layouts(module: nn.Module) -> Iterator[tuple[Experts, int]]:
-    """Every way in which the parameters may lie, by their shapes, with the width of the hidden states."""
+def _layouts(module: nn.Module) -> Iterator[tuple[MoeExperts, int]]:
+    """Every layout of the parameters that their shapes allow, with the hidden size."""
     own = dict(module.named_parameters(recurse=False))
     weights = [name for name, p in own.items() if p.dim() == 3]
-    posts = [name for name, child in module.named_children() if next(child.parameters(), None) is not None]
+    norms = [name for name, child in module.named_children() if next(child.parameters(), None) is not None]
     for up, down in permutations(weights, 2):
         for transposed in (False, True):
             first, second = own[up].shape, own[down].shape
@@ -74,42 +75,46 @@ def _layouts(module: nn.Module) -> Iterator[tuple[Experts, int]]:
                 if (up_bias and own[up_bias].shape[1] != wide) or (down_bias and own[down_bias].shape[1] != width):
                     continue
                 used = {up, down, up_bias, down_bias}
-                if used >= set(own) and len(posts) < 2:
-                    post = posts[0] if posts else None
-                    yield Experts(up, down, "", up_bias, down_bias, transposed=transposed, post=post), width
+                if used >= set(own) and len(norms) < 2:
+                    layout = ExpertLayout("", transposed=transposed)
+                    yield MoeExperts(up, down, layout, up_bias, down_bias, norms[0] if norms else None), width
 
 
-def _candidates(module: nn.Module, count: int) -> list[tuple[str, Experts, Callable[[], ProbeError]]]:
-    """Layouts by likelihood: what the usual modules have comes first, for a probe of wide experts is slow."""
-    found: list[tuple[str, Experts, Callable[[], ProbeError]]] = []
+def _candidates(module: nn.Module, count: int) -> list[tuple[str, MoeExperts, Callable[[], ProbeError]]]:
+    """Layouts by likelihood: those of the usual modules come first, because a probe of large experts is slow."""
+    found: list[tuple[str, MoeExperts, Callable[[], ProbeError]]] = []
     for parts, width in dict.fromkeys(_layouts(module)):
         gated = parts.weights(module).gated
-        kinds = sorted(KINDS if gated else plain_kinds(), key=lambda kind: kind != "silu")
-        for site in ("activation", "input"):
-            for kind in kinds:
+        activations = sorted(KINDS if gated else plain_kinds(), key=lambda kind: kind != "silu")
+        for position in ("activation", "input"):
+            for activation in activations:
                 for interleaved in (False, True)[: 1 + gated]:
-                    chosen = replace(parts, kind=kind, interleaved=interleaved, site=site)
-                    found.append((_name(chosen, gated), chosen, partial(_probe, module, count, chosen, width)))
+                    layout = ExpertLayout(activation, position, parts.layout.transposed, interleaved)
+                    candidate = replace(parts, layout=layout)
+                    found.append((_name(candidate, gated), candidate, partial(_probe, module, count, candidate, width)))
     return found
 
 
-def _name(parts: Experts, gated: bool) -> str:
-    """What the report calls a layout."""
-    words = [parts.kind, *(["interleaved" if parts.interleaved else "halves"] if gated else ["no gate"])]
-    words += ["transposed"] * parts.transposed + ["biases"] * (parts.up_bias is not None)
-    words += ["scores at the input"] * (parts.site == "input") + ["norm after"] * (parts.post is not None)
+def _name(parts: MoeExperts, gated: bool) -> str:
+    """The name of a layout in the report."""
+    layout = parts.layout
+    words = [layout.activation, *(["interleaved" if layout.interleaved else "halves"] if gated else ["no gate"])]
+    words += ["transposed"] * layout.transposed + ["biases"] * (parts.up_bias is not None)
+    words += ["scores at the input"] * (layout.score_position == "input")
+    words += ["post_norm"] * (parts.post_norm is not None)
     return f"experts ({', '.join(words)})"
 
 
-def _verdict(moe: MoeLayer) -> tuple[str, Experts, ProbeError] | str:
-    """The layout that the probe confirms, or why there is none."""
+def _verdict(moe: MoeLayer) -> tuple[str, MoeExperts, ProbeError] | str:
+    """The layout that the probe confirms, or the skip reason."""
     module = moe.module
     dtypes = {p.dtype for p in module.parameters(recurse=False)}
     if len(dtypes) != 1 or not all(dtype.is_floating_point and dtype.itemsize > 1 for dtype in dtypes):
-        return f"its parameters are of {' and '.join(sorted(map(str, dtypes)))}; one of 16 bits or more is needed"
+        given = " and ".join(sorted(map(str, dtypes)))
+        return f"its parameters must have one floating-point dtype of 16 bits or more, got {given}"
     options = _candidates(module, moe.num_experts)
     if not options:
-        return "its parameters do not have the shapes of two products with an activation between them"
+        return "its parameters do not have the shapes of two GEMMs with an activation between them"
     return prove(options)
 
 
@@ -123,11 +128,11 @@ def find(model: Any, numerics: Numerics) -> list[Claim | Skipped]:
     """A claim on every module of experts whose layout is proven, and one on the model's experts implementation.
 
     That implementation is set for all modules at once: one that is not proven runs its own code, expert by expert,
-    which in the bitwise tier keeps its bits where the implementation that was set before would not.
+    which in bitwise mode is batch-invariant where the implementation that was set before would not be.
     """
     experts_interface.register()
     claims: list[Claim | Skipped] = []
-    proven: dict[Any, tuple[str, Experts, ProbeError] | str] = {}
+    proven: dict[Any, tuple[str, MoeExperts, ProbeError] | str] = {}
     reached: list[ProbeError] = []
     settable = hasattr(model, "set_experts_implementation") and model._can_set_experts_implementation()
     dispatching = False

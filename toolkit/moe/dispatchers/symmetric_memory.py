@@ -1,8 +1,8 @@
-"""The exchange over torch's symmetric memory: ranks read each other's rows where they lie, without a collective.
+"""A transport over torch's symmetric memory: ranks read each other's rows in place, without a collective.
 
-For CUDA ranks that reach each other's memory (NVLink, or one machine). Every rank puts its rows into a buffer that all
-can read, a barrier says that they are there, and each copies its own part out of every other's, on a stream beside the
-one that computes. It has not been run, for want of two such GPUs; tests hold the names and signatures that it calls.
+For CUDA ranks with peer access (NVLink, or one machine). Every rank writes its rows to a buffer that all can read, a
+barrier publishes them, and each rank copies its part out of every other's, on a side stream. It has not been run on two
+such GPUs yet; tests check the names and signatures that it calls.
 """
 
 import math
@@ -14,14 +14,22 @@ import torch.distributed as dist
 from torch import Tensor
 
 from toolkit.errors import ToolkitError
-from toolkit.moe.transport import Collective, Pending
+from toolkit.moe.dispatchers.transport import Collective, Pending
 
 _SLOTS = 4
-"""Buffers taken in turn: a step sends two transfers of a chunk and two more before those are waited for."""
+"""Buffers used in turn: a step starts two transfers of a chunk and two more before it waits for the first."""
 
 
 class SymmetricMemory(Collective):
-    """``Transport`` of a group of CUDA ranks; capacity: bytes of the largest transfer of a rank."""
+    """The ``Transport`` of a group of CUDA ranks.
+
+    Args:
+        group: an NCCL group.
+        capacity: bytes of a rank's largest transfer.
+
+    Raises:
+        ToolkitError: where symmetric memory cannot work.
+    """
 
     def __init__(self, group: dist.ProcessGroup, capacity: int) -> None:
         super().__init__(group)
@@ -38,14 +46,14 @@ class SymmetricMemory(Collective):
         elements = math.prod(rows.shape[1:])  # of one row
         largest = elements * rows.element_size() * max(sum(line) for line in counts)
         if largest > self._capacity:
-            raise ToolkitError(f"A transfer of {largest} bytes does not fit symmetric memory of {self._capacity}.")
+            raise ToolkitError(f"capacity must be >= {largest}, the bytes of this transfer, got {self._capacity}.")
         slot, self._turn = self._turn, (self._turn + 1) % _SLOTS
         handle, rows = self._handles[slot], rows.contiguous()
         received = [line[self.rank] for line in counts]
         out = rows.new_empty(sum(received), *rows.shape[1:])
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            handle.barrier(channel=0)  # the rows that lay here before have been read by all
+            handle.barrier(channel=0)  # all ranks have read the buffer's previous rows
             self._buffers[slot][: rows.numel() * rows.element_size()].copy_(rows.view(-1).view(torch.uint8))
             handle.barrier(channel=1)
             begin = 0
@@ -74,8 +82,8 @@ def check(group: dist.ProcessGroup) -> None:
             "Symmetric memory needs CUDA, which this machine does not have; use the group's collectives."
         )
     if dist.get_backend(group) != "nccl":
-        raise ToolkitError(f"Symmetric memory needs an NCCL group; this one is {dist.get_backend(group)!r}.")
+        raise ToolkitError(f"Symmetric memory needs an NCCL group, got {dist.get_backend(group)!r}.")
     here = torch.cuda.current_device()
     peers = range(torch.cuda.device_count())
     if not all(peer == here or torch.cuda.can_device_access_peer(here, peer) for peer in peers):
-        raise ToolkitError("Symmetric memory needs GPUs that read each other's memory; these do not.")
+        raise ToolkitError("Symmetric memory needs GPUs with peer access, which these do not have.")

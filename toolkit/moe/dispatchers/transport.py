@@ -1,6 +1,6 @@
-"""How rows get from rank to rank: one interface, asynchronous, and what stands behind it.
+"""Transports: asynchronous exchange of rows between ranks.
 
-W ranks. Rows lie sorted by the rank that they go to, or that they came from; every rank knows how many there are.
+W ranks. Rows are sorted by the rank that they go to, or came from; every rank knows how many there are.
 """
 
 from collections.abc import Sequence
@@ -12,14 +12,14 @@ from torch import Tensor
 
 
 class Pending(Protocol):
-    """A transfer that is under way."""
+    """A transfer in progress."""
 
     def wait(self) -> Tensor:
         """The rows received, sorted by the rank that sent them. On CUDA the stream waits, not the host."""
 
 
 class Transport(Protocol):
-    """An exchange among W ranks. All of them make the same calls in the same order."""
+    """Exchanges among W ranks, all of which make the same calls in the same order."""
 
     rank: int
     size: int
@@ -28,14 +28,16 @@ class Transport(Protocol):
         """[W, *values.shape]: every rank's values, which have one shape and dtype."""
 
     def exchange(self, rows: Tensor, counts: Sequence[Sequence[int]]) -> Pending:
-        """Begin to send ``rows`` [N, ...]; counts[a][b] is how many go from rank a to rank b, N in all from this one.
+        """Starts to send ``rows`` [N, ...].
 
-        What is sent must stay as it is until the transfer is done, which keeps it alive.
+        Args:
+            rows: must not change until the transfer is done, which keeps it alive.
+            counts: counts[a][b] rows go from rank a to rank b, N in all from this rank.
         """
 
 
-class Here:
-    """The transport of one rank alone, which needs no process group."""
+class SingleRank:
+    """The transport of a single rank, which needs no process group."""
 
     rank, size = 0, 1
 
@@ -84,7 +86,7 @@ class _Work:
 
 
 def transport_of(group: dist.ProcessGroup | None) -> Transport:
-    """What carries rows in a group; None is one rank alone."""
+    """The transport of a process group; None is a single rank."""
     if group is None or dist.get_world_size(group) == 1:
-        return Here()
+        return SingleRank()
     return Collective(group)

@@ -1,49 +1,51 @@
-"""How long an exchange takes: the schedule of ``exchange_plan`` on two clocks, one of the link and one of the products.
+"""A model of an exchange's time: the schedule of ``exchange_plan`` on two clocks, the link's and the GEMMs'.
 
-T tokens a rank, K slots a token, W ranks. Everything is in seconds, bytes and FLOPs.
+T tokens per rank, K experts per token, W ranks. Units are seconds, bytes and FLOPs.
 """
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from toolkit.moe.exchange_plan import schedule
+from toolkit.moe.dispatchers.exchange_plan import schedule
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer of experts on one of W ranks, with its tokens routed evenly.
+    """An MoE layer on one of W ranks, with its tokens routed evenly.
 
-    itemsize: bytes of an element of the rows. score: bytes of a score.
+    Args:
+        itemsize: bytes per element of the rows.
+        weight_itemsize: bytes per routing weight.
     """
 
     tokens: int
-    slots: int
+    top_k: int
     ranks: int
-    width: int
-    inner: int
+    hidden_size: int
+    intermediate_size: int
     gated: bool = True
     itemsize: int = 4
-    score: int = 4
+    weight_itemsize: int = 4
 
     @property
     def rows_sent(self) -> float:
-        """Token rows that leave for other ranks, each once a rank: T (W - 1) (1 - (1 - 1 / W)^K)."""
-        return self.tokens * (self.ranks - 1) * (1 - (1 - 1 / self.ranks) ** self.slots)
+        """Token rows sent to other ranks, each once per rank: T (W - 1) (1 - (1 - 1 / W)^K)."""
+        return self.tokens * (self.ranks - 1) * (1 - (1 - 1 / self.ranks) ** self.top_k)
 
     @property
     def rows_returned(self) -> float:
-        """Rows that leave with results, one a slot: T K (W - 1) / W."""
-        return self.tokens * self.slots * (self.ranks - 1) / self.ranks
+        """Result rows sent back, one per (token, k) pair: T K (W - 1) / W."""
+        return self.tokens * self.top_k * (self.ranks - 1) / self.ranks
 
     @property
-    def products(self) -> float:
-        """FLOPs of the forward's products, of the backward's on rows, and of the weights' gradients, each as many."""
-        return 2.0 * self.tokens * self.slots * self.width * self.inner * (3 if self.gated else 2)
+    def flops(self) -> float:
+        """FLOPs of the forward's GEMMs, of the backward's on rows, and of the weights' gradients, each as many."""
+        return 2.0 * self.tokens * self.top_k * self.hidden_size * self.intermediate_size * (3 if self.gated else 2)
 
 
 @dataclass(frozen=True)
 class Rates:
-    """link: bytes a second out of a rank; gemm: FLOPs a second; latency: seconds that each transfer takes beside."""
+    """link: bytes/s out of a rank; gemm: FLOP/s; latency: additional seconds of each transfer."""
 
     link: float
     gemm: float
@@ -51,7 +53,7 @@ class Rates:
 
 
 class Event(NamedTuple):
-    """What one clock does from begin to end: "send", "compute", "return" or "weights" of a chunk (-1: of all)."""
+    """An action on one clock from begin to end: "send", "compute", "return" or "weights" of a chunk (-1: of all)."""
 
     action: str
     chunk: int
@@ -60,7 +62,7 @@ class Event(NamedTuple):
 
 
 class Costs(NamedTuple):
-    """Seconds of a pass, all chunks together: rows out, products on them, results back, weights' gradients."""
+    """Seconds of a pass, all chunks together: rows out, GEMMs on them, results back, weights' gradients."""
 
     send: float
     compute: float
@@ -70,7 +72,7 @@ class Costs(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """The events of a pass, its seconds, and how many of them its products take."""
+    """The events of a pass, its seconds, and the seconds of its GEMMs."""
 
     events: tuple[Event, ...]
     seconds: float
@@ -78,32 +80,32 @@ class Timeline:
 
     @property
     def exposed(self) -> float:
-        """Seconds in which nothing is computed: transfers that no product hides."""
+        """Seconds in which nothing is computed: transfers that no GEMM hides."""
         return self.seconds - self.computing
 
     @property
     def bound(self) -> str:
-        """What a faster one of would help: "link" or "compute"."""
+        """What limits the pass: "link" or "compute"."""
         link = sum(event.end - event.begin for event in self.events if event.action in ("send", "return"))
         return "link" if link > self.computing else "compute"
 
 
 def costs(layer: Layer, rates: Rates, backward: bool = False) -> Costs:
-    """Of a pass whose transfers are all in one piece; ``latency`` is added to each by ``pipeline``."""
-    sent = layer.rows_sent * layer.width * layer.itemsize
-    returned = layer.rows_returned * layer.width * layer.itemsize
-    scores = layer.rows_returned * layer.score
-    compute = layer.products / rates.gemm
+    """Costs of a pass whose transfers are not split; ``pipeline`` adds ``latency`` to each."""
+    sent = layer.rows_sent * layer.hidden_size * layer.itemsize
+    returned = layer.rows_returned * layer.hidden_size * layer.itemsize
+    weights = layer.rows_returned * layer.weight_itemsize
+    compute = layer.flops / rates.gemm
     if backward:
-        return Costs(sent / rates.link, compute, (returned + scores) / rates.link, compute)
-    return Costs((sent + scores + 8 * layer.rows_returned) / rates.link, compute, returned / rates.link)
+        return Costs(sent / rates.link, compute, (returned + weights) / rates.link, compute)
+    return Costs((sent + weights + 8 * layer.rows_returned) / rates.link, compute, returned / rates.link)
 
 
 def pipeline(chunks: int, whole: Costs, latency: float = 0.0) -> Timeline:
-    """The schedule, with even chunks, on a link that carries one transfer at a time in the order they begin.
+    """The timeline of the schedule, with even chunks, on a link that carries one transfer at a time in starting order.
 
-    ``seconds`` is at least ``(send + back) / C`` more than the products where they are the longer (fill and drain, the
-    drain hidden by the weights in a backward), and at least the transfers where those are.
+    ``seconds`` is at least ``(send + back) / C`` more than the GEMMs where those take longer (fill and drain, the drain
+    hidden by the weights' gradients in a backward), and at least the transfers where those do.
     """
     backward = whole.weights > 0
     now = free = 0.0

@@ -1,16 +1,17 @@
-"""A model of two layers of experts that stands for a patched one, and the data it is trained on."""
+"""A model with two MoE layers that stands for a patched one, and the data it is trained on."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from toolkit.modules.experts import Experts
+from toolkit.modules.moe_experts import MoeExperts
+from toolkit.moe import ExpertLayout
 from toolkit.patching.claim import replace_forward
 
 EXPERTS, WIDTH, TOKENS, STEPS = 4, 8, 12, 6
 
 
-class MixtureLayer(nn.Module):
+class MoeLayer(nn.Module):
     """Softmax routing to two of four gated experts."""
 
     def __init__(self) -> None:
@@ -19,17 +20,17 @@ class MixtureLayer(nn.Module):
         self.experts = nn.Module()
         self.experts.up = nn.Parameter(torch.randn(EXPERTS, 12, WIDTH) * 0.3)
         self.experts.down = nn.Parameter(torch.randn(EXPERTS, WIDTH, 6) * 0.3)
-        replace_forward(self.experts, Experts("up", "down", "silu").make_forward())()
+        replace_forward(self.experts, MoeExperts("up", "down", ExpertLayout("silu")).make_forward())()
 
     def forward(self, x: Tensor) -> Tensor:
-        scores, ids = self.router(x).softmax(-1).topk(2)
-        return x + self.experts(x, ids, scores)
+        topk_weights, topk_ids = self.router(x).softmax(-1).topk(2)
+        return x + self.experts(x, topk_ids, topk_weights)
 
 
 def small_model() -> nn.Sequential:
     """The same weights every time."""
     torch.manual_seed(3)
-    return nn.Sequential(MixtureLayer(), nn.Linear(WIDTH, WIDTH), MixtureLayer(), nn.Linear(WIDTH, 1))
+    return nn.Sequential(MoeLayer(), nn.Linear(WIDTH, WIDTH), MoeLayer(), nn.Linear(WIDTH, 1))
 
 
 def batch(step: int, rank: int, size: int) -> tuple[Tensor, Tensor]:
