@@ -8,7 +8,7 @@ import torch.multiprocessing as multiprocessing
 from exchange_processes import agree_with_one_process, refuse_symmetric_memory, run
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.sweep)])
 def test_processes_agree_with_one(tmp_path: Path, size: int) -> None:
     multiprocessing.spawn(run, (size, str(tmp_path / "store"), agree_with_one_process, 8), size)
 
