@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
@@ -198,7 +199,14 @@ def newest_source() -> float:
     return max(path.stat().st_mtime for path in [*files, Path(__file__), Path(torch.version.__file__)])
 
 
+class Wheel(bdist_wheel):
+    """One wheel for every Python: the libraries link torch and not Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 setup(
     ext_modules=[Extension(f"toolkit.ops.native.{name}", sources=[], optional=True) for name in INSTRUCTION_SETS],
-    cmdclass={"build_ext": BuildNative},
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
 )
