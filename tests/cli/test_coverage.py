@@ -25,7 +25,7 @@ COMPARED = {  # what is particular about each
     "phi3": "packed projections",
     "qwen3_5": "a hybrid whose positions lie along axes",
     "zamba2": "a hybrid with shared layers",
-    "bart": "takes a token's position from its place in the batch",
+    "bart": "computes positions from a token's row in the batch",
     "bloom": "attention that does not dispatch through the interface",
 }
 FEW = ("gpt2", "deepseek_v2", "bart")

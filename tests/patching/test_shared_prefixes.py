@@ -137,7 +137,7 @@ def test_the_last_tokens_alone_have_the_same_values():
     some = toolkit.token_logprobs(model, sequences, last=[2, 1, 4, 0])
     assert [len(one) for one in some] == [2, 1, 4, 0]
     assert all(torch.equal(a, b[len(b) - len(a) :]) for a, b in zip(some, whole))
-    with pytest.raises(ToolkitError, match=r"last\[1\] is 4; allowed are 0 to 3"):
+    with pytest.raises(ToolkitError, match=r"last\[1\] must be >= 0 and <= 3, the sequence's length - 1, got 4"):
         toolkit.token_logprobs(model, sequences, last=[2, 4, 4, 0])
 
 

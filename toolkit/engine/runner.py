@@ -18,7 +18,7 @@ from toolkit.patching import patch, report_of
 from toolkit.patching.adapters import fuse_adapters, inner_model
 from toolkit.patching.eval_mode import eval_mode
 from toolkit.patching.forward import context_forward
-from toolkit.patching.sharding import check_whole
+from toolkit.patching.sharding import check_unsharded
 from toolkit.patching.state_spec import state_spec
 from toolkit.patching.weights import weight_clock, weight_version
 from toolkit.state import Group, PagedContext, PagedRows, RaggedBatch, Snapshots, StatePool, StateSpec
@@ -83,7 +83,7 @@ class PatchedModel:
     def version(self) -> int:
         version = weight_version(self.model)
         if version != self._whole_at:  # sharding moves parameters, too
-            check_whole(self.model, "generating")
+            check_unsharded(self.model, "generating")
             self._whole_at = version
         return version
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from toolkit.modules.linear import product
+from toolkit.modules.linear import autocast_linear
 from toolkit.ops.activation import activation
 
 _thread = threading.local()
@@ -39,7 +39,7 @@ def _on_cpu(x: Any) -> bool:
 
 def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     if _on_cpu(input) and weight.dim() == 2 and input.dtype == weight.dtype:
-        return product(input, weight, bias)
+        return autocast_linear(input, weight, bias)
     return NotImplemented
 
 

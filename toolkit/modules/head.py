@@ -1,4 +1,4 @@
-"""The end of a causal language model: the head, whose logits may wait, and the loss, from logits to one number."""
+"""The head of a causal language model, whose logits may be deferred, and the loss."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ _LOSS_ONLY: ContextVar[bool] = ContextVar("loss_only", default=False)
 
 @contextmanager
 def loss_only() -> Iterator[None]:
-    """Inside, logits wait without gradients too: for an evaluation of which nothing but the loss is looked at."""
+    """Inside, logits are deferred without gradients too: for an evaluation that reads only the loss."""
     token = _LOSS_ONLY.set(True)
     try:
         yield
@@ -25,32 +25,34 @@ def loss_only() -> Iterator[None]:
 
 
 def head_forward(
-    product: Callable[..., Tensor], bitwise: bool, sharded: Callable[[], bool] = lambda: False
+    linear: Callable[..., Tensor], bitwise: bool, sharded: Callable[[], bool] = lambda: False
 ) -> Callable[[nn.Linear, Tensor], Tensor]:
-    """Forward of an output projection, hidden [..., K] to logits [..., V]; deferred while gradients are wanted.
+    """Forward of an output projection: hidden [..., K] to logits [..., V], deferred while gradients are on.
 
-    product: that of ``toolkit.modules.linear`` in the bitwise tier, ``torch.nn.functional.linear`` in the fast one.
-    sharded: whether the weight is whole for the duration of a forward only, so that nothing may wait for later.
+    Args:
+        linear: ``toolkit.modules.linear.autocast_linear`` in bitwise mode, ``torch.nn.functional.linear`` in fast mode.
+        bitwise: whether deferred logits must be bitwise identical to dense ones.
+        sharded: whether the weight is gathered during the forward only, so that nothing can be deferred.
     """
 
     def forward(self: nn.Linear, input: Tensor) -> Tensor:
-        asked = _wants_gradients(self.weight, input) or _LOSS_ONLY.get()
-        if asked and _may_wait(self.weight, input, bitwise) and not sharded():
-            return DeferredLogits(input, self.weight, self.bias, product)
-        return product(input, self.weight, self.bias)
+        wanted = _needs_gradients(self.weight, input) or _LOSS_ONLY.get()
+        if wanted and _can_defer(self.weight, input, bitwise) and not sharded():
+            return DeferredLogits(input, self.weight, self.bias, linear)
+        return linear(input, self.weight, self.bias)
 
     return forward
 
 
-def _wants_gradients(weight: Tensor, hidden: Tensor) -> bool:
+def _needs_gradients(weight: Tensor, hidden: Tensor) -> bool:
     return torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
 
 
-def _may_wait(weight: Tensor, hidden: Tensor, bitwise: bool) -> bool:
-    """Whether the loss may take the product, later, in its own way."""
+def _can_defer(weight: Tensor, hidden: Tensor, bitwise: bool) -> bool:
+    """Whether the loss can fuse the GEMM with its softmax."""
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(hidden.device.type) or hidden.dtype != weight.dtype:
         return False
-    # linear_logprob has the bits of linear on a CPU only: elsewhere its tiles add in another order than rollout's do.
+    # linear_logprob is bitwise identical to linear on CPU only: its GPU tiles have another reduction order.
     return not bitwise or hidden.device.type == "cpu"
 
 
@@ -63,11 +65,17 @@ def causal_lm_loss(
     shift_labels: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """Mean next-token cross-entropy in nats; logits [B, S, V], dense or deferred, labels [B, S] int64.
+    """Mean next-token cross-entropy in nats, as transformers' ``ForCausalLMLoss``.
 
-    The label of position t is token t + 1 (``shift_labels`` gives them already shifted); ``ignore_index`` positions
-    count for nothing. Divides by ``num_items_in_batch`` when given, by the number of counted positions otherwise.
-    Deferred logits are never computed; of dense ones no copy of the probabilities is kept.
+    Deferred logits are never computed; for dense ones no copy of the probabilities is kept.
+
+    Args:
+        logits: [B, S, V], dense or deferred.
+        labels: [B, S] int64; the label of position t is token t + 1.
+        vocab_size: ignored; V.
+        num_items_in_batch: the divisor; None is the number of positions that are not ignored.
+        ignore_index: label of positions that are ignored.
+        shift_labels: [B, S] labels that are shifted already, instead of ``labels``.
     """
     if shift_labels is None:
         assert labels is not None

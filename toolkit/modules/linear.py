@@ -1,4 +1,4 @@
-"""Linear layers whose output rows have the same bits in any batch."""
+"""Batch-invariant linear layers."""
 
 from typing import Any
 
@@ -8,8 +8,13 @@ from torch import Tensor
 from toolkit.ops.linear import linear
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``linear`` as a module calls it: inside of autocast in autocast's dtype, as ``torch.nn.functional.linear``."""
+def autocast_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``toolkit.ops.linear`` of x [..., K]: [..., N]; inside autocast in its dtype, as ``torch.nn.functional.linear``.
+
+    Args:
+        weight: [N, K].
+        bias: [N] or None.
+    """
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -17,10 +22,10 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def linear_forward(self: Any, input: Tensor) -> Tensor:
-    """Forward of ``nn.Linear`` in the bitwise tier; input [..., K] gives [..., N]."""
-    return product(input, self.weight, self.bias)
+    """Forward of ``nn.Linear`` in bitwise mode: input [..., K] to [..., N]."""
+    return autocast_linear(input, self.weight, self.bias)
 
 
 def transposed_linear_forward(self: Any, input: Tensor) -> Tensor:
-    """The same with a weight [K, N], as GPT-2's layers keep it; the weight is copied in turn at every call."""
-    return product(input, self.weight.t(), self.bias)
+    """Forward of GPT-2's ``Conv1D``, whose weight is [K, N]; every call copies the weight transposed."""
+    return autocast_linear(input, self.weight.t(), self.bias)

@@ -1,4 +1,4 @@
-"""Feed-forward layers: gated (two projections, one gated) and the plain activation."""
+"""Feed-forward layers: gated MLPs and plain activations."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from toolkit.ops.gated_activation import gated_activation
 
 @dataclass(frozen=True)
 class GatedMlp:
-    """Where a gated MLP keeps its projections, by attribute name, and the activation of its gate."""
+    """Attribute names of a gated MLP's projections, and the activation of its gate."""
 
     gate: str
     up: str
@@ -19,9 +19,9 @@ class GatedMlp:
     kind: str
 
     def make_forward(self) -> Callable[[nn.Module, Tensor], Tensor]:
-        """Forward ``down(act(gate(x)) * up(x))``, or ``down(act(gate(x), up(x)))`` for a gate of two arguments.
+        """A forward that computes ``down(act(gate(x)) * up(x))``, or ``down(act(gate(x), up(x)))`` for a binary gate.
 
-        The projections are called as modules, so adapters still act.
+        Projections are called as modules, so adapters still act.
         """
         gate, up, down, kind = self.gate, self.up, self.down, self.kind
 
@@ -33,7 +33,7 @@ class GatedMlp:
 
 @dataclass(frozen=True)
 class PackedMlp:
-    """Where a gated MLP whose gate and up projections are one keeps its projections, and how the two lie in it."""
+    """As ``GatedMlp``, with gate and up packed in one projection: their order, and whether they are interleaved."""
 
     gate_up: str
     down: str
@@ -42,7 +42,7 @@ class PackedMlp:
     interleaved: bool = False
 
     def make_forward(self) -> Callable[[nn.Module, Tensor], Tensor]:
-        """As ``GatedMlp.make_forward``: gate and up are halves of one projection, or every other column of it."""
+        """As ``GatedMlp.make_forward``; gate and up are halves, or even and odd columns, of one projection's output."""
         gate_up, down, kind, interleaved = self.gate_up, self.down, self.kind, self.interleaved
         gate_at, up_at = (0, 1) if self.gate_first else (1, 0)
 
@@ -55,7 +55,7 @@ class PackedMlp:
 
 
 def activation_forward(kind: str) -> Callable[[nn.Module, Tensor], Tensor]:
-    """Forward of a parameterless elementwise activation."""
+    """Forward of an elementwise activation without parameters."""
 
     def forward(self: nn.Module, input: Tensor) -> Tensor:
         return activation(input, kind)

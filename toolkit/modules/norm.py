@@ -13,7 +13,7 @@ def rms_norm_forward(eps: float, offset: float) -> Callable[[nn.Module, Tensor],
     """Forward of an RMS norm: ``x * rsqrt(mean(x²) + eps) * (offset + weight)``; x [..., N]."""
 
     def forward(self: nn.Module, hidden_states: Tensor, *more: Any, **others: Any) -> Tensor:
-        if more or others:  # a gate, say: the norm with what it may be given beside is the module's own
+        if more or others:  # a gate, say: the module's own forward handles further arguments
             return type(self).forward(self, hidden_states, *more, **others)
         return rms_norm(hidden_states, getattr(self, "weight", None), eps, offset)
 
@@ -21,7 +21,7 @@ def rms_norm_forward(eps: float, offset: float) -> Callable[[nn.Module, Tensor],
 
 
 def layer_norm_forward(eps: float, offset: float = 0.0) -> Callable[[nn.Module, Tensor], Tensor]:
-    """Forward of a layer norm over the last dimension, its factor ``offset + weight``; x [..., N]."""
+    """Forward of a layer norm over the last dimension, scaled by ``offset + weight``; x [..., N]."""
 
     def forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
         weight: Tensor | None = getattr(self, "weight", None)

@@ -1,4 +1,4 @@
-"""The table of rotary angles: cosines and sines of each token's position."""
+"""Rotary tables: cosines and sines of each token's position."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from toolkit.ops.rotary import rotary_tables
 
-# What a table of the F frequencies becomes, of (cos, sin) [..., F] each: models differ in the layout they multiply by.
+# From (cos, sin), [..., F] each, to the tables in the layout that a model multiplies by.
 LAYOUTS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "twice": lambda cos, sin: (torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)),
     "repeated": lambda cos, sin: (cos.repeat_interleave(2, -1), sin.repeat_interleave(2, -1)),
@@ -18,11 +18,15 @@ LAYOUTS: dict[str, Callable[[Tensor, Tensor], Any]] = {
 
 
 def rotary_tables_forward(layout: str = "twice", axes: Tensor | None = None) -> Callable[..., Any]:
-    """Forward of a rotary embedding with the buffer ``inv_freq`` [F] (or one for each kind of layer): cos and sin.
+    """Forward of a rotary embedding with the buffer ``inv_freq`` [F], or one ``<layer_type>_inv_freq`` per layer type.
 
-    layout: how the frequencies lie in the tables: a name of LAYOUTS. position_ids: [B, T]; with ``axes`` [F] also
-    [A, B, T], a place along each of A axes (see ``toolkit.ops.rotary.rotary_tables``). layer_type: the kind of layer
-    whose buffer ``<layer_type>_inv_freq`` is meant. Tables are in x's dtype; complex ones in float32.
+    The forward takes x (for its dtype), position_ids [B, T] and a layer_type, and returns cosines and sines in x's
+    dtype, or complex numbers in complex64.
+
+    Args:
+        layout: a name of ``LAYOUTS``.
+        axes: [F] the axis of each frequency; position_ids may be [A, B, T] then, positions along each of A axes
+            (``toolkit.ops.rotary.rotary_tables``).
     """
 
     @torch.no_grad()

@@ -19,7 +19,7 @@ from toolkit.patching.probe import device_of
 from toolkit.patching.record import PatchRecord, pop_record, put_record, record_of
 from toolkit.patching.report import PatchReport
 from toolkit.patching.roles import FINDERS
-from toolkit.patching.sharding import check_whole
+from toolkit.patching.sharding import check_unsharded
 from toolkit.patching.weights import count_writes
 
 
@@ -94,7 +94,7 @@ def patch(model: nn.Module, roles: Sequence[str] | None = None, numerics: str | 
         if numerics is None or mode is Numerics.choose(numerics, device_of(model)):
             return record.report
     unpatch(model)
-    check_whole(model, "patching")
+    check_unsharded(model, "patching")
     count_writes(model)  # deferred logits and the weight version notice writes by torch's counters
     report = find_claims(model, roles, numerics)
     undo: list[Undo] = []

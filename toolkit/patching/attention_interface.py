@@ -1,4 +1,4 @@
-"""The registered attention and mask functions of transformers: how any model's attention reaches ours."""
+"""The registered attention and mask functions of transformers: how a model's attention reaches this project's."""
 
 from typing import Any
 
@@ -32,9 +32,9 @@ def attention_function(
 ) -> tuple[Tensor, None]:
     """transformers' attention contract: query [B, H, S, D], key, value [B, G, S', D] to [B, S, H, D]."""
     if position_bias is not None:
-        raise ToolkitError("position_bias is given to attention, which this version does not compute; allowed is None.")
+        raise ToolkitError("position_bias must be None, got a tensor: attention with a position bias is not supported.")
     if is_causal is False or not getattr(module, "is_causal", True):
-        raise ToolkitError("is_causal is False; allowed is causal attention.")
+        raise ToolkitError("is_causal must be True, got False: only causal attention is supported.")
     shape = AttentionShape(
         scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
         window=sliding_window or 0,
@@ -58,9 +58,9 @@ def mask_function(
     allow_is_causal_skip: bool = True,
     **kwargs: Any,
 ) -> Tensor | None:
-    """None or a padding mask [B, kv_length] where plain causal order says the rest, else an explicit boolean mask.
+    """None or a padding mask [B, kv_length] for plain causal attention, else an explicit boolean mask.
 
-    While a compiler traces, a mask's values cannot be looked at, and any mask is made explicit.
+    Which mask it is depends on the values of ``attention_mask``: while a compiler traces, every mask is made explicit.
     """
     if get_forward_context() is not None:
         return None
@@ -75,7 +75,7 @@ def mask_function(
             try:
                 padded_context(mask, q_length)
                 return mask
-            except ToolkitError:  # holes in the mask: every layer needs it spelled out
+            except ToolkitError:  # holes in the mask: every layer needs the explicit one
                 pass
     return sdpa_mask(
         batch_size,
@@ -90,6 +90,6 @@ def mask_function(
 
 
 def register() -> None:
-    """Make ``attn_implementation="toolkit"`` known. Registering twice is registering once; no model changes by it."""
+    """Register ``attn_implementation="toolkit"`` with transformers. Idempotent; changes no model."""
     AttentionInterface.register(NAME, attention_function)
     AttentionMaskInterface.register(NAME, mask_function)

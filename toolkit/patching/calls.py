@@ -1,7 +1,7 @@
-"""How a model calls its layers, watched during one forward of its own over a few tokens.
+"""How a model calls its layers, recorded during one of its own forwards over a few tokens.
 
-What a layer is handed beside its hidden states (rotary tables of its kind, masks, whatever an architecture adds) is
-then what the model hands it, and need not be guessed from names.
+What a layer receives beside its hidden states (rotary tables, masks, arguments that an architecture adds) is then known
+and not guessed from names.
 """
 
 import inspect
@@ -22,7 +22,7 @@ MASK = "attention_mask"
 
 @dataclass(frozen=True)
 class Call:
-    """Arguments of one call of a module, by name; ``positional``: how many came without one."""
+    """Arguments of one call of a module, by name. positional: number of arguments that were given without a name."""
 
     arguments: dict[str, Any]
     positional: int
@@ -32,13 +32,13 @@ class Call:
         """The name of the argument that is the hidden states."""
         return next(name for name in HIDDEN if name in self.arguments)
 
-    def having(self, **replaced: Any) -> dict[str, Any]:
-        """The arguments with some replaced; those that the module does not take are left out."""
+    def with_arguments(self, **replaced: Any) -> dict[str, Any]:
+        """The arguments with some replaced; names that the module does not take are ignored."""
         return self.arguments | {name: value for name, value in replaced.items() if name in self.arguments}
 
 
 def _kept(value: Any) -> Any:
-    """A copy in float32 of tensors, also inside of tuples and lists."""
+    """A copy of tensors, floating-point ones in float32, also inside tuples and lists."""
     if isinstance(value, Tensor):
         return value.detach().float().clone() if value.is_floating_point() else value.detach().clone()
     if isinstance(value, (tuple, list)):
@@ -48,7 +48,7 @@ def _kept(value: Any) -> Any:
 
 @contextmanager
 def _replaced(config: Any, values: dict[str, Any]) -> Iterator[None]:
-    """A configuration with other values of the fields that it has, for the time being."""
+    """Inside, fields that ``config`` has have other values."""
     before = {name: getattr(config, name) for name in values if getattr(config, name, None)}
     try:
         for name in before:
@@ -59,10 +59,14 @@ def _replaced(config: Any, values: dict[str, Any]) -> Iterator[None]:
             setattr(config, name, value)
 
 
-def watch(model: Any, modules: Sequence[nn.Module], rows: int, length: int, reach: int) -> dict[nn.Module, list[Call]]:
+def record_calls(
+    model: Any, modules: Sequence[nn.Module], rows: int, length: int, window: int
+) -> dict[nn.Module, list[Call]]:
     """Every call of ``modules`` in the model's own eager forward over ``rows`` sequences of ``length`` tokens.
 
-    reach: what windows and chunks of the configuration are for the time being, so that masks cut within ``length``.
+    Args:
+        window: sliding window and chunk size of the configuration during this forward, so that masks cut off tokens
+            within ``length``.
     """
     device = device_of(model)
     vocabulary = model.get_input_embeddings().num_embeddings
@@ -70,7 +74,7 @@ def watch(model: Any, modules: Sequence[nn.Module], rows: int, length: int, reac
     ids = torch.randint(min(vocabulary, 97), (rows, length), generator=source, device=device)
     calls: dict[nn.Module, list[Call]] = {module: [] for module in modules}
 
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         signature = inspect.signature(type(module).forward)
         named = dict(list(signature.bind(module, *args, **kwargs).arguments.items())[1:])
         for parameter in signature.parameters.values():
@@ -82,9 +86,9 @@ def watch(model: Any, modules: Sequence[nn.Module], rows: int, length: int, reac
     before = model.config._attn_implementation
     with ExitStack() as stack, torch.no_grad(), eval_mode(model):
         for config in configs:
-            stack.enter_context(_replaced(config, {"sliding_window": reach, "attention_chunk_size": reach}))
+            stack.enter_context(_replaced(config, {"sliding_window": window, "attention_chunk_size": window}))
         for module in modules:
-            stack.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
+            stack.callback(module.register_forward_pre_hook(record, with_kwargs=True).remove)
         stack.callback(model.set_attn_implementation, before)
         model.set_attn_implementation("eager")
         model(input_ids=ids, use_cache=False)

@@ -27,17 +27,17 @@ from toolkit.state.dense import DenseContext
 
 
 def _explicit_mask(device: torch.device) -> Tensor:
-    """A 4-D mask of no entries: transformers takes it as ready-made and builds none; attention reads the batch."""
+    """A 4-D mask without entries: transformers builds no mask for it, and attention reads the batch instead."""
     return torch.empty(1, 1, 0, 0, device=device)
 
 
 @cache
-def _keeps_logits(forward: Callable[..., Any]) -> bool:
+def _has_logits_to_keep(forward: Callable[..., Any]) -> bool:
     return "logits_to_keep" in inspect.signature(forward).parameters
 
 
 def _patched(model: nn.Module) -> nn.Module:
-    """``model``, or the patched one in it where it is a wrapper (data parallel, DeepSpeed's engine)."""
+    """``model``, or the patched one inside it where it is a wrapper (data parallel, DeepSpeed's engine)."""
     inner: Any = model
     while report_of(inner) is None and isinstance(getattr(inner, "module", None), nn.Module):
         inner = inner.module
@@ -55,12 +55,13 @@ def context_forward(model: nn.Module, context: ForwardContext, rows: Tensor | No
     With gradients on they may be deferred (``toolkit.ops.linear_logprob``): any operation on them computes them.
 
     Args:
-        model: a patched one, or what data parallel or DeepSpeed wrapped it in, whose forward is then called.
+        model: a patched model, or its wrapper (data parallel, DeepSpeed's engine), whose forward is then called.
         context: what layers attend, scan and convolve by; a new one for each forward.
-        rows: int64 indices into the batch's tokens; None for all T of them.
+        rows: int64 indices into the batch's T tokens; None is all of them.
 
     Raises:
-        ToolkitError: if attention is not patched, or the batch's routing does not fit the model.
+        ToolkitError: attention and mixers of the model are not patched, another layer mixes sequences, or the batch's
+            routing does not fit the model.
     """
     batch = context.batch
     model = inner_model(model)
@@ -69,20 +70,20 @@ def context_forward(model: nn.Module, context: ForwardContext, rows: Tensor | No
     if report is None or not {"attention", "mixer"} & set(report.roles()):
         skipped = report.skipped if report else []
         why = next((r.reason for r in skipped if r.role in ("attention", "mixer")), None)
-        state = f"skipped: {why}" if why else "not patched: no layer has the form of those that reach the interface"
-        raise ToolkitError(f"model {type(inner).__name__} has attention {state}; a ragged batch needs it patched.")
+        state = f"skipped: {why}" if why else "not patched: no layer has the structure of one that calls the interface"
+        raise ToolkitError(f"attention of {type(inner).__name__} must be patched for a ragged batch, got {state}.")
     if not torch.compiler.is_compiling() and report not in _SEPARATE:
-        _SEPARATE.add(report)  # the check comes through here itself
+        _SEPARATE.add(report)  # before the check, which calls this function
         try:
             _check_separate(inner)
         except BaseException:
             _SEPARATE.discard(report)
             raise
     keep: dict[str, Any] = {}
-    if rows is not None and _keeps_logits(type(inner).forward):
+    if rows is not None and _has_logits_to_keep(type(inner).forward):
         keep["logits_to_keep"] = rows
-    steady = report.numerics is Numerics.BITWISE and batch.tokens.is_cpu and not torch.compiler.is_compiling()
-    with set_forward_context(context), row_invariant() if steady else nullcontext():
+    batch_invariant = report.numerics is Numerics.BITWISE and batch.tokens.is_cpu and not torch.compiler.is_compiling()
+    with set_forward_context(context), row_invariant() if batch_invariant else nullcontext():
         output = model(
             input_ids=batch.tokens[None],
             position_ids=batch.positions[None],
@@ -98,13 +99,16 @@ def context_forward(model: nn.Module, context: ForwardContext, rows: Tensor | No
 
 
 _SEPARATE: "weakref.WeakSet[PatchReport]" = weakref.WeakSet()
-"""Patches under which sequences of one batch were seen to stay apart."""
+"""Reports of patches that were checked: no layer mixes the sequences of a batch."""
 
 
 def _check_separate(model: nn.Module) -> None:
-    """A layer that is not patched and carries something along the sequence would mix a batch's sequences: look for it.
+    """Check that no layer mixes the sequences of a batch, as an unpatched recurrent layer would.
 
-    Whatever comes before in the batch, the second sequence's logits stay. Raises ToolkitError where they do not.
+    The second sequence's logits must not depend on the sequence before it in the batch.
+
+    Raises:
+        ToolkitError: they do.
     """
     device = next(model.parameters()).device
 
@@ -115,21 +119,21 @@ def _check_separate(model: nn.Module) -> None:
     with torch.no_grad(), eval_mode(model), observing(None):
         first, second, moved = after([0] * 7), after([3] * 7), after([0] * 4)
 
-    def alike(one: Tensor, other: Tensor) -> bool:
+    def near(one: Tensor, other: Tensor) -> bool:
         return torch.allclose(one, other, rtol=1e-3, atol=1e-3 * float(one.abs().amax().nan_to_num()))
 
-    if not alike(first, second):
+    if not near(first, second):
         report = report_of(model)
         assert report is not None
-        left = sorted({f"{r.path} ({r.reason})" for r in report.skipped if r.role in ("attention", "mixer")})
+        skipped = sorted({f"{r.path} ({r.reason})" for r in report.skipped if r.role in ("attention", "mixer")})
         raise ToolkitError(
             f"model {type(model).__name__} mixes the sequences of a batch in a layer that is not patched"
-            f"{': ' + '; '.join(left[:3]) if left else ''}; a ragged batch needs every such layer patched."
+            f"{': ' + '; '.join(skipped[:3]) if skipped else ''}; a ragged batch needs every such layer patched."
         )
-    if not alike(first, moved):
+    if not near(first, moved):
         raise ToolkitError(
-            f"model {type(model).__name__} takes a token's position from its place in the batch and not from "
-            "position_ids; a ragged batch needs those."
+            f"model {type(model).__name__} computes positions from a token's row in the batch and not from "
+            "position_ids; a ragged batch needs position_ids."
         )
 
 
@@ -140,14 +144,23 @@ def token_logprobs(
     last: Sequence[int] | None = None,
     routing: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
-    """Log-probability (nats, full vocabulary) of every token of every sequence given those before it.
+    """Log-probability (nats, full vocabulary) of every token of every sequence given the tokens before it.
 
-    The training forward, differentiable: tensor i has one value fewer than sequence i has tokens. All sequences go in
-    one batch, in which common prefixes are computed once (``share``).
-    model: a patched one, or what data parallel or DeepSpeed wrapped it in.
-    last: of sequence i, only the last ``last[i]`` tokens, which saves the head on the others (a prompt's, say).
-    routing: of sequence i the experts [tokens, layers of experts, K] that its tokens take instead of their routers'
-    choice: ``Completion.routed_experts``. The last token may be missing. Routers must be patched.
+    This is the training forward, and differentiable. All sequences are one batch.
+
+    Args:
+        model: a patched model, or its wrapper (data parallel, DeepSpeed's engine).
+        sequences: token ids of each sequence.
+        share: compute common prefixes once.
+        last: return only the last ``last[i]`` tokens of sequence i; the head skips the others (a prompt's, say).
+        routing: experts [tokens, MoE layers, K] of the tokens of sequence i, in place of the routers' choice
+            (``Completion.routed_experts``). The last token may be missing. Routers must be patched.
+
+    Returns:
+        One tensor per sequence, [tokens - 1] or [last[i]].
+
+    Raises:
+        ToolkitError: a token id outside the vocabulary, or ``last[i]`` larger than the number of predictions.
     """
     device = next(model.parameters()).device
     tokens = [torch.as_tensor(sequence, dtype=torch.int64).cpu() for sequence in sequences]
@@ -156,24 +169,24 @@ def token_logprobs(
         if sequence.dim() != 1 or (
             sequence.numel() and not 0 <= int(sequence.min()) <= int(sequence.max()) < vocabulary
         ):
-            raise ToolkitError(f"sequence {index} is not a list of token ids; allowed are 0 to {vocabulary - 1}.")
+            raise ToolkitError(f"sequence {index} must be a list of token ids from 0 to {vocabulary - 1}.")
     lengths = [max(sequence.numel() - 1, 0) for sequence in tokens]
     if last is not None:
-        for index, (wanted, most) in enumerate(zip(last, lengths, strict=True)):
-            if not 0 <= wanted <= most:
+        for index, (count, available) in enumerate(zip(last, lengths, strict=True)):
+            if not 0 <= count <= available:
                 raise ToolkitError(
-                    f"last[{index}] is {wanted}; allowed are 0 to {most}, a token less than the sequence."
+                    f"last[{index}] must be >= 0 and <= {available}, the sequence's length - 1, got {count}."
                 )
         lengths = list(last)
     if sum(lengths) == 0:
         return [torch.zeros(0, device=device) for _ in tokens]
-    # The last token of a sequence predicts nothing that is asked for, but stays in: it costs little.
+    # The last token of a sequence predicts nothing here, but stays in: it costs little.
     batch = RaggedBatch.from_sequences(tokens, device=device, share=share, routing=routing)
     return list(predictions(model, batch, tokens, lengths)[0].split(lengths))
 
 
-# Of logits [..., V] and targets: numbers of each row, the first of which is the log-probability of its target.
-Reading = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+# Of logits [..., V] and targets [...]: tensors [...], the first of which is the log-probability of the target.
+ReadLogits = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 
 
 def predictions(
@@ -181,19 +194,22 @@ def predictions(
     batch: RaggedBatch,
     sequences: Sequence[Tensor],
     counts: Sequence[int],
-    read: Reading = deferred.token_logprobs,
+    read: ReadLogits = deferred.token_logprobs,
 ) -> tuple[Tensor, ...]:
-    """What ``read`` takes from the logits of the last ``counts[i]`` tokens of each sequence: [sum of counts], in order.
+    """What ``read`` returns for the logits of the last ``counts[i]`` tokens of each sequence: [sum(counts)].
 
-    batch: ``RaggedBatch.from_sequences(sequences)``. A prediction that several samples share (the same row, the same
-    next token) is made once; a row that goes on in several ways is one row of the head a way.
+    A prediction that several samples share (the same row, the same next token) is computed once. A row with several
+    next tokens is one row of the head per next token.
+
+    Args:
+        batch: ``RaggedBatch.from_sequences(sequences)``.
     """
     device = batch.tokens.device
     ends = torch.tensor([len(sequence) for sequence in sequences]).cumsum(0).tolist()
     # A token is predicted by the row before it.
-    places = torch.cat([torch.arange(end - 1 - count, end - 1) for end, count in zip(ends, counts) if count])
+    predicting = torch.cat([torch.arange(end - 1 - count, end - 1) for end, count in zip(ends, counts) if count])
     targets = torch.cat([sequence[len(sequence) - count :] for sequence, count in zip(sequences, counts)])
-    rows = places if batch.sample_rows is None else batch.sample_rows.cpu()[places]
+    rows = predicting if batch.sample_rows is None else batch.sample_rows.cpu()[predicting]
     if batch.sample_rows is None:
         return read(ragged_forward(model, batch, rows.to(device)), targets.to(device))
     pairs, sample_of = torch.stack([rows, targets], 1).unique(dim=0, return_inverse=True)
@@ -201,5 +217,5 @@ def predictions(
     logits = ragged_forward(model, batch, distinct.to(device))
     if len(distinct) < len(pairs):
         logits = deferred.take_logits(logits, row_of.to(device))
-    where = sample_of.to(device)
-    return tuple(take_rows(values, where) for values in read(logits, pairs[:, 1].to(device)))
+    index = sample_of.to(device)
+    return tuple(take_rows(values, index) for values in read(logits, pairs[:, 1].to(device)))

@@ -1,4 +1,4 @@
-"""Is a module the mathematics of an op? Ask it, on random inputs, forward and backward.
+"""Does a module compute an op? Both are run on random inputs, forward and backward, and compared.
 
 The module itself is never touched: a float32 probe copy of it, with random parameters, is run in its place.
 """
@@ -16,18 +16,19 @@ from toolkit.patching.claim import ProbeError
 
 
 def generator(device: torch.device, stream: int = 0) -> torch.Generator:
-    """The probes' own random numbers, a stream a purpose: the user's are left where they were."""
+    """A generator for probes, one stream per purpose: the user's random state does not change."""
     return torch.Generator(device).manual_seed(20261123 + stream)
 
 
-def probe_copy(module: nn.Module, instead: dict[int, nn.Parameter] | None = None) -> nn.Module:
+def probe_copy(module: nn.Module, replaced: dict[int, nn.Parameter] | None = None) -> nn.Module:
     """A float32 copy with random parameters of unit scale (matrices: 1/sqrt(fan in)), in eval mode.
 
-    instead: other parameters to copy in the place of those of these identities.
+    Args:
+        replaced: parameters to copy instead of those with these ids.
     """
-    copied = copy.deepcopy(module, dict(instead or {})).float().eval()
+    copied = copy.deepcopy(module, dict(replaced or {})).float().eval()
     for stream, parameter in enumerate(copied.parameters()):
-        # Each its own numbers: with equal weights, queries could not be told from keys, nor gate from up.
+        # A stream each: with equal weights, queries could not be told from keys, nor gate from up.
         source = generator(parameter.device, 1000 + stream)
         scale = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 1.0
         with torch.no_grad():
@@ -38,16 +39,18 @@ def probe_copy(module: nn.Module, instead: dict[int, nn.Parameter] | None = None
 
 
 def with_forward(module: nn.Module, forward: Callable) -> Callable[..., Any]:
-    """``forward`` as a function of the inputs alone, run on ``module``."""
+    """``forward`` bound to ``module``."""
     return types.MethodType(forward, module)
 
 
 def random_input(*shape: int, like: nn.Module, scale: float = 1.0) -> Tensor:
+    """Normal float32 numbers of standard deviation ``scale``, on the device of ``like``."""
     device = device_of(like)
     return torch.randn(*shape, device=device, generator=generator(device)).mul_(scale)
 
 
 def device_of(module: nn.Module) -> torch.device:
+    """Device of the first parameter or buffer; CPU for a module without any."""
     for tensor in (*module.parameters(), *module.buffers()):
         return tensor.device
     return torch.device("cpu")
@@ -59,12 +62,12 @@ def _first_tensors(value: Any) -> list[Tensor]:
     return [item for item in value if isinstance(item, Tensor)]
 
 
-# Of the largest gradient. A gradient may be 0 but for roundings (of a bias that every key has in common, say).
+# Relative to the largest gradient. A gradient may be 0 up to rounding (of a bias that all keys share, say).
 _SMALL_GRADIENT = 1e-2
 
 
 def _relative(candidate: Sequence[Tensor | None], original: Sequence[Tensor | None], small: float = 0.0) -> float:
-    """Largest ‖candidate - original‖ / ‖original‖; a norm counts as ``small`` times the largest one at least."""
+    """Largest ‖candidate - original‖ / ‖original‖; a norm counts as at least ``small`` times the largest one."""
     worst = 0.0
     largest = max((float(one.detach().double().norm()) for one in original if one is not None), default=0.0)
     for got, expected in zip(candidate, original, strict=True):
@@ -81,7 +84,7 @@ def _relative(candidate: Sequence[Tensor | None], original: Sequence[Tensor | No
 def _run(
     function: Callable[..., Any], inputs: Sequence[Tensor], parameters: Sequence[nn.Parameter]
 ) -> tuple[Any, Any, int | None]:
-    """Outputs, gradients, and of how many entries the outputs are: None for a tensor by itself."""
+    """Outputs, gradients, and the length of the returned tuple: None for a single tensor."""
     leaves = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in inputs]
     returned = function(*leaves)
     outputs, entries = _first_tensors(returned), None if isinstance(returned, Tensor) else len(returned)
@@ -89,7 +92,7 @@ def _run(
     differentiable = [out for out in outputs if out.requires_grad]
     if not wanted or not differentiable:
         return outputs, [], entries
-    # Numbers apart from the inputs': along its own input a norm without weights has no gradient.
+    # Not the inputs' numbers: along its input a norm without weights has no gradient.
     cotangents = [torch.randn(o.shape, device=o.device, generator=generator(o.device, 1)) for o in differentiable]
     return outputs, torch.autograd.grad(differentiable, wanted, cotangents, allow_unused=True), entries
 
@@ -102,8 +105,8 @@ def compare(
 ) -> ProbeError:
     """Largest relative error of ``candidate`` against ``original`` over ``batches`` of inputs.
 
-    Outputs may be a tensor or a tuple (entries that are not tensors are ignored), of one length from both. Gradients
-    are taken with respect to every floating input and all ``parameters``, against one random cotangent.
+    Both return a tensor, or tuples of equal length; entries that are not tensors are ignored. Gradients are taken with
+    respect to every floating-point input and all ``parameters``, against one random cotangent.
     """
     forward = backward = 0.0
     with torch.enable_grad():
@@ -118,7 +121,7 @@ def compare(
 
 
 def signature_key(module: nn.Module) -> tuple[Any, ...]:
-    """Modules with the same key are the same mathematics: class, shapes, scalar settings; not the layer index."""
+    """Modules with equal keys compute the same function: class, shapes and scalar settings, without the layer index."""
     scalars = []
     for path, part in module.named_modules():
         settings = tuple(
@@ -132,7 +135,7 @@ def signature_key(module: nn.Module) -> tuple[Any, ...]:
 
 
 def required_arguments(module: nn.Module) -> list[str]:
-    """Names of the arguments that the module's forward cannot do without."""
+    """Names of the required arguments of the module's forward."""
     parameters = inspect.signature(type(module).forward).parameters.values()
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return [p.name for p in parameters if p.kind in positional and p.default is p.empty and p.name != "self"]

@@ -1,4 +1,4 @@
-"""The walk that the per-module roles share: look at each module once, prove each distinct mathematics once."""
+"""The search that the per-module roles share; modules that compute the same function are proven once."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -11,16 +11,18 @@ from toolkit.patching.probe import signature_key
 
 T = TypeVar("T")
 
-# One way a module might be an op: what to call it, the replacing forward, and its probe.
+# One op that a module might compute: its name in the report, the new forward, and its probe.
 Candidate = tuple[str, Callable[..., Any], Callable[[], ProbeError]]
 
 
 def search(
     model: nn.Module, role: str, candidates: Callable[[nn.Module], list[Candidate] | None]
 ) -> list[Claim | Skipped]:
-    """Claims and refusals of ``role``: ``candidates(module)`` is None where the module does not look like the role.
+    """Claims and skipped modules of ``role``.
 
-    The first candidate whose probe passes is claimed. An exception in a probe means that the module is something else.
+    Args:
+        candidates: of a module; None where it does not look like the role. The first whose probe passes is claimed. An
+            exception in a probe means that the module is something else.
     """
     found: list[Claim | Skipped] = []
     proven: dict[Any, tuple[str, Callable[..., Any], ProbeError] | str] = {}

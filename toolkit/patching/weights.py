@@ -1,4 +1,4 @@
-"""The weight version: a number that moves whenever a parameter is written."""
+"""The weight version: a number that changes whenever a parameter is written."""
 
 import itertools
 import sys
@@ -16,7 +16,7 @@ _WATCHED: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 
 def count_writes(model: nn.Module) -> None:
-    """Make torch's version counters of ``model``'s parameters move with optimizers that write past them."""
+    """Make torch's version counters of ``model``'s parameters count steps of optimizers that write past them."""
     _WATCHED.add(model)
     _count_steps()
 
@@ -29,7 +29,7 @@ def _count_steps() -> None:
             copies = copies or not all(isinstance(parameter, nn.Parameter) for parameter in group["params"])
             if group.get("fused"):
                 increment_version([parameter for parameter in group["params"] if parameter.grad is not None])
-        # DeepSpeed's optimizers step flat copies and write them back past the counters; of which model, is not said.
+        # DeepSpeed's optimizers step flat copies and write them back past the counters; the model is unknown here.
         if copies and "deepspeed" in sys.modules:
             for model in list(_WATCHED):
                 increment_version([parameter for parameter in model.parameters() if parameter.requires_grad])
@@ -38,11 +38,11 @@ def _count_steps() -> None:
 
 
 class WeightClock:
-    """Watches the parameters of one model through torch's own in-place version counters.
+    """The weight version of one model, from torch's in-place version counters of its parameters.
 
-    An optimizer step (DeepSpeed's too), ``load_state_dict`` or any in-place operation moves it, and so does another
-    choice of adapters. Writes that go around the counters (``parameter.data.copy_``) do not: say
-    ``weights_changed(model)`` after those.
+    An optimizer step (DeepSpeed's too), ``load_state_dict``, any in-place operation, and another choice of active
+    adapters change it. Writes past the counters (``parameter.data.copy_``) do not: call ``weights_changed(model)``
+    after those.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -53,7 +53,7 @@ class WeightClock:
         self._value, self._stamp = 0, self._read()
 
     def refresh(self) -> None:
-        """Look again at which parameters the model has, after some were replaced by new ones."""
+        """Read again which parameters the model has, after some were replaced."""
         model = self._model()
         self._parameters = list(model.parameters()) if model is not None else []
         self._adapters = adapter_layers(model) if model is not None else []
@@ -62,16 +62,20 @@ class WeightClock:
         versions = addresses = 0
         for parameter in self._parameters:
             versions += parameter._version
-            addresses ^= getattr(parameter, "_local_tensor", parameter).data_ptr()  # a DTensor is where its part is
+            addresses ^= getattr(
+                parameter, "_local_tensor", parameter
+            ).data_ptr()  # a DTensor's is that of its local shard
         return versions, addresses, adapter_state(self._adapters)
 
     def version(self) -> int:
+        """The current version."""
         stamp = self._read()
         if stamp != self._stamp:
             self._stamp, self._value = stamp, next(self._next)
         return self._value
 
     def move(self) -> None:
+        """Change the version by hand."""
         self._value = next(self._next)
 
 
@@ -88,12 +92,12 @@ def weight_clock(model: nn.Module) -> WeightClock:
 
 
 def weight_version(model: nn.Module) -> int:
-    """0 at first sight of the model; another number after every write to a parameter."""
+    """0 at the first call for a model; another number after every write to a parameter."""
     return weight_clock(model).version()
 
 
 def weights_changed(model: nn.Module) -> None:
-    """Move the weight version by hand, after writes that torch's version counters do not see."""
+    """Change the weight version by hand, after writes that torch's version counters do not see."""
     clock = weight_clock(model)
     clock.refresh()
     clock.version()

@@ -1,6 +1,6 @@
-"""One file a role: which modules of a model it claims, and how each is proven.
+"""One file per role: which modules of a model it claims, and how each is proven.
 
-``FINDERS`` maps a role to a function of the model and the tier that returns claims and refusals.
+``FINDERS`` maps a role to a function of the model and the numerics mode that returns claims and skipped modules.
 """
 
 from collections.abc import Callable

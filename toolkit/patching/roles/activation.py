@@ -1,6 +1,8 @@
 """Plain activations: elementwise modules without parameters."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,18 +16,18 @@ from toolkit.patching.search import Candidate, search
 
 
 def _grid() -> Tensor:
-    """Values around zero and in both tails, an odd number of them."""
+    """[1, 304] values around zero and in both tails."""
     return torch.cat([torch.linspace(-9.0, 9.0, 301), torch.tensor([-50.0, 0.0, 50.0])])[None]
 
 
-def _probe(module: nn.Module, forward) -> ProbeError:
+def _probe(module: nn.Module, forward: Callable[..., Any]) -> ProbeError:
     copied = probe_copy(module)
     return compare(with_forward(copied, forward), with_forward(copied, type(copied).forward), [[_grid()]])
 
 
 def _elementwise(module: nn.Module) -> bool:
-    """Whether it maps each value by itself: every other value changes, and what the rest become does not."""
-    values, copied = _grid()[:, :-3], probe_copy(module)  # without the tails, beside which a softmax sees nothing else
+    """Whether each output depends on one input only: every other value changes, and the outputs of the rest do not."""
+    values, copied = _grid()[:, :-3], probe_copy(module)  # without the tails, which would dominate a softmax
     others = values.clone()
     others[:, ::2] += 1.0
     try:
@@ -33,8 +35,8 @@ def _elementwise(module: nn.Module) -> bool:
             first, second = (type(copied).forward(copied, one) for one in (values, others))
     except Exception:
         return False
-    alike = isinstance(first, Tensor) and first.shape == values.shape
-    return alike and torch.equal(first[:, 1::2], second[:, 1::2])
+    same_shape = isinstance(first, Tensor) and first.shape == values.shape
+    return same_shape and torch.equal(first[:, 1::2], second[:, 1::2])
 
 
 def _candidates(module: nn.Module) -> list[Candidate] | None:
@@ -51,4 +53,5 @@ def _candidates(module: nn.Module) -> list[Candidate] | None:
 
 
 def find(model: nn.Module, numerics: Numerics) -> list[Claim | Skipped]:
+    """Claims on elementwise modules without parameters."""
     return search(model, "activation", _candidates)

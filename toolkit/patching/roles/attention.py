@@ -1,6 +1,6 @@
-"""Attention layers: through the attention interface, and where the layer is built the usual way, in one forward.
+"""Attention layers: through the attention interface, and with a fused forward where the layer has the usual structure.
 
-Every layer of a model must reach the interface, since one setting of its config selects it for all.
+One setting of a model's config selects the interface for all of its layers, so every layer must call it.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from toolkit.modules.attention import FusedAttention
 from toolkit.modules.latent_attention import parts_of
 from toolkit.numerics import Numerics
 from toolkit.patching import attention_interface
-from toolkit.patching.calls import MASK, Call, watch
+from toolkit.patching.calls import MASK, Call, record_calls
 from toolkit.patching.claim import Claim, ProbeError, Skipped, Undo, replace_forward
 from toolkit.patching.probe import compare, device_of, probe_copy, random_input, signature_key, with_forward
 from toolkit.patching.search import prove
@@ -26,12 +26,12 @@ from toolkit.state.batch import RaggedBatch
 from toolkit.state.dense import DenseContext
 
 ROWS, LENGTH = 2, 7
-PROBE_WINDOW = 3  # small enough that the window cuts inside the probe
+PROBE_WINDOW = 3  # small enough to mask tokens within the probe
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What one call of the attention interface looked like."""
+    """What a layer passed to the attention interface in one call, and what it got back."""
 
     heads: int
     head_dim: int
@@ -65,7 +65,7 @@ class Probe:
                     holder.sliding_window = PROBE_WINDOW
 
     def look(self) -> Seen:
-        """One call with a recording function in the interface's place."""
+        """One call with a recording function registered as the interface."""
         calls: list[Seen] = []
 
         def record(
@@ -82,28 +82,28 @@ class Probe:
         with _registered("toolkit_probe", record), torch.no_grad():
             self.run("toolkit_probe", None, random_input(*self.shape, like=self.copied))
         if len(calls) != 1:
-            raise RuntimeError(f"it reached the attention interface {len(calls)} times, not once")
+            raise RuntimeError(f"it must call the attention interface once, got {len(calls)} calls")
         return calls[0]
 
     @property
     def tables(self) -> tuple[Tensor, Tensor] | None:
-        """Cosines and sines that the layer is handed, [1 or B, S, D]."""
+        """Cosines and sines that the layer receives, [1 or B, S, D]."""
         given = self.call.arguments.get("position_embeddings")
         return given if isinstance(given, tuple) and len(given) == 2 else None
 
     def run(self, implementation: str, mask: Any, hidden: Tensor, forward: Any = None, **replaced: Any) -> Tensor:
         self.copied.config._attn_implementation = implementation
         function = with_forward(self.copied, forward or type(self.copied).forward)
-        arguments = self.call.having(**{self.call.hidden: hidden, MASK: mask}, **replaced)
+        arguments = self.call.with_arguments(**{self.call.hidden: hidden, MASK: mask}, **replaced)
         output = function(**arguments)
         if forward is None:
             self.paired = isinstance(output, tuple)
         elif isinstance(output, tuple) != self.paired:
-            raise RuntimeError("it does not return a pair of outputs and weights")
+            raise RuntimeError("it must return a pair of outputs and weights")
         return output[0] if isinstance(output, tuple) else output
 
     def error(self, forward: Any = None) -> ProbeError:
-        """Against eager attention under the mask that transformers made for it."""
+        """Against eager attention with the mask that transformers made for it."""
         hidden = random_input(*self.shape, like=self.copied)
         given = self.call.arguments.get(MASK)
         return compare(
@@ -115,7 +115,7 @@ class Probe:
 
 
 class _registered:
-    """An attention function under a temporary name."""
+    """Inside, an attention function is registered under ``name``."""
 
     def __init__(self, name: str, function: Any) -> None:
         self.name, self.function = name, function
@@ -162,7 +162,7 @@ LENGTHS = (LENGTH, 4)  # of the sequences that latent attention is probed with
 
 
 def _latent_options(module: nn.Module, probe: Probe) -> list[Any]:
-    """Latent attention serves ragged batches alone: one of two sequences, against eager attention on each."""
+    """The latent forward handles ragged batches only: one batch of two sequences against eager attention on each."""
     options = []
     for interleaved in (False, True):
         parts = parts_of(module, interleaved)
@@ -179,13 +179,13 @@ def _latent_error(probe: Probe, forward: Any) -> ProbeError:
     cos, sin = (table[:1] for table in probe.tables)
     batch = RaggedBatch.from_sequences([[0] * length for length in LENGTHS], device_of(probe.copied), share=False)
     context = DenseContext(batch)
-    together_tables = tuple(torch.cat([table[:, :length] for length in LENGTHS], 1) for table in (cos, sin))
+    batched_tables = tuple(torch.cat([table[:, :length] for length in LENGTHS], 1) for table in (cos, sin))
 
-    def together(*sequences: Tensor) -> Tensor:
+    def batched(*sequences: Tensor) -> Tensor:
         with set_forward_context(context):
-            return with_forward(probe.copied, forward)(torch.cat(sequences, 1), position_embeddings=together_tables)[0]
+            return with_forward(probe.copied, forward)(torch.cat(sequences, 1), position_embeddings=batched_tables)[0]
 
-    def alone(*sequences: Tensor) -> Tensor:
+    def separate(*sequences: Tensor) -> Tensor:
         outputs = []
         for x in sequences:
             length = x.shape[1]
@@ -196,7 +196,7 @@ def _latent_error(probe: Probe, forward: Any) -> ProbeError:
         return torch.cat(outputs, 1)
 
     inputs = [random_input(1, length, probe.shape[-1], like=probe.copied) for length in LENGTHS]
-    return compare(together, alone, [inputs], list(probe.copied.parameters()))
+    return compare(batched, separate, [inputs], list(probe.copied.parameters()))
 
 
 def _install_interface(model: Any) -> Undo:
@@ -216,13 +216,15 @@ def find(model: Any, numerics: Numerics) -> list[Claim | Skipped]:
             Skipped("attention", path, "it does not dispatch through the attention interface") for path, _ in layers
         ]
     try:
-        calls = watch(model, [module for _, module in layers], ROWS, LENGTH, PROBE_WINDOW)
+        calls = record_calls(model, [module for _, module in layers], ROWS, LENGTH, PROBE_WINDOW)
     except Exception as problem:
         return [
             Skipped("attention", path, f"the model's forward failed: {first_line(problem, with_class=True)}")
             for path, _ in layers
         ]
-    layers = [(path, module) for path, module in layers if calls[module]]  # without those for another model's states
+    layers = [
+        (path, module) for path, module in layers if calls[module]
+    ]  # cross-attention to another model's states is not called
     twice = next((path for path, module in layers if len(calls[module]) > 1), None)
     if twice is not None:
         return [Skipped("attention", twice, "the model calls it more than once in a forward")]

@@ -1,6 +1,7 @@
-"""The head: the output projection, whose logits may wait, and the causal language-modelling loss."""
+"""The head: the output projection, whose logits may be deferred, and the causal language-modelling loss."""
 
 import weakref
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from toolkit.modules.head import causal_lm_loss, head_forward
-from toolkit.modules.linear import product
+from toolkit.modules.linear import autocast_linear
 from toolkit.numerics import Numerics
 from toolkit.patching.claim import Claim, ProbeError, Skipped, set_attribute
 from toolkit.patching.probe import compare, device_of, generator, probe_copy, random_input, with_forward
@@ -23,9 +24,10 @@ def _probe_loss(model: Any) -> ProbeError:
     labels[0, 4:] = -100
     logits = random_input(2, 6, vocabulary, like=model, scale=3.0)
     errors = []
-    for settings in ({}, {"num_items_in_batch": 7}, {"shift_labels": labels.roll(-1, 1)}):
+    variants: tuple[dict[str, Any], ...] = ({}, {"num_items_in_batch": 7}, {"shift_labels": labels.roll(-1, 1)})
+    for settings in variants:
 
-        def loss(function, settings=settings):
+        def loss(function: Callable[..., Tensor], settings: dict[str, Any] = settings) -> Callable[[Tensor], Tensor]:
             def run(values: Tensor) -> Tensor:
                 return function(logits=values, labels=labels, vocab_size=vocabulary, **settings)
 
@@ -36,12 +38,12 @@ def _probe_loss(model: Any) -> ProbeError:
 
 
 def _candidates(module: nn.Module, model: nn.Module, numerics: Numerics) -> list[Candidate] | None:
-    """The output projection: a plain ``nn.Linear`` whose logits wait for the loss while gradients are on."""
+    """The one candidate of a plain ``nn.Linear``: its logits are deferred while gradients are on."""
     if type(module) is not nn.Linear:
         return None
     bitwise = numerics is Numerics.BITWISE
     owner = weakref.ref(model)  # a forward must not keep its model alive
-    forward = head_forward(product if bitwise else F.linear, bitwise, lambda: is_sharded(owner()))
+    forward = head_forward(autocast_linear if bitwise else F.linear, bitwise, lambda: is_sharded(owner()))
 
     def probe() -> ProbeError:
         copied = probe_copy(module)
@@ -61,17 +63,18 @@ def _candidates(module: nn.Module, model: nn.Module, numerics: Numerics) -> list
         errors = compare(ours, own, [[hidden]], parameters), compare(loss, dense_loss, [[hidden]], parameters)
         return ProbeError(max(e.forward for e in errors), max(e.backward for e in errors))
 
-    return [("linear_logprob" + " (fixed K order)" * bitwise, forward, probe)]
+    return [("linear_logprob" + " (fixed reduction order)" * bitwise, forward, probe)]
 
 
 def find(model: Any, numerics: Numerics) -> list[Claim | Skipped]:
+    """A claim on the output projection, and one on the model's loss function."""
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if output is None:
         return []
     found = search(model, "head", lambda module: _candidates(module, model, numerics) if module is output else None)
     if not found:
         path = next(name for name, module in model.named_modules() if module is output)
-        found.append(Skipped("head", path, f"its class is {type(output).__name__}, not nn.Linear"))
+        found.append(Skipped("head", path, f"its class must be nn.Linear, got {type(output).__name__}"))
     try:
         error = _probe_loss(model)
     except Exception as problem:

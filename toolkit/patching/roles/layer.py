@@ -1,7 +1,7 @@
-"""Decoder layers: what activation checkpointing runs again in the backward, outside of the forward that set the stage.
+"""Decoder layers, which activation checkpointing recomputes in the backward, outside the model's forward.
 
-A layer's second run must be its first one again: over the same ragged batch, although some models drop the keyword
-that brings it, and in the bitwise tier with the elementwise functions of ``row_invariant``.
+The recomputation must equal the first run: over the same ragged batch, although some models drop the keyword that
+passes it, and in bitwise mode with the elementwise functions of ``row_invariant``.
 """
 
 from collections.abc import Callable
@@ -18,10 +18,14 @@ from toolkit.patching.probe import device_of
 from toolkit.state.active import forward_context_of, set_forward_context
 
 
-def rerunnable(forward: Callable[..., Any], steady: bool) -> Callable[..., Any]:
-    """``forward``, run and run again over the ragged batch that its input belongs to."""
-    # transformers checkpoints inside of the class's forward; earlier versions do around the module's call, where the
-    # input has to remember the batch.
+def recomputable(forward: Callable[..., Any], batch_invariant: bool) -> Callable[..., Any]:
+    """``forward``, which runs in the ragged batch of its input, in a recomputation too.
+
+    Args:
+        batch_invariant: run the layer's elementwise functions inside ``row_invariant``.
+    """
+    # transformers checkpoints inside the class's forward; earlier versions around the module's call, where the input
+    # carries the batch.
     own = getattr(forward, "__wrapped__", None) if "checkpointing" in forward.__code__.co_name else None
 
     def replaced(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -35,7 +39,7 @@ def rerunnable(forward: Callable[..., Any], steady: bool) -> Callable[..., Any]:
             return forward(self, *args, **kwargs)
 
         def run(*inputs: Any) -> Any:
-            with set_forward_context(context), row_invariant() if steady else nullcontext():
+            with set_forward_context(context), row_invariant() if batch_invariant else nullcontext():
                 return (own or forward)(self, *inputs, **kwargs)
 
         if own is None:
@@ -49,12 +53,12 @@ def rerunnable(forward: Callable[..., Any], steady: bool) -> Callable[..., Any]:
 
 
 def find(model: nn.Module, numerics: Numerics) -> list[Claim | Skipped]:
-    """A claim on every layer that can be checkpointed. Nothing is computed otherwise, so there is nothing to probe."""
-    steady = numerics is Numerics.BITWISE and device_of(model).type == "cpu"
+    """A claim on every layer that can be checkpointed. It computes what it did before, so there is no probe."""
+    batch_invariant = numerics is Numerics.BITWISE and device_of(model).type == "cpu"
     return [
         Claim(
-            "layer", path, module, "its own forward, over its batch", ProbeError(0.0, 0.0),
-            replace_forward(module, rerunnable(type(module).forward, steady)),
+            "layer", path, module, "its own forward, in its ragged batch", ProbeError(0.0, 0.0),
+            replace_forward(module, recomputable(type(module).forward, batch_invariant)),
         )
         for path, module in model.named_modules()
         if hasattr(type(module), "gradient_checkpointing")

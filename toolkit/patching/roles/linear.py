@@ -1,4 +1,4 @@
-"""Linear layers, in the bitwise tier: the vendor's product changes bits with the number of rows."""
+"""Linear layers, in bitwise mode: cuBLAS and MKL GEMMs are not batch-invariant."""
 
 from typing import Any
 
@@ -12,20 +12,24 @@ from toolkit.patching.search import Candidate, search
 
 
 def linear_candidates(module: nn.Module) -> list[Candidate] | None:
-    """The one candidate of a plain ``nn.Linear`` (subclasses, quantised or adapted, are something else), or of a leaf
-    with a weight [K, N] and a bias [N]."""
+    """The one candidate of a plain ``nn.Linear`` (not of a subclass, quantised or adapted), or of a leaf with a weight
+    [K, N] and a bias [N]."""
     weight: Any = getattr(module, "weight", None)
-    op, forward, width = "linear (fixed K order)", linear_forward, 0
+    op, forward, in_features = "linear (fixed reduction order)", linear_forward, 0
     if type(module) is nn.Linear:
-        width = weight.shape[1]
+        in_features = weight.shape[1]
     elif _is_transposed(module):
-        op, forward, width = "linear (fixed K order, weight [K, N])", transposed_linear_forward, weight.shape[0]
+        op, forward, in_features = (
+            "linear (fixed reduction order, weight [K, N])",
+            transposed_linear_forward,
+            weight.shape[0],
+        )
     else:
         return None
 
     def probe() -> ProbeError:
         copied = probe_copy(module)
-        x = random_input(2, 3, width, like=copied)
+        x = random_input(2, 3, in_features, like=copied)
         return compare(
             with_forward(copied, forward), with_forward(copied, type(copied).forward), [[x]], list(copied.parameters())
         )
@@ -43,6 +47,7 @@ def _is_transposed(module: nn.Module) -> bool:
 
 
 def find(model: Any, numerics: Numerics) -> list[Claim | Skipped]:
+    """Claims on linear layers except the head; none in fast mode."""
     if numerics is not Numerics.BITWISE:
         return []
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None

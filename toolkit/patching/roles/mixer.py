@@ -1,8 +1,8 @@
-"""Recurrent mixers: their own forward, with the functions that carry state along the sequence replaced.
+"""Recurrent mixers: their own forward, with replaced functions for the convolution and the scan.
 
-transformers writes the convolution and the scan of every mixer as functions that a faster kernel may stand in for. A
-function is recognised by its arguments; the mixer's forward is kept, and run with other functions under those names
-while it serves a ragged batch. Ordinary calls, with caches and padding, go the model's own way.
+transformers writes the convolution and the scan of a mixer as functions that a faster kernel can replace. A function is
+recognised by its arguments. For a ragged batch the mixer's own forward runs with other functions under those names;
+ordinary calls, with caches and padding, run it unchanged.
 """
 
 import builtins
@@ -28,7 +28,7 @@ from toolkit.state.dense import DenseContext
 LENGTHS = (5, 9)  # of the probe's sequences
 Make = Callable[[int, ForwardContext], Callable[..., Any]]
 
-# A function of these arguments (and none of those) is this; the first that fits.
+# (required arguments, excluded arguments, replacement); the first that matches.
 _FUNCTIONS: tuple[tuple[set[str], set[str], Make], ...] = (
     ({"rmsnorm_weight", "chunk_size", "dt_bias"}, set(), mixer.declined),
     ({"query", "key", "value", "g", "beta", "initial_state", "chunk_size"}, set(), mixer.gated_delta_rule),
@@ -38,7 +38,7 @@ _FUNCTIONS: tuple[tuple[set[str], set[str], Make], ...] = (
 
 
 def _called(forward: Any) -> dict[str, Any]:
-    """Functions of its module that a forward names."""
+    """Functions of its module that a forward calls by name."""
     found = {name: forward.__globals__.get(name) for name in forward.__code__.co_names}
     return {name: value for name, value in found.items() if inspect.isfunction(value) and not hasattr(builtins, name)}
 
@@ -55,7 +55,7 @@ def _replacements(forward: Any) -> dict[str, Make]:
 
 
 def substituted(forward: Any, replacements: dict[str, Make]) -> Callable[..., Any]:
-    """``forward`` that, for a ragged batch, runs with the batch's functions in the place of its own."""
+    """``forward`` that, for a ragged batch, calls the batch's functions instead of those in ``replacements``."""
     inner = inspect.unwrap(forward)
 
     def replaced(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -73,25 +73,25 @@ def substituted(forward: Any, replacements: dict[str, Make]) -> Callable[..., An
 
 
 def _probe(module: nn.Module, forward: Callable[..., Any]) -> ProbeError:
-    """A ragged batch of two sequences against the module's own forward of each alone."""
+    """A ragged batch of two sequences against the module's own forward of each."""
     copied = probe_copy(module)
     width = next(child for child in copied.modules() if isinstance(child, nn.Linear)).in_features
     context = DenseContext(RaggedBatch.from_sequences([[0] * length for length in LENGTHS], share=False))
     original = type(copied).forward
 
-    def alone(*sequences: Tensor) -> Tensor:
+    def separate(*sequences: Tensor) -> Tensor:
         return torch.cat([original(copied, x) for x in sequences], 1)
 
-    def together(*sequences: Tensor) -> Tensor:
+    def batched(*sequences: Tensor) -> Tensor:
         with set_forward_context(context):
             return forward(copied, torch.cat(sequences, 1))
 
     inputs = [random_input(1, length, width, like=copied) for length in LENGTHS]
-    return compare(together, alone, [inputs], list(copied.parameters()))
+    return compare(batched, separate, [inputs], list(copied.parameters()))
 
 
 def find(model: nn.Module, numerics: Numerics) -> list[Claim | Skipped]:
-    """A claim on every mixer whose state-carrying functions are known; a refusal for one that keeps state otherwise."""
+    """A claim on every mixer whose convolution and scan are known; the others are skipped."""
     found: list[Claim | Skipped] = []
     proven: dict[Any, Any] = {}
     for path, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""Gated MLPs: two projections of one shape, apart or packed in one, an activation, and a projection back."""
+"""Gated MLPs: gate and up projections, separate or packed in one, an activation, and a down projection."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,13 +14,13 @@ from toolkit.patching.claim import Claim, ProbeError, Skipped
 from toolkit.patching.probe import compare, probe_copy, random_input, required_arguments, with_forward
 from toolkit.patching.search import Candidate, search
 
-# The largest takes gates into their tails, past the limits at which some of them are clamped.
+# The largest reaches the tails of gates, past the limits at which some are clamped.
 _SCALES = (1.0, 4.0, 16.0)
 
 
-def _probe(module: nn.Module, forward: Callable[..., Any], width: int) -> ProbeError:
+def _probe(module: nn.Module, forward: Callable[..., Any], in_features: int) -> ProbeError:
     copied = probe_copy(module)
-    batches = [[random_input(2, 3, width, like=copied, scale=scale)] for scale in _SCALES]
+    batches = [[random_input(2, 3, in_features, like=copied, scale=scale)] for scale in _SCALES]
     original = with_forward(copied, type(copied).forward)
     return compare(with_forward(copied, forward), original, batches, list(copied.parameters()))
 
@@ -50,12 +50,15 @@ def _candidates(module: nn.Module) -> list[Candidate] | None:
         return None
     if any(next(child.parameters(), None) is not None or isinstance(child, nn.Dropout) for child in others):
         return None
-    kinds = sorted(KINDS, key=lambda kind: kind != "silu")  # the usual one first: a probe of a wide layer is slow
+    kinds = sorted(
+        KINDS, key=lambda kind: kind != "silu"
+    )  # the most common one first: a probe of a large layer is slow
     shapes = {name: (child.in_features, child.out_features) for name, child in projections.items()}
     found = _separate(shapes, kinds) if len(shapes) == 3 else _packed(shapes, kinds)
     options = [(op, mlp.make_forward(), shapes[mlp.down][1]) for op, mlp in found]
-    return [(op, forward, partial(_probe, module, forward, width)) for op, forward, width in options] or None
+    return [(op, forward, partial(_probe, module, forward, size)) for op, forward, size in options] or None
 
 
 def find(model: nn.Module, numerics: Numerics) -> list[Claim | Skipped]:
+    """Claims on gated MLPs."""
     return search(model, "mlp", _candidates)

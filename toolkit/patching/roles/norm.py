@@ -1,6 +1,8 @@
 """Norms: leaf modules with one vector of weights (or none) and an epsilon."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -10,28 +12,28 @@ from toolkit.patching.claim import Claim, ProbeError, Skipped
 from toolkit.patching.probe import compare, probe_copy, random_input, required_arguments, with_forward
 from toolkit.patching.search import Candidate, search
 
-USUAL_EPSILON = 1e-5  # of torch's layer norm, where a module that normalises names none
+DEFAULT_EPSILON = 1e-5  # of torch's layer norm, for a module without an epsilon
 
 
 def _epsilon(module: nn.Module) -> float | None:
     """The module's own epsilon: its only small positive float."""
     values = [v for v in module.__dict__.values() if isinstance(v, float) and 0.0 < v < 1e-2]
     if not values and hasattr(module, "normalized_shape"):
-        return USUAL_EPSILON
+        return DEFAULT_EPSILON
     return values[0] if len(values) == 1 else None
 
 
-def _width(module: nn.Module) -> int:
-    """The size of the dimension it normalises; any, for a module that has no say in it."""
+def _normalized_size(module: nn.Module) -> int:
+    """The size of the dimension that it normalises; an arbitrary one for a module that takes any."""
     weight = next(iter(module.parameters()), None)
     shape = weight.shape if weight is not None else getattr(module, "normalized_shape", (24,))
     return int(shape[-1])
 
 
-def _probe(module: nn.Module, forward) -> ProbeError:
-    copied, width = probe_copy(module), _width(module)
+def _probe(module: nn.Module, forward: Callable[..., Any]) -> ProbeError:
+    copied, size = probe_copy(module), _normalized_size(module)
     # Small inputs make the epsilon matter, large ones the order of squaring and averaging.
-    batches = [[random_input(3, 5, width, like=copied, scale=scale)] for scale in (1.0, 1e-3, 30.0)]
+    batches = [[random_input(3, 5, size, like=copied, scale=scale)] for scale in (1.0, 1e-3, 30.0)]
     return compare(
         with_forward(copied, forward),
         with_forward(copied, type(copied).forward),
@@ -62,4 +64,5 @@ def _candidates(module: nn.Module) -> list[Candidate] | None:
 
 
 def find(model: nn.Module, numerics: Numerics) -> list[Claim | Skipped]:
+    """Claims on RMS norms and layer norms."""
     return search(model, "norm", _candidates)

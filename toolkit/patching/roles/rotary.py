@@ -1,4 +1,4 @@
-"""Rotary tables: modules with inverse frequencies that turn positions into cosines and sines."""
+"""Rotary tables: modules that compute cosines and sines of positions from inverse frequencies."""
 
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +18,7 @@ BUFFER = "inv_freq"
 
 
 def _layer_types(module: nn.Module) -> list[str | None]:
-    """The kinds of layers that the module has frequencies for; [None] where they are for all layers, [] for none."""
+    """The layer types that the module has frequencies for; [None] where they are for all layers, [] for none."""
     buffers = [name for name, _ in module.named_buffers(recurse=False) if name.endswith(BUFFER)]
     if BUFFER in buffers:
         return [None]
@@ -30,17 +30,17 @@ def _real(tables: Any) -> Any:
 
 
 def _call(module: nn.Module, forward: Callable[..., Any], layer_type: str | None) -> Callable[[Tensor], Any]:
-    """Tables of positions, by ``forward`` on the module."""
-    x, more = random_input(1, 1, 8, like=module), () if layer_type is None else (layer_type,)
-    return lambda positions: _real(with_forward(module, forward)(x, positions, *more))
+    """The tables that ``forward`` on the module returns, as a function of the positions."""
+    x, layer_types = random_input(1, 1, 8, like=module), () if layer_type is None else (layer_type,)
+    return lambda positions: _real(with_forward(module, forward)(x, positions, *layer_types))
 
 
 def _probe(module: nn.Module, forward: Callable[..., Any], along_axes: bool) -> ProbeError:
-    # A probe copy each: a table that grows rewrites its own frequencies, which the candidate must not see.
+    # Two copies: a table that grows rewrites its frequencies, which the candidate must not see.
     copied, pristine = probe_copy(module), probe_copy(module)
     longest = int(getattr(module, "max_seq_len_cached", 2048))
     near = torch.tensor([[0, 1, 2, 5, 31], [7, 100, 3, 0, longest - 1]], device=device_of(copied))
-    # Beyond the trained length, tables that change with the sequence give themselves away.
+    # Tables that change with the sequence length differ beyond the trained length.
     far = torch.tensor([[0, 4 * longest + 3]], device=device_of(copied))
     inputs = [[near], [far], [near]]
     if along_axes:
@@ -53,19 +53,19 @@ def _probe(module: nn.Module, forward: Callable[..., Any], along_axes: bool) -> 
 
 
 def _axes(module: nn.Module) -> Tensor | None:
-    """[F] the axis that each frequency turns by, where positions may be [axes, batch, tokens] and give one table.
+    """[F] the axis of each frequency, where positions may be [axes, batch, tokens] and give one table; else None.
 
-    Told apart by tokens with another place along each axis.
+    Found by tokens with different positions along the axes.
     """
-    places = torch.tensor([1, 40, 900], device=device_of(module)).view(AXES, 1, 1).expand(AXES, 2, 2)
+    positions = torch.tensor([1, 40, 900], device=device_of(module)).view(AXES, 1, 1).expand(AXES, 2, 2)
     try:
-        mixed = _call(probe_copy(module), type(module).forward, None)(places)
+        mixed = _call(probe_copy(module), type(module).forward, None)(positions)
     except (RuntimeError, IndexError, ValueError):
         return None
     if not isinstance(mixed, tuple) or mixed[0].shape[:-1] != (2, 2):
         return None
     half = mixed[0].shape[-1] // 2
-    single = [_call(probe_copy(module), rotary_tables_forward(), None)(one) for one in places]
+    single = [_call(probe_copy(module), rotary_tables_forward(), None)(one) for one in positions]
     distance = torch.stack([abs(cos - mixed[0]) + abs(sin - mixed[1]) for cos, sin in single])
     return distance[..., :half].amax((1, 2)).argmin(0)
 
@@ -84,4 +84,5 @@ def _candidates(module: nn.Module) -> list[Candidate] | None:
 
 
 def find(model: nn.Module, numerics: Numerics) -> list[Claim | Skipped]:
+    """Claims on modules that compute rotary tables."""
     return search(model, "rotary", _candidates)
