@@ -11,7 +11,7 @@ from torch import nn
 import toolkit
 from toolkit.errors import ToolkitError
 from toolkit.patching import find_claims, report_of
-from toolkit.testing.models import FAMILIES, HYBRIDS, MIXTURES, random_model
+from toolkit.testing.models import FAMILIES, HYBRIDS, MOE_FAMILIES, random_model
 from toolkit.testing.oracle import eager, lifted_to_double
 
 LEFT_AND_RIGHT = ("none", "left", "right", "both")
@@ -98,11 +98,11 @@ def test_every_module_of_the_known_families_is_claimed(family):
     assert roles["norm"] >= (3 if family == "mamba2" else 5)
     linears = {"gpt_neox": 8, "deepseek_v3": 16, "qwen3_next": 13, "mamba2": 4, "bamba": 12, "lfm2": 12}
     linears |= {"deepseek_v3_moe": 16, "qwen3_next_moe": 15}
-    assert roles["linear"] == linears.get(family, 8 if family in MIXTURES else 14)
+    assert roles["linear"] == linears.get(family, 8 if family in MOE_FAMILIES else 14)
     without = ("gpt_neox", "mamba2", "qwen3_moe", "mixtral", "olmoe", "gpt_oss")
     assert roles.get("mlp", 0) == (0 if family in without else 2)
     # The model's setting, and each layer's.
-    layers = {"deepseek_v3_moe": 1}.get(family, 2) if family in MIXTURES else 0
+    layers = {"deepseek_v3_moe": 1}.get(family, 2) if family in MOE_FAMILIES else 0
     assert roles.get("router", 0) == layers
     assert roles.get("experts", 0) == (layers + 1 if layers else 0)
 

@@ -15,7 +15,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "architectures", nargs="*", help="model types (default: one for each class that transformers registers)"
     )
-    parser.add_argument("--workers", type=int, default=2, help="processes that measure side by side (default 2)")
+    parser.add_argument("--workers", type=int, default=2, help="number of processes (default 2)")
     parser.add_argument(
         "--write", metavar="FILE", help="also write the page to FILE (default docs/coverage.md for all architectures)"
     )
@@ -32,19 +32,18 @@ def run(args: argparse.Namespace) -> int:
     known = list(registered())
     for name in args.architectures:
         if name not in known:
-            raise ToolkitError(
-                f"architecture is {name!r}; allowed are model types of transformers{nearest(name, known)}."
-            )
+            hint = nearest(name, known) or "."
+            raise ToolkitError(f"architecture must be a model type of transformers, got {name!r}{hint}")
     if args.workers < 1:
-        raise ToolkitError(f"--workers is {args.workers}; allowed are 1 and more.")
+        raise ToolkitError(f"--workers must be >= 1, got {args.workers}.")
     names = args.architectures or architectures()
     done: list[Coverage] = []
 
-    def say(row: Coverage) -> None:
+    def report(row: Coverage) -> None:
         done.append(row)
         print(f"{len(done)}/{len(names)} {row.model_type}: {row.verdict}, {row.seconds:.0f} s", file=sys.stderr)
 
-    rows = measure_all(names, args.workers, say=say)
+    rows = measure_all(names, args.workers, on_row=report)
     print("\n".join(table(rows)))
     print(f"\n{totals(rows)}")
     path = args.write or (None if args.architectures else "docs/coverage.md")
@@ -56,17 +55,17 @@ def run(args: argparse.Namespace) -> int:
 
 def totals(rows: "Sequence[Coverage]") -> str:
     verdicts = [row.verdict for row in rows]
-    return ", ".join(f"{verdicts.count(name)} {name}" for name in ("covered", "refused", "wrong"))
+    return ", ".join(f"{verdicts.count(name)} {name}" for name in ("covered", "unsupported", "wrong"))
 
 
 PAGE = """# Architectures
 
-Written by `toolkit coverage` with {packages}: a row for each class of causal language model that transformers
-registers, measured on a small model of it: random float32 weights, bitwise tier, CPU.
+Written by `toolkit coverage` with {packages}: one row per class of causal language model that transformers
+registers, measured on a small model with random float32 weights in bitwise mode on CPU.
 
-| column | what it says | covered when |
+| column | meaning | covered when |
 |---|---|---|
-| roles | modules patched, by role; a setting of the model as a whole counts as one | there are some |
+| roles | modules patched, by role; a setting of the model as a whole counts as one | at least one |
 | probe | largest relative error of the probes, of outputs and gradients | the probe passed |
 | loss | relative difference from the unpatched model's loss | at most {loss:.0e} |
 | gradient | the same of all gradients together, by norm | at most {gradient:.0e} |
@@ -74,8 +73,8 @@ registers, measured on a small model of it: random float32 weights, bitwise tier
 | differing | tokens, of {parity} or more, whose log-probability differs in a bit between engine and training | 0 |
 | export | unpatched transformers opens an export and computes the same logits | yes |
 
-Covered: all of that holds; skipped modules are named with the reason. Refused: nothing that was measured
-is wrong, and the row says why it goes no further. Wrong: a number is not right.
+Covered: all of these hold; skipped modules are listed with the reason. Unsupported: nothing that was measured is wrong,
+and the row says where it ended and why. Wrong: a number is out of its limit.
 
 **{totals}.**
 
@@ -101,7 +100,7 @@ def page(rows: "Sequence[Coverage]") -> str:
 
 
 def table(rows: "Sequence[Coverage]") -> list[str]:
-    """A Markdown table, a row an architecture."""
+    """A Markdown table, one row per architecture."""
 
     def number(value: float | None) -> str:
         return "" if value is None else f"{value:.1e}"

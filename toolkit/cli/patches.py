@@ -1,4 +1,4 @@
-"""``toolkit patches``: what would be patched in a model, with probe errors, and what would not and why."""
+"""``toolkit patches``: what a patch of a model would replace, with probe errors, and what it would skip and why."""
 
 import argparse
 import sys
@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
     from toolkit.patching import find_claims
 
     if (args.model is None) == (args.random is None):
-        raise ToolkitError("patches takes either a model folder or --random FAMILY.")
+        raise ToolkitError("patches needs either a model folder or --random FAMILY.")
     if args.random:
         from toolkit.testing.models import random_model
 
@@ -32,19 +32,19 @@ def run(args: argparse.Namespace) -> int:
 
         model, _ = load_model(args.model)
     report = find_claims(model, args.roles.split(",") if args.roles else None, args.numerics)
-    # Into a pipe or a file the names come whole; on a terminal its width decides, and long ones fold.
+    # A terminal folds long names at its width; a pipe or a file gets 160 columns.
     console = Console(width=None if sys.stdout.isatty() else 160)
-    table = Table(title=f"{type(model).__name__}, {report.numerics} tier", title_justify="left")
+    table = Table(title=f"{type(model).__name__}, {report.numerics} mode", title_justify="left")
     for column in ("role", "modules", "count", "becomes", "forward error", "backward error"):
         table.add_column(column, justify="right" if "error" in column or column == "count" else "left", overflow="fold")
     for row in report.rows():
         table.add_row(*row)
     console.print(table)
     if report.skipped:
-        left = Table(title="skipped", title_justify="left")
+        table = Table(title="skipped", title_justify="left")
         for column in ("role", "modules", "count", "why"):
-            left.add_column(column, justify="right" if column == "count" else "left", overflow="fold")
+            table.add_column(column, justify="right" if column == "count" else "left", overflow="fold")
         for skipped in report.skipped_rows():
-            left.add_row(*skipped)
-        console.print(left)
+            table.add_row(*skipped)
+        console.print(table)
     return 0

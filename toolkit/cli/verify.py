@@ -10,47 +10,47 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--random", metavar="FAMILY", action="append", help="a small random model instead (repeatable)")
     parser.add_argument("--tokens", type=int, default=2000, help="sampled tokens to compare at least (default 2000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the schedules (default 0)")
-    parser.add_argument("--numerics", choices=["bitwise", "fast"], default=None, help="tier to verify")
+    parser.add_argument("--numerics", choices=["bitwise", "fast"], default=None, help="numerics mode to verify")
     parser.add_argument(
-        "--no-cost", action="store_true", help="skip the timing of the bitwise tier against the fast one"
+        "--no-overhead", action="store_true", help="do not measure the overhead of bitwise mode over fast mode"
     )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit status 0 when the tier's promise holds: no differing token in the bitwise tier."""
+    """Exit status 1 if a token differs in bitwise mode, else 0."""
     from toolkit.errors import ToolkitError
-    from toolkit.testing.parity import bitwise_cost, check_parity
+    from toolkit.testing.parity import bitwise_overhead, check_parity
 
     if (args.model is None) == (not args.random):
-        raise ToolkitError("verify takes either a model folder or --random FAMILY.")
+        raise ToolkitError("verify needs either a model folder or --random FAMILY.")
     if args.tokens < 1:
-        raise ToolkitError(f"--tokens is {args.tokens}; allowed are 1 and more.")
+        raise ToolkitError(f"--tokens must be >= 1, got {args.tokens}.")
     broken = False
     for name, model, prompts in _subjects(args):
         parity = check_parity(model, prompts, min_tokens=args.tokens, seed=args.seed, numerics=args.numerics)
         broken |= parity.numerics == "bitwise" and parity.differing + parity.replayed_differing > 0
         print(
-            f"{name}, {parity.numerics} tier: {parity.tokens} sampled tokens against the training forward: "
-            f"{parity.differing} differ in their bits, largest difference {parity.largest:.1e}"
+            f"{name}, {parity.numerics} mode: {parity.tokens} sampled tokens, {parity.differing} whose log-probability "
+            f"is not bitwise identical to the training forward's, largest difference {parity.largest:.1e}"
         )
         print(
-            f"  {parity.schedules} random schedules: {parity.chunked_prompts} prompts in chunks, "
+            f"  {parity.schedules} random schedules: {parity.chunked_prompts} prompts prefilled in chunks, "
             f"{parity.prefix_hit_tokens} tokens from the prefix cache, {parity.preemptions} preemptions "
             f"({parity.swaps} swapped out), {parity.forked} forks",
             flush=True,
         )
         if parity.replayed:
             print(
-                f"  mixture of experts: {parity.replayed} of them once more with the engine's routing replayed: "
-                f"{parity.replayed_differing} differ in their bits",
+                f"  MoE model: {parity.replayed} tokens computed again with the engine's routing replayed, "
+                f"{parity.replayed_differing} not bitwise identical",
                 flush=True,
             )
-        if not args.no_cost:
-            cost = bitwise_cost(model, prompts[:8])
+        if not args.no_overhead:
+            overhead = bitwise_overhead(model, prompts[:8])
             print(
-                f"  the bitwise tier takes {cost.generate_ratio:.2f}x the time of the fast tier to generate, "
-                f"{cost.train_ratio:.2f}x for a training forward and backward",
+                f"  time of bitwise mode relative to fast mode: {overhead.generate_ratio:.2f}x to generate, "
+                f"{overhead.train_ratio:.2f}x for a training forward and backward",
                 flush=True,
             )
     return 1 if broken else 0
@@ -77,7 +77,7 @@ def _subjects(args: argparse.Namespace) -> Any:
 
 
 def real_prompts(tokenizer: Any, vocabulary: int, source: Any) -> list[list[int]]:
-    """32 prompts of 8 to 96 tokens: cuttings of the standard library's ``argparse``, or random ids."""
+    """32 prompts of 8 to 96 tokens: excerpts of the standard library's ``argparse``, or random ids."""
     if tokenizer is None:
         ids = [source.randrange(vocabulary) for _ in range(4096)]
     else:

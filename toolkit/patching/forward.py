@@ -70,7 +70,7 @@ def context_forward(model: nn.Module, context: ForwardContext, rows: Tensor | No
     if report is None or not {"attention", "mixer"} & set(report.roles()):
         skipped = report.skipped if report else []
         why = next((r.reason for r in skipped if r.role in ("attention", "mixer")), None)
-        state = f"skipped: {why}" if why else "not patched: no layer has the structure of one that calls the interface"
+        state = f"a skipped layer: {why}" if why else "no layer that calls the attention interface"
         raise ToolkitError(f"attention of {type(inner).__name__} must be patched for a ragged batch, got {state}.")
     if not torch.compiler.is_compiling() and report not in _SEPARATE:
         _SEPARATE.add(report)  # before the check, which calls this function

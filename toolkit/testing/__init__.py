@@ -1,1 +1,1 @@
-"""What the tests, ``toolkit verify`` and users' own checks share: small models, exact oracles, parity runs."""
+"""Shared by the tests, ``toolkit verify`` and users' checks: small models, exact oracles, parity runs."""

@@ -1,8 +1,7 @@
 """A small random model of every causal language model that transformers registers, from its default configuration.
 
-A default configuration is made small field by field: sizes go by a field's name, which architectures share, and what no
-name tells is in ``SETTINGS``. Of lists with an entry a layer as many layers are kept as show every entry once. Nothing
-is downloaded.
+A default configuration is shrunk field by field. Sizes go by a field's name, which architectures share; exceptions are
+in ``SETTINGS``. Lists with one entry per layer keep as many layers as show every entry once. Nothing is downloaded.
 """
 
 import re
@@ -18,7 +17,7 @@ MOST_LAYERS = 4
 VOCABULARY = 331
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
-# A whole number in a field of this name is at most this; the first name that fits.
+# (pattern of a field's name, largest integer in it); the first that matches.
 SIZES: tuple[tuple[str, int], ...] = (
     (r".*vocab_size.*|.*hash_byte_group_vocab", VOCABULARY),
     (r".*(max|n)_(target_|source_)?(position(_embedding)?s|ctx)|max_seq_len|n_ctx|n_positions|model_max_length", 512),
@@ -45,7 +44,7 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"query_pre_attn_scalar", 16),
 )
 
-# What else an architecture needs, by its model type.
+# Further settings, by model type.
 SETTINGS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16},
     "codegen": {"rotary_dim": 8},
@@ -99,7 +98,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def _kept_layers(values: dict[str, Any], count: int) -> list[int]:
-    """Layers that show every combination of entries of the lists with one entry a layer, in their order."""
+    """Indices of layers that show every combination of entries of the lists with one entry per layer, in order."""
     lists = [value for value in values.values() if isinstance(value, list) and len(value) == count]
     seen: dict[Any, int] = {}
     for layer in range(count):
@@ -109,7 +108,7 @@ def _kept_layers(values: dict[str, Any], count: int) -> list[int]:
 
 
 def _smaller(values: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a configuration that change, made small."""
+    """The fields of a configuration that shrink, with their new values."""
     counts = [values.get(name) for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers")]
     count = next((one for one in counts if isinstance(one, int)), 0)
     layers = _kept_layers(values, count) if count else []
@@ -117,7 +116,7 @@ def _smaller(values: dict[str, Any]) -> dict[str, Any]:
     for name, value in values.items():
         if isinstance(value, dict) and "model_type" in value:
             found[name] = {**value, **_smaller(value)}
-        elif name == "per_layer_config" and isinstance(value, dict):  # what differs, by the layer's number
+        elif name == "per_layer_config" and isinstance(value, dict):  # differences by layer index
             by_layer = {int(layer): settings for layer, settings in value.items()}
             kept = [(at, by_layer[layer]) for at, layer in enumerate(layers) if layer in by_layer]
             found[name] = {at: {**settings, **_smaller(settings)} for at, settings in kept}
@@ -129,9 +128,7 @@ def _smaller(values: dict[str, Any]) -> dict[str, Any]:
             found[name] = TOKENS.get(name, 3)
         elif (size := _sized(name, value)) != value:
             found[name] = size
-    if values.get("qk_nope_head_dim") or values.get(
-        "kv_lora_rank"
-    ):  # latent attention: every head has a key of its own
+    if values.get("qk_nope_head_dim") or values.get("kv_lora_rank"):  # latent attention: one key head per query head
         found["num_key_value_heads"] = found.get("num_attention_heads", values.get("num_attention_heads"))
         if values.get("head_dim") == values.get("qk_rope_head_dim"):
             found["head_dim"] = found.get("qk_rope_head_dim")
@@ -145,7 +142,7 @@ def _sized(name: str, value: Any) -> Any:
 
 
 def _merged(values: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """``values`` with the settings, those of a configuration inside of it into that one."""
+    """``values`` with ``settings``; settings of a nested configuration are merged into it."""
     nested = {
         name: _merged(values[name], value)
         for name, value in settings.items()
@@ -162,7 +159,7 @@ def registered() -> dict[str, str]:
 
 
 def architectures() -> list[str]:
-    """One model type for each such class: the one it is called after, or the first."""
+    """One model type for each registered class: the one it is named after, or the first."""
     chosen: dict[str, str] = {}
     for model_type, class_name in registered().items():
         own = class_name.lower().startswith((f"{model_type.replace('_', '')}for", f"{model_type}lmhead"))
@@ -172,7 +169,7 @@ def architectures() -> list[str]:
 
 
 def small_config(model_type: str, **settings: Any) -> Any:
-    """A configuration of ``model_type`` with 2 to 4 layers and a width of 64 or so."""
+    """A configuration of ``model_type`` with 2 to 4 layers and a hidden size of about 64."""
     from transformers import AutoConfig
 
     values = AutoConfig.for_model(model_type).to_dict()
@@ -182,10 +179,10 @@ def small_config(model_type: str, **settings: Any) -> Any:
 
 
 def small_model(model_type: str, seed: int = 0, **settings: Any) -> Any:
-    """The causal language model of ``small_config`` with random weights, in eval mode; padding is embedded as 0."""
+    """The causal LM of ``small_config`` with random weights, in eval mode; the padding token's embedding is 0."""
     model = from_config(small_config(model_type, **settings), seed)
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-                module.weight[module.padding_idx].zero_()  # as some models make it whenever they are loaded
+                module.weight[module.padding_idx].zero_()  # as some models set it when they are loaded
     return model

@@ -1,9 +1,9 @@
 """What a patch does to each architecture that transformers registers, measured on a small random model of it.
 
 Seven columns: roles patched, largest probe error, loss and gradient against the unpatched model, greedy generation by
-the engine against ``generate``, tokens whose log-probability differs between engine and training, and export and
-reload. An architecture is covered when all hold, refused when the patch left what a ragged batch needs and said why,
-and wrong when something was patched and a number is not right.
+the engine against ``generate``, tokens whose log-probability differs between engine and training, export and reload.
+An architecture is covered when all hold, unsupported when the patch skipped what a ragged batch needs (the row says
+why), and wrong when a measured number is out of its limit.
 """
 
 import math
@@ -31,12 +31,12 @@ LOSS_LIMIT = 1e-5  # relative, float32 both
 GRADIENT_LIMIT = 1e-4  # relative norm of all gradients together, float32 both
 NEW_TOKENS = 8
 PARITY_TOKENS = 150
-SECONDS = 120  # an architecture may take
+SECONDS = 120  # time limit per architecture
 
 
 @dataclass
 class Coverage:
-    """One architecture's row. None in a column: it was not reached, and ``reason`` says why."""
+    """One architecture's row. A column that was not reached is None, and ``reason`` says why."""
 
     model_type: str
     name: str = ""
@@ -58,19 +58,19 @@ class Coverage:
 
     @property
     def right(self) -> bool:
-        """Nothing that was measured is wrong."""
+        """No measured number is out of its limit."""
         loss, gradient = self.loss_error or 0.0, self.gradient_error or 0.0
         numbers = loss <= LOSS_LIMIT and gradient <= GRADIENT_LIMIT
         return numbers and self.generated is not False and not self.differing and self.exported is not False
 
     @property
     def verdict(self) -> str:
-        """ "covered", "refused" (with a reason, nothing wrong) or "wrong"."""
-        return "covered" if self.covered else "refused" if self.right and self.reason else "wrong"
+        """ "covered", "unsupported" (with a reason, nothing wrong) or "wrong"."""
+        return "covered" if self.covered else "unsupported" if self.right and self.reason else "wrong"
 
 
 def _tokens() -> Tensor:
-    """[2, 13] ids that every small model knows."""
+    """[2, 13] ids that are in the vocabulary of every small model."""
     return torch.randint(5, 300, (2, 13), generator=torch.Generator().manual_seed(3))
 
 
@@ -88,7 +88,7 @@ def _loss_and_gradient(model: Any) -> tuple[Tensor, Tensor]:
 
 
 def _generate(model: Any, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    """transformers' greedy continuation of each prompt alone."""
+    """transformers' greedy completion of each prompt, one prompt per call."""
     found = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
@@ -101,7 +101,7 @@ def _generate(model: Any, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
 
 
 def _agrees(model: Any, prompts: Sequence[Sequence[int]], expected: Sequence[Sequence[int]]) -> bool:
-    """Whether the engine's greedy tokens are those expected; a tie in the logits may go either way."""
+    """Whether the engine's greedy tokens are ``expected``."""
     params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
     with Engine(model, max_num_seqs=4) as engine:
         outputs = engine.generate([list(prompt) for prompt in prompts], params)
@@ -112,7 +112,7 @@ def _agrees(model: Any, prompts: Sequence[Sequence[int]], expected: Sequence[Seq
 
 
 def _reloads(model: Any) -> bool:
-    """Whether an export, opened by unpatched transformers, computes the same logits."""
+    """Whether an export, loaded by unpatched transformers, computes the same logits."""
     ids = _tokens()
     with tempfile.TemporaryDirectory() as folder:
         path = export(model, Path(folder) / "exported")
@@ -125,13 +125,13 @@ def _reloads(model: Any) -> bool:
 
 
 def measure(model_type: str) -> Coverage:
-    """One architecture's row. What goes wrong on the way is the row's reason."""
+    """One architecture's row; an exception is the row's reason."""
     row, begun = Coverage(model_type), time.monotonic()
-    stage = "no small model can be made of it"
+    stage = "no small model can be built"
     try:
         model = small_model(model_type)
         row.name = type(model).__name__
-        stage = "transformers' own forward fails on the small model"
+        stage = "the small model's unpatched forward fails"
         loss, gradient = _loss_and_gradient(model)
         if not math.isfinite(float(loss)):
             raise ToolkitError("the loss is not finite")
@@ -166,7 +166,7 @@ def measure(model_type: str) -> Coverage:
 
 
 def _work(model_types: Sequence[str], connection: Any) -> None:
-    """In a process of its own: a row after the other."""
+    """The worker process: sends one row after the other."""
     import logging
 
     from transformers.utils.logging import disable_progress_bar
@@ -184,9 +184,15 @@ def measure_all(
     model_types: Sequence[str],
     workers: int = 2,
     seconds: float = SECONDS,
-    say: Callable[[Coverage], None] | None = None,
+    on_row: Callable[[Coverage], None] | None = None,
 ) -> list[Coverage]:
-    """Rows of all, in order; an architecture that takes longer than ``seconds``, or ends its process, is such a row."""
+    """Rows of all architectures, in order, measured in separate processes.
+
+    Args:
+        workers: number of processes.
+        seconds: time limit per architecture; one that exceeds it, or ends its process, gets a row that says so.
+        on_row: called with each row as it is measured.
+    """
     context = multiprocessing.get_context("spawn")
     waiting = list(model_types)
     rows: dict[str, Coverage] = {}
@@ -198,8 +204,8 @@ def measure_all(
         for worker in list(running):
             for row in worker.rows(seconds):
                 rows[row.model_type] = row
-                if say is not None:
-                    say(row)
+                if on_row is not None:
+                    on_row(row)
             if worker.done:
                 running.remove(worker)
                 waiting = worker.left + waiting
@@ -208,7 +214,7 @@ def measure_all(
 
 
 class _Worker:
-    """A process with some architectures to measure."""
+    """A process that measures some architectures. left: those without a row yet. done: whether it has ended."""
 
     def __init__(self, context: Any, share: list[str]) -> None:
         self.left = share
@@ -220,7 +226,7 @@ class _Worker:
         self._since = time.monotonic()
 
     def rows(self, seconds: float) -> Iterator[Coverage]:
-        """Rows that have come in; the one under way as a failed one, if it takes too long or its process has ended."""
+        """Rows that have arrived; a failed row for the current architecture if it is late or the process has ended."""
         try:
             while self._connection.poll():
                 row = Coverage(**self._connection.recv())

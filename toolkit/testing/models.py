@@ -1,10 +1,10 @@
-"""Small random models of the families that the parity promise is shown on, and a tokenizer made on the spot."""
+"""Small random models of the families that parity is tested on, and a tokenizer trained on the spot."""
 
 from typing import Any
 
 import torch
 
-from toolkit.errors import ToolkitError, nearest
+from toolkit.errors import ToolkitError, must_be_one_of
 
 
 def _common(hidden: int, layers: int, vocabulary: int) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def _common(hidden: int, layers: int, vocabulary: int) -> dict[str, Any]:
     }
 
 
-# What sets a family apart from the common settings; the key is transformers' model type where none is given.
+# Settings of a family beyond the common ones; the key is transformers' model type unless one is given.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": 2},
     "qwen3": {"num_key_value_heads": 2, "head_dim": 24},
@@ -110,34 +110,45 @@ FAMILIES["qwen3_next_moe"] = {
     "num_experts_per_tok": 2,
 }
 
-# Their layers, or some of them, are mixtures of experts.
-MIXTURES = ("qwen3_moe", "mixtral", "olmoe", "gpt_oss", "deepseek_v3_moe", "qwen3_next_moe")
+# Families with MoE layers.
+MOE_FAMILIES = ("qwen3_moe", "mixtral", "olmoe", "gpt_oss", "deepseek_v3_moe", "qwen3_next_moe")
 
-# Their mixers keep transformers' own forward in ordinary calls: ragged batches alone have the promise of equal bits.
+# Families with recurrent mixers, which keep transformers' own forward in ordinary calls: only their ragged batches are
+# bitwise reproducible.
 HYBRIDS = ("qwen3_next", "qwen3_next_moe", "mamba2", "bamba", "lfm2")
 
 
 def random_model(
     family: str, hidden: int = 64, layers: int = 2, vocabulary: int = 331, seed: int = 0, **settings: Any
 ) -> Any:
-    """A causal LM of ``family`` with random float32 weights, norm weights and biases included; in eval mode.
+    """A causal LM of ``family`` with random float32 weights, norm weights and biases included, in eval mode.
 
-    The caller's random state is left as it was. Raises ToolkitError for a family that is not listed.
+    The caller's random state does not change.
+
+    Args:
+        family: a key of ``FAMILIES``.
+        hidden: hidden size.
+        layers: number of layers.
+        vocabulary: vocabulary size.
+        seed: of the weights.
+        settings: further fields of the configuration.
+
+    Raises:
+        ToolkitError: an unknown family.
     """
     from transformers import AutoConfig
 
     if family not in FAMILIES:
-        hint = nearest(family, list(FAMILIES))
-        raise ToolkitError(f"family is {family!r}; allowed are {', '.join(FAMILIES)}{hint}.")
+        raise ToolkitError(must_be_one_of("family", family, FAMILIES))
     values = {**_common(hidden, layers, vocabulary), **FAMILIES[family], **settings}
     config = AutoConfig.for_model(values.pop("model_type", family), **values)
     return from_config(config, seed)
 
 
 def from_config(config: Any, seed: int = 0) -> Any:
-    """A causal LM of a configuration, its float32 weights random throughout, in eval mode.
+    """A causal LM of a configuration with random float32 weights throughout, in eval mode.
 
-    The caller's random state is left as it was.
+    The caller's random state does not change.
     """
     from transformers import AutoModelForCausalLM
 
@@ -146,25 +157,32 @@ def from_config(config: Any, seed: int = 0) -> Any:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **exact_attention(config))
         with torch.no_grad():
             saved = model.state_dict()
-            corrections = [b for name, b in model.named_buffers() if name in saved and b.is_floating_point()]
-            for tensor in (*model.parameters(), *corrections):
-                # Initial norms are all ones and biases all zeros, which would hide mistakes in them; the wider
-                # matrices give next-token distributions that are neither flat nor certain.
+            expert_biases = [b for name, b in model.named_buffers() if name in saved and b.is_floating_point()]
+            for tensor in (*model.parameters(), *expert_biases):
+                # Norms are initialised to ones and biases to zeros, which would hide mistakes in them; larger matrices
+                # give next-token distributions that are neither flat nor certain.
                 scale = 0.2 if tensor.dim() < 2 else 1.5 * tensor.shape[-1] ** -0.5
                 tensor.add_(torch.randn_like(tensor), alpha=scale)
     return model.eval()
 
 
 def exact_attention(config: Any) -> dict[str, str]:
-    """Arguments of ``from_config`` and ``from_pretrained`` for attention exactly as the configuration says it.
+    """Arguments of ``from_config`` and ``from_pretrained`` for attention exactly as configured.
 
-    Eager for capped scores: transformers 5.17 takes SDPA for them too, and so leaves the cap out without a word.
+    Eager attention for capped scores: transformers 5.17 silently omits the cap in SDPA.
     """
     return {} if getattr(config, "attn_logit_softcapping", None) is None else {"attn_implementation": "eager"}
 
 
+# What ``tiny_tokenizer`` is trained on: other text is another tokenizer.
+_TOKENIZER_TEXT = [
+    "Small random models of the families that the parity promise is shown on, and a tokenizer made on the spot.",
+    "A byte-level BPE tokenizer with a chat template, trained on its own docstring; never downloads anything.",
+]
+
+
 def tiny_tokenizer(vocabulary: int = 331) -> Any:
-    """A byte-level BPE tokenizer with a chat template, trained on its own docstring; never downloads anything."""
+    """A byte-level BPE tokenizer with a chat template, trained on two sentences; downloads nothing."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -177,7 +195,7 @@ def tiny_tokenizer(vocabulary: int = 331) -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([__doc__ or "", tiny_tokenizer.__doc__ or ""] * 4, trainer)
+    tokenizer.train_from_iterator(_TOKENIZER_TEXT * 4, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
     fast.chat_template = (
         "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"

@@ -1,8 +1,8 @@
-"""An exact oracle out of stock transformers code: its float32 islands lifted to float64.
+"""An exact oracle: stock transformers code in float64 throughout.
 
-transformers computes norms, softmax and rotary tables in float32 whatever the model's dtype, so a float64 model of
-its own is only right to 1e-7. Inside ``lifted_to_double`` those casts go to float64 instead, and eager attention in
-float64 is an oracle to 1e-14 that shares no code with this project.
+transformers computes norms, softmax and rotary tables in float32 for every dtype of the model, so a float64 model is
+exact to 1e-7 only. Inside ``lifted_to_double`` those casts go to float64 instead, and eager attention is an oracle to
+1e-14 that shares no code with this project.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ import torch
 
 @contextmanager
 def lifted_to_double() -> Iterator[None]:
-    """``torch.float32``, ``Tensor.float()`` and ``torch.float`` mean float64 in here. Not for concurrent use."""
+    """Inside, ``torch.float32``, ``Tensor.float()`` and ``torch.float`` mean float64. Not thread-safe."""
     saved = torch.float32, torch.float, torch.Tensor.float
     torch.float32 = torch.float = torch.float64
     torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]

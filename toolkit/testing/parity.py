@@ -1,7 +1,7 @@
-"""Does the engine return the training forward's log-probabilities, bit for bit, whatever the schedule?
+"""Are the engine's log-probabilities bitwise identical to the training forward's, under every schedule?
 
-Randomised schedules: batch composition, arrival, chunk size, page size, prefix hits, forks, preemption, swapping,
-sleep. The training forward then sees the same sequences packed in random groups.
+Random schedules: batch composition, arrival, chunk size, block size, prefix hits, forks, preemption, swapping, sleep.
+The training forward then computes the same sequences packed in random groups.
 """
 
 import random
@@ -19,10 +19,14 @@ from toolkit.patching import patch, report_of, state_spec, token_logprobs, unpat
 
 @dataclass
 class Parity:
-    """Totals over all schedules. ``differing`` counts tokens whose log-probability is not ``torch.equal``.
+    """Totals over all schedules.
 
-    replayed: tokens that training computed once more, through the experts that the engine recorded; those of them
-    that differ are in ``replayed_differing``. ``largest`` is over both.
+    Args:
+        tokens: sampled tokens that were compared.
+        differing: tokens whose log-probability is not ``torch.equal``.
+        replayed: tokens that training computed again with the engine's recorded routing.
+        replayed_differing: those of them that differ.
+        largest: largest absolute difference of log-probabilities, in nats, replayed ones included.
     """
 
     tokens: int = 0
@@ -49,11 +53,15 @@ def check_parity(
     numerics: str | None = None,
     max_new_tokens: int = 40,
 ) -> Parity:
-    """Generate at least ``min_tokens`` tokens from ``prompts`` under random schedules and compare every one.
+    """The comparison of at least ``min_tokens`` tokens, generated under random schedules. Patches the model.
 
-    prompts: token ids; each schedule takes a random subset, some cut short or extended to share prefixes.
-    A mixture of experts is compared twice: with routers that choose in training, and with the engine's routing
-    replayed.
+    An MoE model is compared twice: with its routers' choice in training, and with the engine's routing replayed.
+
+    Args:
+        prompts: token ids; each schedule takes a random subset, some truncated or extended to share prefixes.
+        seed: of the schedules.
+        numerics: mode to patch with; None is the device's default.
+        max_new_tokens: per completion.
     """
     report = patch(model, numerics=numerics)
     source = random.Random(seed)
@@ -69,20 +77,20 @@ def _one_schedule(
 ) -> None:
     chosen = [list(source.choice(prompts)) for _ in range(source.randint(4, 14))]
     for index in range(1, len(chosen)):
-        if source.random() < 0.4:  # share a prefix with an earlier prompt, cut anywhere
+        if source.random() < 0.4:  # share a prefix of an earlier prompt
             stem = chosen[source.randrange(index)]
             chosen[index] = stem[: source.randint(1, len(stem))] + chosen[index][: source.randint(1, 9)]
     block_size = source.choice([4, 8, 16])
-    siblings = [source.choice([1, 1, 1, 2, 3]) for _ in chosen]
+    counts = [source.choice([1, 1, 1, 2, 3]) for _ in chosen]
     longest = max(len(prompt) for prompt in chosen) + max_new_tokens
-    # Room for one to three long sequences in most schedules: the rest wait, and the youngest are preempted.
-    room = source.choice([1.0, 1.5, 2.5, 50.0])
+    # In most schedules blocks for one to three long sequences: the rest wait, and the youngest are preempted.
+    capacity = source.choice([1.0, 1.5, 2.5, 50.0])
     budget = source.choice([5, 16, 33, 64, 512])
     limits = {
         "max_num_seqs": source.choice([4, 8, 32]),
         "max_num_batched_tokens": budget,
         "block_size": block_size,
-        "num_blocks": int(room * (longest // block_size + 2)),
+        "num_blocks": int(capacity * (longest // block_size + 2)),
         "swap_bytes": source.choice([0, None]),
         "enable_return_routed_experts": any(spec.kind == "routing" for spec in state_spec(model)),
     }
@@ -95,7 +103,7 @@ def _one_schedule(
             ignore_eos=True,
             seed=source.randrange(2**31),
         )
-        for n in siblings
+        for n in counts
     ]
     with Engine(model, **limits) as engine:
         waiting = list(zip(chosen, params))
@@ -104,14 +112,14 @@ def _one_schedule(
             for _ in range(min(len(waiting), source.choice([0, 1, 1, 2, 5]) if engine.has_work else 3)):
                 engine.submit(*waiting.pop(0))
             completions += [delta.finished for delta in engine.step() if delta.finished is not None]
-            if source.random() < 0.04:  # as a training step between two rollout steps would
+            if source.random() < 0.04:  # as for a training step between two rollout steps
                 engine.sleep()
                 engine.wake()
         stats = engine.stats()
     result.prefix_hit_tokens += int(stats["prefix_hit_tokens"])
     result.preemptions += int(stats["preemptions"])
     result.swaps += int(stats["swaps"])
-    result.forked += sum(n - 1 for n in siblings)
+    result.forked += sum(n - 1 for n in counts)
     result.chunked_prompts += sum(len(prompt) > budget for prompt in chosen)
     source.shuffle(completions)
     while completions:
@@ -132,14 +140,14 @@ def _compare(model: Any, group: Sequence[Any], result: Parity) -> None:
 
 
 def _replays(model: Any, layers: int) -> bool:
-    """Whether the routers of all layers of experts are patched: one that is not cannot be told what to choose."""
+    """Whether the routers of all MoE layers are patched, which replaying needs."""
     report = report_of(model)
     return report is not None and report.roles().get("router", 0) >= layers
 
 
 def _differing(model: Any, group: Sequence[Any], routing: Any, result: Parity) -> int:
     """How many of the group's tokens differ from the training forward's."""
-    # With gradients, as a training step would run it.
+    # With gradients, as in a training step.
     with torch.enable_grad():
         sequences = [list(c.prompt_token_ids) + list(c.token_ids) for c in group]
         trained = token_logprobs(model, sequences, routing=routing)
@@ -154,8 +162,8 @@ def _differing(model: Any, group: Sequence[Any], routing: Any, result: Parity) -
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Seconds of the same work in the two tiers: generation by the engine, and a training forward and backward."""
+class Overhead:
+    """Seconds of the same work in the two modes: generation by the engine, and a training forward and backward."""
 
     generate_bitwise: float
     generate_fast: float
@@ -164,26 +172,28 @@ class Cost:
 
     @property
     def generate_ratio(self) -> float:
+        """Time to generate, bitwise / fast."""
         return self.generate_bitwise / self.generate_fast
 
     @property
     def train_ratio(self) -> float:
+        """Time of a training forward and backward, bitwise / fast."""
         return self.train_bitwise / self.train_fast
 
 
-def bitwise_cost(model: Any, prompts: Sequence[Sequence[int]], repeats: int = 3, new_tokens: int = 32) -> Cost:
-    """Time of the bitwise tier against the fast one on the same prompts; medians of interleaved repeats.
+def bitwise_overhead(model: Any, prompts: Sequence[Sequence[int]], repeats: int = 3, new_tokens: int = 32) -> Overhead:
+    """Seconds of bitwise and fast mode on the same prompts: medians of interleaved repeats.
 
-    Leaves the model patched as it was found.
+    Restores the model's patch at the end.
     """
     report = report_of(model)
     seconds: dict[tuple[str, str], list[float]] = {}
     params = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
     prompts = [list(prompt) for prompt in prompts]
     for repeat in range(repeats + 1):
-        for tier in (Numerics.BITWISE, Numerics.FAST):
-            patch(model, numerics=tier)
-            with Engine(model, numerics=tier) as engine:
+        for mode in (Numerics.BITWISE, Numerics.FAST):
+            patch(model, numerics=mode)
+            with Engine(model, numerics=mode) as engine:
                 start = time.perf_counter()
                 engine.generate(prompts, params)
                 generated = time.perf_counter() - start
@@ -192,14 +202,14 @@ def bitwise_cost(model: Any, prompts: Sequence[Sequence[int]], repeats: int = 3,
             loss.backward()
             trained = time.perf_counter() - start
             model.zero_grad(set_to_none=True)
-            if repeat:  # the first round warms up
-                seconds.setdefault(("generate", tier), []).append(generated)
-                seconds.setdefault(("train", tier), []).append(trained)
+            if repeat:  # the first repeat is a warm-up
+                seconds.setdefault(("generate", mode), []).append(generated)
+                seconds.setdefault(("train", mode), []).append(trained)
     unpatch(model)
     if report is not None:
         patch(model, numerics=report.numerics)
     median = {key: sorted(values)[len(values) // 2] for key, values in seconds.items()}
-    return Cost(
+    return Overhead(
         median["generate", Numerics.BITWISE],
         median["generate", Numerics.FAST],
         median["train", Numerics.BITWISE],
