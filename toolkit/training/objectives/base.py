@@ -98,8 +98,9 @@ class MetricAccumulator:
 class Objective(ABC, Generic[S]):
     """A kind of run: its data, its loss and its held-out measure. The loop owns all else.
 
-    A subclass names its section, ``class GRPO(Objective[GRPOSection])``, which registers it. ``__init__`` reads the
-    data, before there is a tokenizer or a model; ``bind`` brings those. Bad input raises ToolkitError in either.
+    A subclass names its section, which registers it: ``class GRPO(OnPolicyObjective[GRPOSection])``, or, derived from a
+    finished one, ``class IPO(DPO, section=IPOSection)``. ``__init__`` reads the data, before there is a tokenizer or a
+    model; ``bind`` brings those. Bad input raises ToolkitError in either.
     """
 
     primary_metric: ClassVar[str] = "loss"
@@ -109,12 +110,12 @@ class Objective(ABC, Generic[S]):
     fingerprint: str
     """Of the data: a position in it means something only for the same data."""
 
-    def __init_subclass__(cls, **options: Any) -> None:
+    def __init_subclass__(cls, section: type[ObjectiveSection] | None = None, **options: Any) -> None:
         super().__init_subclass__(**options)
-        for base in cls.__dict__.get("__orig_bases__", ()):
-            for section in typing.get_args(base):
-                if isinstance(section, type):
-                    _CLASSES[section] = cls
+        arguments = [arg for base in cls.__dict__.get("__orig_bases__", ()) for arg in typing.get_args(base)]
+        for found in (section, *arguments):
+            if isinstance(found, type):
+                _CLASSES[found] = cls
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe

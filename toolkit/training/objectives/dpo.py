@@ -106,17 +106,23 @@ class DPO(OfflineObjective[DPOSection]):
         return micros
 
     def loss(self, forward: Callable[..., Any], micro: list[Pair]) -> "Tensor":
-        from toolkit.training.losses import preference_loss
-
         sequences, lengths = _sequences(micro)
         chosen, rejected, tokenwise = _logps(forward(sequences, last=lengths))
         weight = chosen.new_tensor([pair.weight for pair in micro])
         references = chosen.new_tensor([pair.reference for pair in micro])
-        loss = preference_loss(chosen, rejected, references[:, 0], references[:, 1], beta=self.section.beta)
+        loss = self.preference_loss(chosen, rejected, references[:, 0], references[:, 1])
         self._count(micro, chosen.detach(), rejected.detach(), references)
         if self.section.sft_weight:
             loss = loss - self.section.sft_weight * tokenwise
         return (loss * weight).sum()
+
+    def preference_loss(
+        self, chosen: "Tensor", rejected: "Tensor", chosen_reference: "Tensor", rejected_reference: "Tensor"
+    ) -> "Tensor":
+        """[pairs] losses of log-probabilities of whole completions, each [pairs]."""
+        from toolkit.training.losses import preference_loss
+
+        return preference_loss(chosen, rejected, chosen_reference, rejected_reference, beta=self.section.beta)
 
     def rows(self, micro: list[Pair]) -> int:
         return sum(pair.tokens + len(pair.prompt) for pair in micro if pair.weight)
