@@ -34,7 +34,9 @@ assert (folder / "out" / "weights.safetensors").is_file()
 
 
 def test_the_examples_work_as_written(tmp_path):
-    blocks = re.findall(r"```python\n(# toolkit/(?:training|exporting)/.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)
+    blocks = re.findall(
+        r"```python\n(# toolkit/(?:training|exporting)/.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S
+    )
     assert len(blocks) == 3
     (tmp_path / "run.py").write_text("\n".join([*blocks, USE]))
     result = subprocess.run(
