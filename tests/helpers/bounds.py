@@ -1,26 +1,12 @@
-"""What the tests of the ops on a GPU share.
+"""Bounds of every element, and bitwise comparisons, of outputs and gradients.
 
-Every test body takes its device from here. ``TOOLKIT_GPU_TESTS=cpu TRITON_INTERPRET=1 python -m pytest tests/gpu``
-runs the small cases on CPU tensors in Triton's interpreter, through the same dispatcher and autograd; otherwise a CUDA
-device is needed.
+Tensors are made on the default device, which the fixture ``impl`` sets.
 """
 
-import pytest
 import torch
 
 from benchmarks.common import as_tuple
-from benchmarks.gpu.device import DEVICE, DRY, triton_on_cpu
 
-if DRY:
-    triton_on_cpu()
-
-needs_device = pytest.mark.skipif(
-    not DRY and not torch.cuda.is_available(), reason="needs a CUDA device, and this machine has none"
-)
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and this machine has none")
-# The interpreter computes with numpy, which has no bfloat16.
-DTYPES = [torch.float32, torch.float16] if DRY else [torch.float32, torch.bfloat16, torch.float16]
-HALF = DTYPES[1]
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 # Rounding errors of float32 sums, as a share of the largest result.
 NOISE = 32 * UNIT[torch.float32]
@@ -28,12 +14,13 @@ NOISE = 32 * UNIT[torch.float32]
 
 def noise(*shape, dtype=torch.float32, scale=1.0, seed=0):
     """Normal numbers, the same ones on every device."""
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
-    return values.to(DEVICE, dtype)
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), device="cpu") * scale
+    return values.to(torch.get_default_device(), dtype)
 
 
 def integers(low, high, *shape, seed=0):
-    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(low, high, shape, generator=generator, device="cpu").to(torch.get_default_device())
 
 
 def rounded(x, dtype):
@@ -75,8 +62,8 @@ def assert_same_bits(got, wanted):
 def subsets(rows, seed=0):
     """Some rows of ``rows``: one, few, many, a run, in any order."""
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(rows, generator=generator)
-    return [part.to(DEVICE) for part in (order[:1], order[:5], order[: 2 * rows // 3], torch.arange(rows // 2, rows))]
+    order = torch.randperm(rows, generator=generator, device="cpu").to(torch.get_default_device())
+    return [order[:1], order[:5], order[: 2 * rows // 3], torch.arange(rows // 2, rows)]
 
 
 def doubles(*values):

@@ -8,7 +8,7 @@ gives it every implementation.
 import importlib
 import pkgutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -23,6 +23,9 @@ from toolkit import ops
 from toolkit.ops import registry
 
 CUDA = torch.cuda.is_available()
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+SMALL = not CUDA  # sizes for the interpreter
+HALF = torch.bfloat16 if CUDA else torch.float16  # a 16-bit dtype that every implementation takes
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,13 @@ class Implementation:
                 bounds = {dtype: (bound, 2 * bound) for dtype, bound in interpreter.TOLERANCE.items()}
                 stack.enter_context(mock.patch.multiple(rowwise, BOUNDS=bounds, THREADS=(1,), WIDEST=self.dtypes[0]))
                 stack.enter_context(interpreter.poisoned())
-                stack.enter_context(torch.device(self.device) if CUDA else triton_on_cpu())
+                stack.enter_context(torch.device(self.device) if CUDA else serving("triton"))
+                if not CUDA:
+                    from triton.runtime.interpreter import InterpreterBuilder
+
+                    stack.enter_context(mock.patch.object(InterpreterBuilder, "create_dot", interpreter.row_by_row))
+            elif self.name == "reference":
+                stack.enter_context(serving("reference"))
             yield
 
     def near(self, float64: float, float32: float = 3e-6) -> float:
@@ -97,6 +106,11 @@ only_triton = implementations(TRITON)
 """For a test of what only the Triton kernels do: of launchers, tiles and their limits."""
 
 
+def needs_cuda(test: Callable[..., Any]) -> Callable[..., Any]:
+    """For a test of the Triton kernels at sizes that only a device can hold: skipped where there is none."""
+    return pytest.mark.skipif(not CUDA, reason="needs a CUDA device, and this machine has none")(only_triton(test))
+
+
 @cache
 def _every_op() -> tuple[registry.Op, ...]:
     for entry in pkgutil.iter_modules(ops.__path__):
@@ -106,12 +120,13 @@ def _every_op() -> tuple[registry.Op, ...]:
 
 
 @contextmanager
-def triton_on_cpu() -> Iterator[None]:
-    """The Triton kernels serve the ops on CPU tensors, through the dispatcher and autograd as on a GPU."""
+def serving(kind: str) -> Iterator[None]:
+    """The implementations "reference" or "triton" serve the ops on CPU tensors, through the dispatcher and autograd."""
     with torch.library._scoped_library("toolkit", "IMPL") as library:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of kernels that are replaced
             for op in _every_op():
-                if op.triton is not None:
-                    library.impl(op.name, op.triton, "CPU", allow_override=True)
+                function = getattr(op, kind)
+                if function is not None:
+                    library.impl(op.name, function, "CPU", allow_override=True)
         yield

@@ -20,7 +20,8 @@ LAYOUTS = [
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0, seed: int = 0) -> Tensor:
-    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), device="cpu") * scale
+    return values.to(torch.get_default_device(), dtype)
 
 
 def routing(tokens: int, slots: int, experts: int, *, skipped: bool = True, seed: int = 0) -> Tensor:

@@ -1,4 +1,4 @@
-"""Triton linear and lora_linear on a GPU: against float64, and the bits of a row."""
+"""linear and lora_linear: against float64, to a bound of every element, and the bits of a row."""
 
 import math
 from unittest import mock
@@ -6,10 +6,7 @@ from unittest import mock
 import pytest
 import torch
 
-from benchmarks.gpu.device import DEVICE, DRY
 from tests.helpers.bounds import (
-    DTYPES,
-    HALF,
     NOISE,
     UNIT,
     assert_all_near,
@@ -19,26 +16,30 @@ from tests.helpers.bounds import (
     evaluate,
     integers,
     matrix_noise,
-    needs_cuda,
-    needs_device,
     noise,
     rounded,
     subsets,
-)  # fmt: skip
+)
+from tests.helpers.implementations import (
+    FLOATS,
+    HALF,
+    SMALL,
+    TRITON,
+    impl_and_dtype,
+    needs_cuda,
+)
 from toolkit.ops.linear import linear
 from toolkit.ops.lora_linear import lora_linear
 
-pytestmark = [pytest.mark.gpu, needs_device]
-
-ROWS = 37 if DRY else 301
+ROWS = 37 if SMALL else 301
 # (K, N): whole steps of aligned rows; rows of whole vectors with a part of a step; nothing aligned.
-SHAPES = [(64, 40), (48, 25), (33, 17)] if DRY else [(512, 4224), (400, 264), (133, 77)]
+SHAPES = [(64, 40), (48, 25), (33, 17)] if SMALL else [(512, 4224), (400, 264), (133, 77)]
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def small_parts():
     """In the interpreter: several splits and chunks at small sizes."""
-    if not DRY:
+    if not SMALL:
         yield
         return
     from toolkit.ops.lora_linear import tiles
@@ -52,9 +53,9 @@ def product(depth, outputs, dtype, rows=ROWS):
     return *values, noise(outputs, dtype=dtype, seed=2)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@impl_and_dtype(FLOATS)
 @pytest.mark.parametrize(("depth", "outputs"), SHAPES)
-def test_linear(dtype, depth, outputs):
+def test_linear(impl, dtype, depth, outputs):
     x, weight, bias = product(depth, outputs, dtype)
     grad = [noise(ROWS, outputs, dtype=dtype, seed=3)]
     exact = evaluate(torch.nn.functional.linear, doubles(x), doubles(weight, bias), doubles(*grad))
@@ -67,9 +68,9 @@ def test_linear(dtype, depth, outputs):
     assert_near(linear(x, weight), x.double() @ weight.double().T, extra=matrix_noise(dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@impl_and_dtype(FLOATS)
 @pytest.mark.parametrize(("depth", "outputs"), SHAPES[:2])
-def test_linear_keeps_the_bits_of_a_row(dtype, depth, outputs):
+def test_linear_keeps_the_bits_of_a_row(impl, dtype, depth, outputs):
     x, weight, bias = product(depth, outputs, dtype)
     y = linear(x, weight, bias)
     for part in subsets(ROWS):
@@ -81,22 +82,22 @@ def test_linear_keeps_the_bits_of_a_row(dtype, depth, outputs):
     assert torch.equal(linear(wide[:, depth:], weight, bias), y)
     assert torch.equal(linear(x[None, :, None], weight, bias)[0, :, 0], y)
     x[3] = math.nan
-    others = torch.arange(ROWS, device=DEVICE) != 3
+    others = torch.arange(ROWS) != 3
     assert torch.equal(linear(x, weight, bias)[others], y[others])
     assert linear(x[:0], weight, bias).shape == (0, outputs)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_linear_decode_tiles_have_the_bits_of_the_others(dtype):
+@impl_and_dtype(FLOATS, [TRITON])
+def test_linear_decode_tiles_have_the_bits_of_the_others(impl, dtype):
     """A decode tile may only be set where this holds; ``benchmarks.gpu.tile_invariance`` finds out which would do."""
     from benchmarks.gpu.tile_invariance import unrounded
     from toolkit.ops.linear import tiles
     from toolkit.ops.tiles import DECODE_ROWS
     from toolkit.ops.triton_devices import architecture
 
-    for limit, tile in tiles.TABLE.entries[architecture(torch.device(DEVICE))][dtype.itemsize]:
-        outputs = 40 if DRY else 4096 if limit is not None else 9728
-        for depth in (64, 48) if DRY else (2560, 2576):
+    for limit, tile in tiles.TABLE.entries[architecture(impl.device)][dtype.itemsize]:
+        outputs = 40 if SMALL else 4096 if limit is not None else 9728
+        for depth in (64, 48) if SMALL else (2560, 2576):
             x, weight, _ = product(depth, outputs, dtype, rows=DECODE_ROWS)
             wanted = unrounded(x, weight, tile)
             for rows in (1, 3, DECODE_ROWS):
@@ -105,7 +106,7 @@ def test_linear_decode_tiles_have_the_bits_of_the_others(dtype):
 
 
 @needs_cuda
-def test_linear_past_two_to_the_31_elements():
+def test_linear_past_two_to_the_31_elements(impl):
     """Once of outputs, once of weights."""
     rows, outputs = 70000, 32768
     x, weight, _ = product(64, outputs, torch.bfloat16, rows=rows)
@@ -114,7 +115,7 @@ def test_linear_past_two_to_the_31_elements():
     assert torch.equal(y[-9:], linear(x[-9:], weight))
     assert_near(y[-9:], x[-9:].double() @ weight.double().T, extra=matrix_noise(HALF))
     del y
-    weight = torch.zeros(70000, 32768, dtype=torch.bfloat16, device=DEVICE)
+    weight = torch.zeros(70000, 32768, dtype=torch.bfloat16)
     weight[-5:] = noise(5, 32768, dtype=torch.bfloat16)
     x = noise(3, 32768, dtype=torch.bfloat16, seed=4)
     y = linear(x, weight)
@@ -126,7 +127,7 @@ def test_linear_past_two_to_the_31_elements():
 def adapters_of(depth, outputs, dtype, rank=12, count=4):
     a = noise(count, rank, depth, dtype=dtype, scale=depth**-0.5, seed=5)
     b = noise(count, outputs, rank, dtype=dtype, scale=rank**-0.5, seed=6)
-    scaling = torch.linspace(0.5, 2.0, count, device=DEVICE)
+    scaling = torch.linspace(0.5, 2.0, count)
     return a, b, scaling, integers(-1, count - 1, ROWS, seed=7)  # the last adapter has no row
 
 
@@ -137,9 +138,9 @@ def dense_lora(x, weight, bias, a, b, scaling, adapters, dtype):
     return base + torch.einsum("tr,tnr->tn", low, b[one]) * (adapters >= 0)[:, None]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@impl_and_dtype(FLOATS)
 @pytest.mark.parametrize(("depth", "outputs"), SHAPES)
-def test_lora_linear(dtype, depth, outputs):
+def test_lora_linear(impl, dtype, depth, outputs):
     x, weight, bias = product(depth, outputs, dtype)
     a, b, scaling, adapters = adapters_of(depth, outputs, dtype)
     grad = [noise(ROWS, outputs, dtype=dtype, seed=8)]

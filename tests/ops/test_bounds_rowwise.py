@@ -1,4 +1,4 @@
-"""Row-wise Triton ops on a GPU: float64 oracles, forward and every gradient, and the bits of a row."""
+"""Row-wise ops: float64 oracles, forward and every gradient, to a bound of every element; and the bits of a row."""
 
 import math
 from dataclasses import dataclass
@@ -6,20 +6,16 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from benchmarks.gpu.device import DEVICE, DRY
-from tests.helpers.bounds import (
-    DTYPES,
+from tests.helpers.bounds import assert_near, assert_same_bits, evaluate, integers, noise, rounded, subsets
+from tests.helpers.implementations import (
+    FLOATS,
     HALF,
-    assert_near,
-    assert_same_bits,
-    evaluate,
-    integers,
+    IMPLEMENTATIONS,
+    SMALL,
+    impl_and_dtype,
     needs_cuda,
-    needs_device,
-    noise,
-    rounded,
-    subsets,
-)  # fmt: skip
+    parameter,
+)
 from toolkit.ops.activation import activation
 from toolkit.ops.gated_activation import gated_activation
 from toolkit.ops.layer_norm import layer_norm
@@ -28,9 +24,7 @@ from toolkit.ops.rotary import rotary, rotary_tables
 from toolkit.ops.state_write import state_write
 from toolkit.ops.token_logprob import token_logprob
 
-pytestmark = [pytest.mark.gpu, needs_device]
-
-ROWS = 21 if DRY else 333
+ROWS = 21 if SMALL else 333
 EPS = 1e-6
 HEADS = 3
 
@@ -146,7 +140,7 @@ OPS = {
 MAIN = [name for name in OPS if name.split()[-1] not in ("gelu", "gelu_tanh", "relu", "relu2")]
 OTHERS = [name for name in OPS if name not in MAIN]
 # 67: nothing is aligned. 1008: rows of whole vectors.
-CASES = [(name, dtype, width) for name in MAIN for dtype in DTYPES for width in (67, 160 if DRY else 1008)]
+CASES = [(name, dtype, width) for name in MAIN for dtype in FLOATS for width in (67, 160 if SMALL else 1008)]
 CASES += [(name, dtype, width) for name in OTHERS for dtype, width in ((torch.float32, 160), (HALF, 67))]
 # Rows that the norms' backward walks in blocks instead of holding them.
 CASES += [(name, torch.float32, 4104) for name in ("rms_norm", "add_rms_norm", "layer_norm")]
@@ -162,8 +156,12 @@ def made(name, rows, width, dtype):
     return op, values, params, [noise(*y.shape, dtype=y.dtype, seed=20 + i) for i, y in enumerate(outputs)]
 
 
-@pytest.mark.parametrize(("name", "dtype", "width"), CASES)
-def test_values_and_gradients_match_float64(name, dtype, width):
+@pytest.mark.parametrize(
+    ("impl", "name", "dtype", "width"),
+    [parameter(impl, *case) for impl in IMPLEMENTATIONS for case in CASES if case[1] in impl.dtypes],
+    indirect=["impl"],
+)
+def test_values_and_gradients_match_float64(impl, name, dtype, width):
     op, rows, params, cotangents = made(name, ROWS, width, dtype)
     oracle = op.oracle or (lambda x, r, w: added(x, r, w, dtype))
     wide = [[x.double() if x.is_floating_point() else x for x in group] for group in (rows, params)]
@@ -178,10 +176,10 @@ def test_values_and_gradients_match_float64(name, dtype, width):
         assert_same_bits(values, repeat)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:2])
+@impl_and_dtype([torch.float32, HALF])
 @pytest.mark.parametrize("name", MAIN)
-def test_a_row_keeps_its_bits(name, dtype):
-    op, rows, params, cotangents = made(name, ROWS, 160 if DRY else 1008, dtype)
+def test_a_row_keeps_its_bits(impl, name, dtype):
+    op, rows, params, cotangents = made(name, ROWS, 160 if SMALL else 1008, dtype)
     outputs, grads, _ = evaluate(op.call, rows, params, cotangents, op.still)
     for part in subsets(ROWS):
         some, some_grads, _ = evaluate(
@@ -191,15 +189,15 @@ def test_a_row_keeps_its_bits(name, dtype):
         assert_same_bits(some_grads, [g[part] for g in grads])
     broken = [x.clone() for x in rows]
     broken[0][ROWS // 2] = math.nan
-    keep = torch.arange(ROWS, device=DEVICE) != ROWS // 2
+    keep = torch.arange(ROWS) != ROWS // 2
     some, some_grads, _ = evaluate(op.call, broken, params, cotangents, op.still)
     assert_same_bits([y[keep] for y in some], [y[keep] for y in outputs])
     assert_same_bits([g[keep] for g in some_grads], [g[keep] for g in grads])
 
 
 @pytest.mark.parametrize("name", MAIN)
-def test_no_rows_and_strided_rows(name, record_property):
-    op, rows, params, cotangents = made(name, ROWS, 160 if DRY else 1008, HALF)
+def test_no_rows_and_strided_rows(impl, name, record_property):
+    op, rows, params, cotangents = made(name, ROWS, 160 if SMALL else 1008, HALF)
     empty, none = [x[:0] for x in rows], [g[:0] for g in cotangents]
     for value, full in zip(evaluate(op.call, empty, params, none, op.still)[0], none, strict=True):
         assert value.shape == full.shape
@@ -209,7 +207,11 @@ def test_no_rows_and_strided_rows(name, record_property):
         """The same numbers in every second row of a wider matrix whose rows start at odd places."""
         if x.dim() == 1:
             return torch.stack([x, x], -1)[:, 0]
-        room = torch.full((2 * x.shape[0], *x.shape[1:-1], x.shape[-1] + 3), math.nan, dtype=x.dtype, device=DEVICE)
+        room = torch.full(
+            (2 * x.shape[0], *x.shape[1:-1], x.shape[-1] + 3),
+            math.nan,
+            dtype=x.dtype,
+        )
         view = room[::2, ..., 1 : 1 + x.shape[-1]]
         return view.copy_(x)
 
@@ -222,10 +224,10 @@ def test_no_rows_and_strided_rows(name, record_property):
 
 
 @pytest.mark.parametrize("axes", [False, True])
-def test_rotary_tables(axes):
-    inv_freq = (10000.0 ** (-torch.arange(0, 40, dtype=torch.float64) / 40)).float().to(DEVICE)
+def test_rotary_tables(impl, axes):
+    inv_freq = (10000.0 ** (-torch.arange(0, 40, dtype=torch.float64) / 40)).float().to(torch.get_default_device())
     positions = integers(0, 200_000, *((3, ROWS) if axes else (ROWS,)))
-    axis = torch.arange(40, device=DEVICE) % 3 if axes else None
+    axis = torch.arange(40) % 3 if axes else None
     more = {"axes": axis} if axes else {}
     place = positions[axis].T if axes else positions[:, None]
     angle = (place.float() * inv_freq).double()
@@ -239,11 +241,13 @@ def test_rotary_tables(axes):
         assert_same_bits(part, [table[4:9] for table in tables])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_state_write(dtype):
+@impl_and_dtype(FLOATS)
+def test_state_write(impl, dtype):
     rows, slots, heads, width = ROWS, 3 * ROWS, 3, 40
     new = noise(rows, 2 * heads, width, dtype=dtype)[:, ::2]
-    at = torch.randperm(slots, generator=torch.Generator().manual_seed(0))[:rows].to(DEVICE)
+    at = torch.randperm(slots, generator=torch.Generator().manual_seed(0), device="cpu")[:rows].to(
+        torch.get_default_device()
+    )
     at[::4] = -1
     pool = noise(slots, heads, width, dtype=HALF, seed=1)
     wanted = pool.clone()
@@ -257,14 +261,14 @@ def test_state_write(dtype):
 
 @needs_cuda
 @pytest.mark.parametrize("name", MAIN)
-def test_rows_past_two_to_the_31_elements(name):
+def test_rows_past_two_to_the_31_elements(impl, name):
     """Inputs, outputs and gradients of more than 2^31 elements; the far rows against the same rows alone."""
     width = 128 if name.startswith("rotary") else 8192
     count = (1 << 31) // (width * (HEADS if name.startswith("rotary") else 1)) + 5
     far = slice(count - 8, count)
     op, rows, params, cotangents = made(name, 8, width, torch.bfloat16)
-    large = [torch.zeros(count, *x.shape[1:], dtype=x.dtype, device=DEVICE) for x in rows]
-    upstream = [torch.zeros(count, *g.shape[1:], dtype=g.dtype, device=DEVICE) for g in cotangents]
+    large = [torch.zeros(count, *x.shape[1:], dtype=x.dtype) for x in rows]
+    upstream = [torch.zeros(count, *g.shape[1:], dtype=g.dtype) for g in cotangents]
     for room, values in zip([*large, *upstream], [*rows, *cotangents], strict=True):
         room[far] = values
     assert large[0].numel() > 1 << 31
@@ -277,10 +281,10 @@ def test_rows_past_two_to_the_31_elements(name):
 
 
 @needs_cuda
-def test_state_written_past_two_to_the_31_elements():
-    pool = torch.zeros((1 << 31) // 1024 + 9, 8, 128, dtype=torch.bfloat16, device=DEVICE)
+def test_state_written_past_two_to_the_31_elements(impl):
+    pool = torch.zeros((1 << 31) // 1024 + 9, 8, 128, dtype=torch.bfloat16)
     new = noise(2, 8, 128, dtype=torch.bfloat16)
-    state_write(pool, new, torch.tensor([pool.shape[0] - 1, 3], device=DEVICE))
+    state_write(pool, new, torch.tensor([pool.shape[0] - 1, 3]))
     assert torch.equal(pool[[pool.shape[0] - 1, 3]], new)
     assert int(torch.count_nonzero(pool[4:-1])) == 0
     del pool

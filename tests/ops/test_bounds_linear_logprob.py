@@ -1,14 +1,11 @@
-"""Triton linear_logprob on a GPU: against float64, the bits of a row, and more logits than fit."""
+"""linear_logprob: against float64, to a bound of every element, the bits of a row, and more logits than fit."""
 
 from unittest import mock
 
 import pytest
 import torch
 
-from benchmarks.gpu.device import DEVICE, DRY
 from tests.helpers.bounds import (
-    DTYPES,
-    HALF,
     NOISE,
     UNIT,
     assert_all_near,
@@ -17,22 +14,27 @@ from tests.helpers.bounds import (
     doubles,
     evaluate,
     integers,
-    needs_cuda,
-    needs_device,
     noise,
     rounded,
     subsets,
-)  # fmt: skip
+)
+from tests.helpers.implementations import (
+    FLOATS,
+    HALF,
+    NATIVE,
+    SMALL,
+    TRITON,
+    impl_and_dtype,
+    needs_cuda,
+)
 from toolkit.ops.linear import linear
 from toolkit.ops.linear_logprob import linear_logprob
 
-pytestmark = [pytest.mark.gpu, needs_device]
 
-
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def small_parts():
     """In the interpreter: several splits and chunks at small sizes."""
-    if not DRY:
+    if not SMALL:
         yield
         return
     from toolkit.ops.linear_logprob import tiles
@@ -43,7 +45,7 @@ def small_parts():
 
 VARIANTS = {"plain": (False, 1.0, 0.0, False), "everything": (True, 1.5, 3.0, True)}
 # rows, K, V
-HEAD_SHAPES = [(21, 40, 70), (7, 33, 45)] if DRY else [(301, 256, 5003), (45, 133, 77)]
+HEAD_SHAPES = [(21, 40, 70), (7, 33, 45)] if SMALL else [(301, 256, 5003), (45, 133, 77)]
 
 
 def head(rows, depth, size, dtype, variant):
@@ -52,7 +54,7 @@ def head(rows, depth, size, dtype, variant):
     hidden, weight = noise(rows, depth, dtype=dtype), noise(size, depth, dtype=dtype, scale=1.5 * depth**-0.5, seed=1)
     bias = noise(size, dtype=dtype, seed=2) if biased else None
     targets = integers(-size // 2, size, rows, seed=3)
-    heat = torch.linspace(0.6, 1.5, rows, device=DEVICE, dtype=torch.float64) if heated else None
+    heat = torch.linspace(0.6, 1.5, rows, dtype=torch.float64) if heated else None
     return hidden, weight, bias, targets, heat, scale, softcap
 
 
@@ -78,10 +80,10 @@ def head_calls(targets, heat, scale, softcap, dtype):
     return ours, oracle
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@impl_and_dtype(FLOATS)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("rows", "depth", "size"), HEAD_SHAPES)
-def test_linear_logprob(dtype, variant, rows, depth, size):
+def test_linear_logprob(impl, dtype, variant, rows, depth, size):
     hidden, weight, bias, targets, *settings = head(rows, depth, size, dtype, variant)
     ours, oracle = head_calls(targets, *settings, dtype)
     params = [weight] if bias is None else [weight, bias]
@@ -96,9 +98,9 @@ def test_linear_logprob(dtype, variant, rows, depth, size):
         assert_same_bits(values, repeat)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:2])
+@impl_and_dtype([torch.float32, HALF], [NATIVE, TRITON])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_linear_logprob_keeps_the_bits_of_a_row(dtype, variant):
+def test_linear_logprob_keeps_the_bits_of_a_row(impl, dtype, variant):
     rows, depth, size = HEAD_SHAPES[0]
     hidden, weight, bias, targets, heat, *shape = head(rows, depth, size, dtype, variant)
     params = [weight] if bias is None else [weight, bias]
@@ -113,8 +115,8 @@ def test_linear_logprob_keeps_the_bits_of_a_row(dtype, variant):
     assert empty.logprob.shape == (0,)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:2])
-def test_linear_logprob_candidates_and_likeliest(dtype):
+@impl_and_dtype([torch.float32, HALF])
+def test_linear_logprob_candidates_and_likeliest(impl, dtype):
     rows, depth, size = HEAD_SHAPES[0]
     hidden, weight, *_ = head(rows, depth, size, dtype, "plain")
     targets = integers(-3, size, rows, 4, seed=11)
@@ -130,12 +132,12 @@ def test_linear_logprob_candidates_and_likeliest(dtype):
 
 
 @needs_cuda
-def test_linear_logprob_of_more_logits_than_two_to_the_31():
+def test_linear_logprob_of_more_logits_than_two_to_the_31(impl):
     """16,384 rows of 151,936 words, forward and backward: the last rows against the same rows alone."""
     rows, depth, size = 16384, 128, 151936
     hidden, weight = noise(rows, depth, dtype=HALF), noise(size, depth, dtype=HALF, scale=0.1, seed=1)
     targets = integers(0, size, rows, seed=2)
-    cotangents = [noise(rows, seed=3), torch.zeros(rows, device=DEVICE)]
+    cotangents = [noise(rows, seed=3), torch.zeros(rows)]
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
 

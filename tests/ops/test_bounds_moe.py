@@ -1,16 +1,11 @@
 """Mixtures of experts on a GPU: the plan, the router, and experts forward and backward against float64, and bits."""
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.gpu.device import DEVICE, DRY
 from tests.helpers.bounds import (
-    DTYPES,
-    HALF,
     UNIT,
     assert_near,
     assert_same_bits,
@@ -18,39 +13,31 @@ from tests.helpers.bounds import (
     evaluate,
     integers,
     matrix_noise,
-    needs_cuda,
-    needs_device,
     noise,
     subsets,
-)  # fmt: skip
+)
+from tests.helpers.implementations import (
+    FLOATS,
+    HALF,
+    NATIVE,
+    SMALL,
+    TRITON,
+    impl_and_dtype,
+    needs_cuda,
+)
+from tests.helpers.moe_dense import LAYOUTS, dense_experts, layer
 from toolkit.ops.dispatch_plan import TILE, dispatch_plan
 from toolkit.ops.dispatch_plan import reference as plans
 from toolkit.ops.experts import experts
 from toolkit.ops.grouped_linear import combine, grouped_linear
 from toolkit.ops.route import reference, route
 
-sys.path.append(str(Path(__file__).parents[1] / "ops"))
-from tests.helpers.moe_dense import LAYOUTS, dense_experts, layer
-
-pytestmark = [pytest.mark.gpu, needs_device]
-
 # tokens, slots, experts, H, I: whole steps of aligned rows; nothing aligned.
-SIZES = [(9, 2, 3, 32, 16), (7, 2, 3, 33, 17)] if DRY else [(300, 4, 8, 512, 384), (300, 3, 9, 133, 77)]
-PLANS = [(9, 2, 5, 4)] if DRY else [(1, 8, 128, 64), (517, 8, 128, 64), (20000, 10, 512, 64), (900, 6, 160, 16)]
-ROUTERS = [(24, 4, "sigmoid", 6, 2, 2)] if DRY else [
+SIZES = [(9, 2, 3, 32, 16), (7, 2, 3, 33, 17)] if SMALL else [(300, 4, 8, 512, 384), (300, 3, 9, 133, 77)]
+PLANS = [(9, 2, 5, 4)] if SMALL else [(1, 8, 128, 64), (517, 8, 128, 64), (20000, 10, 512, 64), (900, 6, 160, 16)]
+ROUTERS = [(24, 4, "sigmoid", 6, 2, 2)] if SMALL else [
     (128, 8, "softmax", 1, 1, 1), (256, 8, "sigmoid", 8, 4, 2), (160, 6, "softmax", 8, 3, 1),
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def rows_of_products_alone(monkeypatch):
-    """In the interpreter, whose own product gives a row other bits in another place of its tile."""
-    if DRY:
-        from triton.runtime.interpreter import InterpreterBuilder
-
-        from tests.helpers.interpreter import row_by_row
-
-        monkeypatch.setattr(InterpreterBuilder, "create_dot", row_by_row)
 
 
 def made(layout, sizes, dtype):
@@ -59,7 +46,8 @@ def made(layout, sizes, dtype):
     tokens, slots, count, hidden, inner = sizes
     x, scores = noise(tokens, hidden, dtype=dtype), noise(tokens, slots, seed=9).abs()
     weights = [
-        None if w is None else w.to(DEVICE) for w in layer(count, hidden, inner, gated, biased, transposed, dtype)
+        None if w is None else w.to(torch.get_default_device())
+        for w in layer(count, hidden, inner, gated, biased, transposed, dtype)
     ]
     ids = integers(0, count + 1, tokens, slots)
     return [x, scores], weights, torch.where(ids == 1, 0, ids), (kind, site, transposed, interleaved)
@@ -88,17 +76,17 @@ def calls(weights, flags, ids, recompute=False):
 
 
 @pytest.mark.parametrize(("tokens", "slots", "count", "tile"), PLANS)
-def test_the_plan_is_the_specification_s(tokens, slots, count, tile):
+def test_the_plan_is_the_specification_s(impl, tokens, slots, count, tile):
     ids = integers(-1, count + 1, tokens, slots)
     for one, other in zip(dispatch_plan(ids, count, tile), plans.dispatch_plan(ids.cpu(), count, tile), strict=True):
         assert torch.equal(one.cpu(), other)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@impl_and_dtype(FLOATS)
 @pytest.mark.parametrize("router", ROUTERS)
-def test_route(dtype, router):
+def test_route(impl, dtype, router):
     count, k, score, groups, kept, best = router
-    tokens = 11 if DRY else 67
+    tokens = 11 if SMALL else 67
     logits = noise(tokens, count, dtype=dtype, scale=2.0)
     options = {"n_group": groups, "topk_group": kept, "experts_per_group_score": best, "norm_topk_prob": True}
     weights, ids = route(logits, k, score, **options)
@@ -112,17 +100,17 @@ def test_route(dtype, router):
     (got,) = torch.autograd.grad(route(leaf, k, score, topk_ids=ids, **options)[0], leaf, grad)
     wanted = reference.route_backward(grad.double().cpu(), logits.double().cpu(), ids.cpu(), score, True, 0.0, 1.0)
     assert_near(got.cpu(), wanted)
-    tied = torch.zeros(5, count, device=DEVICE, dtype=dtype)
+    tied = torch.zeros(5, count, dtype=dtype)
     assert ids.shape == (tokens, k)
     assert route(tied, k, score, **options)[1].tolist() == [list(range(k))] * 5
     for part in subsets(tokens):
         assert_same_bits(route(logits[part], k, score, **options), (weights[part], ids[part]))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", LAYOUTS[:1] if DRY else LAYOUTS)
+@impl_and_dtype(FLOATS)
+@pytest.mark.parametrize("layout", LAYOUTS[:1] if SMALL else LAYOUTS)
 @pytest.mark.parametrize("sizes", SIZES)
-def test_experts(dtype, layout, sizes):
+def test_experts(impl, dtype, layout, sizes):
     rows, weights, ids, flags = made(layout, sizes, dtype)
     op, oracle = calls(weights, flags, ids)
     params, grad = [w for w in weights if w is not None], [noise(*rows[0].shape, dtype=dtype, seed=3)]
@@ -138,9 +126,9 @@ def test_experts(dtype, layout, sizes):
     assert all(int(torch.count_nonzero(g[1])) == 0 for g in got[2])  # of the expert without rows
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:2])
-@pytest.mark.parametrize("layout", LAYOUTS[:1] if DRY else [LAYOUTS[0], LAYOUTS[3], LAYOUTS[5]])
-def test_a_token_keeps_its_bits(dtype, layout):
+@impl_and_dtype([torch.float32, HALF], [NATIVE, TRITON])
+@pytest.mark.parametrize("layout", LAYOUTS[:1] if SMALL else [LAYOUTS[0], LAYOUTS[3], LAYOUTS[5]])
+def test_a_token_keeps_its_bits(impl, dtype, layout):
     rows, weights, ids, flags = made(layout, SIZES[0], dtype)
     params, grad = [w for w in weights if w is not None], noise(*rows[0].shape, dtype=dtype, seed=3)
 
@@ -152,12 +140,12 @@ def test_a_token_keeps_its_bits(dtype, layout):
     for part in subsets(len(ids)):
         assert_same_bits(both(part), [one[part] for one in whole])
     rows[0][3] = math.nan
-    others = torch.arange(len(ids), device=DEVICE) != 3
+    others = torch.arange(len(ids)) != 3
     assert_same_bits([one[others] for one in both(slice(None))], [one[others] for one in whole])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS[1:2] if DRY else LAYOUTS)
-def test_recomputation_has_the_same_bits(layout):
+@pytest.mark.parametrize("layout", LAYOUTS[1:2] if SMALL else LAYOUTS)
+def test_recomputation_has_the_same_bits(impl, layout):
     """The pre-activation of the fused kernel is the grouped product's, whatever tile each takes."""
     rows, weights, ids, flags = made(layout, SIZES[0], HALF)
     params, grad = [w for w in weights if w is not None], [noise(*rows[0].shape, dtype=HALF, seed=3)]
@@ -166,12 +154,12 @@ def test_recomputation_has_the_same_bits(layout):
         assert_same_bits(values, wanted)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:2])
-def test_the_parts_make_the_whole_and_other_tiles_of_a_plan_the_same_bits(dtype):
+@impl_and_dtype([torch.float32, HALF])
+def test_the_parts_make_the_whole_and_other_tiles_of_a_plan_the_same_bits(impl, dtype):
     rows, weights, ids, flags = made(LAYOUTS[2], SIZES[0], dtype)
     (x, scores), (up, up_bias, down, down_bias), transposed = rows, weights, flags[2]
     whole = None
-    for tile in (TILE, 5) if DRY else (TILE, 16, 100, 256):
+    for tile in (TILE, 5) if SMALL else (TILE, 16, 100, 256):
         plan = dispatch_plan(ids, up.shape[0], tile)
         z = grouped_linear(x, up, up_bias, plan, gather=True, transposed=transposed)
         gate, rest = z.double().tensor_split(2, -1)
@@ -185,7 +173,7 @@ def test_the_parts_make_the_whole_and_other_tiles_of_a_plan_the_same_bits(dtype)
 
 
 @needs_cuda
-def test_nothing_waits_for_the_device():
+def test_nothing_waits_for_the_device(impl):
     rows, weights, ids, flags = made(LAYOUTS[0], SIZES[0], HALF)
     params, grad = [w for w in weights if w is not None], [noise(*rows[0].shape, dtype=HALF, seed=3)]
     op = calls(weights, flags, ids)[0]
@@ -199,14 +187,17 @@ def test_nothing_waits_for_the_device():
 
 
 @needs_cuda
-def test_weights_past_two_to_the_31_elements():
+def test_weights_past_two_to_the_31_elements(impl):
     """The last of so many experts that its weights lie past 2^31 elements."""
     count, hidden, inner = 1030, 1024, 1024
-    up = torch.zeros(count, 2 * inner, hidden, dtype=HALF, device=DEVICE)
-    down = torch.zeros(count, hidden, inner, dtype=HALF, device=DEVICE)
+    up = torch.zeros(count, 2 * inner, hidden, dtype=HALF)
+    down = torch.zeros(count, hidden, inner, dtype=HALF)
     up[-1], down[-1] = noise(2 * inner, hidden, dtype=HALF), noise(hidden, inner, dtype=HALF, seed=1)
-    x, scores = noise(9, hidden, dtype=HALF, seed=2, scale=hidden**-0.5), torch.ones(9, 1, device=DEVICE)
-    last = torch.full((9, 1), count - 1, device=DEVICE)
+    x, scores = (
+        noise(9, hidden, dtype=HALF, seed=2, scale=hidden**-0.5),
+        torch.ones(9, 1),
+    )
+    last = torch.full((9, 1), count - 1)
     far = experts(x, scores, up, down, dispatch_plan(last, count), "silu")
     near = experts(x, scores, up[-1:].clone(), down[-1:].clone(), dispatch_plan(last * 0, 1), "silu")
     assert up.numel() > 1 << 31

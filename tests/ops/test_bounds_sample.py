@@ -1,16 +1,20 @@
-"""Sampling on a GPU: the same tokens as the specification, whatever the neighbours."""
+"""Sampling and penalties: the tokens and bits of the specification, batch-invariant."""
 
 import pytest
 import torch
 
-from benchmarks.gpu.device import DEVICE, DRY
-from tests.helpers.bounds import DTYPES, HALF, assert_same_bits, integers, needs_cuda, needs_device, noise, subsets
+from tests.helpers.bounds import assert_same_bits, integers, noise, subsets
+from tests.helpers.implementations import (
+    FLOATS,
+    HALF,
+    SMALL,
+    impl_and_dtype,
+    needs_cuda,
+)
 from toolkit.ops.sample import penalize, reference, sample
 
-pytestmark = [pytest.mark.gpu, needs_device]
-
-ROWS = 9 if DRY else 96
-VOCABULARIES = [61, 700] if DRY else [61, 32000, 151936]
+ROWS = 9 if SMALL else 96
+VOCABULARIES = [61, 700] if SMALL else [61, 32000, 151936]
 # temperature, top_k, top_p, min_p
 FILTERS = [
     (0.0, 0, 1.0, 0.0),
@@ -26,14 +30,14 @@ FILTERS = [
 
 def columns(rows, seed=0):
     filters = [FILTERS[(row * 7 + seed) % len(FILTERS)] for row in range(rows)]
-    temperature, top_k, top_p, min_p = (torch.tensor(values, device=DEVICE) for values in zip(*filters, strict=True))
+    temperature, top_k, top_p, min_p = (torch.tensor(values) for values in zip(*filters, strict=True))
     seeds, steps = integers(-(2**62), 2**62, rows, seed=seed), integers(0, 2**40, rows, seed=seed + 1)
     return temperature.double(), top_k, top_p.double(), min_p.double(), seeds, steps
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@impl_and_dtype(FLOATS)
 @pytest.mark.parametrize("size", VOCABULARIES)
-def test_tokens_are_those_of_the_specification(dtype, size):
+def test_tokens_are_those_of_the_specification(impl, dtype, size):
     """The specification computes in float64; the fate of a draw hangs on rounding once in some 1e9."""
     logits = noise(ROWS, size, dtype=dtype, scale=3.0)
     logits[4::9, ::3] = -torch.inf
@@ -53,7 +57,7 @@ def test_tokens_are_those_of_the_specification(dtype, size):
     assert sample(logits[:0], *(x[:0] for x in rest))[0].shape == (0,)
 
 
-def test_rows_without_a_distribution():
+def test_rows_without_a_distribution(impl):
     logits = noise(ROWS, 300)
     logits[1, [17, 200]] = torch.nan
     logits[2, [18, 201]] = torch.inf
@@ -68,14 +72,14 @@ def test_rows_without_a_distribution():
         torch.testing.assert_close(logprobs.cpu(), expected, rtol=1e-11, atol=1e-11, equal_nan=True)
 
 
-def test_draws_follow_the_distribution():
+def test_draws_follow_the_distribution(impl):
     """Chi-square of many draws from one distribution of a few tokens."""
-    count = 100 if DRY else 100_000
+    count = 100 if SMALL else 100_000
     weights = torch.tensor([0.4, 0.3, 0.2, 0.07, 0.03], dtype=torch.float64)
-    logits = weights.log().float().to(DEVICE).expand(count, -1)
-    one = torch.ones(count, device=DEVICE, dtype=torch.float64)
-    none = torch.zeros(count, device=DEVICE, dtype=torch.int64)
-    tokens, logprobs = sample(logits, one, none, one, 0 * one, none + 5, torch.arange(count, device=DEVICE))
+    logits = weights.log().float().to(torch.get_default_device()).expand(count, -1)
+    one = torch.ones(count, dtype=torch.float64)
+    none = torch.zeros(count, dtype=torch.int64)
+    tokens, logprobs = sample(logits, one, none, one, 0 * one, none + 5, torch.arange(count))
     seen = torch.bincount(tokens.cpu(), minlength=5).double()
     assert float(((seen - count * weights).square() / (count * weights)).sum()) < 23.5  # once in 1e4
     torch.testing.assert_close(logprobs.cpu(), weights.log()[tokens.cpu()], rtol=1e-6, atol=1e-6)
@@ -85,7 +89,7 @@ def histories(rows, size):
     """Arguments of ``penalize`` after the logits."""
     lengths = integers(0, 50, rows, seed=4)
     offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    barred = torch.arange(rows + 1, device=DEVICE) * 2
+    barred = torch.arange(rows + 1) * 2
     return [
         integers(-2, size + 3, int(offsets[-1]), seed=5),
         offsets,
@@ -98,9 +102,9 @@ def histories(rows, size):
     ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@impl_and_dtype(FLOATS)
 @pytest.mark.parametrize("size", VOCABULARIES[:2])
-def test_penalties_have_the_bits_of_the_specification(dtype, size):
+def test_penalties_have_the_bits_of_the_specification(impl, dtype, size):
     logits = noise(ROWS, size, dtype=dtype, scale=3.0)
     rest = histories(ROWS, size)
     got = penalize(logits, *rest)
@@ -112,9 +116,9 @@ def test_penalties_have_the_bits_of_the_specification(dtype, size):
 
 
 @needs_cuda
-def test_logits_past_two_to_the_31_elements():
+def test_logits_past_two_to_the_31_elements(impl):
     size = 151936
-    logits = torch.zeros((1 << 31) // size + 7, size, dtype=HALF, device=DEVICE)
+    logits = torch.zeros((1 << 31) // size + 7, size, dtype=HALF)
     part = slice(logits.shape[0] - 6, logits.shape[0])
     logits[part] = noise(6, size, dtype=HALF, scale=3.0)
     rest = [torch.cat([x] * (logits.shape[0] // x.shape[0] + 1))[: logits.shape[0]] for x in columns(8)]
