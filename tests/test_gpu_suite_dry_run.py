@@ -28,11 +28,16 @@ def test_every_section_runs():
 
 
 def test_a_failing_test_withholds_what_it_covers():
-    failed = [["test_gpu_head", "test_linear_logprob[plain]"], ["test_gpu_sample", "crashed"]]
+    failed = [["test_bounds_linear_logprob", "test_linear_logprob[plain]"], ["test_bounds_sample", "crashed"]]
     held = {name for name in suite.sections() if suite.withheld(name, failed)}
     assert held == {"linear_logprob", "sample", "training", "generation"}
-    assert suite.withheld("linear", [["test_gpu_matrix", "test_linear[512-4224-dtype0]"]])
+    assert suite.withheld("linear", [["test_bounds_gemm", "test_linear[512-4224-triton-float32]"]])
     assert not suite.withheld("memory_bound", failed)
+
+
+def test_the_tests_that_are_watched_exist():
+    names = {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
+    assert {file for watched in suite.WATCHED.values() for file in watched} <= names
 
 
 def test_a_report_that_is_missing_is_a_failure(tmp_path):
@@ -44,11 +49,11 @@ def test_a_report_that_is_missing_is_a_failure(tmp_path):
         '<testsuites><testsuite tests="4" skipped="1" time="2.5"><testcase classname="c" name="a"><properties>'
         '<property name="heights" value="7"/></properties></testcase>'
         '<testcase classname="c" name="b"><failure/></testcase><testcase classname="c" name="c"><skipped/></testcase>'
-        '<testcase classname="" name="tests.gpu.test_gpu_ops"><error/></testcase></testsuite></testsuites>'
+        '<testcase classname="" name="tests.ops.test_bounds_rowwise"><error/></testcase></testsuite></testsuites>'
     )
-    suite.read_report("test_gpu_ops", report, outcome)
+    suite.read_report("test_bounds_rowwise", report, outcome)
     assert (outcome["tests"], outcome["skipped"], outcome["recorded"]) == (4, 1, {"a heights": "7"})
-    assert outcome["failed"][1:] == [["test_gpu_ops", "b"], ["test_gpu_ops", "crashed"]]
+    assert outcome["failed"][1:] == [["test_bounds_rowwise", "b"], ["test_bounds_rowwise", "crashed"]]
 
 
 def test_a_budget_leaves_out_what_does_not_fit_and_cuts_off_what_hangs():

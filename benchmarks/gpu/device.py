@@ -43,7 +43,7 @@ def triton_on_cpu() -> None:
         warnings.simplefilter("ignore")  # it replaces kernels, on purpose
         for op in registry._OPS.values():
             if op.triton is not None:
-                registry._LIBRARY.impl(op.name, op.triton, "CPU")
+                registry._LIBRARY.impl(op.name, op.triton, "CPU", allow_override=True)
 
 
 def median(call: Callable[[], Any], milliseconds: int = 100) -> float:

@@ -1,7 +1,8 @@
 """GPU checks, then GPU benchmarks: ``python -m benchmarks.gpu`` (under eight minutes).
 
-Runs tests/gpu first, a process a file, and reports no speed of what a failing test covers. Every section has a budget
-of seconds; one that fails is reported without stopping the others. Without a CUDA device it says so and exits with 2.
+Runs the tests of the kernels first, one process per file, and reports no speed of what a failing test covers. Every
+section has a budget of seconds; one that fails is reported without stopping the others. Without a CUDA device it says
+so and exits with 2.
 ``--dry-run`` runs every section at tiny sizes on CPU tensors in Triton's interpreter, untimed, and writes nothing.
 """
 
@@ -45,27 +46,36 @@ if DRY:
     SHALLOW |= {"head_dim": 16, "vocab_size": 61}
 
 # Section -> the tests whose failure withholds its measurements: file -> pattern of names.
+LINEAR = r"test_linear(_keeps|_past|\[|$)"
 WATCHED: dict[str, dict[str, str]] = {
-    "attention": {"test_gpu": "attention|pages_chunks"},
-    "linear": {"test_gpu_matrix": r"test_linear(_keeps|_past|\[|$)"},
-    "linear_logprob": {"test_gpu_head": ""},
-    "lora_linear": {"test_gpu_matrix": r"test_lora|test_linear(_keeps|_past|\[|$)"},
-    "sample": {"test_gpu_sample": ""},
-    "memory_bound": {"test_gpu_ops": ""},
-    "moe": {"test_gpu_moe": ""},
+    "attention": {"test_bounds_attention": ""},
+    "linear": {"test_bounds_gemm": LINEAR},
+    "linear_logprob": {"test_bounds_linear_logprob": ""},
+    "lora_linear": {"test_bounds_gemm": f"test_lora|{LINEAR}"},
+    "sample": {"test_bounds_sample": ""},
+    "memory_bound": {"test_bounds_rowwise": ""},
+    "moe": {"test_bounds_moe": ""},
     "training": {
-        "test_gpu": "",
-        "test_gpu_ops": "",
-        "test_gpu_matrix": "",
-        "test_gpu_head": "",
-        "test_gpu_model": "step",
+        "test_bounds_attention": "",
+        "test_bounds_rowwise": "",
+        "test_bounds_gemm": "",
+        "test_bounds_linear_logprob": "",
+        "test_gpu_model": "step|trains_like|greedy",
     },
-    "generation": {"test_gpu": "", "test_gpu_ops": "", "test_gpu_matrix": "", "test_gpu_sample": ""},
+    "generation": {
+        "test_bounds_attention": "",
+        "test_bounds_rowwise": "",
+        "test_bounds_gemm": "",
+        "test_bounds_sample": "",
+        "test_gpu_model": "trains_like|greedy",
+    },
 }
 
 
 def gate() -> dict[str, Any]:
-    """Run tests/gpu, a process for each file at once (they spend their time in compilers): counts, failures, records.
+    """Run tests/gpu and tests/ops/test_bounds_*, one process per file, all at once: compilers take most of their time.
+
+    Returns counts, failures and what tests recorded.
 
     A file whose process ends without a report, or takes too long, counts as one failure named ``crashed``.
     """
@@ -73,7 +83,8 @@ def gate() -> dict[str, Any]:
     results.mkdir(exist_ok=True)
     start = time.perf_counter()
     running = {}
-    for path in sorted((ROOT / "tests" / "gpu").glob("test_*.py")):
+    tests = ROOT / "tests"
+    for path in sorted([*(tests / "ops").glob("test_bounds_*.py"), *(tests / "gpu").glob("test_*.py")]):
         report, log = results / f"{path.stem}.xml", results / f"{path.stem}.log"
         report.unlink(missing_ok=True)
         command = [sys.executable, "-m", "pytest", str(path), "-m", "gpu", "-ra", "--tb=short", "--durations=5"]

@@ -1,4 +1,4 @@
-"""A patched model on a GPU in both tiers: training steps, torch.compile, generation, and rollout equal to training."""
+"""A patched model on a GPU: training steps, torch.compile, generation, and rollout equal to training."""
 
 import copy
 import itertools
@@ -7,24 +7,37 @@ import pytest
 import torch
 
 import toolkit
-from benchmarks.gpu.device import DEVICE, DRY
-from tests.helpers.bounds import HALF, integers, needs_cuda, needs_device
+from tests.helpers.bounds import integers
+from tests.helpers.implementations import HALF, SMALL, TRITON
 from toolkit.modules import head
 from toolkit.patching import ragged_forward
 from toolkit.state import RaggedBatch
 from toolkit.testing.models import random_model
 from toolkit.training.losses import next_token_loss
 
-pytestmark = [pytest.mark.gpu, needs_device]
+SIZES = {"hidden": 16, "layers": 1, "vocabulary": 67} if SMALL else {"hidden": 256, "layers": 2, "vocabulary": 1031}
+LENGTHS = [3, 1, 5] if SMALL else [17, 1, 40, 129, 6]
 
-SIZES = {"hidden": 16, "layers": 1, "vocabulary": 67} if DRY else {"hidden": 256, "layers": 2, "vocabulary": 1031}
-LENGTHS = [3, 1, 5] if DRY else [17, 1, 40, 129, 6]
+
+# On CPU, in the interpreter, a minute.
+pytestmark = pytest.mark.sweep if SMALL else pytest.mark.gpu
+DEVICE = TRITON.device
+needs_device = pytest.mark.skipif(SMALL, reason="needs a CUDA device, and this machine has none")
+
+
+@pytest.fixture(autouse=True)
+def triton_serves_cpu_tensors():
+    if not SMALL:
+        yield
+        return
+    with TRITON.active():
+        yield
 
 
 @pytest.fixture(autouse=True)
 def heads_of_a_gpu(monkeypatch):
-    """In the interpreter, too, heads of the bitwise tier do not wait: only on a CPU has the loss their bits."""
-    if DRY:
+    """In the interpreter, too, heads in bitwise mode do not wait: only on a CPU has the loss their bits."""
+    if SMALL:
         may_wait = head._may_wait
         monkeypatch.setattr(head, "_may_wait", lambda w, x, bitwise: not bitwise and may_wait(w, x, bitwise))
 
@@ -35,8 +48,8 @@ def model_of(family, dtype=torch.float32):
 
 def packed(seed=0):
     """(batch, targets) of packed sequences."""
-    sequences = [integers(0, SIZES["vocabulary"], n + 1, seed=seed + i) for i, n in enumerate(LENGTHS)]
-    batch = RaggedBatch.from_sequences([one[:-1] for one in sequences], device=torch.device(DEVICE))
+    sequences = [integers(0, SIZES["vocabulary"], n + 1, seed=seed + i).to(DEVICE) for i, n in enumerate(LENGTHS)]
+    batch = RaggedBatch.from_sequences([one[:-1] for one in sequences], device=DEVICE)
     return batch, torch.cat([one[1:] for one in sequences])
 
 
@@ -83,7 +96,7 @@ def test_a_ragged_training_step(numerics, dtype):
             assert float(next_token_loss(ragged_forward(model, batch), targets)) < float(loss.detach())
 
 
-@needs_cuda
+@needs_device
 @pytest.mark.parametrize("numerics", ["bitwise", "fast"])
 def test_a_compiled_ragged_step_is_one_graph(numerics):
     model = model_of("llama").train()
@@ -108,14 +121,17 @@ SCHEDULES = [
 ]
 
 
-@pytest.mark.parametrize("family", ["llama"] if DRY else ["llama", "qwen3"])
-@pytest.mark.parametrize("dtype", [torch.float32] if DRY else [torch.float32, HALF])
+@pytest.mark.parametrize("family", ["llama"] if SMALL else ["llama", "qwen3"])
+@pytest.mark.parametrize("dtype", [torch.float32] if SMALL else [torch.float32, HALF])
 def test_what_the_engine_returns_is_what_training_computes(family, dtype):
-    """The bitwise tier: every log-probability, over batches, chunks, shared prefixes and preemption."""
+    """Bitwise mode: every log-probability, over batches, chunks, shared prefixes and preemption."""
     model = model_of(family, dtype)
     toolkit.patch(model, numerics="bitwise")
-    few = 3 if DRY else 24
-    prompts = [integers(3, SIZES["vocabulary"], n, seed=n).tolist() for n in ([2, 7] if DRY else [2, 7, 30, 61, 90])]
+    few = 3 if SMALL else 24
+    prompts = [
+        integers(3, SIZES["vocabulary"], n, seed=n).to(DEVICE).tolist()
+        for n in ([2, 7] if SMALL else [2, 7, 30, 61, 90])
+    ]
     prompts.append([*prompts[-1][: len(prompts[-1]) // 2], 5, 6])
     params = [
         toolkit.SamplingParams(max_tokens=few, temperature=heat, top_p=top_p, ignore_eos=True, seed=3, n=n)
@@ -124,7 +140,7 @@ def test_what_the_engine_returns_is_what_training_computes(family, dtype):
         )
     ]
     differing = total = 0
-    for limits in SCHEDULES[:1] if DRY else SCHEDULES:
+    for limits in SCHEDULES[:1] if SMALL else SCHEDULES:
         with toolkit.Engine(model, max_model_len=128, **limits) as engine:
             outputs = engine.generate(prompts, params)
         texts = [[*one.prompt_token_ids, *one.token_ids] for one in outputs]
@@ -136,3 +152,51 @@ def test_what_the_engine_returns_is_what_training_computes(family, dtype):
             total += returned.numel()
             assert float((trained - returned).abs().max()) < (1e-4 if dtype == torch.float32 else 0.2)
     assert (differing, total >= 3 * few) == (0, True), f"{differing} of {total} differ"
+
+
+def tiny(name, dtype):
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=8,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=512, tie_word_embeddings=False,
+        bos_token_id=None, eos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    return getattr(transformers, f"{name}ForCausalLM")(config).to("cuda", dtype).eval()
+
+
+@needs_device
+@pytest.mark.parametrize("name", ["Llama", "Qwen3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_patched_model_trains_like_the_unpatched_one(name, dtype):
+    stock = tiny(name, dtype)
+    exact, patched = copy.deepcopy(stock).double(), copy.deepcopy(stock)
+    toolkit.patch(patched)
+    ids = integers(0, 512, 3, 70).to(DEVICE)
+    losses, gradients = [], []
+    for model in (stock, patched, exact):
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        losses.append(float(loss))
+        gradients.append(torch.cat([p.grad.flatten().double() for p in model.parameters()]))
+    limit = {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
+    assert abs(losses[1] - losses[2]) / abs(losses[2]) < limit
+    # Half precision: as near to the float64 model as the unpatched one is, give or take its own rounding.
+    assert relative(gradients[1], gradients[2]) < max(2 * relative(gradients[0], gradients[2]), limit)
+
+
+@needs_device
+@pytest.mark.parametrize("name", ["Llama", "Qwen3"])
+def test_engine_greedy_equals_generate(name):
+    from benchmarks.end_to_end.serve import Generate, compare, make_prompts
+
+    stock = tiny(name, torch.float32)
+    prompts = make_prompts(6, 37, 512)
+    expected = Generate(stock)(prompts, 40)
+    with toolkit.Engine(copy.deepcopy(stock), max_num_seqs=4, max_model_len=128) as engine:
+        params = toolkit.SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
+        got = [list(completion.token_ids) for completion in engine.generate(prompts, params)]
+    counts = compare(stock, prompts, got, expected)
+    assert counts["mismatches"] == 0
+    assert counts["equal"] >= len(prompts) - 1

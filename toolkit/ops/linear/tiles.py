@@ -1,7 +1,7 @@
 """Tiles of the Triton ``linear``, as data: by (architecture, dtype, N).
 
 ``decode`` of a tile may be set only where it was shown to be bitwise identical to that tile.
-benchmarks/gpu/tile_invariance.py and tests/gpu measure that; until they did, every entry is None.
+benchmarks/gpu/tile_invariance.py and tests/ops/test_bounds_gemm.py measure that; until they did, every entry is None.
 """
 
 from toolkit.ops.tiles import Choices, GemmTile, TileTable
