@@ -47,6 +47,7 @@ if DRY:
 
 # Section -> the tests whose failure withholds its measurements: file -> pattern of names.
 LINEAR = r"test_linear(_keeps|_past|\[|$)"
+SHARED = {"test_bounds_attention": "", "test_bounds_rowwise": "", "test_bounds_gemm": ""}
 WATCHED: dict[str, dict[str, str]] = {
     "attention": {"test_bounds_attention": ""},
     "linear": {"test_bounds_gemm": LINEAR},
@@ -55,20 +56,8 @@ WATCHED: dict[str, dict[str, str]] = {
     "sample": {"test_bounds_sample": ""},
     "memory_bound": {"test_bounds_rowwise": ""},
     "moe": {"test_bounds_moe": ""},
-    "training": {
-        "test_bounds_attention": "",
-        "test_bounds_rowwise": "",
-        "test_bounds_gemm": "",
-        "test_bounds_linear_logprob": "",
-        "test_gpu_model": "step|trains_like|greedy",
-    },
-    "generation": {
-        "test_bounds_attention": "",
-        "test_bounds_rowwise": "",
-        "test_bounds_gemm": "",
-        "test_bounds_sample": "",
-        "test_gpu_model": "trains_like|greedy",
-    },
+    "training": SHARED | {"test_bounds_linear_logprob": "", "test_gpu_model": "step|trains_like|greedy"},
+    "generation": SHARED | {"test_bounds_sample": "", "test_gpu_model": "trains_like|greedy"},
 }
 
 
