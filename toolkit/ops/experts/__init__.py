@@ -10,7 +10,7 @@ from toolkit.ops.activation.kinds import find
 from toolkit.ops.dispatch_plan import DispatchPlan
 from toolkit.ops.experts import reference
 from toolkit.ops.grouped_linear import grouped_linear
-from toolkit.ops.registry import register
+from toolkit.ops.registry import Op, register_differentiable
 
 __all__ = ["SCORE_POSITIONS", "experts", "is_gated"]
 
@@ -19,39 +19,20 @@ is_gated = reference.is_gated
 _FLAGS = 4  # activation, score_position, transposed, interleaved
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, topk_weights, up, _, down, down_bias, *plan = inputs[:-_FLAGS]
-    ctx.flags = inputs[-_FLAGS:]
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(x, topk_weights, output[1], up, down, down_bias, *plan)
-
-
-def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    needs = ctx.needs_input_grad[:6]
-    found = _BACKWARD(grad, *ctx.saved_tensors, *ctx.flags, *needs)
-    return *(one if need else None for one, need in zip(found, needs)), *[None] * (4 + _FLAGS)
-
-
-_ARGUMENTS = (
-    "Tensor up, Tensor? up_bias, Tensor down, Tensor? down_bias, Tensor order, Tensor rows, Tensor offsets,"
-    " Tensor tiles, str activation, str score_position, bool transposed, bool interleaved"
-)
-_BACKWARD = register(
+_FORWARD: Op[tuple[Tensor, Tensor]]
+_BACKWARD: Op[tuple[Tensor, ...]]
+_FORWARD, _BACKWARD = register_differentiable(
+    "experts(Tensor x, Tensor topk_weights, Tensor up, Tensor? up_bias, Tensor down, Tensor? down_bias, Tensor order,"
+    " Tensor rows, Tensor offsets, Tensor tiles, str activation, str score_position, bool transposed, bool interleaved)"
+    " -> (Tensor out, Tensor z)",
     "experts_backward(Tensor grad, Tensor x, Tensor topk_weights, Tensor z, Tensor up, Tensor down, Tensor? down_bias,"
     " Tensor order, Tensor rows, Tensor offsets, Tensor tiles, str activation, str score_position, bool transposed,"
     " bool interleaved, bool need_x, bool need_topk_weights, bool need_up, bool need_up_bias, bool need_down,"
     " bool need_down_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    reference=reference.experts_backward,
-    fake=reference.experts_backward_fake,
-    triton="toolkit.ops.experts.triton_backward.experts_backward",
-)
-_FORWARD = register(
-    f"experts(Tensor x, Tensor topk_weights, {_ARGUMENTS}) -> (Tensor, Tensor)",
-    reference=reference.experts,
-    fake=reference.experts_fake,
-    triton="toolkit.ops.experts.triton.experts",
-    backward=_backward,
-    setup_context=_setup_context,
+    gradients=("x", "topk_weights", "up", "up_bias", "down", "down_bias"),
+    reference=reference,
+    triton="toolkit.ops.experts.triton",
+    triton_backward="toolkit.ops.experts.triton_backward",
 )
 
 

@@ -1,71 +1,35 @@
 """Grouped GEMMs of an MoE layer, rows times their experts' weights, and the combine over a token's rows."""
 
-from typing import Any
-
 from torch import Tensor
 
 from toolkit.errors import ToolkitError
 from toolkit.ops.dispatch_plan import DispatchPlan
 from toolkit.ops.grouped_linear import reference
-from toolkit.ops.registry import register
+from toolkit.ops.registry import Op, register_differentiable
 
 __all__ = ["combine", "grouped_linear"]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, *plan, ctx.gather, ctx.transposed = inputs
-    ctx.save_for_backward(x, weight, *plan)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, *plan = ctx.saved_tensors
-    needs = ctx.needs_input_grad[:3]
-    found = _BACKWARD(grad, x, weight, *plan, ctx.gather, ctx.transposed, *needs)
-    return *(one if need else None for one, need in zip(found, needs)), *[None] * 6
-
-
-def _setup_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward_of_combine(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    y, rows, topk_weights = ctx.saved_tensors
-    need_y, _, need_weights = ctx.needs_input_grad
-    to_y, to_weights = _COMBINE_BACKWARD(grad, y, rows, topk_weights, need_y, need_weights)
-    return to_y if need_y else None, None, to_weights if need_weights else None
-
-
-_BACKWARD = register(
+_OP: Op[Tensor]
+_OP, _ = register_differentiable(
+    "grouped_linear(Tensor x, Tensor weight, Tensor? bias, Tensor order, Tensor rows, Tensor offsets, Tensor tiles,"
+    " bool gather, bool transposed) -> Tensor",
     "grouped_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor order, Tensor rows, Tensor offsets,"
     " Tensor tiles, bool gather, bool transposed, bool need_x, bool need_weight, bool need_bias)"
     " -> (Tensor, Tensor, Tensor)",
-    reference=reference.grouped_linear_backward,
-    fake=reference.grouped_linear_backward_fake,
-    triton="toolkit.ops.grouped_linear.triton_backward.grouped_linear_backward",
+    gradients=("x", "weight", "bias"),
+    reference=reference,
+    triton="toolkit.ops.grouped_linear.triton",
+    triton_backward="toolkit.ops.grouped_linear.triton_backward",
 )
-_FORWARD = register(
-    "grouped_linear(Tensor x, Tensor weight, Tensor? bias, Tensor order, Tensor rows, Tensor offsets, Tensor tiles,"
-    " bool gather, bool transposed) -> Tensor",
-    reference=reference.grouped_linear,
-    fake=reference.grouped_linear_fake,
-    triton="toolkit.ops.grouped_linear.triton.grouped_linear",
-    backward=_backward,
-    setup_context=_setup_context,
-)
-_COMBINE_BACKWARD = register(
-    "combine_backward(Tensor grad, Tensor y, Tensor rows, Tensor? topk_weights, bool need_y, bool need_weights)"
-    " -> (Tensor, Tensor)",
-    reference=reference.combine_backward,
-    fake=reference.combine_backward_fake,
-    triton="toolkit.ops.grouped_linear.triton_combine.combine_backward",
-)
-_COMBINE = register(
+_COMBINE: Op[Tensor]
+_COMBINE, _ = register_differentiable(
     "combine(Tensor y, Tensor rows, Tensor? topk_weights) -> Tensor",
-    reference=reference.combine,
-    fake=reference.combine_fake,
-    triton="toolkit.ops.grouped_linear.triton_combine.combine",
-    backward=_backward_of_combine,
-    setup_context=_setup_combine,
+    "combine_backward(Tensor grad, Tensor y, Tensor rows, Tensor? topk_weights, bool need_y, bool need_topk_weights)"
+    " -> (Tensor, Tensor)",
+    gradients=("y", "topk_weights"),
+    reference=reference,
+    triton="toolkit.ops.grouped_linear.triton_combine",
 )
 
 
@@ -100,7 +64,7 @@ def grouped_linear(
     Saved for backward: x, weight and plan.
     """
     _check(x, weight, bias, plan, gather, transposed)
-    return _FORWARD.select(impl)(x, weight, bias, *plan, gather, transposed)
+    return _OP.select(impl)(x, weight, bias, *plan, gather, transposed)
 
 
 def combine(y: Tensor, rows: Tensor, topk_weights: Tensor | None = None, *, impl: str | None = None) -> Tensor:

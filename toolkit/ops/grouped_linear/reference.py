@@ -99,7 +99,7 @@ def combine(y: Tensor, rows: Tensor, topk_weights: Tensor | None) -> Tensor:
 
 
 def combine_backward(
-    grad: Tensor, y: Tensor, rows: Tensor, topk_weights: Tensor | None, need_y: bool, need_weights: bool
+    grad: Tensor, y: Tensor, rows: Tensor, topk_weights: Tensor | None, need_y: bool, need_topk_weights: bool
 ) -> tuple[Tensor, Tensor]:
     """dy [R, N] = weight times grad of the row's token (0 for rows of no pair); dweights [T, K] = <grad, y>."""
     g, kept = widened(grad), rows >= 0
@@ -110,7 +110,7 @@ def combine_backward(
         factor = g.new_ones(rows.shape) if topk_weights is None else widened(topk_weights, y)
         to_y[rows[kept]] = (g[:, None, :] * factor[..., None])[kept]
         to_y = to_y.to(y.dtype)
-    if need_weights:
+    if need_topk_weights:
         assert topk_weights is not None
         dots = g.new_zeros(rows.shape)
         dots[kept] = (g[:, None, :].expand(*rows.shape, -1)[kept] * widened(y)[rows[kept]]).sum(-1)
@@ -123,10 +123,10 @@ def combine_fake(y: Tensor, rows: Tensor, topk_weights: Tensor | None) -> Tensor
 
 
 def combine_backward_fake(
-    grad: Tensor, y: Tensor, rows: Tensor, topk_weights: Tensor | None, need_y: bool, need_weights: bool
+    grad: Tensor, y: Tensor, rows: Tensor, topk_weights: Tensor | None, need_y: bool, need_topk_weights: bool
 ) -> tuple[Tensor, Tensor]:
     none = y.new_empty(0)
     to_y = torch.empty(y.shape, dtype=y.dtype, device=y.device) if need_y else none
-    if not need_weights or topk_weights is None:
+    if not need_topk_weights or topk_weights is None:
         return to_y, none.clone()
     return to_y, torch.empty(topk_weights.shape, dtype=topk_weights.dtype, device=y.device)

@@ -76,7 +76,7 @@ def combine(y: Tensor, rows: Tensor, topk_weights: Tensor | None) -> Tensor:
 
 
 def combine_backward(
-    grad: Tensor, y: Tensor, rows: Tensor, topk_weights: Tensor | None, need_y: bool, need_weights: bool
+    grad: Tensor, y: Tensor, rows: Tensor, topk_weights: Tensor | None, need_y: bool, need_topk_weights: bool
 ) -> tuple[Tensor, Tensor]:
     """``toolkit::combine_backward``: gradients to y and topk_weights; an empty tensor for one that is not needed."""
     g, values = matrix("combine_backward", grad), matrix("combine_backward", y)
@@ -84,7 +84,7 @@ def combine_backward(
     # No program writes rows of no pair, nor weights of skipped pairs.
     to_y = torch.zeros(y.shape, dtype=y.dtype, device=y.device) if need_y else none
     to_weights = none.clone()
-    if need_weights and topk_weights is not None:
+    if need_topk_weights and topk_weights is not None:
         to_weights = torch.zeros(topk_weights.shape, dtype=topk_weights.dtype, device=y.device)
     if rows.numel() and grad.numel():
         options = whole_row(_BLOCK).options() | {"BLOCK": _BLOCK}
@@ -102,7 +102,7 @@ def combine_backward(
             TOP_K=rows.shape[1],
             WEIGHTED=topk_weights is not None,
             TO_Y=need_y,
-            TO_WEIGHTS=need_weights,
+            TO_WEIGHTS=need_topk_weights,
             **options,
         )
     return to_y, to_weights

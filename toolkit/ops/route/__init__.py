@@ -1,45 +1,25 @@
 """The router of an MoE layer: which experts a token goes to, and with which weights."""
 
-from typing import Any
-
 from torch import Tensor
 
 from toolkit.errors import ToolkitError
 from toolkit.ops.activation.kinds import find
-from toolkit.ops.registry import register
+from toolkit.ops.registry import Op, register_differentiable
 from toolkit.ops.route import reference
 
 __all__ = ["route"]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    logits, _, _, _, ctx.scoring_func, _, _, _, ctx.norm_topk_prob, ctx.eps, ctx.routed_scaling_factor = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(logits, output[1])
-
-
-def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    logits, topk_ids = ctx.saved_tensors
-    settings = ctx.scoring_func, ctx.norm_topk_prob, ctx.eps, ctx.routed_scaling_factor
-    return _BACKWARD(grad, logits, topk_ids, *settings), *[None] * 10
-
-
-_BACKWARD = register(
-    "route_backward(Tensor grad, Tensor logits, Tensor topk_ids, str scoring_func, bool norm_topk_prob, float eps,"
-    " float routed_scaling_factor) -> Tensor",
-    reference=reference.route_backward,
-    fake=reference.route_backward_fake,
-    triton="toolkit.ops.route.triton.route_backward",
-)
-_FORWARD = register(
+_OP: Op[tuple[Tensor, Tensor]]
+_OP, _ = register_differentiable(
     "route(Tensor logits, Tensor? expert_bias, Tensor? topk_ids, int top_k, str scoring_func, int n_group,"
     " int topk_group, int experts_per_group_score, bool norm_topk_prob, float eps, float routed_scaling_factor)"
-    " -> (Tensor, Tensor)",
-    reference=reference.route,
-    fake=reference.route_fake,
-    triton="toolkit.ops.route.triton.route",
-    backward=_backward,
-    setup_context=_setup_context,
+    " -> (Tensor weights, Tensor ids)",
+    "route_backward(Tensor grad, Tensor logits, Tensor ids, str scoring_func, bool norm_topk_prob, float eps,"
+    " float routed_scaling_factor) -> Tensor",
+    gradients=("logits",),
+    reference=reference,
+    triton="toolkit.ops.route.triton",
 )
 
 
@@ -111,7 +91,7 @@ def route(
         raise ToolkitError(f"expert_bias must be [{experts}], got {list(expert_bias.shape)}.")
     if topk_ids is not None and topk_ids.shape != (logits.shape[0], top_k):
         raise ToolkitError(f"topk_ids must be [{logits.shape[0]}, {top_k}], got {list(topk_ids.shape)}.")
-    return _FORWARD.select(impl)(
+    return _OP.select(impl)(
         logits,
         expert_bias,
         topk_ids,
