@@ -1,7 +1,7 @@
-"""Expert parallelism in a loop of accelerate's: shard before ``prepare``, clip and save through what comes back.
+"""Expert parallelism in a training loop on accelerate: shard before ``prepare``, clip and save through the result.
 
-A patched model needs nothing of this file to be trained by accelerate; where accelerate keeps parameters in parts,
-``train_patches.fsdp`` or ``train_patches.deepspeed`` gathers them for a phase of rollout (docs/distributed.md).
+accelerate trains a patched model without this file. Where it shards parameters, ``train_patches.fsdp`` or
+``train_patches.deepspeed`` gathers them for a rollout phase (docs/distributed.md).
 
 accelerator = Accelerator()
 toolkit.patch(model)
@@ -34,21 +34,29 @@ if TYPE_CHECKING:
 def expert_parallel(
     accelerator: "Accelerator", model: nn.Module, size: int | None = None, chunks: int = 2
 ) -> ShardedExperts:
-    """Share the experts of a patched model out to accelerate's processes, before ``accelerator.prepare(model)``.
+    """Shards the experts of a patched model over accelerate's processes, before ``accelerator.prepare(model)``.
 
-    size: processes that share a layer's experts, None for all. chunks: see ``toolkit.moe.ExpertParallel``. Every
-    process must hold equal parameters, make as many forwards and backwards as the others, and call ``reduce`` and
-    ``clip`` of the result in the place of ``accelerator.clip_grad_norm_``, to which a part of the experts is all.
-    Raises ToolkitError where accelerate shards parameters itself (FSDP; DeepSpeed has ``train_patches.deepspeed``) or
-    scales the loss, for a model without patched experts, and for sizes that do not divide.
+    Every process must hold equal parameters, run as many forwards and backwards as the others, and call ``reduce`` and
+    ``clip`` of the result instead of ``accelerator.clip_grad_norm_``, which would take a shard of the experts for all.
+
+    Args:
+        accelerator: one process or plain data parallel, without "fp16".
+        model: a patched model.
+        size: processes that a layer's experts are sharded over; None for all.
+        chunks: of ``toolkit.moe.ExpertParallelDispatcher``.
+
+    Raises:
+        ToolkitError: where accelerate shards parameters itself (FSDP; for DeepSpeed see ``train_patches.deepspeed``) or
+            scales the loss, for a model without patched experts, and for a size that does not divide the processes or
+            the experts.
     """
     from accelerate.utils import DistributedType
 
     allowed = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
     if accelerator.distributed_type not in allowed or accelerator.mixed_precision == "fp16":
         raise ToolkitError(
-            f"accelerate is set up for {accelerator.distributed_type} and mixed_precision "
-            f"{accelerator.mixed_precision!r}; allowed are one process and plain data parallel without 'fp16'."
+            "Expert parallelism under accelerate needs one process or plain data parallel, and mixed_precision other "
+            f"than 'fp16', got {accelerator.distributed_type} and {accelerator.mixed_precision!r}."
         )
     group, replicas = expert_groups(size)
     return shard_experts(model, expert_layers(model), group, chunks=chunks, replicas=replicas)

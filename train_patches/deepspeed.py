@@ -1,11 +1,11 @@
 """DeepSpeed: rollout under ZeRO-3, and expert parallelism under ZeRO-1 and 2.
 
-A patched model trains under every stage as it is. What else needs parameters under ZeRO-3 finds them in ``gathered``:
+A patched model trains under every stage as it is. Other code that needs parameters under ZeRO-3 runs in ``gathered``:
 
-    with gathered(model):  # on every process, once a rollout phase
+    with gathered(model):  # on every process, once per rollout phase
         completions = engine.generate(prompts, params)
 
-Experts over our exchange, the rest as DeepSpeed has it:
+Expert parallelism through our dispatcher, everything else through DeepSpeed:
 
     toolkit.patch(model)
     sharded = expert_parallel(model)
@@ -17,8 +17,8 @@ Experts over our exchange, the rest as DeepSpeed has it:
     ...
     state = gather_state_dict(model, sharded)  # on every process; full layout
 
-DeepSpeed tells expert parameters by ``allreduce = False`` and ``group_name``, partitions their optimizer state over
-the ranks that hold the same experts, divides their gradients by the number of all ranks and adds their norm up.
+DeepSpeed recognises expert parameters by ``allreduce = False`` and ``group_name``, partitions their optimizer state
+over the ranks that hold the same experts, divides their gradients by the number of all ranks and sums their norm.
 """
 
 from contextlib import AbstractContextManager
@@ -35,18 +35,19 @@ from toolkit.patching.sharding import gathering
 __all__ = ["expert_parallel", "gather_state_dict", "gathered", "parameter_groups"]
 
 MARK = "deepspeed_experts"
-"""A child without parameters, of the first layer of experts, by which DeepSpeed's engine sees that there are some."""
+"""A child of the first MoE layer, without parameters, by which DeepSpeed's engine recognises an MoE model."""
 
 
 def gathered(model: nn.Module) -> AbstractContextManager[None]:
-    """Inside of the block every parameter is whole in every process: for patching, an engine, export, evaluation.
+    """Inside the block every process has all parameters: for patching, an engine, export, evaluation.
 
-    model: what ``deepspeed.initialize`` was given, or one made under ``deepspeed.zero.Init``, or DeepSpeed's engine.
-    Parameters are gathered once, used for as many forwards as there are, and partitioned again at the end; training
-    goes on as before. All processes must enter it, between an optimizer's step and the next forward. Inside, they need
-    not do the same. Each needs the memory for the whole model. What is written to parameters inside is lost.
-    Under the other stages parameters are whole anyway; DeepSpeed's hooks, which keep the engine from its recorded
-    programs, do not run inside.
+    Parameters are gathered once, used for any number of forwards, and partitioned again at the end; training continues
+    as before. All processes must enter it, between an optimizer's step and the next forward. Inside, they need not do
+    the same. Each needs the memory for the full model. Writes to parameters inside are lost. Under the other stages
+    parameters are not partitioned. DeepSpeed's hooks, with which the engine cannot replay captured graphs, are off.
+
+    Args:
+        model: what ``deepspeed.initialize`` was given, or made under ``deepspeed.zero.Init``, or DeepSpeed's engine.
     """
     import deepspeed
 
@@ -56,13 +57,20 @@ def gathered(model: nn.Module) -> AbstractContextManager[None]:
 
 
 def expert_parallel(model: nn.Module, size: int | None = None, chunks: int = 2) -> ShardedExperts:
-    """Share the experts of a patched model out to the processes, before ``deepspeed.initialize``.
+    """Shards the experts of a patched model over the processes, before ``deepspeed.initialize``.
 
-    size: processes that share a layer's experts, None for all. chunks: see ``toolkit.moe.ExpertParallel``. Every
-    process must hold equal parameters. The groups are DeepSpeed's own, and it averages and clips gradients: ``reduce``
-    and ``clip`` of the result are not to be called. ``engine.save_checkpoint`` does not know these experts; save what
-    ``gather_state_dict`` gives.
-    Raises ToolkitError unless ``deepspeed.init_distributed`` was called, and for sizes that do not divide.
+    Every process must hold equal parameters. The groups are DeepSpeed's, and it averages and clips gradients: do not
+    call ``reduce`` and ``clip`` of the result. ``engine.save_checkpoint`` does not know these experts; save what
+    ``gather_state_dict`` returns.
+
+    Args:
+        model: a patched model.
+        size: processes that a layer's experts are sharded over; None for all.
+        chunks: of ``toolkit.moe.ExpertParallelDispatcher``.
+
+    Raises:
+        ToolkitError: unless ``deepspeed.init_distributed`` was called, and for a size that does not divide the
+            processes or the experts.
     """
     from deepspeed.utils import groups
 
@@ -86,20 +94,20 @@ def _mark(num_experts: int) -> nn.Module:
     from deepspeed.moe.layer import MoE
 
     class Mark(MoE):
-        """No layer: DeepSpeed's engine looks for modules of this class."""
+        """Not a layer: DeepSpeed's engine looks for modules of this class."""
 
         def __init__(self) -> None:
             nn.Module.__init__(self)
             self.num_experts = num_experts
 
         def set_deepspeed_parallelism(self, *args: Any, **kwargs: Any) -> None:
-            """The groups are there."""
+            """The groups exist already."""
 
     return Mark()
 
 
 def parameter_groups(model: nn.Module, **settings: Any) -> list[dict[str, Any]]:
-    """Groups for an optimizer that DeepSpeed takes: experts apart from the rest, each group with ``settings``."""
+    """Parameter groups for an optimizer under DeepSpeed: experts apart from the rest, each group with ``settings``."""
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

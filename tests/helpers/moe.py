@@ -64,14 +64,14 @@ class Layer:
 
     def inputs(self, tokens: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:
         """x, scores, up, down and, where there are any, both biases."""
-        wide = self.inner * (2 if self.gated else 1)
-        up = seeded(self.experts, wide, self.width, scale=self.width**-0.5, seed=seed + 1)
+        up_outputs = self.inner * (2 if self.gated else 1)
+        up = seeded(self.experts, up_outputs, self.width, scale=self.width**-0.5, seed=seed + 1)
         down = seeded(self.experts, self.width, self.inner, scale=self.inner**-0.5, seed=seed + 2)
         if self.transposed:
             up, down = up.mT.contiguous(), down.mT.contiguous()
         found = [seeded(tokens, self.width, seed=seed), seeded(tokens, self.slots, seed=seed + 3).sigmoid(), up, down]
         if self.biases:
-            found += [seeded(self.experts, wide, seed=seed + 4), seeded(self.experts, self.width, seed=seed + 5)]
+            found += [seeded(self.experts, up_outputs, seed=seed + 4), seeded(self.experts, self.width, seed=seed + 5)]
         return [value.to(dtype) for value in found]
 
     def run(self, inputs: list[Tensor], ids: Tensor, impl: str | None = None, recompute: bool = False) -> Tensor:

@@ -1,11 +1,11 @@
-"""What the tests of a mixture of experts share: routings, plans, and a dense oracle that knows of neither."""
+"""What the tests of an MoE layer of experts share: routings, plans, and a dense oracle that knows of neither."""
 
 import torch
 from torch import Tensor
 
 from toolkit.ops.activation.kinds import find
 
-# kind, gated, biased, site, transposed, interleaved
+# kind, gated, biased, score_position, transposed, interleaved
 LAYOUTS = [
     ("silu", True, False, "activation", False, False),
     ("silu", True, True, "combine", False, True),
@@ -42,20 +42,20 @@ def layer(
     seed: int = 1,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """up, up_bias, down, down_bias."""
-    wide = inner * (2 if gated else 1)
-    up = normal(experts, wide, hidden, dtype=dtype, scale=hidden**-0.5, seed=seed)
+    up_outputs = inner * (2 if gated else 1)
+    up = normal(experts, up_outputs, hidden, dtype=dtype, scale=hidden**-0.5, seed=seed)
     down = normal(experts, hidden, inner, dtype=dtype, scale=inner**-0.5, seed=seed + 1)
     if transposed:
         up, down = up.mT.contiguous(), down.mT.contiguous()
     if not biased:
         return up, None, down, None
-    biases = [normal(experts, size, dtype=dtype, seed=seed + 2) for size in (wide, hidden)]
+    biases = [normal(experts, size, dtype=dtype, seed=seed + 2) for size in (up_outputs, hidden)]
     return up, biases[0], down, biases[1]
 
 
 def dense_experts(
     x: Tensor, scores: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None, ids: Tensor,
-    kind: str, site: str, transposed: bool, interleaved: bool,
+    kind: str, score_position: str, transposed: bool, interleaved: bool,
 ) -> Tensor:  # fmt: skip
     """Every slot with a copy of its expert's weights, differentiable by autograd."""
     count = up.shape[0]
@@ -64,7 +64,7 @@ def dense_experts(
         up, down = up.mT, down.mT
     weight = torch.where(there, scores, 0.0)[..., None]
     source = x[:, None].expand(-1, ids.shape[1], -1)
-    z = torch.einsum("tkh,tknh->tkn", source * weight if site == "input" else source, up[own])
+    z = torch.einsum("tkh,tknh->tkn", source * weight if score_position == "input" else source, up[own])
     z = z if up_bias is None else z + up_bias[own]
     function = find(kind).value
     if up.shape[1] == down.shape[2]:
@@ -74,7 +74,7 @@ def dense_experts(
         a = function(gate, rest) if find(kind).arguments == 2 else function(gate) * rest
     y = torch.einsum("tki,tkhi->tkh", a, down[own])
     y = y if down_bias is None else y + down_bias[own]
-    return (y * (there[..., None] if site == "input" else weight)).sum(1)
+    return (y * (there[..., None] if score_position == "input" else weight)).sum(1)
 
 
 def exact_gradients(inputs: list[Tensor | None], grad: Tensor, ids: Tensor, *flags) -> list[Tensor | None]:

@@ -52,11 +52,11 @@ def make_case(
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
 
-    wide = 2 * inner if gated else inner
-    up, down = normal(num_experts, wide, hidden), normal(num_experts, hidden, inner)
+    up_outputs = 2 * inner if gated else inner
+    up, down = normal(num_experts, up_outputs, hidden), normal(num_experts, hidden, inner)
     if layout.get("transposed"):
         up, down = up.mT.contiguous(), down.mT.contiguous()
-    biases = (normal(num_experts, wide), normal(num_experts, hidden)) if bias else (None, None)
+    biases = (normal(num_experts, up_outputs), normal(num_experts, hidden)) if bias else (None, None)
     weights = ExpertWeights(up, down, ExpertLayout("silu", **layout), *biases)
     topk_ids = allowed[torch.randint(len(allowed), (count, top_k), generator=g)]
     topk_weights = torch.rand(count, top_k, generator=g, dtype=torch.float64)

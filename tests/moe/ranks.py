@@ -11,7 +11,7 @@ from toolkit.moe.dispatchers.transport import Pending
 
 
 class Board:
-    """Where ranks leave what the others take: by the number of the call, which all ranks count alike."""
+    """Where ranks leave what the others take: by the number of the call, which is the same on all ranks."""
 
     def __init__(self, size: int) -> None:
         self.size = size

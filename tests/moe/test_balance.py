@@ -1,4 +1,4 @@
-"""Losses and metrics of routers, on random logits and inside a model over a forest of sequences."""
+"""Losses and metrics of routers, on random logits and inside a model over prefix trees."""
 
 import copy
 import math
@@ -113,7 +113,7 @@ def close(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], limit: 
         assert (left[name] - gradient).norm() <= limit * gradient.norm() + 1e-300, name
 
 
-def test_a_forest_has_the_losses_of_its_sequences_alone() -> None:
+def test_prefix_trees_have_the_losses_of_their_sequences_alone() -> None:
     """Against transformers' own model and function on every unshared sequence, in float64, with all gradients."""
     stock = eager(random_model("qwen3_moe", layers=3).double())
     model = copy.deepcopy(stock)

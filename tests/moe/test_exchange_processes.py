@@ -1,4 +1,4 @@
-"""Experts shared out to real processes, which talk over gloo."""
+"""Experts sharded over real processes, which communicate over gloo."""
 
 import inspect
 from pathlib import Path

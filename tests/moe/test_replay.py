@@ -39,7 +39,7 @@ def own_routing(model: torch.nn.Module, sequence: list[int]) -> torch.Tensor:
 
 
 def other_routing(sequence: list[int], layers: int, k: int, experts: int, seed: int) -> torch.Tensor:
-    """Random experts of each token, alike where sequences begin alike."""
+    """Random experts of each token, equal where sequences have equal prefixes."""
     rows = []
     for at in range(len(sequence)):
         generator = torch.Generator().manual_seed(hash((seed, *sequence[: at + 1])) % 2**31)
@@ -143,7 +143,7 @@ def test_sequences_share_rows_only_as_far_as_they_were_routed_alike() -> None:
     routing[1][10:, 0] = (routing[1][10:, 0] + 1) % 12
     routing[2] = routing[2][:-1]
     batch = RaggedBatch.from_sequences(sequences, routing=routing)
-    # The third lacks its last token's experts, so that one is a row of its own.
+    # The third lacks its last token's experts, so that one gets a separate row.
     assert len(batch.tokens) == len(first) + len(first) - 10 + 1
     together = toolkit.token_logprobs(model, sequences, routing=routing)
     for sequence, experts, values in zip(sequences, routing, together):

@@ -165,8 +165,8 @@ def test_merged_and_unmerged_and_saved_as_peft_does(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
-def test_rollout_and_training_agree_in_every_bit(family):
-    """The engine adopts adapters by itself when a prompt enters; its programs see them change."""
+def test_rollout_and_training_are_bitwise_identical(family):
+    """The engine adopts adapters when a prompt enters; its captured graphs see them change."""
     model = random_model(family)
     toolkit.patch(model)
     adapted(model)

@@ -77,14 +77,14 @@ def test_experts_without_a_gate_are_proven():
     assert becomes(report, "experts") == {"experts (relu2, no gate)"}
 
 
-def test_a_router_that_draws_random_numbers_in_training_is_skipped():
+def test_a_router_that_samples_random_numbers_in_training_is_skipped():
     report = find_claims(small_model("phimoe", {"router_jitter_noise": 0.1}), ["experts", "norm"])
     assert becomes(report, "experts") == {"experts (silu, halves)"}
     with pytest.raises(ToolkitError, match="differs in training mode"):
         find_claims(small_model("phimoe", {"router_jitter_noise": 0.1}), ["router"])
 
 
-def test_the_place_of_experts_counts_layers_of_experts_alone():
+def test_the_index_of_experts_counts_moe_layers_alone():
     model = random_model("deepseek_v3_moe", layers=3)
     toolkit.patch(model)
     layers = [moe_experts_of(layer.mlp.experts).layer for layer in model.model.layers[1:]]
@@ -99,9 +99,9 @@ def test_experts_with_other_limits_are_skipped_and_the_others_are_not():
     before = model(torch.arange(3, 16)[None]).logits
     report = toolkit.patch(model)
     assert [claim.path for claim in report.claims if claim.role == "experts"] == ["", "model.layers.1.mlp.experts"]
-    refusal = next(refusal for refusal in report.skipped if refusal.role == "experts")
-    assert refusal.path == "model.layers.0.mlp.experts"
-    assert "probe error" in refusal.reason
+    skipped = next(skipped for skipped in report.skipped if skipped.role == "experts")
+    assert skipped.path == "model.layers.0.mlp.experts"
+    assert "probe error" in skipped.reason
     torch.testing.assert_close(model(torch.arange(3, 16)[None]).logits, before, rtol=1e-4, atol=1e-4)
 
 

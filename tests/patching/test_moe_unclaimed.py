@@ -1,4 +1,4 @@
-"""Routers and experts that no role claims: the same bits in any batch, and no captured graph that bakes them in."""
+"""Routers and experts that no role claims: batch-invariant, and no captured graph that bakes them in."""
 
 import pytest
 import torch
@@ -172,10 +172,10 @@ def test_of_equal_values_the_lowest_index_is_taken_and_gradients_reach_them():
         lambda x, w, b: F.linear(x, w).logsumexp(-1),
     ],
 )
-def test_rows_of_a_models_own_products_stand_alone(function):
+def test_a_models_own_matmuls_are_batch_invariant(function):
     source = torch.Generator().manual_seed(1)
-    for rows, wide, outputs in ((37, 64, 12), (130, 129, 7), (3, 300, 128)):
-        x, w = torch.randn(rows, wide, generator=source), torch.randn(outputs, wide, generator=source)
+    for rows, depth, outputs in ((37, 64, 12), (130, 129, 7), (3, 300, 128)):
+        x, w = torch.randn(rows, depth, generator=source), torch.randn(outputs, depth, generator=source)
         b = torch.randn(outputs, generator=source)
         with row_invariant():
             whole = function(x, w, b)

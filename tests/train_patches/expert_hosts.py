@@ -62,7 +62,7 @@ def under_deepspeed(rank: int, size: int, store: str, experts: int, stage: int) 
     from train_patches.deepspeed import expert_parallel, gather_state_dict, parameter_groups
 
     start(rank, size, store)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled first; gloo does without
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled first; gloo does not need it
     deepspeed.init_distributed("gloo")
     model = small_model()
     sharded = expert_parallel(model, size=experts)

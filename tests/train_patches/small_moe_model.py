@@ -34,7 +34,7 @@ def small_model() -> nn.Sequential:
 
 
 def batch(step: int, rank: int, size: int) -> tuple[Tensor, Tensor]:
-    """This rank's part of a step's tokens, the same over all ranks whatever their number."""
+    """This rank's part of a step's tokens, the same over all ranks for any number of ranks."""
     generator = torch.Generator().manual_seed(step)
     x, y = torch.randn(TOKENS, WIDTH, generator=generator), torch.randn(TOKENS, 1, generator=generator)
     share = TOKENS // size

@@ -1,4 +1,4 @@
-"""Experts shared out under other people's loops train as one process of plain torch does, clipping included."""
+"""Experts sharded under other people's loops train as one process of plain torch does, clipping included."""
 
 from pathlib import Path
 

@@ -55,9 +55,9 @@ class Router:
             logits: Tensor = child(x.to(next(child.parameters()).dtype))
             return logits.to(torch.promote_types(logits.dtype, torch.float32))
         weight: Any = getattr(module, self.weight)
-        wide = torch.promote_types(x.dtype, torch.float32)
+        dtype = torch.promote_types(x.dtype, torch.float32)
         bias: Any = None if self.bias is None else getattr(module, self.bias)
-        return linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+        return linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
     def route(
         self, logits: Tensor, expert_bias: Tensor | None, topk_ids: Tensor | None = None

@@ -49,9 +49,9 @@ def moe_forward(
     Raises:
         ToolkitError: for shapes that do not fit, and for adapters or post_norm with experts that are sharded.
 
-    Numerics: batch-invariant, and bitwise identical whatever the dispatcher, its ranks and chunks; so are the gradients
-    of x and topk_weights of an ``ExpertParallelDispatcher``. With adapters or post_norm the op runs in parts, each of
-    which saves its own inputs for the backward.
+    Numerics: batch-invariant, and bitwise identical for every dispatcher, number of ranks and chunks; so are the
+    gradients of x and topk_weights of an ``ExpertParallelDispatcher``. With adapters or post_norm the op runs in parts,
+    each of which saves its own inputs for the backward.
     """
     if x.dim() != 2 or topk_ids.shape != topk_weights.shape or topk_ids.shape[:-1] != x.shape[:-1]:
         raise ToolkitError(

@@ -40,7 +40,7 @@ def pipelined_experts(
         exchange: of ``ExpertParallelDispatcher.dispatch``.
         recompute: save no pre-activations.
 
-    Numerics: the output is bitwise identical to ``toolkit.ops.experts`` on one rank, whatever the number of ranks and
+    Numerics: the output is bitwise identical to ``toolkit.ops.experts`` on one rank, for any number of ranks and
     chunks. Gradients of x and topk_weights do not depend on those either; the weights' add the sums of ranks in order,
     each over its rows in order of (token, k): deterministic. They are sums over the group, not means.
     Saved for backward: rows received, pre-activations (not with ``recompute``), pairs and plans.

@@ -1,4 +1,4 @@
-"""Rows by index, where an index may repeat: the gradient adds up in a fixed order, on every device."""
+"""Rows by index, where an index may repeat: the gradient is summed in a fixed order, on every device."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ class _TakeRows(torch.autograd.Function):
             ranked = rows[order]
             first = torch.searchsorted(ranked, ranked)  # where the run of equal rows begins
             turn = torch.arange(len(rows), device=rows.device) - first
-            # Within a turn no row comes twice, so nothing is added to at once.
+            # Within a turn no row occurs twice, so no two additions race.
             for at in range(int(turn.max()) + 1):
                 now = order[turn == at]
                 total[rows[now]] += grad[now]
@@ -30,11 +30,15 @@ class _TakeRows(torch.autograd.Function):
 
 
 def take_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """x[rows]: x [T, ...], rows [N] int64 from 0 to T - 1, with repetitions; [N, ...].
+    """[N, ...]: x[rows], with a deterministic gradient.
 
-    The gradient of a row is the sum over its repetitions in the order of ``rows``: the same bits every time, which
-    ``x[rows]`` does not promise (its backward adds atomically). Takes as many steps as the most frequent row has
-    repetitions.
+    Args:
+        x: [T, ...].
+        rows: [N] int64 from 0 to T - 1, with repetitions.
+
+    Numerics: the gradient of a row is the sum over its repetitions in the order of ``rows``: bitwise identical in every
+    run, which the atomic additions in the backward of ``x[rows]`` do not promise. It takes as many steps as the most
+    frequent row has repetitions.
     """
     taken: Tensor = _TakeRows.apply(x, rows)  # type: ignore[no-untyped-call]
     return taken

@@ -140,10 +140,14 @@ def _check(
             f"{list(down.shape)}."
         )
     hidden = x.shape[1]
-    outer, wide = (up.shape[1], up.shape[2]) if transposed else (up.shape[2], up.shape[1])
+    outer, up_outputs = (up.shape[1], up.shape[2]) if transposed else (up.shape[2], up.shape[1])
     inner, back = (down.shape[1], down.shape[2]) if transposed else (down.shape[2], down.shape[1])
-    gated = wide != inner
-    if (outer, back) != (hidden, hidden) or wide not in (inner, 2 * inner) or {up.shape[0], down.shape[0]} != {count}:
+    gated = up_outputs != inner
+    if (
+        (outer, back) != (hidden, hidden)
+        or up_outputs not in (inner, 2 * inner)
+        or {up.shape[0], down.shape[0]} != {count}
+    ):
         raise ToolkitError(
             f"experts needs x, up, down and a plan that fit together, got {list(x.shape)}, {list(up.shape)}, "
             f"{list(down.shape)} and a plan of {count} experts."
@@ -154,7 +158,7 @@ def _check(
             f"experts needs x [T, H], topk_weights [T, K] and a plan of pairs [T, K], got {list(x.shape)}, "
             f"{list(topk_weights.shape)} and {list(rows.shape)}."
         )
-    for name, bias, size in (("up_bias", up_bias, wide), ("down_bias", down_bias, hidden)):
+    for name, bias, size in (("up_bias", up_bias, up_outputs), ("down_bias", down_bias, hidden)):
         if bias is not None and (bias.shape != (count, size) or bias.dtype != x.dtype):
             given = f"{list(bias.shape)} of {bias.dtype}"
             raise ToolkitError(f"{name} must be [{count}, {size}] of {x.dtype}, got {given}.")

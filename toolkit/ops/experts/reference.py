@@ -26,10 +26,10 @@ def halves(z: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
 
 def activate(z: Tensor, activation: str, gated: bool, interleaved: bool) -> Tensor:
     """a [R, I] of the pre-activation z [R, G I], in float32 or wider."""
-    function, wide = find(activation), widened(z)
+    function, z = find(activation), widened(z)
     if not gated:
-        return elementwise(function.value, wide)
-    gate, up = (part.contiguous() for part in halves(wide, interleaved))
+        return elementwise(function.value, z)
+    gate, up = (part.contiguous() for part in halves(z, interleaved))
     if function.arguments == 2:
         return elementwise(function.value, gate, up)
     return elementwise(function.value, gate) * up
@@ -37,10 +37,10 @@ def activate(z: Tensor, activation: str, gated: bool, interleaved: bool) -> Tens
 
 def activate_backward(da: Tensor, z: Tensor, activation: str, gated: bool, interleaved: bool) -> Tensor:
     """dz [R, G I] of da [R, I], in float32 or wider."""
-    function, wide = find(activation), widened(z)
+    function, z = find(activation), widened(z)
     if not gated:
-        return da * elementwise(function.derivative, wide)
-    gate, up = (part.contiguous() for part in halves(wide, interleaved))
+        return da * elementwise(function.derivative, z)
+    gate, up = (part.contiguous() for part in halves(z, interleaved))
     if function.arguments == 2:
         slopes = [elementwise(lambda g, u, i=i: function.derivative(g, u)[i], gate, up) for i in (0, 1)]
         to_gate, to_up = da * slopes[0], da * slopes[1]

@@ -15,10 +15,10 @@ def stable_topk(values: Tensor, count: int) -> Tensor:
 
 def expert_scores(logits: Tensor, scoring_func: str) -> Tensor:
     """[T, E]: softmax over the experts, or an activation of ``toolkit.ops.activation`` of each logit."""
-    wide = logits.to(compute_dtype(logits))
+    x = logits.to(compute_dtype(logits))
     if scoring_func == "softmax":
-        return torch.softmax(wide, -1)
-    return elementwise(find(scoring_func, plain=True).value, wide.contiguous())
+        return torch.softmax(x, -1)
+    return elementwise(find(scoring_func, plain=True).value, x.contiguous())
 
 
 def select(
@@ -82,9 +82,9 @@ def route_backward(
     With p the scores, w = p / (sum p + eps) and d = routed_scaling_factor grad: ``dp = (d - <d, w>) / (sum p + eps)``,
     or d without the sum; softmax ``p (dp - <dp, p>)``, an activation ``f'(logit) dp``. The selection has no gradient.
     """
-    wide = logits.to(compute_dtype(logits))
+    x = logits.to(compute_dtype(logits))
     scores = expert_scores(logits, scoring_func)
-    d = grad.to(wide.dtype) * routed_scaling_factor
+    d = grad.to(x.dtype) * routed_scaling_factor
     if norm_topk_prob:
         p = scores.gather(-1, topk_ids)
         total = p.sum(-1, keepdim=True) + eps
@@ -93,7 +93,7 @@ def route_backward(
     if scoring_func == "softmax":
         to_logits = scores * (to_scores - (to_scores * scores).sum(-1, keepdim=True))
     else:
-        to_logits = to_scores * elementwise(find(scoring_func, plain=True).derivative, wide.contiguous())
+        to_logits = to_scores * elementwise(find(scoring_func, plain=True).derivative, x.contiguous())
     return to_logits.to(logits.dtype)
 
 

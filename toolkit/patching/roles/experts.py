@@ -66,13 +66,13 @@ def _layouts(module: nn.Module) -> Iterator[tuple[MoeExperts, int]]:
     for up, down in permutations(weights, 2):
         for transposed in (False, True):
             first, second = own[up].shape, own[down].shape
-            wide, width = (first[2], first[1]) if transposed else (first[1], first[2])
+            outputs, width = (first[2], first[1]) if transposed else (first[1], first[2])
             inner, back = (second[1], second[2]) if transposed else (second[2], second[1])
-            if back != width or wide not in (inner, 2 * inner):
+            if back != width or outputs not in (inner, 2 * inner):
                 continue
             biases = [name for name, p in own.items() if p.dim() == 2]
             for up_bias, down_bias in permutations([*biases, None, None], 2):
-                if (up_bias and own[up_bias].shape[1] != wide) or (down_bias and own[down_bias].shape[1] != width):
+                if (up_bias and own[up_bias].shape[1] != outputs) or (down_bias and own[down_bias].shape[1] != width):
                     continue
                 used = {up, down, up_bias, down_bias}
                 if used >= set(own) and len(norms) < 2:
