@@ -1,9 +1,8 @@
-"""How the toolkit's structures enter an inference stack that is not its own: one file a host.
+"""How the toolkit's structures enter another inference framework: one file per framework.
 
-``generate`` (pipelines with it) and ``continuous_batching`` are hosts; ``route`` and ``generation_config`` are what
-they share.
+``generate`` (pipelines with it) and ``continuous_batching`` are transformers'; ``route`` and ``generation_config`` are
+what they share.
 
-A host is what drives the model there, such as transformers' ``generate``. Each file takes a patched model
-into that host and out again, and imports the host only when it is used. Inference in the toolkit's own hands
-needs none of them: ``toolkit.Engine`` drives a patched model, and ``toolkit serve`` answers requests on it.
+Each file takes a patched model into a framework and out again, and imports the framework only when it is used. The
+toolkit's own inference needs none of them: ``toolkit.Engine`` runs a patched model, and ``toolkit serve`` serves it.
 """

@@ -4,31 +4,32 @@
     with route_continuous_batching(model):
         results = model.generate_batch(prompts, generation_config=GenerationConfig(max_new_tokens=64))
 
-The seam is ``init_continuous_batching``, from which transformers' other entry points take their manager. Results are
+It replaces ``init_continuous_batching``, from which transformers' other entry points take their manager. Results are
 its ``GenerationOutput``.
 """
 
+import asyncio
 import inspect
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
-from transformers import ContinuousBatchingConfig, ContinuousBatchingManager
+from transformers import ContinuousBatchingConfig, ContinuousBatchingManager, GenerationConfig
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
-from infer_patches.generation_config import SAMPLING, refuse_unsupported, sampling_params
+from infer_patches.generation_config import SAMPLING, check_supported, sampling_params
 from infer_patches.route import Route
-from toolkit import Engine
-from toolkit.engine import Delta, Limits
-from toolkit.errors import ToolkitError
+from toolkit import AsyncEngine, Engine, SamplingParams
+from toolkit.engine import Delta, EngineConfig, EngineListener, RequestHandle
+from toolkit.errors import ToolkitError, must_be_one_of
 
-_HONOURED = SAMPLING | {"max_new_tokens", "min_new_tokens", "eos_token_id", "pad_token_id", "num_return_sequences"}
-_LIMITS = {
+_SUPPORTED = SAMPLING | {"max_new_tokens", "min_new_tokens", "eos_token_id", "pad_token_id", "num_return_sequences"}
+_ENGINE_ARGS = {
     "page_size": "block_size",
     "num_blocks": "num_blocks",
     "max_batch_tokens": "max_num_batched_tokens",
@@ -36,70 +37,88 @@ _LIMITS = {
     "allow_block_sharing": "enable_prefix_caching",
     "seed": "seed",
 }
-"""Fields of a ContinuousBatchingConfig, and the engine's limits that they are."""
+"""Fields of a ContinuousBatchingConfig, and the engine's keyword arguments that they are."""
 
 
-class Asked:
-    """One request as it goes on: what was asked, and the results of its sequences so far."""
+@dataclass(eq=False)
+class ManagedRequest:
+    """A request of a manager.
 
-    def __init__(self, results: list[GenerationOutput], streaming: bool, drawn: bool) -> None:
-        self.results = results
-        self.streaming = streaming
-        self.drawn = drawn
-
-
-class EngineManager(ContinuousBatchingManager):
-    """transformers' manager with the engine behind it; made by ``model.init_continuous_batching()`` of a routed model.
-
-    Requests run on a thread of its own between ``start`` and ``stop``. Beside transformers' arguments, ``add_request``
-    takes temperature, top_k, top_p, min_p and repetition_penalty of that request alone. A prompt that does not fit
-    comes back as a failed result. Cancelling one of a request's sequences cancels them all. ``logprobs``, if the
-    configuration asks for them, are of the distribution that was drawn from, and come with the finished result.
+    Args:
+        results: of its sequences so far.
+        streaming: whether unfinished results are wanted too.
+        sampled: whether tokens are sampled, in the place of the most probable ones.
+        handle: of its tokens, once submitted.
     """
 
-    def __init__(self, model: nn.Module, generation_config: Any, config: Any, limits: dict[str, Any]) -> None:
+    results: list[GenerationOutput]
+    streaming: bool
+    sampled: bool
+    handle: RequestHandle | None = None
+
+
+class EngineManager(ContinuousBatchingManager, EngineListener):
+    """transformers' manager with an ``AsyncEngine`` behind it; ``model.init_continuous_batching()`` of a routed model.
+
+    Requests run between ``start`` and ``stop``. Beside transformers' arguments, ``add_request`` takes temperature,
+    top_k, top_p, min_p and repetition_penalty of that request alone. A prompt that does not fit comes back as a failed
+    result. Cancelling one of a request's sequences cancels them all. ``logprobs``, if the configuration asks for them,
+    are of the distribution that was sampled from, and come with the finished result.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        generation_config: GenerationConfig,
+        config: ContinuousBatchingConfig,
+        engine_args: dict[str, Any],
+    ) -> None:
         self.model: Any = model
-        self.generation_config = generation_config
+        self.generation_config: Any = generation_config
         self.continuous_batching_config = config
-        self.warmed_up = True  # the engine makes its programs when they are first needed
-        self._limits = limits
+        self.warmed_up = True  # the engine captures its graphs when they are first needed
+        self._engine_args = engine_args
         self._engine: Engine | None = None
-        self._thread: threading.Thread | None = None
+        self._async_engine: AsyncEngine | None = None
         self._count = 0
-        self._asked: dict[int, Asked] = {}
-        self._ids: dict[str, int] = {}
-        self._handlers: dict[str, tuple[Callable[[GenerationOutput], Any], Any]] = {}
+        self._requests: dict[RequestHandle, ManagedRequest] = {}
+        self._of_id: dict[str, ManagedRequest] = {}
+        self._unsubmitted: list[tuple[ManagedRequest, list[int], SamplingParams]] = []  # before ``start``
+        self._handlers: dict[str, tuple[Callable[[GenerationOutput], Any], asyncio.AbstractEventLoop]] = {}
         self._results: deque[GenerationOutput] = deque()
-        self._state = threading.Condition(threading.RLock())  # guards all of the above and the four below
-        self._stopping = False
-        self._hard = False
-        self._keep = False
-        self._pauses = 0
-        self._stepping = threading.Lock()
+        self._state = threading.Condition(threading.RLock())  # guards all of the above
+        self._started = self._stopping = False
 
     @property
     def engine(self) -> Engine:
         """Made when it is first needed, closed by ``stop``."""
-        if self._engine is None:
-            self._engine = Engine(self.model, **self._limits)
+        if self._engine is None or self._engine.is_closed:
+            self._engine = Engine(self.model, **self._engine_args)
         return self._engine
+
+    def _session(self) -> AsyncEngine:
+        """The engine's thread of this session, made when it is first needed."""
+        with self._state:
+            if self._async_engine is None or self._async_engine.has_ended:
+                self._async_engine = AsyncEngine(self.engine, listener=self)
+            return self._async_engine
 
     def warmup(self) -> None:
         """Make the engine, which needs nothing else."""
-        with self._state:
-            assert self.engine is not None
+        self._session()
 
     def is_running(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
+        return self._async_engine is not None and self._async_engine.is_running
 
     def start(self) -> None:
         with self._state:
             if self.is_running():
                 return
-            self.warmup()
-            self._stopping = self._hard = False
-            self._thread = threading.Thread(target=self._loop, name="toolkit-continuous-batching")
-            self._thread.start()
+            self._started, self._stopping = True, False
+            self._session().start()
+            waiting, self._unsubmitted = self._unsubmitted, []
+            for request, ids, params in waiting:
+                self._submit(request, ids, params)
 
     def stop(
         self,
@@ -110,45 +129,37 @@ class EngineManager(ContinuousBatchingManager):
     ) -> None:
         """End the thread once all requests are finished; with ``hard_stop`` now, and they have failed."""
         with self._state:
-            if self._pauses:
-                raise ToolkitError("the manager is paused; allowed is stop() after the pause.")
-            thread, self._stopping = self._thread, True
-            self._hard, self._keep = self._hard or hard_stop, keep_for_next_session
-            self._state.notify_all()
+            session = self._async_engine
+            if session is not None and session.is_paused:
+                raise ToolkitError("the manager is paused; call stop() after the pause.")
+            self._started, self._stopping = False, True
         if keep_for_next_session:
             self.model._cached_continuous_batching_manager = self
-        if thread is not None and block:
-            self.join(time.perf_counter(), timeout)
-        if not self.is_running():
-            self._close()
+        if session is not None:
+            session.shutdown(
+                cancel_requests=hard_stop, close_engine=not keep_for_next_session, wait=block, timeout=timeout
+            )
+
+    def on_stopped(self) -> None:
+        with self._state:
+            self._state.notify_all()
 
     def join(self, stop_trigger_time: float, timeout: float | None = None) -> None:
-        if self._thread is not None:
-            self._thread.join(timeout)
+        session = self._async_engine
+        if session is not None:
+            session.join(timeout)
 
     def destroy(self) -> None:
         self.stop(hard_stop=True)
 
-    def _close(self) -> None:
-        with self._state:
-            if self._engine is not None and not self._keep:
-                self._engine.close()
-                self._engine = None
-
     @contextmanager
     def pause(self) -> Iterator[None]:
         """No step runs inside, so that weights may be written. Several threads pause one after the other."""
-        if not self.is_running():
-            raise ToolkitError("the manager is not running; allowed is a pause between start() and stop().")
-        with self._state:
-            self._pauses += 1
-        try:
-            with self._stepping:
-                yield
-        finally:
-            with self._state:
-                self._pauses -= 1
-                self._state.notify_all()
+        session = self._async_engine
+        if session is None or not session.is_running:
+            raise ToolkitError("the manager is not running; call start() before a pause.")
+        with session.pause():
+            yield
 
     def add_request(
         self,
@@ -163,8 +174,8 @@ class EngineManager(ContinuousBatchingManager):
         """Queue a prompt; its id, or None where the manager is stopping. Raises ToolkitError for unknown arguments."""
         unknown = next((name for name in sampling if name not in SAMPLING - {"do_sample"}), None)
         if unknown is not None:
-            allowed = ", ".join(sorted(SAMPLING - {"do_sample"}))
-            raise ToolkitError(f"{unknown!r} is not an argument of add_request on the engine; allowed are {allowed}.")
+            known = sorted(SAMPLING - {"do_sample"})
+            raise ToolkitError(must_be_one_of("a sampling argument of add_request", unknown, known))
         config = self.generation_config
         eos = config.eos_token_id if eos_token_id is None else eos_token_id
         ends = [one for one in (eos if isinstance(eos, list) else [eos]) if one is not None and one >= 0]
@@ -184,17 +195,17 @@ class EngineManager(ContinuousBatchingManager):
                 name = request_id if at == 0 else f"{request_id}__child#{at - 1}"
                 results.append(GenerationOutput(name, list(input_ids)))
                 results[at].timestamps = [] if record_timestamps else None
-            asked = Asked(results, streaming, bool(config.do_sample))
-            try:
-                number = self.engine.submit(list(input_ids), params)
-            except ToolkitError as error:
-                for result in results:
-                    self._end(result, RequestStatus.FAILED, str(error))
-                return request_id
-            self._asked[number] = asked
-            self._ids |= {result.request_id: number for result in results}
-            self._state.notify_all()
+            request = ManagedRequest(results, streaming, bool(config.do_sample))
+            self._of_id |= {result.request_id: request for result in results}
+            if self._started:
+                self._submit(request, list(input_ids), params)
+            else:
+                self._unsubmitted.append((request, list(input_ids), params))
         return request_id
+
+    def _submit(self, request: ManagedRequest, ids: list[int], params: SamplingParams) -> None:
+        request.handle = self._session().submit([ids], params)
+        self._requests[request.handle] = request
 
     def add_requests(
         self,
@@ -216,9 +227,13 @@ class EngineManager(ContinuousBatchingManager):
     def cancel_request(self, request_id: str) -> None:
         """End a request; what it had comes back as a failed result."""
         with self._state:
-            number = self._ids.get(request_id)
-        if number is not None:
-            self.engine.cancel(number)
+            request = self._of_id.get(request_id)
+            if request is not None and request.handle is not None:
+                request.handle.cancel()
+            elif request is not None:
+                self._unsubmitted = [one for one in self._unsubmitted if one[0] is not request]
+                for result in request.results:
+                    self._end(result, RequestStatus.FAILED, "cancelled")
 
     def get_result(self, request_id: str | None = None, timeout: float | None = None) -> GenerationOutput | None:
         """The oldest result, or the oldest of one request; None after ``timeout`` seconds or when none can come."""
@@ -248,64 +263,43 @@ class EngineManager(ContinuousBatchingManager):
 
     def register_result_handler(self, request_id: str, callback: Callable[[GenerationOutput], Any]) -> None:
         """Call ``callback`` on the running event loop with each result of a request, in the place of ``get_result``."""
-        import asyncio
-
         with self._state:
             self._handlers[request_id] = callback, asyncio.get_running_loop()
 
-    def _loop(self) -> None:
-        try:
-            while True:
-                with self._state:
-                    self._state.wait_for(lambda: self._stopping or (self._asked and not self._pauses))
-                    if self._stopping and (self._hard or not self._asked):
-                        return
-                    if self._pauses:
-                        self._state.wait(0.01)
-                        continue
-                with self._stepping:
-                    began = time.perf_counter()
-                    deltas = self.engine.step()
-                with self._state:
-                    for delta in deltas:
-                        self._take(delta, began)
-        finally:
-            with self._state:
-                for number in list(self._asked):
-                    self.engine.cancel(number)
-                for delta in self.engine.step():
-                    self._take(delta, time.perf_counter())
-                self._close()
-                self._state.notify_all()
+    def on_delta(self, handle: RequestHandle, delta: Delta) -> None:
+        """Add what a step brought to its result, and hand that over where it is wanted."""
+        with self._state:
+            request = self._requests[handle]
+            result, now = request.results[delta.index], time.perf_counter()
+            if result.status is RequestStatus.PENDING:
+                result.status, result.lifespan = RequestStatus.DECODING, (self._session().step_start, -1)
+            result.generated_tokens += delta.token_ids
+            if result.timestamps is not None:
+                result.timestamps += [now] * len(delta.token_ids)
+            finished = delta.finished
+            if finished is None:
+                if request.streaming:
+                    self._deliver(_snapshot(result))
+                return
+            if self.continuous_batching_config.return_logprobs:
+                result.logprobs = finished.sampling_logprobs if request.sampled else finished.logprobs
+            failed = finished.finish_reason in ("error", "cancelled")
+            why = finished.error or finished.finish_reason
+            self._end(result, RequestStatus.FAILED if failed else RequestStatus.FINISHED, why if failed else None)
+            if not handle.num_unfinished:
+                del self._requests[handle]
 
-    def _take(self, delta: Delta, began: float) -> None:
-        """Add what a step brought to its result, and hand it over where it is wanted. Under ``_state``."""
-        asked = self._asked.get(delta.request_id)
-        if asked is None:
-            return
-        result, now = asked.results[delta.index], time.perf_counter()
-        if result.status is RequestStatus.PENDING:
-            result.status, result.lifespan = RequestStatus.DECODING, (began, -1)
-        result.generated_tokens += delta.token_ids
-        if result.timestamps is not None:
-            result.timestamps += [now] * len(delta.token_ids)
-        finished = delta.finished
-        if finished is None:
-            if asked.streaming:
-                self._deliver(_snapshot(result))
-            return
-        if self.continuous_batching_config.return_logprobs:
-            result.logprobs = finished.sampling_logprobs if asked.drawn else finished.logprobs
-        failed = finished.finish_reason in ("error", "cancelled")
-        why = finished.error or finished.finish_reason
-        self._end(result, RequestStatus.FAILED if failed else RequestStatus.FINISHED, why if failed else None)
-        del self._ids[result.request_id]
-        if all(one.is_finished() for one in asked.results):
-            del self._asked[delta.request_id]
+    def on_failed(self, handle: RequestHandle, error: Exception) -> None:
+        """The results of a request that the engine did not accept, or could not finish."""
+        with self._state:
+            for result in self._requests.pop(handle).results:
+                if not result.is_finished():
+                    self._end(result, RequestStatus.FAILED, str(error))
 
     def _end(self, result: GenerationOutput, status: RequestStatus, error: str | None) -> None:
         result.status, result.error = status, error
         result.lifespan = (result.lifespan[0], time.perf_counter())
+        self._of_id.pop(result.request_id, None)
         self._deliver(result)
 
     def _deliver(self, result: GenerationOutput) -> None:
@@ -326,12 +320,12 @@ def _snapshot(result: GenerationOutput) -> GenerationOutput:
 
 
 class ContinuousBatchingRoute(Route):
-    """A model's continuous batching on its way to engines with ``limits``."""
+    """Routes a model's continuous batching to engines that are made with ``engine_args``."""
 
-    def __init__(self, model: Any, limits: dict[str, Any]) -> None:
-        Limits.check(**limits)
+    def __init__(self, model: nn.Module, engine_args: dict[str, Any]) -> None:
+        EngineConfig.check(**engine_args)
         super().__init__(model, init_continuous_batching, generate_batch)
-        self.limits = limits
+        self.engine_args = engine_args
 
     def undo(self) -> None:
         model: Any = self._model()
@@ -346,7 +340,7 @@ def init_continuous_batching(
     continuous_batching_config: Any = None,
     workload_hints: Any = None,
 ) -> ContinuousBatchingManager:
-    """As a routed model has it; a copy of such a model runs transformers' own."""
+    """``init_continuous_batching`` of a routed model; a copy of such a model runs transformers' own."""
     given = generation_config, continuous_batching_config, workload_hints
     route = ContinuousBatchingRoute.of.get(self)
     if route is None:
@@ -355,39 +349,44 @@ def init_continuous_batching(
     if isinstance(kept, EngineManager):
         return kept
     config = generation_config if generation_config is not None else self.generation_config
-    refuse_unsupported(config, _HONOURED)
+    check_supported(config, _SUPPORTED)
     sizes, usual = continuous_batching_config or ContinuousBatchingConfig(), ContinuousBatchingConfig()
     if sizes.max_queue_size:
-        raise ToolkitError(f"max_queue_size is {sizes.max_queue_size}, which the engine does not do; allowed is 0.")
-    asked = {
+        raise ToolkitError(f"max_queue_size must be 0 on the engine, got {sizes.max_queue_size}.")
+    given_args = {
         ours: getattr(sizes, theirs)
-        for theirs, ours in _LIMITS.items()
+        for theirs, ours in _ENGINE_ARGS.items()
         if getattr(sizes, theirs) != getattr(usual, theirs)
     }
-    return EngineManager(self, config, sizes, {**route.limits, **asked})
+    return EngineManager(self, config, sizes, {**route.engine_args, **given_args})
 
 
 def generate_batch(self: Any, *args: Any, **kwargs: Any) -> dict[str, GenerationOutput]:
-    """transformers' own, by way of the manager above; an argument that it would pass over is refused."""
+    """transformers' own, by way of the manager above. Raises ToolkitError for an argument that it would ignore."""
     known = inspect.signature(type(self).generate_batch).parameters
     unknown = next((name for name in kwargs if name not in known and name != "max_new_tokens"), None)
     if self in ContinuousBatchingRoute.of and unknown is not None:
         raise ToolkitError(
-            f"{unknown!r} is not an argument of generate_batch; allowed are its own and max_new_tokens, and the fields "
-            "of generation_config."
+            f"generate_batch has no argument {unknown!r}; it has its own, max_new_tokens and the fields of "
+            "generation_config."
         )
     return type(self).generate_batch(self, *args, **kwargs)
 
 
-def route_continuous_batching(model: nn.Module, **limits: Any) -> ContinuousBatchingRoute:
-    """Let continuous batching of a patched causal LM run on engines with ``limits`` (``toolkit.engine.Limits``).
+def route_continuous_batching(model: nn.Module, **engine_args: Any) -> ContinuousBatchingRoute:
+    """Let continuous batching of a patched causal LM run on the engine, until ``undo()`` of the result.
 
-    Until ``undo()`` of the result, which also ends a manager that was kept. Of a GenerationConfig these fields are
-    honoured: max_new_tokens, min_new_tokens, do_sample, temperature, top_k, top_p, min_p, repetition_penalty,
-    eos_token_id, num_return_sequences; others are refused by name. Of a ContinuousBatchingConfig: page_size,
-    num_blocks, max_batch_tokens, max_requests_per_batch, allow_block_sharing, seed (which go before ``limits``) and
-    return_logprobs; the rest says how transformers goes about it. None is off, as it is there.
+    Undoing also ends a manager that was kept. These fields of a GenerationConfig are supported: max_new_tokens,
+    min_new_tokens, do_sample, temperature, top_k, top_p, min_p, repetition_penalty, eos_token_id, num_return_sequences;
+    others raise an error that names them. None is off, as in transformers. Of a ContinuousBatchingConfig: page_size,
+    num_blocks, max_batch_tokens, max_requests_per_batch, allow_block_sharing, seed (which override ``engine_args``) and
+    return_logprobs; the rest configures transformers' own loop.
 
-    Raises ToolkitError for a model that is not patched, or is routed already, and for limits that are not allowed.
+    Args:
+        model: the model.
+        engine_args: keyword arguments of ``toolkit.Engine``.
+
+    Raises:
+        ToolkitError: for a model that is not patched or is routed already, and for bad arguments of the engine.
     """
-    return ContinuousBatchingRoute(model, limits)
+    return ContinuousBatchingRoute(model, engine_args)

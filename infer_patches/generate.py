@@ -1,11 +1,11 @@
-"""``model.generate`` of a patched model by the engine: transformers reads the arguments, the engine draws the tokens.
+"""``model.generate`` of a patched model on the engine: transformers reads the arguments, the engine samples the tokens.
 
     toolkit.patch(model)
     with route_generate(model):
         model.generate(**tokenizer(texts, padding=True, return_tensors="pt"), max_new_tokens=64)
 
-The seam is ``custom_generate``: transformers merges configurations, expands inputs, makes its processors and criteria,
-and calls a function of ours in the place of its own loop.
+It uses ``custom_generate``: transformers merges configurations, expands inputs, makes its processors and criteria, and
+calls a function of ours in the place of its loop.
 """
 
 import copy
@@ -15,16 +15,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from infer_patches.generation_config import SAMPLING, refuse_unsupported, sampling_params
+from infer_patches.generation_config import SAMPLING, check_supported, sampling_params
 from infer_patches.route import Route
-from toolkit import Engine
-from toolkit.errors import ToolkitError, nearest
+from toolkit import AsyncEngine, Engine
+from toolkit.errors import ToolkitError, must_be_one_of
 from toolkit.patching import ragged_forward
 from toolkit.patching.eval_mode import eval_mode
 from toolkit.state import RaggedBatch
 
 _INPUTS = ("inputs", "input_ids", "attention_mask", "generation_config", "stopping_criteria", "streamer", "tokenizer")
-_HONOURED = SAMPLING | {
+_SUPPORTED = SAMPLING | {
     "max_length",
     "max_new_tokens",
     "min_length",
@@ -41,53 +41,63 @@ _HONOURED = SAMPLING | {
 
 
 class GenerateRoute(Route):
-    """``model.generate`` on its way to ``engine``."""
+    """Routes ``model.generate`` to ``engine``."""
 
-    def __init__(self, model: nn.Module, engine: Engine | None, fallback: bool, limits: dict[str, Any]) -> None:
+    def __init__(
+        self, model: nn.Module, engine: Engine | AsyncEngine | None, fallback: bool, engine_args: dict[str, Any]
+    ) -> None:
         super().__init__(model, generate)
         self.fallback = fallback
-        self._owned = engine is None
+        self._owned: AsyncEngine | None = None
         try:
-            self.engine = Engine(model, **limits) if engine is None else engine
+            if engine is None:
+                engine = self._owned = AsyncEngine(Engine(model, **engine_args))
         except BaseException:
             super().undo()
             raise
+        self.engine = engine
 
     def undo(self) -> None:
         super().undo()
-        if self._owned:
-            self.engine.close()
+        if self._owned is not None:
+            self._owned.shutdown()
 
 
 def route_generate(
-    model: nn.Module, engine: Engine | None = None, fallback: bool = False, **limits: Any
+    model: nn.Module, engine: Engine | AsyncEngine | None = None, fallback: bool = False, **engine_args: Any
 ) -> GenerateRoute:
     """Let ``model.generate`` of a patched causal LM run on the engine, until ``undo()`` of the result.
-
-    engine: one of this model's, which is left open; None makes one with ``limits`` (``toolkit.engine.Limits``).
-    fallback: hand calls that the engine cannot do to transformers' own generate, in the place of an error.
 
     ``generate`` takes input_ids and attention_mask (padded left or right); GenerationConfig, keyword arguments, both:
     max_new_tokens, max_length, min_new_tokens, min_length, do_sample, temperature, top_k, top_p, min_p,
     repetition_penalty, num_return_sequences, eos_token_id, pad_token_id, stop_strings with tokenizer, max_time,
-    return_dict_in_generate, output_scores, output_logits; streamer and stopping_criteria. Others are refused by name.
-    It returns what transformers returns: ids [B * num_return_sequences, longest] int64, ended rows padded on the right.
+    return_dict_in_generate, output_scores, output_logits; streamer and stopping_criteria. Others raise an error that
+    names them. It returns what transformers returns: ids [B * num_return_sequences, longest] int64, with ended rows
+    padded on the right.
 
-    What differs. Drawn tokens: of the same distribution, by seeds that come from torch's global generator, so that
-    ``torch.manual_seed`` repeats them, but not the ones that transformers would draw. Prompts padded on the right go on
-    as they would alone (transformers warns and goes on from the padding). stopping_criteria see one row [1, length] at
-    a time, and no scores. Scores and logits are those of one more forward over the finished rows: in the bitwise tier
-    those that were drawn from. ``past_key_values`` is None.
+    What differs from transformers: sampled tokens are of the same distribution, by seeds that come from torch's global
+    generator, so that ``torch.manual_seed`` repeats them, but not the ones that transformers would sample. Prompts
+    padded on the right continue as they would without padding (transformers warns and continues from the padding).
+    stopping_criteria see one row [1, length] at a time, and no scores. Scores and logits are those of one more forward
+    over the finished rows; in bitwise mode they are those that tokens were sampled from. ``past_key_values`` is None.
 
-    Raises ToolkitError for a model that is not patched, or is routed already, and for limits that are not allowed.
+    Args:
+        model: the model.
+        engine: one of this model's, which is left open. An ``AsyncEngine`` lets several threads generate at once; an
+            ``Engine`` runs on the thread that generates, one at a time. None makes an ``AsyncEngine``.
+        fallback: hand calls that the engine does not support to transformers' own generate instead of raising.
+        engine_args: keyword arguments of ``toolkit.Engine`` for the engine that is made.
+
+    Raises:
+        ToolkitError: for a model that is not patched or is routed already, and for bad arguments of the engine.
     """
-    if engine is not None and limits:
-        raise ToolkitError(f"engine is given, and {', '.join(limits)} beside it; allowed is one of the two.")
-    return GenerateRoute(model, engine, fallback, limits)
+    if engine is not None and engine_args:
+        raise ToolkitError(f"{', '.join(engine_args)} must be left out where engine is given; give one of the two.")
+    return GenerateRoute(model, engine, fallback, engine_args)
 
 
 def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """``generate`` as a routed model has it; a copy of such a model, which has no engine, runs transformers' own."""
+    """``generate`` of a routed model; a copy of such a model, which has no engine, runs transformers' own."""
     route = GenerateRoute.of.get(self)
     if route is None:
         return type(self).generate(self, *args, **kwargs)
@@ -113,17 +123,15 @@ def _accepted(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], loop: "
     for name, value in given.items():
         nothing = value is None or (isinstance(value, bool | list) and not value)
         if name not in _INPUTS and name not in known and not nothing:
-            allowed = (*_INPUTS, *sorted(_HONOURED))
-            hint = nearest(name, allowed) or f"; allowed are {', '.join(allowed)}"
-            raise ToolkitError(f"{name!r} is not an argument that generate takes on the engine{hint}.")
+            raise ToolkitError(must_be_one_of("an argument of generate", name, (*_INPUTS, *sorted(_SUPPORTED))))
     loop.streamer, tokenizer = given.pop("streamer", None), given.pop("tokenizer", None)
     config = given.get("generation_config")
     sources = [given.get("stop_strings"), getattr(config, "stop_strings", None), model.generation_config.stop_strings]
     strings = next((one for one in sources if one is not None), None)
     if strings is not None:
-        # transformers gives no tokenizer to a loop that is not its own, so the criterion is made here.
+        # transformers gives no tokenizer to a custom loop, so the criterion is made here.
         if tokenizer is None:
-            raise ToolkitError(f"stop_strings is {strings!r}, but tokenizer is None; allowed is the model's tokenizer.")
+            raise ToolkitError(f"tokenizer must be given with stop_strings {strings!r}, got None.")
         criteria = [*(given.get("stopping_criteria") or ()), StopStringCriteria(tokenizer, strings)]
         given["stopping_criteria"] = StoppingCriteriaList(criteria)
         if config is not None:
@@ -137,10 +145,10 @@ def _accepted(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], loop: "
 class _Loop:
     """The decoding loop of one call: what transformers calls once inputs, configuration and criteria are prepared.
 
-    started: whether tokens are being drawn, after which there is no falling back.
+    started: whether tokens are being sampled, after which there is no falling back.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine | AsyncEngine) -> None:
         self.engine = engine
         self.streamer: Any = None
         self.started = False
@@ -157,7 +165,7 @@ class _Loop:
         from transformers.generation import GenerateDecoderOnlyOutput, StoppingCriteriaList
 
         config = generation_config
-        refuse_unsupported(config, _HONOURED)
+        check_supported(config, _SUPPORTED)
         rows, length = input_ids.shape
         ends, others = _split(stopping_criteria)
         pad = next((one for one in (config.pad_token_id, *ends) if one is not None), None)
@@ -193,8 +201,8 @@ class _Loop:
             scores = tuple(
                 logits_processor(sequences[:, : length + at], one.clone()) for at, one in enumerate(logits or ())
             )
-        asked: Any = logits if config.output_logits else None
-        return GenerateDecoderOnlyOutput(cast(torch.LongTensor, sequences), scores=scores, logits=asked)
+        wanted: Any = logits if config.output_logits else None
+        return GenerateDecoderOnlyOutput(cast(torch.LongTensor, sequences), scores=scores, logits=wanted)
 
 
 def _seed() -> int:
@@ -225,7 +233,7 @@ def _prompts(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]
     for row, runs in enumerate(starts.tolist()):
         if runs != 1:
             what = "holes" if runs else "no token"
-            raise ToolkitError(f"attention_mask leaves {what} in row {row}; allowed is padding on the left or right.")
+            raise ToolkitError(f"attention_mask must be padding on the left or right, got {what} in row {row}.")
     return [ids[mask].tolist() for ids, mask in zip(input_ids, kept, strict=True)]
 
 
@@ -244,7 +252,7 @@ class _Columns:
 
     def add(self, row: int, tokens: list[int], ended: bool) -> None:
         if self._ended[row]:
-            return  # what another thread's step still drew
+            return  # a step that the engine ran before it was cancelled
         self._new[row] += tokens
         self._ended[row] = ended
         if self._streamer is not None:
@@ -261,7 +269,7 @@ class _Columns:
         if at < len(new):
             return new[at]
         if self._pad is None:
-            raise ToolkitError("pad_token_id is None, but rows end at different lengths; allowed is a token id.")
+            raise ToolkitError("pad_token_id must be a token id where rows end at different lengths, got None.")
         return self._pad
 
     def row(self, row: int) -> Tensor:
@@ -278,13 +286,13 @@ class _Columns:
 
 
 def _logits(model: nn.Module, prompts: list[list[int]], new: Tensor) -> tuple[Tensor, ...]:
-    """Of each column of ``new`` [B, N] the logits [B, V] float32 that its tokens were drawn from; transformers, too,
+    """Of each column of ``new`` [B, N] the logits [B, V] float32 that its tokens were sampled from; transformers, too,
     runs on over the padding of what is ended."""
     rows, width = new.shape
     texts = [prompt + tokens[:-1] for prompt, tokens in zip(prompts, new.tolist(), strict=True)]
     batch = RaggedBatch.from_sequences(texts, next(model.parameters()).device, share=False)
     ends = torch.tensor([len(text) for text in texts]).cumsum(0)
-    places = (ends[:, None] - width + torch.arange(width)).flatten()
+    rows_at = (ends[:, None] - width + torch.arange(width)).flatten()
     with eval_mode(model):
-        logits = ragged_forward(model, batch, places.to(batch.tokens.device)).float()
+        logits = ragged_forward(model, batch, rows_at.to(batch.tokens.device)).float()
     return tuple(logits.view(rows, width, -1).to(new.device).unbind(1))

@@ -1,4 +1,4 @@
-"""What a ``GenerationConfig`` of transformers asks for, in the engine's words: for the hosts that are given one."""
+"""A ``GenerationConfig`` of transformers as the engine's sampling parameters, for the frameworks that are given one."""
 
 from typing import Any
 
@@ -8,8 +8,8 @@ from toolkit.errors import ToolkitError
 SAMPLING = frozenset({"do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"})
 """Fields that ``sampling_params`` reads."""
 
-# Fields that say how transformers goes about it, or belong to what is refused by another field (beams, assistants).
-_OWN_WAY = frozenset(
+# Fields that configure transformers' own loop, or belong to what another field rejects (beams, assistants).
+_IGNORED = frozenset(
     {
         "bos_token_id",
         "decoder_start_token_id",
@@ -44,39 +44,45 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-def refuse_unsupported(config: Any, honoured: frozenset[str]) -> None:
-    """Raise a ToolkitError for the first field of ``config`` that asks for what the engine does not do.
+def check_supported(config: Any, supported: frozenset[str]) -> None:
+    """Raise a ToolkitError for the first field of ``config`` that asks for what the engine does not support.
 
-    honoured: fields that the caller reads.
+    Args:
+        config: a GenerationConfig.
+        supported: fields that the caller reads.
     """
     fresh = type(config)()
     defaults = fresh._get_default_generation_params()
     for name in vars(fresh):
-        if name.startswith("_") or name in honoured or name in _OWN_WAY:
+        if name.startswith("_") or name in supported or name in _IGNORED:
             continue
         value = getattr(config, name, None)
         allowed = [one for one in (defaults.get(name), *_NEUTRAL.get(name, ())) if one is not None]
         if value is not None and value not in allowed:
-            others = "".join(f" and {one!r}" for one in allowed)
-            raise ToolkitError(f"{name} is {value!r}, which the engine does not do; allowed are None{others}.")
+            others = "".join(f" or {one!r}" for one in allowed)
+            raise ToolkitError(f"{name} must be None{others} on the engine, got {value!r}.")
 
 
 def sampling_params(config: Any, eos: list[int], max_tokens: int, **more: Any) -> SamplingParams:
-    """The engine's parameters for ``config``, where None is off; without ``do_sample`` the likeliest token is taken.
+    """The engine's parameters for ``config``, where None is off; without ``do_sample`` decoding is greedy.
 
-    eos: tokens that end a text. max_tokens: most new ones. more: other fields of ``SamplingParams``.
+    Args:
+        config: a GenerationConfig.
+        eos: tokens that end a text.
+        max_tokens: most new ones.
+        more: other fields of ``SamplingParams``.
     """
-    draws = {
+    sampling = {
         "temperature": 1.0 if config.temperature is None else config.temperature,
         "top_k": config.top_k or 0,
         "top_p": 1.0 if config.top_p is None else config.top_p,
         "min_p": config.min_p or 0.0,
     }
     return SamplingParams(
-        **(draws if config.do_sample else {"temperature": 0.0}),
+        **(sampling if config.do_sample else {"temperature": 0.0}),
         repetition_penalty=1.0 if config.repetition_penalty is None else config.repetition_penalty,
         max_tokens=max_tokens,
         stop_token_ids=eos,
-        ignore_eos=True,  # which tokens end a text is for the configuration to say
+        ignore_eos=True,  # the configuration names the tokens that end a text
         **more,
     )

@@ -1,4 +1,4 @@
-"""How a host's methods on a model are led elsewhere, and back: shared by the hosts."""
+"""Routes a framework's methods on a model elsewhere, and back; shared by the frameworks."""
 
 import types
 import weakref
@@ -12,9 +12,9 @@ from toolkit.patching import report_of
 
 
 class Route:
-    """Functions bound on one model in front of its own methods, until ``undo()`` or the end of a ``with`` block.
+    """Functions bound on one model in front of its methods, until ``undo()`` or the end of a ``with`` block.
 
-    A copy of the model has the functions but no route, and they are to run the model's own methods there.
+    A copy of the model has the functions but no route; they must run the model's own methods there.
     Raises ToolkitError for a model that is not patched, or that has a route of this kind.
     """
 
@@ -30,7 +30,7 @@ class Route:
             raise ToolkitError(f"model {type(model).__name__} is not patched; call toolkit.patch(model) first.")
         if model in self.of:
             raise ToolkitError(
-                f"{names[0]} of {type(model).__name__} is routed already; allowed is one route at a time."
+                f"{names[0]} of {type(model).__name__} is routed already; call undo() of that route first."
             )
         self._model = weakref.ref(model)
         self._before = {name: model.__dict__.get(name) for name in names}
@@ -43,7 +43,7 @@ class Route:
         return self._before[name] or types.MethodType(getattr(type(model), name), model)
 
     def undo(self) -> None:
-        """Give the model its own methods back. Twice is once."""
+        """Give the model its own methods back. Does nothing when undone."""
         model = self._model()
         if model is None or self.of.get(model) is not self:
             return

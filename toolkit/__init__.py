@@ -12,12 +12,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from toolkit.engine import Engine, SamplingParams
+    from toolkit.engine import AsyncEngine, Engine, SamplingParams
     from toolkit.exporting import export
     from toolkit.patching import PatchReport, patch, token_logprobs, unpatch, weights_changed
 
 # Resolved on first use, so that `toolkit --help` and the ops do not wait for transformers.
 _HOMES = {
+    "AsyncEngine": "toolkit.engine",
     "Engine": "toolkit.engine",
     "SamplingParams": "toolkit.engine",
     "export": "toolkit.exporting",
@@ -28,6 +29,7 @@ _HOMES = {
     "weights_changed": "toolkit.patching",
 }
 __all__ = [
+    "AsyncEngine",
     "Engine",
     "PatchReport",
     "SamplingParams",

@@ -39,7 +39,7 @@ _UNDERSTOOD = {
 def engine_rollout(trainer: "GRPOTrainer", *, share: bool = True, **limits: Any) -> Engine:
     """Let ``trainer`` generate with an engine on its own model, which is patched if it is not; the engine.
 
-    limits: fields of the engine's ``Limits``; ``seed`` is the trainer's, moved by the rank, unless given. Weights are
+    limits: arguments of ``toolkit.Engine``; ``seed`` is the trainer's, moved by the rank, unless given. Weights are
     read where they lie: after an optimizer step nothing is copied, and no prefix of older weights is hit. The engine
     sleeps while the trainer computes its loss.
     share: the trainer's log-probabilities come from a forward in which samples share their prompt; False keeps TRL's

@@ -136,9 +136,9 @@ def test_a_training_step_moves_the_version_and_rollouts_follow():
         assert check_parity(model, after)
         assert after[0].weight_version != before[0].weight_version
         assert after[0].logprobs != before[0].logprobs
-        hits = engine.stats()["prefix_hit_tokens"]
+        hits = engine.stats()["prefix_cache_hits"]
         assert engine.generate(prompt, params)[0].logprobs == after[0].logprobs
-        assert engine.stats()["prefix_hit_tokens"] == hits + 36
+        assert engine.stats()["prefix_cache_hits"] == hits + 36
 
 
 def test_a_model_in_train_mode_is_sampled_without_dropout_and_stays_in_it():
@@ -177,7 +177,7 @@ def test_the_engine_patches_once_and_keeps_the_tier():
     Engine(model, num_blocks=4, numerics="bitwise")
     assert report_of(model) is report
     assert model.model.layers[0].mlp.forward == forward
-    with pytest.raises(ToolkitError, match="numerics is 'fast' but the model is patched as 'bitwise'"):
+    with pytest.raises(ToolkitError, match="numerics must be 'bitwise', as the model is patched, or None, got 'fast'"):
         Engine(model, num_blocks=4, numerics="fast")
     with pytest.raises(ToolkitError, match="numerics must be one of fast, bitwise, got 'exact'"):
         Engine(model, num_blocks=4, numerics="exact")
@@ -193,8 +193,8 @@ def test_ends_of_text_come_from_config_generation_config_and_tokenizer():
 def test_default_limits_follow_the_model():
     engine = Engine(patched_llama(), max_num_seqs=4)
     assert engine.max_model_len == 128
-    assert engine.stats()["blocks_total"] == 4 * 8
-    with pytest.raises(ToolkitError, match="max_model_len is 129; allowed are values up to 128"):
+    assert engine.stats()["num_blocks"] == 4 * 8
+    with pytest.raises(ToolkitError, match=r"max_model_len must be <= 128, .*, got 129"):
         Engine(patched_llama(), max_model_len=129)
 
 

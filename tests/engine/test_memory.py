@@ -31,16 +31,16 @@ def test_swapped_sequences_go_on_where_they_were(model):
     with Engine(model, block_size=4) as engine:
         expected = outcome(engine.generate(PROMPTS, params()))
     # Room for one long sequence and a little: the others must make way, again and again.
-    with Engine(model, block_size=4, num_blocks=22, swap_bytes=None, max_num_batched_tokens=64) as engine:
+    with Engine(model, block_size=4, num_blocks=22, swap_space=None, max_num_batched_tokens=64) as engine:
         assert outcome(engine.generate(PROMPTS, params())) == expected
         stats = engine.stats()
         engine.check_integrity()
         assert engine.scheduler.swap.used == 0
     if model.config.model_type in ("llama", "granite_swa"):
-        assert stats["swaps"] > 0
-        with Engine(model, block_size=4, num_blocks=22, swap_bytes=0, max_num_batched_tokens=64) as engine:
+        assert stats["num_swaps"] > 0
+        with Engine(model, block_size=4, num_blocks=22, swap_space=0, max_num_batched_tokens=64) as engine:
             assert outcome(engine.generate(PROMPTS, params())) == expected
-            assert engine.stats()["swaps"] == 0
+            assert engine.stats()["num_swaps"] == 0
 
 
 def test_sleep_gives_the_memory_away_and_requests_under_way_survive(model):
@@ -107,9 +107,9 @@ def test_prefix_hits_need_what_every_layer_remembers(family):
     prompt = list(range(3, 303))
     with Engine(model, block_size=4) as engine:
         first = engine.generate([prompt], params())[0]
-        hits = engine.stats()["prefix_hit_tokens"]
+        hits = engine.stats()["prefix_cache_hits"]
         second = engine.generate([[*prompt[:280], 5, 6, 7]], params())[0]
-        got = engine.stats()["prefix_hit_tokens"] - hits
+        got = engine.stats()["prefix_cache_hits"] - hits
     # Recurrent layers keep the state after every sixteenth page of four tokens; others every page.
     assert got == (256 if family == "qwen3_next" else 280)
     for one in (first, second):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from toolkit.engine.limits import Limits
+from toolkit.engine.config import EngineConfig
 from toolkit.engine.params import SamplingParams
 from toolkit.errors import ToolkitError
 
@@ -47,12 +47,12 @@ BAD = [
 
 
 @pytest.mark.parametrize(("field", "value"), BAD)
-def test_bad_values_are_refused_with_field_value_and_what_is_allowed(field, value):
+def test_bad_values_are_refused_with_field_bound_and_value(field, value):
     with pytest.raises(ToolkitError) as caught:
         SamplingParams(**{field: value})
     message = str(caught.value)
-    assert message.startswith(f"{field} is {value!r}; allowed are ")
-    assert message.endswith(".")
+    assert message.startswith(f"{field} must be ")
+    assert message.endswith(f", got {value!r}.")
     assert "\n" not in message
 
 
@@ -66,9 +66,9 @@ def test_boundary_values_are_taken():
 
 
 def test_unknown_fields_are_refused_with_the_nearest():
-    with pytest.raises(ToolkitError, match="'temprature' is not a field of SamplingParams; did you mean 'temperature'"):
+    with pytest.raises(ToolkitError, match="SamplingParams has no argument 'temprature'; did you mean 'temperature'"):
         SamplingParams(temprature=1.0)
-    with pytest.raises(ToolkitError, match="allowed are n, max_tokens"):
+    with pytest.raises(ToolkitError, match="it has n, max_tokens"):
         SamplingParams(zzzzzz=1)
     with pytest.raises(ToolkitError, match="by name"):
         SamplingParams(1)
@@ -103,15 +103,17 @@ def test_greedy_and_penalised():
         ("block_size", 0),
         ("num_blocks", 0),
         ("num_blocks", 2.0),
+        ("swap_space", -1),
+        ("swap_space", "4"),
         ("enable_prefix_caching", 1),
         ("seed", -1),
     ],
 )
 def test_bad_limits_are_refused(field, value):
-    with pytest.raises(ToolkitError, match=rf"^{field} is {value!r}; allowed are "):
-        Limits.check(**{field: value})
+    with pytest.raises(ToolkitError, match=rf"^{field} must be .*, got {value!r}\.$"):
+        EngineConfig.check(**{field: value})
 
 
 def test_unknown_limits_are_refused_with_the_nearest():
-    with pytest.raises(ToolkitError, match="'max_seqs' is not a field of Engine; did you mean 'max_num_seqs'"):
-        Limits.check(max_seqs=3)
+    with pytest.raises(ToolkitError, match="Engine has no argument 'max_seqs'; did you mean 'max_num_seqs'"):
+        EngineConfig.check(max_seqs=3)

@@ -60,8 +60,8 @@ def prompts(seed: int, count: int) -> list[list[int]]:
     "limits",
     [
         {},
-        {"block_size": 4, "num_blocks": 22, "max_num_batched_tokens": 16, "swap_bytes": 0},
-        {"block_size": 4, "num_blocks": 22, "max_num_batched_tokens": 16, "swap_bytes": None},
+        {"block_size": 4, "num_blocks": 22, "max_num_batched_tokens": 16, "swap_space": 0},
+        {"block_size": 4, "num_blocks": 22, "max_num_batched_tokens": 16, "swap_space": None},
         {"enable_prefix_caching": False, "max_num_seqs": 3, "max_num_batched_tokens": 9},
     ],
 )
@@ -74,10 +74,10 @@ def test_it_is_that_of_every_sequence_alone(model: Any, limits: dict[str, Any]) 
         engine.check_integrity()
     check(model, completions)
     if "num_blocks" in limits:
-        assert stats["preemptions"] > 0
-        assert (stats["swaps"] > 0) == (limits["swap_bytes"] is None)
+        assert stats["num_preemptions"] > 0
+        assert (stats["num_swaps"] > 0) == (limits["swap_space"] is None)
     if limits.get("enable_prefix_caching", True):
-        assert stats["prefix_hit_tokens"] > 0
+        assert stats["prefix_cache_hits"] > 0
 
 
 def test_it_is_that_of_transformers_own_router(model: Any) -> None:
@@ -104,10 +104,10 @@ def test_a_sleep_and_a_prefix_hit_in_between_lose_nothing(model: Any) -> None:
             found += [delta.finished for delta in engine.step() if delta.finished is not None]
             engine.sleep()
             engine.wake()
-        before = engine.stats()["prefix_hit_tokens"]
+        before = engine.stats()["prefix_cache_hits"]
         found += engine.generate([prompt], params)
         again = engine.generate([prompt], params)
-        assert engine.stats()["prefix_hit_tokens"] > before
+        assert engine.stats()["prefix_cache_hits"] > before
     check(model, [*found, *again])
 
 

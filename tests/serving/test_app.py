@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 from fastapi.testclient import TestClient
 
-from toolkit.engine.params import SamplingParams
-from toolkit.serving.app import Served, create_app
-from toolkit.serving.runner import Runner, Unavailable
+from toolkit.engine import AsyncEngine, EngineUnavailable, SamplingParams
+from toolkit.serving.app import ServerConfig, create_app
+from toolkit.serving.metrics import Metrics
 
 PROMPT = {"prompt": [1, 2, 3], "max_tokens": 3}
 
@@ -21,24 +21,31 @@ class ToldEngine:
     def __init__(self, fail=None, error=None):
         self.fail, self.error = fail, error
         self.live, self.cancelled, self.steps = {}, [], 0
+        self.ended = []
+        self.is_sleeping = False
         self.held = threading.Event()
         self.held.set()
 
-    def submit(self, prompt, params):
-        self.live[len(self.live)] = (params, [])
-        return len(self.live) - 1
+    def submit_batch(self, prompts, params):
+        first = len(self.live)
+        for at, one in enumerate(params):
+            self.live[first + at] = (one, [], at)
+        return list(range(first, first + len(params)))
 
     @property
     def has_work(self):
-        return bool(self.live)
+        return bool(self.live or self.ended)
 
     def step(self):
+        if not self.live:
+            deltas, self.ended = self.ended, []
+            return deltas
         self.held.wait(10)
         self.steps += 1
         if self.fail:
             raise self.fail
-        deltas = []
-        for request, (params, tokens) in list(self.live.items()):
+        deltas, self.ended = self.ended, []
+        for request, (params, tokens, prompt) in list(self.live.items()):
             tokens.append(7)
             done = None
             if len(tokens) == params.max_tokens or self.error:
@@ -51,6 +58,7 @@ class ToldEngine:
             deltas.append(
                 SimpleNamespace(
                     request_id=request,
+                    prompt_index=prompt,
                     index=0,
                     token_ids=[7],
                     logprobs=[float("-inf")],
@@ -63,15 +71,22 @@ class ToldEngine:
 
     def cancel(self, request):
         self.cancelled.append(request)
-        self.live.pop(request, None)
+        if request in self.live:
+            prompt = self.live.pop(request)[2]
+            done = SimpleNamespace(finish_reason="cancelled", error=None)
+            self.ended.append(
+                SimpleNamespace(request_id=request, prompt_index=prompt, index=0, token_ids=[], finished=done)
+            )
 
     def stats(self):
-        return {"running": len(self.live), "waiting": 0}
+        return {"num_requests_running": len(self.live), "num_requests_waiting": 0}
 
 
-def client_of(engine, max_sequences=8, **served):
-    runner = Runner(engine, max_sequences)
-    return TestClient(create_app(Served("told", runner, **served)), raise_server_exceptions=False), runner
+def client_of(engine, max_queued_seqs=8, **config):
+    metrics = Metrics()
+    async_engine = AsyncEngine(engine, max_queued_seqs=max_queued_seqs, listener=metrics)
+    app = create_app(ServerConfig("told", async_engine, metrics, **config))
+    return TestClient(app, raise_server_exceptions=False), async_engine
 
 
 def test_an_engine_that_fails_ends_its_requests_and_the_health():
@@ -89,33 +104,33 @@ def test_an_engine_that_fails_ends_its_requests_and_the_health():
 def test_an_engine_that_fails_ends_a_stream_with_an_error_event():
     client, _ = client_of(ToldEngine(fail=RuntimeError("out of memory")))
     with client:
-        answer = client.post("/v1/completions", json={**PROMPT, "stream": True})
-        assert "The engine has stopped: out of memory" in answer.text
-        assert "[DONE]" not in answer.text
+        response = client.post("/v1/completions", json={**PROMPT, "stream": True})
+        assert "The engine has stopped: out of memory" in response.text
+        assert "[DONE]" not in response.text
 
 
 def test_a_request_that_fails_in_the_engine_fails_alone():
     engine = ToldEngine(error="no such expert")
     client, _ = client_of(engine)
     with client:
-        answer = client.post("/v1/completions", json=PROMPT)
-        assert answer.status_code == 500
-        assert answer.json()["error"]["message"] == "The request failed in the engine: no such expert"
+        response = client.post("/v1/completions", json=PROMPT)
+        assert response.status_code == 500
+        assert response.json()["error"]["message"] == "The request failed in the engine: no such expert"
         engine.error = None
         assert client.post("/v1/completions", json=PROMPT).json()["choices"][0]["text"] == "xxx"
 
 
 def test_beyond_the_limit_requests_are_refused_until_there_is_room():
     engine = ToldEngine()
-    client, runner = client_of(engine, max_sequences=2)
-    answers = []
+    client, async_engine = client_of(engine, max_queued_seqs=2)
+    responses = []
     with client:
         engine.held.clear()
         asking = threading.Thread(
-            target=lambda: answers.append(client.post("/v1/completions", json={**PROMPT, "prompt": [[1], [2]]}))
+            target=lambda: responses.append(client.post("/v1/completions", json={**PROMPT, "prompt": [[1], [2]]}))
         )
         asking.start()
-        while not runner._tickets:
+        while not async_engine._handles:
             time.sleep(0.005)
         refused = client.post("/v1/completions", json=PROMPT)
         engine.held.set()
@@ -123,7 +138,7 @@ def test_beyond_the_limit_requests_are_refused_until_there_is_room():
         assert refused.status_code == 503
         assert refused.headers["retry-after"] == "1"
         assert "limit of 2 sequences" in refused.json()["error"]["message"]
-        assert answers[0].status_code == 200
+        assert responses[0].status_code == 200
         assert client.post("/v1/completions", json=PROMPT).status_code == 200
 
 
@@ -136,8 +151,8 @@ def test_an_api_key_is_asked_for_where_models_are():
             {"authorization": "Bearer wrong"},
             {"authorization": "Bearer secrét".encode("latin-1")},
         ):
-            answer = client.get("/v1/models", headers=key)
-            assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+            response = client.get("/v1/models", headers=key)
+            assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key")
         good = client.get("/v1/models", headers={"authorization": "Bearer secret"})
         assert good.json()["data"][0]["id"] == "told"
 
@@ -158,34 +173,34 @@ def test_without_a_tokenizer_prompts_are_token_ids():
 def test_a_body_beyond_the_limit_is_refused():
     client, _ = client_of(ToldEngine())
     with client:
-        answer = client.post("/v1/completions", content=b" " * (33 * 2**20))
-        assert answer.status_code == 413
+        response = client.post("/v1/completions", content=b" " * (33 * 2**20))
+        assert response.status_code == 413
 
 
 def test_the_engine_thread_sleeps_while_there_is_nothing_to_do():
     engine = ToldEngine()
-    client, runner = client_of(engine)
+    client, async_engine = client_of(engine)
     with client:
         client.post("/v1/completions", json=PROMPT)
         used = time.process_time()
         time.sleep(0.3)
         assert time.process_time() - used < 0.1
         assert engine.steps == 3
-    assert not runner._thread.is_alive()
+    assert not async_engine._thread.is_alive()
 
 
-def test_a_closing_runner_ends_what_waits():
+def test_a_shutdown_ends_what_waits():
     async def scenario():
         engine = ToldEngine()
-        runner = Runner(engine)
-        runner.start()
-        ticket = await runner.submit([[1]], SamplingParams(max_tokens=10**9))
-        await asyncio.to_thread(runner.close)
-        with pytest.raises(Unavailable, match="shutting down"):
-            async for _ in ticket.deltas():
+        async_engine = AsyncEngine(engine)
+        handle = async_engine.submit([[1]], SamplingParams(max_tokens=10**9))
+        await handle.wait_accepted()
+        await asyncio.to_thread(async_engine.shutdown, close_engine=False)
+        with pytest.raises(EngineUnavailable, match="shutting down"):
+            async for _ in handle:
                 pass
-        with pytest.raises(Unavailable, match="shutting down"):
-            await runner.submit([[1]], SamplingParams())
+        with pytest.raises(EngineUnavailable, match="shutting down"):
+            async_engine.submit([[1]], SamplingParams())
         assert engine.cancelled == [0]
 
     asyncio.run(scenario())
@@ -195,20 +210,21 @@ def test_a_cancelled_submission_leaves_nothing_behind():
     async def scenario():
         engine = ToldEngine()
         engine.held.clear()
-        runner = Runner(engine, max_sequences=2)
-        runner.start()
-        first = await runner.submit([[1]], SamplingParams(max_tokens=10**9))
-        waiting = asyncio.create_task(runner.submit([[2]], SamplingParams(max_tokens=10**9)))
+        async_engine = AsyncEngine(engine, max_queued_seqs=2)
+        first = async_engine.submit([[1]], SamplingParams(max_tokens=10**9))
+        await first.wait_accepted()
+        second = async_engine.submit([[2]], SamplingParams(max_tokens=10**9))
+        waiting = asyncio.create_task(second.wait_accepted())
         await asyncio.sleep(0.05)
         waiting.cancel()
         engine.held.set()
         with pytest.raises(asyncio.CancelledError):
             await waiting
         first.cancel()
-        while runner._tickets:
+        while async_engine._handles:
             await asyncio.sleep(0.005)
         assert not engine.live
-        assert runner._load == 0
-        await asyncio.to_thread(runner.close)
+        assert async_engine._num_queued == 0
+        await asyncio.to_thread(async_engine.shutdown, close_engine=False)
 
     asyncio.run(scenario())

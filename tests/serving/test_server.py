@@ -70,7 +70,7 @@ def complete(client, prompt=PROMPT, max_tokens=12, **fields):
 def test_the_model_is_listed(client):
     assert [model.id for model in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").id == "tiny"
-    with pytest.raises(openai.NotFoundError, match="this server has only 'tiny'"):
+    with pytest.raises(openai.NotFoundError, match="must be 'tiny', got 'large'"):
         client.models.retrieve("large")
 
 
@@ -220,16 +220,16 @@ def test_a_client_that_leaves_frees_its_place(server, stream):
         with server.http.stream("POST", "/v1/completions", json=body) as answer:
             lines = answer.iter_lines()  # held: httpx closes the connection when the iterator goes
             next(lines)
-            assert readings(server)["toolkit_sequences_running"] == 2
+            assert readings(server)["toolkit:num_requests_running"] == 2
     else:
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{server.url}/v1/completions", json=body, timeout=httpx.Timeout(60, read=0.5))
-    until(lambda: readings(server)["toolkit_sequences_running"] == 0)
+    until(lambda: readings(server)["toolkit:num_requests_running"] == 0)
     after = readings(server)
-    cancelled = 'toolkit_generations_total{reason="cancelled"}'
+    cancelled = 'toolkit:request_success_total{finished_reason="cancelled"}'
     assert after[cancelled] == before.get(cancelled, 0) + 2
-    assert after["toolkit_generated_tokens_total"] - before["toolkit_generated_tokens_total"] < 7900
-    assert after["toolkit_pages_used"] == 0
+    assert after["toolkit:generation_tokens_total"] - before["toolkit:generation_tokens_total"] < 7900
+    assert after["toolkit:kv_cache_usage_perc"] == 0
 
 
 def test_metrics_count_what_was_done(server):
@@ -237,15 +237,15 @@ def test_metrics_count_what_was_done(server):
     complete(server.client, "jumps over the lazy dog", max_tokens=9, n=2, **GREEDY)
     after = readings(server)
     grown = {name: after[name] - before.get(name, 0) for name in after if after[name] != before.get(name, 0)}
-    assert grown["toolkit_generated_tokens_total"] == 18
-    assert grown["toolkit_prompt_tokens_total"] > 0
-    assert grown['toolkit_generations_total{reason="length"}'] == 2
-    assert grown['toolkit_requests_total{path="/v1/completions",status="200"}'] == 1
-    assert grown["toolkit_time_to_first_token_seconds_count"] == 2
-    assert grown["toolkit_inter_token_latency_seconds_count"] == 16
+    assert grown["toolkit:generation_tokens_total"] == 18
+    assert grown["toolkit:prompt_tokens_total"] > 0
+    assert grown['toolkit:request_success_total{finished_reason="length"}'] == 2
+    assert grown['toolkit:http_requests_total{path="/v1/completions",status="200"}'] == 1
+    assert grown["toolkit:time_to_first_token_seconds_count"] == 2
+    assert grown["toolkit:inter_token_latency_seconds_count"] == 16
     for name in ("time_to_first_token", "inter_token_latency"):
-        assert after[f'toolkit_{name}_seconds_bucket{{le="+Inf"}}'] == after[f"toolkit_{name}_seconds_count"]
-    assert after["toolkit_sequences_running"] == after["toolkit_sequences_waiting"] == 0
+        assert after[f'toolkit:{name}_seconds_bucket{{le="+Inf"}}'] == after[f"toolkit:{name}_seconds_count"]
+    assert after["toolkit:num_requests_running"] == after["toolkit:num_requests_waiting"] == 0
     assert server.http.get("/health").json() == {"status": "ok"}
 
 
@@ -253,18 +253,36 @@ COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
 WRONG = [
     (COMPLETIONS, {"prompt": "a", "tempature": 1}, 400, "tempature", "did you mean 'temperature'?"),
     (COMPLETIONS, {}, 400, "prompt", "'prompt' is required."),
-    (COMPLETIONS, {"prompt": ""}, 400, "prompt", "prompt has 0 tokens"),
-    (COMPLETIONS, {"prompt": [3, 320]}, 400, "prompt", "'prompt' has the token id 320; allowed are 0 to"),
-    (COMPLETIONS, {"prompt": "a", "model": "large"}, 404, "model", "this server has only 'tiny'."),
-    (COMPLETIONS, {"prompt": "a", "temperature": -1}, 400, "temperature", "temperature is -1"),
-    (COMPLETIONS, {"prompt": "a", "top_p": 0}, 400, "top_p", "top_p is 0"),
-    (COMPLETIONS, {"prompt": "a", "max_tokens": 0}, 400, "max_tokens", "max_tokens is 0"),
-    (COMPLETIONS, {"prompt": "a", "max_tokens": 5000}, 400, "max_tokens", "max_tokens is 5000"),
-    (COMPLETIONS, {"prompt": [9] * 4096}, 400, "prompt", "prompt has 4096 tokens"),
-    (COMPLETIONS, {"prompt": ["a"] * 65}, 400, None, "asks for 65 sequences; allowed are up to 64."),
-    (COMPLETIONS, {"prompt": "a", "seed": 2**70}, 400, "seed", "seed is"),
-    (COMPLETIONS, {"prompt": "a", "stop": ""}, 400, "stop", "stop is"),
-    (COMPLETIONS, {"prompt": "a", "min_tokens": 9, "max_tokens": 3}, 400, "min_tokens", "min_tokens is 9"),
+    (COMPLETIONS, {"prompt": ""}, 400, "prompt", "prompt must have >= 1 tokens, got 0."),
+    (COMPLETIONS, {"prompt": [3, 320]}, 400, "prompt", "'prompt' must have token ids from 0 to 319, got 320."),
+    (COMPLETIONS, {"prompt": "a", "model": "large"}, 404, "model", "'model' must be 'tiny', got 'large'."),
+    (
+        COMPLETIONS,
+        {"prompt": "a", "temperature": -1},
+        400,
+        "temperature",
+        "a finite number >= 0, got -1.0.",
+    ),
+    (COMPLETIONS, {"prompt": "a", "top_p": 0}, 400, "top_p", "top_p must be a finite number > 0 and <= 1, got 0"),
+    (
+        COMPLETIONS,
+        {"prompt": "a", "max_tokens": 0},
+        400,
+        "max_tokens",
+        "must be an integer >= 1 or None, got 0.",
+    ),
+    (COMPLETIONS, {"prompt": "a", "max_tokens": 5000}, 400, "max_tokens", ", got 5000."),
+    (COMPLETIONS, {"prompt": [9] * 4096}, 400, "prompt", ", got 4096."),
+    (COMPLETIONS, {"prompt": ["a"] * 65}, 400, None, "The request must have <= 64 sequences, got 65."),
+    (COMPLETIONS, {"prompt": "a", "seed": 2**70}, 400, "seed", "seed must be an integer"),
+    (COMPLETIONS, {"prompt": "a", "stop": ""}, 400, "stop", "stop must be a string"),
+    (
+        COMPLETIONS,
+        {"prompt": "a", "min_tokens": 9, "max_tokens": 3},
+        400,
+        "min_tokens",
+        "must be <= max_tokens (3), got 9.",
+    ),
     (COMPLETIONS, {"prompt": "a", "echo": True}, 400, "echo", "does not offer 'echo'"),
     (COMPLETIONS, {"prompt": "a", "suffix": "b"}, 400, "suffix", "does not offer 'suffix'"),
     (CHATS, {"messages": []}, 400, "messages", "at least 1 item"),
@@ -315,7 +333,7 @@ def test_sigterm_lets_short_requests_finish_and_ends_with_status_0(server):
     assert server.process.wait(timeout=20) == 0
     assert outcome["short"] == "data: [DONE]"
     error = json.loads(outcome["long"].removeprefix("data: "))["error"]
-    assert error["message"] == "The server is shutting down."
+    assert error["message"] == "The engine is shutting down."
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{server.url}/health")
     assert not any("Traceback" in line for line in server.errors), server.errors

@@ -60,7 +60,7 @@ def test_an_engine_on_the_example_kind_is_close_to_the_model(example) -> None:
     prompts = [list(range(3, 3 + n)) for n in (20, 9, 31)]
     params = toolkit.SamplingParams(max_tokens=12, ignore_eos=True, seed=1, n=2)
     outcomes = []
-    for limits in ({}, {"block_size": 4, "num_blocks": 14, "max_num_batched_tokens": 8, "swap_bytes": None}):
+    for limits in ({}, {"block_size": 4, "num_blocks": 14, "max_num_batched_tokens": 8, "swap_space": None}):
         with toolkit.Engine(model, kinds={"full": "int8"}, **limits) as engine:
             outcomes.append([(one.token_ids, one.logprobs) for one in engine.generate(prompts, params)])
     assert outcomes[0] == outcomes[1]
@@ -69,5 +69,5 @@ def test_an_engine_on_the_example_kind_is_close_to_the_model(example) -> None:
 def test_an_unknown_kind_is_refused(example) -> None:
     with pytest.raises(ToolkitError, match=r"state kind must be one of .*, got 'int4'"):
         toolkit.Engine(example["model"], kinds={"full": "int4"})
-    with pytest.raises(ToolkitError, match="kinds names 'latent', which no layer"):
+    with pytest.raises(ToolkitError, match="a key of kinds must be one of full, got 'latent'"):
         toolkit.Engine(example["model"], kinds={"latent": "int8"})

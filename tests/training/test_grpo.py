@@ -210,8 +210,8 @@ def test_memory_is_what_the_recipe_gives_and_changes_no_bit(tmp_path: Path) -> N
         metrics.append(policy.finish()[1])
         engines.append(policy.rollout.engine.stats())
     assert steps[0] == steps[1]
-    assert [engine["blocks_total"] for engine in engines] == [32, 3]
-    assert engines[1]["preemptions"] > 0
+    assert [engine["num_blocks"] for engine in engines] == [32, 3]
+    assert engines[1]["num_preemptions"] > 0
     assert metrics[1]["mismatch_bits"] == 0
 
 

@@ -3,10 +3,15 @@
 import argparse
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from toolkit.cli.options import add_model_options, load, make_engine
 from toolkit.errors import ToolkitError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from toolkit.engine import Completion, Engine, SamplingParams
 
 VISIBLE = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 """Control characters as text: what a model writes must not steer the terminal."""
@@ -16,11 +21,11 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("generate", help="continue prompts with a model")
     add_model_options(parser)
     parser.add_argument("prompts", nargs="*", help="texts to continue (default: one, from standard input)")
-    parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="a prompt (default: 128)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (default: 1)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus mass (default: 1, off)")
-    parser.add_argument("--top-k", type=int, default=0, help="likeliest tokens to draw from (default: 0, off)")
-    parser.add_argument("--seed", type=int, help="of every prompt's draws (default: a fresh one)")
+    parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="per prompt (default: 128)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the most probable token (default: 1)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="probability mass to sample from (default: 1, off)")
+    parser.add_argument("--top-k", type=int, default=0, help="most probable tokens to sample from (default: 0, off)")
+    parser.add_argument("--seed", type=int, help="of every prompt's samples (default: a fresh one)")
     parser.set_defaults(run=run)
 
 
@@ -30,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     if not prompts and not sys.stdin.isatty():
         prompts = [sys.stdin.read()]
     if not any(prompts):
-        raise ToolkitError("There is nothing to continue: give one or more prompts, or a text on standard input.")
+        raise ToolkitError("There is nothing to continue; give one or more prompts, or a text on standard input.")
 
     from toolkit.engine import SamplingParams
 
@@ -44,12 +49,14 @@ def run(args: argparse.Namespace) -> int:
 
     model, tokenizer = load(args)
     if tokenizer is None:
-        raise ToolkitError(f"The model '{args.model}' has no tokenizer, so that it cannot continue text.")
+        raise ToolkitError(
+            f"The model '{args.model}' has no tokenizer, and so cannot continue text; serve it, and send token ids."
+        )
     with make_engine(args, model, tokenizer) as engine:
         return _show(engine, prompts, params)
 
 
-def _show(engine: Any, prompts: list[str], params: Any) -> int:
+def _show(engine: "Engine", prompts: list[str], params: "SamplingParams") -> int:
     """Stream the first prompt's text as it comes; the others, computed in the same batch, follow in order."""
     from rich.console import Console
 
@@ -57,7 +64,7 @@ def _show(engine: Any, prompts: list[str], params: Any) -> int:
     started = time.perf_counter()
     order = [engine.submit(prompt, params) for prompt in prompts]
     unread = dict.fromkeys(order, "")
-    done: dict[Any, Any] = {}
+    done: dict[int, Completion] = {}
     shown = 0
     _head(console, prompts, 0)
     while len(done) < len(order):
@@ -81,19 +88,19 @@ def _show(engine: Any, prompts: list[str], params: Any) -> int:
     return int(any(completion.finish_reason == "error" for completion in done.values()))
 
 
-def _write(console: Any, text: str) -> None:
-    """The model's text as it is: rich would expand tabs, by the place in a piece instead of the line."""
+def _write(console: "Console", text: str) -> None:
+    """The model's text as it is: rich would expand tabs, by the offset in a chunk instead of the line."""
     console.file.write(text.translate(VISIBLE))
     console.file.flush()
 
 
-def _head(console: Any, prompts: list[str], place: int) -> None:
+def _head(console: "Console", prompts: list[str], index: int) -> None:
     if len(prompts) > 1:
-        console.rule(f"prompt {place + 1} of {len(prompts)}", align="left", style="dim")
-    console.out(prompts[place].translate(VISIBLE), end="", style="bold cyan")
+        console.rule(f"prompt {index + 1} of {len(prompts)}", align="left", style="dim")
+    console.out(prompts[index].translate(VISIBLE), end="", style="bold cyan")
 
 
-def _tail(console: Any, completion: Any) -> None:
+def _tail(console: "Console", completion: "Completion") -> None:
     reason = completion.finish_reason
     console.out("")
     if reason == "error":

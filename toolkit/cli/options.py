@@ -1,11 +1,23 @@
 """Options that several subcommands share: where the model runs and how much the engine takes on."""
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from toolkit.loading import DTYPES, load_model
 
-LIMITS = ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "block_size", "num_blocks")
+if TYPE_CHECKING:
+    from toolkit.engine import Engine
+
+ENGINE_OPTIONS = (
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "max_model_len",
+    "block_size",
+    "num_blocks",
+    "swap_space",
+    "enable_prefix_caching",
+)
+"""Options that are keyword arguments of the engine."""
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +27,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--device", default="cpu", help="such as cpu or cuda (default: cpu)")
-    parser.add_argument("--numerics", choices=("bitwise", "fast"), help="tier (default: bitwise on CPU)")
+    parser.add_argument("--numerics", choices=("bitwise", "fast"), help="numerics mode (default: bitwise on CPU)")
 
 
 def load(args: argparse.Namespace) -> tuple[Any, Any]:
@@ -26,22 +38,23 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
-    """The engine's limits; what is not given keeps the engine's default."""
+    """The engine's keyword arguments; what is not given keeps the engine's default."""
     parser.add_argument("--max-num-seqs", type=int, metavar="N", help="sequences in a step")
     parser.add_argument("--max-num-batched-tokens", type=int, metavar="N", help="tokens in a step")
     parser.add_argument("--max-model-len", type=int, metavar="N", help="tokens of prompt and completion together")
-    parser.add_argument("--block-size", type=int, metavar="N", help="tokens in a page of state")
-    parser.add_argument("--num-blocks", type=int, metavar="N", help="pages of state")
+    parser.add_argument("--block-size", type=int, metavar="N", help="tokens of state in a block")
+    parser.add_argument("--num-blocks", type=int, metavar="N", help="blocks of state")
+    parser.add_argument("--swap-space", type=float, metavar="GIB", help="host memory for preempted sequences")
     parser.add_argument(
-        "--no-enable-prefix-caching", action="store_true", help="do not reuse the state of common prefixes"
+        "--enable-prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        help="reuse the state of common prefixes (default: on)",
     )
 
 
-def make_engine(args: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
+def make_engine(args: argparse.Namespace, model: Any, tokenizer: Any) -> "Engine":
     """The engine that the options describe."""
     from toolkit.engine import Engine
 
-    limits = {name: getattr(args, name) for name in LIMITS if getattr(args, name, None) is not None}
-    if getattr(args, "no_enable_prefix_caching", False):
-        limits["enable_prefix_caching"] = False
-    return Engine(model, tokenizer, numerics=args.numerics, **limits)
+    given = {name: getattr(args, name) for name in ENGINE_OPTIONS if getattr(args, name, None) is not None}
+    return Engine(model, tokenizer, numerics=args.numerics, **given)

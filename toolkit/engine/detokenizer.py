@@ -1,38 +1,49 @@
 """Tokens to text, one at a time, without ever showing text that may still change."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 REPLACEMENT = "�"
 CONTEXT = 6
-"""Prompt tokens that are decoded along, so that the first new piece keeps its leading space."""
+"""Prompt tokens that are decoded along, so that the first new token keeps its leading space."""
 HOLD = 16
-"""Tokens after which a run without a character boundary is taken for what it is: not text."""
+"""Tokens after which a run without a character boundary is taken for bytes that are not text."""
+
+
+class Tokenizer(Protocol):
+    """What the engine needs of a Hugging Face tokenizer. Its ``eos_token_id``, if it has one, ends a text."""
+
+    def __call__(self, text: Any, /) -> Mapping[str, Any]:
+        """{"input_ids": token ids} of a text."""
+
+    def decode(self, token_ids: Any, /, *, skip_special_tokens: bool = ...) -> Any:
+        """The text of token ids."""
 
 
 class Decoder:
     """A tokenizer's decoding, with the text of single tokens remembered."""
 
-    def __init__(self, tokenizer: Any, skip_special_tokens: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
         # The Rust tokenizer under a fast one, where there is one: the wrapper costs as much as the decoding.
-        self._tokenizer = getattr(tokenizer, "backend_tokenizer", None) or tokenizer
+        self._tokenizer: Tokenizer = getattr(tokenizer, "backend_tokenizer", None) or tokenizer
         self._skip = skip_special_tokens
-        self._pieces: dict[int, str] = {}
+        self._texts: dict[int, str] = {}
 
     def decode(self, ids: list[int]) -> str:
         """The text of ``ids``; bytes that are not UTF-8 give U+FFFD."""
         if len(ids) != 1:
-            return self._tokenizer.decode(ids, skip_special_tokens=self._skip) if ids else ""
-        piece = self._pieces.get(ids[0])
-        if piece is None:
-            piece = self._pieces[ids[0]] = self._tokenizer.decode(ids, skip_special_tokens=self._skip)
-        return piece
+            return str(self._tokenizer.decode(ids, skip_special_tokens=self._skip)) if ids else ""
+        text = self._texts.get(ids[0])
+        if text is None:
+            text = self._texts[ids[0]] = self._tokenizer.decode(ids, skip_special_tokens=self._skip)
+        return text
 
 
 class Detokenizer:
     """The text of one completion as it grows.
 
     ``push`` a token, then ``take`` what may be shown; ``finish`` once at the end. ``text`` is everything so
-    far, cut at the stop string when one was found.
+    far, truncated at the stop string when one was found.
     """
 
     def __init__(

@@ -1,77 +1,121 @@
 """Continuous batching over one patched model."""
 
 import itertools
-import threading
 from collections import deque
 from collections.abc import Iterator
-from collections.abc import Sequence as Collection
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
-from toolkit.engine.detokenizer import Decoder
-from toolkit.engine.limits import Limits
-from toolkit.engine.outputs import Completion, Delta
+from toolkit.engine.config import EngineConfig
+from toolkit.engine.detokenizer import Decoder, Tokenizer
+from toolkit.engine.outputs import Completion, Delta, FinishReason
 from toolkit.engine.params import SamplingParams
-from toolkit.engine.prompts import check_params, check_prompt, split_prompts
+from toolkit.engine.prompts import Params, Prompt, Prompts, check_params, check_prompt, split_prompts
 from toolkit.engine.request import Request, Sequence
-from toolkit.engine.runner import Backend, PatchedModel, Runner, block_counts
+from toolkit.engine.runner import Backend, ModelRunner, PatchedModel, block_counts
 from toolkit.engine.sampler import Sampler
 from toolkit.engine.scheduler import Chunk, Scheduler
 from toolkit.engine.swap import SwapSpace
-from toolkit.errors import ToolkitError
+from toolkit.errors import ToolkitError, must_be_one_of
 from toolkit.state import BlockManager, StatePool, StateSpec
 
 
 class Engine:
     """Generates from ``model`` with many requests in flight, over paged state.
 
-    model: a Hugging Face causal language model, patched here if it is not yet (nothing else of it changes),
-    or a ``Backend``. tokenizer: a Hugging Face tokenizer; None takes and gives token ids only. limits: the
-    fields of ``Limits``.
+    An engine is single-threaded: call all of its methods from one thread. ``AsyncEngine`` puts one on a thread and
+    serves any number of others. Use it as a context manager, or ``close`` it.
 
-    ``submit``, ``cancel`` and ``stats`` may be called from any thread while another one steps. Use it as a
-    context manager, or ``close`` it. Raises ToolkitError for limits that are unknown or not allowed.
+    Args:
+        model: a Hugging Face causal language model, which is patched here if it is not yet (nothing else of it
+            changes), or a ``Backend``.
+        tokenizer: a Hugging Face tokenizer; None takes and returns token ids only.
+        max_num_seqs: sequences in a step.
+        max_num_batched_tokens: tokens in a step. It also bounds the sequences, since each needs one.
+        max_model_len: tokens of prompt and completion together; None for what the model was made for.
+        block_size: tokens of state in a block.
+        num_blocks: blocks of state; None for enough for max_num_seqs sequences of max_model_len, within a part of the
+            device's memory. vLLM's name is num_gpu_blocks_override; here state may live on a CPU, and no profiling run
+            is overridden.
+        swap_space: GiB of host memory for the state of preempted sequences; without room there the state is computed
+            again. None for no bound, 0 for none.
+        enable_prefix_caching: reuse the state of common prefixes.
+        enable_return_routed_experts: keep the experts that each token is routed to beside its other state, and return
+            them as ``Completion.routed_experts``.
+        kinds: state kinds in the place of others, such as {"full": "int8"}; None for those that the layers ask for.
+        numerics: "fast" or "bitwise", see ``toolkit.numerics``; None for the device's default, or for the mode that is
+            already patched in.
+        seed: of the generator that seeds requests without a seed; None for one from the operating system.
+
+    Raises:
+        ToolkitError: for an unknown argument or a bad value.
     """
 
-    def __init__(self, model: Any, tokenizer: Any = None, **limits: Any) -> None:
-        self.limits = Limits.check(**limits)
-        self.backend: Backend = model if isinstance(model, Backend) else PatchedModel(model, self.limits.numerics)
+    def __init__(
+        self,
+        model: nn.Module | Backend,
+        tokenizer: Tokenizer | None = None,
+        *,
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int = 2048,
+        max_model_len: int | None = None,
+        block_size: int = 16,
+        num_blocks: int | None = None,
+        swap_space: float | None = 0,
+        enable_prefix_caching: bool = True,
+        enable_return_routed_experts: bool = False,
+        kinds: dict[str, str] | None = None,
+        numerics: str | None = None,
+        seed: int | None = None,
+        **unknown: Any,
+    ) -> None:
+        self.config = EngineConfig.check(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+            block_size=block_size,
+            num_blocks=num_blocks,
+            swap_space=swap_space,
+            enable_prefix_caching=enable_prefix_caching,
+            enable_return_routed_experts=enable_return_routed_experts,
+            kinds=kinds,
+            numerics=numerics,
+            seed=seed,
+            **unknown,
+        )
+        self.backend: Backend = model if isinstance(model, Backend) else PatchedModel(model, numerics)
+        self.vocab_size = self.backend.vocab_size
         self.tokenizer = tokenizer
         self.max_model_len = self._max_model_len()
-        size, specs = self.limits.block_size, self._specs()
-        running = min(self.limits.max_num_seqs, self.limits.max_num_batched_tokens)
-        pages = block_counts(specs, self.backend, self.limits, running, self.max_model_len)
-        self.pool = StatePool(specs, pages, size, self.backend.dtype, self.backend.device)
-        self.block_manager = BlockManager(self.pool.groups, [pages[group] for group in self.pool.groups], size)
+        specs = self._specs()
+        running = min(max_num_seqs, max_num_batched_tokens)
+        blocks = block_counts(specs, self.backend, self.config, running, self.max_model_len)
+        self.pool = StatePool(specs, blocks, block_size, self.backend.dtype, self.backend.device)
+        self.block_manager = BlockManager(self.pool.groups, [blocks[group] for group in self.pool.groups], block_size)
         self.scheduler = Scheduler(
             self.block_manager,
-            self.limits.max_num_seqs,
-            self.limits.max_num_batched_tokens,
-            self.limits.enable_prefix_caching,
-            SwapSpace(self.pool, self.block_manager, self.limits.swap_bytes),
+            max_num_seqs,
+            max_num_batched_tokens,
+            enable_prefix_caching,
+            SwapSpace(self.pool, self.block_manager, self.config.swap_bytes),
         )
-        self.runner = Runner(self.backend, self.pool, self.scheduler.max_running, self.max_model_len)
+        self.runner = ModelRunner(self.backend, self.pool, self.scheduler.max_running, self.max_model_len)
         self._sampler = Sampler()
         self._eos = self.backend.eos | _eos_of(tokenizer)
         self._decoders = {skip: Decoder(tokenizer, skip) for skip in (True, False)} if tokenizer is not None else {}
-        self._seeds = np.random.default_rng(self.limits.seed)
+        self._seeds = np.random.default_rng(seed)
         self._ids = itertools.count()
         self._version = self.backend.version()
-        self._generated = 0
+        self._generation_tokens = 0
         self._steps = 0
-        # _stepping guards scheduler, tables and _pending. _mail guards what other threads hand in; it may be
-        # taken inside _stepping, never the other way round.
-        self._stepping = threading.Lock()
-        self._mail = threading.Lock()
         self._live: dict[int, Request] = {}
-        self._inbox: list[Request] = []
-        self._to_cancel: list[int] = []
         self._pending: list[Delta] = []
-        self._closed = False
-        self._asleep = False
+        self.is_closed = False
+        self.is_sleeping = False
 
     def __enter__(self) -> "Engine":
         return self
@@ -79,149 +123,143 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def generate(
-        self, prompts: Any, params: SamplingParams | Collection[SamplingParams] | None = None
-    ) -> list[Completion]:
-        """Completions of all prompts, in order, ``n`` a prompt.
+    def generate(self, prompts: Prompts, params: Params = None) -> list[Completion]:
+        """Completions of all prompts, in order, ``n`` per prompt.
 
-        prompts: a text, a list of token ids, or a list of those. params: one for all, or one a prompt. Raises
-        ToolkitError, starting nothing, if any prompt cannot be run; what fails later ends with "error".
+        Args:
+            prompts: a text, a list of token ids, or a list of those.
+            params: one for all prompts, or one per prompt.
+
+        Raises:
+            ToolkitError: if any prompt cannot run; nothing is started then. What fails later ends with "error".
         """
         requests = self._make(prompts, params, deque())
         for _ in self._run(requests):
             pass
         return [sequence.completion for request in requests for sequence in request.sequences if sequence.completion]
 
-    def stream(
-        self, prompts: Any, params: SamplingParams | Collection[SamplingParams] | None = None
-    ) -> Iterator[Delta]:
-        """As ``generate``, but what each step adds, as it comes. Closing the iterator cancels the rest."""
+    def stream(self, prompts: Prompts, params: Params = None) -> Iterator[Delta]:
+        """The deltas of ``generate``, as each step adds them. Closing the iterator cancels the rest."""
         return self._run(self._make(prompts, params, deque()))
 
-    def submit(self, prompt: Any, params: SamplingParams | None = None) -> int:
-        """Queue one prompt (text or token ids); its request id. Deltas come from ``step``."""
-        requests = self._make([prompt], params, None)
+    def submit(self, prompt: Prompt, params: SamplingParams | None = None) -> int:
+        """Queue one prompt (text or token ids) and return its request id. Deltas come from ``step``."""
+        return self.submit_batch([prompt], params)[0]
+
+    def submit_batch(self, prompts: Prompts, params: Params = None) -> list[int]:
+        """Queue all prompts, or none if any cannot run, and return their request ids. Deltas come from ``step``."""
+        requests = self._make(prompts, params, None)
         self._queue(requests)
-        return requests[0].request_id
+        return [request.request_id for request in requests]
 
     def cancel(self, request_id: int) -> bool:
-        """End a request's unfinished completions with "cancelled"; False if it is not there (any more).
-
-        At once where no step is running, else before the next one.
-        """
-        with self._mail:
-            if request_id not in self._live:
-                return False
-            self._to_cancel.append(request_id)
-        if self._stepping.acquire(blocking=False):
-            try:
-                self._read_mail()
-            finally:
-                self._stepping.release()
-        return True
+        """End a request's unfinished completions with "cancelled"; False if there is no such request (any more)."""
+        request = self._live.get(request_id)
+        if request is not None:
+            self._end(request, "cancelled")
+        return request is not None
 
     def step(self) -> list[Delta]:
-        """Run one step; what it added to requests made by ``submit``, a delta a sequence that grew or ended.
+        """Run one step; return what it added to requests made by ``submit``: a delta per sequence that grew or ended.
 
-        What fails ends its own requests with "error"; this does not raise.
+        What fails ends its requests with "error"; this does not raise.
         """
-        with self._stepping:
-            self._advance()
-            deltas, self._pending = self._pending, []
-            return deltas
+        self._advance()
+        deltas, self._pending = self._pending, []
+        return deltas
 
     @property
     def has_work(self) -> bool:
-        """Whether ``step`` has anything to do or to deliver."""
+        """Whether ``step`` has anything to run or to deliver."""
         return bool(self._live or self._pending)
 
-    def stats(self) -> dict[str, int]:
-        """Counts: sequences running and waiting, pages, and totals since the engine was made."""
-        total, free = (
-            sum(counts) for counts in zip(*((a.num_blocks, a.num_free_blocks) for a in self.block_manager.allocators))
-        )
-        with self._mail:
-            unread = sum(request.params.n for request in self._inbox)
+    def stats(self) -> dict[str, float]:
+        """Gauges and totals under vLLM's names.
+
+        Returns:
+            num_requests_running, num_requests_waiting: sequences.
+            kv_cache_usage_perc: share of the blocks in use, 0 to 1.
+            num_blocks, num_used_blocks, num_free_blocks, num_cached_blocks: over all groups of layers.
+            prefix_cache_hits: prompt tokens found in the prefix cache.
+            num_preemptions, num_swaps: sequences preempted, and those of them that were swapped out.
+            generation_tokens, num_steps: since the engine was made.
+            weight_version: of the last step.
+        """
+        allocators = self.block_manager.allocators
+        total, free = sum(one.num_blocks for one in allocators), sum(one.num_free_blocks for one in allocators)
         return {
-            "running": len(self.scheduler.running),
-            "waiting": len(self.scheduler.waiting) + unread,
-            "blocks_total": total,
-            "blocks_used": total - free,
-            "blocks_free": free,
-            "blocks_cached": sum(allocator.num_cached_blocks for allocator in self.block_manager.allocators),
-            "prefix_hit_tokens": self.scheduler.prefix_hit_tokens,
-            "preemptions": self.scheduler.preemptions,
-            "swaps": self.scheduler.swap.count if self.scheduler.swap is not None else 0,
-            "generated_tokens": self._generated,
-            "steps": self._steps,
+            "num_requests_running": len(self.scheduler.running),
+            "num_requests_waiting": len(self.scheduler.waiting),
+            "kv_cache_usage_perc": (total - free) / total if total else 0.0,
+            "num_blocks": total,
+            "num_used_blocks": total - free,
+            "num_free_blocks": free,
+            "num_cached_blocks": sum(one.num_cached_blocks for one in allocators),
+            "prefix_cache_hits": self.scheduler.prefix_cache_hits,
+            "num_preemptions": self.scheduler.num_preemptions,
+            "num_swaps": self.scheduler.swap.count if self.scheduler.swap is not None else 0,
+            "generation_tokens": self._generation_tokens,
+            "num_steps": self._steps,
             "weight_version": self._version,
         }
 
     def sleep(self) -> None:
         """Give the memory of all state to others, such as a training step, until ``wake``.
 
-        Cached prefixes are forgotten; sequences under way go to the host and later continue where they were, under the
-        weights of then. Requests may come in meanwhile; ``step`` does nothing. Sleeping twice is sleeping once.
+        Cached prefixes are forgotten; sequences under way are swapped out and later continue where they were, under
+        the weights of then. Requests may be submitted meanwhile; ``step`` runs nothing. Does nothing when asleep.
         """
-        with self._stepping:
-            if self._asleep or self._closed:
-                return
-            for sequence in list(self.scheduler.running):
-                self.scheduler.preempt(sequence, unlimited=True)
-            self.block_manager.reset_prefix_cache()
-            self.pool.sleep()
-            self._asleep = True
+        if self.is_sleeping or self.is_closed:
+            return
+        for sequence in list(self.scheduler.running):
+            self.scheduler.preempt(sequence, unlimited=True)
+        self.block_manager.reset_prefix_cache()
+        self.pool.sleep()
+        self.is_sleeping = True
 
     def wake(self) -> None:
         """Take the memory back after ``sleep``."""
-        with self._stepping:
-            if self._asleep and not self._closed:
-                self.pool.wake()
-                self._asleep = False
+        if self.is_sleeping and not self.is_closed:
+            self.pool.wake()
+            self.is_sleeping = False
 
     def check_integrity(self) -> None:
-        """Raise AssertionError where queues or pages do not add up. Not for hot paths."""
-        with self._stepping:
-            self.scheduler.check_integrity()
+        """Raise AssertionError where queues or blocks do not add up. Not for hot paths."""
+        self.scheduler.check_integrity()
 
     def close(self) -> None:
-        """Cancel what is left, refuse further work and free the pool. Closing twice is closing once."""
-        with self._stepping:
-            with self._mail:
-                if self._closed:
-                    return
-                self._closed = True
-            self._read_mail()
-            for request in list(self._live.values()):
-                self._end(request, "cancelled")
-            self.scheduler.swap = None
-            del self.pool, self.runner, self.backend, self._sampler
+        """Cancel what is left, take no further requests and free the pool. Does nothing when closed."""
+        if self.is_closed:
+            return
+        self.is_closed = True
+        for request in list(self._live.values()):
+            self._end(request, "cancelled")
+        self.scheduler.swap = None
+        del self.pool, self.runner, self.backend, self._sampler
 
     def _specs(self) -> list[StateSpec]:
-        """What each layer remembers, of the kinds that the limits ask for."""
-        specs, kinds = list(self.backend.layers()), self.limits.kinds or {}
-        if not self.limits.enable_return_routed_experts:
+        """What each layer remembers, in the kinds that the configuration asks for."""
+        specs, kinds = list(self.backend.layers()), self.config.kinds or {}
+        if not self.config.enable_return_routed_experts:
             specs = [spec for spec in specs if spec.kind != "routing"]
         elif all(spec.kind != "routing" for spec in specs):
             raise ToolkitError(
-                "enable_return_routed_experts is True, but the model has no layer of experts that is patched "
-                "(role 'experts'); allowed is False."
+                "enable_return_routed_experts must be False for a model without a patched layer of experts "
+                "(role 'experts'), got True."
             )
+        known = sorted({spec.kind for spec in specs})
         for name in kinds:
-            if all(spec.kind != name for spec in specs):
-                known = ", ".join(sorted({spec.kind for spec in specs}))
-                raise ToolkitError(f"kinds names {name!r}, which no layer asks for; allowed are {known}.")
+            if name not in known:
+                raise ToolkitError(must_be_one_of("a key of kinds", name, known))
         return [replace(spec, kind=kinds.get(spec.kind, spec.kind)) for spec in specs]
 
     def _max_model_len(self) -> int:
-        asked, most = self.limits.max_model_len, self.backend.max_model_len
+        asked, most = self.config.max_model_len, self.backend.max_model_len
         if asked is not None and asked > most:
-            raise ToolkitError(
-                f"max_model_len is {asked}; allowed are values up to {most}, which the model was made for."
-            )
+            raise ToolkitError(f"max_model_len must be <= {most}, which the model was made for, got {asked}.")
         return most if asked is None else asked
 
-    def _make(self, prompts: Any, params: Any, sink: deque[Delta] | None) -> list[Request]:
+    def _make(self, prompts: Prompts, params: Params, sink: deque[Delta] | None) -> list[Request]:
         """Requests, all of them checked, not queued."""
         given = split_prompts(prompts)
         chosen = check_params(params, len(given))
@@ -229,29 +267,32 @@ class Engine:
             check_prompt(prompt, one, self.tokenizer, self.max_model_len, self.block_manager)
             for prompt, one in zip(given, chosen)
         ]
-        with self._mail:
-            requests = []
-            for at, ((tokens, most), one) in enumerate(zip(ready, chosen)):
-                request = Request(
-                    next(self._ids),
-                    at,
-                    tokens,
-                    one,
-                    eos=self._eos,
-                    max_tokens=most,
-                    seed=int(self._seeds.integers(2**63)) if one.seed is None else one.seed,
-                    decoder=self._decoders.get(one.skip_special_tokens),
-                    sink=sink,
-                )
-                requests.append(request)
-            return requests
+        return [
+            Request(
+                next(self._ids),
+                at,
+                tokens,
+                one,
+                eos=self._eos,
+                max_tokens=most,
+                seed=int(self._seeds.integers(2**63)) if one.seed is None else one.seed,
+                decoder=self._decoders.get(one.skip_special_tokens),
+                sink=sink,
+            )
+            for at, ((tokens, most), one) in enumerate(zip(ready, chosen))
+        ]
 
     def _queue(self, requests: list[Request]) -> None:
-        with self._mail:
-            if self._closed:
-                raise ToolkitError("the engine is closed; allowed are requests to an open one.")
-            self._inbox += requests
-            self._live.update((request.request_id, request) for request in requests)
+        if self.is_closed:
+            raise ToolkitError("the engine is closed; make another one.")
+        for request in requests:
+            self._live[request.request_id] = request
+            wrong = [token for token in request.prompt if not 0 <= token < self.vocab_size]
+            if wrong:
+                message = f"prompt must have token ids from 0 to {self.vocab_size - 1}, got {wrong[0]}."
+                self._end(request, "error", message)
+            else:
+                self.scheduler.add(request)
 
     def _run(self, requests: list[Request]) -> Iterator[Delta]:
         """Step until the requests are finished, yielding their deltas; cancel them if the caller leaves."""
@@ -260,10 +301,9 @@ class Engine:
         try:
             while sink or not all(request.finished for request in requests):
                 if not sink:
-                    with self._stepping:
-                        if self._asleep:
-                            raise ToolkitError("the engine is asleep; allowed is generating after wake().")
-                        self._advance()
+                    if self.is_sleeping:
+                        raise ToolkitError("the engine is asleep; call wake() first.")
+                    self._advance()
                 while sink:
                     yield sink.popleft()
         finally:
@@ -271,10 +311,9 @@ class Engine:
                 self.cancel(request.request_id)
 
     def _advance(self) -> None:
-        """schedule → batch → forward → sample → deliver. The caller holds ``_stepping``."""
-        if self._closed or self._asleep:
+        """schedule → batch → forward → sample → deliver."""
+        if self.is_closed or self.is_sleeping:
             return
-        self._read_mail()
         version = self.backend.version()
         if version != self._version:
             self._version = version
@@ -327,7 +366,7 @@ class Engine:
             except Exception as failure:
                 self._end(sequence.request, "error", f"{type(failure).__name__}: {failure}")
                 continue
-            self._generated += 1
+            self._generation_tokens += 1
             self._deliver(sequence, delta)
 
     def _deliver(self, sequence: Sequence, delta: Delta) -> None:
@@ -338,33 +377,16 @@ class Engine:
                 delta.finished.routed_experts = self.pool.recorded_routing(blocks, sequence.block_tables.length)
             self.scheduler.remove(sequence)
             if request.finished:
-                with self._mail:
-                    self._live.pop(request.request_id, None)
+                self._live.pop(request.request_id, None)
         (self._pending if request.sink is None else request.sink).append(delta)
 
-    def _end(self, request: Request, reason: Any, error: str | None = None) -> None:
+    def _end(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
         """End what is unfinished of a request."""
         for sequence in request.sequences:
             if sequence.completion is None:
                 self._deliver(sequence, sequence.finish(reason, error=error))
 
-    def _read_mail(self) -> None:
-        """Take in new requests and cancellations."""
-        with self._mail:
-            arrived, self._inbox = self._inbox, []
-            to_cancel, self._to_cancel = self._to_cancel, []
-            cancelled = [self._live[one] for one in to_cancel if one in self._live]
-        for request in arrived:
-            wrong = [token for token in request.prompt if not 0 <= token < self.backend.vocab_size]
-            if wrong:
-                allowed = f"allowed are 0 to {self.backend.vocab_size - 1}"
-                self._end(request, "error", f"prompt has token id {wrong[0]}; {allowed}.")
-            else:
-                self.scheduler.add(request)
-        for request in cancelled:
-            self._end(request, "cancelled")
 
-
-def _eos_of(tokenizer: Any) -> frozenset[int]:
+def _eos_of(tokenizer: Tokenizer | None) -> frozenset[int]:
     token = getattr(tokenizer, "eos_token_id", None)
     return frozenset() if token is None else frozenset([token])

@@ -101,7 +101,7 @@ class CapturedGraph:
     data_dependent_op: str = ""
 
     def replace(self, others: dict[Value, Value]) -> None:
-        """Let whatever reads a key of ``others`` read its value instead."""
+        """Let every reader of a key of ``others`` read its value instead."""
 
         def follow(value: Value) -> Value:
             while value in others:

@@ -1,4 +1,4 @@
-"""The largest of a row: only comparisons, so there is one answer.
+"""The largest of a row: only comparisons, so the result is unique.
 
 NumPy's is 5 to 15 times as fast as torch's on a CPU. NaN counts as the largest value in both.
 """

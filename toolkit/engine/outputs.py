@@ -12,19 +12,25 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 class Completion:
     """One finished continuation of one prompt.
 
-    prompt_index: place of the prompt in the call. index: which of the prompt's ``n`` completions.
-    token_ids: as generated, with the token that ended it. text: without stop strings and stop tokens, unless
-    asked for; "" without a tokenizer.
-    logprobs: one a generated token, natural log, under the model's own distribution (full vocabulary, before
-    penalties and temperature); float32 values. sampling_logprobs: one a token, under the distribution that it
-    was drawn from (0 for greedy). top_logprobs: the likeliest tokens a step by the model's own distribution,
-    best first, when ``SamplingParams.logprobs`` asked for them.
-    finish_reason: "stop" (end of text, stop token or stop string), "length", "cancelled" or "error".
-    stop_reason: the stop string or stop token id; None for the end-of-text token and for other reasons.
-    weight_versions: one a token, of the weights that it was sampled under. error: the message, with "error".
-    routed_experts: [tokens, L, K] int32 on the host, where the engine records routing: the experts that each token of
-    prompt and completion went to in each layer of experts, best first. The last token, which the engine never ran, has
-    none. What ended while it had to wait has None.
+    Args:
+        request_id: of the request.
+        prompt_index: index of the prompt in the call.
+        index: which of the prompt's ``n`` completions.
+        prompt_token_ids: the prompt.
+        token_ids: as generated, with the token that ended it.
+        logprobs: one per generated token, natural log, under the model's own distribution (full vocabulary, before
+            penalties and temperature); float32 values.
+        sampling_logprobs: one per token, under the distribution that it was sampled from (0 for greedy).
+        text: without stop strings and stop tokens, unless asked for; "" without a tokenizer.
+        finish_reason: "stop" (end of text, stop token or stop string), "length", "cancelled" or "error".
+        stop_reason: the stop string or stop token id; None for the end-of-text token and for other reasons.
+        weight_versions: one per token, of the weights that it was sampled under.
+        top_logprobs: the most probable tokens at each step under the model's own distribution, best first, when
+            ``SamplingParams.logprobs`` asked for them.
+        error: the message, with "error".
+        routed_experts: [tokens, L, K] int32 on the CPU, where the engine returns routed experts: the experts of each
+            token of prompt and completion in each of the L layers of experts, best first. The last token, which the
+            engine never ran, has none. None for what ended while it waited.
     """
 
     request_id: int
@@ -52,8 +58,16 @@ class Completion:
 class Delta:
     """What one step added to one completion.
 
-    token_ids, logprobs: new ones. text: new text; never half a character, never a part of a stop string that
-    may still be cut, so it can be empty or cover several tokens. finished: the whole completion, at its end.
+    Args:
+        request_id: of the request.
+        prompt_index: index of the prompt in the call.
+        index: which of the prompt's ``n`` completions.
+        token_ids: new tokens.
+        logprobs: theirs, as in ``Completion``.
+        text: new text; never half a character, never a part of a stop string that may still be cut, so it can be
+            empty or cover several tokens.
+        top_logprobs: of the new tokens, as in ``Completion``.
+        finished: the whole completion, at its end.
     """
 
     request_id: int

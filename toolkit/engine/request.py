@@ -12,8 +12,16 @@ from toolkit.state import BlockTables
 class Request:
     """One prompt and its ``params.n`` completions.
 
-    eos: tokens that end a text. max_tokens: most tokens a completion. seed: of the draws, 64 bits.
-    sink: where deltas go; None for those that ``Engine.step`` returns.
+    Args:
+        request_id: a number that no other request of the engine has.
+        prompt_index: which prompt of the call it is.
+        prompt: token ids.
+        params: how to sample.
+        eos: tokens that end a text.
+        max_tokens: most tokens of a completion.
+        seed: of the samples, 64 bits.
+        decoder: of the text; None for token ids only.
+        sink: where deltas go; None for those that ``Engine.step`` returns.
     """
 
     def __init__(
@@ -39,12 +47,12 @@ class Request:
         self.seed = seed
         self.decoder = decoder
         self.sink = sink
-        self.prefilled = False  # whether a sequence of it has had its prompt computed, so that others may fork it
+        self.prefilled = False  # whether the prompt is computed, so that other sequences may fork it
         self.sequences = [Sequence(self, index) for index in range(params.n)]
 
     @property
     def finished(self) -> bool:
-        """Whether every completion is."""
+        """Whether every completion is finished."""
         return all(sequence.completion is not None for sequence in self.sequences)
 
 
@@ -57,9 +65,13 @@ def completion_seed(seed: int, index: int) -> int:
 class Sequence:
     """One completion as it grows.
 
-    seed: with the number of tokens so far, it fixes the next draw. tokens: prompt and output. tables: its pages while
-    it runs, None while it waits; swapped: what those held, where that was kept on the host. place: its row in the
-    runner's block tables while it runs; known_pages: how many entries of that row are written.
+    Attributes:
+        seed: fixes the next sample, together with the number of tokens so far.
+        tokens: prompt and output.
+        block_tables: its blocks while it runs; None while it waits.
+        swapped: its state, where that is swapped out.
+        table_row: its row in the runner's block tables while it runs.
+        num_known_blocks: how many entries of that row are written.
     """
 
     def __init__(self, request: Request, index: int) -> None:
@@ -72,8 +84,8 @@ class Sequence:
         self.tokens = request.prompt.copy()
         self.block_tables: BlockTables | None = None
         self.swapped: SwappedState | None = None
-        self.place = -1
-        self.known_pages = 0
+        self.table_row = -1
+        self.num_known_blocks = 0
         self.logprobs: list[float] = []
         self.sampling_logprobs: list[float] = []
         self.top_logprobs: list[dict[int, float]] | None = [] if self.params.logprobs is not None else None
@@ -103,7 +115,7 @@ class Sequence:
     def accept(
         self, token: int, logprob: float, sampling_logprob: float, top: dict[int, float] | None, version: int
     ) -> Delta:
-        """Add a drawn token; the delta that it makes, with the completion if it is the last."""
+        """Add a sampled token; the delta that it makes, with the completion if it is the last."""
         params, request = self.params, self.request
         self.tokens.append(token)
         self.logprobs.append(logprob)

@@ -2,15 +2,15 @@
 
 import math
 import os
-from collections.abc import Sequence as Collection
+from collections import abc
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from toolkit.engine.config import EngineConfig
 from toolkit.engine.decode_graphs import DecodeGraphs, padded_size
-from toolkit.engine.limits import Limits
 from toolkit.engine.scheduler import Chunk
 from toolkit.errors import ToolkitError
 from toolkit.numerics import Numerics
@@ -28,7 +28,7 @@ _CPU_BYTES = 4 << 30
 
 @runtime_checkable
 class Backend(Protocol):
-    """What the engine needs of a model: anything with these can stand in for one."""
+    """What the engine needs of a model; anything with these methods may stand in for one."""
 
     device: torch.device
     dtype: torch.dtype
@@ -36,17 +36,17 @@ class Backend(Protocol):
     max_model_len: int
     eos: frozenset[int]
 
-    def layers(self) -> Collection[StateSpec]:
+    def layers(self) -> abc.Sequence[StateSpec]:
         """What each layer remembers of a token."""
 
     def version(self) -> int:
-        """Moves whenever the weights do."""
+        """A number that changes whenever the weights do."""
 
     def forward(self, context: PagedContext, rows: Tensor) -> Tensor:
         """Logits [len(rows), vocab_size] at ``rows`` of the batch's tokens."""
 
     def decode_size(self, sequences: int) -> int:
-        """Sequences to pad a batch of one new token each to; ``sequences`` for no padding."""
+        """The number of sequences to pad a decode batch of ``sequences`` to; ``sequences`` for no padding."""
 
 
 class PatchedModel:
@@ -60,8 +60,8 @@ class PatchedModel:
         parameter = next(model.parameters())
         if numerics is not None and report.numerics is not Numerics.choose(numerics, parameter.device):
             raise ToolkitError(
-                f"numerics is {numerics!r} but the model is patched as '{report.numerics}'; "
-                "allowed are that one and None, or unpatch the model first."
+                f"numerics must be '{report.numerics}', as the model is patched, or None, got {numerics!r}; "
+                "unpatch the model first to change it."
             )
         self.model = model
         self.numerics = report.numerics
@@ -77,7 +77,7 @@ class PatchedModel:
         self.graphs = DecodeGraphs(model)
         self._whole_at = -1
 
-    def layers(self) -> Collection[StateSpec]:
+    def layers(self) -> abc.Sequence[StateSpec]:
         return state_spec(self.model)
 
     def version(self) -> int:
@@ -94,7 +94,7 @@ class PatchedModel:
         with eval_mode(self.model):
             if self.graphs.serves(context):
                 return self.graphs.forward(context)[rows]
-            # A prompt enters: the moment to notice that the model is made of other parts than before.
+            # A prompt enters: the time to check whether parts of the model were replaced.
             fuse_adapters(self.model, self.numerics)
             self.graphs.refresh()
             weight_clock(self.model).refresh()
@@ -106,34 +106,33 @@ def _ids(eos: Any) -> frozenset[int]:
 
 
 def block_counts(
-    specs: Collection[StateSpec], backend: Backend, limits: Limits, sequences: int, max_model_len: int
+    specs: abc.Sequence[StateSpec], backend: Backend, config: EngineConfig, sequences: int, max_model_len: int
 ) -> dict[Group, int]:
-    """Pages of each group: for ``sequences`` of ``max_model_len`` tokens, or as many as the device has memory to spend
-    on.
+    """Blocks of each group: for ``sequences`` of ``max_model_len`` tokens, or as many as fit in the memory for state.
 
-    That is 80 % of what a GPU has free, and a quarter of a CPU's memory up to 4 GiB. ``limits.num_blocks`` decides
-    instead where it is given.
+    That memory is 80 % of what a GPU has free, and a quarter of a CPU's memory up to 4 GiB. ``config.num_blocks``
+    overrides both.
     """
-    size, chunk = limits.block_size, limits.max_num_batched_tokens
+    size, chunk = config.block_size, config.max_num_batched_tokens
     block_bytes = StatePool.block_bytes(list(specs), size, backend.dtype)
 
-    def counts(pages: int) -> dict[Group, int]:
-        return {group: min(pages, group.blocks_for(pages * size, sequences, chunk, size)) for group in block_bytes}
+    def counts(most: int) -> dict[Group, int]:
+        return {group: min(most, group.blocks_for(most * size, sequences, chunk, size)) for group in block_bytes}
 
-    if limits.num_blocks is not None:
-        return counts(limits.num_blocks)
+    if config.num_blocks is not None:
+        return counts(config.num_blocks)
     if backend.device.type == "cuda":
         memory = int(0.8 * torch.cuda.mem_get_info(backend.device)[0])
     else:
         memory = min(_CPU_BYTES, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4)
-    pages = sequences * math.ceil(max_model_len / size)
-    while pages > 1 and sum(block_bytes[group] * count for group, count in counts(pages).items()) > memory:
-        pages = max(1, pages * 15 // 16)
-    return counts(pages)
+    blocks = sequences * math.ceil(max_model_len / size)
+    while blocks > 1 and sum(block_bytes[group] * count for group, count in counts(blocks).items()) > memory:
+        blocks = max(1, blocks * 15 // 16)
+    return counts(blocks)
 
 
-class Runner:
-    """Runs chunks. Owns the block tables of what runs: a row a sequence, written only where it changed."""
+class ModelRunner:
+    """Runs chunks. Owns the block tables of what runs: one row per sequence, written only where it changed."""
 
     def __init__(self, backend: Backend, pool: StatePool, max_running: int, max_model_len: int) -> None:
         self.backend = backend
@@ -144,7 +143,7 @@ class Runner:
         self._padding = max_running  # a row that no sequence has
 
     def forward(self, chunks: list[Chunk]) -> Tensor:
-        """Logits [samples, V] of the chunks that sample, in order. Fills the chunks' slots."""
+        """Logits [samples, V] of the chunks that sample, in order. Writes the state of all chunks."""
         copies: list[list[tuple[int, int]]] = [[] for _ in self.pool.groups]
         for chunk in chunks:
             for of_group, found in zip(copies, self._sync(chunk), strict=True):
@@ -160,8 +159,8 @@ class Runner:
         offsets = [0]
         lengths: list[int] = []
         rows: list[int] = []
-        places: list[int] = []
-        pages = 0
+        table_rows: list[int] = []
+        blocks = 0
         for chunk in chunks:
             sequence, start = chunk.sequence, chunk.start
             end = start + chunk.count
@@ -173,18 +172,18 @@ class Runner:
                 positions += range(start, end)
             offsets.append(len(tokens))
             lengths.append(end)
-            places.append(sequence.place)
-            pages = max(pages, sequence.known_pages)
+            table_rows.append(sequence.table_row)
+            blocks = max(blocks, sequence.num_known_blocks)
             if chunk.samples:
                 rows.append(len(tokens) - 1)
         count = len(chunks)
         padding = [0] * (self.backend.decode_size(count) - count if len(tokens) == count else 0)
-        # A decode step is padded: those rows have no slot, no keys and no queries of theirs.
+        # A decode step is padded with rows that have no slot, no keys and no queries.
         tokens += padding
         positions += padding
         offsets += [count] * len(padding)
         lengths += padding
-        places += [self._padding] * len(padding)
+        table_rows += [self._padding] * len(padding)
         # One array, one transfer, then views.
         parts = [tokens, positions, offsets, [0] * len(lengths), lengths, rows]
         of_groups = [
@@ -201,7 +200,7 @@ class Runner:
         for at, found in enumerate(of_groups):
             mine = [next(tensors) for _ in found]
             if at in self._tables:
-                table = torch.from_numpy(np.ascontiguousarray(self._tables[at][places, :pages])).to(device)
+                table = torch.from_numpy(np.ascontiguousarray(self._tables[at][table_rows, :blocks])).to(device)
                 views.append(PagedRows(table, *mine))
             else:
                 views.append(Snapshots(*mine))
@@ -209,20 +208,21 @@ class Runner:
         return batch, rows_R
 
     def _sync(self, chunk: Chunk) -> list[list[tuple[int, int]]]:
-        """Write the sequence's new pages into its rows; the page copies that must run before the forward."""
+        """Write the sequence's new blocks into its table row; the block copies that must run before the forward."""
         sequence = chunk.sequence
         tables = sequence.block_tables
         assert tables is not None
         copies = tables.take_copies()
-        pages = -(-(chunk.start + chunk.count) // self.pool.block_size)
+        blocks = -(-(chunk.start + chunk.count) // self.pool.block_size)
         if any(copies):
-            sequence.known_pages = 0
-        if sequence.known_pages != pages:
+            sequence.num_known_blocks = 0
+        known = sequence.num_known_blocks
+        if known != blocks:
             for at in self._paged:
-                fresh = tables.parts[at].blocks[sequence.known_pages : pages]
-                # Pages out of reach are not read, but a kernel may look at their numbers.
-                self._tables[at][sequence.place, sequence.known_pages : pages] = [max(page, 0) for page in fresh]
-            sequence.known_pages = pages
+                fresh = tables.parts[at].blocks[known:blocks]
+                # Blocks before the lookback are not read, but a kernel may load their numbers.
+                self._tables[at][sequence.table_row, known:blocks] = [max(block, 0) for block in fresh]
+            sequence.num_known_blocks = blocks
         return copies
 
 
@@ -231,14 +231,14 @@ def _slots(chunks: list[Chunk], group: int, padding: int) -> list[int]:
 
 
 def _snapshots(chunks: list[Chunk], group: int, padding: int) -> list[list[int]]:
-    """Sources, rows after which the state is saved, and the pages that it is saved to."""
-    sources, rows, pages, row = [], [], [], 0
+    """The block that each chunk loads, rows after which the state is stored, and the blocks that it is stored to."""
+    loads, rows, stores, row = [], [], [], 0
     for chunk in chunks:
         assert chunk.sequence.block_tables is not None
         table = chunk.sequence.block_tables.parts[group]
-        sources.append(table.load_block())
-        for place, page in table.store_blocks(chunk.count):
-            rows.append(row + place)
-            pages.append(page)
+        loads.append(table.load_block())
+        for offset, block in table.store_blocks(chunk.count):
+            rows.append(row + offset)
+            stores.append(block)
         row += chunk.count
-    return [sources + [-1] * padding, rows + [row - 1] * padding, pages + [-1] * padding]
+    return [loads + [-1] * padding, rows + [row - 1] * padding, stores + [-1] * padding]

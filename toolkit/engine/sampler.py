@@ -1,14 +1,14 @@
-"""Logits to tokens: penalties and one draw a row, by the ops ``penalize`` and ``sample``.
+"""Logits to tokens: penalties and one sample per row, by the ops ``penalize`` and ``sample``.
 
-A row's token depends on that row's logits and its own sequence only, bit for bit, whatever the batch. The draw is a
-function of (seed of the sequence, tokens so far, logits), so a preempted sequence goes on as it would have.
+Sampling is batch-invariant: a row's token depends on that row's logits and its own sequence only. It is a function of
+(seed of the sequence, tokens so far, logits), so a preempted sequence continues as it would have.
 Shapes: B rows, V vocabulary.
 """
 
 import itertools
 import math
 import operator
-from collections.abc import Sequence as Collection
+from collections import abc
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,8 +26,14 @@ _EVERYTHING = 2**62  # a top_k that no vocabulary reaches
 
 @dataclass(slots=True)
 class Samples:
-    """One entry a row: the token, its log-probability by the model and by the distribution drawn from, the
-    likeliest tokens when asked for, and what went wrong with the row, if anything.
+    """The sampled tokens of a batch, one entry per row.
+
+    Args:
+        token_ids: the tokens.
+        logprobs: of the tokens, by the model.
+        sampling_logprobs: of the tokens, by the distribution that they were sampled from.
+        top_logprobs: the most probable tokens where asked for.
+        errors: what went wrong with the row, if anything.
     """
 
     token_ids: list[int]
@@ -37,10 +43,10 @@ class Samples:
     errors: list[str | None]
 
 
-class Composition:
+class BatchParams:
     """What a batch of these sequences needs at every step and no step changes."""
 
-    def __init__(self, sequences: Collection[Sequence], device: torch.device) -> None:
+    def __init__(self, sequences: abc.Sequence[Sequence], device: torch.device) -> None:
         self.sequences = tuple(sequences)
         self.device = device
         params = [one.params for one in sequences]
@@ -56,15 +62,15 @@ class Composition:
             self.prompt_lengths = self.integers([one.prompt_length for one in sequences])
         self.histories = {row: History(one) for row, one in enumerate(sequences) if one.params.penalised}
 
-    def holds(self, sequences: Collection[Sequence], device: torch.device) -> bool:
+    def holds(self, sequences: abc.Sequence[Sequence], device: torch.device) -> bool:
         """Whether it was made for these sequences, in this order."""
         mine = self.sequences
         return device == self.device and len(mine) == len(sequences) and all(map(operator.is_, mine, sequences))
 
-    def integers(self, values: Collection[int]) -> Tensor:
+    def integers(self, values: abc.Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64).to(self.device)
 
-    def floats(self, values: Collection[float]) -> Tensor:
+    def floats(self, values: abc.Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64).to(self.device)
 
     def penalties(self, logits: Tensor) -> Tensor:
@@ -109,21 +115,21 @@ class History:
 
 
 class Sampler:
-    """Draws for batch after batch. Tensors of parameters are kept while the same sequences come in the same order."""
+    """Samples batch after batch. Tensors of parameters are kept while the same sequences come in the same order."""
 
     def __init__(self) -> None:
-        self._composition: Composition | None = None
+        self._batch_params: BatchParams | None = None
 
-    def sample(self, logits: Tensor, sequences: Collection[Sequence]) -> Samples:
-        """Draw the next token of each sequence from its row of ``logits`` [B, V] (the model's own)."""
+    def sample(self, logits: Tensor, sequences: abc.Sequence[Sequence]) -> Samples:
+        """The next token of each sequence, sampled from its row of ``logits`` [B, V] (the model's own)."""
         logits = logits.float()
         sampled: Tensor | None = None
         if all(one.params.greedy and not one.adjusted for one in sequences):
             ids = first_largest(logits)
         else:
-            batch = self._composition
+            batch = self._batch_params
             if batch is None or not batch.holds(sequences, logits.device):
-                batch = self._composition = Composition(sequences, logits.device)
+                batch = self._batch_params = BatchParams(sequences, logits.device)
             scores = batch.penalties(logits) if any(one.adjusted for one in sequences) else logits
             steps = batch.integers([one.generated for one in sequences])
             ids, sampled = sample(scores, batch.temperature, batch.top_k, batch.top_p, batch.min_p, batch.seeds, steps)
@@ -133,17 +139,17 @@ class Sampler:
         errors = [
             None
             if math.isfinite(value) and math.isfinite(other)
-            else "the model's logits are not finite, or leave no token to draw."
+            else "the model's logits are not finite, or leave no token to sample."
             for value, other in zip(logprobs, sampling)
         ]
         tops = [
-            None if one.params.logprobs is None else likeliest(logits[row], lse[row], one.params.logprobs)
+            None if one.params.logprobs is None else top_k_logprobs(logits[row], lse[row], one.params.logprobs)
             for row, one in enumerate(sequences)
         ]
         return Samples(ids.tolist(), logprobs, sampling, tops, errors)
 
 
-def likeliest(logits: Tensor, lse: Tensor, count: int) -> dict[int, float]:
-    """The ``count`` likeliest tokens of one row [V] with their log-probabilities, best first."""
+def top_k_logprobs(logits: Tensor, lse: Tensor, count: int) -> dict[int, float]:
+    """The ``count`` most probable tokens of one row [V] with their log-probabilities, best first."""
     values, ids = logits.topk(min(count, len(logits)))
     return dict(zip(ids.tolist(), (values - lse).tolist()))

@@ -1,9 +1,9 @@
 """Which tokens run in the next step.
 
-Every step gives each decoding sequence its one token first, then fills the token budget with pieces of prompts, oldest
-request first, then admits waiting requests in the order they came. When pages run out the youngest running sequence
-gives up its pages and waits; its tokens are kept, and their state is brought back from the host where it was swapped
-out, else computed again.
+Every step gives each decoding sequence its one token first. It then fills the token budget with chunks of prompts,
+oldest request first, and admits waiting requests in the order they came. When blocks run out the youngest running
+sequence is preempted: it gives up its blocks and waits. Its tokens are kept. Their state is swapped in again where it
+was swapped out, and computed again otherwise.
 """
 
 from bisect import bisect_left, insort
@@ -20,9 +20,14 @@ _order = attrgetter("order")
 
 @dataclass(slots=True)
 class Chunk:
-    """Tokens ``start .. start + count`` of a sequence, in this step; ``samples``: they are its last.
+    """Tokens ``start .. start + count`` of a sequence, in this step.
 
-    slots: of the tokens, in each group of layers.
+    Args:
+        sequence: whose tokens.
+        start: the first.
+        count: how many.
+        slots: of the tokens, in each group of layers.
+        samples: whether they are its last, so that the next token is sampled after them.
     """
 
     sequence: Sequence
@@ -54,9 +59,9 @@ class Scheduler:
         self.enable_prefix_caching = enable_prefix_caching
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
-        self.preemptions = 0
-        self.prefix_hit_tokens = 0
-        self._places = list(range(self.max_running - 1, -1, -1))
+        self.num_preemptions = 0
+        self.prefix_cache_hits = 0
+        self._free_rows = list(range(self.max_running - 1, -1, -1))
         self._one_each: BlockCounts = (1,) * len(block_manager.groups)
 
     def add(self, request: Request) -> None:
@@ -65,7 +70,7 @@ class Scheduler:
             insort(self.waiting, sequence, key=_order)
 
     def remove(self, sequence: Sequence) -> None:
-        """Take a sequence out, wherever it is, and give its pages back."""
+        """Take a sequence out, wherever it is, and free its blocks."""
         if sequence.swapped is not None and self.swap is not None:
             self.swap.drop(sequence.swapped)
             sequence.swapped = None
@@ -78,12 +83,13 @@ class Scheduler:
     def schedule(self, version: int) -> list[Chunk]:
         """The next step's chunks, oldest sequence first, their slots reserved; [] when nothing can run.
 
-        version: of the weights that will run it.
+        Args:
+            version: of the weights that will run it.
         """
         chunks: list[Chunk] = []
         missing = [sequence.remaining for sequence in self.running]
         spare = self.budget - missing.count(1)
-        preemptions = self.preemptions
+        before = self.num_preemptions
         for at, remaining in enumerate(missing):
             if at >= len(self.running):
                 break  # preempted on the way
@@ -91,14 +97,14 @@ class Scheduler:
             if count > 0 and (chunk := self._reserve(self.running[at], count)):
                 chunks.append(chunk)
                 spare -= count if remaining > 1 else 0
-        if self.waiting and spare > 0 and self.preemptions == preemptions:
+        if self.waiting and spare > 0 and self.num_preemptions == before:
             self._admit(chunks, spare, version)
         return chunks
 
     def fork_siblings(self, leader: Sequence) -> list[Sequence]:
         """Once a prompt is computed: the waiting sequences of the same request that now run on forks of it.
 
-        As many as may run; the others wait on as sequences of their own.
+        As many as may run; the others keep waiting and compute the prompt themselves.
         """
         request = leader.request
         if request.prefilled:
@@ -115,14 +121,14 @@ class Scheduler:
         return forked
 
     def check_integrity(self) -> None:
-        """Raise AssertionError where queues, places or pages do not add up."""
+        """Raise AssertionError where queues, rows or blocks do not add up."""
         assert self.running == sorted(self.running, key=_order), "running is out of order"
         assert self.waiting == sorted(self.waiting, key=_order), "waiting is out of order"
         assert len(self.running) <= self.max_running, "too many sequences run"
-        assert all(sequence.block_tables is None for sequence in self.waiting), "a waiting sequence holds pages"
-        assert all(sequence.swapped is None for sequence in self.running), "a running sequence is on the host too"
-        places = sorted(self._places + [sequence.place for sequence in self.running])
-        assert places == list(range(self.max_running)), "a place is lost or given twice"
+        assert all(sequence.block_tables is None for sequence in self.waiting), "a waiting sequence holds blocks"
+        assert all(sequence.swapped is None for sequence in self.running), "a running sequence is swapped out too"
+        rows = sorted(self._free_rows + [sequence.table_row for sequence in self.running])
+        assert rows == list(range(self.max_running)), "a table row is lost or given twice"
         tables = [sequence.block_tables for sequence in self.running]
         assert all(tables), "a running sequence has no table"
         self.block_manager.check_integrity([one for one in tables if one is not None])
@@ -146,19 +152,19 @@ class Scheduler:
                 return Chunk(sequence, start, count, slots, start + count == len(sequence.tokens))
 
     def preempt(self, sequence: Sequence, unlimited: bool = False) -> None:
-        """Make a running sequence wait, its state on the host if there is room (``unlimited``: in any case)."""
+        """Make a running sequence wait, its state swapped out if there is room (``unlimited``: in any case)."""
         del self.running[bisect_left(self.running, sequence.order, key=_order)]
         if self.swap is not None and sequence.block_tables is not None:
-            sequence.swapped = self.swap.out(sequence.block_tables, unlimited)
+            sequence.swapped = self.swap.swap_out(sequence.block_tables, unlimited)
         self._leave(sequence)
         insort(self.waiting, sequence, key=_order)
-        self.preemptions += 1
+        self.num_preemptions += 1
 
     def _admit(self, chunks: list[Chunk], spare: int, version: int) -> None:
-        """Let waiting sequences in, in order, while there are places, budget and pages for their tokens."""
-        # Those that will fork a prompt being computed now have their places kept.
+        """Let waiting sequences in, in order, while there are rows, budget and blocks for their tokens."""
+        # Those that will fork a prompt being computed now have their rows kept.
         kept = sum(s.params.n - 1 for s in self.running if not s.request.prefilled)
-        # What runs already needs pages for the rest of its prompts and soon one more each: others given them
+        # What runs already needs blocks for the rest of its prompts and soon one more each: others given them
         # would only be preempted again.
         owed = tuple(len(self.running) for _ in self._one_each)
         for one in self.running:
@@ -178,7 +184,7 @@ class Scheduler:
                     _sum(owed, shape.blocks_needed(self.block_manager, missing, self.budget))
                 ):
                     return
-                tables, sequence.swapped = self.swap.back(sequence.swapped), None
+                tables, sequence.swapped = self.swap.swap_in(sequence.swapped), None
             else:
                 tables = self.block_manager.new_block_tables(version if self.enable_prefix_caching else None)
                 hit = tables.match_prefix(sequence.tokens)
@@ -190,7 +196,7 @@ class Scheduler:
             missing = len(sequence.tokens) - tables.length
             needed = tables.blocks_needed(missing, self.budget)
             self._enter(sequence, tables)
-            self.prefix_hit_tokens += hit
+            self.prefix_cache_hits += hit
             count = min(missing, spare)
             chunk = self._reserve(sequence, count)
             assert chunk is not None
@@ -200,22 +206,22 @@ class Scheduler:
             if not sequence.request.prefilled:
                 kept += sequence.params.n - 1
 
-    def _room(self, pages: BlockCounts) -> bool:
-        """Whether every group has so many pages to give."""
-        return all(needed <= free for needed, free in zip(pages, self.block_manager.num_free_blocks, strict=True))
+    def _room(self, blocks: BlockCounts) -> bool:
+        """Whether every group has so many free blocks."""
+        return all(needed <= free for needed, free in zip(blocks, self.block_manager.num_free_blocks, strict=True))
 
     def _enter(self, sequence: Sequence, tables: BlockTables) -> None:
         del self.waiting[bisect_left(self.waiting, sequence.order, key=_order)]
-        sequence.block_tables, sequence.place, sequence.known_pages = tables, self._places.pop(), 0
+        sequence.block_tables, sequence.table_row, sequence.num_known_blocks = tables, self._free_rows.pop(), 0
         insort(self.running, sequence, key=_order)
 
     def _leave(self, sequence: Sequence) -> None:
         if sequence.block_tables is not None:
             sequence.block_tables.release()
             sequence.block_tables = None
-            self._places.append(sequence.place)
+            self._free_rows.append(sequence.table_row)
 
 
 def _sum(*needs: BlockCounts) -> BlockCounts:
-    """Pages a group, added up."""
+    """Blocks per group, added up."""
     return tuple(map(sum, zip(*needs, strict=True)))

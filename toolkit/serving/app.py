@@ -5,7 +5,7 @@ import hmac
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request, Response
@@ -13,53 +13,69 @@ from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from toolkit.engine.params import SamplingParams
+from toolkit.engine import AsyncEngine, Completion, EngineUnavailable, RequestHandle, SamplingParams
+from toolkit.engine.request_handle import SHUTTING_DOWN
 from toolkit.errors import ToolkitError
 from toolkit.sentences import shown
-from toolkit.serving.metrics import Counter
+from toolkit.serving.metrics import Counter, Metrics
 from toolkit.serving.protocol import ChatRequest, CompletionRequest, RequestError, Sampling, parse
-from toolkit.serving.responses import END_OF_STREAM, ChatAnswer, CompletionAnswer, error_body, event, usage
-from toolkit.serving.runner import Runner, Ticket, Unavailable
+from toolkit.serving.responses import END_OF_STREAM, ChatResponse, CompletionResponse, Json, error_body, event, usage
 from toolkit.serving.texts import Texts
 
 MAX_BODY = 32 * 2**20
 KNOWN_PATHS = ("/v1/models", "/v1/completions", "/v1/chat/completions", "/health", "/metrics")
 
 
-@dataclass(frozen=True)
-class Served:
-    """What is served: the model's public name, its engine's runner and tokenizer, and who may ask."""
+STEP_TIMEOUT = 10.0
+"""Seconds that a shutdown waits for the step in progress."""
 
-    name: str
-    runner: Runner
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """What is served, and to whom.
+
+    Args:
+        served_model_name: the model's public name.
+        engine: its engine, with ``metrics`` as listener.
+        metrics: what ``/metrics`` shows.
+        tokenizer: a Hugging Face tokenizer; None for prompts of token ids only.
+        max_model_len: shown by ``/v1/models``.
+        vocab_size: bounds token ids; None checks none.
+        api_key: that clients must send; None for no key.
+    """
+
+    served_model_name: str
+    engine: AsyncEngine
+    metrics: Metrics = field(default_factory=Metrics)
     tokenizer: Any = None
     max_model_len: int | None = None
     vocab_size: int | None = None
     api_key: str | None = None
 
 
-def create_app(served: Served) -> FastAPI:
-    """The ASGI application. Its lifespan starts the runner's thread and closes it, not the engine itself."""
-    runner, texts = served.runner, Texts(served.tokenizer)
-    created = int(time.time())
+def create_app(config: ServerConfig) -> FastAPI:
+    """The ASGI application. Its lifespan starts the engine's thread and ends it, and leaves the engine open."""
+    engine, metrics, texts = config.engine, config.metrics, Texts(config.tokenizer)
+    name, created = config.served_model_name, int(time.time())
+    watchers: set[asyncio.Task[None]] = set()  # the event loop does not hold them
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        runner.start()
+        engine.start()
         yield
-        await asyncio.to_thread(runner.close)
+        await asyncio.to_thread(engine.shutdown, close_engine=False, timeout=STEP_TIMEOUT)
 
     async def check_key(request: Request) -> None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if served.api_key and not hmac.compare_digest(given.encode(), served.api_key.encode()):
+        if config.api_key and not hmac.compare_digest(given.encode(), config.api_key.encode()):
             raise RequestError("The API key is missing or wrong.", status=401, code="invalid_api_key")
 
     app = FastAPI(title="toolkit", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(CountRequests, counter=runner.metrics.requests)
+    app.add_middleware(CountRequests, counter=metrics.http_requests)
     guarded = [Depends(check_key)]
 
     @app.exception_handler(ToolkitError)
-    async def refused(request: Request, error: ToolkitError) -> JSONResponse:
+    async def rejected(request: Request, error: ToolkitError) -> JSONResponse:
         return _error_response(_as_request_error(error))
 
     @app.exception_handler(HTTPException)
@@ -72,43 +88,43 @@ def create_app(served: Served) -> FastAPI:
     async def failed(request: Request, error: Exception) -> JSONResponse:
         return _error_response(RequestError(f"The server failed: {type(error).__name__}.", status=500))
 
-    def card() -> dict[str, Any]:
-        about = {"id": served.name, "object": "model", "created": created, "owned_by": "toolkit"}
-        return {**about, "max_model_len": served.max_model_len}
+    def card() -> Json:
+        about = {"id": name, "object": "model", "created": created, "owned_by": "toolkit"}
+        return {**about, "max_model_len": config.max_model_len}
 
-    def check_model(name: str | None) -> None:
-        if name not in (None, served.name):
-            message = f"'model' is {shown(name)}, but this server has only {shown(served.name)}."
+    def check_model(asked: str | None) -> None:
+        if asked not in (None, name):
+            message = f"'model' must be {shown(name)}, got {shown(asked)}."
             raise RequestError(message, "model", status=404, code="model_not_found")
 
     def check_tokens(prompts: list[list[int]]) -> None:
-        if served.vocab_size is None:
+        if config.vocab_size is None:
             return
-        wrong = [token for prompt in prompts for token in prompt if not 0 <= token < served.vocab_size]
+        wrong = [token for prompt in prompts for token in prompt if not 0 <= token < config.vocab_size]
         if wrong:
-            allowed = f"allowed are 0 to {served.vocab_size - 1}"
-            raise RequestError(f"'prompt' has the token id {shown(wrong[0])}; {allowed}.", "prompt")
+            message = f"'prompt' must have token ids from 0 to {config.vocab_size - 1}, got {shown(wrong[0])}."
+            raise RequestError(message, "prompt")
 
     @app.get("/v1/models", dependencies=guarded)
-    async def models() -> dict[str, Any]:
+    async def models() -> Json:
         return {"object": "list", "data": [card()]}
 
-    @app.get("/v1/models/{name:path}", dependencies=guarded)
-    async def model(name: str) -> dict[str, Any]:
-        check_model(name)
+    @app.get("/v1/models/{asked:path}", dependencies=guarded)
+    async def model(asked: str) -> Json:
+        check_model(asked)
         return card()
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        if runner.failure is not None:
-            raise Unavailable(f"The engine has stopped: {runner.failure}")
-        if runner.draining:
-            raise Unavailable("The server is shutting down.")
+        if engine.failure is not None:
+            raise EngineUnavailable(f"The engine has stopped: {engine.failure}")
+        if engine.draining:
+            raise EngineUnavailable(SHUTTING_DOWN)
         return JSONResponse({"status": "ok"})
 
     @app.get("/metrics")
-    async def metrics() -> PlainTextResponse:
-        return PlainTextResponse(runner.metrics.render(), media_type="text/plain; version=0.0.4")
+    async def show_metrics() -> PlainTextResponse:
+        return PlainTextResponse(metrics.render(engine.stats()), media_type="text/plain; version=0.0.4")
 
     @app.post("/v1/completions", dependencies=guarded)
     async def completions(request: Request) -> Response:
@@ -117,7 +133,9 @@ def create_app(served: Served) -> FastAPI:
         prompts = [texts.prompt(prompt) if isinstance(prompt, str) else prompt for prompt in asked.prompt]
         check_tokens(prompts)
         params = _sampling_params(asked, asked.logprobs)
-        return await answer(request, asked, prompts, params, CompletionAnswer(served.name, texts, asked.logprobs))
+        return await respond(
+            request, asked, prompts, params, CompletionResponse(config.served_model_name, texts, asked.logprobs)
+        )
 
     @app.post("/v1/chat/completions", dependencies=guarded)
     async def chat(request: Request) -> Response:
@@ -125,65 +143,74 @@ def create_app(served: Served) -> FastAPI:
         check_model(asked.model)
         top = (asked.top_logprobs or 0) if asked.logprobs else None
         params = _sampling_params(asked, top, max_tokens=None)
-        return await answer(request, asked, [texts.chat(asked.messages)], params, ChatAnswer(served.name, texts, top))
+        return await respond(
+            request, asked, [texts.chat(asked.messages)], params, ChatResponse(config.served_model_name, texts, top)
+        )
 
-    async def answer(
+    async def respond(
         request: Request,
         asked: Sampling,
         prompts: list[list[int]],
         params: SamplingParams,
-        shape: CompletionAnswer,
+        body: CompletionResponse,
     ) -> Response:
-        ticket = await runner.submit(prompts, params)
-        ticket.watcher = asyncio.create_task(_cancel_on_disconnect(request, ticket))
+        handle = engine.submit(prompts, params)
+        await handle.wait_accepted()
+        num_prompt_tokens = sum(map(len, prompts))
+        metrics.prompt_tokens.add(num_prompt_tokens)
+        watcher = asyncio.create_task(_cancel_on_disconnect(request, handle))
+        watchers.add(watcher)
+        watcher.add_done_callback(watchers.discard)
         if asked.stream:
-            events = _events(ticket, params.n, shape, asked.usage_in_stream)
+            events = _events(handle, num_prompt_tokens, params.n, body, asked.usage_in_stream)
             return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
-        return JSONResponse(await _whole(ticket, params.n, shape))
+        return JSONResponse(await _whole(handle, num_prompt_tokens, params.n, body))
 
     return app
 
 
-async def _whole(ticket: Ticket, n: int, shape: CompletionAnswer) -> dict[str, Any]:
-    finished: dict[int, Any] = {}
-    async for prompt, delta in ticket.deltas():
+async def _whole(handle: RequestHandle, num_prompt_tokens: int, n: int, body: CompletionResponse) -> Json:
+    finished: dict[int, Completion] = {}
+    async for delta in handle:
         if delta.finished is not None:
-            finished[prompt * n + delta.index] = _without_error(delta.finished)
+            finished[delta.prompt_index * n + delta.index] = _without_error(delta.finished)
     generated = sum(len(completion.token_ids) for completion in finished.values())
-    choices = [shape.choice(index, finished[index]) for index in sorted(finished)]
-    return shape.body(choices, usage(ticket.prompt_tokens, generated))
+    choices = [body.choice(index, finished[index]) for index in sorted(finished)]
+    return body.whole(choices, usage(num_prompt_tokens, generated))
 
 
-async def _events(ticket: Ticket, n: int, shape: CompletionAnswer, show_usage: bool) -> AsyncIterator[str]:
+async def _events(
+    handle: RequestHandle, num_prompt_tokens: int, n: int, body: CompletionResponse, show_usage: bool
+) -> AsyncIterator[str]:
     generated = 0
     try:
-        for opening in shape.openings(ticket.sequences):
-            yield event(shape.piece([opening], show_usage=show_usage))
-        async for prompt, delta in ticket.deltas():
+        for choice in body.role_chunks(handle.num_sequences):
+            yield event(body.chunk([choice], show_usage=show_usage))
+        async for delta in handle:
             if delta.finished is not None:
                 _without_error(delta.finished)
             generated += len(delta.token_ids)
-            for choice in shape.deltas(prompt * n + delta.index, delta):
-                yield event(shape.piece([choice], show_usage=show_usage))
+            for choice in body.deltas(delta.prompt_index * n + delta.index, delta):
+                yield event(body.chunk([choice], show_usage=show_usage))
         if show_usage:
-            yield event(shape.piece([], usage(ticket.prompt_tokens, generated), show_usage=True))
+            yield event(body.chunk([], usage(num_prompt_tokens, generated), show_usage=True))
         yield END_OF_STREAM
     except ToolkitError as error:
-        refused = _as_request_error(error)
-        yield event(error_body(str(refused), refused.status, refused.param, refused.code))
+        rejected = _as_request_error(error)
+        yield event(error_body(str(rejected), rejected.status, rejected.param, rejected.code))
     finally:
-        ticket.cancel()
+        handle.cancel()
 
 
-async def _cancel_on_disconnect(request: Request, ticket: Ticket) -> None:
-    """Ends with the answer too: servers report a completed response as a disconnect."""
+async def _cancel_on_disconnect(request: Request, handle: RequestHandle) -> None:
+    """Ends with the response too: servers report a completed response as a disconnect."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-    ticket.cancel()
+    handle.cancel()
 
 
-def _without_error(completion: Any) -> Any:
-    """``completion``, or what the engine says went wrong with it as an exception."""
+def _without_error(completion: Completion) -> Completion:
+    """``completion``. Raises what the engine says went wrong with it."""
     if completion.finish_reason in ("error", "cancelled"):
         reason = completion.error or "it was cancelled"
         message = f"The request failed in the engine: {reason}"
@@ -205,9 +232,11 @@ async def _body(request: Request) -> bytes:
 
 
 def _as_request_error(error: ToolkitError) -> RequestError:
-    """The engine's errors name their field first; that is the ``param`` of the answer."""
+    """An error of the engine as a response. It names its field first; that is the ``param``."""
     if isinstance(error, RequestError):
         return error
+    if isinstance(error, EngineUnavailable):
+        return RequestError(str(error), status=503, code="unavailable")
     field = str(error).split()[0].strip("'")
     known = {*CompletionRequest.model_fields, *ChatRequest.model_fields}
     return RequestError(str(error), field if field in known else None)
@@ -219,9 +248,9 @@ def _error_response(error: RequestError) -> JSONResponse:
 
 
 class CountRequests:
-    """ASGI middleware that counts answers by path and status, and lets streams pass through untouched."""
+    """ASGI middleware that counts responses by path and status, and lets streams pass through untouched."""
 
-    def __init__(self, app: ASGIApp, counter: Counter):
+    def __init__(self, app: ASGIApp, counter: Counter) -> None:
         self.app, self.counter = app, counter
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

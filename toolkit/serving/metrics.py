@@ -2,12 +2,16 @@
 
 import bisect
 import threading
+import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple, TypeAlias
+
+from toolkit.engine import Delta, EngineListener, RequestHandle
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-Labels = tuple[tuple[str, str], ...]
+Labels: TypeAlias = tuple[tuple[str, str], ...]
+Sample: TypeAlias = tuple[str, Labels, float]
 
 
 class Counter:
@@ -15,7 +19,7 @@ class Counter:
 
     kind = "counter"
 
-    def __init__(self, name: str, about: str):
+    def __init__(self, name: str, about: str) -> None:
         self.name, self.about = name, about
         self._lock = threading.Lock()
         self._values: dict[Labels, float] = defaultdict(float)
@@ -24,43 +28,36 @@ class Counter:
         with self._lock:
             self._values[tuple(sorted(labels.items()))] += amount
 
-    def samples(self) -> Iterable[tuple[str, Labels, float]]:
+    def samples(self) -> Iterable[Sample]:
         with self._lock:
             values = dict(self._values) or {(): 0.0}
         return [(self.name, labels, value) for labels, value in values.items()]
 
 
-class Reading(NamedTuple):
-    """A statistic of the engine as a metric: its key there, the help text, and gauge or counter."""
+class Stat(NamedTuple):
+    """A statistic of the engine as a metric.
+
+    Args:
+        key: of ``Engine.stats``.
+        about: the help text.
+        kind: "gauge" or "counter".
+    """
 
     key: str
     about: str
     kind: str = "gauge"
 
 
-READINGS = {
-    "toolkit_sequences_running": Reading("running", "Sequences that hold pages and run."),
-    "toolkit_sequences_waiting": Reading("waiting", "Sequences that wait for their turn."),
-    "toolkit_pages_used": Reading("blocks_used", "Pages of state in use."),
-    "toolkit_pages_cached": Reading("blocks_cached", "Pages kept for prefixes that no sequence holds."),
-    "toolkit_pages_total": Reading("blocks_total", "Pages of state there are."),
-    "toolkit_prefix_hit_tokens_total": Reading(
-        "prefix_hit_tokens", "Prompt tokens found in the prefix cache.", "counter"
-    ),
-    "toolkit_weight_version": Reading("weight_version", "Version of the weights that are served."),
-    "toolkit_preemptions_total": Reading("preemptions", "Sequences set back for want of pages.", "counter"),
+STATS = {
+    "toolkit:num_requests_running": Stat("num_requests_running", "Sequences that hold blocks and run."),
+    "toolkit:num_requests_waiting": Stat("num_requests_waiting", "Sequences that wait to run."),
+    "toolkit:kv_cache_usage_perc": Stat("kv_cache_usage_perc", "Blocks of state in use; 1 means all."),
+    "toolkit:num_blocks": Stat("num_blocks", "Blocks of state."),
+    "toolkit:num_cached_blocks": Stat("num_cached_blocks", "Blocks kept for prefixes that no sequence holds."),
+    "toolkit:prefix_cache_hits_total": Stat("prefix_cache_hits", "Prompt tokens found in the prefix cache.", "counter"),
+    "toolkit:weight_version": Stat("weight_version", "Version of the weights that are served."),
+    "toolkit:num_preemptions_total": Stat("num_preemptions", "Preempted sequences (out of KV blocks).", "counter"),
 }
-
-
-class Read:
-    """A metric whose value is read when the metrics are asked for; left out while ``read`` gives None."""
-
-    def __init__(self, name: str, about: str, kind: str, read: Callable[[], float | None]):
-        self.name, self.about, self.kind, self._read = name, about, kind, read
-
-    def samples(self) -> Iterable[tuple[str, Labels, float]]:
-        value = self._read()
-        return [] if value is None else [(self.name, (), float(value))]
 
 
 class Histogram:
@@ -68,7 +65,7 @@ class Histogram:
 
     kind = "histogram"
 
-    def __init__(self, name: str, about: str, bounds: tuple[float, ...] = SECONDS):
+    def __init__(self, name: str, about: str, bounds: tuple[float, ...] = SECONDS) -> None:
         self.name, self.about, self._bounds = name, about, bounds
         self._lock = threading.Lock()
         self._counts = [0] * (len(bounds) + 1)
@@ -79,7 +76,7 @@ class Histogram:
             self._counts[bisect.bisect_left(self._bounds, value)] += times
             self._sum += value * times
 
-    def samples(self) -> Iterable[tuple[str, Labels, float]]:
+    def samples(self) -> Iterable[Sample]:
         with self._lock:
             counts, total = list(self._counts), self._sum
         running = 0
@@ -90,43 +87,73 @@ class Histogram:
         yield f"{self.name}_count", (), running
 
 
-class Metrics:
-    """What ``/metrics`` shows: what the server counts, and ``READINGS`` of the engine's ``stats``."""
+class Metrics(EngineListener):
+    """What ``/metrics`` shows: what the server and its engine count, and ``STATS`` of the engine.
 
-    def __init__(self, stats: Callable[[], Mapping[str, float]]):
-        self.requests = Counter("toolkit_requests_total", "Requests answered, by endpoint and HTTP status.")
-        self.finished = Counter("toolkit_generations_total", "Generated sequences, by reason of their end.")
-        self.prompt_tokens = Counter("toolkit_prompt_tokens_total", "Tokens of prompts taken in.")
-        self.generated_tokens = Counter("toolkit_generated_tokens_total", "Tokens generated.")
-        self.first_token = Histogram(
-            "toolkit_time_to_first_token_seconds",
+    Names and meanings are vLLM's. A request with several prompts or completions counts once per sequence, as there.
+    """
+
+    def __init__(self) -> None:
+        self.http_requests = Counter("toolkit:http_requests_total", "HTTP requests, by path and status.")
+        self.success = Counter("toolkit:request_success_total", "Finished sequences, by the reason of their end.")
+        self.prompt_tokens = Counter("toolkit:prompt_tokens_total", "Prompt tokens of accepted requests.")
+        self.generation_tokens = Counter("toolkit:generation_tokens_total", "Generated tokens.")
+        self.time_to_first_token = Histogram(
+            "toolkit:time_to_first_token_seconds",
             "From the arrival of a request to the first token of a sequence.",
         )
-        self.next_token = Histogram(
-            "toolkit_inter_token_latency_seconds", "Between a token of a sequence and the next one."
+        self.inter_token_latency = Histogram(
+            "toolkit:inter_token_latency_seconds", "From a token of a sequence to the next one."
         )
-        self._all: list[Counter | Read | Histogram] = [
-            self.requests,
-            self.finished,
-            self.prompt_tokens,
-            self.generated_tokens,
-            self.first_token,
-            self.next_token,
-            *(
-                Read(name, reading.about, reading.kind, lambda key=reading.key: stats().get(key))  # type: ignore[misc]
-                for name, reading in READINGS.items()
-            ),
-        ]
+        self._last_token: dict[RequestHandle, dict[tuple[int, int], float]] = {}
 
-    def render(self) -> str:
+    def on_accepted(self, handle: RequestHandle) -> None:
+        self._last_token[handle] = {}
+
+    def on_delta(self, handle: RequestHandle, delta: Delta) -> None:
+        now, tokens = time.perf_counter(), len(delta.token_ids)
+        if tokens:
+            self.generation_tokens.add(tokens)
+            times, sequence = self._last_token[handle], (delta.prompt_index, delta.index)
+            if sequence in times:
+                self.inter_token_latency.observe((now - times[sequence]) / tokens, tokens)
+            else:
+                self.time_to_first_token.observe(now - handle.arrival_time)
+            times[sequence] = now
+        if delta.finished is not None:
+            self.success.add(finished_reason=delta.finished.finish_reason)
+            if not handle.num_unfinished:
+                del self._last_token[handle]
+
+    def on_failed(self, handle: RequestHandle, error: Exception) -> None:
+        self._last_token.pop(handle, None)
+
+    def render(self, stats: Mapping[str, float]) -> str:
+        """The text of all metrics, with the engine's ``stats``."""
+        counted: list[Counter | Histogram] = [
+            self.http_requests,
+            self.success,
+            self.prompt_tokens,
+            self.generation_tokens,
+            self.time_to_first_token,
+            self.inter_token_latency,
+        ]
         lines = []
-        for metric in self._all:
-            lines += [f"# HELP {metric.name} {metric.about}", f"# TYPE {metric.name} {metric.kind}"]
-            for name, labels, value in metric.samples():
-                inside = ",".join(f'{key}="{_escaped(text)}"' for key, text in labels)
-                number = int(value) if float(value).is_integer() else value
-                lines.append(f"{name}{'{' + inside + '}' if inside else ''} {number}")
+        for metric in counted:
+            lines += _lines(metric.name, metric.about, metric.kind, metric.samples())
+        for name, stat in STATS.items():
+            samples = [(name, (), stats[stat.key])] if stat.key in stats else []
+            lines += _lines(name, stat.about, stat.kind, samples)
         return "\n".join(lines) + "\n"
+
+
+def _lines(name: str, about: str, kind: str, samples: Iterable[Sample]) -> list[str]:
+    lines = [f"# HELP {name} {about}", f"# TYPE {name} {kind}"]
+    for sample, labels, value in samples:
+        inside = ",".join(f'{key}="{_escaped(text)}"' for key, text in labels)
+        number = int(value) if float(value).is_integer() else value
+        lines.append(f"{sample}{'{' + inside + '}' if inside else ''} {number}")
+    return lines
 
 
 def _escaped(text: str) -> str:

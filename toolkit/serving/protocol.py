@@ -1,4 +1,4 @@
-"""What a request may say: the bodies of ``/v1/completions`` and ``/v1/chat/completions``.
+"""Request bodies: those of ``/v1/completions`` and ``/v1/chat/completions``.
 
 Field names and meanings are OpenAI's, with vLLM's sampling extras. A null is the same as a field that is not
 given. Ranges of sampling values belong to ``SamplingParams`` and are checked there. Unknown fields, fields
@@ -41,12 +41,17 @@ NOT_OFFERED: dict[str, tuple[Any, ...]] = {
 
 
 class RequestError(ToolkitError):
-    """A request that cannot be answered as given.
+    """A request that cannot be served as given.
 
-    ``param``: the field at fault, where there is one. ``status``: of HTTP. ``code``: a word for programs.
+    Args:
+        message: one sentence.
+        param: the field at fault, where there is one.
+        status: of HTTP.
+        code: a name for programs.
+
     """
 
-    def __init__(self, message: str, param: str | None = None, status: int = 400, code: str | None = None):
+    def __init__(self, message: str, param: str | None = None, status: int = 400, code: str | None = None) -> None:
         super().__init__(message)
         self.param, self.status, self.code = param, status, code
 
@@ -95,7 +100,7 @@ class Message(_Body):
     @classmethod
     def _known_role(cls, role: str) -> str:
         if role not in ROLES:
-            raise ValueError(f"'role' of a message is {shown(role)}; allowed are {', '.join(map(repr, ROLES))}.")
+            raise ValueError(f"'role' of a message must be one of {', '.join(map(repr, ROLES))}, got {shown(role)}.")
         return role
 
     @field_validator("content", mode="before")
@@ -201,8 +206,8 @@ class ChatRequest(Sampling):
 
 Request = TypeVar("Request", bound=Sampling)
 _PROMPT_KINDS = (
-    "'prompt' is {}; allowed are a string, a list of strings, a list of token ids and a list of those lists, "
-    "none of them empty."
+    "'prompt' must be a string, a list of strings, a list of token ids or a list of those lists, none of them empty, "
+    "got {}."
 )
 
 
@@ -216,7 +221,7 @@ def parse(kind: type[Request], raw: bytes) -> Request:
     if b"\\ud" in raw.lower() and _has_lone_surrogate(body):
         raise RequestError("The request body holds half of a surrogate pair, which is not valid Unicode text.")
     if not isinstance(body, dict):
-        raise RequestError(f"The request body is {shown(body)}, but it must be a JSON object.")
+        raise RequestError(f"The request body must be a JSON object, got {shown(body)}.")
     try:
         return kind.model_validate(body)
     except ValidationError as error:

@@ -1,6 +1,6 @@
 """The listening socket, signals and the clean shutdown.
 
-SIGTERM or SIGINT: nothing new is taken, running requests have ``grace`` seconds to finish, then they are
+SIGTERM or SIGINT: new requests are rejected, running requests have ``grace`` seconds to finish, then they are
 cancelled and told so; a second signal cancels at once. The process then ends normally.
 """
 
@@ -13,16 +13,17 @@ from collections.abc import Callable, Iterator
 
 import uvicorn
 
+from toolkit.engine import EngineUnavailable
+from toolkit.engine.request_handle import SHUTTING_DOWN
 from toolkit.errors import ToolkitError
-from toolkit.serving.app import Served, create_app
-from toolkit.serving.runner import SHUTTING_DOWN
+from toolkit.serving.app import ServerConfig, create_app
 
 AFTER_GRACE = 10.0
-"""Seconds for cancelled requests to send their last words."""
+"""Seconds for cancelled requests to send their final events."""
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A bound TCP socket; port 0 takes a free one. Raises ToolkitError if the address cannot be had."""
+    """A bound TCP socket; port 0 takes a free one. Raises ToolkitError if the address cannot be bound."""
     listener = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -36,24 +37,24 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def serve(served: Served, listener: socket.socket, *, grace: float, ready: Callable[[], None]) -> None:
-    """Answer requests on ``listener`` until a signal, calling ``ready`` once requests are taken.
+def serve(server: ServerConfig, listener: socket.socket, *, grace: float, ready: Callable[[], None]) -> None:
+    """Serve requests on ``listener`` until a signal, calling ``ready`` once requests are taken.
 
     An engine that fails meanwhile does not end this: its requests do, with 503, and so does ``/health``.
     """
     config = uvicorn.Config(
-        create_app(served),
+        create_app(server),
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=int(grace + AFTER_GRACE) + 1,
     )
-    _Server(config, served, grace, ready).run(sockets=[listener])
+    _Server(config, server, grace, ready).run(sockets=[listener])
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, served: Served, grace: float, ready: Callable[[], None]):
+    def __init__(self, config: uvicorn.Config, server: ServerConfig, grace: float, ready: Callable[[], None]) -> None:
         super().__init__(config)
-        self._runner, self._grace, self._ready = served.runner, grace, ready
+        self._engine, self._grace, self._ready = server.engine, grace, ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
@@ -76,7 +77,10 @@ class _Server(uvicorn.Server):
 
     def _stop(self) -> None:
         if self.should_exit:
-            self._runner.drop_all(SHUTTING_DOWN)
+            self._cancel_all()
             return
-        self.should_exit = self._runner.draining = True
-        asyncio.get_running_loop().call_later(self._grace, self._runner.drop_all, SHUTTING_DOWN)
+        self.should_exit = self._engine.draining = True
+        asyncio.get_running_loop().call_later(self._grace, self._cancel_all)
+
+    def _cancel_all(self) -> None:
+        self._engine.cancel_all(EngineUnavailable(SHUTTING_DOWN))

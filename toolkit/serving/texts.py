@@ -1,4 +1,4 @@
-"""Text to token ids for requests, and token ids to text for answers that list log-probabilities."""
+"""Text to token ids for requests, and token ids to text for responses that list log-probabilities."""
 
 import copy
 from functools import lru_cache
@@ -13,22 +13,22 @@ METASPACE = "▁"
 class Texts:
     """A tokenizer's part in the server; ``tokenizer`` may be None, and prompts must then be token ids.
 
-    Holds a copy of its own: the engine decodes on another thread, and tokenizers are not safe to share.
+    Holds a copy: the engine decodes on another thread, and tokenizers are not safe to share.
     """
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = copy.deepcopy(tokenizer)
         self._bytes_of = _byte_alphabet()
-        self.piece = lru_cache(maxsize=65536)(self._piece)
+        self.of_token = lru_cache(maxsize=65536)(self._of_token)
 
     def prompt(self, text: str) -> list[int]:
-        """Token ids of a completion's prompt, with what the tokenizer puts around any text."""
+        """Token ids of a completion's prompt, with the tokenizer's special tokens."""
         if self._tokenizer is None:
             raise RequestError("The served model has no tokenizer; 'prompt' must be token ids.", "prompt")
         return list(self._tokenizer(text)["input_ids"])
 
     def chat(self, messages: list[Message]) -> list[int]:
-        """Token ids of a chat in the model's own template, ready for the assistant's answer."""
+        """Token ids of a chat in the model's own template, ready for the assistant's reply."""
         if self._tokenizer is None or not self._tokenizer.chat_template:
             raise RequestError(
                 "The served model has no chat template; use /v1/completions with a 'prompt' instead.",
@@ -41,10 +41,10 @@ class Texts:
             text = self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         except (TemplateError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split()).rstrip(".")
-            raise RequestError(f"The model's chat template refuses these messages ({reason}).", "messages") from None
+            raise RequestError(f"The model's chat template rejects these messages ({reason}).", "messages") from None
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _piece(self, token: int) -> tuple[str, list[int]]:
+    def _of_token(self, token: int) -> tuple[str, list[int]]:
         """A token as text and as UTF-8 bytes; one that is no whole character reads ``bytes:\\xf0\\x9f``."""
         if self._tokenizer is None:
             return f"token_id:{token}", []
@@ -70,4 +70,4 @@ def _byte_alphabet() -> dict[str, int]:
     """GPT-2's printable stand-in of every byte: itself where Latin-1 shows it, else 256 and up in order."""
     shown = {*range(33, 127), *range(161, 173), *range(174, 256)}
     hidden = [byte for byte in range(256) if byte not in shown]
-    return {chr(byte): byte for byte in shown} | {chr(256 + place): byte for place, byte in enumerate(hidden)}
+    return {chr(byte): byte for byte in shown} | {chr(256 + at): byte for at, byte in enumerate(hidden)}

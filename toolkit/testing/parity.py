@@ -91,7 +91,7 @@ def _one_schedule(
         "max_num_batched_tokens": budget,
         "block_size": block_size,
         "num_blocks": int(capacity * (longest // block_size + 2)),
-        "swap_bytes": source.choice([0, None]),
+        "swap_space": source.choice([0, None]),
         "enable_return_routed_experts": any(spec.kind == "routing" for spec in state_spec(model)),
     }
     params = [
@@ -116,9 +116,9 @@ def _one_schedule(
                 engine.sleep()
                 engine.wake()
         stats = engine.stats()
-    result.prefix_hit_tokens += int(stats["prefix_hit_tokens"])
-    result.preemptions += int(stats["preemptions"])
-    result.swaps += int(stats["swaps"])
+    result.prefix_hit_tokens += int(stats["prefix_cache_hits"])
+    result.preemptions += int(stats["num_preemptions"])
+    result.swaps += int(stats["num_swaps"])
     result.forked += sum(n - 1 for n in counts)
     result.chunked_prompts += sum(len(prompt) > budget for prompt in chosen)
     source.shuffle(completions)

@@ -1,0 +1,375 @@
+"""The one thread boundary of the engine: a thread that steps it, and handles on which other threads wait for tokens.
+
+Everything that touches the engine runs on that thread. Other threads hand it commands, which it runs between two steps.
+It sleeps on a condition while there is nothing to do. The HTTP server, transformers' ``generate`` and its continuous
+batching share this class.
+"""
+
+import asyncio
+import contextlib
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, InvalidStateError
+
+from toolkit.engine.engine import Engine
+from toolkit.engine.outputs import Completion, Delta
+from toolkit.engine.params import SamplingParams
+from toolkit.engine.prompts import Params, Prompt, Prompts, check_params, split_prompts
+from toolkit.engine.request_handle import SHUTTING_DOWN, EngineListener, EngineUnavailable, RequestHandle
+from toolkit.errors import ToolkitError
+
+
+class AsyncEngine:
+    """An ``Engine`` on a thread that steps it: requests may come from any number of threads and event loops.
+
+    Every method may be called from any thread. The thread starts with the first request, or by ``start``. Use it as a
+    context manager, or ``shutdown`` it.
+
+    Args:
+        engine: the engine, which must not be used otherwise until ``shutdown``.
+        max_queued_seqs: most sequences that wait or run; ``submit`` raises beyond. None for no bound.
+        listener: is told what happens to requests.
+    """
+
+    def __init__(
+        self, engine: Engine, *, max_queued_seqs: int | None = None, listener: EngineListener | None = None
+    ) -> None:
+        self.engine = engine
+        self.max_queued_seqs = max_queued_seqs
+        self.listener = listener or EngineListener()
+        self.failure: BaseException | None = None
+        """What ended the thread, if it has failed."""
+        self.draining = False
+        """Whether new requests are rejected. May be set; ``shutdown`` sets it."""
+        self.step_start = 0.0
+        """``time.perf_counter()`` at the start of the last step."""
+        self._stats = engine.stats()
+        self._of_request: dict[int, RequestHandle] = {}  # the thread's own
+        self._changed = threading.Condition()  # guards all below
+        self._commands: list[Callable[[], None]] = []
+        self._handles: set[RequestHandle] = set()
+        self._num_queued = 0
+        self._pauses = 0
+        self._stepping = False
+        self._stop: str | None = None  # "now", or "drained"
+        self._close_engine = False
+        self._ended = False
+        self._one_pause = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def __enter__(self) -> "AsyncEngine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+
+    def start(self) -> None:
+        """Start the thread. Does nothing when it was started."""
+        with self._changed:
+            if self._thread.ident is None and not self._ended:
+                self._thread.start()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the thread has ended, or was shut down before it started."""
+        return self._ended
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the thread was started and has not ended."""
+        return self._thread.ident is not None and not self._ended
+
+    def submit(self, prompts: Prompts, params: Params = None) -> RequestHandle:
+        """Hand prompts to the engine, all or none, and return at once.
+
+        Args:
+            prompts: a text, a list of token ids, or a list of those.
+            params: one for all prompts, or one per prompt.
+
+        Raises:
+            EngineUnavailable: if the engine is at its limit, is shutting down, or has failed.
+            ToolkitError: if ``params`` do not fit, or ask for more than ``max_queued_seqs``. That a prompt cannot run
+                is an exception of ``accepted``.
+        """
+        given = split_prompts(prompts)
+        chosen = check_params(params, len(given))
+        handle = RequestHandle(sum(one.n for one in chosen), self.cancel_handle)
+        most = self.max_queued_seqs
+        if most is not None and handle.num_sequences > most:
+            raise ToolkitError(f"The request must have <= {most} sequences, got {handle.num_sequences}.")
+        with self._changed:
+            if self.failure is not None:
+                raise EngineUnavailable(f"The engine has stopped: {self.failure}")
+            if self.draining:
+                raise EngineUnavailable(SHUTTING_DOWN)
+            if most is not None and self._num_queued + handle.num_sequences > most:
+                raise EngineUnavailable(f"The engine is at its limit of {most} sequences; try again later.")
+            self._num_queued += handle.num_sequences
+            self._handles.add(handle)
+            self._commands.append(lambda: self._admit(handle, given, chosen))
+            self._changed.notify_all()
+        self.start()
+        return handle
+
+    def generate(self, prompts: Prompts, params: Params = None) -> list[Completion]:
+        """Completions of all prompts, in order, ``n`` per prompt: ``Engine.generate`` from any thread."""
+        finished = [delta.finished for delta in self.stream(prompts, params) if delta.finished is not None]
+        return sorted(finished, key=lambda one: (one.prompt_index, one.index))
+
+    def stream(self, prompts: Prompts, params: Params = None) -> Iterator[Delta]:
+        """The deltas of ``generate``, as each step adds them. Closing the iterator cancels the rest."""
+        handle = self.submit(prompts, params)
+        try:
+            handle.accepted.result()
+        except BaseException:
+            handle.cancel()
+            raise
+        return _until_closed(handle)
+
+    def cancel(self, request_id: int) -> None:
+        """End a request's unfinished completions with "cancelled"."""
+        self._command(lambda: self._cancel_requests([request_id]))
+
+    def cancel_handle(self, handle: RequestHandle, error: Exception | None = None) -> None:
+        """End all requests of a handle with "cancelled". With ``error`` its iteration raises that instead."""
+        self._command(lambda: self._cancel(handle, error))
+
+    def cancel_all(self, error: Exception) -> None:
+        """End all requests. Iterations of their handles raise ``error``."""
+        with self._changed:
+            handles = list(self._handles)
+        for handle in handles:
+            self.cancel_handle(handle, error)
+
+    def stats(self) -> dict[str, float]:
+        """``Engine.stats`` as of the last step."""
+        return self._stats
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """No step runs inside, so that weights may be written. Several threads pause one after the other."""
+        with self._changed:
+            self._pauses += 1
+        try:
+            with self._one_pause:
+                with self._changed:
+                    self._changed.wait_for(lambda: not self._stepping)
+                yield
+        finally:
+            with self._changed:
+                self._pauses -= 1
+                self._changed.notify_all()
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether a ``pause`` is in effect."""
+        return self._pauses > 0
+
+    def sleep(self) -> None:
+        """``Engine.sleep`` between two steps."""
+        self._call(self.engine.sleep)
+
+    def wake(self) -> None:
+        """``Engine.wake``."""
+        self._call(self.engine.wake)
+
+    def shutdown(
+        self,
+        *,
+        cancel_requests: bool = True,
+        close_engine: bool = True,
+        wait: bool = True,
+        timeout: float | None = None,
+    ) -> bool:
+        """End the thread, and return whether it has ended. No more requests are taken.
+
+        Args:
+            cancel_requests: end unfinished requests, whose handles raise EngineUnavailable; otherwise they finish.
+            close_engine: close the engine at the end; otherwise one thread may use it further.
+            wait: wait for the thread.
+            timeout: seconds to wait; None for no bound.
+        """
+        with self._changed:
+            self.draining = True
+            self._stop = "now" if cancel_requests else self._stop or "drained"
+            self._close_engine = close_engine
+            started = self._thread.ident is not None
+            self._ended = self._ended or not started
+            self._changed.notify_all()
+        if started and wait:
+            self._thread.join(timeout)
+        if self._ended and close_engine:
+            self.engine.close()
+        return self._ended
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait until the thread has ended, or for ``timeout`` seconds."""
+        if self._thread.ident is not None:
+            self._thread.join(timeout)
+
+    def _command(self, command: Callable[[], None]) -> None:
+        with self._changed:
+            self._commands.append(command)
+            self._changed.notify_all()
+
+    def _call(self, function: Callable[[], None]) -> None:
+        """Run ``function`` on the engine's thread, and wait until it has run."""
+        done: Future[None] = Future()
+
+        def command() -> None:
+            try:
+                done.set_result(function())
+            except Exception as error:
+                done.set_exception(error)
+
+        with self._changed:
+            if self._ended:
+                raise EngineUnavailable("The engine's thread has ended.")
+            self._commands.append(command)
+            self._changed.notify_all()
+        self.start()
+        done.result()
+
+    # What follows runs on the engine's thread.
+
+    def _run(self) -> None:
+        try:
+            while True:
+                with self._changed:
+                    self._changed.wait_for(self._has_work)
+                    commands, self._commands = self._commands, []
+                    stop_now = self._stop == "now"
+                    doomed = list(self._handles) if stop_now else []
+                for command in commands:
+                    command()
+                for handle in doomed:
+                    self._cancel(handle, EngineUnavailable(SHUTTING_DOWN))
+                with self._changed:
+                    self._stepping = bool(doomed) or not self._pauses
+                deltas = self._step() if self._stepping else []
+                self._stats = self.engine.stats()
+                self._deliver(deltas)
+                with self._changed:
+                    if stop_now or (self._stop == "drained" and not self._handles):
+                        break
+        except BaseException as error:
+            traceback.print_exc(file=sys.stderr)
+            self._fail(error)
+        self._end()
+
+    def _has_work(self) -> bool:
+        stopping = self._stop == "now" or (self._stop == "drained" and not self._handles)
+        can_step = self.engine.has_work and not self._pauses and not self.engine.is_sleeping
+        return bool(self._commands) or stopping or can_step
+
+    def _step(self) -> list[Delta]:
+        try:
+            if not self.engine.has_work:
+                return []
+            self.step_start = time.perf_counter()
+            return self.engine.step()
+        finally:
+            with self._changed:
+                self._stepping = False
+                self._changed.notify_all()
+
+    def _admit(self, handle: RequestHandle, prompts: list[Prompt], params: list[SamplingParams]) -> None:
+        if not handle.accepted.set_running_or_notify_cancel():
+            self._finish(handle)
+            self._notify([handle.put(EngineUnavailable("The request was cancelled."))])
+            return
+        try:
+            request_ids = self.engine.submit_batch(prompts, params)
+        except Exception as error:
+            self._finish(handle)
+            self.listener.on_failed(handle, error)
+            handle.accepted.set_exception(error)
+            self._notify([handle.put(error)])
+            return
+        self._of_request.update(dict.fromkeys(request_ids, handle))
+        self.listener.on_accepted(handle)
+        handle.accepted.set_result(request_ids)
+        if not request_ids:
+            self._finish(handle)
+
+    def _cancel(self, handle: RequestHandle, error: Exception | None = None) -> None:
+        """The final deltas come with the next step."""
+        if handle.num_unfinished and handle.accepted.done():
+            if error is not None:
+                self._notify([handle.put(error)])
+            self._cancel_requests(handle.accepted.result())
+
+    def _cancel_requests(self, request_ids: list[int]) -> None:
+        for request_id in request_ids:
+            self.engine.cancel(request_id)
+
+    def _deliver(self, deltas: list[Delta]) -> None:
+        awaited = []
+        for delta in deltas:
+            handle = self._of_request.get(delta.request_id)
+            if handle is None:
+                continue
+            if delta.finished is not None:
+                handle.num_unfinished -= 1
+                if not handle.num_unfinished:
+                    self._finish(handle)
+            self.listener.on_delta(handle, delta)
+            awaited.append(handle.put(delta))
+        self._notify(awaited)
+
+    def _notify(self, awaited: list[tuple[asyncio.AbstractEventLoop, asyncio.Event] | None]) -> None:
+        """Wake each event loop once for everything that a step has added."""
+        of_loop: dict[asyncio.AbstractEventLoop, list[asyncio.Event]] = {}
+        for loop, ready in filter(None, awaited):
+            of_loop.setdefault(loop, []).append(ready)
+        for loop, events in of_loop.items():
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(_set_all, events)
+
+    def _finish(self, handle: RequestHandle) -> None:
+        handle.num_unfinished = 0
+        if handle.accepted.done() and not handle.accepted.cancelled():
+            for request_id in handle.accepted.result():
+                del self._of_request[request_id]
+        with self._changed:
+            self._handles.discard(handle)
+            self._num_queued -= handle.num_sequences
+
+    def _fail(self, error: BaseException) -> None:
+        with self._changed:
+            self.failure = error
+            handles = list(self._handles)
+        for handle in handles:
+            ended = EngineUnavailable(f"The engine has stopped: {error}")
+            self._finish(handle)
+            self.listener.on_failed(handle, ended)
+            with contextlib.suppress(InvalidStateError):  # it was accepted
+                handle.accepted.set_exception(ended)
+            self._notify([handle.put(ended)])
+
+    def _end(self) -> None:
+        if self._close_engine:
+            self.engine.close()
+        with self._changed:
+            self._ended = True
+            left, self._commands = self._commands, []
+            self._changed.notify_all()
+        for command in left:
+            with contextlib.suppress(Exception):
+                command()
+        self.listener.on_stopped()
+
+
+def _until_closed(handle: RequestHandle) -> Iterator[Delta]:
+    try:
+        yield from handle
+    finally:
+        handle.cancel()
+
+
+def _set_all(events: list[asyncio.Event]) -> None:
+    for event in events:
+        event.set()

@@ -1,0 +1,48 @@
+"""The engine's configuration, checked when it is made."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from toolkit.engine.params import check_bool, check_float, check_int, check_names
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How much an engine takes on at once. The fields are the keyword arguments of ``Engine``, which documents them."""
+
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    max_model_len: int | None = None
+    block_size: int = 16
+    num_blocks: int | None = None
+    swap_space: float | None = 0
+    enable_prefix_caching: bool = True
+    enable_return_routed_experts: bool = False
+    kinds: dict[str, str] | None = None
+    numerics: str | None = None
+    seed: int | None = None
+
+    @property
+    def swap_bytes(self) -> int | None:
+        """``swap_space`` in bytes."""
+        return None if self.swap_space is None else int(self.swap_space * GIB)
+
+    @classmethod
+    def check(cls, **given: Any) -> "EngineConfig":
+        """The configuration of these arguments. Raises ToolkitError for an unknown name or a bad value."""
+        check_names("Engine", given, ("model", "tokenizer", *(field.name for field in fields(cls))))
+        return cls(**given)
+
+    def __post_init__(self) -> None:
+        check_int("max_num_seqs", self.max_num_seqs, 1)
+        check_int("max_num_batched_tokens", self.max_num_batched_tokens, 1)
+        check_int("block_size", self.block_size, 1)
+        check_bool("enable_prefix_caching", self.enable_prefix_caching)
+        check_bool("enable_return_routed_experts", self.enable_return_routed_experts)
+        for name, low in (("max_model_len", 2), ("num_blocks", 1), ("seed", 0)):
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name), low, also=" or None")
+        if self.swap_space is not None:
+            check_float("swap_space", self.swap_space, 0, float("inf"))

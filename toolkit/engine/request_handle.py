@@ -1,0 +1,104 @@
+"""What a caller holds while the engine's thread runs its request."""
+
+import asyncio
+import queue
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Future
+from typing import TypeAlias
+
+from toolkit.engine.outputs import Delta
+from toolkit.errors import ToolkitError
+
+Event: TypeAlias = Delta | Exception
+"""What a handle gets: a delta, or what ended the request early."""
+
+
+SHUTTING_DOWN = "The engine is shutting down."
+
+
+class EngineUnavailable(ToolkitError):
+    """The engine cannot take or finish a request now: it is at its limit, is shutting down, or has failed."""
+
+
+class RequestHandle:
+    """The prompts of one ``AsyncEngine.submit``, while they wait and run.
+
+    Iterate it for deltas, once, with ``for`` or ``async for``. Iteration ends when every sequence has finished, and
+    raises what ended the request early.
+
+    Attributes:
+        num_sequences: ``n`` of all prompts, added up.
+        num_unfinished: those that have not finished.
+        arrival_time: ``time.perf_counter()`` of the submission.
+        accepted: request ids, one per prompt, once the engine has accepted all of them; or why it did not.
+    """
+
+    def __init__(self, num_sequences: int, cancel: Callable[["RequestHandle"], None]) -> None:
+        self.num_sequences = self.num_unfinished = num_sequences
+        self.arrival_time = time.perf_counter()
+        self.accepted: Future[list[int]] = Future()
+        self._cancel = cancel
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._awaited: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+
+    async def wait_accepted(self) -> list[int]:
+        """The request ids. Raises why the engine did not accept them; cancels the request when it is cancelled."""
+        try:
+            return await asyncio.wrap_future(self.accepted)
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+
+    def __iter__(self) -> Iterator[Delta]:
+        left = self.num_sequences
+        while left:
+            delta = _delta(self._events.get())
+            left -= delta.finished is not None
+            yield delta
+
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        ready = asyncio.Event()
+        self._awaited = asyncio.get_running_loop(), ready
+        left = self.num_sequences
+        while left:
+            ready.clear()  # before the queue is read, so that no event goes unnoticed
+            try:
+                delta = _delta(self._events.get_nowait())
+            except queue.Empty:
+                await ready.wait()
+                continue
+            left -= delta.finished is not None
+            yield delta
+
+    def cancel(self) -> None:
+        """End what is unfinished with "cancelled". From any thread; does nothing once the request has finished."""
+        if self.num_unfinished:
+            self._cancel(self)
+
+    def put(self, event: Event) -> tuple[asyncio.AbstractEventLoop, asyncio.Event] | None:
+        """Hand over an event; whom to notify on which event loop, if an event loop iterates."""
+        self._events.put(event)
+        return self._awaited
+
+
+def _delta(event: Event) -> Delta:
+    if isinstance(event, Exception):
+        raise event
+    return event
+
+
+class EngineListener:
+    """Is told on the engine's thread what happens to requests: for metrics, or in the place of iterating handles."""
+
+    def on_accepted(self, handle: RequestHandle) -> None:
+        """The engine has accepted all prompts of a handle."""
+
+    def on_delta(self, handle: RequestHandle, delta: Delta) -> None:
+        """A step has added ``delta``."""
+
+    def on_failed(self, handle: RequestHandle, error: Exception) -> None:
+        """The request was not accepted, or the engine has failed."""
+
+    def on_stopped(self) -> None:
+        """The thread has ended."""
