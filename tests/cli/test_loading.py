@@ -192,11 +192,11 @@ def test_bad_input_on_the_command_line_is_one_line_and_status_2(saved, tmp_path,
     for words, message in (
         (["generate", str(tmp_path / "none"), "a"], "does not exist"),
         (["generate", str(saved), "a"], "has no tokenizer"),
-        (["generate", str(saved), "a", "--temperature", "-1"], "temperature is -1"),
+        (["generate", str(saved), "a", "--temperature", "-1"], "temperature must be a finite number >= 0, got -1"),
         (["generate", str(saved), ""], "nothing to continue"),
-        (["serve", str(saved), "--port", "70000"], "--port is 70000"),
+        (["serve", str(saved), "--port", "70000"], "--port must be >= 0 and <= 65535, got 70000"),
         (["serve", str(tmp_path / "none"), "--port", "0"], "does not exist"),
-        (["serve", str(saved), "--port", "0", "--max-num-seqs", "0"], "max_num_seqs is 0"),
+        (["serve", str(saved), "--port", "0", "--max-num-seqs", "0"], "max_num_seqs must be an integer >= 1, got 0"),
         (["serve", str(saved), "--host", "no.such.host.invalid"], "Cannot listen on host"),
     ):
         assert main(words) == 2

@@ -106,15 +106,15 @@ def oracle(prompt: list[int], params: SamplingParams) -> list[tuple[list[int], l
     found = []
     for sequence in make_request(prompt, params).sequences:
         while sequence.completion is None:
-            drawn = Sampler().sample(logits_of(tuple(sequence.tokens))[None], [sequence])
-            if drawn.errors[0] is not None:
-                sequence.finish("error", error=drawn.errors[0])
+            sampled = Sampler().sample(logits_of(tuple(sequence.tokens))[None], [sequence])
+            if sampled.errors[0] is not None:
+                sequence.finish("error", error=sampled.errors[0])
             else:
                 sequence.accept(
-                    drawn.token_ids[0],
-                    drawn.logprobs[0],
-                    drawn.sampling_logprobs[0],
-                    drawn.top_logprobs[0],
+                    sampled.token_ids[0],
+                    sampled.logprobs[0],
+                    sampled.sampling_logprobs[0],
+                    sampled.top_logprobs[0],
                     0,
                 )
         done = sequence.completion

@@ -16,27 +16,27 @@ SAMPLES = [
 
 
 def run(tokenizer, ids, prompt=(), skip=True, **stops):
-    """(pieces shown, final text, the stop string found, tokens used)."""
+    """(chunks shown, final text, the stop string found, tokens used)."""
     one = Detokenizer(Decoder(tokenizer, skip), list(prompt), **stops)
-    pieces, found, used = [], None, 0
+    chunks, found, used = [], None, 0
     for token in ids:
         found = one.push(token)
         used += 1
         if found is not None:
             break
-        pieces.append(one.take())
+        chunks.append(one.take())
     one.finish()
-    pieces.append(one.take())
-    return pieces, one.text, found, used
+    chunks.append(one.take())
+    return chunks, one.text, found, used
 
 
 @pytest.mark.parametrize("text", SAMPLES)
-def test_pieces_add_up_and_none_is_half_a_character(text):
+def test_chunks_add_up_and_none_is_half_a_character(text):
     tokenizer = byte_level()
     ids = tokenizer(text)["input_ids"]
-    pieces, final, _, _ = run(tokenizer, ids)
-    assert "".join(pieces) == final == text
-    assert not any(REPLACEMENT in piece for piece in pieces)
+    chunks, final, _, _ = run(tokenizer, ids)
+    assert "".join(chunks) == final == text
+    assert not any(REPLACEMENT in chunk for chunk in chunks)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -44,8 +44,8 @@ def test_random_tokens_read_as_in_one_go(seed):
     tokenizer = byte_level()
     rng = random.Random(seed)
     ids = [rng.randrange(len(tokenizer)) for _ in range(60)]
-    pieces, final, _, _ = run(tokenizer, ids)
-    assert "".join(pieces) == final == tokenizer.decode(ids, skip_special_tokens=True)
+    chunks, final, _, _ = run(tokenizer, ids)
+    assert "".join(chunks) == final == tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def test_a_character_split_by_the_end_of_the_prompt_is_completed():
@@ -60,11 +60,11 @@ def test_a_character_split_by_the_end_of_the_prompt_is_completed():
 def test_an_incomplete_end_is_flushed_once():
     tokenizer = byte_level()
     ids = tokenizer("ok 🚀")["input_ids"][:-1]
-    pieces, final, _, _ = run(tokenizer, ids)
+    chunks, final, _, _ = run(tokenizer, ids)
     assert final == tokenizer.decode(ids)
     assert final.startswith("ok ")
-    assert not any(REPLACEMENT in piece for piece in pieces[:-1])
-    assert pieces[-1].endswith(REPLACEMENT)
+    assert not any(REPLACEMENT in chunk for chunk in chunks[:-1])
+    assert chunks[-1].endswith(REPLACEMENT)
 
 
 def test_bytes_that_never_become_text_do_not_pile_up():
@@ -109,9 +109,9 @@ def test_byte_fallback_characters_are_held_until_complete():
     tokenizer = metaspace()
     the = tokenizer.convert_tokens_to_ids("▁the")
     rocket = [1 + byte for byte in "🚀é".encode()]
-    pieces, final, _, _ = run(tokenizer, [the, *rocket, the])
+    chunks, final, _, _ = run(tokenizer, [the, *rocket, the])
     assert final == "the🚀é the"
-    assert [piece for piece in pieces if piece] == ["the", "🚀", "é", " the"]
+    assert [chunk for chunk in chunks if chunk] == ["the", "🚀", "é", " the"]
 
 
 def stop_oracle(text, stops, include):
@@ -132,12 +132,12 @@ def test_stop_strings_over_tokens_are_never_shown_and_are_cut(seed, include):
     text = "".join(rng.choice(["the", " dog", "ab", "a", "b", "é", "🚀", " "]) for _ in range(30))
     stops = tuple({"".join(rng.choice("ab é🚀t") for _ in range(rng.randint(1, 4))) for _ in range(2)})
     ids = tokenizer(text)["input_ids"]
-    pieces, final, found, _ = run(tokenizer, ids, stop=stops, include_stop=include)
+    chunks, final, found, _ = run(tokenizer, ids, stop=stops, include_stop=include)
     assert (final, found) == stop_oracle(text, stops, include)
-    assert "".join(pieces) == final
+    assert "".join(chunks) == final
     shown = ""
-    for piece in pieces[:-1]:
-        shown += piece
+    for chunk in chunks[:-1]:
+        shown += chunk
         assert final.startswith(shown)
         assert not any(stop in shown for stop in stops)
 
@@ -145,11 +145,11 @@ def test_stop_strings_over_tokens_are_never_shown_and_are_cut(seed, include):
 def test_held_back_text_comes_when_it_turns_out_not_to_be_a_stop():
     tokenizer = byte_level()
     ids = [tokenizer(letter)["input_ids"][0] for letter in "xENy"]
-    pieces, final, found, _ = run(tokenizer, ids, stop=("END",))
-    assert pieces == ["x", "", "", "ENy", ""]
+    chunks, final, found, _ = run(tokenizer, ids, stop=("END",))
+    assert chunks == ["x", "", "", "ENy", ""]
     assert (final, found) == ("xENy", None)
-    pieces, _, found, _ = run(tokenizer, ids[:3], stop=("END",))
-    assert pieces == ["x", "", "", "EN"]
+    chunks, _, found, _ = run(tokenizer, ids[:3], stop=("END",))
+    assert chunks == ["x", "", "", "EN"]
     assert found is None
 
 

@@ -135,7 +135,7 @@ def test_the_prompt_of_n_completions_is_computed_once():
     assert [result(one) for one in got] == oracle(prompt, params)
 
 
-def test_only_rows_that_sample_reach_the_head():
+def test_only_rows_that_sample_arrive_at_the_head():
     class Counting(HistoryModel):
         rows = 0
 
@@ -228,7 +228,7 @@ def test_a_failing_detokenizer_ends_its_request_alone():
 
         def decode(self, ids, skip_special_tokens):
             if 6 in ids:
-                raise UnicodeError("no such piece")
+                raise UnicodeError("no such chunk")
             return "x" * len(ids)
 
     engine = Engine(HistoryModel(), Fragile())
@@ -239,7 +239,7 @@ def test_a_failing_detokenizer_ends_its_request_alone():
     for one in got:
         assert (one.finish_reason == "error") == (6 in one.token_ids)
         if one.error:
-            assert one.error == "UnicodeError: no such piece"
+            assert one.error == "UnicodeError: no such chunk"
     engine.check_integrity()
     assert engine.stats()["num_used_blocks"] == 0
 
@@ -292,14 +292,14 @@ def test_eos_stop_tokens_and_ignore_eos():
 def test_text_and_stop_strings_through_the_engine():
     tokenizer = byte_level()
 
-    class Wide(HistoryModel):
+    class LargeVocabulary(HistoryModel):
         vocab_size = len(tokenizer)
 
         def forward(self, batch, rows):
             logits = super().forward(batch, rows)
             return torch.cat([logits, torch.full((len(logits), self.vocab_size - VOCAB), -torch.inf)], 1)
 
-    engine = Engine(Wide(), tokenizer)
+    engine = Engine(LargeVocabulary(), tokenizer)
     prompts = ["a", "b", "c"]
     params = SamplingParams(max_tokens=60, ignore_eos=True, seed=4)
     free = engine.generate(prompts, params)

@@ -167,7 +167,7 @@ def test_a_model_in_train_mode_is_sampled_without_dropout_and_stays_in_it():
         assert [module.training for module in model.modules()] == modes
 
 
-def test_the_engine_patches_once_and_keeps_the_tier():
+def test_the_engine_patches_once_and_keeps_the_numerics_mode():
     model = llama()
     assert report_of(model) is None
     Engine(model, num_blocks=4)

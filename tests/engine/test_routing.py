@@ -1,4 +1,4 @@
-"""Routing that the engine records: whole and right whatever the schedule did, and absent unless asked for."""
+"""Routing that the engine records: complete and correct under any schedule, and absent unless asked for."""
 
 import random
 from typing import Any
@@ -155,7 +155,7 @@ def test_it_is_kept_only_when_asked_for(model: Any) -> None:
 
 
 def test_it_cannot_be_asked_of_a_dense_model(model: Any) -> None:
-    with pytest.raises(ToolkitError, match="routed_experts is True, but the model has no layer of experts"):
+    with pytest.raises(ToolkitError, match="routed_experts must be False for a model without a patched layer"):
         Engine(random_model("llama"), enable_return_routed_experts=True)
-    with pytest.raises(ToolkitError, match="enable_return_routed_experts is 'yes'"):
+    with pytest.raises(ToolkitError, match="enable_return_routed_experts must be True or False, got 'yes'"):
         Engine(model, enable_return_routed_experts="yes")

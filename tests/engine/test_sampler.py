@@ -13,7 +13,7 @@ from toolkit.ops.sample.reference import uniforms
 
 
 def sample(logits, sequences):
-    """One batch by a sampler of its own."""
+    """One batch by a new sampler."""
     return Sampler().sample(logits, sequences)
 
 
@@ -43,7 +43,7 @@ FILTERS = [
 
 
 @pytest.mark.parametrize("params", FILTERS)
-def test_parameters_reach_the_distribution_drawn_from(params):
+def test_parameters_shape_the_sampling_distribution(params):
     """200 steps of one sequence: its tokens' log-probabilities are those that transformers' filters give."""
     logits = scores_of(3, 1, 61, scale=1.0).float()
     scores = logits.double() / params.temperature
@@ -56,33 +56,33 @@ def test_parameters_reach_the_distribution_drawn_from(params):
     expected = scores.log_softmax(-1)[0]
     sequence, sampler = sequence_of(params, seed=5), Sampler()
     for _ in range(200):
-        drawn = sampler.sample(logits, [sequence])
-        assert drawn.errors == [None]
-        assert abs(drawn.sampling_logprobs[0] - float(expected[drawn.token_ids[0]])) < 1e-9
-        sequence.tokens.append(drawn.token_ids[0])
+        sampled = sampler.sample(logits, [sequence])
+        assert sampled.errors == [None]
+        assert abs(sampled.sampling_logprobs[0] - float(expected[sampled.token_ids[0]])) < 1e-9
+        sequence.tokens.append(sampled.token_ids[0])
     assert (len(set(sequence.tokens[3:])) > 1) == (int(expected.isfinite().sum()) > 1)
 
 
 def test_greedy_takes_the_lowest_of_equals_with_certainty():
     logits = torch.zeros(2, 9)
     logits[0, [4, 7]] = 1.0
-    drawn = sample(logits, [sequence_of(SamplingParams(temperature=0))] * 2)
-    assert drawn.token_ids == [4, 0]
-    assert drawn.sampling_logprobs == [0.0, 0.0]
-    torch.testing.assert_close(torch.tensor(drawn.logprobs), logits.log_softmax(-1)[[0, 1], [4, 0]])
+    sampled = sample(logits, [sequence_of(SamplingParams(temperature=0))] * 2)
+    assert sampled.token_ids == [4, 0]
+    assert sampled.sampling_logprobs == [0.0, 0.0]
+    torch.testing.assert_close(torch.tensor(sampled.logprobs), logits.log_softmax(-1)[[0, 1], [4, 0]])
 
 
 def test_logprobs_are_the_models_own_whatever_the_filters():
     logits = scores_of(1, 1, 50).float()
     expected = logits.double().log_softmax(-1)[0]
     for params in (*FILTERS, SamplingParams(temperature=0), SamplingParams(repetition_penalty=3.0)):
-        drawn = sample(logits, [sequence_of(params)])
-        assert abs(drawn.logprobs[0] - expected[drawn.token_ids[0]]) < 1e-5
-        assert torch.tensor(drawn.logprobs[0], dtype=torch.float32).item() == drawn.logprobs[0]
+        sampled = sample(logits, [sequence_of(params)])
+        assert abs(sampled.logprobs[0] - expected[sampled.token_ids[0]]) < 1e-5
+        assert torch.tensor(sampled.logprobs[0], dtype=torch.float32).item() == sampled.logprobs[0]
 
 
 def test_penalties_by_hand():
-    """0, 1 and 2 were seen; 2 came out three times and 1 once. What is drawn from shows the logits after that."""
+    """0, 1 and 2 were seen; 2 came out three times and 1 once. What is sampled from shows the logits after that."""
     logits = torch.tensor([[2.0, -2.0, 1.0, 0.5, -1.0, 3.0]])
     adjusted = torch.tensor([1.0, -4.0 - 0.5 - 0.25, 0.5 - 1.5 - 0.25, 0.5, -1.0, 3.0])
     expected = adjusted.double().log_softmax(-1)
@@ -93,51 +93,51 @@ def test_penalties_by_hand():
         )
         plain = sequence_of(SamplingParams(seed=seed), prompt=[0, 1], output=[2])
         penalised = sequence_of(params, prompt=[0, 1], output=[2, 2, 2, 1])
-        drawn = sample(logits.repeat(3, 1), [plain, penalised, plain])
-        found[drawn.token_ids[1]] = drawn.sampling_logprobs[1]
+        sampled = sample(logits.repeat(3, 1), [plain, penalised, plain])
+        found[sampled.token_ids[1]] = sampled.sampling_logprobs[1]
         for row in (0, 2):  # the penalties stay in their row
-            own = logits[0].double().log_softmax(-1)[drawn.token_ids[row]]
-            assert abs(drawn.sampling_logprobs[row] - float(own)) < 1e-9
+            own = logits[0].double().log_softmax(-1)[sampled.token_ids[row]]
+            assert abs(sampled.sampling_logprobs[row] - float(own)) < 1e-9
     assert len(found) >= 5
     for token, value in found.items():
         assert abs(value - float(expected[token])) < 1e-6
 
 
 def test_penalties_follow_a_sequence_as_it_grows():
-    """A sampler that has seen every step draws what a new one does."""
+    """A sampler that has seen every step samples what a new one does."""
     params = SamplingParams(repetition_penalty=1.3, frequency_penalty=0.3, presence_penalty=0.2, seed=3, min_tokens=4)
     one, other, kept = sequence_of(params), sequence_of(SamplingParams(seed=4)), Sampler()
     for step in range(60):
         logits = scores_of(step, 2, 61).float()
-        drawn = kept.sample(logits, [one, other])
-        assert drawn == sample(logits, [one, other])
-        assert step >= 4 or drawn.token_ids[0] != EOS
+        sampled = kept.sample(logits, [one, other])
+        assert sampled == sample(logits, [one, other])
+        assert step >= 4 or sampled.token_ids[0] != EOS
         for at, sequence in enumerate((one, other)):
-            sequence.tokens.append(drawn.token_ids[at])
+            sequence.tokens.append(sampled.token_ids[at])
 
 
-def test_parameters_are_made_into_tensors_once_a_composition():
+def test_parameters_are_made_into_tensors_once_per_batch():
     sequences = [sequence_of(SamplingParams(seed=seed, temperature=seed)) for seed in range(3)]
     sampler, logits = Sampler(), scores_of(0, 3, 61).float()
     sampler.sample(logits, sequences)
-    first = sampler._composition
+    first = sampler._batch_params
     for sequence in sequences:
         sequence.tokens.append(7)
     sampler.sample(logits, list(sequences))
-    assert sampler._composition is first
+    assert sampler._batch_params is first
     for others in (sequences[::-1], sequences[:2], [*sequences[:2], sequence_of(SamplingParams())]):
         assert sampler.sample(logits[: len(others)], others) == sample(logits[: len(others)], others)
-        assert sampler._composition is not first
+        assert sampler._batch_params is not first
 
 
-def test_penalties_reach_greedy_rows_and_the_sampling_distribution():
+def test_penalties_apply_to_greedy_rows_and_the_sampling_distribution():
     logits = torch.tensor([[2.0, 1.9, -9.0]])
     assert sample(logits, [sequence_of(SamplingParams(temperature=0), output=[0])]).token_ids == [0]
     penal = SamplingParams(temperature=0, presence_penalty=1.0)
     assert sample(logits, [sequence_of(penal, output=[0])]).token_ids == [1]
     params = SamplingParams(presence_penalty=1.0, top_k=1)
-    drawn = sample(logits, [sequence_of(params, output=[0])])
-    assert (drawn.token_ids, drawn.sampling_logprobs) == ([1], [0.0])
+    sampled = sample(logits, [sequence_of(params, output=[0])])
+    assert (sampled.token_ids, sampled.sampling_logprobs) == ([1], [0.0])
 
 
 def test_min_tokens_bars_every_ending_token():
@@ -156,11 +156,11 @@ def test_min_tokens_bars_every_ending_token():
 def test_top_logprobs_are_the_models_own_best_first():
     logits = scores_of(2, 2, 40).float()
     many = SamplingParams(logprobs=3, temperature=0.1, top_k=1)
-    drawn = sample(logits, [sequence_of(many), sequence_of(SamplingParams(logprobs=0))])
+    sampled = sample(logits, [sequence_of(many), sequence_of(SamplingParams(logprobs=0))])
     order = logits[0].argsort(descending=True)[:3].tolist()
-    assert list(drawn.top_logprobs[0]) == order
-    assert drawn.top_logprobs[0][order[0]] == drawn.logprobs[0]
-    assert drawn.top_logprobs[1] == {}
+    assert list(sampled.top_logprobs[0]) == order
+    assert sampled.top_logprobs[0][order[0]] == sampled.logprobs[0]
+    assert sampled.top_logprobs[1] == {}
     assert sample(logits[:1], [sequence_of(SamplingParams())]).top_logprobs == [None]
     assert len(sample(logits[:1], [sequence_of(SamplingParams(logprobs=99))]).top_logprobs[0]) == 40
 
@@ -178,11 +178,11 @@ def test_a_broken_row_fails_alone(bad, params):
     logits = scores_of(4, 3, 30).float()
     clean = sample(logits, [sequence_of(params) for _ in range(3)])
     logits[1, 17] = bad
-    drawn = sample(logits, [sequence_of(params) for _ in range(3)])
-    assert [error is None for error in drawn.errors] == [True, False, True]
+    sampled = sample(logits, [sequence_of(params) for _ in range(3)])
+    assert [error is None for error in sampled.errors] == [True, False, True]
     for row in (0, 2):
-        assert drawn.token_ids[row] == clean.token_ids[row]
-        assert drawn.sampling_logprobs[row] == clean.sampling_logprobs[row]
+        assert sampled.token_ids[row] == clean.token_ids[row]
+        assert sampled.sampling_logprobs[row] == clean.sampling_logprobs[row]
     logits[1] = -torch.inf
     assert sample(logits, [sequence_of(params) for _ in range(3)]).errors[1] is not None
 
@@ -221,18 +221,18 @@ def test_a_row_does_not_depend_on_its_neighbours(seed, vocab):
             torch.set_num_threads(count)
             for _ in range(6):
                 order = rng.sample(range(rows), rng.randint(1, rows))
-                drawn = sample(logits[order], sequences(order))
+                sampled = sample(logits[order], sequences(order))
                 for at, row in enumerate(order):
                     one = alone[row]
-                    assert drawn.token_ids[at] == one.token_ids[0]
-                    assert drawn.logprobs[at] == one.logprobs[0]
-                    assert drawn.sampling_logprobs[at] == one.sampling_logprobs[0]
-                    assert drawn.top_logprobs[at] == one.top_logprobs[0]
+                    assert sampled.token_ids[at] == one.token_ids[0]
+                    assert sampled.logprobs[at] == one.logprobs[0]
+                    assert sampled.sampling_logprobs[at] == one.sampling_logprobs[0]
+                    assert sampled.top_logprobs[at] == one.top_logprobs[0]
     finally:
         torch.set_num_threads(threads)
 
 
-def test_draws_are_a_function_of_seed_and_index():
+def test_samples_are_a_function_of_seed_and_index():
     logits = torch.zeros(1, 61)
 
     def tokens(seed, index):
@@ -247,8 +247,8 @@ def test_draws_are_a_function_of_seed_and_index():
     assert max(Counter(lists[0]).values()) < 10
 
 
-def test_a_draw_depends_on_the_number_of_tokens_not_on_how_the_sequence_got_there():
-    """So a preempted sequence goes on as it would have; and the first completion's seed is the request's own."""
+def test_a_sample_depends_on_the_number_of_tokens_not_on_how_the_sequence_got_there():
+    """So a preempted sequence continues as it would have; and the first completion's seed is the request's own."""
     logits, params = torch.zeros(1, 61), SamplingParams(seed=11)
     grown, at_once = sequence_of(params), sequence_of(params, output=[5, 6, 7])
     for token in (5, 6, 7):
@@ -271,5 +271,5 @@ def test_seeds_of_completions_are_distinct_64_bit_words(seed):
 def test_bfloat16_logits_are_read_as_float32():
     logits = scores_of(1, 3, 40).bfloat16()
     same = sample(logits.float(), [sequence_of(SamplingParams(seed=1)) for _ in range(3)])
-    drawn = sample(logits, [sequence_of(SamplingParams(seed=1)) for _ in range(3)])
-    assert (drawn.token_ids, drawn.logprobs) == (same.token_ids, same.logprobs)
+    sampled = sample(logits, [sequence_of(SamplingParams(seed=1)) for _ in range(3)])
+    assert (sampled.token_ids, sampled.logprobs) == (same.token_ids, same.logprobs)

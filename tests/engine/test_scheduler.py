@@ -10,7 +10,7 @@ from toolkit.state import BlockManager, Group
 
 
 class Drive:
-    """Steps a scheduler without a model: tokens are drawn from a counter, everything else is checked."""
+    """Steps a scheduler without a model: tokens are sampled from a counter, everything else is checked."""
 
     def __init__(self, num_blocks=64, block_size=4, seqs=8, budget=32, enable_prefix_caching=True, seed=0):
         self.block_manager = BlockManager([Group()], [num_blocks], block_size)
@@ -32,7 +32,7 @@ class Drive:
     def step(self):
         scheduler = self.scheduler
         decoding = [one for one in scheduler.running if one.remaining == 1]
-        preemptions = scheduler.preemptions
+        preemptions = scheduler.num_preemptions
         self.chunks = chunks = scheduler.schedule(0)
         scheduler.check_integrity()
         total = sum(chunk.count for chunk in chunks)
@@ -40,7 +40,7 @@ class Drive:
         assert len({chunk.sequence.order for chunk in chunks}) == len(chunks)
         assert len({slot for chunk in chunks for slot in chunk.slots[0]}) == total
         assert all(chunk.count > 0 and len(chunk.slots[0]) == chunk.count for chunk in chunks)
-        if scheduler.preemptions == preemptions:
+        if scheduler.num_preemptions == preemptions:
             assert {one.order for one in decoding} <= {chunk.sequence.order for chunk in chunks}
         alive = [one for request in self.requests for one in request.sequences if one.completion is None]
         if alive:
@@ -71,7 +71,7 @@ class Drive:
         return steps
 
 
-def test_a_prompt_is_cut_to_the_budget_and_sampled_once():
+def test_a_prompt_is_truncated_to_the_budget_and_sampled_once():
     drive = Drive(budget=5)
     drive.add(13, 2)
     assert [[(c.start, c.count, c.samples) for c in drive.step()] for _ in range(4)] == [
@@ -118,7 +118,7 @@ def test_requests_are_let_in_in_order_and_none_overtakes():
 def test_the_youngest_is_preempted_and_keeps_its_tokens():
     drive = Drive(num_blocks=6, block_size=2, seqs=3, enable_prefix_caching=False)
     old, young = drive.add(2, 9), drive.add(2, 9)
-    while not drive.scheduler.preemptions:
+    while not drive.scheduler.num_preemptions:
         drive.step()
     assert [one.request for one in drive.scheduler.running] == [old]
     assert [one.request for one in drive.scheduler.waiting] == [young]
@@ -130,7 +130,7 @@ def test_the_youngest_is_preempted_and_keeps_its_tokens():
     assert starts.count(0) == 2
 
 
-def test_prefix_hits_skip_whole_pages():
+def test_prefix_hits_skip_whole_blocks():
     drive = Drive(block_size=4)
     prompt = list(range(1, 15))
     drive.add(0, 2, prompt=prompt)
@@ -138,7 +138,7 @@ def test_prefix_hits_skip_whole_pages():
     drive.add(0, 2, prompt=prompt)
     drive.drain()
     assert drive.log[(1, 0)][0] == (12, 2)
-    assert drive.scheduler.prefix_hit_tokens == 12
+    assert drive.scheduler.prefix_cache_hits == 12
     other = Drive(block_size=4, enable_prefix_caching=False)
     for _ in range(2):
         other.add(0, 2, prompt=prompt)
@@ -158,7 +158,7 @@ def test_siblings_fork_one_prefill():
         assert drive.log[(0, index)] == [(15, 1), (16, 1)]
 
 
-def test_places_are_kept_for_siblings_while_their_prompt_is_computed():
+def test_rows_are_kept_for_siblings_while_their_prompt_is_computed():
     drive = Drive(budget=6, seqs=4)
     drive.add(15, 3, n=4)
     drive.add(1, 3)
@@ -170,7 +170,7 @@ def test_places_are_kept_for_siblings_while_their_prompt_is_computed():
     drive.drain()
 
 
-def test_more_siblings_than_places():
+def test_more_siblings_than_rows():
     drive = Drive(budget=16, seqs=3)
     drive.add(9, 4, n=8)
     drive.add(2, 2)
@@ -209,7 +209,7 @@ def test_random_loads_end_within_bounds_and_leak_nothing(seed):
 
 @pytest.mark.parametrize("seed", range(10))
 def test_nobody_starves_under_a_stream_of_newcomers(seed):
-    """Requests go on arriving; the oldest unfinished one always gets on, so each ends in bounded time."""
+    """Requests continue arriving; the oldest unfinished one always gets on, so each ends in bounded time."""
     rng = random.Random(seed)
     drive = Drive(num_blocks=12, block_size=2, seqs=4, budget=rng.choice([3, 8]), seed=seed)
     watched = drive.add(10, 10)

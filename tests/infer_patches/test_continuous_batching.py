@@ -71,8 +71,8 @@ def test_several_sequences_and_logprobs(pair):
         least = logits.topk(9).values[:, -1:]
         wanted = logits.masked_fill(logits < least, -torch.inf).log_softmax(-1)
         got = torch.tensor(result.logprobs)
-        drawn = torch.tensor(result.generated_tokens)[:, None]
-        torch.testing.assert_close(got, wanted.gather(1, drawn)[:, 0], rtol=1e-4, atol=1e-4)
+        sampled = torch.tensor(result.generated_tokens)[:, None]
+        torch.testing.assert_close(got, wanted.gather(1, sampled)[:, 0], rtol=1e-4, atol=1e-4)
 
 
 def test_the_manager_streams_cancels_pauses_and_stops(pair):
@@ -89,9 +89,9 @@ def test_the_manager_streams_cancels_pauses_and_stops(pair):
         named = manager.add_request(PROMPTS[1], request_id="mine", max_new_tokens=4, eos_token_id=-1)
         assert named == "mine"
         assert manager.get_result("mine", timeout=60).generated_tokens == expected(own, PROMPTS[1])[:4]
-        likely = manager.add_request(PROMPTS[1], max_new_tokens=3, repetition_penalty=1.7)
+        penalised_id = manager.add_request(PROMPTS[1], max_new_tokens=3, repetition_penalty=1.7)
         penalised = expected(own, PROMPTS[1], repetition_penalty=1.7)[:3]
-        assert manager.get_result(likely, timeout=60).generated_tokens == penalised
+        assert manager.get_result(penalised_id, timeout=60).generated_tokens == penalised
         long = manager.add_request(PROMPTS[2], max_new_tokens=300)
         manager.cancel_request(long)
         cancelled = manager.get_result(long, timeout=60)
@@ -147,7 +147,7 @@ def test_a_manager_that_is_kept(pair):
     assert "_cached_continuous_batching_manager" not in model.__dict__
 
 
-def test_what_the_engine_does_not_do_is_refused_by_name(pair):
+def test_what_the_engine_does_not_do_is_an_error_by_name(pair):
     _, model = pair
     for name, value in {"num_beams": 2, "stop_strings": "x", "bad_words_ids": [[4]], "no_repeat_ngram_size": 2}.items():
         with pytest.raises(ToolkitError, match=name):

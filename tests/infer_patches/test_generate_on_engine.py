@@ -43,21 +43,21 @@ def padded(side: str = "left", rows: int = 3, length: int = 13) -> dict[str, tor
     return {"input_ids": ids.masked_fill(mask == 0, PAD), "attention_mask": mask}
 
 
-def likely(own, inputs, place: int) -> list[int]:
-    """The tokens that the rows take greedily at a place."""
-    return own.generate(**inputs, max_new_tokens=place + 1, eos_token_id=None, pad_token_id=PAD)[:, -1].tolist()
+def most_probable(own, inputs, offset: int) -> list[int]:
+    """The tokens that the rows take greedily at an offset."""
+    return own.generate(**inputs, max_new_tokens=offset + 1, eos_token_id=None, pad_token_id=PAD)[:, -1].tolist()
 
 
 GREEDY = {
     "new tokens": {"max_new_tokens": 9},
     "whole length": {"max_length": 21},
-    "several ends": {"max_new_tokens": 12, "eos_token_id": "likely"},
-    "ends barred": {"max_new_tokens": 12, "eos_token_id": "likely", "min_new_tokens": 8},
-    "least length": {"max_new_tokens": 12, "eos_token_id": "likely", "min_length": 18},
+    "several ends": {"max_new_tokens": 12, "eos_token_id": "most probable"},
+    "ends barred": {"max_new_tokens": 12, "eos_token_id": "most probable", "min_new_tokens": 8},
+    "least length": {"max_new_tokens": 12, "eos_token_id": "most probable", "min_length": 18},
     "repetition": {"max_new_tokens": 9, "repetition_penalty": 1.7},
     "the default length": {},
     "without cache": {"max_new_tokens": 4, "use_cache": False},
-    "first end pads": {"max_new_tokens": 12, "eos_token_id": "likely", "pad_token_id": None},
+    "first end pads": {"max_new_tokens": 12, "eos_token_id": "most probable", "pad_token_id": None},
 }
 
 
@@ -66,8 +66,8 @@ def test_greedy_tokens_are_transformers_own(pair, name):
     own, model = pair
     inputs = padded()
     settings = {"pad_token_id": PAD, "eos_token_id": None} | GREEDY[name]
-    if settings["eos_token_id"] == "likely":  # rows end at different places
-        settings["eos_token_id"] = [likely(own, inputs, 2)[0], likely(own, inputs, 5)[1]]
+    if settings["eos_token_id"] == "most probable":  # rows end at different lengths
+        settings["eos_token_id"] = [most_probable(own, inputs, 2)[0], most_probable(own, inputs, 5)[1]]
     expected = own.generate(**inputs, **settings)
     got = model.generate(**inputs, **settings)
     assert got.dtype == expected.dtype
@@ -93,7 +93,7 @@ def test_a_configuration_and_positional_ids(pair):
     assert torch.equal(model.generate(max_new_tokens=4), own.generate(max_new_tokens=4))  # from the first token
 
 
-def test_padding_on_the_right_goes_on_as_alone(pair):
+def test_padding_on_the_right_continues_as_alone(pair):
     own, model = pair
     inputs, settings = padded("right"), {"max_new_tokens": 6, "eos_token_id": None, "pad_token_id": PAD}
     got = model.generate(**inputs, **settings)
@@ -132,8 +132,8 @@ def test_criteria_of_the_caller_end_their_rows(pair):
 SAMPLED = {"do_sample": True, "temperature": 0.7, "top_k": 40, "top_p": 0.8, "min_p": 0.01, "repetition_penalty": 1.2}
 
 
-def test_drawn_tokens_have_the_processed_probabilities_of_transformers(pair):
-    """Scores after every processor are those that transformers makes for the drawn text; tokens come as often."""
+def test_sampled_tokens_have_the_processed_probabilities_of_transformers(pair):
+    """Scores after every processor are those that transformers makes for the sampled text; tokens come as often."""
     own, model = pair
     torch.manual_seed(3)
     inputs = padded(rows=2)
@@ -151,15 +151,15 @@ def test_drawn_tokens_have_the_processed_probabilities_of_transformers(pair):
     assert out.sequences.shape == (300, 18)
     assert torch.equal(out.sequences[::150, :13], inputs["input_ids"])
     assert len(out.scores) == len(out.logits) == 5
-    drawn = out.sequences[:, 13:]
+    sampled = out.sequences[:, 13:]
     scores = torch.stack(out.scores, 1).log_softmax(-1)
-    assert scores.gather(2, drawn[:, :, None]).isfinite().all()
+    assert scores.gather(2, sampled[:, :, None]).isfinite().all()
     mask = inputs["attention_mask"].repeat_interleave(150, 0)
-    full = torch.cat([mask, torch.ones_like(drawn)], 1)
+    full = torch.cat([mask, torch.ones_like(sampled)], 1)
     positions = (full.cumsum(-1) - 1).clamp_min(0)
     raw = own(out.sequences, attention_mask=full, position_ids=positions).logits[:, 12:-1]
     torch.testing.assert_close(torch.stack(out.logits, 1), raw, rtol=1e-4, atol=1e-4)
-    # The first token, drawn 150 times from one distribution that an independent chain of transformers' gives.
+    # The first token, sampled 150 times from one distribution that an independent chain of transformers' gives.
     first = own.generate(
         **inputs,
         **SAMPLED,
@@ -172,7 +172,7 @@ def test_drawn_tokens_have_the_processed_probabilities_of_transformers(pair):
     for row in range(2):
         torch.testing.assert_close(out.scores[0][150 * row], first[row], rtol=1e-4, atol=1e-4)
         probabilities = first[row].softmax(-1)
-        counts = torch.bincount(drawn[150 * row : 150 * row + 150, 0], minlength=331)
+        counts = torch.bincount(sampled[150 * row : 150 * row + 150, 0], minlength=331)
         often = probabilities * 150 >= 5
         chi = ((counts - probabilities * 150)[often] ** 2 / (probabilities * 150)[often]).sum()
         assert float(chi) < 3 * int(often.sum()) + 15
@@ -188,7 +188,7 @@ def test_scores_of_ended_rows_are_transformers_own(pair):
         "max_new_tokens": 8,
         "min_new_tokens": 2,
         "pad_token_id": PAD,
-        "eos_token_id": [likely(own, inputs, 2)[0]],
+        "eos_token_id": [most_probable(own, inputs, 2)[0]],
         "repetition_penalty": 1.1,
         "return_dict_in_generate": True,
         "output_scores": True,
@@ -206,7 +206,7 @@ def test_scores_of_ended_rows_are_transformers_own(pair):
     assert plain.logits is None
 
 
-def test_torchs_global_seed_repeats_draws_and_greedy_leaves_it(pair):
+def test_torchs_global_seed_repeats_samples_and_greedy_leaves_it(pair):
     _, model = pair
     settings = {**padded(), "do_sample": True, "max_new_tokens": 8, "pad_token_id": PAD, "num_return_sequences": 2}
     torch.manual_seed(7)
@@ -234,14 +234,14 @@ class Recorder(BaseStreamer):
 def test_streamers_get_what_transformers_gives_them(pair, tokenizer):
     own, model = pair
     inputs = padded()
-    settings = {"max_new_tokens": 12, "pad_token_id": PAD, "eos_token_id": likely(own, inputs, 4)[:2]}
+    settings = {"max_new_tokens": 12, "pad_token_id": PAD, "eos_token_id": most_probable(own, inputs, 4)[:2]}
     mine, theirs = Recorder(), Recorder()
     own.generate(**inputs, **settings, streamer=theirs)
     model.generate(**inputs, **settings, streamer=mine)
     assert mine.ended == theirs.ended == 1
     assert len(mine.values) == len(theirs.values)
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(mine.values, theirs.values))
-    # A text as it comes, from a thread of its own.
+    # A text as it comes, from another thread.
     one = {"input_ids": inputs["input_ids"][2:], "max_new_tokens": 10, "pad_token_id": PAD}
     texts = []
     for which in (own, model):
@@ -253,7 +253,7 @@ def test_streamers_get_what_transformers_gives_them(pair, tokenizer):
     assert texts[0] == texts[1] != ""
 
 
-REFUSED = {
+UNSUPPORTED = {
     "num_beams": 4,
     "bad_words_ids": [[5]],
     "no_repeat_ngram_size": 2,
@@ -274,14 +274,14 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_the_engine_does_not_do_is_refused_by_name(pair, name):
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_what_the_engine_does_not_do_is_an_error_by_name(pair, name):
     _, model = pair
     with pytest.raises(ToolkitError, match=name):
-        model.generate(**padded(), pad_token_id=PAD, return_dict_in_generate=True, **{name: REFUSED[name]})
+        model.generate(**padded(), pad_token_id=PAD, return_dict_in_generate=True, **{name: UNSUPPORTED[name]})
 
 
-def test_other_bad_input_is_refused(pair):
+def test_other_bad_input_is_an_error(pair):
     _, model = pair
     inputs = padded()
     holes = inputs["attention_mask"].clone()
@@ -311,8 +311,8 @@ def test_the_way_out_and_the_way_round():
         assert route.engine.stats()["generation_tokens"] == 0
         model.generate(**inputs, max_new_tokens=2, pad_token_id=PAD, eos_token_id=None)
         assert route.engine.stats()["generation_tokens"] == 6
-        twin = copy.deepcopy(model)  # without an engine: transformers' own
-        assert torch.equal(twin.generate(**inputs, **beams), expected)
+        copied = copy.deepcopy(model)  # without an engine: transformers' own
+        assert torch.equal(copied.generate(**inputs, **beams), expected)
         loaded = pickle.loads(pickle.dumps(model))
         assert torch.equal(loaded.generate(**inputs, **beams), expected)
     assert model.__dict__ == attributes

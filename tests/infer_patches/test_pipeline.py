@@ -47,17 +47,17 @@ def test_texts_are_transformers_own(pair, inputs, settings):
     assert engine.stats()["generation_tokens"] > before
 
 
-def test_drawn_texts_and_streamers(pair):
+def test_sampled_texts_and_streamers(pair):
     own, ours, _ = pair
-    drawn = ours("small random", max_new_tokens=8, do_sample=True, num_return_sequences=4, top_p=0.9)
-    assert len({one["generated_text"] for one in drawn}) > 1
-    assert all(one["generated_text"].startswith("small random") for one in drawn)
+    sampled = ours("small random", max_new_tokens=8, do_sample=True, num_return_sequences=4, top_p=0.9)
+    assert len({one["generated_text"] for one in sampled}) > 1
+    assert all(one["generated_text"].startswith("small random") for one in sampled)
     streamer = TextIteratorStreamer(own.tokenizer, skip_prompt=True, skip_special_tokens=True)
     (whole,) = ours("small random", max_new_tokens=8, do_sample=False, return_full_text=False, streamer=streamer)
     assert "".join(streamer) == whole["generated_text"]
 
 
-def test_refusals_come_through(pair):
+def test_errors_come_through(pair):
     _, ours, _ = pair
     with pytest.raises(ToolkitError, match=r"num_beams must be None or 1 on the engine, got 3"):
         ours("small", num_beams=3, max_new_tokens=2)

@@ -25,7 +25,7 @@ def test_every_kind_of_prompt_becomes_a_list(prompt, prompts):
     assert completion(prompt=prompt).prompt == prompts
 
 
-def test_only_given_fields_reach_the_sampling_parameters():
+def test_only_given_fields_are_in_the_sampling_parameters():
     assert completion().sampling() == {}
     given = {"temperature": 0, "stop": "x", "top_k": 3, "n": 2, "logprobs": 1, "stream": True, "user": "u"}
     assert completion(**given).sampling() == {"temperature": 0, "stop": ["x"], "top_k": 3, "n": 2}
