@@ -28,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         module.add_parser(subparsers)
     args = parser.parse_args(words)
     try:
-        return modules[args.command].run(args)
+        status: int = modules[args.command].run(args)
+        return status
     except ToolkitError as error:
         print(f"toolkit: {error}", file=sys.stderr)
         return 2

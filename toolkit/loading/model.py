@@ -138,7 +138,7 @@ def _merged(model: Any, folder: Path) -> Any:
     try:
         import peft
 
-        return peft.PeftModel.from_pretrained(model, str(folder)).merge_and_unload()  # type: ignore[operator]
+        return peft.PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     except Exception as error:
         raise ToolkitError(f"The adapters in '{folder}' cannot be loaded ({first_line(error)}).") from None
 

@@ -100,7 +100,7 @@ def verify(checkpoint: Path) -> dict[str, Any]:
         return ToolkitError(f"Checkpoint {checkpoint} is corrupt: {what}{advice}.")
 
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_bytes())
+        manifest: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_bytes())
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
     except FileNotFoundError:
         raise corrupt(f"{MANIFEST} is missing") from None

@@ -47,7 +47,8 @@ def token_stream(files: Sequence[SourceFile], tokenizer: "Tokenizer") -> "Iterab
 
 def encode(tokenizer: "Tokenizer", text: str) -> list[int]:
     """The text's tokens and no others; text that looks like a special token is text."""
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    return ids
 
 
 @dataclass

@@ -176,7 +176,9 @@ class Trainer:
         """The model that training starts from: after the warm-up, from ``model.name_or_path``, or random."""
         section = self.recipe.model
         if self._warmed_up is not None:
-            return load_checkpoint(self._warmed_up, section.dtype, "the warm-up").train()
+            model = load_checkpoint(self._warmed_up, section.dtype, "the warm-up")
+            model.train()
+            return model
         with torch.random.fork_rng():
             set_seed(self.recipe.seed)
             return make_model(section, self.tokenizer, self.recipe.train.max_length)

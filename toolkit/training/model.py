@@ -90,7 +90,7 @@ def make_model(section: ModelSection, tokenizer: "Tokenizer", max_length: int) -
 
         config = make_config(section.config, tokenizer)
         try:
-            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, section.dtype))
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, section.dtype))
         except Exception as error:  # a combination of fields that only the model's own code refuses
             raise ToolkitError(f"model.config makes no model: {first_line(error)}.") from None
     else:
@@ -111,7 +111,8 @@ def make_model(section: ModelSection, tokenizer: "Tokenizer", max_length: int) -
     if generation is not None:
         generation.eos_token_id, generation.bos_token_id = tokenizer.eos_token_id, tokenizer.bos_token_id
         generation.pad_token_id = tokenizer.pad_token_id
-    return model.train()
+    model.train()
+    return model
 
 
 def make_config(fields: dict[str, Any], tokenizer: "Tokenizer") -> "PretrainedConfig":

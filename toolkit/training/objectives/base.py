@@ -51,15 +51,16 @@ class RunContext:
 
     @property
     def device(self) -> "torch.device":
-        return self.accelerator.device
+        device: torch.device = self.accelerator.device
+        return device
 
     @property
     def rank(self) -> int:
-        return self.accelerator.process_index
+        return int(self.accelerator.process_index)
 
     @property
     def world_size(self) -> int:
-        return self.accelerator.num_processes
+        return int(self.accelerator.num_processes)
 
     def reduce_sum(self, values: Sequence[float]) -> list[float]:
         """The sum of each number over the processes."""

@@ -80,7 +80,8 @@ class Distillation(OnPolicyObjective[DistillSection]):
 
         super().bind(context)
         model = load_checkpoint(self._teacher(), self.recipe.model.dtype, "objective.teacher.name_or_path")
-        vocabulary, own = (m.get_input_embeddings().num_embeddings for m in (model, context.model.model))
+        models: tuple[Any, Any] = (model, context.model.model)
+        vocabulary, own = (m.get_input_embeddings().num_embeddings for m in models)
         if vocabulary != own:
             raise ToolkitError(
                 f"objective.teacher must have the student's vocabulary size, which is {own}, got {vocabulary}."
