@@ -22,10 +22,10 @@ from toolkit.training.state import load_optimizer, restore_rng, rng_state, save_
 
 
 def fill(folder: Path, step: int) -> None:
-    with checkpoint.writing(folder, step) as aside:
-        (aside / "config.json").write_text(f"{{{step}")
-        (aside / "training").mkdir()
-        (aside / "training" / "state.json").write_text("x" * step)
+    with checkpoint.writing(folder, step) as staging:
+        (staging / "config.json").write_text(f"{{{step}")
+        (staging / "training").mkdir()
+        (staging / "training" / "state.json").write_text("x" * step)
 
 
 def test_names() -> None:
@@ -40,8 +40,8 @@ def test_written_whole_or_not_at_all(tmp_path: Path) -> None:
     fill(tmp_path, 5)
 
     def fail() -> None:
-        with checkpoint.writing(tmp_path, 6) as aside:
-            (aside / "model.safetensors").write_bytes(b"half")
+        with checkpoint.writing(tmp_path, 6) as staging:
+            (staging / "model.safetensors").write_bytes(b"half")
             raise RuntimeError("disk full")
 
     with pytest.raises(RuntimeError, match="disk full"):

@@ -36,6 +36,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # The reader of a pipe has gone; keep the interpreter's last flush from failing on it as well.
+        # The other end of the pipe is closed; without this the interpreter's last flush would fail too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

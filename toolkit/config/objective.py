@@ -1,6 +1,6 @@
 """The recipe's section ``objective``: what its kinds share.
 
-The section of a kind stands beside its loss, in ``toolkit/training/objectives/<kind>.py``, and registers itself. Those
+The section of a kind is beside its loss, in ``toolkit/training/objectives/<kind>.py``, and registers itself. Those
 files are imported when a recipe is validated; they load neither torch nor transformers.
 """
 

@@ -213,9 +213,9 @@ class Recipe(Section):
     output_dir: Annotated[str, Field(min_length=1)] = "runs"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     resume_from_checkpoint: Annotated[bool | str, BeforeValidator(_checkpoint_to_resume)] = False
-    """false: start anew; true: resume from the latest checkpoint if there is one; step-N: from that one."""
+    """false: a new start; true: resume from the latest checkpoint if there is one; step-N: from that one."""
     overwrite: bool = False
-    """Start anew although the run's folder holds checkpoints; they are deleted."""
+    """Start again although the run's folder holds checkpoints; they are deleted."""
     objective: Annotated[SerializeAsAny[ObjectiveSection], BeforeValidator(parse_objective)] = Field(
         default_factory=lambda: parse_objective({"kind": "pretrain"})
     )

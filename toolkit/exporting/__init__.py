@@ -10,7 +10,7 @@ __all__ = ["TARGETS", "ExportTarget", "export"]
 
 
 def export(model: Any, path: str | Path, format: str = "hf", tokenizer: Any = None) -> Path:
-    """The folder ``path`` with ``model`` in ``format``; it appears whole or not at all.
+    """The folder ``path`` with ``model`` in ``format``, written atomically.
 
     Args:
         model: a model of transformers, patched or not.
@@ -27,6 +27,6 @@ def export(model: Any, path: str | Path, format: str = "hf", tokenizer: Any = No
     folder = Path(path)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ToolkitError(f"path must be a new or empty folder, got {str(path)!r}.")
-    with new_folder(folder) as aside:
-        target.write(model, aside, tokenizer)
+    with new_folder(folder) as staging:
+        target.write(model, staging, tokenizer)
     return folder

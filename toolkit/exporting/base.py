@@ -1,4 +1,4 @@
-"""What an export target is, and how a folder appears whole or not at all."""
+"""What an export target is, and folders that are written atomically."""
 
 import os
 import shutil
@@ -30,20 +30,20 @@ TARGETS: Registry[ExportTarget] = Registry("toolkit.exporting")
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill, which is flushed to disk and becomes ``path`` when the block ends without an error."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    staging = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
     try:
-        yield aside
-        for file in aside.rglob("*"):
+        yield staging
+        for file in staging.rglob("*"):
             _flush(file)
-        _flush(aside)
+        _flush(staging)
         if path.exists():
             path.rmdir()
-        os.replace(aside, path)
+        os.replace(staging, path)
         _flush(path.parent)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:

@@ -1,8 +1,8 @@
-"""Checkpoints that are whole or absent, load in plain transformers, and resume bit for bit.
+"""Checkpoints that are written atomically, load in plain transformers, and resume bit for bit.
 
 ``checkpoints/step-000100/`` holds a Hugging Face checkpoint (safetensors, config, tokenizer, generation
 config), ``training/`` beside it (optimizer and torch RNG as safetensors, everything else as JSON),
-``recipe.yaml``, and ``manifest.json`` with the size and SHA-256 of every file. It is written aside under a
+``recipe.yaml``, and ``manifest.json`` with the size and SHA-256 of every file. It is written under a
 dotted name, flushed to disk and renamed; ``checkpoints/latest`` is then replaced by a file that names it. A
 folder with a dotted name is never a checkpoint. Nothing is pickled.
 """
@@ -24,7 +24,7 @@ MANIFEST = "manifest.json"
 
 
 def clean(folder: Path) -> None:
-    """Remove what interrupted writes and deletions left behind."""
+    """Remove what interrupted writes and deletions left."""
     for path in folder.glob(".*"):
         if path.is_dir():
             shutil.rmtree(path)
@@ -34,27 +34,27 @@ def clean(folder: Path) -> None:
 
 @contextmanager
 def writing(folder: Path, step: int) -> Iterator[Path]:
-    """A folder to fill, which becomes ``folder/step-<step>`` and the latest when the block ends well.
+    """A folder to fill, which becomes ``folder/step-<step>`` and the latest when the block ends without an error.
 
     There must be no checkpoint of that step yet.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    final, aside = folder / name_of(step), folder / f".{name_of(step)}.new"
-    if aside.exists():
-        shutil.rmtree(aside)
-    aside.mkdir()
+    final, staging = folder / name_of(step), folder / f".{name_of(step)}.new"
+    if staging.exists():
+        shutil.rmtree(staging)
+    staging.mkdir()
     try:
-        yield aside
-        _seal(aside, step)
-        aside.rename(final)
+        yield staging
+        _seal(staging, step)
+        staging.rename(final)
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
         raise
     sync(folder)
     write_atomic(folder / LATEST, final.name + "\n")
 
 
-def _seal(aside: Path, step: int) -> None:
+def _seal(staging: Path, step: int) -> None:
     """Write the manifest, then flush everything."""
     import platform
 
@@ -63,7 +63,7 @@ def _seal(aside: Path, step: int) -> None:
 
     import toolkit
 
-    files = [path for path in sorted(aside.rglob("*")) if path.is_file()]
+    files = [path for path in sorted(staging.rglob("*")) if path.is_file()]
     manifest = {
         "format": 1,
         "step": step,
@@ -74,12 +74,12 @@ def _seal(aside: Path, step: int) -> None:
             "python": platform.python_version(),
         },
         "files": {
-            path.relative_to(aside).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            path.relative_to(staging).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
             for path in files
         },
     }
-    (aside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    for path in [*files, aside / MANIFEST, *(path for path in aside.rglob("*") if path.is_dir()), aside]:
+    (staging / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    for path in [*files, staging / MANIFEST, *(path for path in staging.rglob("*") if path.is_dir()), staging]:
         sync(path)
 
 
@@ -133,9 +133,9 @@ def prune(folder: Path, keep: int) -> None:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Take the name away first, so that what a crash leaves is not taken for a checkpoint."""
-    aside = checkpoint.with_name(f".{checkpoint.name}.old")
+    """Rename first, so that what a crash leaves is not taken for a checkpoint."""
+    staging = checkpoint.with_name(f".{checkpoint.name}.old")
     with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(aside)
-    checkpoint.rename(aside)
-    shutil.rmtree(aside)
+        shutil.rmtree(staging)
+    checkpoint.rename(staging)
+    shutil.rmtree(staging)

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written aside, flushed to disk, renamed."""
+"""Atomic writes: to a temporary name, flushed to disk, renamed."""
 
 import contextlib
 import os
@@ -15,14 +15,14 @@ def sync(path: Path) -> None:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Give ``path`` this content; a reader or a crash sees the old content or the new, never a part."""
-    aside = path.with_name(f".{path.name}.new")
+    """Give ``path`` this content; after a crash it has the old content or the new, never a part."""
+    staging = path.with_name(f".{path.name}.new")
     try:
-        aside.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-        sync(aside)
-        os.replace(aside, path)
+        staging.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        sync(staging)
+        os.replace(staging, path)
     except BaseException:
         with contextlib.suppress(OSError):
-            aside.unlink()
+            staging.unlink()
         raise
     sync(path.parent)

@@ -334,15 +334,15 @@ class Trainer:
         with self._whole(self.optimizer.optimizer):
             if self.accelerator.is_main_process:
                 folder = self.folder / "checkpoints"
-                with checkpoint.writing(folder, self.step) as aside:
-                    self._write(aside, rngs, positions)
+                with checkpoint.writing(folder, self.step) as staging:
+                    self._write(staging, rngs, positions)
                 checkpoint.prune(folder, self.recipe.checkpoint.save_total_limit)
         self.accelerator.wait_for_everyone()
 
-    def _write(self, aside: Path, rngs: list[Any], positions: list[Any]) -> None:
-        save_model(self.hf_model, aside)
-        self.tokenizer.save_pretrained(str(aside))
-        (aside / "recipe.yaml").write_text(dump(self.recipe), encoding="utf-8")
+    def _write(self, staging: Path, rngs: list[Any], positions: list[Any]) -> None:
+        save_model(self.hf_model, staging)
+        self.tokenizer.save_pretrained(str(staging))
+        (staging / "recipe.yaml").write_text(dump(self.recipe), encoding="utf-8")
         values = {
             "step": self.step,
             "seconds": self.seconds,
@@ -354,7 +354,7 @@ class Trainer:
             "scheduler": self.scheduler.state_dict(),
             "data": positions,
         }
-        write_state(aside / "training", values, self.optimizer.optimizer, self.ragged.model, rngs)
+        write_state(staging / "training", values, self.optimizer.optimizer, self.ragged.model, rngs)
 
     def result(self) -> dict[str, Any]:
         """What the finished run writes to ``result.json``, with the held-out measure unless the recipe turns it off."""

@@ -1,4 +1,4 @@
-"""Where a run starts: anew in a clean folder, or from one of its checkpoints."""
+"""Where a run starts: in a clean folder, or from one of its checkpoints."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ def run_folder(recipe: Recipe) -> Path:
 
 
 def find_start(recipe: Recipe) -> Start | None:
-    """The checkpoint that ``resume_from_checkpoint`` asks for, verified; None to start anew. Changes nothing.
+    """The checkpoint that ``resume_from_checkpoint`` asks for, verified; None for a new start. Changes nothing.
 
     Raises ToolkitError for a run that has checkpoints and is to be neither resumed nor overwritten, for a
     checkpoint that is not there or corrupt, and for a recipe that would not have given that checkpoint.
@@ -53,7 +53,7 @@ def find_start(recipe: Recipe) -> Start | None:
         if steps and not recipe.overwrite:
             raise ToolkitError(
                 f"{run_folder(recipe)} already holds checkpoints up to step {steps[-1]}; resume with "
-                "--resume, start anew with overwrite=true, or choose another run_name=."
+                "--resume, start again with overwrite=true, or choose another run_name=."
             )
         return None
     if wanted is True:
@@ -120,11 +120,11 @@ def prepare_folder(recipe: Recipe, start: Start | None) -> list[str]:
     if start is not None:
         return checkpoint.drop_after(checkpoints, start.step)
     dropped = [name_of(step) for step in steps_in(checkpoints)]
-    # Renamed first: a crash while deleting must not leave a part of the old run to be resumed.
-    aside = folder / ".checkpoints.old"
-    checkpoints.rename(aside)
+    # Renamed first: after a crash while deleting, no part of the old run can be resumed.
+    staging = folder / ".checkpoints.old"
+    checkpoints.rename(staging)
     checkpoints.mkdir()
-    shutil.rmtree(aside)
+    shutil.rmtree(staging)
     (folder / METRICS).unlink(missing_ok=True)
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)
     return dropped

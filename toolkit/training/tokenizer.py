@@ -22,7 +22,7 @@ END_OF_TEXT = "<|endoftext|>"
 def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> Tokenizer:
     """Byte-level BPE over the texts: lossless for any UTF-8 text, one special token (eos, also bos and pad).
 
-    The same texts give the same tokenizer. ``max_length`` is what it announces as the model's longest input.
+    The same texts give the same tokenizer. ``max_length`` becomes its ``model_max_length``.
     """
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers, trainers

@@ -1,4 +1,4 @@
-"""What the loop asks of an objective, and what it lends to one."""
+"""The interface of an objective, and the run's context that it gets."""
 
 import typing
 from abc import ABC, abstractmethod
@@ -132,7 +132,7 @@ class Objective(ABC, Generic[S]):
 
     @abstractmethod
     def texts(self) -> Iterable[str]:
-        """What a tokenizer is trained on, where the recipe wants one made."""
+        """What a tokenizer is trained on, where the recipe names none."""
 
     def bind(self, context: RunContext) -> None:
         """Take the run's other parts."""
@@ -178,7 +178,7 @@ class Objective(ABC, Generic[S]):
         """Continue where ``state_dict`` was taken."""
 
     def close(self) -> None:
-        """Free what the objective holds beside the model."""
+        """Free what the objective holds."""
 
 
 _CLASSES: dict[type, type[Objective[Any]]] = {}

@@ -168,8 +168,8 @@ class DPO(OfflineObjective[DPOSection]):
                 evaluation.max_eval_samples
             )
         else:
-            assert self.lines is not None
-            sources = self.lines.held_out[: evaluation.max_eval_samples]
+            assert self.dataset is not None
+            sources = self.dataset.held_out[: evaluation.max_eval_samples]
         if len(sources) < context.world_size:
             return {"eval_samples": 0}
         mine = [self.pair(source) for source in sources[context.rank :: context.world_size]]

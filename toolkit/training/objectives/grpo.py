@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class GRPOSection(OnPolicySection):
     """GRPO and its relatives; fields have the names of TRL's ``GRPOConfig``.
 
-    GRPO (DeepSeekMath, 2024) as it stands. Dr. GRPO (Liu et al., 2025): ``scale_rewards: none, loss_type: dr_grpo``.
+    GRPO (DeepSeekMath, 2024) by default. Dr. GRPO (Liu et al., 2025): ``scale_rewards: none, loss_type: dr_grpo``.
     DAPO (Yu et al., 2025): ``epsilon_high: 0.28, dynamic_sampling: true, loss_type: dapo``.
     GSPO (Zheng et al., 2025): ``importance_sampling_level: sequence, epsilon: 3e-4, epsilon_high: 4e-4``.
     """
@@ -62,7 +62,7 @@ class GRPOSection(OnPolicySection):
 
 @dataclass
 class Sample:
-    """One completion: its tokens after the prompt's, the engine's log-probabilities of them, and what it is worth."""
+    """One completion: its tokens after the prompt's, the engine's log-probabilities of them, advantage and weight."""
 
     prompt: list[int]
     tokens: list[int]
@@ -213,7 +213,7 @@ class GRPO(OnPolicyObjective[GRPOSection]):
                     sample.train = values
             train = torch.cat([cast("Tensor", sample.train) for sample in samples])
             weight = weight * importance_weight(train, behaviour, section.importance_sampling_clip_max)
-            behaviour = train  # the ratio is that of the weights alone; the weight stands for the other engine
+            behaviour = train  # the ratio is between weights, the importance weight between engines
         reference = torch.cat([cast("Tensor", s.reference) for s in samples]) if self.reference is not None else None
         result = policy_loss(
             logprob,
@@ -241,7 +241,7 @@ class GRPO(OnPolicyObjective[GRPOSection]):
         from toolkit.training.losses import divergence_estimate
 
         difference = (train.double() - rolled) * counted
-        # The engine hands out float32 values; a difference in any bit counts, be it the sign of a zero.
+        # The engine returns float32 values; a difference in any bit counts, the sign of a zero too.
         other = train.float().view(torch.int32) != rolled.float().view(torch.int32)
         self.sums.add(
             compared=counted.sum().item(),

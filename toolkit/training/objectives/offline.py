@@ -31,21 +31,21 @@ class OfflineObjective(Objective[O]):
         section = self.section
         self.task = make_task(section.task) if section.task is not None else None
         self.val_set_size: float = section.evaluation.val_set_size
-        self.lines: JsonlDataset | None = None
+        self.dataset: JsonlDataset | None = None
         if section.data_files is not None:
-            self.lines = JsonlDataset(section.data_files, self.val_set_size, self.fields)
-        self.fingerprint = self.lines.fingerprint if self.lines is not None else repr(section.task)
+            self.dataset = JsonlDataset(section.data_files, self.val_set_size, self.fields)
+        self.fingerprint = self.dataset.fingerprint if self.dataset is not None else repr(section.task)
 
     def describe(self) -> str:
-        if self.lines is not None:
-            return f"{len(self.lines.train)} {self.of_file} to train on, {len(self.lines.held_out)} held out"
+        if self.dataset is not None:
+            return f"{len(self.dataset.train)} {self.of_file} to train on, {len(self.dataset.held_out)} held out"
         return f"{self.of_task} of {self.section.task}, {self.val_set_size:.0%} of them held out"
 
     def texts(self) -> Iterable[str]:
         if self.task is not None:
             return task_texts(self.task, self.recipe.seed, self.val_set_size)
-        assert self.lines is not None
-        return [self.text_of(line) for line in self.lines.train]
+        assert self.dataset is not None
+        return [self.text_of(line) for line in self.dataset.train]
 
     @staticmethod
     @abstractmethod
@@ -57,8 +57,8 @@ class OfflineObjective(Objective[O]):
         rank, world_size = context.rank, context.world_size
         if self.task is not None:
             return ProblemStream(self.task, self.recipe.seed, self.val_set_size, rank=rank, world_size=world_size)
-        assert self.lines is not None
-        return LineStream(self.lines.train, self.recipe.seed, rank=rank, world_size=world_size)
+        assert self.dataset is not None
+        return LineStream(self.dataset.train, self.recipe.seed, rank=rank, world_size=world_size)
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = self.stream.state_dict()

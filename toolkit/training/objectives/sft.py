@@ -74,8 +74,8 @@ class SFT(OfflineObjective[SFTSection]):
 
     def _some(self) -> Iterator[Any]:
         yield from (
-            self.lines.train
-            if self.lines is not None
+            self.dataset.train
+            if self.dataset is not None
             else ProblemStream(self.task, self.recipe.seed, self.val_set_size).take(64)  # type: ignore[arg-type]
         )
 
@@ -131,8 +131,8 @@ class SFT(OfflineObjective[SFTSection]):
             )
             self.rollout.close()
             return accuracy
-        assert self.lines is not None
-        lines = self.lines.held_out[: evaluation.max_eval_samples]
+        assert self.dataset is not None
+        lines = self.dataset.held_out[: evaluation.max_eval_samples]
         mine = lines[context.rank :: context.world_size]
         sums = MetricAccumulator({"loss": 0.0, "tokens": 0.0})
         with torch.no_grad(), eval_mode(context.model):

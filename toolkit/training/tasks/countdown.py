@@ -80,7 +80,7 @@ def _expression(numbers: Sequence[int], rng: random.Random) -> tuple[str, int]:
 
 
 def _corrupted(text: str, value: int, rng: random.Random) -> str:
-    """An expression with one sign changed, so that its value is another one: what a near miss looks like."""
+    """An expression with one sign changed, so that its value differs: a near miss."""
     while True:
         at = rng.choice([at for at, character in enumerate(text) if character in "+-*"])
         other = text[:at] + rng.choice("+-*") + text[at + 1 :]
