@@ -1,4 +1,4 @@
-"""Training of patched mixtures against transformers' own: auxiliary loss, checkpointing, autocast, compilers."""
+"""Training of patched MoE models against transformers' own: auxiliary loss, checkpointing, autocast, compilers."""
 
 import copy
 
