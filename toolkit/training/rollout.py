@@ -14,19 +14,22 @@ from toolkit.training.examples import prompt_ids
 from toolkit.training.objectives.base import RunContext
 from toolkit.training.tasks import Problem, ProblemStream, Task
 
-PAGE = 16
+BLOCK_SIZE = 16
 
 
 class Rollout:
     """Generates with the weights as they are. The first call makes the engine; its state is bounded by the recipe.
 
-    enable_return_routed_experts: completions say which experts their tokens went to.
+    Args:
+        context: of the run.
+        section: of the recipe.
+        enable_return_routed_experts: whether completions have ``routed_experts``.
     """
 
     def __init__(
         self, context: RunContext, section: RolloutSection, enable_return_routed_experts: bool = False
     ) -> None:
-        self._context, self._section, self._record_routing = context, section, enable_return_routed_experts
+        self._context, self._section, self._return_routed_experts = context, section, enable_return_routed_experts
         self._engine: Engine | None = None
         self.seconds, self.tokens = 0.0, 0
 
@@ -42,9 +45,9 @@ class Rollout:
                 max_num_seqs=section.max_num_seqs,
                 max_num_batched_tokens=max(2048, section.max_num_seqs),
                 max_model_len=longest,
-                block_size=PAGE,
-                num_blocks=max(math.ceil(memory / PAGE), math.ceil(longest / PAGE)),
-                enable_return_routed_experts=self._record_routing,
+                block_size=BLOCK_SIZE,
+                num_blocks=max(math.ceil(memory / BLOCK_SIZE), math.ceil(longest / BLOCK_SIZE)),
+                enable_return_routed_experts=self._return_routed_experts,
                 seed=0,
             )
         return self._engine
@@ -52,7 +55,14 @@ class Rollout:
     def generate(
         self, prompts: Sequence[list[int]], seeds: Sequence[int], n: int = 1, temperature: float | None = None
     ) -> list[list[Completion]]:
-        """``n`` completions of each prompt, which depend on the weights and the prompt's seed alone."""
+        """``n`` completions of each prompt, which depend on the weights and the prompt's seed alone.
+
+        Args:
+            prompts: token ids of each.
+            seeds: one per prompt.
+            n: completions per prompt.
+            temperature: in the place of the recipe's.
+        """
         section, begun = self._section, time.perf_counter()
         longest = self._context.recipe.train.max_length - section.max_completion_length
         for prompt in prompts:
