@@ -57,7 +57,7 @@ def test_only_some_packages_know_transformers():
             assert not any(n.split(".")[0] == "transformers" for n in imports_of(path)), path
 
 
-def test_hosts_do_not_import_each_other():
+def test_framework_patches_do_not_import_each_other():
     for mine, other in (("train_patches", "infer_patches"), ("infer_patches", "train_patches")):
         for path in (ROOT / mine).rglob("*.py"):
             assert not any(name.split(".")[0] == other for name in imports_of(path)), path

@@ -1,4 +1,4 @@
-"""The promise: what the engine returns is what training computes, in every bit, for every family."""
+"""The engine's log-probabilities are bitwise identical to training's, for every family."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_no_token_differs_under_random_schedules(family):
 
 
 def test_the_check_sees_a_model_whose_bits_depend_on_the_batch():
-    """With the vendor's products the same check finds differing tokens: it can fail."""
+    """With MKL GEMMs the same check finds differing tokens, so it can fail."""
     model = random_model("llama", hidden=72)
     parity = check_parity(model, prompts_for(model.config.vocab_size), min_tokens=100, numerics="fast")
     assert parity.differing > 0
@@ -40,7 +40,7 @@ def test_the_check_sees_a_model_whose_bits_depend_on_the_batch():
 
 
 def test_parity_holds_after_training_steps_between_rollouts():
-    """Recorded decode programs outlive optimizer steps; returned tokens carry the version they were drawn under."""
+    """Captured decode graphs outlive optimizer steps; returned tokens carry the version they were sampled under."""
     model = random_model("qwen3")
     toolkit.patch(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -61,7 +61,7 @@ def test_parity_holds_after_training_steps_between_rollouts():
     assert len(set(versions)) == 3
 
 
-def test_replaced_parameters_and_hooks_are_noticed_by_recorded_programs():
+def test_replaced_parameters_and_hooks_are_noticed_by_captured_graphs():
     model = random_model("llama")
     params = toolkit.SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
     with toolkit.Engine(model) as engine:

@@ -1,6 +1,6 @@
 """The one exception type that users see for bad input.
 
-Every message is a single sentence that names the field, the value and what is allowed:
+Every message is a single sentence that names the field, the allowed values and the given one:
 ``max_num_seqs must be >= 1, got 0.``
 """
 

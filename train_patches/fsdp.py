@@ -1,14 +1,14 @@
-"""Torch's FSDP2 (``fully_shard``): patch before sharding, roll out inside of ``gathered``.
+"""Torch's FSDP2 (``fully_shard``): patch before sharding, roll out inside ``gathered``.
 
     toolkit.patch(model)
     for layer in model.model.layers:
         fully_shard(layer)
     fully_shard(model)
     ...
-    with gathered(model):  # on every process, once a rollout phase
+    with gathered(model):  # on every process, once per rollout phase
         completions = engine.generate(prompts, params)
 
-Accelerate shards in ``accelerator.prepare(model, optimizer)``; all else is the same.
+With accelerate, ``accelerator.prepare(model, optimizer)`` shards; the rest is the same.
 """
 
 from collections.abc import Iterator
@@ -25,19 +25,21 @@ if TYPE_CHECKING:
 
 
 def gathered(model: nn.Module) -> AbstractContextManager[None]:
-    """Inside of the block every parameter of ``model`` is whole in every process: for an engine, export, evaluation.
+    """Inside, every process has all parameters of ``model``: for an engine, an export, an evaluation.
 
-    Gathered once, used for as many forwards as there are, and sharded again at the end; training goes on as before.
-    All processes must enter it, between an optimizer's step and the next forward. Inside, they need not do the same.
-    Each needs the memory for the whole model. What is written to parameters inside is lost.
-    With a mixed-precision policy parameters are gathered in its ``param_dtype``: make the engine inside as well.
-    Raises ToolkitError for a model that ``fully_shard`` was not applied to.
+    Parameters are gathered once, at the start, and sharded again at the end. All processes must enter, between an
+    optimizer step and the next forward; inside they need not do the same. Each needs memory for the whole model. Writes
+    to parameters inside are lost. With a mixed-precision policy parameters are gathered in its ``param_dtype``: create
+    the engine inside too.
+
+    Raises:
+        ToolkitError: ``fully_shard`` was not applied to the model.
     """
     from torch.distributed.fsdp import FSDPModule
 
     units = [cast("FSDPModule", module) for module in model.modules() if isinstance(module, FSDPModule)]
     if not units:
-        raise ToolkitError(f"{type(model).__name__} is not sharded; gathered(model) needs fully_shard(model) before.")
+        raise ToolkitError(f"{type(model).__name__} is not sharded; call fully_shard(model) before gathered(model).")
     return gathering(model, "torch.distributed.fsdp", [_unsharded(unit) for unit in units])
 
 

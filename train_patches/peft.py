@@ -1,11 +1,12 @@
-"""PEFT: adapters in a patched model, fused where they are proven, left to PEFT's own forward where not.
+"""PEFT: adapters of a patched model are fused where a probe proves them, and run PEFT's own forward where not.
 
     model = get_peft_model(model, LoraConfig(...))  # before or after the patch
     toolkit.patch(model)
-    print(fuse_adapters(model))  # after adapters came into a model that was patched before
+    print(fuse_adapters(model))  # for adapters that were added after the patch
 
-``patch`` adopts the adapters that it finds and the engine those that came later, so the call is for training, and for
-reading what was done. Saving, loading, merging and switching are PEFT's own: the wrappers stay where they are.
+``patch`` fuses the adapters that it finds, and the engine those that were added later. Call ``fuse_adapters`` to train
+adapters that were added after the patch, and to read what was fused. Saving, loading, merging and switching stay
+PEFT's: the wrappers remain in the model.
 """
 
 from collections import Counter
@@ -20,8 +21,11 @@ from toolkit.patching.adapters import adapter_report, inner_model
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """``linear``: (path, "fused" or the reason for PEFT's own forward) of each adapted layer; ``experts``: how many
-    parameters of experts have grouped adapters.
+    """Which adapters are fused.
+
+    Args:
+        linear: (path, "fused" or the reason why PEFT's own forward stays) of each adapted linear layer.
+        experts: number of parameters of experts with grouped adapters.
     """
 
     linear: tuple[tuple[str, str], ...]
@@ -34,11 +38,17 @@ class AdapterReport:
 
 
 def fuse_adapters(model: nn.Module) -> AdapterReport:
-    """Fuse the adapters of a patched model (a ``PeftModel``, or one with ``add_adapter``), new ones and old.
+    """A report of all adapters, after those that were not fused yet are.
 
-    A linear layer with LoRA or DoRA becomes the layer and one ``lora_add``; adapters of parameters of experts become
-    grouped products. Outputs and gradients are PEFT's. An adapted head makes its logits, so that no loss misses the
-    adapter. Raises ToolkitError for a model that is not patched or has no adapters.
+    A linear layer with LoRA or DoRA becomes the layer and one ``lora_add``; LoRA on parameters of experts becomes
+    grouped GEMMs. Outputs and gradients are PEFT's. An adapted head computes its logits in the forward, so every loss
+    includes its adapter.
+
+    Args:
+        model: a patched ``PeftModel``, or a patched model with ``add_adapter``.
+
+    Raises:
+        ToolkitError: the model is not patched, or has no adapters.
     """
     model = inner_model(model)
     report = report_of(model)
@@ -47,5 +57,5 @@ def fuse_adapters(model: nn.Module) -> AdapterReport:
     experts = adapters.fuse_adapters(model, report.numerics)
     linear = adapter_report(model)
     if not linear and not experts:
-        raise ToolkitError(f"model {type(model).__name__} has no adapters; put them in with PEFT first.")
+        raise ToolkitError(f"model {type(model).__name__} has no adapters; add them with PEFT first.")
     return AdapterReport(tuple(linear), experts)

@@ -5,8 +5,8 @@
     trainer.train()
     trainer.evaluate()
 
-A model that was patched before trains in a Trainer as it is; what is added here is the refusal of settings under which
-a patch would be lost or wrong, and the logits that are not made where only a loss is asked for.
+A model that is patched already trains in a Trainer unchanged. ``patch_trainer`` also rejects settings that would lose
+or break the patch, and skips the logits where only a loss is needed.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,14 +30,19 @@ if TYPE_CHECKING:
 def patch_trainer(
     trainer: "Trainer", roles: Sequence[str] | None = None, numerics: str | Numerics | None = None
 ) -> PatchReport:
-    """Patch the model of ``trainer``, after it was made and before ``train`` or ``evaluate``.
+    """The report of patching the model of ``trainer``; call it before ``train`` or ``evaluate``. Idempotent.
 
-    roles, numerics: those of ``toolkit.patch``. Losses, gradients and the count of tokens over accumulated batches are
-    the unpatched Trainer's. Training, label smoothing and evaluation without ``compute_metrics`` (or with
-    ``prediction_loss_only``) hold no [batch, tokens, vocabulary] logits; under ``torch_compile`` training does, and
-    such an evaluation runs the model as it was before compilation. Twice is once.
-    Raises ToolkitError, leaving trainer and model as they were, for ``use_liger_kernel``, ``model_init``, several GPUs
-    in one process (``DataParallel``), and tensor, context or sequence parallelism.
+    Losses, gradients and token counts over accumulated batches are the unpatched Trainer's. Training, label smoothing
+    and evaluation without ``compute_metrics`` (or with ``prediction_loss_only``) hold no [batch, tokens, vocabulary]
+    logits. Under ``torch_compile`` training does, and such an evaluation runs the model without compilation.
+
+    Args:
+        roles: of ``toolkit.patch``.
+        numerics: of ``toolkit.patch``.
+
+    Raises:
+        ToolkitError: ``use_liger_kernel``, ``model_init``, several GPUs in one process (``DataParallel``), or tensor,
+            context or sequence parallelism. Trainer and model are unchanged then.
     """
     _check(trainer)
     assert trainer.model is not None
@@ -52,19 +57,25 @@ def patch_trainer(
 def _check(trainer: "Trainer") -> None:
     arguments: Any = trainer.args
     parallel = getattr(trainer.accelerator, "parallelism_config", None)
-    refused = {
-        "args.use_liger_kernel": (arguments.use_liger_kernel, "False: it replaces the same modules"),
-        "model_init": (trainer.model_init is not None, "None: train() would make another model, which is not patched"),
-        "args.n_gpu": (arguments.n_gpu > 1, "0 or 1: DataParallel copies modules, their patch not; take DDP"),
-        "parallelism_config.tp_size": (getattr(parallel, "tp_enabled", False), "1: patched modules hold whole weights"),
-        "parallelism_config.cp_size": (getattr(parallel, "cp_enabled", False), "1: a sequence stays on one process"),
-        "parallelism_config.sp_size": (getattr(parallel, "sp_enabled", False), "1: a sequence stays on one process"),
+    unsupported = {
+        "args.use_liger_kernel": (arguments.use_liger_kernel, "False, as Liger replaces the same modules"),
+        "model_init": (
+            trainer.model_init is not None,
+            "None, as train() would create another model, which is not patched",
+        ),
+        "args.n_gpu": (arguments.n_gpu > 1, "0 or 1, as DataParallel copies modules without their patch (use DDP)"),
+        "parallelism_config.tp_size": (
+            getattr(parallel, "tp_enabled", False),
+            "1, as patched modules hold whole weights",
+        ),
+        "parallelism_config.cp_size": (getattr(parallel, "cp_enabled", False), "1, as a sequence stays in one process"),
+        "parallelism_config.sp_size": (getattr(parallel, "sp_enabled", False), "1, as a sequence stays in one process"),
     }
-    for field, (present, allowed) in refused.items():
+    for field, (present, required) in unsupported.items():
         if present:
             holder: Any = {"args": arguments, "parallelism_config": parallel}.get(field.partition(".")[0], trainer)
             value = getattr(holder, field.rpartition(".")[2])
-            raise ToolkitError(f"{field} is {value!r}; allowed is {allowed}.")
+            raise ToolkitError(f"{field} must be {required}, got {value!r}.")
 
 
 def _without_logits(own: Callable[..., Any]) -> Callable[..., Any]:
@@ -73,17 +84,17 @@ def _without_logits(own: Callable[..., Any]) -> Callable[..., Any]:
         if not prediction_loss_only:
             return own(model, inputs, prediction_loss_only, *args, **kwargs)
         with loss_only():
-            # A compiled graph makes its logits; the module that was compiled need not.
+            # A compiled graph computes its logits; the original module need not.
             return own(getattr(model, "_orig_mod", model), inputs, prediction_loss_only, *args, **kwargs)
 
     return prediction_step
 
 
 class LabelSmoother:
-    """Cross-entropy (nats) with labels smoothed by ``epsilon``: the mean over counted tokens of
-    ``(1 - epsilon) (-log p_label) + epsilon sum_v (-log p_v) / V``, from the statistics of each row of logits.
+    """Cross-entropy (nats) with labels smoothed by ``epsilon``, from the statistics of each row of logits.
 
-    Called as transformers' own, on a model's output and labels [B, S] int64; -100 counts for nothing.
+    The mean over labelled tokens of ``(1 - epsilon) (-log p_label) + epsilon sum_v (-log p_v) / V``. Called as
+    transformers' ``LabelSmoother``, with a model's output and labels [B, S] int64; -100 is ignored.
     """
 
     def __init__(self, epsilon: float) -> None:

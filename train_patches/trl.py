@@ -1,12 +1,13 @@
-"""TRL's ``GRPOTrainer`` with the engine as its rollout, on the live weights; SFT and DPO take a patched model as it is.
+"""TRL's ``GRPOTrainer`` with the engine as its rollout, on the live weights; SFT and DPO take a patched model.
 
     trainer = GRPOTrainer(model=model, args=GRPOConfig(...), ...)
     with engine_rollout(trainer, max_model_len=1024) as engine:
         trainer.train()
 
-Two of the trainer's methods are put in place on the instance, and nothing of TRL is copied: ``_generate_single_turn``
-(completions and their log-probabilities; tools and environments go through it too) and
-``_get_per_token_logps_and_entropies`` (the training forward, over prefix trees: samples share their prompts).
+Three methods of the trainer are replaced on the instance, and no code of TRL is copied: ``_generate_single_turn``
+(completions and their log-probabilities; tools and environments call it too), ``_get_per_token_logps_and_entropies``
+(the training forward, over prefix trees of samples that share their prompts) and ``_compute_loss`` (which logs the
+mismatch).
 """
 
 from collections.abc import Callable, Sequence
@@ -29,38 +30,43 @@ from toolkit.training.losses import divergence_estimate
 if TYPE_CHECKING:
     from trl import GRPOTrainer
 
-# What ``GRPOConfig.generation_kwargs`` may hold, and GRPOTrainer itself puts there.
-_UNDERSTOOD = {
+# Supported keys of ``GRPOConfig.generation_kwargs``, and those that GRPOTrainer adds.
+_SUPPORTED_KWARGS = {
     "max_new_tokens", "min_new_tokens", "do_sample", "pad_token_id", "bos_token_id", "eos_token_id", "temperature",
     "top_p", "top_k", "min_p", "repetition_penalty", "cache_implementation",
 }  # fmt: skip
 
 
 def engine_rollout(trainer: "GRPOTrainer", *, share: bool = True, **limits: Any) -> Engine:
-    """Let ``trainer`` generate with an engine on its own model, which is patched if it is not; the engine.
+    """The engine that ``trainer`` generates with from now on, on its own model, which is patched if it is not yet.
 
-    limits: arguments of ``toolkit.Engine``; ``seed`` is the trainer's, moved by the rank, unless given. Weights are
-    read where they lie: after an optimizer step nothing is copied, and no prefix of older weights is hit. The engine
+    The engine reads the live weights: an optimizer step copies nothing, and no prefix of older weights is hit. It
     sleeps while the trainer computes its loss.
-    share: the trainer's log-probabilities come from a forward in which samples share their prompt; False keeps TRL's
-    padded forward and its own head.
-    Logs ``mismatch/kl`` (mean of ``e^d - d - 1``, d = trainer's minus engine's log-probability, nats a token) and
-    ``mismatch/bits`` (share of tokens whose two float32 values differ in any bit) of the batches that are trained under
-    the weights of their rollout. At temperature 1 both are of the model's own distribution, and 0 in the bitwise tier
-    with ``share``; at another one of the tempered.
-    Raises ToolkitError, leaving the trainer as it was, for other rollouts (``use_vllm``,
-    ``use_transformers_continuous_batching``, ``rollout_func``), images, sharded parameters, generation settings that
-    the engine does not have, and a temperature other than 1 with top_p, top_k, min_p or repetition_penalty, whose
-    log-probabilities would be of another distribution than the trainer's.
+
+    Logs ``mismatch/kl`` (mean of ``e^d - d - 1``, with d the trainer's minus the engine's log-probability, in nats per
+    token) and ``mismatch/bits`` (fraction of tokens whose two float32 values differ in any bit), for batches that are
+    trained under the weights of their rollout. At temperature 1 both are 0 in bitwise mode with ``share``. At another
+    temperature they compare the tempered distributions.
+
+    Args:
+        share: compute the trainer's log-probabilities in a forward in which samples share their prompt; False keeps
+            TRL's padded forward and its own head.
+        limits: arguments of ``toolkit.Engine``. ``seed`` defaults to the trainer's plus the rank.
+
+    Raises:
+        ToolkitError: another rollout (``use_vllm``, ``use_transformers_continuous_batching``, ``rollout_func``),
+            images, sharded parameters, a generation setting that the engine does not have, or a temperature other than
+            1 with top_p, top_k, min_p or repetition_penalty, whose log-probabilities the trainer does not compute. The
+            trainer is unchanged then.
     """
-    host: Any = trainer
-    _check(host)
-    patch(host.model, numerics=limits.get("numerics"))
-    limits = {"seed": host.args.seed + host.accelerator.process_index} | limits
-    rollout = Rollout(host, Engine(host.model, **limits), host._compute_loss, host._get_per_token_logps_and_entropies)
-    host._generate_single_turn = rollout.generate
-    host._compute_loss = rollout.compute_loss
-    host._get_per_token_logps_and_entropies = rollout.shared if share else rollout.padded
+    grpo: Any = trainer
+    _check(grpo)
+    patch(grpo.model, numerics=limits.get("numerics"))
+    limits = {"seed": grpo.args.seed + grpo.accelerator.process_index} | limits
+    rollout = Rollout(grpo, Engine(grpo.model, **limits), grpo._compute_loss, grpo._get_per_token_logps_and_entropies)
+    grpo._generate_single_turn = rollout.generate
+    grpo._compute_loss = rollout.compute_loss
+    grpo._get_per_token_logps_and_entropies = rollout.shared if share else rollout.padded
     return rollout.engine
 
 
@@ -68,25 +74,28 @@ def _check(trainer: Any) -> None:
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
     settings = trainer.generation_config.to_diff_dict() if not trainer.use_vllm else {}
-    unknown = sorted(set(trainer.args.generation_kwargs or {}) - _UNDERSTOOD)
-    cut = [name for name, off in _OFF.items() if settings.get(name, off) not in (off, None)]
-    refused = {
+    unknown = sorted(set(trainer.args.generation_kwargs or {}) - _SUPPORTED_KWARGS)
+    truncating = [name for name, off in _OFF.items() if settings.get(name, off) not in (off, None)]
+    unsupported = {
         "args.use_vllm": (trainer.use_vllm, "False"),
         "args.use_transformers_continuous_batching": (trainer.use_transformers_continuous_batching, "False"),
         "rollout_func": (trainer.rollout_func is not None, "None"),
         "processing_class": (trainer._is_vlm, "a tokenizer"),
         "distributed_type": (
             trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled(),
-            "one that keeps parameters whole",
+            "one without sharded parameters",
         ),
-        "args.generation_kwargs": (bool(unknown), f"{', '.join(sorted(_UNDERSTOOD))}"),
-        "args.temperature": (trainer.temperature != 1.0 and bool(cut), f"1.0 together with {', '.join(cut)}"),
+        "args.generation_kwargs": (bool(unknown), f"a dict with keys of {', '.join(sorted(_SUPPORTED_KWARGS))}"),
+        "args.temperature": (
+            trainer.temperature != 1.0 and bool(truncating),
+            f"1.0 together with {', '.join(truncating)}",
+        ),
     }
-    for name, (present, allowed) in refused.items():
+    for name, (present, required) in unsupported.items():
         if present:
             holder = trainer.args if name.startswith("args.") else trainer
             holder = trainer.accelerator if name == "distributed_type" else holder
-            raise ToolkitError(f"{name} is {getattr(holder, name.rpartition('.')[2])!r}; allowed is {allowed}.")
+            raise ToolkitError(f"{name} must be {required}, got {getattr(holder, name.rpartition('.')[2])!r}.")
 
 
 _OFF = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
@@ -94,9 +103,15 @@ _OFF = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 @dataclass
 class Rollout:
-    """An engine in a trainer's place of generation. loss, own: the trainer's own ``_compute_loss`` and
-    ``_get_per_token_logps_and_entropies``; version: of the weights of the last rollout; seen: the log-probabilities of
-    the loss under way.
+    """The methods that replace the trainer's.
+
+    Args:
+        trainer: a ``GRPOTrainer``.
+        engine: generates the completions.
+        loss: the trainer's own ``_compute_loss``.
+        own: the trainer's own ``_get_per_token_logps_and_entropies``.
+        version: weight version of the last rollout.
+        seen: [B, C] log-probabilities of the current loss, detached.
     """
 
     trainer: Any
@@ -107,6 +122,7 @@ class Rollout:
     seen: Tensor | None = None
 
     def params(self, count: int) -> SamplingParams:
+        """The trainer's generation settings, for ``count`` completions of a prompt."""
         config = self.trainer.generation_config
         return SamplingParams(
             n=count,
@@ -117,14 +133,14 @@ class Rollout:
             top_k=_or(config.top_k, 0),
             min_p=_or(config.min_p, 0.0),
             repetition_penalty=_or(config.repetition_penalty, 1.0),
-            ignore_eos=True,  # the trainer's own list of tokens decides
+            ignore_eos=True,  # stop_token_ids has the trainer's list
             stop_token_ids=self.trainer.eos_token_ids,
         )
 
     def generate(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> tuple[list[Any], list[Any]]:
-        """TRL's ``_generate_single_turn``: (token ids, log-probabilities) of a completion of each prompt.
+        """TRL's ``_generate_single_turn``: (token ids, log-probabilities) of one completion per prompt.
 
-        Equal prompts that follow each other are one request of several completions.
+        Consecutive equal prompts are one request with several completions.
         """
         self.engine.wake()
         groups = [(list(prompt), len(list(same))) for prompt, same in groupby(prompt_ids, key=tuple)]
@@ -137,11 +153,11 @@ class Rollout:
         return [one.token_ids for one in completions], [self._comparable(one) for one in completions]
 
     def _comparable(self, completion: Completion) -> list[float]:
-        """The log-probabilities that are of the trainer's distribution."""
+        """The log-probabilities of the trainer's distribution."""
         return completion.logprobs if self.trainer.temperature == 1.0 else completion.sampling_logprobs
 
     def compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        """TRL's ``_compute_loss``, and the mismatch of what it computed with what the engine said."""
+        """TRL's ``_compute_loss``; logs the mismatch between its log-probabilities and the engine's."""
         self.engine.sleep()
         self.seen = None
         loss = self.loss(model, inputs)
@@ -164,7 +180,7 @@ class Rollout:
         metrics["mismatch/bits"].append(bits / max(count, 1.0))
 
     def padded(self, *args: Any, **kwargs: Any) -> Any:
-        """TRL's own log-probabilities, noted."""
+        """TRL's own log-probabilities, which are recorded for the mismatch."""
         result = self.own(*args, **kwargs)
         self.seen = result[0].detach()
         return result
@@ -180,9 +196,9 @@ class Rollout:
         compute_aux_loss: bool = False,
         **media: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """TRL's ``_get_per_token_logps_and_entropies``: [B, C] each, 0 where a completion has ended.
+        """TRL's ``_get_per_token_logps_and_entropies``: [B, C] each, 0 after the end of a completion.
 
-        A reference model, a wrapped one (DDP counts on its own forward) and a balancing loss go TRL's way.
+        A reference model, a wrapped model (DDP relies on its own forward) and an auxiliary loss take TRL's path.
         """
         if model is not self.trainer.model or compute_aux_loss or any(one is not None for one in media.values()):
             settings = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss, **media}
@@ -201,7 +217,7 @@ class Rollout:
         return logprobs, entropies if compute_entropy else None, None
 
     def _statistics(self, model: Any, ids: Tensor, kept: Tensor, count: int) -> tuple[Tensor, ...]:
-        """Log-probability and entropy (nats) of the kept ones of the last ``count`` tokens, row after row."""
+        """Log-probability and entropy (nats) of the unmasked among the last ``count`` tokens, row after row."""
         sequences: Sequence[Tensor] = [row[mask] for row, mask in zip(ids, kept)]
         temperature = self.trainer.temperature
 

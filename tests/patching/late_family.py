@@ -88,9 +88,9 @@ class Roots(nn.Module):
 
     is_causal = True
 
-    def __init__(self, config: SaplingConfig, place: int) -> None:
+    def __init__(self, config: SaplingConfig, layer_idx: int) -> None:
         super().__init__()
-        self.config, self.layer_idx = config, place
+        self.config, self.layer_idx = config, layer_idx
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
@@ -119,9 +119,9 @@ class Roots(nn.Module):
 class Ring(GradientCheckpointingLayer):
     """One layer."""
 
-    def __init__(self, config: SaplingConfig, place: int) -> None:
+    def __init__(self, config: SaplingConfig, layer_idx: int) -> None:
         super().__init__()
-        self.leaves, self.roots = Photosynthesis(config), Roots(config, place)
+        self.leaves, self.roots = Photosynthesis(config), Roots(config, layer_idx)
         self.before_leaves, self.before_roots = Moisture(config), Moisture(config)
 
     def forward(self, hidden_states, **others):
@@ -164,7 +164,7 @@ class Trunk(SaplingBase):
         super().__init__(config)
         self.top = Moisture(config)
         self.seasons = Seasons(config)
-        self.rings = nn.ModuleList(Ring(config, place) for place in range(config.num_hidden_layers))
+        self.rings = nn.ModuleList(Ring(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
         self.seeds = nn.Embedding(config.vocab_size, config.hidden_size)
         self.post_init()
 

@@ -37,7 +37,7 @@ def test_token_logprobs_equal_the_unpatched_model(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_company_a_sequence_keeps_does_not_change_its_bits(family):
+def test_logits_do_not_depend_on_batch_neighbours(family):
     model = random_model(family)
     toolkit.patch(model)
     texts = sequences(model.config.vocab_size, [40, 1, 7, 23, 5, 12, 2])

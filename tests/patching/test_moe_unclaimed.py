@@ -146,7 +146,7 @@ def test_constants_and_shapes_may_be_looked_at(function):
     assert capture(function, [torch.tensor([1.0, 2.0, 3.0])]).data_dependent_op == ""
 
 
-def test_of_equal_values_the_lowest_index_is_taken_and_gradients_reach_them():
+def test_topk_takes_the_lowest_index_of_equal_values_with_gradients():
     x = torch.tensor([[1.0, 3.0, 3.0, 2.0, 3.0], [0.0, 0.0, 0.0, 0.0, 0.0]], requires_grad=True)
     with row_invariant():
         values, ids = torch.topk(x, 2, dim=-1)

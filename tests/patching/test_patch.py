@@ -87,7 +87,7 @@ def test_every_module_of_the_known_families_is_claimed(family):
     report = find_claims(random_model(family))
     roles = report.roles()
     # A gated norm of two inputs is no role; its mixer keeps it as it is.
-    assert {refusal.role for refusal in report.skipped} <= ({"norm"} if family in HYBRIDS else set())
+    assert {skipped.role for skipped in report.skipped} <= ({"norm"} if family in HYBRIDS else set())
     assert max(claim.error.forward for claim in report.claims) < 5e-6
     assert roles["head"] == 2
     # The model's setting, and a fused forward a layer of the usual build.
@@ -184,9 +184,9 @@ def test_a_module_with_other_mathematics_is_skipped_with_the_error():
     model = random_model("llama")
     model.model.norm = LateNorm(64)
     report = toolkit.patch(model)
-    refusal = next(r for r in report.skipped if r.path == "model.norm")
-    assert refusal.role == "norm"
-    assert "probe error" in refusal.reason
+    skipped = next(r for r in report.skipped if r.path == "model.norm")
+    assert skipped.role == "norm"
+    assert "probe error" in skipped.reason
     assert "forward" not in model.model.norm.__dict__
     assert report.roles()["norm"] == 4
 

@@ -53,8 +53,8 @@ class Packed(nn.Module):
         return self.back(F.silu(gate) * up * (1.01 if "scaled" in self.layout else 1.0))
 
 
-class Tables(nn.Module):
-    """Rotary tables: a layout of the frequencies, for one kind of layer or two, along one axis or three."""
+class AnyTables(nn.Module):
+    """Rotary tables: a layout of the frequencies, for one layer type or two, along one axis or three."""
 
     def __init__(self, layout: str) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class Tables(nn.Module):
         return angles.cos() * scaling, angles.sin() * scaling
 
 
-class OneKind(Tables):
+class OneKind(AnyTables):
     def forward(self, x, position_ids):
         angles = position_ids[..., None].float() * self.inv_freq
         if "axes" in self.layout:
@@ -87,7 +87,7 @@ class OneKind(Tables):
         return self.table(angles)
 
 
-class TwoKinds(Tables):
+class TwoKinds(AnyTables):
     def forward(self, x, position_ids, layer_type):
         angles = position_ids[..., None].float() * getattr(self, f"{layer_type}_inv_freq")
         return self.table(angles, getattr(self, f"{layer_type}_attention_scaling", 1.0))

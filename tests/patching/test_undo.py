@@ -77,10 +77,10 @@ def test_a_patched_model_is_freed_with_its_last_reference():
     model = random_model("llama")
     toolkit.patch(model)
     copied = copy.deepcopy(model)
-    gone = weakref.ref(model)
+    reference = weakref.ref(model)
     del model
     gc.collect()
-    assert gone() is None
+    assert reference() is None
     assert report_of(copied) is not None
 
 

@@ -1,4 +1,4 @@
-"""What a patched model must hold to in two processes, whatever loop it is in: run by the scripts of the loops.
+"""Checks of a patched model in two processes, in any training loop; the scripts of the loops run them.
 
 A loop trains on half of each batch in each process; one process of unpatched transformers trains on all of it.
 """
@@ -144,7 +144,7 @@ def check_rollout(
     toolkit.patch(model)
     wrapped, step = prepare(model)
     expected, weights = train_alone("llama")
-    # Processes need not roll out alike: the first has two prompts more.
+    # Processes may roll out different prompts: the first has two more.
     prompts = [[5, 6, 7, 8], [9, 10, 11], [12] * 5][: 3 - 2 * rank]
     losses: list[float] = []
     versions, programs = set(), []

@@ -16,7 +16,7 @@ SETUP, *EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, re.S)
 
 @pytest.fixture
 def names(tmp_path, monkeypatch):
-    """What the examples have in common, in a folder of their own."""
+    """The names that all examples use, in a separate folder."""
     AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.chdir(tmp_path)
     found: dict = {}

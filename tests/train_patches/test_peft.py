@@ -141,7 +141,7 @@ def test_a_saved_head_is_trained_and_deferred():
 
 
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
-def test_dropout_draws_what_peft_draws(use_dora):
+def test_dropout_samples_what_peft_samples(use_dora):
     config = lora(lora_dropout=0.4, use_dora=use_dora)
     results = []
     for first in (None, "patch", "adapters"):

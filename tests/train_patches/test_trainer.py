@@ -148,12 +148,15 @@ def test_smoothed_labels_and_their_gradients():
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"args.use_liger_kernel": True}, r"args\.use_liger_kernel is True; allowed is False: it replaces"),
-        ({"args._n_gpu": 2}, r"args\.n_gpu is 2; allowed is 0 or 1: DataParallel"),
-        ({"model_init": random_model}, r"model_init is <function random_model.*; allowed is None: train\(\)"),
+        (
+            {"args.use_liger_kernel": True},
+            r"args\.use_liger_kernel must be False, as Liger replaces the same modules, got True",
+        ),
+        ({"args._n_gpu": 2}, r"args\.n_gpu must be 0 or 1, as DataParallel.*, got 2"),
+        ({"model_init": random_model}, r"model_init must be None, as train\(\).*, got <function random_model"),
         (
             {"accelerator": SimpleNamespace(parallelism_config=SimpleNamespace(cp_enabled=True, cp_size=2))},
-            r"parallelism_config\.cp_size is 2; allowed is 1",
+            r"parallelism_config\.cp_size must be 1, .*, got 2",
         ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

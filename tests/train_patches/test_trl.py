@@ -103,10 +103,12 @@ def test_rollout_and_training_agree_in_every_bit_while_the_weights_move(adapted,
         peft = pytest.importorskip("peft")
         config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     trainer = grpo(tokenizer, tmp_path, peft_config=config, num_iterations=2, max_steps=4)
-    drawn = []
+    rollouts = []
     with engine_rollout(trainer, max_model_len=64) as engine:
         generate = trainer._generate_single_turn
-        trainer._generate_single_turn = lambda *args: drawn.append((generate(*args), engine.stats())) or drawn[-1][0]
+        trainer._generate_single_turn = lambda *args: (
+            rollouts.append((generate(*args), engine.stats())) or rollouts[-1][0]
+        )
         trainer.train()
         engine.wake()
         completion = engine.generate([[3, 4, 5]], toolkit.SamplingParams(max_tokens=6, temperature=0, ignore_eos=True))
@@ -114,8 +116,8 @@ def test_rollout_and_training_agree_in_every_bit_while_the_weights_move(adapted,
     toolkit.unpatch(model)
     wanted = model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=6, min_new_tokens=6, do_sample=False)
     assert completion[0].token_ids == wanted[0, 3:].tolist()  # the weights of the end, and none else
-    assert len(drawn) == 2  # four updates, two a rollout
-    assert drawn[0][1]["weight_version"] != drawn[1][1]["weight_version"]
+    assert len(rollouts) == 2  # four updates, two per rollout
+    assert rollouts[0][1]["weight_version"] != rollouts[1][1]["weight_version"]
     for name in ("mismatch/kl", "mismatch/bits"):
         assert logged(trainer, name) == [0.0, 0.0]  # of the first update of each rollout, and of those alone
     assert all(norm > 0 for norm in logged(trainer, "grad_norm"))
@@ -163,10 +165,14 @@ def test_trls_padded_forward_is_compared_all_the_same(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "change", "sentence"),
     [
-        ({}, {"use_vllm": True}, r"use_vllm is True; allowed is False"),
-        ({}, {"rollout_func": len}, r"rollout_func is .*len.*; allowed is None"),
-        ({"generation_kwargs": {"num_beams": 2}}, {}, r"generation_kwargs is \{'num_beams': 2\}; allowed is bos_token"),
-        ({"temperature": 0.5, "top_p": 0.9}, {}, r"temperature is 0\.5; allowed is 1\.0 together with top_p"),
+        ({}, {"use_vllm": True}, r"use_vllm must be False, got True"),
+        ({}, {"rollout_func": len}, r"rollout_func must be None, got .*len"),
+        (
+            {"generation_kwargs": {"num_beams": 2}},
+            {},
+            r"generation_kwargs must be a dict with keys of bos_token.*, got \{'num_beams': 2\}",
+        ),
+        ({"temperature": 0.5, "top_p": 0.9}, {}, r"temperature must be 1\.0 together with top_p, got 0\.5"),
     ],
     ids=["vllm", "rollout_func", "generation_kwargs", "temperature"],
 )

@@ -42,7 +42,7 @@ def prepare(accelerator: Accelerator, model: Any) -> tuple[nn.Module, Step]:
 
 
 def shard(accelerator: Accelerator, head: bool, again: bool | None, model: Any) -> tuple[nn.Module, Step]:
-    """As one calls ``fully_shard``. head: a unit of its own. again: whether the root is sharded after its forward."""
+    """As one calls ``fully_shard``. head: as a separate unit. again: whether the root is sharded after its forward."""
     mesh = init_device_mesh("cpu", (accelerator.num_processes,))
     for unit in [*model.model.layers, *([model.lm_head] if head else [])]:
         fully_shard(unit, mesh=mesh)

@@ -72,7 +72,7 @@ def prepare(stage: int, model: Any) -> tuple[nn.Module, Step]:
 
 
 torch.set_num_threads(1)
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled first; gloo does without
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled first; gloo does not need it
 deepspeed.init_distributed("gloo")
 folder = Path(sys.argv[1])
 assert sys.argv[2].endswith("zero3.json")

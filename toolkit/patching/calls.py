@@ -1,4 +1,4 @@
-"""How a model calls its layers, recorded during one of its own forwards over a few tokens.
+"""How a model calls its layers, recorded during one forward over a few tokens.
 
 What a layer receives beside its hidden states (rotary tables, masks, arguments that an architecture adds) is then known
 and not guessed from names.

@@ -1,4 +1,4 @@
-"""Run by test_expert_hosts.py in every process: the small MoE model under accelerate and DeepSpeed."""
+"""Run by test_expert_frameworks.py in every process: the small MoE model under accelerate and DeepSpeed."""
 
 import os
 from typing import Any

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch.multiprocessing as multiprocessing
-from expert_hosts import under_accelerate, under_deepspeed
+from expert_frameworks import under_accelerate, under_deepspeed
 
 SIZES = [(2, 2), pytest.param(4, 2, marks=pytest.mark.sweep)]
 
