@@ -5,8 +5,7 @@ BIN := $(VENV)/bin
 LOG := $(VENV)/setup.log
 STEP = @$(PYTHON) tools/step.py --log $(LOG)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
-SOURCES := $(wildcard toolkit/ops/*/cpu.cpp toolkit/ops/*/*.h toolkit/ops/*/*/*.h toolkit/ops/activation/kinds/*.py \
-	toolkit/ops/attention/modifiers/*.py)
+SOURCES := $(wildcard toolkit/ops/*/cpu.cpp toolkit/ops/*/*.h toolkit/ops/*/*/*.h)
 # Worker processes of the tests, with one thread each.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest

@@ -34,65 +34,81 @@ if X86:
     INSTRUCTION_SETS["avx512"] = [*INSTRUCTION_SETS["avx2"], "-mavx512f", "-mavx512dq", "-DTOOLKIT_AVX512"]
 
 
-def inlined_code(path: Path) -> tuple[str | None, dict[str, int]]:
-    """The string ``CPU`` of a Python file and how many arguments its functions take, without importing it."""
-    code, functions = None, {}
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["CPU"]:
-            code = ast.literal_eval(node.value)
-        elif isinstance(node, ast.FunctionDef):
-            functions[node.name] = len(node.args.args)
-    return code, functions
+def arguments_of(path: Path) -> dict[str, int]:
+    """How many arguments each function of a Python file takes, without importing it."""
+    functions = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
+    return {function.name: len(function.args.args) for function in functions}
+
+
+def functor_header(path: Path) -> Path:
+    """The C++ header that stands beside a Python file; RuntimeError where there is none."""
+    header = path.with_suffix(".h")
+    if not header.exists():
+        raise RuntimeError(f"{path.name} has no C++ functor beside it; write {header}")
+    return header.resolve()
+
+
+def chooser(name: str, argument: str, structs: dict[str, str], empty: str, op: str) -> str:
+    """A C++ function that calls ``body`` with the functor that ``argument`` names."""
+    lines = "".join(f'  if ({argument} == "{key}") return body({struct}{{}});\n' for key, struct in structs.items())
+    return (
+        f"template <typename Body>\ninline void {name}(std::string_view {argument}, const Body& body) {{\n"
+        f"{empty}{lines}"
+        f'  TORCH_CHECK(false, "{op}: {argument} must be one of {", ".join(structs)}, got \'", '
+        f'std::string({argument}), "\'.");\n}}\n'
+    )
 
 
 def activation_header(folder: Path) -> str:
-    """C++ for the activation kinds: the string ``CPU`` of each file of ``folder``."""
-    structs, kinds = [], {}
+    """C++ that includes the functor of every file of ``folder`` and chooses among them by name."""
+    includes, checks, structs, plain = [], [], {}, {}
     for path in sorted(folder.glob("[!_]*.py")):
-        code, functions = inlined_code(path)
-        arguments = functions.get("value")
-        if code is None or arguments not in (1, 2):
-            raise RuntimeError(f"{path} has no string CPU, or no function value of one or two arguments")
-        kinds[path.stem] = arguments
-        structs.append(f"struct Kind_{path.stem} {{\n  static constexpr int kArguments = {arguments};\n{code}}};\n")
-
-    def chooser(name: str, chosen: list[str]) -> str:
-        lines = "".join(f'  if (kind == "{kind}") return body(Kind_{kind}{{}});\n' for kind in chosen)
-        return (
-            f"template <typename Body>\ninline void {name}(std::string_view kind, const Body& body) {{\n{lines}"
-            '  TORCH_CHECK(false, "activation: kind is \'", std::string(kind), "\'; allowed are '
-            f'{", ".join(chosen)}.");\n}}\n'
+        arguments = arguments_of(path).get("value")
+        if arguments not in (1, 2):
+            raise RuntimeError(f"{path.name} must have a function value of one or two arguments")
+        includes.append(f'#include "{functor_header(path)}"\n')
+        struct = structs[path.stem] = f"Kind_{path.stem}"
+        checks.append(
+            f'static_assert({struct}::kArguments == {arguments}, "{path.stem}.h and {path.name} disagree");\n'
         )
-
-    plain = [kind for kind, arguments in kinds.items() if arguments == 1]
-    choosers = [chooser("with_kind", list(kinds)), chooser("with_plain_kind", plain)]
-    return "\n".join(
-        ["namespace toolkit::activations {\n", *structs, *choosers, "}  // namespace toolkit::activations\n"]
-    )
+        if arguments == 1:
+            plain[path.stem] = struct
+    choosers = [
+        chooser(*one, "", "activation") for one in (("with_kind", "kind", structs), ("with_plain_kind", "kind", plain))
+    ]
+    return _header("activations", "activations.h", includes, [*checks, *choosers])
 
 
 def modifier_header(folder: Path) -> str:
-    """C++ for attention's score and mask functions: the string ``CPU`` of each file of ``folder``."""
-    structs, lines, names = [], ["  if (name.empty()) return body(Plain{});\n"], []
+    """C++ that includes the score and mask functions of every file of ``folder`` and chooses among them by name."""
+    includes, checks, structs = [], [], {}
     for path in sorted(folder.glob("[!_]*.py")):
-        code, functions = inlined_code(path)
+        functions = arguments_of(path)
         counts = {functions[name] - own for name, own in (("score", 3), ("visible", 2)) if name in functions}
-        if code is None or len(counts) != 1:
-            raise RuntimeError(f"{path} has no string CPU, or no functions score or visible of the same parameters")
+        if len(counts) != 1:
+            raise RuntimeError(f"{path.name} must have functions score or visible of the same parameters")
+        includes.append(f'#include "{functor_header(path)}"\n')
+        struct = structs[path.stem] = f"Modifier_{path.stem}"
         scores, masks = (str(name in functions).lower() for name in ("score", "visible"))
-        structs.append(
-            f"struct Modifier_{path.stem} {{\n  static constexpr bool kScores = {scores}, kMasks = {masks};\n"
-            f"  static constexpr int64_t kParameters = {counts.pop()};\n{code}}};\n"
+        checks.append(
+            f"static_assert({struct}::kScores == {scores} && {struct}::kMasks == {masks} && "
+            f'{struct}::kParameters == {counts.pop()}, "{path.stem}.h and {path.name} disagree");\n'
         )
-        lines.append(f'  if (name == "{path.stem}") return body(Modifier_{path.stem}{{}});\n')
-        names.append(path.stem)
-    chooser = (
-        f"template <typename Body>\ninline void with_modifier(std::string_view name, const Body& body) {{\n"
-        f'{"".join(lines)}  TORCH_CHECK(false, "attention: modifier is \'", std::string(name), "\'; allowed are '
-        f'{", ".join(names)}.");\n}}\n'
-    )
-    return "\n".join(
-        ["namespace toolkit::attention_op {\n", *structs, chooser, "}  // namespace toolkit::attention_op\n"]
+    empty = "  if (modifier.empty()) return body(Plain{});\n"
+    chosen = chooser("with_modifier", "modifier", structs, empty, "attention")
+    return _header("attention_op", None, includes, [*checks, chosen])
+
+
+def _header(namespace: str, needs: str | None, includes: list[str], body: list[str]) -> str:
+    first = [f'#include "{needs}"\n'] if needs else []
+    inside = "\n".join(body)
+    return "".join(
+        [
+            "#pragma once\n",
+            *first,
+            *includes,
+            f"\nnamespace toolkit::{namespace} {{\n\n{inside}\n}}  // namespace toolkit::{namespace}\n",
+        ]
     )
 
 

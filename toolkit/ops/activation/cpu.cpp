@@ -1,5 +1,5 @@
 // activation and activation_backward on CPU: elementwise, each element by the same vector code.
-#include "activations.h"
+#include "activation_kinds.h"
 
 namespace toolkit::activation_op {
 

@@ -4,7 +4,7 @@
 
 #include <array>
 
-#include "modifiers.h"
+#include "attention_modifiers.h"
 #include "problem.h"
 
 namespace toolkit::attention_op {
@@ -57,17 +57,18 @@ inline T dot(const T* a, const T* b, int64_t n) {
 
 // scores and dweights of one row become weights and dscores.
 template <typename M, typename T>
-inline void softmax_backward(T* scores, T* dweights, Range range, T softcap, const Place<T>& place, T lse, T delta) {
+inline void softmax_backward(T* scores, T* dweights, Range range, T softcap, const ScorePosition<T>& position, T lse,
+                             T delta) {
   constexpr bool modified = M::kScores || M::kMasks;
   const Vec<T> cap(softcap), one(T(1)), log_sum(lse), mean(delta);
   over_vectors<T>(range, [&](int32_t lane, bool) {
     Vec<T> x = Vec<T>::loadu(scores + lane), slope = one;
     if (softcap > 0) {
-      const Vec<T> bent = (x / cap).tanh();
-      slope = one - bent * bent;
-      x = cap * bent;
+      const Vec<T> capped = (x / cap).tanh();
+      slope = one - capped * capped;
+      x = cap * capped;
     }
-    if constexpr (modified) x = modify<M>(x, lane, place, &slope);
+    if constexpr (modified) x = modify<M>(x, lane, position, &slope);
     Vec<T> weight = exponential<T>(x - log_sum);
     Vec<T> ds = weight * (Vec<T>::loadu(dweights + lane) - mean);
     if (softcap > 0 || M::kScores) ds = ds * slope;
@@ -93,9 +94,9 @@ inline void transpose_ranges(const Range* rows, int64_t count, const KeyTile& ti
 }
 
 // The end of the run of neighbouring rows that starts at a key of the tile.
-inline int64_t run_end(const int64_t* places, int64_t key, const KeyTile& tile) {
+inline int64_t run_end(const int64_t* row_indices, int64_t key, const KeyTile& tile) {
   int64_t end = key + 1;
-  while (end < tile.end && places[end] == places[end - 1] + 1) ++end;
+  while (end < tile.end && row_indices[end] == row_indices[end - 1] + 1) ++end;
   return end;
 }
 
@@ -131,13 +132,13 @@ void backward_block(const Backward<T>& f, const Task& task, const Share& share) 
   }
   std::fill_n(b.dquery, rows * b.depth, T(0));
 
-  int64_t places[kTile];
+  int64_t row_indices[kTile];
   const T *key_rows[kTile], *value_rows[kTile];
   over_tiles(p, sequence, task.begin, task.end, -1, [&](const KeyTile& tile) {
     if (tile.index < share.first_tile || tile.index >= share.end_tile) return;
-    resolve_rows(p, sequence, tile, places);
-    point_rows<T>(f.k, task.kv_head, tile, places, key_rows);
-    point_rows<T>(f.v, task.kv_head, tile, places, value_rows);
+    resolve_rows(p, sequence, tile, row_indices);
+    point_rows<T>(f.k, task.kv_head, tile, row_indices, key_rows);
+    point_rows<T>(f.v, task.kv_head, tile, row_indices, value_rows);
     transpose_tile(key_rows, tile.begin, tile.end, p.depth, b.keys_t);
     transpose_tile(value_rows, tile.begin, tile.end, p.value_depth, b.values_t);
     if (share.queries) copy_tile(key_rows, tile.begin, tile.end, p.depth, b.keys, b.depth);
@@ -157,9 +158,9 @@ void backward_block(const Backward<T>& f, const Task& task, const Share& share) 
                       Dense<T>{b.values_t + from, kTile}, width, 0, p.value_depth);
       for (int64_t i = 0; i < height; ++i)
         if (!b.row_ranges[r + i].empty()) {
-          const Place<T> place{task.begin + (r + i) / group + sequence.shift(), tile.first(),
-                               f.parameters + (first_head + (r + i) % group) * M::kParameters};
-          softmax_backward<M>(weights + i * kTile, dscores + i * kTile, b.row_ranges[r + i], f.softcap, place,
+          const ScorePosition<T> position{task.begin + (r + i) / group + sequence.shift(), tile.first(),
+                                          f.parameters + (first_head + (r + i) % group) * M::kParameters};
+          softmax_backward<M>(weights + i * kTile, dscores + i * kTile, b.row_ranges[r + i], f.softcap, position,
                               b.lse[r + i], b.delta[r + i]);
         }
       if (share.queries)
@@ -169,12 +170,13 @@ void backward_block(const Backward<T>& f, const Task& task, const Share& share) 
     if (!share.keys) return;
     transpose_ranges(b.row_ranges, rows, tile, b.key_ranges);
     for (int64_t key = tile.begin, run = key, height; key < tile.end; key += height) {
-      if (key == run) run = run_end(places, key, tile);
+      if (key == run) run = run_end(row_indices, key, tile);
       height = group_height(run - key);
-      accumulate(f.dv.at(places[key], task.kv_head), f.dv.row_stride, height, Transposed<T>{b.weights + key, kTile},
-                 Dense<T>{b.grad, b.value_depth}, b.value_depth, b.key_ranges + key);
-      accumulate(f.dk.at(places[key], task.kv_head), f.dk.row_stride, height, Transposed<T>{b.dscores + key, kTile},
-                 Dense<T>{b.query, b.depth}, b.depth, b.key_ranges + key);
+      accumulate(f.dv.at(row_indices[key], task.kv_head), f.dv.row_stride, height,
+                 Transposed<T>{b.weights + key, kTile}, Dense<T>{b.grad, b.value_depth}, b.value_depth,
+                 b.key_ranges + key);
+      accumulate(f.dk.at(row_indices[key], task.kv_head), f.dk.row_stride, height,
+                 Transposed<T>{b.dscores + key, kTile}, Dense<T>{b.query, b.depth}, b.depth, b.key_ranges + key);
     }
   });
 
@@ -221,10 +223,10 @@ inline std::vector<Group> sharing_groups(const Layout& p) {
       const Sequence sequence = p.sequence(s);
       if (sequence.queries == 0 || sequence.kv_length == 0) continue;
       for (int64_t page = first_key(p, sequence, 0) / p.block_size; page * p.block_size < sequence.kv_length; ++page) {
-        const int64_t place = sequence.pages[page];
-        check_page(p, place, 0, 1);
-        if (reader[place][0] >= 0) join(s, reader[place][0], reader[place][1] == page);
-        reader[place] = {s, page};
+        const int64_t position = sequence.pages[page];
+        check_page(p, position, 0, 1);
+        if (reader[position][0] >= 0) join(s, reader[position][0], reader[position][1] == page);
+        reader[position] = {s, page};
       }
     }
   }

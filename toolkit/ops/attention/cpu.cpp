@@ -36,10 +36,10 @@ inline Layout make_layout(const at::Tensor& q, const at::Tensor& k, const at::Te
                           const at::Tensor& query_offsets, const at::Tensor& kv_offsets, const at::Tensor& kv_lengths,
                           const std::optional<at::Tensor>& block_tables, int64_t block_size, int64_t window) {
   const auto type = q.scalar_type();
-  TORCH_CHECK(type == at::kFloat || type == at::kDouble, "q has dtype ", type,
-              "; allowed are float32, float64, bfloat16 and float16.");
-  TORCH_CHECK(k.scalar_type() == type && v.scalar_type() == type, "q, k and v have dtypes ", type, ", ",
-              k.scalar_type(), " and ", v.scalar_type(), "; they must be the same.");
+  TORCH_CHECK(type == at::kFloat || type == at::kDouble,
+              "q must have dtype float32, float64, bfloat16 or float16, got ", type, ".");
+  TORCH_CHECK(k.scalar_type() == type && v.scalar_type() == type, "q, k and v must have the same dtype, got ", type,
+              ", ", k.scalar_type(), " and ", v.scalar_type(), ".");
   TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && v.dim() == 3, "q, k and v have shapes ", q.sizes(), ", ", k.sizes(),
               " and ", v.sizes(), "; three dimensions [rows, heads, width] are required.");
   TORCH_CHECK(k.size(0) == v.size(0) && k.size(1) == v.size(1) && k.size(2) == q.size(2) && k.size(1) > 0 &&
@@ -63,7 +63,7 @@ inline Layout make_layout(const at::Tensor& q, const at::Tensor& k, const at::Te
     p.kv_offsets = p.kv_lengths;  // not looked at
     p.table_stride = block_tables->size(1);
     p.block_size = block_size;
-    TORCH_CHECK(block_size > 0, "block_size is ", block_size, "; with block_tables it must be positive.");
+    TORCH_CHECK(block_size > 0, "block_size must be positive, got ", block_size, ".");
     TORCH_CHECK(block_tables->size(0) == p.sequences, "block_tables has ", block_tables->size(0), " rows; the ",
                 p.sequences, " sequences of kv_lengths are required.");
   } else {
@@ -72,12 +72,12 @@ inline Layout make_layout(const at::Tensor& q, const at::Tensor& k, const at::Te
                 p.sequences, " sequences of kv_lengths are required.");
   }
   TORCH_CHECK(p.query_offsets[0] == 0 && p.query_offsets[p.sequences] <= q.size(0), "query_offsets runs from ",
-              p.query_offsets[0], " to ", p.query_offsets[p.sequences], "; it must start at 0 and stay within the ",
+              p.query_offsets[0], " to ", p.query_offsets[p.sequences], "; must start at 0 and stay within the ",
               q.size(0), " rows of q.");
   for (int64_t s = 0; s < p.sequences; ++s) {
     const int64_t length = p.kv_lengths[s], offset = p.kv_offsets[s];
     TORCH_CHECK(p.query_offsets[s] <= p.query_offsets[s + 1], "query_offsets falls from ", p.query_offsets[s], " to ",
-                p.query_offsets[s + 1], " at sequence ", s, "; it must not decrease.");
+                p.query_offsets[s + 1], " at sequence ", s, "; must not decrease.");
     if (p.block_tables != nullptr) {
       TORCH_CHECK(0 <= length && length <= p.table_stride * block_size, "kv_lengths[", s, "] is ", length,
                   "; its block table holds ", p.table_stride, " pages of ", block_size, ".");

@@ -1,7 +1,7 @@
 // Attention forward: online softmax over key tiles in order, several rows at a time.
 #pragma once
 
-#include "modifiers.h"
+#include "attention_modifiers.h"
 #include "problem.h"
 
 namespace toolkit::attention_op {
@@ -41,15 +41,15 @@ struct ForwardBuffers {
 // One row meets the scores of a tile: they become weights exp(score - top); what was summed before is rescaled where
 // the maximum moved.
 template <typename M, typename T>
-inline void online_softmax(T* scores, Range range, T softcap, const Place<T>& place, T& top, T& total, T* out,
-                           int64_t columns) {
+inline void online_softmax(T* scores, Range range, T softcap, const ScorePosition<T>& position, T& top, T& total,
+                           T* out, int64_t columns) {
   constexpr bool modified = M::kScores || M::kMasks;
   const Vec<T> cap(softcap), low(-std::numeric_limits<T>::infinity());
   Vec<T> highest = low;
   over_vectors<T>(range, [&](int32_t lane, bool edge) {
     Vec<T> x = Vec<T>::loadu(scores + lane);
     if (softcap > 0) x = cap * (x / cap).tanh();
-    if constexpr (modified) x = modify<M>(x, lane, place);
+    if constexpr (modified) x = modify<M>(x, lane, position);
     if (edge) x = within<T>(range, lane, x, -std::numeric_limits<T>::infinity());
     if (modified || edge || softcap > 0) x.store(scores + lane);
     highest = at::vec::maximum(highest, x);
@@ -107,9 +107,9 @@ void meet_tile(const Forward<T>& f, const Task& task, const Sequence& sequence, 
                       Dense<T>{b.keys + from, kTile}, padded<T>(all.end) - from, 0, p.depth);
     for (int64_t i = 0; i < height; ++i)
       if (!ranges[i].empty()) {
-        const Place<T> place{task.begin + (r + i) / group + sequence.shift(), tile.first(),
-                             f.parameters + (first_head + (r + i) % group) * M::kParameters};
-        online_softmax<M>(b.scores + i * kTile, ranges[i], f.softcap, place, b.top[first + r + i],
+        const ScorePosition<T> position{task.begin + (r + i) / group + sequence.shift(), tile.first(),
+                                        f.parameters + (first_head + (r + i) % group) * M::kParameters};
+        online_softmax<M>(b.scores + i * kTile, ranges[i], f.softcap, position, b.top[first + r + i],
                           b.total[first + r + i], out + i * columns, columns);
       }
     const RowMajor<T> weights{b.scores, kTile};
@@ -205,7 +205,7 @@ void forward_task(const Forward<T>& f, const Task& task, const Partials<T>& part
 
   // A single group reads keys and values once, where they lie; more rows share a packed copy.
   const bool in_place = rows <= kRowGroup && p.value_depth == columns;
-  int64_t places[kTile], split = -1;
+  int64_t row_indices[kTile], split = -1;
   bool split_up = false;
   over_tiles(p, sequence, task.begin, task.end, task.split, [&](const KeyTile& tile) {
     if (split >= 0 && tile.first() / kSplit != split) {
@@ -214,10 +214,10 @@ void forward_task(const Forward<T>& f, const Task& task, const Partials<T>& part
       split_up = true;
     }
     split = tile.first() / kSplit;
-    resolve_rows(p, sequence, tile, places);
+    resolve_rows(p, sequence, tile, row_indices);
     for (int64_t h = 0; h < task.kv_heads; ++h) {
-      point_rows<T>(f.k, task.kv_head + h, tile, places, b.key_rows);
-      point_rows<T>(f.v, task.kv_head + h, tile, places, b.value_rows);
+      point_rows<T>(f.k, task.kv_head + h, tile, row_indices, b.key_rows);
+      point_rows<T>(f.v, task.kv_head + h, tile, row_indices, b.value_rows);
       meet_tile<M>(f, task, sequence, tile, b, h, in_place);
     }
   });

@@ -1,5 +1,5 @@
-// What attention inlines into its scores: functors written in the files of toolkit/ops/attention/modifiers and
-// collected from there when the library is built.
+// What attention inlines into its scores. The score and mask functions are functors, one header each in
+// toolkit/ops/attention/modifiers; setup.py writes attention_modifiers.h, which includes them all and chooses by name.
 #pragma once
 
 #include <limits>
@@ -12,7 +12,7 @@ namespace toolkit::attention_op {
 
 // A modified score and its slope.
 template <typename V>
-struct Bent {
+struct ScoreAndSlope {
   V value, slope;
 };
 
@@ -23,30 +23,28 @@ struct Plain {
 
 // Where a row of scores of a tile lies.
 template <typename T>
-struct Place {
+struct ScorePosition {
   int64_t query, first_key;
   const T* parameters;  // of the head
 };
 
 // The scores of the keys from `lane` on, and with `slope` what multiplies their gradient; -inf where hidden.
 template <typename M, typename T>
-inline Vec<T> modify(Vec<T> x, int32_t lane, const Place<T>& place, Vec<T>* slope = nullptr) {
-  const Vec<T> query(static_cast<T>(place.query)), key = Vec<T>::arange(static_cast<T>(place.first_key + lane), T(1));
+inline Vec<T> modify(Vec<T> x, int32_t lane, const ScorePosition<T>& position, Vec<T>* slope = nullptr) {
+  const Vec<T> query(static_cast<T>(position.query)),
+      key = Vec<T>::arange(static_cast<T>(position.first_key + lane), T(1));
   if constexpr (M::kScores) {
     if (slope != nullptr) {
-      const Bent<Vec<T>> bent = M::both(x, query, key, place.parameters);
-      x = bent.value;
-      *slope = *slope * bent.slope;
+      const ScoreAndSlope<Vec<T>> capped = M::both(x, query, key, position.parameters);
+      x = capped.value;
+      *slope = *slope * capped.slope;
     } else {
-      x = M::score(x, query, key, place.parameters);
+      x = M::score(x, query, key, position.parameters);
     }
   }
   if constexpr (M::kMasks)
-    x = Vec<T>::blendv(Vec<T>(-std::numeric_limits<T>::infinity()), x, M::visible(query, key, place.parameters));
+    x = Vec<T>::blendv(Vec<T>(-std::numeric_limits<T>::infinity()), x, M::visible(query, key, position.parameters));
   return x;
 }
 
 }  // namespace toolkit::attention_op
-
-// One struct each and `with_modifier`, made by setup.py from the files of toolkit/ops/attention/modifiers.
-#include "attention_modifiers.h"

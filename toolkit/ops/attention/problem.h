@@ -56,7 +56,7 @@ struct Task {
 // own and then put together in order, by whoever.
 constexpr int64_t kSplit = 4096;
 
-// Largest number of rows of a task: enough that packing a key tile is lost in the products that use it.
+// Largest number of rows of a task: enough that the GEMMs amortise packing a key tile.
 constexpr int64_t kTaskRows = 96;
 constexpr int64_t kSerialWork = 1 << 17;  // multiplications (some 20 us) below which waking threads costs more
 
@@ -127,9 +127,9 @@ inline Range visible(const Layout& p, const Sequence& s, int64_t i, const KeyTil
   return {static_cast<int32_t>(begin), static_cast<int32_t>(end)};
 }
 
-// `count` rows from `place` of a page are rows of the keys.
-inline void check_page(const Layout& p, int64_t page, int64_t place, int64_t count) {
-  TORCH_CHECK(page >= 0 && page <= p.kv_rows / p.block_size && page * p.block_size + place + count <= p.kv_rows,
+// `count` rows from `offset` of a page are rows of the keys.
+inline void check_page(const Layout& p, int64_t page, int64_t offset, int64_t count) {
+  TORCH_CHECK(page >= 0 && page <= p.kv_rows / p.block_size && page * p.block_size + offset + count <= p.kv_rows,
               "block_tables names page ", page, " but the keys have ", p.kv_rows, " rows of pages of ", p.block_size,
               ".");
 }
@@ -141,13 +141,13 @@ inline void resolve_rows(const Layout& p, const Sequence& s, const KeyTile& tile
     return;
   }
   int64_t key = tile.begin;
-  int64_t page = (tile.first() + key) / p.block_size, place = (tile.first() + key) % p.block_size;
+  int64_t page = (tile.first() + key) / p.block_size, offset = (tile.first() + key) % p.block_size;
   while (key < tile.end) {
-    const int64_t stop = std::min(tile.end, key + p.block_size - place), row = s.pages[page] * p.block_size + place;
-    check_page(p, s.pages[page], place, stop - key);
+    const int64_t stop = std::min(tile.end, key + p.block_size - offset), row = s.pages[page] * p.block_size + offset;
+    check_page(p, s.pages[page], offset, stop - key);
     for (int64_t i = 0; key < stop; ++key, ++i) rows[key] = row + i;
     ++page;
-    place = 0;
+    offset = 0;
   }
 }
 

@@ -1,5 +1,5 @@
 // Register-blocked building blocks of attention. Every output element is one chain of multiply-adds in ascending
-// order of the summed index, whatever rows and columns are computed beside it, so its bits are its own.
+// order of the summed index, and does not depend on the other rows and columns of the tile: a row is batch-invariant.
 #pragma once
 
 #include <ATen/cpu/vec/vec.h>
@@ -68,7 +68,7 @@ inline void transpose_8x4(const float* const* rows, int64_t column, __m256 (&out
   for (int i = 0; i < 4; ++i)
     pair[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(rows[i] + column)),
                                    _mm_loadu_ps(rows[i + 4] + column), 1);
-  gemm::turn(pair, out);
+  gemm::transpose(pair, out);
 }
 
 // Scores of R queries with B vectors of keys where they lie: the chain of multiply_block, without a transposed copy.
@@ -104,9 +104,9 @@ inline void score_block(const float* const* rows, const float* query, int64_t de
 template <int R>
 __attribute__((noinline)) void score_keys(const float* const* rows, int64_t keys, const float* query, int64_t depth,
                                           float* scores) {
-  constexpr int wide = 2;
+  constexpr int unroll = 2;
   int64_t key = 0;
-  for (; key + 8 * wide <= keys; key += 8 * wide) score_block<R, wide>(rows + key, query, depth, scores + key);
+  for (; key + 8 * unroll <= keys; key += 8 * unroll) score_block<R, unroll>(rows + key, query, depth, scores + key);
   for (; key < keys; key += 8) score_block<R, 1>(rows + key, query, depth, scores + key);
 }
 #endif
@@ -141,7 +141,7 @@ inline void copy_tile(const T* const* rows, int64_t begin, int64_t end, int64_t 
   }
 }
 
-// Right operands of a product: row k as a dense matrix or through a table of rows.
+// Right operands of a GEMM: row k as a dense matrix or through a table of rows.
 template <typename T>
 struct Dense {
   const T* base;
@@ -173,7 +173,7 @@ struct Transposed {
   Transposed skip(int64_t rows) const { return {base + rows, stride}; }
 };
 
-// The vectors of a product: 64 bytes with AVX-512, and those of every other kernel for the columns that are left.
+// The vectors of a GEMM: 64 bytes with AVX-512, and those of every other kernel for the columns that are left.
 template <typename T>
 struct Narrow {
   static constexpr int64_t kWidth = Vec<T>::size();
@@ -224,14 +224,14 @@ template <typename T, int R, bool Add, typename A, typename B>
 __attribute__((noinline)) void multiply_columns(T* c, int64_t stride, A a, B b, int64_t columns, int64_t begin,
                                                 int64_t end) {
   constexpr bool two_widths = Wide<T>::kWidth > Narrow<T>::kWidth;
-  constexpr int wide = R == 1 ? 8 : R <= 3 || two_widths ? 4 : 2;
+  constexpr int unroll = R == 1 ? 8 : R <= 3 || two_widths ? 4 : 2;
   int64_t n = 0;
   const auto run = [&]<typename L, int NV>() __attribute__((always_inline)) {
     for (; n + NV * L::kWidth <= columns; n += NV * L::kWidth)
       multiply_block<L, R, NV, Add>(c + n, stride, a, b.from(n), begin, end);
   };
-  run.template operator()<Wide<T>, wide>();
-  if constexpr (wide > 2) run.template operator()<Wide<T>, 2>();
+  run.template operator()<Wide<T>, unroll>();
+  if constexpr (unroll > 2) run.template operator()<Wide<T>, 2>();
   run.template operator()<Wide<T>, 1>();
   if constexpr (two_widths) run.template operator()<Narrow<T>, 1>();
 }

@@ -7,7 +7,7 @@
 #include <string_view>
 #include <vector>
 
-#include "activations.h"
+#include "activation_kinds.h"
 #include "dtypes.h"
 #include "rows.h"
 
@@ -28,8 +28,8 @@ struct None {
 // body(T{}, function), function either None or silu's.
 template <typename Body>
 void with_kernel(at::ScalarType type, const std::optional<c10::string_view>& activation, const Body& body) {
-  TORCH_CHECK(!activation || *activation == "silu", "causal_conv: activation is '", activation.value_or(""),
-              "'; allowed are None and 'silu'.");
+  TORCH_CHECK(!activation || *activation == "silu", "causal_conv: activation must be None or 'silu', got '",
+              activation.value_or(""), "'.");
   by_type(type, [&](auto zero) {
     if (activation) {
       body(zero, activations::Kind_silu{});
@@ -65,10 +65,10 @@ struct Problem {
                 "; [S + 1] is required.");
     segments = places.size(0) - 1;
     offsets = indices("query_offsets", places, {segments + 1});
-    TORCH_CHECK(offsets[0] == 0, "causal_conv: query_offsets[0] is ", offsets[0], "; it must be 0.");
+    TORCH_CHECK(offsets[0] == 0, "causal_conv: query_offsets[0] must be 0, got ", offsets[0], ".");
     for (int64_t s = 0; s < segments; ++s)
       TORCH_CHECK(offsets[s] <= offsets[s + 1], "causal_conv: query_offsets[", s + 1, "] is ", offsets[s + 1],
-                  "; it must not be less than the one before, ", offsets[s], ".");
+                  "; must not be less than the one before, ", offsets[s], ".");
     TORCH_CHECK(offsets[segments] <= tokens, "causal_conv: query_offsets[", segments, "] is ", offsets[segments],
                 "; there are ", tokens, " rows.");
   }
@@ -111,9 +111,9 @@ std::vector<const T*> rows_before(const Problem& p, const int64_t* past, const s
   std::vector<const T*> found(p.segments * (p.taps - 1));
   for (size_t i = 0; i < found.size(); ++i) {
     const int64_t row = past[i];
-    TORCH_CHECK(row < end && row > -2 - given, "causal_conv: past[", i / (p.taps - 1), ", ", i % (p.taps - 1), "] is ",
-                row, "; allowed are rows below ", end, ", -1, and down to ", -1 - given, " for the ", given,
-                " rows of tails.");
+    TORCH_CHECK(row < end && row > -2 - given, "causal_conv: past[", i / (p.taps - 1), ", ", i % (p.taps - 1),
+                "] must be a row below ", end, ", -1, or down to ", -1 - given, " for the ", given,
+                " rows of tails, got ", row, ".");
     found[i] = row >= 0 ? p.x.row<T>(row) : row == -1 ? p.zeros.const_data_ptr<T>() : held->row<T>(-2 - row);
   }
   return found;
@@ -170,10 +170,10 @@ Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Te
   return cast(out, input.scalar_type());
 }
 
-// Who reads a row of [x, tails] as what lies before its segment: row r by readers[starts[r]] to [starts[r + 1]], each a
-// place of `past`, in ascending order.
-struct Readers {
-  Readers(const Problem& p, const int64_t* past, int64_t held) : starts(p.tokens + held + 1, 0) {
+// Who reads a row of [x, tails] as what lies before its segment: row r by consumers[starts[r]] to [starts[r + 1]], each
+// a index into `past`, in ascending order.
+struct Consumers {
+  Consumers(const Problem& p, const int64_t* past, int64_t held) : starts(p.tokens + held + 1, 0) {
     const int64_t count = p.segments * (p.taps - 1);
     const auto row = [&](int64_t i) { return past[i] >= 0 ? past[i] : p.tokens - 2 - past[i]; };
     for (int64_t i = 0; i < count; ++i) starts[row(i) + 1] += past[i] != -1;
@@ -191,10 +191,11 @@ struct Use {
   const T *weight, *grad;
 };
 
-// The gradient to one row of [x, tails]: of the tokens of its own segment that read it (none for tails), then of others.
+// The gradient to one row of [x, tails]: of the tokens of the same segment that read it (none for tails), then of
+// others.
 template <typename T>
-void gradient_of_row(const Problem& p, const Readers& readers, const T* before, int64_t row, std::vector<Use<T>>& uses,
-                     T* to) {
+void gradient_of_row(const Problem& p, const Consumers& consumers, const T* before, int64_t row,
+                     std::vector<Use<T>>& uses, T* to) {
   uses.clear();
   const T* weight = p.weight.const_data_ptr<T>();
   const auto use = [&](int64_t tap, int64_t token) {
@@ -204,8 +205,8 @@ void gradient_of_row(const Problem& p, const Readers& readers, const T* before, 
     const int64_t end = p.offsets[p.segment_of(row) + 1];
     for (int64_t t = row; t < std::min(end, row + p.taps); ++t) use(p.taps - 1 - (t - row), t);
   }
-  for (int64_t i = readers.starts[row]; i < readers.starts[row + 1]; ++i) {
-    const int64_t s = readers.places[i] / (p.taps - 1), place = readers.places[i] % (p.taps - 1);
+  for (int64_t i = consumers.starts[row]; i < consumers.starts[row + 1]; ++i) {
+    const int64_t s = consumers.places[i] / (p.taps - 1), place = consumers.places[i] % (p.taps - 1);
     for (int64_t t = p.offsets[s]; t < p.offsets[s + 1] && t - p.offsets[s] <= place; ++t) {
       use(place - (t - p.offsets[s]), t);
     }
@@ -236,7 +237,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const Te
     using T = decltype(zero);
     using F = decltype(function);
     const auto rows = rows_before<T>(p, past, held);
-    const Readers readers(p, past, given);
+    const Consumers consumers(p, past, given);
     const T *weight = p.weight.const_data_ptr<T>(), *bias = p.bias.const_data_ptr<T>();
     T *inner = before.mutable_data_ptr<T>(), *to = dx.mutable_data_ptr<T>(), *tail = to_tails.mutable_data_ptr<T>();
     // The gradient before the activation, and what it adds to each tap's weight and to the bias.
@@ -261,7 +262,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const Te
     for_rows(p.tokens + given, channels * kWeight, [&](int64_t first, int64_t last) {
       std::vector<Use<T>> uses;
       for (int64_t row = first; row < last; ++row) {
-        gradient_of_row<T>(p, readers, inner, row, uses,
+        gradient_of_row<T>(p, consumers, inner, row, uses,
                            row < p.tokens ? to + row * channels : tail + (row - p.tokens) * channels);
       }
     });
@@ -300,8 +301,8 @@ Tensor paged(const Tensor& input, const Tensor& weight, const std::optional<Tens
   const Problem p(input, weight, bias, query_offsets);
   tail_rows(p, tails.narrow(0, 0, 0));  // its shape
   TORCH_CHECK(tails.scalar_type() == input.scalar_type() || tails.scalar_type() == p.type,
-              "causal_conv_paged: tails has dtype ", tails.scalar_type(), "; allowed are ", input.scalar_type(), " and ",
-              p.type, ".");
+              "causal_conv_paged: tails must have dtype ", input.scalar_type(), " or ", p.type, ", got ",
+              tails.scalar_type(), ".");
   TORCH_CHECK(p.channels < 2 || tails.stride(2) == 1, "causal_conv_paged: tails has strides ", tails.strides(),
               "; a contiguous last dimension is required.");
   const Tensor kept[3] = {sources_in.contiguous(), save_rows_in.contiguous(), save_frames_in.contiguous()};

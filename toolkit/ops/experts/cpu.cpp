@@ -83,11 +83,11 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& topk_weights, 
   const Plan plan("experts", order, pair_rows, offsets);
   const Layout layout = check("experts", plan, x, topk_weights, up, up_bias, down, down_bias, transposed, interleaved);
   const ScorePosition position = position_of(score_position);
-  const auto dtype = x.scalar_type(), type = dtypes::widened(dtype);
-  const Tensor first = rows_adjacent(up), second = rows_adjacent(down), factors = wide(topk_weights, type);
+  const auto dtype = x.scalar_type(), type = dtypes::upcast(dtype);
+  const Tensor first = rows_adjacent(up), second = rows_adjacent(down), factors = upcast(topk_weights, type);
   std::optional<Tensor> shift_up, shift_down;
-  if (up_bias) shift_up = wide(*up_bias, type);
-  if (down_bias) shift_down = wide(*down_bias, type);
+  if (up_bias) shift_up = upcast(*up_bias, type);
+  if (down_bias) shift_down = upcast(*down_bias, type);
   Tensor z = rows::empty({plan.count, layout.width()}, x, type), saved, out;
   Tensor a = rows::empty({plan.used, layout.inner}, x, type), y = rows::empty({plan.used, x.size(1)}, x, type);
   dtypes::with_types(dtype, [&](auto compute, auto stored) {
@@ -95,7 +95,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& topk_weights, 
     using S = decltype(stored);
     const bool at_activation = position == ScorePosition::kActivation;
     const std::vector<T> factor = position == ScorePosition::kCombine ? std::vector<T>{} : by_row<T>(plan, factors);
-    Tensor source = wide(x);
+    Tensor source = upcast(x);
     if (position == ScorePosition::kInput) source = scaled_rows(plan, source, factor).to(dtype).to(type);
     multiply<T, S>(plan, source, position != ScorePosition::kInput, first, !transposed, shift_up, z);
     saved = rows::cast(z, dtype);
@@ -205,14 +205,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   TORCH_CHECK(grad.sizes() == x.sizes() && z.dim() == 2 && z.size(0) == plan.count && z.size(1) == layout.width(),
               "experts_backward: grad and z must be ", x.sizes(), " and [", plan.count, ", ", layout.width(), "], got ",
               grad.sizes(), " and ", z.sizes(), ".");
-  const auto type = dtypes::widened(x.scalar_type());
+  const auto type = dtypes::upcast(x.scalar_type());
   std::optional<Tensor> shift;
-  if (down_bias) shift = wide(*down_bias, type);
+  if (down_bias) shift = upcast(*down_bias, type);
   Tensor to_x, to_topk_weights, to_up, to_up_bias, to_down, to_down_bias;
   dtypes::with_types(x.scalar_type(), [&](auto compute, auto stored) {
     Backward<decltype(compute), decltype(stored)> steps{
-        plan, layout, position_of(score_position), activation, transposed, rows_adjacent(grad.to(type)), wide(x),
-        wide(topk_weights, type), wide(z, type), rows_adjacent(up), rows_adjacent(down), shift};
+        plan, layout, position_of(score_position), activation, transposed, rows_adjacent(grad.to(type)), upcast(x),
+        upcast(topk_weights, type), upcast(z, type), rows_adjacent(up), rows_adjacent(down), shift};
     const bool need_rows = need_x || (need_topk_weights && steps.position == ScorePosition::kInput);
     const bool need_dz = need_rows || need_topk_weights || need_up || need_up_bias;
     if (need_dz || need_down) steps.through_activation(need_dz);

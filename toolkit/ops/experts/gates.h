@@ -2,7 +2,7 @@
 #pragma once
 #include <string_view>
 
-#include "activations.h"
+#include "activation_kinds.h"
 #include "threads.h"
 
 namespace toolkit::experts_op {

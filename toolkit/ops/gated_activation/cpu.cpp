@@ -1,5 +1,5 @@
 // gated_activation and its backward on CPU: act(gate) * up or gate(gate, up), one pass each way, nothing in between stored.
-#include "activations.h"
+#include "activation_kinds.h"
 
 namespace toolkit::gated_activation_op {
 

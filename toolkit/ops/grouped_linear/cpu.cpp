@@ -24,9 +24,9 @@ Tensor grouped_linear(const Tensor& x, const Tensor& weight, const std::optional
                       const Tensor& pair_rows, const Tensor& offsets, const Tensor&, bool gather, bool transposed) {
   const Plan plan("grouped_linear", order, pair_rows, offsets);
   check("grouped_linear", plan, x, weight, bias, gather, transposed);
-  const Tensor source = wide(x), matrices = rows_adjacent(weight);
+  const Tensor source = upcast(x), matrices = rows_adjacent(weight);
   std::optional<Tensor> shift;
-  if (bias) shift = wide(*bias, source.scalar_type());
+  if (bias) shift = upcast(*bias, source.scalar_type());
   Tensor out = rows::empty({plan.count, weight.size(transposed ? 2 : 1)}, x, source.scalar_type());
   dtypes::with_types(x.scalar_type(), [&](auto compute, auto stored) {
     multiply<decltype(compute), decltype(stored)>(plan, source, gather, matrices, !transposed, shift, out);
@@ -44,7 +44,7 @@ std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(const Tensor& grad, c
   const int64_t outputs = weight.size(transposed ? 2 : 1);
   TORCH_CHECK(grad.dim() == 2 && grad.size(0) == plan.count && grad.size(1) == outputs,
               "grouped_linear_backward: grad must be [", plan.count, ", ", outputs, "], got ", grad.sizes(), ".");
-  const Tensor source = wide(x), g = rows_adjacent(grad.to(source.scalar_type())), matrices = rows_adjacent(weight);
+  const Tensor source = upcast(x), g = rows_adjacent(grad.to(source.scalar_type())), matrices = rows_adjacent(weight);
   const auto type = source.scalar_type();
   Tensor to_x = at::empty({0}, x.options()), to_weight = at::empty({0}, x.options()), to_bias = to_weight.clone();
   dtypes::with_types(x.scalar_type(), [&](auto compute, auto stored) {
@@ -77,12 +77,12 @@ void check_rows(const char* op, const Tensor& y, const Tensor& pair_rows, const 
 }
 
 Tensor combine_forward(const Tensor& y, const Tensor& pair_rows, const std::optional<Tensor>& weights) {
-  const Tensor taken = pair_rows.contiguous(), source = wide(y);
+  const Tensor taken = pair_rows.contiguous(), source = upcast(y);
   check_rows("combine", y, taken, weights);
   Tensor out;
   rows::by_type(source.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const Tensor factors = weights ? wide(*weights, source.scalar_type()) : Tensor();
+    const Tensor factors = weights ? upcast(*weights, source.scalar_type()) : Tensor();
     out = combine<T>(source, taken, weights ? factors.const_data_ptr<T>() : nullptr);
   });
   return rows::cast(out, y.scalar_type());
@@ -90,7 +90,7 @@ Tensor combine_forward(const Tensor& y, const Tensor& pair_rows, const std::opti
 
 std::tuple<Tensor, Tensor> combine_backward(const Tensor& grad, const Tensor& y, const Tensor& pair_rows,
                                             const std::optional<Tensor>& weights, bool need_y, bool need_weights) {
-  const Tensor taken = pair_rows.contiguous(), source = wide(y), g = wide(grad, source.scalar_type());
+  const Tensor taken = pair_rows.contiguous(), source = upcast(y), g = upcast(grad, source.scalar_type());
   check_rows("combine_backward", y, taken, weights);
   const int64_t top_k = taken.size(1), width = y.size(1);
   TORCH_CHECK(g.dim() == 2 && g.size(0) == taken.size(0) && g.size(1) == width && (weights || !need_weights),
@@ -101,7 +101,7 @@ std::tuple<Tensor, Tensor> combine_backward(const Tensor& grad, const Tensor& y,
   Tensor to_weights = need_weights ? rows::empty(taken.sizes(), y, type) : at::empty({0}, y.options());
   rows::by_type(type, [&](auto zero) {
     using T = decltype(zero);
-    const Tensor factors = weights ? wide(*weights, type) : Tensor();
+    const Tensor factors = weights ? upcast(*weights, type) : Tensor();
     const T *factor = weights ? factors.const_data_ptr<T>() : nullptr, *from = source.const_data_ptr<T>();
     const T* const at_g = g.const_data_ptr<T>();
     const int64_t* row_of = taken.const_data_ptr<int64_t>();

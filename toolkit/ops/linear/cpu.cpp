@@ -1,23 +1,24 @@
-// linear and linear_group on CPU: checks and dtypes; the product itself is native/product.h.
+// linear and linear_group on CPU: checks and dtypes; the GEMM itself is native/matmul.h.
 #include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
 #include "dtypes.h"
+#include "matmul.h"
 #include "memory.h"
-#include "product.h"
 
 namespace toolkit::linear_op {
 
 using at::Tensor;
 
 void check(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  TORCH_CHECK(weight.dim() == 2, "linear: weight must have 2 dimensions, [N, K]; got ", weight.dim(), ".");
+  TORCH_CHECK(weight.dim() == 2, "linear: weight must have 2 dimensions, [N, K], got ", weight.dim(), ".");
   TORCH_CHECK(x.dim() >= 1 && x.size(-1) == weight.size(1), "linear: the last dimension of x must be ", weight.size(1),
-              ", the second of weight; got x of shape ", x.sizes(), ".");
+              ", the second of weight, got x of shape ", x.sizes(), ".");
   const auto dtype = x.scalar_type();
-  TORCH_CHECK(dtypes::is_float(dtype), "linear: x must be float32, float64, bfloat16 or float16; got ", dtype, ".");
-  TORCH_CHECK(weight.scalar_type() == dtype, "linear: weight must have the dtype of x, ", dtype, "; got ",
+  TORCH_CHECK(dtypes::is_float(dtype), "linear: x must have dtype float32, float64, bfloat16 or float16, got ", dtype,
+              ".");
+  TORCH_CHECK(weight.scalar_type() == dtype, "linear: weight must have the dtype of x, ", dtype, ", got ",
               weight.scalar_type(), ".");
   if (!bias) return;
   TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0), "linear: bias must have shape [", weight.size(0),
@@ -29,7 +30,7 @@ void check(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& b
 template <typename T, typename S>
 void launch(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
             std::vector<Tensor>& outs) {
-  std::vector<product::Problem<T, S>> problems;
+  std::vector<matmul::Problem<T, S>> problems;
   for (size_t i = 0; i < weights.size(); ++i) {
     const Tensor& weight = weights[i];
     const int64_t outputs = weight.size(0), depth = weight.size(1);
@@ -38,25 +39,25 @@ void launch(const Tensor& x, const std::vector<Tensor>& weights, const std::vect
                         biases[i].defined() ? biases[i].const_data_ptr<T>() : nullptr, outs[i].mutable_data_ptr<T>(),
                         outputs, outs[i].numel() / outputs, outputs, depth});
   }
-  if (!problems.empty()) product::run(problems);
+  if (!problems.empty()) matmul::run(problems);
 }
 
 std::vector<Tensor> compute(const Tensor& x, std::vector<Tensor> weights, std::vector<Tensor> biases) {
-  const auto dtype = x.scalar_type(), wide = dtypes::widened(dtype);
+  const auto dtype = x.scalar_type(), upcast = dtypes::upcast(dtype);
   // `to` and `contiguous` hand back the same tensor when there is nothing to do.
-  const Tensor rows = x.to(wide).contiguous();
+  const Tensor rows = x.to(upcast).contiguous();
   std::vector<Tensor> outs;
   for (size_t i = 0; i < weights.size(); ++i) {
     if (weights[i].size(1) > 1 && weights[i].stride(1) != 1) weights[i] = weights[i].contiguous();
-    if (biases[i].defined()) biases[i] = biases[i].to(wide).contiguous();
+    if (biases[i].defined()) biases[i] = biases[i].to(upcast).contiguous();
     auto shape = x.sizes().vec();
     shape.back() = weights[i].size(0);
-    outs.push_back(memory::empty(shape, x.options().dtype(wide)));
+    outs.push_back(memory::empty(shape, x.options().dtype(upcast)));
   }
   dtypes::with_types(dtype, [&](auto compute, auto stored) {
     launch<decltype(compute), decltype(stored)>(rows, weights, biases, outs);
   });
-  if (wide != dtype)
+  if (upcast != dtype)
     for (Tensor& out : outs) out = out.to(dtype);
   return outs;
 }
@@ -68,8 +69,8 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
 
 std::vector<Tensor> linear_group(const Tensor& x, at::TensorList weights,
                                  const c10::List<std::optional<Tensor>>& biases) {
-  TORCH_CHECK(biases.size() == weights.size(), "linear_group: there are ", weights.size(), " weights and ",
-              biases.size(), " biases; allowed is one bias, or None, a weight.");
+  TORCH_CHECK(biases.size() == weights.size(), "linear_group: biases must have one bias or None per weight, got ",
+              biases.size(), " for ", weights.size(), " weights.");
   std::vector<Tensor> shifts;
   for (size_t i = 0; i < weights.size(); ++i) {
     const std::optional<Tensor> bias = biases.get(i);

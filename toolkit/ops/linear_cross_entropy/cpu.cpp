@@ -1,5 +1,5 @@
 // linear_cross_entropy on CPU: the logits of a chunk of rows, from which its losses and its share of every gradient are
-// taken. Rows that count for nothing are left out of all products.
+// taken. Rows that count for nothing are left out of all GEMMs.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mul.h>
@@ -112,8 +112,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& hidden, const T
                                                    const std::optional<Tensor>& row_weights_given, bool need_hidden,
                                                    bool need_weight, bool need_bias) {
   head::check("linear_cross_entropy", hidden, weight, bias, targets_given);
-  TORCH_CHECK(targets_given.dim() == 1, "linear_cross_entropy: targets have shape ", targets_given.sizes(),
-              "; allowed is [T].");
+  TORCH_CHECK(targets_given.dim() == 1, "linear_cross_entropy: targets must have shape [T], got ",
+              targets_given.sizes(), ".");
   TORCH_CHECK(!row_weights_given || row_weights_given->sizes() == targets_given.sizes(),
               "linear_cross_entropy: row_weights must have shape [", hidden.size(0), "].");
   const auto type = compute_type(hidden, "linear_cross_entropy");

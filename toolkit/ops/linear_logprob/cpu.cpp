@@ -25,7 +25,7 @@ struct Options {
   int64_t top_k;
 };
 
-// One row of products to logits, in place: scaled, capped, tempered.
+// One row of the GEMM to logits, in place: scaled, capped, tempered.
 template <typename T>
 void finish_logits(T* z, int64_t n, const Options& o, const T* temperature) {
   const bool scaled = o.scale != 1.0, capped = o.softcap > 0.0;
@@ -72,7 +72,7 @@ struct Inputs : head::Head<T, S> {
 void check(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& targets,
            const std::optional<Tensor>& temperature) {
   head::check("linear_logprob", hidden, weight, bias, targets);
-  TORCH_CHECK(targets.dim() == 2, "linear_logprob: targets have shape ", targets.sizes(), "; allowed is [T, C].");
+  TORCH_CHECK(targets.dim() == 2, "linear_logprob: targets must have shape [T, C], got ", targets.sizes(), ".");
   TORCH_CHECK(!temperature || temperature->numel() == hidden.size(0), "linear_logprob: temperature must have shape [",
               hidden.size(0), "].");
 }
@@ -85,7 +85,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   const Options options{scale, softcap, top_k};
   const Tensor targets = targets_given.contiguous();
   const int64_t rows = hidden.size(0), vocabulary = weight.size(0), choices = targets.size(1);
-  TORCH_CHECK(top_k >= 0 && top_k <= vocabulary, "linear_logprob: top_k is ", top_k, "; allowed are 0 to ", vocabulary,
+  TORCH_CHECK(top_k >= 0 && top_k <= vocabulary, "linear_logprob: top_k must be 0 to ", vocabulary, ", got ", top_k,
               ".");
   const int64_t* target = targets.const_data_ptr<int64_t>();
   Tensor logprob = empty(targets.sizes(), hidden, type), lse = empty({rows}, hidden, type);
@@ -157,7 +157,7 @@ struct RowGradient {
   T common, of_entropy, of_mean, lse, entropy;
 };
 
-// One row of logits [n] to the gradient of its products, in place.
+// One row of logits [n] to the gradient of its GEMM, in place.
 template <typename T>
 void logits_gradient(T* z, int64_t n, int64_t column, const RowGradient<T>& g, const int64_t* target, const T* of_target,
                      int64_t choices, const Options& o, const T* temperature) {
@@ -201,14 +201,14 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   const auto type = compute_type(hidden, "linear_logprob_backward");
   const Options options{scale, softcap, 0};
   const int64_t vocabulary = weight.size(0), depth = weight.size(1), choices = targets_given.size(1);
-  auto wide = [&](const Tensor& x) { return x.to(type).contiguous(); };
+  auto upcast = [&](const Tensor& x) { return x.to(type).contiguous(); };
   const Tensor targets = targets_given.contiguous();
   Tensor dh, dw, db;
   dtypes::with_types(hidden.scalar_type(), [&](auto zero, auto stored) {
     using T = decltype(zero);
     using S = decltype(stored);
-    const Tensor of_logprob = wide(grad_logprob), of_lse = wide(grad_lse), of_entropy = wide(grad_entropy);
-    const Tensor of_mean = wide(grad_mean), log_sum = wide(lse), disorder = wide(entropy);
+    const Tensor of_logprob = upcast(grad_logprob), of_lse = upcast(grad_lse), of_entropy = upcast(grad_entropy);
+    const Tensor of_mean = upcast(grad_mean), log_sum = upcast(lse), entropy_rows = upcast(entropy);
     const int64_t* target = targets.const_data_ptr<int64_t>();
     const T* of_target = of_logprob.const_data_ptr<T>();
     std::vector<RowGradient<T>> gradients;
@@ -216,7 +216,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     for (int64_t r = 0; r < hidden.size(0); ++r) {
       RowGradient<T> g{of_lse.const_data_ptr<T>()[r], of_entropy.const_data_ptr<T>()[r],
                        of_mean.const_data_ptr<T>()[r] / static_cast<T>(vocabulary), log_sum.const_data_ptr<T>()[r],
-                       disorder.const_data_ptr<T>()[r]};
+                       entropy_rows.const_data_ptr<T>()[r]};
       bool any = g.common != T(0) || g.of_entropy != T(0) || g.of_mean != T(0);
       for (int64_t c = r * choices; c < (r + 1) * choices; ++c)
         if (target[c] >= 0) {
@@ -233,7 +233,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     const Inputs<T, S> in(all ? hidden : hidden.index_select(0, index), weight, bias,
                           temperature && !all ? temperature->reshape(-1).index_select(0, index) : temperature, type);
     const auto wide_options = hidden.options().dtype(type);
-    // Blocks are written whole by the first product that adds to them: no zeros first, unless no row is there.
+    // Blocks are written whole by the first GEMM that adds to them: no zeros first, unless no row is there.
     Tensor dx = need_hidden ? memory::empty({rows, depth}, wide_options) : Tensor();
     if (need_weight) dw = rows > 0 ? memory::empty(weight.sizes(), weight.options()) : at::zeros(weight.sizes(), weight.options());
     if (need_bias) db = at::zeros({vocabulary}, wide_options);

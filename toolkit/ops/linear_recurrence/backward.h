@@ -57,10 +57,10 @@ inline void sum_columns(int64_t depth, T scale, T* sums, const Row& row) {
 
 class Gradients {
  public:
-  Gradients(const char* op, const Problem& p, const Forest& forest, const std::optional<Tensor>& grad,
+  Gradients(const char* op, const Problem& p, const PrefixTree& tree, const std::optional<Tensor>& grad,
             const std::optional<Tensor>& grad_finals, const Tensor& finals, const Tensor& kept, const Tensor& q)
       : p_(p),
-        forest_(forest),
+        forest_(tree),
         grad_(grad ? *grad : at::zeros({p.tokens, p.heads, p.columns}, q.options().dtype(p.type)), p.type),
         finals_(finals.contiguous()),
         kept_(kept.contiguous()) {
@@ -84,7 +84,7 @@ class Gradients {
     to_v = rows::empty({p.tokens, p.heads, p.columns}, q, p.type);
     to_g = at::zeros({p.tokens, p.heads}, options);
     to_beta = at::zeros_like(to_g);
-    if (forest.initial.defined()) to_initial = at::zeros_like(forest.initial);
+    if (tree.initial.defined()) to_initial = at::zeros_like(tree.initial);
   }
 
   template <typename T, bool delta>
@@ -241,16 +241,16 @@ class Gradients {
       for (int j = 0; j < kVectors; ++j) to_write[j] = along[j] = Vec<T>(0);
       sum_columns(p_.depth, scale, to_q_ + row, [&](int64_t i) {
         const Vec<T> query(query_[i]), key(key_[i]);
-        Vec<T> answer(0);
+        Vec<T> result(0);
         for (int j = 0; j < kVectors; ++j) {
           const int64_t at = i * kWidth<T> + j * kLanes;
           const auto d = at::vec::fmadd(query, grad[j], Vec<T>::loadu(above_ + at));
           d.store(above_ + at);
           to_write[j] = at::vec::fmadd(d, key, to_write[j]);
           along[j] = at::vec::fmadd(d, Vec<T>::loadu(before + at), along[j]);
-          answer = at::vec::fmadd(Vec<T>::loadu(after + at), grad[j], answer);
+          result = at::vec::fmadd(Vec<T>::loadu(after + at), grad[j], result);
         }
-        return answer;
+        return result;
       });
 
       Block<T> to_value, gated, pull;
@@ -268,19 +268,19 @@ class Gradients {
       const Vec<T> a(decay);
       sum_columns(p_.depth, T(1), to_k_ + row, [&](int64_t i) {
         const Vec<T> key(key_[i]);
-        Vec<T> answer(0);
+        Vec<T> result(0);
         for (int j = 0; j < kVectors; ++j) {
           const int64_t at = i * kWidth<T> + j * kLanes;
           const auto d = Vec<T>::loadu(above_ + at);
-          answer = at::vec::fmadd(d, w.u[j], answer);
+          result = at::vec::fmadd(d, w.u[j], result);
           if constexpr (delta) {
-            answer = at::vec::fmadd(Vec<T>::loadu(before + at), pull[j], answer);
+            result = at::vec::fmadd(Vec<T>::loadu(before + at), pull[j], result);
             at::vec::fmadd(key, pull[j], d * a).store(above_ + at);
           } else {
             (d * a).store(above_ + at);
           }
         }
-        return answer;
+        return result;
       });
     }
 
@@ -293,7 +293,7 @@ class Gradients {
   };
 
   const Problem& p_;
-  const Forest& forest_;
+  const PrefixTree& forest_;
   Heads grad_;
   Tensor finals_, kept_, grad_finals_, part_q_, part_k_;
   int64_t heads_of_part_, parts_;

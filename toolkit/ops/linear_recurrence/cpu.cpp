@@ -50,22 +50,22 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, con
                                            const Tensor& parents, const std::optional<Tensor>& initial, double scale,
                                            bool delta, bool keep) {
   const Problem p("linear_recurrence", q, k, v, g, beta, query_offsets, scale);
-  const Forest forest("linear_recurrence", p, parents, initial);
+  const PrefixTree tree("linear_recurrence", p, parents, initial);
   Tensor out, finals = rows::empty({p.segments, p.heads, p.depth, p.columns}, q, p.type);
   Tensor kept = rows::empty({keep ? p.tokens / kChunk : 0, p.heads, p.depth, p.columns}, q, p.type);
-  const auto trees = forest.groups(p.segments, false);
+  const auto trees = tree.groups(p.segments, false);
   with_kernel(p.type, delta, [&](auto zero, auto rule) {
     using T = decltype(zero);
     out = output<T>(p, q);
     T *to = out.mutable_data_ptr<T>(), *ends = finals.mutable_data_ptr<T>(), *marks = kept.mutable_data_ptr<T>();
-    clear_unused(p, kept.size(0), forest.size, marks);
+    clear_unused(p, kept.size(0), tree.size, marks);
     const int64_t blocks = p.blocks<T>(), matrix = p.depth * p.columns;
     threads::run_tasks(trees.size() * p.heads * blocks, workers_for(p), [&](int64_t task) {
       const int64_t head = task / blocks % p.heads;
       const auto c = Columns::block<T>(p, task % blocks);
       T* state = threads::scratch<T, 1>(p.depth * kWidth<T>);
       for (const int64_t s : trees[task / blocks / p.heads]) {
-        if (const T* start = forest.start<T>(s, ends)) {
+        if (const T* start = tree.start<T>(s, ends)) {
           load_state(start + head * matrix, p.columns, p, c, state);
         } else {
           std::fill(state, state + p.depth * kWidth<T>, T(0));
@@ -149,8 +149,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     bool delta) {
   const char* op = "linear_recurrence_backward";
   const Problem p(op, q, k, v, g, beta, query_offsets, scale);
-  const Forest forest(op, p, parents, initial);
-  Gradients gradients(op, p, forest, grad, grad_finals, finals, kept, q);
+  const PrefixTree tree(op, p, parents, initial);
+  Gradients gradients(op, p, tree, grad, grad_finals, finals, kept, q);
   with_kernel(p.type, delta, [&](auto zero, auto rule) { gradients.run<decltype(zero), rule.value>(workers_for(p)); });
   const auto narrow = [](const Tensor& x, const Tensor& like) { return rows::cast(x, like.scalar_type()); };
   return {narrow(gradients.to_q, q),

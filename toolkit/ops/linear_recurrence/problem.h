@@ -1,8 +1,8 @@
 // What the kernels of the linear recurrence share: the rows of a call, and a block of columns of a head's state.
 //
-// Columns of the state [K, V] do not touch each other: column j of the state, u_j and o_j depend on v_j alone. A block of
-// them is held by one thread, K rows of kWidth columns that lie together, missing columns being zeros; so every
-// column goes through the same vector code, and its bits do not depend on its place.
+// Columns of the state [K, V] do not touch each other: column j of the state, u_j and o_j depend on v_j alone. A block
+// of them is held by one thread, K rows of kWidth columns that lie together, missing columns being zeros; so every
+// column goes through the same vector code, so a column does not depend on its index.
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/zeros.h>
@@ -73,10 +73,10 @@ struct Problem {
     segments = places.size(0) - 1;
     tokens = q_in.size(0), key_heads = q_in.size(1), depth = q_in.size(2);
     heads = v_in.size(1), columns = v_in.size(2);
-    TORCH_CHECK(offsets[0] == 0, op, ": query_offsets[0] is ", offsets[0], "; it must be 0.");
+    TORCH_CHECK(offsets[0] == 0, op, ": query_offsets[0] must be 0, got ", offsets[0], ".");
     for (int64_t s = 0; s < segments; ++s)
       TORCH_CHECK(offsets[s] <= offsets[s + 1], op, ": query_offsets[", s + 1, "] is ", offsets[s + 1],
-                  "; it must not be less than the one before, ", offsets[s], ".");
+                  "; must not be less than the one before, ", offsets[s], ".");
     TORCH_CHECK(offsets[segments] <= tokens, op, ": query_offsets[", segments, "] is ", offsets[segments],
                 "; there are ", tokens, " rows.");
   }
@@ -293,8 +293,8 @@ void walk(const Problem& p, int64_t head, const Columns& c, int64_t begin, int64
 }
 
 // Where segments start: the final state of a parent, a given one, or zeros.
-struct Forest {
-  Forest(const char* op, const Problem& p, const Tensor& parents_in, const std::optional<Tensor>& initial_in)
+struct PrefixTree {
+  PrefixTree(const char* op, const Problem& p, const Tensor& parents_in, const std::optional<Tensor>& initial_in)
       : places(parents_in.contiguous()), size(p.heads * p.depth * p.columns) {
     parents = p.indices(op, "parents", places, p.segments);
     if (initial_in) {
@@ -303,9 +303,9 @@ struct Forest {
     }
     const int64_t given = initial_in ? initial.size(0) : 0;
     for (int64_t s = 0; s < p.segments; ++s)
-      TORCH_CHECK(parents[s] < s && parents[s] > -2 - given, op, ": parents[", s, "] is ", parents[s],
-                  "; allowed are an earlier segment, -1, and down to ", -1 - given, " for the ", given,
-                  " states of initial.");
+      TORCH_CHECK(parents[s] < s && parents[s] > -2 - given, op, ": parents[", s,
+                  "] must be an earlier segment, -1, or down to ", -1 - given, " for the ", given,
+                  " states of initial, got ", parents[s], ".");
   }
 
   // The state that segment s starts from ([H, K, V]), or null for zeros.

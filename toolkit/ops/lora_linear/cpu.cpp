@@ -1,7 +1,7 @@
 // y[t] = base[t] + scaling[l] (x[t] A_l^T) B_l^T with l = adapters[t], and its gradients, on CPU.
 //
 // Rows are grouped by adapter with a stable counting sort and copied together in blocks. An output of a row is chains
-// of multiply-adds over K and R in a fixed order, so its bits depend on that row and its adapter alone. The gradients of
+// of multiply-adds over K and R in a fixed order, so a row is batch-invariant, given its adapter. The gradients of
 // A and B add an adapter's rows in their order, in blocks of kSummed rows.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -14,7 +14,7 @@
 
 #include "columns.h"
 #include "dtypes.h"
-#include "product.h"
+#include "matmul.h"
 
 namespace toolkit::lora_linear_op {
 
@@ -43,8 +43,7 @@ struct Groups {
     const int64_t* id = adapters.const_data_ptr<int64_t>();
     const int64_t rows = adapters.numel();
     for (int64_t t = 0; t < rows; ++t) {
-      TORCH_CHECK_INDEX(id[t] < count, "adapters hold ", id[t], "; allowed are negative numbers and 0 to ", count - 1,
-                        ".");
+      TORCH_CHECK_INDEX(id[t] < count, "adapters must be negative or 0 to ", count - 1, ", got ", id[t], ".");
       ++start[(id[t] < 0 ? count : id[t]) + 1];
     }
     for (int64_t l = 0; l <= count; ++l) start[l + 1] += start[l];
@@ -68,7 +67,7 @@ struct Adapters {
 template <typename T, typename S>
 void by_rows(const T* x, int64_t x_stride, int64_t rows, const S* w, int64_t outputs, int64_t depth, T* out,
              int64_t out_stride, bool add) {
-  product::compute<T, S>({x, x_stride, w, depth, nullptr, out, out_stride, rows, outputs, depth, add});
+  matmul::compute<T, S>({x, x_stride, w, depth, nullptr, out, out_stride, rows, outputs, depth, add});
 }
 
 template <typename T>
@@ -77,7 +76,7 @@ void scale_all(T* values, int64_t count, double factor) {
 }
 
 struct Block {
-  int64_t adapter, begin, end;  // places in Groups::order
+  int64_t adapter, begin, end;  // indices into Groups::order
 };
 
 template <typename T, typename S>
@@ -91,10 +90,10 @@ void forward_block(const Adapters<S>& w, const Block& block, const int64_t* orde
   by_rows(xs, x_stride, rows, w.first(l), w.rank, w.inner, low, w.rank, false);
   scale_all(low, rows * w.rank, w.scaling[l]);
   for (int64_t n = 0; n < w.outputs; n += kColumns) {
-    const int64_t wide = std::min(kColumns, w.outputs - n);
-    for (int64_t r = 0; r < rows; ++r) read_row(base + order[r] * w.outputs + n, wide, ys + r * kColumns);
-    by_rows(low, w.rank, rows, w.second(l) + n * w.rank, wide, w.rank, ys, kColumns, true);
-    for (int64_t r = 0; r < rows; ++r) write_row(ys + r * kColumns, wide, out + order[r] * w.outputs + n);
+    const int64_t width = std::min(kColumns, w.outputs - n);
+    for (int64_t r = 0; r < rows; ++r) read_row(base + order[r] * w.outputs + n, width, ys + r * kColumns);
+    by_rows(low, w.rank, rows, w.second(l) + n * w.rank, width, w.rank, ys, kColumns, true);
+    for (int64_t r = 0; r < rows; ++r) write_row(ys + r * kColumns, width, out + order[r] * w.outputs + n);
   }
 }
 
@@ -169,22 +168,22 @@ struct Backward {
   }
 };
 
-void check(const char* op, const at::Tensor& wide, const at::Tensor& x, const at::Tensor& a, const at::Tensor& b,
+void check(const char* op, const at::Tensor& base, const at::Tensor& x, const at::Tensor& a, const at::Tensor& b,
            const at::Tensor& scaling, const at::Tensor& adapters) {
-  TORCH_CHECK(wide.dim() == 2 && x.dim() == 2 && a.dim() == 3 && b.dim() == 3 && a.size(2) == x.size(1) &&
-                  b.size(0) == a.size(0) && b.size(1) == wide.size(1) && b.size(2) == a.size(1) &&
-                  wide.size(0) == x.size(0),
-              op, ": got rows [T, N] of shape ", wide.sizes(), ", x ", x.sizes(), ", a ", a.sizes(), ", b ", b.sizes(),
-              "; allowed are [T, N], [T, K], [L, R, K], [L, N, R].");
+  TORCH_CHECK(base.dim() == 2 && x.dim() == 2 && a.dim() == 3 && b.dim() == 3 && a.size(2) == x.size(1) &&
+                  b.size(0) == a.size(0) && b.size(1) == base.size(1) && b.size(2) == a.size(1) &&
+                  base.size(0) == x.size(0),
+              op, ": rows, x, a and b must have shapes [T, N], [T, K], [L, R, K] and [L, N, R], got ", base.sizes(),
+              ", ", x.sizes(), ", ", a.sizes(), " and ", b.sizes(), ".");
   TORCH_CHECK(scaling.dim() == 1 && scaling.size(0) == a.size(0) && adapters.dim() == 1 &&
                   adapters.size(0) == x.size(0) && adapters.scalar_type() == at::kLong,
-              op, ": got scaling ", scaling.sizes(), " and adapters ", adapters.sizes(), " of ",
-              adapters.scalar_type(), "; allowed are [L] and int64 [T].");
-  TORCH_CHECK(wide.scalar_type() == x.scalar_type() && a.scalar_type() == x.scalar_type() &&
-                  b.scalar_type() == x.scalar_type(),
-              op, ": got dtypes ", wide.scalar_type(), ", ", x.scalar_type(), ", ", a.scalar_type(), ", ",
-              b.scalar_type(), "; they must be equal.");
-  TORCH_CHECK(dtypes::is_float(x.scalar_type()), op, ": x must be float32, float64, bfloat16 or float16; got ",
+              op, ": scaling and adapters must have shapes [L] and int64 [T], got ", scaling.sizes(), " and ",
+              adapters.sizes(), " of ", adapters.scalar_type(), ".");
+  TORCH_CHECK(
+      base.scalar_type() == x.scalar_type() && a.scalar_type() == x.scalar_type() && b.scalar_type() == x.scalar_type(),
+      op, ": rows, x, a and b must have the same dtype, got ", base.scalar_type(), ", ", x.scalar_type(), ", ",
+      a.scalar_type(), ", ", b.scalar_type(), ".");
+  TORCH_CHECK(dtypes::is_float(x.scalar_type()), op, ": x must have dtype float32, float64, bfloat16 or float16, got ",
               x.scalar_type(), ".");
 }
 
@@ -212,11 +211,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lora_add_backward(
   const at::Tensor g = grad.contiguous(), rows = x.contiguous(), first = a.contiguous(), second = b.contiguous();
   const at::Tensor factors = scaling.to(at::kDouble).contiguous(), ids = adapters.contiguous();
   const Groups groups(ids, a.size(0));
-  const auto dtype = x.scalar_type(), wide = dtypes::widened(dtype);
+  const auto dtype = x.scalar_type(), upcast = dtypes::upcast(dtype);
   const auto none = [&] { return at::empty({0}, x.options()); };
   at::Tensor dx = need_x ? at::zeros(x.sizes(), x.options()) : none();
-  at::Tensor da = need_a ? at::zeros(a.sizes(), a.options().dtype(wide)) : none();
-  at::Tensor db = need_b ? at::zeros(b.sizes(), b.options().dtype(wide)) : none();
+  at::Tensor da = need_a ? at::zeros(a.sizes(), a.options().dtype(upcast)) : none();
+  at::Tensor db = need_b ? at::zeros(b.sizes(), b.options().dtype(upcast)) : none();
   dtypes::with_types(dtype, [&](auto compute, auto stored) {
     using T = decltype(compute);
     using S = decltype(stored);

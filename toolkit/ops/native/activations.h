@@ -1,5 +1,5 @@
-// What the activation functions share on the CPU. The functions themselves are small inlined functors, written in
-// the files of toolkit/ops/activation/kinds and collected from there when the library is built.
+// What the activation functions share on the CPU. The functions themselves are small inlined functors, one header each
+// in toolkit/ops/activation/kinds; setup.py writes activation_kinds.h, which includes them all and chooses by name.
 //
 // `value(x)` gives f(x); `both(x)` gives f(x) and f'(x) and shares the work; those of a gate take (gate, up). The
 // limits at +-inf are exact and nothing finite overflows into NaN: where a formula would multiply 0 by inf, its
@@ -72,6 +72,3 @@ inline V sigmoid(const V& x) {
 }
 
 }  // namespace toolkit::activations
-
-// One struct and one line of `with_kind` each, made by setup.py from the files of toolkit/ops/activation/kinds.
-#include "activation_kinds.h"

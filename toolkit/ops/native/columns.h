@@ -1,7 +1,7 @@
-// Products with a matrix whose rows are adjacent in the outputs: C[m, n] = sum_c p[m, c] q[c, n].
+// GEMM with a matrix whose rows are adjacent in the outputs: C[m, n] = sum_c p[m, c] q[c, n].
 //
 // A panel of q is copied as it lies; an output is one chain of multiply-adds over ascending c within a block of c, and
-// blocks are added in order, so its bits depend on its own row of p only.
+// blocks are added in order, so a row of p is batch-invariant.
 #pragma once
 #include <algorithm>
 
@@ -11,13 +11,14 @@
 namespace toolkit::columns {
 
 template <typename T>
-constexpr int64_t kDepth = 2048 / sizeof(T);  // block of a long sum
+constexpr int64_t kSummedRows =
+    2048 / sizeof(T);  // block of a long sum: fixes the order of additions, so part of the bits
 
-// One panel of q: row(c) is where its row c lies, of `depth` rows with `wide` columns.
+// One panel of q: row(c) is where its row c lies, of `depth` rows with `columns` columns.
 template <typename Row>
 struct Panel {
   Row row;
-  int64_t wide, depth;
+  int64_t columns, depth;
 };
 
 // packed[c] = row(c) and zeros up to whole vectors, for c of [first, end). What lies beside it, of a later panel, is
@@ -26,17 +27,17 @@ template <typename T, typename Row>
 inline void pack(const Panel<Row>& panel, int64_t first, int64_t end, T* packed) {
   using L = gemm::Lanes<T>;
   constexpr int64_t lanes = gemm::kLanes<T>;
-  const int64_t width = gemm::panel_vectors<T>(panel.wide) * lanes;
+  const int64_t width = gemm::panel_vectors<T>(panel.columns) * lanes;
   for (int64_t c = first; c < end; ++c) {
     const auto* const q = panel.row(c);
     T* const to = packed + c * width;
     gemm::ask_for<false>(q + gemm::kPanel<T>, gemm::kPanel<T> * sizeof(*q));
-    if (std::is_same_v<decltype(q), const T* const> && panel.wide == width) {
+    if (std::is_same_v<decltype(q), const T* const> && panel.columns == width) {
       for (int64_t i = 0; i < width; i += lanes) L::store(to + i, L::load(reinterpret_cast<const T*>(q) + i));
       continue;
     }
-    for (int64_t i = 0; i < panel.wide; ++i) to[i] = static_cast<T>(q[i]);
-    std::fill(to + panel.wide, to + width, T(0));
+    for (int64_t i = 0; i < panel.columns; ++i) to[i] = static_cast<T>(q[i]);
+    std::fill(to + panel.columns, to + width, T(0));
   }
 }
 
@@ -50,13 +51,14 @@ inline void for_tiles(int64_t tiles, const Panel<Row>& next, T* packed_next, con
   }
 }
 
-// Where p[m, c] lies: rows of p adjacent in c and `stride` apart, or (Turned) adjacent in m and steps `stride` apart.
-template <bool Turned, typename T>
-inline const T* place(const T* p, int64_t stride, int64_t m, int64_t c) {
-  return Turned ? p + c * stride + m : p + m * stride + c;
+// Where p[m, c] lies: rows of p adjacent in c and `stride` apart, or (Transposed) adjacent in m and steps `stride`
+// apart.
+template <bool Transposed, typename T>
+inline const T* address(const T* p, int64_t stride, int64_t m, int64_t c) {
+  return Transposed ? p + c * stride + m : p + m * stride + c;
 }
 
-template <typename T, int R, int V, bool Turned>
+template <typename T, int R, int V, bool Transposed>
 __attribute__((noinline)) void tile(const T* p, int64_t stride, const T* packed, int64_t depth,
                                     const gemm::Epilogue<T>& e) {
   using L = gemm::Lanes<T>;
@@ -66,53 +68,55 @@ __attribute__((noinline)) void tile(const T* p, int64_t stride, const T* packed,
   for (int64_t c = 0; c < depth; ++c, packed += V * gemm::kLanes<T>) {
     typename L::Vector w[V];
     gemm::load_panel<T, V>(packed, w);
-    gemm::multiply_add<T, R, V>(place<Turned>(p, stride, 0, c), Turned ? 1 : stride, w, sum);
+    gemm::multiply_add<T, R, V>(address<Transposed>(p, stride, 0, c), Transposed ? 1 : stride, w, sum);
   }
   gemm::finish<T, R, V>(sum, e);
 }
 
-template <bool Turned, typename T>
+template <bool Transposed, typename T>
 inline void tile_of(int64_t height, const T* p, int64_t stride, const T* packed, int64_t depth,
                     const gemm::Epilogue<T>& e) {
   gemm::with_vectors<T>(e.columns, [&](auto v) {
     gemm::with_height<gemm::kMaxRows>(height,
-                                      [&](auto r) { tile<T, r(), v(), Turned>(p, stride, packed, depth, e); });
+                                      [&](auto r) { tile<T, r(), v(), Transposed>(p, stride, packed, depth, e); });
   });
 }
 
 // All `rows` of p against one packed panel and block of q, while the next one is packed.
-template <bool Turned, typename T, typename Row>
+template <bool Transposed, typename T, typename Row>
 inline void multiply_panel(const T* p, int64_t stride, int64_t rows, const T* packed, int64_t depth,
                            const gemm::Epilogue<T>& e, const Panel<Row>& next, T* packed_next) {
   for_tiles((rows + gemm::kMaxRows - 1) / gemm::kMaxRows, next, packed_next, [&](int64_t t) {
     const int64_t m = t * gemm::kMaxRows;
-    tile_of<Turned>(std::min<int64_t>(gemm::kMaxRows, rows - m), place<Turned>(p, stride, m, 0), stride, packed, depth,
-                    {e.out + m * e.stride, e.stride, e.columns, e.accumulate, e.bias});
+    tile_of<Transposed>(std::min<int64_t>(gemm::kMaxRows, rows - m), address<Transposed>(p, stride, m, 0), stride,
+                        packed, depth, {e.out + m * e.stride, e.stride, e.columns, e.accumulate, e.bias});
   });
 }
 
 // out[m, n] (+)= sum_c p[m, c] q[c, n] on the calling thread.
-template <bool Turned, typename T, typename S>
+template <bool Transposed, typename T, typename S>
 void multiply(const T* p, int64_t stride, int64_t rows, const S* q, int64_t q_stride, int64_t columns, int64_t depth,
               T* out, int64_t out_stride, bool add) {
-  if (depth == 0 && !add)  // the sum of no products
+  if (depth == 0 && !add)  // an empty sum
     for (int64_t r = 0; r < rows; ++r) std::fill_n(out + r * out_stride, columns, T(0));
   if (depth == 0 || columns == 0) return;
-  constexpr int64_t room = kDepth<T> * gemm::kPanel<T>;
+  constexpr int64_t room = kSummedRows<T> * gemm::kPanel<T>;
   T *packed = threads::scratch<T>(2 * room), *packed_next = packed + room;
   const gemm::Panels<T> cut(columns, rows);
-  const int64_t blocks = (depth + kDepth<T> - 1) / kDepth<T>, steps = cut.count() * blocks;
+  const int64_t blocks = (depth + kSummedRows<T> - 1) / kSummedRows<T>, steps = cut.count() * blocks;
   const auto panel_of = [&](int64_t step) {  // blocks of c within a panel
-    const int64_t n = cut.begin(step / blocks), c = step % blocks * kDepth<T>;
+    const int64_t n = cut.begin(step / blocks), c = step % blocks * kSummedRows<T>;
     const auto row = [from = q + c * q_stride + n, q_stride](int64_t r) { return from + r * q_stride; };
-    return Panel<decltype(row)>{row, cut.columns(step / blocks), step < steps ? std::min(kDepth<T>, depth - c) : 0};
+    return Panel<decltype(row)>{row, cut.columns(step / blocks),
+                                step < steps ? std::min(kSummedRows<T>, depth - c) : 0};
   };
   pack(panel_of(0), 0, panel_of(0).depth, packed);
   for (int64_t step = 0; step < steps; ++step) {
-    const int64_t n = cut.begin(step / blocks), c = step % blocks * kDepth<T>;
+    const int64_t n = cut.begin(step / blocks), c = step % blocks * kSummedRows<T>;
     const auto panel = panel_of(step);
-    multiply_panel<Turned>(place<Turned>(p, stride, 0, c), stride, rows, packed, panel.depth,
-                           {out + n, out_stride, panel.wide, add || c > 0, nullptr}, panel_of(step + 1), packed_next);
+    multiply_panel<Transposed>(address<Transposed>(p, stride, 0, c), stride, rows, packed, panel.depth,
+                               {out + n, out_stride, panel.columns, add || c > 0, nullptr}, panel_of(step + 1),
+                               packed_next);
     std::swap(packed, packed_next);
   }
 }

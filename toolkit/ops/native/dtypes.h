@@ -11,7 +11,7 @@ inline bool is_float(at::ScalarType type) {
 }
 
 // float for the 32- and 16-bit formats, double for double.
-inline at::ScalarType widened(at::ScalarType stored) { return stored == at::kDouble ? at::kDouble : at::kFloat; }
+inline at::ScalarType upcast(at::ScalarType stored) { return stored == at::kDouble ? at::kDouble : at::kFloat; }
 
 // body(T{}, S{}) for a dtype that `is_float`: arithmetic in T, storage in S.
 template <typename Body>

@@ -1,9 +1,9 @@
-// Register-blocked product of a few rows of x with one panel of weight rows, for C[m, n] = sum_k x[m, k] * w[n, k].
+// Register-blocked GEMM of a few rows of x with one panel of weight rows, for C[m, n] = sum_k x[m, k] * w[n, k].
 //
 // A panel is some weight rows (outputs), at most kPanel of them. `pack_panel` transposes it in registers from the
-// stored [N, K] layout into k-major order; `tile` then broadcasts x against it. Whatever the number of rows R of a
-// tile and of vectors V of a panel, each output is one chain of (fused) multiply-adds over k in ascending order, so
-// its bits depend on its own row only, and are the same for vectors of 32 bytes (AVX2) and of 64 (AVX-512).
+// stored [N, K] layout into k-major order; `tile` then broadcasts x against it. For any number of rows R of a
+// tile and of vectors V of a panel, each output is one chain of (fused) multiply-adds over k in ascending order: a row
+// is batch-invariant, and bitwise identical with vectors of 32 bytes (AVX2) and of 64 (AVX-512).
 #pragma once
 
 #include <algorithm>

@@ -54,8 +54,8 @@ struct Plan {
 
 // Tensors in the compute dtype with unit stride along a row; the same tensor where it has both already.
 inline Tensor rows_adjacent(const Tensor& x) { return x.dim() == 0 || x.stride(-1) == 1 ? x : x.contiguous(); }
-inline Tensor wide(const Tensor& x) { return rows_adjacent(x.to(dtypes::widened(x.scalar_type()))); }
-inline Tensor wide(const Tensor& x, at::ScalarType type) { return x.to(type).contiguous(); }
+inline Tensor upcast(const Tensor& x) { return rows_adjacent(x.to(dtypes::upcast(x.scalar_type()))); }
+inline Tensor upcast(const Tensor& x, at::ScalarType type) { return x.to(type).contiguous(); }
 
 // out[r] = W_e x[r] + bias[e] for the rows r of every expert e. x: row r of `x`, or of its token where `gather`.
 // `by_outputs`: W_e[n, k] lies as [E, N, K], else as [E, K, N]. Rows of no expert are zeros where out has them.
@@ -65,7 +65,7 @@ void multiply(const Plan& plan, const Tensor& x, bool gather, const Tensor& weig
   const int64_t outputs = out.size(1), depth = x.size(1);
   const T* const from = x.const_data_ptr<T>();
   T* const to = out.mutable_data_ptr<T>();
-  std::vector<product::Problem<T, S>> problems;
+  std::vector<matmul::Problem<T, S>> problems;
   problems.reserve(plan.experts);
   if (outputs > 0)
     plan.for_experts(false, [&](int64_t e, int64_t first, int64_t end) {
@@ -74,7 +74,7 @@ void multiply(const Plan& plan, const Tensor& x, bool gather, const Tensor& weig
                           bias ? bias->const_data_ptr<T>() + e * outputs : nullptr, to + first * outputs, outputs,
                           end - first, outputs, depth, false, gather ? &plan.token_of[first] : nullptr, !by_outputs});
     });
-  if (!problems.empty()) product::run(problems);
+  if (!problems.empty()) matmul::run(problems);
   std::fill(to + plan.used * outputs, to + out.size(0) * outputs, T(0));
 }
 
@@ -86,7 +86,7 @@ Tensor outer(const Plan& plan, const Tensor& p, bool gather_p, const Tensor& q, 
   const T *const from_p = p.const_data_ptr<T>(), *const from_q = q.const_data_ptr<T>();
   T* const to = out.mutable_data_ptr<T>();
   const int64_t size = p.size(1) * q.size(1);
-  std::vector<product::Outer<T>> sums;
+  std::vector<matmul::Outer<T>> sums;
   sums.reserve(plan.experts);
   if (size > 0)
     plan.for_experts(true, [&](int64_t e, int64_t first, int64_t end) {
@@ -95,7 +95,7 @@ Tensor outer(const Plan& plan, const Tensor& p, bool gather_p, const Tensor& q, 
                       gather_q ? from_q : from_q + first * q.stride(0), q.stride(0), gather_q ? tokens : nullptr,
                       to + e * size, q.size(1), p.size(1), q.size(1), end - first});
     });
-  if (!sums.empty()) product::run(sums);
+  if (!sums.empty()) matmul::run(sums);
   return out;
 }
 

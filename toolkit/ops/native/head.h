@@ -14,14 +14,14 @@ constexpr int64_t kPad = 16;       // columns between rows: rows 4 KiB apart wou
 inline void check(const char* op, const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
                   const Tensor& targets) {
   TORCH_CHECK(hidden.dim() == 2 && weight.dim() == 2 && hidden.size(1) == weight.size(1) && weight.size(0) > 0, op,
-              ": hidden has shape ", hidden.sizes(), " and weight ", weight.sizes(),
-              "; allowed are [T, K] and [V, K] with V at least 1.");
-  TORCH_CHECK(hidden.scalar_type() == weight.scalar_type(), op, ": hidden is ", hidden.scalar_type(), " and weight ",
-              weight.scalar_type(), "; they must be equal.");
+              ": hidden and weight must have shapes [T, K] and [V, K] with V >= 1, got ", hidden.sizes(),
+              " and weight ", weight.sizes(), ".");
+  TORCH_CHECK(hidden.scalar_type() == weight.scalar_type(), op, ": hidden and weight must have the same dtype, got ",
+              hidden.scalar_type(), " and ", weight.scalar_type(), ".");
   TORCH_CHECK(!bias || bias->numel() == weight.size(0), op, ": bias must have shape [", weight.size(0), "].");
   TORCH_CHECK(targets.scalar_type() == at::kLong && targets.dim() > 0 && targets.size(0) == hidden.size(0), op,
-              ": targets have dtype ", targets.scalar_type(), " and shape ", targets.sizes(),
-              "; allowed are int64 and ", hidden.size(0), " rows.");
+              ": targets must have dtype int64 and ", hidden.size(0), " rows, got ", targets.scalar_type(),
+              " and shape ", targets.sizes(), ".");
   const Tensor flat = targets.contiguous();
   const int64_t* target = flat.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < flat.numel(); ++i)
@@ -42,17 +42,17 @@ struct Head {
   void multiply(int64_t row, int64_t count, int64_t column, int64_t n, T* out, int64_t stride) const {
     const int64_t depth = weight.size(1);
     const T* shift = bias.defined() ? bias.const_data_ptr<T>() + column : nullptr;
-    const product::Problem<T, S> problem{hidden.const_data_ptr<T>() + row * depth,
-                                         depth,
-                                         weight.const_data_ptr<S>() + column * weight.stride(0),
-                                         weight.stride(0),
-                                         shift,
-                                         out,
-                                         stride,
-                                         count,
-                                         n,
-                                         depth};
-    product::compute(problem);
+    const matmul::Problem<T, S> problem{hidden.const_data_ptr<T>() + row * depth,
+                                        depth,
+                                        weight.const_data_ptr<S>() + column * weight.stride(0),
+                                        weight.stride(0),
+                                        shift,
+                                        out,
+                                        stride,
+                                        count,
+                                        n,
+                                        depth};
+    matmul::compute(problem);
     if constexpr (!std::is_same_v<T, S>)
       for (int64_t r = 0; r < count; ++r)
         for (int64_t i = r * stride; i < r * stride + n; ++i) out[i] = static_cast<T>(static_cast<S>(out[i]));
@@ -62,15 +62,15 @@ struct Head {
   void gradient_to_hidden(const T* g, int64_t stride, int64_t count, int64_t column, int64_t n, T* dh, bool add) const {
     const int64_t depth = weight.size(1);
     const S* const from = weight.const_data_ptr<S>() + column * weight.stride(0);
-    product::run(std::vector<product::Problem<T, S>>{
+    matmul::run(std::vector<matmul::Problem<T, S>>{
         {g, stride, from, weight.stride(0), nullptr, dh, depth, count, depth, n, add, nullptr, true}});
   }
 
   // dw[v, k] (+)= sum_r g[r, v] hidden[row + r, k] for dw [n, K].
   void gradient_to_weight(const T* g, int64_t stride, int64_t row, int64_t count, int64_t n, T* dw, bool add) const {
     const int64_t depth = weight.size(1);
-    product::run(std::vector<product::Outer<T>>{{g, stride, nullptr, hidden.const_data_ptr<T>() + row * depth, depth,
-                                                 nullptr, dw, depth, n, depth, count, add}});
+    matmul::run(std::vector<matmul::Outer<T>>{{g, stride, nullptr, hidden.const_data_ptr<T>() + row * depth, depth,
+                                               nullptr, dw, depth, n, depth, count, add}});
   }
 
   // db[v] += sum_r g[r, v], rows in ascending order.

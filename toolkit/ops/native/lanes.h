@@ -1,4 +1,4 @@
-// Vectors of a matrix product for the instruction set that is compiled for: 64 bytes with AVX-512, else 32.
+// Vectors of a matmul for the instruction set that is compiled for: 64 bytes with AVX-512, else 32.
 #pragma once
 
 #include <ATen/cpu/vec/vec.h>
@@ -97,7 +97,7 @@ inline __m128 load4(const c10::Half* p) {
 inline __m128d load2(const double* p) { return _mm_loadu_pd(p); }
 
 // Within each quarter or half of the registers, 4 x 4 floats transposed.
-__attribute__((always_inline)) inline void turn(const __m256* row, __m256* out) {
+__attribute__((always_inline)) inline void transpose(const __m256* row, __m256* out) {
   const __m256 a = _mm256_unpacklo_ps(row[0], row[1]), b = _mm256_unpackhi_ps(row[0], row[1]);
   const __m256 c = _mm256_unpacklo_ps(row[2], row[3]), d = _mm256_unpackhi_ps(row[2], row[3]);
   out[0] = _mm256_shuffle_ps(a, c, 0x44);
@@ -109,7 +109,7 @@ __attribute__((always_inline)) inline void turn(const __m256* row, __m256* out) 
 // out[k][i] = w[i][k] for kLanes rows i and kTransposed k. Rows that are 4 (2 doubles) apart share a register, so a
 // transpose in each quarter (half) of it is all.
 #ifdef TOOLKIT_AVX512
-__attribute__((always_inline)) inline void turn(const __m512* row, __m512* out) {
+__attribute__((always_inline)) inline void transpose(const __m512* row, __m512* out) {
   const __m512 a = _mm512_unpacklo_ps(row[0], row[1]), b = _mm512_unpackhi_ps(row[0], row[1]);
   const __m512 c = _mm512_unpacklo_ps(row[2], row[3]), d = _mm512_unpackhi_ps(row[2], row[3]);
   out[0] = _mm512_shuffle_ps(a, c, 0x44);
@@ -117,7 +117,7 @@ __attribute__((always_inline)) inline void turn(const __m512* row, __m512* out) 
   out[2] = _mm512_shuffle_ps(b, d, 0x44);
   out[3] = _mm512_shuffle_ps(b, d, 0xee);
 }
-__attribute__((always_inline)) inline void turn(const __m512d* row, __m512d* out) {
+__attribute__((always_inline)) inline void transpose(const __m512d* row, __m512d* out) {
   out[0] = _mm512_unpacklo_pd(row[0], row[1]);
   out[1] = _mm512_unpackhi_pd(row[0], row[1]);
 }
@@ -150,7 +150,7 @@ __attribute__((always_inline)) inline void transpose(const S* w, int64_t stride,
     (quarter(std::integral_constant<int, L>{}), ...);
   }(std::make_integer_sequence<int, 4>{});
 #pragma GCC unroll 4
-  for (int q = 0; q < 4; ++q) turn(row[q], out + kSide * q);
+  for (int q = 0; q < 4; ++q) transpose(row[q], out + kSide * q);
 }
 #else
 template <typename S>
@@ -158,7 +158,7 @@ __attribute__((always_inline)) inline void transpose(const S* w, int64_t stride,
   __m256 row[4];
   for (int i = 0; i < 4; ++i)
     row[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(load4(w + i * stride)), load4(w + (i + 4) * stride), 1);
-  turn(row, out);
+  transpose(row, out);
 }
 __attribute__((always_inline)) inline void transpose(const double* w, int64_t stride, __m256d* out) {
   __m256d low[2], high[2];

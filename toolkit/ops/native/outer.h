@@ -1,14 +1,12 @@
 // Sums of outer products of rows, out[m, n] = sum_r p[r, m] q[r, n]: gradients of weights.
 //
-// Rows are cut into blocks of like size, of kSummed at most; within a block an output is one chain of multiply-adds
-// over ascending r, and block sums are added in order. Threads share out outputs, so their number changes no bit.
+// Rows are cut into blocks of about equal size, of kSummedRows at most; within a block an output is one chain of
+// multiply-adds over ascending r, and block sums are added in order. Threads share out outputs, so their number changes
+// no bit.
 #pragma once
-#include "product.h"
+#include "matmul.h"
 
-namespace toolkit::product {
-
-template <typename T>
-constexpr int64_t kSummed = 2048 / sizeof(T);  // a block of rows: fixes the order of additions, so part of the bits
+namespace toolkit::matmul {
 
 template <typename T>
 struct Outer {
@@ -37,7 +35,8 @@ void block(const Outer<T>& o, int64_t first, int64_t last, int64_t panel, int64_
   constexpr int64_t width = gemm::kPanel<T>, height = gemm::kMaxRows;
   const gemm::Panels<T> cut(o.outputs, o.rows);
   const int64_t tiles = (last - first + height - 1) / height, whole = (last - first) / height;
-  const int64_t blocks = (o.depth + kSummed<T> - 1) / kSummed<T>, longest = (o.depth + blocks - 1) / blocks;
+  const int64_t blocks = (o.depth + columns::kSummedRows<T> - 1) / columns::kSummedRows<T>,
+                longest = (o.depth + blocks - 1) / blocks;
   T *packed = threads::scratch<T>(longest * (2 * width + tiles * height)), *packed_next = packed + longest * width;
   T* const turned = packed_next + longest * width;  // of p, `height` columns at a time: [tile][r][column]
   for (int64_t k = 0; k < o.depth; k += longest) {
@@ -56,11 +55,11 @@ void block(const Outer<T>& o, int64_t first, int64_t last, int64_t panel, int64_
     };
     columns::pack(panel_of(panel), 0, panel_of(panel).depth, packed);
     for (int64_t i = panel; i < panel_end; ++i, std::swap(packed, packed_next)) {
-      const int64_t n = cut.begin(i), wide = panel_of(i).wide;
+      const int64_t n = cut.begin(i), columns = panel_of(i).columns;
       columns::for_tiles(tiles, panel_of(i + 1), packed_next, [&](int64_t t) {
         const int64_t m = first + t * height;
         columns::tile_of<true>(std::min(height, last - m), turned + t * steps * height, height, packed, steps,
-                               {o.out + m * o.out_stride + n, o.out_stride, wide, o.add || k > 0, nullptr});
+                               {o.out + m * o.out_stride + n, o.out_stride, columns, o.add || k > 0, nullptr});
       });
     }
   }
@@ -73,4 +72,4 @@ void fill_empty(const Outer<T>& o) {
   for (int64_t m = 0; m < o.rows; ++m) std::fill_n(o.out + m * o.out_stride, o.outputs, T(0));
 }
 
-}  // namespace toolkit::product
+}  // namespace toolkit::matmul

@@ -29,19 +29,19 @@ constexpr int64_t kGrain = 32768;
 
 // float for the 32- and 16-bit formats, double for double.
 inline at::ScalarType compute_type(const Tensor& x, const char* op) {
-  TORCH_CHECK(dtypes::is_float(x.scalar_type()), op, ": dtype is ", x.scalar_type(),
-              "; allowed are float32, float64, bfloat16 and float16.");
-  return dtypes::widened(x.scalar_type());
+  TORCH_CHECK(dtypes::is_float(x.scalar_type()), op, ": dtype must be float32, float64, bfloat16 or float16, got ",
+              x.scalar_type(), ".");
+  return dtypes::upcast(x.scalar_type());
 }
 
 inline void check_equal_shapes(const char* op, const char* name, const Tensor& x, const char* other, const Tensor& y) {
-  TORCH_CHECK(x.sizes() == y.sizes(), op, ": ", name, " has shape ", x.sizes(), ", ", other, " ", y.sizes(),
-              "; they must be equal.");
+  TORCH_CHECK(x.sizes() == y.sizes(), op, ": ", name, " must have the shape of ", other, ", ", y.sizes(), ", got ",
+              x.sizes(), ".");
 }
 
 // A parameter, where given, must have one value for each column of x.
 inline void check_row(const char* op, const char* name, const std::optional<Tensor>& parameter, const Tensor& x) {
-  TORCH_CHECK(x.dim() > 0, op, ": x has no dimensions; allowed is [..., N].");
+  TORCH_CHECK(x.dim() > 0, op, ": x must have shape [..., N], got no dimensions.");
   TORCH_CHECK(!parameter || (parameter->dim() == 1 && parameter->size(0) == x.size(-1)), op, ": ", name, " has shape ",
               parameter ? parameter->sizes() : at::IntArrayRef{}, "; x of shape ", x.sizes(), " needs [", x.size(-1),
               "].");
@@ -190,7 +190,7 @@ inline T largest(const T* x, int64_t n) {
 }
 
 // Sums over rows (gradients of weights): rows in fixed blocks, block sums added in order. The blocks depend on
-// the number of rows only, so any number of threads gives the same bits.
+// the number of rows only, so the result is bitwise identical for any number of threads.
 struct Blocks {
   explicit Blocks(int64_t rows)
       : rows(rows), size(std::max<int64_t>(16, (rows + 63) / 64)), count((rows + size - 1) / size) {}

@@ -1,4 +1,4 @@
-// Statistics of exp over long rows, in blocks of fixed columns joined in order: a row's bits are its own.
+// Statistics of exp over long rows, in blocks of fixed columns joined in order: a row is batch-invariant.
 #pragma once
 #include <cmath>
 #include <limits>
@@ -10,8 +10,8 @@ namespace toolkit::softmax {
 
 using rows::Vec;
 
-// A row is worked on in blocks of this many columns, small enough for the first-level cache. Blocks may be shared out
-// to threads; joined in order, so even one row uses all threads and its bits do not depend on their number.
+// A row is worked on in blocks of this many columns, small enough for the first-level cache. Blocks may be split over
+// threads and are joined in order: even one row uses all threads, and the result does not depend on their number.
 constexpr int64_t kBlock = 2048;
 
 // Of a block or of several: the largest x, the sums of e and of e (x - max) with e = exp(x - max), and the sum of x.

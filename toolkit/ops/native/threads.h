@@ -43,7 +43,7 @@ class Scratch {
   int64_t size_ = 0;
 };
 
-// A thread's own memory for `Slot`; what it held is lost. Slot 0 is the packed weights of a product.
+// A thread's own memory for `Slot`; what it held is lost. Slot 0 is the packed weights of a GEMM.
 template <typename T, int Slot = 0>
 inline T* scratch(int64_t count) {
   static thread_local Scratch<T> memory;

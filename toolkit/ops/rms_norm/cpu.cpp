@@ -84,12 +84,12 @@ std::tuple<Tensor, Tensor> normed(const char* op, const Tensor& input, const std
                                   const std::optional<Tensor>& weight, double eps, double offset) {
   check_row(op, "weight", weight, input);
   const auto type = compute_type(input, op);
-  const bool wide = type == input.scalar_type();
+  const bool same_type = type == input.scalar_type();
   Tensor total;
-  if (residual) total = wide ? empty(input.sizes(), input, type) : at::add(input, *residual).contiguous();
-  const Matrix x(residual && !wide ? total : input, type);
+  if (residual) total = same_type ? empty(input.sizes(), input, type) : at::add(input, *residual).contiguous();
+  const Matrix x(residual && !same_type ? total : input, type);
   std::optional<Matrix> added;
-  if (residual && wide) added.emplace(*residual, type);
+  if (residual && same_type) added.emplace(*residual, type);
   Tensor out = empty(input.sizes(), input, type);
   by_type(type, [&](auto zero) {
     using T = decltype(zero);
@@ -112,8 +112,8 @@ Tensor forward(const Tensor& input, const std::optional<Tensor>& weight, double 
 std::tuple<Tensor, Tensor> add_forward(const Tensor& input, const Tensor& residual,
                                        const std::optional<Tensor>& weight, double eps, double offset) {
   check_equal_shapes("add_rms_norm", "residual", residual, "x", input);
-  TORCH_CHECK(residual.scalar_type() == input.scalar_type(), "add_rms_norm: residual has dtype ",
-              residual.scalar_type(), "; allowed is that of x, ", input.scalar_type(), ".");
+  TORCH_CHECK(residual.scalar_type() == input.scalar_type(), "add_rms_norm: residual must have the dtype of x, ",
+              input.scalar_type(), ", got ", residual.scalar_type(), ".");
   return normed("add_rms_norm", input, residual, weight, eps, offset);
 }
 

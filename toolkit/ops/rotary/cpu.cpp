@@ -25,7 +25,7 @@ void rotate(const T* __restrict x, const T* __restrict cos, const T* __restrict 
 }
 
 Tensor forward(const Tensor& input, const Tensor& cos, const Tensor& sin, bool interleaved) {
-  TORCH_CHECK(input.dim() == 3, "rotary: x has shape ", input.sizes(), "; allowed is [T, H, D].");
+  TORCH_CHECK(input.dim() == 3, "rotary: x must have shape [T, H, D], got ", input.sizes(), ".");
   const int64_t tokens = input.size(0), heads = input.size(1), width = input.size(2);
   TORCH_CHECK(cos.dim() == 2 && cos.size(0) == tokens && cos.size(1) <= width && cos.size(1) % 2 == 0,
               "rotary: cos has shape ", cos.sizes(), "; x of shape ", input.sizes(), " needs [", tokens,
@@ -59,7 +59,7 @@ Tensor forward(const Tensor& input, const Tensor& cos, const Tensor& sin, bool i
 }
 
 // The angle is rounded to float (as models are trained with), its cosine and sine are taken in double. With axes,
-// frequency i turns by the position of its own axis; the positions of an axis are `count` apart.
+// frequency i takes the position on axes[i]; the positions of an axis are `count` apart.
 template <typename T>
 void fill_tables(const int64_t* positions, const int64_t* axes, int64_t count, const T* frequency, int64_t n,
                  double scaling, T* cos, T* sin) {
@@ -88,9 +88,9 @@ void fill_tables(const int64_t* positions, const int64_t* axes, int64_t count, c
 
 std::tuple<Tensor, Tensor> tables(const Tensor& positions, const Tensor& inv_freq, double scaling,
                                   at::ScalarType dtype, const std::optional<Tensor>& axes) {
-  TORCH_CHECK(positions.scalar_type() == at::kLong, "rotary_tables: positions have dtype ", positions.scalar_type(),
-              "; allowed is int64.");
-  TORCH_CHECK(inv_freq.dim() == 1, "rotary_tables: inv_freq has shape ", inv_freq.sizes(), "; allowed is [F].");
+  TORCH_CHECK(positions.scalar_type() == at::kLong, "rotary_tables: positions must have dtype int64, got ",
+              positions.scalar_type(), ".");
+  TORCH_CHECK(inv_freq.dim() == 1, "rotary_tables: inv_freq must have shape [F], got ", inv_freq.sizes(), ".");
   const auto type = dtype == at::kDouble ? at::kDouble : at::kFloat;
   const Tensor at_positions = positions.contiguous(), frequencies = inv_freq.to(type).contiguous();
   const int64_t n = inv_freq.size(0);
@@ -99,8 +99,8 @@ std::tuple<Tensor, Tensor> tables(const Tensor& positions, const Tensor& inv_fre
   Tensor axis;
   if (axes) {
     TORCH_CHECK(axes->scalar_type() == at::kLong && axes->dim() == 1 && axes->size(0) == n,
-                "rotary_tables: axes have dtype ", axes->scalar_type(), " and shape ", axes->sizes(),
-                "; allowed is int64 [", n, "].");
+                "rotary_tables: axes must have dtype int64 [", n, "], got ", axes->scalar_type(), " and shape ",
+                axes->sizes(), ".");
     TORCH_CHECK(positions.dim() > 0, "rotary_tables: positions have no dimensions; with axes, [A, ...] is required.");
     axis = axes->contiguous();
     for (int64_t i = 0; i < n; ++i) {

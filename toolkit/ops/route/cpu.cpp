@@ -1,5 +1,5 @@
 // route and route_backward on CPU, one token at a time: batch-invariant.
-#include "activations.h"
+#include "activation_kinds.h"
 
 namespace toolkit::route_op {
 

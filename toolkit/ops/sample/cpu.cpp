@@ -1,16 +1,16 @@
-// Sampling and penalties on CPU: rows are shared out to threads, each row's arithmetic has one order.
+// Sampling and penalties on CPU: rows are split over threads, each row's arithmetic has one order.
 #include "row.h"
 
 namespace toolkit::sample_op {
 
-struct Drawn {
+struct Sampled {
   int64_t token;
   double logprob;
 };
 
 template <typename T>
-Drawn draw_row(const T* x, int64_t n, double temperature, int64_t k, double p, double min_p, double u,
-               Scratch& scratch) {
+Sampled sample_row(const T* x, int64_t n, double temperature, int64_t k, double p, double min_p, double u,
+                   Scratch& scratch) {
   const T max = largest(x, n);
   const bool hot = temperature > 0;
   const double top = hot ? static_cast<double>(max) / temperature : static_cast<double>(max);
@@ -25,18 +25,18 @@ Drawn draw_row(const T* x, int64_t n, double temperature, int64_t k, double p, d
   if (nucleus && limited) row.keep_nucleus_among(p, least);
   if (nucleus && !limited) row.keep_nucleus(p);
   const double total = row.accumulate_blocks(std::min(min_p, 1.0));
-  const int64_t token = row.draw(u, total);
+  const int64_t token = row.sample(u, total);
   return {token, std::log(row.w[token] / total)};
 }
 
 void check_column(const char* op, const char* name, const Tensor& column, int64_t length) {
-  TORCH_CHECK(column.dim() == 1 && column.size(0) == length, op, ": ", name, " has shape ", column.sizes(),
-              "; allowed is [", length, "].");
+  TORCH_CHECK(column.dim() == 1 && column.size(0) == length, op, ": ", name, " must have shape [", length, "], got ",
+              column.sizes(), ".");
 }
 
 void check_logits(const char* op, const Tensor& logits) {
-  TORCH_CHECK(logits.dim() == 2 && logits.size(1) > 0, op, ": logits have shape ", logits.sizes(),
-              "; allowed is [B, V] with V at least 1.");
+  TORCH_CHECK(logits.dim() == 2 && logits.size(1) > 0, op, ": logits must have shape [B, V] with V >= 1, got ",
+              logits.sizes(), ".");
 }
 
 // A column of parameters as T, and the tensor that holds it.
@@ -69,7 +69,7 @@ std::tuple<Tensor, Tensor> sample(const Tensor& logits, const Tensor& temperatur
       thread_local Scratch scratch;
       for (int64_t r = begin; r < end; ++r) {
         const double u = uniform(static_cast<uint64_t>(seed[r]), static_cast<uint64_t>(step[r]));
-        const auto [token, logprob] = draw_row(x.row<T>(r), x.width, heat[r], k[r], p[r], relative[r], u, scratch);
+        const auto [token, logprob] = sample_row(x.row<T>(r), x.width, heat[r], k[r], p[r], relative[r], u, scratch);
         to_tokens[r] = token;
         to_logprobs[r] = logprob;
       }

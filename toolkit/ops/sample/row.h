@@ -1,8 +1,8 @@
-// One row of sampling: weights, filters and the draw. Work is in float64; selection compares the logits themselves.
+// One row of sampling: weights, filters and the sample. Work is in float64; selection compares the logits themselves.
 //
 // Nothing here sorts the vocabulary. Top-k bisects a threshold on the ordered bits of the float, a pass of counting
 // a step. Top-p adds weights into buckets of equal width in log-probability, which leaves the few tokens of one
-// bucket (or those of top-k) to be resolved exactly. The running sum is kept per block, so that the draw looks into
+// bucket (or those of top-k) to be resolved exactly. The running sum is kept per block, so that sampling looks into
 // one block only.
 #pragma once
 #include "rows.h"
@@ -35,7 +35,7 @@ inline double uniform(uint64_t seed, uint64_t step) {
   return static_cast<double>((uint64_t{c[0]} << 21) | (c[1] >> 11)) * 0x1p-53;
 }
 
-// The first place of `value`, or of a NaN if that is what it is.
+// The first index of `value`, or of a NaN if that is what it is.
 template <typename T>
 int64_t first(const T* x, int64_t n, T value) {
   int64_t i = 0;
@@ -143,7 +143,7 @@ struct Row {
     return running;
   }
 
-  // Leaves the fewest likeliest tokens that reach `share` of the weights, of those that reach `least`.
+  // Leaves the fewest most probable tokens that reach `share` of the weights, of those that reach `least`.
   void keep_nucleus_among(double share, T least) {
     const double target = std::max(share, kLeastMass) * accumulate_blocks(0.0);
     collect([&](int64_t i) { return x[i] >= least; });
@@ -233,7 +233,7 @@ struct Row {
   }
 
   // The first token at which the running sum exceeds u times the total, given the sums by block.
-  int64_t draw(double u, double total) const {
+  int64_t sample(double u, double total) const {
     const double target = u * total;  // below the total, as u <= 1 - 2^-53
     const auto& sums = scratch.sums;
     const int64_t block = std::upper_bound(sums.begin(), sums.begin() + blocks, target) - sums.begin();

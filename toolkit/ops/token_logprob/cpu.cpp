@@ -10,8 +10,8 @@ using namespace toolkit::softmax;
 constexpr int64_t kBlockGrain = 4;  // blocks that repay waking another thread
 
 int64_t check(const Tensor& logits, const Tensor& targets) {
-  TORCH_CHECK(logits.dim() > 0 && logits.size(-1) > 0, "token_logprob: logits have shape ", logits.sizes(),
-              "; allowed is [..., V] with V at least 1.");
+  TORCH_CHECK(logits.dim() > 0 && logits.size(-1) > 0,
+              "token_logprob: logits must have shape [..., V] with V >= 1, got ", logits.sizes(), ".");
   TORCH_CHECK(targets.scalar_type() == at::kLong && targets.sizes() == logits.sizes().slice(0, logits.dim() - 1),
               "token_logprob: targets have dtype ", targets.scalar_type(), " and shape ", targets.sizes(),
               "; logits of shape ", logits.sizes(), " need int64 and one target a row.");

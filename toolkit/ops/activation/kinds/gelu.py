@@ -29,17 +29,3 @@ def triton_value(x):
 def triton_both(x):
     below, density = normal(x)
     return finite_below(x) * below, clamp(x, -100.0, 100.0) * density + below
-
-
-CPU = """
-  template <typename V>
-  static V value(const V& x) {
-    return finite_below(x) * elementary::normal(x).below;
-  }
-  template <typename V>
-  static Pair<V> both(const V& x) {
-    const auto [below, density] = elementary::normal(x);
-    const V bounded = at::vec::clamp(x, V(-100), V(100));
-    return {finite_below(x) * below, at::vec::fmadd(bounded, density, below)};
-  }
-"""

@@ -33,24 +33,3 @@ def triton_both(x):
     s, rest = sigmoid_both(near * (near * near * 0.044715 + 1.0) * 1.5957691216057308)
     slope = (near * near * 0.134145 + 1.0) * 1.5957691216057308
     return finite_below(x) * s, near * slope * (s * rest) + s
-
-
-CPU = """
-  template <typename V>
-  static V value(const V& x) {
-    return finite_below(x) * sigmoid(twice_u(x));
-  }
-  template <typename V>
-  static Pair<V> both(const V& x) {
-    const V bounded = at::vec::clamp(x, V(-100), V(100));
-    const auto [s, rest] = sigmoid_both(twice_u(bounded));
-    const V slope = at::vec::fmadd(bounded * bounded, V(3 * kCubic), V(1)) * V(kScale);
-    return {finite_below(x) * s, at::vec::fmadd(bounded * slope, s * rest, s)};
-  }
-  template <typename V>
-  static V twice_u(const V& x) {
-    return x * at::vec::fmadd(x * x, V(kCubic), V(1)) * V(kScale);
-  }
-  static constexpr double kScale = 1.5957691216057308;  // 2 sqrt(2/pi)
-  static constexpr double kCubic = 0.044715;
-"""

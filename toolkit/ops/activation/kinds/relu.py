@@ -24,15 +24,3 @@ def triton_value(x):
 
 def triton_both(x):
     return tl.where(x <= 0.0, 0.0, x), tl.where(x <= 0.0, 0.0, 1.0)
-
-
-CPU = """
-  template <typename V>
-  static V value(const V& x) {
-    return at::vec::clamp_min(x, V(0));
-  }
-  template <typename V>
-  static Pair<V> both(const V& x) {
-    return {value(x), V::blendv(V(1), V(0), x <= V(0))};
-  }
-"""

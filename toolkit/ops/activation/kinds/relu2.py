@@ -25,17 +25,3 @@ def triton_value(x):
 def triton_both(x):
     r = tl.where(x <= 0.0, 0.0, x)
     return r * r, r + r
-
-
-CPU = """
-  template <typename V>
-  static V value(const V& x) {
-    const V r = at::vec::clamp_min(x, V(0));
-    return r * r;
-  }
-  template <typename V>
-  static Pair<V> both(const V& x) {
-    const V r = at::vec::clamp_min(x, V(0));
-    return {r * r, r + r};
-  }
-"""

@@ -23,16 +23,3 @@ def triton_value(x):
 def triton_both(x):
     s, rest = sigmoid_both(x)
     return s, s * rest
-
-
-CPU = """
-  template <typename V>
-  static V value(const V& x) {
-    return sigmoid(x);
-  }
-  template <typename V>
-  static Pair<V> both(const V& x) {
-    const auto [s, rest] = sigmoid_both(x);
-    return {s, s * rest};
-  }
-"""

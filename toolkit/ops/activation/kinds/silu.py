@@ -26,17 +26,3 @@ def triton_value(x):
 def triton_both(x):
     s, rest = sigmoid_both(x)
     return finite_below(x) * s, s * (clamp(x, -1e4, 1e4) * rest + 1.0)
-
-
-CPU = """
-  template <typename V>
-  static V value(const V& x) {
-    return gated(finite_below(x), x);
-  }
-  template <typename V>
-  static Pair<V> both(const V& x) {
-    const auto [s, rest] = sigmoid_both(x);
-    const V bounded = at::vec::clamp(x, V(-1e4), V(1e4));
-    return {finite_below(x) * s, s * at::vec::fmadd(bounded, rest, V(1))};
-  }
-"""

@@ -35,16 +35,3 @@ def triton_both(x):
     series = ((((((s / 15 + 1.0 / 13) * s + 1.0 / 11) * s + 1.0 / 9) * s + 1.0 / 7) * s + 0.2) * s + 1.0 / 3) * s + 1.0
     value = tl.where(x > 20.0, x, tl.where(x < 0.0, 0.0, x) + 2.0 * r * series)
     return value, tl.where(x > 20.0, 1.0, sigmoid(x))
-
-
-CPU = """
-  template <typename V>
-  static V value(const V& x) {
-    const V soft = at::vec::clamp_min(x, V(0)) + elementary::exp(x.abs().neg()).log1p();
-    return V::blendv(soft, x, x > V(20));
-  }
-  template <typename V>
-  static Pair<V> both(const V& x) {
-    return {value(x), V::blendv(sigmoid(x), V(1), x > V(20))};
-  }
-"""

@@ -34,17 +34,3 @@ def triton_both(x):
     square = y * y
     series = y * ((((square * (62.0 / 2835) - 17.0 / 315) * square + 2.0 / 15) * square - 1.0 / 3) * square + 1.0)
     return tl.where(tl.abs(y) < 0.25, series, s - rest), s * rest * 4.0
-
-
-CPU = """
-  template <typename V>
-  static V value(const V& x) {
-    return x.tanh();
-  }
-  template <typename V>
-  static Pair<V> both(const V& x) {
-    // 4 s (1 - s) with s = sigmoid(2x): exact in the tails, where 1 - tanh^2 cancels.
-    const auto [s, rest] = sigmoid_both(x + x);
-    return {x.tanh(), V(4) * s * rest};
-  }
-"""

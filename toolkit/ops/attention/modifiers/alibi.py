@@ -23,15 +23,3 @@ def triton_score(s, query, key, p):
 
 def triton_both(s, query, key, p):
     return s + tl.load(p) * (key - query).to(tl.float32), 1.0
-
-
-CPU = """
-  template <typename V>
-  static V score(const V& s, const V& query, const V& key, const typename V::value_type* p) {
-    return s + V(p[0]) * (key - query);
-  }
-  template <typename V>
-  static Bent<V> both(const V& s, const V& query, const V& key, const typename V::value_type* p) {
-    return {score(s, query, key, p), V(1)};
-  }
-"""

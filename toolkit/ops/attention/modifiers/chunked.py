@@ -21,13 +21,3 @@ def first(query: Tensor, chunk: Tensor) -> Tensor:
 def triton_visible(query, key, p):
     size = tl.load(p).to(tl.int32)
     return key >= query // size * size  # keys after the query are never seen
-
-
-CPU = """
-  template <typename V>
-  static V visible(const V& query, const V& key, const typename V::value_type* p) {
-    const V size(p[0]), guess = (query / size).floor() * size;
-    // The quotient may have been rounded up to a whole number.
-    return key >= V::blendv(guess, guess - size, guess > query);  // keys after the query are never seen
-  }
-"""

@@ -1,4 +1,4 @@
-// y[m, n] = sum_k x[m, k] * w[n, k] + bias[n], the same bits for an output row whatever the other rows are.
+// y[m, n] = sum_k x[m, k] * w[n, k] + bias[n], batch-invariant: an output row does not depend on the other rows.
 //
 // K is cut into blocks of kDepth. Within a block an output is one chain of multiply-adds over ascending k; block sums
 // are added in order, the bias last. Blocking over M and N, and threads, only choose which outputs are computed
@@ -11,18 +11,18 @@
 #include "gemm.h"
 #include "threads.h"
 
-namespace toolkit::product {
+namespace toolkit::matmul {
 
 template <typename T>
 constexpr int64_t kDepth = 1024 / sizeof(T);  // K block: fixes the order of additions, so part of the op's bits
 // Rows of x whose K block stays in L2 while panels of weights pass by: 192, or 384 with AVX-512 and its larger caches.
 constexpr int64_t kRowBlock = 6 * gemm::kVectorBytes;
-constexpr int64_t kChunk = 32;                // panels a task at most
-constexpr int64_t kTasks = 4;                 // tasks a thread, so that a disturbed thread leaves some to the others
-constexpr int64_t kParallelWork = 1 << 20;    // multiply-adds that repay waking another thread
-constexpr int64_t kStayInCache = 1 << 18;     // bytes of x that are small enough to be passed over once a panel
-constexpr int64_t kCopyRows = 24;             // rows from which a copy of x pays when its stride fits caches badly
-constexpr int64_t kBadStride = 4096;          // bytes: rows this far apart compete for the same few cache sets
+constexpr int64_t kChunk = 32;              // panels a task at most
+constexpr int64_t kTasks = 4;               // tasks a thread, so that a disturbed thread leaves some to the others
+constexpr int64_t kParallelWork = 1 << 20;  // multiply-adds that repay waking another thread
+constexpr int64_t kStayInCache = 1 << 18;   // bytes of x that are small enough to be passed over once a panel
+constexpr int64_t kCopyRows = 24;           // rows from which a copy of x pays when its stride fits caches badly
+constexpr int64_t kBadStride = 4096;        // bytes: rows this far apart compete for the same few cache sets
 
 // A weight costs about as much to fetch as eight multiply-adds.
 inline int64_t cost(int64_t rows, int64_t weights) { return (rows + 8) * weights; }
@@ -109,7 +109,7 @@ void block(const Problem<T, S>& p, int64_t row, int64_t row_end, int64_t panel, 
   }
 }
 
-// A product without terms: what was there or 0, and the bias.
+// A GEMM without terms (K = 0): what was there or 0, and the bias.
 template <typename T, typename S>
 void fill_empty(const Problem<T, S>& p) {
   for (int64_t m = 0; m < p.rows; ++m)
@@ -119,18 +119,18 @@ void fill_empty(const Problem<T, S>& p) {
     }
 }
 
-// All of the product on the calling thread.
+// The whole GEMM on the calling thread.
 template <typename T, typename S>
 void compute(const Problem<T, S>& p) {
   if (p.depth == 0) return fill_empty(p);
   block(p, 0, p.rows, 0, gemm::Panels<T>(p.outputs, p.rows).count());
 }
 
-// Several products of one kind, shared out to torch's threads together.
+// Several GEMMs of one kind, split together over torch's threads.
 template <typename P>
 void run(const std::vector<P>& problems) {
   using T = typename P::Value;
-  struct Share {  // how one product is cut into tasks, and which task is its first
+  struct Share {  // how one GEMM is split into tasks, and which task is its first
     int64_t panels, row_blocks, height, chunk, chunks, first;
   };
   const auto cut = [](int64_t count, int64_t parts) { return (count + parts - 1) / parts; };  // parts of like size
@@ -163,4 +163,4 @@ void run(const std::vector<P>& problems) {
   });
 }
 
-}  // namespace toolkit::product
+}  // namespace toolkit::matmul
