@@ -284,14 +284,19 @@ def test_a_new_kind_is_one_file(tmp_path, monkeypatch):
     assert "leaky" not in KINDS
     monkeypatch.setattr(setuptools, "setup", lambda **options: None)
     make = runpy.run_path(str(Path(__file__).parents[2] / "setup.py"))["activation_header"]
+    with pytest.raises(RuntimeError, match=r"bilinear\.py has no C\+\+ functor beside it"):
+        make(tmp_path)
+    for name in ("bilinear", "leaky"):
+        (tmp_path / f"{name}.h").touch()
     header = make(tmp_path)
-    assert "struct Kind_leaky {\n  static constexpr int kArguments = 1;\n  // the leak\n};" in header
-    assert "struct Kind_bilinear {\n  static constexpr int kArguments = 2;" in header
+    assert f'#include "{tmp_path / "leaky.h"}"' in header
+    assert "static_assert(Kind_leaky::kArguments == 1," in header
+    assert "static_assert(Kind_bilinear::kArguments == 2," in header
     chooser, plain = header.split("inline void with_plain_kind")
     assert 'if (kind == "bilinear") return body(Kind_bilinear{});' in chooser
     assert "bilinear" not in plain
-    (tmp_path / "broken.py").write_text("def value(x):\n    return x\n")
-    with pytest.raises(RuntimeError, match=r"broken\.py has no string CPU"):
+    (tmp_path / "broken.py").write_text("def values(x):\n    return x\n")
+    with pytest.raises(RuntimeError, match=r"broken\.py must have a function value"):
         make(tmp_path)
 
 
@@ -306,9 +311,6 @@ def value(x):
 def derivative(x):
     return torch.where(x < 0, 0.25, 1.0)
 
-
-CPU = '''  // the leak
-'''
 """
 BILINEAR = """
 def value(gate, up):
@@ -318,8 +320,6 @@ def value(gate, up):
 def derivative(gate, up):
     return up, gate
 
-
-CPU = ""
 """
 
 
@@ -377,7 +377,6 @@ MISH = """
         t = F.softplus(x).tanh()
         return t + x * x.sigmoid() * (1 - t * t)
 
-    CPU = ""
 """
 TRITON_BILINEAR = """
     def value(gate, up):
@@ -392,5 +391,4 @@ TRITON_BILINEAR = """
     def triton_both(gate, up):
         return gate * up, up, gate
 
-    CPU = ""
 """

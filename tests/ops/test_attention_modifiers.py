@@ -263,13 +263,17 @@ def test_a_new_modifier_is_one_file(tmp_path, monkeypatch):
     assert "bent" not in modifiers.MODIFIERS
     monkeypatch.setattr(setuptools, "setup", lambda **options: None)
     make = runpy.run_path(str(Path(__file__).parents[2] / "setup.py"))["modifier_header"]
-    with pytest.raises(RuntimeError, match=r"broken\.py has no string CPU"):
+    with pytest.raises(RuntimeError, match=r"bent\.py has no C\+\+ functor beside it"):
+        make(tmp_path)
+    (tmp_path / "bent.h").touch()
+    with pytest.raises(RuntimeError, match=r"broken\.py must have functions score or visible"):
         make(tmp_path)
     (tmp_path / "broken.py").unlink()
     header = make(tmp_path)
-    assert "struct Modifier_bent {\n  static constexpr bool kScores = true, kMasks = true;" in header
-    assert "static constexpr int64_t kParameters = 2;\n  // bent\n" in header
-    assert 'if (name == "bent") return body(Modifier_bent{});' in header
+    assert f'#include "{tmp_path / "bent.h"}"' in header
+    assert "static_assert(Modifier_bent::kScores == true && Modifier_bent::kMasks == true" in header
+    assert "Modifier_bent::kParameters == 2," in header
+    assert 'if (modifier == "bent") return body(Modifier_bent{});' in header
 
 
 BENT = """
@@ -287,7 +291,4 @@ def derivative(s, query, key, amount, step):
 def visible(query, key, amount, step):
     return (query - key) % step.long() == 0
 
-
-CPU = '''  // bent
-'''
 """

@@ -1,4 +1,4 @@
-"""The activation functions, one file each: a torch twin, a Triton function and a C++ functor.
+"""The activation functions, one file each, and beside it the header of its C++ functor.
 
 A file of this folder *is* a kind: its name is the file's, and the folder is listed, here for the reference and
 for Triton, in setup.py for the native library. A kind of one argument serves ``activation``, and as ``f(gate) * up``
@@ -11,9 +11,10 @@ for Triton, in setup.py for the native library. A kind of one argument serves ``
     Triton functions of float32 tiles: f, and (f, f'); a gate's second one is (f, slope to gate, slope to up).
     They see ``tl`` and the functions of ``toolkit.ops.activation.triton_functions``, imported under ``TYPE_CHECKING``
     only, for triton is not loaded before a kernel is.
-``CPU``
-    A string, the inside of a C++ struct: ``value`` and ``both`` of vectors, with the helpers of
-    ``toolkit/ops/native/activations.h``; ``both`` returns ``Pair<V>`` (a gate's: ``Slopes<V>``).
+
+The header of the same name beside it holds the C++ functor ``Kind_<name>`` of the native library: ``kArguments``, and
+``value`` and ``both`` of vectors, with the helpers of ``toolkit/ops/native/activations.h``; ``both`` returns a
+``Pair<V>`` (a gate's: ``Slopes<V>``).
 
 Limits at infinity are exact, nothing finite overflows into NaN, and NaN stays NaN.
 """

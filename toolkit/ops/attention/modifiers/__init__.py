@@ -17,10 +17,11 @@ token of the sequence; the parameters, if any, are the head's own. The file hold
     Triton functions of float32 tiles and int32 positions: the score, (score, derivative), the mask, the bound.
     Parameter i is ``tl.load(p + i)`` (float32; a tile that broadcasts). They see ``tl``, imported under
     ``TYPE_CHECKING`` only, for triton is not loaded before a kernel is.
-``CPU``
-    A string, the inside of a C++ struct: templates ``score``, ``both`` (a ``Bent<V>`` of value and derivative) and
-    ``visible`` (a mask as comparisons give it) of vectors ``(s, query, key, p)`` or ``(query, key, p)``; parameter i
-    is ``p[i]``. Positions are numbers of the vectors' type: in float exact below 2^24.
+
+The header of the same name beside it holds the C++ functor ``Modifier_<name>`` of the native library: ``kScores``,
+``kMasks``, ``kParameters``, and templates ``score``, ``both`` (``ScoreAndSlope<V>``: value and derivative) and
+``visible`` (a mask as comparisons give it) of vectors ``(s, query, key, p)`` or ``(query, key, p)``; parameter i is
+``p[i]``. Positions are numbers of the vectors' type: in float exact below 2^24.
 
 A key that a modifier alone hides takes part with weight 0, so what stands there must be finite.
 """
