@@ -338,7 +338,7 @@ def test_bad_input_is_named():
         causal_conv(x, weight, bias, offsets, past[:, :2])
     with pytest.raises(ToolkitError, match=r"tails has shape \[2, 3, 5\] .* \['N', 3, 6\] in torch.float32"):
         causal_conv(x, weight, bias, offsets, past, torch.ones(2, 3, 5))
-    with pytest.raises(ToolkitError, match=r"dtype is torch.int64; allowed are float32"):
+    with pytest.raises(ToolkitError, match=r"dtype must be float32, float64, bfloat16 or float16, got torch.int64"):
         causal_conv(x.long(), weight, bias, offsets, past)
     none = torch.empty(0, dtype=torch.int64)
     with pytest.raises(ToolkitError, match="contiguous last dimension"):
@@ -350,9 +350,9 @@ def test_indices_out_of_range_are_named_and_nothing_is_written():
     x, weight, tails = torch.ones(5, 6), torch.ones(6, 3), torch.zeros(2, 2, 6)
     for offsets, past, message in (
         ([0, 2, 6], [[-1, -1]] * 2, r"query_offsets\[2\] is 6; there are 5 rows"),
-        ([0, 3, 2], [[-1, -1]] * 2, r"query_offsets\[2\] is 2; it must not be less than the one before, 3"),
-        ([0, 2, 4], [[-1, -1], [0, 4]], r"past\[1, 1\] is 4; allowed are rows below 4, -1, and down to -5"),
-        ([0, 2, 4], [[-6, -1], [0, 1]], r"past\[0, 0\] is -6; allowed are .* the 4 rows of tails"),
+        ([0, 3, 2], [[-1, -1]] * 2, r"query_offsets\[2\] is 2; must not be less than the one before, 3"),
+        ([0, 2, 4], [[-1, -1], [0, 4]], r"past\[1, 1\] must be a row below 4, -1, or down to -5 .*, got 4"),
+        ([0, 2, 4], [[-6, -1], [0, 1]], r"past\[0, 0\] must be .* the 4 rows of tails, got -6"),
     ):
         with pytest.raises(RuntimeError, match=message):
             causal_conv(x, weight, None, torch.tensor(offsets), torch.tensor(past), tails)

@@ -272,7 +272,7 @@ def test_wrong_arguments_say_what_is_wrong():
             linear(x, w.double(), b)
         with pytest.raises(RuntimeError, match=r"bias must have shape \[3\]"):
             linear(x, w, b[:2])
-        with pytest.raises(RuntimeError, match="x must be float32, float64, bfloat16 or float16"):
+        with pytest.raises(RuntimeError, match="x must have dtype float32, float64, bfloat16 or float16, got"):
             linear(x.int(), w.int())
 
 

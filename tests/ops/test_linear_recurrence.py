@@ -502,9 +502,9 @@ def test_indices_out_of_range_are_named_and_nothing_is_written():
     given = inputs(5, 2, 4, 6, 3, torch.float32)
     for lengths, parents, message in (
         ([2, 4], [-1, 0], r"query_offsets\[2\] is 6; there are 5 rows"),
-        ([2, -1], [-1, 0], r"query_offsets\[2\] is 1; it must not be less than the one before, 2"),
-        ([2, 3], [-1, 1], r"parents\[1\] is 1; allowed are an earlier segment, -1"),
-        ([2, 3], [-1, -2], r"parents\[1\] is -2; allowed are .* the 0 states of initial"),
+        ([2, -1], [-1, 0], r"query_offsets\[2\] is 1; must not be less than the one before, 2"),
+        ([2, 3], [-1, 1], r"parents\[1\] must be an earlier segment, -1, .*, got 1"),
+        ([2, 3], [-1, -2], r"parents\[1\] must be .* the 0 states of initial, got -2"),
     ):
         with pytest.raises(RuntimeError, match=message):
             op(given, (lengths, parents))

@@ -211,7 +211,7 @@ def test_wrong_arguments_are_one_sentence():
         with pytest.raises(ToolkitError, match=words):
             lora_linear(*arguments)
     for impl in IMPLEMENTATIONS:
-        with pytest.raises(IndexError, match=r"adapters hold 3; allowed are negative numbers and 0 to 2"):
+        with pytest.raises(IndexError, match=r"adapters must be negative or 0 to 2, got 3"):
             lora_linear(x, weight, bias, a, b, scaling.detach(), torch.full((4,), 3), impl=impl)
 
 

@@ -377,7 +377,7 @@ def test_bad_input_is_named(impl):
         sample(logits, rest[0][:1], *rest[1:], impl=impl)
     with pytest.raises(ToolkitError, match=r"seeds has dtype torch\.int32; allowed is int64"):
         sample(logits, *rest[:4], rest[4].int(), rest[5], impl=impl)
-    with pytest.raises(ToolkitError, match=r"dtype is torch\.int64"):
+    with pytest.raises(ToolkitError, match=r"dtype must be float32.* got torch\.int64"):
         sample(logits.long(), *rest, impl=impl)
 
 

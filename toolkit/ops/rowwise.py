@@ -22,7 +22,7 @@ _BLOCK = 4096  # columns that are summed in one go
 def compute_dtype(x: Tensor) -> torch.dtype:
     """float64 for float64, float32 for narrower formats; ToolkitError for other dtypes."""
     if x.dtype not in _FLOATS:
-        raise ToolkitError(f"dtype is {x.dtype}; allowed are float32, float64, bfloat16 and float16.")
+        raise ToolkitError(f"dtype must be float32, float64, bfloat16 or float16, got {x.dtype}.")
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 

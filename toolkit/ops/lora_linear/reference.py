@@ -10,7 +10,7 @@ from toolkit.ops.rowwise import widened
 def _rows_of(adapters: Tensor, count: int) -> list[Tensor]:
     """For each adapter its rows, ascending."""
     if adapters.device.type == "cpu" and adapters.numel() and int(adapters.max()) >= count:
-        raise IndexError(f"adapters hold {int(adapters.max())}; allowed are negative numbers and 0 to {count - 1}.")
+        raise IndexError(f"adapters must be negative or 0 to {count - 1}, got {int(adapters.max())}.")
     return [(adapters == index).nonzero().squeeze(-1) for index in range(count)]
 
 
