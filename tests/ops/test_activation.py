@@ -327,7 +327,7 @@ def derivative(gate, up):
 def test_a_new_kind_s_triton_functions(impl, tmp_path, monkeypatch):
     """mish: x tanh(log(1 + e^x)), and a gate of two arguments."""
     (tmp_path / "mish.py").write_text(textwrap.dedent(MISH))
-    (tmp_path / "bilinear.py").write_text(textwrap.dedent(TRITON_BILINEAR))
+    (tmp_path / "two_gates.py").write_text(textwrap.dedent(TRITON_BILINEAR))
     monkeypatch.setattr(kinds, "__path__", [*kinds.__path__, str(tmp_path)])
     kinds.discover()
     try:
@@ -337,14 +337,14 @@ def test_a_new_kind_s_triton_functions(impl, tmp_path, monkeypatch):
         check_oracle(lambda x: activation(x, "mish"), mish, [x], 1e-6)
         assert error(gated_activation(x, up, "mish"), mish(x.double()) * up.double()) <= 1e-6
         assert error(activation(x, "mish", impl="reference"), mish(x.double())) <= 1e-6
-        assert torch.equal(gated_activation(x, up, "bilinear"), x * up)
+        assert torch.equal(gated_activation(x, up, "two_gates"), x * up)
         assert all(
             map(
-                torch.equal, torch.ops.toolkit.gated_activation_backward(grad, x, up, "bilinear"), (grad * up, grad * x)
+                torch.equal, torch.ops.toolkit.gated_activation_backward(grad, x, up, "two_gates"), (grad * up, grad * x)
             )
         )
-        with pytest.raises(ToolkitError, match="kind is 'bilinear'"):
-            activation(x, "bilinear")
+        with pytest.raises(ToolkitError, match="kind is 'two_gates'"):
+            activation(x, "two_gates")
     finally:
         monkeypatch.undo()
         kinds.discover()
