@@ -340,7 +340,9 @@ def test_a_new_kind_s_triton_functions(impl, tmp_path, monkeypatch):
         assert torch.equal(gated_activation(x, up, "two_gates"), x * up)
         assert all(
             map(
-                torch.equal, torch.ops.toolkit.gated_activation_backward(grad, x, up, "two_gates"), (grad * up, grad * x)
+                torch.equal,
+                torch.ops.toolkit.gated_activation_backward(grad, x, up, "two_gates"),
+                (grad * up, grad * x),
             )
         )
         with pytest.raises(ToolkitError, match="kind is 'two_gates'"):
