@@ -4,10 +4,11 @@ import logging
 import os
 import warnings
 
-# logger -> how the messages begin that are dropped.
+# logger -> parts of the messages that are dropped.
 NOTICES = {
     "DeepSpeed": ("Setting accelerator to CPU", "Setting ds_accelerator to"),
     "transformers.tokenization_utils_base": ("Token indices sequence length is longer",),
+    "transformers.integrations.hub_kernels": ("is falling back to its reference PyTorch implementation",),
     "torch.distributed.elastic.multiprocessing.redirects": ("NOTE: Redirects are currently not supported",),
     "torchao": ("Skipping import of cpp extensions",),
 }
@@ -19,24 +20,25 @@ WARNINGS = (
 
 
 class Without(logging.Filter):
-    """Drops records whose message begins with one of ``starts``."""
+    """Drops records whose message has one of ``parts`` in it."""
 
-    def __init__(self, starts: tuple[str, ...]) -> None:
+    def __init__(self, parts: tuple[str, ...]) -> None:
         super().__init__()
-        self.starts = starts
+        self.parts = parts
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(self.starts)
+        message = record.getMessage()
+        return not any(part in message for part in self.parts)
 
 
 def silence_libraries() -> None:
     """Drop the notices in this process; call it before the libraries are imported. Errors stay."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    for name, starts in NOTICES.items():
+    for name, parts in NOTICES.items():
         logger = logging.getLogger(name)
         if not any(isinstance(one, Without) for one in logger.filters):
-            logger.addFilter(Without(starts))
+            logger.addFilter(Without(parts))
     for start in WARNINGS:
         warnings.filterwarnings("ignore", message=start)
     for category in (FutureWarning, DeprecationWarning):
