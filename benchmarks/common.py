@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(os.environ.get("TOOLKIT_BENCHMARK_RESULTS", ROOT / "benchmarks" / "results"))
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft", "numpy")
 
 
@@ -210,8 +211,7 @@ def in_fresh_process(module: str, *arguments: str) -> dict[str, Any]:
     Peak memory is a process's lifetime maximum, so each side of a comparison runs in a separate process.
     """
     command = [sys.executable, "-m", module, *arguments]
-    root = Path(__file__).parent.parent
-    result = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if result.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} failed:\n{result.stdout}{result.stderr}")
     return json.loads(result.stdout.strip().splitlines()[-1])
@@ -237,7 +237,7 @@ class Side:
     def __init__(self, module: str, arguments: Sequence[str]) -> None:
         command = [sys.executable, "-m", module, *arguments]
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, cwd=RESULTS.parent.parent, stdin=pipe, stdout=pipe, text=True)
+        self.process = subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True)
 
     def read(self) -> Any:
         line = self.process.stdout.readline() if self.process.stdout else ""

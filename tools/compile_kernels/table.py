@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS, describe, write_aside
+from benchmarks.common import ROOT, describe, write_aside
 from tools.compile_kernels import (
     kernel_cases_attention,
     kernel_cases_matrix,
@@ -19,8 +19,7 @@ from tools.compile_kernels import (
 )
 from tools.compile_kernels.compiler import Compiled
 
-ROOT = Path(__file__).parents[2]
-TABLE = RESULTS / "kernels.json"
+TABLE = ROOT / "benchmarks" / "results" / "kernels.json"
 
 
 def cases() -> dict[str, Callable[[], Any]]:

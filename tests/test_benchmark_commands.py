@@ -1,0 +1,55 @@
+"""Every benchmark's command runs and passes its gate, at its smallest size. Nothing is timed here."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMANDS = {
+    "serve": "--batch 1 --prompt 8 --new-tokens 4 --repeats 1 --generate-batch 2",
+    "train": "--rows 1 --length 16 --repeats 1",
+    "moe": "--only memory training generation --rows 1 --length 16 --batch 1 --prompt 8 --new-tokens 4 --repeats 1",
+    "grpo": "--prompt 16 --group 4 --completion 4 --micro 4 --repeats 1",
+    "trl_grpo": "--prompt 16 --group 4 --completion 4 --layers 1 --repeats 1 --turns 1",
+    "trainer_curve": "--steps 4",
+    "distributed": "--steps 2",
+    "long_sequence": "--length 96 --chunk 32 --compare 64",
+    "moe_overlap": "--tokens 16 --width 32 --inner 16 --chunks 2 --repeats 1",
+    "ops": "--only bits linear head --seconds 0.01",
+    "ops.attention": "--repeats 1",
+}
+
+
+def run(module: str, arguments: str, folder: Path) -> str:
+    """Standard output of a command, whose results go to ``folder`` and not over the committed ones."""
+    environment = os.environ | {"TOOLKIT_BENCHMARK_RESULTS": str(folder), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", module, *arguments.split()]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.mark.sweep
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_benchmark_passes_its_gate(name: str, tmp_path: Path) -> None:
+    committed = {path: path.stat().st_mtime_ns for path in (ROOT / "benchmarks" / "results").iterdir()}
+    assert run(f"benchmarks.{name}", COMMANDS[name], tmp_path)
+    assert committed == {path: path.stat().st_mtime_ns for path in (ROOT / "benchmarks" / "results").iterdir()}
+
+
+@pytest.mark.sweep
+@pytest.mark.timeout(600)
+def test_a_kernel_compiles_for_each_target(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    out = run("tools.compile_kernels", "--only causal_conv_paged --processes 1", tmp_path)
+    assert all(arch in out for arch in ("sm_80", "sm_90", "sm_100", "gfx942"))
+    assert "unfit" not in out
+
+
+def test_every_command_has_a_small_size() -> None:
+    short = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - {"__init__", "common"}
+    assert short <= set(COMMANDS)
