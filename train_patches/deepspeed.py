@@ -111,4 +111,7 @@ def parameter_groups(model: nn.Module, **settings: Any) -> list[dict[str, Any]]:
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return split_params_into_different_moe_groups_for_optimizer({"params": trained, "name": "dense", **settings})
+    groups: list[dict[str, Any]] = split_params_into_different_moe_groups_for_optimizer(
+        {"params": trained, "name": "dense", **settings}
+    )
+    return groups

@@ -39,11 +39,12 @@ class Traced(Collective):
         self.transfers: list[list[float]] = []
 
     def exchange(self, rows: torch.Tensor, counts: Sequence[Sequence[int]]) -> Pending:
-        pending: Any = super().exchange(rows, counts)
+        pending = super().exchange(rows, counts)
+        transfer: Any = pending
         if rows.dim() == 2 and rows.shape[1] == self._width and rows.dtype == torch.float32:
             times = [time.perf_counter(), 0.0]
             self.transfers.append(times)
-            pending._work.get_future().add_done_callback(lambda _: times.__setitem__(1, time.perf_counter()))
+            transfer._work.get_future().add_done_callback(lambda _: times.__setitem__(1, time.perf_counter()))
         return pending
 
 

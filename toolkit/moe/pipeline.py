@@ -4,7 +4,7 @@ T tokens of this rank, K experts per token, hidden size H; N rows that came to t
 """
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,8 @@ from toolkit.ops.experts.rows import (
 )
 from toolkit.ops.grouped_linear import combine
 
-_WEIGHTS = 4  # up, up_bias, down, down_bias
+Tensors = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
+"""up, up_bias, down and down_bias of ``ExpertWeights``."""
 
 
 def pipelined_experts(
@@ -46,8 +47,8 @@ def pipelined_experts(
     Saved for backward: rows received, pre-activations (not with ``recompute``), pairs and plans.
     """
     tensors = weights.up, weights.up_bias, weights.down, weights.down_bias
-    out = _PipelinedExperts.apply(x, topk_weights, *tensors, weights.layout, exchange, recompute)
-    return cast(Tensor, out)
+    out: Tensor = _PipelinedExperts.apply(x, topk_weights, *tensors, weights.layout, exchange, recompute)  # type: ignore[no-untyped-call]
+    return out
 
 
 def _run(chunks: int, backward: bool, **actions: Callable[[int], None]) -> None:
@@ -105,7 +106,8 @@ class _PipelinedExperts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         exchange: Exchange = ctx.exchange
-        tensors, saved = ctx.saved_tensors[:_WEIGHTS], list(ctx.saved_tensors[_WEIGHTS:])
+        up, up_bias, down, down_bias, *saved = ctx.saved_tensors
+        tensors: Tensors = up, up_bias, down, down_bias
         settings = _settings(ctx.layout)
         count = len(exchange.chunks)
         kept = [[saved.pop(0) for _ in range(number)] for number in ctx.counts]
@@ -152,7 +154,7 @@ def _settings(layout: ExpertLayout) -> tuple[str, str, bool, bool]:
 
 
 def _weight_gradients(
-    exchange: Exchange, kept: list[list[Tensor]], operands: list[WeightOperands], tensors: Any, layout: ExpertLayout
+    exchange: Exchange, kept: list[list[Tensor]], operands: list[WeightOperands], tensors: Tensors, layout: ExpertLayout
 ) -> Gradients:
     """The weights' gradients from the operands of all chunks, sorted by sending rank, expert and (token, k)."""
     rank, device = exchange.transport.rank, tensors[0].device

@@ -25,7 +25,8 @@ def experts_function(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     Patched modules have a forward that precedes this. All others run the code of their class, expert by expert, which
     in bitwise mode is batch-invariant.
     """
-    return own_forward(module)(module, *args, **kwargs)
+    out: Tensor = own_forward(module)(module, *args, **kwargs)
+    return out
 
 
 def register() -> None:

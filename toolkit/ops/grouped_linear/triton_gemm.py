@@ -135,7 +135,7 @@ def steps_of(tiles: Tensor, rows: int, experts: int, height: int) -> int:
     than ``height`` or there are so few rows that it may be.
     """
     whole = tiles.shape[0] - min(experts, rows)
-    return triton.cdiv(rows // whole if whole else rows, height)
+    return -(-(rows // whole if whole else rows) // height)
 
 
 def gemm_arguments(

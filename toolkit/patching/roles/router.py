@@ -99,7 +99,8 @@ class Probe:
         return F.linear(x, self._weight(), bias)
 
     def _weight(self) -> Tensor:
-        return getattr(self.holder, self.plain.weight)
+        weight: Tensor = getattr(self.holder, self.plain.weight)
+        return weight
 
     def _inputs(self) -> Iterator[Tensor]:
         """Plain inputs, and inputs with all logits far below zero, where an eps added to the sum of scores shows."""
