@@ -8,7 +8,7 @@ import torch
 
 from toolkit.cli import main
 from toolkit.errors import ToolkitError
-from toolkit.loading import load_model
+from toolkit.loading import find_source, load_model, load_weights
 from toolkit.testing.models import random_model
 
 
@@ -115,6 +115,7 @@ def test_a_repository_comes_from_the_cache_when_offline(saved):
     for options in ({}, {"revision": "main"}):
         weights = load_model("org/name", **options)[0].state_dict()
         assert all(torch.equal(weights[name], value) for name, value in expected.items())
+    assert load_model("org/name")[0].name_or_path == "org/name"  # what adapters name as their base model
     assert "a repository in the local cache while HF_HUB_OFFLINE is set, got 'org/other'" in error_of("org/other")
     assert "got 'org/name' at revision 'v2'" in error_of("org/name", revision="v2")
 
@@ -205,3 +206,52 @@ def test_bad_input_on_the_command_line_is_one_line_and_status_2(saved, tmp_path,
         line, *others = [line for line in captured.err.splitlines() if line.startswith("toolkit:")]
         assert others == []
         assert message in line
+
+
+def write_gguf(path, without=()):
+    """A llama of one layer with random float32 weights, without the tensors that are named."""
+    import gguf
+
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(16)
+    writer.add_feed_forward_length(24)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(32)
+    shapes = {"token_embd": (32, 16), "output_norm": (16,), "output": (32, 16)}
+    for name, shape in (
+        *((f"attn_{one}", (16, 16)) for one in ("q", "k", "v", "output")),
+        *((f"ffn_{one}", (24, 16)) for one in ("gate", "up")),
+        ("ffn_down", (16, 24)),
+        ("attn_norm", (16,)),
+        ("ffn_norm", (16,)),
+    ):
+        shapes[f"blk.0.{name}"] = shape
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items() if name not in without}
+    for name, tensor in tensors.items():
+        writer.add_tensor(f"{name}.weight", tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tensors
+
+
+def test_a_gguf_file_loads_and_can_be_saved(tmp_path):
+    tensors = write_gguf(tmp_path / "m.gguf")
+    model = load_weights(find_source(tmp_path / "m.gguf"), "float32")
+    assert torch.equal(model.get_input_embeddings().weight, tensors["token_embd"])
+    assert torch.equal(model.model.layers[0].mlp.down_proj.weight, tensors["blk.0.ffn_down"])
+    model.save_pretrained(tmp_path / "saved")
+    again = load_weights(find_source(tmp_path / "saved")).state_dict()
+    assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
+    assert load_weights(find_source(tmp_path / "m.gguf"), "bfloat16").dtype == torch.bfloat16
+    write_gguf(tmp_path / "part.gguf", without=["blk.0.attn_v"])
+    with pytest.raises(
+        ToolkitError, match=r"The weights in '.*part.gguf' lack 'model.layers.0.self_attn.v_proj.weight'\."
+    ):
+        load_weights(find_source(tmp_path / "part.gguf"))

@@ -128,9 +128,9 @@ def _model(source: Source, config: Any, dtype: "torch.dtype", device: "torch.dev
     if source.gguf is not None:
         # transformers has dequantised the weights; what remains of the quantiser would keep the model from being saved.
         model.hf_quantizer = None
-        model.name_or_path = str(name)
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
+    model.name_or_path = source.name
     return model
 
 

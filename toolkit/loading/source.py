@@ -24,12 +24,20 @@ class Source:
         gguf: the name of the GGUF file in it, if that is the model.
         base: of adapters, the model that they belong to.
         trust_remote_code: run Python code that lies in the folder.
+        repository: the Hub's name of it, if it comes from there.
     """
 
     folder: Path
     gguf: str | None = None
     base: "Source | None" = None
     trust_remote_code: bool = False
+    repository: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What names the model from any directory: a repository of the Hub, or an absolute path."""
+        path = self.folder if self.gguf is None else self.folder / self.gguf
+        return str(path.absolute()) if self.repository is None else self.repository
 
     @property
     def options(self) -> dict[str, Any]:
@@ -45,7 +53,7 @@ def find_source(
 
     Args and errors as for ``load_model``.
     """
-    path = Path(name_or_path)
+    path, repository = Path(name_or_path), None
     if path.is_file():
         if path.suffix != ".gguf":
             raise ToolkitError(f"{field} must be a folder, a GGUF file or org/name, got the file '{path}'.")
@@ -53,14 +61,14 @@ def find_source(
     if path.is_dir():
         folder = _model_folder(path, field)
     elif isinstance(name_or_path, str) and _REPOSITORY.match(name_or_path):
-        folder = _snapshot(name_or_path, revision, trust_remote_code, field)
+        folder, repository = _snapshot(name_or_path, revision, trust_remote_code, field), name_or_path
     else:
         raise ToolkitError(
             f"{field} must be a folder, a GGUF file or a repository of the Hub such as org/name, got "
             f"'{name_or_path}', which does not exist."
         )
     if (folder / CONFIG).is_file() or not (folder / ADAPTER).is_file():
-        return Source(folder, trust_remote_code=trust_remote_code)
+        return Source(folder, trust_remote_code=trust_remote_code, repository=repository)
     name = read_json(folder / ADAPTER).get("base_model_name_or_path")
     try:
         if not isinstance(name, str):
@@ -68,7 +76,7 @@ def find_source(
         base = find_source(name, trust_remote_code=trust_remote_code, field="base_model_name_or_path")
     except ToolkitError as error:
         raise ToolkitError(f"'{folder / ADAPTER}' names the base model {name!r}: {first_line(error)}.") from None
-    return Source(folder, base=base, trust_remote_code=trust_remote_code)
+    return Source(folder, base=base, trust_remote_code=trust_remote_code, repository=repository)
 
 
 def _model_folder(path: Path, field: str) -> Path:

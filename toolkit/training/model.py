@@ -186,7 +186,7 @@ def add_adapters(model: "PreTrainedModel", section: LoraSection, report: PatchRe
         target_modules=section.target_modules if section.target_modules is not None else "all-linear",
         target_parameters=section.target_parameters,
         task_type="CAUSAL_LM",
-        base_model_name_or_path=str(Path(str(model.name_or_path)).absolute()),
+        base_model_name_or_path=str(model.name_or_path),
     )
     try:
         model.add_adapter(config)
