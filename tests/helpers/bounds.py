@@ -14,12 +14,12 @@ NOISE = 32 * UNIT[torch.float32]
 
 def noise(*shape, dtype=torch.float32, scale=1.0, seed=0):
     """Normal numbers, the same ones on every device."""
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), device="cpu") * scale
+    values = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu") * scale
     return values.to(torch.get_default_device(), dtype)
 
 
 def integers(low, high, *shape, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randint(low, high, shape, generator=generator, device="cpu").to(torch.get_default_device())
 
 
@@ -61,7 +61,7 @@ def assert_same_bits(got, wanted):
 
 def subsets(rows, seed=0):
     """Some rows of ``rows``: one, few, many, a run, in any order."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     order = torch.randperm(rows, generator=generator, device="cpu").to(torch.get_default_device())
     return [order[:1], order[:5], order[: 2 * rows // 3], torch.arange(rows // 2, rows)]
 

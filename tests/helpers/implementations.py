@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 from unittest import mock
 
@@ -22,6 +22,7 @@ from tests.helpers import interpreter, rowwise
 from toolkit import ops
 from toolkit.ops import registry
 
+_Generator = torch.Generator
 CUDA = torch.cuda.is_available()
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SMALL = not CUDA  # sizes for the interpreter
@@ -50,8 +51,11 @@ class Implementation:
                 bounds = {dtype: (bound, 2 * bound) for dtype, bound in interpreter.TOLERANCE.items()}
                 stack.enter_context(mock.patch.multiple(rowwise, BOUNDS=bounds, THREADS=(1,), WIDEST=self.dtypes[0]))
                 stack.enter_context(interpreter.poisoned())
-                stack.enter_context(torch.device(self.device) if CUDA else serving("triton"))
-                if not CUDA:
+                if CUDA:
+                    stack.enter_context(torch.device(self.device))
+                    stack.enter_context(mock.patch.object(torch, "Generator", partial(_generator, self.device)))
+                else:
+                    stack.enter_context(serving("triton"))
                     from triton.runtime.interpreter import InterpreterBuilder
 
                     stack.enter_context(mock.patch.object(InterpreterBuilder, "create_dot", interpreter.row_by_row))
@@ -109,6 +113,11 @@ only_triton = implementations(TRITON)
 def needs_cuda(test: Callable[..., Any]) -> Callable[..., Any]:
     """For a test of the Triton kernels at sizes that only a device can hold: skipped where there is none."""
     return pytest.mark.skipif(not CUDA, reason="needs a CUDA device, and this machine has none")(only_triton(test))
+
+
+def _generator(default: torch.device, device: str | torch.device | None = None) -> torch.Generator:
+    """A generator of the device whose tensors it fills."""
+    return _Generator(device or default)
 
 
 @cache

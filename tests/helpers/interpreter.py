@@ -32,7 +32,7 @@ def poisoned() -> Iterator[None]:
 
 def noise(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0, seed: int = 0) -> Tensor:
     """Normal numbers, the same ones on every device."""
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), device="cpu") * scale
+    values = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu") * scale
     return values.to(torch.get_default_device(), dtype)
 
 
@@ -65,7 +65,7 @@ def gradients(oracle: Callable[..., Any], inputs: list[Tensor], grads: list[Tens
 
 def rows_alone(f: Callable[..., Any], inputs: list[Tensor], seed: int = 0) -> None:
     """f of any rows of ``inputs`` has those rows' bits of f of all, and the same bits again."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     count = inputs[0].shape[0]
 
     def call(index: Any) -> list[Tensor]:

@@ -25,7 +25,7 @@ PLAIN: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu2": lambda 
 
 def routing(name: str, tokens: int, slots: int, experts: int, seed: int = 0) -> Tensor:
     """[T, K] ids, distinct within a token; ``experts`` marks a pair that is skipped."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     keys = torch.rand(tokens, experts, generator=generator)
     if name == "skewed":
         keys = keys.pow(2.0 ** torch.arange(experts))  # each expert half as likely to come before another as the last

@@ -20,13 +20,13 @@ LAYOUTS = [
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0, seed: int = 0) -> Tensor:
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), device="cpu") * scale
+    values = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu") * scale
     return values.to(torch.get_default_device(), dtype)
 
 
 def routing(tokens: int, slots: int, experts: int, *, skipped: bool = True, seed: int = 0) -> Tensor:
     """[T, K] ids; the second expert has no row, and some slots are skipped."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     ids = torch.randint(0, experts + 1 if skipped else experts, (tokens, slots), generator=generator)
     return torch.where(ids == 1, 0, ids) if experts > 1 else ids
 

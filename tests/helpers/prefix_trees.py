@@ -78,7 +78,7 @@ class Forest:
         shuffled: bool = True,
         nodes: list[Node] | None = None,
     ) -> None:
-        rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
+        rng, g = random.Random(seed), torch.Generator("cpu").manual_seed(seed)
         self.nodes = random_nodes(rng, trees, depth, longest, page) if nodes is None else nodes
         self.page = page
         counts = [node.queries for node in self.nodes]

@@ -28,14 +28,14 @@ def threads(n: int) -> Iterator[None]:
 
 def seeded(*shape: int, dtype: torch.dtype | None = None, scale: float = 1.0, seed: int = 0) -> Tensor:
     """Normal numbers, the same ones on every device; of the implementation's most precise dtype by default."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     values = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") * scale
     return values.to(torch.get_default_device(), dtype or WIDEST)
 
 
 def integers(low: int, high: int, *shape: int, seed: int = 0) -> Tensor:
     """Integers of [low, high), the same ones on every device."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randint(low, high, shape, generator=generator, device="cpu").to(torch.get_default_device())
 
 
@@ -88,7 +88,7 @@ def check_oracle(
 
 def check_rows(f: Callable[..., Any], inputs: list[Tensor], seed: int = 0) -> None:
     """f of any rows of ``inputs`` (each [T, ...]) is bitwise identical to those rows of f of all, on 1 or 2 threads."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     rows = inputs[0].shape[0]
 
     def call(index: Tensor | slice) -> list[Tensor]:

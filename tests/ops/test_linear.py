@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from tests.helpers.implementations import only_triton
 from toolkit.errors import ToolkitError
-from toolkit.ops.linear import linear, linear_group
+from toolkit.ops.linear import linear, linear_group, tiles
 from toolkit.ops.registry import has_native
+from toolkit.ops.tiles import DECODE_ROWS, GemmTile
 
 IMPLEMENTATIONS = ["reference", "cpu"] if has_native("linear") else ["reference"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -309,3 +311,119 @@ def test_groups_at_the_edges(impl):
 def test_opcheck_of_groups():
     weights, biases = [torch.ones(4, 3), torch.ones(2, 3)], [None, torch.ones(2)]
     torch.library.opcheck(torch.ops.toolkit.linear_group.default, (torch.ones(2, 3), weights, biases))
+
+
+# The Triton launchers: tiles, splits and limits of their own.
+launch_linear = torch.ops.toolkit.linear
+
+
+EPS_of_triton = {torch.float32: 2.0**-24, torch.float16: 2.0**-11}
+
+
+def make_of_triton(rows, depth, outputs, dtype=torch.float32, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(*size, generator=g).to(dtype) for size in ((rows, depth), (outputs, depth), (outputs,))]
+
+
+@only_triton
+@pytest.mark.usefixtures("impl")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("rows", "depth", "outputs"), [(0, 8, 5), (1, 1, 1), (3, 40, 70), (37, 17, 24), (50, 64, 25), (5, 33, 3), (2, 0, 4)]
+)
+def test_matches_fp64(dtype, rows, depth, outputs):
+    x, weight, bias = make_of_triton(rows, depth, outputs, dtype)
+    for shift in (None, bias):
+        y = launch_linear(x, weight, shift)
+        assert y.shape == (rows, outputs)
+        assert y.dtype == dtype
+        expected = x.double() @ weight.double().T + (0 if shift is None else shift.double())
+        terms = x.double().abs() @ weight.double().abs().T + bias.double().abs()
+        bound = EPS_of_triton[dtype] * expected.abs() + (depth + 2) * EPS_of_triton[torch.float32] * terms
+        assert bool(((y.double() - expected).abs() <= bound).all())
+
+
+@only_triton
+@pytest.mark.usefixtures("impl")
+@pytest.mark.parametrize("outputs", [20, 40])
+def test_a_row_keeps_its_bits_of_triton(outputs):
+    x, weight, bias = make_of_triton(75, 50, outputs)
+    whole = launch_linear(x, weight, bias)
+    assert torch.equal(whole, launch_linear(x, weight, bias))
+    rng = random.Random(1)
+    for _ in range(6):
+        index = torch.randperm(75)[: rng.choice([1, 2, 15, 17, 33, 60])]
+        assert torch.equal(launch_linear(x[index], weight, bias), whole[index])
+    x[7] = float("nan")
+    others = torch.arange(75) != 7
+    assert torch.equal(launch_linear(x, weight, bias)[others], whole[others])
+
+
+@only_triton
+@pytest.mark.usefixtures("impl")
+def test_strides_and_leading_dimensions():
+    x, weight, bias = make_of_triton(24, 40, 30)
+    flat = launch_linear(x, weight, bias)
+    assert torch.equal(launch_linear(x.view(2, 3, 4, 40), weight, bias), flat.view(2, 3, 4, 30))
+    assert torch.equal(launch_linear(x[5], weight, bias), flat[5])
+    wide = torch.cat([x, x], 1)
+    assert torch.equal(launch_linear(wide[::2, 40:], weight, bias), flat[::2])
+    assert torch.equal(launch_linear(x.t().contiguous().t(), weight.t().contiguous().t(), bias), flat)
+    assert torch.equal(
+        launch_linear(x, torch.cat([weight, weight], 1)[:, :40], torch.stack([bias, bias], 1)[:, 0]), flat
+    )
+    assert torch.equal(launch_linear(x[:1].expand(9, 40), weight, bias), flat[:1].expand(9, 30))
+
+
+@only_triton
+@pytest.mark.usefixtures("impl")
+def test_rows_beyond_two_to_the_31_elements():
+    """Views over memory that is reserved but touched in three rows only."""
+    far = 1 << 30
+    memory = torch.empty(2 * far + 64, dtype=torch.float16)
+    x, weight, _ = make_of_triton(3, 16, 3, torch.float16)
+    for matrix in (x, weight):
+        view = memory.as_strided((3, 16), (far, 1))
+        view.copy_(matrix)
+        assert view.storage_offset() + 2 * view.stride(0) >= 1 << 31
+        got = launch_linear(view, weight, None) if matrix is x else launch_linear(x, view, None)
+        assert torch.equal(got, launch_linear(x, weight, None))
+
+
+@only_triton
+@pytest.mark.usefixtures("impl")
+def test_extreme_values_of_triton():
+    x = torch.tensor([[1e38, -1e38, 0.0], [3e38, 3e38, 0.0], [-0.0, 0.0, 0.0], [0.0, 0.0, 1e-38]])
+    weight = torch.tensor([[1.0, 1.0, 1.0], [0.5, 0.25, 1.0]])
+    expected = torch.tensor([[0.0, 2.5e37], [float("inf"), 2.25e38], [0.0, 0.0], [1e-38, 1e-38]])
+    assert torch.equal(launch_linear(x, weight, None), expected)
+
+
+@only_triton
+@pytest.mark.usefixtures("impl")
+def test_a_decode_tile_serves_few_rows(monkeypatch):
+    rows = [choices for row in tiles.TABLE.entries.values() for choices in row.values()]
+    assert all(tile.decode is None for choices in rows for _, tile in choices)
+    small = GemmTile(16, 32, 16, 1, 1)
+    large = GemmTile(32, 16, 16, 1, 1, decode=small)
+    monkeypatch.setitem(tiles.TABLE.entries["interpreter"], 4, ((None, large),))
+    tile = tiles.TABLE.find("interpreter", torch.float32, 9, row_widths=(40,))
+    assert tile.for_rows(DECODE_ROWS) == small
+    assert tile.for_rows(DECODE_ROWS + 1) == large
+    x, weight, bias = make_of_triton(70, 40, 20)
+    torch.testing.assert_close(launch_linear(x[:5], weight, bias), launch_linear(x, weight, bias)[:5])
+
+
+@only_triton
+@pytest.mark.usefixtures("impl")
+def test_bad_input_is_one_sentence():
+    x, weight, bias = make_of_triton(2, 4, 3)
+    for arguments, words in [
+        ((x.double(), weight.double(), None), "float64"),
+        ((x, weight.half(), None), "must be equal"),
+        ((x[:, :3], weight, None), r"x \[2, 3\] and weight \[3, 4\]"),
+        ((x, weight, bias[:2]), r"bias \[2\]"),
+        ((x.bfloat16(), weight.bfloat16(), None), "interpreter takes float32 and float16"),
+    ]:
+        with pytest.raises(ToolkitError, match=words):
+            launch_linear(*arguments)

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from tests.helpers.implementations import only_triton
+from tests.helpers.interpreter import close, noise
 from tests.helpers.rowwise import error, seeded, threads
 from toolkit.errors import ToolkitError
 from toolkit.modules.head import causal_lm_loss
 from toolkit.ops.linear_cross_entropy import linear_cross_entropy
-from toolkit.ops.linear_logprob import deferred, linear_logprob
+from toolkit.ops.linear_logprob import deferred, linear_logprob, tiles
 from toolkit.ops.linear_logprob.deferred import DeferredLogits, summed_cross_entropy, token_logprobs
 from toolkit.ops.registry import has_native
 
@@ -345,3 +347,37 @@ def test_logits_that_were_changed_or_read_go_the_other_way(calls):
     for logits in (scaled, capped, late, late.compute()):
         assert torch.equal(summed_cross_entropy(logits, targets), -token_logprobs(logits, targets)[0].sum())
     assert calls == []
+
+
+# The Triton launchers: tiles, splits and limits of their own.
+launch_linear_cross_entropy = torch.ops.toolkit.linear_cross_entropy
+
+
+@pytest.fixture
+def small_and_poisoned(monkeypatch):
+    """Several splits and chunks at small sizes; what is not written stays NaN."""
+    monkeypatch.setattr(tiles, "SPLIT", 32)
+    monkeypatch.setattr(tiles, "CHUNK", 48)
+
+
+@only_triton
+@pytest.mark.usefixtures("impl", "small_and_poisoned")
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("rows", [0, 21])
+def test_value_and_gradients_match_fp64(weighted, dtype, rows):
+    tensors = [noise(rows, 40, dtype=dtype), noise(70, 40, dtype=dtype, scale=0.2, seed=1), noise(70, dtype=dtype)]
+    targets = torch.arange(rows) * 5 % 90 - 20
+    weights = torch.arange(rows) % 4 / 3.0 if weighted else None
+    leaves = [x.double().requires_grad_() for x in tensors]
+    ignored = torch.where(targets < 0, -100, targets)
+    losses = torch.nn.functional.cross_entropy(torch.nn.functional.linear(*leaves), ignored, reduction="none")
+    loss = (losses if weights is None else losses * weights.double()).sum()
+    wanted = [loss.detach(), *torch.autograd.grad(loss, leaves)]
+    got = launch_linear_cross_entropy(*tensors, targets, weights, True, True, True)
+    for value, exact in zip(got, wanted):
+        assert value.dtype == torch.float32
+        close(value, exact, 3e-6 if dtype == torch.float32 else 3e-3)
+    few = launch_linear_cross_entropy(*tensors, targets, weights, False, True, False)
+    assert [x.numel() for x in few[1:]] == [0, 70 * 40, 0]
+    assert torch.equal(few[2], got[2])

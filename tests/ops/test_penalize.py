@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.helpers.implementations import only_triton
 from tests.helpers.rowwise import seeded, threads
 from toolkit.errors import ToolkitError
 from toolkit.ops.sample import penalize
@@ -126,3 +127,41 @@ def test_opcheck():
     torch.library.opcheck(
         torch.ops.toolkit.penalize.default, (seeded(3, 8, dtype=torch.float32), *Rows(3, 8).arguments([0, 1, 2]))
     )
+
+
+# The Triton launchers: tiles, splits and limits of their own.
+launch_penalize = torch.ops.toolkit.penalize
+
+
+@only_triton
+@pytest.mark.usefixtures("impl")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("count", "vocabulary"), [(1, 1), (3, 7), (9, 60), (3, 4099)])
+def test_penalties_equal_the_oracle(dtype, count, vocabulary):
+    rows = Rows(count, vocabulary)
+    logits = seeded(count, vocabulary, dtype=dtype, scale=3.0)
+    logits[:, ::5] = 0.0
+    assert torch.equal(launch_penalize(logits, *rows.arguments(list(range(count)))), rows.oracle(logits))
+    assert torch.equal(launch_penalize(logits[:1], *rows.arguments([0])), rows.oracle(logits)[:1])
+
+
+@only_triton
+@pytest.mark.usefixtures("impl")
+def test_penalties_of_long_histories_and_no_rows():
+    rows = Rows(1, 30)
+    rows.histories, rows.prompts = [[7, 3, 7] * 500], [1]
+    logits = seeded(1, 30, dtype=torch.float32)
+    assert torch.equal(launch_penalize(logits, *rows.arguments([0])), rows.oracle(logits))
+    assert launch_penalize(logits[:0], *Rows(0, 30).arguments([])).shape == (0, 30)
+
+
+@only_triton
+@pytest.mark.usefixtures("impl")
+def test_rows_further_apart_than_two_to_the_31_and_a_dtype_that_is_named():
+    far = torch.empty(2**31 + 512, dtype=torch.float32)  # virtual memory: only two rows are touched
+    logits = far.as_strided((2, 300), (2**31 + 64, 1))
+    logits.copy_(seeded(2, 300, dtype=torch.float32))
+    given = Rows(2, 300).arguments([0, 1])
+    assert torch.equal(launch_penalize(logits, *given), launch_penalize(logits.clone(), *given))
+    with pytest.raises(ToolkitError, match=r"penalize got dtype torch\.float64"):
+        launch_penalize(torch.zeros(1, 4, dtype=torch.float64), *Rows(1, 4).arguments([0]))

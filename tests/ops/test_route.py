@@ -6,10 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.helpers.implementations import only_triton
+from tests.helpers.interpreter import DTYPES, close, noise, rows_alone
 from tests.helpers.rowwise import check_repeatable, check_rows, error, seeded, threads
 from toolkit.errors import ToolkitError
+from toolkit.ops.activation.kinds import find
 from toolkit.ops.registry import has_native
-from toolkit.ops.route import route
+from toolkit.ops.route import reference, route
 
 IMPLEMENTATIONS = ["reference", "cpu"] if has_native("route") else ["reference"]
 EXPERTS = 24
@@ -191,3 +194,92 @@ def test_opcheck():
     torch.library.opcheck(
         torch.ops.toolkit.route_backward.default, (torch.ones(5, 3), logits, ids, "softmax", True, 0.0, 1.0)
     )
+
+
+# The Triton launchers: tiles, splits and limits of their own.
+launch_route = torch.ops.toolkit.route
+route_backward = torch.ops.toolkit.route_backward
+
+
+NONE, BIG = float("nan"), float("inf")
+
+
+# experts, k, score, groups, kept groups, best of a group, normalise
+ROUTERS = [
+    (1, 1, "softmax", 1, 1, 1, False),
+    (8, 2, "softmax", 1, 1, 1, True),
+    (60, 4, "sigmoid", 6, 2, 2, True),
+    (160, 6, "softmax", 8, 3, 1, False),
+    (33, 33, "softplus", 1, 1, 1, True),
+    (24, 6, "sigmoid", 3, 2, 4, False),
+]
+
+
+@only_triton
+@pytest.mark.usefixtures("impl")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("router", ROUTERS)
+def test_choice_weights_and_gradients(dtype, router):
+    experts, k, score, groups, kept, best, normalise = router
+    logits, bias = noise(19, experts, dtype=dtype, scale=2.0), noise(experts, scale=0.1, seed=1)
+    flags, rest = (k, score, groups, kept, best), (normalise, 1e-6, 1.7)
+    for shift in (None, bias):
+        weights, ids = launch_route(logits, shift, None, *flags, *rest)
+        exact, wanted = reference.route(logits.double(), shift, None, *flags, *rest)
+        assert torch.equal(ids, wanted)
+        assert weights.dtype == torch.float32
+        close(weights, exact, 1e-6)
+    again, taken = launch_route(logits, None, ids.flip(1), *flags, *rest)
+    assert torch.equal(taken, ids.flip(1))
+    close(again.flip(1), exact, 1e-6)
+    grad, leaf = noise(19, k, seed=2), logits.double().requires_grad_()
+    p = torch.softmax(leaf, -1) if score == "softmax" else find(score).value(leaf)
+    chosen = p.gather(-1, ids)
+    out = 1.7 * (chosen / (chosen.sum(-1, keepdim=True) + 1e-6) if normalise else chosen)
+    (exact,) = torch.autograd.grad(out, leaf, grad.double())
+    got = route_backward(grad, logits, ids, score, *rest)
+    assert got.dtype == dtype
+    close(got, exact, {torch.float32: 2e-6, torch.float16: 2**-10}[dtype])
+
+
+@only_triton
+@pytest.mark.usefixtures("impl")
+@pytest.mark.parametrize("router", ROUTERS[:4])
+def test_ties_nan_and_infinities_choose_as_specified(router):
+    experts, k, _, groups, kept, best, _ = router
+    generator = torch.Generator().manual_seed(3)
+    values = torch.tensor([-BIG, -1.0, -0.0, 0.0, 1.0, BIG, NONE])
+    logits = values[torch.randint(0, 7, (14, experts), generator=generator)]
+    logits[1], logits[2], logits[3] = NONE, -BIG, 0.0
+    for score in ("relu2", "softmax"):
+        for bias in (None, values[torch.randint(1, 5, (experts,), generator=generator)]):
+            arguments = (logits, bias, None, k, score, groups, kept, best, False, 0.0, 1.0)
+            (weights, ids), (exact, wanted) = launch_route(*arguments), reference.route(*arguments)
+            assert torch.equal(ids, wanted)
+            torch.testing.assert_close(weights, exact, rtol=1e-6, atol=1e-7, equal_nan=True)
+
+
+@only_triton
+@pytest.mark.usefixtures("impl")
+@pytest.mark.parametrize("router", ROUTERS[1:4])
+def test_a_row_keeps_its_bits(router):
+    experts, k, score, groups, kept, best, normalise = router
+    logits, grad = noise(11, experts), noise(11, k, seed=1)
+
+    def both(rows, upstream):
+        weights, ids = launch_route(rows, None, None, k, score, groups, kept, best, normalise, 0.0, 1.0)
+        return weights, ids, route_backward(upstream, rows, ids, score, normalise, 0.0, 1.0)
+
+    rows_alone(both, [logits, grad])
+    wide = torch.cat([logits, logits], -1)[:, experts:]
+    assert all(torch.equal(*pair) for pair in zip(both(wide, grad), both(logits, grad), strict=True))
+
+
+@only_triton
+@pytest.mark.usefixtures("impl")
+def test_no_rows_and_bad_input():
+    weights, ids = launch_route(torch.zeros(0, 8), None, None, 2, "softmax", 1, 1, 1, True, 0.0, 1.0)
+    assert weights.shape == ids.shape == (0, 2)
+    assert route_backward(weights, torch.zeros(0, 8), ids, "softmax", True, 0.0, 1.0).shape == (0, 8)
+    with pytest.raises(ToolkitError, match=r"route got dtype torch\.float64"):
+        launch_route(torch.zeros(1, 8).double(), None, None, 2, "softmax", 1, 1, 1, True, 0.0, 1.0)
