@@ -267,7 +267,7 @@ class EngineManager(ContinuousBatchingManager, EngineListener):
             self._handlers[request_id] = callback, asyncio.get_running_loop()
 
     def on_delta(self, handle: RequestHandle, delta: Delta) -> None:
-        """Add what a step brought to its result, and hand that over where it is wanted."""
+        """Add a delta to its result, and hand that over where it is wanted."""
         with self._state:
             request = self._requests[handle]
             result, now = request.results[delta.index], time.perf_counter()
@@ -344,7 +344,8 @@ def init_continuous_batching(
     given = generation_config, continuous_batching_config, workload_hints
     route = ContinuousBatchingRoute.of.get(self)
     if route is None:
-        return type(self).init_continuous_batching(self, *given)
+        own: ContinuousBatchingManager = type(self).init_continuous_batching(self, *given)
+        return own
     kept = getattr(self, "_cached_continuous_batching_manager", None)
     if isinstance(kept, EngineManager):
         return kept
@@ -370,7 +371,8 @@ def generate_batch(self: Any, *args: Any, **kwargs: Any) -> dict[str, Generation
             f"generate_batch has no argument {unknown!r}; it has its own, max_new_tokens and the fields of "
             "generation_config."
         )
-    return type(self).generate_batch(self, *args, **kwargs)
+    results: dict[str, GenerationOutput] = type(self).generate_batch(self, *args, **kwargs)
+    return results
 
 
 def route_continuous_batching(model: nn.Module, **engine_args: Any) -> ContinuousBatchingRoute:

@@ -113,7 +113,7 @@ def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
 def _accepted(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], loop: "_Loop") -> dict[str, Any]:
     """The arguments of a call by name, less those that ``loop`` keeps; a ToolkitError for what is not taken."""
     from transformers import GenerationConfig
-    from transformers.generation import StoppingCriteriaList, StopStringCriteria
+    from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
     signature = inspect.signature(type(model).generate)
     given = dict(signature.bind(model, *args, **kwargs).arguments)
@@ -162,7 +162,8 @@ class _Loop:
         generation_config: Any,
         **model_inputs: Any,
     ) -> Any:
-        from transformers.generation import GenerateDecoderOnlyOutput, StoppingCriteriaList
+        from transformers.generation.stopping_criteria import StoppingCriteriaList
+        from transformers.generation.utils import GenerateDecoderOnlyOutput
 
         config = generation_config
         check_supported(config, _SUPPORTED)
@@ -212,7 +213,7 @@ def _seed() -> int:
 
 def _split(stopping_criteria: Any) -> tuple[list[int], list[Any]]:
     """The tokens that end a row, and the criteria that the engine does not know itself."""
-    from transformers.generation import EosTokenCriteria, MaxLengthCriteria
+    from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
     ends: list[int] = []
     others = []

@@ -221,7 +221,8 @@ class AsyncEngine:
 
         def command() -> None:
             try:
-                done.set_result(function())
+                function()
+                done.set_result(None)
             except Exception as error:
                 done.set_exception(error)
 

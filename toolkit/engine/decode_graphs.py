@@ -96,5 +96,5 @@ def _with_tensors(context: PagedContext, tensors: Sequence[Tensor]) -> PagedCont
     left = iter(tensors)
     own = {name: next(left) for name in _OWN}
     views = tuple(type(view)(*(next(left) for _ in fields(view))) for view in context.batch.views)
-    batch = replace(context.batch, views=views, **own)  # type: ignore[arg-type]
+    batch = replace(context.batch, views=views, **own)
     return PagedContext(batch, context.pool)
