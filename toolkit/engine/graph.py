@@ -195,7 +195,7 @@ class _Capture(TorchDispatchMode):
     """Adds every op that reaches the dispatcher to ``nodes``. Tensors are recognised by identity."""
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
-        super().__init__()
+        TorchDispatchMode.__init__(self)  # not by super(): torch leaves it without types
         self.nodes: list[Node] = []
         self.data_dependent_op = ""
         self._values: dict[int, Value] = {}  # by id of the tensor, which the value keeps alive
