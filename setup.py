@@ -152,7 +152,7 @@ def compile_command(name: str, sources: list[Path], out: Path, work: Path) -> li
 class BuildNative(build_ext):
     """Compiles one library per instruction set, side by side; a failure is one line, not an error.
 
-    MAX_JOBS limits how many compilers run at a time; each needs about 1 GB. A library that is newer than everything it
+    MAX_JOBS limits how many compilers run at a time; each needs 1.6 GB. A library that is newer than everything it
     is made from is kept.
     """
 
@@ -198,7 +198,9 @@ class BuildNative(build_ext):
         command = compile_command(name, sources, aside, Path(self.build_temp))
         result = subprocess.run(command, stderr=subprocess.PIPE, text=True)
         if result.returncode != 0:
-            raise RuntimeError(result.stderr.strip()[-4000:] or f"compiler exit status {result.returncode}")
+            print(result.stderr, file=sys.stderr, flush=True)
+            lines = result.stderr.strip().splitlines() or [f"compiler exit status {result.returncode}"]
+            raise RuntimeError(f"{name}: {next((line for line in lines if 'error' in line), lines[-1])}")
         aside.replace(out)
         print(f"toolkit: {name} compiled in {time.monotonic() - started:.0f} s", flush=True)
 

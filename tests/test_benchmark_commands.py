@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = {
-    "serve": "--batch 1 --prompt 8 --new-tokens 4 --repeats 1 --generate-batch 2",
+    "serve": "--batch 1 --prompt 8 --new-tokens 4 --repeats 1 --generate-batch 0",
     "train": "--rows 1 --length 16 --repeats 1",
     "moe": "--only memory training generation --rows 1 --length 16 --batch 1 --prompt 8 --new-tokens 4 --repeats 1",
     "grpo": "--prompt 16 --group 4 --completion 4 --micro 4 --repeats 1",
