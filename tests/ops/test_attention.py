@@ -1,11 +1,16 @@
 """attention against dense fp64 attention, and its bits against every other way to compute the same row."""
 
+import itertools
+import math
 import random
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.helpers.attention import Batch
+from tests.helpers.implementations import only_triton
+from toolkit.errors import ToolkitError
 from toolkit.ops.attention import attention, attention_backward
 from toolkit.ops.registry import has_native
 
@@ -364,3 +369,235 @@ def test_strided_inputs():
         assert torch.equal(actual[1], expected[1])
         for a, b in zip(attention_backward(grad, *views, *actual, *plan, 0.2), grads):
             assert torch.equal(a, b)
+
+
+# The Triton launchers: tiles, splits and limits of their own.
+launch_attention = torch.ops.toolkit.attention
+
+
+@only_triton
+@pytest.mark.usefixtures("impl")
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "d", "v_dim", "page"),
+    [
+        (1, 1, 16, 16, 16),
+        (4, 2, 20, 20, 7),
+        (7, 1, 64, 40, 3),
+        (34, 1, 16, 5, 4),
+    ],
+)
+def test_matches_dense_oracle(heads, kv_heads, d, v_dim, page):
+    lengths = [(5, 0), (1, 20), (17, 3), (0, 4)] if heads < 10 else [(2, 17), (0, 1), (1, 0)]
+    Batch(1, lengths, heads, kv_heads, d, v_dim, page, padding=3).check(2e-5)
+
+
+@only_triton
+@pytest.mark.usefixtures("impl")
+@pytest.mark.parametrize("window", [1, 5, 33])
+def test_window(window):
+    Batch(2, [(20, 0), (3, 40), (1, 16)], 2, 1, 16).check(2e-5, window=window)
+
+
+@only_triton
+@pytest.mark.usefixtures("impl")
+@pytest.mark.parametrize("softcap", [0.5, 30.0])
+def test_softcap(softcap):
+    Batch(3, [(19, 2), (1, 20)], 4, 2, 16).check(2e-5, softcap=softcap, window=11)
+
+
+@only_triton
+@pytest.mark.usefixtures("impl")
+def test_half_precision():
+    Batch(4, [(19, 2), (1, 20)], 4, 2, 32, dtype=torch.float16).check(2**-9)
+
+
+@only_triton
+@pytest.mark.usefixtures("impl")
+def test_extreme_scores_of_triton():
+    batch = Batch(5, [(20, 5)], 2, 2, 16)
+    batch.q *= 1e3
+    batch.check(1e-4)
+
+
+@only_triton
+@pytest.mark.usefixtures("impl")
+def test_no_tokens_and_only_padding():
+    empty = Batch(6, [(0, 3)], 2, 2, 16)
+    out, lse = empty.paged()
+    assert out.shape == (0, 2, 16)
+    assert lse.shape == (0, 2)
+    Batch(6, [(0, 3), (0, 1)], 2, 2, 16, padding=5).check(1e-5)
+
+
+@only_triton
+@pytest.mark.usefixtures("impl")
+def test_strided_inputs_of_triton():
+    batch = Batch(7, [(9, 4)], 4, 2, 16)
+    want = batch.contiguous()
+    wide = torch.cat([batch.k, batch.v], -1)  # k and v as views of one fused tensor
+    batch.k, batch.v = wide[..., :16], wide[..., 16:]
+    batch.q = batch.q.transpose(0, 1).contiguous().transpose(0, 1)
+    got = batch.contiguous()
+    assert torch.equal(want[0], got[0])
+    assert torch.equal(want[1], got[1])
+
+
+@only_triton
+@pytest.mark.usefixtures("impl")
+@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (7, 20.0)])
+def test_chunks_decode_and_neighbours_keep_the_bits(window, softcap, monkeypatch):
+    whole = Batch(8, [(23, 0)], 6, 2, 24)
+    out, lse = whole.contiguous(window, softcap)
+    rng = random.Random(9)
+    for trial in range(1 + (window == 0)):
+        cuts = sorted({0, 23, *rng.sample(range(1, 23), 3), 21, 22})
+        for begin, end in itertools.pairwise(cuts):
+            before, after = rng.randrange(0, 4), rng.randrange(0, 4)
+            noise = Batch(100 + trial, [(before, 2), (after, 5)], 6, 2, 24)
+            rows = noise.k.shape[0]
+            q = torch.cat([noise.q[:before], whole.q[begin:end], noise.q[before:]])
+            got = launch_attention(
+                q, torch.cat([noise.k, whole.k]), torch.cat([noise.v, whole.v]),
+                torch.tensor([0, before, before + end - begin, before + end - begin + after]),
+                torch.tensor([noise.kv_offsets[0], rows + whole.kv_offsets[0], noise.kv_offsets[1]]),
+                torch.tensor([noise.kv[0], end, noise.kv[1]]), None, 0, whole.scale, window, softcap,
+            )  # fmt: skip
+            assert torch.equal(got[0][before : before + end - begin], out[begin:end])
+            assert torch.equal(got[1][before : before + end - begin], lse[begin:end])
+
+
+@only_triton
+@pytest.mark.usefixtures("impl")
+def test_bad_input_is_one_sentence():
+    batch = Batch(10, [(2, 0)], 3, 1, 16)
+    with pytest.raises(ToolkitError, match="dtypes"):
+        launch_attention(
+            batch.q.half(),
+            batch.k,
+            batch.v,
+            batch.offsets,
+            batch.kv_offsets,
+            batch.kv_lengths,
+            None,
+            0,
+            1.0,
+            0,
+            0.0,
+        )
+    with pytest.raises(ToolkitError, match="interpreter takes"):
+        Batch(10, [(2, 0)], 3, 1, 16, dtype=torch.bfloat16).contiguous()
+    batch = Batch(10, [(2, 0)], 3, 1, 600, 64)
+    with pytest.raises(ToolkitError, match="head_dim must be <= 576 in the Triton kernels of attention, got 600"):
+        batch.contiguous()
+    with pytest.raises(ToolkitError, match="multiple of Hkv"):
+        launch_attention(batch.q, batch.k.repeat(1, 2, 1), batch.v.repeat(1, 2, 1), batch.offsets, batch.kv_offsets,
+                  batch.kv_lengths, None, 0, 1.0, 0, 0.0)  # fmt: skip
+
+
+# The Triton launchers: tiles, splits and limits of their own.
+launch_attention = torch.ops.toolkit.attention
+launch_attention_backward = torch.ops.toolkit.attention_backward
+
+
+def dense_of_triton_backward(q, k, v, offsets, kv_offsets, kv_lengths, scale, window, softcap):
+    parts = []
+    for s, length in enumerate(kv_lengths.tolist()):
+        rows = slice(int(kv_offsets[s]), int(kv_offsets[s]) + length)
+        queries = q[offsets[s] : offsets[s + 1]]
+        position = length - queries.shape[0] + torch.arange(queries.shape[0])[:, None]
+        key = torch.arange(length)[None, :]
+        hidden = (key > position) | ((key <= position - window) if window > 0 else False)
+        keys, values = (x[rows].repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        scores = torch.einsum("nhd,khd->hnk", queries, keys) * scale
+        if softcap > 0:
+            scores = softcap * torch.tanh(scores / softcap)
+        parts.append(torch.einsum("hnk,khv->nhv", scores.masked_fill(hidden, -math.inf).softmax(-1), values))
+    return torch.cat(parts)
+
+
+@only_triton
+@pytest.mark.usefixtures("impl")
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "d", "v_dim", "window", "softcap"),
+    [
+        (1, 1, 16, 16, 0, 0.0),
+        (6, 2, 20, 12, 0, 0.0),
+        (4, 2, 16, 24, 7, 0.0),
+        (2, 1, 8, 8, 20, 1.5),
+        (18, 1, 8, 8, 0, 0.0),
+    ],
+)
+def test_matches_autograd_through_dense_oracle(heads, kv_heads, d, v_dim, window, softcap):
+    torch.manual_seed(heads * 100 + d)
+    queries, past = [5, 1, 0, 18], [0, 17, 2, 1]
+    if heads > 8:
+        queries, past = [3, 0, 2, 1], [0, 1, 4, 0]
+    lengths = [n + p for n, p in zip(queries, past)]
+    offsets = torch.tensor([0, *torch.tensor(queries).cumsum(0).tolist()])
+    kv_lengths = torch.tensor(lengths)
+    kv_offsets = torch.tensor([2 + sum(lengths[:i]) + 2 * i for i in range(4)])
+    rows, tokens = sum(lengths) + 10, sum(queries)
+    q, k, v = (
+        torch.randn(tokens, heads, d),
+        torch.randn(rows, kv_heads, d),
+        torch.randn(rows, kv_heads, v_dim),
+    )
+    grad = torch.randn(tokens, heads, v_dim)
+    scale = d**-0.5
+
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    dense_of_triton_backward(*exact, offsets, kv_offsets, kv_lengths, scale, window, softcap).backward(grad.double())
+    owned = torch.zeros(rows, dtype=torch.bool)
+    for at, length in zip(kv_offsets.tolist(), lengths):
+        owned[at : at + length] = True
+    k[~owned], v[~owned] = math.nan, math.nan
+    out, lse = launch_attention(q, k, v, offsets, kv_offsets, kv_lengths, None, 0, scale, window, softcap)
+    got = launch_attention_backward(grad, q, k, v, out, lse, offsets, kv_offsets, kv_lengths, scale, window, softcap)
+    for value, expected in zip(got, exact):
+        assert expected.grad is not None
+        torch.testing.assert_close(value.double(), expected.grad, rtol=3e-5, atol=3e-5)
+    assert (got[1][~owned] == 0).all()
+    assert (got[2][~owned] == 0).all()
+
+
+@only_triton
+@pytest.mark.usefixtures("impl")
+def test_padding_rows_and_strided_gradients():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(9, 2, 16), torch.randn(6, 2, 16), torch.randn(6, 2, 16)
+    offsets, kv_offsets, kv_lengths = torch.tensor([0, 6]), torch.tensor([0]), torch.tensor([6])
+    out, lse = launch_attention(q, k, v, offsets, kv_offsets, kv_lengths, None, 0, 0.25, 0, 0.0)
+    grad = torch.randn(9, 16, 2).transpose(1, 2)
+    dq, dk, dv, _ = launch_attention_backward(grad, q, k, v, out, lse, offsets, kv_offsets, kv_lengths, 0.25, 0, 0.0)
+    short = (grad[:6].contiguous(), q[:6], k, v, out[:6], lse[:6])
+    again = launch_attention_backward(*short, offsets, kv_offsets, kv_lengths, 0.25, 0, 0.0)
+    assert (dq[6:] == 0).all()
+    for value, expected in zip((dq[:6], dk, dv), again):
+        assert torch.equal(value, expected)
+
+
+@only_triton
+@pytest.mark.usefixtures("impl")
+def test_no_queries():
+    empty = torch.empty(0, 2, 16)
+    k = torch.randn(3, 2, 16)
+    args = torch.tensor([0, 0]), torch.tensor([0]), torch.tensor([3])
+    dq, dk, dv, _ = launch_attention_backward(empty, empty, k, k, empty, torch.empty(0, 2), *args, 0.25, 0, 0.0)
+    assert dq.shape == (0, 2, 16)
+    assert (dk == 0).all()
+    assert (dv == 0).all()
+
+
+@only_triton
+@pytest.mark.usefixtures("impl")
+def test_sequences_that_share_rows():
+    torch.manual_seed(1)
+    q, k, v = torch.randn(7, 2, 8), torch.randn(21, 1, 8), torch.randn(21, 1, 8)
+    args = torch.tensor([0, 3, 7]), torch.tensor([0, 2]), torch.tensor([18, 19])
+    grad = torch.randn(7, 2, 8)
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    dense_of_triton_backward(*exact, *args, 0.3, 0, 0.0).backward(grad.double())
+    out, lse = launch_attention(q, k, v, *args, None, 0, 0.3, 0, 0.0)
+    for value, expected in zip(launch_attention_backward(grad, q, k, v, out, lse, *args, 0.3, 0, 0.0), exact):
+        assert expected.grad is not None
+        torch.testing.assert_close(value.double(), expected.grad, rtol=3e-5, atol=3e-5)

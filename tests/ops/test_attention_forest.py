@@ -1,12 +1,18 @@
 """Gradients of attention through block tables: forests against the same sequences unshared, in float64."""
 
+import math
 import random
+import textwrap
 
 import pytest
 import torch
 
-from tests.helpers.prefix_trees import Forest, Node, error
-from toolkit.ops.attention import attention, attention_backward
+from tests.helpers.attention import check_forest, run_forest
+from tests.helpers.implementations import only_triton
+from tests.helpers.interpreter import far_apart
+from tests.helpers.prefix_trees import ORACLES, Forest, Node, error
+from toolkit.errors import ToolkitError
+from toolkit.ops.attention import attention, attention_backward, modifiers
 from toolkit.ops.registry import has_native
 
 needs_native = pytest.mark.skipif(not has_native("attention"), reason="the native CPU library is not built")
@@ -235,3 +241,180 @@ def test_opcheck():
     offsets, starts, lengths, tables, page = forest.plan
     tensors = forest.grad, forest.q, forest.k, forest.v, out, lse, offsets, starts, lengths
     torch.library.opcheck(torch.ops.toolkit.attention_backward.default, (*tensors, 0.3, 0, 0.0, tables, page))
+
+
+# The Triton launchers: tiles, splits and limits of their own.
+launch_attention = torch.ops.toolkit.attention
+launch_attention_backward = torch.ops.toolkit.attention_backward
+
+
+@only_triton
+@pytest.mark.usefixtures("impl")
+@pytest.mark.parametrize(
+    ("seed", "heads", "kv_heads", "d", "v_dim", "page", "window", "softcap"),
+    [
+        (33, 4, 2, 16, 16, 1, 0, 0.0),
+        (5, 3, 1, 20, 12, 4, 6, 0.0),
+        (11, 2, 2, 8, 24, 4, 0, 3.0),
+        (5, 18, 1, 8, 8, 1, 5, 0.0),
+    ],
+)
+def test_random_trees_of_triton(seed, heads, kv_heads, d, v_dim, page, window, softcap):
+    sizes = {"heads": heads, "kv_heads": kv_heads, "d": d, "v_dim": v_dim, "page": page}
+    forest = Forest(seed, **sizes, trees=1, depth=5, longest=5, dtype=torch.float32, shuffled=seed != 11)
+    assert 8 <= len(forest.nodes) <= 11
+    check_forest(forest, window, softcap)
+
+
+@only_triton
+@pytest.mark.usefixtures("impl")
+def test_a_long_prompt_with_completions_of_triton():
+    nodes = [Node(-1, 40, 5), *(Node(0, n, 0) for n in (20, 0, 7))]
+    check_forest(Forest(1, heads=2, kv_heads=1, nodes=nodes, dtype=torch.float32, shuffled=False))
+    check_forest(Forest(1, heads=2, kv_heads=1, nodes=nodes, dtype=torch.float32), window=11)
+
+
+@only_triton
+@pytest.mark.usefixtures("impl")
+def test_half_precision():
+    check_forest(Forest(2, heads=2, kv_heads=1, trees=1, dtype=torch.float16), tolerance=2**-9)
+
+
+@only_triton
+@pytest.mark.usefixtures("impl")
+@pytest.mark.parametrize("modifier", ORACLES)
+@pytest.mark.parametrize("sunk", [False, True])
+def test_sinks_and_modifiers(modifier, sunk):
+    sinks = torch.tensor([0.3, 6.0, -40.0, 40.0]) if sunk else None
+    nodes = [Node(-1, 12, 0), Node(0, 9, 0), Node(0, 3, 0)]
+    forest = Forest(3, heads=4, kv_heads=2, d=12, page=4, nodes=nodes, dtype=torch.float32)
+    check_forest(forest, 9 if sunk else 0, 2.0 if sunk else 0.0, modifier, sinks)
+
+
+@only_triton
+@pytest.mark.usefixtures("impl")
+@pytest.mark.parametrize(("d", "v_dim", "heads"), [(576, 512, 17), (300, 280, 2), (512, 64, 1)])
+def test_wide_heads(d, v_dim, heads):
+    """Slices of the head, and a rest beside a power of two; all query heads share one of keys and values."""
+    nodes = [Node(-1, 9, 12), Node(0, 3, 0), Node(0, 2, 0)]
+    if heads > 8:
+        nodes = [Node(-1, 2, 3), Node(0, 1, 0)]
+    forest = Forest(4, heads=heads, kv_heads=1, d=d, v_dim=v_dim, nodes=nodes, dtype=torch.float32)
+    forest.q *= (16 / d) ** 0.5
+    check_forest(forest, tolerance=2e-5)
+    plan = forest.query_offsets[:2], torch.tensor([0]), forest.kv_lengths[:1]
+    k, v = forest.k.nan_to_num(0), forest.v.nan_to_num(0)
+    q, grad = forest.q[: nodes[0].queries], forest.grad[: nodes[0].queries]
+    out, lse = launch_attention(q, k, v, *plan, None, 0, 0.3, 0, 0.0)
+    got = launch_attention_backward(grad, q, k, v, out, lse, *plan, 0.3, 0, 0.0)
+    tables = torch.arange(k.shape[0])[None]
+    query_ranges = torch.zeros(k.shape[0], 3, dtype=torch.int64)
+    length = int(forest.kv_lengths[0])
+    query_ranges[:length, 1], query_ranges[:length, 2] = q.shape[0], torch.arange(length)
+    rest = {"block_tables": tables, "block_size": 1, "query_ranges": query_ranges}
+    for a, b in zip(got, launch_attention_backward(grad, q, k, v, out, lse, *plan, 0.3, 0, 0.0, **rest)):
+        assert error(a, b) < 1e-6
+
+
+@only_triton
+@pytest.mark.usefixtures("impl")
+def test_values_that_are_a_part_of_the_keys():
+    forest = Forest(5, heads=2, kv_heads=1, d=24, v_dim=16, trees=1, dtype=torch.float32)
+    forest.v = forest.k[..., :16]
+    check_forest(forest)
+
+
+@only_triton
+@pytest.mark.usefixtures("impl")
+def test_rows_that_nobody_reads_may_be_anything_and_runs_are_equal():
+    forest = Forest(6, heads=2, kv_heads=2, trees=1, page=4, dtype=torch.float32)
+    first = run_forest(forest)
+    forest.k[~forest.held], forest.v[~forest.held] = math.inf, -math.inf
+    forest.query_ranges[~forest.held] = torch.tensor([5, 5, 3])
+    for a, b in zip(first, run_forest(forest)):
+        assert torch.equal(a, b)
+
+
+@only_triton
+@pytest.mark.usefixtures("impl")
+def test_gradients_of_a_leaf_do_not_depend_on_its_neighbours():
+    """dq of a node's rows, and dk and dv of a leaf's, are those of the node's own sequence alone."""
+    nodes = [Node(-1, 16, 0), Node(0, 6, 0), Node(0, 9, 0)]
+    forest = Forest(7, heads=2, kv_heads=1, nodes=nodes, dtype=torch.float32, padding=0, shuffled=False)
+    out, lse, dq, dk, dv, _ = run_forest(forest)
+    alone = Forest(7, heads=2, kv_heads=1, nodes=nodes[:2], dtype=torch.float32, padding=0, shuffled=False)
+    alone.q, alone.grad, alone.k, alone.v = forest.q[:22], forest.grad[:22], forest.k[:25], forest.v[:25]
+    got = run_forest(alone)
+    for actual, want in zip(got[:3], (out, lse, dq)):
+        assert error(actual, want[:22]) < 1e-6
+    for actual, want in zip(got[3:5], (dk, dv)):
+        assert error(actual[16:22], want[16:22]) < 1e-6
+
+
+@only_triton
+@pytest.mark.usefixtures("impl")
+def test_offsets_past_two_to_the_31():
+    forest = Forest(8, heads=1, kv_heads=1, trees=1, depth=2, longest=3, dtype=torch.float32)
+    want = run_forest(forest)
+    forest.k, forest.v = far_apart(forest.k), far_apart(forest.v)
+    assert torch.equal(launch_attention(forest.q, forest.k, forest.v, *forest.plan, 0.3, 0, 0.0)[0], want[0])
+    forest.q, forest.grad = far_apart(forest.q), far_apart(forest.grad)
+    for a, b in zip(run_forest(forest), want):
+        assert torch.equal(a, b)
+
+
+@only_triton
+@pytest.mark.usefixtures("impl")
+def test_a_new_modifier_is_one_file(tmp_path, monkeypatch):
+    (tmp_path / "bent.py").write_text(textwrap.dedent(BENT))
+    monkeypatch.setattr(modifiers, "__path__", [*modifiers.__path__, str(tmp_path)])
+    modifiers.discover()
+    parameters = torch.tensor([[0.3, 2.0], [0.1, 3.0]])
+
+    def score(x, query, key, head):
+        x = x + parameters[head, 0].double() * x.pow(3)
+        return x.masked_fill((query - key) % parameters[head, 1].long() != 0, -math.inf)
+
+    try:
+        forest = Forest(9, heads=2, kv_heads=1, d=8, trees=1, depth=3, dtype=torch.float32)
+        check_forest(forest, 0, 2.0, (score, parameters))
+    finally:
+        monkeypatch.undo()
+        modifiers.discover()
+
+
+@only_triton
+@pytest.mark.usefixtures("impl")
+def test_bad_input_is_one_sentence():
+    forest = Forest(10, trees=1, depth=2, dtype=torch.float32)
+    offsets, starts, lengths, tables, page = forest.plan
+    out, lse = launch_attention(forest.q, forest.k, forest.v, *forest.plan, 0.3, 0, 0.0)
+    tensors = forest.grad, forest.q, forest.k, forest.v, out, lse, offsets, starts, lengths
+    with pytest.raises(ToolkitError, match="query_ranges is None; for gradients through block_tables"):
+        launch_attention_backward(*tensors, 0.3, 0, 0.0, tables, page)
+    with pytest.raises(ToolkitError, match="query_ranges is of shape"):
+        launch_attention_backward(*tensors, 0.3, 0, 0.0, tables, page, query_ranges=forest.query_ranges[:1])
+    wide = torch.empty(4, 1, 600)
+    with pytest.raises(ToolkitError, match="values of width 600"):
+        launch_attention(wide, wide, wide, offsets, starts, lengths, None, 0, 0.3, 0, 0.0)
+
+
+BENT = """
+    from typing import TYPE_CHECKING
+
+    if TYPE_CHECKING:
+        import triton.language as tl
+
+    def score(s, query, key, amount, step):
+        return s + amount * s**3
+
+    def triton_score(s, query, key, p):
+        return s + tl.load(p) * s * s * s
+
+    def triton_both(s, query, key, p):
+        amount = tl.load(p)
+        return s + amount * s * s * s, 1.0 + 3.0 * amount * s * s
+
+    def triton_visible(query, key, p):
+        return (query - key) % tl.load(p + 1).to(tl.int32) == 0
+"""

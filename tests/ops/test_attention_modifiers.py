@@ -232,7 +232,7 @@ def test_operator_registration():
 
 
 def test_a_new_modifier_is_one_file(tmp_path, monkeypatch):
-    """Its twin serves the reference, its C++ reaches the build; for Triton see test_triton_attention_forest.py."""
+    """Its twin serves the reference, its C++ reaches the build; for Triton see test_attention_forest.py."""
     (tmp_path / "bent.py").write_text(BENT)
     monkeypatch.setattr(modifiers, "__path__", [*modifiers.__path__, str(tmp_path)])
     modifiers.discover()
