@@ -1,0 +1,36 @@
+"""The documentation site builds without a warning, and the first page's figures are the committed results."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_site_builds_strictly(tmp_path):
+    pytest.importorskip("mkdocs", reason="the site needs mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "site" / "tour" / "index.html").is_file()
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f": {page.name}\n" in navigation, page.name
+
+
+def test_the_readme_s_table_is_that_of_the_results():
+    from benchmarks.picture import rows, table
+
+    assert table(rows()) in (ROOT / "README.md").read_text()
+
+
+def test_the_picture_is_that_of_the_results(tmp_path):
+    pytest.importorskip("matplotlib", reason="the picture needs matplotlib")
+    from benchmarks.picture import PICTURE, draw, rows
+
+    assert draw(rows(), tmp_path / "picture.svg").read_text() == PICTURE.read_text()
