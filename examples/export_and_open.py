@@ -1,6 +1,6 @@
 """Export a patched model and open the folder with unpatched transformers: same greedy tokens.
 
-    python examples/export_and_open.py
+python examples/export_and_open.py
 """
 
 import subprocess

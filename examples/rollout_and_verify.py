@@ -1,6 +1,6 @@
 """Sample from the model that is being trained, and check that training computes the same log-probabilities, bit for bit.
 
-    python examples/rollout_and_verify.py
+python examples/rollout_and_verify.py
 """
 
 import torch
