@@ -26,6 +26,7 @@ def rows(folder: Path = RESULTS) -> list[Row]:
     """The comparisons of the first page, the largest ratio first."""
     serve, train, moe, grpo = (_read(folder, name) for name in ("serve-llama", "train-llama", "moe", "grpo-512x8x64"))
     batch = serve["batches"]["16"]["tokens_per_s"]
+    generation, training = moe["generation"], moe["training"]
     found = [
         Row(
             "GRPO step, 32 M Llama, prompt 512, 8 generations of 64",
@@ -43,16 +44,16 @@ def rows(folder: Path = RESULTS) -> list[Row]:
         ),
         Row(
             "Generation, 89 M Qwen3-MoE, 16 × (128 + 128) tokens, greedy",
-            f"{moe['generation']['tokens_per_s']['engine']:,.0f} tok/s",
-            f"{moe['generation']['tokens_per_s'][moe['generation']['best']]:,.0f} tok/s, transformers, its fastest experts",
-            moe["generation"]["ratio"],
+            f"{generation['tokens_per_s']['engine']:,.0f} tok/s",
+            f"{generation['tokens_per_s'][generation['best']]:,.0f} tok/s, transformers, its fastest experts",
+            generation["ratio"],
             _hardware(moe),
         ),
         Row(
             "Training step, 89 M Qwen3-MoE, 4 × 512 tokens",
-            f"{moe['training']['tokens_per_s']['patched']:,.0f} tok/s",
-            f"{moe['training']['tokens_per_s']['grouped_mm']:,.0f} tok/s, transformers `grouped_mm`",
-            moe["training"]["ratios"]["grouped_mm"],
+            f"{training['tokens_per_s']['patched']:,.0f} tok/s",
+            f"{training['tokens_per_s']['grouped_mm']:,.0f} tok/s, transformers `grouped_mm`",
+            training["ratios"]["grouped_mm"],
             _hardware(moe),
         ),
         Row(

@@ -26,12 +26,12 @@ folder = Path(tempfile.mkdtemp()) / "exported"
 toolkit.export(model, folder)  # safetensors, config, generation config and a manifest; all of it or nothing is written
 print("written:", ", ".join(sorted(path.name for path in folder.iterdir())))
 
-# A process of its own that never imports toolkit.
+# A separate process that never imports toolkit.
 program = f"""
 import torch, transformers
 model = transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})
-tokens = model.generate(torch.tensor([{prompt}]), max_new_tokens=16, min_new_tokens=16, do_sample=False)[0, {len(prompt)}:]
-print(*tokens.tolist())
+tokens = model.generate(torch.tensor([{prompt}]), max_new_tokens=16, min_new_tokens=16, do_sample=False)
+print(*tokens[0, {len(prompt)}:].tolist())
 """
 done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
 theirs = [int(token) for token in done.stdout.split()]

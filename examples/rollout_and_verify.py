@@ -1,4 +1,4 @@
-"""Sample from the model that is being trained, and check that training computes the same log-probabilities, bit for bit.
+"""Sample from the model that is being trained; training computes the same log-probabilities, bit for bit.
 
 python examples/rollout_and_verify.py
 """
@@ -42,7 +42,7 @@ with toolkit.Engine(model, max_num_seqs=8, seed=0) as engine:
         print(f"step {step}: {differing} of {compared} sampled tokens differ in any bit")
         assert differing == 0
 
-        # On-policy by construction: no importance weights are needed for the ratio of the two policies is exactly 1.
+        # On-policy by construction: no importance weights are needed: the ratio of the two policies is exactly 1.
         loss = -torch.cat([one[-8:] for one in trained]).mean()
         loss.backward()
         optimizer.step()
