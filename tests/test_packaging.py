@@ -1,4 +1,4 @@
-"""The wheel and the sdist that a checkout builds, in an environment of their own that has no compiler."""
+"""The wheel and the sdist that a checkout builds, in new environments without a compiler."""
 
 import os
 import shutil
@@ -78,8 +78,8 @@ def test_a_wheel_runs_where_there_is_no_compiler(wheel: Path, tmp_path: Path) ->
     run(sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "env"))
     python = tmp_path / "env" / "bin" / "python"
     run(sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index", str(wheel))
-    (site,) = (tmp_path / "env").glob("lib/python*/site-packages")
-    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    (folder,) = (tmp_path / "env").glob("lib/python*/site-packages")
+    (folder / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     use(python, tmp_path)
     command = tmp_path / "env" / "bin" / "toolkit"
     verify = [str(command), "verify", "--random", "llama", "--tokens", "50", "--no-cost"]
