@@ -37,7 +37,7 @@ def test_notices_are_dropped_and_errors_are_not(caplog):
 
 def test_a_command_writes_nothing_on_standard_error(tmp_path):
     """``toolkit verify`` of a random model: what torch, transformers and accelerate say while imported is dropped."""
-    command = [sys.executable, "-m", "toolkit.cli", "verify", "--random", "llama", "--tokens", "20", "--no-cost"]
+    command = [sys.executable, "-m", "toolkit.cli", "verify", "--random", "llama", "--tokens", "20", "--no-overhead"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
     assert result.stderr == ""
     assert result.stdout.startswith("random llama")

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     out, exported = Path("runs/demo"), Path("runs/demo-export")
     shutil.rmtree(exported, ignore_errors=True)
     short = [] if args.full else SHORT
-    verified = ["--tokens", "2000"] if args.full else ["--tokens", "500", "--no-cost"]
+    verified = ["--tokens", "2000"] if args.full else ["--tokens", "500", "--no-overhead"]
     steps = [
         ["train", args.recipe, "run_name=demo", "overwrite=true", *short, *args.overrides],
         ["generate", str(out), *PROMPTS, "--max-tokens", "64", "--temperature", "0.7", "--seed", "1"],
@@ -73,7 +73,7 @@ def _pretrained(full: bool) -> int:
     return _commands(
         [
             ["generate", model, *prompts, "--max-tokens", "32", "--temperature", "0"],
-            ["verify", model, "--tokens", "500" if full else "100", "--no-cost"],
+            ["verify", model, "--tokens", "500" if full else "100", "--no-overhead"],
         ]
     )
 
