@@ -28,7 +28,7 @@ from toolkit.state import RaggedBatch
 from toolkit.training.losses import divergence_estimate
 
 if TYPE_CHECKING:
-    from trl import GRPOTrainer
+    from trl.trainer.grpo_trainer import GRPOTrainer
 
 # Supported keys of ``GRPOConfig.generation_kwargs``, and those that GRPOTrainer adds.
 _SUPPORTED_KWARGS = {
@@ -202,7 +202,10 @@ class Rollout:
         """
         if model is not self.trainer.model or compute_aux_loss or any(one is not None for one in media.values()):
             settings = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss, **media}
-            return self.padded(model, input_ids, attention_mask, logits_to_keep, batch_size, **settings)
+            padded: tuple[Tensor, Tensor | None, Tensor | None] = self.padded(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, **settings
+            )
+            return padded
         kept = attention_mask.bool()
         parts = [
             self._statistics(model, rows.cpu(), mask.cpu(), logits_to_keep)

@@ -26,7 +26,8 @@ class GatedMlp:
         gate, up, down, kind = self.gate, self.up, self.down, self.kind
 
         def forward(self: nn.Module, x: Tensor) -> Tensor:
-            return getattr(self, down)(gated_activation(getattr(self, gate)(x), getattr(self, up)(x), kind))
+            y: Tensor = getattr(self, down)(gated_activation(getattr(self, gate)(x), getattr(self, up)(x), kind))
+            return y
 
         return forward
 
@@ -49,7 +50,8 @@ class PackedMlp:
         def forward(self: nn.Module, x: Tensor) -> Tensor:
             packed = getattr(self, gate_up)(x)
             parts = (packed[..., 0::2], packed[..., 1::2]) if interleaved else packed.chunk(2, -1)
-            return getattr(self, down)(gated_activation(parts[gate_at], parts[up_at], kind))
+            y: Tensor = getattr(self, down)(gated_activation(parts[gate_at], parts[up_at], kind))
+            return y
 
         return forward
 

@@ -14,7 +14,8 @@ def rms_norm_forward(eps: float, offset: float) -> Callable[[nn.Module, Tensor],
 
     def forward(self: nn.Module, hidden_states: Tensor, *more: Any, **others: Any) -> Tensor:
         if more or others:  # a gate, say: the module's own forward handles further arguments
-            return type(self).forward(self, hidden_states, *more, **others)
+            result: Tensor = type(self).forward(self, hidden_states, *more, **others)
+            return result
         return rms_norm(hidden_states, getattr(self, "weight", None), eps, offset)
 
     return forward

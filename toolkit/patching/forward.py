@@ -94,7 +94,7 @@ def context_forward(model: nn.Module, context: ForwardContext, rows: Tensor | No
         )
     if context.replay is not None and not torch.compiler.is_compiling():
         context.replay.check_complete()
-    logits = output.logits[0]
+    logits: Tensor = output.logits[0]
     return logits if rows is None or keep else logits[rows]
 
 

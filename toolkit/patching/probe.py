@@ -38,7 +38,7 @@ def probe_copy(module: nn.Module, replaced: dict[int, nn.Parameter] | None = Non
     return copied
 
 
-def with_forward(module: nn.Module, forward: Callable) -> Callable[..., Any]:
+def with_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
     """``forward`` bound to ``module``."""
     return types.MethodType(forward, module)
 

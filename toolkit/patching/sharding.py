@@ -14,7 +14,7 @@ from toolkit.patching.weights import weights_changed
 def is_shard(parameter: nn.Parameter) -> bool:
     """Whether this process holds only a shard of the parameter."""
     if hasattr(parameter, "ds_numel"):  # set by DeepSpeed on parameters that it partitions
-        return parameter.numel() != parameter.ds_numel
+        return bool(parameter.numel() != parameter.ds_numel)
     return hasattr(parameter, "placements")  # a DTensor
 
 

@@ -86,7 +86,7 @@ def _one_schedule(
     # In most schedules blocks for one to three long sequences: the rest wait, and the youngest are preempted.
     capacity = source.choice([1.0, 1.5, 2.5, 50.0])
     budget = source.choice([5, 16, 33, 64, 512])
-    limits = {
+    limits: dict[str, Any] = {
         "max_num_seqs": source.choice([4, 8, 32]),
         "max_num_batched_tokens": budget,
         "block_size": block_size,

@@ -70,4 +70,5 @@ def _add(module: Any, name: str, x: Tensor, base: Tensor) -> Tensor:
         norm = torch.linalg.norm(weight + scaling * (b_Nr @ a_rK).to(weight.dtype), dim=1).to(magnitude.dtype)
     plain = upcast if bias is None else upcast - bias
     scaled = lora_add(plain, dropped, a_rK[None], b_Nr[None], factor, adapter_of_row) * (magnitude / norm)
-    return (scaled if bias is None else scaled + bias).to(base.dtype)
+    result: Tensor = scaled if bias is None else scaled + bias
+    return result.to(base.dtype)

@@ -100,7 +100,8 @@ class Probe:
             self.paired = isinstance(output, tuple)
         elif isinstance(output, tuple) != self.paired:
             raise RuntimeError("it must return a pair of outputs and weights")
-        return output[0] if isinstance(output, tuple) else output
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
 
     def error(self, forward: Any = None) -> ProbeError:
         """Against eager attention with the mask that transformers made for it."""
@@ -183,7 +184,9 @@ def _latent_error(probe: Probe, forward: Any) -> ProbeError:
 
     def batched(*sequences: Tensor) -> Tensor:
         with set_forward_context(context):
-            return with_forward(probe.copied, forward)(torch.cat(sequences, 1), position_embeddings=batched_tables)[0]
+            run = with_forward(probe.copied, forward)
+            output: Tensor = run(torch.cat(sequences, 1), position_embeddings=batched_tables)[0]
+            return output
 
     def separate(*sequences: Tensor) -> Tensor:
         outputs = []

@@ -84,7 +84,8 @@ def _probe(module: nn.Module, forward: Callable[..., Any]) -> ProbeError:
 
     def batched(*sequences: Tensor) -> Tensor:
         with set_forward_context(context):
-            return forward(copied, torch.cat(sequences, 1))
+            output: Tensor = forward(copied, torch.cat(sequences, 1))
+            return output
 
     inputs = [random_input(1, length, width, like=copied) for length in LENGTHS]
     return compare(batched, separate, [inputs], list(copied.parameters()))
