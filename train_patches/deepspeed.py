@@ -93,7 +93,7 @@ def expert_parallel(model: nn.Module, size: int | None = None, chunks: int = 2) 
 def _mark(num_experts: int) -> nn.Module:
     from deepspeed.moe.layer import MoE
 
-    class Mark(MoE):  # type: ignore[misc]
+    class Mark(MoE):
         """Not a layer: DeepSpeed's engine looks for modules of this class."""
 
         def __init__(self) -> None:
