@@ -147,7 +147,7 @@ def check_rollout(
     # Processes may roll out different prompts: the first has two more.
     prompts = [[5, 6, 7, 8], [9, 10, 11], [12] * 5][: 3 - 2 * rank]
     losses: list[float] = []
-    versions, programs = set(), []
+    versions, graphs = set(), []
     engine = None
     for at in range(STEPS):
         with gathered(model):
@@ -165,7 +165,7 @@ def check_rollout(
             if at == STEPS - 1 and rank == 0:
                 toolkit.export(model, folder)
         versions.add(version)
-        programs.append(dict(engine.backend.programs._programs))
+        graphs.append(dict(engine.backend.graphs._graphs))
         logits = model(batch(at)).logits
         losses += train(wrapped, own_loss, step, range(at, at + 1))
         assert weight_version(model) != version
@@ -173,11 +173,11 @@ def check_rollout(
             refused("logits were not read before the weights changed", lambda logits=logits: logits + 0)
     assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) <= TOLERANCE
     assert len(versions) == STEPS
-    assert programs[0]
-    assert programs[-1] == programs[0]  # recorded once, around parameters that come back in their places
+    assert graphs[0]
+    assert graphs[-1] == graphs[0]  # captured once, around parameters that come back to their storage
     if sharded:
-        refused("sharded over the processes; generating", lambda: engine.generate(prompts, GREEDY))
-        refused("sharded over the processes; patching", lambda: toolkit.patch(model, roles=["norm"]))
+        refused("must be gathered for generating", lambda: engine.generate(prompts, GREEDY))
+        refused("must be gathered for patching", lambda: toolkit.patch(model, roles=["norm"]))
     dist.barrier()
     check_saved(folder, weights[STEPS - 1])
     assert size == 2

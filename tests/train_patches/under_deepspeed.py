@@ -53,7 +53,7 @@ def loaded_in_parts(model: Any, saved: Path) -> Any:
     using = HfDeepSpeedConfig(settings(3))
     parts = type(model).from_pretrained(saved).train()
     del using
-    refused("sharded over the processes; patching", lambda: toolkit.patch(parts))
+    refused("must be gathered for patching", lambda: toolkit.patch(parts))
     with gathered(parts):
         report = toolkit.patch(parts)
     assert report.roles() == toolkit.patch(model).roles()
