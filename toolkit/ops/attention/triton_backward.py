@@ -14,7 +14,6 @@ import triton.language as tl
 from toolkit.errors import ToolkitError
 from toolkit.ops.attention import tiles
 from toolkit.ops.attention.triton_backward_keys import (
-    attention_backward_forest_keys,
     attention_backward_keys,
     attention_backward_sinks,
     probabilities,
@@ -146,10 +145,10 @@ def attention_backward(
     """
     check(q, k, v)
     if block_tables is not None and (query_ranges is None or query_ranges.shape != (k.shape[0], 3)):
-        given = "None" if query_ranges is None else f"of shape {list(query_ranges.shape)}"
+        given = "None" if query_ranges is None else f"shape {list(query_ranges.shape)}"
         raise ToolkitError(
-            f"query_ranges is {given}; for gradients through block_tables, attention in Triton needs shape"
-            f" {[k.shape[0], 3]}: first query, end and position of each row of k."
+            f"query_ranges must have shape {[k.shape[0], 3]} for gradients through block_tables in Triton, got {given};"
+            " give first query, end and position of each row of k."
         )
     grad, q, k, v, out = (rows_contiguous(x) for x in (grad, q, k, v, out))
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -162,7 +161,31 @@ def attention_backward(
     delta = torch.empty_like(lse)
     positions = torch.empty(0 if block_tables is None else q.shape[0], dtype=torch.int32, device=q.device)
     own, functions = inlined(modifier, parameters, q)
-    flags = {
+    sequences, kv_heads = kv_lengths.shape[0], k.shape[1]
+    shared: dict[str, Any] = {
+        "grad": grad,
+        "q": q,
+        "k": k,
+        "v": v,
+        "lse": lse,
+        "delta": delta,
+        "positions": positions,
+        "query_offsets": query_offsets,
+        "kv_lengths": kv_lengths,
+        "parameters": own,
+        "num_sequences": sequences,
+        "scale": scale,
+        "window": window,
+        "softcap": softcap,
+        "stride_gt": grad.stride(0),
+        "stride_gh": grad.stride(1),
+        "stride_qt": q.stride(0),
+        "stride_qh": q.stride(1),
+        "stride_kt": k.stride(0),
+        "stride_kh": k.stride(1),
+        "stride_vt": v.stride(0),
+        "stride_vh": v.stride(1),
+        "stride_lt": lse.stride(0),
         "WINDOWED": window > 0,
         "CAPPED": softcap > 0,
         "BOTH": functions["both"],
@@ -170,39 +193,53 @@ def attention_backward(
         "FIRST": functions["first"],
         "PARAMETERS": 0 if parameters is None else parameters.shape[1],
     }
-    sequences, kv_heads = kv_lengths.shape[0], k.shape[1]
-    strides = [stride for x in (grad, q, k, v) for stride in x.stride()[:2]]
     table = kv_lengths if block_tables is None else block_tables.contiguous()
-    starts = kv_offsets if block_tables is None else kv_lengths
     sizes = backward_sizes(q, k, v, tiles.BACKWARD_QUERIES)
     attention_backward_queries[query_grid(q, kv_heads, sequences, sizes)](
-        grad, q, k, v, out, lse, delta, dq, positions, query_offsets, starts, kv_lengths, table, own,
-        sequences, q.shape[0], scale, window, softcap,
-        *strides,
-        out.stride(0), out.stride(1), lse.stride(0), dq.stride(0), 0 if block_tables is None else table.stride(0),
-        PAGE=0 if block_tables is None else block_size, **flags, **sizes,
-    )  # fmt: skip
+        **shared,
+        out=out,
+        dq=dq,
+        kv_offsets=kv_offsets if block_tables is None else kv_lengths,
+        block_tables=table,
+        num_rows=q.shape[0],
+        stride_ot=out.stride(0),
+        stride_oh=out.stride(1),
+        stride_dt=dq.stride(0),
+        stride_table=0 if block_tables is None else table.stride(0),
+        PAGE=0 if block_tables is None else block_size,
+        **sizes,
+    )
     sizes = backward_sizes(q, k, v, tiles.BACKWARD_KEYS)
     del sizes["HEADS"]
-    grid = triton.cdiv(k.shape[0], sizes["KEYS"]), kv_heads
-    ends = lse.stride(0), dk.stride(0), dv.stride(0)
-    if query_ranges is None or block_tables is None:
-        attention_backward_keys[grid](
-            grad, q, k, v, lse, delta, dk, dv, query_offsets, kv_offsets, kv_lengths, own,
-            sequences, k.shape[0], scale, window, softcap, *strides, *ends, **flags, **sizes,
-        )  # fmt: skip
-    else:
-        attention_backward_forest_keys[grid](
-            grad, q, k, v, lse, delta, dk, dv, positions, query_ranges.contiguous(), own,
-            k.shape[0], scale, window, softcap, *strides, *ends, **flags, **sizes,
-        )  # fmt: skip
+    ranges = None if block_tables is None else query_ranges
+    attention_backward_keys[(triton.cdiv(k.shape[0], sizes["KEYS"]), kv_heads)](
+        **shared,
+        dk=dk,
+        dv=dv,
+        kv_offsets=kv_offsets,
+        query_ranges=query_offsets if ranges is None else ranges.contiguous(),
+        num_keys=k.shape[0],
+        stride_dkt=dk.stride(0),
+        stride_dvt=dv.stride(0),
+        SHARED=ranges is not None,
+        **sizes,
+    )
     if sinks is not None:
         heads, tile = q.shape[1], tiles.SINKS
         parts = triton.cdiv(q.shape[0], tile.rows * tile.steps)
         partials = torch.empty(parts, heads, dtype=torch.float32, device=q.device)
         attention_backward_sinks[(parts, triton.cdiv(heads, tile.heads))](
-            lse, delta, sinks.float(), partials, q.shape[0], HEADS=heads, STEPS=tile.steps, ROWS=tile.rows,
-            BLOCK=tile.heads, num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
+            lse,
+            delta,
+            sinks.float(),
+            partials,
+            q.shape[0],
+            HEADS=heads,
+            STEPS=tile.steps,
+            ROWS=tile.rows,
+            BLOCK=tile.heads,
+            num_warps=4,
+            enable_fp_fusion=False,
+        )
         dsinks = partials.sum(0).to(sinks.dtype)
     return dq, dk, dv, dsinks

@@ -1,8 +1,8 @@
 """The kernels that own rows of k and v, and so of dk and dv, and the one of the sinks' gradient.
 
-A program takes a tile of rows of one key/value head and sums over everyone that reads them in a fixed order; there are
-no atomics. Contiguous keys find their queries by walking the sequences, keys behind block tables by the range of
-queries that is given for each of their rows.
+A program takes a tile of rows of one key/value head and sums over the queries that see them in a fixed order; there are
+no atomics. The queries of contiguous keys are found by walking the sequences; for keys behind block tables, which
+sequences may share, a range of queries is given for each row.
 """
 
 import triton
@@ -22,16 +22,16 @@ def probabilities(products, seen, lse, query, key, own, scale, softcap, CAPPED: 
         scores = products * scale
         slope = tl.zeros_like(products) + scale
     if BOTH is not None:
-        scores, bend = BOTH(scores, query, key, own)
-        slope = slope * bend
+        scores, derivative = BOTH(scores, query, key, own)
+        slope = slope * derivative
         seen = seen & (scores != float("-inf"))
     exponent = tl.where(seen, scores - lse, float("-inf"))
     return tl.math.exp2(exponent * 1.4426950408889634), slope, seen
 
 
 @triton.jit
-def readers_of(first, end, key, row, position, window, WINDOWED: tl.constexpr):
-    """[keys, queries] whether rows ``first`` ... ``end`` of the queries hold a row, and see its key."""
+def sees_key(first, end, key, row, position, window, WINDOWED: tl.constexpr):
+    """[keys, queries] whether a query is of the range ``first`` ... ``end`` of a key, and its position sees the key."""
     seen = (row[None, :] >= first[:, None]) & (row[None, :] < end[:, None]) & (key[:, None] <= position[None, :])
     if WINDOWED:
         seen = seen & (key[:, None] > position[None, :] - window)
@@ -42,14 +42,14 @@ def readers_of(first, end, key, row, position, window, WINDOWED: tl.constexpr):
 def add_queries(
     dk_acc, dk_rest, dv_acc, k_tile, v_tile, k_row, v_row, key_ok, first, end, key, query, row_ok, position, head,
     grad, q, k, v, lse, delta, parameters, scale, window, softcap,
-    stride_gt, stride_gh, stride_qt, stride_qh, stride_lt, FOREST: tl.constexpr, WINDOWED: tl.constexpr,
+    stride_gt, stride_gh, stride_qt, stride_qh, stride_lt, SHARED: tl.constexpr, WINDOWED: tl.constexpr,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, TAIL: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, SLICE: tl.constexpr,
     CAPPED: tl.constexpr, BOTH: tl.constexpr, MASK: tl.constexpr, PARAMETERS: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a tile of keys with what a tile of queries of one head adds to them.
 
-    The keys are those of one sequence of length ``end``, or, in a forest, read by the rows ``first`` ... ``end`` each.
+    The keys are those of one sequence of length ``end``. With SHARED each is seen by the queries ``first`` ... ``end``.
     """
     q_row, g_row = query * stride_qt + head * stride_qh, query * stride_gt + head * stride_gh
     q_tile = load_rows(q, q_row, row_ok, 0, HEAD_DIM, BLOCK_D)
@@ -61,8 +61,8 @@ def add_queries(
         products = sliced_products(k, q, k_row, key_ok, q_row, row_ok, HEAD_DIM, KEYS, ROWS, SLICE)
     else:
         products = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
-    if FOREST:
-        seen = readers_of(first, end, key, query, position, window, WINDOWED)
+    if SHARED:
+        seen = sees_key(first, end, key, query, position, window, WINDOWED)
     else:
         seen = (key >= 0)[:, None] & row_ok[None, :]
         seen = seen & tl.trans(visible_keys(key, position, end, window, WINDOWED))
@@ -100,16 +100,21 @@ def rows_before_bound(past, count, last_key, own, FIRST: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_sequences", "num_keys", "window"])
 def attention_backward_keys(
-    grad, q, k, v, lse, delta, dk, dv, query_offsets, kv_offsets, kv_lengths, parameters,
+    grad, q, k, v, lse, delta, dk, dv, query_offsets, kv_offsets, kv_lengths, positions, query_ranges, parameters,
     num_sequences, num_keys, scale, window, softcap,
     stride_gt, stride_gh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     stride_lt, stride_dkt, stride_dvt,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, TAIL: tl.constexpr,
     GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SLICE: tl.constexpr,
     WINDOWED: tl.constexpr, CAPPED: tl.constexpr, BOTH: tl.constexpr, MASK: tl.constexpr, FIRST: tl.constexpr,
-    PARAMETERS: tl.constexpr,
+    PARAMETERS: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv of a tile of rows of k and v, summed over the sequences that hold them, in their order."""
+    """dk, dv of a tile of rows of k and v, summed over the queries that see them, in their order.
+
+    Without SHARED the sequences that hold the rows are found by their offsets. With SHARED each row is seen by one
+    range of queries: ``query_ranges`` [num_keys, 3] of int64 holds the range's begin and end, and the row's position in
+    its sequences; ``positions`` those of the queries.
+    """
     kv_head = tl.program_id(1)
     slot = tl.program_id(0).to(tl.int64) * KEYS + tl.arange(0, KEYS)
     held = slot < num_keys
@@ -122,93 +127,62 @@ def attention_backward_keys(
     dk_acc = tl.zeros([KEYS, BLOCK_D], tl.float32)
     dk_rest = tl.zeros([KEYS, TAIL if TAIL else 16], tl.float32)
     dv_acc = tl.zeros([KEYS, BLOCK_V], tl.float32)
-    for sequence in range(num_sequences):
-        base = tl.load(kv_offsets + sequence)
-        kv_length = tl.load(kv_lengths + sequence).to(tl.int32)
-        start = tl.load(query_offsets + sequence)
-        num_queries = (tl.load(query_offsets + sequence + 1) - start).to(tl.int32)
-        past = kv_length - num_queries  # position of the sequence's first query in this batch
-        first_key = (tl.program_id(0).to(tl.int64) * KEYS - base).to(tl.int32)
-        key = first_key + tl.arange(0, KEYS)
-        overlaps = (first_key < kv_length) & (first_key + KEYS > 0)
-        begin = tl.maximum(first_key - past, 0) // ROWS * ROWS
-        stop = tl.where(overlaps, num_queries, 0)
-        if WINDOWED:
-            stop = tl.minimum(stop, first_key + KEYS - 1 + window - past)
+    if SHARED:
+        first = tl.load(query_ranges + slot * 3, mask=held, other=0).to(tl.int32)
+        end = tl.load(query_ranges + slot * 3 + 1, mask=held, other=0).to(tl.int32)
+        key = tl.load(query_ranges + slot * 3 + 2, mask=held, other=0).to(tl.int32)
+        read = first < end
+        begin = tl.min(tl.where(read, first, 0x7FFFFFFF), 0) // ROWS * ROWS
+        stop = tl.max(tl.where(read, end, 0), 0)
+        last_key = tl.max(tl.where(read, key, 0), 0)
         for member in range(GROUP):
             head = kv_head * GROUP + member
-            near = stop
-            if FIRST is not None:
-                near = rows_before_bound(past, stop, first_key + KEYS - 1, parameters + head * PARAMETERS, FIRST)
-            for row_start in range(begin, near, ROWS):
+            for row_start in range(begin, stop, ROWS):
                 row = row_start + tl.arange(0, ROWS)
-                row_ok = row < num_queries
-                dk_acc, dk_rest, dv_acc = add_queries(
-                    dk_acc, dk_rest, dv_acc, k_tile, v_tile, k_row, v_row, held, base, kv_length, key,
-                    start + row, row_ok, past + row, head,
-                    grad, q, k, v, lse, delta, parameters, scale, window, softcap,
-                    stride_gt, stride_gh, stride_qt, stride_qh, stride_lt, False, WINDOWED,
-                    HEAD_DIM, V_DIM, BLOCK_D, BLOCK_V, TAIL, ROWS, KEYS, SLICE, CAPPED, BOTH, MASK, PARAMETERS,
-                )  # fmt: skip
-    dk, dv = dk + kv_head * HEAD_DIM, dv + kv_head * V_DIM
-    dk_row, dv_row = slot * stride_dkt, slot * stride_dvt
-    store_rows(dk, dk_row, held, 0, dk_acc, HEAD_DIM, BLOCK_D)
-    if TAIL:
-        store_rows(dk, dk_row, held, BLOCK_D, dk_rest, HEAD_DIM, TAIL)
-    store_rows(dv, dv_row, held, 0, dv_acc, V_DIM, BLOCK_V)
-
-
-@triton.jit(do_not_specialize=["num_keys", "window"])
-def attention_backward_forest_keys(
-    grad, q, k, v, lse, delta, dk, dv, positions, query_ranges, parameters,
-    num_keys, scale, window, softcap,
-    stride_gt, stride_gh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
-    stride_lt, stride_dkt, stride_dvt,
-    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, TAIL: tl.constexpr,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SLICE: tl.constexpr,
-    WINDOWED: tl.constexpr, CAPPED: tl.constexpr, BOTH: tl.constexpr, MASK: tl.constexpr, FIRST: tl.constexpr,
-    PARAMETERS: tl.constexpr,
-):  # fmt: skip
-    """The same for rows of which each is read by one range of queries: ``query_ranges`` [num_keys, 3] of int64 holds
-    the range's begin and end, and the row's position in its sequences; ``positions`` those of the queries."""
-    kv_head = tl.program_id(1)
-    slot = tl.program_id(0).to(tl.int64) * KEYS + tl.arange(0, KEYS)
-    held = slot < num_keys
-    first = tl.load(query_ranges + slot * 3, mask=held, other=0).to(tl.int32)
-    end = tl.load(query_ranges + slot * 3 + 1, mask=held, other=0).to(tl.int32)
-    key = tl.load(query_ranges + slot * 3 + 2, mask=held, other=0).to(tl.int32)
-    read = first < end
-    begin = tl.min(tl.where(read, first, 0x7FFFFFFF), 0) // ROWS * ROWS
-    stop = tl.max(tl.where(read, end, 0), 0)
-    last_key = tl.max(tl.where(read, key, 0), 0)
-    k, v = k + kv_head * stride_kh, v + kv_head * stride_vh
-    k_row, v_row = slot * stride_kt, slot * stride_vt
-    k_tile, v_tile = k_row, v_row  # not used in slices
-    if not SLICE:
-        k_tile = load_rows(k, k_row, held, 0, HEAD_DIM, BLOCK_D)
-        v_tile = load_rows(v, v_row, held, 0, V_DIM, BLOCK_V)
-    dk_acc = tl.zeros([KEYS, BLOCK_D], tl.float32)
-    dk_rest = tl.zeros([KEYS, TAIL if TAIL else 16], tl.float32)
-    dv_acc = tl.zeros([KEYS, BLOCK_V], tl.float32)
-    for member in range(GROUP):
-        head = kv_head * GROUP + member
-        for row_start in range(begin, stop, ROWS):
-            row = row_start + tl.arange(0, ROWS)
-            row_ok = row < stop
-            position = tl.load(positions + row, mask=row_ok, other=0x7FFFFFFF)
-            near = True
-            if WINDOWED:  # whole tiles of queries may be past the window, or all below a modifier's bound
-                near = tl.min(position, 0) - window < last_key
-            if FIRST is not None:
-                near = near & (FIRST(tl.min(position, 0), parameters + head * PARAMETERS) <= last_key)
-            if near:
-                dk_acc, dk_rest, dv_acc = add_queries(
-                    dk_acc, dk_rest, dv_acc, k_tile, v_tile, k_row, v_row, held, first, end, key,
-                    row.to(tl.int64), row_ok, position, head,
-                    grad, q, k, v, lse, delta, parameters, scale, window, softcap,
-                    stride_gt, stride_gh, stride_qt, stride_qh, stride_lt, True, WINDOWED,
-                    HEAD_DIM, V_DIM, BLOCK_D, BLOCK_V, TAIL, ROWS, KEYS, SLICE, CAPPED, BOTH, MASK, PARAMETERS,
-                )  # fmt: skip
+                row_ok = row < stop
+                position = tl.load(positions + row, mask=row_ok, other=0x7FFFFFFF)
+                near = True
+                if WINDOWED:  # whole tiles of queries may be past the window, or all below a modifier's bound
+                    near = tl.min(position, 0) - window < last_key
+                if FIRST is not None:
+                    near = near & (FIRST(tl.min(position, 0), parameters + head * PARAMETERS) <= last_key)
+                if near:
+                    dk_acc, dk_rest, dv_acc = add_queries(
+                        dk_acc, dk_rest, dv_acc, k_tile, v_tile, k_row, v_row, held, first, end, key,
+                        row.to(tl.int64), row_ok, position, head,
+                        grad, q, k, v, lse, delta, parameters, scale, window, softcap,
+                        stride_gt, stride_gh, stride_qt, stride_qh, stride_lt, True, WINDOWED,
+                        HEAD_DIM, V_DIM, BLOCK_D, BLOCK_V, TAIL, ROWS, KEYS, SLICE, CAPPED, BOTH, MASK, PARAMETERS,
+                    )  # fmt: skip
+    else:
+        for sequence in range(num_sequences):
+            base = tl.load(kv_offsets + sequence)
+            kv_length = tl.load(kv_lengths + sequence).to(tl.int32)
+            start = tl.load(query_offsets + sequence)
+            num_queries = (tl.load(query_offsets + sequence + 1) - start).to(tl.int32)
+            past = kv_length - num_queries  # position of the sequence's first query in this batch
+            first_key = (tl.program_id(0).to(tl.int64) * KEYS - base).to(tl.int32)
+            key = first_key + tl.arange(0, KEYS)
+            overlaps = (first_key < kv_length) & (first_key + KEYS > 0)
+            begin = tl.maximum(first_key - past, 0) // ROWS * ROWS
+            stop = tl.where(overlaps, num_queries, 0)
+            if WINDOWED:
+                stop = tl.minimum(stop, first_key + KEYS - 1 + window - past)
+            for member in range(GROUP):
+                head = kv_head * GROUP + member
+                near = stop
+                if FIRST is not None:
+                    near = rows_before_bound(past, stop, first_key + KEYS - 1, parameters + head * PARAMETERS, FIRST)
+                for row_start in range(begin, near, ROWS):
+                    row = row_start + tl.arange(0, ROWS)
+                    row_ok = row < num_queries
+                    dk_acc, dk_rest, dv_acc = add_queries(
+                        dk_acc, dk_rest, dv_acc, k_tile, v_tile, k_row, v_row, held, base, kv_length, key,
+                        start + row, row_ok, past + row, head,
+                        grad, q, k, v, lse, delta, parameters, scale, window, softcap,
+                        stride_gt, stride_gh, stride_qt, stride_qh, stride_lt, False, WINDOWED,
+                        HEAD_DIM, V_DIM, BLOCK_D, BLOCK_V, TAIL, ROWS, KEYS, SLICE, CAPPED, BOTH, MASK, PARAMETERS,
+                    )  # fmt: skip
     dk, dv = dk + kv_head * HEAD_DIM, dv + kv_head * V_DIM
     dk_row, dv_row = slot * stride_dkt, slot * stride_dvt
     store_rows(dk, dk_row, held, 0, dk_acc, HEAD_DIM, BLOCK_D)
@@ -233,7 +207,7 @@ def attention_backward_sinks(
         place = row[:, None] * HEADS + head[None, :]
         log_sum = tl.load(lse + place, mask=inside, other=float("-inf"))
         share = tl.load(delta + place, mask=inside, other=0.0)
-        blind = log_sum == float("-inf")  # padding, and rows that see nothing
-        exponent = tl.where(blind, float("-inf"), sink[None, :] - log_sum)
-        sums -= tl.where(blind, 0.0, tl.math.exp2(exponent * 1.4426950408889634) * share)
+        masked = log_sum == float("-inf")  # padding, and fully masked rows
+        exponent = tl.where(masked, float("-inf"), sink[None, :] - log_sum)
+        sums -= tl.where(masked, 0.0, tl.math.exp2(exponent * 1.4426950408889634) * share)
     tl.store(partials + part * HEADS + head, tl.sum(sums, 0), mask=head < HEADS)
