@@ -52,7 +52,7 @@ GREEDY = {
     "new tokens": {"max_new_tokens": 9},
     "whole length": {"max_length": 21},
     "several ends": {"max_new_tokens": 12, "eos_token_id": "most probable"},
-    "ends barred": {"max_new_tokens": 12, "eos_token_id": "most probable", "min_new_tokens": 8},
+    "ends suppressed": {"max_new_tokens": 12, "eos_token_id": "most probable", "min_new_tokens": 8},
     "least length": {"max_new_tokens": 12, "eos_token_id": "most probable", "min_length": 18},
     "repetition": {"max_new_tokens": 9, "repetition_penalty": 1.7},
     "the default length": {},

@@ -166,7 +166,7 @@ def test_sinks_of_gpt_oss(impl, window):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_sinks_and_parameters_of_other_dtypes(impl):
-    """Those of a bfloat16 model: widened; the gradient is in the dtype of the sinks."""
+    """Those of a bfloat16 model: upcast; the gradient is in the dtype of the sinks."""
     q, k, v = (torch.randn(20, 4, 8).bfloat16() for _ in range(3))
     plan = torch.tensor([0, 20]), torch.tensor([0]), torch.tensor([20])
     sinks = torch.randn(4).bfloat16().requires_grad_()

@@ -89,7 +89,7 @@ def histories(rows, size):
     """Arguments of ``penalize`` after the logits."""
     lengths = integers(0, 50, rows, seed=4)
     offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    barred = torch.arange(rows + 1) * 2
+    suppressed = torch.arange(rows + 1) * 2
     return [
         integers(-2, size + 3, int(offsets[-1]), seed=5),
         offsets,
@@ -98,7 +98,7 @@ def histories(rows, size):
         noise(rows, dtype=torch.float64, seed=7),
         noise(rows, dtype=torch.float64, seed=8),
         integers(0, size + 3, 2 * rows, seed=9),
-        barred,
+        suppressed,
     ]
 
 

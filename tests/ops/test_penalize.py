@@ -31,10 +31,10 @@ class Rows:
             torch.rand(count, 3, generator=generator, dtype=torch.float64).sub(0.3).mul(3).unbind(-1)
         )
         self.repetition = self.repetition.abs() + 0.1
-        self.barred = [integers(0, vocabulary + 9, n) for n in integers(0, 4, count)]
+        self.suppressed = [integers(0, vocabulary + 9, n) for n in integers(0, 4, count)]
 
     def arguments(self, order: list[int]) -> list[Tensor]:
-        histories, barred = [self.histories[b] for b in order], [self.barred[b] for b in order]
+        histories, suppressed = [self.histories[b] for b in order], [self.suppressed[b] for b in order]
         return [
             torch.tensor([*itertools.chain(*histories)], dtype=torch.int64),
             torch.tensor([0, *map(len, histories)]).cumsum(0),
@@ -42,8 +42,8 @@ class Rows:
             self.repetition[order],
             self.frequency[order],
             self.presence[order],
-            torch.tensor([*itertools.chain(*barred)], dtype=torch.int64),
-            torch.tensor([0, *map(len, barred)]).cumsum(0),
+            torch.tensor([*itertools.chain(*suppressed)], dtype=torch.int64),
+            torch.tensor([0, *map(len, suppressed)]).cumsum(0),
         ]
 
     def oracle(self, logits: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class Rows:
                 row[token] = row[token] / factor if row[token] > 0 else row[token] * factor
                 if output[token]:
                     row[token] -= each * output[token] + once
-            for token in set(self.barred[b]) & set(range(self.vocabulary)):
+            for token in set(self.suppressed[b]) & set(range(self.vocabulary)):
                 row[token] = -math.inf
         return torch.tensor(rows, dtype=torch.float64).to(torch.promote_types(logits.dtype, torch.float32))
 

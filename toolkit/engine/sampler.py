@@ -74,10 +74,10 @@ class BatchParams:
         return torch.tensor(values, dtype=torch.float64).to(self.device)
 
     def penalties(self, logits: Tensor) -> Tensor:
-        """New logits after the penalties, and with the ending tokens barred before ``min_tokens``."""
+        """New logits after the penalties, and with the ending tokens suppressed before ``min_tokens``."""
         lists = [self.histories[row].read() if row in self.histories else _NOTHING for row in range(len(logits))]
         vocabulary = logits.shape[-1]
-        barred = [
+        suppressed = [
             [token for token in one.request.stop_ids if token < vocabulary]
             if one.generated < one.params.min_tokens
             else []
@@ -91,8 +91,8 @@ class BatchParams:
             self.repetition,
             self.frequency,
             self.presence,
-            self.integers(list(itertools.chain.from_iterable(barred))),
-            self.integers([0, *itertools.accumulate(map(len, barred))]),
+            self.integers(list(itertools.chain.from_iterable(suppressed))),
+            self.integers([0, *itertools.accumulate(map(len, suppressed))]),
         )
 
 

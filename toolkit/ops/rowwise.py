@@ -1,4 +1,4 @@
-"""What reference implementations need so that a row's bits depend on that row alone on CPU.
+"""What reference implementations need to be batch-invariant on CPU.
 
 Eager torch evaluates exp, erf, tanh and the like with vector code, but takes the last few elements of every
 thread's share of the flat tensor through scalar code with other rounding; and it splits one long sum over
@@ -30,11 +30,11 @@ def check_row(name: str, parameter: Tensor | None, x: Tensor) -> None:
     """ToolkitError unless ``parameter`` is None or has one value for each column of x."""
     if parameter is not None and parameter.shape != x.shape[-1:]:
         raise ToolkitError(
-            f"{name} has shape {list(parameter.shape)}; x of shape {list(x.shape)} needs [{x.shape[-1]}]."
+            f"{name} must have shape [{x.shape[-1]}] for x of shape {list(x.shape)}, got {list(parameter.shape)}."
         )
 
 
-def widened(x: Tensor, like: Tensor | None = None) -> Tensor:
+def upcast(x: Tensor, like: Tensor | None = None) -> Tensor:
     """x, contiguous, in the dtype that x (or ``like``) is computed in."""
     return x.to(compute_dtype(x if like is None else like)).contiguous()
 
@@ -60,7 +60,7 @@ def elementwise(function: Callable[..., Tensor], x: Tensor, *others: Tensor) -> 
 
 
 def row_sum(x: Tensor) -> Tensor:
-    """``x.sum(-1, keepdim=True)``, long rows in fixed blocks so that no sum is shared out to threads."""
+    """``x.sum(-1, keepdim=True)``, long rows in fixed blocks so that no sum is split over threads."""
     width = x.shape[-1]
     if width <= _BLOCK:
         return x.sum(-1, keepdim=True)

@@ -30,15 +30,18 @@ class _TakeRows(torch.autograd.Function):
 
 
 def take_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """[N, ...]: x[rows], with a deterministic gradient.
+    """``x[rows]``, whose gradient is deterministic.
 
     Args:
         x: [T, ...].
-        rows: [N] int64 from 0 to T - 1, with repetitions.
+        rows: [N] int64 from 0 to T - 1; may repeat.
 
-    Numerics: the gradient of a row is the sum over its repetitions in the order of ``rows``: bitwise identical in every
-    run, which the atomic additions in the backward of ``x[rows]`` do not promise. It takes as many steps as the most
-    frequent row has repetitions.
+    Returns:
+        [N, ...] in x's dtype.
+
+    Numerics: the gradient of a row is the sum over its repetitions in the order of ``rows``, bitwise identical every
+    time, which ``x[rows]`` does not guarantee (its backward adds atomically). Takes as many steps as the most frequent
+    row has repetitions.
     """
     taken: Tensor = _TakeRows.apply(x, rows)  # type: ignore[no-untyped-call]
     return taken

@@ -21,11 +21,13 @@ def architecture(device: torch.device) -> str:
 def check_dtype(op: str, dtype: torch.dtype) -> None:
     """ToolkitError for a dtype that no kernel takes."""
     if dtype not in FLOATS:
-        raise ToolkitError(f"{op} got dtype {dtype}; its Triton kernels take float32, bfloat16 and float16.")
+        raise ToolkitError(
+            f"dtype must be one of float32, bfloat16, float16 in the Triton kernels of {op}, got {dtype}."
+        )
 
 
 def check_gemm_dtype(op: str, dtype: torch.dtype, arch: str) -> None:
     """``check_dtype`` for kernels with a GEMM, which the interpreter cannot run in bfloat16."""
     check_dtype(op, dtype)
     if arch == "interpreter" and dtype == torch.bfloat16:  # it would multiply the raw 16-bit integers
-        raise ToolkitError(f"{op} got dtype bfloat16 on CPU; Triton's interpreter takes float32 and float16.")
+        raise ToolkitError(f"dtype must be float32 or float16 in Triton's interpreter, got bfloat16 for {op}.")

@@ -1,8 +1,8 @@
 """What the Triton kernels of the row-wise ops share: rows seen as a matrix, and tiles chosen by the row's width.
 
 A tile is ``ROWS`` rows by ``BLOCK`` columns. Both come from the width and the size of an element alone, never from
-the number of rows, so that a row's bits are its own. A warp's lanes take 16 bytes in one access and two to four such
-accesses are in flight, which is what the memory of a GPU wants; narrow rows share a program.
+the number of rows: the kernels are batch-invariant. A warp's lanes take 16 bytes in one access and two to four such
+accesses are in flight, as the memory of a GPU needs; narrow rows share a program.
 """
 
 from dataclasses import dataclass
@@ -83,7 +83,7 @@ def matrix(op: str, x: Tensor) -> Tensor:
 def held(op: str, x: Tensor) -> Tensor:
     """``matrix``, for a kernel that holds a row at once; ToolkitError for rows that are too long for it."""
     if x.shape[-1] > MAX_WIDTH:
-        raise ToolkitError(f"{op} got rows of {x.shape[-1]} elements; its Triton kernel takes at most {MAX_WIDTH}.")
+        raise ToolkitError(f"Rows must have <= {MAX_WIDTH} elements in the Triton kernel of {op}, got {x.shape[-1]}.")
     return matrix(op, x)
 
 

@@ -22,14 +22,20 @@ _OP, _ = register_differentiable(
 def activation(x: Tensor, kind: str, *, impl: str | None = None) -> Tensor:
     """An activation function, element by element.
 
-    kind: the name of a file of ``toolkit/ops/activation/kinds`` with one argument. ``silu`` x sigmoid(x);
-    ``gelu`` x Phi(x), Phi the normal distribution function; ``gelu_tanh``
-    x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) / 2; ``relu`` max(x, 0); ``relu2`` max(x, 0)^2.
-    x: any shape; float32, float64, bfloat16 or float16 (the last two computed in float32, rounded once; Triton
-    has no float64).
-    Returns x's shape and dtype, contiguous. Saved for backward: x. Limits at infinity are exact, in the value
-    and in the gradient. An element's bits depend on that element alone.
-    Errors: ToolkitError for another kind, or one of two arguments; other dtypes.
+    Args:
+        x: any shape; float32, float64, bfloat16 or float16.
+        kind: a file of ``toolkit/ops/activation/kinds`` with one argument. ``silu`` x sigmoid(x); ``gelu`` x Phi(x),
+            Phi the normal distribution function; ``gelu_tanh`` x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) / 2;
+            ``relu`` max(x, 0); ``relu2`` max(x, 0)^2.
+
+    Returns:
+        x's shape and dtype, contiguous.
+
+    Raises:
+        ToolkitError: for another kind or dtype, or a kind of two arguments.
+
+    Numerics: computed in float32 (float64 for float64, which Triton does not take) and rounded once. Limits at infinity
+    are exact, in the value and in the gradient. An element depends on that element of x alone. Saved for backward: x.
     """
     find(kind, plain=True)
     return _OP.select(impl)(x, kind)

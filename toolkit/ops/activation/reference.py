@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from toolkit.ops.activation.kinds import find
-from toolkit.ops.rowwise import elementwise, widened
+from toolkit.ops.rowwise import elementwise, upcast
 
 
 def activation(x: Tensor, kind: str) -> Tensor:
@@ -12,13 +12,13 @@ def activation(x: Tensor, kind: str) -> Tensor:
 
     An element's bits depend on that element alone.
     """
-    return elementwise(find(kind, plain=True).value, widened(x)).to(x.dtype)
+    return elementwise(find(kind, plain=True).value, upcast(x)).to(x.dtype)
 
 
 def activation_backward(grad: Tensor, x: Tensor, kind: str) -> Tensor:
     """``grad * f'(x)`` in float32 (float64 for float64), rounded once."""
-    wide = widened(x)
-    return (widened(grad, x) * elementwise(find(kind, plain=True).derivative, wide)).to(x.dtype)
+    x_up = upcast(x)
+    return (upcast(grad, x) * elementwise(find(kind, plain=True).derivative, x_up)).to(x.dtype)
 
 
 def activation_fake(x: Tensor, kind: str) -> Tensor:

@@ -1,6 +1,6 @@
 """Activation functions in Triton, element by element, forward and backward, each kind inlined.
 
-Computed in float32, rounded once. The grid is flat: a program takes one tile, whatever the number of rows.
+Computed in float32, rounded once. The grid is flat: one program per tile, for any number of rows.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Causal attention of ragged sequences, or forests of them, over contiguous or paged keys and values."""
+"""Causal attention of ragged sequences, or prefix trees of them, over contiguous or paged keys and values."""
 
 from torch import Tensor
 
@@ -45,7 +45,7 @@ def attention(
     *,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention of every query over the keys of its own sequence up to its own position.
+    """Softmax attention of every query over the keys of its sequence up to its position: (out, lse).
 
     For query i of a sequence with n queries and L keys, at position p = L - n + i, and each of its heads h::
 
@@ -55,45 +55,50 @@ def attention(
         lse = log(exp(sinks[h]) + sum_j exp(s_j))                            (without sinks: exp(...) is 0)
         out = sum_j exp(s_j - lse) * v_j
 
-    q: [T, Hq, D]. k: [rows, Hkv, D]. v: [rows, Hkv, Dv]. Query head h uses key/value head h // (Hq / Hkv).
-        The first two dimensions may have any stride; a strided last dimension is copied. v may be a part of k
-        (MLA's latent: D 576, Dv 512, one head); the gradients are separate all the same.
-    query_offsets: [S + 1], the queries of sequence s are rows query_offsets[s] ... query_offsets[s + 1] of q.
-        Rows past the last one are padding and give zeros with lse -inf. A query that sees no key gives zeros
-        and its sink as lse, -inf without sinks.
-    kv_offsets: [S], key j of s is row kv_offsets[s] + j; ignored with block_tables.
-    kv_lengths: [S], keys of s; its queries are the last of them.
-    block_tables: [S, P] or None. Key j of s is row block_tables[s, j // block_size] * block_size
-        + j % block_size. Sequences may name the same pages: a forest, in which a shared prefix is held once. With
-        block_size 1 the pages are the single rows of k. Entries whose keys no query sees are not read.
-    scale: default D ** -0.5.
-    sinks: [Hq] or None; a logit of each head that takes part in the denominator alone (gpt-oss, 2025).
-    modifier: "" or the name of a file of ``toolkit/ops/attention/modifiers``. ``alibi`` adds
-        parameters[h, 0] * (j - p); ``chunked`` lets p see j where both divided by parameters[h, 0] are in one chunk.
-    parameters: [Hq, n] numbers of the modifier, None for one without; they get no gradient.
-    query_ranges: [rows, 3] int64 or None: (first, end, position) of each row of k. Rows first ... end of q (none where
-        first >= end) are the queries of the sequences that hold the row, and it is key ``position`` of each.
-        Laid out depth first, the sequences of a forest have such ranges. Triton needs them for gradients with
-        block_tables; the other implementations find them by themselves and do not look.
+    Args:
+        q: [T, Hq, D]; float32, float64, bfloat16 or float16.
+        k: [rows, Hkv, D]. Query head h uses key/value head h // (Hq / Hkv).
+        v: [rows, Hkv, Dv]. May be a part of k (MLA's latent: D 576, Dv 512, one head); the gradients are separate.
+            The first two dimensions of q, k and v may have any stride; a strided last dimension is copied.
+        query_offsets: [S + 1] int64; the queries of sequence s are rows query_offsets[s] ... query_offsets[s + 1] of q.
+            Rows past the last one are padding and give zeros with lse -inf. A query that sees no key gives zeros and
+            its sink as lse, -inf without sinks.
+        kv_offsets: [S] int64; key j of s is row kv_offsets[s] + j. Ignored with block_tables.
+        kv_lengths: [S] int64; keys of s, whose queries are the last of them.
+        block_tables: [S, P] int64 or None. Key j of s is row block_tables[s, j // block_size] * block_size
+            + j % block_size. Sequences may share blocks: in a prefix tree a shared prefix is held once. With block_size
+            1 the blocks are the single rows of k. Entries whose keys no query sees are not read.
+        block_size: keys per block; ignored without block_tables.
+        scale: default D ** -0.5.
+        window: sliding window in keys; 0 for none.
+        softcap: 0 for none.
+        sinks: [Hq] or None; one logit per head that takes part in the denominator alone (gpt-oss, 2025).
+        modifier: "" or a file of ``toolkit/ops/attention/modifiers``. ``alibi`` adds parameters[h, 0] * (j - p);
+            ``chunked`` lets p see j where both divided by parameters[h, 0] are in one chunk.
+        parameters: [Hq, n] numbers of the modifier, None for one without; no gradient.
+        query_ranges: [rows, 3] int64 or None: (first, end, position) of each row of k. Rows first ... end of q (none
+            where first >= end) are the queries of the sequences that hold the row, and it is key ``position`` of each.
+            In depth-first order, the sequences of a prefix tree have such ranges. Triton needs them for gradients with
+            block_tables; the other implementations ignore them.
 
-    dtypes: float32, float64, bfloat16, float16 (half types are computed in float32), sinks and parameters of any of
-    them; indices int64. Triton takes D up to 576 and Dv up to 512.
-    Returns out [T, Hq, Dv] of q's dtype and lse [T, Hq] (natural log; float64 for float64, else float32).
-    lse has no gradient. Saved for backward: q, k, v, out, lse and the indices. With P = exp(s - lse), dP = grad v^T
-    and delta = rowsum(grad * out): ds = P (dP - delta) f' (1 - (s / softcap)^2), dq = scale ds k,
-    dk = scale ds^T q, dv = P^T grad, dsinks = -sum_rows exp(sinks - lse) delta. A row of k or v gets the sum over all
-    its queries; one without queries gets zeros.
+    Returns:
+        out: [T, Hq, Dv] in q's dtype.
+        lse: [T, Hq], natural log; float64 for float64, else float32. No gradient.
 
-    Determinism (native CPU kernel): a row's bits depend on its query and visible keys alone, whatever the
-    other rows, the chunking, the page layout and the number of threads: keys are taken in tiles of 64 counted
-    from key 0, with an online softmax in order. Keys that a row does not see are not read into it, whatever
-    they hold (those that a modifier alone hides have weight 0, and must be finite). Gradients are summed in the order
-    of sequences, queries and heads: the same bits run after run, for any number of threads. No implementation uses
-    atomics.
+    Raises:
+        ToolkitError: for an unknown impl or modifier, parameters or sinks of another shape; in Triton for D > 576 or
+            Dv > 512, and in its backward for block tables without query_ranges.
+        RuntimeError: from the kernel for shapes, dtypes or indices that do not fit.
 
-    Raises ``ToolkitError`` for an unknown impl or modifier, parameters or sinks of another shape and, in Triton's
-    backward, for block tables without query_ranges; ``RuntimeError`` from the kernel for shapes, dtypes or indices
-    that do not fit.
+    Numerics: half types are computed in float32. With P = exp(s - lse), dP = grad v^T and delta = rowsum(grad * out):
+    ds = P (dP - delta) f' (1 - (s / softcap)^2), dq = scale ds k, dk = scale ds^T q, dv = P^T grad,
+    dsinks = -sum_rows exp(sinks - lse) delta. A row of k or v gets the sum over all queries that see it; one that no
+    query sees gets zeros. Saved for backward: q, k, v, out, lse and the indices.
+    The native CPU kernel is batch-invariant, for any chunking, block layout and number of threads: keys are taken in
+    tiles of 64 counted from key 0, with an online softmax in order. Keys that a row does not see are not read into it,
+    even if they are NaN (those that a modifier alone hides have weight 0, and must be finite). Gradients are summed in
+    the order of
+    sequences, queries and heads: deterministic for any number of threads. No implementation uses atomics.
     Source: Milakov & Gimelshein 2018 (online softmax); Dao et al. 2022, FlashAttention (backward).
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -106,7 +111,7 @@ def _check(q: Tensor, sinks: Tensor | None, modifier: str, parameters: Tensor | 
     if modifier or parameters is not None:
         modifiers.check(modifier, parameters, q.shape[1])
     if sinks is not None and (sinks.dim() != 1 or sinks.shape[0] != q.shape[1]):
-        raise ToolkitError(f"sinks has shape {list(sinks.shape)}; [{q.shape[1]}], one for a query head, is needed.")
+        raise ToolkitError(f"sinks must have shape [{q.shape[1]}], one per query head, got {list(sinks.shape)}.")
 
 
 def attention_backward(
@@ -131,10 +136,16 @@ def attention_backward(
     *,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients (dq, dk, dv, dsinks) of ``attention``, given grad [T, Hq, Dv] of its out; arguments as there.
+    """Gradients (dq, dk, dv, dsinks) of ``attention``.
 
-    Rows of k and v that no query sees, and padding rows of q, get zeros; rows that several sequences read get the sum.
-    dsinks [Hq] is of sinks' dtype, empty without sinks.
+    Args:
+        grad: [T, Hq, Dv], the gradient of out.
+        out, lse: the results of ``attention``; the other arguments as there.
+
+    Returns:
+        dq, dk, dv: shapes and dtypes of q, k, v. Rows of k and v that no query sees, and padding rows of q, get zeros;
+            rows that several sequences share get the sum.
+        dsinks: [Hq] in sinks' dtype, empty without sinks.
     """
     _check(q, sinks, modifier, parameters)
     plan = query_offsets, kv_offsets, kv_lengths

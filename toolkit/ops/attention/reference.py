@@ -1,8 +1,8 @@
-"""Attention in plain torch, a sequence at a time: the specification.
+"""Attention in plain torch, one sequence at a time: the specification.
 
 On the CPU the arithmetic is float64 and each result is rounded once, so that a row of float32 almost never
-depends on the rows computed beside it (about one value in 10^8 does: matrix products are free to change
-order with their shape). Exact row invariance is what the native kernel gives. Elsewhere float32 is used.
+depends on the rows computed beside it (about one value in 10^8 does: a GEMM is free to change its
+reduction order with its shape). Exact row invariance is what the native kernel gives. Elsewhere float32 is used.
 """
 
 from typing import Any
@@ -43,7 +43,7 @@ class _Sequence:
             first = max(first, int(bounds.min()))
         self.keys = torch.arange(min(first, length) if queries else length, length, device=like.device)
         query, key = torch.arange(length - queries, length, device=like.device)[:, None], self.keys[None, :]
-        self.places = query, key
+        self.positions = query, key
         self.seen = (key <= query) & (key > query - window) if window > 0 else key <= query
         if self.modifier is not None and self.modifier.visible is not None:
             self.seen = self.seen & self.modifier.visible(query, key, *self.own)
@@ -54,13 +54,13 @@ class _Sequence:
         s = softcap * torch.tanh(s / softcap) if softcap > 0 else s
         if self.modifier is None or self.modifier.score is None:
             return s, s
-        return s, self.modifier.score(s, *self.places, *self.own)
+        return s, self.modifier.score(s, *self.positions, *self.own)
 
-    def bent(self, ds: Tensor, s: Tensor) -> Tensor:
+    def score_mod_backward(self, ds: Tensor, s: Tensor) -> Tensor:
         """The gradient of what goes into the modifier, from that of what comes out."""
         if self.modifier is None or self.modifier.derivative is None:
             return ds
-        return torch.where(ds == 0, 0.0, ds * self.modifier.derivative(s, *self.places, *self.own))
+        return torch.where(ds == 0, 0.0, ds * self.modifier.derivative(s, *self.positions, *self.own))
 
 
 def attention(
@@ -82,7 +82,7 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """See ``toolkit.ops.attention.attention``. Differentiable by autograd, also through block tables."""
     group = q.shape[1] // k.shape[1]
-    wide = compute_dtype(q)
+    dtype = compute_dtype(q)
     outs, sums = [], []
     ends = query_offsets.tolist()
     begins = kv_lengths.tolist() if block_tables is not None else kv_offsets.tolist()
@@ -90,16 +90,20 @@ def attention(
         queries = ends[s + 1] - ends[s]
         plan = _Sequence(queries, length, window, modifier, parameters, q)
         rows = key_rows(s, plan.keys, begins[s], block_tables, block_size)
-        keys = k[rows].to(wide).repeat_interleave(group, 1)
-        values = v[rows].to(wide).repeat_interleave(group, 1)
-        x = plan.scores(q[ends[s] : ends[s + 1]].to(wide), keys, scale, softcap)[1].masked_fill(~plan.seen, -torch.inf)
+        keys = k[rows].to(dtype).repeat_interleave(group, 1)
+        values = v[rows].to(dtype).repeat_interleave(group, 1)
+        x = plan.scores(q[ends[s] : ends[s + 1]].to(dtype), keys, scale, softcap)[1].masked_fill(~plan.seen, -torch.inf)
         if sinks is not None:
-            x = torch.cat([x, sinks.to(wide)[:, None, None].expand(-1, queries, 1)], -1)
-        blind = (x == -torch.inf).all(-1, keepdim=True)
-        lse = x.masked_fill(blind, 0.0).logsumexp(-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:2], 1)
+            x = torch.cat([x, sinks.to(dtype)[:, None, None].expand(-1, queries, 1)], -1)
+        fully_masked = (x == -torch.inf).all(-1, keepdim=True)
+        lse = (
+            x.masked_fill(fully_masked, 0.0).logsumexp(-1, keepdim=True)
+            if x.shape[-1]
+            else x.new_zeros(*x.shape[:2], 1)
+        )
         weights = torch.exp(x - lse)[..., : len(rows)]
         outs.append(torch.einsum("hqk,khd->qhd", weights, values).to(q.dtype))
-        sums.append(lse.masked_fill(blind, -torch.inf)[..., 0].T.to(result_dtype(q)))
+        sums.append(lse.masked_fill(fully_masked, -torch.inf)[..., 0].T.to(result_dtype(q)))
     padding = q.shape[0] - ends[-1]
     outs.append(q.new_zeros(padding, q.shape[1], v.shape[2]))
     sums.append(q.new_full((padding, q.shape[1]), -torch.inf, dtype=result_dtype(q)))
@@ -128,26 +132,26 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and sinks, by the formulas in ``toolkit.ops.attention.attention``."""
     group = q.shape[1] // k.shape[1]
-    wide = compute_dtype(q)
-    dq = torch.zeros_like(q, dtype=wide, memory_format=torch.contiguous_format)
-    dk = torch.zeros_like(k, dtype=wide, memory_format=torch.contiguous_format)
-    dv = torch.zeros_like(v, dtype=wide, memory_format=torch.contiguous_format)
-    dsinks = q.new_zeros(0 if sinks is None else q.shape[1], dtype=wide)
+    dtype = compute_dtype(q)
+    dq = torch.zeros_like(q, dtype=dtype, memory_format=torch.contiguous_format)
+    dk = torch.zeros_like(k, dtype=dtype, memory_format=torch.contiguous_format)
+    dv = torch.zeros_like(v, dtype=dtype, memory_format=torch.contiguous_format)
+    dsinks = q.new_zeros(0 if sinks is None else q.shape[1], dtype=dtype)
     ends = query_offsets.tolist()
     begins = kv_lengths.tolist() if block_tables is not None else kv_offsets.tolist()
     for s, (start, length) in enumerate(zip(begins, kv_lengths.tolist())):
         own = slice(ends[s], ends[s + 1])
         plan = _Sequence(ends[s + 1] - ends[s], length, window, modifier, parameters, q)
         rows = key_rows(s, plan.keys, start, block_tables, block_size)
-        keys = k[rows].to(wide).repeat_interleave(group, 1)
-        values = v[rows].to(wide).repeat_interleave(group, 1)
-        queries, gradient, log_sum = q[own].to(wide), grad[own].to(wide), lse[own].to(wide).T[..., None]
+        keys = k[rows].to(dtype).repeat_interleave(group, 1)
+        values = v[rows].to(dtype).repeat_interleave(group, 1)
+        queries, gradient, log_sum = q[own].to(dtype), grad[own].to(dtype), lse[own].to(dtype).T[..., None]
         given, x = plan.scores(queries, keys, scale, softcap)
         hidden = ~plan.seen | (x == -torch.inf)
         weights = torch.exp(x - log_sum).masked_fill(hidden, 0.0)
-        delta = (gradient * out[own].to(wide)).sum(-1).T[..., None]
+        delta = (gradient * out[own].to(dtype)).sum(-1).T[..., None]
         ds = weights * (torch.einsum("qhd,khd->hqk", gradient, values) - delta) * scale
-        ds = plan.bent(ds.masked_fill(hidden, 0.0), given)
+        ds = plan.score_mod_backward(ds.masked_fill(hidden, 0.0), given)
         if softcap > 0:
             ds = ds * (1 - (given / softcap) ** 2)
         dq[own] = torch.einsum("hqk,khd->qhd", ds, keys)
@@ -155,7 +159,7 @@ def attention_backward(
         dk.index_add_(0, rows, torch.einsum("hqk,qhd->khd", ds, queries).unflatten(1, heads).sum(2))
         dv.index_add_(0, rows, torch.einsum("hqk,qhd->khd", weights, gradient).unflatten(1, heads).sum(2))
         if sinks is not None:
-            share = torch.exp(sinks.to(wide)[:, None, None] - log_sum).masked_fill(log_sum == -torch.inf, 0.0)
+            share = torch.exp(sinks.to(dtype)[:, None, None] - log_sum).masked_fill(log_sum == -torch.inf, 0.0)
             dsinks -= (share * delta)[..., 0].sum(-1)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks.to(q.dtype if sinks is None else sinks.dtype)
 

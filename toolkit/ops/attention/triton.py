@@ -9,7 +9,7 @@ or between the kernel's variants.
 
 The sums start anew at every split of keys, of a fixed size from key 0 on, and the splits are joined in order; a split
 that a row cannot see leaves it as it was. Shapes decide whether one program takes the splits in turn, or each has a
-program of its own and a second kernel joins them; no bit depends on it.
+separate program and a second kernel joins them; no bit depends on it.
 """
 
 from typing import Any

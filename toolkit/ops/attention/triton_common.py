@@ -160,11 +160,11 @@ def rows_contiguous(x: torch.Tensor) -> torch.Tensor:
 def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     """One sentence for shapes and dtypes that the kernels do not take."""
     if not (q.dtype == k.dtype == v.dtype):
-        raise ToolkitError(f"attention got q, k, v of dtypes {q.dtype}, {k.dtype}, {v.dtype}; they must be equal.")
+        raise ToolkitError(f"attention: the dtypes of q, k, v must be equal, got {q.dtype}, {k.dtype}, {v.dtype}.")
     if q.shape[-1] != k.shape[-1] or k.shape[:2] != v.shape[:2] or q.shape[1] % k.shape[1]:
         raise ToolkitError(
-            f"attention got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}; allowed are "
-            f"q [T, Hq, D], k [rows, Hkv, D], v [rows, Hkv, Dv] with Hq a multiple of Hkv."
+            "attention: q, k, v must have shapes [T, Hq, D], [rows, Hkv, D], [rows, Hkv, Dv] with Hq a multiple of Hkv,"
+            f" got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}."
         )
 
 
@@ -172,7 +172,9 @@ def launch_sizes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: TileT
     """The compile-time sizes and launch options that the forward and the backward kernels share."""
     head_dim, v_dim = q.shape[-1], v.shape[-1]
     if v_dim > tiles.MAX_V_DIM:
-        raise ToolkitError(f"attention got values of width {v_dim}; its Triton kernels take up to {tiles.MAX_V_DIM}.")
+        raise ToolkitError(
+            f"The head size of v must be <= {tiles.MAX_V_DIM} in the Triton kernels of attention, got {v_dim}."
+        )
     choice = table.find(triton_devices.architecture(q.device), q.dtype, max(head_dim, v_dim))
     group = q.shape[1] // k.shape[1]
     return {

@@ -1,10 +1,10 @@
-"""Short depthwise causal convolutions over a forest of segments in plain torch: the specification."""
+"""Short depthwise causal convolutions over a prefix tree of segments in plain torch: the specification."""
 
 import torch
 from torch import Tensor
 
 from toolkit.ops.activation.kinds import find
-from toolkit.ops.rowwise import compute_dtype, elementwise, widened
+from toolkit.ops.rowwise import compute_dtype, elementwise, upcast
 from toolkit.ops.state_write.reference import state_write
 
 
@@ -25,24 +25,24 @@ def _sources(query_offsets: Tensor, past: Tensor, rows: int) -> tuple[Tensor, Te
     return torch.where(at >= first, at, past[segment[:, None], before]), inside
 
 
-def _places(past: Tensor, rows: int, zero: int) -> Tensor:
+def _extended_rows(past: Tensor, rows: int, zero: int) -> Tensor:
     """``past`` as rows of [x, tails, one row of zeros]."""
     return torch.where(past >= 0, past, torch.where(past == -1, zero, rows - 2 - past))
 
 
 def _extended(x: Tensor, tails: Tensor | None) -> Tensor:
     """[x, rows of tails, one row of zeros] in the dtype of the arithmetic."""
-    wide = widened(x)
-    held = [] if tails is None else [tails.to(wide.dtype).reshape(-1, x.shape[1])]
-    return torch.cat([wide, *held, wide.new_zeros(1, x.shape[1])])
+    x_up = upcast(x)
+    held = [] if tails is None else [tails.to(x_up.dtype).reshape(-1, x.shape[1])]
+    return torch.cat([x_up, *held, x_up.new_zeros(1, x.shape[1])])
 
 
 def _before_activation(extended: Tensor, sources: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    wide = weight.to(extended.dtype)
-    y = torch.zeros_like(wide[:, 0]) if bias is None else bias.to(extended.dtype)
+    weight_up = weight.to(extended.dtype)
+    y = torch.zeros_like(weight_up[:, 0]) if bias is None else bias.to(extended.dtype)
     y = y.expand(sources.shape[0], -1)
     for tap in range(weight.shape[1]):
-        y = y + wide[:, tap] * extended[sources[:, tap]]
+        y = y + weight_up[:, tap] * extended[sources[:, tap]]
     return y
 
 
@@ -58,8 +58,8 @@ def causal_conv(
 ) -> Tensor:  # fmt: skip
     """``act(bias + sum_i weight[:, i] x[t - W + 1 + i])``, taps in order. Differentiable."""
     extended = _extended(x, tails)
-    places = _places(past, x.shape[0], extended.shape[0] - 1)
-    sources, inside = _sources(query_offsets, places, x.shape[0])
+    past_rows = _extended_rows(past, x.shape[0], extended.shape[0] - 1)
+    sources, inside = _sources(query_offsets, past_rows, x.shape[0])
     return _finish(_before_activation(extended, sources, weight, bias), inside, activation, x.dtype)
 
 
@@ -69,9 +69,9 @@ def causal_conv_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients to x, weight, bias and tails (the last two empty where there is none)."""
     extended = _extended(x, tails)
-    places = _places(past, x.shape[0], extended.shape[0] - 1)
-    sources, inside = _sources(query_offsets, places, x.shape[0])
-    upstream = torch.where(inside[:, None], widened(grad, x), 0.0)
+    past_rows = _extended_rows(past, x.shape[0], extended.shape[0] - 1)
+    sources, inside = _sources(query_offsets, past_rows, x.shape[0])
+    upstream = torch.where(inside[:, None], upcast(grad, x), 0.0)
     if activation is not None:
         before = _before_activation(extended, sources, weight, bias)
         upstream = upstream * elementwise(find(activation, plain=True).derivative, before.contiguous())
@@ -86,18 +86,20 @@ def causal_conv_backward(
 
 
 def causal_conv_paged(
-    x: Tensor, weight: Tensor, bias: Tensor | None, query_offsets: Tensor, sources: Tensor, save_rows: Tensor,
-    save_frames: Tensor, tails: Tensor, activation: str | None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, query_offsets: Tensor, load_blocks: Tensor, store_rows: Tensor,
+    store_blocks: Tensor, tails: Tensor, activation: str | None,
 ) -> Tensor:  # fmt: skip
     """y; writes the frames of ``tails`` that are asked for."""
     rows, held = x.shape[0], tails.shape[1]
-    before = tails[sources.clamp(min=0)] if tails.shape[0] else tails.new_zeros(sources.shape[0], *tails.shape[1:])
+    before = (
+        tails[load_blocks.clamp(min=0)] if tails.shape[0] else tails.new_zeros(load_blocks.shape[0], *tails.shape[1:])
+    )
     extended = _extended(x, before)
-    places = rows + torch.arange(sources.shape[0] * held, device=x.device).view(-1, held)
-    places = torch.where(sources[:, None] >= 0, places, extended.shape[0] - 1)
-    taken, inside = _sources(query_offsets, places, rows)
+    past_rows = rows + torch.arange(load_blocks.shape[0] * held, device=x.device).view(-1, held)
+    past_rows = torch.where(load_blocks[:, None] >= 0, past_rows, extended.shape[0] - 1)
+    taken, inside = _sources(query_offsets, past_rows, rows)
     y = _finish(_before_activation(extended, taken, weight, bias), inside, activation, x.dtype)
-    state_write(tails, extended[taken[save_rows, 1:]], save_frames)
+    state_write(tails, extended[taken[store_rows, 1:]], store_blocks)
     return y
 
 
@@ -120,7 +122,7 @@ def causal_conv_backward_fake(
 
 
 def causal_conv_paged_fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None, query_offsets: Tensor, sources: Tensor, save_rows: Tensor,
-    save_frames: Tensor, tails: Tensor, activation: str | None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, query_offsets: Tensor, load_blocks: Tensor, store_rows: Tensor,
+    store_blocks: Tensor, tails: Tensor, activation: str | None,
 ) -> Tensor:  # fmt: skip
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -95,20 +95,21 @@ def conv_forward(
 
 @triton.jit(do_not_specialize=["saves", "segments", "steps", "frames"])
 def conv_tails(
-    x, offsets, sources, tails, save_rows, staged, saves, width, segments, steps, frames, stride_x, stride_f, stride_t,
+    x, offsets, load_blocks, tails, store_rows, staged, saves, width, segments, steps, frames,
+    stride_x, stride_f, stride_t,
     TAPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """staged[i] = the last inputs up to row save_rows[i], oldest first; zeros for a row of no segment."""
+    """staged[i] = the last inputs up to row store_rows[i], oldest first; zeros for a row of no segment."""
     save, column, inside = tile_of(saves, width, ROWS, BLOCK)
     end = tl.load(offsets + segments)
-    row = tl.load(save_rows + save, mask=save < saves, other=0)
+    row = tl.load(store_rows + save, mask=save < saves, other=0)
     real = (row >= 0) & (row < end)
     row = tl.where(real, row, 0)
     segment = segments_of(offsets, segments, steps, row)
     first = tl.load(offsets + segment)
     for i in tl.static_range(TAPS - 1):
         value = tap(
-            x, tails, sources, frames, row, first, segment, column, inside & real, TAPS - 2 - i,
+            x, tails, load_blocks, frames, row, first, segment, column, inside & real, TAPS - 2 - i,
             width, stride_x, stride_f, stride_t, TAPS, True,
         )  # fmt: skip
         tl.store(staged + (save * (TAPS - 1) + i) * width + column, value.to(staged.dtype.element_ty), mask=inside)
@@ -153,23 +154,23 @@ def causal_conv(
 
 
 def causal_conv_paged(
-    x: Tensor, weight: Tensor, bias: Tensor | None, query_offsets: Tensor, sources: Tensor, save_rows: Tensor,
-    save_frames: Tensor, tails: Tensor, activation: str | None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, query_offsets: Tensor, load_blocks: Tensor, store_rows: Tensor,
+    store_blocks: Tensor, tails: Tensor, activation: str | None,
 ) -> Tensor:  # fmt: skip
     """``toolkit::causal_conv_paged``: a frame that does not exist is read as zeros and not written.
 
     The new tails are put aside before any is written: a frame may be a segment's source and its target.
     """
     x = matrix("causal_conv_paged", x)
-    y = convolve(x, weight, bias, None, query_offsets, sources, tails, activation, paged=True)
-    saves, segments, width, taps = save_rows.shape[0], sources.shape[0], x.shape[1], weight.shape[1]
+    y = convolve(x, weight, bias, None, query_offsets, load_blocks, tails, activation, paged=True)
+    saves, segments, width, taps = store_rows.shape[0], load_blocks.shape[0], x.shape[1], weight.shape[1]
     if saves and segments and width:
         staged = torch.empty(saves, taps - 1, width, dtype=tails.dtype, device=x.device)
         shape = part_of_row(width, 4)
         conv_tails[(blocks(saves, shape.rows) * blocks(width, shape.block),)](
-            x, query_offsets.contiguous(), sources.contiguous(), tails, save_rows.contiguous(), staged,
+            x, query_offsets.contiguous(), load_blocks.contiguous(), tails, store_rows.contiguous(), staged,
             saves, width, segments, segments.bit_length(), tails.shape[0], x.stride(0), *tails.stride()[:2],
             TAPS=taps, **shape.options(),
         )  # fmt: skip
-        state_write(tails, staged, save_frames)
+        state_write(tails, staged, store_blocks)
     return y

@@ -47,7 +47,7 @@ def conv_row_grad(
     before, weight, offsets, order, starts, to, rows, skipped, width, segments, search,
     OWN: tl.constexpr, TAPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of ``rows`` rows of [x, tails] after the first ``skipped``: from the tokens of its own segment (OWN: it has one),
+    """Of ``rows`` rows of [x, tails] after the first ``skipped``: from the tokens of its segment (OWN: it has one),
     then from those of the segments that it lies before, order[starts[r]:starts[r + 1]], places of ``past``."""
     row, column, inside = tile_of(rows, width, ROWS, BLOCK)
     total = tl.zeros([ROWS, BLOCK], tl.float32)

@@ -9,7 +9,7 @@ from torch import Tensor
 from toolkit.ops.activation.kinds import find
 from toolkit.ops.dispatch_plan.reference import expert_of_rows
 from toolkit.ops.grouped_linear.reference import combine, grouped_linear, grouped_linear_backward
-from toolkit.ops.rowwise import elementwise, widened
+from toolkit.ops.rowwise import elementwise, upcast
 
 SCORE_POSITIONS = ("activation", "combine", "input")
 
@@ -26,7 +26,7 @@ def halves(z: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
 
 def activate(z: Tensor, activation: str, gated: bool, interleaved: bool) -> Tensor:
     """a [R, I] of the pre-activation z [R, G I], in float32 or wider."""
-    function, z = find(activation), widened(z)
+    function, z = find(activation), upcast(z)
     if not gated:
         return elementwise(function.value, z)
     gate, up = (part.contiguous() for part in halves(z, interleaved))
@@ -37,7 +37,7 @@ def activate(z: Tensor, activation: str, gated: bool, interleaved: bool) -> Tens
 
 def activate_backward(da: Tensor, z: Tensor, activation: str, gated: bool, interleaved: bool) -> Tensor:
     """dz [R, G I] of da [R, I], in float32 or wider."""
-    function, z = find(activation), widened(z)
+    function, z = find(activation), upcast(z)
     if not gated:
         return da * elementwise(function.derivative, z)
     gate, up = (part.contiguous() for part in halves(z, interleaved))
@@ -53,7 +53,7 @@ def activate_backward(da: Tensor, z: Tensor, activation: str, gated: bool, inter
 def weight_of_rows(topk_weights: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
     """[R, 1] the routing weight of each row, in float32 or wider; 0 for rows of skipped pairs."""
     used = torch.arange(len(order), device=order.device) < offsets[-1]
-    return torch.where(used, widened(topk_weights).flatten()[order], 0.0)[:, None]
+    return torch.where(used, upcast(topk_weights).flatten()[order], 0.0)[:, None]
 
 
 def experts(
@@ -67,7 +67,7 @@ def experts(
     weight = weight_of_rows(topk_weights, order, offsets)
     if score_position == "input":
         token = order // max(rows.shape[1], 1)
-        source = (widened(x)[token] * weight.to(widened(x).dtype)).to(x.dtype)
+        source = (upcast(x)[token] * weight.to(upcast(x).dtype)).to(x.dtype)
         z = grouped_linear(source, up, up_bias, *plan, False, transposed)
     else:
         z = grouped_linear(x, up, up_bias, *plan, True, transposed)
@@ -79,8 +79,8 @@ def experts(
     y = grouped_linear((a * weight).to(x.dtype), down, None, *plan, False, transposed)
     if down_bias is not None:
         shift = torch.zeros(1, down.shape[0] + 1, down_bias.shape[1], dtype=a.dtype, device=x.device)[0]
-        shift[:-1] = widened(down_bias)
-        y = (widened(y) + weight * shift[expert_of_rows(order, offsets)]).to(x.dtype)
+        shift[:-1] = upcast(down_bias)
+        y = (upcast(y) + weight * shift[expert_of_rows(order, offsets)]).to(x.dtype)
     return combine(y, rows, None), z
 
 
@@ -100,25 +100,25 @@ def experts_backward(
     gated = is_gated(up, down, transposed)
     token = order // max(rows.shape[1], 1)
     used = (torch.arange(len(order), device=x.device) < offsets[-1])[:, None]
-    g = torch.where(used, widened(grad)[token], 0.0)
+    g = torch.where(used, upcast(grad)[token], 0.0)
     weight = weight_of_rows(topk_weights, order, offsets).to(g.dtype)
     inner = weight if score_position != "input" else torch.ones_like(weight)
     a = torch.where(used, activate(z, activation, gated, interleaved), 0.0)
-    v = grouped_linear_backward(g, a, widened(down), *plan, False, transposed, True, False, False)[0]
+    v = grouped_linear_backward(g, a, upcast(down), *plan, False, transposed, True, False, False)[0]
     _, to_down, to_down_bias = grouped_linear_backward(
-        g * inner, a, widened(down), *plan, False, transposed, False, need_down, need_down_bias
+        g * inner, a, upcast(down), *plan, False, transposed, False, need_down, need_down_bias
     )
     dz = torch.where(used, activate_backward(v * inner, z, activation, gated, interleaved), 0.0)
-    source = widened(x)[token] if score_position != "input" else widened(x)[token] * weight
+    source = upcast(x)[token] if score_position != "input" else upcast(x)[token] * weight
     to_rows, to_up, to_up_bias = grouped_linear_backward(
-        dz, torch.where(used, source, 0.0), widened(up), *plan, False, transposed, True, need_up, need_up_bias
+        dz, torch.where(used, source, 0.0), upcast(up), *plan, False, transposed, True, need_up, need_up_bias
     )
     if score_position == "input":
-        to_weight = (to_rows * widened(x)[token]).sum(-1)
+        to_weight = (to_rows * upcast(x)[token]).sum(-1)
     else:
         to_weight = (v * a).sum(-1)
         if down_bias is not None:
-            shift = torch.cat([widened(down_bias), g.new_zeros(1, g.shape[1])])[expert_of_rows(order, offsets)]
+            shift = torch.cat([upcast(down_bias), g.new_zeros(1, g.shape[1])])[expert_of_rows(order, offsets)]
             to_weight = to_weight + (shift * g).sum(-1)
     to_x = combine(to_rows * weight if score_position == "input" else to_rows, rows, None)
     to_topk_weights = to_weight.view(rows.shape)

@@ -16,7 +16,7 @@ from toolkit.ops.dispatch_plan import DispatchPlan, dispatch_plan
 from toolkit.ops.experts.reference import is_gated
 from toolkit.ops.gated_activation import gated_activation
 from toolkit.ops.grouped_linear import grouped_linear
-from toolkit.ops.rowwise import row_sum, widened
+from toolkit.ops.rowwise import row_sum, upcast
 
 
 class RoutedRows(NamedTuple):
@@ -115,7 +115,7 @@ def experts_rows_backward(
         z: of ``experts_rows``; None recomputes it.
     """
     plan, dtype = rows.plan, rows.x.dtype
-    g, x, w = grad[plan.order], rows.x[plan.order], widened(rows.topk_weights[plan.order])[:, None]
+    g, x, w = grad[plan.order], rows.x[plan.order], upcast(rows.topk_weights[plan.order])[:, None]
     at_input = score_position == "input"
     source = (x * w).to(dtype) if at_input else x
     if z is None:
@@ -128,12 +128,12 @@ def experts_rows_backward(
     a = a.detach()
     to_rows = grouped_linear(to_up, up, None, plan, transposed=not transposed)
     if at_input:
-        to_weight = row_sum(widened(to_rows) * widened(x))
+        to_weight = row_sum(upcast(to_rows) * upcast(x))
         to_x = (to_rows * w).to(dtype)
     else:
-        to_weight = row_sum(widened(v) * widened(a))
+        to_weight = row_sum(upcast(v) * upcast(a))
         if down_bias is not None:
-            to_weight = to_weight + row_sum(widened(g) * widened(down_bias[rows.expert[plan.order]]))
+            to_weight = to_weight + row_sum(upcast(g) * upcast(down_bias[rows.expert[plan.order]]))
         to_x = to_rows
     by_arrival = plan.rows[:, 0]
     operands = WeightOperands(rows.expert[plan.order], to_up, source, g if at_input else (g * w).to(dtype), a)

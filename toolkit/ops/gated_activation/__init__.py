@@ -20,16 +20,24 @@ _OP, _ = register_differentiable(
 def gated_activation(gate: Tensor, up: Tensor, kind: str, *, impl: str | None = None) -> Tensor:
     """``f(gate) * up``, f a kind of ``toolkit.ops.activation``; or a gate of two arguments, ``f(gate, up)``.
 
-    kind: ``silu``, ``gelu``, ``gelu_tanh``, ``relu``, ``relu2`` as in ``toolkit.ops.activation``; ``clamped_swiglu``
-    g sigmoid(1.702 g) (u + 1), g = min(gate, 7) and u = up clamped to [-7, 7] (gpt-oss). A file of
-    ``toolkit/ops/activation/kinds`` each.
-    gate, up: [..., N], equal shapes; rows may be strided (the two halves of one projection cost no copy);
-    float32, float64, bfloat16 or float16 (the last two computed in float32, rounded once; Triton has no float64).
-    Returns gate's shape and dtype, contiguous. Saved for backward: gate and up; f is computed again.
-    An element's bits depend on gate and up there alone.
-    Errors: ToolkitError for another kind or shapes that differ; other dtypes.
+    Args:
+        gate: [..., N]; float32, float64, bfloat16 or float16. Rows may be strided: the halves of one projection cost no
+            copy.
+        up: gate's shape.
+        kind: a file of ``toolkit/ops/activation/kinds``: ``silu``, ``gelu``, ``gelu_tanh``, ``relu``, ``relu2``, or
+            ``clamped_swiglu`` g sigmoid(1.702 g) (u + 1), g = min(gate, 7), u = up clamped to [-7, 7] (gpt-oss).
+
+    Returns:
+        gate's shape and dtype, contiguous.
+
+    Raises:
+        ToolkitError: for another kind or dtype, or shapes that differ.
+
+    Numerics: computed in float32 (float64 for float64, which Triton does not take) and rounded once. An element depends
+    on that element of gate and up alone. Saved for backward: gate and up; f is recomputed.
+    Source: Shazeer, "GLU Variants Improve Transformer" (2020).
     """
     find(kind)
     if gate.shape != up.shape:
-        raise ToolkitError(f"gate has shape {list(gate.shape)}, up {list(up.shape)}; they must be equal.")
+        raise ToolkitError(f"gate and up must have equal shapes, got {list(gate.shape)} and {list(up.shape)}.")
     return _OP.select(impl)(gate, up, kind)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from toolkit.ops.activation.kinds import find
-from toolkit.ops.rowwise import elementwise, widened
+from toolkit.ops.rowwise import elementwise, upcast
 
 
 def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
@@ -12,7 +12,7 @@ def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
 
     Differentiable. An element's bits depend on it alone.
     """
-    g, u, function = widened(gate), widened(up, gate), find(kind)
+    g, u, function = upcast(gate), upcast(up, gate), find(kind)
     if function.arguments == 2:
         return elementwise(function.value, g, u).to(gate.dtype)
     return (elementwise(function.value, g) * u).to(gate.dtype)
@@ -20,7 +20,7 @@ def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
 
 def gated_activation_backward(grad: Tensor, gate: Tensor, up: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """``grad * up * f'(gate)`` and ``grad * f(gate)``; of ``f(gate, up)``, grad times its two slopes."""
-    d, g, u, function = widened(grad, gate), widened(gate), widened(up, gate), find(kind)
+    d, g, u, function = upcast(grad, gate), upcast(gate), upcast(up, gate), find(kind)
     if function.arguments == 2:
         to_gate, to_up = (elementwise(lambda g, u, i=i: function.derivative(g, u)[i], g, u) for i in (0, 1))
         return (d * to_gate).to(gate.dtype), (d * to_up).to(up.dtype)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from toolkit.ops.linear.reference import linear_reference
-from toolkit.ops.rowwise import widened
+from toolkit.ops.rowwise import upcast
 
 
 def spans(offsets: Tensor) -> Iterator[tuple[int, slice]]:
@@ -30,8 +30,8 @@ def grouped_linear(
     for expert, span in spans(offsets):
         matrix = weight[expert].T if transposed else weight[expert]
         source = x[order[span] // rows.shape[1]] if gather else x[span]
-        shift = None if bias is None else widened(bias[expert])
-        parts.append(linear_reference(widened(source), widened(matrix), shift).to(x.dtype))
+        shift = None if bias is None else upcast(bias[expert])
+        parts.append(linear_reference(upcast(source), upcast(matrix), shift).to(x.dtype))
     done = sum(part.shape[0] for part in parts)
     return torch.cat([*parts, x.new_zeros(rows.numel() - done, outputs)])
 
@@ -45,12 +45,12 @@ def grouped_linear_backward(
     ``dx = g W_e`` per row, with ``gather`` summed over a token's rows in order of k; ``dW_e = g^T x`` and
     ``db_e = sum g`` over the rows of e, ascending.
     """
-    to_rows = x.new_zeros(rows.numel(), x.shape[1], dtype=widened(x[:0]).dtype)
+    to_rows = x.new_zeros(rows.numel(), x.shape[1], dtype=upcast(x[:0]).dtype)
     to_weight, to_bias = torch.zeros_like(weight), weight.new_zeros(weight.shape[0], grad.shape[1])
     for expert, span in spans(offsets):
-        g = widened(grad[span])
-        source = widened(x[order[span] // rows.shape[1]] if gather else x[span])
-        matrix = widened(weight[expert])
+        g = upcast(grad[span])
+        source = upcast(x[order[span] // rows.shape[1]] if gather else x[span])
+        matrix = upcast(weight[expert])
         if need_x:
             to_rows[span] = g @ (matrix.T if transposed else matrix)
         if need_weight:
@@ -88,12 +88,12 @@ def grouped_linear_backward_fake(
 
 def combine(y: Tensor, rows: Tensor, topk_weights: Tensor | None) -> Tensor:
     """out [T, N] = sum over k, ascending, of topk_weights[t, k] y[rows[t, k]]; pairs of row -1 add nothing."""
-    out = widened(y).new_zeros(rows.shape[0], y.shape[1])
+    out = upcast(y).new_zeros(rows.shape[0], y.shape[1])
     for k in range(rows.shape[1]):
         row = rows[:, k]
-        part = widened(y)[row.clamp_min(0)] if y.shape[0] else out
+        part = upcast(y)[row.clamp_min(0)] if y.shape[0] else out
         if topk_weights is not None:
-            part = part * widened(topk_weights[:, k : k + 1], y)
+            part = part * upcast(topk_weights[:, k : k + 1], y)
         out = out + torch.where(row[:, None] >= 0, part, 0.0)
     return out.to(y.dtype)
 
@@ -102,18 +102,18 @@ def combine_backward(
     grad: Tensor, y: Tensor, rows: Tensor, topk_weights: Tensor | None, need_y: bool, need_topk_weights: bool
 ) -> tuple[Tensor, Tensor]:
     """dy [R, N] = weight times grad of the row's token (0 for rows of no pair); dweights [T, K] = <grad, y>."""
-    g, kept = widened(grad), rows >= 0
+    g, kept = upcast(grad), rows >= 0
     none = y.new_empty(0)
     to_y, to_weights = none, none.clone()
     if need_y:
         to_y = g.new_zeros(y.shape)
-        factor = g.new_ones(rows.shape) if topk_weights is None else widened(topk_weights, y)
+        factor = g.new_ones(rows.shape) if topk_weights is None else upcast(topk_weights, y)
         to_y[rows[kept]] = (g[:, None, :] * factor[..., None])[kept]
         to_y = to_y.to(y.dtype)
     if need_topk_weights:
         assert topk_weights is not None
         dots = g.new_zeros(rows.shape)
-        dots[kept] = (g[:, None, :].expand(*rows.shape, -1)[kept] * widened(y)[rows[kept]]).sum(-1)
+        dots[kept] = (g[:, None, :].expand(*rows.shape, -1)[kept] * upcast(y)[rows[kept]]).sum(-1)
         to_weights = dots.to(topk_weights.dtype)
     return to_y, to_weights
 

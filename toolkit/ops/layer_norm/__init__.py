@@ -19,12 +19,22 @@ _OP, _ = register_differentiable(
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, impl: str | None = None) -> Tensor:
     """``(x - mean) / sqrt(variance + eps) * weight + bias`` over the last dimension.
 
-    x: [..., N]; float32, float64, bfloat16 or float16 (the last two computed in float32, rounded once).
-    weight, bias: [N] or None, each on its own. The variance divides by N.
-    Returns [..., N] in x's dtype, contiguous. Saved for backward: x, weight, bias.
-    A row's bits, of the output and of its gradient, depend on that row alone; the gradients of weight and bias sum
-    rows in an order set by their number and width only, whatever the number of threads.
-    Errors: ToolkitError for a weight or bias of another shape; other dtypes; on Triton float64 and N above 32768.
+    Args:
+        x: [..., N]; float32, float64, bfloat16 or float16.
+        weight: [N], or None for ones.
+        bias: [N], or None for zeros.
+        eps: added to the variance, which divides by N.
+
+    Returns:
+        [..., N] in x's dtype, contiguous.
+
+    Raises:
+        ToolkitError: for a weight or bias of another shape, other dtypes; on Triton float64 and N above 32768.
+
+    Numerics: computed in float32 (float64 for float64) and rounded once. Output and dx are batch-invariant. The
+    gradients of weight and bias sum rows in an order set by their number and width only, for any number of threads.
+    Saved for backward: x, weight, bias.
+    Source: Ba, Kiros and Hinton, "Layer Normalization" (2016).
     """
     check_row("weight", weight, x)
     check_row("bias", bias, x)

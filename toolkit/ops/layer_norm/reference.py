@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from toolkit.ops.rowwise import row_sum, widened
+from toolkit.ops.rowwise import row_sum, upcast
 
 
 def _normalize(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -19,7 +19,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     The variance is the mean square distance from the mean. Differentiable. A row's bits do not depend on the
     other rows.
     """
-    y, _ = _normalize(widened(x), eps)
+    y, _ = _normalize(upcast(x), eps)
     if weight is not None:
         y = y * weight.to(y.dtype)
     if bias is not None:
@@ -35,8 +35,8 @@ def layer_norm_backward(
     With ``h`` the normalized x and ``s`` its scale: ``dx = s (g w - mean(g w) - h mean(g w h))``,
     ``dw = sum g h``, ``db = sum g``.
     """
-    g, width = widened(grad, x), x.shape[-1]
-    h, scale = _normalize(widened(x), eps)
+    g, width = upcast(grad, x), x.shape[-1]
+    h, scale = _normalize(upcast(x), eps)
     gw = g if weight is None else g * weight.to(g.dtype)
     dx = scale * (gw - row_sum(gw) / width - h * (row_sum(gw * h) / width))
     dw = x.new_empty(0) if weight is None else (g * h).reshape(-1, width).sum(0).to(weight.dtype)

@@ -1,4 +1,4 @@
-"""Matrix product with a weight, whose rows keep their bits whatever other rows are computed beside them."""
+"""A batch-invariant GEMM with a weight: x W^T + bias."""
 
 import math
 from collections.abc import Sequence
@@ -24,15 +24,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> N
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     x, weight = ctx.saved_tensors
     need_x, need_weight, need_bias = ctx.needs_input_grad
-    # The vendor's CPU products of 16-bit tensors are hundreds of times slower than converting.
-    wide = torch.float32 if grad.device.type == "cpu" and grad.itemsize == 2 else grad.dtype
+    # MKL GEMMs of 16-bit tensors are hundreds of times slower than converting.
+    compute = torch.float32 if grad.device.type == "cpu" and grad.itemsize == 2 else grad.dtype
     # math.prod, unlike torch.Size.numel, leaves sizes that a compiler keeps open open.
-    rows = grad.reshape(math.prod(x.shape[:-1]), weight.shape[0]).to(wide)
+    rows = grad.reshape(math.prod(x.shape[:-1]), weight.shape[0]).to(compute)
     grad_x = grad_weight = grad_bias = None
     if need_x:
-        grad_x = torch.mm(rows, weight.to(wide)).to(x.dtype).view(x.shape)
+        grad_x = torch.mm(rows, weight.to(compute)).to(x.dtype).view(x.shape)
     if need_weight:
-        grad_weight = torch.mm(rows.t(), x.reshape(rows.shape[0], x.shape[-1]).to(wide)).to(weight.dtype)
+        grad_weight = torch.mm(rows.t(), x.reshape(rows.shape[0], x.shape[-1]).to(compute)).to(weight.dtype)
     if need_bias:
         grad_bias = rows.sum(0).to(grad.dtype)
     return grad_x, grad_weight, grad_bias
@@ -63,20 +63,26 @@ _GROUP = register(
 def linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, impl: str | None = None
 ) -> torch.Tensor:
-    """``y[..., n] = sum_k x[..., k] * weight[n, k] + bias[n]``.
+    """``y[..., n] = sum_k x[..., k] * weight[n, k] + bias[n]``: x W^T + bias.
 
-    x: ``[..., K]``; weight: ``[N, K]``, read in place in this layout; bias: ``[N]`` or None; y: ``[..., N]``. All of
-    one dtype: float32, float64, bfloat16 or float16 (the last two add in float32 and round once).
+    Args:
+        x: [..., K]; float32, float64, bfloat16 or float16.
+        weight: [N, K], read in place in this layout; x's dtype.
+        bias: [N] in x's dtype, or None.
+        impl: None (by device), "reference", "cpu" or "triton".
 
-    Numerics: a row of y has the same bits for any number of rows and any neighbours. On CPU, with any number of
+    Returns:
+        [..., N] in x's dtype.
+
+    Raises:
+        ToolkitError, RuntimeError: for shapes or dtypes that do not fit.
+        ToolkitError: for an ``impl`` that is not available.
+
+    Numerics: batch-invariant. bfloat16 and float16 are added in float32 and rounded once. On CPU, with any number of
     threads: sums run over blocks of 1024 bytes of k, in a block one chain of fused multiply-adds over ascending k, the
     blocks' sums added in order, the bias last. On CUDA (Triton; no float64): one float32 sum over steps of k in
-    ascending order, by a tile that goes by device, dtype and N. A NaN or infinity stays in its row.
-    Gradients are the vendor's products: the same from run to run.
-
-    Saved for backward: x and weight. impl: None (by device), "reference", "cpu" or "triton".
-    Raises RuntimeError or ToolkitError when shapes or dtypes do not fit, ToolkitError for an ``impl`` that is not
-    available.
+    ascending order, by a tile that goes by device, dtype and N. A NaN or infinity stays in its row. Gradients are
+    cuBLAS / MKL GEMMs, deterministic from run to run. Saved for backward: x and weight.
     """
     return _OP.select(impl)(x, weight, bias)
 
@@ -88,8 +94,17 @@ def linear_group(
     *,
     impl: str | None = None,
 ) -> list[torch.Tensor]:
-    """``[linear(x, weight, bias) for weight, bias in zip(weights, biases)]``, bit for bit, as one piece of work.
+    """``[linear(x, weight, bias) for weight, bias in zip(weights, biases)]``, bitwise identical, in one parallel
+    section.
 
-    For products of few rows, whose time goes to waking threads and to the last thread of each. No gradient.
+    For GEMMs of few rows, whose time goes to waking threads and to the last thread of each. No gradient.
+
+    Args:
+        x: [..., K].
+        weights: [N_i, K] each.
+        biases: [N_i] or None each.
+
+    Returns:
+        [..., N_i] each.
     """
     return _GROUP.select(impl)(x, list(weights), list(biases))

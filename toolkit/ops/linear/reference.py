@@ -6,17 +6,16 @@ import torch
 import torch.nn.functional as F
 
 _MULTIPLE = 8  # of k, with zeros
-_ROWS = 32  # of one call to the vendor's product: a row's bits depend on how many rows it is called for
+_ROWS = 32  # per call of the MKL GEMM: the bits of a row depend on how many rows it is called for
 
 
 def linear_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """``y = x @ weight.T + bias``: x ``[..., K]``, weight ``[N, K]``, bias ``[N]`` or None, y ``[..., N]``.
 
-    On CPU, rows go to the vendor's library 32 at a time, the last ones filled up with zeros, as K is to a multiple of
-    8; bfloat16 and float16 are computed in float32 and rounded once. That library then gives a row the same bits for
-    any number of rows and any place among them, with a given number of threads: measured on AVX2 and AVX-512 with
-    torch 2.13 for float32 and float64, not promised by it elsewhere. On other devices this is
-    ``torch.nn.functional.linear``.
+    On CPU, rows go to MKL 32 at a time, the last ones padded with zeros, as K is to a multiple of 8; bfloat16 and
+    float16 are computed in float32 and rounded once. MKL is then batch-invariant with a given number of threads:
+    measured on AVX2 and AVX-512 with torch 2.13 for float32 and float64, not guaranteed by it elsewhere. On other
+    devices this is ``torch.nn.functional.linear``.
     """
     if x.device.type != "cpu":
         return F.linear(x, weight, bias)

@@ -1,4 +1,4 @@
-"""``linear`` in Triton: y = x W^T + bias with one K order, so a row's bits depend on that row alone.
+"""``linear`` in Triton: y = x W^T + bias with one reduction order: batch-invariant.
 
 A program owns a tile of outputs and walks K from 0 in steps of a fixed depth, adding into one float32
 accumulator: K is never split, neither in the grid nor by a count. Which tile it is goes by the weight's shape,
@@ -80,7 +80,7 @@ def linear_forward(
 def aligned_rows(x: torch.Tensor) -> torch.Tensor:
     """``x`` as [rows, width] with unit stride along the width, copied only where its layout leaves no other way.
 
-    Where the width allows aligned rows they are aligned, so that a view at an odd place costs a copy and not the
+    Where the width allows aligned rows they are aligned, so that a view at an odd offset costs a copy and not the
     tile that its width is meant for.
     """
     width = x.shape[-1]
@@ -96,13 +96,15 @@ def check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> N
     triton_devices.check_dtype("linear", x.dtype)
     if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
         wrong = weight.dtype if bias is None else f"{weight.dtype} and {bias.dtype}"
-        raise ToolkitError(f"linear got x of dtype {x.dtype}, weight and bias of {wrong}; they must be equal.")
+        raise ToolkitError(f"linear: weight and bias must have the dtype of x, {x.dtype}, got {wrong}.")
     if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ToolkitError(
-            f"linear got x {list(x.shape)} and weight {list(weight.shape)}; allowed are x [..., K] and weight [N, K]."
+            f"linear: x must be [..., K] and weight [N, K], got x {list(x.shape)} and weight {list(weight.shape)}."
         )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ToolkitError(f"linear got bias {list(bias.shape)}; weight {list(weight.shape)} needs [N].")
+        raise ToolkitError(
+            f"linear: bias must have shape [N] for weight {list(weight.shape)}, got bias {list(bias.shape)}."
+        )
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -131,5 +133,5 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
 def linear_group(
     x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
 ) -> list[torch.Tensor]:
-    """``toolkit::linear_group``: one product after another."""
+    """``toolkit::linear_group``: one GEMM after another."""
     return [linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]

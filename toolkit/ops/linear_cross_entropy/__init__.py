@@ -28,7 +28,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
             "linear_cross_entropy keeps its gradient, not the graph of it: create_graph=True is not supported; "
             "take the loss from dense logits."
         )
-    # A graph that is not kept lets its buffers go: there the product may take their place. Not in a compiler's trace.
+    # A graph that is not kept lets its buffers go: there the result may overwrite them. Not in a compiler's trace.
     kept = torch._C._autograd._get_current_graph_task_keep_graph()
 
     def scaled(gradient: Tensor) -> Tensor:
@@ -62,29 +62,37 @@ def linear_cross_entropy(
 ) -> Tensor:
     """``sum_r w_r (lse_r - z_r[target_r])`` with ``z = hidden W^T + bias`` and ``lse_r = log sum_v exp z_rv``, in nats.
 
-    hidden: [..., K], leading shape R; weight: [V, K] of the same dtype; bias: [V] or None; targets: R, int64 below V;
-    row_weights w: R, without gradient to it, or None for ones. A row with a negative target or a weight of 0 counts for
-    nothing and costs nothing. float32, float64, bfloat16 or float16; 16-bit products are rounded to their dtype as a
-    head's output is, everything after that is float32.
+    Args:
+        hidden: [..., K], leading shape R; float32, float64, bfloat16 or float16.
+        weight: [V, K] in hidden's dtype.
+        targets: R, int64 below V. A row with a negative target does not count and costs nothing.
+        bias: [V] or None.
+        row_weights: w of shape R, without gradient to it, or None for ones. A row with weight 0 does not count and
+            costs nothing.
 
-    Returns one number, float32 (float64 for float64). Without weights its bits are those of
-    ``-linear_logprob(hidden, weight, targets, bias=bias).logprob.sum()``, and its gradient costs one product less: as
-    soon as the logits of a row are there, the gradients to hidden, weight and bias are known up to one factor, the
-    gradient of the loss. On CPU the logits of a chunk of rows are held, T K numbers or 384 V, whichever is more, and
-    turned into their gradients in place. Saved for backward: the gradients that are wanted, in float32 (float64); the
-    backward multiplies them by that factor and rounds once. So the gradient of the weight takes its memory from the
-    forward on, and is computed twice under activation checkpointing. Without gradients the value alone is computed.
-    On a GPU no product is saved. There is no second derivative.
+    Returns:
+        One number, float32 (float64 for float64).
 
-    -inf entries have probability 0; a row with NaN gives NaN.
-    Errors: ToolkitError for targets or weights of another shape and for a backward with create_graph=True; on CPU
-    IndexError for a target of V or more.
+    Raises:
+        ToolkitError: for targets or weights of another shape, and for a backward with create_graph=True.
+        IndexError: on CPU for a target >= V.
+
+    Numerics: 16-bit GEMMs are rounded to their dtype as a head's output is; everything after that is float32. Without
+    weights bitwise identical to ``-linear_logprob(hidden, weight, targets, bias=bias).logprob.sum()``. The gradient
+    costs
+    one GEMM less: as soon as the logits of a row are computed, the gradients to hidden, weight and bias are known up to
+    one factor, the gradient of the loss. On CPU the logits of a chunk of rows are held, T K numbers or 384 V, the
+    larger of the two, and overwritten by their gradients. Saved for backward: the gradients that are needed, in float32
+    (float64); the backward multiplies them by that factor and rounds once. So the gradient of the weight takes its
+    memory from the forward on, and is computed twice under activation checkpointing. Without gradients the value alone
+    is computed. On a GPU no GEMM is saved. There is no second derivative. Entries of -inf have probability 0; a row
+    with NaN gives NaN.
     """
     rows = hidden.shape[:-1]
     for name, given in (("targets", targets), ("row_weights", row_weights)):
         if given is not None and given.shape != rows:
             raise ToolkitError(
-                f"{name} have shape {list(given.shape)}; hidden of shape {list(hidden.shape)} needs {list(rows)}."
+                f"{name} must have shape {list(rows)} for hidden {list(hidden.shape)}, got {list(given.shape)}."
             )
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     weights = None if row_weights is None else row_weights.reshape(-1)

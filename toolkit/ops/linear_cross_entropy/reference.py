@@ -37,10 +37,10 @@ def linear_cross_entropy(
     loss = -(logprob[:, 0] * weights).sum()
     zero = torch.zeros_like(weights)
     with torch.no_grad():
-        wide = [x.to(weights.dtype) for x in (hidden, weight)]
+        hidden_up, weight_up = (x.to(weights.dtype) for x in (hidden, weight))
         shift = None if bias is None else bias.to(weights.dtype)
         dh, dw, db = reference.linear_logprob_backward(
-            -weights[:, None], zero, zero, zero, wide[0], wide[1], shift, chosen, None, lse, entropy, 1.0, 0.0,
+            -weights[:, None], zero, zero, zero, hidden_up, weight_up, shift, chosen, None, lse, entropy, 1.0, 0.0,
             need_hidden, need_weight, need_bias,
         )  # fmt: skip
     none = [zero.new_empty(0) for _ in range(3)]

@@ -55,39 +55,50 @@ def linear_logprob(
 ) -> LinearLogprob:
     """Log-probabilities under ``softmax(z)``, ``z = softcap tanh(scale (hidden W^T + bias) / softcap) / temperature``.
 
-    hidden: [..., K], leading shape R; weight: [V, K] of the same dtype; bias: [V] or None; softcap 0: no cap.
-    targets: R, or R + [C] for C candidates a row; int64 below V, a negative one is ignored (0, without gradient).
-    temperature: a positive number or a tensor of shape R; no gradient to it.
-    float32, float64, bfloat16 or float16; 16-bit products are rounded to their dtype as a head's output is, everything
-    after that is float32.
+    Args:
+        hidden: [..., K], leading shape R; float32, float64, bfloat16 or float16.
+        weight: [V, K] in hidden's dtype.
+        targets: R, or R + [C] for C candidates per row; int64 below V. A negative target is ignored (0, no gradient).
+        bias: [V] or None.
+        scale: factor of the logits.
+        softcap: 0 for none.
+        temperature: a number > 0 or a tensor of shape R; no gradient to it.
+        top_k: number of most probable tokens to return per row.
 
-    Returns, in nats, float32 (float64 for float64), each with its exact gradient to hidden, weight and bias:
-    ``logprob`` (shape of targets) z[target] - lse; ``lse`` (R) log sum_v exp z_v; ``entropy`` (R)
-    -sum_v p_v log p_v; ``mean`` (R) sum_v z_v / V, for label smoothing. Without gradient: ``top_logprobs``, ``top_ids``
-    (R + [top_k]), the likeliest tokens, best first, the lower id among equals.
+    Returns:
+        A ``LinearLogprob``, in nats, float32 (float64 for float64):
+        logprob: shape of targets; z[target] - lse.
+        lse: R; log sum_v exp z_v.
+        entropy: R; -sum_v p_v log p_v.
+        mean: R; sum_v z_v / V, for label smoothing.
+        top_logprobs, top_ids: R + [top_k]; best first, ties by ascending id. No gradient.
 
-    The logits are held a tile at a time, forward and backward, and computed again for the backward, where rows without
-    any gradient (masked targets) cost nothing. Saved for backward: the inputs, lse and entropy. On CPU a row's bits
-    depend on that row alone, and ``logprob`` and ``lse`` are those of ``token_logprob(linear(hidden, weight, bias))``,
-    where z is the plain product. Entries of -inf have probability 0; a row with NaN gives NaN.
-    Errors: ToolkitError for other shapes or a temperature that is not positive; on CPU IndexError for a target of V
-    or more.
+    Raises:
+        ToolkitError: for other shapes, or a temperature that is not > 0.
+        IndexError: on CPU for a target >= V.
+
+    Numerics: 16-bit GEMMs are rounded to their dtype as a head's output is; everything after that is float32. The
+    others have their exact gradient to hidden, weight and bias. The logits are held a tile at a time, forward and
+    backward, and recomputed for the backward, where rows without any gradient (masked targets) cost nothing. On CPU
+    batch-invariant, and ``logprob`` and ``lse`` are bitwise identical to ``token_logprob(linear(hidden, weight,
+    bias))`` where z has no scale, cap or temperature. Entries of -inf have probability 0; a row with NaN gives NaN.
+    Saved for backward: the inputs, lse and entropy.
     """
     rows = hidden.shape[:-1]
     if targets.shape[: len(rows)] != rows or targets.dim() - len(rows) not in (0, 1):
         raise ToolkitError(
-            f"targets have shape {list(targets.shape)}; hidden of shape {list(hidden.shape)} needs {list(rows)}"
-            f" or {[*rows, 'C']}."
+            f"targets must have shape {list(rows)} or {[*rows, 'C']} for hidden of shape {list(hidden.shape)},"
+            f" got {list(targets.shape)}."
         )
     if not 0 <= top_k <= weight.shape[0]:
-        raise ToolkitError(f"top_k is {top_k}; allowed are 0 to the vocabulary size {weight.shape[0]}.")
+        raise ToolkitError(f"top_k must be >= 0 and <= the vocabulary size {weight.shape[0]}, got {top_k}.")
     per_row: Tensor | None = None
     if isinstance(temperature, Tensor):
         if temperature.shape != rows:
-            raise ToolkitError(f"temperature has shape {list(temperature.shape)}; allowed is {list(rows)}.")
+            raise ToolkitError(f"temperature must have shape {list(rows)}, got {list(temperature.shape)}.")
         per_row = temperature.reshape(-1)
     elif not temperature > 0.0:
-        raise ToolkitError(f"temperature is {temperature}; allowed are numbers above 0.")
+        raise ToolkitError(f"temperature must be > 0, got {temperature}.")
     elif temperature != 1.0:
         per_row = torch.full((rows.numel(),), temperature, device=hidden.device, dtype=torch.float64)
     several = targets.dim() > len(rows)

@@ -1,7 +1,7 @@
-"""Logits that have not been computed: the output of a head while gradients are on.
+"""Deferred logits: the output of a head while gradients are on, computed only when an operation needs the values.
 
-A loss that knows them reads log-probabilities straight from the hidden states (``linear_logprob``), and [T, V] numbers
-are never held. Everybody else sees a tensor: the first operation that is not understood computes the logits, with
+A loss that recognizes them takes log-probabilities from the hidden states (``linear_logprob``) and never holds the
+[T, V] logits. For other code they are a tensor: the first operation that cannot be deferred computes the logits, with
 gradients, as the head would have done.
 """
 
@@ -29,8 +29,8 @@ class DeferredLogits(Tensor):
     """``hidden @ weight.T + bias``, then the steps that a model applies to its logits: scaling, division, soft-cap.
 
     hidden: [..., K]; weight: [V, K]; bias: [V] or None; steps: ("mul", c), ("div", c) or ("tanh", 0.0) in order.
-    Selecting rows, scaling and tanh stay deferred. Logits that were not looked at before the weights changed (by an
-    optimizer step) are gone: computing them then is a ToolkitError, never a silent answer from the new weights.
+    Selecting rows, scaling and tanh stay deferred. Computing logits after the weights changed (by an optimizer step)
+    is a ToolkitError, never a silent result of the new weights.
     """
 
     hidden: Tensor
@@ -87,7 +87,7 @@ class DeferredLogits(Tensor):
             dense = self.product(self.hidden, self.weight, self.bias)
             for step, value in self.steps:
                 if step == "tanh":
-                    # On CPU torch's own has other bits: of the last elements, and with MKL on some machines of any.
+                    # On CPU torch's tanh is not batch-invariant: the last elements differ, and with MKL any.
                     dense = activation(dense, "tanh") if dense.is_cpu else torch.tanh(dense)
                 else:
                     dense = dense * value if step == "mul" else dense / value
@@ -198,7 +198,7 @@ _DEFERRED: dict[Any, Callable[..., Any]] = {
     Tensor.__getitem__: _selected,
     Tensor.contiguous: _contiguous,
     Tensor.float: _float,
-    # Logits wait only while gradients are wanted.
+    # Logits are deferred only while gradients are enabled.
     Tensor.requires_grad.__get__: lambda logits: True,  # type: ignore[attr-defined]
 }
 _METADATA = {
@@ -238,8 +238,8 @@ def _without_logits(logits: Tensor, targets: Tensor) -> LinearLogprob | None:
 def token_logprobs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """(log-probability of the targets, log-sum-exp) a row, in nats; logits [..., V], targets [...] int64.
 
-    From deferred logits by ``linear_logprob``, without computing them; from dense ones by ``token_logprob``, whose bits
-    are the same. Negative targets are ignored: 0, without gradient.
+    From deferred logits by ``linear_logprob``, without computing them; from dense ones by ``token_logprob``, bitwise
+    identical. Negative targets are ignored: 0, without gradient.
     """
     fused = _without_logits(logits, targets)
     if fused is not None:
@@ -248,14 +248,13 @@ def token_logprobs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """The sum of -log p(target) over the rows, in nats, with the bits of ``-token_logprobs(logits, targets)[0].sum()``.
+    """The sum of -log p(target) over the rows, in nats, bitwise ``-token_logprobs(logits, targets)[0].sum()``.
 
-    Of logits that wait as they left a head on a CPU, ``linear_cross_entropy`` takes value and gradients in three
-    products instead of four; scaled or capped ones, and other devices, where no product would be saved, go the way of
-    ``token_logprobs``.
+    For deferred logits without steps on a CPU, ``linear_cross_entropy`` takes value and gradients in three GEMMs
+    instead of four. Scaled or capped ones, and other devices, where no GEMM would be saved, use ``token_logprobs``.
     """
-    three_products = logits.device.type == "cpu" and has_native("linear_cross_entropy")
-    if three_products and isinstance(logits, DeferredLogits) and logits.dense is None and not logits.steps:
+    three_gemms = logits.device.type == "cpu" and has_native("linear_cross_entropy")
+    if three_gemms and isinstance(logits, DeferredLogits) and logits.dense is None and not logits.steps:
         logits.check()
         return linear_cross_entropy(logits.hidden, logits.weight, targets, bias=logits.bias)
     return -token_logprobs(logits, targets)[0].sum()
@@ -268,5 +267,5 @@ def token_statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, T
         return fused[:4]
     dense = logits.compute() if isinstance(logits, DeferredLogits) else logits
     logprob, lse = token_logprob(dense, targets)
-    wide = dense.to(lse.dtype)
-    return logprob, lse, torch.special.entr(torch.exp(wide - lse[..., None])).sum(-1), wide.mean(-1)
+    z = dense.to(lse.dtype)
+    return logprob, lse, torch.special.entr(torch.exp(z - lse[..., None])).sum(-1), z.mean(-1)

@@ -89,10 +89,10 @@ def linear_logprob_backward(
     g = torch.where(ignored, 0.0, grad_logprob.to(z.dtype))
     log_p = z - lse.to(z.dtype)[:, None]
     common = (grad_lse.to(z.dtype) - g.sum(-1))[:, None]
-    disorder = log_p.clamp_min(-1e4) + entropy.to(z.dtype)[:, None]
-    # Without a gradient of its own a term must stay out: the disorder of a row without probabilities is NaN.
+    entropy_term = log_p.clamp_min(-1e4) + entropy.to(z.dtype)[:, None]
+    # Without a gradient a term must stay out: the entropy term of a row without probabilities is NaN.
     of_entropy = grad_entropy.to(z.dtype)[:, None]
-    factor = torch.where(of_entropy == 0, common, common - of_entropy * disorder)
+    factor = torch.where(of_entropy == 0, common, common - of_entropy * entropy_term)
     dz = torch.exp(log_p) * factor + grad_mean.to(z.dtype)[:, None] / z.shape[-1]
     dz = dz.scatter_add(-1, targets.clamp_min(0), g)
     if temperature is not None:
@@ -120,10 +120,10 @@ def linear_logprob_fake(
     softcap: float,
     top_k: int,
 ) -> Outputs:
-    rows, wide = targets.shape[0], compute_dtype(hidden)
-    logprob = hidden.new_empty(targets.shape, dtype=wide)
-    statistics = [hidden.new_empty(rows, dtype=wide) for _ in range(3)]
-    top = hidden.new_empty((rows, top_k), dtype=wide)
+    rows, dtype = targets.shape[0], compute_dtype(hidden)
+    logprob = hidden.new_empty(targets.shape, dtype=dtype)
+    statistics = [hidden.new_empty(rows, dtype=dtype) for _ in range(3)]
+    top = hidden.new_empty((rows, top_k), dtype=dtype)
     return logprob, *statistics, top, hidden.new_empty((rows, top_k), dtype=torch.int64)  # type: ignore[return-value]
 
 

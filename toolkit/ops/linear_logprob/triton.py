@@ -2,7 +2,7 @@
 
 Forward: a program owns a tile of rows and one split of the vocabulary, walks it tile by tile and keeps per row the
 largest logit, the sum of exponentials, their first moment and the sum of logits; a second kernel joins the splits in
-order. A row's bits depend on that row and the tile table alone.
+order. Batch-invariant for a given tile table.
 """
 
 import torch
@@ -140,16 +140,18 @@ def check(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
     """One sentence for shapes and dtypes that the kernels do not take."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or weight.shape[0] == 0:
         raise ToolkitError(
-            f"linear_logprob got hidden {list(hidden.shape)} and weight {list(weight.shape)}; allowed are "
-            f"[T, K] and [V, K] with V above 0."
+            "linear_logprob: hidden and weight must have shapes [T, K] and [V, K] with V >= 1,"
+            f" got {list(hidden.shape)} and {list(weight.shape)}."
         )
     if weight.dtype != hidden.dtype or (bias is not None and bias.dtype != hidden.dtype):
         raise ToolkitError(
-            f"linear_logprob got hidden of dtype {hidden.dtype}, weight {weight.dtype}"
-            f"{'' if bias is None else f' and bias {bias.dtype}'}; they must be equal."
+            f"linear_logprob: the dtypes of hidden, weight and bias must be equal, got {hidden.dtype}, {weight.dtype}"
+            f"{'' if bias is None else f' and {bias.dtype}'}."
         )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ToolkitError(f"linear_logprob got bias {list(bias.shape)}; weight {list(weight.shape)} needs [V].")
+        raise ToolkitError(
+            f"linear_logprob: bias must have shape [V] for weight {list(weight.shape)}, got {list(bias.shape)}."
+        )
 
 
 def largest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -220,15 +222,15 @@ def linear_logprob(
     shift = None if bias is None else bias.contiguous()
     splits = triton.cdiv(vocabulary, tiles.SPLIT)
 
-    def wide(*shape: int) -> torch.Tensor:
+    def empty(*shape: int) -> torch.Tensor:
         return torch.empty(*shape, dtype=torch.float32, device=hidden.device)
 
-    logprob, lse, entropy, mean = wide(rows, candidates), wide(rows), wide(rows), wide(rows)
+    logprob, lse, entropy, mean = empty(rows, candidates), empty(rows), empty(rows), empty(rows)
     values, ids = top_logits(hidden, matrix, shift, heat, scale, softcap, top_k)
     if rows == 0:
         return logprob, lse, entropy, mean, values, ids
-    parts = [wide(splits, rows) for _ in range(4)]
-    chosen = wide(rows, candidates)
+    parts = [empty(splits, rows) for _ in range(4)]
+    chosen = empty(rows, candidates)
     logprob_splits[(triton.cdiv(rows, size.rows), splits)](
         hidden, matrix, matrix if shift is None else shift, lse if heat is None else heat, targets, *parts, chosen,
         rows, vocabulary, depth, candidates, hidden.stride(0), matrix.stride(0), float(scale), float(softcap),

@@ -44,9 +44,9 @@ def logit_gradients(
         target = tl.load(targets + at, mask=row_ok, other=-1)
         factor -= tl.load(grad_logprob + at, mask=target >= 0, other=0.0)
     log_p = z - tl.load(lse + row, mask=row_ok, other=0.0)[:, None]
-    disorder = tl.where(log_p < -1e4, -1e4, log_p) + tl.load(entropy + row, mask=row_ok, other=0.0)[:, None]
-    # Without a gradient of its own the disorder must stay out: that of a row without probabilities is NaN.
-    spread = tl.where((by_entropy == 0.0)[:, None], 0.0, by_entropy[:, None] * disorder)
+    entropy_term = tl.where(log_p < -1e4, -1e4, log_p) + tl.load(entropy + row, mask=row_ok, other=0.0)[:, None]
+    # Without a gradient the entropy term must stay out: that of a row without probabilities is NaN.
+    spread = tl.where((by_entropy == 0.0)[:, None], 0.0, by_entropy[:, None] * entropy_term)
     result = tl.exp(log_p) * (factor[:, None] - spread)
     result += (tl.load(grad_mean + row, mask=row_ok, other=0.0) / vocabulary)[:, None]
     for candidate in range(candidates):

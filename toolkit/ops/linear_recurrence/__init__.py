@@ -1,4 +1,4 @@
-"""The gated linear recurrence: what linear-attention layers remember, a matrix a head, over a forest of segments."""
+"""The gated linear recurrence of linear-attention layers over a prefix tree of segments: one state matrix per head."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad: Tensor | None, grad_finals: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     if not ctx.keep:
-        raise ToolkitError("keep is False for linear_recurrence; a gradient needs it to be True.")
+        raise ToolkitError("keep of linear_recurrence must be True for a gradient, got False.")
     if grad is None and grad_finals is None:
         return (None,) * 11
     saved = ctx.saved_tensors  # once: activation checkpointing computes them again at every look
@@ -52,7 +52,8 @@ _FORWARD = register(
 )
 _PAGED = register(
     "linear_recurrence_paged(Tensor q, Tensor k, Tensor v, Tensor g, Tensor? beta, Tensor query_offsets,"
-    " Tensor sources, Tensor save_rows, Tensor save_frames, Tensor(a!) states, float scale, bool delta) -> Tensor",
+    " Tensor load_blocks, Tensor store_rows, Tensor store_blocks, Tensor(a!) states, float scale,"
+    " bool delta) -> Tensor",
     reference=reference.linear_recurrence_paged,
     fake=reference.linear_recurrence_paged_fake,
     triton="toolkit.ops.linear_recurrence.triton.linear_recurrence_paged",
@@ -63,18 +64,18 @@ def _check_rows(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None)
     """ToolkitError, in one sentence, for rows that do not fit each other."""
     compute_dtype(q)
     if not q.dtype == k.dtype == v.dtype:
-        raise ToolkitError(f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; they must be equal.")
+        raise ToolkitError(f"The dtypes of q, k, v must be equal, got {q.dtype}, {k.dtype}, {v.dtype}.")
     if q.dim() != 3 or v.dim() != 3 or k.shape != q.shape or v.shape[0] != q.shape[0]:
         raise ToolkitError(
-            f"q, k, v have shapes {list(q.shape)}, {list(k.shape)}, {list(v.shape)}; [T, Hk, K], [T, Hk, K] and"
-            " [T, H, V] are required."
+            f"q, k, v must have shapes [T, Hk, K], [T, Hk, K], [T, H, V], got {list(q.shape)}, {list(k.shape)},"
+            f" {list(v.shape)}."
         )
     if q.shape[1] == 0 or v.shape[1] % q.shape[1]:
-        raise ToolkitError(f"v has {v.shape[1]} heads and k {q.shape[1]}; a multiple of those of k is required.")
+        raise ToolkitError(f"The heads of v must be a multiple of those of k, {q.shape[1]}, got {v.shape[1]}.")
     for name, x in (("g", g), ("beta", beta)):
         if x is not None and (x.shape != v.shape[:2] or not x.is_floating_point()):
             raise ToolkitError(
-                f"{name} has shape {list(x.shape)} and dtype {x.dtype}; floating point {list(v.shape[:2])} is required."
+                f"{name} must be floating point {list(v.shape[:2])}, got {x.dtype} of shape {list(x.shape)}."
             )
 
 
@@ -82,18 +83,18 @@ def _check_states(name: str, states: Tensor, k: Tensor, v: Tensor) -> None:
     shape, dtype = [v.shape[1], k.shape[2], v.shape[2]], compute_dtype(k)
     if states.dim() != 4 or list(states.shape[1:]) != shape or states.dtype != dtype:
         raise ToolkitError(
-            f"{name} has shape {list(states.shape)} and dtype {states.dtype}; {['N', *shape]} in {dtype} is required."
+            f"{name} must have shape {['N', *shape]} and dtype {dtype}, got {list(states.shape)} and {states.dtype}."
         )
 
 
 def _check_indices(query_offsets: Tensor, **others: tuple[Tensor, int]) -> None:
     if query_offsets.dim() != 1 or not len(query_offsets) or query_offsets.dtype != torch.int64:
         raise ToolkitError(
-            f"query_offsets is {query_offsets.dtype} of shape {list(query_offsets.shape)}; int64 [S + 1] is required."
+            f"query_offsets must be int64 [S + 1], got {query_offsets.dtype} of shape {list(query_offsets.shape)}."
         )
     for name, (x, length) in others.items():
         if x.dim() != 1 or len(x) != length or x.dtype != torch.int64:
-            raise ToolkitError(f"{name} is {x.dtype} of shape {list(x.shape)}; int64 [{length}] is required.")
+            raise ToolkitError(f"{name} must be int64 [{length}], got {x.dtype} of shape {list(x.shape)}.")
 
 
 def linear_recurrence(
@@ -110,7 +111,7 @@ def linear_recurrence(
     *,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The gated delta rule (``delta``) or SSD, over a forest of segments: (out [T, H, V], finals [S, H, K, V]).
+    """The gated delta rule (``delta``) or SSD over a prefix tree of segments: (out [T, H, V], finals [S, H, K, V]).
 
     Every value head has a state S [K, V]. For each token t of a segment, in order::
 
@@ -119,25 +120,31 @@ def linear_recurrence(
         S <- S + k_t u_t^T
         out_t = scale S^T q_t
 
-    q, k: [T, Hk, K]; v: [T, H, V]; of one dtype: float32, float64, bfloat16 or float16. Value head h uses key head
-    ``h // (H / Hk)``. g: [T, H], the natural logarithm of the decay, at most 0; at -inf the state is forgotten. beta:
-    [T, H], or None for ones. g and beta may be of another floating-point dtype than q. Normalised keys, softplus and
-    skip connections are the caller's.
-    query_offsets: [S + 1] int64, ascending from 0; segment s has the rows ``query_offsets[s]`` to ``[s + 1]``, maybe
-    none. Rows after the last are padding: their out is 0 and so is their gradient.
-    parents: [S] int64; where segment s starts: p >= 0 (less than s): from the state at the end of segment p; -1: from
-    zeros; p <= -2: from ``initial[-2 - p]``. initial: [N, H, K, V] or None, in finals' dtype.
-    Arithmetic, states and finals are float32 (float64 for float64); out is rounded once to v's dtype.
+    Args:
+        q, k: [T, Hk, K]; float32, float64, bfloat16 or float16. Normalized keys, softplus and skip connections are the
+            caller's.
+        v: [T, H, V] in q's dtype. Value head h uses key head ``h // (H / Hk)``.
+        g: [T, H], floating point; the natural logarithm of the decay, <= 0. At -inf the state is reset.
+        beta: [T, H], floating point, or None for ones.
+        query_offsets: [S + 1] int64, ascending from 0; segment s has the rows ``query_offsets[s]`` to ``[s + 1]``,
+            possibly none. Rows after the last are padding: their out is 0 and so is their gradient.
+        parents: [S] int64; the state that segment s starts from. p >= 0 (less than s): the final state of segment p;
+            -1: zeros; p <= -2: ``initial[-2 - p]``.
+        initial: [N, H, K, V] or None, in finals' dtype.
 
-    Numerics: tokens are taken one by one, and sums over K have one order; so a token has the same bits however its
-    sequence is cut into segments, and the same as in ``linear_recurrence_paged``. Gradients to q, k, v, g, beta and
-    initial, from out and finals; sums over columns of V, over heads and over the children of a segment (from the last
-    to the first) have an order that depends on shapes and the forest only.
-    Saved for backward: the inputs, finals, and the state after every 64 tokens of a segment (T / 64 states at most,
-    only while a gradient is wanted); the states between are computed again.
+    Returns:
+        out in v's dtype, rounded once, and finals in float32 (float64 for float64).
 
-    Errors: ToolkitError for shapes and dtypes that do not fit; on CPU RuntimeError for offsets, parents or indices of
-    initial out of range, on CUDA, where nothing is read back, they are not seen. Triton takes K up to 256, no float64.
+    Raises:
+        ToolkitError: for shapes and dtypes that do not fit; in Triton for K above 256 and float64.
+        RuntimeError: on CPU for offsets, parents or indices of initial out of range; on CUDA nothing is read back.
+
+    Numerics: arithmetic and states are float32 (float64 for float64). Tokens are taken one by one, and sums over K have
+    one order, so a token is bitwise identical however its sequence is split into segments, also in
+    ``linear_recurrence_paged``. Gradients to q, k, v, g, beta and initial, from out and finals; sums over columns of V,
+    over heads and over the children of a segment (from the last to the first) have an order that depends on shapes and
+    the tree only. Saved for backward: the inputs, finals, and the state after every 64 tokens of a segment (T / 64
+    states at most, only while a gradient is needed); the states between are recomputed.
     Source: Yang, Kautz and Hatamizadeh, "Gated Delta Networks" (2024); Dao and Gu, "Transformers are SSMs" (2024).
     """
     _check_rows(q, k, v, g, beta)
@@ -156,34 +163,49 @@ def linear_recurrence_paged(
     g: Tensor,
     beta: Tensor | None,
     query_offsets: Tensor,
-    sources: Tensor,
-    save_rows: Tensor,
-    save_frames: Tensor,
+    load_blocks: Tensor,
+    store_rows: Tensor,
+    store_blocks: Tensor,
     states: Tensor,
     scale: float = 1.0,
     delta: bool = True,
     *,
     impl: str | None = None,
 ) -> Tensor:
-    """``linear_recurrence`` for inference, on states that live in frames of a pool: out [T, H, V].
+    """``linear_recurrence`` for inference, on states that live in blocks of a pool: out [T, H, V].
 
-    Segment s starts from ``states[sources[s]]`` (from zeros where negative). After the token of row ``save_rows[i]``
-    the state is written to ``states[save_frames[i]]``; a negative frame is skipped.
-    q, k, v, g, beta, query_offsets, scale, delta: as there. sources: [S] int64. save_rows, save_frames: [M] int64, the
-    rows ascending (equal ones allowed), each of a segment. states: [F, H, K, V], float32 (float64 for float64 q), unit
-    stride along V. A segment reads its source before it writes, so the two may be one frame; a frame that one segment
-    writes must not be another's source or target in the same call.
+    Segment s starts from ``states[load_blocks[s]]`` (from zeros where negative). After the token of row
+    ``store_rows[i]`` the state is written to ``states[store_blocks[i]]``; a negative block is skipped.
 
-    No gradient. A token's bits are those of ``linear_recurrence``, however its sequence is cut into calls: a state is
-    saved as it is held.
-    Errors: as there; on CPU RuntimeError for frames or rows out of range, before anything is written.
+    Args:
+        q, k, v, g, beta, query_offsets, scale, delta: as for ``linear_recurrence``.
+        load_blocks: [S] int64.
+        store_rows: [M] int64, ascending (ties allowed), each of a segment.
+        store_blocks: [M] int64.
+        states: [F, H, K, V], float32 (float64 for float64 q), unit stride along V. A segment loads before it stores, so
+            both may be one block; a block that one segment stores to must not be loaded or stored by another in the
+            same call.
+
+    Returns:
+        out in v's dtype.
+
+    Raises:
+        ToolkitError: as ``linear_recurrence``.
+        RuntimeError: on CPU for blocks or rows out of range, before anything is written.
+
+    Numerics: bitwise identical to ``linear_recurrence``, however a sequence is split into calls: a state is stored as
+    it is held. No gradient.
     """
     _check_rows(q, k, v, g, beta)
-    _check_indices(query_offsets, sources=(sources, len(query_offsets) - 1), save_frames=(save_frames, len(save_rows)))
-    _check_indices(query_offsets, save_rows=(save_rows, len(save_rows)))
+    _check_indices(
+        query_offsets, load_blocks=(load_blocks, len(query_offsets) - 1), store_rows=(store_rows, len(store_rows))
+    )
+    _check_indices(query_offsets, store_blocks=(store_blocks, len(store_rows)))
     _check_states("states", states, k, v)
     if states.shape[3] > 1 and states.stride(3) != 1:
-        raise ToolkitError(f"states has strides {list(states.stride())}; a contiguous last dimension is required.")
+        raise ToolkitError(f"states must have a contiguous last dimension, got strides {list(states.stride())}.")
     q, k, v, g = (x.detach() for x in (q, k, v, g))
     beta = None if beta is None else beta.detach()
-    return _PAGED.select(impl)(q, k, v, g, beta, query_offsets, sources, save_rows, save_frames, states, scale, delta)
+    return _PAGED.select(impl)(
+        q, k, v, g, beta, query_offsets, load_blocks, store_rows, store_blocks, states, scale, delta
+    )

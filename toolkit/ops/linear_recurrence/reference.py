@@ -93,7 +93,7 @@ def linear_recurrence_backward(
 
     With ``D = exp(g) S_before``, ``p = D^T k``, ``dS`` the gradient to the state after the token plus ``scale q do^T``:
     ``dq = scale S do``, ``du = dS^T k``, ``dv = beta du``, ``dbeta = du . (v - p)``, ``dp = -beta du`` (0 without the
-    delta rule), ``dk = dS u + D dp``, ``dD = dS + k dp^T``, ``dg = dD . D``, and ``exp(g) dD`` goes on to the token
+    delta rule), ``dk = dS u + D dp``, ``dD = dS + k dp^T``, ``dg = dD . D``, and ``exp(g) dD`` is passed to the token
     before. Segments are walked from the last to the first, so a parent adds its children's in that order.
     """
     tokens = _Tokens(q, k, v, g, beta, scale, delta)
@@ -133,14 +133,14 @@ def linear_recurrence_backward(
 
 
 def linear_recurrence_paged(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, query_offsets: Tensor, sources: Tensor,
-    save_rows: Tensor, save_frames: Tensor, states: Tensor, scale: float, delta: bool,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, query_offsets: Tensor, load_blocks: Tensor,
+    store_rows: Tensor, store_blocks: Tensor, states: Tensor, scale: float, delta: bool,
 ) -> Tensor:  # fmt: skip
     """out; writes the frames of ``states`` that are asked for."""
     tokens = _Tokens(q, k, v, g, beta, scale, delta)
-    bounds, origins = query_offsets.tolist(), sources.tolist()
+    bounds, origins = query_offsets.tolist(), load_blocks.tolist()
     frames: dict[int, list[int]] = {}
-    for row, frame in zip(save_rows.tolist(), save_frames.tolist()):
+    for row, frame in zip(store_rows.tolist(), store_blocks.tolist()):
         if frame >= 0:
             frames.setdefault(row, []).append(frame)
     out = torch.zeros_like(tokens.v, memory_format=torch.contiguous_format)
@@ -158,11 +158,11 @@ def linear_recurrence_fake(
     initial: Tensor | None, scale: float, delta: bool, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     state = (v.shape[1], k.shape[2], v.shape[2])
-    wide: dict[str, Any] = {"dtype": compute_dtype(q), "device": q.device}
-    kept = torch.empty(q.shape[0] // CHUNK if keep else 0, *state, **wide)
+    options: dict[str, Any] = {"dtype": compute_dtype(q), "device": q.device}
+    kept = torch.empty(q.shape[0] // CHUNK if keep else 0, *state, **options)
     return (
         torch.empty(v.shape, dtype=v.dtype, device=v.device),
-        torch.empty(parents.shape[0], *state, **wide),
+        torch.empty(parents.shape[0], *state, **options),
         kept,
     )
 
@@ -179,7 +179,7 @@ def linear_recurrence_backward_fake(
 
 
 def linear_recurrence_paged_fake(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, query_offsets: Tensor, sources: Tensor,
-    save_rows: Tensor, save_frames: Tensor, states: Tensor, scale: float, delta: bool,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, query_offsets: Tensor, load_blocks: Tensor,
+    store_rows: Tensor, store_blocks: Tensor, states: Tensor, scale: float, delta: bool,
 ) -> Tensor:  # fmt: skip
     return torch.empty(v.shape, dtype=v.dtype, device=v.device)

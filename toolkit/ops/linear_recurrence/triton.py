@@ -112,12 +112,12 @@ def recurrence_forward(
 
 @triton.jit(do_not_specialize=["frames"])
 def recurrence_paged(
-    q, k, v, g, beta, offsets, sources, save_rows, save_frames, save_starts, states, out,
+    q, k, v, g, beta, offsets, load_blocks, store_rows, store_blocks, store_starts, states, out,
     frames, heads, group, depth, width, scale,
     stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, stride_f, stride_fh, stride_fk,
     WEIGHTED: tl.constexpr, DELTA: tl.constexpr, DEPTH: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Segment ``program_id(0)``; its saves are save_starts[s] to [s + 1].
+    """Segment ``program_id(0)``; its saves are store_starts[s] to [s + 1].
 
     A frame that does not exist is read as zeros and not written.
     """
@@ -127,18 +127,18 @@ def recurrence_paged(
     row_in, column_in = row < depth, column < width
     within = row[:, None] * stride_fk + column[None, :]  # one head's states take less than 2^31 elements
     states += head * stride_fh
-    source = tl.load(sources + s)
+    source = tl.load(load_blocks + s)
     held = if_held(source, frames, row, column, depth, width)
     state = tl.load(states + tl.maximum(source, 0) * stride_f + within, mask=held, other=0.0)
     tl.debug_barrier()  # all of it is read before any of it may be written
-    save, last = tl.load(save_starts + s), tl.load(save_starts + s + 1)
+    save, last = tl.load(store_starts + s), tl.load(store_starts + s + 1)
     for t in range(tl.load(offsets + s), tl.load(offsets + s + 1)):
         state = token(
             state, q, k, v, g, beta, out, t, head, key_head, heads, row, column, row_in, column_in, scale,
             stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, width, WEIGHTED, DELTA,
         )  # fmt: skip
-        while (save < last) & (tl.load(save_rows + save, mask=save < last, other=-1) == t):
-            frame = tl.load(save_frames + save)
+        while (save < last) & (tl.load(store_rows + save, mask=save < last, other=-1) == t):
+            frame = tl.load(store_blocks + save)
             kept = if_held(frame, frames, row, column, depth, width)
             tl.store(states + tl.maximum(frame, 0) * stride_f + within, state, mask=kept)
             save += 1
@@ -193,25 +193,25 @@ def linear_recurrence(
 
 
 def linear_recurrence_paged(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, query_offsets: Tensor, sources: Tensor,
-    save_rows: Tensor, save_frames: Tensor, states: Tensor, scale: float, delta: bool,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, query_offsets: Tensor, load_blocks: Tensor,
+    store_rows: Tensor, store_blocks: Tensor, states: Tensor, scale: float, delta: bool,
 ) -> Tensor:  # fmt: skip
     """``toolkit::linear_recurrence_paged``: a source that is no frame is taken as zeros, such a target is skipped."""
     triton_devices.check_dtype("linear_recurrence_paged", q.dtype)
-    (_, heads, width), depth, segments = v.shape, k.shape[2], sources.shape[0]
+    (_, heads, width), depth, segments = v.shape, k.shape[2], load_blocks.shape[0]
     if depth * states.stride(2) >= 2**31:
         raise ToolkitError(
-            f"states has strides {list(states.stride())}; its Triton kernel takes heads of less than 2^31 elements."
+            f"A head of states must span less than 2^31 elements in Triton, got strides {list(states.stride())}."
         )
     shape = tile("linear_recurrence_paged", triton_devices.architecture(q.device), depth, width)
     out = torch.zeros(v.shape, dtype=v.dtype, device=v.device)
     if segments and heads and width:
         q, k, v, g = unit(q), unit(k), unit(v), g.contiguous()
-        query_offsets, save_rows = query_offsets.contiguous(), save_rows.contiguous()
-        starts = torch.searchsorted(save_rows, query_offsets)  # of each segment among the saves
+        query_offsets, store_rows = query_offsets.contiguous(), store_rows.contiguous()
+        starts = torch.searchsorted(store_rows, query_offsets)  # of each segment among the saves
         recurrence_paged[(segments, heads, blocks(width, shape.columns))](
-            q, k, v, g, g if beta is None else beta.contiguous(), query_offsets, sources.contiguous(),
-            save_rows, save_frames.contiguous(), starts, states, out,
+            q, k, v, g, g if beta is None else beta.contiguous(), query_offsets, load_blocks.contiguous(),
+            store_rows, store_blocks.contiguous(), starts, states, out,
             states.shape[0], heads, heads // q.shape[1], depth, width, scale,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *states.stride()[:3],
             WEIGHTED=beta is not None, DELTA=delta,

@@ -157,11 +157,11 @@ def linear_recurrence_backward(
     (tokens, heads, width), (_, key_heads, depth), segments = v.shape, k.shape, parents.shape[0]
     shape = tile("linear_recurrence_backward", arch, depth, width, backward=True)
     count, given = blocks(width, shape.columns), 0 if initial is None else initial.shape[0]
-    wide: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
+    options: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
     to_v = torch.zeros(v.shape, dtype=v.dtype, device=v.device)
-    to_initial = q.new_empty(0) if initial is None else torch.zeros(initial.shape, **wide)
-    part_q = torch.empty(count, tokens, heads, depth, **wide)
-    part_k, part_g = torch.empty_like(part_q), torch.empty(count, tokens, heads, **wide)
+    to_initial = q.new_empty(0) if initial is None else torch.zeros(initial.shape, **options)
+    part_q = torch.empty(count, tokens, heads, depth, **options)
+    part_k, part_g = torch.empty_like(part_q), torch.empty(count, tokens, heads, **options)
     part_beta = torch.empty_like(part_g)
     tasks = (segments + given) * heads * count
     if tasks:
@@ -169,7 +169,7 @@ def linear_recurrence_backward(
         pending = torch.zeros_like(finals) if grad_finals is None else grad_finals.contiguous().clone()
         order, starts = groups(parents, given)
         programs = min(tasks, BACKWARD_PROGRAMS[arch])
-        scratch = torch.empty(programs, CHUNK // SPAN + SPAN, shape.rows, shape.columns, **wide)
+        scratch = torch.empty(programs, CHUNK // SPAN + SPAN, shape.rows, shape.columns, **options)
         q, k, v, g = (x.contiguous() for x in (q, k, v, g))  # their strides would take registers
         recurrence_grad[(programs,)](
             grad, q, k, v, g, g if beta is None else beta.contiguous(), query_offsets.contiguous(),

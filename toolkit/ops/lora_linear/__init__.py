@@ -46,26 +46,32 @@ _FORWARD = register(
 def _check(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: Tensor, adapters: Tensor) -> None:
     """ToolkitError, in one sentence, for arguments that do not fit."""
     if a.dim() != 3 or a.shape[-1] != x.shape[-1]:
-        raise ToolkitError(f"a has shape {list(a.shape)}; x of shape {list(x.shape)} needs [L, R, {x.shape[-1]}].")
+        raise ToolkitError(
+            f"a must have shape [L, R, {x.shape[-1]}] for x of shape {list(x.shape)}, got {list(a.shape)}."
+        )
     expected = [a.shape[0], base.shape[-1], a.shape[1]]
     if list(b.shape) != expected:
-        raise ToolkitError(f"b has shape {list(b.shape)}; with a of shape {list(a.shape)} it must be {expected}.")
+        raise ToolkitError(f"b must have shape {expected} for a of shape {list(a.shape)}, got {list(b.shape)}.")
     if scaling.shape != a.shape[:1]:
-        raise ToolkitError(f"scaling has shape {list(scaling.shape)}; {a.shape[0]} adapters need [{a.shape[0]}].")
+        raise ToolkitError(
+            f"scaling must have shape [{a.shape[0]}] for {a.shape[0]} adapters, got {list(scaling.shape)}."
+        )
     if scaling.requires_grad:
-        raise ToolkitError("scaling requires a gradient; it is a constant of the adapters: scale b instead.")
+        raise ToolkitError(
+            "scaling must not require a gradient, got requires_grad=True; it is a constant: scale b instead."
+        )
     if not scaling.is_floating_point():
-        raise ToolkitError(f"scaling has dtype {scaling.dtype}; allowed are floating-point dtypes.")
+        raise ToolkitError(f"scaling must have a floating-point dtype, got {scaling.dtype}.")
     if adapters.shape != x.shape[:-1] or adapters.dtype != torch.int64:
         raise ToolkitError(
-            f"adapters are {adapters.dtype} of shape {list(adapters.shape)}; x of shape {list(x.shape)} needs int64 "
-            f"{list(x.shape[:-1])}."
+            f"adapters must be int64 {list(x.shape[:-1])} for x of shape {list(x.shape)}, got {adapters.dtype} of shape"
+            f" {list(adapters.shape)}."
         )
     if base.shape[:-1] != x.shape[:-1]:
-        raise ToolkitError(f"base has shape {list(base.shape)}; x of shape {list(x.shape)} needs as many rows.")
+        raise ToolkitError(f"base must have as many rows as x of shape {list(x.shape)}, got {list(base.shape)}.")
     if not base.dtype == x.dtype == a.dtype == b.dtype:
         raise ToolkitError(
-            f"base, x, a, b have dtypes {base.dtype}, {x.dtype}, {a.dtype}, {b.dtype}; they must be equal."
+            f"The dtypes of base, x, a, b must be equal, got {base.dtype}, {x.dtype}, {a.dtype}, {b.dtype}."
         )
 
 
@@ -74,9 +80,16 @@ def lora_add(
 ) -> Tensor:
     """``base[t] + scaling[l] * (x[t] A_l^T) B_l^T`` with ``l = adapters[t]``; ``base[t]`` where l is negative.
 
-    The part of ``lora_linear`` beside the base product, for bases that something else computes (quantised weights).
-    base: [..., N]; the other arguments, numerics, gradients and errors are ``lora_linear``'s. Saved for backward: all
-    inputs but base.
+    The part of ``lora_linear`` beside the base GEMM, for a base that something else computes (quantized weights).
+
+    Args:
+        base: [..., N].
+        x, a, b, scaling, adapters: as for ``lora_linear``.
+
+    Returns:
+        [..., N] in base's dtype.
+
+    Numerics, gradients and errors are those of ``lora_linear``. Saved for backward: all inputs but base.
     """
     _check(base, x, a, b, scaling, adapters)
     rows = adapters.numel()
@@ -98,22 +111,31 @@ def lora_linear(
 ) -> Tensor:
     """``y[t] = x[t] W^T + bias + scaling[l] * (x[t] A_l^T) B_l^T`` with ``l = adapters[t]``, the adapter of row t.
 
-    x: [..., K]; weight: [N, K]; bias: [N] or None; a: [L, R, K]; b: [L, N, R]; y: [..., N]; all of one dtype: float32,
-    float64, bfloat16 or float16. scaling: [L], floating point. adapters: int64 [...], 0 to L - 1, negative: none.
-    Adapters of different ranks are padded to R with rows of zeros.
+    Args:
+        x: [..., K]; float32, float64, bfloat16 or float16, as weight, bias, a and b.
+        weight: [N, K].
+        bias: [N] or None.
+        a: [L, R, K]. Adapters of different ranks are padded to R with rows of zeros.
+        b: [L, N, R].
+        scaling: [L], floating point, a constant.
+        adapters: [...] int64, 0 to L - 1; negative: no adapter.
+        fast: the base GEMM is cuBLAS / MKL's, as in numerics mode "fast".
 
-    It is ``linear`` (``fast``: the vendor's product, as in the fast tier) followed by ``lora_add``, which reads that
-    sum once and adds to it in float32. Keeping the base product an op of its own is what gives a row without adapter
-    exactly the bits of ``linear``, at the price of one more rounding of the sum in 16-bit dtypes. Everything between
-    x and that addition is float32 (float64 for float64).
+    Returns:
+        [..., N] in x's dtype.
 
-    Numerics: a row's bits depend on the row and its adapter, whatever adapters its neighbours use; rows are grouped
-    by adapter with a stable sort. Gradients to x, weight, bias, a and b; those of a and b sum an adapter's rows in
-    their order, in blocks of a fixed number of rows, so they are the same from run to run. Saved for backward: the
-    inputs; the low-rank products are computed again.
+    Raises:
+        ToolkitError: for shapes and dtypes that do not fit, and for a scaling that requires a gradient.
+        IndexError: on CPU for an adapter >= L; on CUDA, where nothing is read back, its rows are NaN.
 
-    Errors: ToolkitError for shapes and dtypes that do not fit and for a scaling that requires a gradient. An adapter of
-    L or more is an IndexError on CPU; on CUDA, where nothing is read back, its rows are NaN.
+    Numerics: ``linear`` (with ``fast`` cuBLAS / MKL) followed by ``lora_add``, which reads that sum once and adds to it
+    in float32. With the base GEMM as a separate op a row without adapter is bitwise identical to ``linear``; the cost
+    is one more rounding of the sum in 16-bit dtypes. Everything between x and that addition is float32 (float64 for
+    float64). Batch-invariant, with any adapters in neighbouring rows: rows are grouped by adapter with a stable sort.
+    Gradients of a and b sum an adapter's rows in their order, in blocks of a fixed number of rows, so they are
+    deterministic.
+    Saved for backward: the inputs; the low-rank GEMMs are recomputed.
+    Source: Hu et al., "LoRA" (2021).
     """
     if fast and impl is None:
         base = F.linear(x, weight, bias)

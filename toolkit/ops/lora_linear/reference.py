@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from toolkit.ops.linear.reference import linear_reference
-from toolkit.ops.rowwise import widened
+from toolkit.ops.rowwise import upcast
 
 
 def _rows_of(adapters: Tensor, count: int) -> list[Tensor]:
@@ -19,11 +19,11 @@ def lora_add(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: Tensor, ada
 
     In float32 (float64 for float64) from x on, rounded once. Rows of a negative adapter are base's. Differentiable.
     """
-    y = widened(base)
+    y = upcast(base)
     for index, rows in enumerate(_rows_of(adapters, a.shape[0])):
         if rows.numel():
-            low = linear_reference(widened(x[rows]), widened(a[index])) * scaling[index].to(y.dtype)
-            y = y.index_copy(0, rows, y[rows] + linear_reference(low, widened(b[index])))
+            low = linear_reference(upcast(x[rows]), upcast(a[index])) * scaling[index].to(y.dtype)
+            y = y.index_copy(0, rows, y[rows] + linear_reference(low, upcast(b[index])))
     return y.to(base.dtype) if y is not base else base.clone()
 
 
@@ -42,7 +42,7 @@ def lora_add_backward(
     db = torch.zeros(b.shape, dtype=b.dtype, device=b.device) if need_b else none.clone()
     for index, rows in enumerate(_rows_of(adapters, a.shape[0])):
         if rows.numel():
-            g, values, first, second = (widened(t) for t in (grad[rows], x[rows], a[index], b[index]))
+            g, values, first, second = (upcast(t) for t in (grad[rows], x[rows], a[index], b[index]))
             factor = scaling[index].to(g.dtype)
             up = factor * (g @ second)
             if need_x:

@@ -2,7 +2,7 @@
 
 A stable sort lists the rows adapter by adapter. A program finds the adapter and the rows of its tile from the
 groups' starts (``find_tile``), so grids are bounded by shapes and nothing is read back. A row's bits depend on
-that row and its adapter: it is one row of matrix products whose sums run in an order set by K, N, R and the
+that row and its adapter: it is one row of GEMMs whose sums run in an order set by K, N, R and the
 tile table. What lies between (``low``, [places, ranks] in the sorted order) is float32 and already scaled.
 """
 

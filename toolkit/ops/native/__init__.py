@@ -18,8 +18,8 @@ _FITTING = {"AVX512": ("avx512", "avx2", "baseline"), "AVX2": ("avx2", "baseline
 def load() -> str | None:
     """Load the library once; the instruction set it was compiled for, or None when there is none.
 
-    ``baseline`` runs anywhere; ``avx2`` needs AVX2 and FMA; ``avx512`` takes AVX-512 F and DQ for matrix products, to
-    the same bits as ``avx2``. ``ATEN_CPU_CAPABILITY=avx2`` bounds it as it bounds torch. Says once, in one line, when
+    ``baseline`` runs anywhere; ``avx2`` needs AVX2 and FMA; ``avx512`` uses AVX-512 F and DQ for GEMMs and is bitwise
+    identical to ``avx2``. ``ATEN_CPU_CAPABILITY=avx2`` bounds it as it bounds torch. Says once, in one line, when
     it is missing.
     """
     setting = os.environ.get("TOOLKIT_NATIVE", "")

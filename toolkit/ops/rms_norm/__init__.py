@@ -29,12 +29,22 @@ _ADD, _ = register_differentiable(
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0, *, impl: str | None = None) -> Tensor:
     """``x / sqrt(mean(x^2, -1) + eps) * (offset + weight)``; without a weight the last factor is 1.
 
-    x: [..., N]; float32, float64, bfloat16 or float16 (the last two computed in float32, rounded once).
-    weight: [N] or None. offset: 1.0 for models that store the weight minus one.
-    Returns [..., N] in x's dtype, contiguous. Saved for backward: x and weight.
-    A row's bits, of the output and of its gradient, depend on that row alone; the weight's gradient sums rows in an
-    order set by their number and width only, whatever the number of threads.
-    Errors: ToolkitError for a weight of another shape; other dtypes; on Triton float64 and N above 32768.
+    Args:
+        x: [..., N]; float32, float64, bfloat16 or float16.
+        weight: [N] or None.
+        eps: added to the mean square.
+        offset: 1.0 for models that store the weight minus one (Gemma).
+
+    Returns:
+        [..., N] in x's dtype, contiguous.
+
+    Raises:
+        ToolkitError: for a weight of another shape, other dtypes; on Triton float64 and N above 32768.
+
+    Numerics: computed in float32 (float64 for float64) and rounded once. Output and dx are batch-invariant. The
+    weight's gradient sums rows in an order set by their number and width only, for any number of threads.
+    Saved for backward: x and weight.
+    Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
     """
     check_row("weight", weight, x)
     return _OP.select(impl)(x, weight, eps, offset)
@@ -45,15 +55,24 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """``(rms_norm(sum, weight, eps, offset), sum)``, with ``sum = x + residual`` rounded to their dtype, in one pass.
 
-    x, residual: [..., N], of one shape and dtype; the rest as for ``rms_norm``, and so are the bits: they are those of
-    ``rms_norm(x + residual, ...)``. Returns two of [..., N] in x's dtype, contiguous. Both results pass gradient, the
-    same one to x and to residual, added before it is rounded once. Saved for backward: sum and weight.
-    Errors: ToolkitError for a residual of another shape or dtype, and those of ``rms_norm``.
+    Args:
+        x: [..., N].
+        residual: x's shape and dtype.
+        weight, eps, offset: as for ``rms_norm``.
+
+    Returns:
+        Two tensors [..., N] in x's dtype, contiguous.
+
+    Raises:
+        ToolkitError: for a residual of another shape or dtype, and as ``rms_norm``.
+
+    Numerics: bitwise identical to ``rms_norm(x + residual, ...)``. Both results pass gradient; x and residual get the
+    same one, whose two parts are added before it is rounded once. Saved for backward: sum and weight.
     """
     if residual.shape != x.shape or residual.dtype != x.dtype:
         raise ToolkitError(
-            f"residual has shape {list(residual.shape)} and dtype {residual.dtype}; x needs"
-            f" {list(x.shape)} and {x.dtype} of it."
+            f"residual must have the shape and dtype of x, {list(x.shape)} and {x.dtype},"
+            f" got {list(residual.shape)} and {residual.dtype}."
         )
     check_row("weight", weight, x)
     return _ADD.select(impl)(x, residual, weight, eps, offset)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from toolkit.ops.rowwise import row_sum, widened
+from toolkit.ops.rowwise import row_sum, upcast
 
 
 def _reciprocal_rms(x: Tensor, eps: float) -> Tensor:
@@ -15,8 +15,8 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float) -> Ten
 
     Rounded once to x's dtype. Differentiable. A row's bits do not depend on the other rows.
     """
-    wide = widened(x)
-    y = wide * _reciprocal_rms(wide, eps)
+    x_up = upcast(x)
+    y = x_up * _reciprocal_rms(x_up, eps)
     if weight is not None:
         y = y * (offset + weight.to(y.dtype))
     return y.to(x.dtype)
@@ -35,13 +35,13 @@ def rms_norm_backward(
 
 def _gradients(grad: Tensor, x: Tensor, weight: Tensor | None, eps: float, offset: float) -> tuple[Tensor, Tensor]:
     """``rms_norm_backward`` with dx as it is computed, not rounded."""
-    wide, g = widened(x), widened(grad, x)
-    scale = _reciprocal_rms(wide, eps)
+    x_up, g = upcast(x), upcast(grad, x)
+    scale = _reciprocal_rms(x_up, eps)
     gf = g if weight is None else g * (offset + weight.to(g.dtype))
-    dx = scale * (gf - wide * (scale * scale * row_sum(gf * wide) / x.shape[-1]))
+    dx = scale * (gf - x_up * (scale * scale * row_sum(gf * x_up) / x.shape[-1]))
     if weight is None:
         return dx, x.new_empty(0)
-    dw = (g * (wide * scale)).reshape(-1, x.shape[-1]).sum(0)
+    dw = (g * (x_up * scale)).reshape(-1, x.shape[-1]).sum(0)
     return dx, dw.to(weight.dtype)
 
 
@@ -61,7 +61,7 @@ def add_rms_norm_backward(
     The addition comes before the one rounding.
     """
     dx, dw = _gradients(grad, total, weight, eps, offset)
-    return (dx + widened(grad_sum, total)).to(total.dtype), dw
+    return (dx + upcast(grad_sum, total)).to(total.dtype), dw
 
 
 def rms_norm_fake(x: Tensor, weight: Tensor | None, eps: float, offset: float) -> Tensor:

@@ -43,33 +43,42 @@ _TABLES = register(
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, *, impl: str | None = None) -> Tensor:
-    """Rotates pairs of the first R of x's D channels by the token's angles; channels R to D pass through.
+    """x with pairs of the first R of its D channels rotated by the token's angles; channels R to D pass through.
 
-    x: [T, H, D], any strides in the first two dimensions (a view of a projection's rows costs no copy);
-    float32, float64, bfloat16 or float16 (the last two computed in float32, rounded once).
-    cos, sin: [T, R], R even and at most D, as ``rotary_tables`` makes them: the R/2 frequencies, twice.
     Half layout, pairs (i, i + R/2)::
 
         y[i]       = x[i] cos[i] - x[i + R/2] sin[i]
         y[i + R/2] = x[i + R/2] cos[i + R/2] + x[i] sin[i + R/2]
 
-    Interleaved layout, pairs (2i, 2i + 1), reads only the first R/2 entries, one a pair: models with this
-    layout repeat each entry for both members of its pair, so ``cos[:, :R/2].repeat_interleave(2, -1)`` is the
-    table they multiply with::
+    Interleaved layout, pairs (2i, 2i + 1), reads only the first R/2 entries, one per pair: models with this layout
+    repeat each entry for both members of its pair, so ``cos[:, :R/2].repeat_interleave(2, -1)`` is the table they
+    multiply with::
 
         y[2i]     = x[2i] cos[i] - x[2i + 1] sin[i]
         y[2i + 1] = x[2i + 1] cos[i] + x[2i] sin[i]
 
-    Returns [T, H, D] in x's dtype, contiguous. Gradient to x only, by the transposed map (the rotation by
-    minus the angle, for tables of one angle a pair). Saved for backward: cos and sin. Every product and sum
-    is rounded on its own, so that float32 bits are those of eager torch. Errors: ToolkitError for
-    tables of other shapes; other dtypes; on Triton float64.
+    Args:
+        x: [T, H, D], any strides in the first two dimensions (a view of a projection's rows costs no copy); float32,
+            float64, bfloat16 or float16.
+        cos, sin: [T, R], R even and <= D, as ``rotary_tables`` returns them: the R/2 frequencies, twice.
+        interleaved: the layout.
+
+    Returns:
+        [T, H, D] in x's dtype, contiguous.
+
+    Raises:
+        ToolkitError: for tables of other shapes, other dtypes; on Triton for float64.
+
+    Numerics: computed in float32 (float64 for float64) and rounded once. Every multiplication and addition is rounded
+    separately, so float32 is bitwise identical to eager torch. Gradient to x only, by the transposed map (the rotation
+    by minus the angle, for tables of one angle per pair). Saved for backward: cos and sin.
+    Source: Su et al., "RoFormer" (2021).
     """
     rotated = cos.shape[-1]
     if cos.shape != sin.shape or cos.shape != (x.shape[0], rotated) or rotated % 2 or rotated > x.shape[-1]:
         raise ToolkitError(
-            f"cos has shape {list(cos.shape)} and sin {list(sin.shape)}; x of shape {list(x.shape)} needs"
-            f" [{x.shape[0]}, R] for both, R even and at most {x.shape[-1]}."
+            f"cos and sin must have shape [{x.shape[0]}, R] for x of shape {list(x.shape)}, R even and"
+            f" <= {x.shape[-1]}, got {list(cos.shape)} and {list(sin.shape)}."
         )
     return _ROTARY.select(impl)(x, cos, sin, interleaved)
 
@@ -83,20 +92,30 @@ def rotary_tables(
     *,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``scaling * cos(position * inv_freq)`` and the same of sin, the F frequencies twice: two of [..., 2F].
+    """``scaling * cos(position * inv_freq)`` and the same of sin, the F frequencies twice: two tensors [..., 2F].
 
-    positions: [...] int64; with ``axes`` [A, ...], a token's place along each of A axes (time, height and width, say).
-    inv_freq: [F], radians a position. axes: [F] int64, below A: the axis whose position frequency f turns by. So the
-    sections of Qwen2-VL are ``torch.arange(A).repeat_interleave(sections)``, and Qwen3-VL's interleaved ones
-    0, 1, 2, 0, 1, 2, ... and then 0.
-    The angle is the float32 product, as models are trained with, unless ``dtype`` is float64; the result is
-    cast to ``dtype``. No gradient. A row's bits depend on its positions alone.
-    Errors: ToolkitError for axes of another shape or dtype, or positions without a first dimension for them; an axis
-    that positions do not have is an error of the native CPU kernel and of torch, and NaN on Triton.
+    Args:
+        positions: [...] int64; with ``axes`` [A, ...], a token's position along each of A axes (time, height, width).
+        inv_freq: [F], radians per position.
+        scaling: factor of both tables.
+        dtype: of the tables.
+        axes: [F] int64, below A; the axis whose position frequency f uses. The sections of Qwen2-VL are
+            ``torch.arange(A).repeat_interleave(sections)``, and Qwen3-VL's interleaved ones 0, 1, 2, 0, 1, 2, ... then
+            0.
+
+    Returns:
+        cos and sin, [..., 2F] in ``dtype``.
+
+    Raises:
+        ToolkitError: for axes of another shape or dtype, or positions without a first dimension for them. An axis that
+            positions do not have is an error of the native CPU kernel and of torch, and NaN on Triton.
+
+    Numerics: the angle is the float32 product, as models are trained with, unless ``dtype`` is float64; the result is
+    cast to ``dtype``. Batch-invariant. No gradient.
     """
     if axes is not None and (axes.shape != inv_freq.shape or axes.dtype != torch.int64 or not positions.dim()):
         raise ToolkitError(
-            f"axes have shape {list(axes.shape)} and dtype {axes.dtype}; inv_freq {list(inv_freq.shape)} and positions"
-            f" {list(positions.shape)} need int64 {list(inv_freq.shape)}, and [A, ...]."
+            f"axes must be int64 {list(inv_freq.shape)} and positions [A, ...], got axes {axes.dtype} of shape"
+            f" {list(axes.shape)} and positions {list(positions.shape)}."
         )
     return _TABLES.select(impl)(positions, inv_freq, scaling, dtype, axes)

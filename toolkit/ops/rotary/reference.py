@@ -12,17 +12,17 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     Differentiable. Only IEEE products and sums: the bits of an element depend on its own pair alone.
     """
     half, rotated = cos.shape[-1] // 2, cos.shape[-1]
-    wide = x.to(compute_dtype(x))
-    c, s = cos.to(wide.dtype)[:, None], sin.to(wide.dtype)[:, None]
-    turned = wide[..., :rotated]
+    x_up = x.to(compute_dtype(x))
+    c, s = cos.to(x_up.dtype)[:, None], sin.to(x_up.dtype)[:, None]
+    pairs = x_up[..., :rotated]
     if interleaved:
-        a, b = turned[..., 0::2], turned[..., 1::2]
+        a, b = pairs[..., 0::2], pairs[..., 1::2]
         c, s = c[..., :half], s[..., :half]
         y = torch.stack((a * c - b * s, b * c + a * s), dim=-1).flatten(-2)
     else:
-        a, b = turned[..., :half], turned[..., half:]
+        a, b = pairs[..., :half], pairs[..., half:]
         y = torch.cat((a * c[..., :half] - b * s[..., :half], b * c[..., half:] + a * s[..., half:]), dim=-1)
-    return torch.cat((y, wide[..., rotated:]), dim=-1).to(x.dtype)
+    return torch.cat((y, x_up[..., rotated:]), dim=-1).to(x.dtype)
 
 
 def transposed_sin(sin: Tensor, interleaved: bool) -> Tensor:
@@ -35,13 +35,13 @@ def rotary_tables(
 ) -> tuple[Tensor, Tensor]:
     """cos and sin of ``position * inv_freq``, times ``scaling``, each frequency twice: [..., 2F].
 
-    With ``axes``, positions are [A, ...] and frequency f turns by ``positions[axes[f]]``. Angle, table and product
+    With ``axes``, positions are [A, ...] and frequency f goes by ``positions[axes[f]]``. Angle, table and product
     with ``scaling`` are float32 (float64 when ``dtype`` is), then cast to ``dtype``. Positions are exact up to 2^24
     in float32. Rows do not depend on each other.
     """
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    turns = positions[..., None] if axes is None else positions.index_select(0, axes).movedim(0, -1)
-    angles = turns.to(wide) * inv_freq.to(wide)
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    steps = positions[..., None] if axes is None else positions.index_select(0, axes).movedim(0, -1)
+    angles = steps.to(compute) * inv_freq.to(compute)
     cos, sin = (elementwise(f, angles) * scaling for f in (torch.cos, torch.sin))
     return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((sin, sin), dim=-1).to(dtype)
 

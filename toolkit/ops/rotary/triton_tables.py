@@ -78,8 +78,8 @@ def rotary_tables(
     """``toolkit::rotary_tables``: cos and sin, [..., 2F], in float32, bfloat16, float16 or float64."""
     if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16) or positions.dtype != torch.int64:
         raise ToolkitError(
-            f"rotary_tables got dtype {dtype} and positions of {positions.dtype}; allowed are float32, float64,"
-            " bfloat16 and float16, and int64."
+            "rotary_tables: dtype must be one of float32, float64, bfloat16, float16 and positions int64,"
+            f" got {dtype} and {positions.dtype}."
         )
     count = inv_freq.shape[0]
     shape = positions.shape if axes is None else positions.shape[1:]

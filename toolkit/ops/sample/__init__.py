@@ -1,4 +1,4 @@
-"""Drawing tokens from logits, and the penalties that come before it."""
+"""Sampling tokens from logits, and the penalties that come before it."""
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ _SAMPLE = register(
 )
 _PENALIZE = register(
     "penalize(Tensor logits, Tensor history, Tensor offsets, Tensor prompt_lengths, Tensor repetition,"
-    " Tensor frequency, Tensor presence, Tensor barred, Tensor barred_offsets) -> Tensor",
+    " Tensor frequency, Tensor presence, Tensor suppressed, Tensor suppressed_offsets) -> Tensor",
     reference=reference.penalize,
     fake=reference.penalize_fake,
     triton="toolkit.ops.sample.triton.penalize",
@@ -27,17 +27,17 @@ _PENALIZE = register(
 def _check(logits: Tensor, **columns: tuple[Tensor, int, torch.dtype | None]) -> None:
     """ToolkitError unless logits are [B, V] and each column has its length and dtype (None: float32 or float64)."""
     if logits.dim() != 2 or not logits.shape[1]:
-        raise ToolkitError(f"logits have shape {list(logits.shape)}; allowed is [B, V] with V at least 1.")
+        raise ToolkitError(f"logits must have shape [B, V] with V >= 1, got {list(logits.shape)}.")
     compute_dtype(logits)
     for name, (column, length, dtype) in columns.items():
         if column.shape != (length,):
             raise ToolkitError(
-                f"{name} has shape {list(column.shape)}; logits of shape {list(logits.shape)} need [{length}]."
+                f"{name} must have shape [{length}] for logits of shape {list(logits.shape)}, got {list(column.shape)}."
             )
         allowed = (torch.float32, torch.float64) if dtype is None else (dtype,)
         if column.dtype not in allowed:
-            names = " and ".join(str(one).removeprefix("torch.") for one in allowed)
-            raise ToolkitError(f"{name} has dtype {column.dtype}; allowed is {names}.")
+            names = " or ".join(str(one).removeprefix("torch.") for one in allowed)
+            raise ToolkitError(f"{name} must have dtype {names}, got {column.dtype}.")
 
 
 def sample(
@@ -51,32 +51,39 @@ def sample(
     *,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One token a row, and its log-probability under the distribution that it was drawn from.
+    """One token per row, and its log-probability under the distribution that it was sampled from.
 
     Row by row, in this order, with x the logits and T the temperature:
 
     - T = 0: the lowest id among the largest logits, with log-probability 0. Nothing below applies.
-    - top-k (0, negative, or V and more: off): the k largest logits, and whatever equals the k-th.
-    - weights ``w = exp(x/T - max(x/T))``, 0 for what is out.
-    - top-p (1 and more: off): the fewest likeliest tokens that reach ``top_p`` of the sum of w; likelier is the larger
-      logit, of equals the lower id. A token is in while the weights before it fall short. The likeliest is always in.
+    - top-k (0, negative, or >= V: off): the k largest logits, and every tie with the k-th.
+    - weights ``w = exp(x/T - max(x/T))``, 0 for what is filtered.
+    - top-p (>= 1: off): the fewest most probable tokens that reach ``top_p`` of the sum of w; ties by ascending id. A
+      token is kept while the weights before it fall short. The most probable token is always kept.
     - min-p (0: off): w of at least ``min_p`` (the largest w is 1).
     - The token is the first, in order of ids, at which the running sum of w exceeds ``u`` times their total, and its
-      log-probability ``log(w / total)``: a token without weight is never drawn.
-    - ``u`` is 53 bits of Philox4x32-10 (Salmon, Moraes, Dror and Shaw, 2011) with key ``seeds`` and counter
-      ``(steps, 0)``: a function of (seed, step) alone.
+      log-probability ``log(w / total)``: a token without weight is never sampled.
+    - ``u`` is 53 bits of Philox4x32-10 with key ``seeds`` and counter ``(steps, 0)``: a function of (seed, step) alone.
 
-    logits: [B, V], V >= 1; float32, float64, bfloat16 or float16; not modified. temperature, top_p, min_p: [B]
-    float32 or float64. top_k, seeds, steps: [B] int64, of which seed and step are read as 64 unsigned bits.
-    Returns tokens [B] int64 and log-probabilities [B] float64, in nats. A row without a distribution (NaN, +inf, all
-    -inf, or a temperature that takes it there) gives NaN and the id of its first NaN, else of its first largest.
+    Args:
+        logits: [B, V], V >= 1; float32, float64, bfloat16 or float16; not modified.
+        temperature, top_p, min_p: [B] float32 or float64.
+        top_k: [B] int64.
+        seeds, steps: [B] int64, read as 64 unsigned bits.
 
-    Precision: every implementation divides, exponentiates and sums in float64, and selects by comparing the logits
+    Returns:
+        Tokens [B] int64 and log-probabilities [B] float64, in nats. A row without a distribution (NaN, +inf, all -inf,
+        or a temperature that takes it there) gives NaN and the id of its first NaN, else of its first largest.
+
+    Raises:
+        ToolkitError: for other shapes and dtypes; float64 logits in Triton.
+
+    Numerics: every implementation divides, exponentiates and sums in float64, and selects by comparing the logits
     themselves, which has one answer. They differ in the last bits of exp and in the order of sums, some 1e-14 of the
-    total at V = 150,000; so they draw the same token but for a uniform, or keep the same tokens but for a ``top_p`` or
-    ``min_p``, within that of an edge, once in some 1e9 draws. Each has a fixed order, set by V alone: a row's
-    token and log-probability depend on that row's inputs alone, bit for bit, on any device and number of threads.
-    Not differentiable; saves nothing. Errors: ToolkitError for other shapes and dtypes; float64 logits in Triton.
+    total at V = 150,000; so they sample the same token but for a uniform, or keep the same tokens but for a ``top_p``
+    or ``min_p``, within that of an edge, once in some 1e9 samples. Each has a fixed order, set by V alone:
+    batch-invariant on any device and number of threads. Not differentiable.
+    Source: Salmon, Moraes, Dror and Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3" (2011).
     """
     rows = logits.shape[0] if logits.dim() else 0
     columns: dict[str, tuple[Tensor, int, torch.dtype | None]] = {
@@ -99,24 +106,34 @@ def penalize(
     repetition: Tensor,
     frequency: Tensor,
     presence: Tensor,
-    barred: Tensor,
-    barred_offsets: Tensor,
+    suppressed: Tensor,
+    suppressed_offsets: Tensor,
     *,
     impl: str | None = None,
 ) -> Tensor:
-    """Logits after the penalties of each row's own tokens, and -inf where a token is barred.
+    """Logits after the penalties of each row's previous tokens, and -inf where a token is suppressed.
 
     ``y = x / repetition`` if x > 0 else ``x * repetition`` for tokens anywhere in the row's history; then ``y -
-    (frequency * count + presence)`` for those in its output, count times; then -inf for barred ones.
+    (frequency * count + presence)`` for those in its output, count times; then -inf for suppressed ones.
 
-    logits: [B, V], V >= 1; float32, float64, bfloat16 or float16; not modified. history: [N] int64, the tokens of all
-    rows one after another, prompt first; row b's are ``offsets[b]`` to ``offsets[b + 1]``, of which the first
-    ``prompt_lengths[b]`` are prompt (offsets [B + 1] and prompt_lengths [B] int64). barred [M] and barred_offsets
-    [B + 1] int64: likewise. repetition (above 0), frequency, presence: [B] float32 or float64. Token ids outside 0 to
-    V - 1 are passed over. Returns new [B, V], float32 (float64 for float64 logits).
-    Computed in float64 and rounded once: every implementation gives the same bits. Not differentiable.
-    Errors: ToolkitError for other shapes and dtypes; float64 logits in Triton. Source: CTRL (Keskar et al., 2019) for
-    the repetition penalty; the other two are those of the OpenAI API.
+    Args:
+        logits: [B, V], V >= 1; float32, float64, bfloat16 or float16; not modified.
+        history: [N] int64, the tokens of all rows one after another, prompt first. Ids outside 0 to V - 1 are ignored.
+        offsets: [B + 1] int64; row b's tokens are ``offsets[b]`` to ``offsets[b + 1]``.
+        prompt_lengths: [B] int64; the first so many tokens of a row are prompt.
+        repetition: [B] float32 or float64, > 0.
+        frequency, presence: [B] float32 or float64.
+        suppressed: [M] int64, the suppressed tokens of all rows one after another.
+        suppressed_offsets: [B + 1] int64.
+
+    Returns:
+        [B, V], float32 (float64 for float64 logits), new.
+
+    Raises:
+        ToolkitError: for other shapes and dtypes; float64 logits in Triton.
+
+    Numerics: computed in float64 and rounded once; every implementation is bitwise identical. Not differentiable.
+    Source: Keskar et al., "CTRL" (2019) for the repetition penalty; the other two are those of the OpenAI API.
     """
     rows = logits.shape[0] if logits.dim() else 0
     columns: dict[str, tuple[Tensor, int, torch.dtype | None]] = {
@@ -126,10 +143,10 @@ def penalize(
         "repetition": (repetition, rows, None),
         "frequency": (frequency, rows, None),
         "presence": (presence, rows, None),
-        "barred": (barred, barred.numel(), torch.int64),
-        "barred_offsets": (barred_offsets, rows + 1, torch.int64),
+        "suppressed": (suppressed, suppressed.numel(), torch.int64),
+        "suppressed_offsets": (suppressed_offsets, rows + 1, torch.int64),
     }
     _check(logits, **columns)
     return _PENALIZE.select(impl)(
-        logits, history, offsets, prompt_lengths, repetition, frequency, presence, barred, barred_offsets
+        logits, history, offsets, prompt_lengths, repetition, frequency, presence, suppressed, suppressed_offsets
     )

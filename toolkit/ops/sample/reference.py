@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from toolkit.ops.rowwise import compute_dtype, elementwise, widened
+from toolkit.ops.rowwise import compute_dtype, elementwise, upcast
 
 LEAST_MASS = 2.0**-1022
-"""What ``top_p`` is raised to, so that the likeliest token is always in."""
+"""What ``top_p`` is raised to, so that the most probable token is always kept."""
 
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -53,25 +53,25 @@ def sample(
     compute_dtype(logits)
     if rows == 0:
         return top_k.new_empty(0), temperature.new_empty(0, dtype=torch.float64)
-    wide = logits.double().contiguous()
-    best_ids = wide.argmax(-1)
-    best = wide.gather(1, best_ids[:, None])
+    logits_64 = logits.double().contiguous()
+    best_ids = logits_64.argmax(-1)
+    best = logits_64.gather(1, best_ids[:, None])
     hot = (temperature > 0)[:, None]
-    scores = wide / torch.where(hot, temperature.double()[:, None], 1.0)
+    scores = logits_64 / torch.where(hot, temperature.double()[:, None], 1.0)
     weights = elementwise(torch.exp, scores - scores.gather(1, best_ids[:, None]))
     # Nothing to filter: the sort below would keep all. Looked up only where that costs no wait for the device.
     if logits.device.type != "cpu" or bool((((top_k > 0) & (top_k < vocabulary)) | (top_p < 1)).any()):
-        weights = torch.where(_kept(wide, weights, top_k, top_p), weights, 0.0)
+        weights = torch.where(_kept(logits_64, weights, top_k, top_p), weights, 0.0)
     weights = torch.where(weights >= min_p.double()[:, None].clamp_max(1.0), weights, 0.0)
     cumulative = weights.cumsum(-1)
     total = cumulative[:, -1:]
     # A uniform is at most 1 - 2**-53, so the product never rounds up to the total, past the last token.
     target = uniforms(seeds, steps)[:, None] * total
-    places = torch.searchsorted(cumulative, target, right=True).clamp_max(vocabulary - 1)
+    indices = torch.searchsorted(cumulative, target, right=True).clamp_max(vocabulary - 1)
     proper = best.isfinite() & scores.gather(1, best_ids[:, None]).isfinite()
-    drawn = hot & proper
-    tokens = torch.where(drawn, places, best_ids[:, None])
-    logprobs = torch.where(drawn, (weights.gather(1, places) / total).log(), torch.where(proper, 0.0, torch.nan))
+    sampled = hot & proper
+    tokens = torch.where(sampled, indices, best_ids[:, None])
+    logprobs = torch.where(sampled, (weights.gather(1, indices) / total).log(), torch.where(proper, 0.0, torch.nan))
     return tokens[:, 0], logprobs[:, 0]
 
 
@@ -110,32 +110,32 @@ def penalize(
     repetition: Tensor,
     frequency: Tensor,
     presence: Tensor,
-    barred: Tensor,
-    barred_offsets: Tensor,
+    suppressed: Tensor,
+    suppressed_offsets: Tensor,
 ) -> Tensor:
     """New logits [B, V], float32 (float64 for float64): computed in float64, rounded once."""
     rows, vocabulary = logits.shape
     if not logits.numel():
-        return widened(logits).clone()
-    wide = logits.double()
+        return upcast(logits).clone()
+    values = logits.double()
     row = _owners(offsets, len(history))
     output = torch.arange(len(history), device=history.device) - offsets[row] >= prompt_lengths[row]
 
-    def count(row: Tensor, tokens: Tensor, values: Tensor) -> Tensor:
+    def count(row: Tensor, tokens: Tensor, increments: Tensor) -> Tensor:
         """Occurrences [B, V]; ids outside the vocabulary go to a column that is cut off."""
         column = torch.where((tokens >= 0) & (tokens < vocabulary), tokens, vocabulary)
         flat = torch.zeros(rows * (vocabulary + 1), dtype=torch.int64, device=logits.device)
-        return flat.scatter_add_(0, row * (vocabulary + 1) + column, values).view(rows, -1)[:, :vocabulary]
+        return flat.scatter_add_(0, row * (vocabulary + 1) + column, increments).view(rows, -1)[:, :vocabulary]
 
     seen = count(row, history, torch.ones_like(history)) > 0
     times = count(row, history, output.long())
     factor = repetition.double()[:, None]
-    repeated = torch.where(wide > 0, wide / factor, wide * factor)
-    lessened = torch.where(seen, repeated, wide)
+    repeated = torch.where(values > 0, values / factor, values * factor)
+    lessened = torch.where(seen, repeated, values)
     penalty = frequency.double()[:, None] * times + presence.double()[:, None]
     lessened = torch.where(times > 0, lessened - penalty, lessened)
-    ends = count(_owners(barred_offsets, len(barred)), barred, torch.ones_like(barred)) > 0
-    return torch.where(ends, -torch.inf, lessened).to(compute_dtype(logits))
+    is_suppressed = count(_owners(suppressed_offsets, len(suppressed)), suppressed, torch.ones_like(suppressed)) > 0
+    return torch.where(is_suppressed, -torch.inf, lessened).to(compute_dtype(logits))
 
 
 def penalize_fake(
@@ -146,7 +146,7 @@ def penalize_fake(
     repetition: Tensor,
     frequency: Tensor,
     presence: Tensor,
-    barred: Tensor,
-    barred_offsets: Tensor,
+    suppressed: Tensor,
+    suppressed_offsets: Tensor,
 ) -> Tensor:
     return torch.empty(logits.shape, dtype=compute_dtype(logits), device=logits.device)

@@ -2,7 +2,7 @@
 
 Thresholds of top-k and top-p are bisected on the ordered bits of the logits, a pass of counting or summing a step,
 and the bisection ends as soon as the set of tokens is settled. Weights are float64, kept in a scratch row. All sums
-have one order; a row's bits depend on that row alone. Contraction is pinned off.
+have one order; a row's bits depend on that row alone. Floating-point contraction is off.
 """
 
 import torch
@@ -19,7 +19,7 @@ _NAN = tl.constexpr(2**31 - 1)  # the key of every NaN
 _NO_CHANCE = tl.constexpr(-2139095041)  # the key of -inf
 
 _SEEN = tl.constexpr(1 << 30)
-_BARRED = tl.constexpr(-(2**31))
+_SUPPRESSED = tl.constexpr(-(2**31))
 _TIMES = tl.constexpr((1 << 30) - 1)
 
 
@@ -191,9 +191,9 @@ def sample_row(
 
 @triton.jit
 def mark_history(
-    history, offsets, prompt_lengths, barred, barred_offsets, marks, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+    history, offsets, prompt_lengths, suppressed, suppressed_offsets, marks, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """A row's marks: how often a token came out, and bits for those seen and those barred."""
+    """A row's marks: how often a token came out, and bits for those seen and those suppressed."""
     row = tl.program_id(0).to(tl.int64)
     marks = marks + row * WIDTH
     first = tl.load(offsets + row)
@@ -205,12 +205,12 @@ def mark_history(
         inside = (token >= 0) & (token < WIDTH)
         tl.atomic_or(marks + token, _SEEN, mask=inside)
         tl.atomic_add(marks + token, 1, mask=inside & (places >= output))
-    first = tl.load(barred_offsets + row)
-    end = tl.load(barred_offsets + row + 1)
+    first = tl.load(suppressed_offsets + row)
+    end = tl.load(suppressed_offsets + row + 1)
     for start in range(first, end, BLOCK):
         places = start + tl.arange(0, BLOCK)
-        token = tl.load(barred + places, mask=places < end, other=-1)
-        tl.atomic_or(marks + token, _BARRED, mask=(token >= 0) & (token < WIDTH))
+        token = tl.load(suppressed + places, mask=places < end, other=-1)
+        tl.atomic_or(marks + token, _SUPPRESSED, mask=(token >= 0) & (token < WIDTH))
 
 
 @triton.jit
@@ -276,8 +276,8 @@ def penalize(
     repetition: torch.Tensor,
     frequency: torch.Tensor,
     presence: torch.Tensor,
-    barred: torch.Tensor,
-    barred_offsets: torch.Tensor,
+    suppressed: torch.Tensor,
+    suppressed_offsets: torch.Tensor,
 ) -> torch.Tensor:
     """``toolkit::penalize``: logits [B, V] in float32, bfloat16 or float16; float32 out."""
     logits = matrix("penalize", logits)
@@ -287,8 +287,8 @@ def penalize(
         marks = torch.zeros(rows, width, dtype=torch.int32, device=logits.device)
         launch = _launch(width)
         mark_history[(rows,)](
-            history.contiguous(), offsets.contiguous(), prompt_lengths.contiguous(), barred.contiguous(),
-            barred_offsets.contiguous(), marks, **(launch | {"BLOCK": 512, "num_warps": 4}),
+            history.contiguous(), offsets.contiguous(), prompt_lengths.contiguous(), suppressed.contiguous(),
+            suppressed_offsets.contiguous(), marks, **(launch | {"BLOCK": 512, "num_warps": 4}),
         )  # fmt: skip
         launch |= {"BLOCK": min(launch["BLOCK"], 2048), "num_warps": min(launch["num_warps"], 4)}
         penalize_block[(rows, triton.cdiv(width, launch["BLOCK"]))](

@@ -23,9 +23,15 @@ _OP = register(
 def state_write(pool: Tensor, rows: Tensor, slots: Tensor, *, impl: str | None = None) -> None:
     """``pool[slots[t]] = rows[t]`` in place, for every t with ``slots[t] >= 0``; the others are skipped.
 
-    pool: [slots_total, H, D], any dtype; rows: [T, H, D], converted to pool's dtype; slots: [T] int64, all
-    different where not negative. No gradient: rows are written as values. A slot outside the pool is a
-    ``RuntimeError`` of the native CPU kernel, before anything is written, torch's own error in the reference, and
-    skipped on Triton, which cannot say so without waiting for the device.
+    Args:
+        pool: [slots_total, H, D], any dtype.
+        rows: [T, H, D], converted to pool's dtype.
+        slots: [T] int64, all different where not negative.
+
+    Raises:
+        RuntimeError: in the native CPU kernel for a slot outside the pool, before anything is written. The reference
+            raises torch's error; Triton skips such a slot, for it cannot tell without waiting for the device.
+
+    No gradient: rows are written as values.
     """
     _OP.select(impl)(pool, rows.detach(), slots)

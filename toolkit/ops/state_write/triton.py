@@ -34,15 +34,13 @@ def state_write(pool: Tensor, rows: Tensor, slots: Tensor) -> None:
     """
     if pool.dim() != 3 or rows.dim() != 3 or pool.shape[1:] != rows.shape[1:]:
         raise ToolkitError(
-            f"pool has shape {list(pool.shape)} and rows {list(rows.shape)}; [slots, heads, width] and"
-            " [rows, heads, width] with the same heads and width are required."
+            "pool and rows must have shapes [slots, heads, width] and [rows, heads, width],"
+            f" got {list(pool.shape)} and {list(rows.shape)}."
         )
     if slots.dtype != torch.int64 or slots.shape != rows.shape[:1]:
-        raise ToolkitError(
-            f"slots has shape {list(slots.shape)} and dtype {slots.dtype}; int64 [{rows.shape[0]}] is required."
-        )
+        raise ToolkitError(f"slots must be int64 [{rows.shape[0]}], got {slots.dtype} of shape {list(slots.shape)}.")
     if pool.shape[2] > 1 and pool.stride(2) != 1:
-        raise ToolkitError(f"pool has strides {list(pool.stride())}; a contiguous last dimension is required.")
+        raise ToolkitError(f"pool must have a contiguous last dimension, got strides {list(pool.stride())}.")
     if not rows.numel() or not pool.numel():
         return
     # Between these the kernel converts; others are converted before it.
@@ -50,7 +48,7 @@ def state_write(pool: Tensor, rows: Tensor, slots: Tensor) -> None:
         rows = rows.to(pool.dtype)
     if rows.shape[2] > 1 and rows.stride(2) != 1:
         rows = rows.contiguous()
-    if pool.dtype not in FLOATS and pool.itemsize in _BITS:  # whatever its bits mean
+    if pool.dtype not in FLOATS and pool.itemsize in _BITS:  # copied as integers
         pool, rows = pool.view(_BITS[pool.itemsize]), rows.view(_BITS[pool.itemsize])
     heads, width = pool.shape[1:]
     if heads > 1 and pool.stride(1) == width and rows.stride(1) == width:  # a row lies in one piece

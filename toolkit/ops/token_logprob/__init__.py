@@ -17,20 +17,26 @@ _OP, _ = register_differentiable(
 
 
 def token_logprob(logits: Tensor, targets: Tensor, *, impl: str | None = None) -> tuple[Tensor, Tensor]:
-    """``(logits[t, targets[t]] - lse[t], lse[t])`` with ``lse`` the natural log of the sum of exp of row t.
+    """``(logits[t, targets[t]] - lse[t], lse[t])``, ``lse`` the natural log of the sum of exp of row t.
 
-    logits: [..., V], V >= 1; float32, float64, bfloat16 or float16. targets: [...] int64, below V; a negative
-    one is ignored: its log-probability is 0 and passes no gradient. Both results are [...], float32 (float64
-    for float64 logits), in nats. Entries of -inf have probability 0; a row of nothing else gives lse -inf,
-    a row with NaN or +inf gives NaN.
-    Saved for backward: logits, targets, lse. Both results pass gradient:
-    ``d logits = g (onehot - softmax) + g_lse softmax``, written in one pass.
-    A row's bits depend on that row alone. Errors: ToolkitError for other shapes; IndexError for a target of V
-    or more on CPU, where Triton gives NaN; other dtypes; on Triton float64.
+    Args:
+        logits: [..., V], V >= 1; float32, float64, bfloat16 or float16. Entries of -inf have probability 0.
+        targets: [...] int64, below V. A negative target is ignored: its log-probability is 0 and passes no gradient.
+
+    Returns:
+        Log-probability and lse, both [...], float32 (float64 for float64 logits), in nats. A row of nothing but -inf
+        gives lse -inf; a row with NaN or +inf gives NaN.
+
+    Raises:
+        ToolkitError: for other shapes or dtypes; on Triton for float64.
+        IndexError: on CPU for a target >= V, where Triton gives NaN.
+
+    Numerics: batch-invariant. Both results pass gradient: ``d logits = g (onehot - softmax) + g_lse softmax``, written
+    in one pass. Saved for backward: logits, targets, lse.
     """
     if targets.shape != logits.shape[:-1] or not logits.shape[-1]:
         raise ToolkitError(
-            f"targets have shape {list(targets.shape)} and logits {list(logits.shape)};"
-            " allowed are [...] and [..., V] with V at least 1."
+            "targets and logits must have shapes [...] and [..., V] with V >= 1,"
+            f" got {list(targets.shape)} and {list(logits.shape)}."
         )
     return _OP.select(impl)(logits, targets)

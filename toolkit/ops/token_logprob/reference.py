@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from toolkit.ops.rowwise import compute_dtype, elementwise, row_sum, widened
+from toolkit.ops.rowwise import compute_dtype, elementwise, row_sum, upcast
 
 
 def token_logprob(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -11,9 +11,9 @@ def token_logprob(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
     Differentiable. A row's bits do not depend on the other rows.
     """
-    wide = widened(logits)
-    top = wide.detach().amax(-1, keepdim=True)
-    shifted = wide - torch.where(top == -torch.inf, 0.0, top)
+    z = upcast(logits)
+    top = z.detach().amax(-1, keepdim=True)
+    shifted = z - torch.where(top == -torch.inf, 0.0, top)
     log_sum = elementwise(torch.log, row_sum(elementwise(torch.exp, shifted)).squeeze(-1))
     own = shifted.gather(-1, targets.clamp_min(0)[..., None]).squeeze(-1)
     logprob = torch.where(targets < 0, 0.0, own - log_sum)
@@ -26,7 +26,7 @@ def token_logprob_backward(
     """``g (onehot - softmax) + g_lse softmax``, with g = 0 where the target is negative."""
     ignored = targets < 0
     g = torch.where(ignored, 0.0, grad_logprob.to(lse.dtype))
-    softmax = torch.exp(widened(logits) - lse[..., None])
+    softmax = torch.exp(upcast(logits) - lse[..., None])
     grad = softmax * (grad_lse.to(lse.dtype) - g)[..., None]
     return grad.scatter_add(-1, targets.clamp_min(0)[..., None], g[..., None]).to(logits.dtype)
 

@@ -1,7 +1,7 @@
 """Log-probability of given tokens in Triton; the logits are read once each way and no softmax is stored.
 
-A row is cut into blocks of a fixed width. Every block of every row is a program of its own, so that one row fills a GPU
-as well as many do; a second kernel joins a row's blocks. The bits depend on the row alone.
+A row is split into blocks of a fixed width, one program per block, so that one row fills a GPU as well as many do; a
+second kernel joins a row's blocks. Batch-invariant.
 """
 
 import torch

@@ -29,7 +29,7 @@ from typing import Any
 
 from torch import Tensor
 
-from toolkit.errors import ToolkitError, nearest
+from toolkit.errors import ToolkitError, must_be_one_of
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def find(name: str, *, plain: bool = False) -> Kind:
     kind = KINDS.get(name)
     if kind is None or (plain and kind.arguments != 1):
         allowed = plain_kinds() if plain else list(KINDS)
-        raise ToolkitError(f"kind is '{name}'; allowed are {', '.join(allowed)}{nearest(name, allowed)}.")
+        raise ToolkitError(must_be_one_of("kind", name, allowed))
     return kind
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def value(gate: Tensor, up: Tensor) -> Tensor:
-    # Unlike clamp, where() lets the gradient of NaN be NaN; far below, g sigmoid is -0 whatever g is.
+    # Unlike clamp, where() lets the gradient of NaN be NaN; far below, g sigmoid is -0 for any g.
     g = torch.where(gate > 7, 7.0, torch.where(gate < -1e4, -1e4, gate))
     u = torch.where(up > 7, 7.0, torch.where(up < -7, -7.0, up))
     return g * (1.702 * g).sigmoid() * (u + 1)

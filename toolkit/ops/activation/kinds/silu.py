@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor
 
-from toolkit.ops.activation.twins import saturating
+from toolkit.ops.activation.torch_functions import saturating
 
 if TYPE_CHECKING:
     from toolkit.ops.activation.triton_functions import clamp, finite_below, sigmoid, sigmoid_both

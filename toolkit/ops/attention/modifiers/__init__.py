@@ -36,7 +36,7 @@ from typing import Any
 
 from torch import Tensor
 
-from toolkit.errors import ToolkitError, nearest
+from toolkit.errors import ToolkitError, must_be_one_of
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ def _read(name: str, module: ModuleType) -> Modifier:
     counts = {len(inspect.signature(f).parameters) - own for f, own in ((score, 3), (visible, 2)) if f is not None}
     if len(counts) != 1:
         raise ToolkitError(
-            f"attention modifier '{name}' has functions of {sorted(counts)} parameters;"
-            " score or visible or both, of the same parameters, are required."
+            f"attention modifier '{name}' must have score or visible or both, of the same number of parameters,"
+            f" got {sorted(counts)}."
         )
     first = getattr(module, "first", None)
     return Modifier(name, counts.pop(), score, getattr(module, "derivative", None), visible, first, module)
@@ -90,7 +90,7 @@ def find(name: str) -> Modifier | None:
     if not name:
         return None
     if name not in MODIFIERS:
-        raise ToolkitError(f"modifier is '{name}'; allowed are {', '.join(MODIFIERS)}{nearest(name, list(MODIFIERS))}.")
+        raise ToolkitError(must_be_one_of("modifier", name, MODIFIERS))
     return MODIFIERS[name]
 
 
@@ -99,9 +99,9 @@ def check(name: str, parameters: Tensor | None, heads: int) -> None:
     modifier = find(name)
     count = 0 if modifier is None else modifier.parameters
     if (parameters is None) != (count == 0) or (parameters is not None and list(parameters.shape) != [heads, count]):
-        given = "None" if parameters is None else f"of shape {list(parameters.shape)}"
-        needed = f"shape {[heads, count]}" if count else "None"
-        raise ToolkitError(f"parameters is {given}; modifier '{name}' needs {needed}.")
+        given = "None" if parameters is None else f"shape {list(parameters.shape)}"
+        needed = f"have shape {[heads, count]}" if count else "be None"
+        raise ToolkitError(f"parameters of modifier '{name}' must {needed}, got {given}.")
 
 
 discover()

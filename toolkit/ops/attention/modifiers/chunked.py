@@ -1,4 +1,4 @@
-"""chunked: a query sees the keys of its own chunk of positions (Llama 4, 2025); the parameter is the chunk's size."""
+"""chunked: a query sees the keys of its chunk of positions (Llama 4, 2025); the parameter is the chunk's size."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""What the torch twins of several activation functions share."""
+"""What the torch references of several activation functions share."""
 
 from collections.abc import Callable
 
