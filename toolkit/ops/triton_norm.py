@@ -66,11 +66,12 @@ def norm_grad(
         if WEIGHTED:
             sums += upstream * normed
             upstream = upstream * factor
-        slope = (tl.sum(upstream * normed, 1) / WIDTH)[:, None]
         if CENTERED:
-            result = (upstream - (tl.sum(upstream, 1) / WIDTH)[:, None] - normed * slope) * scale
+            level = (tl.sum(upstream, 1) / WIDTH)[:, None]
+            slope = (tl.sum(upstream * normed, 1) / WIDTH)[:, None]
+            result = (upstream - level - normed * slope) * scale
         else:
-            result = (upstream - normed * slope) * scale
+            result = (upstream - normed * (tl.sum(upstream * normed, 1) / WIDTH)[:, None]) * scale
         inside = (row < end) & (column < WIDTH)
         if ADDED:
             result += tl.load(grad_sum + row * stride_s + column, mask=inside, other=0.0).to(tl.float32)
