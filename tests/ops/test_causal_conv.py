@@ -328,15 +328,15 @@ def test_a_dtype_that_no_triton_kernel_takes_is_named(impl):
 def test_bad_input_is_named():
     x, weight, bias = torch.ones(5, 6), torch.ones(6, 4), torch.ones(6)
     offsets, past = torch.tensor([0, 2, 5]), torch.full((2, 3), -1)
-    with pytest.raises(ToolkitError, match=r"weight has shape \[6, 9\]; .* needs \[6, W\] with W from 2 to 8"):
+    with pytest.raises(ToolkitError, match=r"weight must have shape \[6, W\] for x .*, 2 <= W <= 8, got \[6, 9\]"):
         causal_conv(x, torch.ones(6, 9), bias, offsets, past)
-    with pytest.raises(ToolkitError, match=r"bias has shape \[5\]; \[6\] is required"):
+    with pytest.raises(ToolkitError, match=r"bias must have shape \[6\], got \[5\]"):
         causal_conv(x, weight, bias[:5], offsets, past)
-    with pytest.raises(ToolkitError, match=r"activation is 'gelu'; allowed are None and 'silu'"):
+    with pytest.raises(ToolkitError, match=r"activation must be one of None, silu, got 'gelu'"):
         causal_conv(x, weight, bias, offsets, past, None, "gelu")
-    with pytest.raises(ToolkitError, match=r"past is torch.int64 of shape \[2, 2\]; int64 \[2, 3\] is required"):
+    with pytest.raises(ToolkitError, match=r"past must be int64 of shape \[2, 3\], got torch.int64 of shape \[2, 2\]"):
         causal_conv(x, weight, bias, offsets, past[:, :2])
-    with pytest.raises(ToolkitError, match=r"tails has shape \[2, 3, 5\] .* \['N', 3, 6\] in torch.float32"):
+    with pytest.raises(ToolkitError, match=r"tails .* \['N', 3, 6\] and dtype torch.float32 .* got \[2, 3, 5\]"):
         causal_conv(x, weight, bias, offsets, past, torch.ones(2, 3, 5))
     with pytest.raises(ToolkitError, match=r"dtype must be float32, float64, bfloat16 or float16, got torch.int64"):
         causal_conv(x.long(), weight, bias, offsets, past)

@@ -141,9 +141,9 @@ def test_float32_error_is_no_larger_than_eager_torch():
 
 
 def test_bad_input_is_named(impl):
-    with pytest.raises(ToolkitError, match=r"bias has shape \[3\]; .* needs \[4\]"):
+    with pytest.raises(ToolkitError, match=r"bias must have shape \[4\] .* got \[3\]"):
         layer_norm(torch.ones(2, 4), None, torch.ones(3), EPS, impl=impl.option)
-    dtype_error = r"got dtype torch\.int64" if impl is TRITON else r"dtype must be float32.*, got"
+    dtype_error = r"dtype must be float32, .*, got "
     with pytest.raises((RuntimeError, ValueError), match=dtype_error):
         layer_norm(torch.ones(2, 4, dtype=torch.int64), None, None, EPS, impl=impl.option)
 

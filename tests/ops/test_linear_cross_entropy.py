@@ -260,9 +260,9 @@ def test_opcheck(dtype):
 @every_impl
 def test_bad_input_is_named(impl):
     hidden, weight = torch.ones(2, 3), torch.ones(5, 3)
-    with pytest.raises(ToolkitError, match=r"targets have shape \[3\]; hidden of shape \[2, 3\] needs \[2\]"):
+    with pytest.raises(ToolkitError, match=r"targets must have shape \[2\] for hidden \[2, 3\], got \[3\]"):
         linear_cross_entropy(hidden, weight, torch.zeros(3, dtype=torch.int64), impl=impl)
-    with pytest.raises(ToolkitError, match=r"row_weights have shape \[1\]; hidden of shape \[2, 3\] needs \[2\]"):
+    with pytest.raises(ToolkitError, match=r"row_weights must have shape \[2\] for hidden \[2, 3\], got \[1\]"):
         linear_cross_entropy(hidden, weight, torch.tensor([0, 1]), row_weights=torch.ones(1), impl=impl)
     with pytest.raises((RuntimeError, IndexError)):
         linear_cross_entropy(hidden, weight, torch.tensor([0, 5]), impl=impl)

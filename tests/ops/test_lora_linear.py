@@ -200,13 +200,19 @@ def test_fast_takes_the_vendors_product():
 def test_wrong_arguments_are_one_sentence():
     x, weight, bias, a, b, scaling, adapters = make(4, 20, 7, 4, 3)
     for arguments, words in [
-        ((x, weight, bias, a[0], b, scaling, adapters), r"a has shape \[4, 20\]"),
-        ((x, weight, bias, a, b[:2], scaling, adapters), r"b has shape \[2, 7, 4\].*must be \[3, 7, 4\]"),
-        ((x, weight, bias, a, b, scaling[:1], adapters), r"scaling has shape \[1\]; 3 adapters need \[3\]"),
-        ((x, weight, bias, a, b, scaling.requires_grad_(), adapters), "scaling requires a gradient"),
-        ((x, weight, bias, a, b, scaling.detach(), adapters[:2]), r"adapters are torch.int64 of shape \[2\]"),
-        ((x, weight, bias, a, b, scaling.detach(), adapters.int()), "adapters are torch.int32"),
-        ((x, weight, bias, a, b, torch.ones(3, dtype=torch.int64), adapters), "scaling has dtype torch.int64"),
+        ((x, weight, bias, a[0], b, scaling, adapters), r"a must have shape .* got \[4, 20\]"),
+        ((x, weight, bias, a, b[:2], scaling, adapters), r"b must have shape \[3, 7, 4\] .* got \[2, 7, 4\]"),
+        ((x, weight, bias, a, b, scaling[:1], adapters), r"scaling must have shape \[3\] for 3 adapters, got \[1\]"),
+        ((x, weight, bias, a, b, scaling.requires_grad_(), adapters), "scaling must not require a gradient"),
+        (
+            (x, weight, bias, a, b, scaling.detach(), adapters[:2]),
+            r"adapters must be int64 \[4\] .* got torch.int64 of shape \[2\]",
+        ),
+        ((x, weight, bias, a, b, scaling.detach(), adapters.int()), "adapters must be int64 .* got torch.int32"),
+        (
+            (x, weight, bias, a, b, torch.ones(3, dtype=torch.int64), adapters),
+            "scaling must have a floating-point dtype, got torch.int64",
+        ),
         ((x, weight, bias, a.half(), b, scaling.detach(), adapters), "must be equal"),
     ]:
         with pytest.raises(ToolkitError, match=words):

@@ -115,11 +115,11 @@ def test_strided_empty_and_long(impl):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_bad_input_is_named(impl):
     given = Rows(2, 4).arguments([0, 1])
-    with pytest.raises(ToolkitError, match=r"logits have shape \[4\]"):
+    with pytest.raises(ToolkitError, match=r"logits must have shape .* got \[4\]"):
         penalize(torch.zeros(4), *given, impl=impl)
-    with pytest.raises(ToolkitError, match=r"offsets has shape \[2\]; logits of shape \[2, 4\] need \[3\]"):
+    with pytest.raises(ToolkitError, match=r"offsets must have shape \[3\] for logits of shape \[2, 4\], got \[2\]"):
         penalize(torch.zeros(2, 4), given[0], given[1][:2], *given[2:], impl=impl)
-    with pytest.raises(ToolkitError, match=r"repetition has dtype torch.int64; allowed is float32 and float64"):
+    with pytest.raises(ToolkitError, match=r"repetition must have dtype float32 or float64, got torch.int64"):
         penalize(torch.zeros(2, 4), *given[:3], given[3].long(), *given[4:], impl=impl)
 
 

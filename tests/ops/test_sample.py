@@ -370,13 +370,13 @@ def test_rows_further_apart_than_two_to_the_31():
 @pytest.mark.parametrize("impl", IMPLS)
 def test_bad_input_is_named(impl):
     logits, rest = torch.zeros(2, 4), columns([FILTERS[0]] * 2)
-    with pytest.raises(ToolkitError, match=r"logits have shape \[4\]; allowed is \[B, V\]"):
+    with pytest.raises(ToolkitError, match=r"logits must have shape \[B, V\] with V >= 1, got \[4\]"):
         sample(torch.zeros(4), *rest, impl=impl)
-    with pytest.raises(ToolkitError, match=r"logits have shape \[2, 0\]"):
+    with pytest.raises(ToolkitError, match=r"logits must have shape .* got \[2, 0\]"):
         sample(torch.zeros(2, 0), *rest, impl=impl)
-    with pytest.raises(ToolkitError, match=r"temperature has shape \[1\]; logits of shape \[2, 4\] need \[2\]"):
+    with pytest.raises(ToolkitError, match=r"temperature must have shape \[2\] for logits .*\[2, 4\], got \[1\]"):
         sample(logits, rest[0][:1], *rest[1:], impl=impl)
-    with pytest.raises(ToolkitError, match=r"seeds has dtype torch\.int32; allowed is int64"):
+    with pytest.raises(ToolkitError, match=r"seeds must have dtype int64, got torch\.int32"):
         sample(logits, *rest[:4], rest[4].int(), rest[5], impl=impl)
     with pytest.raises(ToolkitError, match=r"dtype must be float32.* got torch\.int64"):
         sample(logits.long(), *rest, impl=impl)

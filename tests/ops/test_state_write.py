@@ -80,7 +80,7 @@ def test_limits_of_the_triton_kernel_are_named_and_nothing_is_written(impl):
     pool = torch.zeros(6, 2, 4)
     with pytest.raises(ToolkitError, match="same heads and width"):
         state_write(pool, torch.ones(2, 2, 5), torch.tensor([0, 1]))
-    with pytest.raises(ToolkitError, match=r"slots has shape \[1\] and dtype torch.int64; int64 \[2\] is required"):
+    with pytest.raises(ToolkitError, match=r"slots must be int64 \[2\], got torch.int64 of shape \[1\]"):
         state_write(pool, torch.ones(2, 2, 4), torch.tensor([0]))
     with pytest.raises(ToolkitError, match="contiguous last dimension"):
         state_write(pool.mT, torch.ones(2, 4, 2), torch.tensor([0, 1]))

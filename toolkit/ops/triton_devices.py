@@ -21,9 +21,7 @@ def architecture(device: torch.device) -> str:
 def check_dtype(op: str, dtype: torch.dtype) -> None:
     """ToolkitError for a dtype that no kernel takes."""
     if dtype not in FLOATS:
-        raise ToolkitError(
-            f"dtype must be one of float32, bfloat16, float16 in the Triton kernels of {op}, got {dtype}."
-        )
+        raise ToolkitError(f"dtype must be float32, bfloat16 or float16 in the Triton kernels of {op}, got {dtype}.")
 
 
 def check_gemm_dtype(op: str, dtype: torch.dtype, arch: str) -> None:

@@ -34,7 +34,7 @@ def state_write(pool: Tensor, rows: Tensor, slots: Tensor) -> None:
     """
     if pool.dim() != 3 or rows.dim() != 3 or pool.shape[1:] != rows.shape[1:]:
         raise ToolkitError(
-            "pool and rows must have shapes [slots, heads, width] and [rows, heads, width],"
+            "pool [slots, heads, width] and rows [rows, heads, width] must have the same heads and width,"
             f" got {list(pool.shape)} and {list(rows.shape)}."
         )
     if slots.dtype != torch.int64 or slots.shape != rows.shape[:1]:
