@@ -437,5 +437,5 @@ def test_no_tokens_no_experts_and_all_skipped(site):
 def test_bad_input_is_one_sentence():
     inputs, ids, flags, _ = made(LAYOUTS[0])
     plan = launch_dispatch_plan(ids, EXPERTS, 16)
-    with pytest.raises(ToolkitError, match=r"experts got dtype torch\.float64"):
+    with pytest.raises(ToolkitError, match=r"kernels of experts, got torch\.float64"):
         launch_experts(*(None if t is None else t.double() for t in inputs), *plan, *flags)

@@ -163,5 +163,5 @@ def test_rows_further_apart_than_two_to_the_31_and_a_dtype_that_is_named():
     logits.copy_(seeded(2, 300, dtype=torch.float32))
     given = Rows(2, 300).arguments([0, 1])
     assert torch.equal(launch_penalize(logits, *given), launch_penalize(logits.clone(), *given))
-    with pytest.raises(ToolkitError, match=r"penalize got dtype torch\.float64"):
+    with pytest.raises(ToolkitError, match=r"kernels of penalize, got torch\.float64"):
         launch_penalize(torch.zeros(1, 4, dtype=torch.float64), *Rows(1, 4).arguments([0]))

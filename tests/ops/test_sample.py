@@ -529,5 +529,5 @@ def test_rows_further_apart_than_two_to_the_31_of_triton():
 @only_triton
 @pytest.mark.usefixtures("impl")
 def test_bad_input_is_one_sentence():
-    with pytest.raises(ToolkitError, match=r"sample got dtype torch\.float64"):
+    with pytest.raises(ToolkitError, match=r"kernels of sample, got torch\.float64"):
         launch_sample(torch.zeros(1, 4, dtype=torch.float64), *columns([FILTERS[0]]))
