@@ -484,7 +484,7 @@ def test_bad_input_is_one_sentence():
             0,
             0.0,
         )
-    with pytest.raises(ToolkitError, match="interpreter takes"):
+    with pytest.raises(ToolkitError, match="dtype must be float32 or float16 in Triton's interpreter"):
         Batch(10, [(2, 0)], 3, 1, 16, dtype=torch.bfloat16).contiguous()
     batch = Batch(10, [(2, 0)], 3, 1, 600, 64)
     with pytest.raises(ToolkitError, match="head_dim must be <= 576 in the Triton kernels of attention, got 600"):

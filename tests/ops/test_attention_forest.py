@@ -390,12 +390,12 @@ def test_bad_input_is_one_sentence():
     offsets, starts, lengths, tables, page = forest.plan
     out, lse = launch_attention(forest.q, forest.k, forest.v, *forest.plan, 0.3, 0, 0.0)
     tensors = forest.grad, forest.q, forest.k, forest.v, out, lse, offsets, starts, lengths
-    with pytest.raises(ToolkitError, match="query_ranges is None; for gradients through block_tables"):
+    with pytest.raises(ToolkitError, match=r"query_ranges must have shape .* in Triton, got None"):
         launch_attention_backward(*tensors, 0.3, 0, 0.0, tables, page)
-    with pytest.raises(ToolkitError, match="query_ranges is of shape"):
+    with pytest.raises(ToolkitError, match=r"query_ranges must have shape .*, got shape"):
         launch_attention_backward(*tensors, 0.3, 0, 0.0, tables, page, query_ranges=forest.query_ranges[:1])
     wide = torch.empty(4, 1, 600)
-    with pytest.raises(ToolkitError, match="values of width 600"):
+    with pytest.raises(ToolkitError, match=r"head size of v must be <= 512 .* got 600"):
         launch_attention(wide, wide, wide, offsets, starts, lengths, None, 0, 0.3, 0, 0.0)
 
 
