@@ -96,9 +96,10 @@ def main() -> int:
     parser.add_argument("label")
     parser.add_argument("--log", type=Path, required=True)
     parser.add_argument("--optional", action="store_true", help="a failure is one line, and the exit status is 0")
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="after --")
-    arguments = parser.parse_args()
-    command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
+    if "--" not in sys.argv:
+        parser.error("the command must come after --")
+    at = sys.argv.index("--")
+    arguments, command = parser.parse_args(sys.argv[1:at]), sys.argv[at + 1 :]
     arguments.log.parent.mkdir(parents=True, exist_ok=True)
     with arguments.log.open("a") as log:
         return run(arguments.label, command, log, arguments.optional)
