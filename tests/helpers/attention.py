@@ -92,31 +92,31 @@ class Batch:
         assert torch.equal(results[0][1], results[1][1])
 
 
-def run_forest(forest, scale=0.3, window=0, softcap=0.0, **options):
+def run_trees(trees, scale=0.3, window=0, softcap=0.0, **options):
     with poisoned():
-        out, lse = attention(forest.q, forest.k, forest.v, *forest.plan, scale, window, softcap, **options)
-        offsets, starts, lengths, tables, page = forest.plan
-        tensors = forest.grad, forest.q, forest.k, forest.v, out, lse, offsets, starts, lengths
-        rest = {"block_tables": tables, "block_size": page, "query_ranges": forest.query_ranges, **options}
+        out, lse = attention(trees.q, trees.k, trees.v, *trees.plan, scale, window, softcap, **options)
+        offsets, starts, lengths, tables, page = trees.plan
+        tensors = trees.grad, trees.q, trees.k, trees.v, out, lse, offsets, starts, lengths
+        rest = {"block_tables": tables, "block_size": page, "query_ranges": trees.query_ranges, **options}
         return out, lse, *attention_backward(*tensors, scale, window, softcap, **rest)
 
 
-def check_forest(forest, window=0, softcap=0.0, modifier="", sinks=None, tolerance=1e-5):
+def check_trees(trees, window=0, softcap=0.0, modifier="", sinks=None, tolerance=1e-5):
     score, parameters = ORACLES.get(modifier, modifier)
-    wide = [x.double().requires_grad_() for x in (forest.q, forest.k, forest.v)]
+    wide = [x.double().requires_grad_() for x in (trees.q, trees.k, trees.v)]
     wide += [] if sinks is None else [sinks.double().requires_grad_()]
     own = wide[3] if sinks is not None else None
-    expected, expected_lse = forest.dense(*wide[:3], 0.3, window, softcap, own, score)
-    wanted = torch.autograd.grad(expected, wide, forest.grad.double())
+    expected, expected_lse = trees.dense(*wide[:3], 0.3, window, softcap, own, score)
+    wanted = torch.autograd.grad(expected, wide, trees.grad.double())
     options = {"sinks": sinks, "modifier": modifier if modifier in ORACLES else "bent", "parameters": parameters}
-    out, lse, *grads = run_forest(forest, 0.3, window, softcap, **options)
-    end = int(forest.query_offsets[-1])
+    out, lse, *grads = run_trees(trees, 0.3, window, softcap, **options)
+    end = int(trees.query_offsets[-1])
     assert error(out, expected) < tolerance
     assert error(lse[:end], expected_lse[:end]) < 1e-5
     assert (lse[end:] == -math.inf).all()
     for name, actual, want in zip(("dq", "dk", "dv", "dsinks"), grads, wanted):
         assert error(actual, want) < 2 * tolerance, name
     for x in grads[1:3]:
-        assert (x[~forest.held] == 0).all()
+        assert (x[~trees.held] == 0).all()
     if sinks is None:
         assert grads[3].shape == (0,)

@@ -1,4 +1,4 @@
-"""Random forests of sequences, and dense float64 attention of the same sequences unshared: what attention is held to.
+"""Random prefix trees of sequences, and dense float64 attention of the same sequences unshared: the oracle of attention.
 
 The oracle walks from each leaf to its root, gathers the rows of q, k and v on the way and attends to them by an
 explicit softmax; autograd adds up what rows get from several sequences. It shares no code with the ops.
@@ -58,8 +58,8 @@ def random_nodes(rng: random.Random, trees: int, depth: int, longest: int, page:
     return nodes
 
 
-class Forest:
-    """Tensors and indices of a forest. Rows of k and v that no sequence holds are NaN."""
+class PrefixTrees:
+    """Tensors and indices of prefix trees. Rows of k and v that no sequence holds are NaN."""
 
     def __init__(
         self,

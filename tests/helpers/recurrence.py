@@ -1,4 +1,4 @@
-"""What the tests of the recurrent ops share: forests of segments, and an oracle that knows nothing of sharing."""
+"""What the tests of the recurrent ops share: prefix trees of segments, and an oracle that knows nothing of sharing."""
 
 import random
 from collections.abc import Iterator
@@ -11,16 +11,16 @@ from torch import Tensor
 
 from tests.helpers.rowwise import seeded
 
-Forest = tuple[list[int], list[int]]  # lengths of the segments, and their parents as linear_recurrence takes them
+PrefixTrees = tuple[list[int], list[int]]  # lengths of the segments, and their parents as linear_recurrence takes them
 
 
-def tensors(forest: Forest) -> tuple[Tensor, Tensor]:
+def tensors(trees: PrefixTrees) -> tuple[Tensor, Tensor]:
     """(query_offsets, parents)."""
-    lengths, parents = forest
+    lengths, parents = trees
     return torch.tensor([0, *lengths]).cumsum(0), torch.tensor(parents, dtype=torch.int64)
 
 
-def random_forest(seed: int, segments: int, longest: int = 12, given: int = 0) -> Forest:
+def random_trees(seed: int, segments: int, longest: int = 12, given: int = 0) -> PrefixTrees:
     """Segments in depth-first order, some of them empty; roots start from zeros or from one of ``given`` states."""
     choose = random.Random(seed)
     lengths = [choose.choice([0, 1, 2, choose.randint(1, longest)]) for _ in range(segments)]
@@ -33,9 +33,9 @@ def random_forest(seed: int, segments: int, longest: int = 12, given: int = 0) -
     return lengths, parents
 
 
-def sequences(forest: Forest) -> list[tuple[int, list[int]]]:
+def sequences(trees: PrefixTrees) -> list[tuple[int, list[int]]]:
     """For each segment what its first ancestor starts from, and the rows from there to its end."""
-    lengths, parents = forest
+    lengths, parents = trees
     bounds = [0, *torch.tensor(lengths, dtype=torch.int64).cumsum(0).tolist()]
     found: list[tuple[int, list[int]]] = []
     for s, parent in enumerate(parents):
@@ -56,16 +56,16 @@ def inputs(
 
 
 def unshared(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, initial: Tensor | None, forest: Forest,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, initial: Tensor | None, trees: PrefixTrees,
     scale: float, delta: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(out, finals): every segment's sequence from its beginning, with nothing shared."""
     group = v.shape[1] // k.shape[1]
     finals: list[Tensor] = []
     rows_out: dict[int, Tensor] = {}
-    for s, (origin, rows) in enumerate(sequences(forest)):
+    for s, (origin, rows) in enumerate(sequences(trees)):
         state = v.new_zeros(v.shape[1], k.shape[2], v.shape[2]) if origin == -1 else initial[-2 - origin]
-        own = len(rows) - forest[0][s]
+        own = len(rows) - trees[0][s]
         for i, t in enumerate(rows):
             key = k[t].repeat_interleave(group, 0)[:, None]  # [H, 1, K]
             state = torch.exp(g[t])[:, None, None] * state
@@ -96,11 +96,11 @@ def cuts(rows: int, count: int, seed: int) -> list[tuple[int, int]]:
     return list(pairwise([0, *sorted(choose.randint(0, rows) for _ in range(count)), rows]))
 
 
-def past_rows(forest: Forest, held: int) -> Tensor:
+def past_rows(trees: PrefixTrees, held: int) -> Tensor:
     """[S, held]: what lies before each segment, as ``causal_conv`` takes it; roots below -1 follow a tail."""
     found = []
-    for s, (origin, rows) in enumerate(sequences(forest)):
+    for s, (origin, rows) in enumerate(sequences(trees)):
         carried = [-2 - ((-2 - origin) * held + i) for i in range(held)] if origin < -1 else [-1] * held
-        before = rows[: len(rows) - forest[0][s]]
+        before = rows[: len(rows) - trees[0][s]]
         found.append([*carried, *before][-held:])
     return torch.tensor(found, dtype=torch.int64).view(-1, held)

@@ -7,10 +7,10 @@ import random
 import pytest
 import torch
 
-from tests.helpers.attention import Batch, check_forest, run_forest
+from tests.helpers.attention import Batch, check_trees, run_trees
 from tests.helpers.implementations import only_triton
 from tests.helpers.interpreter import poisoned
-from tests.helpers.prefix_trees import Forest, Node, error
+from tests.helpers.prefix_trees import Node, PrefixTrees, error
 from toolkit.ops.attention import attention, attention_backward, modifiers, tiles
 from toolkit.ops.attention.modifiers import find
 from toolkit.ops.registry import has_native
@@ -33,21 +33,21 @@ def threads():
 def test_latent_heads(heads, dtype, impl):
     """Keys of 576, of which the first 512 are the values; every query head shares them."""
     nodes = [Node(-1, 6, 70), Node(0, 5, 0), Node(0, 2, 0)] if heads > 64 else [Node(-1, 60, 10), Node(0, 50, 0)]
-    forest = Forest(1, heads=heads, kv_heads=1, d=576, v_dim=512, nodes=nodes, dtype=dtype)
-    leaves = [x.detach().requires_grad_() for x in (forest.q, forest.k)]
-    out, lse = attention(*leaves, leaves[1][..., :512], *forest.plan, 0.05, impl=impl)
+    trees = PrefixTrees(1, heads=heads, kv_heads=1, d=576, v_dim=512, nodes=nodes, dtype=dtype)
+    leaves = [x.detach().requires_grad_() for x in (trees.q, trees.k)]
+    out, lse = attention(*leaves, leaves[1][..., :512], *trees.plan, 0.05, impl=impl)
     wide = [x.detach().double().requires_grad_() for x in leaves]
-    expected, expected_lse = forest.dense(*wide, wide[1][..., :512], 0.05)
+    expected, expected_lse = trees.dense(*wide, wide[1][..., :512], 0.05)
     tolerance = 1e-12 if dtype == torch.float64 else 5e-6
-    end = int(forest.query_offsets[-1])
+    end = int(trees.query_offsets[-1])
     assert error(out, expected) < tolerance
     assert error(lse[:end], expected_lse[:end]) < tolerance
-    wanted = torch.autograd.grad(expected, wide, forest.grad.double())
-    for actual, want in zip(torch.autograd.grad(out, leaves, forest.grad), wanted):
+    wanted = torch.autograd.grad(expected, wide, trees.grad.double())
+    for actual, want in zip(torch.autograd.grad(out, leaves, trees.grad), wanted):
         assert error(actual, want) < 10 * tolerance
     # Apart, the gradients of keys and of values are those of a copy.
-    plan, tables, page = forest.plan[:3], *forest.plan[3:]
-    tensors = forest.grad, leaves[0], leaves[1], leaves[1][..., :512]
+    plan, tables, page = trees.plan[:3], *trees.plan[3:]
+    tensors = trees.grad, leaves[0], leaves[1], leaves[1][..., :512]
     grads = attention_backward(
         *(x.detach() for x in (*tensors, out, lse)), *plan, 0.05, 0, 0.0, tables, page, impl=impl
     )
@@ -212,24 +212,24 @@ def test_matches_dense_oracle(way, heads, kv_heads, d, v_dim, page, options):
     ("way", "modifier"), [("apart", "alibi"), ("in turn", ""), ("apart", "chunked"), ("in turn", "chunked")],
     indirect=["way"],
 )  # fmt: skip
-def test_gradients_of_a_forest(way, modifier):
+def test_gradients_of_trees(way, modifier):
     """Shared prefixes of several splits, with a sink, a window and a soft-cap; CHUNKS begin splits late."""
     nodes = [Node(-1, 9, 2 * SPLIT_of_triton), Node(0, 5, 0), Node(0, 2, 0)]
     sinks = torch.tensor([0.3, 6.0, -40.0, 1.0])
-    forest = Forest(3, heads=4, kv_heads=2, d=12, page=1, nodes=nodes, dtype=torch.float32)
-    check_forest(forest, 60 if modifier else 0, 2.0, modifier, sinks)
+    trees = PrefixTrees(3, heads=4, kv_heads=2, d=12, page=1, nodes=nodes, dtype=torch.float32)
+    check_trees(trees, 60 if modifier else 0, 2.0, modifier, sinks)
 
 
 @only_triton
 @pytest.mark.usefixtures("impl", "way")
 @pytest.mark.parametrize("way", ["apart", "in turn"], indirect=True)
 def test_latent_heads_of_triton(way):
-    forest = Forest(
+    trees = PrefixTrees(
         4, heads=3, kv_heads=1, d=576, v_dim=512, nodes=[Node(-1, 3, 2 * SPLIT_of_triton)], dtype=torch.float32
     )
-    forest.q *= (16 / 576) ** 0.5
-    forest.v = forest.k[..., :512]
-    check_forest(forest, tolerance=2e-5)
+    trees.q *= (16 / 576) ** 0.5
+    trees.v = trees.k[..., :512]
+    check_trees(trees, tolerance=2e-5)
 
 
 @only_triton
@@ -237,11 +237,11 @@ def test_latent_heads_of_triton(way):
 def test_a_window_of_one_key_at_the_edge_of_a_split():
     """The first of the two queries of a tile sees nothing of the second one's split, and the value is a key's own."""
     nodes = [Node(-1, 2, 3 * SPLIT_of_triton - 1)]
-    forest = Forest(5, heads=2, kv_heads=1, d=8, nodes=nodes, dtype=torch.float32)
-    out, lse, *_ = run_forest(forest, window=1)
+    trees = PrefixTrees(5, heads=2, kv_heads=1, d=8, nodes=nodes, dtype=torch.float32)
+    out, lse, *_ = run_trees(trees, window=1)
     assert (lse[:2] > -math.inf).all()
-    rows = [int(forest.tables[0, 3 * SPLIT_of_triton - 1 + i]) for i in range(2)]
-    assert torch.equal(out[:2], forest.v[rows].expand(-1, 2, -1))
+    rows = [int(trees.tables[0, 3 * SPLIT_of_triton - 1 + i]) for i in range(2)]
+    assert torch.equal(out[:2], trees.v[rows].expand(-1, 2, -1))
 
 
 @only_triton

@@ -9,7 +9,7 @@ import pytest
 import setuptools
 import torch
 
-from tests.helpers.prefix_trees import ORACLES, SLOPES, Forest, Node, error
+from tests.helpers.prefix_trees import ORACLES, SLOPES, Node, PrefixTrees, error
 from toolkit.errors import ToolkitError
 from toolkit.ops.attention import attention, attention_backward, modifiers
 from toolkit.ops.registry import has_native
@@ -35,27 +35,25 @@ def test_no_key_below_the_bound_is_visible(name):
         assert (bound > 0).any() or own[0] >= 60
 
 
-def check(forest, modifier, sinks, window, softcap, impl):
+def check(trees, modifier, sinks, window, softcap, impl):
     score, parameters = ORACLES[modifier]
-    dtype = forest.q.dtype
-    wide = [x.double().requires_grad_() for x in (forest.q, forest.k, forest.v)]
+    dtype = trees.q.dtype
+    wide = [x.double().requires_grad_() for x in (trees.q, trees.k, trees.v)]
     wide += [] if sinks is None else [sinks.double().requires_grad_()]
-    expected, expected_lse = forest.dense(
-        *wide[:3], 0.4, window, softcap, wide[3] if sinks is not None else None, score
-    )
-    wanted = torch.autograd.grad(expected, wide, forest.grad.double())
+    expected, expected_lse = trees.dense(*wide[:3], 0.4, window, softcap, wide[3] if sinks is not None else None, score)
+    wanted = torch.autograd.grad(expected, wide, trees.grad.double())
     options = {"sinks": sinks, "modifier": modifier, "parameters": parameters, "impl": impl}
-    leaves = [x.clone().requires_grad_() for x in (forest.q, forest.k, forest.v)]
+    leaves = [x.clone().requires_grad_() for x in (trees.q, trees.k, trees.v)]
     if sinks is not None:
         options["sinks"] = sinks.clone().requires_grad_()
         leaves.append(options["sinks"])
-    out, lse = attention(*leaves[:3], *forest.plan, 0.4, window, softcap, **options)
-    end = int(forest.query_offsets[-1])
+    out, lse = attention(*leaves[:3], *trees.plan, 0.4, window, softcap, **options)
+    end = int(trees.query_offsets[-1])
     assert error(out, expected) < TOLERANCE[dtype]
     assert error(lse[:end], expected_lse[:end]) < TOLERANCE[dtype]
     assert (lse[end:] == -math.inf).all()
     assert (out[end:] == 0).all()
-    for actual, want in zip(torch.autograd.grad(out, leaves, forest.grad), wanted, strict=True):
+    for actual, want in zip(torch.autograd.grad(out, leaves, trees.grad), wanted, strict=True):
         assert error(actual, want) < 10 * TOLERANCE[dtype]
 
 
@@ -66,9 +64,9 @@ def check(forest, modifier, sinks, window, softcap, impl):
 def test_forward_and_gradients(modifier, sunk, dtype, impl):
     sinks = torch.tensor([0.3, 6.0, -40.0, 40.0]).to(dtype) if sunk else None
     for seed, window, softcap, page in ((0, 0, 0.0, 1), (1, 9, 0.0, 4), (2, 0, 2.0, 16)):
-        forest = Forest(seed, heads=4, kv_heads=2, d=12, page=page, longest=12, dtype=dtype)
-        check(forest, modifier, sinks, window, softcap, impl)
-    long = Forest(3, heads=4, kv_heads=2, d=16, dtype=dtype, nodes=[Node(-1, 150, 9), Node(0, 80, 0)])
+        trees = PrefixTrees(seed, heads=4, kv_heads=2, d=12, page=page, longest=12, dtype=dtype)
+        check(trees, modifier, sinks, window, softcap, impl)
+    long = PrefixTrees(3, heads=4, kv_heads=2, d=16, dtype=dtype, nodes=[Node(-1, 150, 9), Node(0, 80, 0)])
     check(long, modifier, sinks, 0, 3.0, impl)
 
 
@@ -223,39 +221,39 @@ def test_bad_input(options, message, impl):
 
 
 def test_operator_registration():
-    forest = Forest(10, trees=1, depth=2, longest=4)
-    leaves = [x.nan_to_num(0).requires_grad_() for x in (forest.q, forest.k, forest.v)]
+    trees = PrefixTrees(10, trees=1, depth=2, longest=4)
+    leaves = [x.nan_to_num(0).requires_grad_() for x in (trees.q, trees.k, trees.v)]
     sinks = torch.randn(4, dtype=torch.float64, requires_grad=True)
-    options = sinks, "alibi", SLOPES.double(), forest.query_ranges
-    torch.library.opcheck(torch.ops.toolkit.attention.default, (*leaves, *forest.plan, 0.3, 0, 0.0, *options))
+    options = sinks, "alibi", SLOPES.double(), trees.query_ranges
+    torch.library.opcheck(torch.ops.toolkit.attention.default, (*leaves, *trees.plan, 0.3, 0, 0.0, *options))
     compiled = torch.compile(
-        lambda *x: attention(*x, *forest.plan, 0.3, 0, 0.0, *options)[0].sin(), fullgraph=True, backend="aot_eager"
+        lambda *x: attention(*x, *trees.plan, 0.3, 0, 0.0, *options)[0].sin(), fullgraph=True, backend="aot_eager"
     )
-    assert torch.equal(compiled(*leaves), attention(*leaves, *forest.plan, 0.3, 0, 0.0, *options)[0].sin())
+    assert torch.equal(compiled(*leaves), attention(*leaves, *trees.plan, 0.3, 0, 0.0, *options)[0].sin())
 
 
 def test_a_new_modifier_is_one_file(tmp_path, monkeypatch):
-    """Its twin serves the reference, its C++ reaches the build; for Triton see test_attention_forest.py."""
+    """Its twin serves the reference, its C++ reaches the build; for Triton see test_attention_trees.py."""
     (tmp_path / "bent.py").write_text(BENT)
     monkeypatch.setattr(modifiers, "__path__", [*modifiers.__path__, str(tmp_path)])
     modifiers.discover()
     try:
-        forest = Forest(11, heads=2, kv_heads=1, d=8, trees=1, depth=3)
+        trees = PrefixTrees(11, heads=2, kv_heads=1, d=8, trees=1, depth=3)
         parameters = torch.tensor([[0.3, 2.0], [0.1, 3.0]], dtype=torch.float64)
 
         def score(x, query, key, head):
             x = x + parameters[head, 0] * x.pow(3)
             return x.masked_fill((query - key) % parameters[head, 1].long() != 0, -math.inf)
 
-        leaves = [x.clone().requires_grad_() for x in (forest.q, forest.k, forest.v)]
-        want = forest.dense(*leaves, 0.3, score=score)[0]
+        leaves = [x.clone().requires_grad_() for x in (trees.q, trees.k, trees.v)]
+        want = trees.dense(*leaves, 0.3, score=score)[0]
         options = {"modifier": "bent", "parameters": parameters, "impl": "reference"}
-        out, lse = attention(*(x.detach() for x in leaves), *forest.plan, 0.3, **options)
+        out, lse = attention(*(x.detach() for x in leaves), *trees.plan, 0.3, **options)
         assert error(out, want) < 1e-12
-        offsets, starts, lengths, tables, page = forest.plan
-        tensors = forest.grad, forest.q, forest.k, forest.v, out, lse, offsets, starts, lengths
+        offsets, starts, lengths, tables, page = trees.plan
+        tensors = trees.grad, trees.q, trees.k, trees.v, out, lse, offsets, starts, lengths
         grads = attention_backward(*tensors, 0.3, 0, 0.0, tables, page, **options)
-        for actual, wanted in zip(grads, torch.autograd.grad(want, leaves, forest.grad)):
+        for actual, wanted in zip(grads, torch.autograd.grad(want, leaves, trees.grad)):
             assert error(actual, wanted) < 1e-11
         (tmp_path / "broken.py").write_text("def value(x):\n    return x\n")
         with pytest.raises(ToolkitError, match="attention modifier 'broken'"):

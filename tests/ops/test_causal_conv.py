@@ -1,4 +1,4 @@
-"""causal_conv against F.conv1d of unshared float64 sequences; its bits over cuts, forests and pages."""
+"""causal_conv against F.conv1d of unshared float64 sequences; its bits over cuts, prefix trees and pages."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from tests.helpers.implementations import NATIVE, REFERENCE, TRITON, impl_and_dtype, implementations, only_triton
 from tests.helpers.interpreter import far_apart
-from tests.helpers.recurrence import Forest, cuts, past_rows, poisoned, random_forest, sequences, tensors
+from tests.helpers.recurrence import PrefixTrees, cuts, past_rows, poisoned, random_trees, sequences, tensors
 from tests.helpers.rowwise import check_oracle, check_repeatable, error, run, seeded, threads
 from toolkit.errors import ToolkitError
 from toolkit.ops.activation import activation
@@ -17,55 +17,55 @@ from toolkit.ops.registry import has_native
 needs_native = pytest.mark.skipif(not has_native("causal_conv"), reason="the native CPU library is not built")
 # One rounding of the result; in the gradient to the weight of a 16-bit dtype, of each row's share before it.
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
-FOREST: Forest = ([9, 0, 1, 2, 3, 1, 0, 4], [-1, 0, 1, 2, -3, -2, 5, -2])  # 20 rows
+TREES: PrefixTrees = ([9, 0, 1, 2, 3, 1, 0, 4], [-1, 0, 1, 2, -3, -2, 5, -2])  # 20 rows
 
 
-def op(x, weight, bias, tails, forest, kind=None, option=None):
+def op(x, weight, bias, tails, trees, kind=None, option=None):
     return causal_conv(
-        x, weight, bias, tensors(forest)[0], past_rows(forest, weight.shape[1] - 1), tails, kind, impl=option
+        x, weight, bias, tensors(trees)[0], past_rows(trees, weight.shape[1] - 1), tails, kind, impl=option
     )
 
 
-def unshared(x, weight, bias, tails, forest, kind):
+def unshared(x, weight, bias, tails, trees, kind):
     """Every segment's sequence from its beginning through F.conv1d."""
     held = weight.shape[1] - 1
     y = []
-    for s, (origin, rows) in enumerate(sequences(forest)):
+    for s, (origin, rows) in enumerate(sequences(trees)):
         before = x.new_zeros(held, x.shape[1]) if origin == -1 else tails[-2 - origin]
         whole = torch.cat([before, x[rows]])
         z = F.conv1d(whole.T[None], weight[:, None], bias, groups=x.shape[1])[0].T if rows else whole[:0]
-        y.append(z[len(rows) - forest[0][s] :])
-    y.append(x.new_zeros(x.shape[0] - sum(forest[0]), x.shape[1]))
+        y.append(z[len(rows) - trees[0][s] :])
+    y.append(x.new_zeros(x.shape[0] - sum(trees[0]), x.shape[1]))
     whole = torch.cat(y) if tails is None else torch.cat(y) + 0 * tails.sum()  # in its graph, also where none is read
     return F.silu(whole) if kind else whole
 
 
 @impl_and_dtype()
 @pytest.mark.parametrize("kind", [None, "silu"])
-def test_forest_against_unshared_sequences(impl, dtype, kind):
+def test_trees_against_unshared_sequences(impl, dtype, kind):
     for width, channels in ((2, 1), (4, 37), (8, 5)):
         x, weight, bias = seeded(22, channels), seeded(channels, width, seed=1, scale=0.5), seeded(channels, seed=2)
         tails = seeded(2, width - 1, channels, seed=3)
         given = [y.to(dtype) for y in (x, weight, bias, tails)]
         check_oracle(
-            lambda *t: op(*t, FOREST, kind, impl.option), lambda *t: unshared(*t, FOREST, kind), given, TOLERANCE[dtype]
+            lambda *t: op(*t, TREES, kind, impl.option), lambda *t: unshared(*t, TREES, kind), given, TOLERANCE[dtype]
         )
         check_oracle(
-            lambda x, w, t: op(x, w, None, t, FOREST, kind, impl.option),
-            lambda x, w, t: unshared(x, w, None, t, FOREST, kind),
+            lambda x, w, t: op(x, w, None, t, TREES, kind, impl.option),
+            lambda x, w, t: unshared(x, w, None, t, TREES, kind),
             [given[0], given[1], given[3]],
             TOLERANCE[dtype],
         )
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_random_forests(impl, seed):
-    forest = random_forest(seed, segments=15, longest=6, given=2)
-    x, weight, bias = seeded(sum(forest[0]) + seed % 2, 6), seeded(6, 2 + seed, seed=1), seeded(6, seed=2)
+def test_random_segment_trees(impl, seed):
+    trees = random_trees(seed, segments=15, longest=6, given=2)
+    x, weight, bias = seeded(sum(trees[0]) + seed % 2, 6), seeded(6, 2 + seed, seed=1), seeded(6, seed=2)
     tails = seeded(2, 1 + seed, 6, seed=3)
     check_oracle(
-        lambda *t: op(*t, forest, "silu", impl.option),
-        lambda *t: unshared(*t, forest, "silu"),
+        lambda *t: op(*t, trees, "silu", impl.option),
+        lambda *t: unshared(*t, trees, "silu"),
         [x, weight, bias, tails],
         impl.near(2e-14, 2e-6),
     )
@@ -77,13 +77,13 @@ def test_dtypes_may_differ(impl):
     x, tails = seeded(22, 6, dtype=torch.bfloat16), seeded(2, 3, 6, dtype=torch.bfloat16, seed=3)
     weight, bias = seeded(6, 4, dtype=torch.float32, seed=1), seeded(6, dtype=torch.float32, seed=2)
     for held in (tails, tails.float()):
-        y, grads = run(lambda *t: op(*t, FOREST, "silu", impl.option), [x, weight, bias, held])
+        y, grads = run(lambda *t: op(*t, TREES, "silu", impl.option), [x, weight, bias, held])
         assert [g.dtype for g in grads] == [torch.bfloat16, torch.float32, torch.float32, held.dtype]
-        wanted, exact = run(lambda *t: unshared(*t, FOREST, "silu"), [t.double() for t in (x, weight, bias, tails)])
+        wanted, exact = run(lambda *t: unshared(*t, TREES, "silu"), [t.double() for t in (x, weight, bias, tails)])
         assert error(y[0], wanted[0]) < 4e-3
         upstream = seeded(22, 6, dtype=torch.bfloat16, seed=7)
         exact = torch.autograd.grad(
-            unshared(*(leaves := [t.double().requires_grad_() for t in (x, weight, bias, tails)]), FOREST, "silu"),
+            unshared(*(leaves := [t.double().requires_grad_() for t in (x, weight, bias, tails)]), TREES, "silu"),
             leaves,
             upstream.double(),
         )
@@ -93,7 +93,7 @@ def test_dtypes_may_differ(impl):
 
 @impl_and_dtype([torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("width", [2, 4])
-def test_bits_do_not_depend_on_cuts_forests_or_pages(impl, dtype, width):
+def test_bits_do_not_depend_on_cuts_trees_or_pages(impl, dtype, width):
     """One sequence and a branch of it: whole, cut at random into segments, and in paged calls."""
     rows, branch, fork = (40, 12, 17) if impl is TRITON else (60, 12, 23)
     channels, held = 19, width - 1
@@ -109,9 +109,9 @@ def test_bits_do_not_depend_on_cuts_forests_or_pages(impl, dtype, width):
         lengths = [b - a for a, b in pieces]
         trunk, tail = len(lengths), cuts(branch, 3, seed)
         parents = [*range(-1, trunk - 1), len(first) - 1, *range(trunk, trunk + 3)]
-        forest = ([*lengths, *(b - a for a, b in tail)], parents)
+        trees = ([*lengths, *(b - a for a, b in tail)], parents)
         with threads(1 + seed % 2):
-            assert torch.equal(op(x, weight, bias, None, forest, "silu", impl.option), wanted)
+            assert torch.equal(op(x, weight, bias, None, trees, "silu", impl.option), wanted)
 
         # Cut into calls: a snapshot at the fork goes to frame 1, the sequence itself lives in frame 2.
         tails, parts = torch.full((4, held, channels), torch.nan, dtype=dtype), []
@@ -141,7 +141,7 @@ def test_bits_do_not_depend_on_cuts_forests_or_pages(impl, dtype, width):
         assert tails[[0, 3]].isnan().all()
 
 
-def test_decode_in_place_in_any_company(impl):
+def test_decode_in_place_beside_any_batch_neighbours(impl):
     """Every sequence on its own frame, whatever others are in the batch, with padding rows after them."""
     x, weight = seeded(42, 19, dtype=torch.float32), seeded(19, 4, dtype=torch.float32, seed=1)
     start = seeded(9, 3, 19, dtype=torch.float32, seed=7)
@@ -188,21 +188,21 @@ def test_activation_has_the_bits_of_the_op(impl):
 @implementations(NATIVE, TRITON)
 @pytest.mark.parametrize("kind", [None, "silu"])
 def test_gradient_bits_are_the_same_on_any_number_of_threads(impl, kind):
-    forest = random_forest(3, segments=6 if impl is TRITON else 40, longest=90, given=2)
-    x, weight = seeded(sum(forest[0]), 70, dtype=torch.float32), seeded(70, 4, dtype=torch.float32, seed=1)
+    trees = random_trees(3, segments=6 if impl is TRITON else 40, longest=90, given=2)
+    x, weight = seeded(sum(trees[0]), 70, dtype=torch.float32), seeded(70, 4, dtype=torch.float32, seed=1)
     bias, tails = seeded(70, dtype=torch.float32, seed=2), seeded(2, 3, 70, dtype=torch.float32, seed=3)
-    check_repeatable(lambda *t: op(*t, forest, kind), [x, weight, bias, tails])
+    check_repeatable(lambda *t: op(*t, trees, kind), [x, weight, bias, tails])
 
 
 @needs_native
 def test_results_are_whole():
     """Fresh memory full of NaN: nothing is left unwritten, forward or backward, padding included."""
-    forest = random_forest(5, segments=9, longest=30, given=2)
-    x, weight = seeded(sum(forest[0]) + 3, 19, dtype=torch.float32), seeded(19, 4, dtype=torch.float32, seed=1)
+    trees = random_trees(5, segments=9, longest=30, given=2)
+    x, weight = seeded(sum(trees[0]) + 3, 19, dtype=torch.float32), seeded(19, 4, dtype=torch.float32, seed=1)
     given = [x, weight, seeded(19, dtype=torch.float32, seed=2), seeded(2, 3, 19, dtype=torch.float32, seed=3)]
-    clean = run(lambda *t: op(*t, forest, "silu"), given)
+    clean = run(lambda *t: op(*t, trees, "silu"), given)
     with poisoned():
-        dirty = run(lambda *t: op(*t, forest, "silu"), given)
+        dirty = run(lambda *t: op(*t, trees, "silu"), given)
     for got, wanted in zip([*dirty[0], *dirty[1]], [*clean[0], *clean[1]]):
         assert wanted.isfinite().all()
         assert torch.equal(got, wanted)
@@ -214,16 +214,16 @@ def test_strided_inputs(impl):
     for x in (wide[:, 8:16], wide[:, :32:4], seeded(8, 20, seed=4).T):
         for weight_of in (weight, seeded(4, 8, seed=5).T):
             given = [x, weight_of, bias, tails]
-            y, grads = run(lambda *t: op(*t, FOREST, "silu", impl.option), given)
-            z, wanted = run(lambda *t: op(*t, FOREST, "silu", "reference"), [t.contiguous() for t in given])
+            y, grads = run(lambda *t: op(*t, TREES, "silu", impl.option), given)
+            z, wanted = run(lambda *t: op(*t, TREES, "silu", "reference"), [t.contiguous() for t in given])
             assert y[0].is_contiguous()
             assert max(map(error, [*y, *grads], [*z, *wanted])) < impl.near(1e-14, 2e-6)
 
 
 def test_no_rows_and_no_segments(impl):
     weight, bias, tails = seeded(5, 3, seed=1), seeded(5, seed=2), seeded(1, 2, 5, seed=3)
-    for rows, forest in ((0, ([], [])), (0, ([0, 0], [-1, 0])), (3, ([], [])), (3, ([0], [-2]))):
-        y, grads = run(lambda *t, f=forest: op(*t, f, None, impl.option), [seeded(rows, 5), weight, bias, tails])
+    for rows, trees in ((0, ([], [])), (0, ([0, 0], [-1, 0])), (3, ([], [])), (3, ([0], [-2]))):
+        y, grads = run(lambda *t, f=trees: op(*t, f, None, impl.option), [seeded(rows, 5), weight, bias, tails])
         assert y[0].shape == (rows, 5)
         assert not any(t.any() for t in (*y, *grads))
 
@@ -255,19 +255,19 @@ def test_offsets_past_two_to_the_31(impl):
 
 
 @only_triton
-def test_a_forest_of_many_tiles(impl):
+def test_trees_of_many_tiles(impl):
     from toolkit.ops.triton_rows import part_of_row, parts
 
-    forest = random_forest(0, segments=12, longest=90, given=2)
+    trees = random_trees(0, segments=12, longest=90, given=2)
     x, weight, bias, tails = (
-        seeded(sum(forest[0]) + 1, 70),
+        seeded(sum(trees[0]) + 1, 70),
         seeded(70, 4, seed=1, scale=0.5),
         seeded(70),
         seeded(2, 3, 70),
     )
     assert parts(len(x), part_of_row(70, 4), x)[1] > 1
     given = [x, weight, bias, tails]
-    check_oracle(lambda *t: op(*t, forest, "silu"), lambda *t: unshared(*t, forest, "silu"), given, (1e-6, 2e-6))
+    check_oracle(lambda *t: op(*t, trees, "silu"), lambda *t: unshared(*t, trees, "silu"), given, (1e-6, 2e-6))
 
 
 @implementations(NATIVE, TRITON)
@@ -276,10 +276,10 @@ def test_strides_do_not_matter(impl):
     weight, bias = weight[:, ::2], bias[::2]
     tails = seeded(3, 2, 8, dtype=torch.float32, seed=3).transpose(0, 1)
     packed = wide[:, 8:16].contiguous()
-    index = tensors(FOREST)[0], past_rows(FOREST, 3), tails, "silu"
+    index = tensors(TREES)[0], past_rows(TREES, 3), tails, "silu"
     backward = torch.ops.toolkit.causal_conv_backward
     results = [
-        [op(x, weight, bias, tails, FOREST, "silu"), *backward(x, x, weight, bias, *index)]
+        [op(x, weight, bias, tails, TREES, "silu"), *backward(x, x, weight, bias, *index)]
         for x in (packed, wide[:, 8:16], packed.t().contiguous().t(), far_apart(packed))
     ]
     for result in results[1:]:
@@ -296,8 +296,8 @@ def test_opcheck(full):
     x, weight = (seeded(*shape, dtype=torch.float32).requires_grad_() for shape in ((22, 6), (6, 4)))
     bias = seeded(6, dtype=torch.float32).requires_grad_() if full else None
     tails = seeded(2, 3, 6, dtype=torch.float32).requires_grad_() if full else None
-    forest = FOREST if full else ([20], [-1])
-    indices = tensors(forest)[0], past_rows(forest, 3)
+    trees = TREES if full else ([20], [-1])
+    indices = tensors(trees)[0], past_rows(trees, 3)
     ops, kind = torch.ops.toolkit, "silu" if full else None
     torch.library.opcheck(ops.causal_conv.default, (x, weight, bias, *indices, tails, kind))
     flat = [None if t is None else t.detach() for t in (x, x, weight, bias, *indices, tails)]
@@ -309,7 +309,7 @@ def test_opcheck(full):
 
 def test_compiled_in_one_graph():
     x, weight = (seeded(*shape, dtype=torch.float32).requires_grad_() for shape in ((20, 6), (6, 4)))
-    offsets, past = tensors(FOREST)[0], past_rows(([9, 0, 1, 2, 3, 1, 0, 4], [-1, 0, 1, 2, -1, -1, 5, -1]), 3)
+    offsets, past = tensors(TREES)[0], past_rows(([9, 0, 1, 2, 3, 1, 0, 4], [-1, 0, 1, 2, -1, -1, 5, -1]), 3)
 
     def loss(x, weight):
         return causal_conv(x, weight, None, offsets, past, None, "silu").square().sum()

@@ -374,7 +374,7 @@ def test_the_pre_activation_is_the_grouped_product_to_the_bit(layout):
 @only_triton
 @pytest.mark.usefixtures("impl")
 @pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[3], LAYOUTS[5]])
-def test_a_token_keeps_its_bits_in_any_company(layout):
+def test_a_token_keeps_its_bits_beside_any_batch_neighbours(layout):
     tokens = 9
     inputs, ids, flags, grad = made(layout, tokens, hidden=20)
 

@@ -1,4 +1,4 @@
-"""linear_recurrence against unshared float64 sequences and transformers' own rules; its bits over cuts and forests."""
+"""linear_recurrence against unshared float64 sequences and transformers' own rules; its bits over cuts and trees."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from tests.helpers.implementations import NATIVE, REFERENCE, TRITON, impl_and_dtype, implementations, only_triton
 from tests.helpers.interpreter import far_apart, gradients
-from tests.helpers.recurrence import Forest, cuts, inputs, poisoned, random_forest, tensors, unshared
+from tests.helpers.recurrence import PrefixTrees, cuts, inputs, poisoned, random_trees, tensors, unshared
 from tests.helpers.rowwise import check_oracle, check_repeatable, error, run, seeded, threads
 from toolkit.errors import ToolkitError
 from toolkit.ops.linear_recurrence import linear_recurrence, tiles
@@ -18,16 +18,16 @@ needs_native = pytest.mark.skipif(not has_native("linear_recurrence"), reason="t
 # Sums of up to 600 products in every token, and what 20 tokens hand on.
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 1.3e-3}
 forward, backward = torch.ops.toolkit.linear_recurrence, torch.ops.toolkit.linear_recurrence_backward
-FOREST: Forest = ([9, 0, 5, 7, 3, 1, 0, 4], [-1, 0, 1, 0, -3, -2, 5, -2])  # 29 rows
+TREES: PrefixTrees = ([9, 0, 5, 7, 3, 1, 0, 4], [-1, 0, 1, 0, -3, -2, 5, -2])  # 29 rows
 
 
-def op(given, forest, scale=0.3, delta=True, initial=None, impl=None):
-    return linear_recurrence(*given, *tensors(forest), initial, scale, delta, impl=impl)
+def op(given, trees, scale=0.3, delta=True, initial=None, impl=None):
+    return linear_recurrence(*given, *tensors(trees), initial, scale, delta, impl=impl)
 
 
 @impl_and_dtype()
 @pytest.mark.parametrize("delta", [True, False])
-def test_forest_against_unshared_sequences(impl, delta, dtype):
+def test_trees_against_unshared_sequences(impl, delta, dtype):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     bound = {torch.float32: (2e-6, 3e-6), torch.float16: (2**-10, 1.5 * 2**-10)} if impl is TRITON else TOLERANCE
     bound = bound.get(dtype, TOLERANCE[dtype])
@@ -40,10 +40,10 @@ def test_forest_against_unshared_sequences(impl, delta, dtype):
         for weighted in (True, False) if impl is not TRITON or delta else (True,):
 
             def ours(q, k, v, g, beta, initial, weighted=weighted):
-                return op((q, k, v, g, beta if weighted else None), FOREST, 0.3, delta, initial, impl.option)
+                return op((q, k, v, g, beta if weighted else None), TREES, 0.3, delta, initial, impl.option)
 
             def exact(q, k, v, g, beta, initial, weighted=weighted):
-                return unshared(q, k, v, g, beta if weighted else None, initial, FOREST, 0.3, delta)
+                return unshared(q, k, v, g, beta if weighted else None, initial, TREES, 0.3, delta)
 
             if weighted:
                 check_oracle(ours, exact, [*given, initial], bound)
@@ -58,13 +58,13 @@ def test_forest_against_unshared_sequences(impl, delta, dtype):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_random_forests(impl, seed):
-    forest = random_forest(seed, segments=12, given=2)
-    given = inputs(sum(forest[0]) + seed % 2, 1, 2, 6, 5, seed=seed)
+def test_random_segment_trees(impl, seed):
+    trees = random_trees(seed, segments=12, given=2)
+    given = inputs(sum(trees[0]) + seed % 2, 1, 2, 6, 5, seed=seed)
     initial = seeded(2, 2, 6, 5, seed=9)
     check_oracle(
-        lambda *x: op(x[:5], forest, 0.3, seed % 2 == 0, x[5], impl.option),
-        lambda *x: unshared(*x, forest, 0.3, seed % 2 == 0),
+        lambda *x: op(x[:5], trees, 0.3, seed % 2 == 0, x[5], impl.option),
+        lambda *x: unshared(*x, trees, 0.3, seed % 2 == 0),
         [*given, initial],
         impl.near(1e-13),
     )
@@ -74,19 +74,19 @@ def test_random_forests(impl, seed):
 @pytest.mark.parametrize("delta", [True, False])
 def test_more_tokens_than_a_chunk(impl, delta):
     """Kept states are used, those of every share of the rows; heads beyond what one part sums."""
-    forest = ([130, 64, 65, 63], [-1, 0, 0, -1])
+    trees = ([130, 64, 65, 63], [-1, 0, 0, -1])
     given = inputs(323, 1, 2, 3, 4, torch.float64)
     check_oracle(
-        lambda *x: op(x, forest, 0.3, delta, impl=impl.option),
-        lambda *x: unshared(*x, None, forest, 0.3, delta),
+        lambda *x: op(x, trees, 0.3, delta, impl=impl.option),
+        lambda *x: unshared(*x, None, trees, 0.3, delta),
         given,
         1e-13,
     )
     many = inputs(9, 1, 37, 4, 18, torch.float64)
-    forest = ([4, 5], [-1, 0])
+    trees = ([4, 5], [-1, 0])
     check_oracle(
-        lambda *x: op(x, forest, 0.3, delta, impl=impl.option),
-        lambda *x: unshared(*x, None, forest, 0.3, delta),
+        lambda *x: op(x, trees, 0.3, delta, impl=impl.option),
+        lambda *x: unshared(*x, None, trees, 0.3, delta),
         many,
         1e-13,
     )
@@ -101,8 +101,8 @@ def test_each_result_alone(impl):
             return results[i] + 0 * sum(y.sum() for y in x)
 
         check_oracle(
-            lambda *x, f=alone: f(op(x[:5], FOREST, 0.3, True, x[5], impl.option), x),
-            lambda *x, f=alone: f(unshared(*x, FOREST, 0.3, True), x),
+            lambda *x, f=alone: f(op(x[:5], TREES, 0.3, True, x[5], impl.option), x),
+            lambda *x, f=alone: f(unshared(*x, TREES, 0.3, True), x),
             [*given, initial],
             impl.near(1e-13),
         )
@@ -113,7 +113,7 @@ def test_transformers_gated_delta_rule(impl):
     modeling = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
     given = inputs(150, 2, 4, 8, 8, torch.float64)
     initial = seeded(1, 4, 8, 8, seed=9)
-    forest = ([150], [-2])
+    trees = ([150], [-2])
 
     def theirs(name):
         def call(q, k, v, g, beta, initial):
@@ -126,7 +126,7 @@ def test_transformers_gated_delta_rule(impl):
 
     for name in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"):
         check_oracle(
-            lambda *x: op(x[:5], forest, 8**-0.5, True, x[5], impl.option), theirs(name), [*given, initial], 1e-12
+            lambda *x: op(x[:5], trees, 8**-0.5, True, x[5], impl.option), theirs(name), [*given, initial], 1e-12
         )
 
 
@@ -154,7 +154,7 @@ def test_transformers_ssd(impl):
 
 @impl_and_dtype([torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("delta", [True, False])
-def test_bits_do_not_depend_on_cuts_forests_or_pages(impl, delta, dtype):
+def test_bits_do_not_depend_on_cuts_trees_or_pages(impl, delta, dtype):
     """One sequence and a branch of it: whole, cut at random into segments, and in paged calls."""
     rows, branch, fork = (14, 4, 6) if impl is TRITON else (90, 20, 40)
     key_heads, *heads = (1, 1, 6, 19) if impl is TRITON else (2, 4, 10, 19)
@@ -197,7 +197,7 @@ def test_bits_do_not_depend_on_cuts_forests_or_pages(impl, delta, dtype):
 
 
 @implementations(REFERENCE, NATIVE)
-def test_decode_in_place_in_any_company(impl):
+def test_decode_in_place_beside_any_batch_neighbours(impl):
     """Every sequence on its own frame, whatever others are in the batch, with padding rows after them."""
     given = inputs(7 * 6, 1, 2, 10, 43, torch.float32)
     start = seeded(9, 2, 10, 43, dtype=torch.float32, seed=7)
@@ -239,21 +239,21 @@ def test_paged_frames_that_are_skipped_or_repeated(impl):
 
 @pytest.mark.parametrize("delta", [True, False])
 def test_gradient_bits_are_the_same_on_any_number_of_threads(delta):
-    forest = random_forest(3, segments=9, longest=90, given=2)
-    given = inputs(sum(forest[0]), 2, 6, 33, 35, torch.float32)
+    trees = random_trees(3, segments=9, longest=90, given=2)
+    given = inputs(sum(trees[0]), 2, 6, 33, 35, torch.float32)
     initial = seeded(2, 6, 33, 35, dtype=torch.float32)
-    check_repeatable(lambda *x: op(x[:5], forest, 0.3, delta, x[5]), [*given, initial])
+    check_repeatable(lambda *x: op(x[:5], trees, 0.3, delta, x[5]), [*given, initial])
 
 
 @needs_native
 def test_results_are_whole():
     """Fresh memory full of NaN: nothing is left unwritten, forward or backward, padding and kept states included."""
-    forest = random_forest(5, segments=9, longest=150, given=2)
-    given, initial = inputs(sum(forest[0]) + 3, 1, 2, 5, 19, torch.float32), seeded(2, 2, 5, 19, dtype=torch.float32)
-    clean = run(lambda *x: op(x[:5], forest, initial=x[5]), [*given, initial])
+    trees = random_trees(5, segments=9, longest=150, given=2)
+    given, initial = inputs(sum(trees[0]) + 3, 1, 2, 5, 19, torch.float32), seeded(2, 2, 5, 19, dtype=torch.float32)
+    clean = run(lambda *x: op(x[:5], trees, initial=x[5]), [*given, initial])
     with poisoned():
-        dirty = run(lambda *x: op(x[:5], forest, initial=x[5]), [*given, initial])
-        kept = forward(*given, *tensors(forest), initial, 0.3, True, True)[2]
+        dirty = run(lambda *x: op(x[:5], trees, initial=x[5]), [*given, initial])
+        kept = forward(*given, *tensors(trees), initial, 0.3, True, True)[2]
     assert kept.isfinite().all()
     for got, wanted in zip([*dirty[0], *dirty[1]], [*clean[0], *clean[1]]):
         assert wanted.isfinite().all()
@@ -264,27 +264,27 @@ def test_strided_inputs(impl):
     wide = seeded(12, 3, 40)
     q, k, v = wide[..., 2:8], wide[..., 8:14], wide[..., 14:21]
     g, beta = -wide[..., 30].abs(), wide[..., 31].sigmoid()
-    forest = ([5, 7], [-1, 0])
+    trees = ([5, 7], [-1, 0])
     for given in ([q, k, v, g, beta], [wide[..., 0:12:2], k, seeded(3, 12, 7, seed=1).transpose(0, 1), g, beta]):
-        y, grads = run(lambda *x: op(x, forest, impl=impl.option), given)
-        z, wanted = run(lambda *x: op(x, forest, impl="reference"), [x.contiguous() for x in given])
+        y, grads = run(lambda *x: op(x, trees, impl=impl.option), given)
+        z, wanted = run(lambda *x: op(x, trees, impl="reference"), [x.contiguous() for x in given])
         assert max(map(error, [*y, *grads], [*z, *wanted])) < impl.near(1e-13)
 
 
 def test_no_rows_and_no_segments(impl):
-    for rows, forest in ((0, ([], [])), (0, ([0, 0], [-1, 0])), (3, ([], [])), (3, ([0], [-2]))):
+    for rows, trees in ((0, ([], [])), (0, ([0, 0], [-1, 0])), (3, ([], [])), (3, ([0], [-2]))):
         given = inputs(rows, 1, 2, 4, 3, torch.float32)
         initial = seeded(1, 2, 4, 3, dtype=torch.float32)
         leaves = [x.requires_grad_() for x in [*given, initial]]
-        out, finals = op(leaves[:5], forest, initial=leaves[5], impl=impl.option)
+        out, finals = op(leaves[:5], trees, initial=leaves[5], impl=impl.option)
         assert out.shape == (rows, 2, 3)
         assert not out.any()
-        assert finals.shape == (len(forest[0]), 2, 4, 3)
+        assert finals.shape == (len(trees[0]), 2, 4, 3)
         if impl is not REFERENCE:
             *grads, to_initial = torch.autograd.grad(finals.sum() + out.sum(), leaves)
             assert not any(grad.any() for grad in grads)
-            assert to_initial.eq(float(forest[1] == [-2])).all()
-        if forest[1] == [-2]:
+            assert to_initial.eq(float(trees[1] == [-2])).all()
+        if trees[1] == [-2]:
             assert torch.equal(finals, initial)
 
 
@@ -354,26 +354,26 @@ def test_more_tokens_than_a_chunk_and_more_tasks_than_programs(impl, delta, monk
     for module in (triton_forward, triton_backward):  # the interpreter is too slow for chunks of 64
         monkeypatch.setattr(module, "CHUNK", 4)
     monkeypatch.setattr(triton_backward, "SPAN", 2)
-    forest = ([7, 4], [-1, -1])
+    trees = ([7, 4], [-1, -1])
     given = inputs(11, 1, 1, 3, 17, torch.float32)
-    out, finals, kept = forward(*given, *tensors(forest), None, 0.3, delta, True)
+    out, finals, kept = forward(*given, *tensors(trees), None, 0.3, delta, True)
     upstream = seeded(*out.shape, seed=11), seeded(*finals.shape, seed=12)
     assert tiles.BACKWARD_PROGRAMS["interpreter"] < 2 * 2  # trees and blocks of columns
-    got = backward(*upstream, *given, *tensors(forest), None, finals, kept, 0.3, delta)
-    wanted = gradients(lambda *x: unshared(*x, None, forest, 0.3, delta), given, list(upstream))
+    got = backward(*upstream, *given, *tensors(trees), None, finals, kept, 0.3, delta)
+    wanted = gradients(lambda *x: unshared(*x, None, trees, 0.3, delta), given, list(upstream))
     for x, one in zip(got, wanted):
         assert error(x, one) <= 3e-6
 
 
 @only_triton
 def test_a_gradient_of_one_result_only(impl):
-    forest, given = ([2, 1], [-1, 0]), inputs(3, 1, 1, 3, 4, torch.float32)
-    out, finals, kept = forward(*given, *tensors(forest), None, 0.3, True, True)
+    trees, given = ([2, 1], [-1, 0]), inputs(3, 1, 1, 3, 4, torch.float32)
+    out, finals, kept = forward(*given, *tensors(trees), None, 0.3, True, True)
     upstream = seeded(*out.shape, seed=11), seeded(*finals.shape, seed=12)
     for one in ((upstream[0], None), (None, upstream[1])):
-        got = backward(*one, *given, *tensors(forest), None, finals, kept, 0.3, True)
+        got = backward(*one, *given, *tensors(trees), None, finals, kept, 0.3, True)
         full = [torch.zeros_like(u) if x is None else x for x, u in zip(one, upstream)]
-        again = backward(*full, *given, *tensors(forest), None, finals, kept, 0.3, True)
+        again = backward(*full, *given, *tensors(trees), None, finals, kept, 0.3, True)
         assert all(map(torch.equal, got, again))
 
 
@@ -397,18 +397,18 @@ def test_strides_and_offsets_past_two_to_the_31(impl):
     wide = seeded(6, 2, 40)
     given = [wide[..., 2:8], wide[..., 8:14], wide[..., 14:33], -wide[..., 30].abs(), wide[..., 31].sigmoid()]
     far = [far_apart(given[0].contiguous()), *given[1:]]
-    forest = ([2, 1, 3], [-1, 0, 0])
+    trees = ([2, 1, 3], [-1, 0, 0])
     packed = [x.contiguous() for x in given]
     results = []
     for case in (given, packed, far, [x.half() for x in packed[:3]] + packed[3:]):
         leaves = [x.detach() for x in case]
-        out, finals, kept = forward(*leaves, *tensors(forest), None, 0.3, True, True)
+        out, finals, kept = forward(*leaves, *tensors(trees), None, 0.3, True, True)
         upstream = seeded(6, 19, 2).mT.to(out.dtype), None
         results.append(
             [
                 out,
                 finals,
-                *backward(*upstream, *leaves, *tensors(forest), None, finals, kept, 0.3, True),
+                *backward(*upstream, *leaves, *tensors(trees), None, finals, kept, 0.3, True),
             ]
         )
     assert all(map(torch.equal, results[0], results[1]))
@@ -422,7 +422,7 @@ def test_strides_and_offsets_past_two_to_the_31(impl):
 
 @only_triton
 def test_groups_of_segments(impl):
-    """Against a loop: trees, and trees that share a given state, of a deep and a wide forest."""
+    """Against a loop: trees, and trees that share a given state, of a deep and a wide trees."""
     from toolkit.ops.linear_recurrence.triton import groups
 
     for parents in ([-1, 0, 1, 0, -2, 4, -3, -2, 7], [-1, *range(40)], [-3] * 5, []):
@@ -450,9 +450,9 @@ def test_bad_input_is_one_sentence(impl):
 def test_opcheck(delta, full):
     q, k, v, g, beta = (x.requires_grad_() for x in inputs(70, 1, 2, 4, 3, torch.float32))
     initial = seeded(1, 2, 4, 3, dtype=torch.float32).requires_grad_() if full else None
-    forest = tensors(([66, 2, 0], [-2 if full else -1, 0, -1]))
+    trees = tensors(([66, 2, 0], [-2 if full else -1, 0, -1]))
     ops = torch.ops.toolkit
-    given = (q, k, v, g, beta if full else None, *forest, initial, 0.3, delta)
+    given = (q, k, v, g, beta if full else None, *trees, initial, 0.3, delta)
     torch.library.opcheck(ops.linear_recurrence.default, (*given, True))
     flat = [x.detach() if isinstance(x, torch.Tensor) else x for x in given[:8]]
     out, finals, kept = ops.linear_recurrence(*flat, 0.3, delta, True)
@@ -466,10 +466,10 @@ def test_opcheck(delta, full):
 
 def test_compiled_in_one_graph():
     given = [x.requires_grad_() for x in inputs(20, 1, 2, 4, 3, torch.float32)]
-    forest = tensors(([9, 11], [-1, 0]))
+    trees = tensors(([9, 11], [-1, 0]))
 
     def loss(*x):
-        out, finals = linear_recurrence(*x, *forest, None, 0.3)
+        out, finals = linear_recurrence(*x, *trees, None, 0.3)
         return out.square().sum() + finals.sum()
 
     wanted = torch.autograd.grad(loss(*given), given)

@@ -85,7 +85,7 @@ def test_a_row_without_adapter_has_the_bits_of_linear(impl, dtype):
 @every_impl
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [(60, 17, 8), (530, 40, 5)])
-def test_a_row_keeps_its_bits_whatever_its_neighbours_use(impl, dtype, size):
+def test_a_row_keeps_its_bits_for_any_adapters_of_its_neighbours(impl, dtype, size):
     rng = random.Random(0)
     x, weight, bias, a, b, scaling, adapters = make(150, *size, 4, dtype)
 
@@ -289,7 +289,7 @@ def test_outputs_and_gradients_match_fp64(dtype, shape):
 
 @only_triton
 @pytest.mark.usefixtures("impl", "small_and_poisoned")
-def test_a_row_keeps_its_bits_whatever_its_neighbours_use_of_triton():
+def test_a_row_keeps_its_bits_for_any_adapters_of_its_neighbours_of_triton():
     rng = random.Random(0)
     base, grad, x, a, b, scaling, adapters = inputs(40, 70, 33, 8, 3)
     whole = launch_lora_add(base, x, a, b, scaling, adapters)

@@ -1,4 +1,4 @@
-"""Gradients of attention through block tables: forests against the same sequences unshared, in float64."""
+"""Gradients of attention through block tables: prefix trees against the same sequences unshared, in float64."""
 
 import math
 import random
@@ -7,10 +7,10 @@ import textwrap
 import pytest
 import torch
 
-from tests.helpers.attention import check_forest, run_forest
+from tests.helpers.attention import check_trees, run_trees
 from tests.helpers.implementations import only_triton
 from tests.helpers.interpreter import far_apart
-from tests.helpers.prefix_trees import ORACLES, Forest, Node, error
+from tests.helpers.prefix_trees import ORACLES, Node, PrefixTrees, error
 from toolkit.errors import ToolkitError
 from toolkit.ops.attention import attention, attention_backward, modifiers
 from toolkit.ops.registry import has_native
@@ -20,26 +20,26 @@ IMPLS = ["reference", pytest.param("cpu", marks=needs_native)]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6}
 
 
-def gradients(forest, out, lse, scale, window=0, softcap=0.0, *, impl=None, sinks=None):
-    offsets, starts, lengths, tables, page = forest.plan
-    tensors = forest.grad, forest.q, forest.k, forest.v, out, lse, offsets, starts, lengths
+def gradients(trees, out, lse, scale, window=0, softcap=0.0, *, impl=None, sinks=None):
+    offsets, starts, lengths, tables, page = trees.plan
+    tensors = trees.grad, trees.q, trees.k, trees.v, out, lse, offsets, starts, lengths
     return attention_backward(*tensors, scale, window, softcap, tables, page, sinks, impl=impl)
 
 
-def check(forest, scale=0.3, window=0, softcap=0.0, *, impl=None):
-    dtype = forest.q.dtype
-    wide = [x.double().requires_grad_() for x in (forest.q, forest.k, forest.v)]
-    expected, expected_lse = forest.dense(*wide, scale, window, softcap)
-    wanted = torch.autograd.grad(expected, wide, forest.grad.double())
-    out, lse = attention(forest.q, forest.k, forest.v, *forest.plan, scale, window, softcap, impl=impl)
+def check(trees, scale=0.3, window=0, softcap=0.0, *, impl=None):
+    dtype = trees.q.dtype
+    wide = [x.double().requires_grad_() for x in (trees.q, trees.k, trees.v)]
+    expected, expected_lse = trees.dense(*wide, scale, window, softcap)
+    wanted = torch.autograd.grad(expected, wide, trees.grad.double())
+    out, lse = attention(trees.q, trees.k, trees.v, *trees.plan, scale, window, softcap, impl=impl)
     assert error(out, expected) < TOLERANCE[dtype]
     assert error(lse.nan_to_num(0, 0, 0), expected_lse.nan_to_num(0, 0, 0)) < TOLERANCE[dtype]
-    grads = gradients(forest, out, lse, scale, window, softcap, impl=impl)
+    grads = gradients(trees, out, lse, scale, window, softcap, impl=impl)
     for name, actual, want in zip(("dq", "dk", "dv"), grads, wanted):
         assert actual.is_contiguous()
         assert error(actual, want) < 10 * TOLERANCE[dtype], name
     for x in grads[1:3]:
-        assert (x[~forest.held] == 0).all()
+        assert (x[~trees.held] == 0).all()
     assert grads[3].shape == (0,)
 
 
@@ -59,8 +59,8 @@ def test_random_trees(shape, dtype, impl):
     heads, kv_heads, d, v_dim, page, window, softcap = shape
     for seed in range(6):
         sizes = {"heads": heads, "kv_heads": kv_heads, "d": d, "v_dim": v_dim, "page": page}
-        forest = Forest(seed, **sizes, dtype=dtype, shuffled=seed % 2 == 0)
-        check(forest, window=window, softcap=softcap, impl=impl)
+        trees = PrefixTrees(seed, **sizes, dtype=dtype, shuffled=seed % 2 == 0)
+        check(trees, window=window, softcap=softcap, impl=impl)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -69,18 +69,18 @@ def test_a_long_prompt_with_completions(impl, shuffled):
     """Several tiles of keys, tasks of many rows, and rows that lie in one run or in none."""
     nodes = [Node(-1, 150, 20), *(Node(0, n, 0) for n in (70, 0, 33, 1))]
     for dtype in (torch.float64, torch.float32):
-        check(Forest(1, nodes=nodes, shuffled=shuffled, dtype=dtype), 0.2, impl=impl)
-        check(Forest(1, nodes=nodes, shuffled=shuffled, dtype=dtype), 0.2, 40, impl=impl)
+        check(PrefixTrees(1, nodes=nodes, shuffled=shuffled, dtype=dtype), 0.2, impl=impl)
+        check(PrefixTrees(1, nodes=nodes, shuffled=shuffled, dtype=dtype), 0.2, 40, impl=impl)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_autograd_and_unread_rows(impl):
-    forest = Forest(3, page=4)
-    leaves = [x.clone().requires_grad_() for x in (forest.q, forest.k, forest.v)]
-    out, _ = attention(*leaves, *forest.plan, 0.3, impl=impl)
-    grads = torch.autograd.grad(out, leaves, forest.grad)
-    wide = [x.clone().requires_grad_() for x in (forest.q, forest.k, forest.v)]
-    wanted = torch.autograd.grad(forest.dense(*wide, 0.3)[0], wide, forest.grad)
+    trees = PrefixTrees(3, page=4)
+    leaves = [x.clone().requires_grad_() for x in (trees.q, trees.k, trees.v)]
+    out, _ = attention(*leaves, *trees.plan, 0.3, impl=impl)
+    grads = torch.autograd.grad(out, leaves, trees.grad)
+    wide = [x.clone().requires_grad_() for x in (trees.q, trees.k, trees.v)]
+    wanted = torch.autograd.grad(trees.dense(*wide, 0.3)[0], wide, trees.grad)
     for actual, want in zip(grads, wanted):
         assert error(actual, want) < 1e-11
         assert actual.isfinite().all()
@@ -89,28 +89,28 @@ def test_autograd_and_unread_rows(impl):
 def test_pages_behind_the_window_may_be_gone():
     """Their entries of the table are not read, forward or backward."""
     nodes = [Node(-1, 4, 60), Node(0, 8, 0), Node(0, 3, 0)]
-    forest = Forest(4, page=4, nodes=nodes)
-    expected = attention(forest.q, forest.k, forest.v, *forest.plan, 0.3, 9)
-    grads = gradients(forest, *expected, 0.3, 9)
+    trees = PrefixTrees(4, page=4, nodes=nodes)
+    expected = attention(trees.q, trees.k, trees.v, *trees.plan, 0.3, 9)
+    grads = gradients(trees, *expected, 0.3, 9)
     first = [60 - 9 + 1, 64 - 9 + 1, 64 - 9 + 1]
     for s, key in enumerate(first):
-        forest.tables[s, : key // 4] = -7
+        trees.tables[s, : key // 4] = -7
     for impl in (None, "reference"):
-        again = attention(forest.q, forest.k, forest.v, *forest.plan, 0.3, 9, impl=impl)
+        again = attention(trees.q, trees.k, trees.v, *trees.plan, 0.3, 9, impl=impl)
         assert error(again[0], expected[0]) < 1e-12
-        for actual, want in zip(gradients(forest, *again, 0.3, 9, impl=impl), grads):
+        for actual, want in zip(gradients(trees, *again, 0.3, 9, impl=impl), grads):
             assert error(actual, want) < 1e-11
 
 
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_types_are_computed_in_float(dtype):
-    forest = Forest(5, page=4, dtype=dtype)
-    out, lse = attention(forest.q, forest.k, forest.v, *forest.plan, 0.3)
-    grads = gradients(forest, out, lse, 0.3)
+    trees = PrefixTrees(5, page=4, dtype=dtype)
+    out, lse = attention(trees.q, trees.k, trees.v, *trees.plan, 0.3)
+    grads = gradients(trees, out, lse, 0.3)
     for name in ("q", "k", "v", "grad"):
-        setattr(forest, name, getattr(forest, name).float())
-    for actual, want in zip(grads[:3], gradients(forest, out.float(), lse, 0.3)):
+        setattr(trees, name, getattr(trees, name).float())
+    for actual, want in zip(grads[:3], gradients(trees, out.float(), lse, 0.3)):
         assert torch.equal(actual, want.to(dtype))
 
 
@@ -120,26 +120,26 @@ def test_bits_do_not_depend_on_threads_or_on_where_rows_lie(heads, kv_heads):
     nodes = [Node(-1, 150, 0), *(Node(0, n, 0) for n in (70, 33, 1)), Node(1, 20, 0), Node(-1, 90, 0), Node(5, 5, 0)]
     nodes = [nodes[i] for i in (0, 1, 4, 2, 3, 5, 6)]  # depth first
     nodes[6].parent = 5
-    forest = Forest(6, heads=heads, kv_heads=kv_heads, d=32, nodes=nodes, dtype=torch.float32, shuffled=False)
-    out, lse = attention(forest.q, forest.k, forest.v, *forest.plan, 0.2)
+    trees = PrefixTrees(6, heads=heads, kv_heads=kv_heads, d=32, nodes=nodes, dtype=torch.float32, shuffled=False)
+    out, lse = attention(trees.q, trees.k, trees.v, *trees.plan, 0.2)
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3, 1):
             torch.set_num_threads(count)
-            results.append(gradients(forest, out, lse, 0.2, 40))
+            results.append(gradients(trees, out, lse, 0.2, 40))
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(other, results[0]))
     # The same rows elsewhere, and in pages.
-    order = torch.randperm(forest.rows, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(trees.rows, generator=torch.Generator().manual_seed(0))
     place = torch.empty_like(order)
-    place[order] = torch.arange(forest.rows)
-    forest.k, forest.v = forest.k[order], forest.v[order]
-    forest.tables = torch.where(forest.tables < forest.rows, place[forest.tables.clamp(max=forest.rows - 1)], 10**9)
-    again = attention(forest.q, forest.k, forest.v, *forest.plan, 0.2)
+    place[order] = torch.arange(trees.rows)
+    trees.k, trees.v = trees.k[order], trees.v[order]
+    trees.tables = torch.where(trees.tables < trees.rows, place[trees.tables.clamp(max=trees.rows - 1)], 10**9)
+    again = attention(trees.q, trees.k, trees.v, *trees.plan, 0.2)
     assert torch.equal(again[0], out)
-    dq, dk, dv, _ = gradients(forest, *again, 0.2, 40)
+    dq, dk, dv, _ = gradients(trees, *again, 0.2, 40)
     for actual, want in zip((dq, dk[place], dv[place]), results[0]):
         assert torch.equal(actual, want)
 
@@ -151,12 +151,12 @@ def test_bits_do_not_depend_on_threads_or_on_where_rows_lie(heads, kv_heads):
 def test_bits_are_the_same_where_a_head_is_cut_among_threads(kv_heads, page, window, modifier):
     """One tree of few heads, and beside a small one: by blocks of queries and runs of keys, or by one thread."""
     nodes = [Node(-1, 256, 64), Node(0, 70, 0), Node(0, 33, 0), Node(-1, 9, 0)]
-    forest = Forest(11, heads=4, kv_heads=kv_heads, d=20, v_dim=12, page=page, nodes=nodes, dtype=torch.float32)
+    trees = PrefixTrees(11, heads=4, kv_heads=kv_heads, d=20, v_dim=12, page=page, nodes=nodes, dtype=torch.float32)
     parameters = {"": None, "alibi": torch.full((4, 1), 0.1), "chunked": torch.full((4, 1), 70.0)}[modifier]
     options = {"sinks": torch.randn(4), "modifier": modifier, "parameters": parameters}
-    out, lse = attention(forest.q, forest.k, forest.v, *forest.plan, 0.2, window, 3.0, **options)
-    offsets, starts, lengths, tables, page = forest.plan
-    tensors = forest.grad, forest.q, forest.k, forest.v, out, lse, offsets, starts, lengths
+    out, lse = attention(trees.q, trees.k, trees.v, *trees.plan, 0.2, window, 3.0, **options)
+    offsets, starts, lengths, tables, page = trees.plan
+    tensors = trees.grad, trees.q, trees.k, trees.v, out, lse, offsets, starts, lengths
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 5, 16):
@@ -193,53 +193,53 @@ def test_rows_that_are_shared_at_other_positions_are_summed_by_one_thread(paged)
 
 @needs_native
 def test_a_row_of_a_tree_has_the_bits_of_its_sequence_alone():
-    forest = Forest(7, heads=4, kv_heads=2, d=24, longest=40, dtype=torch.float32)
-    out, lse = attention(forest.q, forest.k, forest.v, *forest.plan, 0.3)
-    dq = gradients(forest, out, lse, 0.3)[0]
+    trees = PrefixTrees(7, heads=4, kv_heads=2, d=24, longest=40, dtype=torch.float32)
+    out, lse = attention(trees.q, trees.k, trees.v, *trees.plan, 0.3)
+    dq = gradients(trees, out, lse, 0.3)[0]
     rng = random.Random(0)
-    for keys, queries in rng.sample(forest.paths(), min(4, len(forest.paths()))):
+    for keys, queries in rng.sample(trees.paths(), min(4, len(trees.paths()))):
         own = [(p, row) for p, row in enumerate(queries) if row >= 0]
         if not own:
             continue
         rows, n = [row for _, row in own], len(queries)
         plan = torch.tensor([0, len(rows)]), torch.tensor([0]), torch.tensor([n])
-        tensors = forest.q[rows], forest.k[keys], forest.v[keys]
+        tensors = trees.q[rows], trees.k[keys], trees.v[keys]
         alone = attention(*tensors, *plan, None, 0, 0.3)
         assert torch.equal(alone[0], out[rows])
         assert torch.equal(alone[1], lse[rows])
-        assert torch.equal(attention_backward(forest.grad[rows], *tensors, *alone, *plan, 0.3)[0], dq[rows])
+        assert torch.equal(attention_backward(trees.grad[rows], *tensors, *alone, *plan, 0.3)[0], dq[rows])
 
 
 @needs_native
 def test_page_of_one_row_in_order_has_the_bits_of_contiguous_keys():
     nodes = [Node(-1, 130, 0), Node(-1, 40, 0)]
-    forest = Forest(8, d=32, nodes=nodes, padding=0, dtype=torch.float32, shuffled=False)
-    plan = forest.query_offsets, forest.query_offsets[:-1].contiguous(), forest.kv_lengths
-    out, lse = attention(forest.q, forest.k, forest.v, *forest.plan, 0.3)
-    assert torch.equal(attention(forest.q, forest.k, forest.v, *plan, None, 0, 0.3)[0], out)
-    want = attention_backward(forest.grad, forest.q, forest.k, forest.v, out, lse, *plan, 0.3)
-    for a, b in zip(gradients(forest, out, lse, 0.3), want):
+    trees = PrefixTrees(8, d=32, nodes=nodes, padding=0, dtype=torch.float32, shuffled=False)
+    plan = trees.query_offsets, trees.query_offsets[:-1].contiguous(), trees.kv_lengths
+    out, lse = attention(trees.q, trees.k, trees.v, *trees.plan, 0.3)
+    assert torch.equal(attention(trees.q, trees.k, trees.v, *plan, None, 0, 0.3)[0], out)
+    want = attention_backward(trees.grad, trees.q, trees.k, trees.v, out, lse, *plan, 0.3)
+    for a, b in zip(gradients(trees, out, lse, 0.3), want):
         assert torch.equal(a, b)
 
 
 @needs_native
 def test_bad_pages_are_named_in_backward():
-    forest = Forest(9, page=4)
-    out, lse = attention(forest.q, forest.k, forest.v, *forest.plan, 0.3)
-    forest.tables = forest.tables.clone()
-    forest.tables[int(forest.kv_lengths.argmax()), 0] = forest.rows
-    with pytest.raises(RuntimeError, match=f"block_tables names page {forest.rows} but"):
-        gradients(forest, out, lse, 0.3)
+    trees = PrefixTrees(9, page=4)
+    out, lse = attention(trees.q, trees.k, trees.v, *trees.plan, 0.3)
+    trees.tables = trees.tables.clone()
+    trees.tables[int(trees.kv_lengths.argmax()), 0] = trees.rows
+    with pytest.raises(RuntimeError, match=f"block_tables names page {trees.rows} but"):
+        gradients(trees, out, lse, 0.3)
 
 
 def test_opcheck():
-    forest = Forest(10, page=4, trees=1, depth=2, longest=4)
-    leaves = [x.requires_grad_() for x in (forest.q, forest.k.nan_to_num(0), forest.v.nan_to_num(0))]
-    torch.library.opcheck(torch.ops.toolkit.attention.default, (*leaves, *forest.plan, 0.3, 0, 0.0))
-    forest.q, forest.k, forest.v = (x.detach() for x in leaves)
-    out, lse = attention(forest.q, forest.k, forest.v, *forest.plan, 0.3)
-    offsets, starts, lengths, tables, page = forest.plan
-    tensors = forest.grad, forest.q, forest.k, forest.v, out, lse, offsets, starts, lengths
+    trees = PrefixTrees(10, page=4, trees=1, depth=2, longest=4)
+    leaves = [x.requires_grad_() for x in (trees.q, trees.k.nan_to_num(0), trees.v.nan_to_num(0))]
+    torch.library.opcheck(torch.ops.toolkit.attention.default, (*leaves, *trees.plan, 0.3, 0, 0.0))
+    trees.q, trees.k, trees.v = (x.detach() for x in leaves)
+    out, lse = attention(trees.q, trees.k, trees.v, *trees.plan, 0.3)
+    offsets, starts, lengths, tables, page = trees.plan
+    tensors = trees.grad, trees.q, trees.k, trees.v, out, lse, offsets, starts, lengths
     torch.library.opcheck(torch.ops.toolkit.attention_backward.default, (*tensors, 0.3, 0, 0.0, tables, page))
 
 
@@ -261,23 +261,23 @@ launch_attention_backward = torch.ops.toolkit.attention_backward
 )
 def test_random_trees_of_triton(seed, heads, kv_heads, d, v_dim, page, window, softcap):
     sizes = {"heads": heads, "kv_heads": kv_heads, "d": d, "v_dim": v_dim, "page": page}
-    forest = Forest(seed, **sizes, trees=1, depth=5, longest=5, dtype=torch.float32, shuffled=seed != 11)
-    assert 8 <= len(forest.nodes) <= 11
-    check_forest(forest, window, softcap)
+    trees = PrefixTrees(seed, **sizes, trees=1, depth=5, longest=5, dtype=torch.float32, shuffled=seed != 11)
+    assert 8 <= len(trees.nodes) <= 11
+    check_trees(trees, window, softcap)
 
 
 @only_triton
 @pytest.mark.usefixtures("impl")
 def test_a_long_prompt_with_completions_of_triton():
     nodes = [Node(-1, 40, 5), *(Node(0, n, 0) for n in (20, 0, 7))]
-    check_forest(Forest(1, heads=2, kv_heads=1, nodes=nodes, dtype=torch.float32, shuffled=False))
-    check_forest(Forest(1, heads=2, kv_heads=1, nodes=nodes, dtype=torch.float32), window=11)
+    check_trees(PrefixTrees(1, heads=2, kv_heads=1, nodes=nodes, dtype=torch.float32, shuffled=False))
+    check_trees(PrefixTrees(1, heads=2, kv_heads=1, nodes=nodes, dtype=torch.float32), window=11)
 
 
 @only_triton
 @pytest.mark.usefixtures("impl")
 def test_half_precision():
-    check_forest(Forest(2, heads=2, kv_heads=1, trees=1, dtype=torch.float16), tolerance=2**-9)
+    check_trees(PrefixTrees(2, heads=2, kv_heads=1, trees=1, dtype=torch.float16), tolerance=2**-9)
 
 
 @only_triton
@@ -287,8 +287,8 @@ def test_half_precision():
 def test_sinks_and_modifiers(modifier, sunk):
     sinks = torch.tensor([0.3, 6.0, -40.0, 40.0]) if sunk else None
     nodes = [Node(-1, 12, 0), Node(0, 9, 0), Node(0, 3, 0)]
-    forest = Forest(3, heads=4, kv_heads=2, d=12, page=4, nodes=nodes, dtype=torch.float32)
-    check_forest(forest, 9 if sunk else 0, 2.0 if sunk else 0.0, modifier, sinks)
+    trees = PrefixTrees(3, heads=4, kv_heads=2, d=12, page=4, nodes=nodes, dtype=torch.float32)
+    check_trees(trees, 9 if sunk else 0, 2.0 if sunk else 0.0, modifier, sinks)
 
 
 @only_triton
@@ -299,17 +299,17 @@ def test_wide_heads(d, v_dim, heads):
     nodes = [Node(-1, 9, 12), Node(0, 3, 0), Node(0, 2, 0)]
     if heads > 8:
         nodes = [Node(-1, 2, 3), Node(0, 1, 0)]
-    forest = Forest(4, heads=heads, kv_heads=1, d=d, v_dim=v_dim, nodes=nodes, dtype=torch.float32)
-    forest.q *= (16 / d) ** 0.5
-    check_forest(forest, tolerance=2e-5)
-    plan = forest.query_offsets[:2], torch.tensor([0]), forest.kv_lengths[:1]
-    k, v = forest.k.nan_to_num(0), forest.v.nan_to_num(0)
-    q, grad = forest.q[: nodes[0].queries], forest.grad[: nodes[0].queries]
+    trees = PrefixTrees(4, heads=heads, kv_heads=1, d=d, v_dim=v_dim, nodes=nodes, dtype=torch.float32)
+    trees.q *= (16 / d) ** 0.5
+    check_trees(trees, tolerance=2e-5)
+    plan = trees.query_offsets[:2], torch.tensor([0]), trees.kv_lengths[:1]
+    k, v = trees.k.nan_to_num(0), trees.v.nan_to_num(0)
+    q, grad = trees.q[: nodes[0].queries], trees.grad[: nodes[0].queries]
     out, lse = launch_attention(q, k, v, *plan, None, 0, 0.3, 0, 0.0)
     got = launch_attention_backward(grad, q, k, v, out, lse, *plan, 0.3, 0, 0.0)
     tables = torch.arange(k.shape[0])[None]
     query_ranges = torch.zeros(k.shape[0], 3, dtype=torch.int64)
-    length = int(forest.kv_lengths[0])
+    length = int(trees.kv_lengths[0])
     query_ranges[:length, 1], query_ranges[:length, 2] = q.shape[0], torch.arange(length)
     rest = {"block_tables": tables, "block_size": 1, "query_ranges": query_ranges}
     for a, b in zip(got, launch_attention_backward(grad, q, k, v, out, lse, *plan, 0.3, 0, 0.0, **rest)):
@@ -319,19 +319,19 @@ def test_wide_heads(d, v_dim, heads):
 @only_triton
 @pytest.mark.usefixtures("impl")
 def test_values_that_are_a_part_of_the_keys():
-    forest = Forest(5, heads=2, kv_heads=1, d=24, v_dim=16, trees=1, dtype=torch.float32)
-    forest.v = forest.k[..., :16]
-    check_forest(forest)
+    trees = PrefixTrees(5, heads=2, kv_heads=1, d=24, v_dim=16, trees=1, dtype=torch.float32)
+    trees.v = trees.k[..., :16]
+    check_trees(trees)
 
 
 @only_triton
 @pytest.mark.usefixtures("impl")
 def test_rows_that_nobody_reads_may_be_anything_and_runs_are_equal():
-    forest = Forest(6, heads=2, kv_heads=2, trees=1, page=4, dtype=torch.float32)
-    first = run_forest(forest)
-    forest.k[~forest.held], forest.v[~forest.held] = math.inf, -math.inf
-    forest.query_ranges[~forest.held] = torch.tensor([5, 5, 3])
-    for a, b in zip(first, run_forest(forest)):
+    trees = PrefixTrees(6, heads=2, kv_heads=2, trees=1, page=4, dtype=torch.float32)
+    first = run_trees(trees)
+    trees.k[~trees.held], trees.v[~trees.held] = math.inf, -math.inf
+    trees.query_ranges[~trees.held] = torch.tensor([5, 5, 3])
+    for a, b in zip(first, run_trees(trees)):
         assert torch.equal(a, b)
 
 
@@ -340,11 +340,11 @@ def test_rows_that_nobody_reads_may_be_anything_and_runs_are_equal():
 def test_gradients_of_a_leaf_do_not_depend_on_its_neighbours():
     """dq of a node's rows, and dk and dv of a leaf's, are those of the node's own sequence alone."""
     nodes = [Node(-1, 16, 0), Node(0, 6, 0), Node(0, 9, 0)]
-    forest = Forest(7, heads=2, kv_heads=1, nodes=nodes, dtype=torch.float32, padding=0, shuffled=False)
-    out, lse, dq, dk, dv, _ = run_forest(forest)
-    alone = Forest(7, heads=2, kv_heads=1, nodes=nodes[:2], dtype=torch.float32, padding=0, shuffled=False)
-    alone.q, alone.grad, alone.k, alone.v = forest.q[:22], forest.grad[:22], forest.k[:25], forest.v[:25]
-    got = run_forest(alone)
+    trees = PrefixTrees(7, heads=2, kv_heads=1, nodes=nodes, dtype=torch.float32, padding=0, shuffled=False)
+    out, lse, dq, dk, dv, _ = run_trees(trees)
+    alone = PrefixTrees(7, heads=2, kv_heads=1, nodes=nodes[:2], dtype=torch.float32, padding=0, shuffled=False)
+    alone.q, alone.grad, alone.k, alone.v = trees.q[:22], trees.grad[:22], trees.k[:25], trees.v[:25]
+    got = run_trees(alone)
     for actual, want in zip(got[:3], (out, lse, dq)):
         assert error(actual, want[:22]) < 1e-6
     for actual, want in zip(got[3:5], (dk, dv)):
@@ -354,12 +354,12 @@ def test_gradients_of_a_leaf_do_not_depend_on_its_neighbours():
 @only_triton
 @pytest.mark.usefixtures("impl")
 def test_offsets_past_two_to_the_31():
-    forest = Forest(8, heads=1, kv_heads=1, trees=1, depth=2, longest=3, dtype=torch.float32)
-    want = run_forest(forest)
-    forest.k, forest.v = far_apart(forest.k), far_apart(forest.v)
-    assert torch.equal(launch_attention(forest.q, forest.k, forest.v, *forest.plan, 0.3, 0, 0.0)[0], want[0])
-    forest.q, forest.grad = far_apart(forest.q), far_apart(forest.grad)
-    for a, b in zip(run_forest(forest), want):
+    trees = PrefixTrees(8, heads=1, kv_heads=1, trees=1, depth=2, longest=3, dtype=torch.float32)
+    want = run_trees(trees)
+    trees.k, trees.v = far_apart(trees.k), far_apart(trees.v)
+    assert torch.equal(launch_attention(trees.q, trees.k, trees.v, *trees.plan, 0.3, 0, 0.0)[0], want[0])
+    trees.q, trees.grad = far_apart(trees.q), far_apart(trees.grad)
+    for a, b in zip(run_trees(trees), want):
         assert torch.equal(a, b)
 
 
@@ -376,8 +376,8 @@ def test_a_new_modifier_is_one_file(tmp_path, monkeypatch):
         return x.masked_fill((query - key) % parameters[head, 1].long() != 0, -math.inf)
 
     try:
-        forest = Forest(9, heads=2, kv_heads=1, d=8, trees=1, depth=3, dtype=torch.float32)
-        check_forest(forest, 0, 2.0, (score, parameters))
+        trees = PrefixTrees(9, heads=2, kv_heads=1, d=8, trees=1, depth=3, dtype=torch.float32)
+        check_trees(trees, 0, 2.0, (score, parameters))
     finally:
         monkeypatch.undo()
         modifiers.discover()
@@ -386,14 +386,14 @@ def test_a_new_modifier_is_one_file(tmp_path, monkeypatch):
 @only_triton
 @pytest.mark.usefixtures("impl")
 def test_bad_input_is_one_sentence():
-    forest = Forest(10, trees=1, depth=2, dtype=torch.float32)
-    offsets, starts, lengths, tables, page = forest.plan
-    out, lse = launch_attention(forest.q, forest.k, forest.v, *forest.plan, 0.3, 0, 0.0)
-    tensors = forest.grad, forest.q, forest.k, forest.v, out, lse, offsets, starts, lengths
+    trees = PrefixTrees(10, trees=1, depth=2, dtype=torch.float32)
+    offsets, starts, lengths, tables, page = trees.plan
+    out, lse = launch_attention(trees.q, trees.k, trees.v, *trees.plan, 0.3, 0, 0.0)
+    tensors = trees.grad, trees.q, trees.k, trees.v, out, lse, offsets, starts, lengths
     with pytest.raises(ToolkitError, match=r"query_ranges must have shape .* in Triton, got None"):
         launch_attention_backward(*tensors, 0.3, 0, 0.0, tables, page)
     with pytest.raises(ToolkitError, match=r"query_ranges must have shape .*, got shape"):
-        launch_attention_backward(*tensors, 0.3, 0, 0.0, tables, page, query_ranges=forest.query_ranges[:1])
+        launch_attention_backward(*tensors, 0.3, 0, 0.0, tables, page, query_ranges=trees.query_ranges[:1])
     wide = torch.empty(4, 1, 600)
     with pytest.raises(ToolkitError, match=r"head size of v must be <= 512 .* got 600"):
         launch_attention(wide, wide, wide, offsets, starts, lengths, None, 0, 0.3, 0, 0.0)
