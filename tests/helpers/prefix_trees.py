@@ -1,4 +1,4 @@
-"""Random prefix trees of sequences, and dense float64 attention of the same sequences unshared: the oracle of attention.
+"""Random prefix trees of sequences, and dense float64 attention of the same sequences unshared: the oracle.
 
 The oracle walks from each leaf to its root, gathers the rows of q, k and v on the way and attends to them by an
 explicit softmax; autograd adds up what rows get from several sequences. It shares no code with the ops.
