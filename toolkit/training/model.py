@@ -98,7 +98,7 @@ def make_model(section: ModelSection, tokenizer: "Tokenizer", max_length: int) -
         model = load_checkpoint(
             section.name_or_path, section.dtype, "model.name_or_path", section.revision, section.trust_remote_code
         )
-    rows = model.get_input_embeddings().num_embeddings
+    rows: Any = model.get_input_embeddings().num_embeddings
     if rows < len(tokenizer):
         field = "model.config.vocab_size" if section.config is not None else "the model's vocabulary size"
         raise ToolkitError(f"{field} must be >= the tokenizer's, which is {len(tokenizer)}, got {rows}.")
