@@ -108,7 +108,7 @@ def check_trees(trees, window=0, softcap=0.0, modifier="", sinks=None, tolerance
     own = wide[3] if sinks is not None else None
     expected, expected_lse = trees.dense(*wide[:3], 0.3, window, softcap, own, score)
     wanted = torch.autograd.grad(expected, wide, trees.grad.double())
-    options = {"sinks": sinks, "modifier": modifier if modifier in ORACLES else "bent", "parameters": parameters}
+    options = {"sinks": sinks, "modifier": modifier if modifier in ORACLES else "cubic", "parameters": parameters}
     out, lse, *grads = run_trees(trees, 0.3, window, softcap, **options)
     end = int(trees.query_offsets[-1])
     assert error(out, expected) < tolerance

@@ -366,7 +366,7 @@ def test_offsets_past_two_to_the_31():
 @only_triton
 @pytest.mark.usefixtures("impl")
 def test_a_new_modifier_is_one_file(tmp_path, monkeypatch):
-    (tmp_path / "bent.py").write_text(textwrap.dedent(BENT))
+    (tmp_path / "cubic.py").write_text(textwrap.dedent(CUBIC))
     monkeypatch.setattr(modifiers, "__path__", [*modifiers.__path__, str(tmp_path)])
     modifiers.discover()
     parameters = torch.tensor([[0.3, 2.0], [0.1, 3.0]])
@@ -399,7 +399,7 @@ def test_bad_input_is_one_sentence():
         launch_attention(wide, wide, wide, offsets, starts, lengths, None, 0, 0.3, 0, 0.0)
 
 
-BENT = """
+CUBIC = """
     from typing import TYPE_CHECKING
 
     if TYPE_CHECKING:
