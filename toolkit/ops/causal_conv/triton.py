@@ -133,13 +133,30 @@ def convolve(
     held = x if tails is None else tails
     shape = part_of_row(width, 4)
     conv_forward[(blocks(rows, shape.rows) * blocks(width, shape.block),)](
-        x, weight.contiguous(), x if bias is None else bias.contiguous(), x if grad is None else grad,
-        query_offsets.contiguous(), past.contiguous(), held, y, rows, width, past.shape[0], past.shape[0].bit_length(),
-        0 if tails is None else tails.shape[0], x.stride(0), *([0, 0] if tails is None else tails.stride()[:2]),
-        0 if grad is None else grad.stride(0),
-        VALUE=value if grad is None else both, BIASED=bias is not None, PAGED=paged, GRAD=grad is not None,
-        TAPS=weight.shape[1], **shape.options(),
-    )  # fmt: skip
+        x=x,
+        weight=weight.contiguous(),
+        bias=x if bias is None else bias.contiguous(),
+        grad=x if grad is None else grad,
+        offsets=query_offsets.contiguous(),
+        past=past.contiguous(),
+        tails=held,
+        y=y,
+        rows=rows,
+        width=width,
+        segments=past.shape[0],
+        steps=past.shape[0].bit_length(),
+        frames=0 if tails is None else tails.shape[0],
+        stride_x=x.stride(0),
+        stride_f=0 if tails is None else tails.stride(0),
+        stride_t=0 if tails is None else tails.stride(1),
+        stride_g=0 if grad is None else grad.stride(0),
+        VALUE=value if grad is None else both,
+        BIASED=bias is not None,
+        PAGED=paged,
+        GRAD=grad is not None,
+        TAPS=weight.shape[1],
+        **shape.options(),
+    )
     return y
 
 
@@ -168,9 +185,22 @@ def causal_conv_paged(
         staged = torch.empty(saves, taps - 1, width, dtype=tails.dtype, device=x.device)
         shape = part_of_row(width, 4)
         conv_tails[(blocks(saves, shape.rows) * blocks(width, shape.block),)](
-            x, query_offsets.contiguous(), load_blocks.contiguous(), tails, store_rows.contiguous(), staged,
-            saves, width, segments, segments.bit_length(), tails.shape[0], x.stride(0), *tails.stride()[:2],
-            TAPS=taps, **shape.options(),
-        )  # fmt: skip
+            x=x,
+            offsets=query_offsets.contiguous(),
+            load_blocks=load_blocks.contiguous(),
+            tails=tails,
+            store_rows=store_rows.contiguous(),
+            staged=staged,
+            saves=saves,
+            width=width,
+            segments=segments,
+            steps=segments.bit_length(),
+            frames=tails.shape[0],
+            stride_x=x.stride(0),
+            stride_f=tails.stride(0),
+            stride_t=tails.stride(1),
+            TAPS=taps,
+            **shape.options(),
+        )
         state_write(tails, staged, store_blocks)
     return y

@@ -98,9 +98,22 @@ def causal_conv_backward(
     count, steps = parts(rows, summed, x)
     partials = torch.empty(count, taps + 1, width, dtype=torch.float32, device=x.device)
     conv_weight_grad[(count, blocks(width, summed.block), taps + (bias is not None))](
-        x, before, offsets, past, x if held is None else held, partials, rows, width, segments, segments.bit_length(),
-        frames, steps, x.stride(0), TAPS=taps, **summed.options(),
-    )  # fmt: skip
+        x=x,
+        before=before,
+        offsets=offsets,
+        past=past,
+        tails=x if held is None else held,
+        partials=partials,
+        rows=rows,
+        width=width,
+        segments=segments,
+        search=segments.bit_length(),
+        frames=frames,
+        steps=steps,
+        stride_x=x.stride(0),
+        TAPS=taps,
+        **summed.options(),
+    )
     sums = partials[:, : taps + (bias is not None)].sum(0)
 
     # Places of past by the row of [x, tails] that they name; those that name none come last.

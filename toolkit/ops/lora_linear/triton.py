@@ -155,12 +155,30 @@ def shrink(x: torch.Tensor, weight: torch.Tensor, scaling: torch.Tensor, grouped
     aligned = depth % 16 == 0 and ranks % 16 == 0
     step = size.depth if aligned else min(size.depth, tiles.UNALIGNED_DEPTH)
     lora_shrink[(grouped.tiles(size.rows), splits, padded // block)](
-        x, weight, scaling, grouped.order, grouped.starts, partials, grouped.adapters + 1, grouped.rows, depth, ranks,
-        x.stride(0), *weight.stride(), partials.stride(0),
-        ROWS=size.rows, RANKS=block, DEPTH=step, SPLIT=tiles.SPLIT, PADDED=padded,
-        EVEN=depth % step == 0, ALIGNED=ranks == padded,
+        x=x,
+        weight=weight,
+        scaling=scaling,
+        order=grouped.order,
+        starts=grouped.starts,
+        partials=partials,
+        groups=grouped.adapters + 1,
+        num_rows=grouped.rows,
+        depth=depth,
+        ranks=ranks,
+        stride_x=x.stride(0),
+        stride_wl=weight.stride(0),
+        stride_wr=weight.stride(1),
+        stride_wk=weight.stride(2),
+        stride_p=partials.stride(0),
+        ROWS=size.rows,
+        RANKS=block,
+        DEPTH=step,
+        SPLIT=tiles.SPLIT,
+        PADDED=padded,
+        EVEN=depth % step == 0,
+        ALIGNED=ranks == padded,
         **size.options(),
-    )  # fmt: skip
+    )
     if splits == 1:
         return partials[0]
     low = torch.empty(x.shape[0], padded, dtype=torch.float32, device=x.device)
@@ -179,12 +197,29 @@ def expand(
     (_, columns, ranks), padded = weight.shape, low.shape[1]
     under = out if base is None else base
     lora_expand[(grouped.tiles(size.rows), triton.cdiv(columns, size.columns))](
-        under, low, weight, out, grouped.order, grouped.starts, grouped.adapters + 1, grouped.rows, columns, ranks,
-        under.stride(0), *weight.stride(), out.stride(0),
-        ROWS=size.rows, RANKS=min(size.depth, padded), COLUMNS=size.columns, PADDED=padded,
-        BASED=base is not None, PRECISION=tiles.float32_precision(arch, out.dtype),
+        base=under,
+        low=low,
+        weight=weight,
+        out=out,
+        order=grouped.order,
+        starts=grouped.starts,
+        groups=grouped.adapters + 1,
+        num_rows=grouped.rows,
+        columns=columns,
+        ranks=ranks,
+        stride_b=under.stride(0),
+        stride_wl=weight.stride(0),
+        stride_wc=weight.stride(1),
+        stride_wr=weight.stride(2),
+        stride_o=out.stride(0),
+        ROWS=size.rows,
+        RANKS=min(size.depth, padded),
+        COLUMNS=size.columns,
+        PADDED=padded,
+        BASED=base is not None,
+        PRECISION=tiles.float32_precision(arch, out.dtype),
         **size.options(),
-    )  # fmt: skip
+    )
 
 
 def lora_add(
