@@ -10,6 +10,7 @@ from torch import Tensor
 
 from toolkit.errors import ToolkitError
 from toolkit.state import (
+    AttentionSettings,
     BlockAllocator,
     BlockTable,
     BlockTables,
@@ -61,7 +62,7 @@ def test_from_sequences_packs() -> None:
         nothing = RaggedBatch.from_sequences(empty)
         assert len(nothing.tokens) == len(nothing.positions) == 0
         assert nothing.query_offsets.tolist() == [0] * (len(empty) + 1)
-        assert DenseContext(nothing).attend(0, *qkv(0, 0), scale=SCALE).shape == (0, HEADS, V_DIM)
+        assert DenseContext(nothing).attend(0, *qkv(0, 0), AttentionSettings(SCALE)).shape == (0, HEADS, V_DIM)
 
 
 @pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (3, 0.0), (0, 5.0), (4, 2.0)])
@@ -69,7 +70,7 @@ def test_packed_outputs_and_gradients_equal_each_sequence_alone(window: int, sof
     lengths = [7, 1, 0, 19, 2]
     batch = RaggedBatch.from_sequences([[0] * length for length in lengths], share=False)
     inputs = [part.requires_grad_() for part in qkv(sum(lengths), sum(lengths))]
-    out = DenseContext(batch).attend(0, *inputs, scale=SCALE, window=window, softcap=softcap)
+    out = DenseContext(batch).attend(0, *inputs, AttentionSettings(SCALE, window, softcap))
     expected = torch.cat(
         [dense(q, k, v, window, softcap) for q, k, v in zip(*(part.split(lengths) for part in inputs)) if len(q)]
     )
@@ -121,7 +122,7 @@ class Runner:
         assert batch.sequence_ids.tolist()[len(tokens) :] == [len(tables)] * padding
         parts = [torch.cat([part[i] for _, _, part in work]) for i in range(3)]
         q, k, v = (torch.cat([part, torch.full_like(part[:1], 3.0).expand(padding, -1, -1)]) for part in parts)
-        out = PagedContext(batch, self.pool).attend(1, q, k, v, scale=SCALE)
+        out = PagedContext(batch, self.pool).attend(1, q, k, v, AttentionSettings(SCALE))
         assert not out[len(tokens) :].any()
         for table, new, _ in work:
             table.commit(new)
@@ -145,7 +146,7 @@ def test_any_schedule_through_blocks_equals_all_at_once_bit_for_bit(seed: int) -
         part[5] = torch.cat([part[3][:10], part[5][10:]])
     q, k, v = (torch.cat(part) for part in parts)
     packing = RaggedBatch.from_sequences(texts, share=False)
-    whole = DenseContext(packing).attend(0, q, k, v, scale=SCALE).split(lengths)
+    whole = DenseContext(packing).attend(0, q, k, v, AttentionSettings(SCALE)).split(lengths)
 
     runner = Runner(torch.float32)
     runner.allocator.free(runner.allocator.allocate(choose.randrange(20)))
@@ -200,7 +201,7 @@ def test_padded_calls_attend_like_each_row_alone(name: str, cut: int) -> None:
     batch = RaggedBatch.for_padded(mask, queries)
     inputs = [part.requires_grad_() for part in qkv(rows * queries, rows * width)]
     q, k, v = (part.unflatten(0, (rows, -1)) if len(part) else part for part in inputs)
-    out = DenseContext(batch).attend(0, *inputs, scale=SCALE)
+    out = DenseContext(batch).attend(0, *inputs, AttentionSettings(SCALE))
     expected = torch.zeros_like(out).view(rows, queries, HEADS, V_DIM)
     positions = torch.zeros(rows, queries, dtype=torch.int64)
     for row in range(rows):
@@ -247,7 +248,7 @@ def test_a_plan_made_in_inference_mode_serves_a_later_backward() -> None:
         mask = torch.ones(2, 3, dtype=torch.bool)
         batch = RaggedBatch.for_padded(mask, 3)
     inputs = [part.requires_grad_() for part in qkv(6, 6)]
-    DenseContext(batch).attend(0, *inputs, scale=SCALE).sum().backward()
+    DenseContext(batch).attend(0, *inputs, AttentionSettings(SCALE)).sum().backward()
     assert all(part.grad is not None for part in inputs)
 
 

@@ -15,32 +15,8 @@ from torch import Tensor, nn
 from toolkit.ops.rotary import rotary
 from toolkit.state.active import forward_context_of
 from toolkit.state.batch import RaggedBatch
-from toolkit.state.context import ForwardContext
+from toolkit.state.context import AttentionSettings, ForwardContext
 from toolkit.state.dense import DenseContext
-
-
-@dataclass(frozen=True)
-class AttentionShape:
-    """The mathematics of one call.
-
-    Args:
-        scale: factor of the scores.
-        window: tokens that a query sees, itself included; 0: all.
-        softcap: bound of the scores; 0: none.
-        dropout: probability, in training.
-        sinks: [H] an extra logit per head, which takes part in the softmax's denominator alone (gpt-oss, 2025).
-    """
-
-    scale: float
-    window: int = 0
-    softcap: float = 0.0
-    dropout: float = 0.0
-    sinks: Tensor | None = None
-
-    def settings(self) -> dict[str, Any]:
-        """As ``ForwardContext.attend`` takes them."""
-        extra = {} if self.sinks is None else {"sinks": self.sinks}
-        return {"scale": self.scale, "window": self.window, "softcap": self.softcap, **extra}
 
 
 @lru_cache(maxsize=64)
@@ -65,7 +41,8 @@ def attend(
     v: Tensor,
     mask: Tensor | None,
     context: ForwardContext | None,
-    shape: AttentionShape,
+    settings: AttentionSettings,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Causal attention [B, S, H, Dv].
 
@@ -79,48 +56,48 @@ def attend(
         mask: None, a padding mask [B, S'] (True: a token; left or right padding), or any explicit mask that broadcasts
             to [B, H, S, S'].
         context: of a ragged batch (B = 1), which says which query sees which key; None for an ordinary call.
-        shape: scale, window and the rest.
+        settings: scale, window and the rest.
+        dropout: probability, in training; a context's forward has none.
     """
     batch_size, queries = q.shape[:2]
     if context is not None:
-        return context.attend(layer, q[0], k[0], v[0], **shape.settings())[None]
-    if shape.dropout > 0.0 or (mask is not None and mask.dim() == 4):
-        return _dense(q, k, v, mask, shape)
+        return context.attend(layer, q[0], k[0], v[0], settings)[None]
+    if dropout > 0.0 or (mask is not None and mask.dim() == 4):
+        return _dense(q, k, v, mask, settings, dropout)
     if mask is not None:
         padded = padded_context(mask, queries)
     elif torch.compiler.is_compiling():
         padded = DenseContext(RaggedBatch.unpadded(batch_size, queries, k.shape[1], q.device))
     else:
         padded = _unpadded(batch_size, queries, k.shape[1], q.device)
-    rows = (part.flatten(0, 1) for part in (q, k, v))
-    out = padded.attend(layer, *rows, **shape.settings())
-    unflattened: Tensor = out.unflatten(0, (batch_size, queries))
-    return unflattened
+    q, k, v = (part.flatten(0, 1) for part in (q, k, v))
+    out: Tensor = padded.attend(layer, q, k, v, settings).unflatten(0, (batch_size, queries))
+    return out
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, shape: AttentionShape) -> Tensor:
+def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, settings: AttentionSettings, dropout: float) -> Tensor:
     """Explicit masks and attention dropout, by torch's own attention."""
     queries, keys = q.shape[1], k.shape[1]
     if mask is None or mask.dim() == 2:
         age = torch.arange(keys - queries, keys, device=q.device)[:, None] - torch.arange(keys, device=q.device)
-        visible = (age >= 0) & (age < shape.window if shape.window > 0 else True)
+        visible = (age >= 0) & (age < settings.window if settings.window > 0 else True)
         mask = visible[None, None] if mask is None else visible & mask[:, None, None, :]
     mask = mask[..., :keys]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    if shape.softcap > 0.0 or shape.sinks is not None:
+    if settings.softcap > 0.0 or settings.sinks is not None:
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        scores = q @ k.mT * shape.scale
-        if shape.softcap > 0.0:
-            scores = shape.softcap * torch.tanh(scores / shape.softcap)
+        scores = q @ k.mT * settings.scale
+        if settings.softcap > 0.0:
+            scores = settings.softcap * torch.tanh(scores / settings.softcap)
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-        if shape.sinks is not None:
-            sinks = shape.sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
+        if settings.sinks is not None:
+            sinks = settings.sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
             scores = torch.cat([scores, sinks], -1)
-        out = F.dropout(scores.softmax(-1)[..., :keys], shape.dropout) @ v
+        out = F.dropout(scores.softmax(-1)[..., :keys], dropout) @ v
     else:
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=shape.dropout, scale=shape.scale, enable_gqa=True
+            q, k, v, attn_mask=mask, dropout_p=dropout, scale=settings.scale, enable_gqa=True
         )
     if mask.dtype == torch.bool:  # a row that sees nothing is zero, not NaN
         out = out.masked_fill(~mask.any(-1, keepdim=True), 0.0)
@@ -177,8 +154,9 @@ class FusedAttention:
                 k, v = k.transpose(1, 2), v.transpose(1, 2)
             dropout = float(getattr(self, "attention_dropout", 0.0)) if self.training else 0.0
             sinks = None if parts.sinks is None else getattr(self, parts.sinks)
-            shape = AttentionShape(float(self.scaling), parts.window, parts.softcap, dropout, sinks)  # type: ignore[arg-type]
-            out = attend(self.layer_idx, q, k, v, attention_mask, forward_context_of(kwargs), shape)  # type: ignore[arg-type]
+            settings = AttentionSettings(float(self.scaling), parts.window, parts.softcap, sinks)  # type: ignore[arg-type]
+            context = forward_context_of(kwargs)
+            out = attend(self.layer_idx, q, k, v, attention_mask, context, settings, dropout)  # type: ignore[arg-type]
             return getattr(self, parts.out)(out.reshape(batch_size, length, -1)), None
 
         return forward

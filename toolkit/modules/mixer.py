@@ -82,7 +82,7 @@ def state_space(layer: int, context: ForwardContext) -> Callable[..., Tensor]:
             dt = F.softplus(dt)
         step = torch.clamp(dt, min=dt_limit[0], max=dt_limit[1])[0].to(dtype)
         x, b, c = (part[0].to(dtype) for part in (hidden_states, B, C))
-        out = context.scan(layer, c, b, x, A.to(dtype) * step, step)
+        out = context.scan(layer, c, b, x, A.to(dtype) * step, step, scale=1.0, delta=False)
         if D is not None:
             out = out + D.to(dtype)[:, None] * x
         return (out[None], None) if return_final_states else out[None]

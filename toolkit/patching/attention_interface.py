@@ -8,8 +8,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from toolkit.errors import ToolkitError
-from toolkit.modules.attention import AttentionShape, attend, padded_context
+from toolkit.modules.attention import attend, padded_context
 from toolkit.state.active import forward_context_of, get_forward_context
+from toolkit.state.context import AttentionSettings
 
 NAME = "toolkit"
 
@@ -35,16 +36,15 @@ def attention_function(
         raise ToolkitError("position_bias must be None, got a tensor: attention with a position bias is not supported.")
     if is_causal is False or not getattr(module, "is_causal", True):
         raise ToolkitError("is_causal must be True, got False: only causal attention is supported.")
-    shape = AttentionShape(
+    settings = AttentionSettings(
         scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
         window=sliding_window or 0,
         softcap=softcap or 0.0,
-        dropout=float(dropout),
         sinks=s_aux,
     )
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    layer = getattr(module, "layer_idx", None)
-    out = attend(layer if layer is not None else 0, q, k, v, attention_mask, forward_context_of(kwargs), shape)
+    layer = getattr(module, "layer_idx", None) or 0
+    out = attend(layer, q, k, v, attention_mask, forward_context_of(kwargs), settings, float(dropout))
     return out.contiguous(), None
 
 

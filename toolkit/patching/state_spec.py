@@ -11,6 +11,7 @@ from toolkit.patching.probe import device_of
 from toolkit.patching.record import report_of
 from toolkit.state import StateSpec
 from toolkit.state.batch import RaggedBatch
+from toolkit.state.context import AttentionSettings
 from toolkit.state.dense import DenseContext
 
 
@@ -22,14 +23,14 @@ class _SpecContext(DenseContext):
         self.layers: list[StateSpec] = []
         self.experts: list[StateSpec] = []
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, window: int = 0, **settings: Any) -> Tensor:
-        kind = "window" if window else "full"
-        self.layers.append(StateSpec(layer, kind, (tuple(k.shape[1:]), tuple(v.shape[1:])), window))
-        return super().attend(layer, q, k, v, window=window, **settings)
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Tensor:
+        kind = "window" if settings.window else "full"
+        self.layers.append(StateSpec(layer, kind, (tuple(k.shape[1:]), tuple(v.shape[1:])), settings.window))
+        return super().attend(layer, q, k, v, settings)
 
     def attend_latent(self, layer: int, q: Tensor, latents: Tensor, value_width: int, *, scale: float) -> Tensor:
         self.layers.append(StateSpec(layer, "latent", (tuple(latents.shape[1:]), (latents.shape[1], value_width))))
-        return super().attend(layer, q, latents, latents[..., :value_width], scale=scale)
+        return super().attend(layer, q, latents, latents[..., :value_width], AttentionSettings(scale))
 
     def scan(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **settings: Any) -> Tensor:
         self.layers.append(StateSpec(layer, "recurrent", ((v.shape[1], k.shape[2], v.shape[2]),)))

@@ -4,7 +4,7 @@ from toolkit.state.batch import RaggedBatch
 from toolkit.state.block_allocator import BlockAllocator, OutOfBlocks
 from toolkit.state.block_manager import BlockManager, BlockTables, Group
 from toolkit.state.block_table import BlockTable
-from toolkit.state.context import ForwardContext
+from toolkit.state.context import AttentionSettings, ForwardContext
 from toolkit.state.dense import DenseContext
 from toolkit.state.kinds import PagedRows, Snapshots, StateSpec
 from toolkit.state.paged import PagedContext
@@ -12,6 +12,7 @@ from toolkit.state.pool import StatePool
 from toolkit.state.prefix import PrefixIndex
 
 __all__ = [
+    "AttentionSettings",
     "BlockAllocator",
     "BlockManager",
     "BlockTable",

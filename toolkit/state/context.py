@@ -4,11 +4,32 @@ Shapes: T new tokens, C channels, Hq query heads, H heads, D key width, V value 
 """
 
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 from torch import Tensor
 
 from toolkit.state.batch import RaggedBatch
 from toolkit.state.replay import RoutingReplay
+
+
+class AttentionSettings(NamedTuple):
+    """The mathematics of one attention layer, in the order of ``toolkit.ops.attention``'s arguments.
+
+    Args:
+        scale: factor of the scores.
+        window: tokens that a query sees, itself included; 0 for all.
+        softcap: bound of the scores; 0 for none.
+        sinks: [Hq] an extra logit per head, which takes part in the softmax's denominator alone (gpt-oss, 2025).
+        modifier: a file of ``toolkit/ops/attention/modifiers``; "" for none.
+        parameters: [Hq, n] numbers of the modifier.
+    """
+
+    scale: float
+    window: int = 0
+    softcap: float = 0.0
+    sinks: Tensor | None = None
+    modifier: str = ""
+    parameters: Tensor | None = None
 
 
 class ForwardContext(ABC):
@@ -27,20 +48,7 @@ class ForwardContext(ABC):
         self.replay = None if batch.routing is None else RoutingReplay(batch.routing)
 
     @abstractmethod
-    def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        scale: float,
-        window: int = 0,
-        softcap: float = 0.0,
-        sinks: Tensor | None = None,
-        modifier: str = "",
-        parameters: Tensor | None = None,
-    ) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Tensor:
         """Causal attention [T, Hq, V] of the new tokens over their own sequences.
 
         Args:
@@ -48,27 +56,16 @@ class ForwardContext(ABC):
             q: [T, Hq, D].
             k: [T, H, D].
             v: [T, H, V].
-            scale: factor of the scores.
-            window: tokens that a query sees, itself included; 0 for all.
-            softcap, sinks, modifier, parameters: as in ``toolkit.ops.attention``.
+            settings: scale, window and the rest.
         """
 
     def attend_latent(self, layer: int, q: Tensor, latents: Tensor, value_width: int, *, scale: float) -> Tensor:
         """``attend`` of latents [T, 1, D], which are the keys and, by their first columns, the values."""
-        return self.attend(layer, q, latents, latents[..., :value_width], scale=scale)
+        return self.attend(layer, q, latents, latents[..., :value_width], AttentionSettings(scale))
 
     @abstractmethod
     def scan(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        g: Tensor,
-        beta: Tensor | None = None,
-        *,
-        scale: float = 1.0,
-        delta: bool = False,
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, *, scale: float, delta: bool
     ) -> Tensor:
         """``linear_recurrence`` of the new tokens along their own sequences: [T, H, V]."""
 

@@ -7,7 +7,7 @@ from toolkit.ops.attention import attention
 from toolkit.ops.causal_conv import causal_conv
 from toolkit.ops.linear_recurrence import linear_recurrence
 from toolkit.state.batch import RaggedBatch
-from toolkit.state.context import ForwardContext
+from toolkit.state.context import AttentionSettings, ForwardContext
 
 
 class DenseContext(ForwardContext):
@@ -21,38 +21,14 @@ class DenseContext(ForwardContext):
         self._parents = batch.parents
         self._past: dict[int, Tensor] = {}
 
-    def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        scale: float,
-        window: int = 0,
-        softcap: float = 0.0,
-        sinks: Tensor | None = None,
-        modifier: str = "",
-        parameters: Tensor | None = None,
-    ) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Tensor:
         batch = self.batch
-        out, _ = attention(
-            q, k, v, batch.query_offsets, batch.kv_offsets, batch.kv_lengths, batch.block_tables, 1,
-            scale, window, softcap, sinks, modifier, parameters, batch.query_ranges,
-        )  # fmt: skip
+        plan = batch.query_offsets, batch.kv_offsets, batch.kv_lengths, batch.block_tables, 1, *settings
+        out, _ = attention(q, k, v, *plan, batch.query_ranges)
         return out
 
     def scan(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        g: Tensor,
-        beta: Tensor | None = None,
-        *,
-        scale: float = 1.0,
-        delta: bool = False,
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, *, scale: float, delta: bool
     ) -> Tensor:
         if self._parents is None:
             self._parents = torch.full_like(self.batch.kv_lengths, -1)

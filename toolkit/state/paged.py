@@ -6,7 +6,7 @@ from torch import Tensor
 
 from toolkit.ops.attention import attention
 from toolkit.state.batch import RaggedBatch
-from toolkit.state.context import ForwardContext
+from toolkit.state.context import AttentionSettings, ForwardContext
 from toolkit.state.kinds import PagedRows, Snapshots
 from toolkit.state.pool import StatePool
 
@@ -18,43 +18,19 @@ class PagedContext(ForwardContext):
         super().__init__(batch)
         self.pool = pool
 
-    def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        scale: float,
-        window: int = 0,
-        softcap: float = 0.0,
-        sinks: Tensor | None = None,
-        modifier: str = "",
-        parameters: Tensor | None = None,
-    ) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Tensor:
         """Attention over the blocks, after the new tokens' own keys and values went there."""
         batch = self.batch
         state, view = self._state(layer, "attend")
         assert isinstance(view, PagedRows)
         state.write((k, v), view, batch.query_offsets)
         keys, values, tables = state.operands(view)
-        out, _ = attention(
-            q, keys, values, batch.query_offsets, batch.kv_offsets, batch.kv_lengths, tables, self.pool.block_size,
-            scale, window, softcap, sinks, modifier, parameters,
-        )  # fmt: skip
+        plan = batch.query_offsets, batch.kv_offsets, batch.kv_lengths, tables, self.pool.block_size, *settings
+        out, _ = attention(q, keys, values, *plan)
         return out
 
     def scan(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        g: Tensor,
-        beta: Tensor | None = None,
-        *,
-        scale: float = 1.0,
-        delta: bool = False,
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, *, scale: float, delta: bool
     ) -> Tensor:
         state, view = self._state(layer, "scan")
         out: Tensor = state.scan(q, k, v, g, beta, view, self.batch.query_offsets, scale, delta)

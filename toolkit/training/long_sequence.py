@@ -19,7 +19,7 @@ from toolkit.ops.linear_logprob.deferred import summed_cross_entropy
 from toolkit.ops.linear_recurrence import linear_recurrence
 from toolkit.patching.forward import context_forward
 from toolkit.state.batch import RaggedBatch
-from toolkit.state.context import ForwardContext
+from toolkit.state.context import AttentionSettings, ForwardContext
 
 Key = tuple[int, str]
 """A layer and what it does there: "scan" or "convolve"."""
@@ -49,23 +49,23 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, state: _LayerKeys, batch: RaggedBatch,
-        start: int, settings: tuple[Any, ...],
+        start: int, settings: AttentionSettings,
     ) -> Tensor:  # fmt: skip
         stop = start + len(q)
         state.keys[start:stop] = k
         state.values[start:stop] = v
         keys, values = (kept[:stop].to(q.device) for kept in (state.keys, state.values))
         plan = batch.query_offsets, batch.kv_offsets, batch.kv_lengths
-        scale, window, softcap, modifier, parameters = settings
-        out, lse = attention(q, keys, values, *plan, None, 0, scale, window, softcap, sinks, modifier, parameters)
-        ctx.state, ctx.plan, ctx.settings, ctx.span = state, plan, settings, (start, stop)
+        out, lse = attention(q, keys, values, *(*plan, None, 0, *settings))
+        # Saved tensors hold the sinks: autograd frees those after the backward.
+        ctx.state, ctx.plan, ctx.settings, ctx.span = state, plan, settings._replace(sinks=None), (start, stop)
         ctx.save_for_backward(q, out, lse, sinks)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, out, lse, sinks = ctx.saved_tensors
-        scale, window, softcap, modifier, parameters = ctx.settings
+        scale, window, softcap, _, modifier, parameters = ctx.settings
         start, stop = ctx.span
         offsets, first, lengths = ctx.plan
         keys, values = (kept[:stop].to(q.device) for kept in (ctx.state.keys, ctx.state.values))
@@ -122,38 +122,15 @@ class ChunkedContext(ForwardContext):
         for starts in self.state.starts.values():
             starts.pop(self.chunk + 1, None)
 
-    def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        scale: float,
-        window: int = 0,
-        softcap: float = 0.0,
-        sinks: Tensor | None = None,
-        modifier: str = "",
-        parameters: Tensor | None = None,
-    ) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Tensor:
         keys = self.state.keys.get(layer)
         if keys is None:
             keys = self.state.keys[layer] = _LayerKeys(self.state.length, k, v, self.state.device)
-        settings = scale, window, softcap, modifier, parameters
-        out: Tensor = _Attend.apply(q, k, v, sinks, keys, self.batch, self.start, settings)  # type: ignore[no-untyped-call]
+        out: Tensor = _Attend.apply(q, k, v, settings.sinks, keys, self.batch, self.start, settings)  # type: ignore[no-untyped-call]
         return out
 
     def scan(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        g: Tensor,
-        beta: Tensor | None = None,
-        *,
-        scale: float = 1.0,
-        delta: bool = False,
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, *, scale: float, delta: bool
     ) -> Tensor:
         key, offsets = (layer, "scan"), self.batch.query_offsets
         dtype = torch.promote_types(v.dtype, torch.float32)

@@ -25,15 +25,9 @@ def logits(
 
 
 def linear_logprob(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    temperature: Tensor | None,
-    scale: float,
-    softcap: float,
-    top_k: int,
-) -> Outputs:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: Tensor | None,
+    scale: float, softcap: float, top_k: int,
+) -> Outputs:  # fmt: skip
     """logprob [T, C] (0 where the target is negative), lse, entropy, mean logit [T], top values and ids [T, top_k].
 
     Differentiable. A row's bits do not depend on the other rows.
@@ -61,23 +55,11 @@ def linear_logprob(
 
 
 def linear_logprob_backward(
-    grad_logprob: Tensor,
-    grad_lse: Tensor,
-    grad_entropy: Tensor,
-    grad_mean: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    temperature: Tensor | None,
-    lse: Tensor,
-    entropy: Tensor,
-    scale: float,
-    softcap: float,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad_logprob: Tensor, grad_lse: Tensor, grad_entropy: Tensor, grad_mean: Tensor,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: Tensor | None,
+    lse: Tensor, entropy: Tensor, scale: float, softcap: float,
+    need_hidden: bool, need_weight: bool, need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients to hidden, weight and bias; an empty tensor for one that is not needed.
 
     ``d z = p (g_lse - sum_c g_c - g_entropy (log p + H)) + g_mean / V + sum_c g_c [target_c]`` with
@@ -111,15 +93,9 @@ def linear_logprob_backward(
 
 
 def linear_logprob_fake(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    temperature: Tensor | None,
-    scale: float,
-    softcap: float,
-    top_k: int,
-) -> Outputs:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: Tensor | None,
+    scale: float, softcap: float, top_k: int,
+) -> Outputs:  # fmt: skip
     rows, dtype = targets.shape[0], compute_dtype(hidden)
     logprob = hidden.new_empty(targets.shape, dtype=dtype)
     statistics = [hidden.new_empty(rows, dtype=dtype) for _ in range(3)]
@@ -128,23 +104,11 @@ def linear_logprob_fake(
 
 
 def linear_logprob_backward_fake(
-    grad_logprob: Tensor,
-    grad_lse: Tensor,
-    grad_entropy: Tensor,
-    grad_mean: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    temperature: Tensor | None,
-    lse: Tensor,
-    entropy: Tensor,
-    scale: float,
-    softcap: float,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad_logprob: Tensor, grad_lse: Tensor, grad_entropy: Tensor, grad_mean: Tensor,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: Tensor | None,
+    lse: Tensor, entropy: Tensor, scale: float, softcap: float,
+    need_hidden: bool, need_weight: bool, need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     none = hidden.new_empty(0)
     return (
         torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if need_hidden else none,

@@ -44,18 +44,10 @@ def select(
 
 
 def route(
-    logits: Tensor,
-    expert_bias: Tensor | None,
-    topk_ids: Tensor | None,
-    top_k: int,
-    scoring_func: str,
-    n_group: int,
-    topk_group: int,
-    experts_per_group_score: int,
-    norm_topk_prob: bool,
-    eps: float,
-    routed_scaling_factor: float,
-) -> tuple[Tensor, Tensor]:
+    logits: Tensor, expert_bias: Tensor | None, topk_ids: Tensor | None, top_k: int, scoring_func: str,
+    n_group: int, topk_group: int, experts_per_group_score: int,
+    norm_topk_prob: bool, eps: float, routed_scaling_factor: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(topk_weights [T, K], topk_ids [T, K]): see ``toolkit.ops.route.route``."""
     scores = expert_scores(logits, scoring_func)
     if topk_ids is None:
@@ -69,14 +61,9 @@ def route(
 
 
 def route_backward(
-    grad: Tensor,
-    logits: Tensor,
-    topk_ids: Tensor,
-    scoring_func: str,
-    norm_topk_prob: bool,
-    eps: float,
-    routed_scaling_factor: float,
-) -> Tensor:
+    grad: Tensor, logits: Tensor, topk_ids: Tensor, scoring_func: str,
+    norm_topk_prob: bool, eps: float, routed_scaling_factor: float,
+) -> Tensor:  # fmt: skip
     """The gradient to the logits: of the selected scores through sum and scale, and for softmax through all of them.
 
     With p the scores, w = p / (sum p + eps) and d = routed_scaling_factor grad: ``dp = (d - <d, w>) / (sum p + eps)``,
@@ -98,30 +85,17 @@ def route_backward(
 
 
 def route_fake(
-    logits: Tensor,
-    expert_bias: Tensor | None,
-    topk_ids: Tensor | None,
-    top_k: int,
-    scoring_func: str,
-    n_group: int,
-    topk_group: int,
-    experts_per_group_score: int,
-    norm_topk_prob: bool,
-    eps: float,
-    routed_scaling_factor: float,
-) -> tuple[Tensor, Tensor]:
+    logits: Tensor, expert_bias: Tensor | None, topk_ids: Tensor | None, top_k: int, scoring_func: str,
+    n_group: int, topk_group: int, experts_per_group_score: int,
+    norm_topk_prob: bool, eps: float, routed_scaling_factor: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     shape = (logits.shape[0], top_k)
     weights = torch.empty(shape, dtype=compute_dtype(logits), device=logits.device)
     return weights, torch.empty(shape, dtype=torch.int64, device=logits.device)
 
 
 def route_backward_fake(
-    grad: Tensor,
-    logits: Tensor,
-    topk_ids: Tensor,
-    scoring_func: str,
-    norm_topk_prob: bool,
-    eps: float,
-    routed_scaling_factor: float,
-) -> Tensor:
+    grad: Tensor, logits: Tensor, topk_ids: Tensor, scoring_func: str,
+    norm_topk_prob: bool, eps: float, routed_scaling_factor: float,
+) -> Tensor:  # fmt: skip
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
