@@ -1,6 +1,6 @@
 """The figures of the first page: the README's table and picture, from the committed results.
 
-``python -m benchmarks.picture`` prints the table and draws ``docs/picture.svg``; nothing is measured here.
+``python -m benchmarks.picture`` prints the table and plots ``docs/picture.svg``; nothing is measured here.
 """
 
 import json
@@ -74,8 +74,8 @@ def table(found: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def draw(found: list[Row], path: Path = PICTURE) -> Path:
-    """Draw the ratios as bars; the same rows give the same file."""
+def plot(found: list[Row], path: Path = PICTURE) -> Path:
+    """Plot the ratios as bars; the same rows give the same file."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -114,7 +114,7 @@ def _hardware(result: dict[str, Any]) -> str:
 def main() -> None:
     found = rows()
     print(table(found))
-    print(f"drawn: {draw(found)}")
+    print(f"written: {plot(found)}")
 
 
 if __name__ == "__main__":

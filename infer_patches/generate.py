@@ -172,7 +172,7 @@ class _Loop:
         pad = next((one for one in (config.pad_token_id, *ends) if one is not None), None)
         max_tokens = stopping_criteria.max_length - length
         prompts = _prompts(input_ids, model_inputs.get("attention_mask"))
-        # A request's completions can be ended only together: with criteria each is a request of its own.
+        # A request's completions can be ended only together: with criteria each is a separate request.
         count = 1 if others else config.num_return_sequences
         least = max(config.min_length - length, config.min_new_tokens or 0, 0)
         common: dict[str, Any] = {"n": count, "min_tokens": min(least, max_tokens)}

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-def test_the_site_builds_strictly(tmp_path):
+def test_the_documentation_builds_strictly(tmp_path):
     pytest.importorskip("mkdocs", reason="the site needs mkdocs")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -31,6 +31,6 @@ def test_the_readme_s_table_is_that_of_the_results():
 
 def test_the_picture_is_that_of_the_results(tmp_path):
     pytest.importorskip("matplotlib", reason="the picture needs matplotlib")
-    from benchmarks.picture import PICTURE, draw, rows
+    from benchmarks.picture import PICTURE, plot, rows
 
-    assert draw(rows(), tmp_path / "picture.svg").read_text() == PICTURE.read_text()
+    assert plot(rows(), tmp_path / "picture.svg").read_text() == PICTURE.read_text()

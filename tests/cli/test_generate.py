@@ -19,7 +19,7 @@ def saved(tmp_path_factory):
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {letter: 3 + place for place, letter in enumerate(alphabet)}
+    vocabulary = {letter: 3 + index for index, letter in enumerate(alphabet)}
     backend = Tokenizer(models.BPE({"<pad>": 0, "<s>": 1, "</s>": 2, **vocabulary}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -31,7 +31,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def completions(saved):
-    """What the engine gives for all three prompts, drawn with seed 5."""
+    """What the engine gives for all three prompts, sampled with seed 5."""
     from toolkit.engine import Engine, SamplingParams
     from toolkit.loading import load_model
 
@@ -48,11 +48,11 @@ def shown(capsys, *words):
 def test_every_prompt_is_shown_with_its_continuation(saved, completions, capsys, count):
     out = shown(capsys, saved, *PROMPTS[:count], "--max-tokens", "12", "--temperature", "0.8", "--seed", "5")
     completions = completions[:count]
-    place = 0
+    end = 0
     for prompt, completion in zip(PROMPTS, completions):
         text = (prompt + completion.text).translate(VISIBLE)
         ending = f"\n({len(completion.token_ids)} tokens, ended by {completion.finish_reason})\n"
-        place = out.index(text + ending, place) + len(text)
+        end = out.index(text + ending, end) + len(text)
     tokens = sum(len(completion.token_ids) for completion in completions)
     assert re.search(rf"\n{tokens} tokens for {count} prompts? in [\d.]+ s, [\d.]+ tokens/s\n$", out)
 
