@@ -30,7 +30,7 @@ PROSE = {
     r"\bmixtures? of experts\b|\b(a|of|this|that|such) mixtures?\b(?! distribution)": "MoE model",
     r"\bshared out\b": "sharded",
     r"\blikeliest\b": "most probable, top-k",
-    r"\bdrawn\b|\bdraws?\b|\bdrawing\b": "sampled, sample",
+    r"\bdrawn\b|(?<!data\.)\bdraws?\b|\bdrawing\b": "sampled, sample",
     r"\bforests?\b": "prefix tree(s)",
     r"\bgo(es)? on (from|with)\b|\bgo on\b|\bgoes on\b": "continues, resume with",
     r"\bwidened\b|\bH wide\b": "upcast, hidden size",
@@ -59,7 +59,7 @@ PROSE = {
 """Regular expressions over any text, case ignored: what to write instead."""
 
 NAMES = {
-    "company": "neighbours", "place": "row, index, offset", "places": "rows, indices, offsets", "draw": "sample",
+    "company": "neighbours", "place": "row, index, offset", "places": "rows, indices, offsets",
     "draws": "samples", "drawn": "sampled", "likeliest": "top_k", "mixture": "moe", "mixtures": "moe",
     "twin": "probe_copy", "twins": "reference", "wide": "float32, hidden_size", "widened": "upcast",
     "bent": "score_mod", "disorder": "entropy", "seam": "interface", "refusal": "skipped", "refusals": "skipped",

@@ -103,11 +103,11 @@ def run_trees(trees, scale=0.3, window=0, softcap=0.0, **options):
 
 def check_trees(trees, window=0, softcap=0.0, modifier="", sinks=None, tolerance=1e-5):
     score, parameters = ORACLES.get(modifier, modifier)
-    wide = [x.double().requires_grad_() for x in (trees.q, trees.k, trees.v)]
-    wide += [] if sinks is None else [sinks.double().requires_grad_()]
-    own = wide[3] if sinks is not None else None
-    expected, expected_lse = trees.dense(*wide[:3], 0.3, window, softcap, own, score)
-    wanted = torch.autograd.grad(expected, wide, trees.grad.double())
+    upcast = [x.double().requires_grad_() for x in (trees.q, trees.k, trees.v)]
+    upcast += [] if sinks is None else [sinks.double().requires_grad_()]
+    own = upcast[3] if sinks is not None else None
+    expected, expected_lse = trees.dense(*upcast[:3], 0.3, window, softcap, own, score)
+    wanted = torch.autograd.grad(expected, upcast, trees.grad.double())
     options = {"sinks": sinks, "modifier": modifier if modifier in ORACLES else "cubic", "parameters": parameters}
     out, lse, *grads = run_trees(trees, 0.3, window, softcap, **options)
     end = int(trees.query_offsets[-1])

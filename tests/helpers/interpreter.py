@@ -64,7 +64,7 @@ def gradients(oracle: Callable[..., Any], inputs: list[Tensor], grads: list[Tens
 
 
 def rows_alone(f: Callable[..., Any], inputs: list[Tensor], seed: int = 0) -> None:
-    """f of any rows of ``inputs`` has those rows' bits of f of all, and the same bits again."""
+    """f of any rows of ``inputs`` has those rows' bits of f of all, and bitwise identical results again."""
     generator = torch.Generator("cpu").manual_seed(seed)
     count = inputs[0].shape[0]
 

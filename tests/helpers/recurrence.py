@@ -91,7 +91,7 @@ def poisoned() -> Iterator[None]:
 
 
 def cuts(rows: int, count: int, seed: int) -> list[tuple[int, int]]:
-    """[0, rows) in pieces, some perhaps empty."""
+    """[0, rows) in chunks, some perhaps empty."""
     choose = random.Random(seed)
     return list(pairwise([0, *sorted(choose.randint(0, rows) for _ in range(count)), rows]))
 

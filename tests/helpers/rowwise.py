@@ -72,8 +72,8 @@ def check_oracle(
     bound = BOUNDS[dtype] if tolerance is None else tolerance
     of_outputs, of_gradients = bound if isinstance(bound, tuple) else (bound, bound)
     outputs, grads = run(f, inputs)
-    wide = [x.double() if x.is_floating_point() else x for x in inputs]
-    leaves = [x.requires_grad_() if x.is_floating_point() else x for x in wide]
+    upcast = [x.double() if x.is_floating_point() else x for x in inputs]
+    leaves = [x.requires_grad_() if x.is_floating_point() else x for x in upcast]
     expected = oracle(*leaves)
     expected = list(expected) if isinstance(expected, tuple) else [expected]
     weights = [seeded(*y.shape, dtype=y.dtype, seed=7 + i).double() for i, y in enumerate(outputs)]

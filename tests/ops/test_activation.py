@@ -131,8 +131,8 @@ def test_rows_do_not_depend_on_other_rows(impl, kind, dtype):
 @pytest.mark.parametrize("kind", PLAIN)
 def test_an_element_has_the_same_bits_anywhere(impl, kind):
     x = seeded(60, dtype=torch.float32, scale=3.0)
-    places = torch.stack([torch.cat([torch.zeros(n), x, torch.zeros(40 - n)]) for n in range(40)])
-    y = activation(places, kind, impl=impl.option)
+    indices = torch.stack([torch.cat([torch.zeros(n), x, torch.zeros(40 - n)]) for n in range(40)])
+    y = activation(indices, kind, impl=impl.option)
     for n in range(40):
         assert torch.equal(y[n, n : n + 60], y[0, :60])
 
@@ -265,7 +265,7 @@ def test_torch_compile_takes_the_op_whole():
 
 
 def test_a_new_kind_is_one_file(tmp_path, monkeypatch):
-    """Its torch twin serves the reference and its C++ reaches the build; for Triton see below."""
+    """Its torch functions serve the reference and its C++ reaches the build; for Triton see below."""
     (tmp_path / "leaky.py").write_text(LEAKY)
     (tmp_path / "bilinear.py").write_text(BILINEAR)
     monkeypatch.setattr(kinds, "__path__", [*kinds.__path__, str(tmp_path)])

@@ -1,4 +1,4 @@
-"""attention against dense fp64 attention, and its bits against every other way to compute the same row."""
+"""attention against dense fp64 attention, and its result against every other way to compute the same row."""
 
 import itertools
 import math
@@ -84,10 +84,10 @@ def test_forward_and_gradients(case, dtype, impl):
     plan, rows = packed(LENGTHS, padding=3)
     q, k, v = make(rows, hq, hkv, d, dv, dtype)
     scale = 1.7 * d**-0.5
-    wide = [x.double().requires_grad_() for x in (q, k, v)]
-    expected, expected_lse = dense(*wide, plan, scale, window, softcap)
+    upcast = [x.double().requires_grad_() for x in (q, k, v)]
+    expected, expected_lse = dense(*upcast, plan, scale, window, softcap)
     grad = torch.randn(expected.shape, dtype=torch.float64)
-    expected_grads = torch.autograd.grad(expected, wide, grad)
+    expected_grads = torch.autograd.grad(expected, upcast, grad)
     out, lse = attention(q, k, v, *plan, None, 0, scale, window, softcap, impl=impl)
     grads = attention_backward(grad.to(dtype), q, k, v, out, lse, *plan, scale, window, softcap, impl=impl)
     tolerance = 1e-12 if dtype == torch.float64 else 3e-6
@@ -116,10 +116,10 @@ def test_more_keys_than_queries_and_fewer(impl, window, softcap):
     """Keys before the queries, in any order of rows, with unreferenced rows; and too few keys."""
     plan = offsets([3, 40, 5, 9]), torch.tensor([100, 3, 0, 90]), torch.tensor([150, 70, 2, 0])
     q, k, v = make(57, 4, 2, 32, 16, torch.float64, kv_rows=260)
-    wide = [x.clone().requires_grad_() for x in (q, k, v)]
-    expected, expected_lse = dense(*wide, plan, 0.3, window, softcap)
+    upcast = [x.clone().requires_grad_() for x in (q, k, v)]
+    expected, expected_lse = dense(*upcast, plan, 0.3, window, softcap)
     grad = torch.randn_like(expected)
-    expected_grads = torch.autograd.grad(expected, wide, grad)
+    expected_grads = torch.autograd.grad(expected, upcast, grad)
     out, lse = attention(q, k, v, *plan, None, 0, 0.3, window, softcap, impl=impl)
     assert error(out, expected) < 1e-12
     assert torch.equal(lse.isinf(), expected_lse.isinf())
@@ -136,12 +136,12 @@ def test_sequences_that_share_keys(impl):
     """A common prefix stored once: its gradient is the sum over the sequences."""
     plan = offsets([70, 70, 20]), torch.tensor([0, 0, 10]), torch.tensor([70, 70, 33])
     q, k, v = make(160, 2, 1, 32, 32, torch.float64, kv_rows=70)
-    wide = [x.clone().requires_grad_() for x in (q, k, v)]
-    expected, _ = dense(*wide, plan, 0.2)
+    upcast = [x.clone().requires_grad_() for x in (q, k, v)]
+    expected, _ = dense(*upcast, plan, 0.2)
     grad = torch.randn_like(expected)
     out, lse = attention(q, k, v, *plan, None, 0, 0.2, impl=impl)
     grads = attention_backward(grad, q, k, v, out, lse, *plan, 0.2, impl=impl)
-    for actual, want in zip(grads, torch.autograd.grad(expected, wide, grad)):
+    for actual, want in zip(grads, torch.autograd.grad(expected, upcast, grad)):
         assert error(actual, want) < 1e-10
 
 
@@ -174,10 +174,10 @@ def test_half_types_are_computed_in_float(impl, dtype):
     assert torch.equal(lse, expected_lse)
     grad = torch.randn(out.shape).to(dtype)
     grads = attention_backward(grad, q, k, v, out, lse, *plan, 32**-0.5, impl=impl)
-    wide = attention_backward(
+    upcast = attention_backward(
         grad.float(), q.float(), k.float(), v.float(), out.float(), lse, *plan, 32**-0.5, impl=impl
     )
-    for actual, want in zip(grads, wide):
+    for actual, want in zip(grads, upcast):
         assert torch.equal(actual, want.to(dtype))
 
 
@@ -198,8 +198,8 @@ def test_extreme_scores(impl):
     plan, rows = packed([100])
     q, k, v = make(rows, 2, 2, 16, 16, torch.float32)
     q, k = q * 60, k * 60
-    wide = [x.double().requires_grad_() for x in (q, k, v)]
-    expected, expected_lse = dense(*wide, plan, 1.0)
+    upcast = [x.double().requires_grad_() for x in (q, k, v)]
+    expected, expected_lse = dense(*upcast, plan, 1.0)
     assert expected_lse.abs().max() > 1e4
     out, lse = attention(q, k, v, *plan, None, 0, 1.0, impl=impl)
     assert error(lse, expected_lse) < 1e-6
@@ -371,7 +371,7 @@ def test_strided_inputs():
             assert torch.equal(a, b)
 
 
-# The Triton launchers: tiles, splits and limits of their own.
+# The Triton launchers: their tiles, splits and limits.
 launch_attention = torch.ops.toolkit.attention
 
 
@@ -434,8 +434,8 @@ def test_no_tokens_and_only_padding():
 def test_strided_inputs_of_triton():
     batch = Batch(7, [(9, 4)], 4, 2, 16)
     want = batch.contiguous()
-    wide = torch.cat([batch.k, batch.v], -1)  # k and v as views of one fused tensor
-    batch.k, batch.v = wide[..., :16], wide[..., 16:]
+    fused = torch.cat([batch.k, batch.v], -1)  # k and v as views of one fused tensor
+    batch.k, batch.v = fused[..., :16], fused[..., 16:]
     batch.q = batch.q.transpose(0, 1).contiguous().transpose(0, 1)
     got = batch.contiguous()
     assert torch.equal(want[0], got[0])
@@ -494,7 +494,7 @@ def test_bad_input_is_one_sentence():
                   batch.kv_lengths, None, 0, 1.0, 0, 0.0)  # fmt: skip
 
 
-# The Triton launchers: tiles, splits and limits of their own.
+# The Triton launchers: their tiles, splits and limits.
 launch_attention = torch.ops.toolkit.attention
 launch_attention_backward = torch.ops.toolkit.attention_backward
 

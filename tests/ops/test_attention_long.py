@@ -1,4 +1,4 @@
-"""Attention over wide heads (MLA's latent) and over contexts of several splits, on the CPU."""
+"""Attention over large heads (MLA's latent) and over contexts of several splits, on the CPU."""
 
 import itertools
 import math
@@ -36,13 +36,13 @@ def test_latent_heads(heads, dtype, impl):
     trees = PrefixTrees(1, heads=heads, kv_heads=1, d=576, v_dim=512, nodes=nodes, dtype=dtype)
     leaves = [x.detach().requires_grad_() for x in (trees.q, trees.k)]
     out, lse = attention(*leaves, leaves[1][..., :512], *trees.plan, 0.05, impl=impl)
-    wide = [x.detach().double().requires_grad_() for x in leaves]
-    expected, expected_lse = trees.dense(*wide, wide[1][..., :512], 0.05)
+    upcast = [x.detach().double().requires_grad_() for x in leaves]
+    expected, expected_lse = trees.dense(*upcast, upcast[1][..., :512], 0.05)
     tolerance = 1e-12 if dtype == torch.float64 else 5e-6
     end = int(trees.query_offsets[-1])
     assert error(out, expected) < tolerance
     assert error(lse[:end], expected_lse[:end]) < tolerance
-    wanted = torch.autograd.grad(expected, wide, trees.grad.double())
+    wanted = torch.autograd.grad(expected, upcast, trees.grad.double())
     for actual, want in zip(torch.autograd.grad(out, leaves, trees.grad), wanted):
         assert error(actual, want) < 10 * tolerance
     # Apart, the gradients of keys and of values are those of a copy.
@@ -105,7 +105,7 @@ def test_contexts_of_several_splits(impl, window):
 @needs_native
 @pytest.mark.parametrize(("heads", "kv_heads", "window"), [(2, 1, 0), (6, 2, 0), (2, 1, 5000), (2, 2, 700)])
 def test_split_bits_are_those_of_any_schedule(heads, kv_heads, window, threads):
-    """A row alone by many threads, in a chunk, and in pages among short sequences: the same bits."""
+    """A row alone by many threads, in a chunk, and in pages among short sequences: bitwise identical results."""
     length, queries = 2 * SPLIT + 70, 75
     q, k, v = long_sequence(heads, kv_heads, 16, length, queries)
     sinks = torch.randn(heads)
@@ -158,7 +158,7 @@ def test_gradients_of_several_splits(impl):
         assert error(actual, want) < 1e-11
 
 
-# The Triton launchers: tiles, splits and limits of their own.
+# The Triton launchers: their tiles, splits and limits.
 launch_attention = torch.ops.toolkit.attention
 launch_attention_backward = torch.ops.toolkit.attention_backward
 
@@ -168,7 +168,7 @@ SPLIT_of_triton = tiles.SPLITS.find("interpreter", torch.float32, 64)
 
 @pytest.fixture
 def way(request, monkeypatch):
-    """Every split a program of its own, one program for all of a row's splits, and that some row tiles at a time."""
+    """Every split as a separate program, one program for all of a row's splits, and that some row tiles at a time."""
     chosen = getattr(request, "param", "apart")
     if chosen != "apart":
         monkeypatch.setattr(tiles, "APART_ROWS", 0)

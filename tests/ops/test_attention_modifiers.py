@@ -38,10 +38,12 @@ def test_no_key_below_the_bound_is_visible(name):
 def check(trees, modifier, sinks, window, softcap, impl):
     score, parameters = ORACLES[modifier]
     dtype = trees.q.dtype
-    wide = [x.double().requires_grad_() for x in (trees.q, trees.k, trees.v)]
-    wide += [] if sinks is None else [sinks.double().requires_grad_()]
-    expected, expected_lse = trees.dense(*wide[:3], 0.4, window, softcap, wide[3] if sinks is not None else None, score)
-    wanted = torch.autograd.grad(expected, wide, trees.grad.double())
+    upcast = [x.double().requires_grad_() for x in (trees.q, trees.k, trees.v)]
+    upcast += [] if sinks is None else [sinks.double().requires_grad_()]
+    expected, expected_lse = trees.dense(
+        *upcast[:3], 0.4, window, softcap, upcast[3] if sinks is not None else None, score
+    )
+    wanted = torch.autograd.grad(expected, upcast, trees.grad.double())
     options = {"sinks": sinks, "modifier": modifier, "parameters": parameters, "impl": impl}
     leaves = [x.clone().requires_grad_() for x in (trees.q, trees.k, trees.v)]
     if sinks is not None:
@@ -119,15 +121,15 @@ def test_bits_do_not_depend_on_chunks_pages_or_threads(modifier):
     options = {"sinks": sinks, "modifier": modifier, "parameters": parameters}
     plan = torch.tensor([0, rows]), torch.tensor([0]), torch.tensor([rows])
     expected = attention(q, k, v, *plan, **options)
-    place = torch.randperm(rows + 5)[:rows]
-    far = [torch.full((rows + 5, 2, 16), math.nan).index_copy(0, place, x) for x in (k, v)]
+    index = torch.randperm(rows + 5)[:rows]
+    far = [torch.full((rows + 5, 2, 16), math.nan).index_copy(0, index, x) for x in (k, v)]
     threads = torch.get_num_threads()
     try:
         for count, cuts in ((1, [0, 1, 5, 64, 65, 139, 140]), (2, [0, 70, 71, 72, 140])):
             torch.set_num_threads(count)
             for begin, end in itertools.pairwise(cuts):
                 part = torch.tensor([0, end - begin]), torch.tensor([0]), torch.tensor([end])
-                got = attention(q[begin:end], *far, *part, place[None, :end], 1, **options)
+                got = attention(q[begin:end], *far, *part, index[None, :end], 1, **options)
                 assert torch.equal(got[0], expected[0][begin:end])
                 assert torch.equal(got[1], expected[1][begin:end])
         grads = []
@@ -150,8 +152,8 @@ def test_sinks_of_gpt_oss(impl, window):
     module.num_key_value_groups, module.training = heads // kv_heads, True
     module.sinks = torch.nn.Parameter(torch.randn(heads, dtype=torch.float64))
     leaves = [torch.randn(n, h, d, dtype=torch.float64, requires_grad=True) for h in (heads, kv_heads, kv_heads)]
-    place = torch.arange(n)
-    hidden = (place[None] > place[:, None]) | ((place[None] <= place[:, None] - window) if window else False)
+    index = torch.arange(n)
+    hidden = (index[None] > index[:, None]) | ((index[None] <= index[:, None] - window) if window else False)
     mask = torch.zeros(n, n, dtype=torch.float64).masked_fill(hidden, -math.inf)[None, None]
     expected = eager(module, *(x.transpose(0, 1)[None] for x in leaves), mask, d**-0.5)[0][0]
     plan = torch.tensor([0, n]), torch.tensor([0]), torch.tensor([n])
@@ -169,10 +171,10 @@ def test_sinks_and_parameters_of_other_dtypes(impl):
     plan = torch.tensor([0, 20]), torch.tensor([0]), torch.tensor([20])
     sinks = torch.randn(4).bfloat16().requires_grad_()
     out, _ = attention(q, k, v, *plan, sinks=sinks, modifier="alibi", parameters=SLOPES.double(), impl=impl)
-    wide = sinks.detach().float().requires_grad_()
-    want, _ = attention(q, k, v, *plan, sinks=wide, modifier="alibi", parameters=SLOPES, impl=impl)
+    upcast = sinks.detach().float().requires_grad_()
+    want, _ = attention(q, k, v, *plan, sinks=upcast, modifier="alibi", parameters=SLOPES, impl=impl)
     assert torch.equal(out, want)
-    (got,), (expected,) = (torch.autograd.grad(y.float().square().sum(), x) for y, x in ((out, sinks), (want, wide)))
+    (got,), (expected,) = (torch.autograd.grad(y.float().square().sum(), x) for y, x in ((out, sinks), (want, upcast)))
     assert got.dtype == torch.bfloat16
     assert torch.equal(got, expected.bfloat16())
 
@@ -233,8 +235,8 @@ def test_operator_registration():
 
 
 def test_a_new_modifier_is_one_file(tmp_path, monkeypatch):
-    """Its twin serves the reference, its C++ reaches the build; for Triton see test_attention_trees.py."""
-    (tmp_path / "bent.py").write_text(BENT)
+    """Its torch functions serve the reference, its C++ reaches the build; for Triton see test_attention_trees.py."""
+    (tmp_path / "arched.py").write_text(ARCHED)
     monkeypatch.setattr(modifiers, "__path__", [*modifiers.__path__, str(tmp_path)])
     modifiers.discover()
     try:
@@ -247,7 +249,7 @@ def test_a_new_modifier_is_one_file(tmp_path, monkeypatch):
 
         leaves = [x.clone().requires_grad_() for x in (trees.q, trees.k, trees.v)]
         want = trees.dense(*leaves, 0.3, score=score)[0]
-        options = {"modifier": "bent", "parameters": parameters, "impl": "reference"}
+        options = {"modifier": "arched", "parameters": parameters, "impl": "reference"}
         out, lse = attention(*(x.detach() for x in leaves), *trees.plan, 0.3, **options)
         assert error(out, want) < 1e-12
         offsets, starts, lengths, tables, page = trees.plan
@@ -261,23 +263,23 @@ def test_a_new_modifier_is_one_file(tmp_path, monkeypatch):
     finally:
         monkeypatch.undo()
         modifiers.discover()
-    assert "bent" not in modifiers.MODIFIERS
+    assert "arched" not in modifiers.MODIFIERS
     monkeypatch.setattr(setuptools, "setup", lambda **options: None)
     make = runpy.run_path(str(Path(__file__).parents[2] / "setup.py"))["modifier_header"]
-    with pytest.raises(RuntimeError, match=r"bent\.py has no C\+\+ functor beside it"):
+    with pytest.raises(RuntimeError, match=r"arched\.py has no C\+\+ functor beside it"):
         make(tmp_path)
-    (tmp_path / "bent.h").touch()
+    (tmp_path / "arched.h").touch()
     with pytest.raises(RuntimeError, match=r"broken\.py must have functions score or visible"):
         make(tmp_path)
     (tmp_path / "broken.py").unlink()
     header = make(tmp_path)
-    assert f'#include "{tmp_path / "bent.h"}"' in header
-    assert "static_assert(Modifier_bent::kScores == true && Modifier_bent::kMasks == true" in header
-    assert "Modifier_bent::kParameters == 2," in header
-    assert 'if (modifier == "bent") return body(Modifier_bent{});' in header
+    assert f'#include "{tmp_path / "arched.h"}"' in header
+    assert "static_assert(Modifier_arched::kScores == true && Modifier_arched::kMasks == true" in header
+    assert "Modifier_arched::kParameters == 2," in header
+    assert 'if (modifier == "arched") return body(Modifier_arched{});' in header
 
 
-BENT = """
+ARCHED = """
 import torch
 
 

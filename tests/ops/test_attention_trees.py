@@ -28,9 +28,9 @@ def gradients(trees, out, lse, scale, window=0, softcap=0.0, *, impl=None, sinks
 
 def check(trees, scale=0.3, window=0, softcap=0.0, *, impl=None):
     dtype = trees.q.dtype
-    wide = [x.double().requires_grad_() for x in (trees.q, trees.k, trees.v)]
-    expected, expected_lse = trees.dense(*wide, scale, window, softcap)
-    wanted = torch.autograd.grad(expected, wide, trees.grad.double())
+    upcast = [x.double().requires_grad_() for x in (trees.q, trees.k, trees.v)]
+    expected, expected_lse = trees.dense(*upcast, scale, window, softcap)
+    wanted = torch.autograd.grad(expected, upcast, trees.grad.double())
     out, lse = attention(trees.q, trees.k, trees.v, *trees.plan, scale, window, softcap, impl=impl)
     assert error(out, expected) < TOLERANCE[dtype]
     assert error(lse.nan_to_num(0, 0, 0), expected_lse.nan_to_num(0, 0, 0)) < TOLERANCE[dtype]
@@ -79,14 +79,14 @@ def test_autograd_and_unread_rows(impl):
     leaves = [x.clone().requires_grad_() for x in (trees.q, trees.k, trees.v)]
     out, _ = attention(*leaves, *trees.plan, 0.3, impl=impl)
     grads = torch.autograd.grad(out, leaves, trees.grad)
-    wide = [x.clone().requires_grad_() for x in (trees.q, trees.k, trees.v)]
-    wanted = torch.autograd.grad(trees.dense(*wide, 0.3)[0], wide, trees.grad)
+    upcast = [x.clone().requires_grad_() for x in (trees.q, trees.k, trees.v)]
+    wanted = torch.autograd.grad(trees.dense(*upcast, 0.3)[0], upcast, trees.grad)
     for actual, want in zip(grads, wanted):
         assert error(actual, want) < 1e-11
         assert actual.isfinite().all()
 
 
-def test_pages_behind_the_window_may_be_gone():
+def test_blocks_behind_the_window_may_be_null():
     """Their entries of the table are not read, forward or backward."""
     nodes = [Node(-1, 4, 60), Node(0, 8, 0), Node(0, 3, 0)]
     trees = PrefixTrees(4, page=4, nodes=nodes)
@@ -133,14 +133,14 @@ def test_bits_do_not_depend_on_threads_or_on_where_rows_lie(heads, kv_heads):
         assert all(torch.equal(a, b) for a, b in zip(other, results[0]))
     # The same rows elsewhere, and in pages.
     order = torch.randperm(trees.rows, generator=torch.Generator().manual_seed(0))
-    place = torch.empty_like(order)
-    place[order] = torch.arange(trees.rows)
+    index = torch.empty_like(order)
+    index[order] = torch.arange(trees.rows)
     trees.k, trees.v = trees.k[order], trees.v[order]
-    trees.tables = torch.where(trees.tables < trees.rows, place[trees.tables.clamp(max=trees.rows - 1)], 10**9)
+    trees.tables = torch.where(trees.tables < trees.rows, index[trees.tables.clamp(max=trees.rows - 1)], 10**9)
     again = attention(trees.q, trees.k, trees.v, *trees.plan, 0.2)
     assert torch.equal(again[0], out)
     dq, dk, dv, _ = gradients(trees, *again, 0.2, 40)
-    for actual, want in zip((dq, dk[place], dv[place]), results[0]):
+    for actual, want in zip((dq, dk[index], dv[index]), results[0]):
         assert torch.equal(actual, want)
 
 
@@ -243,7 +243,7 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.toolkit.attention_backward.default, (*tensors, 0.3, 0, 0.0, tables, page))
 
 
-# The Triton launchers: tiles, splits and limits of their own.
+# The Triton launchers: their tiles, splits and limits.
 launch_attention = torch.ops.toolkit.attention
 launch_attention_backward = torch.ops.toolkit.attention_backward
 
@@ -294,7 +294,7 @@ def test_sinks_and_modifiers(modifier, sunk):
 @only_triton
 @pytest.mark.usefixtures("impl")
 @pytest.mark.parametrize(("d", "v_dim", "heads"), [(576, 512, 17), (300, 280, 2), (512, 64, 1)])
-def test_wide_heads(d, v_dim, heads):
+def test_large_heads(d, v_dim, heads):
     """Slices of the head, and a rest beside a power of two; all query heads share one of keys and values."""
     nodes = [Node(-1, 9, 12), Node(0, 3, 0), Node(0, 2, 0)]
     if heads > 8:
@@ -394,9 +394,9 @@ def test_bad_input_is_one_sentence():
         launch_attention_backward(*tensors, 0.3, 0, 0.0, tables, page)
     with pytest.raises(ToolkitError, match=r"query_ranges must have shape .*, got shape"):
         launch_attention_backward(*tensors, 0.3, 0, 0.0, tables, page, query_ranges=trees.query_ranges[:1])
-    wide = torch.empty(4, 1, 600)
+    upcast = torch.empty(4, 1, 600)
     with pytest.raises(ToolkitError, match=r"head size of v must be <= 512 .* got 600"):
-        launch_attention(wide, wide, wide, offsets, starts, lengths, None, 0, 0.3, 0, 0.0)
+        launch_attention(upcast, upcast, upcast, offsets, starts, lengths, None, 0, 0.3, 0, 0.0)
 
 
 CUBIC = """

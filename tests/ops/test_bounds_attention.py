@@ -149,8 +149,8 @@ def test_attention_backward_matches_float64(dtype, d, window, softcap):
     exact = [x.double().requires_grad_() for x in (q, k, v)]
     dense(*exact, lengths, queries, window, softcap).backward(grad.double())
     out, lse = contiguous(q, k, v, lengths, queries, window, softcap)
-    places = (offsets(queries), offsets(lengths)[:-1], torch.tensor(lengths, device="cuda"))
-    arguments = (grad, q, k, v, out, lse, *places, d**-0.5, window, softcap)
+    indices = (offsets(queries), offsets(lengths)[:-1], torch.tensor(lengths, device="cuda"))
+    arguments = (grad, q, k, v, out, lse, *indices, d**-0.5, window, softcap)
     got, again = attention_backward(*arguments), attention_backward(*arguments)
     for value, repeat, expected in zip(got, again, exact):
         assert relative(value, expected.grad) < 2 * ERROR[dtype]

@@ -60,7 +60,7 @@ def test_linear(impl, dtype, depth, outputs):
     grad = [noise(ROWS, outputs, dtype=dtype, seed=3)]
     exact = evaluate(torch.nn.functional.linear, doubles(x), doubles(weight, bias), doubles(*grad))
     got = evaluate(linear, [x], [weight, bias], grad)
-    # Matrix units truncate what they add; the gradients are the vendor's products, which may add in 16 bits.
+    # Matrix units truncate what they add; the gradients are MKL's products, which may add in 16 bits.
     assert_all_near(got[:1], exact[:1], extra=matrix_noise(dtype))
     assert_all_near(got[1:], exact[1:], extra=NOISE if dtype == torch.float32 else 2 * UNIT[dtype])
     for values, repeat in zip(got, evaluate(linear, [x], [weight, bias], grad), strict=True):
@@ -78,8 +78,8 @@ def test_linear_keeps_the_bits_of_a_row(impl, dtype, depth, outputs):
     for begin in range(0, ROWS, 97):
         assert torch.equal(linear(x[begin : begin + 1], weight, bias), y[begin : begin + 1])
         assert torch.equal(linear(x[begin : begin + 17], weight, bias), y[begin : begin + 17])
-    wide = torch.cat([x, x], -1)
-    assert torch.equal(linear(wide[:, depth:], weight, bias), y)
+    upcast = torch.cat([x, x], -1)
+    assert torch.equal(linear(upcast[:, depth:], weight, bias), y)
     assert torch.equal(linear(x[None, :, None], weight, bias)[0, :, 0], y)
     x[3] = math.nan
     others = torch.arange(ROWS) != 3

@@ -116,7 +116,7 @@ def test_linear_logprob_keeps_the_bits_of_a_row(impl, dtype, variant):
 
 
 @impl_and_dtype([torch.float32, HALF])
-def test_linear_logprob_candidates_and_likeliest(impl, dtype):
+def test_linear_logprob_candidates_and_top_k(impl, dtype):
     rows, depth, size = HEAD_SHAPES[0]
     hidden, weight, *_ = head(rows, depth, size, dtype, "plain")
     targets = integers(-3, size, rows, 4, seed=11)

@@ -1,4 +1,4 @@
-"""Mixtures of experts on a GPU: the plan, the router, and experts forward and backward against float64, and bits."""
+"""MoE ops on a GPU: the plan, the router, and experts forward and backward against float64, and bits."""
 
 import math
 
@@ -42,7 +42,7 @@ ROUTERS = [(24, 4, "sigmoid", 6, 2, 2)] if SMALL else [
 
 def made(layout, sizes, dtype):
     """(x, scores), weights, ids, flags."""
-    kind, gated, biased, site, transposed, interleaved = layout
+    kind, gated, biased, score_position, transposed, interleaved = layout
     tokens, slots, count, hidden, inner = sizes
     x, scores = noise(tokens, hidden, dtype=dtype), noise(tokens, slots, seed=9).abs()
     weights = [
@@ -50,13 +50,13 @@ def made(layout, sizes, dtype):
         for w in layer(count, hidden, inner, gated, biased, transposed, dtype)
     ]
     ids = integers(0, count + 1, tokens, slots)
-    return [x, scores], weights, torch.where(ids == 1, 0, ids), (kind, site, transposed, interleaved)
+    return [x, scores], weights, torch.where(ids == 1, 0, ids), (kind, score_position, transposed, interleaved)
 
 
 def calls(weights, flags, ids, recompute=False):
     """(op, oracle) of (x, scores, weights there are)."""
     there = [index for index, w in enumerate(weights) if w is not None]
-    kind, site, transposed, interleaved = flags
+    kind, score_position, transposed, interleaved = flags
 
     def spread(some):
         full = [None] * 4
@@ -68,7 +68,7 @@ def calls(weights, flags, ids, recompute=False):
         up, up_bias, down, down_bias = spread(some)
         plan = dispatch_plan(ids, up.shape[0])
         return experts(
-            x, scores, up, down, plan, kind, up_bias=up_bias, down_bias=down_bias, score_position=site,
+            x, scores, up, down, plan, kind, up_bias=up_bias, down_bias=down_bias, score_position=score_position,
             transposed=transposed, interleaved=interleaved, recompute=recompute,
         )  # fmt: skip
 
@@ -146,7 +146,7 @@ def test_a_token_keeps_its_bits(impl, dtype, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS[1:2] if SMALL else LAYOUTS)
 def test_recomputation_has_the_same_bits(impl, layout):
-    """The pre-activation of the fused kernel is the grouped product's, whatever tile each takes."""
+    """The pre-activation of the fused kernel is the grouped GEMM's for any tile of either."""
     rows, weights, ids, flags = made(layout, SIZES[0], HALF)
     params, grad = [w for w in weights if w is not None], [noise(*rows[0].shape, dtype=HALF, seed=3)]
     saved, again = (evaluate(calls(weights, flags, ids, re)[0], rows, params, grad) for re in (False, True))

@@ -164,8 +164,8 @@ def made(name, rows, width, dtype):
 def test_values_and_gradients_match_float64(impl, name, dtype, width):
     op, rows, params, cotangents = made(name, ROWS, width, dtype)
     oracle = op.oracle or (lambda x, r, w: added(x, r, w, dtype))
-    wide = [[x.double() if x.is_floating_point() else x for x in group] for group in (rows, params)]
-    exact = evaluate(oracle, *wide, [g.double() for g in cotangents], op.still)
+    upcast = [[x.double() if x.is_floating_point() else x for x in group] for group in (rows, params)]
+    exact = evaluate(oracle, *upcast, [g.double() for g in cotangents], op.still)
     got = evaluate(op.call, rows, params, cotangents, op.still)
     for values, wanted in zip(got, exact, strict=True):
         for value, one in zip(values, wanted, strict=True):
@@ -204,7 +204,7 @@ def test_no_rows_and_strided_rows(impl, name, record_property):
     outputs, grads, _ = evaluate(op.call, rows, params, cotangents, op.still)
 
     def spread(x):
-        """The same numbers in every second row of a wider matrix whose rows start at odd places."""
+        """The same numbers in every second row of a wider matrix whose rows start at odd indices."""
         if x.dim() == 1:
             return torch.stack([x, x], -1)[:, 0]
         room = torch.full(
@@ -229,8 +229,8 @@ def test_rotary_tables(impl, axes):
     positions = integers(0, 200_000, *((3, ROWS) if axes else (ROWS,)))
     axis = torch.arange(40) % 3 if axes else None
     more = {"axes": axis} if axes else {}
-    place = positions[axis].T if axes else positions[:, None]
-    angle = (place.float() * inv_freq).double()
+    index = positions[axis].T if axes else positions[:, None]
+    angle = (index.float() * inv_freq).double()
     angle = torch.cat([angle, angle], -1)
     for dtype in (torch.float32, HALF):
         tables = rotary_tables(positions, inv_freq, 0.7, dtype, **more)

@@ -38,7 +38,7 @@ def columns(rows, seed=0):
 @impl_and_dtype(FLOATS)
 @pytest.mark.parametrize("size", VOCABULARIES)
 def test_tokens_are_those_of_the_specification(impl, dtype, size):
-    """The specification computes in float64; the fate of a draw hangs on rounding once in some 1e9."""
+    """The specification computes in float64; the fate of a sample hangs on rounding once in some 1e9."""
     logits = noise(ROWS, size, dtype=dtype, scale=3.0)
     logits[4::9, ::3] = -torch.inf
     logits[5::9] = (logits[5::9] * 2).round()
@@ -52,8 +52,8 @@ def test_tokens_are_those_of_the_specification(impl, dtype, size):
     assert_same_bits(sample(logits, *rest), (tokens, logprobs))
     for part in subsets(ROWS):
         assert_same_bits(sample(logits[part], *(x[part] for x in rest)), (tokens[part], logprobs[part]))
-    wide = torch.cat([logits, logits], -1)
-    assert_same_bits(sample(wide[:, size:], *rest), (tokens, logprobs))
+    upcast = torch.cat([logits, logits], -1)
+    assert_same_bits(sample(upcast[:, size:], *rest), (tokens, logprobs))
     assert sample(logits[:0], *(x[:0] for x in rest))[0].shape == (0,)
 
 
@@ -72,8 +72,8 @@ def test_rows_without_a_distribution(impl):
         torch.testing.assert_close(logprobs.cpu(), expected, rtol=1e-11, atol=1e-11, equal_nan=True)
 
 
-def test_draws_follow_the_distribution(impl):
-    """Chi-square of many draws from one distribution of a few tokens."""
+def test_samples_follow_the_distribution(impl):
+    """Chi-square of many samples from one distribution of a few tokens."""
     count = 100 if SMALL else 100_000
     weights = torch.tensor([0.4, 0.3, 0.2, 0.07, 0.03], dtype=torch.float64)
     logits = weights.log().float().to(torch.get_default_device()).expand(count, -1)

@@ -1,4 +1,4 @@
-"""causal_conv against F.conv1d of unshared float64 sequences; its bits over cuts, prefix trees and pages."""
+"""causal_conv against F.conv1d of unshared float64 sequences; its result over cuts, prefix trees and pages."""
 
 import pytest
 import torch
@@ -105,8 +105,8 @@ def test_bits_do_not_depend_on_cuts_trees_or_pages(impl, dtype, width):
     none = torch.empty(0, dtype=torch.int64)
     for seed in range(3 if impl is TRITON else 6):
         first = cuts(fork, 2 + seed, seed)
-        pieces = [*first, *((a + fork, b + fork) for a, b in cuts(rows - fork, 3 + 3 * seed, seed))]
-        lengths = [b - a for a, b in pieces]
+        chunks = [*first, *((a + fork, b + fork) for a, b in cuts(rows - fork, 3 + 3 * seed, seed))]
+        lengths = [b - a for a, b in chunks]
         trunk, tail = len(lengths), cuts(branch, 3, seed)
         parents = [*range(-1, trunk - 1), len(first) - 1, *range(trunk, trunk + 3)]
         trees = ([*lengths, *(b - a for a, b in tail)], parents)
@@ -115,13 +115,13 @@ def test_bits_do_not_depend_on_cuts_trees_or_pages(impl, dtype, width):
 
         # Cut into calls: a snapshot at the fork goes to frame 1, the sequence itself lives in frame 2.
         tails, parts = torch.full((4, held, channels), torch.nan, dtype=dtype), []
-        for i, (a, b) in enumerate(p for p in pieces if p[0] < p[1]):
+        for i, (a, b) in enumerate(p for p in chunks if p[0] < p[1]):
             save = [(fork - 1 - a, 1)] * (a < fork <= b) + [(b - 1 - a, 2)]
             if impl is TRITON:  # frames that are not there are skipped
                 save += [(b - 1 - a, -1), (b - 1 - a, 99)]
-            saves, source = torch.tensor(save).unbind(1), torch.tensor([2 if i else -1])
+            stores, source = torch.tensor(save).unbind(1), torch.tensor([2 if i else -1])
             offsets = torch.tensor([0, b - a])
-            parts.append(paged(x[a:b], weight, bias, offsets, source, *saves, tails, "silu", impl=impl.option))
+            parts.append(paged(x[a:b], weight, bias, offsets, source, *stores, tails, "silu", impl=impl.option))
         assert torch.equal(torch.cat(parts), whole)
         assert torch.equal(tails[2], x[rows - held : rows])
         assert torch.equal(tails[1], x[fork - held : fork])
@@ -142,7 +142,7 @@ def test_bits_do_not_depend_on_cuts_trees_or_pages(impl, dtype, width):
 
 
 def test_decode_in_place_beside_any_batch_neighbours(impl):
-    """Every sequence on its own frame, whatever others are in the batch, with padding rows after them."""
+    """Every sequence on its own frame, for any others in the batch, with padding rows after them."""
     x, weight = seeded(42, 19, dtype=torch.float32), seeded(19, 4, dtype=torch.float32, seed=1)
     start = seeded(9, 3, 19, dtype=torch.float32, seed=7)
     alone, wanted = start.clone(), []
@@ -154,8 +154,8 @@ def test_decode_in_place_beside_any_batch_neighbours(impl):
     for step in range(7):
         order = torch.arange(6).roll(step)
         rows = torch.cat([order + 6 * step, torch.tensor([0, 1])])
-        saves = torch.arange(6)
-        y = paged(x[rows], weight, None, torch.arange(7), order, saves, order, tails, impl=impl.option)
+        stores = torch.arange(6)
+        y = paged(x[rows], weight, None, torch.arange(7), order, stores, order, tails, impl=impl.option)
         assert torch.equal(y[:6], torch.cat(wanted)[rows[:6]])
         assert not y[6:].any()
     assert torch.equal(tails, alone)
@@ -209,9 +209,9 @@ def test_results_are_whole():
 
 
 def test_strided_inputs(impl):
-    wide, weight, bias = seeded(20, 40), seeded(8, 7, seed=1)[:, ::2], seeded(16, seed=2)[::2]
+    upcast, weight, bias = seeded(20, 40), seeded(8, 7, seed=1)[:, ::2], seeded(16, seed=2)[::2]
     tails = seeded(3, 2, 8, seed=3).transpose(0, 1)
-    for x in (wide[:, 8:16], wide[:, :32:4], seeded(8, 20, seed=4).T):
+    for x in (upcast[:, 8:16], upcast[:, :32:4], seeded(8, 20, seed=4).T):
         for weight_of in (weight, seeded(4, 8, seed=5).T):
             given = [x, weight_of, bias, tails]
             y, grads = run(lambda *t: op(*t, TREES, "silu", impl.option), given)
@@ -272,15 +272,15 @@ def test_trees_of_many_tiles(impl):
 
 @implementations(NATIVE, TRITON)
 def test_strides_do_not_matter(impl):
-    wide, weight, bias = (seeded(*s, dtype=torch.float32, seed=i) for i, s in enumerate([(20, 40), (8, 7), (16,)]))
+    upcast, weight, bias = (seeded(*s, dtype=torch.float32, seed=i) for i, s in enumerate([(20, 40), (8, 7), (16,)]))
     weight, bias = weight[:, ::2], bias[::2]
     tails = seeded(3, 2, 8, dtype=torch.float32, seed=3).transpose(0, 1)
-    packed = wide[:, 8:16].contiguous()
+    packed = upcast[:, 8:16].contiguous()
     index = tensors(TREES)[0], past_rows(TREES, 3), tails, "silu"
     backward = torch.ops.toolkit.causal_conv_backward
     results = [
         [op(x, weight, bias, tails, TREES, "silu"), *backward(x, x, weight, bias, *index)]
-        for x in (packed, wide[:, 8:16], packed.t().contiguous().t(), far_apart(packed))
+        for x in (packed, upcast[:, 8:16], packed.t().contiguous().t(), far_apart(packed))
     ]
     for result in results[1:]:
         assert all(map(torch.equal, result, results[0]))
@@ -302,8 +302,8 @@ def test_opcheck(full):
     torch.library.opcheck(ops.causal_conv.default, (x, weight, bias, *indices, tails, kind))
     flat = [None if t is None else t.detach() for t in (x, x, weight, bias, *indices, tails)]
     torch.library.opcheck(ops.causal_conv_backward.default, (*flat, kind))
-    saves, frames = torch.tensor([1, 7]), torch.tensor([0, 1])
-    paged = (*flat[1:4], torch.tensor([0, 4, 8]), frames - 1, saves, frames, torch.zeros(2, 3, 6), kind)
+    stores, frames = torch.tensor([1, 7]), torch.tensor([0, 1])
+    paged = (*flat[1:4], torch.tensor([0, 4, 8]), frames - 1, stores, frames, torch.zeros(2, 3, 6), kind)
     torch.library.opcheck(ops.causal_conv_paged.default, paged)
 
 

@@ -1,4 +1,4 @@
-"""Kernels compiled for every target, without a GPU: no spills, matrix instructions, wide accesses.
+"""Kernels compiled for every target, without a GPU: no spills, matrix instructions, upcast accesses.
 
 ``python -m tools.compile_kernels`` compiles every shipped tile; the cases here come nearest the limits, or stand for an
 op. The first of each family belongs to every test run, all the others to the exhaustive one.
@@ -113,7 +113,7 @@ def test_compiles_to_matrix_instructions_without_spills(name, arch, compiler):
 
 
 @pytest.mark.parametrize(("name", "arch"), cases(ROWWISE))
-def test_compiles_without_spills_in_wide_accesses(name, arch, compiler):
+def test_compiles_without_spills_in_vector_accesses(name, arch, compiler):
     compiled, assembly = compiler.compile(name, arch)
     if name.startswith("sample"):
         assert [made.kernel for made in compiled] == ["sample_row"]
@@ -126,7 +126,7 @@ def test_compiles_without_spills_in_wide_accesses(name, arch, compiler):
 
 
 def test_spills_and_missing_matrix_instructions_are_seen(compiler):
-    """The report itself has power: a tile too large for sm_80 spills, and float32 has no matrix product."""
+    """The report itself has power: a tile too large for sm_80 spills, and float32 has no GEMM."""
     spilling = compiler.run(attention_of_tile, GemmTile(64, 64, 0, 4, 2), torch.bfloat16, 128, True)
     assert spilling.spilled > 0
     assert compiler.run(attention_of_tile, GemmTile(16, 16, 0, 4, 1), torch.float32, 16, False).matrix == {}

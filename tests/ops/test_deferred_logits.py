@@ -148,7 +148,7 @@ def test_a_look_without_gradients_keeps_them_for_the_loss():
         assert all(map(torch.equal, got, wanted))
 
 
-def test_logits_of_weights_that_are_gone_are_refused():
+def test_logits_of_weights_that_changed_raise():
     leaves = parts()
     late, read = waiting(leaves), waiting(leaves)
     read.argmax(-1)

@@ -31,11 +31,11 @@ def plain(ids: list[list[int]], experts: int, tile: int):
 
 
 @st.composite
-def routings(draw):
-    experts, tokens, slots = (draw(st.integers(low, high)) for low, high in ((0, 6), (0, 20), (1, 4)))
-    ids = draw(st.lists(st.lists(st.integers(-2, experts + 2), min_size=slots, max_size=slots),
+def routings(sample):
+    experts, tokens, slots = (sample(st.integers(low, high)) for low, high in ((0, 6), (0, 20), (1, 4)))
+    ids = sample(st.lists(st.lists(st.integers(-2, experts + 2), min_size=slots, max_size=slots),
                         min_size=tokens, max_size=tokens))  # fmt: skip
-    return torch.tensor(ids, dtype=torch.int64).view(tokens, slots), experts, draw(st.sampled_from([1, 2, 3, 7, 64]))
+    return torch.tensor(ids, dtype=torch.int64).view(tokens, slots), experts, sample(st.sampled_from([1, 2, 3, 7, 64]))
 
 
 @every_impl
@@ -84,7 +84,7 @@ def test_opcheck():
         torch.library.opcheck(torch.ops.toolkit.dispatch_plan.default, (ids, 4, 3))
 
 
-# The Triton launchers: tiles, splits and limits of their own.
+# The Triton launchers: their tiles, splits and limits.
 launch_dispatch_plan = torch.ops.toolkit.dispatch_plan
 
 

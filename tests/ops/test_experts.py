@@ -85,7 +85,7 @@ def test_more_tokens_than_four_thousand(impl):
 @every_impl
 @every_layer
 def test_a_needle_keeps_its_bits(impl, name):
-    """The same token, experts and scores: any place, any number of tokens, any company, 1 or 2 threads."""
+    """The same token, experts and scores: any index, any number of tokens, any neighbours, 1 or 2 threads."""
     layer, rng = LAYERS[name], random.Random(0)
     x, scores, *weights = layer.inputs(450)
     ids = routing("skipped slots" if layer.slots > 1 else "uniform", 450, layer.slots, layer.experts, 3)
@@ -94,16 +94,18 @@ def test_a_needle_keeps_its_bits(impl, name):
     alone = layer.run([x[needle : needle + 1], scores[needle : needle + 1], *weights], ids[needle : needle + 1], impl)
     for trial in range(12):
         tokens = rng.choice([1, 2, 3, 7, 30, 200, 450])
-        place = rng.randrange(tokens)
-        company = torch.randint(450, (tokens,))
-        company[place] = needle
+        index = rng.randrange(tokens)
+        neighbours = torch.randint(450, (tokens,))
+        neighbours[index] = needle
         with threads(trial % 2 + 1):
             routed = (
-                ids[company] if trial % 3 else routing(rng.choice(ROUTINGS), tokens, layer.slots, layer.experts, trial)
+                ids[neighbours]
+                if trial % 3
+                else routing(rng.choice(ROUTINGS), tokens, layer.slots, layer.experts, trial)
             )
-            routed[place] = ids[needle]
-            out = layer.run([x[company], scores[company], *weights], routed, impl)
-        assert torch.equal(out[place], alone[0]), (trial, tokens, place)
+            routed[index] = ids[needle]
+            out = layer.run([x[neighbours], scores[neighbours], *weights], routed, impl)
+        assert torch.equal(out[index], alone[0]), (trial, tokens, index)
 
 
 @every_impl
@@ -299,7 +301,7 @@ def test_compiles_into_one_graph():
     assert all(torch.equal(*pair) for pair in zip(*results))
 
 
-# The Triton launchers: tiles, splits and limits of their own.
+# The Triton launchers: their tiles, splits and limits.
 launch_dispatch_plan = torch.ops.toolkit.dispatch_plan
 launch_experts = torch.ops.toolkit.experts
 experts_backward = torch.ops.toolkit.experts_backward
@@ -321,11 +323,11 @@ CASES = [(layout, torch.float32) for layout in LAYOUTS] + [(layout, torch.float1
 
 def made(layout, tokens=9, slots=2, hidden=33, inner=17, dtype=torch.float32, scored=torch.float32):
     """(x, scores, up, up_bias, down, down_bias), ids, flags, grad."""
-    kind, gated, biased, site, transposed, interleaved = layout
+    kind, gated, biased, score_position, transposed, interleaved = layout
     x, scores = normal(tokens, hidden, dtype=dtype), normal(tokens, slots, seed=9).abs().to(scored)
     inputs = [x, scores, *layer(EXPERTS, hidden, inner, gated, biased, transposed, dtype)]
     grad = normal(tokens, hidden, dtype=dtype, seed=10)
-    return inputs, routing_of_triton(tokens, slots, EXPERTS), (kind, site, transposed, interleaved), grad
+    return inputs, routing_of_triton(tokens, slots, EXPERTS), (kind, score_position, transposed, interleaved), grad
 
 
 def backward(grad, inputs, z, plan, flags, needs=ALL):
@@ -343,8 +345,8 @@ def test_outputs_and_gradients_match_fp64(layout, dtype):
     plan = launch_dispatch_plan(ids, EXPERTS, 16)
     out, z = launch_experts(*inputs, *plan, *flags)
     assert out.dtype == z.dtype == dtype
-    wide = [None if t is None else t.double() for t in inputs]
-    close(out, dense_experts(*wide, ids, *flags), NEAR[dtype])
+    upcast = [None if t is None else t.double() for t in inputs]
+    close(out, dense_experts(*upcast, ids, *flags), NEAR[dtype])
     assert int(torch.count_nonzero(z[int(plan[2][-1]) :])) == 0
     got = backward(grad, inputs, z, plan, flags)
     for value, exact, like in zip(got, exact_gradients(inputs, grad, ids, *flags), inputs, strict=True):
@@ -365,9 +367,9 @@ def test_the_pre_activation_is_the_grouped_product_to_the_bit(layout):
 
     inputs, ids, flags, _ = made(layout, hidden=40)
     x, scores, up, up_bias, _, _ = inputs
-    plan, site = launch_dispatch_plan(ids, EXPERTS, 16), flags[1]
-    source = input_rows(x, scores, *plan[:3], site)
-    again = grouped_linear(source, up, up_bias, *plan, site != "input", flags[2])
+    plan, score_position = launch_dispatch_plan(ids, EXPERTS, 16), flags[1]
+    source = input_rows(x, scores, *plan[:3], score_position)
+    again = grouped_linear(source, up, up_bias, *plan, score_position != "input", flags[2])
     assert torch.equal(launch_experts(*inputs, *plan, *flags)[1], again)
 
 
@@ -406,8 +408,8 @@ def test_scores_of_another_dtype_and_only_what_is_needed():
     inputs, ids, flags, grad = made(LAYOUTS[1], dtype=torch.float16)
     plan = launch_dispatch_plan(ids, EXPERTS, 64)
     out, z = launch_experts(*inputs, *plan, *flags)
-    wide = [t.double() for t in inputs]
-    close(out, dense_experts(*wide, ids, *flags), NEAR[torch.float16])
+    upcast = [t.double() for t in inputs]
+    close(out, dense_experts(*upcast, ids, *flags), NEAR[torch.float16])
     whole = backward(grad, inputs, z, plan, flags)
     assert whole[1].dtype == torch.float32
     close(whole[1], exact_gradients(inputs, grad, ids, *flags)[1], NEAR[torch.float16])
@@ -419,10 +421,10 @@ def test_scores_of_another_dtype_and_only_what_is_needed():
 
 @only_triton
 @pytest.mark.usefixtures("impl")
-@pytest.mark.parametrize("site", ["activation", "input"])
-def test_no_tokens_no_experts_and_all_skipped(site):
+@pytest.mark.parametrize("score_position", ["activation", "input"])
+def test_no_tokens_no_experts_and_all_skipped(score_position):
     for tokens, skipped in ((0, False), (5, True)):
-        inputs, ids, flags, grad = made(("silu", True, True, site, False, False), tokens)
+        inputs, ids, flags, grad = made(("silu", True, True, score_position, False, False), tokens)
         ids = torch.full_like(ids, EXPERTS) if skipped else ids
         plan = launch_dispatch_plan(ids, EXPERTS, 16)
         out, z = launch_experts(*inputs, *plan, *flags)

@@ -58,13 +58,13 @@ def test_outputs_and_every_gradient_match_fp64(impl, routed, transposed, gather,
         plan = dispatch_plan(ids, EXPERTS)
         inputs = make(tokens, depth, outputs, gather=gather, transposed=transposed, dtype=dtype)
         leaves = [value.requires_grad_() for value in inputs]
-        wide = [value.detach().double().requires_grad_() for value in inputs]
+        upcast = [value.detach().double().requires_grad_() for value in inputs]
         y = grouped_linear(*leaves, plan, gather=gather, transposed=transposed, impl=impl)
-        exact = oracle(*wide, ids, plan, gather, transposed)
+        exact = oracle(*upcast, ids, plan, gather, transposed)
         assert y.dtype == dtype
         assert error(y.detach(), exact.detach()) <= TOLERANCE[dtype]
         grad = seeded(*y.shape, seed=3, dtype=dtype)
-        for got, wanted in zip(gradients_of(y, leaves, grad), gradients_of(exact, wide, grad.double())):
+        for got, wanted in zip(gradients_of(y, leaves, grad), gradients_of(exact, upcast, grad.double())):
             assert got.dtype == dtype
             assert error(got, wanted) <= TOLERANCE[dtype]
 
@@ -72,7 +72,7 @@ def test_outputs_and_every_gradient_match_fp64(impl, routed, transposed, gather,
 @every_impl
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_row_has_the_bits_of_linear(impl, dtype):
-    """Any company, with or without gather, on 1 or 2 threads."""
+    """Any neighbours, with or without gather, on 1 or 2 threads."""
     rng = random.Random(0)
     for depth, outputs in ((37, 22), (530, 40), (1024, 17)):
         x, weight, bias = make(450, depth, outputs, gather=True, dtype=dtype)
@@ -80,7 +80,7 @@ def test_a_row_has_the_bits_of_linear(impl, dtype):
         for n in (1, 2):
             with threads(n):
                 dense[n] = [linear(x, weight[e], bias[e], impl=impl) for e in range(EXPERTS)]
-        if impl == "cpu":  # the vendor's product, of the reference, may depend on the number of threads
+        if impl == "cpu":  # MKL's product, of the reference, may depend on the number of threads
             assert all(map(torch.equal, dense[1], dense[2]))
         for trial, routed in enumerate(ROUTINGS):
             tokens = rng.choice([1, 3, 40, 450])
@@ -190,14 +190,14 @@ def test_combine_matches_fp64(impl, dtype, weighted):
         y = seeded(tokens * 3, width, dtype=dtype).requires_grad_()
         weights = seeded(tokens, 3, dtype=dtype, seed=1).requires_grad_() if weighted else None
         out = combine(y, rows, weights, impl=impl)
-        wide = [value.detach().double().requires_grad_() for value in ([y] if weights is None else [y, weights])]
-        terms = torch.cat([wide[0], wide[0].new_zeros(1, width)])[rows]  # -1 is the row of zeros
-        exact = (terms * (wide[1][..., None] if weighted else 1)).sum(1)
+        upcast = [value.detach().double().requires_grad_() for value in ([y] if weights is None else [y, weights])]
+        terms = torch.cat([upcast[0], upcast[0].new_zeros(1, width)])[rows]  # -1 is the row of zeros
+        exact = (terms * (upcast[1][..., None] if weighted else 1)).sum(1)
         assert out.dtype == dtype
         assert error(out.detach(), exact.detach()) <= TOLERANCE[dtype]
         grad = seeded(tokens, width, dtype=dtype, seed=2)
         leaves = [y] if weights is None else [y, weights]
-        for got, wanted in zip(gradients_of(out, leaves, grad), gradients_of(exact, wide, grad.double())):
+        for got, wanted in zip(gradients_of(out, leaves, grad), gradients_of(exact, upcast, grad.double())):
             assert got.dtype == dtype
             assert error(got, wanted) <= TOLERANCE[dtype]
 
@@ -263,7 +263,7 @@ def test_opcheck():
     )
 
 
-# The Triton launchers: tiles, splits and limits of their own.
+# The Triton launchers: their tiles, splits and limits.
 launch_dispatch_plan = torch.ops.toolkit.dispatch_plan
 launch_grouped_linear = torch.ops.toolkit.grouped_linear
 grouped_linear_backward = torch.ops.toolkit.grouped_linear_backward
@@ -326,7 +326,7 @@ def test_outputs_and_gradients_match_fp64(dtype, gather, transposed, tokens, slo
 @only_triton
 @pytest.mark.usefixtures("impl")
 @pytest.mark.parametrize("transposed", [False, True])
-def test_bits_of_a_row_are_its_own_whatever_the_company_and_the_plan_s_tile(transposed):
+def test_rows_are_batch_invariant_for_every_tile_of_the_plan(transposed):
     tokens, slots = 20, 2
     x, weight, bias, _, _ = product(tokens, slots, 40, 20, True, transposed)
     ids = routing_of_triton(tokens, slots, EXPERTS_of_triton)

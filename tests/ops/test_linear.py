@@ -95,11 +95,11 @@ def test_gradients_match_double(impl, inner, outputs):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_of_narrow_types(impl, dtype):
     x, w, b = (t.requires_grad_() for t in make(13, 60, 17, dtype))
-    wide = [t.detach().double().requires_grad_() for t in (x, w, b)]
+    upcast = [t.detach().double().requires_grad_() for t in (x, w, b)]
     grad = torch.randn(13, 17, generator=torch.Generator().manual_seed(1)).to(dtype)
     linear(x, w, b, impl=impl).backward(grad)
-    torch.nn.functional.linear(*wide).backward(grad.double())
-    for ours, exact in zip((x, w, b), wide):
+    torch.nn.functional.linear(*upcast).backward(grad.double())
+    for ours, exact in zip((x, w, b), upcast):
         assert ours.grad.dtype == dtype
         torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=4 * EPS[dtype], atol=40 * EPS[dtype])
 
@@ -234,12 +234,12 @@ def test_strides_do_not_change_bits(impl, dtype):
 @every_impl
 def test_gradients_through_strided_inputs(impl):
     x, w, _ = (t if t is None else t.double() for t in make(12, 60, 17, bias=False))
-    wide = x.view(2, 6, 60).transpose(0, 1).requires_grad_()
+    upcast = x.view(2, 6, 60).transpose(0, 1).requires_grad_()
     matrix = w.T.contiguous().T.requires_grad_()
-    linear(wide, matrix, impl=impl).square().sum().backward()
-    y = 2 * wide.detach() @ matrix.detach().T
-    torch.testing.assert_close(wide.grad, y @ matrix.detach(), rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(matrix.grad, torch.einsum("abn,abk->nk", y, wide.detach()), rtol=1e-10, atol=1e-10)
+    linear(upcast, matrix, impl=impl).square().sum().backward()
+    y = 2 * upcast.detach() @ matrix.detach().T
+    torch.testing.assert_close(upcast.grad, y @ matrix.detach(), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(matrix.grad, torch.einsum("abn,abk->nk", y, upcast.detach()), rtol=1e-10, atol=1e-10)
 
 
 @every_impl
@@ -313,7 +313,7 @@ def test_opcheck_of_groups():
     torch.library.opcheck(torch.ops.toolkit.linear_group.default, (torch.ones(2, 3), weights, biases))
 
 
-# The Triton launchers: tiles, splits and limits of their own.
+# The Triton launchers: their tiles, splits and limits.
 launch_linear = torch.ops.toolkit.linear
 
 
@@ -366,8 +366,8 @@ def test_strides_and_leading_dimensions():
     flat = launch_linear(x, weight, bias)
     assert torch.equal(launch_linear(x.view(2, 3, 4, 40), weight, bias), flat.view(2, 3, 4, 30))
     assert torch.equal(launch_linear(x[5], weight, bias), flat[5])
-    wide = torch.cat([x, x], 1)
-    assert torch.equal(launch_linear(wide[::2, 40:], weight, bias), flat[::2])
+    upcast = torch.cat([x, x], 1)
+    assert torch.equal(launch_linear(upcast[::2, 40:], weight, bias), flat[::2])
     assert torch.equal(launch_linear(x.t().contiguous().t(), weight.t().contiguous().t(), bias), flat)
     assert torch.equal(
         launch_linear(x, torch.cat([weight, weight], 1)[:, :40], torch.stack([bias, bias], 1)[:, 0]), flat

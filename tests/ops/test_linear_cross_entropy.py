@@ -349,7 +349,7 @@ def test_logits_that_were_changed_or_read_go_the_other_way(calls):
     assert calls == []
 
 
-# The Triton launchers: tiles, splits and limits of their own.
+# The Triton launchers: their tiles, splits and limits.
 launch_linear_cross_entropy = torch.ops.toolkit.linear_cross_entropy
 
 

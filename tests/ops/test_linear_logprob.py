@@ -84,11 +84,11 @@ def call(tensors: list[Tensor], targets: Tensor, impl: str | None = None, **opti
 def test_values_and_gradients(impl, variant, dtype, rows, depth, vocabulary):
     tensors, targets, options = problem(rows, depth, vocabulary, dtype, variant)
     outputs, gradients = run(lambda t: call(t, targets, impl, **options), tensors)
-    wide = [x.double() for x in tensors]
-    wanted, expected = run(lambda t: oracle(t, targets, **options), wide)
+    upcast = [x.double() for x in tensors]
+    wanted, expected = run(lambda t: oracle(t, targets, **options), upcast)
     if dtype == torch.float32:  # the same cotangents
         cotangents = [seeded(*y.shape, dtype=dtype, seed=10 + i).double() for i, y in enumerate(outputs)]
-        leaves = [x.requires_grad_() for x in wide]
+        leaves = [x.requires_grad_() for x in upcast]
         expected = torch.autograd.grad(oracle(leaves, targets, **options), leaves, cotangents)
     for got, want in zip([*outputs, *gradients], [*wanted, *expected], strict=True):
         assert got.dtype == dtype
@@ -208,7 +208,7 @@ def test_gradients_are_the_same_from_run_to_run(impl):
 @every_impl
 @pytest.mark.parametrize("rows", [1, 5, 900])
 @pytest.mark.parametrize("top_k", [1, 7, 60])
-def test_likeliest_tokens(impl, rows, top_k):
+def test_top_k_tokens(impl, rows, top_k):
     tensors, targets, _ = problem(rows, 12, 4300, torch.float32)
     tensors[1][100:200] = tensors[1][50]  # equal logits: the lower id first
     tensors[1][3000] = tensors[1][50]
@@ -354,7 +354,7 @@ def test_dtypes_are_named():
         )
 
 
-# The Triton launchers: tiles, splits and limits of their own.
+# The Triton launchers: their tiles, splits and limits.
 launch_linear_logprob = torch.ops.toolkit.linear_logprob
 linear_logprob_backward = torch.ops.toolkit.linear_logprob_backward
 

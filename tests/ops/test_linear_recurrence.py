@@ -1,4 +1,4 @@
-"""linear_recurrence against unshared float64 sequences and transformers' own rules; its bits over cuts and trees."""
+"""linear_recurrence against unshared float64 sequences and transformers' own rules; its result over cuts and trees."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def op(given, trees, scale=0.3, delta=True, initial=None, impl=None):
 @impl_and_dtype()
 @pytest.mark.parametrize("delta", [True, False])
 def test_trees_against_unshared_sequences(impl, delta, dtype):
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    upcast = torch.float64 if dtype == torch.float64 else torch.float32
     bound = {torch.float32: (2e-6, 3e-6), torch.float16: (2**-10, 1.5 * 2**-10)} if impl is TRITON else TOLERANCE
     bound = bound.get(dtype, TOLERANCE[dtype])
     shapes = ((1, 1, 1, 1), (2, 4, 5, 7), (1, 3, 16, 33)) if dtype.itemsize > 2 else ((1, 3, 16, 33),)
@@ -36,7 +36,7 @@ def test_trees_against_unshared_sequences(impl, delta, dtype):
         shapes = ((1, 2, 5, 19),)
     for key_heads, heads, depth, width in shapes:
         given = inputs(31, key_heads, heads, depth, width, dtype)
-        initial = 0.5 * seeded(2, heads, depth, width, dtype=wide, seed=9)
+        initial = 0.5 * seeded(2, heads, depth, width, dtype=upcast, seed=9)
         for weighted in (True, False) if impl is not TRITON or delta else (True,):
 
             def ours(q, k, v, g, beta, initial, weighted=weighted):
@@ -159,14 +159,14 @@ def test_bits_do_not_depend_on_cuts_trees_or_pages(impl, delta, dtype):
     rows, branch, fork = (14, 4, 6) if impl is TRITON else (90, 20, 40)
     key_heads, *heads = (1, 1, 6, 19) if impl is TRITON else (2, 4, 10, 19)
     given = inputs(rows + branch, key_heads, *heads, dtype)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    upcast = torch.float64 if dtype == torch.float64 else torch.float32
     alone = [torch.cat([x[:fork], x[rows:]]) for x in given]
     whole, final = op([x[:rows] for x in given], ([rows], [-1]), delta=delta, impl=impl.option)
     other, other_final = op(alone, ([fork + branch], [-1]), delta=delta, impl=impl.option)
     wanted, ends = torch.cat([whole, other[fork:]]), torch.cat([final, other_final])
     for seed in (1,) if impl is TRITON else range(4):
-        pieces = [*cuts(fork, 2, seed), *((a + fork, b + fork) for a, b in cuts(rows - fork, 3, seed))]
-        lengths = [b - a for a, b in pieces]
+        chunks = [*cuts(fork, 2, seed), *((a + fork, b + fork) for a, b in cuts(rows - fork, 3, seed))]
+        lengths = [b - a for a, b in chunks]
         trunk = len(lengths)
         parents = [*range(-1, trunk - 1), 2, trunk]
         tail = cuts(branch, 1, seed)
@@ -176,15 +176,15 @@ def test_bits_do_not_depend_on_cuts_trees_or_pages(impl, delta, dtype):
         assert torch.equal(finals[[trunk - 1, -1]], ends)
 
         # Cut into calls: a snapshot at the fork goes to frame 1, the sequence itself lives in frame 2.
-        states, parts = torch.full((4, *heads), torch.nan, dtype=wide), []
-        for i, (a, b) in enumerate(p for p in pieces if p[0] < p[1]):
+        states, parts = torch.full((4, *heads), torch.nan, dtype=upcast), []
+        for i, (a, b) in enumerate(p for p in chunks if p[0] < p[1]):
             save = [(fork - 1, 1)] * (a < fork <= b) + [(b - 1, 2)]
             if impl is TRITON:  # frames that are not there are skipped
                 save += [(b - 1, -1), (b - 1, 99)]
             save_rows, save_frames = torch.tensor([(row - a, frame) for row, frame in save]).unbind(1)
             offsets, source = torch.tensor([0, b - a]), torch.tensor([2 if i else -1])
-            piece = [x[a:b] for x in given]
-            parts.append(paged(*piece, offsets, source, save_rows, save_frames, states, 0.3, delta, impl=impl.option))
+            chunk = [x[a:b] for x in given]
+            parts.append(paged(*chunk, offsets, source, save_rows, save_frames, states, 0.3, delta, impl=impl.option))
         assert torch.equal(torch.cat(parts), whole)
         assert torch.equal(states[2], final[0])
         none = torch.empty(0, dtype=torch.int64)
@@ -198,21 +198,21 @@ def test_bits_do_not_depend_on_cuts_trees_or_pages(impl, delta, dtype):
 
 @implementations(REFERENCE, NATIVE)
 def test_decode_in_place_beside_any_batch_neighbours(impl):
-    """Every sequence on its own frame, whatever others are in the batch, with padding rows after them."""
+    """Every sequence on its own frame, for any others in the batch, with padding rows after them."""
     given = inputs(7 * 6, 1, 2, 10, 43, torch.float32)
     start = seeded(9, 2, 10, 43, dtype=torch.float32, seed=7)
     alone, wanted = start.clone(), []
     for row in range(42):
         frame, one = torch.tensor([row % 6]), torch.tensor([0])
-        piece = [x[row : row + 1] for x in given]
-        wanted.append(paged(*piece, torch.tensor([0, 1]), frame, one, frame, alone, 0.3, impl=impl.option))
+        chunk = [x[row : row + 1] for x in given]
+        wanted.append(paged(*chunk, torch.tensor([0, 1]), frame, one, frame, alone, 0.3, impl=impl.option))
     pool = torch.full((9, 2, 2, 10, 48), torch.nan)[:, 1, ..., :43]  # one of two halves of a larger buffer
     states = pool.copy_(start)
     for step in range(7):
         order = torch.arange(6).roll(step)
         rows = torch.cat([order + 6 * step, torch.tensor([0, 1])])
-        saves = torch.arange(6)
-        out = paged(*(x[rows] for x in given), torch.arange(7), order, saves, order, states, 0.3, impl=impl.option)
+        stores = torch.arange(6)
+        out = paged(*(x[rows] for x in given), torch.arange(7), order, stores, order, states, 0.3, impl=impl.option)
         assert torch.equal(out[:6], torch.cat(wanted)[rows[:6]])
         assert not out[6:].any()
     assert torch.equal(states, alone)
@@ -261,11 +261,11 @@ def test_results_are_whole():
 
 
 def test_strided_inputs(impl):
-    wide = seeded(12, 3, 40)
-    q, k, v = wide[..., 2:8], wide[..., 8:14], wide[..., 14:21]
-    g, beta = -wide[..., 30].abs(), wide[..., 31].sigmoid()
+    upcast = seeded(12, 3, 40)
+    q, k, v = upcast[..., 2:8], upcast[..., 8:14], upcast[..., 14:21]
+    g, beta = -upcast[..., 30].abs(), upcast[..., 31].sigmoid()
     trees = ([5, 7], [-1, 0])
-    for given in ([q, k, v, g, beta], [wide[..., 0:12:2], k, seeded(3, 12, 7, seed=1).transpose(0, 1), g, beta]):
+    for given in ([q, k, v, g, beta], [upcast[..., 0:12:2], k, seeded(3, 12, 7, seed=1).transpose(0, 1), g, beta]):
         y, grads = run(lambda *x: op(x, trees, impl=impl.option), given)
         z, wanted = run(lambda *x: op(x, trees, impl="reference"), [x.contiguous() for x in given])
         assert max(map(error, [*y, *grads], [*z, *wanted])) < impl.near(1e-13)
@@ -378,7 +378,7 @@ def test_a_gradient_of_one_result_only(impl):
 
 
 @only_triton
-def test_decode_in_place(impl):
+def test_decode_in_index(impl):
     """Every sequence on its own frame, in any order, with a padding row; a frame that does not exist is zeros."""
     given = inputs(5, 1, 2, 6, 19, torch.float32)
     start = seeded(6, 2, 6, 19)
@@ -394,8 +394,8 @@ def test_decode_in_place(impl):
 
 @only_triton
 def test_strides_and_offsets_past_two_to_the_31(impl):
-    wide = seeded(6, 2, 40)
-    given = [wide[..., 2:8], wide[..., 8:14], wide[..., 14:33], -wide[..., 30].abs(), wide[..., 31].sigmoid()]
+    upcast = seeded(6, 2, 40)
+    given = [upcast[..., 2:8], upcast[..., 8:14], upcast[..., 14:33], -upcast[..., 30].abs(), upcast[..., 31].sigmoid()]
     far = [far_apart(given[0].contiguous()), *given[1:]]
     trees = ([2, 1, 3], [-1, 0, 0])
     packed = [x.contiguous() for x in given]
@@ -422,7 +422,7 @@ def test_strides_and_offsets_past_two_to_the_31(impl):
 
 @only_triton
 def test_groups_of_segments(impl):
-    """Against a loop: trees, and trees that share a given state, of a deep and a wide trees."""
+    """Against a loop: trees, and trees that share a given state, of a deep and a upcast trees."""
     from toolkit.ops.linear_recurrence.triton import groups
 
     for parents in ([-1, 0, 1, 0, -2, 4, -3, -2, 7], [-1, *range(40)], [-3] * 5, []):
@@ -459,8 +459,8 @@ def test_opcheck(delta, full):
     arguments = (torch.ones_like(out), torch.ones_like(finals) if full else None, *flat, finals, kept, 0.3, delta)
     torch.library.opcheck(ops.linear_recurrence_backward.default, arguments)
     index = torch.tensor([1, 0, -1])
-    saves = torch.tensor([65, 67])
-    arguments = (*flat[:6], index, saves, saves - 65, seeded(3, 2, 4, 3, dtype=torch.float32), 0.3, delta)
+    stores = torch.tensor([65, 67])
+    arguments = (*flat[:6], index, stores, stores - 65, seeded(3, 2, 4, 3, dtype=torch.float32), 0.3, delta)
     torch.library.opcheck(ops.linear_recurrence_paged.default, arguments)
 
 

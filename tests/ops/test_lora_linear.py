@@ -52,10 +52,10 @@ def with_gradients(function, inputs: list[Tensor], grad: Tensor) -> list[Tensor]
 def test_outputs_and_every_gradient_match_fp64(impl, dtype, shape):
     inputs = make(*shape, dtype)
     grad = torch.randn(shape[0], shape[2], generator=torch.Generator().manual_seed(1)).to(dtype)
-    wide = [t.double() if t.is_floating_point() else t for t in inputs]
+    upcast = [t.double() if t.is_floating_point() else t for t in inputs]
     # Gradients through impl="cpu" need the dispatcher; it is what runs by default where it is built.
     got = with_gradients(lambda *t: lora_linear(*t, impl=None if impl == "cpu" else impl), inputs, grad)
-    expected = with_gradients(oracle, wide, grad.double())
+    expected = with_gradients(oracle, upcast, grad.double())
     for value, exact in zip(got, expected):
         assert value.dtype == dtype
         # A few roundings of the largest value, and the float32 sums of up to 530 x 16 products.
@@ -143,9 +143,9 @@ def test_strides_and_leading_dimensions(impl):
     cube = lora_linear(x.view(2, 12, 60), weight, bias, a, b, scaling, adapters.view(2, 12), impl=impl)
     assert torch.equal(cube, flat.view(2, 12, 18))
     assert torch.equal(lora_linear(x[5], weight, bias, a, b, scaling, adapters[5], impl=impl), flat[5])
-    wide = torch.cat([x, x], 1)
+    upcast = torch.cat([x, x], 1)
     turned_a, turned_b = a.transpose(1, 2).contiguous().transpose(1, 2), b.transpose(0, 1).contiguous().transpose(0, 1)
-    strided = lora_linear(wide[::2, 60:], weight, bias, turned_a, turned_b, scaling, adapters[::2], impl=impl)
+    strided = lora_linear(upcast[::2, 60:], weight, bias, turned_a, turned_b, scaling, adapters[::2], impl=impl)
     assert torch.equal(strided, flat[::2])
     grads = []
     for first, second in ((a, b), (turned_a, turned_b)):
@@ -234,7 +234,7 @@ def test_registration_is_sound():
     )
 
 
-# The Triton launchers: tiles, splits and limits of their own.
+# The Triton launchers: their tiles, splits and limits.
 launch_lora_add = torch.ops.toolkit.lora_add
 lora_add_backward = torch.ops.toolkit.lora_add_backward
 
@@ -274,12 +274,12 @@ def assert_near(value, exact, dtype):
 )
 def test_outputs_and_gradients_match_fp64(dtype, shape):
     base, grad, x, a, b, scaling, adapters = inputs(*shape, dtype)
-    wide = [t.double() for t in (base, x, a, b)]
-    exact = reference.lora_add(*wide, scaling, adapters)
+    upcast = [t.double() for t in (base, x, a, b)]
+    exact = reference.lora_add(*upcast, scaling, adapters)
     y = launch_lora_add(base, x, a, b, scaling, adapters)
     assert_near(y, exact, dtype)
     assert torch.equal(y[adapters < 0], base[adapters < 0])
-    wanted = reference.lora_add_backward(grad.double(), *wide[1:], scaling, adapters, True, True, True)
+    wanted = reference.lora_add_backward(grad.double(), *upcast[1:], scaling, adapters, True, True, True)
     got = lora_add_backward(grad, x, a, b, scaling, adapters, True, True, True)
     again = lora_add_backward(grad, x, a, b, scaling, adapters, True, True, True)
     for value, repeat, expected in zip(got, again, wanted):
@@ -358,11 +358,11 @@ def test_strides_and_far_rows():
 def test_the_public_function_and_bad_input():
     x, weight, bias, a, b, scaling, adapters = make(12, 30, 17, 4, 2)
     y = lora_linear(x.view(3, 4, 30), weight, bias, a, b, scaling, adapters.view(3, 4))
-    wide = [t.double() for t in (x, a, b)]
-    exact = reference.lora_add(x.double() @ weight.double().T + bias.double(), *wide, scaling, adapters)
+    upcast = [t.double() for t in (x, a, b)]
+    exact = reference.lora_add(x.double() @ weight.double().T + bias.double(), *upcast, scaling, adapters)
     assert_near(y.view(12, 17), exact, torch.float32)
     with pytest.raises(ToolkitError, match="float64"):
-        launch_lora_add(exact, *wide, scaling, adapters)
+        launch_lora_add(exact, *upcast, scaling, adapters)
     none = torch.full((12,), -1)
     base = torch.randn(12, 17)
     assert torch.equal(launch_lora_add(base, x, a[:0], b[:0], scaling[:0], none), base)

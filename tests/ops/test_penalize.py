@@ -129,7 +129,7 @@ def test_opcheck():
     )
 
 
-# The Triton launchers: tiles, splits and limits of their own.
+# The Triton launchers: their tiles, splits and limits.
 launch_penalize = torch.ops.toolkit.penalize
 
 

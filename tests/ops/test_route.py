@@ -46,8 +46,8 @@ def chosen_by_hand(values: list[float], k: int, groups: int, kept: int, best: in
 
 def oracle(logits: Tensor, ids: Tensor, *, scoring_func: str = "softmax", norm_topk_prob: bool = False,
            eps: float = 0.0, routed_scaling_factor: float = 1.0, **_: object) -> Tensor:  # fmt: skip
-    wide = logits.double()
-    p = (wide.softmax(-1) if scoring_func == "softmax" else wide.sigmoid()).gather(1, ids)
+    upcast = logits.double()
+    p = (upcast.softmax(-1) if scoring_func == "softmax" else upcast.sigmoid()).gather(1, ids)
     return routed_scaling_factor * (p / (p.sum(1, keepdim=True) + eps) if norm_topk_prob else p)
 
 
@@ -60,8 +60,8 @@ def test_choice_weights_and_gradient(impl, settings, dtype):
         bias = seeded(EXPERTS, seed=1, scale=0.2).to(dtype) if biased else None
         weights, ids = route(logits, k, expert_bias=bias, eps=1e-6, routed_scaling_factor=1.7, impl=impl, **settings)
         assert weights.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        wide = logits.detach().double()
-        scores = wide.softmax(-1) if settings["scoring_func"] == "softmax" else wide.sigmoid()
+        upcast = logits.detach().double()
+        scores = upcast.softmax(-1) if settings["scoring_func"] == "softmax" else upcast.sigmoid()
         values = scores if bias is None else scores + bias.double()
         limits = (settings["n_group"], settings["topk_group"], settings["experts_per_group_score"])
         assert ids.tolist() == [chosen_by_hand(row, k, *limits) for row in values.tolist()]
@@ -95,7 +95,7 @@ def test_equal_values_go_to_the_lower_id(impl, settings):
     limits = (settings["n_group"], settings["topk_group"], settings["experts_per_group_score"])
     for k in (1, 4, 8):
         ids = route(logits, k, impl=impl, **settings)[1]
-        # Equal logits have equal scores, so whole numbers in their place choose alike; but for sums of the best.
+        # Equal logits have equal scores: integer logits choose the same experts, except for sums of the best ones.
         values = logits if limits[2] == 1 else route(logits, EXPERTS, settings["scoring_func"], impl=impl,
                                                      topk_ids=torch.arange(EXPERTS).expand(200, -1))[0]  # fmt: skip
         assert ids.tolist() == [chosen_by_hand(row, k, *limits) for row in values.tolist()]
@@ -196,7 +196,7 @@ def test_opcheck():
     )
 
 
-# The Triton launchers: tiles, splits and limits of their own.
+# The Triton launchers: their tiles, splits and limits.
 launch_route = torch.ops.toolkit.route
 route_backward = torch.ops.toolkit.route_backward
 
@@ -271,8 +271,8 @@ def test_a_row_keeps_its_bits(router):
         return weights, ids, route_backward(upstream, rows, ids, score, normalise, 0.0, 1.0)
 
     rows_alone(both, [logits, grad])
-    wide = torch.cat([logits, logits], -1)[:, experts:]
-    assert all(torch.equal(*pair) for pair in zip(both(wide, grad), both(logits, grad), strict=True))
+    upcast = torch.cat([logits, logits], -1)[:, experts:]
+    assert all(torch.equal(*pair) for pair in zip(both(upcast, grad), both(logits, grad), strict=True))
 
 
 @only_triton

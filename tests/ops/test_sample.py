@@ -95,7 +95,7 @@ def warped(scores: Tensor, temperature: float, top_k: int, top_p: float, min_p: 
     return scores.softmax(-1)
 
 
-def test_philox_gives_the_published_answers():
+def test_philox_gives_the_published_values():
     """The Philox4x32-10 lines of Random123's kat_vectors; the third is of the digits of pi."""
     known = [
         ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
@@ -130,7 +130,7 @@ def test_uniforms_take_seed_and_step_as_64_bits_low_word_first():
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_every_implementation_takes_the_same_uniform(impl):
-    """To 44 bits: a boundary put just after the uniform draws the token before it, one just before it the other."""
+    """To 44 bits: a boundary put just after the uniform samples the token before it, one just before it the other."""
     seeds = torch.randint(-(2**63), 2**63 - 1, (400,), generator=torch.Generator().manual_seed(1))
     steps = torch.randint(0, 2**62, (400,), generator=torch.Generator().manual_seed(2))
     u = reference.uniforms(seeds, steps).clamp(1e-6, 1 - 1e-6)
@@ -188,8 +188,8 @@ def test_nuclei_of_flat_distributions(impl, scale):
         torch.testing.assert_close(logprobs, theirs, rtol=1e-12, atol=1e-12)
 
 
-def drawn(logits: Tensor, one: tuple[float, int, float, float], impl: str | None, count: int = 600) -> list[int]:
-    """The distinct tokens of many draws from one row."""
+def sampled(logits: Tensor, one: tuple[float, int, float, float], impl: str | None, count: int = 600) -> list[int]:
+    """The distinct tokens of many samples from one row."""
     rest = columns([one] * count)
     return sorted(set(sample(logits.expand(count, -1), *rest, impl=impl)[0].tolist()))
 
@@ -197,50 +197,50 @@ def drawn(logits: Tensor, one: tuple[float, int, float, float], impl: str | None
 @pytest.mark.parametrize("impl", IMPLS)
 def test_ties_at_the_edge_of_the_nucleus_go_to_the_lowest_ids(impl):
     logits = torch.tensor([0.1, 0.2, 0.1, 0.2, 0.1, 0.2, 0.1], dtype=torch.float64).log()
-    kept = [drawn(logits, (1.0, 0, p, 0.0), impl) for p in (0.05, 0.3, 0.65, 0.75, 1.0)]
+    kept = [sampled(logits, (1.0, 0, p, 0.0), impl) for p in (0.05, 0.3, 0.65, 0.75, 1.0)]
     assert kept == [[1], [1, 3], [0, 1, 3, 5], [0, 1, 2, 3, 5], [0, 1, 2, 3, 4, 5, 6]]
-    many = logits.repeat(60)  # more equals than are sorted at a time; each of the likeliest has 1/300
+    many = logits.repeat(60)  # more equals than are sorted at a time; each of the most probable has 1/300
     first = [i for i in range(420) if i % 7 % 2][:18]
-    assert drawn(many, (1.0, 0, 0.0599, 0.0), impl) == first
+    assert sampled(many, (1.0, 0, 0.0599, 0.0), impl) == first
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_ties_at_the_kth_value_are_kept(impl):
     logits = torch.tensor([1.0, 3.0, 2.0, 2.0, 0.0, 2.0, -1.0])
-    assert [drawn(logits, (1.0, k, 1.0, 0.0), impl) for k in (1, 2, 3, 4, 5)] == [
+    assert [sampled(logits, (1.0, k, 1.0, 0.0), impl) for k in (1, 2, 3, 4, 5)] == [
         [1], [1, 2, 3, 5], [1, 2, 3, 5], [1, 2, 3, 5], [0, 1, 2, 3, 5],
     ]  # fmt: skip
-    assert drawn(torch.tensor([-0.0, 0.0, -1.0]), (1.0, 1, 1.0, 0.0), impl) == [0, 1]
-    assert drawn(torch.tensor([-math.inf, 0.0, -math.inf, 1.0]), (1.0, 3, 1.0, 0.0), impl) == [1, 3]
+    assert sampled(torch.tensor([-0.0, 0.0, -1.0]), (1.0, 1, 1.0, 0.0), impl) == [0, 1]
+    assert sampled(torch.tensor([-math.inf, 0.0, -math.inf, 1.0]), (1.0, 3, 1.0, 0.0), impl) == [1, 3]
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_the_likeliest_token_is_always_in(impl):
+def test_the_most_probable_token_is_always_in(impl):
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0, 2.0])
-    assert drawn(logits, (1.0, 0, 0.0, 0.0), impl) == [2]
-    assert drawn(logits, (1.0, 3, 0.0, 0.0), impl) == [2]
-    assert drawn(logits, (1.0, 0, 1.0, 2.0), impl) == [2, 4]
+    assert sampled(logits, (1.0, 0, 0.0, 0.0), impl) == [2]
+    assert sampled(logits, (1.0, 3, 0.0, 0.0), impl) == [2]
+    assert sampled(logits, (1.0, 0, 1.0, 2.0), impl) == [2, 4]
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("one", [FILTERS[at] for at in (0, 1, 3, 6, 8, 10)])
-def test_draws_follow_the_distribution(impl, one):
-    """Chi-square of 40,000 draws of one seed, a step each."""
-    draws, vocabulary = 40_000, 23
+def test_samples_follow_the_distribution(impl, one):
+    """Chi-square of 40,000 samples of one seed, a step each."""
+    samples, vocabulary = 40_000, 23
     logits = seeded(1, vocabulary, seed=3)
-    temperature, top_k, top_p, min_p, _, _ = columns([one] * draws)
-    seeds, steps = torch.full((draws,), 5), torch.arange(draws)
-    tokens, _ = sample(logits.expand(draws, -1), temperature, top_k, top_p, min_p, seeds, steps, impl=impl)
+    temperature, top_k, top_p, min_p, _, _ = columns([one] * samples)
+    seeds, steps = torch.full((samples,), 5), torch.arange(samples)
+    tokens, _ = sample(logits.expand(samples, -1), temperature, top_k, top_p, min_p, seeds, steps, impl=impl)
     expected = warped(logits, *one)[0]
     counts = torch.bincount(tokens, minlength=vocabulary).double()
     assert counts[expected == 0].sum() == 0
     some = expected > 0
-    chi2 = ((counts - draws * expected)[some] ** 2 / (draws * expected[some])).sum()
+    chi2 = ((counts - samples * expected)[some] ** 2 / (samples * expected[some])).sum()
     freedom = int(some.sum()) - 1
     assert chi2 < freedom + 4 * math.sqrt(2 * freedom) + 1
 
 
-def test_the_draw_is_the_inverse_of_the_cumulative_distribution(monkeypatch):
+def test_sampling_is_the_inverse_of_the_cumulative_distribution(monkeypatch):
     uniforms = torch.tensor([0.0, 0.25, 0.4999, 0.5, 0.7499, 0.75, 1 - 2**-53], dtype=torch.float64)
     monkeypatch.setattr(reference, "uniforms", lambda seeds, steps: uniforms)
     logits = torch.tensor([0.5, 0.0, 0.25, 0.25], dtype=torch.float64).log().expand(7, -1)
@@ -249,7 +249,7 @@ def test_the_draw_is_the_inverse_of_the_cumulative_distribution(monkeypatch):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_the_ends_of_the_interval_never_draw_a_token_without_mass(impl, monkeypatch):
+def test_the_ends_of_the_interval_never_sample_a_token_without_mass(impl, monkeypatch):
     if impl == "reference":
         ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64).repeat(50)
         monkeypatch.setattr(reference, "uniforms", lambda seeds, steps: ends)
@@ -334,7 +334,7 @@ def test_the_same_bits_every_run_on_any_number_of_threads():
 
 
 @pytest.mark.parametrize("vocabulary", [1003, 8192, 50_257])
-def test_native_and_reference_draw_the_same(vocabulary):
+def test_native_and_reference_sample_the_same(vocabulary):
     logits = seeded(40, vocabulary, dtype=torch.float32, scale=2.0)
     rest = columns(some_filters(40, vocabulary, seed=2), seed=3)
     tokens, logprobs = sample(logits, *rest)
@@ -387,7 +387,7 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.toolkit.sample.default, inputs)
 
 
-# The Triton launchers: tiles, splits and limits of their own.
+# The Triton launchers: their tiles, splits and limits.
 launch_sample = torch.ops.toolkit.sample
 
 
@@ -459,7 +459,7 @@ def test_matches_the_oracle_and_the_specification(dtype, rows, vocabulary):
 @only_triton
 @pytest.mark.usefixtures("impl")
 def test_ties():
-    """A log-probability is over the sum of what is kept, so one draw tells how many equals are in."""
+    """A log-probability is over the sum of what is kept, so one sample tells how many equals are in."""
     logits = torch.tensor([2.0, -0.0, 0.0, 0.0, 0.0, -9.0]).expand(8, -1)  # 2 has 0.65 of the mass, a 0 has 0.088
     edges = [(1.0, k, 1.0, 0.0) for k in (1, 2, 4, 5)] + [(1.0, 0, p, 0.0) for p in (0.0, 0.7, 0.8, 0.9)]
     rest = columns(edges)
@@ -507,8 +507,8 @@ def test_a_row_does_not_depend_on_its_neighbours_nor_on_where_it_lies():
         order = torch.randperm(8, generator=generator)[:size]
         for got, wanted in zip(launch_sample(logits[order], *(one[order] for one in rest)), whole):
             assert torch.equal(got, wanted[order])
-    wide = torch.cat([logits, logits], -1)
-    for view in (wide[:, :613], logits.t().contiguous().t()):
+    upcast = torch.cat([logits, logits], -1)
+    for view in (upcast[:, :613], logits.t().contiguous().t()):
         for got, wanted in zip(launch_sample(view, *rest), whole):
             assert torch.equal(got, wanted)
     tokens, logprobs = launch_sample(logits[:0], *columns([]))
