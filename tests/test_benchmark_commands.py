@@ -12,12 +12,12 @@ COMMANDS = {
     "serve": "--batch 1 --prompt 8 --new-tokens 4 --repeats 1 --generate-batch 0",
     "train": "--rows 1 --length 16 --repeats 1",
     "moe": "--only memory training generation --rows 1 --length 16 --batch 1 --prompt 8 --new-tokens 4 --repeats 1",
-    "grpo": "--prompt 16 --group 4 --completion 4 --micro 4 --repeats 1",
-    "trl_grpo": "--prompt 16 --group 4 --completion 4 --layers 1 --repeats 1 --turns 1",
+    "grpo": "--prompt 16 --num-generations 4 --completion 4 --micro 4 --repeats 1",
+    "trl_grpo": "--prompt 16 --num-generations 4 --completion 4 --layers 1 --repeats 1 --turns 1",
     "trainer_curve": "--steps 4",
     "distributed": "--steps 2",
     "long_sequence": "--length 96 --chunk 32 --compare 64",
-    "moe_overlap": "--tokens 16 --width 32 --inner 16 --chunks 2 --repeats 1",
+    "moe_overlap": "--tokens 16 --hidden-size 32 --intermediate-size 16 --chunks 2 --repeats 1",
     "ops": "--only bits linear head --seconds 0.01",
     "ops.attention": "--repeats 1",
 }
@@ -25,7 +25,8 @@ COMMANDS = {
 
 def run(module: str, arguments: str, folder: Path) -> str:
     """Standard output of a command, whose results go to ``folder`` and not over the committed ones."""
-    environment = os.environ | {"TOOLKIT_BENCHMARK_RESULTS": str(folder), "PYTHONPATH": str(ROOT)}
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment = kept | {"TOOLKIT_BENCHMARK_RESULTS": str(folder), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", module, *arguments.split()]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]

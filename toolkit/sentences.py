@@ -16,10 +16,10 @@ _REQUIREMENTS = {
     "model_type": "a mapping of fields",
     "model_attributes_type": "a mapping of fields",
     "finite_number": "a finite number",
-    "greater_than": "> {gt:g}",
-    "greater_than_equal": ">= {ge:g}",
-    "less_than": "< {lt:g}",
-    "less_than_equal": "<= {le:g}",
+    "greater_than": "> {gt}",
+    "greater_than_equal": ">= {ge}",
+    "less_than": "< {lt}",
+    "less_than_equal": "<= {le}",
     "too_short": "a list of at least {min_length}",
     "too_long": "a list of at most {max_length}",
     "string_too_short": "text of at least {min_length} character",
@@ -43,9 +43,16 @@ def sentence(problem: Mapping[str, Any], field: str, *, requirement: str | None 
     if requirement is None:
         message = problem["msg"].removeprefix("Input should be ")
         requirement = (
-            _REQUIREMENTS[kind].format(**context) if kind in _REQUIREMENTS else message[0].lower() + message[1:]
+            _REQUIREMENTS[kind].format(**{name: _plain(value) for name, value in context.items()})
+            if kind in _REQUIREMENTS
+            else message[0].lower() + message[1:]
         )
     return f"{field} must be {requirement}{' or null' if nullable else ''}, got {shown(problem['input'])}."
+
+
+def _plain(value: Any) -> Any:
+    """A limit without a needless fraction; integers keep every digit."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def unknown_field(field: str, last: str, allowed: Iterable[str]) -> str:

@@ -228,7 +228,7 @@ def case(prompt_tokens: int, group: int, completion: int, micro: int, repeats: i
         seconds.append(time.perf_counter() - start)
     ours.engine.close()
     timings = {"toolkit": summary(seconds[2:]), "trl": summary(trl["seconds"][1:])}
-    common = ["--prompt", str(prompt_tokens), "--group", str(group), "--completion", str(completion)]
+    common = ["--prompt", str(prompt_tokens), "--num-generations", str(group), "--completion", str(completion)]
     common += ["--micro", str(micro), "--threads", str(threads)]
     memory = {way: in_fresh_process("benchmarks.end_to_end.grpo", "--memory-of", way, *common) for way in MEMORY_WAYS}
     used = {way: one["peak"] - one["before"] for way, one in memory.items()}
@@ -258,7 +258,7 @@ def case(prompt_tokens: int, group: int, completion: int, micro: int, repeats: i
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--prompt", type=int, default=512)
-    parser.add_argument("--group", type=int, default=8)
+    parser.add_argument("--num-generations", dest="group", type=int, default=8)
     parser.add_argument("--completion", type=int, default=64)
     parser.add_argument("--micro", type=int, default=8, help="TRL's samples a forward")
     parser.add_argument("--repeats", type=int, default=3)

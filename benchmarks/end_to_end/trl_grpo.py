@@ -177,7 +177,7 @@ def run(sizes: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--prompt", type=int, default=512)
-    parser.add_argument("--group", type=int, default=8)
+    parser.add_argument("--num-generations", dest="group", type=int, default=8)
     parser.add_argument("--completion", type=int, default=64)
     parser.add_argument("--layers", type=int, default=8, help="of the Llama, hidden size 512; 8 make 32 M parameters")
     parser.add_argument("--repeats", type=int, default=2, help="timed steps a turn")

@@ -63,10 +63,11 @@ def check_oracle(
     oracle: Callable[..., Any],
     inputs: list[Tensor],
     tolerance: float | tuple[float, float] | None = None,
+    dtype_of_outputs: torch.dtype | None = None,
 ) -> None:
     """Outputs and all gradients of f against those of ``oracle`` on the same numbers in float64.
 
-    tolerance: of outputs and of gradients, or one for both.
+    tolerance: of outputs and of gradients, or one for both. dtype_of_outputs: of all outputs, where they have one.
     """
     dtype = next(x.dtype for x in inputs if x.is_floating_point())
     bound = BOUNDS[dtype] if tolerance is None else tolerance
@@ -82,6 +83,7 @@ def check_oracle(
     for got, wanted, allowed in zip([*outputs, *grads], [*expected, *expected_grads], bounds, strict=True):
         assert got.isfinite().all()
         assert error(got, wanted.detach()) <= allowed
+    assert dtype_of_outputs is None or all(y.dtype == dtype_of_outputs for y in outputs)
     of_floats = [x.dtype for x in inputs if x.is_floating_point()]
     assert [g.dtype for g in grads] == of_floats
 

@@ -51,10 +51,10 @@ def test_values_and_gradients(impl, dtype, kind):
     for shape in SHAPES:
         x, up = seeded(*shape, dtype=dtype, scale=2.0), seeded(*shape, dtype=dtype, seed=1)
         if kind in PLAIN:
-            check_oracle(lambda x: activation(x, kind, impl=impl.option), ORACLES[kind], [x])
+            check_oracle(lambda x: activation(x, kind, impl=impl.option), ORACLES[kind], [x], None, dtype)
         else:
             x, up = 3 * x, 4 * up  # past the limits
-        check_oracle(lambda g, u: gated_activation(g, u, kind, impl=impl.option), GATES[kind], [x, up])
+        check_oracle(lambda g, u: gated_activation(g, u, kind, impl=impl.option), GATES[kind], [x, up], None, dtype)
 
 
 @impl_and_dtype([torch.float32, torch.float64])

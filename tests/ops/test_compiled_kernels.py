@@ -1,4 +1,4 @@
-"""Kernels compiled for every target, without a GPU: no spills, matrix instructions, upcast accesses.
+"""Kernels compiled for every target, without a GPU: no spills, matrix instructions, vector accesses.
 
 ``python -m tools.compile_kernels`` compiles every shipped tile; the cases here come nearest the limits, or stand for an
 op. The first of each family belongs to every test run, all the others to the exhaustive one.

@@ -378,7 +378,7 @@ def test_a_gradient_of_one_result_only(impl):
 
 
 @only_triton
-def test_decode_in_index(impl):
+def test_decode_in_place(impl):
     """Every sequence on its own frame, in any order, with a padding row; a frame that does not exist is zeros."""
     given = inputs(5, 1, 2, 6, 19, torch.float32)
     start = seeded(6, 2, 6, 19)
@@ -422,7 +422,7 @@ def test_strides_and_offsets_past_two_to_the_31(impl):
 
 @only_triton
 def test_groups_of_segments(impl):
-    """Against a loop: trees, and trees that share a given state, of a deep and a upcast trees."""
+    """Against a loop: trees, and trees that share a given state, of deep and broad trees."""
     from toolkit.ops.linear_recurrence.triton import groups
 
     for parents in ([-1, 0, 1, 0, -2, 4, -3, -2, 7], [-1, *range(40)], [-3] * 5, []):

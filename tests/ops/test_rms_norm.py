@@ -29,13 +29,15 @@ def test_values_and_gradients(impl, dtype, offset):
             continue  # the gradient is what cancellation leaves: see test_rows_of_one_element
         x = seeded(*shape, dtype=dtype)
         if offset is None:
-            check_oracle(lambda x: rms_norm(x, None, EPS, impl=impl.option), oracle, [x])
+            check_oracle(lambda x: rms_norm(x, None, EPS, impl=impl.option), oracle, [x], None, dtype)
         else:
             weight = seeded(shape[-1], dtype=dtype, seed=1)
             check_oracle(
                 lambda x, w: rms_norm(x, w, EPS, offset, impl=impl.option),
                 lambda x, w: oracle(x, w, offset),
                 [x, weight],
+                None,
+                dtype,
             )
 
 
@@ -61,7 +63,7 @@ def test_residual(impl, dtype, offset):
         if shape[-1] > 1 or dtype == torch.float64:
             # The sum is rounded before it is normed: once more than the tolerance of one rounding allows for.
             tolerance = {torch.bfloat16: 1.6e-2, torch.float16: 2e-3}.get(dtype)
-            check_oracle(ours, exact, [x, residual, *given], tolerance)
+            check_oracle(ours, exact, [x, residual, *given], tolerance, dtype)
         (y, total), (dx, dr, *dw) = run(ours, [x, residual, *given])
         (z, other), (_, _, *expected) = run(separate, [x, residual, *given])
         assert torch.equal(total, other)

@@ -57,7 +57,7 @@ def test_values_and_gradients(impl, interleaved, dtype, tokens, heads, width, ro
         return by_complex_numbers(x, exact, interleaved) * scale[:, None]
 
     x = seeded(tokens, heads, width, dtype=dtype)
-    check_oracle(lambda x: rotary(x, cos, sin, interleaved, impl=impl.option), oracle, [x])
+    check_oracle(lambda x: rotary(x, cos, sin, interleaved, impl=impl.option), oracle, [x], None, dtype)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

@@ -117,7 +117,7 @@ def test_what_two_versions_wrote_is_never_registered() -> None:
     allocator.check_integrity([])
 
 
-def test_no_version_means_no_enable_prefix_caching() -> None:
+def test_no_version_means_no_prefix_caching() -> None:
     allocator = BlockAllocator(8, 2)
     table, _ = write(allocator, [1, 2, 3], None)
     assert len(allocator.prefix_index) == 0

@@ -13,6 +13,8 @@ from benchmarks.common import print_table
 from tools.compile_kernels import table
 from tools.compile_kernels.compiler import SHARED_LIMIT, Compiled, compile_case, faults
 
+os.environ.pop("TRITON_INTERPRET", None)  # read when a kernel is decorated; the workers inherit what is left
+
 HEADER = ["case", "kernel", "target", "registers", "shared KiB", "occupancy", "spilled", "dots", "matrix instructions"]
 
 
