@@ -9,12 +9,12 @@ its ``GenerationOutput``.
 """
 
 import asyncio
+import contextlib
 import inspect
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -152,7 +152,7 @@ class EngineManager(ContinuousBatchingManager, EngineListener):
     def destroy(self) -> None:
         self.stop(hard_stop=True)
 
-    @contextmanager
+    @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
         """No step runs inside, so that weights may be written. Several threads pause one after the other."""
         session = self._async_engine
@@ -311,7 +311,8 @@ class EngineManager(ContinuousBatchingManager, EngineListener):
         callback, loop = handler
         if result.is_finished():
             del self._handlers[result.request_id]
-        loop.call_soon_threadsafe(callback, result)
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(callback, result)
 
 
 def _snapshot(result: GenerationOutput) -> GenerationOutput:

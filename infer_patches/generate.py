@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from infer_patches.generation_config import SAMPLING, check_supported, sampling_params
 from infer_patches.route import Route
 from toolkit import AsyncEngine, Engine
+from toolkit.engine import EngineUnavailable
 from toolkit.errors import ToolkitError, must_be_one_of
 from toolkit.patching import ragged_forward
 from toolkit.patching.eval_mode import eval_mode
@@ -104,8 +105,8 @@ def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
     own, loop = route.own(self, "generate"), _Loop(route.engine)
     try:
         return own(**_accepted(self, args, kwargs, loop), custom_generate=loop)
-    except ToolkitError:
-        if not route.fallback or loop.started:
+    except ToolkitError as error:
+        if not route.fallback or loop.started or isinstance(error, EngineUnavailable):
             raise
         return own(*args, **kwargs)
 

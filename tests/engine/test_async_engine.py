@@ -236,3 +236,57 @@ def test_an_engine_that_fails_ends_its_requests(capsys):
     assert isinstance(async_engine.failure, SystemExit)
     assert listener.events[-1] == "stopped"
     assert "pulled the plug" in capsys.readouterr().err
+
+
+class Raising(EngineListener):
+    """Raises wherever it is told something."""
+
+    def on_accepted(self, handle):
+        raise RuntimeError("told of an acceptance")
+
+    def on_delta(self, handle, delta):
+        raise RuntimeError("told of a delta")
+
+    def on_failed(self, handle, error):
+        raise RuntimeError("told of a failure")
+
+    def on_stopped(self):
+        raise RuntimeError("told of the end")
+
+
+def test_no_request_waits_for_a_listener_that_raises(capsys):
+    with AsyncEngine(Engine(HistoryModel(), num_blocks=64), listener=Raising()) as async_engine:
+        params = SamplingParams(max_tokens=6, seed=3)
+        (completion,) = async_engine.generate([[1, 2]], params)
+        assert result(completion) == oracle([1, 2], params)[0]
+        refused = async_engine.submit([[1] * 100_000], params)
+        assert isinstance(refused.accepted.exception(60), ToolkitError)
+        assert async_engine.failure is None
+        assert async_engine.is_running
+    assert async_engine.has_ended
+    assert "told of a delta" in capsys.readouterr().err
+
+
+def test_a_stream_that_is_closed_unread_is_cancelled():
+    with make() as async_engine:
+        async_engine.stream([[1, 2]], LONG).close()
+        (completion,) = async_engine.generate([[1, 2]], SamplingParams(max_tokens=4, seed=1))
+        assert completion.finish_reason == "length"
+        for _ in range(500):
+            if not async_engine.stats()["num_requests_running"]:
+                break
+            threading.Event().wait(0.01)
+        assert async_engine.stats()["num_requests_running"] == 0
+        assert async_engine.stats()["generation_tokens"] < 200
+
+
+def test_callers_do_not_wait_for_a_thread_that_has_failed(monkeypatch):
+    async_engine = make()
+    monkeypatch.setattr(async_engine.engine, "step", lambda: 1 / 0)
+    handle = async_engine.submit([[1, 2]], LONG)
+    with pytest.raises(EngineUnavailable, match="has stopped"):
+        finished(handle)
+    async_engine.join(60)
+    assert async_engine.has_ended
+    with pytest.raises(EngineUnavailable):
+        async_engine.sleep()

@@ -80,6 +80,7 @@ def _serve(args: argparse.Namespace, engine: "Engine", tokenizer: Any, listener:
         grace=args.grace,
         ready=lambda: print(f"serving {name} on http://{host}:{port}", flush=True),
     )
+    config.engine.join()  # a step that outlasts the shutdown still uses the engine
     if config.engine.failure is not None:
         print(f"toolkit: the engine had stopped: {config.engine.failure}", file=sys.stderr)
         return 1

@@ -11,8 +11,10 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, InvalidStateError
+from typing import cast
 
 from toolkit.engine.engine import Engine
 from toolkit.engine.outputs import Completion, Delta
@@ -111,7 +113,7 @@ class AsyncEngine:
             self._handles.add(handle)
             self._commands.append(lambda: self._admit(handle, given, chosen))
             self._changed.notify_all()
-        self.start()
+            self.start()  # under the lock: no shutdown comes between
         return handle
 
     def generate(self, prompts: Prompts, params: Params = None) -> list[Completion]:
@@ -127,7 +129,9 @@ class AsyncEngine:
         except BaseException:
             handle.cancel()
             raise
-        return _until_closed(handle)
+        deltas = _until_closed(handle)
+        next(deltas)  # from here on, closing it cancels the request
+        return cast("Iterator[Delta]", deltas)
 
     def cancel(self, request_id: int) -> None:
         """End a request's unfinished completions with "cancelled"."""
@@ -190,7 +194,8 @@ class AsyncEngine:
             cancel_requests: end unfinished requests, whose handles raise EngineUnavailable; otherwise they finish.
             close_engine: close the engine at the end; otherwise one thread may use it further.
             wait: wait for the thread.
-            timeout: seconds to wait; None for no bound.
+            timeout: seconds to wait; None for no bound. Without ``cancel_requests`` a sleeping or paused engine
+                does not finish its requests: wake it first, or give a bound.
         """
         with self._changed:
             self.draining = True
@@ -231,12 +236,13 @@ class AsyncEngine:
                 raise EngineUnavailable("The engine's thread has ended.")
             self._commands.append(command)
             self._changed.notify_all()
-        self.start()
+            self.start()
         done.result()
 
     # What follows runs on the engine's thread.
 
     def _run(self) -> None:
+        pending: deque[Callable[[], None]] = deque()
         try:
             while True:
                 with self._changed:
@@ -244,8 +250,9 @@ class AsyncEngine:
                     commands, self._commands = self._commands, []
                     stop_now = self._stop == "now"
                     doomed = list(self._handles) if stop_now else []
-                for command in commands:
-                    command()
+                pending = deque(commands)
+                while pending:
+                    pending.popleft()()
                 for handle in doomed:
                     self._cancel(handle, EngineUnavailable(SHUTTING_DOWN))
                 with self._changed:
@@ -258,8 +265,11 @@ class AsyncEngine:
                         break
         except BaseException as error:
             traceback.print_exc(file=sys.stderr)
+            with self._changed:
+                self._commands = [*pending, *self._commands]  # callers wait for them
             self._fail(error)
-        self._end()
+        finally:
+            self._end()
 
     def _has_work(self) -> bool:
         stopping = self._stop == "now" or (self._stop == "drained" and not self._handles)
@@ -278,6 +288,8 @@ class AsyncEngine:
                 self._changed.notify_all()
 
     def _admit(self, handle: RequestHandle, prompts: list[Prompt], params: list[SamplingParams]) -> None:
+        if handle.accepted.done() and not handle.accepted.cancelled():  # the engine has failed meanwhile
+            return
         if not handle.accepted.set_running_or_notify_cancel():
             self._finish(handle)
             self._notify([handle.put(EngineUnavailable("The request was cancelled."))])
@@ -286,12 +298,12 @@ class AsyncEngine:
             request_ids = self.engine.submit_batch(prompts, params)
         except Exception as error:
             self._finish(handle)
-            self.listener.on_failed(handle, error)
+            self._tell(self.listener.on_failed, handle, error)
             handle.accepted.set_exception(error)
             self._notify([handle.put(error)])
             return
         self._of_request.update(dict.fromkeys(request_ids, handle))
-        self.listener.on_accepted(handle)
+        self._tell(self.listener.on_accepted, handle)
         handle.accepted.set_result(request_ids)
         if not request_ids:
             self._finish(handle)
@@ -317,7 +329,7 @@ class AsyncEngine:
                 handle.num_unfinished -= 1
                 if not handle.num_unfinished:
                     self._finish(handle)
-            self.listener.on_delta(handle, delta)
+            self._tell(self.listener.on_delta, handle, delta)
             awaited.append(handle.put(delta))
         self._notify(awaited)
 
@@ -346,26 +358,37 @@ class AsyncEngine:
         for handle in handles:
             ended = EngineUnavailable(f"The engine has stopped: {error}")
             self._finish(handle)
-            self.listener.on_failed(handle, ended)
+            self._tell(self.listener.on_failed, handle, ended)
             with contextlib.suppress(InvalidStateError):  # it was accepted
                 handle.accepted.set_exception(ended)
             self._notify([handle.put(ended)])
 
+    def _tell(self, notify: Callable[..., None], *args: object) -> None:
+        """Call the listener. What it raises is printed, and no request waits for it."""
+        try:
+            notify(*args)
+        except Exception:
+            traceback.print_exc(file=sys.stderr)
+
     def _end(self) -> None:
-        if self._close_engine:
-            self.engine.close()
-        with self._changed:
-            self._ended = True
-            left, self._commands = self._commands, []
-            self._changed.notify_all()
+        try:
+            if self._close_engine:
+                self.engine.close()
+        finally:
+            with self._changed:
+                self._ended = True
+                left, self._commands = self._commands, []
+                self._changed.notify_all()
         for command in left:
             with contextlib.suppress(Exception):
                 command()
-        self.listener.on_stopped()
+        self._tell(self.listener.on_stopped)
 
 
-def _until_closed(handle: RequestHandle) -> Iterator[Delta]:
+def _until_closed(handle: RequestHandle) -> Iterator[Delta | None]:
+    """None once, then the deltas."""
     try:
+        yield None
         yield from handle
     finally:
         handle.cancel()
