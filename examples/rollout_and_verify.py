@@ -42,7 +42,7 @@ with toolkit.Engine(model, max_num_seqs=8, seed=0) as engine:
         print(f"step {step}: {differing} of {compared} sampled tokens differ in any bit")
         assert differing == 0
 
-        # On-policy by construction: no importance weights are needed: the ratio of the two policies is exactly 1.
+        # On-policy by construction: the ratio of the two policies is exactly 1, so no importance weights are needed.
         loss = -torch.cat([one[-8:] for one in trained]).mean()
         loss.backward()
         optimizer.step()

@@ -260,7 +260,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--num-generations", dest="group", type=int, default=8)
     parser.add_argument("--completion", type=int, default=64)
-    parser.add_argument("--micro", type=int, default=8, help="TRL's samples a forward")
+    parser.add_argument("--micro", type=int, default=8, help="TRL's samples per forward")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--memory-of", choices=MEMORY_WAYS, help=argparse.SUPPRESS)

@@ -31,5 +31,5 @@ def bench_bits(seconds: float) -> dict[str, Any]:
     print_table("RMS error relative to float64, 256 rows", ["", *shapes], [[s, *errors[s].values()] for s in sides])
     counts = [[side, *differing[side].values()] for side in sides]
     title = f"Calls of few rows that are not bitwise identical to one call of 64 rows, {shapes[-1]}"
-    print_table(title, ["rows a call", *differing["linear"]], counts)
+    print_table(title, ["rows per call", *differing["linear"]], counts)
     return {"rms_error": errors, "differing_calls": differing}

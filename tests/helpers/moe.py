@@ -1,4 +1,4 @@
-"""What the tests of a MoE ops share: routings, weights, and a loop over experts in float64 as oracle."""
+"""What the tests of the MoE ops share: routings, weights, and a loop over experts in float64 as oracle."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace

@@ -394,9 +394,9 @@ def test_bad_input_is_one_sentence():
         launch_attention_backward(*tensors, 0.3, 0, 0.0, tables, page)
     with pytest.raises(ToolkitError, match=r"query_ranges must have shape .*, got shape"):
         launch_attention_backward(*tensors, 0.3, 0, 0.0, tables, page, query_ranges=trees.query_ranges[:1])
-    upcast = torch.empty(4, 1, 600)
+    joined = torch.empty(4, 1, 600)
     with pytest.raises(ToolkitError, match=r"head size of v must be <= 512 .* got 600"):
-        launch_attention(upcast, upcast, upcast, offsets, starts, lengths, None, 0, 0.3, 0, 0.0)
+        launch_attention(joined, joined, joined, offsets, starts, lengths, None, 0, 0.3, 0, 0.0)
 
 
 CUBIC = """

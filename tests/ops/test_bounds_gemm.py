@@ -78,8 +78,8 @@ def test_linear_keeps_the_bits_of_a_row(impl, dtype, depth, outputs):
     for begin in range(0, ROWS, 97):
         assert torch.equal(linear(x[begin : begin + 1], weight, bias), y[begin : begin + 1])
         assert torch.equal(linear(x[begin : begin + 17], weight, bias), y[begin : begin + 17])
-    upcast = torch.cat([x, x], -1)
-    assert torch.equal(linear(upcast[:, depth:], weight, bias), y)
+    joined = torch.cat([x, x], -1)
+    assert torch.equal(linear(joined[:, depth:], weight, bias), y)
     assert torch.equal(linear(x[None, :, None], weight, bias)[0, :, 0], y)
     x[3] = math.nan
     others = torch.arange(ROWS) != 3

@@ -133,7 +133,7 @@ def test_linear_logprob_candidates_and_top_k(impl, dtype):
 
 @needs_cuda
 def test_linear_logprob_of_more_logits_than_two_to_the_31(impl):
-    """16,384 rows of 151,936 words, forward and backward: the last rows against the same rows alone."""
+    """16,384 rows of vocabulary size 151,936, forward and backward: the last rows against the same rows alone."""
     rows, depth, size = 16384, 128, 151936
     hidden, weight = noise(rows, depth, dtype=HALF), noise(size, depth, dtype=HALF, scale=0.1, seed=1)
     targets = integers(0, size, rows, seed=2)

@@ -52,8 +52,8 @@ def test_tokens_are_those_of_the_specification(impl, dtype, size):
     assert_same_bits(sample(logits, *rest), (tokens, logprobs))
     for part in subsets(ROWS):
         assert_same_bits(sample(logits[part], *(x[part] for x in rest)), (tokens[part], logprobs[part]))
-    upcast = torch.cat([logits, logits], -1)
-    assert_same_bits(sample(upcast[:, size:], *rest), (tokens, logprobs))
+    joined = torch.cat([logits, logits], -1)
+    assert_same_bits(sample(joined[:, size:], *rest), (tokens, logprobs))
     assert sample(logits[:0], *(x[:0] for x in rest))[0].shape == (0,)
 
 

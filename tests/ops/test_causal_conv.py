@@ -209,9 +209,9 @@ def test_results_are_whole():
 
 
 def test_strided_inputs(impl):
-    upcast, weight, bias = seeded(20, 40), seeded(8, 7, seed=1)[:, ::2], seeded(16, seed=2)[::2]
+    joined, weight, bias = seeded(20, 40), seeded(8, 7, seed=1)[:, ::2], seeded(16, seed=2)[::2]
     tails = seeded(3, 2, 8, seed=3).transpose(0, 1)
-    for x in (upcast[:, 8:16], upcast[:, :32:4], seeded(8, 20, seed=4).T):
+    for x in (joined[:, 8:16], joined[:, :32:4], seeded(8, 20, seed=4).T):
         for weight_of in (weight, seeded(4, 8, seed=5).T):
             given = [x, weight_of, bias, tails]
             y, grads = run(lambda *t: op(*t, TREES, "silu", impl.option), given)
@@ -272,15 +272,15 @@ def test_trees_of_many_tiles(impl):
 
 @implementations(NATIVE, TRITON)
 def test_strides_do_not_matter(impl):
-    upcast, weight, bias = (seeded(*s, dtype=torch.float32, seed=i) for i, s in enumerate([(20, 40), (8, 7), (16,)]))
+    joined, weight, bias = (seeded(*s, dtype=torch.float32, seed=i) for i, s in enumerate([(20, 40), (8, 7), (16,)]))
     weight, bias = weight[:, ::2], bias[::2]
     tails = seeded(3, 2, 8, dtype=torch.float32, seed=3).transpose(0, 1)
-    packed = upcast[:, 8:16].contiguous()
+    packed = joined[:, 8:16].contiguous()
     index = tensors(TREES)[0], past_rows(TREES, 3), tails, "silu"
     backward = torch.ops.toolkit.causal_conv_backward
     results = [
         [op(x, weight, bias, tails, TREES, "silu"), *backward(x, x, weight, bias, *index)]
-        for x in (packed, upcast[:, 8:16], packed.t().contiguous().t(), far_apart(packed))
+        for x in (packed, joined[:, 8:16], packed.t().contiguous().t(), far_apart(packed))
     ]
     for result in results[1:]:
         assert all(map(torch.equal, result, results[0]))

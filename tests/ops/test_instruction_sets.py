@@ -78,5 +78,5 @@ def test_avx512_has_the_bits_of_avx2(tmp_path):
         assert name == capability
         kept.append(results)
     assert len(kept[0]) == len(kept[1]) > 100
-    for narrow, upcast in zip(*kept):
-        assert torch.equal(narrow, upcast)
+    for avx2, avx512 in zip(*kept):
+        assert torch.equal(avx2, avx512)

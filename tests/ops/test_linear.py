@@ -234,12 +234,12 @@ def test_strides_do_not_change_bits(impl, dtype):
 @every_impl
 def test_gradients_through_strided_inputs(impl):
     x, w, _ = (t if t is None else t.double() for t in make(12, 60, 17, bias=False))
-    upcast = x.view(2, 6, 60).transpose(0, 1).requires_grad_()
+    joined = x.view(2, 6, 60).transpose(0, 1).requires_grad_()
     matrix = w.T.contiguous().T.requires_grad_()
-    linear(upcast, matrix, impl=impl).square().sum().backward()
-    y = 2 * upcast.detach() @ matrix.detach().T
-    torch.testing.assert_close(upcast.grad, y @ matrix.detach(), rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(matrix.grad, torch.einsum("abn,abk->nk", y, upcast.detach()), rtol=1e-10, atol=1e-10)
+    linear(joined, matrix, impl=impl).square().sum().backward()
+    y = 2 * joined.detach() @ matrix.detach().T
+    torch.testing.assert_close(joined.grad, y @ matrix.detach(), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(matrix.grad, torch.einsum("abn,abk->nk", y, joined.detach()), rtol=1e-10, atol=1e-10)
 
 
 @every_impl
@@ -366,8 +366,8 @@ def test_strides_and_leading_dimensions():
     flat = launch_linear(x, weight, bias)
     assert torch.equal(launch_linear(x.view(2, 3, 4, 40), weight, bias), flat.view(2, 3, 4, 30))
     assert torch.equal(launch_linear(x[5], weight, bias), flat[5])
-    upcast = torch.cat([x, x], 1)
-    assert torch.equal(launch_linear(upcast[::2, 40:], weight, bias), flat[::2])
+    joined = torch.cat([x, x], 1)
+    assert torch.equal(launch_linear(joined[::2, 40:], weight, bias), flat[::2])
     assert torch.equal(launch_linear(x.t().contiguous().t(), weight.t().contiguous().t(), bias), flat)
     assert torch.equal(
         launch_linear(x, torch.cat([weight, weight], 1)[:, :40], torch.stack([bias, bias], 1)[:, 0]), flat

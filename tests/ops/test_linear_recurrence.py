@@ -261,11 +261,11 @@ def test_results_are_whole():
 
 
 def test_strided_inputs(impl):
-    upcast = seeded(12, 3, 40)
-    q, k, v = upcast[..., 2:8], upcast[..., 8:14], upcast[..., 14:21]
-    g, beta = -upcast[..., 30].abs(), upcast[..., 31].sigmoid()
+    joined = seeded(12, 3, 40)
+    q, k, v = joined[..., 2:8], joined[..., 8:14], joined[..., 14:21]
+    g, beta = -joined[..., 30].abs(), joined[..., 31].sigmoid()
     trees = ([5, 7], [-1, 0])
-    for given in ([q, k, v, g, beta], [upcast[..., 0:12:2], k, seeded(3, 12, 7, seed=1).transpose(0, 1), g, beta]):
+    for given in ([q, k, v, g, beta], [joined[..., 0:12:2], k, seeded(3, 12, 7, seed=1).transpose(0, 1), g, beta]):
         y, grads = run(lambda *x: op(x, trees, impl=impl.option), given)
         z, wanted = run(lambda *x: op(x, trees, impl="reference"), [x.contiguous() for x in given])
         assert max(map(error, [*y, *grads], [*z, *wanted])) < impl.near(1e-13)
@@ -394,8 +394,8 @@ def test_decode_in_place(impl):
 
 @only_triton
 def test_strides_and_offsets_past_two_to_the_31(impl):
-    upcast = seeded(6, 2, 40)
-    given = [upcast[..., 2:8], upcast[..., 8:14], upcast[..., 14:33], -upcast[..., 30].abs(), upcast[..., 31].sigmoid()]
+    joined = seeded(6, 2, 40)
+    given = [joined[..., 2:8], joined[..., 8:14], joined[..., 14:33], -joined[..., 30].abs(), joined[..., 31].sigmoid()]
     far = [far_apart(given[0].contiguous()), *given[1:]]
     trees = ([2, 1, 3], [-1, 0, 0])
     packed = [x.contiguous() for x in given]

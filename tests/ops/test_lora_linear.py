@@ -143,9 +143,9 @@ def test_strides_and_leading_dimensions(impl):
     cube = lora_linear(x.view(2, 12, 60), weight, bias, a, b, scaling, adapters.view(2, 12), impl=impl)
     assert torch.equal(cube, flat.view(2, 12, 18))
     assert torch.equal(lora_linear(x[5], weight, bias, a, b, scaling, adapters[5], impl=impl), flat[5])
-    upcast = torch.cat([x, x], 1)
+    joined = torch.cat([x, x], 1)
     turned_a, turned_b = a.transpose(1, 2).contiguous().transpose(1, 2), b.transpose(0, 1).contiguous().transpose(0, 1)
-    strided = lora_linear(upcast[::2, 60:], weight, bias, turned_a, turned_b, scaling, adapters[::2], impl=impl)
+    strided = lora_linear(joined[::2, 60:], weight, bias, turned_a, turned_b, scaling, adapters[::2], impl=impl)
     assert torch.equal(strided, flat[::2])
     grads = []
     for first, second in ((a, b), (turned_a, turned_b)):
@@ -190,7 +190,7 @@ def test_no_rows_no_adapters_no_inner_size():
     assert torch.equal(lora_linear(x, weight, bias, a[:, :0], b[:, :, :0], scaling, ids), linear(x, weight, bias))
 
 
-def test_fast_takes_the_vendors_product():
+def test_fast_takes_the_mkl_gemm():
     inputs = make(9, 60, 17, 8, 3)
     x, weight, bias, a, b, scaling, adapters = inputs
     expected = lora_add(torch.nn.functional.linear(x, weight, bias), x, a, b, scaling, adapters)

@@ -101,8 +101,8 @@ def test_strided_inputs(impl, interleaved):
         out = rotary(x, cos, sin, interleaved, impl=impl.option)
         assert out.is_contiguous()
         assert torch.equal(out, rotary(x.contiguous(), cos, sin, interleaved, impl="reference"))
-    upcast = torch.cat((cos, cos), -1)[:, :8]
-    assert torch.equal(rotary(rows, upcast, sin, interleaved, impl=impl.option), rotary(rows, cos, sin, interleaved))
+    joined = torch.cat((cos, cos), -1)[:, :8]
+    assert torch.equal(rotary(rows, joined, sin, interleaved, impl=impl.option), rotary(rows, cos, sin, interleaved))
     assert torch.equal(rotary(rows, cos, sin.double(), interleaved), rotary(rows, cos, sin, interleaved))
     c, s = cos.half(), sin.half()
     assert torch.equal(rotary(rows, c, s, interleaved), rotary(rows, c.float(), s.float(), interleaved))

@@ -271,8 +271,8 @@ def test_a_row_keeps_its_bits(router):
         return weights, ids, route_backward(upstream, rows, ids, score, normalise, 0.0, 1.0)
 
     rows_alone(both, [logits, grad])
-    upcast = torch.cat([logits, logits], -1)[:, experts:]
-    assert all(torch.equal(*pair) for pair in zip(both(upcast, grad), both(logits, grad), strict=True))
+    joined = torch.cat([logits, logits], -1)[:, experts:]
+    assert all(torch.equal(*pair) for pair in zip(both(joined, grad), both(logits, grad), strict=True))
 
 
 @only_triton

@@ -507,8 +507,8 @@ def test_a_row_does_not_depend_on_its_neighbours_nor_on_where_it_lies():
         order = torch.randperm(8, generator=generator)[:size]
         for got, wanted in zip(launch_sample(logits[order], *(one[order] for one in rest)), whole):
             assert torch.equal(got, wanted[order])
-    upcast = torch.cat([logits, logits], -1)
-    for view in (upcast[:, :613], logits.t().contiguous().t()):
+    joined = torch.cat([logits, logits], -1)
+    for view in (joined[:, :613], logits.t().contiguous().t()):
         for got, wanted in zip(launch_sample(view, *rest), whole):
             assert torch.equal(got, wanted)
     tokens, logprobs = launch_sample(logits[:0], *columns([]))

@@ -26,7 +26,7 @@ def _unpadded(batch: int, queries: int, keys: int, device: torch.device) -> Dens
 
 
 def padded_context(mask: Tensor, queries: int) -> DenseContext:
-    """The context of a padding mask [B, S'], made once a forward: every layer is handed the same mask object."""
+    """The context of a padding mask [B, S'], made once per forward: every layer is handed the same mask object."""
     kept: tuple[int, DenseContext] | None = getattr(mask, "toolkit_padded", None)
     if kept is None or kept[0] != queries:
         kept = (queries, DenseContext(RaggedBatch.for_padded(mask, queries)))

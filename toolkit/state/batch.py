@@ -149,7 +149,7 @@ class RaggedBatch:
 
         Nothing needs to be gathered: padding before the tokens sees no key, padding after them is a segment
         without keys, and keys are reached by offset. Rows of padding come out as zeros.
-        Reads the mask on the host once, so make it once a forward.
+        Reads the mask on the host once, so make it once per forward.
 
         Args:
             mask: [B, L], true where there is a token; a row's tokens are contiguous, padded left, right or both.

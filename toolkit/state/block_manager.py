@@ -27,7 +27,7 @@ class Group:
     snapshot_interval: int = 0
 
     def blocks_for(self, tokens: int, sequences: int, chunk: int, block_size: int) -> int:
-        """Blocks for ``sequences`` that hold ``tokens`` together while ``chunk`` tokens a step come in."""
+        """Blocks for ``sequences`` that hold ``tokens`` together while ``chunk`` tokens per step come in."""
         everything = -(-tokens // block_size) + sequences
         if not self.lookback:
             return everything

@@ -1,4 +1,4 @@
-"""The contract of a state kind: what one layer remembers of every sequence. One file a kind.
+"""The contract of a state kind: what one layer remembers of every sequence. One file per kind.
 
 ``out, state' = op(in, state)``: a kind stores something in the blocks that a sequence's ``BlockTable`` hands out;
 its op reads and writes it there. A new kind is a file in this folder with a subclass of ``StateKind``; the contract
@@ -143,7 +143,7 @@ class StateKind(ABC):
                 store[destination] = store[source]
 
     def swap_out(self, blocks: Sequence[int]) -> Rows:
-        """Copies of whole blocks on the host, one block a row."""
+        """Copies of whole blocks on the host, one block per row."""
         index = self._index(blocks)
         return tuple(store[index].cpu() for store in self.stores)
 

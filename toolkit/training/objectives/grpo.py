@@ -46,7 +46,7 @@ class GRPOSection(OnPolicySection):
     importance_sampling_clip_max: Positive | None = None
     """Weigh tokens by min(p_train / p_rollout, this), without gradient; for fast numerics. null does not."""
     replay_routing: bool = False
-    """Of a MoE model: train every token through the experts that it was rolled out with."""
+    """Of an MoE model: train every token through the experts that it was rolled out with."""
     beta: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the KL divergence from the initial model (after the warm-up); above 0 keeps a copy of that."""
 
