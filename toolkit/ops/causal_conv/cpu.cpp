@@ -171,7 +171,7 @@ Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Te
 }
 
 // Who reads a row of [x, tails] as what lies before its segment: row r by consumers[starts[r]] to [starts[r + 1]], each
-// a index into `past`, in ascending order.
+// an index into `past`, in ascending order.
 struct Consumers {
   Consumers(const Problem& p, const int64_t* past, int64_t held) : starts(p.tokens + held + 1, 0) {
     const int64_t count = p.segments * (p.taps - 1);
