@@ -1,9 +1,10 @@
 """TRL's ``GRPOTrainer`` with the engine as its rollout against TRL with its own generation: the same trainer, twice.
 
 ``python -m benchmarks.trl_grpo``: a prompt, a group of completions, a reward, one update per step. First the gate:
-greedy completions of both must be the same tokens, and on one batch both trainers must give the same loss and the same norm of
-the gradient. Then times of whole steps in turns of runs, and the mismatch between rollout and training: of the engine
-as ``train_patches.trl`` logs it, of TRL between the log-probabilities that ``generate`` computes and those of its loss.
+greedy completions of both must be the same tokens, and on one batch both trainers must give the same loss and the
+same norm of the gradient. Then times of whole steps in turns of runs, and the mismatch between rollout and training:
+of the engine as ``train_patches.trl`` logs it, of TRL between the log-probabilities that ``generate`` computes and
+those of its loss.
 """
 
 import argparse
