@@ -36,10 +36,10 @@ def triton_serves_cpu_tensors():
 
 @pytest.fixture(autouse=True)
 def heads_of_a_gpu(monkeypatch):
-    """In the interpreter, too, heads in bitwise mode do not wait: only on a CPU has the loss their bits."""
+    """In the interpreter, too, heads in bitwise mode do not defer: only on a CPU is the loss bitwise identical."""
     if SMALL:
-        may_wait = head._may_wait
-        monkeypatch.setattr(head, "_may_wait", lambda w, x, bitwise: not bitwise and may_wait(w, x, bitwise))
+        can_defer = head._can_defer
+        monkeypatch.setattr(head, "_can_defer", lambda w, x, bitwise: not bitwise and can_defer(w, x, bitwise))
 
 
 def model_of(family, dtype=torch.float32):
