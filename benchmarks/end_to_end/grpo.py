@@ -9,6 +9,7 @@ a fresh process.
 import argparse
 import copy
 import json
+import math
 import random
 import statistics
 import sys
@@ -234,15 +235,21 @@ def case(prompt_tokens: int, group: int, completion: int, micro: int, repeats: i
     used = {way: one["peak"] - one["before"] for way, one in memory.items()}
     ratios = {
         "speed": timings["trl"]["median_s"] / timings["toolkit"]["median_s"],
-        "memory_of_unshared": used["shared"] / used["unshared"],
-        "memory_of_unpatched": used["shared"] / used["unpatched"],
+        # At small sizes the peak is that of loading, and there is nothing to compare.
+        "memory_of_unshared": used["shared"] / used["unshared"] if used["unshared"] else math.nan,
+        "memory_of_unpatched": used["shared"] / used["unpatched"] if used["unpatched"] else math.nan,
         "peak_of_unshared": memory["shared"]["peak"] / memory["unshared"]["peak"],
     }
     rollout = statistics.median(ours.rollout_s[2:])
     rows = [
         ["toolkit", timings["toolkit"]["median_s"], rollout, used["shared"] / 2**30],
         ["TRL", timings["trl"]["median_s"], "", used["unpatched"] / 2**30],
-        ["TRL / toolkit", f"{ratios['speed']:.2f}x", "", f"{1 / ratios['memory_of_unpatched']:.2f}x"],
+        [
+            "TRL / toolkit",
+            f"{ratios['speed']:.2f}x",
+            "",
+            f"{(used['unpatched'] / used['shared'] if used['shared'] else math.nan):.2f}x",
+        ],
     ]
     print_table(f"{name}, 32 M Llama, fp32", ["side", "s a step", "of it rollout", "training GiB"], rows)
     print(
