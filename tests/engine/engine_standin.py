@@ -14,7 +14,7 @@ from toolkit.engine.params import SamplingParams
 from toolkit.engine.request import Request
 from toolkit.engine.sampler import Sampler
 from toolkit.ops.state_write import state_write
-from toolkit.state import PagedContext, PagedRows, RaggedBatch, StateSpec
+from toolkit.state import PagedContext, PagedRows, PrefixKey, RaggedBatch, StateSpec
 
 VOCAB = 61
 EOS = 0
@@ -52,6 +52,9 @@ class HistoryModel:
 
     def version(self) -> int:
         return self.weights
+
+    def prefix_key(self) -> PrefixKey:
+        return PrefixKey(self.weights)
 
     def decode_size(self, sequences: int) -> int:
         return sequences + sequences % 3

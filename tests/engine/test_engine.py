@@ -175,6 +175,16 @@ def test_a_new_weight_version_tags_tokens_and_hides_old_prefixes():
     engine.check_integrity()
 
 
+def test_prefixes_are_shared_within_a_cache_salt_only():
+    engine = Engine(HistoryModel(), block_size=4)
+    hits = []
+    for salt in (None, "a", "b", None, "a"):
+        engine.generate(list(range(1, 18)), SamplingParams(max_tokens=2, cache_salt=salt))
+        hits.append(engine.stats()["prefix_cache_hits"])
+    assert hits == [0, 0, 0, 16, 32]
+    engine.check_integrity()
+
+
 def test_a_sequence_preempted_over_a_weight_move_is_recomputed_whole():
     model = HistoryModel()
     engine = Engine(model, block_size=2, num_blocks=14)

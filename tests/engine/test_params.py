@@ -40,6 +40,8 @@ BAD = [
     ("logprobs", -1),
     ("skip_special_tokens", None),
     ("include_stop_str_in_output", "yes"),
+    ("cache_salt", ""),
+    ("cache_salt", 7),
     ("repetition_penalty", 0.0),
     ("presence_penalty", 2.1),
     ("frequency_penalty", -2.1),

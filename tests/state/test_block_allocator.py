@@ -5,9 +5,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
-from toolkit.state import BlockAllocator, BlockManager, BlockTable, BlockTables, Group, OutOfBlocks
+from toolkit.state import BlockAllocator, BlockManager, BlockTable, BlockTables, Group, OutOfBlocks, PrefixKey
 from toolkit.state.block_manager import Swapped
 from toolkit.state.block_table import NULL_BLOCK
+
+KEY = PrefixKey()
 
 TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=11)
 FULL, WINDOW, STATE = Group(), Group(lookback=3), Group(lookback=1, snapshot_interval=2)
@@ -29,7 +31,7 @@ class Histories(RuleBasedStateMachine):
         self.block_manager = BlockManager(groups, [num_blocks] * len(groups), block_size)
         self.contents: list[dict[int, tuple]] = [{} for _ in groups]
         self.truth: dict[BlockTables, list[tuple]] = {}
-        self.version = 0
+        self.key, self.moves, self.versions = PrefixKey(), 0, {"": 0}
 
     def entries(self, group: int, block: int) -> list[int]:
         """Keys into ``contents`` of a block."""
@@ -93,20 +95,20 @@ class Histories(RuleBasedStateMachine):
         truth = self.truth[block_tables]
         for token in tokens:
             # The tokens alone do not tell the state: it also depends on the weights that computed each.
-            truth.append((truth[-1] if truth else (), token, self.version))
+            truth.append((truth[-1] if truth else (), token, self.key))
         self.fill(block_tables, slots, truth[-len(tokens) :])
-        block_tables.commit(tokens, self.version)
+        block_tables.commit(tokens, self.key)
         return True
 
     @rule(target=block_tables, tokens=TOKENS, more=TOKENS)
     def begin(self, tokens: list[int], more: list[int]) -> object:
-        block_tables = self.block_manager.new_block_tables(self.version)
+        block_tables = self.block_manager.new_block_tables(self.key)
         hit = block_tables.match_prefix(tokens + more)
         assert hit == block_tables.length < len(tokens + more)
         assert hit % self.block_manager.block_size == 0
         truth: list[tuple] = []
         for token in (tokens + more)[:hit]:  # every hit was computed by these weights
-            truth.append((truth[-1] if truth else (), token, self.version))
+            truth.append((truth[-1] if truth else (), token, self.key))
         self.truth[block_tables] = truth
         self.check(block_tables)
         if not self.append(block_tables, (tokens + more)[hit:]):
@@ -185,13 +187,16 @@ class Histories(RuleBasedStateMachine):
         if self.truth.pop(block_tables, None) is not None:
             block_tables.release()
 
-    @rule()
-    def move_version(self) -> None:
-        self.version += 1
+    @rule(base=st.booleans(), adapter=st.sampled_from([None, "a"]), salt=st.sampled_from([None, "s"]))
+    def move_key(self, base: bool, adapter: str | None, salt: str | None) -> None:
+        """A write to the base or to an adapter, another choice of adapter, or a request with a salt."""
+        self.moves += 1
+        self.versions["" if base or adapter is None else adapter] = self.moves
+        self.key = PrefixKey(self.versions[""], adapter, self.versions.get(adapter or "-", 0), salt)
 
     @rule()
-    def drop_old_versions(self) -> None:
-        self.block_manager.drop_old_versions(self.version)
+    def drop_outdated(self) -> None:
+        self.block_manager.drop_outdated(self.key)
 
     @rule()
     def reset_prefix_cache(self) -> None:
@@ -206,7 +211,7 @@ class Histories(RuleBasedStateMachine):
                 content = contents[self.entries(group, block)[-1]]
                 while node.parent is not None:
                     for token in reversed(node.tokens):
-                        assert content[1:] == (token, node.version)
+                        assert content[1:] == (token, node.key)
                         content = content[0]
                     node = node.parent
                 assert content == ()
@@ -230,18 +235,18 @@ TestHistories.settings = settings(max_examples=200, stateful_step_count=30, dead
 def test_allocate_prefers_free_pages_then_evicts_the_least_recently_used() -> None:
     allocator = BlockAllocator(4, 1)
     first, second, third = allocator.allocate(3)
-    key = allocator.register(first, None, [1], 0)
-    allocator.register(second, key, [2], 0)
+    key = allocator.register(first, None, [1], KEY)
+    allocator.register(second, key, [2], KEY)
     allocator.free([first, second])
     assert allocator.num_free_blocks == 3
     assert allocator.num_cached_blocks == 2
     assert allocator.allocate(1) == [3]
     assert allocator.allocate(1) == [second]  # the end of a chain goes before its beginning
-    assert allocator.prefix_index.match([1, 2], 0) == [first]
+    assert allocator.prefix_index.match([1, 2], KEY) == [first]
     with pytest.raises(OutOfBlocks, match="2 blocks were requested, 1 of 4 are available"):
         allocator.allocate(2)
     assert allocator.allocate(1) == [first]
-    assert allocator.prefix_index.match([1, 2], 0) == []
+    assert allocator.prefix_index.match([1, 2], KEY) == []
     allocator.check_integrity([[0, 1, 2, 3]])
     assert allocator.ref_count(third) == 1
 
@@ -250,18 +255,18 @@ def test_a_match_makes_a_cached_page_recent() -> None:
     allocator = BlockAllocator(2, 1)
     block_tables = []
     for token in (5, 6):
-        table = BlockTable(allocator, 0)
+        table = BlockTable(allocator, KEY)
         table.reserve(1)
         table.commit([token])
         block_tables.append(table)
     for table in block_tables:
         table.release()
-    again = BlockTable(allocator, 0)
+    again = BlockTable(allocator, KEY)
     assert BlockTables([again]).match_prefix([5, 9]) == 1
     again.release()
     allocator.allocate(1)
-    assert allocator.prefix_index.match([5], 0)
-    assert not allocator.prefix_index.match([6], 0)
+    assert allocator.prefix_index.match([5], KEY)
+    assert not allocator.prefix_index.match([6], KEY)
 
 
 def test_misuse_is_refused_and_changes_nothing() -> None:
@@ -272,11 +277,11 @@ def test_misuse_is_refused_and_changes_nothing() -> None:
     with pytest.raises(ValueError, match="must be held or cached to be shared, got the free block 2"):
         allocator.touch([blocks[0], 2])
     with pytest.raises(ValueError, match="must be held to be registered, got the free block 2"):
-        allocator.register(2, None, [1, 2], 0)
+        allocator.register(2, None, [1, 2], KEY)
     with pytest.raises(ValueError, match="num_blocks must be >= 0 and block_size >= 1, got 1 and 0"):
         BlockAllocator(1, 0)
     allocator.check_integrity([blocks])
-    table = BlockTable(allocator, 0)
+    table = BlockTable(allocator, KEY)
     table.reserve(1)
     with pytest.raises(RuntimeError, match="committed tokens must be <= the 2 reserved slots, got 3"):
         table.commit([1, 2, 3])
@@ -303,7 +308,7 @@ def test_misuse_is_refused_and_changes_nothing() -> None:
 def test_check_integrity_notices_damage(damage) -> None:
     allocator = BlockAllocator(4, 1)
     cached, held = allocator.allocate(2)
-    allocator.register(cached, None, [3], 0)
+    allocator.register(cached, None, [3], KEY)
     allocator.free([cached])
     allocator.check_integrity([[held]])
     damage(allocator)
@@ -348,12 +353,12 @@ def test_truncate_drops_a_pending_copy() -> None:
 
 def test_a_failed_reserve_leaves_the_table_and_the_index_alone() -> None:
     allocator = BlockAllocator(2, 2)
-    table = BlockTable(allocator, 0)
+    table = BlockTable(allocator, KEY)
     table.reserve(4)
     table.commit([1, 2, 3, 4])
     table.truncate(3)
     with pytest.raises(OutOfBlocks):
         table.reserve(2)
-    assert allocator.prefix_index.match([1, 2, 3, 4], 0) == table.blocks
+    assert allocator.prefix_index.match([1, 2, 3, 4], KEY) == table.blocks
     assert table.reserve(1) == [table.blocks[1] * 2 + 1]  # about to be overwritten: no longer to be matched
-    assert allocator.prefix_index.match([1, 2, 3, 4], 0) == table.blocks[:1]
+    assert allocator.prefix_index.match([1, 2, 3, 4], KEY) == table.blocks[:1]

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from toolkit.errors import ToolkitError
-from toolkit.state import BlockManager, BlockTables, Group, PagedRows, Snapshots, StatePool, StateSpec, kinds
+from toolkit.state import BlockManager, BlockTables, Group, PagedRows, PrefixKey, Snapshots, StatePool, StateSpec, kinds
 from toolkit.state.kinds import Rows, independent
 from toolkit.state.kinds.full import FullAttention
 from toolkit.state.pool import group_of, groups_of
@@ -132,7 +132,9 @@ def test_truncate_and_continue_equals_never_having_run_further(sequences: Sequen
 def test_a_prefix_hit_continues_as_if_it_had_been_computed(sequences: Sequences) -> None:
     rows, other = sequences.rows(4 * BLOCK_SIZE * 16 + 3, 5), sequences.rows(6, 6)
     sequences = Sequences(sequences.spec.kind, num_blocks=200)
-    first, second, straight = (sequences.block_manager.new_block_tables(version) for version in (0, 0, None))
+    first, second, straight = (
+        sequences.block_manager.new_block_tables(key) for key in (PrefixKey(), PrefixKey(), None)
+    )
     sequences.append(first, rows)
     tokens = [0] * len(rows[0])
     hit = second.match_prefix(tokens)

@@ -18,6 +18,7 @@ from toolkit.state import (
     Group,
     PagedContext,
     PagedRows,
+    PrefixKey,
     RaggedBatch,
     StatePool,
     StateSpec,
@@ -150,10 +151,10 @@ def test_any_schedule_through_blocks_equals_all_at_once_bit_for_bit(seed: int) -
 
     runner = Runner(torch.float32)
     runner.allocator.free(runner.allocator.allocate(choose.randrange(20)))
-    tables: dict[int, BlockTable] = {i: BlockTable(runner.allocator, 0) for i in range(4)}
+    tables: dict[int, BlockTable] = {i: BlockTable(runner.allocator, PrefixKey()) for i in range(4)}
     while any(table.length < lengths[i] for i, table in tables.items()) or len(tables) < 6:
         if 4 not in tables and tables[0].length >= 8:
-            tables[4] = BlockTable(runner.allocator, 0)
+            tables[4] = BlockTable(runner.allocator, PrefixKey())
             assert BlockTables([tables[4]]).match_prefix(texts[4]) == 8
         if 5 not in tables and tables[3].length >= 10:
             tables[5] = tables[3].fork()

@@ -110,6 +110,7 @@ class Engine:
         self._seeds = np.random.default_rng(seed)
         self._ids = itertools.count()
         self._version = self.backend.version()
+        self._weights = self.backend.prefix_key()
         self._generation_tokens = 0
         self._steps = 0
         self._live: dict[int, Request] = {}
@@ -316,9 +317,9 @@ class Engine:
             return
         version = self.backend.version()
         if version != self._version:
-            self._version = version
-            self.block_manager.drop_old_versions(version)
-        chunks = self.scheduler.schedule(version)
+            self._version, self._weights = version, self.backend.prefix_key()
+            self.block_manager.drop_outdated(self._weights)
+        chunks = self.scheduler.schedule(self._weights)
         if not chunks:
             return
         self._steps += 1
@@ -339,7 +340,7 @@ class Engine:
         for chunk in chunks:
             sequence, tables = chunk.sequence, chunk.sequence.block_tables
             assert tables is not None
-            tables.commit(sequence.tokens[chunk.start : chunk.start + chunk.count], version)
+            tables.commit(sequence.tokens[chunk.start : chunk.start + chunk.count], sequence.prefix_key(self._weights))
             if chunk.samples:
                 owners = [sequence, *self.scheduler.fork_siblings(sequence)]
                 sequences += owners

@@ -73,6 +73,7 @@ class SamplingParams:
         seed: a token is a function of (seed, index among the n, tokens so far, logits); None takes a fresh seed.
         logprobs: also return this many of the most probable tokens at each step, under the model's own distribution.
         skip_special_tokens: leave special tokens out of ``text``.
+        cache_salt: share cached prefixes only with requests of the same salt; None with those that have none.
         include_stop_str_in_output: keep the stop string or stop token that ended the text.
         repetition_penalty: over prompt and output, divides positive logits and multiplies negative ones.
         presence_penalty: subtracted once for each distinct token of the output.
@@ -95,6 +96,7 @@ class SamplingParams:
     seed: int | None = None
     logprobs: int | None = None
     skip_special_tokens: bool = True
+    cache_salt: str | None = None
     include_stop_str_in_output: bool = False
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
@@ -135,6 +137,8 @@ class SamplingParams:
             checked["seed"] = check_int("seed", self.seed, -(2**63), 2**64 - 1, also=", or None")
         if self.logprobs is not None:
             checked["logprobs"] = check_int("logprobs", self.logprobs, 0, also=" or None")
+        if self.cache_salt is not None and not (isinstance(self.cache_salt, str) and self.cache_salt):
+            raise ToolkitError(f"cache_salt must be a string that is not empty or None, got {self.cache_salt!r}.")
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 

@@ -6,7 +6,7 @@ from toolkit.engine.detokenizer import Decoder, Detokenizer
 from toolkit.engine.outputs import Completion, Delta, FinishReason
 from toolkit.engine.params import SamplingParams
 from toolkit.engine.swap import SwappedState
-from toolkit.state import BlockTables
+from toolkit.state import BlockTables, PrefixKey
 
 
 class Request:
@@ -111,6 +111,11 @@ class Sequence:
     def adjusted(self) -> bool:
         """Whether the next token's logits are changed before the temperature."""
         return self.params.penalised or self.generated < self.params.min_tokens
+
+    def prefix_key(self, weights: PrefixKey) -> PrefixKey:
+        """The key of its state under ``weights``: its own cache salt included."""
+        salt = self.params.cache_salt
+        return weights if salt is None else weights._replace(salt=salt)
 
     def accept(
         self, token: int, logprob: float, sampling_logprob: float, top: dict[int, float] | None, version: int

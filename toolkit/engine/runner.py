@@ -21,7 +21,7 @@ from toolkit.patching.forward import context_forward
 from toolkit.patching.sharding import check_unsharded
 from toolkit.patching.state_spec import state_spec
 from toolkit.patching.weights import weight_clock, weight_version
-from toolkit.state import Group, PagedContext, PagedRows, RaggedBatch, Snapshots, StatePool, StateSpec
+from toolkit.state import Group, PagedContext, PagedRows, PrefixKey, RaggedBatch, Snapshots, StatePool, StateSpec
 
 _CPU_BYTES = 4 << 30
 
@@ -41,6 +41,9 @@ class Backend(Protocol):
 
     def version(self) -> int:
         """A number that changes whenever the weights do."""
+
+    def prefix_key(self) -> PrefixKey:
+        """The key of state computed by the weights that ``version`` found."""
 
     def forward(self, context: PagedContext, rows: Tensor) -> Tensor:
         """Logits [len(rows), vocab_size] at ``rows`` of the batch's tokens."""
@@ -86,6 +89,9 @@ class PatchedModel:
             check_unsharded(self.model, "generating")
             self._whole_at = version
         return version
+
+    def prefix_key(self) -> PrefixKey:
+        return PrefixKey(self._whole_at)
 
     def decode_size(self, sequences: int) -> int:
         return padded_size(sequences)

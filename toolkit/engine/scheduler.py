@@ -12,7 +12,7 @@ from operator import attrgetter
 
 from toolkit.engine.request import Request, Sequence
 from toolkit.engine.swap import SwapSpace
-from toolkit.state import BlockManager, BlockTables, OutOfBlocks
+from toolkit.state import BlockManager, BlockTables, OutOfBlocks, PrefixKey
 from toolkit.state.block_manager import BlockCounts
 
 _order = attrgetter("order")
@@ -80,11 +80,11 @@ class Scheduler:
             del queue[at]
             self._leave(sequence)
 
-    def schedule(self, version: int) -> list[Chunk]:
+    def schedule(self, weights: PrefixKey) -> list[Chunk]:
         """The next step's chunks, oldest sequence first, their slots reserved; [] when nothing can run.
 
         Args:
-            version: of the weights that will run it.
+            weights: key of the weights that will run it; a sequence adds what is its own.
         """
         chunks: list[Chunk] = []
         missing = [sequence.remaining for sequence in self.running]
@@ -98,7 +98,7 @@ class Scheduler:
                 chunks.append(chunk)
                 spare -= count if remaining > 1 else 0
         if self.waiting and spare > 0 and self.num_preemptions == before:
-            self._admit(chunks, spare, version)
+            self._admit(chunks, spare, weights)
         return chunks
 
     def fork_siblings(self, leader: Sequence) -> list[Sequence]:
@@ -160,7 +160,7 @@ class Scheduler:
         insort(self.waiting, sequence, key=_order)
         self.num_preemptions += 1
 
-    def _admit(self, chunks: list[Chunk], spare: int, version: int) -> None:
+    def _admit(self, chunks: list[Chunk], spare: int, weights: PrefixKey) -> None:
         """Let waiting sequences in, in order, while there are rows, budget and blocks for their tokens."""
         # Those that will fork a prompt being computed now have their rows kept.
         kept = sum(s.params.n - 1 for s in self.running if not s.request.prefilled)
@@ -186,7 +186,8 @@ class Scheduler:
                     return
                 tables, sequence.swapped = self.swap.swap_in(sequence.swapped), None
             else:
-                tables = self.block_manager.new_block_tables(version if self.enable_prefix_caching else None)
+                key = sequence.prefix_key(weights) if self.enable_prefix_caching else None
+                tables = self.block_manager.new_block_tables(key)
                 hit = tables.match_prefix(sequence.tokens)
                 if self.running and not self._room(
                     _sum(owed, tables.blocks_needed(len(sequence.tokens) - hit, self.budget))

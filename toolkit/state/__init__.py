@@ -10,6 +10,7 @@ from toolkit.state.kinds import PagedRows, Snapshots, StateSpec
 from toolkit.state.paged import PagedContext
 from toolkit.state.pool import StatePool
 from toolkit.state.prefix import PrefixIndex
+from toolkit.state.prefix_key import PrefixKey
 
 __all__ = [
     "AttentionSettings",
@@ -24,6 +25,7 @@ __all__ = [
     "PagedContext",
     "PagedRows",
     "PrefixIndex",
+    "PrefixKey",
     "RaggedBatch",
     "Snapshots",
     "StatePool",

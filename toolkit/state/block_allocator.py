@@ -5,9 +5,10 @@ the prefix index knows its tokens; evicted least recently used first), or free.
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from toolkit.state.prefix import PrefixIndex, PrefixNode
+from toolkit.state.prefix_key import PrefixKey
 
 
 class OutOfBlocks(Exception):
@@ -89,17 +90,17 @@ class BlockAllocator:
                 else:
                     self._free.append(block)
 
-    def path(self, tokens: Sequence[int], version: Hashable) -> list[PrefixNode]:
+    def path(self, tokens: Sequence[int], key: PrefixKey) -> list[PrefixNode]:
         """Known full blocks from the first token on, some perhaps without a block now; shares nothing."""
-        return self.prefix_index.path(tokens, version)
+        return self.prefix_index.path(tokens, key)
 
     def register(
-        self, block: int | None, parent_key: PrefixNode | None, block_tokens: Sequence[int], version: Hashable
+        self, block: int | None, parent: PrefixNode | None, block_tokens: Sequence[int], key: PrefixKey
     ) -> PrefixNode:
         """Enter a held, full block into the prefix index; see ``PrefixIndex.register``."""
         if block is not None and self._ref_counts[block] == 0:
             raise ValueError(f"blocks must be held to be registered, got the free block {block}.")
-        return self.prefix_index.register(block, parent_key, block_tokens, version)
+        return self.prefix_index.register(block, parent, block_tokens, key)
 
     def make_writable(self, block: int) -> bool:
         """Whether the one holder of ``block`` may write into it; False if it needs a copy first.
@@ -113,9 +114,9 @@ class BlockAllocator:
             self.prefix_index.drop(block)
         return True
 
-    def drop_old_versions(self, version: Hashable) -> None:
-        """Forget every prefix that weights other than ``version`` computed; cached ones become free."""
-        for block in self.prefix_index.drop_old_versions(version):
+    def drop_outdated(self, current: PrefixKey) -> None:
+        """Forget every prefix whose key ``current`` outdates; cached ones become free."""
+        for block in self.prefix_index.drop_outdated(current):
             if block in self._cached:
                 del self._cached[block]
                 self._free.append(block)

@@ -4,11 +4,12 @@ Layers that remember equally far back form a group with its own blocks: full att
 window the last ones, a recurrence the state after the last token. A sequence has a table in each group.
 """
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from toolkit.state.block_allocator import BlockAllocator, OutOfBlocks
 from toolkit.state.block_table import NULL_BLOCK, BlockTable, longest_prefix
+from toolkit.state.prefix_key import PrefixKey
 
 BlockCounts = tuple[int, ...]
 """Blocks of each group."""
@@ -57,18 +58,18 @@ class BlockManager:
         """Blocks of each group that are free or evictable."""
         return tuple(allocator.num_free_blocks for allocator in self.allocators)
 
-    def new_block_tables(self, version: Hashable | None) -> "BlockTables":
-        """Block tables of an empty sequence."""
+    def new_block_tables(self, key: PrefixKey | None) -> "BlockTables":
+        """Block tables of an empty sequence; without a key it shares no prefix."""
         return BlockTables(
             [
-                BlockTable(a, version, group.lookback, group.snapshot_interval)
+                BlockTable(a, key, group.lookback, group.snapshot_interval)
                 for a, group in zip(self.allocators, self.groups, strict=True)
             ]
         )
 
-    def drop_old_versions(self, version: Hashable) -> None:
+    def drop_outdated(self, current: PrefixKey) -> None:
         for allocator in self.allocators:
-            allocator.drop_old_versions(version)
+            allocator.drop_outdated(current)
 
     def reset_prefix_cache(self) -> None:
         for allocator in self.allocators:
@@ -101,7 +102,7 @@ class BlockTables:
     def match_prefix(self, tokens: Sequence[int]) -> int:
         """The tokens of the longest cached prefix that every group can continue; the sequence now shares it.
 
-        Whole blocks of the same weight version only, and never the whole prompt: its last token must run, since what is
+        Whole blocks of the same key only, and never the whole prompt: its last token must run, since what is
         wanted is that token's output.
         """
         known = [part.known_prefix(tokens[: len(tokens) - 1]) for part in self.parts]
@@ -130,9 +131,9 @@ class BlockTables:
         """Pending block copies of each group."""
         return [part.take_copies() for part in self.parts]
 
-    def commit(self, tokens: Sequence[int], version: Hashable | None = None) -> None:
+    def commit(self, tokens: Sequence[int], key: PrefixKey | None = None) -> None:
         for part in self.parts:
-            part.commit(tokens, version)
+            part.commit(tokens, key)
 
     def fork(self) -> "BlockTables":
         return BlockTables([part.fork() for part in self.parts])

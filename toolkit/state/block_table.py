@@ -1,9 +1,10 @@
 """The block table of a sequence: its blocks in order, shared with the sequences that have the same prefix."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 from toolkit.state.block_allocator import BlockAllocator
 from toolkit.state.prefix import PrefixNode
+from toolkit.state.prefix_key import PrefixKey
 
 NULL_BLOCK = -1
 """Stands in a table for a block that the sequence no longer reads, or never kept."""
@@ -18,7 +19,7 @@ class BlockTable:
 
     Args:
         allocator: of the group.
-        version: of the weights that compute the sequence; None keeps it out of the prefix index.
+        key: under which its prefix is shared; None keeps it out of the prefix index.
         lookback: how many of its last tokens the sequence still reads, 0 for all. Blocks before them are freed (and
             can be matched until they are evicted).
         snapshot_interval: 0 where every token has a slot; s > 0 where a block holds one value, the state after its last
@@ -30,16 +31,16 @@ class BlockTable:
     """
 
     def __init__(
-        self, allocator: BlockAllocator, version: Hashable | None, lookback: int = 0, snapshot_interval: int = 0
+        self, allocator: BlockAllocator, key: PrefixKey | None, lookback: int = 0, snapshot_interval: int = 0
     ) -> None:
         self.allocator = allocator
-        self.version = version
+        self.key = key
         self.lookback = lookback
         self.snapshot_interval = snapshot_interval
         self.blocks: list[int] = []
         self.tokens: list[int] = []
         self._copies: list[tuple[int, int]] = []
-        # The prefix up to the last full block; None where there is none yet, and while version is None.
+        # The prefix up to the last full block; None where there is none yet, and while key is None.
         self._node: PrefixNode | None = None
 
     @property
@@ -57,8 +58,8 @@ class BlockTable:
         return max(0, length - self.lookback) // self.allocator.block_size if self.lookback else 0
 
     def known_prefix(self, tokens: Sequence[int]) -> list[PrefixNode]:
-        """Nodes of the full blocks of ``tokens`` that the prefix index knows, under this table's version."""
-        return [] if self.version is None else self.allocator.path(tokens, self.version)
+        """Nodes of the full blocks of ``tokens`` that the prefix index knows, under this table's key."""
+        return [] if self.key is None else self.allocator.path(tokens, self.key)
 
     def can_continue(self, nodes: Sequence[PrefixNode], num_blocks: int) -> bool:
         """Whether the first ``num_blocks`` of ``nodes`` have all the blocks that a sequence continuing there reads."""
@@ -139,15 +140,15 @@ class BlockTable:
         self.allocator.free([source for source, _ in copies])
         return copies
 
-    def commit(self, tokens: Sequence[int], version: Hashable | None = None) -> None:
+    def commit(self, tokens: Sequence[int], key: PrefixKey | None = None) -> None:
         """The next reserved slots now hold the state of ``tokens``; full blocks can be matched.
 
         Blocks that the sequence does not read any more are freed.
 
         Args:
             tokens: the next tokens of the sequence.
-            version: of the weights that wrote them, where known. Once it differs from the table's, the sequence has
-                mixed weight versions and none of its later blocks is ever registered.
+            key: under which they were computed, where known. Once it differs from the table's, the sequence has mixed
+                weight versions and none of its later blocks is ever registered.
 
         Raises:
             RuntimeError: for more tokens than were reserved.
@@ -156,15 +157,15 @@ class BlockTable:
         if self.length + len(tokens) > len(self.blocks) * size:
             room = len(self.blocks) * size - self.length
             raise RuntimeError(f"committed tokens must be <= the {room} reserved slots, got {len(tokens)}.")
-        if version is not None and version != self.version:
-            self.version = self._node = None
+        if key is not None and key != self.key:
+            self.key = self._node = None
         before = self.length
         self.tokens += tokens
-        if self.version is not None:
+        if self.key is not None:
             for at in range(before // size, self.length // size):
                 page_tokens = self.tokens[at * size : (at + 1) * size]
                 block = None if self.blocks[at] == NULL_BLOCK else self.blocks[at]
-                self._node = self.allocator.register(block, self._node, page_tokens, self.version)
+                self._node = self.allocator.register(block, self._node, page_tokens, self.key)
         if self.lookback:
             first = self.first_read(before)
             out_of_window = [
@@ -182,7 +183,7 @@ class BlockTable:
         """
         if self._copies:
             raise RuntimeError("take_copies() must be called before fork().")
-        other = BlockTable(self.allocator, self.version, self.lookback, self.snapshot_interval)
+        other = BlockTable(self.allocator, self.key, self.lookback, self.snapshot_interval)
         other.blocks = self.blocks[: -(-self.length // self.allocator.block_size)]
         self.allocator.touch([block for block in other.blocks if block != NULL_BLOCK])
         other.tokens = self.tokens.copy()

@@ -1,13 +1,15 @@
 """Which block already holds the state of which tokens.
 
-One trie per weight version: a node is one full block of tokens after one exact prefix, and its children are looked up
+One trie per ``PrefixKey``: a node is one full block of tokens after one exact prefix, and its children are looked up
 by the tokens of the next block. Python's dict compares those tokens, and the path from the root is the prefix, so two
 different prefixes are never confused, even where hashes collide.
 """
 
 import itertools
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from weakref import WeakValueDictionary
+
+from toolkit.state.prefix_key import PrefixKey
 
 
 class PrefixNode:
@@ -17,22 +19,22 @@ class PrefixNode:
     whose first block was evicted can be matched again as soon as that block is recomputed.
     """
 
-    __slots__ = ("__weakref__", "block", "children", "parent", "tokens", "version")
+    __slots__ = ("__weakref__", "block", "children", "key", "parent", "tokens")
 
-    def __init__(self, parent: "PrefixNode | None", tokens: tuple[int, ...], version: Hashable) -> None:
+    def __init__(self, parent: "PrefixNode | None", tokens: tuple[int, ...], key: PrefixKey) -> None:
         self.parent = parent
         self.tokens = tokens
-        self.version = version
+        self.key = key
         self.block: int | None = None
         self.children: WeakValueDictionary[tuple[int, ...], PrefixNode] = WeakValueDictionary()
 
 
 class PrefixIndex:
-    """Registered blocks by (weight version, prefix, tokens of the block)."""
+    """Registered blocks by (key, prefix, tokens of the block)."""
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
-        self._roots: dict[Hashable, PrefixNode] = {}
+        self._roots: dict[PrefixKey, PrefixNode] = {}
         self._nodes: dict[int, PrefixNode] = {}
 
     def __contains__(self, block: int) -> bool:
@@ -41,9 +43,9 @@ class PrefixIndex:
     def __len__(self) -> int:
         return len(self._nodes)
 
-    def path(self, tokens: Sequence[int], version: Hashable) -> list[PrefixNode]:
+    def path(self, tokens: Sequence[int], key: PrefixKey) -> list[PrefixNode]:
         """Nodes of full blocks from the first token on, as far as any is known; some may have no block."""
-        node = self._roots.get(version)
+        node = self._roots.get(key)
         found: list[PrefixNode] = []
         for start in range(0, len(tokens) - self.block_size + 1, self.block_size):
             if node is None:
@@ -53,39 +55,38 @@ class PrefixIndex:
                 found.append(node)
         return found
 
-    def match(self, tokens: Sequence[int], version: Hashable) -> list[int]:
-        """Blocks that hold the longest registered prefix of ``tokens`` computed by weights ``version``."""
-        blocks = (node.block for node in self.path(tokens, version))
+    def match(self, tokens: Sequence[int], key: PrefixKey) -> list[int]:
+        """Blocks that hold the longest registered prefix of ``tokens`` under ``key``."""
+        blocks = (node.block for node in self.path(tokens, key))
         return list(itertools.takewhile(lambda block: block is not None, blocks))  # type: ignore[arg-type]
 
     def register(
-        self, block: int | None, parent_key: PrefixNode | None, block_tokens: Sequence[int], version: Hashable
+        self, block: int | None, parent: PrefixNode | None, block_tokens: Sequence[int], key: PrefixKey
     ) -> PrefixNode:
-        """The node of ``block_tokens`` after a prefix, from now on held by ``block``: the next block's ``parent_key``.
+        """The node of ``block_tokens`` after a prefix, from now on held by ``block``: the next block's ``parent``.
 
         Where another block already holds the same tokens after the same prefix, that block stays registered.
 
         Args:
             block: None where no block keeps the state of these tokens, so that the next ones still have a parent.
-            parent_key: node of the prefix; None at the start.
+            parent: node of the prefix; None at the start.
             block_tokens: a full block of tokens.
-            version: of the weights.
+            key: of the sequence.
 
         Raises:
             ValueError: for a block that is not full, is registered under other tokens, or follows a prefix of another
-                version.
+                key.
         """
         tokens = tuple(block_tokens)
         if len(tokens) != self.block_size:
             raise ValueError(f"block {block} must be full with {self.block_size} tokens, got {len(tokens)}.")
-        if parent_key is not None and parent_key.version != version:
-            raise ValueError(f"version must be that of the prefix, {parent_key.version!r}, got {version!r}.")
-        parent = parent_key
+        if parent is not None and parent.key != key:
+            raise ValueError(f"key must be that of the prefix, {parent.key!r}, got {key!r}.")
         if parent is None:
-            parent = self._roots.setdefault(version, PrefixNode(None, (), version))
+            parent = self._roots.setdefault(key, PrefixNode(None, (), key))
         node = parent.children.get(tokens)
         if node is None:
-            node = PrefixNode(parent, tokens, version)
+            node = PrefixNode(parent, tokens, key)
             parent.children[tokens] = node
         if block is None:
             return node
@@ -100,12 +101,12 @@ class PrefixIndex:
         """Forget a registered block."""
         self._nodes.pop(block).block = None
 
-    def drop_old_versions(self, version: Hashable) -> list[int]:
-        """Forget every block that another version computed; returns those blocks."""
-        dropped = [block for block, node in self._nodes.items() if node.version != version]
+    def drop_outdated(self, current: PrefixKey) -> list[int]:
+        """Forget every block whose key ``current`` outdates; returns those blocks."""
+        dropped = [block for block, node in self._nodes.items() if current.outdates(node.key)]
         for block in dropped:
             self.drop(block)
-        self._roots = {key: root for key, root in self._roots.items() if key == version}
+        self._roots = {key: root for key, root in self._roots.items() if not current.outdates(key)}
         return dropped
 
     def check_integrity(self) -> None:
@@ -115,6 +116,6 @@ class PrefixIndex:
             step = node
             while step.parent is not None:
                 assert len(step.tokens) == self.block_size, f"block {block} hangs from a prefix that is not full"
-                assert step.version == node.version, f"block {block} follows a prefix of another version"
+                assert step.key == node.key, f"block {block} follows a prefix of another key"
                 assert step.parent.children.get(step.tokens) is step, f"block {block} cannot be reached"
                 step = step.parent

@@ -1,0 +1,31 @@
+"""What cached state of a prefix depends on besides its tokens."""
+
+from collections.abc import Hashable
+from typing import NamedTuple
+
+
+class PrefixKey(NamedTuple):
+    """Prefixes are shared between sequences of equal keys only.
+
+    Args:
+        weights: version of the base weights, buffers included.
+        adapter: name of the active adapter (several joined by "+"); None for the base model.
+        adapter_version: of the adapter's weights and scaling.
+        salt: ``SamplingParams.cache_salt``; None shares with every request that has none.
+        rotary: regime of rotary tables that depend on a sequence's length; None for tables that do not.
+    """
+
+    weights: int = 0
+    adapter: str | None = None
+    adapter_version: int = 0
+    salt: str | None = None
+    rotary: Hashable = None
+
+    def outdates(self, other: "PrefixKey") -> bool:
+        """Whether no sequence can have the key ``other`` any more, given that these weights are the current ones.
+
+        Other base weights outdate everything; another version of an adapter outdates what that adapter computed.
+        """
+        if self.weights != other.weights:
+            return True
+        return self.adapter == other.adapter and self.adapter_version != other.adapter_version
