@@ -13,11 +13,34 @@ class ToolkitError(ValueError):
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"`` for the allowed name closest to ``word``, or an empty string."""
-    import difflib
+    """``"; did you mean 'x'?"`` for the allowed name that ``word`` misspells, or an empty string.
 
-    matches = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
-    return f"; did you mean '{matches[0]}'?" if matches else ""
+    A misspelling is at most 2 edits away, and at most half of the word: a farther name would mislead.
+    """
+    most = min(2, len(word) // 2)
+    near = [(edit_distance(word, name), name) for name in allowed if abs(len(name) - len(word)) <= most]
+    distance, name = min(near, key=lambda one: one[0], default=(most + 1, ""))
+    return did_you_mean(name) if distance <= most else ""
+
+
+def did_you_mean(name: str) -> str:
+    """The hint that follows an unknown name."""
+    return f"; did you mean '{name}'?"
+
+
+def edit_distance(one: str, other: str) -> int:
+    """Insertions, deletions, substitutions and swaps of neighbours that turn ``one`` into ``other``."""
+    two_above: list[int] = []
+    above = list(range(len(other) + 1))
+    for i, a in enumerate(one, 1):
+        row = [i]
+        for j, b in enumerate(other, 1):
+            cost = min(above[j] + 1, row[j - 1] + 1, above[j - 1] + (a != b))
+            if i > 1 and j > 1 and a == other[j - 2] and b == one[i - 2]:
+                cost = min(cost, two_above[j - 2] + 1)
+            row.append(cost)
+        two_above, above = above, row
+    return above[-1]
 
 
 def must_be_one_of(field: str, value: object, allowed: Iterable[str]) -> str:

@@ -57,7 +57,7 @@ def _plain(value: Any) -> Any:
 
 def unknown_field(field: str, last: str, allowed: Iterable[str]) -> str:
     """An unknown field, with the allowed one closest to its ``last`` part."""
-    return f"Unknown field '{field}'{nearest(last, list(allowed)) or '.'}"
+    return f"Unknown field {shown(field)}{nearest(last, list(allowed)) or '.'}"
 
 
 def shown(value: Any, limit: int = 60) -> str:

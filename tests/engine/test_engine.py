@@ -431,7 +431,9 @@ def test_wrong_calls_are_one_clear_sentence():
     assert engine.generate([]) == []
     with pytest.raises(ToolkitError, match=r"max_model_len must be <= 256, .*, got 512"):
         Engine(HistoryModel(), max_model_len=512)
-    with pytest.raises(ToolkitError, match="Engine has no argument 'max_num_sequences'; did you mean 'max_num_seqs'"):
+    with pytest.raises(
+        ToolkitError, match=r"Engine has no argument 'max_num_sequences'; it has model, .*, max_num_seqs,"
+    ):
         Engine(HistoryModel(), max_num_sequences=3)
 
 

@@ -117,5 +117,5 @@ def test_bad_limits_are_refused(field, value):
 
 
 def test_unknown_limits_are_refused_with_the_nearest():
-    with pytest.raises(ToolkitError, match="Engine has no argument 'max_seqs'; did you mean 'max_num_seqs'"):
-        EngineConfig.check(max_seqs=3)
+    with pytest.raises(ToolkitError, match="Engine has no argument 'max_num_seq'; did you mean 'max_num_seqs'"):
+        EngineConfig.check(max_num_seq=3)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from toolkit.config.objective import OBJECTIVES, ObjectiveSection
 from toolkit.config.schema import Recipe
-from toolkit.errors import ToolkitError, nearest
+from toolkit.errors import ToolkitError, did_you_mean, nearest
 from toolkit.sentences import sentence
 
 
@@ -162,7 +162,7 @@ def _unknown(key: str, objective: str | None) -> str:
         hint = hint.replace("'", f"'{parent}.", 1)
     if not hint:
         same = [name for name in names if name.rpartition(".")[2] == last]
-        hint = f"; did you mean '{same[0]}'?" if same else ""
+        hint = did_you_mean(same[0]) if same else ""
     if not hint:
         hint = "; fields are " + ", ".join(name.rpartition(".")[2] for name in siblings) + "."
     return f"Unknown field '{key}'{hint}"
