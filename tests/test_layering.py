@@ -23,9 +23,10 @@ PACKAGES = {
     "exporting": {"exporting", "patching"},
     "config": {"config"},
     "loading": {"loading"},
+    "chat": set(),
 }
-EVERYWHERE = {"errors", "numerics", "registry", "sentences"}
-KNOW_TRANSFORMERS = {"patching", "exporting", "testing", "cli", "training", "loading"}
+EVERYWHERE = {"chat", "errors", "numerics", "registry", "sentences"}
+KNOW_TRANSFORMERS = {"patching", "exporting", "testing", "cli", "training", "loading", "chat"}
 
 
 def imports_of(path: Path) -> set[str]:

@@ -1,0 +1,70 @@
+"""Tokens of a whole text, and which characters each stands for: against stock tokenizers of every sort."""
+
+import random
+import unicodedata
+
+import pytest
+
+from tests.helpers.tokenizers import BACKENDS, SlowTokenizer, make_tokenizer
+from toolkit.chat import encode, prompt_token_ids, special_tokens_around
+from toolkit.chat.tokens import encode_with_offsets, token_ranges
+from toolkit.errors import ToolkitError
+
+TEXTS = [
+    "the  quick   brown\n\n fox <|im_end|>\n  jumps over  ",
+    "  two plus two<|im_start|>is four. hello   world</s> yes",
+    "é🙂 漢 the\tdog\r\n.\n\nno",
+]
+
+
+@pytest.mark.parametrize("kind", BACKENDS)
+@pytest.mark.parametrize("text", TEXTS)
+def test_ranges_cover_the_text_and_say_what_a_token_holds(kind: str, text: str) -> None:
+    tokenizer = make_tokenizer(kind)
+    found = encode_with_offsets(tokenizer, text)
+    assert found.ids == tokenizer(text, add_special_tokens=False)["input_ids"] == encode(tokenizer, text)
+    covered = {at for begin, end in zip(found.begins, found.ends) for at in range(begin, end)}
+    assert all(text[at].isspace() for at in set(range(len(text))) - covered)
+    if kind == "byte_level":
+        assert covered == set(range(len(text)))
+        for token, begin, end in zip(found.ids, found.begins, found.ends):
+            decoded = tokenizer.decode([token])
+            assert text[begin:end] == decoded or "\ufffd" in decoded
+
+
+@pytest.mark.parametrize("kind", BACKENDS)
+def test_a_slow_tokenizer_finds_the_same_ranges(kind: str) -> None:
+    """Independent of offsets: where the tokens of the beginning and of the whole part."""
+    tokenizer = make_tokenizer(kind)
+    slow = SlowTokenizer(tokenizer)
+    chance = random.Random(kind)
+    for text in TEXTS:
+        text = unicodedata.normalize("NFKC", text)
+        words = [at for at in range(1, len(text)) if text[at] in " <" and text[at - 1] not in " <\r"]
+        begin, end = sorted(chance.sample(words, 2))
+        ids, (fast_range, rest) = token_ranges(tokenizer, text, [(begin, end), (end, len(text))])
+        slow_ids, (slow_range, slow_rest) = token_ranges(slow, text, [(begin, end), (end, len(text))])
+        assert ids == slow_ids
+        assert rest.stop == slow_rest.stop == len(ids)
+        if kind not in ("llama", "metaspace"):  # whose tokens cross the borders of words, and merge otherwise elsewhere
+            assert (fast_range, rest) == (slow_range, slow_rest)
+
+
+@pytest.mark.parametrize("kind", BACKENDS)
+@pytest.mark.parametrize(
+    ("around", "before", "behind"), [("$A", [], []), ("<s> $A", [1], []), ("<s> $A </s>", [1], [2])]
+)
+def test_a_prompt_is_not_ended(kind: str, around: str, before: list[int], behind: list[int]) -> None:
+    tokenizer = make_tokenizer(kind, around=around)
+    names = {1: "<s>", 2: "</s>"}
+    before, behind = ([tokenizer.convert_tokens_to_ids(names[at]) for at in side] for side in (before, behind))
+    assert special_tokens_around(tokenizer) == (before, behind)
+    for text in ("two plus", "two <|im_end|>"):
+        stock = tokenizer(text)["input_ids"]
+        assert prompt_token_ids(tokenizer, text) == stock[: len(stock) - len(behind)]
+    assert prompt_token_ids(tokenizer, "") == (before or [tokenizer.eos_token_id])
+
+
+def test_a_lone_surrogate_is_one_sentence() -> None:
+    with pytest.raises(ToolkitError, match=r"must be Unicode without lone surrogates, got U\+D83D at character 3\."):
+        encode(make_tokenizer(), "abc\ud83d")

@@ -1,0 +1,14 @@
+"""Chats and prompts as tokens: one way for training, rollouts and serving."""
+
+from toolkit.chat.template import ChatTemplateError, render, render_spans
+from toolkit.chat.tokens import Encoding, encode, prompt_token_ids, special_tokens_around
+
+__all__ = [
+    "ChatTemplateError",
+    "Encoding",
+    "encode",
+    "prompt_token_ids",
+    "render",
+    "render_spans",
+    "special_tokens_around",
+]
