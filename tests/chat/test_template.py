@@ -36,7 +36,7 @@ def test_stock_rendering_where_the_form_is_the_usual_one() -> None:
     assert open_end.endswith("assistant\nbe")
 
 
-def test_text_parts_and_strings_reach_any_template() -> None:
+def test_text_parts_and_strings_are_read_by_any_template() -> None:
     tokenizer = make_tokenizer(chat_template=CHATML)
     string, parts = (
         chat(("user", "héllo")),

@@ -79,7 +79,7 @@ def _unigram() -> Tokenizer:
     return tokenizer
 
 
-def _word_piece() -> Tokenizer:
+def _wordpiece() -> Tokenizer:
     tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -96,7 +96,7 @@ BACKENDS = {
     "llama": _llama,
     "metaspace": _metaspace,
     "unigram": _unigram,
-    "word_piece": _word_piece,
+    "wordpiece": _wordpiece,
 }
 
 
