@@ -156,15 +156,16 @@ def _apply(
     from transformers.utils.chat_template_utils import render_jinja_template
 
     # ``apply_chat_template`` gives the ranges as a mask of tokens, with a fast tokenizer only.
-    texts, found = render_jinja_template(
+    result: Any = render_jinja_template(
         conversations=[[{key: value for key, value in m.items() if value is not None} for m in messages]],
         tools=tools,
         chat_template=template,
         return_assistant_tokens_mask=True,
         **{**tokenizer.special_tokens_map, **variables},
     )
-    spans[:] = [(begin, end) for begin, end in found[0] if end > begin]
-    return str(texts[0])
+    (text,), (found,) = result
+    spans[:] = [(begin, end) for begin, end in found if end > begin]
+    return str(text)
 
 
 def _variables(tokenizer: Any, chat_template_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -218,7 +219,7 @@ def _shape(form: _Form, message: dict[str, Any]) -> None:
     elif not form.parts_only and isinstance(content, (list, tuple)):
         texts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
         if all(isinstance(text, str) for text in texts):
-            message["content"] = "".join(texts)
+            message["content"] = "".join(map(str, texts))
 
 
 def _parse_arguments(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
