@@ -1,17 +1,19 @@
-"""TRL's ``GRPOTrainer`` with the engine as its rollout, on the live weights; SFT and DPO take a patched model.
+"""TRL's trainers that generate, with the engine as their rollout, on the live weights.
+
+SFT and DPO need nothing but a patched model.
 
     trainer = GRPOTrainer(model=model, args=GRPOConfig(...), ...)
     with engine_rollout(trainer, max_model_len=1024) as engine:
         trainer.train()
 
-Three methods of the trainer are replaced on the instance, and no code of TRL is copied: ``_generate_single_turn``
-(completions and their log-probabilities; tools and environments call it too), ``_get_per_token_logps_and_entropies``
-(the training forward, over prefix trees of samples that share their prompts) and ``_compute_loss`` (which logs the
-mismatch).
+Methods of the trainer are replaced on the instance, those that it has, and no code of TRL is copied:
+``_generate_single_turn`` (completions and their log-probabilities; tools and environments call it too),
+``_get_per_token_logps_and_entropies`` (the training forward, over prefix trees of samples that share their prompts),
+``_compute_loss`` (which logs the mismatch) and ``_calculate_rewards`` (which must be finite).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +30,10 @@ from toolkit.state import RaggedBatch
 from toolkit.training.losses import divergence_estimate
 
 if TYPE_CHECKING:
-    from trl.trainer.grpo_trainer import GRPOTrainer
+    from trl import DistillationTrainer, GRPOTrainer, RLOOTrainer
+
+# Trainers with ``_generate_single_turn``, and whether it returns log-probabilities beside the tokens.
+_TRAINERS = {"GRPOTrainer": True, "RLOOTrainer": False, "DistillationTrainer": False}
 
 # Supported keys of ``GRPOConfig.generation_kwargs``, and those that GRPOTrainer adds.
 _SUPPORTED_KWARGS = {
@@ -37,7 +42,9 @@ _SUPPORTED_KWARGS = {
 }  # fmt: skip
 
 
-def engine_rollout(trainer: "GRPOTrainer", *, share: bool = True, **limits: Any) -> Engine:
+def engine_rollout(
+    trainer: "GRPOTrainer | RLOOTrainer | DistillationTrainer", *, share: bool = True, **limits: Any
+) -> Engine:
     """The engine that ``trainer`` generates with from now on, on its own model, which is patched if it is not yet.
 
     The engine reads the live weights: an optimizer step copies nothing, and no prefix of older weights is hit. It
@@ -46,7 +53,12 @@ def engine_rollout(trainer: "GRPOTrainer", *, share: bool = True, **limits: Any)
     Logs ``mismatch/kl`` (mean of ``e^d - d - 1``, with d the trainer's minus the engine's log-probability, in nats per
     token) and ``mismatch/bits`` (fraction of tokens whose two float32 values differ in any bit), for batches that are
     trained under the weights of their rollout. At temperature 1 both are 0 in bitwise mode with ``share``. At another
-    temperature they compare the tempered distributions.
+    temperature they compare the tempered distributions. ``DistillationTrainer`` has neither: it takes no
+    log-probability of a sampled token.
+
+    A reward that is infinite is an error, for it would leave its whole group without a finite advantage. None and NaN
+    are TRL's: a function that does not apply is left out of the sum, and a completion to which none applies has no
+    advantage.
 
     Args:
         share: compute the trainer's log-probabilities in a forward in which samples share their prompt; False keeps
@@ -54,32 +66,50 @@ def engine_rollout(trainer: "GRPOTrainer", *, share: bool = True, **limits: Any)
         limits: arguments of ``toolkit.Engine``. ``seed`` defaults to the trainer's plus the rank.
 
     Raises:
-        ToolkitError: another rollout (``use_vllm``, ``use_transformers_continuous_batching``, ``rollout_func``),
-            images, sharded parameters, a generation setting that the engine does not have, or a temperature other than
-            1 with top_p, top_k, min_p or repetition_penalty, whose log-probabilities the trainer does not compute. The
-            trainer is unchanged then.
+        ToolkitError: a trainer of another class, another rollout (``use_vllm``,
+            ``use_transformers_continuous_batching``, ``rollout_func``), images, sharded parameters, a generation
+            setting that the engine does not have, or of GRPO a temperature other than 1 with top_p, top_k, min_p or
+            repetition_penalty, whose log-probabilities the trainer does not compute. The trainer is unchanged then.
     """
-    grpo: Any = trainer
-    _check(grpo)
-    patch(grpo.model, numerics=limits.get("numerics"))
-    limits = {"seed": grpo.args.seed + grpo.accelerator.process_index} | limits
-    rollout = Rollout(grpo, Engine(grpo.model, **limits), grpo._compute_loss, grpo._get_per_token_logps_and_entropies)
-    grpo._generate_single_turn = rollout.generate
-    grpo._compute_loss = rollout.compute_loss
-    grpo._get_per_token_logps_and_entropies = rollout.shared if share else rollout.padded
+    own: Any = trainer
+    returns_logprobs = _returns_logprobs(own)
+    _check(own, returns_logprobs)
+    patch(own.model, numerics=limits.get("numerics"))
+    limits = {"seed": own.args.seed + own.accelerator.process_index} | limits
+    rollout = Rollout(own, Engine(own.model, **limits), returns_logprobs, own._compute_loss)
+    own._generate_single_turn = rollout.generate
+    own._compute_loss = rollout.compute_loss
+    if hasattr(own, "_get_per_token_logps_and_entropies"):
+        rollout.own = own._get_per_token_logps_and_entropies
+        own._get_per_token_logps_and_entropies = rollout.shared if share else rollout.padded
+    if hasattr(own, "_calculate_rewards"):
+        rollout.rewards = own._calculate_rewards
+        own._calculate_rewards = rollout.finite_rewards
     return rollout.engine
 
 
-def _check(trainer: Any) -> None:
+def _returns_logprobs(trainer: Any) -> bool:
+    """Of the trainer's class, or the one that it is derived from."""
+    for base in type(trainer).__mro__:
+        if base.__name__ in _TRAINERS and hasattr(trainer, "_generate_single_turn"):
+            return _TRAINERS[base.__name__]
+    raise ToolkitError(
+        f"trainer must be one of TRL's {', '.join(_TRAINERS)} or derived from one, got {type(trainer).__name__}; a "
+        "trainer of another class trains a model that toolkit.patch has patched, with its own generation."
+    )
+
+
+def _check(trainer: Any, returns_logprobs: bool) -> None:
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+    batching = "use_transformers_continuous_batching"
     settings = trainer.generation_config.to_diff_dict() if not trainer.use_vllm else {}
     unknown = sorted(set(trainer.args.generation_kwargs or {}) - _SUPPORTED_KWARGS)
     truncating = [name for name, off in _OFF.items() if settings.get(name, off) not in (off, None)]
     unsupported = {
         "args.use_vllm": (trainer.use_vllm, "False"),
-        "args.use_transformers_continuous_batching": (trainer.use_transformers_continuous_batching, "False"),
-        "rollout_func": (trainer.rollout_func is not None, "None"),
+        f"args.{batching}": (getattr(trainer, batching, False), "False"),
+        "rollout_func": (getattr(trainer, "rollout_func", None) is not None, "None"),
         "processing_class": (trainer._is_vlm, "a tokenizer"),
         "distributed_type": (
             trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled(),
@@ -87,7 +117,7 @@ def _check(trainer: Any) -> None:
         ),
         "args.generation_kwargs": (bool(unknown), f"a dict with keys of {', '.join(sorted(_SUPPORTED_KWARGS))}"),
         "args.temperature": (
-            trainer.temperature != 1.0 and bool(truncating),
+            returns_logprobs and trainer.temperature != 1.0 and bool(truncating),
             f"1.0 together with {', '.join(truncating)}",
         ),
     }
@@ -106,20 +136,26 @@ class Rollout:
     """The methods that replace the trainer's.
 
     Args:
-        trainer: a ``GRPOTrainer``.
+        trainer: of a class in ``_TRAINERS``.
         engine: generates the completions.
+        returns_logprobs: whether the trainer takes log-probabilities from its generation, and hands them to its loss.
         loss: the trainer's own ``_compute_loss``.
-        own: the trainer's own ``_get_per_token_logps_and_entropies``.
+        own: the trainer's own ``_get_per_token_logps_and_entropies``, where it has one.
+        rewards: the trainer's own ``_calculate_rewards``, where it has one.
         version: weight version of the last rollout.
         seen: [B, C] log-probabilities of the current loss, detached.
+        rolled: log-probabilities of the last rollout by (prompt, completion), where the trainer does not take them.
     """
 
     trainer: Any
     engine: Engine
-    loss: Callable[..., Tensor]
-    own: Callable[..., Any]
+    returns_logprobs: bool
+    loss: Callable[..., Any]
+    own: Callable[..., Any] | None = None
+    rewards: Callable[..., Tensor] | None = None
     version: int = -1
     seen: Tensor | None = None
+    rolled: dict[tuple[tuple[int, ...], tuple[int, ...]], list[float]] = field(default_factory=dict)
 
     def params(self, count: int) -> SamplingParams:
         """The trainer's generation settings, for ``count`` completions of a prompt."""
@@ -137,8 +173,8 @@ class Rollout:
             stop_token_ids=self.trainer.eos_token_ids,
         )
 
-    def generate(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> tuple[list[Any], list[Any]]:
-        """TRL's ``_generate_single_turn``: (token ids, log-probabilities) of one completion per prompt.
+    def generate(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        """TRL's ``_generate_single_turn``: token ids of one completion per prompt, and log-probabilities if wanted.
 
         Consecutive equal prompts are one request with several completions.
         """
@@ -150,23 +186,57 @@ class Rollout:
             if one.finish_reason == "error":
                 raise ToolkitError(f"prompt {one.prompt_index} of the rollout failed: {one.error}")
         self.version = weight_version(self.trainer.model)
-        return [one.token_ids for one in completions], [self._comparable(one) for one in completions]
+        tokens, logprobs = [one.token_ids for one in completions], [self._comparable(one) for one in completions]
+        if self.returns_logprobs:
+            return tokens, logprobs
+        if self.trainer.model.training:
+            keys = zip(map(tuple, prompt_ids), map(tuple, tokens))
+            self.rolled = dict(zip(keys, logprobs))
+        return tokens
 
     def _comparable(self, completion: Completion) -> list[float]:
         """The log-probabilities of the trainer's distribution."""
         return completion.logprobs if self.trainer.temperature == 1.0 else completion.sampling_logprobs
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+    def finite_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        """TRL's ``_calculate_rewards``: [samples, functions], NaN where a function does not apply."""
+        assert self.rewards is not None
+        rewards = self.rewards(*args, **kwargs)
+        for sample, function in rewards.isinf().nonzero().tolist():
+            name = self.trainer.reward_func_names[function]
+            raise ToolkitError(
+                f"the rewards of '{name}' must be finite, or None where it does not apply, got "
+                f"{rewards[sample, function].item()} for completion {sample}."
+            )
+        return rewards
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any) -> Any:
         """TRL's ``_compute_loss``; logs the mismatch between its log-probabilities and the engine's."""
         self.engine.sleep()
         self.seen = None
-        loss = self.loss(model, inputs)
-        rolled = inputs.get("sampling_per_token_logps")
+        loss = self.loss(model, inputs, *args)
+        rolled = self._rolled(inputs) if self.seen is not None else None
         fresh = self.version == weight_version(self.trainer.model) and self.trainer.model.training
         if self.seen is not None and rolled is not None and fresh:
             mask = inputs["completion_mask"]
             self._compare(self.seen, rolled, mask if "tool_mask" not in inputs else mask * inputs["tool_mask"])
         return loss
+
+    def _rolled(self, inputs: dict[str, Any]) -> Tensor | None:
+        """[B, C] log-probabilities of the engine for a batch of the trainer, None where some are not known."""
+        if self.returns_logprobs:
+            return inputs.get("sampling_per_token_logps")
+        mask = inputs["completion_mask"].bool()
+        values: list[float] = []
+        for prompt, shown, completion, kept in zip(
+            inputs["prompt_ids"], inputs["prompt_mask"].bool(), inputs["completion_ids"], mask
+        ):
+            key = tuple(prompt[shown].tolist()), tuple(completion[kept].tolist())
+            if key[1] and key not in self.rolled:
+                return None
+            values += self.rolled.get(key, [])
+        given = torch.tensor(values, dtype=torch.float32, device=mask.device)
+        return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, given)
 
     def _compare(self, train: Tensor, rolled: Tensor, mask: Tensor) -> None:
         counted = mask.bool()
@@ -181,6 +251,7 @@ class Rollout:
 
     def padded(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's own log-probabilities, which are recorded for the mismatch."""
+        assert self.own is not None
         result = self.own(*args, **kwargs)
         self.seen = result[0].detach()
         return result

@@ -87,6 +87,18 @@ def test_empty_and_single_token_sequences_have_no_logprobs():
     assert [t.shape[0] for t in toolkit.token_logprobs(model, [[5], [4, 5], []])] == [0, 1, 0]
 
 
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "mamba2"])
+def test_a_batch_without_predictions_still_has_gradients_and_they_are_0(family, share):
+    """A micro-batch whose completions are all masked is a loss like any other, of which DDP waits for the gradients."""
+    model = random_model(family)
+    toolkit.patch(model)
+    parts = toolkit.token_logprobs(model, [[3, 4, 5], [3, 4]], share=share, last=[0, 0])
+    assert [part.shape for part in parts] == [(0,), (0,)]
+    sum(part.sum() for part in parts).backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
 def test_token_ids_outside_the_vocabulary_are_refused():
     model = random_model("llama")
     toolkit.patch(model)

@@ -162,6 +162,90 @@ def test_trls_padded_forward_is_compared_all_the_same(tokenizer, tmp_path):
     assert 0.0 < bits <= 1.0
 
 
+def other(kind, tokenizer, folder, **settings):
+    """A trainer of TRL that generates, of another class than GRPO's."""
+    common_settings = common(folder, per_device_train_batch_size=4, max_completion_length=6, top_k=0, max_steps=2)
+    rows = datasets.Dataset.from_list([{"prompt": text} for text in PROMPTS])
+    arguments = {"processing_class": tokenizer, "train_dataset": rows, "model": random_model("llama")}
+    if kind == "rloo":
+        config = trl.RLOOConfig(**common_settings | {"num_generations": 4, "beta": 0.0} | settings)
+        return trl.RLOOTrainer(args=config, reward_funcs=rewards, **arguments)
+    teacher = random_model("llama")
+    with torch.no_grad():
+        teacher.lm_head.weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
+    return trl.DistillationTrainer(
+        args=trl.DistillationConfig(**common_settings | settings), teacher_model=teacher, **arguments
+    )
+
+
+@pytest.mark.parametrize("kind", ["rloo", "distillation"])
+def test_other_trainers_that_generate_take_the_engine(kind, tokenizer, tmp_path):
+    """Greedily, so that the engine's tokens, and then the losses, are those of TRL's own generation."""
+    losses = []
+    for ours in (False, True):
+        trainer = other(kind, tokenizer, tmp_path, generation_kwargs={"do_sample": False})
+        if ours:
+            with engine_rollout(trainer, max_model_len=64) as engine:
+                trainer.train()
+                assert engine.stats()["generation_tokens"] > 0
+        else:
+            trainer.train()
+        losses.append((logged(trainer, "loss"), logged(trainer, "grad_norm"), logged(trainer, "entropy")))
+    for ours, theirs in zip(losses[1], losses[0]):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+
+
+def test_rloo_compares_with_the_engine_in_every_bit(tokenizer, tmp_path):
+    trainer = other("rloo", tokenizer, tmp_path, max_steps=3)
+    with engine_rollout(trainer, max_model_len=64):
+        trainer.train()
+    for name in ("mismatch/kl", "mismatch/bits"):
+        assert logged(trainer, name) == [0.0, 0.0, 0.0]
+    assert any(norm > 0 for norm in logged(trainer, "grad_norm"))
+
+
+@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+def test_a_batch_that_is_masked_as_truncated_has_no_loss_and_counts_as_a_step(kind, tokenizer, tmp_path):
+    settings = {"mask_truncated_completions": True, "max_steps": 2, "max_completion_length": 4}
+    trainer = grpo(tokenizer, tmp_path, **settings) if kind == "grpo" else other(kind, tokenizer, tmp_path, **settings)
+    trainer.eos_token_ids = []  # so that none ends early
+    before = trainer.model.lm_head.weight.detach().clone()
+    with engine_rollout(trainer, max_model_len=64):
+        trainer.train()
+    assert trainer.state.global_step == 2
+    assert logged(trainer, "loss") == pytest.approx([0.0, 0.0], abs=1e-6)  # RLOO's is the mean advantage
+    assert logged(trainer, "grad_norm") == [0.0, 0.0]
+    assert torch.equal(trainer.model.lm_head.weight, before)
+
+
+def test_rewards_that_are_infinite_are_refused_and_none_is_left_out(tokenizer, tmp_path):
+    trainer = grpo(tokenizer, tmp_path)
+    trainer.reward_funcs = [lambda completion_ids, **_: [0.0] * (len(completion_ids) - 1) + [-float("inf")]]
+    trainer.reward_func_names = ["logged"]
+    with (
+        engine_rollout(trainer, max_model_len=64),
+        pytest.raises(ToolkitError, match=r"rewards of 'logged' must be finite, or None .*, got -inf for completion 7"),
+    ):
+        trainer.train()
+    trainer = grpo(tokenizer, tmp_path)
+    trainer.reward_funcs = [lambda completion_ids, **_: [None, 1.0, 0.0, 0.5] * (len(completion_ids) // 4)]
+    with engine_rollout(trainer, max_model_len=64):
+        trainer.train()
+    assert logged(trainer, "reward") == pytest.approx([0.5] * 3)
+    assert all(norm > 0 for norm in logged(trainer, "grad_norm"))
+
+
+def test_a_trainer_that_is_not_known_is_refused_by_name(tokenizer, tmp_path):
+    rows = datasets.Dataset.from_list([{"prompt": text, "completion": text} for text in PROMPTS])
+    trainer = trl.SFTTrainer(
+        model=random_model("llama"), args=trl.SFTConfig(**common(tmp_path)), processing_class=tokenizer,
+        train_dataset=rows,
+    )  # fmt: skip
+    with pytest.raises(ToolkitError, match=r"must be one of TRL's GRPOTrainer, RLOOTrainer, Dist.*got SFTTrainer"):
+        engine_rollout(trainer)
+    assert report_of(trainer.model) is None
+
+
 @pytest.mark.parametrize(
     ("settings", "change", "sentence"),
     [

@@ -1,9 +1,11 @@
 """GRPO and its relatives: losses against hand-written torch, bitwise identical log-probabilities, several processes."""
 
+import math
 import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from objective_recipes import LOWER, TASK, WARMUP, dense_logprobs, objective_recipe, resumed, weights
@@ -113,6 +115,82 @@ def test_advantages() -> None:
     deviations = (centred.square().sum(1, keepdim=True) / 3).sqrt()
     torch.testing.assert_close(group_advantages(rewards), centred / (deviations + 1e-4))
     assert not group_advantages(torch.full((1, 7), 0.1)).any()  # the mean of seven 0.1 is not quite 0.1
+
+
+def test_advantages_of_groups_with_missing_rewards() -> None:
+    """Those of the others alone, computed by numpy; a group of one, or of none, has none."""
+    nan = float("nan")
+    rewards = torch.tensor([[0.0, nan, 1.0, 3.0], [nan, nan, 2.0, nan], [nan] * 4, [0.0, 1.0, 1.0, 0.0]])
+    for scaled in (False, True):
+        got = group_advantages(rewards.double(), scaled=scaled)
+        others = np.array([0.0, 1.0, 3.0])
+        expected = (others - others.mean()) / (others.std(ddof=1) + 1e-4 if scaled else 1.0)
+        assert got[0].tolist() == pytest.approx([expected[0], 0.0, *expected[1:]], rel=1e-12)
+        assert not got[1:3].any()
+        assert torch.equal(got[3], group_advantages(rewards[3:].double(), scaled=scaled)[0])
+        assert group_advantages(torch.tensor([[5.0]]), scaled=scaled).tolist() == [[0.0]]
+
+
+@pytest.mark.parametrize("missing", [None, float("nan")])
+def test_a_completion_without_a_reward_has_no_part_in_its_group(tmp_path: Path, missing: float | None) -> None:
+    _, policy = setup(tmp_path, {"prompts": 2})
+    said: list[str] = []
+    object.__setattr__(policy.context, "log", said.append)
+    rewards = iter([missing, 0.0, 1.0, 2.0] + [missing] * 4)
+    policy.task.reward = lambda prompt, completion: next(rewards)  # type: ignore[method-assign]
+    samples = [sample for micro in next(policy.updates(0)) for sample in micro.samples]
+    assert [sample.advantage for sample in samples] == pytest.approx([0.0, -1.0, 0.0, 1.0], abs=1e-3)
+    metrics = policy.finish()[1]
+    assert (metrics["reward"], metrics["unscored_fraction"]) == (1.0, 5 / 8)
+    assert metrics["reward_std"] == pytest.approx(1.0)
+    assert ["note: 5 of 8 completions of a step have no reward" in line for line in said] == [True]
+
+
+def test_a_run_of_which_no_completion_has_a_reward_changes_nothing(tmp_path: Path) -> None:
+    trainer, policy = setup(tmp_path, {})
+    policy.task.reward = lambda prompt, completion: None  # type: ignore[method-assign]
+    before = weights(trainer)
+    assert trainer.train_step() == (0.0, 0.0)
+    metrics = policy.finish()[1]
+    assert math.isnan(metrics["reward"])
+    assert metrics["unscored_fraction"] == 1.0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(trainer).items())
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
+def test_truncated_completions_can_be_masked(tmp_path: Path, loss_type: str) -> None:
+    """As in TRL: they count in the group's mean and in the number of samples, their tokens nowhere."""
+    _, policy = setup(tmp_path, {"prompts": 2, "mask_truncated_completions": True, "loss_type": loss_type})
+    generate = policy.rollout.generate
+
+    def cut(*args: Any) -> Any:
+        groups = generate(*args)
+        for index, one in enumerate(one for group in groups for one in group):
+            one.finish_reason = "length" if index % 2 else "stop"
+        return groups
+
+    policy.rollout.generate = cut  # type: ignore[method-assign]
+    rewards = iter([0.0, 1.0, 2.0, 3.0] * 2)
+    policy.task.reward = lambda prompt, completion: next(rewards)  # type: ignore[method-assign]
+    samples = [sample for micro in next(policy.updates(0)) for sample in micro.samples]
+    advantages = group_advantages(torch.tensor([[0.0, 1.0, 2.0, 3.0]], dtype=torch.float64))[0].tolist()
+    assert [sample.advantage for sample in samples] == [advantages[0], advantages[2]] * 2
+    tokens = sum(len(sample.tokens) for sample in samples)
+    for sample in samples:
+        length = len(sample.tokens)
+        assert sample.weight == {"grpo": 1 / (8 * length), "dapo": 1 / tokens, "dr_grpo": 1 / (8 * 8)}[loss_type]
+
+
+def test_a_step_whose_completions_are_all_masked_has_no_loss(tmp_path: Path) -> None:
+    settings = {"mask_truncated_completions": True, "rollout": {"max_completion_length": 1, "max_num_seqs": 16}}
+    trainer, policy = setup(tmp_path, settings | {"beta": 0.1, "loss_type": "dapo"})
+    rewards = iter([0.0, 1.0] * 6)
+    policy.task.reward = lambda prompt, completion: next(rewards)  # type: ignore[method-assign]
+    before = weights(trainer)
+    assert trainer.train_step() == (0.0, 0.0)
+    assert trainer.step == 1
+    assert policy.finish()[1]["truncated_fraction"] == 1.0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(trainer).items())
 
 
 def test_truncated_importance_and_sequence_means() -> None:

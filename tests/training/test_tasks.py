@@ -1,16 +1,20 @@
 """Tasks: problems by seed, a split that holds, and a reward that no text can fool or crash."""
 
+import fractions
 import itertools
+import math
 import random
 import re
 import time
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from toolkit.errors import ToolkitError
-from toolkit.training.tasks import ProblemStream, make_task
+from toolkit.training.tasks import Problem, ProblemStream, Task, checked_reward, make_task
 from toolkit.training.tasks.countdown import evaluate
 
 PROMPT = "3 5 2 > 13 :"
@@ -137,3 +141,57 @@ def test_a_wrong_task_is_one_sentence(fields: dict[str, object], expected: str) 
 def test_a_task_of_ones_own() -> None:
     task = make_task({"name": "toolkit.training.tasks.countdown:Countdown", "numbers": 2})
     assert task.make(random.Random(0).randrange(9), 1)[0].prompt.count(" ") == 4
+
+
+class Judge(Task):
+    """A task whose reward is given."""
+
+    def __init__(self, reward: object) -> None:
+        self._reward = reward
+
+    def make(self, seed: int, count: int) -> list[Problem]:
+        return []
+
+    def reward(self, prompt: str, completion: str) -> float | None:
+        return self._reward(completion) if callable(self._reward) else self._reward  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (True, 1.0),
+        (2, 2.0),
+        (np.float32(0.5), 0.5),
+        (np.array([0.25]), 0.25),
+        (torch.tensor([0.75]), 0.75),
+        (fractions.Fraction(1, 8), 0.125),
+        (None, math.nan),
+        (float("nan"), math.nan),
+    ],
+)
+def test_a_reward_is_any_number_or_none(value: object, expected: float) -> None:
+    got = checked_reward(Judge(value), "p", "c")
+    assert type(got) is float
+    assert got == expected or (math.isnan(got) and math.isnan(expected))
+
+
+@pytest.mark.parametrize(
+    "value", [float("inf"), -math.inf, np.float64("inf"), 1e300, 10**400, "1.0", b"1", [1.0, 2.0], torch.ones(2), {}]
+)
+def test_a_reward_that_is_none_of_these_is_one_sentence(value: object) -> None:
+    with pytest.raises(ToolkitError) as caught:
+        checked_reward(Judge(value), "p", "a completion")
+    assert re.match(
+        r"the reward of the task Judge must be a finite number, or None where it does not apply, got .* for the "
+        r"completion 'a completion'\.$",
+        str(caught.value),
+        re.DOTALL,
+    )
+
+
+def test_a_reward_that_raises_says_where() -> None:
+    with pytest.raises(
+        ToolkitError, match=r"the task Judge raised ZeroDivisionError at .*test_tasks.py:\d+ for the completion 'abc': "
+    ) as caught:
+        checked_reward(Judge(lambda completion: 1 / (len(completion) - 3)), "p", "abc")
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)

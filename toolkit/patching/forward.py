@@ -179,8 +179,9 @@ def token_logprobs(
                     f"last[{index}] must be >= 0 and <= {available}, the sequence's length - 1, got {count}."
                 )
         lengths = list(last)
-    if sum(lengths) == 0:
+    if not any(sequence.numel() for sequence in tokens):
         return [torch.zeros(0, device=device) for _ in tokens]
+    # Where nothing is asked for, the empty results still have a graph: gradients of 0, as of any masked loss.
     # The last token of a sequence predicts nothing here, but stays in: it costs little.
     batch = RaggedBatch.from_sequences(tokens, device=device, share=share, routing=routing)
     return list(predictions(model, batch, tokens, lengths)[0].split(lengths))
@@ -208,7 +209,7 @@ def predictions(
     device = batch.tokens.device
     ends = torch.tensor([len(sequence) for sequence in sequences]).cumsum(0).tolist()
     # A token is predicted by the row before it.
-    predicting = torch.cat([torch.arange(end - 1 - count, end - 1) for end, count in zip(ends, counts) if count])
+    predicting = torch.cat([torch.arange(end - 1 - count, end - 1) for end, count in zip(ends, counts)])
     targets = torch.cat([sequence[len(sequence) - count :] for sequence, count in zip(sequences, counts)])
     rows = predicting if batch.sample_rows is None else batch.sample_rows.cpu()[predicting]
     if batch.sample_rows is None:

@@ -106,11 +106,21 @@ def group_advantages(rewards: Tensor, *, scaled: bool = True, eps: float = 1e-4)
     """[G, n] rewards of n completions of each prompt: ``(r - mean) / (std + eps)`` per group (GRPO; Shao et al., 2024).
 
     std is that of a sample (n - 1). Not ``scaled``: ``r - mean`` alone (Dr. GRPO; Liu et al., 2025). Exactly 0 where
-    all of a group's rewards are equal.
+    all of a group's rewards are equal, as in a group of one. A completion whose reward is NaN has none: its advantage
+    is 0, and mean and std are those of the others.
     """
+    scored = ~rewards.isnan()
+    if not scored.all():
+        advantages = torch.zeros_like(rewards)
+        for row, kept in zip(range(len(rewards)), scored):
+            if kept.any():
+                advantages[row, kept] = group_advantages(rewards[row, kept][None], scaled=scaled, eps=eps)[0]
+        return advantages
     equal = (rewards == rewards[:, :1]).all(1, keepdim=True)
     centred = (rewards - rewards.mean(1, keepdim=True)).masked_fill(equal, 0.0)
-    return centred / (rewards.std(1, keepdim=True) + eps) if scaled else centred
+    if not scaled:
+        return centred
+    return centred / (rewards.std(1, keepdim=True, unbiased=rewards.shape[1] > 1) + eps)
 
 
 def importance_weight(train: Tensor, rollout: Tensor, cap: float) -> Tensor:

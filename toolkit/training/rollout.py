@@ -12,7 +12,7 @@ from toolkit.errors import ToolkitError
 from toolkit.training.corpus import digest
 from toolkit.training.examples import prompt_ids
 from toolkit.training.objectives.base import RunContext
-from toolkit.training.tasks import Problem, ProblemStream, Task
+from toolkit.training.tasks import Problem, ProblemStream, Task, checked_reward
 
 BLOCK_SIZE = 16
 
@@ -108,7 +108,7 @@ def eval_accuracy(context: RunContext, rollout: Rollout, task: Task, count: int,
     begun, solved = time.perf_counter(), []
     for temperature in (1.0, 0.0):
         completions = rollout.generate(prompts, seeds, 1, temperature)
-        solved.append(sum(task.reward(p.prompt, a.text) >= 1.0 for (_, p), (a,) in zip(mine, completions)))
+        solved.append(sum(checked_reward(task, p.prompt, a.text) >= 1.0 for (_, p), (a,) in zip(mine, completions)))
     sampled, greedy = context.reduce_sum(solved)
     return {
         "eval_samples": count,

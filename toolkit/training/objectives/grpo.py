@@ -39,6 +39,8 @@ class GRPOSection(OnPolicySection):
     """Ratios are clipped to 1 - epsilon .. 1 + epsilon_high."""
     epsilon_high: Annotated[float, Field(ge=0)] | None = None
     """null is ``epsilon``."""
+    mask_truncated_completions: bool = False
+    """Completions that ``rollout.max_completion_length`` cut count in their group's mean and not in the loss."""
     dynamic_sampling: bool = False
     """Drop groups whose rewards are all equal, and roll out others in their place."""
     max_rounds: Count = 4
@@ -70,6 +72,8 @@ class Sample:
     advantage: float = 0.0
     weight: float = 0.0
     """Of each of its tokens in the loss; 0 for a sample that only fills a micro-batch."""
+    masked: bool = False
+    """Whether its tokens are not trained on."""
     train: "Tensor | None" = None
     """Log-probabilities by the first training forward, where they are asked for."""
     reference: "Tensor | None" = None
@@ -121,6 +125,7 @@ class GRPO(OnPolicyObjective[GRPOSection]):
         self.begin()
         groups = self._groups(step)
         self._weigh([sample for group in groups for sample in group])
+        groups = [kept for group in groups if (kept := [sample for sample in group if not sample.masked])]
         if self.reference is None:
             # A group whose rewards are all equal has no gradient: it counts in the mean and needs no forward.
             groups = [group for group in groups if any(sample.advantage for sample in group)]
@@ -150,13 +155,20 @@ class GRPO(OnPolicyObjective[GRPOSection]):
             rounds += 1
             rewards = torch.tensor(self.count(problems, completions), dtype=torch.float64)
             advantages = group_advantages(rewards, scaled=section.scale_rewards == "group")
-            for group, values, reward in zip(completions, advantages.tolist(), rewards):
-                if section.dynamic_sampling and bool((reward == reward[0]).all()):
+            for group, values in zip(completions, advantages.tolist()):
+                if section.dynamic_sampling and not any(values):
                     dropped += 1
                     continue
                 groups.append(
                     [
-                        Sample(one.prompt_token_ids, one.token_ids, one.logprobs, advantage, routing=one.routed_experts)
+                        Sample(
+                            one.prompt_token_ids,
+                            one.token_ids,
+                            one.logprobs,
+                            advantage,
+                            masked=section.mask_truncated_completions and one.finish_reason == "length",
+                            routing=one.routed_experts,
+                        )
                         for one, advantage in zip(group, values)
                     ]
                 )
@@ -168,12 +180,13 @@ class GRPO(OnPolicyObjective[GRPOSection]):
 
     def _weigh(self, samples: list[Sample]) -> None:
         """Each token's weight, so that the loss is the asked-for mean over the samples of all processes."""
-        count, tokens = self.context.reduce_sum([len(samples), sum(len(sample.tokens) for sample in samples)])
+        trained = sum(len(sample.tokens) for sample in samples if not sample.masked)
+        count, tokens = self.context.reduce_sum([len(samples), trained])
         for sample in samples:
             if self.section.loss_type == "dapo":
-                weight = 1.0 / tokens
+                weight = 1.0 / max(tokens, 1.0)
             elif self.section.loss_type == "grpo":
-                weight = 1.0 / (count * len(sample.tokens))
+                weight = 1.0 / (count * max(len(sample.tokens), 1))
             else:
                 weight = 1.0 / (count * self.section.rollout.max_completion_length)
             sample.weight = weight * self.context.world_size  # gradients are averaged over the processes

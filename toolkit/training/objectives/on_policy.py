@@ -10,7 +10,7 @@ from toolkit.config.objective import OnPolicySection
 from toolkit.training.corpus import digest
 from toolkit.training.examples import prompt_ids
 from toolkit.training.objectives.base import MetricAccumulator, Metrics, Objective, RunContext, divided, task_texts
-from toolkit.training.tasks import Problem, ProblemStream, make_task
+from toolkit.training.tasks import Problem, ProblemStream, checked_reward, make_task
 
 if TYPE_CHECKING:
     from toolkit.engine.outputs import Completion
@@ -45,6 +45,7 @@ class OnPolicyObjective(Objective[P]):
         self.sums = MetricAccumulator()
         self.prompts = divided("objective.prompts", self.section.prompts, context.world_size)
         self.trained_tokens = 0
+        self._said_unscored = False
 
     def begin(self) -> None:
         """At the start of a step."""
@@ -61,12 +62,15 @@ class OnPolicyObjective(Objective[P]):
         return problems, self.rollout.generate(prompts, seeds, n)
 
     def count(self, problems: Sequence[Problem], completions: Sequence[Sequence["Completion"]]) -> list[list[float]]:
-        """The rewards of the completions of each problem; they enter the step's metrics."""
-        rewards = [[self.task.reward(p.prompt, one.text) for one in group] for p, group in zip(problems, completions)]
-        values = [reward for group in rewards for reward in group]
+        """The rewards of the completions of each problem, NaN where there is none; they enter the step's metrics."""
+        rewards = [
+            [checked_reward(self.task, p.prompt, one.text) for one in group] for p, group in zip(problems, completions)
+        ]
+        values = [reward for group in rewards for reward in group if not math.isnan(reward)]
         flat = [one for group in completions for one in group]
         self.sums.add(
             samples=len(flat),
+            scored=len(values),
             reward=sum(values),
             squared_reward=sum(value * value for value in values),
             solved=sum(value >= 1.0 for value in values),
@@ -90,12 +94,23 @@ class OnPolicyObjective(Objective[P]):
         The entropy is an estimate: the mean negative log-likelihood of the sampled tokens.
         """
         samples, processes = got["samples"], got["processes"]
-        variance = (got["squared_reward"] - got["reward"] ** 2 / samples) / max(samples - 1, 1)
+        scored = got["scored"]  # rewards of None are in none of their statistics
+        mean, variance = math.nan, math.nan
+        if scored:
+            mean = got["reward"] / scored
+            variance = max((got["squared_reward"] - got["reward"] ** 2 / scored) / max(scored - 1, 1), 0.0)
+        if scored < samples and not self._said_unscored:
+            self._said_unscored = True
+            self.context.log(
+                f"note: {samples - scored:.0f} of {samples:.0f} completions of a step have no reward (None or NaN) and "
+                "no advantage; unscored_fraction has the share of every step"
+            )
         return {
-            "reward": got["reward"] / samples,
-            "reward_std": math.sqrt(max(variance, 0.0)),
+            "reward": mean,
+            "reward_std": math.sqrt(variance),
             "accuracy": got["solved"] / samples,
-            "entropy": got["negative_log_likelihood"] / got["length"],
+            "unscored_fraction": 1.0 - scored / samples,
+            "entropy": got["negative_log_likelihood"] / max(got["length"], 1.0),
             "completions/mean_length": got["length"] / samples,
             "truncated_fraction": got["truncated"] / samples,
             "rollout_tokens": int(got["rolled"]),

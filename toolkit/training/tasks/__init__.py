@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from toolkit.errors import ToolkitError
-from toolkit.training.tasks.base import TASKS, Problem, ProblemStream, Task
+from toolkit.training.tasks.base import TASKS, Problem, ProblemStream, Task, checked_reward
 
-__all__ = ["TASKS", "Problem", "ProblemStream", "Task", "make_task"]
+__all__ = ["TASKS", "Problem", "ProblemStream", "Task", "checked_reward", "make_task"]
 
 
 def make_task(fields: Mapping[str, Any]) -> Task:

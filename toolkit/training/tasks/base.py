@@ -1,14 +1,18 @@
 """What a verifiable task is: synthetic problems, and a reward that checks a completion."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from toolkit.errors import ToolkitError, first_line
 from toolkit.registry import Registry
 from toolkit.training.corpus import digest
 
 CHUNK = 256
+_LARGEST = 3.4e38
+"""Of a reward, in float32, so that the variance of a group is finite in float64."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +45,47 @@ class Task(ABC):
         """``count`` problems: a function of the arguments alone."""
 
     @abstractmethod
-    def reward(self, prompt: str, completion: str) -> float:
-        """How good ``completion`` is, for any text: 1 is solved. Never raises, never runs the text."""
+    def reward(self, prompt: str, completion: str) -> float | None:
+        """How good ``completion`` is, for any text: 1 is solved. Never raises, never runs the text.
+
+        None (or NaN) where it cannot be judged: the completion then has no part in its group's mean, and no advantage.
+        """
 
 
 TASKS: Registry[Task] = Registry("toolkit.training.tasks")
+
+
+def checked_reward(task: Task, prompt: str, completion: str) -> float:
+    """``task.reward`` as a float: finite, or NaN where the task does not judge the completion.
+
+    Raises:
+        ToolkitError: the task's method raised, or returned something other than a finite number, NaN or None. A number
+            is any that ``float`` takes, such as a scalar of numpy or a tensor of one element, but no text.
+    """
+    where = f"the reward of the task {type(task).__name__}"
+    try:
+        value: Any = task.reward(prompt, completion)
+    except Exception as error:
+        trace = error.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        at = f" at {trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace is not None else ""
+        raise ToolkitError(
+            f"{where} raised {type(error).__name__}{at} for the completion {completion!r}: {first_line(error)}."
+        ) from error
+    if value is None:
+        return math.nan
+    try:
+        value = value.item() if hasattr(value, "item") else value  # a scalar of numpy, a tensor
+        reward = math.inf if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        reward = math.inf
+    if abs(reward) > _LARGEST:
+        raise ToolkitError(
+            f"{where} must be a finite number, or None where it does not apply, got {value!r} for the completion "
+            f"{completion!r}."
+        )
+    return reward
 
 
 class ProblemStream:
