@@ -1,9 +1,10 @@
 import random
 
 import pytest
-from engine_tokenizers import byte_level, metaspace
+from engine_tokenizers import added_tokens, byte_level, end_of_word, metaspace, sentencepiece, wordpiece
 
 from toolkit.engine.detokenizer import HOLD, REPLACEMENT, Decoder, Detokenizer
+from toolkit.engine.stop_strings import StopStrings
 
 SAMPLES = [
     "the quick brown fox",
@@ -39,13 +40,89 @@ def test_chunks_add_up_and_none_is_half_a_character(text):
     assert not any(REPLACEMENT in chunk for chunk in chunks)
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_random_tokens_read_as_in_one_go(seed):
-    tokenizer = byte_level()
-    rng = random.Random(seed)
-    ids = [rng.randrange(len(tokenizer)) for _ in range(60)]
+TOKENIZERS = [byte_level, added_tokens, metaspace, sentencepiece, wordpiece, end_of_word]
+
+
+def whole_decode(tokenizer, ids, skip):
+    """What ``tokenizers`` decodes, but whole characters among the bad bytes of a run of byte fallback are kept."""
+    backend, tokens = tokenizer.backend_tokenizer, []
+    special = set(tokenizer.all_special_ids) if skip else set()
+    raw = [backend.id_to_token(token) for token in ids if token not in special]
+    decoded, run = backend.decoder, b""
+    if "ByteFallback" not in str(decoded):
+        return backend.decode(ids, skip_special_tokens=skip)
+
+    def spelt(run):
+        """Bytes one after the other: a character where one begins, else U+FFFD."""
+        while run:
+            for length in (1, 2, 3, 4):
+                try:
+                    yield from (f"<0x{byte:02X}>" for byte in run[:length].decode().encode())
+                except UnicodeDecodeError:
+                    continue
+                run = run[length:]
+                break
+            else:
+                yield REPLACEMENT
+                run = run[1:]
+
+    for token in [*raw, "end"]:
+        if token is not None and token.startswith("<0x"):
+            run += bytes([int(token[3:5], 16)])
+            continue
+        tokens += spelt(run)
+        tokens, run = [*tokens, token], b""
+    return decoded.decode(tokens[:-1])
+
+
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("make", TOKENIZERS)
+def test_deltas_add_up_to_the_decoded_whole_less_the_prompt(make, skip):
+    """Random tokens, most of them no text at all, after random prompts of them."""
+    tokenizer, rng = make(), random.Random(make.__name__)
+    bytes_of = [token for token in range(len(tokenizer)) if tokenizer.convert_ids_to_tokens(token).startswith("<0x")]
+    others = [token for token in range(len(tokenizer)) if token not in bytes_of]
+    pool = others + rng.sample(bytes_of, min(len(bytes_of), len(others)))
+    space = tokenizer.convert_tokens_to_ids("<0x20>")  # as the very first token, see below
+    for _ in range(150):
+        ids = [rng.choice(pool) for _ in range(rng.randrange(1, 24))]
+        if rng.random() < 0.5:  # text, so that there are whole characters
+            text = "".join(rng.choice(["😀", "é", "本", " a", " ", "x", "!", "the "]) for _ in range(8))
+            ids = ids[:2] * rng.randrange(2) + tokenizer(text, add_special_tokens=False)["input_ids"]
+        if next((token for token in ids if token not in tokenizer.all_special_ids), None) == space:
+            continue
+        cut = rng.randrange(len(ids))
+        whole, prompt = (whole_decode(tokenizer, some, skip) for some in (ids, ids[:cut]))
+        while not whole.startswith(prompt):  # it ends inside a character, which is completed
+            prompt = prompt[:-1]
+        chunks, final, _, _ = run(tokenizer, ids[cut:], ids[:cut], skip)
+        assert "".join(chunks) == final == whole[len(prompt) :], (ids[:cut], ids[cut:])
+
+
+@pytest.mark.parametrize("make", [byte_level, metaspace, sentencepiece])
+@pytest.mark.parametrize("count", range(1, 9))
+def test_a_prompt_of_emoji_leaves_the_emoji_after_it_whole(make, count):
+    tokenizer = make()
+    emoji = tokenizer("😀", add_special_tokens=False)["input_ids"][-4:]
+    prompt = tokenizer("😀" * count)["input_ids"]
+    chunks, final, _, _ = run(tokenizer, emoji * 2, prompt)
+    assert final == "😀😀"
+    assert [chunk for chunk in chunks if chunk] == ["😀", "😀"]
+
+
+def test_a_replacement_character_that_ends_the_prompt_is_not_repeated():
+    for tokenizer in (byte_level(), sentencepiece()):
+        ids = tokenizer(f"b{REPLACEMENT}!", add_special_tokens=False)["input_ids"]
+        assert run(tokenizer, ids[-1:], ids[:-1])[1] == "!"
+
+
+def test_a_bad_byte_costs_no_neighbour():
+    tokenizer = sentencepiece()
+    byte = {value: tokenizer.convert_tokens_to_ids(f"<0x{value:02X}>") for value in range(256)}
+    ids = [*(byte[one] for one in "😀".encode()), byte[0xFF], *(byte[one] for one in "你".encode())]
     chunks, final, _, _ = run(tokenizer, ids)
-    assert "".join(chunks) == final == tokenizer.decode(ids, skip_special_tokens=True)
+    assert final == f"😀{REPLACEMENT}你"
+    assert [chunk for chunk in chunks if chunk] == ["😀", REPLACEMENT, "你"]
 
 
 def test_a_character_split_by_the_end_of_the_prompt_is_completed():
@@ -151,6 +228,26 @@ def test_held_back_text_comes_when_it_turns_out_not_to_be_a_stop():
     chunks, _, found, _ = run(tokenizer, ids[:3], stop=("END",))
     assert chunks == ["x", "", "", "EN"]
     assert found is None
+
+
+def test_many_long_stop_strings_cost_a_step_per_character():
+    stops = tuple(f"{'ab' * 500}{at}" for at in range(64))
+    automaton = StopStrings(stops)
+    state, steps = 0, 0
+    shorter = automaton._shorter
+
+    class Counted(list):
+        def __getitem__(self, at):
+            nonlocal steps
+            steps += 1
+            return shorter[at]
+
+    automaton._shorter = Counted(shorter)
+    text = "ab" * 499 + "c" + "ab" * 500 + "63"
+    for character in text:
+        state = automaton.step(state, character)
+    assert automaton.found[state] == stops[63]
+    assert steps < len(text)
 
 
 def test_stops_before_min_tokens_do_not_count():

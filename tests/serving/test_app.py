@@ -54,6 +54,7 @@ class ToldEngine:
                 done = SimpleNamespace(
                     text="x" * len(tokens), token_ids=tokens, logprobs=[-1.0] * len(tokens), top_logprobs=None
                 )
+                done.text_offset = list(range(len(tokens)))
                 done.finish_reason, done.stop_reason, done.error = reason, None, self.error
             deltas.append(
                 SimpleNamespace(
@@ -65,6 +66,7 @@ class ToldEngine:
                     top_logprobs=None,
                     text="x",
                     finished=done,
+                    text_offset=[len(tokens) - 1],
                 )
             )
         return deltas

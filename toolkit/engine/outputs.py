@@ -27,6 +27,8 @@ class Completion:
         weight_versions: one per token, of the weights that it was sampled under.
         top_logprobs: the most probable tokens at each step under the model's own distribution, best first, when
             ``SamplingParams.logprobs`` asked for them.
+        text_offset: one per token, where in ``text`` its characters begin: the text's length before it. Those of tokens
+            whose text was cut with a stop string are the text's length.
         error: the message, with "error".
         routed_experts: [tokens, L, K] int32 on the CPU, where the engine returns routed experts: the experts of each
             token of prompt and completion in each of the L layers of experts, best first. The last token, which the
@@ -45,6 +47,7 @@ class Completion:
     stop_reason: str | int | None = None
     weight_versions: list[int] = field(default_factory=list)
     top_logprobs: list[dict[int, float]] | None = None
+    text_offset: list[int] = field(default_factory=list)
     error: str | None = None
     routed_experts: Tensor | None = field(default=None, compare=False)
 
@@ -68,6 +71,7 @@ class Delta:
             empty or cover several tokens.
         top_logprobs: of the new tokens, as in ``Completion``.
         finished: the whole completion, at its end.
+        text_offset: of the new tokens, as in ``Completion``, before anything is cut.
     """
 
     request_id: int
@@ -78,3 +82,4 @@ class Delta:
     text: str
     top_logprobs: list[dict[int, float]] | None = None
     finished: Completion | None = None
+    text_offset: list[int] = field(default_factory=list)

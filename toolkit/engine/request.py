@@ -90,6 +90,7 @@ class Sequence:
         self.sampling_logprobs: list[float] = []
         self.top_logprobs: list[dict[int, float]] | None = [] if self.params.logprobs is not None else None
         self.versions: list[int] = []
+        self.text_offset: list[int] = []
         self.completion: Completion | None = None
         self._text: Detokenizer | None = None
         if request.decoder is not None:
@@ -126,6 +127,7 @@ class Sequence:
         self.logprobs.append(logprob)
         self.sampling_logprobs.append(sampling_logprob)
         self.versions.append(version)
+        self.text_offset.append(0 if self._text is None else len(self._text.text))
         if self.top_logprobs is not None and top is not None:
             self.top_logprobs.append(top)
         reason: FinishReason | None = None
@@ -142,7 +144,16 @@ class Sequence:
         if reason is not None:
             return self.finish(reason, stop_reason, [token], [logprob], tops)
         text = self._text.take() if self._text is not None else ""
-        return Delta(request.request_id, request.prompt_index, self.index, [token], [logprob], text, tops)
+        return Delta(
+            request.request_id,
+            request.prompt_index,
+            self.index,
+            [token],
+            [logprob],
+            text,
+            tops,
+            text_offset=self.text_offset[-1:],
+        )
 
     def finish(
         self,
@@ -173,6 +184,7 @@ class Sequence:
             stop_reason=stop_reason,
             weight_versions=self.versions,
             top_logprobs=self.top_logprobs,
+            text_offset=[min(offset, len(text)) for offset in self.text_offset],
             error=error,
         )
         return Delta(
@@ -184,4 +196,5 @@ class Sequence:
             last,
             top_logprobs,
             self.completion,
+            self.text_offset[-len(token_ids) :] if token_ids else [],
         )

@@ -47,7 +47,6 @@ class CompletionResponse:
     def __init__(self, model: str, texts: Texts, logprobs: int | None) -> None:
         self.head = {"id": f"{self.id_prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         self.texts, self.top = texts, logprobs
-        self._offsets: dict[int, int] = {}
 
     def whole(self, choices: list[Json], used: Json) -> Json:
         """A response that is not streamed."""
@@ -71,7 +70,7 @@ class CompletionResponse:
         return {
             "index": index,
             "text": completion.text,
-            "logprobs": self.logprobs(index, completion),
+            "logprobs": self.logprobs(completion),
             "finish_reason": completion.finish_reason,
             "stop_reason": completion.stop_reason,
         }
@@ -85,30 +84,32 @@ class CompletionResponse:
             {
                 "index": index,
                 "text": delta.text,
-                "logprobs": self.logprobs(index, delta),
+                "logprobs": self.logprobs(delta),
                 "finish_reason": done.finish_reason if done else None,
                 **({"stop_reason": done.stop_reason} if done else {}),
             }
         ]
 
-    def logprobs(self, index: int, tokens: Completion | Delta) -> Json | None:
-        """Of a Completion's or a Delta's tokens: the model's own, before temperature."""
+    def logprobs(self, tokens: Completion | Delta) -> Json | None:
+        """Of a Completion's or a Delta's tokens: the model's own, before temperature.
+
+        ``top_logprobs`` always has the sampled token, and so up to one more than was asked for.
+        """
         if self.top is None:
             return None
-        texts = [self.texts.of_token(token)[0] for token in tokens.token_ids]
-        offsets = []
-        for text in texts:
-            offsets.append(self._offsets.get(index, 0))
-            self._offsets[index] = offsets[-1] + len(text)
+        names = [self.texts.of_token(token)[0] for token in tokens.token_ids]
+        values = list(map(_finite, tokens.logprobs))
         top = [
+            # Names may collide; the sampled token's own value is the one that stays.
             {self.texts.of_token(token)[0]: value for token, value in _top(tokens.top_logprobs, at, self.top)}
-            for at in range(len(texts))
+            | {name: value}
+            for at, (name, value) in enumerate(zip(names, values))
         ]
         return {
-            "tokens": texts,
-            "token_logprobs": list(map(_finite, tokens.logprobs)),
-            "top_logprobs": top if self.top else None,
-            "text_offset": offsets,
+            "tokens": names,
+            "token_logprobs": values,
+            "top_logprobs": top,
+            "text_offset": tokens.text_offset,
         }
 
 
@@ -124,7 +125,7 @@ class ChatResponse(CompletionResponse):
         return {
             "index": index,
             "message": {"role": "assistant", "content": completion.text, "refusal": None},
-            "logprobs": self.logprobs(index, completion),
+            "logprobs": self.logprobs(completion),
             "finish_reason": completion.finish_reason,
             "stop_reason": completion.stop_reason,
         }
@@ -132,7 +133,7 @@ class ChatResponse(CompletionResponse):
     def deltas(self, index: int, delta: Delta) -> list[Json]:
         chunks = []
         if delta.text or (self.top is not None and delta.token_ids):
-            chunks.append(_chat_delta(index, {"content": delta.text}, self.logprobs(index, delta)))
+            chunks.append(_chat_delta(index, {"content": delta.text}, self.logprobs(delta)))
         if delta.finished:
             ending = {
                 "finish_reason": delta.finished.finish_reason,
@@ -141,7 +142,7 @@ class ChatResponse(CompletionResponse):
             chunks.append({**_chat_delta(index, {}), **ending})
         return chunks
 
-    def logprobs(self, index: int, tokens: Completion | Delta) -> Json | None:
+    def logprobs(self, tokens: Completion | Delta) -> Json | None:
         if self.top is None:
             return None
         content = []

@@ -4,9 +4,9 @@ import copy
 from functools import lru_cache
 from typing import Any
 
+from toolkit.engine.token_bytes import REPLACEMENT, TokenBytes
 from toolkit.serving.protocol import Message, RequestError
 
-REPLACEMENT = "�"
 METASPACE = "▁"
 
 
@@ -18,7 +18,7 @@ class Texts:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = copy.deepcopy(tokenizer)
-        self._bytes_of = _byte_alphabet()
+        self._bytes = TokenBytes(self._tokenizer)
         self.of_token = lru_cache(maxsize=65536)(self._of_token)
 
     def prompt(self, text: str) -> list[int]:
@@ -51,23 +51,9 @@ class Texts:
         text = self._tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         raw = self._tokenizer.convert_ids_to_tokens(token) or ""
         if REPLACEMENT in text:
-            found = self._raw_bytes(raw)
-            if found is not None:
-                return "bytes:" + "".join(f"\\x{byte:02x}" for byte in found), found
+            written = self._bytes.of(token)
+            if written is not None:
+                return "bytes:" + "".join(f"\\x{byte:02x}" for byte in written), list(written)
         if raw.startswith(METASPACE) and not text.startswith(" "):
             text = " " + text  # the first word of a text loses its space when it is decoded alone
         return text, list(text.encode())
-
-    def _raw_bytes(self, raw: str) -> list[int] | None:
-        """Bytes behind a token of a byte-level vocabulary, or of a byte fallback such as ``<0xF0>``."""
-        if len(raw) == 6 and raw.startswith("<0x") and raw.endswith(">"):
-            return [int(raw[3:5], 16)]
-        found = [self._bytes_of.get(character) for character in raw]
-        return None if None in found else [byte for byte in found if byte is not None]
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in of every byte: itself where Latin-1 shows it, else 256 and up in order."""
-    shown = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return {chr(byte): byte for byte in shown} | {chr(256 + at): byte for at, byte in enumerate(hidden)}
