@@ -12,6 +12,10 @@ class ToolkitError(ValueError):
     """A recipe, model, request or checkpoint cannot be used as given."""
 
 
+class OutOfVocabularyError(ToolkitError, IndexError):
+    """A label is neither ignored nor a token id; an IndexError too, which torch's ``cross_entropy`` raises."""
+
+
 def nearest(word: str, allowed: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` for the allowed name that ``word`` misspells, or an empty string.
 

@@ -20,7 +20,9 @@ from torch import Tensor
 from toolkit.errors import ToolkitError
 from toolkit.modules.head import loss_only
 from toolkit.numerics import Numerics
+from toolkit.ops import IGNORED
 from toolkit.ops.linear_logprob.deferred import token_statistics
+from toolkit.ops.targets import checked_targets
 from toolkit.patching import PatchReport, patch
 
 if TYPE_CHECKING:
@@ -109,9 +111,10 @@ class LabelSmoother:
     ) -> Tensor:
         logits = model_output["logits"] if isinstance(model_output, dict) else model_output[0]
         if shift_labels:
-            labels = F.pad(labels, (0, 1), value=-100)[..., 1:]
-        counted = labels != -100
-        logprob, lse, _, mean = token_statistics(logits, torch.where(counted, labels, -1))
+            labels = F.pad(labels, (0, 1), value=IGNORED)[..., 1:]
+        counted = labels != IGNORED
+        targets = checked_targets(labels, logits.shape[-1], name="labels")
+        logprob, lse, _, mean = token_statistics(logits, targets)
         smooth = torch.where(counted, lse - mean, 0.0)
         total = ((self.epsilon - 1.0) * logprob + self.epsilon * smooth).sum()
         count = counted.sum() if num_items_in_batch is None else num_items_in_batch

@@ -147,7 +147,7 @@ def test_rows_that_count_for_nothing(impl):
         got[1] = got[1][counted]
         assert max(map(error, got, few)) < 1e-6
     leaves = [x.detach().nan_to_num().requires_grad_() for x in tensors]
-    loss = call(leaves, torch.full_like(targets, -1), impl=impl)
+    loss = call(leaves, torch.full_like(targets, -100), impl=impl)
     assert loss == 0.0
     assert not any(gradient.any() for gradient in torch.autograd.grad(loss, leaves))
 
@@ -264,8 +264,9 @@ def test_bad_input_is_named(impl):
         linear_cross_entropy(hidden, weight, torch.zeros(3, dtype=torch.int64), impl=impl)
     with pytest.raises(ToolkitError, match=r"row_weights must have shape \[2\] for hidden \[2, 3\], got \[1\]"):
         linear_cross_entropy(hidden, weight, torch.tensor([0, 1]), row_weights=torch.ones(1), impl=impl)
-    with pytest.raises((RuntimeError, IndexError)):
-        linear_cross_entropy(hidden, weight, torch.tensor([0, 5]), impl=impl)
+    for wrong in (5, -1, -200):
+        with pytest.raises(IndexError, match=rf"targets must be -100 or a token id from 0 to 4, got {wrong}\."):
+            linear_cross_entropy(hidden, weight, torch.tensor([0, wrong]), impl=impl)
     with pytest.raises(ToolkitError, match=r"impl of op linear_cross_entropy must be one of reference.*got 'cuda'"):
         linear_cross_entropy(hidden, weight, torch.tensor([0, 1]), impl="cuda")
 
@@ -322,7 +323,6 @@ def test_loss_keeps_its_bits(items, calls):
 
     def before(t):
         targets = torch.nn.functional.pad(labels(), (0, 1), value=-100)[..., 1:]
-        targets = torch.where(targets == -100, -1, targets)
         total = -token_logprobs(DeferredLogits(*t), targets)[0].sum()
         return total / ((targets >= 0).sum() if items is None else items)
 
@@ -340,7 +340,7 @@ def test_loss_without_counted_tokens(calls):
 
 
 def test_logits_that_were_changed_or_read_go_the_other_way(calls):
-    targets = labels()[..., :6].clamp_min(-1)
+    targets = labels()
     late = DeferredLogits(seeded(2, 6, 8, dtype=torch.float32), seeded(30, 8, dtype=torch.float32, seed=1), None)
     scaled, capped = late * 0.5, torch.tanh(late / 3.0) * 3.0
     late.argmax(-1)  # computes them

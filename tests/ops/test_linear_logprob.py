@@ -146,7 +146,7 @@ def test_only_the_gradients_asked_for(impl):
 
 
 @every_impl
-@pytest.mark.parametrize("targets", [[4, -1, -100], [-1, -1, -1]])
+@pytest.mark.parametrize("targets", [[4, -100, -100], [-100, -100, -100]])
 def test_ignored_rows_have_zero_logprob_and_gradient(impl, targets):
     tensors, _, _ = problem(3, 8, 50, torch.float32)
     hidden, weight = (x.requires_grad_() for x in tensors)
@@ -292,8 +292,9 @@ def test_bad_input_is_named(impl):
         linear_logprob(hidden, weight, torch.tensor([0, 1]), top_k=6, impl=impl)
     with pytest.raises(ToolkitError, match=r"temperature must be > 0, got 0.0"):
         linear_logprob(hidden, weight, torch.tensor([0, 1]), temperature=0.0, impl=impl)
-    with pytest.raises((RuntimeError, IndexError)):
-        linear_logprob(hidden, weight, torch.tensor([0, 5]), impl=impl)
+    for wrong in (5, -1, -200):
+        with pytest.raises(IndexError, match=rf"targets must be -100 or a token id from 0 to 4, got {wrong}\."):
+            linear_logprob(hidden, weight, torch.tensor([0, wrong]), impl=impl)
 
 
 @pytest.mark.parametrize("variant", ["plain", "all"])

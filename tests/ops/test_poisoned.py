@@ -26,6 +26,7 @@ from toolkit.ops.token_logprob import token_logprob
 
 ROWS, WIDTH = 37, 45
 IDS = torch.arange(ROWS) % 19 - 1
+TARGETS = torch.where(IDS < 0, -100, IDS)
 OFFSETS = torch.tensor([0, 5, 5, 30])  # an empty sequence, and rows of padding at the end
 A, B = seeded(2, 3, WIDTH, seed=5), seeded(2, WIDTH, 3, seed=6)
 SQUARE = seeded(WIDTH, WIDTH, seed=4)
@@ -62,12 +63,12 @@ OPS = {
     "lora_linear": lambda x: lora_linear(
         x, SQUARE.to(x.dtype), None, A.to(x.dtype), B.to(x.dtype), torch.ones(2), IDS % 3 - 1
     ),
-    "token_logprob": lambda x: token_logprob(x, IDS),
-    "linear_logprob": lambda x: linear_logprob(x, SQUARE.to(x.dtype), IDS, bias=x[0], top_k=3)[:4],
-    "linear_logprob, ignored": lambda x: linear_logprob(x, SQUARE.to(x.dtype), IDS * 0 - 1)[:1],
-    "linear_cross_entropy": lambda x: linear_cross_entropy(x, SQUARE.to(x.dtype), IDS, bias=x[0]),
-    "linear_cross_entropy, weight": lambda x: linear_cross_entropy(x.detach(), x, IDS, row_weights=HALF),
-    "linear_cross_entropy, ignored": lambda x: linear_cross_entropy(x, SQUARE.to(x.dtype), IDS * 0 - 1),
+    "token_logprob": lambda x: token_logprob(x, TARGETS),
+    "linear_logprob": lambda x: linear_logprob(x, SQUARE.to(x.dtype), TARGETS, bias=x[0], top_k=3)[:4],
+    "linear_logprob, ignored": lambda x: linear_logprob(x, SQUARE.to(x.dtype), IDS * 0 - 100)[:1],
+    "linear_cross_entropy": lambda x: linear_cross_entropy(x, SQUARE.to(x.dtype), TARGETS, bias=x[0]),
+    "linear_cross_entropy, weight": lambda x: linear_cross_entropy(x.detach(), x, TARGETS, row_weights=HALF),
+    "linear_cross_entropy, ignored": lambda x: linear_cross_entropy(x, SQUARE.to(x.dtype), IDS * 0 - 100),
     "attention": attend,
     "dispatch_plan": lambda x: [value.double() for value in dispatch_plan(IDS.view(-1, 1) % 6, 4, 8)],
     "route": lambda x: route(

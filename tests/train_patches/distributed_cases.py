@@ -125,6 +125,28 @@ def check_training(
         check_weights(model.state_dict(), weights[-1], case)
 
 
+def check_nothing_counted(
+    prepare: Callable[[Any], tuple[nn.Module, Step]], gathered: Callable[[Any], AbstractContextManager[None]]
+) -> None:
+    """A step in which one process has no label is a step on the other's rows; one in which none has is one on none."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    model, stock = small_model("llama"), small_model("llama")
+    toolkit.patch(model)
+    wrapped, step = prepare(model)
+    optimizer = torch.optim.AdamW(stock.parameters(), lr=RATE)
+    ids = batch(0, 0, size)
+    nothing = torch.full_like(ids, -100)
+    for labels in (ids, nothing):
+        optimizer.zero_grad()
+        stock(ids, labels=labels).loss.backward()
+        nn.utils.clip_grad_norm_(stock.parameters(), CLIP)
+        optimizer.step()
+        count = (labels[:, 1:] != -100).sum() / size  # gradients are averaged over the processes
+        step(wrapped(ids, labels=nothing if rank else labels, num_items_in_batch=count).loss)
+    with gathered(model):
+        check_weights(model.state_dict(), stock.state_dict(), "nothing counted")
+
+
 def check_weights(got: dict[str, Tensor], expected: dict[str, Tensor], case: str) -> None:
     """Every weight to ``TOLERANCE``."""
     assert got.keys() == expected.keys(), case

@@ -10,7 +10,18 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
-from distributed_cases import CASES, CLIP, RATE, Step, check_rollout, check_training, finish, refused, run_example
+from distributed_cases import (
+    CASES,
+    CLIP,
+    RATE,
+    Step,
+    check_nothing_counted,
+    check_rollout,
+    check_training,
+    finish,
+    refused,
+    run_example,
+)
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -67,6 +78,7 @@ def under_ddp(folder: Path) -> None:
     assert accelerator.distributed_type is DistributedType.MULTI_CPU
     for family, patched, loss_of in CASES:
         check_training(family, patched, loss_of, partial(prepare, accelerator), whole)
+    check_nothing_counted(partial(prepare, accelerator), whole)
     check_rollout(partial(prepare, accelerator), whole, folder / "ddp", sharded=False)
     with accelerator.main_process_first():
         if accelerator.is_main_process:
@@ -90,6 +102,7 @@ def under_fsdp2(folder: Path) -> None:
                 check_training(family, patched, loss_of, wrap, gathered)
         if way in ("accelerate", "True True"):
             check_rollout(wrap, gathered, folder / f"fsdp2 {way}", sharded=True)
+    check_nothing_counted(ways["accelerate"], gathered)
     model = nn.Linear(2, 2)
     assert not isinstance(model, FSDPModule)
     refused("Linear is not sharded", lambda: gathered(model))

@@ -16,6 +16,7 @@ from distributed_cases import (
     STEPS,
     TOLERANCE,
     Step,
+    check_nothing_counted,
     check_rollout,
     check_training,
     check_weights,
@@ -79,6 +80,7 @@ assert sys.argv[2].endswith("zero3.json")
 for stage in (1, 2, 3):
     for family, patched, loss_of in CASES if stage == 3 else CASES[:3]:
         check_training(family, patched, loss_of, partial(prepare, stage), gathered)
+check_nothing_counted(partial(prepare, 3), gathered)
 parts = loaded_in_parts(small_model("llama"), folder / "whole")
 wrapped, step = prepare(3, parts)
 losses, (expected, weights) = train(wrapped, loss_of_logits, step, range(STEPS)), train_alone("llama")

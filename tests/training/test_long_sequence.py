@@ -45,7 +45,7 @@ def test_targets_choose_what_counts_and_gradients_add_up():
     model = random_model("llama")
     toolkit.patch(model)
     tokens = list(range(3, 40))
-    targets = torch.full((37,), -1)
+    targets = torch.full((37,), -100)
     targets[[4, 20, 35]] = torch.tensor([7, 8, 9])
     model.zero_grad()
     loss = backward_in_chunks(model, tokens, targets=targets, chunk_tokens=8)
@@ -56,7 +56,7 @@ def test_targets_choose_what_counts_and_gradients_add_up():
     backward_in_chunks(model, tokens, targets=targets, chunk_tokens=8)
     for name, value in gradients(model).items():
         torch.testing.assert_close(value, 2 * once[name], rtol=1e-5, atol=1e-7)
-    assert backward_in_chunks(model, tokens, targets=torch.full((37,), -1)) == 0.0
+    assert backward_in_chunks(model, tokens, targets=torch.full((37,), -100)) == 0.0
 
 
 def test_bad_arguments_are_named():

@@ -70,7 +70,7 @@ def test_supervised_loss_is_the_mean_over_completion_tokens(tmp_path: Path) -> N
         for example in again.stream.next_batch():
             logits = trainer.hf_model(torch.tensor([example.inputs])).logits[0] + 0.0
             targets = torch.tensor(example.targets)
-            total += F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum").item()
+            total += F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum").item()
             count += example.counted
     assert loss == pytest.approx(total / count, rel=1e-9)
     assert trainer.objective.finish()[0] == count
@@ -152,8 +152,8 @@ def test_a_file_of_conversations(chat: Path) -> None:
 
 
 def test_examples_mask_prompts_and_are_cut() -> None:
-    assert example_of([1, 2, 3], [4, 5], 10) == ([1, 2, 3, 4], [-1, -1, 4, 5])
-    assert example_of([1, 2, 3], [4, 5], 3) == ([1, 2, 3], [-1, -1, 4])
+    assert example_of([1, 2, 3], [4, 5], 10) == ([1, 2, 3, 4], [-100, -100, 4, 5])
+    assert example_of([1, 2, 3], [4, 5], 3) == ([1, 2, 3], [-100, -100, 4])
     assert example_of([1], [4], 3) == ([1], [4])
 
 

@@ -50,7 +50,7 @@ def test_cross_entropy(smoothing, z_loss, late):
 
 def test_nothing_to_predict():
     hidden, weight, _ = head()
-    loss = next_token_loss(DeferredLogits(hidden, weight, None), torch.full((12,), -1))
+    loss = next_token_loss(DeferredLogits(hidden, weight, None), torch.full((12,), -100))
     assert loss == 0.0
     assert not any(x.any() for x in torch.autograd.grad(loss, [hidden, weight]))
 

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from toolkit.ops import IGNORED
 from toolkit.ops.linear_logprob.deferred import DeferredLogits, summed_cross_entropy
+from toolkit.ops.targets import checked_targets
 
 _LOSS_ONLY: ContextVar[bool] = ContextVar("loss_only", default=False)
 
@@ -76,15 +78,20 @@ def causal_lm_loss(
         num_items_in_batch: the divisor; None is the number of positions that are not ignored.
         ignore_index: label of positions that are ignored.
         shift_labels: [B, S] labels that are shifted already, instead of ``labels``.
+
+    Raises:
+        OutOfVocabularyError: on CPU, for a label that is neither ``ignore_index`` nor from 0 to V - 1.
+
+    Where nothing counts the mean is NaN, as transformers' is, and every gradient is 0.
     """
     if shift_labels is None:
         assert labels is not None
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     targets = shift_labels.to(logits.device).reshape(logits.shape[:-1])
-    targets = torch.where(targets == ignore_index, -1, targets)
+    targets = checked_targets(targets, logits.shape[-1], ignore_index, "labels")
     total = summed_cross_entropy(logits, targets)
     if num_items_in_batch is None:
-        return total / (targets >= 0).sum()
+        return total / (targets != IGNORED).sum()
     if isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(total.device)
     return total / num_items_in_batch

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from toolkit.errors import ToolkitError
 from toolkit.ops.rowwise import compute_dtype
+from toolkit.ops.targets import mean_over
 
 
 def load_balancing_loss(
@@ -22,7 +23,7 @@ def load_balancing_loss(
 
     Over the tokens t of all layers l, with N = L sum_t m_t: ``f_e = sum_lt m_t [t goes to e] / N`` (constant) and
     ``P_e = sum_lt m_t softmax(logits_lt)_e / N``. Layers given together are pooled, and f sums to K, so even loads
-    give K.
+    give K; no tokens give 0.
 
     Args:
         logits: [T, E] of each layer; the loss is differentiable in them.
@@ -40,8 +41,8 @@ def load_balancing_loss(
     (count,) = experts
     probabilities = [layer.to(compute_dtype(layer)).softmax(-1) for layer in logits]
     total = sum(_mass(layer, multiplicity) for layer in logits)
-    load = torch.stack([expert_load(one, count, multiplicity) for one in topk_ids]).sum(0) / total
-    mean = torch.stack([(p * _column(p, multiplicity)).sum(0) for p in probabilities]).sum(0) / total
+    load = mean_over(torch.stack([expert_load(one, count, multiplicity) for one in topk_ids]).sum(0), total)
+    mean = mean_over(torch.stack([(p * _column(p, multiplicity)).sum(0) for p in probabilities]).sum(0), total)
     return count * (load.to(mean.dtype) * mean).sum()
 
 
@@ -52,7 +53,8 @@ def router_z_loss(logits: Sequence[Tensor], multiplicity: Tensor | None = None) 
     """
     squares = [layer.to(compute_dtype(layer)).logsumexp(-1).square() for layer in logits]
     total = sum(_mass(layer, multiplicity) for layer in logits)
-    return torch.stack([(one * _column(one[:, None], multiplicity)[:, 0]).sum() for one in squares]).sum() / total
+    weighted = torch.stack([(one * _column(one[:, None], multiplicity)[:, 0]).sum() for one in squares])
+    return mean_over(weighted.sum(), total)
 
 
 def expert_load(topk_ids: Tensor, num_experts: int, multiplicity: Tensor | None = None) -> Tensor:
@@ -83,7 +85,7 @@ def load_metrics(loads: Sequence[Tensor]) -> dict[str, float]:
     ``expert_load_max``: the largest load over the mean of its layer, the maximum over layers (1 is even, E / K the
     worst). ``expert_load_entropy``: the entropy of the load over ln E, the mean over layers (1 is even).
     """
-    shares = [load / load.sum() for load in loads]
+    shares = [mean_over(load, load.sum()) for load in loads]
     entropies = [-torch.special.xlogy(share, share).sum() / math.log(max(len(share), 2)) for share in shares]
     return {
         "expert_load_max": max(float(share.amax()) * len(share) for share in shares),

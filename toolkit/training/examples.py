@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from toolkit.errors import ToolkitError, first_line
+from toolkit.ops import IGNORED
 from toolkit.training.corpus import digest
 from toolkit.training.data import encode
 
@@ -30,14 +31,14 @@ class Stream(Protocol):
 
 
 class Example(NamedTuple):
-    """``inputs[t]`` is followed by ``targets[t]``; targets that do not count are -1."""
+    """``inputs[t]`` is followed by ``targets[t]``; targets that do not count are -100."""
 
     inputs: list[int]
     targets: list[int]
 
     @property
     def counted(self) -> int:
-        return sum(target >= 0 for target in self.targets)
+        return sum(target != IGNORED for target in self.targets)
 
 
 class JsonlDataset:
@@ -169,7 +170,7 @@ def completion_ids(tokenizer: "Tokenizer", completion: str) -> list[int]:
 def example_of(prompt: list[int], completion: list[int], max_length: int) -> Example:
     """Only the completion counts; truncated to ``max_length`` inputs."""
     ids = [*prompt, *completion]
-    targets = [-1] * (len(prompt) - 1) + completion
+    targets = [IGNORED] * (len(prompt) - 1) + completion
     return Example(ids[:-1][:max_length], targets[:max_length])
 
 
@@ -187,7 +188,7 @@ def conversation(tokenizer: "Tokenizer", template: str | None, messages: Sequenc
     for text, counted in _turns(tokenizer, template, list(messages)):
         tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         ids += tokens
-        targets += tokens if counted else [-1] * len(tokens)
+        targets += tokens if counted else [IGNORED] * len(tokens)
     return Example(ids[:-1][:max_length], targets[1:][:max_length])
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from toolkit.errors import ToolkitError
+from toolkit.ops import IGNORED
 from toolkit.ops.attention import attention, attention_backward
 from toolkit.ops.causal_conv import causal_conv
 from toolkit.ops.linear_logprob.deferred import summed_cross_entropy
@@ -184,7 +185,7 @@ def backward_in_chunks(
     Args:
         model: patched.
         tokens: [L] ids.
-        targets: [L] int64, the token that follows each token, negative where it does not count; None: the next token.
+        targets: [L] int64, the token that follows each token, -100 where it does not count; None: the next token.
         chunk_tokens: tokens of a chunk, 8 or more.
         state_device: where the state is stored; "cpu" keeps it out of a GPU's memory. None: where the model is.
 
@@ -196,11 +197,11 @@ def backward_in_chunks(
     if chunk_tokens < 8:
         raise ToolkitError(f"chunk_tokens must be >= 8, got {chunk_tokens}.")
     if targets is None:
-        targets = torch.cat([ids[1:], ids.new_full((min(1, len(ids)),), -1)])
+        targets = torch.cat([ids[1:], ids.new_full((min(1, len(ids)),), IGNORED)])
     if targets.shape != ids.shape:
         raise ToolkitError(f"targets must have the tokens' shape {list(ids.shape)}, got {list(targets.shape)}.")
     targets = targets.to(device)
-    counted = int((targets >= 0).sum())
+    counted = int((targets != IGNORED).sum())
     if counted == 0:
         return 0.0
     starts = list(range(0, len(ids), chunk_tokens))
@@ -213,7 +214,7 @@ def backward_in_chunks(
         positions = torch.arange(start, stop, device=device)
         batch = RaggedBatch(ids[start:stop], positions, offsets, first, length)
         context = ChunkedContext(batch, state, chunk, start)
-        rows = (targets[start:stop] >= 0).nonzero().flatten()
+        rows = (targets[start:stop] != IGNORED).nonzero().flatten()
         if not torch.is_grad_enabled():
             rows = rows[:1]  # the head is only wanted for its loss
         logits = context_forward(model, context, rows)

@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from toolkit.ops import IGNORED
 from toolkit.ops.linear_logprob.deferred import summed_cross_entropy, token_logprobs, token_statistics
+from toolkit.ops.targets import mean_over
 
 
 def next_token_loss(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
@@ -19,11 +21,11 @@ def next_token_loss(logits: Tensor, targets: Tensor, *, label_smoothing: float =
 
     ``-(1 - s) log p(target) - s mean_v log p(v) + z_loss lse^2`` with s the label smoothing (Szegedy et al., 2016) and
     lse the log of the softmax's normaliser, which ``z_loss`` pulls to 0 (PaLM, 2022).
-    logits: [T, V], dense or deferred; targets: [T] int64, rows with a negative one count for nothing.
+    logits: [T, V], dense or deferred; targets: [T] int64, rows with -100 count for nothing. 0 where none counts.
     """
-    counted = targets >= 0
+    counted = targets != IGNORED
     if label_smoothing == z_loss == 0.0:
-        return summed_cross_entropy(logits, targets) / counted.sum().clamp_min(1)
+        return mean_over(summed_cross_entropy(logits, targets), counted.sum())
     if label_smoothing > 0.0:
         logprob, lse, _, mean = token_statistics(logits, targets)
         loss = -(1.0 - label_smoothing) * logprob - label_smoothing * (mean - lse)
@@ -32,7 +34,7 @@ def next_token_loss(logits: Tensor, targets: Tensor, *, label_smoothing: float =
         loss = -logprob
     if z_loss > 0.0:
         loss = loss + z_loss * lse.square()
-    return torch.where(counted, loss, 0.0).sum() / counted.sum().clamp_min(1)
+    return mean_over(torch.where(counted, loss, 0.0).sum(), counted.sum())
 
 
 def preference_loss(
@@ -99,7 +101,7 @@ def divergence_estimate(difference: Tensor) -> Tensor:
 
 def sequence_mean(values: Tensor, lengths: Sequence[int]) -> Tensor:
     """[T] values of completions of these lengths, one after the other: each replaced by its completion's mean."""
-    return torch.cat([part.mean().expand(len(part)) for part in values.split(list(lengths))])
+    return torch.cat([values[:0], *(part.mean().expand(len(part)) for part in values.split(list(lengths)))])
 
 
 def group_advantages(rewards: Tensor, *, scaled: bool = True, eps: float = 1e-4) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 from toolkit.errors import ToolkitError
 from toolkit.ops.linear_cross_entropy import reference
 from toolkit.ops.registry import register
+from toolkit.ops.targets import checked_targets
 
 __all__ = ["linear_cross_entropy"]
 
@@ -16,7 +17,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     _, *gradients = output
     ctx.mark_non_differentiable(*gradients)
     ctx.set_materialize_grads(False)  # no zeros, as large as the weight, for outputs that have no gradient
-    ctx.save_for_backward(*gradients)
+    ctx.save_for_backward(*gradients, inputs[3], inputs[4])
     ctx.dtype = inputs[0].dtype
 
 
@@ -31,12 +32,17 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
     # A graph that is not kept lets its buffers go: there the result may overwrite them. Not in a compiler's trace.
     kept = torch._C._autograd._get_current_graph_task_keep_graph()
 
-    def scaled(gradient: Tensor) -> Tensor:
+    def scaled(gradient: Tensor, by: Tensor) -> Tensor:
         in_place = type(gradient) is Tensor and not kept
-        return (gradient.mul_(grad_loss) if in_place else gradient * grad_loss).to(ctx.dtype)
+        return (gradient.mul_(by) if in_place else gradient * by).to(ctx.dtype)
 
+    *saved, targets, row_weights = ctx.saved_tensors
+    counts = targets >= 0 if row_weights is None else (targets >= 0) & (row_weights != 0)
+    # The mask belongs to the gradient of the loss: that of a mean over no row is 0 / 0, and NaN times 0 is NaN.
+    of_rows, of_all = (torch.where(mask, grad_loss, 0.0) for mask in (counts[:, None], counts.any()))
+    factors = of_rows, of_all, of_all
     needs = ctx.needs_input_grad[:3]
-    gradients = [scaled(gradient) if need else None for gradient, need in zip(ctx.saved_tensors, needs)]
+    gradients = [scaled(one, by) if need else None for one, by, need in zip(saved, factors, needs)]
     return (*gradients, None, None, None, None, None)
 
 
@@ -65,7 +71,8 @@ def linear_cross_entropy(
     Args:
         hidden: [..., K], leading shape R; float32, float64, bfloat16 or float16.
         weight: [V, K] in hidden's dtype.
-        targets: R, int64 below V. A row with a negative target does not count and costs nothing.
+        targets: R, int64, token ids below V. A row with a target of -100 does not count and costs nothing; its
+            gradient is 0, whatever comes from above.
         bias: [V] or None.
         row_weights: w of shape R, without gradient to it, or None for ones. A row with weight 0 does not count and
             costs nothing.
@@ -75,7 +82,7 @@ def linear_cross_entropy(
 
     Raises:
         ToolkitError: for targets or weights of another shape, and for a backward with create_graph=True.
-        IndexError: on CPU for a target >= V.
+        OutOfVocabularyError: on CPU for any other target. On CUDA, where nothing is read back, it gives NaN.
 
     Numerics: 16-bit GEMMs are rounded to their dtype as a head's output is; everything after that is float32. Without
     weights bitwise identical to ``-linear_logprob(hidden, weight, targets, bias=bias).logprob.sum()``. The gradient
@@ -97,4 +104,5 @@ def linear_cross_entropy(
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     weights = None if row_weights is None else row_weights.reshape(-1)
     flat = hidden.reshape(rows.numel(), hidden.shape[-1])
-    return _OP.select(impl)(flat, weight, bias, targets.reshape(-1), weights, *wanted)[0]
+    known = checked_targets(targets, weight.shape[0]).reshape(-1)
+    return _OP.select(impl)(flat, weight, bias, known, weights, *wanted)[0]

@@ -11,6 +11,7 @@ from torch import Tensor
 from toolkit.errors import ToolkitError
 from toolkit.ops.linear_logprob import reference
 from toolkit.ops.registry import Op, register_differentiable
+from toolkit.ops.targets import checked_targets
 
 __all__ = ["LinearLogprob", "linear_logprob"]
 
@@ -58,7 +59,8 @@ def linear_logprob(
     Args:
         hidden: [..., K], leading shape R; float32, float64, bfloat16 or float16.
         weight: [V, K] in hidden's dtype.
-        targets: R, or R + [C] for C candidates per row; int64 below V. A negative target is ignored (0, no gradient).
+        targets: R, or R + [C] for C candidates per row; int64, token ids below V. One of -100 is ignored: 0, and no
+            gradient, whatever comes from above.
         bias: [V] or None.
         scale: factor of the logits.
         softcap: 0 for none.
@@ -75,7 +77,7 @@ def linear_logprob(
 
     Raises:
         ToolkitError: for other shapes, or a temperature that is not > 0.
-        IndexError: on CPU for a target >= V.
+        OutOfVocabularyError: on CPU for any other target. On CUDA, where nothing is read back, it gives NaN.
 
     Numerics: 16-bit GEMMs are rounded to their dtype as a head's output is; everything after that is float32. The
     others have their exact gradient to hidden, weight and bias. The logits are held a tile at a time, forward and
@@ -102,7 +104,8 @@ def linear_logprob(
     elif temperature != 1.0:
         per_row = torch.full((rows.numel(),), temperature, device=hidden.device, dtype=torch.float64)
     several = targets.dim() > len(rows)
-    flat = targets.reshape(rows.numel(), targets.shape[-1] if several else 1)
+    known = checked_targets(targets, weight.shape[0])
+    flat = known.reshape(rows.numel(), targets.shape[-1] if several else 1)
     arguments = (hidden.reshape(rows.numel(), hidden.shape[-1]), weight, bias, flat, per_row, scale, softcap, top_k)
     logprob, lse, entropy, mean, top_values, top_ids = _OP.select(impl)(*arguments)
     return LinearLogprob(

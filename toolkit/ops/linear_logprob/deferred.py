@@ -239,7 +239,7 @@ def token_logprobs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """(log-probability of the targets, log-sum-exp) a row, in nats; logits [..., V], targets [...] int64.
 
     From deferred logits by ``linear_logprob``, without computing them; from dense ones by ``token_logprob``, bitwise
-    identical. Negative targets are ignored: 0, without gradient.
+    identical. Targets of -100 are ignored: 0, without gradient.
     """
     fused = _without_logits(logits, targets)
     if fused is not None:

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from toolkit.errors import ToolkitError
 from toolkit.ops.registry import Op, register_differentiable
+from toolkit.ops.targets import checked_targets
 from toolkit.ops.token_logprob import reference
 
 _OP: Op[tuple[Tensor, Tensor]]
@@ -21,7 +22,8 @@ def token_logprob(logits: Tensor, targets: Tensor, *, impl: str | None = None) -
 
     Args:
         logits: [..., V], V >= 1; float32, float64, bfloat16 or float16. Entries of -inf have probability 0.
-        targets: [...] int64, below V. A negative target is ignored: its log-probability is 0 and passes no gradient.
+        targets: [...] int64, token ids below V. A target of -100 is ignored: its log-probability is 0 and passes no
+            gradient, whatever comes from above.
 
     Returns:
         Log-probability and lse, both [...], float32 (float64 for float64 logits), in nats. A row of nothing but -inf
@@ -29,7 +31,7 @@ def token_logprob(logits: Tensor, targets: Tensor, *, impl: str | None = None) -
 
     Raises:
         ToolkitError: for other shapes or dtypes; on Triton for float64.
-        IndexError: on CPU for a target >= V, where Triton gives NaN.
+        OutOfVocabularyError: on CPU for any other target. On CUDA, where nothing is read back, it gives NaN.
 
     Numerics: batch-invariant. Both results pass gradient: ``d logits = g (onehot - softmax) + g_lse softmax``, written
     in one pass. Saved for backward: logits, targets, lse.
@@ -39,4 +41,4 @@ def token_logprob(logits: Tensor, targets: Tensor, *, impl: str | None = None) -
             "targets and logits must have shapes [...] and [..., V] with V >= 1,"
             f" got {list(targets.shape)} and {list(logits.shape)}."
         )
-    return _OP.select(impl)(logits, targets)
+    return _OP.select(impl)(logits, checked_targets(targets, logits.shape[-1]))

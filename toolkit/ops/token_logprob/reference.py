@@ -27,7 +27,8 @@ def token_logprob_backward(
     ignored = targets < 0
     g = torch.where(ignored, 0.0, grad_logprob.to(lse.dtype))
     softmax = torch.exp(upcast(logits) - lse[..., None])
-    grad = softmax * (grad_lse.to(lse.dtype) - g)[..., None]
+    factor = (grad_lse.to(lse.dtype) - g)[..., None]
+    grad = torch.where(factor == 0, 0.0, softmax * factor)
     return grad.scatter_add(-1, targets.clamp_min(0)[..., None], g[..., None]).to(logits.dtype)
 
 

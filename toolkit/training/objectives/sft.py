@@ -9,6 +9,7 @@ from pydantic import Field
 
 from toolkit.config.objective import OfflineSection
 from toolkit.errors import ToolkitError
+from toolkit.ops import IGNORED
 from toolkit.training.examples import Example, Packed, completion_ids, conversation, example_of, prompt_ids
 from toolkit.training.objectives.base import MetricAccumulator, Metrics, RunContext
 from toolkit.training.objectives.offline import OfflineObjective
@@ -165,7 +166,7 @@ def _micro(pack: Sequence[Example], share: float, device: "torch.device") -> Mic
     from toolkit.state.batch import RaggedBatch
 
     flat = [target for example in pack for target in example.targets]
-    rows = [row for row, target in enumerate(flat) if target >= 0]
+    rows = [row for row, target in enumerate(flat) if target != IGNORED]
     return MicroBatch(
         RaggedBatch.from_sequences([example.inputs for example in pack], device=device, share=False),
         torch.tensor(rows, device=device),
