@@ -37,7 +37,7 @@ def leaves(dtype: torch.dtype) -> list[torch.Tensor]:
 @pytest.mark.parametrize("name", SUMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_no_gradient_flows_where_nothing_counts(name, upstream, dtype, impl):
-    """Whatever is above a row that does not count; where no row counts, the weight is one of them."""
+    """Below any upstream gradient. Where no row counts, the weight has no gradient either."""
     for targets in (SOME, NONE):
         hidden, weight = leaves(dtype)
         total = SUMS[name](hidden, weight, targets, impl.option)

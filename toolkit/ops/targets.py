@@ -24,7 +24,7 @@ def checked_targets(targets: Tensor, vocabulary: int, ignore_index: int = IGNORE
     if readable:
         # The usual targets take one pass: token ids alone, or with -100.
         low, high = targets.aminmax() if targets.numel() else (0, 0)
-        if ignore_index == IGNORED and 0 <= low and high < vocabulary:
+        if ignore_index == IGNORED and low >= 0 and high < vocabulary:
             return targets
     ignored = targets == ignore_index
     wrong = ~ignored & ((targets < 0) | (targets >= vocabulary))

@@ -72,7 +72,7 @@ def linear_cross_entropy(
         hidden: [..., K], leading shape R; float32, float64, bfloat16 or float16.
         weight: [V, K] in hidden's dtype.
         targets: R, int64, token ids below V. A row with a target of -100 does not count and costs nothing; its
-            gradient is 0, whatever comes from above.
+            gradient is 0, also below an upstream NaN.
         bias: [V] or None.
         row_weights: w of shape R, without gradient to it, or None for ones. A row with weight 0 does not count and
             costs nothing.

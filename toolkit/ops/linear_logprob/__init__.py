@@ -60,7 +60,7 @@ def linear_logprob(
         hidden: [..., K], leading shape R; float32, float64, bfloat16 or float16.
         weight: [V, K] in hidden's dtype.
         targets: R, or R + [C] for C candidates per row; int64, token ids below V. One of -100 is ignored: 0, and no
-            gradient, whatever comes from above.
+            gradient, not even NaN from above.
         bias: [V] or None.
         scale: factor of the logits.
         softcap: 0 for none.

@@ -23,7 +23,7 @@ def token_logprob(logits: Tensor, targets: Tensor, *, impl: str | None = None) -
     Args:
         logits: [..., V], V >= 1; float32, float64, bfloat16 or float16. Entries of -inf have probability 0.
         targets: [...] int64, token ids below V. A target of -100 is ignored: its log-probability is 0 and passes no
-            gradient, whatever comes from above.
+            gradient, not even NaN from above.
 
     Returns:
         Log-probability and lse, both [...], float32 (float64 for float64 logits), in nats. A row of nothing but -inf
