@@ -9,7 +9,7 @@ from fastapi.testclient import TestClient
 
 from toolkit.engine import AsyncEngine, Engine
 from toolkit.serving.app import ServerConfig, create_app
-from toolkit.state import StateSpec
+from toolkit.state import PrefixKey, StateSpec
 from toolkit.testing.models import tiny_tokenizer
 
 EMOJI = ("😀", "👩‍👧", "é")
@@ -33,6 +33,7 @@ def writes(tokenizer, text):
         max_model_len=256,
         layers=lambda: [StateSpec(0, "full", ((1, 1), (1, 1)))],
         version=lambda: 0,
+        prefix_key=lambda: PrefixKey(0),
         decode_size=lambda sequences: sequences,
         forward=forward,
     )

@@ -1,11 +1,13 @@
 """Chats and prompts as tokens: one way for training, rollouts and serving."""
 
+from toolkit.chat.dropped import dropped_messages
 from toolkit.chat.template import ChatTemplateError, render, render_spans
 from toolkit.chat.tokens import Encoding, encode, prompt_token_ids, special_tokens_around
 
 __all__ = [
     "ChatTemplateError",
     "Encoding",
+    "dropped_messages",
     "encode",
     "prompt_token_ids",
     "render",

@@ -4,7 +4,9 @@ import copy
 from functools import lru_cache
 from typing import Any
 
+from toolkit.chat import ChatTemplateError, dropped_messages, encode, render
 from toolkit.engine.token_bytes import REPLACEMENT, TokenBytes
+from toolkit.sentences import shown
 from toolkit.serving.protocol import Message, RequestError
 
 METASPACE = "▁"
@@ -34,15 +36,17 @@ class Texts:
                 "The served model has no chat template; use /v1/completions with a 'prompt' instead.",
                 "messages",
             )
-        from jinja2 import TemplateError
-
         chat = [message.for_template() for message in messages]
         try:
-            text = self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        except (TemplateError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split()).rstrip(".")
-            raise RequestError(f"The model's chat template rejects these messages ({reason}).", "messages") from None
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+            text = render(self._tokenizer, chat, add_generation_prompt=True)
+        except ChatTemplateError as error:
+            message = f"The model's chat template rejects these messages ({error.reason})."
+            raise RequestError(message, "messages") from None
+        for at in dropped_messages(self._tokenizer, chat, add_generation_prompt=True):
+            role = shown(chat[at]["role"])
+            message = f"The model's chat template shows nothing of 'messages[{at}]', whose role is {role}."
+            raise RequestError(message, f"messages[{at}]")
+        return encode(self._tokenizer, text)
 
     def _of_token(self, token: int) -> tuple[str, list[int]]:
         """A token as text and as UTF-8 bytes; one that is no whole character reads ``bytes:\\xf0\\x9f``."""

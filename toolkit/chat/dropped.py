@@ -1,0 +1,39 @@
+"""Messages that a chat template shows nothing of."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from toolkit.chat.template import ChatTemplateError, render
+
+
+def dropped_messages(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | str | None = None, **options: Any
+) -> list[int]:
+    """Which messages ``render`` leaves out although they have text: most often a role that the template does not know.
+
+    Every text is replaced by a mark and looked for in what is rendered; so a template that takes a part out of a text
+    (thoughts of earlier turns) drops nothing. Empty where the template does not render the marks.
+
+    Args:
+        tokenizer: of transformers.
+        messages: as for ``render``.
+        tools: as for ``render``.
+        options: other arguments of ``render``.
+    """
+    marks = {at: f"zq{at}qz" for at, message in enumerate(messages) if _has_text(message.get("content"))}
+    marked = [
+        {**message, "content": marks[at]} if at in marks else dict(message) for at, message in enumerate(messages)
+    ]
+    try:
+        text = render(tokenizer, marked, tools, **options).lower()
+    except ChatTemplateError:
+        return []
+    return [at for at, mark in marks.items() if mark not in text]
+
+
+def _has_text(content: Any) -> bool:
+    if isinstance(content, str):
+        return bool(content.strip())
+    return isinstance(content, (list, tuple)) and any(
+        isinstance(part, Mapping) and isinstance(part.get("text"), str) and part["text"].strip() for part in content
+    )
