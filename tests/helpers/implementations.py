@@ -115,6 +115,11 @@ def needs_cuda(test: Callable[..., Any]) -> Callable[..., Any]:
     return pytest.mark.skipif(not CUDA, reason="needs a CUDA device, and this machine has none")(only_triton(test))
 
 
+def only_interpreter(test: Callable[..., Any]) -> Callable[..., Any]:
+    """For a test of the Triton kernels that knows the interpreter's tiles or dtypes: skipped on a CUDA device."""
+    return pytest.mark.skipif(CUDA, reason="needs Triton's interpreter, and this machine has a device")(only_triton(test))
+
+
 def _generator(default: torch.device, device: str | torch.device | None = None) -> torch.Generator:
     """A generator of the device whose tensors it fills."""
     return _Generator(device or default)
