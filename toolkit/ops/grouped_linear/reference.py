@@ -93,7 +93,8 @@ def combine(y: Tensor, rows: Tensor, topk_weights: Tensor | None) -> Tensor:
         row = rows[:, k]
         part = upcast(y)[row.clamp_min(0)] if y.shape[0] else out
         if topk_weights is not None:
-            part = part * upcast(topk_weights[:, k : k + 1], y)
+            # Of a skipped pair neither the weight nor the row may reach a gradient.
+            part = part * torch.where(row[:, None] >= 0, upcast(topk_weights[:, k : k + 1], y), 0.0)
         out = out + torch.where(row[:, None] >= 0, part, 0.0)
     return out.to(y.dtype)
 
