@@ -117,7 +117,7 @@ def needs_cuda(test: Callable[..., Any]) -> Callable[..., Any]:
 
 def only_interpreter(test: Callable[..., Any]) -> Callable[..., Any]:
     """For a test of the Triton kernels that knows the interpreter's tiles or dtypes: skipped on a CUDA device."""
-    return pytest.mark.skipif(CUDA, reason="needs Triton's interpreter, and this machine has a device")(only_triton(test))
+    return pytest.mark.skipif(CUDA, reason="needs Triton's interpreter, not a device")(only_triton(test))
 
 
 def _generator(default: torch.device, device: str | torch.device | None = None) -> torch.Generator:

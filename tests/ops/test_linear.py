@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from tests.helpers.implementations import NATIVE, REFERENCE, SMALL, TRITON, impl_and_dtype, implementations, only_interpreter, only_triton
+from tests.helpers.implementations import (
+    NATIVE,
+    REFERENCE,
+    SMALL,
+    TRITON,
+    impl_and_dtype,
+    implementations,
+    only_interpreter,
+    only_triton,
+)
 from tests.helpers.interpreter import far_apart
 from tests.helpers.rowwise import seeded
 from toolkit.errors import ToolkitError
