@@ -206,8 +206,8 @@ def test_strided_and_empty_logits(impl):
         for got, wanted in zip(both(view, *some), both(view.contiguous(), *some)):
             assert torch.equal(got, wanted)
     narrow = [one.float() if one.is_floating_point() else one for one in rest]
-    widened = [one.to(two.dtype) for one, two in zip(narrow, rest)]
-    assert torch.equal(both(base[:4], *narrow)[0], both(base[:4], *widened)[0])
+    upcast = [one.to(two.dtype) for one, two in zip(narrow, rest)]
+    assert torch.equal(both(base[:4], *narrow)[0], both(base[:4], *upcast)[0])
     tokens, logprobs = both(base[:0], *columns([]))
     assert (tokens.shape, logprobs.shape) == ((0,), (0,))
 
