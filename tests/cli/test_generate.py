@@ -1,7 +1,9 @@
 """``toolkit generate`` on a tiny model: what it shows is what the engine gives."""
 
 import io
+import os
 import re
+import subprocess
 import sys
 
 import pytest
@@ -64,3 +66,37 @@ def test_a_prompt_may_come_from_standard_input(saved, capsys, monkeypatch):
 
 def test_what_steers_terminals_is_shown_as_text():
     assert "a\x1b[2J\n\tb\x9b\r".translate(VISIBLE) == r"a\x1b[2J" + "\n\tb" + r"\x9b\x0d"
+
+
+ASCII = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+
+
+@pytest.mark.parametrize("locale", [{"LC_ALL": "C.UTF-8"}, ASCII], ids=["utf-8", "ascii"])
+@pytest.mark.parametrize(
+    ("arguments", "given", "words"),
+    [
+        ([b"fine", b"a\xffb"], b"", "prompt 2 must be UTF-8 text, got the byte 0xff at byte 1;"),
+        ([], b"ab\xc3", "standard input must be UTF-8 text, got the byte 0xc3 at byte 2;"),
+    ],
+)
+def test_text_that_is_not_utf8_is_one_sentence(arguments, given, words, locale):
+    command = [sys.executable, "-m", "toolkit.cli", "generate", "no-model", *arguments]
+    done = subprocess.run(command, input=given, capture_output=True, env={**os.environ, **locale}, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.decode().startswith(f"toolkit: {words}")
+    assert done.stderr.count(b"\n") == 1
+
+
+def test_a_terminal_that_knows_only_ascii_shows_codes(saved, monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    as_ascii_locale_gives_it = "é 😀".encode().decode("ascii", "surrogateescape")
+    monkeypatch.setattr(os, "fsencode", lambda text: text.encode("ascii", "surrogateescape"))
+    assert main(["generate", saved, as_ascii_locale_gives_it, "--max-tokens", "8", "--seed", "3"]) == 0
+    out.flush()
+    assert out.buffer.getvalue().startswith(rb"\xe9 \U0001f600")
+
+
+def test_standard_input_is_utf8_in_any_locale(saved, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("é 😀".encode()), encoding="ascii"))
+    assert shown(capsys, saved, "--max-tokens", "2").startswith("é 😀")

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,9 @@ COMMANDS = ("train", "generate", "verify", "export", "serve", "patches", "covera
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; its exit status. Bad input is one line on standard error and status 2."""
     silence_libraries()
+    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character shows its code
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     words = list(sys.argv[1:] if argv is None else argv)
     # Only the command at hand is imported; help and mistakes need them all.
     names = words[:1] if words[:1] and words[0] in COMMANDS else COMMANDS

@@ -1,6 +1,7 @@
 """``toolkit generate``: continues prompts through the engine, all in one batch, streamed to the terminal."""
 
 import argparse
+import os
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -31,9 +32,9 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0, or 1 when a prompt's generation failed."""
-    prompts = args.prompts
+    prompts = [_argument_text(prompt, at) for at, prompt in enumerate(args.prompts, 1)]
     if not prompts and not sys.stdin.isatty():
-        prompts = [sys.stdin.read()]
+        prompts = [_standard_input()]
     if not any(prompts):
         raise ToolkitError("There is nothing to continue; give one or more prompts, or a text on standard input.")
 
@@ -54,6 +55,30 @@ def run(args: argparse.Namespace) -> int:
         )
     with make_engine(args, model, tokenizer) as engine:
         return _show(engine, prompts, params)
+
+
+def _argument_text(argument: str, number: int) -> str:
+    """An argument as UTF-8 text; in a locale with another encoding Python has kept its bytes as lone surrogates."""
+    try:
+        argument.encode()
+        return argument
+    except UnicodeEncodeError:
+        return _utf8(os.fsencode(argument), f"prompt {number}")
+
+
+def _standard_input() -> str:
+    buffer = getattr(sys.stdin, "buffer", None)
+    return sys.stdin.read() if buffer is None else _utf8(buffer.read(), "standard input")
+
+
+def _utf8(text: bytes, name: str) -> str:
+    try:
+        return text.decode()
+    except UnicodeDecodeError as error:
+        raise ToolkitError(
+            f"{name} must be UTF-8 text, got the byte 0x{text[error.start]:02x} at byte {error.start}; convert it "
+            "first, such as with iconv."
+        ) from None
 
 
 def _show(engine: "Engine", prompts: list[str], params: "SamplingParams") -> int:
