@@ -3,10 +3,14 @@
 from toolkit.chat.dropped import dropped_messages
 from toolkit.chat.template import ChatTemplateError, render, render_spans
 from toolkit.chat.tokens import Encoding, encode, prompt_token_ids, special_tokens_around
+from toolkit.chat.training import ChatTokenizer, PreferenceTokens, TrainingTokens
 
 __all__ = [
     "ChatTemplateError",
+    "ChatTokenizer",
     "Encoding",
+    "PreferenceTokens",
+    "TrainingTokens",
     "dropped_messages",
     "encode",
     "prompt_token_ids",

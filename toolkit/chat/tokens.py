@@ -21,11 +21,6 @@ class Encoding(NamedTuple):
     begins: list[int]
     ends: list[int]
 
-    def token_range(self, begin: int, end: int) -> range:
-        """Tokens with a character of ``text[begin:end]``; one that straddles a border is among them."""
-        first, last = bisect_right(self.ends, begin), bisect_left(self.begins, end)
-        return range(first, max(first, last))
-
 
 def encode(tokenizer: Any, text: str) -> list[int]:
     """The text's tokens, special tokens in it recognised and none added: for what ``render`` returned.
@@ -53,7 +48,7 @@ def prompt_token_ids(tokenizer: Any, text: str) -> list[int]:
 def encode_with_offsets(tokenizer: Any, text: str) -> Encoding:
     """``encode`` with the range of characters of every token.
 
-    A slow tokenizer has no offsets; ``spans_to_tokens`` finds ranges for it too.
+    A slow tokenizer has no offsets; ``token_ranges`` takes it too.
 
     Raises:
         ToolkitError: the text has a lone surrogate.
@@ -66,30 +61,46 @@ def encode_with_offsets(tokenizer: Any, text: str) -> Encoding:
     return Encoding(ids, begins, ends)
 
 
-def token_ranges(tokenizer: Any, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[range]]:
-    """The text's tokens, and the tokens of each of its character ranges; a token with a character of a range is in it.
+class TokenRange(NamedTuple):
+    """Tokens ``first`` to ``last - 1``; ``straddles`` where the first one has characters before the range, too."""
+
+    first: int
+    last: int
+    straddles: bool
+
+
+def token_ranges(tokenizer: Any, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[TokenRange]]:
+    """The text's tokens, and the tokens of each of its ranges of characters; a token with a character of one is in it.
 
     Without offsets (a slow tokenizer) a range begins where the tokens of the text before it and those of the whole
     text part.
     """
     if getattr(tokenizer, "is_fast", False):
         encoding = encode_with_offsets(tokenizer, text)
-        return encoding.ids, [encoding.token_range(begin, end) for begin, end in spans]
+        ranges = []
+        for begin, end in spans:
+            first = bisect_right(encoding.ends, begin)
+            last = max(first, bisect_left(encoding.begins, end))
+            ranges.append(TokenRange(first, last, first < last and encoding.begins[first] < begin))
+        return encoding.ids, ranges
     ids = encode(tokenizer, text)
 
     def common(end: int) -> tuple[int, int]:
+        """Tokens that the text to ``end`` and the whole text begin with, and those that it has."""
         before = encode(tokenizer, text[:end])
-        length = 0
-        while length < min(len(before), len(ids)) and before[length] == ids[length]:
-            length += 1
-        return length, len(before)
+        return common_prefix(before, ids), len(before)
 
     ranges = []
     for begin, end in spans:
-        first = common(begin)[0]
+        first, before = common(begin)
         last, whole = (len(ids), len(ids)) if end >= len(text) else common(end)
-        ranges.append(range(first, last if last == whole else last + 1))
+        ranges.append(TokenRange(first, last if last == whole else last + 1, first < before))
     return ids, ranges
+
+
+def common_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many elements two sequences begin with together."""
+    return next((at for at, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
 
 def special_tokens_around(tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -128,11 +139,11 @@ def _untrim(tokenizer: Any, text: str, ids: list[int], begins: list[int], ends: 
         leading = len(token) - len(token.lstrip(_SPACE))
         before = ends[at - 1] if at else 0
         while begins[at] > before:
-            space = text[begins[at] - 1] == " "
-            if space and not leading:
+            missing = text[begins[at] - 1]
+            if missing.isspace() and not (missing == " " and leading):
                 break
-            # A space that the tokenizer put in before the token was trimmed off as if it were the text's.
-            begins[at], leading = begins[at] - 1, leading - space
+            # No space is missing where one that the tokenizer put in was trimmed off as if it were the text's.
+            begins[at], leading = begins[at] - 1, leading - (missing == " ")
         trailing = leading if token.strip(_SPACE) == "" else len(token) - len(token.rstrip(_SPACE))
         after = begins[at + 1] if at + 1 < len(ids) else len(text)
         while trailing and ends[at] < after and text[ends[at]] == " ":
