@@ -8,8 +8,9 @@
 >>> toolkit.export(model, "exported")
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from toolkit.lazy import lazy_names
 
 if TYPE_CHECKING:
     from toolkit.engine import AsyncEngine, Engine, SamplingParams
@@ -41,8 +42,4 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'toolkit' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+__getattr__ = lazy_names(__name__, _HOMES)

@@ -84,10 +84,10 @@ class ToldEngine:
         return {"num_requests_running": len(self.live), "num_requests_waiting": 0}
 
 
-def client_of(engine, max_queued_seqs=8, **config):
+def client_of(engine, max_queued_seqs=8, names="told", **config):
     metrics = Metrics()
     async_engine = AsyncEngine(engine, max_queued_seqs=max_queued_seqs, listener=metrics)
-    app = create_app(ServerConfig("told", async_engine, metrics, **config))
+    app = create_app(ServerConfig(names, async_engine, metrics, **config))
     return TestClient(app, raise_server_exceptions=False), async_engine
 
 

@@ -1,23 +1,16 @@
 """Options that several subcommands share: where the model runs and how much the engine takes on."""
 
 import argparse
-from typing import TYPE_CHECKING, Any
+import json
+from collections.abc import Callable
+from dataclasses import fields
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
+from toolkit.engine.config import EngineConfig
 from toolkit.loading import DTYPES, load_model
 
 if TYPE_CHECKING:
     from toolkit.engine import Engine
-
-ENGINE_OPTIONS = (
-    "max_num_seqs",
-    "max_num_batched_tokens",
-    "max_model_len",
-    "block_size",
-    "num_blocks",
-    "swap_space",
-    "enable_prefix_caching",
-)
-"""Options that are keyword arguments of the engine."""
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -38,23 +31,38 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
-    """The engine's keyword arguments; what is not given keeps the engine's default."""
-    parser.add_argument("--max-num-seqs", type=int, metavar="N", help="sequences in a step")
-    parser.add_argument("--max-num-batched-tokens", type=int, metavar="N", help="tokens in a step")
-    parser.add_argument("--max-model-len", type=int, metavar="N", help="tokens of prompt and completion together")
-    parser.add_argument("--block-size", type=int, metavar="N", help="tokens of state in a block")
-    parser.add_argument("--num-blocks", type=int, metavar="N", help="blocks of state")
-    parser.add_argument("--swap-space", type=float, metavar="GIB", help="host memory for preempted sequences")
-    parser.add_argument(
-        "--enable-prefix-caching",
-        action=argparse.BooleanOptionalAction,
-        help="reuse the state of common prefixes (default: on)",
-    )
+    """The engine's keyword arguments; what is not given keeps the engine's default. 'none' stands for None."""
+    group = parser.add_argument_group("engine")
+    for field in fields(EngineConfig):
+        flag = "--" + field.name.replace("_", "-")
+        if flag in parser._option_string_actions:  # --numerics, which every command has
+            continue
+        annotation, about = get_args(field.type) if get_origin(field.type) is Annotated else (field.type, "")
+        kinds = [one for one in get_args(annotation) or (annotation,) if one is not type(None)]
+        how: dict[str, Any] = {"help": f"{about} (default: {_default(field.default)})", "default": argparse.SUPPRESS}
+        if kinds == [bool]:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, **how)
+            continue
+        read = json.loads if get_origin(kinds[0]) is dict else kinds[0]
+        how["metavar"] = "N" if read is int else "X" if read is float else "JSON"
+        group.add_argument(flag, type=read if annotation == kinds[0] else _or_none(read), **how)
+
+
+def _or_none(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    def value(text: str) -> Any:
+        return None if text.lower() == "none" else read(text)
+
+    value.__name__ = "JSON" if read is json.loads else read.__name__  # argparse shows it in errors
+    return value
+
+
+def _default(value: Any) -> Any:
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else "none" if value is None else value
 
 
 def make_engine(args: argparse.Namespace, model: Any, tokenizer: Any) -> "Engine":
     """The engine that the options describe."""
     from toolkit.engine import Engine
 
-    given = {name: getattr(args, name) for name in ENGINE_OPTIONS if getattr(args, name, None) is not None}
-    return Engine(model, tokenizer, numerics=args.numerics, **given)
+    given = {field.name: getattr(args, field.name) for field in fields(EngineConfig) if hasattr(args, field.name)}
+    return Engine(model, tokenizer, **given)

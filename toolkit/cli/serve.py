@@ -1,14 +1,17 @@
 """``toolkit serve``: an OpenAI-compatible server for one model."""
 
 import argparse
+import json
 import os
 import socket
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit.cli.options import add_engine_options, add_model_options, load, make_engine
-from toolkit.errors import ToolkitError
+from toolkit.errors import ToolkitError, first_line
+from toolkit.sentences import shown
 
 if TYPE_CHECKING:
     from toolkit.engine import Engine
@@ -19,25 +22,81 @@ KEY_VARIABLE = "TOOLKIT_API_KEY"
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("serve", help="serve a model over an OpenAI-compatible HTTP API")
     add_model_options(parser)
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
-    parser.add_argument(
-        "--served-model-name", metavar="NAME", help="the model's name in requests (default: the folder's)"
+    add_engine_options(parser)
+    _add_api_options(parser.add_argument_group("API"))
+    _add_http_options(parser.add_argument_group("HTTP"))
+    parser.set_defaults(run=run)
+
+
+def _add_api_options(group: Any) -> None:
+    group.add_argument(
+        "--served-model-name",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
+        help="names of the model in requests; responses give the first (default: the folder's)",
     )
-    parser.add_argument("--api-key", help=f"key that clients must send (default: ${KEY_VARIABLE}, or none)")
-    parser.add_argument(
+    group.add_argument(
+        "--api-key",
+        nargs="+",
+        action="extend",
+        metavar="KEY",
+        help=f"keys, of which clients must send one (default: ${KEY_VARIABLE}, or none)",
+    )
+    group.add_argument("--chat-template", metavar="FILE", help="a Jinja file, or the template itself")
+    group.add_argument(
         "--max-queue", type=int, default=1024, metavar="N", help="most sequences that wait or run (503 beyond)"
     )
-    parser.add_argument(
+    group.add_argument(
         "--grace", type=float, default=30.0, metavar="S", help="seconds for running requests at shutdown"
     )
-    add_engine_options(parser)
-    parser.set_defaults(run=run)
+    group.add_argument("--disable-fastapi-docs", action="store_true", help="serve no /docs and no /openapi.json")
+
+
+def _add_http_options(group: Any) -> None:
+    group.add_argument("--host", default="127.0.0.1")
+    group.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
+    group.add_argument("--uds", metavar="PATH", help="a Unix domain socket, in the place of host and port")
+    group.add_argument("--root-path", default="", metavar="PATH", help="where a proxy serves this")
+    group.add_argument(
+        "--timeout-keep-alive",
+        type=float,
+        default=75.0,
+        metavar="S",
+        help="seconds that an idle connection stays open (default: 75)",
+    )
+    for name, about in (
+        ("origins", "web pages that may use the server, such as https://chat.example.org, or '*' (default: none)"),
+        ("methods", "methods that they may use (default: all)"),
+        ("headers", "headers that they may send (default: all)"),
+    ):
+        option = f"--allowed-{name}"
+        group.add_argument(option, nargs="+", action="extend", type=_list, metavar="X", help=f"{about}; words or JSON")
+    group.add_argument("--allow-credentials", action="store_true", help="let web pages send cookies")
+    group.add_argument("--ssl-certfile", metavar="FILE", help="certificate (PEM): HTTPS in the place of HTTP")
+    group.add_argument("--ssl-keyfile", metavar="FILE", help="its key (default: in the certificate's file)")
+    group.add_argument("--ssl-ca-certs", metavar="FILE", help="authorities whose clients alone are let in")
+
+
+def _list(text: str) -> list[str]:
+    """vLLM takes a JSON list, a shell words; both are fine."""
+    if not text.lstrip().startswith("["):
+        return [text]
+    try:
+        items = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a JSON list or words, got {shown(text)} ({error})") from None
+    return [str(item) for item in items]
 
 
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT; 0 after a clean shutdown, 1 when the engine failed."""
-    for field, low, high in (("port", 0, 65535), ("max_queue", 1, 2**31), ("grace", 0, 86400)):
+    for field, low, high in (
+        ("port", 0, 65535),
+        ("max_queue", 1, 2**31),
+        ("grace", 0, 86400),
+        ("timeout_keep_alive", 0, 86400),
+    ):
         value = getattr(args, field)
         if not low <= value <= high:
             raise ToolkitError(f"--{field.replace('_', '-')} must be >= {low} and <= {high}, got {value}.")
@@ -47,41 +106,98 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise ToolkitError(f"Serving needs the package '{error.name}'; install train-infer-toolkit[serve].") from None
 
-    from toolkit.serving.server import listen
+    from toolkit.serving.server import HttpOptions, listen, listen_unix
 
-    # Bound first: a port that is taken is known before the model is read.
-    with listen(args.host, args.port) as listener:
-        model, tokenizer = load(args)
-        with make_engine(args, model, tokenizer) as engine:
-            return _serve(args, engine, tokenizer, listener)
+    options = {name: getattr(args, name) for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs")}
+    http = HttpOptions(timeout_keep_alive=args.timeout_keep_alive, **options)
+    _access(args)  # what is wrong with the options is known before the model is read, and so is a port that is taken
+    template = _chat_template(args.chat_template)
+    with listen_unix(args.uds) if args.uds else listen(args.host, args.port) as listener:
+        try:
+            model, tokenizer = load(args)
+            _set_template(tokenizer, template)
+            with make_engine(args, model, tokenizer) as engine:
+                return _serve(args, engine, tokenizer, listener, http)
+        finally:
+            if args.uds:
+                Path(args.uds).unlink(missing_ok=True)
 
 
-def _serve(args: argparse.Namespace, engine: "Engine", tokenizer: Any, listener: socket.socket) -> int:
+def _access(args: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of ``ServerConfig``: who may use the server."""
+    from toolkit.serving.access import ApiKeys, Cors
+
+    of_environment = os.environ.get(KEY_VARIABLE)
+    keys = args.api_key or ([of_environment] if of_environment else [])
+    ApiKeys(keys)
+    cors = None
+    if args.allowed_origins:
+        given = (args.allowed_origins, args.allowed_methods or [["*"]], args.allowed_headers or [["*"]])
+        origins, methods, headers = (tuple(chain(*lists)) for lists in given)
+        cors = Cors(origins, methods, headers, args.allow_credentials)
+    elif args.allowed_methods or args.allowed_headers or args.allow_credentials:
+        raise ToolkitError("--allowed-origins must be given with what web pages are allowed, got none.")
+    return {"api_key": keys, "cors": cors}
+
+
+def _chat_template(given: str | None) -> str | None:
+    """The template that ``--chat-template`` names or is."""
+    if given is None or any(mark in given for mark in ("{{", "{%", "\n")):
+        return given
+    try:
+        return Path(given).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = first_line(error)
+        raise ToolkitError(f"--chat-template must be a file or a template, got {shown(given)} ({reason}).") from None
+
+
+def _set_template(tokenizer: Any, template: str | None) -> None:
+    if template is None:
+        return
+    if tokenizer is None:
+        raise ToolkitError("--chat-template must be left out for a model without a tokenizer.")
+    from jinja2 import TemplateError, TemplateSyntaxError
+
+    tokenizer.chat_template = template
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise ToolkitError(f"--chat-template must be a Jinja template: line {error.lineno}: {error.message}.") from None
+    except (TemplateError, TypeError, ValueError):
+        pass  # it may ask for other messages than these
+
+
+def _serve(args: argparse.Namespace, engine: "Engine", tokenizer: Any, listener: socket.socket, http: Any) -> int:
     from toolkit.engine import AsyncEngine
     from toolkit.serving.app import ServerConfig
     from toolkit.serving.metrics import Metrics
     from toolkit.serving.server import serve
 
-    name, metrics = args.served_model_name or Path(args.model).resolve().name, Metrics()
+    names, metrics = args.served_model_name or [Path(args.model).resolve().name], Metrics()
     config = ServerConfig(
-        served_model_name=name,
+        served_model_name=names,
         engine=AsyncEngine(engine, max_queued_seqs=args.max_queue, listener=metrics),
         metrics=metrics,
         tokenizer=tokenizer,
         max_model_len=engine.max_model_len,
         vocab_size=engine.vocab_size,
-        api_key=args.api_key or os.environ.get(KEY_VARIABLE) or None,
+        root_path=args.root_path,
+        docs=not args.disable_fastapi_docs,
+        **_access(args),
     )
-    host = f"[{args.host}]" if ":" in args.host else args.host
-    port = listener.getsockname()[1]
+    where = _address(args, listener)
     serve(
-        config,
-        listener,
-        grace=args.grace,
-        ready=lambda: print(f"serving {name} on http://{host}:{port}", flush=True),
+        config, listener, grace=args.grace, http=http, ready=lambda: print(f"serving {names[0]} on {where}", flush=True)
     )
     config.engine.join()  # a step that outlasts the shutdown still uses the engine
     if config.engine.failure is not None:
         print(f"toolkit: the engine had stopped: {config.engine.failure}", file=sys.stderr)
         return 1
     return 0
+
+
+def _address(args: argparse.Namespace, listener: socket.socket) -> str:
+    if args.uds:
+        return f"unix:{args.uds}"
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    return f"{'https' if args.ssl_certfile else 'http'}://{host}:{listener.getsockname()[1]}"

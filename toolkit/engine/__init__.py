@@ -1,12 +1,17 @@
 """Continuous batching: requests in, tokens with their log-probabilities out."""
 
-from toolkit.engine.async_engine import AsyncEngine
+from typing import TYPE_CHECKING
+
 from toolkit.engine.config import EngineConfig
-from toolkit.engine.engine import Engine
-from toolkit.engine.outputs import Completion, Delta
 from toolkit.engine.params import SamplingParams
-from toolkit.engine.request_handle import EngineListener, EngineUnavailable, RequestHandle
-from toolkit.engine.runner import Backend
+from toolkit.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from toolkit.engine.async_engine import AsyncEngine
+    from toolkit.engine.engine import Engine
+    from toolkit.engine.outputs import Completion, Delta
+    from toolkit.engine.request_handle import EngineListener, EngineUnavailable, RequestHandle
+    from toolkit.engine.runner import Backend
 
 __all__ = [
     "AsyncEngine",
@@ -20,3 +25,16 @@ __all__ = [
     "RequestHandle",
     "SamplingParams",
 ]
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "AsyncEngine": "toolkit.engine.async_engine",
+        "Backend": "toolkit.engine.runner",
+        "Completion": "toolkit.engine.outputs",
+        "Delta": "toolkit.engine.outputs",
+        "Engine": "toolkit.engine.engine",
+        "EngineListener": "toolkit.engine.request_handle",
+        "EngineUnavailable": "toolkit.engine.request_handle",
+        "RequestHandle": "toolkit.engine.request_handle",
+    },
+)

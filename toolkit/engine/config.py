@@ -1,7 +1,7 @@
 """The engine's configuration, checked when it is made."""
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Annotated, Any
 
 from toolkit.engine.params import check_bool, check_float, check_int, check_names
 
@@ -10,19 +10,22 @@ GIB = 1 << 30
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How much an engine takes on at once. The fields are the keyword arguments of ``Engine``, which documents them."""
+    """How much an engine takes on at once. The fields are the keyword arguments of ``Engine``, which documents them.
 
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 2048
-    max_model_len: int | None = None
-    block_size: int = 16
-    num_blocks: int | None = None
-    swap_space: float | None = 0
-    enable_prefix_caching: bool = True
-    enable_return_routed_experts: bool = False
-    kinds: dict[str, str] | None = None
-    numerics: str | None = None
-    seed: int | None = None
+    They are the options of ``toolkit serve`` too, with these texts as help.
+    """
+
+    max_num_seqs: Annotated[int, "sequences in a step"] = 64
+    max_num_batched_tokens: Annotated[int, "tokens in a step"] = 2048
+    max_model_len: Annotated[int | None, "tokens of prompt and completion together"] = None
+    block_size: Annotated[int, "tokens of state in a block"] = 16
+    num_blocks: Annotated[int | None, "blocks of state"] = None
+    swap_space: Annotated[float | None, "GiB of host memory for preempted sequences"] = 0
+    enable_prefix_caching: Annotated[bool, "reuse the state of common prefixes"] = True
+    enable_return_routed_experts: Annotated[bool, "keep the experts of each token"] = False
+    kinds: Annotated[dict[str, str] | None, "state kinds in the place of others"] = None
+    numerics: Annotated[str | None, "numerics mode"] = None
+    seed: Annotated[int | None, "seed of requests without one"] = None
 
     @property
     def swap_bytes(self) -> int | None:

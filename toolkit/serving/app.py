@@ -1,30 +1,36 @@
-"""The routes: ``/v1/models``, ``/v1/completions``, ``/v1/chat/completions``, ``/health`` and ``/metrics``."""
+"""The routes: ``/v1/models``, ``/v1/completions``, ``/v1/chat/completions``, ``/health``, ``/ping``, ``/version`` and
+``/metrics``, with ``/openapi.json`` and ``/docs``."""
 
 import asyncio
-import hmac
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.requests import ClientDisconnect
 
+import toolkit
 from toolkit.engine import AsyncEngine, Completion, EngineUnavailable, RequestHandle, SamplingParams
 from toolkit.engine.request_handle import SHUTTING_DOWN
 from toolkit.errors import ToolkitError
 from toolkit.sentences import shown
-from toolkit.serving.metrics import Counter, Metrics
+from toolkit.serving import schemas
+from toolkit.serving.access import ApiKeys, Cors
+from toolkit.serving.metrics import Metrics
+from toolkit.serving.middleware import CountRequests, HeadAsGet, RequestIds
+from toolkit.serving.openapi import describe, responses, takes
 from toolkit.serving.protocol import ChatRequest, CompletionRequest, RequestError, Sampling, parse
 from toolkit.serving.responses import END_OF_STREAM, ChatResponse, CompletionResponse, Json, error_body, event, usage
 from toolkit.serving.texts import Texts
 
 MAX_BODY = 32 * 2**20
-KNOWN_PATHS = ("/v1/models", "/v1/completions", "/v1/chat/completions", "/health", "/metrics")
-
+CLIENT_CLOSED_REQUEST = 499
+"""The status, in metrics alone, of a client that left before its response; nginx' number."""
 
 STEP_TIMEOUT = 10.0
 """Seconds that a shutdown waits for the step in progress."""
@@ -35,28 +41,39 @@ class ServerConfig:
     """What is served, and to whom.
 
     Args:
-        served_model_name: the model's public name.
+        served_model_name: the model's public name, or several: requests may give any, responses give the first.
         engine: its engine, with ``metrics`` as listener.
         metrics: what ``/metrics`` shows.
         tokenizer: a Hugging Face tokenizer; None for prompts of token ids only.
         max_model_len: shown by ``/v1/models``.
         vocab_size: bounds token ids; None checks none.
-        api_key: that clients must send; None for no key.
+        api_key: that clients must send, or several of which any is right; None for no key.
+        cors: which web pages may use the server; None for none.
+        root_path: under which a proxy serves it.
+        docs: whether ``/docs`` and ``/openapi.json`` are served.
     """
 
-    served_model_name: str
+    served_model_name: str | Sequence[str]
     engine: AsyncEngine
     metrics: Metrics = field(default_factory=Metrics)
     tokenizer: Any = None
     max_model_len: int | None = None
     vocab_size: int | None = None
-    api_key: str | None = None
+    api_key: str | Sequence[str] | None = None
+    cors: Cors | None = None
+    root_path: str = ""
+    docs: bool = True
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        return (self.served_model_name,) if isinstance(self.served_model_name, str) else tuple(self.served_model_name)
 
 
 def create_app(config: ServerConfig) -> FastAPI:
     """The ASGI application. Its lifespan starts the engine's thread and ends it, and leaves the engine open."""
     engine, metrics, texts = config.engine, config.metrics, Texts(config.tokenizer)
-    name, created = config.served_model_name, int(time.time())
+    names, created = config.model_names, int(time.time())
+    keys = ApiKeys([config.api_key] if isinstance(config.api_key, str) else config.api_key or ())
     watchers: set[asyncio.Task[None]] = set()  # the event loop does not hold them
 
     @asynccontextmanager
@@ -65,36 +82,52 @@ def create_app(config: ServerConfig) -> FastAPI:
         yield
         await asyncio.to_thread(engine.shutdown, close_engine=False, timeout=STEP_TIMEOUT)
 
-    async def check_key(request: Request) -> None:
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if config.api_key and not hmac.compare_digest(given.encode(), config.api_key.encode()):
-            raise RequestError("The API key is missing or wrong.", status=401, code="invalid_api_key")
-
-    app = FastAPI(title="toolkit", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title="toolkit",
+        version=toolkit.__version__,
+        lifespan=lifespan,
+        docs_url="/docs" if config.docs else None,
+        redoc_url="/redoc" if config.docs else None,
+        openapi_url="/openapi.json" if config.docs else None,
+    )
+    app.root_path = config.root_path.rstrip("/")
+    app.add_middleware(HeadAsGet)
     app.add_middleware(CountRequests, counter=metrics.http_requests)
-    guarded = [Depends(check_key)]
+    app.add_middleware(RequestIds)
+    if config.cors is not None:
+        app.add_middleware(CORSMiddleware, **asdict(config.cors), expose_headers=("x-request-id",))
+    guarded = [Depends(keys.check)]
 
     @app.exception_handler(ToolkitError)
     async def rejected(request: Request, error: ToolkitError) -> JSONResponse:
         return _error_response(_as_request_error(error))
 
     @app.exception_handler(HTTPException)
-    async def no_such_route(request: Request, error: HTTPException) -> JSONResponse:
+    async def no_such_route(request: Request, error: HTTPException) -> Response:
+        allow = _allowed(error)
+        if allow and request.method == "OPTIONS":
+            return Response(status_code=204, headers=allow)
         asked = f"{request.method} {shown(request.url.path)[1:-1]}"
         about = {404: f"There is no {asked}.", 405: f"{asked} is not allowed."}
-        return _error_response(RequestError(about.get(error.status_code, f"{error.detail}."), status=error.status_code))
+        message = about.get(error.status_code, f"{error.detail}.")
+        return _error_response(RequestError(message, status=error.status_code), allow)
+
+    @app.exception_handler(ClientDisconnect)
+    async def left(request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)  # which goes nowhere
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> JSONResponse:
         return _error_response(RequestError(f"The server failed: {type(error).__name__}.", status=500))
 
-    def card() -> Json:
+    def card(name: str) -> Json:
         about = {"id": name, "object": "model", "created": created, "owned_by": "toolkit"}
         return {**about, "max_model_len": config.max_model_len}
 
     def check_model(asked: str | None) -> None:
-        if asked not in (None, name):
-            message = f"'model' must be {shown(name)}, got {shown(asked)}."
+        if asked is not None and asked not in names:
+            which = " or ".join(map(shown, names))
+            message = f"'model' must be {which}, got {shown(asked)}."
             raise RequestError(message, "model", status=404, code="model_not_found")
 
     def check_tokens(prompts: list[list[int]]) -> None:
@@ -105,16 +138,16 @@ def create_app(config: ServerConfig) -> FastAPI:
             message = f"'prompt' must have token ids from 0 to {config.vocab_size - 1}, got {shown(wrong[0])}."
             raise RequestError(message, "prompt")
 
-    @app.get("/v1/models", dependencies=guarded)
+    @app.get("/v1/models", dependencies=guarded, responses=responses(schemas.ModelList))
     async def models() -> Json:
-        return {"object": "list", "data": [card()]}
+        return {"object": "list", "data": [card(name) for name in names]}
 
-    @app.get("/v1/models/{asked:path}", dependencies=guarded)
+    @app.get("/v1/models/{asked:path}", dependencies=guarded, responses=responses(schemas.ModelCard))
     async def model(asked: str) -> Json:
         check_model(asked)
-        return card()
+        return card(asked)
 
-    @app.get("/health")
+    @app.get("/health", responses=responses(schemas.Health))
     async def health() -> JSONResponse:
         if engine.failure is not None:
             raise EngineUnavailable(f"The engine has stopped: {engine.failure}")
@@ -122,30 +155,44 @@ def create_app(config: ServerConfig) -> FastAPI:
             raise EngineUnavailable(SHUTTING_DOWN)
         return JSONResponse({"status": "ok"})
 
-    @app.get("/metrics")
+    app.get("/ping", responses=responses(schemas.Health))(health)
+    app.post("/ping", include_in_schema=False)(health)
+
+    @app.get("/version", responses=responses(schemas.Version))
+    async def version() -> Json:
+        return {"version": toolkit.__version__}
+
+    @app.get("/metrics", response_class=PlainTextResponse, responses=responses(text=True))
     async def show_metrics() -> PlainTextResponse:
         return PlainTextResponse(metrics.render(engine.stats()), media_type="text/plain; version=0.0.4")
 
-    @app.post("/v1/completions", dependencies=guarded)
+    @app.post(
+        "/v1/completions",
+        dependencies=guarded,
+        responses=responses(schemas.CompletionObject, stream=True),
+        openapi_extra=takes(CompletionRequest),
+    )
     async def completions(request: Request) -> Response:
         asked = parse(CompletionRequest, await _body(request))
         check_model(asked.model)
         prompts = [texts.prompt(prompt) if isinstance(prompt, str) else prompt for prompt in asked.prompt]
         check_tokens(prompts)
         params = _sampling_params(asked, asked.logprobs)
-        return await respond(
-            request, asked, prompts, params, CompletionResponse(config.served_model_name, texts, asked.logprobs)
-        )
+        return await respond(request, asked, prompts, params, CompletionResponse(names[0], texts, asked.logprobs))
 
-    @app.post("/v1/chat/completions", dependencies=guarded)
+    @app.post(
+        "/v1/chat/completions",
+        dependencies=guarded,
+        responses=responses(schemas.ChatCompletionObject, stream=True),
+        openapi_extra=takes(ChatRequest),
+    )
     async def chat(request: Request) -> Response:
         asked = parse(ChatRequest, await _body(request))
         check_model(asked.model)
         top = (asked.top_logprobs or 0) if asked.logprobs else None
         params = _sampling_params(asked, top, max_tokens=None)
-        return await respond(
-            request, asked, [texts.chat(asked.messages)], params, ChatResponse(config.served_model_name, texts, top)
-        )
+        prompt = texts.chat(asked.messages)
+        return await respond(request, asked, [prompt], params, ChatResponse(names[0], texts, top))
 
     async def respond(
         request: Request,
@@ -156,16 +203,17 @@ def create_app(config: ServerConfig) -> FastAPI:
     ) -> Response:
         handle = engine.submit(prompts, params)
         await handle.wait_accepted()
-        num_prompt_tokens = sum(map(len, prompts))
-        metrics.prompt_tokens.add(num_prompt_tokens)
+        prompt_tokens = list(map(len, prompts))
+        metrics.prompt_tokens.add(sum(prompt_tokens))
         watcher = asyncio.create_task(_cancel_on_disconnect(request, handle))
         watchers.add(watcher)
         watcher.add_done_callback(watchers.discard)
         if asked.stream:
-            events = _events(handle, num_prompt_tokens, params.n, body, asked.usage_in_stream)
+            events = _events(handle, prompt_tokens, asked, body)
             return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
-        return JSONResponse(await _whole(handle, num_prompt_tokens, params.n, body))
+        return JSONResponse(await _whole(handle, sum(prompt_tokens), params.n, body))
 
+    describe(app, names, config.max_model_len, config.vocab_size)
     return app
 
 
@@ -180,20 +228,27 @@ async def _whole(handle: RequestHandle, num_prompt_tokens: int, n: int, body: Co
 
 
 async def _events(
-    handle: RequestHandle, num_prompt_tokens: int, n: int, body: CompletionResponse, show_usage: bool
+    handle: RequestHandle, prompt_tokens: list[int], asked: Sampling, body: CompletionResponse
 ) -> AsyncIterator[str]:
-    generated = 0
+    n, generated = asked.n, [0] * handle.num_sequences
+
+    def chunk(choice: Json) -> str:
+        at = choice["index"]
+        used = usage(prompt_tokens[at // n], generated[at]) if asked.usage_in_chunks else None
+        return event(body.chunk([choice], used, show_usage=asked.usage_in_stream))
+
     try:
         for choice in body.role_chunks(handle.num_sequences):
-            yield event(body.chunk([choice], show_usage=show_usage))
+            yield chunk(choice)
         async for delta in handle:
             if delta.finished is not None:
                 _without_error(delta.finished)
-            generated += len(delta.token_ids)
-            for choice in body.deltas(delta.prompt_index * n + delta.index, delta):
-                yield event(body.chunk([choice], show_usage=show_usage))
-        if show_usage:
-            yield event(body.chunk([], usage(num_prompt_tokens, generated), show_usage=True))
+            index = delta.prompt_index * n + delta.index
+            generated[index] += len(delta.token_ids)
+            for choice in body.deltas(index, delta):
+                yield chunk(choice)
+        if asked.usage_in_stream:
+            yield event(body.chunk([], usage(sum(prompt_tokens), sum(generated)), show_usage=True))
         yield END_OF_STREAM
     except ToolkitError as error:
         rejected = _as_request_error(error)
@@ -214,7 +269,9 @@ def _without_error(completion: Completion) -> Completion:
     if completion.finish_reason in ("error", "cancelled"):
         reason = completion.error or "it was cancelled"
         message = f"The request failed in the engine: {reason}"
-        raise RequestError(message, status=500, code=completion.finish_reason)
+        # A shutdown says so itself: what is cancelled otherwise has lost its client.
+        status = CLIENT_CLOSED_REQUEST if completion.finish_reason == "cancelled" else 500
+        raise RequestError(message, status=status, code=completion.finish_reason)
     return completion
 
 
@@ -242,22 +299,17 @@ def _as_request_error(error: ToolkitError) -> RequestError:
     return RequestError(str(error), field if field in known else None)
 
 
-def _error_response(error: RequestError) -> JSONResponse:
-    headers = {"retry-after": "1"} if error.status == 503 else None
-    return JSONResponse(error_body(str(error), error.status, error.param, error.code), error.status, headers)
+_HEADERS = {401: {"www-authenticate": "Bearer"}, 503: {"retry-after": "1"}}
 
 
-class CountRequests:
-    """ASGI middleware that counts responses by path and status, and lets streams pass through untouched."""
+def _error_response(error: RequestError, headers: Mapping[str, str] = {}) -> JSONResponse:
+    every = {**_HEADERS.get(error.status, {}), **headers}
+    return JSONResponse(error_body(str(error), error.status, error.param, error.code), error.status, every)
 
-    def __init__(self, app: ASGIApp, counter: Counter) -> None:
-        self.app, self.counter = app, counter
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def counted(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                path = scope["path"] if scope["path"] in KNOWN_PATHS else "other"
-                self.counter.add(path=path, status=str(message["status"]))
-            await send(message)
-
-        await self.app(scope, receive, counted if scope["type"] == "http" else send)
+def _allowed(error: HTTPException) -> dict[str, str]:
+    """The ``Allow`` header of a path that exists (RFC 9110, 10.2.1): HEAD stands beside GET, OPTIONS beside all."""
+    methods = {name.strip() for name in (error.headers or {}).get("Allow", "").split(",") if name.strip()}
+    if not methods:
+        return {}
+    return {"allow": ", ".join(sorted(methods | {"OPTIONS"} | ({"HEAD"} if "GET" in methods else set())))}

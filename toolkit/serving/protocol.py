@@ -6,7 +6,7 @@ of the API that this server does not offer and values of the wrong type each bec
 """
 
 import json
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -26,18 +26,26 @@ NOT_OFFERED: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "logit_bias": ({},),
     "modalities": (["text"],),
-    "parallel_tool_calls": (True, False),
     "prediction": (),
     "reasoning_effort": (),
     "response_format": ({"type": "text"},),
-    "service_tier": ("auto", "default"),
-    "store": (False,),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tool_calls": ([],),
     "tools": ([],),
     "web_search_options": (),
 }
+IGNORED = (
+    "metadata",
+    "parallel_tool_calls",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "safety_identifier",
+    "service_tier",
+    "store",
+    "user",
+)
+"""Fields of the OpenAI API that current clients send and that change no token: accepted with any value, and unused."""
 
 
 class RequestError(ToolkitError):
@@ -58,6 +66,7 @@ class RequestError(ToolkitError):
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    ignored: ClassVar[tuple[str, ...]] = ()
 
     @model_validator(mode="before")
     @classmethod
@@ -66,7 +75,7 @@ class _Body(BaseModel):
             return body
         kept = {}
         for name, value in body.items():
-            if value is None:
+            if value is None or name in cls.ignored:
                 continue
             if name in NOT_OFFERED and name not in cls.model_fields:
                 if any(type(value) is type(inert) and value == inert for inert in NOT_OFFERED[name]):
@@ -77,9 +86,17 @@ class _Body(BaseModel):
 
 
 class StreamOptions(_Body):
-    """``include_usage``: one more chunk at the end of a stream, with the token counts."""
+    """Token counts in a stream: in one more chunk at its end, and in every chunk.
+
+    Args:
+        include_usage: one more chunk at the end, with the counts of the whole request.
+        continuous_usage_stats: with ``include_usage``, each chunk has the counts of its choice so far (vLLM).
+        include_obfuscation: accepted and unused.
+    """
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
+    include_obfuscation: bool = False
 
 
 class TextPart(_Body):
@@ -92,7 +109,7 @@ class TextPart(_Body):
 class Message(_Body):
     """One message of a chat: a role and its text, as a string or as text parts."""
 
-    role: str
+    role: str = Field(json_schema_extra={"enum": list(ROLES)})
     content: list[TextPart]
     name: str = ""
 
@@ -103,7 +120,7 @@ class Message(_Body):
             raise ValueError(f"'role' of a message must be one of {', '.join(map(repr, ROLES))}, got {shown(role)}.")
         return role
 
-    @field_validator("content", mode="before")
+    @field_validator("content", mode="before", json_schema_input_type=str | list[TextPart])
     @classmethod
     def _a_string_is_one_part(cls, content: Any) -> Any:
         return [{"type": "text", "text": content}] if isinstance(content, str) else content
@@ -117,10 +134,10 @@ class Message(_Body):
 class Sampling(_Body):
     """The fields that both endpoints share; those of ``SamplingParams`` keep its names."""
 
+    ignored: ClassVar[tuple[str, ...]] = IGNORED
     model: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    user: str = ""
     n: int = Field(1, ge=1, le=MAX_CHOICES)
     seed: int | None = None
     temperature: float = 1.0
@@ -139,7 +156,7 @@ class Sampling(_Body):
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
 
-    @field_validator("stop", mode="before")
+    @field_validator("stop", mode="before", json_schema_input_type=str | list[str])
     @classmethod
     def _one_stop_is_a_list_of_one(cls, stop: Any) -> Any:
         return [stop] if isinstance(stop, str) else stop
@@ -152,12 +169,20 @@ class Sampling(_Body):
 
     def sampling(self) -> dict[str, Any]:
         """Keyword arguments for ``SamplingParams``: what the request gave; the defaults live there."""
-        names = set(Sampling.model_fields) - {"model", "stream", "stream_options", "user"}
+        names = set(Sampling.model_fields) - {"model", "stream", "stream_options"}
         return {name: getattr(self, name) for name in names & self.model_fields_set}
 
     @property
     def usage_in_stream(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def usage_in_chunks(self) -> bool:
+        return self.usage_in_stream and self.stream_options is not None and self.stream_options.continuous_usage_stats
+
+
+_Tokens = Annotated[list[int], Field(min_length=1)]
+_PromptKinds = str | Annotated[list[str], Field(min_length=1)] | _Tokens | Annotated[list[_Tokens], Field(min_length=1)]
 
 
 class CompletionRequest(Sampling):
@@ -166,7 +191,7 @@ class CompletionRequest(Sampling):
     prompt: list[str] | list[list[int]]
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
 
-    @field_validator("prompt", mode="before")
+    @field_validator("prompt", mode="before", json_schema_input_type=_PromptKinds)
     @classmethod
     def _prompts(cls, prompt: Any) -> Any:
         prompts = [prompt] if isinstance(prompt, str) or _token_ids(prompt) else prompt

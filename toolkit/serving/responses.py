@@ -24,8 +24,8 @@ def error_body(message: str, status: int, param: str | None = None, code: str | 
 
 
 def event(body: Json) -> str:
-    """One server-sent event."""
-    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    """One server-sent event, in ASCII: clients that split lines as Python does would cut it at U+2028 and its like."""
+    return f"data: {json.dumps(body, separators=(',', ':'))}\n\n"
 
 
 END_OF_STREAM = "data: [DONE]\n\n"

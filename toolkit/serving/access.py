@@ -1,0 +1,74 @@
+"""Who may use the server: API keys (RFC 6750) and the origins of web pages (CORS)."""
+
+import contextlib
+import hmac
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from fastapi import Request
+
+from toolkit.errors import ToolkitError
+from toolkit.sentences import shown
+from toolkit.serving.protocol import RequestError
+
+_ORIGIN = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://[^/\s?#]+")
+
+
+class ApiKeys:
+    """The keys that open the API; none of them, and it is open.
+
+    Args:
+        keys: as text. Clients send other characters than ASCII as UTF-8 or as Latin-1; both are the key.
+
+    Raises:
+        ToolkitError: for an empty key, which would let in whoever sends none.
+    """
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._keys: list[bytes] = []
+        for key in keys:
+            if not key.strip():
+                raise ToolkitError("api_key must be text that is not empty, got ''; leave it out for none.")
+            # Surrogates stand for the bytes of a command line or an environment that is not UTF-8.
+            self._keys.append(key.strip().encode("utf-8", "surrogateescape"))
+            with contextlib.suppress(UnicodeEncodeError):
+                self._keys.append(key.strip().encode("latin-1"))
+
+    async def check(self, request: Request) -> None:
+        """Raises RequestError unless the request has ``Authorization: Bearer`` and one of the keys."""
+        if not self._keys:
+            return
+        given = next((value for name, value in request.scope["headers"] if name == b"authorization"), b"")
+        scheme, _, key = given.partition(b" ")
+        # Every key is compared, in constant time, so that the time says nothing about any.
+        right = [hmac.compare_digest(key.strip(), one) for one in self._keys]
+        if scheme.lower() != b"bearer" or not any(right):
+            raise RequestError("The API key is missing or wrong.", status=401, code="invalid_api_key")
+
+
+@dataclass(frozen=True)
+class Cors:
+    """Which web pages may use the server from a browser (the options of ``CORSMiddleware``).
+
+    Args:
+        allow_origins: such as "https://chat.example.org"; "*" is any.
+        allow_methods: "*" is any.
+        allow_headers: "*" is any.
+        allow_credentials: whether pages may send cookies and HTTP authentication.
+
+    Raises:
+        ToolkitError: for an origin that no browser sends.
+    """
+
+    allow_origins: tuple[str, ...]
+    allow_methods: tuple[str, ...] = ("*",)
+    allow_headers: tuple[str, ...] = ("*",)
+    allow_credentials: bool = False
+
+    def __post_init__(self) -> None:
+        for origin in self.allow_origins:
+            if origin not in ("*", "null") and not _ORIGIN.fullmatch(origin):
+                raise ToolkitError(
+                    f"allowed_origins must be '*' or such as 'https://host:port', without a path, got {shown(origin)}."
+                )

@@ -1,0 +1,63 @@
+"""What every response has, around the routes: its id, its count, and an answer to HEAD wherever GET has one."""
+
+import uuid
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from toolkit.serving.metrics import Counter
+
+KNOWN_PATHS = frozenset(
+    ("/v1/models", "/v1/completions", "/v1/chat/completions", "/health", "/ping", "/version", "/metrics")
+)
+MAX_REQUEST_ID = 256
+_ID = b"x-request-id"
+
+
+class CountRequests:
+    """Counts responses by path and status."""
+
+    def __init__(self, app: ASGIApp, counter: Counter) -> None:
+        self.app, self.counter = app, counter
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                path = scope["path"].removeprefix(scope.get("root_path", ""))
+                self.counter.add(path=path if path in KNOWN_PATHS else "other", status=str(message["status"]))
+            await send(message)
+
+        await self.app(scope, receive, counted if scope["type"] == "http" else send)
+
+
+class RequestIds:
+    """Gives each response the ``X-Request-Id`` of its request, or a new one."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        given = next((value for name, value in scope.get("headers", ()) if name == _ID), b"")
+        identity = given if 0 < len(given) <= MAX_REQUEST_ID else uuid.uuid4().hex.encode()
+
+        async def named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), (_ID, identity)]
+            await send(message)
+
+        await self.app(scope, receive, named if scope["type"] == "http" else send)
+
+
+class HeadAsGet:
+    """Answers HEAD as GET, without the body (RFC 9110, 9.3.2)."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def bodiless(message: Message) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            await self.app({**scope, "method": "GET"}, receive, bodiless)
+        else:
+            await self.app(scope, receive, send)

@@ -1,0 +1,112 @@
+"""The OpenAPI document: request bodies from ``protocol``, responses from ``schemas``, limits of the served model.
+
+The routes parse bodies themselves, for errors of one sentence, so FastAPI cannot read the bodies off the routes.
+"""
+
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from toolkit.serving import schemas
+from toolkit.serving.protocol import (
+    NOT_OFFERED,
+    ChatRequest,
+    CompletionRequest,
+    Message,
+    Sampling,
+    StreamOptions,
+    TextPart,
+)
+from toolkit.serving.responses import Json
+
+_COMPONENT = "#/components/schemas/{model}"
+_BODIES: tuple[type[BaseModel], ...] = (CompletionRequest, ChatRequest, StreamOptions, Message, TextPart)
+_ERROR: Json = {"model": schemas.ErrorResponse}
+_FAILURES: dict[int | str, Json] = {"4XX": _ERROR, "5XX": _ERROR}
+
+LIMITS: dict[str, Json] = {
+    "temperature": {"minimum": 0},
+    "top_k": {"minimum": -1},
+    "top_p": {"exclusiveMinimum": 0, "maximum": 1},
+    "min_p": {"minimum": 0, "maximum": 1},
+    "max_tokens": {"minimum": 1},
+    "max_completion_tokens": {"minimum": 1},
+    "min_tokens": {"minimum": 0},
+    "seed": {"minimum": -(2**63), "maximum": 2**64 - 1},
+    "presence_penalty": {"minimum": -2, "maximum": 2},
+    "frequency_penalty": {"minimum": -2, "maximum": 2},
+    "repetition_penalty": {"exclusiveMinimum": 0},
+}
+"""What ``SamplingParams`` checks; a test holds the two together."""
+
+
+def responses(
+    model: type[BaseModel] | None = None, *, stream: bool = False, text: bool = False
+) -> dict[int | str, Json]:
+    """``responses=`` of a route: its 200 and the errors, any of which have one body."""
+    good: Json = {"description": "OK"}
+    if model is not None:
+        good["model"] = model
+    if stream or text:
+        good["content"] = {"text/event-stream" if stream else "text/plain": {"schema": {"type": "string"}}}
+    return {200: good, **_FAILURES}
+
+
+def takes(body: type[Sampling]) -> Json:
+    """``openapi_extra=`` of a route that parses ``body``."""
+    schema = {"$ref": _COMPONENT.format(model=body.__name__)}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def describe(app: FastAPI, names: tuple[str, ...], max_model_len: int | None, vocab_size: int | None) -> None:
+    """Let ``app`` serve the document of its routes, made when it is first asked for."""
+    plain = app.openapi
+
+    def document() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            made = plain()
+            _, bodies = models_json_schema([(body, "validation") for body in _BODIES], ref_template=_COMPONENT)
+            for body in _BODIES:
+                _complete(bodies["$defs"][body.__name__], body, names, max_model_len)
+            if vocab_size is not None:
+                _bound_tokens(bodies["$defs"]["CompletionRequest"]["properties"]["prompt"], vocab_size)
+            made["components"]["schemas"] |= bodies["$defs"]
+        assert app.openapi_schema is not None
+        return app.openapi_schema
+
+    app.openapi = document  # type: ignore[method-assign]
+
+
+def _complete(schema: Json, body: type[BaseModel], names: tuple[str, ...], max_model_len: int | None) -> None:
+    """What pydantic does not see: null for "not given", fields that are ignored or not offered, limits."""
+    properties, required = schema["properties"], schema.get("required", ())
+    for name, one in properties.items():
+        kinds = one.pop("anyOf", None) or [{key: one.pop(key) for key in list(one) if key not in ("title", "default")}]
+        for kind in kinds:
+            if kind.get("type") in ("integer", "number"):
+                kind |= LIMITS.get(name, {})
+                if max_model_len is not None and name in ("max_tokens", "max_completion_tokens", "min_tokens"):
+                    kind["maximum"] = max_model_len
+        if name == "model":
+            kinds = [{"enum": list(names)}]
+        null = [] if name in required or {"type": "null"} in kinds else [{"type": "null"}]
+        one["anyOf"] = [*kinds, *null]
+    for name, inert in NOT_OFFERED.items():
+        if name not in properties:
+            properties[name] = {"enum": [*inert, None], "description": "Not offered; these values ask for nothing."}
+    for name in getattr(body, "ignored", ()):
+        properties[name] = {"description": "Accepted with any value, and not used."}
+
+
+def _bound_tokens(schema: Any, vocab_size: int) -> None:
+    """Bound the token ids anywhere in the schema of a prompt."""
+    if isinstance(schema, dict):
+        if schema.get("type") == "integer":
+            schema |= {"minimum": 0, "maximum": vocab_size - 1}
+        for inner in schema.values():
+            _bound_tokens(inner, vocab_size)
+    elif isinstance(schema, list):
+        for inner in schema:
+            _bound_tokens(inner, vocab_size)

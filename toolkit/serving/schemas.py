@@ -1,0 +1,113 @@
+"""Response bodies as the OpenAPI document describes them; ``responses`` makes them."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+FinishReason = Literal["stop", "length"]
+
+
+class _Schema(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Usage(_Schema):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Logprobs(_Schema):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]] | None
+    text_offset: list[int]
+
+
+class Choice(_Schema):
+    index: int
+    text: str
+    logprobs: Logprobs | None
+    finish_reason: FinishReason
+    stop_reason: int | str | None
+
+
+class CompletionObject(_Schema):
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage
+
+
+class TopLogprob(_Schema):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ChatLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(_Schema):
+    content: list[ChatLogprob]
+    declined: None = Field(alias="refusal")
+
+
+class AssistantMessage(_Schema):
+    role: Literal["assistant"]
+    content: str
+    declined: None = Field(alias="refusal")
+
+
+class ChatChoice(_Schema):
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason
+    stop_reason: int | str | None
+
+
+class ChatCompletionObject(_Schema):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class ModelCard(_Schema):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    max_model_len: int | None
+
+
+class ModelList(_Schema):
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class Health(_Schema):
+    status: Literal["ok"]
+
+
+class Version(_Schema):
+    version: str
+
+
+class Error(_Schema):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(_Schema):
+    """The body of every response that is not 2xx."""
+
+    error: Error
