@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from infer_patches.generation_config import SAMPLING, check_supported, sampling_params
+from infer_patches.generation_config import CACHES, SAMPLING, check_supported, sampling_params
 from infer_patches.route import Route
 from toolkit import AsyncEngine, Engine
 from toolkit.engine import EngineUnavailable
@@ -127,8 +127,18 @@ def _accepted(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], loop: "
             raise ToolkitError(must_be_one_of("an argument of generate", name, (*_INPUTS, *sorted(_SUPPORTED))))
     loop.streamer, tokenizer = given.pop("streamer", None), given.pop("tokenizer", None)
     config = given.get("generation_config")
-    sources = [given.get("stop_strings"), getattr(config, "stop_strings", None), model.generation_config.stop_strings]
-    strings = next((one for one in sources if one is not None), None)
+
+    def sources(name: str) -> list[Any]:
+        """What the call, its configuration and the model's say of a field, the first of which counts."""
+        return [given.get(name), getattr(config, name, None), getattr(model.generation_config, name, None)]
+
+    asked, *configured = sources("cache_implementation")
+    if asked not in (None, "dynamic"):
+        raise ToolkitError(f"cache_implementation must be None or 'dynamic' on the engine, got {asked!r}.")
+    if next((one for one in configured if one is not None), None) in CACHES:
+        given["cache_implementation"] = "dynamic"  # transformers would allocate a static one before it calls the loop
+    all_strings = sources("stop_strings")
+    strings = next((one for one in all_strings if one is not None), None)
     if strings is not None:
         # transformers gives no tokenizer to a custom loop, so the criterion is made here.
         if tokenizer is None:
@@ -138,7 +148,7 @@ def _accepted(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], loop: "
         if config is not None:
             given["generation_config"] = copy.copy(config)
             given["generation_config"].stop_strings = None
-        if sources[0] is not None or sources[2] is not None:
+        if all_strings[0] is not None or all_strings[2] is not None:
             given["stop_strings"] = None
     return given
 

@@ -30,9 +30,22 @@ _IGNORED = frozenset(
         "transformers_version",
     }
 )
+CACHES = (
+    "dynamic",
+    "dynamic_full",
+    "offloaded",
+    "static",
+    "offloaded_static",
+    "sliding_window",
+    "hybrid",
+    "hybrid_chunked",
+    "offloaded_hybrid",
+    "offloaded_hybrid_chunked",
+)
+"""Values of ``cache_implementation`` that change no number: the engine's own state stands in for all of them."""
 # Further values that change nothing, beside None and transformers' defaults.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "cache_implementation": ("dynamic",),
+    "cache_implementation": CACHES,
     "renormalize_logits": (False,),
     "guidance_scale": (1, 1.0),
     "encoder_repetition_penalty": (1.0,),

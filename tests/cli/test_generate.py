@@ -1,10 +1,12 @@
 """``toolkit generate`` on a tiny model: what it shows is what the engine gives."""
 
 import io
+import json
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -66,6 +68,79 @@ def test_a_prompt_may_come_from_standard_input(saved, capsys, monkeypatch):
 
 def test_what_steers_terminals_is_shown_as_text():
     assert "a\x1b[2J\n\tb\x9b\r".translate(VISIBLE) == r"a\x1b[2J" + "\n\tb" + r"\x9b\x0d"
+
+
+@pytest.fixture
+def configured(saved, tmp_path):
+    """A folder with a generation configuration that samples differently and ends texts by either of two tokens."""
+    fields = {
+        "temperature": 0.7,
+        "top_k": 9,
+        "top_p": 0.95,
+        "repetition_penalty": 1.2,
+        "max_new_tokens": 5,
+        "do_sample": True,
+    }
+    (tmp_path / "generation_config.json").write_text(json.dumps({**fields, "eos_token_id": [2, 258]}))
+    return str(tmp_path)
+
+
+def tokens_of(out):
+    return int(re.search(r"\((\d+) tokens, ended by", out)[1])
+
+
+def test_the_checkpoints_sampling_defaults_are_used_and_said(saved, configured, capsys):
+    from toolkit.engine import Engine, SamplingParams
+    from toolkit.loading import load_model
+
+    words = [saved, "def main", "--generation-config", configured, "--seed", "5"]
+    assert main(["generate", *words]) == 0
+    out, err = capsys.readouterr()
+    assert err == (
+        f"sampling defaults from generation_config.json of '{configured}': temperature 0.7, top_k 9, top_p 0.95, "
+        "repetition_penalty 1.2, max_tokens 5 (none with --generation-config vllm)\n"
+    )
+    model, tokenizer = load_model(saved)
+    with Engine(model, tokenizer) as engine:
+        params = SamplingParams(
+            temperature=0.7, top_k=9, top_p=0.95, repetition_penalty=1.2, max_tokens=5, seed=5, stop_token_ids=[258]
+        )
+        completion = engine.generate(["def main"], params)[0]
+    assert ("def main" + completion.text).translate(VISIBLE) in out
+    assert tokens_of(out) == len(completion.token_ids)
+    assert tokens_of(shown(capsys, *words, "--max-tokens", "9", "--temperature", "0")) > 5
+    assert tokens_of(shown(capsys, saved, "def main", "--generation-config", "vllm", "--seed", "5")) > 5
+
+
+def test_a_default_length_is_what_fits(saved, configured, capsys):
+    fields = json.loads((Path(configured) / "generation_config.json").read_text())
+    text = json.dumps({**fields, "max_new_tokens": 100_000, "temperature": 0})
+    (Path(configured) / "generation_config.json").write_text(text)
+    out = shown(capsys, saved, "a" * 500, "--generation-config", configured)
+    assert tokens_of(out) <= 12  # of 512
+
+
+def test_every_end_of_text_token_of_a_list_ends_a_text(saved, configured):
+    from toolkit.engine import Engine
+    from toolkit.loading import load_model, sampling_defaults
+
+    model, tokenizer = load_model(saved)
+    sampling_defaults(model, configured)
+    with Engine(model, tokenizer) as engine:
+        assert engine.backend.eos == {2, 258}
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [(None, "got '{folder}'"), ('{"top_p": 7}', "top_p must be"), ("{", "generation_config.json in '{folder}' cannot")],
+)
+def test_an_unusable_generation_config_is_one_sentence(saved, tmp_path, capsys, fields, words):
+    if fields is not None:
+        (tmp_path / "generation_config.json").write_text(fields)
+    assert main(["generate", saved, "a", "--generation-config", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert words.format(folder=tmp_path) in err
+    assert err.count("\n") == 1
 
 
 ASCII = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}

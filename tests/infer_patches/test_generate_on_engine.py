@@ -253,6 +253,25 @@ def test_streamers_get_what_transformers_gives_them(pair, tokenizer):
     assert texts[0] == texts[1] != ""
 
 
+@pytest.mark.parametrize("cache", ["static", "hybrid", "offloaded"])
+@pytest.mark.parametrize("where", ["model", "argument"])
+def test_a_cache_that_a_configuration_names_is_the_engines(pair, cache, where, monkeypatch):
+    own, model = pair
+    expected = own.generate(**padded(), max_new_tokens=4, pad_token_id=PAD)
+
+    def allocate(*_, **__):
+        raise AssertionError("transformers allocates a cache that nobody reads")
+
+    monkeypatch.setattr(model, "_prepare_static_cache", allocate)
+    if where == "model":
+        monkeypatch.setattr(model.generation_config, "cache_implementation", cache)
+        got = model.generate(**padded(), max_new_tokens=4, pad_token_id=PAD)
+    else:
+        config = GenerationConfig(max_new_tokens=4, pad_token_id=PAD, eos_token_id=2, cache_implementation=cache)
+        got = model.generate(**padded(), generation_config=config)
+    assert torch.equal(got, expected)
+
+
 UNSUPPORTED = {
     "num_beams": 4,
     "bad_words_ids": [[5]],

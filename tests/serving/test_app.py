@@ -11,6 +11,7 @@ from fastapi.testclient import TestClient
 from toolkit.engine import AsyncEngine, EngineUnavailable, SamplingParams
 from toolkit.serving.app import ServerConfig, create_app
 from toolkit.serving.metrics import Metrics
+from toolkit.serving.texts import Texts
 
 PROMPT = {"prompt": [1, 2, 3], "max_tokens": 3}
 
@@ -27,6 +28,7 @@ class ToldEngine:
         self.held.set()
 
     def submit_batch(self, prompts, params):
+        self.submitted = params
         first = len(self.live)
         for at, one in enumerate(params):
             self.live[first + at] = (one, [], at)
@@ -170,6 +172,32 @@ def test_without_a_tokenizer_prompts_are_token_ids():
         assert "no chat template" in chat.json()["error"]["message"]
         assert "Infinity" not in ids.text  # which is not JSON
         assert "token_id:7" in ids.text
+
+
+DEFAULTS = {"temperature": 0.6, "top_k": 20, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.1, "max_tokens": 7}
+
+
+def test_what_a_request_does_not_say_is_the_checkpoints_default(monkeypatch):
+    monkeypatch.setattr(Texts, "chat", lambda self, messages: [1, 2, 3])
+    engine, chat = ToldEngine(), {"messages": [{"role": "user", "content": "a"}]}
+    client, _ = client_of(engine, default_sampling_params=DEFAULTS, max_model_len=16)
+
+    def submitted(path, body):
+        assert client.post(f"/v1/{path}", json=body).status_code == 200
+        return [{name: getattr(params, name) for name in DEFAULTS} for params in engine.submitted]
+
+    with client:
+        for path, body in (("completions", {"prompt": [1]}), ("chat/completions", chat)):
+            assert submitted(path, body) == [DEFAULTS]
+            given = {"temperature": 1.5, "max_tokens": 3, "top_p": 1.0}
+            assert submitted(path, {**body, **given}) == [{**DEFAULTS, **given}]
+        assert submitted("chat/completions", {**chat, "max_completion_tokens": 2})[0]["max_tokens"] == 2
+        long, short = [1] * 12, [1]
+        assert [one["max_tokens"] for one in submitted("completions", {"prompt": [long, short]})] == [4, 7]
+    client, _ = client_of(engine, max_model_len=16)
+    with client:
+        plain = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+        assert submitted("completions", {"prompt": [1]}) == [{**plain, "max_tokens": 15}]  # OpenAI's 16, as they fit
 
 
 def test_a_body_beyond_the_limit_is_refused():

@@ -6,7 +6,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from toolkit.cli.options import add_model_options, load, make_engine
+from toolkit.cli.options import add_model_options, add_sampling_options, load, load_sampling_defaults, make_engine
 from toolkit.errors import ToolkitError
 
 if TYPE_CHECKING:
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from toolkit.engine import Completion, Engine, SamplingParams
 
+MAX_TOKENS = 128
+"""Of a prompt whose model has no other default."""
 VISIBLE = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 """Control characters as text: what a model writes must not steer the terminal."""
 
@@ -22,11 +24,12 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("generate", help="continue prompts with a model")
     add_model_options(parser)
     parser.add_argument("prompts", nargs="*", help="texts to continue (default: one, from standard input)")
-    parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="per prompt (default: 128)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the most probable token (default: 1)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="probability mass to sample from (default: 1, off)")
-    parser.add_argument("--top-k", type=int, default=0, help="most probable tokens to sample from (default: 0, off)")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help=f"per prompt (default: {MAX_TOKENS})")
+    parser.add_argument("--temperature", type=float, help="0 takes the most probable token (default: 1)")
+    parser.add_argument("--top-p", type=float, help="probability mass to sample from (default: 1, off)")
+    parser.add_argument("--top-k", type=int, help="most probable tokens to sample from (default: 0, off)")
     parser.add_argument("--seed", type=int, help="of every prompt's samples (default: a fresh one)")
+    add_sampling_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -40,21 +43,18 @@ def run(args: argparse.Namespace) -> int:
 
     from toolkit.engine import SamplingParams
 
-    params = SamplingParams(
-        max_tokens=args.max_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        seed=args.seed,
-    )
+    names = ("max_tokens", "temperature", "top_p", "top_k", "seed")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    SamplingParams(**given)  # wrong values are known before the model is read
 
     model, tokenizer = load(args)
     if tokenizer is None:
         raise ToolkitError(
             f"The model '{args.model}' has no tokenizer, and so cannot continue text; serve it, and send token ids."
         )
+    params = SamplingParams(**{"max_tokens": MAX_TOKENS, **load_sampling_defaults(args, model), **given})
     with make_engine(args, model, tokenizer) as engine:
-        return _show(engine, prompts, params)
+        return _show(engine, prompts, params, "max_tokens" in given)
 
 
 def _argument_text(argument: str, number: int) -> str:
@@ -81,13 +81,21 @@ def _utf8(text: bytes, name: str) -> str:
         ) from None
 
 
-def _show(engine: "Engine", prompts: list[str], params: "SamplingParams") -> int:
-    """Stream the first prompt's text as it comes; the others, computed in the same batch, follow in order."""
+def _show(engine: "Engine", prompts: list[str], params: "SamplingParams", exact: bool) -> int:
+    """Stream the first prompt's text as it comes; the others, computed in the same batch, follow in order.
+
+    exact: ``max_tokens`` is what was asked for; otherwise as many as fit do.
+    """
     from rich.console import Console
 
+    from toolkit.engine.prompts import fit_max_tokens
+
+    assert engine.tokenizer is not None
+    ids = [list(engine.tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    fitted = [params if exact else fit_max_tokens(params, len(one), engine.max_sequence_len) for one in ids]
     console = Console(highlight=False)
     started = time.perf_counter()
-    order = [engine.submit(prompt, params) for prompt in prompts]
+    order = engine.submit_batch(ids, fitted)
     unread = dict.fromkeys(order, "")
     done: dict[int, Completion] = {}
     shown = 0

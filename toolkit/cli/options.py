@@ -2,12 +2,14 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 from toolkit.engine.config import EngineConfig
-from toolkit.loading import DTYPES, load_model
+from toolkit.errors import ToolkitError
+from toolkit.loading import DTYPES, load_model, sampling_defaults
 
 if TYPE_CHECKING:
     from toolkit.engine import Engine
@@ -28,6 +30,37 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
     return load_model(
         args.model, args.dtype, args.device, revision=args.revision, trust_remote_code=args.trust_remote_code
     )
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """``--generation-config``."""
+    parser.add_argument(
+        "--generation-config",
+        default="auto",
+        metavar="auto|vllm|FOLDER",
+        help="where sampling defaults come from: the model's generation_config.json (default: auto), nowhere (vllm), "
+        "or that of another folder",
+    )
+
+
+def load_sampling_defaults(args: argparse.Namespace, model: Any) -> dict[str, Any]:
+    """What ``--generation-config`` gives requests that do not say otherwise; printed in one line on standard error."""
+    from toolkit.engine import SamplingParams
+
+    defaults = sampling_defaults(model, args.generation_config)
+    folder = "the model" if args.generation_config == "auto" else f"'{args.generation_config}'"
+    try:
+        SamplingParams(**defaults)
+    except ToolkitError as error:
+        raise ToolkitError(
+            f"generation_config.json of {folder} gives no usable defaults ({str(error).rstrip('.')}); mend it, or "
+            "leave it out with --generation-config vllm."
+        ) from None
+    if defaults:
+        shown = ", ".join(f"{name} {value}" for name, value in defaults.items())
+        source = f"generation_config.json of {folder}"
+        print(f"sampling defaults from {source}: {shown} (none with --generation-config vllm)", file=sys.stderr)
+    return defaults
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,14 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolkit.cli.options import add_engine_options, add_model_options, load, make_engine
+from toolkit.cli.options import (
+    add_engine_options,
+    add_model_options,
+    add_sampling_options,
+    load,
+    load_sampling_defaults,
+    make_engine,
+)
 from toolkit.errors import ToolkitError, first_line
 from toolkit.sentences import shown
 
@@ -23,6 +30,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("serve", help="serve a model over an OpenAI-compatible HTTP API")
     add_model_options(parser)
     add_engine_options(parser)
+    add_sampling_options(parser)
     _add_api_options(parser.add_argument_group("API"))
     _add_http_options(parser.add_argument_group("HTTP"))
     parser.set_defaults(run=run)
@@ -116,8 +124,9 @@ def run(args: argparse.Namespace) -> int:
         try:
             model, tokenizer = load(args)
             _set_template(tokenizer, template)
+            defaults = load_sampling_defaults(args, model)
             with make_engine(args, model, tokenizer) as engine:
-                return _serve(args, engine, tokenizer, listener, http)
+                return _serve(args, engine, tokenizer, defaults, listener, http)
         finally:
             if args.uds:
                 Path(args.uds).unlink(missing_ok=True)
@@ -167,7 +176,14 @@ def _set_template(tokenizer: Any, template: str | None) -> None:
         pass  # it may ask for other messages than these
 
 
-def _serve(args: argparse.Namespace, engine: "Engine", tokenizer: Any, listener: socket.socket, http: Any) -> int:
+def _serve(
+    args: argparse.Namespace,
+    engine: "Engine",
+    tokenizer: Any,
+    defaults: dict[str, Any],
+    listener: socket.socket,
+    http: Any,
+) -> int:
     from toolkit.engine import AsyncEngine
     from toolkit.serving.app import ServerConfig
     from toolkit.serving.metrics import Metrics
@@ -179,8 +195,9 @@ def _serve(args: argparse.Namespace, engine: "Engine", tokenizer: Any, listener:
         engine=AsyncEngine(engine, max_queued_seqs=args.max_queue, listener=metrics),
         metrics=metrics,
         tokenizer=tokenizer,
-        max_model_len=engine.max_model_len,
+        max_model_len=engine.max_sequence_len,
         vocab_size=engine.vocab_size,
+        default_sampling_params=defaults,
         root_path=args.root_path,
         docs=not args.disable_fastapi_docs,
         **_access(args),

@@ -14,7 +14,7 @@ from toolkit.engine.config import EngineConfig
 from toolkit.engine.detokenizer import Decoder, Tokenizer
 from toolkit.engine.outputs import Completion, Delta, FinishReason
 from toolkit.engine.params import SamplingParams
-from toolkit.engine.prompts import Params, Prompt, Prompts, check_params, check_prompt, split_prompts
+from toolkit.engine.prompts import Params, Prompt, Prompts, check_params, check_prompt, longest_sequence, split_prompts
 from toolkit.engine.request import Request, Sequence
 from toolkit.engine.runner import Backend, ModelRunner, PatchedModel, block_counts
 from toolkit.engine.sampler import Sampler
@@ -173,6 +173,11 @@ class Engine:
     def has_work(self) -> bool:
         """Whether ``step`` has anything to run or to deliver."""
         return bool(self._live or self._pending)
+
+    @property
+    def max_sequence_len(self) -> int:
+        """Most tokens of prompt and completion together: ``max_model_len``, or fewer where the blocks hold fewer."""
+        return longest_sequence(self.max_model_len, self.block_manager)[0]
 
     def stats(self) -> dict[str, float]:
         """Gauges and totals under vLLM's names.

@@ -1,6 +1,7 @@
 """What ``generate`` and ``submit`` were given, as token ids that fit."""
 
 from collections import abc
+from dataclasses import replace
 from numbers import Integral
 from typing import Any, TypeAlias
 
@@ -52,6 +53,26 @@ def check_params(params: Params, count: int) -> list[SamplingParams]:
     return list(params)
 
 
+def longest_sequence(max_model_len: int, block_manager: BlockManager) -> tuple[int, str]:
+    """(most tokens of prompt and completion together, what bounds them)."""
+    room = block_manager.max_sequence_tokens
+    if room is not None and room + 1 < max_model_len:  # the state of the last token is never needed
+        return room + 1, "num_blocks * block_size + 1"
+    return max_model_len, "max_model_len"
+
+
+def fit_max_tokens(params: SamplingParams, prompt_tokens: int, longest: int) -> SamplingParams:
+    """``params`` with at most as many tokens as fit behind the prompt: for a ``max_tokens`` that is a default.
+
+    Args:
+        params: as a request's defaults make them.
+        prompt_tokens: of the prompt.
+        longest: most tokens of prompt and completion together, ``Engine.max_sequence_len``.
+    """
+    room = max(longest - prompt_tokens, params.min_tokens, 1)
+    return params if params.max_tokens is None or params.max_tokens <= room else replace(params, max_tokens=room)
+
+
 def check_prompt(
     prompt: Prompt, params: SamplingParams, tokenizer: Any, max_model_len: int, block_manager: BlockManager
 ) -> tuple[list[int], int]:
@@ -71,10 +92,7 @@ def check_prompt(
         )
     if not tokens:
         raise ToolkitError("prompt must have >= 1 tokens, got 0.")
-    room = block_manager.max_sequence_tokens
-    longest, name = max_model_len, "max_model_len"
-    if room is not None and room + 1 < longest:  # the state of the last token is never needed
-        longest, name = room + 1, "num_blocks * block_size + 1"
+    longest, name = longest_sequence(max_model_len, block_manager)
     if len(tokens) >= longest:
         raise ToolkitError(f"prompt must have <= {longest - 1} tokens, one below {name}, got {len(tokens)}.")
     if params.max_tokens is None:

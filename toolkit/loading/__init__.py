@@ -5,11 +5,21 @@ Weights are safetensors or GGUF, never pickled; a tensor that the files lack is 
 
 from typing import Any
 
+from toolkit.loading.generation_config import sampling_defaults
 from toolkit.loading.model import DTYPES, load_weights
 from toolkit.loading.source import Source, find_source
 from toolkit.loading.tokenizer import find_tokenizer, load_tokenizer
 
-__all__ = ["DTYPES", "Source", "find_source", "find_tokenizer", "load_model", "load_tokenizer", "load_weights"]
+__all__ = [
+    "DTYPES",
+    "Source",
+    "find_source",
+    "find_tokenizer",
+    "load_model",
+    "load_tokenizer",
+    "load_weights",
+    "sampling_defaults",
+]
 
 
 def load_model(

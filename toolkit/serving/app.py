@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect
 
 import toolkit
 from toolkit.engine import AsyncEngine, Completion, EngineUnavailable, RequestHandle, SamplingParams
+from toolkit.engine.prompts import fit_max_tokens
 from toolkit.engine.request_handle import SHUTTING_DOWN
 from toolkit.errors import ToolkitError
 from toolkit.sentences import shown
@@ -45,8 +46,9 @@ class ServerConfig:
         engine: its engine, with ``metrics`` as listener.
         metrics: what ``/metrics`` shows.
         tokenizer: a Hugging Face tokenizer; None for prompts of token ids only.
-        max_model_len: shown by ``/v1/models``.
+        max_model_len: most tokens of prompt and completion together.
         vocab_size: bounds token ids; None checks none.
+        default_sampling_params: of what a request does not say, such as a checkpoint's ``generation_config.json``.
         api_key: that clients must send, or several of which any is right; None for no key.
         cors: which web pages may use the server; None for none.
         root_path: under which a proxy serves it.
@@ -59,6 +61,7 @@ class ServerConfig:
     tokenizer: Any = None
     max_model_len: int | None = None
     vocab_size: int | None = None
+    default_sampling_params: Mapping[str, Any] = field(default_factory=dict)
     api_key: str | Sequence[str] | None = None
     cors: Cors | None = None
     root_path: str = ""
@@ -138,6 +141,14 @@ def create_app(config: ServerConfig) -> FastAPI:
             message = f"'prompt' must have token ids from 0 to {config.vocab_size - 1}, got {shown(wrong[0])}."
             raise RequestError(message, "prompt")
 
+    def sampling_params(
+        asked: Sampling, prompts: list[list[int]], logprobs: int | None, **defaults: Any
+    ) -> list[SamplingParams]:
+        given = asked.sampling()
+        params = SamplingParams(**{**defaults, **config.default_sampling_params, **given}, logprobs=logprobs)
+        longest = None if "max_tokens" in given else config.max_model_len
+        return [params if longest is None else fit_max_tokens(params, len(one), longest) for one in prompts]
+
     @app.get("/v1/models", dependencies=guarded, responses=responses(schemas.ModelList))
     async def models() -> Json:
         return {"object": "list", "data": [card(name) for name in names]}
@@ -177,7 +188,7 @@ def create_app(config: ServerConfig) -> FastAPI:
         check_model(asked.model)
         prompts = [texts.prompt(prompt) if isinstance(prompt, str) else prompt for prompt in asked.prompt]
         check_tokens(prompts)
-        params = _sampling_params(asked, asked.logprobs)
+        params = sampling_params(asked, prompts, asked.logprobs)
         return await respond(request, asked, prompts, params, CompletionResponse(names[0], texts, asked.logprobs))
 
     @app.post(
@@ -190,15 +201,15 @@ def create_app(config: ServerConfig) -> FastAPI:
         asked = parse(ChatRequest, await _body(request))
         check_model(asked.model)
         top = (asked.top_logprobs or 0) if asked.logprobs else None
-        params = _sampling_params(asked, top, max_tokens=None)
-        prompt = texts.chat(asked.messages)
-        return await respond(request, asked, [prompt], params, ChatResponse(names[0], texts, top))
+        prompts = [texts.chat(asked.messages)]
+        params = sampling_params(asked, prompts, top, max_tokens=None)
+        return await respond(request, asked, prompts, params, ChatResponse(names[0], texts, top))
 
     async def respond(
         request: Request,
         asked: Sampling,
         prompts: list[list[int]],
-        params: SamplingParams,
+        params: list[SamplingParams],
         body: CompletionResponse,
     ) -> Response:
         handle = engine.submit(prompts, params)
@@ -211,7 +222,7 @@ def create_app(config: ServerConfig) -> FastAPI:
         if asked.stream:
             events = _events(handle, prompt_tokens, asked, body)
             return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
-        return JSONResponse(await _whole(handle, sum(prompt_tokens), params.n, body))
+        return JSONResponse(await _whole(handle, sum(prompt_tokens), asked.n, body))
 
     describe(app, names, config.max_model_len, config.vocab_size)
     return app
@@ -273,10 +284,6 @@ def _without_error(completion: Completion) -> Completion:
         status = CLIENT_CLOSED_REQUEST if completion.finish_reason == "cancelled" else 500
         raise RequestError(message, status=status, code=completion.finish_reason)
     return completion
-
-
-def _sampling_params(asked: Sampling, logprobs: int | None, **defaults: Any) -> SamplingParams:
-    return SamplingParams(**{**defaults, **asked.sampling()}, logprobs=logprobs)
 
 
 async def _body(request: Request) -> bytes:
