@@ -20,7 +20,7 @@ from infer_patches.route import Route
 from toolkit import AsyncEngine, Engine
 from toolkit.engine import EngineUnavailable
 from toolkit.errors import ToolkitError, must_be_one_of
-from toolkit.patching import ragged_forward
+from toolkit.patching import choose_rotary_lengths, ragged_forward
 from toolkit.patching.eval_mode import eval_mode
 from toolkit.state import RaggedBatch
 
@@ -200,6 +200,8 @@ class _Loop:
             if finished is not None and finished.error is not None:
                 raise ToolkitError(f"row {row} of input_ids could not be continued: {finished.error}")
             columns.add(row, delta.token_ids, finished is not None)
+            if finished is not None:
+                columns.rotary_lengths[row] = finished.rotary_length
             if others and finished is None and bool(criteria(columns.row(row), None).all()):
                 columns.add(row, [], True)
                 self.engine.cancel(delta.request_id)
@@ -208,7 +210,7 @@ class _Loop:
             return sequences
         logits = scores = None
         if config.output_logits or config.output_scores:
-            logits = _logits(model, prompts, sequences[:, length:])
+            logits = _logits(model, prompts, sequences[:, length:], columns.rotary_lengths)
         if config.output_scores:
             scores = tuple(
                 logits_processor(sequences[:, : length + at], one.clone()) for at, one in enumerate(logits or ())
@@ -259,6 +261,7 @@ class _Columns:
         self._new: list[list[int]] = [[] for _ in input_ids]
         self._ended = [False] * len(input_ids)
         self._streamed = 0
+        self.rotary_lengths: list[int | None] = [None] * len(input_ids)
         if streamer is not None:
             streamer.put(input_ids.cpu())
 
@@ -297,12 +300,16 @@ class _Columns:
         return torch.cat([self._input_ids, torch.tensor(new, dtype=torch.int64, device=self._input_ids.device)], 1)
 
 
-def _logits(model: nn.Module, prompts: list[list[int]], new: Tensor) -> tuple[Tensor, ...]:
+def _logits(
+    model: nn.Module, prompts: list[list[int]], new: Tensor, rotary_lengths: list[int | None]
+) -> tuple[Tensor, ...]:
     """Of each column of ``new`` [B, N] the logits [B, V] float32 that its tokens were sampled from; transformers, too,
     runs on over the padding of what is ended."""
     rows, width = new.shape
     texts = [prompt + tokens[:-1] for prompt, tokens in zip(prompts, new.tolist(), strict=True)]
-    batch = RaggedBatch.from_sequences(texts, next(model.parameters()).device, share=False)
+    # A row that ended and runs on over padding keeps its tables.
+    rotary = choose_rotary_lengths(model, [1] * rows, rotary_lengths)
+    batch = RaggedBatch.from_sequences(texts, next(model.parameters()).device, share=False, rotary_lengths=rotary)
     ends = torch.tensor([len(text) for text in texts]).cumsum(0)
     rows_at = (ends[:, None] - width + torch.arange(width)).flatten()
     with eval_mode(model):

@@ -24,7 +24,7 @@ from toolkit import Engine, SamplingParams
 from toolkit.engine.outputs import Completion
 from toolkit.errors import ToolkitError
 from toolkit.ops.linear_logprob.deferred import token_statistics
-from toolkit.patching import patch, weight_version
+from toolkit.patching import choose_rotary_lengths, patch, report_of, unpatch, weight_version
 from toolkit.patching.forward import predictions
 from toolkit.state import RaggedBatch
 from toolkit.training.losses import divergence_estimate
@@ -68,13 +68,15 @@ def engine_rollout(
     Raises:
         ToolkitError: a trainer of another class, another rollout (``use_vllm``,
             ``use_transformers_continuous_batching``, ``rollout_func``), images, sharded parameters, a generation
-            setting that the engine does not have, or of GRPO a temperature other than 1 with top_p, top_k, min_p or
-            repetition_penalty, whose log-probabilities the trainer does not compute. The trainer is unchanged then.
+            setting that the engine does not have, a model whose rotary tables depend on the length of the sequence on
+            another path than the shared one in one process, or of GRPO a temperature other than 1 with top_p, top_k,
+            min_p or repetition_penalty, whose log-probabilities the trainer does not compute. The trainer is unchanged
+            then.
     """
     own: Any = trainer
     returns_logprobs = _returns_logprobs(own)
     _check(own, returns_logprobs)
-    patch(own.model, numerics=limits.get("numerics"))
+    _patch(own, limits.get("numerics"), share and hasattr(own, "_get_per_token_logps_and_entropies"))
     limits = {"seed": own.args.seed + own.accelerator.process_index} | limits
     rollout = Rollout(own, Engine(own.model, **limits), returns_logprobs, own._compute_loss)
     own._generate_single_turn = rollout.generate
@@ -96,6 +98,21 @@ def _returns_logprobs(trainer: Any) -> bool:
     raise ToolkitError(
         f"trainer must be one of TRL's {', '.join(_TRAINERS)} or derived from one, got {type(trainer).__name__}; a "
         "trainer of another class trains a model that toolkit.patch has patched, with its own generation."
+    )
+
+
+def _patch(trainer: Any, numerics: str | None, shared: bool) -> None:
+    """Patch the trainer's model. Raises ToolkitError where rows of a padded forward would have other rotary tables."""
+    patched, processes = report_of(trainer.model) is not None, trainer.accelerator.num_processes
+    report = patch(trainer.model, numerics=numerics)
+    if report.rotary_regimes() is None or (shared and processes == 1):
+        return
+    if not patched:
+        unpatch(trainer.model)
+    raise ToolkitError(
+        "a model whose rotary tables depend on the length of the sequence needs share=True, a trainer with "
+        "_get_per_token_logps_and_entropies and one process, since a padded forward has the tables of its longest row; "
+        f"got {type(trainer).__name__} with {processes} processes."
     )
 
 
@@ -299,8 +316,16 @@ class Rollout:
             logprob, _, entropy, _ = token_statistics(logits if temperature == 1.0 else logits / temperature, targets)
             return logprob, entropy
 
-        batch = RaggedBatch.from_sequences(sequences, device=self.engine.backend.device, share=True)
+        lengths = [len(sequence) for sequence in sequences]
+        given = [max(one, length) for one, length in zip(self._declared(kept, count), lengths, strict=True)]
+        rotary = choose_rotary_lengths(self.trainer.model, lengths, given)
+        batch = RaggedBatch.from_sequences(sequences, self.engine.backend.device, rotary_lengths=rotary)
         return predictions(model, batch, sequences, kept[:, -count:].sum(1).tolist(), read)
+
+    def _declared(self, kept: Tensor, count: int) -> list[int]:
+        """The lengths that the engine was given for rows [B, L] whose last ``count`` tokens are completions."""
+        most = self.trainer.generation_config.max_new_tokens
+        return [min(length + most, self.engine.max_model_len) for length in kept[:, :-count].sum(1).tolist()]
 
 
 def _or(value: Any, default: Any) -> Any:

@@ -12,7 +12,9 @@ from transformers.generation.streamers import BaseStreamer
 
 import toolkit
 from infer_patches.generate import route_generate
+from tests.helpers.rope import rope_model, sequences
 from toolkit.errors import ToolkitError
+from toolkit.ops.token_logprob import token_logprob
 from toolkit.testing.models import random_model, tiny_tokenizer
 
 PAD = 0
@@ -347,3 +349,25 @@ def test_the_way_out_and_the_way_round():
     with pytest.raises(ToolkitError, match="num_page"):
         route_generate(model, num_page=3)
     assert "generate" not in model.__dict__
+
+
+def test_scores_have_the_rotary_tables_that_tokens_were_sampled_by():
+    """The request declares 40 tokens, beyond the border, and a row that ends early is on this side of it."""
+    model = rope_model("longrope")
+    toolkit.patch(model)
+    ids = torch.tensor(sequences(20, 20))
+    with toolkit.Engine(model) as engine, route_generate(model, engine):
+        result = model.generate(
+            ids, max_new_tokens=20, do_sample=False, output_logits=True, return_dict_in_generate=True, eos_token_id=None
+        )
+        greedy = toolkit.SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
+        completions = engine.generate(ids.tolist(), greedy)
+        ended = model.generate(
+            ids, max_new_tokens=20, do_sample=False, output_logits=True, return_dict_in_generate=True,
+            eos_token_id=completions[0].token_ids[4], pad_token_id=0,
+        )  # fmt: skip
+    for row, one in enumerate(completions):
+        logits = torch.stack([step[row] for step in result.logits])
+        assert result.sequences[row, 20:].tolist() == one.token_ids
+        assert torch.equal(token_logprob(logits, torch.tensor(one.token_ids))[0], torch.tensor(one.logprobs))
+    assert torch.equal(ended.logits[0][0], result.logits[0][0])

@@ -92,11 +92,21 @@ def test_every_module_of_the_known_families_is_claimed(family):
     assert roles["head"] == 2
     # The model's setting, and a fused forward a layer of the usual build.
     attention = {"mamba2": 0, "bamba": 2}
-    attention |= dict.fromkeys(("gpt_neox", "qwen3_next", "qwen3_next_moe", "lfm2", "olmoe", "gpt_oss"), 1)
+    attention |= dict.fromkeys(
+        ("gpt_neox", "phi3_longrope", "qwen3_next", "qwen3_next_moe", "lfm2", "olmoe", "gpt_oss"), 1
+    )
     assert roles.get("attention", 0) == attention.get(family, 3)
     assert roles.get("mixer", 0) == {"mamba2": 2}.get(family, 1 if family in HYBRIDS else 0)
     assert roles["norm"] >= (3 if family == "mamba2" else 5)
-    linears = {"gpt_neox": 8, "deepseek_v3": 16, "qwen3_next": 13, "mamba2": 4, "bamba": 12, "lfm2": 12}
+    linears = {
+        "gpt_neox": 8,
+        "deepseek_v3": 16,
+        "qwen3_next": 13,
+        "mamba2": 4,
+        "bamba": 12,
+        "lfm2": 12,
+        "phi3_longrope": 8,
+    }
     linears |= {"deepseek_v3_moe": 16, "qwen3_next_moe": 15}
     assert roles["linear"] == linears.get(family, 8 if family in MOE_FAMILIES else 14)
     without = ("gpt_neox", "mamba2", "qwen3_moe", "mixtral", "olmoe", "gpt_oss")
@@ -216,12 +226,6 @@ def test_extra_scale_is_skipped():
     mlp.__class__ = Scaled
     report = toolkit.patch(model)
     assert [r.path for r in report.skipped] == ["model.layers.0.mlp"]
-
-
-def test_rotary_tables_that_grow_with_the_sequence_are_skipped():
-    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    report = find_claims(random_model("llama", rope_parameters=rope))
-    assert [r.role for r in report.skipped] == ["rotary"]
 
 
 def test_probes_leave_random_state_and_weights_alone():

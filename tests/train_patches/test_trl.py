@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import toolkit
+from tests.helpers.rope import longrope
 from toolkit.errors import ToolkitError
 from toolkit.patching import report_of
 from toolkit.testing.models import random_model, tiny_tokenizer
@@ -269,3 +270,22 @@ def test_what_the_engine_cannot_do_is_refused_by_name(settings, change, sentence
         engine_rollout(trainer)
     assert report_of(trainer.model) is None
     assert "_generate_single_turn" not in trainer.__dict__
+
+
+def test_rows_are_trained_with_the_rotary_tables_of_their_rollout(tokenizer, tmp_path):
+    """Some requests declare more tokens than the border; completions of those may end before it."""
+    model = random_model("llama", rope_parameters=longrope(8, border=22))
+    trainer = grpo(tokenizer, tmp_path, model=model)
+    trainer.eos_token_ids = list(range(0, 331, 5))
+    trainer.generation_config.eos_token_id = trainer.eos_token_ids
+    seen = []
+    with engine_rollout(trainer, max_model_len=64) as engine:
+        generate = engine.generate
+        engine.generate = lambda *args: seen.append(generate(*args)) or seen[-1]
+        trainer.train()
+    completions = [one for group in seen for one in group]
+    assert {one.rotary_length for one in completions} == {1, 23}
+    assert any(one.rotary_length == 23 and len(one.prompt_token_ids) + len(one.token_ids) <= 22 for one in completions)
+    assert set(logged(trainer, "mismatch/bits")) == {0.0}
+    with pytest.raises(ToolkitError, match="needs share=True"):
+        engine_rollout(trainer, share=False)

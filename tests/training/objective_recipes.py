@@ -1,5 +1,6 @@
 """Small recipes of every kind of objective, over small tasks."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,14 @@ class Lower(Task):
 
     def reward(self, prompt: str, completion: str) -> float:
         return sum(character.isascii() for character in completion) / max(len(completion), 1)
+
+
+class Uneven(Lower):
+    """Prompts of many lengths."""
+
+    def make(self, seed: int, count: int) -> list[Problem]:
+        problems = super().make(seed, count)
+        return [replace(one, prompt="x" * ((seed + at) % 7) + one.prompt) for at, one in enumerate(problems)]
 
 
 def objective_recipe(output: Path, kind: str, objective: dict[str, Any], **sections: Any) -> Recipe:

@@ -11,6 +11,7 @@ import torch
 from objective_recipes import LOWER, TASK, WARMUP, dense_logprobs, objective_recipe, resumed, weights
 from processes import run_processes
 
+from tests.helpers.rope import longrope
 from toolkit.errors import ToolkitError
 from toolkit.training.loop import Trainer, train
 from toolkit.training.losses import group_advantages, importance_weight, policy_loss, sequence_mean
@@ -367,3 +368,44 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     assert one[0]["grad_norm"] == pytest.approx(two[0]["grad_norm"], rel=1e-4)
     with pytest.raises(ToolkitError, match="was written by 2 processes"):
         setup(tmp_path, {"prompts": 4}, run_name="two", train={"max_steps": 2}, resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("kind", ["grpo", "distill"])
+def test_completions_are_trained_with_the_rotary_tables_that_they_were_sampled_by(tmp_path: Path, kind: str) -> None:
+    """Prompts differ in length, so that some requests declare more tokens than the border, and some end before it."""
+    llama = {
+        "model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "max_position_embeddings": 64,
+    }  # fmt: skip
+    model = {"config": llama | {"rope_parameters": longrope(4, border=16)}}
+    own = {"num_generations": 4, "prompts": 6, "task": {"name": "objective_recipes:Uneven"}}
+    if kind == "distill":
+        own |= {
+            "teacher": {"config": llama, "max_steps": 1, "learning_rate": 1e-3, "batch_tokens": 64},
+            "warmup": WARMUP,
+        }
+    trainer = Trainer(objective_recipe(tmp_path, kind, own, model=model), quiet=True)
+    objective: Any = trainer.objective
+    seen: list[Any] = []
+    generate = objective.rollout.generate
+
+    def record(*args: Any) -> Any:
+        groups = generate(*args)
+        for at, one in enumerate(one for group in groups for one in group):
+            if at % 3 == 0:  # as if it had ended early
+                del one.token_ids[2:], one.logprobs[2:]
+            seen.append(one)
+        return groups
+
+    objective.rollout.generate = record
+    micros = next(objective.updates(0))
+    assert {one.rotary_length for one in seen} == {1, 17}
+    assert any(one.rotary_length == 17 and len(one.prompt_token_ids) + len(one.token_ids) <= 16 for one in seen)
+    if kind == "grpo":
+        for micro in micros:
+            objective.loss(trainer.forward, micro)
+        assert objective.finish()[1]["mismatch_bits"] == 0
+        return
+    rows = torch.cat([micro.batch.rotary_lengths[micro.batch.sample_rows] for micro in micros])
+    counts = torch.tensor([len(one.prompt_token_ids) + len(one.token_ids) - 1 for one in seen])
+    assert torch.equal(rows, torch.tensor([one.rotary_length for one in seen]).repeat_interleave(counts))

@@ -40,6 +40,11 @@ def run(args: argparse.Namespace) -> int:
             f"({parity.swaps} swapped out), {parity.forked} forks",
             flush=True,
         )
+        if parity.rotary_crossings:
+            print(
+                f"  {parity.rotary_crossings} completions grew past a length after which the rotary tables are others",
+                flush=True,
+            )
         if parity.replayed:
             print(
                 f"  MoE model: {parity.replayed} tokens computed again with the engine's routing replayed, "

@@ -11,7 +11,7 @@ from toolkit.engine.graph_passes import optimize
 from toolkit.patching import report_of
 from toolkit.patching.adapters import adapter_layers, adapter_state
 from toolkit.patching.forward import context_forward
-from toolkit.state import PagedContext
+from toolkit.state import PagedContext, RaggedBatch
 
 # A batch is padded up to the next size, so that a few graphs serve every batch. Rows cost little next to weights.
 CAPTURE_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256)
@@ -84,17 +84,22 @@ class DecodeGraphs:
 _OWN = ("tokens", "positions", "query_offsets", "kv_offsets", "kv_lengths")
 
 
+def _own(batch: RaggedBatch) -> tuple[str, ...]:
+    return _OWN if batch.rotary_lengths is None else (*_OWN, "rotary_lengths")
+
+
 def _tensors(context: PagedContext) -> list[Tensor]:
     """Every tensor of a paged batch."""
     batch = context.batch
-    found = [getattr(batch, name) for name in _OWN]
-    return found + [getattr(view, part.name) for view in batch.views for part in fields(view)]
+    return [getattr(batch, name) for name in _own(batch)] + [
+        getattr(view, part.name) for view in batch.views for part in fields(view)
+    ]
 
 
 def _with_tensors(context: PagedContext, tensors: Sequence[Tensor]) -> PagedContext:
     """The same context over a batch of other ``_tensors``."""
     left = iter(tensors)
-    own = {name: next(left) for name in _OWN}
+    own = {name: next(left) for name in _own(context.batch)}
     views = tuple(type(view)(*(next(left) for _ in fields(view))) for view in context.batch.views)
     batch = replace(context.batch, views=views, **own)
     return PagedContext(batch, context.pool)

@@ -36,7 +36,8 @@ class Engine:
         tokenizer: a Hugging Face tokenizer; None takes and returns token ids only.
         max_num_seqs: sequences in a step.
         max_num_batched_tokens: tokens in a step. It also bounds the sequences, since each needs one.
-        max_model_len: tokens of prompt and completion together; None for what the model was made for.
+        max_model_len: tokens of prompt and completion together; None for what the model was made for, which is also the
+            most, except for dynamic NTK in fast mode.
         block_size: tokens of state in a block.
         num_blocks: blocks of state; None for enough for max_num_seqs sequences of max_model_len, within a part of the
             device's memory. vLLM's name is num_gpu_blocks_override; here state may live on a CPU, and no profiling run
@@ -88,6 +89,7 @@ class Engine:
             **unknown,
         )
         self.backend: Backend = model if isinstance(model, Backend) else PatchedModel(model, numerics)
+        self._rotary_length = getattr(self.backend, "rotary_length", lambda declared: None)
         self.vocab_size = self.backend.vocab_size
         self.tokenizer = tokenizer
         self.max_model_len = self._max_model_len()
@@ -261,7 +263,7 @@ class Engine:
 
     def _max_model_len(self) -> int:
         asked, most = self.config.max_model_len, self.backend.max_model_len
-        if asked is not None and asked > most:
+        if asked is not None and asked > most and not getattr(self.backend, "grows", False):
             raise ToolkitError(f"max_model_len must be <= {most}, which the model was made for, got {asked}.")
         return most if asked is None else asked
 
@@ -284,6 +286,7 @@ class Engine:
                 seed=int(self._seeds.integers(2**63)) if one.seed is None else one.seed,
                 decoder=self._decoders.get(one.skip_special_tokens),
                 sink=sink,
+                rotary_length=self._rotary_length(len(tokens) + most),
             )
             for at, ((tokens, most), one) in enumerate(zip(ready, chosen))
         ]

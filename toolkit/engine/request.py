@@ -22,6 +22,7 @@ class Request:
         seed: of the samples, 64 bits.
         decoder: of the text; None for token ids only.
         sink: where deltas go; None for those that ``Engine.step`` returns.
+        rotary_length: by which its rotary tables are made, see ``Completion``.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Request:
         seed: int,
         decoder: Decoder | None,
         sink: deque[Delta] | None,
+        rotary_length: int | None = None,
     ) -> None:
         self.request_id = request_id
         self.prompt_index = prompt_index
@@ -47,6 +49,7 @@ class Request:
         self.seed = seed
         self.decoder = decoder
         self.sink = sink
+        self.rotary_length = rotary_length
         self.prefilled = False  # whether the prompt is computed, so that other sequences may fork it
         self.sequences = [Sequence(self, index) for index in range(params.n)]
 
@@ -114,9 +117,9 @@ class Sequence:
         return self.params.penalised or self.generated < self.params.min_tokens
 
     def prefix_key(self, weights: PrefixKey) -> PrefixKey:
-        """The key of its state under ``weights``: its own cache salt included."""
-        salt = self.params.cache_salt
-        return weights if salt is None else weights._replace(salt=salt)
+        """The key of its state under ``weights``: its own cache salt and rotary length included."""
+        salt, rotary = self.params.cache_salt, self.request.rotary_length
+        return weights if salt is None and rotary is None else weights._replace(salt=salt, rotary=rotary)
 
     def accept(
         self, token: int, logprob: float, sampling_logprob: float, top: dict[int, float] | None, version: int
@@ -186,6 +189,7 @@ class Sequence:
             top_logprobs=self.top_logprobs,
             text_offset=[min(offset, len(text)) for offset in self.text_offset],
             error=error,
+            rotary_length=request.rotary_length,
         )
         return Delta(
             request.request_id,

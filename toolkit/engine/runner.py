@@ -3,6 +3,7 @@
 import math
 import os
 from collections import abc
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -28,7 +29,11 @@ _CPU_BYTES = 4 << 30
 
 @runtime_checkable
 class Backend(Protocol):
-    """What the engine needs of a model; anything with these methods may stand in for one."""
+    """What the engine needs of a model; anything with these methods may stand in for one.
+
+    A backend whose rotary tables depend on the length of the sequence also has ``rotary_length``, as ``PatchedModel``;
+    batches then say by which length each row's are made (``RaggedBatch.rotary_lengths``).
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -68,6 +73,7 @@ class PatchedModel:
             )
         self.model = model
         self.numerics = report.numerics
+        self._rotary_regimes = report.rotary_regimes()
         self.device = parameter.device
         self.dtype = parameter.dtype
         config: Any = model.config
@@ -82,6 +88,30 @@ class PatchedModel:
 
     def layers(self) -> abc.Sequence[StateSpec]:
         return state_spec(self.model)
+
+    @property
+    def grows(self) -> bool:
+        """Whether sequences may be longer than ``max_model_len`` when asked for: dynamic NTK, in fast mode."""
+        varies = self._rotary_regimes is not None and self._rotary_regimes.varies_after is not None
+        return varies and self.numerics is Numerics.FAST
+
+    def rotary_length(self, declared: int) -> int | None:
+        """``Completion.rotary_length`` of a request of ``declared`` tokens, so that its tables stay while it grows.
+
+        None where tables do not depend on the length. Raises ToolkitError in bitwise mode where every length has other
+        ones.
+        """
+        regimes = self._rotary_regimes
+        if regimes is None:
+            return None
+        most = regimes.varies_after
+        if self.numerics is Numerics.BITWISE and most is not None and declared > most:
+            raise ToolkitError(
+                f"prompt and max_tokens together must be <= {most} tokens in bitwise mode, got {declared}: beyond that "
+                "this model's rotary tables (dynamic NTK) are others for every length. Set a smaller max_tokens, or "
+                'numerics="fast".'
+            )
+        return regimes.canonical(declared)
 
     def version(self) -> int:
         version = weight_version(self.model)
@@ -166,6 +196,7 @@ class ModelRunner:
         lengths: list[int] = []
         rows: list[int] = []
         table_rows: list[int] = []
+        rotary: list[int] = []
         blocks = 0
         for chunk in chunks:
             sequence, start = chunk.sequence, chunk.start
@@ -179,6 +210,8 @@ class ModelRunner:
             offsets.append(len(tokens))
             lengths.append(end)
             table_rows.append(sequence.table_row)
+            if sequence.request.rotary_length is not None:
+                rotary += [sequence.request.rotary_length] * chunk.count
             blocks = max(blocks, sequence.num_known_blocks)
             if chunk.samples:
                 rows.append(len(tokens) - 1)
@@ -190,8 +223,9 @@ class ModelRunner:
         offsets += [count] * len(padding)
         lengths += padding
         table_rows += [self._padding] * len(padding)
+        rotary += [1] * len(padding) if rotary else []
         # One array, one transfer, then views.
-        parts = [tokens, positions, offsets, [0] * len(lengths), lengths, rows]
+        parts = [tokens, positions, offsets, [0] * len(lengths), lengths, rows, rotary]
         of_groups = [
             _snapshots(chunks, at, len(padding)) if group.snapshot_interval else [_slots(chunks, at, len(padding))]
             for at, group in enumerate(self.pool.groups)
@@ -201,7 +235,7 @@ class ModelRunner:
         flat = np.array([value for part in parts for value in part], dtype=np.int64)
         device = self.backend.device
         tensors = iter(torch.from_numpy(flat).to(device).split([len(part) for part in parts]))
-        tokens_T, positions_T, offsets_S, kv_offsets_S, lengths_S, rows_R = (next(tensors) for _ in range(6))
+        tokens_T, positions_T, offsets_S, kv_offsets_S, lengths_S, rows_R, rotary_T = (next(tensors) for _ in range(7))
         views: list[PagedRows | Snapshots] = []
         for at, found in enumerate(of_groups):
             mine = [next(tensors) for _ in found]
@@ -211,7 +245,7 @@ class ModelRunner:
             else:
                 views.append(Snapshots(*mine))
         batch = RaggedBatch(tokens_T, positions_T, offsets_S, kv_offsets_S, lengths_S, views=tuple(views))
-        return batch, rows_R
+        return replace(batch, rotary_lengths=rotary_T) if rotary else batch, rows_R
 
     def _sync(self, chunk: Chunk) -> list[list[tuple[int, int]]]:
         """Write the sequence's new blocks into its table row; the block copies that must run before the forward."""

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from toolkit.state.rotary_regimes import RotaryRegimes
+
 Undo = Callable[[], None]
 
 # Two fp32 computations of one formula differ by a few roundings, another formula by far more (gelu and its tanh form:
@@ -46,6 +48,7 @@ class Claim:
         op: what replaces it, for the report.
         error: of the probe.
         install: makes the replacement and returns its undo step.
+        rotary_regimes: of rotary tables that depend on the length of the sequence; None elsewhere.
     """
 
     role: str
@@ -54,6 +57,7 @@ class Claim:
     op: str
     error: ProbeError
     install: Callable[[], Undo]
+    rotary_regimes: RotaryRegimes | None = None
 
 
 @dataclass(frozen=True)

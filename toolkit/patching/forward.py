@@ -18,12 +18,14 @@ from toolkit.ops.linear_logprob import deferred
 from toolkit.ops.take_rows import take_rows
 from toolkit.patching.adapters import inner_model
 from toolkit.patching.eval_mode import eval_mode
+from toolkit.patching.length_tables import regimes_of
 from toolkit.patching.record import report_of
 from toolkit.patching.report import PatchReport
 from toolkit.state.active import KEYWORD, set_forward_context
 from toolkit.state.batch import RaggedBatch
 from toolkit.state.context import ForwardContext
 from toolkit.state.dense import DenseContext
+from toolkit.state.rotary_regimes import RotaryRegimes
 
 
 def _explicit_mask(device: torch.device) -> Tensor:
@@ -106,12 +108,16 @@ _SEPARATE: "weakref.WeakSet[PatchReport]" = weakref.WeakSet()
 def _check_separate(model: nn.Module) -> None:
     """Check that no layer mixes the sequences of a batch, as an unpatched recurrent layer would.
 
-    The second sequence's logits must not depend on the sequence before it in the batch.
+    The second sequence's logits must not depend on the sequence before it in the batch, and no rotary tables on the
+    longest sequence.
 
     Raises:
         ToolkitError: they do.
     """
     device = next(model.parameters()).device
+    report = report_of(model)
+    assert report is not None
+    _check_rotary(model, report)
 
     def after(before: list[int]) -> Tensor:
         rows = torch.arange(len(before), len(before) + 3, device=device)
@@ -124,8 +130,6 @@ def _check_separate(model: nn.Module) -> None:
         return torch.allclose(one, other, rtol=1e-3, atol=1e-3 * float(one.abs().amax().nan_to_num()))
 
     if not near(first, second):
-        report = report_of(model)
-        assert report is not None
         skipped = sorted({f"{r.path} ({r.reason})" for r in report.skipped if r.role in ("attention", "mixer")})
         raise ToolkitError(
             f"model {type(model).__name__} mixes the sequences of a batch in a layer that is not patched"
@@ -138,12 +142,44 @@ def _check_separate(model: nn.Module) -> None:
         )
 
 
+def _check_rotary(model: nn.Module, report: PatchReport) -> None:
+    """Raise ToolkitError where rotary tables depend on the longest sequence of a batch."""
+    claimed = {claim.path for claim in report.claims if claim.rotary_regimes is not None}
+    for path, module in model.named_modules():
+        if path not in claimed and regimes_of(module):
+            why = next((r.reason for r in report.skipped if r.role == "rotary" and r.path == path), "not asked for")
+            raise ToolkitError(
+                f"{path} of {type(model).__name__} makes rotary tables by the longest sequence of a batch; role "
+                f"'rotary' must be patched for a ragged batch, got {why}."
+            )
+
+
+def choose_rotary_lengths(
+    models: nn.Module | Sequence[nn.Module], lengths: Sequence[int], given: Sequence[int | None] | None = None
+) -> list[int] | None:
+    """``RaggedBatch.from_sequences``'s ``rotary_lengths`` for sequences of ``lengths`` tokens; None if not needed.
+
+    Args:
+        models: a patched model, or its wrapper; or several that run the same batch.
+        given: the lengths by which the tables are made, as declared or of a ``Completion``; None for their own.
+
+    Raises:
+        ToolkitError: a given length below the sequence's own with other tables.
+    """
+    models = [models] if isinstance(models, nn.Module) else models
+    reports = [report_of(inner_model(_patched(inner_model(model)))) for model in models]
+    found = [report.rotary_regimes() for report in reports if report is not None]
+    regimes = RotaryRegimes.merged(filter(None, found))
+    return None if regimes is None else regimes.of_lengths([None] * len(lengths) if given is None else given, lengths)
+
+
 def token_logprobs(
     model: nn.Module,
     sequences: Sequence[Sequence[int] | Tensor],
     share: bool = True,
     last: Sequence[int] | None = None,
     routing: Sequence[Tensor] | None = None,
+    rotary_lengths: Sequence[int | None] | None = None,
 ) -> list[Tensor]:
     """Log-probability (nats, full vocabulary) of every token of every sequence given the tokens before it.
 
@@ -156,12 +192,15 @@ def token_logprobs(
         last: return only the last ``last[i]`` tokens of sequence i; the head skips the others (a prompt's, say).
         routing: experts [tokens, MoE layers, K] of the tokens of sequence i, in place of the routers' choice
             (``Completion.routed_experts``). The last token may be missing. Routers must be patched.
+        rotary_lengths: of each sequence the length by which its rotary tables are made, where they depend on it
+            (LongRoPE, dynamic NTK): ``Completion.rotary_length``. None is the sequence's own length.
 
     Returns:
         One tensor per sequence, [tokens - 1] or [last[i]].
 
     Raises:
-        ToolkitError: a token id outside the vocabulary, or ``last[i]`` larger than the number of predictions.
+        ToolkitError: a token id outside the vocabulary, ``last[i]`` larger than the number of predictions, or a
+            rotary length below the sequence's own with other tables.
     """
     device = next(model.parameters()).device
     tokens = [torch.as_tensor(sequence, dtype=torch.int64).cpu() for sequence in sequences]
@@ -183,7 +222,8 @@ def token_logprobs(
         return [torch.zeros(0, device=device) for _ in tokens]
     # Where nothing is asked for, the empty results still have a graph: gradients of 0, as of any masked loss.
     # The last token of a sequence predicts nothing here, but stays in: it costs little.
-    batch = RaggedBatch.from_sequences(tokens, device=device, share=share, routing=routing)
+    chosen = choose_rotary_lengths(model, [len(sequence) for sequence in tokens], rotary_lengths)
+    batch = RaggedBatch.from_sequences(tokens, device, share, routing, chosen)
     return list(predictions(model, batch, tokens, lengths)[0].split(lengths))
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from toolkit.numerics import Numerics
 from toolkit.patching.claim import Claim, Skipped
+from toolkit.state.rotary_regimes import RotaryRegimes
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +25,10 @@ class PatchReport:
     def roles(self) -> dict[str, int]:
         """Number of replaced modules of each role."""
         return dict(Counter(claim.role for claim in self.claims))
+
+    def rotary_regimes(self) -> RotaryRegimes | None:
+        """Which sequence lengths have the same rotary tables; None where all have."""
+        return RotaryRegimes.merged(claim.rotary_regimes for claim in self.claims if claim.rotary_regimes is not None)
 
     def worst_error(self) -> float:
         """Largest relative probe error, forward or backward, over all replacements."""

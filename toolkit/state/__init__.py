@@ -11,6 +11,7 @@ from toolkit.state.paged import PagedContext
 from toolkit.state.pool import StatePool
 from toolkit.state.prefix import PrefixIndex
 from toolkit.state.prefix_key import PrefixKey
+from toolkit.state.rotary_regimes import RotaryRegimes
 
 __all__ = [
     "AttentionSettings",
@@ -27,6 +28,7 @@ __all__ = [
     "PrefixIndex",
     "PrefixKey",
     "RaggedBatch",
+    "RotaryRegimes",
     "Snapshots",
     "StatePool",
     "StateSpec",

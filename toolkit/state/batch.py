@@ -43,6 +43,8 @@ class RaggedBatch:
             0 .. T.
         views: where the past lies in each group of layers, for ``PagedContext``; empty where the batch brings all keys.
         routing: [layers of experts, T, K] the experts that each token is to take; None to let routers choose.
+        rotary_lengths: [T] the length of the sequence by which each row's rotary tables are made, fixed for the life of
+            a sequence; None where the model's tables do not depend on it, or by its own length (``RotaryRegimes``).
 
     What is to come fits without another shape of class. Nothing here is derived or cached: contexts derive what they
     need, so fields may be buffers that a runner owns and updates in place, and a captured step reads them again.
@@ -69,6 +71,7 @@ class RaggedBatch:
     sample_rows: Tensor | None = None
     views: tuple[PagedRows | Snapshots, ...] = ()
     routing: Tensor | None = None
+    rotary_lengths: Tensor | None = None
 
     @classmethod
     def from_sequences(
@@ -77,6 +80,7 @@ class RaggedBatch:
         device: torch.device | str | None = None,
         share: bool = True,
         routing: Sequence[Tensor] | None = None,
+        rotary_lengths: Sequence[int] | None = None,
     ) -> "RaggedBatch":
         """The batch of whole sequences, without state: what training runs.
 
@@ -89,18 +93,29 @@ class RaggedBatch:
             routing: of each sequence the experts [tokens, layers of experts, K] that its tokens are to take
                 (``Completion.routed_experts``); the last token may be missing, see ``check_routing``. Sequences share
                 a prefix as far as they have its routing in common.
+            rotary_lengths: of each sequence, see the field. Sequences share prefixes only where these are equal.
 
         Raises:
-            ToolkitError: for a routing that does not fit the sequences.
+            ToolkitError: for a routing or rotary_lengths that do not fit the sequences.
         """
         arrays = [np.asarray(torch.as_tensor(sequence, dtype=torch.int64).cpu()) for sequence in sequences]
         counts = [len(array) for array in arrays]
         experts = check_routing(routing, counts) if routing is not None else None
+        if rotary_lengths is not None and len(rotary_lengths) != len(arrays):
+            raise ToolkitError(
+                f"rotary_lengths must have one entry per sequence ({len(arrays)}), got {len(rotary_lengths)}."
+            )
         if share and len(arrays) > 1:
             names, tokens_of, experts_of = name_rows(arrays, experts) if experts else (arrays, None, None)
+            distinct, kinds, low, span = _spread(names, rotary_lengths)
+            names = [one + span * kind for one, kind in zip(names, kinds, strict=True)]
             shared = share_prefixes(names)
             if sum(counts) - shared.size > _WORTH_SHARING * sum(counts):
                 batch = cls._of_prefix_trees(shared, device)
+                if rotary_lengths is not None:
+                    kind = (batch.tokens - low) // span
+                    lengths_of = torch.from_numpy(distinct).to(device)[kind]
+                    batch = replace(batch, tokens=batch.tokens - span * kind, rotary_lengths=lengths_of)
                 if tokens_of is None or experts_of is None:
                     return batch
                 named = torch.from_numpy(tokens_of).to(device)[batch.tokens]
@@ -113,6 +128,9 @@ class RaggedBatch:
         lengths = torch.tensor(counts, dtype=torch.int64)
         offsets = _offsets(lengths)
         batch = cls._on(device, tokens, positions, offsets, offsets[:-1], lengths)
+        if rotary_lengths is not None:
+            of_rows = np.repeat(np.asarray(rotary_lengths, dtype=np.int64), counts)
+            batch = replace(batch, rotary_lengths=torch.from_numpy(of_rows).to(device))
         return replace(batch, routing=_by_layer(np.concatenate(experts), device)) if experts else batch
 
     @classmethod
@@ -213,6 +231,17 @@ class RaggedBatch:
 def _by_layer(experts: np.ndarray, device: torch.device | str | None) -> Tensor:
     """[T, layers, K] to [layers, T, K]: a layer's part in one piece."""
     return torch.from_numpy(np.ascontiguousarray(experts.transpose(1, 0, 2))).to(device)
+
+
+def _spread(names: Sequence[np.ndarray], lengths: Sequence[int] | None) -> tuple[np.ndarray, Sequence[int], int, int]:
+    """(distinct lengths, index of each sequence's, lowest name, span of the names): sequences whose names are moved by
+    their index times the span have no prefix in common with those of another length."""
+    if lengths is None:
+        return np.empty(0, dtype=np.int64), [0] * len(names), 0, 0
+    distinct, kinds = np.unique(np.asarray(lengths, dtype=np.int64), return_inverse=True)
+    flat = np.concatenate(names)
+    low, high = (int(flat.min()), int(flat.max())) if len(flat) else (0, 0)
+    return distinct, kinds.tolist(), low, high - low + 1
 
 
 def _offsets(lengths: Tensor) -> Tensor:

@@ -8,8 +8,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from toolkit.errors import ToolkitError
 from toolkit.state.batch import RaggedBatch
 from toolkit.state.replay import RoutingReplay
+from toolkit.state.rotary_regimes import RotaryRegimes
 
 
 class AttentionSettings(NamedTuple):
@@ -46,6 +48,19 @@ class ForwardContext(ABC):
     def __init__(self, batch: RaggedBatch) -> None:
         self.batch = batch
         self.replay = None if batch.routing is None else RoutingReplay(batch.routing)
+
+    def rotary_lengths(self, regimes: RotaryRegimes) -> Tensor:
+        """[T] the length by which each row's rotary tables are made, for a module whose tables have ``regimes``.
+
+        Raises:
+            ToolkitError: the batch does not say so.
+        """
+        if self.batch.rotary_lengths is None:
+            raise ToolkitError(
+                "rotary_lengths of the batch must be given for a model whose rotary tables depend on the length of the "
+                "sequence, got None."
+            )
+        return self.batch.rotary_lengths
 
     @abstractmethod
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Tensor:

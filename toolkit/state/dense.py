@@ -8,6 +8,7 @@ from toolkit.ops.causal_conv import causal_conv
 from toolkit.ops.linear_recurrence import linear_recurrence
 from toolkit.state.batch import RaggedBatch
 from toolkit.state.context import AttentionSettings, ForwardContext
+from toolkit.state.rotary_regimes import RotaryRegimes
 
 
 class DenseContext(ForwardContext):
@@ -20,6 +21,10 @@ class DenseContext(ForwardContext):
         super().__init__(batch)
         self._parents = batch.parents
         self._past: dict[int, Tensor] = {}
+
+    def rotary_lengths(self, regimes: RotaryRegimes) -> Tensor:
+        """As given, else by each sequence's own length: all of its tokens are here."""
+        return regimes.of_batch(self.batch) if self.batch.rotary_lengths is None else self.batch.rotary_lengths
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Tensor:
         batch = self.batch

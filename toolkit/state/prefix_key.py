@@ -1,6 +1,5 @@
 """What cached state of a prefix depends on besides its tokens."""
 
-from collections.abc import Hashable
 from typing import NamedTuple
 
 
@@ -12,14 +11,14 @@ class PrefixKey(NamedTuple):
         adapter: name of the active adapter (several joined by "+"); None for the base model.
         adapter_version: of the adapter's weights and scaling.
         salt: ``SamplingParams.cache_salt``; None shares with every request that has none.
-        rotary: regime of rotary tables that depend on a sequence's length; None for tables that do not.
+        rotary: ``Completion.rotary_length``, where rotary tables depend on a sequence's length; None elsewhere.
     """
 
     weights: int = 0
     adapter: str | None = None
     adapter_version: int = 0
     salt: str | None = None
-    rotary: Hashable = None
+    rotary: int | None = None
 
     def outdates(self, other: "PrefixKey") -> bool:
         """Whether no sequence can have the key ``other`` any more, given that these weights are the current ones.

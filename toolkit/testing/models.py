@@ -87,6 +87,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "lfm2": {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"], "block_multiple_of": 8},
 }
 
+# One set of frequencies up to 48 tokens and another beyond: prompts and completions lie on both sides.
+FAMILIES["phi3_longrope"] = {
+    "model_type": "phi3",
+    "num_key_value_heads": 2,
+    "original_max_position_embeddings": 48,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.75,
+        "short_factor": [1.0, 1.02, 1.05, 1.1, 1.2, 1.3],
+        "long_factor": [1.0, 1.5, 3.0, 7.0, 15.0, 30.0],
+        "original_max_position_embeddings": 48,
+    },
+}
 FAMILIES["deepseek_v3_moe"] = {
     **FAMILIES["deepseek_v3"],
     "model_type": "deepseek_v3",

@@ -27,6 +27,7 @@ class Parity:
         replayed: tokens that training computed again with the engine's recorded routing.
         replayed_differing: those of them that differ.
         largest: largest absolute difference of log-probabilities, in nats, replayed ones included.
+        rotary_crossings: completions that grew past a length after which the model's rotary tables are others.
     """
 
     tokens: int = 0
@@ -40,6 +41,7 @@ class Parity:
     swaps: int = 0
     forked: int = 0
     chunked_prompts: int = 0
+    rotary_crossings: int = 0
     numerics: str = ""
     details: list[str] = field(default_factory=list)
 
@@ -121,10 +123,18 @@ def _one_schedule(
     result.swaps += int(stats["num_swaps"])
     result.forked += sum(n - 1 for n in counts)
     result.chunked_prompts += sum(len(prompt) > budget for prompt in chosen)
+    result.rotary_crossings += sum(_crosses(model, completion) for completion in completions)
     source.shuffle(completions)
     while completions:
         group = [completions.pop() for _ in range(min(len(completions), source.randint(1, 6)))]
         _compare(model, group, result)
+
+
+def _crosses(model: Any, completion: Any) -> bool:
+    report = report_of(model)
+    regimes = None if report is None else report.rotary_regimes()
+    prompt, tokens = len(completion.prompt_token_ids), len(completion.token_ids)
+    return regimes is not None and regimes.canonical(prompt) != regimes.canonical(prompt + tokens)
 
 
 def _compare(model: Any, group: Sequence[Any], result: Parity) -> None:
@@ -150,7 +160,8 @@ def _differing(model: Any, group: Sequence[Any], routing: Any, result: Parity) -
     # With gradients, as in a training step.
     with torch.enable_grad():
         sequences = [list(c.prompt_token_ids) + list(c.token_ids) for c in group]
-        trained = token_logprobs(model, sequences, routing=routing)
+        rotary_lengths = [completion.rotary_length for completion in group]
+        trained = token_logprobs(model, sequences, routing=routing, rotary_lengths=rotary_lengths)
     count = 0
     for completion, logprobs in zip(group, trained):
         returned = torch.tensor(completion.logprobs, dtype=torch.float64)

@@ -18,7 +18,7 @@ from toolkit.ops.attention import attention, attention_backward
 from toolkit.ops.causal_conv import causal_conv
 from toolkit.ops.linear_logprob.deferred import summed_cross_entropy
 from toolkit.ops.linear_recurrence import linear_recurrence
-from toolkit.patching.forward import context_forward
+from toolkit.patching.forward import choose_rotary_lengths, context_forward
 from toolkit.state.batch import RaggedBatch
 from toolkit.state.context import AttentionSettings, ForwardContext
 
@@ -205,6 +205,7 @@ def backward_in_chunks(
     if counted == 0:
         return 0.0
     starts = list(range(0, len(ids), chunk_tokens))
+    rotary = choose_rotary_lengths(model, [len(ids)])
     state = ChunkedState(len(ids), torch.device(state_device) if state_device is not None else device)
 
     def forward(chunk: int) -> tuple[ChunkedContext, Tensor]:
@@ -212,7 +213,8 @@ def backward_in_chunks(
         stop = min(start + chunk_tokens, len(ids))
         offsets, first, length = (torch.tensor(one, device=device) for one in ([0, stop - start], [0], [stop]))
         positions = torch.arange(start, stop, device=device)
-        batch = RaggedBatch(ids[start:stop], positions, offsets, first, length)
+        of_rows = None if rotary is None else offsets.new_full((stop - start,), rotary[0])
+        batch = RaggedBatch(ids[start:stop], positions, offsets, first, length, rotary_lengths=of_rows)
         context = ChunkedContext(batch, state, chunk, start)
         rows = (targets[start:stop] != IGNORED).nonzero().flatten()
         if not torch.is_grad_enabled():

@@ -42,6 +42,7 @@ class RaggedModel(nn.Module):
         rows: Tensor | None = None,
         last: list[int] | None = None,
         routing: list[Tensor] | None = None,
+        rotary_lengths: list[int | None] | None = None,
     ) -> Any:
         """Logits [T, V] of every token of a batch, or [len(rows), V] of those rows.
 
@@ -52,10 +53,11 @@ class RaggedModel(nn.Module):
             rows: rows of the batch whose logits are wanted.
             last: tokens of each sequence whose log-probabilities are wanted.
             routing: the experts of each sequence's tokens.
+            rotary_lengths: of each sequence, see ``token_logprobs``.
         """
         with observing(self.observer if torch.is_grad_enabled() else None):
             if isinstance(batch, list):
-                return token_logprobs(self.model, batch, share=True, last=last, routing=routing)
+                return token_logprobs(self.model, batch, True, last, routing, rotary_lengths)
             return ragged_forward(self.model, batch, rows)
 
 
@@ -68,9 +70,11 @@ class Reference:
         self.model = model
 
     @torch.no_grad()
-    def logprobs(self, sequences: list[list[int]], last: list[int]) -> list[Tensor]:
+    def logprobs(
+        self, sequences: list[list[int]], last: list[int], rotary_lengths: list[int | None] | None = None
+    ) -> list[Tensor]:
         """Log-probabilities of the last ``last[i]`` tokens of each sequence, without gradients."""
-        return token_logprobs(self.model, sequences, share=True, last=last)
+        return token_logprobs(self.model, sequences, share=True, last=last, rotary_lengths=rotary_lengths)
 
     @torch.no_grad()
     def logits(self, batch: RaggedBatch, rows: Tensor) -> Tensor:

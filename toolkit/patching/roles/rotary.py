@@ -1,4 +1,8 @@
-"""Rotary tables: modules that compute cosines and sines of positions from inverse frequencies."""
+"""Rotary tables: modules that compute cosines and sines of positions from inverse frequencies.
+
+A module whose frequencies depend on the longest sequence of a call (LongRoPE, dynamic NTK) is asked for which lengths
+they are the same, and gets a forward that goes by the length of each row's own sequence in ragged batches.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -7,22 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from toolkit.modules.rotary import LAYOUTS, rotary_tables_forward
+from toolkit.modules.rotary import LAYOUTS, length_dependent_forward, rotary_tables_forward
 from toolkit.numerics import Numerics
-from toolkit.patching.claim import Claim, ProbeError, Skipped
-from toolkit.patching.probe import compare, device_of, probe_copy, random_input, required_arguments, with_forward
-from toolkit.patching.search import Candidate, search
+from toolkit.patching.claim import Claim, ProbeError, Skipped, replace_forward
+from toolkit.patching.length_tables import BUFFER, Regimes, frequencies_of, fresh_copy, layer_types, regimes_of
+from toolkit.patching.probe import compare, device_of, probe_copy, random_input, with_forward
+from toolkit.patching.search import Candidate, prove, search
+from toolkit.state.active import set_forward_context
+from toolkit.state.batch import RaggedBatch
+from toolkit.state.dense import DenseContext
+from toolkit.state.rotary_regimes import RotaryRegimes
 
 AXES = 3  # time, height, width
-BUFFER = "inv_freq"
-
-
-def _layer_types(module: nn.Module) -> list[str | None]:
-    """The layer types that the module has frequencies for; [None] where they are for all layers, [] for none."""
-    buffers = [name for name, _ in module.named_buffers(recurse=False) if name.endswith(BUFFER)]
-    if BUFFER in buffers:
-        return [None]
-    return [name.removesuffix(f"_{BUFFER}") for name in buffers if not name.endswith(f"original_{BUFFER}")]
 
 
 def _real(tables: Any) -> Any:
@@ -47,7 +47,7 @@ def _probe(module: nn.Module, forward: Callable[..., Any], along_axes: bool) -> 
         inputs.append([torch.stack([near, near.flip(-1), near + 3])])
     errors = [
         compare(_call(pristine, forward, kind), _call(copied, type(copied).forward, kind), inputs)
-        for kind in _layer_types(module)
+        for kind in layer_types(module)
     ]
     return ProbeError(max(e.forward for e in errors), max(e.backward for e in errors))
 
@@ -71,18 +71,73 @@ def _axes(module: nn.Module) -> Tensor | None:
 
 
 def _candidates(module: nn.Module) -> list[Candidate] | None:
-    kinds, needed = _layer_types(module), required_arguments(module)
-    if not kinds or "position_ids" not in needed or len(needed) > (2 if kinds == [None] else 3):
+    kinds = layer_types(module)
+    if not kinds:
         return None
     axes = _axes(module) if kinds == [None] else None
     options: list[Candidate] = []
     for layout in LAYOUTS:
         forward = rotary_tables_forward(layout, axes)
-        named = "".join([f" ({layout})" * (layout != "twice"), " along axes" * (axes is not None)])
-        options.append((f"rotary_tables{named}", forward, partial(_probe, module, forward, axes is not None)))
+        options.append((_name(layout, axes), forward, partial(_probe, module, forward, axes is not None)))
     return options
+
+
+def _name(layout: str, axes: Tensor | None) -> str:
+    return "".join(["rotary_tables", f" ({layout})" * (layout != "twice"), " along axes" * (axes is not None)])
+
+
+def _length_dependent(module: nn.Module, regimes: Regimes) -> list[Candidate]:
+    axes = _axes(module) if list(regimes) == [None] else None
+    options: list[Candidate] = []
+    for layout in LAYOUTS:
+        # Frequencies that a module computes anew in its forward are those that it was made with.
+        for source in (BUFFER, f"original_{BUFFER}"):
+            forward = length_dependent_forward(type(module).forward, frequencies_of(source), regimes, layout, axes)
+            probe = partial(_length_probe, module, forward, regimes, axes is not None)
+            options.append((f"{_name(layout, axes)} by sequence length", forward, probe))
+    return options
+
+
+def _length_probe(module: nn.Module, forward: Callable[..., Any], regimes: Regimes, along_axes: bool) -> ProbeError:
+    """Sequences of every regime in one ragged batch, against the module's own forward on each alone."""
+    device, errors = device_of(module), []
+    for kind, regime in regimes.items():
+        borders = () if regime is None else (*regime.borders, *filter(None, [regime.varies_after]))
+        lengths = sorted({2, 40, *(length for at in borders for length in (at, at + 1, at + 2, 3 * at + 7))})
+        parts = [torch.tensor([0, 1, length // 2, length - 1], device=device) for length in lengths]
+        batch = RaggedBatch.from_sequences(parts, device, share=False, rotary_lengths=lengths)
+        own = _call(fresh_copy(module), type(module).forward, kind)
+        ragged = _call(module, forward, kind)
+
+        def separate(*positions: Tensor, own: Any = own) -> Any:
+            tables = [own(one) for one in positions]
+            one_tensor = isinstance(tables[0], Tensor)
+            return torch.cat(tables, 1) if one_tensor else tuple(torch.cat(part, 1) for part in zip(*tables))
+
+        def together(*positions: Tensor, ragged: Any = ragged, batch: RaggedBatch = batch) -> Any:
+            with set_forward_context(DenseContext(batch)):
+                return ragged(torch.cat(positions, -1))
+
+        # The shortest first: a module that keeps the frequencies of the longest sequence so far has none yet.
+        inputs = [[part[None] for part in parts]]
+        if along_axes:
+            inputs.append([torch.stack([part, part // 2, part // 3])[:, None] for part in parts])
+        errors.append(compare(together, separate, inputs))
+    return ProbeError(max(e.forward for e in errors), max(e.backward for e in errors))
 
 
 def find(model: nn.Module, numerics: Numerics) -> list[Claim | Skipped]:
     """Claims on modules that compute rotary tables."""
-    return search(model, "rotary", _candidates)
+    dependent = {module: regimes for module in model.modules() if (regimes := regimes_of(module))}
+    found = search(model, "rotary", lambda module: None if module in dependent else _candidates(module))
+    for path, module in model.named_modules():
+        if module not in dependent:
+            continue
+        verdict = prove(_length_dependent(module, dependent[module]))
+        if isinstance(verdict, str):
+            found.append(Skipped("rotary", path, f"its tables depend on the length of the sequence, and {verdict}"))
+        else:
+            op, forward, error = verdict
+            merged = RotaryRegimes.merged(filter(None, dependent[module].values()))
+            found.append(Claim("rotary", path, module, op, error, replace_forward(module, forward), merged))
+    return found

@@ -59,6 +59,14 @@ class DistillSection(OnPolicySection):
     """Of the teacher's most probable tokens; all others are one outcome."""
 
 
+class Sampled(NamedTuple):
+    """A completion after its prompt without its last token, how many of its tokens count, and its rotary length."""
+
+    ids: list[int]
+    counted: int
+    rotary_length: int
+
+
 class MicroBatch(NamedTuple):
     """Rows whose next token the student sampled, for how many completions, and the teacher's top-k tokens there."""
 
@@ -112,8 +120,11 @@ class Distillation(OnPolicyObjective[DistillSection]):
         self.count(problems, groups)
         completions = [one for group in groups for one in group]
         # The last token predicts nothing.
-        sampled = [([*one.prompt_token_ids, *one.token_ids[:-1]], len(one.token_ids)) for one in completions]
-        packs = in_batches(sampled, lambda item: len(item[0]), self.recipe.train.batch_tokens)
+        sampled = [
+            Sampled([*one.prompt_token_ids, *one.token_ids[:-1]], len(one.token_ids), one.rotary_length or 1)
+            for one in completions
+        ]
+        packs = in_batches(sampled, lambda item: len(item.ids), self.recipe.train.batch_tokens)
         (total,) = self.context.reduce_sum([sum(len(one.token_ids) for one in completions)])
         self.trained_tokens = int(total)
         count = self.context.reduce_max(len(packs))
@@ -121,15 +132,18 @@ class Distillation(OnPolicyObjective[DistillSection]):
         micros += [micros[0]._replace(share=0.0) for _ in range(count - len(micros))]
         yield micros
 
-    def _micro(self, pack: Sequence[tuple[list[int], int]], share: float) -> MicroBatch:
+    def _micro(self, pack: Sequence[Sampled], share: float) -> MicroBatch:
         import torch
 
+        from toolkit.patching import choose_rotary_lengths
         from toolkit.state.batch import RaggedBatch
 
         device = self.context.device
-        batch = RaggedBatch.from_sequences([ids for ids, _ in pack], device=device)
-        ends = accumulate(len(ids) for ids, _ in pack)
-        positions = torch.cat([torch.arange(end - count, end) for end, (_, count) in zip(ends, pack)]).to(device)
+        models = [self.context.model.model, self.teacher.model]
+        rotary = choose_rotary_lengths(models, [max(len(one.ids) + 1, one.rotary_length) for one in pack])
+        batch = RaggedBatch.from_sequences([one.ids for one in pack], device=device, rotary_lengths=rotary)
+        ends = accumulate(len(one.ids) for one in pack)
+        positions = torch.cat([torch.arange(end - one.counted, end) for end, one in zip(ends, pack)]).to(device)
         # Completions share the rows of their common prefix; the loss there counts for each of them.
         rows, counts = (positions if batch.sample_rows is None else batch.sample_rows[positions]).unique(
             return_counts=True

@@ -79,6 +79,8 @@ class Sample:
     reference: "Tensor | None" = None
     routing: "Tensor | None" = None
     """The experts of its tokens but the last one, where they are replayed."""
+    rotary_length: int | None = None
+    """By which its rotary tables are made: the completion's."""
 
     @property
     def sequence(self) -> list[int]:
@@ -106,6 +108,10 @@ class MicroBatch:
         """Of each sample, or None where nothing is replayed."""
         routing = [sample.routing for sample in self.samples if sample.routing is not None]
         return routing if len(routing) == len(self.samples) else None
+
+    @property
+    def rotary_lengths(self) -> list[int | None]:
+        return [sample.rotary_length for sample in self.samples]
 
 
 class GRPO(OnPolicyObjective[GRPOSection]):
@@ -168,6 +174,7 @@ class GRPO(OnPolicyObjective[GRPOSection]):
                             advantage,
                             masked=section.mask_truncated_completions and one.finish_reason == "length",
                             routing=one.routed_experts,
+                            rotary_length=one.rotary_length,
                         )
                         for one, advantage in zip(group, values)
                     ]
@@ -194,7 +201,7 @@ class GRPO(OnPolicyObjective[GRPOSection]):
     def _remember_reference(self, micros: Sequence[MicroBatch]) -> None:
         if self.reference is not None:
             for micro in micros:
-                values = self.reference.logprobs(micro.sequences, micro.lengths)
+                values = self.reference.logprobs(micro.sequences, micro.lengths, micro.rotary_lengths)
                 for sample, value in zip(micro.samples, values):
                     sample.reference = value
 
@@ -205,7 +212,8 @@ class GRPO(OnPolicyObjective[GRPOSection]):
 
         section, samples = self.section, micro.samples
         lengths = micro.lengths
-        logprob = torch.cat(forward(micro.sequences, last=lengths, routing=micro.routing))
+        given = {"routing": micro.routing, "rotary_lengths": micro.rotary_lengths}
+        logprob = torch.cat(forward(micro.sequences, last=lengths, **given))
         device = logprob.device
 
         def spread(values: list[float]) -> "Tensor":

@@ -16,7 +16,6 @@ from toolkit.training.objectives.offline import OfflineObjective
 from toolkit.training.tasks import Problem, ProblemStream
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from toolkit.state.batch import RaggedBatch
@@ -97,8 +96,7 @@ class SFT(OfflineObjective[SFTSection]):
         (total,) = self.context.reduce_sum([sum(counts)])
         self._tokens = int(total)
         yield [
-            _micro(pack, count * self.context.world_size / total, self.context.device)
-            for pack, count in zip(packs, counts)
+            _micro(pack, count * self.context.world_size / total, self.context) for pack, count in zip(packs, counts)
         ]
 
     def loss(self, forward: Callable[..., Any], micro: MicroBatch) -> "Tensor":
@@ -139,7 +137,7 @@ class SFT(OfflineObjective[SFTSection]):
         with torch.no_grad(), eval_mode(context.model):
             for example in map(self.example, mine):
                 if example.counted:
-                    micro = _micro([example], 1.0, context.device)
+                    micro = _micro([example], 1.0, context)
                     mean = next_token_loss(context.model(micro.batch, micro.rows), micro.targets)
                     sums.add(loss=mean.item() * example.counted, tokens=example.counted)
         totals = sums.take(context)
@@ -159,16 +157,20 @@ class SFT(OfflineObjective[SFTSection]):
         self.rollout.close()
 
 
-def _micro(pack: Sequence[Example], share: float, device: "torch.device") -> MicroBatch:
+def _micro(pack: Sequence[Example], share: float, context: RunContext) -> MicroBatch:
     """The packed batch of some examples."""
     import torch
 
+    from toolkit.patching import choose_rotary_lengths
     from toolkit.state.batch import RaggedBatch
 
+    device, inputs = context.device, [example.inputs for example in pack]
+    # With the last target: that is the whole sequence.
+    rotary = choose_rotary_lengths(context.model.model, [len(one) + 1 for one in inputs])
     flat = [target for example in pack for target in example.targets]
     rows = [row for row, target in enumerate(flat) if target != IGNORED]
     return MicroBatch(
-        RaggedBatch.from_sequences([example.inputs for example in pack], device=device, share=False),
+        RaggedBatch.from_sequences(inputs, device=device, share=False, rotary_lengths=rotary),
         torch.tensor(rows, device=device),
         torch.tensor([flat[row] for row in rows], device=device),
         share,
