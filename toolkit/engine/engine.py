@@ -3,7 +3,6 @@
 import itertools
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,12 +15,12 @@ from toolkit.engine.outputs import Completion, Delta, FinishReason
 from toolkit.engine.params import SamplingParams
 from toolkit.engine.prompts import Params, Prompt, Prompts, check_params, check_prompt, longest_sequence, split_prompts
 from toolkit.engine.request import Request, Sequence
-from toolkit.engine.runner import Backend, ModelRunner, PatchedModel, block_counts
+from toolkit.engine.runner import Backend, ModelRunner, PatchedModel, block_counts, chosen_specs
 from toolkit.engine.sampler import Sampler
 from toolkit.engine.scheduler import Chunk, Scheduler
 from toolkit.engine.swap import SwapSpace
-from toolkit.errors import ToolkitError, must_be_one_of
-from toolkit.state import BlockManager, StatePool, StateSpec
+from toolkit.errors import ToolkitError
+from toolkit.state import BlockManager, StatePool
 
 
 class Engine:
@@ -93,7 +92,7 @@ class Engine:
         self.vocab_size = self.backend.vocab_size
         self.tokenizer = tokenizer
         self.max_model_len = self._max_model_len()
-        specs = self._specs()
+        specs = chosen_specs(self.backend, self.config)
         running = min(max_num_seqs, max_num_batched_tokens)
         blocks = block_counts(specs, self.backend, self.config, running, self.max_model_len)
         self.pool = StatePool(specs, blocks, block_size, self.backend.dtype, self.backend.device)
@@ -244,22 +243,6 @@ class Engine:
             self._end(request, "cancelled")
         self.scheduler.swap = None
         del self.pool, self.runner, self.backend, self._sampler
-
-    def _specs(self) -> list[StateSpec]:
-        """What each layer remembers, in the kinds that the configuration asks for."""
-        specs, kinds = list(self.backend.layers()), self.config.kinds or {}
-        if not self.config.enable_return_routed_experts:
-            specs = [spec for spec in specs if spec.kind != "routing"]
-        elif all(spec.kind != "routing" for spec in specs):
-            raise ToolkitError(
-                "enable_return_routed_experts must be False for a model without a patched layer of experts "
-                "(role 'experts'), got True."
-            )
-        known = sorted({spec.kind for spec in specs})
-        for name in kinds:
-            if name not in known:
-                raise ToolkitError(must_be_one_of("a key of kinds", name, known))
-        return [replace(spec, kind=kinds.get(spec.kind, spec.kind)) for spec in specs]
 
     def _max_model_len(self) -> int:
         asked, most = self.config.max_model_len, self.backend.max_model_len

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from toolkit.engine.config import EngineConfig
 from toolkit.engine.decode_graphs import DecodeGraphs, padded_size
 from toolkit.engine.scheduler import Chunk
-from toolkit.errors import ToolkitError
+from toolkit.errors import ToolkitError, must_be_one_of
 from toolkit.numerics import Numerics
 from toolkit.patching import patch, report_of
 from toolkit.patching.adapters import fuse_adapters, inner_model
@@ -139,6 +139,23 @@ class PatchedModel:
 
 def _ids(eos: Any) -> frozenset[int]:
     return frozenset() if eos is None else frozenset(eos) if isinstance(eos, list | tuple) else frozenset([eos])
+
+
+def chosen_specs(backend: Backend, config: EngineConfig) -> list[StateSpec]:
+    """What each layer remembers, in the kinds that the configuration asks for."""
+    specs, kinds = list(backend.layers()), config.kinds or {}
+    if not config.enable_return_routed_experts:
+        specs = [spec for spec in specs if spec.kind != "routing"]
+    elif all(spec.kind != "routing" for spec in specs):
+        raise ToolkitError(
+            "enable_return_routed_experts must be False for a model without a patched layer of experts "
+            "(role 'experts'), got True."
+        )
+    known = sorted({spec.kind for spec in specs})
+    for name in kinds:
+        if name not in known:
+            raise ToolkitError(must_be_one_of("a key of kinds", name, known))
+    return [replace(spec, kind=kinds.get(spec.kind, spec.kind)) for spec in specs]
 
 
 def block_counts(
