@@ -178,7 +178,7 @@ def test_accumulation_equals_one_large_batch(corpus: Path) -> None:
         got.update({name: p.grad.clone() for name, p in trainer.ragged.named_parameters() if p.grad is not None})
         return torch.zeros(())
 
-    trainer._clip = clip  # type: ignore[method-assign]
+    trainer.gradients._clip = clip  # type: ignore[method-assign]
     trainer.train_step()
     assert set(got) == set(expected)
     assert len(got) == len(list(trainer.ragged.parameters()))

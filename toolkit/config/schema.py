@@ -50,6 +50,7 @@ class ModelSection(Section):
     config: dict[str, Any] | None = None
     """``model_type`` and fields of its configuration; vocabulary and eos come from the tokenizer."""
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
+    """Of the weights that the optimizer updates; see ``train.mixed_precision`` for that of the forward."""
     roles: list[str] | None = None
     """Roles to patch; null patches every role that matches."""
     numerics: Literal["bitwise", "fast"] | None = None
@@ -114,6 +115,26 @@ class OptimizerSection(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Gradients are clipped to this norm; null does not clip."""
+    kahan_sum: bool | None = None
+    """For weights that are 16-bit themselves (``model.dtype: bfloat16``): keep what rounding cuts off an update and add
+    it to the next one. null is true for them, unless they are rounded stochastically."""
+    bf16_stochastic_round: bool = False
+    """For such weights, instead: round up or down with a probability of the distance."""
+
+    @property
+    def kept_of_rounding(self) -> Literal["kahan_sum", "bf16_stochastic_round", "none"]:
+        """What becomes of the part of an update that 16-bit weights have no room for."""
+        if self.bf16_stochastic_round:
+            return "bf16_stochastic_round"
+        return "none" if self.kahan_sum is False else "kahan_sum"
+
+    @model_validator(mode="after")
+    def _one_way_to_round(self) -> Self:
+        if self.kahan_sum and self.bf16_stochastic_round:
+            raise ValueError(
+                "at most one of optimizer.kahan_sum and optimizer.bf16_stochastic_round must be true, got both"
+            )
+        return self
 
 
 class ScheduleSection(Section):
@@ -168,6 +189,9 @@ class TrainSection(Section):
     """Longest sequence; longer documents are split."""
     gradient_accumulation_steps: Count = 1
     """Forwards per step, whose gradients are averaged."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """bf16, fp16: model, rollout, evaluation and saved weights have 16 bits; the optimizer updates float32 copies,
+    which checkpoints hold for resuming. fp16 scales the loss. no: all is in ``model.dtype``."""
     moe: MoeSection = Field(default_factory=MoeSection)
     expert_parallel: ExpertParallelSection | None = None
     """For MoE models; null keeps all experts in every process."""
@@ -259,9 +283,34 @@ class Recipe(Section):
                 f"train.gradient_accumulation_steps must be 1 with objective.kind '{objective.kind}', which makes "
                 f"forwards of train.batch_tokens as they are needed, got {self.train.gradient_accumulation_steps}"
             )
+        self._check_precision()
         objective.check(self)
         if self.overwrite and self.resume_from_checkpoint is not False:
             raise ValueError(
                 f"overwrite must be false with resume_from_checkpoint {self.resume_from_checkpoint!r}, got true"
             )
         return self
+
+    @property
+    def forward_dtype(self) -> str:
+        """The dtype that the model's forward reads its weights in, in training, rollout and evaluation."""
+        return {"no": self.model.dtype, "bf16": "bfloat16", "fp16": "float16"}[self.train.mixed_precision]
+
+    def _check_precision(self) -> None:
+        dtype, mixed, optimizer = self.model.dtype, self.train.mixed_precision, self.optimizer
+        if mixed != "no" and dtype != "float32":
+            raise ValueError(
+                f"model.dtype must be 'float32' with train.mixed_precision '{mixed}', as it is the dtype of the "
+                f"weights that the optimizer updates, got '{dtype}'"
+            )
+        if dtype == "float16":
+            raise ValueError(
+                "model.dtype must be 'float32', with train.mixed_precision 'fp16', to train in float16, whose "
+                "gradients need loss scaling, got 'float16'"
+            )
+        for name in ("kahan_sum", "bf16_stochastic_round"):
+            if getattr(optimizer, name) and dtype != "bfloat16":
+                raise ValueError(
+                    f"optimizer.{name} must be false unless model.dtype is 'bfloat16': it is for weights that have no "
+                    "float32 copy, got true"
+                )

@@ -7,7 +7,6 @@ N steps are bitwise identical whether or not the run was killed and resumed.
 """
 
 import json
-import math
 import time
 import warnings
 from collections import deque
@@ -17,8 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object, set_seed
+from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 
 from toolkit.config import Recipe, dump
@@ -27,6 +25,7 @@ from toolkit.loading.run import name_of
 from toolkit.moe.sharding import ShardedExperts, expert_groups, shard_experts
 from toolkit.patching import expert_layers
 from toolkit.training import checkpoint
+from toolkit.training.accelerator import make_accelerator
 from toolkit.training.files import write_atomic
 from toolkit.training.metrics import FILE as METRICS
 from toolkit.training.metrics import Metrics, plot_curve, read_metrics
@@ -41,6 +40,7 @@ from toolkit.training.model import (
 from toolkit.training.moe import Balancing
 from toolkit.training.nested import warmup_recipe
 from toolkit.training.objectives.base import RunContext, make_objective
+from toolkit.training.precision import GradientStep, lower_precision
 from toolkit.training.progress import Progress
 from toolkit.training.report import line, show
 from toolkit.training.resume import RESULT, Start, find_start, prepare_folder, run_folder
@@ -50,8 +50,6 @@ from toolkit.training.tokenizer import load_tokenizer, make_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 class Trainer:
@@ -67,12 +65,7 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, quiet: bool = False, nested: bool = False) -> None:
         self.recipe = recipe
-        self.accelerator = Accelerator(step_scheduler_with_optimizer=False)
-        if self.accelerator.distributed_type not in _DISTRIBUTED:
-            raise ToolkitError(
-                f"accelerate must be set up for one process or plain data parallel, got "
-                f"{self.accelerator.distributed_type}."
-            )
+        self.accelerator = make_accelerator(recipe)
         self._quiet = quiet or not self.accelerator.is_main_process
         if not nested:
             self.log(dump(recipe))
@@ -93,10 +86,14 @@ class Trainer:
         self.num_parameters = sum(parameter.numel() for parameter in self.hf_model.parameters())
         self.num_trainable = sum(p.numel() for p in self.hf_model.parameters() if p.requires_grad)
         self.sharded = self._shard_experts(ragged)
-        optimizer = make_optimizer(ragged, recipe.optimizer)
+        optimizer = make_optimizer(ragged, recipe.optimizer, self._masters, recipe.seed)
         scheduler = make_scheduler(optimizer, recipe.schedule, recipe.train.max_steps)
         self.forward, self.optimizer, self.scheduler = self.accelerator.prepare(ragged, optimizer, scheduler)
         self.ragged: RaggedModel = self.accelerator.unwrap_model(self.forward)
+        loss_scaling = recipe.train.mixed_precision == "fp16"
+        self.gradients = GradientStep(
+            self.accelerator, self.forward, self.optimizer, self.sharded, recipe.optimizer, loss_scaling
+        )
         self.objective.bind(self._context())
         # Runs the model: one that cannot take a ragged batch is refused before anything is written.
         self.balancing = Balancing(recipe.train.moe, self.objective.context, self.patch_report)
@@ -174,6 +171,12 @@ class Trainer:
 
     def _initial_model(self) -> "PreTrainedModel":
         """The model that training starts from: after the warm-up, from ``model.name_or_path``, or random."""
+        model = self._whole_model()
+        lower_precision(model, self.recipe.forward_dtype)
+        return model
+
+    def _whole_model(self) -> "PreTrainedModel":
+        """The initial model in ``model.dtype``."""
         section = self.recipe.model
         if self._warmed_up is not None:
             model = load_checkpoint(self._warmed_up, section.dtype, "the warm-up")
@@ -184,11 +187,13 @@ class Trainer:
             return make_model(section, self.tokenizer, self.recipe.train.max_length)
 
     def _make_model(self, start: Start | None) -> "PreTrainedModel":
-        section = self.recipe.model
-        if start is None or section.lora is not None:
-            model = self._initial_model()
+        recipe = self.recipe
+        if start is None or recipe.model.lora is not None:
+            model = self._whole_model()
         else:
-            model = load_checkpoint(start.checkpoint, section.dtype, "the checkpoint").train()
+            model = load_checkpoint(start.checkpoint, recipe.forward_dtype, "the checkpoint").train()
+        masters = lower_precision(model, recipe.forward_dtype)
+        self._masters = None if recipe.train.mixed_precision == "no" else masters
         for tensor in (*model.parameters(), *model.buffers()):
             # Loaded tensors may lie at any address; fresh ones are aligned the same, and bits can depend on it.
             tensor.data = tensor.data.clone()
@@ -200,7 +205,11 @@ class Trainer:
             return None
         group, replicas = expert_groups(section.size)
         layers = expert_layers(ragged)
-        return shard_experts(ragged, layers, group, chunks=section.chunks, replicas=replicas)
+        sharded = shard_experts(ragged, layers, group, chunks=section.chunks, replicas=replicas)
+        for parameter in sharded.parameters.values():
+            if self._masters is not None and parameter in self._masters:
+                self._masters[parameter] = sharded.shard(self._masters[parameter])
+        return sharded
 
     def _whole(self, optimizer: torch.optim.Optimizer | None = None) -> AbstractContextManager[None]:
         """The model with all its experts in every process, as it always is where they are not sharded."""
@@ -219,6 +228,7 @@ class Trainer:
         )
         if self.sharded is not None:
             self.sharded.shard_optimizer(self.optimizer.optimizer)
+        self.gradients.load_state_dict(state["loss_scale"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.objective.load_state_dict(state["data"][rank])
         restore_rank(folder, state, rank)
@@ -260,6 +270,7 @@ class Trainer:
                         "tokens_per_second": round(tokens / recent[-1][1], 1),
                         **values,
                         **self.balancing.metrics(),
+                        **self.gradients.metrics(),
                         "seconds": round(self.seconds, 3),
                     }
                     if metrics is not None:
@@ -293,16 +304,12 @@ class Trainer:
         for micros in self.objective.updates(self.step):
             self.balancing.begin(micros, self.objective.rows)
             for index, micro in enumerate(micros):
-                # Gradients are averaged over the processes with the last part.
-                last = index == len(micros) - 1
-                with nullcontext() if last else self.accelerator.no_sync(self.forward):
+                with self.gradients.accumulating(last=index == len(micros) - 1):
                     loss = self.objective.loss(self.forward, micro)
                     total += loss.detach()
                     routers = self.balancing.loss(index)
-                    self.accelerator.backward(loss if routers is None else loss + routers)
-            norm = self._clip()
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+                    self.gradients.backward(loss if routers is None else loss + routers)
+            norm = self.gradients.finish(self.step + 1)
             self.balancing.finish_update()
             updates += 1
         with warnings.catch_warnings():
@@ -312,20 +319,6 @@ class Trainer:
         self.step += 1
         mean = cast(Tensor, self.accelerator.reduce(total / max(updates, 1), "mean"))
         return mean.item(), norm.item()
-
-    def _clip(self) -> Tensor:
-        limit = math.inf if self.recipe.optimizer.max_grad_norm is None else self.recipe.optimizer.max_grad_norm
-        if self.sharded is not None:
-            self.sharded.reduce()
-            norm = self.sharded.clip(self.forward.parameters(), limit)
-        else:
-            norm = cast(Tensor, self.accelerator.clip_grad_norm_(self.forward.parameters(), limit))
-        if not torch.isfinite(norm):
-            raise ToolkitError(
-                f"The gradient of step {self.step + 1} is not finite (norm {norm.item()}); lower "
-                f"optimizer.learning_rate, which is {self.recipe.optimizer.learning_rate}."
-            )
-        return norm
 
     def save(self) -> None:
         """Write a checkpoint of this step and remove those that the recipe does not keep."""
@@ -352,6 +345,7 @@ class Trainer:
             "threads": torch.get_num_threads(),
             "data_fingerprint": self.objective.fingerprint,
             "scheduler": self.scheduler.state_dict(),
+            "loss_scale": self.gradients.state_dict(),
             "data": positions,
         }
         write_state(staging / "training", values, self.optimizer.optimizer, self.ragged.model, rngs)

@@ -5,6 +5,7 @@ import math
 import torch
 
 from toolkit.config.schema import OptimizerSection, ScheduleSection
+from toolkit.training.precision import LowPrecisionAdamW, Masters
 
 
 def learning_rate_factor(step: int, steps: int, schedule: ScheduleSection) -> float:
@@ -28,8 +29,16 @@ def learning_rate_factor(step: int, steps: int, schedule: ScheduleSection) -> fl
     return 1.0
 
 
-def make_optimizer(model: torch.nn.Module, section: OptimizerSection) -> torch.optim.AdamW:
-    """AdamW over the model's parameters: matrices decay, vectors do not. Fused where torch has it."""
+def make_optimizer(
+    model: torch.nn.Module, section: OptimizerSection, masters: Masters | None = None, seed: int = 0
+) -> torch.optim.Optimizer:
+    """AdamW over the model's parameters: matrices decay, vectors do not. Fused where torch has it.
+
+    Args:
+        masters: with mixed precision, of parameters that were rounded to 16 bits, their values in float32. None: 16-bit
+            weights are trained as the section says.
+        seed: of stochastic rounding.
+    """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in trained if parameter.dim() >= 2]
     vectors = [parameter for parameter in trained if parameter.dim() < 2]
@@ -37,10 +46,18 @@ def make_optimizer(model: torch.nn.Module, section: OptimizerSection) -> torch.o
         {"params": matrices, "weight_decay": section.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]
+    betas = section.adam_beta1, section.adam_beta2
+    if masters is not None or any(parameter.itemsize == 2 for parameter in trained):
+        keep = "master" if masters is not None else section.kept_of_rounding
+        return LowPrecisionAdamW(
+            groups, lr=section.learning_rate, betas=betas, eps=section.adam_epsilon, keep=keep, masters=masters,
+            seed=seed,
+        )  # fmt: skip
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        groups,
         lr=section.learning_rate,
-        betas=(section.adam_beta1, section.adam_beta2),
+        betas=betas,
         eps=section.adam_epsilon,
         fused=all(parameter.device.type in ("cpu", "cuda") for parameter in trained),
     )

@@ -87,7 +87,7 @@ class Distillation(OnPolicyObjective[DistillSection]):
         from toolkit.training.model import Reference, load_checkpoint
 
         super().bind(context)
-        model = load_checkpoint(self._teacher(), self.recipe.model.dtype, "objective.teacher.name_or_path")
+        model = load_checkpoint(self._teacher(), self.recipe.forward_dtype, "objective.teacher.name_or_path")
         models: tuple[Any, Any] = (model, context.model.model)
         vocabulary, own = (m.get_input_embeddings().num_embeddings for m in models)
         if vocabulary != own:

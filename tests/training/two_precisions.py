@@ -1,0 +1,13 @@
+"""Run by test_precision.py under torchrun: two processes train 16-bit weights together."""
+
+import sys
+from pathlib import Path
+
+from processes import end_with_same_weights
+from training_recipes import tiny_recipe, write_corpus
+
+folder, precision = Path(sys.argv[1]), sys.argv[2]
+write_corpus(folder / "text")
+mixed = {"train": {"max_steps": 4, "gradient_accumulation_steps": 2, "mixed_precision": precision}}
+pure = {"model": {"dtype": "bfloat16"}, "optimizer": {"bf16_stochastic_round": True}, "train": {"max_steps": 4}}
+end_with_same_weights(tiny_recipe(folder, **(pure if precision == "stochastic" else mixed)))

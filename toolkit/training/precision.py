@@ -1,0 +1,248 @@
+"""16-bit weights in training: what the forward reads, what the optimizer updates, and loss scaling.
+
+The module's parameters have the dtype of the forward, so training, rollout and evaluation read the same weights. What
+16 bits cannot hold of an update (at a learning rate of 1e-5 most of it) is kept beside them as optimizer state. No
+autocast is involved. Gradients add up in float32.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+from torch.optim.adamw import adamw
+
+from toolkit.config.schema import OptimizerSection
+from toolkit.errors import ToolkitError
+from toolkit.moe.sharding import ShardedExperts
+
+Masters = dict[nn.Parameter, Tensor]
+"""Of each parameter that was rounded to 16 bits, its value in float32."""
+
+
+def lower_precision(model: Any, name: str) -> Masters:
+    """Rounds the float32 parameters of a transformers model to the dtype of this name, in place; what they were.
+
+    Those that the model's class keeps in float32 stay, as in ``from_pretrained(dtype=...)``; buffers too.
+    """
+    dtype = getattr(torch, name)
+    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    whole = re.compile("|".join(rf"(^|\.){name}($|\.)" for name in sorted(kept)) or r"(?!)")
+    masters: Masters = {}
+    if dtype in (torch.bfloat16, torch.float16):
+        for path, parameter in model.named_parameters():
+            if parameter.dtype == torch.float32 and not whole.search(path):
+                masters[parameter] = parameter.data
+                parameter.data = parameter.data.to(dtype)
+        model.config.dtype = dtype
+    return masters
+
+
+def stochastic_round(values: Tensor, generator: torch.Generator) -> Tensor:
+    """float32 to bfloat16: up with a probability of the distance from the lower neighbour, so that the mean is exact.
+
+    NaN and infinities stay.
+    """
+    noise = torch.randint(1 << 16, values.shape, generator=generator, dtype=torch.int32, device=values.device)
+    rounded = ((values.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32)
+    return torch.where(values.isfinite(), rounded, values).to(torch.bfloat16)
+
+
+class LowPrecisionAdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov and Hutter, 2019) on parameters of which some have 16 bits; its arithmetic is float32.
+
+    State of each parameter: ``step``, ``exp_avg`` and ``exp_avg_sq`` in float32, and one of
+
+    - ``master``: the weight in float32, of which the parameter is the rounding (the default);
+    - ``kahan_comp``: what rounding cut off, in the parameter's dtype, added to the weight before the next update
+      (``kahan_sum``; as in optimi);
+    - nothing: ``bf16_stochastic_round`` (as in torchao). The noise depends on seed, parameter and step alone, so
+      processes and resumed runs agree.
+
+    Neither kind: rounding to nearest, which loses most updates. A float32 parameter is updated as it is.
+
+    Args:
+        groups: of parameters, with ``weight_decay``.
+        masters: values in float32 to start from, by parameter; others start from the parameter. Emptied.
+        keep: "master", "kahan_sum", "bf16_stochastic_round" or "none".
+        seed: of stochastic rounding.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        keep: str = "master",
+        masters: Masters | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+        self.keep, self.seed, self._masters = keep, seed, {} if masters is None else masters
+        for parameter in self._parameters():
+            # torch then converts each gradient before it is added to those of earlier micro-batches.
+            parameter.grad_dtype = torch.float32
+            self._start(parameter)
+        self._masters.clear()
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    def _start(self, parameter: nn.Parameter) -> None:
+        def zeros(dtype: torch.dtype) -> Tensor:
+            return torch.zeros_like(parameter, dtype=dtype, memory_format=torch.contiguous_format)
+
+        state = self.state[parameter]
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        state["exp_avg"], state["exp_avg_sq"] = zeros(torch.float32), zeros(torch.float32)
+        if parameter.dtype == torch.float32:
+            return
+        if self.keep == "master":
+            given = self._masters.get(parameter)
+            state["master"] = parameter.detach().float() if given is None else given.to(parameter.device)
+        elif self.keep == "kahan_sum":
+            state["kahan_comp"] = zeros(parameter.dtype)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        assert closure is None
+        for group in self.param_groups:
+            for index, parameter in enumerate(group["params"]):
+                if parameter.grad is not None:
+                    self._update(group, index, parameter)
+
+    def _update(self, group: dict[str, Any], index: int, parameter: nn.Parameter) -> None:
+        state, grad = self.state[parameter], parameter.grad
+        assert grad is not None
+        weight = parameter if parameter.dtype == torch.float32 else state.get("master")
+        if weight is None:
+            weight = parameter.float()
+            if "kahan_comp" in state:
+                weight += state["kahan_comp"]
+        beta1, beta2 = group["betas"]
+        adamw(
+            [weight], [grad], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]],
+            fused=weight.device.type in ("cpu", "cuda"), amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"],
+            weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+        )  # fmt: skip
+        if weight is parameter:
+            increment_version(parameter)  # fused updates write past the counter by which engines see new weights
+            return
+        if self.keep == "bf16_stochastic_round":
+            generator = torch.Generator(parameter.device)
+            numbers = self.seed, int(state["step"]), self.param_groups.index(group), index
+            generator.manual_seed(hash(numbers) & (1 << 63) - 1)  # of integers: the same in every process
+            parameter.copy_(stochastic_round(weight, generator))
+            return
+        parameter.copy_(weight)
+        if "kahan_comp" in state:
+            state["kahan_comp"].copy_(weight - parameter)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but every tensor keeps its dtype: torch would round the state to that of the parameter."""
+        super().load_state_dict(state_dict)
+        for index, parameter in enumerate(self._parameters()):
+            for name, value in state_dict["state"].get(index, {}).items():
+                self.state[parameter][name] = value.to(parameter.device)
+
+
+class GradientStep:
+    """What lies between a loss and new weights: loss scaling, backward, reduction over processes, clipping, step.
+
+    Args:
+        forward: what data parallel wraps.
+        optimizer: of accelerate.
+        sharded: experts that are not averaged by data parallel.
+        section: of the recipe; its ``max_grad_norm`` bounds the norm.
+        loss_scaling: as ``torch.amp.GradScaler``: a step whose gradients overflow is skipped and the scale halved.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        forward: nn.Module,
+        optimizer: Any,
+        sharded: ShardedExperts | None,
+        section: OptimizerSection,
+        loss_scaling: bool = False,
+    ) -> None:
+        self._accelerator, self._forward, self._optimizer = accelerator, forward, optimizer
+        self._sharded, self._section = sharded, section
+        self.scaler = torch.amp.GradScaler(accelerator.device.type) if loss_scaling else None
+        self._skipped = 0
+        # Data parallel would reduce 16-bit gradients as they are, and only those of the last micro-batch's backward.
+        in_float32 = isinstance(optimizer.optimizer, LowPrecisionAdamW)
+        apart = {id(p) for p in sharded.parameters.values()} if sharded is not None else set()
+        parameters = [p for p in forward.parameters() if p.requires_grad and id(p) not in apart]
+        self._reduced = parameters if in_float32 and accelerator.num_processes > 1 else None
+
+    def accumulating(self, last: bool) -> AbstractContextManager[None]:
+        """Around a micro-batch: gradients are averaged over the processes with the last one of an update."""
+        if last and self._reduced is None:
+            return nullcontext()
+        return cast(AbstractContextManager[None], self._accelerator.no_sync(self._forward))
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of a micro-batch's loss."""
+        self._accelerator.backward(loss if self.scaler is None else self.scaler.scale(loss))
+
+    def finish(self, step: int) -> Tensor:
+        """Updates the weights in ``step`` by the gradients so far, which are then gone; their norm, 0 if it is skipped.
+
+        Raises:
+            ToolkitError: the gradients are not finite, and no loss scaling is there to overflow.
+        """
+        for parameter in self._reduced or ():
+            grad = torch.zeros_like(parameter, dtype=torch.float32) if parameter.grad is None else parameter.grad
+            parameter.grad = cast(Tensor, self._accelerator.reduce(grad, "mean"))
+        if self.scaler is not None:
+            self.scaler.unscale_(self._optimizer.optimizer)
+        norm = self._clip()
+        if self.scaler is not None and torch.isfinite(norm).logical_not() and self.scaler.get_scale() > 1.0:
+            self._skipped += 1
+            norm = torch.zeros_like(norm)
+        elif not torch.isfinite(norm):
+            raise ToolkitError(
+                f"The gradient of step {step} is not finite (norm {norm.item()}); lower optimizer.learning_rate, which "
+                f"is {self._section.learning_rate}."
+            )
+        if self.scaler is None:
+            self._optimizer.step()
+        else:
+            self.scaler.step(self._optimizer.optimizer)
+            self.scaler.update()
+        self._optimizer.zero_grad()
+        return norm
+
+    def _clip(self) -> Tensor:
+        limit = math.inf if self._section.max_grad_norm is None else self._section.max_grad_norm
+        if self._sharded is not None:
+            self._sharded.reduce()
+            return self._sharded.clip(self._forward.parameters(), limit)
+        return cast(Tensor, self._accelerator.clip_grad_norm_(self._forward.parameters(), limit))
+
+    def metrics(self) -> dict[str, float]:
+        """With loss scaling: the scale, and how many steps were skipped since the last call."""
+        if self.scaler is None:
+            return {}
+        skipped, self._skipped = self._skipped, 0
+        return {"loss_scale": self.scaler.get_scale(), "skipped_steps": skipped}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the loss scale, as JSON."""
+        return {} if self.scaler is None else self.scaler.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where ``state_dict`` was taken."""
+        if self.scaler is not None:
+            self.scaler.load_state_dict(dict(state))
