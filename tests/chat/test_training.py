@@ -212,7 +212,7 @@ def test_a_template_gets_tools_and_variables() -> None:
     [
         ([3], CHATML, "messages must hold mappings with 'role' and 'content', got 3."),
         ([{"role": "user"}], CHATML, "a message must have 'content' or 'tool_calls', got {'role': 'user'}."),
-        (HELLO[:1], CHATML, "messages must have one of role 'assistant'"),
+        (HELLO[:1], CHATML, "must have a message of role 'assistant', whose text is learnt, got 'user'."),
         (
             [*HELLO, *HELLO],
             CHATML.replace("in messages", "in messages[-2:]"),

@@ -162,7 +162,8 @@ class ChatTokenizer:
         """The assistant's turns from message ``first`` on, each in a text that holds it as it is generated."""
         turns = [at for at, message in enumerate(chat.messages) if at >= first and message.get("role") == "assistant"]
         if not turns:
-            raise ToolkitError("messages must have one of role 'assistant', whose text is learnt; there is none.")
+            roles = ", ".join(sorted({repr(message.get("role")) for message in chat.messages[first:]}))
+            raise ToolkitError(f"must have a message of role 'assistant', whose text is learnt, got {roles}.")
         try:
             return self._apart(chat, turns)
         except ChatTemplateError:

@@ -5,7 +5,7 @@ files are imported when a recipe is validated; they load neither torch nor trans
 """
 
 import typing
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -113,9 +113,21 @@ class OfflineSection(PromptSection):
     """Examples of a task, or of a file."""
 
     data_files: str | None = None
-    """A json lines file; see the kind for its fields."""
+    """A json lines file, plain or gzip, in one of TRL's dataset formats; see the kind for its fields."""
     chat_template: str | None = None
-    """Jinja text for ``messages``; null takes the tokenizer's own."""
+    """For messages: Jinja text, a file with it, or the name of one of the tokenizer's templates; null takes the
+    tokenizer's own. It is saved with the tokenizer."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Variables of the template, e.g. ``{enable_thinking: false}``; a line's own come on top."""
+    on_bad_lines: Literal["error", "skip"] = "error"
+    """Lines that cannot be trained on (no JSON, missing fields, messages that the template does not take): error ends
+    the run before its first step and names them, skip passes over them and counts them."""
+    excess_length_strategy: Literal["truncate", "drop", "raise"] = "truncate"
+    """Examples longer than ``train.max_length``: cut at the end, left out, or an error before the first step. One of
+    which nothing that counts is left is always left out, and counted."""
+    max_check_samples: Count | None = None
+    """Lines that are tokenised before the first step, to count and check them; null is all of them. Later lines are
+    checked as they come."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

@@ -1,7 +1,7 @@
 """The training loop: a recipe in, a run's folder out. Stands on accelerate.
 
 What is minimised is the recipe's objective (``toolkit.training.objectives``); this loop owns all else. A run's folder
-holds recipe.yaml (resolved), metrics.jsonl, tensorboard/, checkpoints/, plots/ and result.json, and the folders
+holds recipe.yaml (resolved), data_report.txt, metrics.jsonl, tensorboard/, checkpoints/, plots/, result.json, and
 ``warmup`` and ``teacher`` of nested runs. With the same recipe, machine, versions, threads and processes, weights after
 N steps are bitwise identical whether or not the run was killed and resumed.
 """
@@ -107,6 +107,7 @@ class Trainer:
             for name in prepare_folder(recipe, start):
                 self.log(f"removed {name} of an earlier run")
             write_atomic(self.folder / "recipe.yaml", dump(recipe))
+            self.objective.write_report(self.folder)
         roles = ", ".join(f"{count} {role}" for role, count in self.patch_report.roles().items())
         part = f", {self.num_trainable / 1e6:.3f} M trainable" if self.num_trainable != self.num_parameters else ""
         self.log(f"model: {type(self.hf_model).__name__}, {self.num_parameters / 1e6:.2f} M parameters{part}")

@@ -3,6 +3,7 @@
 import inspect
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,10 +114,31 @@ def make_model(section: ModelSection, tokenizer: "Tokenizer", max_length: int) -
         )
     generation = model.generation_config
     if generation is not None:
-        generation.eos_token_id, generation.bos_token_id = tokenizer.eos_token_id, tokenizer.bos_token_id
-        generation.pad_token_id = tokenizer.pad_token_id
+        if section.config is not None or generation.bos_token_id is None:
+            generation.bos_token_id = tokenizer.bos_token_id
+        if section.config is not None or generation.pad_token_id is None:
+            generation.pad_token_id = tokenizer.pad_token_id
+        if section.config is not None:
+            generation.eos_token_id = None
+        add_eos_token_ids(model, [tokenizer.eos_token_id])
     model.train()
     return model
+
+
+def eos_token_ids(model: "PreTrainedModel") -> list[int]:
+    """The tokens at which generation stops, in order."""
+    generation = model.generation_config
+    ids = generation.eos_token_id if generation is not None else None
+    if ids is None:
+        ids = model.config.get_text_config().eos_token_id
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+
+def add_eos_token_ids(model: "PreTrainedModel", ids: Iterable[int]) -> None:
+    """Let generation stop at these tokens, too; checkpoints keep the list."""
+    if model.generation_config is not None:
+        found = list(dict.fromkeys([*eos_token_ids(model), *ids]))
+        model.generation_config.eos_token_id = found[0] if len(found) == 1 else found
 
 
 def make_config(fields: dict[str, Any], tokenizer: "Tokenizer") -> "PretrainedConfig":

@@ -20,6 +20,7 @@ RESULT = "result.json"
 # What may differ between the recipe that wrote a checkpoint and the one that resumes from it.
 _FREE = {
     "run_name", "output_dir", "resume_from_checkpoint", "overwrite", "checkpoint", "log", "evaluate", "train.max_steps",
+    "objective.on_bad_lines", "objective.max_check_samples",
 }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
 from toolkit.config import Recipe
 from toolkit.config.objective import ObjectiveSection
 from toolkit.errors import ToolkitError
+from toolkit.training.files import write_atomic
 from toolkit.training.tasks import ProblemStream, Task
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from toolkit.training.model import RaggedModel
     from toolkit.training.tokenizer import Tokenizer
 
+DATA_REPORT = "data_report.txt"
 TOKENIZER_PROBLEMS = 2000
 """Problems of a task whose text a tokenizer is trained on."""
 
@@ -110,6 +112,8 @@ class Objective(ABC, Generic[S]):
     """Whether ``evaluate`` also runs before the first step."""
     fingerprint: str
     """Of the data: a position in it means something only for the same data."""
+    data_report: str = ""
+    """What a look at the data has found, for the run's folder; ``bind`` sets it."""
 
     def __init_subclass__(cls, section: type[ObjectiveSection] | None = None, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -176,6 +180,11 @@ class Objective(ABC, Generic[S]):
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where ``state_dict`` was taken."""
+
+    def write_report(self, folder: Path) -> None:
+        """Leave ``data_report`` in the run's folder."""
+        if self.data_report:
+            write_atomic(folder / DATA_REPORT, self.data_report + "\n")
 
     def close(self) -> None:
         """Free what the objective holds."""

@@ -8,20 +8,27 @@ from pydantic import Field
 
 from toolkit.config.base import Count
 from toolkit.config.objective import OfflineSection, Positive
-from toolkit.errors import ToolkitError
-from toolkit.training.examples import completion_ids, in_batches, prompt_ids
+from toolkit.training.examples import check_misses, in_batches
+from toolkit.training.formats import PREFERENCE_FORMATS, options, preference, read
+from toolkit.training.jsonl import Line
 from toolkit.training.objectives.base import MetricAccumulator, Metrics, RunContext, divided
 from toolkit.training.objectives.offline import OfflineObjective
+from toolkit.training.preparing import Outcome, paired
 from toolkit.training.tasks import Problem, ProblemStream
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
+SUMS = ("pairs", "accuracies", "margins", "preferred", "chosen", "rejected")
+
+
 class DPOSection(OfflineSection):
     """Direct preference optimisation. ``data_files``: lines with ``prompt``, ``chosen`` and ``rejected``.
 
-    The reference is the initial model (after the warm-up).
+    They are texts or messages; without ``prompt`` it is what both completions begin with. ``tools`` and
+    ``chat_template_kwargs`` beside messages are given to the chat template. The reference is the initial model (after
+    the warm-up).
     """
 
     kind: Literal["dpo"] = "dpo"
@@ -53,40 +60,42 @@ class DPO(OfflineObjective[DPOSection]):
     """Pairs of a task (a right and a wrong completion) or of a file. The reference is a frozen copy."""
 
     primary_metric = "rewards/accuracies"
-    fields = ({"prompt": str, "chosen": str, "rejected": str},)
+    formats = PREFERENCE_FORMATS
     of_task = of_file = "pairs"
-
-    @staticmethod
-    def text_of(line: dict[str, Any]) -> str:
-        return "".join(str(line[name]) for name in ("prompt", "chosen", "rejected"))
 
     def bind(self, context: RunContext) -> None:
         from toolkit.training.model import Reference
 
         super().bind(context)
+        self.check_data()
         self.stream = self.sources(context)
         self._pairs = divided("objective.pairs", self.section.pairs, context.world_size)
         self.reference = Reference(context.initial_model(), self.recipe.model, context.device)
         self.sums = MetricAccumulator()
 
-    def pair(self, source: Problem | dict[str, Any]) -> Pair:
-        """The tokens of a problem's two completions, or of a line."""
-        tokenizer, longest = self.context.tokenizer, self.recipe.train.max_length
+    def prepare(self, source: Problem | Line) -> Outcome:
         if isinstance(source, Problem):
-            prompt, chosen, rejected = source.prompt, source.solution, source.wrong
+            tokens = self.chat.preference(source.prompt, source.solution, source.wrong)
         else:
-            prompt, chosen, rejected = source["prompt"], source["chosen"], source["rejected"]
-        ids = prompt_ids(tokenizer, prompt)
-        if len(ids) >= longest:
-            raise ToolkitError(
-                f"a prompt must have < {longest} tokens with train.max_length {longest}, for its completions to have "
-                f"room, got {len(ids)}."
-            )
-        room = longest - len(ids)
-        return Pair(ids, completion_ids(tokenizer, chosen)[:room], completion_ids(tokenizer, rejected)[:room])
+            tokens = self.chat.preference(*preference(read(source.value, self.formats)), *options(source.value))
+        return paired(tokens, Pair, self.recipe.train.max_length, self.section.excess_length_strategy)
+
+    def shown(self, example: Pair) -> tuple[list[int], list[bool]]:
+        return example.prompt + example.chosen, [False] * len(example.prompt) + [True] * len(example.chosen)
+
+    def _take(self, count: int) -> list[Pair]:
+        """The next pairs; sources that give none are passed over."""
+        pairs: list[Pair] = []
+        misses = 0
+        while len(pairs) < count:
+            found = self.examples(self.stream.take(1)[0])
+            misses = 0 if found else misses + 1
+            check_misses(misses)
+            pairs += found
+        return pairs
 
     def updates(self, step: int) -> Iterator[Sequence[list[Pair]]]:
-        pairs = [self.pair(source) for source in self.stream.take(self._pairs)]
+        pairs = self._take(self._pairs)
         for pair in pairs:
             pair.weight = self.context.world_size / self.section.pairs
         micros = self._packed(pairs)
@@ -172,15 +181,19 @@ class DPO(OfflineObjective[DPOSection]):
             sources = self.dataset.held_out[: evaluation.max_eval_samples]
         if len(sources) < context.world_size:
             return {"eval_samples": 0}
-        mine = [self.pair(source) for source in sources[context.rank :: context.world_size]]
+        mine = [pair for source in sources[context.rank :: context.world_size] for pair in self.examples(source)]
+        (total,) = context.reduce_sum([len(mine)])
+        if not total:
+            return {"eval_samples": 0}
         for pair in mine:
             pair.weight = 1.0
+        self.sums.add(**dict.fromkeys(SUMS, 0.0))  # a process may have no pair
         with torch.no_grad(), eval_mode(context.model):
             for micro in self._packed(mine):
                 sequences, lengths = _sequences(micro)
                 chosen, rejected, _ = _logps(context.model(sequences, last=lengths))
                 self._count(micro, chosen, rejected, chosen.new_tensor([pair.reference for pair in micro]))
-        return {"eval_samples": len(sources), **{f"eval_{name}": value for name, value in self._metrics().items()}}
+        return {"eval_samples": int(total), **{f"eval_{name}": value for name, value in self._metrics().items()}}
 
     def show(self, before: Metrics | None, after: Metrics) -> None:
         if after["eval_samples"]:

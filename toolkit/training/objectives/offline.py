@@ -1,30 +1,40 @@
-"""What the objectives on given examples share: a task's problems or a file's lines, and the position in them."""
+"""What the objectives on given examples share: a task's problems or a file's lines, how they become examples."""
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from toolkit.chat import ChatTokenizer, dropped_messages
 from toolkit.config import Recipe
 from toolkit.config.objective import OfflineSection
-from toolkit.training.examples import JsonlDataset, LineStream, Stream
+from toolkit.errors import ToolkitError
+from toolkit.training import data_report, formats
+from toolkit.training.examples import LineStream, Stream
+from toolkit.training.jsonl import BadLine, JsonlDataset, Line, bad_lines_error, shown
 from toolkit.training.objectives.base import Objective, RunContext, task_texts
-from toolkit.training.tasks import ProblemStream, make_task
+from toolkit.training.preparing import Outcome, TooLong
+from toolkit.training.tasks import Problem, ProblemStream, make_task
 
 O = TypeVar("O", bound=OfflineSection)
+CHECKED_PROBLEMS = 64
+"""Problems of a task that are looked at before the first step."""
 
 
 class OfflineObjective(Objective[O]):
     """An objective whose section has ``task`` or ``data_files``. ``bind`` sets ``stream``, the position in them.
 
     Attributes:
-        fields: the sets of fields that a line may have.
+        formats: the sets of fields that a line may have.
         of_task, of_file: what the examples are called.
+        chat: tokenises.
     """
 
-    fields: ClassVar[Sequence[Mapping[str, type]]]
+    formats: ClassVar[Sequence[formats.Format]]
     of_task: ClassVar[str]
     of_file: ClassVar[str]
     stream: Any  # a Stream, or what packs one
+    chat: ChatTokenizer
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
@@ -33,24 +43,129 @@ class OfflineObjective(Objective[O]):
         self.val_set_size: float = section.evaluation.val_set_size
         self.dataset: JsonlDataset | None = None
         if section.data_files is not None:
-            self.dataset = JsonlDataset(section.data_files, self.val_set_size, self.fields)
+            self.dataset = JsonlDataset(
+                section.data_files,
+                self.val_set_size,
+                lambda line: formats.check(line, self.formats),
+                section.on_bad_lines,
+            )
         self.fingerprint = self.dataset.fingerprint if self.dataset is not None else repr(section.task)
 
     def describe(self) -> str:
         if self.dataset is not None:
-            return f"{len(self.dataset.train)} {self.of_file} to train on, {len(self.dataset.held_out)} held out"
+            skipped = f", {len(self.dataset.bad)} skipped" if self.dataset.bad else ""
+            return (
+                f"{len(self.dataset.train)} {self.of_file} to train on, {len(self.dataset.held_out)} held out{skipped}"
+            )
         return f"{self.of_task} of {self.section.task}, {self.val_set_size:.0%} of them held out"
 
     def texts(self) -> Iterable[str]:
         if self.task is not None:
             return task_texts(self.task, self.recipe.seed, self.val_set_size)
         assert self.dataset is not None
-        return [self.text_of(line) for line in self.dataset.train]
+        return (formats.text_of(formats.read(line.value, self.formats)) for line in self.dataset.train)
 
-    @staticmethod
+    def chat_tokenizer(self, eos_token_ids: Iterable[int]) -> ChatTokenizer:
+        """What tokenises, with the options of the section."""
+        return ChatTokenizer(
+            self.context.tokenizer,
+            chat_template_kwargs=self.section.chat_template_kwargs,
+            eos_token_ids=eos_token_ids,
+        )
+
+    def bind(self, context: RunContext) -> None:
+        from toolkit.training.model import eos_token_ids
+
+        super().bind(context)
+        if self.section.chat_template is not None:
+            context.tokenizer.chat_template = _template(self.section.chat_template, context.tokenizer)
+        self.chat = self.chat_tokenizer(eos_token_ids(context.model.model))
+
     @abstractmethod
-    def text_of(line: dict[str, Any]) -> str:
-        """All text of a line."""
+    def prepare(self, source: Problem | Line) -> Outcome:
+        """The examples of a problem or a line. Raises ToolkitError for a line that cannot be trained on."""
+
+    @abstractmethod
+    def shown(self, example: Any) -> tuple[list[int], list[bool]]:
+        """An example's tokens, and whether each counts."""
+
+    def examples(self, source: Problem | Line) -> list[Any]:
+        """``prepare`` by the recipe's policies: none of a line that is skipped."""
+        try:
+            return self.prepare(source).examples
+        except ToolkitError as error:
+            if self.dataset is None or not isinstance(source, Line):
+                raise
+            if isinstance(error, TooLong) or self.section.on_bad_lines == "error":
+                raise bad_lines_error(self.dataset.path, [BadLine(source.number, str(error))]) from None
+            return []
+
+    def check_data(self) -> None:
+        """Before the first step: count, report, raise by the recipe's policies, complete the list of EOS tokens."""
+        context, section = self.context, self.section
+        most = section.max_check_samples
+        if self.dataset is None:
+            assert self.task is not None
+            what = self.of_task
+            sources: Sequence[Any] = ProblemStream(self.task, self.recipe.seed, self.val_set_size).take(
+                min(most or CHECKED_PROBLEMS, CHECKED_PROBLEMS)
+            )
+        else:
+            what, sources = "lines", self.dataset.train
+        total = min(most or len(sources), len(sources))
+        report = data_report.check((sources[at] for at in range(total)), total, self._prepare_and_look, context, what)
+        if self.dataset is not None:
+            data_report.raise_by_policy(report, self.dataset.path, section.on_bad_lines)
+            report.sources += len(self.dataset.bad)
+            report.bad = sorted([*report.bad, *self.dataset.bad])
+        if not report.counts["examples"]:
+            why = f" ({shown(report.bad)})" if report.bad else ""
+            raise ToolkitError(
+                f"objective must have an example whose completion begins within train.max_length, which is "
+                f"{self.recipe.train.max_length}, got none in {report.sources} {what}{why}; raise it."
+            )
+        notes = self._complete_eos_list(report)
+        if total < len(sources):
+            notes.append(f"note: {len(sources) - total:,} more lines are checked as they come (max_check_samples)")
+        example = self.shown(report.first) if report.first is not None else None
+        self.data_report = data_report.written(
+            report, what, self.recipe.train.max_length, context.tokenizer, notes, example
+        )
+        context.log(data_report.for_terminal(self.data_report))
+
+    def _prepare_and_look(self, source: Problem | Line) -> Outcome:
+        """``prepare``, and whether the template leaves messages out; the latter of the first lines only."""
+        outcome = self.prepare(source)
+        if isinstance(source, Line) and source.number <= CHECKED_PROBLEMS:
+            options = formats.options(source.value)
+            for messages in formats.conversations(formats.read(source.value, self.formats)):
+                dropped = dropped_messages(
+                    self.context.tokenizer,
+                    messages,
+                    options.tools,
+                    chat_template_kwargs={
+                        **(self.section.chat_template_kwargs or {}),
+                        **(options.chat_template_kwargs or {}),
+                    },
+                )
+                outcome.counts.update(dropped_messages=bool(dropped))
+        return outcome
+
+    def _complete_eos_list(self, report: data_report.DataReport) -> list[str]:
+        """Let generation stop at the special tokens that end turns; what the report says of the list."""
+        from toolkit.training.model import add_eos_token_ids, eos_token_ids
+
+        model, tokenizer = self.context.model.model, self.context.tokenizer
+        missing = [token for token in report.turn_ends if token is not None]
+        add_eos_token_ids(model, missing)
+        if missing:
+            self.chat = self.chat_tokenizer(eos_token_ids(model))
+
+        def names(ids: Iterable[int]) -> str:
+            return ", ".join(f"{token} ({at})" for at, token in zip(ids, tokenizer.convert_ids_to_tokens(list(ids))))
+
+        added = f"; added, because turns end with it: {names(sorted(missing))}" if missing else ""
+        return [f"EOS tokens: {names(eos_token_ids(model))}{added}"]
 
     def sources(self, context: RunContext) -> Stream:
         """This process's share of the problems or lines, from the start."""
@@ -66,3 +181,18 @@ class OfflineObjective(Objective[O]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.stream.load_state_dict(state)
+
+
+def _template(given: str, tokenizer: Any) -> str:
+    """The text of ``objective.chat_template``: Jinja, a file with it, or a name of one of the tokenizer's."""
+    if "{" in given:
+        return given
+    named = tokenizer.chat_template
+    if isinstance(named, dict) and given in named:
+        return str(named[given])
+    try:
+        return Path(given).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError, ValueError):
+        raise ToolkitError(
+            f"objective.chat_template must be Jinja text, a file with it or a template of the tokenizer, got '{given}'."
+        ) from None

@@ -1,19 +1,22 @@
-"""Supervised fine-tuning: completions only, packed."""
+"""Supervised fine-tuning: completions and the assistant's turns, packed."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
+from toolkit.chat import ChatTokenizer
 from toolkit.config.objective import OfflineSection
-from toolkit.errors import ToolkitError
 from toolkit.ops import IGNORED
-from toolkit.training.examples import Example, Packed, completion_ids, conversation, example_of, prompt_ids
+from toolkit.training.examples import Packed
+from toolkit.training.formats import SFT_FORMATS, read
+from toolkit.training.formats import options as line_options
+from toolkit.training.jsonl import Line
 from toolkit.training.objectives.base import MetricAccumulator, Metrics, RunContext
 from toolkit.training.objectives.offline import OfflineObjective
-from toolkit.training.tasks import Problem, ProblemStream
+from toolkit.training.preparing import Example, Outcome, supervised
+from toolkit.training.tasks import Problem
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,15 +25,21 @@ if TYPE_CHECKING:
 
 
 class SFTSection(OfflineSection):
-    """Cross-entropy of completions only, packed.
+    """Cross-entropy, packed.
 
-    ``data_files``: lines with ``messages``, or ``prompt`` and ``completion``. In a conversation every message of the
-    assistant counts, and its end; nothing else does.
+    ``data_files``: lines with ``messages`` (or ``conversations``), or ``prompt`` and ``completion``, as texts or
+    messages, or ``text``; ``tools`` and ``chat_template_kwargs`` beside messages are given to the chat template. Texts
+    end with the end-of-text token, turns as the template ends them.
     """
 
     supports_gradient_accumulation: ClassVar[bool] = True
 
     kind: Literal["sft"] = "sft"
+    assistant_only_loss: bool = True
+    """Of messages only the assistant's count, each with its end; false counts all (TRL's default). A template with
+    ``{% generation %}`` markers says itself what counts."""
+    completion_only_loss: bool = True
+    """Of prompts with completions only the completion counts; false counts both."""
     label_smoothing_factor: Annotated[float, Field(ge=0, lt=1)] = 0.0
     z_loss: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the squared log of the softmax's normaliser (PaLM, 2022)."""
@@ -46,49 +55,47 @@ class MicroBatch(NamedTuple):
 
 
 class SFT(OfflineObjective[SFTSection]):
-    """Cross-entropy of completions, averaged over the completion tokens of the whole step."""
+    """Cross-entropy of the tokens that count, averaged over those of the whole step."""
 
-    fields = ({"messages": list}, {"prompt": str, "completion": str})
+    formats = SFT_FORMATS
     of_task, of_file = "problems", "lines"
 
-    @staticmethod
-    def text_of(line: dict[str, Any]) -> str:
-        if "messages" in line:
-            messages = line["messages"]
-            return "\n".join(str(message.get("content", "")) for message in messages if isinstance(message, dict))
-        return f"{line['prompt']}{line['completion']}"
+    def chat_tokenizer(self, eos_token_ids: Iterable[int]) -> ChatTokenizer:
+        section = self.section
+        return ChatTokenizer(
+            self.context.tokenizer,
+            chat_template_kwargs=section.chat_template_kwargs,
+            assistant_only_loss=section.assistant_only_loss,
+            completion_only_loss=section.completion_only_loss,
+            eos_token_ids=eos_token_ids,
+        )
 
     def bind(self, context: RunContext) -> None:
         from toolkit.training.rollout import Rollout
 
         super().bind(context)
-        sources = self.sources(context)
-        if not any(self.example(one).counted for one in islice(self._some(), 64)):
-            raise ToolkitError(
-                "objective has no completion in its first 64 examples that begins within train.max_length, which is "
-                f"{self.recipe.train.max_length}; raise it."
-            )
-        self.stream = Packed(sources, self.example, self.recipe.train.batch_tokens)
+        self.check_data()
+        self.stream = Packed(self.sources(context), self.examples, self.recipe.train.batch_tokens)
         self.rollout = Rollout(context, self.section.rollout)
         self._tokens = 0
 
-    def _some(self) -> Iterator[Any]:
-        yield from (
-            self.dataset.train
-            if self.dataset is not None
-            else ProblemStream(self.task, self.recipe.seed, self.val_set_size).take(64)  # type: ignore[arg-type]
-        )
-
-    def example(self, source: Problem | dict[str, Any]) -> Example:
-        """Inputs and targets of a problem or a line."""
-        tokenizer, longest = self.context.tokenizer, self.recipe.train.max_length
+    def prepare(self, source: Problem | Line) -> Outcome:
         if isinstance(source, Problem):
-            prompt, completion = source.prompt, source.solution
-        elif "messages" in source:
-            return conversation(tokenizer, self.section.chat_template, source["messages"], longest)
+            tokens = self.chat.completion(source.prompt, source.solution)
         else:
-            prompt, completion = source["prompt"], source["completion"]
-        return example_of(prompt_ids(tokenizer, prompt), completion_ids(tokenizer, completion), longest)
+            fields, options = read(source.value, self.formats), line_options(source.value)
+            if "messages" in fields:
+                tokens = self.chat.messages(fields["messages"], *options)
+            elif "text" in fields:
+                tokens = [self.chat.text(fields["text"])]
+            else:
+                tokens = self.chat.completion(fields["prompt"], fields["completion"], *options)
+        return supervised(tokens, self.recipe.train.max_length, self.section.excess_length_strategy)
+
+    def shown(self, example: Example) -> tuple[list[int], list[bool]]:
+        last = example.targets[-1]
+        ids = example.inputs if last == IGNORED else [*example.inputs, last]
+        return ids, [False, *(target != IGNORED for target in example.targets)][: len(ids)]
 
     def updates(self, step: int) -> Iterator[Sequence[MicroBatch]]:
         packs = [self.stream.next_batch() for _ in range(self.recipe.train.gradient_accumulation_steps)]
@@ -135,11 +142,10 @@ class SFT(OfflineObjective[SFTSection]):
         mine = lines[context.rank :: context.world_size]
         sums = MetricAccumulator({"loss": 0.0, "tokens": 0.0})
         with torch.no_grad(), eval_mode(context.model):
-            for example in map(self.example, mine):
-                if example.counted:
-                    micro = _micro([example], 1.0, context)
-                    mean = next_token_loss(context.model(micro.batch, micro.rows), micro.targets)
-                    sums.add(loss=mean.item() * example.counted, tokens=example.counted)
+            for example in (example for line in mine for example in self.examples(line)):
+                micro = _micro([example], 1.0, context)
+                mean = next_token_loss(context.model(micro.batch, micro.rows), micro.targets)
+                sums.add(loss=mean.item() * example.counted, tokens=example.counted)
         totals = sums.take(context)
         loss = totals["loss"] / totals["tokens"] if totals["tokens"] else math.nan
         return {"eval_samples": len(lines), "eval_num_tokens": int(totals["tokens"]), "eval_loss": loss}

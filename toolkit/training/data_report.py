@@ -1,0 +1,164 @@
+"""The check of training data before the first step, and the report that it prints and leaves in the run's folder."""
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from toolkit.errors import ToolkitError
+from toolkit.training.jsonl import BadLine, Line, bad_lines_error, shown
+from toolkit.training.preparing import Outcome, TooLong
+
+if TYPE_CHECKING:
+    from toolkit.training.objectives.base import RunContext
+
+EXAMPLE_CHARACTERS = 1200
+BEGIN, END = ">>>", "<<<"
+"""Around text that counts, in the example shown."""
+
+
+@dataclass
+class DataReport:
+    """What a pass over the data has seen, over all processes after ``gather``."""
+
+    sources: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    turn_ends: Counter[int | None] = field(default_factory=Counter)
+    bad: list[BadLine] = field(default_factory=list)
+    too_long: list[BadLine] = field(default_factory=list)
+    dropped: list[int] = field(default_factory=list)
+    first: Any = None
+    first_number: int | None = None
+
+    def add(self, source: Any, prepare: Callable[[Any], Outcome]) -> None:
+        """One more source of examples."""
+        self.sources += 1
+        number = source.number if isinstance(source, Line) else self.sources
+        try:
+            outcome = prepare(source)
+        except ToolkitError as error:
+            (self.too_long if isinstance(error, TooLong) else self.bad).append(BadLine(number, str(error)))
+            return
+        self.counts += outcome.counts
+        self.turn_ends += outcome.turn_ends
+        if not outcome.examples:
+            self.dropped.append(number)
+        elif self.first is None:
+            self.first, self.first_number = outcome.examples[0], number
+
+    def gather(self, context: "RunContext") -> None:
+        """Bring together what the processes have seen."""
+        if context.world_size == 1:
+            return
+        from accelerate.utils import gather_object
+
+        parts: list[DataReport] = gather_object([self])
+        self.sources = sum(part.sources for part in parts)
+        self.counts = sum((part.counts for part in parts), Counter())
+        self.turn_ends = sum((part.turn_ends for part in parts), Counter())
+        for name in ("bad", "too_long", "dropped"):
+            setattr(self, name, sorted(one for part in parts for one in getattr(part, name)))
+        shown_by = next((part for part in parts if part.first is not None), self)
+        self.first, self.first_number = shown_by.first, shown_by.first_number
+
+
+def check(
+    sources: Iterable[Any], total: int, prepare: Callable[[Any], Outcome], context: "RunContext", what: str
+) -> DataReport:
+    """Prepare this process's share of the sources and count; all processes must call it and get the same.
+
+    Args:
+        sources: to look at.
+        total: how many there are.
+        prepare: makes the examples of one; raises ToolkitError for a bad one.
+        what: the sources are called.
+    """
+    report, begun = DataReport(), time.monotonic()
+    last, seconds = begun, context.recipe.log.progress_seconds
+    for at, source in enumerate(sources):
+        if at % context.world_size == context.rank:
+            report.add(source, prepare)
+        if time.monotonic() - last >= seconds:
+            last = time.monotonic()
+            context.log(f"data: {at + 1:,} of {total:,} {what} checked, {last - begun:.0f} s")
+    report.gather(context)
+    return report
+
+
+def raise_by_policy(report: DataReport, path: str, on_bad_lines: str) -> None:
+    """Raise ToolkitError for lines that the recipe's policies do not pass over, the first few by number."""
+    if report.too_long:
+        lines = shown(report.too_long)
+        raise ToolkitError(
+            f"objective.data_files '{path}' has {len(report.too_long)} lines that are too long: {lines}; raise "
+            "train.max_length, or set objective.excess_length_strategy to truncate or drop."
+        )
+    if report.bad and on_bad_lines == "error":
+        raise bad_lines_error(path, report.bad)
+
+
+def written(report: DataReport, what: str, max_length: int, tokenizer: Any, notes: list[str], example: Any) -> str:
+    """The report as text.
+
+    Args:
+        what: the sources are called.
+        max_length: ``train.max_length``.
+        notes: more lines.
+        example: (token ids, whether each counts) of the first example; None for no example.
+    """
+    counts = report.counts
+    kept = report.sources - len(report.bad) - len(report.dropped)
+    lines = [
+        f"data: {kept:,} of {report.sources:,} {what} kept: {counts['examples']:,} examples, {counts['tokens']:,} "
+        f"tokens, {counts['counted']:,} of them count in the loss, {counts['tokens'] - counts['counted']:,} are masked"
+    ]
+    if report.bad:
+        lines.append(f"  skipped: {len(report.bad):,} {what} ({shown(report.bad)})")
+    if report.dropped:
+        numbers = ", ".join(map(str, report.dropped[:5])) + (", ..." if len(report.dropped) > 5 else "")
+        why = f"nothing that counts is within train.max_length {max_length}, or the recipe drops longer ones"
+        lines.append(f"  dropped: {len(report.dropped):,} {what} ({numbers}): {why}")
+    remarks = {
+        "cut": f"cut: {{}} examples at train.max_length {max_length}, {counts['cut_tokens']:,} tokens",
+        "split": "split: {} conversations, whose template rewrites earlier turns: each such turn is an example",
+        "straddles": "note: in {} examples one token has the prompt's end and the completion's beginning; it counts. "
+        "End prompts before a space, not behind it",
+        "reopened": "note: in {} examples the template opens the turn otherwise than its generation prompt does; what "
+        "counts begins where the two part",
+        "dropped_messages": "note: in {} conversations the template shows nothing of a message",
+    }
+    lines += [f"  {text.format(f'{counts[name]:,}')}" for name, text in remarks.items() if counts[name]]
+    if report.turn_ends[None]:
+        lines.append(
+            f"  note: {report.turn_ends[None]:,} turns end without a special token, so the model does not learn where "
+            "to stop; end them in the chat template"
+        )
+    lines += [f"  {note}" for note in notes]
+    if example is not None:
+        lines.append(f"example ({what[:-1]} {report.first_number}; {BEGIN}what counts in the loss{END}):")
+        lines += [f"  | {line}" for line in marked(tokenizer, *example).split("\n")]
+    return "\n".join(lines)
+
+
+def for_terminal(text: str) -> str:
+    """The text with what the terminal cannot show as escapes."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def marked(tokenizer: Any, ids: list[int], mask: list[bool]) -> str:
+    """The text of tokens, marks around what counts; without the middle of a long one, control characters as escapes."""
+    chunks: list[str] = []
+    begin = 0
+    for at in range(1, len(ids) + 1):
+        if at == len(ids) or mask[at] != mask[begin]:
+            text = tokenizer.decode(ids[begin:at], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            chunks.append(f"{BEGIN}{text}{END}" if mask[begin] else text)
+            begin = at
+    text = "".join(chunks)
+    if len(text) > EXAMPLE_CHARACTERS:
+        half = EXAMPLE_CHARACTERS // 2
+        text = f"{text[:half]} ... ({len(text) - 2 * half:,} characters) ... {text[-half:]}"
+    return "".join(one if one == "\n" or one.isprintable() else one.encode("unicode_escape").decode() for one in text)
