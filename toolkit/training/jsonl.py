@@ -38,7 +38,7 @@ class BadLine(NamedTuple):
     reason: str
 
 
-class Lines(Sequence[Line]):
+class LineIndex(Sequence[Line]):
     """Lines of an open file at the given offsets; each is read when it is asked for."""
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -86,7 +86,7 @@ class JsonlDataset:
     ) -> None:
         self.path = path
         self._file = _opened(path)
-        self.train, self.held_out = Lines(self._file), Lines(self._file)
+        self.train, self.held_out = LineIndex(self._file), LineIndex(self._file)
         self.bad: list[BadLine] = []
         seen = hashlib.sha256()
         threshold, offset = int(val_set_size * 2**64), 0
