@@ -43,6 +43,8 @@ BAD = [
     ("cache_salt", ""),
     ("cache_salt", 7),
     ("repetition_penalty", 0.0),
+    ("repetition_penalty", 5e-324),
+    ("repetition_penalty", 1e30),
     ("presence_penalty", 2.1),
     ("frequency_penalty", -2.1),
 ]

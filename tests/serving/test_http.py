@@ -84,6 +84,7 @@ def test_options_and_head_of_every_path():
             allowed = client.options(path)
             assert (allowed.status_code, allowed.headers["allow"]) == (204, "GET, HEAD, OPTIONS")
         assert client.options(COMPLETIONS).headers["allow"] == "OPTIONS, POST"
+        assert client.options("/ping").headers["allow"] == "GET, HEAD, OPTIONS, POST"
         refused = client.get(COMPLETIONS)
         assert (refused.status_code, refused.headers["allow"]) == (405, "OPTIONS, POST")
         assert client.head(COMPLETIONS).status_code == 405

@@ -1,5 +1,6 @@
 """A real server process with the options of ``toolkit serve``, over TLS on a Unix domain socket; rude clients."""
 
+import contextlib
 import os
 import shutil
 import socket
@@ -69,8 +70,9 @@ def connect(server):
 
 def rest(connection):
     received = b""
-    while part := connection.recv(65536):
-        received += part
+    with contextlib.suppress(ConnectionError, ssl.SSLError):  # an end by reset
+        while part := connection.recv(65536):
+            received += part
     return received
 
 
@@ -89,12 +91,16 @@ def test_the_server_runs_by_its_options(server):
     assert reply.json()["model"] == plain["model"] == "first"
 
 
-@pytest.mark.parametrize("sent", [b"", b"GET /health HTTP/1.1\r\nHo", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"])
-def test_a_connection_without_a_request_is_closed(server, sent):
+UPLOAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer zweiter\r\nContent-Length: 500\r\n\r\n{"
+GET = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+@pytest.mark.parametrize("sent", [b"", GET[:24], GET, UPLOAD])
+def test_a_connection_without_a_whole_request_is_closed(server, sent):
     with connect(server) as connection:
         started = time.monotonic()
         connection.sendall(sent)
-        if sent.endswith(b"\r\n\r\n"):
+        if sent == GET:
             assert connection.recv(65536).startswith(b"HTTP/1.1 200")
         assert b"HTTP" not in rest(connection)
         assert 0.9 < time.monotonic() - started < 15

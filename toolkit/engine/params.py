@@ -75,7 +75,7 @@ class SamplingParams:
         skip_special_tokens: leave special tokens out of ``text``.
         cache_salt: share cached prefixes only with requests of the same salt; None with those that have none.
         include_stop_str_in_output: keep the stop string or stop token that ended the text.
-        repetition_penalty: over prompt and output, divides positive logits and multiplies negative ones.
+        repetition_penalty: over prompt and output, divides positive logits and multiplies negative ones; 1e-5 to 1e5.
         presence_penalty: subtracted once for each distinct token of the output.
         frequency_penalty: subtracted once for each occurrence in the output.
 
@@ -123,9 +123,8 @@ class SamplingParams:
             "ignore_eos": check_bool("ignore_eos", self.ignore_eos),
             "skip_special_tokens": check_bool("skip_special_tokens", self.skip_special_tokens),
             "include_stop_str_in_output": check_bool("include_stop_str_in_output", self.include_stop_str_in_output),
-            "repetition_penalty": check_float(
-                "repetition_penalty", self.repetition_penalty, 0, math.inf, open_low=True
-            ),
+            # Beyond these a float32 logit, divided by the penalty and by a small temperature, would overflow.
+            "repetition_penalty": check_float("repetition_penalty", self.repetition_penalty, 1e-5, 1e5),
             "presence_penalty": check_float("presence_penalty", self.presence_penalty, -2, 2),
             "frequency_penalty": check_float("frequency_penalty", self.frequency_penalty, -2, 2),
         }

@@ -13,6 +13,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 
 import toolkit
 from toolkit.engine import AsyncEngine, Completion, EngineUnavailable, RequestHandle, SamplingParams
@@ -107,7 +108,7 @@ def create_app(config: ServerConfig) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def no_such_route(request: Request, error: HTTPException) -> Response:
-        allow = _allowed(error)
+        allow = _allowed(request)
         if allow and request.method == "OPTIONS":
             return Response(status_code=204, headers=allow)
         asked = f"{request.method} {shown(request.url.path)[1:-1]}"
@@ -167,7 +168,7 @@ def create_app(config: ServerConfig) -> FastAPI:
         return JSONResponse({"status": "ok"})
 
     app.get("/ping", responses=responses(schemas.Health))(health)
-    app.post("/ping", include_in_schema=False)(health)
+    app.post("/ping", responses=responses(schemas.Health))(health)
 
     @app.get("/version", responses=responses(schemas.Version))
     async def version() -> Json:
@@ -314,9 +315,10 @@ def _error_response(error: RequestError, headers: Mapping[str, str] = {}) -> JSO
     return JSONResponse(error_body(str(error), error.status, error.param, error.code), error.status, every)
 
 
-def _allowed(error: HTTPException) -> dict[str, str]:
+def _allowed(request: Request) -> dict[str, str]:
     """The ``Allow`` header of a path that exists (RFC 9110, 10.2.1): HEAD stands beside GET, OPTIONS beside all."""
-    methods = {name.strip() for name in (error.headers or {}).get("Allow", "").split(",") if name.strip()}
+    routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+    methods = {method for route in routes for method in route.methods or ()}
     if not methods:
         return {}
     return {"allow": ", ".join(sorted(methods | {"OPTIONS"} | ({"HEAD"} if "GET" in methods else set())))}

@@ -8,7 +8,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 
 class Connection(H11Protocol):
-    """One connection. ``timeout_keep_alive`` bounds the wait for the whole head of a request.
+    """One connection. ``timeout_keep_alive`` bounds the wait for the head of a request, and pauses in its body.
 
     uvicorn sets it between two requests only, and stops it with the next byte: a client that connects and sends
     nothing, or a byte a minute, would hold a file descriptor for good.
@@ -21,6 +21,10 @@ class Connection(H11Protocol):
     def data_received(self, data: bytes) -> None:
         self.conn.receive_data(data)  # the timer runs until ``handle_events`` finds a request
         self.handle_events()
+        if self._under_way:
+            self._unset_keepalive_if_required()
+            if self.cycle.more_body:
+                self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.end_upload)
 
     def send_400_response(self, msg: str) -> None:
         """Garbage gets a 400 where no response has begun, and ends the connection in any case."""

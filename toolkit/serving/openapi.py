@@ -24,6 +24,7 @@ from toolkit.serving.responses import Json
 _COMPONENT = "#/components/schemas/{model}"
 _BODIES: tuple[type[BaseModel], ...] = (CompletionRequest, ChatRequest, StreamOptions, Message, TextPart)
 _ERROR: Json = {"model": schemas.ErrorResponse}
+_EVENT: Json = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 _FAILURES: dict[int | str, Json] = {"4XX": _ERROR, "5XX": _ERROR}
 
 LIMITS: dict[str, Json] = {
@@ -37,7 +38,7 @@ LIMITS: dict[str, Json] = {
     "seed": {"minimum": -(2**63), "maximum": 2**64 - 1},
     "presence_penalty": {"minimum": -2, "maximum": 2},
     "frequency_penalty": {"minimum": -2, "maximum": 2},
-    "repetition_penalty": {"exclusiveMinimum": 0},
+    "repetition_penalty": {"minimum": 1e-5, "maximum": 1e5},
 }
 """What ``SamplingParams`` checks; a test holds the two together."""
 
@@ -49,8 +50,10 @@ def responses(
     good: Json = {"description": "OK"}
     if model is not None:
         good["model"] = model
-    if stream or text:
-        good["content"] = {"text/event-stream" if stream else "text/plain": {"schema": {"type": "string"}}}
+    if stream:
+        good["content"] = {"text/event-stream": {"itemSchema": _EVENT}}
+    if text:
+        good["content"] = {"text/plain": {"schema": {"type": "string"}}}
     return {200: good, **_FAILURES}
 
 
@@ -87,7 +90,7 @@ def _complete(schema: Json, body: type[BaseModel], names: tuple[str, ...], max_m
         for kind in kinds:
             if kind.get("type") in ("integer", "number"):
                 kind |= LIMITS.get(name, {})
-                if max_model_len is not None and name in ("max_tokens", "max_completion_tokens", "min_tokens"):
+                if max_model_len is not None and name in ("max_tokens", "max_completion_tokens"):
                     kind["maximum"] = max_model_len
         if name == "model":
             kinds = [{"enum": list(names)}]
