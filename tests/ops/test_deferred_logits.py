@@ -163,6 +163,23 @@ def test_logits_of_weights_that_changed_raise():
     read.argmax(-1)  # computed in time
 
 
+WRITES = {
+    "in place": lambda weight: weight.detach().add_(1.0),
+    "past the counters": lambda weight: weight.data.copy_(weight.detach() + 1.0),
+    "other memory": lambda weight: setattr(weight, "data", weight.detach() + 1.0),
+}
+
+
+@pytest.mark.parametrize("kind", WRITES)
+def test_a_step_after_the_weights_changed_does_not_hide_it(kind):
+    leaves = parts()
+    late = waiting(leaves)
+    WRITES[kind](leaves[1])
+    for step in (lambda z: z / 2.0, lambda z: z[:, :-1], lambda z: deferred.take_logits(z, torch.tensor([0]))):
+        with pytest.raises(ToolkitError, match="not read before the weights changed"):
+            step(late)
+
+
 class Squares(torch.autograd.Function):
     """A loss of somebody else's that autograd sees as one node."""
 

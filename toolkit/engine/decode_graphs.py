@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from toolkit.engine.graph import capture
 from toolkit.engine.graph_passes import optimize
 from toolkit.patching import report_of
-from toolkit.patching.adapters import adapter_layers, adapter_state
 from toolkit.patching.forward import context_forward
+from toolkit.patching.weights import weight_clock
 from toolkit.state import PagedContext, RaggedBatch
 
 # A batch is padded up to the next size, so that a few graphs serve every batch. Rows cost little next to weights.
@@ -26,31 +26,36 @@ class DecodeGraphs:
     """Decode forwards of one patched model over one pool.
 
     A graph is captured at the first batch of its size and holds parameters by reference, so that it sees training
-    between two replays. What a replay cannot see (another patch, replaced parameters, hooks) is checked by
-    ``refresh``, which the caller runs whenever a prompt enters. A model with a data-dependent op has no graphs and runs
-    eagerly.
+    between two replays. Graphs are dropped when the layout of the weights changes (``WeightClock``) or another patch is
+    in place. A forward that reads weights on the host is captured again for each version of them. Hooks are found by
+    ``find_hooks``, which the caller runs whenever a prompt enters. A model with a data-dependent op has no graphs and
+    runs eagerly.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._graphs: dict[int, Callable[..., Tensor]] = {}
+        self._clock = weight_clock(model)
         self._captured_from: tuple[object, ...] = ()
+        self._reads_weights = False
         self._hooked = False
         self.data_dependent_op = ""
-        self.refresh()
+        self.find_hooks()
 
-    def refresh(self) -> None:
-        """Drop the graphs if the model no longer consists of the parts that they were captured from."""
-        parts = (*map(id, self.model.parameters()), *map(id, self.model.buffers()))
-        parts_now = (report_of(self.model), adapter_state(adapter_layers(self.model)), *parts)
-        if parts_now != self._captured_from:
-            self._graphs.clear()
-            self._captured_from, self.data_dependent_op = parts_now, ""
-        # A hook is the user's Python and must run at every step.
+    def find_hooks(self) -> None:
+        """Look for forward hooks: they are the user's Python and must run at every step."""
         self._hooked = any(m._forward_hooks or m._forward_pre_hooks for m in self.model.modules())
+
+    def _refresh(self) -> None:
+        """Drop the graphs if the model is no longer what they were captured from."""
+        now = (report_of(self.model), self._clock.layout, self._clock.key if self._reads_weights else None)
+        if now != self._captured_from:
+            self._graphs.clear()
+            self._captured_from, self._reads_weights, self.data_dependent_op = (*now[:2], None), False, ""
 
     def serves(self, context: PagedContext) -> bool:
         """Whether the batch is one new token per sequence, on pages, of a size that graphs are captured for."""
+        self._refresh()
         count = len(context.batch.tokens)
         steady = context.pool.capturable and not self._hooked and not self.data_dependent_op
         return steady and count == len(context.batch.kv_lengths) and count in CAPTURE_SIZES
@@ -67,6 +72,8 @@ class DecodeGraphs:
                 # The capture was this step: run twice, a recurrence would advance by two tokens.
                 logits = graph.output.tensor
                 self.data_dependent_op = graph.data_dependent_op
+                if graph.reads_constants and not self._reads_weights:
+                    self._reads_weights, self._captured_from = True, (*self._captured_from[:2], self._clock.key)
                 if not self.data_dependent_op:
                     self._graphs[size] = optimize(graph).compile()
             return logits

@@ -7,6 +7,8 @@ are bitwise identical.
 
 A forward whose Python depends on the values of its tensors (a loop over the experts that some token is routed to, say)
 cannot be replayed: another step would take another path. ``CapturedGraph.data_dependent_op`` names the op that does so.
+One that reads a parameter on the host (``scale.item()``) can be, until the parameter is written:
+``CapturedGraph.reads_constants``.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -93,12 +95,14 @@ class CapturedGraph:
         nodes: calls of ops.
         output: the tensor that a replay returns.
         data_dependent_op: an op by which input values decided what was run; "" where there was none.
+        reads_constants: whether values of constants decided it.
     """
 
     inputs: list[Value]
     output: Value
     nodes: list[Node] = field(default_factory=list)
     data_dependent_op: str = ""
+    reads_constants: bool = False
 
     def replace(self, others: dict[Value, Value]) -> None:
         """Let every reader of a key of ``others`` read its value instead."""
@@ -198,6 +202,7 @@ class _Capture(TorchDispatchMode):
         TorchDispatchMode.__init__(self)  # not by super(): torch leaves it without types
         self.nodes: list[Node] = []
         self.data_dependent_op = ""
+        self.reads_constants = False
         self._values: dict[int, Value] = {}  # by id of the tensor, which the value keeps alive
         self.inputs = [self.value(tensor, "input") for tensor in inputs]
         self._varying = set(self.inputs)  # what depends on the inputs
@@ -215,12 +220,16 @@ class _Capture(TorchDispatchMode):
                 self._varying.update(reads)
             if _is_data_dependent(func, args):
                 self.data_dependent_op = self.data_dependent_op or str(func)
+        elif _is_data_dependent(func, args):
+            self.reads_constants = True
         return result
 
     def host_read(self, tensor: Any, name: str) -> None:
         """Python reads a tensor's values."""
         if isinstance(tensor, Tensor) and self._values.get(id(tensor)) in self._varying:
             self.data_dependent_op = self.data_dependent_op or name
+        elif isinstance(tensor, Tensor):
+            self.reads_constants = True
 
     def value(self, tensor: Tensor, kind: str = "result") -> Value:
         """A new value for ``tensor``."""
@@ -275,4 +284,4 @@ def capture(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Captur
     mode = _Capture(inputs)
     with torch.no_grad(), mode, _HostReads(mode):
         output = function(*inputs)
-    return CapturedGraph(mode.inputs, mode.value_of(output), mode.nodes, mode.data_dependent_op)
+    return CapturedGraph(mode.inputs, mode.value_of(output), mode.nodes, mode.data_dependent_op, mode.reads_constants)

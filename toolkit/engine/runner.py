@@ -21,7 +21,7 @@ from toolkit.patching.eval_mode import eval_mode
 from toolkit.patching.forward import context_forward
 from toolkit.patching.sharding import check_unsharded
 from toolkit.patching.state_spec import state_spec
-from toolkit.patching.weights import weight_clock, weight_version
+from toolkit.patching.weights import weight_clock
 from toolkit.state import Group, PagedContext, PagedRows, PrefixKey, RaggedBatch, Snapshots, StatePool, StateSpec
 
 _CPU_BYTES = 4 << 30
@@ -84,7 +84,8 @@ class PatchedModel:
         sources = (getattr(model, "generation_config", None), config, text)
         self.eos = frozenset().union(*(_ids(getattr(source, "eos_token_id", None)) for source in sources))
         self.graphs = DecodeGraphs(model)
-        self._whole_at = -1
+        self._clock = weight_clock(model)
+        self._layout = -1
 
     def layers(self) -> abc.Sequence[StateSpec]:
         return state_spec(self.model)
@@ -114,14 +115,15 @@ class PatchedModel:
         return regimes.canonical(declared)
 
     def version(self) -> int:
-        version = weight_version(self.model)
-        if version != self._whole_at:  # sharding moves parameters, too
+        version = self._clock.version()
+        if self._clock.layout != self._layout:
             check_unsharded(self.model, "generating")
-            self._whole_at = version
+            fuse_adapters(self.model, self.numerics)
+            self._layout = self._clock.layout
         return version
 
     def prefix_key(self) -> PrefixKey:
-        return PrefixKey(self._whole_at)
+        return self._clock.key
 
     def decode_size(self, sequences: int) -> int:
         return padded_size(sequences)
@@ -130,10 +132,7 @@ class PatchedModel:
         with eval_mode(self.model):
             if self.graphs.serves(context):
                 return self.graphs.forward(context)[rows]
-            # A prompt enters: the time to check whether parts of the model were replaced.
-            fuse_adapters(self.model, self.numerics)
-            self.graphs.refresh()
-            weight_clock(self.model).refresh()
+            self.graphs.find_hooks()
             return context_forward(self.model, context, rows)
 
 

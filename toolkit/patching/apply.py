@@ -20,7 +20,7 @@ from toolkit.patching.record import PatchRecord, pop_record, put_record, record_
 from toolkit.patching.report import PatchReport
 from toolkit.patching.roles import FINDERS
 from toolkit.patching.sharding import check_unsharded
-from toolkit.patching.weights import count_writes
+from toolkit.patching.weights import count_steps
 
 
 def find_claims(
@@ -95,7 +95,7 @@ def patch(model: nn.Module, roles: Sequence[str] | None = None, numerics: str | 
             return record.report
     unpatch(model)
     check_unsharded(model, "patching")
-    count_writes(model)  # deferred logits and the weight version notice writes by torch's counters
+    count_steps(model)  # deferred logits notice writes by torch's counters
     report = find_claims(model, roles, numerics)
     undo: list[Undo] = []
     try:

@@ -14,7 +14,7 @@ from toolkit.config.schema import MoeSection
 from toolkit.errors import ToolkitError
 from toolkit.moe.balance import RouterStatistics, load_metrics, update_expert_bias
 from toolkit.moe.observer import observing
-from toolkit.patching import PatchReport, ragged_forward, weights_changed
+from toolkit.patching import PatchReport, ragged_forward
 from toolkit.state.batch import RaggedBatch
 from toolkit.training.objectives.base import RunContext
 
@@ -101,8 +101,6 @@ class Balancing:
             _add(self._step_loads, layer, load)
             if self.section.bias_update_rate and layer in self.statistics.expert_biases:
                 update_expert_bias(self.statistics.expert_biases[layer], load, self.section.bias_update_rate)
-        if self.section.bias_update_rate:
-            weights_changed(self.context.model.model)  # biases are buffers, which the weight version does not watch
 
     def metrics(self) -> dict[str, float]:
         """Metrics of a step: the balance of the loads of all its tokens, and its mean auxiliary losses."""

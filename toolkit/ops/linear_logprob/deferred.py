@@ -21,6 +21,7 @@ from toolkit.ops.linear_logprob import LinearLogprob, linear_logprob
 from toolkit.ops.registry import has_native
 from toolkit.ops.take_rows import take_rows
 from toolkit.ops.token_logprob import token_logprob
+from toolkit.ops.write_stamp import WriteStamp
 
 _SCALAR = (int, float)
 
@@ -39,7 +40,7 @@ class DeferredLogits(Tensor):
     steps: tuple[tuple[str, float], ...]
     product: Callable[..., Tensor]
     dense: Tensor | None
-    versions: tuple[int, ...]
+    stamps: list[WriteStamp]
 
     @staticmethod
     def __new__(
@@ -54,24 +55,23 @@ class DeferredLogits(Tensor):
         self = Tensor._make_wrapper_subclass(cls, shape, dtype=hidden.dtype, device=hidden.device, requires_grad=True)
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self.steps, self.product, self.dense = steps, product, None
-        self.versions = self._versions()
+        self.stamps = self._stamps()
         # What only C++ sees (an autograd.Function applied to the logits) leaves its gradient here, at a leaf.
         this = weakref.ref(self)
         with torch._C.DisableTorchFunctionSubclass():
             self.register_hook(lambda grad: _pass_on(this, grad))  # type: ignore[no-untyped-call]
         return self
 
-    def _versions(self) -> tuple[int, ...]:
-        """Torch's counts of in-place writes to what the logits are made of."""
-        parts = (self.hidden, self.weight) if self.bias is None else (self.hidden, self.weight, self.bias)
-        return tuple(part._version for part in parts)
+    def _stamps(self) -> list[WriteStamp]:
+        """What shows writes to what the logits are made of."""
+        return [WriteStamp(part) for part in (self.hidden, self.weight, self.bias) if part is not None]
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"DeferredLogits(shape={list(self.shape)}, dtype={self.dtype})"
 
     def check(self) -> None:
         """ToolkitError once the logits could only be those of other weights."""
-        if self._versions() != self.versions:
+        if self._stamps() != self.stamps:
             raise ToolkitError(
                 "logits were not read before the weights changed; read them before the optimizer's step, or patch "
                 "without the role 'head'."
@@ -108,6 +108,7 @@ class DeferredLogits(Tensor):
         return None if steps else (scale, softcap, temperature)
 
     def _with(self, hidden: Tensor | None = None, step: tuple[str, float] | None = None) -> "DeferredLogits":
+        self.check()  # what is made of these logits counts writes from now on
         steps = self.steps if step is None else (*self.steps, step)
         return DeferredLogits(self.hidden if hidden is None else hidden, self.weight, self.bias, self.product, steps)
 

@@ -12,15 +12,17 @@ from toolkit.patching.adapters.find import (
     without_adapters,
     wraps_parameter,
 )
-from toolkit.patching.adapters.follow import adapter_state
+from toolkit.patching.adapters.follow import AdapterSwitches, adapter_entries, base_modules
 from toolkit.patching.adapters.fuse import FUSED, adapter_report, fuse_adapters, release_adapters
 
 __all__ = [
     "FUSED",
+    "AdapterSwitches",
+    "adapter_entries",
     "adapter_layers",
     "adapter_report",
-    "adapter_state",
     "base_module",
+    "base_modules",
     "fuse_adapters",
     "inner_model",
     "release_adapters",

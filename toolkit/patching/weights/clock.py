@@ -1,0 +1,123 @@
+"""The weight version: a number that changes whenever what a model computes with is written."""
+
+import itertools
+import weakref
+from typing import Any
+
+from torch import nn
+
+from toolkit.patching.adapters import AdapterSwitches, inner_model
+from toolkit.patching.weights.optimizers import count_steps, steps_of_copies
+from toolkit.patching.weights.tensors import ModelTensors, Owner
+from toolkit.state.prefix_key import PrefixKey
+
+
+class WeightClock:
+    """The weight version of one model.
+
+    Every write to a parameter or buffer changes it: steps of any optimizer, ``load_state_dict`` (``assign=True`` too),
+    in-place operations, replaced parameters, buffers and modules, other memory (``p.data = ...``), adapters that are
+    switched, merged, rescaled, added or deleted. What no counter sees (``p.data.copy_``) is seen on a CPU where it
+    reaches the middle of a tensor; call ``weights_changed(model)`` after such writes.
+
+    Attributes:
+        key: of the base weights and the active adapters, at the last ``version``.
+        layout: changes whenever a module, a parameter or a buffer is another object or has other memory, and with the
+            adapters that act. What was captured under one layout is valid while it lasts.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        count_steps(model)
+        self._model = weakref.ref(model)
+        self._writes, self._numbers = itertools.count(1), itertools.count(1)
+        self._tensors, self._switches = ModelTensors(model), AdapterSwitches(model)
+        self._copies = steps_of_copies()
+        self._base = 0
+        self._adapters: dict[str, int] = {}
+        self._selections: dict[Any, int] = {}
+        self.layout = 0
+        self.key = self._current()
+        self._versions = {self.key: 0}
+
+    def version(self) -> int:
+        """The current version: 0 at first, and equal only where the weights are."""
+        model = self._model()
+        if model is not None:
+            self._look(model)
+        if self.key not in self._versions:
+            # Base weights do not come back; adapters may be switched back.
+            self._versions = {one: number for one, number in self._versions.items() if not self.key.outdates(one)}
+            self._versions[self.key] = next(self._numbers)
+        return self._versions[self.key]
+
+    def move(self) -> None:
+        """Change the version by hand, as a write to everything."""
+        model = self._model()
+        if model is not None:
+            self._look(model)
+            self._follow(model, {None, *self._adapters}, moved=True)
+
+    def _look(self, model: nn.Module) -> None:
+        written, switched = self._tensors.writes(), self._switches.changed()
+        moved = written is None
+        if written is None:
+            old, self._tensors = self._tensors, ModelTensors(model)
+            written = old.differing(self._tensors)
+        if self._copies != steps_of_copies():
+            self._copies, written = steps_of_copies(), {None, *self._adapters}
+        if written or switched or moved:
+            self._follow(model, written, moved or switched)
+
+    def _follow(self, model: nn.Module, written: set[Owner], moved: bool) -> None:
+        if moved:
+            self.layout += 1
+            old, self._switches = self._switches, AdapterSwitches(model)
+            if old.may_have_merged(self._switches):
+                written = written | {None}
+        for owner in written:
+            if owner is None:
+                self._base = next(self._writes)
+            else:
+                self._adapters[owner] = next(self._writes)
+        self._selections = {
+            selection: number
+            for selection, number in self._selections.items()
+            if all(self._adapters.get(name) == version for name, version in selection[1])
+        }
+        self.key = self._current()
+
+    def _current(self) -> PrefixKey:
+        active = self._switches.active()
+        if not active:
+            return PrefixKey(self._base)
+        versions = tuple((name, self._adapters.setdefault(name, 0)) for name in active)
+        selection = (self._switches.selection(), versions)
+        if selection not in self._selections:
+            self._selections[selection] = next(self._writes)
+        return PrefixKey(self._base, "+".join(active), self._selections[selection])
+
+
+_CLOCKS: "weakref.WeakKeyDictionary[nn.Module, WeightClock]" = weakref.WeakKeyDictionary()
+
+
+def weight_clock(model: nn.Module) -> WeightClock:
+    """The clock of ``model``: the same one for every caller."""
+    model = inner_model(model)
+    clock = _CLOCKS.get(model)
+    if clock is None:
+        clock = _CLOCKS[model] = WeightClock(model)
+    return clock
+
+
+def weight_version(model: nn.Module) -> int:
+    """0 at the first call for a model; another number after every write: see ``WeightClock``."""
+    return weight_clock(model).version()
+
+
+def weights_changed(model: nn.Module) -> None:
+    """Change the weight version by hand, after writes that nothing shows: past torch's version counters, in place.
+
+    These are ``p.data.copy_(...)``, ``p.data[...] = ...``, NumPy arrays that share memory, and kernels that are given
+    a pointer, on any device but the CPU or where they change a part of a tensor. Steps of optimizers are counted.
+    """
+    weight_clock(model).move()
