@@ -1,4 +1,4 @@
-"""What shows that a tensor was written, at the price of reading a few numbers."""
+"""What shows that a tensor was written, read as a few numbers."""
 
 import ctypes
 
@@ -15,7 +15,7 @@ class WriteStamp:
     what was allocated again at the same address is told apart.
 
     Args:
-        tensor: of any class. What it does not have (memory of its own, a version counter) is left out.
+        tensor: of any class. What it does not have (memory, a version counter) is left out.
     """
 
     __slots__ = ("_storage", "address", "sample", "version")

@@ -157,7 +157,7 @@ def _buffer_replaced(model: Any, source: random.Random) -> None:
 
 
 def _embeddings_tied(model: Any, source: random.Random) -> None:
-    """The head's weight becomes the embedding's, or one of its own again."""
+    """The head's weight becomes the embedding's, or a separate one again."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied = head.weight is embedding.weight
     head.weight = nn.Parameter(head.weight.detach().clone()) if tied else embedding.weight

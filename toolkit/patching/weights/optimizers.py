@@ -1,4 +1,4 @@
-"""Steps of optimizers, counted as writes in whatever way they write."""
+"""Steps of optimizers, counted as writes."""
 
 import sys
 import weakref
@@ -26,7 +26,7 @@ def count_steps(model: nn.Module) -> None:
 def steps_of_copies() -> int:
     """How many steps optimizers made on tensors that are not parameters, such as master weights.
 
-    They write them back to parameters in a way of their own, perhaps of any model.
+    They write them back to parameters, past the counters perhaps, and perhaps of any model.
     """
     return _steps_of_copies
 

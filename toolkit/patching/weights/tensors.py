@@ -58,7 +58,7 @@ class ModelTensors:
         owners = adapter_entries(model)
         entries = [(entry, owners.get((id(entry[0]), entry[1]))) for module in modules for entry in _entries(module)]
         plain = [(entry, owner) for entry, owner in entries if _is_plain(entry[2])]
-        # What has no memory of its own: objects with tensors inside, wrappers around tensors.
+        # What has no separate memory: objects with tensors inside, wrappers around tensors.
         others = [(e, owner) for e, owner in entries if e[2] is not None and not _is_plain(e[2])]
         self._fetch = _Fetch([entry for entry, _ in plain])
         self._fetch_others = _Fetch([entry for entry, _ in others])
@@ -179,7 +179,7 @@ def _inside(value: Any, seen: set[int]) -> Iterator[_Entry]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a tensor has memory of its own and a version counter."""
+    """Whether a tensor has memory and a version counter, and is no wrapper."""
     if not isinstance(value, Tensor) or value.is_inference() or is_traceable_wrapper_subclass(value):
         return False
     try:
