@@ -61,6 +61,22 @@ def unknown_field(field: str, last: str, allowed: Iterable[str]) -> str:
 
 
 def shown(value: Any, limit: int = 60) -> str:
-    """``value`` as a message shows it, cut to ``limit`` characters."""
-    text = ascii(value) if isinstance(value, str) else repr(value)
+    """``value`` as a message shows it, cut to ``limit`` characters. The cost does not grow with the value."""
+    text = ascii(value[: limit + 1]) if isinstance(value, str) else _beginning(value, limit)
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _beginning(value: Any, limit: int) -> str:
+    """``repr(value)``, or more than ``limit`` characters of its beginning."""
+    if isinstance(value, str):
+        return repr(value[: limit + 1])
+    if type(value) not in (list, tuple, dict) or not value:
+        return repr(value)
+    brackets = "{}" if isinstance(value, dict) else "[]" if isinstance(value, list) else "()"
+    text = brackets[0]
+    for item in value.items() if isinstance(value, dict) else value:
+        if len(text) > limit:
+            return text
+        parts = item if isinstance(value, dict) else (item,)
+        text += ", " * (len(text) > 1) + ": ".join(_beginning(part, limit - len(text)) for part in parts)
+    return text + "," * (isinstance(value, tuple) and len(value) == 1) + brackets[1]

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from toolkit.engine import AsyncEngine, EngineUnavailable, SamplingParams
 from toolkit.serving.app import ServerConfig, create_app
 from toolkit.serving.metrics import Metrics
 from toolkit.serving.texts import Texts
+from toolkit.testing.models import tiny_tokenizer
 
 PROMPT = {"prompt": [1, 2, 3], "max_tokens": 3}
 
@@ -200,11 +202,59 @@ def test_what_a_request_does_not_say_is_the_checkpoints_default(monkeypatch):
         assert submitted("completions", {"prompt": [1]}) == [{**plain, "max_tokens": 15}]  # OpenAI's 16, as they fit
 
 
+def test_health_and_streams_do_not_wait_for_a_prompt_that_is_tokenised(monkeypatch):
+    tokenising, tokenised = threading.Event(), threading.Event()
+
+    def slow(self, text):
+        tokenising.set()
+        tokenised.wait(10)
+        return [1]
+
+    monkeypatch.setattr(Texts, "prompt", slow)
+    client, _ = client_of(ToldEngine())
+    with client, ThreadPoolExecutor() as pool:
+        slow_one = pool.submit(client.post, "/v1/completions", json={"prompt": "a"})
+        assert tokenising.wait(10)
+        assert client.get("/health").status_code == 200
+        assert "[DONE]" in client.post("/v1/completions", json={**PROMPT, "stream": True}).text
+        assert not slow_one.done()
+        tokenised.set()
+        assert slow_one.result(10).status_code == 200
+
+
+def test_lengths_are_checked_before_anything_is_tokenised(monkeypatch):
+    tokenizer = tiny_tokenizer()
+    longest = max(map(len, tokenizer.get_vocab()))
+    client, _ = client_of(ToldEngine(), tokenizer=tokenizer, max_model_len=16)
+    monkeypatch.setattr("toolkit.serving.texts.rust_encoding", lambda *_: pytest.fail("it was tokenised"))
+    monkeypatch.setattr("toolkit.serving.texts.render", lambda *_, **__: pytest.fail("it was rendered"))
+    text = "a" * (16 * longest + 1)
+    with client:
+        for path, body, field in (
+            ("completions", {"prompt": text}, "prompt"),
+            ("chat/completions", {"messages": [{"role": "user", "content": text}]}, "messages"),
+        ):
+            response = client.post(f"/v1/{path}", json=body)
+            error = response.json()["error"]
+            assert (response.status_code, error["param"]) == (400, field)
+            assert error["message"] == (
+                f"{field} must have <= {16 * longest} characters, which is all that fits, got {len(text)}."
+            )
+        many = client.post("/v1/completions", json={"prompt": ["a"] * 9})
+        assert many.json()["error"]["message"] == "The request must have <= 8 sequences, got 9."
+
+
 def test_a_body_beyond_the_limit_is_refused():
     client, _ = client_of(ToldEngine())
     with client:
-        response = client.post("/v1/completions", content=b" " * (33 * 2**20))
-        assert response.status_code == 413
+        assert client.post("/v1/completions", content=b" " * (4 * 2**20 + 1)).status_code == 413
+        assert client.post("/v1/completions", content=b" " * (4 * 2**20)).status_code == 400
+    client, _ = client_of(ToldEngine(), max_body_size=100)
+    with client:
+        assert client.post("/v1/completions", json=PROMPT).status_code == 200
+        refused = client.post("/v1/completions", json={**PROMPT, "user": "x" * 100})
+        assert refused.status_code == 413
+        assert refused.json()["error"]["message"] == "The request body must have <= 100 bytes, got more."
 
 
 def test_the_engine_thread_sleeps_while_there_is_nothing_to_do():

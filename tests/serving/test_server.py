@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
@@ -312,6 +313,81 @@ def test_a_body_that_is_no_json_is_refused(server):
 
 
 # The last test of the module: it ends the module's server.
+def resident_mib(server):
+    lines = Path(f"/proc/{server.process.pid}/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1024
+
+
+LARGE = {
+    "text": json.dumps({"prompt": "the quick brown fox " * 200_000}),
+    "token ids": json.dumps({"prompt": [1] * 500_000}),
+    "lists": '{"prompt": [' + "[]," * 1_300_000 + "1]}",
+    "stop strings": json.dumps({"prompt": "a", "stop": [f"s{at}" for at in range(100_000)]}),
+    "fields": json.dumps({"prompt": "a", **{f"k{at}": 1 for at in range(60_000)}}),
+    "logit_bias": json.dumps({"prompt": "a", "logit_bias": dict.fromkeys(range(60_000), 1)}),
+    "nested": '{"prompt": ' + "[" * 30_000 + "]" * 30_000 + "}",
+    "digits": '{"prompt": "a", "max_tokens": ' + "9" * 4_000_000 + "}",
+}
+LONG_PROMPTS = json.dumps({"prompt": ["the quick brown fox " * 150] * 8, "max_tokens": 1})
+
+
+def test_no_single_request_keeps_the_others_waiting_or_the_memory(server):
+    """Everybody else meanwhile: /health, and a stream, whose tokens come within the step that is under way."""
+
+    def waits(ask=lambda: time.sleep(0.3)):
+        """The longest that /health took, and the longest gap in a stream."""
+        took, gaps, done = [], [], threading.Event()
+
+        def watch_health():
+            with httpx.Client(base_url=server.url, timeout=60) as http:
+                while not done.is_set():
+                    start = time.perf_counter()
+                    assert http.get("/health").status_code == 200
+                    took.append(time.perf_counter() - start)
+                    time.sleep(0.005)
+
+        def watch_stream():
+            body = {"prompt": [1], "max_tokens": 4000, "stream": True, "ignore_eos": True}
+            with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as response:
+                last = None
+                for line in response.iter_lines():
+                    now = time.perf_counter()
+                    if last is not None and line:
+                        gaps.append(now - last)
+                    last = now if line else last
+                    if done.is_set():
+                        return
+
+        with ThreadPoolExecutor(2) as pool:
+            watching = [pool.submit(watch_health), pool.submit(watch_stream)]
+            while not gaps:
+                time.sleep(0.005)
+            ask()
+            done.set()
+            [one.result() for one in watching]
+        return max(took), max(gaps)
+
+    def ask_large():
+        for name, body in LARGE.items():
+            response = server.http.post("/v1/completions", content=body)
+            assert response.status_code == 400, name
+            assert len(response.content) < 1000, name
+        assert server.http.post("/v1/completions", content=b"x" * (8 << 20)).status_code == 413
+
+    quiet, quiet_gap = waits()
+    ask_large()  # once, so that what stays allocated for good is
+    time.sleep(1.5)
+    before = resident_mib(server)
+    # Other processes share the machine: what they cost a quiet server is allowed on top.
+    health, gap = waits(ask_large)
+    assert health < 0.1 + 3 * quiet
+    assert gap < 0.1 + 3 * quiet_gap
+    time.sleep(1.5)  # memory goes back a second after
+    assert resident_mib(server) < before + 40
+    health, _ = waits(lambda: server.http.post("/v1/completions", content=LONG_PROMPTS).raise_for_status())
+    assert health < 0.1 + 3 * quiet
+
+
 def test_sigterm_lets_short_requests_finish_and_ends_with_status_0(server):
     outcome = {}
 

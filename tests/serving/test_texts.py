@@ -1,7 +1,10 @@
 """Chats to prompts: nothing that a client sends is lost without a word."""
 
+import random
+
 import pytest
 
+from toolkit.errors import ToolkitError
 from toolkit.serving.protocol import Message, RequestError
 from toolkit.serving.texts import Texts
 from toolkit.testing.models import tiny_tokenizer
@@ -58,3 +61,29 @@ def test_a_message_that_the_template_drops_is_an_error_that_names_it(template, m
     assert str(raised.value) == (
         f"The model's chat template shows nothing of 'messages[{at}]', whose role is '{messages[at][0]}'."
     )
+
+
+class Chatty(type(tiny_tokenizer())):
+    """A tokenizer that does more than the Rust one."""
+
+    def _encode_plus(self, text, *args, **kwargs):
+        return super()._encode_plus(f"say {text}", *args, **kwargs)
+
+
+def test_prompts_have_the_tokenizers_own_tokens():
+    tokenizer, rng = tiny_tokenizer(), random.Random(0)
+    texts = Texts(tokenizer)
+    for _ in range(50):
+        text = "".join(rng.choices(["a", " ", "é", "😀", "</s>", "\n", "page"], k=12))
+        assert texts.prompt(text) == tokenizer(text)["input_ids"]
+    chatty = Chatty(tokenizer_object=tokenizer.backend_tokenizer)
+    assert Texts(chatty).prompt("hi") == tokenizer("say hi")["input_ids"]
+    truncating = tiny_tokenizer()
+    truncating.backend_tokenizer.enable_truncation(2)
+    assert Texts(truncating).prompt("a b c d") == tokenizer("a b c d")["input_ids"]
+
+
+def test_a_prompt_that_is_too_long_is_not_made_a_list():
+    texts = Texts(tiny_tokenizer(), max_model_len=8)
+    with pytest.raises(ToolkitError, match=r"prompt must have <= 7 tokens, one below max_model_len, got 16\."):
+        texts.prompt("é" * 8)

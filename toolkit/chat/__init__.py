@@ -1,6 +1,7 @@
 """Chats and prompts as tokens: one way for training, rollouts and serving."""
 
 from toolkit.chat.dropped import dropped_messages
+from toolkit.chat.rust import rust_encoding
 from toolkit.chat.template import ChatTemplateError, render, render_spans
 from toolkit.chat.tokens import Encoding, encode, prompt_token_ids, special_tokens_around
 from toolkit.chat.training import ChatTokenizer, PreferenceTokens, TrainingTokens
@@ -16,5 +17,6 @@ __all__ = [
     "prompt_token_ids",
     "render",
     "render_spans",
+    "rust_encoding",
     "special_tokens_around",
 ]

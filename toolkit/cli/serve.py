@@ -58,6 +58,13 @@ def _add_api_options(group: Any) -> None:
     group.add_argument(
         "--grace", type=float, default=30.0, metavar="S", help="seconds for running requests at shutdown"
     )
+    group.add_argument(
+        "--payload-limit",
+        type=int,
+        default=4 * 2**20,
+        metavar="N",
+        help="most bytes of a request's body (default: 4194304)",
+    )
     group.add_argument("--disable-fastapi-docs", action="store_true", help="serve no /docs and no /openapi.json")
 
 
@@ -102,6 +109,7 @@ def run(args: argparse.Namespace) -> int:
     for field, low, high in (
         ("port", 0, 65535),
         ("max_queue", 1, 2**31),
+        ("payload_limit", 1, 2**31),
         ("grace", 0, 86400),
         ("timeout_keep_alive", 0, 86400),
     ):
@@ -197,6 +205,7 @@ def _serve(
         tokenizer=tokenizer,
         max_model_len=engine.max_sequence_len,
         vocab_size=engine.vocab_size,
+        max_body_size=args.payload_limit,
         default_sampling_params=defaults,
         root_path=args.root_path,
         docs=not args.disable_fastapi_docs,

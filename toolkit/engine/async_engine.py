@@ -19,9 +19,8 @@ from typing import cast
 from toolkit.engine.engine import Engine
 from toolkit.engine.outputs import Completion, Delta
 from toolkit.engine.params import SamplingParams
-from toolkit.engine.prompts import Params, Prompt, Prompts, check_params, split_prompts
+from toolkit.engine.prompts import Params, Prompt, Prompts, check_num_sequences, check_params, split_prompts
 from toolkit.engine.request_handle import SHUTTING_DOWN, EngineListener, EngineUnavailable, RequestHandle
-from toolkit.errors import ToolkitError
 
 
 class AsyncEngine:
@@ -100,8 +99,7 @@ class AsyncEngine:
         chosen = check_params(params, len(given))
         handle = RequestHandle(sum(one.n for one in chosen), self.cancel_handle)
         most = self.max_queued_seqs
-        if most is not None and handle.num_sequences > most:
-            raise ToolkitError(f"The request must have <= {most} sequences, got {handle.num_sequences}.")
+        check_num_sequences(handle.num_sequences, most)
         with self._changed:
             if self.failure is not None:
                 raise EngineUnavailable(f"The engine has stopped: {self.failure}")

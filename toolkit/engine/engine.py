@@ -13,7 +13,16 @@ from toolkit.engine.config import EngineConfig
 from toolkit.engine.detokenizer import Decoder, Tokenizer
 from toolkit.engine.outputs import Completion, Delta, FinishReason
 from toolkit.engine.params import SamplingParams
-from toolkit.engine.prompts import Params, Prompt, Prompts, check_params, check_prompt, longest_sequence, split_prompts
+from toolkit.engine.prompts import (
+    Params,
+    Prompt,
+    Prompts,
+    check_params,
+    check_prompt,
+    longest_sequence,
+    outside_vocabulary,
+    split_prompts,
+)
 from toolkit.engine.request import Request, Sequence
 from toolkit.engine.runner import Backend, ModelRunner, PatchedModel, block_counts, chosen_specs
 from toolkit.engine.sampler import Sampler
@@ -279,9 +288,9 @@ class Engine:
             raise ToolkitError("the engine is closed; make another one.")
         for request in requests:
             self._live[request.request_id] = request
-            wrong = [token for token in request.prompt if not 0 <= token < self.vocab_size]
-            if wrong:
-                message = f"prompt must have token ids from 0 to {self.vocab_size - 1}, got {wrong[0]}."
+            wrong = outside_vocabulary(request.prompt, self.vocab_size)
+            if wrong is not None:
+                message = f"prompt must have token ids from 0 to {self.vocab_size - 1}, got {wrong}."
                 self._end(request, "error", message)
             else:
                 self.scheduler.add(request)

@@ -4,6 +4,7 @@ from collections import abc
 from dataclasses import replace
 from numbers import Integral
 from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
@@ -73,16 +74,65 @@ def fit_max_tokens(params: SamplingParams, prompt_tokens: int, longest: int) -> 
     return params if params.max_tokens is None or params.max_tokens <= room else replace(params, max_tokens=room)
 
 
+def check_characters(field: str, count: int, tokenizer: Any, longest: int) -> None:
+    """Raise a ToolkitError for a text that has too many characters for its tokens to fit, before it is tokenised.
+
+    Args:
+        field: what the text is.
+        count: its characters.
+        tokenizer: whose longest token bounds the characters that a token stands for.
+        longest: most tokens of prompt and completion together.
+    """
+    if count <= longest or not hasattr(tokenizer, "get_vocab"):
+        return
+    most = longest * _longest_token(tokenizer)
+    if count > most:
+        raise ToolkitError(f"{field} must have <= {most} characters, which is all that fits, got {count}.")
+
+
+def check_num_sequences(count: int, most: int | None) -> None:
+    """Raise a ToolkitError for a request of more sequences than ``max_queued_seqs``."""
+    if most is not None and count > most:
+        raise ToolkitError(f"The request must have <= {most} sequences, got {count}.")
+
+
+def check_token_count(count: int, longest: int, name: str = "max_model_len") -> None:
+    """Raise a ToolkitError for a prompt behind which no token fits; ``name`` is what bounds them."""
+    if count >= longest:
+        raise ToolkitError(f"prompt must have <= {longest - 1} tokens, one below {name}, got {count}.")
+
+
+def outside_vocabulary(tokens: list[int], vocab_size: int) -> int | None:
+    """The first token id that no embedding has, if there is one."""
+    if not tokens or (min(tokens) >= 0 and max(tokens) < vocab_size):
+        return None
+    return next(token for token in tokens if not 0 <= token < vocab_size)
+
+
+def _longest_token(tokenizer: Any) -> int:
+    if tokenizer not in _LONGEST_TOKEN:
+        _LONGEST_TOKEN[tokenizer] = max(map(len, tokenizer.get_vocab()), default=1)
+    return _LONGEST_TOKEN[tokenizer]
+
+
+_LONGEST_TOKEN: "WeakKeyDictionary[Any, int]" = WeakKeyDictionary()
+
+
 def check_prompt(
     prompt: Prompt, params: SamplingParams, tokenizer: Any, max_model_len: int, block_manager: BlockManager
 ) -> tuple[list[int], int]:
     """(token ids, most tokens to generate) of one prompt. Raises ToolkitError where it cannot run."""
     prompt = _plain(prompt)
+    longest, name = longest_sequence(max_model_len, block_manager)
     if isinstance(prompt, str):
         if tokenizer is None:
             raise ToolkitError("prompt must be token ids, since the engine has no tokenizer, got a text.")
+        check_characters("prompt", len(prompt), tokenizer, longest)
         tokens = list(tokenizer(prompt)["input_ids"])
-    elif isinstance(prompt, list | tuple) and all(_is_id(token) for token in prompt):
+    elif isinstance(prompt, list | tuple):
+        check_token_count(len(prompt), longest, name)
+        if not set(map(type, prompt)) <= {int} and not all(map(_is_id, prompt)):
+            raise ToolkitError(f"prompt must be a text or a list of token ids, got {str(prompt)[:60]!r}.")
         tokens = [int(token) for token in prompt]
     else:
         raise ToolkitError(f"prompt must be a text or a list of token ids, got {str(prompt)[:60]!r}.")
@@ -92,9 +142,7 @@ def check_prompt(
         )
     if not tokens:
         raise ToolkitError("prompt must have >= 1 tokens, got 0.")
-    longest, name = longest_sequence(max_model_len, block_manager)
-    if len(tokens) >= longest:
-        raise ToolkitError(f"prompt must have <= {longest - 1} tokens, one below {name}, got {len(tokens)}.")
+    check_token_count(len(tokens), longest, name)
     if params.max_tokens is None:
         return tokens, longest - len(tokens)
     if len(tokens) + params.max_tokens > longest:

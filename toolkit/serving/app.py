@@ -3,9 +3,11 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request, Response
@@ -17,20 +19,37 @@ from starlette.routing import Match
 
 import toolkit
 from toolkit.engine import AsyncEngine, Completion, EngineUnavailable, RequestHandle, SamplingParams
-from toolkit.engine.prompts import fit_max_tokens
+from toolkit.engine.prompts import check_num_sequences, fit_max_tokens, outside_vocabulary
 from toolkit.engine.request_handle import SHUTTING_DOWN
 from toolkit.errors import ToolkitError
 from toolkit.sentences import shown
 from toolkit.serving import schemas
 from toolkit.serving.access import ApiKeys, Cors
+from toolkit.serving.limits import MAX_BODY_SIZE, SMALL_BODY, give_back_memory
 from toolkit.serving.metrics import Metrics
 from toolkit.serving.middleware import CountRequests, HeadAsGet, RequestIds
 from toolkit.serving.openapi import describe, responses, takes
 from toolkit.serving.protocol import ChatRequest, CompletionRequest, RequestError, Sampling, parse
-from toolkit.serving.responses import END_OF_STREAM, ChatResponse, CompletionResponse, Json, error_body, event, usage
+from toolkit.serving.responses import (
+    END_OF_STREAM,
+    ChatResponse,
+    CompletionResponse,
+    Json,
+    encoded,
+    error_body,
+    event,
+    usage,
+)
 from toolkit.serving.texts import Texts
 
-MAX_BODY = 32 * 2**20
+WORKERS = 4
+"""Threads that read requests and write long responses."""
+SHORT_RESPONSE = 1000
+"""Log-probabilities in a response that is written on the event loop."""
+READ_ON = 64 * 2**20
+"""Bytes of a body beyond the limit that are read, and dropped: a client that is still sending reads no response."""
+TRIM_DELAY = 1.0
+"""Seconds after a large body until what it took is given back; by then the request has let go of it."""
 CLIENT_CLOSED_REQUEST = 499
 """The status, in metrics alone, of a client that left before its response; nginx' number."""
 
@@ -49,6 +68,7 @@ class ServerConfig:
         tokenizer: a Hugging Face tokenizer; None for prompts of token ids only.
         max_model_len: most tokens of prompt and completion together.
         vocab_size: bounds token ids; None checks none.
+        max_body_size: most bytes of a request's body.
         default_sampling_params: of what a request does not say, such as a checkpoint's ``generation_config.json``.
         api_key: that clients must send, or several of which any is right; None for no key.
         cors: which web pages may use the server; None for none.
@@ -62,6 +82,7 @@ class ServerConfig:
     tokenizer: Any = None
     max_model_len: int | None = None
     vocab_size: int | None = None
+    max_body_size: int = MAX_BODY_SIZE
     default_sampling_params: Mapping[str, Any] = field(default_factory=dict)
     api_key: str | Sequence[str] | None = None
     cors: Cors | None = None
@@ -73,18 +94,30 @@ class ServerConfig:
         return (self.served_model_name,) if isinstance(self.served_model_name, str) else tuple(self.served_model_name)
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """A request that may run: what it asks for, and what writes its response."""
+
+    request: Sampling
+    prompts: list[list[int]]
+    params: list[SamplingParams]
+    body: CompletionResponse
+
+
 def create_app(config: ServerConfig) -> FastAPI:
     """The ASGI application. Its lifespan starts the engine's thread and ends it, and leaves the engine open."""
-    engine, metrics, texts = config.engine, config.metrics, Texts(config.tokenizer)
+    engine, metrics, texts = config.engine, config.metrics, Texts(config.tokenizer, config.max_model_len)
     names, created = config.model_names, int(time.time())
     keys = ApiKeys([config.api_key] if isinstance(config.api_key, str) else config.api_key or ())
     watchers: set[asyncio.Task[None]] = set()  # the event loop does not hold them
+    workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="request")
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine.start()
         yield
         await asyncio.to_thread(engine.shutdown, close_engine=False, timeout=STEP_TIMEOUT)
+        workers.shutdown(wait=False, cancel_futures=True)
 
     app = FastAPI(
         title="toolkit",
@@ -137,10 +170,11 @@ def create_app(config: ServerConfig) -> FastAPI:
     def check_tokens(prompts: list[list[int]]) -> None:
         if config.vocab_size is None:
             return
-        wrong = [token for prompt in prompts for token in prompt if not 0 <= token < config.vocab_size]
-        if wrong:
-            message = f"'prompt' must have token ids from 0 to {config.vocab_size - 1}, got {shown(wrong[0])}."
-            raise RequestError(message, "prompt")
+        for prompt in prompts:
+            wrong = outside_vocabulary(prompt, config.vocab_size)
+            if wrong is not None:
+                message = f"'prompt' must have token ids from 0 to {config.vocab_size - 1}, got {shown(wrong)}."
+                raise RequestError(message, "prompt")
 
     def sampling_params(
         asked: Sampling, prompts: list[list[int]], logprobs: int | None, **defaults: Any
@@ -149,6 +183,38 @@ def create_app(config: ServerConfig) -> FastAPI:
         params = SamplingParams(**{**defaults, **config.default_sampling_params, **given}, logprobs=logprobs)
         longest = None if "max_tokens" in given else config.max_model_len
         return [params if longest is None else fit_max_tokens(params, len(one), longest) for one in prompts]
+
+    def read_completion(raw: bytes) -> _Asked:
+        asked = parse(CompletionRequest, raw)
+        check_model(asked.model)
+        check_num_sequences(len(asked.prompt) * asked.n, engine.max_queued_seqs)
+        prompts = [texts.prompt(prompt) if isinstance(prompt, str) else prompt for prompt in asked.prompt]
+        check_tokens(prompts)
+        body = CompletionResponse(names[0], texts, asked.logprobs)
+        return _Asked(asked, prompts, sampling_params(asked, prompts, asked.logprobs), body)
+
+    def read_chat(raw: bytes) -> _Asked:
+        asked = parse(ChatRequest, raw)
+        check_model(asked.model)
+        check_num_sequences(asked.n, engine.max_queued_seqs)
+        prompts = [texts.chat(asked.messages)]
+        top = (asked.top_logprobs or 0) if asked.logprobs else None
+        params = sampling_params(asked, prompts, top, max_tokens=None)
+        return _Asked(asked, prompts, params, ChatResponse(names[0], texts, top))
+
+    def trim() -> None:
+        with suppress(RuntimeError):  # the server has ended
+            workers.submit(give_back_memory)
+
+    async def read(request: Request, read_body: Callable[[bytes], _Asked]) -> _Asked:
+        """The request, read on a thread: the event loop serves everybody else meanwhile."""
+        raw = await _body(request, config.max_body_size)
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(workers, read_body, raw)
+        finally:
+            if len(raw) > SMALL_BODY:
+                loop.call_later(TRIM_DELAY, trim)
 
     @app.get("/v1/models", dependencies=guarded, responses=responses(schemas.ModelList))
     async def models() -> Json:
@@ -185,12 +251,7 @@ def create_app(config: ServerConfig) -> FastAPI:
         openapi_extra=takes(CompletionRequest),
     )
     async def completions(request: Request) -> Response:
-        asked = parse(CompletionRequest, await _body(request))
-        check_model(asked.model)
-        prompts = [texts.prompt(prompt) if isinstance(prompt, str) else prompt for prompt in asked.prompt]
-        check_tokens(prompts)
-        params = sampling_params(asked, prompts, asked.logprobs)
-        return await respond(request, asked, prompts, params, CompletionResponse(names[0], texts, asked.logprobs))
+        return await respond(request, await read(request, read_completion))
 
     @app.post(
         "/v1/chat/completions",
@@ -199,44 +260,44 @@ def create_app(config: ServerConfig) -> FastAPI:
         openapi_extra=takes(ChatRequest),
     )
     async def chat(request: Request) -> Response:
-        asked = parse(ChatRequest, await _body(request))
-        check_model(asked.model)
-        top = (asked.top_logprobs or 0) if asked.logprobs else None
-        prompts = [texts.chat(asked.messages)]
-        params = sampling_params(asked, prompts, top, max_tokens=None)
-        return await respond(request, asked, prompts, params, ChatResponse(names[0], texts, top))
+        return await respond(request, await read(request, read_chat))
 
-    async def respond(
-        request: Request,
-        asked: Sampling,
-        prompts: list[list[int]],
-        params: list[SamplingParams],
-        body: CompletionResponse,
-    ) -> Response:
-        handle = engine.submit(prompts, params)
+    async def respond(request: Request, given: _Asked) -> Response:
+        handle = engine.submit(given.prompts, given.params)
         await handle.wait_accepted()
-        prompt_tokens = list(map(len, prompts))
+        prompt_tokens = list(map(len, given.prompts))
         metrics.prompt_tokens.add(sum(prompt_tokens))
         watcher = asyncio.create_task(_cancel_on_disconnect(request, handle))
         watchers.add(watcher)
         watcher.add_done_callback(watchers.discard)
-        if asked.stream:
-            events = _events(handle, prompt_tokens, asked, body)
+        if given.request.stream:
+            events = _events(handle, prompt_tokens, given.request, given.body)
             return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
-        return JSONResponse(await _whole(handle, sum(prompt_tokens), asked.n, body))
+        finished = await _finished(handle, given.request.n)
+        write = partial(_whole, finished, sum(prompt_tokens), given.body)
+        size = sum(len(one.token_ids) for one in finished) * (1 + (given.body.top or 0))
+        if given.body.top is None or size <= SHORT_RESPONSE:
+            text = write()
+        else:
+            text = await asyncio.get_running_loop().run_in_executor(workers, write)
+        return Response(text, media_type="application/json")
 
     describe(app, names, config.max_model_len, config.vocab_size)
     return app
 
 
-async def _whole(handle: RequestHandle, num_prompt_tokens: int, n: int, body: CompletionResponse) -> Json:
+async def _finished(handle: RequestHandle, n: int) -> list[Completion]:
     finished: dict[int, Completion] = {}
     async for delta in handle:
         if delta.finished is not None:
             finished[delta.prompt_index * n + delta.index] = _without_error(delta.finished)
-    generated = sum(len(completion.token_ids) for completion in finished.values())
-    choices = [body.choice(index, finished[index]) for index in sorted(finished)]
-    return body.whole(choices, usage(num_prompt_tokens, generated))
+    return [finished[index] for index in sorted(finished)]
+
+
+def _whole(finished: list[Completion], num_prompt_tokens: int, body: CompletionResponse) -> bytes:
+    generated = sum(len(completion.token_ids) for completion in finished)
+    choices = [body.choice(index, completion) for index, completion in enumerate(finished)]
+    return encoded(body.whole(choices, usage(num_prompt_tokens, generated)))
 
 
 async def _events(
@@ -287,12 +348,16 @@ def _without_error(completion: Completion) -> Completion:
     return completion
 
 
-async def _body(request: Request) -> bytes:
-    body = bytearray()
+async def _body(request: Request, most: int) -> bytes:
+    body, size = bytearray(), 0
     async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY:
-            raise RequestError(f"The request body is larger than {MAX_BODY} bytes.", status=413)
+        size += len(chunk)
+        if size <= most:
+            body += chunk
+        elif size > most + READ_ON:
+            break
+    if size > most:
+        raise RequestError(f"The request body must have <= {most} bytes, got more.", status=413)
     return bytes(body)
 
 

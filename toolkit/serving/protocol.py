@@ -12,9 +12,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from toolkit.errors import ToolkitError
 from toolkit.sentences import sentence, shown, unknown_field
+from toolkit.serving.limits import check_structure
 
 MAX_CHOICES = 128
 MAX_TOP_LOGPROBS = 20
+MAX_FIELDS = 128
+MAX_NAME = 200
+"""Characters of an unknown field's name that an error repeats."""
+MAX_MESSAGES = MAX_PROMPTS = 2048
+MAX_STOPS = 64
+MAX_STOP_CHARACTERS = 8192
+MAX_STOP_TOKEN_IDS = 1024
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 # Fields of the OpenAI API that are not offered, each with the values that ask for nothing.
@@ -73,6 +81,8 @@ class _Body(BaseModel):
     def _drop_what_asks_for_nothing(cls, body: Any) -> Any:
         if not isinstance(body, dict):
             return body
+        if len(body) > MAX_FIELDS:
+            raise ValueError(f"A request's object must have <= {MAX_FIELDS} fields, got {len(body)}.")
         kept = {}
         for name, value in body.items():
             if value is None or name in cls.ignored:
@@ -146,12 +156,12 @@ class Sampling(_Body):
     min_p: float = 0.0
     max_tokens: int | None = None
     min_tokens: int = 0
-    stop: list[str] = []
-    stop_token_ids: list[int] = []
+    stop: list[str] = Field([], max_length=MAX_STOPS)
+    stop_token_ids: list[int] = Field([], max_length=MAX_STOP_TOKEN_IDS)
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
-    cache_salt: str | None = Field(None, min_length=1)
+    cache_salt: str | None = Field(None, min_length=1, max_length=1024)
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
@@ -160,6 +170,14 @@ class Sampling(_Body):
     @classmethod
     def _one_stop_is_a_list_of_one(cls, stop: Any) -> Any:
         return [stop] if isinstance(stop, str) else stop
+
+    @field_validator("stop")
+    @classmethod
+    def _stops_are_short(cls, stop: list[str]) -> list[str]:
+        total = sum(map(len, stop))
+        if total > MAX_STOP_CHARACTERS:
+            raise ValueError(f"'stop' must have <= {MAX_STOP_CHARACTERS} characters together, got {total}.")
+        return stop
 
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> "Sampling":
@@ -197,6 +215,8 @@ class CompletionRequest(Sampling):
         prompts = [prompt] if isinstance(prompt, str) or _token_ids(prompt) else prompt
         if not isinstance(prompts, list) or not prompts:
             raise ValueError(_PROMPT_KINDS.format(shown(prompt)))
+        if len(prompts) > MAX_PROMPTS:
+            raise ValueError(f"'prompt' must have <= {MAX_PROMPTS} prompts, got {len(prompts)}.")
         if all(isinstance(p, str) for p in prompts) or all(_token_ids(p) for p in prompts):
             return prompts
         raise ValueError(_PROMPT_KINDS.format(shown(prompt)))
@@ -209,7 +229,7 @@ class CompletionRequest(Sampling):
 class ChatRequest(Sampling):
     """The body of ``POST /v1/chat/completions``."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
@@ -238,13 +258,15 @@ _PROMPT_KINDS = (
 
 
 def parse(kind: type[Request], raw: bytes) -> Request:
-    """The request in the JSON text ``raw``; raises :class:`RequestError` with one sentence."""
+    """The request in the JSON text ``raw``. Raises ToolkitError, a RequestError most often, with one sentence."""
+    check_structure(raw)
     try:
         # Through Python's parser, because validators that run before the types need plain values.
         body = json.loads(raw)
+        lone = b"\\ud" in raw.lower() and _has_lone_surrogate(body)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"The request body is not valid JSON ({str(error).rstrip('.')}).") from None
-    if b"\\ud" in raw.lower() and _has_lone_surrogate(body):
+    if lone:
         raise RequestError("The request body holds half of a surrogate pair, which is not valid Unicode text.")
     if not isinstance(body, dict):
         raise RequestError(f"The request body must be a JSON object, got {shown(body)}.")
@@ -263,13 +285,15 @@ def _has_lone_surrogate(body: Any) -> bool:
 
 
 def _token_ids(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
+    return isinstance(value, list) and set(map(type, value)) == {int}
 
 
 def _sentence(kind: type[BaseModel], error: ValidationError) -> RequestError:
-    first = error.errors(include_url=False)[0]
+    first = error.errors(include_url=False)[0]  # pydantic stops at a list's bound, so that there are not many
     where = list(first["loc"])
-    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where).lstrip(".") or None
+    param = (
+        "".join(f"[{part}]" if isinstance(part, int) else f".{part[:MAX_NAME]}" for part in where).lstrip(".") or None
+    )
     if first["type"] == "extra_forbidden":
         return RequestError(unknown_field(str(param), str(where[-1]), _owner(kind, where[:-1]).model_fields), param)
     if first["type"] == "value_error":

@@ -23,6 +23,14 @@ def error_body(message: str, status: int, param: str | None = None, code: str | 
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+def encoded(body: Json) -> bytes:
+    """A whole response. A long one is written in small steps: Python's lock is held for each."""
+    options: dict[str, Any] = {"ensure_ascii": False, "allow_nan": False, "separators": (",", ":")}
+    if any(choice["logprobs"] for choice in body["choices"]):
+        return "".join(json.JSONEncoder(**options).iterencode(body)).encode()
+    return json.dumps(body, **options).encode()
+
+
 def event(body: Json) -> str:
     """One server-sent event, in ASCII: clients that split lines as Python does would cut it at U+2028 and its like."""
     return f"data: {json.dumps(body, separators=(',', ':'))}\n\n"

@@ -7,11 +7,13 @@ cancelled and told so, and uploads are cut off; a second signal does that at onc
 import asyncio
 import contextlib
 import errno
+import gc
 import os
 import signal
 import socket
 import ssl
 import stat
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +29,9 @@ from toolkit.serving.connection import Connection
 
 AFTER_GRACE = 10.0
 """Seconds for cancelled requests to send their final events."""
+
+SWITCH_INTERVAL = 5e-4
+"""Seconds that a thread may keep Python's lock from others; Python's own 5 ms add up over the calls of a step."""
 
 LINGER = 1.0
 """Seconds between looks for idle connections at shutdown. TLS waits for the client's goodbye, which may never come."""
@@ -141,6 +146,10 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
+        # A full collection visits every object of the libraries and of the model; none of them will be garbage.
+        gc.collect()
+        gc.freeze()
+        sys.setswitchinterval(SWITCH_INTERVAL)
         self._ready()
 
     @contextlib.contextmanager

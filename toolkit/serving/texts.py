@@ -1,10 +1,19 @@
 """Text to token ids for requests, and token ids to text for responses that list log-probabilities."""
 
 import copy
+import threading
 from functools import lru_cache
 from typing import Any
 
-from toolkit.chat import ChatTemplateError, dropped_messages, encode, render
+from toolkit.chat import (
+    ChatTemplateError,
+    dropped_messages,
+    encode,
+    render,
+    rust_encoding,
+    special_tokens_around,
+)
+from toolkit.engine.prompts import check_characters, check_token_count
 from toolkit.engine.token_bytes import REPLACEMENT, TokenBytes
 from toolkit.sentences import shown
 from toolkit.serving.protocol import Message, RequestError
@@ -15,19 +24,30 @@ METASPACE = "▁"
 class Texts:
     """A tokenizer's part in the server; ``tokenizer`` may be None, and prompts must then be token ids.
 
-    Holds a copy: the engine decodes on another thread, and tokenizers are not safe to share.
+    Holds a copy, which any thread may use: the engine decodes with the tokenizer itself.
+
+    Args:
+        tokenizer: of transformers, or None.
+        max_model_len: most tokens of prompt and completion; longer prompts raise ToolkitError. None bounds none.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, max_model_len: int | None = None) -> None:
         self._tokenizer = copy.deepcopy(tokenizer)
+        self._longest = max_model_len
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is not None:
+            backend.no_truncation()
+            backend.no_padding()
+        self._one_at_a_time = threading.Lock()  # for tokenizers written in Python
         self._bytes = TokenBytes(self._tokenizer)
         self.of_token = lru_cache(maxsize=65536)(self._of_token)
 
     def prompt(self, text: str) -> list[int]:
-        """Token ids of a completion's prompt, with the tokenizer's special tokens."""
+        """Token ids of a completion's prompt, with the special tokens that the tokenizer puts before a text."""
         if self._tokenizer is None:
             raise RequestError("The served model has no tokenizer; 'prompt' must be token ids.", "prompt")
-        return list(self._tokenizer(text)["input_ids"])
+        self._check_characters("prompt", len(text))
+        return special_tokens_around(self._tokenizer)[0] + self._encode(text)
 
     def chat(self, messages: list[Message]) -> list[int]:
         """Token ids of a chat in the model's own template, ready for the assistant's reply."""
@@ -37,6 +57,7 @@ class Texts:
                 "messages",
             )
         chat = [message.for_template() for message in messages]
+        self._check_characters("messages", sum(len(message["content"]) for message in chat))
         try:
             text = render(self._tokenizer, chat, add_generation_prompt=True)
         except ChatTemplateError as error:
@@ -46,7 +67,20 @@ class Texts:
             role = shown(chat[at]["role"])
             message = f"The model's chat template shows nothing of 'messages[{at}]', whose role is {role}."
             raise RequestError(message, f"messages[{at}]")
-        return encode(self._tokenizer, text)
+        return self._encode(text)
+
+    def _check_characters(self, field: str, count: int) -> None:
+        if self._longest is not None:
+            check_characters(field, count, self._tokenizer, self._longest)
+
+    def _encode(self, text: str) -> list[int]:
+        encoding = rust_encoding(self._tokenizer, text)
+        if encoding is None:
+            with self._one_at_a_time:
+                return encode(self._tokenizer, text)
+        if self._longest is not None:
+            check_token_count(len(encoding), self._longest)
+        return list(encoding.ids)
 
     def _of_token(self, token: int) -> tuple[str, list[int]]:
         """A token as text and as UTF-8 bytes; one that is no whole character reads ``bytes:\\xf0\\x9f``."""

@@ -1,0 +1,24 @@
+"""Tokenising long texts without the cost of offsets that nobody reads."""
+
+from typing import Any
+
+
+def rust_encoding(tokenizer: Any, text: str) -> Any | None:
+    """The ``tokenizers`` Encoding that ``encode`` takes its tokens from, several times as fast as by the wrapper.
+
+    It has a length before it is made a list (``len(encoding)``, ``encoding.ids``). Python's lock is free meanwhile, and
+    several threads may tokenise at once. None for a tokenizer that is not one of ``tokenizers``, that does more than
+    that one, or that truncates or pads.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return None
+    backend = tokenizer.backend_tokenizer
+    own = any(
+        getattr(type(tokenizer), name, None) is not getattr(PreTrainedTokenizerFast, name, None)
+        for name in ("__call__", "_encode_plus")
+    )
+    if own or backend.truncation is not None or backend.padding is not None:
+        return None
+    return backend.encode_batch_fast([text], add_special_tokens=False)[0]
