@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from toolkit.modules.linear import autocast_linear
@@ -50,6 +50,13 @@ def _matmul(input: Any, other: Any) -> Any:
     return NotImplemented
 
 
+def _bmm(input: Any, mat2: Any) -> Any:
+    """GEMMs with each expert's weight [E, K, N], one after the other."""
+    if _on_cpu(input) and isinstance(mat2, nn.Parameter) and input.dtype == mat2.dtype:
+        return torch.stack([autocast_linear(rows, weight.t(), None) for rows, weight in zip(input, mat2, strict=True)])
+    return NotImplemented
+
+
 def _topk(input: Any, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
     if _on_cpu(input) and largest and input.dim() and dim in (-1, input.dim() - 1):
         values, indices = torch.sort(input, dim=-1, descending=True, stable=True)
@@ -64,6 +71,8 @@ _FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     Tensor.matmul: _matmul,
     Tensor.mm: _matmul,
     Tensor.__matmul__: _matmul,
+    torch.bmm: _bmm,
+    Tensor.bmm: _bmm,
     torch.topk: _topk,
     Tensor.topk: _topk,
 }

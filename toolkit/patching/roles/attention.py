@@ -3,42 +3,22 @@
 One setting of a model's config selects the interface for all of its layers, so every layer must call it.
 """
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.masking_utils import causal_mask_function, eager_mask
+from torch import nn
 
 from toolkit.errors import first_line
 from toolkit.modules.attention import FusedAttention
 from toolkit.modules.latent_attention import parts_of
+from toolkit.modules.row_positions import row_positions_forward
 from toolkit.numerics import Numerics
 from toolkit.patching import attention_interface
-from toolkit.patching.calls import MASK, Call, record_calls
+from toolkit.patching.attention_probe import FAR, LENGTH, PROBE_WINDOW, ROWS, Probe
+from toolkit.patching.calls import record_calls
 from toolkit.patching.claim import Claim, ProbeError, Skipped, Undo, replace_forward
-from toolkit.patching.probe import compare, device_of, probe_copy, random_input, signature_key, with_forward
+from toolkit.patching.probe import signature_key
 from toolkit.patching.search import prove
-from toolkit.state.active import set_forward_context
-from toolkit.state.batch import RaggedBatch
-from toolkit.state.dense import DenseContext
-
-ROWS, LENGTH = 2, 7
-PROBE_WINDOW = 3  # small enough to mask tokens within the probe
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What a layer passed to the attention interface in one call, and what it got back."""
-
-    heads: int
-    head_dim: int
-    window: int
-    softcap: float
-    sinks: str | None
-    output: Tensor
 
 
 def _is_attention(module: nn.Module) -> bool:
@@ -47,85 +27,6 @@ def _is_attention(module: nn.Module) -> bool:
         and hasattr(module, "layer_idx")
         and any(getattr(getattr(child, "weight", None), "ndim", 0) == 2 for child in module.children())
     )
-
-
-class Probe:
-    """Runs a probe copy of an attention layer, called as the model calls it, through eager attention and candidates."""
-
-    def __init__(self, module: nn.Module, call: Call) -> None:
-        self.copied: Any = probe_copy(module)
-        self.call = call
-        self.shape = call.arguments[call.hidden].shape
-        self.paired = True
-        self.seen = self.look()
-        if self.seen.window:
-            holders: tuple[Any, Any] = (self.copied, self.copied.config)
-            for holder in holders:
-                if getattr(holder, "sliding_window", None):
-                    holder.sliding_window = PROBE_WINDOW
-
-    def look(self) -> Seen:
-        """One call with a recording function registered as the interface."""
-        calls: list[Seen] = []
-
-        def record(
-            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any = None, **kwargs: Any
-        ) -> Any:
-            mask = kwargs.pop("attention_mask", mask)
-            window, softcap = kwargs.get("sliding_window") or 0, kwargs.get("softcap") or 0.0
-            given = kwargs.get("s_aux")
-            sinks = next((name for name, own in module.named_parameters(recurse=False) if own is given), None)
-            output = attention_interface.attention_function(module, query, key, value, mask, **kwargs)
-            calls.append(Seen(query.shape[1], query.shape[-1], window, softcap, sinks, output[0]))
-            return output
-
-        with _registered("toolkit_probe", record), torch.no_grad():
-            self.run("toolkit_probe", None, random_input(*self.shape, like=self.copied))
-        if len(calls) != 1:
-            raise RuntimeError(f"it must call the attention interface once, got {len(calls)} calls")
-        return calls[0]
-
-    @property
-    def tables(self) -> tuple[Tensor, Tensor] | None:
-        """Cosines and sines that the layer receives, [1 or B, S, D]."""
-        given = self.call.arguments.get("position_embeddings")
-        return given if isinstance(given, tuple) and len(given) == 2 else None
-
-    def run(self, implementation: str, mask: Any, hidden: Tensor, forward: Any = None, **replaced: Any) -> Tensor:
-        self.copied.config._attn_implementation = implementation
-        function = with_forward(self.copied, forward or type(self.copied).forward)
-        arguments = self.call.with_arguments(**{self.call.hidden: hidden, MASK: mask}, **replaced)
-        output = function(**arguments)
-        if forward is None:
-            self.paired = isinstance(output, tuple)
-        elif isinstance(output, tuple) != self.paired:
-            raise RuntimeError("it must return a pair of outputs and weights")
-        result: Tensor = output[0] if isinstance(output, tuple) else output
-        return result
-
-    def error(self, forward: Any = None) -> ProbeError:
-        """Against eager attention with the mask that transformers made for it."""
-        hidden = random_input(*self.shape, like=self.copied)
-        given = self.call.arguments.get(MASK)
-        return compare(
-            lambda x: self.run(attention_interface.NAME, None, x, forward),
-            lambda x: self.run("eager", given, x),
-            [[hidden]],
-            list(self.copied.parameters()),
-        )
-
-
-class _registered:
-    """Inside, an attention function is registered under ``name``."""
-
-    def __init__(self, name: str, function: Any) -> None:
-        self.name, self.function = name, function
-
-    def __enter__(self) -> None:
-        AttentionInterface.register(self.name, self.function)
-
-    def __exit__(self, *_: object) -> None:
-        AttentionInterface._global_mapping.pop(self.name, None)
 
 
 def _fused_options(module: nn.Module, probe: Probe) -> list[Any]:
@@ -155,15 +56,12 @@ def _fused_options(module: nn.Module, probe: Probe) -> list[Any]:
 
         probed = parts(PROBE_WINDOW if probe.seen.window else 0).make_forward()
         op = f"attention (fused, {'interleaved' if interleaved else 'half'} rotary)"
-        options.append((op, parts(probe.seen.window).make_forward(), lambda probed=probed: probe.error(probed)))
+        options.append((op, parts(probe.seen.window).make_forward(), partial(probe.forward_error, probed)))
     return options
 
 
-LENGTHS = (LENGTH, 4)  # of the sequences that latent attention is probed with
-
-
 def _latent_options(module: nn.Module, probe: Probe) -> list[Any]:
-    """The latent forward handles ragged batches only: one batch of two sequences against eager attention on each."""
+    """The latent forward handles ragged batches only."""
     options = []
     for interleaved in (False, True):
         parts = parts_of(module, interleaved)
@@ -171,35 +69,25 @@ def _latent_options(module: nn.Module, probe: Probe) -> list[Any]:
             return []
         forward = parts.make_forward(type(module).forward)
         op = f"latent attention ({'interleaved' if interleaved else 'half'} rotary)"
-        options.append((op, forward, lambda forward=forward: _latent_error(probe, forward)))
+        options.append((op, forward, partial(probe.ragged_error, forward)))
     return options
 
 
-def _latent_error(probe: Probe, forward: Any) -> ProbeError:
-    assert probe.tables is not None
-    cos, sin = (table[:1] for table in probe.tables)
-    batch = RaggedBatch.from_sequences([[0] * length for length in LENGTHS], device_of(probe.copied), share=False)
-    context = DenseContext(batch)
-    batched_tables = tuple(torch.cat([table[:, :length] for length in LENGTHS], 1) for table in (cos, sin))
+def _verdict(module: nn.Module, probe: Probe) -> tuple[str, Any, ProbeError] | str:
+    """What takes the place of the layer's forward, or why nothing has to.
 
-    def batched(*sequences: Tensor) -> Tensor:
-        with set_forward_context(context):
-            run = with_forward(probe.copied, forward)
-            output: Tensor = run(torch.cat(sequences, 1), position_embeddings=batched_tables)[0]
-            return output
-
-    def separate(*sequences: Tensor) -> Tensor:
-        outputs = []
-        for x in sequences:
-            length = x.shape[1]
-            mask = eager_mask(
-                1, length, length, mask_function=causal_mask_function, dtype=torch.float32, device=x.device
-            )
-            outputs.append(probe.run("eager", mask, x, position_embeddings=(cos[:, :length], sin[:, :length])))
-        return torch.cat(outputs, 1)
-
-    inputs = [random_input(1, length, probe.shape[-1], like=probe.copied) for length in LENGTHS]
-    return compare(batched, separate, [inputs], list(probe.copied.parameters()))
+    Raises:
+        RuntimeError: a ragged batch would have other positions in it.
+    """
+    if probe.reads_cache:
+        forward = row_positions_forward(type(module).forward)
+        op = "attention (positions of its rows)"
+        found = prove([(op, forward, partial(probe.ragged_error, forward, (FAR, 3 * FAR)))])
+        if isinstance(found, str):
+            raise RuntimeError(f"it counts positions from its cache's length, and {found}")
+        return found
+    found = prove(_fused_options(module, probe))
+    return found if isinstance(found, tuple) else prove(_latent_options(module, probe))
 
 
 def _install_interface(model: Any) -> Undo:
@@ -250,8 +138,10 @@ def find(model: Any, numerics: Numerics) -> list[Claim | Skipped]:
                 return [Skipped("attention", path, reason)]
             if not error.passes():
                 return [Skipped("attention", path, f"the interface changes it: probe error {error.worst():.1e}")]
-            fused = prove(_fused_options(module, probe))
-            verdicts[key] = probe, error, fused if isinstance(fused, tuple) else prove(_latent_options(module, probe))
+            try:
+                verdicts[key] = probe, error, _verdict(module, probe)
+            except Exception as problem:
+                return [Skipped("attention", path, first_line(problem))]
         _, error, fused = verdicts[key]
         worst = ProbeError(max(worst.forward, error.forward), max(worst.backward, error.backward))
         if isinstance(fused, tuple):

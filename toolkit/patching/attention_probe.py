@@ -1,0 +1,215 @@
+"""An attention layer on trial: a probe copy of it, called as the model calls it, against candidates for its forward."""
+
+import inspect
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import causal_mask_function, eager_mask
+
+from toolkit.modules.row_positions import RowPositions
+from toolkit.patching import attention_interface
+from toolkit.patching.calls import MASK, Call
+from toolkit.patching.claim import ProbeError
+from toolkit.patching.probe import compare, device_of, probe_copy, random_input, with_forward
+from toolkit.state.active import set_forward_context
+from toolkit.state.batch import RaggedBatch
+from toolkit.state.dense import DenseContext
+
+ROWS, LENGTH = 2, 7
+LENGTHS = (LENGTH, 4)  # of the sequences of a ragged batch
+PROBE_WINDOW = 3  # small enough to mask tokens within the probe
+FAR = 1 << 20  # beyond the length after which a layer scales its queries
+CACHE = "past_key_values"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a layer passed to the attention interface in one call, and what it got back."""
+
+    heads: int
+    head_dim: int
+    window: int
+    softcap: float
+    sinks: str | None
+    output: Tensor
+
+
+class Probe:
+    """Runs a probe copy of an attention layer, called as the model calls it, through eager attention and candidates."""
+
+    def __init__(self, module: nn.Module, call: Call) -> None:
+        self.copied: Any = probe_copy(module)
+        self.call = call
+        self.shape = call.arguments[call.hidden].shape
+        self.paired = True
+        self.seen = self.look()
+        if self.seen.window:
+            holders: tuple[Any, Any] = (self.copied, self.copied.config)
+            for holder in holders:
+                if getattr(holder, "sliding_window", None):
+                    holder.sliding_window = PROBE_WINDOW
+
+    def look(self) -> Seen:
+        """One call with a recording function registered as the interface."""
+        calls: list[Seen] = []
+
+        def record(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any = None, **kwargs: Any
+        ) -> Any:
+            mask = kwargs.pop("attention_mask", mask)
+            window, softcap = kwargs.get("sliding_window") or 0, kwargs.get("softcap") or 0.0
+            given = kwargs.get("s_aux")
+            sinks = next((name for name, own in module.named_parameters(recurse=False) if own is given), None)
+            output = attention_interface.attention_function(module, query, key, value, mask, **kwargs)
+            calls.append(Seen(query.shape[1], query.shape[-1], window, softcap, sinks, output[0]))
+            return output
+
+        with _registered("toolkit_probe", record), torch.no_grad():
+            self.run("toolkit_probe", None, random_input(*self.shape, like=self.copied))
+        if len(calls) != 1:
+            raise RuntimeError(f"it must call the attention interface once, got {len(calls)} calls")
+        return calls[0]
+
+    @property
+    def tables(self) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines that the layer receives, [1 or B, S, D]."""
+        given = self.call.arguments.get("position_embeddings")
+        return given if isinstance(given, tuple) and len(given) == 2 else None
+
+    @property
+    def reads_cache(self) -> bool:
+        """Whether the layer counts positions from the length of its cache.
+
+        Raises what its forward raises with a cache that keeps nothing.
+        """
+        code = inspect.unwrap(type(self.copied).forward).__code__
+        if not {"get_seq_length", "get_query_offset"} & set(code.co_names):
+            return False
+        hidden, mask = random_input(*self.shape, like=self.copied), self.call.arguments.get(MASK)
+        with torch.no_grad():
+            near, far = (self.run("eager", mask, hidden, past=past) for past in (0, FAR))
+        return not torch.equal(near, far)
+
+    def run(
+        self,
+        implementation: str,
+        mask: Any,
+        hidden: Tensor,
+        forward: Any = None,
+        past: int | None = None,
+        **replaced: Any,
+    ) -> Tensor:
+        self.copied.config._attn_implementation = implementation
+        function = with_forward(self.copied, forward or type(self.copied).forward)
+        arguments = self.call.with_arguments(**{self.call.hidden: hidden, MASK: mask}, **replaced)
+        if past is not None:
+            arguments[CACHE] = RowPositions(past)
+        output = function(**arguments)
+        if forward is None:
+            self.paired = isinstance(output, tuple)
+        elif isinstance(output, tuple) != self.paired:
+            raise RuntimeError("it must return a pair of outputs and weights")
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+    def error(self, forward: Any = None, **replaced: Any) -> ProbeError:
+        """Against eager attention with the mask that transformers made for it."""
+        hidden = random_input(*self.shape, like=self.copied)
+        given = self.call.arguments.get(MASK)
+        return compare(
+            lambda x: self.run(attention_interface.NAME, None, x, forward, **replaced),
+            lambda x: self.run("eager", given, x, **replaced),
+            [[hidden]],
+            list(self.copied.parameters()),
+        )
+
+    def forward_error(self, forward: Any) -> ProbeError:
+        """``error`` of another forward, as recorded and with further tensors that the layer is handed at other values.
+
+        A layer may scale its queries by position: by 1 for the few tokens that were recorded.
+        """
+        others = self.others()
+        return _worst([self.error(forward), *([self.error(forward, **others)] if others else [])])
+
+    def ragged_error(self, forward: Any, pasts: tuple[int, int] = (0, 0)) -> ProbeError:
+        """Two sequences in one ragged batch, against eager attention on each, as recorded and with ``others``.
+
+        Args:
+            pasts: how many tokens each sequence's positions begin after.
+        """
+        others = self.others()
+        return _worst([self._ragged_error(forward, pasts, one) for one in ({}, *([others] if others else []))])
+
+    def _ragged_error(self, forward: Any, pasts: tuple[int, int], others: dict[str, Tensor]) -> ProbeError:
+        given = {name: value for name, value in {**self.call.arguments, **others}.items() if name not in (MASK, CACHE)}
+        del given[self.call.hidden]
+        cut = [{name: _of_sequence(value, length) for name, value in given.items()} for length in LENGTHS]
+        joined = {name: _joined([one[name] for one in cut]) for name in given}
+        batch = RaggedBatch.from_sequences([[0] * length for length in LENGTHS], device_of(self.copied), share=False)
+        starts = torch.tensor(pasts, device=batch.positions.device)[batch.sequence_ids]
+        context = DenseContext(replace(batch, positions=batch.positions + starts))
+
+        def together(*sequences: Tensor) -> Tensor:
+            with set_forward_context(context):
+                return self.run(attention_interface.NAME, None, torch.cat(sequences, 1), forward, **joined)
+
+        def separate(*sequences: Tensor) -> Tensor:
+            outputs = []
+            for x, own, past in zip(sequences, cut, pasts, strict=True):
+                length = x.shape[1]
+                mask = eager_mask(
+                    1, length, length, mask_function=causal_mask_function, dtype=torch.float32, device=x.device
+                )
+                outputs.append(self.run("eager", mask, x, past=past or None, **own))
+            return torch.cat(outputs, 1)
+
+        inputs = [random_input(1, length, self.shape[-1], like=self.copied) for length in LENGTHS]
+        return compare(together, separate, [inputs], list(self.copied.parameters()))
+
+    def others(self) -> dict[str, Tensor]:
+        """Tensors beside hidden states, tables and mask: integers far beyond any context, random numbers."""
+        found: dict[str, Tensor] = {}
+        for name, value in self.call.arguments.items():
+            if not isinstance(value, Tensor) or name in (self.call.hidden, MASK, "position_embeddings"):
+                continue
+            if value.is_floating_point():
+                found[name] = random_input(*value.shape, like=self.copied)
+            elif value.dtype != torch.bool:
+                found[name] = (value + 1) * FAR
+        return found
+
+
+class _registered:
+    """Inside, an attention function is registered under ``name``."""
+
+    def __init__(self, name: str, function: Any) -> None:
+        self.name, self.function = name, function
+
+    def __enter__(self) -> None:
+        AttentionInterface.register(self.name, self.function)
+
+    def __exit__(self, *_: object) -> None:
+        AttentionInterface._global_mapping.pop(self.name, None)
+
+
+def _worst(errors: list[ProbeError]) -> ProbeError:
+    return ProbeError(max(one.forward for one in errors), max(one.backward for one in errors))
+
+
+def _of_sequence(value: Any, length: int) -> Any:
+    """The first ``length`` tokens of one row of recorded tensors [B or 1, LENGTH, ...]; anything else as it is."""
+    if isinstance(value, tuple):
+        return tuple(_of_sequence(one, length) for one in value)
+    has_tokens = isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == LENGTH
+    return value[:1, :length] if has_tokens else value
+
+
+def _joined(values: list[Any]) -> Any:
+    """Several of ``_of_sequence``, one after the other."""
+    if isinstance(values[0], tuple):
+        return tuple(_joined(list(ones)) for ones in zip(*values, strict=True))
+    has_tokens = isinstance(values[0], Tensor) and values[0].dim() > 1 and values[0].shape[1] == LENGTHS[0]
+    return torch.cat(values, 1) if has_tokens else values[0]
