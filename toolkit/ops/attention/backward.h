@@ -13,9 +13,9 @@ template <typename T>
 struct Backward {
   Layout layout;
   int64_t rows;  // of q
-  Heads<const T> grad, q, k, v, out;
-  const T* lse;        // [rows, query_heads]
-  Heads<T> dq, dk, dv;  // rows of dk and dv have padded widths and hold zeros at the start
+  Heads<T> grad, q, k, v, out;
+  const T* lse;         // [rows, query_heads]
+  Heads<T> dq, dk, dv;  // dk and dv in T; their rows of dk and dv have padded widths and hold zeros at the start
   T scale, softcap;
   const T *sinks, *parameters;  // [query_heads] or null; [query_heads, M::kParameters]
   T* sink_terms;                // [query_heads, rows], zeros at the start; null without sinks
@@ -27,7 +27,8 @@ struct BackwardBuffers {
       : depth(padded<T>(p.depth)), value_depth(padded<T>(p.value_depth)) {
     static thread_local Scratch<T> memory;
     static thread_local Scratch<Range> limits;
-    weights = memory.reserve(rows * (2 * depth + value_depth + 2 + 2 * kTile) + kTile * (2 * depth + value_depth));
+    weights = memory.reserve(rows * (2 * depth + value_depth + 2 + 2 * kTile) + kTile * (2 * depth + value_depth) +
+                             value_depth + TileRows<T>::room(p));
     dscores = weights + rows * kTile;
     query = dscores + rows * kTile;
     dquery = query + rows * depth;
@@ -37,11 +38,13 @@ struct BackwardBuffers {
     values_t = keys_t + kTile * depth;
     lse = values_t + kTile * value_depth;
     delta = lse + rows;
+    out = delta + rows;
+    read = out + value_depth;
     row_ranges = limits.reserve(rows + kTile);
     key_ranges = row_ranges + rows;
   }
   int64_t depth, value_depth;  // padded
-  T *weights, *dscores, *query, *dquery, *grad, *keys, *keys_t, *values_t, *lse, *delta;
+  T *weights, *dscores, *query, *dquery, *grad, *keys, *keys_t, *values_t, *lse, *delta, *out, *read;
   Range *row_ranges, *key_ranges;
 };
 
@@ -119,29 +122,29 @@ void backward_block(const Backward<T>& f, const Task& task, const Share& share) 
 
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t row = first_row + r / group, head = first_head + r % group;
-    const T *query = f.q.at(row, head), *grad = f.grad.at(row, head);
     T *to_query = b.query + r * b.depth, *to_grad = b.grad + r * b.value_depth;
-    for (int64_t d = 0; d < p.depth; ++d) to_query[d] = query[d] * f.scale;
+    f.q.read(row, head, p.depth, to_query);
+    for (int64_t d = 0; d < p.depth; ++d) to_query[d] *= f.scale;
     std::fill(to_query + p.depth, to_query + b.depth, T(0));
-    std::memcpy(to_grad, grad, p.value_depth * sizeof(T));
+    f.grad.read(row, head, p.value_depth, to_grad);
+    f.out.read(row, head, p.value_depth, b.out);
     std::fill(to_grad + p.value_depth, to_grad + b.value_depth, T(0));
     b.lse[r] = f.lse[row * p.query_heads + head];
-    b.delta[r] = dot(grad, f.out.at(row, head), p.value_depth);
+    b.delta[r] = dot(to_grad, b.out, p.value_depth);
     if (share.queries && f.sinks != nullptr && b.lse[r] != -std::numeric_limits<T>::infinity())
       f.sink_terms[head * f.rows + row] = std::exp(f.sinks[head] - b.lse[r]) * b.delta[r];
   }
   std::fill_n(b.dquery, rows * b.depth, T(0));
 
   int64_t row_indices[kTile];
-  const T *key_rows[kTile], *value_rows[kTile];
+  TileRows<T> keys;
   over_tiles(p, sequence, task.begin, task.end, -1, [&](const KeyTile& tile) {
     if (tile.index < share.first_tile || tile.index >= share.end_tile) return;
     resolve_rows(p, sequence, tile, row_indices);
-    point_rows<T>(f.k, task.kv_head, tile, row_indices, key_rows);
-    point_rows<T>(f.v, task.kv_head, tile, row_indices, value_rows);
-    transpose_tile(key_rows, tile.begin, tile.end, p.depth, b.keys_t);
-    transpose_tile(value_rows, tile.begin, tile.end, p.value_depth, b.values_t);
-    if (share.queries) copy_tile(key_rows, tile.begin, tile.end, p.depth, b.keys, b.depth);
+    keys.point(p, f.k, f.v, task.kv_head, tile, row_indices, b.read);
+    transpose_tile(keys.keys, tile.begin, tile.end, p.depth, b.keys_t);
+    transpose_tile(keys.values, tile.begin, tile.end, p.value_depth, b.values_t);
+    if (share.queries) copy_tile(keys.keys, tile.begin, tile.end, p.depth, b.keys, b.depth);
     for (int64_t r = 0, height; r < rows; r += height) {
       height = group_height(rows - r);
       Range all{kTile, 0};
@@ -172,19 +175,19 @@ void backward_block(const Backward<T>& f, const Task& task, const Share& share) 
     for (int64_t key = tile.begin, run = key, height; key < tile.end; key += height) {
       if (key == run) run = run_end(row_indices, key, tile);
       height = group_height(run - key);
-      accumulate(f.dv.at(row_indices[key], task.kv_head), f.dv.row_stride, height,
+      accumulate(f.dv.in_place(row_indices[key], task.kv_head), f.dv.row_stride, height,
                  Transposed<T>{b.weights + key, kTile}, Dense<T>{b.grad, b.value_depth}, b.value_depth,
                  b.key_ranges + key);
-      accumulate(f.dk.at(row_indices[key], task.kv_head), f.dk.row_stride, height,
+      accumulate(f.dk.in_place(row_indices[key], task.kv_head), f.dk.row_stride, height,
                  Transposed<T>{b.dscores + key, kTile}, Dense<T>{b.query, b.depth}, b.depth, b.key_ranges + key);
     }
   });
 
   if (!share.queries) return;
   for (int64_t r = 0; r < rows; ++r) {
-    const T* source = b.dquery + r * b.depth;
-    T* target = f.dq.at(first_row + r / group, first_head + r % group);
-    for (int64_t d = 0; d < p.depth; ++d) target[d] = source[d] * f.scale;
+    T* const dquery = b.dquery + r * b.depth;
+    for (int64_t d = 0; d < p.depth; ++d) dquery[d] *= f.scale;
+    f.dq.write(first_row + r / group, first_head + r % group, p.depth, dquery);
   }
 }
 
@@ -298,8 +301,9 @@ void run_backward(const Backward<T>& f, T* dsinks) {
         backward_block<M>(f, Task{s, part.head, 1, begin, std::min(begin + block, queries)}, part.share);
     }
   });
+  const std::vector<T> zeros(p.depth, T(0));
   for (int64_t row = p.query_offsets[p.sequences]; row < f.rows; ++row)
-    for (int64_t head = 0; head < p.query_heads; ++head) std::fill_n(f.dq.at(row, head), p.depth, T(0));
+    for (int64_t head = 0; head < p.query_heads; ++head) f.dq.write(row, head, p.depth, zeros.data());
   if (f.sinks != nullptr)
     threads::run_tasks(p.query_heads, workers, [&](int64_t head) {
       double sum = 0;

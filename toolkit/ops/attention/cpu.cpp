@@ -1,4 +1,4 @@
-// Native attention for float and double; half types are computed in float.
+// Native attention: arithmetic in float and double; rows of the 16-bit types are converted as they are read.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -6,15 +6,10 @@
 #include <tuple>
 
 #include "backward.h"
+#include "dtypes.h"
 #include "forward.h"
 
 namespace toolkit::attention_op {
-
-inline bool narrow_type(const at::Tensor& x) {
-  return x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf;
-}
-
-inline at::Tensor widen(const at::Tensor& x) { return narrow_type(x) ? x.to(at::kFloat) : x; }
 
 inline at::Tensor unit_stride(const at::Tensor& x) {
   return x.size(-1) > 1 && x.stride(-1) != 1 ? x.contiguous() : x;
@@ -22,7 +17,7 @@ inline at::Tensor unit_stride(const at::Tensor& x) {
 
 template <typename T>
 inline Heads<T> heads(const at::Tensor& x) {
-  return {static_cast<T*>(x.data_ptr()), x.stride(0), x.stride(1)};
+  return {x.data_ptr(), x.stride(0), x.stride(1), x.scalar_type()};
 }
 
 inline const int64_t* indices(const at::Tensor& x, const char* name, int64_t dim) {
@@ -36,7 +31,7 @@ inline Layout make_layout(const at::Tensor& q, const at::Tensor& k, const at::Te
                           const at::Tensor& query_offsets, const at::Tensor& kv_offsets, const at::Tensor& kv_lengths,
                           const std::optional<at::Tensor>& block_tables, int64_t block_size, int64_t window) {
   const auto type = q.scalar_type();
-  TORCH_CHECK(type == at::kFloat || type == at::kDouble,
+  TORCH_CHECK(dtypes::is_float(type),
               "q must have dtype float32, float64, bfloat16 or float16, got ", type, ".");
   TORCH_CHECK(k.scalar_type() == type && v.scalar_type() == type, "q, k and v must have the same dtype, got ", type,
               ", ", k.scalar_type(), " and ", v.scalar_type(), ".");
@@ -95,7 +90,7 @@ inline at::Tensor of_heads(const std::optional<at::Tensor>& x, const char* name,
   if (!x.has_value()) return {};
   TORCH_CHECK(x->dim() == dim && x->size(0) == q.size(1) && x->numel() == q.size(1) * count, name, " has shape ",
               x->sizes(), "; ", count, " for each of the ", q.size(1), " query heads is required.");
-  return x->to(q.scalar_type()).contiguous();
+  return x->to(dtypes::upcast(q.scalar_type())).contiguous();
 }
 
 template <typename T>
@@ -107,10 +102,10 @@ inline const T* values_of(const at::Tensor& x) {
 template <typename Body>
 inline void with_kernel(const at::Tensor& q, c10::string_view modifier, const Body& body) {
   with_modifier({modifier.data(), modifier.size()}, [&](auto m) {
-    if (q.scalar_type() == at::kFloat)
-      body(m, float{});
-    else
+    if (q.scalar_type() == at::kDouble)
       body(m, double{});
+    else
+      body(m, float{});
   });
 }
 
@@ -122,21 +117,21 @@ std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& q_in, const at::T
                                              const std::optional<at::Tensor>& sinks, c10::string_view modifier,
                                              const std::optional<at::Tensor>& parameters,
                                              const std::optional<at::Tensor>&) {
-  const at::Tensor q = unit_stride(widen(q_in)), k = unit_stride(widen(k_in)), v = unit_stride(widen(v_in));
+  const at::Tensor q = unit_stride(q_in), k = unit_stride(k_in), v = unit_stride(v_in);
   const Layout layout =
       make_layout(q, k, v, query_offsets, kv_offsets, kv_lengths, block_tables, block_size, window);
   at::Tensor out = at::empty({q.size(0), q.size(1), v.size(2)}, q.options());
-  at::Tensor lse = at::empty({q.size(0), q.size(1)}, q.options());
+  at::Tensor lse = at::empty({q.size(0), q.size(1)}, q.options().dtype(dtypes::upcast(q.scalar_type())));
   const at::Tensor sink = of_heads(sinks, "sinks", q, 1, 1);
   with_kernel(q, modifier, [&]<typename M, typename T>(M, T) {
     const at::Tensor own = of_heads(parameters, "parameters", q, 2, M::kParameters);
     TORCH_CHECK(own.defined() == (M::kParameters > 0), "parameters: the modifier takes ", M::kParameters, " a head.");
-    run_forward<M>(Forward<T>{layout, heads<const T>(q), heads<const T>(k), heads<const T>(v), heads<T>(out),
+    run_forward<M>(Forward<T>{layout, heads<T>(q), heads<T>(k), heads<T>(v), heads<T>(out),
                               lse.data_ptr<T>(), static_cast<T>(scale), static_cast<T>(softcap), values_of<T>(sink),
                               values_of<T>(own)},
                    q.size(0));
   });
-  return {narrow_type(q_in) ? out.to(q_in.scalar_type()) : out, lse};
+  return {out, lse};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_backward(
@@ -145,36 +140,36 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_backward(
     const at::Tensor& kv_lengths, double scale, int64_t window, double softcap,
     const std::optional<at::Tensor>& block_tables, int64_t block_size, const std::optional<at::Tensor>& sinks,
     c10::string_view modifier, const std::optional<at::Tensor>& parameters, const std::optional<at::Tensor>&) {
-  const at::Tensor q = unit_stride(widen(q_in)), k = unit_stride(widen(k_in)), v = unit_stride(widen(v_in));
-  const at::Tensor grad = unit_stride(widen(grad_in)), out = unit_stride(widen(out_in));
+  const at::Tensor q = unit_stride(q_in), k = unit_stride(k_in), v = unit_stride(v_in);
+  const at::Tensor grad = unit_stride(grad_in), out = unit_stride(out_in);
   const Layout layout =
       make_layout(q, k, v, query_offsets, kv_offsets, kv_lengths, block_tables, block_size, window);
+  const auto type = q.scalar_type(), upcast = dtypes::upcast(type);
   const at::Tensor log_sum = lse.contiguous(), sink = of_heads(sinks, "sinks", q, 1, 1);
   TORCH_CHECK(grad.scalar_type() == q.scalar_type() && grad.sizes() == out.sizes() &&
-                  log_sum.scalar_type() == q.scalar_type(),
+                  out.scalar_type() == q.scalar_type() && log_sum.scalar_type() == upcast,
               "grad has dtype ", grad.scalar_type(), " and shape ", grad.sizes(), "; ", q.scalar_type(), " and ",
               out.sizes(), " are required.");
   at::Tensor dq = at::empty(q.sizes(), q.options()), dk, dv, terms;
-  at::Tensor dsinks = at::empty({sink.defined() ? sink.size(0) : 0}, q.options());
-  if (sink.defined()) terms = at::zeros({q.size(1), q.size(0)}, q.options());
+  at::Tensor dsinks = at::empty({sink.defined() ? sink.size(0) : 0}, q.options().dtype(upcast));
+  if (sink.defined()) terms = at::zeros({q.size(1), q.size(0)}, dsinks.options());
   with_kernel(q, modifier, [&]<typename M, typename T>(M, T) {
     const at::Tensor own = of_heads(parameters, "parameters", q, 2, M::kParameters);
     TORCH_CHECK(own.defined() == (M::kParameters > 0), "parameters: the modifier takes ", M::kParameters, " a head.");
     // Whole vectors are added to rows of dk and dv.
-    dk = at::zeros({k.size(0), k.size(1), padded<T>(k.size(2))}, k.options());
-    dv = at::zeros({v.size(0), v.size(1), padded<T>(v.size(2))}, v.options());
+    dk = at::zeros({k.size(0), k.size(1), padded<T>(k.size(2))}, dsinks.options());
+    dv = at::zeros({v.size(0), v.size(1), padded<T>(v.size(2))}, dsinks.options());
     run_backward<M>(
-        Backward<T>{layout, q.size(0), heads<const T>(grad), heads<const T>(q), heads<const T>(k), heads<const T>(v),
-                    heads<const T>(out), log_sum.data_ptr<T>(), heads<T>(dq), heads<T>(dk), heads<T>(dv),
+        Backward<T>{layout, q.size(0), heads<T>(grad), heads<T>(q), heads<T>(k), heads<T>(v), heads<T>(out),
+                    log_sum.data_ptr<T>(), heads<T>(dq), heads<T>(dk), heads<T>(dv),
                     static_cast<T>(scale), static_cast<T>(softcap), values_of<T>(sink), values_of<T>(own),
                     terms.defined() ? terms.data_ptr<T>() : nullptr},
         dsinks.data_ptr<T>());
   });
-  dk = dk.narrow(2, 0, k.size(2)).contiguous();
-  dv = dv.narrow(2, 0, v.size(2)).contiguous();
-  const auto type = q_in.scalar_type();
+  dk = dk.narrow(2, 0, k.size(2)).to(type).contiguous();
+  dv = dv.narrow(2, 0, v.size(2)).to(type).contiguous();
   if (sink.defined()) dsinks = dsinks.to(sinks->scalar_type());
-  return {dq.to(type), dk.to(type), dv.to(type), sink.defined() ? dsinks : dsinks.to(type)};
+  return {dq, dk, dv, sink.defined() ? dsinks : dsinks.to(type)};
 }
 
 TORCH_LIBRARY_IMPL(toolkit, CPU, m) {

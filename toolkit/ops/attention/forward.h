@@ -9,8 +9,7 @@ namespace toolkit::attention_op {
 template <typename T>
 struct Forward {
   Layout layout;
-  Heads<const T> q, k, v;
-  Heads<T> out;
+  Heads<T> q, k, v, out;
   T* lse;  // [rows, query_heads]
   T scale, softcap;
   const T *sinks, *parameters;  // [query_heads] or null; [query_heads, M::kParameters]
@@ -21,7 +20,8 @@ template <typename T>
 struct ForwardBuffers {
   ForwardBuffers(const Layout& p, int64_t rows) : out_stride(padded<T>(p.value_depth)) {
     static thread_local Scratch<T> memory;
-    scores = memory.reserve(rows * (p.depth + 2 * out_stride + 4) + kTile * (kRowGroup + p.depth + out_stride));
+    scores = memory.reserve(rows * (p.depth + 2 * out_stride + 4) + kTile * (kRowGroup + p.depth + out_stride) +
+                            TileRows<T>::room(p));
     keys = scores + kRowGroup * kTile;
     values = keys + p.depth * kTile;
     out = values + kTile * out_stride;
@@ -31,11 +31,13 @@ struct ForwardBuffers {
     kept_top = total + rows;
     kept_total = kept_top + rows;
     kept_out = kept_total + rows;
+    read = kept_out + rows * out_stride;
   }
   int64_t out_stride;
   T *scores, *keys, *values, *out, *query, *top, *total;
   T *kept_top, *kept_total, *kept_out;  // of the splits before the one at hand
-  mutable const T *key_rows[kTile], *value_rows[kTile];
+  T* read;                              // rows of keys and values of a narrow type
+  mutable TileRows<T> tile;
 };
 
 // One row meets the scores of a tile: they become weights exp(score - top); what was summed before is rescaled where
@@ -86,10 +88,10 @@ void meet_tile(const Forward<T>& f, const Task& task, const Sequence& sequence, 
   const int64_t group = p.group(), rows = (task.end - task.begin) * group, columns = b.out_stride;
   const int64_t first = h * rows, first_head = (task.kv_head + h) * group;
   if (in_place) {
-    score_in_place(b.key_rows, tile.begin, tile.end, b.query + first * p.depth, rows, p.depth, b.keys, b.scores);
+    score_in_place(b.tile.keys, tile.begin, tile.end, b.query + first * p.depth, rows, p.depth, b.keys, b.scores);
   } else {
-    transpose_tile(b.key_rows, tile.begin, tile.end, p.depth, b.keys);
-    copy_tile(b.value_rows, tile.begin, tile.end, p.value_depth, b.values, columns);
+    transpose_tile(b.tile.keys, tile.begin, tile.end, p.depth, b.keys);
+    copy_tile(b.tile.values, tile.begin, tile.end, p.value_depth, b.values, columns);
   }
   Range ranges[kRowGroup];
   for (int64_t r = 0, height; r < rows; r += height) {
@@ -114,7 +116,7 @@ void meet_tile(const Forward<T>& f, const Task& task, const Sequence& sequence, 
       }
     const RowMajor<T> weights{b.scores, kTile};
     if (in_place)
-      accumulate(out, columns, height, weights, Gathered<T>{b.value_rows, 0}, columns, ranges);
+      accumulate(out, columns, height, weights, Gathered<T>{b.tile.values, 0}, columns, ranges);
     else
       accumulate(out, columns, height, weights, Dense<T>{b.values, columns}, columns, ranges);
   }
@@ -170,7 +172,7 @@ inline void finish(const Forward<T>& f, int64_t row, int64_t head, T top, T tota
   T& lse = f.lse[row * f.layout.query_heads + head];
   const T factor = finish_row(top, total, f.sinks == nullptr ? nullptr : f.sinks + head, lse);
   for (int64_t n = 0; n < columns; ++n) out[n] *= factor;
-  std::memcpy(f.out.at(row, head), out, f.layout.value_depth * sizeof(T));
+  f.out.write(row, head, f.layout.value_depth, out);
 }
 
 template <typename M, typename T>
@@ -197,8 +199,9 @@ void forward_task(const Forward<T>& f, const Task& task, const Partials<T>& part
   };
 
   over_rows([&](int64_t r, int64_t row, int64_t head) {
-    const T* source = f.q.at(row, head);
-    for (int64_t d = 0; d < p.depth; ++d) b.query[r * p.depth + d] = source[d] * f.scale;
+    T* const query = b.query + r * p.depth;
+    f.q.read(row, head, p.depth, query);
+    for (int64_t d = 0; d < p.depth; ++d) query[d] *= f.scale;
   });
   clear();
   std::fill_n(b.kept_total, total, T(0));
@@ -216,8 +219,7 @@ void forward_task(const Forward<T>& f, const Task& task, const Partials<T>& part
     split = tile.first() / kSplit;
     resolve_rows(p, sequence, tile, row_indices);
     for (int64_t h = 0; h < task.kv_heads; ++h) {
-      point_rows<T>(f.k, task.kv_head + h, tile, row_indices, b.key_rows);
-      point_rows<T>(f.v, task.kv_head + h, tile, row_indices, b.value_rows);
+      b.tile.point(p, f.k, f.v, task.kv_head + h, tile, row_indices, b.read);
       meet_tile<M>(f, task, sequence, tile, b, h, in_place);
     }
   });
@@ -273,9 +275,10 @@ void run_forward(const Forward<T>& f, int64_t rows) {
     run_splits<M>(f, list, (longest + kSplit - 1) / kSplit, workers);
   else
     threads::run_tasks(list.count(), workers, [&](int64_t i) { forward_task<M>(f, list.at(i, p), Partials<T>{}); });
+  const std::vector<T> zeros(p.value_depth, T(0));
   for (int64_t row = p.query_offsets[p.sequences]; row < rows; ++row)
     for (int64_t head = 0; head < p.query_heads; ++head) {
-      std::fill_n(f.out.at(row, head), p.value_depth, T(0));
+      f.out.write(row, head, p.value_depth, zeros.data());
       f.lse[row * p.query_heads + head] = -std::numeric_limits<T>::infinity();
     }
 }

@@ -7,16 +7,39 @@
 #include <algorithm>
 #include <vector>
 
+#include "storage.h"
 #include "tile.h"
 
 namespace toolkit::attention_op {
 
-// Rows of heads with a contiguous last dimension; strides in elements.
+// Rows of heads with a contiguous last dimension, as they are stored; arithmetic is in T. Strides in elements.
 template <typename T>
 struct Heads {
-  T* data;
+  void* data;
   int64_t row_stride, head_stride;
-  T* at(int64_t row, int64_t head) const { return data + row * row_stride + head * head_stride; }
+  at::ScalarType stored;
+
+  bool narrow() const { return stored == at::kBFloat16 || stored == at::kHalf; }
+  int64_t at(int64_t row, int64_t head) const { return row * row_stride + head * head_stride; }
+  // Where a row lies; not for `narrow` ones.
+  T* in_place(int64_t row, int64_t head) const { return static_cast<T*>(data) + at(row, head); }
+  void read(int64_t row, int64_t head, int64_t count, T* to) const {
+    with_stored([&](auto type) { storage::read_row(static_cast<decltype(type)*>(data) + at(row, head), count, to); });
+  }
+  void write(int64_t row, int64_t head, int64_t count, const T* from) const {
+    with_stored([&](auto type) { storage::write_row(from, count, static_cast<decltype(type)*>(data) + at(row, head)); });
+  }
+  bool same_rows(const Heads& other) const {
+    return data == other.data && row_stride == other.row_stride && head_stride == other.head_stride;
+  }
+
+ private:
+  template <typename Body>
+  void with_stored(const Body& body) const {
+    if (stored == at::kBFloat16) return body(c10::BFloat16{});
+    if (stored == at::kHalf) return body(c10::Half{});
+    body(T{});
+  }
 };
 
 // Query i of n sees keys (i + shift - window, i + shift] of its sequence.
@@ -151,10 +174,35 @@ inline void resolve_rows(const Layout& p, const Sequence& s, const KeyTile& tile
   }
 }
 
+// Where the rows of a tile lie in T: in place, or for narrow ones in `room` [kTile, width], where they are read to. So no
+// key is converted that the task does not read.
 template <typename T>
-inline void point_rows(const Heads<const T>& x, int64_t head, const KeyTile& tile, const int64_t* rows,
-                       const T** pointers) {
-  for (int64_t key = tile.begin; key < tile.end; ++key) pointers[key] = x.at(rows[key], head);
+inline void point_rows(const Heads<T>& x, int64_t head, const KeyTile& tile, const int64_t* rows, int64_t width,
+                       T* room, const T** pointers) {
+  if (!x.narrow()) {
+    for (int64_t key = tile.begin; key < tile.end; ++key) pointers[key] = x.in_place(rows[key], head);
+    return;
+  }
+  for (int64_t key = tile.begin; key < tile.end; ++key) {
+    x.read(rows[key], head, width, room + key * width);
+    pointers[key] = room + key * width;
+  }
 }
+
+// The rows of keys and values of a tile. Values that are the first columns of their keys are read once.
+template <typename T>
+struct TileRows {
+  const T *keys[kTile], *values[kTile];
+
+  static int64_t room(const Layout& p) { return kTile * (p.depth + p.value_depth); }
+  void point(const Layout& p, const Heads<T>& k, const Heads<T>& v, int64_t head, const KeyTile& tile,
+             const int64_t* rows, T* room) {
+    point_rows<T>(k, head, tile, rows, p.depth, room, keys);
+    if (k.same_rows(v) && p.value_depth <= p.depth)
+      std::copy(keys + tile.begin, keys + tile.end, values + tile.begin);
+    else
+      point_rows<T>(v, head, tile, rows, p.value_depth, room + kTile * p.depth, values);
+  }
+};
 
 }  // namespace toolkit::attention_op

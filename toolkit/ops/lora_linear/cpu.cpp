@@ -15,6 +15,7 @@
 #include "columns.h"
 #include "dtypes.h"
 #include "matmul.h"
+#include "storage.h"
 
 namespace toolkit::lora_linear_op {
 
@@ -26,15 +27,8 @@ constexpr int64_t kPad = 16;                  // keeps rows of copies out of eac
 
 inline int64_t workers(int64_t multiply_adds) { return multiply_adds < kParallelWork ? 1 : at::get_num_threads(); }
 
-template <typename S, typename T>
-void read_row(const S* from, int64_t count, T* to) {
-  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<T>(from[i]);
-}
-template <typename T, typename S>
-void write_row(const T* from, int64_t count, S* to) {
-  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<S>(from[i]);
-}
-
+using storage::read_row;
+using storage::write_row;
 using threads::scratch;
 
 // Rows by adapter, in their order; group l is order[start[l]] ... order[start[l + 1] - 1], rows without adapter last.
