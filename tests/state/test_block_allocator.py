@@ -307,9 +307,10 @@ def test_misuse_is_refused_and_changes_nothing() -> None:
 )
 def test_check_integrity_notices_damage(damage) -> None:
     allocator = BlockAllocator(4, 1)
-    cached, held = allocator.allocate(2)
+    cached, held, free = allocator.allocate(3)
     allocator.register(cached, None, [3], KEY)
     allocator.free([cached])
+    allocator.free([free])
     allocator.check_integrity([[held]])
     damage(allocator)
     with pytest.raises(AssertionError):

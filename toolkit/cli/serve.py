@@ -193,6 +193,7 @@ def _serve(
     http: Any,
 ) -> int:
     from toolkit.engine import AsyncEngine
+    from toolkit.engine.capacity import describe_capacity
     from toolkit.serving.app import ServerConfig
     from toolkit.serving.metrics import Metrics
     from toolkit.serving.server import serve
@@ -212,6 +213,8 @@ def _serve(
         **_access(args),
     )
     where = _address(args, listener)
+    room = describe_capacity(engine.pool, engine.block_manager, engine.scheduler.max_running, engine.max_model_len)
+    print(room, file=sys.stderr, flush=True)
     serve(
         config, listener, grace=args.grace, http=http, ready=lambda: print(f"serving {names[0]} on {where}", flush=True)
     )

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from toolkit.engine.capacity import block_counts, chosen_specs
 from toolkit.engine.config import EngineConfig
 from toolkit.engine.detokenizer import Decoder, Tokenizer
 from toolkit.engine.outputs import Completion, Delta, FinishReason
@@ -24,7 +25,7 @@ from toolkit.engine.prompts import (
     split_prompts,
 )
 from toolkit.engine.request import Request, Sequence
-from toolkit.engine.runner import Backend, ModelRunner, PatchedModel, block_counts, chosen_specs
+from toolkit.engine.runner import Backend, ModelRunner, PatchedModel
 from toolkit.engine.sampler import Sampler
 from toolkit.engine.scheduler import Chunk, Scheduler
 from toolkit.engine.swap import SwapSpace

@@ -1,19 +1,16 @@
 """From chunks to logits: builds the ragged batch, copies forked pages, runs the model's forward."""
 
 import math
-import os
 from collections import abc
-from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from toolkit.engine.config import EngineConfig
 from toolkit.engine.decode_graphs import DecodeGraphs, padded_size
 from toolkit.engine.scheduler import Chunk
-from toolkit.errors import ToolkitError, must_be_one_of
+from toolkit.errors import ToolkitError
 from toolkit.numerics import Numerics
 from toolkit.patching import patch, report_of
 from toolkit.patching.adapters import fuse_adapters, inner_model
@@ -22,9 +19,7 @@ from toolkit.patching.forward import context_forward
 from toolkit.patching.sharding import check_unsharded
 from toolkit.patching.state_spec import state_spec
 from toolkit.patching.weights import weight_clock
-from toolkit.state import Group, PagedContext, PagedRows, PrefixKey, RaggedBatch, Snapshots, StatePool, StateSpec
-
-_CPU_BYTES = 4 << 30
+from toolkit.state import PagedContext, PagedRows, PrefixKey, RaggedBatch, Snapshots, StatePool, StateSpec
 
 
 @runtime_checkable
@@ -138,49 +133,6 @@ class PatchedModel:
 
 def _ids(eos: Any) -> frozenset[int]:
     return frozenset() if eos is None else frozenset(eos) if isinstance(eos, list | tuple) else frozenset([eos])
-
-
-def chosen_specs(backend: Backend, config: EngineConfig) -> list[StateSpec]:
-    """What each layer remembers, in the kinds that the configuration asks for."""
-    specs, kinds = list(backend.layers()), config.kinds or {}
-    if not config.enable_return_routed_experts:
-        specs = [spec for spec in specs if spec.kind != "routing"]
-    elif all(spec.kind != "routing" for spec in specs):
-        raise ToolkitError(
-            "enable_return_routed_experts must be False for a model without a patched layer of experts "
-            "(role 'experts'), got True."
-        )
-    known = sorted({spec.kind for spec in specs})
-    for name in kinds:
-        if name not in known:
-            raise ToolkitError(must_be_one_of("a key of kinds", name, known))
-    return [replace(spec, kind=kinds.get(spec.kind, spec.kind)) for spec in specs]
-
-
-def block_counts(
-    specs: abc.Sequence[StateSpec], backend: Backend, config: EngineConfig, sequences: int, max_model_len: int
-) -> dict[Group, int]:
-    """Blocks of each group: for ``sequences`` of ``max_model_len`` tokens, or as many as fit in the memory for state.
-
-    That memory is 80 % of what a GPU has free, and a quarter of a CPU's memory up to 4 GiB. ``config.num_blocks``
-    overrides both.
-    """
-    size, chunk = config.block_size, config.max_num_batched_tokens
-    block_bytes = StatePool.block_bytes(list(specs), size, backend.dtype)
-
-    def counts(most: int) -> dict[Group, int]:
-        return {group: min(most, group.blocks_for(most * size, sequences, chunk, size)) for group in block_bytes}
-
-    if config.num_blocks is not None:
-        return counts(config.num_blocks)
-    if backend.device.type == "cuda":
-        memory = int(0.8 * torch.cuda.mem_get_info(backend.device)[0])
-    else:
-        memory = min(_CPU_BYTES, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4)
-    blocks = sequences * math.ceil(max_model_len / size)
-    while blocks > 1 and sum(block_bytes[group] * count for group, count in counts(blocks).items()) > memory:
-        blocks = max(1, blocks * 15 // 16)
-    return counts(blocks)
 
 
 class ModelRunner:

@@ -24,15 +24,16 @@ class BlockAllocator:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.prefix_index = PrefixIndex(block_size)
-        self._ref_counts = [0] * num_blocks
-        # A stack, lowest block on top: blocks used last are still in the caches of the machine.
-        self._free = list(range(num_blocks - 1, -1, -1))
+        # Of the blocks that were ever handed out, which are the first ones.
+        self._ref_counts: list[int] = []
+        # A stack of those that came back: blocks used last are still in the caches of the machine.
+        self._free: list[int] = []
         self._cached: OrderedDict[int, None] = OrderedDict()
 
     @property
     def num_free_blocks(self) -> int:
         """Blocks that ``allocate`` can hand out: free ones and evictable cached ones."""
-        return len(self._free) + len(self._cached)
+        return len(self._free) + len(self._cached) + self.num_blocks - len(self._ref_counts)
 
     @property
     def num_cached_blocks(self) -> int:
@@ -41,7 +42,7 @@ class BlockAllocator:
 
     def ref_count(self, block: int) -> int:
         """How many holders a block has."""
-        return self._ref_counts[block]
+        return self._ref_counts[block] if block < len(self._ref_counts) else 0
 
     def allocate(self, n: int) -> list[int]:
         """``n`` blocks, each held once. Cached blocks are evicted only once no free block is left.
@@ -54,6 +55,9 @@ class BlockAllocator:
         for _ in range(n):
             if self._free:
                 block = self._free.pop()
+            elif len(self._ref_counts) < self.num_blocks:
+                block = len(self._ref_counts)
+                self._ref_counts.append(0)
             else:
                 block, _ = self._cached.popitem(last=False)
                 self.prefix_index.drop(block)
@@ -67,7 +71,7 @@ class BlockAllocator:
         Raises ValueError, changing nothing, for a free one.
         """
         for block in blocks:
-            if self._ref_counts[block] == 0 and block not in self._cached:
+            if self.ref_count(block) == 0 and block not in self._cached:
                 raise ValueError(f"blocks must be held or cached to be shared, got the free block {block}.")
         for block in blocks:
             self._cached.pop(block, None)
@@ -80,8 +84,8 @@ class BlockAllocator:
         Raises ValueError, changing nothing, when a block would be freed more often than it is held.
         """
         for block, times in Counter(blocks).items():
-            if self._ref_counts[block] < times:
-                raise ValueError(f"block {block} must be freed at most {self._ref_counts[block]} times, got {times}.")
+            if self.ref_count(block) < times:
+                raise ValueError(f"block {block} must be freed at most {self.ref_count(block)} times, got {times}.")
         for block in reversed(blocks):
             self._ref_counts[block] -= 1
             if self._ref_counts[block] == 0:
@@ -98,7 +102,7 @@ class BlockAllocator:
         self, block: int | None, parent: PrefixNode | None, block_tokens: Sequence[int], key: PrefixKey
     ) -> PrefixNode:
         """Enter a held, full block into the prefix index; see ``PrefixIndex.register``."""
-        if block is not None and self._ref_counts[block] == 0:
+        if block is not None and self.ref_count(block) == 0:
             raise ValueError(f"blocks must be held to be registered, got the free block {block}.")
         return self.prefix_index.register(block, parent, block_tokens, key)
 
@@ -108,7 +112,7 @@ class BlockAllocator:
         A registered block with a single holder leaves the prefix index, because its tokens are about to
         change.
         """
-        if self._ref_counts[block] != 1:
+        if self.ref_count(block) != 1:
             return False
         if block in self.prefix_index:
             self.prefix_index.drop(block)
@@ -142,9 +146,10 @@ class BlockAllocator:
             assert (count == 0) == (block in free or block in cached), f"block {block} is lost or free while held"
             assert block not in free or block not in self.prefix_index, f"block {block} is free and registered"
             assert block not in cached or block in self.prefix_index, f"block {block} is cached and not registered"
-        assert free | cached <= set(range(self.num_blocks)), "a block that does not exist is free or cached"
+        assert free | cached <= set(range(len(self._ref_counts))), "a block that does not exist is free or cached"
         self.prefix_index.check_integrity()
         if live is not None:
             held = Counter(block for blocks in live for block in blocks)
-            for block, count in enumerate(self._ref_counts):
+            for block in {*range(len(self._ref_counts)), *held}:
+                count = self.ref_count(block)
                 assert count == held[block], f"block {block} is counted {count} times and held {held[block]} times"

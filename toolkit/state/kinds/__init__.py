@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from toolkit.errors import ToolkitError, must_be_one_of
+from toolkit.state.lazy_zeros import clear, lazy_zeros
 
 Rows = tuple[Tensor, ...]
 """Tensors of one row per token, or one entry per block."""
@@ -96,10 +97,9 @@ class StateKind(ABC):
     ) -> None:
         self.spec = spec
         self.block_size = block_size
-        # Zeros, because what the host has not touched yet costs no memory and a stray NaN would spread.
+        # Zeros, because a stray NaN would spread; lazy ones, because a pool is made for the most that may come.
         self.stores: Rows = tuple(
-            torch.zeros(num_blocks, *shape, dtype=kept, device=device)
-            for shape, kept in self.entries(spec, block_size, dtype)
+            lazy_zeros((num_blocks, *shape), kept, device) for shape, kept in self.entries(spec, block_size, dtype)
         )
 
     @classmethod
@@ -162,7 +162,7 @@ class StateKind(ABC):
         """Allocate the memory again, as zeros."""
         for store in self.stores:
             store.untyped_storage().resize_(store.nbytes)
-            store.zero_()
+            clear(store)
 
     def _index(self, blocks: Sequence[int]) -> Tensor:
         return torch.tensor(blocks, dtype=torch.int64, device=self.stores[0].device)

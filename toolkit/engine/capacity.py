@@ -1,0 +1,67 @@
+"""How much state an engine has room for."""
+
+import math
+from collections import abc
+from dataclasses import replace
+
+import torch
+
+from toolkit.engine.config import GIB, EngineConfig
+from toolkit.engine.runner import Backend
+from toolkit.errors import ToolkitError, must_be_one_of
+from toolkit.machine import memory_bytes
+from toolkit.state import BlockManager, Group, StatePool, StateSpec
+
+_CPU_SHARE = 4  # a pool takes 1 / this of the memory at most
+
+
+def chosen_specs(backend: Backend, config: EngineConfig) -> list[StateSpec]:
+    """What each layer remembers, in the kinds that the configuration asks for."""
+    specs, kinds = list(backend.layers()), config.kinds or {}
+    if not config.enable_return_routed_experts:
+        specs = [spec for spec in specs if spec.kind != "routing"]
+    elif all(spec.kind != "routing" for spec in specs):
+        raise ToolkitError(
+            "enable_return_routed_experts must be False for a model without a patched layer of experts "
+            "(role 'experts'), got True."
+        )
+    known = sorted({spec.kind for spec in specs})
+    for name in kinds:
+        if name not in known:
+            raise ToolkitError(must_be_one_of("a key of kinds", name, known))
+    return [replace(spec, kind=kinds.get(spec.kind, spec.kind)) for spec in specs]
+
+
+def block_counts(
+    specs: abc.Sequence[StateSpec], backend: Backend, config: EngineConfig, sequences: int, max_model_len: int
+) -> dict[Group, int]:
+    """Blocks of each group: for ``sequences`` of ``max_model_len`` tokens, or as many as fit in the memory for state.
+
+    That memory is 80 % of what a GPU has free, and a quarter of the machine's or container's on a CPU, where only what
+    is written takes any. ``config.num_blocks`` overrides both.
+    """
+    size, chunk = config.block_size, config.max_num_batched_tokens
+    block_bytes = StatePool.block_bytes(list(specs), size, backend.dtype)
+
+    def counts(most: int) -> dict[Group, int]:
+        return {group: min(most, group.blocks_for(most * size, sequences, chunk, size)) for group in block_bytes}
+
+    if config.num_blocks is not None:
+        return counts(config.num_blocks)
+    if backend.device.type == "cuda":
+        memory = int(0.8 * torch.cuda.mem_get_info(backend.device)[0])
+    else:
+        memory = memory_bytes() // _CPU_SHARE
+    blocks = sequences * math.ceil(max_model_len / size)
+    while blocks > 1 and sum(block_bytes[group] * count for group, count in counts(blocks).items()) > memory:
+        blocks = max(1, blocks * 15 // 16)
+    return counts(blocks)
+
+
+def describe_capacity(pool: StatePool, block_manager: BlockManager, max_num_seqs: int, max_model_len: int) -> str:
+    """One line for people: how many tokens the state has room for, and what it takes at most."""
+    tokens, size = block_manager.max_sequence_tokens, f"{pool.bytes / GIB:.2f} GiB at most"
+    limits = f"max_num_seqs {max_num_seqs}, max_model_len {max_model_len}"
+    if tokens is None:  # nothing of the model grows with the tokens
+        return f"state of {max_num_seqs} sequences of any length ({size}; {limits})"
+    return f"state of {tokens} tokens ({size}; {limits})"
