@@ -2,6 +2,7 @@
 
 import math
 from collections import abc
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np

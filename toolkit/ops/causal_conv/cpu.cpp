@@ -50,7 +50,7 @@ struct Problem {
   Problem(const Tensor& input, const Tensor& weight_in, const std::optional<Tensor>& bias_in, const Tensor& offsets_in)
       : type(compute_type(input, "causal_conv")),
         x(input, type),
-        weight(weight_in.to(type).t().contiguous()),
+        weight(cast(weight_in, type).t().contiguous()),
         places(offsets_in.contiguous()),
         zeros(at::zeros({input.size(1)}, input.options().dtype(type))) {
     TORCH_CHECK(input.dim() == 2 && weight_in.dim() == 2 && weight_in.size(0) == input.size(1) &&

@@ -67,11 +67,13 @@ Tensor scaled_rows(const Plan& plan, const Tensor& x, const std::vector<T>& fact
 
 // y[r] += factor[r] shift[e(r)], rows of `width`.
 template <typename T>
-void add_shift(const Plan& plan, const std::vector<T>& factor, const T* shift, int64_t width, T* y) {
+void add_shift(const Plan& plan, const std::vector<T>& factor, const ExpertBias<T>& shift, int64_t width, T* y) {
   const std::vector<int64_t> owner = plan.expert_of_rows();
   rows::for_rows(plan.used, width, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r)
-      for (int64_t c = 0; c < width; ++c) y[r * width + c] += factor[r] * shift[owner[r] * width + c];
+    for (int64_t r = begin; r < end; ++r) {
+      const T* const own = shift.of(owner[r]);
+      for (int64_t c = 0; c < width; ++c) y[r * width + c] += factor[r] * own[c];
+    }
   });
 }
 
@@ -85,33 +87,32 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& topk_weights, 
   const ScorePosition position = position_of(score_position);
   const auto dtype = x.scalar_type(), type = dtypes::upcast(dtype);
   const Tensor first = rows_adjacent(up), second = rows_adjacent(down), factors = upcast(topk_weights, type);
-  std::optional<Tensor> shift_up, shift_down;
-  if (up_bias) shift_up = upcast(*up_bias, type);
-  if (down_bias) shift_down = upcast(*down_bias, type);
   Tensor z = rows::empty({plan.count, layout.width()}, x, type), saved, out;
   Tensor a = rows::empty({plan.used, layout.inner}, x, type), y = rows::empty({plan.used, x.size(1)}, x, type);
   dtypes::with_types(dtype, [&](auto compute, auto stored) {
     using T = decltype(compute);
     using S = decltype(stored);
+    const auto shift_up = expert_bias<T>(plan, up_bias), shift_down = expert_bias<T>(plan, down_bias);
+    const auto rounded = [&](const Tensor& wide) { return storage::cast(storage::cast(wide, dtype), type); };
     const bool at_activation = position == ScorePosition::kActivation;
     const std::vector<T> factor = position == ScorePosition::kCombine ? std::vector<T>{} : by_row<T>(plan, factors);
     Tensor source = upcast(x);
-    if (position == ScorePosition::kInput) source = scaled_rows(plan, source, factor).to(dtype).to(type);
+    if (position == ScorePosition::kInput) source = rounded(scaled_rows(plan, source, factor));
     multiply<T, S>(plan, source, position != ScorePosition::kInput, first, !transposed, shift_up, z);
     saved = rows::cast(z, dtype);
-    if (dtype != type) z = saved.to(type);  // what the backward will read
+    if (dtype != type) z = storage::cast(saved, type);  // what the backward will read
     activate(activation, layout, plan.used, z.const_data_ptr<T>(), at_activation ? factor.data() : nullptr,
              a.mutable_data_ptr<T>());
     const bool narrow = dtype != type;  // intermediates are rounded as if each step were a separate op
-    if (narrow) a = a.to(dtype).to(type);
+    if (narrow) a = rounded(a);
     multiply<T, S>(plan, a, false, second, !transposed, at_activation ? std::nullopt : shift_down, y);
-    if (narrow) y = y.to(dtype).to(type);
+    if (narrow) y = rounded(y);
     const T* const weights = factors.const_data_ptr<T>();
     if (narrow && at_activation && down_bias) {
-      add_shift(plan, factor, shift_down->const_data_ptr<T>(), x.size(1), y.mutable_data_ptr<T>());
-      out = combine<T>(y.to(dtype).to(type), plan.rows, nullptr);
+      add_shift(plan, factor, *shift_down, x.size(1), y.mutable_data_ptr<T>());
+      out = combine<T>(rounded(y), plan.rows, nullptr);
     } else if (at_activation && down_bias) {
-      const Shift<T> shift{shift_down->const_data_ptr<T>(), weights, plan.expert_of_rows()};
+      const Shift<T> shift{*shift_down, weights, plan.expert_of_rows()};
       out = combine<T>(y, plan.rows, nullptr, &shift);
     } else {
       out = combine<T>(y, plan.rows, position == ScorePosition::kCombine ? weights : nullptr);
@@ -129,7 +130,7 @@ struct Backward {
   const c10::string_view activation;
   const bool transposed;
   const Tensor grad, x, factors, z, up, down;  // the first four in T
-  const std::optional<Tensor> down_bias;
+  const std::optional<ExpertBias<T>> down_bias;
   const std::vector<T> factor = by_row<T>(plan, factors);
   Tensor a, dz, to_rows;
   std::vector<T> products = std::vector<T>(plan.used);  // the gradients of the rows' routing weights
@@ -171,8 +172,7 @@ struct Backward {
         }
         sum = products[r];
         if (down_bias)
-          sum += dot(down_bias->const_data_ptr<T>() + owner[r] * width,
-                     grad.const_data_ptr<T>() + token * grad.stride(0), width);
+          sum += dot(down_bias->of(owner[r]), grad.const_data_ptr<T>() + token * grad.stride(0), width);
       }
     });
     return out;
@@ -206,13 +206,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
               "experts_backward: grad and z must be ", x.sizes(), " and [", plan.count, ", ", layout.width(), "], got ",
               grad.sizes(), " and ", z.sizes(), ".");
   const auto type = dtypes::upcast(x.scalar_type());
-  std::optional<Tensor> shift;
-  if (down_bias) shift = upcast(*down_bias, type);
   Tensor to_x, to_topk_weights, to_up, to_up_bias, to_down, to_down_bias;
   dtypes::with_types(x.scalar_type(), [&](auto compute, auto stored) {
     Backward<decltype(compute), decltype(stored)> steps{
-        plan, layout, position_of(score_position), activation, transposed, rows_adjacent(grad.to(type)), upcast(x),
-        upcast(topk_weights, type), upcast(z, type), rows_adjacent(up), rows_adjacent(down), shift};
+        plan, layout, position_of(score_position), activation, transposed, rows_adjacent(storage::cast(grad, type)), upcast(x),
+        upcast(topk_weights, type), upcast(z, type), rows_adjacent(up), rows_adjacent(down),
+        expert_bias<decltype(compute)>(plan, down_bias)};
     const bool need_rows = need_x || (need_topk_weights && steps.position == ScorePosition::kInput);
     const bool need_dz = need_rows || need_topk_weights || need_up || need_up_bias;
     if (need_dz || need_down) steps.through_activation(need_dz);

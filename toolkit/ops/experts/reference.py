@@ -56,6 +56,13 @@ def weight_of_rows(topk_weights: Tensor, order: Tensor, offsets: Tensor) -> Tens
     return torch.where(used, upcast(topk_weights).flatten()[order], 0.0)[:, None]
 
 
+def _bias_of_rows(bias: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
+    """[R, N]: the bias [E, N] of each row's expert, upcast; 0 for rows of none."""
+    expert = expert_of_rows(order, offsets)
+    own = upcast(bias[expert.clamp(max=bias.shape[0] - 1)])
+    return torch.where((expert < bias.shape[0])[:, None], own, 0.0)
+
+
 def experts(
     x: Tensor, topk_weights: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None,
     order: Tensor, rows: Tensor, offsets: Tensor, tiles: Tensor,
@@ -78,9 +85,7 @@ def experts(
     weight = weight.to(a.dtype)
     y = grouped_linear((a * weight).to(x.dtype), down, None, *plan, False, transposed)
     if down_bias is not None:
-        shift = torch.zeros(1, down.shape[0] + 1, down_bias.shape[1], dtype=a.dtype, device=x.device)[0]
-        shift[:-1] = upcast(down_bias)
-        y = (upcast(y) + weight * shift[expert_of_rows(order, offsets)]).to(x.dtype)
+        y = (upcast(y) + weight * _bias_of_rows(down_bias, order, offsets)).to(x.dtype)
     return combine(y, rows, None), z
 
 
@@ -104,22 +109,21 @@ def experts_backward(
     weight = weight_of_rows(topk_weights, order, offsets).to(g.dtype)
     inner = weight if score_position != "input" else torch.ones_like(weight)
     a = torch.where(used, activate(z, activation, gated, interleaved), 0.0)
-    v = grouped_linear_backward(g, a, upcast(down), *plan, False, transposed, True, False, False)[0]
+    v = grouped_linear_backward(g, a, down, *plan, False, transposed, True, False, False)[0]
     _, to_down, to_down_bias = grouped_linear_backward(
-        g * inner, a, upcast(down), *plan, False, transposed, False, need_down, need_down_bias
+        g * inner, a, down, *plan, False, transposed, False, need_down, need_down_bias
     )
     dz = torch.where(used, activate_backward(v * inner, z, activation, gated, interleaved), 0.0)
     source = upcast(x)[token] if score_position != "input" else upcast(x)[token] * weight
     to_rows, to_up, to_up_bias = grouped_linear_backward(
-        dz, torch.where(used, source, 0.0), upcast(up), *plan, False, transposed, True, need_up, need_up_bias
+        dz, torch.where(used, source, 0.0), up, *plan, False, transposed, True, need_up, need_up_bias
     )
     if score_position == "input":
         to_weight = (to_rows * upcast(x)[token]).sum(-1)
     else:
         to_weight = (v * a).sum(-1)
         if down_bias is not None:
-            shift = torch.cat([upcast(down_bias), g.new_zeros(1, g.shape[1])])[expert_of_rows(order, offsets)]
-            to_weight = to_weight + (shift * g).sum(-1)
+            to_weight = to_weight + (_bias_of_rows(down_bias, order, offsets) * g).sum(-1)
     to_x = combine(to_rows * weight if score_position == "input" else to_rows, rows, None)
     to_topk_weights = to_weight.view(rows.shape)
     if rows.numel():

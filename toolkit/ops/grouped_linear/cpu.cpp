@@ -25,11 +25,10 @@ Tensor grouped_linear(const Tensor& x, const Tensor& weight, const std::optional
   const Plan plan("grouped_linear", order, pair_rows, offsets);
   check("grouped_linear", plan, x, weight, bias, gather, transposed);
   const Tensor source = upcast(x), matrices = rows_adjacent(weight);
-  std::optional<Tensor> shift;
-  if (bias) shift = upcast(*bias, source.scalar_type());
   Tensor out = rows::empty({plan.count, weight.size(transposed ? 2 : 1)}, x, source.scalar_type());
   dtypes::with_types(x.scalar_type(), [&](auto compute, auto stored) {
-    multiply<decltype(compute), decltype(stored)>(plan, source, gather, matrices, !transposed, shift, out);
+    using T = decltype(compute);
+    multiply<T, decltype(stored)>(plan, source, gather, matrices, !transposed, expert_bias<T>(plan, bias), out);
   });
   return rows::cast(out, x.scalar_type());
 }
@@ -44,7 +43,7 @@ std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(const Tensor& grad, c
   const int64_t outputs = weight.size(transposed ? 2 : 1);
   TORCH_CHECK(grad.dim() == 2 && grad.size(0) == plan.count && grad.size(1) == outputs,
               "grouped_linear_backward: grad must be [", plan.count, ", ", outputs, "], got ", grad.sizes(), ".");
-  const Tensor source = upcast(x), g = rows_adjacent(grad.to(source.scalar_type())), matrices = rows_adjacent(weight);
+  const Tensor source = upcast(x), g = rows_adjacent(storage::cast(grad, source.scalar_type())), matrices = rows_adjacent(weight);
   const auto type = source.scalar_type();
   Tensor to_x = at::empty({0}, x.options()), to_weight = at::empty({0}, x.options()), to_bias = to_weight.clone();
   dtypes::with_types(x.scalar_type(), [&](auto compute, auto stored) {

@@ -46,7 +46,8 @@ def grouped_linear_backward(
     ``db_e = sum g`` over the rows of e, ascending.
     """
     to_rows = x.new_zeros(rows.numel(), x.shape[1], dtype=upcast(x[:0]).dtype)
-    to_weight, to_bias = torch.zeros_like(weight), weight.new_zeros(weight.shape[0], grad.shape[1])
+    to_weight = torch.zeros_like(weight) if need_weight else x.new_empty(0)
+    to_bias = weight.new_zeros(weight.shape[0], grad.shape[1]) if need_bias else x.new_empty(0)
     for expert, span in spans(offsets):
         g = upcast(grad[span])
         source = upcast(x[order[span] // rows.shape[1]] if gather else x[span])
@@ -59,12 +60,7 @@ def grouped_linear_backward(
         if need_bias:
             to_bias[expert] = g.sum(0).to(weight.dtype)
     to_x = combine(to_rows, rows, None) if gather and need_x else to_rows
-    none = x.new_empty(0)
-    return (
-        to_x.to(x.dtype) if need_x else none,
-        to_weight if need_weight else none.clone(),
-        to_bias if need_bias else none.clone(),
-    )
+    return to_x.to(x.dtype) if need_x else x.new_empty(0), to_weight, to_bias
 
 
 def grouped_linear_fake(

@@ -6,6 +6,7 @@
 #include "dtypes.h"
 #include "matmul.h"
 #include "memory.h"
+#include "storage.h"
 
 namespace toolkit::linear_op {
 
@@ -44,12 +45,12 @@ void launch(const Tensor& x, const std::vector<Tensor>& weights, const std::vect
 
 std::vector<Tensor> compute(const Tensor& x, std::vector<Tensor> weights, std::vector<Tensor> biases) {
   const auto dtype = x.scalar_type(), upcast = dtypes::upcast(dtype);
-  // `to` and `contiguous` hand back the same tensor when there is nothing to do.
-  const Tensor rows = x.to(upcast).contiguous();
+  // Both hand back the same tensor when there is nothing to do.
+  const Tensor rows = storage::cast(x, upcast).contiguous();
   std::vector<Tensor> outs;
   for (size_t i = 0; i < weights.size(); ++i) {
     if (weights[i].size(1) > 1 && weights[i].stride(1) != 1) weights[i] = weights[i].contiguous();
-    if (biases[i].defined()) biases[i] = biases[i].to(upcast).contiguous();
+    if (biases[i].defined()) biases[i] = storage::cast(biases[i], upcast).contiguous();
     auto shape = x.sizes().vec();
     shape.back() = weights[i].size(0);
     outs.push_back(memory::empty(shape, x.options().dtype(upcast)));
@@ -57,8 +58,7 @@ std::vector<Tensor> compute(const Tensor& x, std::vector<Tensor> weights, std::v
   dtypes::with_types(dtype, [&](auto compute, auto stored) {
     launch<decltype(compute), decltype(stored)>(rows, weights, biases, outs);
   });
-  if (upcast != dtype)
-    for (Tensor& out : outs) out = out.to(dtype);
+  for (Tensor& out : outs) out = storage::cast(out, dtype);
   return outs;
 }
 

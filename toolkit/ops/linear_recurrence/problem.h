@@ -30,7 +30,7 @@ constexpr int64_t kWidth = kVectors * Vec<T>::size();
 
 // [T, heads, width] in the dtype of the arithmetic, elements of a head adjacent.
 struct Heads {
-  Heads(const Tensor& x, at::ScalarType type) : tensor(x.scalar_type() == type ? x : x.to(type)) {
+  Heads(const Tensor& x, at::ScalarType type) : tensor(storage::cast(x, type)) {
     if (tensor.size(2) > 1 && tensor.stride(2) != 1) tensor = tensor.contiguous();
     row = tensor.stride(0);
     head = tensor.stride(1);

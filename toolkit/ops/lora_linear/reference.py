@@ -7,11 +7,12 @@ from toolkit.ops.linear.reference import linear_reference
 from toolkit.ops.rowwise import upcast
 
 
-def _rows_of(adapters: Tensor, count: int) -> list[Tensor]:
-    """For each adapter its rows, ascending."""
+def _rows_of(adapters: Tensor, count: int) -> list[tuple[int, Tensor]]:
+    """Each adapter that has rows, with its rows, ascending."""
     if adapters.device.type == "cpu" and adapters.numel() and int(adapters.max()) >= count:
         raise IndexError(f"adapters must be negative or 0 to {count - 1}, got {int(adapters.max())}.")
-    return [(adapters == index).nonzero().squeeze(-1) for index in range(count)]
+    used = [index for index in adapters.unique().tolist() if index >= 0]
+    return [(index, (adapters == index).nonzero().squeeze(-1)) for index in used]
 
 
 def lora_add(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: Tensor, adapters: Tensor) -> Tensor:
@@ -20,10 +21,9 @@ def lora_add(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: Tensor, ada
     In float32 (float64 for float64) from x on, rounded once. Rows of a negative adapter are base's. Differentiable.
     """
     y = upcast(base)
-    for index, rows in enumerate(_rows_of(adapters, a.shape[0])):
-        if rows.numel():
-            low = linear_reference(upcast(x[rows]), upcast(a[index])) * scaling[index].to(y.dtype)
-            y = y.index_copy(0, rows, y[rows] + linear_reference(low, upcast(b[index])))
+    for index, rows in _rows_of(adapters, a.shape[0]):
+        low = linear_reference(upcast(x[rows]), upcast(a[index])) * scaling[index].to(y.dtype)
+        y = y.index_copy(0, rows, y[rows] + linear_reference(low, upcast(b[index])))
     return y.to(base.dtype) if y is not base else base.clone()
 
 
@@ -40,17 +40,16 @@ def lora_add_backward(
     dx = torch.zeros(x.shape, dtype=x.dtype, device=x.device) if need_x else none
     da = torch.zeros(a.shape, dtype=a.dtype, device=a.device) if need_a else none.clone()
     db = torch.zeros(b.shape, dtype=b.dtype, device=b.device) if need_b else none.clone()
-    for index, rows in enumerate(_rows_of(adapters, a.shape[0])):
-        if rows.numel():
-            g, values, first, second = (upcast(t) for t in (grad[rows], x[rows], a[index], b[index]))
-            factor = scaling[index].to(g.dtype)
-            up = factor * (g @ second)
-            if need_x:
-                dx[rows] = (up @ first).to(dx.dtype)
-            if need_a:
-                da[index] = (up.T @ values).to(da.dtype)
-            if need_b:
-                db[index] = (g.T @ (factor * (values @ first.T))).to(db.dtype)
+    for index, rows in _rows_of(adapters, a.shape[0]):
+        g, values, first, second = (upcast(t) for t in (grad[rows], x[rows], a[index], b[index]))
+        factor = scaling[index].to(g.dtype)
+        up = factor * (g @ second)
+        if need_x:
+            dx[rows] = (up @ first).to(dx.dtype)
+        if need_a:
+            da[index] = (up.T @ values).to(da.dtype)
+        if need_b:
+            db[index] = (g.T @ (factor * (values @ first.T))).to(db.dtype)
     return dx, da, db
 
 

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "gemm.h"
+#include "storage.h"
 #include "threads.h"
 
 namespace toolkit::columns {
@@ -36,7 +37,7 @@ inline void pack(const Panel<Row>& panel, int64_t first, int64_t end, T* packed)
       for (int64_t i = 0; i < width; i += lanes) L::store(to + i, L::load(reinterpret_cast<const T*>(q) + i));
       continue;
     }
-    for (int64_t i = 0; i < panel.columns; ++i) to[i] = static_cast<T>(q[i]);
+    storage::read_row(q, panel.columns, to);
     std::fill(to + panel.columns, to + width, T(0));
   }
 }

@@ -118,13 +118,25 @@ __attribute__((always_inline)) inline void load_panel(const T* panel, typename L
   for (int v = 0; v < V; ++v) w[v] = Lanes<T>::load(panel + v * kLanes<T>);
 }
 
-// The weights of one panel and K block. `ahead` is the block that will be asked for next: it is fetched meanwhile.
+// The weights of one panel and K block. `ahead` is the block that will be asked for next: it is fetched meanwhile. Rows
+// are read on for `left` k, the block's included, and then from `after` on.
 template <typename S>
 struct Weights {
   const S* data;
   int64_t stride;
   int64_t columns;
   const S* ahead;
+  int64_t left;
+  const S* after;
+
+  // Where the k lies that is read `distance` after one of this block.
+  const S* upcoming(int64_t k, int64_t distance) const {
+    return k + distance < left ? data + k + distance : after + k + distance - left;
+  }
+  Weights from(int64_t column, int64_t count) const {
+    const int64_t skipped = column * stride;
+    return {data + skipped, stride, count, ahead + skipped, left, after + skipped};
+  }
 };
 
 // Rows of a coming block of weights that move into L2 meanwhile: a line of each every `step` k.
@@ -166,19 +178,31 @@ __attribute__((noinline)) void packing_tile(const T* x, int64_t x_stride, const 
   using L = Lanes<T>;
   constexpr int64_t lanes = kLanes<T>, line = 64 / sizeof(S), step = kTransposed<T>;
   typename L::Vector sum[R][1] = {};
-  const int64_t distance = std::min(kAhead<S>, depth), lines = w.columns == lanes ? depth / line * line : 0;
+  const int64_t distance = std::min(kAhead<S>, w.left);
+  const bool whole = w.columns == lanes && (!kPaired<T, S> || w.stride % 2 == 0);
+  const int64_t lines = whole ? depth / line * line : 0;
+  const auto take = [&](int64_t k, typename L::Vector turned) __attribute__((always_inline)) {
+    if (Keep) L::store(panel + k * width, turned);
+    multiply_add<T, R, 1>(x + k, x_stride, {turned}, sum);
+  };
   // A line is read in one go: rows whose stride is a power of two share one set of L1.
   for (int64_t at = 0; at < lines; at += line) {
-    const S* next = at + distance < depth ? w.data + at + distance : w.ahead + at + distance - depth;
+    const S* const next = w.upcoming(at, distance);
     for (int64_t i = 0; i < lanes; ++i) __builtin_prefetch(next + i * w.stride, 0, 2);
-    for (int64_t q = at; q < at + line; q += step) {
-      typename L::Vector turned[step];
-      transpose(w.data + q, w.stride, turned);
+    typename L::Vector turned[step];
+    if constexpr (kPaired<T, S>) {
+      transpose(reinterpret_cast<const T*>(w.data + at), w.stride / 2, turned);
 #pragma GCC unroll 16
       for (int j = 0; j < step; ++j) {
-        if (Keep) L::store(panel + (q + j) * width, turned[j]);
-        multiply_add<T, R, 1>(x + q + j, x_stride, {turned[j]}, sum);
+        take(at + 2 * j, first_of(turned[j]));
+        take(at + 2 * j + 1, second_of(turned[j]));
       }
+      continue;
+    }
+    for (int64_t q = at; q < at + line; q += step) {
+      transpose(w.data + q, w.stride, turned);
+#pragma GCC unroll 16
+      for (int j = 0; j < step; ++j) take(q + j, turned[j]);
     }
   }
   for (int64_t k = lines; k < depth; ++k) {
@@ -198,8 +222,7 @@ inline void pack_panel(const T* x, int64_t x_stride, const Weights<S>& w, int64_
   const int64_t width = panel_vectors<T>(w.columns) * lanes;
   for (int64_t c = 0; c < w.columns; c += lanes) {
     const int64_t columns = std::min(lanes, w.columns - c);
-    packing_tile<T, S, R, Keep>(x, x_stride, {w.data + c * w.stride, w.stride, columns, w.ahead + c * w.stride}, depth,
-                                panel + c, width,
+    packing_tile<T, S, R, Keep>(x, x_stride, w.from(c, columns), depth, panel + c, width,
                                 {e.out + c, e.stride, columns, e.accumulate, e.bias == nullptr ? nullptr : e.bias + c});
   }
 }
@@ -215,25 +238,39 @@ __attribute__((noinline)) void pack_panel(const T* x, int64_t x_stride, const We
   int64_t k = 0;
 #if defined(CPU_CAPABILITY_AVX2)
   constexpr int64_t line = 64 / sizeof(S), step = kTransposed<T>;
-  const int64_t distance = std::min(kAhead<S>, depth);
+  const int64_t distance = std::min(kAhead<S>, w.left);
+  const auto take = [&](int64_t k, typename L::Vector first, typename L::Vector second) __attribute__((always_inline)) {
+    if (Keep) {
+      L::store(panel + k * width, first);
+      L::store(panel + k * width + half, second);
+    }
+    multiply_add<T, R, 2>(x + k, x_stride, {first, second}, sum);
+  };
   // A cache line of every row at a time: rows whose stride is a power of two share few sets of L1.
-  if (w.columns == width)
+  if (w.columns == width && (!kPaired<T, S> || w.stride % 2 == 0))
     for (; k + line <= depth; k += line) {
-      const S* next = k + distance < depth ? w.data + k + distance : w.ahead + k + distance - depth;
+      const S* const next = w.upcoming(k, distance);
       for (int64_t i = 0; i < width; ++i) __builtin_prefetch(next + i * w.stride, 0, 2);
+      typename L::Vector first[step], second[step];
+      if constexpr (kPaired<T, S>) {
+#pragma GCC unroll 4
+        for (int64_t q = k; q < k + line; q += 2 * step) {
+          transpose(reinterpret_cast<const T*>(w.data + q), w.stride / 2, first);
+          transpose(reinterpret_cast<const T*>(w.data + half * w.stride + q), w.stride / 2, second);
+#pragma GCC unroll 4
+          for (int j = 0; j < step; ++j) {
+            take(q + 2 * j, first_of(first[j]), first_of(second[j]));
+            take(q + 2 * j + 1, second_of(first[j]), second_of(second[j]));
+          }
+        }
+        continue;
+      }
 #pragma GCC unroll 8
       for (int64_t q = k; q < k + line; q += step) {
-        typename L::Vector first[step], second[step];
         transpose(w.data + q, w.stride, first);
         transpose(w.data + half * w.stride + q, w.stride, second);
 #pragma GCC unroll 4
-        for (int j = 0; j < step; ++j) {
-          if (Keep) {
-            L::store(panel + (q + j) * width, first[j]);
-            L::store(panel + (q + j) * width + half, second[j]);
-          }
-          multiply_add<T, R, 2>(x + q + j, x_stride, {first[j], second[j]}, sum);
-        }
+        for (int j = 0; j < step; ++j) take(q + j, first[j], second[j]);
       }
     }
 #endif

@@ -54,14 +54,53 @@ struct Plan {
 
 // Tensors in the compute dtype with unit stride along a row; the same tensor where it has both already.
 inline Tensor rows_adjacent(const Tensor& x) { return x.dim() == 0 || x.stride(-1) == 1 ? x : x.contiguous(); }
-inline Tensor upcast(const Tensor& x) { return rows_adjacent(x.to(dtypes::upcast(x.scalar_type()))); }
-inline Tensor upcast(const Tensor& x, at::ScalarType type) { return x.to(type).contiguous(); }
+inline Tensor upcast(const Tensor& x) { return rows_adjacent(storage::cast(x, dtypes::upcast(x.scalar_type()))); }
+inline Tensor upcast(const Tensor& x, at::ScalarType type) { return storage::cast(x, type).contiguous(); }
+
+// A bias per expert [E, N] in T; of a 16-bit one only the experts that have rows are converted.
+template <typename T>
+class ExpertBias {
+ public:
+  ExpertBias(const Plan& plan, const Tensor& bias)
+      : kept_(bias.contiguous()), rows_(plan.experts, nullptr), width_(bias.size(1)) {
+    const bool ready = kept_.scalar_type() == c10::CppTypeToScalarType<T>::value;
+    int64_t used = 0;
+    plan.for_experts(false, [&](int64_t, int64_t, int64_t) { ++used; });
+    if (!ready) upcast_.resize(used * width_);
+    T* next = upcast_.data();
+    dtypes::with_types(kept_.scalar_type(), [&](auto, auto stored) {
+      const auto* const from = kept_.const_data_ptr<decltype(stored)>();
+      plan.for_experts(false, [&](int64_t e, int64_t, int64_t) {
+        if (ready) {
+          rows_[e] = reinterpret_cast<const T*>(from) + e * width_;
+          return;
+        }
+        storage::read_row(from + e * width_, width_, next);
+        rows_[e] = next;
+        next += width_;
+      });
+    });
+  }
+  const T* of(int64_t expert) const { return rows_[expert]; }
+
+ private:
+  Tensor kept_;
+  std::vector<const T*> rows_;
+  std::vector<T> upcast_;
+  int64_t width_;
+};
+
+template <typename T>
+std::optional<ExpertBias<T>> expert_bias(const Plan& plan, const std::optional<Tensor>& bias) {
+  if (!bias) return std::nullopt;
+  return std::optional<ExpertBias<T>>(std::in_place, plan, *bias);
+}
 
 // out[r] = W_e x[r] + bias[e] for the rows r of every expert e. x: row r of `x`, or of its token where `gather`.
 // `by_outputs`: W_e[n, k] lies as [E, N, K], else as [E, K, N]. Rows of no expert are zeros where out has them.
 template <typename T, typename S>
 void multiply(const Plan& plan, const Tensor& x, bool gather, const Tensor& weight, bool by_outputs,
-              const std::optional<Tensor>& bias, Tensor& out) {
+              const std::optional<ExpertBias<T>>& bias, Tensor& out) {
   const int64_t outputs = out.size(1), depth = x.size(1);
   const T* const from = x.const_data_ptr<T>();
   T* const to = out.mutable_data_ptr<T>();
@@ -71,7 +110,7 @@ void multiply(const Plan& plan, const Tensor& x, bool gather, const Tensor& weig
     plan.for_experts(false, [&](int64_t e, int64_t first, int64_t end) {
       problems.push_back({gather ? from : from + first * x.stride(0), x.stride(0),
                           weight.const_data_ptr<S>() + e * weight.stride(0), weight.stride(1),
-                          bias ? bias->const_data_ptr<T>() + e * outputs : nullptr, to + first * outputs, outputs,
+                          bias ? bias->of(e) : nullptr, to + first * outputs, outputs,
                           end - first, outputs, depth, false, gather ? &plan.token_of[first] : nullptr, !by_outputs});
     });
   if (!problems.empty()) matmul::run(problems);
@@ -124,7 +163,8 @@ Tensor sum_rows(const Plan& plan, const Tensor& x, bool gather, const T* factor)
 // A bias per expert, times the pair's routing weight.
 template <typename T>
 struct Shift {
-  const T *bias, *topk_weights;
+  const ExpertBias<T>& bias;
+  const T* topk_weights;
   std::vector<int64_t> expert_of_row;
 };
 
@@ -147,7 +187,7 @@ Tensor combine(const Tensor& y, const Tensor& pair_rows, const T* weights, const
           Vec<T> part = Vec<T>::loadu(from + row * y.stride(0) + i, lanes);
           if (shift != nullptr)
             part = part + Vec<T>(shift->topk_weights[pair]) *
-                              Vec<T>::loadu(shift->bias + shift->expert_of_row[row] * width + i, lanes);
+                              Vec<T>::loadu(shift->bias.of(shift->expert_of_row[row]) + i, lanes);
           sum = sum + (weights == nullptr ? part : part * Vec<T>(weights[pair]));
         }
         sum.store(to + t * width + i, lanes);

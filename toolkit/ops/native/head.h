@@ -6,6 +6,7 @@
 namespace toolkit::head {
 
 using at::Tensor;
+using storage::cast;
 
 constexpr int64_t kTileRows = 96;  // logits of a tile: 96 x 2048 floats stay near a core
 constexpr int64_t kPad = 16;       // columns between rows: rows 4 KiB apart would share a few sets of the caches
@@ -33,9 +34,9 @@ template <typename T, typename S>
 struct Head {
   Head(const Tensor& hidden_given, const Tensor& weight_given, const std::optional<Tensor>& bias_given,
        at::ScalarType type)
-      : hidden(hidden_given.to(type).contiguous()),
+      : hidden(cast(hidden_given, type).contiguous()),
         weight(weight_given.size(1) > 1 && weight_given.stride(1) != 1 ? weight_given.contiguous() : weight_given),
-        bias(bias_given ? bias_given->to(type).contiguous() : Tensor()) {}
+        bias(bias_given ? cast(*bias_given, type).contiguous() : Tensor()) {}
 
   // Products of rows [row, row + count) with the weights of columns [column, column + n), to out [count, stride];
   // rounded to the dtype of the inputs, as a head's output is.
@@ -53,9 +54,13 @@ struct Head {
                                         n,
                                         depth};
     matmul::compute(problem);
-    if constexpr (!std::is_same_v<T, S>)
-      for (int64_t r = 0; r < count; ++r)
-        for (int64_t i = r * stride; i < r * stride + n; ++i) out[i] = static_cast<T>(static_cast<S>(out[i]));
+    if constexpr (!std::is_same_v<T, S>) {
+      S* const rounded = threads::scratch<S, 4>(n);
+      for (int64_t r = 0; r < count; ++r) {
+        storage::write_row(out + r * stride, n, rounded);
+        storage::read_row(rounded, n, out + r * stride);
+      }
+    }
   }
 
   // dh[r, k] (+)= sum_v g[r, v] weight[column + v, k] for g [count, n] with rows `stride` apart, dh [count, K].

@@ -15,6 +15,16 @@ namespace toolkit::gemm {
 template <typename T>
 struct Lanes;
 
+// Whether two neighbouring k of a row are moved as one number of T and taken apart in registers: half the shuffles. Of
+// bfloat16, whose bits are the upper half of a float's.
+#ifdef CPU_CAPABILITY_AVX2
+template <typename T, typename S>
+constexpr bool kPaired = std::is_same_v<T, float> && std::is_same_v<S, c10::BFloat16>;
+#else
+template <typename T, typename S>
+constexpr bool kPaired = false;
+#endif
+
 #if defined(TOOLKIT_AVX512)
 constexpr int64_t kVectorBytes = 64;
 constexpr int kPanelVectors = 3;
@@ -93,6 +103,18 @@ inline __m128 load4(const c10::BFloat16* p) {
 inline __m128 load4(const c10::Half* p) {
   return _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 }
+
+// The first and the second k of pairs.
+inline __m256 first_of(__m256 pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(pairs), 16)); }
+inline __m256 second_of(__m256 pairs) {
+  return _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(pairs), _mm256_set1_epi32(0xffff0000)));
+}
+#ifdef TOOLKIT_AVX512
+inline __m512 first_of(__m512 pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(pairs), 16)); }
+inline __m512 second_of(__m512 pairs) {
+  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(pairs), _mm512_set1_epi32(0xffff0000)));
+}
+#endif
 
 inline __m128d load2(const double* p) { return _mm_loadu_pd(p); }
 

@@ -103,7 +103,10 @@ void block(const Problem<T, S>& p, int64_t row, int64_t row_end, int64_t panel, 
       std::swap(packed, packed_next);
     } else {
       const S* const ahead = p.weight + cut.begin(next.panel) * p.weight_stride + next.k;
-      const gemm::Weights<S> weights{p.weight + n * p.weight_stride + k, p.weight_stride, columns, ahead};
+      // Of a panel that is read row by row to its end the next one follows, else the next block.
+      const int64_t left = whole ? p.depth - k : depth;
+      const S* const after = whole ? p.weight + cut.begin(i + 1) * p.weight_stride : ahead;
+      const gemm::Weights<S> weights{p.weight + n * p.weight_stride + k, p.weight_stride, columns, ahead, left, after};
       gemm::multiply_panel<T, S>(from, x_stride, rows, weights, depth, packed, e);
     }
   }

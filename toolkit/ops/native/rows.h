@@ -17,6 +17,7 @@
 
 #include "dtypes.h"
 #include "memory.h"
+#include "storage.h"
 
 namespace toolkit::rows {
 
@@ -60,7 +61,7 @@ inline void by_type(at::ScalarType type, const Body& body) {
 // A tensor of any leading shape seen as [count, width]: elements of a row are adjacent, rows `stride` apart.
 // Keeps the tensor it reads from alive; copies only when the layout (or the dtype) leaves no other way.
 struct Matrix {
-  Matrix(const Tensor& x, at::ScalarType type) : tensor(x.scalar_type() == type ? x : x.to(type)) {
+  Matrix(const Tensor& x, at::ScalarType type) : tensor(storage::cast(x, type)) {
     const int64_t dims = tensor.dim();
     TORCH_CHECK(dims > 0, "a tensor without dimensions has no rows.");
     width = tensor.size(dims - 1);
@@ -104,7 +105,7 @@ inline Tensor empty(at::IntArrayRef sizes, const Tensor& like, at::ScalarType ty
 }
 
 // The result in the dtype that the caller is owed.
-inline Tensor cast(Tensor x, at::ScalarType type) { return x.scalar_type() == type ? x : x.to(type); }
+using storage::cast;
 
 // body(start, lanes) over [0, n) in vectors of T; lanes is a constant but for the last, partial vector.
 template <typename T, typename Body>

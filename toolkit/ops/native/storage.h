@@ -2,7 +2,9 @@
 // rounds to nearest, ties to even.
 #pragma once
 #include <ATen/cpu/vec/functional_bfloat16.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/vec.h>
+#include <ATen/ops/empty.h>
 
 #include <cstring>
 #include <type_traits>
@@ -42,6 +44,29 @@ inline void write_row(const T* from, int64_t count, S* to) {
     }
     for (; i < count; ++i) to[i] = static_cast<S>(from[i]);
   }
+}
+
+// Small tensors are converted here: torch takes longer to start than a row takes to convert.
+constexpr int64_t kSmall = 1 << 15;
+
+// x in another of the dtypes of `dtypes::is_float`; the same tensor where it has it already.
+inline at::Tensor cast(const at::Tensor& x, at::ScalarType type) {
+  const auto from = x.scalar_type();
+  if (from == type) return x;
+  const bool narrow = type == at::kBFloat16 || type == at::kHalf, upcast = from == at::kBFloat16 || from == at::kHalf;
+  const bool supported = (narrow && from == at::kFloat) || (upcast && type == at::kFloat);
+  if (!supported || x.numel() > kSmall || !x.is_contiguous() || x.requires_grad()) return x.to(type);
+  at::Tensor out = at::empty(x.sizes(), x.options().dtype(type));
+  dtypes::with_types(narrow ? type : from, [&](auto, auto stored) {
+    using S = decltype(stored);
+    if constexpr (sizeof(S) == 2) {
+      if (narrow)
+        write_row(x.const_data_ptr<float>(), x.numel(), out.mutable_data_ptr<S>());
+      else
+        read_row(x.const_data_ptr<S>(), x.numel(), out.mutable_data_ptr<float>());
+    }
+  });
+  return out;
 }
 
 }  // namespace toolkit::storage

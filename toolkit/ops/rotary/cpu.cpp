@@ -32,7 +32,7 @@ Tensor forward(const Tensor& input, const Tensor& cos, const Tensor& sin, bool i
               ", R], R even and at most ", width, ".");
   check_equal_shapes("rotary", "sin", sin, "cos", cos);
   const auto type = compute_type(input, "rotary");
-  Tensor x = input.to(type);
+  Tensor x = cast(input, type);
   if (width > 1 && x.stride(2) != 1) x = x.contiguous();
   const Matrix c(cos, type), s(sin, type);
   Tensor out = empty(input.sizes(), input, type);
