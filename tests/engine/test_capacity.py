@@ -95,7 +95,7 @@ def test_a_containers_limits_count(tmp_path, monkeypatch):
     assert machine.cpu_quota() == 1.5
     assert machine.cpu_count() <= 2
     assert machine.memory_bytes() == 64 * MIB
-    own.write_text("5:cpu,cpuacct:/docker/x\n9:memory:/docker/x\n")  # version 1, in a container of its own
+    own.write_text("5:cpu,cpuacct:/docker/x\n9:memory:/docker/x\n")  # version 1
     write("cpu/cpu.cfs_quota_us", "50000\n")
     write("cpu/cpu.cfs_period_us", "100000\n")
     write("memory/memory.limit_in_bytes", f"{32 * MIB}\n")
