@@ -73,7 +73,7 @@ def render_spans(
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[str, list[Span] | None]:
     """``render``, and the ranges of characters that ``{% generation %}`` marks; None for a template without markers."""
-    if not _GENERATION.search(template_of(tokenizer, chat_template, parsed_tools(tools))):
+    if not marks_generation(tokenizer, tools, chat_template):
         text = render(
             tokenizer, messages, tools, chat_template=chat_template, chat_template_kwargs=chat_template_kwargs
         )
@@ -81,6 +81,11 @@ def render_spans(
     spans: list[Span] = []
     text = _rendered(tokenizer, messages, tools, chat_template, chat_template_kwargs, {}, spans)
     return text, spans
+
+
+def marks_generation(tokenizer: Any, tools: Any = None, chat_template: str | None = None) -> bool:
+    """Whether the template has ``{% generation %}`` markers."""
+    return _GENERATION.search(template_of(tokenizer, chat_template, parsed_tools(tools))) is not None
 
 
 def template_of(tokenizer: Any, chat_template: str | None = None, tools: Any = None) -> str:
@@ -171,6 +176,8 @@ def _apply(
 def _variables(tokenizer: Any, chat_template_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
     """Variables of a template; none may be an argument of the method that renders it."""
     variables = dict(chat_template_kwargs or {})
+    if not variables:
+        return variables
     taken = set(inspect.signature(tokenizer.apply_chat_template).parameters) - {"documents", "kwargs"}
     for name in variables:
         if name in taken:

@@ -33,16 +33,18 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def prompt_token_ids(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a prompt: those that the tokenizer puts before any text, and the text's; at least one.
+    """The tokens of a prompt: those that the tokenizer puts before any text, and the text's.
 
     Those that it puts behind a text (an end of text, with ``add_eos_token``) would end the prompt before its completion
-    and are left out. A prompt without tokens is the end-of-text token.
+    and are left out.
 
     Raises:
         ToolkitError: the text has a lone surrogate.
     """
-    ids = [*special_tokens_around(tokenizer)[0], *encode(tokenizer, text)]
-    return ids or [tokenizer.eos_token_id]
+    check_text(text)
+    ids = list(tokenizer(text)["input_ids"])
+    behind = len(special_tokens_around(tokenizer)[1]) if hasattr(tokenizer, "special_tokens_map") else 0
+    return ids[: len(ids) - behind]
 
 
 def encode_with_offsets(tokenizer: Any, text: str) -> Encoding:

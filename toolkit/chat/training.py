@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
-from toolkit.chat.template import ChatTemplateError, Span, render, render_spans
+from toolkit.chat.template import ChatTemplateError, Span, marks_generation, render, render_spans
 from toolkit.chat.tokens import common_prefix, encode, special_tokens_around, token_ranges
 from toolkit.errors import ToolkitError
 
@@ -274,6 +274,8 @@ class _Chat:
 
     def marked(self, count: int) -> tuple[str, list[Span] | None]:
         """The first messages, and what the template marks as generated."""
+        if not marks_generation(self._tokenizer, self._tools, self._options["chat_template"]):
+            return self.text(count), None
         return render_spans(self._tokenizer, self.messages[:count], self._tools, **self._options)
 
     def begin(self, count: int, whole: str) -> tuple[int, bool]:

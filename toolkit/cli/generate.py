@@ -88,10 +88,11 @@ def _show(engine: "Engine", prompts: list[str], params: "SamplingParams", exact:
     """
     from rich.console import Console
 
+    from toolkit.chat import prompt_token_ids
     from toolkit.engine.prompts import fit_max_tokens
 
     assert engine.tokenizer is not None
-    ids = [list(engine.tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    ids = [prompt_token_ids(engine.tokenizer, prompt) for prompt in prompts]
     fitted = [params if exact else fit_max_tokens(params, len(one), engine.max_sequence_len) for one in ids]
     console = Console(highlight=False)
     started = time.perf_counter()

@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
+from toolkit.chat import prompt_token_ids
 from toolkit.engine.params import SamplingParams
 from toolkit.errors import ToolkitError
 from toolkit.state import BlockManager
@@ -128,7 +129,7 @@ def check_prompt(
         if tokenizer is None:
             raise ToolkitError("prompt must be token ids, since the engine has no tokenizer, got a text.")
         check_characters("prompt", len(prompt), tokenizer, longest)
-        tokens = list(tokenizer(prompt)["input_ids"])
+        tokens = prompt_token_ids(tokenizer, prompt)
     elif isinstance(prompt, list | tuple):
         check_token_count(len(prompt), longest, name)
         if not set(map(type, prompt)) <= {int} and not all(map(_is_id, prompt)):

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 INDEX = "model.safetensors.index.json"
+GENERATION_CONFIG = "generation_config.json"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -137,8 +138,12 @@ def _model(source: Source, config: Any, dtype: "torch.dtype", device: "torch.dev
 def _merged(model: Any, folder: Path) -> Any:
     try:
         import peft
+        import transformers
 
-        return peft.PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+        merged = peft.PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+        if (folder / GENERATION_CONFIG).is_file():
+            merged.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+        return merged
     except Exception as error:
         raise ToolkitError(f"The adapters in '{folder}' cannot be loaded ({first_line(error)}).") from None
 

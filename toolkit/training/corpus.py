@@ -25,8 +25,8 @@ class SourceFile:
     size: int
 
     def read(self) -> str:
-        """The text. Bytes that are not UTF-8 read as U+FFFD; line ends stay as they are."""
-        return Path(self.path).read_bytes().decode("utf-8", "replace")
+        """The text without a byte order mark. Bytes that are not UTF-8 read as U+FFFD; line ends stay as they are."""
+        return Path(self.path).read_bytes().decode("utf-8-sig", "replace")
 
 
 def digest(text: str) -> int:

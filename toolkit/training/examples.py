@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, TypeVar
 
+from toolkit.chat import prompt_token_ids
 from toolkit.errors import ToolkitError
 from toolkit.training.corpus import digest
 from toolkit.training.preparing import Example
@@ -122,6 +123,11 @@ def check_misses(misses: int) -> None:
         raise ToolkitError(
             f"objective must give an example that fits train.max_length, got {MOST_MISSES:,} in a row that do not."
         )
+
+
+def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """The tokens of a prompt as completions are trained with; without any, the end-of-text token."""
+    return prompt_token_ids(tokenizer, prompt) or [tokenizer.eos_token_id]
 
 
 def in_batches(items: Iterable[T], tokens: Callable[[T], int], most: int) -> list[list[T]]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from toolkit.config.schema import LoraSection, ModelSection
 from toolkit.errors import ToolkitError, first_line, nearest
 from toolkit.loading import find_source, load_weights
-from toolkit.loading.model import quiet_transformers
+from toolkit.loading.model import GENERATION_CONFIG, quiet_transformers
 from toolkit.moe.observer import RouterObserver, observing
 from toolkit.patching import PatchReport, patch, ragged_forward, token_logprobs, weights_changed
 from toolkit.patching.adapters import fuse_adapters
@@ -239,3 +239,6 @@ def save_model(model: "PreTrainedModel", folder: Path) -> None:
     """The model as a checkpoint of transformers; one with adapters as PEFT saves it: the adapters alone."""
     with quiet_transformers():
         model.save_pretrained(str(folder))
+    if model.generation_config is not None and not (folder / GENERATION_CONFIG).is_file():
+        # Of adapters, whose base model may stop at fewer tokens.
+        (folder / GENERATION_CONFIG).write_text(model.generation_config.to_json_string(), encoding="utf-8")

@@ -5,12 +5,12 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from toolkit.chat import prompt_token_ids
 from toolkit.config.objective import RolloutSection
 from toolkit.engine import Engine, SamplingParams
 from toolkit.engine.outputs import Completion
 from toolkit.errors import ToolkitError
 from toolkit.training.corpus import digest
+from toolkit.training.examples import prompt_ids
 from toolkit.training.objectives.base import RunContext
 from toolkit.training.tasks import Problem, ProblemStream, Task, checked_reward
 
@@ -103,7 +103,7 @@ def eval_accuracy(context: RunContext, rollout: Rollout, task: Task, count: int,
     """
     problems: list[Problem] = ProblemStream(task, 0, val_set_size, held_out=True).take(count)
     mine = list(enumerate(problems))[context.rank :: context.world_size]
-    prompts = [prompt_token_ids(context.tokenizer, problem.prompt) for _, problem in mine]
+    prompts = [prompt_ids(context.tokenizer, problem.prompt) for _, problem in mine]
     seeds = [digest(f"held out/{at}") for at, _ in mine]
     begun, solved = time.perf_counter(), []
     for temperature in (1.0, 0.0):

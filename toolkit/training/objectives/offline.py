@@ -191,7 +191,7 @@ def _template(given: str, tokenizer: Any) -> str:
     if isinstance(named, dict) and given in named:
         return str(named[given])
     try:
-        return Path(given).read_text(encoding="utf-8")
+        return Path(given).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError, ValueError):
         raise ToolkitError(
             f"objective.chat_template must be Jinja text, a file with it or a template of the tokenizer, got '{given}'."

@@ -5,10 +5,10 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from toolkit.chat import prompt_token_ids
 from toolkit.config import Recipe
 from toolkit.config.objective import OnPolicySection
 from toolkit.training.corpus import digest
+from toolkit.training.examples import prompt_ids
 from toolkit.training.objectives.base import MetricAccumulator, Metrics, Objective, RunContext, divided, task_texts
 from toolkit.training.tasks import Problem, ProblemStream, checked_reward, make_task
 
@@ -58,7 +58,7 @@ class OnPolicyObjective(Objective[P]):
         problems = self.stream.take(self.prompts)
         indices = [at * context.world_size + context.rank for at in range(len(problems))]
         seeds = [digest(f"{self.recipe.seed}/{step}/{attempt}/{index}") for index in indices]
-        prompts = [prompt_token_ids(context.tokenizer, problem.prompt) for problem in problems]
+        prompts = [prompt_ids(context.tokenizer, problem.prompt) for problem in problems]
         return problems, self.rollout.generate(prompts, seeds, n)
 
     def count(self, problems: Sequence[Problem], completions: Sequence[Sequence["Completion"]]) -> list[list[float]]:

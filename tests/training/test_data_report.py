@@ -1,0 +1,206 @@
+"""Data is looked at before the first step: counted, shown with its mask, cut, dropped or named, and resumed past."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from objective_recipes import TASK, objective_recipe
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from tests.helpers.tokenizers import CHATML, make_tokenizer
+from toolkit.config import Recipe
+from toolkit.errors import ToolkitError
+from toolkit.loading import load_model
+from toolkit.training.loop import Trainer, train
+from toolkit.training.metrics import read_metrics
+
+
+def chat(question: str, reply: str = "yes") -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that stops at ``</s>`` and ``<|im_start|>``; its turns end with ``<|im_end|>``."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = make_tokenizer(chat_template=CHATML, around="<s> $A </s>")
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=128, eos_token_id=2, bos_token_id=1, pad_token_id=0,
+        )
+    )  # fmt: skip
+    model.generation_config = GenerationConfig(eos_token_id=[2, 3], pad_token_id=0, do_sample=True, top_p=0.9)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def recipe_of(
+    folder: Path,
+    model: Path,
+    kind: str,
+    lines: list[Any],
+    objective: dict[str, Any] | None = None,
+    **sections: Any,
+) -> Recipe:
+    data = folder / "data.jsonl"
+    data.write_text("".join(line + "\n" if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
+    sections["model"] = {"config": None, "name_or_path": str(model), "lora": sections.pop("lora", None)}
+    evaluation = {"max_eval_samples": 4, "val_set_size": 1e-9}
+    return objective_recipe(
+        folder,
+        kind,
+        {"task": None, "data_files": str(data), "evaluation": evaluation, **(objective or {})},
+        train={"max_steps": 2, "max_length": 48, "batch_tokens": 96, **sections.pop("train", {})},
+        **sections,
+    )
+
+
+def report_of(trainer: Trainer) -> str:
+    return (trainer.folder / "data_report.txt").read_text()
+
+
+def test_what_is_kept_cut_dropped_and_masked_is_counted_and_one_example_shown(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [chat("is it?"), chat("is it?", "no " * 60), chat("x " * 100), "{", *(chat(f"q{at}") for at in range(6))]
+    recipe = recipe_of(tmp_path, checkpoint, "sft", rows, {"on_bad_lines": "skip"})
+    trainer = Trainer(recipe)
+    report = report_of(trainer)
+    assert report.strip() in capsys.readouterr().out
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    stock = [tokenizer.apply_chat_template(line["messages"], return_dict=False)[:49] for line in rows if line != "{"]
+    tokens = sum(len(ids) - 1 for at, ids in enumerate(stock) if at != 2)
+    assert f"8 of 10 lines kept: 8 examples, {tokens} tokens" in report
+    assert "skipped: 1 lines (line 4, must be a JSON object (" in report
+    assert "dropped: 1 lines (3): nothing that counts is within train.max_length 48" in report
+    assert "cut: 1 examples at train.max_length 48" in report
+    assert (
+        "EOS tokens: </s> (2), <|im_start|> (3), <|im_end|> (4); added, because turns end with it: <|im_end|>" in report
+    )
+    assert "example (line 1; >>>what counts in the loss<<<):\n  | <|im_start|>user\n  | is it?<|im_end|>\n" in report
+    assert "  | <|im_start|>assistant\n  | >>>yes<|im_end|>\n  | <<<\n" in report
+    seen = [trainer.objective.stream.next_batch() for _ in range(20)]
+    assert all(example.counted for batch in seen for example in batch)
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 2}])
+def test_the_list_of_eos_tokens_is_kept_completed_and_stops_rollouts(
+    tmp_path: Path, checkpoint: Path, lora: dict[str, Any] | None
+) -> None:
+    recipe = recipe_of(tmp_path, checkpoint, "sft", [chat("is it?")] * 4, lora=lora)
+    trainer = Trainer(recipe, quiet=True)
+    trainer.fit()
+    assert trainer.objective.rollout.engine._eos == {2, 3, 4}
+    trainer.objective.close()
+    folder = trainer.folder / "checkpoints" / "step-000002"
+    saved = json.loads((folder / "generation_config.json").read_text())
+    assert saved["eos_token_id"] == [2, 3, 4]
+    assert (saved["do_sample"], saved["top_p"]) == (True, 0.9)
+    model, tokenizer = load_model(folder)
+    assert model.generation_config.eos_token_id == [2, 3, 4]
+    assert tokenizer.chat_template == CHATML
+    if lora is None:
+        assert AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id == [2, 3, 4]
+
+
+def test_a_chat_template_is_text_a_file_or_a_name(tmp_path: Path, checkpoint: Path) -> None:
+    file = tmp_path / "template.jinja"
+    file.write_text("!" + CHATML)
+    for given in ("!" + CHATML, str(file)):
+        recipe = recipe_of(tmp_path, checkpoint, "sft", [chat("a")], {"chat_template": given}, overwrite=True)
+        trainer = Trainer(recipe, quiet=True)
+        assert trainer.tokenizer.chat_template == "!" + CHATML
+        assert "  | !<|im_start|>user" in report_of(trainer)
+    with pytest.raises(ToolkitError, match="or a template of the tokenizer, got 'nowhere'"):
+        Trainer(recipe_of(tmp_path, checkpoint, "sft", [chat("a")], {"chat_template": "nowhere"}), quiet=True)
+
+
+def test_rollouts_of_a_task_stop_at_every_token_of_the_list(tmp_path: Path, checkpoint: Path) -> None:
+    recipe = objective_recipe(
+        tmp_path,
+        "grpo",
+        {"task": TASK, "prompts": 2, "num_generations": 2},
+        model={"config": None, "name_or_path": str(checkpoint)},
+    )
+    trainer = Trainer(recipe, quiet=True)
+    _, groups = trainer.objective.roll_out(0, 2)
+    assert trainer.objective.rollout.engine._eos == {2, 3}
+    for one in (one for group in groups for one in group):
+        assert one.prompt_token_ids[0] == 1
+        assert 2 not in one.prompt_token_ids  # the tokenizer would end the prompt
+    trainer.objective.close()
+
+
+def test_a_long_prompt_is_dropped_or_named_before_the_first_step(tmp_path: Path, checkpoint: Path) -> None:
+    rows = [{"prompt": "two " * (90 if at == 7 else 1), "chosen": "a", "rejected": "b"} for at in range(12)]
+    sections = {"train": {"max_steps": 8}, "checkpoint": {"save_steps": 2, "save_total_limit": 9}}
+    recipe = recipe_of(tmp_path, checkpoint, "dpo", rows, {"pairs": 4}, **sections)
+    train(recipe, quiet=True)  # some epochs, past the line
+    assert "dropped: 1 lines (8)" in (tmp_path / "runs" / "dpo" / "data_report.txt").read_text()
+    resumed = recipe.model_copy(update={"resume_from_checkpoint": "step-000002"})
+    before = read_metrics(tmp_path / "runs" / "dpo" / "metrics.jsonl")
+    train(resumed, quiet=True)
+    after = read_metrics(tmp_path / "runs" / "dpo" / "metrics.jsonl")
+    assert [line["loss"] for line in after] == [line["loss"] for line in before]
+    for strategy in ("drop", "raise"):
+        options = {"pairs": 4, "excess_length_strategy": strategy}
+        recipe = recipe_of(tmp_path, checkpoint, "dpo", rows, options, run_name=strategy, **sections)
+        if strategy == "drop":
+            train(recipe, quiet=True)
+            continue
+        with pytest.raises(ToolkitError, match=r"line 8, must have <= 48 tokens \(train\.max_length\), got"):
+            Trainer(recipe, quiet=True)
+
+
+def test_a_line_that_the_template_does_not_take_is_named_or_skipped_and_resumed_past(
+    tmp_path: Path, checkpoint: Path
+) -> None:
+    strict = "{% if messages[0].content == 'bad' %}{{ raise_exception('no bad words') }}{% endif %}" + CHATML
+    rows = [chat("bad" if at in (2, 5) else f"q{at}") for at in range(9)]
+    options = {"chat_template": strict}
+    with pytest.raises(ToolkitError, match=r"lines 3, 6: The chat template must take .*: no bad words\. Mend"):
+        Trainer(recipe_of(tmp_path, checkpoint, "sft", rows, options), quiet=True)
+    sections = {"train": {"max_steps": 6}, "checkpoint": {"save_steps": 2, "save_total_limit": 9}}
+    skip = recipe_of(tmp_path, checkpoint, "sft", rows, options | {"on_bad_lines": "skip"}, **sections)
+    train(skip, quiet=True)
+    before = read_metrics(tmp_path / "runs" / "sft" / "metrics.jsonl")
+    train(skip.model_copy(update={"resume_from_checkpoint": "step-000004"}), quiet=True)
+    assert [line["loss"] for line in read_metrics(tmp_path / "runs" / "sft" / "metrics.jsonl")] == [
+        line["loss"] for line in before
+    ]
+    # Lines beyond those that were checked are named when they come, and the run resumes past them.
+    late = recipe_of(tmp_path, checkpoint, "sft", rows, options | {"max_check_samples": 2}, run_name="late", **sections)
+    with pytest.raises(ToolkitError, match=r"line [36]: The chat template must take"):
+        train(late, quiet=True)
+    resumed = recipe_of(
+        tmp_path, checkpoint, "sft", rows, options | {"on_bad_lines": "skip"}, run_name="late", **sections
+    )
+    train(resumed.model_copy(update={"resume_from_checkpoint": True}), quiet=True)
+    assert [line["loss"] for line in read_metrics(tmp_path / "runs" / "late" / "metrics.jsonl")] == [
+        line["loss"] for line in before
+    ]
+
+
+def test_a_split_conversation_is_resumed_between_its_turns(tmp_path: Path, checkpoint: Path) -> None:
+    forgetful = CHATML.replace(
+        "{{ m['content'] }}", "{{ m['content'] if loop.last or m['role'] == 'user' else m['content'].split('|')[-1] }}"
+    )
+    rows = [
+        {"messages": [turn for part in range(3) for turn in chat(f"q{at}", f"no|yes {part}")["messages"]]}
+        for at in range(5)
+    ]
+    sections = {"train": {"max_steps": 6, "max_length": 96, "batch_tokens": 40}, "checkpoint": {"save_steps": 1}}
+    recipe = recipe_of(tmp_path, checkpoint, "sft", rows, {"chat_template": forgetful}, **sections)
+    train(recipe, quiet=True)
+    before = read_metrics(tmp_path / "runs" / "sft" / "metrics.jsonl")
+    assert "split: 5 conversations" in (tmp_path / "runs" / "sft" / "data_report.txt").read_text()
+    trainer = Trainer(recipe.model_copy(update={"resume_from_checkpoint": "step-000005"}), quiet=True)
+    trainer.fit()
+    after = read_metrics(tmp_path / "runs" / "sft" / "metrics.jsonl")
+    assert [line["loss"] for line in after] == [line["loss"] for line in before]
+    trainer.objective.close()
