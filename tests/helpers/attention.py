@@ -1,6 +1,5 @@
-"""Batches of sequences for the Triton attention launchers, and prefix trees, against dense float64 attention."""
+"""Batches of sequences, schedules and prefix trees for the tests of attention, and dense attention as their oracle."""
 
-import itertools
 import math
 import random
 
@@ -8,24 +7,10 @@ import torch
 
 from tests.helpers.interpreter import poisoned
 from tests.helpers.prefix_trees import ORACLES, error
+from tests.helpers.rowwise import seeded
 from toolkit.ops.attention import modifiers  # noqa: F401  (registers the op)
 
 attention, attention_backward = torch.ops.toolkit.attention, torch.ops.toolkit.attention_backward
-
-
-def dense_sequence(q, keys, values, scale, window, softcap):
-    """One sequence in fp64 with a full score matrix: its queries are the last of the keys."""
-    n, heads, _ = q.shape
-    length, kv_heads, _ = keys.shape
-    position = length - n + torch.arange(n)[:, None]
-    key = torch.arange(length)[None, :]
-    hidden = (key > position) | ((key <= position - window) if window > 0 else False)
-    keys, values = (x.double().repeat_interleave(heads // kv_heads, 1) for x in (keys, values))
-    scores = torch.einsum("nhd,khd->hnk", q.double(), keys) * scale
-    if softcap > 0:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(hidden, -math.inf)
-    return torch.einsum("hnk,khv->nhv", scores.softmax(-1), values), scores.logsumexp(-1).T
 
 
 class Batch:
@@ -72,11 +57,10 @@ class Batch:
                          self.tables, self.page, self.scale, window, softcap)  # fmt: skip
 
     def expected(self, window=0, softcap=0.0):
-        parts = [
-            dense_sequence(self.q[begin:end], keys, values, self.scale, window, softcap)
-            for (begin, end), keys, values in zip(itertools.pairwise(self.offsets), self.keys, self.values)
-        ]
-        return torch.cat([o for o, _ in parts]), torch.cat([l for _, l in parts])
+        k, v = (x.double().nan_to_num(0.0) for x in (self.k, self.v))
+        plan = self.offsets, self.kv_offsets, self.kv_lengths
+        out, lse = dense(self.q.double(), k, v, plan, self.scale, window, softcap)
+        return out[: self.offsets[-1]], lse[: self.offsets[-1]]
 
     def check(self, tolerance, **options):
         out, lse = self.expected(**options)
@@ -90,6 +74,102 @@ class Batch:
             assert (got_lse[end:] == -math.inf).all()
         assert torch.equal(results[0][0], results[1][0])
         assert torch.equal(results[0][1], results[1][1])
+
+
+def offsets(lengths):
+    """[n] lengths to [n+1] offsets."""
+    return torch.tensor([0, *lengths]).cumsum(0)
+
+
+def packed(lengths, padding=0):
+    """The index tensors of sequences that attend to their own rows, and the number of rows."""
+    starts = offsets(lengths)
+    return (starts, starts[:-1].contiguous(), torch.tensor(lengths, dtype=torch.int64)), sum(lengths) + padding
+
+
+def make(rows, hq, hkv, d, dv, dtype, seed=0, kv_rows=None):
+    """q, k and v."""
+    kv_rows = rows if kv_rows is None else kv_rows
+    shapes = (rows, hq, d), (kv_rows, hkv, d), (kv_rows, hkv, dv)
+    return [seeded(*s, dtype=dtype, seed=seed + at) for at, s in enumerate(shapes)]
+
+
+def dense(q, k, v, plan, scale, window=0, softcap=0.0):
+    """Per query and head, with Python loops over sequences: explicit softmax in the dtype given."""
+    query_offsets, kv_offsets, kv_lengths = (x.tolist() for x in plan)
+    group = q.shape[1] // k.shape[1]
+    out = torch.zeros(q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype)
+    lse = torch.full(q.shape[:2], -math.inf, dtype=q.dtype)
+    for s, (start, length) in enumerate(zip(kv_offsets, kv_lengths)):
+        first, last = query_offsets[s], query_offsets[s + 1]
+        for h in range(q.shape[1]):
+            keys, values = k[start : start + length, h // group], v[start : start + length, h // group]
+            x = q[first:last, h] @ keys.T * scale
+            x = softcap * (x / softcap).tanh() if softcap else x
+            position = torch.arange(last - first)[:, None] + length - (last - first)
+            key = torch.arange(length)[None]
+            hidden = (key > position) | (key <= position - window if window else torch.zeros_like(key > position))
+            x = x.masked_fill(hidden, -math.inf)
+            seen = ~hidden.all(-1)
+            rows = torch.arange(first, last)[seen]
+            out = out.index_put((rows, torch.tensor(h)), x[seen].softmax(-1) @ values)
+            lse = lse.index_put((rows, torch.tensor(h)), x[seen].logsumexp(-1))
+    return out, lse
+
+
+def run_in_pages(q, k, v, lengths, chunks, block_size, window, softcap, rng, spare=3):
+    """Attention call by call: chunks[i] lists (sequence, queries) of call i. Unwritten slots hold NaN."""
+    pages = [-(-n // block_size) for n in lengths]
+    order = list(range(sum(pages) + spare))
+    rng.shuffle(order)
+    tables = torch.full((len(lengths), max(pages) + 1), -1)
+    for s, count in enumerate(pages):
+        tables[s, :count] = torch.tensor([order.pop() for _ in range(count)], dtype=torch.int64)
+    slots = (sum(pages) + spare) * block_size
+    pool_k = torch.full((slots, *k.shape[1:]), torch.nan, dtype=k.dtype)
+    pool_v = torch.full((slots, *v.shape[1:]), torch.nan, dtype=v.dtype)
+    starts, done = offsets(lengths).tolist(), [0] * len(lengths)
+    out, lse = (
+        torch.full((*q.shape[:2], v.shape[2]), torch.nan, dtype=q.dtype),
+        torch.full_like(q[..., 0], torch.nan),
+    )
+    for call in chunks:
+        rows = []
+        for s, count in call:
+            own = torch.arange(done[s], done[s] + count)
+            slot = tables[s, own // block_size] * block_size + own % block_size
+            pool_k[slot], pool_v[slot] = k[starts[s] + own], v[starts[s] + own]
+            done[s] += count
+            rows.append(starts[s] + own)
+        batch = [s for s, _ in call]
+        taken = tables[batch].clone()
+        for i, s in enumerate(batch):  # pages behind the window may be gone
+            oldest = done[s] - call[i][1] - window + 1
+            if window and oldest > 0:
+                taken[i, : oldest // block_size] = -7
+        index = torch.cat(rows)
+        layout = (
+            offsets([count for _, count in call]),
+            torch.zeros(len(call), dtype=torch.int64),
+            torch.tensor([done[s] for s in batch]),
+        )
+        out[index], lse[index] = attention(q[index], pool_k, pool_v, *layout, taken, block_size, 0.2, window, softcap)
+    assert done == lengths
+    return out, lse
+
+
+def random_chunks(lengths, largest, rng):
+    """Random calls: some sequences, each with a random number of its next queries."""
+    left, calls = list(lengths), []
+    while any(left):
+        alive = [s for s, n in enumerate(left) if n]
+        call = []
+        for s in rng.sample(alive, rng.randint(1, len(alive))):
+            count = min(left[s], rng.randint(1, largest))
+            left[s] -= count
+            call.append((s, count))
+        calls.append(call)
+    return calls
 
 
 def run_trees(trees, scale=0.3, window=0, softcap=0.0, **options):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.helpers.attention import Batch, check_trees, run_trees
-from tests.helpers.implementations import only_triton
+from tests.helpers.implementations import NATIVE, REFERENCE, implementations, only_interpreter
 from tests.helpers.interpreter import poisoned
 from tests.helpers.prefix_trees import Node, PrefixTrees, error
 from toolkit.ops.attention import attention, attention_backward, modifiers, tiles
@@ -16,7 +16,7 @@ from toolkit.ops.attention.modifiers import find
 from toolkit.ops.registry import has_native
 
 needs_native = pytest.mark.skipif(not has_native("attention"), reason="the native CPU library is not built")
-IMPLS = ["reference", pytest.param("cpu", marks=needs_native)]
+cpu_kernels = implementations(REFERENCE, NATIVE)  # the interpreter is too slow for contexts of this length
 SPLIT = 4096  # keys, in toolkit/ops/attention/problem.h
 
 
@@ -27,7 +27,7 @@ def threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@cpu_kernels
 @pytest.mark.parametrize("heads", [3, 128])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_latent_heads(heads, dtype, impl):
@@ -35,7 +35,7 @@ def test_latent_heads(heads, dtype, impl):
     nodes = [Node(-1, 6, 70), Node(0, 5, 0), Node(0, 2, 0)] if heads > 64 else [Node(-1, 60, 10), Node(0, 50, 0)]
     trees = PrefixTrees(1, heads=heads, kv_heads=1, d=576, v_dim=512, nodes=nodes, dtype=dtype)
     leaves = [x.detach().requires_grad_() for x in (trees.q, trees.k)]
-    out, lse = attention(*leaves, leaves[1][..., :512], *trees.plan, 0.05, impl=impl)
+    out, lse = attention(*leaves, leaves[1][..., :512], *trees.plan, 0.05)
     upcast = [x.detach().double().requires_grad_() for x in leaves]
     expected, expected_lse = trees.dense(*upcast, upcast[1][..., :512], 0.05)
     tolerance = 1e-12 if dtype == torch.float64 else 5e-6
@@ -48,11 +48,9 @@ def test_latent_heads(heads, dtype, impl):
     # Apart, the gradients of keys and of values are those of a copy.
     plan, tables, page = trees.plan[:3], *trees.plan[3:]
     tensors = trees.grad, leaves[0], leaves[1], leaves[1][..., :512]
-    grads = attention_backward(
-        *(x.detach() for x in (*tensors, out, lse)), *plan, 0.05, 0, 0.0, tables, page, impl=impl
-    )
+    grads = attention_backward(*(x.detach() for x in (*tensors, out, lse)), *plan, 0.05, 0, 0.0, tables, page)
     copied = [x.detach() for x in (*tensors[:3], tensors[3].clone(), out, lse)]
-    for a, b in zip(grads, attention_backward(*copied, *plan, 0.05, 0, 0.0, tables, page, impl=impl)):
+    for a, b in zip(grads, attention_backward(*copied, *plan, 0.05, 0, 0.0, tables, page)):
         assert torch.equal(a, b)
 
 
@@ -89,14 +87,14 @@ def dense(q, k, v, scale, window=0, sinks=None):
     return torch.einsum("hqk,khd->qhd", x.softmax(-1)[..., : k.shape[0]], v), x.logsumexp(-1).T
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@cpu_kernels
 @pytest.mark.parametrize("window", [0, 3000, 9000])
 def test_contexts_of_several_splits(impl, window):
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-6)):
         q, k, v = long_sequence(2, 1, 16, 2 * SPLIT + 77, 40, dtype)
         plan = torch.tensor([0, 40]), torch.tensor([0]), torch.tensor([k.shape[0]])
         sinks = torch.tensor([0.5, 9.0], dtype=dtype)
-        out, lse = attention(q, k, v, *plan, None, 0, 0.25, window, 0.0, sinks, impl=impl)
+        out, lse = attention(q, k, v, *plan, None, 0, 0.25, window, 0.0, sinks)
         expected, expected_lse = dense(q, k, v, 0.25, window, sinks)
         assert error(out, expected) < tolerance
         assert error(lse, expected_lse) < tolerance
@@ -146,24 +144,20 @@ def test_a_context_of_one_split_is_summed_as_ever():
     assert error(out, dense(q, k, v, 0.3)[0]) < 1e-6
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@cpu_kernels
 def test_gradients_of_several_splits(impl):
     q, k, v = long_sequence(2, 1, 8, SPLIT + 300, 3, torch.float64)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     plan = torch.tensor([0, 3]), torch.tensor([0]), torch.tensor([SPLIT + 300])
-    out, _ = attention(*leaves, *plan, scale=0.3, impl=impl)
+    out, _ = attention(*leaves, *plan, scale=0.3)
     grad = torch.randn_like(out)
     wanted = torch.autograd.grad(dense(*leaves, 0.3)[0], leaves, grad)
     for actual, want in zip(torch.autograd.grad(out, leaves, grad), wanted):
         assert error(actual, want) < 1e-11
 
 
-# The Triton launchers: their tiles, splits and limits.
-launch_attention = torch.ops.toolkit.attention
-launch_attention_backward = torch.ops.toolkit.attention_backward
-
-
-SPLIT_of_triton = tiles.SPLITS.find("interpreter", torch.float32, 64)
+# The Triton kernels: their splits are shorter in the interpreter.
+TRITON_SPLIT = tiles.SPLITS.find("interpreter", torch.float32, 64)
 
 
 @pytest.fixture
@@ -177,7 +171,7 @@ def way(request, monkeypatch):
     return chosen
 
 
-@only_triton
+@only_interpreter
 @pytest.mark.usefixtures("impl", "way")
 @pytest.mark.parametrize(
     ("way", "heads", "kv_heads", "d", "v_dim", "page", "options"),
@@ -193,20 +187,20 @@ def way(request, monkeypatch):
 def test_matches_dense_oracle(way, heads, kv_heads, d, v_dim, page, options):
     """Lengths on both sides of a split's end, a chunk across it, an empty sequence, and padding."""
     lengths = [
-        (1, 3 * SPLIT_of_triton + 5),
-        (9, 2 * SPLIT_of_triton - 4),
-        (1, SPLIT_of_triton - 1),
+        (1, 3 * TRITON_SPLIT + 5),
+        (9, 2 * TRITON_SPLIT - 4),
+        (1, TRITON_SPLIT - 1),
         (0, 7),
-        (1, SPLIT_of_triton),
+        (1, TRITON_SPLIT),
         (3, 0),
     ]
     if heads > 8:
-        lengths = [(1, 2 * SPLIT_of_triton), (2, SPLIT_of_triton - 1)]
+        lengths = [(1, 2 * TRITON_SPLIT), (2, TRITON_SPLIT - 1)]
     with poisoned():
         Batch(1, lengths, heads, kv_heads, d, v_dim, page, padding=3).check(2e-5, **options)
 
 
-@only_triton
+@only_interpreter
 @pytest.mark.usefixtures("impl", "way")
 @pytest.mark.parametrize(
     ("way", "modifier"), [("apart", "alibi"), ("in turn", ""), ("apart", "chunked"), ("in turn", "chunked")],
@@ -214,60 +208,58 @@ def test_matches_dense_oracle(way, heads, kv_heads, d, v_dim, page, options):
 )  # fmt: skip
 def test_gradients_of_trees(way, modifier):
     """Shared prefixes of several splits, with a sink, a window and a soft-cap; CHUNKS begin splits late."""
-    nodes = [Node(-1, 9, 2 * SPLIT_of_triton), Node(0, 5, 0), Node(0, 2, 0)]
+    nodes = [Node(-1, 9, 2 * TRITON_SPLIT), Node(0, 5, 0), Node(0, 2, 0)]
     sinks = torch.tensor([0.3, 6.0, -40.0, 1.0])
     trees = PrefixTrees(3, heads=4, kv_heads=2, d=12, page=1, nodes=nodes, dtype=torch.float32)
     check_trees(trees, 60 if modifier else 0, 2.0, modifier, sinks)
 
 
-@only_triton
+@only_interpreter
 @pytest.mark.usefixtures("impl", "way")
 @pytest.mark.parametrize("way", ["apart", "in turn"], indirect=True)
-def test_latent_heads_of_triton(way):
+def test_latent_heads_of_several_splits(way):
     trees = PrefixTrees(
-        4, heads=3, kv_heads=1, d=576, v_dim=512, nodes=[Node(-1, 3, 2 * SPLIT_of_triton)], dtype=torch.float32
+        4, heads=3, kv_heads=1, d=576, v_dim=512, nodes=[Node(-1, 3, 2 * TRITON_SPLIT)], dtype=torch.float32
     )
     trees.q *= (16 / 576) ** 0.5
     trees.v = trees.k[..., :512]
     check_trees(trees, tolerance=2e-5)
 
 
-@only_triton
+@only_interpreter
 @pytest.mark.usefixtures("impl", "way")
 def test_a_window_of_one_key_at_the_edge_of_a_split():
     """The first of the two queries of a tile sees nothing of the second one's split, and the value is a key's own."""
-    nodes = [Node(-1, 2, 3 * SPLIT_of_triton - 1)]
+    nodes = [Node(-1, 2, 3 * TRITON_SPLIT - 1)]
     trees = PrefixTrees(5, heads=2, kv_heads=1, d=8, nodes=nodes, dtype=torch.float32)
     out, lse, *_ = run_trees(trees, window=1)
     assert (lse[:2] > -math.inf).all()
-    rows = [int(trees.tables[0, 3 * SPLIT_of_triton - 1 + i]) for i in range(2)]
+    rows = [int(trees.tables[0, 3 * TRITON_SPLIT - 1 + i]) for i in range(2)]
     assert torch.equal(out[:2], trees.v[rows].expand(-1, 2, -1))
 
 
-@only_triton
+@only_interpreter
 @pytest.mark.usefixtures("impl", "way")
 @pytest.mark.parametrize(
     ("window", "modifier"), [(0, ""), pytest.param(45, "", marks=pytest.mark.sweep), (0, "chunked")]
 )
 def test_bits_do_not_depend_on_chunks_neighbours_or_programs(window, modifier, monkeypatch):
     """Whole, in chunks and alone; beside longer and shorter sequences, so with other grids; in pages; in both ways."""
-    heads, length = 4, 2 * SPLIT_of_triton + 9
+    heads, length = 4, 2 * TRITON_SPLIT + 9
     options = {}
     if modifier:
         options = {"modifier": modifier, "parameters": torch.tensor([[40.0], [7.0], [1000.0], [33.0]])}
     whole = Batch(8, [(length, 0)], heads, 2, 16)
-    assert whole.q.shape[0] > SPLIT_of_triton
+    assert whole.q.shape[0] > TRITON_SPLIT
 
     def call(q, k, v, *plan):
-        return launch_attention(q, k, v, *plan, whole.scale, window, 0.0, **options)
+        return attention(q, k, v, *plan, whole.scale, window, 0.0, **options)
 
     monkeypatch.setattr(tiles, "APART_ROWS", 0)
     out, lse = call(whole.q, whole.k, whole.v, whole.offsets, whole.kv_offsets, whole.kv_lengths, None, 0)
     monkeypatch.undo()
     rng = random.Random(9)
-    cuts = sorted(
-        {0, SPLIT_of_triton - 3, SPLIT_of_triton, 2 * SPLIT_of_triton - 1, 2 * SPLIT_of_triton + 4, length - 1, length}
-    )
+    cuts = sorted({0, TRITON_SPLIT - 3, TRITON_SPLIT, 2 * TRITON_SPLIT - 1, 2 * TRITON_SPLIT + 4, length - 1, length})
     for begin, end in itertools.pairwise(cuts):
         monkeypatch.setattr(tiles, "APART_ROWS", rng.choice([0, 512]))
         # Alone with exactly its keys (within one split: no split at all), and beside a longer neighbour in pages.
@@ -276,7 +268,7 @@ def test_bits_do_not_depend_on_chunks_neighbours_or_programs(window, modifier, m
         got = call(whole.q[begin:end], whole.k[: rows + end], whole.v[: rows + end], *plan)
         assert torch.equal(got[0], out[begin:end])
         assert torch.equal(got[1], lse[begin:end])
-        noise = Batch(rng.randrange(1000), [(2, 3 * SPLIT_of_triton), (1, 5)], heads, 2, 16)
+        noise = Batch(rng.randrange(1000), [(2, 3 * TRITON_SPLIT), (1, 5)], heads, 2, 16)
         packed = torch.cat([noise.q[:2], whole.q[begin:end], noise.q[2:]])
         tables = torch.zeros(3, max(whole.tables.shape[1], noise.tables.shape[1]), dtype=torch.int64)
         pages = whole.k_pool.shape[0] // whole.page
@@ -293,14 +285,14 @@ def test_bits_do_not_depend_on_chunks_neighbours_or_programs(window, modifier, m
         assert torch.equal(got[1][2 : 2 + end - begin], lse[begin:end])
 
 
-@only_triton
+@only_interpreter
 @pytest.mark.usefixtures("impl", "way")
 @pytest.mark.parametrize("paged", [False, True])
 def test_skipping_what_a_modifier_hides_changes_no_bit(paged, monkeypatch):
     """Forward and every gradient with and without the bound; with it, whole tiles are not read."""
     from tests.helpers.attention_kernels import chunk_begin
 
-    length, heads = 2 * SPLIT_of_triton + 7, 4
+    length, heads = 2 * TRITON_SPLIT + 7, 4
     q, k, v = (torch.randn(length, n, 16, generator=torch.Generator().manual_seed(n)) for n in (heads, 2, 2))
     parameters = torch.tensor([[16.0], [7.0], [40.0], [33.0]])
     plan = torch.tensor([0, length]), torch.tensor([0]), torch.tensor([length])
@@ -309,10 +301,10 @@ def test_skipping_what_a_modifier_hides_changes_no_bit(paged, monkeypatch):
     query_ranges = torch.stack([torch.zeros_like(position), torch.full_like(position, length), position], 1)
 
     def everything():
-        out, lse = launch_attention(q, k, v, *plan, *tables, 0.3, 0, 0.0, None, "chunked", parameters)
+        out, lse = attention(q, k, v, *plan, *tables, 0.3, 0, 0.0, None, "chunked", parameters)
         options = {"modifier": "chunked", "parameters": parameters, "query_ranges": query_ranges if paged else None}
         tensors = torch.ones_like(out), q, k, v, out, lse
-        return out, lse, *launch_attention_backward(*tensors, *plan, 0.3, 0, 0.0, *tables, **options)
+        return out, lse, *attention_backward(*tensors, *plan, 0.3, 0, 0.0, *tables, **options)
 
     bare = everything()
     used = []
@@ -324,10 +316,10 @@ def test_skipping_what_a_modifier_hides_changes_no_bit(paged, monkeypatch):
     # Keys of the chunks before the last queries' may be anything, which a weight of 0 would not forgive.
     k[:16], v[:16] = math.nan, math.nan
     last = torch.tensor([0, 3]), torch.tensor([0]), torch.tensor([length])
-    out, lse = launch_attention(q[-3:], k, v, *last, *tables, 0.3, 0, 0.0, None, "chunked", parameters)
+    out, lse = attention(q[-3:], k, v, *last, *tables, 0.3, 0, 0.0, None, "chunked", parameters)
     assert out.isfinite().all()
     tensors = torch.ones_like(out), q[-3:], k, v, out, lse
     options = {"modifier": "chunked", "parameters": parameters, "query_ranges": None}
     if paged:
         options["query_ranges"] = torch.stack([torch.zeros_like(position), torch.full_like(position, 3), position], 1)
-    assert launch_attention_backward(*tensors, *last, 0.3, 0, 0.0, *tables, **options)[0].isfinite().all()
+    assert attention_backward(*tensors, *last, 0.3, 0, 0.0, *tables, **options)[0].isfinite().all()

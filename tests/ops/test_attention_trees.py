@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.helpers.attention import check_trees, run_trees
-from tests.helpers.implementations import only_triton
+from tests.helpers.implementations import NATIVE, REFERENCE, SMALL, TRITON, impl_and_dtype, implementations, only_triton
 from tests.helpers.interpreter import far_apart
 from tests.helpers.prefix_trees import ORACLES, Node, PrefixTrees, error
 from toolkit.errors import ToolkitError
@@ -16,31 +16,13 @@ from toolkit.ops.attention import attention, attention_backward, modifiers
 from toolkit.ops.registry import has_native
 
 needs_native = pytest.mark.skipif(not has_native("attention"), reason="the native CPU library is not built")
-IMPLS = ["reference", pytest.param("cpu", marks=needs_native)]
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 2.0**-9}
 
 
-def gradients(trees, out, lse, scale, window=0, softcap=0.0, *, impl=None, sinks=None):
+def gradients(trees, out, lse, scale, window=0, softcap=0.0):
     offsets, starts, lengths, tables, page = trees.plan
     tensors = trees.grad, trees.q, trees.k, trees.v, out, lse, offsets, starts, lengths
-    return attention_backward(*tensors, scale, window, softcap, tables, page, sinks, impl=impl)
-
-
-def check(trees, scale=0.3, window=0, softcap=0.0, *, impl=None):
-    dtype = trees.q.dtype
-    upcast = [x.double().requires_grad_() for x in (trees.q, trees.k, trees.v)]
-    expected, expected_lse = trees.dense(*upcast, scale, window, softcap)
-    wanted = torch.autograd.grad(expected, upcast, trees.grad.double())
-    out, lse = attention(trees.q, trees.k, trees.v, *trees.plan, scale, window, softcap, impl=impl)
-    assert error(out, expected) < TOLERANCE[dtype]
-    assert error(lse.nan_to_num(0, 0, 0), expected_lse.nan_to_num(0, 0, 0)) < TOLERANCE[dtype]
-    grads = gradients(trees, out, lse, scale, window, softcap, impl=impl)
-    for name, actual, want in zip(("dq", "dk", "dv"), grads, wanted):
-        assert actual.is_contiguous()
-        assert error(actual, want) < 10 * TOLERANCE[dtype], name
-    for x in grads[1:3]:
-        assert (x[~trees.held] == 0).all()
-    assert grads[3].shape == (0,)
+    return attention_backward(*tensors, scale, window, softcap, tables, page)
 
 
 SHAPES = [  # heads, kv_heads, d, v_dim, page, window, softcap
@@ -49,35 +31,47 @@ SHAPES = [  # heads, kv_heads, d, v_dim, page, window, softcap
     (3, 3, 8, 8, 1, 11, 0.0),
     (6, 2, 16, 24, 16, 0, 4.0),
     (2, 1, 32, 32, 4, 6, 3.0),
+    (18, 1, 8, 8, 1, 5, 0.0),
 ]
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@impl_and_dtype([torch.float64, torch.float32])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_random_trees(shape, dtype, impl):
+def test_random_trees(impl, dtype, shape):
     heads, kv_heads, d, v_dim, page, window, softcap = shape
-    for seed in range(6):
-        sizes = {"heads": heads, "kv_heads": kv_heads, "d": d, "v_dim": v_dim, "page": page}
-        trees = PrefixTrees(seed, **sizes, dtype=dtype, shuffled=seed % 2 == 0)
-        check(trees, window=window, softcap=softcap, impl=impl)
+    sizes = {"heads": heads, "kv_heads": kv_heads, "d": d, "v_dim": v_dim, "page": page, "dtype": dtype}
+    few = SMALL and impl is TRITON
+    for seed in (5,) if few else range(6):
+        small = {"trees": 1, "depth": 5, "longest": 5} if few else {}
+        trees = PrefixTrees(seed, **sizes, **small, shuffled=seed % 2 == 0)
+        check_trees(trees, window, softcap, tolerance=TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.usefixtures("impl")
+def test_half_precision():
+    check_trees(PrefixTrees(2, heads=2, kv_heads=1, trees=1, dtype=torch.float16), tolerance=TOLERANCE[torch.float16])
+
+
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_a_long_prompt_with_completions(impl, shuffled):
     """Several tiles of keys, tasks of many rows, and rows that lie in one run or in none."""
+    few = SMALL and impl is TRITON
     nodes = [Node(-1, 150, 20), *(Node(0, n, 0) for n in (70, 0, 33, 1))]
-    for dtype in (torch.float64, torch.float32):
-        check(PrefixTrees(1, nodes=nodes, shuffled=shuffled, dtype=dtype), 0.2, impl=impl)
-        check(PrefixTrees(1, nodes=nodes, shuffled=shuffled, dtype=dtype), 0.2, 40, impl=impl)
+    if few:
+        nodes = [Node(-1, 40, 5), Node(0, 20, 0), Node(0, 0, 0)]
+    for dtype in impl.dtypes[: 1 if few else 2]:
+        sizes = {"heads": 2, "kv_heads": 1} if few else {}
+        for window in (0, 40):
+            trees = PrefixTrees(1, nodes=nodes, shuffled=shuffled, dtype=dtype, **sizes)
+            check_trees(trees, window, tolerance=TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_autograd_and_unread_rows(impl):
+@implementations(REFERENCE, NATIVE)
+@pytest.mark.usefixtures("impl")
+def test_autograd_and_unread_rows():
     trees = PrefixTrees(3, page=4)
     leaves = [x.clone().requires_grad_() for x in (trees.q, trees.k, trees.v)]
-    out, _ = attention(*leaves, *trees.plan, 0.3, impl=impl)
+    out, _ = attention(*leaves, *trees.plan, 0.3)
     grads = torch.autograd.grad(out, leaves, trees.grad)
     upcast = [x.clone().requires_grad_() for x in (trees.q, trees.k, trees.v)]
     wanted = torch.autograd.grad(trees.dense(*upcast, 0.3)[0], upcast, trees.grad)
@@ -86,6 +80,8 @@ def test_autograd_and_unread_rows(impl):
         assert actual.isfinite().all()
 
 
+@implementations(REFERENCE, NATIVE)
+@pytest.mark.usefixtures("impl")
 def test_blocks_behind_the_window_may_be_null():
     """Their entries of the table are not read, forward or backward."""
     nodes = [Node(-1, 4, 60), Node(0, 8, 0), Node(0, 3, 0)]
@@ -95,11 +91,9 @@ def test_blocks_behind_the_window_may_be_null():
     first = [60 - 9 + 1, 64 - 9 + 1, 64 - 9 + 1]
     for s, key in enumerate(first):
         trees.tables[s, : key // 4] = -7
-    for impl in (None, "reference"):
-        again = attention(trees.q, trees.k, trees.v, *trees.plan, 0.3, 9, impl=impl)
-        assert error(again[0], expected[0]) < 1e-12
-        for actual, want in zip(gradients(trees, *again, 0.3, 9, impl=impl), grads):
-            assert error(actual, want) < 1e-11
+    again = attention(trees.q, trees.k, trees.v, *trees.plan, 0.3, 9)
+    for actual, want in zip([again[0], *gradients(trees, *again, 0.3, 9)], [expected[0], *grads]):
+        assert error(actual, want) < 1e-11
 
 
 @needs_native
@@ -243,44 +237,6 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.toolkit.attention_backward.default, (*tensors, 0.3, 0, 0.0, tables, page))
 
 
-# The Triton launchers: their tiles, splits and limits.
-launch_attention = torch.ops.toolkit.attention
-launch_attention_backward = torch.ops.toolkit.attention_backward
-
-
-@only_triton
-@pytest.mark.usefixtures("impl")
-@pytest.mark.parametrize(
-    ("seed", "heads", "kv_heads", "d", "v_dim", "page", "window", "softcap"),
-    [
-        (33, 4, 2, 16, 16, 1, 0, 0.0),
-        (5, 3, 1, 20, 12, 4, 6, 0.0),
-        (11, 2, 2, 8, 24, 4, 0, 3.0),
-        (5, 18, 1, 8, 8, 1, 5, 0.0),
-    ],
-)
-def test_random_trees_of_triton(seed, heads, kv_heads, d, v_dim, page, window, softcap):
-    sizes = {"heads": heads, "kv_heads": kv_heads, "d": d, "v_dim": v_dim, "page": page}
-    trees = PrefixTrees(seed, **sizes, trees=1, depth=5, longest=5, dtype=torch.float32, shuffled=seed != 11)
-    assert 8 <= len(trees.nodes) <= 11
-    check_trees(trees, window, softcap)
-
-
-@only_triton
-@pytest.mark.usefixtures("impl")
-def test_a_long_prompt_with_completions_of_triton():
-    nodes = [Node(-1, 40, 5), *(Node(0, n, 0) for n in (20, 0, 7))]
-    check_trees(PrefixTrees(1, heads=2, kv_heads=1, nodes=nodes, dtype=torch.float32, shuffled=False))
-    check_trees(PrefixTrees(1, heads=2, kv_heads=1, nodes=nodes, dtype=torch.float32), window=11)
-
-
-@only_triton
-@pytest.mark.usefixtures("impl")
-def test_half_precision():
-    check_trees(PrefixTrees(2, heads=2, kv_heads=1, trees=1, dtype=torch.float16), tolerance=2**-9)
-
-
-@only_triton
 @pytest.mark.usefixtures("impl")
 @pytest.mark.parametrize("modifier", ORACLES)
 @pytest.mark.parametrize("sunk", [False, True])
@@ -305,18 +261,17 @@ def test_large_heads(d, v_dim, heads):
     plan = trees.query_offsets[:2], torch.tensor([0]), trees.kv_lengths[:1]
     k, v = trees.k.nan_to_num(0), trees.v.nan_to_num(0)
     q, grad = trees.q[: nodes[0].queries], trees.grad[: nodes[0].queries]
-    out, lse = launch_attention(q, k, v, *plan, None, 0, 0.3, 0, 0.0)
-    got = launch_attention_backward(grad, q, k, v, out, lse, *plan, 0.3, 0, 0.0)
+    out, lse = attention(q, k, v, *plan, None, 0, 0.3, 0, 0.0)
+    got = attention_backward(grad, q, k, v, out, lse, *plan, 0.3, 0, 0.0)
     tables = torch.arange(k.shape[0])[None]
     query_ranges = torch.zeros(k.shape[0], 3, dtype=torch.int64)
     length = int(trees.kv_lengths[0])
     query_ranges[:length, 1], query_ranges[:length, 2] = q.shape[0], torch.arange(length)
     rest = {"block_tables": tables, "block_size": 1, "query_ranges": query_ranges}
-    for a, b in zip(got, launch_attention_backward(grad, q, k, v, out, lse, *plan, 0.3, 0, 0.0, **rest)):
+    for a, b in zip(got, attention_backward(grad, q, k, v, out, lse, *plan, 0.3, 0, 0.0, **rest)):
         assert error(a, b) < 1e-6
 
 
-@only_triton
 @pytest.mark.usefixtures("impl")
 def test_values_that_are_a_part_of_the_keys():
     trees = PrefixTrees(5, heads=2, kv_heads=1, d=24, v_dim=16, trees=1, dtype=torch.float32)
@@ -324,7 +279,6 @@ def test_values_that_are_a_part_of_the_keys():
     check_trees(trees)
 
 
-@only_triton
 @pytest.mark.usefixtures("impl")
 def test_rows_that_nobody_reads_may_be_anything_and_runs_are_equal():
     trees = PrefixTrees(6, heads=2, kv_heads=2, trees=1, page=4, dtype=torch.float32)
@@ -335,7 +289,6 @@ def test_rows_that_nobody_reads_may_be_anything_and_runs_are_equal():
         assert torch.equal(a, b)
 
 
-@only_triton
 @pytest.mark.usefixtures("impl")
 def test_gradients_of_a_leaf_do_not_depend_on_its_neighbours():
     """dq of a node's rows, and dk and dv of a leaf's, are those of the node's own sequence alone."""
@@ -357,7 +310,7 @@ def test_offsets_past_two_to_the_31():
     trees = PrefixTrees(8, heads=1, kv_heads=1, trees=1, depth=2, longest=3, dtype=torch.float32)
     want = run_trees(trees)
     trees.k, trees.v = far_apart(trees.k), far_apart(trees.v)
-    assert torch.equal(launch_attention(trees.q, trees.k, trees.v, *trees.plan, 0.3, 0, 0.0)[0], want[0])
+    assert torch.equal(attention(trees.q, trees.k, trees.v, *trees.plan, 0.3, 0, 0.0)[0], want[0])
     trees.q, trees.grad = far_apart(trees.q), far_apart(trees.grad)
     for a, b in zip(run_trees(trees), want):
         assert torch.equal(a, b)
@@ -388,15 +341,15 @@ def test_a_new_modifier_is_one_file(tmp_path, monkeypatch):
 def test_bad_input_is_one_sentence():
     trees = PrefixTrees(10, trees=1, depth=2, dtype=torch.float32)
     offsets, starts, lengths, tables, page = trees.plan
-    out, lse = launch_attention(trees.q, trees.k, trees.v, *trees.plan, 0.3, 0, 0.0)
+    out, lse = attention(trees.q, trees.k, trees.v, *trees.plan, 0.3, 0, 0.0)
     tensors = trees.grad, trees.q, trees.k, trees.v, out, lse, offsets, starts, lengths
     with pytest.raises(ToolkitError, match=r"query_ranges must have shape .* in Triton, got None"):
-        launch_attention_backward(*tensors, 0.3, 0, 0.0, tables, page)
+        attention_backward(*tensors, 0.3, 0, 0.0, tables, page)
     with pytest.raises(ToolkitError, match=r"query_ranges must have shape .*, got shape"):
-        launch_attention_backward(*tensors, 0.3, 0, 0.0, tables, page, query_ranges=trees.query_ranges[:1])
+        attention_backward(*tensors, 0.3, 0, 0.0, tables, page, query_ranges=trees.query_ranges[:1])
     joined = torch.empty(4, 1, 600)
     with pytest.raises(ToolkitError, match=r"head size of v must be <= 512 .* got 600"):
-        launch_attention(joined, joined, joined, offsets, starts, lengths, None, 0, 0.3, 0, 0.0)
+        attention(joined, joined, joined, offsets, starts, lengths, None, 0, 0.3, 0, 0.0)
 
 
 CUBIC = """
