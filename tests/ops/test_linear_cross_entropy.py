@@ -8,24 +8,38 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tests.helpers.implementations import only_triton
-from tests.helpers.interpreter import close, noise
-from tests.helpers.rowwise import error, seeded, threads
+from tests.helpers.implementations import (
+    IMPLEMENTATIONS,
+    NATIVE,
+    REFERENCE,
+    SMALL,
+    TRITON,
+    Implementation,
+    impl_and_dtype,
+    implementations,
+    parameter,
+)
+from tests.helpers.rowwise import THREADS, error, integers, seeded, threads
 from toolkit.errors import ToolkitError
 from toolkit.modules.head import causal_lm_loss
 from toolkit.ops.linear_cross_entropy import linear_cross_entropy
 from toolkit.ops.linear_logprob import deferred, linear_logprob, tiles
 from toolkit.ops.linear_logprob.deferred import DeferredLogits, summed_cross_entropy, token_logprobs
-from toolkit.ops.registry import has_native
 
-IMPLS = ["reference", "cpu"] if has_native("linear_cross_entropy") else ["reference"]
-every_impl = pytest.mark.parametrize("impl", IMPLS)
 BOUND = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 4e-2, torch.float16: 5e-3}
 SIZES = [(1, 1, 1), (7, 33, 60), (13, 64, 2049), (500, 16, 4101), (1000, 40, 50)]
 
 
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    """In the interpreter: several splits and chunks at small sizes."""
+    if SMALL:
+        monkeypatch.setattr(tiles, "SPLIT", 32)
+        monkeypatch.setattr(tiles, "CHUNK", 48)
+
+
 def problem(
-    rows: int, depth: int, vocabulary: int, dtype: torch.dtype = torch.float64, bias: bool = True
+    rows: int, depth: int, vocabulary: int, dtype: torch.dtype | None = None, bias: bool = True
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """(hidden, weight[, bias]), targets (about a fifth ignored) and weights of rows (about a fifth 0)."""
     tensors = [
@@ -34,11 +48,9 @@ def problem(
     ]
     if bias:
         tensors.append(seeded(vocabulary, dtype=dtype, seed=2))
-    generator = torch.Generator().manual_seed(3)
-    targets = torch.randint(vocabulary, (rows,), generator=generator)
-    targets = torch.where(torch.rand(rows, generator=generator) < 0.2, -100, targets)
-    weights = (torch.rand(rows, generator=generator) - 0.2).clamp_min(0.0)
-    return tensors, targets, weights
+    targets = integers(0, vocabulary, rows, seed=3)
+    targets = torch.where(integers(0, 5, rows, seed=4) == 0, -100, targets)
+    return tensors, targets, (seeded(rows, dtype=torch.float32, seed=5) + 0.8).clamp_min(0.0)
 
 
 def oracle(tensors: list[Tensor], targets: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -49,9 +61,11 @@ def oracle(tensors: list[Tensor], targets: Tensor, weights: Tensor | None = None
     return (losses if weights is None else losses * weights.to(losses)).sum()
 
 
-def call(tensors: list[Tensor], targets: Tensor, weights: Tensor | None = None, impl: str | None = None) -> Tensor:
+def call(
+    tensors: list[Tensor], targets: Tensor, weights: Tensor | None = None, impl: Implementation = NATIVE
+) -> Tensor:
     bias = tensors[2] if len(tensors) > 2 else None
-    return linear_cross_entropy(tensors[0], tensors[1], targets, bias=bias, row_weights=weights, impl=impl)
+    return linear_cross_entropy(tensors[0], tensors[1], targets, bias=bias, row_weights=weights, impl=impl.option)
 
 
 def run(f, tensors: list[Tensor], factor: float = 1.0) -> list[Tensor]:
@@ -61,11 +75,19 @@ def run(f, tensors: list[Tensor], factor: float = 1.0) -> list[Tensor]:
     return [loss.detach(), *torch.autograd.grad(loss * factor, leaves)]
 
 
-@every_impl
+@pytest.mark.parametrize(
+    ("impl", "dtype", "size"),
+    [
+        parameter(one, dtype, size)
+        for one in IMPLEMENTATIONS
+        for dtype in one.dtypes
+        for size in ([*SIZES[:2], (0, 40, 70), (21, 40, 70)] if SMALL and one is TRITON else SIZES)
+    ],
+    indirect=["impl"],
+)
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("dtype", BOUND)
-@pytest.mark.parametrize(("rows", "depth", "vocabulary"), SIZES)
-def test_value_and_gradients(impl, weighted, dtype, rows, depth, vocabulary):
+def test_value_and_gradients(impl, dtype, size, weighted):
+    rows, depth, vocabulary = size
     tensors, targets, weights = problem(rows, depth, vocabulary, dtype)
     weights = weights if weighted else None
     got = run(lambda t: call(t, targets, weights, impl), tensors, 0.37)
@@ -75,36 +97,36 @@ def test_value_and_gradients(impl, weighted, dtype, rows, depth, vocabulary):
     assert max(map(error, got, wanted)) < BOUND[dtype]
 
 
-@every_impl
+@implementations(REFERENCE, NATIVE)
 def test_gradcheck(impl):
     tensors, targets, weights = problem(5, 4, 9)
     leaves = [x.requires_grad_() for x in tensors]
     assert torch.autograd.gradcheck(lambda *t: call(list(t), targets, weights, impl), leaves)
 
 
-@every_impl
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@impl_and_dtype([torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "vocabulary"), [(70, 60), (900, 2500)])
 def test_value_has_the_bits_of_linear_logprob(impl, dtype, rows, vocabulary):
+    if SMALL and impl is TRITON:
+        rows, vocabulary = min(rows, 70), min(vocabulary, 90)
     tensors, targets, _ = problem(rows, 33, vocabulary, dtype)
-    wanted = -linear_logprob(tensors[0], tensors[1], targets, bias=tensors[2], impl=impl).logprob.sum()
+    wanted = -linear_logprob(tensors[0], tensors[1], targets, bias=tensors[2], impl=impl.option).logprob.sum()
     for wants in (False, True):
         leaves = [x.detach().requires_grad_(wants) for x in tensors]
         assert torch.equal(call(leaves, targets, impl=impl), wanted)
 
 
-@pytest.mark.skipif("cpu" not in IMPLS, reason="the native kernel shares out work to threads")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_any_number_of_threads_has_the_same_bits(dtype):
-    tensors, targets, weights = problem(900, 40, 4300, dtype)
+@impl_and_dtype([torch.float32, torch.float64, torch.bfloat16], [NATIVE, TRITON])
+def test_every_run_and_any_number_of_threads_has_the_same_bits(impl, dtype):
+    size = (60, 40, 70) if SMALL and impl is TRITON else (900, 40, 4300)
+    tensors, targets, weights = problem(*size, dtype)
     with threads(1):
-        wanted = run(lambda t: call(t, targets, weights), tensors)
-    for n in (1, 2):
+        wanted = run(lambda t: call(t, targets, weights, impl), tensors)
+    for n in (1, *THREADS):
         with threads(n):
-            assert all(map(torch.equal, wanted, run(lambda t: call(t, targets, weights), tensors)))
+            assert all(map(torch.equal, wanted, run(lambda t: call(t, targets, weights, impl), tensors)))
 
 
-@every_impl
 def test_only_the_gradients_asked_for(impl):
     tensors, targets, _ = problem(5, 7, 30)
     expected = run(lambda t: call(t, targets, impl=impl), tensors)[1:]
@@ -116,6 +138,7 @@ def test_only_the_gradients_asked_for(impl):
             assert leaf.grad is None or torch.equal(leaf.grad, exact)
 
 
+@pytest.mark.usefixtures("impl")
 def test_unwanted_gradients_are_not_computed():
     tensors, targets, _ = problem(5, 7, 30)
     kept = torch.ops.toolkit.linear_cross_entropy(*tensors, targets, None, False, True, False)[1:]
@@ -125,7 +148,6 @@ def test_unwanted_gradients_are_not_computed():
         assert not call(leaves, targets).requires_grad
 
 
-@every_impl
 @pytest.mark.parametrize("shape", [(0, 5, 7), (4, 0, 9)])
 def test_nothing_to_sum(impl, shape):
     tensors, targets, _ = problem(*shape, dtype=torch.float32)
@@ -134,15 +156,14 @@ def test_nothing_to_sum(impl, shape):
     assert max(map(error, got, wanted)) < 1e-6
 
 
-@every_impl
 def test_rows_that_count_for_nothing(impl):
     """Their hidden states may even be NaN."""
     tensors, targets, weights = problem(50, 8, 30, torch.float32)
     counted = (targets >= 0) & (weights != 0)
     few = run(lambda t: call(t, targets[counted], weights[counted], impl), [tensors[0][counted], *tensors[1:]])
     tensors[0][~counted] = torch.nan
-    got = run(lambda t: call(t, targets, weights, impl), tensors) if impl != "reference" else None
-    if got is not None:
+    if impl is not REFERENCE:
+        got = run(lambda t: call(t, targets, weights, impl), tensors)
         assert not got[1][~counted].any()
         got[1] = got[1][counted]
         assert max(map(error, got, few)) < 1e-6
@@ -152,18 +173,18 @@ def test_rows_that_count_for_nothing(impl):
     assert not any(gradient.any() for gradient in torch.autograd.grad(loss, leaves))
 
 
-@every_impl
 def test_extreme_values(impl):
-    tensors, _, _ = problem(4, 8, 2500, torch.float32)
-    tensors[2][100:2400] = -torch.inf  # tokens that are not allowed; the second block has some left
-    targets = torch.tensor([1, 2, 99, 2450])
-    kept = [*range(100), *range(2400, 2500)]
+    words = 250 if SMALL and impl is TRITON else 2500
+    tensors, _, _ = problem(4, 8, words, torch.float32)
+    tensors[2][100 : words - 100] = -torch.inf  # tokens that are not allowed; the last block has some left
+    targets = torch.tensor([1, 2, 99, words - 50])
+    kept = [*range(100), *range(words - 100, words)]
     wanted = run(
         lambda t: oracle([t[0], t[1][kept], t[2][kept]], torch.tensor([1, 2, 99, 150])), [x.double() for x in tensors]
     )
     got = run(lambda t: call(t, targets, impl=impl), tensors)
     assert max(map(error, got, wanted)) < 1e-6
-    tensors[2][2048:] = -torch.inf  # a block without any probability
+    tensors[2][words - 100 :] = -torch.inf  # a block without any probability
     assert all(x.isfinite().all() for x in run(lambda t: call(t, targets[:3].repeat(2)[:4], impl=impl), tensors))
     tensors[0][1] = torch.nan
     loss, dh, dw, _ = run(lambda t: call(t, targets[:3].repeat(2)[:4], impl=impl), tensors)
@@ -177,21 +198,20 @@ def test_extreme_values(impl):
     assert dh.isfinite().all()
 
 
-@every_impl
 def test_strided_inputs(impl):
-    base, weight = seeded(4, 6, 40), seeded(100, 40, seed=1)
+    base, weight = seeded(4, 6, 40, dtype=impl.dtypes[0]), seeded(100, 40, dtype=impl.dtypes[0], seed=1)
     targets = torch.arange(24).view(4, 6)
     for hidden, w, y in (
         (base[..., :20], weight[:, 20:], targets),
         (base.transpose(0, 1)[..., ::2], weight[::2, ::2], targets.T),
         (base[..., :20], weight.T.contiguous().T[:, :20], targets),
     ):
-        got = run(lambda t, y=y: linear_cross_entropy(t[0], t[1], y, impl=impl), [hidden, w])
+        got = run(lambda t, y=y: linear_cross_entropy(t[0], t[1], y, impl=impl.option), [hidden, w])
         strided = [hidden.detach().requires_grad_(), w.detach().requires_grad_()]
-        again = torch.autograd.grad(linear_cross_entropy(*strided, y, impl=impl), strided)
-        wanted = run(lambda t, y=y: oracle([t[0].flatten(0, 1), t[1]], y.flatten()), [hidden, w])
-        assert max(map(error, got, wanted)) < 1e-12
-        assert max(map(error, again, wanted[1:])) < 1e-12
+        again = torch.autograd.grad(linear_cross_entropy(*strided, y, impl=impl.option), strided)
+        wanted = run(lambda t, y=y: oracle([t[0].flatten(0, 1), t[1]], y.flatten()), [hidden.double(), w.double()])
+        assert max(map(error, got, wanted)) < impl.near(1e-12)
+        assert max(map(error, again, wanted[1:])) < impl.near(1e-12)
 
 
 def test_walked_twice():
@@ -257,21 +277,21 @@ def test_opcheck(dtype):
     torch.library.opcheck(op, (leaves[0], tensors[1].detach(), None, targets, None, True, False, False))
 
 
-@every_impl
 def test_bad_input_is_named(impl):
     hidden, weight = torch.ones(2, 3), torch.ones(5, 3)
     with pytest.raises(ToolkitError, match=r"targets must have shape \[2\] for hidden \[2, 3\], got \[3\]"):
-        linear_cross_entropy(hidden, weight, torch.zeros(3, dtype=torch.int64), impl=impl)
+        linear_cross_entropy(hidden, weight, torch.zeros(3, dtype=torch.int64), impl=impl.option)
     with pytest.raises(ToolkitError, match=r"row_weights must have shape \[2\] for hidden \[2, 3\], got \[1\]"):
-        linear_cross_entropy(hidden, weight, torch.tensor([0, 1]), row_weights=torch.ones(1), impl=impl)
+        linear_cross_entropy(hidden, weight, torch.tensor([0, 1]), row_weights=torch.ones(1), impl=impl.option)
     for wrong in (5, -1, -200):
         with pytest.raises(IndexError, match=rf"targets must be -100 or a token id from 0 to 4, got {wrong}\."):
-            linear_cross_entropy(hidden, weight, torch.tensor([0, wrong]), impl=impl)
+            linear_cross_entropy(hidden, weight, torch.tensor([0, wrong]), impl=impl.option)
     with pytest.raises(ToolkitError, match=r"impl of op linear_cross_entropy must be one of reference.*got 'cuda'"):
         linear_cross_entropy(hidden, weight, torch.tensor([0, 1]), impl="cuda")
 
 
-@pytest.mark.skipif("cpu" not in IMPLS, reason="the reference holds the logits")
+@implementations(NATIVE)  # the reference holds the logits
+@pytest.mark.usefixtures("impl")
 def test_logits_are_never_held():
     """2,048 tokens x 16,384 words: above the gradients, a quarter of the logits."""
     script = """
@@ -313,7 +333,8 @@ def calls(monkeypatch):
     return seen
 
 
-@pytest.mark.skipif("cpu" not in IMPLS, reason="the loss takes linear_logprob where no product is saved")
+@implementations(NATIVE)  # the loss takes linear_logprob where no product is saved
+@pytest.mark.usefixtures("impl")
 @pytest.mark.parametrize("items", [None, 7, torch.tensor(7)])
 def test_loss_keeps_its_bits(items, calls):
     tensors = [seeded(2, 6, 8, dtype=torch.float32), *problem(1, 8, 30, torch.float32)[0][1:]]
@@ -347,37 +368,3 @@ def test_logits_that_were_changed_or_read_go_the_other_way(calls):
     for logits in (scaled, capped, late, late.compute()):
         assert torch.equal(summed_cross_entropy(logits, targets), -token_logprobs(logits, targets)[0].sum())
     assert calls == []
-
-
-# The Triton launchers: their tiles, splits and limits.
-launch_linear_cross_entropy = torch.ops.toolkit.linear_cross_entropy
-
-
-@pytest.fixture
-def small_and_poisoned(monkeypatch):
-    """Several splits and chunks at small sizes; what is not written stays NaN."""
-    monkeypatch.setattr(tiles, "SPLIT", 32)
-    monkeypatch.setattr(tiles, "CHUNK", 48)
-
-
-@only_triton
-@pytest.mark.usefixtures("impl", "small_and_poisoned")
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("rows", [0, 21])
-def test_value_and_gradients_match_fp64(weighted, dtype, rows):
-    tensors = [noise(rows, 40, dtype=dtype), noise(70, 40, dtype=dtype, scale=0.2, seed=1), noise(70, dtype=dtype)]
-    targets = torch.arange(rows) * 5 % 90 - 20
-    weights = torch.arange(rows) % 4 / 3.0 if weighted else None
-    leaves = [x.double().requires_grad_() for x in tensors]
-    ignored = torch.where(targets < 0, -100, targets)
-    losses = torch.nn.functional.cross_entropy(torch.nn.functional.linear(*leaves), ignored, reduction="none")
-    loss = (losses if weights is None else losses * weights.double()).sum()
-    wanted = [loss.detach(), *torch.autograd.grad(loss, leaves)]
-    got = launch_linear_cross_entropy(*tensors, targets, weights, True, True, True)
-    for value, exact in zip(got, wanted):
-        assert value.dtype == torch.float32
-        close(value, exact, 3e-6 if dtype == torch.float32 else 3e-3)
-    few = launch_linear_cross_entropy(*tensors, targets, weights, False, True, False)
-    assert [x.numel() for x in few[1:]] == [0, 70 * 40, 0]
-    assert torch.equal(few[2], got[2])

@@ -178,11 +178,11 @@ def linear_logprob_backward(
     dw = torch.empty(vocabulary, depth, dtype=weight.dtype, device=weight.device) if need_weight else none.clone()
     with_bias = need_bias and bias is not None
     db = torch.empty(vocabulary, dtype=hidden.dtype, device=hidden.device) if with_bias else none.clone()
-    if rows == 0 or depth == 0:
+    if rows == 0:
         return dx, dw.zero_(), db.zero_()
     pitch = min(tiles.CHUNK, -(-vocabulary // 16) * 16)  # aligned rows
     dz = torch.empty(rows, pitch, dtype=hidden.dtype, device=hidden.device)
-    several = need_hidden and vocabulary > pitch
+    several = dx.numel() > 0 and vocabulary > pitch
     total = torch.empty(rows if several else 0, depth, dtype=torch.float32, device=hidden.device)
     size = logits_tile(hidden, softcap, temperature)
     for_hidden, for_weight = (
@@ -224,7 +224,7 @@ def linear_logprob_backward(
             TEMPERED=heat is not None,
             **size.options(),
         )
-        if need_hidden:
+        if dx.numel() > 0:
             choice = for_hidden
             hidden_gradient[(triton.cdiv(rows, choice.rows) * triton.cdiv(depth, choice.columns),)](
                 dz=dz,
@@ -249,7 +249,7 @@ def linear_logprob_backward(
                 LAST=begin + width == vocabulary,
                 **choice.options(),
             )
-        if need_weight:
+        if dw.numel() > 0:
             choice = for_weight
             weight_gradient[(triton.cdiv(width, choice.rows) * triton.cdiv(depth, choice.columns),)](
                 dz, hidden, order, count, dw, begin, width, depth, dz.stride(0), hidden.stride(0),
