@@ -25,7 +25,7 @@ def test_against_loop(impl, slots, dtype):
 @only_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64, torch.int8, torch.bool])
 def test_other_dtypes_and_slots_outside_the_pool_which_are_skipped(impl, dtype):
-    for slots in ([3, 10, 2**40, 1, 0], SLOTS[0]):
+    for slots in ([3, 10, 2**40, 1, 0], *SLOTS):
         check_against_loop(slots, dtype, impl.option)
 
 
