@@ -24,6 +24,7 @@ def run(args: argparse.Namespace) -> int:
     from toolkit.engine import Engine, SamplingParams
     from toolkit.exporting import export
     from toolkit.loading import load_model
+    from toolkit.patching.adapters import vocabulary_size
 
     model, tokenizer = load_model(args.model)
     with Engine(model, tokenizer) as engine:
@@ -31,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"exported {args.model} to {path}")
         if args.no_check or args.format != "hf":
             return 0
-        prompts = real_prompts(tokenizer, model.get_input_embeddings().num_embeddings, random.Random(0))[:PROMPTS]
+        prompts = real_prompts(tokenizer, vocabulary_size(model), random.Random(0))[:PROMPTS]
         params = SamplingParams(max_tokens=TOKENS, temperature=0.0, ignore_eos=True)
         ours = [completion.token_ids for completion in engine.generate(prompts, params)]
     same = sum(list(a) == list(b) for a, b in zip(ours, greedy_tokens(str(path), prompts)))

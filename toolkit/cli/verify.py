@@ -76,9 +76,10 @@ def _subjects(args: argparse.Namespace) -> Any:
             yield f"random {family}", model, prompts
         return
     from toolkit.loading import load_model
+    from toolkit.patching.adapters import vocabulary_size
 
     model, tokenizer = load_model(args.model)
-    yield args.model, model, real_prompts(tokenizer, model.get_input_embeddings().num_embeddings, source)
+    yield args.model, model, real_prompts(tokenizer, vocabulary_size(model), source)
 
 
 def real_prompts(tokenizer: Any, vocabulary: int, source: Any) -> list[list[int]]:

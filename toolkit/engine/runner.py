@@ -14,7 +14,7 @@ from toolkit.engine.scheduler import Chunk
 from toolkit.errors import ToolkitError
 from toolkit.numerics import Numerics
 from toolkit.patching import patch, report_of
-from toolkit.patching.adapters import fuse_adapters, inner_model
+from toolkit.patching.adapters import fuse_adapters, inner_model, vocabulary_size
 from toolkit.patching.eval_mode import eval_mode
 from toolkit.patching.forward import context_forward
 from toolkit.patching.sharding import check_unsharded
@@ -74,8 +74,7 @@ class PatchedModel:
         self.dtype = parameter.dtype
         config: Any = model.config
         text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
-        embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
-        self.vocab_size = int(embeddings.num_embeddings)
+        self.vocab_size = vocabulary_size(model)
         self.max_model_len = int(getattr(text, "max_position_embeddings", None) or 2048)
         sources = (getattr(model, "generation_config", None), config, text)
         self.eos = frozenset().union(*(_ids(getattr(source, "eos_token_id", None)) for source in sources))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from toolkit.patching.adapters import vocabulary_size
 from toolkit.patching.eval_mode import eval_mode
 from toolkit.patching.probe import device_of, generator
 
@@ -69,7 +70,7 @@ def record_calls(
             within ``length``.
     """
     device = device_of(model)
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = vocabulary_size(model)
     source = generator(device, 7)
     ids = torch.randint(min(vocabulary, 97), (rows, length), generator=source, device=device)
     calls: dict[nn.Module, list[Call]] = {module: [] for module in modules}

@@ -16,7 +16,7 @@ from toolkit.moe.observer import observing
 from toolkit.numerics import Numerics
 from toolkit.ops.linear_logprob import deferred
 from toolkit.ops.take_rows import take_rows
-from toolkit.patching.adapters import inner_model
+from toolkit.patching.adapters import inner_model, vocabulary_size
 from toolkit.patching.eval_mode import eval_mode
 from toolkit.patching.length_tables import regimes_of
 from toolkit.patching.record import report_of
@@ -204,7 +204,7 @@ def token_logprobs(
     """
     device = next(model.parameters()).device
     tokens = [torch.as_tensor(sequence, dtype=torch.int64).cpu() for sequence in sequences]
-    vocabulary = _patched(model).get_input_embeddings().num_embeddings  # type: ignore[operator]
+    vocabulary = vocabulary_size(_patched(model))
     for index, sequence in enumerate(tokens):
         if sequence.dim() != 1 or (
             sequence.numel() and not 0 <= int(sequence.min()) <= int(sequence.max()) < vocabulary

@@ -16,7 +16,7 @@ from toolkit.loading import find_source, load_weights
 from toolkit.loading.model import GENERATION_CONFIG, quiet_transformers
 from toolkit.moe.observer import RouterObserver, observing
 from toolkit.patching import PatchReport, patch, ragged_forward, token_logprobs, weights_changed
-from toolkit.patching.adapters import fuse_adapters
+from toolkit.patching.adapters import fuse_adapters, vocabulary_size
 from toolkit.state.batch import RaggedBatch
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def make_model(section: ModelSection, tokenizer: "Tokenizer", max_length: int) -
         model = load_checkpoint(
             section.name_or_path, section.dtype, "model.name_or_path", section.revision, section.trust_remote_code
         )
-    rows: Any = model.get_input_embeddings().num_embeddings
+    rows = vocabulary_size(model)
     if rows < len(tokenizer):
         field = "model.config.vocab_size" if section.config is not None else "the model's vocabulary size"
         raise ToolkitError(f"{field} must be >= the tokenizer's, which is {len(tokenizer)}, got {rows}.")

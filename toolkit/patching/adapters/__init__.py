@@ -9,6 +9,8 @@ from toolkit.patching.adapters.find import (
     adapter_layers,
     base_module,
     inner_model,
+    unwrapped,
+    vocabulary_size,
     without_adapters,
     wraps_parameter,
 )
@@ -26,6 +28,8 @@ __all__ = [
     "fuse_adapters",
     "inner_model",
     "release_adapters",
+    "unwrapped",
+    "vocabulary_size",
     "without_adapters",
     "wraps_parameter",
 ]

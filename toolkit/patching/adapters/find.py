@@ -42,6 +42,23 @@ def base_module(module: nn.Module) -> nn.Module:
     return parameter_wrappers(module)[1]
 
 
+def wraps_tokens(module: nn.Module) -> bool:
+    """Whether ``module`` is a wrapper of PEFT's that trains some rows of an embedding or of a head."""
+    return isinstance(module._modules.get("token_adapter"), nn.Module)
+
+
+def unwrapped(module: Any) -> Any:
+    """The module inside all wrappers of PEFT's around it: its parameters are the base model's."""
+    while is_adapter(module) or wraps_tokens(module):
+        module = module.original_module if wraps_tokens(module) else module.base_layer
+    return module
+
+
+def vocabulary_size(model: Any) -> int:
+    """Rows of the model's embedding, adapted or not."""
+    return int(unwrapped(model.get_input_embeddings()).num_embeddings)
+
+
 def inner_model(model: nn.Module) -> nn.Module:
     """The causal language model inside a ``PeftModel``; any other model itself.
 
@@ -69,12 +86,13 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
     wrapped = [
         (parent, name, child)
         for parent in model.modules()
+        if not (is_adapter(parent) and not wraps_parameter(parent)) and not wraps_tokens(parent)
         for name, child in parent._modules.items()
-        if child is not None and is_adapter(child) and not wraps_parameter(child)
+        if child is not None and (is_adapter(child) or wraps_tokens(child)) and not wraps_parameter(child)
     ]
     try:
         for parent, name, child in wrapped:
-            parent._modules[name] = child.base_layer  # type: ignore[assignment]
+            parent._modules[name] = unwrapped(child)
         yield
     finally:
         for parent, name, child in wrapped:

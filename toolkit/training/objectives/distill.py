@@ -84,12 +84,13 @@ class Distillation(OnPolicyObjective[DistillSection]):
     primary_metric = "divergence"
 
     def bind(self, context: RunContext) -> None:
+        from toolkit.patching.adapters import vocabulary_size
         from toolkit.training.model import Reference, load_checkpoint
 
         super().bind(context)
         model = load_checkpoint(self._teacher(), self.recipe.forward_dtype, "objective.teacher.name_or_path")
         models: tuple[Any, Any] = (model, context.model.model)
-        vocabulary, own = (m.get_input_embeddings().num_embeddings for m in models)
+        vocabulary, own = (vocabulary_size(m) for m in models)
         if vocabulary != own:
             raise ToolkitError(
                 f"objective.teacher must have the student's vocabulary size, which is {own}, got {vocabulary}."
