@@ -248,18 +248,22 @@ def test_adapters_are_all_that_is_trained_and_open_in_peft(tmp_path: Path) -> No
         load_model(folder)
 
 
-def test_adapters_roll_out_with_bitwise_identical_logprobs(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "lora", [{}, {"target_modules": ["q_proj", "embed_tokens"]}, {"trainable_token_indices": [7, 9]}]
+)
+def test_adapters_roll_out_with_bitwise_identical_logprobs(tmp_path: Path, lora: dict) -> None:
     recipe = objective_recipe(
         tmp_path,
         "grpo",
         {"task": LOWER, "prompts": 4, "num_generations": 4, "warmup": {**WARMUP, "task": TASK}, "beta": 0.01},
-        model={"lora": {"r": 4}},
+        model={"lora": {"r": 4, **lora}},
         optimizer={"learning_rate": 5e-2},
     )
     train(recipe, quiet=True)
     lines = read_metrics(tmp_path / "runs" / "grpo" / "metrics.jsonl")
     assert [line["mismatch_bits"] for line in lines] == [0] * 4
     assert lines[0]["kl"] == pytest.approx(0.0, abs=1e-9)
+    load_model(tmp_path / "runs" / "grpo")
     assert lines[-1]["kl"] > 1e-6  # the adapters have moved, and the engine with them
 
 

@@ -23,6 +23,8 @@ class LoraSection(Section):
     """Ends of module names, e.g. ``q_proj``; null is every linear layer but the head."""
     target_parameters: Annotated[list[str], Field(min_length=1)] | None = None
     """Ends of names of parameters, for experts, e.g. ``experts.gate_up_proj``; null is none."""
+    trainable_token_indices: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
+    """Tokens whose rows of the embedding are trained too (new special tokens, say); null is none."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     @model_validator(mode="after")

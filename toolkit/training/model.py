@@ -211,6 +211,7 @@ def add_adapters(model: "PreTrainedModel", section: LoraSection, report: PatchRe
         lora_dropout=section.lora_dropout,
         target_modules=section.target_modules if section.target_modules is not None else "all-linear",
         target_parameters=section.target_parameters,
+        trainable_token_indices=section.trainable_token_indices,
         task_type="CAUSAL_LM",
         base_model_name_or_path=str(model.name_or_path),
     )
