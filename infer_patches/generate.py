@@ -8,8 +8,10 @@ It uses ``custom_generate``: transformers merges configurations, expands inputs,
 calls a function of ours in the place of its loop.
 """
 
+import contextlib
 import copy
 import inspect
+import threading
 from typing import Any, cast
 
 import torch
@@ -49,14 +51,26 @@ class GenerateRoute(Route):
     ) -> None:
         super().__init__(model, generate)
         self.fallback = fallback
+        self._given, self._engine_args = engine, engine_args
         self._owned: AsyncEngine | None = None
+        self._renewing = threading.Lock()
         try:
             if engine is None:
-                engine = self._owned = AsyncEngine(Engine(model, **engine_args))
+                self._owned = AsyncEngine(Engine(model, **engine_args))
         except BaseException:
             super().undo()
             raise
-        self.engine = engine
+
+    @property
+    def engine(self) -> Engine | AsyncEngine:
+        """The one given or made here; the latter anew after an error in a step, which fails the calls of that time."""
+        with self._renewing:
+            model = self._model()
+            if self._owned is not None and self._owned.failure is not None and model is not None:
+                with contextlib.suppress(Exception):  # what a failed step has left half done is not to be built upon
+                    self._owned.shutdown()
+                self._owned = AsyncEngine(Engine(model, **self._engine_args))
+            return cast("Engine | AsyncEngine", self._given or self._owned)
 
     def undo(self) -> None:
         super().undo()

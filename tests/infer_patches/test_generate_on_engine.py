@@ -371,3 +371,19 @@ def test_scores_have_the_rotary_tables_that_tokens_were_sampled_by():
         assert result.sequences[row, 20:].tolist() == one.token_ids
         assert torch.equal(token_logprob(logits, torch.tensor(one.token_ids))[0], torch.tensor(one.logprobs))
     assert torch.equal(ended.logits[0][0], result.logits[0][0])
+
+
+def test_after_an_error_in_a_step_the_next_call_gets_a_new_engine(pair, capsys):
+    own, _ = pair
+    model = copy.deepcopy(own)
+    toolkit.patch(model)
+    ids = torch.tensor([[5, 6, 7]])
+    with route_generate(model, num_blocks=64) as route:
+        broken = route.engine.engine
+        broken.step = lambda: (_ for _ in ()).throw(RuntimeError("out of memory"))
+        with pytest.raises(ToolkitError, match="The engine has stopped: out of memory"):
+            model.generate(ids, max_new_tokens=4, do_sample=False)
+        expected = own.generate(ids, max_new_tokens=4, do_sample=False)
+        assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), expected)
+        assert broken.is_closed
+    assert "out of memory" in capsys.readouterr().err
