@@ -6,9 +6,10 @@ import threading
 
 import pytest
 from engine_standin import VOCAB, HistoryModel, oracle
+from engine_tokenizers import byte_level
 from test_engine import random_prompts, result
 
-from toolkit.engine import AsyncEngine, Engine, EngineListener, EngineUnavailable, SamplingParams
+from toolkit.engine import AsyncEngine, Engine, EngineListener, EngineUnavailable, SamplingParams, prompts
 from toolkit.errors import ToolkitError
 
 LONG = SamplingParams(max_tokens=200, ignore_eos=True, seed=1)
@@ -20,6 +21,29 @@ def make(**more) -> AsyncEngine:
 
 def finished(handle):
     return [delta.finished for delta in handle if delta.finished is not None]
+
+
+def test_texts_are_tokenised_where_they_are_submitted(monkeypatch):
+    tokenizer, threads = byte_level(), []
+    encode = prompts.rust_encoding
+
+    def watched(*args, **kwargs):
+        threads.append(threading.current_thread().name)
+        return encode(*args, **kwargs)
+
+    monkeypatch.setattr(prompts, "rust_encoding", watched)
+    monkeypatch.setattr(type(tokenizer), "__call__", lambda *_, **__: pytest.fail("the wrapper tokenised"))
+    params = SamplingParams(max_tokens=5, seed=1)
+    with AsyncEngine(Engine(HistoryModel(max_model_len=32), tokenizer, max_num_seqs=4, num_blocks=64)) as async_engine:
+        texts = ["ABC", "12"]
+        ids = [tokenizer.convert_tokens_to_ids(list(text)) for text in texts]
+        assert [one.token_ids for one in async_engine.generate(texts, params)] == [
+            oracle(one, params)[0][0] for one in ids
+        ]
+        assert threads == [threading.current_thread().name] * 2
+        with pytest.raises(ToolkitError, match="characters, which is all that fits"):
+            async_engine.submit("A" * 10_000, params).accepted.result()
+        assert len(threads) == 2
 
 
 def test_submit_and_cancel_from_other_threads():

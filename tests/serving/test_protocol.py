@@ -117,3 +117,25 @@ def test_a_wrong_request_is_one_sentence_that_names_the_field(endpoint, fields, 
 def test_a_body_that_is_no_json_object_is_refused(raw):
     with pytest.raises(RequestError, match="request body"):
         parse(CompletionRequest, raw)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"[" * 100_000 + b"]" * 100_000, "The request body has lists or objects nested too deep."),
+        (b'{"prompt": 1' + b"0" * 5000 + b"}", "The request body has a number of too many digits."),
+        (
+            b'{"prompt": "\xff"}',
+            "The request body is not valid JSON ('utf-8' codec can't decode byte 0xff in position 12",
+        ),
+    ],
+)
+def test_json_that_cannot_be_read_is_one_sentence(body, message):
+    with pytest.raises(RequestError) as raised:
+        parse(CompletionRequest, body)
+    assert str(raised.value).startswith(message)
+
+
+def test_an_error_shows_the_beginning_of_a_deep_value():
+    with pytest.raises(RequestError, match=r"got \[\[\[\["):
+        parse(CompletionRequest, b'{"prompt": ' + b"[" * 900 + b"]" * 900 + b"}")

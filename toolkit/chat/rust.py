@@ -3,13 +3,15 @@
 from typing import Any
 
 
-def rust_encoding(tokenizer: Any, text: str) -> Any | None:
-    """The ``tokenizers`` Encoding that ``encode`` takes its tokens from, several times as fast as by the wrapper.
+def rust_encoding(tokenizer: Any, text: str, add_special_tokens: bool = False) -> Any | None:
+    """The ``tokenizers`` Encoding of a text, without offsets and so several times as fast as by transformers' wrapper.
 
     It has a length before it is made a list (``len(encoding)``, ``encoding.ids``). Python's lock is free meanwhile, and
     several threads may tokenise at once. None for a tokenizer that is not one of ``tokenizers``, that does more than
     that one, or that truncates or pads.
     """
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        return None
     from transformers import PreTrainedTokenizerFast
 
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -21,4 +23,4 @@ def rust_encoding(tokenizer: Any, text: str) -> Any | None:
     )
     if own or backend.truncation is not None or backend.padding is not None:
         return None
-    return backend.encode_batch_fast([text], add_special_tokens=False)[0]
+    return backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]

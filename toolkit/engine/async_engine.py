@@ -19,7 +19,7 @@ from typing import cast
 from toolkit.engine.engine import Engine
 from toolkit.engine.outputs import Completion, Delta
 from toolkit.engine.params import SamplingParams
-from toolkit.engine.prompts import Params, Prompt, Prompts, check_num_sequences, check_params, split_prompts
+from toolkit.engine.prompts import Params, Prompt, Prompts, check_request, tokenise_early
 from toolkit.engine.request_handle import SHUTTING_DOWN, EngineListener, EngineUnavailable, RequestHandle
 
 
@@ -84,7 +84,7 @@ class AsyncEngine:
         return self._thread.ident is not None and not self._ended
 
     def submit(self, prompts: Prompts, params: Params = None) -> RequestHandle:
-        """Hand prompts to the engine, all or none, and return at once.
+        """Hand prompts to the engine, all or none, and return once texts are tokenised.
 
         Args:
             prompts: a text, a list of token ids, or a list of those.
@@ -95,11 +95,10 @@ class AsyncEngine:
             ToolkitError: if ``params`` do not fit, or ask for more than ``max_queued_seqs``. That a prompt cannot run
                 is an exception of ``accepted``.
         """
-        given = split_prompts(prompts)
-        chosen = check_params(params, len(given))
-        handle = RequestHandle(sum(one.n for one in chosen), self.cancel_handle)
         most = self.max_queued_seqs
-        check_num_sequences(handle.num_sequences, most)
+        texts, chosen = check_request(prompts, params, most)
+        given = tokenise_early(texts, self.engine)
+        handle = RequestHandle(sum(one.n for one in chosen), self.cancel_handle)
         with self._changed:
             if self.failure is not None:
                 raise EngineUnavailable(f"The engine has stopped: {self.failure}")

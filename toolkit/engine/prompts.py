@@ -1,5 +1,6 @@
 """What ``generate`` and ``submit`` were given, as token ids that fit."""
 
+import sys
 from collections import abc
 from dataclasses import replace
 from numbers import Integral
@@ -8,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-from toolkit.chat import prompt_token_ids
+from toolkit.chat import prompt_token_ids, rust_encoding, special_tokens_around
 from toolkit.engine.params import SamplingParams
 from toolkit.errors import ToolkitError
 from toolkit.state import BlockManager
@@ -84,9 +85,7 @@ def check_characters(field: str, count: int, tokenizer: Any, longest: int) -> No
         tokenizer: whose longest token bounds the characters that a token stands for.
         longest: most tokens of prompt and completion together.
     """
-    if count <= longest or not hasattr(tokenizer, "get_vocab"):
-        return
-    most = longest * _longest_token(tokenizer)
+    most = longest * longest_token(tokenizer)
     if count > most:
         raise ToolkitError(f"{field} must have <= {most} characters, which is all that fits, got {count}.")
 
@@ -110,13 +109,44 @@ def outside_vocabulary(tokens: list[int], vocab_size: int) -> int | None:
     return next(token for token in tokens if not 0 <= token < vocab_size)
 
 
-def _longest_token(tokenizer: Any) -> int:
+def longest_token(tokenizer: Any) -> int:
+    """Characters of the vocabulary's longest token. The first call lists the vocabulary; the result is kept."""
+    if not hasattr(tokenizer, "get_vocab"):
+        return sys.maxsize
     if tokenizer not in _LONGEST_TOKEN:
         _LONGEST_TOKEN[tokenizer] = max(map(len, tokenizer.get_vocab()), default=1)
     return _LONGEST_TOKEN[tokenizer]
 
 
 _LONGEST_TOKEN: "WeakKeyDictionary[Any, int]" = WeakKeyDictionary()
+
+
+def check_request(prompts: Prompts, params: Params, most: int | None) -> tuple[list[Prompt], list[SamplingParams]]:
+    """The prompts and the parameters of each; ``most`` bounds the sequences of a request."""
+    given = split_prompts(prompts)
+    chosen = check_params(params, len(given))
+    check_num_sequences(sum(one.n for one in chosen), most)
+    return given, chosen
+
+
+def tokenise_early(prompts: list[Prompt], engine: Any) -> list[Prompt]:
+    """Texts as token ids, if they fit and the engine's tokenizer may run on any thread; other prompts as they are.
+
+    The engine's thread, which all of its streams wait for, tokenises what remains, or says what is wrong with it.
+    """
+
+    def ids(prompt: Prompt) -> Prompt:
+        if not isinstance(prompt, str) or engine.tokenizer is None:
+            return prompt
+        longest = engine.max_sequence_len
+        if len(prompt) > longest * longest_token(engine.tokenizer):
+            return prompt
+        encoding = rust_encoding(engine.tokenizer, prompt, add_special_tokens=True)
+        if encoding is None or len(encoding) >= longest:
+            return prompt
+        return list(encoding.ids[: len(encoding) - len(special_tokens_around(engine.tokenizer)[1])])
+
+    return [ids(prompt) for prompt in prompts]
 
 
 def check_prompt(

@@ -264,8 +264,12 @@ def parse(kind: type[Request], raw: bytes) -> Request:
         # Through Python's parser, because validators that run before the types need plain values.
         body = json.loads(raw)
         lone = b"\\ud" in raw.lower() and _has_lone_surrogate(body)
-    except (ValueError, RecursionError) as error:
+    except (json.JSONDecodeError, UnicodeError) as error:
         raise RequestError(f"The request body is not valid JSON ({str(error).rstrip('.')}).") from None
+    except ValueError:  # Python converts no longer integers
+        raise RequestError("The request body has a number of too many digits.") from None
+    except RecursionError:
+        raise RequestError("The request body has lists or objects nested too deep.") from None
     if lone:
         raise RequestError("The request body holds half of a surrogate pair, which is not valid Unicode text.")
     if not isinstance(body, dict):

@@ -13,7 +13,7 @@ from toolkit.chat import (
     rust_encoding,
     special_tokens_around,
 )
-from toolkit.engine.prompts import check_characters, check_token_count
+from toolkit.engine.prompts import check_characters, check_token_count, longest_token
 from toolkit.engine.token_bytes import REPLACEMENT, TokenBytes
 from toolkit.sentences import shown
 from toolkit.serving.protocol import Message, RequestError
@@ -38,6 +38,7 @@ class Texts:
         if backend is not None:
             backend.no_truncation()
             backend.no_padding()
+            longest_token(self._tokenizer)  # now, while nobody waits
         self._one_at_a_time = threading.Lock()  # for tokenizers written in Python
         self._bytes = TokenBytes(self._tokenizer)
         self.of_token = lru_cache(maxsize=65536)(self._of_token)
