@@ -4,12 +4,17 @@ import copy
 
 import pytest
 import torch
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryEmbedding
 
 import toolkit
-from tests.helpers.rope import BORDER, MODELS, rope_model, sequences, stock, stock_logprobs
+from tests.helpers.rope import BORDER, DYNAMIC, MODELS, longrope, rope_model, sequences, stock, stock_logprobs
 from toolkit.errors import ToolkitError
+from toolkit.numerics import Numerics
 from toolkit.patching import ragged_forward, report_of
-from toolkit.state import RaggedBatch, RotaryRegimes
+from toolkit.patching.roles import rotary
+from toolkit.state import DenseContext, RaggedBatch, RotaryRegimes
+from toolkit.state.active import set_forward_context
 from toolkit.testing.models import random_model
 from toolkit.training.long_sequence import backward_in_chunks
 
@@ -170,3 +175,24 @@ def test_a_compiled_forward_has_the_tables_of_each_sequence():
     expected = ragged_forward(model, batch)
     compiled = torch.compile(lambda: ragged_forward(model, batch), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rope", [DYNAMIC, longrope(8)])
+def test_tables_along_axes_are_those_of_each_sequence(rope):
+    config = Qwen2_5_VLTextConfig(
+        hidden_size=64, num_attention_heads=4, max_position_embeddings=BORDER, vocab_size=100,
+        rope_parameters={**rope, "mrope_section": [2, 3, 3]},
+    )  # fmt: skip
+    module = Qwen2_5_VLRotaryEmbedding(config)
+    (claim,) = rotary.find(module, Numerics.BITWISE)
+    assert claim.op == "rotary_tables along axes by sequence length"
+    claim.install()
+    x, parts = torch.zeros(1, 1, 8), []
+    for length in (50, 10):
+        steps = torch.arange(length)
+        parts.append(torch.stack([steps, steps // 2, steps // 3])[:, None])
+    with set_forward_context(DenseContext(RaggedBatch.from_sequences([[0] * 50, [0] * 10], share=False))):
+        together = module(x, torch.cat(parts, -1))
+    apart = [Qwen2_5_VLRotaryEmbedding(config)(x, part) for part in parts]
+    for got, one, other in zip(together, *apart, strict=True):
+        torch.testing.assert_close(got, torch.cat([one, other], 1), rtol=1e-6, atol=1e-6)

@@ -52,12 +52,13 @@ def _probe(module: nn.Module, forward: Callable[..., Any], along_axes: bool) -> 
     return ProbeError(max(e.forward for e in errors), max(e.backward for e in errors))
 
 
-def _axes(module: nn.Module) -> Tensor | None:
+def _axes(module: nn.Module, border: int = 1024) -> Tensor | None:
     """[F] the axis of each frequency, where positions may be [axes, batch, tokens] and give one table; else None.
 
-    Found by tokens with different positions along the axes.
+    Found by tokens with different positions along the axes, which make no sequence longer than ``border``.
     """
-    positions = torch.tensor([1, 40, 900], device=device_of(module)).view(AXES, 1, 1).expand(AXES, 2, 2)
+    apart = (1, 40, 900) if border > 900 else (1, border // 4 + 1, border - 1)
+    positions = torch.tensor(apart, device=device_of(module)).view(AXES, 1, 1).expand(AXES, 2, 2)
     try:
         mixed = _call(probe_copy(module), type(module).forward, None)(positions)
     except (RuntimeError, IndexError, ValueError):
@@ -87,7 +88,8 @@ def _name(layout: str, axes: Tensor | None) -> str:
 
 
 def _length_dependent(module: nn.Module, regimes: Regimes) -> list[Candidate]:
-    axes = _axes(module) if list(regimes) == [None] else None
+    borders = [border for one in regimes.values() if one for border in (*one.borders, one.varies_after) if border]
+    axes = _axes(module, min(borders)) if list(regimes) == [None] else None
     options: list[Candidate] = []
     for layout in LAYOUTS:
         # Frequencies that a module computes anew in its forward are those that it was made with.
