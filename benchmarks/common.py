@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from toolkit.strict_json import strict_json
+
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(os.environ.get("TOOLKIT_BENCHMARK_RESULTS", ROOT / "benchmarks" / "results"))
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft", "numpy")
@@ -306,7 +308,7 @@ def _cell(value: Any) -> str:
 
 def write_json(name: str, result: dict[str, Any]) -> Path:
     """Write ``benchmarks/results/<name>.json``, whole or not at all; its path."""
-    return write_aside(RESULTS / f"{name}.json", json.dumps({**describe(), **result}, indent=2) + "\n")
+    return write_aside(RESULTS / f"{name}.json", strict_json({**describe(), **result}, indent=2) + "\n")
 
 
 def write_aside(path: Path, text: str) -> Path:

@@ -25,7 +25,7 @@ PACKAGES = {
     "loading": {"loading"},
     "chat": set(),
 }
-EVERYWHERE = {"lazy", "chat", "errors", "machine", "numerics", "registry", "sentences"}
+EVERYWHERE = {"lazy", "chat", "errors", "machine", "numerics", "registry", "sentences", "strict_json"}
 KNOW_TRANSFORMERS = {"patching", "exporting", "testing", "cli", "training", "loading", "chat"}
 
 

@@ -42,6 +42,7 @@ def work(checkpoint, tmp_path, monkeypatch):
     spoilt("cut_weights", model__safetensors="short")
     spoilt("pickled", model__safetensors=None, pytorch_model__bin="not read")
     spoilt("bad_tokenizer", tokenizer__json="{}")
+    spoilt("no_tokenizer", tokenizer__json=None, tokenizer_config__json=None)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").write_text("kept")
     recipe = {
@@ -67,6 +68,9 @@ WRONG = [
     (["train", "recipe.yaml", "model.name_or_path=nowhere"], "nowhere"),
     (["train", "recipe.yaml", "data.data_dir=nowhere"], "nowhere"),
     (["train", "recipe.yaml", "resume_from_checkpoint=step-7"], "step-7"),
+    (["train", "recipe.yaml", "resume_from_checkpoint=step-7", "--resume"], "contradict each other"),
+    (["train", "recipe.yaml", "resume_from_checkpoint=false", "--resume"], "contradict each other"),
+    (["train", "recipe.yaml", "model.name_or_path=no_tokenizer"], "must hold a tokenizer, got 'no_tokenizer'"),
     (["generate", "nowhere", "text"], "nowhere"),
     (["generate", "no_config", "text"], "config.json"),
     (["generate", "bad_config", "text"], "config.json"),

@@ -1,6 +1,7 @@
 """SFT runs, adapters, preferences, distillation: what each promises, in a few steps."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,29 @@ def test_a_file_of_conversations(chat: Path) -> None:
     assert trainer.tokenizer.decode(counted) == f"{trainer.tokenizer.decode(counted).split('!')[0]}!{eos}.{eos}"
 
 
+def test_a_run_without_held_out_lines_writes_null(chat: Path) -> None:
+    """JSON has no NaN: result.json, metrics.jsonl and the state of a checkpoint are read by other programs."""
+    (chat / "one.jsonl").write_text((chat / "chat.jsonl").read_text().splitlines()[0] + "\n")
+    recipe = objective_recipe(
+        chat,
+        "sft",
+        {"task": None, "data_files": str(chat / "one.jsonl"), "chat_template": TEMPLATE},
+        train={"max_steps": 2, "max_length": 32},
+        evaluate={"do_eval": True},
+    )
+    assert math.isnan(train(recipe, quiet=True)["eval_loss"])
+
+    def strict(path: str, lines: bool = False) -> Any:
+        text = (chat / "runs" / "sft" / path).read_text()
+        return [json.loads(one, parse_constant=pytest.fail) for one in (text.splitlines() if lines else [text])]
+
+    (result,) = strict("result.json")
+    assert result["eval_loss"] is None
+    assert result["before_training"]["eval_loss"] is None
+    assert len(strict("metrics.jsonl", lines=True)) == 2
+    assert strict("checkpoints/step-000002/training/state.json")
+
+
 def test_lines_are_split_shuffled_and_resumed(chat: Path) -> None:
     lines = JsonlDataset(str(chat / "chat.jsonl"), 0.2, lambda line: check(line, SFT.formats))
     assert len(lines.train) + len(lines.held_out) == 60
@@ -241,6 +265,7 @@ def test_adapters_are_all_that_is_trained_and_open_in_peft(tmp_path: Path) -> No
         merged, tokenizer = load_model(tmp_path / "runs" / "sft")
         torch.testing.assert_close(ours, merged(ids).logits, rtol=1e-4, atol=1e-5)
     assert len(tokenizer) == 257
+    assert all(parameter.requires_grad for parameter in merged.parameters())  # it trains like any checkpoint
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "elsewhere"}))
     with pytest.raises(
         ToolkitError, match="names the base model 'elsewhere': base_model_name_or_path must be a folder"

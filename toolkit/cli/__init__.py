@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for module in modules.values():
         module.add_parser(subparsers)
     args = parser.parse_args(words)
+    args.words = words
     try:
         status: int = modules[args.command].run(args)
         return status

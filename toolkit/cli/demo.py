@@ -7,7 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 PROMPTS = ["def main(argv=None):\n", "class Queue:\n    def __init__(self", "import os\nimport sys\n\n"]
@@ -28,7 +31,52 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0, or the status of the first command that failed."""
+    """0, or the status of the first command that failed; 130 or 143 where SIGINT or SIGTERM stopped it."""
+    _stopped.clear()
+    before = {number: signal.signal(number, _forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return _demo(args)
+    except Exception:
+        if not _stopped:
+            raise
+        return 128 + _stopped[0]  # of a server that is gone
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+_running: list["subprocess.Popen[str]"] = []
+"""The command at hand."""
+_stopped: list[int] = []
+"""Signals that asked the demo to stop."""
+
+
+def _forward(signum: int, frame: FrameType | None) -> None:
+    """The command at hand ends in its own way: training saves a checkpoint and prints how it resumes."""
+    _stopped.append(signum)
+    for process in _running:
+        process.send_signal(signum)
+    if not _running:
+        sys.exit(128 + signum)
+
+
+@contextmanager
+def _command(words: list[str], **options: Any) -> Iterator["subprocess.Popen[str]"]:
+    """A subcommand as a process, in a separate process group: it gets signals from ``_forward`` alone, each once."""
+    process = subprocess.Popen([sys.executable, "-m", "toolkit.cli", *words], text=True, process_group=0, **options)
+    _running.append(process)
+    try:
+        yield process
+    finally:
+        _running.remove(process)
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    if _stopped:
+        sys.exit(128 + _stopped[0])
+
+
+def _demo(args: argparse.Namespace) -> int:
     import shutil
 
     started = time.monotonic()
@@ -51,7 +99,8 @@ def _commands(steps: list[list[str]]) -> int:
     """0, or the status of the first step that failed."""
     for step in steps:
         _announce("toolkit", *step)
-        status = subprocess.run([sys.executable, "-m", "toolkit.cli", *step]).returncode
+        with _command(step) as process:
+            status = process.wait()
         if status != 0:
             print(f"toolkit {step[0]} ended with status {status}", file=sys.stderr)
             return status
@@ -82,10 +131,9 @@ def _serve_once(model: Path) -> int:
     """Start a server, send one request through the ``openai`` client, stop it; its exit status."""
     from openai import OpenAI
 
-    command = ["toolkit", "serve", str(model), "--port", "0"]
-    _announce(*command)
-    server = subprocess.Popen([sys.executable, "-m", "toolkit.cli", *command[1:]], stdout=subprocess.PIPE, text=True)
-    try:
+    words = ["serve", str(model), "--port", "0"]
+    _announce("toolkit", *words)
+    with _command(words, stdout=subprocess.PIPE) as server:
         assert server.stdout is not None
         address = None
         for line in server.stdout:
@@ -104,6 +152,3 @@ def _serve_once(model: Path) -> int:
         status = server.wait(timeout=30)
         print(f"server stopped with status {status}")
         return status
-    finally:
-        if server.poll() is None:
-            server.kill()

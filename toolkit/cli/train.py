@@ -1,6 +1,15 @@
 """``toolkit train RECIPE [key=value ...]``."""
 
 import argparse
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from toolkit.cli.resume import resume_command
+from toolkit.errors import ToolkitError
+
+if TYPE_CHECKING:
+    from toolkit.training.signals import StopRequest
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -22,21 +31,52 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit status: 0 when trained, 130 when interrupted. The caller prints ToolkitError."""
+    """Exit status: 0 when trained, 130 or 143 when SIGINT or SIGTERM stopped it. The caller prints ToolkitError."""
+    from toolkit.training.signals import Interrupted, StopRequest
+
+    def notify() -> None:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"\nInterrupted; resume with: {resume_command(args.words, stop.started)}", flush=True)
+
+    with StopRequest(notify) as stop:
+        try:
+            return _train(args, stop)
+        except Interrupted as interrupted:
+            stop.announce()
+            if "LOCAL_RANK" in os.environ:
+                # Threads of a process group that is still open abort a Python that ends.
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(interrupted.status)
+            return interrupted.status
+
+
+def _train(args: argparse.Namespace, stop: "StopRequest") -> int:
     from toolkit.config import dump, load_recipe
 
-    overrides = [*args.overrides, *(["resume_from_checkpoint=true"] if args.resume else [])]
-    recipe = load_recipe(args.recipe, overrides)
+    recipe = load_recipe(args.recipe, [*args.overrides, *_resume(args)])
     if args.check:
         print(dump(recipe), end="")
         return 0
     from toolkit.training.loop import train
 
-    try:
-        train(recipe)
-    except KeyboardInterrupt:
-        dropped = ("overwrite", "resume_from_checkpoint")
-        kept = [override for override in args.overrides if override.partition("=")[0] not in dropped]
-        print(f"\nInterrupted; resume with: toolkit train {' '.join([args.recipe, *kept, '--resume'])}")
-        return 130
+    train(recipe, stop=stop)
     return 0
+
+
+def _resume(args: argparse.Namespace) -> list[str]:
+    """The override that ``--resume`` stands for.
+
+    Raises:
+        ToolkitError: another one contradicts it.
+    """
+    if not args.resume:
+        return []
+    for override in args.overrides:
+        name, _, value = override.partition("=")
+        if name == "resume_from_checkpoint" and value.lower() != "true":
+            raise ToolkitError(
+                f"--resume and resume_from_checkpoint={value} contradict each other; --resume is "
+                "resume_from_checkpoint=true, the latest checkpoint: give one of the two."
+            )
+    return ["resume_from_checkpoint=true"]

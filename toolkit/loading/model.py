@@ -143,9 +143,11 @@ def _merged(model: Any, folder: Path) -> Any:
         merged = peft.PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
         if (folder / GENERATION_CONFIG).is_file():
             merged.generation_config = transformers.GenerationConfig.from_pretrained(folder)
-        return merged
     except Exception as error:
         raise ToolkitError(f"The adapters in '{folder}' cannot be loaded ({first_line(error)}).") from None
+    for parameter in merged.parameters():  # PEFT froze them; what is merged trains like any checkpoint
+        parameter.requires_grad_(parameter.is_floating_point())
+    return merged
 
 
 @contextmanager

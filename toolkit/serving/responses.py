@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 from toolkit.engine import Completion, Delta
 from toolkit.serving.texts import Texts
+from toolkit.strict_json import strict_json
 
 Json: TypeAlias = dict[str, Any]
 
@@ -33,7 +34,7 @@ def encoded(body: Json) -> bytes:
 
 def event(body: Json) -> str:
     """One server-sent event, in ASCII: clients that split lines as Python does would cut it at U+2028 and its like."""
-    return f"data: {json.dumps(body, separators=(',', ':'))}\n\n"
+    return f"data: {strict_json(body, separators=(',', ':'))}\n\n"
 
 
 END_OF_STREAM = "data: [DONE]\n\n"
@@ -173,5 +174,5 @@ def _top(tops: Sequence[dict[int, float]] | None, at: int, most: int) -> list[tu
 
 
 def _finite(logprob: float) -> float:
-    """JSON has no infinities; the API writes the impossible as -9999."""
-    return max(logprob, -9999.0)
+    """JSON has neither infinities nor NaN; the API writes the impossible as -9999."""
+    return max(-9999.0, logprob)  # in this order NaN is -9999 too

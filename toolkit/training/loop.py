@@ -6,11 +6,10 @@ holds recipe.yaml (resolved), data_report.txt, metrics.jsonl, tensorboard/, chec
 N steps are bitwise identical whether or not the run was killed and resumed.
 """
 
-import json
+import signal
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -24,6 +23,7 @@ from toolkit.errors import ToolkitError
 from toolkit.loading.run import name_of
 from toolkit.moe.sharding import ShardedExperts, expert_groups, shard_experts
 from toolkit.patching import expert_layers
+from toolkit.strict_json import strict_json
 from toolkit.training import checkpoint
 from toolkit.training.accelerator import make_accelerator
 from toolkit.training.files import write_atomic
@@ -35,17 +35,18 @@ from toolkit.training.model import (
     load_checkpoint,
     make_model,
     patch_model,
-    save_model,
 )
 from toolkit.training.moe import Balancing
 from toolkit.training.nested import warmup_recipe
 from toolkit.training.objectives.base import RunContext, make_objective
 from toolkit.training.precision import GradientStep, lower_precision
 from toolkit.training.progress import Progress
-from toolkit.training.report import line, show
+from toolkit.training.report import line, result_of, show
 from toolkit.training.resume import RESULT, Start, find_start, prepare_folder, run_folder
+from toolkit.training.run_state import restore_run, write_run
 from toolkit.training.schedule import make_optimizer, make_scheduler
-from toolkit.training.state import load_optimizer, restore_rank, restore_rng, rng_state, write_state
+from toolkit.training.signals import Interrupted, StopRequest
+from toolkit.training.state import rng_kept, rng_state
 from toolkit.training.tokenizer import load_tokenizer, make_tokenizer
 
 if TYPE_CHECKING:
@@ -61,16 +62,20 @@ class Trainer:
     Args:
         quiet: print nothing.
         nested: part of another run, which has printed its recipe.
+        stop: asked to stop, the run saves a checkpoint at the next step boundary and raises ``Interrupted``.
     """
 
-    def __init__(self, recipe: Recipe, quiet: bool = False, nested: bool = False) -> None:
-        self.recipe = recipe
+    def __init__(
+        self, recipe: Recipe, quiet: bool = False, nested: bool = False, stop: StopRequest | None = None
+    ) -> None:
+        self.recipe, self.stop = recipe, StopRequest() if stop is None else stop
         self.accelerator = make_accelerator(recipe)
         self._quiet = quiet or not self.accelerator.is_main_process
         if not nested:
             self.log(dump(recipe))
         self.folder = run_folder(recipe)
-        start = find_start(recipe)
+        self._start = start = find_start(recipe)
+        self._prepared = False
         self.objective = make_objective(recipe)
         if start is not None:
             self._check_start(start)
@@ -98,14 +103,14 @@ class Trainer:
         # Runs the model: one that cannot take a ragged batch is refused before anything is written.
         self.balancing = Balancing(recipe.train.moe, self.objective.context, self.patch_report)
         self.step, self.seconds, self.num_tokens = 0, 0.0, 0
+        self._saved = 0 if start is None else start.step
+        self._stopping = False
         self.before_training: dict[str, Any] | None = None
         set_seed(recipe.seed, device_specific=True)
         if start is not None:
-            self._restore(start)
-        self.accelerator.wait_for_everyone()  # every process has read the folder before one changes it
+            restore_run(self, start)
+        self._prepare_folder()
         if self.accelerator.is_main_process:
-            for name in prepare_folder(recipe, start):
-                self.log(f"removed {name} of an earlier run")
             write_atomic(self.folder / "recipe.yaml", dump(recipe))
             self.objective.write_report(self.folder)
         roles = ", ".join(f"{count} {role}" for role, count in self.patch_report.roles().items())
@@ -128,7 +133,19 @@ class Trainer:
             nested_run=self._nested_run,
             folder=self.folder,
             log=self.log,
+            stop=self.stop,
         )
+
+    def _prepare_folder(self) -> None:
+        """Make the folder this run's: from here on a run that is interrupted is resumed, not started again."""
+        if self._prepared:
+            return
+        self._prepared = True
+        self.accelerator.wait_for_everyone()  # every process has read the folder before one changes it
+        if self.accelerator.is_main_process:
+            for name in prepare_folder(self.recipe, self._start):
+                self.log(f"removed {name} of an earlier run")
+        self.stop.started = True
 
     def _warm_up(self, start: Start | None) -> Path | None:
         """Train the warm-up, unless this run is past it; its last checkpoint, None without a warm-up."""
@@ -147,7 +164,8 @@ class Trainer:
         """Train another recipe inside of this run, or resume it; its last checkpoint."""
         last = run_folder(recipe) / "checkpoints" / name_of(recipe.train.max_steps)
         if recipe.resume_from_checkpoint is False or not last.is_dir():
-            train(recipe, self._quiet, nested=True)
+            self._prepare_folder()
+            train(recipe, self._quiet, nested=True, stop=self.stop)
         self.accelerator.wait_for_everyone()
         return last
 
@@ -221,43 +239,34 @@ class Trainer:
         with self._whole():
             return self.objective.evaluate()
 
-    def _restore(self, start: Start) -> None:
-        state, folder = start.state, start.checkpoint / "training"
-        rank = self.accelerator.process_index
-        load_optimizer(
-            self.optimizer.optimizer, self.ragged.model, folder / "optimizer.safetensors", state["optimizer"]
-        )
-        if self.sharded is not None:
-            self.sharded.shard_optimizer(self.optimizer.optimizer)
-        self.gradients.load_state_dict(state["loss_scale"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.objective.load_state_dict(state["data"][rank])
-        restore_rank(folder, state, rank)
-        self.step, self.seconds, self.num_tokens = start.step, state["seconds"], state["num_tokens"]
-        self.before_training = state["before_training"]
-        self.log(f"resumed from {start.checkpoint}")
-        if state["threads"] != torch.get_num_threads():
-            self.log(
-                f"note: {state['threads']} threads wrote it, {torch.get_num_threads()} resume it; bits may differ from "
-                "the uninterrupted run's"
-            )
-
     def fit(self) -> None:
-        """Train to ``train.max_steps``, saving as the recipe says and at the end."""
+        """Train to ``train.max_steps``, saving as the recipe says and at the end.
+
+        Raises:
+            Interrupted: a signal asked to stop, and the last step done is saved.
+        """
         recipe, last = self.recipe, self.recipe.train.max_steps
         main = self.accelerator.is_main_process
         if recipe.evaluate.do_eval and self.objective.eval_on_start and self.before_training is None:
-            self.before_training = self._with_rng_kept(self.evaluate)
+            with rng_kept():
+                self.before_training = self.evaluate()
             self.log(f"held out, before: {line(self.before_training)}")
         metrics = Metrics(self.folder, self.step, recipe.log.report_to == "tensorboard") if main else None
         recent: deque[tuple[int, float]] = deque(maxlen=20)
         primary = self.objective.primary_metric
         try:
-            with Progress(last, self.step, recipe.log.progress_seconds, not self._quiet, primary) as progress:
+            with (
+                self.stop.deferred(),
+                Progress(last, self.step, recipe.log.progress_seconds, not self._quiet, primary) as progress,
+            ):
                 while self.step < last:
-                    begun = time.perf_counter()
+                    begun, position = time.perf_counter(), self._position()
                     rate = self.scheduler.get_last_lr()[0]
-                    loss, norm = self.train_step()
+                    try:
+                        loss, norm = self.train_step()
+                    except Interrupted:  # in a rollout, before the weights changed
+                        self._save_once(metrics, position)
+                        raise self._interruption() from None
                     tokens, values = self.objective.finish()
                     recent.append((tokens, time.perf_counter() - begun))
                     self.seconds += recent[-1][1]
@@ -279,23 +288,35 @@ class Trainer:
                     speed = sum(count for count, _ in recent) / sum(seconds for _, seconds in recent)
                     progress.update(self.step, logged[primary], speed)
                     interval = recipe.checkpoint.save_steps
-                    if self.step == last or (interval is not None and self.step % interval == 0):
-                        if metrics is not None:
-                            metrics.sync()
-                        self.save()
+                    due = self.step == last or (interval is not None and self.step % interval == 0)
+                    if due:
+                        self._save_once(metrics)
+                    if self._stopping or (self.accelerator.num_processes == 1 and self.stop.requested):
+                        self._save_once(metrics)
+                        raise self._interruption()
         finally:
             if metrics is not None:
                 metrics.close()
         if main and recipe.log.plot:
             plot_curve(read_metrics(self.folder / METRICS), primary, self.folder, recipe.run_name)
 
-    def _with_rng_kept(self, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Run a measure without changing the random numbers that training samples."""
-        values, tensors = rng_state()
-        try:
-            return measure()
-        finally:
-            restore_rng(values, tensors)
+    def _position(self) -> tuple[Any, Any]:
+        """What a checkpoint holds of this process alone: its generators, and where it is in the data."""
+        return rng_state(), self.objective.state_dict()
+
+    def _interruption(self) -> Interrupted:
+        """Said by the main process before any other one ends, at which a launcher would end them all."""
+        if self.accelerator.is_main_process:
+            self.stop.announce()
+        self.accelerator.wait_for_everyone()
+        return self.stop.interruption()
+
+    def _save_once(self, metrics: Metrics | None, position: tuple[Any, Any] | None = None) -> None:
+        """Save this step, unless it is saved or there is nothing of it."""
+        if self.step > self._saved:
+            if metrics is not None:
+                metrics.sync()
+            self.save(position)
 
     def train_step(self) -> tuple[float, float]:
         """One step; returns its mean loss over its updates, and the gradient's norm at the last of them."""
@@ -318,75 +339,46 @@ class Trainer:
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             self.scheduler.step()
         self.step += 1
-        mean = cast(Tensor, self.accelerator.reduce(total / max(updates, 1), "mean"))
-        return mean.item(), norm.item()
+        # The processes stop after the same step, whichever of them was asked to.
+        asked = torch.full_like(total, float(self.stop.requested))
+        means = cast(Tensor, self.accelerator.reduce(torch.stack([total / max(updates, 1), asked]), "mean"))
+        mean, stopping = means.tolist()
+        if stopping:
+            self.stop.accept(signal.SIGTERM)
+        self._stopping = bool(stopping)
+        return mean, norm.item()
 
-    def save(self) -> None:
-        """Write a checkpoint of this step and remove those that the recipe does not keep."""
-        rngs = gather_object([rng_state()])
-        positions = gather_object([self.objective.state_dict()])
+    def save(self, position: tuple[Any, Any] | None = None) -> None:
+        """Write a checkpoint of this step and remove those that the recipe does not keep.
+
+        Args:
+            position: of this process when the step ended; None where that is now.
+        """
+        gathered = gather_object([self._position() if position is None else position])
+        rngs, positions = [rng for rng, _ in gathered], [data for _, data in gathered]
         with self._whole(self.optimizer.optimizer):
             if self.accelerator.is_main_process:
                 folder = self.folder / "checkpoints"
                 with checkpoint.writing(folder, self.step) as staging:
-                    self._write(staging, rngs, positions)
+                    write_run(self, staging, rngs, positions)
                 checkpoint.prune(folder, self.recipe.checkpoint.save_total_limit)
+        self._saved = self.step
         self.accelerator.wait_for_everyone()
 
-    def _write(self, staging: Path, rngs: list[Any], positions: list[Any]) -> None:
-        save_model(self.hf_model, staging)
-        self.tokenizer.save_pretrained(str(staging))
-        (staging / "recipe.yaml").write_text(dump(self.recipe), encoding="utf-8")
-        values = {
-            "step": self.step,
-            "seconds": self.seconds,
-            "num_tokens": self.num_tokens,
-            "before_training": self.before_training,
-            "world_size": self.accelerator.num_processes,
-            "threads": torch.get_num_threads(),
-            "data_fingerprint": self.objective.fingerprint,
-            "scheduler": self.scheduler.state_dict(),
-            "loss_scale": self.gradients.state_dict(),
-            "data": positions,
-        }
-        write_state(staging / "training", values, self.optimizer.optimizer, self.ragged.model, rngs)
 
-    def result(self) -> dict[str, Any]:
-        """What the finished run writes to ``result.json``, with the held-out measure unless the recipe turns it off."""
-        lines = read_metrics(self.folder / METRICS)[-20:]
-        names = dict.fromkeys(("loss", self.objective.primary_metric))
-        result: dict[str, Any] = {
-            "run_name": self.recipe.run_name,
-            "objective": self.recipe.objective.kind,
-            "global_step": self.step,
-            "num_parameters": self.num_parameters,
-            "num_trainable_parameters": self.num_trainable,
-            "num_tokens": self.num_tokens,
-            "train_runtime": round(self.seconds, 1),
-            "train_tokens_per_second": round(self.num_tokens / max(self.seconds, 1e-9), 1),
-            **{name: sum(entry[name] for entry in lines) / max(len(lines), 1) for name in names},
-            "numerics": str(self.patch_report.numerics),
-            "threads": torch.get_num_threads(),
-            "processes": self.accelerator.num_processes,
-        }
-        if self.recipe.evaluate.do_eval:
-            if self.before_training is not None:
-                result["before_training"] = self.before_training
-            result |= self.evaluate()
-        return result
+def train(recipe: Recipe, quiet: bool = False, nested: bool = False, stop: StopRequest | None = None) -> dict[str, Any]:
+    """Run a recipe to its end; returns what it writes to ``result.json``. Arguments as for ``Trainer``.
 
-
-def train(recipe: Recipe, quiet: bool = False, nested: bool = False) -> dict[str, Any]:
-    """Run a recipe to its end; returns what it writes to ``result.json``.
-
-    Raises ToolkitError for bad input.
+    Raises:
+        ToolkitError: bad input.
+        Interrupted: ``stop`` was asked to stop the run, which resumes with ``resume_from_checkpoint=true``.
     """
-    trainer = Trainer(recipe, quiet, nested)
+    trainer = Trainer(recipe, quiet, nested, stop)
     try:
         trainer.fit()
-        result = trainer.result()
+        result = result_of(trainer)
         if trainer.accelerator.is_main_process:
-            write_atomic(trainer.folder / RESULT, json.dumps(result, indent=1) + "\n")
+            write_atomic(trainer.folder / RESULT, strict_json(result, indent=1) + "\n")
             if not quiet:
                 show(result, trainer.objective, trainer.folder)
     finally:

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import IO, Any
 
+from toolkit.strict_json import strict_json
 from toolkit.training.files import write_atomic
 
 FILE = "metrics.jsonl"
@@ -17,7 +18,7 @@ class Metrics:
 
     def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
         self._path = folder / FILE
-        kept = [json.dumps(line) + "\n" for line in read_metrics(self._path) if line["step"] <= step]
+        kept = [strict_json(line) + "\n" for line in read_metrics(self._path) if line["step"] <= step]
         write_atomic(self._path, "".join(kept))
         self._file: IO[str] = self._path.open("a", encoding="utf-8")
         self._writer: Any = None
@@ -27,8 +28,8 @@ class Metrics:
             self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
 
     def write(self, values: dict[str, float | int]) -> None:
-        """Record one step; ``values`` has "step" and numbers."""
-        self._file.write(json.dumps(values) + "\n")
+        """Record one step; ``values`` has "step" and numbers, NaN and infinities written as null."""
+        self._file.write(strict_json(values) + "\n")
         self._file.flush()
         if self._writer is not None:
             for name, value in values.items():
@@ -66,6 +67,7 @@ def plot_curve(lines: list[dict[str, Any]], name: str, folder: Path, title: str)
 
     from matplotlib.figure import Figure
 
+    lines = [line for line in lines if line[name] is not None]
     steps, values = [line["step"] for line in lines], [line[name] for line in lines]
     width = max(len(lines) // 50, 1)
     smooth = [sum(values[max(i - width + 1, 0) : i + 1]) / min(i + 1, width) for i in range(len(values))]

@@ -1,9 +1,48 @@
-"""What a finished run prints."""
+"""What a finished run returns, writes and prints."""
 
+import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
+
+from toolkit.training.metrics import FILE, read_metrics
 from toolkit.training.objectives.base import Objective
+
+if TYPE_CHECKING:
+    from toolkit.training.loop import Trainer
+
+
+def result_of(trainer: "Trainer") -> dict[str, Any]:
+    """What a finished run writes to ``result.json``, with the held-out measure unless the recipe turns it off.
+
+    A metric's value is its mean over the last 20 steps that had one; NaN where none had.
+    """
+    lines = read_metrics(trainer.folder / FILE)[-20:]
+    names = dict.fromkeys(("loss", trainer.objective.primary_metric))
+    result: dict[str, Any] = {
+        "run_name": trainer.recipe.run_name,
+        "objective": trainer.recipe.objective.kind,
+        "global_step": trainer.step,
+        "num_parameters": trainer.num_parameters,
+        "num_trainable_parameters": trainer.num_trainable,
+        "num_tokens": trainer.num_tokens,
+        "train_runtime": round(trainer.seconds, 1),
+        "train_tokens_per_second": round(trainer.num_tokens / max(trainer.seconds, 1e-9), 1),
+        **{name: _mean([entry[name] for entry in lines if entry[name] is not None]) for name in names},
+        "numerics": str(trainer.patch_report.numerics),
+        "threads": torch.get_num_threads(),
+        "processes": trainer.accelerator.num_processes,
+    }
+    if trainer.recipe.evaluate.do_eval:
+        if trainer.before_training is not None:
+            result["before_training"] = trainer.before_training
+        result |= trainer.evaluate()
+    return result
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
 
 
 def show(result: dict[str, Any], objective: Objective[Any], folder: Path) -> None:

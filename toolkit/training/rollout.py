@@ -2,12 +2,13 @@
 
 import math
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from typing import Any, cast
 
 from toolkit.config.objective import RolloutSection
 from toolkit.engine import Engine, SamplingParams
-from toolkit.engine.outputs import Completion
+from toolkit.engine.outputs import Completion, Delta
 from toolkit.errors import ToolkitError
 from toolkit.training.corpus import digest
 from toolkit.training.examples import prompt_ids
@@ -62,6 +63,10 @@ class Rollout:
             seeds: one per prompt.
             n: completions per prompt.
             temperature: in the place of the recipe's.
+
+        Raises:
+            ToolkitError: a prompt that is too long, or a completion that failed.
+            Interrupted: a signal asked some process to stop, in all of them; the weights are what they were.
         """
         section, begun = self._section, time.perf_counter()
         longest = self._context.recipe.train.max_length - section.max_completion_length
@@ -81,13 +86,27 @@ class Rollout:
             )
             for seed in seeds
         ]
-        completions = self.engine.generate(list(prompts), params) if prompts else []
+        completions = self._run(list(prompts), params) if prompts else []
+        if self._context.reduce_max(int(self._context.stop.requested)):
+            raise self._context.stop.interruption()
         for one in completions:
             if one.error is not None:
                 raise ToolkitError(f"a rollout failed: {one.error.rstrip('.')}.")
         self.seconds += time.perf_counter() - begun
         self.tokens += sum(len(one.token_ids) for one in completions)
         return [completions[at : at + n] for at in range(0, len(completions), n)]
+
+    def _run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[Completion]:
+        """What ``engine.generate`` returns, or the part of it that was there when a signal asked to stop."""
+        found: dict[tuple[int, int], Completion] = {}
+        deltas = cast(Generator[Delta, None, None], self.engine.stream(prompts, params))
+        with closing(deltas):
+            for delta in deltas:
+                if delta.finished is not None:
+                    found[delta.prompt_index, delta.index] = delta.finished
+                if self._context.stop.requested:
+                    break
+        return [found[at] for at in sorted(found)]
 
     def close(self) -> None:
         """Free the engine's memory; a later call makes another one."""

@@ -1,7 +1,8 @@
 """What a checkpoint holds beside the model: optimizer, random number generators, position; without pickle."""
 
-import json
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from toolkit.errors import ToolkitError
+from toolkit.strict_json import strict_json
 
 
 def save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, path: Path) -> list[dict[str, Any]]:
@@ -68,7 +70,7 @@ def write_state(
     flat = {f"{rank}/{name}": t for rank, (_, named) in enumerate(rngs) for name, t in named.items()}
     save_file(flat, str(folder / "rng.safetensors"))
     state = {**values, "optimizer": groups, "rng": [numbers for numbers, _ in rngs]}
-    (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    (folder / "state.json").write_text(strict_json(state), encoding="utf-8")
 
 
 def restore_rank(folder: Path, state: dict[str, Any], rank: int) -> None:
@@ -92,6 +94,16 @@ def rng_state() -> tuple[dict[str, Any], dict[str, Tensor]]:
     if torch.cuda.is_available():
         tensors["cuda"] = torch.cuda.get_rng_state()
     return values, tensors
+
+
+@contextmanager
+def rng_kept() -> Iterator[None]:
+    """Inside, random numbers may be sampled; afterwards the generators are as they were."""
+    values, tensors = rng_state()
+    try:
+        yield
+    finally:
+        restore_rng(values, tensors)
 
 
 def restore_rng(values: dict[str, Any], tensors: dict[str, Tensor]) -> None:

@@ -60,7 +60,12 @@ def load_tokenizer(
     """
     source = find_tokenizer(name_or_path, revision=revision, trust_remote_code=trust_remote_code, field=field)
     tokenizer: Tokenizer = loading.load_tokenizer(source)
-    if tokenizer is None or not tokenizer.is_fast:
+    if tokenizer is None:
+        raise ToolkitError(
+            f"{field} must hold a tokenizer, got '{name_or_path}', which has none; name one with "
+            "tokenizer.name_or_path=."
+        )
+    if not tokenizer.is_fast:
         raise ToolkitError(f"{field} must hold a fast tokenizer (tokenizer.json), got '{name_or_path}'.")
     if tokenizer.eos_token_id is None:
         raise ToolkitError(f"{field} must hold a tokenizer with an eos token, got '{name_or_path}'.")

@@ -11,6 +11,7 @@ from toolkit.config import Recipe
 from toolkit.config.objective import ObjectiveSection
 from toolkit.errors import ToolkitError
 from toolkit.training.files import write_atomic
+from toolkit.training.signals import StopRequest
 from toolkit.training.tasks import ProblemStream, Task
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class RunContext:
         nested_run: trains another recipe first, inside of this run; returns the folder of its last checkpoint.
         folder: the run's.
         log: prints a line on the main process.
+        stop: whether a signal has asked the run to stop.
     """
 
     recipe: Recipe
@@ -50,6 +52,7 @@ class RunContext:
     nested_run: Callable[[Recipe], Path]
     folder: Path
     log: Callable[[str], None]
+    stop: StopRequest = field(default_factory=StopRequest)
 
     @property
     def device(self) -> "torch.device":

@@ -1,0 +1,62 @@
+"""What a checkpoint of a run holds, and a run that continues from one."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from toolkit.config import dump
+from toolkit.training.model import save_model
+from toolkit.training.resume import Start
+from toolkit.training.state import load_optimizer, restore_rank, write_state
+
+if TYPE_CHECKING:
+    from toolkit.training.loop import Trainer
+
+
+def write_run(trainer: "Trainer", staging: Path, rngs: list[Any], positions: list[Any]) -> None:
+    """Fill the folder of a checkpoint.
+
+    Args:
+        rngs: ``rng_state`` of each process.
+        positions: position in the data of each process.
+    """
+    save_model(trainer.hf_model, staging)
+    trainer.tokenizer.save_pretrained(str(staging))
+    (staging / "recipe.yaml").write_text(dump(trainer.recipe), encoding="utf-8")
+    values = {
+        "step": trainer.step,
+        "seconds": trainer.seconds,
+        "num_tokens": trainer.num_tokens,
+        "before_training": trainer.before_training,
+        "world_size": trainer.accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "data_fingerprint": trainer.objective.fingerprint,
+        "scheduler": trainer.scheduler.state_dict(),
+        "loss_scale": trainer.gradients.state_dict(),
+        "data": positions,
+    }
+    write_state(staging / "training", values, trainer.optimizer.optimizer, trainer.ragged.model, rngs)
+
+
+def restore_run(trainer: "Trainer", start: Start) -> None:
+    """Continue where the checkpoint was written: optimizer, schedule, data and generators of this process."""
+    state, folder = start.state, start.checkpoint / "training"
+    rank = trainer.accelerator.process_index
+    load_optimizer(
+        trainer.optimizer.optimizer, trainer.ragged.model, folder / "optimizer.safetensors", state["optimizer"]
+    )
+    if trainer.sharded is not None:
+        trainer.sharded.shard_optimizer(trainer.optimizer.optimizer)
+    trainer.gradients.load_state_dict(state["loss_scale"])
+    trainer.scheduler.load_state_dict(state["scheduler"])
+    trainer.objective.load_state_dict(state["data"][rank])
+    restore_rank(folder, state, rank)
+    trainer.step, trainer.seconds, trainer.num_tokens = start.step, state["seconds"], state["num_tokens"]
+    trainer.before_training = state["before_training"]
+    trainer.log(f"resumed from {start.checkpoint}")
+    if state["threads"] != torch.get_num_threads():
+        trainer.log(
+            f"note: {state['threads']} threads wrote it, {torch.get_num_threads()} resume it; bits may differ from "
+            "the uninterrupted run's"
+        )
