@@ -32,7 +32,7 @@ def test_texts_are_tokenised_where_they_are_submitted(monkeypatch):
         return encode(*args, **kwargs)
 
     monkeypatch.setattr(prompts, "rust_encoding", watched)
-    monkeypatch.setattr(type(tokenizer), "__call__", lambda *_, **__: pytest.fail("the wrapper tokenised"))
+    monkeypatch.setattr(prompts, "prompt_token_ids", lambda *_: pytest.fail("the engine's thread tokenised"))
     params = SamplingParams(max_tokens=5, seed=1)
     with AsyncEngine(Engine(HistoryModel(max_model_len=32), tokenizer, max_num_seqs=4, num_blocks=64)) as async_engine:
         texts = ["ABC", "12"]
