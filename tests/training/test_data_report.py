@@ -13,8 +13,10 @@ from tests.helpers.tokenizers import CHATML, make_tokenizer
 from toolkit.config import Recipe
 from toolkit.errors import ToolkitError
 from toolkit.loading import load_model
+from toolkit.training.corpus import digest
 from toolkit.training.loop import Trainer, train
 from toolkit.training.metrics import read_metrics
+from toolkit.training.tasks import Problem, Task
 
 
 def chat(question: str, reply: str = "yes") -> dict[str, Any]:
@@ -116,7 +118,7 @@ def test_a_chat_template_is_text_a_file_or_a_name(tmp_path: Path, checkpoint: Pa
         trainer = Trainer(recipe, quiet=True)
         assert trainer.tokenizer.chat_template == "!" + CHATML
         assert "  | !<|im_start|>user" in report_of(trainer)
-    with pytest.raises(ToolkitError, match="or a template of the tokenizer, got 'nowhere'"):
+    with pytest.raises(ToolkitError, match=r"or a template of the tokenizer, got 'nowhere'"):
         Trainer(recipe_of(tmp_path, checkpoint, "sft", [chat("a")], {"chat_template": "nowhere"}), quiet=True)
 
 
@@ -204,3 +206,72 @@ def test_a_split_conversation_is_resumed_between_its_turns(tmp_path: Path, check
     after = read_metrics(tmp_path / "runs" / "sft" / "metrics.jsonl")
     assert [line["loss"] for line in after] == [line["loss"] for line in before]
     trainer.objective.close()
+
+
+def test_what_a_template_does_not_show_is_told(tmp_path: Path, checkpoint: Path) -> None:
+    call = {"type": "function", "function": {"name": "get_weather", "arguments": {}}}
+    line = {
+        "messages": [
+            {"role": "user", "content": "is it?"},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "content": "yes"},
+            {"role": "assistant", "content": "yes"},
+        ]
+    }
+    report = report_of(Trainer(recipe_of(tmp_path, checkpoint, "sft", [line] * 3), quiet=True))
+    assert "note: in 3 conversations the template shows nothing of a tool or of a call" in report
+    shown = "{{ m['content'] or '' }}{{ m.tool_calls or '' }}"
+    options = {"chat_template": "{{ tools }}" + CHATML.replace("{{ m['content'] }}", shown)}
+    rows = [line | {"tools": [call]}] * 3
+    recipe = recipe_of(tmp_path, checkpoint, "sft", rows, options, overwrite=True, train={"max_length": 128})
+    report = report_of(Trainer(recipe, quiet=True))
+    assert "shows nothing" not in report
+    assert report.count("'get_we") == 2
+
+
+def test_held_out_lines_are_checked_and_messages_need_a_template(tmp_path: Path, checkpoint: Path) -> None:
+    strict = "{% if messages[0].content == 'bad' %}{{ raise_exception('no bad words') }}{% endif %}" + CHATML
+    rows = [chat("bad", f"{at}") for at in range(20)]
+    held_out = [at for at, row in enumerate(rows) if digest(json.dumps(row)) < int(0.5 * 2**64)]
+    rows = [row if at in held_out else chat(f"q{at}") for at, row in enumerate(rows)]
+    options = {"chat_template": strict, "evaluation": {"val_set_size": 0.5, "max_eval_samples": 99}}
+    recipe = recipe_of(tmp_path, checkpoint, "sft", rows, options, evaluate={"do_eval": False})
+    with pytest.raises(
+        ToolkitError, match=rf"lines? {held_out[0] + 1}\b.*: The chat template must take .*: no bad words"
+    ):
+        Trainer(recipe, quiet=True)
+    bare = tmp_path / "bare"
+    LlamaForCausalLM.from_pretrained(checkpoint).save_pretrained(bare)
+    make_tokenizer().save_pretrained(bare)
+    with pytest.raises(
+        ToolkitError, match=r"chat_template must be given for messages, .* the tokenizer has no template"
+    ):
+        Trainer(recipe_of(tmp_path, bare, "sft", [chat("a")]), quiet=True)
+
+
+class Long(Task):
+    """Every third prompt is long."""
+
+    def make(self, seed: int, count: int) -> list[Problem]:
+        return [
+            Problem(("x" * 40 if at % 3 else "x") + f"{(seed + at) % 997}", "a", "b", str(at)) for at in range(count)
+        ]
+
+    def reward(self, prompt: str, completion: str) -> float:
+        return float(len(completion) % 2)
+
+
+def test_long_prompts_of_a_task_end_a_run_before_its_first_step_or_are_passed_over(tmp_path: Path) -> None:
+    objective = {"task": {"name": "test_data_report:Long"}, "prompts": 4, "num_generations": 2}
+    with pytest.raises(ToolkitError, match=r"a prompt must have <= 24 tokens .* of the first 64 problems; raise"):
+        Trainer(objective_recipe(tmp_path, "grpo", objective), quiet=True)
+    recipe = objective_recipe(
+        tmp_path,
+        "grpo",
+        objective | {"filter_overlong_prompts": True},
+        train={"max_steps": 2},
+        evaluate={"do_eval": True},
+    )
+    assert train(recipe, quiet=True)["eval_samples"] == 16
+    lines = read_metrics(tmp_path / "runs" / "grpo" / "metrics.jsonl")
+    assert sum(line["prompts_dropped"] for line in lines) > 0

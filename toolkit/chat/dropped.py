@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from toolkit.chat.template import ChatTemplateError, render
+from toolkit.chat.template import ChatTemplateError, parsed_tools, render
 
 
 def dropped_messages(
@@ -29,6 +29,24 @@ def dropped_messages(
     except ChatTemplateError:
         return []
     return [at for at, mark in marks.items() if mark not in text]
+
+
+def hidden_tools(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | str | None = None, **options: Any
+) -> list[str]:
+    """The names of tools, and of functions that messages call, of which ``render`` shows nothing.
+
+    Args:
+        tokenizer: of transformers.
+        messages: as for ``render``.
+        tools: as for ``render``.
+        options: other arguments of ``render``.
+    """
+    calls = [call for message in messages for call in message.get("tool_calls") or []]
+    named = [one.get("function", one) for one in (parsed_tools(tools) or []) + calls if isinstance(one, Mapping)]
+    names = [one["name"] for one in named if isinstance(one, Mapping) and isinstance(one.get("name"), str)]
+    text = render(tokenizer, messages, tools, **options) if names else ""
+    return [name for name in dict.fromkeys(names) if name not in text]
 
 
 def _has_text(content: Any) -> bool:

@@ -42,9 +42,10 @@ def prompt_token_ids(tokenizer: Any, text: str) -> list[int]:
         ToolkitError: the text has a lone surrogate.
     """
     check_text(text)
-    ids = list(tokenizer(text)["input_ids"])
-    behind = len(special_tokens_around(tokenizer)[1]) if hasattr(tokenizer, "special_tokens_map") else 0
-    return ids[: len(ids) - behind]
+    if not hasattr(tokenizer, "special_tokens_map"):  # not one of transformers
+        return list(tokenizer(text)["input_ids"])
+    ids = list(tokenizer(text, verbose=False)["input_ids"])
+    return ids[: len(ids) - len(special_tokens_around(tokenizer)[1])]
 
 
 def encode_with_offsets(tokenizer: Any, text: str) -> Encoding:

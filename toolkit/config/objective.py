@@ -144,6 +144,9 @@ class OnPolicySection(PromptSection):
 
     prompts: Count = 16
     """Prompts per step, over all processes."""
+    filter_overlong_prompts: bool = False
+    """Pass over problems whose prompt leaves no room for ``rollout.max_completion_length`` within ``train.max_length``,
+    and count them (``prompts_dropped``); false is an error."""
 
     @model_validator(mode="after")
     def _has_a_task(self) -> Self:

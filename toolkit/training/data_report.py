@@ -48,6 +48,12 @@ class DataReport:
         elif self.first is None:
             self.first, self.first_number = outcome.examples[0], number
 
+    def add_bad(self, other: "DataReport") -> None:
+        """Take over what another pass, which is not counted, has found wrong."""
+        self.bad = sorted([*self.bad, *other.bad])
+        self.too_long = sorted([*self.too_long, *other.too_long])
+        self.sources += len(other.bad)
+
     def gather(self, context: "RunContext") -> None:
         """Bring together what the processes have seen."""
         if context.world_size == 1:
@@ -118,7 +124,7 @@ def written(report: DataReport, what: str, max_length: int, tokenizer: Any, note
         lines.append(f"  skipped: {len(report.bad):,} {what} ({shown(report.bad)})")
     if report.dropped:
         numbers = ", ".join(map(str, report.dropped[:5])) + (", ..." if len(report.dropped) > 5 else "")
-        why = f"nothing that counts is within train.max_length {max_length}, or the recipe drops longer ones"
+        why = f"nothing that counts is within train.max_length {max_length}"
         lines.append(f"  dropped: {len(report.dropped):,} {what} ({numbers}): {why}")
     remarks = {
         "cut": f"cut: {{}} examples at train.max_length {max_length}, {counts['cut_tokens']:,} tokens",
@@ -127,6 +133,7 @@ def written(report: DataReport, what: str, max_length: int, tokenizer: Any, note
         "End prompts before a space, not behind it",
         "reopened": "note: in {} examples the template opens the turn otherwise than its generation prompt does; what "
         "counts begins where the two part",
+        "hidden_tools": "note: in {} conversations the template shows nothing of a tool or of a call",
         "dropped_messages": "note: in {} conversations the template shows nothing of a message",
     }
     lines += [f"  {text.format(f'{counts[name]:,}')}" for name, text in remarks.items() if counts[name]]

@@ -106,6 +106,8 @@ class JsonlDataset:
             raise bad_lines_error(path, self.bad)
         if not self.train:
             skipped = f", of which {len(self.bad)} lines are skipped ({shown(self.bad)})" if self.bad else ""
+            if self.held_out:
+                skipped += f", of which evaluation.val_set_size {val_set_size} holds out {len(self.held_out)} lines"
             raise ToolkitError(f"{FIELD} must have a line to train on, got '{path}'{skipped}.")
 
 

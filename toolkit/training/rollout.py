@@ -11,7 +11,7 @@ from toolkit.engine import Engine, SamplingParams
 from toolkit.engine.outputs import Completion, Delta
 from toolkit.errors import ToolkitError
 from toolkit.training.corpus import digest
-from toolkit.training.examples import prompt_ids
+from toolkit.training.examples import check_misses, prompt_ids
 from toolkit.training.objectives.base import RunContext
 from toolkit.training.tasks import Problem, ProblemStream, Task, checked_reward
 
@@ -33,6 +33,11 @@ class Rollout:
         self._context, self._section, self._return_routed_experts = context, section, enable_return_routed_experts
         self._engine: Engine | None = None
         self.seconds, self.tokens = 0.0, 0
+
+    @property
+    def max_prompt_length(self) -> int:
+        """Tokens of the longest prompt that leaves room for a completion."""
+        return self._context.recipe.train.max_length - self._section.max_completion_length
 
     @property
     def engine(self) -> Engine:
@@ -69,7 +74,7 @@ class Rollout:
             Interrupted: a signal asked some process to stop, in all of them; the weights are what they were.
         """
         section, begun = self._section, time.perf_counter()
-        longest = self._context.recipe.train.max_length - section.max_completion_length
+        longest = self.max_prompt_length
         for prompt in prompts:
             if len(prompt) > longest:
                 raise ToolkitError(
@@ -115,12 +120,43 @@ class Rollout:
             self._engine = None
 
 
-def eval_accuracy(context: RunContext, rollout: Rollout, task: Task, count: int, val_set_size: float) -> dict[str, Any]:
+def problems_that_fit(
+    context: RunContext, rollout: Rollout, stream: ProblemStream, count: int
+) -> tuple[list[Problem], list[list[int]], int]:
+    """The next problems whose prompts leave room for a completion, those prompts, and how many were passed over."""
+    problems: list[Problem] = []
+    prompts: list[list[int]] = []
+    dropped, misses = 0, 0
+    while len(problems) < count:
+        (problem,) = stream.take(1)
+        ids = prompt_ids(context.tokenizer, problem.prompt)
+        if len(ids) <= rollout.max_prompt_length:
+            problems.append(problem)
+            prompts.append(ids)
+            misses = 0
+        else:
+            dropped, misses = dropped + 1, misses + 1
+            check_misses(misses)
+    return problems, prompts, dropped
+
+
+def eval_accuracy(
+    context: RunContext,
+    rollout: Rollout,
+    task: Task,
+    count: int,
+    val_set_size: float,
+    filter_overlong_prompts: bool = False,
+) -> dict[str, Any]:
     """The share of ``count`` held-out problems that are solved, greedily and by one sample at temperature 1.
 
     The problems and the seeds of the samples are always the same ones. The processes share the work.
     """
-    problems: list[Problem] = ProblemStream(task, 0, val_set_size, held_out=True).take(count)
+    stream = ProblemStream(task, 0, val_set_size, held_out=True)
+    if filter_overlong_prompts:
+        problems = problems_that_fit(context, rollout, stream, count)[0]
+    else:
+        problems = stream.take(count)
     mine = list(enumerate(problems))[context.rank :: context.world_size]
     prompts = [prompt_ids(context.tokenizer, problem.prompt) for _, problem in mine]
     seeds = [digest(f"held out/{at}") for at, _ in mine]

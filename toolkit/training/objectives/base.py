@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from toolkit.training.model import RaggedModel
     from toolkit.training.tokenizer import Tokenizer
 
+CHECKED_PROBLEMS = 64
+"""Problems of a task that are looked at before the first step."""
 DATA_REPORT = "data_report.txt"
 TOKENIZER_PROBLEMS = 2000
 """Problems of a task whose text a tokenizer is trained on."""

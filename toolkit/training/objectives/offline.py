@@ -5,20 +5,18 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from toolkit.chat import ChatTokenizer, dropped_messages
+from toolkit.chat import ChatTokenizer, dropped_messages, hidden_tools
 from toolkit.config import Recipe
 from toolkit.config.objective import OfflineSection
 from toolkit.errors import ToolkitError
 from toolkit.training import data_report, formats
 from toolkit.training.examples import LineStream, Stream
 from toolkit.training.jsonl import BadLine, JsonlDataset, Line, bad_lines_error, shown
-from toolkit.training.objectives.base import Objective, RunContext, task_texts
+from toolkit.training.objectives.base import CHECKED_PROBLEMS, Objective, RunContext, task_texts
 from toolkit.training.preparing import Outcome, TooLong
 from toolkit.training.tasks import Problem, ProblemStream, make_task
 
 O = TypeVar("O", bound=OfflineSection)
-CHECKED_PROBLEMS = 64
-"""Problems of a task that are looked at before the first step."""
 
 
 class OfflineObjective(Objective[O]):
@@ -79,7 +77,18 @@ class OfflineObjective(Objective[O]):
         super().bind(context)
         if self.section.chat_template is not None:
             context.tokenizer.chat_template = _template(self.section.chat_template, context.tokenizer)
+        if not context.tokenizer.chat_template and self._has_messages():
+            raise ToolkitError(
+                f"objective.chat_template must be given for messages, as in '{self.section.data_files}', when the "
+                "tokenizer has no template."
+            )
         self.chat = self.chat_tokenizer(eos_token_ids(context.model.model))
+
+    def _has_messages(self) -> bool:
+        """Whether the file's first line has messages."""
+        if self.dataset is None:
+            return False
+        return bool(formats.conversations(formats.read(self.dataset.train[0].value, self.formats)))
 
     @abstractmethod
     def prepare(self, source: Problem | Line) -> Outcome:
@@ -115,6 +124,8 @@ class OfflineObjective(Objective[O]):
         total = min(most or len(sources), len(sources))
         report = data_report.check((sources[at] for at in range(total)), total, self._prepare_and_look, context, what)
         if self.dataset is not None:
+            held_out = self.dataset.held_out[: section.evaluation.max_eval_samples]
+            report.add_bad(data_report.check(held_out, len(held_out), self.prepare, context, "held-out lines"))
             data_report.raise_by_policy(report, self.dataset.path, section.on_bad_lines)
             report.sources += len(self.dataset.bad)
             report.bad = sorted([*report.bad, *self.dataset.bad])
@@ -137,18 +148,13 @@ class OfflineObjective(Objective[O]):
         """``prepare``, and whether the template leaves messages out; the latter of the first lines only."""
         outcome = self.prepare(source)
         if isinstance(source, Line) and source.number <= CHECKED_PROBLEMS:
-            options = formats.options(source.value)
+            tools, own = formats.options(source.value)
+            variables = {**(self.section.chat_template_kwargs or {}), **(own or {})}
+            tokenizer = self.context.tokenizer
             for messages in formats.conversations(formats.read(source.value, self.formats)):
-                dropped = dropped_messages(
-                    self.context.tokenizer,
-                    messages,
-                    options.tools,
-                    chat_template_kwargs={
-                        **(self.section.chat_template_kwargs or {}),
-                        **(options.chat_template_kwargs or {}),
-                    },
-                )
-                outcome.counts.update(dropped_messages=bool(dropped))
+                dropped = dropped_messages(tokenizer, messages, tools, chat_template_kwargs=variables)
+                hidden = hidden_tools(tokenizer, messages, tools, chat_template_kwargs=variables)
+                outcome.counts.update(dropped_messages=bool(dropped), hidden_tools=bool(hidden))
         return outcome
 
     def _complete_eos_list(self, report: data_report.DataReport) -> list[str]:

@@ -7,9 +7,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from toolkit.config import Recipe
 from toolkit.config.objective import OnPolicySection
+from toolkit.errors import ToolkitError
 from toolkit.training.corpus import digest
 from toolkit.training.examples import prompt_ids
-from toolkit.training.objectives.base import MetricAccumulator, Metrics, Objective, RunContext, divided, task_texts
+from toolkit.training.objectives.base import (
+    CHECKED_PROBLEMS,
+    MetricAccumulator,
+    Metrics,
+    Objective,
+    RunContext,
+    divided,
+    task_texts,
+)
 from toolkit.training.tasks import Problem, ProblemStream, checked_reward, make_task
 
 if TYPE_CHECKING:
@@ -45,6 +54,7 @@ class OnPolicyObjective(Objective[P]):
         self.sums = MetricAccumulator()
         self.prompts = divided("objective.prompts", self.section.prompts, context.world_size)
         self.trained_tokens = 0
+        self._check_prompts(share)
         self._said_unscored = False
 
     def begin(self) -> None:
@@ -55,11 +65,35 @@ class OnPolicyObjective(Objective[P]):
     def roll_out(self, step: int, n: int, attempt: int = 0) -> tuple[list[Problem], list[list["Completion"]]]:
         """This process's problems of a step and ``n`` completions of each; samples depend on (seed, step, index)."""
         context = self.context
-        problems = self.stream.take(self.prompts)
+        problems, prompts = self._next_problems()
         indices = [at * context.world_size + context.rank for at in range(len(problems))]
         seeds = [digest(f"{self.recipe.seed}/{step}/{attempt}/{index}") for index in indices]
-        prompts = [prompt_ids(context.tokenizer, problem.prompt) for problem in problems]
         return problems, self.rollout.generate(prompts, seeds, n)
+
+    def _next_problems(self) -> tuple[list[Problem], list[list[int]]]:
+        """This process's next problems and their prompts, without those that do not fit where the recipe says so."""
+        from toolkit.training.rollout import problems_that_fit
+
+        if not self.section.filter_overlong_prompts:
+            problems = self.stream.take(self.prompts)
+            return problems, [prompt_ids(self.context.tokenizer, problem.prompt) for problem in problems]
+        problems, prompts, dropped = problems_that_fit(self.context, self.rollout, self.stream, self.prompts)
+        self.sums.add(prompts_dropped=dropped)
+        return problems, prompts
+
+    def _check_prompts(self, share: float) -> None:
+        """Raise ToolkitError where prompts of the first problems do not fit and the recipe does not pass over them."""
+        longest = self.rollout.max_prompt_length
+        first = ProblemStream(self.task, self.recipe.seed, share).take(CHECKED_PROBLEMS)
+        lengths = [len(prompt_ids(self.context.tokenizer, problem.prompt)) for problem in first]
+        long = [length for length in lengths if length > longest]
+        if long and (not self.section.filter_overlong_prompts or len(long) == len(lengths)):
+            raise ToolkitError(
+                f"a prompt must have <= {longest} tokens with train.max_length {self.recipe.train.max_length} and "
+                f"objective.rollout.max_completion_length {self.section.rollout.max_completion_length}, got "
+                f"{max(long)} in {len(long)} of the first {len(lengths)} problems; raise train.max_length, or pass "
+                "over such problems with objective.filter_overlong_prompts=true."
+            )
 
     def count(self, problems: Sequence[Problem], completions: Sequence[Sequence["Completion"]]) -> list[list[float]]:
         """The rewards of the completions of each problem, NaN where there is none; they enter the step's metrics."""
@@ -119,6 +153,7 @@ class OnPolicyObjective(Objective[P]):
                 self.trained_tokens * processes / max(got["training_seconds"], 1e-9), 1
             ),
             "weight_version": self.rollout.engine.stats()["weight_version"],
+            **({"prompts_dropped": int(got["prompts_dropped"])} if self.section.filter_overlong_prompts else {}),
         }
 
     def evaluate(self) -> Metrics:
@@ -126,7 +161,12 @@ class OnPolicyObjective(Objective[P]):
 
         evaluation = self.section.evaluation
         return eval_accuracy(
-            self.context, self.rollout, self.task, evaluation.max_eval_samples, evaluation.val_set_size
+            self.context,
+            self.rollout,
+            self.task,
+            evaluation.max_eval_samples,
+            evaluation.val_set_size,
+            self.section.filter_overlong_prompts,
         )
 
     def show(self, before: Metrics | None, after: Metrics) -> None:
