@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from toolkit.state.block_allocator import BlockAllocator, OutOfBlocks
 from toolkit.state.block_table import NULL_BLOCK, BlockTable, longest_prefix
+from toolkit.state.prefix import PrefixNode
 from toolkit.state.prefix_key import PrefixKey
 
 BlockCounts = tuple[int, ...]
@@ -109,7 +110,25 @@ class BlockTables:
         num_blocks = longest_prefix(self.parts, known)
         for part, nodes in zip(self.parts, known, strict=True):
             part.share_prefix(nodes[:num_blocks])
+        snapshots = [part for part in self.parts if part.snapshot_interval]
+        if snapshots:
+            self._plan_snapshots(snapshots, known, len(tokens))
         return self.length
+
+    def _plan_snapshots(self, parts: list[BlockTable], known: list[list[PrefixNode]], count: int) -> None:
+        """Keep the state where a later sequence can go on: at the end of the prompt, and where it leaves another's.
+
+        Where it does, the same prefix was seen twice, so a third one is likely.
+        """
+        size = self.parts[0].allocator.block_size
+        others = [at for at, part in enumerate(self.parts) if not part.snapshot_interval]
+        if others:  # as far as those that keep every token can continue
+            branch = longest_prefix([self.parts[at] for at in others], [known[at] for at in others])
+        else:
+            branch = min(map(len, known))
+        lengths = [length for length in (branch * size, (count - 1) // size * size) if length > self.length]
+        for part in parts:
+            part.keep_snapshots(lengths)
 
     def blocks_needed(self, n: int, at_once: int | None = None) -> BlockCounts:
         """Blocks that ``n`` more tokens take from each group, in chunks of ``at_once`` between which old ones go."""

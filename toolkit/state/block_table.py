@@ -1,6 +1,6 @@
 """The block table of a sequence: its blocks in order, shared with the sequences that have the same prefix."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from toolkit.state.block_allocator import BlockAllocator
 from toolkit.state.prefix import PrefixNode
@@ -8,6 +8,8 @@ from toolkit.state.prefix_key import PrefixKey
 
 NULL_BLOCK = -1
 """Stands in a table for a block that the sequence no longer reads, or never kept."""
+
+_SPARE = 4  # 1 / this of a group's blocks stays free of snapshots that nobody has to have
 
 
 class BlockTable:
@@ -23,7 +25,8 @@ class BlockTable:
         lookback: how many of its last tokens the sequence still reads, 0 for all. Blocks before them are freed (and
             can be matched until they are evicted).
         snapshot_interval: 0 where every token has a slot; s > 0 where a block holds one value, the state after its last
-            token. Every s-th block and the last one are kept.
+            token. Every s-th block and the last one are kept, and those that ``keep_snapshots`` names while there is
+            room.
 
     Attributes:
         blocks: physical blocks in order, reserved ones included; ``NULL_BLOCK`` for those that are not held.
@@ -40,6 +43,7 @@ class BlockTable:
         self.blocks: list[int] = []
         self.tokens: list[int] = []
         self._copies: list[tuple[int, int]] = []
+        self._wanted_snapshots: frozenset[int] = frozenset()
         # The prefix up to the last full block; None where there is none yet, and while key is None.
         self._node: PrefixNode | None = None
 
@@ -78,6 +82,18 @@ class BlockTable:
             self.tokens = [token for node in nodes for token in node.tokens]
             self._node = nodes[-1]
 
+    def keep_snapshots(self, lengths: Iterable[int]) -> None:
+        """Keep the state after so many tokens too, whole blocks of them, where others may go on from there."""
+        self._wanted_snapshots = frozenset(length // self.allocator.block_size - 1 for length in lengths if length > 0)
+
+    def _optional(self, n: int, needed: int) -> list[int]:
+        """Indices of the snapshots that are kept of the next ``n`` tokens although nobody has to have them."""
+        size = self.allocator.block_size
+        ends = range(self.length // size, (self.length + n) // size)
+        wanted = [at for at in self._wanted_snapshots if at in ends and not self._holds(at)]
+        room = self.allocator.num_free_blocks - needed - self.allocator.num_blocks // _SPARE
+        return wanted if room >= len(wanted) else []
+
     def blocks_needed(self, n: int) -> int:
         """Blocks that ``reserve(n)`` would take from the allocator."""
         return len(self._missing(n)) + (n > 0 and self._last_block_is_shared())
@@ -91,7 +107,10 @@ class BlockTable:
         wanted = {at for at in range(first, end) if (at + 1) % self.snapshot_interval == 0} | (
             {end - 1} if end > first else set()
         )
-        return sorted(at for at in wanted if at >= len(self.blocks) or self.blocks[at] == NULL_BLOCK)
+        return sorted(at for at in wanted if not self._holds(at))
+
+    def _holds(self, at: int) -> bool:
+        return at < len(self.blocks) and self.blocks[at] != NULL_BLOCK
 
     def reserve(self, n: int) -> list[int]:
         """Slots (block * block_size + offset) for the next ``n`` tokens.
@@ -106,6 +125,8 @@ class BlockTable:
         tail = self.length // size
         copy = self._last_block_is_shared()
         missing = self._missing(n)
+        if self._wanted_snapshots:
+            missing = sorted({*missing, *self._optional(n, len(missing) + copy)})
         fresh = self.allocator.allocate(len(missing) + copy)
         if copy:
             # The source stays held until the copy is taken, so that it cannot be allocated again before.
