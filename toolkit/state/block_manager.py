@@ -116,7 +116,7 @@ class BlockTables:
         return self.length
 
     def _plan_snapshots(self, parts: list[BlockTable], known: list[list[PrefixNode]], count: int) -> None:
-        """Keep the state where a later sequence can go on: at the end of the prompt, and where it leaves another's.
+        """Keep the state where a later sequence can continue: at the end of the prompt, and where it leaves another's.
 
         Where it does, the same prefix was seen twice, so a third one is likely.
         """

@@ -83,7 +83,7 @@ class BlockTable:
             self._node = nodes[-1]
 
     def keep_snapshots(self, lengths: Iterable[int]) -> None:
-        """Keep the state after so many tokens too, whole blocks of them, where others may go on from there."""
+        """Keep the state after so many tokens too, whole blocks of them, where others may continue."""
         self._wanted_snapshots = frozenset(length // self.allocator.block_size - 1 for length in lengths if length > 0)
 
     def _optional(self, n: int, needed: int) -> list[int]:
