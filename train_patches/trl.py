@@ -43,7 +43,7 @@ _SUPPORTED_KWARGS = {
 
 
 def engine_rollout(
-    trainer: "GRPOTrainer | RLOOTrainer | DistillationTrainer", *, share: bool = True, **limits: Any
+    trainer: "GRPOTrainer | RLOOTrainer | DistillationTrainer", *, share: bool = True, **engine_args: Any
 ) -> Engine:
     """The engine that ``trainer`` generates with from now on, on its own model, which is patched if it is not yet.
 
@@ -63,7 +63,7 @@ def engine_rollout(
     Args:
         share: compute the trainer's log-probabilities in a forward in which samples share their prompt; False keeps
             TRL's padded forward and its own head.
-        limits: arguments of ``toolkit.Engine``. ``seed`` defaults to the trainer's plus the rank.
+        engine_args: arguments of ``toolkit.Engine``. ``seed`` defaults to the trainer's plus the rank.
 
     Raises:
         ToolkitError: a trainer of another class, another rollout (``use_vllm``,
@@ -76,9 +76,9 @@ def engine_rollout(
     own: Any = trainer
     returns_logprobs = _returns_logprobs(own)
     _check(own, returns_logprobs)
-    _patch(own, limits.get("numerics"), share and hasattr(own, "_get_per_token_logps_and_entropies"))
-    limits = {"seed": own.args.seed + own.accelerator.process_index} | limits
-    rollout = Rollout(own, Engine(own.model, **limits), returns_logprobs, own._compute_loss)
+    _patch(own, engine_args.get("numerics"), share and hasattr(own, "_get_per_token_logps_and_entropies"))
+    engine_args = {"seed": own.args.seed + own.accelerator.process_index} | engine_args
+    rollout = Rollout(own, Engine(own.model, **engine_args), returns_logprobs, own._compute_loss)
     own._generate_single_turn = rollout.generate
     own._compute_loss = rollout.compute_loss
     if hasattr(own, "_get_per_token_logps_and_entropies"):

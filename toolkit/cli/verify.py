@@ -12,6 +12,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the schedules (default 0)")
     parser.add_argument("--numerics", choices=["bitwise", "fast"], default=None, help="numerics mode to verify")
     parser.add_argument(
+        "--no-writes", action="store_true", help="do not verify copies of the model whose weights are written meanwhile"
+    )
+    parser.add_argument(
         "--no-overhead", action="store_true", help="do not measure the overhead of bitwise mode over fast mode"
     )
     parser.set_defaults(run=run)
@@ -36,8 +39,8 @@ def run(args: argparse.Namespace) -> int:
         )
         print(
             f"  {parity.schedules} random schedules: {parity.chunked_prompts} prompts prefilled in chunks, "
-            f"{parity.prefix_hit_tokens} tokens from the prefix cache, {parity.preemptions} preemptions "
-            f"({parity.swaps} swapped out), {parity.forked} forks",
+            f"{parity.prefix_cache_hits} tokens from the prefix cache, {parity.num_preemptions} preemptions "
+            f"({parity.num_swaps} swapped out), {parity.forked} forks",
             flush=True,
         )
         if parity.rotary_crossings:
@@ -51,6 +54,16 @@ def run(args: argparse.Namespace) -> int:
                 f"{parity.replayed_differing} not bitwise identical",
                 flush=True,
             )
+        for what, copied in () if args.no_writes else _copies(model):
+            written = check_parity(
+                copied, prompts, min_tokens=-(-args.tokens // 4), seed=args.seed, numerics=args.numerics, writes=True
+            )
+            broken |= written.numerics == "bitwise" and written.differing + written.replayed_differing > 0
+            print(
+                f"  {what}: {written.writes.total()} writes of {len(written.writes)} kinds between and during "
+                f"generations, {written.tokens} tokens, {written.differing} not bitwise identical",
+                flush=True,
+            )
         if not args.no_overhead:
             overhead = bitwise_overhead(model, prompts[:8])
             print(
@@ -59,6 +72,21 @@ def run(args: argparse.Namespace) -> int:
                 flush=True,
             )
     return 1 if broken else 0
+
+
+def _copies(model: Any) -> Any:
+    """Copies of the model for writes to their weights: as it is, and with adapters on its embedding."""
+    import copy
+
+    from toolkit.testing.weight_writes import with_embedding_adapters
+
+    yield "weights written", copy.deepcopy(model)
+    if hasattr(model, "peft_config"):
+        return
+    try:
+        yield "weights written, LoRA on the embedding", with_embedding_adapters(copy.deepcopy(model)).get_base_model()
+    except ImportError:
+        print("  adapters on the embedding: not verified, as peft is not installed", flush=True)
 
 
 def _subjects(args: argparse.Namespace) -> Any:

@@ -1,11 +1,13 @@
 """Are the engine's log-probabilities bitwise identical to the training forward's, under every schedule?
 
-Random schedules: batch composition, arrival, chunk size, block size, prefix hits, forks, preemption, swapping, sleep.
+Random schedules: batch composition, arrival, chunk size, block size, prefix hits, forks, preemption, swapping, sleep,
+and where it is asked for, writes to the weights between and during generations.
 The training forward then computes the same sequences packed in random groups.
 """
 
 import random
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +17,7 @@ import torch
 from toolkit.engine import Engine, SamplingParams
 from toolkit.numerics import Numerics
 from toolkit.patching import patch, report_of, state_spec, token_logprobs, unpatch
+from toolkit.testing.weight_writes import WeightWrite, weight_writes
 
 
 @dataclass
@@ -36,12 +39,13 @@ class Parity:
     replayed_differing: int = 0
     largest: float = 0.0
     schedules: int = 0
-    prefix_hit_tokens: int = 0
-    preemptions: int = 0
-    swaps: int = 0
+    prefix_cache_hits: int = 0
+    num_preemptions: int = 0
+    num_swaps: int = 0
     forked: int = 0
     chunked_prompts: int = 0
     rotary_crossings: int = 0
+    writes: Counter[str] = field(default_factory=Counter)
     numerics: str = ""
     details: list[str] = field(default_factory=list)
 
@@ -54,6 +58,7 @@ def check_parity(
     seed: int = 0,
     numerics: str | None = None,
     max_new_tokens: int = 40,
+    writes: bool = False,
 ) -> Parity:
     """The comparison of at least ``min_tokens`` tokens, generated under random schedules. Patches the model.
 
@@ -64,18 +69,26 @@ def check_parity(
         seed: of the schedules.
         numerics: mode to patch with; None is the device's default.
         max_new_tokens: per completion.
+        writes: write the weights at random steps, in every way of ``weight_writes``. Tokens of requests with state of
+            other weights are not compared. The model's weights are others afterwards.
     """
     report = patch(model, numerics=numerics)
     source = random.Random(seed)
     result = Parity(numerics=str(report.numerics))
-    while result.tokens < min_tokens:
+    kinds = weight_writes(model) if writes else {}
+    while result.tokens < min_tokens or len(result.writes) < len(kinds):
         result.schedules += 1
-        _one_schedule(model, prompts, source, result, max_new_tokens)
+        _one_schedule(model, prompts, source, result, max_new_tokens, kinds)
     return result
 
 
 def _one_schedule(
-    model: Any, prompts: Sequence[Sequence[int]], source: random.Random, result: Parity, max_new_tokens: int
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    source: random.Random,
+    result: Parity,
+    max_new_tokens: int,
+    writes: dict[str, WeightWrite],
 ) -> None:
     chosen = [list(source.choice(prompts)) for _ in range(source.randint(4, 14))]
     for index in range(1, len(chosen)):
@@ -88,7 +101,7 @@ def _one_schedule(
     # In most schedules blocks for one to three long sequences: the rest wait, and the youngest are preempted.
     capacity = source.choice([1.0, 1.5, 2.5, 50.0])
     budget = source.choice([5, 16, 33, 64, 512])
-    limits: dict[str, Any] = {
+    engine_args: dict[str, Any] = {
         "max_num_seqs": source.choice([4, 8, 32]),
         "max_num_batched_tokens": budget,
         "block_size": block_size,
@@ -107,9 +120,10 @@ def _one_schedule(
         )
         for n in counts
     ]
-    with Engine(model, **limits) as engine:
+    with Engine(model, **engine_args) as engine:
         waiting = list(zip(chosen, params))
-        completions = []
+        completions: list[Any] = []
+        mixed: set[int] = set()  # requests with state of other weights than those of now
         while waiting or engine.has_work:
             for _ in range(min(len(waiting), source.choice([0, 1, 1, 2, 5]) if engine.has_work else 3)):
                 engine.submit(*waiting.pop(0))
@@ -117,13 +131,32 @@ def _one_schedule(
             if source.random() < 0.04:  # as for a training step between two rollout steps
                 engine.sleep()
                 engine.wake()
+            if writes and source.random() < 0.03:
+                _compare_in_groups(model, [one for one in completions if one.request_id not in mixed], source, result)
+                completions = []
+                mixed |= _begun(engine)
+                # Each way once before any comes again.
+                fewest = min(result.writes[kind] for kind in writes)
+                kind = source.choice([kind for kind in writes if result.writes[kind] == fewest])
+                result.writes[kind] += 1
+                writes[kind](model, source)
         stats = engine.stats()
-    result.prefix_hit_tokens += int(stats["prefix_cache_hits"])
-    result.preemptions += int(stats["num_preemptions"])
-    result.swaps += int(stats["num_swaps"])
+    result.prefix_cache_hits += int(stats["prefix_cache_hits"])
+    result.num_preemptions += int(stats["num_preemptions"])
+    result.num_swaps += int(stats["num_swaps"])
     result.forked += sum(n - 1 for n in counts)
     result.chunked_prompts += sum(len(prompt) > budget for prompt in chosen)
     result.rotary_crossings += sum(_crosses(model, completion) for completion in completions)
+    _compare_in_groups(model, [one for one in completions if one.request_id not in mixed], source, result)
+
+
+def _begun(engine: Engine) -> set[int]:
+    """Requests with tokens or state of the weights as they are."""
+    sequences = engine.scheduler.running + engine.scheduler.waiting
+    return {s.request.request_id for s in sequences if s.generated or s.block_tables is not None or s.swapped}
+
+
+def _compare_in_groups(model: Any, completions: list[Any], source: random.Random, result: Parity) -> None:
     source.shuffle(completions)
     while completions:
         group = [completions.pop() for _ in range(min(len(completions), source.randint(1, 6)))]

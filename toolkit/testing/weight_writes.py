@@ -174,16 +174,25 @@ def _adapter_written(model: Any, source: random.Random) -> None:
 
 
 def _adapter_rescaled(model: Any, source: random.Random) -> None:
+    factor = source.choice([0.8, 1.25])
     for layer in adapter_layers(model):
         for name in getattr(layer, "scaling", {}):
-            layer.scaling[name] *= 1.25
+            layer.scaling[name] *= factor
+
+
+def _adapter_chosen(model: Any, source: random.Random) -> None:
+    """Another adapter of those that every wrapper has."""
+    layers = [layer for layer in adapter_layers(model) if hasattr(layer, "r")]
+    active = set(layers[0].active_adapters)
+    name = source.choice(sorted(set(layers[0].r) - active) or sorted(active))
+    for layer in layers:
+        layer.set_adapter(name)
 
 
 def _adapters_toggled(model: Any, source: random.Random) -> None:
-    on = not any(layer.disable_adapters for layer in adapter_layers(model))
-    for switch in (module for module in model.modules() if hasattr(module, "enable_adapters")):
-        if switch is not model:
-            switch.enable_adapters(not on)
+    enabled = any(layer.disable_adapters for layer in adapter_layers(model))
+    for layer in adapter_layers(model):
+        layer.enable_adapters(enabled)
 
 
 def _adapters_merged(model: Any, source: random.Random) -> None:
@@ -212,6 +221,7 @@ _WRITES: dict[str, WeightWrite] = {
 _OF_BUFFERS: dict[str, WeightWrite] = {"a buffer in place": _buffer_in_place, "a buffer replaced": _buffer_replaced}
 _OF_ADAPTERS: dict[str, WeightWrite] = {
     "an adapter written": _adapter_written,
+    "another adapter": _adapter_chosen,
     "adapters rescaled": _adapter_rescaled,
     "adapters switched on or off": _adapters_toggled,
     "adapters merged or unmerged": _adapters_merged,
@@ -230,3 +240,28 @@ def weight_writes(model: Any) -> dict[str, WeightWrite]:
     if head is not None and getattr(head, "weight", None) is not None and head.weight.shape == embedding.weight.shape:
         found["embeddings tied or untied"] = _embeddings_tied
     return found
+
+
+def with_embedding_adapters(model: Any) -> Any:
+    """``model`` with two LoRA adapters of PEFT's, on its projections and on its embedding; changed in place.
+
+    The caller's random state does not change.
+    """
+    import peft
+
+    embedding = model.get_input_embeddings()
+    output = model.get_output_embeddings()
+    targets = {
+        path.rpartition(".")[2]
+        for path, module in model.named_modules()
+        if module is embedding or (type(module) is nn.Linear and module is not output)
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for name in ("first", "second"):
+            config = peft.LoraConfig(r=4, target_modules=sorted(targets), init_lora_weights=False)
+            if name == "first":
+                adapted = peft.get_peft_model(model, config, adapter_name=name)
+            else:
+                adapted.add_adapter(name, config)
+    return adapted.eval()
