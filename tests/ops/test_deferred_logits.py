@@ -121,6 +121,24 @@ def test_computed_once():
     assert token_logprobs(late, torch.zeros(2, 5, dtype=torch.int64))[0].shape == (2, 5)
 
 
+def test_entropy_of_tokens_that_float32_gives_no_probability():
+    """Value and gradient, dense and deferred, against float64."""
+    hidden = torch.tensor([[0.0, 200.0, 199.0, -30.0]])
+    targets, grads = torch.tensor([1]), []
+    exact = hidden.double().requires_grad_()
+    log_p = exact.log_softmax(-1)
+    wanted = -(log_p.exp() * log_p).sum()
+    for make in (lambda x: DeferredLogits(x, torch.eye(4), None), lambda x: x * 1.0):
+        leaf = hidden.clone().requires_grad_()
+        entropy = token_statistics(make(leaf), targets)[2]
+        torch.testing.assert_close(entropy[0].double(), wanted, rtol=1e-5, atol=1e-6)
+        grads.append(torch.autograd.grad(entropy.sum(), leaf)[0])
+    for gradient in grads:
+        torch.testing.assert_close(
+            gradient.double(), torch.autograd.grad(wanted, exact, retain_graph=True)[0], rtol=1e-4, atol=1e-6
+        )
+
+
 def test_past_the_python_level():
     """What C++ does with the tensor (collectives, copies) sees the logits too."""
     leaves = parts()

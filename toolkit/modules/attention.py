@@ -77,12 +77,8 @@ def attend(
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, settings: AttentionSettings, dropout: float) -> Tensor:
     """Explicit masks and attention dropout, by torch's own attention."""
-    queries, keys = q.shape[1], k.shape[1]
-    if mask is None or mask.dim() == 2:
-        age = torch.arange(keys - queries, keys, device=q.device)[:, None] - torch.arange(keys, device=q.device)
-        visible = (age >= 0) & (age < settings.window if settings.window > 0 else True)
-        mask = visible[None, None] if mask is None else visible & mask[:, None, None, :]
-    mask = mask[..., :keys]
+    keys = k.shape[1]
+    mask = explicit_mask(q, k, mask, settings.window)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if settings.softcap > 0.0 or settings.sinks is not None:
         groups = q.shape[1] // k.shape[1]
@@ -102,6 +98,16 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, settings: Atten
     if mask.dtype == torch.bool:  # a row that sees nothing is zero, not NaN
         out = out.masked_fill(~mask.any(-1, keepdim=True), 0.0)
     return out.transpose(1, 2)
+
+
+def explicit_mask(q: Tensor, k: Tensor, mask: Tensor | None, window: int) -> Tensor:
+    """The mask of ``attend`` in a form that broadcasts to [B, H, S, S'], for q [B, S, ...] and k [B, S', ...]."""
+    queries, keys = q.shape[1], k.shape[1]
+    if mask is None or mask.dim() == 2:
+        age = torch.arange(keys - queries, keys, device=q.device)[:, None] - torch.arange(keys, device=q.device)
+        visible = (age >= 0) & (age < window if window > 0 else True)
+        mask = visible[None, None] if mask is None else visible & mask[:, None, None, :]
+    return mask[..., :keys]
 
 
 @dataclass(frozen=True)
@@ -124,8 +130,15 @@ class FusedAttention:
     window: int
     softcap: float
 
-    def make_forward(self) -> Callable[..., tuple[Tensor, None]]:
-        """The replacement: hidden_states [B, S, N] to (output [B, S, N], no weights)."""
+    def make_forward(
+        self, original: Callable[..., Any], weights_wanted: Callable[[], bool] = lambda: False
+    ) -> Callable[..., tuple[Tensor, Tensor | None]]:
+        """The replacement: hidden_states [B, S, N] to (output [B, S, N], no weights).
+
+        Args:
+            original: the layer's own forward, which runs where attention weights are wanted.
+            weights_wanted: whether the call under way returns them.
+        """
         parts = self
 
         def forward(
@@ -135,7 +148,17 @@ class FusedAttention:
             attention_mask: Tensor | None = None,
             past_key_values: Any = None,
             **kwargs: Any,
-        ) -> tuple[Tensor, None]:
+        ) -> tuple[Tensor, Tensor | None]:
+            if weights_wanted():
+                own: tuple[Tensor, Tensor | None] = original(
+                    self,
+                    hidden_states,
+                    position_embeddings=position_embeddings,
+                    attention_mask=attention_mask,
+                    past_key_values=past_key_values,
+                    **kwargs,
+                )
+                return own
             batch_size, length = hidden_states.shape[:2]
             split = (batch_size, length, -1, parts.head_dim)
             q = getattr(self, parts.q)(hidden_states).view(split)

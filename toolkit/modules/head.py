@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from toolkit.ops import IGNORED
 from toolkit.ops.linear_logprob.deferred import DeferredLogits, summed_cross_entropy
 from toolkit.ops.targets import checked_targets
+from toolkit.ops.transforms import transformed
 
 _LOSS_ONLY: ContextVar[bool] = ContextVar("loss_only", default=False)
 
@@ -53,6 +54,8 @@ def _needs_gradients(weight: Tensor, hidden: Tensor) -> bool:
 def _can_defer(weight: Tensor, hidden: Tensor, bitwise: bool) -> bool:
     """Whether the loss can fuse the GEMM with its softmax."""
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(hidden.device.type) or hidden.dtype != weight.dtype:
+        return False
+    if transformed():  # which sees no further than the logits' own graph
         return False
     # linear_logprob is bitwise identical to linear on CPU only: its GPU tiles have another reduction order.
     return not bitwise or hidden.device.type == "cpu"

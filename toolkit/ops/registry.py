@@ -3,7 +3,8 @@
 An op ``toolkit::name`` has a specification in plain torch (``reference``), optionally a native CPU kernel
 (registered by the C++ library under the same name) and optionally a Triton one. The default goes by device:
 CPU takes the native kernel when the library is there and the reference otherwise; CUDA takes Triton when the
-op has one and the reference otherwise. An explicit ``impl=`` never falls back.
+op has one and the reference otherwise. An explicit ``impl=`` never falls back. Inside transforms of ``torch.func`` and
+forward-mode AD the default is the reference.
 
 ``register`` defines one op. ``register_differentiable`` defines an op and its backward op, and derives the autograd
 formula from their schemas.
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from toolkit.errors import ToolkitError, must_be_one_of
 from toolkit.ops import native
+from toolkit.ops.transforms import first_derivative_only, transformed
 
 _LIBRARY = torch.library.Library("toolkit", "DEF")
 R = TypeVar("R")
@@ -38,12 +40,20 @@ class Op(Generic[R]):
     overload: Any
 
     def __call__(self, *args: Any) -> R:
-        result: R = self.overload(*args)
+        result: R = self.reference(*args) if transformed() else self.overload(*args)
         return result
+
+    def gradient(self, *args: Any) -> Sequence[Tensor]:
+        """The results of this op as the backward of another op; their own derivative is an error."""
+        given: Any = self.overload(*args)
+        results = given if isinstance(given, tuple) else (given,)
+        return first_derivative_only(self.name.removesuffix("_backward"), results, args)
 
     def select(self, impl: str | None) -> Callable[..., R]:
         """The callable for ``impl``: None (by device), "reference", "cpu" or "triton"."""
         by_device: Callable[..., R] = self.overload
+        if impl is None and transformed():
+            return self.reference
         if impl is None or (impl == "cpu" and has_native(self.name)):
             return by_device
         if impl == "reference":
@@ -199,9 +209,10 @@ class _Formula:
         needs = ctx.needs_input_grad
         tensors, attributes = iter(ctx.saved_tensors), iter(ctx.attributes)
         saved = [next(tensors) if yes else next(attributes) for yes in self.is_tensor]
-        results = self.op(*(grads[i] for i in self.differentiable), *saved, *(needs[i] for i in self.needs))
+        upstream = [grads[i] for i in self.differentiable]
+        results = self.op.gradient(*upstream, *saved, *(needs[i] for i in self.needs))
         found: list[Tensor | None] = [None] * self.num_inputs
-        for targets, result in zip(self.targets, results if isinstance(results, tuple) else (results,)):
+        for targets, result in zip(self.targets, results):
             for i in targets:
                 # The gradient of an input that was not given, or asked for, is an empty tensor.
                 found[i] = result if ctx.present[i] and (needs[i] or i not in self.needs) else None

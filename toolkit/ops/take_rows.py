@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from toolkit.ops.transforms import first_derivative_only, transformed
+
 
 class _TakeRows(torch.autograd.Function):
     @staticmethod
@@ -26,6 +28,7 @@ class _TakeRows(torch.autograd.Function):
             for at in range(int(turn.max()) + 1):
                 now = order[turn == at]
                 total[rows[now]] += grad[now]
+        (total,) = first_derivative_only("take_rows", [total], [grad])
         return total, None
 
 
@@ -43,5 +46,7 @@ def take_rows(x: Tensor, rows: Tensor) -> Tensor:
     time, which ``x[rows]`` does not guarantee (its backward adds atomically). Takes as many steps as the most frequent
     row has repetitions.
     """
+    if transformed():
+        return x[rows]
     taken: Tensor = _TakeRows.apply(x, rows)  # type: ignore[no-untyped-call]
     return taken

@@ -1,5 +1,6 @@
 """The registered attention and mask functions of transformers: how a model's attention reaches this project's."""
 
+import sys
 from typing import Any
 
 import torch
@@ -8,11 +9,22 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from toolkit.errors import ToolkitError
-from toolkit.modules.attention import attend, padded_context
+from toolkit.modules.attention import attend, explicit_mask, padded_context
 from toolkit.state.active import forward_context_of, get_forward_context
 from toolkit.state.context import AttentionSettings
 
+try:
+    from transformers.utils.output_capturing import _active_collector
+except ImportError:  # a transformers whose layers hand their outputs up themselves
+    _active_collector = None  # type: ignore[assignment]
+
 NAME = "toolkit"
+
+
+def weights_wanted() -> bool:
+    """Whether the model's call under way has ``output_attentions=True``."""
+    collected = None if _active_collector is None else _active_collector.get()
+    return collected is not None and "attentions" in collected
 
 
 def attention_function(
@@ -30,8 +42,11 @@ def attention_function(
     is_causal: bool | None = None,
     position_bias: Tensor | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention contract: query [B, H, S, D], key, value [B, G, S', D] to [B, S, H, D]."""
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention contract: query [B, H, S, D], key, value [B, G, S', D] to [B, S, H, D].
+
+    The second result are the weights [B, H, S, S'] where the call wants them.
+    """
     if position_bias is not None:
         raise ToolkitError("position_bias must be None, got a tensor: attention with a position bias is not supported.")
     if is_causal is False or not getattr(module, "is_causal", True):
@@ -44,8 +59,33 @@ def attention_function(
     )
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     layer = getattr(module, "layer_idx", None) or 0
-    out = attend(layer, q, k, v, attention_mask, forward_context_of(kwargs), settings, float(dropout))
-    return out.contiguous(), None
+    context = forward_context_of(kwargs)
+    out = attend(layer, q, k, v, attention_mask, context, settings, float(dropout))
+    if not (kwargs.get("output_attentions") or weights_wanted()):
+        return out.contiguous(), None
+    if context is not None:
+        raise ToolkitError("output_attentions must be False for a ragged batch, got True.")
+    return out.contiguous(), _eager_weights(
+        module, query, key, value, explicit_mask(q, k, attention_mask, settings.window),
+        dropout=dropout, scaling=settings.scale, sliding_window=sliding_window, softcap=softcap, s_aux=s_aux, **kwargs,
+    )  # fmt: skip
+
+
+def _eager_weights(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **settings: Any
+) -> Tensor:
+    """[B, H, S, S'] the attention weights of the model's own eager attention, whose definition is the model's."""
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if eager is None:
+        raise ToolkitError(
+            f"output_attentions must be False for {type(module).__name__}, whose eager attention is not a function of "
+            "its own, got True."
+        )
+    if mask.dtype == torch.bool:
+        hidden = torch.finfo(query.dtype).min
+        mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(~mask, hidden)
+    weights: Tensor = eager(module, query, key, value, mask, **settings)[1]
+    return weights
 
 
 def mask_function(

@@ -11,6 +11,7 @@ from toolkit.ops.dispatch_plan import DispatchPlan
 from toolkit.ops.experts import reference
 from toolkit.ops.grouped_linear import grouped_linear
 from toolkit.ops.registry import Op, register_differentiable
+from toolkit.ops.transforms import transformed
 
 __all__ = ["SCORE_POSITIONS", "experts", "is_gated"]
 
@@ -57,7 +58,7 @@ class _Recomputed(torch.autograd.Function):
         else:
             z = grouped_linear(x, up, up_bias, plan, gather=True, transposed=transposed)
         needs = ctx.needs_input_grad[:6]
-        found = _BACKWARD(grad, x, topk_weights, z, up, down, down_bias, *plan, *ctx.flags, *needs)
+        found = _BACKWARD.gradient(grad, x, topk_weights, z, up, down, down_bias, *plan, *ctx.flags, *needs)
         return *(one if need else None for one, need in zip(found, needs)), *[None] * (4 + _FLAGS)
 
 
@@ -111,7 +112,7 @@ def experts(
     arguments = (
         x, topk_weights, up, up_bias, down, down_bias, *plan, activation, score_position, transposed, interleaved
     )  # fmt: skip
-    if recompute and torch.is_grad_enabled():
+    if recompute and torch.is_grad_enabled() and not transformed():
         out: Tensor = _Recomputed.apply(*arguments)  # type: ignore[no-untyped-call]
         return out
     return _FORWARD.select(impl)(*arguments)[0]

@@ -26,8 +26,8 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
         return (None,) * 8
     if torch.is_grad_enabled():
         raise ToolkitError(
-            "linear_cross_entropy keeps its gradient, not the graph of it: create_graph=True is not supported; "
-            "take the loss from dense logits."
+            "linear_cross_entropy keeps its gradient, not the graph of it: create_graph=True is not supported; take "
+            "second derivatives by torch.func (grad of grad, hessian, jvp), or unpatch the model."
         )
     # A graph that is not kept lets its buffers go: there the result may overwrite them. Not in a compiler's trace.
     kept = torch._C._autograd._get_current_graph_task_keep_graph()

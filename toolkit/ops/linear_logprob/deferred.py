@@ -31,7 +31,8 @@ class DeferredLogits(Tensor):
 
     hidden: [..., K]; weight: [V, K]; bias: [V] or None; steps: ("mul", c), ("div", c) or ("tanh", 0.0) in order.
     Selecting rows, scaling and tanh stay deferred. Computing logits after the weights changed (by an optimizer step)
-    is a ToolkitError, never a silent result of the new weights.
+    is a ToolkitError, never a silent result of the new weights. So is asking for their gradient when something was
+    taken from the hidden states before, whose gradient does not pass the logits.
     """
 
     hidden: Tensor
@@ -41,6 +42,8 @@ class DeferredLogits(Tensor):
     product: Callable[..., Tensor]
     dense: Tensor | None
     stamps: list[WriteStamp]
+    passed_by: bool
+    """Whether a loss, or part of the logits, was taken from the hidden states."""
 
     @staticmethod
     def __new__(
@@ -54,7 +57,7 @@ class DeferredLogits(Tensor):
         shape = (*hidden.shape[:-1], weight.shape[0])
         self = Tensor._make_wrapper_subclass(cls, shape, dtype=hidden.dtype, device=hidden.device, requires_grad=True)
         self.hidden, self.weight, self.bias = hidden, weight, bias
-        self.steps, self.product, self.dense = steps, product, None
+        self.steps, self.product, self.dense, self.passed_by = steps, product, None, False
         self.stamps = self._stamps()
         # What only C++ sees (an autograd.Function applied to the logits) leaves its gradient here, at a leaf.
         this = weakref.ref(self)
@@ -110,6 +113,7 @@ class DeferredLogits(Tensor):
     def _with(self, hidden: Tensor | None = None, step: tuple[str, float] | None = None) -> "DeferredLogits":
         self.check()  # what is made of these logits counts writes from now on
         steps = self.steps if step is None else (*self.steps, step)
+        self.passed_by = True
         return DeferredLogits(self.hidden if hidden is None else hidden, self.weight, self.bias, self.product, steps)
 
     @classmethod
@@ -118,6 +122,8 @@ class DeferredLogits(Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        if func in _GRADIENT_OF:
+            _check_gradient(_GRADIENT_OF[func](*args, **kwargs))
         later = _DEFERRED.get(func)
         if later is not None and args and isinstance(args[0], DeferredLogits) and args[0].dense is None:
             result = later(*args, **kwargs)
@@ -140,6 +146,17 @@ def _computed(value: Any, keep: bool = True) -> Any:
     if isinstance(value, dict):
         return {key: _computed(item, keep) for key, item in value.items()}
     return value
+
+
+def _check_gradient(wanted: Any) -> None:
+    """ToolkitError for logits among ``wanted`` whose gradient would lack what was taken past them."""
+    for one in wanted if isinstance(wanted, (list, tuple)) else [wanted]:
+        if isinstance(one, DeferredLogits) and one.passed_by:
+            raise ToolkitError(
+                "the gradient of logits is not known: the loss was taken from the hidden states; call "
+                "logits.retain_grad() before anything else reads the logits and take the loss from them (not by labels="
+                "), or patch without the role 'head'."
+            )
 
 
 def _pass_on(logits: Any, grad: Tensor) -> None:
@@ -202,6 +219,13 @@ _DEFERRED: dict[Any, Callable[..., Any]] = {
     # Logits are deferred only while gradients are enabled.
     Tensor.requires_grad.__get__: lambda logits: True,  # type: ignore[attr-defined]
 }
+_GRADIENT_OF: dict[Any, Callable[..., Any]] = {
+    Tensor.retain_grad: lambda logits: logits,
+    Tensor.register_hook: lambda logits, hook: logits,
+    Tensor.grad.__get__: lambda logits, *_: logits,  # type: ignore[union-attr]
+    torch.autograd.grad: lambda outputs, inputs, *_, **__: inputs,
+}
+"""Operations on the gradient of logits, and which of their arguments it is of."""
 _METADATA = {
     Tensor.dim,
     Tensor.size,
@@ -230,6 +254,7 @@ def _without_logits(logits: Tensor, targets: Tensor) -> LinearLogprob | None:
     if settings is None:
         return None
     scale, softcap, temperature = settings
+    logits.passed_by = True
     return linear_logprob(
         logits.hidden, logits.weight, targets,
         bias=logits.bias, scale=scale, softcap=softcap, temperature=temperature,
@@ -257,6 +282,7 @@ def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     three_gemms = logits.device.type == "cpu" and has_native("linear_cross_entropy")
     if three_gemms and isinstance(logits, DeferredLogits) and logits.dense is None and not logits.steps:
         logits.check()
+        logits.passed_by = True
         return linear_cross_entropy(logits.hidden, logits.weight, targets, bias=logits.bias)
     return -token_logprobs(logits, targets)[0].sum()
 
@@ -269,4 +295,6 @@ def token_statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, T
     dense = logits.compute() if isinstance(logits, DeferredLogits) else logits
     logprob, lse = token_logprob(dense, targets)
     z = dense.to(lse.dtype)
-    return logprob, lse, torch.special.entr(torch.exp(z - lse[..., None])).sum(-1), z.mean(-1)
+    p = torch.exp(z - lse[..., None])
+    # entr has an infinite slope at 0, and its value, 0, at 1 as well.
+    return logprob, lse, torch.special.entr(p.masked_fill(p == 0, 1.0)).sum(-1), z.mean(-1)

@@ -28,7 +28,7 @@ def _backward(ctx: Any, grad: Tensor | None, grad_finals: Tensor | None, _: Any)
         return (None,) * 11
     saved = ctx.saved_tensors  # once: activation checkpointing computes them again at every look
     beta, initial = saved[4], saved[7]
-    dq, dk, dv, dg, dbeta, dinitial = _BACKWARD(grad, grad_finals, *saved, ctx.scale, ctx.delta)
+    dq, dk, dv, dg, dbeta, dinitial = _BACKWARD.gradient(grad, grad_finals, *saved, ctx.scale, ctx.delta)
     to_beta, to_initial = None if beta is None else dbeta, None if initial is None else dinitial
     return dq, dk, dv, dg, to_beta, None, None, to_initial, None, None, None
 

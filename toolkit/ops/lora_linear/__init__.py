@@ -1,5 +1,6 @@
 """A linear layer with low-rank adapters (Hu et al., 2021) chosen row by row: many adapters in one batch."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,9 +21,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad
-    gradients: tuple[Tensor | None, ...] = (None, None, None)
+    gradients: Sequence[Tensor | None] = (None, None, None)
     if any(needs[1:4]):
-        gradients = _BACKWARD(grad, *ctx.saved_tensors, *needs[1:4])
+        gradients = _BACKWARD.gradient(grad, *ctx.saved_tensors, *needs[1:4])
     return grad, *(gradient if need else None for gradient, need in zip(gradients, needs[1:4])), None, None
 
 

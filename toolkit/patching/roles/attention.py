@@ -14,6 +14,7 @@ from toolkit.modules.latent_attention import parts_of
 from toolkit.modules.row_positions import row_positions_forward
 from toolkit.numerics import Numerics
 from toolkit.patching import attention_interface
+from toolkit.patching.attention_interface import weights_wanted
 from toolkit.patching.attention_probe import FAR, LENGTH, PROBE_WINDOW, ROWS, Probe
 from toolkit.patching.calls import record_calls
 from toolkit.patching.claim import Claim, ProbeError, Skipped, Undo, replace_forward
@@ -54,9 +55,11 @@ def _fused_options(module: nn.Module, probe: Probe) -> list[Any]:
                 seen.softcap,
             )
 
-        probed = parts(PROBE_WINDOW if probe.seen.window else 0).make_forward()
+        own = type(module).forward
+        probed = parts(PROBE_WINDOW if probe.seen.window else 0).make_forward(own)
         op = f"attention (fused, {'interleaved' if interleaved else 'half'} rotary)"
-        options.append((op, parts(probe.seen.window).make_forward(), partial(probe.forward_error, probed)))
+        fused = parts(probe.seen.window).make_forward(own, weights_wanted)
+        options.append((op, fused, partial(probe.forward_error, probed)))
     return options
 
 
