@@ -23,7 +23,10 @@ NAME = "toolkit"
 
 def weights_wanted() -> bool:
     """Whether the model's call under way has ``output_attentions=True``."""
-    collected = None if _active_collector is None else _active_collector.get()
+    if _active_collector is None:
+        return False
+    # A tracer cannot read a context variable; while one traces, transformers keeps the value in an attribute.
+    collected = _active_collector.global_var if torch.compiler.is_compiling() else _active_collector.get()
     return collected is not None and "attentions" in collected
 
 
