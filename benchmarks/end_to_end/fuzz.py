@@ -27,7 +27,7 @@ from typing import Any
 
 import httpx
 
-from benchmarks.common import describe, print_table, write_json
+from benchmarks.common import print_table, write_json
 from benchmarks.end_to_end.rude_clients import RudeClients
 
 CHECKS = (
@@ -241,7 +241,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     responses = sum(counts.values())
     head = {"command": " ".join(["python -m benchmarks.fuzz", *sys.argv[1:]]), "limits": LIMITS}
     return {
-        "machine": describe(),
         **head,
         "seconds": round(seconds),
         "responses": responses,
@@ -259,6 +258,6 @@ def main(argv: list[str] | None = None) -> None:
     if importlib.util.find_spec("schemathesis") is None:
         raise SystemExit("benchmarks.fuzz needs the package 'schemathesis'; install train-infer-toolkit[dev].")
     result = run(arguments)
-    rows = [[name, json.dumps(value)] for name, value in result.items() if name != "machine"]
+    rows = [[name, json.dumps(value)] for name, value in result.items()]
     print_table("A server under fire", ["", ""], rows)
     write_json("fuzz", result)

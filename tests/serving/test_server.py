@@ -16,6 +16,8 @@ import httpx
 import openai
 import pytest
 
+from toolkit.serving import schemas
+
 GREEDY = {"temperature": 0, "extra_body": {"ignore_eos": True}}
 PROMPT = "the quick brown fox"
 CHAT = [{"role": "user", "content": "jumps over"}]
@@ -180,6 +182,17 @@ def test_chat_logprobs_spell_the_text_in_bytes(client):
         assert entry.top_logprobs[0].token == entry.token
         assert entry.top_logprobs[0].logprob == pytest.approx(entry.logprob, abs=1e-5)
         assert entry.top_logprobs[0].logprob >= entry.top_logprobs[1].logprob
+
+
+@pytest.mark.parametrize("logprobs", [False, True])
+def test_responses_are_what_the_openapi_document_says(server, logprobs):
+    asked = {"max_tokens": 3, "n": 2}
+    text = {**asked, "prompt": PROMPT, **({"logprobs": 2} if logprobs else {})}
+    schemas.CompletionObject.model_validate(server.http.post("/v1/completions", json=text).json())
+    chat = {**asked, "messages": CHAT, **({"logprobs": True, "top_logprobs": 2} if logprobs else {})}
+    schemas.ChatCompletionObject.model_validate(server.http.post("/v1/chat/completions", json=chat).json())
+    schemas.ModelList.model_validate(server.http.get("/v1/models").json())
+    schemas.ErrorResponse.model_validate(server.http.post("/v1/completions", json={}).json())
 
 
 def test_the_raw_stream_ends_with_done(server):
