@@ -1,6 +1,7 @@
 """``logprobs`` of completions as OpenAI defines them, on a model that writes a chosen text."""
 
 import json
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from fastapi.testclient import TestClient
 
 from toolkit.engine import AsyncEngine, Engine
 from toolkit.serving.app import ServerConfig, create_app
+from toolkit.serving.responses import ITEMS, json_parts
 from toolkit.state import PrefixKey, StateSpec
 from toolkit.testing.models import tiny_tokenizer
 
@@ -85,3 +87,29 @@ def test_the_sampled_token_is_among_its_top_logprobs(asked):
         assert max(asked, 1) <= len(top) <= asked + 1
         sampled_most_probable += len(top) == max(asked, 1)
     assert asked == 0 or sampled_most_probable < len(logprobs["tokens"])  # some are not the most probable
+
+
+def test_long_responses_are_written_in_parts_and_say_the_same():
+    fields = {"n": 8, "temperature": 2.0, "seed": 3, "max_tokens": 40, "ignore_eos": True}
+    tokenizer = tiny_tokenizer()
+    long, short = (ask(tokenizer, "a page", **fields, logprobs=logprobs) for logprobs in (5, None))
+    assert "content-length" not in long.headers  # it comes in parts
+    assert [{**choice, "logprobs": None} for choice in long.json()["choices"]] == short.json()["choices"]
+    assert long.json()["usage"] == short.json()["usage"]
+    assert all(len(choice["logprobs"]["top_logprobs"]) == 40 for choice in long.json()["choices"])
+
+
+def test_parts_of_json_are_json():
+    rng = random.Random(0)
+
+    def value(depth):
+        kind = rng.randrange(6 if depth < 4 else 4)
+        if kind < 4:
+            return [rng.choice(['é\u2028"[]', "", "a" * 99]), rng.random(), None, True][kind]
+        if kind == 4:
+            return [rng.randrange(9)] * rng.randrange(3 * ITEMS) + [value(depth + 1) for _ in range(rng.randrange(5))]
+        return {str(at): value(depth + 1) for at in range(rng.randrange(5))}
+
+    for _ in range(300):
+        given = {"choices": value(0), "x": value(0)}
+        assert json.loads("".join(json_parts(given))) == given

@@ -7,12 +7,12 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
@@ -35,7 +35,6 @@ from toolkit.serving.responses import (
     ChatResponse,
     CompletionResponse,
     Json,
-    encoded,
     error_body,
     event,
     usage,
@@ -43,13 +42,13 @@ from toolkit.serving.responses import (
 from toolkit.serving.texts import Texts
 
 WORKERS = 4
-"""Threads that read requests and write long responses."""
+"""Threads that read requests."""
 SHORT_RESPONSE = 1000
 """Log-probabilities in a response that is written on the event loop."""
 READ_ON = 64 * 2**20
 """Bytes of a body beyond the limit that are read, and dropped: a client that is still sending reads no response."""
 TRIM_DELAY = 1.0
-"""Seconds after a large body until what it took is given back; by then the request has let go of it."""
+"""Seconds after a large body or response until what it took is given back; by then nothing holds it."""
 CLIENT_CLOSED_REQUEST = 499
 """The status, in metrics alone, of a client that left before its response; nginx' number."""
 
@@ -206,15 +205,17 @@ def create_app(config: ServerConfig) -> FastAPI:
         with suppress(RuntimeError):  # the server has ended
             workers.submit(give_back_memory)
 
+    async def trim_soon() -> None:
+        asyncio.get_running_loop().call_later(TRIM_DELAY, trim)
+
     async def read(request: Request, read_body: Callable[[bytes], _Asked]) -> _Asked:
         """The request, read on a thread: the event loop serves everybody else meanwhile."""
         raw = await _body(request, config.max_body_size)
-        loop = asyncio.get_running_loop()
         try:
-            return await loop.run_in_executor(workers, read_body, raw)
+            return await asyncio.get_running_loop().run_in_executor(workers, read_body, raw)
         finally:
             if len(raw) > SMALL_BODY:
-                loop.call_later(TRIM_DELAY, trim)
+                await trim_soon()
 
     @app.get("/v1/models", dependencies=guarded, responses=responses(schemas.ModelList))
     async def models() -> Json:
@@ -274,13 +275,12 @@ def create_app(config: ServerConfig) -> FastAPI:
             events = _events(handle, prompt_tokens, given.request, given.body)
             return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
         finished = await _finished(handle, given.request.n)
-        write = partial(_whole, finished, sum(prompt_tokens), given.body)
-        size = sum(len(one.token_ids) for one in finished) * (1 + (given.body.top or 0))
-        if given.body.top is None or size <= SHORT_RESPONSE:
-            text = write()
-        else:
-            text = await asyncio.get_running_loop().run_in_executor(workers, write)
-        return Response(text, media_type="application/json")
+        used = usage(sum(prompt_tokens), sum(len(one.token_ids) for one in finished))
+        if given.body.top is None or used["completion_tokens"] * (1 + given.body.top) <= SHORT_RESPONSE:
+            return Response(b"".join(given.body.written(finished, used)), media_type="application/json")
+        # A plain iterator: its parts are made on threads.
+        parts = given.body.written(finished, used)
+        return StreamingResponse(parts, media_type="application/json", background=BackgroundTask(trim_soon))
 
     describe(app, names, config.max_model_len, config.vocab_size)
     return app
@@ -292,12 +292,6 @@ async def _finished(handle: RequestHandle, n: int) -> list[Completion]:
         if delta.finished is not None:
             finished[delta.prompt_index * n + delta.index] = _without_error(delta.finished)
     return [finished[index] for index in sorted(finished)]
-
-
-def _whole(finished: list[Completion], num_prompt_tokens: int, body: CompletionResponse) -> bytes:
-    generated = sum(len(completion.token_ids) for completion in finished)
-    choices = [body.choice(index, completion) for index, completion in enumerate(finished)]
-    return encoded(body.whole(choices, usage(num_prompt_tokens, generated)))
 
 
 async def _events(

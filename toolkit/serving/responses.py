@@ -3,15 +3,19 @@
 ``choices`` carry vLLM's ``stop_reason`` beside OpenAI's fields: the stop string or token that ended them.
 """
 
-import json
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 from toolkit.engine import Completion, Delta
 from toolkit.serving.texts import Texts
 from toolkit.strict_json import strict_json
+
+ITEMS = 64
+"""Of a long list that are written at a time."""
+PART = 2**16
+"""Characters of a response that are sent at a time."""
 
 Json: TypeAlias = dict[str, Any]
 
@@ -24,12 +28,23 @@ def error_body(message: str, status: int, param: str | None = None, code: str | 
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def encoded(body: Json) -> bytes:
-    """A whole response. A long one is written in small steps: Python's lock is held for each."""
-    options: dict[str, Any] = {"ensure_ascii": False, "allow_nan": False, "separators": (",", ":")}
-    if any(choice["logprobs"] for choice in body["choices"]):
-        return "".join(json.JSONEncoder(**options).iterencode(body)).encode()
-    return json.dumps(body, **options).encode()
+def json_parts(value: Any) -> Iterator[str]:
+    """JSON of a value, long lists in it some items at a time: Python's lock is held for the time of one part."""
+    if isinstance(value, dict):
+        for at, (key, inner) in enumerate(value.items()):
+            yield f"{',' if at else '{'}{_json(key)}:"
+            yield from json_parts(inner)
+        yield "}" if value else "{}"
+    elif isinstance(value, list) and len(value) > ITEMS:
+        for at in range(0, len(value), ITEMS):
+            yield f"{',' if at else '['}{_json(value[at : at + ITEMS])[1:-1]}"
+        yield "]"
+    else:
+        yield _json(value)
+
+
+def _json(value: Any) -> str:
+    return strict_json(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def event(body: Json) -> str:
@@ -60,6 +75,20 @@ class CompletionResponse:
     def whole(self, choices: list[Json], used: Json) -> Json:
         """A response that is not streamed."""
         return {**self.head, "object": self.object_type, "choices": choices, "usage": used}
+
+    def written(self, finished: Sequence[Completion], used: Json) -> Iterator[bytes]:
+        """The response that is not streamed, as JSON in parts; each choice is made when its turn comes."""
+        empty = _json(self.whole([], used))
+        head, tail = empty.split('"choices":[]')  # no text of it has quotes without a backslash
+        part = head + '"choices":['
+        for index, completion in enumerate(finished):
+            part += "," * (index > 0)
+            for text in json_parts(self.choice(index, completion)):
+                part += text
+                if len(part) > PART:
+                    yield part.encode()
+                    part = ""
+        yield f"{part}]{tail}".encode()
 
     def chunk(self, choices: list[Json], used: Json | None = None, show_usage: bool = False) -> Json:
         """A chunk of a stream; with ``show_usage`` every chunk has the field, null until the last."""
