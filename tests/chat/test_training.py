@@ -9,6 +9,7 @@ import pytest
 from tests.helpers.tokenizers import BACKENDS, CHATML, LLAMA2, SlowTokenizer, make_tokenizer
 from toolkit.chat import ChatTemplateError, ChatTokenizer, prompt_token_ids, render
 from toolkit.errors import ToolkitError
+from toolkit.testing.models import random_model
 
 HELLO = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "world"}]
 TWO_TURNS = [
@@ -239,3 +240,45 @@ def test_markers_of_a_template_that_takes_whole_conversations_only() -> None:
     assert learnt(tokenizer, example) == "world</s>world</s>"
     with pytest.raises(ChatTemplateError):
         render(tokenizer, HELLO)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("around", ["$A", "<s> $A"])
+def test_the_labels_are_those_of_trl(tmp_path: Path, around: str) -> None:
+    """Of TRL's ``SFTTrainer``, for its three formats, with and without masks."""
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    marked = "{% generation %}{{ m['content'] }}<|im_end|>\n{% endgeneration %}"
+    template = CHATML.replace(
+        "{{ m['content'] }}<|im_end|>\n",
+        "{% if m['role'] == 'assistant' %}" + marked + "{% else %}{{ m['content'] }}<|im_end|>{{ '\n' }}{% endif %}",
+    )
+    tokenizer = make_tokenizer(chat_template=template, around=around)
+    prompt, reply = HELLO[:1], HELLO[1:]
+    for line, options in (
+        ({"messages": [*HELLO, *HELLO]}, {"assistant_only_loss": True}),
+        ({"messages": [*HELLO, *HELLO]}, {"assistant_only_loss": False}),
+        ({"prompt": prompt, "completion": reply}, {"assistant_only_loss": False}),
+        ({"prompt": "two plus two is", "completion": " four"}, {"assistant_only_loss": False}),
+        ({"prompt": "two plus", "completion": " two"}, {"completion_only_loss": False, "assistant_only_loss": False}),
+        ({"text": "two plus two"}, {"assistant_only_loss": False}),
+    ):
+        trainer = trl.SFTTrainer(
+            model=random_model("llama", vocab_size=len(tokenizer)),
+            args=trl.SFTConfig(
+                output_dir=str(tmp_path), max_length=None, use_cpu=True, bf16=False, report_to=[], **options
+            ),
+            processing_class=tokenizer,
+            train_dataset=datasets.Dataset.from_list([line]),
+        )
+        expected = trainer.train_dataset[0]
+        format = ChatTokenizer(tokenizer, **options)
+        if "messages" in line:
+            (example,) = format.messages(line["messages"])
+        elif "text" in line:
+            example = format.text(line["text"])
+        else:
+            (example,) = format.completion(line["prompt"], line["completion"])
+        assert example.ids == expected["input_ids"], line
+        ours = [token if counts else -100 for token, counts in zip(example.ids, example.mask)]
+        assert ours[1:] == expected["labels"][1:], line  # nothing comes before the first token
