@@ -7,12 +7,20 @@ from typing import Any
 import pytest
 import torch
 from objective_recipes import TASK, objective_recipe
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    ByT5Tokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from tests.helpers.tokenizers import CHATML, make_tokenizer
 from toolkit.config import Recipe
 from toolkit.errors import ToolkitError
 from toolkit.loading import load_model
+from toolkit.testing.models import random_model
 from toolkit.training.corpus import digest
 from toolkit.training.loop import Trainer, train
 from toolkit.training.metrics import read_metrics
@@ -275,3 +283,23 @@ def test_long_prompts_of_a_task_end_a_run_before_its_first_step_or_are_passed_ov
     assert train(recipe, quiet=True)["eval_samples"] == 16
     lines = read_metrics(tmp_path / "runs" / "grpo" / "metrics.jsonl")
     assert sum(line["prompts_dropped"] for line in lines) > 0
+
+
+def test_a_slow_tokenizer_trains_and_rolls_out(tmp_path: Path) -> None:
+    tokenizer = ByT5Tokenizer(extra_ids=0)
+    tokenizer.chat_template = CHATML
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    assert not tokenizer.is_fast
+    folder = tmp_path / "slow"
+    tokenizer.save_pretrained(folder)
+    random_model("llama", vocabulary=len(tokenizer), eos_token_id=tokenizer.eos_token_id).save_pretrained(folder)
+    recipe = recipe_of(tmp_path, folder, "sft", [chat("is é?", "yes")] * 3, {"evaluation": {"val_set_size": 1e-9}})
+    trainer = Trainer(recipe, quiet=True)
+    (example, *_) = trainer.objective.stream.next_batch()
+    assert tokenizer.decode([token for token in example.targets if token != -100]) == "yes<|im_end|>\n"
+    trainer.fit()
+    trainer.objective.close()
+    objective = {"task": TASK, "prompts": 2, "num_generations": 2}
+    model = {"config": None, "name_or_path": str(folder)}
+    train(objective_recipe(tmp_path, "grpo", objective, model=model, train={"max_steps": 2}), quiet=True)
+    assert read_metrics(tmp_path / "runs" / "grpo" / "metrics.jsonl")[0]["mismatch_bits"] == 0

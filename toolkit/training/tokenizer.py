@@ -1,4 +1,4 @@
-"""The recipe's tokenizer: a Hugging Face fast tokenizer, loaded, or byte-level BPE trained by the run."""
+"""The recipe's tokenizer: a Hugging Face tokenizer, loaded, or byte-level BPE trained by the run."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -54,7 +54,7 @@ def load_tokenizer(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Tokenizer:
-    """The fast tokenizer of a folder, a run or a repository of the Hub.
+    """The tokenizer of a folder, a run or a repository of the Hub.
 
     Raises ToolkitError, naming ``field``, where there is none or it has no eos token.
     """
@@ -65,8 +65,6 @@ def load_tokenizer(
             f"{field} must hold a tokenizer, got '{name_or_path}', which has none; name one with "
             "tokenizer.name_or_path=."
         )
-    if not tokenizer.is_fast:
-        raise ToolkitError(f"{field} must hold a fast tokenizer (tokenizer.json), got '{name_or_path}'.")
     if tokenizer.eos_token_id is None:
         raise ToolkitError(f"{field} must hold a tokenizer with an eos token, got '{name_or_path}'.")
     return tokenizer
