@@ -138,6 +138,18 @@ def test_only_what_needs_a_gradient_gets_one() -> None:
     assert not moe_forward(case.x, case.topk_ids, case.topk_weights, case.weights, dispatcher).requires_grad
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_second_derivative_is_refused(sharded: bool, recompute: bool) -> None:
+    case = make_case(3, [6])
+    dispatcher = (ExpertParallelDispatcher(),) if sharded else ()
+    x = case.x.clone().requires_grad_()
+    out = moe_forward(x, case.topk_ids, case.topk_weights, case.weights, *dispatcher, recompute=recompute)
+    (gradient,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(ToolkitError, match="has no second derivative"):
+        torch.autograd.grad(gradient.square().sum(), x)
+
+
 def test_schedule_sends_ahead_and_takes_late() -> None:
     assert schedule(1) == [Step("send", 0), Step("compute", 0), Step("receive", 0)]
     assert schedule(3, backward=True) == [

@@ -22,6 +22,7 @@ from toolkit.ops.experts.rows import (
     experts_weight_gradients,
 )
 from toolkit.ops.grouped_linear import combine
+from toolkit.ops.transforms import first_derivative_only
 
 Tensors = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
 """up, up_bias, down and down_bias of ``ExpertWeights``."""
@@ -145,7 +146,8 @@ class _PipelinedExperts(torch.autograd.Function):
             done[index] = None
 
         _run(count, True, send=send, compute=compute, receive=receive, weights=weigh)
-        gradients = (to_x, to_topk_weights, *to_weights[0])
+        given = (to_x, to_topk_weights, *to_weights[0])
+        gradients = first_derivative_only("experts (sharded)", given, [grad, *tensors])
         return *(one if need else None for one, need in zip(gradients, ctx.needs_input_grad)), None, None, None
 
 

@@ -52,9 +52,9 @@ class _FirstDerivativeOnly(torch.autograd.Function):
         )
 
 
-def first_derivative_only(name: str, results: Sequence[Tensor], arguments: Sequence[Any]) -> Sequence[Tensor]:
+def first_derivative_only(name: str, results: Sequence[Any], arguments: Sequence[Any]) -> Sequence[Any]:
     """``results`` of the backward of op ``name`` from ``arguments``; differentiating them again raises."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return results
-    found: Sequence[Tensor] = _FirstDerivativeOnly.apply(name, len(results), *results, *arguments)  # type: ignore[no-untyped-call]
+    found: Sequence[Any] = _FirstDerivativeOnly.apply(name, len(results), *results, *arguments)  # type: ignore[no-untyped-call]
     return found
