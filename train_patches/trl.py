@@ -105,14 +105,19 @@ def _patch(trainer: Any, numerics: str | None, shared: bool) -> None:
     """Patch the trainer's model. Raises ToolkitError where rows of a padded forward would have other rotary tables."""
     patched, processes = report_of(trainer.model) is not None, trainer.accelerator.num_processes
     report = patch(trainer.model, numerics=numerics)
-    if report.rotary_regimes() is None or (shared and processes == 1):
+    if report.rotary_regimes() is None:
+        return
+    padded_loss = getattr(trainer, "aux_loss_enabled", False)  # the auxiliary loss needs TRL's own forward
+    if shared and processes == 1 and not padded_loss:
+        if getattr(trainer, "ref_model", None) is not None:
+            patch(trainer.ref_model, numerics=numerics)
         return
     if not patched:
         unpatch(trainer.model)
     raise ToolkitError(
         "a model whose rotary tables depend on the length of the sequence needs share=True, a trainer with "
-        "_get_per_token_logps_and_entropies and one process, since a padded forward has the tables of its longest row; "
-        f"got {type(trainer).__name__} with {processes} processes."
+        "_get_per_token_logps_and_entropies, no auxiliary loss and one process, since a padded forward has the tables "
+        f"of its longest row; got {type(trainer).__name__} with {processes} processes."
     )
 
 
@@ -286,9 +291,10 @@ class Rollout:
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """TRL's ``_get_per_token_logps_and_entropies``: [B, C] each, 0 after the end of a completion.
 
-        A reference model, a wrapped model (DDP relies on its own forward) and an auxiliary loss take TRL's path.
+        A reference model, a wrapped model (DDP relies on its own forward) and an auxiliary loss take TRL's path; the
+        reference takes this one where its rotary tables depend on the length of the sequence.
         """
-        if model is not self.trainer.model or compute_aux_loss or any(one is not None for one in media.values()):
+        if not self._runs_ragged(model) or compute_aux_loss or any(one is not None for one in media.values()):
             settings = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss, **media}
             padded: tuple[Tensor, Tensor | None, Tensor | None] = self.padded(
                 model, input_ids, attention_mask, logits_to_keep, batch_size, **settings
@@ -318,9 +324,15 @@ class Rollout:
 
         lengths = [len(sequence) for sequence in sequences]
         given = [max(one, length) for one, length in zip(self._declared(kept, count), lengths, strict=True)]
-        rotary = choose_rotary_lengths(self.trainer.model, lengths, given)
+        rotary = choose_rotary_lengths(model, lengths, given)
         batch = RaggedBatch.from_sequences(sequences, self.engine.backend.device, rotary_lengths=rotary)
         return predictions(model, batch, sequences, kept[:, -count:].sum(1).tolist(), read)
+
+    def _runs_ragged(self, model: Any) -> bool:
+        if model is self.trainer.model:
+            return True
+        report = report_of(model) if model is getattr(self.trainer, "ref_model", None) else None
+        return report is not None and report.rotary_regimes() is not None
 
     def _declared(self, kept: Tensor, count: int) -> list[int]:
         """The lengths that the engine was given for rows [B, L] whose last ``count`` tokens are completions."""

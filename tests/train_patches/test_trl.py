@@ -1,10 +1,12 @@
 """TRL's trainers on a patched model: SFT and DPO as without the patch, GRPO with the engine as its rollout."""
 
+import copy
+
 import pytest
 import torch
 
 import toolkit
-from tests.helpers.rope import longrope
+from tests.helpers.rope import longrope, sequences, stock, stock_logprobs
 from toolkit.errors import ToolkitError
 from toolkit.patching import report_of
 from toolkit.testing.models import random_model, tiny_tokenizer
@@ -276,6 +278,8 @@ def test_rows_are_trained_with_the_rotary_tables_of_their_rollout(tokenizer, tmp
     """Some requests declare more tokens than the border; completions of those may end before it."""
     model = random_model("llama", rope_parameters=longrope(8, border=22))
     trainer = grpo(tokenizer, tmp_path, model=model)
+    oracle = stock(random_model("llama", rope_parameters=longrope(8, border=22)))
+    trainer.ref_model, trainer.beta = copy.deepcopy(oracle), 0.1  # TRL loads its own from a folder
     trainer.eos_token_ids = list(range(0, 331, 5))
     trainer.generation_config.eos_token_id = trainer.eos_token_ids
     seen = []
@@ -283,6 +287,12 @@ def test_rows_are_trained_with_the_rotary_tables_of_their_rollout(tokenizer, tmp
         generate = engine.generate
         engine.generate = lambda *args: seen.append(generate(*args)) or seen[-1]
         trainer.train()
+    ids, prompts = torch.tensor(sequences(30, 30)), torch.tensor([[1] * 18, [0] * 14 + [1] * 4])
+    mask = torch.cat([prompts, torch.ones(2, 12, dtype=torch.int64)], 1)  # they declare 28 and 14 tokens
+    reference = trainer._get_per_token_logps_and_entropies(trainer.ref_model, ids, mask, 12)[0]
+    for row, got in enumerate(reference):
+        exact = stock_logprobs(oracle, ids[row][mask[row].bool()].tolist())[-12:]
+        torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-4)
     completions = [one for group in seen for one in group]
     assert {one.rotary_length for one in completions} == {1, 23}
     assert any(one.rotary_length == 23 and len(one.prompt_token_ids) + len(one.token_ids) <= 22 for one in completions)
