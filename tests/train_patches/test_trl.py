@@ -287,9 +287,9 @@ def test_rows_are_trained_with_the_rotary_tables_of_their_rollout(tokenizer, tmp
         generate = engine.generate
         engine.generate = lambda *args: seen.append(generate(*args)) or seen[-1]
         trainer.train()
-    ids, prompts = torch.tensor(sequences(30, 30)), torch.tensor([[1] * 18, [0] * 14 + [1] * 4])
-    mask = torch.cat([prompts, torch.ones(2, 12, dtype=torch.int64)], 1)  # they declare 28 and 14 tokens
-    reference = trainer._get_per_token_logps_and_entropies(trainer.ref_model, ids, mask, 12)[0]
+        ids, prompts = torch.tensor(sequences(30, 30)), torch.tensor([[1] * 18, [0] * 14 + [1] * 4])
+        mask = torch.cat([prompts, torch.ones(2, 12, dtype=torch.int64)], 1)  # they declare 28 and 14 tokens
+        reference = trainer._get_per_token_logps_and_entropies(trainer.ref_model, ids, mask, 12)[0]
     for row, got in enumerate(reference):
         exact = stock_logprobs(oracle, ids[row][mask[row].bool()].tolist())[-12:]
         torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-4)
