@@ -329,9 +329,9 @@ class Rollout:
         return predictions(model, batch, sequences, kept[:, -count:].sum(1).tolist(), read)
 
     def _runs_ragged(self, model: Any) -> bool:
-        if model is self.trainer.model:
-            return True
-        report = report_of(model) if model is getattr(self.trainer, "ref_model", None) else None
+        if model is not getattr(self.trainer, "ref_model", None):
+            return model is self.trainer.model
+        report = None if model is None else report_of(model)
         return report is not None and report.rotary_regimes() is not None
 
     def _declared(self, kept: Tensor, count: int) -> list[int]:
