@@ -67,3 +67,37 @@ def _as_number(text: str) -> float | None:
         return float(text)
     except ValueError:  # "max", or no such file
         return None
+
+
+def share_cpus() -> None:
+    """Set how this process' threads share its CPUs, unless the environment says; call it before torch is imported.
+
+    Waiting threads give their CPU away. OpenMP's own default is to spin for milliseconds, and the thread that they wait
+    for may be waiting for that very CPU: a training step of two threads beside a busy neighbour then takes ten times as
+    long. There are as many threads as CPUs, by affinity and quota, divided by the processes that a launcher started on
+    this machine.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    threads = max(1, cpu_count() // local_world_size())
+    if threads < (os.cpu_count() or 1):
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+
+
+def local_world_size() -> int:
+    """Processes that torchrun, accelerate or DeepSpeed started on this machine; 1 for none of them.
+
+    MPI's and Slurm's are bound to CPUs by their launchers, which affinity shows.
+    """
+    count = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, int(count)) if count.isdecimal() else 1
+
+
+def describe_cpus(threads: int) -> str:
+    """One line for people: the threads of this process, the CPUs that they share, and how they wait."""
+    cpus, workers = cpu_count(), local_world_size()
+    shared = f" shared by {workers} processes" if workers > 1 else ""
+    passive = os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive" or os.environ.get("GOMP_SPINCOUNT") == "0"
+    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    load = f", which are busy (load {busy:.1f})" if busy > cpus else ""
+    waits = "waiting threads give their CPU away" if passive else "waiting threads spin (OMP_WAIT_POLICY=passive: not)"
+    return f"{threads} thread{'s' * (threads != 1)} on {cpus} CPU{'s' * (cpus != 1)}{shared}{load}; {waits}"

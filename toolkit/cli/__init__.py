@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from toolkit.cli.quiet import silence_libraries
 from toolkit.errors import ToolkitError
+from toolkit.machine import share_cpus
 
 COMMANDS = ("train", "generate", "verify", "export", "serve", "patches", "coverage", "demo")
 
@@ -16,6 +17,8 @@ COMMANDS = ("train", "generate", "verify", "export", "serve", "patches", "covera
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; its exit status. Bad input is one line on standard error and status 2."""
     silence_libraries()
+    if "torch" not in sys.modules:  # OpenMP reads its settings when it is loaded
+        share_cpus()
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character shows its code
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -18,6 +18,7 @@ from toolkit.cli.options import (
     make_engine,
 )
 from toolkit.errors import ToolkitError, first_line
+from toolkit.machine import describe_cpus
 from toolkit.sentences import shown
 
 if TYPE_CHECKING:
@@ -192,6 +193,8 @@ def _serve(
     listener: socket.socket,
     http: Any,
 ) -> int:
+    import torch
+
     from toolkit.engine import AsyncEngine
     from toolkit.engine.capacity import describe_capacity
     from toolkit.serving.app import ServerConfig
@@ -215,6 +218,8 @@ def _serve(
     where = _address(args, listener)
     room = describe_capacity(engine.pool, engine.block_manager, engine.scheduler.max_running, engine.max_model_len)
     print(room, file=sys.stderr, flush=True)
+    if engine.backend.device.type == "cpu":
+        print(f"cpu: {describe_cpus(torch.get_num_threads())}", file=sys.stderr, flush=True)
     serve(
         config, listener, grace=args.grace, http=http, ready=lambda: print(f"serving {names[0]} on {where}", flush=True)
     )

@@ -21,6 +21,7 @@ from torch import Tensor
 from toolkit.config import Recipe, dump
 from toolkit.errors import ToolkitError
 from toolkit.loading.run import name_of
+from toolkit.machine import describe_cpus
 from toolkit.moe.sharding import ShardedExperts, expert_groups, shard_experts
 from toolkit.patching import expert_layers
 from toolkit.strict_json import strict_json
@@ -117,6 +118,8 @@ class Trainer:
         part = f", {self.num_trainable / 1e6:.3f} M trainable" if self.num_trainable != self.num_parameters else ""
         self.log(f"model: {type(self.hf_model).__name__}, {self.num_parameters / 1e6:.2f} M parameters{part}")
         self.log(f"patched: {roles} (numerics: {self.patch_report.numerics})")
+        if self.accelerator.device.type == "cpu":
+            self.log(f"cpu: {describe_cpus(torch.get_num_threads())}")
 
     def log(self, text: str) -> None:
         """Print on the main process."""
