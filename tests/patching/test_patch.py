@@ -310,3 +310,27 @@ def test_loss_with_num_items_in_batch_is_the_trainers():
     expected = model(ids, labels=labels, num_items_in_batch=torch.tensor(50)).loss
     toolkit.patch(model)
     assert relative(model(ids, labels=labels, num_items_in_batch=torch.tensor(50)).loss, expected) < 1e-6
+
+
+def test_a_model_with_quantised_layers_is_left_as_it_was_and_refused_with_the_reason():
+    """As bitsandbytes' layers on a CPU: a forward in eval mode that needs no gradient repacks the weights for good."""
+
+    class Packed(torch.nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.weight = torch.nn.Parameter((linear.weight.detach() * 64).to(torch.int8), requires_grad=False)
+            self.repacked = False
+
+        def forward(self, x):
+            self.repacked |= not self.training and not x.requires_grad
+            return torch.nn.functional.linear(x, self.weight.to(x.dtype) / 64)
+
+    model = random_model("llama").train()
+    for layer in model.model.layers:
+        layer.self_attn.q_proj = Packed(layer.self_attn.q_proj)
+    report = toolkit.patch(model)
+    assert torch.is_grad_enabled()
+    assert not any(layer.self_attn.q_proj.repacked for layer in model.model.layers)
+    assert {"norm", "mlp"} <= set(report.roles())
+    with pytest.raises(ToolkitError, match=r"a skipped layer: .*parameter q_proj.weight is quantised \(int8\)"):
+        toolkit.token_logprobs(model, [[3, 4, 5]])

@@ -60,6 +60,20 @@ def _replaced(config: Any, values: dict[str, Any]) -> Iterator[None]:
             setattr(config, name, value)
 
 
+@contextmanager
+def _as_in_training(embedding: nn.Module) -> Iterator[None]:
+    """Inside, hidden states need gradients: bitsandbytes repacks weights for good in a forward that needs none.
+
+    Repacked weights give wrong gradients on a CPU.
+    """
+    hook = embedding.register_forward_hook(lambda *call: call[-1].detach().requires_grad_().clone())
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        hook.remove()
+
+
 def record_calls(
     model: Any, modules: Sequence[nn.Module], rows: int, length: int, window: int
 ) -> dict[nn.Module, list[Call]]:
@@ -85,12 +99,14 @@ def record_calls(
 
     configs = {id(one): one for one in (model.config, model.config.get_text_config())}.values()
     before = model.config._attn_implementation
-    with ExitStack() as stack, torch.no_grad(), eval_mode(model):
+    with torch.no_grad(), eval_mode(model), ExitStack() as stack:
         for config in configs:
             stack.enter_context(_replaced(config, {"sliding_window": window, "attention_chunk_size": window}))
         for module in modules:
             stack.callback(module.register_forward_pre_hook(record, with_kwargs=True).remove)
         stack.callback(model.set_attn_implementation, before)
         model.set_attn_implementation("eager")
+        if not all(parameter.is_floating_point() for parameter in model.parameters()):
+            stack.enter_context(_as_in_training(model.get_input_embeddings()))
         model(input_ids=ids, use_cache=False)
     return calls

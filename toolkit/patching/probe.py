@@ -26,6 +26,12 @@ def probe_copy(module: nn.Module, replaced: dict[int, nn.Parameter] | None = Non
     Args:
         replaced: parameters to copy instead of those with these ids.
     """
+    for name, parameter in module.named_parameters():
+        if not parameter.is_floating_point():
+            raise NotImplementedError(
+                f"parameter {name} is quantised ({str(parameter.dtype).removeprefix('torch.')}), and a probe needs "
+                "random weights"
+            )
     copied = copy.deepcopy(module, dict(replaced or {})).float().eval()
     for stream, parameter in enumerate(copied.parameters()):
         # A stream each: with equal weights, queries could not be told from keys, nor gate from up.
