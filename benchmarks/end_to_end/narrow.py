@@ -1,0 +1,117 @@
+"""16-bit models on a CPU: prefill, decoding and a training step of SmolLM2-135M's shape, and their peers.
+
+``python -m benchmarks.narrow`` takes turns, so that a noisy neighbour slows all alike, and reports each system's best.
+Random weights: what a step costs does not depend on them.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import toolkit
+from benchmarks.common import print_table, turns, write_json
+
+PROMPT = 128
+
+
+def smollm2(dtype: torch.dtype) -> Any:
+    """A Llama of the shape of SmolLM2-135M with random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True, rope_theta=100_000.0,
+        bos_token_id=None, eos_token_id=None, pad_token_id=None, attn_implementation="eager",
+    )  # fmt: skip
+    return LlamaForCausalLM(config).to(dtype).eval()
+
+
+class System:
+    """One model as one library runs it."""
+
+    def __init__(self, library: str, dtype: torch.dtype) -> None:
+        self.model = smollm2(dtype)
+        self.engine = None
+        if library == "toolkit":
+            toolkit.patch(self.model)
+            self.engine = toolkit.Engine(self.model, enable_prefix_caching=False)
+
+    def generate(self, prompt: list[int], count: int) -> None:
+        """Greedy decoding of ``count`` tokens."""
+        if self.engine is not None:
+            params = toolkit.SamplingParams(max_tokens=count, temperature=0, ignore_eos=True)
+            self.engine.generate([prompt], params)
+            return
+        with torch.inference_mode():
+            ids = torch.tensor([prompt])
+            self.model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0,
+                max_new_tokens=count, min_new_tokens=count,
+            )  # fmt: skip
+
+    def train(self, prompt: list[int]) -> None:
+        """Forward and backward of one sequence."""
+        ids = torch.tensor([prompt])
+        self.model(input_ids=ids, labels=ids).loss.backward()
+        self.model.zero_grad()
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--new-tokens", type=int, default=24)
+    parser.add_argument("--json", metavar="NAME", help="write benchmarks/results/NAME.json")
+    options = parser.parse_args(argv)
+    dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+    systems = {
+        f"{library} {name}": System(library, dtype)
+        for library in ("toolkit", "transformers")
+        for name, dtype in dtypes.items()
+    }
+    prompt = torch.randint(0, 49152, (PROMPT,), generator=torch.Generator().manual_seed(1)).tolist()
+    least: dict[str, list[float]] = {}
+    for name in turns(systems, options.repeats + 1):  # the first turn warms up
+        system = systems[name]
+        calls = (
+            lambda system=system: system.generate(prompt, 1),
+            lambda system=system: system.generate(prompt, 1 + options.new_tokens),
+            lambda system=system: system.train(prompt),
+        )
+        taken = [seconds(call) for call in calls]
+        least[name] = [min(pair) for pair in zip(taken, least.get(name, taken), strict=True)]
+    best = {
+        name: {
+            "prefill_tokens_per_second": PROMPT / first,
+            "decode_tokens_per_second": options.new_tokens / (whole - first),
+            "train_tokens_per_second": PROMPT / step,
+        }
+        for name, (first, whole, step) in least.items()
+    }
+    peer = best["transformers bfloat16"]
+    print_table(
+        "SmolLM2-135M's shape on the CPU, best of its turns",
+        ["system", "prefill tok/s", "decode tok/s", "train tok/s", "decode / transformers bf16"],
+        [
+            [name, *(f"{value:.1f}" for value in values.values()),
+             f"{values['decode_tokens_per_second'] / peer['decode_tokens_per_second']:.2f}"]
+            for name, values in best.items()
+        ],
+    )  # fmt: skip
+    if options.json is not None:
+        load = os.getloadavg()[0]
+        write_json(options.json, {"load": load, "prompt": PROMPT, "results": best})
+
+
+if __name__ == "__main__":
+    main()
