@@ -19,6 +19,7 @@ COMMANDS = {
     "long_sequence": "--length 96 --chunk 32 --compare 64",
     "moe_overlap": "--tokens 16 --hidden-size 32 --intermediate-size 16 --chunks 2 --repeats 1",
     "fuzz": "--requests 150",
+    "narrow": "--layers 1 --new-tokens 2 --repeats 1",
     "ops": "--only bits linear head --seconds 0.01",
     "ops.attention": "--repeats 1",
 }

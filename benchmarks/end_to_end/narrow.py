@@ -1,6 +1,6 @@
 """16-bit models on a CPU: prefill, decoding and a training step of SmolLM2-135M's shape, and their peers.
 
-``python -m benchmarks.narrow`` takes turns, so that a noisy neighbour slows all alike, and reports each system's best.
+``python -m benchmarks.narrow`` takes turns, so that a noisy neighbour slows all of them, and reports each system's best.
 Random weights: what a step costs does not depend on them.
 """
 
@@ -18,13 +18,13 @@ from benchmarks.common import print_table, turns, write_json
 PROMPT = 128
 
 
-def smollm2(dtype: torch.dtype) -> Any:
+def smollm2(dtype: torch.dtype, layers: int) -> Any:
     """A Llama of the shape of SmolLM2-135M with random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers, num_attention_heads=9,
         num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True, rope_theta=100_000.0,
         bos_token_id=None, eos_token_id=None, pad_token_id=None, attn_implementation="eager",
     )  # fmt: skip
@@ -34,8 +34,8 @@ def smollm2(dtype: torch.dtype) -> Any:
 class System:
     """One model as one library runs it."""
 
-    def __init__(self, library: str, dtype: torch.dtype) -> None:
-        self.model = smollm2(dtype)
+    def __init__(self, library: str, dtype: torch.dtype, layers: int) -> None:
+        self.model = smollm2(dtype, layers)
         self.engine = None
         if library == "toolkit":
             toolkit.patch(self.model)
@@ -71,11 +71,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--new-tokens", type=int, default=24)
+    parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--json", metavar="NAME", help="write benchmarks/results/NAME.json")
     options = parser.parse_args(argv)
     dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
     systems = {
-        f"{library} {name}": System(library, dtype)
+        f"{library} {name}": System(library, dtype, options.layers)
         for library in ("toolkit", "transformers")
         for name, dtype in dtypes.items()
     }
