@@ -1,6 +1,6 @@
 """16-bit models on a CPU: prefill, decoding and a training step of SmolLM2-135M's shape, and their peers.
 
-``python -m benchmarks.narrow`` takes turns, so that a noisy neighbour slows all of them, and reports each system's best.
+``python -m benchmarks.narrow`` takes turns, so that a noisy neighbour slows all of them, and reports the best of each.
 Random weights: what a step costs does not depend on them.
 """
 
