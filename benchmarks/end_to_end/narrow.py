@@ -23,12 +23,14 @@ def smollm2(dtype: torch.dtype, layers: int) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config: Any = LlamaConfig(
         vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers, num_attention_heads=9,
-        num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True, rope_theta=100_000.0,
-        bos_token_id=None, eos_token_id=None, pad_token_id=None, attn_implementation="eager",
+        num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=None, pad_token_id=None,
     )  # fmt: skip
-    return LlamaForCausalLM(config).to(dtype).eval()
+    model: Any = LlamaForCausalLM(config)
+    model.set_attn_implementation("eager")
+    return model.to(dtype).eval()
 
 
 class System:
@@ -36,7 +38,7 @@ class System:
 
     def __init__(self, library: str, dtype: torch.dtype, layers: int) -> None:
         self.model = smollm2(dtype, layers)
-        self.engine = None
+        self.engine: toolkit.Engine | None = None
         if library == "toolkit":
             toolkit.patch(self.model)
             self.engine = toolkit.Engine(self.model, enable_prefix_caching=False)
