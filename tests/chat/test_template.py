@@ -48,6 +48,8 @@ def test_text_parts_and_strings_are_read_by_any_template() -> None:
     )
     picture = chat(("user", [{"type": "image"}, {"type": "text", "text": "x"}]))
     assert render(tokenizer, picture, chat_template="{{ messages[0].content | length }}") == "2"
+    with pytest.raises(ChatTemplateError, match="it takes text only, and a message has parts of type image, text"):
+        render(tokenizer, picture)
 
 
 def test_a_developer_is_the_system_where_only_that_is_known() -> None:

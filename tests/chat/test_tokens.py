@@ -4,6 +4,7 @@ import random
 import unicodedata
 
 import pytest
+from tokenizers import AddedToken
 
 from tests.helpers.tokenizers import BACKENDS, SlowTokenizer, make_tokenizer
 from toolkit.chat import encode, prompt_token_ids, special_tokens_around
@@ -68,3 +69,33 @@ def test_a_prompt_is_not_ended(kind: str, around: str, before: list[int], behind
 def test_a_lone_surrogate_is_one_sentence() -> None:
     with pytest.raises(ToolkitError, match=r"must be Unicode without lone surrogates, got U\+D83D at character 3\."):
         encode(make_tokenizer(), "abc\ud83d")
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "llama"])
+@pytest.mark.parametrize("swallows", [{"rstrip": True}, {"lstrip": True}, {"lstrip": True, "rstrip": True}])
+def test_whitespace_that_an_added_token_swallows_is_not_its_own(kind: str, swallows: dict[str, bool]) -> None:
+    """Phi-3's tokenizer is such a one: its ``<|assistant|>`` takes the beginning of what the assistant writes."""
+    tokenizer = make_tokenizer(kind)
+    encode_with_offsets(tokenizer, "before the token is known")
+    tokenizer.add_tokens([AddedToken("<|turn|>", special=True, normalized=False, **swallows)], special_tokens=True)
+    turn = tokenizer.convert_tokens_to_ids("<|turn|>")
+    prompt, completion, after = "hello<|turn|>\n", " world  ", "<|turn|>"
+    ends = len(prompt), len(prompt + completion)
+    ids, ((first, last, straddles),) = token_ranges(tokenizer, prompt + completion + after, [ends])
+    assert turn in ids[:first]
+    assert turn not in ids[first:last]
+    assert turn in ids[last:]
+    assert not straddles
+
+
+@pytest.mark.parametrize("blank", ["\n", "\t", "\u00a0", "\n\n"])
+def test_a_space_that_the_tokenizer_puts_in_hides_no_whitespace(blank: str) -> None:
+    """After a special token, and before whitespace, whose offsets then go backwards."""
+    tokenizer = make_tokenizer("prefix_space")
+    text = f"hello<|im_end|>{blank}two"
+    found = encode_with_offsets(tokenizer, text)
+    assert found.begins == sorted(found.begins)
+    assert found.ends == sorted(found.ends)
+    end = text.index(blank)
+    _, (counts,) = token_ranges(tokenizer, text, [(end, end + len(blank))])
+    assert tokenizer.decode(found.ids[counts.first : counts.last]).endswith(blank)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.tokenizers import BACKENDS, CHATML, LLAMA2, SlowTokenizer, make_tokenizer
-from toolkit.chat import ChatTemplateError, ChatTokenizer, prompt_token_ids, render
+from toolkit.chat import ChatTemplateError, ChatTokenizer, hidden_parts, prompt_token_ids, render
 from toolkit.errors import ToolkitError
 from toolkit.testing.models import random_model
 
@@ -282,3 +282,31 @@ def test_the_labels_are_those_of_trl(tmp_path: Path, around: str) -> None:
         assert example.ids == expected["input_ids"], line
         ours = [token if counts else -100 for token, counts in zip(example.ids, example.mask)]
         assert ours[1:] == expected["labels"][1:], line  # nothing comes before the first token
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 'Be kind.\n' }}" + CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}"),
+        CHATML + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}",
+    ],
+    ids=["other prompt, default system text", "text behind the last turn"],
+)
+def test_a_conversation_that_the_assistant_begins(template: str) -> None:
+    """Its role is no more learnt than that of later turns, nor is what the template writes before it."""
+    tokenizer = make_tokenizer(chat_template=template)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    examples = ChatTokenizer(tokenizer, eos_token_ids=[end]).messages([{"role": "assistant", "content": "yes"}, *HELLO])
+    texts = [learnt(tokenizer, example) for example in examples]
+    assert "".join(texts).replace("</s>", "") == "yes<|im_end|>\nworld<|im_end|>\n"
+
+
+def test_parts_of_a_turn_that_the_template_leaves_out() -> None:
+    tokenizer = make_tokenizer(chat_template=THINKING)
+    assert hidden_parts(tokenizer, TWO_TURNS) == []  # earlier thoughts are shown where the turn is learnt
+    without = THINKING.replace("and loop.index0 < last.query", "")
+    assert hidden_parts(tokenizer, TWO_TURNS, chat_template=without) == [2, 4]
+    reasons = [HELLO[0], HELLO[1] | {"reasoning_content": "it  is"}]
+    assert hidden_parts(tokenizer, reasons) == [1]
+    shown = THINKING.replace("{{ content }}", "<think>{{ m.reasoning_content }}</think>{{ content }}")
+    assert hidden_parts(tokenizer, reasons, chat_template=shown) == []

@@ -47,6 +47,7 @@ def test_values_and_overrides_are_typed(recipe: str) -> None:
             "checkpoint.save_steps=",
             "schedule.lr_scheduler_type=warmup_stable_decay",
             "schedule.num_decay_steps=10",
+            "train.mixed_precision=no",
         ],
     )
     assert loaded.run_name == "small"
@@ -58,6 +59,7 @@ def test_values_and_overrides_are_typed(recipe: str) -> None:
     assert loaded.data.include == ["a", "b"]
     assert loaded.model.config == {"model_type": "llama", "hidden_size": 32, "tie_word_embeddings": True}
     assert loaded.train.batch_tokens == 128
+    assert loaded.train.mixed_precision == "no"
 
 
 def test_the_resolved_recipe_is_a_recipe(recipe: str, tmp_path: Path) -> None:

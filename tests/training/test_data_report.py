@@ -228,6 +228,13 @@ def test_what_a_template_does_not_show_is_told(tmp_path: Path, checkpoint: Path)
     }
     report = report_of(Trainer(recipe_of(tmp_path, checkpoint, "sft", [line] * 3), quiet=True))
     assert "note: in 3 conversations the template shows nothing of a tool or of a call" in report
+    assert "leaves out" not in report
+    thoughts = chat("is it?", "yes")
+    thoughts["messages"][1]["reasoning_content"] = "it is"
+    recipe = recipe_of(tmp_path, checkpoint, "sft", [thoughts] * 3, overwrite=True)
+    assert "note: in 3 conversations the template leaves out a part of what the assistant has written" in report_of(
+        Trainer(recipe, quiet=True)
+    )
     shown = "{{ m['content'] or '' }}{{ m.tool_calls or '' }}"
     options = {"chat_template": "{{ tools }}" + CHATML.replace("{{ m['content'] }}", shown)}
     rows = [line | {"tools": [call]}] * 3

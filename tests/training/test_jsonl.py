@@ -1,7 +1,9 @@
 """Lines of a json lines file: what the format allows is read, what cannot be trained on is named or skipped."""
 
+import bz2
 import gzip
 import json
+import lzma
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,10 @@ BAD: list[tuple[str, str]] = [
     ('{"messages": [{"content": "a"}]}', "must have an object with 'role' in messages[0]"),
     ('{"messages": [{"role": "user", "content": 3}]}', "must have 'content' as a string or parts in messages[0]"),
     ('{"messages": [{"role": "user", "content": "a"}], "tools": 3}', "must have 'tools' as a list"),
+    (
+        '{"messages": [{"role": "assistant", "content": null, "tool_calls": "x"}]}',
+        "must have 'tool_calls' as a list in messages[0], got a string",
+    ),
     ("[" * 100_000, "must be a JSON object (it is nested too deeply)"),
 ]
 
@@ -99,6 +105,8 @@ def test_gzip_reads_as_its_content_and_other_formats_are_told(tmp_path: Path) ->
     assert plain.fingerprint == packed.fingerprint
     for other, reason in (
         (b"PAR1xxxx", r"plain or gzip, got '.*' \(parquet\)"),
+        (bz2.compress(content), r"plain or gzip, got '.*' \(bzip2\)"),
+        (lzma.compress(content), r"plain or gzip, got '.*' \(xz\)"),
         (b"[{}]", r"an object on each line, got '.*' \(an array\)"),
         ("{}".encode("utf-16"), r"in UTF-8, got '.*' \(UTF-16\)"),
         (gzip.compress(content)[:-20], "must be a whole gzip file"),

@@ -1,6 +1,6 @@
 """Chats and prompts as tokens: one way for training, rollouts and serving."""
 
-from toolkit.chat.dropped import dropped_messages, hidden_tools
+from toolkit.chat.dropped import dropped_messages, hidden_parts, hidden_tools
 from toolkit.chat.rust import rust_encoding
 from toolkit.chat.template import ChatTemplateError, render, render_spans
 from toolkit.chat.tokens import Encoding, encode, prompt_token_ids, special_tokens_around
@@ -14,6 +14,7 @@ __all__ = [
     "TrainingTokens",
     "dropped_messages",
     "encode",
+    "hidden_parts",
     "hidden_tools",
     "prompt_token_ids",
     "render",

@@ -1,5 +1,6 @@
-"""Messages that a chat template shows nothing of."""
+"""What a chat template does not show of a conversation."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -47,6 +48,48 @@ def hidden_tools(
     names = [one["name"] for one in named if isinstance(one, Mapping) and isinstance(one.get("name"), str)]
     text = render(tokenizer, messages, tools, **options) if names else ""
     return [name for name in dict.fromkeys(names) if name not in text]
+
+
+def hidden_parts(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | str | None = None, **options: Any
+) -> list[int]:
+    """The turns of the assistant that ``render`` shows only in part, even as the last message: most often no thoughts.
+
+    Whitespace and tags do not matter. Turns that cannot be rendered are not in the list.
+
+    Args:
+        tokenizer: of transformers.
+        messages: as for ``render``.
+        tools: as for ``render``.
+        options: other arguments of ``render``.
+    """
+    found = []
+    for at, message in enumerate(messages):
+        parts = [part for field in _WRITTEN for part in _TAG.split(_text_of(message.get(field)))]
+        if message.get("role") != "assistant" or not any(parts):
+            continue
+        try:
+            shown = _bare(render(tokenizer, messages[: at + 1], tools, **options))
+        except ChatTemplateError:
+            continue
+        if any(_bare(part) not in shown for part in parts):
+            found.append(at)
+    return found
+
+
+_WRITTEN = ("content", "reasoning_content", "reasoning", "thinking")
+"""Fields of an assistant's message that hold what it has written."""
+_TAG = re.compile(r"<[^<>\s]{1,40}>")
+
+
+def _bare(text: str) -> str:
+    return "".join(text.split())
+
+
+def _text_of(content: Any) -> str:
+    if isinstance(content, (list, tuple)):
+        return "".join(str(part.get("text") or "") for part in content if isinstance(part, Mapping))
+    return content if isinstance(content, str) else ""
 
 
 def _has_text(content: Any) -> bool:

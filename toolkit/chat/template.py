@@ -131,11 +131,13 @@ def _rendered(
     called = _parse_arguments(given)
     variables = {**_variables(tokenizer, chat_template_kwargs), **options}
     try:
-        return _apply(tokenizer, template, given, tools, variables, spans)
+        return _without_python(_apply(tokenizer, template, given, tools, variables, spans), given)
     except TypeError as error:
         if not called:
             raise ChatTemplateError(first_line(error)) from None
         problem: Exception = error
+    except ChatTemplateError:
+        raise
     except Exception as error:  # Jinja, and templates themselves, raise anything
         raise ChatTemplateError(first_line(error)) from None
     for function in called:  # a template that joins strings
@@ -173,12 +175,22 @@ def _apply(
     return str(text)
 
 
+def _without_python(text: str, messages: Sequence[Mapping[str, Any]]) -> str:
+    """The text. Raises ChatTemplateError where it has the parts of a message as Python writes a list."""
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, (list, tuple)) and content and str(content) in text:
+            kinds = {str(part.get("type") if isinstance(part, Mapping) else part)[:40] for part in content}
+            raise ChatTemplateError(f"it takes text only, and a message has parts of type {', '.join(sorted(kinds))}")
+    return text
+
+
 def _variables(tokenizer: Any, chat_template_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
     """Variables of a template; none may be an argument of the method that renders it."""
     variables = dict(chat_template_kwargs or {})
     if not variables:
         return variables
-    taken = set(inspect.signature(tokenizer.apply_chat_template).parameters) - {"documents", "kwargs"}
+    taken = {*inspect.signature(tokenizer.apply_chat_template).parameters, "self", "messages"} - {"documents", "kwargs"}
     for name in variables:
         if name in taken:
             raise ChatTemplateError(f"'{name}' is not a variable of a template")

@@ -61,6 +61,7 @@ def encode_with_offsets(tokenizer: Any, text: str) -> Encoding:
     ids, offsets = list(found["input_ids"]), found["offset_mapping"]
     begins, ends = [begin for begin, _ in offsets], [end for _, end in offsets]
     _untrim(tokenizer, text, ids, begins, ends)
+    _unstrip(tokenizer, text, ids, begins, ends)
     return Encoding(ids, begins, ends)
 
 
@@ -139,6 +140,8 @@ def _untrim(tokenizer: Any, text: str, ids: list[int], begins: list[int], ends: 
     gaps = sorted({*gaps, *(at - 1 for at in gaps if at), *([len(ids) - 1] if ids and ends[-1] < len(text) else [])})
     tokens = tokenizer.convert_ids_to_tokens([ids[at] for at in gaps])
     for at, token in zip(gaps, tokens):
+        if at + 1 < len(ids):  # a space that the tokenizer put in is said to be behind the character that it precedes
+            begins[at] = min(begins[at], begins[at + 1])
         leading = len(token) - len(token.lstrip(_SPACE))
         before = ends[at - 1] if at else 0
         while begins[at] > before:
@@ -151,3 +154,26 @@ def _untrim(tokenizer: Any, text: str, ids: list[int], begins: list[int], ends: 
         after = begins[at + 1] if at + 1 < len(ids) else len(text)
         while trailing and ends[at] < after and text[ends[at]] == " ":
             ends[at], trailing = ends[at] + 1, trailing - 1
+
+
+def _unstrip(tokenizer: Any, text: str, ids: list[int], begins: list[int], ends: list[int]) -> None:
+    """Take from added tokens the whitespace that they swallow: it may be another message's."""
+    swallowing = _swallowing(tokenizer)
+    for at in (at for at, number in enumerate(ids) if number in swallowing) if swallowing else ():
+        content = swallowing[ids[at]]
+        found = text.find(content, begins[at], ends[at])
+        if found >= 0:
+            begins[at], ends[at] = found, found + len(content)
+
+
+def _swallowing(tokenizer: Any) -> dict[int, str]:
+    """The text of each added token that swallows the whitespace beside it (``lstrip``, ``rstrip``)."""
+    size, found = _SWALLOWING.get(tokenizer, (-1, {}))
+    if size != len(tokenizer):  # tokens may be added at any time
+        added = tokenizer.added_tokens_decoder.items()
+        found = {number: token.content for number, token in added if token.lstrip or token.rstrip}
+        _SWALLOWING[tokenizer] = len(tokenizer), found
+    return found
+
+
+_SWALLOWING: "WeakKeyDictionary[Any, tuple[int, dict[int, str]]]" = WeakKeyDictionary()

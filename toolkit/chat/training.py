@@ -286,7 +286,7 @@ class _Chat:
         if count == 0:
             opening = self._opening()
             at = whole.find(opening) if opening else -1
-            return (at + len(opening), False) if at >= 0 else (0, False)
+            return (at + len(opening), False) if at >= 0 else (self._first_text(whole), True)
         prompt = self.text(count, True)
         if whole.startswith(prompt):
             return len(prompt), False
@@ -308,3 +308,14 @@ class _Chat:
         except ChatTemplateError:
             return ""
         return with_it[len(without) :] if with_it.startswith(without) else ""
+
+    def _first_text(self, whole: str) -> int:
+        """Where the first message's text begins: there the text parts from others that stand in its place."""
+        texts = []
+        for mark in ("zq", "qz"):
+            other = {**self.messages[0], "content": mark}
+            try:
+                texts.append(render(self._tokenizer, [other], self._tools, **self._options))
+            except ChatTemplateError:
+                return 0
+        return common_prefix(texts[0][: common_prefix(*texts)], whole)

@@ -177,6 +177,10 @@ class ExpertParallelSection(Section):
     """Chunks of a forward's tokens: the exchange of one overlaps the GEMMs of another."""
 
 
+def _no_of_yaml(value: Any) -> Any:
+    return "no" if value is False else value  # YAML reads no as false
+
+
 class TrainSection(Section):
     """The size of a step and their number.
 
@@ -191,7 +195,7 @@ class TrainSection(Section):
     """Longest sequence; longer documents are split."""
     gradient_accumulation_steps: Count = 1
     """Forwards per step, whose gradients are averaged."""
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(_no_of_yaml)] = "no"
     """bf16, fp16: model, rollout, evaluation and saved weights have 16 bits; the optimizer updates float32 copies,
     which checkpoints hold for resuming. fp16 scales the loss. no: all is in ``model.dtype``."""
     moe: MoeSection = Field(default_factory=MoeSection)

@@ -134,6 +134,8 @@ def written(report: DataReport, what: str, max_length: int, tokenizer: Any, note
         "reopened": "note: in {} examples the template opens the turn otherwise than its generation prompt does; what "
         "counts begins where the two part",
         "hidden_tools": "note: in {} conversations the template shows nothing of a tool or of a call",
+        "hidden_parts": "note: in {} conversations the template leaves out a part of what the assistant has written "
+        "(its thoughts, say); set objective.chat_template to one that shows it",
         "dropped_messages": "note: in {} conversations the template shows nothing of a message",
     }
     lines += [f"  {text.format(f'{counts[name]:,}')}" for name, text in remarks.items() if counts[name]]

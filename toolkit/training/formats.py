@@ -122,6 +122,10 @@ def _check_messages(fields: Mapping[str, Any]) -> None:
             where = f"{name}[{at}]"
             if not isinstance(message, dict) or not isinstance(message.get("role"), str):
                 raise ToolkitError(f"must have an object with 'role' in {where}, got {message!r:.100}.")
+            if not isinstance(message.get("tool_calls"), (list, type(None))):
+                raise ToolkitError(
+                    f"must have 'tool_calls' as a list in {where}, got {kind_of(message['tool_calls'])}."
+                )
             content = message.get("content")
             if not (isinstance(content, (str, list)) or (content is None and message.get("tool_calls"))):
                 raise ToolkitError(

@@ -21,7 +21,14 @@ FIELD = "objective.data_files"
 SHOWN = 5
 _BOM = b"\xef\xbb\xbf"
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-_OTHER_FORMATS = {b"PAR1": "parquet", b"\x28\xb5\x2f\xfd": "zstandard", b"PK\x03\x04": "zip", b"ARROW1": "arrow"}
+_OTHER_FORMATS = {
+    b"PAR1": "parquet",
+    b"\x28\xb5\x2f\xfd": "zstandard",
+    b"PK\x03\x04": "zip",
+    b"ARROW1": "arrow",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+}
 
 
 class Line(NamedTuple):

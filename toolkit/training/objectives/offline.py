@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from toolkit.chat import ChatTokenizer, dropped_messages, hidden_tools
+from toolkit.chat import ChatTokenizer, dropped_messages, hidden_parts, hidden_tools
 from toolkit.config import Recipe
 from toolkit.config.objective import OfflineSection
 from toolkit.errors import ToolkitError
@@ -130,6 +130,11 @@ class OfflineObjective(Objective[O]):
             report.sources += len(self.dataset.bad)
             report.bad = sorted([*report.bad, *self.dataset.bad])
         if not report.counts["examples"]:
+            if len(report.bad) == report.sources:
+                raise ToolkitError(
+                    f"objective must have an example to train on, got none in {report.sources} {what} "
+                    f"({shown(report.bad)})."
+                )
             why = f" ({shown(report.bad)})" if report.bad else ""
             raise ToolkitError(
                 f"objective must have an example whose completion begins within train.max_length, which is "
@@ -154,7 +159,10 @@ class OfflineObjective(Objective[O]):
             for messages in formats.conversations(formats.read(source.value, self.formats)):
                 dropped = dropped_messages(tokenizer, messages, tools, chat_template_kwargs=variables)
                 hidden = hidden_tools(tokenizer, messages, tools, chat_template_kwargs=variables)
-                outcome.counts.update(dropped_messages=bool(dropped), hidden_tools=bool(hidden))
+                parts = hidden_parts(tokenizer, messages, tools, chat_template_kwargs=variables)
+                outcome.counts.update(
+                    dropped_messages=bool(dropped), hidden_tools=bool(hidden), hidden_parts=bool(parts) and not dropped
+                )
         return outcome
 
     def _complete_eos_list(self, report: data_report.DataReport) -> list[str]:
