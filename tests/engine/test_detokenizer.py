@@ -1,8 +1,8 @@
 import random
 
 import pytest
-from engine_tokenizers import added_tokens, byte_level, end_of_word, metaspace, sentencepiece, wordpiece
 
+from tests.helpers.engine_tokenizers import added_tokens, byte_level, end_of_word, metaspace, sentencepiece, wordpiece
 from toolkit.engine.detokenizer import HOLD, REPLACEMENT, Decoder, Detokenizer
 from toolkit.engine.stop_strings import StopStrings
 

@@ -4,9 +4,9 @@ import weakref
 
 import pytest
 import torch
-from engine_standin import EOS, POISON, VOCAB, HistoryModel, oracle
-from engine_tokenizers import byte_level
 
+from tests.helpers.engine_standin import EOS, POISON, VOCAB, HistoryModel, oracle
+from tests.helpers.engine_tokenizers import byte_level
 from toolkit.engine import Engine, SamplingParams
 from toolkit.errors import ToolkitError
 

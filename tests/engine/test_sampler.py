@@ -3,9 +3,9 @@ from collections import Counter
 
 import pytest
 import torch
-from engine_standin import EOS, make_request
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from tests.helpers.engine_standin import EOS, make_request
 from toolkit.engine.params import SamplingParams
 from toolkit.engine.request import completion_seed
 from toolkit.engine.sampler import Sampler

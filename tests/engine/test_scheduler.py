@@ -2,8 +2,8 @@ import random
 from collections import defaultdict
 
 import pytest
-from engine_standin import make_request
 
+from tests.helpers.engine_standin import make_request
 from toolkit.engine.params import SamplingParams
 from toolkit.engine.scheduler import Scheduler
 from toolkit.state import BlockManager, Group

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from exchange_cases import Case, exchanged, make_case, on_one
-from ranks import Threads, on_ranks
 from torch import Tensor
 
+from tests.helpers.exchange_cases import Case, exchanged, make_case, on_one
+from tests.helpers.ranks import Threads, on_ranks
 from toolkit.errors import ToolkitError
 from toolkit.moe import ExpertAdapters, ExpertParallelDispatcher, moe_forward
 from toolkit.moe.dispatchers.exchange_plan import Step, schedule

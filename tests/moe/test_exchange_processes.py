@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch.multiprocessing as multiprocessing
-from exchange_processes import agree_with_one_process, refuse_symmetric_memory, run
+
+from tests.helpers.exchange_processes import agree_with_one_process, refuse_symmetric_memory, run
 
 
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.sweep)])

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from late_family import CHANGES, sapling
 
 import toolkit
+from tests.helpers.late_family import CHANGES, sapling
 from toolkit.testing.oracle import eager
 
 WHOLE = {

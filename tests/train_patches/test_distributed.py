@@ -36,11 +36,10 @@ def run(line: str, script: str, folder: Path) -> None:
         port = str(free.getsockname()[1])
     option = {"accelerate": ["launch", "--main_process_port", port], "deepspeed": ["--master_port", port]}[program]
     arguments = option + arguments[program == "accelerate" :]
-    path = os.pathsep.join(map(str, [ROOT, HERE, HERE.parent / "training"]))
     result = subprocess.run(
         [str(Path(sys.executable).parent / program), *arguments],
         cwd=ROOT,
-        env=os.environ | settings | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        env=os.environ | settings | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=280,

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch.multiprocessing as multiprocessing
-from expert_frameworks import under_accelerate, under_deepspeed
+
+from tests.helpers.expert_frameworks import under_accelerate, under_deepspeed
 
 SIZES = [(2, 2), pytest.param(4, 2, marks=pytest.mark.sweep)]
 

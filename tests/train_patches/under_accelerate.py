@@ -10,7 +10,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
-from distributed_cases import (
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from tests.helpers.distributed_cases import (
     CASES,
     CLIP,
     RATE,
@@ -22,11 +26,7 @@ from distributed_cases import (
     refused,
     run_example,
 )
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from training_recipes import tiny_recipe, write_corpus
-
+from tests.helpers.training_recipes import tiny_recipe, write_corpus
 from toolkit.training.loop import Trainer
 from train_patches.fsdp import gathered
 

@@ -9,7 +9,11 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from distributed_cases import (
+from torch import Tensor, nn
+from transformers.integrations import HfDeepSpeedConfig
+
+import toolkit
+from tests.helpers.distributed_cases import (
     CASES,
     CLIP,
     RATE,
@@ -28,10 +32,6 @@ from distributed_cases import (
     train,
     train_alone,
 )
-from torch import Tensor, nn
-from transformers.integrations import HfDeepSpeedConfig
-
-import toolkit
 from train_patches.deepspeed import gathered
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "distributed"

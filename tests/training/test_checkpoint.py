@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from training_recipes import tiny_recipe, write_corpus
 
+from tests.helpers.training_recipes import tiny_recipe, write_corpus
 from toolkit.errors import ToolkitError
 from toolkit.loading import find_source
 from toolkit.loading.run import latest, name_of, step_of, steps_in

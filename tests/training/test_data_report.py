@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from objective_recipes import TASK, objective_recipe
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -16,6 +15,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from tests.helpers.objective_recipes import TASK, objective_recipe
 from tests.helpers.tokenizers import CHATML, make_tokenizer
 from toolkit.config import Recipe
 from toolkit.errors import ToolkitError

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import run_processes
 from safetensors.torch import load_file
-from shared_experts import moe_recipe
-from training_recipes import write_corpus
 
+from tests.helpers.processes import run_processes
+from tests.helpers.training_recipes import write_corpus
+from tests.training.shared_experts import moe_recipe
 from toolkit.errors import ToolkitError
 from toolkit.training.loop import Trainer
 from toolkit.training.metrics import read_metrics
@@ -21,7 +21,9 @@ def test_two_processes_train_the_recipe_as_one_does(tmp_path: Path) -> None:
     write_corpus(tmp_path / "text")
     runs = []
     for name, count in (("one", 1), ("two", 2)):
-        run_processes("shared_experts.py", tmp_path, name, says="bitwise identical", processes=count, seconds=300)
+        run_processes(
+            "training/shared_experts.py", tmp_path, name, says="bitwise identical", processes=count, seconds=300
+        )
         folder = tmp_path / "runs" / name
         runs.append(
             (

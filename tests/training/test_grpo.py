@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from objective_recipes import LOWER, TASK, WARMUP, dense_logprobs, objective_recipe, resumed, weights
-from processes import run_processes
 
+from tests.helpers.objective_recipes import LOWER, TASK, WARMUP, dense_logprobs, objective_recipe, resumed, weights
+from tests.helpers.processes import run_processes
 from tests.helpers.rope import longrope
 from toolkit.errors import ToolkitError
 from toolkit.training.loop import Trainer, train
@@ -358,7 +358,7 @@ def test_a_prompt_too_long_is_one_sentence(tmp_path: Path) -> None:
 @pytest.mark.sweep
 def test_two_processes_are_one(tmp_path: Path) -> None:
     """Each rolls out its share; the step is that of one process, and both end with the same weights."""
-    run_processes("two_rollouts.py", tmp_path, says="same weights")
+    run_processes("training/two_rollouts.py", tmp_path, says="same weights")
     trainer, _ = setup(tmp_path, {"prompts": 4}, run_name="one", train={"max_steps": 2})
     trainer.fit()
     one, two = (read_metrics(tmp_path / "runs" / name / "metrics.jsonl") for name in ("one", "two"))

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from processes import run_processes
 from safetensors.torch import load_file, save_file
-from training_recipes import tiny_recipe, write_corpus
 
+from tests.helpers.processes import run_processes
+from tests.helpers.training_recipes import tiny_recipe, write_corpus
 from toolkit.config import Recipe, dump
 from toolkit.errors import ToolkitError
 from toolkit.state.batch import RaggedBatch
@@ -365,6 +365,6 @@ def test_a_gradient_that_is_not_finite_stops_the_run(corpus: Path) -> None:
 
 
 def test_two_processes_train_as_one(corpus: Path) -> None:
-    run_processes("two_processes.py", corpus, says="bitwise identical")
+    run_processes("training/two_processes.py", corpus, says="bitwise identical")
     with pytest.raises(ToolkitError, match="was written by 2 processes and cannot be resumed by 1"):
         Trainer(tiny_recipe(corpus, run_name="two", train={"max_steps": 4}, resume_from_checkpoint=True), quiet=True)

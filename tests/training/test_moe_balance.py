@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from moe_recipes import KINDS, MOE_CONFIG, moe_recipe
-from objective_recipes import weights
-from processes import run_processes
 
+from tests.helpers.moe_recipes import KINDS, MOE_CONFIG, moe_recipe
+from tests.helpers.objective_recipes import weights
+from tests.helpers.processes import run_processes
 from toolkit.errors import ToolkitError
 from toolkit.moe.balance import RouterStatistics
 from toolkit.testing.oracle import eager
@@ -204,7 +204,7 @@ def test_a_router_without_an_expert_bias_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.sweep
 def test_two_processes_are_one(tmp_path: Path) -> None:
-    run_processes("two_balances.py", tmp_path, says="same weights", seconds=300)
+    run_processes("training/two_balances.py", tmp_path, says="same weights", seconds=300)
     trainer = Trainer(
         moe_recipe(tmp_path, "dpo", {"router_z_loss_coef": 0.5}, run_name="one", train={"max_steps": 2}), quiet=True
     )

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from moe_recipes import MOE_CONFIG, moe_recipe
-from objective_recipes import weights
 
+from tests.helpers.moe_recipes import MOE_CONFIG, moe_recipe
+from tests.helpers.objective_recipes import weights
 from toolkit.errors import ToolkitError
 from toolkit.training.loop import Trainer
 from toolkit.training.metrics import read_metrics

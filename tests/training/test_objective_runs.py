@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from objective_recipes import LOWER, TASK, WARMUP, dense_logprobs, objective_recipe, resumed, weights
 from safetensors.torch import load_file
 
+from tests.helpers.objective_recipes import LOWER, TASK, WARMUP, dense_logprobs, objective_recipe, resumed, weights
 from toolkit.errors import ToolkitError
 from toolkit.loading import load_model
 from toolkit.ops import IGNORED

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from objective_recipes import LOWER, TASK, WARMUP, objective_recipe, resumed, weights
-from processes import run_processes
 from safetensors.torch import load_file
-from training_recipes import tiny_recipe, write_corpus
 
+from tests.helpers.objective_recipes import LOWER, TASK, WARMUP, objective_recipe, resumed, weights
+from tests.helpers.processes import run_processes
+from tests.helpers.training_recipes import tiny_recipe, write_corpus
 from toolkit.errors import ToolkitError
 from toolkit.testing.models import random_model
 from toolkit.training.loop import Trainer
@@ -282,4 +282,4 @@ def test_accelerates_own_precision_is_refused(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.sweep
 def test_two_processes_end_with_the_same_weights(tmp_path: Path) -> None:
     for precision in ("bf16", "fp16", "stochastic"):
-        run_processes("two_precisions.py", tmp_path / precision, precision, says="same weights")
+        run_processes("training/two_precisions.py", tmp_path / precision, precision, says="same weights")

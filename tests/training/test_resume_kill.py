@@ -22,7 +22,7 @@ STEPS = 12
 def test_killed_many_times_ends_with_the_same_weights(tmp_path: Path, kills: int) -> None:
     here = Path(__file__)
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(here.parents[2]), str(here.parent)]),
+        "PYTHONPATH": str(here.parents[2]),
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
@@ -43,8 +43,8 @@ def main(folder: Path, wanted: int) -> None:
     # Imported here, once; with one thread a side torch starts none, so this process may fork.
     import torch
     from safetensors.torch import load_file
-    from training_recipes import tiny_recipe, write_corpus
 
+    from tests.helpers.training_recipes import tiny_recipe, write_corpus
     from toolkit.loading import find_source
     from toolkit.loading.run import name_of
     from toolkit.training.corpus import list_files

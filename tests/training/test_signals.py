@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from objective_recipes import LOWER, objective_recipe
 from safetensors.torch import load_file
-from training_recipes import tiny_recipe, write_corpus
 
+from tests.helpers.objective_recipes import LOWER, objective_recipe
+from tests.helpers.training_recipes import tiny_recipe, write_corpus
 from toolkit.cli.resume import resume_command
 from toolkit.config import dump
 from toolkit.training.loop import Trainer
@@ -25,7 +25,7 @@ from toolkit.training.signals import Interrupted, StopRequest
 
 HERE = Path(__file__).parent
 ENVIRONMENT = os.environ | {
-    "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE)]),
+    "PYTHONPATH": str(HERE.parents[1]),
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONUNBUFFERED": "1",

@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-from moe_recipes import moe_recipe
-from processes import end_with_same_weights
+from tests.helpers.moe_recipes import moe_recipe
+from tests.helpers.processes import end_with_same_weights
 
 end_with_same_weights(
     moe_recipe(

@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-from processes import end_with_same_weights
-from training_recipes import tiny_recipe, write_corpus
+from tests.helpers.processes import end_with_same_weights
+from tests.helpers.training_recipes import tiny_recipe, write_corpus
 
 folder, precision = Path(sys.argv[1]), sys.argv[2]
 write_corpus(folder / "text")

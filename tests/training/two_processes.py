@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from training_recipes import tiny_recipe
 
+from tests.helpers.training_recipes import tiny_recipe
 from toolkit.training.loop import Trainer
 
 torch.set_num_threads(1)

@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-from objective_recipes import LOWER, objective_recipe
-from processes import end_with_same_weights
+from tests.helpers.objective_recipes import LOWER, objective_recipe
+from tests.helpers.processes import end_with_same_weights
 
 objective = {"task": LOWER, "prompts": 4, "num_generations": 4}
 end_with_same_weights(objective_recipe(Path(sys.argv[1]), "grpo", objective, run_name="two", train={"max_steps": 2}))

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from training_recipes import tiny_recipe
 
+from tests.helpers.training_recipes import tiny_recipe
 from toolkit.config import Recipe
 from toolkit.training.loop import Trainer
 from toolkit.training.tasks import Problem, Task

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from small_moe_model import STEPS, loss_of, small_model, train_alone
 from torch import Tensor
+
+from tests.helpers.small_moe_model import STEPS, loss_of, small_model, train_alone
 
 CLIP = 0.05  # far below the norms, so that every step is clipped
 

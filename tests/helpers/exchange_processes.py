@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from exchange_cases import exchanged, make_case, on_one
 
+from tests.helpers.exchange_cases import exchanged, make_case, on_one
 from toolkit.errors import ToolkitError
 from toolkit.moe.dispatchers.symmetric_memory import SymmetricMemory
 from toolkit.moe.dispatchers.transport import Collective, transport_of

@@ -6,15 +6,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 
 
 def run_processes(script: str, *arguments: Any, says: str, processes: int = 2, seconds: int = 200) -> None:
-    """Run a script of this folder; every process must print ``says``, and none may fail."""
+    """Run a script of the folder of tests; every process must print ``says``, and none may fail."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    path = os.pathsep.join([str(HERE.parents[1]), str(HERE), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     result = subprocess.run(
-        [*command, str(HERE / script), *map(str, arguments)],
+        [*command, str(TESTS / script), *map(str, arguments)],
         env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
         capture_output=True,
         text=True,

@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from objective_recipes import TASK, objective_recipe
-from training_recipes import tiny_recipe, write_corpus
-
+from tests.helpers.objective_recipes import TASK, objective_recipe
+from tests.helpers.training_recipes import tiny_recipe, write_corpus
 from toolkit.config import Recipe
 
 MOE_CONFIG = {
