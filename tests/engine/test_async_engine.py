@@ -5,9 +5,8 @@ import random
 import threading
 
 import pytest
-from test_engine import random_prompts, result
 
-from tests.helpers.engine_standin import VOCAB, HistoryModel, oracle
+from tests.helpers.engine_standin import VOCAB, HistoryModel, oracle, random_prompts, result
 from tests.helpers.engine_tokenizers import byte_level
 from toolkit.engine import AsyncEngine, Engine, EngineListener, EngineUnavailable, SamplingParams, prompts
 from toolkit.errors import ToolkitError

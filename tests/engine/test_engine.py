@@ -5,14 +5,10 @@ import weakref
 import pytest
 import torch
 
-from tests.helpers.engine_standin import EOS, POISON, VOCAB, HistoryModel, oracle
+from tests.helpers.engine_standin import EOS, POISON, VOCAB, HistoryModel, oracle, random_prompts, result
 from tests.helpers.engine_tokenizers import byte_level
 from toolkit.engine import Engine, SamplingParams
 from toolkit.errors import ToolkitError
-
-
-def result(completion):
-    return completion.token_ids, completion.logprobs, completion.sampling_logprobs, completion.finish_reason
 
 
 def random_params(rng: random.Random, longest: int) -> SamplingParams:
@@ -42,16 +38,6 @@ def random_limits(rng: random.Random, longest: int) -> dict:
         "num_blocks": -(-longest // block_size) + rng.choice([0, 1, 4, 40]),
         "enable_prefix_caching": rng.random() < 0.7,
     }
-
-
-def random_prompts(rng: random.Random, count: int) -> list[list[int]]:
-    shared = [rng.randrange(1, POISON) for _ in range(24)]
-    return [
-        shared[: rng.randint(1, 24)]
-        if rng.random() < 0.5
-        else [rng.randrange(1, POISON) for _ in range(rng.randint(1, 24))]
-        for _ in range(count)
-    ]
 
 
 @pytest.mark.parametrize("seed", range(30))

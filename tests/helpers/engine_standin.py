@@ -5,6 +5,7 @@ stand-in also checks that what it reads back is positions 0, 1, 2, ... of one se
 """
 
 import functools
+import random
 import zlib
 from collections import deque
 
@@ -123,3 +124,17 @@ def oracle(prompt: list[int], params: SamplingParams) -> list[tuple[list[int], l
         done = sequence.completion
         found.append((done.token_ids, done.logprobs, done.sampling_logprobs, done.finish_reason))
     return found
+
+
+def random_prompts(rng: random.Random, count: int) -> list[list[int]]:
+    shared = [rng.randrange(1, POISON) for _ in range(24)]
+    return [
+        shared[: rng.randint(1, 24)]
+        if rng.random() < 0.5
+        else [rng.randrange(1, POISON) for _ in range(rng.randint(1, 24))]
+        for _ in range(count)
+    ]
+
+
+def result(completion):
+    return completion.token_ids, completion.logprobs, completion.sampling_logprobs, completion.finish_reason

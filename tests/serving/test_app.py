@@ -4,95 +4,13 @@ import asyncio
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import pytest
-from fastapi.testclient import TestClient
 
+from tests.helpers.told_engine import PROMPT, ToldEngine, client_of
 from toolkit.engine import AsyncEngine, EngineUnavailable, SamplingParams
-from toolkit.serving.app import ServerConfig, create_app
-from toolkit.serving.metrics import Metrics
 from toolkit.serving.texts import Texts
 from toolkit.testing.models import tiny_tokenizer
-
-PROMPT = {"prompt": [1, 2, 3], "max_tokens": 3}
-
-
-class ToldEngine:
-    """One token a step and sequence; ``step`` raises ``fail``, waits for ``held``, ends all by ``error``."""
-
-    def __init__(self, fail=None, error=None):
-        self.fail, self.error = fail, error
-        self.live, self.cancelled, self.steps = {}, [], 0
-        self.ended = []
-        self.is_sleeping = False
-        self.held = threading.Event()
-        self.held.set()
-
-    def submit_batch(self, prompts, params):
-        self.submitted = params
-        first = len(self.live)
-        for at, one in enumerate(params):
-            self.live[first + at] = (one, [], at)
-        return list(range(first, first + len(params)))
-
-    @property
-    def has_work(self):
-        return bool(self.live or self.ended)
-
-    def step(self):
-        if not self.live:
-            deltas, self.ended = self.ended, []
-            return deltas
-        self.held.wait(10)
-        self.steps += 1
-        if self.fail:
-            raise self.fail
-        deltas, self.ended = self.ended, []
-        for request, (params, tokens, prompt) in list(self.live.items()):
-            tokens.append(7)
-            done = None
-            if len(tokens) == params.max_tokens or self.error:
-                del self.live[request]
-                reason = "error" if self.error else "length"
-                done = SimpleNamespace(
-                    text="x" * len(tokens), token_ids=tokens, logprobs=[-1.0] * len(tokens), top_logprobs=None
-                )
-                done.text_offset = list(range(len(tokens)))
-                done.finish_reason, done.stop_reason, done.error = reason, None, self.error
-            deltas.append(
-                SimpleNamespace(
-                    request_id=request,
-                    prompt_index=prompt,
-                    index=0,
-                    token_ids=[7],
-                    logprobs=[float("-inf")],
-                    top_logprobs=None,
-                    text="x",
-                    finished=done,
-                    text_offset=[len(tokens) - 1],
-                )
-            )
-        return deltas
-
-    def cancel(self, request):
-        self.cancelled.append(request)
-        if request in self.live:
-            prompt = self.live.pop(request)[2]
-            done = SimpleNamespace(finish_reason="cancelled", error=None)
-            self.ended.append(
-                SimpleNamespace(request_id=request, prompt_index=prompt, index=0, token_ids=[], finished=done)
-            )
-
-    def stats(self):
-        return {"num_requests_running": len(self.live), "num_requests_waiting": 0}
-
-
-def client_of(engine, max_queued_seqs=8, names="told", **config):
-    metrics = Metrics()
-    async_engine = AsyncEngine(engine, max_queued_seqs=max_queued_seqs, listener=metrics)
-    app = create_app(ServerConfig(names, async_engine, metrics, **config))
-    return TestClient(app, raise_server_exceptions=False), async_engine
 
 
 def test_an_engine_that_fails_ends_its_requests_and_the_health():

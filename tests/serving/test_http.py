@@ -5,9 +5,9 @@ import json
 from pathlib import Path
 
 import pytest
-from test_app import PROMPT, ToldEngine, client_of
 
 import toolkit
+from tests.helpers.told_engine import PROMPT, ToldEngine, client_of
 from toolkit.engine import SamplingParams
 from toolkit.errors import ToolkitError
 from toolkit.serving.access import ApiKeys, Cors
