@@ -147,6 +147,25 @@ def test_patching_twice_is_patching_once():
     assert "linear" not in report_of(model).roles()
 
 
+def test_modules_put_in_for_patched_ones_are_patched_by_the_next_call():
+    model = random_model("llama", tie_word_embeddings=False)
+    first = toolkit.patch(model)
+    model.resize_token_embeddings(len(model.get_input_embeddings().weight) + 8, mean_resizing=False)
+    up = model.model.layers[0].mlp.up_proj
+    model.model.layers[0].mlp.up_proj = nn.Linear(up.in_features, up.out_features, bias=False)
+    assert "forward" not in model.lm_head.__dict__
+    again = toolkit.patch(model)
+    assert again.roles() == first.roles()
+    assert "forward" in model.lm_head.__dict__
+    assert "forward" in model.model.layers[0].mlp.up_proj.__dict__
+    assert toolkit.patch(model) is again
+    copied = copy.deepcopy(model)
+    assert toolkit.patch(copied) is report_of(copied)
+    assert report_of(copied).claims[0].module not in set(model.modules())
+    toolkit.unpatch(model)
+    assert all("forward" not in module.__dict__ for module in model.modules())
+
+
 def test_a_patched_copy_is_independent():
     model = random_model("llama")
     toolkit.patch(model)

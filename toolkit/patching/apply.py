@@ -72,12 +72,19 @@ def _check_conflicts(claims: list[Claim]) -> None:
             )
 
 
+def _in_place(report: PatchReport, model: nn.Module) -> bool:
+    """Whether the modules that were claimed are still the model's; ``resize_token_embeddings``, say, replaces some."""
+    modules = set(model.modules())
+    return all(claim.module in modules for claim in report.claims)
+
+
 def patch(model: nn.Module, roles: Sequence[str] | None = None, numerics: str | Numerics | None = None) -> PatchReport:
     """The report of what was replaced, with probe errors, and of what was skipped, with reasons.
 
     Replaces the forwards of ``model`` by shared ops, in place; each replacement is proven by a probe first. Parameters
-    keep their names, storage and layout. Patching twice is patching once; other roles or another numerics mode replace
-    the earlier patch. ``unpatch`` restores the model.
+    keep their names, storage and layout. Patching twice is patching once; other roles, another numerics mode, or other
+    modules in the place of patched ones (after ``resize_token_embeddings``, say) replace the earlier patch.
+    ``unpatch`` restores the model.
 
     Args:
         model: a Hugging Face model. A ``PeftModel`` is patched like the model inside it, before or after its adapters
@@ -89,7 +96,7 @@ def patch(model: nn.Module, roles: Sequence[str] | None = None, numerics: str | 
     model = inner_model(model)
     wanted = tuple(roles) if roles is not None else None
     record = record_of(model)
-    if record is not None and record.report is not None and record.roles == wanted:
+    if record is not None and record.report is not None and record.roles == wanted and _in_place(record.report, model):
         mode = record.report.numerics
         if numerics is None or mode is Numerics.choose(numerics, device_of(model)):
             return record.report
