@@ -1,5 +1,6 @@
 """The documentation site builds without a warning, and the first page's figures are the committed results."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,12 @@ def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text()
     for page in (ROOT / "docs").glob("*.md"):
         assert f": {page.name}\n" in navigation, page.name
+
+
+def test_the_tests_that_the_robustness_page_names_exist():
+    named = re.findall(r"`(tests/[a-z_/]+\.py)`", (ROOT / "docs" / "robustness.md").read_text())
+    assert len(named) > 30
+    assert [file for file in named if not (ROOT / file).is_file()] == []
 
 
 def test_the_readme_s_table_is_that_of_the_results():
