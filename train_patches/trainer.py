@@ -22,7 +22,7 @@ from toolkit.modules.head import loss_only
 from toolkit.numerics import Numerics
 from toolkit.ops import IGNORED
 from toolkit.ops.linear_logprob.deferred import token_statistics
-from toolkit.ops.targets import checked_targets
+from toolkit.ops.targets import checked_targets, quotient
 from toolkit.patching import PatchReport, patch
 
 if TYPE_CHECKING:
@@ -118,4 +118,4 @@ class LabelSmoother:
         smooth = torch.where(counted, lse - mean, 0.0)
         total = ((self.epsilon - 1.0) * logprob + self.epsilon * smooth).sum()
         count = counted.sum() if num_items_in_batch is None else num_items_in_batch
-        return total / (count.to(total.device) if isinstance(count, Tensor) else count)
+        return quotient(total, count.to(total.device) if isinstance(count, Tensor) else count)

@@ -216,3 +216,17 @@ def test_attention_weights_of_generate_and_of_ragged_batches() -> None:
     batch = RaggedBatch.from_sequences([[4, 5, 6]])
     with set_forward_context(DenseContext(batch)), pytest.raises(ToolkitError, match="output_attentions must be False"):
         model(input_ids=batch.tokens[None], position_ids=batch.positions[None], output_attentions=True, use_cache=False)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_attention_weights_under_activation_checkpointing(family: str) -> None:
+    """The recomputation in the backward has to compute them, too."""
+    stock, model = pair(family, "bitwise")
+    found = []
+    for one in (stock, model):
+        one.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        out = one(input_ids=IDS, labels=IDS, output_attentions=True, use_cache=False)
+        (out.loss + sum(weights.square().sum() for weights in out.attentions)).backward()
+        found.append([out.loss, *out.attentions, *(parameter.grad for parameter in one.parameters())])
+    for exact, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, exact.to(got.dtype), rtol=1e-3, atol=1e-5)

@@ -34,6 +34,17 @@ def trained(model, labels, **settings):
     return loss.detach(), gradients
 
 
+@pytest.mark.parametrize("count", [None, 0, torch.tensor(0)])
+def test_no_nan_is_on_the_way_of_a_gradient_without_labels(count):
+    """Anomaly detection is silent, also where the caller replaces the loss, which is NaN."""
+    stock, model = pair()
+    for repair in (lambda loss: loss, torch.nan_to_num):
+        for one in (stock, model) if count is None else (model,):  # stock divides 0 by 0 in its gradient otherwise
+            with torch.autograd.detect_anomaly():
+                repair(one(input_ids=IDS, labels=torch.full_like(IDS, -100), num_items_in_batch=count).loss).backward()
+            assert all(not parameter.grad.any() for parameter in one.parameters())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("numerics", ["bitwise", "fast"])
 @pytest.mark.parametrize("settings", [{}, {"num_items_in_batch": torch.tensor(0)}, {"num_items_in_batch": 7}])

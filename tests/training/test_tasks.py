@@ -175,12 +175,37 @@ def test_a_reward_is_any_number_or_none(value: object, expected: float) -> None:
     assert got == expected or (math.isnan(got) and math.isnan(expected))
 
 
+class Unprintable:
+    def __repr__(self) -> str:
+        raise KeyError("no")
+
+    @property
+    def item(self) -> object:
+        raise KeyError("no")
+
+
 @pytest.mark.parametrize(
-    "value", [float("inf"), -math.inf, np.float64("inf"), 1e300, 10**400, "1.0", b"1", [1.0, 2.0], torch.ones(2), {}]
+    "value",
+    [
+        float("inf"),
+        -math.inf,
+        np.float64("inf"),
+        1e300,
+        10**400,
+        "1.0",
+        b"1",
+        [1.0, 2.0],
+        torch.ones(2),
+        {},
+        lambda completion: 10**5000,
+        [0.0] * 10_000,
+        Unprintable(),
+    ],
 )
 def test_a_reward_that_is_none_of_these_is_one_sentence(value: object) -> None:
     with pytest.raises(ToolkitError) as caught:
         checked_reward(Judge(value), "p", "a completion")
+    assert len(str(caught.value)) < 400
     assert re.match(
         r"the reward of the task Judge must be a finite number, or None where it does not apply, got .* for the "
         r"completion 'a completion'\.$",

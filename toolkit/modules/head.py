@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from toolkit.ops import IGNORED
 from toolkit.ops.linear_logprob.deferred import DeferredLogits, summed_cross_entropy
-from toolkit.ops.targets import checked_targets
+from toolkit.ops.targets import checked_targets, quotient
 from toolkit.ops.transforms import transformed
 
 _LOSS_ONLY: ContextVar[bool] = ContextVar("loss_only", default=False)
@@ -94,7 +94,7 @@ def causal_lm_loss(
     targets = checked_targets(targets, logits.shape[-1], ignore_index, "labels")
     total = summed_cross_entropy(logits, targets)
     if num_items_in_batch is None:
-        return total / (targets != IGNORED).sum()
+        return quotient(total, (targets != IGNORED).sum())
     if isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(total.device)
-    return total / num_items_in_batch
+    return quotient(total, num_items_in_batch)

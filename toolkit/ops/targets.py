@@ -41,3 +41,12 @@ def checked_targets(targets: Tensor, vocabulary: int, ignore_index: int = IGNORE
 def mean_over(total: Tensor, count: Tensor | int) -> Tensor:
     """``total / count``, where count is a number of things that count; 0 without a gradient where there are none."""
     return total / (count.clamp_min(1) if isinstance(count, Tensor) else max(count, 1))
+
+
+def quotient(total: Tensor, count: Tensor | int) -> Tensor:
+    """``total / count``; a count of 0 gives what division gives, NaN or infinity, and no gradient."""
+    if not isinstance(count, Tensor):
+        return total / count if count else total.detach() / count + 0.0 * total
+    # Not a gradient of 0 / 0 that is masked later: anomaly detection would stop there.
+    nothing = count == 0
+    return torch.where(nothing, total.detach() / count, total / torch.where(nothing, 1, count))

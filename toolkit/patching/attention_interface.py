@@ -1,6 +1,9 @@
 """The registered attention and mask functions of transformers: how a model's attention reaches this project's."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -21,10 +24,25 @@ except ImportError:  # a transformers whose layers hand their outputs up themsel
 NAME = "toolkit"
 
 
+_RECOMPUTED: ContextVar[bool] = ContextVar("attention_weights_recomputed", default=False)
+
+
+@contextmanager
+def weights_recomputed(wanted: bool) -> Iterator[None]:
+    """Inside, attention weights are computed if ``wanted``: in a backward nothing else says what the forward wanted."""
+    token = _RECOMPUTED.set(wanted)
+    try:
+        yield
+    finally:
+        _RECOMPUTED.reset(token)
+
+
 def weights_wanted() -> bool:
     """Whether the model's call under way has ``output_attentions=True``."""
     if _active_collector is None:
         return False
+    if not torch.compiler.is_compiling() and _RECOMPUTED.get():
+        return True
     # A tracer cannot read a context variable; while one traces, transformers keeps the value in an attribute.
     collected = _active_collector.global_var if torch.compiler.is_compiling() else _active_collector.get()
     return collected is not None and "attentions" in collected

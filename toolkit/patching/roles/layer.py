@@ -1,7 +1,8 @@
 """Decoder layers, which activation checkpointing recomputes in the backward, outside the model's forward.
 
 The recomputation must equal the first run: over the same ragged batch, although some models drop the keyword that
-passes it, and in bitwise mode with the elementwise functions of ``row_invariant``.
+passes it, in bitwise mode with the elementwise functions of ``row_invariant``, and with attention weights where the
+first run returned them.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from toolkit.modules.elementwise import row_invariant
 from toolkit.numerics import Numerics
+from toolkit.patching.attention_interface import weights_recomputed, weights_wanted
 from toolkit.patching.claim import Claim, ProbeError, Skipped, replace_forward
 from toolkit.patching.probe import device_of
 from toolkit.state.active import forward_context_of, set_forward_context
@@ -32,19 +34,21 @@ def recomputable(forward: Callable[..., Any], batch_invariant: bool) -> Callable
         if torch.compiler.is_compiling():
             return forward(self, *args, **kwargs)
         hidden = args[0] if args else kwargs.get("hidden_states")
-        context = forward_context_of(kwargs)
+        context, wanted = forward_context_of(kwargs), weights_wanted()
         if context is None and torch._C._current_graph_task_id() != -1:  # in a backward
-            context = getattr(hidden, "toolkit_context", None)
-        if context is None:
+            context, wanted = getattr(hidden, "toolkit_first_run", (None, False))
+        if context is None and not wanted:
             return forward(self, *args, **kwargs)
 
         def run(*inputs: Any) -> Any:
-            with set_forward_context(context), row_invariant() if batch_invariant else nullcontext():
+            batch = nullcontext() if context is None else set_forward_context(context)
+            invariant = row_invariant() if batch_invariant and context is not None else nullcontext()
+            with batch, invariant, weights_recomputed(wanted):
                 return (own or forward)(self, *inputs, **kwargs)
 
         if own is None:
             if torch.is_grad_enabled() and isinstance(hidden, Tensor):
-                hidden.toolkit_context = context  # type: ignore[attr-defined]
+                hidden.toolkit_first_run = context, wanted  # type: ignore[attr-defined]
         elif self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(run, *args)  # type: ignore[operator]
         return run(*args)

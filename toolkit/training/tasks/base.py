@@ -55,6 +55,10 @@ class Task(ABC):
 TASKS: Registry[Task] = Registry("toolkit.training.tasks")
 
 
+_SHOWN = 200
+"""Characters of a value in an error's sentence."""
+
+
 def checked_reward(task: Task, prompt: str, completion: str) -> float:
     """``task.reward`` as a float: finite, or NaN where the task does not judge the completion.
 
@@ -71,19 +75,19 @@ def checked_reward(task: Task, prompt: str, completion: str) -> float:
             trace = trace.tb_next
         at = f" at {trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace is not None else ""
         raise ToolkitError(
-            f"{where} raised {type(error).__name__}{at} for the completion {completion!r}: {first_line(error)}."
+            f"{where} raised {type(error).__name__}{at} for the completion {_shown(completion)}: {first_line(error)}."
         ) from error
     if value is None:
         return math.nan
     try:
         value = value.item() if hasattr(value, "item") else value  # a scalar of numpy, a tensor
         reward = math.inf if isinstance(value, str | bytes) else float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
+    except Exception:  # an object of any class may stand here
         reward = math.inf
     if abs(reward) > _LARGEST:
         raise ToolkitError(
-            f"{where} must be a finite number, or None where it does not apply, got {value!r} for the completion "
-            f"{completion!r}."
+            f"{where} must be a finite number, or None where it does not apply, got {_shown(value)} for the "
+            f"completion {_shown(completion)}."
         )
     return reward
 
@@ -130,3 +134,12 @@ class ProblemStream:
         """Go to a position of a stream with the same arguments."""
         self._chunk, self._done, self._left = state["chunk"], 0, None
         self.take(state["done"])
+
+
+def _shown(value: Any) -> str:
+    """A value in an error's sentence: no more than a line of it."""
+    try:
+        text = repr(value)
+    except Exception:  # an integer of too many digits, or a class of the task's
+        return f"an object of {type(value).__name__}"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
