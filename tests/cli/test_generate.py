@@ -172,6 +172,7 @@ def test_a_terminal_that_knows_only_ascii_shows_codes(saved, monkeypatch):
     assert out.buffer.getvalue().startswith(rb"\xe9 \U0001f600")
 
 
-def test_standard_input_is_utf8_in_any_locale(saved, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("é 😀".encode()), encoding="ascii"))
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_standard_input_is_utf8_in_any_locale(saved, capsys, monkeypatch, mark):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{mark}é 😀".encode()), encoding="ascii"))
     assert shown(capsys, saved, "--max-tokens", "2").startswith("é 😀")

@@ -45,6 +45,11 @@ def test_texts_are_tokenised_where_they_are_submitted(monkeypatch):
         assert len(threads) == 2
 
 
+def test_a_model_is_no_engine():
+    with pytest.raises(ToolkitError, match="engine must be an Engine, got HistoryModel; make one with Engine"):
+        AsyncEngine(HistoryModel())
+
+
 def test_submit_and_cancel_from_other_threads():
     async_engine = make()
     asked, done, lock = {}, {}, threading.Lock()

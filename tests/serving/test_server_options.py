@@ -1,5 +1,6 @@
 """A real server process with the options of ``toolkit serve``, over TLS on a Unix domain socket; rude clients."""
 
+import codecs
 import contextlib
 import os
 import shutil
@@ -15,7 +16,7 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
-from toolkit.cli import main
+from toolkit.cli import main, serve
 from toolkit.engine import EngineConfig
 
 KEY = {"authorization": "bearer zweiter"}
@@ -166,6 +167,7 @@ WRONG = [
     (["--api-key", "a", ""], "api_key must be text that is not empty, got ''; leave it out for none."),
     (["--chat-template", "nofile"], "--chat-template must be a file or a template, got 'nofile'"),
     (["--chat-template", "{% if %}"], "--chat-template must be a Jinja template: line 1: "),
+    (["--chat-template", "{% if x %}"], "needs to be closed is 'if'.\n"),
     (["--uds", "/nowhere/x"], "Cannot listen on '/nowhere/x': No such file or directory."),
 ]
 
@@ -178,3 +180,9 @@ def test_a_wrong_option_is_one_sentence(chat_model, capsys, options, sentence):
         status = end.code
     assert status == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_a_template_file_may_begin_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "template.jinja"
+    path.write_bytes(codecs.BOM_UTF8 + b"{{ messages }}")
+    assert serve._chat_template(str(path)) == "{{ messages }}"

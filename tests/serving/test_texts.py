@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from tests.helpers.tokenizers import make_tokenizer
 from toolkit.errors import ToolkitError
 from toolkit.serving.protocol import Message, RequestError
 from toolkit.serving.texts import Texts
@@ -87,3 +88,36 @@ def test_a_prompt_that_is_too_long_is_not_made_a_list():
     texts = Texts(tiny_tokenizer(), max_model_len=8)
     with pytest.raises(ToolkitError, match=r"prompt must have <= 7 tokens, one below max_model_len, got 16\."):
         texts.prompt("é" * 8)
+
+
+@pytest.mark.parametrize(("around", "before"), [("$A", []), ("<s> $A", ["<s>"]), ("<s> $A </s>", ["<s>"])])
+@pytest.mark.parametrize("kind", ["byte_level", "llama"])
+def test_no_end_of_text_stands_behind_a_prompt(kind, around, before):
+    tokenizer = make_tokenizer(kind, around=around)
+    bare = tokenizer.convert_tokens_to_ids(before) + tokenizer("two plus", add_special_tokens=False)["input_ids"]
+    assert Texts(tokenizer).prompt("two plus") == bare
+    fits = Texts(tokenizer, len(bare) + 1)
+    assert fits.prompt("two plus") == bare
+    with pytest.raises(ToolkitError, match=f"prompt must have <= {len(bare) - 1} tokens"):
+        Texts(tokenizer, len(bare)).prompt("two plus")
+
+
+def test_special_tokens_are_split_where_the_tokenizer_says_so():
+    seen = []
+    for split in (False, True):
+        tokenizer = tiny_tokenizer()
+        tokenizer.split_special_tokens, tokenizer.chat_template = split, "{{ messages[0].content }}"
+        message = Message(role="user", content="a</s>")
+        tokens = [Texts(tokenizer).chat([message]), Texts(tokenizer).prompt("a</s>")]
+        assert tokens == [tokenizer("a</s>")["input_ids"]] * 2
+        seen += tokens
+    assert seen[0] != seen[-1]
+
+
+def test_a_name_that_a_template_shows_is_bounded_before_it_is_tokenised(monkeypatch):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages[0].name }}{{ messages[0].content }}"
+    texts = Texts(tokenizer, 64)
+    monkeypatch.setattr(texts, "_encode", lambda _: pytest.fail("tokenised"))
+    with pytest.raises(ToolkitError, match=r"messages must have <= \d+ characters, which is all that fits, got 5002"):
+        texts.chat([Message(role="user", content="hi", name="n" * 5000)])

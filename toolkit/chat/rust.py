@@ -21,6 +21,7 @@ def rust_encoding(tokenizer: Any, text: str, add_special_tokens: bool = False) -
         getattr(type(tokenizer), name, None) is not getattr(PreTrainedTokenizerFast, name, None)
         for name in ("__call__", "_encode_plus")
     )
-    if own or backend.truncation is not None or backend.padding is not None:
+    splits = tokenizer.split_special_tokens != backend.encode_special_tokens  # set by transformers at its next call
+    if own or splits or backend.truncation is not None or backend.padding is not None:
         return None
     return backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]

@@ -1,10 +1,11 @@
 """Text to tokens as a whole, with the characters that each token stands for."""
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
+from toolkit.chat.rust import rust_encoding
 from toolkit.errors import ToolkitError
 
 _SPACE = "\u0120"
@@ -32,11 +33,16 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def prompt_token_ids(tokenizer: Any, text: str) -> list[int]:
+def prompt_token_ids(tokenizer: Any, text: str, check_count: Callable[[int], None] | None = None) -> list[int]:
     """The tokens of a prompt: those that the tokenizer puts before any text, and the text's.
 
     Those that it puts behind a text (an end of text, with ``add_eos_token``) would end the prompt before its completion
     and are left out.
+
+    Args:
+        tokenizer: of transformers, or any whose call has ``input_ids``.
+        text: the prompt.
+        check_count: is given how many tokens there are before they are made a list, and may raise.
 
     Raises:
         ToolkitError: the text has a lone surrogate.
@@ -44,8 +50,12 @@ def prompt_token_ids(tokenizer: Any, text: str) -> list[int]:
     check_text(text)
     if not hasattr(tokenizer, "special_tokens_map"):  # not one of transformers
         return list(tokenizer(text)["input_ids"])
-    ids = list(tokenizer(text, verbose=False)["input_ids"])
-    return ids[: len(ids) - len(special_tokens_around(tokenizer)[1])]
+    encoding = rust_encoding(tokenizer, text, add_special_tokens=True)
+    ids = tokenizer(text, verbose=False)["input_ids"] if encoding is None else encoding
+    kept = len(ids) - len(special_tokens_around(tokenizer)[1])
+    if check_count is not None:
+        check_count(kept)
+    return list(ids if encoding is None else encoding.ids)[:kept]
 
 
 def encode_with_offsets(tokenizer: Any, text: str) -> Encoding:

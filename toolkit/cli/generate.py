@@ -1,6 +1,7 @@
 """``toolkit generate``: continues prompts through the engine, all in one batch, streamed to the terminal."""
 
 import argparse
+import codecs
 import os
 import sys
 import time
@@ -68,7 +69,7 @@ def _argument_text(argument: str, number: int) -> str:
 
 def _standard_input() -> str:
     buffer = getattr(sys.stdin, "buffer", None)
-    return sys.stdin.read() if buffer is None else _utf8(buffer.read(), "standard input")
+    return sys.stdin.read() if buffer is None else _utf8(buffer.read().removeprefix(codecs.BOM_UTF8), "standard input")
 
 
 def _utf8(text: bytes, name: str) -> str:

@@ -163,7 +163,7 @@ def _chat_template(given: str | None) -> str | None:
     if given is None or any(mark in given for mark in ("{{", "{%", "\n")):
         return given
     try:
-        return Path(given).read_text(encoding="utf-8")
+        return Path(given).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         reason = first_line(error)
         raise ToolkitError(f"--chat-template must be a file or a template, got {shown(given)} ({reason}).") from None
@@ -180,7 +180,8 @@ def _set_template(tokenizer: Any, template: str | None) -> None:
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
     except TemplateSyntaxError as error:
-        raise ToolkitError(f"--chat-template must be a Jinja template: line {error.lineno}: {error.message}.") from None
+        reason = str(error.message).rstrip(".")
+        raise ToolkitError(f"--chat-template must be a Jinja template: line {error.lineno}: {reason}.") from None
     except (TemplateError, TypeError, ValueError):
         pass  # it may ask for other messages than these
 

@@ -21,6 +21,7 @@ from toolkit.engine.outputs import Completion, Delta
 from toolkit.engine.params import SamplingParams
 from toolkit.engine.prompts import Params, Prompt, Prompts, check_request, tokenise_early
 from toolkit.engine.request_handle import SHUTTING_DOWN, EngineListener, EngineUnavailable, RequestHandle
+from toolkit.errors import ToolkitError
 
 
 class AsyncEngine:
@@ -33,11 +34,16 @@ class AsyncEngine:
         engine: the engine, which must not be used otherwise until ``shutdown``.
         max_queued_seqs: most sequences that wait or run; ``submit`` raises beyond. None for no bound.
         listener: is told what happens to requests.
+
+    Raises:
+        ToolkitError: ``engine`` is no ``Engine``.
     """
 
     def __init__(
         self, engine: Engine, *, max_queued_seqs: int | None = None, listener: EngineListener | None = None
     ) -> None:
+        if not hasattr(engine, "step"):
+            raise ToolkitError(f"engine must be an Engine, got {type(engine).__name__}; make one with Engine(model).")
         self.engine = engine
         self.max_queued_seqs = max_queued_seqs
         self.listener = listener or EngineListener()

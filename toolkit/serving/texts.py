@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -9,9 +10,9 @@ from toolkit.chat import (
     ChatTemplateError,
     dropped_messages,
     encode,
+    prompt_token_ids,
     render,
     rust_encoding,
-    special_tokens_around,
 )
 from toolkit.engine.prompts import check_characters, check_token_count, longest_token
 from toolkit.engine.token_bytes import REPLACEMENT, TokenBytes
@@ -39,16 +40,18 @@ class Texts:
             backend.no_truncation()
             backend.no_padding()
             longest_token(self._tokenizer)  # now, while nobody waits
-        self._one_at_a_time = threading.Lock()  # for tokenizers written in Python
+        in_rust = rust_encoding(self._tokenizer, "") is not None
+        self._one_at_a_time = nullcontext() if in_rust else threading.Lock()
         self._bytes = TokenBytes(self._tokenizer)
         self.of_token = lru_cache(maxsize=65536)(self._of_token)
 
     def prompt(self, text: str) -> list[int]:
-        """Token ids of a completion's prompt, with the special tokens that the tokenizer puts before a text."""
+        """Token ids of a completion's prompt: ``prompt_token_ids``."""
         if self._tokenizer is None:
             raise RequestError("The served model has no tokenizer; 'prompt' must be token ids.", "prompt")
         self._check_characters("prompt", len(text))
-        return special_tokens_around(self._tokenizer)[0] + self._encode(text)
+        with self._one_at_a_time:
+            return prompt_token_ids(self._tokenizer, text, self._check_tokens)
 
     def chat(self, messages: list[Message]) -> list[int]:
         """Token ids of a chat in the model's own template, ready for the assistant's reply."""
@@ -68,19 +71,23 @@ class Texts:
             role = shown(chat[at]["role"])
             message = f"The model's chat template shows nothing of 'messages[{at}]', whose role is {role}."
             raise RequestError(message, f"messages[{at}]")
+        self._check_characters("messages", len(text))  # a template may show more of a message than its content
         return self._encode(text)
 
     def _check_characters(self, field: str, count: int) -> None:
         if self._longest is not None:
             check_characters(field, count, self._tokenizer, self._longest)
 
-    def _encode(self, text: str) -> list[int]:
-        encoding = rust_encoding(self._tokenizer, text)
-        if encoding is None:
-            with self._one_at_a_time:
-                return encode(self._tokenizer, text)
+    def _check_tokens(self, count: int) -> None:
         if self._longest is not None:
-            check_token_count(len(encoding), self._longest)
+            check_token_count(count, self._longest)
+
+    def _encode(self, text: str) -> list[int]:
+        with self._one_at_a_time:
+            encoding = rust_encoding(self._tokenizer, text)
+            if encoding is None:
+                return encode(self._tokenizer, text)
+        self._check_tokens(len(encoding))
         return list(encoding.ids)
 
     def _of_token(self, token: int) -> tuple[str, list[int]]:
