@@ -202,6 +202,15 @@ def test_one_bad_request_ends_alone():
     engine.check_integrity()
 
 
+@pytest.mark.parametrize("wrong", [-1, VOCAB, 2**32 + 1, 2**64, -(2**63)])
+def test_no_tokenizer_reads_ids_outside_of_the_vocabulary(wrong):
+    engine = Engine(HistoryModel(), byte_level(), num_blocks=64)
+    good, bad = engine.generate([[5, 6], [5, wrong]], SamplingParams(max_tokens=2, ignore_eos=True))
+    assert (good.finish_reason, bad.finish_reason, bad.text) == ("length", "error", "")
+    assert bad.error == f"prompt must have token ids from 0 to {VOCAB - 1}, got {wrong}."
+    assert not engine.has_work
+
+
 def test_an_error_in_one_sibling_ends_its_request():
     engine = Engine(HistoryModel())
     bad = engine.submit([POISON], SamplingParams(n=3))

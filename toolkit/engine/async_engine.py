@@ -31,12 +31,9 @@ class AsyncEngine:
     context manager, or ``shutdown`` it.
 
     Args:
-        engine: the engine, which must not be used otherwise until ``shutdown``.
+        engine: the engine, which must not be used otherwise until ``shutdown``. Anything else raises ToolkitError.
         max_queued_seqs: most sequences that wait or run; ``submit`` raises beyond. None for no bound.
         listener: is told what happens to requests.
-
-    Raises:
-        ToolkitError: ``engine`` is no ``Engine``.
     """
 
     def __init__(

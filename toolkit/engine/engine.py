@@ -277,19 +277,22 @@ class Engine:
                 eos=self._eos,
                 max_tokens=most,
                 seed=int(self._seeds.integers(2**63)) if one.seed is None else one.seed,
-                decoder=self._decoders.get(one.skip_special_tokens),
+                decoder=None if self._outside(tokens) is not None else self._decoders.get(one.skip_special_tokens),
                 sink=sink,
                 rotary_length=self._rotary_length(len(tokens) + most),
             )
             for at, ((tokens, most), one) in enumerate(zip(ready, chosen))
         ]
 
+    def _outside(self, tokens: list[int]) -> int | None:
+        return outside_vocabulary(tokens, self.vocab_size)
+
     def _queue(self, requests: list[Request]) -> None:
         if self.is_closed:
             raise ToolkitError("the engine is closed; make another one.")
         for request in requests:
             self._live[request.request_id] = request
-            wrong = outside_vocabulary(request.prompt, self.vocab_size)
+            wrong = self._outside(request.prompt)
             if wrong is not None:
                 message = f"prompt must have token ids from 0 to {self.vocab_size - 1}, got {wrong}."
                 self._end(request, "error", message)
