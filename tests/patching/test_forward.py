@@ -106,6 +106,34 @@ def test_token_ids_outside_the_vocabulary_are_refused():
         toolkit.token_logprobs(model, [[5, 6], [4, 331]])
 
 
+@pytest.mark.parametrize(
+    "wrong", [[5, 6.5], torch.tensor([5.0]), torch.tensor([True]), [5, 2**64], [5, None], "ab", None, 5, [[5], [6]]]
+)
+def test_what_is_no_list_of_token_ids_is_refused(wrong):
+    model = random_model("llama")
+    toolkit.patch(model)
+    with pytest.raises(ToolkitError, match=r"sequence 1 must be a list of token ids from 0 to 330"):
+        toolkit.token_logprobs(model, [[5, 6], wrong])
+
+
+@pytest.mark.parametrize("given", [[], [1, 1]])
+@pytest.mark.parametrize("name", ["last", "rotary_lengths"])
+def test_lists_without_one_entry_per_sequence_are_refused(name, given):
+    model = random_model("llama")
+    toolkit.patch(model)
+    with pytest.raises(ToolkitError, match=rf"{name} must have one entry per sequence \(1\), got {len(given)}"):
+        toolkit.token_logprobs(model, [[5, 6]], **{name: given})
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int16, torch.uint16, torch.int32])
+def test_token_ids_may_have_any_integer_type(kind):
+    model = random_model("llama")
+    toolkit.patch(model)
+    (expected,) = toolkit.token_logprobs(model, [[5, 6, 7]])
+    for given in (torch.tensor([5, 6, 7], dtype=kind), torch.tensor([5, 6, 7], dtype=kind).numpy()):
+        assert torch.equal(toolkit.token_logprobs(model, [given])[0], expected)
+
+
 def test_an_unpatched_model_is_refused():
     with pytest.raises(ToolkitError, match="not patched"):
         toolkit.token_logprobs(random_model("llama"), [[4, 5]])

@@ -166,6 +166,8 @@ def choose_rotary_lengths(
     Raises:
         ToolkitError: a given length below the sequence's own with other tables.
     """
+    if given is not None:
+        _check_one_each("rotary_lengths", given, len(lengths))
     models = [models] if isinstance(models, nn.Module) else models
     reports = [report_of(inner_model(_patched(inner_model(model)))) for model in models]
     found = [report.rotary_regimes() for report in reports if report is not None]
@@ -199,20 +201,17 @@ def token_logprobs(
         One tensor per sequence, [tokens - 1] or [last[i]].
 
     Raises:
-        ToolkitError: a token id outside the vocabulary, ``last[i]`` larger than the number of predictions, or a
-            rotary length below the sequence's own with other tables.
+        ToolkitError: a sequence that is no list of token ids, a token id outside the vocabulary, ``last[i]`` larger
+            than the number of predictions, a rotary length below the sequence's own with other tables, or ``last`` or
+            ``rotary_lengths`` without one entry per sequence.
     """
     device = next(model.parameters()).device
-    tokens = [torch.as_tensor(sequence, dtype=torch.int64).cpu() for sequence in sequences]
     vocabulary = vocabulary_size(_patched(model))
-    for index, sequence in enumerate(tokens):
-        if sequence.dim() != 1 or (
-            sequence.numel() and not 0 <= int(sequence.min()) <= int(sequence.max()) < vocabulary
-        ):
-            raise ToolkitError(f"sequence {index} must be a list of token ids from 0 to {vocabulary - 1}.")
+    tokens = [_token_ids(index, sequence, vocabulary) for index, sequence in enumerate(sequences)]
     lengths = [max(sequence.numel() - 1, 0) for sequence in tokens]
     if last is not None:
-        for index, (count, available) in enumerate(zip(last, lengths, strict=True)):
+        _check_one_each("last", last, len(tokens))
+        for index, (count, available) in enumerate(zip(last, lengths)):
             if not 0 <= count <= available:
                 raise ToolkitError(
                     f"last[{index}] must be >= 0 and <= {available}, the sequence's length - 1, got {count}."
@@ -225,6 +224,24 @@ def token_logprobs(
     chosen = choose_rotary_lengths(model, [len(sequence) for sequence in tokens], rotary_lengths)
     batch = RaggedBatch.from_sequences(tokens, device, share, routing, chosen)
     return list(predictions(model, batch, tokens, lengths)[0].split(lengths))
+
+
+def _token_ids(index: int, given: Any, vocabulary: int) -> Tensor:
+    """One sequence as int64 on the CPU. A conversion would cut fractions off without a word."""
+    try:
+        tokens = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError):  # text, None, ids of more than 64 bits
+        tokens = torch.zeros(())
+    whole = not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
+    ids = tokens.to("cpu", torch.int64)
+    if ids.dim() != 1 or (ids.numel() and not (whole and 0 <= int(ids.min()) <= int(ids.max()) < vocabulary)):
+        raise ToolkitError(f"sequence {index} must be a list of token ids from 0 to {vocabulary - 1}.")
+    return ids
+
+
+def _check_one_each(name: str, given: Sequence[Any], count: int) -> None:
+    if len(given) != count:
+        raise ToolkitError(f"{name} must have one entry per sequence ({count}), got {len(given)}.")
 
 
 # Of logits [..., V] and targets [...]: tensors [...], the first of which is the log-probability of the target.
