@@ -26,7 +26,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "pretrain": {},
     "sft": {},
     "dpo": {"pairs": 6},
-    "grpo": {"task": {"name": "objective_recipes:Lower"}, "prompts": 3, "num_generations": 4},
+    "grpo": {"task": {"name": "tests.helpers.objective_recipes:Lower"}, "prompts": 3, "num_generations": 4},
     "distill": {
         "prompts": 6,
         "teacher_top_k": 4,

@@ -12,7 +12,7 @@ from toolkit.training.loop import Trainer
 from toolkit.training.tasks import Problem, Task
 
 TASK = {"name": "countdown", "numbers": 2, "largest": 5, "target": 25}
-LOWER = {"name": "objective_recipes:Lower"}
+LOWER = {"name": "tests.helpers.objective_recipes:Lower"}
 WARMUP = {"max_steps": 6, "learning_rate": 1e-2, "batch_tokens": 128}
 
 

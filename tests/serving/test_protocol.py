@@ -83,6 +83,13 @@ WRONG = [
     (chat, {"messages": []}, "messages", "a list of at least 1"),
     (chat, {"messages": HELLO * 3000}, "messages", "a list of at most 2048"),
     (chat, {"messages": "hi"}, "messages", "'messages' must be a list, got 'hi'."),
+    (
+        chat,
+        {"messages": [{"role": "user", "content": 5}]},
+        "messages[0].content",
+        "must be text or a list of text parts",
+    ),
+    (chat, {"messages": HELLO, "stop": 5}, "stop", "'stop' must be text or a list of texts, got 5."),
     (chat, {"messages": [{"role": "usr", "content": ""}]}, "messages[0].role", "'user'"),
     (chat, {"messages": [{"role": "user", "contnt": ""}]}, None, "content"),
     (chat, {"messages": [{"role": "user", "content": None}]}, "messages[0].content", "is required"),

@@ -377,7 +377,7 @@ def test_completions_are_trained_with_the_rotary_tables_that_they_were_sampled_b
         "num_attention_heads": 2, "max_position_embeddings": 64,
     }  # fmt: skip
     model = {"config": llama | {"rope_parameters": longrope(4, border=16)}}
-    own = {"num_generations": 4, "prompts": 6, "task": {"name": "objective_recipes:Uneven"}}
+    own = {"num_generations": 4, "prompts": 6, "task": {"name": "tests.helpers.objective_recipes:Uneven"}}
     if kind == "distill":
         own |= {
             "teacher": {"config": llama, "max_steps": 1, "learning_rate": 1e-3, "batch_tokens": 64},

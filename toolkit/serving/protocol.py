@@ -133,6 +133,8 @@ class Message(_Body):
     @field_validator("content", mode="before", json_schema_input_type=str | list[TextPart])
     @classmethod
     def _a_string_is_one_part(cls, content: Any) -> Any:
+        if not isinstance(content, str | list):
+            raise ValueError(f"'content' of a message must be text or a list of text parts, got {shown(content)}.")
         return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
     def for_template(self) -> dict[str, str]:
@@ -169,6 +171,8 @@ class Sampling(_Body):
     @field_validator("stop", mode="before", json_schema_input_type=str | list[str])
     @classmethod
     def _one_stop_is_a_list_of_one(cls, stop: Any) -> Any:
+        if not isinstance(stop, str | list):
+            raise ValueError(f"'stop' must be text or a list of texts, got {shown(stop)}.")
         return [stop] if isinstance(stop, str) else stop
 
     @field_validator("stop")
