@@ -54,6 +54,7 @@ def head(rows, depth, size, dtype, variant):
     hidden, weight = noise(rows, depth, dtype=dtype), noise(size, depth, dtype=dtype, scale=1.5 * depth**-0.5, seed=1)
     bias = noise(size, dtype=dtype, seed=2) if biased else None
     targets = integers(-size // 2, size, rows, seed=3)
+    targets = torch.where(targets < 0, -100, targets)
     heat = torch.linspace(0.6, 1.5, rows, dtype=torch.float64) if heated else None
     return hidden, weight, bias, targets, heat, scale, softcap
 
@@ -120,6 +121,7 @@ def test_linear_logprob_candidates_and_top_k(impl, dtype):
     rows, depth, size = HEAD_SHAPES[0]
     hidden, weight, *_ = head(rows, depth, size, dtype, "plain")
     targets = integers(-3, size, rows, 4, seed=11)
+    targets = torch.where(targets < 0, -100, targets)
     got = linear_logprob(hidden, weight, targets, top_k=5)
     z = linear(hidden, weight).double()
     log_p = torch.log_softmax(z, -1)

@@ -111,6 +111,7 @@ def heads(rows, width, dtype):
 
 def vocabulary(rows, width, dtype):
     targets = integers(-width // 4, width, rows, seed=3)
+    targets = torch.where(targets < 0, -100, targets)
     return [noise(rows, width, dtype=dtype, scale=3.0), targets], []
 
 

@@ -86,7 +86,7 @@ def test_a_signal_writes_a_checkpoint_and_the_printed_command_resumes(tmp_path: 
     config = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 32}
     words = ["train", recipe, "overwrite=true", f"model.config={config | {'model_type': 'llama'}}"]
     process = start(words, folder)
-    read_until(process, "step 3/")
+    read_until(process, "  loss ")
     begun = time.monotonic()
     process.send_signal(number)
     status, said = end(process)
@@ -281,7 +281,7 @@ def test_processes_stop_after_the_same_step(tmp_path: Path, targets: str) -> Non
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     words = ["-m", "toolkit.cli", "train", "recipe.yaml"]
     process = start(words, tmp_path, launcher, env=ENVIRONMENT | {"ACCELERATE_USE_CPU": "true"})
-    read_until(process, "step 3/")
+    read_until(process, "  loss ")
     children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     ranks = [pid for pid in children if b"toolkit.cli" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     assert len(ranks) == 2
@@ -318,7 +318,7 @@ def test_the_demo_hands_the_signal_on_once(tmp_path: Path, group: bool) -> None:
     recipe = write_recipe(tmp_path, checkpoint={"save_steps": None})
     words = ["demo", "--recipe", recipe, "output_dir=runs", "train.max_steps=100000"]
     process = start(words, tmp_path, start_new_session=True)
-    read_until(process, "step 3/")
+    read_until(process, "  loss ")
     (os.killpg if group else os.kill)(process.pid, signal.SIGINT)
     status, said = end(process)
     assert status == 130

@@ -46,7 +46,15 @@ def word_at(tensor: Tensor) -> ctypes.c_int32 | None:
     size = tensor.numel() * tensor.element_size()
     if tensor.device.type != "cpu" or size < _WORD or not tensor.is_contiguous():
         return None
-    return ctypes.c_int32.from_address(tensor.data_ptr() + size // 2 // _WORD * _WORD)
+    try:
+        storage, address = tensor.untyped_storage(), tensor.data_ptr()
+        begin = storage.data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return None
+    # A wrapper (a DTensor, say) has the size of what it stands for, and memory of another size or none.
+    if not begin or not begin <= address <= begin + storage.nbytes() - size:
+        return None
+    return ctypes.c_int32.from_address(address + size // 2 // _WORD * _WORD)
 
 
 def _version(tensor: Tensor) -> int | None:

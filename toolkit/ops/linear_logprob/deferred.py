@@ -159,6 +159,11 @@ def _check_gradient(wanted: Any) -> None:
             )
 
 
+def _only_counts(hook: Any) -> bool:
+    """Whether a hook reads no gradient: DeepSpeed's on every output, which note that a backward has begun."""
+    return str(getattr(hook, "__module__", "")).startswith("deepspeed.")
+
+
 def _pass_on(logits: Any, grad: Tensor) -> None:
     """The rest of a backward that ended at deferred logits."""
     alive = logits()
@@ -221,7 +226,7 @@ _DEFERRED: dict[Any, Callable[..., Any]] = {
 }
 _GRADIENT_OF: dict[Any, Callable[..., Any]] = {
     Tensor.retain_grad: lambda logits: logits,
-    Tensor.register_hook: lambda logits, hook: logits,
+    Tensor.register_hook: lambda logits, hook: None if _only_counts(hook) else logits,
     Tensor.grad.__get__: lambda logits, *_: logits,  # type: ignore[union-attr]
     torch.autograd.grad: lambda outputs, inputs, *_, **__: inputs,
 }

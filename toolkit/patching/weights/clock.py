@@ -22,8 +22,8 @@ class WeightClock:
 
     Attributes:
         key: of the base weights and the active adapters, at the last ``version``.
-        layout: changes whenever a module, a parameter or a buffer is another object or has other memory, and with the
-            adapters that act. What was captured under one layout is valid while it lasts.
+        layout: another number whenever a module, a parameter or a buffer is another object or has other memory, and with
+            the adapters that act. What was captured under one layout is valid under its number.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -36,6 +36,7 @@ class WeightClock:
         self._adapters: dict[str, int] = {}
         self._selections: dict[Any, int] = {}
         self.layout = 0
+        self._layouts = [(0, (self._tensors.layout, self._switches.selection()), self._tensors)]
         self.key = self._current()
         self._versions = {self.key: 0}
 
@@ -70,8 +71,8 @@ class WeightClock:
 
     def _follow(self, model: nn.Module, written: set[Owner], moved: bool) -> None:
         if moved:
-            self.layout += 1
             old, self._switches = self._switches, AdapterSwitches(model)
+            self.layout = self._number_of_layout()
             if old.may_have_merged(self._switches):
                 written = written | {None}
         for owner in written:
@@ -85,6 +86,17 @@ class WeightClock:
             if all(self._adapters.get(name) == version for name, version in selection[1])
         }
         self.key = self._current()
+
+    def _number_of_layout(self) -> int:
+        """A new number, or that of one of the last layouts which is there again, as after gathering sharded weights."""
+        now = self._tensors.layout, self._switches.selection()
+        for number, layout, _ in self._layouts:
+            if layout == now:
+                return number
+        number = self._layouts[-1][0] + 1
+        # The tensors are kept with it: they hold the numbers of their storages.
+        self._layouts = [*self._layouts[-3:], (number, now, self._tensors)]
+        return number
 
     def _current(self) -> PrefixKey:
         active = self._switches.active()

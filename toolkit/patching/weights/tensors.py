@@ -68,6 +68,7 @@ class ModelTensors:
         self._storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
         self._storage_ids = [storage.cdata for storage in self._storages]
         self._addresses = list(map(Tensor.data_ptr, tensors))
+        self._device_addresses = [at for at, one in zip(self._addresses, tensors) if one.device.type != "cpu"]
         self._owners = [owner for _, owner in plain]
         self._versions = list(map(_VERSION, tensors))
         words = [(word, owner) for tensor, owner in zip(tensors, self._owners) if (word := word_at(tensor)) is not None]
@@ -80,6 +81,15 @@ class ModelTensors:
         self._died = True
         self._parents, self._dicts = [], []
         self._fetch = self._fetch_others = self._fetch_nones = _Fetch([])
+
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        """Equal to another one's while both live: the same objects over the same memory.
+
+        On a CPU a tensor's memory is its storage, wherever that lies: what gathers sharded parameters allocates it
+        again.
+        """
+        return self._children, self._ids, self._other_ids, self._storage_ids, self._device_addresses
 
     def _hash_of_children(self) -> int:
         return hash(tuple(chain.from_iterable(map(dict.values, self._parents))))
@@ -193,4 +203,5 @@ def _odd_stamps(value: Tensor | None) -> list[WriteStamp]:
     if value is None:
         return []
     names: Sequence[str] = value.__tensor_flatten__()[0] if is_traceable_wrapper_subclass(value) else []
-    return [WriteStamp(value), *(stamp for name in names for stamp in _odd_stamps(getattr(value, name)))]
+    within = [part for name in names if isinstance(part := getattr(value, name), Tensor)]
+    return [WriteStamp(value), *(stamp for part in within for stamp in _odd_stamps(part))]
