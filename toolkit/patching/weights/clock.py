@@ -22,8 +22,8 @@ class WeightClock:
 
     Attributes:
         key: of the base weights and the active adapters, at the last ``version``.
-        layout: another number whenever a module, a parameter or a buffer is another object or has other memory, and with
-            the adapters that act. What was captured under one layout is valid under its number.
+        layout: another number whenever a module, a parameter or a buffer is another object or, on a device, has other
+            memory, and with the adapters that act. What was captured under one layout is valid under its number.
     """
 
     def __init__(self, model: nn.Module) -> None:

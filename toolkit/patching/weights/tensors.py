@@ -68,7 +68,11 @@ class ModelTensors:
         self._storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
         self._storage_ids = [storage.cdata for storage in self._storages]
         self._addresses = list(map(Tensor.data_ptr, tensors))
-        self._device_addresses = [at for at, one in zip(self._addresses, tensors) if one.device.type != "cpu"]
+        self._memory = [
+            (storage, at if tensor.device.type != "cpu" else 0)
+            for storage, at, tensor in zip(self._storage_ids, self._addresses, tensors)
+            if tensor.device.type != "cpu" or not hasattr(tensor, "ds_id")
+        ]
         self._owners = [owner for _, owner in plain]
         self._versions = list(map(_VERSION, tensors))
         words = [(word, owner) for tensor, owner in zip(tensors, self._owners) if (word := word_at(tensor)) is not None]
@@ -86,10 +90,10 @@ class ModelTensors:
     def layout(self) -> tuple[Any, ...]:
         """Equal to another one's while both live: the same objects over the same memory.
 
-        On a CPU a tensor's memory is its storage, wherever that lies: what gathers sharded parameters allocates it
-        again.
+        On a CPU that is the storage, wherever it lies: FSDP2 allocates it again when it gathers. ZeRO-3 gives its
+        parameters another storage each time, and their memory is left out: what was captured reads it from them.
         """
-        return self._children, self._ids, self._other_ids, self._storage_ids, self._device_addresses
+        return self._children, self._ids, self._other_ids, self._memory
 
     def _hash_of_children(self) -> int:
         return hash(tuple(chain.from_iterable(map(dict.values, self._parents))))
