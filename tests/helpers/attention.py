@@ -117,8 +117,11 @@ def dense(q, k, v, plan, scale, window=0, softcap=0.0):
     return out, lse
 
 
-def run_in_pages(q, k, v, lengths, chunks, block_size, window, softcap, rng, spare=3):
-    """Attention call by call: chunks[i] lists (sequence, queries) of call i. Unwritten slots hold NaN."""
+def run_in_pages(q, k, v, lengths, chunks, block_size, window, softcap, rng, spare=3, forget=True):
+    """Attention call by call: chunks[i] lists (sequence, queries) of call i. Unwritten slots hold NaN.
+
+    forget: pages that are behind the window are no pages any more.
+    """
     pages = [-(-n // block_size) for n in lengths]
     order = list(range(sum(pages) + spare))
     rng.shuffle(order)
@@ -145,7 +148,7 @@ def run_in_pages(q, k, v, lengths, chunks, block_size, window, softcap, rng, spa
         taken = tables[batch].clone()
         for i, s in enumerate(batch):  # pages behind the window may be gone
             oldest = done[s] - call[i][1] - window + 1
-            if window and oldest > 0:
+            if forget and window and oldest > 0:
                 taken[i, : oldest // block_size] = -7
         index = torch.cat(rows)
         layout = (

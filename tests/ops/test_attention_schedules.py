@@ -29,7 +29,10 @@ FEW = [(6, 2, 24, 24, 0, 0.0, torch.float32), (6, 2, 24, 12, 7, 20.0, torch.floa
     indirect=["impl"],
 )
 def test_bits_do_not_depend_on_schedule(impl, shape):
-    """Prefill in chunks and decode, in blocks of several sizes, alone and beside others, on 1 and 2 threads."""
+    """Prefill in chunks and decode, in blocks of several sizes, alone and beside others, on 1 and 2 threads.
+
+    A Triton tile reads the keys behind the window that share it with visible ones, so there the pages stay.
+    """
     hq, hkv, d, dv, window, softcap, dtype = shape
     rng = random.Random(repr(shape))
     few = SMALL and impl is TRITON
@@ -44,7 +47,9 @@ def test_bits_do_not_depend_on_schedule(impl, shape):
             schedules = [one_by_one] if i == 1 else []
             schedules += [random_chunks(lengths, largest, rng) for largest in ((100,) if few else (5, 100))]
             for chunks in schedules:
-                found = run_in_pages(q, k, v, lengths, chunks, block_size, window, softcap, rng)
+                found = run_in_pages(
+                    q, k, v, lengths, chunks, block_size, window, softcap, rng, forget=impl is not TRITON
+                )
                 for actual, want in zip(found, expected):
                     assert torch.equal(actual, want)
             for actual, want in zip(attention(q, k, v, *plan, None, 0, 0.2, window, softcap), expected):
