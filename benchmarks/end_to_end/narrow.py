@@ -1,6 +1,6 @@
 """16-bit models on a CPU: prefill, decoding and a training step of SmolLM2-135M's shape, and their peers.
 
-``python -m benchmarks.narrow`` takes turns, so that a noisy neighbour slows all of them, and reports the best of each.
+``python -m benchmarks.narrow`` takes turns, so that a noisy neighbour slows all of them, and reports each one's median.
 Random weights: what a step costs does not depend on them.
 """
 
@@ -8,6 +8,7 @@ import argparse
 import os
 import time
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
         for name, dtype in dtypes.items()
     }
     prompt = torch.randint(0, 49152, (PROMPT,), generator=torch.Generator().manual_seed(1)).tolist()
-    least: dict[str, list[float]] = {}
+    times: dict[str, list[list[float]]] = {name: [] for name in systems}
     for name in turns(systems, options.repeats + 1):  # the first turn warms up
         system = systems[name]
         calls = (
@@ -91,29 +92,29 @@ def main(argv: list[str] | None = None) -> None:
             lambda system=system: system.generate(prompt, 1 + options.new_tokens),
             lambda system=system: system.train(prompt),
         )
-        taken = [seconds(call) for call in calls]
-        least[name] = [min(pair) for pair in zip(taken, least.get(name, taken), strict=True)]
-    best = {
+        times[name].append([seconds(call) for call in calls])
+    medians = {name: [median(one) for one in zip(*rows[1:], strict=True)] for name, rows in times.items()}
+    speeds = {
         name: {
             "prefill_tokens_per_second": PROMPT / first,
             "decode_tokens_per_second": options.new_tokens / (whole - first),
             "train_tokens_per_second": PROMPT / step,
         }
-        for name, (first, whole, step) in least.items()
+        for name, (first, whole, step) in medians.items()
     }
-    peer = best["transformers bfloat16"]
+    peer = speeds["transformers bfloat16"]
     print_table(
-        "SmolLM2-135M's shape on the CPU, best of its turns",
+        "SmolLM2-135M's shape on the CPU, medians",
         ["system", "prefill tok/s", "decode tok/s", "train tok/s", "decode / transformers bf16"],
         [
             [name, *(f"{value:.1f}" for value in values.values()),
              f"{values['decode_tokens_per_second'] / peer['decode_tokens_per_second']:.2f}"]
-            for name, values in best.items()
+            for name, values in speeds.items()
         ],
     )  # fmt: skip
     if options.json is not None:
         load = os.getloadavg()[0]
-        write_json(options.json, {"load": load, "prompt": PROMPT, "results": best})
+        write_json(options.json, {"load": load, "prompt": PROMPT, "results": speeds})
 
 
 if __name__ == "__main__":
