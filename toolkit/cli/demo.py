@@ -122,7 +122,7 @@ def _pretrained(full: bool) -> int:
     return _commands(
         [
             ["generate", model, *prompts, "--max-tokens", "32", "--temperature", "0"],
-            ["verify", model, "--tokens", "500" if full else "100", "--no-overhead"],
+            ["verify", model, *(["--tokens", "500"] if full else ["--tokens", "100", "--no-writes"]), "--no-overhead"],
         ]
     )
 
