@@ -65,6 +65,34 @@ def attention_backward_case(
     return call
 
 
+def select_keys_case(dtype: torch.dtype, head_dim: int, *, heads: int, paged: bool) -> Callable:
+    """A call of the selection of keys, with its scores."""
+
+    def call() -> None:
+        from toolkit.ops.select_keys.triton import select_keys
+
+        q, k = torch.empty(TOKENS, heads, head_dim, dtype=dtype), torch.empty(LONG, head_dim, dtype=dtype)
+        tables = torch.arange(LONG // PAGE)[None] if paged else None
+        plan = torch.tensor([0, TOKENS]), torch.tensor([0]), torch.tensor([LONG]), tables, PAGE if paged else 0
+        select_keys(q, k, torch.empty(TOKENS, heads), *plan, 2048, 2048, head_dim**-0.5)
+
+    return call
+
+
+def sparse_attention_case(dtype: torch.dtype, head_dim: int, v_dim: int, *, heads: int, kv_heads: int) -> Callable:
+    """A call of attention over listed rows and of its backward."""
+
+    def call() -> None:
+        from toolkit.ops.sparse_attention.triton import sparse_attention, sparse_attention_backward
+
+        q, k, v = _tensors(dtype, (head_dim, v_dim), heads, kv_heads)
+        rows, out = torch.zeros(TOKENS, 32, dtype=torch.int64), torch.empty(TOKENS, heads, v_dim, dtype=dtype)
+        sparse_attention(q, k, v, rows, head_dim**-0.5)
+        sparse_attention_backward(out, q, k, v, rows, out, torch.empty(TOKENS, heads), head_dim**-0.5)
+
+    return call
+
+
 def cases() -> dict[str, Callable]:
     """name -> the call that launches the kernels."""
     found: dict[str, Callable] = {}
@@ -75,6 +103,12 @@ def cases() -> dict[str, Callable]:
             found[f"attention_backward {short} {head_dim}"] = attention_backward_case(dtype, head_dim)
             found[f"attention_backward {short} {head_dim} tree"] = attention_backward_case(dtype, head_dim, paged=True)
         depth, width = MLA
+        for paged in (True, False):
+            found[f"select_keys {short} 128{' paged' * paged}"] = select_keys_case(dtype, 128, heads=64, paged=paged)
+        found[f"sparse_attention {short} {depth}/{width}"] = sparse_attention_case(
+            dtype, depth, width, heads=128, kv_heads=1
+        )
+        found[f"sparse_attention {short} 128"] = sparse_attention_case(dtype, 128, 128, heads=8, kv_heads=2)
         for paged in (True, False):
             shape: dict[str, Any] = {"paged": paged, "v_dim": width, "heads": 128, "kv_heads": 1}
             name = f"{short} {depth}/{width}"
