@@ -14,7 +14,7 @@ from toolkit.patching.adapters import (
     release_adapters,
     without_adapters,
 )
-from toolkit.patching.claim import Claim, Skipped, Undo
+from toolkit.patching.claim import Claim, Skipped, install_all, undo_all
 from toolkit.patching.probe import device_of
 from toolkit.patching.record import PatchRecord, pop_record, put_record, record_of
 from toolkit.patching.report import PatchReport
@@ -104,15 +104,8 @@ def patch(model: nn.Module, roles: Sequence[str] | None = None, numerics: str | 
     check_unsharded(model, "patching")
     count_steps(model)  # deferred logits notice writes by torch's counters
     report = find_claims(model, roles, numerics)
-    undo: list[Undo] = []
-    try:
-        for claim in report.claims:
-            undo.append(claim.install())
-    except BaseException:
-        for step in reversed(undo):
-            step()
-        raise
-    put_record(model, PatchRecord(report, wanted, tuple(undo)))
+    undo = install_all(claim.install for claim in report.claims)
+    put_record(model, PatchRecord(report, wanted, undo))
     fuse_adapters(model, report.numerics)
     skipped = [(path, verdict) for path, verdict in adapter_report(model) if verdict != FUSED]
     report.skipped.extend(Skipped("adapter", path, reason) for path, reason in skipped)
@@ -125,5 +118,4 @@ def unpatch(model: nn.Module) -> None:
     record = pop_record(model)
     if record is not None:
         release_adapters(model)
-        for step in reversed(record.undo):
-            step()
+        undo_all(record.undo)

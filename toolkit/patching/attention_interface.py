@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from toolkit.errors import ToolkitError
@@ -22,6 +23,11 @@ except ImportError:  # a transformers whose layers hand their outputs up themsel
     _active_collector = None  # type: ignore[assignment]
 
 NAME = "toolkit"
+IMPLEMENTATION = "_toolkit_attention"
+"""The attribute of a module that names the implementation it runs where its configuration says ``NAME``.
+
+It is ``NAME`` for modules that are proven, and for the others of the same configuration what they ran before the patch.
+"""
 
 
 _RECOMPUTED: ContextVar[bool] = ContextVar("attention_weights_recomputed", default=False)
@@ -49,6 +55,46 @@ def weights_wanted() -> bool:
 
 
 def attention_function(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """What transformers calls for ``NAME``: ``proven_attention``, or of a module that is not proven its own attention.
+
+    Such a module shares its configuration with proven ones: cross-attention to another model's states, say.
+    """
+    implementation = getattr(module, IMPLEMENTATION, None)
+    if implementation == NAME:
+        return proven_attention(module, query, key, value, attention_mask, **kwargs)
+    if forward_context_of(kwargs) is not None:
+        raise ToolkitError(
+            f"attention of {type(module).__name__} must be proven for a ragged batch, got a layer that is not patched."
+        )
+    mask = _own_mask(module, query, key, attention_mask, **kwargs)
+    eager = _eager_function(module)
+    if eager is None or (implementation == "sdpa" and not weights_wanted()):
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+    result: tuple[Tensor, Tensor | None] = eager(module, query, key, value, _additive(mask, query), **kwargs)
+    return result
+
+
+def _own_mask(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    *,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> Tensor | None:
+    """What ``mask_function`` made, in the form that other implementations take."""
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    ready = not causal if mask is None else mask.dim() != 2
+    if ready:
+        return mask
+    return explicit_mask(query.transpose(1, 2), key.transpose(1, 2), mask, sliding_window or 0)
+
+
+def proven_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -92,20 +138,30 @@ def attention_function(
     )  # fmt: skip
 
 
+def _eager_function(module: nn.Module) -> Any:
+    """The eager attention beside the module's class; None where it has none, or none that is a function."""
+    return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+
+
+def _additive(mask: Tensor | None, query: Tensor) -> Tensor | None:
+    """A mask as eager attention takes it: added to the scores."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    hidden = torch.finfo(query.dtype).min
+    return torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(~mask, hidden)
+
+
 def _eager_weights(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **settings: Any
 ) -> Tensor:
     """[B, H, S, S'] the attention weights of the model's own eager attention, whose definition is the model's."""
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    eager = _eager_function(module)
     if eager is None:
         raise ToolkitError(
             f"output_attentions must be False for {type(module).__name__}, whose eager attention is not a function of "
             "its own, got True."
         )
-    if mask.dtype == torch.bool:
-        hidden = torch.finfo(query.dtype).min
-        mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(~mask, hidden)
-    weights: Tensor = eager(module, query, key, value, mask, **settings)[1]
+    weights: Tensor = eager(module, query, key, value, _additive(mask, query), **settings)[1]
     return weights
 
 

@@ -27,8 +27,13 @@ CACHE = "past_key_values"
 
 @dataclass(frozen=True)
 class Seen:
-    """What a layer passed to the attention interface in one call, and what it got back."""
+    """What a layer passed to the attention interface in one call, and what it got back.
 
+    Args:
+        caller: the name in the layer of the module that calls the interface; "" for the layer itself.
+    """
+
+    caller: str
     heads: int
     head_dim: int
     window: int
@@ -42,6 +47,8 @@ class Probe:
 
     def __init__(self, module: nn.Module, call: Call) -> None:
         self.copied: Any = probe_copy(module)
+        for part in self.copied.modules():
+            part.__dict__[attention_interface.IMPLEMENTATION] = attention_interface.NAME
         self.call = call
         self.shape = call.arguments[call.hidden].shape
         self.paired = True
@@ -63,12 +70,17 @@ class Probe:
             window, softcap = kwargs.get("sliding_window") or 0, kwargs.get("softcap") or 0.0
             given = kwargs.get("s_aux")
             sinks = next((name for name, own in module.named_parameters(recurse=False) if own is given), None)
-            output = attention_interface.attention_function(module, query, key, value, mask, **kwargs)
-            calls.append(Seen(query.shape[1], query.shape[-1], window, softcap, sinks, output[0]))
+            output = attention_interface.proven_attention(module, query, key, value, mask, **kwargs)
+            caller = next((name for name, part in self.copied.named_modules() if part is module), None)
+            if caller is None:
+                raise RuntimeError("it must call the attention interface for a module of its own, got another one")
+            calls.append(Seen(caller, query.shape[1], query.shape[-1], window, softcap, sinks, output[0]))
             return output
 
         with _registered("toolkit_probe", record), torch.no_grad():
             self.run("toolkit_probe", None, random_input(*self.shape, like=self.copied))
+        if not calls:
+            raise RuntimeError("it does not dispatch through the attention interface")
         if len(calls) != 1:
             raise RuntimeError(f"it must call the attention interface once, got {len(calls)} calls")
         return calls[0]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from toolkit.patching.adapters import vocabulary_size
+from toolkit.patching.attention_configs import eager_attention
 from toolkit.patching.eval_mode import eval_mode
 from toolkit.patching.probe import device_of, generator
 
@@ -98,14 +99,11 @@ def record_calls(
         calls[module].append(Call({name: _kept(value) for name, value in named.items()}, len(args)))
 
     configs = {id(one): one for one in (model.config, model.config.get_text_config())}.values()
-    before = model.config._attn_implementation
-    with torch.no_grad(), eval_mode(model), ExitStack() as stack:
+    with torch.no_grad(), eval_mode(model), eager_attention(model), ExitStack() as stack:
         for config in configs:
             stack.enter_context(_replaced(config, {"sliding_window": window, "attention_chunk_size": window}))
         for module in modules:
             stack.callback(module.register_forward_pre_hook(record, with_kwargs=True).remove)
-        stack.callback(model.set_attn_implementation, before)
-        model.set_attn_implementation("eager")
         if not all(parameter.is_floating_point() for parameter in model.parameters()):
             stack.enter_context(_as_in_training(model.get_input_embeddings()))
         model(input_ids=ids, use_cache=False)

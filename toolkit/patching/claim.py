@@ -4,7 +4,7 @@ A claim is collected on the original model, carries the errors of its probe, and
 """
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -96,6 +96,33 @@ def _remove_forward(module: nn.Module, forward: Any, before: Any) -> None:
         module.__dict__[_HOOKED] = before or types.MethodType(type(module).forward, module)
     else:
         _restore(module, "forward", before)
+
+
+def install_all(installs: Iterable[Callable[[], Undo]]) -> tuple[Undo, ...]:
+    """The undo steps of ``installs``, in order. Where one fails, those before it are undone."""
+    steps: list[Undo] = []
+    try:
+        for install in installs:
+            steps.append(install())
+    except BaseException:
+        undo_all(steps)
+        raise
+    return tuple(steps)
+
+
+def undo_all(steps: Sequence[Undo]) -> None:
+    """Take back what ``install_all`` installed, the last first."""
+    for step in reversed(steps):
+        step()
+
+
+def together(*installs: Callable[[], Undo]) -> Callable[[], Undo]:
+    """One installer for several."""
+    return partial(_install_together, installs)
+
+
+def _install_together(installs: Sequence[Callable[[], Undo]]) -> Undo:
+    return partial(undo_all, install_all(installs))
 
 
 def set_attribute(module: nn.Module, name: str, value: Any) -> Undo:

@@ -71,8 +71,9 @@ def context_forward(model: nn.Module, context: ForwardContext, rows: Tensor | No
     report = report_of(inner)
     if report is None:
         raise ToolkitError(f"model {type(inner).__name__} is not patched; call toolkit.patch(model) first.")
-    if not {"attention", "mixer"} & set(report.roles()):
-        why = next((r.reason for r in report.skipped if r.role in ("attention", "mixer")), None)
+    skipped = next((r.reason for r in report.skipped if r.role == "attention"), None)
+    if skipped or not {"attention", "mixer"} & set(report.roles()):
+        why = skipped or next((r.reason for r in report.skipped if r.role == "mixer"), None)
         state = f"a skipped layer: {why}" if why else "no layer that calls the attention interface"
         raise ToolkitError(f"attention of {type(inner).__name__} must be patched for a ragged batch, got {state}.")
     if not torch.compiler.is_compiling() and report not in _SEPARATE:

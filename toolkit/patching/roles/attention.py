@@ -1,12 +1,16 @@
 """Attention layers: through the attention interface, and with a fused forward where the layer has the usual structure.
 
-One setting of a model's config selects the interface for all of its layers, so every layer must call it.
+A configuration selects the interface for all layers that have it, and for the masks that they are handed, so all of
+them must be proven. A tower's layers have a configuration of their own.
 """
 
+from collections import Counter
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from toolkit.errors import first_line
 from toolkit.modules.attention import FusedAttention
@@ -14,10 +18,11 @@ from toolkit.modules.latent_attention import parts_of
 from toolkit.modules.row_positions import row_positions_forward
 from toolkit.numerics import Numerics
 from toolkit.patching import attention_interface
-from toolkit.patching.attention_interface import weights_wanted
+from toolkit.patching.attention_configs import FIELD, configs_of_layer, set_implementation
+from toolkit.patching.attention_interface import IMPLEMENTATION, NAME, weights_wanted
 from toolkit.patching.attention_probe import FAR, LENGTH, PROBE_WINDOW, ROWS, Probe
-from toolkit.patching.calls import record_calls
-from toolkit.patching.claim import Claim, ProbeError, Skipped, Undo, replace_forward
+from toolkit.patching.calls import Call, record_calls
+from toolkit.patching.claim import Claim, ProbeError, Skipped, replace_forward, set_attribute, together
 from toolkit.patching.probe import signature_key
 from toolkit.patching.search import prove
 
@@ -93,61 +98,120 @@ def _verdict(module: nn.Module, probe: Probe) -> tuple[str, Any, ProbeError] | s
     return found if isinstance(found, tuple) else prove(_latent_options(module, probe))
 
 
-def _install_interface(model: Any) -> Undo:
-    before = model.config._attn_implementation
-    model.set_attn_implementation(attention_interface.NAME)
-    return partial(model.set_attn_implementation, before)
+@dataclass(frozen=True)
+class _Proven:
+    """A layer that may run the registered function.
+
+    Args:
+        caller: the name in the layer of the module that calls the interface.
+        error: of the layer's own forward through the interface.
+        fused: the name, the forward and the probe error of what takes the place of its forward; None where nothing
+            has to.
+    """
+
+    caller: str
+    error: ProbeError
+    fused: tuple[str, Any, ProbeError] | None
+
+
+def _prove(module: nn.Module, call: Call) -> _Proven | str:
+    """What was proven of a layer, or why it keeps its own attention."""
+    if not hasattr(_config(module), FIELD):
+        return "it has no configuration that names an attention implementation"
+    try:
+        probe = Probe(module, call)
+        error = probe.error()
+    except Exception as problem:
+        why = first_line(problem, with_class=True)
+        return f"its probe through the attention interface, which has no mask, failed: {why}"
+    if not error.passes():
+        return f"the interface changes it: probe error {error.worst():.1e}"
+    try:
+        fused = _verdict(module, probe)
+    except Exception as problem:
+        return first_line(problem)
+    return _Proven(probe.seen.caller, error, fused if isinstance(fused, tuple) else None)
+
+
+def _verdicts(layers: dict[str, Any], calls: dict[nn.Module, list[Call]]) -> dict[str, _Proven | str]:
+    indices = Counter(module.layer_idx for module in layers.values())
+    found: dict[str, _Proven | str] = {}
+    proven: dict[Any, _Proven | str] = {}
+    for path, module in layers.items():
+        if len(calls[module]) > 1:
+            found[path] = "the model calls it more than once in a forward"
+        elif module.layer_idx is None or indices[module.layer_idx] > 1:
+            found[path] = "its layer_idx is missing or shared"
+        else:
+            (call,) = calls[module]
+            given = sorted(name for name, value in call.arguments.items() if value is not None)
+            key = signature_key(module), id(module.config), tuple(given)
+            if key not in proven:
+                proven[key] = _prove(module, call)
+            found[path] = proven[key]
+    return found
+
+
+def _claim(path: str, module: nn.Module, proven: _Proven, configs: list[Any], keeping: list[Any]) -> Claim:
+    """Sets the layer's ``configs``, names the implementation of its caller, and puts in its forward.
+
+    Args:
+        keeping: other modules of the configurations, which keep their implementation.
+    """
+    caller = module.get_submodule(proven.caller)
+    installs = [partial(set_attribute, caller, IMPLEMENTATION, NAME)]
+    installs += [partial(set_attribute, one, IMPLEMENTATION, getattr(one.config, FIELD)) for one in keeping]
+    installs += [partial(set_implementation, config, FIELD, NAME) for config in configs]
+    if proven.fused is None:
+        return Claim("attention", path, module, "attention interface", proven.error, together(*installs))
+    op, forward, error = proven.fused
+    return Claim("attention", path, module, op, error, together(*installs, replace_forward(module, forward)))
+
+
+def _config(module: Any) -> Any:
+    return module.__dict__.get("config")
+
+
+def _others(model: nn.Module, callers: set[nn.Module]) -> dict[int, list[nn.Module]]:
+    """Modules that may call the interface beside ``callers``, by the id of their configuration."""
+    found: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        if _config(module) is not None and module not in callers and not isinstance(module, PreTrainedModel):
+            found.setdefault(id(_config(module)), []).append(module)
+    return found
 
 
 def find(model: Any, numerics: Numerics) -> list[Claim | Skipped]:
-    """One claim on the model (its attention implementation) and one on each layer whose forward can be fused."""
+    """A claim on each layer whose configuration's layers are all proven.
+
+    A layer runs the registered function where its configuration says so, and gets a fused forward where it has the
+    usual structure. Layers that a forward of text does not call keep their own attention: a tower's, cross-attention.
+    """
     attention_interface.register()
-    layers = [(path, module) for path, module in model.named_modules() if _is_attention(module)]
+    layers = {path: module for path, module in model.named_modules() if _is_attention(module)}
     if not layers:
         return []
-    if not model._can_set_attn_implementation():
-        return [
-            Skipped("attention", path, "it does not dispatch through the attention interface") for path, _ in layers
-        ]
     try:
-        calls = record_calls(model, [module for _, module in layers], ROWS, LENGTH, PROBE_WINDOW)
+        calls = record_calls(model, list(layers.values()), ROWS, LENGTH, PROBE_WINDOW)
     except Exception as problem:
-        return [
-            Skipped("attention", path, f"the model's forward failed: {first_line(problem, with_class=True)}")
-            for path, _ in layers
-        ]
-    layers = [
-        (path, module) for path, module in layers if calls[module]
-    ]  # cross-attention to another model's states is not called
-    twice = next((path for path, module in layers if len(calls[module]) > 1), None)
-    if twice is not None:
-        return [Skipped("attention", twice, "the model calls it more than once in a forward")]
-    indices = [module.layer_idx for _, module in layers]
-    if len(set(indices)) != len(indices) or None in indices:
-        return [Skipped("attention", path, "its layer_idx is missing or shared") for path, _ in layers]
-    verdicts: dict[Any, tuple[Probe, ProbeError, Any]] = {}
-    claims: list[Claim | Skipped] = []
-    worst = ProbeError(0.0, 0.0)
-    for path, module in layers:
-        (call,) = calls[module]
-        key = signature_key(module), tuple(sorted(name for name, value in call.arguments.items() if value is not None))
-        if key not in verdicts:
-            try:
-                probe = Probe(module, call)
-                error = probe.error()
-            except Exception as problem:
-                why = first_line(problem, with_class=True)
-                reason = f"its probe through the attention interface, which has no mask, failed: {why}"
-                return [Skipped("attention", path, reason)]
-            if not error.passes():
-                return [Skipped("attention", path, f"the interface changes it: probe error {error.worst():.1e}")]
-            try:
-                verdicts[key] = probe, error, _verdict(module, probe)
-            except Exception as problem:
-                return [Skipped("attention", path, first_line(problem))]
-        _, error, fused = verdicts[key]
-        worst = ProbeError(max(worst.forward, error.forward), max(worst.backward, error.backward))
-        if isinstance(fused, tuple):
-            op, forward, fused_error = fused
-            claims.append(Claim("attention", path, module, op, fused_error, replace_forward(module, forward)))
-    return [Claim("attention", "", model, "attention interface", worst, partial(_install_interface, model)), *claims]
+        reason = f"the model's forward failed: {first_line(problem, with_class=True)}"
+        return [Skipped("attention", path, reason) for path in layers]
+    layers = {path: module for path, module in layers.items() if calls[module]}
+    verdicts = _verdicts(layers, calls)
+    refused = {path: verdict for path, verdict in verdicts.items() if isinstance(verdict, str)}
+    found: list[Claim | Skipped] = [Skipped("attention", path, reason) for path, reason in refused.items()]
+    keepers = {id(_config(layers[path])): path for path in reversed(refused)}
+    callers = {layers[path].get_submodule(one.caller) for path, one in verdicts.items() if isinstance(one, _Proven)}
+    others = _others(model, callers)
+    for path, proven in verdicts.items():
+        if isinstance(proven, str):
+            continue
+        keeper = keepers.get(id(layers[path].config))
+        if keeper is not None:
+            reason = f"{keeper}, which has the same configuration, keeps its own attention: {refused[keeper]}"
+            found.append(Skipped("attention", path, reason))
+            continue
+        configs = [config for config in configs_of_layer(model, path) if id(config) not in keepers]
+        keeping = [one for config in configs for one in others.pop(id(config), [])]
+        found.append(_claim(path, layers[path], proven, configs, keeping))
+    return found

@@ -1,0 +1,93 @@
+"""Attention is claimed layer by layer: what is not proven keeps its own, beside proven layers of its configuration."""
+
+import copy
+
+import pytest
+import torch
+
+import toolkit
+from toolkit.errors import ToolkitError
+from toolkit.testing.models import random_model
+
+IDS = torch.arange(3, 16)[None]
+
+
+def logits(model, **more):
+    with torch.no_grad():
+        return model(IDS, **more).logits
+
+
+def biased(layer):
+    """A layer that adds distances to the mask it is handed: without one it does not know them."""
+
+    class Biased(type(layer)):
+        def forward(self, hidden_states, position_embeddings, attention_mask=None, **kwargs):
+            length = hidden_states.shape[1]
+            at = torch.arange(length)
+            causal = torch.zeros(length, length).masked_fill(at[:, None] < at, torch.finfo(torch.float32).min)
+            if attention_mask is not None:
+                causal = causal - 0.1 * (at[:, None] - at).abs()
+            return super().forward(hidden_states, position_embeddings, causal[None, None], **kwargs)
+
+    layer.__class__ = Biased
+
+
+def test_a_layer_that_is_not_proven_leaves_all_of_its_configuration_alone():
+    model = random_model("llama", attn_implementation="eager")
+    biased(model.model.layers[1].self_attn)
+    expected = logits(model)
+    report = toolkit.patch(model)
+    assert "attention" not in report.roles()
+    reasons = {one.path: one.reason for one in report.skipped if one.role == "attention"}
+    assert "the interface changes it" in reasons["model.layers.1.self_attn"]
+    assert reasons["model.layers.0.self_attn"].startswith("model.layers.1.self_attn, which has the same configuration")
+    assert model.config._attn_implementation == "eager"
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ToolkitError, match="a skipped layer: the interface changes it"):
+        toolkit.token_logprobs(model, [[3, 4, 5]])
+
+
+def test_a_layer_of_a_configuration_of_its_own_is_claimed_beside_one_that_is_not_proven():
+    model = random_model("llama", attn_implementation="eager")
+    attention = model.model.layers[1].self_attn
+    attention.config = copy.deepcopy(model.config)
+    biased(attention)
+    expected = logits(model)
+    report = toolkit.patch(model)
+    assert [claim.path for claim in report.claims if claim.role == "attention"] == ["model.layers.0.self_attn"]
+    assert attention.config._attn_implementation == "eager"
+    with pytest.raises(ToolkitError, match="a skipped layer: the interface changes it"):
+        toolkit.token_logprobs(model, [[3, 4, 5]])
+    toolkit.unpatch(model)
+    assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_layer_that_a_text_does_not_reach_keeps_its_implementation(implementation, causal):
+    """As cross-attention does, which has the configuration of the layers around it."""
+    model = random_model("llama", attn_implementation=implementation)
+    spare = copy.deepcopy(model.model.layers[0].self_attn)
+    spare.config, spare.is_causal = model.config, causal
+    model.spare = spare
+    source = torch.Generator().manual_seed(2)
+    hidden = torch.randn(2, 7, 64, generator=source)
+    tables = model.model.rotary_emb(hidden, torch.arange(7)[None])
+    at = torch.arange(7)
+    visible = (at[:, None] >= at) | torch.tensor(not causal)
+    padding = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0]]).bool()
+    explicit = visible & padding[:, None, None, :]
+    additive = torch.zeros(explicit.shape).masked_fill(~explicit, torch.finfo(torch.float32).min)
+
+    def run(mask):
+        with torch.no_grad():
+            return spare(hidden, tables, mask)[0]
+
+    own = additive if implementation == "eager" else explicit
+    expected = run(own), run(own[:1] if implementation == "eager" else None)
+    toolkit.patch(model)
+    assert model.config._attn_implementation == "toolkit"
+    torch.testing.assert_close(run(explicit), expected[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(run(None), expected[1], rtol=1e-5, atol=1e-6)
+    if causal:  # a padding mask, as causal layers are handed
+        torch.testing.assert_close(run(padding), expected[0], rtol=1e-5, atol=1e-6)
