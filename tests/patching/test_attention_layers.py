@@ -64,7 +64,7 @@ def test_a_layer_of_a_configuration_of_its_own_is_claimed_beside_one_that_is_not
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_a_layer_that_a_text_does_not_reach_keeps_its_implementation(implementation, causal):
+def test_a_layer_that_a_text_does_not_call_keeps_its_implementation(implementation, causal):
     """As cross-attention does, which has the configuration of the layers around it."""
     model = random_model("llama", attn_implementation=implementation)
     spare = copy.deepcopy(model.model.layers[0].self_attn)

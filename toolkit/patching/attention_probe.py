@@ -73,7 +73,7 @@ class Probe:
             output = attention_interface.proven_attention(module, query, key, value, mask, **kwargs)
             caller = next((name for name, part in self.copied.named_modules() if part is module), None)
             if caller is None:
-                raise RuntimeError("it must call the attention interface for a module of its own, got another one")
+                raise RuntimeError("it must call the attention interface for itself or a module inside it, got another")
             calls.append(Seen(caller, query.shape[1], query.shape[-1], window, softcap, sinks, output[0]))
             return output
 

@@ -1,7 +1,7 @@
 """Attention layers: through the attention interface, and with a fused forward where the layer has the usual structure.
 
 A configuration selects the interface for all layers that have it, and for the masks that they are handed, so all of
-them must be proven. A tower's layers have a configuration of their own.
+them must be proven. A tower's layers have another configuration.
 """
 
 from collections import Counter
