@@ -20,7 +20,7 @@ PACKAGES = {
     "engine": {"engine", "patching", "state", "ops"},
     "training": {"training", "config", "engine", "patching", "state", "moe", "ops", "exporting", "loading"},
     "serving": {"serving", "engine"},
-    "exporting": {"exporting", "patching"},
+    "exporting": {"exporting", "patching", "loading"},
     "config": {"config"},
     "loading": {"loading"},
     "chat": set(),

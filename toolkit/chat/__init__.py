@@ -1,6 +1,7 @@
 """Chats and prompts as tokens: one way for training, rollouts and serving."""
 
 from toolkit.chat.dropped import dropped_messages, hidden_parts, hidden_tools
+from toolkit.chat.images import PicturedTokens, has_images, pictured, read_image, take_images
 from toolkit.chat.rust import rust_encoding
 from toolkit.chat.template import ChatTemplateError, render, render_spans
 from toolkit.chat.tokens import Encoding, encode, prompt_token_ids, special_tokens_around
@@ -10,15 +11,20 @@ __all__ = [
     "ChatTemplateError",
     "ChatTokenizer",
     "Encoding",
+    "PicturedTokens",
     "PreferenceTokens",
     "TrainingTokens",
     "dropped_messages",
     "encode",
+    "has_images",
     "hidden_parts",
     "hidden_tools",
+    "pictured",
     "prompt_token_ids",
+    "read_image",
     "render",
     "render_spans",
     "rust_encoding",
     "special_tokens_around",
+    "take_images",
 ]

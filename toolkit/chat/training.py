@@ -35,6 +35,7 @@ class TrainingTokens(NamedTuple):
         reopened: the prompt ends otherwise before the completion than before the model writes it.
         turn_ends: the special tokens that end its turns and are not in the list of EOS tokens; None for a turn that no
             special token ends.
+        text: of messages, what the template made of them.
     """
 
     ids: list[int]
@@ -42,6 +43,7 @@ class TrainingTokens(NamedTuple):
     straddles: bool = False
     reopened: bool = False
     turn_ends: tuple[int | None, ...] = ()
+    text: str = ""
 
 
 class PreferenceTokens(NamedTuple):
@@ -95,9 +97,10 @@ class ChatTokenizer:
         chat = _Chat(self, messages, tools, chat_template_kwargs)
         if self._assistant_only:
             return self._turns(chat, 0)
-        ids = encode(self.tokenizer, chat.text(len(messages)))
+        text = chat.text(len(messages))
+        ids = encode(self.tokenizer, text)
         ends = self._turn_end(ids, len(ids), 0)[1] if messages and messages[-1]["role"] == "assistant" else []
-        return [TrainingTokens(ids, [True] * len(ids), turn_ends=tuple(ends))]
+        return [TrainingTokens(ids, [True] * len(ids), turn_ends=tuple(ends), text=text)]
 
     def completion(
         self,
@@ -220,7 +223,7 @@ class ChatTokenizer:
                 stop, end = self._turn_end(ids, last, first)
                 mask[last:stop] = [True] * (stop - last)
                 ends += end
-        return TrainingTokens(ids, mask, any(one.straddles for one in found), False, tuple(ends))
+        return TrainingTokens(ids, mask, any(one.straddles for one in found), False, tuple(ends), text)
 
     def _turn_end(self, ids: list[int], last: int, first: int) -> tuple[int, list[int | None]]:
         """Where a turn of tokens ``first`` to ``last - 1`` ends, its end-of-turn token included.

@@ -43,9 +43,12 @@ def run(args: argparse.Namespace) -> int:
 def greedy_tokens(path: str, prompts: list[list[int]]) -> list[list[int]]:
     """What stock transformers generates from the checkpoint at ``path``: greedy, eager attention, prompt by prompt."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", local_files_only=True).eval()
+    from toolkit.loading import auto_class
+
+    opener = auto_class(AutoConfig.from_pretrained(path, local_files_only=True))
+    model = opener.from_pretrained(path, attn_implementation="eager", local_files_only=True).eval()
     outputs = []
     for prompt in prompts:
         ids = torch.tensor([prompt])

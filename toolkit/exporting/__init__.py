@@ -16,12 +16,13 @@ def export(model: Any, path: str | Path, format: str = "hf", tokenizer: Any = No
         model: a model of transformers, patched or not.
         path: a new or empty folder.
         format: the name of a target. "hf" is a plain Hugging Face checkpoint (safetensors, config, generation config,
-            manifest of versions and numerics; the tokenizer's files when one is given), which unpatched transformers
-            opens.
+            manifest of versions and numerics; the tokenizer's files when one is given, and those of the checkpoint's
+            processor), which unpatched transformers opens.
         tokenizer: saved beside the model.
 
     Raises:
-        ToolkitError: an unknown format, or a path that already holds something.
+        ToolkitError: an unknown format, a path that already holds something, or a model of a class without the towers
+            that its checkpoint has.
     """
     target = TARGETS.find("format", format)()
     folder = Path(path)

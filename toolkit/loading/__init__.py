@@ -1,21 +1,26 @@
-"""Models and tokenizers from a folder, a training run, adapters, a GGUF file or the Hub: one loader for every caller.
+"""Models, tokenizers and processors from a folder, a run, adapters, a GGUF file or the Hub: one loader for all callers.
 
 Weights are safetensors or GGUF, never pickled; a tensor that the files lack is an error, never random values.
 """
 
 from typing import Any
 
+from toolkit.loading.classes import auto_class
 from toolkit.loading.generation_config import sampling_defaults
 from toolkit.loading.model import DTYPES, load_weights
+from toolkit.loading.processor import copy_processor_files, load_processor
 from toolkit.loading.source import Source, find_source
 from toolkit.loading.tokenizer import find_tokenizer, load_tokenizer
 
 __all__ = [
     "DTYPES",
     "Source",
+    "auto_class",
+    "copy_processor_files",
     "find_source",
     "find_tokenizer",
     "load_model",
+    "load_processor",
     "load_tokenizer",
     "load_weights",
     "sampling_defaults",
@@ -31,7 +36,7 @@ def load_model(
     trust_remote_code: bool = False,
     field: str = "model",
 ) -> tuple[Any, Any]:
-    """(model in eval mode, tokenizer or None).
+    """(model in eval mode, tokenizer or None). A model with image or audio towers has them all.
 
     Args:
         name_or_path: a folder of a Hugging Face model or of PEFT adapters (merged into their base model), a training

@@ -7,19 +7,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit.errors import ToolkitError, first_line
+from toolkit.loading.classes import auto_class
 from toolkit.loading.source import CONFIG, Source, read_json
+from toolkit.loading.tensors import weight_files
 
 if TYPE_CHECKING:
     import torch
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-INDEX = "model.safetensors.index.json"
 GENERATION_CONFIG = "generation_config.json"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 def load_weights(source: Source, dtype: str = "float32", device: str = "cpu") -> Any:
-    """The causal language model of a source in eval mode; adapters are merged into their base model.
+    """The model of a source in eval mode: of the class that wrote it, towers included; adapters are merged into it.
 
     Args:
         dtype: one of ``DTYPES``.
@@ -81,16 +82,7 @@ def _check_files(folder: Path) -> None:
     """Every safetensors file is there and whole: its header can be read and ends where the file does."""
     from safetensors import SafetensorError, safe_open
 
-    if (folder / INDEX).is_file():
-        shards = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-            raise ToolkitError(f"'{folder / INDEX}' has no weight_map of tensors to files.")
-        names = sorted(set(shards.values()))
-        if any(Path(name).name != name for name in names):
-            raise ToolkitError(f"'{folder / INDEX}' names files outside of its folder.")
-    else:
-        names = ["model.safetensors"]
-    for name in names:
+    for name in weight_files(folder):
         file = folder / name
         if not file.is_file():
             pickled = sorted(other.name for kind in PICKLED for other in folder.glob(kind))
@@ -110,6 +102,7 @@ def _check_files(folder: Path) -> None:
 def _model(source: Source, config: Any, dtype: "torch.dtype", device: "torch.device") -> Any:
     from transformers import AutoModelForCausalLM
 
+    opener = AutoModelForCausalLM if config is None else auto_class(config)
     options: dict[str, Any] = {**source.options, "dtype": dtype, "output_loading_info": True}
     if source.gguf is None:
         options |= {"config": config, "use_safetensors": True}
@@ -118,9 +111,10 @@ def _model(source: Source, config: Any, dtype: "torch.dtype", device: "torch.dev
     name = source.folder if source.gguf is None else source.folder / source.gguf
     try:
         with quiet_transformers():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(source.folder, **options)
+            loaded: Any = opener.from_pretrained(source.folder, **options)
     except Exception as error:  # missing, truncated or foreign files all surface differently
-        raise ToolkitError(f"'{name}' cannot be loaded as a causal language model ({first_line(error)}).") from None
+        kind = "causal language model" if opener is AutoModelForCausalLM else "model of images and text"
+        raise ToolkitError(f"'{name}' cannot be loaded as a {kind} ({first_line(error)}).") from None
     model, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:

@@ -47,11 +47,16 @@ class Source:
 
 
 def find_source(
-    name_or_path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False, field: str = "model"
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    field: str = "model",
+    cached: bool = False,
 ) -> Source:
     """The source of a model, downloaded if it is a repository of the Hub that the cache lacks.
 
-    Args and errors as for ``load_model``.
+    Args and errors as for ``load_model``; ``cached``: nothing is downloaded.
     """
     path, repository = Path(name_or_path), None
     if path.is_file():
@@ -61,7 +66,7 @@ def find_source(
     if path.is_dir():
         folder = _model_folder(path, field)
     elif isinstance(name_or_path, str) and _REPOSITORY.match(name_or_path):
-        folder, repository = _snapshot(name_or_path, revision, trust_remote_code, field), name_or_path
+        folder, repository = _snapshot(name_or_path, revision, trust_remote_code, field, cached), name_or_path
     else:
         raise ToolkitError(
             f"{field} must be a folder, a GGUF file or a repository of the Hub such as org/name, got "
@@ -99,7 +104,7 @@ def _holds_model(folder: Path) -> bool:
     return (folder / CONFIG).is_file() or (folder / ADAPTER).is_file()
 
 
-def _snapshot(name: str, revision: str | None, code: bool, field: str) -> Path:
+def _snapshot(name: str, revision: str | None, code: bool, field: str, cached: bool) -> Path:
     """The folder of a repository of the Hub in the local cache."""
     from huggingface_hub import is_offline_mode, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
@@ -111,7 +116,7 @@ def _snapshot(name: str, revision: str | None, code: bool, field: str) -> Path:
             revision=revision,
             allow_patterns=[*_FILES, "*.py"] if code else _FILES,
             ignore_patterns=["*/*"],
-            local_files_only=is_offline_mode(),
+            local_files_only=cached or is_offline_mode(),
         )
     except LocalEntryNotFoundError:
         why = "HF_HUB_OFFLINE is set" if is_offline_mode() else "the Hub cannot be reached"

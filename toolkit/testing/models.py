@@ -159,16 +159,21 @@ def random_model(
     return from_config(config, seed)
 
 
-def from_config(config: Any, seed: int = 0) -> Any:
-    """A causal LM of a configuration with random float32 weights throughout, in eval mode.
+def from_config(config: Any, seed: int = 0, opener: Any = None) -> Any:
+    """A model of a configuration with random float32 weights throughout, in eval mode.
 
     The caller's random state does not change.
+
+    Args:
+        opener: the auto class that makes it; None for that of causal language models.
     """
     from transformers import AutoModelForCausalLM
 
+    opener = AutoModelForCausalLM if opener is None else opener
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **exact_attention(config))
+        model = opener.from_config(config, dtype=torch.float32, **exact_attention(config))
         with torch.no_grad():
             saved = model.state_dict()
             expert_biases = [b for name, b in model.named_buffers() if name in saved and b.is_floating_point()]
@@ -185,7 +190,8 @@ def exact_attention(config: Any) -> dict[str, str]:
 
     Eager attention for capped scores: transformers 5.17 silently omits the cap in SDPA.
     """
-    return {} if getattr(config, "attn_logit_softcapping", None) is None else {"attn_implementation": "eager"}
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    return {} if not capped else {"attn_implementation": "eager"}
 
 
 # What ``tiny_tokenizer`` is trained on: other text is another tokenizer.
