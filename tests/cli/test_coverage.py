@@ -8,7 +8,7 @@ import pytest
 from toolkit.cli import main
 from toolkit.cli.coverage import page, totals
 from toolkit.testing.architectures import architectures
-from toolkit.testing.coverage import Coverage
+from toolkit.testing.coverage import COLUMNS, Row
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "coverage.md"
 ROW = re.compile(r"^\| ([\w-]+) \| (covered|unsupported|wrong) \|.*\|$", re.MULTILINE)
@@ -62,7 +62,11 @@ def test_architectures_are_as_the_page_says(names, capsys, tmp_path):
 
 
 def test_a_wrong_number_is_told(capsys, monkeypatch):
-    rows = [Coverage("some", roles={"norm": 1}, loss_error=2e-3), Coverage("other", reason="patch: it cannot be made")]
+    columns = COLUMNS["causal"]
+    rows = [
+        Row("some", columns, roles={"norm": 1}, values={"loss": 2e-3}),
+        Row("other", columns, reason="patch: it cannot be made"),
+    ]
     monkeypatch.setattr("toolkit.testing.coverage.measure_all", lambda *_, **__: rows)
     assert main(["coverage", "gpt2", "opt"]) == 1
     assert totals(rows) == "0 covered, 1 unsupported, 1 wrong"

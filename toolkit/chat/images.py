@@ -170,7 +170,7 @@ def _media(processor: Any, inputs: Mapping[str, Any], ids: Sequence[int]) -> lis
 
 
 def carried(ids: Sequence[int], mask: Sequence[bool], expanded: Sequence[int]) -> list[bool] | None:
-    """``mask`` of ``ids`` on ``expanded``, which has other tokens in some places where nothing counts.
+    """``mask`` of ``ids`` on ``expanded``, which has other tokens in some parts where nothing counts.
 
     Runs of counted tokens are looked for in order, each with tokens before it. None where they are not found, or found
     in more than one way.
@@ -187,8 +187,8 @@ def carried(ids: Sequence[int], mask: Sequence[bool], expanded: Sequence[int]) -
         first, last = _found(wanted, list(expanded)), _found_last(wanted, list(expanded))
         if first is not None and first == last:
             result = [False] * len(expanded)
-            for place, start, (begin, end) in zip(first, starts, runs):
-                low = place + begin - start
+            for offset, start, (begin, end) in zip(first, starts, runs):
+                low = offset + begin - start
                 result[low : low + end - begin] = [True] * (end - begin)
             return result
     return None
@@ -196,15 +196,15 @@ def carried(ids: Sequence[int], mask: Sequence[bool], expanded: Sequence[int]) -
 
 def _found(wanted: Sequence[list[int]], tokens: list[int]) -> list[int] | None:
     """Where each run is first, in order."""
-    places: list[int] = []
+    offsets: list[int] = []
     low = 0
     for run in wanted:
-        place = next((at for at in range(low, len(tokens) - len(run) + 1) if tokens[at : at + len(run)] == run), None)
-        if place is None:
+        offset = next((at for at in range(low, len(tokens) - len(run) + 1) if tokens[at : at + len(run)] == run), None)
+        if offset is None:
             return None
-        places.append(place)
-        low = place + len(run)
-    return places
+        offsets.append(offset)
+        low = offset + len(run)
+    return offsets
 
 
 def _found_last(wanted: Sequence[list[int]], tokens: list[int]) -> list[int] | None:

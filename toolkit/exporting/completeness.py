@@ -49,7 +49,7 @@ def check_towers(model: Any, folder: Path) -> None:
 
 
 def left_out(model: Any, folder: Path) -> LeftOut | None:
-    """Tensors of the checkpoint that transformers' class leaves out by itself (heads of other objectives, say)."""
+    """Tensors of the checkpoint that transformers' class leaves out (heads of other objectives, say)."""
     patterns = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     names = sorted(name for name in tensor_shapes(folder) if any(one.search(name) for one in patterns))
     return LeftOut(len(names), names[0]) if names else None

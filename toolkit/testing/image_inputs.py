@@ -141,8 +141,8 @@ class Layouts:
                 yield {"pixel_values": pixels, **more, "pixel_attention_mask": mask}
             yield {"pixel_values": pixels, **more}
         at = torch.arange(1, self.grid + 1)
-        places = torch.stack(torch.meshgrid(at, at, indexing="ij"), -1).reshape(1, -1, 2)
-        yield {"flattened_patches": torch.cat([places, self._flat(1)[None]], -1)}
+        indices = torch.stack(torch.meshgrid(at, at, indexing="ij"), -1).reshape(1, -1, 2)
+        yield {"flattened_patches": torch.cat([indices, self._flat(1)[None]], -1)}
         yield {"pixel_values": self._flat(1)[None]}
         yield {"pixel_values_images": image}
 

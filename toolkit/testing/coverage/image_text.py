@@ -1,0 +1,122 @@
+"""A row of a model of images and text."""
+
+import math
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from toolkit.errors import ToolkitError
+from toolkit.exporting import export
+from toolkit.patching import patch, token_logprobs, unpatch
+from toolkit.testing.architectures import IMAGE_TEXT, small_model
+from toolkit.testing.coverage.measuring import NEW_TOKENS, loss_and_gradient, next_logprobs, relative, text
+from toolkit.testing.coverage.row import Column, Row
+from toolkit.testing.image_inputs import image_batch
+from toolkit.testing.models import exact_attention
+
+COLUMNS = (
+    Column("text loss", "relative difference from the unpatched model's loss on text", 1e-5),
+    Column("text gradient", "the same of all gradients together, by norm", 1e-4),
+    Column("image loss", "the same of the loss on text with an image in it", 1e-5),
+    Column("image gradient", "the same of all gradients, those of the tower included", 1e-4),
+    Column(
+        "log-probability",
+        "largest difference of `token_logprobs` with an image from the unpatched model's, nats",
+        1e-4,
+    ),
+    Column("greedy", f"the engine's {NEW_TOKENS} greedy tokens after an image are those of the unpatched `generate`"),
+    Column("differing", "tokens whose log-probability after an image differs in a bit between engine and training", 0),
+    Column("export", "an export has the tensors of the checkpoint under their names, and gives the same logits"),
+)
+
+
+def measure(model_type: str) -> Row:
+    """One architecture's row; what cannot be measured does not keep the rest from it."""
+    row, begun = Row(model_type, COLUMNS), time.monotonic()
+    try:
+        _measure(model_type, row)
+    finally:
+        row.seconds = round(time.monotonic() - begun, 1)
+    return row
+
+
+def _measure(model_type: str, row: Row) -> None:
+    stage = "no small model can be built"
+    try:
+        model = small_model(model_type, kind=IMAGE_TEXT)
+        row.name = type(model).__name__
+        stage = "the small model's unpatched forward fails"
+        inputs = image_batch(model)
+        image_loss, image_gradient = loss_and_gradient(model, inputs, _labels(inputs))
+        if not math.isfinite(float(image_loss)):
+            raise ToolkitError("the loss is not finite")
+        stage = "the small model's unpatched forward of text fails"
+        words = _text_inputs(inputs)
+        text_loss, text_gradient = loss_and_gradient(model, words, words["input_ids"])
+        stage = "patch"
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            saved = _tensors(Path(folder))
+        stock = next_logprobs(model, inputs)
+        report = patch(model)
+        row.roles = report.roles()
+        row.probe_error = report.worst_error()
+        row.skipped = [f"{role} {path}: {reason}" for role, path, _, reason in report.skipped_rows()]
+    except Exception as problem:
+        return row.failed(stage, problem)
+    try:
+        stage = "patched forward of text"
+        got, patched = loss_and_gradient(model, words, words["input_ids"])
+        row.values["text loss"], row.values["text gradient"] = (
+            relative(got, text_loss),
+            relative(patched, text_gradient),
+        )
+        stage = "patched forward with an image"
+        got, patched = loss_and_gradient(model, inputs, _labels(inputs))
+        row.values["image loss"] = relative(got, image_loss)
+        row.values["image gradient"] = relative(patched, image_gradient)
+        stage = "ragged batch with an image"
+        with torch.no_grad():
+            (found,) = token_logprobs(model, [inputs["input_ids"][0].tolist()], images=[inputs])
+        row.values["log-probability"] = float((found - stock).abs().max())
+    except Exception as problem:
+        row.failed(stage, problem)
+    try:
+        row.values["export"] = _reloads(model, saved, inputs)
+    except Exception as problem:
+        row.failed("export", problem)
+    if not row.reason:
+        row.reason = "engine: it takes prompts of token ids alone"
+
+
+def _labels(inputs: dict[str, Tensor]) -> Tensor:
+    return inputs["input_ids"] if "input_ids" in inputs else inputs["decoder_input_ids"]
+
+
+def _text_inputs(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs of the same names without the image, for a model that asks for them with text too."""
+    ids = text(13, 2, 40, 260)
+    kinds = [name for name in inputs if name.endswith("token_type_ids")]
+    return {"input_ids": ids, **{name: torch.zeros_like(ids) for name in kinds}}
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def _reloads(model: Any, saved: dict[str, Tensor], inputs: dict[str, Tensor]) -> bool:
+    """Whether an export has exactly the tensors of ``saved``, and unpatched transformers computes the same from it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = export(model, Path(folder) / "exported")
+        written = _tensors(path)
+        other = type(model).from_pretrained(path, dtype=torch.float32, **exact_attention(model.config)).eval()
+    unpatch(model)
+    with torch.no_grad():
+        mine, theirs = (one(**inputs, use_cache=False).logits for one in (model, other))
+    whole = set(written) == set(saved) and all(torch.equal(written[name], tensor) for name, tensor in saved.items())
+    return whole and torch.allclose(mine, theirs, rtol=1e-5, atol=1e-6)
