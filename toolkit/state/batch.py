@@ -15,6 +15,7 @@ from toolkit.errors import ToolkitError
 from toolkit.state.kinds import PagedRows, Snapshots
 from toolkit.state.prefix_trees import SharedPrefixes, share_prefixes
 from toolkit.state.replay import check_routing, name_rows
+from toolkit.state.spans import Spans, check_spans, spans_of_rows
 
 # Sharing fewer tokens than this part of all would cost more in gathered keys than it saves.
 _WORTH_SHARING = 1 / 16
@@ -36,7 +37,8 @@ class RaggedBatch:
         block_tables: [S, L] rows of the batch that hold the keys of s, where prefixes are shared; None where each
             segment's keys lie in one run, and for paged batches.
         query_ranges: [T, 3] beside ``block_tables``: of each row, the first and end row of the queries that see it, and
-            its position. Segments lie depth first, so what continues a token follows it without a gap.
+            its position. Segments lie depth first, so what continues a token follows it without a gap, and the tokens
+            of its span lie in its segment.
         parents: [S] the segment that s continues, -1 for none; None where no segment continues another.
         multiplicity: [T] how many unshared samples a shared token stands for; None for one each.
         sample_rows: [N] of ``from_sequences``: the row of each token of each sequence, one after the other; None for
@@ -45,6 +47,10 @@ class RaggedBatch:
         routing: [layers of experts, T, K] the experts that each token is to take; None to let routers choose.
         rotary_lengths: [T] the length of the sequence by which each row's rotary tables are made, fixed for the life of
             a sequence; None where the model's tables do not depend on it, or by its own length (``RotaryRegimes``).
+        spans: [T, 2] the (first, end) index in its sequence of the span that each row lies in, (0, 0) for none; None
+            for no spans. The tokens of a span see each other, later ones too (a picture's): a row sees what it would
+            without, and its span from there on. A span lies in one segment and in one step of the engine.
+        span_layers: the layers that look at spans; None for all.
 
     What is to come fits without another shape of class. Nothing here is derived or cached: contexts derive what they
     need, so fields may be buffers that a runner owns and updates in place, and a captured step reads them again.
@@ -53,7 +59,6 @@ class RaggedBatch:
       ``context_forward`` hands to the model in the place of ids.
     - Positions along several axes: ``positions`` [axes, T]. Only ``context_forward`` reads positions; contexts go by
       offsets and lengths.
-    - Bidirectional spans: a field [T] with the last position that a row sees, which contexts hand to the op.
     - An adapter per row: a field ``adapter_ids`` [T], which linear layers read from the active context's batch.
     - R rows per sequence (verification of drafts): ``query_offsets`` in steps of R; which rows want logits is an
       argument of the forward.
@@ -72,6 +77,8 @@ class RaggedBatch:
     views: tuple[PagedRows | Snapshots, ...] = ()
     routing: Tensor | None = None
     rotary_lengths: Tensor | None = None
+    spans: Tensor | None = None
+    span_layers: frozenset[int] | None = None
 
     @classmethod
     def from_sequences(
@@ -81,6 +88,7 @@ class RaggedBatch:
         share: bool = True,
         routing: Sequence[Tensor] | None = None,
         rotary_lengths: Sequence[int] | None = None,
+        spans: Spans | None = None,
     ) -> "RaggedBatch":
         """The batch of whole sequences, without state: what training runs.
 
@@ -94,9 +102,10 @@ class RaggedBatch:
                 (``Completion.routed_experts``); the last token may be missing, see ``check_routing``. Sequences share
                 a prefix as far as they have its routing in common.
             rotary_lengths: of each sequence, see the field. Sequences share prefixes only where these are equal.
+            spans: of each sequence the (first, end) positions of its spans, in order. Sequences share whole spans.
 
         Raises:
-            ToolkitError: for a routing or rotary_lengths that do not fit the sequences.
+            ToolkitError: for a routing, rotary_lengths or spans that do not fit the sequences.
         """
         arrays = [np.asarray(torch.as_tensor(sequence, dtype=torch.int64).cpu()) for sequence in sequences]
         counts = [len(array) for array in arrays]
@@ -105,13 +114,17 @@ class RaggedBatch:
             raise ToolkitError(
                 f"rotary_lengths must have one entry per sequence ({len(arrays)}), got {len(rotary_lengths)}."
             )
+        if spans is not None:
+            check_spans(spans, counts)
+            spans = spans if any(map(len, spans)) else None
+        spans_by_row = None if spans is None else [spans_of_rows(*one) for one in zip(spans, counts)]
         if share and len(arrays) > 1:
             names, tokens_of, experts_of = name_rows(arrays, experts) if experts else (arrays, None, None)
             distinct, kinds, low, span = _spread(names, rotary_lengths)
             names = [one + span * kind for one, kind in zip(names, kinds, strict=True)]
-            shared = share_prefixes(names)
+            shared = share_prefixes(names, spans)
             if sum(counts) - shared.size > _WORTH_SHARING * sum(counts):
-                batch = cls._of_prefix_trees(shared, device)
+                batch = cls._of_prefix_trees(shared, spans_by_row, device)
                 if rotary_lengths is not None:
                     kind = (batch.tokens - low) // span
                     lengths_of = torch.from_numpy(distinct).to(device)[kind]
@@ -131,10 +144,14 @@ class RaggedBatch:
         if rotary_lengths is not None:
             of_rows = np.repeat(np.asarray(rotary_lengths, dtype=np.int64), counts)
             batch = replace(batch, rotary_lengths=torch.from_numpy(of_rows).to(device))
+        if spans_by_row is not None:
+            batch = replace(batch, spans=torch.from_numpy(np.concatenate(spans_by_row)).to(device))
         return replace(batch, routing=_by_layer(np.concatenate(experts), device)) if experts else batch
 
     @classmethod
-    def _of_prefix_trees(cls, trees: SharedPrefixes, device: torch.device | str | None) -> "RaggedBatch":
+    def _of_prefix_trees(
+        cls, trees: SharedPrefixes, spans: list[np.ndarray] | None, device: torch.device | str | None
+    ) -> "RaggedBatch":
         segments = trees.segments
         counts = np.array([len(one.tokens) for one in segments])
         starts = np.array([one.start for one in segments])
@@ -145,7 +162,14 @@ class RaggedBatch:
         for index, one in enumerate(segments):
             tables[index, : one.start] = one.rows
             tables[index, one.start : one.start + len(one.tokens)] = np.arange(one.row, one.row + len(one.tokens))
-        query_ranges = np.stack([rows, np.array(trees.ends)[owner], positions], 1)
+        own_spans, first_queries = None, rows
+        if spans is not None:
+            own_spans = np.concatenate(
+                [spans[one.samples[0]][one.start : one.start + len(one.tokens)] for one in segments]
+            )
+            inside = own_spans[:, 0] < own_spans[:, 1]
+            first_queries = np.where(inside, rows - positions + own_spans[:, 0], rows)
+        query_ranges = np.stack([first_queries, np.array(trees.ends)[owner], positions], 1)
         parts = (
             np.concatenate([one.tokens for one in segments]),
             positions,
@@ -159,7 +183,8 @@ class RaggedBatch:
             np.concatenate(trees.rows),
         )
         tensors = [torch.from_numpy(part.astype(np.int64, copy=False)).to(device) for part in parts]
-        return cls(*tensors)  # type: ignore[arg-type]
+        of_rows = None if own_spans is None else torch.from_numpy(own_spans).to(device)
+        return cls(*tensors, spans=of_rows)  # type: ignore[arg-type]
 
     @classmethod
     def for_padded(cls, mask: Tensor, q_len: int) -> "RaggedBatch":

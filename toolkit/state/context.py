@@ -6,6 +6,7 @@ Shapes: T new tokens, C channels, Hq query heads, H heads, D key width, V value 
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from toolkit.errors import ToolkitError
@@ -48,6 +49,7 @@ class ForwardContext(ABC):
     def __init__(self, batch: RaggedBatch) -> None:
         self.batch = batch
         self.replay = None if batch.routing is None else RoutingReplay(batch.routing)
+        self._ahead: Tensor | None = None
 
     def rotary_lengths(self, regimes: RotaryRegimes) -> Tensor:
         """[T] the length by which each row's rotary tables are made, for a module whose tables have ``regimes``.
@@ -61,6 +63,20 @@ class ForwardContext(ABC):
                 "sequence, got None."
             )
         return self.batch.rotary_lengths
+
+    def seen_ahead(self, layer: int) -> Tensor | None:
+        """[T, 2] spans for the op, None where ``layer`` sees no token ahead: of each row in a span its own position and
+        the span's end. What comes before is up to the layer's window.
+        """
+        batch = self.batch
+        if batch.spans is None or (batch.span_layers is not None and layer not in batch.span_layers):
+            return None
+        if self._ahead is None:
+            past = torch.cat([batch.kv_lengths - batch.query_offsets[1:], batch.kv_lengths.new_zeros(1)])
+            position = torch.arange(len(batch.spans), device=past.device) + past[batch.sequence_ids]
+            first, end = batch.spans.unbind(1)
+            self._ahead = torch.stack([torch.where(first < end, position, first), end], 1)
+        return self._ahead
 
     @abstractmethod
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Tensor:

@@ -29,7 +29,7 @@ class DenseContext(ForwardContext):
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Tensor:
         batch = self.batch
         plan = batch.query_offsets, batch.kv_offsets, batch.kv_lengths, batch.block_tables, 1, *settings
-        out, _ = attention(q, k, v, *plan, batch.query_ranges)
+        out, _ = attention(q, k, v, *plan, batch.query_ranges, self.seen_ahead(layer))
         return out
 
     def scan(

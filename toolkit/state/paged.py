@@ -26,7 +26,7 @@ class PagedContext(ForwardContext):
         state.write((k, v), view, batch.query_offsets)
         keys, values, tables = state.operands(view)
         plan = batch.query_offsets, batch.kv_offsets, batch.kv_lengths, tables, self.pool.block_size, *settings
-        out, _ = attention(q, keys, values, *plan)
+        out, _ = attention(q, keys, values, *plan, None, self.seen_ahead(layer))
         return out
 
     def scan(

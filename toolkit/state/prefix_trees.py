@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from toolkit.state.spans import Spans, name_spans
+
 Ints = np.ndarray
 _NOTHING = np.empty(0, dtype=np.int64)
 
@@ -54,11 +56,13 @@ def common_length(first: Ints, second: Ints, start: int) -> int:
     return start + int(differing[0]) if len(differing) else most
 
 
-def share_prefixes(sequences: Sequence[Ints]) -> SharedPrefixes:
-    """Merge the common prefixes of ``sequences`` (int64 arrays); every shared token has one row.
+def share_prefixes(given: Sequence[Ints], spans: Spans | None = None) -> SharedPrefixes:
+    """Merge the common prefixes of sequences (int64 arrays); every shared token has one row.
 
-    Siblings come in the order of their first sequence. Takes O(tokens of all sequences).
+    Siblings come in the order of their first sequence. No segment begins or ends inside one of ``spans``: what a
+    token sees is in the segments up to its own. Takes O(tokens of all sequences).
     """
+    sequences = given if spans is None else name_spans(given, spans)
     found = SharedPrefixes(rows=[_NOTHING] * len(sequences))
     # (members, depth, parent, rows so far), the next group on top of the stack
     waiting = [(members, 0, -1, _NOTHING) for members in reversed(_split(sequences, range(len(sequences)), 0))]
@@ -69,7 +73,7 @@ def share_prefixes(sequences: Sequence[Ints]) -> SharedPrefixes:
         for member in members[1:]:
             stop = min(stop, common_length(first[:stop], sequences[member], start))
         row, index = found.size, len(found.segments)
-        found.segments.append(Segment(first[start:stop], parent, row, start, above, members))
+        found.segments.append(Segment(given[members[0]][start:stop], parent, row, start, above, members))
         found.size += stop - start
         rows = np.concatenate([above, np.arange(row, found.size)])
         for member in members:

@@ -50,32 +50,32 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, state: _LayerKeys, batch: RaggedBatch,
-        start: int, settings: AttentionSettings,
+        start: int, settings: AttentionSettings, spans: Tensor | None,
     ) -> Tensor:  # fmt: skip
         stop = start + len(q)
         state.keys[start:stop] = k
         state.values[start:stop] = v
         keys, values = (kept[:stop].to(q.device) for kept in (state.keys, state.values))
         plan = batch.query_offsets, batch.kv_offsets, batch.kv_lengths
-        out, lse = attention(q, keys, values, *(*plan, None, 0, *settings))
+        out, lse = attention(q, keys, values, *(*plan, None, 0, *settings), None, spans)
         # Saved tensors hold the sinks: autograd frees those after the backward.
         ctx.state, ctx.plan, ctx.settings, ctx.span = state, plan, settings._replace(sinks=None), (start, stop)
-        ctx.save_for_backward(q, out, lse, sinks)
+        ctx.save_for_backward(q, out, lse, sinks, spans)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, out, lse, sinks = ctx.saved_tensors
+        q, out, lse, sinks, spans = ctx.saved_tensors
         scale, window, softcap, _, modifier, parameters = ctx.settings
         start, stop = ctx.span
         offsets, first, lengths = ctx.plan
         keys, values = (kept[:stop].to(q.device) for kept in (ctx.state.keys, ctx.state.values))
         dq, dk, dv, dsinks = attention_backward(
             grad, q, keys, values, out, lse, offsets, first, lengths, scale, window, softcap,
-            sinks=sinks, modifier=modifier, parameters=parameters,
+            sinks=sinks, modifier=modifier, parameters=parameters, spans=spans,
         )  # fmt: skip
         dk, dv = ctx.state.accumulate(dk, dv, start, stop)
-        return dq, dk, dv, None if sinks is None else dsinks, None, None, None, None
+        return dq, dk, dv, None if sinks is None else dsinks, None, None, None, None, None
 
 
 class ChunkedState:
@@ -127,7 +127,8 @@ class ChunkedContext(ForwardContext):
         keys = self.state.keys.get(layer)
         if keys is None:
             keys = self.state.keys[layer] = _LayerKeys(self.state.length, k, v, self.state.device)
-        out: Tensor = _Attend.apply(q, k, v, settings.sinks, keys, self.batch, self.start, settings)  # type: ignore[no-untyped-call]
+        spans = self.seen_ahead(layer)
+        out: Tensor = _Attend.apply(q, k, v, settings.sinks, keys, self.batch, self.start, settings, spans)  # type: ignore[no-untyped-call]
         return out
 
     def scan(

@@ -23,9 +23,13 @@ def _options(heads: int, modifier: str, *, sunk: bool) -> dict[str, Any]:
     return {"sinks": torch.zeros(heads) if sunk else None, "modifier": modifier, "parameters": parameters}
 
 
+def _spans(tokens: int, *, spanned: bool) -> dict[str, Any]:
+    return {"spans": torch.zeros(tokens, 2, dtype=torch.int64) if spanned else None}
+
+
 def attention_case(
     dtype: torch.dtype, head_dim: int, *, paged: bool, v_dim: int = 0, heads: int = 8, kv_heads: int = 2,
-    window: int = 0, softcap: float = 0.0, modifier: str = "", sunk: bool = False,
+    window: int = 0, softcap: float = 0.0, modifier: str = "", sunk: bool = False, spanned: bool = False,
     tokens: int = TOKENS, keys: int = TOKENS,
 ) -> Callable:  # fmt: skip
     """A call of the attention forward."""
@@ -36,7 +40,7 @@ def attention_case(
         q, k, v = _tensors(dtype, (head_dim, v_dim or head_dim), heads, kv_heads, tokens, keys)
         offsets, one = torch.tensor([0, tokens]), torch.tensor([keys])
         tables = torch.arange(keys // PAGE)[None] if paged else None
-        options = _options(heads, modifier, sunk=sunk)
+        options = _options(heads, modifier, sunk=sunk) | _spans(tokens, spanned=spanned)
         plan = offsets, one * 0, one, tables, PAGE if paged else 0
         attention(q, k, v, *plan, head_dim**-0.5, window, softcap, **options)
 
@@ -45,7 +49,7 @@ def attention_case(
 
 def attention_backward_case(
     dtype: torch.dtype, head_dim: int, *, paged: bool = False, v_dim: int = 0, heads: int = 8, kv_heads: int = 2,
-    window: int = 0, softcap: float = 0.0, modifier: str = "", sunk: bool = False,
+    window: int = 0, softcap: float = 0.0, modifier: str = "", sunk: bool = False, spanned: bool = False,
 ) -> Callable:  # fmt: skip
     """A call of the attention backward: its kernels of contiguous keys, or of a prefix tree."""
 
@@ -56,7 +60,7 @@ def attention_backward_case(
         out = torch.empty(TOKENS, heads, v.shape[-1], dtype=dtype)
         offsets, one = torch.tensor([0, TOKENS]), torch.tensor([TOKENS])
         tensors = out, q, k, v, out, torch.empty(TOKENS, heads), offsets, one * 0, one
-        options = _options(heads, modifier, sunk=sunk)
+        options = _options(heads, modifier, sunk=sunk) | _spans(TOKENS, spanned=spanned)
         if paged:
             tables, query_ranges = torch.arange(TOKENS)[None], torch.zeros(TOKENS, 3, dtype=torch.int64)
             options |= {"block_tables": tables, "block_size": 1, "query_ranges": query_ranges}
@@ -102,6 +106,11 @@ def cases() -> dict[str, Callable]:
             found[f"attention {short} {head_dim}"] = attention_case(dtype, head_dim, paged=False)
             found[f"attention_backward {short} {head_dim}"] = attention_backward_case(dtype, head_dim)
             found[f"attention_backward {short} {head_dim} tree"] = attention_backward_case(dtype, head_dim, paged=True)
+            ahead: dict[str, Any] = {"spanned": True, "window": 1024}
+            for paged in (True, False):
+                name = f"{short} {head_dim} spans{' paged' * paged}"
+                found[f"attention {name}"] = attention_case(dtype, head_dim, paged=paged, **ahead)
+                found[f"attention_backward {name}"] = attention_backward_case(dtype, head_dim, paged=paged, **ahead)
         depth, width = MLA
         for paged in (True, False):
             found[f"select_keys {short} 128{' paged' * paged}"] = select_keys_case(dtype, 128, heads=64, paged=paged)

@@ -1,5 +1,9 @@
-"""Causal attention of ragged sequences, or prefix trees of them, over contiguous or paged keys and values."""
+"""Attention of ragged sequences, or prefix trees of them, over contiguous or paged keys and values.
 
+Causal, with a window where one is given, and in both directions inside of spans.
+"""
+
+import torch
 from torch import Tensor
 
 from toolkit.errors import ToolkitError
@@ -14,11 +18,12 @@ _BACKWARD: Op[tuple[Tensor, Tensor, Tensor, Tensor]]
 _FORWARD, _BACKWARD = register_differentiable(
     "attention(Tensor q, Tensor k, Tensor v, Tensor query_offsets, Tensor kv_offsets, Tensor kv_lengths, "
     "Tensor? block_tables, int block_size, float scale, int window, float softcap, Tensor? sinks=None, "
-    "str modifier='', Tensor? parameters=None, Tensor? query_ranges=None) -> (Tensor out, Tensor lse)",
+    "str modifier='', Tensor? parameters=None, Tensor? query_ranges=None, Tensor? spans=None) "
+    "-> (Tensor out, Tensor lse)",
     "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     "Tensor query_offsets, Tensor kv_offsets, Tensor kv_lengths, float scale, int window, float softcap, "
     "Tensor? block_tables=None, int block_size=0, Tensor? sinks=None, str modifier='', Tensor? parameters=None, "
-    "Tensor? query_ranges=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? query_ranges=None, Tensor? spans=None) -> (Tensor, Tensor, Tensor, Tensor)",
     gradients=("q", "k", "v", "sinks"),
     reference=reference,
     triton="toolkit.ops.attention.triton",
@@ -42,16 +47,20 @@ def attention(
     modifier: str = "",
     parameters: Tensor | None = None,
     query_ranges: Tensor | None = None,
+    spans: Tensor | None = None,
     *,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention of every query over the keys of its sequence up to its position: (out, lse).
+    """Softmax attention of every query over the keys of its sequence up to its position, and of its span: (out, lse).
 
     For query i of a sequence with n queries and L keys, at position p = L - n + i, and each of its heads h::
 
-        s_j = scale * <q_i, k_j>      for max(0, p - window + 1) <= j <= p   (window <= 0: for 0 <= j <= p)
+        j in past(p) or span(i)
+        past(p) = max(0, p - window + 1) <= j <= p, and visible(p, j, parameters[h])  (window <= 0: 0 <= j <= p)
+        span(i) = spans[i, 0] <= j < min(spans[i, 1], L)                     (without spans: no key)
+        s_j = scale * <q_i, k_j>
         s_j = softcap * tanh(s_j / softcap)                                  (softcap > 0)
-        s_j = f(s_j, p, j, parameters[h]), where visible(p, j, parameters[h])  (modifier)
+        s_j = f(s_j, p, j, parameters[h])                                    (modifier)
         lse = log(exp(sinks[h]) + sum_j exp(s_j))                            (without sinks: exp(...) is 0)
         out = sum_j exp(s_j - lse) * v_j
 
@@ -86,8 +95,8 @@ def attention(
         lse: [T, Hq], natural log; float64 for float64, else float32. No gradient.
 
     Raises:
-        ToolkitError: for an unknown impl or modifier, parameters or sinks of another shape; in Triton for D > 576 or
-            Dv > 512, and in its backward for block tables without query_ranges.
+        ToolkitError: for an unknown impl or modifier, parameters, sinks or spans of another shape; in Triton for
+            D > 576 or Dv > 512, and in its backward for block tables without query_ranges.
         RuntimeError: from the kernel for shapes, dtypes or indices that do not fit.
 
     Numerics: half types are computed in float32. With P = exp(s - lse), dP = grad v^T and delta = rowsum(grad * out):
@@ -102,16 +111,22 @@ def attention(
     Source: Milakov & Gimelshein 2018 (online softmax); Dao et al. 2022, FlashAttention (backward).
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    _check(q, sinks, modifier, parameters)
+    _check(q, sinks, modifier, parameters, spans)
     plan = query_offsets, kv_offsets, kv_lengths, block_tables, block_size
-    return _FORWARD.select(impl)(q, k, v, *plan, scale, window, softcap, sinks, modifier, parameters, query_ranges)
+    options = sinks, modifier, parameters, query_ranges, spans
+    return _FORWARD.select(impl)(q, k, v, *plan, scale, window, softcap, *options)
 
 
-def _check(q: Tensor, sinks: Tensor | None, modifier: str, parameters: Tensor | None) -> None:
+def _check(q: Tensor, sinks: Tensor | None, modifier: str, parameters: Tensor | None, spans: Tensor | None) -> None:
     if modifier or parameters is not None:
         modifiers.check(modifier, parameters, q.shape[1])
     if sinks is not None and (sinks.dim() != 1 or sinks.shape[0] != q.shape[1]):
         raise ToolkitError(f"sinks must have shape [{q.shape[1]}], one per query head, got {list(sinks.shape)}.")
+    if spans is not None and (spans.dtype != torch.int64 or spans.shape != (q.shape[0], 2)):
+        raise ToolkitError(
+            f"spans must be int64 of shape [{q.shape[0]}, 2], (first, end) for each row of q, got {spans.dtype} "
+            f"{list(spans.shape)}."
+        )
 
 
 def attention_backward(
@@ -133,6 +148,7 @@ def attention_backward(
     modifier: str = "",
     parameters: Tensor | None = None,
     query_ranges: Tensor | None = None,
+    spans: Tensor | None = None,
     *,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -147,7 +163,7 @@ def attention_backward(
             rows that several sequences share get the sum.
         dsinks: [Hq] in sinks' dtype, empty without sinks.
     """
-    _check(q, sinks, modifier, parameters)
+    _check(q, sinks, modifier, parameters, spans)
     plan = query_offsets, kv_offsets, kv_lengths
-    options = block_tables, block_size, sinks, modifier, parameters, query_ranges
+    options = block_tables, block_size, sinks, modifier, parameters, query_ranges, spans
     return _BACKWARD.select(impl)(grad, q, k, v, out, lse, *plan, scale, window, softcap, *options)

@@ -113,8 +113,8 @@ template <typename M, typename T>
 void backward_block(const Backward<T>& f, const Task& task, const Share& share) {
   const Layout& p = f.layout;
   const Sequence sequence = p.sequence(task.sequence);
-  if (!share.queries && (first_key(p, sequence, task.begin) / kTile >= share.end_tile ||
-                         task.end - 1 + sequence.shift() < share.first_tile * kTile))
+  if (!share.queries && (seen_keys(p, sequence, task.begin).begin / kTile >= share.end_tile ||
+                         seen_keys(p, sequence, task.end - 1).end <= share.first_tile * kTile))
     return;  // sees none of the tiles
   const int64_t group = p.group(), rows = (task.end - task.begin) * group;
   const int64_t first_row = sequence.first_query + task.begin, first_head = task.kv_head * group;
@@ -161,8 +161,10 @@ void backward_block(const Backward<T>& f, const Task& task, const Share& share) 
                       Dense<T>{b.values_t + from, kTile}, width, 0, p.value_depth);
       for (int64_t i = 0; i < height; ++i)
         if (!b.row_ranges[r + i].empty()) {
-          const ScorePosition<T> position{task.begin + (r + i) / group + sequence.shift(), tile.first(),
-                                          f.parameters + (first_head + (r + i) % group) * M::kParameters};
+          const int64_t query = task.begin + (r + i) / group;
+          const ScorePosition<T> position{query + sequence.shift(), tile.first(),
+                                          f.parameters + (first_head + (r + i) % group) * M::kParameters,
+                                          sequence.span(query)};
           softmax_backward<M>(weights + i * kTile, dscores + i * kTile, b.row_ranges[r + i], f.softcap, position,
                               b.lse[r + i], b.delta[r + i]);
         }
@@ -212,20 +214,21 @@ inline std::vector<Group> sharing_groups(const Layout& p) {
     parent[std::max(a, b)] = std::min(a, b);
   };
   if (p.block_tables == nullptr) {
-    std::vector<std::array<int64_t, 3>> spans;
+    std::vector<std::array<int64_t, 3>> runs;
     for (int64_t s = 0; s < p.sequences; ++s)
-      if (p.kv_lengths[s] > 0) spans.push_back({p.kv_offsets[s], p.kv_offsets[s] + p.kv_lengths[s], s});
-    std::sort(spans.begin(), spans.end());
-    for (size_t i = 1; i < spans.size(); ++i) {
-      if (spans[i][0] < spans[i - 1][1]) join(spans[i][2], spans[i - 1][2], spans[i][0] == spans[i - 1][0]);
-      spans[i][1] = std::max(spans[i][1], spans[i - 1][1]);
+      if (p.kv_lengths[s] > 0) runs.push_back({p.kv_offsets[s], p.kv_offsets[s] + p.kv_lengths[s], s});
+    std::sort(runs.begin(), runs.end());
+    for (size_t i = 1; i < runs.size(); ++i) {
+      if (runs[i][0] < runs[i - 1][1]) join(runs[i][2], runs[i - 1][2], runs[i][0] == runs[i - 1][0]);
+      runs[i][1] = std::max(runs[i][1], runs[i - 1][1]);
     }
   } else {
     std::vector<std::array<int64_t, 2>> reader((p.kv_rows + p.block_size - 1) / p.block_size, {-1, -1});
     for (int64_t s = 0; s < p.sequences; ++s) {
       const Sequence sequence = p.sequence(s);
       if (sequence.queries == 0 || sequence.kv_length == 0) continue;
-      for (int64_t page = first_key(p, sequence, 0) / p.block_size; page * p.block_size < sequence.kv_length; ++page) {
+      for (int64_t page = seen_keys(p, sequence, 0).begin / p.block_size; page * p.block_size < sequence.kv_length;
+           ++page) {
         const int64_t position = sequence.pages[page];
         check_page(p, position, 0, 1);
         if (reader[position][0] >= 0) join(s, reader[position][0], reader[position][1] == page);

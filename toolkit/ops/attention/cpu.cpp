@@ -27,9 +27,30 @@ inline const int64_t* indices(const at::Tensor& x, const char* name, int64_t dim
   return x.const_data_ptr<int64_t>();
 }
 
+// Spans hold their queries and come in order: then a query sees one run of keys, and a key is seen by one of queries.
+inline void check_spans(const Layout& p) {
+  for (int64_t s = 0; s < p.sequences; ++s) {
+    const Sequence sequence = p.sequence(s);
+    Keys before{0, 0};
+    for (int64_t i = 0; i < sequence.queries; ++i) {
+      const int64_t *const span = sequence.span(i), position = i + sequence.shift();
+      TORCH_CHECK(span[0] >= span[1] || (0 <= span[0] && span[0] <= position && position < span[1]),
+                  "spans has keys ", span[0], " to ", span[1], " for row ", sequence.first_query + i,
+                  "; its own position ", position, " must be one of them.");
+      Keys seen = seen_keys(p, sequence, i);
+      seen.end = std::max<int64_t>(seen.end, 0);
+      TORCH_CHECK(before.begin <= seen.begin && before.end <= seen.end, "spans lets row ", sequence.first_query + i,
+                  " see keys ", seen.begin, " to ", seen.end, " and the row before it ", before.begin, " to ",
+                  before.end, "; neither end may fall within a sequence.");
+      before = seen;
+    }
+  }
+}
+
 inline Layout make_layout(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                           const at::Tensor& query_offsets, const at::Tensor& kv_offsets, const at::Tensor& kv_lengths,
-                          const std::optional<at::Tensor>& block_tables, int64_t block_size, int64_t window) {
+                          const std::optional<at::Tensor>& block_tables, int64_t block_size, int64_t window,
+                          const std::optional<at::Tensor>& spans) {
   const auto type = q.scalar_type();
   TORCH_CHECK(dtypes::is_float(type),
               "q must have dtype float32, float64, bfloat16 or float16, got ", type, ".");
@@ -81,6 +102,12 @@ inline Layout make_layout(const at::Tensor& q, const at::Tensor& k, const at::Te
                   " keys from row ", offset, "; k has ", p.kv_rows, " rows.");
     }
   }
+  if (spans.has_value()) {
+    p.spans = indices(*spans, "spans", 2);
+    TORCH_CHECK(spans->size(0) == q.size(0) && spans->size(1) == 2, "spans has shape ", spans->sizes(), "; [",
+                q.size(0), ", 2] is required.");
+    check_spans(p);
+  }
   return p;
 }
 
@@ -116,10 +143,11 @@ std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& q_in, const at::T
                                              double scale, int64_t window, double softcap,
                                              const std::optional<at::Tensor>& sinks, c10::string_view modifier,
                                              const std::optional<at::Tensor>& parameters,
-                                             const std::optional<at::Tensor>&) {
+                                             const std::optional<at::Tensor>&,
+                                             const std::optional<at::Tensor>& spans) {
   const at::Tensor q = unit_stride(q_in), k = unit_stride(k_in), v = unit_stride(v_in);
   const Layout layout =
-      make_layout(q, k, v, query_offsets, kv_offsets, kv_lengths, block_tables, block_size, window);
+      make_layout(q, k, v, query_offsets, kv_offsets, kv_lengths, block_tables, block_size, window, spans);
   at::Tensor out = at::empty({q.size(0), q.size(1), v.size(2)}, q.options());
   at::Tensor lse = at::empty({q.size(0), q.size(1)}, q.options().dtype(dtypes::upcast(q.scalar_type())));
   const at::Tensor sink = of_heads(sinks, "sinks", q, 1, 1);
@@ -139,11 +167,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_backward(
     const at::Tensor& out_in, const at::Tensor& lse, const at::Tensor& query_offsets, const at::Tensor& kv_offsets,
     const at::Tensor& kv_lengths, double scale, int64_t window, double softcap,
     const std::optional<at::Tensor>& block_tables, int64_t block_size, const std::optional<at::Tensor>& sinks,
-    c10::string_view modifier, const std::optional<at::Tensor>& parameters, const std::optional<at::Tensor>&) {
+    c10::string_view modifier, const std::optional<at::Tensor>& parameters, const std::optional<at::Tensor>&,
+    const std::optional<at::Tensor>& spans) {
   const at::Tensor q = unit_stride(q_in), k = unit_stride(k_in), v = unit_stride(v_in);
   const at::Tensor grad = unit_stride(grad_in), out = unit_stride(out_in);
   const Layout layout =
-      make_layout(q, k, v, query_offsets, kv_offsets, kv_lengths, block_tables, block_size, window);
+      make_layout(q, k, v, query_offsets, kv_offsets, kv_lengths, block_tables, block_size, window, spans);
   const auto type = q.scalar_type(), upcast = dtypes::upcast(type);
   const at::Tensor log_sum = lse.contiguous(), sink = of_heads(sinks, "sinks", q, 1, 1);
   TORCH_CHECK(grad.scalar_type() == q.scalar_type() && grad.sizes() == out.sizes() &&

@@ -109,8 +109,10 @@ void meet_tile(const Forward<T>& f, const Task& task, const Sequence& sequence, 
                       Dense<T>{b.keys + from, kTile}, padded<T>(all.end) - from, 0, p.depth);
     for (int64_t i = 0; i < height; ++i)
       if (!ranges[i].empty()) {
-        const ScorePosition<T> position{task.begin + (r + i) / group + sequence.shift(), tile.first(),
-                                        f.parameters + (first_head + (r + i) % group) * M::kParameters};
+        const int64_t query = task.begin + (r + i) / group;
+        const ScorePosition<T> position{query + sequence.shift(), tile.first(),
+                                        f.parameters + (first_head + (r + i) % group) * M::kParameters,
+                                        sequence.span(query)};
         online_softmax<M>(b.scores + i * kTile, ranges[i], f.softcap, position, b.top[first + r + i],
                           b.total[first + r + i], out + i * columns, columns);
       }

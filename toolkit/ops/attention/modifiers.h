@@ -26,6 +26,7 @@ template <typename T>
 struct ScorePosition {
   int64_t query, first_key;
   const T* parameters;  // of the head
+  const int64_t* span;  // (first, end) keys that no mask hides, or null
 };
 
 // The scores of the keys from `lane` on, and with `slope` what multiplies their gradient; -inf where hidden.
@@ -42,8 +43,13 @@ inline Vec<T> modify(Vec<T> x, int32_t lane, const ScorePosition<T>& position, V
       x = M::score(x, query, key, position.parameters);
     }
   }
-  if constexpr (M::kMasks)
-    x = Vec<T>::blendv(Vec<T>(-std::numeric_limits<T>::infinity()), x, M::visible(query, key, position.parameters));
+  if constexpr (M::kMasks) {
+    Vec<T> visible = M::visible(query, key, position.parameters);
+    if (position.span != nullptr)
+      visible = visible | ((key >= Vec<T>(static_cast<T>(position.span[0]))) &
+                           (key < Vec<T>(static_cast<T>(position.span[1]))));
+    x = Vec<T>::blendv(Vec<T>(-std::numeric_limits<T>::infinity()), x, visible);
+  }
   return x;
 }
 

@@ -42,15 +42,17 @@ struct Heads {
   }
 };
 
-// Query i of n sees keys (i + shift - window, i + shift] of its sequence.
+// Query i of n sees keys (i + shift - window, i + shift] of its sequence, and those of its span.
 struct Sequence {
   int64_t first_query, queries, kv_offset, kv_length;
   const int64_t* pages;  // null: keys are rows kv_offset ...
+  const int64_t* spans;  // [queries, 2], or null
   int64_t shift() const { return kv_length - queries; }
+  const int64_t* span(int64_t i) const { return spans == nullptr ? nullptr : spans + 2 * i; }
 };
 
 struct Layout {
-  const int64_t *query_offsets, *kv_offsets, *kv_lengths, *block_tables;
+  const int64_t *query_offsets, *kv_offsets, *kv_lengths, *block_tables, *spans;
   int64_t sequences, table_stride, block_size;
   int64_t query_heads, kv_heads, depth, value_depth, kv_rows;
   int64_t window;
@@ -58,7 +60,8 @@ struct Layout {
   int64_t group() const { return query_heads / kv_heads; }
   Sequence sequence(int64_t s) const {
     return {query_offsets[s], query_offsets[s + 1] - query_offsets[s], kv_offsets[s], kv_lengths[s],
-            block_tables == nullptr ? nullptr : block_tables + s * table_stride};
+            block_tables == nullptr ? nullptr : block_tables + s * table_stride,
+            spans == nullptr ? nullptr : spans + 2 * query_offsets[s]};
   }
   // Upper bound of the work.
   int64_t multiplications() const {
@@ -128,15 +131,26 @@ struct KeyTile {
   int64_t first() const { return index * kTile; }
 };
 
-// The first key that query i of the sequence sees.
-inline int64_t first_key(const Layout& p, const Sequence& s, int64_t i) {
-  return p.window > 0 ? std::max<int64_t>(0, i + s.shift() - p.window + 1) : 0;
+// Keys [begin, end) of a sequence; none where end <= begin.
+struct Keys {
+  int64_t begin, end;
+};
+
+// What query i of the sequence sees. A span holds its query, so with the window it makes one run, of which neither end
+// falls from a query to the next (`check_spans`).
+inline Keys seen_keys(const Layout& p, const Sequence& s, int64_t i) {
+  const int64_t position = i + s.shift();
+  Keys seen{p.window > 0 ? std::max<int64_t>(0, position - p.window + 1) : 0, position + 1};
+  const int64_t* const span = s.span(i);
+  if (span != nullptr && span[0] < span[1])
+    seen = {std::min(seen.begin, span[0]), std::max(seen.end, std::min(span[1], s.kv_length))};
+  return seen;
 }
 
 // f(KeyTile) for the tiles that some query of [begin, end) of the sequence sees, in order; of one split if that is >= 0.
 template <typename F>
 inline void over_tiles(const Layout& p, const Sequence& s, int64_t begin, int64_t end, int64_t split, F f) {
-  int64_t last = end - 1 + s.shift(), first = first_key(p, s, begin);
+  int64_t first = seen_keys(p, s, begin).begin, last = seen_keys(p, s, end - 1).end - 1;
   if (split >= 0) first = std::max(first, split * kSplit), last = std::min(last, (split + 1) * kSplit - 1);
   for (int64_t index = first / kTile; index * kTile <= last; ++index)
     f(KeyTile{index, std::max<int64_t>(0, first - index * kTile), std::min(kTile, last + 1 - index * kTile)});
@@ -144,8 +158,9 @@ inline void over_tiles(const Layout& p, const Sequence& s, int64_t begin, int64_
 
 // The keys of a tile that query i of the sequence sees.
 inline Range visible(const Layout& p, const Sequence& s, int64_t i, const KeyTile& tile) {
-  const int64_t end = std::min(tile.end, i + s.shift() + 1 - tile.first());
-  const int64_t begin = p.window > 0 ? std::max(tile.begin, i + s.shift() - p.window + 1 - tile.first()) : 0;
+  const Keys seen = seen_keys(p, s, i);
+  const int64_t begin = std::max(tile.begin, seen.begin - tile.first());
+  const int64_t end = std::min(tile.end, seen.end - tile.first());
   if (end <= begin) return {0, 0};
   return {static_cast<int32_t>(begin), static_cast<int32_t>(end)};
 }

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from toolkit.errors import ToolkitError
 from toolkit.ops.attention.modifiers import find
 
 
@@ -30,10 +31,36 @@ def key_rows(sequence: int, keys: Tensor, kv_offset: int, block_tables: Tensor |
     return block_tables[sequence, keys // block_size] * block_size + keys % block_size
 
 
+def check_spans(spans: Tensor, positions: Tensor, length: int, window: int) -> None:
+    """ToolkitError unless spans hold their queries and leave what a query sees one run whose ends never fall."""
+    first, end = spans.unbind(1)
+    given = first < end
+    outside = given & ((first < 0) | (first > positions) | (end <= positions))
+    begins = (positions - window + 1).clamp_min(0) if window > 0 else torch.zeros_like(positions)
+    begins = torch.where(given, torch.minimum(begins, first), begins)
+    ends = torch.where(given, torch.maximum(positions + 1, end.clamp_max(length)), positions + 1).clamp_min(0)
+    falls = (begins.diff() < 0) | (ends.diff() < 0)
+    if bool(outside.any()) or bool(falls.any()):
+        row = int(outside.nonzero()[0]) if bool(outside.any()) else int(falls.nonzero()[0]) + 1
+        raise ToolkitError(
+            "spans must hold the position of their row, and neither end of what rows see may fall within a sequence, "
+            f"got keys {int(first[row])} to {int(end[row])} at position {int(positions[row])}."
+        )
+
+
 class _Sequence:
     """The positions of a sequence's queries, and of the keys that they may see."""
 
-    def __init__(self, queries: int, length: int, window: int, modifier: str, parameters: Tensor | None, like: Tensor):
+    def __init__(
+        self,
+        queries: int,
+        length: int,
+        window: int,
+        modifier: str,
+        parameters: Tensor | None,
+        spans: Tensor | None,
+        like: Tensor,
+    ) -> None:
         self.modifier, self.own = find(modifier), []
         if parameters is not None:
             self.own = [column[:, None, None] for column in parameters.to(like.device, compute_dtype(like)).unbind(1)]
@@ -41,12 +68,20 @@ class _Sequence:
         if self.modifier is not None and self.modifier.first is not None and queries:
             bounds = self.modifier.first(torch.tensor(length - queries, device=like.device), *self.own)
             first = max(first, int(bounds.min()))
+        query = torch.arange(length - queries, length, device=like.device)[:, None]
+        spans = spans if queries else None
+        if spans is not None:
+            check_spans(spans, query[:, 0], length, window)
+            with_span = spans[:, 0] < spans[:, 1]
+            first = min(first, int(torch.where(with_span, spans[:, 0], length).min()))
         self.keys = torch.arange(min(first, length) if queries else length, length, device=like.device)
-        query, key = torch.arange(length - queries, length, device=like.device)[:, None], self.keys[None, :]
+        key = self.keys[None, :]
         self.positions = query, key
         self.seen = (key <= query) & (key > query - window) if window > 0 else key <= query
         if self.modifier is not None and self.modifier.visible is not None:
             self.seen = self.seen & self.modifier.visible(query, key, *self.own)
+        if spans is not None:
+            self.seen = self.seen | (key >= spans[:, :1]) & (key < spans[:, 1:])
 
     def scores(self, q: Tensor, k: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
         """[heads, queries, keys] of q [queries, heads, D] and k [keys, heads, D], before and after the modifier."""
@@ -79,6 +114,7 @@ def attention(
     modifier: str = "",
     parameters: Tensor | None = None,
     query_ranges: Tensor | None = None,
+    spans: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See ``toolkit.ops.attention.attention``. Differentiable by autograd, also through block tables."""
     group = q.shape[1] // k.shape[1]
@@ -88,7 +124,8 @@ def attention(
     begins = kv_lengths.tolist() if block_tables is not None else kv_offsets.tolist()
     for s, length in enumerate(kv_lengths.tolist()):
         queries = ends[s + 1] - ends[s]
-        plan = _Sequence(queries, length, window, modifier, parameters, q)
+        own_spans = None if spans is None else spans[ends[s] : ends[s + 1]]
+        plan = _Sequence(queries, length, window, modifier, parameters, own_spans, q)
         rows = key_rows(s, plan.keys, begins[s], block_tables, block_size)
         keys = k[rows].to(dtype).repeat_interleave(group, 1)
         values = v[rows].to(dtype).repeat_interleave(group, 1)
@@ -129,6 +166,7 @@ def attention_backward(
     modifier: str = "",
     parameters: Tensor | None = None,
     query_ranges: Tensor | None = None,
+    spans: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and sinks, by the formulas in ``toolkit.ops.attention.attention``."""
     group = q.shape[1] // k.shape[1]
@@ -141,7 +179,8 @@ def attention_backward(
     begins = kv_lengths.tolist() if block_tables is not None else kv_offsets.tolist()
     for s, (start, length) in enumerate(zip(begins, kv_lengths.tolist())):
         own = slice(ends[s], ends[s + 1])
-        plan = _Sequence(ends[s + 1] - ends[s], length, window, modifier, parameters, q)
+        own_spans = None if spans is None else spans[own]
+        plan = _Sequence(ends[s + 1] - ends[s], length, window, modifier, parameters, own_spans, q)
         rows = key_rows(s, plan.keys, start, block_tables, block_size)
         keys = k[rows].to(dtype).repeat_interleave(group, 1)
         values = v[rows].to(dtype).repeat_interleave(group, 1)

@@ -28,6 +28,7 @@ from toolkit.ops.attention.triton_common import (
     load_rows,
     owned_rows,
     query_grid,
+    row_spans,
     rows_contiguous,
     rows_of,
     seen_range,
@@ -40,11 +41,11 @@ from toolkit.ops.attention.triton_splits import finish_rows, join, join_kept, ke
 
 @triton.jit
 def attend_keys(
-    q, k, v, q_row, row_ok, position, begin, stop, kv_length, kv_head, base, table, own, scale, window, softcap,
-    stride_kt, stride_kh, stride_vt, stride_vh,
+    q, k, v, q_row, row_ok, position, span_first, span_end, begin, stop,
+    kv_length, kv_head, base, table, own, scale, window, softcap, stride_kt, stride_kh, stride_vt, stride_vh,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, PAGE: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
-    SLICE: tl.constexpr, SCORE: tl.constexpr, MASK: tl.constexpr,
+    SLICE: tl.constexpr, SCORE: tl.constexpr, MASK: tl.constexpr, SPANNED: tl.constexpr,
 ):  # fmt: skip
     """Of keys ``begin`` ... ``stop``: each row's largest score (times log2 e), sum of weights, and weighted values."""
     d = tl.arange(0, BLOCK_D)
@@ -67,9 +68,7 @@ def attend_keys(
                 mask=key_ok[None, :] & (d < HEAD_DIM)[:, None], other=0.0,
             )  # fmt: skip
             scores = tl.dot(q_tile, k_tile, input_precision="ieee")
-        seen = visible_keys(key, position, kv_length, window, WINDOWED)
-        if MASK is not None:
-            seen = seen & MASK(position[:, None], key[None, :], own)
+        seen = visible_keys(key, position, kv_length, own, window, span_first, span_end, WINDOWED, MASK, SPANNED)
         if SCORE is not None:
             scores = tanh(scores * scale / softcap) * softcap if CAPPED else scores * scale
             scores = SCORE(scores, position[:, None], key[None, :], own) * 1.4426950408889634
@@ -94,14 +93,14 @@ def attend_keys(
 
 @triton.jit(do_not_specialize=["num_sequences", "num_rows", "first_tile", "window"])
 def attention_forward(
-    q, k, v, out, lse, sums, marks, query_offsets, kv_offsets, kv_lengths, block_tables, sinks, parameters,
+    q, k, v, out, lse, sums, marks, query_offsets, kv_offsets, kv_lengths, block_tables, sinks, parameters, spans,
     num_sequences, num_rows, first_tile, scale, window, softcap,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_lt, stride_table,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     GROUP: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     PAGE: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, SLICE: tl.constexpr,
     SUNK: tl.constexpr, SCORE: tl.constexpr, MASK: tl.constexpr, FIRST: tl.constexpr, PARAMETERS: tl.constexpr,
-    SPLIT: tl.constexpr, APART: tl.constexpr, COLUMNS: tl.constexpr,
+    SPANNED: tl.constexpr, SPLIT: tl.constexpr, APART: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """PAGE 0 means contiguous keys. SLICE, where not 0, is how much of the head dimension a product takes at a time.
 
@@ -118,8 +117,10 @@ def attention_forward(
     base = tl.load(kv_offsets + sequence, mask=real, other=0)
     table = block_tables + sequence.to(tl.int64) * stride_table
     own = parameters + (tl.where(row_ok, head, 0) * PARAMETERS)[:, None]
+    span_first, span_end = row_spans(spans, query, row_ok, kv_length, SPANNED)
     begin, stop = seen_range(
-        kv_length, first, end, position, row_ok, own, window, QUERIES, KEYS, WINDOWED, FIRST
+        kv_length, first, end, position, row_ok, own, window, span_first, span_end,
+        QUERIES, KEYS, WINDOWED, FIRST, SPANNED,
     )  # fmt: skip
     if SPLIT:
         first_split, stop_split = splits_of(begin, stop, SPLIT)
@@ -136,12 +137,13 @@ def attention_forward(
             base = tl.load(kv_offsets + sequence, mask=real, other=0)
             q_row = query * stride_qt + head * stride_qh
             own = parameters + (tl.where(row_ok, head, 0) * PARAMETERS)[:, None]
+            own_first, own_end = row_spans(spans, query, row_ok, kv_length, SPANNED)
             top, total, acc = attend_keys(
-                q, k, v, q_row, row_ok, position,
+                q, k, v, q_row, row_ok, position, own_first, own_end,
                 tl.maximum(begin, split * SPLIT), tl.minimum(stop, (split + 1) * SPLIT),
                 kv_length, kv_head, base, table, own, scale, window, softcap,
                 stride_kt, stride_kh, stride_vt, stride_vh,
-                HEAD_DIM, V_DIM, BLOCK_D, BLOCK_V, ROWS, KEYS, PAGE, WINDOWED, CAPPED, SLICE, SCORE, MASK,
+                HEAD_DIM, V_DIM, BLOCK_D, BLOCK_V, ROWS, KEYS, PAGE, WINDOWED, CAPPED, SLICE, SCORE, MASK, SPANNED,
             )  # fmt: skip
             if stop_split == first_split + 1:
                 finish_rows(
@@ -165,10 +167,10 @@ def attention_forward(
     else:
         q_row = query * stride_qt + head * stride_qh
         top, total, acc = attend_keys(
-            q, k, v, q_row, row_ok, position, begin, stop,
+            q, k, v, q_row, row_ok, position, span_first, span_end, begin, stop,
             kv_length, kv_head, base, table, own, scale, window, softcap,
             stride_kt, stride_kh, stride_vt, stride_vh,
-            HEAD_DIM, V_DIM, BLOCK_D, BLOCK_V, ROWS, KEYS, PAGE, WINDOWED, CAPPED, SLICE, SCORE, MASK,
+            HEAD_DIM, V_DIM, BLOCK_D, BLOCK_V, ROWS, KEYS, PAGE, WINDOWED, CAPPED, SLICE, SCORE, MASK, SPANNED,
         )  # fmt: skip
         finish_rows(
             top, total, acc, out, lse, sinks, query, head, row_ok, real, 0,
@@ -178,11 +180,11 @@ def attention_forward(
 
 @triton.jit(do_not_specialize=["num_sequences", "num_rows", "slots", "window"])
 def attention_join(
-    sums, marks, out, lse, query_offsets, kv_lengths, sinks, parameters, num_sequences, num_rows, slots, window,
-    stride_ot, stride_lt,
+    sums, marks, out, lse, query_offsets, kv_lengths, sinks, parameters, spans,
+    num_sequences, num_rows, slots, window, stride_ot, stride_lt,
     V_DIM: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, WINDOWED: tl.constexpr, SUNK: tl.constexpr, FIRST: tl.constexpr, PARAMETERS: tl.constexpr,
-    SPLIT: tl.constexpr,
+    SPANNED: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """out and lse of the tiles of rows that have several splits, COLUMNS of the values a program."""
     sequence, _, kv_length, first, end, _, query, head, position, row_ok = owned_rows(
@@ -191,8 +193,10 @@ def attention_join(
     if first >= end:
         return
     own = parameters + (tl.where(row_ok, head, 0) * PARAMETERS)[:, None]
+    span_first, span_end = row_spans(spans, query, row_ok, kv_length, SPANNED)
     begin, stop = seen_range(
-        kv_length, first, end, position, row_ok, own, window, ROWS // HEADS, KEYS, WINDOWED, FIRST
+        kv_length, first, end, position, row_ok, own, window, span_first, span_end,
+        ROWS // HEADS, KEYS, WINDOWED, FIRST, SPANNED,
     )  # fmt: skip
     first_split, stop_split = splits_of(begin, stop, SPLIT)
     if stop_split == first_split + 1:
@@ -225,6 +229,7 @@ def attention(
     modifier: str = "",
     parameters: torch.Tensor | None = None,
     query_ranges: torch.Tensor | None = None,
+    spans: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``toolkit::attention`` on a GPU (or on CPU tensors in Triton's interpreter).
 
@@ -249,13 +254,15 @@ def attention(
         "SUNK": sinks is not None,
         "FIRST": functions["first"],
         "PARAMETERS": 0 if parameters is None else parameters.shape[1],
+        "SPANNED": spans is not None,
+        "spans": kv_lengths if spans is None else spans.contiguous(),
     }
     grid = query_grid(q, k.shape[1], sequences, sizes)
     # No length is read on the host: the bound of a sequence's keys is what its block table or the rows can hold.
     longest = k.shape[0] if block_tables is None else block_tables.shape[1] * block_size
     split = tiles.SPLITS.find(triton_devices.architecture(q.device), q.dtype, max(q.shape[-1], v.shape[-1]))
     slots = triton.cdiv(longest, split)
-    if window > 0:
+    if window > 0 and spans is None:
         slots = min(slots, (window + sizes["ROWS"] // sizes["HEADS"] - 2) // split + 2)
     apart = slots > 1 and q.shape[0] <= tiles.APART_ROWS and out.numel() * slots <= tiles.WORKSPACE
     columns = min(sizes["BLOCK_V"], tiles.JOINED_COLUMNS)

@@ -26,6 +26,7 @@ from toolkit.ops.attention.triton_common import (
     load_rows,
     owned_rows,
     query_grid,
+    row_spans,
     rows_contiguous,
     seen_range,
     sliced_products,
@@ -38,13 +39,13 @@ from toolkit.ops.tiles import GemmTile, TileTable
 @triton.jit(do_not_specialize=["num_sequences", "num_rows", "window"])
 def attention_backward_queries(
     grad, q, k, v, out, lse, delta, dq, positions, query_offsets, kv_offsets, kv_lengths, block_tables, parameters,
-    num_sequences, num_rows, scale, window, softcap,
+    spans, num_sequences, num_rows, scale, window, softcap,
     stride_gt, stride_gh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     stride_ot, stride_oh, stride_lt, stride_dt, stride_table,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, TAIL: tl.constexpr,
     GROUP: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     PAGE: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, SLICE: tl.constexpr,
-    BOTH: tl.constexpr, MASK: tl.constexpr, FIRST: tl.constexpr, PARAMETERS: tl.constexpr,
+    BOTH: tl.constexpr, MASK: tl.constexpr, FIRST: tl.constexpr, PARAMETERS: tl.constexpr, SPANNED: tl.constexpr,
 ):  # fmt: skip
     """dq of a tile of rows, and for the other kernels delta = sum(out * grad) and with pages the position of each row.
 
@@ -58,8 +59,10 @@ def attention_backward_queries(
     base = tl.load(kv_offsets + sequence, mask=sequence < num_sequences, other=0)
     table = block_tables + sequence.to(tl.int64) * stride_table
     own = parameters + (tl.where(row_ok, head, 0) * PARAMETERS)[:, None]
+    span_first, span_end = row_spans(spans, query, row_ok, kv_length, SPANNED)
     begin, stop = seen_range(
-        kv_length, first, end, position, row_ok, own, window, ROWS // HEADS, KEYS, WINDOWED, FIRST
+        kv_length, first, end, position, row_ok, own, window, span_first, span_end,
+        ROWS // HEADS, KEYS, WINDOWED, FIRST, SPANNED,
     )  # fmt: skip
     q_row, g_row = query * stride_qt + head * stride_qh, query * stride_gt + head * stride_gh
     if not SLICE:
@@ -83,9 +86,7 @@ def attention_backward_queries(
             products = sliced_products(q, k, q_row, row_ok, k_row, key_ok, HEAD_DIM, ROWS, KEYS, SLICE)
         else:
             products = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-        seen = visible_keys(key, position, kv_length, window, WINDOWED)
-        if MASK is not None:
-            seen = seen & MASK(position[:, None], key[None, :], own)
+        seen = visible_keys(key, position, kv_length, own, window, span_first, span_end, WINDOWED, MASK, SPANNED)
         weights, slope, seen = probabilities(
             products, seen, row_lse[:, None], position[:, None], key[None, :], own, scale, softcap, CAPPED, BOTH
         )
@@ -136,6 +137,7 @@ def attention_backward(
     modifier: str = "",
     parameters: torch.Tensor | None = None,
     query_ranges: torch.Tensor | None = None,
+    spans: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """``toolkit::attention_backward`` on a GPU (or on CPU tensors in Triton's interpreter).
 
@@ -173,6 +175,7 @@ def attention_backward(
         "query_offsets": query_offsets,
         "kv_lengths": kv_lengths,
         "parameters": own,
+        "spans": kv_lengths if spans is None else spans.contiguous(),
         "num_sequences": sequences,
         "scale": scale,
         "window": window,
@@ -192,6 +195,7 @@ def attention_backward(
         "MASK": functions["visible"],
         "FIRST": functions["first"],
         "PARAMETERS": 0 if parameters is None else parameters.shape[1],
+        "SPANNED": spans is not None,
     }
     table = kv_lengths if block_tables is None else block_tables.contiguous()
     sizes = backward_sizes(q, k, v, tiles.BACKWARD_QUERIES)

@@ -8,7 +8,7 @@ sequences may share, a range of queries is given for each row.
 import triton
 import triton.language as tl
 
-from toolkit.ops.attention.triton_common import load_rows, sliced_products, store_rows, tanh, visible_keys
+from toolkit.ops.attention.triton_common import load_rows, row_spans, sliced_products, store_rows, tanh, visible_keys
 
 
 @triton.jit
@@ -30,22 +30,14 @@ def probabilities(products, seen, lse, query, key, own, scale, softcap, CAPPED: 
 
 
 @triton.jit
-def sees_key(first, end, key, row, position, window, WINDOWED: tl.constexpr):
-    """[keys, queries] whether a query is of the range ``first`` ... ``end`` of a key, and its position sees the key."""
-    seen = (row[None, :] >= first[:, None]) & (row[None, :] < end[:, None]) & (key[:, None] <= position[None, :])
-    if WINDOWED:
-        seen = seen & (key[:, None] > position[None, :] - window)
-    return seen
-
-
-@triton.jit
 def add_queries(
-    dk_acc, dk_rest, dv_acc, k_tile, v_tile, k_row, v_row, key_ok, first, end, key, query, row_ok, position, head,
+    dk_acc, dk_rest, dv_acc, k_tile, v_tile, k_row, v_row, key_ok, first, end, key, query, row_ok, position,
+    span_first, span_end, head,
     grad, q, k, v, lse, delta, parameters, scale, window, softcap,
     stride_gt, stride_gh, stride_qt, stride_qh, stride_lt, SHARED: tl.constexpr, WINDOWED: tl.constexpr,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, TAIL: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, SLICE: tl.constexpr,
-    CAPPED: tl.constexpr, BOTH: tl.constexpr, MASK: tl.constexpr, PARAMETERS: tl.constexpr,
+    CAPPED: tl.constexpr, BOTH: tl.constexpr, MASK: tl.constexpr, PARAMETERS: tl.constexpr, SPANNED: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a tile of keys with what a tile of queries of one head adds to them.
 
@@ -62,12 +54,13 @@ def add_queries(
     else:
         products = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
     if SHARED:
-        seen = sees_key(first, end, key, query, position, window, WINDOWED)
+        seen = (query[None, :] >= first[:, None]) & (query[None, :] < end[:, None])
+        length = 0x7FFFFFFF  # who is of a key's range has it
     else:
         seen = (key >= 0)[:, None] & row_ok[None, :]
-        seen = seen & tl.trans(visible_keys(key, position, end, window, WINDOWED))
-    if MASK is not None:
-        seen = seen & MASK(position[None, :], key[:, None], own)
+        length = end
+    visible = visible_keys(key, position, length, own, window, span_first, span_end, WINDOWED, MASK, SPANNED)
+    seen = seen & tl.trans(visible)
     weights, slope, seen = probabilities(
         products, seen, row_lse[None, :], position[None, :], key[:, None], own, scale, softcap, CAPPED, BOTH
     )
@@ -98,16 +91,48 @@ def rows_before_bound(past, count, last_key, own, FIRST: tl.constexpr):
     return low
 
 
+@triton.jit
+def rows_before_key(spans, past, count, kv_length, key):
+    """How many of ``count`` queries from position ``past`` on see no key from ``key`` on; ``spans`` are theirs."""
+    low = count * 0
+    high = tl.maximum(count, 0)
+    while low < high:
+        middle = (low + high) // 2
+        end = row_spans(spans, middle.to(tl.int64), True, kv_length, True)[1]
+        before = tl.maximum(end, past + middle + 1) <= key
+        low = tl.where(before, middle + 1, low)
+        high = tl.where(before, high, middle)
+    return low
+
+
+@triton.jit
+def rows_that_reach(spans, past, count, kv_length, last_key, own, window, WINDOWED: tl.constexpr, FIRST: tl.constexpr):
+    """How many of ``count`` queries from position ``past`` on see, or come before those that see, ``last_key``."""
+    low = count * 0
+    high = tl.maximum(count, 0)
+    while low < high:
+        middle = (low + high) // 2
+        begin = middle * 0
+        if WINDOWED:
+            begin = tl.maximum(begin, past + middle - window + 1)
+        if FIRST is not None:
+            begin = tl.maximum(begin, FIRST(past + middle, own))
+        near = tl.minimum(begin, row_spans(spans, middle.to(tl.int64), True, kv_length, True)[0]) <= last_key
+        low = tl.where(near, middle + 1, low)
+        high = tl.where(near, high, middle)
+    return low
+
+
 @triton.jit(do_not_specialize=["num_sequences", "num_keys", "window"])
 def attention_backward_keys(
     grad, q, k, v, lse, delta, dk, dv, query_offsets, kv_offsets, kv_lengths, positions, query_ranges, parameters,
-    num_sequences, num_keys, scale, window, softcap,
+    spans, num_sequences, num_keys, scale, window, softcap,
     stride_gt, stride_gh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     stride_lt, stride_dkt, stride_dvt,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, TAIL: tl.constexpr,
     GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SLICE: tl.constexpr,
     WINDOWED: tl.constexpr, CAPPED: tl.constexpr, BOTH: tl.constexpr, MASK: tl.constexpr, FIRST: tl.constexpr,
-    PARAMETERS: tl.constexpr, SHARED: tl.constexpr,
+    PARAMETERS: tl.constexpr, SPANNED: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
     """dk, dv of a tile of rows of k and v, summed over the queries that see them, in their order.
 
@@ -146,13 +171,17 @@ def attention_backward_keys(
                     near = tl.min(position, 0) - window < last_key
                 if FIRST is not None:
                     near = near & (FIRST(tl.min(position, 0), parameters + head * PARAMETERS) <= last_key)
+                span_first, span_end = row_spans(spans, row.to(tl.int64), row_ok, 0x7FFFFFFF, SPANNED)
+                if SPANNED:
+                    near = near | (tl.min(span_first, 0) <= last_key)
                 if near:
                     dk_acc, dk_rest, dv_acc = add_queries(
                         dk_acc, dk_rest, dv_acc, k_tile, v_tile, k_row, v_row, held, first, end, key,
-                        row.to(tl.int64), row_ok, position, head,
+                        row.to(tl.int64), row_ok, position, span_first, span_end, head,
                         grad, q, k, v, lse, delta, parameters, scale, window, softcap,
                         stride_gt, stride_gh, stride_qt, stride_qh, stride_lt, True, WINDOWED,
-                        HEAD_DIM, V_DIM, BLOCK_D, BLOCK_V, TAIL, ROWS, KEYS, SLICE, CAPPED, BOTH, MASK, PARAMETERS,
+                        HEAD_DIM, V_DIM, BLOCK_D, BLOCK_V, TAIL, ROWS, KEYS, SLICE,
+                        CAPPED, BOTH, MASK, PARAMETERS, SPANNED,
                     )  # fmt: skip
     else:
         for sequence in range(num_sequences):
@@ -164,24 +193,35 @@ def attention_backward_keys(
             first_key = (tl.program_id(0).to(tl.int64) * KEYS - base).to(tl.int32)
             key = first_key + tl.arange(0, KEYS)
             overlaps = (first_key < kv_length) & (first_key + KEYS > 0)
-            begin = tl.maximum(first_key - past, 0) // ROWS * ROWS
+            begin = tl.maximum(first_key - past, 0)
             stop = tl.where(overlaps, num_queries, 0)
-            if WINDOWED:
+            own_spans = spans + start * 2
+            if SPANNED:
+                begin = rows_before_key(own_spans, past, stop, kv_length, first_key)
+            begin = begin // ROWS * ROWS
+            if WINDOWED and not SPANNED:
                 stop = tl.minimum(stop, first_key + KEYS - 1 + window - past)
             for member in range(GROUP):
                 head = kv_head * GROUP + member
                 near = stop
-                if FIRST is not None:
+                if SPANNED:
+                    near = rows_that_reach(
+                        own_spans, past, stop, kv_length, first_key + KEYS - 1, parameters + head * PARAMETERS, window,
+                        WINDOWED, FIRST,
+                    )  # fmt: skip
+                elif FIRST is not None:
                     near = rows_before_bound(past, stop, first_key + KEYS - 1, parameters + head * PARAMETERS, FIRST)
                 for row_start in range(begin, near, ROWS):
                     row = row_start + tl.arange(0, ROWS)
                     row_ok = row < num_queries
+                    span_first, span_end = row_spans(spans, start + row, row_ok, kv_length, SPANNED)
                     dk_acc, dk_rest, dv_acc = add_queries(
                         dk_acc, dk_rest, dv_acc, k_tile, v_tile, k_row, v_row, held, base, kv_length, key,
-                        start + row, row_ok, past + row, head,
+                        start + row, row_ok, past + row, span_first, span_end, head,
                         grad, q, k, v, lse, delta, parameters, scale, window, softcap,
                         stride_gt, stride_gh, stride_qt, stride_qh, stride_lt, False, WINDOWED,
-                        HEAD_DIM, V_DIM, BLOCK_D, BLOCK_V, TAIL, ROWS, KEYS, SLICE, CAPPED, BOTH, MASK, PARAMETERS,
+                        HEAD_DIM, V_DIM, BLOCK_D, BLOCK_V, TAIL, ROWS, KEYS, SLICE,
+                        CAPPED, BOTH, MASK, PARAMETERS, SPANNED,
                     )  # fmt: skip
     dk, dv = dk + kv_head * HEAD_DIM, dv + kv_head * V_DIM
     dk_row, dv_row = slot * stride_dkt, slot * stride_dvt

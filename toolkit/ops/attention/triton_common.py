@@ -87,9 +87,24 @@ def rows_of(
 
 
 @triton.jit
+def row_spans(spans, query, row_ok, kv_length, SPANNED: tl.constexpr):
+    """Each row's span of keys, cut at its sequence's end; one that is none begins after every key and ends at 0."""
+    if SPANNED:
+        first = tl.load(spans + query * 2, mask=row_ok, other=0).to(tl.int32)
+        end = tl.minimum(tl.load(spans + query * 2 + 1, mask=row_ok, other=0).to(tl.int32), kv_length)
+        none = first >= end
+        first = tl.where(none, 0x7FFFFFFF, first)
+        end = tl.where(none, 0, end)
+    else:  # not looked at
+        first = kv_length
+        end = kv_length
+    return first, end
+
+
+@triton.jit
 def seen_range(
-    kv_length, first, end, position, row_ok, own, window,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, WINDOWED: tl.constexpr, FIRST: tl.constexpr,
+    kv_length, first, end, position, row_ok, own, window, span_first, span_end,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, WINDOWED: tl.constexpr, FIRST: tl.constexpr, SPANNED: tl.constexpr,
 ):  # fmt: skip
     """The keys that rows of a tile may see: from a multiple of KEYS on, and before an end that may be below it."""
     first_position = kv_length - (end - first).to(tl.int32)
@@ -99,15 +114,25 @@ def seen_range(
         begin = tl.maximum(first_position - window + 1, 0)
     if FIRST is not None:
         begin = tl.maximum(begin, tl.min(tl.where(row_ok[:, None], FIRST(position[:, None], own), 0x7FFFFFFF)))
+    if SPANNED:
+        begin = tl.minimum(begin, tl.min(span_first, 0))
+        stop = tl.maximum(stop, tl.max(span_end, 0))
     return begin // KEYS * KEYS, stop
 
 
 @triton.jit
-def visible_keys(key, position, kv_length, window, WINDOWED: tl.constexpr):
-    """[rows, keys] causal (and windowed) visibility of key indices to query positions."""
+def visible_keys(
+    key, position, kv_length, own, window, span_first, span_end,
+    WINDOWED: tl.constexpr, MASK: tl.constexpr, SPANNED: tl.constexpr,
+):  # fmt: skip
+    """[rows, keys] which keys before it, of its window and by a modifier, a row sees, and which of its span."""
     seen = (key[None, :] <= position[:, None]) & (key[None, :] < kv_length)
     if WINDOWED:
         seen = seen & (key[None, :] > position[:, None] - window)
+    if MASK is not None:
+        seen = seen & MASK(position[:, None], key[None, :], own)
+    if SPANNED:
+        seen = seen | ((key[None, :] >= span_first[:, None]) & (key[None, :] < span_end[:, None]))
     return seen
 
 
