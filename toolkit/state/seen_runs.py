@@ -77,10 +77,10 @@ def _context(runs: np.ndarray, keys: int, device: torch.device | None) -> SeenRu
 
 
 def _segments(runs: np.ndarray, keys: int) -> list[tuple[int, int, int, int]]:
-    """(first query, end query, first key, number of keys) of pieces of a row, of whose keys the queries are the last.
+    """(first query, end query, first key, number of keys) of chunks of a row, of whose keys the queries are the last.
 
     Queries that see themselves stay together as far as they see each other. Others (padding, cross-attention) see one
-    run all: at most as many queries as keys are a piece.
+    run all: at most as many queries as keys are a chunk.
     """
     first, end = runs.T
     query = np.arange(len(runs))
@@ -90,17 +90,17 @@ def _segments(runs: np.ndarray, keys: int) -> list[tuple[int, int, int, int]]:
     done = (end[:-1] <= query[1:]) & (query[1:] <= first[1:])
     new[1:] = np.where(own[1:] & own[:-1], done, apart | own[1:] | own[:-1])
     starts = np.flatnonzero(new).tolist()
-    pieces: list[tuple[int, int, int, int]] = []
+    chunks: list[tuple[int, int, int, int]] = []
     for start, stop in zip(starts, [*starts[1:], len(runs)]):
         low, high = int(first[start]), int(end[start])
         if own[start]:
             rise = np.diff(first[start:stop]).min(initial=0) >= 0 and np.diff(end[start:stop]).min(initial=0) >= 0
             if not rise or end[stop - 1] > stop:
                 raise ToolkitError("mask must let queries see runs of keys in order, got one that falls.")
-            pieces.append((start, stop, low, stop - low))
+            chunks.append((start, stop, low, stop - low))
         elif low == high:
-            pieces.append((start, stop, 0, 0))
+            chunks.append((start, stop, 0, 0))
         else:
             step = high - low
-            pieces += [(at, min(at + step, stop), low, step) for at in range(start, stop, step)]
-    return pieces
+            chunks += [(at, min(at + step, stop), low, step) for at in range(start, stop, step)]
+    return chunks

@@ -88,7 +88,13 @@ def attention(
         query_ranges: [rows, 3] int64 or None: (first, end, position) of each row of k. Rows first ... end of q (none
             where first >= end) are the queries of the sequences that hold the row, and it is key ``position`` of each.
             In depth-first order, the sequences of a prefix tree have such ranges. Triton needs them for gradients with
-            block_tables; the other implementations ignore them.
+            block_tables; the other implementations ignore them. With spans the range of a row begins with the first
+            query of its span, and a span lies within one sequence's queries.
+        spans: [T, 2] int64 or None: (first, end) keys of its sequence that each row of q sees besides, also outside of
+            the window and where a modifier hides them; (0, 0) for none. A span holds the row's position, and neither
+            the first nor the last key that rows see falls from one row of a sequence to the next: the CPU checks it.
+            One span for each picture is bidirectional attention inside pictures, one over the sequence that of an
+            encoder; with window 1 the spans are all that is seen.
 
     Returns:
         out: [T, Hq, Dv] in q's dtype.
