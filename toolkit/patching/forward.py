@@ -19,18 +19,14 @@ from toolkit.ops.take_rows import take_rows
 from toolkit.patching.adapters import inner_model, vocabulary_size
 from toolkit.patching.eval_mode import eval_mode
 from toolkit.patching.length_tables import regimes_of
+from toolkit.patching.ragged_call import call_arguments
 from toolkit.patching.record import report_of
 from toolkit.patching.report import PatchReport
-from toolkit.state.active import KEYWORD, set_forward_context
+from toolkit.state.active import set_forward_context
 from toolkit.state.batch import RaggedBatch
 from toolkit.state.context import ForwardContext
 from toolkit.state.dense import DenseContext
 from toolkit.state.rotary_regimes import RotaryRegimes
-
-
-def _explicit_mask(device: torch.device) -> Tensor:
-    """A 4-D mask without entries: transformers builds no mask for it, and attention reads the batch instead."""
-    return torch.empty(1, 1, 0, 0, device=device)
 
 
 @cache
@@ -88,14 +84,7 @@ def context_forward(model: nn.Module, context: ForwardContext, rows: Tensor | No
         keep["logits_to_keep"] = rows
     batch_invariant = report.numerics is Numerics.BITWISE and batch.tokens.is_cpu and not torch.compiler.is_compiling()
     with set_forward_context(context), row_invariant() if batch_invariant else nullcontext():
-        output = model(
-            input_ids=batch.tokens[None],
-            position_ids=batch.positions[None],
-            attention_mask=_explicit_mask(batch.tokens.device),
-            use_cache=False,
-            **keep,
-            **{KEYWORD: context},
-        )
+        output = model(input_ids=batch.tokens[None], **keep, **call_arguments(inner, report, context))
     if context.replay is not None and not torch.compiler.is_compiling():
         context.replay.check_complete()
     logits: Tensor = output.logits[0]

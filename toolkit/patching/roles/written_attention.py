@@ -1,0 +1,244 @@
+"""Attention layers that call no attention function, or one that the interface does not prove: found by what they do.
+
+One forward of the model shows which modules multiply queries by keys. A probe copy of each kind is called as the model
+calls it, once recorded (``patching/written_trace.py``), which gives a ``Plan`` of its masks, scale and biases; and then
+with the ``Plan``, which must agree, gradients included.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from toolkit.errors import first_line
+from toolkit.modules.written_attention import Plan, UnknownStep, Watch, written_forward
+from toolkit.numerics import Numerics
+from toolkit.patching.adapters import vocabulary_size
+from toolkit.patching.claim import Claim, ProbeError, Skipped, Undo, replace_forward
+from toolkit.patching.eval_mode import eval_mode
+from toolkit.patching.probe import compare, device_of, generator, probe_copy, random_input, signature_key
+from toolkit.patching.ragged_call import MASKS_OF_BATCH, register_masks
+from toolkit.patching.written_trace import TraceWatch
+from toolkit.state.active import set_forward_context
+from toolkit.state.batch import RaggedBatch
+from toolkit.state.dense import DenseContext
+
+LENGTH = 13
+FAR_LENGTH = 300  # beyond local windows that are built into buffers, and beyond what bfloat16 counts to
+LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
+WINDOWS = ("sliding_window", "attention_window", "window_size")
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class _Found(Watch):
+    """Notes the module in whose own code each attention of a forward begins; computes nothing else than the model."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__(length)
+        self.running: list[tuple[nn.Module, Arguments]] = []
+        self.calls: list[tuple[nn.Module, Arguments]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.running and self.begins(func, args, kwargs or {}):
+            module, arguments = self.running[-1]
+            if not self.calls or self.calls[-1][0] is not module:
+                self.calls.append((module, _copied(arguments)))
+        return func(*args, **(kwargs or {}))
+
+
+class _Enough(Exception):
+    """Ends a forward when the calls that were wanted are known."""
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().float().clone() if value.is_floating_point() else value.detach().clone()
+    if type(value) in (tuple, list):
+        return type(value)(_copied(one) for one in value)
+    return {name: _copied(one) for name, one in value.items()} if type(value) is dict else value
+
+
+def _run(model: Any, length: int) -> None:
+    device = device_of(model)
+    ids = torch.randint(min(vocabulary_size(model), 97), (1, length), generator=generator(device, 7), device=device)
+    with torch.no_grad(), eval_mode(model):
+        model(input_ids=ids, use_cache=False)
+
+
+def _attention_calls(model: Any) -> list[tuple[nn.Module, Arguments]]:
+    """Modules that multiply queries by keys in their own code, in order, with the arguments of the call."""
+    watch = _Found(LENGTH)
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        watch.running.append((module, (args, kwargs)))
+
+    def leave(*_: Any) -> None:
+        watch.running.pop()
+
+    with ExitStack() as stack:
+        for module in model.modules():
+            if not isinstance(module, nn.ModuleList):
+                stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(leave).remove)
+        with watch:
+            _run(model, LENGTH)
+    return watch.calls
+
+
+def _far_length(config: Any) -> int:
+    limits = [value for name in LIMITS if isinstance(value := getattr(config, name, None), int) and value > 0]
+    return min([FAR_LENGTH, *limits])
+
+
+@contextmanager
+def _windows(config: Any, size: int) -> Iterator[dict[int, int]]:
+    """Inside, the windows of the configuration that are larger have this size; theirs by this one."""
+    before = {name: value for name in WINDOWS if isinstance(value := getattr(config, name, None), int) and value > size}
+    try:
+        for name in before:
+            setattr(config, name, size)
+        yield {size: max(before.values(), default=size)}
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
+
+
+def _far_calls(model: Any, wanted: Sequence[nn.Module], length: int) -> dict[nn.Module, Arguments]:
+    """Arguments of the first call of each of ``wanted`` in a forward over ``length`` tokens; it runs no further."""
+    calls: dict[nn.Module, Arguments] = {}
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        calls[module] = _copied((args, kwargs))
+        if len(calls) == len(wanted):
+            raise _Enough
+
+    with ExitStack() as stack:
+        for module in wanted:
+            stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+        try:
+            _run(model, length)
+        except _Enough:
+            pass
+    return calls
+
+
+def _with_hidden(arguments: Arguments, length: int, hidden: Tensor | None = None) -> tuple[Arguments, torch.Size]:
+    """The arguments with ``hidden`` in place of the hidden states [1, length, W], and the shape of those."""
+    args, kwargs = arguments
+    found = [
+        one for one in (*args, *kwargs.values())
+        if isinstance(one, Tensor) and one.is_floating_point() and one.dim() == 3 and one.shape[1] == length
+    ]  # fmt: skip
+    if not found:
+        raise UnknownStep("its hidden states are not among its arguments")
+
+    def replaced(one: Any) -> Any:
+        same = isinstance(one, Tensor) and one.shape == found[0].shape and torch.equal(one, found[0])
+        return hidden if same and hidden is not None else one
+
+    return (tuple(map(replaced, args)), {name: replaced(one) for name, one in kwargs.items()}), found[0].shape
+
+
+def _first(output: Any) -> Tensor:
+    first: Tensor = output[0] if isinstance(output, (tuple, list)) else output
+    return first
+
+
+def _plans(copied: nn.Module, own: Callable[..., Any], arguments: Arguments, length: int) -> list[Plan]:
+    _, shape = _with_hidden(arguments, length)
+    (args, kwargs), _ = _with_hidden(arguments, length, random_input(*shape, like=copied))
+    with torch.no_grad(), TraceWatch(length) as watch:
+        output = _first(own(copied, *args, **kwargs))
+    if not isinstance(output, Tensor) or not watch.traces:
+        raise UnknownStep("its scores do not meet its values in its own code")
+    return [trace.plan() for trace in watch.traces]
+
+
+def _error(copied: nn.Module, own: Callable[..., Any], arguments: Arguments, plans: Sequence[Plan]) -> ProbeError:
+    """Of the forward in a batch of one sequence, against the layer's own."""
+    _, shape = _with_hidden(arguments, LENGTH)
+    context = DenseContext(RaggedBatch.from_sequences([[0] * LENGTH], device_of(copied), share=False))
+    forward = written_forward(own, 0, plans)
+
+    def run(function: Callable[..., Any], hidden: Tensor) -> Tensor:
+        (args, kwargs), _ = _with_hidden(arguments, LENGTH, hidden)
+        return _first(function(copied, *args, **kwargs))
+
+    def batched(hidden: Tensor) -> Tensor:
+        with set_forward_context(context):
+            return run(forward, hidden)
+
+    hidden = random_input(*shape, like=copied)
+    return compare(batched, partial(run, own), [[hidden]], list(copied.parameters()))
+
+
+def _prove(module: nn.Module, near: Arguments, far: Arguments, far_length: int) -> tuple[list[Plan], ProbeError]:
+    own = type(module).forward
+    copied = probe_copy(module)
+    plans = _plans(copied, own, far, far_length)
+    error = _error(copied, own, near, plans)
+    if not error.passes():
+        raise UnknownStep(f"attention as its masks and biases say is not it: probe error {error.worst():.1e}")
+    return plans, error
+
+
+def _real_window(plan: Plan, sizes: dict[int, int]) -> Plan:
+    return Plan(plan.scale, sizes.get(plan.window, plan.window), plan.slopes, plan.repeats)
+
+
+def find(model: Any, numerics: Numerics, first_layer: int = 0) -> list[Claim | Skipped]:
+    """A claim on each layer that writes its attention out, and one on the model, whose masks the batch takes over.
+
+    Args:
+        first_layer: index of the state of the first layer without an index.
+    """
+    try:
+        calls = _attention_calls(model)
+    except Exception as problem:
+        return [Skipped("attention", "", f"the model's forward failed: {first_line(problem, with_class=True)}")]
+    paths = {module: path for path, module in model.named_modules()}
+    modules = [module for module, _ in calls]
+    if len(set(modules)) != len(modules):
+        twice = next(module for module in modules if modules.count(module) > 1)
+        return [Skipped("attention", paths[twice], "the model calls it more than once in a forward")]
+    keys = {module: signature_key(module) for module in modules}
+    representative = {key: module for module, key in reversed(keys.items())}
+    far_length = _far_length(model.config.get_text_config())
+    proven: dict[Any, tuple[list[Plan], ProbeError]] = {}
+    claims: list[Claim | Skipped] = []
+    layer = first_layer
+    try:
+        with _windows(model.config.get_text_config(), far_length // 2) as sizes:
+            far = _far_calls(model, list(representative.values()), far_length)
+    except Exception as problem:
+        return [Skipped("attention", "", f"the model's forward failed: {first_line(problem, with_class=True)}")]
+    for module, near in calls:
+        key = keys[module]
+        try:
+            if key not in proven:
+                proven[key] = _prove(module, near, far[representative[key]], far_length)
+        except Exception as problem:
+            text = first_line(problem, with_class=not isinstance(problem, UnknownStep))
+            return [Skipped("attention", paths[module], f"it is not attention in a known form: {text}")]
+        plans, error = proven[key]
+        plans = [_real_window(plan, sizes) for plan in plans]
+        forward = written_forward(type(module).forward, layer, plans)
+        layer += len(plans)
+        op = "attention (its own forward, " + ("ALiBi" if plans[0].slopes else "window" if plans[0].window else "causal") + ")"
+        claims.append(Claim("attention", paths[module], module, op, error, replace_forward(module, forward)))
+    if not claims:
+        return []
+    return [Claim("attention", "", model, MASKS_OF_BATCH, ProbeError(0.0, 0.0), _install_masks), *claims]
+
+
+def _install_masks() -> Undo:
+    register_masks()
+    return _nothing
+
+
+def _nothing() -> None:
+    """Nothing to undo: the mask functions are others only during a forward over a ragged batch."""
