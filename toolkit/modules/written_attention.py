@@ -3,7 +3,7 @@
 Many layers call no attention function: their forward multiplies queries by keys, scales, adds masks and biases, takes a
 softmax, and multiplies the weights by values. While ``Watch`` is on, the product of queries and keys is not computed.
 A ``Scores`` takes its place and follows the layer's own code; where it meets the values, ``Watch.finish`` returns their
-weighted sum. So projections, splits into heads and rotations stay the layer's own, whatever their form.
+weighted sum. So projections, splits into heads and rotations stay the layer's own, in any form.
 
 Shapes: T tokens, N query heads (of a batch of 1), G key heads, D head size.
 """
@@ -11,7 +11,7 @@ Shapes: T tokens, N query heads (of a batch of 1), G key heads, D head size.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -35,13 +35,13 @@ class Plan:
         scale: factor of the scores.
         window: tokens that a query sees, itself included; 0 for all.
         slopes: [N] of ALiBi, or None.
-        repeats: how often the layer repeats each key head; the first of each run is attended to.
+        key_heads: distinct heads of keys and values; where the layer repeats each, the first of a run is attended to.
     """
 
     scale: float
-    window: int = 0
-    slopes: tuple[float, ...] | None = None
-    repeats: int = 1
+    window: int
+    slopes: tuple[float, ...] | None
+    key_heads: int
 
     def settings(self, like: Tensor) -> AttentionSettings:
         if self.slopes is None:
@@ -63,7 +63,7 @@ class Scores:
     ``UnknownStep``.
 
     Args:
-        watch: what goes on where the weights meet the values.
+        watch: takes over where the weights meet the values.
         q: [..., T, D].
         k: [..., T, D].
         shape: [..., T, T].
@@ -101,21 +101,30 @@ class Scores:
         return self.replaced(factor=factor, bias=bias)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        if name.startswith("__") or name not in _STEPS:
+        step = _STEPS.get(name.removesuffix("_"))
+        if step is None:
             raise UnknownStep(f"its scores go through {name}")
-        return lambda *args, **kwargs: _STEPS[name](self, *args, **kwargs)
+        return partial(_in_place(step) if name.endswith("_") else step, self)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.__name__.strip("_")
         step = _STEPS.get(_ALIASES.get(name, name))
-        if step is None:
-            raise UnknownStep(f"its scores go through {name}")
+        if step is None or (func.__name__.endswith("_") and not func.__name__.startswith("_")):
+            raise UnknownStep(f"its scores go through {func.__name__}")
         return step(*args, **(kwargs or {}))
 
 
 def _operator(name: str, swapped: bool = False) -> Callable[[Any, Any], Any]:
     return lambda self, other: _STEPS[name](other, self) if swapped else _STEPS[name](self, other)
+
+
+def _in_place(step: Callable[..., Any]) -> Callable[..., Scores]:
+    def changed(scores: Scores, *args: Any, **kwargs: Any) -> Scores:
+        scores.__dict__.update(step(scores, *args, **kwargs).__dict__)
+        return scores
+
+    return changed
 
 
 for _name, _step in (("add", "add"), ("sub", "sub"), ("mul", "mul"), ("truediv", "div"), ("matmul", "matmul")):
@@ -197,7 +206,9 @@ def _view(scores: Scores, *shape: Any) -> Scores:
     new = torch.Size(sizes)
     if new[-2:] != scores.shape[-2:] or new.numel() != scores.shape.numel():
         raise UnknownStep("the tokens of its scores are split or merged")
-    parts = {name: None if (part := getattr(scores, name)) is None else part.reshape(new) for name in ("factor", "bias")}
+    parts = {
+        name: None if (part := getattr(scores, name)) is None else part.reshape(new) for name in ("factor", "bias")
+    }
     return scores.replaced(shape=new, **parts)
 
 
@@ -224,6 +235,7 @@ _STEPS: dict[str, Callable[..., Any]] = {
     "to": _to, "type_as": _to, "float": _as(torch.float32), "double": _as(torch.float64),
     "half": _as(torch.float16), "bfloat16": _as(torch.bfloat16),
     "view": _view, "reshape": _view, "contiguous": lambda scores: scores,
+    "expand_as": lambda x, scores: x if scores.bias is None else x.expand(scores.shape),
     "size": lambda scores, dim=None: scores.shape if dim is None else scores.shape[dim],
     "dim": lambda scores: len(scores.shape),
 }  # fmt: skip
@@ -291,6 +303,11 @@ class Watch(TorchFunctionMode):
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
         is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
     ) -> Tensor:  # fmt: skip
+        if key.shape[-2] == self.length == 1 and query.shape[-2] > 1:
+            # transformers lets one token's heads that share a key stand for several tokens.
+            packed = query.shape[:-1]
+            query = query.flatten(-3, -2)[..., None, :]
+            return self._fused(query, key, value, None, 0.0, False, scale).reshape(*packed, -1)
         if query.shape[-2] != self.length or key.shape[-2] != self.length:
             raise UnknownStep("its queries and keys are not the tokens of the batch")
         scores = _mul(self.start(query, key), query.shape[-1] ** -0.5 if scale is None else scale)
@@ -337,8 +354,8 @@ class BatchWatch(Watch):
 
     def weighted_sum(self, scores: Scores, values: Tensor) -> Tensor:
         plan = self.left.pop(0)
-        v = heads(values)[:, :: plan.repeats]
-        q, k = heads(scores.q).to(v.dtype), heads(scores.k)[:, :: plan.repeats].to(v.dtype)
+        k, v = (x[:, :: x.shape[1] // plan.key_heads] for x in (heads(scores.k), heads(values)))
+        q, k = heads(scores.q).to(v.dtype), k.to(v.dtype)
         out = self.context.attend(self.layer, q, k, v, plan.settings(q))
         self.layer += 1
         return out.transpose(0, 1).reshape(*scores.shape[:-1], -1)

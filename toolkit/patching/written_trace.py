@@ -21,7 +21,7 @@ class Trace:
 
     def plan(self) -> Plan:
         """Raises UnknownStep where this is not causal attention, with a window or ALiBi at most."""
-        count, length, _ = self.factor.shape
+        count = len(self.factor)
         visible = (self.bias > HIDDEN) & (self.factor != 0.0)
         if not bool((visible == visible[0]).all()):
             raise UnknownStep("its heads have different masks")
@@ -30,8 +30,11 @@ class Trace:
             raise UnknownStep("its scores have a factor that is not the same for all tokens")
         key_heads = self.keys.shape[1]
         if count % key_heads or self.values.shape[1] != key_heads:
-            raise UnknownStep(f"it has {count} query heads, {key_heads} key heads and {self.values.shape[1]} value heads")
-        return Plan(scale, _window(visible[0]), _slopes(self.bias, visible[0]), _repeats(self.keys, self.values))
+            raise UnknownStep(
+                f"it has {count} query heads, {key_heads} key heads and {self.values.shape[1]} value heads"
+            )
+        key_heads = _distinct_heads(self.keys, self.values)
+        return Plan(scale, _window(visible[0]), _slopes(self.bias, visible[0]), key_heads)
 
 
 def _window(visible: Tensor) -> int:
@@ -62,15 +65,16 @@ def _slopes(bias: Tensor, visible: Tensor) -> tuple[float, ...] | None:
     return tuple(slopes[:, 0].tolist()) if bool(slopes.any()) else None
 
 
-def _repeats(keys: Tensor, values: Tensor) -> int:
-    """How often each head of keys and values [T, G, D] stands in a row."""
+def _distinct_heads(keys: Tensor, values: Tensor) -> int:
+    """Heads of keys and values [T, G, D] without those that repeat the one before."""
     count = keys.shape[1]
-    for repeats in range(count, 1, -1):
-        if count % repeats == 0 and all(
-            torch.equal(x, x[:, ::repeats].repeat_interleave(repeats, 1)) for x in (keys, values)
+    for distinct in range(1, count):
+        each = count // distinct
+        if count % distinct == 0 and all(
+            torch.equal(x, x[:, ::each].repeat_interleave(each, 1)) for x in (keys, values)
         ):
-            return repeats
-    return 1
+            return distinct
+    return count
 
 
 class TraceWatch(Watch):
@@ -86,7 +90,8 @@ class TraceWatch(Watch):
         return scores.replaced(factor=ones, bias=torch.zeros_like(ones))
 
     def weighted_sum(self, scores: Scores, values: Tensor) -> Tensor:
-        assert scores.factor is not None and scores.bias is not None
+        assert scores.factor is not None
+        assert scores.bias is not None
         k, v = heads(scores.k), heads(values)
         factor, bias = (part.reshape(-1, *part.shape[-2:]) for part in (scores.factor, scores.bias))
         self.traces.append(Trace(factor, bias, k, v))

@@ -8,6 +8,7 @@ from typing import Any
 
 from toolkit.numerics import Numerics
 from toolkit.patching.claim import Claim, Skipped
+from toolkit.patching.preserved import preserved
 from toolkit.patching.roles import (
     activation,
     attention,
@@ -18,6 +19,7 @@ from toolkit.patching.roles import (
     mixer,
     mlp,
     norm,
+    positions,
     rotary,
     router,
     written_attention,
@@ -28,15 +30,20 @@ Finder = Callable[[Any, Numerics], list[Claim | Skipped]]
 
 def _find_attention(model: Any, numerics: Numerics) -> list[Claim | Skipped]:
     """Layers by the attention interface; where it serves none, by what they write out."""
-    found = attention.find(model, numerics)
-    if any(isinstance(one, Claim) for one in found):
-        return found
-    written = written_attention.find(model, numerics)
-    return written if any(isinstance(one, Claim) for one in written) else found + written
+    with preserved(model) as replaced:
+        found = attention.find(model, numerics)
+        if not any(isinstance(one, Claim) for one in found):
+            written = written_attention.find(model, numerics)
+            others = [one for one in found if isinstance(one, Skipped) and one.reason != attention.WITHOUT_INTERFACE]
+            found = written if any(isinstance(one, Claim) for one in written) else others + written
+    if replaced:  # what was proven holds for other modules than the model's
+        return [Skipped("attention", path, "a short forward replaces its children") for path in replaced]
+    return found
 
 
 FINDERS: dict[str, Finder] = {
     "norm": norm.find,
+    "positions": positions.find,
     "rotary": rotary.find,
     "mlp": mlp.find,
     "activation": activation.find,

@@ -6,12 +6,14 @@ with the ``Plan``, which must agree, gradients included.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from toolkit.errors import first_line
 from toolkit.modules.written_attention import Plan, UnknownStep, Watch, written_forward
@@ -96,8 +98,14 @@ def _far_length(config: Any) -> int:
 
 @contextmanager
 def _windows(config: Any, size: int) -> Iterator[dict[int, int]]:
-    """Inside, the windows of the configuration that are larger have this size; theirs by this one."""
+    """Inside, the windows of the configuration that are larger have this size; theirs by this one.
+
+    Raises:
+        UnknownStep: there are several of them, which could not be told apart.
+    """
     before = {name: value for name in WINDOWS if isinstance(value := getattr(config, name, None), int) and value > size}
+    if len(set(before.values())) > 1:
+        raise UnknownStep(f"its windows have several sizes: {before}")
     try:
         for name in before:
             setattr(config, name, size)
@@ -119,10 +127,8 @@ def _far_calls(model: Any, wanted: Sequence[nn.Module], length: int) -> dict[nn.
     with ExitStack() as stack:
         for module in wanted:
             stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
-        try:
+        with suppress(_Enough):
             _run(model, length)
-        except _Enough:
-            pass
     return calls
 
 
@@ -186,8 +192,11 @@ def _prove(module: nn.Module, near: Arguments, far: Arguments, far_length: int) 
     return plans, error
 
 
-def _real_window(plan: Plan, sizes: dict[int, int]) -> Plan:
-    return Plan(plan.scale, sizes.get(plan.window, plan.window), plan.slopes, plan.repeats)
+def _cache_window(config: Any, layer: Any) -> int:
+    """Tokens that transformers' cache keeps for a layer; 0 for all."""
+    layers = DynamicCache(config=config).layers
+    known = isinstance(layer, int) and layer < len(layers) and layers[layer].is_sliding
+    return int(layers[layer].sliding_window) if known else 0
 
 
 def find(model: Any, numerics: Numerics, first_layer: int = 0) -> list[Claim | Skipped]:
@@ -207,12 +216,13 @@ def find(model: Any, numerics: Numerics, first_layer: int = 0) -> list[Claim | S
         return [Skipped("attention", paths[twice], "the model calls it more than once in a forward")]
     keys = {module: signature_key(module) for module in modules}
     representative = {key: module for module, key in reversed(keys.items())}
-    far_length = _far_length(model.config.get_text_config())
+    config = model.config.get_text_config()
+    far_length = _far_length(config)
     proven: dict[Any, tuple[list[Plan], ProbeError]] = {}
     claims: list[Claim | Skipped] = []
     layer = first_layer
     try:
-        with _windows(model.config.get_text_config(), far_length // 2) as sizes:
+        with _windows(config, far_length // 2) as sizes:
             far = _far_calls(model, list(representative.values()), far_length)
     except Exception as problem:
         return [Skipped("attention", "", f"the model's forward failed: {first_line(problem, with_class=True)}")]
@@ -225,10 +235,18 @@ def find(model: Any, numerics: Numerics, first_layer: int = 0) -> list[Claim | S
             text = first_line(problem, with_class=not isinstance(problem, UnknownStep))
             return [Skipped("attention", paths[module], f"it is not attention in a known form: {text}")]
         plans, error = proven[key]
-        plans = [_real_window(plan, sizes) for plan in plans]
+        plans = [replace(plan, window=sizes.get(plan.window, plan.window)) for plan in plans]
+        kept = _cache_window(config, getattr(module, "layer_idx", None))
+        if kept and any(not 0 < plan.window <= kept for plan in plans):
+            reason = f"its masks show more than the {kept} tokens that its cache keeps"
+            return [Skipped("attention", paths[module], f"{reason}: generate() and the forward differ")]
         forward = written_forward(type(module).forward, layer, plans)
         layer += len(plans)
-        op = "attention (its own forward, " + ("ALiBi" if plans[0].slopes else "window" if plans[0].window else "causal") + ")"
+        op = (
+            "attention (its own forward, "
+            + ("ALiBi" if plans[0].slopes else "window" if plans[0].window else "causal")
+            + ")"
+        )
         claims.append(Claim("attention", paths[module], module, op, error, replace_forward(module, forward)))
     if not claims:
         return []

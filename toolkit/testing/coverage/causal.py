@@ -57,12 +57,12 @@ COLUMNS = (
 )
 
 
-def measure(model_type: str) -> Row:
-    """One architecture's row; an exception is the row's reason."""
+def measure(model_type: str, **settings: Any) -> Row:
+    """One architecture's row, with further settings of its configuration; an exception is the row's reason."""
     row, begun = Row(model_type, COLUMNS), time.monotonic()
     stage = "no small model can be built"
     try:
-        model = small_model(model_type)
+        model = small_model(model_type, **settings)
         row.name = type(model).__name__
         stage = "the small model's unpatched forward fails"
         ids = text()

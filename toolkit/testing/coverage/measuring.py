@@ -43,7 +43,7 @@ def greedy(model: Any, inputs: Mapping[str, Tensor]) -> list[int]:
     given = {"attention_mask": torch.ones_like(inputs["input_ids"]), **inputs}
     out = model.generate(
         **given, do_sample=False, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, eos_token_id=None,
-        pad_token_id=0,
+        pad_token_id=0, forced_eos_token_id=None,
     )  # fmt: skip
     completion: list[int] = out[0, inputs["input_ids"].shape[1] :].tolist()
     return completion
