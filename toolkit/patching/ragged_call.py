@@ -52,7 +52,8 @@ def register_masks() -> None:
 
     For layers whose code needs a mask of the usual shape, although the context of the batch stands in for it.
     """
-    for name, make_mask in list(AttentionMaskInterface._global_mapping.items()):
+    functions: dict[str, Any] = dict(AttentionMaskInterface._global_mapping)
+    for name, make_mask in functions.items():
         own = getattr(make_mask, "__module__", "").startswith("transformers.")
         if own and not hasattr(make_mask, "toolkit_by_context"):
             AttentionMaskInterface.register(name, _by_context(make_mask))

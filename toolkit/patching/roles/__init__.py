@@ -34,8 +34,9 @@ def _find_attention(model: Any, numerics: Numerics) -> list[Claim | Skipped]:
         found = attention.find(model, numerics)
         if not any(isinstance(one, Claim) for one in found):
             written = written_attention.find(model, numerics)
-            others = [one for one in found if isinstance(one, Skipped) and one.reason != attention.WITHOUT_INTERFACE]
-            found = written if any(isinstance(one, Claim) for one in written) else others + written
+            if not any(isinstance(one, Claim) for one in written):
+                written += [one for one in found if getattr(one, "reason", "") != attention.WITHOUT_INTERFACE]
+            found = written
     if replaced:  # what was proven holds for other modules than the model's
         return [Skipped("attention", path, "a short forward replaces its children") for path in replaced]
     return found

@@ -194,7 +194,7 @@ def _prove(module: nn.Module, near: Arguments, far: Arguments, far_length: int) 
 
 def _cache_window(config: Any, layer: Any) -> int:
     """Tokens that transformers' cache keeps for a layer; 0 for all."""
-    layers = DynamicCache(config=config).layers
+    layers: list[Any] = DynamicCache(config=config).layers
     known = isinstance(layer, int) and layer < len(layers) and layers[layer].is_sliding
     return int(layers[layer].sliding_window) if known else 0
 
