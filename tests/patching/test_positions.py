@@ -9,7 +9,7 @@ from toolkit.patching import patch, token_logprobs
 from toolkit.patching.claim import Claim, Skipped
 from toolkit.patching.roles import positions
 from toolkit.testing.architectures import small_model
-from toolkit.testing.coverage import measure
+from toolkit.testing.coverage.causal import measure
 
 
 class _Plus2(nn.Embedding):

@@ -14,7 +14,7 @@ from toolkit.patching.written_trace import TraceWatch
 from toolkit.state.batch import RaggedBatch
 from toolkit.state.dense import DenseContext
 from toolkit.testing.architectures import small_model
-from toolkit.testing.coverage import measure
+from toolkit.testing.coverage.causal import measure
 
 N, D, T = 4, 8, 11
 SLOPES = (0.5, 0.25, 0.125, 0.0625)
@@ -189,14 +189,12 @@ def _skipped(model) -> set[str]:
 
 
 def test_a_cache_that_forgets_what_the_masks_show_is_a_reason():
-    (reason,) = _skipped(small_model("moshi"))
-    assert "its cache keeps" in reason
+    assert any("its cache keeps" in reason for reason in _skipped(small_model("moshi")))
 
 
 def test_a_bias_that_is_rounded_far_away_is_a_reason():
     """Falcon's, in bfloat16: beyond 256 tokens its steps are not equal."""
-    (reason,) = _skipped(small_model("falcon", alibi=True, num_kv_heads=4))
-    assert "not ALiBi" in reason
+    assert any("not ALiBi" in reason for reason in _skipped(small_model("falcon", alibi=True, num_kv_heads=4)))
 
 
 def test_a_model_that_a_short_forward_changes_stays_as_it_is():

@@ -35,7 +35,7 @@ def _find_attention(model: Any, numerics: Numerics) -> list[Claim | Skipped]:
         if not any(isinstance(one, Claim) for one in found):
             written = written_attention.find(model, numerics)
             if not any(isinstance(one, Claim) for one in written):
-                written += [one for one in found if getattr(one, "reason", "") != attention.WITHOUT_INTERFACE]
+                written += found
             found = written
     if replaced:  # what was proven holds for other modules than the model's
         return [Skipped("attention", path, "a short forward replaces its children") for path in replaced]
