@@ -55,9 +55,22 @@ def inputs(
     return [x.to(dtype or v.dtype) for x in (q, k, v, g, beta)]
 
 
+def keyed_inputs(
+    rows: int, key_heads: int, heads: int, depth: int, width: int, rated: bool, dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> tuple[list[Tensor], Tensor | None]:  # fmt: skip
+    """``inputs`` whose gates are [T, H, K] without rates, or time steps [T, H] with rates [H, K]."""
+    given = inputs(rows, key_heads, heads, depth, width, dtype, seed)
+    if rated:
+        given[3] = F.softplus(seeded(rows, heads, seed=seed + 3) - 1).to(given[0].dtype)
+        return given, -seeded(heads, depth, seed=seed + 5).exp().to(given[0].dtype)
+    given[3] = -F.softplus(seeded(rows, heads, depth, seed=seed + 3) - 2).to(given[0].dtype)
+    return given, None
+
+
 def unshared(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, initial: Tensor | None, trees: PrefixTrees,
-    scale: float, delta: bool,
+    scale: float, delta: bool, rates: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(out, finals): every segment's sequence from its beginning, with nothing shared."""
     group = v.shape[1] // k.shape[1]
@@ -68,7 +81,8 @@ def unshared(
         own = len(rows) - trees[0][s]
         for i, t in enumerate(rows):
             key = k[t].repeat_interleave(group, 0)[:, None]  # [H, 1, K]
-            state = torch.exp(g[t])[:, None, None] * state
+            log = g[t][:, None] if g.dim() == 2 else g[t]
+            state = torch.exp(log if rates is None else log * rates)[..., None] * state
             u = v[t][:, None] - key @ state if delta else v[t][:, None]
             u = u if beta is None else beta[t][:, None, None] * u
             state = state + key.mT @ u

@@ -14,36 +14,37 @@ __all__ = ["linear_recurrence", "linear_recurrence_paged"]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, ctx.scale, ctx.delta, ctx.keep = inputs
+    *tensors, ctx.scale, ctx.delta, ctx.keep, rates = inputs
     _, finals, kept = output
     ctx.mark_non_differentiable(kept)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, finals, kept)
+    ctx.save_for_backward(*tensors, finals, kept, rates)
 
 
 def _backward(ctx: Any, grad: Tensor | None, grad_finals: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     if not ctx.keep:
         raise ToolkitError("keep of linear_recurrence must be True for a gradient, got False.")
     if grad is None and grad_finals is None:
-        return (None,) * 11
-    saved = ctx.saved_tensors  # once: activation checkpointing computes them again at every look
-    beta, initial = saved[4], saved[7]
-    dq, dk, dv, dg, dbeta, dinitial = _BACKWARD.gradient(grad, grad_finals, *saved, ctx.scale, ctx.delta)
-    to_beta, to_initial = None if beta is None else dbeta, None if initial is None else dinitial
-    return dq, dk, dv, dg, to_beta, None, None, to_initial, None, None, None
+        return (None,) * 12
+    *saved, rates = ctx.saved_tensors  # once: activation checkpointing computes them again at every look
+    dq, dk, dv, dg, *others = _BACKWARD.gradient(grad, grad_finals, *saved, ctx.scale, ctx.delta, rates)
+    of_given = (None if x is None else to for x, to in zip((saved[4], saved[7], rates), others, strict=True))
+    to_beta, to_initial, to_rates = of_given
+    return dq, dk, dv, dg, to_beta, None, None, to_initial, None, None, None, to_rates
 
 
 _BACKWARD = register(
     "linear_recurrence_backward(Tensor? grad, Tensor? grad_finals, Tensor q, Tensor k, Tensor v, Tensor g,"
     " Tensor? beta, Tensor query_offsets, Tensor parents, Tensor? initial, Tensor finals, Tensor kept, float scale,"
-    " bool delta) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " bool delta, Tensor? rates=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=reference.linear_recurrence_backward,
     fake=reference.linear_recurrence_backward_fake,
     triton="toolkit.ops.linear_recurrence.triton_backward.linear_recurrence_backward",
 )
 _FORWARD = register(
     "linear_recurrence(Tensor q, Tensor k, Tensor v, Tensor g, Tensor? beta, Tensor query_offsets, Tensor parents,"
-    " Tensor? initial, float scale, bool delta, bool keep) -> (Tensor out, Tensor finals, Tensor kept)",
+    " Tensor? initial, float scale, bool delta, bool keep, Tensor? rates=None)"
+    " -> (Tensor out, Tensor finals, Tensor kept)",
     reference=reference.linear_recurrence,
     fake=reference.linear_recurrence_fake,
     triton="toolkit.ops.linear_recurrence.triton.linear_recurrence",
@@ -53,14 +54,16 @@ _FORWARD = register(
 _PAGED = register(
     "linear_recurrence_paged(Tensor q, Tensor k, Tensor v, Tensor g, Tensor? beta, Tensor query_offsets,"
     " Tensor load_blocks, Tensor store_rows, Tensor store_blocks, Tensor(a!) states, float scale,"
-    " bool delta) -> Tensor",
+    " bool delta, Tensor? rates=None) -> Tensor",
     reference=reference.linear_recurrence_paged,
     fake=reference.linear_recurrence_paged_fake,
     triton="toolkit.ops.linear_recurrence.triton.linear_recurrence_paged",
 )
 
 
-def _check_rows(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None) -> None:
+def _check_rows(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, rates: Tensor | None
+) -> None:
     """ToolkitError, in one sentence, for rows that do not fit each other."""
     compute_dtype(q)
     if not q.dtype == k.dtype == v.dtype:
@@ -72,11 +75,11 @@ def _check_rows(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None)
         )
     if q.shape[1] == 0 or v.shape[1] % q.shape[1]:
         raise ToolkitError(f"The heads of v must be a multiple of those of k, {q.shape[1]}, got {v.shape[1]}.")
-    for name, x in (("g", g), ("beta", beta)):
-        if x is not None and (x.shape != v.shape[:2] or not x.is_floating_point()):
-            raise ToolkitError(
-                f"{name} must be floating point {list(v.shape[:2])}, got {x.dtype} of shape {list(x.shape)}."
-            )
+    one, heads, depth = list(v.shape[:2]), v.shape[1], k.shape[2]
+    of_keys = g.dim() == 3 and rates is None
+    for name, x, shape in (("g", g, [*one, depth] if of_keys else one), ("beta", beta, one), ("rates", rates, [heads, depth])):
+        if x is not None and (list(x.shape) != shape or not x.is_floating_point()):
+            raise ToolkitError(f"{name} must be floating point {shape}, got {x.dtype} of shape {list(x.shape)}.")
 
 
 def _check_states(name: str, states: Tensor, k: Tensor, v: Tensor) -> None:
@@ -109,13 +112,14 @@ def linear_recurrence(
     scale: float = 1.0,
     delta: bool = True,
     *,
+    rates: Tensor | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The gated delta rule (``delta``) or SSD over a prefix tree of segments: (out [T, H, V], finals [S, H, K, V]).
 
     Every value head has a state S [K, V]. For each token t of a segment, in order::
 
-        S <- exp(g_t) S
+        S <- diag(exp(g_t)) S
         u_t = beta_t (v_t - S^T k_t)      with ``delta``;  u_t = beta_t v_t without
         S <- S + k_t u_t^T
         out_t = scale S^T q_t
@@ -124,13 +128,17 @@ def linear_recurrence(
         q, k: [T, Hk, K]; float32, float64, bfloat16 or float16. Normalized keys, softplus and skip connections are the
             caller's.
         v: [T, H, V] in q's dtype. Value head h uses key head ``h // (H / Hk)``.
-        g: [T, H], floating point; the natural logarithm of the decay, <= 0. At -inf the state is reset.
+        g: floating point, the natural logarithm of the decay, <= 0: [T, H], one for all keys of a head, or [T, H, K], one
+            for each (Kimi delta attention). At -inf the state is reset.
         beta: [T, H], floating point, or None for ones.
         query_offsets: [S + 1] int64, ascending from 0; segment s has the rows ``query_offsets[s]`` to ``[s + 1]``,
             possibly none. Rows after the last are padding: their out is 0 and so is their gradient.
         parents: [S] int64; the state that segment s starts from. p >= 0 (less than s): the final state of segment p;
             -1: zeros; p <= -2: ``initial[-2 - p]``.
         initial: [N, H, K, V] or None, in finals' dtype.
+        rates: [H, K], floating point, or None. With rates g is [T, H] and the logarithm of a key's decay is
+            ``g_t * rates``, which is held for no token: the selective scan of Mamba-1 has a head for each channel, V = 1,
+            key heads for all of them, g = beta = dt and rates = A.
 
     Returns:
         out in v's dtype, rounded once, and finals in float32 (float64 for float64).
@@ -141,19 +149,21 @@ def linear_recurrence(
 
     Numerics: arithmetic and states are float32 (float64 for float64). Tokens are taken one by one, and sums over K have
     one order, so a token is bitwise identical however its sequence is split into segments, also in
-    ``linear_recurrence_paged``. Gradients to q, k, v, g, beta and initial, from out and finals; sums over columns of V,
-    over heads and over the children of a segment (from the last to the first) have an order that depends on shapes and
-    the tree only. Saved for backward: the inputs, finals, and the state after every 64 tokens of a segment (T / 64
+    ``linear_recurrence_paged``. Gradients to q, k, v, g, beta, initial and rates, from out and finals; sums over columns
+    of V, over heads, over tokens (of rates) and over the children of a segment (from the last to the first) have an order
+    that depends on shapes and the tree only. Saved for backward: the inputs, finals, and the state after every 64 tokens of a segment (T / 64
     states at most, only while a gradient is needed); the states between are recomputed.
-    Source: Yang, Kautz and Hatamizadeh, "Gated Delta Networks" (2024); Dao and Gu, "Transformers are SSMs" (2024).
+    Source: Yang, Kautz and Hatamizadeh, "Gated Delta Networks" (2024); Dao and Gu, "Transformers are SSMs" (2024);
+    Kimi Team, "Kimi Linear" (2025); Gu and Dao, "Mamba" (2023).
     """
-    _check_rows(q, k, v, g, beta)
+    _check_rows(q, k, v, g, beta, rates)
     _check_indices(query_offsets, parents=(parents, len(query_offsets) - 1))
     if initial is not None:
         _check_states("initial", initial, k, v)
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, g, beta, initial))
+    differentiable = (q, k, v, g, beta, initial, rates)
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable)
     arguments = (q, k, v, g, beta, query_offsets, parents, initial, scale, delta)
-    return _FORWARD.select(impl)(*arguments, keep and impl != "reference")[:2]
+    return _FORWARD.select(impl)(*arguments, keep and impl != "reference", rates)[:2]
 
 
 def linear_recurrence_paged(
@@ -170,6 +180,7 @@ def linear_recurrence_paged(
     scale: float = 1.0,
     delta: bool = True,
     *,
+    rates: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """``linear_recurrence`` for inference, on states that live in blocks of a pool: out [T, H, V].
@@ -178,7 +189,7 @@ def linear_recurrence_paged(
     ``store_rows[i]`` the state is written to ``states[store_blocks[i]]``; a negative block is skipped.
 
     Args:
-        q, k, v, g, beta, query_offsets, scale, delta: as for ``linear_recurrence``.
+        q, k, v, g, beta, query_offsets, scale, delta, rates: as for ``linear_recurrence``.
         load_blocks: [S] int64.
         store_rows: [M] int64, ascending (ties allowed), each of a segment.
         store_blocks: [M] int64.
@@ -196,7 +207,7 @@ def linear_recurrence_paged(
     Numerics: bitwise identical to ``linear_recurrence``, however a sequence is split into calls: a state is stored as
     it is held. No gradient.
     """
-    _check_rows(q, k, v, g, beta)
+    _check_rows(q, k, v, g, beta, rates)
     _check_indices(
         query_offsets, load_blocks=(load_blocks, len(query_offsets) - 1), store_rows=(store_rows, len(store_rows))
     )
@@ -205,7 +216,7 @@ def linear_recurrence_paged(
     if states.shape[3] > 1 and states.stride(3) != 1:
         raise ToolkitError(f"states must have a contiguous last dimension, got strides {list(states.stride())}.")
     q, k, v, g = (x.detach() for x in (q, k, v, g))
-    beta = None if beta is None else beta.detach()
+    beta, rates = (None if x is None else x.detach() for x in (beta, rates))
     return _PAGED.select(impl)(
-        q, k, v, g, beta, query_offsets, load_blocks, store_rows, store_blocks, states, scale, delta
+        q, k, v, g, beta, query_offsets, load_blocks, store_rows, store_blocks, states, scale, delta, rates
     )

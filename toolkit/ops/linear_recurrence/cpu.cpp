@@ -1,17 +1,41 @@
-// linear_recurrence, its backward and its paged form on CPU: a task is a head and a block of columns of a tree.
-#include "backward.h"
+// linear_recurrence, its backward and its paged form on CPU: a task is a block of the states of a tree.
+#include "column_gradients.h"
 #include "problem.h"
+#include "vector_gradients.h"
 
 namespace toolkit::linear_recurrence_op {
 
-// body(T{}, std::bool_constant<delta>{})
+// What holds the states of a call.
+template <typename T, bool delta, bool keyed>
+struct InColumns {
+  using Block = ColumnBlock<T, delta, keyed>;
+  using Cell = ColumnCell<T, delta, keyed>;
+};
+template <typename T, bool delta>
+struct InVectors {
+  using Block = VectorBlock<T, delta>;
+  using Cell = VectorCell<T, delta>;
+};
+
+// body(InColumns{} or InVectors{}): the gate and the width of a value say which.
 template <typename Body>
-void with_kernel(at::ScalarType type, bool delta, const Body& body) {
-  rows::by_type(type, [&](auto zero) {
+void with_kernel(const Problem& p, bool delta, const Body& body) {
+  rows::by_type(p.type, [&](auto zero) {
+    using T = decltype(zero);
+    const auto chosen = [&](auto rule) {
+      constexpr bool kDelta = decltype(rule)::value;
+      if (!p.gate.keyed()) {
+        body(InColumns<T, kDelta, false>{});
+      } else if (p.columns == 1) {
+        body(InVectors<T, kDelta>{});
+      } else {
+        body(InColumns<T, kDelta, true>{});
+      }
+    };
     if (delta) {
-      body(zero, std::true_type{});
+      chosen(std::true_type{});
     } else {
-      body(zero, std::false_type{});
+      chosen(std::false_type{});
     }
   });
 }
@@ -48,35 +72,36 @@ void clear_unused(const Problem& p, int64_t count, int64_t size, T* kept) {
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
                                            const std::optional<Tensor>& beta, const Tensor& query_offsets,
                                            const Tensor& parents, const std::optional<Tensor>& initial, double scale,
-                                           bool delta, bool keep) {
-  const Problem p("linear_recurrence", q, k, v, g, beta, query_offsets, scale);
+                                           bool delta, bool keep, const std::optional<Tensor>& rates) {
+  const Problem p("linear_recurrence", q, k, v, g, rates, beta, query_offsets, scale);
   const PrefixTree tree("linear_recurrence", p, parents, initial);
   Tensor out, finals = rows::empty({p.segments, p.heads, p.depth, p.columns}, q, p.type);
   Tensor kept = rows::empty({keep ? p.tokens / kChunk : 0, p.heads, p.depth, p.columns}, q, p.type);
   const auto trees = tree.groups(p.segments, false);
-  with_kernel(p.type, delta, [&](auto zero, auto rule) {
-    using T = decltype(zero);
+  with_kernel(p, delta, [&](auto kernel) {
+    using Block = typename decltype(kernel)::Block;
+    using T = typename Block::T;
     out = output<T>(p, q);
     T *to = out.mutable_data_ptr<T>(), *ends = finals.mutable_data_ptr<T>(), *marks = kept.mutable_data_ptr<T>();
     clear_unused(p, kept.size(0), tree.size, marks);
-    const int64_t blocks = p.blocks<T>(), matrix = p.depth * p.columns;
-    threads::run_tasks(trees.size() * p.heads * blocks, workers_for(p), [&](int64_t task) {
-      const int64_t head = task / blocks % p.heads;
-      const auto c = Columns::block<T>(p, task % blocks);
-      T* state = threads::scratch<T, 1>(p.depth * kWidth<T>);
-      for (const int64_t s : trees[task / blocks / p.heads]) {
+    const int64_t blocks = Block::count(p);
+    threads::run_tasks(trees.size() * blocks, workers_for(p), [&](int64_t task) {
+      const Block block(p, task % blocks);
+      T* state = threads::scratch<T, 1>(block.size());
+      for (const int64_t s : trees[task / blocks]) {
         if (const T* start = tree.start<T>(s, ends)) {
-          load_state(start + head * matrix, p.columns, p, c, state);
+          block.load_state(start, tree.strides, state);
         } else {
-          std::fill(state, state + p.depth * kWidth<T>, T(0));
+          std::fill(state, state + block.size(), T(0));
         }
         const int64_t first = p.offsets[s], end = p.offsets[s + 1];
-        walk<T, rule.value>(p, head, c, first, end, state, to, [&](int64_t t) {
+        for (int64_t t = first; t < end; ++t) {
+          block.take(t, state, to);
           const int64_t taken = t + 1 - first;
-          if (!keep || taken % kChunk || t + 1 == end) return;
-          store_state(state, p, c, marks + ((first / kChunk + taken / kChunk - 1) * p.heads + head) * matrix, p.columns);
-        });
-        store_state(state, p, c, ends + (s * p.heads + head) * matrix, p.columns);
+          if (!keep || taken % kChunk || t + 1 == end) continue;
+          block.store_state(state, tree.strides, marks + (first / kChunk + taken / kChunk - 1) * tree.size);
+        }
+        block.store_state(state, tree.strides, ends + s * tree.size);
       }
     });
   });
@@ -85,9 +110,10 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, con
 
 Tensor paged(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const std::optional<Tensor>& beta,
              const Tensor& query_offsets, const Tensor& sources_in, const Tensor& save_rows_in,
-             const Tensor& save_frames_in, const Tensor& states, double scale, bool delta) {
+             const Tensor& save_frames_in, const Tensor& states, double scale, bool delta,
+             const std::optional<Tensor>& rates) {
   const char* op = "linear_recurrence_paged";
-  const Problem p(op, q, k, v, g, beta, query_offsets, scale);
+  const Problem p(op, q, k, v, g, rates, beta, query_offsets, scale);
   p.check_states(op, "states", states);
   TORCH_CHECK(p.columns < 2 || states.stride(3) == 1, op, ": states has strides ", states.strides(),
               "; a contiguous last dimension is required.");
@@ -105,60 +131,61 @@ Tensor paged(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
                 i, "] is ", save_rows[i], "; ascending rows below ", p.offsets[p.segments], " are required.");
   }
   Tensor out;
-  with_kernel(p.type, delta, [&](auto zero, auto rule) {
-    using T = decltype(zero);
+  const Strides strides{states.stride(1), states.stride(2)};
+  with_kernel(p, delta, [&](auto kernel) {
+    using Block = typename decltype(kernel)::Block;
+    using T = typename Block::T;
     out = output<T>(p, q);
     T *to = out.mutable_data_ptr<T>(), *pool = states.mutable_data_ptr<T>();
-    const int64_t blocks = p.blocks<T>(), stride = states.stride(2);
-    const auto frame = [&](int64_t index, int64_t head) {
-      return pool + index * states.stride(0) + head * states.stride(1);
-    };
-    threads::run_tasks(p.segments * p.heads * blocks, workers_for(p), [&](int64_t task) {
-      const int64_t s = task / blocks / p.heads, head = task / blocks % p.heads;
-      const int64_t first = p.offsets[s], end = p.offsets[s + 1];
+    const auto frame = [&](int64_t index) { return pool + index * states.stride(0); };
+    const int64_t blocks = Block::count(p);
+    threads::run_tasks(p.segments * blocks, workers_for(p), [&](int64_t task) {
+      const int64_t s = task / blocks, first = p.offsets[s], end = p.offsets[s + 1];
       if (first == end) return;
-      const auto c = Columns::block<T>(p, task % blocks);
+      const Block block(p, task % blocks);
       int64_t save = std::lower_bound(save_rows, save_rows + saves, first) - save_rows;
       // A step of decoding: one token, one frame to write. The state goes from memory to memory, without a copy between.
-      if (end - first == 1 && c.count == kWidth<T> && sources[s] >= 0 && save < saves && save_rows[save] == first &&
+      if (end - first == 1 && block.can_step() && sources[s] >= 0 && save < saves && save_rows[save] == first &&
           save_frames[save] >= 0 && (save + 1 == saves || save_rows[save + 1] != first)) {
-        take<T, rule.value>(p, head, c, first, frame(sources[s], head) + c.first, stride,
-                            frame(save_frames[save], head) + c.first, stride, to);
+        block.step(first, frame(sources[s]), frame(save_frames[save]), strides, to);
         return;
       }
-      T* state = threads::scratch<T, 1>(p.depth * kWidth<T>);
+      T* state = threads::scratch<T, 1>(block.size());
       if (sources[s] >= 0) {
-        load_state<T>(frame(sources[s], head), stride, p, c, state);
+        block.load_state(frame(sources[s]), strides, state);
       } else {
-        std::fill(state, state + p.depth * kWidth<T>, T(0));
+        std::fill(state, state + block.size(), T(0));
       }
-      walk<T, rule.value>(p, head, c, first, end, state, to, [&](int64_t t) {
+      for (int64_t t = first; t < end; ++t) {
+        block.take(t, state, to);
         for (; save < saves && save_rows[save] == t; ++save) {
-          if (save_frames[save] >= 0) store_state(state, p, c, frame(save_frames[save], head), stride);
+          if (save_frames[save] >= 0) block.store_state(state, strides, frame(save_frames[save]));
         }
-      });
+      }
     });
   });
   return rows::cast(out, v.scalar_type());
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const std::optional<Tensor>& grad, const std::optional<Tensor>& grad_finals, const Tensor& q, const Tensor& k,
     const Tensor& v, const Tensor& g, const std::optional<Tensor>& beta, const Tensor& query_offsets,
     const Tensor& parents, const std::optional<Tensor>& initial, const Tensor& finals, const Tensor& kept, double scale,
-    bool delta) {
+    bool delta, const std::optional<Tensor>& rates) {
   const char* op = "linear_recurrence_backward";
-  const Problem p(op, q, k, v, g, beta, query_offsets, scale);
+  const Problem p(op, q, k, v, g, rates, beta, query_offsets, scale);
   const PrefixTree tree(op, p, parents, initial);
   Gradients gradients(op, p, tree, grad, grad_finals, finals, kept, q);
-  with_kernel(p.type, delta, [&](auto zero, auto rule) { gradients.run<decltype(zero), rule.value>(workers_for(p)); });
+  with_kernel(p, delta, [&](auto kernel) { gradients.run<typename decltype(kernel)::Cell>(workers_for(p)); });
   const auto narrow = [](const Tensor& x, const Tensor& like) { return rows::cast(x, like.scalar_type()); };
+  const auto none = [&] { return rows::empty({0}, q, q.scalar_type()); };
   return {narrow(gradients.to_q, q),
           narrow(gradients.to_k, k),
           narrow(gradients.to_v, v),
           narrow(gradients.to_g, g),
-          beta ? narrow(gradients.to_beta, *beta) : rows::empty({0}, q, q.scalar_type()),
-          initial ? gradients.to_initial : rows::empty({0}, q, q.scalar_type())};
+          beta ? narrow(gradients.to_beta, *beta) : none(),
+          initial ? gradients.to_initial : none(),
+          rates ? narrow(gradients.to_rates, *rates) : none()};
 }
 
 TORCH_LIBRARY_IMPL(toolkit, CPU, m) {

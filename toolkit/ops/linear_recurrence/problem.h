@@ -1,8 +1,4 @@
-// What the kernels of the linear recurrence share: the rows of a call, and a block of columns of a head's state.
-//
-// Columns of the state [K, V] do not touch each other: column j of the state, u_j and o_j depend on v_j alone. A block
-// of them is held by one thread, K rows of kWidth columns that lie together, missing columns being zeros; so every
-// column goes through the same vector code, so a column does not depend on its index.
+// What the kernels of the linear recurrence share: the rows of a call, and where its segments start.
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/zeros.h>
@@ -10,13 +6,11 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cmath>
-#include <cstring>
 #include <optional>
 #include <vector>
 
+#include "gate.h"
 #include "rows.h"
-#include "threads.h"
 
 namespace toolkit::linear_recurrence_op {
 
@@ -24,14 +18,12 @@ using at::Tensor;
 using rows::Vec;
 
 constexpr int64_t kChunk = 64;  // tokens of a segment from one kept state to the next
-constexpr int kVectors = 4;     // of a row of a block
-template <typename T>
-constexpr int64_t kWidth = kVectors * Vec<T>::size();
 
-// [T, heads, width] in the dtype of the arithmetic, elements of a head adjacent.
+// [T, heads, width] in the dtype of the arithmetic, elements of a head adjacent; of one element each, heads adjacent.
 struct Heads {
   Heads(const Tensor& x, at::ScalarType type) : tensor(storage::cast(x, type)) {
-    if (tensor.size(2) > 1 && tensor.stride(2) != 1) tensor = tensor.contiguous();
+    const int64_t last = tensor.size(2) > 1 ? 2 : 1;
+    if (tensor.size(last) > 1 && tensor.stride(last) != 1) tensor = tensor.contiguous();
     row = tensor.stride(0);
     head = tensor.stride(1);
   }
@@ -52,17 +44,23 @@ struct Scalars {
   T at(int64_t t, int64_t h) const {
     return tensor.defined() ? tensor.const_data_ptr<T>()[t * tensor.size(1) + h] : T(1);
   }
+  // Those of `count` heads from h on.
+  template <typename T>
+  Vec<T> vector(int64_t t, int64_t h, int64_t count) const {
+    return tensor.defined() ? Vec<T>::loadu(tensor.const_data_ptr<T>() + t * tensor.size(1) + h, count) : Vec<T>(1);
+  }
   Tensor tensor;
 };
 
 struct Problem {
   Problem(const char* op, const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const Tensor& g_in,
-          const std::optional<Tensor>& beta_in, const Tensor& query_offsets, double scale)
-      : type((check(op, q_in, k_in, v_in, g_in, beta_in), rows::compute_type(q_in, op))),
+          const std::optional<Tensor>& rates, const std::optional<Tensor>& beta_in, const Tensor& query_offsets,
+          double scale)
+      : type((check(op, q_in, k_in, v_in, g_in, rates, beta_in), rows::compute_type(q_in, op))),
         q(q_in, type),
         k(k_in, type),
         v(v_in, type),
-        g(g_in, type),
+        gate(g_in, rates, type),
         beta(beta_in, type),
         places(query_offsets.contiguous()),
         scale(scale) {
@@ -82,16 +80,21 @@ struct Problem {
   }
 
   static void check(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
-                    const std::optional<Tensor>& beta) {
+                    const std::optional<Tensor>& rates, const std::optional<Tensor>& beta) {
     TORCH_CHECK(q.dim() == 3 && v.dim() == 3 && k.sizes() == q.sizes() && v.size(0) == q.size(0) && q.size(1) > 0 &&
                     v.size(1) % q.size(1) == 0,
                 op, ": q, k, v have shapes ", q.sizes(), ", ", k.sizes(), ", ", v.sizes(),
                 "; [T, Hk, K], [T, Hk, K] and [T, H, V] with H a multiple of Hk are required.");
-    const auto fits = [&](const Tensor& x) {
-      return x.dim() == 2 && x.size(0) == v.size(0) && x.size(1) == v.size(1);
-    };
-    TORCH_CHECK(fits(g) && (!beta || fits(*beta)), op, ": g has shape ", g.sizes(), ", beta ",
-                beta ? beta->sizes() : at::IntArrayRef{}, "; [", v.size(0), ", ", v.size(1), "] is required.");
+    const int64_t tokens = v.size(0), heads = v.size(1), depth = q.size(2);
+    const bool keyed = g.dim() == 3 && !rates && g.size(2) == depth;
+    TORCH_CHECK((g.dim() == 2 || keyed) && g.size(0) == tokens && g.size(1) == heads, op, ": g has shape ", g.sizes(),
+                "; [", tokens, ", ", heads, "] or, without rates, [", tokens, ", ", heads, ", ", depth, "] is required.");
+    TORCH_CHECK(!rates || (rates->dim() == 2 && rates->size(0) == heads && rates->size(1) == depth), op,
+                ": rates has shape ", rates ? rates->sizes() : at::IntArrayRef{}, "; [", heads, ", ", depth,
+                "] is required.");
+    TORCH_CHECK(!beta || (beta->dim() == 2 && beta->size(0) == tokens && beta->size(1) == heads), op,
+                ": beta has shape ", beta ? beta->sizes() : at::IntArrayRef{}, "; [", tokens, ", ", heads,
+                "] is required.");
   }
 
   void check_states(const char* op, const char* name, const Tensor& states) const {
@@ -107,195 +110,30 @@ struct Problem {
     return x.const_data_ptr<int64_t>();
   }
 
-  template <typename T>
-  int64_t blocks() const {
-    return (columns + kWidth<T> - 1) / kWidth<T>;
-  }
-  int64_t key_head(int64_t head) const { return head / (heads / key_heads); }
+  int64_t group() const { return heads / key_heads; }  // heads of a key head
+  int64_t key_head(int64_t head) const { return head / group(); }
 
   at::ScalarType type;
   Heads q, k, v;
-  Scalars g, beta;
+  Gate gate;
+  Scalars beta;
   Tensor places;  // keeps the offsets alive
   double scale;
   const int64_t* offsets;
   int64_t segments, tokens, heads, key_heads, depth, columns;
 };
 
-// Columns [first, first + count) of a head.
-struct Columns {
-  template <typename T>
-  static Columns block(const Problem& p, int64_t index) {
-    const int64_t first = index * kWidth<T>;
-    return {first, std::min(kWidth<T>, p.columns - first)};
-  }
-  int64_t first, count;
+// How far apart the heads of a state [H, K, V] in memory are, and the keys of a head.
+struct Strides {
+  int64_t head, key;
 };
-
-template <typename T>
-using Block = Vec<T>[kVectors];  // one row of a block of columns
-
-// How many of `count` columns vector number i holds.
-template <typename T>
-inline int64_t lanes(int64_t count, int i) {
-  constexpr int64_t kLanes = Vec<T>::size();
-  return std::clamp<int64_t>(count - i * kLanes, 0, kLanes);
-}
-
-template <typename T>
-inline void load(const T* from, int64_t count, Block<T>& row) {
-  if (count == kWidth<T>) {
-    for (int i = 0; i < kVectors; ++i) row[i] = Vec<T>::loadu(from + i * Vec<T>::size());
-    return;
-  }
-  for (int i = 0; i < kVectors; ++i) {
-    const int64_t n = lanes<T>(count, i);
-    row[i] = n ? Vec<T>::loadu(from + i * Vec<T>::size(), n) : Vec<T>(0);
-  }
-}
-
-template <typename T>
-inline void store(const Block<T>& row, int64_t count, T* to) {
-  for (int i = 0; i < kVectors; ++i) {
-    if (const int64_t n = lanes<T>(count, i)) row[i].store(to + i * Vec<T>::size(), n);
-  }
-}
-
-// A block of a state in memory, whose rows are `stride` apart, and the thread's own copy.
-template <typename T>
-inline void load_state(const T* from, int64_t stride, const Problem& p, const Columns& c, T* state) {
-  for (int64_t i = 0; i < p.depth; ++i) {
-    Block<T> row;
-    load(from + i * stride + c.first, c.count, row);
-    store(row, kWidth<T>, state + i * kWidth<T>);
-  }
-}
-
-template <typename T>
-inline void store_state(const T* state, const Problem& p, const Columns& c, T* to, int64_t stride) {
-  for (int64_t i = 0; i < p.depth; ++i) {
-    Block<T> row;
-    load(state + i * kWidth<T>, kWidth<T>, row);
-    store(row, c.count, to + i * stride + c.first);
-  }
-}
-
-// sum over i of state[i] x[i]: even and odd i apart, then together. The order is the same for every column. Rows are
-// `stride` apart: kWidth in a thread's own block.
-template <typename T>
-inline void contract(const T* state, int64_t stride, const T* x, int64_t depth, Block<T>& sum) {
-  Block<T> odd;
-  for (int j = 0; j < kVectors; ++j) sum[j] = odd[j] = Vec<T>(0);
-  constexpr int64_t kLanes = Vec<T>::size();
-  int64_t i = 0;
-  for (; i + 2 <= depth; i += 2, state += 2 * stride) {
-    const Vec<T> first(x[i]), second(x[i + 1]);
-    for (int j = 0; j < kVectors; ++j) {
-      sum[j] = at::vec::fmadd(Vec<T>::loadu(state + j * kLanes), first, sum[j]);
-      odd[j] = at::vec::fmadd(Vec<T>::loadu(state + stride + j * kLanes), second, odd[j]);
-    }
-  }
-  if (i < depth) {
-    const Vec<T> last(x[i]);
-    for (int j = 0; j < kVectors; ++j) sum[j] = at::vec::fmadd(Vec<T>::loadu(state + j * kLanes), last, sum[j]);
-  }
-  for (int j = 0; j < kVectors; ++j) sum[j] = sum[j] + odd[j];
-}
-
-// One token as a block of columns sees it: what the state answers to k (p), v - p (left), and what is written (u).
-template <typename T>
-struct Write {
-  Block<T> predicted, left, u;
-};
-
-template <typename T, bool delta>
-inline void write_of(const Problem& p, int64_t t, int64_t head, const Columns& c, const T* state,
-                     int64_t stride, T decay, Write<T>& w) {
-  load(p.v.at<T>(t, head) + c.first, c.count, w.left);
-  if constexpr (delta) {
-    contract(state, stride, p.k.at<T>(t, p.key_head(head)), p.depth, w.predicted);
-    for (int j = 0; j < kVectors; ++j) {
-      w.predicted[j] = w.predicted[j] * Vec<T>(decay);
-      w.left[j] = w.left[j] - w.predicted[j];
-    }
-  }
-  const Vec<T> beta(p.beta.at<T>(t, head));
-  for (int j = 0; j < kVectors; ++j) w.u[j] = beta * w.left[j];
-}
-
-template <typename T>
-inline T decay_of(const Problem& p, int64_t t, int64_t head) {
-  return std::exp(p.g.at<T>(t, head));
-}
-
-// after[i] = decay before[i] + k[i] u, a product and a fused multiply-add; the two may be one.
-template <typename T>
-inline void advance(const T* before, T* after, const T* k, T decay, const Block<T>& u, int64_t depth) {
-  constexpr int64_t kLanes = Vec<T>::size();
-  const Vec<T> a(decay);
-  for (int64_t i = 0; i < depth; ++i) {
-    const Vec<T> key(k[i]);
-    for (int j = 0; j < kVectors; ++j) {
-      const int64_t at = i * kWidth<T> + j * kLanes;
-      at::vec::fmadd(key, u[j], Vec<T>::loadu(before + at) * a).store(after + at);
-    }
-  }
-}
-
-// advance, and the new state against q in the order of `contract`; `before` and `after` may be one.
-template <typename T>
-inline void advance_and_read(const T* before, int64_t stride, T* after, int64_t stride_after, const T* k, const T* q,
-                             T decay, const Block<T>& u, int64_t depth, Block<T>& sum) {
-  constexpr int64_t kLanes = Vec<T>::size();
-  const Vec<T> a(decay);
-  Block<T> odd;
-  for (int j = 0; j < kVectors; ++j) sum[j] = odd[j] = Vec<T>(0);
-  const auto row = [&](int64_t i, Block<T>& into) {
-    const Vec<T> key(k[i]), query(q[i]);
-    for (int j = 0; j < kVectors; ++j) {
-      const auto next = at::vec::fmadd(key, u[j], Vec<T>::loadu(before + i * stride + j * kLanes) * a);
-      next.store(after + i * stride_after + j * kLanes);
-      into[j] = at::vec::fmadd(next, query, into[j]);
-    }
-  };
-  int64_t i = 0;
-  for (; i + 2 <= depth; i += 2) {
-    row(i, sum);
-    row(i + 1, odd);
-  }
-  if (i < depth) row(i, sum);
-  for (int j = 0; j < kVectors; ++j) sum[j] = sum[j] + odd[j];
-}
-
-// Token t of a head for a block of columns: the state before it, the one after it (which may be the same), and its out.
-template <typename T, bool delta>
-inline void take(const Problem& p, int64_t head, const Columns& c, int64_t t, const T* before, int64_t stride, T* after,
-                 int64_t stride_after, T* out) {
-  const T decay = decay_of<T>(p, t, head);
-  const int64_t key_head = p.key_head(head);
-  Write<T> w;
-  write_of<T, delta>(p, t, head, c, before, stride, decay, w);
-  Block<T> read;
-  advance_and_read(before, stride, after, stride_after, p.k.at<T>(t, key_head), p.q.at<T>(t, key_head), decay, w.u,
-                   p.depth, read);
-  for (int j = 0; j < kVectors; ++j) read[j] = read[j] * Vec<T>(static_cast<T>(p.scale));
-  store(read, c.count, out + (t * p.heads + head) * p.columns + c.first);
-}
-
-// The tokens [begin, end), from `state`, a thread's own block; after(t) is called when the state has taken token t.
-template <typename T, bool delta, typename After>
-void walk(const Problem& p, int64_t head, const Columns& c, int64_t begin, int64_t end, T* state, T* out,
-          const After& after) {
-  for (int64_t t = begin; t < end; ++t) {
-    take<T, delta>(p, head, c, t, state, kWidth<T>, state, kWidth<T>, out);
-    after(t);
-  }
-}
 
 // Where segments start: the final state of a parent, a given one, or zeros.
 struct PrefixTree {
   PrefixTree(const char* op, const Problem& p, const Tensor& parents_in, const std::optional<Tensor>& initial_in)
-      : places(parents_in.contiguous()), size(p.heads * p.depth * p.columns) {
+      : places(parents_in.contiguous()),
+        size(p.heads * p.depth * p.columns),
+        strides{p.depth * p.columns, p.columns} {
     parents = p.indices(op, "parents", places, p.segments);
     if (initial_in) {
       p.check_states(op, "initial", *initial_in);
@@ -337,6 +175,7 @@ struct PrefixTree {
   Tensor places, initial;
   const int64_t* parents;
   int64_t size;  // elements of the states of all heads
+  Strides strides;
 };
 
 }  // namespace toolkit::linear_recurrence_op
