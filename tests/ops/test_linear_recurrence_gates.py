@@ -1,10 +1,12 @@
 """linear_recurrence with a decay for each key, as gates [T, H, K] or as rates: oracles, bits, gradients of rates."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.helpers.implementations import NATIVE, REFERENCE, TRITON, impl_and_dtype, implementations, only_triton
+from tests.helpers.implementations import NATIVE, REFERENCE, TRITON, implementations, only_triton, parameter
 from tests.helpers.interpreter import gradients
 from tests.helpers.recurrence import cuts, keyed_inputs, poisoned, random_trees, tensors, unshared
 from tests.helpers.rowwise import check_oracle, check_repeatable, error, run, seeded, threads
@@ -17,6 +19,23 @@ from toolkit.testing.oracle import lifted_to_double
 forward, backward = torch.ops.toolkit.linear_recurrence, torch.ops.toolkit.linear_recurrence_backward
 SHORT = ([3, 0, 2, 1, 1, 2], [-1, 0, 1, 0, -3, -2])  # 9 rows: the interpreter takes a token at a time
 rated_or_not = pytest.mark.parametrize("rated", [True, False], ids=["rates", "keys"])
+# What a model has: rates with single numbers and no delta rule, gates of keys with rows of values and the delta rule.
+MODELS = {(True, 1), (False, 5)}
+
+
+def gates_and_widths(*chosen):
+    """A test by ``impl``, ``dtype``, ``rated`` and ``width`` over (implementation, dtypes).
+
+    In the interpreter those that no model has are a sweep.
+    """
+    found = []
+    for one, dtypes in chosen:
+        for dtype, rated, width in itertools.product(dtypes, (True, False), (1, 5)):
+            marks = [pytest.mark.sweep] * (one is TRITON and ((rated, width) not in MODELS or dtype != torch.float32))
+            kind = f"{one.name}-{dtype}-{'rates' if rated else 'keys'}-{width}".replace("torch.", "")
+            own = parameter(one, dtype, rated, width)
+            found.append(pytest.param(*own.values, marks=[*own.marks, *marks], id=kind))
+    return pytest.mark.parametrize(("impl", "dtype", "rated", "width"), found, indirect=["impl"])
 
 
 def op(given, rates, trees, delta=True, initial=None, impl=None):
@@ -35,52 +54,48 @@ def both(trees, delta, impl, rated):
     return ours, exact
 
 
-@impl_and_dtype()
-@rated_or_not
-@pytest.mark.parametrize("delta", [True, False])
-def test_trees_against_unshared_sequences(impl, rated, delta, dtype):
+@gates_and_widths(*((one, one.dtypes) for one in (REFERENCE, NATIVE, TRITON)))
+def test_trees_against_unshared_sequences(impl, dtype, rated, width):
     """Values of one number and of several, heads that share keys, more heads than a block and than a vector."""
     upcast = torch.float64 if dtype == torch.float64 else torch.float32
     bound = {torch.float32: (2e-6, 3e-6), torch.float16: (2**-10, 1.5 * 2**-10)} if impl is TRITON else TOLERANCE
-    shapes = ((1, 37, 16, 1), (2, 6, 5, 1), (2, 4, 5, 7), (1, 3, 16, 33)) if dtype.itemsize > 2 else ((1, 19, 9, 1),)
-    trees = TREES
-    if impl is TRITON:
-        trees, shapes = SHORT, ((2, 6, 5, 1),) if delta is rated else ((1, 2, 5, 3),)
-    for key_heads, heads, depth, width in shapes:
+    trees = TREES if impl is NATIVE else SHORT
+    shapes = ((1, 37, 16), (2, 6, 5)) if width == 1 and impl is NATIVE else ((2, 4, 5),)
+    for key_heads, heads, depth in shapes:
         given, rates = keyed_inputs(sum(trees[0]) + 2, key_heads, heads, depth, width, rated, dtype)
         initial = 0.5 * seeded(2, heads, depth, width, dtype=upcast, seed=9)
-        ours, exact = both(trees, delta, impl, rated)
         arguments = [*given, initial] if rates is None else [*given, initial, rates]
-        check_oracle(ours, exact, arguments, bound.get(dtype, TOLERANCE[dtype]))
+        for delta in (True, False) if impl is NATIVE else ((rated, width) not in MODELS or not rated,):
+            check_oracle(*both(trees, delta, impl, rated), arguments, bound.get(dtype, TOLERANCE[dtype]))
 
 
-@implementations(REFERENCE, NATIVE)
+@needs_native
 @rated_or_not
 @pytest.mark.parametrize("width", [1, 5])
-def test_more_tokens_than_a_chunk(impl, rated, width):
+def test_more_tokens_than_a_chunk(rated, width):
     """Kept states; random trees, several of which start from one state; rates sum over all of them."""
-    for seed in range(3 if impl is NATIVE else 1):
-        trees = random_trees(seed, segments=9, longest=200 if impl is NATIVE else 70, given=2)
+    for seed in range(2):
+        trees = random_trees(seed, segments=6, longest=150, given=2)
         given, rates = keyed_inputs(sum(trees[0]) + seed, 1, 4, 6, width, rated, torch.float64, seed)
         initial = seeded(2, 4, 6, width, seed=9)
         arguments = [*given, initial] if rates is None else [*given, initial, rates]
-        check_oracle(*both(trees, seed % 2 == 0, impl, rated), arguments, 1e-13)
+        check_oracle(*both(trees, seed % 2 == 0, NATIVE, rated), arguments, 1e-13)
 
 
-@impl_and_dtype([torch.float32, torch.float64, torch.bfloat16])
-@rated_or_not
-@pytest.mark.parametrize("width", [1, 19])
-def test_bits_do_not_depend_on_cuts_trees_or_pages(impl, rated, width, dtype):
+@gates_and_widths(
+    (REFERENCE, [torch.float32]), (NATIVE, [torch.float32, torch.float64, torch.bfloat16]), (TRITON, [torch.float32])
+)
+def test_bits_do_not_depend_on_cuts_trees_or_pages(impl, dtype, rated, width):
     """One sequence and a branch of it: whole, cut at random into segments, and in paged calls."""
-    rows, branch, fork = (6, 2, 3) if impl is TRITON else (90, 20, 40)
-    key_heads, *heads = (1, 2, 5, width) if impl is TRITON else (2, 70, 10, width) if width == 1 else (2, 4, 10, width)
+    rows, branch, fork = (90, 20, 40) if impl is NATIVE else (6, 2, 3)
+    key_heads, *heads = (2, 70 if width == 1 else 4, 10, 39 if width > 1 else 1) if impl is NATIVE else (1, 2, 5, width)
     given, rates = keyed_inputs(rows + branch, key_heads, *heads, rated, dtype)
     upcast, delta = torch.float64 if dtype == torch.float64 else torch.float32, dtype == torch.float32
     alone = [torch.cat([x[:fork], x[rows:]]) for x in given]
     whole, final = op([x[:rows] for x in given], rates, ([rows], [-1]), delta, impl=impl.option)
     other, other_final = op(alone, rates, ([fork + branch], [-1]), delta, impl=impl.option)
     wanted, ends = torch.cat([whole, other[fork:]]), torch.cat([final, other_final])
-    for seed in (1,) if impl is TRITON else range(3):
+    for seed in range(3) if impl is NATIVE else (1,):
         chunks = [*cuts(fork, 2, seed), *((a + fork, b + fork) for a, b in cuts(rows - fork, 3, seed))]
         lengths = [b - a for a, b in chunks]
         trunk, tail = len(lengths), cuts(branch, 1, seed)
@@ -125,7 +140,7 @@ def test_a_head_does_not_depend_on_the_others(impl, rated):
 @rated_or_not
 @pytest.mark.parametrize("width", [1, 35])
 def test_gradient_bits_are_the_same_on_any_number_of_threads(rated, width):
-    trees = random_trees(3, segments=9, longest=90, given=2)
+    trees = random_trees(3, segments=6, longest=90, given=2)
     given, rates = keyed_inputs(sum(trees[0]), 2, 70 if width == 1 else 4, 17, width, rated, torch.float32)
     arguments = [*given, seeded(2, given[2].shape[1], 17, width, dtype=torch.float32)]
     ours, _ = both(trees, True, NATIVE, rated)
@@ -150,7 +165,7 @@ def test_results_are_whole(rated):
 
 def test_strided_inputs(impl):
     joined = seeded(5, 2, 40)
-    for width in (1, 4):
+    for width in (1, 4) if impl is NATIVE else (1,):
         given = [joined[..., 2:8], joined[..., 8:14], joined[..., 14 : 14 + width], -joined[..., 20:26].abs()]
         for rates in (None, -seeded(6, 2).exp().T):
             rows = [*given[:3], given[3] if rates is None else -given[3][..., 0], joined[..., 31].sigmoid()]
@@ -162,7 +177,7 @@ def test_strided_inputs(impl):
 
 def test_a_decay_of_zero_forgets_a_key(impl):
     """At g = -inf a key's row of the state starts from zeros, and no gradient passes."""
-    for width in (1, 3):
+    for width in (1, 3) if impl is NATIVE else (1,):
         given, _ = keyed_inputs(8, 1, 2, 6, width, False, torch.float32)
         given[3][4, :, 2:] = -torch.inf
         given[3][4, 0] = -torch.inf
@@ -191,32 +206,29 @@ def test_no_rows_and_no_segments(impl):
                 assert grads[5].eq(float(trees[1] == [-2])).all()
 
 
-@implementations(REFERENCE, NATIVE)
-def test_transformers_kimi_delta_attention(impl):
+@needs_native
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [("recurrent_kimi_delta_attention", 9), pytest.param("chunk_kimi_delta_attention", 66, marks=pytest.mark.sweep)],
+)
+def test_transformers_kimi_delta_attention(name, rows):
     modeling = pytest.importorskip("transformers.models.kimi_linear.modeling_kimi_linear")
-    given, _ = keyed_inputs(70, 4, 4, 8, 8, False, torch.float64)
-    initial = seeded(1, 4, 8, 8, seed=9)
+    given, _ = keyed_inputs(rows, 2, 2, 8, 8, False, torch.float64)
 
-    def theirs(name):
-        def call(q, k, v, g, beta, initial):
-            with lifted_to_double():
-                rows = [x[None] for x in (q, k, v, g, beta)]
-                out, final = getattr(modeling, name)(*rows, initial_state=initial, output_final_state=True)
-            return out[0], final
+    def theirs(q, k, v, g, beta, initial):
+        with lifted_to_double():
+            arguments = [x[None] for x in (q, k, v, g, beta)]
+            out, final = getattr(modeling, name)(*arguments, initial_state=initial, output_final_state=True)
+        return out[0], final
 
-        return call
+    def ours(*x):
+        return linear_recurrence(*x[:5], *tensors(([rows], [-2])), x[5], 8**-0.5)
 
-    for name in ("chunk_kimi_delta_attention", "recurrent_kimi_delta_attention"):
-        check_oracle(
-            lambda *x: linear_recurrence(*x[:5], *tensors(([70], [-2])), x[5], 8**-0.5, impl=impl.option),
-            theirs(name),
-            [*given, initial],
-            1e-12,
-        )
+    check_oracle(ours, theirs, [*given, seeded(1, 2, 8, 8, seed=9)], 1e-12)
 
 
-@implementations(REFERENCE, NATIVE)
-def test_transformers_selective_scan(impl):
+@needs_native
+def test_transformers_selective_scan():
     modeling = pytest.importorskip("transformers.models.mamba.modeling_mamba")
     channels, states, rows = 7, 5, 40
     x, b, c = seeded(rows, channels), seeded(rows, states, seed=1), seeded(rows, states, seed=2)
@@ -230,8 +242,7 @@ def test_transformers_selective_scan(impl):
 
     def ours(x, dt, a, b, c):
         out, final = linear_recurrence(
-            c[:, None], b[:, None], x[..., None], dt, dt, *tensors(([rows], [-1])), delta=False, rates=a,
-            impl=impl.option,
+            c[:, None], b[:, None], x[..., None], dt, dt, *tensors(([rows], [-1])), delta=False, rates=a
         )  # fmt: skip
         return out[..., 0], final
 
@@ -239,8 +250,10 @@ def test_transformers_selective_scan(impl):
 
 
 @only_triton
-@rated_or_not
-@pytest.mark.parametrize("width", [1, 17])
+@pytest.mark.parametrize(
+    ("rated", "width"),
+    [(True, 1), *(pytest.param(*x, marks=pytest.mark.sweep) for x in ((False, 1), (True, 17), (False, 17)))],
+)
 def test_more_tokens_than_a_chunk_and_more_tasks_than_programs(impl, rated, width, monkeypatch):
     from toolkit.ops.linear_recurrence import triton as triton_forward
     from toolkit.ops.linear_recurrence import triton_backward
@@ -254,13 +267,12 @@ def test_more_tokens_than_a_chunk_and_more_tasks_than_programs(impl, rated, widt
     upstream = seeded(*out.shape, seed=11), seeded(*finals.shape, seed=12)
     got = list(backward(*upstream, *given, *tensors(trees), None, finals, kept, 0.3, True, rates))
     arguments = given if rates is None else [*given, rates]
-    wanted = gradients(
-        lambda *x: unshared(*x[:5], None, trees, 0.3, True, *x[5:]), arguments, list(upstream)
-    )
+    wanted = gradients(lambda *x: unshared(*x[:5], None, trees, 0.3, True, *x[5:]), arguments, list(upstream))
     for x, one in zip(got[:5] + got[6:], wanted):
         assert error(x, one) <= 3e-6
 
 
+@pytest.mark.sweep
 @rated_or_not
 def test_opcheck(rated):
     given, rates = keyed_inputs(70, 1, 2, 4, 1, rated, torch.float32)
@@ -290,10 +302,16 @@ def test_opcheck(rated):
 def test_bad_input_is_named():
     given, rates = keyed_inputs(5, 2, 4, 6, 3, True, torch.float32)
     trees = tensors(([2, 3], [-1, 0]))
-    with pytest.raises(ToolkitError, match=r"rates must be floating point \[4, 6\], got torch.float32 of shape \[4, 5\]"):
+    with pytest.raises(
+        ToolkitError, match=r"rates must be floating point \[4, 6\], got torch.float32 of shape \[4, 5\]"
+    ):
         linear_recurrence(*given, *trees, rates=rates[:, :5])
     given[3] = given[3][..., None].repeat(1, 1, 5)
-    with pytest.raises(ToolkitError, match=r"g must be floating point \[5, 4, 6\], got torch.float32 of shape \[5, 4, 5\]"):
+    with pytest.raises(
+        ToolkitError, match=r"g must be floating point \[5, 4, 6\], got torch.float32 of shape \[5, 4, 5\]"
+    ):
         linear_recurrence(*given, *trees)
-    with pytest.raises(ToolkitError, match=r"g must be floating point \[5, 4\], got torch.float32 of shape \[5, 4, 5\]"):
+    with pytest.raises(
+        ToolkitError, match=r"g must be floating point \[5, 4\], got torch.float32 of shape \[5, 4, 5\]"
+    ):
         linear_recurrence(*given, *trees, rates=rates)

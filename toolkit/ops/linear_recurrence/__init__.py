@@ -61,9 +61,7 @@ _PAGED = register(
 )
 
 
-def _check_rows(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, rates: Tensor | None
-) -> None:
+def _check_rows(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, rates: Tensor | None) -> None:
     """ToolkitError, in one sentence, for rows that do not fit each other."""
     compute_dtype(q)
     if not q.dtype == k.dtype == v.dtype:
@@ -75,9 +73,9 @@ def _check_rows(
         )
     if q.shape[1] == 0 or v.shape[1] % q.shape[1]:
         raise ToolkitError(f"The heads of v must be a multiple of those of k, {q.shape[1]}, got {v.shape[1]}.")
-    one, heads, depth = list(v.shape[:2]), v.shape[1], k.shape[2]
-    of_keys = g.dim() == 3 and rates is None
-    for name, x, shape in (("g", g, [*one, depth] if of_keys else one), ("beta", beta, one), ("rates", rates, [heads, depth])):
+    one, of_keys = list(v.shape[:2]), [v.shape[1], k.shape[2]]
+    of_g = [one[0], *of_keys] if g.dim() == 3 and rates is None else one
+    for name, x, shape in (("g", g, of_g), ("beta", beta, one), ("rates", rates, of_keys)):
         if x is not None and (list(x.shape) != shape or not x.is_floating_point()):
             raise ToolkitError(f"{name} must be floating point {shape}, got {x.dtype} of shape {list(x.shape)}.")
 
@@ -128,8 +126,8 @@ def linear_recurrence(
         q, k: [T, Hk, K]; float32, float64, bfloat16 or float16. Normalized keys, softplus and skip connections are the
             caller's.
         v: [T, H, V] in q's dtype. Value head h uses key head ``h // (H / Hk)``.
-        g: floating point, the natural logarithm of the decay, <= 0: [T, H], one for all keys of a head, or [T, H, K], one
-            for each (Kimi delta attention). At -inf the state is reset.
+        g: [T, H], one for all keys of a head, or [T, H, K], one for each (Kimi delta attention); floating point; the
+            natural logarithm of the decay, <= 0. At -inf the state is reset.
         beta: [T, H], floating point, or None for ones.
         query_offsets: [S + 1] int64, ascending from 0; segment s has the rows ``query_offsets[s]`` to ``[s + 1]``,
             possibly none. Rows after the last are padding: their out is 0 and so is their gradient.
@@ -137,8 +135,8 @@ def linear_recurrence(
             -1: zeros; p <= -2: ``initial[-2 - p]``.
         initial: [N, H, K, V] or None, in finals' dtype.
         rates: [H, K], floating point, or None. With rates g is [T, H] and the logarithm of a key's decay is
-            ``g_t * rates``, which is held for no token: the selective scan of Mamba-1 has a head for each channel, V = 1,
-            key heads for all of them, g = beta = dt and rates = A.
+            ``g_t * rates``, which is held for no token. The selective scan of Mamba-1 has a head for each channel,
+            V = 1, one key head for all of them, g = beta = dt and rates = A.
 
     Returns:
         out in v's dtype, rounded once, and finals in float32 (float64 for float64).
@@ -149,10 +147,11 @@ def linear_recurrence(
 
     Numerics: arithmetic and states are float32 (float64 for float64). Tokens are taken one by one, and sums over K have
     one order, so a token is bitwise identical however its sequence is split into segments, also in
-    ``linear_recurrence_paged``. Gradients to q, k, v, g, beta, initial and rates, from out and finals; sums over columns
-    of V, over heads, over tokens (of rates) and over the children of a segment (from the last to the first) have an order
-    that depends on shapes and the tree only. Saved for backward: the inputs, finals, and the state after every 64 tokens of a segment (T / 64
-    states at most, only while a gradient is needed); the states between are recomputed.
+    ``linear_recurrence_paged``. Gradients to q, k, v, g, beta, initial and rates, from out and finals; sums over
+    columns of V, over heads, over tokens (of rates) and over the children of a segment (from the last to the first)
+    have an order that depends on shapes and the tree only. Saved for backward: the inputs, finals, and the
+    state after every 64 tokens of a segment (T / 64 states at most, only while a gradient is needed); the states
+    between are recomputed.
     Source: Yang, Kautz and Hatamizadeh, "Gated Delta Networks" (2024); Dao and Gu, "Transformers are SSMs" (2024);
     Kimi Team, "Kimi Linear" (2025); Gu and Dao, "Mamba" (2023).
     """

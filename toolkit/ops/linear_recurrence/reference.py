@@ -100,8 +100,8 @@ def linear_recurrence_backward(
     With ``D = exp(g) S_before``, ``p = D^T k``, ``dS`` the gradient to the state after the token plus ``scale q do^T``:
     ``dq = scale S do``, ``du = dS^T k``, ``dv = beta du``, ``dbeta = du . (v - p)``, ``dp = -beta du`` (0 without the
     delta rule), ``dk = dS u + D dp``, ``dD = dS + k dp^T``, the gradient to a key's logarithm is ``dD . D`` summed over
-    its row (``dg`` sums it over rows, times their rates where there are rates), and ``exp(g) dD`` is passed to the token
-    before. Segments are walked from the last to the first, so a parent adds its children's in that order.
+    its row (``dg`` sums it over rows, times their rates where there are rates), and ``exp(g) dD`` is passed to the
+    token before. Segments are walked from the last to the first, so a parent adds its children's in that order.
     """
     tokens = _Tokens(q, k, v, g, beta, scale, delta, rates)
     bounds, origins = query_offsets.tolist(), parents.tolist()

@@ -1,9 +1,9 @@
 """The gated linear recurrence in Triton: a program takes a block of columns of a head over the segments of a tree.
 
-Tokens are taken one by one, the state [K, lanes] in registers; sums over K have an order that the tile sets. A lane is a
-column of one head or, where values are single numbers and keys have decays of their own (a selective scan), a head of
-one key head. A tree's segments are walked in order by one program, which reads the final state of a parent back from
-memory.
+Tokens are taken one by one, the state [K, lanes] in registers; sums over K have an order that the tile sets. A lane is
+a column of one head or, where values are single numbers and keys have decays of their own (a selective scan), a head
+of one key head. A tree's segments are walked in order by one program, which reads the final state of a parent back
+from memory.
 """
 
 from typing import Any, NamedTuple
