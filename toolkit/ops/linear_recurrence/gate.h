@@ -22,7 +22,7 @@ struct Gate {
     depth = rates_in ? rates.size(1) : g.dim() == 3 ? g.size(2) : 0;
   }
 
-  // Whether keys have numbers of their own.
+  // Whether keys have separate numbers.
   bool keyed() const { return values.dim() == 3 || rates.defined(); }
 
   template <typename T>

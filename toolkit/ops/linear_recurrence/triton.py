@@ -1,7 +1,7 @@
 """The gated linear recurrence in Triton: a program takes a block of columns of a head over the segments of a tree.
 
 Tokens are taken one by one, the state [K, lanes] in registers; sums over K have an order that the tile sets. A lane is
-a column of one head or, where values are single numbers and keys have decays of their own (a selective scan), a head
+a column of one head or, where values are single numbers and keys have separate decays (a selective scan), a head
 of one key head. A tree's segments are walked in order by one program, which reads the final state of a parent back
 from memory.
 """
@@ -234,7 +234,7 @@ def unit(x: Tensor) -> Tensor:
 
 
 class Layout(NamedTuple):
-    """How the states of a call are shared out: the tile, blocks of lanes, and the constants that say what a lane is.
+    """How the states of a call are split: the tile, blocks of lanes, and the constants that say what a lane is.
 
     Args:
         units: what has lanes: heads, or key heads.
@@ -252,7 +252,7 @@ class Layout(NamedTuple):
     def choose(
         cls, op: str, q: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, rates: Tensor | None, backward: bool = False
     ) -> "Layout":
-        """Lanes are heads where a column would be one number and keys have decays of their own."""
+        """Lanes are heads where a column would be one number and keys have separate decays."""
         (_, heads, width), (key_heads, depth) = v.shape, q.shape[1:]
         in_heads = width == 1 and (rates is not None or g.dim() == 3)
         units, lanes = (key_heads, heads // key_heads) if in_heads else (heads, width)

@@ -1,4 +1,4 @@
-// A block of heads whose values are single numbers (V = 1) and whose keys have decays of their own: the channels of a
+// A block of heads whose values are single numbers (V = 1) and whose keys have separate decays: the channels of a
 // selective scan. A head's state is a vector of K numbers, whose lanes are keys.
 //
 // Heads of a block share the key head. Every head goes through the same vector code, and a sum over K has one order,
