@@ -22,10 +22,16 @@ _CONTEXTS = (8, 4, 2, 1, 0)
 
 
 class PicturedTokens(NamedTuple):
-    """Tokens of a conversation with its images, and all that the processor made of them (``input_ids`` [1, n], ...)."""
+    """Tokens of a conversation with its images, and all that the processor made of them.
+
+    Attributes:
+        inputs: ``input_ids`` [1, n], pixels, and the others that the model takes.
+        images_end: index behind the last token that stands for an image.
+    """
 
     tokens: TrainingTokens
     inputs: Mapping[str, Any]
+    images_end: int
 
 
 def has_images(messages: Any) -> bool:
@@ -155,7 +161,8 @@ def pictured(processor: Any, tokens: TrainingTokens, images: Sequence[Any]) -> P
     if counted is None:
         raise ToolkitError("must have the text that counts between its images, got one that the processor rewrites.")
     mask = [one and not of_image for one, of_image in zip(counted, media)]
-    return PicturedTokens(tokens._replace(ids=ids, mask=mask), inputs)
+    end = max((at + 1 for at, of_image in enumerate(media) if of_image), default=0)
+    return PicturedTokens(tokens._replace(ids=ids, mask=mask), inputs, end)
 
 
 def _media(processor: Any, inputs: Mapping[str, Any], ids: Sequence[int]) -> list[bool]:

@@ -20,7 +20,9 @@ class LoraSection(Section):
     lora_alpha: Annotated[float, Field(gt=0)] = 16.0
     """The product of the adapter's matrices is scaled by lora_alpha / r."""
     target_modules: list[str] | None = None
-    """Ends of module names, e.g. ``q_proj``; null is every linear layer but the head."""
+    """Ends of module names, e.g. ``q_proj``; null is every linear layer but the head, those of towers included."""
+    exclude_modules: list[str] | str | None = None
+    """Ends of module names that get no adapters, or a regular expression of whole names, e.g. ``.*visual.*``."""
     target_parameters: Annotated[list[str], Field(min_length=1)] | None = None
     """Ends of names of parameters, for experts, e.g. ``experts.gate_up_proj``; null is none."""
     trainable_token_indices: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
@@ -59,9 +61,23 @@ class ModelSection(Section):
     """Numerics mode; null is the device's default."""
     lora: LoraSection | None = None
     """Train adapters instead of the weights; null trains the weights."""
+    freeze_parameters: Annotated[list[str], Field(min_length=1)] | None = None
+    """Patterns of parameters' names that are not trained, e.g. ``model.visual`` (all that begins so) or ``*.norm.*``;
+    null trains all."""
+    trainable_parameters: Annotated[list[str], Field(min_length=1)] | None = None
+    """Patterns of names that are trained although ``freeze_parameters`` matches them, e.g. ``model.visual.merger``."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
+        if self.freeze_parameters is None and self.trainable_parameters is not None:
+            raise ValueError(
+                "model.trainable_parameters must be null without model.freeze_parameters, from which they are excepted"
+            )
+        if self.freeze_parameters is not None and self.lora is not None:
+            raise ValueError(
+                "model.freeze_parameters must be null with model.lora, beside which all weights are frozen; "
+                "model.lora.exclude_modules names layers without adapters"
+            )
         if (self.name_or_path is None) == (self.config is None):
             given = "both" if self.name_or_path is not None else "neither"
             raise ValueError(f"exactly one of model.name_or_path and model.config must be given, got {given}")

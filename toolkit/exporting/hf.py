@@ -7,7 +7,7 @@ from typing import Any
 
 from toolkit.exporting.base import ExportTarget
 from toolkit.exporting.completeness import check_towers, checkpoint_folder, left_out
-from toolkit.loading.processor import copy_processor_files
+from toolkit.loading import processor_files, write_processor_files
 from toolkit.patching import report_of
 
 MANIFEST = "toolkit_manifest.json"
@@ -28,8 +28,7 @@ class HuggingFace(ExportTarget, name="hf"):
             model.generation_config.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        if source is not None:
-            copy_processor_files(source, folder)
+        write_processor_files(processor_files(source), folder)
         (folder / MANIFEST).write_text(json.dumps(manifest(model), indent=2) + "\n")
 
 

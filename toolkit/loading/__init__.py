@@ -8,7 +8,7 @@ from typing import Any
 from toolkit.loading.classes import auto_class
 from toolkit.loading.generation_config import sampling_defaults
 from toolkit.loading.model import DTYPES, load_weights
-from toolkit.loading.processor import copy_processor_files, load_processor
+from toolkit.loading.processor import load_processor, processor_files, write_processor_files
 from toolkit.loading.source import Source, find_source
 from toolkit.loading.tokenizer import find_tokenizer, load_tokenizer
 
@@ -16,14 +16,15 @@ __all__ = [
     "DTYPES",
     "Source",
     "auto_class",
-    "copy_processor_files",
     "find_source",
     "find_tokenizer",
     "load_model",
     "load_processor",
     "load_tokenizer",
     "load_weights",
+    "processor_files",
     "sampling_defaults",
+    "write_processor_files",
 ]
 
 

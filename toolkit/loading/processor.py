@@ -1,6 +1,5 @@
 """The processor beside a model: what makes tensors of images, and the files that it is read from."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +23,18 @@ def has_processor(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (PROCESSOR_CONFIG, IMAGE_PROCESSOR_CONFIG))
 
 
-def copy_processor_files(source: Path, target: Path) -> list[str]:
-    """Copy the files of a processor that ``target`` does not have yet; returns their names."""
-    if not has_processor(source):
-        return []
-    copied = []
-    for name in PROCESSOR_FILES:
-        if (source / name).is_file() and not (target / name).exists():
-            shutil.copyfile(source / name, target / name)
-            copied.append(name)
-    return copied
+def processor_files(folder: Path | None) -> dict[str, bytes]:
+    """The files of a folder's processor by name; none without one."""
+    if folder is None or not has_processor(folder):
+        return {}
+    return {name: (folder / name).read_bytes() for name in PROCESSOR_FILES if (folder / name).is_file()}
+
+
+def write_processor_files(files: dict[str, bytes], folder: Path) -> None:
+    """Write the files that ``folder`` does not have yet: a tokenizer that was saved there keeps its chat template."""
+    for name, content in files.items():
+        if not (folder / name).exists():
+            (folder / name).write_bytes(content)
 
 
 def load_processor(source: Source) -> Any:
@@ -94,14 +95,16 @@ def _without_videos(folder: Path, options: dict[str, Any]) -> Any:
             parts[name] = AutoImageProcessor.from_pretrained(folder, backend="pil", **options)
         elif name == "video_processor":
             settings = files.get(VIDEO_PROCESSOR_CONFIG) or files.get(PROCESSOR_CONFIG, {}).get(name) or {}
-            parts[name] = _no_videos(settings | files.get(IMAGE_PROCESSOR_CONFIG, {}) | settings)
+            parts[name] = _NoVideos(files.get(IMAGE_PROCESSOR_CONFIG, {}) | settings)
         else:
             raise ImportError(f"its {name} is read with torchvision")
     own = files.get(PROCESSOR_CONFIG, {})
     extra = {name: value for name, value in own.items() if name not in parts and name != "processor_class"}
     taken = kind.__init__.__code__.co_varnames[: kind.__init__.__code__.co_argcount]
     template = getattr(parts.get("tokenizer"), "chat_template", None)
-    return kind(**parts, **{name: value for name, value in extra.items() if name in taken}, chat_template=template)
+    return _taking(kind)(
+        **parts, **{name: value for name, value in extra.items() if name in taken}, chat_template=template
+    )
 
 
 def _processor_class(folder: Path, files: dict[str, dict[str, Any]], options: dict[str, Any]) -> Any:
@@ -121,18 +124,25 @@ def _processor_class(folder: Path, files: dict[str, dict[str, Any]], options: di
     return PROCESSOR_MAPPING.get(type(config), None)
 
 
-def _no_videos(settings: dict[str, Any]) -> Any:
-    """A video processor with these settings, which raises when it is given a video."""
-    from transformers import processing_utils
+class _NoVideos:
+    """In the place of a video processor: its settings, which the processor of images and text may read."""
 
-    name = processing_utils.MODALITY_TO_BASE_CLASS_MAPPING["video_processor"]
-    base = processing_utils.ProcessorMixin.get_possibly_dynamic_module(name)
-
-    def init(self: Any) -> None:
+    def __init__(self, settings: dict[str, Any]) -> None:
         vars(self).update(settings, model_input_names=[])
 
-    def call(self: Any, *_: Any, **__: Any) -> Any:
+    def to_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
         raise ToolkitError("Videos need the package 'torchvision', which is not installed.")
 
-    made: Any = type("NoVideoProcessor", (base,), {"__init__": init, "__call__": call})
-    return made()
+
+def _taking(kind: Any) -> Any:
+    """The processor's class, made to take a ``_NoVideos``: the class that it asks for needs torchvision itself."""
+
+    def check(self: Any, name: str, argument: Any) -> Any:
+        return (
+            _NoVideos if isinstance(argument, _NoVideos) else kind.check_argument_for_proper_class(self, name, argument)
+        )
+
+    return type(kind.__name__, (kind,), {"check_argument_for_proper_class": check})

@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.errors import ToolkitError, first_line
-from toolkit.loading.source import Source, find_source
+from toolkit.loading.source import Source, find_source, read_json
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
+PROCESSOR_TEMPLATE = "chat_template.json"
+"""Where processors of older releases keep the chat template."""
 
 
 def find_tokenizer(name_or_path: str | Path, **options: Any) -> Source:
@@ -34,6 +36,9 @@ def load_tokenizer(source: Source) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, **source.options)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **source.options)
     except Exception as error:  # transformers raises many kinds
         raise ToolkitError(f"The tokenizer in '{folder}' cannot be loaded ({first_line(error)}).") from None
+    if tokenizer.chat_template is None and (folder / PROCESSOR_TEMPLATE).is_file():
+        tokenizer.chat_template = read_json(folder / PROCESSOR_TEMPLATE).get("chat_template")
+    return tokenizer

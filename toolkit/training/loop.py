@@ -20,6 +20,8 @@ from torch import Tensor
 
 from toolkit.config import Recipe, dump
 from toolkit.errors import ToolkitError
+from toolkit.exporting.completeness import checkpoint_folder
+from toolkit.loading import processor_files
 from toolkit.loading.run import name_of
 from toolkit.machine import describe_cpus
 from toolkit.moe.sharding import ShardedExperts, expert_groups, shard_experts
@@ -28,6 +30,7 @@ from toolkit.strict_json import strict_json
 from toolkit.training import checkpoint
 from toolkit.training.accelerator import make_accelerator
 from toolkit.training.files import write_atomic
+from toolkit.training.freezing import freeze_parameters
 from toolkit.training.metrics import FILE as METRICS
 from toolkit.training.metrics import Metrics, plot_curve, read_metrics
 from toolkit.training.model import (
@@ -86,6 +89,7 @@ class Trainer:
         self.tokenizer = self._make_tokenizer(start)
         set_seed(recipe.seed)
         self.hf_model = self._make_model(start)
+        self.processor_files = processor_files(checkpoint_folder(self.hf_model))
         ragged, self.patch_report = patch_model(self.hf_model, recipe.model)
         if start is not None and recipe.model.lora is not None:
             load_adapters(self.hf_model, start.checkpoint)
@@ -214,6 +218,9 @@ class Trainer:
             model = self._whole_model()
         else:
             model = load_checkpoint(start.checkpoint, recipe.forward_dtype, "the checkpoint").train()
+        frozen = freeze_parameters(model, recipe.model)
+        if frozen is not None:
+            self.log(f"frozen: {frozen}")
         masters = lower_precision(model, recipe.forward_dtype)
         self._masters = None if recipe.train.mixed_precision == "no" else masters
         for tensor in (*model.parameters(), *model.buffers()):

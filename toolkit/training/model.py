@@ -18,6 +18,7 @@ from toolkit.moe.observer import RouterObserver, observing
 from toolkit.patching import PatchReport, patch, ragged_forward, token_logprobs, weights_changed
 from toolkit.patching.adapters import fuse_adapters, vocabulary_size
 from toolkit.state.batch import RaggedBatch
+from toolkit.training.images import WithImages, image_logits
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -39,7 +40,7 @@ class RaggedModel(nn.Module):
 
     def forward(
         self,
-        batch: RaggedBatch | list[list[int]],
+        batch: RaggedBatch | WithImages | list[list[int]],
         rows: Tensor | None = None,
         last: list[int] | None = None,
         routing: list[Tensor] | None = None,
@@ -59,7 +60,19 @@ class RaggedModel(nn.Module):
         with observing(self.observer if torch.is_grad_enabled() else None):
             if isinstance(batch, list):
                 return token_logprobs(self.model, batch, True, last, routing, rotary_lengths)
+            if isinstance(batch, WithImages):
+                return self._with_images(batch, rows)
             return ragged_forward(self.model, batch, rows)
+
+    def _with_images(self, batch: WithImages, rows: Tensor | None) -> Tensor:
+        """Logits of the wanted rows, which ascend."""
+        if rows is None:
+            rows = torch.arange(batch.num_tokens, device=next(self.model.parameters()).device)
+        texts, *pictured = batch.split(rows)
+        logits = [image_logits(self.model, one, wanted) for one, wanted in zip(batch.pictured, pictured)]
+        if batch.texts is not None:
+            logits = [ragged_forward(self.model, batch.texts, texts), *logits]
+        return torch.cat(logits)
 
 
 class Reference:
@@ -210,6 +223,7 @@ def add_adapters(model: "PreTrainedModel", section: LoraSection, report: PatchRe
         lora_alpha=section.lora_alpha,  # type: ignore[arg-type]
         lora_dropout=section.lora_dropout,
         target_modules=section.target_modules if section.target_modules is not None else "all-linear",
+        exclude_modules=section.exclude_modules,
         target_parameters=section.target_parameters,
         trainable_token_indices=section.trainable_token_indices,
         task_type="CAUSAL_LM",

@@ -24,6 +24,7 @@ def teacher_recipe(recipe: Recipe, tokenizer: Path) -> Recipe:
     objective: Any = recipe.objective
     teacher = objective.teacher
     model = {**recipe.model.model_dump(), "name_or_path": None, "config": teacher.config, "lora": None}
+    model |= {"freeze_parameters": None, "trainable_parameters": None}
     # The section is about the student's experts; a teacher may have none.
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"moe": MoeSection()})})
     changed = {"model": model, "tokenizer": {"name_or_path": str(tokenizer)}}

@@ -28,6 +28,7 @@ Masters = dict[nn.Parameter, Tensor]
 def lower_precision(model: Any, name: str) -> Masters:
     """Rounds the float32 parameters of a transformers model to the dtype of this name, in place; what they were.
 
+    Of frozen parameters nothing is kept.
     Those that the model's class keeps in float32 stay, as in ``from_pretrained(dtype=...)``; buffers too.
     """
     dtype = getattr(torch, name)
@@ -39,7 +40,8 @@ def lower_precision(model: Any, name: str) -> Masters:
     if dtype in (torch.bfloat16, torch.float16):
         for path, parameter in model.named_parameters():
             if parameter.dtype == torch.float32 and not whole.search(path):
-                masters[parameter] = parameter.data
+                if parameter.requires_grad:
+                    masters[parameter] = parameter.data
                 parameter.data = parameter.data.to(dtype)
         model.config.dtype = dtype
     return masters

@@ -1,20 +1,25 @@
 """What a source of training data becomes: examples, and what was cut, dropped or is worth a remark, counted."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from toolkit.chat import PreferenceTokens, TrainingTokens
+from toolkit.chat import PicturedTokens, PreferenceTokens, TrainingTokens
 from toolkit.errors import ToolkitError
 from toolkit.ops import IGNORED
 
 
 class Example(NamedTuple):
-    """``inputs[t]`` is followed by ``targets[t]``; targets that do not count are -100."""
+    """``inputs[t]`` is followed by ``targets[t]``; targets that do not count are -100.
+
+    Attributes:
+        media: what the model's processor made of the sequence and its images, None without images.
+    """
 
     inputs: list[int]
     targets: list[int]
+    media: Mapping[str, Any] | None = None
 
     @property
     def counted(self) -> int:
@@ -64,6 +69,25 @@ def supervised(tokens: Sequence[TrainingTokens], max_length: int, excess_length_
         )
         outcome.remark(one)
     return outcome
+
+
+def pictured_example(made: PicturedTokens, max_length: int, excess_length_strategy: str) -> Outcome:
+    """``supervised`` of one conversation with images: one that would be cut within or before an image is dropped."""
+    outcome = supervised([made.tokens], max_length, excess_length_strategy)
+    kept = [one for one in outcome.examples if len(one.inputs) >= made.images_end]
+    if len(kept) < len(outcome.examples):
+        return Outcome(counts=Counter(["too_long"]))
+    outcome.examples = [one._replace(media=_shortened(made.inputs, len(one.inputs))) for one in kept]
+    return outcome
+
+
+def _shortened(inputs: Mapping[str, Any], length: int) -> dict[str, Any]:
+    """A processor's outputs with ``length`` tokens of text; what is there for each image stays."""
+    return {
+        name: value[:, :length] if name == "input_ids" or name.endswith("token_type_ids") else value
+        for name, value in inputs.items()
+        if name != "attention_mask"  # of padding, which there is none of
+    }
 
 
 def paired(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from toolkit.config import dump
+from toolkit.loading import write_processor_files
 from toolkit.training.model import save_model
 from toolkit.training.resume import Start
 from toolkit.training.state import load_optimizer, restore_rank, write_state
@@ -23,6 +24,7 @@ def write_run(trainer: "Trainer", staging: Path, rngs: list[Any], positions: lis
     """
     save_model(trainer.hf_model, staging)
     trainer.tokenizer.save_pretrained(str(staging))
+    write_processor_files(trainer.processor_files, staging)
     (staging / "recipe.yaml").write_text(dump(trainer.recipe), encoding="utf-8")
     values = {
         "step": trainer.step,

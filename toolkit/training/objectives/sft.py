@@ -2,20 +2,25 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
-from toolkit.chat import ChatTokenizer
+from toolkit.chat import ChatTokenizer, has_images, pictured, take_images
 from toolkit.config.objective import OfflineSection
+from toolkit.errors import ToolkitError
+from toolkit.loading import find_source, load_processor
 from toolkit.ops import IGNORED
 from toolkit.training.examples import Packed
-from toolkit.training.formats import SFT_FORMATS, read
+from toolkit.training.formats import SFT_FORMATS, Options, conversations, read
 from toolkit.training.formats import options as line_options
+from toolkit.training.images import WithImages
 from toolkit.training.jsonl import Line
 from toolkit.training.objectives.base import MetricAccumulator, Metrics, RunContext
 from toolkit.training.objectives.offline import OfflineObjective
-from toolkit.training.preparing import Example, Outcome, supervised
+from toolkit.training.preparing import Example, Outcome, pictured_example, supervised
 from toolkit.training.tasks import Problem
 
 if TYPE_CHECKING:
@@ -29,7 +34,8 @@ class SFTSection(OfflineSection):
 
     ``data_files``: lines with ``messages`` (or ``conversations``), or ``prompt`` and ``completion``, as texts or
     messages, or ``text``; ``tools`` and ``chat_template_kwargs`` beside messages are given to the chat template. Texts
-    end with the end-of-text token, turns as the template ends them.
+    end with the end-of-text token, turns as the template ends them. Messages may have images among their parts (as
+    paths relative to the file, or data URLs), which the model's own processor reads.
     """
 
     supports_gradient_accumulation: ClassVar[bool] = True
@@ -48,7 +54,7 @@ class SFTSection(OfflineSection):
 class MicroBatch(NamedTuple):
     """Rows of a packed batch that predict something that counts, and the share that they have in the update."""
 
-    batch: "RaggedBatch"
+    batch: "RaggedBatch | WithImages"
     rows: "Tensor"
     targets: "Tensor"
     share: float
@@ -74,6 +80,10 @@ class SFT(OfflineObjective[SFTSection]):
         from toolkit.training.rollout import Rollout
 
         super().bind(context)
+        if self.dataset is not None:
+            first = conversations(read(self.dataset.train[0].value, self.formats))
+            if any(map(has_images, first)):
+                self.require_processor()
         self.check_data()
         self.stream = Packed(self.sources(context), self.examples, self.recipe.train.batch_tokens)
         self.rollout = Rollout(context, self.section.rollout)
@@ -84,6 +94,8 @@ class SFT(OfflineObjective[SFTSection]):
             tokens = self.chat.completion(source.prompt, source.solution)
         else:
             fields, options = read(source.value, self.formats), line_options(source.value)
+            if any(map(has_images, conversations(fields))):
+                return self._with_images(source.value, fields, options)
             if "messages" in fields:
                 tokens = self.chat.messages(fields["messages"], *options)
             elif "text" in fields:
@@ -91,6 +103,37 @@ class SFT(OfflineObjective[SFTSection]):
             else:
                 tokens = self.chat.completion(fields["prompt"], fields["completion"], *options)
         return supervised(tokens, self.recipe.train.max_length, self.section.excess_length_strategy)
+
+    def _with_images(self, line: dict[str, Any], fields: dict[str, Any], options: Options) -> Outcome:
+        """A conversation with images, whose tokens are those of the model's processor."""
+        assert self.dataset is not None
+        (conversation,) = conversations(fields)
+        messages, images = take_images(conversation, Path(self.dataset.path).parent, line.get("images"))
+        if "messages" in fields:
+            tokens = self.chat.messages(messages, *options)
+        else:
+            first = len(fields["prompt"])
+            tokens = self.chat.completion(messages[:first], messages[first:], *options)
+        if len(tokens) > 1:
+            raise ToolkitError(
+                "must have one turn of the assistant beside images with a chat template that rewrites earlier turns, "
+                f"got {len(tokens)}."
+            )
+        made = pictured(self.processor, tokens[0], images)
+        return pictured_example(made, self.recipe.train.max_length, self.section.excess_length_strategy)
+
+    def require_processor(self) -> None:
+        """Raise ToolkitError, before any line is read, where the model's processor cannot be had."""
+        assert self.processor is not None
+
+    @cached_property
+    def processor(self) -> Any:
+        """The model's own processor. Raises ToolkitError where the model's folder has none."""
+        name = self.context.model.model.name_or_path
+        found = load_processor(find_source(name, cached=True)) if name else None
+        if found is None:
+            raise ToolkitError(f"model.name_or_path must have a processor for data with images, got {name!r}.")
+        return found
 
     def shown(self, example: Example) -> tuple[list[int], list[bool]]:
         last = example.targets[-1]
@@ -117,7 +160,7 @@ class SFT(OfflineObjective[SFTSection]):
         return loss * micro.share
 
     def rows(self, micro: MicroBatch) -> int:
-        return len(micro.batch.tokens)
+        return micro.batch.num_tokens if isinstance(micro.batch, WithImages) else len(micro.batch.tokens)
 
     def finish(self) -> tuple[int, dict[str, float]]:
         return self._tokens, {}
@@ -164,20 +207,29 @@ class SFT(OfflineObjective[SFTSection]):
 
 
 def _micro(pack: Sequence[Example], share: float, context: RunContext) -> MicroBatch:
-    """The packed batch of some examples."""
+    """The packed batch of some examples; those with images come behind the others."""
     import torch
 
-    from toolkit.patching import choose_rotary_lengths
-    from toolkit.state.batch import RaggedBatch
-
-    device, inputs = context.device, [example.inputs for example in pack]
-    # With the last target: that is the whole sequence.
-    rotary = choose_rotary_lengths(context.model.model, [len(one) + 1 for one in inputs])
+    device = context.device
+    texts = [example for example in pack if example.media is None]
+    pictured = [example.media for example in pack if example.media is not None]
+    packed = _packed(texts, context) if texts else None
+    pack = [*texts, *(example for example in pack if example.media is not None)]
     flat = [target for example in pack for target in example.targets]
     rows = [row for row, target in enumerate(flat) if target != IGNORED]
     return MicroBatch(
-        RaggedBatch.from_sequences(inputs, device=device, share=False, rotary_lengths=rotary),
+        WithImages.on(device, packed, pictured) if packed is None or pictured else packed,
         torch.tensor(rows, device=device),
         torch.tensor([flat[row] for row in rows], device=device),
         share,
     )
+
+
+def _packed(pack: Sequence[Example], context: RunContext) -> "RaggedBatch":
+    from toolkit.patching import choose_rotary_lengths
+    from toolkit.state.batch import RaggedBatch
+
+    inputs = [example.inputs for example in pack]
+    # With the last target: that is the whole sequence.
+    rotary = choose_rotary_lengths(context.model.model, [len(one) + 1 for one in inputs])
+    return RaggedBatch.from_sequences(inputs, device=context.device, share=False, rotary_lengths=rotary)
