@@ -5,9 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from toolkit.modules.written_attention import Plan, Scores, UnknownStep, Watch, heads
-
-HIDDEN = -5e3  # a key with such a bias has weight 0: masks are written as -1e4, the lowest number there is, or -inf
+from toolkit.modules.attention_scores import HIDDEN, Scores, UnknownStep
+from toolkit.modules.written_attention import Plan, Watch, heads
 
 
 @dataclass(frozen=True)
@@ -34,18 +33,25 @@ class Trace:
                 f"it has {count} query heads, {key_heads} key heads and {self.values.shape[1]} value heads"
             )
         key_heads = _distinct_heads(self.keys, self.values)
-        return Plan(scale, _window(visible[0]), _slopes(self.bias, visible[0]), key_heads)
+        window, chunked = _window(visible[0])
+        slopes = _slopes(self.bias, visible[0])
+        if slopes is not None and chunked:
+            raise UnknownStep("it has ALiBi and chunks at once")
+        return Plan(scale, window, slopes, key_heads, chunked)
 
 
-def _window(visible: Tensor) -> int:
-    """Of a mask [T, T]; 0 where each query sees all keys up to itself."""
-    length = len(visible)
-    age = torch.arange(length, device=visible.device)[:, None] - torch.arange(length, device=visible.device)
+def _window(visible: Tensor) -> tuple[int, bool]:
+    """Of a mask [T, T]: the tokens that a query sees, 0 for all, and whether they are its chunk."""
+    at = torch.arange(len(visible), device=visible.device)
+    age = at[:, None] - at
     seen = int(visible[-1].sum())
     for window in (0, seen):
         if torch.equal(visible, (age >= 0) & (age < window if window else True)):
-            return window
-    raise UnknownStep("its mask is neither causal nor a sliding window")
+            return window, False
+    size = int(visible[:, 0].sum())  # the queries that see the first key
+    if size and torch.equal(visible, (age >= 0) & (at[:, None] // size == at // size)):
+        return size, True
+    raise UnknownStep("its mask is neither causal nor a sliding window nor chunks")
 
 
 def _slopes(bias: Tensor, visible: Tensor) -> tuple[float, ...] | None:

@@ -5,10 +5,10 @@ calls it, once recorded (``patching/written_trace.py``), which gives a ``Plan`` 
 with the ``Plan``, which must agree, gradients included.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +16,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from toolkit.errors import first_line
-from toolkit.modules.written_attention import Plan, UnknownStep, Watch, written_forward
+from toolkit.modules.attention_scores import UnknownStep
+from toolkit.modules.row_positions import RowPositions, row_positions_forward
+from toolkit.modules.written_attention import Plan, Watch, written_forward
 from toolkit.numerics import Numerics
 from toolkit.patching.adapters import vocabulary_size
+from toolkit.patching.attention_probe import CACHE, FAR
 from toolkit.patching.claim import Claim, ProbeError, Skipped, Undo, replace_forward
 from toolkit.patching.eval_mode import eval_mode
 from toolkit.patching.probe import compare, device_of, generator, probe_copy, random_input, signature_key
@@ -31,7 +34,7 @@ from toolkit.state.dense import DenseContext
 LENGTH = 13
 FAR_LENGTH = 300  # beyond local windows that are built into buffers, and beyond what bfloat16 counts to
 LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
-WINDOWS = ("sliding_window", "attention_window", "window_size")
+WINDOWS = ("sliding_window", "attention_window", "window_size", "attention_chunk_size")
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -164,32 +167,56 @@ def _plans(copied: nn.Module, own: Callable[..., Any], arguments: Arguments, len
     return [trace.plan() for trace in watch.traces]
 
 
-def _error(copied: nn.Module, own: Callable[..., Any], arguments: Arguments, plans: Sequence[Plan]) -> ProbeError:
-    """Of the forward in a batch of one sequence, against the layer's own."""
-    _, shape = _with_hidden(arguments, LENGTH)
-    context = DenseContext(RaggedBatch.from_sequences([[0] * LENGTH], device_of(copied), share=False))
-    forward = written_forward(own, 0, plans)
+def _counts(copied: nn.Module, own: Callable[..., Any], arguments: Arguments) -> bool:
+    """Whether the layer counts positions from the length of its cache."""
+    if not {"get_seq_length", "get_query_offset"} & set(inspect.unwrap(own).__code__.co_names):
+        return False
+    args, kwargs = arguments
+    with torch.no_grad():
+        near, far = (_first(own(copied, *args, **{**kwargs, CACHE: RowPositions(past)})) for past in (0, FAR))
+    return not torch.equal(near, far)
 
-    def run(function: Callable[..., Any], hidden: Tensor) -> Tensor:
+
+def _forward(own: Callable[..., Any], layer: int, plans: Sequence[Plan], counts: bool) -> Callable[..., Any]:
+    forward = written_forward(own, layer, plans)
+    return row_positions_forward(forward) if counts else forward
+
+
+def _error(
+    copied: nn.Module, own: Callable[..., Any], forward: Callable[..., Any], arguments: Arguments, past: int
+) -> ProbeError:
+    """Of ``forward`` in a batch of one sequence after ``past`` tokens, against the layer's own."""
+    _, shape = _with_hidden(arguments, LENGTH)
+    batch = RaggedBatch.from_sequences([[0] * LENGTH], device_of(copied), share=False)
+    context = DenseContext(replace(batch, positions=batch.positions + past))
+
+    def run(function: Callable[..., Any], hidden: Tensor, **cache: Any) -> Tensor:
         (args, kwargs), _ = _with_hidden(arguments, LENGTH, hidden)
-        return _first(function(copied, *args, **kwargs))
+        return _first(function(copied, *args, **{**kwargs, **cache}))
+
+    def alone(hidden: Tensor) -> Tensor:
+        return run(own, hidden, **({CACHE: RowPositions(past)} if past else {}))
 
     def batched(hidden: Tensor) -> Tensor:
         with set_forward_context(context):
             return run(forward, hidden)
 
     hidden = random_input(*shape, like=copied)
-    return compare(batched, partial(run, own), [[hidden]], list(copied.parameters()))
+    return compare(batched, alone, [[hidden]], list(copied.parameters()))
 
 
-def _prove(module: nn.Module, near: Arguments, far: Arguments, far_length: int) -> tuple[list[Plan], ProbeError]:
+def _prove(module: nn.Module, near: Arguments, far: Arguments, far_length: int) -> tuple[list[Plan], bool, ProbeError]:
+    """The plans of a layer, whether it counts positions from its cache's length, and the probe error."""
     own = type(module).forward
     copied = probe_copy(module)
     plans = _plans(copied, own, far, far_length)
-    error = _error(copied, own, near, plans)
+    counts = _counts(copied, own, near)
+    forward = _forward(own, 0, plans, counts)
+    errors = [_error(copied, own, forward, near, past) for past in ((0, FAR) if counts else (0,))]
+    error = max(errors, key=ProbeError.worst)
     if not error.passes():
         raise UnknownStep(f"attention as its masks and biases say is not it: probe error {error.worst():.1e}")
-    return plans, error
+    return plans, counts, error
 
 
 def _cache_window(config: Any, layer: Any) -> int:
@@ -218,7 +245,7 @@ def find(model: Any, numerics: Numerics, first_layer: int = 0) -> list[Claim | S
     representative = {key: module for module, key in reversed(keys.items())}
     config = model.config.get_text_config()
     far_length = _far_length(config)
-    proven: dict[Any, tuple[list[Plan], ProbeError]] = {}
+    proven: dict[Any, tuple[list[Plan], bool, ProbeError]] = {}
     claims: list[Claim | Skipped] = []
     layer = first_layer
     try:
@@ -234,19 +261,15 @@ def find(model: Any, numerics: Numerics, first_layer: int = 0) -> list[Claim | S
         except Exception as problem:
             text = first_line(problem, with_class=not isinstance(problem, UnknownStep))
             return [Skipped("attention", paths[module], f"it is not attention in a known form: {text}")]
-        plans, error = proven[key]
+        plans, counts, error = proven[key]
         plans = [replace(plan, window=sizes.get(plan.window, plan.window)) for plan in plans]
         kept = _cache_window(config, getattr(module, "layer_idx", None))
         if kept and any(not 0 < plan.window <= kept for plan in plans):
             reason = f"its masks show more than the {kept} tokens that its cache keeps"
             return [Skipped("attention", paths[module], f"{reason}: generate() and the forward differ")]
-        forward = written_forward(type(module).forward, layer, plans)
+        forward = _forward(type(module).forward, layer, plans, counts)
         layer += len(plans)
-        op = (
-            "attention (its own forward, "
-            + ("ALiBi" if plans[0].slopes else "window" if plans[0].window else "causal")
-            + ")"
-        )
+        op = f"attention (its own forward, {plans[0]})"
         claims.append(Claim("attention", paths[module], module, op, error, replace_forward(module, forward)))
     if not claims:
         return []
