@@ -18,6 +18,7 @@ SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
     "recurrent": ((2, 3, 5),),
     "conv": ((3, 6),),
     "routing": ((1, 4),),
+    "index": ((1, 6),),
 }
 """What to remember in the tests of a kind; any other kind is given keys and values."""
 

@@ -20,7 +20,8 @@ from toolkit.state.dense import DenseContext
 
 
 @lru_cache(maxsize=64)
-def _unpadded(batch: int, queries: int, keys: int, device: torch.device) -> DenseContext:
+def unpadded_context(batch: int, queries: int, keys: int, device: torch.device) -> DenseContext:
+    """The context of an ordinary call without padding: the last ``queries`` of each row's ``keys`` tokens ask."""
     with torch.inference_mode(False):  # contexts are kept, and a later backward saves their tensors
         return DenseContext(RaggedBatch.unpadded(batch, queries, keys, device))
 
@@ -69,7 +70,7 @@ def attend(
     elif torch.compiler.is_compiling():
         padded = DenseContext(RaggedBatch.unpadded(batch_size, queries, k.shape[1], q.device))
     else:
-        padded = _unpadded(batch_size, queries, k.shape[1], q.device)
+        padded = unpadded_context(batch_size, queries, k.shape[1], q.device)
     q, k, v = (part.flatten(0, 1) for part in (q, k, v))
     out: Tensor = padded.attend(layer, q, k, v, settings).unflatten(0, (batch_size, queries))
     return out

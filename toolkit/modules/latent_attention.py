@@ -20,6 +20,18 @@ from toolkit.ops.rotary import rotary
 from toolkit.state.active import forward_context_of
 
 
+def absorbed_queries(content: Tensor, up: Tensor) -> Tensor:
+    """[T, H, R] queries for latents: content [T, H, N] by each head's key projection in ``up`` [H (N + V), R]."""
+    to_latent = up.unflatten(0, (content.shape[1], -1))[:, : content.shape[2]].mT
+    return torch.stack([linear(content[:, h], to_latent[h]) for h in range(len(to_latent))], 1)
+
+
+def expanded_values(out: Tensor, up: Tensor, content: int) -> Tensor:
+    """[T, H, V] values of weighted latents [T, H, R] by each head's value projection, behind ``content`` rows."""
+    to_value = up.unflatten(0, (out.shape[1], -1))[:, content:]
+    return torch.stack([linear(out[:, h], to_value[h]) for h in range(len(to_value))], 1)
+
+
 @dataclass(frozen=True)
 class LatentAttention:
     """Where a layer keeps its parts, by attribute name, and its widths.
@@ -67,9 +79,7 @@ class LatentAttention:
             content, rotated_q = q.split([parts.content, parts.rotated], -1)
             rotated_q = rotary(rotated_q, cos, sin, parts.interleaved)
             shared = rotary(shared[:, None], cos, sin, parts.interleaved)
-            heads = up.weight.unflatten(0, (q.shape[1], -1))  # [H, N + V, R]
-            to_latent, to_value = heads[:, : parts.content].mT, heads[:, parts.content :]
-            asked = torch.stack([linear(content[:, h], to_latent[h]) for h in range(len(heads))], 1)
+            asked = absorbed_queries(content, up.weight)
             out = context.attend_latent(
                 self.layer_idx,  # type: ignore[arg-type]
                 torch.cat([asked, rotated_q], -1),
@@ -77,7 +87,7 @@ class LatentAttention:
                 parts.rank,
                 scale=float(self.scaling),  # type: ignore[arg-type]
             )
-            values = torch.stack([linear(out[:, h], to_value[h]) for h in range(len(heads))], 1)
+            values = expanded_values(out, up.weight, parts.content)
             return getattr(self, parts.out)(values.flatten(1)[None]), None
 
         return forward

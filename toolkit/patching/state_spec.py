@@ -32,6 +32,22 @@ class _SpecContext(DenseContext):
         self.layers.append(StateSpec(layer, "latent", (tuple(latents.shape[1:]), (latents.shape[1], value_width))))
         return super().attend(layer, q, latents, latents[..., :value_width], AttentionSettings(scale))
 
+    def select(self, layer: int, q: Tensor, k: Tensor, weights: Tensor, topk: int, *, scale: float) -> Tensor:
+        self.layers.append(StateSpec(layer, "index", ((1, k.shape[1]),)))
+        return super().select(layer, q, k, weights, topk, scale=scale)
+
+    def attend_selected(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, selected: Tensor, settings: AttentionSettings
+    ) -> Tensor:
+        self.layers.append(StateSpec(layer, "full", (tuple(k.shape[1:]), tuple(v.shape[1:]))))
+        return super().attend_selected(layer, q, k, v, selected, settings)
+
+    def attend_selected_latent(
+        self, layer: int, q: Tensor, latents: Tensor, value_width: int, selected: Tensor, settings: AttentionSettings
+    ) -> Tensor:
+        self.layers.append(StateSpec(layer, "latent", (tuple(latents.shape[1:]), (latents.shape[1], value_width))))
+        return super().attend_selected(layer, q, latents, latents[..., :value_width], selected, settings)
+
     def scan(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **settings: Any) -> Tensor:
         self.layers.append(StateSpec(layer, "recurrent", ((v.shape[1], k.shape[2], v.shape[2]),)))
         return super().scan(layer, q, k, v, *rest, **settings)

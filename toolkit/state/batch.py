@@ -14,7 +14,7 @@ from torch import Tensor
 from toolkit.errors import ToolkitError
 from toolkit.state.kinds import PagedRows, Snapshots
 from toolkit.state.prefix_trees import SharedPrefixes, share_prefixes
-from toolkit.state.replay import check_routing, name_rows
+from toolkit.state.replay import Recorded, name_rows
 from toolkit.state.spans import Spans, check_spans, spans_of_rows
 
 # Sharing fewer tokens than this part of all would cost more in gathered keys than it saves.
@@ -45,6 +45,8 @@ class RaggedBatch:
             0 .. T.
         views: where the past lies in each group of layers, for ``PagedContext``; empty where the batch brings all keys.
         routing: [layers of experts, T, K] the experts that each token is to take; None to let routers choose.
+        selection: [layers with an indexer, T, K] the positions that each token is to attend in the place of its
+            indexers' choice, ascending, -1 behind the last one; None to let indexers choose.
         rotary_lengths: [T] the length of the sequence by which each row's rotary tables are made, fixed for the life of
             a sequence; None where the model's tables do not depend on it, or by its own length (``RotaryRegimes``).
         spans: [T, 2] the (first, end) index in its sequence of the span that each row lies in, (0, 0) for none; None
@@ -79,6 +81,7 @@ class RaggedBatch:
     rotary_lengths: Tensor | None = None
     spans: Tensor | None = None
     span_layers: frozenset[int] | None = None
+    selection: Tensor | None = None
 
     @classmethod
     def from_sequences(
@@ -89,6 +92,7 @@ class RaggedBatch:
         routing: Sequence[Tensor] | None = None,
         rotary_lengths: Sequence[int] | None = None,
         spans: Spans | None = None,
+        selection: Sequence[Tensor] | None = None,
     ) -> "RaggedBatch":
         """The batch of whole sequences, without state: what training runs.
 
@@ -103,13 +107,15 @@ class RaggedBatch:
                 a prefix as far as they have its routing in common.
             rotary_lengths: of each sequence, see the field. Sequences share prefixes only where these are equal.
             spans: of each sequence the (first, end) positions of its spans, in order. Sequences share whole spans.
+            selection: of each sequence the positions [tokens, layers with an indexer, K] that its tokens are to attend
+                (``SelectionReplay.kept``); the last token may be missing. Shared as a routing is.
 
         Raises:
-            ToolkitError: for a routing, rotary_lengths or spans that do not fit the sequences.
+            ToolkitError: for a routing, selection, rotary_lengths or spans that do not fit the sequences.
         """
         arrays = [np.asarray(torch.as_tensor(sequence, dtype=torch.int64).cpu()) for sequence in sequences]
         counts = [len(array) for array in arrays]
-        experts = check_routing(routing, counts) if routing is not None else None
+        recorded = Recorded.of(routing, selection, counts)
         if rotary_lengths is not None and len(rotary_lengths) != len(arrays):
             raise ToolkitError(
                 f"rotary_lengths must have one entry per sequence ({len(arrays)}), got {len(rotary_lengths)}."
@@ -119,7 +125,7 @@ class RaggedBatch:
             spans = spans if any(map(len, spans)) else None
         spans_by_row = None if spans is None else [spans_of_rows(*one) for one in zip(spans, counts)]
         if share and len(arrays) > 1:
-            names, tokens_of, experts_of = name_rows(arrays, experts) if experts else (arrays, None, None)
+            names, tokens_of, recorded_of = name_rows(arrays, recorded.rows) if recorded else (arrays, None, None)
             distinct, kinds, low, span = _spread(names, rotary_lengths)
             names = [one + span * kind for one, kind in zip(names, kinds, strict=True)]
             shared = share_prefixes(names, spans)
@@ -129,10 +135,11 @@ class RaggedBatch:
                     kind = (batch.tokens - low) // span
                     lengths_of = torch.from_numpy(distinct).to(device)[kind]
                     batch = replace(batch, tokens=batch.tokens - span * kind, rotary_lengths=lengths_of)
-                if tokens_of is None or experts_of is None:
+                if recorded is None or tokens_of is None or recorded_of is None:
                     return batch
-                named = torch.from_numpy(tokens_of).to(device)[batch.tokens]
-                return replace(batch, tokens=named, routing=_by_layer(experts_of, device)[:, batch.tokens])
+                named = batch.tokens.cpu().numpy()
+                tokens = torch.from_numpy(tokens_of[named]).to(device)
+                return replace(batch, tokens=tokens, **recorded.fields(recorded_of[named], device))
         # Not repeat_interleave: on a busy CPU its threads have been seen to wait for 20 ms.
         indices = [torch.arange(count) for count in counts]
         nothing = torch.empty(0, dtype=torch.int64)
@@ -146,7 +153,7 @@ class RaggedBatch:
             batch = replace(batch, rotary_lengths=torch.from_numpy(of_rows).to(device))
         if spans_by_row is not None:
             batch = replace(batch, spans=torch.from_numpy(np.concatenate(spans_by_row)).to(device))
-        return replace(batch, routing=_by_layer(np.concatenate(experts), device)) if experts else batch
+        return replace(batch, **recorded.fields(np.concatenate(recorded.rows), device)) if recorded else batch
 
     @classmethod
     def _of_prefix_trees(
@@ -251,11 +258,6 @@ class RaggedBatch:
         """[T] segment of each row, by its index in ``kv_lengths``; S for padding rows."""
         rows = torch.arange(len(self.tokens), device=self.query_offsets.device)
         return torch.searchsorted(self.query_offsets, rows, right=True) - 1
-
-
-def _by_layer(experts: np.ndarray, device: torch.device | str | None) -> Tensor:
-    """[T, layers, K] to [layers, T, K]: a layer's part in one piece."""
-    return torch.from_numpy(np.ascontiguousarray(experts.transpose(1, 0, 2))).to(device)
 
 
 def _spread(names: Sequence[np.ndarray], lengths: Sequence[int] | None) -> tuple[np.ndarray, Sequence[int], int, int]:

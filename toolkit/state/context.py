@@ -1,6 +1,6 @@
 """What the layers of a forward call on a ragged batch: one protocol for dense and paged forwards.
 
-Shapes: T new tokens, C channels, Hq query heads, H heads, D key width, V value width, K experts per token.
+Shapes: T new tokens, C channels, Hq query heads, H heads, D key width, V value width, K experts or selected keys.
 """
 
 from abc import ABC, abstractmethod
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from toolkit.errors import ToolkitError
 from toolkit.state.batch import RaggedBatch
-from toolkit.state.replay import RoutingReplay
+from toolkit.state.replay import RoutingReplay, SelectionReplay
 from toolkit.state.rotary_regimes import RotaryRegimes
 
 
@@ -44,12 +44,15 @@ class ForwardContext(ABC):
     Attributes:
         batch: the tokens, and where each one's past lies.
         replay: the experts that tokens are to take in the place of the routers' choice; None to let routers choose.
+        selections: the keys that sparse attention layers selected or were given, and those that they are to take in the
+            place of their choice.
     """
 
     def __init__(self, batch: RaggedBatch) -> None:
         self.batch = batch
         self.replay = None if batch.routing is None else RoutingReplay(batch.routing)
         self._ahead: Tensor | None = None
+        self.selections = SelectionReplay(batch.selection)
 
     def rotary_lengths(self, regimes: RotaryRegimes) -> Tensor:
         """[T] the length by which each row's rotary tables are made, for a module whose tables have ``regimes``.
@@ -93,6 +96,34 @@ class ForwardContext(ABC):
     def attend_latent(self, layer: int, q: Tensor, latents: Tensor, value_width: int, *, scale: float) -> Tensor:
         """``attend`` of latents [T, 1, D], which are the keys and, by their first columns, the values."""
         return self.attend(layer, q, latents, latents[..., :value_width], AttentionSettings(scale))
+
+    def select(self, layer: int, q: Tensor, k: Tensor, weights: Tensor, topk: int, *, scale: float) -> Tensor:
+        """[T, K] positions of the keys that the new tokens are to attend: ``select_keys`` along their own sequences.
+
+        Args:
+            layer: index of the layer.
+            q: [T, H, D] queries of the layer's indexer.
+            k: [T, D] keys of the new tokens, one for all of its heads.
+            weights: [T, H].
+            topk: keys to select.
+            scale: of the products.
+        """
+        raise ToolkitError(f"sparse attention is not served by {type(self).__name__}; run the sequence as a whole.")
+
+    def attend_selected(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, selected: Tensor, settings: AttentionSettings
+    ) -> Tensor:
+        """Attention [T, Hq, V] of the new tokens over the keys at ``selected`` positions [T, K] of each one's sequence.
+
+        Of ``settings`` the scale and the sinks are read; the other arguments as in ``attend``.
+        """
+        raise ToolkitError(f"sparse attention is not served by {type(self).__name__}; run the sequence as a whole.")
+
+    def attend_selected_latent(
+        self, layer: int, q: Tensor, latents: Tensor, value_width: int, selected: Tensor, settings: AttentionSettings
+    ) -> Tensor:
+        """``attend_selected`` of latents [T, 1, D], which are the keys and, by their first columns, the values."""
+        return self.attend_selected(layer, q, latents, latents[..., :value_width], selected, settings)
 
     @abstractmethod
     def scan(

@@ -6,6 +6,8 @@ from torch import Tensor
 from toolkit.ops.attention import attention
 from toolkit.ops.causal_conv import causal_conv
 from toolkit.ops.linear_recurrence import linear_recurrence
+from toolkit.ops.select_keys import select_keys, selected_rows
+from toolkit.ops.sparse_attention import sparse_attention
 from toolkit.state.batch import RaggedBatch
 from toolkit.state.context import AttentionSettings, ForwardContext
 from toolkit.state.rotary_regimes import RotaryRegimes
@@ -31,6 +33,26 @@ class DenseContext(ForwardContext):
         plan = batch.query_offsets, batch.kv_offsets, batch.kv_lengths, batch.block_tables, 1, *settings
         out, _ = attention(q, k, v, *plan, batch.query_ranges, self.seen_ahead(layer))
         return out
+
+    def select(self, layer: int, q: Tensor, k: Tensor, weights: Tensor, topk: int, *, scale: float) -> Tensor:
+        def choose() -> Tensor:
+            return select_keys(q, k, weights, *self._plan(), topk=topk, scale=scale)
+
+        return self.selections.take(layer, choose)
+
+    def attend_selected(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, selected: Tensor, settings: AttentionSettings
+    ) -> Tensor:
+        out, _ = sparse_attention(q, k, v, self.rows_of(selected), settings.scale, settings.sinks)
+        return out
+
+    def rows_of(self, selected: Tensor) -> Tensor:
+        """[T, K] rows of the batch's keys at ``selected`` positions of each row's sequence; -1 where there is none."""
+        return selected_rows(selected, *self._plan())
+
+    def _plan(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, int]:
+        batch = self.batch
+        return batch.query_offsets, batch.kv_offsets, batch.kv_lengths, batch.block_tables, 1
 
     def scan(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, *, scale: float, delta: bool

@@ -5,6 +5,8 @@ from typing import Any
 from torch import Tensor
 
 from toolkit.ops.attention import attention
+from toolkit.ops.select_keys import select_keys, selected_rows
+from toolkit.ops.sparse_attention import sparse_attention
 from toolkit.state.batch import RaggedBatch
 from toolkit.state.context import AttentionSettings, ForwardContext
 from toolkit.state.kinds import PagedRows, Snapshots
@@ -27,6 +29,32 @@ class PagedContext(ForwardContext):
         keys, values, tables = state.operands(view)
         plan = batch.query_offsets, batch.kv_offsets, batch.kv_lengths, tables, self.pool.block_size, *settings
         out, _ = attention(q, keys, values, *plan, None, self.seen_ahead(layer))
+        return out
+
+    def select(self, layer: int, q: Tensor, k: Tensor, weights: Tensor, topk: int, *, scale: float) -> Tensor:
+        """The selection over the blocks, after the new tokens' own keys went there."""
+        batch = self.batch
+        state, view = self._state(layer, "select")
+        assert isinstance(view, PagedRows)
+        state.write((k[:, None],), view, batch.query_offsets)
+        keys, tables = state.operands(view)
+
+        def choose() -> Tensor:
+            plan = batch.query_offsets, batch.kv_offsets, batch.kv_lengths, tables, self.pool.block_size
+            return select_keys(q.to(keys.dtype), keys, weights, *plan, topk=topk, scale=scale)
+
+        return self.selections.take(layer, choose)
+
+    def attend_selected(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, selected: Tensor, settings: AttentionSettings
+    ) -> Tensor:
+        batch = self.batch
+        state, view = self._state(layer, "attend")
+        assert isinstance(view, PagedRows)
+        state.write((k, v), view, batch.query_offsets)
+        keys, values, tables = state.operands(view)
+        plan = batch.query_offsets, batch.kv_offsets, batch.kv_lengths, tables, self.pool.block_size
+        out, _ = sparse_attention(q, keys, values, selected_rows(selected, *plan), settings.scale, settings.sinks)
         return out
 
     def scan(

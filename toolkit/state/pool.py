@@ -75,7 +75,7 @@ class StatePool:
         return sum(state.bytes for state in self.states)
 
     def has(self, layer: int, op: str) -> bool:
-        """Whether a layer has state of an op: "attend", "scan", "convolve" or "record"."""
+        """Whether a layer has state of an op: "attend", "select", "scan", "convolve" or "record"."""
         return (layer, op) in self._serving
 
     def find(self, layer: int, op: str) -> tuple[Any, int]:

@@ -1,9 +1,10 @@
-"""A recorded routing: laid out for the batch that trains on it, and handed to its routers.
+"""What a rollout recorded of its tokens, laid out for the batch that trains on it: routings, and selections of keys.
 
-Shapes: T tokens, L layers of experts, K experts per token.
+Shapes: T tokens, L layers of experts or with an indexer, K experts or selected keys per token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -52,24 +53,149 @@ def check_routing(routing: Sequence[Tensor], counts: Sequence[int]) -> list[Ints
     return found
 
 
-def name_rows(tokens: Sequence[Ints], experts: Sequence[Ints]) -> tuple[list[Ints], Ints, Ints]:
-    """The sequences with one number for each distinct (token, its experts), which only shared rows have in common.
+def check_selection(selection: Sequence[Tensor], counts: Sequence[int]) -> list[Ints]:
+    """Each sequence's selected positions [its tokens, L, K] in int64: ascending, -1 behind the last one.
 
-    Sequences share a token's row only where they share its routing too: elsewhere it is another computation.
+    A sequence's last token may be missing, as in ``check_routing``: it attends nothing.
+
+    Args:
+        selection: of each sequence the positions [its tokens or one less, L, K], integers; negative ones are none.
+        counts: tokens of each sequence.
+
+    Raises:
+        ToolkitError: for another number of tensors or tokens, differing L or K, and positions after the token's.
+    """
+    if len(selection) != len(counts):
+        raise ToolkitError(f"selection must have a tensor for each of {len(counts)} sequences, got {len(selection)}.")
+    found: list[Ints] = []
+    for index, (given, count) in enumerate(zip(selection, counts)):
+        ids = torch.as_tensor(given)
+        shape = list(ids.shape)
+        if ids.dim() != 3 or ids.is_floating_point() or len(ids) not in (count, max(count - 1, 0)):
+            raise ToolkitError(
+                f"selection[{index}] must be integers [tokens, layers, keys] for {count} tokens, or one less, got "
+                f"shape {shape} and dtype {ids.dtype}."
+            )
+        if shape[1:] != list(torch.as_tensor(selection[0]).shape[1:]):
+            raise ToolkitError(f"selection[{index}] must have the layers and keys of selection[0], got shape {shape}.")
+        positions = np.asarray(ids.detach().cpu().to(torch.int64))
+        late = positions > np.arange(len(positions))[:, None, None]
+        if late.any():
+            token = int(late.any((1, 2)).argmax())
+            raise ToolkitError(
+                f"positions of selection[{index}] must be <= {token} for token {token}, got {positions[token].max()}."
+            )
+        last = np.iinfo(np.int64).max
+        positions = np.sort(np.where(positions < 0, last, positions), axis=-1)
+        positions[positions == last] = -1
+        missing = np.full((count - len(positions), *positions.shape[1:]), -1)
+        found.append(np.concatenate([positions, missing]))
+    return found
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What was recorded of the tokens of some sequences, side by side.
+
+    Args:
+        rows: of each sequence [its tokens, columns].
+        shapes: of each field of ``RaggedBatch`` (L, K) of a token.
+    """
+
+    rows: list[Ints]
+    shapes: dict[str, tuple[int, int]]
+
+    @classmethod
+    def of(
+        cls, routing: Sequence[Tensor] | None, selection: Sequence[Tensor] | None, counts: Sequence[int]
+    ) -> "Recorded | None":
+        """None where nothing was recorded, or there are no sequences. Raises as ``check_routing``."""
+        fields: dict[str, list[Ints]] = {}
+        if routing is not None:
+            fields["routing"] = check_routing(routing, counts)
+        if selection is not None:
+            fields["selection"] = check_selection(selection, counts)
+        if not fields or not counts:
+            return None
+        columns = [[one.reshape(len(one), -1) for one in found] for found in fields.values()]
+        return cls(
+            [np.concatenate(parts, 1) for parts in zip(*columns, strict=True)],
+            {name: found[0].shape[1:] for name, found in fields.items()},
+        )
+
+    def fields(self, rows: Ints, device: torch.device | str | None) -> dict[str, Tensor]:
+        """The fields of a batch whose rows recorded ``rows`` [T, columns]: [L, T, K] each."""
+        found, first = {}, 0
+        for name, (layers, width) in self.shapes.items():
+            part = rows[:, first : first + layers * width].reshape(-1, layers, width)
+            found[name] = torch.from_numpy(np.ascontiguousarray(part.transpose(1, 0, 2))).to(device)
+            first += layers * width
+        return found
+
+
+def name_rows(tokens: Sequence[Ints], recorded: Sequence[Ints]) -> tuple[list[Ints], Ints, Ints]:
+    """The sequences with one number for each distinct (token, what was recorded of it): shared rows have it in common.
+
+    Sequences share a token's row only where they share its routing and selection too: elsewhere it is another
+    computation.
 
     Args:
         tokens: ids of each sequence.
-        experts: of each sequence [its tokens, L, K].
+        recorded: of each sequence [its tokens, columns].
 
     Returns:
-        The sequences in those numbers; the token of each number; the experts [numbers, L, K] of each number.
+        The sequences in those numbers; the token of each number; what was recorded [numbers, columns] of each number.
     """
-    flat = np.concatenate(tokens)
-    routes = np.concatenate(experts)
-    both = np.concatenate([flat[:, None], routes.reshape(len(routes), -1)], 1)
+    both = np.concatenate([np.concatenate(tokens)[:, None], np.concatenate(recorded)], 1)
     distinct, names = np.unique(both, axis=0, return_inverse=True)
     ends = np.cumsum([len(one) for one in tokens])[:-1]
-    return np.split(names.reshape(-1), ends), distinct[:, 0], distinct[:, 1:].reshape(-1, *routes.shape[1:])
+    return np.split(names.reshape(-1), ends), distinct[:, 0], distinct[:, 1:]
+
+
+class SelectionReplay:
+    """The keys that the sparse attention layers of a forward select, or were given in the place of their choice.
+
+    Layers are counted in the order in which the forward meets their indexers.
+
+    Args:
+        given: [L, T, K] int64 positions; None to let indexers choose.
+
+    Attributes:
+        keep: whether to keep what each layer selects, for ``kept``.
+    """
+
+    def __init__(self, given: Tensor | None) -> None:
+        self.given = given
+        self.keep = False
+        self._layers: dict[int, int] = {}
+        self._kept: dict[int, Tensor] = {}
+
+    def take(self, layer: int, choose: Callable[[], Tensor]) -> Tensor:
+        """[T, K] positions of a layer's keys: those given, else those that ``choose`` returns.
+
+        Raises ToolkitError where the selection has no such layer.
+        """
+        index = self._layers.setdefault(layer, len(self._layers))
+        if self.given is not None and index >= len(self.given):
+            raise ToolkitError(f"selection must have each of the model's indexers, got {len(self.given)}.")
+        selected = choose() if self.given is None else self.given[index]
+        if self.keep:
+            self._kept[index] = selected
+        return selected
+
+    def kept(self) -> Tensor:
+        """[L, T, K] what the layers selected while ``keep`` was set, which another batch can be given."""
+        if not self._kept:
+            raise ToolkitError("selections must be kept before they are read, got none; set keep before the forward.")
+        return torch.stack([self._kept[index] for index in sorted(self._kept)])
+
+    def check_complete(self) -> None:
+        """After a forward: raise ToolkitError unless an indexer took every layer that was given."""
+        if self.given is not None and len(self._layers) < len(self.given):
+            raise ToolkitError(
+                f"selection must be taken by an indexer in each of its {len(self.given)} layers, got "
+                f"{len(self._layers)}."
+            )
 
 
 class RoutingReplay:
