@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from toolkit.errors import ToolkitError
 from toolkit.modules.attention import attend, padded_context, unpadded_context
 from toolkit.modules.index_observer import observe_indexer, observed
 from toolkit.modules.latent_attention import absorbed_queries, expanded_values
@@ -39,6 +40,31 @@ class Indexed:
     scale: float
 
 
+def _unmasked(mask: Tensor | None) -> Tensor | None:
+    """An explicit mask that is causal attention with padding as the padding mask [B, S'], or None where there is none.
+
+    Models with an indexer always make their masks explicit. Looked at once per forward: layers share the mask object.
+    """
+    if mask is None or mask.dim() != 4 or mask.dtype != torch.bool or mask.shape[1] != 1 or not mask.shape[2]:
+        return mask
+    if torch.compiler.is_compiling():
+        return mask
+    kept: tuple[Tensor | None] | None = getattr(mask, "toolkit_unmasked", None)
+    if kept is None:
+        queries, keys = mask.shape[2:]
+        padding = mask[:, 0, -1].contiguous()
+        causal = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).tril(keys - queries)
+        kept = (mask,)
+        if torch.equal(mask[:, 0], padding[:, None] & causal):
+            try:
+                padded_context(padding, queries)
+                kept = (None if bool(padding.all()) else padding,)
+            except ToolkitError:  # holes
+                pass
+        mask.toolkit_unmasked = kept  # type: ignore[attr-defined]
+    return kept[0]
+
+
 class SparseCall:
     """One call of a sparse attention layer: stands in for its mask, and in a ragged batch for its cache.
 
@@ -49,7 +75,8 @@ class SparseCall:
     """
 
     def __init__(self, mask: Tensor | None, context: ForwardContext | None, up: nn.Linear | None) -> None:
-        self.mask, self.context, self.up = mask, context, up
+        self.mask = None if context is not None else _unmasked(mask)
+        self.context, self.up = context, up
         self.latents: Tensor | None = None  # [T, 1, R + P]
         self.indexed: Indexed | None = None
 
@@ -60,7 +87,7 @@ class SparseCall:
     @property
     def explicit(self) -> Tensor | None:
         """The mask, where attention over it is dense."""
-        return self.mask if self.context is None and self.mask is not None and self.mask.dim() == 4 else None
+        return self.mask if self.mask is not None and self.mask.dim() == 4 else None
 
     def update(self, content: Tensor, rotated: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """The cache of a ragged batch: takes latents [1, 1, T, R] and [1, 1, T, P], and hands on the first token's."""

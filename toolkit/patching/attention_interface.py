@@ -14,6 +14,7 @@ from transformers.masking_utils import sdpa_mask
 
 from toolkit.errors import ToolkitError
 from toolkit.modules.attention import attend, explicit_mask, padded_context
+from toolkit.modules.sparse_attention import SparseCall
 from toolkit.state.active import forward_context_of, get_forward_context
 from toolkit.state.context import AttentionSettings
 
@@ -118,6 +119,9 @@ def proven_attention(
         raise ToolkitError("position_bias must be None, got a tensor: attention with a position bias is not supported.")
     if is_causal is False or not getattr(module, "is_causal", True):
         raise ToolkitError("is_causal must be True, got False: only causal attention is supported.")
+    if isinstance(attention_mask, SparseCall):
+        settings = AttentionSettings(query.shape[-1] ** -0.5 if scaling is None else float(scaling), sinks=s_aux)
+        return _sparse_attention(module, query, key, value, attention_mask, settings, float(dropout), **kwargs)
     settings = AttentionSettings(
         scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
         window=sliding_window or 0,
@@ -136,6 +140,22 @@ def proven_attention(
         module, query, key, value, explicit_mask(q, k, attention_mask, settings.window),
         dropout=dropout, scaling=settings.scale, sliding_window=sliding_window, softcap=softcap, s_aux=s_aux, **kwargs,
     )  # fmt: skip
+
+
+def _sparse_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, call: SparseCall, settings: AttentionSettings,
+    dropout: float, *, indices: Tensor, **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Attention over the keys that ``indices`` [B, S, K] name, by what ``call`` knows of masks and latents."""
+    layer = getattr(module, "layer_idx", None) or 0
+    out = call.attend(layer, query, key, value, indices, settings, dropout).contiguous()
+    if not (kwargs.get("output_attentions") or weights_wanted()):
+        return out, None
+    if call.context is not None:
+        raise ToolkitError("output_attentions must be False for a ragged batch, got True.")
+    mask = call.visible(query.shape[2], key.shape[2], indices)
+    given = {"dropout": dropout, "scaling": settings.scale, "s_aux": settings.sinks}
+    return out, _eager_weights(module, query, key, value, mask, **given, **kwargs)
 
 
 def _eager_function(module: nn.Module) -> Any:

@@ -87,6 +87,8 @@ def context_forward(model: nn.Module, context: ForwardContext, rows: Tensor | No
         output = model(input_ids=batch.tokens[None], **keep, **call_arguments(inner, report, context))
     if context.replay is not None and not torch.compiler.is_compiling():
         context.replay.check_complete()
+    if not torch.compiler.is_compiling():
+        context.selections.check_complete()
     logits: Tensor = output.logits[0]
     return logits if rows is None or keep else logits[rows]
 

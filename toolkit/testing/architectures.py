@@ -31,7 +31,8 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"patch_embed_hidden_size", 10**9),
     (r".*(max|n)_(target_|source_)?(position(_embedding)?s|ctx)|max_seq_len|n_ctx|n_positions|model_max_length", 512),
     (r"(seq|context|image_seq|prompt)_length", 512),
-    (r".*(num_key_value_heads|num_kv_heads)|num_query_groups|linear_num_key_heads|index_n_heads", 2),
+    (r".*(num_key_value_heads|num_kv_heads)|num_query_groups|linear_num_key_heads", 2),
+    (r"index_n_heads", 16),  # with few heads many scores are 0, and torch's topk takes any of equal ones
     (r"mamba_n_heads|mamba_num_heads|n_mamba_heads", 8),
     (r"(num_|n_|.*_)?(attention_)?heads?|.*num_(attention_)?heads|linear_num_value_heads", 4),
     (r"n_layers?|num_(hidden_)?layers|(num_)?(de|en)coder_layers|num_blocks|num_layers_per_stack", LAYERS),

@@ -47,8 +47,7 @@ def select_keys(
         scale: default D ** -0.5.
 
     Returns:
-        [T, K] int64, with K the smaller of topk and the keys that there is room for (``block_tables``, else the rows of
-        k). A row that sees fewer keys selects them all; -1 stands behind the last one. Rows of padding have -1 alone.
+        [T, K] int64, with K the smaller of topk and the rows of k. A row that sees fewer keys selects them all; -1 stands behind the last one. Rows of padding have -1 alone.
 
     Raises:
         ToolkitError: for shapes that do not fit, or topk below 1.
@@ -68,7 +67,7 @@ def select_keys(
     if topk < 1:
         raise ToolkitError(f"topk must be >= 1, got {topk}.")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    width = min(topk, k.shape[0] if block_tables is None else block_tables.shape[1] * block_size)
+    width = min(topk, k.shape[0])  # not by the width of the tables, which a captured decode step does not know
     plan = query_offsets, kv_offsets, kv_lengths, block_tables, block_size
     return _OP.select(impl)(q.detach(), k.detach(), weights.detach(), *plan, topk, width, scale)
 
@@ -95,6 +94,6 @@ def selected_rows(
     if block_tables is None:
         found = kv_offsets[sequence][:, None] + position
     else:
-        entry = sequence[:, None] * block_tables.shape[1] + torch.div(position, block_size, rounding_mode="floor")
-        found = block_tables.reshape(-1)[entry] * block_size + position % block_size
+        block = block_tables[sequence[:, None], torch.div(position, block_size, rounding_mode="floor")]
+        found = block * block_size + position % block_size
     return torch.where(selected < 0, -1, found)

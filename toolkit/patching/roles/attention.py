@@ -24,6 +24,7 @@ from toolkit.patching.attention_probe import FAR, LENGTH, PROBE_WINDOW, ROWS, Pr
 from toolkit.patching.calls import Call, record_calls
 from toolkit.patching.claim import Claim, ProbeError, Skipped, replace_forward, set_attribute, together
 from toolkit.patching.probe import signature_key
+from toolkit.patching.roles.sparse_attention import is_sparse, prove_sparse
 from toolkit.patching.search import prove
 
 
@@ -105,19 +106,25 @@ class _Proven:
     Args:
         caller: the name in the layer of the module that calls the interface.
         error: of the layer's own forward through the interface.
-        fused: the name, the forward and the probe error of what takes the place of its forward; None where nothing
-            has to.
+        fused: the name, the forwards and the probe error of what takes the place of its forward (""), and of those of
+            its parts, by their names; None where nothing has to.
     """
 
     caller: str
     error: ProbeError
-    fused: tuple[str, Any, ProbeError] | None
+    fused: tuple[str, dict[str, Any], ProbeError] | None
 
 
 def _prove(module: nn.Module, call: Call) -> _Proven | str:
     """What was proven of a layer, or why it keeps its own attention."""
     if not hasattr(_config(module), FIELD):
         return "it has no configuration that names an attention implementation"
+    if is_sparse(module):
+        try:
+            sparse = prove_sparse(module, call)
+        except Exception as problem:
+            return f"its probe as sparse attention failed: {first_line(problem, with_class=True)}"
+        return sparse if isinstance(sparse, str) else _Proven("", sparse[2], sparse)
     try:
         probe = Probe(module, call)
         error = probe.error()
@@ -130,7 +137,10 @@ def _prove(module: nn.Module, call: Call) -> _Proven | str:
         fused = _verdict(module, probe)
     except Exception as problem:
         return first_line(problem)
-    return _Proven(probe.seen.caller, error, fused if isinstance(fused, tuple) else None)
+    if isinstance(fused, str):
+        return _Proven(probe.seen.caller, error, None)
+    op, forward, fused_error = fused
+    return _Proven(probe.seen.caller, error, (op, {"": forward}, fused_error))
 
 
 def _verdicts(layers: dict[str, Any], calls: dict[nn.Module, list[Call]]) -> dict[str, _Proven | str]:
@@ -164,8 +174,9 @@ def _claim(path: str, module: nn.Module, proven: _Proven, configs: list[Any], ke
     installs += [partial(set_implementation, config, FIELD, NAME) for config in configs]
     if proven.fused is None:
         return Claim("attention", path, module, "attention interface", proven.error, together(*installs))
-    op, forward, error = proven.fused
-    return Claim("attention", path, module, op, error, together(*installs, replace_forward(module, forward)))
+    op, forwards, error = proven.fused
+    installs += [replace_forward(module.get_submodule(name), forward) for name, forward in forwards.items()]
+    return Claim("attention", path, module, op, error, together(*installs))
 
 
 def _config(module: Any) -> Any:
