@@ -97,6 +97,11 @@ class ForwardContext(ABC):
         """``attend`` of latents [T, 1, D], which are the keys and, by their first columns, the values."""
         return self.attend(layer, q, latents, latents[..., :value_width], AttentionSettings(scale))
 
+    def check_nothing_ahead(self, layer: int) -> None:
+        """Raise ToolkitError where ``layer``, which selects its keys, is to see tokens ahead."""
+        if self.seen_ahead(layer) is not None:
+            raise ToolkitError(f"spans of a batch must be None in a layer with sparse attention, got some in {layer}.")
+
     def select(self, layer: int, q: Tensor, k: Tensor, weights: Tensor, topk: int, *, scale: float) -> Tensor:
         """[T, K] positions of the keys that the new tokens are to attend: ``select_keys`` along their own sequences.
 

@@ -35,6 +35,8 @@ class DenseContext(ForwardContext):
         return out
 
     def select(self, layer: int, q: Tensor, k: Tensor, weights: Tensor, topk: int, *, scale: float) -> Tensor:
+        self.check_nothing_ahead(layer)
+
         def choose() -> Tensor:
             return select_keys(q, k, weights, *self._plan(), topk=topk, scale=scale)
 

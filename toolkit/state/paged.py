@@ -39,6 +39,8 @@ class PagedContext(ForwardContext):
         state.write((k[:, None],), view, batch.query_offsets)
         keys, tables = state.operands(view)
 
+        self.check_nothing_ahead(layer)
+
         def choose() -> Tensor:
             plan = batch.query_offsets, batch.kv_offsets, batch.kv_lengths, tables, self.pool.block_size
             return select_keys(q.to(keys.dtype), keys, weights, *plan, topk=topk, scale=scale)

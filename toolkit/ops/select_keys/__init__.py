@@ -47,7 +47,8 @@ def select_keys(
         scale: default D ** -0.5.
 
     Returns:
-        [T, K] int64, with K the smaller of topk and the rows of k. A row that sees fewer keys selects them all; -1 stands behind the last one. Rows of padding have -1 alone.
+        [T, K] int64, with K the smaller of topk and the rows of k. A row that sees fewer keys selects them all; -1
+        stands behind the last one. Rows of padding have -1 alone.
 
     Raises:
         ToolkitError: for shapes that do not fit, or topk below 1.

@@ -130,6 +130,7 @@ def sparse_attention_backward(
         kv_lengths=counts,
         block_tables=rows,
         parameters=q,
+        spans=rows,
         num_sequences=q.shape[0],
         num_rows=q.shape[0],
         window=0,
@@ -145,6 +146,7 @@ def sparse_attention_backward(
         MASK=None,
         FIRST=None,
         PARAMETERS=0,
+        SPANNED=False,
         **sizes,
     )
     # Entries of all lists by the row that they name, in the order of queries; those that name none come last.
