@@ -20,6 +20,7 @@ COMMANDS = {
     "moe_overlap": "--tokens 16 --hidden-size 32 --intermediate-size 16 --chunks 2 --repeats 1",
     "fuzz": "--requests 150",
     "narrow": "--layers 1 --new-tokens 2 --repeats 1",
+    "sparse_attention": "--lengths 256 --heads 4 --index-heads 2 --topk 32 --repeats 1",
     "ops": "--only bits linear head --seconds 0.01",
     "ops.attention": "--repeats 1",
 }

@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from tests.helpers.attention import offsets
-from tests.helpers.implementations import NATIVE, SMALL, TRITON, impl_and_dtype, implementations
+from tests.helpers.implementations import NATIVE, REFERENCE, SMALL, TRITON, impl_and_dtype, implementations, only_triton
 from tests.helpers.rowwise import integers, seeded, threads
 from toolkit.errors import ToolkitError
 from toolkit.ops.select_keys import select_keys, selected_rows
+
+CASES = [(3, 7, 5), (1, 16, 1), (17, 24, 20)]  # H, D, K
 
 
 def expected(q, k, weights, plan, topk):
@@ -31,10 +33,25 @@ def lists(selected):
     return found
 
 
-@impl_and_dtype()
-@pytest.mark.parametrize(("heads", "depth", "topk"), [(3, 7, 5), (1, 16, 1), (17, 24, 20)])
-def test_the_best_keys_of_each_row(impl, dtype, heads, depth, topk):
+@impl_and_dtype(implementations=[REFERENCE, NATIVE])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_best_keys_of_each_row(impl, dtype, case):
     """Keys that no sequence has are NaN; rows of padding select nothing; several rows see too few keys."""
+    check_best_keys(impl, dtype, *case)
+
+
+@only_triton
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(CASES[2], torch.float32)]
+    + [pytest.param(case, dtype, marks=pytest.mark.sweep) for case in CASES[:2] for dtype in TRITON.dtypes],
+    ids=str,
+)
+def test_the_best_keys_of_each_row_in_triton(impl, dtype, case):
+    check_best_keys(impl, dtype, *case)
+
+
+def check_best_keys(impl, dtype, heads, depth, topk):
     few = SMALL and impl is TRITON
     counts, lengths = ([1, 3, 2, 0], [33, 7, 1, 4]) if few else ([3, 40, 2, 0, 5], [30, 40, 1, 4, 70])
     starts = [2 + sum(lengths[:s]) + s for s in range(len(lengths))]

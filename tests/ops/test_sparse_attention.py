@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from tests.helpers.implementations import HALF, NATIVE, REFERENCE, SMALL, TRITON, impl_and_dtype, implementations
+from tests.helpers.implementations import (
+    HALF,
+    NATIVE,
+    REFERENCE,
+    SMALL,
+    TRITON,
+    impl_and_dtype,
+    implementations,
+    only_triton,
+)
 from tests.helpers.prefix_trees import error
 from tests.helpers.rowwise import seeded, threads
 from toolkit.errors import ToolkitError
@@ -11,6 +20,8 @@ from toolkit.ops.attention import attention
 from toolkit.ops.sparse_attention import sparse_attention
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+
+CASES = [(4, 2, 20, 12, True), (9, 1, 40, 32, False), (3, 3, 5, 3, False)]  # Hq, Hkv, D, Dv, whether there are sinks
 
 
 def make_lists(rows, width, keys, seed=0):
@@ -38,13 +49,25 @@ def dense(q, k, v, rows, scale, sinks=None):
     return torch.einsum("thk,khd->thd", weights[..., : k.shape[0]], v.repeat_interleave(group, 1))
 
 
-@impl_and_dtype()
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "depth", "width", "sunk"),
-    [(4, 2, 20, 12, True), (9, 1, 40, 32, False), (3, 3, 5, 3, False)],
-)
-def test_forward_and_gradients(impl, dtype, heads, kv_heads, depth, width, sunk):
+@impl_and_dtype(implementations=[REFERENCE, NATIVE])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward_and_gradients(impl, dtype, case):
     """Rows that nobody lists are NaN and get no gradient; a row without a list gives zeros."""
+    check_forward_and_gradients(impl, dtype, *case)
+
+
+@only_triton
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(CASES[0], torch.float32)]
+    + [pytest.param(case, dtype, marks=pytest.mark.sweep) for case in CASES[1:] for dtype in TRITON.dtypes],
+    ids=str,
+)
+def test_forward_and_gradients_in_triton(impl, dtype, case):
+    check_forward_and_gradients(impl, dtype, *case)
+
+
+def check_forward_and_gradients(impl, dtype, heads, kv_heads, depth, width, sunk):
     rows, keys, listed = (3, 9, 5) if SMALL and impl is TRITON else (21, 140, 97)
     lists = make_lists(rows, listed, keys - 3)
     q, grad = seeded(rows, heads, depth, dtype=dtype), seeded(rows, heads, width, dtype=dtype, seed=9)

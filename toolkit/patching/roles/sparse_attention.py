@@ -178,7 +178,7 @@ class _Probe:
 def prove_sparse(layer: nn.Module, call: Call) -> tuple[str, dict[str, Any], ProbeError] | str:
     """What takes the place of the layer's forward ("") and of its indexer's, by name, or why nothing does."""
     if call.arguments[HIDDEN].shape[1] != LENGTH:
-        return f"it must be called with all {LENGTH} tokens of a probe"
+        return f"a probe calls it with {LENGTH} tokens, and it got others"
     probe = _Probe(layer, call)
     forward = sparse_forward(type(layer).forward, _UP)
     if probe.name is None:
