@@ -44,9 +44,22 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
 
 
 def _matmul(input: Any, other: Any) -> Any:
-    """A GEMM with one transposed weight [K, N] for all rows."""
-    if _on_cpu(input) and isinstance(other, Tensor) and input.dim() > 1 and other.dim() == 2:
+    """A GEMM with one weight for all rows: transposed, [K, N], or times rows that are columns, [N, K] @ [..., K, T]."""
+    if not (_on_cpu(input) and isinstance(other, Tensor)):
+        return NotImplemented
+    if input.dim() > 1 and other.dim() == 2:
         return _linear(input, other.t())
+    if input.dim() == 2 and other.dim() > 2:
+        columns = _linear(other.mT, input)
+        return columns if columns is NotImplemented else columns.mT
+    if (
+        input.dim() == other.dim() > 2
+        and isinstance(input._base, nn.Parameter)
+        and input.shape[:-2] == other.shape[:-2]
+    ):
+        weights, rows = input.flatten(0, -3), other.flatten(0, -3)  # of heads, [H, 1, N, K] @ [H, 1, K, T]
+        each = [autocast_linear(x.mT, weight, None).mT for x, weight in zip(rows, weights, strict=True)]
+        return torch.stack(each).unflatten(0, other.shape[:-2])
     return NotImplemented
 
 
@@ -64,7 +77,38 @@ def _topk(input: Any, k: int, dim: int = -1, largest: bool = True, sorted: bool 
     return NotImplemented
 
 
+def _exp(input: Any) -> Any:
+    """exp that remembers of what, for a softplus that is written out: log(1 + exp(x))."""
+    if not _on_cpu(input):
+        return NotImplemented
+    result = torch.exp(input)
+    result.exponent = input  # type: ignore[attr-defined]
+    return result
+
+
+def _add(input: Any, other: Any, **options: Any) -> Any:
+    exponent = getattr(input, "exponent", None)
+    if exponent is None or options or not isinstance(other, (int, float)) or other != 1:
+        return NotImplemented
+    result = input + other
+    result.softplus_of = exponent
+    return result
+
+
+def _log(input: Any) -> Any:
+    x = getattr(input, "softplus_of", None)
+    return NotImplemented if x is None else activation(x, "softplus")
+
+
 _FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.exp: _exp,
+    Tensor.exp: _exp,
+    torch.add: _add,
+    Tensor.add: _add,
+    Tensor.__add__: _add,
+    Tensor.__radd__: _add,
+    torch.log: _log,
+    Tensor.log: _log,
     F.linear: _linear,
     torch.matmul: _matmul,
     torch.mm: _matmul,

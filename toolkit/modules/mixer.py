@@ -1,10 +1,11 @@
 """Recurrent mixers over a ragged batch: the functions that a mixer's own forward calls, with the context's past.
 
-A mixer (gated delta rule, state-space duality, short convolution) projects, convolves, scans and projects again. Its
-own code does the projecting; the convolution and the scan are these. Shapes: B = 1 batch, T tokens, C channels, H
-value heads, G key heads, K key width, V value width.
+A mixer (gated delta rule, state-space duality, selective scan, short convolution) projects, convolves, scans and
+projects again. Its own code does the projecting; the convolution and the scan are these. Shapes: B = 1 batch, T tokens,
+C channels, H value heads, G key heads, K key width, V value width, N states of a channel.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -38,7 +39,10 @@ def convolution(layer: int, context: ForwardContext) -> Callable[..., Tensor]:
 
 
 def gated_delta_rule(layer: int, context: ForwardContext) -> Callable[..., tuple[Tensor, None]]:
-    """``f(query, key [1, T, G, K], value [1, T, H, V], g, beta [1, T, H])``: ([1, T, H, V], None)."""
+    """``f(query, key [1, T, G, K], value [1, T, H, V], g, beta [1, T, H])``: ([1, T, H, V], None).
+
+    g may be [1, T, H, K], with a decay for each key (Kimi delta attention).
+    """
 
     def scan(
         query: Tensor,
@@ -86,6 +90,41 @@ def state_space(layer: int, context: ForwardContext) -> Callable[..., Tensor]:
         if D is not None:
             out = out + D.to(dtype)[:, None] * x
         return (out[None], None) if return_final_states else out[None]
+
+    return scan
+
+
+def selective_scan(layer: int, context: ForwardContext) -> Callable[..., Any]:
+    """``f(x, dt [1, C, T], A [C, N], B, C [1, N, T], D [C], z [1, C, T], delta_bias [C])``: [1, C, T].
+
+    A mixer with heads calls it once for each.
+    """
+    parts = itertools.count()
+
+    def scan(
+        hidden_states: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None = None,
+        z: Tensor | None = None,
+        delta_bias: Tensor | None = None,
+        delta_softplus: bool = False,
+        return_last_state: bool = False,
+        **_: Any,
+    ) -> Any:
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        step = dt[0].T if delta_bias is None else dt[0].T + delta_bias.to(dt.dtype)
+        step = (F.softplus(step) if delta_softplus else step).to(dtype)
+        x, b, c = (part[0].T.to(dtype) for part in (hidden_states, B, C))
+        settings: dict[str, Any] = {"scale": 1.0, "delta": False, "rates": A.to(dtype), "part": next(parts)}
+        out = context.scan(layer, c[:, None], b[:, None], x[..., None], step, step, **settings)[..., 0]
+        if D is not None:
+            out = out + x * D
+        if z is not None:
+            out = out * F.silu(z[0].T)
+        return (out.T[None], None) if return_last_state else out.T[None]
 
     return scan
 

@@ -127,9 +127,16 @@ def _install_together(installs: Sequence[Callable[[], Undo]]) -> Undo:
 
 def set_attribute(module: nn.Module, name: str, value: Any) -> Undo:
     """The undo step, after setting an attribute of the instance past ``nn.Module.__setattr__``."""
-    before = module.__dict__.get(name)
+    if module.__dict__.get(name, value) is None:
+        undo = partial(_set_none, module, name)
+    else:
+        undo = partial(_restore, module, name, module.__dict__.get(name))
     module.__dict__[name] = value
-    return partial(_restore, module, name, before)
+    return undo
+
+
+def _set_none(module: nn.Module, name: str) -> None:
+    module.__dict__[name] = None
 
 
 def _restore(module: nn.Module, name: str, before: Any) -> None:

@@ -48,9 +48,9 @@ class _SpecContext(DenseContext):
         self.layers.append(StateSpec(layer, "latent", (tuple(latents.shape[1:]), (latents.shape[1], value_width))))
         return super().attend_selected(layer, q, latents, latents[..., :value_width], selected, settings)
 
-    def scan(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **settings: Any) -> Tensor:
-        self.layers.append(StateSpec(layer, "recurrent", ((v.shape[1], k.shape[2], v.shape[2]),)))
-        return super().scan(layer, q, k, v, *rest, **settings)
+    def scan(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *rest: Any, part: int = 0, **settings: Any) -> Tensor:
+        self.layers.append(StateSpec(layer, "recurrent", ((v.shape[1], k.shape[2], v.shape[2]),), part=part))
+        return super().scan(layer, q, k, v, *rest, part=part, **settings)
 
     def convolve(self, layer: int, x: Tensor, weight: Tensor, *rest: Any, **settings: Any) -> Tensor:
         self.layers.append(StateSpec(layer, "conv", ((weight.shape[1] - 1, x.shape[1]),)))

@@ -132,9 +132,14 @@ class ForwardContext(ABC):
 
     @abstractmethod
     def scan(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, *, scale: float, delta: bool
-    ) -> Tensor:
-        """``linear_recurrence`` of the new tokens along their own sequences: [T, H, V]."""
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, *, scale: float, delta: bool,
+        rates: Tensor | None = None, part: int = 0,
+    ) -> Tensor:  # fmt: skip
+        """``linear_recurrence`` of the new tokens along their own sequences: [T, H, V].
+
+        Args:
+            part: which of the layer's scans it is, where a layer has several.
+        """
 
     @abstractmethod
     def convolve(

@@ -57,11 +57,13 @@ class DenseContext(ForwardContext):
         return batch.query_offsets, batch.kv_offsets, batch.kv_lengths, batch.block_tables, 1
 
     def scan(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, *, scale: float, delta: bool
-    ) -> Tensor:
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, *, scale: float, delta: bool,
+        rates: Tensor | None = None, part: int = 0,
+    ) -> Tensor:  # fmt: skip
         if self._parents is None:
             self._parents = torch.full_like(self.batch.kv_lengths, -1)
-        out, _ = linear_recurrence(q, k, v, g, beta, self.batch.query_offsets, self._parents, None, scale, delta)
+        plan = self.batch.query_offsets, self._parents, None
+        out, _ = linear_recurrence(q, k, v, g, beta, *plan, scale, delta, rates=rates)
         return out
 
     def convolve(

@@ -60,10 +60,11 @@ class PagedContext(ForwardContext):
         return out
 
     def scan(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, *, scale: float, delta: bool
-    ) -> Tensor:
-        state, view = self._state(layer, "scan")
-        out: Tensor = state.scan(q, k, v, g, beta, view, self.batch.query_offsets, scale, delta)
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, *, scale: float, delta: bool,
+        rates: Tensor | None = None, part: int = 0,
+    ) -> Tensor:  # fmt: skip
+        state, view = self._state(layer, "scan", part)
+        out: Tensor = state.scan(q, k, v, g, beta, view, self.batch.query_offsets, scale, delta, rates)
         return out
 
     def convolve(
@@ -78,7 +79,7 @@ class PagedContext(ForwardContext):
             state, view = self._state(layer, "record")
             state.write((ids[:, None],), view, self.batch.query_offsets)
 
-    def _state(self, layer: int, op: str) -> tuple[Any, PagedRows | Snapshots]:
+    def _state(self, layer: int, op: str, part: int = 0) -> tuple[Any, PagedRows | Snapshots]:
         """The state kind that serves an op of a layer, and the batch's view of its group."""
-        state, group = self.pool.find(layer, op)
+        state, group = self.pool.find(layer, op, part)
         return state, self.batch.views[group]

@@ -56,8 +56,9 @@ class StatePool:
         ]
         self.capturable = all(state.capturable for state in self.states)
         self.members = [self.groups.index(group_of(spec)) for spec in self.specs]
-        self._serving: dict[tuple[int, str], tuple[Any, int]] = {
-            (state.spec.layer, state.op): (state, group) for state, group in zip(self.states, self.members, strict=True)
+        self._serving: dict[tuple[int, str, int], tuple[Any, int]] = {
+            (state.spec.layer, state.op, state.spec.part): (state, group)
+            for state, group in zip(self.states, self.members, strict=True)
         }
 
     @staticmethod
@@ -76,22 +77,22 @@ class StatePool:
 
     def has(self, layer: int, op: str) -> bool:
         """Whether a layer has state of an op: "attend", "select", "scan", "convolve" or "record"."""
-        return (layer, op) in self._serving
+        return (layer, op, 0) in self._serving
 
-    def find(self, layer: int, op: str) -> tuple[Any, int]:
+    def find(self, layer: int, op: str, part: int = 0) -> tuple[Any, int]:
         """The state that serves an op of a layer, a kind with that op's methods, and the index of its group."""
-        return self._serving[layer, op]
+        return self._serving[layer, op, part]
 
     def recorded_routing(self, blocks: Sequence[Sequence[int]], length: int) -> Tensor | None:
         """[length, L, K] int32 on the CPU: the experts of every token of a sequence, in each of L layers of experts.
 
         blocks: the sequence's table in each group. Returns None where no layer records its routing.
         """
-        layers = sorted(layer for layer, op in self._serving if op == "record")
+        layers = sorted(layer for layer, op, _ in self._serving if op == "record")
         if not layers:
             return None
         with torch.inference_mode(False):  # what training reads later must be an ordinary tensor
-            serving = [self._serving[layer, "record"] for layer in layers]
+            serving = [self._serving[layer, "record", 0] for layer in layers]
             return torch.cat([state.read(blocks[group], length)[0] for state, group in serving], 1).cpu()
 
     def copy_blocks(self, copies: Sequence[Sequence[tuple[int, int]]]) -> None:

@@ -22,8 +22,8 @@ from toolkit.patching.forward import choose_rotary_lengths, context_forward
 from toolkit.state.batch import RaggedBatch
 from toolkit.state.context import AttentionSettings, ForwardContext
 
-Key = tuple[int, str]
-"""A layer and what it does there: "scan" or "convolve"."""
+Key = tuple[int, str, int]
+"""A layer, what it does there ("scan" or "convolve"), and which of these it is."""
 
 
 class _LayerKeys:
@@ -132,19 +132,21 @@ class ChunkedContext(ForwardContext):
         return out
 
     def scan(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, *, scale: float, delta: bool
-    ) -> Tensor:
-        key, offsets = (layer, "scan"), self.batch.query_offsets
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, *, scale: float, delta: bool,
+        rates: Tensor | None = None, part: int = 0,
+    ) -> Tensor:  # fmt: skip
+        key, offsets = (layer, "scan", part), self.batch.query_offsets
         dtype = torch.promote_types(v.dtype, torch.float32)
         initial = self._begin(key, v.new_zeros(1, v.shape[1], k.shape[2], v.shape[2], dtype=dtype))
-        out, ends = linear_recurrence(q, k, v, g, beta, offsets, offsets.new_full((1,), -2), initial, scale, delta)
+        plan = offsets, offsets.new_full((1,), -2), initial
+        out, ends = linear_recurrence(q, k, v, g, beta, *plan, scale, delta, rates=rates)
         self._end(key, ends)
         return out
 
     def convolve(
         self, layer: int, x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
     ) -> Tensor:
-        key, width = (layer, "convolve"), weight.shape[1] - 1
+        key, width = (layer, "convolve", 0), weight.shape[1] - 1
         tails = self._begin(key, x.new_zeros(1, width, x.shape[1]))
         past = -2 - torch.arange(width, device=x.device)[None]
         out = causal_conv(x, weight, bias, self.batch.query_offsets, past, tails, activation)

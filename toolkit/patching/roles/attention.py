@@ -143,14 +143,22 @@ def _prove(module: nn.Module, call: Call) -> _Proven | str:
     return _Proven(probe.seen.caller, error, (op, {"": forward}, fused_error))
 
 
+def _index(module: Any, calls: dict[nn.Module, list[Call]]) -> int | None:
+    """The index of a layer: its attribute, or else what the model calls it with."""
+    index = module.layer_idx
+    if index is None and calls[module]:
+        index = calls[module][0].arguments.get("layer_idx")
+    return index if isinstance(index, int) else None
+
+
 def _verdicts(layers: dict[str, Any], calls: dict[nn.Module, list[Call]]) -> dict[str, _Proven | str]:
-    indices = Counter(module.layer_idx for module in layers.values())
+    indices = Counter(_index(module, calls) for module in layers.values())
     found: dict[str, _Proven | str] = {}
     proven: dict[Any, _Proven | str] = {}
     for path, module in layers.items():
         if len(calls[module]) > 1:
             found[path] = "the model calls it more than once in a forward"
-        elif module.layer_idx is None or indices[module.layer_idx] > 1:
+        elif _index(module, calls) is None or indices[_index(module, calls)] > 1:
             found[path] = "its layer_idx is missing or shared"
         else:
             (call,) = calls[module]
@@ -162,7 +170,7 @@ def _verdicts(layers: dict[str, Any], calls: dict[nn.Module, list[Call]]) -> dic
     return found
 
 
-def _claim(path: str, module: nn.Module, proven: _Proven, configs: list[Any], keeping: list[Any]) -> Claim:
+def _claim(path: str, module: Any, index: int | None, proven: _Proven, configs: list[Any], keeping: list[Any]) -> Claim:
     """Sets the layer's ``configs``, names the implementation of its caller, and puts in its forward.
 
     Args:
@@ -172,6 +180,8 @@ def _claim(path: str, module: nn.Module, proven: _Proven, configs: list[Any], ke
     installs = [partial(set_attribute, caller, IMPLEMENTATION, NAME)]
     installs += [partial(set_attribute, one, IMPLEMENTATION, getattr(one.config, FIELD)) for one in keeping]
     installs += [partial(set_implementation, config, FIELD, NAME) for config in configs]
+    if module.layer_idx is None:
+        installs.append(partial(set_attribute, module, "layer_idx", index))
     if proven.fused is None:
         return Claim("attention", path, module, "attention interface", proven.error, together(*installs))
     op, forwards, error = proven.fused
@@ -224,5 +234,6 @@ def find(model: Any, numerics: Numerics) -> list[Claim | Skipped]:
             continue
         configs = [config for config in configs_of_layer(model, path) if id(config) not in keepers]
         keeping = [one for config in configs for one in others.pop(id(config), [])]
-        found.append(_claim(path, layers[path], proven, configs, keeping))
+        index = _index(layers[path], calls)
+        found.append(_claim(path, layers[path], index, proven, configs, keeping))
     return found

@@ -31,8 +31,10 @@ Make = Callable[[int, ForwardContext], Callable[..., Any]]
 # (required arguments, excluded arguments, replacement); the first that matches.
 _FUNCTIONS: tuple[tuple[set[str], set[str], Make], ...] = (
     ({"rmsnorm_weight", "chunk_size", "dt_bias"}, set(), mixer.declined),
+    ({"conv1d_weight", "x_proj_weight", "out_proj_weight", "A"}, set(), mixer.declined),
     ({"query", "key", "value", "g", "beta", "initial_state", "chunk_size"}, set(), mixer.gated_delta_rule),
     ({"hidden_states", "dt", "A", "B", "C", "chunk_size", "initial_states"}, set(), mixer.state_space),
+    ({"hidden_states", "dt", "A", "B", "C", "z", "delta_bias", "delta_softplus"}, set(), mixer.selective_scan),
     ({"hidden_states", "weight", "bias", "activation"}, {"conv_state"}, mixer.convolution),
 )
 

@@ -31,12 +31,14 @@ class StateSpec:
         kind: name of the state kind.
         shapes: of each tensor that it stores of a token (or, for snapshots, of the value that a block holds).
         window: tokens that a query sees, itself included; 0 for all.
+        part: which it is of the layer's states of that kind.
     """
 
     layer: int
     kind: str
     shapes: tuple[tuple[int, ...], ...]
     window: int = 0
+    part: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class StateKind(ABC):
 
     kind: ClassVar[str]
     op: ClassVar[str]
-    """What uses it: "attend", "select", "scan", "convolve" or "record"; a layer has one of each at most."""
+    """What uses it: "attend", "select", "scan", "convolve" or "record"; a layer has one of each, and a scan a part."""
     snapshot_interval: ClassVar[int] = 0
     """0: a block holds a slot for each token. s > 0: it holds one value, and every s-th block's is kept."""
     capturable: ClassVar[bool] = True

@@ -1,4 +1,4 @@
-"""Linear recurrences: one matrix per head for any length (gated delta rule, state-space duality).
+"""Linear recurrences: one matrix per head for any length (gated delta rule, state-space duality, selective scan).
 
 A block holds the state after its last token so far, in float32 at least. The state of a full block is a snapshot: a
 prefix that ends there can be gone on from, by a fork, a prefix hit or after a truncation.
@@ -48,11 +48,12 @@ class Recurrence(StateKind, kind="recurrent"):
         query_offsets: Tensor,
         scale: float,
         delta: bool,
+        rates: Tensor | None = None,
     ) -> Tensor:
         """Outputs [T, H, V] of ``linear_recurrence`` from and to the blocks."""
         assert isinstance(view, Snapshots)
-        snapshots = view.load_blocks, view.store_rows, view.store_blocks
-        return linear_recurrence_paged(q, k, v, g, beta, query_offsets, *snapshots, self.stores[0], scale, delta)
+        plan = query_offsets, view.load_blocks, view.store_rows, view.store_blocks
+        return linear_recurrence_paged(q, k, v, g, beta, *plan, self.stores[0], scale, delta, rates=rates)
 
     def read(self, blocks: Sequence[int], length: int) -> Rows:
         """The state after the last token; zeros for none."""
