@@ -64,6 +64,8 @@ def substituted(forward: Any, replacements: dict[str, Make]) -> Callable[..., An
         context = forward_context_of(kwargs)
         if context is None:
             return forward(self, *args, **kwargs)
+        if "attention_mask" in kwargs:
+            kwargs["attention_mask"] = None  # there is no padding between sequences
         own = {name: make(self.layer_idx, context) for name, make in replacements.items()}  # type: ignore[arg-type]
         function = types.FunctionType(
             inner.__code__, inner.__globals__ | own, inner.__name__, inner.__defaults__, inner.__closure__
