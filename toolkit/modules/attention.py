@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from toolkit.errors import ToolkitError
 from toolkit.ops.rotary import rotary
 from toolkit.state.active import forward_context_of
 from toolkit.state.batch import RaggedBatch
 from toolkit.state.context import AttentionSettings, ForwardContext
 from toolkit.state.dense import DenseContext
+from toolkit.state.seen_runs import SeenRuns, all_seen, context_of_mask
 
 
 @lru_cache(maxsize=64)
@@ -24,6 +26,29 @@ def unpadded_context(batch: int, queries: int, keys: int, device: torch.device) 
     """The context of an ordinary call without padding: the last ``queries`` of each row's ``keys`` tokens ask."""
     with torch.inference_mode(False):  # contexts are kept, and a later backward saves their tensors
         return DenseContext(RaggedBatch.unpadded(batch, queries, keys, device))
+
+
+@lru_cache(maxsize=64)
+def _unmasked(batch: int, queries: int, keys: int, device: torch.device) -> SeenRuns:
+    return all_seen(batch, queries, keys, device)
+
+
+def keep_runs(mask: Tensor) -> None:
+    """Let ``attend`` take the op for an explicit boolean mask [B, 1, S, S] whose queries see one run of keys each.
+
+    The mask is read here, once per forward. One that somebody writes to afterwards is a mask like any other again.
+    """
+    try:
+        kept = (mask._version, context_of_mask(mask))
+    except ToolkitError:  # holes: torch's dense attention
+        return
+    mask.toolkit_runs = kept  # type: ignore[attr-defined]
+
+
+def _kept_runs(mask: Tensor, *shape: int) -> SeenRuns | None:
+    kept: tuple[int, SeenRuns] | None = getattr(mask, "toolkit_runs", None)
+    known = kept is not None and kept[0] == mask._version and mask.shape == (shape[0], 1, *shape[1:])
+    return kept[1] if kept is not None and known else None
 
 
 def padded_context(mask: Tensor, queries: int) -> DenseContext:
@@ -44,10 +69,12 @@ def attend(
     context: ForwardContext | None,
     settings: AttentionSettings,
     dropout: float = 0.0,
+    causal: bool = True,
 ) -> Tensor:
-    """Causal attention [B, S, H, Dv].
+    """Attention [B, S, H, Dv].
 
-    Rows of padding come out as zeros. An explicit mask takes torch's dense attention, which is not batch-invariant.
+    Rows of padding come out as zeros. An explicit mask takes torch's dense attention, which is not batch-invariant,
+    unless ``keep_runs`` was told of it.
 
     Args:
         layer: index of the layer.
@@ -55,22 +82,33 @@ def attend(
         k: [B, S', G, D].
         v: [B, S', G, Dv].
         mask: None, a padding mask [B, S'] (True: a token; left or right padding), or any explicit mask that broadcasts
-            to [B, H, S, S'].
+            to [B, H, S, S'], which has the layer's window in it.
         context: of a ragged batch (B = 1), which says which query sees which key; None for an ordinary call.
         settings: scale, window and the rest.
         dropout: probability, in training; a context's forward has none.
+        causal: False: without a mask, every query sees every key of its row.
     """
     batch_size, queries = q.shape[:2]
     if context is not None:
         return context.attend(layer, q[0], k[0], v[0], settings)[None]
-    if dropout > 0.0 or (mask is not None and mask.dim() == 4):
+    keys, runs = k.shape[1], None
+    if mask is None and not causal:
+        if dropout == 0.0 and not torch.compiler.is_compiling():
+            runs = _unmasked(batch_size, queries, keys, q.device)
+        mask = everything(q, k)
+    elif mask is not None and mask.dim() == 4 and dropout == 0.0:
+        runs = _kept_runs(mask, batch_size, queries, keys)
+    padded: DenseContext
+    if runs is not None:
+        padded = runs
+    elif dropout > 0.0 or (mask is not None and mask.dim() == 4):
         return _dense(q, k, v, mask, settings, dropout)
-    if mask is not None:
+    elif mask is not None:
         padded = padded_context(mask, queries)
     elif torch.compiler.is_compiling():
-        padded = DenseContext(RaggedBatch.unpadded(batch_size, queries, k.shape[1], q.device))
+        padded = DenseContext(RaggedBatch.unpadded(batch_size, queries, keys, q.device))
     else:
-        padded = unpadded_context(batch_size, queries, k.shape[1], q.device)
+        padded = unpadded_context(batch_size, queries, keys, q.device)
     q, k, v = (part.flatten(0, 1) for part in (q, k, v))
     out: Tensor = padded.attend(layer, q, k, v, settings).unflatten(0, (batch_size, queries))
     return out
@@ -99,6 +137,11 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, settings: Atten
     if mask.dtype == torch.bool:  # a row that sees nothing is zero, not NaN
         out = out.masked_fill(~mask.any(-1, keepdim=True), 0.0)
     return out.transpose(1, 2)
+
+
+def everything(q: Tensor, k: Tensor) -> Tensor:
+    """The explicit mask by which every query [B, S, ...] sees every key [B, S', ...]."""
+    return torch.ones(1, 1, q.shape[1], k.shape[1], dtype=torch.bool, device=q.device)
 
 
 def explicit_mask(q: Tensor, k: Tensor, mask: Tensor | None, window: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -13,7 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from toolkit.errors import ToolkitError
-from toolkit.modules.attention import attend, explicit_mask, padded_context
+from toolkit.modules.attention import attend, everything, explicit_mask, keep_runs, padded_context
 from toolkit.modules.sparse_attention import SparseCall
 from toolkit.state.active import forward_context_of, get_forward_context
 from toolkit.state.context import AttentionSettings
@@ -117,8 +117,11 @@ def proven_attention(
     """
     if position_bias is not None:
         raise ToolkitError("position_bias must be None, got a tensor: attention with a position bias is not supported.")
-    if is_causal is False or not getattr(module, "is_causal", True):
-        raise ToolkitError("is_causal must be True, got False: only causal attention is supported.")
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    context = forward_context_of(kwargs)
+    explicit = attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.dim() != 2)
+    if not causal and (context is not None or not explicit):
+        raise ToolkitError("is_causal must be True for a ragged batch and for a causal mask, got False.")
     if isinstance(attention_mask, SparseCall):
         settings = AttentionSettings(query.shape[-1] ** -0.5 if scaling is None else float(scaling), sinks=s_aux)
         return _sparse_attention(module, query, key, value, attention_mask, settings, float(dropout), **kwargs)
@@ -130,16 +133,16 @@ def proven_attention(
     )
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     layer = getattr(module, "layer_idx", None) or 0
-    context = forward_context_of(kwargs)
-    out = attend(layer, q, k, v, attention_mask, context, settings, float(dropout))
+    out = attend(layer, q, k, v, attention_mask, context, settings, float(dropout), causal)
     if not (kwargs.get("output_attentions") or weights_wanted()):
         return out.contiguous(), None
     if context is not None:
         raise ToolkitError("output_attentions must be False for a ragged batch, got True.")
-    return out.contiguous(), _eager_weights(
-        module, query, key, value, explicit_mask(q, k, attention_mask, settings.window),
-        dropout=dropout, scaling=settings.scale, sliding_window=sliding_window, softcap=softcap, s_aux=s_aux, **kwargs,
-    )  # fmt: skip
+    unmasked = attention_mask is None and not causal
+    mask = everything(q, k) if unmasked else explicit_mask(q, k, attention_mask, settings.window)
+    kwargs |= {"dropout": dropout, "scaling": settings.scale, "softcap": softcap, "s_aux": s_aux}
+    weights = _eager_weights(module, query, key, value, mask, sliding_window=sliding_window, **kwargs)
+    return out.contiguous(), weights
 
 
 def _sparse_attention(
@@ -197,7 +200,9 @@ def mask_function(
 ) -> Tensor | None:
     """None or a padding mask [B, kv_length] for plain causal attention, else an explicit boolean mask.
 
-    Which mask it is depends on the values of ``attention_mask``: while a compiler traces, every mask is made explicit.
+    An explicit one is evaluated: where every query sees one run of keys (windows, chunks, packed sequences, pictures
+    that see themselves, encoders with padding), the op serves it, else torch's dense attention. Which mask it is
+    depends on the values of ``attention_mask``: while a compiler traces, every mask is made explicit.
     """
     if get_forward_context() is not None:
         return None
@@ -214,16 +219,22 @@ def mask_function(
                 return mask
             except ToolkitError:  # holes in the mask: every layer needs the explicit one
                 pass
-    return sdpa_mask(
-        batch_size,
-        q_length,
-        kv_length,
-        q_offset=q_offset,
-        kv_offset=kv_offset,
-        attention_mask=attention_mask,
-        allow_is_causal_skip=False,
-        **kwargs,
-    )
+    compiling = torch.compiler.is_compiling()
+    # A plain tensor even inside inference mode, whose tensors do not tell when they are written to.
+    with nullcontext() if compiling else torch.inference_mode(False):
+        explicit: Tensor | None = sdpa_mask(
+            batch_size,
+            q_length,
+            kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            attention_mask=attention_mask,
+            allow_is_causal_skip=False,
+            **kwargs,
+        )
+    if explicit is not None and q_length == kv_length and not compiling:
+        keep_runs(explicit)
+    return explicit
 
 
 def register() -> None:
