@@ -50,7 +50,7 @@ def run(model, batch):
 
 
 @pytest.mark.usefixtures("no_dense")
-@pytest.mark.parametrize("family", ["gemma3", "gemma4"])
+@pytest.mark.parametrize("family", ["gemma4", pytest.param("gemma3", marks=pytest.mark.sweep)])
 def test_pictures_see_themselves(family):
     """Layers with a window that cuts the picture and without one; as eager attention has it."""
     model, batch = BUILDERS[family]()
@@ -67,7 +67,7 @@ def test_pictures_see_themselves(family):
 
 
 @pytest.mark.usefixtures("no_dense")
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("family", ["gemma2", pytest.param("llama", marks=pytest.mark.sweep)])
 def test_packed_sequences_have_the_bits_that_they_have_alone(family):
     model = random_model(family)
     toolkit.patch(model)
