@@ -1,10 +1,11 @@
 """The one structure that carries tokens into a model: segments of new tokens over prefix trees of sequences.
 
 Data and its factories alone; what layers do with a batch is a ``ForwardContext``. Shapes: T new tokens, S segments,
-L longest sequence, N tokens of all sequences, K experts per token.
+L longest sequence, N tokens of all sequences, K experts per token, A axes of positions, M rows given as embeddings of
+width H.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,8 +14,10 @@ from torch import Tensor
 
 from toolkit.errors import ToolkitError
 from toolkit.state.kinds import PagedRows, Snapshots
+from toolkit.state.media import Features, MediaRows, MediaSpan, blocks
 from toolkit.state.prefix_trees import SharedPrefixes, share_prefixes
-from toolkit.state.replay import Recorded, name_rows
+from toolkit.state.replay import Recorded
+from toolkit.state.row_columns import RowColumns
 from toolkit.state.spans import Spans, check_spans, spans_of_rows
 
 # Sharing fewer tokens than this part of all would cost more in gathered keys than it saves.
@@ -29,7 +32,8 @@ class RaggedBatch:
 
     Args:
         tokens: [T] ids, or -1 where the maker does not know them (``for_padded``).
-        positions: [T] position in the sequence.
+        positions: [T] position in the sequence; or [A, T] positions along A axes, where images have a height and a
+            width. They turn queries and keys, and are no index into the sequence: offsets and lengths are.
         query_offsets: [S+1] the new tokens of s are rows query_offsets[s] .. query_offsets[s+1]. Rows from
             query_offsets[S] on are padding: position 0, slot -1, output zero.
         kv_offsets: [S] first row of s among the batch's own keys, where they lie in one run.
@@ -49,6 +53,9 @@ class RaggedBatch:
             indexers' choice, ascending, -1 behind the last one; None to let indexers choose.
         rotary_lengths: [T] the length of the sequence by which each row's rotary tables are made, fixed for the life of
             a sequence; None where the model's tables do not depend on it, or by its own length (``RotaryRegimes``).
+        embedding_rows: [M] the rows that are given as embeddings, ascending; None for none.
+        embeddings: [M, H] theirs, with gradients. ``tokens`` has the ids of their placeholders.
+        embedding_levels: [L, M, H] added to them after each of the first L layers; None for none.
         spans: [T, 2] the (first, end) index in its sequence of the span that each row lies in, (0, 0) for none; None
             for no spans. The tokens of a span see each other, later ones too (a picture's): a row sees what it would
             without, and its span from there on. A span lies in one segment and in one step of the engine.
@@ -57,10 +64,6 @@ class RaggedBatch:
     What is to come fits without another shape of class. Nothing here is derived or cached: contexts derive what they
     need, so fields may be buffers that a runner owns and updates in place, and a captured step reads them again.
 
-    - Rows given as embeddings: a field ``embeddings`` [T, H] beside ``tokens`` (-1 there), which
-      ``context_forward`` hands to the model in the place of ids.
-    - Positions along several axes: ``positions`` [axes, T]. Only ``context_forward`` reads positions; contexts go by
-      offsets and lengths.
     - An adapter per row: a field ``adapter_ids`` [T], which linear layers read from the active context's batch.
     - R rows per sequence (verification of drafts): ``query_offsets`` in steps of R; which rows want logits is an
       argument of the forward.
@@ -79,6 +82,9 @@ class RaggedBatch:
     views: tuple[PagedRows | Snapshots, ...] = ()
     routing: Tensor | None = None
     rotary_lengths: Tensor | None = None
+    embedding_rows: Tensor | None = None
+    embeddings: Tensor | None = None
+    embedding_levels: Tensor | None = None
     spans: Tensor | None = None
     span_layers: frozenset[int] | None = None
     selection: Tensor | None = None
@@ -93,6 +99,10 @@ class RaggedBatch:
         rotary_lengths: Sequence[int] | None = None,
         spans: Spans | None = None,
         selection: Sequence[Tensor] | None = None,
+        media: Sequence[Sequence[MediaSpan]] | None = None,
+        features: Mapping[bytes, Features] | None = None,
+        sequence_positions: Sequence[Tensor | None] | None = None,
+        span_layers: frozenset[int] | None = None,
     ) -> "RaggedBatch":
         """The batch of whole sequences, without state: what training runs.
 
@@ -106,59 +116,80 @@ class RaggedBatch:
                 (``Completion.routed_experts``); the last token may be missing, see ``check_routing``. Sequences share
                 a prefix as far as they have its routing in common.
             rotary_lengths: of each sequence, see the field. Sequences share prefixes only where these are equal.
-            spans: of each sequence the (first, end) positions of its spans, in order. Sequences share whole spans.
+            spans: of each sequence the (first, end) positions of its spans, in order; None for those that media have.
+                Sequences share whole spans.
             selection: of each sequence the positions [tokens, layers with an indexer, K] that its tokens are to attend
                 (``SelectionReplay.kept``); the last token may be missing. Shared as a routing is.
+            media: of each sequence the runs of tokens that take rows of items. Sequences share a prefix as far as they
+                have its items in common.
+            features: of every item that a span names, by its digest.
+            sequence_positions: of each sequence positions [tokens] or [A, tokens] in the place of 0, 1, ...; None for
+                those, along every axis that another sequence has.
+            span_layers: see the field.
 
         Raises:
-            ToolkitError: for a routing, selection, rotary_lengths or spans that do not fit the sequences.
+            ToolkitError: for a routing, selection, rotary_lengths, spans, media or positions that do not fit the
+                sequences.
         """
         arrays = [np.asarray(torch.as_tensor(sequence, dtype=torch.int64).cpu()) for sequence in sequences]
         counts = [len(array) for array in arrays]
         recorded = Recorded.of(routing, selection, counts)
-        if rotary_lengths is not None and len(rotary_lengths) != len(arrays):
-            raise ToolkitError(
-                f"rotary_lengths must have one entry per sequence ({len(arrays)}), got {len(rotary_lengths)}."
-            )
+        items = MediaRows()
+        rows = recorded.rows if recorded else None
+        columns = RowColumns.of_sequences(arrays, rows, rotary_lengths, media, sequence_positions, items)
+        if spans is None and media is not None:
+            spans = [blocks(one) for one in media]
         if spans is not None:
             check_spans(spans, counts)
             spans = spans if any(map(len, spans)) else None
-        spans_by_row = None if spans is None else [spans_of_rows(*one) for one in zip(spans, counts)]
+        by_row = None if spans is None else [spans_of_rows(*one) for one in zip(spans, counts)]
+        batch = None
         if share and len(arrays) > 1:
-            names, tokens_of, recorded_of = name_rows(arrays, recorded.rows) if recorded else (arrays, None, None)
-            distinct, kinds, low, span = _spread(names, rotary_lengths)
-            names = [one + span * kind for one, kind in zip(names, kinds, strict=True)]
-            shared = share_prefixes(names, spans)
+            shared = share_prefixes(columns.names(counts), spans)
             if sum(counts) - shared.size > _WORTH_SHARING * sum(counts):
-                batch = cls._of_prefix_trees(shared, spans_by_row, device)
-                if rotary_lengths is not None:
-                    kind = (batch.tokens - low) // span
-                    lengths_of = torch.from_numpy(distinct).to(device)[kind]
-                    batch = replace(batch, tokens=batch.tokens - span * kind, rotary_lengths=lengths_of)
-                if recorded is None or tokens_of is None or recorded_of is None:
-                    return batch
-                named = batch.tokens.cpu().numpy()
-                tokens = torch.from_numpy(tokens_of[named]).to(device)
-                return replace(batch, tokens=tokens, **recorded.fields(recorded_of[named], device))
+                batch = cls._of_prefix_trees(shared, by_row, device)
+                columns = columns.take(_sources(shared))
+        if batch is None:
+            batch = cls._packed(counts, device)
+            if by_row is not None:
+                batch = replace(batch, spans=torch.from_numpy(np.concatenate(by_row)).to(device))
+        batch = batch._with_columns(columns, device)
+        if recorded is not None and columns.recorded is not None:
+            batch = replace(batch, **recorded.fields(columns.recorded, device))
+        if batch.spans is not None:
+            batch = replace(batch, span_layers=span_layers)
+        given = None if columns.media is None else items.embeddings(columns.media, features or {}, device)
+        if given is None:
+            return batch
+        return replace(batch, embedding_rows=given.rows, embeddings=given.values, embedding_levels=given.levels)
+
+    def _with_columns(self, columns: RowColumns, device: torch.device | str | None) -> "RaggedBatch":
+        """The batch whose rows have the numbers of ``columns``."""
+
+        def on(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+        found = replace(self, tokens=on(columns.tokens))
+        if columns.positions is not None:
+            found = replace(found, positions=on(columns.positions.T).squeeze(0))
+        if columns.rotary_lengths is not None:
+            found = replace(found, rotary_lengths=on(columns.rotary_lengths))
+        return found
+
+    @classmethod
+    def _packed(cls, counts: Sequence[int], device: torch.device | str | None) -> "RaggedBatch":
+        """Sequences of ``counts`` tokens one after the other; ``tokens`` are -1."""
         # Not repeat_interleave: on a busy CPU its threads have been seen to wait for 20 ms.
-        indices = [torch.arange(count) for count in counts]
-        nothing = torch.empty(0, dtype=torch.int64)
-        tokens = torch.cat([nothing, *map(torch.from_numpy, arrays)])
-        positions = torch.cat([nothing, *indices])
+        positions = torch.cat([torch.empty(0, dtype=torch.int64), *(torch.arange(count) for count in counts)])
         lengths = torch.tensor(counts, dtype=torch.int64)
         offsets = _offsets(lengths)
-        batch = cls._on(device, tokens, positions, offsets, offsets[:-1], lengths)
-        if rotary_lengths is not None:
-            of_rows = np.repeat(np.asarray(rotary_lengths, dtype=np.int64), counts)
-            batch = replace(batch, rotary_lengths=torch.from_numpy(of_rows).to(device))
-        if spans_by_row is not None:
-            batch = replace(batch, spans=torch.from_numpy(np.concatenate(spans_by_row)).to(device))
-        return replace(batch, **recorded.fields(np.concatenate(recorded.rows), device)) if recorded else batch
+        return cls._on(device, torch.full_like(positions, -1), positions, offsets, offsets[:-1], lengths)
 
     @classmethod
     def _of_prefix_trees(
         cls, trees: SharedPrefixes, spans: list[np.ndarray] | None, device: torch.device | str | None
     ) -> "RaggedBatch":
+        """The batch of ``trees``; ``tokens`` are -1."""
         segments = trees.segments
         counts = np.array([len(one.tokens) for one in segments])
         starts = np.array([one.start for one in segments])
@@ -178,7 +209,7 @@ class RaggedBatch:
             first_queries = np.where(inside, rows - positions + own_spans[:, 0], rows)
         query_ranges = np.stack([first_queries, np.array(trees.ends)[owner], positions], 1)
         parts = (
-            np.concatenate([one.tokens for one in segments]),
+            np.full(trees.size, -1),
             positions,
             np.concatenate([[0], counts.cumsum()]),
             np.zeros(len(segments), dtype=np.int64),
@@ -260,15 +291,12 @@ class RaggedBatch:
         return torch.searchsorted(self.query_offsets, rows, right=True) - 1
 
 
-def _spread(names: Sequence[np.ndarray], lengths: Sequence[int] | None) -> tuple[np.ndarray, Sequence[int], int, int]:
-    """(distinct lengths, index of each sequence's, lowest name, span of the names): sequences whose names are moved by
-    their index times the span have no prefix in common with those of another length."""
-    if lengths is None:
-        return np.empty(0, dtype=np.int64), [0] * len(names), 0, 0
-    distinct, kinds = np.unique(np.asarray(lengths, dtype=np.int64), return_inverse=True)
-    flat = np.concatenate(names)
-    low, high = (int(flat.min()), int(flat.max())) if len(flat) else (0, 0)
-    return distinct, kinds.tolist(), low, high - low + 1
+def _sources(trees: SharedPrefixes) -> np.ndarray:
+    """[T] of each row one of the tokens that share it, by its index among the tokens of all sequences."""
+    found = np.zeros(trees.size, dtype=np.int64)
+    rows = np.concatenate(trees.rows)
+    found[rows] = np.arange(len(rows))
+    return found
 
 
 def _offsets(lengths: Tensor) -> Tensor:

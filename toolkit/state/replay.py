@@ -133,25 +133,6 @@ class Recorded:
         return found
 
 
-def name_rows(tokens: Sequence[Ints], recorded: Sequence[Ints]) -> tuple[list[Ints], Ints, Ints]:
-    """The sequences with one number for each distinct (token, what was recorded of it): shared rows have it in common.
-
-    Sequences share a token's row only where they share its routing and selection too: elsewhere it is another
-    computation.
-
-    Args:
-        tokens: ids of each sequence.
-        recorded: of each sequence [its tokens, columns].
-
-    Returns:
-        The sequences in those numbers; the token of each number; what was recorded [numbers, columns] of each number.
-    """
-    both = np.concatenate([np.concatenate(tokens)[:, None], np.concatenate(recorded)], 1)
-    distinct, names = np.unique(both, axis=0, return_inverse=True)
-    ends = np.cumsum([len(one) for one in tokens])[:-1]
-    return np.split(names.reshape(-1), ends), distinct[:, 0], distinct[:, 1:]
-
-
 class SelectionReplay:
     """The keys that the sparse attention layers of a forward select, or were given in the place of their choice.
 

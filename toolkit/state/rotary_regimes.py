@@ -66,13 +66,13 @@ class RotaryRegimes:
         Raises:
             ToolkitError: sequences with different tables share a row.
         """
-        if batch.sample_rows is None:
+        if batch.sample_rows is None or batch.query_ranges is None:
             lengths = self._canonical(batch.kv_lengths)
             return torch.cat([lengths, lengths.new_ones(1)])[batch.sequence_ids]
-        firsts = batch.positions[batch.sample_rows] == 0
+        firsts = batch.query_ranges[batch.sample_rows, 2] == 0
         sample = firsts.cumsum(0) - 1
         of_token = self._canonical(sample.bincount())[sample]
-        found = torch.zeros_like(batch.positions).scatter_reduce(0, batch.sample_rows, of_token, "amax")
+        found = torch.zeros_like(batch.tokens).scatter_reduce(0, batch.sample_rows, of_token, "amax")
         if not torch.equal(found[batch.sample_rows], of_token):
             raise ToolkitError(
                 "sequences of a batch must share prefixes only where their lengths have the same rotary tables; "
