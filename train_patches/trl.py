@@ -25,7 +25,7 @@ from toolkit.engine.outputs import Completion
 from toolkit.errors import ToolkitError
 from toolkit.ops.linear_logprob.deferred import token_statistics
 from toolkit.patching import choose_rotary_lengths, patch, report_of, unpatch, weight_version
-from toolkit.patching.forward import predictions
+from toolkit.patching.logprobs import predictions
 from toolkit.state import RaggedBatch
 from toolkit.training.losses import divergence_estimate
 

@@ -13,7 +13,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaFo
 from toolkit.engine import Engine, SamplingParams
 from toolkit.errors import ToolkitError
 from toolkit.patching import patch, report_of
-from toolkit.patching.forward import token_logprobs
+from toolkit.patching.logprobs import token_logprobs
 
 
 @pytest.fixture(autouse=True)

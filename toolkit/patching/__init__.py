@@ -2,7 +2,8 @@
 
 from toolkit.modules.moe_experts import expert_layers
 from toolkit.patching.apply import find_claims, patch, unpatch
-from toolkit.patching.forward import choose_rotary_lengths, ragged_forward, token_logprobs
+from toolkit.patching.forward import ragged_forward
+from toolkit.patching.logprobs import choose_rotary_lengths, token_logprobs
 from toolkit.patching.record import report_of
 from toolkit.patching.report import PatchReport
 from toolkit.patching.state_spec import state_spec

@@ -89,8 +89,8 @@ def patch(model: nn.Module, roles: Sequence[str] | None = None, numerics: str | 
     Args:
         model: a Hugging Face model. A ``PeftModel`` is patched like the model inside it, before or after its adapters
             were added.
-        roles: any of norm, positions, rotary, mlp, activation, router, experts, attention, mixer, layer, linear, head;
-            None is all of them.
+        roles: any of norm, positions, rotary, mlp, activation, router, experts, attention, mixer, layer, linear, head,
+            media; None is all of them.
         numerics: "bitwise" or "fast" (``toolkit.numerics``); None is bitwise on CPU and fast elsewhere.
     """
     model = inner_model(model)

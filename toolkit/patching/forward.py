@@ -1,8 +1,8 @@
-"""Forwards of a patched model over ragged batches: logits, and the log-probabilities that training uses."""
+"""Forwards of a patched model over ragged batches."""
 
 import inspect
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
 from typing import Any
@@ -14,9 +14,7 @@ from toolkit.errors import ToolkitError
 from toolkit.modules.elementwise import row_invariant
 from toolkit.moe.observer import observing
 from toolkit.numerics import Numerics
-from toolkit.ops.linear_logprob import deferred
-from toolkit.ops.take_rows import take_rows
-from toolkit.patching.adapters import inner_model, vocabulary_size
+from toolkit.patching.adapters import inner_model
 from toolkit.patching.eval_mode import eval_mode
 from toolkit.patching.length_tables import regimes_of
 from toolkit.patching.ragged_call import call_arguments
@@ -26,7 +24,6 @@ from toolkit.state.active import set_forward_context
 from toolkit.state.batch import RaggedBatch
 from toolkit.state.context import ForwardContext
 from toolkit.state.dense import DenseContext
-from toolkit.state.rotary_regimes import RotaryRegimes
 
 
 @cache
@@ -34,7 +31,7 @@ def _has_logits_to_keep(forward: Callable[..., Any]) -> bool:
     return "logits_to_keep" in inspect.signature(forward).parameters
 
 
-def _patched(model: nn.Module) -> nn.Module:
+def patched_model(model: nn.Module) -> nn.Module:
     """``model``, or the patched one inside it where it is a wrapper (data parallel, DeepSpeed's engine)."""
     inner: Any = model
     while report_of(inner) is None and isinstance(getattr(inner, "module", None), nn.Module):
@@ -63,7 +60,7 @@ def context_forward(model: nn.Module, context: ForwardContext, rows: Tensor | No
     """
     batch = context.batch
     model = inner_model(model)
-    inner = inner_model(_patched(model))
+    inner = inner_model(patched_model(model))
     report = report_of(inner)
     if report is None:
         raise ToolkitError(f"model {type(inner).__name__} is not patched; call toolkit.patch(model) first.")
@@ -79,6 +76,11 @@ def context_forward(model: nn.Module, context: ForwardContext, rows: Tensor | No
         except BaseException:
             _SEPARATE.discard(report)
             raise
+    if batch.embeddings is not None and "media" not in report.roles():
+        raise ToolkitError(
+            f"embeddings of the batch must be None for {type(inner).__name__}, got a tensor: it has no text part apart "
+            "from a tower, or role 'media' is not patched."
+        )
     keep: dict[str, Any] = {}
     if rows is not None and _has_logits_to_keep(type(inner).forward):
         keep["logits_to_keep"] = rows
@@ -144,129 +146,3 @@ def _check_rotary(model: nn.Module, report: PatchReport) -> None:
                 f"{path} of {type(model).__name__} makes rotary tables by the longest sequence of a batch; role "
                 f"'rotary' must be patched for a ragged batch, got {why}."
             )
-
-
-def choose_rotary_lengths(
-    models: nn.Module | Sequence[nn.Module], lengths: Sequence[int], given: Sequence[int | None] | None = None
-) -> list[int] | None:
-    """``RaggedBatch.from_sequences``'s ``rotary_lengths`` for sequences of ``lengths`` tokens; None if not needed.
-
-    Args:
-        models: a patched model, or its wrapper; or several that run the same batch.
-        given: the lengths by which the tables are made, as declared or of a ``Completion``; None for their own.
-
-    Raises:
-        ToolkitError: a given length below the sequence's own with other tables.
-    """
-    if given is not None:
-        _check_one_each("rotary_lengths", given, len(lengths))
-    models = [models] if isinstance(models, nn.Module) else models
-    reports = [report_of(inner_model(_patched(inner_model(model)))) for model in models]
-    found = [report.rotary_regimes() for report in reports if report is not None]
-    regimes = RotaryRegimes.merged(filter(None, found))
-    return None if regimes is None else regimes.of_lengths([None] * len(lengths) if given is None else given, lengths)
-
-
-def token_logprobs(
-    model: nn.Module,
-    sequences: Sequence[Sequence[int] | Tensor],
-    share: bool = True,
-    last: Sequence[int] | None = None,
-    routing: Sequence[Tensor] | None = None,
-    rotary_lengths: Sequence[int | None] | None = None,
-) -> list[Tensor]:
-    """Log-probability (nats, full vocabulary) of every token of every sequence given the tokens before it.
-
-    This is the training forward, and differentiable. All sequences are one batch.
-
-    Args:
-        model: a patched model, or its wrapper (data parallel, DeepSpeed's engine).
-        sequences: token ids of each sequence.
-        share: compute common prefixes once.
-        last: return only the last ``last[i]`` tokens of sequence i; the head skips the others (a prompt's, say).
-        routing: experts [tokens, MoE layers, K] of the tokens of sequence i, in place of the routers' choice
-            (``Completion.routed_experts``). The last token may be missing. Routers must be patched.
-        rotary_lengths: of each sequence the length by which its rotary tables are made, where they depend on it
-            (LongRoPE, dynamic NTK): ``Completion.rotary_length``. None is the sequence's own length.
-
-    Returns:
-        One tensor per sequence, [tokens - 1] or [last[i]].
-
-    Raises:
-        ToolkitError: a sequence that is no list of token ids, a token id outside the vocabulary, ``last[i]`` larger
-            than the number of predictions, a rotary length below the sequence's own with other tables, or ``last`` or
-            ``rotary_lengths`` without one entry per sequence.
-    """
-    device = next(model.parameters()).device
-    vocabulary = vocabulary_size(_patched(model))
-    tokens = [_token_ids(index, sequence, vocabulary) for index, sequence in enumerate(sequences)]
-    lengths = [max(sequence.numel() - 1, 0) for sequence in tokens]
-    if last is not None:
-        _check_one_each("last", last, len(tokens))
-        for index, (count, available) in enumerate(zip(last, lengths)):
-            if not 0 <= count <= available:
-                raise ToolkitError(
-                    f"last[{index}] must be >= 0 and <= {available}, the sequence's length - 1, got {count}."
-                )
-        lengths = list(last)
-    if not any(sequence.numel() for sequence in tokens):
-        return [torch.zeros(0, device=device) for _ in tokens]
-    # Where nothing is asked for, the empty results still have a graph: gradients of 0, as of any masked loss.
-    # The last token of a sequence predicts nothing here, but stays in: it costs little.
-    chosen = choose_rotary_lengths(model, [len(sequence) for sequence in tokens], rotary_lengths)
-    batch = RaggedBatch.from_sequences(tokens, device, share, routing, chosen)
-    return list(predictions(model, batch, tokens, lengths)[0].split(lengths))
-
-
-def _token_ids(index: int, given: Any, vocabulary: int) -> Tensor:
-    """One sequence as int64 on the CPU. A conversion would cut fractions off without a word."""
-    try:
-        tokens = torch.as_tensor(given)
-    except (TypeError, ValueError, RuntimeError):  # text, None, ids of more than 64 bits
-        tokens = torch.zeros(())
-    whole = not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
-    ids = tokens.to("cpu", torch.int64)
-    if ids.dim() != 1 or (ids.numel() and not (whole and 0 <= int(ids.min()) <= int(ids.max()) < vocabulary)):
-        raise ToolkitError(f"sequence {index} must be a list of token ids from 0 to {vocabulary - 1}.")
-    return ids
-
-
-def _check_one_each(name: str, given: Sequence[Any], count: int) -> None:
-    if len(given) != count:
-        raise ToolkitError(f"{name} must have one entry per sequence ({count}), got {len(given)}.")
-
-
-# Of logits [..., V] and targets [...]: tensors [...], the first of which is the log-probability of the target.
-ReadLogits = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
-
-
-def predictions(
-    model: nn.Module,
-    batch: RaggedBatch,
-    sequences: Sequence[Tensor],
-    counts: Sequence[int],
-    read: ReadLogits = deferred.token_logprobs,
-) -> tuple[Tensor, ...]:
-    """What ``read`` returns for the logits of the last ``counts[i]`` tokens of each sequence: [sum(counts)].
-
-    A prediction that several samples share (the same row, the same next token) is computed once. A row with several
-    next tokens is one row of the head per next token.
-
-    Args:
-        batch: ``RaggedBatch.from_sequences(sequences)``.
-    """
-    device = batch.tokens.device
-    ends = torch.tensor([len(sequence) for sequence in sequences]).cumsum(0).tolist()
-    # A token is predicted by the row before it.
-    predicting = torch.cat([torch.arange(end - 1 - count, end - 1) for end, count in zip(ends, counts)])
-    targets = torch.cat([sequence[len(sequence) - count :] for sequence, count in zip(sequences, counts)])
-    rows = predicting if batch.sample_rows is None else batch.sample_rows.cpu()[predicting]
-    if batch.sample_rows is None:
-        return read(ragged_forward(model, batch, rows.to(device)), targets.to(device))
-    pairs, sample_of = torch.stack([rows, targets], 1).unique(dim=0, return_inverse=True)
-    distinct, row_of = pairs[:, 0].unique_consecutive(return_inverse=True)
-    logits = ragged_forward(model, batch, distinct.to(device))
-    if len(distinct) < len(pairs):
-        logits = deferred.take_logits(logits, row_of.to(device))
-    index = sample_of.to(device)
-    return tuple(take_rows(values, index) for values in read(logits, pairs[:, 1].to(device)))

@@ -18,7 +18,8 @@ from toolkit.ops.attention import attention, attention_backward
 from toolkit.ops.causal_conv import causal_conv
 from toolkit.ops.linear_logprob.deferred import summed_cross_entropy
 from toolkit.ops.linear_recurrence import linear_recurrence
-from toolkit.patching.forward import choose_rotary_lengths, context_forward
+from toolkit.patching.forward import context_forward
+from toolkit.patching.logprobs import choose_rotary_lengths
 from toolkit.state.batch import RaggedBatch
 from toolkit.state.context import AttentionSettings, ForwardContext
 

@@ -16,6 +16,7 @@ from toolkit.patching.roles import (
     head,
     layer,
     linear,
+    media,
     mixer,
     mlp,
     norm,
@@ -55,4 +56,5 @@ FINDERS: dict[str, Finder] = {
     "layer": layer.find,
     "linear": linear.find,
     "head": head.find,
+    "media": media.find,
 }

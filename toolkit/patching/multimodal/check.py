@@ -1,0 +1,194 @@
+"""The proof that a ragged batch with images is the model's own forward, at the first images of each layout.
+
+One ordinary forward of the sequence that brings them says what the model itself makes of them; the items' features, the
+sequence's positions, the tokens that see each other and the logits of a ragged batch must be the same.
+"""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from toolkit.errors import ToolkitError, first_line
+from toolkit.moe.observer import observing
+from toolkit.patching.adapters import vocabulary_size
+from toolkit.patching.eval_mode import eval_mode
+from toolkit.patching.forward import context_forward
+from toolkit.patching.multimodal.encoding import encode_item, on_device, taken_by
+from toolkit.patching.multimodal.entry import Arrival, MediaEntry, arriving, find_entry
+from toolkit.patching.multimodal.items import Processed, items_of, splits_of
+from toolkit.patching.multimodal.sequences import placeholders_of, positions_of
+from toolkit.patching.probe import device_of
+from toolkit.state.batch import RaggedBatch
+from toolkit.state.dense import DenseContext
+from toolkit.state.media import Features, MediaSpan, blocks
+
+COMPARED = 16  # rows of logits, the last ones
+TOLERANCE = 1e-3
+
+
+@dataclass
+class _Own:
+    """What the model's own forward over one sequence made of it. ahead: of each layer, [n, n] keys seen ahead."""
+
+    logits: Tensor
+    arrival: Arrival
+    ahead: dict[int, Tensor]
+
+
+def check_media(model: nn.Module, entry: MediaEntry, processed: Processed, outputs: Mapping[str, Any]) -> None:
+    """Prove a layout once; learns how its items lie in it, and which layers see ahead.
+
+    Raises:
+        ToolkitError: the reason why images of this layout are refused; again at every later use.
+    """
+    layout = processed.layout()
+    if layout not in entry.verdicts:
+        try:
+            with torch.no_grad(), eval_mode(model), observing(None), _state_kept(model):
+                entry.verdicts[layout] = _verdict(model, entry, processed, outputs)
+        except ToolkitError as error:
+            entry.verdicts[layout] = str(error)
+    reason = entry.verdicts[layout]
+    if reason is not None:
+        raise ToolkitError(f"images of {type(model).__name__} must be proven for a ragged batch, got: {reason}")
+
+
+def _verdict(model: nn.Module, entry: MediaEntry, processed: Processed, outputs: Mapping[str, Any]) -> str | None:
+    """None where a split of the outputs into items is proven, which the entry then knows; else the reason."""
+    own = _own_forward(model, outputs)
+    placeholders = placeholders_of(model.config)
+    for kind in processed.media:
+        if kind not in placeholders or not bool((processed.ids == placeholders[kind]).any()):
+            return f"no token of the sequence stands for its {kind}"
+    positions = positions_of(model, processed, outputs)
+    given = own.arrival.arguments.get("position_ids")
+    if given is not None and not _same_positions(given.cpu(), positions, len(processed.ids)):
+        return "the model's own forward has other positions"
+    seeing = frozenset(layer for layer, ahead in own.ahead.items() if bool(ahead.any()))
+    looking = frozenset(placeholders[kind] for kind in processed.media if seeing)
+    failure = "no way to tell its items apart fits the sequence"
+    for split in splits_of(processed):
+        found = items_of(processed, split, placeholders, looking)
+        if found is None:
+            continue
+        spans, items = found
+        try:
+            features = {digest: encode_item(model, entry, item) for digest, item in items.items()}
+            error = _feature_error(entry, own.arrival, spans, features)
+        except (RuntimeError, ValueError, IndexError, TypeError, ToolkitError) as problem:
+            failure = f"one item alone fails: {first_line(problem, with_class=True)}"
+            continue
+        if not error <= TOLERANCE:
+            failure = f"the features of one item alone differ by {error:.1e} from those beside others"
+            continue
+        if not _as_blocks(own.ahead, seeing, spans):
+            return "its tokens see others ahead than those of their images"
+        ids = processed.ids.where(processed.ids < vocabulary_size(model), 0)
+        batch = RaggedBatch.from_sequences(
+            [[1, 2, 3], ids],
+            device_of(model),
+            share=False,
+            media=[[], spans],
+            features=features,
+            sequence_positions=None if positions is None else [None, positions],
+            span_layers=seeing,
+        )
+        error = _logit_error(model, batch, own.logits)
+        if not error <= TOLERANCE:
+            return f"the logits of a ragged batch differ by {error:.1e} from those of the model's own forward"
+        entry.splits[processed.layout()] = split
+        entry.span_layers |= seeing
+        entry.looking |= looking
+        return None
+    return failure
+
+
+def _own_forward(model: nn.Module, outputs: Mapping[str, Any]) -> _Own:
+    """The model's own forward over the sequence, with what its entry and its attention layers were handed."""
+    found = find_entry(model)
+    assert found is not None
+    ahead: dict[int, Tensor] = {}
+
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        named = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
+        mask = {**named, **named.get("kwargs", {})}.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-1] == mask.shape[-2]:
+            visible = mask[0, 0] if mask.dtype == torch.bool else mask[0, 0] == 0
+            ahead[int(module.layer_idx)] = visible.triu(1).cpu()  # type: ignore[arg-type]
+
+    arguments = {name: value for name, value in outputs.items() if name != "labels"}
+    with ExitStack() as stack:
+        for module in found[1].modules():
+            if isinstance(getattr(module, "layer_idx", None), int):
+                stack.callback(module.register_forward_pre_hook(look, with_kwargs=True).remove)
+        arrival = stack.enter_context(arriving(stop=False))
+        arguments = taken_by(type(model).forward, {**on_device(model, arguments), "use_cache": False})
+        logits = model(**arguments).logits[0]
+    return _Own(logits[-COMPARED:].float(), arrival, ahead)
+
+
+def _same_positions(given: Tensor, positions: Tensor | None, count: int) -> bool:
+    """given: [B, n] or [A, 1, n], perhaps with the index as the first axis; positions: [A, n] or None."""
+    expected = torch.arange(count)[None] if positions is None else positions
+    found = given.reshape(-1, count)
+    if len(found) == len(expected) + 1:
+        found = found[1:]
+    return torch.equal(found, expected.expand_as(found)) if len(found) >= len(expected) else False
+
+
+def _feature_error(entry: MediaEntry, arrival: Arrival, spans: list[MediaSpan], given: dict[bytes, Features]) -> float:
+    """The largest difference between features of items alone and of all together, relative to the largest of these."""
+    device = arrival.arguments["inputs_embeds"].device
+    rows = torch.cat([torch.arange(span.first, span.first + span.length) for span in spans]).to(device)
+    together = entry.features(arrival.arguments, rows)
+    worst = 0.0
+    for own, parts in (
+        (together.rows, [given[span.digest].rows[span.offset :][: span.length] for span in spans]),
+        (together.levels, [_levels(given[span.digest], span) for span in spans]),
+    ):
+        if own is not None:
+            alone = torch.cat([part for part in parts if part is not None], -2)
+            worst = max(worst, _difference(alone, own))
+    return worst
+
+
+def _levels(features: Features, span: MediaSpan) -> Tensor | None:
+    return None if features.levels is None else features.levels[:, span.offset :][:, : span.length]
+
+
+def _difference(one: Tensor, other: Tensor) -> float:
+    return float((one.float() - other.float()).abs().max() / other.float().abs().max().clamp_min(1e-30))
+
+
+def _as_blocks(ahead: dict[int, Tensor], seeing: frozenset[int], spans: list[MediaSpan]) -> bool:
+    """Whether in every layer that sees ahead, each token of a block sees all of it, and no other token any ahead."""
+    for layer in seeing:
+        expected = torch.zeros_like(ahead[layer])
+        for first, end in blocks(spans):
+            expected[first:end, first:end] = True
+        if not torch.equal(ahead[layer], expected.triu(1)):
+            return False
+    return True
+
+
+def _logit_error(model: nn.Module, batch: RaggedBatch, expected: Tensor) -> float:
+    rows = len(batch.tokens)
+    last = torch.arange(rows - len(expected), rows, device=batch.tokens.device)
+    return _difference(context_forward(model, DenseContext(batch), last), expected)
+
+
+@contextmanager
+def _state_kept(model: nn.Module) -> Iterator[None]:
+    """What a forward leaves in attributes for its next step of decoding is as before afterwards."""
+    owners = [one for one in model.modules() if "rope_deltas" in one.__dict__]
+    before = [one.__dict__["rope_deltas"] for one in owners]
+    try:
+        yield
+    finally:
+        for one, value in zip(owners, before):
+            one.__dict__["rope_deltas"] = value

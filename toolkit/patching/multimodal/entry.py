@@ -1,0 +1,167 @@
+"""Where images enter a model: the module that holds the input embedding, called with embeddings that were merged.
+
+A model's own forward computes features of images and puts them among the embeddings before it calls that module. So
+what the module is handed says what the features are, and what it is handed instead puts features in: in a ragged batch
+the rows that the batch gives. The tower, its projector and the merging stay the model's own.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from toolkit.errors import ToolkitError
+from toolkit.patching.adapters import unwrapped
+from toolkit.patching.claim import Undo
+from toolkit.state.active import forward_context_of
+from toolkit.state.batch import RaggedBatch
+from toolkit.state.media import Features
+
+EMBEDDINGS = "inputs_embeds"
+
+
+class Entered(BaseException):
+    """Ends a forward where its text part begins. No ``Exception``: a model's own code must not catch it."""
+
+
+@dataclass
+class Arrival:
+    """What the entry was handed. stop: end the forward there."""
+
+    stop: bool
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+_ARRIVAL: ContextVar[Arrival | None] = ContextVar("arrival", default=None)
+
+
+@contextmanager
+def arriving(stop: bool) -> Iterator[Arrival]:
+    """Inside, the entry's next calls leave their arguments; with ``stop`` the forward ends there."""
+    arrival = Arrival(stop)
+    token = _ARRIVAL.set(arrival)
+    try:
+        yield arrival
+    except Entered:
+        pass
+    finally:
+        _ARRIVAL.reset(token)
+
+
+class MediaEntry:
+    """The entry's hook before its forward, and what was learned about the model's images.
+
+    A ragged batch's ``embeddings`` take the place of those rows, and its levels go where the model's own forward hands
+    them over.
+
+    Attributes:
+        mask_name: keyword of the mask [B, S] of rows that get levels; None before one was seen.
+        levels_name: keyword of the levels, L tensors [M, H].
+        span_layers: indices of the layers in which tokens of an image see each other.
+        looking: the placeholders whose tokens do.
+        verdicts: of each layout of a processor's outputs None where it is proven, or the reason why it is refused.
+        splits: of each layout, how items lie in it.
+    """
+
+    def __init__(self) -> None:
+        self.mask_name: str | None = None
+        self.levels_name: str | None = None
+        self.span_layers: frozenset[int] = frozenset()
+        self.looking: frozenset[int] = frozenset()
+        self.verdicts: dict[Any, str | None] = {}
+        self.splits: dict[Any, Any] = {}
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        arrival = None if torch.compiler.is_compiling() else _ARRIVAL.get()
+        if arrival is not None:
+            arrival.arguments = dict(kwargs)
+            if arrival.stop:
+                raise Entered
+        context = forward_context_of(kwargs)
+        if context is None or context.batch.embeddings is None:
+            return None
+        return args, {**kwargs, **self._merged(context.batch, kwargs)}
+
+    def _merged(self, batch: RaggedBatch, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        own = kwargs.get(EMBEDDINGS)
+        assert batch.embeddings is not None
+        assert batch.embedding_rows is not None
+        if own is None:
+            raise ToolkitError("the model must hand embeddings to its text part for a batch with images, got ids.")
+        values = batch.embeddings.to(own.dtype)
+        merged = {EMBEDDINGS: own.index_copy(1, batch.embedding_rows, values[None])}
+        if batch.embedding_levels is not None:
+            if self.mask_name is None or self.levels_name is None:
+                raise ToolkitError("embedding_levels of a batch must be None for a model without levels, got a tensor.")
+            mask = torch.zeros(own.shape[:2], dtype=torch.bool, device=own.device)
+            merged[self.mask_name] = mask.index_fill(1, batch.embedding_rows, True)
+            merged[self.levels_name] = list(batch.embedding_levels.to(own.dtype))
+        return merged
+
+    def features(self, arguments: Mapping[str, Any], rows: Tensor) -> Features:
+        """Of the ``rows`` [n] of a forward over one sequence whose entry was handed ``arguments``."""
+        given = arguments.get(EMBEDDINGS)
+        if given is None:
+            raise ToolkitError("the model must hand embeddings to its text part, got ids.")
+        names = [name for name, value in arguments.items() if _are_levels(value, given.shape[-1])]
+        masks = [name for name, value in arguments.items() if _is_mask(value, given.shape[:2])]
+        if not names:
+            return Features(given[0].index_select(0, rows))
+        if len(names) > 1 or len(masks) != 1:
+            raise ToolkitError(f"levels of images must be one list with one mask, got {names} and {masks}.")
+        self.mask_name, self.levels_name = masks[0], names[0]
+        # A level has one row for each row of the mask.
+        index = arguments[self.mask_name][0].cumsum(0)[rows] - 1
+        levels = torch.stack([level.index_select(0, index) for level in arguments[self.levels_name]])
+        return Features(given[0].index_select(0, rows), levels)
+
+
+def _are_levels(value: Any, width: int) -> bool:
+    parts = value if isinstance(value, (list, tuple)) else ()
+    return bool(parts) and all(isinstance(one, Tensor) and one.dim() == 2 and one.shape[1] == width for one in parts)
+
+
+def _is_mask(value: Any, shape: torch.Size) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.bool and value.shape == shape
+
+
+def find_entry(model: Any) -> tuple[str, nn.Module] | None:
+    """Path and module of the entry of a model with a text part; None for a model that is a text model alone."""
+    config = getattr(model, "config", None)
+    if config is None or config.get_text_config() is config:
+        return None
+    try:
+        embedding = unwrapped(model.get_input_embeddings())
+    except (AttributeError, NotImplementedError):
+        return None
+    for path, module in model.named_modules():
+        if module is not model and any(unwrapped(child) is embedding for child in module.children()):
+            return path, module
+    return None
+
+
+def install(entry: nn.Module) -> Undo:
+    """Put a ``MediaEntry`` before the forward of ``entry``; the undo step."""
+    entry.register_forward_pre_hook(MediaEntry(), with_kwargs=True)
+    return partial(_remove, entry)
+
+
+def _remove(entry: nn.Module) -> None:
+    for key, hook in list(entry._forward_pre_hooks.items()):
+        if isinstance(hook, MediaEntry):
+            entry._forward_pre_hooks.pop(key)
+            entry._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def entry_of(model: nn.Module) -> MediaEntry | None:
+    """The hook of a patched model; None where there is none."""
+    found = find_entry(model)
+    hooks = () if found is None else found[1]._forward_pre_hooks.values()
+    return next((hook for hook in hooks if isinstance(hook, MediaEntry)), None)

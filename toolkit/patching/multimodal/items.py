@@ -1,0 +1,236 @@
+"""A processor's outputs for one sequence as items: images, tiles or videos, each with the tokens that it takes.
+
+Processors lay several images out in several ways. Shapes say which ways are possible, and ``check`` which one is: that
+in which the model makes the same of each item alone.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from toolkit.errors import ToolkitError
+from toolkit.state.media import MediaSpan
+
+MODALITIES = ("image", "video", "audio")
+_NEVER_MEDIA = ("input_ids", "attention_mask", "position_ids", "labels")
+Arguments = dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Item:
+    """One image, tile or video: what its features depend on, beside the weights.
+
+    Args:
+        digest: 32 bytes of all that follows but the tokens.
+        placeholder: the token id that stands at its rows.
+        tokens: its rows.
+        arguments: the processor's outputs for it alone.
+        token_arguments: [1, tokens] numbers of its tokens (their type).
+    """
+
+    digest: bytes
+    placeholder: int
+    tokens: int
+    arguments: Arguments
+    token_arguments: dict[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Processed:
+    """A processor's outputs for one sequence, taken apart.
+
+    Args:
+        ids: [n] int64 on the CPU.
+        token_arguments: [1, n] numbers of the tokens beside their ids.
+        media: of each modality in the sequence what belongs to it.
+    """
+
+    ids: Tensor
+    token_arguments: dict[str, Tensor]
+    media: dict[str, Arguments]
+
+    @classmethod
+    def of(cls, outputs: Mapping[str, Any]) -> "Processed":
+        """Take ``outputs`` apart by shapes and names.
+
+        Raises:
+            ToolkitError: outputs for several sequences, or padded ones.
+        """
+        ids = torch.as_tensor(outputs.get("input_ids", ()))
+        if ids.dim() != 2 or len(ids) != 1 or ids.is_floating_point():
+            raise ToolkitError(
+                f"input_ids of a processor's outputs must have shape [1, tokens], got {list(ids.shape)}; run the "
+                "processor on one sequence at a time."
+            )
+        mask = outputs.get("attention_mask")
+        if mask is not None and not bool(torch.as_tensor(mask).all()):
+            raise ToolkitError("attention_mask of a processor's outputs must be all ones, got padding.")
+        of_tokens: dict[str, Tensor] = {}
+        media: dict[str, Arguments] = {}
+        for name, value in outputs.items():
+            if name in _NEVER_MEDIA or value is None:
+                continue
+            if isinstance(value, Tensor) and value.shape == ids.shape and not value.is_floating_point():
+                of_tokens[name] = value
+            else:
+                media.setdefault(_modality(name), {})[name] = value
+        return cls(ids[0].to("cpu", torch.int64), of_tokens, media)
+
+    def layout(self) -> Any:
+        """What decides how items lie in the outputs: names and numbers of dimensions."""
+        return tuple(
+            (kind, tuple((name, getattr(value, "ndim", None)) for name, value in sorted(given.items())))
+            for kind, given in sorted(self.media.items())
+        )
+
+
+def _modality(name: str) -> str:
+    if "video" in name:
+        return "video"
+    return "audio" if "audio" in name or "input_features" in name else "image"
+
+
+def digest_of(arguments: Mapping[str, Any], *more: Any) -> bytes:
+    """sha256 of names, dtypes, shapes and contents."""
+    found = hashlib.sha256(repr(more).encode())
+    for name, value in sorted(arguments.items()):
+        if isinstance(value, (Tensor, np.ndarray)):
+            tensor = torch.as_tensor(value).detach().cpu().contiguous()
+            found.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+            found.update(tensor.flatten().view(torch.uint8).numpy())
+        else:
+            found.update(f"{name} {value!r} ".encode())
+    return found.digest()
+
+
+Split = Callable[[Arguments], list[Arguments] | None]
+
+
+def _length(value: Any) -> int:
+    return len(value) if isinstance(value, (Tensor, np.ndarray, list, tuple)) else -1
+
+
+def _packed(arguments: Arguments) -> list[Arguments] | None:
+    """Patches of all items one after the other, as many of each as the product of its grid."""
+    for name, grid in arguments.items():
+        if not isinstance(grid, Tensor) or grid.dim() != 2 or grid.is_floating_point():
+            continue
+        sizes = grid.prod(-1).tolist()
+        others = {key: value for key, value in arguments.items() if key != name}
+        if any(_length(value) not in (len(grid), sum(sizes)) for value in others.values()):
+            continue
+        if not any(_length(value) == sum(sizes) for value in others.values()):
+            continue
+        ends = np.cumsum([0, *sizes]).tolist()
+        parts = []
+        for at, (start, end) in enumerate(pairwise(ends)):
+            own = {
+                key: value[at : at + 1] if _length(value) == len(grid) and sum(sizes) != len(grid) else value[start:end]
+                for key, value in others.items()
+            }
+            parts.append({**own, name: grid[at : at + 1]})
+        return parts
+    return None
+
+
+def _rows(arguments: Arguments) -> list[Arguments] | None:
+    """The first dimension counts items."""
+    lengths = {_length(value) for value in arguments.values()}
+    if len(lengths) != 1 or min(lengths) < 1:
+        return None
+    return [{key: value[at : at + 1] for key, value in arguments.items()} for at in range(lengths.pop())]
+
+
+def _columns(arguments: Arguments) -> list[Arguments] | None:
+    """The first dimension is the sequence, the second counts items."""
+    tensors = list(arguments.values())
+    if not all(isinstance(one, Tensor) and one.dim() > 1 and len(one) == 1 for one in tensors):
+        return None
+    counts = {one.shape[1] for one in tensors}
+    if len(counts) != 1:
+        return None
+    return [{key: value[:, at : at + 1] for key, value in arguments.items()} for at in range(counts.pop())]
+
+
+def _whole(arguments: Arguments) -> list[Arguments]:
+    return [arguments]
+
+
+SPLITS: dict[str, Split] = {"packed": _packed, "columns": _columns, "rows": _rows, "whole": _whole}
+
+
+def splits_of(processed: Processed) -> Iterator[dict[str, str]]:
+    """Of each modality a name of ``SPLITS``, the finest first; the last takes all media of a modality as one item."""
+    possible = {
+        kind: [name for name, split in SPLITS.items() if split(given) is not None]
+        for kind, given in processed.media.items()
+    }
+    for turn in range(max(map(len, possible.values()), default=0)):
+        yield {kind: names[min(turn, len(names) - 1)] for kind, names in possible.items()}
+
+
+def items_of(
+    processed: Processed, split: Mapping[str, str], placeholders: Mapping[str, int], bidirectional: frozenset[int]
+) -> tuple[list[MediaSpan], dict[bytes, Item]] | None:
+    """Spans and items of a sequence; None where they do not fit its tokens."""
+    spans: list[MediaSpan] = []
+    items: dict[bytes, Item] = {}
+    for kind, arguments in processed.media.items():
+        parts = SPLITS[split[kind]](arguments)
+        placeholder = placeholders.get(kind)
+        if parts is None or placeholder is None:
+            return None
+        rows = np.flatnonzero(processed.ids.numpy() == placeholder)
+        counts = _counts(parts, rows)
+        if counts is None:
+            return None
+        for part, own in zip(parts, np.split(rows, np.cumsum(counts)[:-1])):
+            types = {key: value[:, torch.from_numpy(own)] for key, value in processed.token_arguments.items()}
+            digest = digest_of(part, placeholder, len(own))
+            items[digest] = Item(digest, placeholder, len(own), part, types)
+            offset = 0
+            for run in _runs(own):
+                spans.append(MediaSpan(int(run[0]), len(run), digest, offset, placeholder in bidirectional))
+                offset += len(run)
+    return sorted(spans), items
+
+
+def _runs(rows: np.ndarray) -> list[np.ndarray]:
+    """Rows in pieces without gaps."""
+    return [one for one in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1) if len(one)]
+
+
+def _counts(parts: Sequence[Arguments], rows: np.ndarray) -> list[int] | None:
+    """Tokens of each item: those of a run each, else equally many, else by the products of their sizes."""
+    runs = [len(run) for run in _runs(rows)]
+    if len(parts) == 1:
+        return [len(rows)]
+    if len(runs) == len(parts):
+        return runs
+    sizes = [_size(part) for part in parts]
+    if None in sizes or not sum(filter(None, sizes)):
+        return None
+    shares = [len(rows) * (size or 0) / sum(filter(None, sizes)) for size in sizes]
+    return [int(one) for one in shares] if all(one == int(one) for one in shares) else None
+
+
+def _size(part: Arguments) -> int | None:
+    """The number to which an item's tokens are proportional: the product of its grid, or of its shape's numbers."""
+    for value in part.values():
+        if (
+            isinstance(value, Tensor)
+            and value.dim() == 2
+            and not value.is_floating_point()
+            and value.shape[1] in (2, 3)
+        ):
+            return int(value[0].prod())
+    return 1
+
+
+__all__ = ["MODALITIES", "Item", "Processed", "items_of", "splits_of"]
