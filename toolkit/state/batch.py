@@ -53,13 +53,13 @@ class RaggedBatch:
             indexers' choice, ascending, -1 behind the last one; None to let indexers choose.
         rotary_lengths: [T] the length of the sequence by which each row's rotary tables are made, fixed for the life of
             a sequence; None where the model's tables do not depend on it, or by its own length (``RotaryRegimes``).
-        embedding_rows: [M] the rows that are given as embeddings, ascending; None for none.
-        embeddings: [M, H] theirs, with gradients. ``tokens`` has the ids of their placeholders.
-        embedding_levels: [L, M, H] added to them after each of the first L layers; None for none.
         spans: [T, 2] the (first, end) index in its sequence of the span that each row lies in, (0, 0) for none; None
             for no spans. The tokens of a span see each other, later ones too (a picture's): a row sees what it would
             without, and its span from there on. A span lies in one segment and in one step of the engine.
         span_layers: the layers that look at spans; None for all.
+        embedding_rows: [M] the rows that are given as embeddings, ascending; None for none.
+        embeddings: [M, H] theirs, with gradients. ``tokens`` has the ids of their placeholders.
+        embedding_levels: [L, M, H] added to them after each of the first L layers; None for none.
 
     What is to come fits without another shape of class. Nothing here is derived or cached: contexts derive what they
     need, so fields may be buffers that a runner owns and updates in place, and a captured step reads them again.
@@ -82,12 +82,12 @@ class RaggedBatch:
     views: tuple[PagedRows | Snapshots, ...] = ()
     routing: Tensor | None = None
     rotary_lengths: Tensor | None = None
-    embedding_rows: Tensor | None = None
-    embeddings: Tensor | None = None
-    embedding_levels: Tensor | None = None
     spans: Tensor | None = None
     span_layers: frozenset[int] | None = None
     selection: Tensor | None = None
+    embedding_rows: Tensor | None = None
+    embeddings: Tensor | None = None
+    embedding_levels: Tensor | None = None
 
     @classmethod
     def from_sequences(
@@ -222,7 +222,7 @@ class RaggedBatch:
         )
         tensors = [torch.from_numpy(part.astype(np.int64, copy=False)).to(device) for part in parts]
         of_rows = None if own_spans is None else torch.from_numpy(own_spans).to(device)
-        return cls(*tensors, spans=of_rows)  # type: ignore[arg-type]
+        return replace(cls(*tensors), spans=of_rows)  # type: ignore[arg-type]
 
     @classmethod
     def for_padded(cls, mask: Tensor, q_len: int) -> "RaggedBatch":

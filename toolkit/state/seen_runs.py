@@ -4,6 +4,8 @@ Masks of this form: causal, windows, chunks, packed sequences, spans of pictures
 padding, block-diagonal ones.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -73,7 +75,8 @@ def _context(runs: np.ndarray, keys: int, device: torch.device | None) -> SeenRu
             kv_lengths,
         )
         tensors = [torch.from_numpy(part.astype(np.int64)).to(device) for part in parts]
-        return SeenRuns(RaggedBatch(*tensors, spans=torch.from_numpy(spans.reshape(-1, 2)).to(device)))
+        batch = RaggedBatch(*tensors)  # type: ignore[arg-type]
+        return SeenRuns(replace(batch, spans=torch.from_numpy(spans.reshape(-1, 2)).to(device)))
 
 
 def _segments(runs: np.ndarray, keys: int) -> list[tuple[int, int, int, int]]:

@@ -103,7 +103,7 @@ def digest_of(arguments: Mapping[str, Any], *more: Any) -> bytes:
         if isinstance(value, (Tensor, np.ndarray)):
             tensor = torch.as_tensor(value).detach().cpu().contiguous()
             found.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
-            found.update(tensor.flatten().view(torch.uint8).numpy())
+            found.update(tensor.flatten().view(torch.uint8).numpy().data)
         else:
             found.update(f"{name} {value!r} ".encode())
     return found.digest()

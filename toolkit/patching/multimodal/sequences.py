@@ -58,7 +58,8 @@ def positions_of(model: nn.Module, processed: Processed, outputs: Mapping[str, A
     arguments = on_device(model, arguments | {"input_ids": processed.ids[None]})
     with torch.no_grad():
         positions, _ = owner.get_rope_index(**taken_by(type(owner).get_rope_index, arguments))
-    return positions[:, 0].cpu()
+    found: Tensor = positions[:, 0].cpu()
+    return found
 
 
 def continued(positions: Tensor | None, count: int) -> tuple[Tensor | None, int]:
