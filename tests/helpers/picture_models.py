@@ -38,9 +38,9 @@ def _grid(side: int) -> Callable[[str], tuple[Image, int]]:
     """Patches of an image; images whose name is longer are wider."""
 
     def one(name: str) -> tuple[Image, int]:
-        wide = 2 + 2 * len(name)
-        pixels = noise(name, 4 * wide, 3 * 2 * side * side)
-        return {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 4, wide]])}, wide
+        width = 2 + 2 * len(name)
+        pixels = noise(name, 4 * width, 3 * 2 * side * side)
+        return {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 4, width]])}, width
 
     return one
 

@@ -1,6 +1,7 @@
 """Images in patched models: log-probabilities and gradients of the model's own forward, computed once per image."""
 
 import copy
+from functools import cache
 from typing import Any
 
 import pytest
@@ -10,8 +11,8 @@ from torch import Tensor
 import toolkit
 from tests.helpers.picture_models import IMAGE, KINDS, PictureModel, picture_model
 from toolkit.errors import ToolkitError
-from toolkit.patching.multimodal import encode, expand, span_layers
-from toolkit.patching.multimodal.entry import find_entry
+from toolkit.patching.multimodal import check, encode, expand, span_layers
+from toolkit.patching.multimodal.entry import entry_of, find_entry
 from toolkit.testing.models import random_model
 
 FAST = ("qwen3_vl", "gemma3", "llava")
@@ -26,13 +27,18 @@ BATCH: list[Parts] = [
 ]
 
 
-@pytest.fixture(scope="module", params=[pytest.param(k, marks=[] if k in FAST else [pytest.mark.sweep]) for k in KINDS])
-def pictures(request: pytest.FixtureRequest) -> tuple[PictureModel, Any]:
+@cache
+def models(kind: str) -> tuple[PictureModel, Any]:
     """A stock model, and a patched one of the same weights."""
-    made = picture_model(request.param)
+    made = picture_model(kind)
     patched = copy.deepcopy(made.model)
     toolkit.patch(patched)
     return made, patched
+
+
+@pytest.fixture(params=[pytest.param(k, marks=[] if k in FAST else [pytest.mark.sweep]) for k in KINDS])
+def pictures(request: pytest.FixtureRequest) -> tuple[PictureModel, Any]:
+    return models(request.param)
 
 
 def own_logprobs(made: PictureModel, parts: Parts) -> Tensor:
@@ -127,38 +133,34 @@ def test_features_are_the_same_with_and_without_gradients(pictures: tuple[Pictur
     assert not again.rows.requires_grad
 
 
-@pytest.mark.parametrize("kind", ["qwen3_vl"])
-def test_positions_continue_after_a_prompt_as_the_model_counts_them(kind: str) -> None:
-    made = picture_model(kind)
-    toolkit.patch(made.model)
+def test_positions_continue_after_a_prompt_as_the_model_counts_them() -> None:
+    made, patched = models("qwen3_vl")
     outputs = made.outputs([21, "bb", 22, "a", 23])
     prompt = outputs["input_ids"][0].tolist()
-    short, long = expand(made.model, outputs), expand(made.model, outputs, [*prompt, 24, 25])
-    own, delta = made.model.model.get_rope_index(**{k: v for k, v in outputs.items() if k != "pixel_values"})
+    short, long = expand(patched, outputs), expand(patched, outputs, [*prompt, 24, 25])
+    own, delta = patched.model.get_rope_index(**{k: v for k, v in outputs.items() if k != "pixel_values"})
     assert short.positions is not None
     assert torch.equal(short.positions, own[:, 0])
     assert short.delta == long.delta == int(delta)
     assert long.positions is not None
     assert long.positions[:, len(prompt) :].tolist() == [[len(prompt) + short.delta, len(prompt) + 1 + short.delta]] * 3
-    assert made.model.model.rope_deltas is None  # the proof leaves nothing for a decode to find
+    assert patched.model.rope_deltas is None  # the proof leaves nothing for a decode to find
 
 
 def test_layers_that_see_ahead_are_found() -> None:
-    made = picture_model("gemma3")
-    toolkit.patch(made.model)
-    assert span_layers(made.model) == frozenset()
-    assert all(span.bidirectional for span in expand(made.model, made.outputs([21, "a", 22])).spans)
-    assert span_layers(made.model) == {0, 1}
+    made, patched = models("gemma3")
     # Images side by side see each other, as in the model's own mask.
+    parts: Parts = [21, "a", "b", 22, 23]
+    outputs = made.outputs(parts)
+    assert all(span.bidirectional for span in expand(patched, outputs).spans)
+    assert span_layers(patched) == {0, 1}
     with torch.no_grad():
-        own = own_logprobs(made, [21, "a", "b", 22, 23])
-        outputs = made.outputs([21, "a", "b", 22, 23])
-        found = toolkit.token_logprobs(made.model, [outputs["input_ids"][0]], images=[outputs])[0]
-    torch.testing.assert_close(found, own, rtol=0, atol=2e-5)
+        found = toolkit.token_logprobs(patched, [outputs["input_ids"][0]], images=[outputs])[0]
+        torch.testing.assert_close(found, own_logprobs(made, parts), rtol=0, atol=2e-5)
 
 
 def test_a_placeholder_without_an_image_is_its_embedding() -> None:
-    made = picture_model("llava")
+    made, patched = models("llava")
     outputs = made.outputs([21, "a", 22])
     sequence = [*outputs["input_ids"][0].tolist(), IMAGE, 23]  # as sampled
     with torch.no_grad():
@@ -166,30 +168,24 @@ def test_a_placeholder_without_an_image_is_its_embedding() -> None:
         embeddings[0, 1:5] = made.model.get_image_features(outputs["pixel_values"]).pooler_output[0]
         logits = made.model(inputs_embeds=embeddings, use_cache=False).logits[0]
         expected = logits[:-1].log_softmax(-1).gather(1, torch.tensor(sequence)[1:, None])[:, 0]
-    toolkit.patch(made.model)
-    found = toolkit.token_logprobs(made.model, [sequence], images=[outputs])[0]
+    found = toolkit.token_logprobs(patched, [sequence], images=[outputs])[0]
     torch.testing.assert_close(found.detach(), expected, rtol=0, atol=2e-5)
 
 
 def test_what_cannot_be_proven_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = picture_model("qwen3_vl")
-    toolkit.patch(made.model)
+    made, patched = models("qwen3_vl")
+    entry = entry_of(patched)
+    assert entry is not None
     outputs = made.outputs([21, "a", 22])
     sequence = outputs["input_ids"][0].tolist()
-    right = type(made.model.model).get_rope_index
-
-    def wrong(self: Any, *args: Any, **kwargs: Any) -> Any:
-        positions, deltas = right(self, *args, **kwargs)
-        return positions + 1, deltas
-
-    # The model's own forward takes its positions from the method of then: a change between the two is seen.
-    monkeypatch.setattr("toolkit.patching.multimodal.check.positions_of", lambda *_: wrong(made.model.model, **{
-        key: value for key, value in outputs.items() if key != "pixel_values"})[0][:, 0])  # fmt: skip
+    monkeypatch.setattr(entry, "verdicts", {})
+    # As if the model counted otherwise in its forward than by its method.
+    monkeypatch.setattr(check, "positions_of", lambda *_: torch.zeros(3, len(sequence), dtype=torch.int64))
     for _ in range(2):
         with pytest.raises(
             ToolkitError, match="must be proven for a ragged batch, got: the model's own forward has other"
         ):
-            toolkit.token_logprobs(made.model, [sequence], images=[outputs])
+            toolkit.token_logprobs(patched, [sequence], images=[outputs])
 
 
 @pytest.mark.parametrize(
@@ -200,17 +196,11 @@ def test_what_cannot_be_proven_is_refused_with_the_reason(monkeypatch: pytest.Mo
         (lambda out: {**out, "input_ids": out["input_ids"] + 1}, "must begin with the processor's input_ids"),
     ],
 )
-def test_outputs_that_do_not_fit_are_named(change: Any, message: str, llava: PictureModel) -> None:
-    outputs = llava.outputs([21, "a", 22])
+def test_outputs_that_do_not_fit_are_named(change: Any, message: str) -> None:
+    made, patched = models("llava")
+    outputs = made.outputs([21, "a", 22])
     with pytest.raises(ToolkitError, match=message):
-        toolkit.token_logprobs(llava.model, [outputs["input_ids"][0].tolist()], images=[change(outputs)])
-
-
-@pytest.fixture(scope="module")
-def llava() -> PictureModel:
-    made = picture_model("llava")
-    toolkit.patch(made.model)
-    return made
+        toolkit.token_logprobs(patched, [outputs["input_ids"][0].tolist()], images=[change(outputs)])
 
 
 def test_a_text_model_takes_no_images() -> None:
@@ -221,13 +211,12 @@ def test_a_text_model_takes_no_images() -> None:
         toolkit.token_logprobs(model, [[5, 6]], images=[outputs])
 
 
-def test_a_patch_is_taken_back(llava: PictureModel) -> None:
-    other = copy.deepcopy(llava.model)
+def test_a_patch_is_taken_back() -> None:
+    _, patched = models("llava")
+    other = copy.deepcopy(patched)
     found = find_entry(other)
     assert found is not None
-    assert len(found[1]._forward_pre_hooks) == 1
+    assert entry_of(other) is not None
     toolkit.unpatch(other)
     assert not found[1]._forward_pre_hooks
-    own = find_entry(llava.model)
-    assert own is not None
-    assert len(own[1]._forward_pre_hooks) == 1
+    assert entry_of(patched) is not None
