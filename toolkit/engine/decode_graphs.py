@@ -10,6 +10,7 @@ from toolkit.engine.graph import capture
 from toolkit.engine.graph_passes import optimize
 from toolkit.patching import report_of
 from toolkit.patching.forward import context_forward
+from toolkit.patching.settings import ModelSettings
 from toolkit.patching.weights import weight_clock
 from toolkit.state import PagedContext, RaggedBatch
 
@@ -26,16 +27,17 @@ class DecodeGraphs:
     """Decode forwards of one patched model over one pool.
 
     A graph is captured at the first batch of its size and holds parameters by reference, so that it sees training
-    between two replays. Graphs are dropped when the layout of the weights changes (``WeightClock``) or another patch is
-    in place. A forward that reads weights on the host is captured again for each version of them. Hooks are found by
-    ``find_hooks``, which the caller runs whenever a prompt enters. A model with a data-dependent op has no graphs and
-    runs eagerly.
+    between two replays. Graphs are dropped when the layout of the weights changes (``WeightClock``) or an attribute of
+    a module (``ModelSettings``), and when another patch is in place. A forward that reads weights on the host is
+    captured again for each version of them. Hooks are found by ``find_hooks``, which the caller runs whenever a prompt
+    enters. A model with a data-dependent op has no graphs and runs eagerly.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._graphs: dict[int, Callable[..., Tensor]] = {}
         self._clock = weight_clock(model)
+        self._settings = ModelSettings(model)
         self._captured_from: tuple[object, ...] = ()
         self._reads_weights = False
         self._hooked = False
@@ -49,7 +51,8 @@ class DecodeGraphs:
     def _refresh(self) -> None:
         """Drop the graphs if the model is no longer what they were captured from."""
         now = (report_of(self.model), self._clock.layout, self._clock.key if self._reads_weights else None)
-        if now != self._captured_from:
+        if now != self._captured_from or self._settings.changed():
+            self._settings = ModelSettings(self.model)
             self._graphs.clear()
             self._captured_from, self._reads_weights, self.data_dependent_op = (*now[:2], None), False, ""
 

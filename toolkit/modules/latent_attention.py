@@ -65,8 +65,8 @@ class LatentAttention:
         def forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             context = forward_context_of(kwargs)
             up = getattr(self, parts.up)
-            # An adapter around the projection is part of it; its product with the queries is not taken apart.
-            if context is None or type(up) is not nn.Linear:
+            # An adapter around the projection is part of it, and so is a hook: what they add is not taken apart.
+            if context is None or type(up) is not nn.Linear or up._forward_hooks or up._forward_pre_hooks:
                 return original(self, hidden_states, *args, **kwargs)
             tables: Any = kwargs.get("position_embeddings", args[0] if args else None)
             cos, sin = (table[0] for table in tables)

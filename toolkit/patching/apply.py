@@ -15,6 +15,7 @@ from toolkit.patching.adapters import (
     without_adapters,
 )
 from toolkit.patching.claim import Claim, Skipped, install_all, undo_all
+from toolkit.patching.instance_forward import UNPROVEN, InstalledForwards, foreign_forward
 from toolkit.patching.probe import device_of
 from toolkit.patching.record import PatchRecord, pop_record, put_record, record_of
 from toolkit.patching.report import PatchReport
@@ -29,10 +30,12 @@ def find_claims(
     """The report that ``patch`` would return: every probe is run, and nothing is replaced.
 
     Raises:
-        ToolkitError: an unknown role, a requested role that no module of the model has, or a parameter that is on the
-            meta device.
+        ToolkitError: an unknown role, a requested role that no module of the model has, a parameter that is on the
+            meta device, or a model that is patched.
     """
     model = inner_model(model)
+    if record_of(model) is not None:
+        raise ToolkitError("model must not be patched to be probed; report_of(model) is its report.")
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ToolkitError(
@@ -49,7 +52,7 @@ def _collect(model: nn.Module, roles: Sequence[str] | None, report: PatchReport)
     for role in roles if roles is not None else FINDERS:
         if role not in FINDERS:
             raise ToolkitError(must_be_one_of("roles", role, FINDERS))
-        found = FINDERS[role](model, report.numerics)
+        found = [_without_foreign_forward(item) for item in FINDERS[role](model, report.numerics)]
         claims = [item for item in found if isinstance(item, Claim)]
         skipped = [item for item in found if isinstance(item, Skipped)]
         report.claims.extend(claims)
@@ -58,6 +61,12 @@ def _collect(model: nn.Module, roles: Sequence[str] | None, report: PatchReport)
             reasons = sorted({item.reason for item in skipped})
             why = f": {'; '.join(reasons)}" if reasons else ""
             raise ToolkitError(f"roles has {role!r}, but no module of {type(model).__name__} can take it{why}.")
+
+
+def _without_foreign_forward(item: Claim | Skipped) -> Claim | Skipped:
+    """``item``, or the reason why its module keeps the forward that somebody put on its instance."""
+    other = foreign_forward(item.module) if isinstance(item, Claim) and item.path else None
+    return item if other is None else Skipped(item.role, item.path, UNPROVEN.format(other))
 
 
 def _check_conflicts(claims: list[Claim]) -> None:
@@ -78,6 +87,13 @@ def _in_place(report: PatchReport, model: nn.Module) -> bool:
     return all(claim.module in modules for claim in report.claims)
 
 
+def _is_current(record: PatchRecord, model: nn.Module) -> bool:
+    """Whether the patch is in place, and the model what it was proven for."""
+    if record.report is None or not _in_place(record.report, model):
+        return False
+    return record.forwards is not None and not record.forwards.changed()
+
+
 def patch(model: nn.Module, roles: Sequence[str] | None = None, numerics: str | Numerics | None = None) -> PatchReport:
     """The report of what was replaced, with probe errors, and of what was skipped, with reasons.
 
@@ -96,7 +112,8 @@ def patch(model: nn.Module, roles: Sequence[str] | None = None, numerics: str | 
     model = inner_model(model)
     wanted = tuple(roles) if roles is not None else None
     record = record_of(model)
-    if record is not None and record.report is not None and record.roles == wanted and _in_place(record.report, model):
+    if record is not None and record.roles == wanted and _is_current(record, model):
+        assert record.report is not None
         mode = record.report.numerics
         if numerics is None or mode is Numerics.choose(numerics, device_of(model)):
             return record.report
@@ -105,7 +122,7 @@ def patch(model: nn.Module, roles: Sequence[str] | None = None, numerics: str | 
     count_steps(model)  # deferred logits notice writes by torch's counters
     report = find_claims(model, roles, numerics)
     undo = install_all(claim.install for claim in report.claims)
-    put_record(model, PatchRecord(report, wanted, undo))
+    put_record(model, PatchRecord(report, wanted, undo, InstalledForwards.of(report.claims)))
     fuse_adapters(model, report.numerics)
     skipped = [(path, verdict) for path, verdict in adapter_report(model) if verdict != FUSED]
     report.skipped.extend(Skipped("adapter", path, reason) for path, reason in skipped)
@@ -113,9 +130,17 @@ def patch(model: nn.Module, roles: Sequence[str] | None = None, numerics: str | 
 
 
 def unpatch(model: nn.Module) -> None:
-    """Give every replaced module its own forward back. A model that is not patched stays as it is."""
+    """Give every replaced module its own forward back. A model that is not patched stays as it is.
+
+    Raises:
+        ToolkitError: somebody has put another forward over one of the patch's since.
+    """
     model = inner_model(model)
-    record = pop_record(model)
+    record = record_of(model)
     if record is not None:
+        over = [] if record.forwards is None else record.forwards.covered()
+        if over:
+            raise ToolkitError(f"{over[0]} before the patch.")
+        pop_record(model)
         release_adapters(model)
         undo_all(record.undo)

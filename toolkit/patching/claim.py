@@ -80,11 +80,11 @@ def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[
 
 
 # Where accelerate's hooks keep the forward that they call between moving inputs and outputs.
-_HOOKED = "_old_forward"
+HOOKED = "_old_forward"
 
 
 def _put_forward(module: nn.Module, forward: Any) -> Undo:
-    name = _HOOKED if _HOOKED in module.__dict__ else "forward"
+    name = HOOKED if HOOKED in module.__dict__ else "forward"
     before = module.__dict__.get(name)
     module.__dict__[name] = forward
     return partial(_remove_forward, module, forward, before)
@@ -92,8 +92,8 @@ def _put_forward(module: nn.Module, forward: Any) -> Undo:
 
 def _remove_forward(module: nn.Module, forward: Any, before: Any) -> None:
     """Put ``before`` back in place of ``forward``; hooks may have been added or removed since."""
-    if module.__dict__.get(_HOOKED) == forward:
-        module.__dict__[_HOOKED] = before or types.MethodType(type(module).forward, module)
+    if module.__dict__.get(HOOKED) == forward:
+        module.__dict__[HOOKED] = before or types.MethodType(type(module).forward, module)
     else:
         _restore(module, "forward", before)
 

@@ -18,7 +18,7 @@ from toolkit.patching.adapters import inner_model
 from toolkit.patching.eval_mode import eval_mode
 from toolkit.patching.length_tables import regimes_of
 from toolkit.patching.ragged_call import call_arguments
-from toolkit.patching.record import report_of
+from toolkit.patching.record import check_forwards, report_of
 from toolkit.patching.report import PatchReport
 from toolkit.state.active import set_forward_context
 from toolkit.state.batch import RaggedBatch
@@ -69,6 +69,8 @@ def context_forward(model: nn.Module, context: ForwardContext, rows: Tensor | No
         why = skipped or next((r.reason for r in report.skipped if r.role == "mixer"), None)
         state = f"a skipped layer: {why}" if why else "no layer that calls the attention interface"
         raise ToolkitError(f"attention of {type(inner).__name__} must be patched for a ragged batch, got {state}.")
+    if not torch.compiler.is_compiling():
+        check_forwards(inner)
     if not torch.compiler.is_compiling() and report not in _SEPARATE:
         _SEPARATE.add(report)  # before the check, which calls this function
         try:

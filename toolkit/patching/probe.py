@@ -135,7 +135,9 @@ def signature_key(module: nn.Module) -> tuple[Any, ...]:
             for name, value in sorted(part.__dict__.items())
             if isinstance(value, (int, float, str, bool)) and name not in ("training", "layer_idx", "layer_id")
         )
-        scalars.append((path, type(part), settings))
+        forward = part.__dict__.get("forward")  # of a quantiser, say: its module computes something else
+        hooks = (*part._forward_pre_hooks.values(), *part._forward_hooks.values())
+        scalars.append((path, type(part), settings, id(forward) if forward else None, tuple(map(id, hooks))))
     shapes = tuple((name, tuple(tensor.shape), tensor.device.type) for name, tensor in module.named_parameters())
     return (tuple(scalars), shapes)
 

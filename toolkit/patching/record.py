@@ -6,9 +6,11 @@ from typing import Any
 
 from torch import nn
 
+from toolkit.errors import ToolkitError
 from toolkit.patching import attention_interface, experts_interface
 from toolkit.patching.adapters import inner_model
 from toolkit.patching.claim import Undo
+from toolkit.patching.instance_forward import InstalledForwards
 from toolkit.patching.report import PatchReport
 
 _ATTRIBUTE = "_toolkit_patch"
@@ -25,14 +27,17 @@ class PatchRecord:
         report: None after unpickling.
         roles: as given to ``patch``; None for all.
         undo: one step per claim, in the order of installation.
+        forwards: that were installed; None after unpickling.
     """
 
     report: PatchReport | None
     roles: tuple[str, ...] | None
     undo: tuple[Undo, ...]
+    forwards: InstalledForwards | None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PatchRecord":
-        return PatchRecord(copy.deepcopy(self.report, memo), self.roles, copy.deepcopy(self.undo, memo))
+        report, undo, forwards = (copy.deepcopy(part, memo) for part in (self.report, self.undo, self.forwards))
+        return PatchRecord(report, self.roles, undo, forwards)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _unpickled, (self.undo,)
@@ -41,7 +46,7 @@ class PatchRecord:
 def _unpickled(undo: tuple[Undo, ...]) -> PatchRecord:
     attention_interface.register()
     experts_interface.register()
-    return PatchRecord(None, None, undo)
+    return PatchRecord(None, None, undo, None)
 
 
 def put_record(model: nn.Module, record: PatchRecord) -> None:
@@ -59,6 +64,14 @@ def record_of(model: nn.Module) -> PatchRecord | None:
     """The record of a patched model (or of the one in a ``PeftModel``); None for another model."""
     record: PatchRecord | None = inner_model(model).__dict__.get(_ATTRIBUTE)
     return record
+
+
+def check_forwards(model: nn.Module) -> None:
+    """Raise ToolkitError where a module of a patched model runs another forward than the patch's."""
+    record = record_of(model)
+    replaced = record.forwards.replaced() if record is not None and record.forwards is not None else []
+    if replaced:
+        raise ToolkitError(f"{replaced[0]}.")
 
 
 def report_of(model: nn.Module) -> PatchReport | None:

@@ -8,6 +8,7 @@ from torch import nn
 from toolkit.errors import first_line
 from toolkit.patching.claim import Claim, ProbeError, Skipped, replace_forward
 from toolkit.patching.probe import signature_key
+from toolkit.patching.settings import guarded, settings_of
 
 T = TypeVar("T")
 
@@ -16,13 +17,14 @@ Candidate = tuple[str, Callable[..., Any], Callable[[], ProbeError]]
 
 
 def search(
-    model: nn.Module, role: str, candidates: Callable[[nn.Module], list[Candidate] | None]
+    model: nn.Module, role: str, candidates: Callable[[nn.Module], list[Candidate] | None], guard: bool = False
 ) -> list[Claim | Skipped]:
     """Claims and skipped modules of ``role``.
 
     Args:
         candidates: of a module; None where it does not look like the role. The first whose probe passes is claimed. An
             exception in a probe means that the module is something else.
+        guard: whether the forwards go by settings that they do not read again.
     """
     found: list[Claim | Skipped] = []
     proven: dict[Any, tuple[str, Callable[..., Any], ProbeError] | str] = {}
@@ -33,6 +35,9 @@ def search(
         key = signature_key(module)
         if key not in proven:
             proven[key] = prove(options)
+            if guard and not isinstance(proven[key], str):
+                op, forward, error = proven[key]
+                proven[key] = op, guarded(forward, settings_of(module)), error
         verdict = proven[key]
         if isinstance(verdict, str):
             found.append(Skipped(role, path, verdict))

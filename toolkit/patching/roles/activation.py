@@ -54,4 +54,4 @@ def _candidates(module: nn.Module) -> list[Candidate] | None:
 
 def find(model: nn.Module, numerics: Numerics) -> list[Claim | Skipped]:
     """Claims on elementwise modules without parameters."""
-    return search(model, "activation", _candidates)
+    return search(model, "activation", _candidates, guard=True)

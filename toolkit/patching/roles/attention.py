@@ -23,9 +23,13 @@ from toolkit.patching.attention_interface import IMPLEMENTATION, NAME, weights_w
 from toolkit.patching.attention_probe import FAR, LENGTH, PROBE_WINDOW, ROWS, Probe
 from toolkit.patching.calls import Call, record_calls
 from toolkit.patching.claim import Claim, ProbeError, Skipped, replace_forward, set_attribute, together
+from toolkit.patching.instance_forward import UNPROVEN, foreign_forward
 from toolkit.patching.probe import signature_key
 from toolkit.patching.roles.sparse_attention import is_sparse, prove_sparse
 from toolkit.patching.search import prove
+from toolkit.patching.settings import guarded, mask_settings, settings_of
+
+_READ_AGAIN = ("scaling", "attention_dropout")
 
 
 def _is_attention(module: nn.Module) -> bool:
@@ -156,7 +160,10 @@ def _verdicts(layers: dict[str, Any], calls: dict[nn.Module, list[Call]]) -> dic
     found: dict[str, _Proven | str] = {}
     proven: dict[Any, _Proven | str] = {}
     for path, module in layers.items():
-        if len(calls[module]) > 1:
+        other = foreign_forward(module)
+        if other is not None:
+            found[path] = UNPROVEN.format(other)
+        elif len(calls[module]) > 1:
             found[path] = "the model calls it more than once in a forward"
         elif _index(module, calls) is None or indices[_index(module, calls)] > 1:
             found[path] = "its layer_idx is missing or shared"
@@ -182,9 +189,12 @@ def _claim(path: str, module: Any, index: int | None, proven: _Proven, configs: 
     installs += [partial(set_implementation, config, FIELD, NAME) for config in configs]
     if module.layer_idx is None:
         installs.append(partial(set_attribute, module, "layer_idx", index))
-    if proven.fused is None:
-        return Claim("attention", path, module, "attention interface", proven.error, together(*installs))
-    op, forwards, error = proven.fused
+    # The own forward reads its settings again, and those that its masks are made by are the configuration's.
+    op, forwards, error = proven.fused or ("attention interface", {}, proven.error)
+    own = settings_of(module, _READ_AGAIN) if proven.fused else ()
+    settings = dict(own) | dict(mask_settings(module)) | {"config._attn_implementation": NAME}
+    forwards = {"": type(module).forward} | forwards
+    forwards[""] = guarded(forwards[""], tuple(settings.items()))
     installs += [replace_forward(module.get_submodule(name), forward) for name, forward in forwards.items()]
     return Claim("attention", path, module, op, error, together(*installs))
 

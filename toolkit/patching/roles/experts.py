@@ -18,11 +18,15 @@ from toolkit.moe import ExpertLayout
 from toolkit.numerics import Numerics
 from toolkit.ops.activation import KINDS, plain_kinds
 from toolkit.patching import experts_interface
-from toolkit.patching.claim import Claim, ProbeError, Skipped, Undo, replace_forward
+from toolkit.patching.attention_configs import set_implementation
+from toolkit.patching.claim import Claim, ProbeError, Skipped, Undo, replace_forward, together
 from toolkit.patching.probe import compare, generator, probe_copy, random_input, signature_key, with_forward
 from toolkit.patching.roles.moe_layers import MoeLayer, moe_layers
 from toolkit.patching.search import prove
+from toolkit.patching.settings import guarded, settings_of
 
+_FIELD = "_experts_implementation_internal"
+"""Where a configuration keeps the implementation of its experts."""
 _FEW = 5  # experts of a probe copy: the hundreds of a layer compute the same function
 _TOP_K = 2
 # The largest drives gates into their tails, past the limits at which some of them are clamped.
@@ -136,6 +140,7 @@ def find(model: Any, numerics: Numerics) -> list[Claim | Skipped]:
     reached: list[ProbeError] = []
     settable = hasattr(model, "set_experts_implementation") and model._can_set_experts_implementation()
     dispatching = False
+    configs: dict[int, Any] = {}
     for moe in (one for one in moe_layers(model) if one.stacked):
         module = moe.module
         key = signature_key(module)
@@ -144,16 +149,22 @@ def find(model: Any, numerics: Numerics) -> list[Claim | Skipped]:
         verdict = proven[key]
         through = settable and experts_interface.dispatches(module)
         dispatching |= through
+        if through:
+            configs[id(module.config)] = module.config
         if isinstance(verdict, str):
             claims.append(Skipped("experts", moe.path, verdict))
             continue
         op, parts, error = verdict
-        parts = replace(parts, layer=moe.layer)
+        settings = settings_of(module, ["recompute_experts"])
         if through:
             reached.append(error)
-        claims.append(Claim("experts", moe.path, module, op, error, replace_forward(module, parts.make_forward())))
+            settings += (("config._experts_implementation", experts_interface.NAME),)
+        forward = guarded(replace(parts, layer=moe.layer).make_forward(), settings)
+        claims.append(Claim("experts", moe.path, module, op, error, replace_forward(module, forward)))
     if reached or (dispatching and numerics is Numerics.BITWISE):
         errors = [ProbeError(0.0, 0.0), *reached]
         worst = ProbeError(max(e.forward for e in errors), max(e.backward for e in errors))
-        claims.insert(0, Claim("experts", "", model, "experts interface", worst, partial(_install_interface, model)))
+        installs = [partial(set_implementation, config, _FIELD, experts_interface.NAME) for config in configs.values()]
+        install = together(partial(_install_interface, model), *installs)
+        claims.insert(0, Claim("experts", "", model, "experts interface", worst, install))
     return claims

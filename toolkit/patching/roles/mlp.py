@@ -61,4 +61,4 @@ def _candidates(module: nn.Module) -> list[Candidate] | None:
 
 def find(model: nn.Module, numerics: Numerics) -> list[Claim | Skipped]:
     """Claims on gated MLPs."""
-    return search(model, "mlp", _candidates)
+    return search(model, "mlp", _candidates, guard=True)

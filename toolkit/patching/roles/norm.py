@@ -15,12 +15,12 @@ from toolkit.patching.search import Candidate, search
 DEFAULT_EPSILON = 1e-5  # of torch's layer norm, for a module without an epsilon
 
 
-def _epsilon(module: nn.Module) -> float | None:
-    """The module's own epsilon: its only small positive float."""
-    values = [v for v in module.__dict__.values() if isinstance(v, float) and 0.0 < v < 1e-2]
-    if not values and hasattr(module, "normalized_shape"):
+def _epsilon(module: nn.Module) -> float | str | None:
+    """The name of the module's own epsilon: its only small positive float."""
+    names = [name for name, v in module.__dict__.items() if isinstance(v, float) and 0.0 < v < 1e-2]
+    if not names and hasattr(module, "normalized_shape"):
         return DEFAULT_EPSILON
-    return values[0] if len(values) == 1 else None
+    return names[0] if len(names) == 1 else None
 
 
 def _normalized_size(module: nn.Module) -> int:

@@ -23,6 +23,7 @@ from toolkit.patching.claim import Claim, ProbeError, Skipped, replace_forward
 from toolkit.patching.probe import compare, generator, probe_copy, random_input, signature_key, with_forward
 from toolkit.patching.roles.moe_layers import MoeLayer, matrix_rows, moe_layers
 from toolkit.patching.search import prove
+from toolkit.patching.settings import Settings, guarded, settings_of
 
 _TOKENS = 33
 _AGREE = 1e-5  # relative; any other setting differs by more in at least one of the probe's batches
@@ -244,7 +245,7 @@ def _name(router: Router) -> str:
     return f"route ({', '.join(words)})"
 
 
-def _verdict(module: nn.Module, count: int) -> tuple[str, Router, ProbeError] | str:
+def _verdict(module: nn.Module, count: int) -> tuple[str, Router, ProbeError, Settings] | str:
     try:
         probe = Probe(module, count)
         found = list(probe.settings())
@@ -253,7 +254,8 @@ def _verdict(module: nn.Module, count: int) -> tuple[str, Router, ProbeError] | 
     if not found:
         return "no known scoring function, selection and normalisation reproduce its topk_weights and topk_ids"
     options = [(_name(router), router, partial(probe.error, router)) for router in found]
-    return prove(options)
+    proven = prove(options)
+    return proven if isinstance(proven, str) else (*proven, settings_of(module))
 
 
 def _looks_like(module: nn.Module, moe: MoeLayer) -> bool:
@@ -264,7 +266,7 @@ def _looks_like(module: nn.Module, moe: MoeLayer) -> bool:
 def find(model: nn.Module, numerics: Numerics) -> list[Claim | Skipped]:
     """A claim on every router whose settings are proven. The others keep their own forward."""
     found: list[Claim | Skipped] = []
-    proven: dict[Any, tuple[str, Router, ProbeError] | str] = {}
+    proven: dict[Any, tuple[str, Router, ProbeError, Settings] | str] = {}
     for moe in moe_layers(model):
         for path, module in moe.siblings.items():
             if not _looks_like(module, moe):
@@ -276,7 +278,7 @@ def find(model: nn.Module, numerics: Numerics) -> list[Claim | Skipped]:
             if isinstance(verdict, str):
                 found.append(Skipped("router", path, verdict))
                 continue
-            op, router, error = verdict
-            forward = replace(router, layer=moe.layer).make_forward()
+            op, router, error, settings = verdict
+            forward = guarded(replace(router, layer=moe.layer).make_forward(), settings)
             found.append(Claim("router", path, module, op, error, replace_forward(module, forward)))
     return found
