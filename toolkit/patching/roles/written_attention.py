@@ -24,6 +24,7 @@ from toolkit.patching.adapters import vocabulary_size
 from toolkit.patching.attention_probe import CACHE, FAR
 from toolkit.patching.claim import Claim, ProbeError, Skipped, Undo, replace_forward
 from toolkit.patching.eval_mode import eval_mode
+from toolkit.patching.instance_forward import UNPROVEN, foreign_forward
 from toolkit.patching.probe import compare, device_of, generator, probe_copy, random_input, signature_key
 from toolkit.patching.ragged_call import MASKS_OF_BATCH, register_masks
 from toolkit.patching.written_trace import TraceWatch
@@ -241,6 +242,10 @@ def find(model: Any, numerics: Numerics, first_layer: int = 0) -> list[Claim | S
     if len(set(modules)) != len(modules):
         twice = next(module for module in modules if modules.count(module) > 1)
         return [Skipped("attention", paths[twice], "the model calls it more than once in a forward")]
+    for module in modules:
+        other = foreign_forward(module)
+        if other is not None:
+            return [Skipped("attention", paths[module], UNPROVEN.format(other))]
     keys = {module: signature_key(module) for module in modules}
     representative = {key: module for module, key in reversed(keys.items())}
     config = model.config.get_text_config()
