@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import toolkit
-from toolkit.patching.forward import token_logprobs
+from toolkit.patching.logprobs import token_logprobs
 from toolkit.testing.architectures import small_model
 from toolkit.testing.parity import check_parity
 
