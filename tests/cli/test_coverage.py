@@ -7,7 +7,7 @@ import pytest
 
 from toolkit.cli import main
 from toolkit.cli.coverage import page, totals
-from toolkit.testing.architectures import architectures
+from toolkit.testing.architectures import architectures, small_config
 from toolkit.testing.coverage import COLUMNS, Row
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "coverage.md"
@@ -59,6 +59,41 @@ def test_architectures_are_as_the_page_says(names, capsys, tmp_path):
     found = dict(ROW.findall(capsys.readouterr().out))
     assert found == {name: verdicts[name] for name in names}
     assert dict(ROW.findall((tmp_path / "page.md").read_text())) == found
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "names",
+    [("llava",), pytest.param(("qwen3_5", "gemma3", "llava_next", "idefics3", "internvl"), marks=pytest.mark.sweep)],
+    ids=["one", "several layouts of pixels"],
+)
+def test_models_of_images_and_text_are_measured(names, tmp_path):
+    path = tmp_path / "page.md"
+    assert main(["coverage", "--kind", "image-text", *names, "--workers", "1", "--write", str(path)]) == 0
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in path.read_text().splitlines()]
+    header = next(cells for cells in lines if cells[:2] == ["architecture", "verdict"])
+    rows = {cells[0]: dict(zip(header, cells)) for cells in lines if len(cells) == len(header)}
+    for name in names:
+        row = rows[name]
+        assert row["verdict"] in ("covered", "unsupported"), row
+        assert float(row["image loss"]) <= 1e-5, row
+        assert float(row["image gradient"]) <= 1e-4, row
+        assert row["export"] == "yes", row
+
+
+def test_small_models_of_images_have_distinct_special_tokens_and_fitting_sizes():
+    config = small_config("qwen2_5_vl", kind="image-text")
+    tokens = {
+        name: value for name, value in config.to_dict().items() if name.endswith("_token_id") and value is not None
+    }
+    assert len(set(tokens.values())) == len(tokens)
+    assert max(tokens.values()) < 40
+    text = config.text_config
+    assert sum(text.rope_parameters["mrope_section"]) == text.hidden_size // text.num_attention_heads // 2
+    vision = config.vision_config
+    assert vision.out_hidden_size == text.hidden_size
+    assert max(vision.fullatt_block_indexes) < vision.depth
+    assert small_config("llava", kind="image-text").vision_config.image_size == 4 * 14
 
 
 def test_a_wrong_number_is_told(capsys, monkeypatch):
