@@ -13,7 +13,8 @@ from toolkit.modules.row_positions import RowPositions
 from toolkit.patching import attention_interface
 from toolkit.patching.calls import MASK, Call
 from toolkit.patching.claim import ProbeError
-from toolkit.patching.probe import compare, device_of, probe_copy, random_input, with_forward
+from toolkit.patching.probe import compare, device_of, random_input, with_forward
+from toolkit.patching.probe_copy import probe_copy
 from toolkit.state.active import set_forward_context
 from toolkit.state.batch import RaggedBatch
 from toolkit.state.dense import DenseContext

@@ -17,8 +17,8 @@ from toolkit.patching.adapters import vocabulary_size
 from toolkit.patching.attention_configs import eager_attention
 from toolkit.patching.eval_mode import eval_mode
 from toolkit.patching.probe import device_of, generator
+from toolkit.patching.skeleton import HIDDEN, skeleton
 
-HIDDEN = ("hidden_states", "x")
 MASK = "attention_mask"
 
 
@@ -80,10 +80,26 @@ def record_calls(
 ) -> dict[nn.Module, list[Call]]:
     """Every call of ``modules`` in the model's own eager forward over ``rows`` sequences of ``length`` tokens.
 
+    It is a forward of the model's ``skeleton``, a layer of each kind: a layer that is left out is called as the one
+    that stands for it. Where layers cannot be copied, it is a forward of the model.
+
     Args:
         window: sliding window and chunk size of the configuration during this forward, so that masks cut off tokens
             within ``length``.
     """
+    paths = {module: path for path, module in model.named_modules()}
+    try:
+        copied = skeleton(model)
+        copies = {module: copied.get_submodule(paths[module]) for module in modules}
+        found = _record(copied, list(dict.fromkeys(copies.values())), rows, length, window)
+    except Exception:  # a library's layers that cannot be copied, or layers that cannot be left out
+        return _record(model, modules, rows, length, window)
+    return {module: found[copies[module]] for module in modules}
+
+
+def _record(
+    model: Any, modules: Sequence[nn.Module], rows: int, length: int, window: int
+) -> dict[nn.Module, list[Call]]:
     device = device_of(model)
     vocabulary = vocabulary_size(model)
     source = generator(device, 7)

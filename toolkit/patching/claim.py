@@ -23,10 +23,15 @@ BACKWARD_TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class ProbeError:
-    """Relative errors ‖candidate - original‖ / ‖original‖ on random inputs: of outputs, and of gradients."""
+    """Relative errors ‖candidate - original‖ / ‖original‖ on random inputs: of outputs, and of gradients.
+
+    Args:
+        where: the condition under which they are largest, for a skip reason.
+    """
 
     forward: float
     backward: float
+    where: str = ""
 
     def passes(self) -> bool:
         """Whether rounding explains both. NaN never passes."""
@@ -35,6 +40,13 @@ class ProbeError:
     def worst(self) -> float:
         """The larger of the two."""
         return max(self.forward, self.backward)
+
+    def worse(self, other: "ProbeError", where: str = "") -> "ProbeError":
+        """The larger of each, where ``other`` is that of the condition ``where``."""
+        larger = other.worst() > self.worst()
+        return ProbeError(
+            max(self.forward, other.forward), max(self.backward, other.backward), where if larger else self.where
+        )
 
 
 @dataclass(frozen=True)

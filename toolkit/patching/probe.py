@@ -1,10 +1,7 @@
-"""Does a module compute an op? Both are run on random inputs, forward and backward, and compared.
+"""Does a module compute an op? Both are run on random inputs, forward and backward, and compared."""
 
-The module itself is never touched: a float32 probe copy of it, with random parameters, is run in its place.
-"""
-
-import copy
 import inspect
+import math
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,36 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from toolkit.patching.claim import ProbeError
+from toolkit.patching.claim import FORWARD_TOLERANCE, ProbeError
 
 
 def generator(device: torch.device, stream: int = 0) -> torch.Generator:
     """A generator for probes, one stream per purpose: the user's random state does not change."""
     return torch.Generator(device).manual_seed(20261123 + stream)
-
-
-def probe_copy(module: nn.Module, replaced: dict[int, nn.Parameter] | None = None) -> nn.Module:
-    """A float32 copy with random parameters of unit scale (matrices: 1/sqrt(fan in)), in eval mode.
-
-    Args:
-        replaced: parameters to copy instead of those with these ids.
-    """
-    for name, parameter in module.named_parameters():
-        if not parameter.is_floating_point():
-            raise NotImplementedError(
-                f"parameter {name} is quantised ({str(parameter.dtype).removeprefix('torch.')}), and a probe needs "
-                "random weights"
-            )
-    copied = copy.deepcopy(module, dict(replaced or {})).float().eval()
-    for stream, parameter in enumerate(copied.parameters()):
-        # A stream each: with equal weights, queries could not be told from keys, nor gate from up.
-        source = generator(parameter.device, 1000 + stream)
-        scale = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 1.0
-        with torch.no_grad():
-            parameter.normal_(0.0, scale, generator=source)
-        parameter.requires_grad_(True)
-        parameter.grad = None
-    return copied
 
 
 def with_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -62,45 +35,33 @@ def device_of(module: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def _first_tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    return [item for item in value if isinstance(item, Tensor)]
-
-
 # Relative to the largest gradient. A gradient may be 0 up to rounding (of a bias that all keys share, say).
 _SMALL_GRADIENT = 1e-2
+_CHUNK = 1 << 22  # elements of a norm that are float64 at a time
 
 
-def _relative(candidate: Sequence[Tensor | None], original: Sequence[Tensor | None], small: float = 0.0) -> float:
-    """Largest ‖candidate - original‖ / ‖original‖; a norm counts as at least ``small`` times the largest one."""
-    worst = 0.0
-    largest = max((float(one.detach().double().norm()) for one in original if one is not None), default=0.0)
-    for got, expected in zip(candidate, original, strict=True):
-        if got is None and expected is None:
-            continue
-        if got is None or expected is None or got.shape != expected.shape:
-            return float("inf")
-        got, expected = got.detach().double(), expected.detach().double()
-        error = (got - expected).norm() / expected.norm().clamp_min(max(small * largest, 1e-30))
-        worst = max(worst, float(error.nan_to_num(nan=float("inf"))))
-    return worst
+def tensors_of(returned: Any) -> tuple[list[Tensor], int | None]:
+    """The tensors of what a forward returned, and the length of the tuple: None for a single tensor."""
+    if isinstance(returned, Tensor):
+        return [returned], None
+    return [item for item in returned if isinstance(item, Tensor)], len(returned)
 
 
-def _run(
-    function: Callable[..., Any], inputs: Sequence[Tensor], parameters: Sequence[nn.Parameter]
-) -> tuple[Any, Any, int | None]:
-    """Outputs, gradients, and the length of the returned tuple: None for a single tensor."""
-    leaves = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in inputs]
-    returned = function(*leaves)
-    outputs, entries = _first_tensors(returned), None if isinstance(returned, Tensor) else len(returned)
-    wanted = [x for x in leaves if x.requires_grad] + list(parameters)
-    differentiable = [out for out in outputs if out.requires_grad]
-    if not wanted or not differentiable:
-        return outputs, [], entries
-    # Not the inputs' numbers: along its input a norm without weights has no gradient.
-    cotangents = [torch.randn(o.shape, device=o.device, generator=generator(o.device, 1)) for o in differentiable]
-    return outputs, torch.autograd.grad(differentiable, wanted, cotangents, allow_unused=True), entries
+def _norm(x: Tensor) -> float:
+    """‖x‖, summed in float64."""
+    flat = (torch.view_as_real(x) if x.is_complex() else x).detach().reshape(-1)
+    return math.sqrt(sum(float(torch.dot(part, part)) for part in map(Tensor.double, flat.split(_CHUNK))))
+
+
+def distance(got: Tensor, expected: Tensor, small: float = 0.0) -> float:
+    """‖got - expected‖ / ‖expected‖, whose divisor is at least ``small``; infinite for NaN or another shape."""
+    if got.shape != expected.shape:
+        return float("inf")
+    if torch.equal(got, expected):
+        return 0.0
+    got, expected = (x if x.is_floating_point() else x.double() for x in (got.detach(), expected.detach()))
+    error = _norm(got.to(expected.dtype) - expected) / max(_norm(expected), small, 1e-30)
+    return error if error == error else float("inf")
 
 
 def compare(
@@ -109,21 +70,86 @@ def compare(
     batches: Sequence[Sequence[Tensor]],
     parameters: Sequence[nn.Parameter] = (),
 ) -> ProbeError:
-    """Largest relative error of ``candidate`` against ``original`` over ``batches`` of inputs.
+    """The largest relative errors over ``batches``.
 
-    Both return a tensor, or tuples of equal length; entries that are not tensors are ignored. Gradients are taken with
-    respect to every floating-point input and all ``parameters``, against one random cotangent.
+    Of every output, and of the gradients with respect to every floating-point input and all ``parameters``, against
+    one random cotangent. The original's gradients are held; the candidate's are compared and freed one by one, and are
+    not computed where its outputs differ.
     """
     forward = backward = 0.0
     with torch.enable_grad():
         for inputs in batches:
-            expected, expected_gradients, form = _run(original, inputs, parameters)
-            got, got_gradients, got_form = _run(candidate, inputs, parameters)
-            if got_form != form or len(got) != len(expected) or len(got_gradients) != len(expected_gradients):
-                return ProbeError(float("inf"), float("inf"))
-            forward = max(forward, _relative(got, expected))
-            backward = max(backward, _relative(got_gradients, expected_gradients, _SMALL_GRADIENT))
+            expected = _Run(original, inputs, parameters)
+            gradients = expected.gradients()
+            got = _Run(candidate, inputs, parameters)
+            forward = max(forward, _largest(got, expected))
+            if not forward <= FORWARD_TOLERANCE:
+                return ProbeError(forward, backward)
+            backward = max(backward, got.backward_error(gradients))
     return ProbeError(forward, backward)
+
+
+def _largest(got: "_Run", expected: "_Run") -> float:
+    if got.entries != expected.entries or len(got.outputs) != len(expected.outputs):
+        return float("inf")
+    if any(one.is_floating_point() and one.dtype != other.dtype for one, other in zip(got.outputs, expected.outputs)):
+        return float("inf")
+    return max((distance(one, other) for one, other in zip(got.outputs, expected.outputs)), default=0.0)
+
+
+class _Run:
+    """One forward of a function, and its backward."""
+
+    def __init__(self, function: Callable[..., Any], inputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
+        leaves = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in inputs]
+        self.outputs, self.entries = tensors_of(function(*leaves))
+        self.wanted = [x for x in (*leaves, *parameters) if x.requires_grad]
+
+    def _total(self) -> Tensor | None:
+        """Of the outputs, multiplied by a random cotangent.
+
+        Not the inputs' numbers: along its input a norm without weights has no gradient.
+        """
+        terms = [
+            (out * torch.randn(out.shape, device=out.device, generator=generator(out.device, 1)).to(out.dtype)).sum()
+            for out in self.outputs
+            if out.requires_grad
+        ]
+        return sum(terms[1:], terms[0]) if terms and self.wanted else None
+
+    def gradients(self) -> list[Tensor | None]:
+        total = self._total()
+        if total is None:
+            return []
+        found: list[Tensor | None] = list(torch.autograd.grad(total, self.wanted, allow_unused=True))
+        self.outputs = [out.detach() for out in self.outputs]
+        return found
+
+    def backward_error(self, expected: list[Tensor | None]) -> float:
+        """The largest error of the gradients; ``expected`` is emptied."""
+        total = self._total()
+        if total is None or not expected:
+            return 0.0 if total is None and not expected else float("inf")
+        small = _SMALL_GRADIENT * max((_norm(one) for one in expected if one is not None), default=0.0)
+        errors: list[float] = []
+
+        def compared(at: int, leaf: Tensor) -> None:
+            wanted, expected[at] = expected[at], None
+            if leaf.grad is not None:
+                errors.append(float("inf") if wanted is None else distance(leaf.grad, wanted, small))
+            leaf.grad = None
+
+        hooks = [
+            leaf.register_post_accumulate_grad_hook(lambda leaf, at=at: compared(at, leaf))
+            for at, leaf in enumerate(self.wanted)
+        ]
+        try:
+            total.backward()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        missing = any(one is not None for one in expected)  # of what the candidate does not use
+        return float("inf") if missing else max(errors, default=0.0)
 
 
 def signature_key(module: nn.Module) -> tuple[Any, ...]:

@@ -49,7 +49,7 @@ def search(
 
 def prove(options: Sequence[tuple[str, T, Callable[[], ProbeError]]]) -> tuple[str, T, ProbeError] | str:
     """The first candidate that the probe confirms, or the reason why none is."""
-    closest: tuple[float, str] | None = None
+    closest: tuple[float, str, str] | None = None
     failure = "no candidate has its structure"
     for op, forward, probe in options:
         try:
@@ -60,7 +60,7 @@ def prove(options: Sequence[tuple[str, T, Callable[[], ProbeError]]]) -> tuple[s
         if error.passes():
             return op, forward, error
         if closest is None or error.worst() < closest[0]:
-            closest = (error.worst(), op)
+            closest = (error.worst(), op, error.where)
     if closest is not None:
-        return f"it is not {closest[1]}: probe error {closest[0]:.1e}"
+        return f"it is not {closest[1]}: probe error {closest[0]:.1e}{closest[2]}"
     return failure

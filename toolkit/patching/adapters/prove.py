@@ -4,11 +4,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from toolkit.patching.adapters.linear import fused_linear, is_fusible
 from toolkit.patching.claim import ProbeError
-from toolkit.patching.probe import compare, probe_copy, random_input, with_forward
+from toolkit.patching.conditions import error_of
+from toolkit.patching.probe import random_input
 from toolkit.patching.search import prove
 
 PARTS = ("lora_A", "lora_B", "lora_dropout", "scaling", "active_adapters", "disable_adapters", "merged")
@@ -27,11 +28,14 @@ def proven_forward(module: Any) -> Callable[..., Any] | str:
     return found if isinstance(found, str) else found[1]
 
 
-def _probe(module: nn.Module, own: Callable[..., Any]) -> ProbeError:
-    copied: Any = probe_copy(module)
-    active = [name for name in copied.active_adapters if name in copied.lora_A]
-    for name in active:
-        if not is_fusible(copied, name, len(active)):
-            raise NotImplementedError(f"adapter {name!r} is neither plain LoRA nor DoRA alone")
-    x = random_input(2, 3, copied.base_layer.in_features, like=copied)
-    return compare(with_forward(copied, fused_linear(own)), with_forward(copied, own), [[x]], list(copied.parameters()))
+def _probe(module: Any, own: Callable[..., Any]) -> ProbeError:
+    width = module.base_layer.in_features
+
+    def batches(copied: Any) -> list[list[Tensor]]:
+        active = [name for name in copied.active_adapters if name in copied.lora_A]
+        for name in active:
+            if not is_fusible(copied, name, len(active)):
+                raise NotImplementedError(f"adapter {name!r} is neither plain LoRA nor DoRA alone")
+        return [[random_input(2, 3, width, like=copied)]]
+
+    return error_of(module, fused_linear(own), batches, own)

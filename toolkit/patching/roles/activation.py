@@ -11,7 +11,9 @@ from toolkit.modules.mlp import activation_forward
 from toolkit.numerics import Numerics
 from toolkit.ops.activation import plain_kinds
 from toolkit.patching.claim import Claim, ProbeError, Skipped
-from toolkit.patching.probe import compare, probe_copy, required_arguments, with_forward
+from toolkit.patching.conditions import error_of
+from toolkit.patching.probe import required_arguments
+from toolkit.patching.probe_copy import probe_copy
 from toolkit.patching.search import Candidate, search
 
 
@@ -21,8 +23,7 @@ def _grid() -> Tensor:
 
 
 def _probe(module: nn.Module, forward: Callable[..., Any]) -> ProbeError:
-    copied = probe_copy(module)
-    return compare(with_forward(copied, forward), with_forward(copied, type(copied).forward), [[_grid()]])
+    return error_of(module, forward, lambda copied: [[_grid()]])
 
 
 def _elementwise(module: nn.Module) -> bool:

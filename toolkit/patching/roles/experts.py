@@ -11,7 +11,7 @@ from itertools import permutations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from toolkit.modules.moe_experts import MoeExperts
 from toolkit.moe import ExpertLayout
@@ -20,7 +20,9 @@ from toolkit.ops.activation import KINDS, plain_kinds
 from toolkit.patching import experts_interface
 from toolkit.patching.attention_configs import set_implementation
 from toolkit.patching.claim import Claim, ProbeError, Skipped, Undo, replace_forward, together
-from toolkit.patching.probe import compare, generator, probe_copy, random_input, signature_key, with_forward
+from toolkit.patching.conditions import error_of
+from toolkit.patching.probe import generator, random_input, signature_key
+from toolkit.patching.probe_copy import Slices
 from toolkit.patching.roles.moe_layers import MoeLayer, moe_layers
 from toolkit.patching.search import prove
 from toolkit.patching.settings import guarded, settings_of
@@ -33,33 +35,32 @@ _TOP_K = 2
 _SCALES = (1.0, 4.0, 16.0)
 
 
-def _few(module: nn.Module, count: int) -> nn.Module:
-    """A probe copy of the first ``_FEW`` of ``count`` experts."""
-    kept = min(count, _FEW)
-    instead = {
-        id(p): nn.Parameter(p.detach()[:kept].clone())
-        for p in module.parameters(recurse=False)
-        if p.dim() > 1 and p.shape[0] == count
-    }
-    copied = probe_copy(module, instead)
-    for name, value in list(copied.__dict__.items()):
-        if "expert" in name and type(value) is int and value == count:
-            setattr(copied, name, kept)
-    return copied
+def _slices(module: nn.Module, count: int, parts: MoeExperts) -> Slices:
+    """The first ``_FEW`` of ``count`` experts, and few columns between their two GEMMs."""
+    own = dict(module.named_parameters(recurse=False))
+    experts = {name: (0, 1) for name, p in own.items() if p.dim() > 1 and p.shape[0] == count}
+    up, down = (2, 1) if parts.layout.transposed else (1, 2)
+    inner = own[parts.down].shape[down]
+    times = own[parts.up].shape[up] // inner
+    columns = {parts.up: (up, times), parts.down: (down, 1)} | ({parts.up_bias: (1, times)} if parts.up_bias else {})
+    return Slices.of(count, experts, _FEW) | Slices.of(inner, columns)
 
 
 def _probe(module: nn.Module, count: int, parts: MoeExperts, hidden_size: int) -> ProbeError:
-    copied = _few(module, count)
-    device, kept = next(copied.parameters()).device, min(count, _FEW)
-    batches = []
-    for stream, scale in enumerate(_SCALES):
-        # A token's experts are distinct; some experts get no token.
-        order = torch.rand(6, kept, generator=generator(device, 1 + stream), device=device).argsort(-1)
-        topk_ids = order[:, : min(_TOP_K, kept)]
-        topk_weights = torch.rand(topk_ids.shape, generator=generator(device, 11 + stream), device=device) + 0.1
-        batches.append([random_input(6, hidden_size, like=copied, scale=scale), topk_ids, topk_weights])
-    original = with_forward(copied, experts_interface.own_forward(copied))
-    return compare(with_forward(copied, parts.make_forward()), original, batches, list(copied.parameters()))
+    kept = min(count, _FEW)
+
+    def batches(copied: nn.Module) -> list[list[Tensor]]:
+        device, found = next(copied.parameters()).device, []
+        for stream, scale in enumerate(_SCALES):
+            # A token's experts are distinct; some experts get no token.
+            order = torch.rand(6, kept, generator=generator(device, 1 + stream), device=device).argsort(-1)
+            topk_ids = order[:, : min(_TOP_K, kept)]
+            topk_weights = torch.rand(topk_ids.shape, generator=generator(device, 11 + stream), device=device) + 0.1
+            found.append([random_input(6, hidden_size, like=copied, scale=scale), topk_ids, topk_weights])
+        return found
+
+    own = experts_interface.own_forward(module)
+    return error_of(module, parts.make_forward(), batches, own, _slices(module, count, parts))
 
 
 def _layouts(module: nn.Module) -> Iterator[tuple[MoeExperts, int]]:

@@ -13,7 +13,9 @@ from toolkit.modules.head import causal_lm_loss, head_forward
 from toolkit.modules.linear import autocast_linear
 from toolkit.numerics import Numerics
 from toolkit.patching.claim import Claim, ProbeError, Skipped, set_attribute
-from toolkit.patching.probe import compare, device_of, generator, probe_copy, random_input, with_forward
+from toolkit.patching.conditions import error_of
+from toolkit.patching.probe import compare, device_of, generator, random_input
+from toolkit.patching.probe_copy import KEPT, Slices
 from toolkit.patching.search import Candidate, search
 from toolkit.patching.sharding import is_sharded
 
@@ -45,25 +47,36 @@ def _candidates(module: nn.Module, model: nn.Module, numerics: Numerics) -> list
     owner = weakref.ref(model)  # a forward must not keep its model alive
     forward = head_forward(autocast_linear if bitwise else F.linear, bitwise, lambda: is_sharded(owner()))
 
-    def probe() -> ProbeError:
-        copied = probe_copy(module)
+    return [("linear_logprob" + " (fixed reduction order)" * bitwise, forward, partial(_probe, module, forward))]
+
+
+def _probe(module: nn.Linear, forward: Callable[..., Any]) -> ProbeError:
+    """Logits, and the loss taken from deferred ones, on a few rows of the vocabulary."""
+    vocabulary = min(module.out_features, KEPT)
+    slices = Slices.of(module.out_features, {"weight": (0, 1), "bias": (0, 1)})
+
+    def batches(copied: nn.Module) -> list[list[Tensor]]:
         hidden = random_input(2, 5, module.in_features, like=copied)
-        labels = torch.randint(module.out_features, (2, 5), generator=generator(hidden.device), device=hidden.device)
+        labels = torch.randint(vocabulary, (2, 5), generator=generator(hidden.device), device=hidden.device)
         labels[1, 3:] = -100
-        parameters = list(copied.parameters())
-        own, ours = with_forward(copied, nn.Linear.forward), with_forward(copied, forward)
+        return [[hidden, labels]]
 
-        def dense_loss(x: Tensor) -> Tensor:
-            logits = own(x)[:, :-1].flatten(0, 1)
-            return F.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=-100)
+    def logits(self: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
+        computed: Tensor = forward(self, x)
+        return computed
 
-        def loss(x: Tensor) -> Tensor:
-            return causal_lm_loss(ours(x), labels, module.out_features)
+    def own_logits(self: nn.Linear, x: Tensor, labels: Tensor) -> Tensor:
+        return nn.Linear.forward(self, x)
 
-        errors = compare(ours, own, [[hidden]], parameters), compare(loss, dense_loss, [[hidden]], parameters)
-        return ProbeError(max(e.forward for e in errors), max(e.backward for e in errors))
+    def loss(self: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
+        return causal_lm_loss(forward(self, x), labels, vocabulary)
 
-    return [("linear_logprob" + " (fixed reduction order)" * bitwise, forward, probe)]
+    def own_loss(self: nn.Linear, x: Tensor, labels: Tensor) -> Tensor:
+        dense = nn.Linear.forward(self, x)[:, :-1].flatten(0, 1).float()
+        return F.cross_entropy(dense, labels[:, 1:].flatten(), ignore_index=-100)
+
+    error = error_of(module, logits, batches, own_logits, slices)
+    return error.worse(error_of(module, loss, batches, own_loss, slices)) if error.passes() else error
 
 
 def find(model: Any, numerics: Numerics) -> list[Claim | Skipped]:

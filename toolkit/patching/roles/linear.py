@@ -1,13 +1,16 @@
 """Linear layers, in bitwise mode: cuBLAS and MKL GEMMs are not batch-invariant."""
 
+from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from toolkit.modules.linear import linear_forward, transposed_linear_forward
 from toolkit.numerics import Numerics
-from toolkit.patching.claim import Claim, ProbeError, Skipped
-from toolkit.patching.probe import compare, probe_copy, random_input, required_arguments, with_forward
+from toolkit.patching.claim import Claim, Skipped
+from toolkit.patching.conditions import error_of
+from toolkit.patching.probe import random_input, required_arguments
+from toolkit.patching.probe_copy import Slices
 from toolkit.patching.search import Candidate, search
 
 
@@ -15,26 +18,17 @@ def linear_candidates(module: nn.Module) -> list[Candidate] | None:
     """The one candidate of a plain ``nn.Linear`` (not of a subclass, quantised or adapted), or of a leaf with a weight
     [K, N] and a bias [N]."""
     weight: Any = getattr(module, "weight", None)
-    op, forward, in_features = "linear (fixed reduction order)", linear_forward, 0
-    if type(module) is nn.Linear:
-        in_features = weight.shape[1]
-    elif _is_transposed(module):
-        op, forward, in_features = (
-            "linear (fixed reduction order, weight [K, N])",
-            transposed_linear_forward,
-            weight.shape[0],
-        )
-    else:
+    op, forward, outputs = "linear (fixed reduction order)", linear_forward, 0
+    if _is_transposed(module):
+        op, forward, outputs = "linear (fixed reduction order, weight [K, N])", transposed_linear_forward, 1
+    elif type(module) is not nn.Linear:
         return None
+    slices = Slices.of(weight.shape[outputs], {"weight": (outputs, 1), "bias": (0, 1)})
 
-    def probe() -> ProbeError:
-        copied = probe_copy(module)
-        x = random_input(2, 3, in_features, like=copied)
-        return compare(
-            with_forward(copied, forward), with_forward(copied, type(copied).forward), [[x]], list(copied.parameters())
-        )
+    def batches(copied: nn.Module) -> list[list[Tensor]]:
+        return [[random_input(2, 3, weight.shape[1 - outputs], like=copied)]]
 
-    return [(op, forward, probe)]
+    return [(op, forward, partial(error_of, module, forward, batches, slices=slices))]
 
 
 def _is_transposed(module: nn.Module) -> bool:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from toolkit.modules import mixer
 from toolkit.numerics import Numerics
 from toolkit.patching.claim import Claim, ProbeError, Skipped, replace_forward
-from toolkit.patching.probe import compare, probe_copy, random_input, signature_key
+from toolkit.patching.conditions import error_of
+from toolkit.patching.probe import device_of, random_input, signature_key
 from toolkit.patching.search import prove
 from toolkit.state.active import forward_context_of, set_forward_context
 from toolkit.state.batch import RaggedBatch
@@ -78,21 +79,23 @@ def substituted(forward: Any, replacements: dict[str, Make]) -> Callable[..., An
 
 def _probe(module: nn.Module, forward: Callable[..., Any]) -> ProbeError:
     """A ragged batch of two sequences against the module's own forward of each."""
-    copied = probe_copy(module)
-    width = next(child for child in copied.modules() if isinstance(child, nn.Linear)).in_features
-    context = DenseContext(RaggedBatch.from_sequences([[0] * length for length in LENGTHS], share=False))
-    original = type(copied).forward
+    width = next(child for child in module.modules() if isinstance(child, nn.Linear)).in_features
+    batch = RaggedBatch.from_sequences([[0] * length for length in LENGTHS], device_of(module), share=False)
+    context = DenseContext(batch)
+    original = type(module).forward
 
-    def separate(*sequences: Tensor) -> Tensor:
-        return torch.cat([original(copied, x) for x in sequences], 1)
+    def separate(self: nn.Module, *sequences: Tensor) -> Tensor:
+        return torch.cat([original(self, x) for x in sequences], 1)
 
-    def batched(*sequences: Tensor) -> Tensor:
+    def batched(self: nn.Module, *sequences: Tensor) -> Tensor:
         with set_forward_context(context):
-            output: Tensor = forward(copied, torch.cat(sequences, 1))
+            output: Tensor = forward(self, torch.cat(sequences, 1))
             return output
 
-    inputs = [random_input(1, length, width, like=copied) for length in LENGTHS]
-    return compare(batched, separate, [inputs], list(copied.parameters()))
+    def batches(copied: nn.Module) -> list[list[Tensor]]:
+        return [[random_input(1, length, width, like=copied) for length in LENGTHS]]
+
+    return error_of(module, batched, batches, separate)
 
 
 def find(model: nn.Module, numerics: Numerics) -> list[Claim | Skipped]:

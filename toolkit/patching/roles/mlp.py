@@ -5,24 +5,31 @@ from functools import partial
 from itertools import permutations, product
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from toolkit.modules.mlp import GatedMlp, PackedMlp
 from toolkit.numerics import Numerics
 from toolkit.ops.activation import KINDS
 from toolkit.patching.claim import Claim, ProbeError, Skipped
-from toolkit.patching.probe import compare, probe_copy, random_input, required_arguments, with_forward
+from toolkit.patching.conditions import error_of
+from toolkit.patching.probe import random_input, required_arguments
+from toolkit.patching.probe_copy import Slices
 from toolkit.patching.search import Candidate, search
 
 # The largest reaches the tails of gates, past the limits at which some are clamped.
 _SCALES = (1.0, 4.0, 16.0)
 
 
-def _probe(module: nn.Module, forward: Callable[..., Any], in_features: int) -> ProbeError:
-    copied = probe_copy(module)
-    batches = [[random_input(2, 3, in_features, like=copied, scale=scale)] for scale in _SCALES]
-    original = with_forward(copied, type(copied).forward)
-    return compare(with_forward(copied, forward), original, batches, list(copied.parameters()))
+def _probe(module: nn.Module, mlp: GatedMlp | PackedMlp, forward: Callable[..., Any]) -> ProbeError:
+    down: nn.Linear = getattr(module, mlp.down)
+
+    def batches(copied: nn.Module) -> list[list[Tensor]]:
+        return [[random_input(2, 3, down.out_features, like=copied, scale=scale)] for scale in _SCALES]
+
+    outputs = {mlp.gate_up: 2} if isinstance(mlp, PackedMlp) else {mlp.gate: 1, mlp.up: 1}
+    dimensions = {f"{name}.{part}": (0, times) for name, times in outputs.items() for part in ("weight", "bias")}
+    slices = Slices.of(down.in_features, {**dimensions, f"{mlp.down}.weight": (1, 1)})
+    return error_of(module, forward, batches, slices=slices)
 
 
 def _separate(shapes: dict[str, tuple[int, int]], kinds: list[str]) -> Iterator[tuple[str, GatedMlp]]:
@@ -50,13 +57,11 @@ def _candidates(module: nn.Module) -> list[Candidate] | None:
         return None
     if any(next(child.parameters(), None) is not None or isinstance(child, nn.Dropout) for child in others):
         return None
-    kinds = sorted(
-        KINDS, key=lambda kind: kind != "silu"
-    )  # the most common one first: a probe of a large layer is slow
+    kinds = sorted(KINDS, key=lambda kind: kind != "silu")  # the most common one first
     shapes = {name: (child.in_features, child.out_features) for name, child in projections.items()}
     found = _separate(shapes, kinds) if len(shapes) == 3 else _packed(shapes, kinds)
-    options = [(op, mlp.make_forward(), shapes[mlp.down][1]) for op, mlp in found]
-    return [(op, forward, partial(_probe, module, forward, size)) for op, forward, size in options] or None
+    options = [(op, mlp, mlp.make_forward()) for op, mlp in found]
+    return [(op, forward, partial(_probe, module, mlp, forward)) for op, mlp, forward in options] or None
 
 
 def find(model: nn.Module, numerics: Numerics) -> list[Claim | Skipped]:

@@ -4,12 +4,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from toolkit.modules.norm import layer_norm_forward, rms_norm_forward
 from toolkit.numerics import Numerics
 from toolkit.patching.claim import Claim, ProbeError, Skipped
-from toolkit.patching.probe import compare, probe_copy, random_input, required_arguments, with_forward
+from toolkit.patching.conditions import error_of
+from toolkit.patching.probe import random_input, required_arguments
 from toolkit.patching.search import Candidate, search
 
 DEFAULT_EPSILON = 1e-5  # of torch's layer norm, for a module without an epsilon
@@ -31,15 +32,13 @@ def _normalized_size(module: nn.Module) -> int:
 
 
 def _probe(module: nn.Module, forward: Callable[..., Any]) -> ProbeError:
-    copied, size = probe_copy(module), _normalized_size(module)
-    # Small inputs make the epsilon matter, large ones the order of squaring and averaging.
-    batches = [[random_input(3, 5, size, like=copied, scale=scale)] for scale in (1.0, 1e-3, 30.0)]
-    return compare(
-        with_forward(copied, forward),
-        with_forward(copied, type(copied).forward),
-        batches,
-        list(copied.parameters()),
-    )
+    size = _normalized_size(module)
+
+    def batches(copied: nn.Module) -> list[list[Tensor]]:
+        # Small inputs make the epsilon matter, large ones the order of squaring and averaging.
+        return [[random_input(3, 5, size, like=copied, scale=scale)] for scale in (1.0, 1e-3, 30.0)]
+
+    return error_of(module, forward, batches)
 
 
 def _candidates(module: nn.Module) -> list[Candidate] | None:

@@ -15,7 +15,8 @@ from toolkit.modules.rotary import LAYOUTS, length_dependent_forward, rotary_tab
 from toolkit.numerics import Numerics
 from toolkit.patching.claim import Claim, ProbeError, Skipped, replace_forward
 from toolkit.patching.length_tables import BUFFER, Regimes, frequencies_of, fresh_copy, layer_types, regimes_of
-from toolkit.patching.probe import compare, device_of, probe_copy, random_input, with_forward
+from toolkit.patching.probe import compare, device_of, random_input, with_forward
+from toolkit.patching.probe_copy import probe_copy
 from toolkit.patching.search import Candidate, prove, search
 from toolkit.state.active import set_forward_context
 from toolkit.state.batch import RaggedBatch

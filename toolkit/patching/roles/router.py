@@ -20,7 +20,8 @@ from toolkit.modules.router import Router
 from toolkit.numerics import Numerics
 from toolkit.ops.activation import plain_kinds
 from toolkit.patching.claim import Claim, ProbeError, Skipped, replace_forward
-from toolkit.patching.probe import compare, generator, probe_copy, random_input, signature_key, with_forward
+from toolkit.patching.probe import compare, generator, random_input, signature_key, with_forward
+from toolkit.patching.probe_copy import probe_copy
 from toolkit.patching.roles.moe_layers import MoeLayer, matrix_rows, moe_layers
 from toolkit.patching.search import prove
 from toolkit.patching.settings import Settings, guarded, settings_of

@@ -1,0 +1,145 @@
+"""The conditions under which a module and a candidate for its forward must agree. Every role's proof runs over them.
+
+Modules differ where a probe does not look: at parameters of their real scale, in training mode, in 16 bits.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from toolkit.patching.claim import ProbeError
+from toolkit.patching.probe import compare, distance, tensors_of, with_forward
+from toolkit.patching.probe_copy import WHOLE, Slices, probe_copy
+
+Batches = Callable[[nn.Module], Sequence[Sequence[Tensor]]]
+"""Inputs of a probe copy, float32."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One way to run a probe.
+
+    Args:
+        name: how a report calls it.
+        own_values: with the module's own parameters instead of random ones of unit scale.
+        training: in training mode.
+        dtype: a 16-bit type, in which the candidate must be as close to the module's float32 result as the module is;
+            None is float32, in which outputs and gradients must agree.
+    """
+
+    name: str
+    own_values: bool = False
+    training: bool = False
+    dtype: torch.dtype | None = None
+
+
+UNIT = Condition("")
+OWN = Condition(" with its own parameters in training mode", own_values=True, training=True)
+
+
+def conditions_of(module: nn.Module) -> list[Condition]:
+    """Those of a module: the one in 16 bits where it has such parameters, and in bfloat16 where it has none."""
+    parameters = list(module.parameters())
+    dtypes = [p.dtype for p in parameters if p.is_floating_point() and p.dtype.itemsize == 2]
+    narrow = dtypes[0] if dtypes else torch.bfloat16 if not parameters else None
+    found = [UNIT, OWN] if parameters else [UNIT]
+    if narrow is not None:
+        found.append(Condition(f" in {str(narrow).removeprefix('torch.')}", own_values=True, dtype=narrow))
+    return found
+
+
+def error_of(
+    module: nn.Module,
+    candidate: Callable[..., Any],
+    batches: Batches,
+    own: Callable[..., Any] | None = None,
+    slices: Slices = WHOLE,
+) -> ProbeError:
+    """The worst error of ``candidate`` against the module's forward under every condition, up to the first that fails.
+
+    Args:
+        candidate: a forward, whose first argument is the module.
+        own: the forward that it is compared with; None is the module's.
+        slices: of the probe copies. A module that fails on slices of its parameters is probed as a whole.
+    """
+    original = own or type(module).forward
+    worst = ProbeError(0.0, 0.0)
+    for condition in conditions_of(module):
+        copied = probe_copy(module, slices, condition.own_values, None if condition.dtype else torch.float32)
+        copied.train(condition.training)
+        inputs = batches(copied)[: None if condition is UNIT else 1]
+        if slices is not WHOLE and condition is UNIT and not _runs(copied, original, inputs[0]):
+            return error_of(module, candidate, batches, own)
+        if condition.dtype is None:
+            got, expected = (_seeded(with_forward(copied, one), condition.training) for one in (candidate, original))
+            error = compare(got, expected, inputs, list(copied.parameters()))
+        else:
+            error = _narrow_error(copied, candidate, original, inputs, condition.dtype)
+        worst = worst.worse(error, condition.name)
+        if not worst.passes():
+            break
+        del copied
+    return worst
+
+
+def _seeded(function: Callable[..., Any], wanted: bool) -> Callable[..., Any]:
+    """``function``, which sees the same random numbers in every call."""
+    if not wanted:
+        return function
+
+    def run(*inputs: Tensor) -> Any:
+        devices = [x.device for x in inputs if x.device.type == "cuda"][:1]
+        with torch.random.fork_rng([device.index or 0 for device in devices]):
+            for source in (
+                torch.default_generator,
+                *(torch.cuda.default_generators[one.index or 0] for one in devices),
+            ):
+                source.manual_seed(0)
+            return function(*inputs)
+
+    return run
+
+
+def _runs(copied: nn.Module, original: Callable[..., Any], inputs: Sequence[Tensor]) -> bool:
+    try:
+        with torch.no_grad():
+            original(copied, *inputs)
+    except Exception:
+        return False
+    return True
+
+
+# In units of the dtype's epsilon, relative norms. One rounding is 0.2 of it: a result that is rounded once more than
+# the module's is as good as that, one that is computed in the narrow type is not. A layer's own result is within a few.
+_ROUNDED_ONCE_MORE = 0.25
+_SOMETHING_ELSE = 16.0
+
+
+def _narrow_error(
+    copied: nn.Module,
+    candidate: Callable[..., Any],
+    original: Callable[..., Any],
+    batches: Sequence[Sequence[Tensor]],
+    dtype: torch.dtype,
+) -> ProbeError:
+    """0 where the candidate's 16-bit outputs are as close to float32 as the module's; their distance elsewhere."""
+    exact_copy = probe_copy(copied, own_values=True)
+    epsilon = torch.finfo(dtype).eps
+    for batch in batches:
+        narrow = [x.to(dtype) if x.is_floating_point() else x for x in batch]
+        wide = [x.float() if x.is_floating_point() else x for x in narrow]
+        with torch.no_grad():
+            exact, _ = tensors_of(original(exact_copy, *wide))
+            own, own_entries = tensors_of(original(copied, *narrow))
+            got, entries = tensors_of(candidate(copied, *narrow))
+        if entries != own_entries or [x.dtype for x in got] != [x.dtype for x in own]:
+            return ProbeError(float("inf"), 0.0)
+        for one, other, truth in zip(got, own, exact, strict=True):
+            pairs = (one, other), (one, truth), (other, truth)
+            apart, error, allowed = (distance(a.float(), b.float()) for a, b in pairs)
+            if not (apart <= _SOMETHING_ELSE * epsilon and error <= 1.5 * allowed + _ROUNDED_ONCE_MORE * epsilon):
+                return ProbeError(max(apart, error), 0.0)
+    return ProbeError(0.0, 0.0)
