@@ -15,8 +15,10 @@ from toolkit.patching.adapters import (
     without_adapters,
 )
 from toolkit.patching.claim import Claim, Skipped, install_all, undo_all
+from toolkit.patching.forward import context_forward
 from toolkit.patching.instance_forward import UNPROVEN, InstalledForwards, foreign_forward
 from toolkit.patching.probe import device_of
+from toolkit.patching.ragged_check import check_ragged
 from toolkit.patching.record import PatchRecord, pop_record, put_record, record_of
 from toolkit.patching.report import PatchReport
 from toolkit.patching.roles import FINDERS
@@ -126,6 +128,8 @@ def patch(model: nn.Module, roles: Sequence[str] | None = None, numerics: str | 
     fuse_adapters(model, report.numerics)
     skipped = [(path, verdict) for path, verdict in adapter_report(model) if verdict != FUSED]
     report.skipped.extend(Skipped("adapter", path, reason) for path, reason in skipped)
+    if {"attention", "mixer"} & set(report.roles()) and not any(one.role == "attention" for one in report.skipped):
+        check_ragged(model, report, context_forward)
     return report
 
 

@@ -13,12 +13,15 @@ from toolkit.modules.row_positions import RowPositions
 from toolkit.patching import attention_interface
 from toolkit.patching.calls import MASK, Call
 from toolkit.patching.claim import ProbeError
+from toolkit.patching.conditions import UNIT, Condition, conditions_of, narrow_error, without_dropout
 from toolkit.patching.probe import compare, device_of, random_input, with_forward
 from toolkit.patching.probe_copy import probe_copy
+from toolkit.patching.thresholds import around
 from toolkit.state.active import set_forward_context
 from toolkit.state.batch import RaggedBatch
 from toolkit.state.dense import DenseContext
 
+EXACT = Condition(" in float32", own_values=True)
 ROWS, LENGTH = 2, 7
 LENGTHS = (LENGTH, 4)  # of the sequences of a ragged batch
 PROBE_WINDOW = 3  # small enough to mask tokens within the probe
@@ -44,13 +47,19 @@ class Seen:
 
 
 class Probe:
-    """Runs a probe copy of an attention layer, called as the model calls it, through eager attention and candidates."""
+    """Runs a probe copy of an attention layer, called as the model calls it, through eager attention and candidates.
 
-    def __init__(self, module: nn.Module, call: Call) -> None:
-        self.copied: Any = probe_copy(module)
+    Args:
+        condition: that of the copy.
+    """
+
+    def __init__(self, module: nn.Module, call: Call, condition: Condition = UNIT) -> None:
+        self.module = module
+        self.copied: Any = probe_copy(module, own_values=condition.own_values, dtype=condition.dtype or torch.float32)
+        self.copied.train(condition.training)
         for part in self.copied.modules():
             part.__dict__[attention_interface.IMPLEMENTATION] = attention_interface.NAME
-        self.call = call
+        self.call = call if condition.dtype is None else replace(call, arguments=_cast(call.arguments, condition.dtype))
         self.shape = call.arguments[call.hidden].shape
         self.paired = True
         self.seen = self.look()
@@ -79,7 +88,7 @@ class Probe:
             return output
 
         with _registered("toolkit_probe", record), torch.no_grad():
-            self.run("toolkit_probe", None, random_input(*self.shape, like=self.copied))
+            self.run("toolkit_probe", None, self._hidden().to(next(self.copied.parameters()).dtype))
         if not calls:
             raise RuntimeError("it does not dispatch through the attention interface")
         if len(calls) != 1:
@@ -128,24 +137,49 @@ class Probe:
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
-    def error(self, forward: Any = None, **replaced: Any) -> ProbeError:
-        """Against eager attention with the mask that transformers made for it."""
-        hidden = random_input(*self.shape, like=self.copied)
-        given = self.call.arguments.get(MASK)
-        return compare(
-            lambda x: self.run(attention_interface.NAME, None, x, forward, **replaced),
-            lambda x: self.run("eager", given, x, **replaced),
-            [[hidden]],
-            list(self.copied.parameters()),
-        )
+    def _hidden(self) -> Tensor:
+        return random_input(*self.shape, like=self.copied)
+
+    def _patched(self, forward: Any, **replaced: Any) -> Any:
+        return lambda x: self.run(attention_interface.NAME, None, x, forward, **replaced)
+
+    def _eager(self, **replaced: Any) -> Any:
+        return lambda x: self.run("eager", self.call.arguments.get(MASK), x, **replaced)
+
+    def error(self, forward: Any = None, thorough: bool = True, **replaced: Any) -> ProbeError:
+        """Against eager attention with the mask that transformers made for it.
+
+        Args:
+            thorough: under every condition, and not the first alone.
+        """
+        hidden, worst = [[self._hidden()]], ProbeError(0.0, 0.0)
+        for condition in conditions_of(self.module)[: None if thorough else 1]:
+            probe = self if condition is UNIT else Probe(self.module, self.call, condition)
+            got, expected = probe._patched(forward, **replaced), probe._eager(**replaced)
+            if condition.dtype is None:
+                with without_dropout(probe.copied):
+                    error = compare(got, expected, hidden, list(probe.copied.parameters()))
+            else:
+                exact = Probe(probe.copied, self.call, EXACT)._eager(**replaced)
+                error = narrow_error(got, expected, exact, hidden, condition.dtype)
+            del probe, got, expected
+            worst = worst.worse(error, condition.name)
+            if not worst.passes():
+                break
+        return worst
 
     def forward_error(self, forward: Any) -> ProbeError:
         """``error`` of another forward, as recorded and with further tensors that the layer is handed at other values.
 
         A layer may scale its queries by position: by 1 for the few tokens that were recorded.
         """
-        others = self.others()
-        return _worst([self.error(forward), *([self.error(forward, **others)] if others else [])])
+        worst, hidden, parameters = self.error(forward), [[self._hidden()]], list(self.copied.parameters())
+        for at, others in enumerate(self.others()):
+            if not worst.passes():
+                break
+            functions = self._patched(forward, **others), self._eager(**others)
+            worst = worst.worse(compare(*functions, hidden, parameters, gradients=at == 0))
+        return worst
 
     def ragged_error(self, forward: Any, pasts: tuple[int, int] = (0, 0)) -> ProbeError:
         """Two sequences in one ragged batch, against eager attention on each, as recorded and with ``others``.
@@ -153,8 +187,11 @@ class Probe:
         Args:
             pasts: how many tokens each sequence's positions begin after.
         """
-        others = self.others()
-        return _worst([self._ragged_error(forward, pasts, one) for one in ({}, *([others] if others else []))])
+        worst = ProbeError(0.0, 0.0)
+        for others in ({}, *self.others()):
+            if worst.passes():
+                worst = worst.worse(self._ragged_error(forward, pasts, others))
+        return worst
 
     def _ragged_error(self, forward: Any, pasts: tuple[int, int], others: dict[str, Tensor]) -> ProbeError:
         given = {name: value for name, value in {**self.call.arguments, **others}.items() if name not in (MASK, CACHE)}
@@ -182,16 +219,31 @@ class Probe:
         inputs = [random_input(1, length, self.shape[-1], like=self.copied) for length in LENGTHS]
         return compare(together, separate, [inputs], list(self.copied.parameters()))
 
-    def others(self) -> dict[str, Tensor]:
-        """Tensors beside hidden states, tables and mask: integers far beyond any context, random numbers."""
-        found: dict[str, Tensor] = {}
-        for name, value in self.call.arguments.items():
-            if not isinstance(value, Tensor) or name in (self.call.hidden, MASK, "position_embeddings"):
-                continue
-            if value.is_floating_point():
-                found[name] = random_input(*value.shape, like=self.copied)
-            elif value.dtype != torch.bool:
-                found[name] = (value + 1) * FAR
+    def others(self) -> list[dict[str, Tensor]]:
+        """Other values of the tensors beside hidden states, tables and mask.
+
+        Floating-point ones are random. Integers, which may be positions, are far beyond any context at first, and then
+        on both sides of every number of the configuration that could be a length.
+        """
+        names = [
+            name
+            for name, value in self.call.arguments.items()
+            if isinstance(value, Tensor) and name not in (self.call.hidden, MASK, "position_embeddings")
+        ]
+        given = {name: self.call.arguments[name] for name in names if self.call.arguments[name].dtype != torch.bool}
+        if not given:
+            return []
+        random = {n: random_input(*v.shape, like=self.copied) for n, v in given.items() if v.is_floating_point()}
+        integers = {name: value for name, value in given.items() if name not in random}
+        found = [{**random, **{name: (value + 1) * FAR for name, value in integers.items()}}]
+        borders = around(getattr(self.module, "config", None)) if integers else []
+        count = max((value.shape[-1] for value in integers.values() if value.dim()), default=1)
+        for begin in range(0, len(borders), count):
+            few = torch.tensor((borders[begin : begin + count] * count)[:count], device=device_of(self.copied))
+            placed = {
+                n: few.to(v.dtype).expand(v.shape).clone() for n, v in integers.items() if v.shape[-1:] == (count,)
+            }
+            found.append({**random, **integers, **placed})
         return found
 
 
@@ -208,8 +260,16 @@ class _registered:
         AttentionInterface._global_mapping.pop(self.name, None)
 
 
-def _worst(errors: list[ProbeError]) -> ProbeError:
-    return ProbeError(max(one.forward for one in errors), max(one.backward for one in errors))
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Floating-point tensors in another type, within its range, also inside of tuples and dictionaries."""
+    if isinstance(value, dict):
+        return {name: _cast(one, dtype) for name, one in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_cast(one, dtype) for one in value)
+    if isinstance(value, Tensor) and value.is_floating_point():
+        limits = torch.finfo(dtype)
+        return value.clamp(limits.min, limits.max).to(dtype)
+    return value
 
 
 def _of_sequence(value: Any, length: int) -> Any:

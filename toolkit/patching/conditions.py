@@ -3,7 +3,8 @@
 Modules differ where a probe does not look: at parameters of their real scale, in training mode, in 16 bits.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,7 +78,9 @@ def error_of(
             got, expected = (_seeded(with_forward(copied, one), condition.training) for one in (candidate, original))
             error = compare(got, expected, inputs, list(copied.parameters()))
         else:
-            error = _narrow_error(copied, candidate, original, inputs, condition.dtype)
+            exact = probe_copy(copied, own_values=True)
+            functions = (with_forward(copied, candidate), with_forward(copied, original), with_forward(exact, original))
+            error = narrow_error(*functions, inputs, condition.dtype)
         worst = worst.worse(error, condition.name)
         if not worst.passes():
             break
@@ -103,6 +106,24 @@ def _seeded(function: Callable[..., Any], wanted: bool) -> Callable[..., Any]:
     return run
 
 
+@contextmanager
+def without_dropout(module: nn.Module) -> Iterator[None]:
+    """Inside, no module of ``module`` drops anything in training mode: two kernels never drop the same."""
+    before = [
+        (part, name, value)
+        for part in module.modules()
+        for name, value in part.__dict__.items()
+        if isinstance(value, float) and ("dropout" in name or (name == "p" and isinstance(part, nn.Dropout)))
+    ]
+    try:
+        for part, name, _ in before:
+            part.__dict__[name] = 0.0
+        yield
+    finally:
+        for part, name, value in before:
+            part.__dict__[name] = value
+
+
 def _runs(copied: nn.Module, original: Callable[..., Any], inputs: Sequence[Tensor]) -> bool:
     try:
         with torch.no_grad():
@@ -118,26 +139,29 @@ _ROUNDED_ONCE_MORE = 0.25
 _SOMETHING_ELSE = 16.0
 
 
-def _narrow_error(
-    copied: nn.Module,
+def narrow_error(
     candidate: Callable[..., Any],
     original: Callable[..., Any],
+    exact: Callable[..., Any],
     batches: Sequence[Sequence[Tensor]],
     dtype: torch.dtype,
 ) -> ProbeError:
-    """0 where the candidate's 16-bit outputs are as close to float32 as the module's; their distance elsewhere."""
-    exact_copy = probe_copy(copied, own_values=True)
+    """0 where the candidate's 16-bit outputs are as close to float32 as the module's; their distance elsewhere.
+
+    Args:
+        exact: the module's forward in float32, of the same numbers.
+    """
     epsilon = torch.finfo(dtype).eps
     for batch in batches:
         narrow = [x.to(dtype) if x.is_floating_point() else x for x in batch]
         wide = [x.float() if x.is_floating_point() else x for x in narrow]
         with torch.no_grad():
-            exact, _ = tensors_of(original(exact_copy, *wide))
-            own, own_entries = tensors_of(original(copied, *narrow))
-            got, entries = tensors_of(candidate(copied, *narrow))
+            truths, _ = tensors_of(exact(*wide))
+            own, own_entries = tensors_of(original(*narrow))
+            got, entries = tensors_of(candidate(*narrow))
         if entries != own_entries or [x.dtype for x in got] != [x.dtype for x in own]:
             return ProbeError(float("inf"), 0.0)
-        for one, other, truth in zip(got, own, exact, strict=True):
+        for one, other, truth in zip(got, own, truths, strict=True):
             pairs = (one, other), (one, truth), (other, truth)
             apart, error, allowed = (distance(a.float(), b.float()) for a, b in pairs)
             if not (apart <= _SOMETHING_ELSE * epsilon and error <= 1.5 * allowed + _ROUNDED_ONCE_MORE * epsilon):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from toolkit.patching.probe import device_of, required_arguments, with_forward
+from toolkit.patching.thresholds import thresholds
 from toolkit.state.rotary_regimes import RotaryRegimes
 
 BUFFER = "inv_freq"
@@ -80,17 +81,20 @@ def _find_regimes(module: nn.Module, layer_type: str | None) -> RotaryRegimes | 
             cached[length] = _ask(copied, length, layer_type)
         return cached[length]
 
+    asked = sorted({2, *(at + 1 for at in thresholds(getattr(module, "config", None))), FARTHEST})
     try:
-        same, other = 2, FARTHEST
-        if _equal(tables(same), tables(other)):
+        changed = [at for at in asked if not _equal(tables(2), tables(at))]
+        if not changed:
             return None
+        other = changed[0]
+        same = max(at for at in asked if at < other)
         while other - same > 1:
             middle = (same + other) // 2
             if _equal(tables(2), tables(middle)):
                 same = middle
             else:
                 other = middle
-        steps = _equal(tables(other), tables(FARTHEST))
+        steps = all(_equal(tables(other), tables(at)) for at in asked if at > other)
     except Exception:  # not tables of positions: the role's probe says so
         return None
     return RotaryRegimes(borders=(same,)) if steps else RotaryRegimes(varies_after=same)

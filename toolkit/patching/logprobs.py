@@ -83,6 +83,7 @@ def token_logprobs(
         _token_ids(index, sequence if media is None else media.tokens, vocabulary)
         for index, (sequence, media) in enumerate(zip(sequences, given))
     ]
+    _check_counted(patched_model(inner_model(model)), tokens)
     lengths = [max(sequence.numel() - 1, 0) for sequence in tokens]
     if last is not None:
         _check_one_each("last", last, len(tokens))
@@ -116,6 +117,17 @@ def _token_ids(index: int, given: Any, vocabulary: int) -> Tensor:
     if ids.dim() != 1 or (ids.numel() and not (whole and 0 <= int(ids.min()) <= int(ids.max()) < vocabulary)):
         raise ToolkitError(f"sequence {index} must be a list of token ids from 0 to {vocabulary - 1}.")
     return ids
+
+
+def _check_counted(model: nn.Module, sequences: Sequence[Tensor]) -> None:
+    report = report_of(inner_model(model))
+    token = None if report is None else report.ragged.uncounted_token
+    for index, sequence in enumerate(sequences):
+        if token is not None and bool((sequence == token).any()):
+            raise ToolkitError(
+                f"sequence {index} must not contain token {token}, got one: {type(model).__name__} takes it for "
+                "padding and gives it no position, which a ragged batch would."
+            )
 
 
 def _check_one_each(name: str, given: Sequence[Any], count: int) -> None:

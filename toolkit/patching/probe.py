@@ -69,23 +69,27 @@ def compare(
     original: Callable[..., Any],
     batches: Sequence[Sequence[Tensor]],
     parameters: Sequence[nn.Parameter] = (),
+    gradients: bool = True,
 ) -> ProbeError:
     """The largest relative errors over ``batches``.
 
     Of every output, and of the gradients with respect to every floating-point input and all ``parameters``, against
     one random cotangent. The original's gradients are held; the candidate's are compared and freed one by one, and are
     not computed where its outputs differ.
+
+    Args:
+        gradients: False compares outputs alone.
     """
     forward = backward = 0.0
-    with torch.enable_grad():
+    with torch.set_grad_enabled(gradients):
         for inputs in batches:
             expected = _Run(original, inputs, parameters)
-            gradients = expected.gradients()
+            wanted = expected.gradients()
             got = _Run(candidate, inputs, parameters)
             forward = max(forward, _largest(got, expected))
             if not forward <= FORWARD_TOLERANCE:
                 return ProbeError(forward, backward)
-            backward = max(backward, got.backward_error(gradients))
+            backward = max(backward, got.backward_error(wanted))
     return ProbeError(forward, backward)
 
 

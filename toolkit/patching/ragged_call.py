@@ -20,8 +20,10 @@ MASKS_OF_BATCH = "masks of the batch"
 def call_arguments(model: nn.Module, report: PatchReport, context: ForwardContext) -> dict[str, Any]:
     """What the model's forward takes beside tokens: positions, a mask, the context. Others reach it as the thread's."""
     batch = context.batch
-    # Positions [1, T], or [A, 1, T] along axes.
-    arguments = {"position_ids": batch.positions.unsqueeze(-2), "use_cache": False, KEYWORD: context}
+    # Positions [1, T], or [A, 1, T] along axes; where the model counts from another number than 0, from that one.
+    offset = report.ragged.position_offset
+    positions = batch.positions + offset if offset else batch.positions
+    arguments = {"position_ids": positions.unsqueeze(-2), "use_cache": False, KEYWORD: context}
     if not any(claim.op == MASKS_OF_BATCH for claim in report.claims):
         # Without entries and 4-D: transformers builds no mask for it, and attention reads the batch instead.
         arguments["attention_mask"] = torch.empty(1, 1, 0, 0, device=batch.positions.device)

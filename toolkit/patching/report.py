@@ -8,11 +8,29 @@ from toolkit.patching.claim import Claim, Skipped
 from toolkit.state.rotary_regimes import RotaryRegimes
 
 
+@dataclass
+class RaggedUse:
+    """What ragged batches of a patched model need, found when it was patched.
+
+    Args:
+        checked: whether a ragged forward was compared with ordinary ones.
+        reason: why the model may have no ragged batch; None where it may.
+        position_offset: the position of a sequence's first token, where the model itself does not count from 0.
+        uncounted_token: a token that the model gives no position of its own (padding), where a ragged batch does.
+    """
+
+    checked: bool = False
+    reason: str | None = None
+    position_offset: int = 0
+    uncounted_token: int | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class PatchReport:
     """The result of patching one model.
 
     Args:
+        ragged: what ragged batches need.
         numerics: mode of the patch.
         claims: replacements, with their probe errors.
         skipped: modules that looked like a role and keep their own forward, with the reason.
@@ -21,6 +39,7 @@ class PatchReport:
     numerics: Numerics
     claims: list[Claim] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
+    ragged: RaggedUse = field(default_factory=RaggedUse)
 
     def roles(self) -> dict[str, int]:
         """Number of replaced modules of each role."""
@@ -60,6 +79,7 @@ class PatchReport:
         lines = [f"numerics: {self.numerics}"]
         lines += [f"  {' · '.join(row)}" for row in self.rows()]
         lines += [f"  skipped: {' · '.join(row)}" for row in self.skipped_rows()]
+        lines += [f"  no ragged batches: {self.ragged.reason}"] if self.ragged.reason else []
         return "\n".join(lines)
 
 

@@ -49,7 +49,7 @@ def search(
 
 def prove(options: Sequence[tuple[str, T, Callable[[], ProbeError]]]) -> tuple[str, T, ProbeError] | str:
     """The first candidate that the probe confirms, or the reason why none is."""
-    closest: tuple[float, str, str] | None = None
+    closest: tuple[ProbeError, str] | None = None
     failure = "no candidate has its structure"
     for op, forward, probe in options:
         try:
@@ -59,8 +59,10 @@ def prove(options: Sequence[tuple[str, T, Callable[[], ProbeError]]]) -> tuple[s
             continue
         if error.passes():
             return op, forward, error
-        if closest is None or error.worst() < closest[0]:
-            closest = (error.worst(), op, error.where)
+        # What fails under a later condition has passed those before.
+        if closest is None or (not error.where, error.worst()) < (not closest[0].where, closest[0].worst()):
+            closest = error, op
     if closest is not None:
-        return f"it is not {closest[1]}: probe error {closest[0]:.1e}{closest[2]}"
+        error, op = closest
+        return f"it is not {op}: probe error {error.worst():.1e}{error.where}"
     return failure

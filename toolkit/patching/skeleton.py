@@ -101,7 +101,7 @@ def skeleton(model: Any, replaced: Mapping[nn.Module, nn.Module] | None = None, 
                 memo[id(parameter)] = _random(parameter, rows, len(memo)) if random else parameter
     record = record_of(model)
     if record is not None:  # its undo steps are not for copies, and would copy the layers that are left out
-        memo[id(record)] = PatchRecord(record.report, record.roles, ())
+        memo[id(record)] = PatchRecord(record.report, record.roles, (), None)
     copied = copy.deepcopy(model, memo)
     for first, holder in copies.items():
         if id(first) in memo:

@@ -131,7 +131,7 @@ def _prove(module: nn.Module, call: Call) -> _Proven | str:
         return sparse if isinstance(sparse, str) else _Proven("", sparse[2], sparse)
     try:
         probe = Probe(module, call)
-        error = probe.error()
+        error = probe.error(thorough=False)
     except Exception as problem:
         why = first_line(problem, with_class=True)
         return f"its probe through the attention interface, which has no mask, failed: {why}"
@@ -139,8 +139,12 @@ def _prove(module: nn.Module, call: Call) -> _Proven | str:
         return f"the interface changes it: probe error {error.worst():.1e}"
     try:
         fused = _verdict(module, probe)
+        if isinstance(fused, str):
+            error = probe.error()
     except Exception as problem:
         return first_line(problem)
+    if not error.passes():
+        return f"the interface changes it: probe error {error.worst():.1e}{error.where}"
     if isinstance(fused, str):
         return _Proven(probe.seen.caller, error, None)
     op, forward, fused_error = fused

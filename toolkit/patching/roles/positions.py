@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from toolkit.modules.positions import GIVEN, PAST, by_argument, by_table
 from toolkit.numerics import Numerics
 from toolkit.patching.claim import Claim, ProbeError, Skipped
-from toolkit.patching.probe import compare, device_of, generator, probe_copy
+from toolkit.patching.probe import compare, device_of, generator
+from toolkit.patching.probe_copy import probe_copy
 from toolkit.patching.search import Candidate, search
 from toolkit.state.active import set_forward_context
 from toolkit.state.batch import RaggedBatch

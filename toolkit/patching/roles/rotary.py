@@ -18,6 +18,7 @@ from toolkit.patching.length_tables import BUFFER, Regimes, frequencies_of, fres
 from toolkit.patching.probe import compare, device_of, random_input, with_forward
 from toolkit.patching.probe_copy import probe_copy
 from toolkit.patching.search import Candidate, prove, search
+from toolkit.patching.thresholds import around
 from toolkit.state.active import set_forward_context
 from toolkit.state.batch import RaggedBatch
 from toolkit.state.dense import DenseContext
@@ -42,7 +43,8 @@ def _probe(module: nn.Module, forward: Callable[..., Any], along_axes: bool) -> 
     longest = int(getattr(module, "max_seq_len_cached", 2048))
     near = torch.tensor([[0, 1, 2, 5, 31], [7, 100, 3, 0, longest - 1]], device=device_of(copied))
     # Tables that change with the sequence length differ beyond the trained length.
-    far = torch.tensor([[0, 4 * longest + 3]], device=device_of(copied))
+    borders = around(getattr(module, "config", None))
+    far = torch.tensor([[0, *borders, 4 * longest + 3]], device=device_of(copied))
     inputs = [[near], [far], [near]]
     if along_axes:
         inputs.append([torch.stack([near, near.flip(-1), near + 3])])

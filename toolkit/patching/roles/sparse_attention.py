@@ -17,10 +17,11 @@ from toolkit.modules.elementwise import row_invariant
 from toolkit.modules.sparse_attention import CACHE, HIDDEN, MASK, IndexerParts, sparse_forward
 from toolkit.ops.select_keys.reference import index_scores
 from toolkit.patching.attention_interface import IMPLEMENTATION, NAME
-from toolkit.patching.attention_probe import LENGTH, LENGTHS, _joined, _of_sequence, _worst
+from toolkit.patching.attention_probe import LENGTH, LENGTHS, _joined, _of_sequence
 from toolkit.patching.calls import Call
 from toolkit.patching.claim import ProbeError
-from toolkit.patching.probe import compare, device_of, generator, probe_copy, random_input
+from toolkit.patching.probe import compare, device_of, generator, random_input
+from toolkit.patching.probe_copy import probe_copy
 from toolkit.patching.search import prove
 from toolkit.state.active import set_forward_context
 from toolkit.state.batch import RaggedBatch
@@ -138,7 +139,7 @@ class _Probe:
 
             inputs = [[random_input(*self.shape, like=self.copied)]]
             errors.append(compare(candidate, original, inputs, list(self.copied.parameters())))
-        return _worst(errors)
+        return max(errors, key=ProbeError.worst)
 
     def _causal(self, length: int) -> Tensor:
         return eager_mask(

@@ -25,7 +25,8 @@ from toolkit.patching.attention_probe import CACHE, FAR
 from toolkit.patching.claim import Claim, ProbeError, Skipped, Undo, replace_forward
 from toolkit.patching.eval_mode import eval_mode
 from toolkit.patching.instance_forward import UNPROVEN, foreign_forward
-from toolkit.patching.probe import compare, device_of, generator, probe_copy, random_input, signature_key
+from toolkit.patching.probe import compare, device_of, generator, random_input, signature_key
+from toolkit.patching.probe_copy import probe_copy
 from toolkit.patching.ragged_call import MASKS_OF_BATCH, register_masks
 from toolkit.patching.written_trace import TraceWatch
 from toolkit.state.active import set_forward_context
