@@ -3,6 +3,7 @@
 Shapes: T tokens, L layers of experts or with an indexer, K experts or selected keys per token.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -117,7 +118,7 @@ class Recorded:
             fields["selection"] = check_selection(selection, counts)
         if not fields or not counts:
             return None
-        columns = [[one.reshape(len(one), -1) for one in found] for found in fields.values()]
+        columns = [[one.reshape(len(one), math.prod(one.shape[1:])) for one in found] for found in fields.values()]
         return cls(
             [np.concatenate(parts, 1) for parts in zip(*columns, strict=True)],
             {name: found[0].shape[1:] for name, found in fields.items()},
