@@ -54,6 +54,8 @@ ROWWISE = {
     "linear_recurrence delta bf16 128 128": ["sm_80", "sm_90", "gfx942"],
     "linear_recurrence ssd fp32 256 64": ["sm_90", "sm_100"],
     "linear_recurrence_paged delta bf16 128 128": ["sm_90", "gfx942"],
+    "linear_recurrence keys bf16 128 128": ["sm_90", "gfx942"],
+    "linear_recurrence scan bf16 16 1": ["sm_80", "sm_90", "gfx942"],
     "causal_conv bf16 8192 4": ["sm_80", "sm_90", "gfx942"],
     "causal_conv fp32 600 4": ["sm_100"],
     "causal_conv_paged bf16 8192 4": ["sm_90", "gfx942"],

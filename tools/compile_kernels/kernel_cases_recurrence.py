@@ -7,6 +7,8 @@ import torch
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # (K, V, the delta rule): Qwen3-Next's and Qwen3.5's heads, Mamba-2's, Bamba's and Falcon-H1's, and the largest.
 STATES = ((128, 128, True), (128, 64, False), (256, 64, False), (64, 64, True), (256, 256, True))
+# (K, V, heads) with separate decays for keys: Kimi Linear's heads, and Mamba's and Jamba's channels.
+KEYED = ((128, 128, 4), (16, 1, 64))
 # (channels, taps): Qwen3-Next's, a small LFM2's, and one that fills no tile.
 CONVOLUTIONS = ((8192, 4), (1024, 3), (600, 4))
 
@@ -35,6 +37,27 @@ def paged_case(dtype: torch.dtype, depth: int, width: int, *, delta: bool) -> Ca
         q, v = torch.empty(4, 2, depth, dtype=dtype), torch.empty(4, 4, width, dtype=dtype)
         g, rows, states = torch.empty(4, 4), torch.arange(4), torch.empty(8, 4, depth, width)
         linear_recurrence_paged(q, q, v, g, g, torch.arange(5), rows, rows, rows, states, 1.0, delta)
+
+    return call
+
+
+def keyed_case(dtype: torch.dtype, depth: int, width: int, heads: int) -> Callable[[], None]:
+    """As ``recurrence_case`` and ``paged_case``: gates for each key and the delta rule, or channels with rates."""
+
+    def call() -> None:
+        from toolkit.ops.linear_recurrence.triton import linear_recurrence, linear_recurrence_paged
+        from toolkit.ops.linear_recurrence.triton_backward import linear_recurrence_backward
+
+        scan = width == 1
+        q, v = torch.empty(64, 1 if scan else heads, depth, dtype=dtype), torch.empty(64, heads, width, dtype=dtype)
+        beta, rates = torch.empty(64, heads), torch.empty(heads, depth) if scan else None
+        g, index = beta if scan else torch.empty(64, heads, depth), (torch.tensor([0, 64]), torch.tensor([-2]))
+        initial, settings = torch.empty(1, heads, depth, width), (1.0, not scan)
+        out, finals, kept = linear_recurrence(q, q, v, g, beta, *index, initial, *settings, True, rates)
+        linear_recurrence_backward(out, finals, q, q, v, g, beta, *index, initial, finals, kept, *settings, rates)
+        rows = torch.arange(4), torch.arange(4), torch.arange(4), initial.expand(8, -1, -1, -1).contiguous()
+        few = (x[:4] for x in (q, q, v, g, beta))
+        linear_recurrence_paged(*few, torch.arange(5), *rows, *settings, rates)
 
     return call
 
@@ -76,6 +99,9 @@ def cases() -> dict[str, Callable[[], None]]:
             name = f"{'delta' if delta else 'ssd'} {short} {depth} {width}"
             found[f"linear_recurrence {name}"] = recurrence_case(dtype, depth, width, delta=delta)
             found[f"linear_recurrence_paged {name}"] = paged_case(dtype, depth, width, delta=delta)
+        for depth, width, heads in KEYED:
+            name = f"{'scan' if width == 1 else 'keys'} {short} {depth} {width}"
+            found[f"linear_recurrence {name}"] = keyed_case(dtype, depth, width, heads)
         for width, taps in CONVOLUTIONS:
             found[f"causal_conv {short} {width} {taps}"] = conv_case(dtype, width, taps)
             found[f"causal_conv_paged {short} {width} {taps}"] = paged_conv_case(dtype, width, taps)

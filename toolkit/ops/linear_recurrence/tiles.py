@@ -20,10 +20,11 @@ BACKWARD_COLUMNS = {"sm_80": 32, "sm_90": 32, "sm_100": 32, "gfx942": 32, "inter
 BACKWARD_PROGRAMS = {"sm_80": 216, "sm_90": 264, "sm_100": 296, "gfx942": 608, "interpreter": 3}
 
 
-def tile(op: str, arch: str, depth: int, columns: int, *, backward: bool = False) -> GemmTile:
+def tile(op: str, arch: str, depth: int, columns: int, *, backward: bool = False, heads: bool = False) -> GemmTile:
     """The tile for a state of ``depth`` x ``columns`` (K x V).
 
-    Its rows are K, padded to a power of two; a step is one token.
+    Its rows are K, padded to a power of two; a step is one token. With ``heads`` columns are heads of V = 1, whose
+    offsets take registers too.
 
     Raises:
         ToolkitError: for a K that no program holds.
@@ -31,7 +32,7 @@ def tile(op: str, arch: str, depth: int, columns: int, *, backward: bool = False
     if depth > MOST_DEPTH:
         raise ToolkitError(f"The head size of k must be <= {MOST_DEPTH} in the Triton kernels of {op}, got {depth}.")
     most, elements = (BACKWARD_COLUMNS, BACKWARD_ELEMENTS) if backward else (FORWARD_COLUMNS, FORWARD_ELEMENTS)
-    lane_elements = (64 if arch.startswith("gfx") else 32) * elements[arch]  # of a warp
+    lane_elements = (64 if arch.startswith("gfx") else 32) * elements[arch] // (2 if heads else 1)  # of a warp
     padded = power_of_2(depth)
     block = min(power_of_2(columns), most[arch], max(1, MOST_WARPS * lane_elements // padded))
     return GemmTile(padded, block, 1, max(1, padded * block // lane_elements), 1)

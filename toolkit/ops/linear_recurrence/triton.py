@@ -256,7 +256,8 @@ class Layout(NamedTuple):
         (_, heads, width), (key_heads, depth) = v.shape, q.shape[1:]
         in_heads = width == 1 and (rates is not None or g.dim() == 3)
         units, lanes = (key_heads, heads // key_heads) if in_heads else (heads, width)
-        shape = tile(op, triton_devices.architecture(q.device), depth, lanes, backward=backward)
+        arch = triton_devices.architecture(q.device)
+        shape = tile(op, arch, depth, lanes, backward=backward, heads=in_heads)
         options = {
             "WEIGHTED": beta is not None,
             "KEYED": g.dim() == 3,
