@@ -32,7 +32,7 @@ def tile(op: str, arch: str, depth: int, columns: int, *, backward: bool = False
     if depth > MOST_DEPTH:
         raise ToolkitError(f"The head size of k must be <= {MOST_DEPTH} in the Triton kernels of {op}, got {depth}.")
     most, elements = (BACKWARD_COLUMNS, BACKWARD_ELEMENTS) if backward else (FORWARD_COLUMNS, FORWARD_ELEMENTS)
-    lane_elements = (64 if arch.startswith("gfx") else 32) * elements[arch] // (2 if heads else 1)  # of a warp
+    lane_elements = (64 if arch.startswith("gfx") else 32) * elements[arch] // (4 if heads else 1)  # of a warp
     padded = power_of_2(depth)
     block = min(power_of_2(columns), most[arch], max(1, MOST_WARPS * lane_elements // padded))
     return GemmTile(padded, block, 1, max(1, padded * block // lane_elements), 1)
