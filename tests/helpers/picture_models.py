@@ -107,7 +107,12 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], Callable[
         {},
         _grid(14),
     ),
-    "qwen3_5": (_LINEAR, {**_GRID_TOWER, "patch_size": 16, "num_position_embeddings": 64}, {}, _grid(16)),
+    "qwen3_5": (
+        {**_LINEAR, "hidden_size": 64},
+        {**_GRID_TOWER, "out_hidden_size": 64, "patch_size": 16, "num_position_embeddings": 64},
+        {},
+        _grid(16),
+    ),
     "glm4v": (
         _sections(2, 1, 1, partial_rotary_factor=0.5),
         {**_GRID_TOWER, "patch_size": 14, "image_size": 56},
