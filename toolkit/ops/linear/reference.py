@@ -25,7 +25,8 @@ def linear_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
     matrix = F.pad(weight.to(compute), (0, -inner % _MULTIPLE)).contiguous()
     shift = None if bias is None else bias.to(compute).contiguous()
     out = torch.cat([F.linear(some, matrix, shift) for some in rows.split(_ROWS)])
-    return out[:count].to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
+    # No view: a model may write into it.
+    return out[:count].reshape(*x.shape[:-1], weight.shape[0]).to(x.dtype, copy=True)
 
 
 def linear_group_reference(

@@ -55,7 +55,7 @@ def _probe(module: nn.Module, forward: Callable[..., Any], along_axes: bool) -> 
     return ProbeError(max(e.forward for e in errors), max(e.backward for e in errors))
 
 
-def _axes(module: nn.Module, border: int = 1024) -> Tensor | None:
+def _axes(module: nn.Module, kind: str | None, border: int = 1024) -> Tensor | None:
     """[F] the axis of each frequency, where positions may be [axes, batch, tokens] and give one table; else None.
 
     Found by tokens with different positions along the axes, which make no sequence longer than ``border``.
@@ -63,13 +63,13 @@ def _axes(module: nn.Module, border: int = 1024) -> Tensor | None:
     apart = (1, 40, 900) if border > 900 else (1, border // 4 + 1, border - 1)
     positions = torch.tensor(apart, device=device_of(module)).view(AXES, 1, 1).expand(AXES, 2, 2)
     try:
-        mixed = _call(probe_copy(module), type(module).forward, None)(positions)
+        mixed = _call(probe_copy(module), type(module).forward, kind)(positions)
     except (RuntimeError, IndexError, ValueError):
         return None
     if not isinstance(mixed, tuple) or mixed[0].shape[:-1] != (2, 2):
         return None
     half = mixed[0].shape[-1] // 2
-    single = [_call(probe_copy(module), rotary_tables_forward(), None)(one) for one in positions]
+    single = [_call(probe_copy(module), rotary_tables_forward(), kind)(one) for one in positions]
     distance = torch.stack([abs(cos - mixed[0]) + abs(sin - mixed[1]) for cos, sin in single])
     return distance[..., :half].amax((1, 2)).argmin(0)
 
@@ -78,7 +78,7 @@ def _candidates(module: nn.Module) -> list[Candidate] | None:
     kinds = layer_types(module)
     if not kinds:
         return None
-    axes = _axes(module) if kinds == [None] else None
+    axes = _axes(module, kinds[0])
     options: list[Candidate] = []
     for layout in LAYOUTS:
         forward = rotary_tables_forward(layout, axes)
@@ -92,7 +92,7 @@ def _name(layout: str, axes: Tensor | None) -> str:
 
 def _length_dependent(module: nn.Module, regimes: Regimes) -> list[Candidate]:
     borders = [border for one in regimes.values() if one for border in (*one.borders, one.varies_after) if border]
-    axes = _axes(module, min(borders)) if list(regimes) == [None] else None
+    axes = _axes(module, None, min(borders)) if list(regimes) == [None] else None
     options: list[Candidate] = []
     for layout in LAYOUTS:
         # Frequencies that a module computes anew in its forward are those that it was made with.
