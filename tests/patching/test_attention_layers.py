@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from transformers import LlamaForQuestionAnswering
 
 import toolkit
 from toolkit.errors import ToolkitError
@@ -32,19 +33,18 @@ def biased(layer):
     layer.__class__ = Biased
 
 
-def test_a_layer_that_is_not_proven_leaves_all_of_its_configuration_alone():
+def test_a_layer_that_the_interface_changes_leaves_all_of_its_configuration_alone():
+    """It is claimed by what it writes out, and so is the other one: neither goes through the interface."""
     model = random_model("llama", attn_implementation="eager")
     biased(model.model.layers[1].self_attn)
     expected = logits(model)
     report = toolkit.patch(model)
-    assert "attention" not in report.roles()
-    reasons = {one.path: one.reason for one in report.skipped if one.role == "attention"}
-    assert "the interface changes it" in reasons["model.layers.1.self_attn"]
-    assert reasons["model.layers.0.self_attn"].startswith("model.layers.1.self_attn, which has the same configuration")
+    assert not {"attention interface", "attention (fused, half rotary)"} & {claim.op for claim in report.claims}
     assert model.config._attn_implementation == "eager"
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ToolkitError, match="a skipped layer: the interface changes it"):
-        toolkit.token_logprobs(model, [[3, 4, 5]])
+    wanted = expected[0, :-1].log_softmax(-1).gather(1, IDS[0, 1:, None])[:, 0]
+    got = toolkit.token_logprobs(model, [IDS[0].tolist()])[0]
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_a_layer_of_a_configuration_of_its_own_is_claimed_beside_one_that_is_not_proven():
@@ -91,3 +91,19 @@ def test_a_layer_that_a_text_does_not_call_keeps_its_implementation(implementati
     torch.testing.assert_close(run(None), expected[1], rtol=1e-5, atol=1e-6)
     if causal:  # a padding mask, as causal layers are handed
         torch.testing.assert_close(run(padding), expected[0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_head_that_reads_rows_of_padding_is_right():
+    """The span of an answer is a softmax over the places of a row, those of padding among them."""
+    model = LlamaForQuestionAnswering(random_model("llama").config).eval()
+    torch.nn.init.normal_(model.qa_outputs.weight, std=0.3)
+    ids = torch.randint(3, 300, (2, 13), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, -4:] = 0
+    spans = {"start_positions": torch.tensor([1, 2]), "end_positions": torch.tensor([3, 4])}
+    expected = model(ids, attention_mask=mask, **spans)
+    report = toolkit.patch(model)
+    assert not {"attention interface", "attention (fused, half rotary)"} & {claim.op for claim in report.claims}
+    got = model(ids, attention_mask=mask, **spans)
+    for name in ("loss", "start_logits", "end_logits"):
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-5, atol=1e-5)

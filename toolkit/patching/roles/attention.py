@@ -4,6 +4,7 @@ A configuration selects the interface for all layers that have it, and for the m
 them must be proven. A tower's layers have another configuration.
 """
 
+import inspect
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +30,7 @@ from toolkit.patching.roles.sparse_attention import is_sparse, prove_sparse
 from toolkit.patching.search import prove
 from toolkit.patching.settings import guarded, mask_settings, settings_of
 
+PADDING_READ = "the model's head reads rows of padding, which the interface leaves zero"
 _READ_AGAIN = ("scaling", "attention_dropout")
 
 
@@ -203,6 +205,11 @@ def _claim(path: str, module: Any, index: int | None, proven: _Proven, configs: 
     return Claim("attention", path, module, op, error, together(*installs))
 
 
+def _reads_padding(model: nn.Module) -> bool:
+    """Whether the model's loss is a softmax over the places of a row, those of padding among them (answers' spans)."""
+    return "start_positions" in inspect.signature(type(model).forward).parameters
+
+
 def _config(module: Any) -> Any:
     return module.__dict__.get("config")
 
@@ -226,6 +233,8 @@ def find(model: Any, numerics: Numerics) -> list[Claim | Skipped]:
     layers = {path: module for path, module in model.named_modules() if _is_attention(module)}
     if not layers:
         return []
+    if _reads_padding(model):
+        return [Skipped("attention", path, PADDING_READ) for path in layers]
     try:
         calls = record_calls(model, list(layers.values()), ROWS, LENGTH, PROBE_WINDOW)
     except Exception as problem:
