@@ -153,16 +153,16 @@ def _prove(module: nn.Module, call: Call) -> _Proven | str:
     return _Proven(probe.seen.caller, error, (op, {"": forward}, fused_error))
 
 
-def _index(module: Any, calls: dict[nn.Module, list[Call]]) -> int | None:
-    """The index of a layer: its attribute, or else what the model calls it with."""
+def _index(path: str, module: Any, calls: dict[nn.Module, list[Call]]) -> int | None:
+    """The index of a layer: its attribute, or its place in the model where the model calls layers with theirs."""
     index = module.layer_idx
-    if index is None and calls[module]:
-        index = calls[module][0].arguments.get("layer_idx")
+    if index is None and calls[module] and isinstance(calls[module][0].arguments.get("layer_idx"), int):
+        index = next((int(part) for part in path.split(".") if part.isdigit()), None)
     return index if isinstance(index, int) else None
 
 
 def _verdicts(layers: dict[str, Any], calls: dict[nn.Module, list[Call]]) -> dict[str, _Proven | str]:
-    indices = Counter(_index(module, calls) for module in layers.values())
+    indices = Counter(_index(path, module, calls) for path, module in layers.items())
     found: dict[str, _Proven | str] = {}
     proven: dict[Any, _Proven | str] = {}
     for path, module in layers.items():
@@ -171,7 +171,7 @@ def _verdicts(layers: dict[str, Any], calls: dict[nn.Module, list[Call]]) -> dic
             found[path] = UNPROVEN.format(other)
         elif len(calls[module]) > 1:
             found[path] = "the model calls it more than once in a forward"
-        elif _index(module, calls) is None or indices[_index(module, calls)] > 1:
+        elif _index(path, module, calls) is None or indices[_index(path, module, calls)] > 1:
             found[path] = "its layer_idx is missing or shared"
         else:
             (call,) = calls[module]
@@ -257,6 +257,6 @@ def find(model: Any, numerics: Numerics) -> list[Claim | Skipped]:
             continue
         configs = [config for config in configs_of_layer(model, path) if id(config) not in keepers]
         keeping = [one for config in configs for one in others.pop(id(config), [])]
-        index = _index(layers[path], calls)
+        index = _index(path, layers[path], calls)
         found.append(_claim(path, layers[path], index, proven, configs, keeping))
     return found
