@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+import toolkit
 from toolkit.numerics import Numerics
-from toolkit.patching import find_claims
 from toolkit.patching.calls import record_calls
 from toolkit.patching.probe_copy import KEPT, Slices, probe_copy
 from toolkit.patching.roles import experts, head, linear, mlp
@@ -101,11 +101,11 @@ def test_calls_of_a_skeleton_are_those_of_the_model(family, monkeypatch):
                 torch.testing.assert_close(got.arguments.get(name), one.arguments.get(name), rtol=0, atol=0)
 
 
-def test_claims_are_found_without_a_copy_of_a_layer_that_is_left_out(elements):
+def test_a_patch_makes_no_copy_of_a_layer_that_is_left_out(elements):
     made = []
     for layers in (2, 7):
         model = random_model("llama", layers=layers)
         elements.clear()
-        find_claims(model)
+        toolkit.patch(model)
         made.append(sum(elements))
     assert made[0] == made[1]

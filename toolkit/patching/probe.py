@@ -167,9 +167,17 @@ def signature_key(module: nn.Module) -> tuple[Any, ...]:
         )
         forward = part.__dict__.get("forward")  # of a quantiser, say: its module computes something else
         hooks = (*part._forward_pre_hooks.values(), *part._forward_hooks.values())
-        scalars.append((path, type(part), settings, id(forward) if forward else None, tuple(map(id, hooks))))
+        scalars.append((path, type(part), settings, _identity(forward), tuple(map(id, hooks))))
     shapes = tuple((name, tuple(tensor.shape), tensor.device.type) for name, tensor in module.named_parameters())
     return (tuple(scalars), shapes)
+
+
+def _identity(forward: Any) -> int | None:
+    """What an instance's forward computes: of one that a patch put there its code, which layers of a kind share."""
+    function = getattr(forward, "__func__", None)
+    if function is not None and function.__module__.startswith("toolkit."):
+        return id(function.__code__)
+    return id(forward) if forward else None
 
 
 def required_arguments(module: nn.Module) -> list[str]:
