@@ -22,6 +22,7 @@ class EngineConfig:
     num_blocks: Annotated[int | None, "blocks of state"] = None
     swap_space: Annotated[float | None, "GiB of host memory for preempted sequences"] = 0
     enable_prefix_caching: Annotated[bool, "reuse the state of common prefixes"] = True
+    encoder_cache_size: Annotated[int, "tokens of encoded pictures that are kept"] = 16384
     enable_return_routed_experts: Annotated[bool, "keep the experts of each token"] = False
     kinds: Annotated[dict[str, str] | None, "state kinds in the place of others"] = None
     numerics: Annotated[str | None, "numerics mode"] = None
@@ -42,6 +43,7 @@ class EngineConfig:
         check_int("max_num_seqs", self.max_num_seqs, 1)
         check_int("max_num_batched_tokens", self.max_num_batched_tokens, 1)
         check_int("block_size", self.block_size, 1)
+        check_int("encoder_cache_size", self.encoder_cache_size, 0)
         check_bool("enable_prefix_caching", self.enable_prefix_caching)
         check_bool("enable_return_routed_experts", self.enable_return_routed_experts)
         for name, low in (("max_model_len", 2), ("num_blocks", 1), ("seed", 0)):

@@ -60,7 +60,8 @@ class DecodeGraphs:
         """Whether the batch is one new token per sequence, on pages, of a size that graphs are captured for."""
         self._refresh()
         count = len(context.batch.tokens)
-        steady = context.pool.capturable and not self._hooked and not self.data_dependent_op
+        plain = context.batch.embedding_rows is None and context.batch.spans is None
+        steady = plain and context.pool.capturable and not self._hooked and not self.data_dependent_op
         return steady and count == len(context.batch.kv_lengths) and count in CAPTURE_SIZES
 
     def forward(self, context: PagedContext) -> Tensor:

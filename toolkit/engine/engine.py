@@ -12,6 +12,7 @@ from torch import nn
 from toolkit.engine.capacity import block_counts, chosen_specs
 from toolkit.engine.config import EngineConfig
 from toolkit.engine.detokenizer import Decoder, Tokenizer
+from toolkit.engine.media import EncoderCache, PromptMedia
 from toolkit.engine.outputs import Completion, Delta, FinishReason
 from toolkit.engine.params import SamplingParams
 from toolkit.engine.prompts import (
@@ -22,6 +23,7 @@ from toolkit.engine.prompts import (
     check_prompt,
     longest_sequence,
     outside_vocabulary,
+    read_media,
     split_prompts,
 )
 from toolkit.engine.request import Request, Sequence
@@ -54,6 +56,8 @@ class Engine:
         swap_space: GiB of host memory for the state of preempted sequences; without room there the state is computed
             again. None for no bound, 0 for none.
         enable_prefix_caching: reuse the state of common prefixes.
+        processor: the model's own, for prompts with pictures that it has not seen yet; its tokenizer is the default.
+        encoder_cache_size: tokens of encoded pictures that are kept for requests with the same picture.
         enable_return_routed_experts: keep the experts that each token is routed to beside its other state, and return
             them as ``Completion.routed_experts``.
         kinds: state kinds in the place of others, such as {"full": "int8"}; None for those that the layers ask for.
@@ -77,6 +81,8 @@ class Engine:
         num_blocks: int | None = None,
         swap_space: float | None = 0,
         enable_prefix_caching: bool = True,
+        processor: Any = None,
+        encoder_cache_size: int = 16384,
         enable_return_routed_experts: bool = False,
         kinds: dict[str, str] | None = None,
         numerics: str | None = None,
@@ -91,6 +97,7 @@ class Engine:
             num_blocks=num_blocks,
             swap_space=swap_space,
             enable_prefix_caching=enable_prefix_caching,
+            encoder_cache_size=encoder_cache_size,
             enable_return_routed_experts=enable_return_routed_experts,
             kinds=kinds,
             numerics=numerics,
@@ -100,6 +107,8 @@ class Engine:
         self.backend: Backend = model if isinstance(model, Backend) else PatchedModel(model, numerics)
         self._rotary_length = getattr(self.backend, "rotary_length", lambda declared: None)
         self.vocab_size = self.backend.vocab_size
+        self.processor = processor
+        tokenizer = tokenizer if tokenizer is not None else getattr(processor, "tokenizer", None)
         self.tokenizer = tokenizer
         self.max_model_len = self._max_model_len()
         specs = chosen_specs(self.backend, self.config)
@@ -114,7 +123,10 @@ class Engine:
             enable_prefix_caching,
             SwapSpace(self.pool, self.block_manager, self.config.swap_bytes),
         )
-        self.runner = ModelRunner(self.backend, self.pool, self.scheduler.max_running, self.max_model_len)
+        self.encoder_cache = EncoderCache(getattr(self.backend, "encode", None), encoder_cache_size)
+        self.runner = ModelRunner(
+            self.backend, self.pool, self.scheduler.max_running, self.max_model_len, self.encoder_cache
+        )
         self._sampler = Sampler()
         self._eos = self.backend.eos | _eos_of(tokenizer)
         self._decoders = {skip: Decoder(tokenizer, skip) for skip in (True, False)} if tokenizer is not None else {}
@@ -139,7 +151,8 @@ class Engine:
         """Completions of all prompts, in order, ``n`` per prompt.
 
         Args:
-            prompts: a text, a list of token ids, or a list of those.
+            prompts: a text, a list of token ids, a prompt with pictures (``toolkit.engine.prompts.Prompt``), or a list
+                of those.
             params: one for all prompts, or one per prompt.
 
         Raises:
@@ -199,6 +212,7 @@ class Engine:
             num_blocks, num_used_blocks, num_free_blocks, num_cached_blocks: over all groups of layers.
             prefix_cache_hits: prompt tokens found in the prefix cache.
             num_preemptions, num_swaps: sequences preempted, and those of them that were swapped out.
+            encoder_cache_hits, num_encoded: pictures that were found encoded, and that were encoded.
             generation_tokens, num_steps: since the engine was made.
             weight_version: of the last step.
         """
@@ -213,6 +227,8 @@ class Engine:
             "num_free_blocks": free,
             "num_cached_blocks": sum(one.num_cached_blocks for one in allocators),
             "prefix_cache_hits": self.scheduler.prefix_cache_hits,
+            "encoder_cache_hits": self.encoder_cache.hits,
+            "num_encoded": self.encoder_cache.num_encoded,
             "num_preemptions": self.scheduler.num_preemptions,
             "num_swaps": self.scheduler.swap.count if self.scheduler.swap is not None else 0,
             "generation_tokens": self._generation_tokens,
@@ -231,6 +247,7 @@ class Engine:
         for sequence in list(self.scheduler.running):
             self.scheduler.preempt(sequence, unlimited=True)
         self.block_manager.reset_prefix_cache()
+        self.encoder_cache.clear()
         self.pool.sleep()
         self.is_sleeping = True
 
@@ -264,9 +281,13 @@ class Engine:
         """Requests, all of them checked, not queued."""
         given = split_prompts(prompts)
         chosen = check_params(params, len(given))
+        read = [read_media(prompt, self.backend, self.processor) for prompt in given]
+        pictures = [media for _, media in read]
+        for media in filter(None, pictures):
+            self._check_blocks(media)
         ready = [
             check_prompt(prompt, one, self.tokenizer, self.max_model_len, self.block_manager)
-            for prompt, one in zip(given, chosen)
+            for (prompt, _), one in zip(read, chosen)
         ]
         return [
             Request(
@@ -280,9 +301,20 @@ class Engine:
                 decoder=None if self._outside(tokens) is not None else self._decoders.get(one.skip_special_tokens),
                 sink=sink,
                 rotary_length=self._rotary_length(len(tokens) + most),
+                media=media,
             )
-            for at, ((tokens, most), one) in enumerate(zip(ready, chosen))
+            for at, ((tokens, most), one, media) in enumerate(zip(ready, chosen, pictures))
         ]
+
+    def _check_blocks(self, media: PromptMedia) -> None:
+        """Raise ToolkitError for a picture that no step can take whole while all other sequences decode."""
+        most = self.scheduler.budget - self.scheduler.max_running + 1
+        longest = max((end - first for first, end in media.blocks), default=0)
+        if longest > most:
+            raise ToolkitError(
+                f"prompt must have pictures of <= {most} tokens that see each other, max_num_batched_tokens - "
+                f"max_num_seqs + 1, got {longest}; set a larger max_num_batched_tokens."
+            )
 
     def _outside(self, tokens: list[int]) -> int | None:
         return outside_vocabulary(tokens, self.vocab_size)
@@ -323,6 +355,7 @@ class Engine:
         if version != self._version:
             self._version, self._weights = version, self.backend.prefix_key()
             self.block_manager.drop_outdated(self._weights)
+            self.encoder_cache.drop_outdated(self._weights)
         chunks = self.scheduler.schedule(self._weights)
         if not chunks:
             return
@@ -337,14 +370,14 @@ class Engine:
                 raise
 
     def _execute(self, chunks: list[Chunk], version: int) -> None:
-        logits = self.runner.forward(chunks)
+        logits = self.runner.forward(chunks, self._weights)
         sequences: list[Sequence] = []
         rows: list[int] = []
         row = 0
         for chunk in chunks:
             sequence, tables = chunk.sequence, chunk.sequence.block_tables
             assert tables is not None
-            tables.commit(sequence.tokens[chunk.start : chunk.start + chunk.count], sequence.prefix_key(self._weights))
+            tables.commit(sequence.names[chunk.start : chunk.start + chunk.count], sequence.prefix_key(self._weights))
             if chunk.samples:
                 owners = [sequence, *self.scheduler.fork_siblings(sequence)]
                 sequences += owners

@@ -10,12 +10,18 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 
 from toolkit.chat import prompt_token_ids, rust_encoding, special_tokens_around
+from toolkit.engine.media import PromptMedia
 from toolkit.engine.params import SamplingParams
-from toolkit.errors import ToolkitError
+from toolkit.errors import ToolkitError, first_line
 from toolkit.state import BlockManager
 
-Prompt: TypeAlias = str | abc.Sequence[int] | Tensor
-"""One prompt: a text, or token ids."""
+Prompt: TypeAlias = str | abc.Sequence[int] | Tensor | abc.Mapping[str, Any]
+"""One prompt: a text, token ids, or a mapping.
+
+A mapping is what the model's processor returned for one prompt (``input_ids``, ``pixel_values``, ...), or has ``prompt``
+or ``prompt_token_ids``, as vLLM's have. With ``prompt`` may come ``multi_modal_data``: ``{"image": ..., "video": ...}``,
+one or a list of what the engine's processor reads.
+"""
 Prompts: TypeAlias = Prompt | abc.Sequence[Prompt]
 """One prompt or several; a tensor of token ids has one or two dimensions."""
 Params: TypeAlias = SamplingParams | abc.Sequence[SamplingParams] | None
@@ -34,13 +40,67 @@ def _plain(prompt: Any) -> Any:
 def split_prompts(prompts: Prompts) -> list[Prompt]:
     """A list of prompts, from one prompt or a list of them."""
     given: Any = _plain(prompts)
-    if isinstance(given, str):
+    if isinstance(given, str | abc.Mapping):
         return [given]
     if not isinstance(given, list | tuple):
         raise ToolkitError(
             f"prompts must be a text, a list of token ids or a list of those, got {type(given).__name__}."
         )
     return [list(given)] if given and _is_id(given[0]) else list(given)
+
+
+MEDIA = "multi_modal_data"
+_MAPPING = ("prompt", "prompt_token_ids", MEDIA)
+_KINDS = {"image": "images", "video": "videos"}
+
+
+def read_media(prompt: Prompt, backend: Any, processor: Any) -> tuple[Prompt, PromptMedia | None]:
+    """The prompt as a text or token ids, and its pictures.
+
+    Raises:
+        ToolkitError: a mapping of another form, one with pictures for a model that takes none or without a processor.
+    """
+    if not isinstance(prompt, abc.Mapping):
+        return prompt, None
+    if "input_ids" not in prompt:
+        unknown = sorted(set(prompt) - set(_MAPPING))
+        texts = [prompt[name] for name in _MAPPING[:2] if prompt.get(name) is not None]
+        if unknown or len(texts) != 1:
+            raise ToolkitError(
+                "prompt must have 'input_ids', 'prompt' or 'prompt_token_ids', one of them, and of other fields "
+                f"'{MEDIA}' alone, got {', '.join(map(repr, sorted(map(str, prompt)))) or 'none'}."
+            )
+        data = prompt.get(MEDIA)
+        if not data:
+            return texts[0], None
+        prompt = processed(processor, texts[0], data)
+    if not hasattr(backend, "expand"):
+        raise ToolkitError(f"prompt must be a text or token ids, since {type(backend).__name__} takes no pictures.")
+    media = backend.expand(prompt)
+    return media.tokens, media if media.spans else None
+
+
+def processed(processor: Any, text: Any, data: Any) -> abc.Mapping[str, Any]:
+    """What the model's processor returns for a text with placeholders and its pictures, as tensors.
+
+    Raises:
+        ToolkitError: there is no processor, the prompt is no text, a kind of data is unknown, or the processor fails.
+    """
+    if processor is None:
+        raise ToolkitError(f"{MEDIA} needs the model's processor: Engine(model, processor=...).")
+    if not isinstance(text, str):
+        raise ToolkitError(
+            f"prompt must be a text with {MEDIA}, got {type(text).__name__}; or give what the processor returned."
+        )
+    if not isinstance(data, abc.Mapping) or set(data) - set(_KINDS):
+        got = ", ".join(map(repr, data)) if isinstance(data, abc.Mapping) else type(data).__name__
+        raise ToolkitError(f"{MEDIA} must have {' or '.join(map(repr, _KINDS))}, got {got}.")
+    lists = {_KINDS[kind]: given if isinstance(given, list) else [given] for kind, given in data.items()}
+    try:
+        found: abc.Mapping[str, Any] = processor(text=[text], return_tensors="pt", **lists)
+    except Exception as error:  # processors raise anything
+        raise ToolkitError(f"{MEDIA} must be what {type(processor).__name__} reads ({first_line(error)}).") from None
+    return found
 
 
 def check_params(params: Params, count: int) -> list[SamplingParams]:

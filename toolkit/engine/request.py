@@ -3,6 +3,7 @@
 from collections import deque
 
 from toolkit.engine.detokenizer import Decoder, Detokenizer
+from toolkit.engine.media import PromptMedia
 from toolkit.engine.outputs import Completion, Delta, FinishReason
 from toolkit.engine.params import SamplingParams
 from toolkit.engine.swap import SwappedState
@@ -23,6 +24,7 @@ class Request:
         decoder: of the text; None for token ids only.
         sink: where deltas go; None for those that ``Engine.step`` returns.
         rotary_length: by which its rotary tables are made, see ``Completion``.
+        media: the pictures of the prompt, or None.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class Request:
         decoder: Decoder | None,
         sink: deque[Delta] | None,
         rotary_length: int | None = None,
+        media: PromptMedia | None = None,
     ) -> None:
         self.request_id = request_id
         self.prompt_index = prompt_index
@@ -50,6 +53,7 @@ class Request:
         self.decoder = decoder
         self.sink = sink
         self.rotary_length = rotary_length
+        self.media = media
         self.prefilled = False  # whether the prompt is computed, so that other sequences may fork it
         self.sequences = [Sequence(self, index) for index in range(params.n)]
 
@@ -71,6 +75,7 @@ class Sequence:
     Attributes:
         seed: fixes the next sample, together with the number of tokens so far.
         tokens: prompt and output.
+        names: what stands for each of them in the prefix index: themselves, or the rows of pictures.
         block_tables: its blocks while it runs; None while it waits.
         swapped: its state, where that is swapped out.
         table_row: its row in the runner's block tables while it runs.
@@ -85,6 +90,7 @@ class Sequence:
         self.seed = completion_seed(request.seed, index)
         self.prompt_length = len(request.prompt)
         self.tokens = request.prompt.copy()
+        self.names = self.tokens if request.media is None else request.media.names.copy()
         self.block_tables: BlockTables | None = None
         self.swapped: SwappedState | None = None
         self.table_row = -1
@@ -111,6 +117,18 @@ class Sequence:
         assert self.block_tables is not None
         return len(self.tokens) - self.block_tables.length
 
+    def chunk(self, count: int) -> int:
+        """How many of its next ``count`` tokens run in one step: fewer where tokens that see each other are cut."""
+        media = self.request.media
+        if media is None or self.block_tables is None:
+            return count
+        return media.chunk(self.block_tables.length, count)
+
+    def may_continue(self, length: int) -> bool:
+        """Whether state of the first ``length`` tokens can be taken from another sequence: they end inside no block."""
+        media = self.request.media
+        return media is None or media.block_around(length) is None
+
     @property
     def adjusted(self) -> bool:
         """Whether the next token's logits are changed before the temperature."""
@@ -127,6 +145,8 @@ class Sequence:
         """Add a sampled token; the delta that it makes, with the completion if it is the last."""
         params, request = self.params, self.request
         self.tokens.append(token)
+        if self.names is not self.tokens:
+            self.names.append(token)
         self.logprobs.append(logprob)
         self.sampling_logprobs.append(sampling_logprob)
         self.versions.append(version)

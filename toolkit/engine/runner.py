@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from toolkit.engine.decode_graphs import DecodeGraphs, padded_size
+from toolkit.engine.media import EncoderCache, MediaChunk, PromptMedia, media_fields
 from toolkit.engine.scheduler import Chunk
 from toolkit.errors import ToolkitError
 from toolkit.numerics import Numerics
@@ -17,10 +18,12 @@ from toolkit.patching import patch, report_of
 from toolkit.patching.adapters import fuse_adapters, inner_model, vocabulary_size
 from toolkit.patching.eval_mode import eval_mode
 from toolkit.patching.forward import context_forward
+from toolkit.patching.multimodal import encode, expand, media_of, span_layers
 from toolkit.patching.sharding import check_unsharded
 from toolkit.patching.state_spec import state_spec
 from toolkit.patching.weights import weight_clock
 from toolkit.state import PagedContext, PagedRows, PrefixKey, RaggedBatch, Snapshots, StatePool, StateSpec
+from toolkit.state.media import Features
 
 
 @runtime_checkable
@@ -28,7 +31,8 @@ class Backend(Protocol):
     """What the engine needs of a model; anything with these methods may stand in for one.
 
     A backend whose rotary tables depend on the length of the sequence also has ``rotary_length``, as ``PatchedModel``;
-    batches then say by which length each row's are made (``RaggedBatch.rotary_lengths``).
+    batches then say by which length each row's are made (``RaggedBatch.rotary_lengths``). One that takes pictures has
+    ``expand``, ``encode``, ``position_axes`` and ``span_layers``.
     """
 
     device: torch.device
@@ -78,6 +82,7 @@ class PatchedModel:
         self.max_model_len = int(getattr(text, "max_position_embeddings", None) or 2048)
         sources = (getattr(model, "generation_config", None), config, text)
         self.eos = frozenset().union(*(_ids(getattr(source, "eos_token_id", None)) for source in sources))
+        self._media = media_of(model)
         self.graphs = DecodeGraphs(model)
         self._clock = weight_clock(model)
         self._layout = -1
@@ -123,6 +128,37 @@ class PatchedModel:
     def decode_size(self, sequences: int) -> int:
         return padded_size(sequences)
 
+    @property
+    def takes_media(self) -> bool:
+        """Whether the model takes pictures."""
+        return self._media is not None
+
+    @property
+    def position_axes(self) -> int | None:
+        """Axes of the model's rotary positions; None for one."""
+        return None if self._media is None else self._media.axes
+
+    @property
+    def span_layers(self) -> frozenset[int] | None:
+        """Indices of the layers in which the tokens of a picture see each other; None for all."""
+        return span_layers(self.model)
+
+    def expand(self, inputs: abc.Mapping[str, Any]) -> PromptMedia:
+        """A prompt of the outputs of the model's processor.
+
+        Raises ToolkitError for a model that takes no pictures, and for outputs that it does not take.
+        """
+        if self._media is None:
+            raise ToolkitError(f"prompt must be a text or token ids, since {type(self.model).__name__} takes no pictures.")
+        found = expand(self.model, inputs)
+        tokens = found.tokens.tolist()
+        return PromptMedia(tokens, tuple(found.spans), found.items, found.positions.cpu(), found.delta)
+
+    def encode(self, item: Any) -> Features:
+        """What the model computes of one picture, alone: no bit depends on others."""
+        with eval_mode(self.model), torch.no_grad():
+            return encode(self.model, item)
+
     def forward(self, context: PagedContext, rows: Tensor) -> Tensor:
         with eval_mode(self.model):
             if self.graphs.serves(context):
@@ -138,21 +174,35 @@ def _ids(eos: Any) -> frozenset[int]:
 class ModelRunner:
     """Runs chunks. Owns the block tables of what runs: one row per sequence, written only where it changed."""
 
-    def __init__(self, backend: Backend, pool: StatePool, max_running: int, max_model_len: int) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        pool: StatePool,
+        max_running: int,
+        max_model_len: int,
+        encoder_cache: EncoderCache | None = None,
+    ) -> None:
         self.backend = backend
         self.pool = pool
+        self._encoder_cache = encoder_cache
         width = math.ceil(max_model_len / pool.block_size)
         self._paged = [at for at, group in enumerate(pool.groups) if not group.snapshot_interval]
         self._tables = {at: np.zeros((max_running + 1, width), dtype=np.int64) for at in self._paged}
         self._padding = max_running  # a row that no sequence has
 
-    def forward(self, chunks: list[Chunk]) -> Tensor:
-        """Logits [samples, V] of the chunks that sample, in order. Writes the state of all chunks."""
+    def forward(self, chunks: list[Chunk], weights: PrefixKey) -> Tensor:
+        """Logits [samples, V] of the chunks that sample, in order. Writes the state of all chunks.
+
+        Args:
+            chunks: of this step.
+            weights: key of the weights that run it.
+        """
         copies: list[list[tuple[int, int]]] = [[] for _ in self.pool.groups]
         for chunk in chunks:
             for of_group, found in zip(copies, self._sync(chunk), strict=True):
                 of_group += found
         batch, rows = self.build(chunks)
+        batch = self._with_media(batch, chunks, weights)
         self.pool.copy_blocks(copies)
         return self.backend.forward(PagedContext(batch, self.pool), rows)
 
@@ -214,6 +264,25 @@ class ModelRunner:
                 views.append(Snapshots(*mine))
         batch = RaggedBatch(tokens_T, positions_T, offsets_S, kv_offsets_S, lengths_S, views=tuple(views))
         return replace(batch, rotary_lengths=rotary_T) if rotary else batch, rows_R
+
+    def _with_media(self, batch: RaggedBatch, chunks: list[Chunk], weights: PrefixKey) -> RaggedBatch:
+        """``batch`` with positions along the model's axes, and with the rows of pictures."""
+        axes = getattr(self.backend, "position_axes", None)
+        if axes is not None:
+            batch = replace(batch, positions=batch.positions.expand(axes, -1).clone())
+        found, row = [], 0
+        for chunk in chunks:
+            media = chunk.sequence.request.media
+            if media is not None:
+                batch.positions[..., row : row + chunk.count] = media.positions_of(chunk.start, chunk.count)
+                if chunk.start < len(media.tokens):
+                    found.append(MediaChunk(media, row, chunk.start, chunk.count))
+            row += chunk.count
+        if not found or self._encoder_cache is None:
+            return batch
+        layers = getattr(self.backend, "span_layers", None)
+        fields = media_fields(found, len(batch.tokens), layers, self._encoder_cache, weights, self.backend.device)
+        return replace(batch, **fields)
 
     def _sync(self, chunk: Chunk) -> list[list[tuple[int, int]]]:
         """Write the sequence's new blocks into its table row; the block copies that must run before the forward."""

@@ -4,6 +4,9 @@ Every step gives each decoding sequence its one token first. It then fills the t
 oldest request first, and admits waiting requests in the order they came. When blocks run out the youngest running
 sequence is preempted: it gives up its blocks and waits. Its tokens are kept. Their state is swapped in again where it
 was swapped out, and computed again otherwise.
+
+A picture whose tokens see each other is computed in one step, whole. Where it is longer than what is left of a step's
+budget, it waits for the next one.
 """
 
 from bisect import bisect_left, insort
@@ -94,7 +97,8 @@ class Scheduler:
             if at >= len(self.running):
                 break  # preempted on the way
             count = 1 if remaining == 1 else min(remaining, spare)
-            if count > 0 and (chunk := self._reserve(self.running[at], count)):
+            count = self.running[at].chunk(count) if count > 0 else 0
+            if count and (chunk := self._reserve(self.running[at], count)):
                 chunks.append(chunk)
                 spare -= count if remaining > 1 else 0
         if self.waiting and spare > 0 and self.num_preemptions == before:
@@ -188,7 +192,7 @@ class Scheduler:
             else:
                 key = sequence.prefix_key(weights) if self.enable_prefix_caching else None
                 tables = self.block_manager.new_block_tables(key)
-                hit = tables.match_prefix(sequence.tokens)
+                hit = tables.match_prefix(sequence.names, sequence.may_continue)
                 if self.running and not self._room(
                     _sum(owed, tables.blocks_needed(len(sequence.tokens) - hit, self.budget))
                 ):
@@ -198,11 +202,12 @@ class Scheduler:
             needed = tables.blocks_needed(missing, self.budget)
             self._enter(sequence, tables)
             self.prefix_cache_hits += hit
-            count = min(missing, spare)
-            chunk = self._reserve(sequence, count)
-            assert chunk is not None
-            chunks.append(chunk)
-            spare -= count
+            count = sequence.chunk(min(missing, spare))
+            if count:
+                chunk = self._reserve(sequence, count)
+                assert chunk is not None
+                chunks.append(chunk)
+            spare = spare - count if count else 0
             owed = _sum(owed, needed, self._one_each)
             if not sequence.request.prefilled:
                 kept += sequence.params.n - 1

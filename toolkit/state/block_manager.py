@@ -4,7 +4,7 @@ Layers that remember equally far back form a group with its own blocks: full att
 window the last ones, a recurrence the state after the last token. A sequence has a table in each group.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from toolkit.state.block_allocator import BlockAllocator, OutOfBlocks
@@ -100,14 +100,18 @@ class BlockTables:
         """Tokens written."""
         return self.parts[0].length
 
-    def match_prefix(self, tokens: Sequence[int]) -> int:
+    def match_prefix(self, tokens: Sequence[int], may_continue: Callable[[int], bool] | None = None) -> int:
         """The tokens of the longest cached prefix that every group can continue; the sequence now shares it.
 
         Whole blocks of the same key only, and never the whole prompt: its last token must run, since what is
         wanted is that token's output.
+
+        Args:
+            tokens: of the sequence.
+            may_continue: whether it can continue after so many tokens; None for any number.
         """
         known = [part.known_prefix(tokens[: len(tokens) - 1]) for part in self.parts]
-        num_blocks = longest_prefix(self.parts, known)
+        num_blocks = longest_prefix(self.parts, known, may_continue)
         for part, nodes in zip(self.parts, known, strict=True):
             part.share_prefix(nodes[:num_blocks])
         snapshots = [part for part in self.parts if part.snapshot_interval]

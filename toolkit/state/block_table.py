@@ -1,6 +1,6 @@
 """The block table of a sequence: its blocks in order, shared with the sequences that have the same prefix."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from toolkit.state.block_allocator import BlockAllocator
 from toolkit.state.prefix import PrefixNode
@@ -259,9 +259,20 @@ class BlockTable:
         return self.length % size != 0 and self.allocator.ref_count(self.blocks[self.length // size]) > 1
 
 
-def longest_prefix(tables: Sequence[BlockTable], nodes: Sequence[Sequence[PrefixNode]]) -> int:
-    """Blocks of the longest prefix that every one of ``tables`` can continue; ``nodes``: what each knows of it."""
+def longest_prefix(
+    tables: Sequence[BlockTable],
+    nodes: Sequence[Sequence[PrefixNode]],
+    may_continue: Callable[[int], bool] | None = None,
+) -> int:
+    """Blocks of the longest prefix that every one of ``tables`` can continue; ``nodes``: what each knows of it.
+
+    Args:
+        may_continue: whether a sequence can continue after so many tokens; None for any number.
+    """
+    size = tables[0].allocator.block_size
     for num_blocks in range(min(len(known) for known in nodes), 0, -1):
+        if may_continue is not None and not may_continue(num_blocks * size):
+            continue
         if all(table.can_continue(known, num_blocks) for table, known in zip(tables, nodes, strict=True)):
             return num_blocks
     return 0
