@@ -356,7 +356,7 @@ class Engine:
             self._version, self._weights = version, self.backend.prefix_key()
             self.block_manager.drop_outdated(self._weights)
             self.encoder_cache.drop_outdated(self._weights)
-        chunks = self.scheduler.schedule(self._weights)
+        chunks = self._encoded(self.scheduler.schedule(self._weights))
         if not chunks:
             return
         self._steps += 1
@@ -368,6 +368,22 @@ class Engine:
                 self._end(request, "error", f"{type(error).__name__}: {error}")
             if not isinstance(error, Exception):
                 raise
+
+    def _encoded(self, chunks: list[Chunk]) -> list[Chunk]:
+        """The chunks whose pictures are encoded; requests with others have ended with "error"."""
+        failed = set()
+        for chunk in chunks:
+            request = chunk.sequence.request
+            if request.media is None or request in failed:
+                continue
+            try:
+                with torch.inference_mode():
+                    for digest in request.media.digests(chunk.start, chunk.count):
+                        self.encoder_cache.get(digest, request.media.items[digest], self._weights)
+            except Exception as error:
+                failed.add(request)
+                self._end(request, "error", f"{type(error).__name__}: {error}")
+        return [chunk for chunk in chunks if chunk.sequence.request not in failed]
 
     def _execute(self, chunks: list[Chunk], version: int) -> None:
         logits = self.runner.forward(chunks, self._weights)

@@ -72,6 +72,11 @@ class PromptMedia:
         cut = self.block_around(start + count)
         return count if cut is None else max(cut[0] - start, 0)
 
+    def digests(self, start: int, count: int) -> list[bytes]:
+        """Of the pictures that ``count`` tokens from ``start`` on take rows of, each once."""
+        taken = (span.digest for span in self.spans if span.first < start + count and start < span.first + span.length)
+        return list(dict.fromkeys(taken))
+
     def positions_of(self, start: int, count: int) -> Tensor:
         """[A, count] or [count] rotary positions of tokens from ``start`` on, of those behind the prompt too."""
         known = self.positions.shape[-1]
@@ -146,7 +151,7 @@ def media_fields(
     named = MediaRows()
     taken = np.full((rows, 2), -1, dtype=np.int64)
     spans = np.zeros((rows, 2), dtype=np.int64)
-    items: dict[bytes, Any] = {}
+    features: dict[bytes, Features] = {}
     for chunk in chunks:
         media, end = chunk.media, chunk.start + chunk.count
         known = min(end, len(media.tokens))
@@ -154,16 +159,15 @@ def media_fields(
             continue
         mine = named.of_sequence(media.spans, len(media.tokens))[chunk.start : known]
         taken[chunk.row : chunk.row + len(mine)] = mine
-        items |= media.items
+        features |= {
+            digest: cache.get(digest, media.items[digest], weights) for digest in media.digests(chunk.start, chunk.count)
+        }
         for first, last in media.blocks:
             if chunk.start <= first and last <= end:
                 spans[chunk.row + first - chunk.start : chunk.row + last - chunk.start] = first, last
-    used = {named.digests[at] for at in np.unique(taken[:, 0]).tolist() if at >= 0}
     found: dict[str, Any] = {}
-    if used:
-        features = {digest: cache.get(digest, items[digest], weights) for digest in sorted(used)}
-        embeddings = named.embeddings(taken, features, device)
-        assert embeddings is not None
+    embeddings = named.embeddings(taken, features, device)
+    if embeddings is not None:
         found = {
             "embedding_rows": embeddings.rows,
             "embeddings": embeddings.values,
