@@ -187,7 +187,7 @@ def test_ends_of_text_come_from_config_generation_config_and_tokenizer():
     model = llama()
     model.generation_config.eos_token_id = [5, 6]
     engine = Engine(model, type("Tokenizer", (), {"eos_token_id": 7})(), num_blocks=4)
-    assert engine._eos == {2, 5, 6, 7}
+    assert engine.eos == {2, 5, 6, 7}
 
 
 def test_default_limits_follow_the_model():

@@ -55,9 +55,10 @@ class PictureModel(HistoryModel):
                 tokens += [PLACEHOLDER] * part.length
             else:
                 tokens.append(part)
-        delta = 3 * len(spans)
         index = torch.arange(len(tokens))
-        positions = torch.stack([index + delta, index * 2])
+        ahead = 3 * sum(((index >= span.first + span.length).long() for span in spans), torch.zeros_like(index))
+        positions = torch.stack([index + ahead, index * 2])
+        delta = 3 * len(spans)
         items = {hash_of(part.name): part.name for part in inputs["input_ids"] if isinstance(part, Picture)}
         return PromptMedia(tokens, tuple(spans), items, positions, delta)
 

@@ -105,7 +105,7 @@ def test_the_list_of_eos_tokens_is_kept_completed_and_stops_rollouts(
     recipe = recipe_of(tmp_path, checkpoint, "sft", [chat("is it?")] * 4, lora=lora)
     trainer = Trainer(recipe, quiet=True)
     trainer.fit()
-    assert trainer.objective.rollout.engine._eos == {2, 3, 4}
+    assert trainer.objective.rollout.engine.eos == {2, 3, 4}
     trainer.objective.close()
     folder = trainer.folder / "checkpoints" / "step-000002"
     saved = json.loads((folder / "generation_config.json").read_text())
@@ -139,7 +139,7 @@ def test_rollouts_of_a_task_stop_at_every_token_of_the_list(tmp_path: Path, chec
     )
     trainer = Trainer(recipe, quiet=True)
     _, groups = trainer.objective.roll_out(0, 2)
-    assert trainer.objective.rollout.engine._eos == {2, 3}
+    assert trainer.objective.rollout.engine.eos == {2, 3}
     for one in (one for group in groups for one in group):
         assert one.prompt_token_ids[0] == 1
         assert 2 not in one.prompt_token_ids  # the tokenizer would end the prompt

@@ -1,6 +1,5 @@
 """Continuous batching over one patched model."""
 
-import itertools
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -11,21 +10,12 @@ from torch import nn
 
 from toolkit.engine.capacity import block_counts, chosen_specs
 from toolkit.engine.config import EngineConfig
-from toolkit.engine.detokenizer import Decoder, Tokenizer
-from toolkit.engine.media import EncoderCache, PromptMedia
+from toolkit.engine.detokenizer import Tokenizer
+from toolkit.engine.media import EncoderCache
+from toolkit.engine.new_requests import NewRequests
 from toolkit.engine.outputs import Completion, Delta, FinishReason
 from toolkit.engine.params import SamplingParams
-from toolkit.engine.prompts import (
-    Params,
-    Prompt,
-    Prompts,
-    check_params,
-    check_prompt,
-    longest_sequence,
-    outside_vocabulary,
-    read_media,
-    split_prompts,
-)
+from toolkit.engine.prompts import Params, Prompt, Prompts, longest_sequence
 from toolkit.engine.request import Request, Sequence
 from toolkit.engine.runner import Backend, ModelRunner, PatchedModel
 from toolkit.engine.sampler import Sampler
@@ -105,7 +95,6 @@ class Engine:
             **unknown,
         )
         self.backend: Backend = model if isinstance(model, Backend) else PatchedModel(model, numerics)
-        self._rotary_length = getattr(self.backend, "rotary_length", lambda declared: None)
         self.vocab_size = self.backend.vocab_size
         self.processor = processor
         tokenizer = tokenizer if tokenizer is not None else getattr(processor, "tokenizer", None)
@@ -128,10 +117,9 @@ class Engine:
             self.backend, self.pool, self.scheduler.max_running, self.max_model_len, self.encoder_cache
         )
         self._sampler = Sampler()
-        self._eos = self.backend.eos | _eos_of(tokenizer)
-        self._decoders = {skip: Decoder(tokenizer, skip) for skip in (True, False)} if tokenizer is not None else {}
-        self._seeds = np.random.default_rng(seed)
-        self._ids = itertools.count()
+        self._new_requests = NewRequests(
+            self.backend, tokenizer, processor, self.scheduler, self.max_model_len, np.random.default_rng(seed)
+        )
         self._version = self.backend.version()
         self._weights = self.backend.prefix_key()
         self._generation_tokens = 0
@@ -158,14 +146,14 @@ class Engine:
         Raises:
             ToolkitError: if any prompt cannot run; nothing is started then. What fails later ends with "error".
         """
-        requests = self._make(prompts, params, deque())
+        requests = self._new_requests.make(prompts, params, deque())
         for _ in self._run(requests):
             pass
         return [sequence.completion for request in requests for sequence in request.sequences if sequence.completion]
 
     def stream(self, prompts: Prompts, params: Params = None) -> Iterator[Delta]:
         """The deltas of ``generate``, as each step adds them. Closing the iterator cancels the rest."""
-        return self._run(self._make(prompts, params, deque()))
+        return self._run(self._new_requests.make(prompts, params, deque()))
 
     def submit(self, prompt: Prompt, params: SamplingParams | None = None) -> int:
         """Queue one prompt (text or token ids) and return its request id. Deltas come from ``step``."""
@@ -173,7 +161,7 @@ class Engine:
 
     def submit_batch(self, prompts: Prompts, params: Params = None) -> list[int]:
         """Queue all prompts, or none if any cannot run, and return their request ids. Deltas come from ``step``."""
-        requests = self._make(prompts, params, None)
+        requests = self._new_requests.make(prompts, params, None)
         self._queue(requests)
         return [request.request_id for request in requests]
 
@@ -197,6 +185,11 @@ class Engine:
     def has_work(self) -> bool:
         """Whether ``step`` has anything to run or to deliver."""
         return bool(self._live or self._pending)
+
+    @property
+    def eos(self) -> frozenset[int]:
+        """Tokens that end a text: the model's, of its configurations, and the tokenizer's."""
+        return self._new_requests.eos
 
     @property
     def max_sequence_len(self) -> int:
@@ -277,54 +270,12 @@ class Engine:
             raise ToolkitError(f"max_model_len must be <= {most}, which the model was made for, got {asked}.")
         return most if asked is None else asked
 
-    def _make(self, prompts: Prompts, params: Params, sink: deque[Delta] | None) -> list[Request]:
-        """Requests, all of them checked, not queued."""
-        given = split_prompts(prompts)
-        chosen = check_params(params, len(given))
-        read = [read_media(prompt, self.backend, self.processor) for prompt in given]
-        pictures = [media for _, media in read]
-        for media in filter(None, pictures):
-            self._check_blocks(media)
-        ready = [
-            check_prompt(prompt, one, self.tokenizer, self.max_model_len, self.block_manager)
-            for (prompt, _), one in zip(read, chosen)
-        ]
-        return [
-            Request(
-                next(self._ids),
-                at,
-                tokens,
-                one,
-                eos=self._eos,
-                max_tokens=most,
-                seed=int(self._seeds.integers(2**63)) if one.seed is None else one.seed,
-                decoder=None if self._outside(tokens) is not None else self._decoders.get(one.skip_special_tokens),
-                sink=sink,
-                rotary_length=self._rotary_length(len(tokens) + most),
-                media=media,
-            )
-            for at, ((tokens, most), one, media) in enumerate(zip(ready, chosen, pictures))
-        ]
-
-    def _check_blocks(self, media: PromptMedia) -> None:
-        """Raise ToolkitError for a picture that no step can take whole while all other sequences decode."""
-        most = self.scheduler.budget - self.scheduler.max_running + 1
-        longest = max((end - first for first, end in media.blocks), default=0)
-        if longest > most:
-            raise ToolkitError(
-                f"prompt must have pictures of <= {most} tokens that see each other, max_num_batched_tokens - "
-                f"max_num_seqs + 1, got {longest}; set a larger max_num_batched_tokens."
-            )
-
-    def _outside(self, tokens: list[int]) -> int | None:
-        return outside_vocabulary(tokens, self.vocab_size)
-
     def _queue(self, requests: list[Request]) -> None:
         if self.is_closed:
             raise ToolkitError("the engine is closed; make another one.")
         for request in requests:
             self._live[request.request_id] = request
-            wrong = self._outside(request.prompt)
+            wrong = self._new_requests.outside_vocabulary(request.prompt)
             if wrong is not None:
                 message = f"prompt must have token ids from 0 to {self.vocab_size - 1}, got {wrong}."
                 self._end(request, "error", message)
@@ -439,8 +390,3 @@ class Engine:
         for sequence in request.sequences:
             if sequence.completion is None:
                 self._deliver(sequence, sequence.finish(reason, error=error))
-
-
-def _eos_of(tokenizer: Tokenizer | None) -> frozenset[int]:
-    token = getattr(tokenizer, "eos_token_id", None)
-    return frozenset() if token is None else frozenset([token])

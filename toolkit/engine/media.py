@@ -81,7 +81,9 @@ class PromptMedia:
         """[A, count] or [count] rotary positions of tokens from ``start`` on, of those behind the prompt too."""
         known = self.positions.shape[-1]
         behind = torch.arange(max(start, known), max(start + count, known)) + self.delta
-        return torch.cat([self.positions[..., start : start + count], behind.expand(*self.positions.shape[:-1], -1)], -1)
+        return torch.cat(
+            [self.positions[..., start : start + count], behind.expand(*self.positions.shape[:-1], -1)], -1
+        )
 
 
 def _name(digest: bytes, row: int) -> int:
@@ -160,7 +162,8 @@ def media_fields(
         mine = named.of_sequence(media.spans, len(media.tokens))[chunk.start : known]
         taken[chunk.row : chunk.row + len(mine)] = mine
         features |= {
-            digest: cache.get(digest, media.items[digest], weights) for digest in media.digests(chunk.start, chunk.count)
+            digest: cache.get(digest, media.items[digest], weights)
+            for digest in media.digests(chunk.start, chunk.count)
         }
         for first, last in media.blocks:
             if chunk.start <= first and last <= end:

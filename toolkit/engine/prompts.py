@@ -18,9 +18,9 @@ from toolkit.state import BlockManager
 Prompt: TypeAlias = str | abc.Sequence[int] | Tensor | abc.Mapping[str, Any]
 """One prompt: a text, token ids, or a mapping.
 
-A mapping is what the model's processor returned for one prompt (``input_ids``, ``pixel_values``, ...), or has ``prompt``
-or ``prompt_token_ids``, as vLLM's have. With ``prompt`` may come ``multi_modal_data``: ``{"image": ..., "video": ...}``,
-one or a list of what the engine's processor reads.
+A mapping is what the model's processor returned for one prompt (``input_ids``, ``pixel_values``, ...), or has
+``prompt`` or ``prompt_token_ids``, as vLLM's have. With ``prompt`` may come ``multi_modal_data``:
+``{"image": ..., "video": ...}``, one or a list of what the engine's processor reads.
 """
 Prompts: TypeAlias = Prompt | abc.Sequence[Prompt]
 """One prompt or several; a tensor of token ids has one or two dimensions."""

@@ -149,7 +149,9 @@ class PatchedModel:
         Raises ToolkitError for a model that takes no pictures, and for outputs that it does not take.
         """
         if self._media is None:
-            raise ToolkitError(f"prompt must be a text or token ids, since {type(self.model).__name__} takes no pictures.")
+            raise ToolkitError(
+                f"prompt must be a text or token ids, since {type(self.model).__name__} takes no pictures."
+            )
         found = expand(self.model, inputs)
         tokens = found.tokens.tolist()
         return PromptMedia(tokens, tuple(found.spans), found.items, found.positions.cpu(), found.delta)

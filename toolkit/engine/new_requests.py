@@ -1,0 +1,118 @@
+"""Requests from what ``generate`` and ``submit`` were given."""
+
+import itertools
+from collections import deque
+
+import numpy as np
+
+from toolkit.engine.detokenizer import Decoder, Tokenizer
+from toolkit.engine.media import PromptMedia
+from toolkit.engine.outputs import Delta
+from toolkit.engine.prompts import (
+    Params,
+    Prompts,
+    check_params,
+    check_prompt,
+    outside_vocabulary,
+    read_media,
+    split_prompts,
+)
+from toolkit.engine.request import Request
+from toolkit.engine.runner import Backend
+from toolkit.engine.scheduler import Scheduler
+from toolkit.errors import ToolkitError
+
+
+class NewRequests:
+    """Checks prompts and makes the requests of one engine.
+
+    Args:
+        backend: the model.
+        tokenizer: of texts; None for token ids only.
+        processor: of prompts with pictures; None for those that a processor has read.
+        scheduler: that will run them.
+        max_model_len: most tokens of prompt and completion together.
+        seeds: seeds requests without a seed.
+
+    Attributes:
+        eos: tokens that end a text.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        tokenizer: Tokenizer | None,
+        processor: object,
+        scheduler: Scheduler,
+        max_model_len: int,
+        seeds: np.random.Generator,
+    ) -> None:
+        self._backend = backend
+        self._tokenizer = tokenizer
+        self._processor = processor
+        self._scheduler = scheduler
+        self._max_model_len = max_model_len
+        self._seeds = seeds
+        self._ids = itertools.count()
+        self.eos = backend.eos | _eos_of(tokenizer)
+        self._decoders = {skip: Decoder(tokenizer, skip) for skip in (True, False)} if tokenizer is not None else {}
+        self._rotary_length = getattr(backend, "rotary_length", lambda declared: None)
+
+    def make(self, prompts: Prompts, params: Params, sink: deque[Delta] | None) -> list[Request]:
+        """Requests, all of them checked, not queued.
+
+        Args:
+            prompts: as ``Engine.generate`` takes them.
+            params: one for all prompts, or one per prompt.
+            sink: where their deltas go; None for those that ``Engine.step`` returns.
+
+        Raises:
+            ToolkitError: if any prompt cannot run.
+        """
+        given = split_prompts(prompts)
+        chosen = check_params(params, len(given))
+        read = [read_media(prompt, self._backend, self._processor) for prompt in given]
+        pictures = [media for _, media in read]
+        for media in filter(None, pictures):
+            self._check_blocks(media)
+        ready = [
+            check_prompt(prompt, one, self._tokenizer, self._max_model_len, self._scheduler.block_manager)
+            for (prompt, _), one in zip(read, chosen)
+        ]
+        return [
+            Request(
+                next(self._ids),
+                at,
+                tokens,
+                one,
+                eos=self.eos,
+                max_tokens=most,
+                seed=int(self._seeds.integers(2**63)) if one.seed is None else one.seed,
+                decoder=None
+                if self.outside_vocabulary(tokens) is not None
+                else self._decoders.get(one.skip_special_tokens),
+                sink=sink,
+                rotary_length=self._rotary_length(len(tokens) + most),
+                media=media,
+            )
+            for at, ((tokens, most), one, media) in enumerate(zip(ready, chosen, pictures))
+        ]
+
+    def outside_vocabulary(self, tokens: list[int]) -> int | None:
+        """The first token id that no embedding has, if there is one."""
+        return outside_vocabulary(tokens, self._backend.vocab_size)
+
+    def _check_blocks(self, media: PromptMedia) -> None:
+        """Raise ToolkitError for a picture that no step can take whole while all other sequences decode."""
+        most = self._scheduler.budget - self._scheduler.max_running + 1
+        longest = max((end - first for first, end in media.blocks), default=0)
+        if longest > most:
+            raise ToolkitError(
+                f"prompt must have pictures of <= {most} tokens that see each other, max_num_batched_tokens - "
+                f"max_num_seqs + 1, got {longest}; set a larger max_num_batched_tokens."
+            )
+
+
+def _eos_of(tokenizer: Tokenizer | None) -> frozenset[int]:
+    token = getattr(tokenizer, "eos_token_id", None)
+    return frozenset() if token is None else frozenset([token])
