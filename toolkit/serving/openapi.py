@@ -14,6 +14,8 @@ from toolkit.serving.protocol import (
     NOT_OFFERED,
     ChatRequest,
     CompletionRequest,
+    ImagePart,
+    ImageUrl,
     Message,
     Sampling,
     StreamOptions,
@@ -22,7 +24,15 @@ from toolkit.serving.protocol import (
 from toolkit.serving.responses import Json
 
 _COMPONENT = "#/components/schemas/{model}"
-_BODIES: tuple[type[BaseModel], ...] = (CompletionRequest, ChatRequest, StreamOptions, Message, TextPart)
+_BODIES: tuple[type[BaseModel], ...] = (
+    CompletionRequest,
+    ChatRequest,
+    StreamOptions,
+    Message,
+    TextPart,
+    ImagePart,
+    ImageUrl,
+)
 _ERROR: Json = {"model": schemas.ErrorResponse}
 _EVENT: Json = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 _FAILURES: dict[int | str, Json] = {"4XX": _ERROR, "5XX": _ERROR}

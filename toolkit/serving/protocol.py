@@ -110,17 +110,44 @@ class StreamOptions(_Body):
 
 
 class TextPart(_Body):
-    """A part of a message's content; only text is offered."""
+    """A part of a message's content: text."""
 
     type: Literal["text"]
     text: str
 
 
+class ImageUrl(_Body):
+    """Where an image is: a data URL, or a ``file://`` URL where the server allows local files.
+
+    Args:
+        url: of the image. Nothing is fetched from a network.
+        detail: accepted and unused; the model's processor chooses the resolution.
+    """
+
+    url: str
+    detail: Literal["auto", "low", "high"] = "auto"
+
+
+class ImagePart(_Body):
+    """A part of a message's content: an image."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+    @field_validator("image_url", mode="before", json_schema_input_type=str | ImageUrl)
+    @classmethod
+    def _a_string_is_a_url(cls, given: Any) -> Any:
+        return {"url": given} if isinstance(given, str) else given
+
+
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+
+
 class Message(_Body):
-    """One message of a chat: a role and its text, as a string or as text parts."""
+    """One message of a chat: a role and its content, as a string or as parts of text and images."""
 
     role: str = Field(json_schema_extra={"enum": list(ROLES)})
-    content: list[TextPart]
+    content: list[Part]
     name: str = ""
 
     @field_validator("role")
@@ -130,17 +157,27 @@ class Message(_Body):
             raise ValueError(f"'role' of a message must be one of {', '.join(map(repr, ROLES))}, got {shown(role)}.")
         return role
 
-    @field_validator("content", mode="before", json_schema_input_type=str | list[TextPart])
+    @field_validator("content", mode="before", json_schema_input_type=str | list[Part])
     @classmethod
     def _a_string_is_one_part(cls, content: Any) -> Any:
         if not isinstance(content, str | list):
-            raise ValueError(f"'content' of a message must be text or a list of text parts, got {shown(content)}.")
+            raise ValueError(f"'content' of a message must be text or a list of parts, got {shown(content)}.")
         return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
-    def for_template(self) -> dict[str, str]:
-        """The message as chat templates read it, its text parts joined."""
-        text = "".join(part.text for part in self.content)
-        return {"role": self.role, "content": text, **({"name": self.name} if self.name else {})}
+    @property
+    def images(self) -> list[str]:
+        """URLs of its images, in order."""
+        return [part.image_url.url for part in self.content if isinstance(part, ImagePart)]
+
+    def for_template(self) -> dict[str, Any]:
+        """The message as chat templates read it: its text parts joined, or all parts where some are images."""
+        content: Any = "".join(part.text for part in self.content if isinstance(part, TextPart))
+        if self.images:
+            content = [
+                {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": "image"}
+                for part in self.content
+            ]
+        return {"role": self.role, "content": content, **({"name": self.name} if self.name else {})}
 
 
 class Sampling(_Body):
@@ -299,22 +336,33 @@ def _token_ids(value: Any) -> bool:
 def _sentence(kind: type[BaseModel], error: ValidationError) -> RequestError:
     first = error.errors(include_url=False)[0]  # pydantic stops at a list's bound, so that there are not many
     where = list(first["loc"])
+    # Between a part and its fields pydantic names the kind of part.
+    part = where.pop(4) if where[2:3] == ["content"] and len(where) > 4 else "text"
     param = (
         "".join(f"[{part}]" if isinstance(part, int) else f".{part[:MAX_NAME]}" for part in where).lstrip(".") or None
     )
     if first["type"] == "extra_forbidden":
-        return RequestError(unknown_field(str(param), str(where[-1]), _owner(kind, where[:-1]).model_fields), param)
+        fields = _owner(kind, where[:-1], part).model_fields
+        return RequestError(unknown_field(str(param), str(where[-1]), fields), param)
+    if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        found = (
+            f"must be one of {first['ctx']['expected_tags']}, got {shown(first['ctx']['tag'])}"
+            if ("tag" in first["ctx"])
+            else "is required"
+        )
+        return RequestError(f"'{param}.type' {found}.", f"{param}.type")
     if first["type"] == "value_error":
         message = str(first["ctx"]["error"])
         return RequestError(message, param or _quoted(message))
     return RequestError(sentence(first, f"'{param}'"), param)
 
 
-def _owner(kind: type[BaseModel], where: list[Any]) -> type[BaseModel]:
+def _owner(kind: type[BaseModel], where: list[Any], part: str) -> type[BaseModel]:
     nested: dict[Any, type[BaseModel]] = {
         "stream_options": StreamOptions,
         "messages": Message,
-        "content": TextPart,
+        "content": ImagePart if part == "image_url" else TextPart,
+        "image_url": ImageUrl,
     }
     return next((nested[part] for part in reversed(where) if part in nested), kind)
 
