@@ -32,6 +32,19 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
     )
 
 
+def load_images(args: argparse.Namespace) -> Any:
+    """The processor of the model's images; None where there is none, or where it does not load, which is printed."""
+    from toolkit.loading import find_source
+    from toolkit.loading.processor import load_processor
+
+    source = find_source(args.model, revision=args.revision, trust_remote_code=args.trust_remote_code)
+    try:
+        return load_processor(source)
+    except ToolkitError as error:
+        print(f"images are not taken: {error}", file=sys.stderr, flush=True)
+        return None
+
+
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """``--generation-config``."""
     parser.add_argument(

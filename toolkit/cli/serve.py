@@ -14,6 +14,7 @@ from toolkit.cli.options import (
     add_model_options,
     add_sampling_options,
     load,
+    load_images,
     load_sampling_defaults,
     make_engine,
 )
@@ -53,6 +54,11 @@ def _add_api_options(group: Any) -> None:
         help=f"keys, of which clients must send one (default: ${KEY_VARIABLE}, or none)",
     )
     group.add_argument("--chat-template", metavar="FILE", help="a Jinja file, or the template itself")
+    group.add_argument(
+        "--allowed-local-media-path",
+        metavar="FOLDER",
+        help="whose files requests may name as images (file://; default: data URLs alone)",
+    )
     group.add_argument(
         "--max-queue", type=int, default=1024, metavar="N", help="most sequences that wait or run (503 beyond)"
     )
@@ -129,13 +135,19 @@ def run(args: argparse.Namespace) -> int:
     http = HttpOptions(timeout_keep_alive=args.timeout_keep_alive, **options)
     _access(args)  # what is wrong with the options is known before the model is read, and so is a port that is taken
     template = _chat_template(args.chat_template)
+    if args.allowed_local_media_path is not None and not Path(args.allowed_local_media_path).is_dir():
+        given = shown(args.allowed_local_media_path)
+        raise ToolkitError(f"--allowed-local-media-path must be a folder, got {given}.")
     with listen_unix(args.uds) if args.uds else listen(args.host, args.port) as listener:
         try:
             model, tokenizer = load(args)
+            processor = load_images(args)
             _set_template(tokenizer, template)
+            if processor is not None and template is not None:
+                processor.chat_template = template
             defaults = load_sampling_defaults(args, model)
             with make_engine(args, model, tokenizer) as engine:
-                return _serve(args, engine, tokenizer, defaults, listener, http)
+                return _serve(args, engine, tokenizer, processor, defaults, listener, http)
         finally:
             if args.uds:
                 Path(args.uds).unlink(missing_ok=True)
@@ -190,6 +202,7 @@ def _serve(
     args: argparse.Namespace,
     engine: "Engine",
     tokenizer: Any,
+    processor: Any,
     defaults: dict[str, Any],
     listener: socket.socket,
     http: Any,
@@ -208,6 +221,8 @@ def _serve(
         engine=AsyncEngine(engine, max_queued_seqs=args.max_queue, listener=metrics),
         metrics=metrics,
         tokenizer=tokenizer,
+        processor=processor,
+        media_folder=None if args.allowed_local_media_path is None else Path(args.allowed_local_media_path),
         max_model_len=engine.max_sequence_len,
         vocab_size=engine.vocab_size,
         max_body_size=args.payload_limit,

@@ -80,8 +80,14 @@ def read_media(prompt: Prompt, backend: Any, processor: Any) -> tuple[Prompt, Pr
     return media.tokens, media if media.spans else None
 
 
-def processed(processor: Any, text: Any, data: Any) -> abc.Mapping[str, Any]:
+def processed(processor: Any, text: Any, data: Any, **options: Any) -> abc.Mapping[str, Any]:
     """What the model's processor returns for a text with placeholders and its pictures, as tensors.
+
+    Args:
+        processor: of transformers.
+        text: the prompt.
+        data: ``{"image": ..., "video": ...}``, one or a list of each.
+        options: for the processor.
 
     Raises:
         ToolkitError: there is no processor, the prompt is no text, a kind of data is unknown, or the processor fails.
@@ -95,9 +101,9 @@ def processed(processor: Any, text: Any, data: Any) -> abc.Mapping[str, Any]:
     if not isinstance(data, abc.Mapping) or set(data) - set(_KINDS):
         got = ", ".join(map(repr, data)) if isinstance(data, abc.Mapping) else type(data).__name__
         raise ToolkitError(f"{MEDIA} must have {' or '.join(map(repr, _KINDS))}, got {got}.")
-    lists = {_KINDS[kind]: given if isinstance(given, list) else [given] for kind, given in data.items()}
+    lists = {_KINDS[kind]: [given if isinstance(given, list) else [given]] for kind, given in data.items()}
     try:
-        found: abc.Mapping[str, Any] = processor(text=[text], return_tensors="pt", **lists)
+        found: abc.Mapping[str, Any] = processor(text=[text], return_tensors="pt", **lists, **options)
     except Exception as error:  # processors raise anything
         raise ToolkitError(f"{MEDIA} must be what {type(processor).__name__} reads ({first_line(error)}).") from None
     return found
@@ -122,6 +128,11 @@ def longest_sequence(max_model_len: int, block_manager: BlockManager) -> tuple[i
     if room is not None and room + 1 < max_model_len:  # the state of the last token is never needed
         return room + 1, "num_blocks * block_size + 1"
     return max_model_len, "max_model_len"
+
+
+def prompt_length(prompt: abc.Sequence[int] | abc.Mapping[str, Any]) -> int:
+    """Tokens of a prompt that is token ids, or what a processor returned."""
+    return int(prompt["input_ids"].shape[-1]) if isinstance(prompt, abc.Mapping) else len(prompt)
 
 
 def fit_max_tokens(params: SamplingParams, prompt_tokens: int, longest: int) -> SamplingParams:

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request, Response
@@ -19,7 +20,7 @@ from starlette.routing import Match
 
 import toolkit
 from toolkit.engine import AsyncEngine, Completion, EngineUnavailable, RequestHandle, SamplingParams
-from toolkit.engine.prompts import check_num_sequences, fit_max_tokens, outside_vocabulary
+from toolkit.engine.prompts import Prompt, check_num_sequences, fit_max_tokens, outside_vocabulary, prompt_length
 from toolkit.engine.request_handle import SHUTTING_DOWN
 from toolkit.errors import ToolkitError
 from toolkit.sentences import shown
@@ -68,6 +69,8 @@ class ServerConfig:
         max_model_len: most tokens of prompt and completion together.
         vocab_size: bounds token ids; None checks none.
         max_body_size: most bytes of a request's body.
+        processor: of chats with images; None takes none.
+        media_folder: whose files requests may name as images (``file://``); None for none.
         default_sampling_params: of what a request does not say, such as a checkpoint's ``generation_config.json``.
         api_key: that clients must send, or several of which any is right; None for no key.
         cors: which web pages may use the server; None for none.
@@ -82,6 +85,8 @@ class ServerConfig:
     max_model_len: int | None = None
     vocab_size: int | None = None
     max_body_size: int = MAX_BODY_SIZE
+    processor: Any = None
+    media_folder: Path | None = None
     default_sampling_params: Mapping[str, Any] = field(default_factory=dict)
     api_key: str | Sequence[str] | None = None
     cors: Cors | None = None
@@ -98,14 +103,15 @@ class _Asked:
     """A request that may run: what it asks for, and what writes its response."""
 
     request: Sampling
-    prompts: list[list[int]]
+    prompts: list[Prompt]
     params: list[SamplingParams]
     body: CompletionResponse
 
 
 def create_app(config: ServerConfig) -> FastAPI:
     """The ASGI application. Its lifespan starts the engine's thread and ends it, and leaves the engine open."""
-    engine, metrics, texts = config.engine, config.metrics, Texts(config.tokenizer, config.max_model_len)
+    engine, metrics = config.engine, config.metrics
+    texts = Texts(config.tokenizer, config.max_model_len, config.processor, config.media_folder)
     names, created = config.model_names, int(time.time())
     keys = ApiKeys([config.api_key] if isinstance(config.api_key, str) else config.api_key or ())
     watchers: set[asyncio.Task[None]] = set()  # the event loop does not hold them
@@ -176,12 +182,12 @@ def create_app(config: ServerConfig) -> FastAPI:
                 raise RequestError(message, "prompt")
 
     def sampling_params(
-        asked: Sampling, prompts: list[list[int]], logprobs: int | None, **defaults: Any
+        asked: Sampling, prompts: Sequence[Any], logprobs: int | None, **defaults: Any
     ) -> list[SamplingParams]:
         given = asked.sampling()
         params = SamplingParams(**{**defaults, **config.default_sampling_params, **given}, logprobs=logprobs)
         longest = None if "max_tokens" in given else config.max_model_len
-        return [params if longest is None else fit_max_tokens(params, len(one), longest) for one in prompts]
+        return [params if longest is None else fit_max_tokens(params, prompt_length(one), longest) for one in prompts]
 
     def read_completion(raw: bytes) -> _Asked:
         asked = parse(CompletionRequest, raw)
@@ -266,7 +272,7 @@ def create_app(config: ServerConfig) -> FastAPI:
     async def respond(request: Request, given: _Asked) -> Response:
         handle = engine.submit(given.prompts, given.params)
         await handle.wait_accepted()
-        prompt_tokens = list(map(len, given.prompts))
+        prompt_tokens = list(map(prompt_length, given.prompts))
         metrics.prompt_tokens.add(sum(prompt_tokens))
         watcher = asyncio.create_task(_cancel_on_disconnect(request, handle))
         watchers.add(watcher)

@@ -2,8 +2,10 @@
 
 import copy
 import threading
+from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from toolkit.chat import (
@@ -14,9 +16,10 @@ from toolkit.chat import (
     render,
     rust_encoding,
 )
-from toolkit.engine.prompts import check_characters, check_token_count, longest_token
+from toolkit.engine.prompts import check_characters, check_token_count, longest_token, processed
 from toolkit.engine.token_bytes import REPLACEMENT, TokenBytes
 from toolkit.sentences import shown
+from toolkit.serving.images import read_url
 from toolkit.serving.protocol import Message, RequestError
 
 METASPACE = "▁"
@@ -30,10 +33,21 @@ class Texts:
     Args:
         tokenizer: of transformers, or None.
         max_model_len: most tokens of prompt and completion; longer prompts raise ToolkitError. None bounds none.
+        processor: of chats with images; None takes none.
+        media_folder: whose files requests may name as images; None for none.
     """
 
-    def __init__(self, tokenizer: Any, max_model_len: int | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        max_model_len: int | None = None,
+        processor: Any = None,
+        media_folder: Path | None = None,
+    ) -> None:
         self._tokenizer = copy.deepcopy(tokenizer)
+        self._processor = processor
+        self._media_folder = media_folder
+        self._one_picture = threading.Lock()
         self._longest = max_model_len
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         if backend is not None:
@@ -53,26 +67,45 @@ class Texts:
         with self._one_at_a_time:
             return prompt_token_ids(self._tokenizer, text, self._check_tokens)
 
-    def chat(self, messages: list[Message]) -> list[int]:
-        """Token ids of a chat in the model's own template, ready for the assistant's reply."""
-        if self._tokenizer is None or not self._tokenizer.chat_template:
+    def chat(self, messages: list[Message]) -> list[int] | Mapping[str, Any]:
+        """A chat in the model's own template, ready for the assistant's reply.
+
+        Returns:
+            Token ids; of a chat with images what the model's processor makes of it.
+        """
+        template = getattr(self._processor, "chat_template", None) or getattr(self._tokenizer, "chat_template", None)
+        if self._tokenizer is None or not template:
             raise RequestError(
                 "The served model has no chat template; use /v1/completions with a 'prompt' instead.",
                 "messages",
             )
         chat = [message.for_template() for message in messages]
         self._check_characters("messages", sum(len(message["content"]) for message in chat))
+        pictures = self._pictures(messages)
+        chosen = template if isinstance(template, str) else None  # a tokenizer may have several by name
         try:
-            text = render(self._tokenizer, chat, add_generation_prompt=True)
+            text = render(self._tokenizer, chat, add_generation_prompt=True, chat_template=chosen)
         except ChatTemplateError as error:
             message = f"The model's chat template rejects these messages ({error.reason})."
             raise RequestError(message, "messages") from None
-        for at in dropped_messages(self._tokenizer, chat, add_generation_prompt=True):
+        for at in dropped_messages(self._tokenizer, chat, add_generation_prompt=True, chat_template=chosen):
             role = shown(chat[at]["role"])
             message = f"The model's chat template shows nothing of 'messages[{at}]', whose role is {role}."
             raise RequestError(message, f"messages[{at}]")
         self._check_characters("messages", len(text))  # a template may show more of a message than its content
-        return self._encode(text)
+        if not pictures:
+            return self._encode(text)
+        with self._one_picture:
+            return processed(self._processor, text, {"image": pictures}, add_special_tokens=False)
+
+    def _pictures(self, messages: list[Message]) -> list[Any]:
+        found = []
+        for at, message in enumerate(messages):
+            for url in message.images:
+                if self._processor is None:
+                    raise RequestError("The served model takes no images; 'messages' must be text.", f"messages[{at}]")
+                found.append(read_url(url, self._media_folder, f"messages[{at}].content"))
+        return found
 
     def _check_characters(self, field: str, count: int) -> None:
         if self._longest is not None:
