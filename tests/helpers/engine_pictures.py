@@ -38,7 +38,6 @@ def hash_of(name: str) -> bytes:
 class PictureModel(HistoryModel):
     """Rotary positions have two axes; behind pictures both are ahead of the index."""
 
-    position_axes = 2
     span_layers = frozenset({1})
 
     def __init__(self, max_model_len: int = 256) -> None:

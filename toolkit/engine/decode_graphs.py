@@ -10,6 +10,7 @@ from toolkit.engine.graph import capture
 from toolkit.engine.graph_passes import optimize
 from toolkit.patching import report_of
 from toolkit.patching.forward import context_forward
+from toolkit.patching.multimodal.entry import MediaEntry
 from toolkit.patching.settings import ModelSettings
 from toolkit.patching.weights import weight_clock
 from toolkit.state import PagedContext, RaggedBatch
@@ -35,7 +36,7 @@ class DecodeGraphs:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._graphs: dict[int, Callable[..., Tensor]] = {}
+        self._graphs: dict[tuple[int, int], Callable[..., Tensor]] = {}  # by size, and dimensions of positions
         self._clock = weight_clock(model)
         self._settings = ModelSettings(model)
         self._captured_from: tuple[object, ...] = ()
@@ -45,8 +46,14 @@ class DecodeGraphs:
         self.find_hooks()
 
     def find_hooks(self) -> None:
-        """Look for forward hooks: they are the user's Python and must run at every step."""
-        self._hooked = any(m._forward_hooks or m._forward_pre_hooks for m in self.model.modules())
+        """Look for forward hooks: they are the user's Python and must run at every step.
+
+        The hook that puts pictures among embeddings does nothing in a decode step.
+        """
+        self._hooked = any(
+            m._forward_hooks or any(not isinstance(hook, MediaEntry) for hook in m._forward_pre_hooks.values())
+            for m in self.model.modules()
+        )
 
     def _refresh(self) -> None:
         """Drop the graphs if the model is no longer what they were captured from."""
@@ -67,7 +74,7 @@ class DecodeGraphs:
     def forward(self, context: PagedContext) -> Tensor:
         """Logits [S, V] of all rows, padding included, of a batch that ``serves`` accepts."""
         inputs = _tensors(context)
-        size = len(context.batch.tokens)
+        size = len(context.batch.tokens), context.batch.positions.dim()
         replay = self._graphs.get(size)
         if replay is None:
             # Captured outside inference mode: tensors made by the capture belong to later steps too.

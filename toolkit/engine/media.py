@@ -28,14 +28,14 @@ class PromptMedia:
         tokens: of the prompt, with placeholders where pictures lie.
         spans: where each picture's tokens lie, in order.
         items: by digest, what the backend encodes.
-        positions: [A, n] rotary positions of the prompt, or [n].
+        positions: [A, n] rotary positions of the prompt along A axes; None for 0, 1, ...
         delta: what is added to the index of a later token to get its rotary position, on each axis.
     """
 
     tokens: list[int]
     spans: tuple[MediaSpan, ...]
     items: Mapping[bytes, Any]
-    positions: Tensor
+    positions: Tensor | None = None
     delta: int = 0
 
     @cached_property
@@ -78,7 +78,8 @@ class PromptMedia:
         return list(dict.fromkeys(taken))
 
     def positions_of(self, start: int, count: int) -> Tensor:
-        """[A, count] or [count] rotary positions of tokens from ``start`` on, of those behind the prompt too."""
+        """[A, count] positions of tokens from ``start`` on, of those behind the prompt too."""
+        assert self.positions is not None
         known = self.positions.shape[-1]
         behind = torch.arange(max(start, known), max(start + count, known)) + self.delta
         return torch.cat(

@@ -18,7 +18,7 @@ from toolkit.patching import patch, report_of
 from toolkit.patching.adapters import fuse_adapters, inner_model, vocabulary_size
 from toolkit.patching.eval_mode import eval_mode
 from toolkit.patching.forward import context_forward
-from toolkit.patching.multimodal import encode, expand, media_of, span_layers
+from toolkit.patching.multimodal import encode, expand, span_layers, takes_media
 from toolkit.patching.sharding import check_unsharded
 from toolkit.patching.state_spec import state_spec
 from toolkit.patching.weights import weight_clock
@@ -32,7 +32,7 @@ class Backend(Protocol):
 
     A backend whose rotary tables depend on the length of the sequence also has ``rotary_length``, as ``PatchedModel``;
     batches then say by which length each row's are made (``RaggedBatch.rotary_lengths``). One that takes pictures has
-    ``expand``, ``encode``, ``position_axes`` and ``span_layers``.
+    ``expand``, ``encode`` and ``span_layers``.
     """
 
     device: torch.device
@@ -82,7 +82,6 @@ class PatchedModel:
         self.max_model_len = int(getattr(text, "max_position_embeddings", None) or 2048)
         sources = (getattr(model, "generation_config", None), config, text)
         self.eos = frozenset().union(*(_ids(getattr(source, "eos_token_id", None)) for source in sources))
-        self._media = media_of(model)
         self.graphs = DecodeGraphs(model)
         self._clock = weight_clock(model)
         self._layout = -1
@@ -129,18 +128,8 @@ class PatchedModel:
         return padded_size(sequences)
 
     @property
-    def takes_media(self) -> bool:
-        """Whether the model takes pictures."""
-        return self._media is not None
-
-    @property
-    def position_axes(self) -> int | None:
-        """Axes of the model's rotary positions; None for one."""
-        return None if self._media is None else self._media.axes
-
-    @property
     def span_layers(self) -> frozenset[int] | None:
-        """Indices of the layers in which the tokens of a picture see each other; None for all."""
+        """Indices of the layers in which the tokens of a picture see each other."""
         return span_layers(self.model)
 
     def expand(self, inputs: abc.Mapping[str, Any]) -> PromptMedia:
@@ -148,13 +137,12 @@ class PatchedModel:
 
         Raises ToolkitError for a model that takes no pictures, and for outputs that it does not take.
         """
-        if self._media is None:
+        if not takes_media(self.model):
             raise ToolkitError(
                 f"prompt must be a text or token ids, since {type(self.model).__name__} takes no pictures."
             )
         found = expand(self.model, inputs)
-        tokens = found.tokens.tolist()
-        return PromptMedia(tokens, tuple(found.spans), found.items, found.positions.cpu(), found.delta)
+        return PromptMedia(found.tokens.tolist(), found.spans, found.items, found.positions, found.delta)
 
     def encode(self, item: Any) -> Features:
         """What the model computes of one picture, alone: no bit depends on others."""
@@ -268,15 +256,16 @@ class ModelRunner:
         return replace(batch, rotary_lengths=rotary_T) if rotary else batch, rows_R
 
     def _with_media(self, batch: RaggedBatch, chunks: list[Chunk], weights: PrefixKey) -> RaggedBatch:
-        """``batch`` with positions along the model's axes, and with the rows of pictures."""
-        axes = getattr(self.backend, "position_axes", None)
+        """``batch`` with the rows of pictures, and with positions along axes where a picture gives them."""
+        given = [chunk.sequence.request.media for chunk in chunks]
+        axes = next((len(media.positions) for media in given if media and media.positions is not None), None)
         if axes is not None:
             batch = replace(batch, positions=batch.positions.expand(axes, -1).clone())
         found, row = [], 0
-        for chunk in chunks:
-            media = chunk.sequence.request.media
+        for chunk, media in zip(chunks, given, strict=True):
             if media is not None:
-                batch.positions[..., row : row + chunk.count] = media.positions_of(chunk.start, chunk.count)
+                if media.positions is not None:
+                    batch.positions[:, row : row + chunk.count] = media.positions_of(chunk.start, chunk.count)
                 if chunk.start < len(media.tokens):
                     found.append(MediaChunk(media, row, chunk.start, chunk.count))
             row += chunk.count
