@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from toolkit.engine import Completion, Engine, SamplingParams
 from toolkit.errors import ToolkitError
 from toolkit.exporting import export
 from toolkit.patching import patch, token_logprobs, unpatch
 from toolkit.testing.architectures import IMAGE_TEXT, small_model
-from toolkit.testing.coverage.measuring import NEW_TOKENS, loss_and_gradient, next_logprobs, relative, text
+from toolkit.testing.coverage.measuring import NEW_TOKENS, greedy, loss_and_gradient, next_logprobs, relative, text
 from toolkit.testing.coverage.row import Column, Row
 from toolkit.testing.image_inputs import image_batch
 from toolkit.testing.models import exact_attention
@@ -84,14 +85,43 @@ def _measure(model_type: str, row: Row) -> None:
         with torch.no_grad():
             (found,) = token_logprobs(model, [inputs["input_ids"][0].tolist()], images=[inputs])
         row.values["log-probability"] = float((found - stock).abs().max())
+        unpatch(model)
+        stage = "transformers' generate with an image"
+        expected = greedy(model, inputs)
+        patch(model)
+        stage = "engine with an image"
+        row.values["greedy"] = _completions(model, [inputs], temperature=0.0)[0].token_ids == expected
+        row.values["differing"] = _differing(model, inputs)
     except Exception as problem:
         row.failed(stage, problem)
     try:
         row.values["export"] = _reloads(model, saved, inputs)
     except Exception as problem:
         row.failed("export", problem)
-    if not row.reason:
-        row.reason = "engine: it takes prompts of token ids alone"
+
+
+def _completions(model: Any, prompts: list[Any], **params: Any) -> list[Completion]:
+    given = [SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True, seed=at, **params) for at in range(len(prompts))]
+    with Engine(model, max_num_seqs=3, max_num_batched_tokens=1024, block_size=4) as engine:
+        found = engine.generate(prompts, given)
+    for completion in found:
+        if completion.error is not None:
+            raise ToolkitError(completion.error)
+    return found
+
+
+def _differing(model: Any, inputs: dict[str, Tensor]) -> int:
+    """Sampled tokens behind an image, and behind text beside it, whose log-probability differs from training's."""
+    prompts = [inputs, inputs, text(7, 1, 40, 260)[0].tolist(), inputs]
+    found = _completions(model, prompts)
+    with torch.no_grad():
+        trained = token_logprobs(
+            model,
+            [one.prompt_token_ids + one.token_ids for one in found],
+            last=[len(one.token_ids) for one in found],
+            images=[one if isinstance(one, dict) else None for one in prompts],
+        )
+    return sum(int((torch.tensor(one.logprobs) != other).sum()) for one, other in zip(found, trained, strict=True))
 
 
 def _labels(inputs: dict[str, Tensor]) -> Tensor:
