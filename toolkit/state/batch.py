@@ -7,6 +7,7 @@ width H.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -155,7 +156,8 @@ class RaggedBatch:
                 batch = replace(batch, spans=torch.from_numpy(np.concatenate(by_row)).to(device))
         batch = batch._with_columns(columns, device)
         if recorded is not None and columns.recorded is not None:
-            batch = replace(batch, **recorded.fields(columns.recorded, device))
+            given_fields: dict[str, Any] = dict(recorded.fields(columns.recorded, device))
+            batch = replace(batch, **given_fields)
         if batch.spans is not None:
             batch = replace(batch, span_layers=span_layers)
         given = None if columns.media is None else items.embeddings(columns.media, features or {}, device)

@@ -35,7 +35,7 @@ class WithImages:
     def num_tokens(self) -> int:
         """Rows of all sequences."""
         before = 0 if self.texts is None else len(self.texts.tokens)
-        return before + sum(one["input_ids"].shape[1] for one in self.pictured)
+        return before + sum(int(one["input_ids"].shape[1]) for one in self.pictured)
 
     def split(self, rows: "Tensor") -> list["Tensor"]:
         """Rows of the whole by part: those of the ragged batch, then those of each sequence with images."""

@@ -56,7 +56,7 @@ def keyed_case(dtype: torch.dtype, depth: int, width: int, heads: int) -> Callab
         out, finals, kept = linear_recurrence(q, q, v, g, beta, *index, initial, *settings, True, rates)
         linear_recurrence_backward(out, finals, q, q, v, g, beta, *index, initial, finals, kept, *settings, rates)
         rows = torch.arange(4), torch.arange(4), torch.arange(4), initial.expand(8, -1, -1, -1).contiguous()
-        few = (x[:4] for x in (q, q, v, g, beta))
+        few = q[:4], q[:4], v[:4], g[:4], beta[:4]
         linear_recurrence_paged(*few, torch.arange(5), *rows, *settings, rates)
 
     return call

@@ -128,7 +128,7 @@ def linear_recurrence_backward(
             if delta:
                 to_key = to_key - (decayed * dv[t][:, None]).sum(2)
                 above = above - key * dv[t][:, None]
-            if tokens.rates is not None:
+            if tokens.rates is not None and drates is not None:
                 of_keys = (above * decayed).sum(2)
                 dg[t] = (of_keys * tokens.rates).sum(1)
                 drates = drates + of_keys * tokens.g[t][:, None]
