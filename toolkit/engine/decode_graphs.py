@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -117,7 +118,7 @@ def _tensors(context: PagedContext) -> list[Tensor]:
 def _with_tensors(context: PagedContext, tensors: Sequence[Tensor]) -> PagedContext:
     """The same context over a batch of other ``_tensors``."""
     left = iter(tensors)
-    own = {name: next(left) for name in _own(context.batch)}
+    own: dict[str, Any] = {name: next(left) for name in _own(context.batch)}
     views = tuple(type(view)(*(next(left) for _ in fields(view))) for view in context.batch.views)
     batch = replace(context.batch, views=views, **own)
     return PagedContext(batch, context.pool)

@@ -52,7 +52,7 @@ def load_processor(source: Source) -> Any:
     require_pillow()
 
     from transformers import AutoProcessor
-    from transformers.utils import is_torchvision_available
+    from transformers.utils.import_utils import is_torchvision_available
 
     try:
         if is_torchvision_available():

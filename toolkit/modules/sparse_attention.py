@@ -133,7 +133,8 @@ class SparseCall:
         context = self.dense(rows, queries, keys, q.device)
         q, k, v, chosen = (part.flatten(0, 1) for part in (q, k, v, selected.long()))
         self._observe(layer, context, q, k, chosen, settings)
-        return context.attend_selected(layer, q, k, v, chosen, settings).unflatten(0, (rows, queries))
+        out: Tensor = context.attend_selected(layer, q, k, v, chosen, settings).unflatten(0, (rows, queries))
+        return out
 
     def _attend_latents(self, layer: int, q: Tensor, selected: Tensor, settings: AttentionSettings) -> Tensor:
         """[T, H, V] of queries [T, H, N + P], by the latents alone."""
@@ -186,7 +187,8 @@ class IndexerParts:
         parts = list(x.flatten(0, 1).split(split, -1))
         at = 1 if self.rotated_last else 0
         parts[at] = rotary(parts[at], cos, sin, self.interleaved)
-        return torch.cat(parts, -1).unflatten(0, (rows, length))
+        rotated: Tensor = torch.cat(parts, -1).unflatten(0, (rows, length))
+        return rotated
 
     def make_forward(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """The replacement: positions [B, S, K] of the selected keys, -1 behind the last; explicit masks as before."""
@@ -215,11 +217,13 @@ class IndexerParts:
             keys = k if cache is None or call.context is not None else cache.update_indexer(k, module.layer_idx)
             rows, queries = hidden.shape[:2]
             context = call.dense(rows, queries, keys.shape[1], hidden.device)
-            flat = (part.flatten(0, 1) for part in (q, keys, weights))
-            selected = context.select(module.layer_idx, *flat, module.index_topk, scale=module.softmax_scale)
+            flat_q, flat_k, flat_w = (part.flatten(0, 1) for part in (q, keys, weights))
+            topk, scale = module.index_topk, module.softmax_scale
+            selected = context.select(module.layer_idx, flat_q, flat_k, flat_w, topk, scale=scale)
         if observe and keys.shape == k.shape:
             call.indexed = Indexed(q.flatten(0, 1), k.flatten(0, 1), weights.flatten(0, 1), module.softmax_scale)
-        return selected.unflatten(0, (rows, queries))
+        found: Tensor = selected.unflatten(0, (rows, queries))
+        return found
 
 
 def sparse_forward(own: Callable[..., Any], up: str) -> Callable[..., Any]:

@@ -65,7 +65,7 @@ class InstalledForwards:
         """Of claims that were installed."""
         entries = []
         for claim in claims:
-            forward = claim.module.__dict__.get(HOOKED) or claim.module.__dict__.get("forward")
+            forward: Any = claim.module.__dict__.get(HOOKED) or claim.module.__dict__.get("forward")
             if claim.path and hasattr(forward, "__func__"):
                 entries.append((claim.path, claim.module, forward.__func__, type(claim.module).forward))
         return cls(entries)

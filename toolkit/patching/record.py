@@ -36,8 +36,8 @@ class PatchRecord:
     forwards: InstalledForwards | None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PatchRecord":
-        report, undo, forwards = (copy.deepcopy(part, memo) for part in (self.report, self.undo, self.forwards))
-        return PatchRecord(report, self.roles, undo, forwards)
+        undo, forwards = copy.deepcopy(self.undo, memo), copy.deepcopy(self.forwards, memo)
+        return PatchRecord(copy.deepcopy(self.report, memo), self.roles, undo, forwards)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _unpickled, (self.undo,)

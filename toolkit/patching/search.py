@@ -34,10 +34,10 @@ def search(
             continue
         key = signature_key(module)
         if key not in proven:
-            proven[key] = prove(options)
-            if guard and not isinstance(proven[key], str):
-                op, forward, error = proven[key]
-                proven[key] = op, guarded(forward, settings_of(module)), error
+            first = prove(options)
+            if guard and not isinstance(first, str):
+                first = first[0], guarded(first[1], settings_of(module)), first[2]
+            proven[key] = first
         verdict = proven[key]
         if isinstance(verdict, str):
             found.append(Skipped(role, path, verdict))

@@ -337,7 +337,7 @@ def _sentence(kind: type[BaseModel], error: ValidationError) -> RequestError:
     first = error.errors(include_url=False)[0]  # pydantic stops at a list's bound, so that there are not many
     where = list(first["loc"])
     # Between a part and its fields pydantic names the kind of part.
-    part = where.pop(4) if where[2:3] == ["content"] and len(where) > 4 else "text"
+    part = str(where.pop(4)) if where[2:3] == ["content"] and len(where) > 4 else "text"
     param = (
         "".join(f"[{part}]" if isinstance(part, int) else f".{part[:MAX_NAME]}" for part in where).lstrip(".") or None
     )

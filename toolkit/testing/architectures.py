@@ -256,7 +256,7 @@ def small_config(model_type: str, kind: str = CAUSAL, **settings: Any) -> Any:
 
     config = AutoConfig.for_model(model_type)
     values = config.to_dict()
-    towers = {name: {} for name in ("vision_config",) if name in values and values[name] is None}
+    towers: dict[str, Any] = {name: {} for name in ("vision_config",) if name in values and values[name] is None}
     if towers:  # optional ones
         values = AutoConfig.for_model(model_type, **towers).to_dict()
     if kind == IMAGE_TEXT:

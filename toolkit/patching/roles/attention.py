@@ -6,6 +6,7 @@ them must be proven. A tower's layers have another configuration.
 
 import inspect
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,7 +24,7 @@ from toolkit.patching.attention_configs import FIELD, configs_of_layer, set_impl
 from toolkit.patching.attention_interface import IMPLEMENTATION, NAME, weights_wanted
 from toolkit.patching.attention_probe import FAR, LENGTH, PROBE_WINDOW, ROWS, Probe
 from toolkit.patching.calls import Call, record_calls
-from toolkit.patching.claim import Claim, ProbeError, Skipped, replace_forward, set_attribute, together
+from toolkit.patching.claim import Claim, ProbeError, Skipped, Undo, replace_forward, set_attribute, together
 from toolkit.patching.instance_forward import UNPROVEN, foreign_forward
 from toolkit.patching.probe import signature_key
 from toolkit.patching.roles.sparse_attention import is_sparse, prove_sparse
@@ -190,7 +191,7 @@ def _claim(path: str, module: Any, index: int | None, proven: _Proven, configs: 
         keeping: other modules of the configurations, which keep their implementation.
     """
     caller = module.get_submodule(proven.caller)
-    installs = [partial(set_attribute, caller, IMPLEMENTATION, NAME)]
+    installs: list[Callable[[], Undo]] = [partial(set_attribute, caller, IMPLEMENTATION, NAME)]
     installs += [partial(set_attribute, one, IMPLEMENTATION, getattr(one.config, FIELD)) for one in keeping]
     installs += [partial(set_implementation, config, FIELD, NAME) for config in configs]
     if module.layer_idx is None:

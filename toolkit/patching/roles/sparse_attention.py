@@ -124,7 +124,7 @@ class _Probe:
         hidden_keys = torch.finfo(torch.float32).min
         left = causal.masked_fill(~padded[:, None, None], hidden_keys)
         errors = [self._ragged_error(forward, parts)]
-        masks = [(None, causal, None), (causal, causal, None)]
+        masks: list[tuple[Tensor | None, Tensor, Tensor | None]] = [(None, causal, None), (causal, causal, None)]
         if selection is None:  # positions count from the first token that is no padding, columns do not
             masks.append((padded, left, padded))
         for given, explicit, seen in masks:

@@ -35,7 +35,8 @@ def next_logprobs(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     """Log-probability of every token [1, n] given those before it, by the model's ordinary forward: [n - 1]."""
     with torch.no_grad():
         logits = model(**inputs, use_cache=False).logits[0, :-1].float()
-    return logits.log_softmax(-1).gather(1, inputs["input_ids"][0, 1:, None])[:, 0]
+    found: Tensor = logits.log_softmax(-1).gather(1, inputs["input_ids"][0, 1:, None])[:, 0]
+    return found
 
 
 def greedy(model: Any, inputs: Mapping[str, Tensor]) -> list[int]:
