@@ -116,7 +116,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     check(x, weight, bias)
     flat, matrix = aligned_rows(x), aligned_rows(weight)
     rows, (outputs, depth) = flat.shape[0], matrix.shape
-    y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
+    # No view: a model may write into what a projection returns, and autograd takes no views of a function's output.
+    y = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype, device=x.device)
     if y.numel():
         arch = triton_devices.architecture(x.device)
         size = tiles.TABLE.find(arch, x.dtype, outputs, row_widths=(depth,)).for_rows(rows)
@@ -127,7 +128,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
             EVEN=depth % size.depth == 0, BIASED=bias is not None,
             **size.options(),
         )  # fmt: skip
-    return y.view(*x.shape[:-1], outputs)
+    return y
 
 
 def linear_group(
