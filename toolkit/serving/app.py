@@ -20,7 +20,7 @@ from starlette.routing import Match
 
 import toolkit
 from toolkit.engine import AsyncEngine, Completion, EngineUnavailable, RequestHandle, SamplingParams
-from toolkit.engine.prompts import Prompt, check_num_sequences, fit_max_tokens, outside_vocabulary, prompt_length
+from toolkit.engine.prompts import check_num_sequences, fit_max_tokens, outside_vocabulary, prompt_length
 from toolkit.engine.request_handle import SHUTTING_DOWN
 from toolkit.errors import ToolkitError
 from toolkit.sentences import shown
@@ -100,10 +100,17 @@ class ServerConfig:
 
 @dataclass(frozen=True)
 class _Asked:
-    """A request that may run: what it asks for, and what writes its response."""
+    """A request that may run: what it asks for, and what writes its response.
+
+    Args:
+        request: as it was read.
+        prompts: token ids, or what a processor returned.
+        params: of each prompt.
+        body: writes the response.
+    """
 
     request: Sampling
-    prompts: list[Prompt]
+    prompts: Sequence[Any]
     params: list[SamplingParams]
     body: CompletionResponse
 
