@@ -18,6 +18,7 @@ from toolkit.testing.coverage.far import far_error, far_logits
 from toolkit.testing.coverage.measuring import (
     NEW_TOKENS,
     greedy,
+    greedy_by_forwards,
     loss_and_gradient,
     next_logprobs,
     relative,
@@ -47,7 +48,11 @@ COLUMNS = (
         "in float32",
         1.5,
     ),
-    Column("greedy", f"the engine's {NEW_TOKENS} greedy tokens for two prompts are those of the unpatched `generate`"),
+    Column(
+        "greedy",
+        f"the engine's {NEW_TOKENS} greedy tokens for two prompts are those of the unpatched `generate`; of the "
+        "unpatched forward where positions do not begin at 0, which `generate` counts otherwise",
+    ),
     Column(
         "differing",
         f"tokens, of {PARITY_TOKENS} or more, whose log-probability differs in a bit between engine and training",
@@ -91,7 +96,10 @@ def measure(model_type: str, **settings: Any) -> Row:
         row.values["16-bit"] = _rounding(narrow, upcast)
         stage = "transformers' generate"
         unpatch(model)
-        expected = [greedy(model, {"input_ids": torch.tensor([prompt])}) for prompt in prompts]
+        if report.ragged.position_offset:
+            expected = [greedy_by_forwards(model, prompt) for prompt in prompts]
+        else:
+            expected = [greedy(model, {"input_ids": torch.tensor([prompt])}) for prompt in prompts]
         patch(model)
         stage = "engine"
         row.values["greedy"] = same_greedy(model, prompts, expected)

@@ -50,6 +50,15 @@ def greedy(model: Any, inputs: Mapping[str, Tensor]) -> list[int]:
     return completion
 
 
+def greedy_by_forwards(model: Any, prompt: Sequence[int]) -> list[int]:
+    """The greedy completion of one prompt by ordinary forwards over everything so far, without a cache."""
+    tokens = list(prompt)
+    with torch.no_grad():
+        for _ in range(NEW_TOKENS):
+            tokens.append(int(model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
 def same_greedy(model: Any, prompts: Sequence[Sequence[int]], expected: Sequence[Sequence[int]]) -> bool:
     """Whether the engine's greedy tokens are ``expected``."""
     from toolkit.engine import Engine, SamplingParams
