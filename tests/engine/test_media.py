@@ -84,12 +84,12 @@ def test_any_schedule_gives_each_request_what_it_gets_alone(seed):
     )  # fmt: skip
     prompts = [_prompt(rng) for _ in range(14)]
     params = [SamplingParams(max_tokens=rng.randrange(1, 9), **GREEDY) for _ in prompts]
-    order = dict(zip(engine.submit_batch([{"input_ids": one} for one in prompts[:7]], params[:7]), range(7)))
+    order = dict(zip(engine.submit_batch([{"input_ids": [one]} for one in prompts[:7]], params[:7]), range(7)))
     done = {}
     while engine.has_work or len(order) < len(prompts):
         if rng.random() < 0.3 and len(order) < len(prompts):
             at = len(order)
-            order[engine.submit({"input_ids": prompts[at]}, params[at])] = at
+            order[engine.submit({"input_ids": [prompts[at]]}, params[at])] = at
         for delta in engine.step():
             if delta.finished is not None:
                 done[order[delta.request_id]] = delta.finished
@@ -106,7 +106,7 @@ def test_any_schedule_gives_each_request_what_it_gets_alone(seed):
 def test_a_picture_is_encoded_once_and_again_under_other_weights():
     model = PictureModel()
     engine = Engine(model)
-    prompt = {"input_ids": [1, Picture("cat", 6), 2]}
+    prompt = {"input_ids": [[1, Picture("cat", 6), 2]]}
     engine.generate([prompt, prompt], SamplingParams(max_tokens=2, **GREEDY))
     assert model.encoded == ["cat"]
     model.weights = 1
@@ -118,7 +118,7 @@ def test_a_broken_picture_ends_its_request_alone():
     model = PictureModel()
     model.fail_on = "dog"
     good, bad = Engine(model).generate(
-        [{"input_ids": [1, Picture("cat", 6), 2]}, {"input_ids": [1, Picture("dog", 6), 2]}],
+        [{"input_ids": [[1, Picture("cat", 6), 2]]}, {"input_ids": [[1, Picture("dog", 6), 2]]}],
         SamplingParams(max_tokens=2, **GREEDY),
     )
     assert good.finish_reason == "length"
@@ -128,7 +128,7 @@ def test_a_broken_picture_ends_its_request_alone():
 def test_prompts_that_cannot_run_are_one_sentence():
     engine = Engine(PictureModel(), max_num_batched_tokens=16, max_num_seqs=8)
     with pytest.raises(ToolkitError, match="pictures of <= 9 tokens that see each other"):
-        engine.generate([{"input_ids": [Picture("cow", 10, 0, True), 2]}])
+        engine.generate([{"input_ids": [[Picture("cow", 10, 0, True), 2]]}])
     with pytest.raises(ToolkitError, match="needs the model's processor"):
         engine.generate([{"prompt": "<image>", "multi_modal_data": {"image": object()}}])
     with pytest.raises(ToolkitError, match="must have 'input_ids', 'prompt' or 'prompt_token_ids'"):

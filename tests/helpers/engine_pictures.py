@@ -48,7 +48,8 @@ class PictureModel(HistoryModel):
     def expand(self, inputs: dict) -> PromptMedia:
         tokens: list[int] = []
         spans: list[MediaSpan] = []
-        for part in inputs["input_ids"]:
+        (parts,) = inputs["input_ids"]
+        for part in parts:
             if isinstance(part, Picture):
                 spans.append(MediaSpan(len(tokens), part.length, hash_of(part.name), part.offset, part.bidirectional))
                 tokens += [PLACEHOLDER] * part.length
@@ -58,7 +59,7 @@ class PictureModel(HistoryModel):
         ahead = 3 * sum(((index >= span.first + span.length).long() for span in spans), torch.zeros_like(index))
         positions = torch.stack([index + ahead, index * 2])
         delta = 3 * len(spans)
-        items = {hash_of(part.name): part.name for part in inputs["input_ids"] if isinstance(part, Picture)}
+        items = {hash_of(part.name): part.name for part in parts if isinstance(part, Picture)}
         return PromptMedia(tokens, tuple(spans), items, positions, delta)
 
     def encode(self, item: str) -> Features:
@@ -79,7 +80,7 @@ class PictureModel(HistoryModel):
         if batch.embedding_rows is not None:
             assert (batch.tokens[batch.embedding_rows] == PLACEHOLDER).all()
             tokens[batch.embedding_rows] = batch.embeddings[:, 0]
-        for state, written in zip(pool.states, (tokens, batch.positions.T.float()), strict=True):
+        for state, written in zip(pool.states, (tokens, batch.positions.movedim(0, -1).float()), strict=True):
             columns = written[:, None, None] if written.dim() == 1 else written[:, None, :]
             for store, values in zip(state.rows, columns.split(1, -1) if columns.shape[-1] > 1 else (columns,) * 2):
                 state_write(store, values.contiguous(), view.slot_mapping)
@@ -110,7 +111,7 @@ class PictureModel(HistoryModel):
 
 def expected_history(model: PictureModel, prompt: list, output: list[int]) -> tuple[int, ...]:
     """What the logits after ``prompt`` and ``output`` are a function of."""
-    media = model.expand({"input_ids": prompt})
+    media = model.expand({"input_ids": [prompt]})
     tokens = [*media.tokens, *output]
     values = tokens.copy()
     for span in media.spans:

@@ -113,12 +113,13 @@ def test_an_image_changes_the_answer_and_streams(client):
         ("https://example.org/cat.png", "must be a data URL or a file:// URL, since nothing is fetched"),
         ("data:image/png;base64,@@@", "must be a data URL in base64"),
         ("data:image/png,abc", "must be a data URL in base64"),
-        ("data:image/png;base64,AAAA", "must be an image"),
+        ("data:image/png;base64,AAAA", "must be images"),
         ("file:///etc/hostname", "must be a file of the folder that the server allows"),
         ("file://{files}/../blue.png", "must be a file of the folder that the server allows"),
         ("file://{files}/%2e%2e/blue.png", "must be a file of the folder that the server allows"),
         ("file://{files}/none.png", "must be a file of the folder that the server allows"),
-        ("file://{files}/text.png", "must be an image"),
+        ("file://{files}/text.png", "must be images"),
+        ("data:image/x-eps;base64,JSFQUy1BZG9iZS0zLjAgRVBTRi0zLjAKJSVCb3VuZGluZ0JveDogMCAwIDkgOQo=", "must be images"),
     ],
 )
 def test_what_is_no_image_is_one_sentence(client, files, url, words):

@@ -23,6 +23,7 @@ from toolkit.engine.scheduler import Chunk, Scheduler
 from toolkit.engine.swap import SwapSpace
 from toolkit.errors import ToolkitError
 from toolkit.state import BlockManager, StatePool
+from toolkit.state.media import Features
 
 
 class Engine:
@@ -113,9 +114,7 @@ class Engine:
             SwapSpace(self.pool, self.block_manager, self.config.swap_bytes),
         )
         self.encoder_cache = EncoderCache(getattr(self.backend, "encode", None), encoder_cache_size)
-        self.runner = ModelRunner(
-            self.backend, self.pool, self.scheduler.max_running, self.max_model_len, self.encoder_cache
-        )
+        self.runner = ModelRunner(self.backend, self.pool, self.scheduler.max_running, self.max_model_len)
         self._sampler = Sampler()
         self._new_requests = NewRequests(
             self.backend, tokenizer, processor, self.scheduler, self.max_model_len, np.random.default_rng(seed)
@@ -307,22 +306,23 @@ class Engine:
             self._version, self._weights = version, self.backend.prefix_key()
             self.block_manager.drop_outdated(self._weights)
             self.encoder_cache.drop_outdated(self._weights)
-        chunks = self._encoded(self.scheduler.schedule(self._weights))
+        chunks, features = self._encoded(self.scheduler.schedule(self._weights))
         if not chunks:
             return
         self._steps += 1
         try:
             with torch.inference_mode():
-                self._execute(chunks, version)
+                self._execute(chunks, features, version)
         except BaseException as error:
             for request in {chunk.sequence.request for chunk in chunks}:
                 self._end(request, "error", f"{type(error).__name__}: {error}")
             if not isinstance(error, Exception):
                 raise
 
-    def _encoded(self, chunks: list[Chunk]) -> list[Chunk]:
-        """The chunks whose pictures are encoded; requests with others have ended with "error"."""
-        failed = set()
+    def _encoded(self, chunks: list[Chunk]) -> tuple[list[Chunk], dict[bytes, Features]]:
+        """The chunks whose pictures are encoded, and what they are; requests with others have ended with "error"."""
+        failed: set[Request] = set()
+        features: dict[bytes, Features] = {}
         for chunk in chunks:
             request = chunk.sequence.request
             if request.media is None or request in failed:
@@ -330,14 +330,16 @@ class Engine:
             try:
                 with torch.inference_mode():
                     for digest in request.media.digests(chunk.start, chunk.count):
-                        self.encoder_cache.get(digest, request.media.items[digest], self._weights)
+                        if digest not in features:
+                            item = request.media.items[digest]
+                            features[digest] = self.encoder_cache.get(digest, item, self._weights)
             except Exception as error:
                 failed.add(request)
                 self._end(request, "error", f"{type(error).__name__}: {error}")
-        return [chunk for chunk in chunks if chunk.sequence.request not in failed]
+        return [chunk for chunk in chunks if chunk.sequence.request not in failed], features
 
-    def _execute(self, chunks: list[Chunk], version: int) -> None:
-        logits = self.runner.forward(chunks, self._weights)
+    def _execute(self, chunks: list[Chunk], features: dict[bytes, Features], version: int) -> None:
+        logits = self.runner.forward(chunks, features)
         sequences: list[Sequence] = []
         rows: list[int] = []
         row = 0

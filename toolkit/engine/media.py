@@ -96,7 +96,7 @@ class EncoderCache:
 
     Args:
         encode: computes them, each picture alone: no bit depends on the pictures beside it.
-        capacity: most rows of features that are kept between steps.
+        capacity: most rows of features that are kept, those of levels included; one picture is kept in any case.
     """
 
     def __init__(self, encode: Encode, capacity: int) -> None:
@@ -116,20 +116,24 @@ class EncoderCache:
         features = self.encode(item)
         self.num_encoded += 1
         self._kept[key] = features
-        self._rows += len(features.rows)
+        self._rows += _size(features)
         while self._rows > self.capacity and len(self._kept) > 1:
-            self._rows -= len(self._kept.popitem(last=False)[1].rows)
+            self._rows -= _size(self._kept.popitem(last=False)[1])
         return features
 
     def drop_outdated(self, current: PrefixKey) -> None:
         """Forget what ``current`` outdates."""
         for key in [key for key in self._kept if current.outdates(key[1])]:
-            self._rows -= len(self._kept.pop(key).rows)
+            self._rows -= _size(self._kept.pop(key))
 
     def clear(self) -> None:
         """Forget everything."""
         self._kept.clear()
         self._rows = 0
+
+
+def _size(features: Features) -> int:
+    return len(features.rows) * (1 if features.levels is None else 1 + len(features.levels))
 
 
 @dataclass(frozen=True)
@@ -146,15 +150,13 @@ def media_fields(
     chunks: Sequence[MediaChunk],
     rows: int,
     span_layers: frozenset[int] | None,
-    cache: EncoderCache,
-    weights: PrefixKey,
+    features: Mapping[bytes, Features],
     device: torch.device,
 ) -> dict[str, Any]:
     """The fields of a ``RaggedBatch`` of ``rows`` tokens that pictures fill: embeddings and bidirectional spans."""
     named = MediaRows()
     taken = np.full((rows, 2), -1, dtype=np.int64)
     spans = np.zeros((rows, 2), dtype=np.int64)
-    features: dict[bytes, Features] = {}
     for chunk in chunks:
         media, end = chunk.media, chunk.start + chunk.count
         known = min(end, len(media.tokens))
@@ -162,10 +164,6 @@ def media_fields(
             continue
         mine = named.of_sequence(media.spans, len(media.tokens))[chunk.start : known]
         taken[chunk.row : chunk.row + len(mine)] = mine
-        features |= {
-            digest: cache.get(digest, media.items[digest], weights)
-            for digest in media.digests(chunk.start, chunk.count)
-        }
         for first, last in media.blocks:
             if chunk.start <= first and last <= end:
                 spans[chunk.row + first - chunk.start : chunk.row + last - chunk.start] = first, last

@@ -13,6 +13,7 @@ from toolkit.engine.prompts import (
     Prompts,
     check_params,
     check_prompt,
+    longest_sequence,
     outside_vocabulary,
     read_media,
     split_prompts,
@@ -71,7 +72,8 @@ class NewRequests:
         """
         given = split_prompts(prompts)
         chosen = check_params(params, len(given))
-        read = [read_media(prompt, self._backend, self._processor) for prompt in given]
+        longest = longest_sequence(self._max_model_len, self._scheduler.block_manager)
+        read = [read_media(prompt, self._backend, self._processor, longest) for prompt in given]
         pictures = [media for _, media in read]
         for media in filter(None, pictures):
             self._check_blocks(media)

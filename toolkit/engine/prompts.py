@@ -54,8 +54,16 @@ _MAPPING = ("prompt", "prompt_token_ids", MEDIA)
 _KINDS = {"image": "images", "video": "videos"}
 
 
-def read_media(prompt: Prompt, backend: Any, processor: Any) -> tuple[Prompt, PromptMedia | None]:
+def read_media(
+    prompt: Prompt, backend: Any, processor: Any, longest: tuple[int, str]
+) -> tuple[Prompt, PromptMedia | None]:
     """The prompt as a text or token ids, and its pictures.
+
+    Args:
+        prompt: of any form.
+        backend: the model.
+        processor: of pictures that none has read; None for none.
+        longest: as ``longest_sequence`` returns it.
 
     Raises:
         ToolkitError: a mapping of another form, one with pictures for a model that takes none or without a processor.
@@ -76,6 +84,7 @@ def read_media(prompt: Prompt, backend: Any, processor: Any) -> tuple[Prompt, Pr
         prompt = processed(processor, texts[0], data)
     if not hasattr(backend, "expand"):
         raise ToolkitError(f"prompt must be a text or token ids, since {type(backend).__name__} takes no pictures.")
+    check_token_count(prompt_length(prompt), *longest)  # before the model sees it
     media = backend.expand(prompt)
     return media.tokens, media if media.spans else None
 
@@ -101,7 +110,9 @@ def processed(processor: Any, text: Any, data: Any, **options: Any) -> abc.Mappi
     if not isinstance(data, abc.Mapping) or set(data) - set(_KINDS):
         got = ", ".join(map(repr, data)) if isinstance(data, abc.Mapping) else type(data).__name__
         raise ToolkitError(f"{MEDIA} must have {' or '.join(map(repr, _KINDS))}, got {got}.")
-    lists = {_KINDS[kind]: [given if isinstance(given, list) else [given]] for kind, given in data.items()}
+    lists = {
+        _KINDS[kind]: [list(given) if isinstance(given, list | tuple) else [given]] for kind, given in data.items()
+    }
     try:
         found: abc.Mapping[str, Any] = processor(text=[text], return_tensors="pt", **lists, **options)
     except Exception as error:  # processors raise anything
@@ -132,7 +143,7 @@ def longest_sequence(max_model_len: int, block_manager: BlockManager) -> tuple[i
 
 def prompt_length(prompt: abc.Sequence[int] | abc.Mapping[str, Any]) -> int:
     """Tokens of a prompt that is token ids, or what a processor returned."""
-    return int(prompt["input_ids"].shape[-1]) if isinstance(prompt, abc.Mapping) else len(prompt)
+    return len(prompt["input_ids"][0]) if isinstance(prompt, abc.Mapping) else len(prompt)
 
 
 def fit_max_tokens(params: SamplingParams, prompt_tokens: int, longest: int) -> SamplingParams:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from toolkit.engine.decode_graphs import DecodeGraphs, padded_size
-from toolkit.engine.media import EncoderCache, MediaChunk, PromptMedia, media_fields
+from toolkit.engine.media import MediaChunk, PromptMedia, media_fields
 from toolkit.engine.scheduler import Chunk
 from toolkit.errors import ToolkitError
 from toolkit.numerics import Numerics
@@ -164,35 +164,27 @@ def _ids(eos: Any) -> frozenset[int]:
 class ModelRunner:
     """Runs chunks. Owns the block tables of what runs: one row per sequence, written only where it changed."""
 
-    def __init__(
-        self,
-        backend: Backend,
-        pool: StatePool,
-        max_running: int,
-        max_model_len: int,
-        encoder_cache: EncoderCache | None = None,
-    ) -> None:
+    def __init__(self, backend: Backend, pool: StatePool, max_running: int, max_model_len: int) -> None:
         self.backend = backend
         self.pool = pool
-        self._encoder_cache = encoder_cache
         width = math.ceil(max_model_len / pool.block_size)
         self._paged = [at for at, group in enumerate(pool.groups) if not group.snapshot_interval]
         self._tables = {at: np.zeros((max_running + 1, width), dtype=np.int64) for at in self._paged}
         self._padding = max_running  # a row that no sequence has
 
-    def forward(self, chunks: list[Chunk], weights: PrefixKey) -> Tensor:
+    def forward(self, chunks: list[Chunk], features: abc.Mapping[bytes, Features]) -> Tensor:
         """Logits [samples, V] of the chunks that sample, in order. Writes the state of all chunks.
 
         Args:
             chunks: of this step.
-            weights: key of the weights that run it.
+            features: of the pictures that they take rows of, by digest.
         """
         copies: list[list[tuple[int, int]]] = [[] for _ in self.pool.groups]
         for chunk in chunks:
             for of_group, found in zip(copies, self._sync(chunk), strict=True):
                 of_group += found
         batch, rows = self.build(chunks)
-        batch = self._with_media(batch, chunks, weights)
+        batch = self._with_media(batch, chunks, features)
         self.pool.copy_blocks(copies)
         return self.backend.forward(PagedContext(batch, self.pool), rows)
 
@@ -255,7 +247,9 @@ class ModelRunner:
         batch = RaggedBatch(tokens_T, positions_T, offsets_S, kv_offsets_S, lengths_S, views=tuple(views))
         return replace(batch, rotary_lengths=rotary_T) if rotary else batch, rows_R
 
-    def _with_media(self, batch: RaggedBatch, chunks: list[Chunk], weights: PrefixKey) -> RaggedBatch:
+    def _with_media(
+        self, batch: RaggedBatch, chunks: list[Chunk], features: abc.Mapping[bytes, Features]
+    ) -> RaggedBatch:
         """``batch`` with the rows of pictures, and with positions along axes where a picture gives them."""
         given = [chunk.sequence.request.media for chunk in chunks]
         axes = next((len(media.positions) for media in given if media and media.positions is not None), None)
@@ -269,10 +263,10 @@ class ModelRunner:
                 if chunk.start < len(media.tokens):
                     found.append(MediaChunk(media, row, chunk.start, chunk.count))
             row += chunk.count
-        if not found or self._encoder_cache is None:
+        if not found:
             return batch
         layers = getattr(self.backend, "span_layers", None)
-        fields = media_fields(found, len(batch.tokens), layers, self._encoder_cache, weights, self.backend.device)
+        fields = media_fields(found, len(batch.tokens), layers, features, self.backend.device)
         return replace(batch, **fields)
 
     def _sync(self, chunk: Chunk) -> list[list[tuple[int, int]]]:

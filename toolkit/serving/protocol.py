@@ -165,6 +165,11 @@ class Message(_Body):
         return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
     @property
+    def num_characters(self) -> int:
+        """Characters of its text parts."""
+        return sum(len(part.text) for part in self.content if isinstance(part, TextPart))
+
+    @property
     def images(self) -> list[str]:
         """URLs of its images, in order."""
         return [part.image_url.url for part in self.content if isinstance(part, ImagePart)]

@@ -16,10 +16,11 @@ from toolkit.chat import (
     render,
     rust_encoding,
 )
-from toolkit.engine.prompts import check_characters, check_token_count, longest_token, processed
+from toolkit.engine.prompts import check_characters, check_token_count, longest_token, processed, prompt_length
 from toolkit.engine.token_bytes import REPLACEMENT, TokenBytes
+from toolkit.errors import ToolkitError
 from toolkit.sentences import shown
-from toolkit.serving.images import read_url
+from toolkit.serving.images import MAX_PIXELS, read_url
 from toolkit.serving.protocol import Message, RequestError
 
 METASPACE = "▁"
@@ -45,7 +46,7 @@ class Texts:
         media_folder: Path | None = None,
     ) -> None:
         self._tokenizer = copy.deepcopy(tokenizer)
-        self._processor = processor
+        self._processor = copy.deepcopy(processor)
         self._media_folder = media_folder
         self._one_picture = threading.Lock()
         self._longest = max_model_len
@@ -80,7 +81,7 @@ class Texts:
                 "messages",
             )
         chat = [message.for_template() for message in messages]
-        self._check_characters("messages", sum(len(message["content"]) for message in chat))
+        self._check_characters("messages", sum(message.num_characters for message in messages))
         pictures = self._pictures(messages)
         chosen = template if isinstance(template, str) else None  # a tokenizer may have several by name
         try:
@@ -95,16 +96,26 @@ class Texts:
         self._check_characters("messages", len(text))  # a template may show more of a message than its content
         if not pictures:
             return self._encode(text)
-        with self._one_picture:
-            return processed(self._processor, text, {"image": pictures}, add_special_tokens=False)
+        try:
+            with self._one_picture:
+                found = processed(self._processor, text, {"image": pictures}, add_special_tokens=False)
+        except ToolkitError:
+            raise RequestError("The model's processor must take the images of 'messages'.", "messages") from None
+        self._check_tokens(prompt_length(found))
+        return found
 
     def _pictures(self, messages: list[Message]) -> list[Any]:
-        found = []
-        for at, message in enumerate(messages):
-            for url in message.images:
-                if self._processor is None:
-                    raise RequestError("The served model takes no images; 'messages' must be text.", f"messages[{at}]")
-                found.append(read_url(url, self._media_folder, f"messages[{at}].content"))
+        given = [(f"messages[{at}]", url) for at, message in enumerate(messages) for url in message.images]
+        if given and self._processor is None:
+            raise RequestError("The served model takes no images; 'messages' must be text.", given[0][0])
+        if self._longest is not None:  # an image is a token at least
+            self._check_tokens(len(given))
+        found: list[Any] = []
+        left = MAX_PIXELS
+        for where, url in given:
+            with self._one_picture:  # one at a time: each may be large
+                found.append(read_url(url, self._media_folder, f"{where}.content", left))
+            left -= found[-1].width * found[-1].height
         return found
 
     def _check_characters(self, field: str, count: int) -> None:

@@ -91,22 +91,45 @@ class Processed:
 
 
 def _modality(name: str) -> str:
-    if "video" in name:
+    if "video" in name or name.startswith("second_per_grid"):  # seconds between two frames
         return "video"
     return "audio" if "audio" in name or "input_features" in name else "image"
 
 
 def digest_of(arguments: Mapping[str, Any], *more: Any) -> bytes:
-    """sha256 of names, dtypes, shapes and contents."""
+    """sha256 of names, types, dtypes, shapes and contents, also inside lists and mappings.
+
+    Raises:
+        ToolkitError: a value whose content is unknown.
+    """
     found = hashlib.sha256(repr(more).encode())
     for name, value in sorted(arguments.items()):
-        if isinstance(value, (Tensor, np.ndarray)):
-            tensor = torch.as_tensor(value).detach().cpu().contiguous()
-            found.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
-            found.update(tensor.flatten().view(torch.uint8).numpy().data)
-        else:
-            found.update(f"{name} {value!r} ".encode())
+        found.update(f"{name} ".encode())
+        _add_content(found, name, value)
     return found.digest()
+
+
+def _add_content(found: Any, name: str, value: Any) -> None:
+    if isinstance(value, (Tensor, np.ndarray)):
+        tensor = torch.as_tensor(value).detach().cpu().contiguous()
+        found.update(f"{tensor.dtype} {list(tensor.shape)} ".encode())
+        found.update(tensor.flatten().view(torch.uint8).numpy().data)
+    elif isinstance(value, (list, tuple)):
+        found.update(f"[{len(value)}] ".encode())
+        for one in value:
+            _add_content(found, name, one)
+    elif isinstance(value, Mapping):
+        found.update(f"{{{len(value)}}} ".encode())
+        for key in sorted(value, key=repr):
+            _add_content(found, name, repr(key))
+            _add_content(found, name, value[key])
+    elif isinstance(value, (bool, int, float, str, bytes, type(None))):
+        found.update(f"{type(value).__name__} {value!r} ".encode())
+    else:
+        raise ToolkitError(
+            f"{name} of a processor's outputs must be tensors, numbers or texts, or lists of those, got "
+            f"{type(value).__name__}."
+        )
 
 
 Split = Callable[[Arguments], list[Arguments] | None]
@@ -192,7 +215,7 @@ def items_of(
             return None
         for part, own in zip(parts, np.split(rows, np.cumsum(counts)[:-1])):
             types = {key: value[:, torch.from_numpy(own)] for key, value in processed.token_arguments.items()}
-            digest = digest_of(part, placeholder, len(own))
+            digest = digest_of({**part, **types}, placeholder, len(own))
             items[digest] = Item(digest, placeholder, len(own), part, types)
             offset = 0
             for run in _runs(own):

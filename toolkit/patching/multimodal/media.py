@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from toolkit.errors import ToolkitError
+from toolkit.errors import ToolkitError, first_line
 from toolkit.patching.adapters import inner_model, vocabulary_size
 from toolkit.patching.forward import patched_model
 from toolkit.patching.multimodal.check import check_media
@@ -65,6 +66,18 @@ def expand(model: nn.Module, outputs: Mapping[str, Any], tokens: Sequence[int] |
             several sequences or padded, or tokens begin with others than input_ids.
     """
     inner, entry = _needed(model)
+    try:
+        return _expanded(inner, entry, outputs, tokens)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, IndexError, TypeError, KeyError) as error:  # of the model's own code
+        reason = first_line(error)
+        raise ToolkitError(f"images must be what {type(inner).__name__} takes, got {reason}.") from None
+
+
+def _expanded(
+    inner: nn.Module, entry: MediaEntry, outputs: Mapping[str, Any], tokens: Sequence[int] | Tensor | None
+) -> MediaSequence:
     processed = Processed.of(outputs)
     whole = whole_tokens(processed, tokens)
     known = whole
