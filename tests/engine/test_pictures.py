@@ -1,4 +1,4 @@
-"""Image-text models in the engine: tokens of their own ``generate``, log-probabilities of the training forward."""
+"""Image-text models in the engine: tokens of ``generate``, log-probabilities of the training forward."""
 
 import copy
 import random

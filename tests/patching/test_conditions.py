@@ -23,14 +23,14 @@ class Norm(nn.Module):
     def forward(self, x):
         if self.odd == "narrow":  # squares and averages in x's own type
             return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
-        dtype, wide = x.dtype, x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        dtype, full = x.dtype, x.float()
+        full = full * torch.rsqrt(full.pow(2).mean(-1, keepdim=True) + self.eps)
         if self.odd == "training" and self.training:
-            wide = wide * 1.01
+            full = full * 1.01
         if self.odd == "bfloat16" and dtype == torch.bfloat16:
-            wide = wide * 1.5
+            full = full * 1.5
         weight = self.weight.clamp(max=10.0) if self.odd == "own" else self.weight
-        return weight * wide.to(dtype)
+        return weight * full.to(dtype)
 
 
 def found(module):

@@ -38,7 +38,7 @@ def test_the_head_is_probed_on_a_few_rows(elements):
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3_longrope"])
-def test_wide_mlps_and_linear_layers_are_probed_on_slices(elements, family):
+def test_large_mlps_and_linear_layers_are_probed_on_slices(elements, family):
     model = random_model(family, intermediate_size=5000)
     elements.clear()
     assert [one.op[:16] for one in mlp.find(model, Numerics.BITWISE)] == ["gated_activation"] * 2
@@ -48,7 +48,7 @@ def test_wide_mlps_and_linear_layers_are_probed_on_slices(elements, family):
     assert sorted(elements)[-2] <= 2 * KEPT * 64
 
 
-def test_wide_experts_are_probed_on_slices(elements):
+def test_large_experts_are_probed_on_slices(elements):
     model = random_model("qwen3_moe", moe_intermediate_size=3000)
     elements.clear()
     found = [one for one in experts.find(model, Numerics.BITWISE) if getattr(one, "path", "")]

@@ -61,7 +61,7 @@ def chat(*images, text="what is it?"):
 
 
 def expected(folder, *images):
-    """The answer and the prompt's length by transformers alone."""
+    """The reply and the prompt's length by transformers alone."""
     from transformers import AutoModelForImageTextToText
 
     from toolkit.loading import find_source
@@ -81,17 +81,17 @@ def expected(folder, *images):
     return processor.tokenizer.decode(out[0, count:], skip_special_tokens=True), count
 
 
-def test_an_answer_is_that_of_transformers(client, folder, files):
+def test_an_reply_is_that_of_transformers(client, folder, files):
     for images in ([picture(RED)], [picture(BLUE), picture(RED)]):
-        answer, count = expected(folder, *images)
+        reply, count = expected(folder, *images)
         found = client.chat.completions.create(model="pictures", messages=chat(*map(data_url, images)), **GREEDY)
-        assert (found.choices[0].message.content, found.usage.prompt_tokens) == (answer, count)
-    answer, _ = expected(folder, picture(RED))
+        assert (found.choices[0].message.content, found.usage.prompt_tokens) == (reply, count)
+    reply, _ = expected(folder, picture(RED))
     named = client.chat.completions.create(model="pictures", messages=chat(f"file://{files}/red.png"), **GREEDY)
-    assert named.choices[0].message.content == answer
+    assert named.choices[0].message.content == reply
 
 
-def test_an_image_changes_the_answer_and_streams(client):
+def test_an_image_changes_the_reply_and_streams(client):
     def logprobs(url):
         stream = client.chat.completions.create(
             model="pictures", messages=chat(url), stream=True, logprobs=True, **GREEDY

@@ -80,7 +80,7 @@ def test_sampled_tokens_have_the_bits_of_training(model: Any, chats: list[list[i
     assert (parity.differing, parity.largest) == (0, 0.0), parity.details[:3]
 
 
-def test_greedy_answers_are_those_of_transformers(pretrained: Any, chats: list[list[int]]) -> None:
+def test_greedy_replies_are_those_of_transformers(pretrained: Any, chats: list[list[int]]) -> None:
     expected = []
     for prompt in chats:
         ids = torch.tensor([prompt])
@@ -100,7 +100,7 @@ def test_greedy_answers_are_those_of_transformers(pretrained: Any, chats: list[l
 
 
 def _examples(tokenizer: Any, count: int, seed: int) -> list[tuple[list[int], list[int]]]:
-    """Chats with one habit to learn, an answer in capitals between stars: (prompt, answer) as token ids."""
+    """Chats with one habit to learn, an reply in capitals between stars: (prompt, reply) as token ids."""
     source = random.Random(seed)
     fruits = ["apple", "banana", "cherry", "grape", "lemon", "mango", "orange", "peach", "pear", "plum"]
     verbs = ["eat", "buy", "sell", "grow", "paint", "carry", "wash", "peel"]
@@ -108,22 +108,22 @@ def _examples(tokenizer: Any, count: int, seed: int) -> list[tuple[list[int], li
     for _ in range(count):
         fruit, verb, number = source.choice(fruits), source.choice(verbs), source.randint(2, 99)
         question = f"What did you {verb} today, and how many?"
-        answer = f"** {number} {fruit.upper()} TO {verb.upper()} **"
+        reply = f"** {number} {fruit.upper()} TO {verb.upper()} **"
         messages = [{"role": "user", "content": f"{question} ({number} {fruit})"}]
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-        found.append((list(prompt), tokenizer(answer, add_special_tokens=False)["input_ids"]))
+        found.append((list(prompt), tokenizer(reply, add_special_tokens=False)["input_ids"]))
     return found
 
 
 def _loss(model: Any, examples: list[tuple[list[int], list[int]]]) -> Any:
-    """Mean negative log-likelihood of the answers, by the model's own padded forward."""
-    width = max(len(prompt) + len(answer) for prompt, answer in examples)
+    """Mean negative log-likelihood of the replies, by the model's own padded forward."""
+    width = max(len(prompt) + len(reply) for prompt, reply in examples)
     ids, mask = torch.zeros(len(examples), width, dtype=torch.int64), torch.zeros(len(examples), width)
     labels = torch.full_like(ids, -100)
-    for row, (prompt, answer) in enumerate(examples):
-        end = len(prompt) + len(answer)
-        ids[row, :end], mask[row, :end] = torch.tensor(prompt + answer), 1
-        labels[row, len(prompt) : end] = torch.tensor(answer)
+    for row, (prompt, reply) in enumerate(examples):
+        end = len(prompt) + len(reply)
+        ids[row, :end], mask[row, :end] = torch.tensor(prompt + reply), 1
+        labels[row, len(prompt) : end] = torch.tensor(reply)
     return model(input_ids=ids, attention_mask=mask.long(), labels=labels, use_cache=False).loss
 
 

@@ -154,9 +154,9 @@ def narrow_error(
     epsilon = torch.finfo(dtype).eps
     for batch in batches:
         narrow = [x.to(dtype) if x.is_floating_point() else x for x in batch]
-        wide = [x.float() if x.is_floating_point() else x for x in narrow]
+        full = [x.float() if x.is_floating_point() else x for x in narrow]
         with torch.no_grad():
-            truths, _ = tensors_of(exact(*wide))
+            truths, _ = tensors_of(exact(*full))
             own, own_entries = tensors_of(original(*narrow))
             got, entries = tensors_of(candidate(*narrow))
         if entries != own_entries or [x.dtype for x in got] != [x.dtype for x in own]:

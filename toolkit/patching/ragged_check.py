@@ -33,7 +33,7 @@ Forward = Callable[[nn.Module, ForwardContext], Tensor]
 
 
 class PassedOn(nn.Module):
-    """Stands for a feed-forward layer that is proven to compute each token by itself: returns its input."""
+    """Stands for a feed-forward layer that is proven to compute each token alone: returns its input."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return x

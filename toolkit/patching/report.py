@@ -16,7 +16,7 @@ class RaggedUse:
         checked: whether a ragged forward was compared with ordinary ones.
         reason: why the model may have no ragged batch; None where it may.
         position_offset: the position of a sequence's first token, where the model itself does not count from 0.
-        uncounted_token: a token that the model gives no position of its own (padding), where a ragged batch does.
+        uncounted_token: a token that the model gives no position (padding), where a ragged batch does.
     """
 
     checked: bool = False

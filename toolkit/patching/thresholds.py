@@ -26,7 +26,7 @@ def _numbers(value: Any) -> Iterator[int]:
 def thresholds(config: Any) -> list[int]:
     """Every integer from 2 on in a configuration and those inside it, ascending; [] without one.
 
-    Whatever its name: original and maximal lengths, windows, chunks, lengths after which queries are scaled.
+    Of any name: original and maximal lengths, windows, chunks, lengths after which queries are scaled.
     """
     return sorted({number for number in _numbers(config) if number >= 2})
 
