@@ -4,10 +4,14 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from transformers import LlamaForQuestionAnswering
 
 import toolkit
 from toolkit.errors import ToolkitError
+from toolkit.numerics import Numerics
+from toolkit.patching import state_spec
+from toolkit.patching.roles import attention as role
 from toolkit.testing.models import random_model
 
 IDS = torch.arange(3, 16)[None]
@@ -107,3 +111,57 @@ def test_a_head_that_reads_rows_of_padding_is_right():
     got = model(ids, attention_mask=mask, **spans)
     for name in ("loss", "start_logits", "end_logits"):
         torch.testing.assert_close(got[name], expected[name], rtol=1e-5, atol=1e-5)
+
+
+class Outer(nn.Module):
+    """A layer of attention whose part calls the interface, and has no index or one of its own."""
+
+    def __init__(self, inner, index=None):
+        super().__init__()
+        self.config, self.is_causal, self.layer_idx = inner.config, True, inner.layer_idx
+        self.inner, self.mix = inner, nn.Linear(64, 64, bias=False)
+        del inner.is_causal, inner.layer_idx
+        if index is not None:
+            inner.layer_idx = index
+
+    def forward(self, hidden_states, position_embeddings, attention_mask=None, **kwargs):
+        out, weights = self.inner(hidden_states, position_embeddings, attention_mask, **kwargs)
+        return self.mix(out), weights
+
+
+def with_parts(index=None):
+    model = random_model("llama", attn_implementation="eager")
+    for layer in model.model.layers:
+        layer.self_attn = Outer(layer.self_attn, index)
+    return model
+
+
+def test_the_part_that_calls_the_interface_knows_the_layers_index():
+    model = with_parts()
+    toolkit.patch(model)
+    assert [layer.self_attn.inner.layer_idx for layer in model.model.layers] == [0, 1]
+    assert [spec.layer for spec in state_spec(model)] == [0, 1]
+    toolkit.unpatch(model)
+    assert not hasattr(model.model.layers[1].self_attn.inner, "layer_idx")
+
+
+def test_a_part_of_another_index_is_refused():
+    reasons = {one.path: one.reason for one in role.find(with_parts(index=0), Numerics.BITWISE)}
+    assert "inner, which calls the attention interface, has layer_idx 0" in reasons["model.layers.1.self_attn"]
+
+
+def test_layers_that_are_handed_different_masks_are_proven_apart():
+    """Layers of equal settings; the model cuts the text into chunks for the second."""
+    model = random_model("llama", attn_implementation="eager")
+    layer = model.model.layers[1]
+
+    class Chunked(type(layer)):
+        def forward(self, hidden_states, attention_mask=None, **kwargs):
+            at = torch.arange(hidden_states.shape[1])
+            seen = (at[:, None] >= at) & (at[:, None] // 2 == at // 2)
+            mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+            return super().forward(hidden_states, attention_mask=mask[None, None], **kwargs)
+
+    layer.__class__ = Chunked
+    reasons = {one.path: one.reason for one in role.find(model, Numerics.BITWISE)}
+    assert "the interface changes it" in reasons["model.layers.1.self_attn"]

@@ -148,6 +148,14 @@ def test_state_spec_reads_what_layers_bring():
     assert state_spec(windowed) == [StateSpec(at, "window", ((2, 16), (2, 16)), 4096) for at in range(2)]
 
 
+def test_layers_that_share_a_state_are_refused():
+    model = random_model("llama")
+    toolkit.patch(model)
+    model.model.layers[1].self_attn.layer_idx = 0
+    with pytest.raises(ToolkitError, match="states of their own, got several of layer 0"):
+        state_spec(model)
+
+
 def test_weight_version_moves_with_every_write():
     model = random_model("llama")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

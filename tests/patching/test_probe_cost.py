@@ -8,6 +8,7 @@ from torch import nn
 
 import toolkit
 from toolkit.numerics import Numerics
+from toolkit.patching.attention_configs import attention_configs
 from toolkit.patching.calls import record_calls
 from toolkit.patching.probe_copy import KEPT, Slices, probe_copy
 from toolkit.patching.roles import experts, head, linear, mlp
@@ -109,3 +110,13 @@ def test_a_patch_makes_no_copy_of_a_layer_that_is_left_out(elements):
         toolkit.patch(model)
         made.append(sum(elements))
     assert made[0] == made[1]
+
+
+def test_a_skeleton_has_no_configuration_of_the_model():
+    model = random_model("llama", layers=3)
+    for layer in model.model.layers:
+        layer.config = model.config
+    copied = skeleton(model)
+    assert isinstance(copied.model.layers[2], LeftOut)
+    assert copied.model.layers[2].config is copied.config
+    assert all(config is not model.config for config in attention_configs(copied))

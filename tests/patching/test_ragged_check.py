@@ -1,11 +1,14 @@
 """When a model is patched: one ragged forward against ordinary ones of its sequences, one by one."""
 
+import threading
+
 import pytest
 import torch
 from transformers import AutoConfig
 
 import toolkit
 from toolkit.errors import ToolkitError
+from toolkit.patching import find_claims, ragged_check
 from toolkit.testing.architectures import small_model
 from toolkit.testing.models import from_config, random_model
 from toolkit.testing.parity import check_parity
@@ -65,3 +68,42 @@ def test_positions_from_rows_are_refused_when_the_model_is_patched():
 def test_models_that_are_right_pass_with_no_offset(family):
     report = toolkit.patch(random_model(family))
     assert report.ragged == type(report.ragged)(checked=True)
+
+
+def test_a_check_that_was_broken_off_is_done_again(monkeypatch):
+    model = roberta()
+
+    def broken(copied, report, forward):
+        report.ragged.position_offset = 9
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ragged_check, "_checked", broken)
+    report = find_claims(model)
+    with pytest.raises(KeyboardInterrupt):
+        ragged_check.check_ragged(model, report, None)
+    assert not report.ragged.checked
+    monkeypatch.setattr(ragged_check, "_checked", lambda *_: None)
+    ragged_check.check_ragged(model, report, None)
+    assert (report.ragged.checked, report.ragged.position_offset) == (True, 0)
+
+
+def test_another_thread_waits_for_the_check(monkeypatch):
+    model, calls, begun = random_model("llama"), [], threading.Event()
+    report = find_claims(model)
+    other = threading.Thread(target=lambda: (begun.wait(), check(), calls.append(report.ragged.reason)))
+
+    def check():
+        ragged_check.check_ragged(model, report, None)
+
+    def slow(copied, report, forward):
+        check()  # a forward of the check itself
+        begun.set()
+        other.join(0.2)
+        calls.append("checked")
+        return "it differs"
+
+    monkeypatch.setattr(ragged_check, "_checked", slow)
+    other.start()
+    check()
+    other.join()
+    assert calls == ["checked", "it differs"]

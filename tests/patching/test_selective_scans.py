@@ -7,6 +7,10 @@ import torch
 
 import toolkit
 from toolkit.patching.logprobs import token_logprobs
+from toolkit.patching.roles import mixer
+from toolkit.state.active import set_forward_context
+from toolkit.state.batch import RaggedBatch
+from toolkit.state.dense import DenseContext
 from toolkit.testing.architectures import small_model
 from toolkit.testing.parity import check_parity
 
@@ -65,3 +69,17 @@ def test_an_index_that_is_none_is_none_again():
     assert [layer.layer_idx for layer in copy.deepcopy(model).modules() if hasattr(layer, "is_causal")] == [1, 3]
     toolkit.unpatch(model)
     assert [layer.layer_idx for layer in layers] == [None, None]
+
+
+def test_a_mask_given_by_place_is_cleared_in_a_ragged_batch():
+    """As one given by name is: there is no padding between sequences."""
+
+    def forward(self, hidden_states, cache_params=None, attention_mask=None):
+        return hidden_states, cache_params, attention_mask
+
+    replaced = mixer.substituted(forward, {})
+    assert replaced(None, 1, 2, 3) == (1, 2, 3)
+    with set_forward_context(DenseContext(RaggedBatch.from_sequences([[5]]))):
+        assert replaced(None, 1, 2, 3) == (1, 2, None)
+        assert replaced(None, 1, attention_mask=3) == (1, None, None)
+        assert replaced(None, 1) == (1, None, None)

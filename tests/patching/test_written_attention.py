@@ -6,13 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from toolkit.errors import ToolkitError
 from toolkit.modules.attention_scores import UnknownStep
-from toolkit.modules.written_attention import BatchWatch, Plan
+from toolkit.modules.written_attention import BatchWatch, Plan, written_forward
 from toolkit.patching import find_claims, patch, ragged_forward
 from toolkit.patching.ragged_call import MASKS_OF_BATCH
 from toolkit.patching.written_trace import TraceWatch
+from toolkit.state.active import set_forward_context
 from toolkit.state.batch import RaggedBatch
 from toolkit.state.dense import DenseContext
 from toolkit.testing.architectures import small_model
@@ -167,6 +169,21 @@ REFUSED = {
 def test_other_steps_are_refused(why):
     with pytest.raises(UnknownStep, match=why):
         _plan(REFUSED[why])
+
+
+@pytest.mark.parametrize(
+    ("form", "plans", "why"),
+    [
+        (plain, 2, "Module must attend 2 times in a ragged batch of 11 tokens, as when it was patched, got 1"),
+        (plain, 0, "something else in a batch of 11 tokens than when it was patched: it attends more often than 0"),
+        (REFUSED["go through tanh"], 1, "attention of Module does something else .*: its scores go through tanh"),
+    ],
+)
+def test_a_layer_that_attends_otherwise_than_its_plans_is_an_error(form, plans, why):
+    forward = written_forward(lambda self, *inputs: form(*inputs), 0, [FORMS[plain]] * plans)
+    context = DenseContext(RaggedBatch.from_sequences([[0] * T], share=False))
+    with set_forward_context(context), pytest.raises(ToolkitError, match=why):
+        forward(nn.Module(), *_inputs(T))
 
 
 def test_claims_of_a_model_and_undo():

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from toolkit.errors import ToolkitError
 from toolkit.modules.attention_scores import Scores, UnknownStep
 from toolkit.state.active import forward_context_of
 from toolkit.state.context import AttentionSettings, ForwardContext
@@ -168,8 +169,11 @@ class BatchWatch(Watch):
     def __init__(self, context: ForwardContext, layer: int, plans: Sequence[Plan]) -> None:
         super().__init__(len(context.batch.positions))
         self.context, self.layer, self.left = context, layer, list(plans)
+        self.count = len(self.left)
 
     def weighted_sum(self, scores: Scores, values: Tensor) -> Tensor:
+        if not self.left:
+            raise UnknownStep(f"it attends more often than {self.count} times")
         plan = self.left.pop(0)
         k, v = (x[:, :: x.shape[1] // plan.key_heads] for x in (heads(scores.k), heads(values)))
         q, k = heads(scores.q).to(v.dtype), k.to(v.dtype)
@@ -181,7 +185,7 @@ class BatchWatch(Watch):
 def written_forward(own: Callable[..., Any], layer: int, plans: Sequence[Plan]) -> Callable[..., Any]:
     """``own``, a layer's forward, whose attentions are those of the context in a ragged batch.
 
-    Attention weights that it returns are None there.
+    Attention weights that it returns are None there. It raises ToolkitError where its attentions are not ``plans``.
 
     Args:
         layer: as for ``BatchWatch``.
@@ -192,8 +196,21 @@ def written_forward(own: Callable[..., Any], layer: int, plans: Sequence[Plan]) 
         context = forward_context_of(kwargs)
         if context is None:
             return own(self, *args, **kwargs)
-        with BatchWatch(context, layer, plans):
-            return without_scores(own(self, *args, **kwargs))
+        watch = BatchWatch(context, layer, plans)
+        try:
+            with watch:
+                output = own(self, *args, **kwargs)
+        except UnknownStep as step:
+            raise ToolkitError(
+                f"attention of {type(self).__name__} does something else in a batch of {watch.length} tokens than when "
+                f"it was patched: {step}."
+            ) from step
+        if watch.left:
+            raise ToolkitError(
+                f"{type(self).__name__} must attend {len(plans)} times in a ragged batch of {watch.length} tokens, as "
+                f"when it was patched, got {len(plans) - len(watch.left)}."
+            )
+        return without_scores(output)
 
     return forward
 

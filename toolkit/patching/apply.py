@@ -15,6 +15,7 @@ from toolkit.patching.adapters import (
     without_adapters,
 )
 from toolkit.patching.claim import Claim, Skipped, install_all, undo_all
+from toolkit.patching.float32_arithmetic import float32_arithmetic
 from toolkit.patching.forward import context_forward
 from toolkit.patching.instance_forward import UNPROVEN, InstalledForwards, foreign_forward
 from toolkit.patching.probe import device_of
@@ -44,7 +45,7 @@ def find_claims(
                 f"parameter {name} must be loaded before patching, got a meta tensor (not loaded yet, or offloaded)."
             )
     report = PatchReport(Numerics.choose(numerics, device_of(model)))
-    with without_adapters(model):
+    with float32_arithmetic(device_of(model)), without_adapters(model):
         _collect(model, roles, report)
     _check_conflicts(report.claims)
     return report

@@ -22,13 +22,19 @@ UNPROVEN = "its instance has another forward than its class, {}, which no probe 
 
 def foreign_forward(module: nn.Module) -> str | None:
     """The name of the forward that a call of ``module`` runs in place of its class's own; None where it runs that."""
+    forward = called_forward(module)
+    return None if forward is None else _name(forward)
+
+
+def called_forward(module: nn.Module) -> Any:
+    """The forward that a call of ``module`` runs in place of its class's own; None where it runs that."""
     forward = module.__dict__.get("forward")
     inner = module.__dict__.get(HOOKED)
     if forward is None or (inner is not None and _is_hook(forward)):
         forward = inner
     if forward is None or getattr(forward, "__func__", None) is type(module).forward:
         return None
-    return _name(forward)
+    return forward
 
 
 def _is_hook(forward: Any) -> bool:

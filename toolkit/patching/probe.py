@@ -4,12 +4,14 @@ import inspect
 import math
 import types
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from toolkit.patching.claim import FORWARD_TOLERANCE, ProbeError
+from toolkit.patching.claim import FORWARD_TOLERANCE, HOOKED, ProbeError
+from toolkit.patching.instance_forward import called_forward
 
 
 def generator(device: torch.device, stream: int = 0) -> torch.Generator:
@@ -25,7 +27,7 @@ def with_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[...
 def random_input(*shape: int, like: nn.Module, scale: float = 1.0) -> Tensor:
     """Normal float32 numbers of standard deviation ``scale``, on the device of ``like``."""
     device = device_of(like)
-    return torch.randn(*shape, device=device, generator=generator(device)).mul_(scale)
+    return torch.randn(*shape, dtype=torch.float32, device=device, generator=generator(device)).mul_(scale)
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -156,20 +158,62 @@ class _Run:
         return float("inf") if missing else max(errors, default=0.0)
 
 
+_NOT_COMPARED = ("training", "layer_idx", "layer_id", "forward", HOOKED)
+_FEW = 1 << 16  # elements of a buffer that is compared by its content
+
+
 def signature_key(module: nn.Module) -> tuple[Any, ...]:
-    """Modules with equal keys compute the same function: class, shapes and scalar settings, without the layer index."""
-    scalars = []
+    """Modules with equal keys compute the same function: class, shapes and settings, without the layer index."""
+    parts = []
     for path, part in module.named_modules():
         settings = tuple(
-            (name, value)
+            (name, setting)
             for name, value in sorted(part.__dict__.items())
-            if isinstance(value, (int, float, str, bool)) and name not in ("training", "layer_idx", "layer_id")
+            if name not in _NOT_COMPARED and (setting := _setting(value)) is not None
         )
-        forward = part.__dict__.get("forward")  # of a quantiser, say: its module computes something else
+        forward = called_forward(part)  # of a quantiser, say: its module computes something else
         hooks = (*part._forward_pre_hooks.values(), *part._forward_hooks.values())
-        scalars.append((path, type(part), settings, _identity(forward), tuple(map(id, hooks))))
-    shapes = tuple((name, tuple(tensor.shape), tensor.device.type) for name, tensor in module.named_parameters())
-    return (tuple(scalars), shapes)
+        parts.append((path, type(part), settings, _identity(forward), tuple(map(id, hooks)), _constants(part)))
+    tensors = tuple(
+        (name, tuple(tensor.shape), tensor.dtype, tensor.device.type)
+        for name, tensor in (*module.named_parameters(), *module.named_buffers())
+    )
+    return (tuple(parts), tensors)
+
+
+def _setting(value: Any) -> Any:
+    """What two settings have in common that are the same; None for an attribute that is none."""
+    if isinstance(value, (int, float, str, bool)):
+        return value
+    if value is None or (type(value) in (tuple, list) and _is_plain(value)):
+        return repr(value)
+    if isinstance(value, partial):  # transformers' activations make one on each instance
+        return _setting(value.func), *map(_setting, value.args), *((n, _setting(v)) for n, v in value.keywords.items())
+    if callable(value) and not isinstance(value, nn.Module):
+        return "function", id(getattr(value, "__func__", value))
+    return None
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) in (tuple, list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (int, float, str, bool))
+
+
+def _constants(module: nn.Module) -> tuple[Any, ...]:
+    """The content of small buffers that no checkpoint has: slopes, masks. Others differ between layers of a kind."""
+    names = sorted(module._non_persistent_buffers_set)
+    tensors = ((name, module._buffers.get(name)) for name in names)
+    return tuple(
+        (name, _bytes(tensor))
+        for name, tensor in tensors
+        if type(tensor) is Tensor and not tensor.is_meta and 0 < tensor.numel() <= _FEW
+    )
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return real.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _identity(forward: Any) -> int | None:

@@ -5,6 +5,7 @@ What differs is refused, with the reason: layers that mix the sequences of a bat
 that no weight that is 0 hides anything, and the model does not change.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from toolkit.errors import first_line
 from toolkit.moe.observer import observing
 from toolkit.patching.adapters import vocabulary_size
 from toolkit.patching.eval_mode import eval_mode
+from toolkit.patching.float32_arithmetic import float32_arithmetic
 from toolkit.patching.length_tables import regimes_of
 from toolkit.patching.probe import device_of, distance, generator
 from toolkit.patching.report import PatchReport
@@ -46,20 +48,39 @@ def check_ragged(model: Any, report: PatchReport, forward: Forward) -> None:
         forward: ``context_forward``.
     """
     use = report.ragged
-    use.checked = True  # before the check, which calls ``forward``
-    use.reason = _rotary_reason(model, report)
-    if use.reason is not None:
+    if getattr(_running, "use", None) is use:  # a forward of the check itself
         return
+    with _one_at_a_time:
+        if use.checked:
+            return
+        _running.use = use
+        use.reason, use.position_offset, use.uncounted_token = None, 0, None
+        try:
+            with float32_arithmetic(device_of(model)):
+                use.reason = _reason(model, report, forward)
+            use.checked = True
+        finally:
+            _running.use = None
+
+
+_one_at_a_time = threading.RLock()
+_running = threading.local()
+
+
+def _reason(model: Any, report: PatchReport, forward: Forward) -> str | None:
+    rotary = _rotary_reason(model, report)
+    if rotary is not None:
+        return rotary
     tokenwise = [c.module for c in report.claims if c.path and c.role in ("mlp", "experts")]
     try:
         copied = skeleton(model, {module: PassedOn() for module in tokenwise}, random=True)
-        use.reason = _checked(copied, report, forward)
+        return _checked(copied, report, forward)
     except Exception:  # a library's layers that cannot be copied, or layers that cannot be left out
-        use.position_offset = 0
+        report.ragged.position_offset = 0
         try:
-            use.reason = _checked(model, report, forward)
+            return _checked(model, report, forward)
         except Exception as problem:
-            use.reason = f"model {type(model).__name__} cannot run one: {first_line(problem, with_class=True)}."
+            return f"model {type(model).__name__} cannot run one: {first_line(problem, with_class=True)}."
 
 
 def _checked(model: Any, report: PatchReport, forward: Forward) -> str | None:

@@ -34,11 +34,11 @@ def settings_of(module: nn.Module, read_again: Iterable[str] = ()) -> Settings:
     Args:
         read_again: attributes that the replacement reads at every call.
     """
-    found = dict(_own(module, {*_SWITCHES, *read_again}))
+    found = dict(map(_unbound, _own(module, {*_SWITCHES, *read_again})))
     for name, child in module.named_children():
         if next(chain(child.parameters(), child.buffers()), None) is None and not isinstance(child, nn.Dropout):
             found[f"{name}{_CLASS}"] = type(child)
-            found |= {f"{name}.{key}": value for key, value in _own(child, _SWITCHES)}
+            found |= {f"{name}.{key}": value for key, value in map(_unbound, _own(child, _SWITCHES))}
     return (*found.items(), *_of_configuration(module, inspect.unwrap(type(module).forward).__code__.co_names))
 
 
@@ -51,8 +51,14 @@ def _own(module: nn.Module, left_out: set[str]) -> Iterator[tuple[str, Any]]:
     for name, value in module.__dict__.items():
         if name in left_out or name.startswith("_") or "dropout" in name:
             continue
-        if type(value) in _KINDS or inspect.isfunction(value):
+        if type(value) in _KINDS or inspect.isroutine(value):
             yield name, _copied(value)
+
+
+def _unbound(setting: tuple[str, Any]) -> tuple[str, Any]:
+    """A bound method by its function, which a copy of the module has too."""
+    name, value = setting
+    return (f"{name}.__func__", value.__func__) if inspect.ismethod(value) else setting
 
 
 def _of_configuration(module: nn.Module, names: Iterable[str]) -> Settings:

@@ -21,12 +21,14 @@ HIDDEN = ("hidden_states", "x")
 class LeftOut(nn.Module):
     """Stands where a layer was left out that is of the kind of ``first``, a layer before it, which is copied.
 
-    It has the attributes of the layer, and the modules and parameters of ``first``.
+    It has the attributes of the layer, and the modules, parameters and configuration of ``first``: whoever changes the
+    configurations of a copy must not find those of the model.
     """
 
     def __init__(self, layer: nn.Module, first: "_Copied") -> None:
         super().__init__()
-        self.__dict__.update({name: value for name, value in layer.__dict__.items() if not name.startswith("_")})
+        kept = {name: value for name, value in layer.__dict__.items() if not name.startswith("_") and name != "config"}
+        self.__dict__.update(kept)
         self.__dict__["forward"] = self.passed_on
         self.__dict__["first"] = first
 

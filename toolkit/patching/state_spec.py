@@ -1,5 +1,6 @@
 """What each layer of a model remembers, found by watching one forward of one token."""
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -74,6 +75,10 @@ def state_spec(model: nn.Module) -> list[StateSpec]:
     report = report_of(model)
     if missing and report is not None and any(one.role in ("attention", "mixer") for one in report.skipped):
         raise ToolkitError(f"every layer's state must be known, got none of layers {missing}, which are not patched.")
+    states = Counter((spec.layer, spec.kind, spec.part) for spec in context.layers)
+    shared = next((layer for (layer, _, _), count in states.items() if count > 1), None)
+    if shared is not None:
+        raise ToolkitError(f"layers must have states of their own, got several of layer {shared}.")
     indices = sorted(spec.layer for spec in context.experts)
     if indices != list(range(len(indices))):
         raise ToolkitError(f"layers of experts must be numbered 0 to {len(indices) - 1}, each once, got {indices}.")

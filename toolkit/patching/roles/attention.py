@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from toolkit.errors import first_line
@@ -23,7 +23,7 @@ from toolkit.patching import attention_interface
 from toolkit.patching.attention_configs import FIELD, configs_of_layer, set_implementation
 from toolkit.patching.attention_interface import IMPLEMENTATION, NAME, weights_wanted
 from toolkit.patching.attention_probe import FAR, LENGTH, PROBE_WINDOW, ROWS, Probe
-from toolkit.patching.calls import Call, record_calls
+from toolkit.patching.calls import MASK, Call, record_calls
 from toolkit.patching.claim import Claim, ProbeError, Skipped, Undo, replace_forward, set_attribute, together
 from toolkit.patching.instance_forward import UNPROVEN, foreign_forward
 from toolkit.patching.probe import signature_key
@@ -162,6 +162,27 @@ def _index(path: str, module: Any, calls: dict[nn.Module, list[Call]]) -> int | 
     return index if isinstance(index, int) else None
 
 
+def _content(mask: Any) -> Any:
+    """What two masks have in common that show the same tokens."""
+    if not isinstance(mask, Tensor):
+        return None
+    return tuple(mask.shape), (mask >= 0 if mask.is_floating_point() else mask).cpu().numpy().tobytes()
+
+
+def _layer_idx(module: nn.Module) -> Any:
+    return getattr(module, "layer_idx", None)
+
+
+def _with_index(module: Any, index: int | None, proven: _Proven | str) -> _Proven | str:
+    """``proven``, or why the index that the interface reads is not the layer's."""
+    if isinstance(proven, str):
+        return proven
+    other = _layer_idx(module.get_submodule(proven.caller))
+    if isinstance(other, int) and other != index:
+        return f"its {proven.caller}, which calls the attention interface, has layer_idx {other} in a layer of {index}"
+    return proven
+
+
 def _verdicts(layers: dict[str, Any], calls: dict[nn.Module, list[Call]]) -> dict[str, _Proven | str]:
     indices = Counter(_index(path, module, calls) for path, module in layers.items())
     found: dict[str, _Proven | str] = {}
@@ -177,10 +198,10 @@ def _verdicts(layers: dict[str, Any], calls: dict[nn.Module, list[Call]]) -> dic
         else:
             (call,) = calls[module]
             given = sorted(name for name, value in call.arguments.items() if value is not None)
-            key = signature_key(module), id(module.config), tuple(given)
+            key = signature_key(module), id(module.config), tuple(given), _content(call.arguments.get(MASK))
             if key not in proven:
                 proven[key] = _prove(module, call)
-            found[path] = proven[key]
+            found[path] = _with_index(module, _index(path, module, calls), proven[key])
     return found
 
 
@@ -194,8 +215,8 @@ def _claim(path: str, module: Any, index: int | None, proven: _Proven, configs: 
     installs: list[Callable[[], Undo]] = [partial(set_attribute, caller, IMPLEMENTATION, NAME)]
     installs += [partial(set_attribute, one, IMPLEMENTATION, getattr(one.config, FIELD)) for one in keeping]
     installs += [partial(set_implementation, config, FIELD, NAME) for config in configs]
-    if module.layer_idx is None:
-        installs.append(partial(set_attribute, module, "layer_idx", index))
+    unnumbered = [one for one in dict.fromkeys((module, caller)) if not isinstance(_layer_idx(one), int)]
+    installs += [partial(set_attribute, one, "layer_idx", index) for one in unnumbered]
     # The own forward reads its settings again, and those that its masks are made by are the configuration's.
     op, forwards, error = proven.fused or ("attention interface", {}, proven.error)
     own = settings_of(module, _READ_AGAIN) if proven.fused else ()

@@ -61,6 +61,8 @@ def _replacements(forward: Any) -> dict[str, Make]:
 def substituted(forward: Any, replacements: dict[str, Make]) -> Callable[..., Any]:
     """``forward`` that, for a ragged batch, calls the batch's functions instead of those in ``replacements``."""
     inner = inspect.unwrap(forward)
+    names = list(inspect.signature(inner).parameters)[1:]
+    mask_at = names.index("attention_mask") if "attention_mask" in names else len(names)
 
     def replaced(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         context = forward_context_of(kwargs)
@@ -68,6 +70,8 @@ def substituted(forward: Any, replacements: dict[str, Make]) -> Callable[..., An
             return forward(self, *args, **kwargs)
         if "attention_mask" in kwargs:
             kwargs["attention_mask"] = None  # there is no padding between sequences
+        elif len(args) > mask_at:
+            args = (*args[:mask_at], None, *args[mask_at + 1 :])
         own = {name: make(self.layer_idx, context) for name, make in replacements.items()}  # type: ignore[arg-type]
         function = types.FunctionType(
             inner.__code__, inner.__globals__ | own, inner.__name__, inner.__defaults__, inner.__closure__
