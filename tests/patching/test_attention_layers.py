@@ -114,19 +114,19 @@ def test_a_head_that_reads_rows_of_padding_is_right():
 
 
 class Outer(nn.Module):
-    """A layer of attention whose part calls the interface, and has no index or one of its own."""
+    """A layer of attention whose part calls the interface, and has no index, or a wrong one."""
 
     def __init__(self, inner, index=None):
         super().__init__()
         self.config, self.is_causal, self.layer_idx = inner.config, True, inner.layer_idx
-        self.inner, self.mix = inner, nn.Linear(64, 64, bias=False)
+        self.inner, self.turn = inner, nn.Linear(64, 64, bias=False)
         del inner.is_causal, inner.layer_idx
         if index is not None:
             inner.layer_idx = index
 
     def forward(self, hidden_states, position_embeddings, attention_mask=None, **kwargs):
         out, weights = self.inner(hidden_states, position_embeddings, attention_mask, **kwargs)
-        return self.mix(out), weights
+        return self.turn(out), weights
 
 
 def with_parts(index=None):

@@ -152,7 +152,7 @@ def test_layers_that_share_a_state_are_refused():
     model = random_model("llama")
     toolkit.patch(model)
     model.model.layers[1].self_attn.layer_idx = 0
-    with pytest.raises(ToolkitError, match="states of their own, got several of layer 0"):
+    with pytest.raises(ToolkitError, match="separate states, got several of layer 0"):
         state_spec(model)
 
 

@@ -71,8 +71,8 @@ def test_an_index_that_is_none_is_none_again():
     assert [layer.layer_idx for layer in layers] == [None, None]
 
 
-def test_a_mask_given_by_place_is_cleared_in_a_ragged_batch():
-    """As one given by name is: there is no padding between sequences."""
+def test_a_positional_mask_is_cleared_in_a_ragged_batch():
+    """As a named one is: there is no padding between sequences."""
 
     def forward(self, hidden_states, cache_params=None, attention_mask=None):
         return hidden_states, cache_params, attention_mask

@@ -78,7 +78,7 @@ def state_spec(model: nn.Module) -> list[StateSpec]:
     states = Counter((spec.layer, spec.kind, spec.part) for spec in context.layers)
     shared = next((layer for (layer, _, _), count in states.items() if count > 1), None)
     if shared is not None:
-        raise ToolkitError(f"layers must have states of their own, got several of layer {shared}.")
+        raise ToolkitError(f"layers must have separate states, got several of layer {shared}.")
     indices = sorted(spec.layer for spec in context.experts)
     if indices != list(range(len(indices))):
         raise ToolkitError(f"layers of experts must be numbered 0 to {len(indices) - 1}, each once, got {indices}.")
