@@ -1,4 +1,4 @@
-"""A patch proves the same whatever arithmetic the user has set around it."""
+"""A patch proves the same under any arithmetic that the user has set around it."""
 
 import copy
 from contextlib import contextmanager
@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import toolkit
+from toolkit.patching import find_claims, ragged_check
 from toolkit.patching.float32_arithmetic import float32_arithmetic
 from toolkit.testing.models import random_model
 
@@ -62,3 +63,12 @@ def test_tf32_is_off_and_comes_back():
         assert matmul.fp32_precision == "tf32"
     finally:
         matmul.fp32_precision = before
+
+
+def test_a_ragged_check_is_in_float32(model, monkeypatch):
+    seen = []
+    monkeypatch.setattr(ragged_check, "_checked", lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    report = find_claims(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ragged_check.check_ragged(model, report, None)
+    assert seen == [False]
