@@ -8,7 +8,6 @@ ordinary calls, with caches and padding, run it unchanged.
 import builtins
 import inspect
 import types
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -84,8 +83,9 @@ def substituted(forward: Any, replacements: dict[str, Make]) -> Callable[..., An
 
 def _probe(module: nn.Module, forward: Callable[..., Any]) -> ProbeError:
     """A ragged batch of two sequences against the module's own forward of each."""
-    # Hidden states go into most projections; one of them, which may be declared first, takes what the scan returns.
-    (width, _), *_ = Counter(one.in_features for one in module.modules() if isinstance(one, nn.Linear)).most_common()
+    # The first projection that is declared may be the one that takes what the scan returns.
+    first = next(child for child in module.modules() if isinstance(child, nn.Linear))
+    width = getattr(module, "hidden_size", first.in_features)
     batch = RaggedBatch.from_sequences([[0] * length for length in LENGTHS], device_of(module), share=False)
     context = DenseContext(batch)
     original = type(module).forward
