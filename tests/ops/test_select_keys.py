@@ -142,3 +142,10 @@ def test_errors_are_one_sentence(impl):
     if impl is not TRITON:
         with pytest.raises((RuntimeError, IndexError)):
             select_keys(seeded(2, 1, 4), seeded(2, 4), seeded(2, 1), plan[0], plan[1] + 1, plan[2], topk=1)
+
+
+def test_opcheck():
+    q, k, weights = seeded(5, 2, 8, dtype=torch.float32), seeded(7, 8, dtype=torch.float32, seed=1), seeded(5, 2)
+    plan = offsets([5]), torch.tensor([0]), torch.tensor([7])
+    op = torch.ops.toolkit.select_keys.default
+    torch.library.opcheck(op, (q, k, weights.float(), *plan, None, 0, 3, 3, 0.5))

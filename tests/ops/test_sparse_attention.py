@@ -179,3 +179,16 @@ def test_errors_are_one_sentence(impl):
     if impl is NATIVE:
         with pytest.raises(RuntimeError, match=r"rows\[0\] names row 5; k has 5 rows"):
             sparse_attention(q, k, v, torch.full((3, 1), 5))
+
+
+def test_opcheck():
+    q, k, v = (
+        seeded(*shape, dtype=torch.float32, seed=at) for at, shape in enumerate([(5, 4, 8), (9, 2, 8), (9, 2, 6)])
+    )
+    sinks, lists = seeded(4, dtype=torch.float32, seed=3), make_lists(5, 4, 9)
+    leaves = [x.requires_grad_() for x in (q, k, v, sinks)]
+    torch.library.opcheck(torch.ops.toolkit.sparse_attention.default, (*leaves[:3], lists, 0.3, sinks))
+    q, k, v, sinks = (x.detach() for x in leaves)
+    out, lse = sparse_attention(q, k, v, lists, 0.3, sinks)
+    arguments = out, q, k, v, lists, out, lse, 0.3, sinks
+    torch.library.opcheck(torch.ops.toolkit.sparse_attention_backward.default, arguments)

@@ -12,6 +12,7 @@ from toolkit.state.active import set_forward_context
 from toolkit.state.batch import RaggedBatch
 from toolkit.state.dense import DenseContext
 from toolkit.testing.architectures import small_model
+from toolkit.testing.oracle import eager, lifted_to_double
 from toolkit.testing.parity import check_parity
 
 SCANS = "convolution + selective scan"
@@ -39,13 +40,16 @@ def test_a_ragged_batch_is_the_stock_model_of_each_sequence(name, op, settings):
     model = small_model(name, **settings).eval()
     expected = torch.cat([stock_logprobs(model, sequence) for sequence in SEQUENCES])
     weights = torch.linspace(-1, 1, len(expected))
-    parameters = list(model.parameters())
+    parameters, stock = list(model.parameters()), copy.deepcopy(model)
     wanted = torch.autograd.grad((expected * weights).sum(), parameters, allow_unused=True)
     report = toolkit.patch(model)
     assert op in {claim.op for claim in report.claims if claim.role == "mixer"}
     assert not [one for one in report.skipped if one.role in ("attention", "mixer")]
     got = torch.cat(token_logprobs(model, SEQUENCES))
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=3e-5)
+    with lifted_to_double():
+        exact = torch.cat([stock_logprobs(eager(copy.deepcopy(stock).double()), sequence) for sequence in SEQUENCES])
+    # As near to the truth as the stock model: Zamba's own float32 is 6e-4 away from it.
+    assert float((got - exact).detach().abs().max()) <= 1.5 * float((expected - exact).detach().abs().max()) + 1e-5
     largest = max(float(one.norm()) for one in wanted if one is not None)
     for one, other in zip(torch.autograd.grad((got * weights).sum(), parameters, allow_unused=True), wanted):
         if other is not None:
