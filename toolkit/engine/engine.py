@@ -113,7 +113,8 @@ class Engine:
             enable_prefix_caching,
             SwapSpace(self.pool, self.block_manager, self.config.swap_bytes),
         )
-        self.encoder_cache = EncoderCache(getattr(self.backend, "encode", None), encoder_cache_size)
+        encode: Any = getattr(self.backend, "encode", None)  # never called for a backend that takes no pictures
+        self.encoder_cache = EncoderCache(encode, encoder_cache_size)
         self.runner = ModelRunner(self.backend, self.pool, self.scheduler.max_running, self.max_model_len)
         self._sampler = Sampler()
         self._new_requests = NewRequests(
