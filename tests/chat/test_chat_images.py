@@ -108,7 +108,7 @@ def test_an_image_is_turned_as_its_camera_was(tmp_path):
         ([1, 9, 2, 5, 6], "00011", [1, 9, 9, 9, 2, 5, 6], "0000011"),
         ([1, 9, 2, 5, 1, 9, 2, 5], "00010001", [1, 9, 9, 2, 5, 1, 9, 9, 2, 5], "0000100001"),
         ([1, 9, 2, 5], "0001", [1, 9, 9, 2, 7], None),  # the turn is not there
-        ([9, 5], "01", [5, 9, 5], None),  # in two ways
+        ([9, 5], "01", [5, 9, 5], "001"),  # by the token before it
     ],
 )
 def test_what_counts_is_found_again(ids, mask, expanded, expected):

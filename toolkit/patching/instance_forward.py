@@ -57,7 +57,7 @@ class InstalledForwards:
     """The forwards that a patch put on modules.
 
     Args:
-        entries: path, module, forward of the patch, forward of the module's class when it was patched.
+        entries: path, module, forward of the patch, class of the module when it was patched and its forward.
     """
 
     def __init__(self, entries: Iterable[tuple[str, nn.Module, Any, Any]]) -> None:
@@ -73,7 +73,9 @@ class InstalledForwards:
         for claim in claims:
             forward: Any = claim.module.__dict__.get(HOOKED) or claim.module.__dict__.get("forward")
             if claim.path and hasattr(forward, "__func__"):
-                entries.append((claim.path, claim.module, forward.__func__, type(claim.module).forward))
+                entries.append(
+                    (claim.path, claim.module, forward.__func__, (type(claim.module), type(claim.module).forward))
+                )
         return cls(entries)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "InstalledForwards":
@@ -89,7 +91,8 @@ class InstalledForwards:
             if not _runs(module, forward):
                 what = _name(module.__dict__["forward"]) if "forward" in module.__dict__ else "its class's"
                 found.append(_OVER.format(path, what))
-            elif type(module).forward is not own:
+            # Another class (FSDP2 makes one) is no other forward.
+            elif type(module) is own[0] and type(module).forward is not own[1]:
                 name, now_is = type(module).__name__, _name(type(module).forward)
                 found.append(_OTHER_CLASS.format(name, path, now_is))
         self._found = None if found else now
