@@ -60,7 +60,7 @@ def context_forward(model: nn.Module, context: ForwardContext, rows: Tensor | No
     report = report_of(inner)
     if report is None:
         raise ToolkitError(f"model {type(inner).__name__} is not patched; call toolkit.patch(model) first.")
-    skipped = next((r.reason for r in report.skipped if r.role == "attention"), None)
+    skipped = "; ".join(dict.fromkeys(r.reason for r in report.skipped if r.role == "attention"))
     if skipped or not {"attention", "mixer"} & set(report.roles()):
         why = skipped or next((r.reason for r in report.skipped if r.role == "mixer"), None)
         state = f"a skipped layer: {why}" if why else "no layer that calls the attention interface"
