@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from toolkit.ops.hooks import watched
 from toolkit.ops.linear import linear
 from toolkit.ops.rotary import rotary
 from toolkit.state.active import forward_context_of
@@ -66,7 +67,7 @@ class LatentAttention:
             context = forward_context_of(kwargs)
             up = getattr(self, parts.up)
             # An adapter around the projection is part of it, and so is a hook: what they add is not taken apart.
-            if context is None or type(up) is not nn.Linear or up._forward_hooks or up._forward_pre_hooks:
+            if context is None or type(up) is not nn.Linear or watched(up):
                 return original(self, hidden_states, *args, **kwargs)
             tables: Any = kwargs.get("position_embeddings", args[0] if args else None)
             cos, sin = (table[0] for table in tables)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from toolkit.errors import ToolkitError
+from toolkit.ops.hooks import watched
 from toolkit.patching.attention_configs import FIELD, attention_configs
 
 Settings = tuple[tuple[str, Any], ...]
@@ -94,8 +95,7 @@ def guarded(forward: Callable[..., Any], settings: Settings) -> Callable[..., An
         if not same:
             raise ToolkitError(f"{changed_settings(self, settings)[0]}; call toolkit.patch(model) again.")
         for name in parts:
-            part: Any = getattr(self, name)
-            if part._forward_hooks or part._forward_pre_hooks:
+            if watched(getattr(self, name)):
                 return type(self).forward(self, *args, **kwargs)
         return forward(self, *args, **kwargs)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from toolkit.errors import ToolkitError
 from toolkit.ops.activation import activation
+from toolkit.ops.hooks import of_deepspeed
 from toolkit.ops.linear import linear
 from toolkit.ops.linear_cross_entropy import linear_cross_entropy
 from toolkit.ops.linear_logprob import LinearLogprob, linear_logprob
@@ -159,11 +160,6 @@ def _check_gradient(wanted: Any) -> None:
             )
 
 
-def _only_counts(hook: Any) -> bool:
-    """Whether a hook reads no gradient: DeepSpeed's on every output, which note that a backward has begun."""
-    return str(getattr(hook, "__module__", "")).startswith("deepspeed.")
-
-
 def _pass_on(logits: Any, grad: Tensor) -> None:
     """The rest of a backward that ended at deferred logits."""
     alive = logits()
@@ -226,7 +222,7 @@ _DEFERRED: dict[Any, Callable[..., Any]] = {
 }
 _GRADIENT_OF: dict[Any, Callable[..., Any]] = {
     Tensor.retain_grad: lambda logits: logits,
-    Tensor.register_hook: lambda logits, hook: None if _only_counts(hook) else logits,
+    Tensor.register_hook: lambda logits, hook: None if of_deepspeed(hook) else logits,
     Tensor.grad.__get__: lambda logits, *_: logits,  # type: ignore[union-attr]
     torch.autograd.grad: lambda outputs, inputs, *_, **__: inputs,
 }
