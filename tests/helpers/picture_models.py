@@ -153,6 +153,35 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], Callable[
     "llava": ({"model_type": "llama"}, _CLIP, {"image_token_index": IMAGE, "image_seq_length": 4}, _square(32)),
 }
 
+_MOE = {"moe_intermediate_size": 24, "num_experts": 8, "num_experts_per_tok": 2}
+ORDINARY = {
+    **KINDS,
+    "qwen3_vl_moe": ({**KINDS["qwen3_vl"][0], **_MOE}, *KINDS["qwen3_vl"][1:]),
+    "qwen3_5_moe": ({**KINDS["qwen3_5"][0], **_MOE, "shared_expert_intermediate_size": 24}, *KINDS["qwen3_5"][1:]),
+    "llama4": (
+        {
+            "intermediate_size_mlp": 96,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "num_hidden_layers": 4,
+            "attention_chunk_size": 8,
+            "moe_layers": [1, 3],
+            "no_rope_layers": [1, 1, 1, 0],
+        },
+        {
+            **_SIGLIP,
+            "intermediate_size": 128,
+            "vision_output_dim": 64,
+            "projector_input_dim": 64,
+            "projector_output_dim": 64,
+            "rope_parameters": _ROPE,
+        },
+        {"image_token_index": IMAGE, "boi_token_index": 9, "eoi_token_index": 10},
+        _square(32),
+    ),
+}
+"""Those whose ordinary forwards are compared; of ``KINDS`` ragged batches are, too."""
+
 
 @dataclass(frozen=True)
 class PictureModel:
@@ -187,7 +216,7 @@ class PictureModel:
 
 
 def picture_model(kind: str, seed: int = 0) -> PictureModel:
-    text, tower, more, image = KINDS[kind]
+    text, tower, more, image = ORDINARY[kind]
     kept = {name: value for name, value in {**_TEXT, **text}.items() if value is not None}
     config = AutoConfig.for_model(kind, text_config=kept, vision_config=tower, **{**_TOKENS, **more})
     torch.manual_seed(seed)

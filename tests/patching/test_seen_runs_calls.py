@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import toolkit
-from tests.helpers.image_text_models import BUILDERS
+from tests.helpers.picture_models import picture_model
 from tests.helpers.rowwise import seeded
 from toolkit.errors import ToolkitError
 from toolkit.modules import attention as attention_module
@@ -53,7 +53,8 @@ def run(model, batch):
 @pytest.mark.parametrize("family", ["gemma4", pytest.param("gemma3", marks=pytest.mark.sweep)])
 def test_pictures_see_themselves(family):
     """Layers with a window that cuts the picture and without one; as eager attention has it."""
-    model, batch = BUILDERS[family]()
+    made = picture_model(family)
+    model, batch = made.model, made.outputs([21, 22, 23, 9, "a", 10, *range(31, 39)])
     for config in (model.config.text_config, model.model.language_model.config):
         config.sliding_window = 3
     batch = two_rows(batch)

@@ -1,16 +1,13 @@
 """Chats with images: a real server process with a small model of images and text, asked through ``openai``."""
 
-import os
 import re
-import subprocess
-import sys
-import threading
 
 import openai
 import pytest
 import torch
 
 from tests.helpers.image_models import data_url, picture, save_qwen2_vl
+from tests.helpers.server_process import serving
 
 RED, BLUE = (200, 20, 20), (20, 20, 200)
 GREEDY = {"temperature": 0, "max_tokens": 6, "extra_body": {"ignore_eos": True}}
@@ -35,24 +32,9 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(folder, files):
-    command = [sys.executable, "-m", "toolkit.cli", "serve", str(folder), "--port", "0", "--grace", "3"]
-    process = subprocess.Popen(
-        [*command, "--allowed-local-media-path", str(files)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    errors: list[str] = []
-    threading.Thread(target=lambda: errors.extend(process.stderr), daemon=True).start()
-    try:
-        line = process.stdout.readline()
-        found = re.fullmatch(r"serving pictures on (http://127\.0\.0\.1:\d+)\n", line)
-        assert found, (line, errors)
-        yield openai.OpenAI(base_url=f"{found[1]}/v1", api_key="any", max_retries=0, timeout=60)
-    finally:
-        process.kill()
-        process.wait()
+    with serving(folder, "--port", "0", "--grace", "3", "--allowed-local-media-path", str(files)) as server:
+        assert re.fullmatch(r"serving pictures on http://127\.0\.0\.1:\d+\n", server.line), server
+        yield openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0, timeout=60)
 
 
 def chat(*images, text="what is it?"):

@@ -1,11 +1,8 @@
 """A real server process with a tiny random model, asked through the ``openai`` client and plain HTTP."""
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +13,7 @@ import httpx
 import openai
 import pytest
 
+from tests.helpers.server_process import serving
 from toolkit.serving import schemas
 
 GREEDY = {"temperature": 0, "extra_body": {"ignore_eos": True}}
@@ -25,28 +23,11 @@ CHAT = [{"role": "user", "content": "jumps over"}]
 
 @pytest.fixture(scope="module")
 def server(chat_model):
-    command = [sys.executable, "-m", "toolkit.cli", "serve", str(chat_model), "--port", "0", "--grace", "3"]
-    process = subprocess.Popen(
-        [*command, "--max-num-seqs", "16", "--max-queue", "64"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    errors: list[str] = []
-    reader = threading.Thread(target=lambda: errors.extend(process.stderr), daemon=True)
-    reader.start()
-    try:
-        line = process.stdout.readline()
-        found = re.fullmatch(r"serving tiny on (http://127\.0\.0\.1:\d+)\n", line)
-        assert found, (line, errors)
-        client = openai.OpenAI(base_url=f"{found[1]}/v1", api_key="any", max_retries=0, timeout=60)
-        with httpx.Client(base_url=found[1], timeout=60) as http:
-            yield SimpleNamespace(url=found[1], client=client, http=http, process=process, errors=errors)
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
+    with serving(chat_model, *("--port", "0", "--grace", "3", "--max-num-seqs", "16", "--max-queue", "64")) as one:
+        assert re.fullmatch(r"serving tiny on http://127\.0\.0\.1:\d+\n", one.line), one
+        client = openai.OpenAI(base_url=f"{one.url}/v1", api_key="any", max_retries=0, timeout=60)
+        with httpx.Client(base_url=one.url, timeout=60) as http:
+            yield SimpleNamespace(url=one.url, client=client, http=http, process=one.process, errors=one.errors)
 
 
 @pytest.fixture

@@ -2,13 +2,10 @@
 
 import codecs
 import contextlib
-import os
 import shutil
 import socket
 import ssl
 import subprocess
-import sys
-import threading
 import time
 from dataclasses import fields
 from types import SimpleNamespace
@@ -16,6 +13,7 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
+from tests.helpers.server_process import serving
 from toolkit.cli import main, serve
 from toolkit.engine import EngineConfig
 
@@ -40,26 +38,13 @@ def server(chat_model, tmp_path_factory):
     made = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=localhost"
     made += " -addext subjectAltName=DNS:localhost"
     subprocess.run([*made.split(), "-keyout", pem + ".key", "-out", pem], check=True, capture_output=True)
-    command = [sys.executable, "-m", "toolkit.cli", "serve", str(chat_model), *OPTIONS]
-    process = subprocess.Popen(
-        [*command, "--uds", str(path), "--ssl-certfile", pem, "--ssl-keyfile", pem + ".key"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    errors: list[str] = []
-    threading.Thread(target=lambda: errors.extend(process.stderr), daemon=True).start()
-    try:
-        line = process.stdout.readline()
-        assert line == f"serving first on unix:{path}\n", (line, errors)
+    where = ("--uds", str(path), "--ssl-certfile", pem, "--ssl-keyfile", pem + ".key")
+    with serving(chat_model, *OPTIONS, *where) as one:
+        assert one.line == f"serving first on unix:{path}\n", one
         trusted = ssl.create_default_context(cafile=pem)
         transport = httpx.HTTPTransport(uds=str(path), verify=trusted)
         with httpx.Client(base_url="https://localhost", timeout=60, transport=transport) as http:
-            yield SimpleNamespace(http=http, path=path, process=process, errors=errors, trusted=trusted)
-    finally:
-        process.kill()
-        process.wait()
+            yield SimpleNamespace(http=http, path=path, process=one.process, errors=one.errors, trusted=trusted)
 
 
 def connect(server):
