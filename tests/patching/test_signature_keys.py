@@ -37,7 +37,7 @@ class Layer(nn.Module):
         {"slopes": (1.0, 3.0)},
         {"slopes": (1.0, 2.0, 3.0)},
     ],
-    ids=str,
+    ids=["other heads", "no heads", "a float", "a function", "a builtin", "a partial", "other slopes", "more slopes"],
 )
 def test_what_a_layer_computes_by_is_in_its_key(other):
     assert signature_key(Layer(**other)) != signature_key(Layer())
