@@ -60,9 +60,10 @@ def test_distribution_of_heads_over_the_listed_keys():
 
 
 def test_an_indexer_learns_what_attention_weighs():
+    """A head's scores are differences of two ReLUs: four heads of an indexer can learn one head of attention."""
     rows = torch.arange(16).expand(12, 16).contiguous()
-    target = attention_distribution(seeded(12, 2, 8) * 2, seeded(16, 1, 8, seed=1), rows)
-    leaves = [x.requires_grad_() for x in (seeded(12, 2, 8, seed=4), seeded(16, 8, seed=5), seeded(12, 2, seed=6))]
+    target = attention_distribution(seeded(12, 1, 8) * 2, seeded(16, 1, 8, seed=1), rows)
+    leaves = [x.requires_grad_() for x in (seeded(12, 4, 8, seed=4), seeded(16, 8, seed=5), seeded(12, 4, seed=6))]
     optimizer = torch.optim.Adam(leaves, 0.05)
     before = index_loss(*leaves, rows, target).sum()
     for _ in range(60):

@@ -141,14 +141,12 @@ def test_the_last_tokens_alone_have_the_same_values():
         toolkit.token_logprobs(model, sequences, last=[2, 4, 4, 0])
 
 
-def test_a_layer_that_would_mix_sequences_is_noticed():
-    """Mamba-1's selective scan is not a recurrence of this version: its sequences would run into each other."""
-    from transformers import MambaConfig, MambaForCausalLM
-
-    model = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4))
-    report = toolkit.patch(model)
-    assert any(skipped.role == "mixer" for skipped in report.skipped) or "mixer" in report.roles()
-    with pytest.raises(ToolkitError, match=r"mixes the sequences of a batch|not patched|skipped"):
+@pytest.mark.parametrize("family", ["qwen3_next", "bamba"])
+def test_a_layer_that_would_mix_sequences_is_noticed(family):
+    """Without its role, a mixer's sequences run into each other."""
+    model = random_model(family)
+    toolkit.patch(model, ["norm", "attention", "linear", "head"])
+    with pytest.raises(ToolkitError, match="mixes the sequences of a batch in a layer that is not patched"):
         ragged_forward(model, RaggedBatch.from_sequences([[1, 2], [3]]))
 
 

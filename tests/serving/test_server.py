@@ -372,10 +372,11 @@ def test_no_single_request_keeps_the_others_waiting_or_the_memory(server):
     ask_large()  # once, so that what stays allocated for good is
     time.sleep(1.5)
     before = resident_mib(server)
-    # Other processes share the machine: what they cost a quiet server is allowed on top.
-    health, gap = waits(ask_large)
-    assert health < 0.1 + 3 * quiet
-    assert gap < 0.1 + 3 * quiet_gap
+    # Other processes share the machine: what they cost a quiet server is allowed on top, and a pause of theirs does not
+    # come three times; a request that keeps others waiting does.
+    tries = [waits(ask_large) for _ in range(3)]
+    assert min(health for health, _ in tries) < 0.1 + 3 * quiet
+    assert min(gap for _, gap in tries) < 0.1 + 3 * quiet_gap
     time.sleep(1.5)  # memory goes back a second after
     assert resident_mib(server) < before + 40
     health, _ = waits(lambda: server.http.post("/v1/completions", content=LONG_PROMPTS).raise_for_status())
