@@ -9,6 +9,9 @@ from tests.helpers.image_models import data_url, picture, save_qwen2_vl
 from tests.helpers.training_recipes import tiny_recipe
 from toolkit.errors import ToolkitError
 from toolkit.loading import find_source, load_model, load_processor
+from toolkit.patching.multimodal.entry import entry_of
+from toolkit.patching.multimodal.items import Processed
+from toolkit.training.images import WithImages
 from toolkit.training.loop import Trainer
 
 COLOURS = {"red": (200, 30, 30), "blue": (30, 30, 200), "green": (20, 160, 40)}
@@ -75,6 +78,28 @@ def test_the_loss_is_the_unpatched_models_and_what_is_frozen_stays(folder, tmp_p
     checkpoint = tmp_path / "runs" / "tiny" / "checkpoints" / "step-000001"
     assert type(load_model(checkpoint)[0]).__name__ == "Qwen2VLForConditionalGeneration"
     assert load_processor(find_source(checkpoint)) is not None
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_one_forward_of_a_batch_encodes_each_image_once_unless_its_layout_is_refused(folder, tmp_path, refused):
+    trainer = Trainer(recipe(folder, tmp_path), quiet=True)
+    model = trainer.hf_model
+    (example,) = (one for one in trainer.objective.stream.next_batch() if one.media is not None)
+    media = WithImages.on(torch.device("cpu"), [[5, 6, 7]], [example.media] * 3)
+    entry = entry_of(model)
+    entry.verdicts.clear()
+    if refused:
+        entry.verdicts[Processed.of(example.media).layout()] = "a reason"
+    trainer.forward(media)  # what proves a layout runs the tower too
+    calls = []
+    model.model.visual.register_forward_hook(lambda *_: calls.append(1))
+    logits = trainer.forward(media)
+    assert len(calls) == (3 if refused else 1)
+    stock, _ = load_model(folder)
+    expected = [stock(input_ids=torch.tensor([[5, 6, 7]])).logits[0]] + [stock(**example.media).logits[0]] * 3
+    assert (logits - torch.cat(expected)).abs().max() <= 1e-5 * logits.abs().max()
+    logits.sum().backward()
+    assert model.model.visual.patch_embed.proj.weight.grad.abs().max() > 0
 
 
 def test_towers_train_with_the_rest(folder, tmp_path):

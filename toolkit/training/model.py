@@ -17,8 +17,9 @@ from toolkit.loading.model import GENERATION_CONFIG, quiet_transformers
 from toolkit.moe.observer import RouterObserver, observing
 from toolkit.patching import PatchReport, patch, ragged_forward, token_logprobs, weights_changed
 from toolkit.patching.adapters import fuse_adapters, vocabulary_size
+from toolkit.patching.multimodal import MediaSequence, media_batch
 from toolkit.state.batch import RaggedBatch
-from toolkit.training.images import WithImages, image_logits
+from toolkit.training.images import WithImages, image_logits, proven_sequences
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -65,13 +66,21 @@ class RaggedModel(nn.Module):
             return ragged_forward(self.model, batch, rows)
 
     def _with_images(self, batch: WithImages, rows: Tensor | None) -> Tensor:
-        """Logits of the wanted rows, which ascend."""
+        """Logits of the wanted rows, which ascend: one ragged forward, in which each distinct image goes through the
+        tower once; a model whose images are refused there takes an ordinary call per sequence with images."""
+        device = next(self.model.parameters()).device
         if rows is None:
-            rows = torch.arange(batch.num_tokens, device=next(self.model.parameters()).device)
-        texts, *pictured = batch.split(rows)
+            rows = torch.arange(batch.num_tokens, device=device)
+        proven = proven_sequences(self.model, batch.pictured)
+        if proven is not None:
+            parts: list[Tensor | MediaSequence] = [*batch.texts, *proven]
+            return ragged_forward(self.model, media_batch(self.model, parts, False, None, batch.rotary_lengths), rows)
+        own, pictured = batch.split(rows)
         logits = [image_logits(self.model, one, wanted) for one, wanted in zip(batch.pictured, pictured)]
-        if batch.texts is not None:
-            logits = [ragged_forward(self.model, batch.texts, texts), *logits]
+        if batch.texts:
+            lengths = None if batch.rotary_lengths is None else batch.rotary_lengths[: len(batch.texts)]
+            texts = RaggedBatch.from_sequences(batch.texts, device, share=False, rotary_lengths=lengths)
+            logits = [ragged_forward(self.model, texts, own), *logits]
         return torch.cat(logits)
 
 

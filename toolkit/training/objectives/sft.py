@@ -211,25 +211,25 @@ def _micro(pack: Sequence[Example], share: float, context: RunContext) -> MicroB
     import torch
 
     device = context.device
-    texts = [example for example in pack if example.media is None]
-    pictured = [example.media for example in pack if example.media is not None]
-    packed = _packed(texts, context) if texts else None
-    pack = [*texts, *(example for example in pack if example.media is not None)]
+    pack = sorted(pack, key=lambda example: example.media is not None)
     flat = [target for example in pack for target in example.targets]
     rows = [row for row, target in enumerate(flat) if target != IGNORED]
     return MicroBatch(
-        WithImages.on(device, packed, pictured) if packed is None or pictured else packed,
+        _packed(pack, context),
         torch.tensor(rows, device=device),
         torch.tensor([flat[row] for row in rows], device=device),
         share,
     )
 
 
-def _packed(pack: Sequence[Example], context: RunContext) -> "RaggedBatch":
+def _packed(pack: Sequence[Example], context: RunContext) -> "RaggedBatch | WithImages":
     from toolkit.patching import choose_rotary_lengths
     from toolkit.state.batch import RaggedBatch
 
     inputs = [example.inputs for example in pack]
     # With the last target: that is the whole sequence.
     rotary = choose_rotary_lengths(context.model.model, [len(one) + 1 for one in inputs])
+    pictured = [example.media for example in pack if example.media is not None]
+    if pictured:
+        return WithImages.on(context.device, inputs[: len(pack) - len(pictured)], pictured, rotary)
     return RaggedBatch.from_sequences(inputs, device=context.device, share=False, rotary_lengths=rotary)
