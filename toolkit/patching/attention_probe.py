@@ -11,7 +11,7 @@ from transformers.masking_utils import causal_mask_function, eager_mask
 
 from toolkit.modules.row_positions import RowPositions
 from toolkit.patching import attention_interface
-from toolkit.patching.calls import MASK, Call
+from toolkit.patching.calls import MASK, Call, map_tensors
 from toolkit.patching.claim import ProbeError
 from toolkit.patching.conditions import UNIT, Condition, conditions_of, narrow_error, without_dropout
 from toolkit.patching.probe import compare, device_of, random_input, with_forward
@@ -260,16 +260,14 @@ class _registered:
         AttentionInterface._global_mapping.pop(self.name, None)
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """Floating-point tensors in another type, within its range, also inside of tuples and dictionaries."""
-    if isinstance(value, dict):
-        return {name: _cast(one, dtype) for name, one in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(_cast(one, dtype) for one in value)
-    if isinstance(value, Tensor) and value.is_floating_point():
-        limits = torch.finfo(dtype)
-        return value.clamp(limits.min, limits.max).to(dtype)
-    return value
+def _cast(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments with floating-point tensors in another type, within its range."""
+    limits = torch.finfo(dtype)
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.clamp(limits.min, limits.max).to(dtype) if tensor.is_floating_point() else tensor
+
+    return {name: map_tensors(value, cast) for name, value in arguments.items()}
 
 
 def _of_sequence(value: Any, length: int) -> Any:

@@ -4,8 +4,9 @@ What a layer receives beside its hidden states (rotary tables, masks, arguments 
 and not guessed from names.
 """
 
+import copy
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -35,17 +36,33 @@ class Call:
         return next(name for name in HIDDEN if name in self.arguments)
 
     def with_arguments(self, **replaced: Any) -> dict[str, Any]:
-        """The arguments with some replaced; names that the module does not take are ignored."""
-        return self.arguments | {name: value for name, value in replaced.items() if name in self.arguments}
+        """The arguments with some replaced; names that the module does not take are ignored.
+
+        Lists and mappings are new ones: a layer may write into them (keys for later layers, with their graph).
+        """
+        given = self.arguments | {name: value for name, value in replaced.items() if name in self.arguments}
+        return {name: map_tensors(value, lambda tensor: tensor) for name, value in given.items()}
 
 
-def _kept(value: Any) -> Any:
-    """A copy of tensors, floating-point ones in float32, also inside tuples and lists."""
+def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
+    """``function`` of a tensor, also inside tuples, lists and mappings, which are new ones; anything else as it is."""
     if isinstance(value, Tensor):
-        return value.detach().float().clone() if value.is_floating_point() else value.detach().clone()
+        return function(value)
+    if isinstance(value, tuple) and hasattr(value, "_make"):
+        return value._make(map_tensors(item, function) for item in value)
     if isinstance(value, (tuple, list)):
-        return type(value)(_kept(item) for item in value)
+        return type(value)(map_tensors(item, function) for item in value)
+    if isinstance(value, MutableMapping):
+        new = copy.copy(value)
+        for name, item in value.items():
+            new[name] = map_tensors(item, function)
+        return new
     return value
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    """A copy, of a floating-point tensor in float32."""
+    return tensor.detach().float().clone() if tensor.is_floating_point() else tensor.detach().clone()
 
 
 @contextmanager
@@ -112,7 +129,7 @@ def _record(
         for parameter in signature.parameters.values():
             if parameter.kind is parameter.VAR_KEYWORD:
                 named |= named.pop(parameter.name, {})
-        calls[module].append(Call({name: _kept(value) for name, value in named.items()}, len(args)))
+        calls[module].append(Call({name: map_tensors(value, _kept) for name, value in named.items()}, len(args)))
 
     configs = {id(one): one for one in (model.config, model.config.get_text_config())}.values()
     with torch.no_grad(), eval_mode(model), eager_attention(model), ExitStack() as stack:

@@ -150,7 +150,7 @@ class _Run:
             for at, leaf in enumerate(self.wanted)
         ]
         try:
-            total.backward()
+            total.backward(inputs=self.wanted)  # not through what a layer has kept of another run
         finally:
             for hook in hooks:
                 hook.remove()
