@@ -5,6 +5,7 @@ import torch
 
 import toolkit
 from toolkit.engine.decode_graphs import CAPTURE_SIZES, DecodeGraphs, padded_size
+from toolkit.testing.architectures import small_model
 from toolkit.testing.models import FAMILIES, MOE_FAMILIES, random_model
 from toolkit.testing.parity import check_parity
 from toolkit.testing.weight_writes import weight_writes, with_embedding_adapters
@@ -41,6 +42,16 @@ def test_no_token_differs_when_weights_are_written_meanwhile(case):
     assert parity.tokens >= 200
     assert parity.differing == parity.replayed_differing == 0
     assert set(parity.writes) == set(weight_writes(model))
+    assert parity.prefix_cache_hits > 0
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("model_type", ["deepseek_v32", "glm_moe_dsa", "hy_v4"])
+def test_sparse_attention_replays_the_keys_that_the_engine_recorded(model_type):
+    pytest.importorskip(f"transformers.models.{model_type}")
+    parity = check_parity(small_model(model_type), prompts_for(331), min_tokens=400, seed=1, writes=True)
+    assert parity.replayed == parity.tokens >= 400
+    assert parity.differing == parity.replayed_differing == 0
     assert parity.prefix_cache_hits > 0
 
 

@@ -69,7 +69,8 @@ def test_ordinary_calls_are_those_of_the_unpatched_model(model):
 def test_state(model):
     """Indexer keys beside latents; a layer that takes a selection has latents alone."""
     found = [(spec.layer, spec.kind) for spec in state_spec(model) if spec.kind != "routing"]
-    assert found == [(0, "index"), (0, "latent"), (1, "index"), (1, "latent"), (2, "latent")]
+    states = [(0, "index"), (0, "latent"), (1, "index"), (1, "latent"), (2, "latent")]
+    assert found == [*states, (0, "selection"), (1, "selection")]
 
 
 def test_training_has_the_bits_of_decoding(model):

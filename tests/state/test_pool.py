@@ -18,6 +18,7 @@ SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
     "recurrent": ((2, 3, 5),),
     "conv": ((3, 6),),
     "routing": ((1, 4),),
+    "selection": ((1, 4),),
     "index": ((1, 6),),
 }
 """What to remember in the tests of a kind; any other kind is given keys and values."""
@@ -39,7 +40,7 @@ class Sequences:
 
     def rows(self, n: int, seed: int) -> Rows:
         generator = torch.Generator().manual_seed(seed)
-        if self.spec.kind == "routing":
+        if self.spec.kind in ("routing", "selection"):
             return tuple(torch.randint(0, 40_000, (n, *shape), generator=generator) for shape in self.spec.shapes)
         rows = [torch.randn(n, *shape, generator=generator).to(self.dtype) for shape in self.type.inputs(self.spec)]
         if self.spec.kind == "recurrent":
@@ -197,11 +198,11 @@ def test_half_precision_is_kept_bit_for_bit(kind: str) -> None:
         assert same(before, rows)
     if kind == "conv":
         assert torch.equal(before[0], rows[0][-3:])
-    if kind == "routing":
+    if kind in ("routing", "selection"):
         assert torch.equal(before[0], rows[0].int())
 
 
-@pytest.mark.parametrize("kind", ["full", "latent", "routing", "window"])
+@pytest.mark.parametrize("kind", ["full", "latent", "routing", "selection", "window"])
 def test_negative_slots_are_skipped(kind: str) -> None:
     sequences = Sequences(kind)
     before = [store.clone() for store in sequences.state.stores]

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
             )
         if parity.replayed:
             print(
-                f"  MoE model: {parity.replayed} tokens computed again with the engine's routing replayed, "
+                f"  {parity.replayed} tokens computed again with the engine's routing and selected keys replayed, "
                 f"{parity.replayed_differing} not bitwise identical",
                 flush=True,
             )

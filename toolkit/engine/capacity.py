@@ -15,16 +15,21 @@ from toolkit.state import BlockManager, Group, StatePool, StateSpec
 _CPU_SHARE = 4  # a pool takes 1 / this of the memory at most
 
 
-def chosen_specs(backend: Backend, config: EngineConfig) -> list[StateSpec]:
+def chosen_specs(backend: Backend, config: EngineConfig, max_model_len: int) -> list[StateSpec]:
     """What each layer remembers, in the kinds that the configuration asks for."""
     specs, kinds = list(backend.layers()), config.kinds or {}
-    if not config.enable_return_routed_experts:
-        specs = [spec for spec in specs if spec.kind != "routing"]
-    elif all(spec.kind != "routing" for spec in specs):
-        raise ToolkitError(
-            "enable_return_routed_experts must be False for a model without a patched layer of experts "
-            "(role 'experts'), got True."
-        )
+    for kind, option, lacking in (
+        ("routing", "enable_return_routed_experts", "layer of experts (role 'experts')"),
+        ("selection", "enable_return_selected_keys", "layer of sparse attention (role 'attention')"),
+    ):
+        if not getattr(config, option):
+            specs = [spec for spec in specs if spec.kind != kind]
+        elif all(spec.kind != kind for spec in specs):
+            raise ToolkitError(f"{option} must be False for a model without a patched {lacking}, got True.")
+    widths = [spec.shapes[0][1] for spec in specs if spec.kind == "selection"]
+    if widths:  # one width for all layers, and no more keys than a sequence has
+        shapes = ((1, min(max(widths), max_model_len)),)
+        specs = [replace(spec, shapes=shapes) if spec.kind == "selection" else spec for spec in specs]
     known = sorted({spec.kind for spec in specs})
     for name in kinds:
         if name not in known:

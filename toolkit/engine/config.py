@@ -24,6 +24,7 @@ class EngineConfig:
     enable_prefix_caching: Annotated[bool, "reuse the state of common prefixes"] = True
     encoder_cache_size: Annotated[int, "tokens of encoded pictures that are kept"] = 16384
     enable_return_routed_experts: Annotated[bool, "keep the experts of each token"] = False
+    enable_return_selected_keys: Annotated[bool, "keep the keys that each token attends, of sparse attention"] = False
     kinds: Annotated[dict[str, str] | None, "state kinds in the place of others"] = None
     numerics: Annotated[str | None, "numerics mode"] = None
     seed: Annotated[int | None, "seed of requests without one"] = None
@@ -46,6 +47,7 @@ class EngineConfig:
         check_int("encoder_cache_size", self.encoder_cache_size, 0)
         check_bool("enable_prefix_caching", self.enable_prefix_caching)
         check_bool("enable_return_routed_experts", self.enable_return_routed_experts)
+        check_bool("enable_return_selected_keys", self.enable_return_selected_keys)
         for name, low in (("max_model_len", 2), ("num_blocks", 1), ("seed", 0)):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), low, also=" or None")

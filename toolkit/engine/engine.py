@@ -51,6 +51,7 @@ class Engine:
         encoder_cache_size: tokens of encoded pictures that are kept for requests with the same picture.
         enable_return_routed_experts: keep the experts that each token is routed to beside its other state, and return
             them as ``Completion.routed_experts``.
+        enable_return_selected_keys: likewise the keys that sparse attention selects (``Completion.selected_keys``).
         kinds: state kinds in the place of others, such as {"full": "int8"}; None for those that the layers ask for.
         numerics: "fast" or "bitwise", see ``toolkit.numerics``; None for the device's default, or for the mode that is
             already patched in.
@@ -75,6 +76,7 @@ class Engine:
         processor: Any = None,
         encoder_cache_size: int = 16384,
         enable_return_routed_experts: bool = False,
+        enable_return_selected_keys: bool = False,
         kinds: dict[str, str] | None = None,
         numerics: str | None = None,
         seed: int | None = None,
@@ -90,6 +92,7 @@ class Engine:
             enable_prefix_caching=enable_prefix_caching,
             encoder_cache_size=encoder_cache_size,
             enable_return_routed_experts=enable_return_routed_experts,
+            enable_return_selected_keys=enable_return_selected_keys,
             kinds=kinds,
             numerics=numerics,
             seed=seed,
@@ -101,7 +104,7 @@ class Engine:
         tokenizer = tokenizer if tokenizer is not None else getattr(processor, "tokenizer", None)
         self.tokenizer = tokenizer
         self.max_model_len = self._max_model_len()
-        specs = chosen_specs(self.backend, self.config)
+        specs = chosen_specs(self.backend, self.config, self.max_model_len)
         running = min(max_num_seqs, max_num_batched_tokens)
         blocks = block_counts(specs, self.backend, self.config, running, self.max_model_len)
         self.pool = StatePool(specs, blocks, block_size, self.backend.dtype, self.backend.device)
@@ -381,8 +384,9 @@ class Engine:
         request = sequence.request
         if delta.finished is not None:
             if sequence.block_tables is not None:
-                blocks = [part.blocks for part in sequence.block_tables.parts]
-                delta.finished.routed_experts = self.pool.recorded_routing(blocks, sequence.block_tables.length)
+                held = [part.blocks for part in sequence.block_tables.parts], sequence.block_tables.length
+                delta.finished.routed_experts = self.pool.recorded("record_routing", *held)
+                delta.finished.selected_keys = self.pool.recorded("record_selection", *held)
             self.scheduler.remove(sequence)
             if request.finished:
                 self._live.pop(request.request_id, None)

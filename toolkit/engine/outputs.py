@@ -33,6 +33,9 @@ class Completion:
         routed_experts: [tokens, L, K] int32 on the CPU, where the engine returns routed experts: the experts of each
             token of prompt and completion in each of the L layers of experts, best first. The last token, which the
             engine never ran, has none. None for what ended while it waited.
+        selected_keys: [tokens, L, K] int32 on the CPU, where the engine returns selected keys: the positions that each
+            token attended in each of the L layers with an indexer, ascending, -1 behind the last one. K is the keys
+            that an indexer selects, or the engine's max_model_len where that is less. The last token has none.
         rotary_length: the shortest sequence length with the rotary tables that it was computed by, which are those of
             the declared length (prompt + max_tokens); ``token_logprobs(rotary_lengths=...)`` trains by them. None for
             a model whose tables do not depend on the length.
@@ -53,6 +56,7 @@ class Completion:
     text_offset: list[int] = field(default_factory=list)
     error: str | None = None
     routed_experts: Tensor | None = field(default=None, compare=False)
+    selected_keys: Tensor | None = field(default=None, compare=False)
     rotary_length: int | None = None
 
     @property

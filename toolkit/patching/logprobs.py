@@ -46,6 +46,7 @@ def token_logprobs(
     routing: Sequence[Tensor] | None = None,
     rotary_lengths: Sequence[int | None] | None = None,
     images: Sequence[Mapping[str, Any] | None] | None = None,
+    selection: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     """Log-probability (nats, full vocabulary) of every token of every sequence given the tokens before it.
 
@@ -63,6 +64,8 @@ def token_logprobs(
         images: of each sequence the outputs of the model's processor for it, or for its beginning (a prompt): input_ids
             [1, n] with which it begins, pixel values and the rest; None for none. Each distinct image goes through the
             tower once, forward and backward, however many sequences have it.
+        selection: positions [tokens, layers with an indexer, keys] that the tokens of sequence i attend, in place of
+            the indexers' choice (``Completion.selected_keys``); negative ones are none. The last token may be missing.
 
     Returns:
         One tensor per sequence, [tokens - 1] or [last[i]].
@@ -71,7 +74,8 @@ def token_logprobs(
         ToolkitError: a sequence that is no list of token ids, a token id outside the vocabulary, ``last[i]`` larger
             than the number of predictions, a rotary length below the sequence's own with other tables, ``last``,
             ``rotary_lengths`` or ``images`` without one entry per sequence, or images that the model does not take, or
-            for which a ragged batch is not proven (``toolkit.patching.multimodal.expand``).
+            for which a ragged batch is not proven (``toolkit.patching.multimodal.expand``), and a routing or selection
+            that does not fit the sequences or the model.
     """
     device = next(model.parameters()).device
     vocabulary = vocabulary_size(patched_model(model))
@@ -100,9 +104,9 @@ def token_logprobs(
     chosen = choose_rotary_lengths(model, [len(sequence) for sequence in tokens], rotary_lengths)
     if any(given):
         parts = [media or one for one, media in zip(tokens, given)]
-        batch = media_batch(model, parts, share, routing, chosen)
+        batch = media_batch(model, parts, share, routing, chosen, selection)
     else:
-        batch = RaggedBatch.from_sequences(tokens, device, share, routing, chosen)
+        batch = RaggedBatch.from_sequences(tokens, device, share, routing, chosen, selection=selection)
     return list(predictions(model, batch, tokens, lengths)[0].split(lengths))
 
 

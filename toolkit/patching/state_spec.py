@@ -22,6 +22,7 @@ class _SpecContext(DenseContext):
     def __init__(self, batch: RaggedBatch) -> None:
         super().__init__(batch)
         self.layers: list[StateSpec] = []
+        self.selections_kept: list[StateSpec] = []
         self.experts: list[StateSpec] = []
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Tensor:
@@ -35,6 +36,7 @@ class _SpecContext(DenseContext):
 
     def select(self, layer: int, q: Tensor, k: Tensor, weights: Tensor, topk: int, *, scale: float) -> Tensor:
         self.layers.append(StateSpec(layer, "index", ((1, k.shape[1]),)))
+        self.selections_kept.append(StateSpec(layer, "selection", ((1, topk),)))
         return super().select(layer, q, k, weights, topk, scale=scale)
 
     def attend_selected(
@@ -64,7 +66,8 @@ class _SpecContext(DenseContext):
 def state_spec(model: nn.Module) -> list[StateSpec]:
     """What every layer of a patched model remembers, in the order in which its forward meets them.
 
-    After those come its layers of experts, numbered separately: where their tokens are routed (kind "routing").
+    After those come what an engine records where it is asked to: the keys that layers with an indexer select (kind
+    "selection"), and where the tokens of its layers of experts, numbered separately, are routed (kind "routing").
     """
     context = _SpecContext(RaggedBatch.from_sequences([[0]], device=device_of(model)))
     with torch.no_grad():
@@ -82,4 +85,4 @@ def state_spec(model: nn.Module) -> list[StateSpec]:
     indices = sorted(spec.layer for spec in context.experts)
     if indices != list(range(len(indices))):
         raise ToolkitError(f"layers of experts must be numbered 0 to {len(indices) - 1}, each once, got {indices}.")
-    return context.layers + context.experts
+    return context.layers + context.selections_kept + context.experts

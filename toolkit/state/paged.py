@@ -45,7 +45,11 @@ class PagedContext(ForwardContext):
             plan = batch.query_offsets, batch.kv_offsets, batch.kv_lengths, tables, self.pool.block_size
             return select_keys(q.to(keys.dtype), keys, weights, *plan, topk=topk, scale=scale)
 
-        return self.selections.take(layer, choose)
+        selected = self.selections.take(layer, choose)
+        if self.pool.has(layer, "record_selection"):
+            kept, view = self._state(layer, "record_selection")
+            kept.write((selected[:, None],), view, batch.query_offsets)
+        return selected
 
     def attend_selected(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, selected: Tensor, settings: AttentionSettings
@@ -75,8 +79,8 @@ class PagedContext(ForwardContext):
         return out
 
     def record_routing(self, layer: int, ids: Tensor) -> None:
-        if self.pool.has(layer, "record"):
-            state, view = self._state(layer, "record")
+        if self.pool.has(layer, "record_routing"):
+            state, view = self._state(layer, "record_routing")
             state.write((ids[:, None],), view, self.batch.query_offsets)
 
     def _state(self, layer: int, op: str, part: int = 0) -> tuple[Any, PagedRows | Snapshots]:

@@ -76,23 +76,30 @@ class StatePool:
         return sum(state.bytes for state in self.states)
 
     def has(self, layer: int, op: str) -> bool:
-        """Whether a layer has state of an op: "attend", "select", "scan", "convolve" or "record"."""
+        """Whether a layer has state of an op (``StateKind.op``)."""
         return (layer, op, 0) in self._serving
 
     def find(self, layer: int, op: str, part: int = 0) -> tuple[Any, int]:
         """The state that serves an op of a layer, a kind with that op's methods, and the index of its group."""
         return self._serving[layer, op, part]
 
-    def recorded_routing(self, blocks: Sequence[Sequence[int]], length: int) -> Tensor | None:
-        """[length, L, K] int32 on the CPU: the experts of every token of a sequence, in each of L layers of experts.
+    def recorded(self, op: str, blocks: Sequence[Sequence[int]], length: int) -> Tensor | None:
+        """[length, L, K] int32 on the CPU: what each of L layers recorded of every token of a sequence.
 
-        blocks: the sequence's table in each group. Returns None where no layer records its routing.
+        Args:
+            op: "record_routing" (experts of layers of experts) or "record_selection" (positions of layers with an
+                indexer, -1 behind the last one).
+            blocks: the sequence's table in each group.
+            length: tokens of the sequence.
+
+        Returns:
+            None where no layer records that.
         """
-        layers = sorted(layer for layer, op, _ in self._serving if op == "record")
+        layers = sorted(layer for layer, found, _ in self._serving if found == op)
         if not layers:
             return None
         with torch.inference_mode(False):  # what training reads later must be an ordinary tensor
-            serving = [self._serving[layer, "record", 0] for layer in layers]
+            serving = [self._serving[layer, op, 0] for layer in layers]
             return torch.cat([state.read(blocks[group], length)[0] for state, group in serving], 1).cpu()
 
     def copy_blocks(self, copies: Sequence[Sequence[tuple[int, int]]]) -> None:

@@ -64,7 +64,8 @@ def check_selection(selection: Sequence[Tensor], counts: Sequence[int]) -> list[
         counts: tokens of each sequence.
 
     Raises:
-        ToolkitError: for another number of tensors or tokens, differing L or K, and positions after the token's.
+        ToolkitError: for another number of tensors or tokens, differing L or K, positions after the token's, and
+            positions that occur twice.
     """
     if len(selection) != len(counts):
         raise ToolkitError(f"selection must have a tensor for each of {len(counts)} sequences, got {len(selection)}.")
@@ -89,6 +90,13 @@ def check_selection(selection: Sequence[Tensor], counts: Sequence[int]) -> list[
         last = np.iinfo(np.int64).max
         positions = np.sort(np.where(positions < 0, last, positions), axis=-1)
         positions[positions == last] = -1
+        twice = (positions[..., 1:] == positions[..., :-1]) & (positions[..., 1:] >= 0)
+        if twice.any():
+            token, layer, at = np.argwhere(twice)[0]
+            raise ToolkitError(
+                f"positions of selection[{index}] must differ for token {token}, got {positions[token, layer, at]} "
+                f"twice in layer {layer}."
+            )
         missing = np.full((count - len(positions), *positions.shape[1:]), -1)
         found.append(np.concatenate([positions, missing]))
     return found

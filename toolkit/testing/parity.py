@@ -27,7 +27,7 @@ class Parity:
     Args:
         tokens: sampled tokens that were compared.
         differing: tokens whose log-probability is not ``torch.equal``.
-        replayed: tokens that training computed again with the engine's recorded routing.
+        replayed: tokens that training computed again with the routing or the selected keys that the engine recorded.
         replayed_differing: those of them that differ.
         largest: largest absolute difference of log-probabilities, in nats, replayed ones included.
         rotary_crossings: completions that grew past a length after which the model's rotary tables are others.
@@ -62,7 +62,8 @@ def check_parity(
 ) -> Parity:
     """The comparison of at least ``min_tokens`` tokens, generated under random schedules. Patches the model.
 
-    An MoE model is compared twice: with its routers' choice in training, and with the engine's routing replayed.
+    An MoE model, and one with sparse attention, is compared twice: with its routers' and indexers' choice in training,
+    and with what the engine recorded replayed.
 
     Args:
         prompts: token ids; each schedule takes a random subset, some truncated or extended to share prefixes.
@@ -101,13 +102,15 @@ def _one_schedule(
     # In most schedules blocks for one to three long sequences: the rest wait, and the youngest are preempted.
     capacity = source.choice([1.0, 1.5, 2.5, 50.0])
     budget = source.choice([5, 16, 33, 64, 512])
+    states = {spec.kind for spec in state_spec(model)}
     engine_args: dict[str, Any] = {
         "max_num_seqs": source.choice([4, 8, 32]),
         "max_num_batched_tokens": budget,
         "block_size": block_size,
         "num_blocks": int(capacity * (longest // block_size + 2)),
         "swap_space": source.choice([0, None]),
-        "enable_return_routed_experts": any(spec.kind == "routing" for spec in state_spec(model)),
+        "enable_return_routed_experts": "routing" in states,
+        "enable_return_selected_keys": "selection" in states,
     }
     params = [
         SamplingParams(
@@ -174,12 +177,18 @@ def _compare(model: Any, group: Sequence[Any], result: Parity) -> None:
     for completion in group:
         if completion.finish_reason == "error":
             raise RuntimeError(f"request {completion.request_id} failed: {completion.error}")
-    routings = [completion.routed_experts for completion in group]
     result.tokens += sum(len(completion.token_ids) for completion in group)
-    result.differing += _differing(model, group, None, result)
-    if all(routing is not None for routing in routings) and _replays(model, routings[0].shape[1]):
+    result.differing += _differing(model, group, {}, result)
+    recorded = {
+        "routing": [completion.routed_experts for completion in group],
+        "selection": [completion.selected_keys for completion in group],
+    }
+    recorded = {name: found for name, found in recorded.items() if all(one is not None for one in found)}
+    if "routing" in recorded and not _replays(model, recorded["routing"][0].shape[1]):
+        del recorded["routing"]
+    if recorded:
         result.replayed += sum(len(completion.token_ids) for completion in group)
-        result.replayed_differing += _differing(model, group, routings, result)
+        result.replayed_differing += _differing(model, group, recorded, result)
 
 
 def _replays(model: Any, layers: int) -> bool:
@@ -188,13 +197,13 @@ def _replays(model: Any, layers: int) -> bool:
     return report is not None and report.roles().get("router", 0) >= layers
 
 
-def _differing(model: Any, group: Sequence[Any], routing: Any, result: Parity) -> int:
-    """How many of the group's tokens differ from the training forward's."""
+def _differing(model: Any, group: Sequence[Any], recorded: dict[str, Any], result: Parity) -> int:
+    """How many of the group's tokens differ from the training forward's, which takes what is ``recorded``."""
     # With gradients, as in a training step.
     with torch.enable_grad():
         sequences = [list(c.prompt_token_ids) + list(c.token_ids) for c in group]
         rotary_lengths = [completion.rotary_length for completion in group]
-        trained = token_logprobs(model, sequences, routing=routing, rotary_lengths=rotary_lengths)
+        trained = token_logprobs(model, sequences, rotary_lengths=rotary_lengths, **recorded)
     count = 0
     for completion, logprobs in zip(group, trained):
         returned = torch.tensor(completion.logprobs, dtype=torch.float64)

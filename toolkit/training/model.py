@@ -46,6 +46,7 @@ class RaggedModel(nn.Module):
         last: list[int] | None = None,
         routing: list[Tensor] | None = None,
         rotary_lengths: list[int | None] | None = None,
+        selection: list[Tensor] | None = None,
     ) -> Any:
         """Logits [T, V] of every token of a batch, or [len(rows), V] of those rows.
 
@@ -57,10 +58,11 @@ class RaggedModel(nn.Module):
             last: tokens of each sequence whose log-probabilities are wanted.
             routing: the experts of each sequence's tokens.
             rotary_lengths: of each sequence, see ``token_logprobs``.
+            selection: the keys that each sequence's tokens attend.
         """
         with observing(self.observer if torch.is_grad_enabled() else None):
             if isinstance(batch, list):
-                return token_logprobs(self.model, batch, True, last, routing, rotary_lengths)
+                return token_logprobs(self.model, batch, True, last, routing, rotary_lengths, selection=selection)
             if isinstance(batch, WithImages):
                 return self._with_images(batch, rows)
             return ragged_forward(self.model, batch, rows)

@@ -25,12 +25,20 @@ class Rollout:
         context: of the run.
         section: of the recipe.
         enable_return_routed_experts: whether completions have ``routed_experts``.
+        enable_return_selected_keys: whether they have ``selected_keys``.
     """
 
     def __init__(
-        self, context: RunContext, section: RolloutSection, enable_return_routed_experts: bool = False
+        self,
+        context: RunContext,
+        section: RolloutSection,
+        *,
+        enable_return_routed_experts: bool = False,
+        enable_return_selected_keys: bool = False,
     ) -> None:
-        self._context, self._section, self._return_routed_experts = context, section, enable_return_routed_experts
+        self._context, self._section = context, section
+        self._return_routed_experts = enable_return_routed_experts
+        self._return_selected_keys = enable_return_selected_keys
         self._engine: Engine | None = None
         self.seconds, self.tokens = 0.0, 0
 
@@ -54,6 +62,7 @@ class Rollout:
                 block_size=BLOCK_SIZE,
                 num_blocks=max(math.ceil(memory / BLOCK_SIZE), math.ceil(longest / BLOCK_SIZE)),
                 enable_return_routed_experts=self._return_routed_experts,
+                enable_return_selected_keys=self._return_selected_keys,
                 seed=0,
             )
         return self._engine

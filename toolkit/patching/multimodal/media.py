@@ -109,6 +109,7 @@ def media_batch(
     share: bool = True,
     routing: Sequence[Tensor] | None = None,
     rotary_lengths: Sequence[int] | None = None,
+    selection: Sequence[Tensor] | None = None,
 ) -> RaggedBatch:
     """``RaggedBatch.from_sequences`` of sequences of which some have images: each distinct item is encoded once."""
     items: dict[bytes, Item] = {}
@@ -122,6 +123,7 @@ def media_batch(
         share,
         routing,
         rotary_lengths,
+        selection=selection,
         media=[one.spans if isinstance(one, MediaSequence) else () for one in sequences],
         features={digest: encode(model, item) for digest, item in items.items()},
         sequence_positions=along if any(one is not None for one in along) else None,

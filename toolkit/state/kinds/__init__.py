@@ -73,7 +73,7 @@ class StateKind(ABC):
     """The state of one layer. ``class Mine(StateKind, kind="mine")`` registers itself.
 
     Besides the methods below, a kind has the one that its ``op`` calls (see ``PagedContext``): ``operands`` for
-    "attend" and "select", ``scan`` for "scan", ``convolve`` for "convolve", none for "record".
+    "attend" and "select", ``scan`` for "scan", ``convolve`` for "convolve", none for the others.
 
     Attributes:
         stores: tensors [num_blocks, ...] that hold everything; copies, swaps and counts of bytes follow from them.
@@ -81,7 +81,8 @@ class StateKind(ABC):
 
     kind: ClassVar[str]
     op: ClassVar[str]
-    """What uses it: "attend", "select", "scan", "convolve" or "record"; a layer has one of each, and a scan a part."""
+    """What uses it: "attend", "select", "scan", "convolve", "record_routing" or "record_selection"; a layer has one of
+    each, and a scan a part."""
     snapshot_interval: ClassVar[int] = 0
     """0: a block holds a slot for each token. s > 0: it holds one value, and every s-th block's is kept."""
     capturable: ClassVar[bool] = True

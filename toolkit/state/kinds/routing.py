@@ -16,7 +16,7 @@ class Routing(TokenRows, kind="routing"):
     spec.layer counts the layers of experts alone. Nothing of a forward reads it.
     """
 
-    op = "record"
+    op = "record_routing"
 
     @classmethod
     def entries(cls, spec: StateSpec, block_size: int, dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:

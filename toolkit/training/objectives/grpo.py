@@ -49,6 +49,8 @@ class GRPOSection(OnPolicySection):
     """Weigh tokens by min(p_train / p_rollout, this), without gradient; for fast numerics. null does not."""
     replay_routing: bool = False
     """Of an MoE model: train every token through the experts that it was rolled out with."""
+    replay_selection: bool = False
+    """Of a model with sparse attention: train every token over the keys that it was rolled out with."""
     beta: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the KL divergence from the initial model (after the warm-up); above 0 keeps a copy of that."""
 
@@ -79,6 +81,8 @@ class Sample:
     reference: "Tensor | None" = None
     routing: "Tensor | None" = None
     """The experts of its tokens but the last one, where they are replayed."""
+    selection: "Tensor | None" = None
+    """The keys that those attend, where they are replayed."""
     rotary_length: int | None = None
     """By which its rotary tables are made: the completion's."""
 
@@ -106,8 +110,17 @@ class MicroBatch:
     @property
     def routing(self) -> "list[Tensor] | None":
         """Of each sample, or None where nothing is replayed."""
-        routing = [sample.routing for sample in self.samples if sample.routing is not None]
-        return routing if len(routing) == len(self.samples) else None
+        return self._of_all([sample.routing for sample in self.samples])
+
+    @property
+    def selection(self) -> "list[Tensor] | None":
+        """Of each sample, or None where nothing is replayed."""
+        return self._of_all([sample.selection for sample in self.samples])
+
+    @staticmethod
+    def _of_all(recorded: "list[Tensor | None]") -> "list[Tensor] | None":
+        found = [one for one in recorded if one is not None]
+        return found if len(found) == len(recorded) else None
 
     @property
     def rotary_lengths(self) -> list[int | None]:
@@ -174,6 +187,7 @@ class GRPO(OnPolicyObjective[GRPOSection]):
                             advantage,
                             masked=section.mask_truncated_completions and one.finish_reason == "length",
                             routing=one.routed_experts,
+                            selection=one.selected_keys,
                             rotary_length=one.rotary_length,
                         )
                         for one, advantage in zip(group, values)
@@ -212,7 +226,7 @@ class GRPO(OnPolicyObjective[GRPOSection]):
 
         section, samples = self.section, micro.samples
         lengths = micro.lengths
-        given = {"routing": micro.routing, "rotary_lengths": micro.rotary_lengths}
+        given = {name: getattr(micro, name) for name in ("routing", "selection", "rotary_lengths")}
         logprob = torch.cat(forward(micro.sequences, last=lengths, **given))
         device = logprob.device
 
@@ -318,5 +332,5 @@ def pack(groups: Sequence[Sequence[Sample]], batch_tokens: int) -> list[MicroBat
 
 def _filler(like: Sample) -> Sample:
     """A sample that counts for nothing."""
-    routing = None if like.routing is None else like.routing[: len(like.prompt)]
-    return Sample(like.prompt, like.tokens[:1], like.behaviour[:1], routing=routing)
+    routing, selection = (None if one is None else one[: len(like.prompt)] for one in (like.routing, like.selection))
+    return Sample(like.prompt, like.tokens[:1], like.behaviour[:1], routing=routing, selection=selection)

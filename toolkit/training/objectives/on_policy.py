@@ -50,7 +50,12 @@ class OnPolicyObjective(Objective[P]):
         self.stream = ProblemStream(
             self.task, self.recipe.seed, share, rank=context.rank, world_size=context.world_size
         )
-        self.rollout = Rollout(context, self.section.rollout, getattr(self.section, "replay_routing", False))
+        self.rollout = Rollout(
+            context,
+            self.section.rollout,
+            enable_return_routed_experts=getattr(self.section, "replay_routing", False),
+            enable_return_selected_keys=getattr(self.section, "replay_selection", False),
+        )
         self.sums = MetricAccumulator()
         self.prompts = divided("objective.prompts", self.section.prompts, context.world_size)
         self.trained_tokens = 0
