@@ -66,7 +66,7 @@ def _verdict(model: nn.Module, entry: MediaEntry, processed: Processed, outputs:
     for kind in processed.media:
         if kind not in placeholders or not bool((processed.ids == placeholders[kind]).any()):
             return f"no token of the sequence stands for its {kind}"
-    positions = positions_of(model, processed, outputs)
+    positions, _ = positions_of(model, processed, outputs)
     given = own.arrival.arguments.get("position_ids")
     if given is not None and not _same_positions(given.cpu(), positions, len(processed.ids)):
         return "the model's own forward has other positions"

@@ -91,8 +91,8 @@ def _expanded(
     found = items_of(processed, split, placeholders_of(inner.config), entry.looking)
     if found is None:
         raise ToolkitError("the tokens of a sequence must have the rows of its images, got others.")
-    positions, delta = continued(positions_of(inner, processed, outputs), len(whole))
-    return MediaSequence(known, positions, delta, tuple(found[0]), found[1])
+    positions, delta = positions_of(inner, processed, outputs)
+    return MediaSequence(known, continued(positions, delta, len(whole)), delta, tuple(found[0]), found[1])
 
 
 def encode(model: nn.Module, item: Item) -> Features:

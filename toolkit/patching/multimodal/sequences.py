@@ -43,33 +43,47 @@ def placeholders_of(config: Any) -> dict[str, int]:
     return found
 
 
-def positions_of(model: nn.Module, processed: Processed, outputs: Mapping[str, Any]) -> Tensor | None:
-    """[A, n] positions by the model's own ``get_rope_index``; None for a model without one: 0, 1, ..."""
+def positions_of(model: nn.Module, processed: Processed, outputs: Mapping[str, Any]) -> tuple[Tensor | None, int]:
+    """[A, n] positions by the model's own ``get_rope_index``, and the delta of tokens of text that come after them:
+    what such a token has along every axis, less its index. (None, 0) for a model without one: 0, 1, ...
+
+    The delta is that of a training forward over the longer sequence. It is not always the largest position + 1: the
+    frames of a video may be further apart than the text behind them goes on.
+    """
     owner: Any = next((one for one in model.modules() if callable(getattr(type(one), "get_rope_index", None))), None)
     if owner is None or not processed.media:
-        return None
-    arguments = {name: value for name, value in outputs.items() if value is not None}
+        return None, 0
+    count = len(processed.ids)
+    ids = torch.cat([processed.ids, torch.tensor([_text_token(owner.config)])])
+    arguments = {name: value for name, value in outputs.items() if value is not None and name != "attention_mask"}
+    for name, value in processed.token_arguments.items():
+        arguments[name] = torch.cat([value, value.new_zeros(1, 1)], 1)
     if "mm_token_type_ids" not in arguments:
-        ids = placeholders_of(owner.config)
-        types = torch.zeros_like(processed.ids)
+        known = placeholders_of(owner.config)
+        types = torch.zeros_like(ids)
         for number, kind in enumerate(MODALITIES, 1):
-            types[processed.ids == ids.get(kind, -1)] = number
+            types[ids == known.get(kind, -1)] = number
         arguments["mm_token_type_ids"] = types[None]
-    arguments = on_device(model, arguments | {"input_ids": processed.ids[None]})
+    arguments = on_device(model, arguments | {"input_ids": ids[None]})
     with torch.no_grad():
         positions, _ = owner.get_rope_index(**taken_by(type(owner).get_rope_index, arguments))
     found: Tensor = positions[:, 0].cpu()
-    return found
+    return found[:, :count], int(found[:, count].max()) - count
 
 
-def continued(positions: Tensor | None, count: int) -> tuple[Tensor | None, int]:
-    """Positions of ``count`` tokens, the last of which continue ``positions`` [A, n], and the delta."""
+def _text_token(config: Any) -> int:
+    """A token id that stands for nothing but text."""
+    special = {value for name, value in vars(config).items() if isinstance(value, int) and "token" in name}
+    return next(token for token in range(len(special) + 1) if token not in special)
+
+
+def continued(positions: Tensor | None, delta: int, count: int) -> Tensor | None:
+    """Positions of ``count`` tokens, the last of which are text behind ``positions`` [A, n]."""
     if positions is None:
-        return None, 0
+        return None
     known = positions.shape[1]
-    delta = int(positions.max()) + 1 - known if known else 0
     after = torch.arange(known, count) + delta
-    return torch.cat([positions, after.expand(len(positions), -1)], 1), delta
+    return torch.cat([positions, after.expand(len(positions), -1)], 1)
 
 
 def whole_tokens(processed: Processed, tokens: Sequence[int] | Tensor | None) -> Tensor:
