@@ -180,7 +180,7 @@ def test_what_cannot_be_proven_is_refused_with_the_reason(monkeypatch: pytest.Mo
     sequence = outputs["input_ids"][0].tolist()
     monkeypatch.setattr(entry, "verdicts", {})
     # As if the model counted otherwise in its forward than by its method.
-    monkeypatch.setattr(check, "positions_of", lambda *_: torch.zeros(3, len(sequence), dtype=torch.int64))
+    monkeypatch.setattr(check, "positions_of", lambda *_: (torch.zeros(3, len(sequence), dtype=torch.int64), 0))
     for _ in range(2):
         with pytest.raises(
             ToolkitError, match="must be proven for a ragged batch, got: the model's own forward has other"

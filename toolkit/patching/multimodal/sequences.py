@@ -48,7 +48,7 @@ def positions_of(model: nn.Module, processed: Processed, outputs: Mapping[str, A
     what such a token has along every axis, less its index. (None, 0) for a model without one: 0, 1, ...
 
     The delta is that of a training forward over the longer sequence. It is not always the largest position + 1: the
-    frames of a video may be further apart than the text behind them goes on.
+    frames of a video may be further apart than the rows of text behind them.
     """
     owner: Any = next((one for one in model.modules() if callable(getattr(type(one), "get_rope_index", None))), None)
     if owner is None or not processed.media:
