@@ -7,6 +7,7 @@ import torch
 from transformers import AutoConfig
 
 import toolkit
+from toolkit import Engine, SamplingParams
 from toolkit.errors import ToolkitError
 from toolkit.patching import find_claims, ragged_check
 from toolkit.testing.architectures import small_model
@@ -39,6 +40,17 @@ def test_positions_begin_where_the_models_own_do():
 def test_the_engine_counts_as_training_does():
     parity = check_parity(roberta(), [[5, 6, 7, 8], [9, 10], [11] * 9], min_tokens=60, max_new_tokens=8)
     assert parity.differing == 0
+
+
+def test_the_engine_ends_where_the_table_of_positions_does():
+    model = roberta()
+    with Engine(model) as engine:
+        found = engine.generate([5, 6, 7], SamplingParams(max_tokens=57, ignore_eos=True))[0]
+        assert (len(found.token_ids), found.error) == (64 - 4 - 3, None)
+        with pytest.raises(ToolkitError, match=r"fit in max_model_len \(60\)"):
+            engine.generate([5, 6, 7], SamplingParams(max_tokens=58))
+        with pytest.raises(ToolkitError, match="prompt must not contain token 3, got one"):
+            engine.generate([5, 3, 7])
 
 
 def test_quantities_of_the_whole_batch_are_refused():

@@ -81,6 +81,8 @@ class NewRequests:
             check_prompt(prompt, one, self._tokenizer, self._max_model_len, self._scheduler.block_manager)
             for (prompt, _), one in zip(read, chosen)
         ]
+        for tokens, _ in ready:
+            self._check_counted(tokens)
         return [
             Request(
                 next(self._ids),
@@ -103,6 +105,15 @@ class NewRequests:
     def outside_vocabulary(self, tokens: list[int]) -> int | None:
         """The first token id that no embedding has, if there is one."""
         return outside_vocabulary(tokens, self._backend.vocab_size)
+
+    def _check_counted(self, tokens: list[int]) -> None:
+        """Raise ToolkitError for a token that the model takes for padding and gives no position."""
+        token = getattr(self._backend, "uncounted_token", None)
+        if token is not None and token in tokens:
+            raise ToolkitError(
+                f"prompt must not contain token {token}, got one: the model takes it for padding and gives it no "
+                "position, which a ragged batch would."
+            )
 
     def _check_blocks(self, media: PromptMedia) -> None:
         """Raise ToolkitError for a picture that no step can take whole while all other sequences decode."""

@@ -79,7 +79,9 @@ class PatchedModel:
         config: Any = model.config
         text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
         self.vocab_size = vocabulary_size(model)
-        self.max_model_len = int(getattr(text, "max_position_embeddings", None) or 2048)
+        # A table of positions has no rows for those before a sequence's first one.
+        self.max_model_len = int(getattr(text, "max_position_embeddings", None) or 2048) - report.ragged.position_offset
+        self.uncounted_token = report.ragged.uncounted_token
         sources = (getattr(model, "generation_config", None), config, text)
         self.eos = frozenset().union(*(_ids(getattr(source, "eos_token_id", None)) for source in sources))
         self.graphs = DecodeGraphs(model)
