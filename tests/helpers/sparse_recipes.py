@@ -1,6 +1,12 @@
 """The smallest model with sparse attention, for recipes: two layers with an indexer that selects 4 keys."""
 
+from pathlib import Path
 from typing import Any
+
+from tests.helpers.moe_recipes import KINDS
+from tests.helpers.objective_recipes import TASK, objective_recipe
+from tests.helpers.training_recipes import tiny_recipe, write_corpus
+from toolkit.config import Recipe
 
 SPARSE_CONFIG: dict[str, Any] = {
     "model_type": "deepseek_v32",
@@ -27,3 +33,14 @@ SPARSE_CONFIG: dict[str, Any] = {
     "max_position_embeddings": 32,
     "initializer_range": 0.3,
 }
+
+
+def sparse_recipe(output: Path, kind: str, coefficient: float, **sections: Any) -> Recipe:
+    """A run of ``kind`` with ``train.indexer_loss_coef``."""
+    model = {"config": SPARSE_CONFIG, **sections.pop("model", {})}
+    train = {"indexer_loss_coef": coefficient, **sections.pop("train", {})}
+    if kind == "pretrain":
+        write_corpus(output / "text")
+        return tiny_recipe(output, model=model, train=train, **sections)
+    objective = {"task": TASK} | KINDS[kind] | sections.pop("objective", {})
+    return objective_recipe(output, kind, objective, model=model, train=train, **sections)

@@ -129,6 +129,52 @@ def test_indexers_learn_from_their_loss_alone(model):
     model.zero_grad()
 
 
+@pytest.mark.parametrize("ragged", [True, False])
+def test_layers_that_run_again_have_the_same_loss(model, ragged):
+    """Activation checkpointing changes no gradient and counts no layer twice; its reentrant form is an error."""
+    ids = tokens(2, 13)
+
+    def gradients():
+        model.zero_grad()
+        with index_losses() as losses:
+            if ragged:
+                loss = torch.cat(toolkit.token_logprobs(model, list(ids))).mean()
+            else:
+                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        assert {len(values) for values in losses.layers.values()} <= {26}
+        (loss + losses.mean()).backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    model.train()
+    try:
+        wanted = gradients()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        found = gradients()
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], gradient) for name, gradient in wanted.items())
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+        model.enable_input_require_grads()
+        with pytest.raises(ToolkitError, match="losses of indexers must be computed with gradients"):
+            gradients()
+    finally:
+        model.gradient_checkpointing_disable()
+        model.disable_input_require_grads()
+        model.eval().zero_grad()
+
+
+def test_several_forwards_are_one_mean(model):
+    first, second = tokens(2, 13), tokens(1, 7, seed=5)
+    with index_losses() as together:
+        for ids in (first, second):
+            model(input_ids=ids, use_cache=False)
+    means = []
+    for ids in (first, second):
+        with index_losses() as alone:
+            model(input_ids=ids, use_cache=False)
+        means.append(alone.mean())
+    torch.testing.assert_close(together.mean(), (26 * means[0] + 7 * means[1]) / 33, rtol=1e-5, atol=0)
+
+
 def test_prefix_trees_weigh_the_loss_by_their_samples(model):
     sequences = [[*tokens(12).tolist(), last] for last in (7, 8, 9)]
     found = []

@@ -208,10 +208,12 @@ class IndexerParts:
 
     def _select(self, module: Any, call: SparseCall, given: dict[str, Any]) -> Tensor:
         hidden, q_resid = given[HIDDEN], given["q_resid"]
-        observe = observed() and (call.context is None or isinstance(call.context, DenseContext))
+        tables = given["position_embeddings"]
+        observe = call.context is None or isinstance(call.context, DenseContext)
+        observe = observe and observed(tables[0] if call.context is None else call.context)
         with torch.set_grad_enabled(observe):
             # An indexer learns from its own loss alone, whose gradient ends here.
-            q, k, weights = self.project(module, hidden.detach(), q_resid.detach(), given["position_embeddings"])
+            q, k, weights = self.project(module, hidden.detach(), q_resid.detach(), tables)
         cache = given.get(CACHE)
         with torch.no_grad():
             keys = k if cache is None or call.context is not None else cache.update_indexer(k, module.layer_idx)

@@ -1,5 +1,6 @@
 """Claim, probe, apply, undo, report: how a Hugging Face model is patched. Knows transformers; nothing below it does."""
 
+from toolkit.modules.index_observer import IndexLosses, index_losses
 from toolkit.modules.moe_experts import expert_layers
 from toolkit.patching.apply import find_claims, patch, unpatch
 from toolkit.patching.forward import ragged_forward
@@ -10,10 +11,12 @@ from toolkit.patching.state_spec import state_spec
 from toolkit.patching.weights import weight_version, weights_changed
 
 __all__ = [
+    "IndexLosses",
     "PatchReport",
     "choose_rotary_lengths",
     "expert_layers",
     "find_claims",
+    "index_losses",
     "patch",
     "ragged_forward",
     "report_of",

@@ -31,15 +31,10 @@ from toolkit.training import checkpoint
 from toolkit.training.accelerator import make_accelerator
 from toolkit.training.files import write_atomic
 from toolkit.training.freezing import freeze_parameters
+from toolkit.training.indexers import IndexerTraining
 from toolkit.training.metrics import FILE as METRICS
 from toolkit.training.metrics import Metrics, plot_curve, read_metrics
-from toolkit.training.model import (
-    RaggedModel,
-    load_adapters,
-    load_checkpoint,
-    make_model,
-    patch_model,
-)
+from toolkit.training.model import RaggedModel, load_adapters, load_checkpoint, make_model, patch_model
 from toolkit.training.moe import Balancing
 from toolkit.training.nested import warmup_recipe
 from toolkit.training.objectives.base import RunContext, make_objective
@@ -107,6 +102,7 @@ class Trainer:
         self.objective.bind(self._context())
         # Runs the model: one that cannot take a ragged batch is refused before anything is written.
         self.balancing = Balancing(recipe.train.moe, self.objective.context, self.patch_report)
+        self.indexers = IndexerTraining(recipe.train.indexer_loss_coef, self.objective.context, self.patch_report)
         self.step, self.seconds, self.num_tokens = 0, 0.0, 0
         self._saved = 0 if start is None else start.step
         self._stopping = False
@@ -290,6 +286,7 @@ class Trainer:
                         "tokens_per_second": round(tokens / recent[-1][1], 1),
                         **values,
                         **self.balancing.metrics(),
+                        **self.indexers.metrics(),
                         **self.gradients.metrics(),
                         "seconds": round(self.seconds, 3),
                     }
@@ -335,12 +332,14 @@ class Trainer:
         updates = 0
         for micros in self.objective.updates(self.step):
             self.balancing.begin(micros, self.objective.rows)
+            self.indexers.begin(micros, self.objective.rows)
             for index, micro in enumerate(micros):
                 with self.gradients.accumulating(last=index == len(micros) - 1):
                     loss = self.objective.loss(self.forward, micro)
                     total += loss.detach()
-                    routers = self.balancing.loss(index)
-                    self.gradients.backward(loss if routers is None else loss + routers)
+                    for auxiliary in (self.balancing.loss(index), self.indexers.loss(index)):
+                        loss = loss if auxiliary is None else loss + auxiliary
+                    self.gradients.backward(loss)
             norm = self.gradients.finish(self.step + 1)
             self.balancing.finish_update()
             updates += 1

@@ -4,6 +4,7 @@ import inspect
 import re
 import sys
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,15 @@ from toolkit.errors import ToolkitError, first_line, nearest
 from toolkit.loading import find_source, load_weights
 from toolkit.loading.model import GENERATION_CONFIG, quiet_transformers
 from toolkit.moe.observer import RouterObserver, observing
-from toolkit.patching import PatchReport, patch, ragged_forward, token_logprobs, weights_changed
+from toolkit.patching import (
+    IndexLosses,
+    PatchReport,
+    index_losses,
+    patch,
+    ragged_forward,
+    token_logprobs,
+    weights_changed,
+)
 from toolkit.patching.adapters import fuse_adapters, vocabulary_size
 from toolkit.patching.multimodal import MediaSequence, media_batch
 from toolkit.state.batch import RaggedBatch
@@ -32,12 +41,14 @@ class RaggedModel(nn.Module):
 
     Attributes:
         observer: takes statistics of the routers in forwards with gradients; None for none.
+        index_losses: takes the losses of indexers in forwards with gradients; None where they are not wanted.
     """
 
     def __init__(self, model: "PreTrainedModel") -> None:
         super().__init__()
         self.model = model
         self.observer: RouterObserver | None = None
+        self.index_losses: IndexLosses | None = None
 
     def forward(
         self,
@@ -60,7 +71,9 @@ class RaggedModel(nn.Module):
             rotary_lengths: of each sequence, see ``token_logprobs``.
             selection: the keys that each sequence's tokens attend.
         """
-        with observing(self.observer if torch.is_grad_enabled() else None):
+        observed = torch.is_grad_enabled()
+        indexers = nullcontext() if self.index_losses is None else index_losses(self.index_losses)
+        with observing(self.observer if observed else None), indexers if observed else nullcontext():
             if isinstance(batch, list):
                 return token_logprobs(self.model, batch, True, last, routing, rotary_lengths, selection=selection)
             if isinstance(batch, WithImages):

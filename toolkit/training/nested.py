@@ -25,8 +25,9 @@ def teacher_recipe(recipe: Recipe, tokenizer: Path) -> Recipe:
     teacher = objective.teacher
     model = {**recipe.model.model_dump(), "name_or_path": None, "config": teacher.config, "lora": None}
     model |= {"freeze_parameters": None, "trainable_parameters": None}
-    # The section is about the student's experts; a teacher may have none.
-    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"moe": MoeSection()})})
+    # These are about the student's experts and indexers; a teacher may have none.
+    own = {"moe": MoeSection(), "indexer_loss_coef": 0.0}
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=own)})
     changed = {"model": model, "tokenizer": {"name_or_path": str(tokenizer)}}
     return _sft(
         recipe, "teacher", objective.task, teacher.max_steps, teacher.learning_rate, teacher.batch_tokens, changed
