@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from toolkit.errors import ToolkitError
+from toolkit.modules.autocast import autocast_inputs
 from toolkit.ops.rotary import rotary
 from toolkit.state.active import forward_context_of
 from toolkit.state.batch import RaggedBatch
@@ -74,7 +75,7 @@ def attend(
     """Attention [B, S, H, Dv].
 
     Rows of padding come out as zeros. An explicit mask takes torch's dense attention, which is not batch-invariant,
-    unless ``keep_runs`` was told of it.
+    unless ``keep_runs`` was told of it. Inside autocast q, k and v are taken in its dtype, as torch's attention does.
 
     Args:
         layer: index of the layer.
@@ -89,6 +90,7 @@ def attend(
         causal: False: without a mask, every query sees every key of its row.
     """
     batch_size, queries = q.shape[:2]
+    q, k, v = autocast_inputs(q, k, v)
     if context is not None:
         return context.attend(layer, q[0], k[0], v[0], settings)[None]
     keys, runs = k.shape[1], None

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from toolkit.modules.autocast import autocast_inputs
+from toolkit.modules.linear import autocast_linear
 from toolkit.ops.hooks import watched
-from toolkit.ops.linear import linear
 from toolkit.ops.rotary import rotary
 from toolkit.state.active import forward_context_of
 
@@ -24,13 +25,13 @@ from toolkit.state.active import forward_context_of
 def absorbed_queries(content: Tensor, up: Tensor) -> Tensor:
     """[T, H, R] queries for latents: content [T, H, N] by each head's key projection in ``up`` [H (N + V), R]."""
     to_latent = up.unflatten(0, (content.shape[1], -1))[:, : content.shape[2]].mT
-    return torch.stack([linear(content[:, h], to_latent[h]) for h in range(len(to_latent))], 1)
+    return torch.stack([autocast_linear(content[:, h], to_latent[h], None) for h in range(len(to_latent))], 1)
 
 
 def expanded_values(out: Tensor, up: Tensor, content: int) -> Tensor:
     """[T, H, V] values of weighted latents [T, H, R] by each head's value projection, behind ``content`` rows."""
     to_value = up.unflatten(0, (out.shape[1], -1))[:, content:]
-    return torch.stack([linear(out[:, h], to_value[h]) for h in range(len(to_value))], 1)
+    return torch.stack([autocast_linear(out[:, h], to_value[h], None) for h in range(len(to_value))], 1)
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,11 @@ class LatentAttention:
             rotated_q = rotary(rotated_q, cos, sin, parts.interleaved)
             shared = rotary(shared[:, None], cos, sin, parts.interleaved)
             asked = absorbed_queries(content, up.weight)
-            out = context.attend_latent(
-                self.layer_idx,  # type: ignore[arg-type]
-                torch.cat([asked, rotated_q], -1),
-                torch.cat([latent[:, None], shared], -1),
-                parts.rank,
-                scale=float(self.scaling),  # type: ignore[arg-type]
+            queries, latents = autocast_inputs(
+                torch.cat([asked, rotated_q], -1), torch.cat([latent[:, None], shared], -1)
             )
+            scale = float(self.scaling)  # type: ignore[arg-type]
+            out = context.attend_latent(self.layer_idx, queries, latents, parts.rank, scale=scale)  # type: ignore[arg-type]
             values = expanded_values(out, up.weight, parts.content)
             return getattr(self, parts.out)(values.flatten(1)[None]), None
 

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from toolkit.modules.autocast import autocast_inputs
 from toolkit.ops.linear import linear
 
 
@@ -15,10 +15,8 @@ def autocast_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         weight: [N, K].
         bias: [N] or None.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    return linear(x, weight, bias)
+    x, weight, *biases = autocast_inputs(x, weight, *([] if bias is None else [bias]))
+    return linear(x, weight, *biases)
 
 
 def linear_forward(self: Any, input: Tensor) -> Tensor:

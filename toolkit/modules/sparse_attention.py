@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from toolkit.errors import ToolkitError
 from toolkit.modules.attention import attend, padded_context, unpadded_context
+from toolkit.modules.autocast import autocast_inputs
 from toolkit.modules.index_observer import observe_indexer, observed
 from toolkit.modules.latent_attention import absorbed_queries, expanded_values
 from toolkit.ops.rotary import rotary
@@ -131,6 +132,7 @@ class SparseCall:
         if self.context is None and (dropout > 0.0 or self.explicit is not None):
             return attend(layer, q, k, v, self.visible(queries, keys, selected), None, settings, dropout)
         context = self.dense(rows, queries, keys, q.device)
+        q, k, v = autocast_inputs(q, k, v)
         q, k, v, chosen = (part.flatten(0, 1) for part in (q, k, v, selected.long()))
         self._observe(layer, context, q, k, chosen, settings)
         out: Tensor = context.attend_selected(layer, q, k, v, chosen, settings).unflatten(0, (rows, queries))
@@ -144,9 +146,9 @@ class SparseCall:
         rank = self.up.in_features
         content = q.shape[-1] - (self.latents.shape[-1] - rank)
         asked = absorbed_queries(q[..., :content], self.up.weight)
-        q = torch.cat([asked, q[..., content:]], -1)
-        self._observe(layer, self.context, q, self.latents, selected, settings)
-        out = self.context.attend_selected_latent(layer, q, self.latents, rank, selected, settings)
+        q, latents = autocast_inputs(torch.cat([asked, q[..., content:]], -1), self.latents)
+        self._observe(layer, self.context, q, latents, selected, settings)
+        out = self.context.attend_selected_latent(layer, q, latents, rank, selected, settings)
         return expanded_values(out, self.up.weight, content)
 
     def _observe(
@@ -177,7 +179,8 @@ class IndexerParts:
         q = module.wq_b(q_resid).unflatten(-1, (module.n_heads, module.head_dim))
         k = module.k_norm(module.wk(hidden).to(module.k_norm.weight.dtype)).to(hidden.dtype)
         weights = module.weights_proj(hidden.to(module.weights_proj.weight.dtype)).float() * module.n_heads**-0.5
-        return self._rotated(q, tables), self._rotated(k[:, :, None], tables)[:, :, 0], weights
+        q, k = autocast_inputs(self._rotated(q, tables), self._rotated(k[:, :, None], tables)[:, :, 0])
+        return q, k, weights
 
     def _rotated(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
         rows, length = x.shape[:2]
