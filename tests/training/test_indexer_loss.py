@@ -83,6 +83,7 @@ class Run:
     before: float
     after: float
     changed: set[str]
+    frozen: set[str]
     lines: list[dict[str, Any]]
 
 
@@ -94,7 +95,8 @@ def run(tmp_path: Path, name: str, coefficient: float, **sections: Any) -> Run:
     trainer.fit()
     changed = {name for name, tensor in weights(trainer).items() if not torch.equal(start[name], tensor)}
     lines = read_metrics(tmp_path / "runs" / name / "metrics.jsonl")
-    return Run(before, held_loss(trainer, tmp_path), changed, lines)
+    frozen = {name for name, parameter in trainer.hf_model.named_parameters() if not parameter.requires_grad}
+    return Run(before, held_loss(trainer, tmp_path), changed, frozen, lines)
 
 
 def test_indexers_learn_with_it_and_stay_without_it(tmp_path: Path) -> None:
@@ -110,6 +112,8 @@ def test_indexers_learn_with_it_and_stay_without_it(tmp_path: Path) -> None:
     assert stayed.before == learnt.before
     assert stayed.after > stayed.before
     assert "indexer_loss" not in stayed.lines[0]
+    assert stayed.frozen == of_indexers(learnt.changed)
+    assert not learnt.frozen
 
 
 def test_indexers_alone_can_be_trained(tmp_path: Path) -> None:
@@ -139,11 +143,20 @@ def test_a_negative_coefficient_is_refused(tmp_path: Path) -> None:
         tiny_recipe(tmp_path, train={"indexer_loss_coef": -0.1})
 
 
+def test_a_run_of_indexers_alone_needs_it(tmp_path: Path) -> None:
+    model = {"freeze_parameters": ["*"], "trainable_parameters": ["*.indexer.*"]}
+    with pytest.raises(ToolkitError, match="indexer_loss_coef must be > 0 for a run that trains indexers alone, got 0"):
+        Trainer(sparse_recipe(tmp_path, "sft", 0.0, model=model), quiet=True)
+
+
 @pytest.mark.sweep
-def test_two_processes_have_the_loss_of_one(tmp_path: Path) -> None:
-    run_processes("training/two_indexers.py", tmp_path, says="same weights", seconds=300)
-    trainer = Trainer(sparse_recipe(tmp_path, "dpo", 0.5, run_name="one", train={"max_steps": 2}), quiet=True)
+@pytest.mark.parametrize("coefficient", [0.5, 0.0])
+def test_two_processes_have_the_loss_of_one(tmp_path: Path, coefficient: float) -> None:
+    run_processes("training/two_indexers.py", tmp_path, coefficient, says="same weights", seconds=300)
+    trainer = Trainer(sparse_recipe(tmp_path, "dpo", coefficient, run_name="one", train={"max_steps": 2}), quiet=True)
     trainer.fit()
     one, two = (read_metrics(tmp_path / "runs" / name / "metrics.jsonl") for name in ("one", "two"))
-    assert one[0]["indexer_loss"] == pytest.approx(two[0]["indexer_loss"], rel=1e-5)
+    assert ("indexer_loss" in one[0]) == (coefficient > 0)
+    if coefficient:
+        assert one[0]["indexer_loss"] == pytest.approx(two[0]["indexer_loss"], rel=1e-5)
     assert one[0]["grad_norm"] == pytest.approx(two[0]["grad_norm"], rel=1e-4)

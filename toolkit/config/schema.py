@@ -217,8 +217,8 @@ class TrainSection(Section):
     moe: MoeSection = Field(default_factory=MoeSection)
     indexer_loss_coef: Annotated[float, Field(ge=0)] = 0.0
     """For models with sparse attention: weight of the loss by which their indexers learn to select keys, KL(attention
-    over the selected keys || softmax of the indexer's scores), summed over layers (DeepSeek-V3.2). 0 leaves them as
-    they are: no other loss reaches them. Every objective adds it, warm-up included; a teacher that the run trains does
+    over the selected keys || softmax of the indexer's scores), summed over layers (DeepSeek-V3.2). 0 freezes
+    them: no other loss reaches them. Every objective adds it, warm-up included; a teacher that the run trains does
     not."""
     expert_parallel: ExpertParallelSection | None = None
     """For MoE models; null keeps all experts in every process."""

@@ -9,12 +9,28 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from toolkit.errors import ToolkitError
-from toolkit.patching import IndexLosses, PatchReport, index_losses, ragged_forward
+from toolkit.patching import IndexLosses, PatchReport, index_losses, indexers_of, ragged_forward
 from toolkit.state.batch import RaggedBatch
 from toolkit.training.objectives.base import RunContext
+
+
+def freeze_indexers(model: nn.Module, report: PatchReport) -> str | None:
+    """Freeze what only the loss of indexers would train; a sentence of what is frozen, None where nothing is.
+
+    Data parallel waits for a gradient of every parameter that is not frozen.
+    Raises ToolkitError where nothing is left to train.
+    """
+    frozen = [p for indexer in indexers_of(report) for p in indexer.parameters() if p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    if not frozen:
+        return None
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ToolkitError("train.indexer_loss_coef must be > 0 for a run that trains indexers alone, got 0.")
+    return f"{len(frozen)} tensors of indexers (train.indexer_loss_coef is 0)"
 
 
 class IndexerTraining:

@@ -31,7 +31,7 @@ from toolkit.training import checkpoint
 from toolkit.training.accelerator import make_accelerator
 from toolkit.training.files import write_atomic
 from toolkit.training.freezing import freeze_parameters
-from toolkit.training.indexers import IndexerTraining
+from toolkit.training.indexers import IndexerTraining, freeze_indexers
 from toolkit.training.metrics import FILE as METRICS
 from toolkit.training.metrics import Metrics, plot_curve, read_metrics
 from toolkit.training.model import RaggedModel, load_adapters, load_checkpoint, make_model, patch_model
@@ -88,6 +88,9 @@ class Trainer:
         ragged, self.patch_report = patch_model(self.hf_model, recipe.model)
         if start is not None and recipe.model.lora is not None:
             load_adapters(self.hf_model, start.checkpoint)
+        idle = None if recipe.train.indexer_loss_coef else freeze_indexers(self.hf_model, self.patch_report)
+        if idle is not None:
+            self.log(f"frozen: {idle}")
         self.num_parameters = sum(parameter.numel() for parameter in self.hf_model.parameters())
         self.num_trainable = sum(p.numel() for p in self.hf_model.parameters() if p.requires_grad)
         self.sharded = self._shard_experts(ragged)
