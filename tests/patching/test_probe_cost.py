@@ -66,6 +66,22 @@ def test_slices_of_a_models_own_parameters_are_spread_evenly():
     assert torch.equal(copied.bias[100], module.bias[round(100 * 999 / 255)])
 
 
+@pytest.mark.parametrize("inner", [1, 2])
+def test_slices_along_two_dimensions_copy_no_whole_experts(inner, monkeypatch):
+    """All columns of the experts that are kept would be a gibibyte at Mixtral's width."""
+    module, made = nn.Module(), []
+    shape = [8, 3000, 4] if inner == 1 else [8, 4, 3000]
+    module.weight = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(1)))
+    slices = Slices({"weight": ((0, 5), (inner, KEPT))})
+    original = torch.Tensor.index_select
+    monkeypatch.setattr(torch.Tensor, "index_select", lambda *a: made.append(original(*a)) or made[-1])
+    copied = probe_copy(module, slices, own_values=True)
+    assert max(one.numel() for one in made) == 8 * 4 * KEPT
+    experts, columns = (torch.linspace(0, last, n).round().long() for last, n in ((7, 5), (2999, KEPT)))
+    part = module.weight[experts]
+    assert torch.equal(copied.weight, part[:, columns] if inner == 1 else part[:, :, columns])
+
+
 def test_a_module_that_fails_on_slices_is_probed_as_a_whole():
     class Fixed(nn.Module):
         def __init__(self):

@@ -88,7 +88,8 @@ def probe_copy(
 
 def _own(parameter: Tensor, kept: tuple[tuple[int, int], ...], dtype: torch.dtype | None) -> nn.Parameter:
     values = parameter.detach()
-    for dimension, count in kept:
+    # The dimension that loses most is the first: whole experts, copied on the way, are a gibibyte at Mixtral's width.
+    for dimension, count in sorted(kept, key=lambda one: one[1] / values.shape[one[0]]):
         if count < values.shape[dimension]:
             # Evenly spread: of both halves where gate and up are one matrix.
             at = torch.linspace(0, values.shape[dimension] - 1, count, dtype=torch.float64).round().long()
