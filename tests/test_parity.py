@@ -45,6 +45,27 @@ def test_no_token_differs_when_weights_are_written_meanwhile(case):
     assert parity.prefix_cache_hits > 0
 
 
+@pytest.mark.parametrize(
+    "family", ["llama", *(pytest.param(f, marks=pytest.mark.sweep) for f in FAMILIES if f != "llama")]
+)
+def test_float64_models_keep_the_promise_in_float64(family):
+    """MoE models too, whose stock experts (torch's grouped GEMM) have no float64."""
+    model = random_model(family).double()
+    parity = check_parity(model, prompts_for(model.config.vocab_size), min_tokens=200, seed=1)
+    assert parity.differing == parity.replayed_differing == 0
+    assert parity.num_preemptions >= parity.num_swaps > 0
+    with toolkit.Engine(model, num_blocks=32) as engine:
+        (found,) = engine.generate([[5, 6, 7]], toolkit.SamplingParams(max_tokens=9, seed=1))
+    sequence = [*found.prompt_token_ids, *found.token_ids]
+    (trained,) = toolkit.token_logprobs(model, [sequence], rotary_lengths=[found.rotary_length])
+    own = torch.tensor(found.logprobs, dtype=torch.float64)
+    assert torch.equal(own, trained[2:].detach().double())
+    if trained.dtype == torch.float64:  # Mamba's logits are float32 in every model
+        assert not torch.equal(own, own.float().double())
+    else:
+        assert family == "mamba2"
+
+
 @pytest.mark.sweep
 @pytest.mark.parametrize("model_type", ["deepseek_v32", "glm_moe_dsa", "hy_v4"])
 def test_sparse_attention_replays_the_keys_that_the_engine_recorded(model_type):

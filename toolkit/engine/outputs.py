@@ -19,7 +19,7 @@ class Completion:
         prompt_token_ids: the prompt.
         token_ids: as generated, with the token that ended it.
         logprobs: one per generated token, natural log, under the model's own distribution (full vocabulary, before
-            penalties and temperature); float32 values.
+            penalties and temperature); float32 values, of a float64 model on a CPU float64.
         sampling_logprobs: one per token, under the distribution that it was sampled from (0 for greedy).
         text: without stop strings and stop tokens, unless asked for; "" without a tokenizer.
         finish_reason: "stop" (end of text, stop token or stop string), "length", "cancelled" or "error".

@@ -122,7 +122,8 @@ class Sampler:
 
     def sample(self, logits: Tensor, sequences: abc.Sequence[Sequence]) -> Samples:
         """The next token of each sequence, sampled from its row of ``logits`` [B, V] (the model's own)."""
-        logits = logits.float()
+        if logits.dtype != torch.float64 or logits.device.type != "cpu":  # float64: as training computes them
+            logits = logits.float()
         sampled: Tensor | None = None
         if all(one.params.greedy and not one.adjusted for one in sequences):
             ids = first_largest(logits)

@@ -1,10 +1,10 @@
-"""The configurations by which modules choose their attention implementation: a text model's, a tower's.
+"""The configurations by which modules choose their attention implementation: a text model's, a tower's; and experts.
 
 transformers reads the choice from a module's ``config`` at every call; towers of one model have configurations of their
 own. ``set_attn_implementation`` of a model writes all of them, so it is not used here.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -16,6 +16,8 @@ from toolkit.patching.claim import Undo
 
 FIELD = "_attn_implementation_internal"
 """Where a configuration keeps its implementation, without those of the configurations inside it."""
+EXPERTS_FIELD = "_experts_implementation_internal"
+"""Where it keeps that of its experts."""
 
 
 def attention_configs(model: nn.Module) -> list[Any]:
@@ -31,16 +33,21 @@ def attention_configs(model: nn.Module) -> list[Any]:
 
 
 @contextmanager
-def eager_attention(model: nn.Module) -> Iterator[None]:
-    """Inside, every module of ``model`` runs its eager attention."""
-    before = [(config, getattr(config, FIELD)) for config in attention_configs(model)]
+def eager_modules(model: nn.Module, fields: Sequence[str] = (FIELD, EXPERTS_FIELD)) -> Iterator[None]:
+    """Inside, every module of ``model`` runs its eager attention and experts: torch's grouped GEMM has no float64.
+
+    Args:
+        fields: of the configurations, which name the implementations that change.
+    """
+    configs = attention_configs(model)
+    before = [(one, name, getattr(one, name)) for one in configs for name in fields if hasattr(one, name)]
     try:
-        for config, _ in before:
-            setattr(config, FIELD, "eager")
+        for config, name, _ in before:
+            setattr(config, name, "eager")
         yield
     finally:
-        for config, implementation in before:
-            setattr(config, FIELD, implementation)
+        for config, name, implementation in before:
+            setattr(config, name, implementation)
 
 
 def configs_of_layer(model: nn.Module, path: str) -> list[Any]:

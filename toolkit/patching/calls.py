@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from toolkit.patching.adapters import vocabulary_size
-from toolkit.patching.attention_configs import eager_attention
+from toolkit.patching.attention_configs import eager_modules
 from toolkit.patching.eval_mode import eval_mode
 from toolkit.patching.probe import device_of, generator
 from toolkit.patching.skeleton import HIDDEN, skeleton
@@ -60,7 +60,7 @@ def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
     return value
 
 
-def _kept(tensor: Tensor) -> Tensor:
+def float32_copy(tensor: Tensor) -> Tensor:
     """A copy, of a floating-point tensor in float32."""
     return tensor.detach().float().clone() if tensor.is_floating_point() else tensor.detach().clone()
 
@@ -129,10 +129,10 @@ def _record(
         for parameter in signature.parameters.values():
             if parameter.kind is parameter.VAR_KEYWORD:
                 named |= named.pop(parameter.name, {})
-        calls[module].append(Call({name: map_tensors(value, _kept) for name, value in named.items()}, len(args)))
+        calls[module].append(Call({name: map_tensors(value, float32_copy) for name, value in named.items()}, len(args)))
 
     configs = {id(one): one for one in (model.config, model.config.get_text_config())}.values()
-    with torch.no_grad(), eval_mode(model), eager_attention(model), ExitStack() as stack:
+    with torch.no_grad(), eval_mode(model), eager_modules(model), ExitStack() as stack:
         for config in configs:
             stack.enter_context(_replaced(config, {"sliding_window": window, "attention_chunk_size": window}))
         for module in modules:

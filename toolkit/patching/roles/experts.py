@@ -18,7 +18,7 @@ from toolkit.moe import ExpertLayout
 from toolkit.numerics import Numerics
 from toolkit.ops.activation import KINDS, plain_kinds
 from toolkit.patching import experts_interface
-from toolkit.patching.attention_configs import set_implementation
+from toolkit.patching.attention_configs import EXPERTS_FIELD, set_implementation
 from toolkit.patching.claim import Claim, ProbeError, Skipped, Undo, replace_forward, together
 from toolkit.patching.conditions import error_of
 from toolkit.patching.probe import generator, random_input, signature_key
@@ -27,8 +27,6 @@ from toolkit.patching.roles.moe_layers import MoeLayer, moe_layers
 from toolkit.patching.search import prove
 from toolkit.patching.settings import guarded, settings_of
 
-_FIELD = "_experts_implementation_internal"
-"""Where a configuration keeps the implementation of its experts."""
 _FEW = 5  # experts of a probe copy: the hundreds of a layer compute the same function
 _TOP_K = 2
 # The largest drives gates into their tails, past the limits at which some of them are clamped.
@@ -165,7 +163,9 @@ def find(model: Any, numerics: Numerics) -> list[Claim | Skipped]:
     if reached or (dispatching and numerics is Numerics.BITWISE):
         errors = [ProbeError(0.0, 0.0), *reached]
         worst = ProbeError(max(e.forward for e in errors), max(e.backward for e in errors))
-        installs = [partial(set_implementation, config, _FIELD, experts_interface.NAME) for config in configs.values()]
+        installs = [
+            partial(set_implementation, config, EXPERTS_FIELD, experts_interface.NAME) for config in configs.values()
+        ]
         install = together(partial(_install_interface, model), *installs)
         claims.insert(0, Claim("experts", "", model, "experts interface", worst, install))
     return claims

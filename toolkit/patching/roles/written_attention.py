@@ -21,7 +21,9 @@ from toolkit.modules.row_positions import RowPositions, row_positions_forward
 from toolkit.modules.written_attention import Plan, Watch, written_forward
 from toolkit.numerics import Numerics
 from toolkit.patching.adapters import vocabulary_size
+from toolkit.patching.attention_configs import EXPERTS_FIELD, eager_modules
 from toolkit.patching.attention_probe import CACHE, FAR
+from toolkit.patching.calls import float32_copy, map_tensors
 from toolkit.patching.claim import Claim, ProbeError, Skipped, Undo, replace_forward
 from toolkit.patching.eval_mode import eval_mode
 from toolkit.patching.instance_forward import UNPROVEN, foreign_forward
@@ -53,7 +55,7 @@ class _Found(Watch):
         if self.running and self.begins(func, args, kwargs or {}):
             module, arguments = self.running[-1]
             if not self.calls or self.calls[-1][0] is not module:
-                self.calls.append((module, _copied(arguments)))
+                self.calls.append((module, map_tensors(arguments, float32_copy)))
         return func(*args, **(kwargs or {}))
 
 
@@ -61,18 +63,10 @@ class _Enough(Exception):
     """Ends a forward when the calls that were wanted are known."""
 
 
-def _copied(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().float().clone() if value.is_floating_point() else value.detach().clone()
-    if type(value) in (tuple, list):
-        return type(value)(_copied(one) for one in value)
-    return {name: _copied(one) for name, one in value.items()} if type(value) is dict else value
-
-
 def _run(model: Any, length: int) -> None:
     device = device_of(model)
     ids = torch.randint(min(vocabulary_size(model), 97), (1, length), generator=generator(device, 7), device=device)
-    with torch.no_grad(), eval_mode(model):
+    with torch.no_grad(), eval_mode(model), eager_modules(model, [EXPERTS_FIELD]):
         model(input_ids=ids, use_cache=False)
 
 
@@ -125,7 +119,7 @@ def _far_calls(model: Any, wanted: Sequence[nn.Module], length: int) -> dict[nn.
     calls: dict[nn.Module, Arguments] = {}
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-        calls[module] = _copied((args, kwargs))
+        calls[module] = map_tensors((args, kwargs), float32_copy)
         if len(calls) == len(wanted):
             raise _Enough
 
