@@ -7,6 +7,7 @@ fingerprint with the tree.
 
 import argparse
 import os
+import sys
 from concurrent.futures import ProcessPoolExecutor
 
 from benchmarks.common import print_table
@@ -16,6 +17,8 @@ from tools.compile_kernels.compiler import SHARED_LIMIT, Compiled, compile_case,
 os.environ.pop("TRITON_INTERPRET", None)  # read when a kernel is decorated; the workers inherit what is left
 
 HEADER = ["case", "kernel", "target", "registers", "shared KiB", "occupancy", "spilled", "dots", "matrix instructions"]
+
+PROGRESS = 20  # pairs of case and target, after which a line says how far it is
 
 
 def compile_named(name: str, arch: str) -> list[Compiled]:
@@ -33,7 +36,11 @@ def main() -> None:
     if not wanted:
         parser.error(f"--only must be part of a case's name, got {arguments.only!r}.")
     with ProcessPoolExecutor(arguments.processes) as pool:
-        results = list(pool.map(compile_named, *zip(*wanted), chunksize=4))
+        results = []
+        for compiled in pool.map(compile_named, *zip(*wanted), chunksize=4):
+            results.append(compiled)
+            if len(results) % PROGRESS == 0 or len(results) == len(wanted):
+                print(f"{len(results)} of {len(wanted)} compiled", file=sys.stderr, flush=True)
     rows, unfit = [], []
     for (name, arch), compiled in zip(wanted, results):
         for made in compiled:

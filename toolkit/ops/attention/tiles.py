@@ -63,7 +63,7 @@ _FORWARD: Entries = {
         ),
         4: (
             (64, GemmTile(32, 32, 0, 4, 1)),
-            (128, GemmTile(32, 16, 0, 4, 1)),
+            (128, GemmTile(32, 16, 0, 8, 1)),
             (256, GemmTile(16, 16, 64, 8, 1)),
             (576, GemmTile(32, 16, 64, 16, 1)),
         ),
@@ -114,8 +114,8 @@ _BACKWARD_QUERIES: Entries = {
         ),
         4: (
             (64, GemmTile(16, 16, 32, 4, 1)),
-            (128, GemmTile(16, 16, 64, 8, 1)),
-            (256, GemmTile(32, 16, 64, 8, 1)),
+            (128, GemmTile(16, 16, 32, 8, 1)),
+            (256, GemmTile(32, 32, 64, 8, 1)),
             (576, GemmTile(16, 16, 32, 16, 1)),
         ),
     },
@@ -128,7 +128,7 @@ _BACKWARD_QUERIES: Entries = {
         ),
         4: (
             (64, GemmTile(16, 16, 32, 4, 1)),
-            (128, GemmTile(16, 16, 64, 8, 1)),
+            (128, GemmTile(16, 16, 32, 8, 1)),
             (256, GemmTile(32, 16, 64, 8, 1)),
             (576, GemmTile(16, 16, 32, 16, 1)),
         ),
@@ -165,7 +165,7 @@ _BACKWARD_KEYS: Entries = {
         4: (
             (64, GemmTile(16, 16, 0, 4, 1)),
             (128, GemmTile(16, 16, 0, 8, 1)),
-            (256, GemmTile(16, 16, 0, 8, 1)),
+            (256, GemmTile(8, 16, 0, 8, 1)),
             (576, GemmTile(16, 8, 32, 8, 1)),
         ),
     },
@@ -185,14 +185,14 @@ _BACKWARD_KEYS: Entries = {
     },
     "sm_100": {
         2: (
-            (64, GemmTile(64, 64, 0, 4, 1)),
+            (64, GemmTile(64, 64, 0, 8, 1)),
             (128, GemmTile(32, 64, 0, 8, 1)),
             (256, GemmTile(32, 32, 0, 8, 1)),
             (576, GemmTile(16, 32, 64, 8, 1)),
         ),
         4: (
             (64, GemmTile(16, 16, 0, 4, 1)),
-            (128, GemmTile(16, 8, 0, 8, 1)),
+            (128, GemmTile(16, 16, 0, 8, 1)),
             (256, GemmTile(16, 16, 0, 8, 1)),
             (576, GemmTile(16, 8, 32, 8, 1)),
         ),

@@ -68,7 +68,10 @@ def attend_keys(
                 mask=key_ok[None, :] & (d < HEAD_DIM)[:, None], other=0.0,
             )  # fmt: skip
             scores = tl.dot(q_tile, k_tile, input_precision="ieee")
-        seen = visible_keys(key, position, kv_length, own, window, span_first, span_end, WINDOWED, MASK, SPANNED)
+        seen = visible_keys(
+            key[None, :], position[:, None], kv_length, own, window, span_first[:, None], span_end[:, None],
+            WINDOWED, MASK, SPANNED,
+        )  # fmt: skip
         if SCORE is not None:
             scores = tanh(scores * scale / softcap) * softcap if CAPPED else scores * scale
             scores = SCORE(scores, position[:, None], key[None, :], own) * 1.4426950408889634

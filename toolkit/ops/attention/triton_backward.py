@@ -86,7 +86,10 @@ def attention_backward_queries(
             products = sliced_products(q, k, q_row, row_ok, k_row, key_ok, HEAD_DIM, ROWS, KEYS, SLICE)
         else:
             products = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-        seen = visible_keys(key, position, kv_length, own, window, span_first, span_end, WINDOWED, MASK, SPANNED)
+        seen = visible_keys(
+            key[None, :], position[:, None], kv_length, own, window, span_first[:, None], span_end[:, None],
+            WINDOWED, MASK, SPANNED,
+        )  # fmt: skip
         weights, slope, seen = probabilities(
             products, seen, row_lse[:, None], position[:, None], key[None, :], own, scale, softcap, CAPPED, BOTH
         )

@@ -31,9 +31,8 @@ def probabilities(products, seen, lse, query, key, own, scale, softcap, CAPPED: 
 
 @triton.jit
 def add_queries(
-    dk_acc, dk_rest, dv_acc, k_tile, v_tile, k_row, v_row, key_ok, first, end, key, query, row_ok, position,
-    span_first, span_end, head,
-    grad, q, k, v, lse, delta, parameters, scale, window, softcap,
+    dk_acc, dk_rest, dv_acc, k_tile, v_tile, k_row, v_row, key_ok, first, end, key, query, row_ok, position, head,
+    spans, grad, q, k, v, lse, delta, parameters, scale, window, softcap,
     stride_gt, stride_gh, stride_qt, stride_qh, stride_lt, SHARED: tl.constexpr, WINDOWED: tl.constexpr,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, TAIL: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, SLICE: tl.constexpr,
@@ -59,8 +58,11 @@ def add_queries(
     else:
         seen = (key >= 0)[:, None] & row_ok[None, :]
         length = end
-    visible = visible_keys(key, position, length, own, window, span_first, span_end, WINDOWED, MASK, SPANNED)
-    seen = seen & tl.trans(visible)
+    span_first, span_end = row_spans(spans, query, row_ok, length, SPANNED)
+    seen = seen & visible_keys(
+        key[:, None], position[None, :], length, own, window, span_first[None, :], span_end[None, :],
+        WINDOWED, MASK, SPANNED,
+    )  # fmt: skip
     weights, slope, seen = probabilities(
         products, seen, row_lse[None, :], position[None, :], key[:, None], own, scale, softcap, CAPPED, BOTH
     )
@@ -162,7 +164,7 @@ def attention_backward_keys(
         last_key = tl.max(tl.where(read, key, 0), 0)
         for member in range(GROUP):
             head = kv_head * GROUP + member
-            for row_start in range(begin, stop, ROWS):
+            for row_start in tl.range(begin, stop, ROWS, disable_licm=True):  # hoisted addresses would take registers
                 row = row_start + tl.arange(0, ROWS)
                 row_ok = row < stop
                 position = tl.load(positions + row, mask=row_ok, other=0x7FFFFFFF)
@@ -171,14 +173,14 @@ def attention_backward_keys(
                     near = tl.min(position, 0) - window < last_key
                 if FIRST is not None:
                     near = near & (FIRST(tl.min(position, 0), parameters + head * PARAMETERS) <= last_key)
-                span_first, span_end = row_spans(spans, row.to(tl.int64), row_ok, 0x7FFFFFFF, SPANNED)
                 if SPANNED:
+                    span_first, _ = row_spans(spans, row.to(tl.int64), row_ok, 0x7FFFFFFF, SPANNED)
                     near = near | (tl.min(span_first, 0) <= last_key)
                 if near:
                     dk_acc, dk_rest, dv_acc = add_queries(
                         dk_acc, dk_rest, dv_acc, k_tile, v_tile, k_row, v_row, held, first, end, key,
-                        row.to(tl.int64), row_ok, position, span_first, span_end, head,
-                        grad, q, k, v, lse, delta, parameters, scale, window, softcap,
+                        tl.cast(row_start, tl.int64) + tl.arange(0, ROWS), row_ok, position, head,
+                        spans, grad, q, k, v, lse, delta, parameters, scale, window, softcap,
                         stride_gt, stride_gh, stride_qt, stride_qh, stride_lt, True, WINDOWED,
                         HEAD_DIM, V_DIM, BLOCK_D, BLOCK_V, TAIL, ROWS, KEYS, SLICE,
                         CAPPED, BOTH, MASK, PARAMETERS, SPANNED,
@@ -211,14 +213,13 @@ def attention_backward_keys(
                     )  # fmt: skip
                 elif FIRST is not None:
                     near = rows_before_bound(past, stop, first_key + KEYS - 1, parameters + head * PARAMETERS, FIRST)
-                for row_start in range(begin, near, ROWS):
+                for row_start in tl.range(begin, near, ROWS, disable_licm=True):  # as above
                     row = row_start + tl.arange(0, ROWS)
                     row_ok = row < num_queries
-                    span_first, span_end = row_spans(spans, start + row, row_ok, kv_length, SPANNED)
                     dk_acc, dk_rest, dv_acc = add_queries(
                         dk_acc, dk_rest, dv_acc, k_tile, v_tile, k_row, v_row, held, base, kv_length, key,
-                        start + row, row_ok, past + row, span_first, span_end, head,
-                        grad, q, k, v, lse, delta, parameters, scale, window, softcap,
+                        start + row_start + tl.arange(0, ROWS), row_ok, past + row, head,
+                        spans, grad, q, k, v, lse, delta, parameters, scale, window, softcap,
                         stride_gt, stride_gh, stride_qt, stride_qh, stride_lt, False, WINDOWED,
                         HEAD_DIM, V_DIM, BLOCK_D, BLOCK_V, TAIL, ROWS, KEYS, SLICE,
                         CAPPED, BOTH, MASK, PARAMETERS, SPANNED,

@@ -96,9 +96,21 @@ def row_spans(spans, query, row_ok, kv_length, SPANNED: tl.constexpr):
         first = tl.where(none, 0x7FFFFFFF, first)
         end = tl.where(none, 0, end)
     else:  # not looked at
-        first = kv_length
-        end = kv_length
+        first = query
+        end = query
     return first, end
+
+
+@triton.jit
+def smaller(number, bound):
+    """The smaller one, where ``bound`` is the result of a reduction.
+
+    Triton knows no alignment of addresses that such a number is part of, and would load element by element; of what
+    a loop passes on it knows what it knows of ``number``.
+    """
+    while bound < number:
+        number = bound
+    return number
 
 
 @triton.jit
@@ -115,7 +127,8 @@ def seen_range(
     if FIRST is not None:
         begin = tl.maximum(begin, tl.min(tl.where(row_ok[:, None], FIRST(position[:, None], own), 0x7FFFFFFF)))
     if SPANNED:
-        begin = tl.minimum(begin, tl.min(span_first, 0))
+        if WINDOWED or FIRST is not None:  # otherwise it is 0
+            begin = smaller(begin, tl.min(span_first, 0))
         stop = tl.maximum(stop, tl.max(span_end, 0))
     return begin // KEYS * KEYS, stop
 
@@ -125,14 +138,17 @@ def visible_keys(
     key, position, kv_length, own, window, span_first, span_end,
     WINDOWED: tl.constexpr, MASK: tl.constexpr, SPANNED: tl.constexpr,
 ):  # fmt: skip
-    """[rows, keys] which keys before it, of its window and by a modifier, a row sees, and which of its span."""
-    seen = (key[None, :] <= position[:, None]) & (key[None, :] < kv_length)
+    """Which keys before it, of its window and by a modifier, a row sees, and which of its span.
+
+    Keys are one dimension of the result and rows the other one, as the numbers of either are given.
+    """
+    seen = (key <= position) & (key < kv_length)
     if WINDOWED:
-        seen = seen & (key[None, :] > position[:, None] - window)
+        seen = seen & (key > position - window)
     if MASK is not None:
-        seen = seen & MASK(position[:, None], key[None, :], own)
+        seen = seen & MASK(position, key, own)
     if SPANNED:
-        seen = seen | ((key[None, :] >= span_first[:, None]) & (key[None, :] < span_end[:, None]))
+        seen = seen | ((key >= span_first) & (key < span_end))
     return seen
 
 

@@ -155,7 +155,8 @@ def recurrence_grad(
                         to_query = tl.sum(state * upstream.to(tl.float32)[None, :], 1) * scale
                         tl.store(part_q + ((part + t) * units + unit) * depth + row, to_query, mask=row_in)
                     tl.debug_barrier()
-                    for back in range(from_token, to_token):
+                    # Nothing is hoisted: a token's addresses would take registers through the loop.
+                    for back in tl.range(from_token, to_token, disable_licm=True):
                         t = tl.cast(from_token + to_token - 1 - back, tl.int64)
                         under, at = (t * key_heads + key_head) * depth, (t * heads + head) * width
                         key = tl.load(k + under + row, mask=row_in, other=0.0)

@@ -51,7 +51,7 @@ def index_scores(
     base = tl.load(kv_offsets + sequence)
     slot = key_slots(key, key_ok, base, block_tables + sequence.to(tl.int64) * stride_table, PAGE)
     scores = tl.zeros([KEYS], tl.float32)
-    for first in tl.static_range(0, HEADS, ROWS):
+    for first in range(0, HEADS, ROWS):
         head = first + tl.arange(0, ROWS)
         head_ok = head < HEADS
         products = tl.zeros([ROWS, KEYS], tl.float32)
