@@ -10,7 +10,11 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("model", nargs="?", help="checkpoint folder or training run")
     parser.add_argument("--random", metavar="FAMILY", help="a small random model instead")
     parser.add_argument("--numerics", choices=["bitwise", "fast"], default=None)
-    parser.add_argument("--roles", default=None, help="comma-separated roles (default: all that the model has)")
+    parser.add_argument(
+        "--roles",
+        default=None,
+        help="comma-separated roles; default (also without --roles): all that the model has but encoder_attention",
+    )
     parser.set_defaults(run=run)
 
 

@@ -56,7 +56,7 @@ class ModelSection(Section):
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
     """Of the weights that the optimizer updates; see ``train.mixed_precision`` for that of the forward."""
     roles: list[str] | None = None
-    """Roles to patch; null patches every role that matches."""
+    """Roles to patch; null, and ``default`` among them, patches every role that matches but encoder_attention."""
     numerics: Literal["bitwise", "fast"] | None = None
     """Numerics mode; null is the device's default."""
     lora: LoraSection | None = None

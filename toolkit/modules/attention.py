@@ -39,15 +39,41 @@ def keep_runs(mask: Tensor) -> None:
 
     The mask is read here, once per forward. One that somebody writes to afterwards is a mask like any other again.
     """
-    try:
-        kept = (mask._version, context_of_mask(mask))
-    except ToolkitError:  # holes: torch's dense attention
+    _keep_runs(mask, mask)
+
+
+def read_runs(mask: Tensor) -> None:
+    """``keep_runs`` of an explicit mask that a model made: boolean, or 0 and the least number, added to the scores.
+
+    It is read once as long as nobody writes to it. Of an added mask with gradients, with other numbers, or with rows
+    that see nothing (for which torch averages all values) no runs are kept.
+    """
+    if torch.compiler.is_compiling() or mask.is_inference():
         return
-    mask.toolkit_runs = kept  # type: ignore[attr-defined]
+    kept: tuple[int, SeenRuns | None] | None = getattr(mask, "toolkit_runs", None)
+    if kept is None or kept[0] != mask._version:
+        _keep_runs(mask, mask if mask.dtype == torch.bool else _added_zeros(mask))
+
+
+def _added_zeros(mask: Tensor) -> Tensor | None:
+    """Where a mask that is added to the scores adds 0; None if it is no more than a boolean one says."""
+    if mask.requires_grad or not mask.is_floating_point():
+        return None
+    seen = mask == 0
+    known = (seen | (mask <= torch.finfo(mask.dtype).min)).all() & seen.any(-1).all()
+    return seen if bool(known) else None
+
+
+def _keep_runs(mask: Tensor, seen: Tensor | None) -> None:
+    try:
+        found = None if seen is None else context_of_mask(seen)
+    except ToolkitError:  # holes: torch's dense attention
+        found = None
+    mask.toolkit_runs = (mask._version, found)  # type: ignore[attr-defined]
 
 
 def _kept_runs(mask: Tensor, *shape: int) -> SeenRuns | None:
-    kept: tuple[int, SeenRuns] | None = getattr(mask, "toolkit_runs", None)
+    kept: tuple[int, SeenRuns | None] | None = getattr(mask, "toolkit_runs", None)
     known = kept is not None and kept[0] == mask._version and mask.shape == (shape[0], 1, *shape[1:])
     return kept[1] if kept is not None and known else None
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from toolkit.errors import ToolkitError, must_be_one_of
+from toolkit.errors import ToolkitError
 from toolkit.numerics import Numerics
 from toolkit.patching.adapters import (
     FUSED,
@@ -22,7 +22,7 @@ from toolkit.patching.probe import device_of
 from toolkit.patching.ragged_check import check_ragged
 from toolkit.patching.record import PatchRecord, pop_record, put_record, record_of
 from toolkit.patching.report import PatchReport
-from toolkit.patching.roles import FINDERS
+from toolkit.patching.roles import FINDERS, wanted_roles
 from toolkit.patching.sharding import check_unsharded
 from toolkit.patching.weights import count_steps
 
@@ -52,15 +52,13 @@ def find_claims(
 
 
 def _collect(model: nn.Module, roles: Sequence[str] | None, report: PatchReport) -> None:
-    for role in roles if roles is not None else FINDERS:
-        if role not in FINDERS:
-            raise ToolkitError(must_be_one_of("roles", role, FINDERS))
+    for role, required in wanted_roles(roles).items():
         found = [_without_foreign_forward(item) for item in FINDERS[role](model, report.numerics)]
         claims = [item for item in found if isinstance(item, Claim)]
         skipped = [item for item in found if isinstance(item, Skipped)]
         report.claims.extend(claims)
         report.skipped.extend(skipped)
-        if roles is not None and not claims:
+        if required and not claims:
             reasons = sorted({item.reason for item in skipped})
             why = f": {'; '.join(reasons)}" if reasons else ""
             raise ToolkitError(f"roles has {role!r}, but no module of {type(model).__name__} can take it{why}.")
@@ -109,7 +107,8 @@ def patch(model: nn.Module, roles: Sequence[str] | None = None, numerics: str | 
         model: a Hugging Face model. A ``PeftModel`` is patched like the model inside it, before or after its adapters
             were added.
         roles: any of norm, positions, rotary, mlp, activation, router, experts, attention, mixer, layer, linear, head,
-            media; None is all of them.
+            media and encoder_attention (non-causal attention of image and audio towers), which the model must have;
+            "default" is all that it has of them but encoder_attention. None is ["default"].
         numerics: "bitwise" or "fast" (``toolkit.numerics``); None is bitwise on CPU and fast elsewhere.
     """
     model = inner_model(model)

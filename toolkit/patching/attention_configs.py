@@ -59,6 +59,16 @@ def configs_of_layer(model: nn.Module, path: str) -> list[Any]:
     return [own] if maker is own else [own, maker]
 
 
+def modules_beside(model: nn.Module, callers: set[nn.Module]) -> dict[int, list[nn.Module]]:
+    """Modules that may call the attention interface beside ``callers``, by the id of their configuration."""
+    found: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        config = module.__dict__.get("config")
+        if config is not None and module not in callers and not isinstance(module, PreTrainedModel):
+            found.setdefault(id(config), []).append(module)
+    return found
+
+
 def set_implementation(config: Any, field: str, name: str) -> Undo:
     """The undo step, after setting one configuration's implementation, and none of those inside it.
 

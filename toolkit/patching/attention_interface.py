@@ -13,7 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from toolkit.errors import ToolkitError
-from toolkit.modules.attention import attend, everything, explicit_mask, keep_runs, padded_context
+from toolkit.modules.attention import attend, everything, explicit_mask, keep_runs, padded_context, read_runs
 from toolkit.modules.sparse_attention import SparseCall
 from toolkit.state.active import forward_context_of, get_forward_context
 from toolkit.state.context import AttentionSettings
@@ -133,6 +133,8 @@ def proven_attention(
     )
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     layer = getattr(module, "layer_idx", None) or 0
+    if not causal and attention_mask is not None and attention_mask.dim() == 4 and not dropout:
+        read_runs(attention_mask)
     out = attend(layer, q, k, v, attention_mask, context, settings, float(dropout), causal)
     if not (kwargs.get("output_attentions") or weights_wanted()):
         return out.contiguous(), None

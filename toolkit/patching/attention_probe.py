@@ -59,7 +59,9 @@ class Probe:
         self.copied.train(condition.training)
         for part in self.copied.modules():
             part.__dict__[attention_interface.IMPLEMENTATION] = attention_interface.NAME
-        self.call = call if condition.dtype is None else replace(call, arguments=_cast(call.arguments, condition.dtype))
+        self.call = (
+            call if condition.dtype is None else replace(call, arguments=cast_floating(call.arguments, condition.dtype))
+        )
         self.shape = call.arguments[call.hidden].shape
         self.paired = True
         self.seen = self.look()
@@ -87,7 +89,7 @@ class Probe:
             calls.append(Seen(caller, query.shape[1], query.shape[-1], window, softcap, sinks, output[0]))
             return output
 
-        with _registered("toolkit_probe", record), torch.no_grad():
+        with registered("toolkit_probe", record), torch.no_grad():
             self.run("toolkit_probe", None, self._hidden().to(next(self.copied.parameters()).dtype))
         if not calls:
             raise RuntimeError("it does not dispatch through the attention interface")
@@ -247,7 +249,7 @@ class Probe:
         return found
 
 
-class _registered:
+class registered:
     """Inside, an attention function is registered under ``name``."""
 
     def __init__(self, name: str, function: Any) -> None:
@@ -260,12 +262,15 @@ class _registered:
         AttentionInterface._global_mapping.pop(self.name, None)
 
 
-def _cast(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+def cast_floating(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """Arguments with floating-point tensors in another type, within its range."""
     limits = torch.finfo(dtype)
 
     def cast(tensor: Tensor) -> Tensor:
-        return tensor.clamp(limits.min, limits.max).to(dtype) if tensor.is_floating_point() else tensor
+        if not tensor.is_floating_point():
+            return tensor
+        narrower = limits.max < torch.finfo(tensor.dtype).max
+        return (tensor.clamp(limits.min, limits.max) if narrower else tensor).to(dtype)
 
     return {name: map_tensors(value, cast) for name, value in arguments.items()}
 

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from toolkit.errors import first_line
 from toolkit.modules.attention import FusedAttention
@@ -20,7 +19,7 @@ from toolkit.modules.latent_attention import parts_of
 from toolkit.modules.row_positions import row_positions_forward
 from toolkit.numerics import Numerics
 from toolkit.patching import attention_interface
-from toolkit.patching.attention_configs import FIELD, configs_of_layer, set_implementation
+from toolkit.patching.attention_configs import FIELD, configs_of_layer, modules_beside, set_implementation
 from toolkit.patching.attention_interface import IMPLEMENTATION, NAME, weights_wanted
 from toolkit.patching.attention_probe import FAR, LENGTH, PROBE_WINDOW, ROWS, Probe
 from toolkit.patching.calls import MASK, Call, record_calls
@@ -236,15 +235,6 @@ def _config(module: Any) -> Any:
     return module.__dict__.get("config")
 
 
-def _others(model: nn.Module, callers: set[nn.Module]) -> dict[int, list[nn.Module]]:
-    """Modules that may call the interface beside ``callers``, by the id of their configuration."""
-    found: dict[int, list[nn.Module]] = {}
-    for module in model.modules():
-        if _config(module) is not None and module not in callers and not isinstance(module, PreTrainedModel):
-            found.setdefault(id(_config(module)), []).append(module)
-    return found
-
-
 def find(model: Any, numerics: Numerics) -> list[Claim | Skipped]:
     """A claim on each layer whose configuration's layers are all proven.
 
@@ -268,7 +258,7 @@ def find(model: Any, numerics: Numerics) -> list[Claim | Skipped]:
     found: list[Claim | Skipped] = [Skipped("attention", path, reason) for path, reason in refused.items()]
     keepers = {id(_config(layers[path])): path for path in reversed(refused)}
     callers = {layers[path].get_submodule(one.caller) for path, one in verdicts.items() if isinstance(one, _Proven)}
-    others = _others(model, callers)
+    others = modules_beside(model, callers)
     for path, proven in verdicts.items():
         if isinstance(proven, str):
             continue
