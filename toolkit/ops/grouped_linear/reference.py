@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from toolkit.ops.linear.reference import linear_reference
+from toolkit.ops.linear.reference import linear as linear_reference
 from toolkit.ops.rowwise import upcast
 
 

@@ -1,61 +1,28 @@
 """A batch-invariant GEMM with a weight: x W^T + bias."""
 
-import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
-from toolkit.ops.linear.reference import linear_group_reference, linear_reference
-from toolkit.ops.registry import register
+from toolkit.ops.linear import reference
+from toolkit.ops.registry import Op, register, register_differentiable
 
-__all__ = ["linear", "linear_group", "linear_reference"]
+__all__ = ["linear", "linear_group"]
 
-
-def _fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, weight, _ = inputs
-    ctx.save_for_backward(x, weight)
-
-
-def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    x, weight = ctx.saved_tensors
-    need_x, need_weight, need_bias = ctx.needs_input_grad
-    # MKL GEMMs of 16-bit tensors are hundreds of times slower than converting.
-    compute = torch.float32 if grad.device.type == "cpu" and grad.itemsize == 2 else grad.dtype
-    # math.prod, unlike torch.Size.numel, leaves sizes that a compiler keeps open open.
-    rows = grad.reshape(math.prod(x.shape[:-1]), weight.shape[0]).to(compute)
-    grad_x = grad_weight = grad_bias = None
-    if need_x:
-        grad_x = torch.mm(rows, weight.to(compute)).to(x.dtype).view(x.shape)
-    if need_weight:
-        grad_weight = torch.mm(rows.t(), x.reshape(rows.shape[0], x.shape[-1]).to(compute)).to(weight.dtype)
-    if need_bias:
-        grad_bias = rows.sum(0).to(grad.dtype)
-    return grad_x, grad_weight, grad_bias
-
-
-def _group_fake(
-    x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
-) -> list[torch.Tensor]:
-    return [_fake(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
-
-
-_OP = register(
+_OP: Op[torch.Tensor]
+_OP, _ = register_differentiable(
     "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    reference=linear_reference,
-    fake=_fake,
-    triton="toolkit.ops.linear.triton.linear",
-    backward=_backward,
-    setup_context=_setup_context,
+    "linear_backward(Tensor grad, Tensor x, Tensor weight, bool need_x, bool need_weight, bool need_bias)"
+    " -> (Tensor, Tensor, Tensor)",
+    gradients=("x", "weight", "bias"),
+    reference=reference,
+    triton="toolkit.ops.linear.triton",
+    triton_backward="toolkit.ops.linear.cuda_backward",
 )
 _GROUP = register(
     "linear_group(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor[]",
-    reference=linear_group_reference,
-    fake=_group_fake,
+    reference=reference.linear_group,
+    fake=reference.linear_group_fake,
     triton="toolkit.ops.linear.triton.linear_group",
 )
 
@@ -81,8 +48,10 @@ def linear(
     Numerics: batch-invariant. bfloat16 and float16 are added in float32 and rounded once. On CPU, with any number of
     threads: sums run over blocks of 1024 bytes of k, in a block one chain of fused multiply-adds over ascending k, the
     blocks' sums added in order, the bias last. On CUDA (Triton; no float64): one float32 sum over steps of k in
-    ascending order, by a tile that goes by device, dtype and N. A NaN or infinity stays in its row. Gradients are
-    cuBLAS / MKL GEMMs, deterministic from run to run. Saved for backward: x and weight.
+    ascending order, by a tile that goes by device, dtype and N. A NaN or infinity stays in its row.
+    The gradient of x is the same GEMM over ascending n, batch-invariant too. Gradients of weight and bias add rows in
+    ascending order, on CPU in blocks of equal size of at most 2048 bytes of one column, the blocks' sums in order; on
+    CUDA they are cuBLAS's, deterministic from run to run. Saved for backward: x and weight.
     """
     return _OP.select(impl)(x, weight, bias)
 

@@ -1,4 +1,4 @@
-// linear and linear_group on CPU: checks and dtypes; the GEMM itself is native/matmul.h.
+// linear, its backward and linear_group on CPU: checks and dtypes; the GEMMs are native/matmul.h and native/outer.h.
 #include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
@@ -6,6 +6,7 @@
 #include "dtypes.h"
 #include "matmul.h"
 #include "memory.h"
+#include "outer.h"
 #include "storage.h"
 
 namespace toolkit::linear_op {
@@ -80,8 +81,67 @@ std::vector<Tensor> linear_group(const Tensor& x, at::TensorList weights,
   return compute(x, weights.vec(), std::move(shifts));
 }
 
+// x of any leading shape as [rows, width] with adjacent rows, in the type of the arithmetic.
+Tensor flat_rows(const Tensor& x, int64_t rows, int64_t width, at::ScalarType type) {
+  const Tensor flat = storage::cast(x, type).reshape({rows, width});
+  return width <= 1 || flat.stride(1) == 1 ? flat : flat.contiguous();
+}
+
+// dx[m, k] = sum_n g[m, n] weight[n, k], one chain over blocks of ascending n: the GEMM of linear with the weight
+// transposed where it lies.
+template <typename T, typename S>
+Tensor to_x(const Tensor& g, const Tensor& weight, at::IntArrayRef shape) {
+  Tensor out = memory::empty(shape, g.options());
+  if (out.numel() == 0) return out;
+  const int64_t outputs = weight.size(0), depth = weight.size(1);
+  const bool by_outputs = outputs > 1 && weight.stride(0) == 1 && weight.stride(1) != 1;  // a transposed view
+  const Tensor matrix = by_outputs || depth <= 1 || weight.stride(1) == 1 ? weight : weight.contiguous();
+  matmul::run(std::vector<matmul::Problem<T, S>>{{g.const_data_ptr<T>(), g.stride(0), matrix.const_data_ptr<S>(),
+                                                  matrix.stride(by_outputs ? 1 : 0), nullptr, out.mutable_data_ptr<T>(),
+                                                  depth, g.size(0), depth, outputs, false, nullptr, !by_outputs}});
+  return out;
+}
+
+// out[a, b] = sum_m left[m, a] right[m, b], rows ascending; left null for ones, a = 1.
+template <typename T>
+Tensor sum_of_rows(const Tensor* left, const Tensor& right) {
+  const T one = 1;
+  const int64_t height = left == nullptr ? 1 : left->size(1), width = right.size(1);
+  Tensor out = memory::empty({height, width}, right.options());
+  if (out.numel() == 0) return out;
+  matmul::run(std::vector<matmul::Outer<T>>{{left == nullptr ? &one : left->const_data_ptr<T>(),
+                                             left == nullptr ? 0 : left->stride(0), nullptr, right.const_data_ptr<T>(),
+                                             right.stride(0), nullptr, out.mutable_data_ptr<T>(), width, height, width,
+                                             right.size(0)}});
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                                   bool need_x, bool need_weight, bool need_bias) {
+  check(x, weight, {});
+  const int64_t outputs = weight.size(0), depth = weight.size(1);
+  auto shape = x.sizes().vec();
+  shape.back() = outputs;
+  TORCH_CHECK(grad.sizes() == shape && grad.scalar_type() == x.scalar_type(),
+              "linear_backward: grad must have shape ", at::IntArrayRef(shape), " and the dtype of x, ",
+              x.scalar_type(), ", got ", grad.sizes(), " and ", grad.scalar_type(), ".");
+  const int64_t rows = c10::multiply_integers(shape.begin(), shape.end() - 1);
+  const auto dtype = x.scalar_type(), upcast = dtypes::upcast(dtype);
+  const Tensor g = flat_rows(grad, rows, outputs, upcast);
+  const auto none = [&] { return at::empty({0}, x.options()); };
+  Tensor dx = none(), dw = none(), db = none();
+  dtypes::with_types(dtype, [&](auto compute, auto stored) {
+    using T = decltype(compute);
+    if (need_x) dx = to_x<T, decltype(stored)>(g, weight, x.sizes());
+    if (need_weight) dw = sum_of_rows<T>(&g, flat_rows(x, rows, depth, upcast));
+    if (need_bias) db = sum_of_rows<T>(nullptr, g).view({outputs});
+  });
+  return {storage::cast(dx, dtype), storage::cast(dw, dtype), storage::cast(db, dtype)};
+}
+
 TORCH_LIBRARY_IMPL(toolkit, CPU, m) {
   m.impl("linear", &linear);
+  m.impl("linear_backward", &linear_backward);
   m.impl("linear_group", &linear_group);
 }
 
