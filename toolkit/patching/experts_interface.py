@@ -15,8 +15,13 @@ def own_forward(module: nn.Module) -> Any:
 
 
 def dispatches(module: nn.Module) -> bool:
-    """Whether the module's class dispatches through the experts interface."""
-    return hasattr(module, "_is_expert_parallel") and own_forward(module) is not type(module).forward
+    """Whether the module's class dispatches through the experts interface.
+
+    Its decorator wraps the forward and describes the layout on the module, in every version of transformers;
+    ``_is_expert_parallel`` is not there in 5.17.
+    """
+    described = all(hasattr(module, name) for name in ("is_concatenated", "is_transposed", "has_gate"))
+    return described and own_forward(module) is not type(module).forward
 
 
 def experts_function(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
