@@ -177,7 +177,7 @@ def _compare(model: Any, group: Sequence[Any], result: Parity) -> None:
     for completion in group:
         if completion.finish_reason == "error":
             raise RuntimeError(f"request {completion.request_id} failed: {completion.error}")
-    result.tokens += sum(len(completion.token_ids) for completion in group)
+    result.tokens += sum(_compared(model, completion) for completion in group)
     result.differing += _differing(model, group, {}, result)
     recorded = {
         "routing": [completion.routed_experts for completion in group],
@@ -191,6 +191,14 @@ def _compare(model: Any, group: Sequence[Any], result: Parity) -> None:
         result.replayed_differing += _differing(model, group, recorded, result)
 
 
+def _compared(model: Any, completion: Any) -> int:
+    """How many of its tokens are compared: those before one that the model takes for padding."""
+    report = report_of(model)
+    token = None if report is None else report.ragged.uncounted_token
+    tokens = completion.token_ids
+    return tokens.index(token) if token in tokens else len(tokens)
+
+
 def _replays(model: Any, layers: int) -> bool:
     """Whether the routers of all MoE layers are patched, which replaying needs."""
     report = report_of(model)
@@ -201,17 +209,18 @@ def _differing(model: Any, group: Sequence[Any], recorded: dict[str, Any], resul
     """How many of the group's tokens differ from the training forward's, which takes what is ``recorded``."""
     # With gradients, as in a training step.
     with torch.enable_grad():
-        sequences = [list(c.prompt_token_ids) + list(c.token_ids) for c in group]
+        compared = [_compared(model, completion) for completion in group]
+        sequences = [list(c.prompt_token_ids) + list(c.token_ids[:count]) for c, count in zip(group, compared)]
         rotary_lengths = [completion.rotary_length for completion in group]
         trained = token_logprobs(model, sequences, rotary_lengths=rotary_lengths, **recorded)
-    count = 0
-    for completion, logprobs in zip(group, trained):
-        returned = torch.tensor(completion.logprobs, dtype=torch.float64)
+    differing = 0
+    for completion, count, logprobs in zip(group, compared, trained):
+        returned = torch.tensor(completion.logprobs[:count], dtype=torch.float64)
         expected = logprobs.detach().cpu()[len(completion.prompt_token_ids) - 1 :].double()
-        count += int((~((returned == expected) | (returned.isnan() & expected.isnan()))).sum())
+        differing += int((~((returned == expected) | (returned.isnan() & expected.isnan()))).sum())
         if returned.numel():
             result.largest = max(result.largest, float((returned - expected).abs().max()))
-    return count
+    return differing
 
 
 @dataclass(frozen=True)
