@@ -154,8 +154,8 @@ def test_linear_of_models_sizes(inner, outputs):
 def test_weights_gradients_do_not_depend_on_threads():
     """Rows are added in blocks whose size goes by their number."""
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        x, weight, bias = (seeded(*shape, dtype=dtype).requires_grad_() for shape in ((1300, 130), (97, 130), (97,)))
-        grad = seeded(1300, 97, dtype=dtype, seed=3)
+        x, weight, bias = (seeded(*shape, dtype=dtype).requires_grad_() for shape in ((2048, 40), (300, 40), (300,)))
+        grad = seeded(2048, 300, dtype=dtype, seed=3)
         found = []
         for count in (1, 2, 3):
             with threads(count):
