@@ -64,7 +64,13 @@ def test_architectures_are_as_the_page_says(names, capsys, tmp_path):
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "names",
-    [("llava",), pytest.param(("qwen3_5", "gemma3", "llava_next", "idefics3", "internvl"), marks=pytest.mark.sweep)],
+    [
+        ("llava",),
+        pytest.param(
+            ("qwen3_5", "gemma3", "llava_next", "idefics3", "internvl", "kimi_k25", "qwen3_omni_moe_thinker"),
+            marks=pytest.mark.sweep,
+        ),
+    ],
     ids=["one", "several layouts of pixels"],
 )
 def test_models_of_images_and_text_are_measured(names, tmp_path):

@@ -47,11 +47,25 @@ def rotary_tables_forward(layout: str = "twice", axes: Tensor | None = None) -> 
 def _tables(x: Tensor, position_ids: Tensor, inv_freq: Tensor, scaling: float, layout: str, axes: Tensor | None) -> Any:
     along = axes.to(inv_freq.device) if axes is not None and position_ids.dim() == 3 else None
     dtype = torch.float32 if layout == "complex" else x.dtype
-    cos, sin = rotary_tables(position_ids, inv_freq, scaling, dtype, along)
+    if position_ids.is_floating_point() and not torch.equal(position_ids, position_ids.trunc()):
+        cos, sin = _between_positions(position_ids, inv_freq, scaling, dtype, along)
+    else:
+        cos, sin = rotary_tables(position_ids.long(), inv_freq, scaling, dtype, along)
     if layout == "twice":
         return cos, sin
     half = inv_freq.shape[0]
     return LAYOUTS[layout](cos[..., :half], sin[..., :half])
+
+
+def _between_positions(
+    position_ids: Tensor, inv_freq: Tensor, scaling: float, dtype: torch.dtype, along: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """``rotary_tables`` of positions that are no whole numbers: the frames of Qwen3-Omni's videos."""
+    positions = position_ids.float()
+    of_frequency = positions[..., None] if along is None else positions[along].movedim(0, -1)
+    angles = of_frequency * inv_freq.float()
+    angles = torch.cat([angles, angles], -1)
+    return (angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype)
 
 
 def length_dependent_forward(

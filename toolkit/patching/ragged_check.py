@@ -21,6 +21,7 @@ from toolkit.patching.length_tables import regimes_of
 from toolkit.patching.probe import device_of, distance, generator
 from toolkit.patching.report import PatchReport
 from toolkit.patching.skeleton import FEW_TOKENS, skeleton
+from toolkit.patching.text_part import find_entry
 from toolkit.state.batch import RaggedBatch
 from toolkit.state.context import ForwardContext
 from toolkit.state.dense import DenseContext
@@ -177,10 +178,12 @@ class _Check:
 
 
 def _rotary_reason(model: nn.Module, report: PatchReport) -> str | None:
-    """Where rotary tables depend on the longest sequence of a batch."""
+    """Where rotary tables depend on the longest sequence of a batch. A tower encodes one image at a time."""
     claimed = {claim.path for claim in report.claims if claim.role == "rotary"}
+    entry = find_entry(model)
+    text = None if entry is None else set(entry[1].modules())
     for path, module in model.named_modules():
-        if path not in claimed and regimes_of(module):
+        if path not in claimed and (text is None or module in text) and regimes_of(module):
             why = next((r.reason for r in report.skipped if r.role == "rotary" and r.path == path), "not asked for")
             return (
                 f"{path} of {type(model).__name__} makes rotary tables by the longest sequence of a batch; role "

@@ -19,10 +19,11 @@ from toolkit.patching.adapters import vocabulary_size
 from toolkit.patching.eval_mode import eval_mode
 from toolkit.patching.forward import context_forward
 from toolkit.patching.multimodal.encoding import encode_item, on_device, taken_by
-from toolkit.patching.multimodal.entry import Arrival, MediaEntry, arriving, find_entry
+from toolkit.patching.multimodal.entry import Arrival, MediaEntry, arriving
 from toolkit.patching.multimodal.items import Processed, items_of, splits_of
 from toolkit.patching.multimodal.sequences import placeholders_of, positions_of
 from toolkit.patching.probe import device_of
+from toolkit.patching.text_part import find_entry
 from toolkit.state.batch import RaggedBatch
 from toolkit.state.dense import DenseContext
 from toolkit.state.media import Features, MediaSpan, blocks
@@ -134,9 +135,14 @@ def _own_forward(model: nn.Module, outputs: Mapping[str, Any]) -> _Own:
 
 
 def _same_positions(given: Tensor, positions: Tensor | None, count: int) -> bool:
-    """given: [B, n] or [A, 1, n], perhaps with the index as the first axis; positions: [A, n] or None."""
+    """given: [B, n] or [A, 1, n], perhaps with the index as the first axis; positions: [A, n] or None.
+
+    They may be counted from another number: the logits say whether that makes a difference.
+    """
     expected = torch.arange(count)[None] if positions is None else positions
     found = given.reshape(-1, count)
+    if positions is None and count:
+        found = found - found[:, :1]
     if len(found) == len(expected) + 1:
         found = found[1:]
     return torch.equal(found, expected.expand_as(found)) if len(found) >= len(expected) else False

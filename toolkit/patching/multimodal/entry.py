@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from toolkit.errors import ToolkitError
-from toolkit.patching.adapters import unwrapped
 from toolkit.patching.claim import Undo
+from toolkit.patching.text_part import find_entry
 from toolkit.state.active import forward_context_of
 from toolkit.state.batch import RaggedBatch
 from toolkit.state.media import Features
@@ -130,21 +130,6 @@ def _are_levels(value: Any, width: int) -> bool:
 
 def _is_mask(value: Any, shape: torch.Size) -> bool:
     return isinstance(value, Tensor) and value.dtype == torch.bool and value.shape == shape
-
-
-def find_entry(model: Any) -> tuple[str, nn.Module] | None:
-    """Path and module of the entry of a model with a text part; None for a model that is a text model alone."""
-    config = getattr(model, "config", None)
-    if config is None or config.get_text_config() is config:
-        return None
-    try:
-        embedding = unwrapped(model.get_input_embeddings())
-    except (AttributeError, NotImplementedError):
-        return None
-    for path, module in model.named_modules():
-        if module is not model and any(unwrapped(child) is embedding for child in module.children()):
-            return path, module
-    return None
 
 
 def install(entry: nn.Module) -> Undo:

@@ -55,7 +55,7 @@ def positions_of(model: nn.Module, processed: Processed, outputs: Mapping[str, A
         return None, 0
     count = len(processed.ids)
     ids = torch.cat([processed.ids, torch.tensor([_text_token(owner.config)])])
-    arguments = {name: value for name, value in outputs.items() if value is not None and name != "attention_mask"}
+    arguments = {name: value for name, value in outputs.items() if value is not None}
     for name, value in processed.token_arguments.items():
         arguments[name] = torch.cat([value, value.new_zeros(1, 1)], 1)
     if "mm_token_type_ids" not in arguments:
@@ -64,10 +64,14 @@ def positions_of(model: nn.Module, processed: Processed, outputs: Mapping[str, A
         for number, kind in enumerate(MODALITIES, 1):
             types[ids == known.get(kind, -1)] = number
         arguments["mm_token_type_ids"] = types[None]
-    arguments = on_device(model, arguments | {"input_ids": ids[None]})
+    arguments = on_device(model, arguments | {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]})
     with torch.no_grad():
         positions, _ = owner.get_rope_index(**taken_by(type(owner).get_rope_index, arguments))
     found: Tensor = positions[:, 0].cpu()
+    if found.is_floating_point():
+        if not torch.equal(found, found.trunc()):
+            raise ToolkitError("positions of a ragged batch must be whole numbers, got others (of a video's frames).")
+        found = found.long()
     return found[:, :count], int(found[:, count].max()) - count
 
 

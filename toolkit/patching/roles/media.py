@@ -5,7 +5,8 @@ from typing import Any
 
 from toolkit.numerics import Numerics
 from toolkit.patching.claim import Claim, ProbeError, Skipped
-from toolkit.patching.multimodal.entry import find_entry, install
+from toolkit.patching.multimodal.entry import install
+from toolkit.patching.text_part import find_entry
 
 
 def find(model: Any, numerics: Numerics) -> list[Claim | Skipped]:
