@@ -19,6 +19,7 @@ from toolkit.patching.attention_configs import eager_modules
 from toolkit.patching.eval_mode import eval_mode
 from toolkit.patching.probe import device_of, generator
 from toolkit.patching.skeleton import HIDDEN, skeleton
+from toolkit.patching.without_media import text_arguments
 
 MASK = "attention_mask"
 
@@ -139,5 +140,5 @@ def _record(
             stack.callback(module.register_forward_pre_hook(record, with_kwargs=True).remove)
         if not all(parameter.is_floating_point() for parameter in model.parameters()):
             stack.enter_context(_as_in_training(model.get_input_embeddings()))
-        model(input_ids=ids, use_cache=False)
+        model(input_ids=ids, use_cache=False, **text_arguments(model, ids))
     return calls

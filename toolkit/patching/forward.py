@@ -16,6 +16,7 @@ from toolkit.patching.adapters import inner_model
 from toolkit.patching.ragged_call import call_arguments
 from toolkit.patching.ragged_check import check_ragged
 from toolkit.patching.record import check_forwards, report_of
+from toolkit.patching.without_media import text_arguments
 from toolkit.state.active import set_forward_context
 from toolkit.state.batch import RaggedBatch
 from toolkit.state.context import ForwardContext
@@ -81,7 +82,9 @@ def context_forward(model: nn.Module, context: ForwardContext, rows: Tensor | No
         keep["logits_to_keep"] = rows
     batch_invariant = report.numerics is Numerics.BITWISE and batch.tokens.is_cpu and not torch.compiler.is_compiling()
     with set_forward_context(context), row_invariant() if batch_invariant else nullcontext():
-        output = model(input_ids=batch.tokens[None], **keep, **call_arguments(inner, report, context))
+        tokens = batch.tokens[None]
+        arguments = call_arguments(inner, report, context) | text_arguments(inner, tokens)
+        output = model(input_ids=tokens, **keep, **arguments)
     if context.replay is not None and not torch.compiler.is_compiling():
         context.replay.check_complete()
     if not torch.compiler.is_compiling():

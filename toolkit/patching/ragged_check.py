@@ -22,6 +22,7 @@ from toolkit.patching.probe import device_of, distance, generator
 from toolkit.patching.report import PatchReport
 from toolkit.patching.skeleton import FEW_TOKENS, skeleton
 from toolkit.patching.text_part import find_entry
+from toolkit.patching.without_media import text_arguments
 from toolkit.state.batch import RaggedBatch
 from toolkit.state.context import ForwardContext
 from toolkit.state.dense import DenseContext
@@ -91,7 +92,7 @@ def _checked(model: Any, report: PatchReport, forward: Forward) -> str | None:
 
 def _ordinary(model: Any, text: Tensor, **arguments: Any) -> Tensor:
     ids = text[None].to(device_of(model))
-    logits: Tensor = model(input_ids=ids, use_cache=False, **arguments).logits[0]
+    logits: Tensor = model(input_ids=ids, use_cache=False, **text_arguments(model, ids), **arguments).logits[0]
     return logits.float()
 
 

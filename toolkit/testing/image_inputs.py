@@ -31,6 +31,8 @@ class Layouts:
         self._features = getattr(model, "get_image_features", None) or getattr(
             model.base_model, "get_image_features", None
         )
+        if self._features is None:
+            self._features = getattr(model, "get_video_features", None)
         self._forward = set(inspect.signature(model.forward).parameters)
         self._asked = _parameters(self._features) | _parameters(getattr(model.base_model, "get_image_features", None))
         config = vision_config(model.config)

@@ -21,9 +21,10 @@ from toolkit.patching.forward import context_forward
 from toolkit.patching.multimodal.encoding import encode_item, on_device, taken_by
 from toolkit.patching.multimodal.entry import Arrival, MediaEntry, arriving
 from toolkit.patching.multimodal.items import Processed, items_of, splits_of
-from toolkit.patching.multimodal.sequences import placeholders_of, positions_of
+from toolkit.patching.multimodal.sequences import positions_of
 from toolkit.patching.probe import device_of
 from toolkit.patching.text_part import find_entry
+from toolkit.patching.without_media import placeholders_of
 from toolkit.state.batch import RaggedBatch
 from toolkit.state.dense import DenseContext
 from toolkit.state.media import Features, MediaSpan, blocks

@@ -16,6 +16,7 @@ from toolkit.patching.multimodal.items import Item
 from toolkit.patching.probe import device_of
 from toolkit.patching.record import report_of
 from toolkit.patching.sharding import check_unsharded
+from toolkit.patching.without_media import asks_for_media
 from toolkit.state.media import Features
 
 
@@ -55,7 +56,8 @@ def encode_item(model: nn.Module, entry: MediaEntry, item: Item) -> Features:
     arguments = {
         "input_ids": torch.full_like(rows, item.placeholder)[None],
         "attention_mask": torch.ones_like(rows)[None],
-        "position_ids": rows[None],
+        # A forward that asks for an image may hand its keywords to the tower too, whose positions these are not.
+        **({} if asks_for_media(model) else {"position_ids": rows[None]}),
         "use_cache": False,
         **on_device(model, item.arguments),
         **on_device(model, item.token_arguments),

@@ -17,7 +17,8 @@ from torch import Tensor
 from toolkit.errors import ToolkitError
 from toolkit.state.media import MediaSpan
 
-MODALITIES = ("image", "video", "audio")
+_ABOUT_IMAGE = "qformer_"
+"""Tokens by which an image is encoded: none of the sequence, even where they are as many."""
 _NEVER_MEDIA = ("input_ids", "attention_mask", "position_ids", "labels")
 Arguments = dict[str, Any]
 
@@ -76,7 +77,8 @@ class Processed:
         for name, value in outputs.items():
             if name in _NEVER_MEDIA or value is None:
                 continue
-            if isinstance(value, Tensor) and value.shape == ids.shape and not value.is_floating_point():
+            numbers = isinstance(value, Tensor) and value.shape == ids.shape and not value.is_floating_point()
+            if numbers and not name.startswith(_ABOUT_IMAGE):
                 of_tokens[name] = value
             else:
                 media.setdefault(_modality(name), {})[name] = value
@@ -256,4 +258,4 @@ def _size(part: Arguments) -> int | None:
     return 1
 
 
-__all__ = ["MODALITIES", "Item", "Processed", "items_of", "splits_of"]
+__all__ = ["Item", "Processed", "items_of", "splits_of"]

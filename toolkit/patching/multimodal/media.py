@@ -16,11 +16,11 @@ from toolkit.patching.multimodal.items import Item, Processed, items_of
 from toolkit.patching.multimodal.sequences import (
     MediaSequence,
     continued,
-    placeholders_of,
     positions_of,
     whole_tokens,
 )
 from toolkit.patching.probe import device_of
+from toolkit.patching.without_media import placeholders_of
 from toolkit.state.batch import RaggedBatch
 from toolkit.state.media import Features
 

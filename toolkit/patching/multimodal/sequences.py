@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from toolkit.errors import ToolkitError
 from toolkit.patching.multimodal.encoding import on_device, taken_by
-from toolkit.patching.multimodal.items import MODALITIES, Item, Processed
+from toolkit.patching.multimodal.items import Item, Processed
+from toolkit.patching.without_media import MODALITIES, placeholders_of
 from toolkit.state.media import MediaSpan
 
 
@@ -30,17 +31,6 @@ class MediaSequence:
     delta: int
     spans: tuple[MediaSpan, ...]
     items: Mapping[bytes, Item]
-
-
-def placeholders_of(config: Any) -> dict[str, int]:
-    """The token id that stands for rows of each modality, as far as the configuration names one."""
-    found: dict[str, int] = {}
-    for kind in MODALITIES:
-        names = (f"{kind}_token_id", f"{kind}_token_index")
-        ids = [value for name in names if isinstance(value := getattr(config, name, None), int)]
-        if ids:
-            found[kind] = ids[0]
-    return found
 
 
 def positions_of(model: nn.Module, processed: Processed, outputs: Mapping[str, Any]) -> tuple[Tensor | None, int]:

@@ -30,6 +30,7 @@ from toolkit.patching.instance_forward import UNPROVEN, foreign_forward
 from toolkit.patching.probe import compare, device_of, generator, random_input, signature_key
 from toolkit.patching.probe_copy import probe_copy
 from toolkit.patching.ragged_call import MASKS_OF_BATCH, register_masks
+from toolkit.patching.without_media import text_arguments
 from toolkit.patching.written_trace import TraceWatch
 from toolkit.state.active import set_forward_context
 from toolkit.state.batch import RaggedBatch
@@ -67,7 +68,7 @@ def _run(model: Any, length: int) -> None:
     device = device_of(model)
     ids = torch.randint(min(vocabulary_size(model), 97), (1, length), generator=generator(device, 7), device=device)
     with torch.no_grad(), eval_mode(model), eager_modules(model, [EXPERTS_FIELD]):
-        model(input_ids=ids, use_cache=False)
+        model(input_ids=ids, use_cache=False, **text_arguments(model, ids))
 
 
 def _attention_calls(model: Any) -> list[tuple[nn.Module, Arguments]]:

@@ -14,14 +14,22 @@ from toolkit.engine import Completion, Engine, SamplingParams
 from toolkit.errors import ToolkitError
 from toolkit.exporting import export
 from toolkit.patching import patch, token_logprobs, unpatch
+from toolkit.patching.without_media import asks_for_media
 from toolkit.testing.architectures import IMAGE_TEXT, small_model
 from toolkit.testing.coverage.measuring import NEW_TOKENS, greedy, loss_and_gradient, next_logprobs, relative, text
 from toolkit.testing.coverage.row import Column, Row
 from toolkit.testing.image_inputs import image_batch
 from toolkit.testing.models import exact_attention
 
+NO_TEXT = "n/a"
+"""In the columns of text, of a model that takes none alone."""
 COLUMNS = (
-    Column("text loss", "relative difference from the unpatched model's loss on text", 1e-5),
+    Column(
+        "text loss",
+        f"relative difference from the unpatched model's loss on text; {NO_TEXT} where its forward asks for an image "
+        "with any text",
+        1e-5,
+    ),
     Column("text gradient", "the same of all gradients together, by norm", 1e-4),
     Column("image loss", "the same of the loss on text with an image in it", 1e-5),
     Column("image gradient", "the same of all gradients, those of the tower included", 1e-4),
@@ -57,8 +65,9 @@ def _measure(model_type: str, row: Row) -> None:
         if not math.isfinite(float(image_loss)):
             raise ToolkitError("the loss is not finite")
         stage = "the small model's unpatched forward of text fails"
-        words = _text_inputs(inputs)
-        text_loss, text_gradient = loss_and_gradient(model, words, words["input_ids"])
+        words = None if asks_for_media(model) else _text_inputs(inputs)
+        if words is not None:
+            text_loss, text_gradient = loss_and_gradient(model, words, words["input_ids"])
         stage = "patch"
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
@@ -72,11 +81,11 @@ def _measure(model_type: str, row: Row) -> None:
         return row.failed(stage, problem)
     try:
         stage = "patched forward of text"
-        got, patched = loss_and_gradient(model, words, words["input_ids"])
-        row.values["text loss"], row.values["text gradient"] = (
-            relative(got, text_loss),
-            relative(patched, text_gradient),
-        )
+        row.values["text loss"] = row.values["text gradient"] = NO_TEXT
+        if words is not None:
+            got, patched = loss_and_gradient(model, words, words["input_ids"])
+            row.values["text loss"] = relative(got, text_loss)
+            row.values["text gradient"] = relative(patched, text_gradient)
         stage = "patched forward with an image"
         got, patched = loss_and_gradient(model, inputs, _labels(inputs))
         row.values["image loss"] = relative(got, image_loss)

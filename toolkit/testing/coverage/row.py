@@ -21,7 +21,9 @@ class Column(NamedTuple):
     most: float | None = None
 
     def holds(self, value: Any) -> bool:
-        """Whether a measured value is right. NaN is not."""
+        """Whether a measured value is right. NaN is not; a text is, which says that the column is not for this row."""
+        if isinstance(value, str):
+            return True
         return bool(value) if self.most is None else value <= self.most
 
     @property
@@ -35,6 +37,8 @@ class Column(NamedTuple):
         """A value in the table; nothing for one that was not measured."""
         if value is None:
             return ""
+        if isinstance(value, str):
+            return value
         if self.most is None:
             return "yes" if value else "no"
         return str(value) if isinstance(value, int) else f"{value:.1e}"

@@ -1,0 +1,57 @@
+"""Calls of a model with tokens alone, of one too whose forward asks for an image with any text."""
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MODALITIES = ("image", "video", "audio")
+FEATURES = "mm_encoder_outputs"
+"""The keyword by which transformers' forwards take what a tower made, by modality."""
+_TOKENS = ("self", "input_ids")
+
+
+def placeholders_of(config: Any) -> dict[str, int]:
+    """The token id that stands for rows of each modality, as far as the configuration names one.
+
+    A model of videos alone calls their frames pixels, as others do those of an image.
+    """
+    found: dict[str, int] = {}
+    for kind in MODALITIES:
+        names = (f"{kind}_token_id", f"{kind}_token_index")
+        ids = [value for name in names if isinstance(value := getattr(config, name, None), int)]
+        if ids:
+            found[kind] = ids[0]
+    return {"image": found["video"], **found} if set(found) == {"video"} else found
+
+
+@cache
+def _asked(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """What a forward has no default for beside tokens, where it takes what a tower made in its place."""
+    parameters = inspect.signature(forward).parameters
+    variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    found = [name for name, one in parameters.items() if one.default is one.empty and one.kind not in variable]
+    return tuple(name for name in found if name not in _TOKENS) if FEATURES in parameters else ()
+
+
+def asks_for_media(model: Any) -> bool:
+    """Whether the model's forward takes no tokens without an image."""
+    return bool(_asked(type(model).forward))
+
+
+def text_arguments(model: Any, tokens: Tensor) -> dict[str, Any]:
+    """What a forward over ``tokens`` [B, n] takes so that nothing is put in the place of placeholders.
+
+    Nothing for most models. One that asks for an image gets features that are the placeholders' own embeddings.
+    """
+    asked = _asked(type(model).forward)
+    if not asked:
+        return {}
+    placeholder = next(iter(placeholders_of(model.config).values()), 0)
+    own = model.get_input_embeddings()(torch.full_like(tokens, placeholder))
+    features = SimpleNamespace(pooler_output=own, vision_outputs=None, qformer_outputs=None)
+    return {**dict.fromkeys(asked), FEATURES: dict.fromkeys(MODALITIES, features)}
