@@ -1,4 +1,4 @@
-"""``toolkit coverage`` on a few architectures: what docs/coverage.md says of them still holds."""
+"""``toolkit coverage`` on a few architectures: what the pages in docs say of them still holds."""
 
 import re
 from pathlib import Path
@@ -10,8 +10,9 @@ from toolkit.cli.coverage import page, totals
 from toolkit.testing.architectures import architectures, small_config
 from toolkit.testing.coverage import COLUMNS, Row
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "coverage.md"
-ROW = re.compile(r"^\| ([\w-]+) \| (covered|unsupported|wrong) \|.*\|$", re.MULTILINE)
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+PAGES = {"causal": DOCS / "coverage.md", "image-text": DOCS / "coverage-image-text.md"}
+ROW = re.compile(r"^\| ([\w.-]+) \| (covered|unsupported|wrong) \|.*\|$", re.MULTILINE)
 COMPARED = {  # what is particular about each
     "gpt2": "a GPT-2: weights [K, N]",
     "opt": "scales its queries itself; the gradient of its keys' bias is 0",
@@ -31,20 +32,22 @@ COMPARED = {  # what is particular about each
 FEW = ("gpt2", "deepseek_v2", "bart")
 
 
-def written() -> dict[str, str]:
-    return dict(ROW.findall(PAGE.read_text()))
+def written(kind: str = "causal") -> dict[str, str]:
+    return dict(ROW.findall(PAGES[kind].read_text()))
 
 
-def test_the_page_has_a_row_for_each_architecture_and_none_is_wrong():
-    verdicts = written()
-    assert set(verdicts) == set(architectures())
+@pytest.mark.parametrize("kind", PAGES)
+def test_the_page_has_a_row_for_each_architecture_and_none_is_wrong(kind):
+    verdicts = written(kind)
+    assert set(verdicts) == set(architectures(kind))
     assert "wrong" not in verdicts.values()
     covered = list(verdicts.values()).count("covered")
-    assert f"**{covered} covered, {len(verdicts) - covered} unsupported, 0 wrong.**" in PAGE.read_text()
+    assert f"**{covered} covered, {len(verdicts) - covered} unsupported, 0 wrong.**" in PAGES[kind].read_text()
 
 
-def test_unsupported_architectures_have_reasons():
-    for line in PAGE.read_text().splitlines():
+@pytest.mark.parametrize("kind", PAGES)
+def test_unsupported_architectures_have_reasons(kind):
+    for line in PAGES[kind].read_text().splitlines():
         if "| unsupported |" in line:
             assert len(line.rstrip("| ").rpartition("|")[2]) > 20, line
 
@@ -81,7 +84,7 @@ def test_models_of_images_and_text_are_measured(names, tmp_path):
     rows = {cells[0]: dict(zip(header, cells)) for cells in lines if len(cells) == len(header)}
     for name in names:
         row = rows[name]
-        assert row["verdict"] in ("covered", "unsupported"), row
+        assert row["verdict"] == written("image-text")[name] == "covered", row
         assert float(row["image loss"]) <= 1e-5, row
         assert float(row["image gradient"]) <= 1e-4, row
         assert row["export"] == "yes", row
