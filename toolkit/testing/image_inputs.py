@@ -233,6 +233,8 @@ def _around(model: Any, layout: dict[str, Tensor], rows: int | None) -> dict[str
     for name in ("mm_token_type_ids", "token_type_ids", "moe_mm_token_type_ids", "image_embeds_position_mask"):
         if name in asked:
             inputs[name] = torch.as_tensor(ids == image).int()
+    if "moe_mm_token_type_ids" in inputs:  # experts take the tokens around an image for its own
+        inputs["moe_mm_token_type_ids"] = torch.isin(ids, torch.tensor([image, *placed])).int()
     if "attention_mask" in asked:
         patches = layout.get("flattened_patches") if "input_ids" not in asked else None  # what the mask is of
         inputs["attention_mask"] = torch.ones_like(ids) if patches is None else torch.ones(patches.shape[:2])

@@ -72,14 +72,20 @@ def _verdict(model: nn.Module, entry: MediaEntry, processed: Processed, outputs:
     given = own.arrival.arguments.get("position_ids")
     if given is not None and not _same_positions(given.cpu(), positions, len(processed.ids)):
         return "the model's own forward has other positions"
+    entry.types_name = _types_name(model)
+    types = None if entry.types_name is None else own.arrival.arguments.get(entry.types_name)
+    if entry.types_name is not None and types is None:
+        return f"its layers ask for the {entry.types_name} of its tokens, which are missing"
     seeing = frozenset(layer for layer, ahead in own.ahead.items() if bool(ahead.any()))
     looking = frozenset(placeholders[kind] for kind in processed.media if seeing)
     failure = "no way to tell its items apart fits the sequence"
     for split in splits_of(processed):
-        found = items_of(processed, split, placeholders, looking)
+        found = items_of(processed, split, placeholders, looking, entry.types_name)
         if found is None:
             continue
         spans, items = found
+        if types is not None and not _as_rows(types, spans):
+            return "its layers take other tokens for those of an image"
         try:
             features = {digest: encode_item(model, entry, item) for digest, item in items.items()}
             error = _feature_error(entry, own.arrival, spans, features)
@@ -133,6 +139,21 @@ def _own_forward(model: nn.Module, outputs: Mapping[str, Any]) -> _Own:
         arguments = taken_by(type(model).forward, {**on_device(model, arguments), "use_cache": False})
         logits = model(**arguments).logits[0]
     return _Own(logits[-COMPARED:].float(), arrival, ahead)
+
+
+def _types_name(model: nn.Module) -> str | None:
+    """The keyword of the types of tokens that the text part asks for."""
+    found = find_entry(model)
+    asked = inspect.signature(type(found[1]).forward).parameters if found is not None else {}
+    return next((name for name in asked if name.endswith("token_type_ids")), None)
+
+
+def _as_rows(types: Tensor, spans: list[MediaSpan]) -> bool:
+    """Whether of ``types`` [1, n] those of the spans' tokens alone are not 0."""
+    expected = torch.zeros(types.shape[1], dtype=torch.bool)
+    for span in spans:
+        expected[span.first : span.first + span.length] = True
+    return torch.equal(types[0].cpu() != 0, expected)
 
 
 def _same_positions(given: Tensor, positions: Tensor | None, count: int) -> bool:

@@ -62,6 +62,8 @@ class MediaEntry:
     Attributes:
         mask_name: keyword of the mask [B, S] of rows that get levels; None before one was seen.
         levels_name: keyword of the levels, L tensors [M, H].
+        types_name: keyword of the types [B, S] of tokens, not 0 where layers take one for an image's; None for a model
+            whose layers do not tell tokens apart.
         span_layers: indices of the layers in which tokens of an image see each other.
         looking: the placeholders whose tokens do.
         verdicts: of each layout of a processor's outputs None where it is proven, or the reason why it is refused.
@@ -71,6 +73,7 @@ class MediaEntry:
     def __init__(self) -> None:
         self.mask_name: str | None = None
         self.levels_name: str | None = None
+        self.types_name: str | None = None
         self.span_layers: frozenset[int] = frozenset()
         self.looking: frozenset[int] = frozenset()
         self.verdicts: dict[Any, str | None] = {}
@@ -97,6 +100,9 @@ class MediaEntry:
             raise ToolkitError("the model must hand embeddings to its text part for a batch with images, got ids.")
         values = batch.embeddings.to(own.dtype)
         merged = {EMBEDDINGS: own.index_copy(1, batch.embedding_rows, values[None])}
+        if self.types_name is not None:
+            types = torch.zeros(own.shape[:2], dtype=torch.int64, device=own.device)
+            merged[self.types_name] = types.index_fill(1, batch.embedding_rows, 1)
         if batch.embedding_levels is not None:
             if self.mask_name is None or self.levels_name is None:
                 raise ToolkitError("embedding_levels of a batch must be None for a model without levels, got a tensor.")

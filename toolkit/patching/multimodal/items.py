@@ -85,11 +85,12 @@ class Processed:
         return cls(ids[0].to("cpu", torch.int64), of_tokens, media)
 
     def layout(self) -> Any:
-        """What decides how items lie in the outputs: names and numbers of dimensions."""
-        return tuple(
+        """What decides how items lie in the outputs, and what is known of tokens: names and numbers of dimensions."""
+        of_media = tuple(
             (kind, tuple((name, getattr(value, "ndim", None)) for name, value in sorted(given.items())))
             for kind, given in sorted(self.media.items())
         )
+        return of_media, tuple(sorted(self.token_arguments))
 
 
 def _modality(name: str) -> str:
@@ -201,9 +202,19 @@ def splits_of(processed: Processed) -> Iterator[dict[str, str]]:
 
 
 def items_of(
-    processed: Processed, split: Mapping[str, str], placeholders: Mapping[str, int], bidirectional: frozenset[int]
+    processed: Processed,
+    split: Mapping[str, str],
+    placeholders: Mapping[str, int],
+    bidirectional: frozenset[int],
+    types_name: str | None = None,
 ) -> tuple[list[MediaSpan], dict[bytes, Item]] | None:
-    """Spans and items of a sequence; None where they do not fit its tokens."""
+    """Spans and items of a sequence; None where they do not fit its tokens.
+
+    Args:
+        types_name: of the token arguments by which layers tell tokens of images from others. A token that they take
+            for an image's, although it is no placeholder (its first and last token), is an item of one row, too: its
+            embedding.
+    """
     spans: list[MediaSpan] = []
     items: dict[bytes, Item] = {}
     for kind, arguments in processed.media.items():
@@ -223,6 +234,15 @@ def items_of(
             for run in _runs(own):
                 spans.append(MediaSpan(int(run[0]), len(run), digest, offset, placeholder in bidirectional))
                 offset += len(run)
+    given = processed.token_arguments.get(types_name or "")
+    if given is not None:
+        others = torch.isin(processed.ids, torch.tensor(list(placeholders.values())), invert=True)
+        for row in (others & (given[0].cpu() != 0)).nonzero()[:, 0].tolist():
+            token = int(processed.ids[row])
+            own_types = {key: value[:, row : row + 1] for key, value in processed.token_arguments.items()}
+            digest = digest_of(own_types, token, 1)
+            items[digest] = Item(digest, token, 1, {}, own_types)
+            spans.append(MediaSpan(row, 1, digest))
     return sorted(spans), items
 
 

@@ -88,7 +88,7 @@ def _expanded(
         return MediaSequence(known, None, 0, (), {})
     check_media(inner, entry, processed, outputs)
     split = entry.splits[processed.layout()]
-    found = items_of(processed, split, placeholders_of(inner.config), entry.looking)
+    found = items_of(processed, split, placeholders_of(inner.config), entry.looking, entry.types_name)
     if found is None:
         raise ToolkitError("the tokens of a sequence must have the rows of its images, got others.")
     positions, delta = positions_of(inner, processed, outputs)
