@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from toolkit.engine import Engine, SamplingParams
 from toolkit.errors import ToolkitError
 from toolkit.patching import patch, token_logprobs
 from toolkit.testing.architectures import IMAGE_TEXT, small_model
@@ -46,7 +47,7 @@ def test_types_of_each_sequence_of_a_batch_are_its_own(share):
         torch.testing.assert_close(got, alone, rtol=0, atol=1e-4)
 
 
-def test_gradients_reach_the_embeddings_of_the_tokens_around_an_image():
+def test_embeddings_of_the_tokens_around_an_image_have_their_gradients():
     model, (one, *_) = model_and_prompts()
     logits = model(**one, use_cache=False).logits[0, :-1]
     logits.log_softmax(-1).gather(1, one["input_ids"][0, 1:, None]).sum().backward()
@@ -76,6 +77,16 @@ def test_types_that_are_missing_are_refused_until_they_are_given():
         token_logprobs(model, ids_of([one]), images=[without])
     with torch.no_grad():
         assert token_logprobs(model, ids_of([one]), images=[one])[0].isfinite().all()
+
+
+def test_experts_of_a_prompt_with_an_image_are_not_returned():
+    model, (one, *_) = model_and_prompts()
+    patch(model)
+    with Engine(model, max_num_seqs=2, block_size=4, enable_return_routed_experts=True) as engine:
+        pictured, text = engine.generate([one], SamplingParams(max_tokens=2)) + engine.generate([[50, 51, 52]])
+    assert "set enable_return_routed_experts=False" in str(pictured.error)
+    assert text.error is None
+    assert text.routed_experts is not None
 
 
 @pytest.mark.sweep

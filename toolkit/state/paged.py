@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from toolkit.errors import ToolkitError
 from toolkit.ops.attention import attention
 from toolkit.ops.select_keys import select_keys, selected_rows
 from toolkit.ops.sparse_attention import sparse_attention
@@ -80,6 +81,11 @@ class PagedContext(ForwardContext):
 
     def record_routing(self, layer: int, ids: Tensor) -> None:
         if self.pool.has(layer, "record_routing"):
+            if len(ids) != len(self.batch.tokens):
+                raise ToolkitError(
+                    f"a router must choose experts for all {len(self.batch.tokens)} tokens where they are returned, "
+                    f"got {len(ids)}; the model routes tokens of images apart: set enable_return_routed_experts=False."
+                )
             state, view = self._state(layer, "record_routing")
             state.write((ids[:, None],), view, self.batch.query_offsets)
 
