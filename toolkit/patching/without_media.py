@@ -31,11 +31,11 @@ def placeholders_of(config: Any) -> dict[str, int]:
 
 @cache
 def _asked(forward: Callable[..., Any]) -> tuple[str, ...]:
-    """What a forward has no default for beside tokens, where it takes what a tower made in its place."""
+    """What a forward has no default for beside tokens."""
     parameters = inspect.signature(forward).parameters
     variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     found = [name for name, one in parameters.items() if one.default is one.empty and one.kind not in variable]
-    return tuple(name for name in found if name not in _TOKENS) if FEATURES in parameters else ()
+    return tuple(name for name in found if name not in _TOKENS)
 
 
 def asks_for_media(model: Any) -> bool:
@@ -46,10 +46,12 @@ def asks_for_media(model: Any) -> bool:
 def text_arguments(model: Any, tokens: Tensor) -> dict[str, Any]:
     """What a forward over ``tokens`` [B, n] takes so that nothing is put in the place of placeholders.
 
-    Nothing for most models. One that asks for an image gets features that are the placeholders' own embeddings.
+    Nothing for most models. One that asks for an image, and takes what its tower made in the place of it, gets features
+    that are the placeholders' own embeddings.
     """
-    asked = _asked(type(model).forward)
-    if not asked:
+    forward = type(model).forward
+    asked = _asked(forward)
+    if not asked or FEATURES not in inspect.signature(forward).parameters:
         return {}
     placeholder = next(iter(placeholders_of(model.config).values()), 0)
     own = model.get_input_embeddings()(torch.full_like(tokens, placeholder))
