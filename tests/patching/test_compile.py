@@ -105,7 +105,9 @@ def test_an_ordinary_call_is_one_graph_each_way(llama, padded):
     assert_ops(llama, graphs, with_attention=False)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_neox", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "family", [*(pytest.param(family, marks=pytest.mark.sweep) for family in ("llama", "gpt_neox")), "qwen3_moe"]
+)
 def test_one_compilation_serves_all_lengths_of_ordinary_calls(family):
     model = random_model(family, layers=1).train()
     toolkit.patch(model)

@@ -114,7 +114,10 @@ def test_attention_that_is_another_between_two_lengths_keeps_its_forward():
     assert {claim.op for claim in report.claims if claim.role == "attention"} == {"attention interface"}
 
 
-@pytest.mark.parametrize(("family", "dtype"), [("llama", torch.float16), ("qwen3_moe", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [pytest.param("llama", torch.float16, marks=pytest.mark.sweep), ("qwen3_moe", torch.bfloat16)],
+)
 def test_16_bit_models_are_patched_as_float32_ones(family, dtype):
     report, expected = (toolkit.patch(random_model(family).to(one)) for one in (dtype, torch.float32))
     assert report.roles() == expected.roles()

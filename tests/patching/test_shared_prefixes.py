@@ -150,7 +150,10 @@ def test_a_layer_that_would_mix_sequences_is_noticed(family):
         ragged_forward(model, RaggedBatch.from_sequences([[1, 2], [3]]))
 
 
-@pytest.mark.parametrize("family", sorted(MIXERS | {"lfm2"}))
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(f, marks=[pytest.mark.sweep] if f != "bamba" else []) for f in sorted(MIXERS | {"lfm2"})],
+)
 def test_ordinary_calls_of_a_hybrid_stay_what_they_were(family):
     stock = random_model(family)
     model = copy.deepcopy(stock)

@@ -18,10 +18,16 @@ def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-CASES = [(family, torch.float64) for family in ("llama", "granite_swa", "deepseek_v3", "qwen3_next", "mamba2", "lfm2")]
+SWEPT = ("granite_swa", "deepseek_v3", "qwen3_next", "mamba2", "lfm2")
+CASES = [
+    ("llama", torch.float64),
+    ("qwen3_next", torch.float32),
+    *(pytest.param(family, torch.float64, marks=pytest.mark.sweep) for family in SWEPT),
+    pytest.param("llama", torch.float32, marks=pytest.mark.sweep),
+]
 
 
-@pytest.mark.parametrize(("family", "dtype"), [*CASES, ("llama", torch.float32), ("qwen3_next", torch.float32)])
+@pytest.mark.parametrize(("family", "dtype"), CASES)
 def test_chunks_have_the_gradients_of_the_whole(family, dtype):
     model = random_model(family).to(dtype)
     toolkit.patch(model)
