@@ -81,9 +81,9 @@ TRITON = Implementation(
 IMPLEMENTATIONS = (REFERENCE, NATIVE, TRITON)
 
 
-def parameter(implementation: Implementation, *values: Any) -> Any:
+def parameter(implementation: Implementation, *values: Any, marks: Sequence[pytest.MarkDecorator] = ()) -> Any:
     """A parameter set of a test; on a CUDA device it belongs to the GPU suite."""
-    marks = [pytest.mark.gpu] if implementation.device.type == "cuda" else []
+    marks = [*marks, *([pytest.mark.gpu] if implementation.device.type == "cuda" else [])]
     names = [str(value).removeprefix("torch.") for value in values]
     return pytest.param(implementation, *values, marks=marks, id="-".join([implementation.name, *names]))
 
@@ -94,10 +94,16 @@ PARAMETERS = [parameter(implementation) for implementation in IMPLEMENTATIONS]
 def impl_and_dtype(
     dtypes: Sequence[torch.dtype] | None = None, implementations: Sequence[Implementation] = IMPLEMENTATIONS
 ) -> pytest.MarkDecorator:
-    """Parametrise a test by ``impl`` and ``dtype``: of ``dtypes`` (all) those that an implementation takes."""
-    pairs = [
-        parameter(one, dtype) for one in implementations for dtype in one.dtypes if dtypes is None or dtype in dtypes
-    ]
+    """Parametrise a test by ``impl`` and ``dtype``: of ``dtypes`` (all) those that an implementation takes.
+
+    In Triton's interpreter the first one is of the fast level, the others of the sweep.
+    """
+    pairs = []
+    for one in implementations:
+        taken = [dtype for dtype in one.dtypes if dtypes is None or dtype in dtypes]
+        for dtype in taken:
+            again = SMALL and one is TRITON and dtype != taken[0]  # the interpreter takes seconds for a test
+            pairs.append(parameter(one, dtype, marks=[pytest.mark.sweep] if again else []))
     return pytest.mark.parametrize(("impl", "dtype"), pairs, indirect=["impl"])
 
 
