@@ -1,12 +1,12 @@
 """Routing that the engine records: complete and correct under any schedule, and absent unless asked for."""
 
-import random
 from typing import Any
 
 import pytest
 import torch
 
 import toolkit
+from tests.helpers.recorded_schedules import completions_under, prompts, under_limits
 from toolkit.engine import Engine, SamplingParams
 from toolkit.errors import ToolkitError
 from toolkit.moe.observer import observing
@@ -46,38 +46,9 @@ def check(model: Any, completions: list[Any]) -> None:
         assert torch.equal(one.routed_experts, own_routing(model, tokens))
 
 
-def prompts(seed: int, count: int) -> list[list[int]]:
-    """Some begin with others."""
-    source = random.Random(seed)
-    found: list[list[int]] = []
-    for _ in range(count):
-        stem = source.choice(found)[: source.randint(1, 40)] if found and source.random() < 0.6 else []
-        found.append([*stem, *(source.randrange(3, 331) for _ in range(source.randint(1, 30)))])
-    return found
-
-
-@pytest.mark.parametrize(
-    "limits",
-    [
-        {},
-        {"block_size": 4, "num_blocks": 22, "max_num_batched_tokens": 16, "swap_space": 0},
-        {"block_size": 4, "num_blocks": 22, "max_num_batched_tokens": 16, "swap_space": None},
-        {"enable_prefix_caching": False, "max_num_seqs": 3, "max_num_batched_tokens": 9},
-    ],
-)
+@under_limits
 def test_it_is_that_of_every_sequence_alone(model: Any, limits: dict[str, Any]) -> None:
-    with Engine(model, enable_return_routed_experts=True, **limits) as engine:
-        params = SamplingParams(n=2, max_tokens=9, ignore_eos=True, seed=1)
-        completions = engine.generate(prompts(0, 6), params)
-        completions += engine.generate(prompts(0, 3), params)
-        stats = engine.stats()
-        engine.check_integrity()
-    check(model, completions)
-    if "num_blocks" in limits:
-        assert stats["num_preemptions"] > 0
-        assert (stats["num_swaps"] > 0) == (limits["swap_space"] is None)
-    if limits.get("enable_prefix_caching", True):
-        assert stats["prefix_cache_hits"] > 0
+    check(model, completions_under(model, "enable_return_routed_experts", limits))
 
 
 def test_it_is_that_of_transformers_own_router(model: Any) -> None:
