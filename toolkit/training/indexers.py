@@ -15,6 +15,7 @@ from toolkit.errors import ToolkitError
 from toolkit.patching import IndexLosses, PatchReport, index_losses, indexers_of, ragged_forward
 from toolkit.state.batch import RaggedBatch
 from toolkit.training.objectives.base import RunContext
+from toolkit.training.shares import TokenShares
 
 
 def freeze_indexers(model: nn.Module, report: PatchReport) -> str | None:
@@ -48,8 +49,7 @@ class IndexerTraining:
 
     def __init__(self, coefficient: float, context: RunContext, report: PatchReport) -> None:
         self.coefficient, self.context = coefficient, context
-        self._counts: list[int] = []
-        self._total = 1.0
+        self._shares = TokenShares(context)
         self._updates = 0
         self._loss = torch.zeros((), dtype=torch.float64, device=context.device)
         if coefficient:
@@ -76,8 +76,7 @@ class IndexerTraining:
     def begin(self, micros: Sequence[Any], rows: Callable[[Any], int]) -> None:
         """Before an update of ``micros``; ``rows`` gives the number of rows of each."""
         if self.coefficient:
-            self._counts = [rows(micro) for micro in micros]
-            (self._total,) = self.context.reduce_sum([sum(self._counts)])
+            self._shares.begin(micros, rows)
             self._updates += 1
 
     def loss(self, index: int) -> Tensor | None:
@@ -86,8 +85,7 @@ class IndexerTraining:
             return None
         losses, self.context.model.index_losses = self.context.model.index_losses, IndexLosses()
         assert losses is not None
-        share = self._counts[index] * self.context.world_size / max(self._total, 1.0)
-        loss = share * losses.mean()
+        loss = self._shares.of(index) * losses.mean()
         self._loss += loss.detach()
         return self.coefficient * loss
 

@@ -17,6 +17,7 @@ from toolkit.moe.observer import observing
 from toolkit.patching import PatchReport, ragged_forward
 from toolkit.state.batch import RaggedBatch
 from toolkit.training.objectives.base import RunContext
+from toolkit.training.shares import TokenShares
 
 
 class Balancing:
@@ -34,8 +35,7 @@ class Balancing:
     def __init__(self, section: MoeSection, context: RunContext, report: PatchReport) -> None:
         self.section, self.context = section, context
         self.statistics = RouterStatistics(losses=section.router_aux_loss_coef > 0 or section.router_z_loss_coef > 0)
-        self._counts: list[int] = []
-        self._total = 1.0
+        self._shares = TokenShares(context)
         self._loads: dict[int, Tensor] = {}  # of the current update, on this process
         self._step_loads: dict[int, Tensor] = {}  # of the current step, on all processes
         self._losses = torch.zeros(2, dtype=torch.float64, device=context.device)
@@ -72,19 +72,18 @@ class Balancing:
     def begin(self, micros: Sequence[Any], rows: Callable[[Any], int]) -> None:
         """Before an update of ``micros``; ``rows`` gives the number of rows of each."""
         if self.routers:
-            self._counts = [rows(micro) for micro in micros]
-            (self._total,) = self.context.reduce_sum([sum(self._counts)])
+            self._shares.begin(micros, rows)
 
     def loss(self, index: int) -> Tensor | None:
         """The auxiliary losses of the micro-batch that just ran, weighted for its backward; None without any."""
         if not self.routers:
             return None
-        count = self._counts[index]
+        count = self._shares.counts[index]
         for layer, load in self.statistics.take_loads().items():
             _add(self._loads, layer, load if count else torch.zeros_like(load))
         if not self.statistics.losses:
             return None
-        share = count * self.context.world_size / max(self._total, 1.0)
+        share = self._shares.of(index)
         both = torch.stack(self.statistics.take_losses())
         self._losses += share * both.detach()
         coefficients = both.new_tensor([self.section.router_aux_loss_coef, self.section.router_z_loss_coef])
