@@ -11,7 +11,7 @@ indexer has G heads of width D.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,8 @@ from toolkit.state.active import forward_context_of, set_forward_context
 from toolkit.state.context import AttentionSettings, ForwardContext
 from toolkit.state.dense import DenseContext
 
-MASK, CACHE, HIDDEN = "attention_mask", "past_key_values", "hidden_states"
+MASK, CACHE, HIDDEN, RESID = "attention_mask", "past_key_values", "hidden_states", "q_resid"
+SHARED = "shared_kv_states"
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class SparseCall:
         self.mask = None if context is not None else _unmasked(mask)
         self.context, self.up = context, up
         self.latents: Tensor | None = None  # [T, 1, R + P]
+        self.taken: tuple[Tensor, Tensor] | None = None  # what they were made of
         self.indexed: Indexed | None = None
 
     def __getitem__(self, index: Any) -> "SparseCall":
@@ -95,6 +97,7 @@ class SparseCall:
         if self.up is None or content.shape[1] != 1 or content.shape[-1] != self.up.in_features:
             return content, rotated
         self.latents = torch.cat([content, rotated], -1)[0].transpose(0, 1)
+        self.taken = content, rotated
         return content[:, :, :1], rotated[:, :, :1]
 
     def dense(self, rows: int, queries: int, keys: int, device: torch.device) -> ForwardContext:
@@ -160,6 +163,40 @@ class SparseCall:
             observe_indexer(layer, one.q, one.k, one.weights, one.scale, rows, q, k, settings.scale, multiplicity)
 
 
+class SharedLatents(MutableMapping[str, Any]):
+    """What layers of a ragged batch hand later ones: the latents as a whole, although a layer holds the first token's.
+
+    A layer that takes them attends them as its own, and keeps them among its own state.
+
+    Args:
+        shared: the mapping that the model hands its layers.
+        call: that of the layer that is called.
+    """
+
+    def __init__(self, shared: MutableMapping[str, Any], call: SparseCall) -> None:
+        self.shared, self.call = shared, call
+
+    def __getitem__(self, name: str) -> Any:
+        return self.call.update(*self.shared[name])
+
+    def __setitem__(self, name: str, latents: Any) -> None:
+        self.shared[name] = latents if self.call.taken is None else self.call.taken
+
+    def __delitem__(self, name: str) -> None:
+        del self.shared[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shared)
+
+    def __len__(self) -> int:
+        return len(self.shared)
+
+
+def has_input_norm(indexer: nn.Module) -> bool:
+    """Whether an indexer makes its queries of hidden states, which it has a norm for."""
+    return hasattr(indexer, "q_input_norm")
+
+
 @dataclass(frozen=True)
 class IndexerParts:
     """How an indexer makes its queries and keys.
@@ -167,22 +204,35 @@ class IndexerParts:
     Args:
         interleaved: whether the rotation pairs neighbouring columns.
         rotated_last: whether the rotated columns are the last ones.
+        rotates: whether there is a rotation.
     """
 
     interleaved: bool
     rotated_last: bool
+    rotates: bool = True
 
-    def project(
-        self, module: Any, hidden: Tensor, q_resid: Tensor, tables: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, S, G, D], keys [B, S', D] and weights [B, S, G] of an indexer of transformers' structure."""
-        q = module.wq_b(q_resid).unflatten(-1, (module.n_heads, module.head_dim))
+    def project(self, module: Any, given: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, S, G, D], keys [B, S', D] and weights [B, S, G] of an indexer of transformers' structure.
+
+        Queries are made of the layer's compressed ones, or of hidden states where the indexer has a norm for those;
+        some are scaled by their positions.
+
+        Args:
+            given: arguments of the indexer's forward, by name.
+        """
+        hidden, tables = given[HIDDEN], given["position_embeddings"]
+        source = module.q_input_norm(hidden) if has_input_norm(module) else given[RESID]
+        q = module.wq_b(source).unflatten(-1, (module.n_heads, module.head_dim))
+        if hasattr(module, "softmax_scaling"):
+            q = module.softmax_scaling(q, given["position_ids"], head_dim_first=False)
         k = module.k_norm(module.wk(hidden).to(module.k_norm.weight.dtype)).to(hidden.dtype)
         weights = module.weights_proj(hidden.to(module.weights_proj.weight.dtype)).float() * module.n_heads**-0.5
         q, k = autocast_inputs(self._rotated(q, tables), self._rotated(k[:, :, None], tables)[:, :, 0])
         return q, k, weights
 
     def _rotated(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+        if not self.rotates:
+            return x
         rows, length = x.shape[:2]
         cos, sin = (table.expand(rows, -1, -1).flatten(0, 1) for table in tables)
         width = cos.shape[-1]
@@ -210,13 +260,13 @@ class IndexerParts:
         return forward
 
     def _select(self, module: Any, call: SparseCall, given: dict[str, Any]) -> Tensor:
-        hidden, q_resid = given[HIDDEN], given["q_resid"]
-        tables = given["position_embeddings"]
+        hidden, tables = given[HIDDEN], given["position_embeddings"]
         observe = call.context is None or isinstance(call.context, DenseContext)
         observe = observe and observed(tables[0] if call.context is None else call.context)
         with torch.set_grad_enabled(observe):
             # An indexer learns from its own loss alone, whose gradient ends here.
-            q, k, weights = self.project(module, hidden.detach(), q_resid.detach(), tables)
+            ended = {name: given[name].detach() for name in (HIDDEN, RESID) if name in given}
+            q, k, weights = self.project(module, {**given, **ended})
         cache = given.get(CACHE)
         with torch.no_grad():
             keys = k if cache is None or call.context is not None else cache.update_indexer(k, module.layer_idx)
@@ -251,6 +301,8 @@ def sparse_forward(own: Callable[..., Any], up: str) -> Callable[..., Any]:
         if context is None:
             return own(*given.args, **given.kwargs)
         given.arguments[CACHE] = call
+        if isinstance(given.arguments.get(SHARED), MutableMapping):
+            given.arguments[SHARED] = SharedLatents(given.arguments[SHARED], call)
         with set_forward_context(context):  # the indexer is not handed the keyword
             return own(*given.args, **given.kwargs)
 

@@ -1,6 +1,8 @@
 """An attention layer on trial: a probe copy of it, called as the model calls it, against candidates for its forward."""
 
+import copy
 import inspect
+from collections.abc import MutableMapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -276,7 +278,12 @@ def cast_floating(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, An
 
 
 def _of_sequence(value: Any, length: int) -> Any:
-    """The first ``length`` tokens of one row of recorded tensors [B or 1, LENGTH, ...]; anything else as it is."""
+    """The first ``length`` tokens of one row of recorded tensors [B or 1, LENGTH, ...]; anything else as it is.
+
+    What layers keep in a mapping for later ones has heads before tokens: [B, H, LENGTH, ...].
+    """
+    if isinstance(value, MutableMapping):
+        return map_tensors(value, lambda kept: kept[:1, :, :length])
     if isinstance(value, tuple):
         return tuple(_of_sequence(one, length) for one in value)
     has_tokens = isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == LENGTH
@@ -285,6 +292,11 @@ def _of_sequence(value: Any, length: int) -> Any:
 
 def _joined(values: list[Any]) -> Any:
     """Several of ``_of_sequence``, one after the other."""
+    if isinstance(values[0], MutableMapping):
+        joined = copy.copy(values[0])
+        for name in values[0]:
+            joined[name] = tuple(torch.cat(kept, 2) for kept in zip(*(one[name] for one in values), strict=True))
+        return joined
     if isinstance(values[0], tuple):
         return tuple(_joined(list(ones)) for ones in zip(*values, strict=True))
     has_tokens = isinstance(values[0], Tensor) and values[0].dim() > 1 and values[0].shape[1] == LENGTHS[0]

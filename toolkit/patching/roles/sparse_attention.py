@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers.masking_utils import causal_mask_function, eager_mask
 
 from toolkit.modules.elementwise import row_invariant
-from toolkit.modules.sparse_attention import CACHE, HIDDEN, MASK, IndexerParts, sparse_forward
+from toolkit.modules.sparse_attention import CACHE, HIDDEN, MASK, RESID, IndexerParts, sparse_forward
 from toolkit.ops.select_keys.reference import index_scores
 from toolkit.patching.attention_interface import IMPLEMENTATION, NAME
-from toolkit.patching.attention_probe import LENGTH, LENGTHS, _joined, _of_sequence
+from toolkit.patching.attention_probe import FAR, LENGTH, LENGTHS, _joined, _of_sequence
 from toolkit.patching.calls import Call
 from toolkit.patching.claim import ProbeError
 from toolkit.patching.probe import compare, device_of, generator, random_input
@@ -30,6 +30,7 @@ from toolkit.state.dense import DenseContext
 
 _UP = "kv_b_proj"
 _SELECTION = "prev_topk_indices"
+_POSITIONS = "position_ids"
 _PARTS = {"wq_b", "wk", "k_norm", "weights_proj"}
 _SETTINGS = ("n_heads", "head_dim", "index_topk", "softmax_scale", "layer_idx")
 _SELECTED = 3  # keys that a probe selects: fewer than its tokens
@@ -78,16 +79,23 @@ class _Probe:
         The masks are as large as scores, so that a factor of the scores changes what is selected.
         """
         module, source = self.indexer, generator(self.device, 3)
-        hidden = torch.randn(self.shape, device=self.device, generator=source)
-        resid = torch.randn(*self.shape[:2], module.wq_b.in_features, device=self.device, generator=source)
-        tables = self.call.arguments["position_embeddings"]
+        widths = {HIDDEN: self.shape[-1], RESID: module.wq_b.in_features}
+        names = inspect.signature(type(module).forward).parameters
+        given: dict[str, Any] = {
+            name: torch.randn(*self.shape[:2], width, device=self.device, generator=source)
+            for name, width in widths.items()
+            if name in names
+        }
+        given["position_embeddings"] = self.call.arguments["position_embeddings"]
+        if _POSITIONS in names:  # far ones too: queries may be scaled by position
+            given[_POSITIONS] = torch.randint(FAR, self.shape[:2], device=self.device, generator=source)
         with torch.no_grad():
-            q, k, weights = parts.project(module, hidden, resid, tables)
+            q, k, weights = parts.project(module, given)
             scores = torch.stack([index_scores(*one, module.softmax_scale) for one in zip(q, k, weights)])
             differing = 0.0
             for _ in range(_MASKS):
                 mask = torch.randn(scores.shape, device=self.device, generator=source) * scores.std()
-                own = type(module).forward(module, hidden, resid, tables, mask, None)
+                own = type(module).forward(module, **given, **{MASK: mask, CACHE: None})
                 found = (scores + mask).topk(_SELECTED).indices
                 differing += float((own.long().sort(-1).values != found.sort(-1).values).float().mean()) / _MASKS
         return differing
@@ -195,11 +203,13 @@ def prove_sparse(layer: nn.Module, call: Call) -> tuple[str, dict[str, Any], Pro
         )
     own = type(getattr(layer, probe.name)).forward
     differing = {}
-    for parts in (IndexerParts(interleaved, last) for last in (False, True) for interleaved in (False, True)):
+    forms = [IndexerParts(interleaved, last) for last in (False, True) for interleaved in (False, True)]
+    for parts in (*forms, IndexerParts(False, False, rotates=False)):
         differing[parts] = probe.scores_error(parts)
         if differing[parts] == 0.0:
             turn = "interleaved" if parts.interleaved else "half"
-            op = f"sparse attention ({turn} rotary of the {'last' if parts.rotated_last else 'first'} columns)"
+            columns = f"{turn} rotary of the {'last' if parts.rotated_last else 'first'} columns"
+            op = f"sparse attention ({columns if parts.rotates else 'without rotary'})"
             forwards = {"": forward, probe.name: parts.make_forward(own)}
             return prove([(op, forwards, partial(probe.error, forward, parts))])
     return f"its indexer selects other keys than any known form: {100 * min(differing.values()):.0f} % differ"
