@@ -14,7 +14,7 @@ pytest.importorskip("transformers.models.mistral_large4", reason="needs a transf
 def config():
     """Layers with and without rotary embeddings, of each kind a later one that takes the latents of the first.
 
-    One has an indexer of its own, the others take the selection before them.
+    One has an indexer, the others take the selection before them.
     """
     text = {
         "kv_source_layers": [0, 0, 0, 3, 3],
@@ -60,7 +60,7 @@ def test_every_layer_is_proven(model):
 
 
 def test_a_layer_keeps_the_latents_that_it_takes(model):
-    """A state of its own, of the source's width: those without rotary have no rotated part."""
+    """A separate state, of the width of the latents: those without rotary have no rotated part."""
     found = [(one.layer, one.kind, one.shapes[0]) for one in state_spec(model) if one.kind == "latent"]
     assert found == [(layer, "latent", (1, 24 if layer < 3 else 16)) for layer in range(5)]
 

@@ -20,6 +20,7 @@ SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
     "routing": ((1, 4),),
     "selection": ((1, 4),),
     "index": ((1, 6),),
+    "pooled_index": ((1, 6),),
 }
 """What to remember in the tests of a kind; any other kind is given keys and values."""
 

@@ -30,6 +30,8 @@ from toolkit.state.dense import DenseContext
 
 MASK, CACHE, HIDDEN, RESID = "attention_mask", "past_key_values", "hidden_states", "q_resid"
 SHARED = "shared_kv_states"
+SPARSE_CALL = "sparse_call"
+"""The keyword by which a call reaches the attention interface where the layer makes a mask of the selection itself."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class SparseCall:
         self.latents: Tensor | None = None  # [T, 1, R + P]
         self.taken: tuple[Tensor, Tensor] | None = None  # what they were made of
         self.indexed: Indexed | None = None
+        self.selected: Tensor | None = None  # [B, S, K], where the layer does not hand it on
 
     def __getitem__(self, index: Any) -> "SparseCall":
         """The layer takes the mask's only head, for the indexer."""

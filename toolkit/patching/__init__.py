@@ -7,7 +7,7 @@ from toolkit.patching.forward import ragged_forward
 from toolkit.patching.logprobs import choose_rotary_lengths, token_logprobs
 from toolkit.patching.record import report_of
 from toolkit.patching.report import PatchReport
-from toolkit.patching.roles.sparse_attention import indexers_of
+from toolkit.patching.roles.pooled_attention import indexers_of
 from toolkit.patching.state_spec import state_spec
 from toolkit.patching.weights import weight_version, weights_changed
 

@@ -14,7 +14,7 @@ from transformers.masking_utils import sdpa_mask
 
 from toolkit.errors import ToolkitError
 from toolkit.modules.attention import attend, everything, explicit_mask, keep_runs, padded_context, read_runs
-from toolkit.modules.sparse_attention import SparseCall
+from toolkit.modules.sparse_attention import SPARSE_CALL, SparseCall
 from toolkit.state.active import forward_context_of, get_forward_context
 from toolkit.state.context import AttentionSettings
 
@@ -115,6 +115,11 @@ def proven_attention(
 
     The second result are the weights [B, H, S, S'] where the call wants them.
     """
+    call = kwargs.pop(SPARSE_CALL, None)
+    if isinstance(call, SparseCall):
+        settings = AttentionSettings(query.shape[-1] ** -0.5 if scaling is None else float(scaling), sinks=s_aux)
+        given = {"indices": call.selected, **kwargs}
+        return _sparse_attention(module, query, key, value, call, settings, float(dropout), **given)
     if position_bias is not None:
         raise ToolkitError("position_bias must be None, got a tensor: attention with a position bias is not supported.")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal

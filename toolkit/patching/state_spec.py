@@ -14,6 +14,7 @@ from toolkit.state import StateSpec
 from toolkit.state.batch import RaggedBatch
 from toolkit.state.context import AttentionSettings
 from toolkit.state.dense import DenseContext
+from toolkit.state.pools import Pools
 
 
 class _SpecContext(DenseContext):
@@ -38,6 +39,11 @@ class _SpecContext(DenseContext):
         self.layers.append(StateSpec(layer, "index", ((1, k.shape[1]),)))
         self.selections_kept.append(StateSpec(layer, "selection", ((1, topk),)))
         return super().select(layer, q, k, weights, topk, scale=scale)
+
+    def select_pools(self, layer: int, q: Tensor, rows: Tensor, weights: Tensor, pools: Pools) -> Tensor:
+        self.layers.append(StateSpec(layer, "pooled_index", ((1, rows.shape[1]),)))
+        self.selections_kept.append(StateSpec(layer, "selection", ((1, pools.width),)))
+        return super().select_pools(layer, q, rows, weights, pools)
 
     def attend_selected(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, selected: Tensor, settings: AttentionSettings

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from toolkit.errors import ToolkitError
 from toolkit.state.batch import RaggedBatch
+from toolkit.state.pools import Pools
 from toolkit.state.replay import RoutingReplay, SelectionReplay
 from toolkit.state.rotary_regimes import RotaryRegimes
 
@@ -112,6 +113,18 @@ class ForwardContext(ABC):
             weights: [T, H].
             topk: keys to select.
             scale: of the products.
+        """
+        raise ToolkitError(f"sparse attention is not served by {type(self).__name__}; run the sequence as a whole.")
+
+    def select_pools(self, layer: int, q: Tensor, rows: Tensor, weights: Tensor, pools: Pools) -> Tensor:
+        """[T, K] positions of the keys that the new tokens are to attend, selected pool by pool (``state.pools``).
+
+        Args:
+            layer: index of the layer.
+            q: [T, H, D] queries of the layer's indexer.
+            rows: [T, W] what the indexer keeps of the new tokens.
+            weights: [T, H].
+            pools: how it pools them.
         """
         raise ToolkitError(f"sparse attention is not served by {type(self).__name__}; run the sequence as a whole.")
 

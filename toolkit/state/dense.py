@@ -10,6 +10,7 @@ from toolkit.ops.select_keys import select_keys, selected_rows
 from toolkit.ops.sparse_attention import sparse_attention
 from toolkit.state.batch import RaggedBatch
 from toolkit.state.context import AttentionSettings, ForwardContext
+from toolkit.state.pools import Pools, select_pools
 from toolkit.state.rotary_regimes import RotaryRegimes
 
 
@@ -41,6 +42,10 @@ class DenseContext(ForwardContext):
             return select_keys(q, k, weights, *self._plan(), topk=topk, scale=scale)
 
         return self.selections.take(layer, choose)
+
+    def select_pools(self, layer: int, q: Tensor, rows: Tensor, weights: Tensor, pools: Pools) -> Tensor:
+        self.check_nothing_ahead(layer)
+        return self.selections.take(layer, lambda: select_pools(q, rows, weights, self._plan(), pools))
 
     def attend_selected(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, selected: Tensor, settings: AttentionSettings

@@ -1,5 +1,6 @@
 """Forwards over state: new tokens read their past from a pool's blocks and leave theirs there."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from toolkit.state.batch import RaggedBatch
 from toolkit.state.context import AttentionSettings, ForwardContext
 from toolkit.state.kinds import PagedRows, Snapshots
 from toolkit.state.pool import StatePool
+from toolkit.state.pools import Plan, Pools, select_pools
 
 
 class PagedContext(ForwardContext):
@@ -34,22 +36,31 @@ class PagedContext(ForwardContext):
 
     def select(self, layer: int, q: Tensor, k: Tensor, weights: Tensor, topk: int, *, scale: float) -> Tensor:
         """The selection over the blocks, after the new tokens' own keys went there."""
+        keys, plan = self._indexed(layer, k)
+        return self._selected(
+            layer, lambda: select_keys(q.to(keys.dtype), keys, weights, *plan, topk=topk, scale=scale)
+        )
+
+    def select_pools(self, layer: int, q: Tensor, rows: Tensor, weights: Tensor, pools: Pools) -> Tensor:
+        kept, plan = self._indexed(layer, rows)
+        return self._selected(layer, lambda: select_pools(q, kept, weights, plan, pools))
+
+    def _indexed(self, layer: int, rows: Tensor) -> tuple[Tensor, Plan]:
+        """What a layer's indexer has kept of all tokens, those of the new ones included, and where it lies."""
         batch = self.batch
         state, view = self._state(layer, "select")
         assert isinstance(view, PagedRows)
-        state.write((k[:, None],), view, batch.query_offsets)
-        keys, tables = state.operands(view)
+        state.write((rows[:, None],), view, batch.query_offsets)
+        kept, tables = state.operands(view)
+        return kept, (batch.query_offsets, batch.kv_offsets, batch.kv_lengths, tables, self.pool.block_size)
 
+    def _selected(self, layer: int, choose: Callable[[], Tensor]) -> Tensor:
+        """What ``choose`` selects, or the batch gives, after it was recorded where the state does."""
         self.check_nothing_ahead(layer)
-
-        def choose() -> Tensor:
-            plan = batch.query_offsets, batch.kv_offsets, batch.kv_lengths, tables, self.pool.block_size
-            return select_keys(q.to(keys.dtype), keys, weights, *plan, topk=topk, scale=scale)
-
         selected = self.selections.take(layer, choose)
         if self.pool.has(layer, "record_selection"):
             kept, view = self._state(layer, "record_selection")
-            kept.write((selected[:, None],), view, batch.query_offsets)
+            kept.write((selected[:, None],), view, self.batch.query_offsets)
         return selected
 
     def attend_selected(

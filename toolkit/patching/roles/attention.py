@@ -26,7 +26,8 @@ from toolkit.patching.calls import MASK, Call, record_calls
 from toolkit.patching.claim import Claim, ProbeError, Skipped, Undo, replace_forward, set_attribute, together
 from toolkit.patching.instance_forward import UNPROVEN, foreign_forward
 from toolkit.patching.probe import signature_key
-from toolkit.patching.roles.sparse_attention import is_sparse, prove_sparse
+from toolkit.patching.roles.pooled_attention import pooling_indexer_of, prove_pooled
+from toolkit.patching.roles.sparse_attention import indexer_of, is_sparse, prove_sparse
 from toolkit.patching.search import prove
 from toolkit.patching.settings import guarded, mask_settings, settings_of
 
@@ -125,9 +126,12 @@ def _prove(module: nn.Module, call: Call) -> _Proven | str:
     """What was proven of a layer, or why it keeps its own attention."""
     if not hasattr(_config(module), FIELD):
         return "it has no configuration that names an attention implementation"
-    if is_sparse(module):
+    pooled = pooling_indexer_of(module) is not None
+    if pooled or is_sparse(module):
         try:
-            sparse = prove_sparse(module, call)
+            sparse = prove_pooled(module, call) if pooled else prove_sparse(module, call)
+            if isinstance(sparse, str) and not pooled and indexer_of(module) is None:
+                sparse = prove_pooled(module, call)  # the selection that it is handed may be one of pools
         except Exception as problem:
             return f"its probe as sparse attention failed: {first_line(problem, with_class=True)}"
         return sparse if isinstance(sparse, str) else _Proven("", sparse[2], sparse)

@@ -22,7 +22,6 @@ from toolkit.patching.calls import Call
 from toolkit.patching.claim import ProbeError
 from toolkit.patching.probe import compare, device_of, generator, random_input
 from toolkit.patching.probe_copy import probe_copy
-from toolkit.patching.report import PatchReport
 from toolkit.patching.search import prove
 from toolkit.state.active import set_forward_context
 from toolkit.state.batch import RaggedBatch
@@ -45,12 +44,6 @@ def indexer_of(layer: nn.Module) -> str | None:
         ):
             return name
     return None
-
-
-def indexers_of(report: PatchReport) -> list[nn.Module]:
-    """The modules that select the keys of a patched model's sparse attention layers."""
-    layers = [(claim.module, indexer_of(claim.module)) for claim in report.claims if claim.role == "attention"]
-    return [getattr(layer, name) for layer, name in layers if name is not None]
 
 
 def is_sparse(layer: nn.Module) -> bool:
