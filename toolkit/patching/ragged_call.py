@@ -24,7 +24,7 @@ def call_arguments(model: nn.Module, report: PatchReport, context: ForwardContex
     offset = report.ragged.position_offset
     positions = batch.positions + offset if offset else batch.positions
     arguments = {"position_ids": positions.unsqueeze(-2), "use_cache": False, KEYWORD: context}
-    if not any(claim.op == MASKS_OF_BATCH for claim in report.claims):
+    if not report.ragged.makes_masks and not any(claim.op == MASKS_OF_BATCH for claim in report.claims):
         # Without entries and 4-D: transformers builds no mask for it, and attention reads the batch instead.
         arguments["attention_mask"] = torch.empty(1, 1, 0, 0, device=batch.positions.device)
     return {name: value for name, value in arguments.items() if takes(type(model).forward, name)}

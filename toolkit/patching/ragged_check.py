@@ -56,7 +56,7 @@ def check_ragged(model: Any, report: PatchReport, forward: Forward) -> None:
         if use.checked:
             return
         _running.use = use
-        use.reason, use.position_offset, use.uncounted_token = None, 0, None
+        use.reason, use.position_offset, use.uncounted_token, use.makes_masks = None, 0, None, False
         try:
             with float32_arithmetic(device_of(model)):
                 use.reason = _reason(model, report, forward)
@@ -118,12 +118,24 @@ class _Check:
         batch = RaggedBatch.from_sequences(list(texts), self.device, share=False)
         return list(self.forward(self.model, DenseContext(batch)).float().split([len(text) for text in texts]))
 
+    def _first(self) -> list[Tensor]:
+        """``together``, by a call without a mask where the model does not take the one without entries."""
+        try:
+            return self.together(self.texts)
+        except (ValueError, RuntimeError, IndexError):
+            self.report.ragged.makes_masks = True
+            try:
+                return self.together(self.texts)
+            except Exception:
+                self.report.ragged.makes_masks = False
+            raise
+
     def apart(self, got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
         return max(distance(one, other) for one, other in zip(got, expected, strict=True))
 
     def reason(self) -> str | None:
         alone = [_ordinary(self.model, text) for text in self.texts]
-        error = self.apart(self.together(self.texts), alone)
+        error = self.apart(self._first(), alone)
         if error <= self.near:
             return None
         for offset in dict.fromkeys((*(one + 1 for one in self._padding()), *_OFFSETS)):

@@ -17,12 +17,14 @@ class RaggedUse:
         reason: why the model may have no ragged batch; None where it may.
         position_offset: the position of a sequence's first token, where the model itself does not count from 0.
         uncounted_token: a token that the model gives no position (padding), where a ragged batch does.
+        makes_masks: the model makes its masks itself, and takes none but one of padding.
     """
 
     checked: bool = False
     reason: str | None = None
     position_offset: int = 0
     uncounted_token: int | None = None
+    makes_masks: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -60,7 +60,7 @@ class RaggedBatch:
         span_layers: the layers that look at spans; None for all.
         embedding_rows: [M] the rows that are given as embeddings, ascending; None for none.
         embeddings: [M, H] theirs, with gradients. ``tokens`` has the ids of their placeholders.
-        embedding_levels: [L, M, H] added to them after each of the first L layers; None for none.
+        embedding_levels: [L, M, H] added to them in L of the layers, which are the model's choice; None for none.
 
     What is to come fits without another shape of class. Nothing here is derived or cached: contexts derive what they
     need, so fields may be buffers that a runner owns and updates in place, and a captured step reads them again.

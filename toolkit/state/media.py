@@ -40,7 +40,8 @@ class Features(NamedTuple):
 
     Args:
         rows: [n, H] in the place of embeddings.
-        levels: [L, n, H] what is added to the rows after each of the first L layers (DeepStack, 2024); None for none.
+        levels: [L, n, H] what is added to the rows in L of the layers (DeepStack, 2024), which are the model's choice;
+            None for none.
     """
 
     rows: Tensor

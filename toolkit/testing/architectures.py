@@ -22,7 +22,7 @@ KINDS = (CAUSAL, IMAGE_TEXT)
 LAYERS = 2
 MOST_LAYERS = 4
 VOCABULARY = 331
-_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth")
+_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "layers", "depth")
 """Names of a number of layers."""
 
 # (pattern of a field's name, largest integer in it); the first that matches.

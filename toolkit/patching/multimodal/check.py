@@ -24,7 +24,7 @@ from toolkit.patching.multimodal.items import Processed, items_of, splits_of
 from toolkit.patching.multimodal.sequences import positions_of
 from toolkit.patching.probe import device_of
 from toolkit.patching.text_part import find_entry
-from toolkit.patching.without_media import placeholders_of
+from toolkit.patching.without_media import POSITION_MASK, placeholders_of
 from toolkit.state.batch import RaggedBatch
 from toolkit.state.dense import DenseContext
 from toolkit.state.media import Features, MediaSpan, blocks
@@ -66,7 +66,7 @@ def _verdict(model: nn.Module, entry: MediaEntry, processed: Processed, outputs:
     own = _own_forward(model, outputs)
     placeholders = placeholders_of(model.config)
     for kind in processed.media:
-        if kind not in placeholders or not bool((processed.ids == placeholders[kind]).any()):
+        if not len(processed.rows_of(kind, placeholders)):
             return f"no token of the sequence stands for its {kind}"
     positions, _ = positions_of(model, processed, outputs)
     given = own.arrival.arguments.get("position_ids")
@@ -77,7 +77,7 @@ def _verdict(model: nn.Module, entry: MediaEntry, processed: Processed, outputs:
     if entry.types_name is not None and types is None:
         return f"its layers ask for the {entry.types_name} of its tokens, which are missing"
     seeing = frozenset(layer for layer, ahead in own.ahead.items() if bool(ahead.any()))
-    looking = frozenset(placeholders[kind] for kind in processed.media if seeing)
+    looking = frozenset(placeholders[kind] for kind in processed.media if seeing and kind in placeholders)
     failure = "no way to tell its items apart fits the sequence"
     for split in splits_of(processed):
         found = items_of(processed, split, placeholders, looking, entry.types_name)
@@ -88,7 +88,7 @@ def _verdict(model: nn.Module, entry: MediaEntry, processed: Processed, outputs:
             return "its layers take other tokens for those of an image"
         try:
             features = {digest: encode_item(model, entry, item) for digest, item in items.items()}
-            error = _feature_error(entry, own.arrival, spans, features)
+            error = _feature_error(model, entry, own.arrival, spans, features)
         except (RuntimeError, ValueError, IndexError, TypeError, ToolkitError) as problem:
             failure = f"one item alone fails: {first_line(problem, with_class=True)}"
             continue
@@ -135,17 +135,17 @@ def _own_forward(model: nn.Module, outputs: Mapping[str, Any]) -> _Own:
         for module in found[1].modules():
             if isinstance(getattr(module, "layer_idx", None), int):
                 stack.callback(module.register_forward_pre_hook(look, with_kwargs=True).remove)
-        arrival = stack.enter_context(arriving(stop=False))
+        arrival = stack.enter_context(arriving(model, stop=False))
         arguments = taken_by(type(model).forward, {**on_device(model, arguments), "use_cache": False})
         logits = model(**arguments).logits[0]
     return _Own(logits[-COMPARED:].float(), arrival, ahead)
 
 
 def _types_name(model: nn.Module) -> str | None:
-    """The keyword of the types of tokens that the text part asks for."""
+    """The keyword of the types of tokens that the text part asks for, or of its mask of tokens."""
     found = find_entry(model)
     asked = inspect.signature(type(found[1]).forward).parameters if found is not None else {}
-    return next((name for name in asked if name.endswith("token_type_ids")), None)
+    return next((name for end in ("token_type_ids", POSITION_MASK) for name in asked if name.endswith(end)), None)
 
 
 def _as_rows(types: Tensor, spans: list[MediaSpan]) -> bool:
@@ -170,11 +170,12 @@ def _same_positions(given: Tensor, positions: Tensor | None, count: int) -> bool
     return torch.equal(found, expected.expand_as(found)) if len(found) >= len(expected) else False
 
 
-def _feature_error(entry: MediaEntry, arrival: Arrival, spans: list[MediaSpan], given: dict[bytes, Features]) -> float:
+def _feature_error(
+    model: nn.Module, entry: MediaEntry, arrival: Arrival, spans: list[MediaSpan], given: dict[bytes, Features]
+) -> float:
     """The largest difference between features of items alone and of all together, relative to the largest of these."""
-    device = arrival.arguments["inputs_embeds"].device
-    rows = torch.cat([torch.arange(span.first, span.first + span.length) for span in spans]).to(device)
-    together = entry.features(arrival.arguments, rows)
+    rows = torch.cat([torch.arange(span.first, span.first + span.length) for span in spans])
+    together = entry.features(arrival.arguments, rows.to(device_of(model)))
     worst = 0.0
     for own, parts in (
         (together.rows, [given[span.digest].rows[span.offset :][: span.length] for span in spans]),

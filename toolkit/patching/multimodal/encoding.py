@@ -62,7 +62,7 @@ def encode_item(model: nn.Module, entry: MediaEntry, item: Item) -> Features:
         **on_device(model, item.arguments),
         **on_device(model, item.token_arguments),
     }
-    with numerics_of(model), arriving(stop=True) as arrival:
+    with numerics_of(model), arriving(model, stop=True) as arrival:
         model(**taken_by(type(model).forward, arguments))
     return features_at(entry, arrival, rows)
 

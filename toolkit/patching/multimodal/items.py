@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from toolkit.errors import ToolkitError
+from toolkit.patching.without_media import POSITION_MASK
 from toolkit.state.media import MediaSpan
 
 _ABOUT_IMAGE = "qformer_"
@@ -83,6 +84,13 @@ class Processed:
             else:
                 media.setdefault(_modality(name), {})[name] = value
         return cls(ids[0].to("cpu", torch.int64), of_tokens, media)
+
+    def rows_of(self, kind: str, placeholders: Mapping[str, int]) -> np.ndarray:
+        """Indices of the tokens in whose place rows of a modality come: those of a mask, else its placeholders."""
+        for name, value in self.token_arguments.items():
+            if name.endswith(POSITION_MASK) and _modality(name) == kind:
+                return np.flatnonzero(value[0].cpu().numpy() == 1)
+        return np.flatnonzero(self.ids.numpy() == placeholders[kind]) if kind in placeholders else np.arange(0)
 
     def layout(self) -> Any:
         """What decides how items lie in the outputs, and what is known of tokens: names and numbers of dimensions."""
@@ -219,10 +227,10 @@ def items_of(
     items: dict[bytes, Item] = {}
     for kind, arguments in processed.media.items():
         parts = SPLITS[split[kind]](arguments)
-        placeholder = placeholders.get(kind)
-        if parts is None or placeholder is None:
+        rows = processed.rows_of(kind, placeholders)
+        if parts is None or not len(rows):
             return None
-        rows = np.flatnonzero(processed.ids.numpy() == placeholder)
+        placeholder = placeholders.get(kind, int(processed.ids[rows[0]]))
         counts = _counts(parts, rows)
         if counts is None:
             return None
@@ -237,6 +245,8 @@ def items_of(
     given = processed.token_arguments.get(types_name or "")
     if given is not None:
         others = torch.isin(processed.ids, torch.tensor(list(placeholders.values())), invert=True)
+        for kind in processed.media:
+            others[processed.rows_of(kind, placeholders)] = False
         for row in (others & (given[0].cpu() != 0)).nonzero()[:, 0].tolist():
             token = int(processed.ids[row])
             own_types = {key: value[:, row : row + 1] for key, value in processed.token_arguments.items()}

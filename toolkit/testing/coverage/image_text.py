@@ -14,7 +14,7 @@ from toolkit.engine import Completion, Engine, SamplingParams
 from toolkit.errors import ToolkitError
 from toolkit.exporting import export
 from toolkit.patching import patch, token_logprobs, unpatch
-from toolkit.patching.without_media import asks_for_media
+from toolkit.patching.without_media import asks_for_media, text_arguments
 from toolkit.testing.architectures import IMAGE_TEXT, small_model
 from toolkit.testing.coverage.measuring import NEW_TOKENS, greedy, loss_and_gradient, next_logprobs, relative, text
 from toolkit.testing.coverage.row import Column, Row
@@ -65,7 +65,7 @@ def _measure(model_type: str, row: Row) -> None:
         if not math.isfinite(float(image_loss)):
             raise ToolkitError("the loss is not finite")
         stage = "the small model's unpatched forward of text fails"
-        words = None if asks_for_media(model) else _text_inputs(inputs)
+        words = None if asks_for_media(model) else _text_inputs(model, inputs)
         if words is not None:
             text_loss, text_gradient = loss_and_gradient(model, words, words["input_ids"])
         stage = "patch"
@@ -137,11 +137,11 @@ def _labels(inputs: dict[str, Tensor]) -> Tensor:
     return inputs["input_ids"] if "input_ids" in inputs else inputs["decoder_input_ids"]
 
 
-def _text_inputs(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def _text_inputs(model: Any, inputs: dict[str, Tensor]) -> dict[str, Any]:
     """Inputs of the same names without the image, for a model that asks for them with text too."""
     ids = text(13, 2, 40, 260)
     kinds = [name for name in inputs if name.endswith("token_type_ids")]
-    return {"input_ids": ids, **{name: torch.zeros_like(ids) for name in kinds}}
+    return {"input_ids": ids, **{name: torch.zeros_like(ids) for name in kinds}, **text_arguments(model, ids)}
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
