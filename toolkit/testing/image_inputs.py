@@ -208,8 +208,10 @@ def special(config: Any, *words: str) -> int | None:
     """The id of a special token by the words of its name, of any configuration inside."""
     for one in (config, *(value for value in vars(config).values() if hasattr(value, "to_dict"))):
         for name in sorted(vars(one)):
-            value = getattr(one, name)
-            if type(value) is int and all(word in name for word in words) and name.split("_")[-1] in ("id", "index"):
+            if not all(word in name for word in words) or name.split("_")[-1] not in ("id", "index"):
+                continue
+            value = getattr(one, name)  # of no other name: some fields are of a layer alone, and cannot be read
+            if type(value) is int:
                 return value
     return None
 
