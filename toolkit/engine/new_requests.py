@@ -98,6 +98,7 @@ class NewRequests:
                 sink=sink,
                 rotary_length=self._rotary_length(len(tokens) + most),
                 media=media,
+                keeps_prompt=getattr(self._backend, "keeps_prompts", False),
             )
             for at, ((tokens, most), one, media) in enumerate(zip(ready, chosen, pictures))
         ]

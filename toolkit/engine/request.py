@@ -25,6 +25,7 @@ class Request:
         sink: where deltas go; None for those that ``Engine.step`` returns.
         rotary_length: by which its rotary tables are made, see ``Completion``.
         media: the pictures of the prompt, or None.
+        keeps_prompt: whether tokens behind the prompt see others than those in it.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Request:
         sink: deque[Delta] | None,
         rotary_length: int | None = None,
         media: PromptMedia | None = None,
+        keeps_prompt: bool = False,
     ) -> None:
         self.request_id = request_id
         self.prompt_index = prompt_index
@@ -54,6 +56,7 @@ class Request:
         self.sink = sink
         self.rotary_length = rotary_length
         self.media = media
+        self.prompt_length = len(prompt) if keeps_prompt else None
         self.prefilled = False  # whether the prompt is computed, so that other sequences may fork it
         self.sequences = [Sequence(self, index) for index in range(params.n)]
 
@@ -135,9 +138,11 @@ class Sequence:
         return self.params.penalised or self.generated < self.params.min_tokens
 
     def prefix_key(self, weights: PrefixKey) -> PrefixKey:
-        """The key of its state under ``weights``: its own cache salt and rotary length included."""
-        salt, rotary = self.params.cache_salt, self.request.rotary_length
-        return weights if salt is None and rotary is None else weights._replace(salt=salt, rotary=rotary)
+        """The key of its state under ``weights``: its own cache salt, rotary length and prompt's length included."""
+        salt, rotary, prompt = self.params.cache_salt, self.request.rotary_length, self.request.prompt_length
+        if salt is None and rotary is None and prompt is None:
+            return weights
+        return weights._replace(salt=salt, rotary=rotary, prompt=prompt)
 
     def accept(
         self, token: int, logprob: float, sampling_logprob: float, top: dict[int, float] | None, version: int

@@ -32,7 +32,8 @@ class Backend(Protocol):
 
     A backend whose rotary tables depend on the length of the sequence also has ``rotary_length``, as ``PatchedModel``;
     batches then say by which length each row's are made (``RaggedBatch.rotary_lengths``). One that takes pictures has
-    ``expand``, ``encode`` and ``span_layers``.
+    ``expand``, ``encode`` and ``span_layers``. One with ``keeps_prompts`` is told what each row's prompt is
+    (``RaggedBatch.prompt_lengths``).
     """
 
     device: torch.device
@@ -74,6 +75,7 @@ class PatchedModel:
         self.model = model
         self.numerics = report.numerics
         self._rotary_regimes = report.rotary_regimes()
+        self.keeps_prompts = report.keeps_prompts
         self.device = parameter.device
         self.dtype = parameter.dtype
         config: Any = model.config
@@ -199,6 +201,7 @@ class ModelRunner:
         rows: list[int] = []
         table_rows: list[int] = []
         rotary: list[int] = []
+        prompts: list[int] = []
         blocks = 0
         for chunk in chunks:
             sequence, start = chunk.sequence, chunk.start
@@ -214,6 +217,8 @@ class ModelRunner:
             table_rows.append(sequence.table_row)
             if sequence.request.rotary_length is not None:
                 rotary += [sequence.request.rotary_length] * chunk.count
+            if sequence.request.prompt_length is not None:
+                prompts += [sequence.request.prompt_length] * chunk.count
             blocks = max(blocks, sequence.num_known_blocks)
             if chunk.samples:
                 rows.append(len(tokens) - 1)
@@ -226,8 +231,9 @@ class ModelRunner:
         lengths += padding
         table_rows += [self._padding] * len(padding)
         rotary += [1] * len(padding) if rotary else []
+        prompts += [-1] * len(padding) if prompts else []
         # One array, one transfer, then views.
-        parts = [tokens, positions, offsets, [0] * len(lengths), lengths, rows, rotary]
+        parts = [tokens, positions, offsets, [0] * len(lengths), lengths, rows, rotary, prompts]
         of_groups = [
             _snapshots(chunks, at, len(padding)) if group.snapshot_interval else [_slots(chunks, at, len(padding))]
             for at, group in enumerate(self.pool.groups)
@@ -237,7 +243,8 @@ class ModelRunner:
         flat = np.array([value for part in parts for value in part], dtype=np.int64)
         device = self.backend.device
         tensors = iter(torch.from_numpy(flat).to(device).split([len(part) for part in parts]))
-        tokens_T, positions_T, offsets_S, kv_offsets_S, lengths_S, rows_R, rotary_T = (next(tensors) for _ in range(7))
+        tokens_T, positions_T, offsets_S, kv_offsets_S, lengths_S, rows_R = (next(tensors) for _ in range(6))
+        rotary_T, prompts_T = (next(tensors) for _ in range(2))
         views: list[PagedRows | Snapshots] = []
         for at, found in enumerate(of_groups):
             mine = [next(tensors) for _ in found]
@@ -247,7 +254,8 @@ class ModelRunner:
             else:
                 views.append(Snapshots(*mine))
         batch = RaggedBatch(tokens_T, positions_T, offsets_S, kv_offsets_S, lengths_S, views=tuple(views))
-        return replace(batch, rotary_lengths=rotary_T) if rotary else batch, rows_R
+        lengths_T = rotary_T if rotary else None
+        return replace(batch, rotary_lengths=lengths_T, prompt_lengths=prompts_T if prompts else None), rows_R
 
     def _with_media(
         self, batch: RaggedBatch, chunks: list[Chunk], features: abc.Mapping[bytes, Features]

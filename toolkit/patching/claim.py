@@ -61,6 +61,7 @@ class Claim:
         error: of the probe.
         install: makes the replacement and returns its undo step.
         rotary_regimes: of rotary tables that depend on the length of the sequence; None elsewhere.
+        keeps_prompt: whether it is a layer that sees a prompt, and a window of what was written after it.
     """
 
     role: str
@@ -70,6 +71,7 @@ class Claim:
     error: ProbeError
     install: Callable[[], Undo]
     rotary_regimes: RotaryRegimes | None = None
+    keeps_prompt: bool = False
 
 
 @dataclass(frozen=True)

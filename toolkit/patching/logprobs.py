@@ -56,7 +56,8 @@ def token_logprobs(
         model: a patched model, or its wrapper (data parallel, DeepSpeed's engine).
         sequences: token ids of each sequence.
         share: compute common prefixes once.
-        last: return only the last ``last[i]`` tokens of sequence i; the head skips the others (a prompt's, say).
+        last: return only the last ``last[i]`` tokens of sequence i; the head skips the others (a prompt's, say). What
+            is before them is the prompt, for a model whose layers see a prompt and a window of what was written after.
         routing: experts [tokens, MoE layers, K] of the tokens of sequence i, in place of the routers' choice
             (``Completion.routed_experts``). The last token may be missing. Routers must be patched.
         rotary_lengths: of each sequence the length by which its rotary tables are made, where they depend on it
@@ -102,11 +103,17 @@ def token_logprobs(
     # Where nothing is asked for, the empty results still have a graph: gradients of 0, as of any masked loss.
     # The last token of a sequence predicts nothing here, but stays in: it costs little.
     chosen = choose_rotary_lengths(model, [len(sequence) for sequence in tokens], rotary_lengths)
+    prompts = None
+    report = report_of(inner_model(patched_model(inner_model(model))))
+    if last is not None and report is not None and report.keeps_prompts:
+        prompts = [len(sequence) - count for sequence, count in zip(tokens, last)]
     if any(given):
         parts = [media or one for one, media in zip(tokens, given)]
-        batch = media_batch(model, parts, share, routing, chosen, selection)
+        batch = media_batch(model, parts, share, routing, chosen, selection, prompts)
     else:
-        batch = RaggedBatch.from_sequences(tokens, device, share, routing, chosen, selection=selection)
+        batch = RaggedBatch.from_sequences(
+            tokens, device, share, routing, chosen, selection=selection, prompt_lengths=prompts
+        )
     return list(predictions(model, batch, tokens, lengths)[0].split(lengths))
 
 

@@ -51,6 +51,11 @@ class PatchReport:
         """Which sequence lengths have the same rotary tables; None where all have."""
         return RotaryRegimes.merged(claim.rotary_regimes for claim in self.claims if claim.rotary_regimes is not None)
 
+    @property
+    def keeps_prompts(self) -> bool:
+        """Whether tokens behind a prompt see others than those in it do: what a prompt is must then be known."""
+        return any(claim.keeps_prompt for claim in self.claims)
+
     def worst_error(self) -> float:
         """Largest relative probe error, forward or backward, over all replacements."""
         return max((claim.error.worst() for claim in self.claims), default=0.0)

@@ -35,6 +35,12 @@ class _SpecContext(DenseContext):
         self.layers.append(StateSpec(layer, "latent", (tuple(latents.shape[1:]), (latents.shape[1], value_width))))
         return super().attend(layer, q, latents, latents[..., :value_width], AttentionSettings(scale))
 
+    def attend_prompt(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings, window: int
+    ) -> Tensor:
+        self.layers.append(StateSpec(layer, "prompt_window", (tuple(k.shape[1:]), tuple(v.shape[1:])), 0))
+        return DenseContext.attend(self, layer, q, k, v, settings)
+
     def select(self, layer: int, q: Tensor, k: Tensor, weights: Tensor, topk: int, *, scale: float) -> Tensor:
         self.layers.append(StateSpec(layer, "index", ((1, k.shape[1]),)))
         self.selections_kept.append(StateSpec(layer, "selection", ((1, topk),)))

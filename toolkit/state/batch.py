@@ -54,6 +54,8 @@ class RaggedBatch:
             indexers' choice, ascending, -1 behind the last one; None to let indexers choose.
         rotary_lengths: [T] the length of the sequence by which each row's rotary tables are made, fixed for the life of
             a sequence; None where the model's tables do not depend on it, or by its own length (``RotaryRegimes``).
+        prompt_lengths: [T] the tokens of the prompt of each row's sequence, -1 for a row that lies in it; None where
+            all tokens are a prompt's. Layers look at it that see a prompt and a window of what was written after it.
         spans: [T, 2] the (first, end) index in its sequence of the span that each row lies in, (0, 0) for none; None
             for no spans. The tokens of a span see each other, later ones too (a picture's): a row sees what it would
             without, and its span from there on. A span lies in one segment and in one step of the engine.
@@ -89,6 +91,7 @@ class RaggedBatch:
     embedding_rows: Tensor | None = None
     embeddings: Tensor | None = None
     embedding_levels: Tensor | None = None
+    prompt_lengths: Tensor | None = None
 
     @classmethod
     def from_sequences(
@@ -104,6 +107,7 @@ class RaggedBatch:
         features: Mapping[bytes, Features] | None = None,
         sequence_positions: Sequence[Tensor | None] | None = None,
         span_layers: frozenset[int] | None = None,
+        prompt_lengths: Sequence[int] | None = None,
     ) -> "RaggedBatch":
         """The batch of whole sequences, without state: what training runs.
 
@@ -127,6 +131,8 @@ class RaggedBatch:
             sequence_positions: of each sequence positions [tokens] or [A, tokens] in the place of 0, 1, ...; None for
                 those, along every axis that another sequence has.
             span_layers: see the field.
+            prompt_lengths: of each sequence the tokens of its prompt, see the field. Behind the shorter prompt
+                sequences share prefixes only where these are equal.
 
         Raises:
             ToolkitError: for a routing, selection, rotary_lengths, spans, media or positions that do not fit the
@@ -137,7 +143,9 @@ class RaggedBatch:
         recorded = Recorded.of(routing, selection, counts)
         items = MediaRows()
         rows = recorded.rows if recorded else None
-        columns = RowColumns.of_sequences(arrays, rows, rotary_lengths, media, sequence_positions, items)
+        columns = RowColumns.of_sequences(
+            arrays, rows, rotary_lengths, media, sequence_positions, items, prompt_lengths
+        )
         if spans is None and media is not None:
             spans = [blocks(one) for one in media]
         if spans is not None:
@@ -176,6 +184,8 @@ class RaggedBatch:
             found = replace(found, positions=on(columns.positions.T).squeeze(0))
         if columns.rotary_lengths is not None:
             found = replace(found, rotary_lengths=on(columns.rotary_lengths))
+        if columns.prompt_lengths is not None:
+            found = replace(found, prompt_lengths=on(columns.prompt_lengths))
         return found
 
     @classmethod

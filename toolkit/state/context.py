@@ -94,6 +94,17 @@ class ForwardContext(ABC):
             settings: scale, window and the rest.
         """
 
+    def attend_prompt(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings, window: int
+    ) -> Tensor:
+        """``attend`` of a layer whose tokens see the whole prompt, and ``window`` of those behind it, itself included.
+
+        Of ``settings`` the scale and the sinks are read.
+        """
+        raise ToolkitError(
+            f"windows behind prompts are not served by {type(self).__name__}; run the sequence as a whole."
+        )
+
     def attend_latent(self, layer: int, q: Tensor, latents: Tensor, value_width: int, *, scale: float) -> Tensor:
         """``attend`` of latents [T, 1, D], which are the keys and, by their first columns, the values."""
         return self.attend(layer, q, latents, latents[..., :value_width], AttentionSettings(scale))

@@ -11,6 +11,7 @@ from toolkit.ops.sparse_attention import sparse_attention
 from toolkit.state.batch import RaggedBatch
 from toolkit.state.context import AttentionSettings, ForwardContext
 from toolkit.state.pools import Pools, select_pools
+from toolkit.state.prompt_windows import seen_positions
 from toolkit.state.rotary_regimes import RotaryRegimes
 
 
@@ -34,6 +35,15 @@ class DenseContext(ForwardContext):
         plan = batch.query_offsets, batch.kv_offsets, batch.kv_lengths, batch.block_tables, 1, *settings
         out, _ = attention(q, k, v, *plan, batch.query_ranges, self.seen_ahead(layer))
         return out
+
+    def attend_prompt(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings, window: int
+    ) -> Tensor:
+        seen = seen_positions(self.batch, window)
+        if seen is None:
+            return self.attend(layer, q, k, v, settings)
+        self.check_nothing_ahead(layer)
+        return self.attend_selected(layer, q, k, v, seen, settings)
 
     def select(self, layer: int, q: Tensor, k: Tensor, weights: Tensor, topk: int, *, scale: float) -> Tensor:
         self.check_nothing_ahead(layer)

@@ -14,6 +14,7 @@ from toolkit.state.context import AttentionSettings, ForwardContext
 from toolkit.state.kinds import PagedRows, Snapshots
 from toolkit.state.pool import StatePool
 from toolkit.state.pools import Plan, Pools, select_pools
+from toolkit.state.prompt_windows import seen_positions
 
 
 class PagedContext(ForwardContext):
@@ -33,6 +34,15 @@ class PagedContext(ForwardContext):
         plan = batch.query_offsets, batch.kv_offsets, batch.kv_lengths, tables, self.pool.block_size, *settings
         out, _ = attention(q, keys, values, *plan, None, self.seen_ahead(layer))
         return out
+
+    def attend_prompt(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings, window: int
+    ) -> Tensor:
+        seen = seen_positions(self.batch, window)
+        if seen is None:
+            return self.attend(layer, q, k, v, settings)
+        self.check_nothing_ahead(layer)
+        return self.attend_selected(layer, q, k, v, seen, settings)
 
     def select(self, layer: int, q: Tensor, k: Tensor, weights: Tensor, topk: int, *, scale: float) -> Tensor:
         """The selection over the blocks, after the new tokens' own keys went there."""

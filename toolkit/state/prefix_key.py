@@ -12,6 +12,7 @@ class PrefixKey(NamedTuple):
         adapter_version: of the adapter's weights and scaling.
         salt: ``SamplingParams.cache_salt``; None shares with every request that has none.
         rotary: ``Completion.rotary_length``, where rotary tables depend on a sequence's length; None elsewhere.
+        prompt: tokens of the prompt, where tokens behind it see others than those in it; None elsewhere.
     """
 
     weights: int = 0
@@ -19,6 +20,7 @@ class PrefixKey(NamedTuple):
     adapter_version: int = 0
     salt: str | None = None
     rotary: int | None = None
+    prompt: int | None = None
 
     def outdates(self, other: "PrefixKey") -> bool:
         """Whether no sequence can have the key ``other`` any more, given that these weights are the current ones.

@@ -27,6 +27,7 @@ class RowColumns:
         rotary_lengths: [N] by which each token's rotary tables are made.
         media: [N, 2] item and row of the item (``MediaRows``), -1 and 0 for none.
         positions: [N, A].
+        prompt_lengths: [N] tokens of the prompt, -1 for the tokens in it.
     """
 
     tokens: Ints
@@ -34,6 +35,7 @@ class RowColumns:
     rotary_lengths: Ints | None = None
     media: Ints | None = None
     positions: Ints | None = None
+    prompt_lengths: Ints | None = None
 
     @classmethod
     def of_sequences(
@@ -44,6 +46,7 @@ class RowColumns:
         media: Sequence[Sequence[MediaSpan]] | None,
         sequence_positions: Sequence[Tensor | None] | None,
         items: MediaRows,
+        prompt_lengths: Sequence[int] | None = None,
     ) -> "RowColumns":
         """From what ``RaggedBatch.from_sequences`` is given; ``items`` gets the names of the media.
 
@@ -51,12 +54,21 @@ class RowColumns:
             ToolkitError: arguments that do not fit the sequences.
         """
         counts = [len(one) for one in tokens]
-        given = {"rotary_lengths": rotary_lengths, "media": media, "sequence_positions": sequence_positions}
+        given = {
+            "rotary_lengths": rotary_lengths,
+            "media": media,
+            "sequence_positions": sequence_positions,
+            "prompt_lengths": prompt_lengths,
+        }
         for name, one in given.items():
             if one is not None and len(one) != len(counts):
                 raise ToolkitError(f"{name} must have one entry per sequence ({len(counts)}), got {len(one)}.")
         lengths = None if rotary_lengths is None else np.repeat(np.asarray(rotary_lengths, dtype=np.int64), counts)
         found = cls(_joined(tokens), _joined(recorded) if recorded else None, lengths)
+        if prompt_lengths is not None:
+            ends = zip(prompt_lengths, counts)
+            behind = [np.where(np.arange(count) < prompt, -1, prompt) for prompt, count in ends]
+            found = replace(found, prompt_lengths=_joined(behind))
         if sequence_positions is not None:
             found = replace(found, positions=_positions(sequence_positions, counts))
         if media is None:
@@ -75,7 +87,9 @@ class RowColumns:
         if self.recorded is not None:
             table = np.concatenate([names[:, None], self.recorded], 1)
             names = np.unique(table, axis=0, return_inverse=True)[1].reshape(-1)
-        given = [one for one in (self.rotary_lengths, self.media, self.positions) if one is not None]
+        given = [
+            one for one in (self.rotary_lengths, self.media, self.positions, self.prompt_lengths) if one is not None
+        ]
         for column in [column for one in given for column in np.atleast_2d(one.T)]:
             names = _paired(names, column)
         return np.split(names, np.cumsum(counts)[:-1])

@@ -127,6 +127,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": 16},
     "muse_glimmer": {"out_hidden_size": 256},
     "muse_spark": {"out_hidden_size": 256},
+    "unlimited_ocr_text": {"num_key_value_heads": 4},  # its eager attention has a key head for each query head
     "nemotron": {"num_key_value_heads": 2},
     "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 2},
     "qwen2_5_omni_thinker": {"vision_start_token_id": 38},

@@ -110,6 +110,7 @@ def media_batch(
     routing: Sequence[Tensor] | None = None,
     rotary_lengths: Sequence[int] | None = None,
     selection: Sequence[Tensor] | None = None,
+    prompt_lengths: Sequence[int] | None = None,
 ) -> RaggedBatch:
     """``RaggedBatch.from_sequences`` of sequences of which some have images: each distinct item is encoded once."""
     items: dict[bytes, Item] = {}
@@ -128,4 +129,5 @@ def media_batch(
         features={digest: encode(model, item) for digest, item in items.items()},
         sequence_positions=along if any(one is not None for one in along) else None,
         span_layers=span_layers(model),
+        prompt_lengths=prompt_lengths,
     )

@@ -7,7 +7,7 @@ them must be proven. A tower's layers have another configuration.
 import inspect
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from toolkit.errors import first_line
 from toolkit.modules.attention import FusedAttention
 from toolkit.modules.latent_attention import parts_of
+from toolkit.modules.prompt_window import prompt_window_forward
 from toolkit.modules.row_positions import row_positions_forward
 from toolkit.numerics import Numerics
 from toolkit.patching import attention_interface
 from toolkit.patching.attention_configs import FIELD, configs_of_layer, modules_beside, set_implementation
 from toolkit.patching.attention_interface import IMPLEMENTATION, NAME, weights_wanted
-from toolkit.patching.attention_probe import FAR, LENGTH, PROBE_WINDOW, ROWS, Probe
+from toolkit.patching.attention_probe import FAR, LENGTH, PROBE_WINDOW, ROWS, Probe, Seen
+from toolkit.patching.cache_windows import cache_window
 from toolkit.patching.calls import MASK, Call, record_calls
 from toolkit.patching.claim import Claim, ProbeError, Skipped, Undo, replace_forward, set_attribute, together
 from toolkit.patching.instance_forward import UNPROVEN, foreign_forward
@@ -106,6 +108,16 @@ def _verdict(module: nn.Module, probe: Probe) -> tuple[str, Any, ProbeError] | s
     return found if isinstance(found, tuple) else prove(_latent_options(module, probe))
 
 
+def _kept_by_cache(model: Any, index: int | None, seen: Seen | None) -> tuple[int, str | None]:
+    """The window behind a prompt that a layer's cache keeps (0 for all), or why it keeps less than masks show."""
+    window, keeps_prompt = cache_window(model.config.get_text_config(), index)
+    if not window or seen is None or 0 < seen.window <= window:
+        return 0, None
+    if keeps_prompt and not (seen.window or seen.softcap):
+        return window, None
+    return 0, f"its masks show more than the {window} tokens that its cache keeps: generate() and the forward differ"
+
+
 @dataclass(frozen=True)
 class _Proven:
     """A layer that may run the registered function.
@@ -115,11 +127,15 @@ class _Proven:
         error: of the layer's own forward through the interface.
         fused: the name, the forwards and the probe error of what takes the place of its forward (""), and of those of
             its parts, by their names; None where nothing has to.
+        seen: what it hands the interface; None for sparse attention.
+        window: tokens behind the prompt that a token sees; 0 for all.
     """
 
     caller: str
     error: ProbeError
     fused: tuple[str, dict[str, Any], ProbeError] | None
+    seen: Seen | None = None
+    window: int = 0
 
 
 def _prove(module: nn.Module, call: Call) -> _Proven | str:
@@ -152,9 +168,9 @@ def _prove(module: nn.Module, call: Call) -> _Proven | str:
     if not error.passes():
         return f"the interface changes it: probe error {error.worst():.1e}{error.where}"
     if isinstance(fused, str):
-        return _Proven(probe.seen.caller, error, None)
+        return _Proven(probe.seen.caller, error, None, probe.seen)
     op, forward, fused_error = fused
-    return _Proven(probe.seen.caller, error, (op, {"": forward}, fused_error))
+    return _Proven(probe.seen.caller, error, (op, {"": forward}, fused_error), probe.seen)
 
 
 def _index(path: str, module: Any, calls: dict[nn.Module, list[Call]]) -> int | None:
@@ -186,7 +202,15 @@ def _with_index(module: Any, index: int | None, proven: _Proven | str) -> _Prove
     return proven
 
 
-def _verdicts(layers: dict[str, Any], calls: dict[nn.Module, list[Call]]) -> dict[str, _Proven | str]:
+def _as_kept(model: Any, index: int | None, proven: _Proven | str) -> _Proven | str:
+    """``proven`` with what the layer's cache keeps, or why that is less than its masks show."""
+    if isinstance(proven, str):
+        return proven
+    window, reason = _kept_by_cache(model, index, proven.seen)
+    return replace(proven, window=window) if reason is None else reason
+
+
+def _verdicts(model: Any, layers: dict[str, Any], calls: dict[nn.Module, list[Call]]) -> dict[str, _Proven | str]:
     indices = Counter(_index(path, module, calls) for path, module in layers.items())
     found: dict[str, _Proven | str] = {}
     proven: dict[Any, _Proven | str] = {}
@@ -204,7 +228,8 @@ def _verdicts(layers: dict[str, Any], calls: dict[nn.Module, list[Call]]) -> dic
             key = signature_key(module), id(module.config), tuple(given), _content(call.arguments.get(MASK))
             if key not in proven:
                 proven[key] = _prove(module, call)
-            found[path] = _with_index(module, _index(path, module, calls), proven[key])
+            index = _index(path, module, calls)
+            found[path] = _as_kept(model, index, _with_index(module, index, proven[key]))
     return found
 
 
@@ -225,9 +250,12 @@ def _claim(path: str, module: Any, index: int | None, proven: _Proven, configs: 
     own = settings_of(module, _READ_AGAIN) if proven.fused else ()
     settings = dict(own) | dict(mask_settings(module)) | {"config._attn_implementation": NAME}
     forwards = {"": type(module).forward} | forwards
+    if proven.window:
+        forwards[""] = prompt_window_forward(forwards[""], proven.window)
+        op = f"{op}, the prompt and a window of {proven.window}"
     forwards[""] = guarded(forwards[""], tuple(settings.items()))
     installs += [replace_forward(module.get_submodule(name), forward) for name, forward in forwards.items()]
-    return Claim("attention", path, module, op, error, together(*installs))
+    return Claim("attention", path, module, op, error, together(*installs), keeps_prompt=proven.window > 0)
 
 
 def _reads_padding(model: nn.Module) -> bool:
@@ -257,7 +285,7 @@ def find(model: Any, numerics: Numerics) -> list[Claim | Skipped]:
         reason = f"the model's forward failed: {first_line(problem, with_class=True)}"
         return [Skipped("attention", path, reason) for path in layers]
     layers = {path: module for path, module in layers.items() if calls[module]}
-    verdicts = _verdicts(layers, calls)
+    verdicts = _verdicts(model, layers, calls)
     refused = {path: verdict for path, verdict in verdicts.items() if isinstance(verdict, str)}
     found: list[Claim | Skipped] = [Skipped("attention", path, reason) for path, reason in refused.items()]
     keepers = {id(_config(layers[path])): path for path in reversed(refused)}

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from toolkit.errors import first_line
 from toolkit.modules.attention_scores import UnknownStep
@@ -23,6 +22,7 @@ from toolkit.numerics import Numerics
 from toolkit.patching.adapters import vocabulary_size
 from toolkit.patching.attention_configs import EXPERTS_FIELD, eager_modules
 from toolkit.patching.attention_probe import CACHE, FAR
+from toolkit.patching.cache_windows import cache_window
 from toolkit.patching.calls import float32_copy, map_tensors
 from toolkit.patching.claim import Claim, ProbeError, Skipped, Undo, replace_forward
 from toolkit.patching.eval_mode import eval_mode
@@ -216,13 +216,6 @@ def _prove(module: nn.Module, near: Arguments, far: Arguments, far_length: int) 
     return plans, counts, error
 
 
-def _cache_window(config: Any, layer: Any) -> int:
-    """Tokens that transformers' cache keeps for a layer; 0 for all."""
-    layers: list[Any] = DynamicCache(config=config).layers
-    known = isinstance(layer, int) and layer < len(layers) and layers[layer].is_sliding
-    return int(layers[layer].sliding_window) if known else 0
-
-
 def find(model: Any, numerics: Numerics, first_layer: int = 0) -> list[Claim | Skipped]:
     """A claim on each layer that writes its attention out, and one on the model, whose masks the batch takes over.
 
@@ -264,7 +257,7 @@ def find(model: Any, numerics: Numerics, first_layer: int = 0) -> list[Claim | S
             return [Skipped("attention", paths[module], f"it is not attention in a known form: {text}")]
         plans, counts, error = proven[key]
         plans = [replace(plan, window=sizes.get(plan.window, plan.window)) for plan in plans]
-        kept = _cache_window(config, getattr(module, "layer_idx", None))
+        kept, _ = cache_window(config, getattr(module, "layer_idx", None))
         if kept and any(not 0 < plan.window <= kept for plan in plans):
             reason = f"its masks show more than the {kept} tokens that its cache keeps"
             return [Skipped("attention", paths[module], f"{reason}: generate() and the forward differ")]
