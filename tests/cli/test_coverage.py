@@ -9,6 +9,7 @@ from toolkit.cli import main
 from toolkit.cli.coverage import page, totals
 from toolkit.testing.architectures import architectures, small_config
 from toolkit.testing.coverage import COLUMNS, Row
+from toolkit.testing.image_inputs import special
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGES = {"causal": DOCS / "coverage.md", "image-text": DOCS / "coverage-image-text.md"}
@@ -103,6 +104,12 @@ def test_small_models_of_images_have_distinct_special_tokens_and_fitting_sizes()
     assert vision.out_hidden_size == text.hidden_size
     assert max(vision.fullatt_block_indexes) < vision.depth
     assert small_config("llava", kind="image-text").vision_config.image_size == 4 * 14
+
+
+def test_a_special_token_is_found_beside_fields_that_differ_by_layer():
+    config = small_config("dots3_note", kind="image-text")
+    assert special(config, "image", "token") == config.image_token_id
+    assert special(config, "no", "such", "token") is None
 
 
 def test_a_wrong_number_is_told(capsys, monkeypatch):

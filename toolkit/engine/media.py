@@ -30,6 +30,7 @@ class PromptMedia:
         items: by digest, what the backend encodes.
         positions: [A, n] rotary positions of the prompt along A axes; None for 0, 1, ...
         delta: what is added to the index of a later token to get its rotary position, on each axis.
+        prompt: first and end of the tokens that see each other, those of text too; None where spans say it all.
     """
 
     tokens: list[int]
@@ -37,25 +38,26 @@ class PromptMedia:
     items: Mapping[bytes, Any]
     positions: Tensor | None = None
     delta: int = 0
+    prompt: tuple[int, int] | None = None
 
     @cached_property
     def blocks(self) -> list[tuple[int, int]]:
         """First and end token of each run of tokens that see each other."""
-        return blocks(self.spans)
+        return blocks(self.spans) if self.prompt is None else [self.prompt]
 
     @cached_property
     def names(self) -> list[int]:
         """What stands for each token in the prefix index: its id, or a negative number that names a row of a picture.
 
         The number holds the 256 bits of the digest, so that two pictures are never confused. Tokens that see each other
-        depend on every picture of their block, and are named by all of them.
+        depend on every picture of their block, and on its text, and are named by all of them.
         """
         names = list(self.tokens)
         for span in self.spans:
             for at in range(span.length):
                 names[span.first + at] = _name(span.digest, span.offset + at)
         for first, end in self.blocks:
-            whole = hashlib.sha256()
+            whole = hashlib.sha256(np.array(self.tokens[first:end], dtype=np.int64).tobytes())
             for span in self.spans:
                 if first <= span.first < end:
                     whole.update(span.digest + span.offset.to_bytes(8, "big") + span.length.to_bytes(8, "big"))

@@ -146,7 +146,7 @@ class PatchedModel:
                 f"prompt must be a text or token ids, since {type(self.model).__name__} takes no pictures."
             )
         found = expand(self.model, inputs)
-        return PromptMedia(found.tokens.tolist(), found.spans, found.items, found.positions, found.delta)
+        return PromptMedia(found.tokens.tolist(), found.spans, found.items, found.positions, found.delta, found.prompt)
 
     def encode(self, item: Any) -> Features:
         """What the model computes of one picture, alone: no bit depends on others."""

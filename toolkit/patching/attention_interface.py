@@ -31,6 +31,25 @@ It is ``NAME`` for modules that are proven, and for the others of the same confi
 """
 
 
+MASKED = "_toolkit_masked"
+"""The attribute of a proven module whose ``is_causal`` is False although eager attention is handed causal masks.
+
+It names what the module ran before the patch. Without a mask torch's attention then shows every key (PaliGemma's, where
+no types of tokens say what is a prompt); the masks that transformers makes are causal, and so are ragged batches.
+"""
+_EXPLICIT: ContextVar[bool] = ContextVar("masks_made_explicit", default=False)
+
+
+@contextmanager
+def explicit_masks() -> Iterator[None]:
+    """Inside, layers are handed the masks that transformers makes, those of plain causal attention too."""
+    token = _EXPLICIT.set(True)
+    try:
+        yield
+    finally:
+        _EXPLICIT.reset(token)
+
+
 _RECOMPUTED: ContextVar[bool] = ContextVar("attention_weights_recomputed", default=False)
 
 
@@ -122,8 +141,11 @@ def proven_attention(
         return _sparse_attention(module, query, key, value, call, settings, float(dropout), **given)
     if position_bias is not None:
         raise ToolkitError("position_bias must be None, got a tensor: attention with a position bias is not supported.")
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     context = forward_context_of(kwargs)
+    causal = is_causal
+    if causal is None:
+        handed = context is not None or attention_mask is not None
+        causal = _is_causal(module, query, key, handed, sliding_window or 0)
     explicit = attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.dim() != 2)
     if not causal and (context is not None or not explicit):
         raise ToolkitError("is_causal must be True for a ragged batch and for a causal mask, got False.")
@@ -150,6 +172,15 @@ def proven_attention(
     kwargs |= {"dropout": dropout, "scaling": settings.scale, "softcap": softcap, "s_aux": s_aux}
     weights = _eager_weights(module, query, key, value, mask, sliding_window=sliding_window, **kwargs)
     return out.contiguous(), weights
+
+
+def _is_causal(module: nn.Module, query: Tensor, key: Tensor, handed: bool, window: int) -> bool:
+    """What a module says; of one that is ``MASKED``, whether it is where it is ``handed`` a mask, or nothing."""
+    before = getattr(module, MASKED, None)
+    if before is None or getattr(module, "is_causal", True):
+        return bool(getattr(module, "is_causal", True))
+    queries, keys = query.shape[2], key.shape[2]
+    return handed or before == "eager" or queries != keys or 0 < window <= keys
 
 
 def _sparse_attention(
@@ -213,7 +244,9 @@ def mask_function(
     """
     if get_forward_context() is not None:
         return None
-    plain = allow_is_causal_skip and isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
+    made = not torch.compiler.is_compiling() and _EXPLICIT.get()
+    whole = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
+    plain = allow_is_causal_skip and whole and not made
     if plain and attention_mask is None:
         return None
     if plain and attention_mask is not None and not torch.compiler.is_compiling():

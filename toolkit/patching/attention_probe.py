@@ -53,14 +53,17 @@ class Probe:
 
     Args:
         condition: that of the copy.
+        masked: whether masks are causal although the layer says otherwise (``MASKED``).
     """
 
-    def __init__(self, module: nn.Module, call: Call, condition: Condition = UNIT) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module, call: Call, condition: Condition = UNIT, masked: bool = False) -> None:
+        self.module, self.masked = module, masked
         self.copied: Any = probe_copy(module, own_values=condition.own_values, dtype=condition.dtype or torch.float32)
         self.copied.train(condition.training)
         for part in self.copied.modules():
             part.__dict__[attention_interface.IMPLEMENTATION] = attention_interface.NAME
+            if masked:
+                part.__dict__[attention_interface.MASKED] = "eager"
         self.call = (
             call if condition.dtype is None else replace(call, arguments=cast_floating(call.arguments, condition.dtype))
         )
@@ -158,13 +161,13 @@ class Probe:
         """
         hidden, worst = [[self._hidden()]], ProbeError(0.0, 0.0)
         for condition in conditions_of(self.module)[: None if thorough else 1]:
-            probe = self if condition is UNIT else Probe(self.module, self.call, condition)
+            probe = self if condition is UNIT else Probe(self.module, self.call, condition, self.masked)
             got, expected = probe._patched(forward, **replaced), probe._eager(**replaced)
             if condition.dtype is None:
                 with without_dropout(probe.copied):
                     error = compare(got, expected, hidden, list(probe.copied.parameters()))
             else:
-                exact = Probe(probe.copied, self.call, EXACT)._eager(**replaced)
+                exact = Probe(probe.copied, self.call, EXACT, self.masked)._eager(**replaced)
                 error = narrow_error(got, expected, exact, hidden, condition.dtype)
             del probe, got, expected
             worst = worst.worse(error, condition.name)

@@ -7,6 +7,7 @@ that no weight that is 0 hides anything, and the model does not change.
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from toolkit.errors import first_line
 from toolkit.moe.observer import observing
 from toolkit.patching.adapters import vocabulary_size
+from toolkit.patching.attention_interface import MASKED, explicit_masks
 from toolkit.patching.eval_mode import eval_mode
 from toolkit.patching.float32_arithmetic import float32_arithmetic
 from toolkit.patching.length_tables import regimes_of
@@ -92,6 +94,12 @@ def _checked(model: Any, report: PatchReport, forward: Forward) -> str | None:
 
 def _ordinary(model: Any, text: Tensor, **arguments: Any) -> Tensor:
     ids = text[None].to(device_of(model))
+    masked = any(hasattr(module, MASKED) for module in model.modules())
+    with explicit_masks() if masked else nullcontext():
+        return _logits(model, ids, **arguments)
+
+
+def _logits(model: Any, ids: Tensor, **arguments: Any) -> Tensor:
     logits: Tensor = model(input_ids=ids, use_cache=False, **text_arguments(model, ids), **arguments).logits[0]
     return logits.float()
 

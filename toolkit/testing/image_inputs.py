@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from toolkit.errors import ToolkitError, first_line
+from toolkit.patching.without_media import asks_for_media
 from toolkit.testing.towers import PATCHES, factor, first
 
 BEFORE, AFTER = 4, 9
@@ -235,6 +236,8 @@ def _around(model: Any, layout: dict[str, Tensor], rows: int | None) -> dict[str
     for name in ("mm_token_type_ids", "token_type_ids", "moe_mm_token_type_ids", "image_embeds_position_mask"):
         if name in asked:
             inputs[name] = torch.as_tensor(ids == image).int()
+    if "token_type_ids" in inputs and _prompt_sees_itself(model, ids):
+        inputs["token_type_ids"] = torch.zeros_like(inputs["token_type_ids"])
     if "moe_mm_token_type_ids" in inputs:  # experts take the tokens around an image for its own
         inputs["moe_mm_token_type_ids"] = torch.isin(ids, torch.tensor([image, *placed])).int()
     if "attention_mask" in asked:
@@ -249,6 +252,18 @@ def _around(model: Any, layout: dict[str, Tensor], rows: int | None) -> dict[str
     if "bbox" in asked:
         inputs["bbox"] = torch.zeros(1, ids.shape[1], 4, dtype=torch.long)
     return {name: value for name, value in inputs.items() if name in asked or name in layout}
+
+
+def _prompt_sees_itself(model: Any, ids: Tensor) -> bool:
+    """Whether tokens of type 0 see those behind them: the type is that of a prompt, with its images."""
+    if model.config.is_encoder_decoder or asks_for_media(model):
+        return False
+    other = ids.clone()
+    other[0, -1] += 1
+    first, second = (
+        model(input_ids=one, token_type_ids=torch.zeros_like(ids), use_cache=False).logits[0, 0] for one in (ids, other)
+    )
+    return not torch.equal(first, second)
 
 
 def _around_image(config: Any, word: str, short: str) -> list[int]:

@@ -5,7 +5,7 @@ sequence's positions, the tokens that see each other and the logits of a ragged 
 """
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ from toolkit.patching.forward import context_forward
 from toolkit.patching.multimodal.encoding import encode_item, on_device, taken_by
 from toolkit.patching.multimodal.entry import Arrival, MediaEntry, arriving
 from toolkit.patching.multimodal.items import Processed, items_of, splits_of
-from toolkit.patching.multimodal.sequences import positions_of
+from toolkit.patching.multimodal.sequences import positions_of, prompt_of
 from toolkit.patching.probe import device_of
 from toolkit.patching.text_part import find_entry
 from toolkit.patching.without_media import POSITION_MASK, placeholders_of
@@ -77,7 +77,9 @@ def _verdict(model: nn.Module, entry: MediaEntry, processed: Processed, outputs:
     if entry.types_name is not None and types is None:
         return f"its layers ask for the {entry.types_name} of its tokens, which are missing"
     seeing = frozenset(layer for layer, ahead in own.ahead.items() if bool(ahead.any()))
+    told = _prompt(processed, [own.ahead[layer] for layer in seeing])
     looking = frozenset(placeholders[kind] for kind in processed.media if seeing and kind in placeholders)
+    looking = frozenset() if told is not None else looking
     failure = "no way to tell its items apart fits the sequence"
     for split in splits_of(processed):
         found = items_of(processed, split, placeholders, looking, entry.types_name)
@@ -95,13 +97,15 @@ def _verdict(model: nn.Module, entry: MediaEntry, processed: Processed, outputs:
         if not error <= near:
             failure = f"the features of one item alone differ by {error:.1e} from those beside others"
             continue
-        if not _as_blocks(own.ahead, seeing, spans):
+        seen = blocks(spans) if told is None else [prompt_of(model, processed, told)]
+        if not all(_as_blocks(own.ahead[layer], seen) for layer in seeing):
             return "its tokens see others ahead than those of their images"
         ids = processed.ids.where(processed.ids < vocabulary_size(model), 0)
         batch = RaggedBatch.from_sequences(
             [[1, 2, 3], ids],
             device_of(model),
             share=False,
+            spans=[[], seen],
             media=[[], spans],
             features=features,
             sequence_positions=None if positions is None else [None, positions],
@@ -111,6 +115,8 @@ def _verdict(model: nn.Module, entry: MediaEntry, processed: Processed, outputs:
         if not error <= near:
             return f"the logits of a ragged batch differ by {error:.1e} from those of the model's own forward"
         entry.splits[processed.layout()] = split
+        if told is not None:
+            entry.prompts[processed.layout()] = told
         entry.span_layers |= seeing
         entry.looking |= looking
         return None
@@ -195,15 +201,24 @@ def _difference(one: Tensor, other: Tensor) -> float:
     return float((one.float() - other.float()).abs().max() / other.float().abs().max().clamp_min(1e-30))
 
 
-def _as_blocks(ahead: dict[int, Tensor], seeing: frozenset[int], spans: list[MediaSpan]) -> bool:
-    """Whether in every layer that sees ahead, each token of a block sees all of it, and no other token any ahead."""
-    for layer in seeing:
-        expected = torch.zeros_like(ahead[layer])
-        for first, end in blocks(spans):
-            expected[first:end, first:end] = True
-        if not torch.equal(ahead[layer], expected.triu(1)):
-            return False
-    return True
+def _as_blocks(ahead: Tensor, seen: Sequence[tuple[int, int]]) -> bool:
+    """Whether each token of a run sees all of it, and no other token any ahead."""
+    expected = torch.zeros_like(ahead)
+    for first, end in seen:
+        expected[first:end, first:end] = True
+    return torch.equal(ahead, expected.triu(1))
+
+
+def _prompt(processed: Processed, ahead: Sequence[Tensor]) -> str | None:
+    """The token argument that is 0 for one run of tokens which see each other, those of text too."""
+    for name in processed.token_arguments if ahead else ():
+        try:
+            run = processed.prompt_by(name)
+        except ToolkitError:
+            continue
+        if all(_as_blocks(one, [run]) for one in ahead):
+            return name
+    return None
 
 
 def _logit_error(model: nn.Module, batch: RaggedBatch, expected: Tensor) -> float:

@@ -101,6 +101,7 @@ class MediaEntry:
             whose layers do not tell tokens apart.
         span_layers: indices of the layers in which tokens of an image see each other.
         looking: the placeholders whose tokens do.
+        prompts: of each layout the token argument by which tokens see each other, of text too, where it is 0.
         verdicts: of each layout of a processor's outputs None where it is proven, or the reason why it is refused.
         splits: of each layout, how items lie in it.
     """
@@ -115,6 +116,7 @@ class MediaEntry:
         self.types_name: str | None = None
         self.span_layers: frozenset[int] = frozenset()
         self.looking: frozenset[int] = frozenset()
+        self.prompts: dict[Any, str] = {}
         self.verdicts: dict[Any, str | None] = {}
         self.splits: dict[Any, Any] = {}
 

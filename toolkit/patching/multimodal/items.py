@@ -92,13 +92,32 @@ class Processed:
                 return np.flatnonzero(value[0].cpu().numpy() == 1)
         return np.flatnonzero(self.ids.numpy() == placeholders[kind]) if kind in placeholders else np.arange(0)
 
+    def prompt_by(self, name: str) -> tuple[int, int]:
+        """First and end of the one run of tokens whose number of a token argument is 0.
+
+        Raises:
+            ToolkitError: they are several runs.
+        """
+        rows = np.flatnonzero(self.token_arguments[name][0].cpu().numpy() == 0)
+        runs = _runs(rows)
+        if len(runs) > 1:
+            raise ToolkitError(
+                f"tokens with {name} 0, which see each other, must be one run of a sequence, got {len(runs)} runs."
+            )
+        return (int(rows[0]), int(rows[-1]) + 1) if len(rows) else (0, 0)
+
     def layout(self) -> Any:
-        """What decides how items lie in the outputs, and what is known of tokens: names and numbers of dimensions."""
+        """What decides how items lie in the outputs, and what is known of tokens.
+
+        That are the names and numbers of dimensions, and which numbers tokens have.
+        """
         of_media = tuple(
             (kind, tuple((name, getattr(value, "ndim", None)) for name, value in sorted(given.items())))
             for kind, given in sorted(self.media.items())
         )
-        return of_media, tuple(sorted(self.token_arguments))
+        given = sorted(self.token_arguments.items())
+        of_tokens = tuple((name, tuple(value.unique().tolist())) for name, value in given)
+        return of_media, of_tokens
 
 
 def _modality(name: str) -> str:

@@ -17,6 +17,7 @@ from toolkit.patching.multimodal.sequences import (
     MediaSequence,
     continued,
     positions_of,
+    prompt_of,
     whole_tokens,
 )
 from toolkit.patching.probe import device_of
@@ -92,7 +93,9 @@ def _expanded(
     if found is None:
         raise ToolkitError("the tokens of a sequence must have the rows of its images, got others.")
     positions, delta = positions_of(inner, processed, outputs)
-    return MediaSequence(known, continued(positions, delta, len(whole)), delta, tuple(found[0]), found[1])
+    told = entry.prompts.get(processed.layout())
+    prompt = None if told is None else prompt_of(inner, processed, told)
+    return MediaSequence(known, continued(positions, delta, len(whole)), delta, tuple(found[0]), found[1], prompt)
 
 
 def encode(model: nn.Module, item: Item) -> Features:
@@ -117,6 +120,7 @@ def media_batch(
     for one in sequences:
         if isinstance(one, MediaSequence):
             items |= one.items
+    seen = [one.blocks if isinstance(one, MediaSequence) else [] for one in sequences]
     along = [one.positions if isinstance(one, MediaSequence) else None for one in sequences]
     return RaggedBatch.from_sequences(
         [one.tokens if isinstance(one, MediaSequence) else one for one in sequences],
@@ -124,6 +128,7 @@ def media_batch(
         share,
         routing,
         rotary_lengths,
+        seen,
         selection=selection,
         media=[one.spans if isinstance(one, MediaSequence) else () for one in sequences],
         features={digest: encode(model, item) for digest, item in items.items()},

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from toolkit.errors import ToolkitError
 from toolkit.patching.multimodal.encoding import on_device, taken_by
 from toolkit.patching.multimodal.items import Item, Processed
+from toolkit.patching.text_part import find_entry
 from toolkit.patching.without_media import MODALITIES, placeholders_of
-from toolkit.state.media import MediaSpan
+from toolkit.state.media import MediaSpan, blocks
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +25,7 @@ class MediaSequence:
         delta: what a token after the sequence has as its position along every axis, less its index.
         spans: where items lie.
         items: by digest.
+        prompt: first and end of the tokens that see each other, those of text too; None where spans say it all.
     """
 
     tokens: Tensor
@@ -31,6 +33,12 @@ class MediaSequence:
     delta: int
     spans: tuple[MediaSpan, ...]
     items: Mapping[bytes, Item]
+    prompt: tuple[int, int] | None = None
+
+    @property
+    def blocks(self) -> list[tuple[int, int]]:
+        """First and end of each run of tokens that see each other."""
+        return blocks(self.spans) if self.prompt is None else [self.prompt]
 
 
 def positions_of(model: nn.Module, processed: Processed, outputs: Mapping[str, Any]) -> tuple[Tensor | None, int]:
@@ -63,6 +71,24 @@ def positions_of(model: nn.Module, processed: Processed, outputs: Mapping[str, A
             raise ToolkitError("positions of a ragged batch must be whole numbers, got others (of a video's frames).")
         found = found.long()
     return found[:, :count], int(found[:, count].max()) - count
+
+
+def prompt_of(model: nn.Module, processed: Processed, name: str) -> tuple[int, int]:
+    """First and end of the tokens, of text too, that see each other by the token argument ``name``.
+
+    Raises:
+        ToolkitError: they are several runs, or more than a sliding window shows: transformers shows a prompt whole.
+    """
+    first, end = processed.prompt_by(name)
+    found = find_entry(model)
+    windows = [getattr(one, "sliding_window", None) for one in (found[1].modules() if found is not None else ())]
+    shortest = min((one for one in windows if isinstance(one, int) and one > 0), default=end)
+    if end - first > shortest:
+        raise ToolkitError(
+            f"a prompt whose tokens see each other must have <= {shortest} tokens, the sliding window of its layers, "
+            f"got {end - first}."
+        )
+    return first, end
 
 
 def _text_token(config: Any) -> int:

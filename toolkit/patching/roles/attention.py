@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from toolkit.errors import first_line
@@ -21,7 +22,7 @@ from toolkit.modules.row_positions import row_positions_forward
 from toolkit.numerics import Numerics
 from toolkit.patching import attention_interface
 from toolkit.patching.attention_configs import FIELD, configs_of_layer, modules_beside, set_implementation
-from toolkit.patching.attention_interface import IMPLEMENTATION, NAME, weights_wanted
+from toolkit.patching.attention_interface import IMPLEMENTATION, MASKED, NAME, weights_wanted
 from toolkit.patching.attention_probe import FAR, LENGTH, PROBE_WINDOW, ROWS, Probe, Seen
 from toolkit.patching.cache_windows import cache_window
 from toolkit.patching.calls import MASK, Call, record_calls
@@ -129,6 +130,7 @@ class _Proven:
             its parts, by their names; None where nothing has to.
         seen: what it hands the interface; None for sparse attention.
         window: tokens behind the prompt that a token sees; 0 for all.
+        masked: whether its masks are causal although it says otherwise.
     """
 
     caller: str
@@ -136,6 +138,7 @@ class _Proven:
     fused: tuple[str, dict[str, Any], ProbeError] | None
     seen: Seen | None = None
     window: int = 0
+    masked: bool = False
 
 
 def _prove(module: nn.Module, call: Call) -> _Proven | str:
@@ -151,8 +154,11 @@ def _prove(module: nn.Module, call: Call) -> _Proven | str:
         except Exception as problem:
             return f"its probe as sparse attention failed: {first_line(problem, with_class=True)}"
         return sparse if isinstance(sparse, str) else _Proven("", sparse[2], sparse)
+    masked = not getattr(module, "is_causal", True) and _is_causal_mask(call.arguments.get(MASK))
+    if masked and getattr(_config(module), FIELD) not in ("eager", "sdpa", NAME):
+        return f"it is not causal without a mask, as {getattr(_config(module), FIELD)} may run it"
     try:
-        probe = Probe(module, call)
+        probe = Probe(module, call, masked=masked)
         error = probe.error(thorough=False)
     except Exception as problem:
         why = first_line(problem, with_class=True)
@@ -160,7 +166,9 @@ def _prove(module: nn.Module, call: Call) -> _Proven | str:
     if not error.passes():
         return f"the interface changes it: probe error {error.worst():.1e}"
     try:
-        fused = _verdict(module, probe)
+        if masked and probe.reads_cache:
+            return "it counts positions from its cache's length, and is not causal without a mask"
+        fused = "its own forward knows what it sees without a mask" if masked else _verdict(module, probe)
         if isinstance(fused, str):
             error = probe.error()
     except Exception as problem:
@@ -168,9 +176,17 @@ def _prove(module: nn.Module, call: Call) -> _Proven | str:
     if not error.passes():
         return f"the interface changes it: probe error {error.worst():.1e}{error.where}"
     if isinstance(fused, str):
-        return _Proven(probe.seen.caller, error, None, probe.seen)
+        return _Proven(probe.seen.caller, error, None, probe.seen, masked=masked)
     op, forward, fused_error = fused
     return _Proven(probe.seen.caller, error, (op, {"": forward}, fused_error), probe.seen)
+
+
+def _is_causal_mask(mask: Any) -> bool:
+    """Whether an eager mask [B, 1, S, S] shows no key ahead of its query."""
+    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[-1] != mask.shape[-2]:
+        return False
+    visible = mask if mask.dtype == torch.bool else mask >= 0
+    return not bool(visible.triu(1).any())
 
 
 def _index(path: str, module: Any, calls: dict[nn.Module, list[Call]]) -> int | None:
@@ -241,6 +257,8 @@ def _claim(path: str, module: Any, index: int | None, proven: _Proven, configs: 
     """
     caller = module.get_submodule(proven.caller)
     installs: list[Callable[[], Undo]] = [partial(set_attribute, caller, IMPLEMENTATION, NAME)]
+    if proven.masked:
+        installs.append(partial(set_attribute, caller, MASKED, getattr(module.config, FIELD)))
     installs += [partial(set_attribute, one, IMPLEMENTATION, getattr(one.config, FIELD)) for one in keeping]
     installs += [partial(set_implementation, config, FIELD, NAME) for config in configs]
     unnumbered = [one for one in dict.fromkeys((module, caller)) if not isinstance(_layer_idx(one), int)]
