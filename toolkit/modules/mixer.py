@@ -26,14 +26,14 @@ def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     return out
 
 
-def convolution(layer: int, context: ForwardContext) -> Callable[..., Tensor]:
+def convolution(layer: int, context: ForwardContext, part: int = 0) -> Callable[..., Tensor]:
     """``f(hidden_states [1, C, T], weight [C, width], bias, activation)``: [1, C, T]."""
 
     def convolve(
         hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, **_: Any
     ) -> Tensor:
         kind = "silu" if activation in ("silu", "swish") else activation
-        return context.convolve(layer, hidden_states[0].T, weight, bias, kind).T[None]
+        return context.convolve(layer, hidden_states[0].T, weight, bias, kind, part=part).T[None]
 
     return convolve
 

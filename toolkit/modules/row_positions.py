@@ -34,6 +34,9 @@ class RowPositions:
     def get_query_offset(self, layer_idx: int = 0) -> Tensor | int:
         return self.past
 
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return query_length, 0
+
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         return keys, values
 

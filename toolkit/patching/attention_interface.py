@@ -140,7 +140,8 @@ def proven_attention(
         given = {"indices": call.selected, **kwargs}
         return _sparse_attention(module, query, key, value, call, settings, float(dropout), **given)
     if position_bias is not None:
-        raise ToolkitError("position_bias must be None, got a tensor: attention with a position bias is not supported.")
+        given = {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window, **kwargs}
+        return _biased_attention(module, query, key, value, attention_mask, position_bias, **given)
     context = forward_context_of(kwargs)
     causal = is_causal
     if causal is None:
@@ -181,6 +182,30 @@ def _is_causal(module: nn.Module, query: Tensor, key: Tensor, handed: bool, wind
         return bool(getattr(module, "is_causal", True))
     queries, keys = query.shape[2], key.shape[2]
     return handed or before == "eager" or queries != keys or 0 < window <= keys
+
+
+def _biased_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor, *,
+    sinks: Tensor | None = None, scaling: float | None = None, sliding_window: int | None = None, **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Attention with a bias by distance, for each query, and perhaps a sink for each (``modules/relative_bias.py``).
+
+    In a ragged batch bias [1, H, T, R] is by distance, else [B, H, S, S'] of every key: the model's eager attention.
+    """
+    context = forward_context_of(kwargs)
+    if context is None:
+        eager = _eager_function(module)
+        explicit = _own_mask(module, query, key, mask, sliding_window=sliding_window)
+        given = {"scaling": scaling, "position_bias": bias, **({} if sinks is None else {"sinks": sinks}), **kwargs}
+        result: tuple[Tensor, Tensor | None] = eager(module, query, key, value, _additive(explicit, query), **given)
+        return result
+    if weights_wanted():
+        raise ToolkitError("output_attentions must be False for a ragged batch, got True.")
+    settings = AttentionSettings(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window or 0)
+    q, k, v, of_query = (part[0].transpose(0, 1) for part in (query, key, value, bias))
+    own = None if sinks is None else sinks[0, :, :, 0].T
+    layer = getattr(module, "layer_idx", None) or 0
+    return context.attend_biased(layer, q, k, v, settings, of_query, own)[None].contiguous(), None
 
 
 def _sparse_attention(

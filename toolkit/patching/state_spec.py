@@ -35,6 +35,14 @@ class _SpecContext(DenseContext):
         self.layers.append(StateSpec(layer, "latent", (tuple(latents.shape[1:]), (latents.shape[1], value_width))))
         return super().attend(layer, q, latents, latents[..., :value_width], AttentionSettings(scale))
 
+    def attend_biased(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings, bias: Tensor,
+        sinks: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        kind, width = "window" if settings.window else "full", k.shape[2] + bias.shape[2]
+        self.layers.append(StateSpec(layer, kind, ((k.shape[1], width), tuple(v.shape[1:])), settings.window))
+        return super().attend_biased(layer, q, k, v, settings, bias, sinks)
+
     def attend_prompt(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings, window: int
     ) -> Tensor:
@@ -67,9 +75,12 @@ class _SpecContext(DenseContext):
         self.layers.append(StateSpec(layer, "recurrent", ((v.shape[1], k.shape[2], v.shape[2]),), part=part))
         return super().scan(layer, q, k, v, *rest, part=part, **settings)
 
-    def convolve(self, layer: int, x: Tensor, weight: Tensor, *rest: Any, **settings: Any) -> Tensor:
-        self.layers.append(StateSpec(layer, "conv", ((weight.shape[1] - 1, x.shape[1]),)))
-        return super().convolve(layer, x, weight, *rest, **settings)
+    def convolve(
+        self, layer: int, x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None,
+        part: int = 0,
+    ) -> Tensor:  # fmt: skip
+        self.layers.append(StateSpec(layer, "conv", ((weight.shape[1] - 1, x.shape[1]),), part=part))
+        return super().convolve(layer, x, weight, bias, activation, part)
 
     def record_routing(self, layer: int, ids: Tensor) -> None:
         self.experts.append(StateSpec(layer, "routing", ((1, ids.shape[1]),)))

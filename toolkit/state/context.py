@@ -94,6 +94,16 @@ class ForwardContext(ABC):
             settings: scale, window and the rest.
         """
 
+    def attend_biased(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings, bias: Tensor,
+        sinks: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """``attend`` with a bias [T, Hq, R] of each query's scores by distance, see ``state.relative_bias``.
+
+        Of ``settings`` scale and window are read. sinks: [T, Hq] an extra logit for each query; None for none.
+        """
+        raise ToolkitError(f"biases by distance are not served by {type(self).__name__}; run the whole sequence.")
+
     def attend_prompt(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings, window: int
     ) -> Tensor:
@@ -167,9 +177,14 @@ class ForwardContext(ABC):
 
     @abstractmethod
     def convolve(
-        self, layer: int, x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
-    ) -> Tensor:
-        """``causal_conv`` of the new tokens' channels [T, C] along their own sequences; weight [C, width]."""
+        self, layer: int, x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None,
+        part: int = 0,
+    ) -> Tensor:  # fmt: skip
+        """``causal_conv`` of the new tokens' channels [T, C] along their own sequences; weight [C, width].
+
+        Args:
+            part: which of the layer's convolutions it is, where a layer has several.
+        """
 
     @abstractmethod
     def record_routing(self, layer: int, ids: Tensor) -> None:

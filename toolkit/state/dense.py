@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from toolkit.ops.attention import attention
+from toolkit.ops.attention.with_lse import attention_with_lse
 from toolkit.ops.causal_conv import causal_conv
 from toolkit.ops.linear_recurrence import linear_recurrence
 from toolkit.ops.select_keys import select_keys, selected_rows
@@ -11,7 +12,8 @@ from toolkit.ops.sparse_attention import sparse_attention
 from toolkit.state.batch import RaggedBatch
 from toolkit.state.context import AttentionSettings, ForwardContext
 from toolkit.state.pools import Pools, select_pools
-from toolkit.state.prompt_windows import seen_positions
+from toolkit.state.prompt_windows import seen_positions, sequence_positions
+from toolkit.state.relative_bias import biased_attention
 from toolkit.state.rotary_regimes import RotaryRegimes
 
 
@@ -35,6 +37,19 @@ class DenseContext(ForwardContext):
         plan = batch.query_offsets, batch.kv_offsets, batch.kv_lengths, batch.block_tables, 1, *settings
         out, _ = attention(q, k, v, *plan, batch.query_ranges, self.seen_ahead(layer))
         return out
+
+    def attend_biased(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings, bias: Tensor,
+        sinks: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        self.check_nothing_ahead(layer)
+        offsets, begins, lengths, tables, block_size = self._plan()
+
+        def attend(q: Tensor, keys: Tensor, v: Tensor, window: int, behind: int) -> tuple[Tensor, Tensor]:
+            seen = (lengths - behind).clamp_min(0) if behind else lengths
+            return attention_with_lse(q, keys, v, (offsets, begins, seen, tables, block_size), settings.scale, window)
+
+        return biased_attention(attend, q, k, v, settings, bias, sinks, sequence_positions(self.batch))
 
     def attend_prompt(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings, window: int
@@ -82,8 +97,9 @@ class DenseContext(ForwardContext):
         return out
 
     def convolve(
-        self, layer: int, x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
-    ) -> Tensor:
+        self, layer: int, x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None,
+        part: int = 0,
+    ) -> Tensor:  # fmt: skip
         past = self.past(weight.shape[1] - 1)
         return causal_conv(x, weight, bias, self.batch.query_offsets, past, None, activation)
 

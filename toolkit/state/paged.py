@@ -14,7 +14,8 @@ from toolkit.state.context import AttentionSettings, ForwardContext
 from toolkit.state.kinds import PagedRows, Snapshots
 from toolkit.state.pool import StatePool
 from toolkit.state.pools import Plan, Pools, select_pools
-from toolkit.state.prompt_windows import seen_positions
+from toolkit.state.prompt_windows import seen_positions, sequence_positions
+from toolkit.state.relative_bias import biased_attention
 
 
 class PagedContext(ForwardContext):
@@ -34,6 +35,25 @@ class PagedContext(ForwardContext):
         plan = batch.query_offsets, batch.kv_offsets, batch.kv_lengths, tables, self.pool.block_size, *settings
         out, _ = attention(q, keys, values, *plan, None, self.seen_ahead(layer))
         return out
+
+    def attend_biased(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings, bias: Tensor,
+        sinks: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        batch = self.batch
+        self.check_nothing_ahead(layer)
+        state, view = self._state(layer, "attend")
+        assert isinstance(view, PagedRows)
+
+        def attend(q: Tensor, keys: Tensor, v: Tensor, window: int, behind: int) -> tuple[Tensor, Tensor]:
+            if not behind:
+                state.write((keys, v), view, batch.query_offsets)
+            kept, values, tables = state.operands(view)
+            lengths = (batch.kv_lengths - behind).clamp_min(0) if behind else batch.kv_lengths
+            plan = batch.query_offsets, batch.kv_offsets, lengths, tables, self.pool.block_size
+            return attention(q, kept, values, *plan, settings.scale, window)
+
+        return biased_attention(attend, q, k, v, settings, bias, sinks, sequence_positions(batch))
 
     def attend_prompt(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings, window: int
@@ -94,9 +114,10 @@ class PagedContext(ForwardContext):
         return out
 
     def convolve(
-        self, layer: int, x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
-    ) -> Tensor:
-        state, view = self._state(layer, "convolve")
+        self, layer: int, x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None,
+        part: int = 0,
+    ) -> Tensor:  # fmt: skip
+        state, view = self._state(layer, "convolve", part)
         out: Tensor = state.convolve(x, weight, bias, activation, view, self.batch.query_offsets)
         return out
 

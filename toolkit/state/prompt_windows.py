@@ -27,6 +27,13 @@ class PromptWindowContext:
         return getattr(self._context, name)
 
 
+def sequence_positions(batch: RaggedBatch) -> Tensor:
+    """[T] the index of each row's token in its sequence."""
+    row = torch.arange(len(batch.tokens), device=batch.tokens.device)
+    sequence = (torch.searchsorted(batch.query_offsets, row, right=True) - 1).clamp(0, len(batch.kv_lengths) - 1)
+    return batch.kv_lengths[sequence] - batch.query_offsets[sequence + 1] + row
+
+
 def seen_positions(batch: RaggedBatch, window: int) -> Tensor | None:
     """[T, K] positions that each row sees, ascending, -1 behind the last one; None where every row sees all of them.
 
@@ -38,8 +45,7 @@ def seen_positions(batch: RaggedBatch, window: int) -> Tensor | None:
     if prompt is None or not len(prompt):
         return None
     row = torch.arange(len(prompt), device=prompt.device)
-    sequence = (torch.searchsorted(batch.query_offsets, row, right=True) - 1).clamp(0, len(batch.kv_lengths) - 1)
-    position = batch.kv_lengths[sequence] - batch.query_offsets[sequence + 1] + row
+    position = sequence_positions(batch)
     prompt = torch.where(prompt < 0, position + 1, prompt)
     begin = torch.maximum(prompt, position - window + 1)
     if not bool((begin > prompt).any()):

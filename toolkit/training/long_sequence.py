@@ -145,9 +145,10 @@ class ChunkedContext(ForwardContext):
         return out
 
     def convolve(
-        self, layer: int, x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
-    ) -> Tensor:
-        key, width = (layer, "convolve", 0), weight.shape[1] - 1
+        self, layer: int, x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None,
+        part: int = 0,
+    ) -> Tensor:  # fmt: skip
+        key, width = (layer, "convolve", part), weight.shape[1] - 1
         tails = self._begin(key, x.new_zeros(1, width, x.shape[1]))
         past = -2 - torch.arange(width, device=x.device)[None]
         out = causal_conv(x, weight, bias, self.batch.query_offsets, past, tails, activation)

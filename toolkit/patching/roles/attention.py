@@ -29,6 +29,7 @@ from toolkit.patching.calls import MASK, Call, record_calls
 from toolkit.patching.claim import Claim, ProbeError, Skipped, Undo, replace_forward, set_attribute, together
 from toolkit.patching.instance_forward import UNPROVEN, foreign_forward
 from toolkit.patching.probe import signature_key
+from toolkit.patching.roles.biased_attention import prove_biased, relative_logits_of
 from toolkit.patching.roles.pooled_attention import pooling_indexer_of, prove_pooled
 from toolkit.patching.roles.sparse_attention import indexer_of, is_sparse, prove_sparse
 from toolkit.patching.search import prove
@@ -145,6 +146,13 @@ def _prove(module: nn.Module, call: Call) -> _Proven | str:
     """What was proven of a layer, or why it keeps its own attention."""
     if not hasattr(_config(module), FIELD):
         return "it has no configuration that names an attention implementation"
+    biased = relative_logits_of(module)
+    if biased is not None:
+        try:
+            found = prove_biased(module, call, biased)
+        except Exception as problem:
+            return f"its probe with biases by distance failed: {first_line(problem, with_class=True)}"
+        return found if isinstance(found, str) else _Proven("", found[2], found)
     pooled = pooling_indexer_of(module) is not None
     if pooled or is_sparse(module):
         try:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from toolkit.modules import mixer
+from toolkit.modules.dynamic_convolution import dynamic_convolution_forward, is_dynamic_convolution
 from toolkit.numerics import Numerics
 from toolkit.patching.claim import Claim, ProbeError, Skipped, replace_forward
 from toolkit.patching.conditions import error_of
@@ -27,6 +28,7 @@ from toolkit.state.context import ForwardContext
 from toolkit.state.dense import DenseContext
 
 LENGTHS = (5, 9)  # of the probe's sequences
+_WITHOUT = {"past_key_values", "conv_mask"}  # the batch stands in for a cache, and there is no padding
 Make = Callable[[int, ForwardContext], Callable[..., Any]]
 
 # (required arguments, excluded arguments, replacement); the first that matches.
@@ -71,7 +73,10 @@ def substituted(forward: Any, replacements: dict[str, Make]) -> Callable[..., An
             kwargs["attention_mask"] = None  # there is no padding between sequences
         elif len(args) > mask_at:
             args = (*args[:mask_at], None, *args[mask_at + 1 :])
-        own = {name: make(self.layer_idx, context) for name, make in replacements.items()}  # type: ignore[arg-type]
+        for name in _WITHOUT & kwargs.keys():
+            kwargs[name] = None
+        several = {mixer.convolution: partial(mixer.convolution, part=getattr(self, "conv_idx", 0))}
+        own = {name: several.get(make, make)(self.layer_idx, context) for name, make in replacements.items()}  # type: ignore[arg-type]
         function = types.FunctionType(
             inner.__code__, inner.__globals__ | own, inner.__name__, inner.__defaults__, inner.__closure__
         )
@@ -84,8 +89,9 @@ def substituted(forward: Any, replacements: dict[str, Make]) -> Callable[..., An
 def _probe(module: nn.Module, forward: Callable[..., Any]) -> ProbeError:
     """A ragged batch of two sequences against the module's own forward of each."""
     # The first projection that is declared may be the one that takes what the scan returns.
-    first = next(child for child in module.modules() if isinstance(child, nn.Linear))
-    width = getattr(module, "hidden_size", first.in_features)
+    widths = [child.in_features for child in module.modules() if isinstance(child, nn.Linear)]
+    widths += [child.in_channels for child in module.modules() if isinstance(child, nn.Conv1d)]
+    width = getattr(module, "hidden_size", widths[0])
     batch = RaggedBatch.from_sequences([[0] * length for length in LENGTHS], device_of(module), share=False)
     context = DenseContext(batch)
     original = type(module).forward
@@ -104,25 +110,58 @@ def _probe(module: nn.Module, forward: Callable[..., Any]) -> ProbeError:
     return error_of(module, batched, batches, separate)
 
 
+def _dynamic_probe(module: Any, forward: Callable[..., Any]) -> ProbeError:
+    """As ``_probe``, of a convolution that takes inputs and what their weights are made of."""
+    batch = RaggedBatch.from_sequences([[0] * length for length in LENGTHS], device_of(module), share=False)
+    context, original, count = DenseContext(batch), type(module).forward, len(LENGTHS)
+    widths = module.static_weight.shape[1], module.weight_proj.in_features
+
+    def separate(self: nn.Module, *given: Tensor) -> Tensor:
+        return torch.cat([original(self, *pair) for pair in zip(given[:count], given[count:], strict=True)], 1)
+
+    def batched(self: nn.Module, *given: Tensor) -> Tensor:
+        with set_forward_context(context):
+            output: Tensor = forward(self, torch.cat(given[:count], 1), torch.cat(given[count:], 1))
+            return output
+
+    def batches(copied: nn.Module) -> list[list[Tensor]]:
+        return [[random_input(1, length, width, like=copied) for width in widths for length in LENGTHS]]
+
+    return error_of(module, batched, batches, separate)
+
+
+def has_state(module: nn.Module) -> bool:
+    """Whether a module convolves or scans, and knows which layer's state it has."""
+    convolves = any(isinstance(child, nn.Conv1d) for child in module.children()) and hasattr(module, "layer_idx")
+    return convolves or is_dynamic_convolution(module)
+
+
+def proven(module: nn.Module) -> Any:
+    """What takes the place of the forward of a module with state, or why nothing does."""
+    forward = type(module).forward
+    if is_dynamic_convolution(module):
+        function = dynamic_convolution_forward(forward)
+        return prove([("dynamic convolution", function, partial(_dynamic_probe, module, function))])
+    replacements = _replacements(inspect.unwrap(forward))
+    names = {make.__name__ for make in replacements.values()} - {"declined"}
+    if not names:
+        return "its forward calls no convolution or scan of a known kind"
+    function = substituted(forward, replacements)
+    op = " + ".join(sorted(name.replace("_", " ") for name in names))
+    return prove([(op, function, partial(_probe, module, function))])
+
+
 def find(model: nn.Module, numerics: Numerics) -> list[Claim | Skipped]:
     """A claim on every mixer whose convolution and scan are known; the others are skipped."""
     found: list[Claim | Skipped] = []
-    proven: dict[Any, Any] = {}
+    verdicts: dict[Any, Any] = {}
     for path, module in model.named_modules():
-        if not any(isinstance(child, nn.Conv1d) for child in module.children()) or not hasattr(module, "layer_idx"):
+        if not has_state(module):
             continue
         key = signature_key(module)
-        if key not in proven:
-            forward = type(module).forward
-            replacements = _replacements(inspect.unwrap(forward))
-            names = {make.__name__ for make in replacements.values()} - {"declined"}
-            if not names:
-                proven[key] = "its forward calls no convolution or scan of a known kind"
-            else:
-                function = substituted(forward, replacements)
-                op = " + ".join(sorted(name.replace("_", " ") for name in names))
-                proven[key] = prove([(op, function, partial(_probe, module, function))])
-        verdict = proven[key]
+        if key not in verdicts:
+            verdicts[key] = proven(module)
+        verdict = verdicts[key]
         if isinstance(verdict, str):
             found.append(Skipped("mixer", path, verdict))
         else:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -121,8 +122,16 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
 
 
 def _in_16_bits(model: Any) -> tuple[Any, Any]:
-    """The model in bfloat16, and the same weights in float32."""
+    """The model in bfloat16, and the same weights in float32.
+
+    What transformers keeps in float32 when it loads a checkpoint in bfloat16 stays so: a model's code may rely on it.
+    """
+    kept = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    names = re.compile("|".join(rf"(^|\.){re.escape(one)}($|\.)" for one in sorted(kept)) or "$^")
     narrow = copy.deepcopy(model).to(torch.bfloat16)
+    for name, parameter in (*narrow.named_parameters(), *narrow.named_buffers()):
+        if parameter.is_floating_point() and names.search(name):
+            parameter.data = parameter.data.float()
     return narrow, copy.deepcopy(narrow).float()
 
 
