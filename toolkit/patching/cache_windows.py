@@ -16,7 +16,7 @@ def cache_window(config: Any, layer: Any) -> tuple[int, bool]:
         layer: the layer's index; anything else for a layer without a cache.
     """
     layers: list[Any] = DynamicCache(config=config).layers
-    known = isinstance(layer, int) and layer < len(layers) and layers[layer].is_sliding
+    known = isinstance(layer, int) and layer < len(layers) and getattr(layers[layer], "is_sliding", False)
     if not known:
         return 0, False
     window = int(layers[layer].sliding_window)

@@ -112,8 +112,10 @@ def _verdict(module: nn.Module, probe: Probe) -> tuple[str, Any, ProbeError] | s
 
 def _kept_by_cache(model: Any, index: int | None, seen: Seen | None) -> tuple[int, str | None]:
     """The window behind a prompt that a layer's cache keeps (0 for all), or why it keeps less than masks show."""
+    if seen is None:
+        return 0, None
     window, keeps_prompt = cache_window(model.config.get_text_config(), index)
-    if not window or seen is None or 0 < seen.window <= window:
+    if not window or 0 < seen.window <= window:
         return 0, None
     if keeps_prompt and not (seen.window or seen.softcap):
         return window, None
