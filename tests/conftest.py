@@ -3,6 +3,9 @@
 import os
 from collections.abc import Iterator
 
+# Read when OpenMP is loaded, with torch: threads that spin while they wait take the CPU of the other worker process.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 
@@ -11,6 +14,16 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from tests.helpers.implementations import PARAMETERS, Implementation
+
+
+@pytest.fixture(autouse=True)
+def same_number_of_threads() -> Iterator[None]:
+    """No test leaves another number of threads to the tests after it."""
+    before = torch.get_num_threads()
+    yield
+    after = torch.get_num_threads()
+    torch.set_num_threads(before)
+    assert after == before, f"the test leaves {after} threads to those after it"
 
 
 @pytest.fixture(params=PARAMETERS)

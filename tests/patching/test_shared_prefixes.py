@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import toolkit
+from tests.helpers.rowwise import threads
 from toolkit.errors import ToolkitError
 from toolkit.patching.forward import ragged_forward
 from toolkit.state import RaggedBatch
@@ -118,12 +119,12 @@ def test_sharing_changes_no_bit_forward_and_every_run_gives_the_same_gradients(f
     sequences = tree(3)
     plain = toolkit.token_logprobs(model, sequences, share=False)
     runs = []
-    for threads in (1, 2, 2):
-        torch.set_num_threads(threads)
-        model.zero_grad()
-        shared = toolkit.token_logprobs(model, sequences)
-        assert all(torch.equal(a, b) for a, b in zip(shared, plain))
-        torch.cat(shared).square().sum().backward()
+    for count in (1, 2, 2):
+        with threads(count):
+            model.zero_grad()
+            shared = toolkit.token_logprobs(model, sequences)
+            assert all(torch.equal(a, b) for a, b in zip(shared, plain))
+            torch.cat(shared).square().sum().backward()
         runs.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0]))
