@@ -2,13 +2,13 @@
 
 The Triton kernels run on the CUDA device where there is one, and in Triton's interpreter on CPU tensors otherwise.
 ``@impl_and_dtype()`` gives a test every pair of an implementation and a dtype that it takes; the fixture ``impl`` alone
-gives it every implementation.
+gives it every implementation. ``@impl_and`` leaves to the sweep what would repeat a long test in the interpreter.
 """
 
 import importlib
 import pkgutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -98,13 +98,60 @@ def impl_and_dtype(
 
     In Triton's interpreter the first one is of the fast level, the others of the sweep.
     """
-    pairs = []
+    pairs = [parameter(one, dtype, marks=_swept(one, again)) for one, dtype, again in _pairs(dtypes, implementations)]
+    return pytest.mark.parametrize(("impl", "dtype"), pairs, indirect=["impl"])
+
+
+def impl_and(
+    names: str, cases: Iterable[Any], fast: Container[Any], implementations: Sequence[Implementation] = IMPLEMENTATIONS
+) -> pytest.MarkDecorator:
+    """Parametrise a test by ``impl`` and ``names``: in the interpreter only ``fast`` cases are of the fast level.
+
+    names: of one argument, whose values the cases are, or of several, as in "window, softcap": the cases are tuples.
+    """
+    cases = list(cases)
+    sets = [
+        parameter(one, *_values(names, case), marks=_swept(one, case not in fast))
+        for one in implementations
+        for case in cases
+    ]
+    return pytest.mark.parametrize(f"impl, {names}", sets, indirect=["impl"])
+
+
+def impl_dtype_and(
+    names: str,
+    cases: Iterable[Any],
+    fast: Container[Any],
+    dtypes: Sequence[torch.dtype] | None = None,
+    implementations: Sequence[Implementation] = IMPLEMENTATIONS,
+) -> pytest.MarkDecorator:
+    """``impl_and_dtype`` and ``impl_and`` at once."""
+    cases = list(cases)
+    sets = [
+        parameter(one, dtype, *_values(names, case), marks=_swept(one, again or case not in fast))
+        for one, dtype, again in _pairs(dtypes, implementations)
+        for case in cases
+    ]
+    return pytest.mark.parametrize(f"impl, dtype, {names}", sets, indirect=["impl"])
+
+
+def _values(names: str, case: Any) -> Sequence[Any]:
+    return case if "," in names else [case]
+
+
+def _swept(implementation: Implementation, again: bool) -> Sequence[pytest.MarkDecorator]:
+    """The marks of a case that repeats another one: the interpreter takes seconds for a test."""
+    return [pytest.mark.sweep] if SMALL and implementation is TRITON and again else []
+
+
+def _pairs(
+    dtypes: Sequence[torch.dtype] | None, implementations: Sequence[Implementation]
+) -> Iterator[tuple[Implementation, torch.dtype, bool]]:
+    """Each implementation with each of its dtypes, and whether it is a further one."""
     for one in implementations:
         taken = [dtype for dtype in one.dtypes if dtypes is None or dtype in dtypes]
         for dtype in taken:
-            again = SMALL and one is TRITON and dtype != taken[0]  # the interpreter takes seconds for a test
-            pairs.append(parameter(one, dtype, marks=[pytest.mark.sweep] if again else []))
-    return pytest.mark.parametrize(("impl", "dtype"), pairs, indirect=["impl"])
+            yield one, dtype, dtype != taken[0]
 
 
 def implementations(*chosen: Implementation) -> pytest.MarkDecorator:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.helpers.attention import Batch, check_trees, run_trees
-from tests.helpers.implementations import NATIVE, REFERENCE, implementations, only_interpreter
+from tests.helpers.implementations import NATIVE, REFERENCE, implementations, only_interpreter, parameter
 from tests.helpers.interpreter import poisoned
 from tests.helpers.prefix_trees import Node, PrefixTrees, error
 from toolkit.ops.attention import attention, attention_backward, modifiers, tiles
@@ -27,9 +27,16 @@ def threads():
     torch.set_num_threads(before)
 
 
-@cpu_kernels
-@pytest.mark.parametrize("heads", [3, 128])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    ("impl", "dtype", "heads"),
+    [
+        parameter(one, dtype, heads, marks=[pytest.mark.sweep] if one is REFERENCE and heads > 3 else [])
+        for one in (REFERENCE, NATIVE)
+        for dtype in (torch.float64, torch.float32)
+        for heads in (3, 128)
+    ],
+    indirect=["impl"],
+)
 def test_latent_heads(heads, dtype, impl):
     """Keys of 576, of which the first 512 are the values; every query head shares them."""
     nodes = [Node(-1, 6, 70), Node(0, 5, 0), Node(0, 2, 0)] if heads > 64 else [Node(-1, 60, 10), Node(0, 50, 0)]
@@ -177,8 +184,8 @@ def way(request, monkeypatch):
     ("way", "heads", "kv_heads", "d", "v_dim", "page", "options"),
     [
         ("apart", 4, 2, 20, 20, 7, {}),
-        ("in turn", 4, 2, 20, 20, 7, {}),
-        ("apart", 2, 1, 64, 40, 4, {"window": 41, "softcap": 2.0}),
+        pytest.param("in turn", 4, 2, 20, 20, 7, {}, marks=pytest.mark.sweep),
+        pytest.param("apart", 2, 1, 64, 40, 4, {"window": 41, "softcap": 2.0}, marks=pytest.mark.sweep),
         ("in several launches", 2, 1, 64, 40, 4, {"window": 41, "softcap": 2.0}),
         ("in turn", 17, 1, 16, 16, 16, {}),
     ],
@@ -203,9 +210,14 @@ def test_matches_dense_oracle(way, heads, kv_heads, d, v_dim, page, options):
 @only_interpreter
 @pytest.mark.usefixtures("impl", "way")
 @pytest.mark.parametrize(
-    ("way", "modifier"), [("apart", "alibi"), ("in turn", ""), ("apart", "chunked"), ("in turn", "chunked")],
+    ("way", "modifier"),
+    [
+        ("apart", "alibi"),
+        ("in turn", "chunked"),
+        *(pytest.param(*one, marks=pytest.mark.sweep) for one in (("in turn", ""), ("apart", "chunked"))),
+    ],
     indirect=["way"],
-)  # fmt: skip
+)
 def test_gradients_of_trees(way, modifier):
     """Shared prefixes of several splits, with a sink, a window and a soft-cap; CHUNKS begin splits late."""
     nodes = [Node(-1, 9, 2 * TRITON_SPLIT), Node(0, 5, 0), Node(0, 2, 0)]
@@ -216,7 +228,7 @@ def test_gradients_of_trees(way, modifier):
 
 @only_interpreter
 @pytest.mark.usefixtures("impl", "way")
-@pytest.mark.parametrize("way", ["apart", "in turn"], indirect=True)
+@pytest.mark.parametrize("way", ["apart", pytest.param("in turn", marks=pytest.mark.sweep)], indirect=True)
 def test_latent_heads_of_several_splits(way):
     trees = PrefixTrees(
         4, heads=3, kv_heads=1, d=576, v_dim=512, nodes=[Node(-1, 3, 2 * TRITON_SPLIT)], dtype=torch.float32
@@ -241,7 +253,8 @@ def test_a_window_of_one_key_at_the_edge_of_a_split():
 @only_interpreter
 @pytest.mark.usefixtures("impl", "way")
 @pytest.mark.parametrize(
-    ("window", "modifier"), [(0, ""), pytest.param(45, "", marks=pytest.mark.sweep), (0, "chunked")]
+    ("window", "modifier"),
+    [(0, ""), *(pytest.param(*one, marks=pytest.mark.sweep) for one in ((45, ""), (0, "chunked")))],
 )
 def test_bits_do_not_depend_on_chunks_neighbours_or_programs(window, modifier, monkeypatch):
     """Whole, in chunks and alone; beside longer and shorter sequences, so with other grids; in pages; in both ways."""
@@ -287,7 +300,7 @@ def test_bits_do_not_depend_on_chunks_neighbours_or_programs(window, modifier, m
 
 @only_interpreter
 @pytest.mark.usefixtures("impl", "way")
-@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("paged", [pytest.param(False, marks=pytest.mark.sweep), True])
 def test_skipping_what_a_modifier_hides_changes_no_bit(paged, monkeypatch):
     """Forward and every gradient with and without the bound; with it, whole tiles are not read."""
     from tests.helpers.attention_kernels import chunk_begin

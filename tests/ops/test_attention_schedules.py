@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.helpers.attention import dense, make, packed, random_chunks, run_in_pages
-from tests.helpers.implementations import NATIVE, SMALL, TRITON, implementations, parameter
+from tests.helpers.implementations import NATIVE, SMALL, TRITON, impl_and, implementations, parameter
 from tests.helpers.prefix_trees import error
 from tests.helpers.rowwise import THREADS, seeded, threads
 from toolkit.ops.attention import attention, attention_backward
@@ -25,7 +25,8 @@ FEW = [(6, 2, 24, 24, 0, 0.0, torch.float32), (6, 2, 24, 12, 7, 20.0, torch.floa
 
 @pytest.mark.parametrize(
     ("impl", "shape"),
-    [parameter(NATIVE, shape) for shape in SHAPES] + [parameter(TRITON, shape) for shape in FEW],
+    [parameter(NATIVE, shape) for shape in SHAPES]
+    + [parameter(TRITON, FEW[0], marks=[pytest.mark.sweep] if SMALL else []), parameter(TRITON, FEW[1])],
     indirect=["impl"],
 )
 def test_bits_do_not_depend_on_schedule(impl, shape):
@@ -88,8 +89,7 @@ def test_later_keys_are_not_read():
     assert not window[total - first + 7].isfinite().any()
 
 
-@kernels
-@pytest.mark.parametrize(("hq", "hkv", "lengths"), [(4, 2, [100, 17, 130]), (6, 1, [300])])
+@impl_and("hq, hkv, lengths", [(4, 2, [100, 17, 130]), (6, 1, [300])], [(4, 2, [100, 17, 130])], (NATIVE, TRITON))
 def test_gradients_are_the_same_on_every_run_and_any_threads(impl, hq, hkv, lengths):
     lengths = [n // 10 for n in lengths] if SMALL and impl is TRITON else lengths
     plan, rows = packed(lengths)

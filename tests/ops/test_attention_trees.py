@@ -1,5 +1,6 @@
 """Gradients of attention through block tables: prefix trees against the same sequences unshared, in float64."""
 
+import itertools
 import math
 import random
 import textwrap
@@ -8,7 +9,16 @@ import pytest
 import torch
 
 from tests.helpers.attention import check_trees, run_trees
-from tests.helpers.implementations import NATIVE, REFERENCE, SMALL, TRITON, impl_and_dtype, implementations, only_triton
+from tests.helpers.implementations import (
+    NATIVE,
+    REFERENCE,
+    SMALL,
+    TRITON,
+    impl_and,
+    impl_dtype_and,
+    implementations,
+    only_triton,
+)
 from tests.helpers.interpreter import far_apart
 from tests.helpers.prefix_trees import ORACLES, Node, PrefixTrees, error
 from toolkit.errors import ToolkitError
@@ -35,8 +45,7 @@ SHAPES = [  # heads, kv_heads, d, v_dim, page, window, softcap
 ]
 
 
-@impl_and_dtype([torch.float64, torch.float32])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@impl_dtype_and("shape", SHAPES, (SHAPES[1], SHAPES[2], SHAPES[4]), [torch.float64, torch.float32])
 def test_random_trees(impl, dtype, shape):
     heads, kv_heads, d, v_dim, page, window, softcap = shape
     sizes = {"heads": heads, "kv_heads": kv_heads, "d": d, "v_dim": v_dim, "page": page, "dtype": dtype}
@@ -52,7 +61,7 @@ def test_half_precision():
     check_trees(PrefixTrees(2, heads=2, kv_heads=1, trees=1, dtype=torch.float16), tolerance=TOLERANCE[torch.float16])
 
 
-@pytest.mark.parametrize("shuffled", [False, True])
+@impl_and("shuffled", [False, True], [True])
 def test_a_long_prompt_with_completions(impl, shuffled):
     """Several tiles of keys, tasks of many rows, and rows that lie in one run or in none."""
     few = SMALL and impl is TRITON
@@ -237,9 +246,8 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.toolkit.attention_backward.default, (*tensors, 0.3, 0, 0.0, tables, page))
 
 
+@impl_and("modifier, sunk", itertools.product(ORACLES, [False, True]), [(one, True) for one in ORACLES])
 @pytest.mark.usefixtures("impl")
-@pytest.mark.parametrize("modifier", ORACLES)
-@pytest.mark.parametrize("sunk", [False, True])
 def test_sinks_and_modifiers(modifier, sunk):
     sinks = torch.tensor([0.3, 6.0, -40.0, 40.0]) if sunk else None
     nodes = [Node(-1, 12, 0), Node(0, 9, 0), Node(0, 3, 0)]
@@ -249,7 +257,9 @@ def test_sinks_and_modifiers(modifier, sunk):
 
 @only_triton
 @pytest.mark.usefixtures("impl")
-@pytest.mark.parametrize(("d", "v_dim", "heads"), [(576, 512, 17), (300, 280, 2), (512, 64, 1)])
+@pytest.mark.parametrize(
+    ("d", "v_dim", "heads"), [(576, 512, 17), (300, 280, 2), pytest.param(512, 64, 1, marks=pytest.mark.sweep)]
+)
 def test_large_heads(d, v_dim, heads):
     """Slices of the head, and a rest beside a power of two; all query heads share one of keys and values."""
     nodes = [Node(-1, 9, 12), Node(0, 3, 0), Node(0, 2, 0)]

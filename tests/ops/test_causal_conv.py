@@ -4,7 +4,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.helpers.implementations import NATIVE, REFERENCE, TRITON, impl_and_dtype, implementations, only_triton
+from tests.helpers.implementations import (
+    NATIVE,
+    REFERENCE,
+    TRITON,
+    impl_and,
+    impl_and_dtype,
+    impl_dtype_and,
+    implementations,
+    only_triton,
+)
 from tests.helpers.interpreter import far_apart
 from tests.helpers.recurrence import PrefixTrees, cuts, past_rows, poisoned, random_trees, sequences, tensors
 from tests.helpers.rowwise import check_oracle, check_repeatable, error, run, seeded, threads
@@ -91,8 +100,7 @@ def test_dtypes_may_differ(impl):
             assert error(got, one) < (4e-3 if got.dtype == torch.bfloat16 else 1e-6)
 
 
-@impl_and_dtype([torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("width", [2, 4])
+@impl_dtype_and("width", [2, 4], [4], [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_bits_do_not_depend_on_cuts_trees_or_pages(impl, dtype, width):
     """One sequence and a branch of it: whole, cut at random into segments, and in paged calls."""
     rows, branch, fork = (40, 12, 17) if impl is TRITON else (60, 12, 23)
@@ -185,8 +193,7 @@ def test_activation_has_the_bits_of_the_op(impl):
     assert torch.equal(silu, activation(plain, "silu", impl=impl.option))
 
 
-@implementations(NATIVE, TRITON)
-@pytest.mark.parametrize("kind", [None, "silu"])
+@impl_and("kind", [None, "silu"], ["silu"], (NATIVE, TRITON))
 def test_gradient_bits_are_the_same_on_any_number_of_threads(impl, kind):
     trees = random_trees(3, segments=6 if impl is TRITON else 40, longest=90, given=2)
     x, weight = seeded(sum(trees[0]), 70, dtype=torch.float32), seeded(70, 4, dtype=torch.float32, seed=1)

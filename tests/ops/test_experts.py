@@ -15,7 +15,8 @@ from tests.helpers.implementations import (
     SMALL,
     TRITON,
     Implementation,
-    impl_and_dtype,
+    impl_and,
+    impl_dtype_and,
     implementations,
     only_triton,
     parameter,
@@ -26,17 +27,25 @@ from toolkit.errors import ToolkitError
 from toolkit.ops.dispatch_plan import dispatch_plan
 from toolkit.ops.experts import experts
 
-every_layer = pytest.mark.parametrize("name", LAYERS)
-# In Triton's interpreter a routing and a layer take seconds: two routings have every sort of expert and of pair.
-every_routing = pytest.mark.parametrize(
-    ("impl", "routed"),
-    [
-        parameter(one, routed)
-        for one in IMPLEMENTATIONS
-        for routed in (("empty experts", "skipped slots") if SMALL and one is TRITON else ROUTINGS)
-    ],
-    indirect=["impl"],
-)
+# In Triton's interpreter a layer takes seconds. Every layer's values and gradients are of the fast level there; of what
+# else holds for all layers these are: with every score position, gated and plain, transposed and not, biased and not.
+SOME = ("as gpt-oss", "at the combine", "plain, at the input")
+impl_and_layer = impl_and("name", LAYERS, SOME)
+kernels_and_layer = impl_and("name", LAYERS, SOME, (NATIVE, TRITON))
+
+
+def every_layer_and_routing(fast):
+    """By ``impl``, ``name`` and ``routed``; two routings have every sort of expert and of pair for the interpreter."""
+    cases = []
+    for one in IMPLEMENTATIONS:
+        interpreted = SMALL and one is TRITON
+        for name in LAYERS:
+            for routed in ("empty experts", "skipped slots") if interpreted else ROUTINGS:
+                swept = interpreted and not fast(name, routed)
+                cases.append(parameter(one, name, routed, marks=[pytest.mark.sweep] if swept else []))
+    return pytest.mark.parametrize(("impl", "name", "routed"), cases, indirect=["impl"])
+
+
 # An output of a narrow type has passed through z, the activation and the products' outputs, each rounded to it.
 NARROW = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
 SCORES = 1  # among the inputs
@@ -75,15 +84,13 @@ def check(layer: Layer, tokens: int, routed: str, impl: Implementation, dtype: t
         assert error(got, value) <= bound
 
 
-@every_routing
-@every_layer
+@every_layer_and_routing(lambda name, routed: name in SOME or routed == "skipped slots")
 def test_outputs_and_every_gradient_match_fp64(impl, name, routed):
     for tokens in (0, 9) if SMALL and impl is TRITON else (0, 1, 5, 97):
         check(layer_of(name, impl), tokens, routed, impl)
 
 
-@impl_and_dtype([torch.float64, torch.bfloat16, torch.float16])
-@every_layer
+@impl_dtype_and("name", LAYERS, SOME, [torch.float64, torch.bfloat16, torch.float16])
 def test_other_types(impl, dtype, name):
     check(layer_of(name, impl), 9 if SMALL and impl is TRITON else 41, "skipped slots", impl, dtype)
 
@@ -100,7 +107,7 @@ def test_more_tokens_than_four_thousand(impl):
     check(Layer(width=16, inner=8, biases=True), 4097, "skewed", impl)
 
 
-@every_layer
+@impl_and_layer
 def test_bits_of_a_token_do_not_depend_on_other_tokens(impl, name):
     """The same token, experts and scores: any index, any number of tokens, any others, 1 or 2 threads."""
     few = SMALL and impl is TRITON
@@ -125,8 +132,7 @@ def test_bits_of_a_token_do_not_depend_on_other_tokens(impl, name):
         assert torch.equal(out[index], alone[0]), (trial, tokens, index)
 
 
-@every_routing
-@every_layer
+@every_layer_and_routing(lambda name, routed: name in SOME and routed == "skipped slots")
 def test_a_prefill_has_the_bits_of_its_decodes(impl, name, routed):
     layer, tokens = layer_of(name, impl), 4 if SMALL and impl is TRITON else 23
     x, scores, *weights = layer.inputs(tokens)
@@ -136,8 +142,7 @@ def test_a_prefill_has_the_bits_of_its_decodes(impl, name, routed):
     assert torch.equal(whole, torch.cat(steps))
 
 
-@implementations(NATIVE, TRITON)  # torch chooses the order of the reference's sums
-@every_layer
+@kernels_and_layer  # torch chooses the order of the reference's sums
 def test_gradients_have_the_same_bits_on_every_run_and_any_threads(impl, name):
     """And those of a token's x and scores do not depend on the other tokens."""
     layer, tokens = layer_of(name, impl), 9 if SMALL and impl is TRITON else 600
@@ -154,9 +159,7 @@ def test_gradients_have_the_same_bits_on_every_run_and_any_threads(impl, name):
         assert torch.equal(got, whole[some])
 
 
-@implementations(NATIVE, TRITON)
-@every_layer
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@impl_dtype_and("name", LAYERS, SOME, [torch.float32, torch.float16], (NATIVE, TRITON))
 def test_recomputed_gradients_have_the_same_bits(impl, name, dtype):
     layer, tokens = layer_of(name, impl), 9 if SMALL and impl is TRITON else 60
     inputs, grad = layer.inputs(tokens, dtype), seeded(tokens, layer.width, seed=9, dtype=dtype)
@@ -204,7 +207,7 @@ def test_only_the_gradients_asked_for_and_experts_without_rows(impl):
             assert leaf.grad is None or error(leaf.grad, value) <= TOLERANCE[torch.float32]
 
 
-@every_layer
+@impl_and_layer
 def test_strides_do_not_change_bits(impl, name):
     layer, tokens = layer_of(name, impl), 5 if SMALL and impl is TRITON else 20
     inputs, ids = layer.inputs(tokens), routing("uniform", tokens, layer.slots, layer.experts)
@@ -220,7 +223,7 @@ def test_strides_do_not_change_bits(impl, name):
             assert error(got, wanted) <= (0 if impl is NATIVE else TOLERANCE[torch.float32])
 
 
-@every_layer
+@impl_and_layer
 def test_nan_stays_with_its_token_and_its_expert(impl, name):
     layer, tokens = layer_of(name, impl), 12 if SMALL and impl is TRITON else 60
     x, scores, up, *rest = layer.inputs(tokens)
@@ -296,7 +299,9 @@ def test_the_native_kernel_checks_what_it_is_given():
             torch.ops.toolkit.experts(*arguments)
 
 
-@every_layer
+@pytest.mark.parametrize(
+    "name", [name if name in SOME else pytest.param(name, marks=pytest.mark.sweep) for name in LAYERS]
+)
 def test_opcheck(name):
     layer = LAYERS[name]
     ids = routing("skipped slots", 5, layer.slots, layer.experts)
@@ -330,9 +335,8 @@ def test_compiles_into_one_graph():
 
 
 # The Triton launcher: what it shares with the backward, and its limits.
-@only_triton
+@impl_and("name", LAYERS, SOME, [TRITON])
 @pytest.mark.usefixtures("impl")
-@every_layer
 def test_the_pre_activation_is_the_grouped_product_to_the_bit(name):
     """What a backward that takes the first product again relies on."""
     from toolkit.ops.experts.triton import input_rows

@@ -16,6 +16,7 @@ from tests.helpers.implementations import (
     TRITON,
     Implementation,
     impl_and_dtype,
+    impl_dtype_and,
     implementations,
     parameter,
 )
@@ -104,8 +105,7 @@ def test_gradcheck(impl):
     assert torch.autograd.gradcheck(lambda *t: call(list(t), targets, weights, impl), leaves)
 
 
-@impl_and_dtype([torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("rows", "vocabulary"), [(70, 60), (900, 2500)])
+@impl_dtype_and("rows, vocabulary", [(70, 60), (900, 2500)], [(900, 2500)], [torch.float32, torch.bfloat16])
 def test_value_has_the_bits_of_linear_logprob(impl, dtype, rows, vocabulary):
     if SMALL and impl is TRITON:
         rows, vocabulary = min(rows, 70), min(vocabulary, 90)

@@ -1,5 +1,6 @@
 """linear_logprob against dense float64 softmax: values, every gradient, bits, memory."""
 
+import itertools
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from tests.helpers.implementations import (
     REFERENCE,
     SMALL,
     TRITON,
+    impl_and,
     impl_and_dtype,
     parameter,
 )
@@ -136,8 +138,7 @@ def test_bits_are_those_of_the_head_and_its_softmax(impl, depth, vocabulary, dty
     assert torch.equal(fused.lse, lse)
 
 
-@pytest.mark.parametrize("variant", ["bias", "all"])
-@pytest.mark.parametrize("vocabulary", [60, 5001])
+@impl_and("variant, vocabulary", itertools.product(["bias", "all"], [60, 5001]), [("all", 5001)])
 def test_rows_do_not_depend_on_other_rows(impl, variant, vocabulary):
     few = SMALL and impl is TRITON
     rows, vocabulary = (40, min(vocabulary, 70)) if few else (230, vocabulary)
@@ -155,7 +156,7 @@ def test_gradients_are_the_same_from_run_to_run(impl):
     tensors, targets, _ = problem(*size, torch.float32, "bias")
     leaves = [x.requires_grad_() for x in tensors]
     first = torch.autograd.grad(call(leaves, targets, impl).logprob.sum(), leaves)
-    for _ in range(3):
+    for _ in range(1 if SMALL and impl is TRITON else 3):
         again = torch.autograd.grad(call(leaves, targets, impl).logprob.sum(), leaves)
         assert all(map(torch.equal, first, again))
 
@@ -177,18 +178,19 @@ def test_top_k_tokens(impl, rows, top_k):
 
 
 def test_extreme_values(impl):
+    words = 300 if SMALL and impl is TRITON else 3000
     hidden = torch.eye(6)
-    columns = seeded(6, 3000, dtype=torch.float32)
+    columns = seeded(6, words, dtype=torch.float32)
     columns[0] *= 1e4
-    columns[1, :2500] = -1e30  # a block without probability
+    columns[1, : words * 5 // 6] = -1e30  # a block without probability
     columns[2] = 0.0
     columns[4, 7] = torch.nan
-    columns[5, 2999] = torch.inf
-    targets = torch.tensor([5, 2600, 3, 4, 6, 8])
+    columns[5, words - 1] = torch.inf
+    targets = torch.tensor([5, words * 13 // 15, 3, 4, 6, 8])
     result = linear_logprob(hidden[:3], columns[:3, :].T.contiguous() @ torch.eye(3, 6), targets[:3], impl=impl.option)
     wanted = oracle([torch.eye(3).double(), columns[:3].T.double()], targets[:3])
     assert max(map(error, result[:3], wanted[:3])) < 1e-6
-    assert result.entropy[2] == pytest.approx(math.log(3000), rel=1e-6)
+    assert result.entropy[2] == pytest.approx(math.log(words), rel=1e-6)
     weight = torch.nan_to_num(columns.T, nan=0.0, posinf=0.0).contiguous()
     poisoned = linear_logprob(torch.tensor([[1.0] * 6, [torch.nan] * 6]), weight, targets[:2], impl=impl.option)
     assert poisoned.logprob[0].isfinite()
@@ -227,7 +229,7 @@ def test_strided_inputs(impl):
 def test_under_checkpointing(impl):
     results = []
     for use in (False, True):
-        tensors, targets, _ = problem(9, 20, 300)
+        tensors, targets, _ = problem(9, 20, 90 if SMALL and impl is TRITON else 300)
         hidden, weight = (x.requires_grad_() for x in tensors)
         f = lambda h, w, y=targets: linear_logprob(h, w, y, impl=impl.option).logprob  # noqa: E731
         (checkpoint(f, hidden, weight, use_reentrant=False) if use else f(hidden, weight)).sum().backward()

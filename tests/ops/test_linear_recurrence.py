@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.helpers.implementations import NATIVE, REFERENCE, TRITON, impl_and_dtype, implementations
+from tests.helpers.implementations import NATIVE, REFERENCE, TRITON, impl_and, impl_and_dtype, implementations
 from tests.helpers.recurrence import PrefixTrees, inputs, random_trees, tensors, unshared
 from tests.helpers.rowwise import check_oracle, error, run, seeded
 from toolkit.errors import ToolkitError
@@ -56,7 +56,7 @@ def test_trees_against_unshared_sequences(impl, delta, dtype):
                 )
 
 
-@pytest.mark.parametrize("seed", range(4))
+@impl_and("seed", range(4), [1, 2])
 def test_random_segment_trees(impl, seed):
     trees = random_trees(seed, segments=12, given=2)
     given = inputs(sum(trees[0]) + seed % 2, 1, 2, 6, 5, seed=seed)

@@ -11,6 +11,7 @@ from tests.helpers.implementations import (
     NATIVE,
     SMALL,
     TRITON,
+    impl_and,
     impl_and_dtype,
     implementations,
     only_triton,
@@ -114,7 +115,7 @@ def test_gradcheck_of_the_reference(settings):
     assert torch.autograd.gradcheck(weights, logits)
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@impl_and("settings", SETTINGS, SETTINGS[::3])
 def test_equal_values_go_to_the_lower_id(impl, settings):
     logits = integers(-1, 2, 40 if SMALL and impl is TRITON else 200, EXPERTS).float()
     limits = (settings["n_group"], settings["topk_group"], settings["experts_per_group_score"])
@@ -130,7 +131,7 @@ def test_equal_values_go_to_the_lower_id(impl, settings):
     assert route(zeros, 5, impl=impl.option)[1].tolist() == [[0, 1, 2, 3, 4]] * 3
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@impl_and("settings", SETTINGS, SETTINGS[::3])
 def test_rows_of_nan_and_infinity_have_distinct_valid_ids(impl, settings):
     logits = seeded(40, EXPERTS, dtype=torch.float32)
     generator = torch.Generator().manual_seed(1)
@@ -163,8 +164,10 @@ def test_a_recorded_routing_is_taken_in_its_order(impl):
     assert torch.equal(weights, again)
 
 
-@pytest.mark.parametrize("settings", SETTINGS[::3], ids=str)
-@pytest.mark.parametrize("experts", [24, 132])
+SIZED = list(product(SETTINGS[::3], [24, 132]))
+
+
+@impl_and("settings, experts", SIZED, [SIZED[2], SIZED[9]])
 def test_bits_of_a_token_do_not_depend_on_other_tokens(impl, settings, experts):
     tokens, experts = (24, min(experts, 36)) if SMALL and impl is TRITON else (150, experts)
     logits, bias = seeded(tokens, experts, dtype=torch.float32), seeded(experts, dtype=torch.float32, seed=4)
