@@ -15,15 +15,18 @@ from benchmarks.gpu import suite
 ROOT = Path(__file__).parent.parent
 
 
-def test_every_section_runs():
+@pytest.mark.parametrize("chosen", [["linear", "memory_bound"], pytest.param(None, marks=pytest.mark.sweep)], ids=str)
+def test_sections_run(chosen):
+    """Some, and in the sweep every one."""
     environment = os.environ | {
         "TOOLKIT_GPU_TESTS": "cpu", "TRITON_INTERPRET": "1", "TOOLKIT_NATIVE": "off", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run"]
+    only = ["--only", *chosen] if chosen else []
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", *only]
     finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     summary = next(line for line in finished.stdout.splitlines() if "a dry run of" in line)
-    assert summary.split("a dry run of ")[1].split(", ") == list(suite.sections())
+    assert summary.split("a dry run of ")[1].split(", ") == (chosen or list(suite.sections()))
     assert "left out" not in finished.stdout
 
 

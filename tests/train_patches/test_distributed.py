@@ -26,9 +26,9 @@ def line_of(file: str) -> str:
     return line
 
 
-def run(line: str, script: str, folder: Path) -> None:
+def run(line: str, script: str, folder: Path, cases: str = "all") -> None:
     """A launch line with a script of this folder in the place of the user's; both processes must say that all held."""
-    words = line.replace("train.py", f"{HERE / script} {folder}").split()
+    words = [*line.replace("train.py", f"{HERE / script} {folder}").split(), cases]
     settings = dict(word.split("=", 1) for word in words if re.match(r"[A-Z_]+=", word))
     program, *arguments = words[len(settings) :]
     with socket.socket() as free:
@@ -49,11 +49,18 @@ def run(line: str, script: str, folder: Path) -> None:
     assert result.stdout.count("all held") == 2
 
 
-@pytest.mark.parametrize("file", [pytest.param("ddp.yaml", marks=pytest.mark.sweep), "fsdp2.yaml"])
+def test_fsdp2_in_short(tmp_path: Path) -> None:
+    """Training and rollouts of one model as accelerate shards it."""
+    run(line_of("fsdp2.yaml"), "under_accelerate.py", tmp_path, "few")
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("file", ["ddp.yaml", "fsdp2.yaml"])
 def test_accelerate(file: str, tmp_path: Path) -> None:
     run(line_of(file), "under_accelerate.py", tmp_path)
 
 
+@pytest.mark.sweep  # test_expert_frameworks.py has DeepSpeed's stage 2
 def test_deepspeed(tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
     run(line_of("zero3.json"), "under_deepspeed.py", tmp_path)

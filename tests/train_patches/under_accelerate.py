@@ -23,6 +23,7 @@ from tests.helpers.distributed_cases import (
     check_rollout,
     check_training,
     finish,
+    loss_of_logprobs,
     refused,
     run_example,
 )
@@ -73,7 +74,8 @@ def whole(model: nn.Module) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def under_ddp(folder: Path) -> None:
+def under_ddp(folder: Path, cases: str) -> None:
+    assert cases == "all"
     accelerator = Accelerator()
     assert accelerator.distributed_type is DistributedType.MULTI_CPU
     for family, patched, loss_of in CASES:
@@ -87,7 +89,7 @@ def under_ddp(folder: Path) -> None:
     run_example("accelerate and DDP", folder / "example")
 
 
-def under_fsdp2(folder: Path) -> None:
+def under_fsdp2(folder: Path, cases: str) -> None:
     # On a CPU accelerate leaves FSDP2 alone; told that these are GPUs it does what it does on them, through gloo.
     state = PartialState(cpu=True)
     state.distributed_type = DistributedType.MULTI_GPU
@@ -95,6 +97,10 @@ def under_fsdp2(folder: Path) -> None:
     assert accelerator.distributed_type is DistributedType.FSDP
     assert accelerator.is_fsdp2
     ways = {"accelerate": partial(prepare, accelerator)}
+    if cases == "few":
+        check_training("llama", True, loss_of_logprobs, ways["accelerate"], gathered)
+        check_rollout(ways["accelerate"], gathered, folder / "fsdp2", sharded=True)
+        return
     ways |= {f"{h} {a}": partial(shard, accelerator, h, a) for h, a in ((False, None), (False, True), (True, True))}
     for way, wrap in ways.items():
         for family, patched, loss_of in CASES:
@@ -113,5 +119,5 @@ def under_fsdp2(folder: Path) -> None:
 
 
 torch.set_num_threads(1)
-(under_fsdp2 if "ACCELERATE_USE_FSDP" in os.environ else under_ddp)(Path(sys.argv[1]))
+(under_fsdp2 if "ACCELERATE_USE_FSDP" in os.environ else under_ddp)(Path(sys.argv[1]), sys.argv[2])
 finish()

@@ -1,4 +1,4 @@
-"""Run by test_expert_parallel.py under torchrun: a recipe with sharded experts, whole and resumed."""
+"""A recipe with sharded experts, whole and resumed: by test_expert_parallel.py itself and, under torchrun, by two."""
 
 import sys
 from pathlib import Path
@@ -38,9 +38,7 @@ def moe_recipe(folder: Path, name: str, **values: Any) -> Recipe:
     return load_recipe("moe_ep", [*overrides, *(f"{key}={value}" for key, value in values.items())])
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    folder, name = Path(sys.argv[1]), sys.argv[2]
+def train_and_resume(folder: Path, name: str) -> None:
     whole = Trainer(moe_recipe(folder, name), quiet=True)
     world_size = whole.accelerator.num_processes
     held = [p for path, p in whole.ragged.named_parameters() if path.endswith("experts.gate_up_proj")]
@@ -64,8 +62,9 @@ def main() -> None:
     assert all(torch.equal(tensor, expected[name]) for name, tensor in again.items())
     # The processes judge different numbers of windows, with all experts each.
     assert 0 < resumed.evaluate()["eval_bits_per_byte"] < 20
-    print("bitwise identical", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    train_and_resume(Path(sys.argv[1]), sys.argv[2])
+    print("bitwise identical", flush=True)
