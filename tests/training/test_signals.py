@@ -240,7 +240,11 @@ def test_a_signal_in_evaluation_and_warm_up(tmp_path: Path, phase: str) -> None:
         end(process)
 
 
-def test_a_signal_while_a_checkpoint_is_written_loses_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [pytest.param(1, ["step-000001", "step-000002"], marks=pytest.mark.sweep), (2, ["step-000001"])],
+)
+def test_a_signal_while_a_checkpoint_is_written_loses_nothing(tmp_path: Path, count: int, expected: list[str]) -> None:
     """SIGTERM finds every write; the second one, in the middle of the next, leaves the first whole."""
     write_corpus(tmp_path / "text")
     script = (
@@ -257,17 +261,16 @@ def test_a_signal_while_a_checkpoint_is_written_loses_nothing(tmp_path: Path) ->
         "loop.write_run = write\n"
         "with StopRequest() as stop: loop.train(load_recipe(sys.argv[1]), stop=stop)\n"
     )
-    for count, expected in ((1, ["step-000001", "step-000002"]), (2, ["step-000001"])):
-        recipe = tiny_recipe(tmp_path, run_name=f"signals-{count}", checkpoint={"save_steps": 1})
-        (tmp_path / "recipe.yaml").write_text(dump(recipe))
-        process = start(["-c", script, "recipe.yaml", str(count)], tmp_path, [sys.executable])
-        _, said = end(process)
-        run = tmp_path / "runs" / f"signals-{count}"
-        assert steps(run) == expected, said
-        assert (run / "checkpoints" / "latest").read_text().strip() == expected[-1]
-        load_file(str(run / "checkpoints" / expected[-1] / "model.safetensors"))
-        resumed = Trainer(recipe.model_copy(update={"resume_from_checkpoint": True}), quiet=True)
-        assert resumed.step == len(expected)
+    recipe = tiny_recipe(tmp_path, run_name="signals", checkpoint={"save_steps": 1})
+    (tmp_path / "recipe.yaml").write_text(dump(recipe))
+    process = start(["-c", script, "recipe.yaml", str(count)], tmp_path, [sys.executable])
+    _, said = end(process)
+    run = tmp_path / "runs" / "signals"
+    assert steps(run) == expected, said
+    assert (run / "checkpoints" / "latest").read_text().strip() == expected[-1]
+    load_file(str(run / "checkpoints" / expected[-1] / "model.safetensors"))
+    resumed = Trainer(recipe.model_copy(update={"resume_from_checkpoint": True}), quiet=True)
+    assert resumed.step == len(expected)
 
 
 @pytest.mark.sweep
