@@ -5,7 +5,7 @@ import torch
 
 import toolkit
 from toolkit.errors import ToolkitError
-from toolkit.patching.cache_windows import cache_window
+from toolkit.patching.cache_windows import cache_window, keeps_prompt
 from toolkit.patching.state_spec import state_spec
 from toolkit.state.batch import RaggedBatch
 from toolkit.state.prompt_windows import seen_positions
@@ -50,10 +50,11 @@ def step_by_step(model, prompt, completion):
 
 def test_what_a_cache_keeps():
     config = small_config("unlimited_ocr", kind=IMAGE_TEXT).text_config
-    assert cache_window(config, 0) == (WINDOW, True)
-    assert cache_window(config, None) == (0, False)
-    assert cache_window(small_config("mistral", sliding_window=6), 1) == (6, False)
-    assert cache_window(small_config("llama"), 1) == (0, False)
+    assert (cache_window(config, 0), keeps_prompt(config, 0)) == (WINDOW, True)
+    assert cache_window(config, None) == 0
+    other = small_config("mistral", sliding_window=6)
+    assert (cache_window(other, 1), keeps_prompt(other, 1)) == (6, False)
+    assert cache_window(small_config("llama"), 1) == 0
 
 
 def test_the_claim_names_the_window(model):
@@ -66,7 +67,7 @@ def test_the_claim_names_the_window(model):
 
 def test_a_layer_whose_cache_keeps_less_than_its_masks_show_is_skipped(monkeypatch):
     """As it would be if the cache dropped the prompt too."""
-    monkeypatch.setattr("toolkit.patching.roles.attention.cache_window", lambda config, layer: (WINDOW, False))
+    monkeypatch.setattr("toolkit.patching.roles.attention.keeps_prompt", lambda config, layer: False)
     other = small_model("unlimited_ocr", kind=IMAGE_TEXT)
     reasons = {one.reason for one in toolkit.patch(other).skipped if one.role == "attention"}
     assert any("generate() and the forward differ" in reason for reason in reasons)

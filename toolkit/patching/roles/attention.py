@@ -24,7 +24,7 @@ from toolkit.patching import attention_interface
 from toolkit.patching.attention_configs import FIELD, configs_of_layer, modules_beside, set_implementation
 from toolkit.patching.attention_interface import IMPLEMENTATION, MASKED, NAME, weights_wanted
 from toolkit.patching.attention_probe import FAR, LENGTH, PROBE_WINDOW, ROWS, Probe, Seen
-from toolkit.patching.cache_windows import cache_window
+from toolkit.patching.cache_windows import cache_window, keeps_prompt
 from toolkit.patching.calls import MASK, Call, record_calls
 from toolkit.patching.claim import Claim, ProbeError, Skipped, Undo, replace_forward, set_attribute, together
 from toolkit.patching.instance_forward import UNPROVEN, foreign_forward
@@ -114,10 +114,11 @@ def _kept_by_cache(model: Any, index: int | None, seen: Seen | None) -> tuple[in
     """The window behind a prompt that a layer's cache keeps (0 for all), or why it keeps less than masks show."""
     if seen is None:
         return 0, None
-    window, keeps_prompt = cache_window(model.config.get_text_config(), index)
+    config = model.config.get_text_config()
+    window = cache_window(config, index)
     if not window or 0 < seen.window <= window:
         return 0, None
-    if keeps_prompt and not (seen.window or seen.softcap):
+    if not (seen.window or seen.softcap) and keeps_prompt(config, index):
         return window, None
     return 0, f"its masks show more than the {window} tokens that its cache keeps: generate() and the forward differ"
 

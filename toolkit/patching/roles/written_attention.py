@@ -257,7 +257,7 @@ def find(model: Any, numerics: Numerics, first_layer: int = 0) -> list[Claim | S
             return [Skipped("attention", paths[module], f"it is not attention in a known form: {text}")]
         plans, counts, error = proven[key]
         plans = [replace(plan, window=sizes.get(plan.window, plan.window)) for plan in plans]
-        kept, _ = cache_window(config, getattr(module, "layer_idx", None))
+        kept = cache_window(config, getattr(module, "layer_idx", None))
         if kept and any(not 0 < plan.window <= kept for plan in plans):
             reason = f"its masks show more than the {kept} tokens that its cache keeps"
             return [Skipped("attention", paths[module], f"{reason}: generate() and the forward differ")]
