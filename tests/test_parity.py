@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import toolkit
-from toolkit.engine.decode_graphs import CAPTURE_SIZES, DecodeGraphs, padded_size
+from toolkit.engine.step.decode_graphs import CAPTURE_SIZES, DecodeGraphs, padded_size
 from toolkit.testing.architectures import small_model
 from toolkit.testing.models import FAMILIES, MOE_FAMILIES, random_model
 from toolkit.testing.parity import check_parity

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import toolkit
-from toolkit.engine import decode_graphs
-from toolkit.engine.graph import CapturedGraph, capture
-from toolkit.engine.graph_passes import optimize
+from toolkit.engine.step import decode_graphs
+from toolkit.engine.step.graph import CapturedGraph, capture
+from toolkit.engine.step.passes import optimize
 from toolkit.ops.linear import linear
 from toolkit.ops.rms_norm import rms_norm
 from toolkit.ops.rotary import rotary

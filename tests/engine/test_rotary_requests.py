@@ -8,7 +8,7 @@ import torch
 import toolkit
 from tests.helpers.rope import BORDER, rope_model, sequences
 from toolkit import SamplingParams
-from toolkit.engine.decode_graphs import DecodeGraphs
+from toolkit.engine.step.decode_graphs import DecodeGraphs
 from toolkit.errors import ToolkitError
 
 

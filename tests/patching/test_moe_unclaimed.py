@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import toolkit
-from toolkit.engine.decode_graphs import DecodeGraphs
-from toolkit.engine.graph import capture
+from toolkit.engine.step.decode_graphs import DecodeGraphs
+from toolkit.engine.step.graph import capture
 from toolkit.modules.elementwise import row_invariant
 from toolkit.testing.models import random_model
 from toolkit.testing.parity import check_parity

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from toolkit.engine.decode_graphs import DecodeGraphs, padded_size
 from toolkit.engine.media import MediaChunk, PromptMedia, media_fields
 from toolkit.engine.scheduler import Chunk
+from toolkit.engine.step.decode_graphs import DecodeGraphs, padded_size
 from toolkit.errors import ToolkitError
 from toolkit.numerics import Numerics
 from toolkit.patching import patch, report_of

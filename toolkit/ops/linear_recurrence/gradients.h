@@ -65,7 +65,7 @@ class Gradients {
     Tensor sum = parts_ ? parts[0] : at::zeros({p.tokens, p.key_heads, p.depth}, parts.options());
     T* to = sum.mutable_data_ptr<T>();
     const int64_t size = sum.numel();
-    at::parallel_for(0, size, rows::kGrain, [&](int64_t begin, int64_t end) {
+    threads::parallel_for(0, size, rows::kGrain, [&](int64_t begin, int64_t end) {
       for (int64_t part = 1; part < parts_; ++part) {
         const T* from = to + part * size;
         for (int64_t i = begin; i < end; ++i) to[i] += from[i];

@@ -102,7 +102,7 @@ void forward(const Adapters<S>& w, const Groups& groups, int64_t count, const S*
     forward_block<T>(w, blocks[i], groups.order.data(), base, x, out);
   });
   const int64_t grain = kParallelWork / (w.outputs + 1) + 1;
-  at::parallel_for(groups.start[count], groups.start[count + 1], grain, [&](int64_t begin, int64_t end) {
+  threads::parallel_for(groups.start[count], groups.start[count + 1], grain, [&](int64_t begin, int64_t end) {
     for (const int64_t* t = groups.order.data() + begin; t < groups.order.data() + end; ++t)
       std::copy_n(base + *t * w.outputs, w.outputs, out + *t * w.outputs);
   });

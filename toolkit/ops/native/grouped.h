@@ -146,7 +146,7 @@ Tensor sum_rows(const Plan& plan, const Tensor& x, bool gather, const T* factor)
   const T* const from = x.const_data_ptr<T>();
   T* const to = out.mutable_data_ptr<T>();
   const int64_t work = (plan.used / std::max<int64_t>(1, plan.experts) + 1) * std::max<int64_t>(1, width);
-  at::parallel_for(0, plan.experts, std::max<int64_t>(1, rows::kGrain / work), [&](int64_t begin, int64_t end) {
+  threads::parallel_for(0, plan.experts, std::max<int64_t>(1, rows::kGrain / work), [&](int64_t begin, int64_t end) {
     for (int64_t e = begin; e < end; ++e) {
       T* const sum = to + e * width;
       std::fill_n(sum, width, T(0));

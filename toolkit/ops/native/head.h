@@ -80,7 +80,7 @@ struct Head {
 
   // db[v] += sum_r g[r, v], rows in ascending order.
   void gradient_to_bias(const T* g, int64_t stride, int64_t count, int64_t n, T* db) const {
-    at::parallel_for(0, n, std::max<int64_t>(1, rows::kGrain / count), [&](int64_t begin, int64_t end) {
+    threads::parallel_for(0, n, std::max<int64_t>(1, rows::kGrain / count), [&](int64_t begin, int64_t end) {
       for (int64_t r = 0; r < count; ++r)
         for (int64_t v = begin; v < end; ++v) db[v] += g[r * stride + v];
     });

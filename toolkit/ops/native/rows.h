@@ -4,7 +4,6 @@
 // filled and stored with a count. Sums over a row use a fixed set of lane accumulators joined in a fixed
 // order. Threads only ever share out independent rows (or fixed blocks), so their number changes no bit.
 #pragma once
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/ops/empty.h>
@@ -18,6 +17,7 @@
 #include "dtypes.h"
 #include "memory.h"
 #include "storage.h"
+#include "threads.h"
 
 namespace toolkit::rows {
 
@@ -122,10 +122,10 @@ template <typename Span>
 inline void for_spans(bool flat, int64_t count, int64_t width, int64_t weight, const Span& span) {
   if (width == 0) return;
   if (flat) {
-    at::parallel_for(0, count * width, kGrain / weight,
+    threads::parallel_for(0, count * width, kGrain / weight,
                      [&](int64_t begin, int64_t end) { span(0, begin, end - begin); });
   } else {
-    at::parallel_for(0, count, std::max<int64_t>(1, kGrain / weight / width), [&](int64_t begin, int64_t end) {
+    threads::parallel_for(0, count, std::max<int64_t>(1, kGrain / weight / width), [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) span(r, 0, width);
     });
   }
@@ -134,7 +134,7 @@ inline void for_spans(bool flat, int64_t count, int64_t width, int64_t weight, c
 // body(first, last) over ranges of rows of this width.
 template <typename Body>
 inline void for_rows(int64_t count, int64_t width, const Body& body) {
-  at::parallel_for(0, count, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, width)), body);
+  threads::parallel_for(0, count, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, width)), body);
 }
 
 // Lane accumulators for a sum along a row: four vectors taken in turn, joined in a fixed order in double.
@@ -202,7 +202,7 @@ struct Blocks {
   template <typename T, typename Partial>
   void sum(int64_t width, T* out, const Partial& partial) const {
     std::vector<T> sums(count * width, T(0));
-    at::parallel_for(0, count, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, size * width)),
+    threads::parallel_for(0, count, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, size * width)),
                      [&](int64_t begin, int64_t end) {
                        for (int64_t b = begin; b < end; ++b) {
                          partial(b * size, std::min(rows, (b + 1) * size), sums.data() + b * width);

@@ -7,19 +7,39 @@
 #include <memory>
 #include <new>
 
+#include "team.h"
+
 namespace toolkit::threads {
 
-// body(task) for every task below `count`, on at most `workers` of torch's threads. Each takes the next task when it is
-// free: only who computes a task varies, so a task must not depend on that.
+// body(task) for every task below `count`, on at most `workers` threads: those of the running step's team, or torch's.
+// Each takes the next task when it is free: only who computes a task varies, so a task must not depend on that.
 template <typename Body>
 inline void run_tasks(int64_t count, int64_t workers, const Body& body) {
-  if (workers <= 1 || count <= 1) {
+  if (workers <= 1 || count <= 1 || Team::in_task()) {
     for (int64_t task = 0; task < count; ++task) body(task);
     return;
   }
+  if (Team* const team = Team::of_this_thread()) return team->run(count, std::min(count, workers), body);
   std::atomic<int64_t> next{0};
   at::parallel_for(0, std::min(count, workers), 1, [&](int64_t, int64_t) {
     for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(task);
+  });
+}
+
+// body(first, last) over parts of [begin, end) of at least `grain`, as at::parallel_for has it.
+template <typename Body>
+inline void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
+  if (begin >= end) return;
+  if (Team::in_task()) return body(begin, end);
+  Team* const team = Team::of_this_thread();
+  if (team == nullptr) return at::parallel_for(begin, end, grain, body);
+  const int64_t count = end - begin, threads = at::get_num_threads();
+  const int64_t parts = std::clamp<int64_t>(count / std::max<int64_t>(1, grain), 1, threads);
+  if (parts == 1) return body(begin, end);
+  const int64_t size = (count + parts - 1) / parts;
+  team->run(parts, parts, [&](int64_t part) {
+    const int64_t first = begin + part * size, last = std::min(end, first + size);
+    if (first < last) body(first, last);
   });
 }
 

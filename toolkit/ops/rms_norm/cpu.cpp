@@ -1,37 +1,11 @@
 // rms_norm, of x or of x + residual, and its backward on CPU, a row at a time; 1/rms is recomputed rather than saved.
-#include "rows.h"
-
 #include <ATen/ops/add.h>
 
 #include <cmath>
 
+#include "row.h"
+
 namespace toolkit::rms_norm_op {
-
-using namespace toolkit::rows;
-
-template <typename T>
-T reciprocal_rms(const T* x, int64_t n, double eps) {
-  Sum<T> squares;
-  accumulate<T>(n, [&](int slot, int64_t i, int64_t lanes) {
-    const auto v = Vec<T>::loadu(x + i, lanes);
-    squares.part[slot] = at::vec::fmadd(v, v, squares.part[slot]);
-  });
-  return static_cast<T>(1.0 / std::sqrt(squares.total() / n + eps));
-}
-
-// The factor of each column: offset + weight, or 1 without a weight.
-template <typename T, bool weighted>
-struct Factor {
-  const T* weight;
-  Vec<T> offset;
-  Vec<T> operator()(int64_t i, int64_t lanes) const {
-    if constexpr (weighted) {
-      return offset + Vec<T>::loadu(weight + i, lanes);
-    } else {
-      return Vec<T>(1);
-    }
-  }
-};
 
 // Of x; or, with a residual, of their sum, which is written to `total`.
 template <typename T, bool weighted>
@@ -48,11 +22,7 @@ void forward_rows(const Matrix& x, const Matrix* residual, const Factor<T, weigh
         });
         from = sum;
       }
-      T* to = out + r * x.width;
-      const Vec<T> scale(reciprocal_rms(from, x.width, eps));
-      for_vectors<T>(x.width, [&](int64_t i, int64_t lanes) {
-        (Vec<T>::loadu(from + i, lanes) * scale * factor(i, lanes)).store(to + i, lanes);
-      });
+      norm_row(from, x.width, factor, eps, out + r * x.width);
     }
   });
 }

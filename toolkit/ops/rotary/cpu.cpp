@@ -1,28 +1,10 @@
-// rotary and rotary_tables on CPU. The rotation is a product and a sum of products, each rounded on its own (as
-// eager torch does, so that both agree bit for bit in float32 and float64), hence plain loops.
+// rotary and rotary_tables on CPU.
+#include "rotate.h"
 #include "rows.h"
 
 namespace toolkit::rotary_op {
 
 using namespace toolkit::rows;
-
-template <typename T, bool interleaved>
-void rotate(const T* __restrict x, const T* __restrict cos, const T* __restrict sin, int64_t rotated, int64_t width,
-            T* __restrict out) {
-  const int64_t half = rotated / 2;
-  for (int64_t i = 0; i < half; ++i) {
-    if constexpr (interleaved) {
-      const T a = x[2 * i], b = x[2 * i + 1];
-      out[2 * i] = a * cos[i] - b * sin[i];
-      out[2 * i + 1] = b * cos[i] + a * sin[i];
-    } else {
-      const T a = x[i], b = x[half + i];
-      out[i] = a * cos[i] - b * sin[i];
-      out[half + i] = b * cos[half + i] + a * sin[half + i];
-    }
-  }
-  for (int64_t i = rotated; i < width; ++i) out[i] = x[i];
-}
 
 Tensor forward(const Tensor& input, const Tensor& cos, const Tensor& sin, bool interleaved) {
   TORCH_CHECK(input.dim() == 3, "rotary: x must have shape [T, H, D], got ", input.sizes(), ".");
@@ -63,7 +45,7 @@ Tensor forward(const Tensor& input, const Tensor& cos, const Tensor& sin, bool i
 template <typename T>
 void fill_tables(const int64_t* positions, const int64_t* axes, int64_t count, const T* frequency, int64_t n,
                  double scaling, T* cos, T* sin) {
-  at::parallel_for(0, count, std::max<int64_t>(1, 1024 / std::max<int64_t>(1, n)), [&](int64_t begin, int64_t end) {
+  threads::parallel_for(0, count, std::max<int64_t>(1, 1024 / std::max<int64_t>(1, n)), [&](int64_t begin, int64_t end) {
     constexpr int64_t kLanes = Vec<double>::size();
     for (int64_t t = begin; t < end; ++t) {
       T *c = cos + t * 2 * n, *s = sin + t * 2 * n;

@@ -65,7 +65,7 @@ std::tuple<Tensor, Tensor> sample(const Tensor& logits, const Tensor& temperatur
   double* to_logprobs = logprobs.mutable_data_ptr<double>();
   by_type(type, [&](auto zero) {
     using T = decltype(zero);
-    at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / 8 / x.width), [&](int64_t begin, int64_t end) {
+    threads::parallel_for(0, rows, std::max<int64_t>(1, kGrain / 8 / x.width), [&](int64_t begin, int64_t end) {
       thread_local Scratch scratch;
       for (int64_t r = begin; r < end; ++r) {
         const double u = uniform(static_cast<uint64_t>(seed[r]), static_cast<uint64_t>(step[r]));

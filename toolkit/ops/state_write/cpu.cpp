@@ -1,10 +1,11 @@
 // Copies rows of state into their slots of a pool.
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cstring>
+
+#include "threads.h"
 
 namespace toolkit::state_write_op {
 
@@ -33,7 +34,7 @@ void state_write(const at::Tensor& pool, const at::Tensor& rows_in, const at::Te
   char* to = static_cast<char*>(pool.data_ptr());
   const char* from = static_cast<const char*>(rows.data_ptr());
   const int64_t grain = std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, heads * bytes));
-  at::parallel_for(0, rows.size(0), grain, [&](int64_t begin, int64_t end) {
+  threads::parallel_for(0, rows.size(0), grain, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       if (slot[t] < 0) continue;
       for (int64_t h = 0; h < copies; ++h)

@@ -34,7 +34,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& logits, const Tensor& targets_g
   by_type(type, [&](auto zero) {
     using T = decltype(zero);
     T *to_logprob = logprob.mutable_data_ptr<T>(), *to_lse = lse.mutable_data_ptr<T>();
-    at::parallel_for(0, x.count * blocks, kBlockGrain, [&](int64_t begin, int64_t end) {
+    threads::parallel_for(0, x.count * blocks, kBlockGrain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t column = i % blocks * kBlock;
         parts[i] = block_partial<T, false>(x.row<T>(i / blocks) + column, std::min(kBlock, width - column));
@@ -69,7 +69,7 @@ Tensor backward(const Tensor& grad_logprob, const Tensor& grad_lse, const Tensor
     const T *g = of_logprob.const_data_ptr<T>(), *g_lse = of_lse.const_data_ptr<T>();
     const T* top = log_sum.const_data_ptr<T>();
     T* result = out.mutable_data_ptr<T>();
-    at::parallel_for(0, x.count * blocks, kBlockGrain, [&](int64_t begin, int64_t end) {
+    threads::parallel_for(0, x.count * blocks, kBlockGrain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t r = i / blocks, column = i % blocks * kBlock, n = std::min(kBlock, width - column);
         const T *from = x.row<T>(r) + column, own = target[r] < 0 ? T(0) : g[r], weight = g_lse[r] - own;

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from toolkit.engine.graph import capture
-from toolkit.engine.graph_passes import optimize
+from toolkit.engine.step.executors import EXECUTORS, Executor
+from toolkit.engine.step.graph import CapturedGraph, capture
+from toolkit.engine.step.passes import optimize
 from toolkit.patching import report_of
 from toolkit.patching.forward import context_forward
 from toolkit.patching.multimodal.entry import MediaEntry
@@ -35,8 +36,9 @@ class DecodeGraphs:
     enters. A model with a data-dependent op has no graphs and runs eagerly.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, executors: Sequence[Executor] = EXECUTORS) -> None:
         self.model = model
+        self.executors = executors
         self._graphs: dict[tuple[int, int], Callable[..., Tensor]] = {}  # by size, and dimensions of positions
         self._clock = weight_clock(model)
         self._settings = ModelSettings(model)
@@ -45,6 +47,11 @@ class DecodeGraphs:
         self._hooked = False
         self.data_dependent_op = ""
         self.find_hooks()
+
+    @property
+    def captured(self) -> int:
+        """How many graphs there are now."""
+        return len(self._graphs)
 
     def find_hooks(self) -> None:
         """Look for forward hooks: they are the user's Python and must run at every step.
@@ -87,9 +94,12 @@ class DecodeGraphs:
                 if graph.reads_constants and not self._reads_weights:
                     self._reads_weights, self._captured_from = True, (*self._captured_from[:2], self._clock.key)
                 if not self.data_dependent_op:
-                    self._graphs[size] = optimize(graph).compile()
+                    self._graphs[size] = self._executable(optimize(graph))
             return logits
         return replay(*inputs)
+
+    def _executable(self, graph: CapturedGraph) -> Callable[..., Tensor]:
+        return next(replay for executor in self.executors if (replay := executor(graph)) is not None)
 
     def _function(self, context: PagedContext) -> Callable[..., Tensor]:
         model = self.model

@@ -150,7 +150,7 @@ class CapturedGraph:
                 return "_"
             return names.setdefault(id(result), f"t{len(names)}")
 
-        dying = self._last_reads()
+        dying = self.last_reads()
         lines = []
         for node in self.nodes:
             arguments = [expression(argument) for argument in node.args]
@@ -165,7 +165,7 @@ class CapturedGraph:
         replay: Callable[..., Tensor] = bound["replay"]
         return replay
 
-    def _last_reads(self) -> dict[Node, list[Value]]:
+    def last_reads(self) -> dict[Node, list[Value]]:
         """Of each node, the results of others that no later node reads."""
         found: dict[Node, list[Value]] = {}
         seen = {self.output}

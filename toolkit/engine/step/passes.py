@@ -4,11 +4,13 @@
 - ``merge_views``: a chain of views becomes one view, taken once.
 - ``fuse_add_rms_norm``: a residual sum and its RMS norm become one op.
 - ``group_linears``: linear layers of one input (queries, keys, values; gate, up) become one op.
+- those of ``layer_passes``.
 """
 
 import torch
 
-from toolkit.engine.graph import Argument, CapturedGraph, Node, Value
+from toolkit.engine.step.graph import Argument, CapturedGraph, Node, Value
+from toolkit.engine.step.layer_passes import fuse_gated_linear, fuse_rotary_write
 from toolkit.ops import linear, rms_norm  # noqa: F401  (importing them registers their ops)
 
 _ATEN, _OURS = torch.ops.aten, torch.ops.toolkit
@@ -18,7 +20,7 @@ _VIEWS = {_ATEN.view.default, _ATEN.unsqueeze.default, _ATEN.expand.default, _AT
 
 def optimize(graph: CapturedGraph) -> CapturedGraph:
     """The same graph after all passes, changed in place."""
-    for one in (eliminate_dead_code, merge_views, fuse_add_rms_norm, group_linears, eliminate_dead_code):
+    for one in _PASSES:
         one(graph)
     return graph
 
@@ -107,3 +109,15 @@ def group_linears(graph: CapturedGraph) -> None:
         if node not in absorbed:
             kept.append(node)
     graph.nodes = kept
+
+
+_PASSES = (
+    eliminate_dead_code,
+    merge_views,
+    fuse_add_rms_norm,
+    group_linears,
+    eliminate_dead_code,  # views that were merged away still count as readers
+    fuse_gated_linear,
+    fuse_rotary_write,
+    eliminate_dead_code,
+)

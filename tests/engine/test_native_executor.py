@@ -1,0 +1,192 @@
+"""Captured graphs run by the native library: what the recorded function returns, for every sort of argument."""
+
+import os
+import threading
+
+import pytest
+import torch
+
+import toolkit
+from toolkit.engine.step.executors import straight_line
+from toolkit.engine.step.graph import capture
+from toolkit.engine.step.native import native_replay
+from toolkit.ops import native
+from toolkit.ops.linear import linear, linear_group
+from toolkit.ops.rms_norm import rms_norm
+from toolkit.testing.models import random_model
+
+pytestmark = pytest.mark.skipif(native.load() is None, reason="the native library is not built")
+
+WEIGHT = torch.randn(48, 32, generator=torch.Generator().manual_seed(1))
+BIAS = torch.randn(48, generator=torch.Generator().manual_seed(2))
+LIBRARY = torch.library.Library("executor_test", "DEF")
+LIBRARY.define("in_python(Tensor x, float factor, int[]? shape=None, *, bool flip=False) -> (Tensor, Tensor[])")
+LIBRARY.impl(
+    "in_python",
+    lambda x, factor, shape=None, *, flip=False: (x * factor, [x.flip(0) if flip else x + 1, x - 1]),
+    "CPU",
+)
+
+
+def numbers(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def of_python(x):
+    product, (first, second) = torch.ops.executor_test.in_python(x, 2, None, flip=True)
+    return product + first * second
+
+
+def writing(x):
+    total = torch.zeros_like(x)
+    total.add_(x, alpha=2)
+    total[1:].mul_(0.5)
+    return total + x.clamp(min=0)
+
+
+def of_lists(x):
+    a, b = x.split([1, x.shape[0] - 1])
+    parts = torch.cat([b, WEIGHT[:2], a, WEIGHT[:1] * 2])
+    return torch.stack([parts, parts.neg()]).sum([0]) + parts.view(-1, 32).sum(-1, keepdim=True)
+
+
+FUNCTIONS = {
+    "numbers": lambda x: torch.add(x, 1, alpha=2).to(torch.float64).mul(3).float().pow(2).mean(-1),
+    "linear with and without bias": lambda x: linear(x, WEIGHT, BIAS) + linear(x, WEIGHT, None),
+    "group": lambda x: torch.cat(linear_group(x, [WEIGHT, WEIGHT[:8], WEIGHT[8:]], [BIAS, None, None]), -1),
+    "group without biases": lambda x: torch.cat(linear_group(x, [WEIGHT, WEIGHT[:8]], [None, None]), -1),
+    "norms": lambda x: rms_norm(x, None, 1e-6) * rms_norm(x, BIAS[:32], 1, 1),
+    "indices": lambda x: x[torch.arange(x.shape[0]).flip(0)][:, None].expand(-1, 2, -1).reshape(-1, 32),
+    "index of two": lambda x: x[:, torch.tensor([3, 1])] + x[torch.zeros(x.shape[0], dtype=torch.int64), :2],
+    "empty lists": lambda x: x.sum().view([]) + x,
+    "where": lambda x: torch.where(x > 0, x, torch.tensor(-1.0)).softmax(-1).argmax(-1),
+    "a kernel in Python": of_python,
+    "writes": writing,
+    "lists": of_lists,
+    "an input": lambda x: x,
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_replay_returns_what_the_function_returns(name):
+    function = FUNCTIONS[name]
+    graph = capture(function, [numbers(5, 32)])
+    replay, plain = native_replay(graph), straight_line(graph)
+    assert replay is not None
+    for seed in range(1, 5):
+        x = numbers(5, 32, seed=seed)
+        with torch.inference_mode():
+            found = replay(x)
+            assert torch.equal(found, function(x))
+            assert torch.equal(found, plain(x))
+
+
+def test_a_replay_sees_parameters_that_were_written_or_given_other_memory():
+    layer = torch.nn.Linear(32, 4).requires_grad_()
+    replay = native_replay(capture(lambda x: layer(x), [numbers(3, 32)]))
+    for change in range(3):
+        with torch.no_grad():
+            layer.weight.add_(1.0)
+            if change == 2:
+                layer.weight.data = layer.weight.data * 2
+            x = numbers(3, 32, seed=change)
+            assert torch.equal(replay(x), layer(x))
+
+
+class Tagged(torch.Tensor):
+    """A subclass may do anything when an op meets it, so Python has to call the op."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+
+def test_what_it_has_no_word_for_is_left_to_the_next_executor():
+    tagged = WEIGHT.as_subclass(Tagged)
+    graph = capture(lambda x: torch.mm(x, tagged.mT), [numbers(3, 32)])
+    assert native_replay(graph) is None
+    assert torch.equal(straight_line(graph)(WEIGHT[:3]), WEIGHT[:3] @ WEIGHT.mT)
+    assert native_replay(capture(lambda x: x + 1, [torch.empty(3, 32, device="meta")])) is None
+
+
+def test_an_error_of_an_op_is_raised_and_the_next_run_is_right():
+    replay = native_replay(capture(lambda x, index: x[index], [numbers(3, 32), torch.tensor([1])]))
+    x = numbers(3, 32)
+    with pytest.raises(IndexError):
+        replay(x, torch.tensor([3]))
+    assert torch.equal(replay(x, torch.tensor([2])), x[2:])
+    with pytest.raises(RuntimeError, match="inputs must be 2 tensors, got 1"):
+        replay(x)
+
+
+def deep(x):
+    for _ in range(12):
+        x = rms_norm(linear(linear(x, WEIGHT, BIAS), WEIGHT.mT.contiguous(), None), None, 1e-6)
+    return x
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_bits_do_not_depend_on_the_number_of_threads(threads):
+    x = numbers(700, 32)
+    threads(1)
+    expected = deep(x)
+    replay = native_replay(capture(deep, [x]))
+    for count in (1, 2, 4, 3, 1):
+        threads(count)
+        for _ in range(5):
+            assert torch.equal(replay(x), expected)
+
+
+def test_replays_of_several_threads_at_a_time(threads):
+    threads(3)
+    inputs = [numbers(500 + 37 * at, 32, seed=at) for at in range(4)]
+    expected = [deep(x) for x in inputs]
+    replays = [native_replay(capture(deep, [x])) for x in inputs]
+    wrong = []
+
+    def run(at):
+        for _ in range(20):
+            if not torch.equal(replays[at](inputs[at]), expected[at]):
+                wrong.append(at)
+
+    running = [threading.Thread(target=run, args=(at,)) for at in range(4)]
+    for one in running:
+        one.start()
+    for one in running:
+        one.join()
+    assert not wrong
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_replay_after_a_fork(threads):
+    threads(2)
+    x = numbers(700, 32)
+    expected = deep(x)
+    replay = native_replay(capture(deep, [x]))
+    assert torch.equal(replay(x), expected)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if all(torch.equal(replay(x), expected) for _ in range(3)) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert torch.equal(replay(x), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "mamba2", "deepseek_v3_moe"])
+def test_decode_steps_run_natively_with_the_bits_of_python(family):
+    model = random_model(family)
+    params = toolkit.SamplingParams(max_tokens=12, temperature=0.8, seed=3, ignore_eos=True)
+    results = []
+    for executors in ((native_replay,), (straight_line,)):
+        with toolkit.Engine(model, max_num_seqs=4, max_model_len=64) as engine:
+            engine.backend.graphs.executors = executors
+            results.append(engine.generate([[5, 6, 7], [9, 8], list(range(40, 70))], params))
+            assert engine.backend.graphs.captured > 0
+    for ours, plain in zip(*results):
+        assert ours.error is None
+        assert ours.token_ids == plain.token_ids
+        assert ours.logprobs == plain.logprobs
