@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import toolkit
+from toolkit.engine.step import decode_graphs
 from toolkit.engine.step.executors import straight_line
 from toolkit.engine.step.graph import capture
 from toolkit.engine.step.native import native_replay
@@ -18,6 +19,7 @@ from toolkit.testing.models import random_model
 pytestmark = pytest.mark.skipif(native.load() is None, reason="the native library is not built")
 
 WEIGHT = torch.randn(48, 32, generator=torch.Generator().manual_seed(1))
+VIEWS = {getattr(torch.ops.aten, name).default for name in ("view", "unsqueeze", "expand")}
 BIAS = torch.randn(48, generator=torch.Generator().manual_seed(2))
 LIBRARY = torch.library.Library("executor_test", "DEF")
 LIBRARY.define("in_python(Tensor x, float factor, int[]? shape=None, *, bool flip=False) -> (Tensor, Tensor[])")
@@ -190,3 +192,19 @@ def test_decode_steps_run_natively_with_the_bits_of_python(family):
         assert ours.error is None
         assert ours.token_ids == plain.token_ids
         assert ours.logprobs == plain.logprobs
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_launches_of_a_dense_layer(family, monkeypatch):
+    """At most ten, views not counted; three more for the embedding, the rotary tables and the head."""
+    model, graphs = random_model(family), []
+    optimize = decode_graphs.optimize
+    monkeypatch.setattr(decode_graphs, "optimize", lambda graph: graphs.append(optimize(graph)) or graphs[-1])
+    with toolkit.Engine(model, max_num_seqs=4, max_model_len=64) as engine:
+        engine.generate([[5, 6, 7]], toolkit.SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True))
+    launches = [str(node.op) for node in graphs[0].nodes if node.op not in VIEWS]
+    layers = model.config.num_hidden_layers
+    assert launches.count("toolkit.attention.default") == launches.count("toolkit.rotary_write.default") == layers
+    assert launches.count("toolkit.gated_linear.default") == layers
+    beside = 3 + 2 * (family == "gemma2")  # it scales embeddings and bounds logits
+    assert len(launches) - beside - 2 <= 10 * layers, launches

@@ -59,4 +59,7 @@ print(rms_norm(linear(torch.ones(2, 3), torch.eye(3)), None, 0.0).tolist())
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_lies_in_the_house_form(folder):
     names = {path.name for path in (Path(toolkit.ops.__file__).parent / folder).iterdir()}
-    assert {"__init__.py", "reference.py", "cpu.cpp", "triton.py"} <= names
+    assert {"__init__.py", "reference.py", "cpu.cpp"} <= names
+    op = registry._OPS.get(folder)
+    composed = op is not None and op.triton.__name__ == f"toolkit.ops.{folder}.reference.{folder}"
+    assert composed != ("triton.py" in names)  # an op made of others has no kernels but theirs

@@ -23,11 +23,11 @@ class _Links:
 
     def __init__(self, graph: CapturedGraph) -> None:
         self.makers: dict[Value, Node] = {}
-        self.readers: dict[Value, list[Node]] = {}
+        self.users: dict[Value, list[Node]] = {}
         self.output = graph.output
         for node in graph.nodes:
             for value in node.reads:
-                self.readers.setdefault(value, []).append(node)
+                self.users.setdefault(value, []).append(node)
             for value in node.results:
                 self.makers[value] = node
 
@@ -36,10 +36,10 @@ class _Links:
         node = self.makers.get(value) if isinstance(value, Value) else None
         if node is None or node.op is not op or value is self.output:
             return None
-        return node if self.readers[node.results[0]] == [reader] else None
+        return node if self.users[node.results[0]] == [reader] else None
 
     def before_views(self, value: Value, reader: Node) -> tuple[Value, Node]:
-        """What ``value`` is the same memory of in another shape, and who reads that."""
+        """What ``value`` is the same memory of in another shape, and who uses that."""
         while (view := self.maker(value, _ATEN.view.default, reader)) is not None:
             source = view.reads[0]
             if not source.tensor.is_contiguous():
@@ -98,7 +98,7 @@ def _last_write(pool: object, attention: Node, links: _Links, order: dict[Node, 
     """The write into ``pool`` after which ``attention`` is the next to read it."""
     if not isinstance(pool, Value) or pool.kind != "constant":
         return None
-    before = [node for node in links.readers[pool] if order[node] < order[attention]]
+    before = [node for node in links.users[pool] if order[node] < order[attention]]
     last = before[-1] if before else None
     return last if last is not None and last.op is _OURS.state_write.default and last.args[0] is pool else None
 
@@ -120,7 +120,7 @@ def fuse_gated_linear(graph: CapturedGraph) -> None:
             continue
         gate, up, kind = node.args
         group = links.maker(gate, _OURS.linear_group.default, node)
-        if group is None or group.results != [gate, up] or links.readers[up] != [node] or up is links.output:
+        if group is None or group.results != [gate, up] or links.users[up] != [node] or up is links.output:
             continue
         x, weights, biases = group.args
         if weights[0].tensor.shape == weights[1].tensor.shape:

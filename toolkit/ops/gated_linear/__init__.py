@@ -13,6 +13,7 @@ _OP = register(
     " -> Tensor",
     reference=reference.gated_linear,
     fake=reference.gated_linear_fake,
+    triton="toolkit.ops.gated_linear.reference.gated_linear",  # the ops one after the other, by their own kernels
 )
 
 
@@ -33,7 +34,7 @@ def gated_linear(
         gate_weight, up_weight: [N, K] in x's dtype.
         gate_bias, up_bias: [N] in x's dtype, or None.
         kind: as for ``gated_activation``.
-        impl: None (by device), "reference" or "cpu".
+        impl: None (by device), "reference", "cpu" or "triton".
 
     Returns:
         [..., N] in x's dtype.

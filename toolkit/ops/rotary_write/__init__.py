@@ -12,6 +12,7 @@ _OP = register(
     " Tensor cos, Tensor sin, bool interleaved, Tensor(a!) keys, Tensor(b!) values, Tensor slots) -> Tensor",
     reference=reference.rotary_write,
     fake=reference.rotary_write_fake,
+    triton="toolkit.ops.rotary_write.reference.rotary_write",  # the ops one after the other, by their own kernels
 )
 
 
@@ -49,7 +50,7 @@ def rotary_write(
         keys: [slots, H, D] in q's dtype, written in place.
         values: [slots, H, V], written in place.
         slots: [T] int64, T >= 1, all different where not negative; negative ones are skipped.
-        impl: None (by device), "reference" or "cpu".
+        impl: None (by device), "reference", "cpu" or "triton".
 
     Returns:
         [T, Hq, D] in q's dtype.
