@@ -196,7 +196,7 @@ def test_decode_steps_run_natively_with_the_bits_of_python(family):
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
 def test_launches_of_a_dense_layer(family, monkeypatch):
-    """At most ten, views not counted; three more for the embedding, the rotary tables and the head."""
+    """At most ten, views not counted. Beside them the embedding, the rotary tables, the first norm and the head."""
     model, graphs = random_model(family), []
     optimize = decode_graphs.optimize
     monkeypatch.setattr(decode_graphs, "optimize", lambda graph: graphs.append(optimize(graph)) or graphs[-1])
@@ -206,5 +206,5 @@ def test_launches_of_a_dense_layer(family, monkeypatch):
     layers = model.config.num_hidden_layers
     assert launches.count("toolkit.attention.default") == launches.count("toolkit.rotary_write.default") == layers
     assert launches.count("toolkit.gated_linear.default") == layers
-    beside = 3 + 2 * (family == "gemma2")  # it scales embeddings and bounds logits
-    assert len(launches) - beside - 2 <= 10 * layers, launches
+    beside = 4 + 4 * (family == "gemma2")  # it scales embeddings and bounds logits
+    assert len(launches) <= beside + (10 if family == "gemma2" else 8) * layers, launches
