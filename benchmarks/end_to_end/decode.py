@@ -1,0 +1,93 @@
+"""Decode steps of the engine by both executors of captured graphs, and what a step costs the host.
+
+``python -m benchmarks.decode``: steps of one model are taken in turns, native and straight-line Python. A step cannot
+take less than reading its weights once, at the rate that a sum over as many bytes has in the same run; from some batch on
+arithmetic takes longer than that. ``thin`` has 36 layers so narrow that at batch 1 its step is what the host costs.
+"""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+
+import toolkit
+from benchmarks.common import interleaved, llama, print_table, write_json
+from benchmarks.end_to_end.narrow import smollm2
+from toolkit.engine.step.executors import EXECUTORS, straight_line
+
+SIDES = {"native": EXECUTORS, "straight line": (straight_line,)}
+
+
+def thin() -> Any:
+    """36 layers of Qwen3 whose matrices hold a few numbers."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config: Any = Qwen3Config(
+        vocab_size=512, hidden_size=16, intermediate_size=16, num_hidden_layers=36, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8,
+    )  # fmt: skip
+    return Qwen3ForCausalLM(config).eval()
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: llama().eval(),
+    "smollm2": lambda: smollm2(torch.float32, 30),
+    "thin": thin,
+}
+
+
+def steps(model: Any, batch: int, repeats: int) -> dict[str, list[float]]:
+    """Seconds of decode steps of ``batch`` sequences, by executor, in turns."""
+    engines = {}
+    for side, executors in SIDES.items():
+        engine = engines[side] = toolkit.Engine(model, max_num_seqs=batch, max_model_len=256 + 4 * repeats)
+        engine.backend.graphs.executors = executors  # type: ignore[attr-defined]
+        params = toolkit.SamplingParams(max_tokens=128 + 4 * repeats, temperature=0.0, ignore_eos=True)
+        for at in range(batch):
+            engine.submit([3 + at % 7] * 64, params)
+        for _ in range(4 + batch * 64 // 2048):  # the prompts, and the capture
+            engine.step()
+    seconds = interleaved({side: engine.step for side, engine in engines.items()}, repeats, warmup=4)
+    for engine in engines.values():
+        engine.close()
+    return seconds
+
+
+def read_rate(size: int) -> float:
+    """Bytes per second of a sum over ``size`` bytes of float32, the best of five."""
+    values = torch.ones(size // 4)
+    return size / min(interleaved({"sum": partial(torch.sum, values)}, 5)["sum"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=sorted(MODELS), default=list(MODELS))
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 16, 64])
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", help="name of the file under benchmarks/results; no file without it")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    rows, found = [], []
+    for name in arguments.models:
+        torch.manual_seed(0)
+        model = MODELS[name]()
+        toolkit.patch(model, numerics="bitwise")
+        size = sum(parameter.nbytes for parameter in model.parameters())
+        limit = size / read_rate(max(size, 1 << 28))
+        for batch in arguments.batch:
+            seconds = steps(model, batch, arguments.repeats)
+            medians = {side: median(values) for side, values in seconds.items()}
+            ratio = medians["straight line"] / medians["native"]
+            rows.append([name, batch, *(1e3 * medians[side] for side in SIDES), f"{ratio:.2f}x", 1e3 * limit])
+            found.append({"model": name, "batch": batch, "seconds": seconds, "ratio": ratio, "read_s": limit})
+    print_table("a decode step, fp32", ["model", "batch", "native ms", "Python ms", "ratio", "reading ms"], rows)
+    if arguments.json:
+        print(f"written to {write_json(arguments.json, {'threads': arguments.threads, 'steps': found})}")
+
+
+if __name__ == "__main__":
+    main()
