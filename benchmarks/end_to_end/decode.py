@@ -1,8 +1,8 @@
 """Decode steps of the engine by both executors of captured graphs, and what a step costs the host.
 
 ``python -m benchmarks.decode``: steps of one model are taken in turns, native and straight-line Python. A step cannot
-take less than reading its weights once, at the rate that a sum over as many bytes has in the same run; from some batch on
-arithmetic takes longer than that. ``thin`` has 36 layers so narrow that at batch 1 its step is what the host costs.
+take less than reading its weights once, at the rate that a sum over as many bytes has in the same run; from some batch
+on arithmetic takes longer than that. ``thin`` has 36 layers so narrow that at batch 1 its step is what the host costs.
 """
 
 import argparse
