@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
-from toolkit.engine.step.executors import EXECUTORS, Executor
+from toolkit.engine.step.executors import EXECUTORS, Executor, holds
 from toolkit.engine.step.graph import CapturedGraph, capture
 from toolkit.engine.step.passes import optimize
 from toolkit.patching import report_of
@@ -15,7 +16,7 @@ from toolkit.patching.forward import context_forward
 from toolkit.patching.multimodal.entry import MediaEntry
 from toolkit.patching.settings import ModelSettings
 from toolkit.patching.weights import weight_clock
-from toolkit.state import PagedContext, RaggedBatch
+from toolkit.state import PagedContext, PagedRows, RaggedBatch
 
 # A batch is padded up to the next size, so that a few graphs serve every batch. Rows cost little next to weights.
 CAPTURE_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256)
@@ -33,7 +34,8 @@ class DecodeGraphs:
     between two replays. Graphs are dropped when the layout of the weights changes (``WeightClock``) or an attribute of
     a module (``ModelSettings``), and when another patch is in place. A forward that reads weights on the host is
     captured again for each version of them. Hooks are found by ``find_hooks``, which the caller runs whenever a prompt
-    enters. A model with a data-dependent op has no graphs and runs eagerly.
+    enters. A model with a data-dependent op has no graphs and runs eagerly. A replay with fixed addresses
+    (``FixedReplay``) is captured again where they, or the sizes of its buffers, do not hold.
     """
 
     def __init__(self, model: nn.Module, executors: Sequence[Executor] = EXECUTORS) -> None:
@@ -84,10 +86,10 @@ class DecodeGraphs:
         inputs = _tensors(context)
         size = len(context.batch.tokens), context.batch.positions.dim()
         replay = self._graphs.get(size)
-        if replay is None:
+        if replay is None or not holds(replay, inputs):
             # Captured outside inference mode: tensors made by the capture belong to later steps too.
             with torch.inference_mode(False), torch.no_grad():
-                graph = capture(self._function(context), [part.clone() for part in inputs])
+                graph = capture(self._function(context), _with_room(context))
                 # The capture was this step: run twice, a recurrence would advance by two tokens.
                 logits = graph.output.tensor
                 self.data_dependent_op = graph.data_dependent_op
@@ -123,6 +125,20 @@ def _tensors(context: PagedContext) -> list[Tensor]:
     return [getattr(batch, name) for name in _own(batch)] + [
         getattr(view, part.name) for view in batch.views for part in fields(view)
     ]
+
+
+def _with_room(context: PagedContext) -> list[Tensor]:
+    """Copies of ``_tensors`` with columns of block tables to spare, which a replay into fixed buffers can grow into."""
+    tables = {id(view.block_tables) for view in context.batch.views if isinstance(view, PagedRows)}
+    return [
+        pad(part, (0, _room(part.shape[1]) - part.shape[1])) if id(part) in tables else part.clone()
+        for part in _tensors(context)
+    ]
+
+
+def _room(columns: int) -> int:
+    """The next power of two, 8 at least, so that a sequence outgrows few graphs."""
+    return max(8, 1 << max(columns - 1, 0).bit_length())
 
 
 def _with_tensors(context: PagedContext, tensors: Sequence[Tensor]) -> PagedContext:

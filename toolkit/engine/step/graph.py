@@ -114,8 +114,8 @@ class CapturedGraph:
 
         for node in self.nodes if others else ():
             if any(value in others for value in node.reads):
-                node.args = _mapped(node.args, follow)
-                node.kwargs = {name: _mapped(argument, follow) for name, argument in node.kwargs.items()}
+                node.args = mapped(node.args, follow)
+                node.kwargs = {name: mapped(argument, follow) for name, argument in node.kwargs.items()}
         self.output = follow(self.output)
 
     def compile(self) -> Callable[..., Tensor]:
@@ -186,12 +186,12 @@ def values_in(argument: Argument | Result) -> Iterator[Value]:
             yield from values_in(item)
 
 
-def _mapped(argument: Argument, function: Callable[[Value], Value]) -> Argument:
-    """``argument`` with ``function`` applied to its values."""
+def mapped(argument: Argument, function: Callable[[Value], Any]) -> Argument:
+    """``argument`` with ``function`` of each of its values in the place of the value."""
     if isinstance(argument, Value):
         return function(argument)
     if isinstance(argument, (list, tuple)):
-        return type(argument)(_mapped(item, function) for item in argument)
+        return type(argument)(mapped(item, function) for item in argument)
     return argument
 
 
@@ -218,9 +218,9 @@ class _Capture(TorchDispatchMode):
             self._varying.update(node.results)
             if node.writes:
                 self._varying.update(reads)
-            if _is_data_dependent(func, args):
+            if is_data_dependent(func, args):
                 self.data_dependent_op = self.data_dependent_op or str(func)
-        elif _is_data_dependent(func, args):
+        elif is_data_dependent(func, args):
             self.reads_constants = True
         return result
 
@@ -255,7 +255,7 @@ class _Capture(TorchDispatchMode):
         return self._values[id(tensor)]
 
 
-def _is_data_dependent(op: OpOverload, args: Any) -> bool:
+def is_data_dependent(op: OpOverload, args: Any) -> bool:
     """Whether a result, or its shape, is computed on the host from the values of the arguments."""
     if op in _INDEXED:  # only by a mask
         return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
