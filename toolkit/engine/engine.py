@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -358,7 +359,9 @@ class Engine:
                 row += 1
         if not sequences:
             return
-        samples = self._sampler.sample(logits if len(rows) == row else logits[rows], sequences)
+        threads: Any = getattr(self.backend, "sampling_threads", nullcontext)
+        with threads():
+            samples = self._sampler.sample(logits if len(rows) == row else logits[rows], sequences)
         for sequence, token, logprob, sampling, top, error in zip(
             sequences,
             samples.token_ids,

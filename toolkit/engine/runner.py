@@ -2,6 +2,7 @@
 
 import math
 from collections import abc
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,6 +15,7 @@ from toolkit.engine.scheduler import Chunk
 from toolkit.engine.step.decode_graphs import DecodeGraphs, padded_size
 from toolkit.errors import ToolkitError
 from toolkit.numerics import Numerics
+from toolkit.ops.executor import step_threads
 from toolkit.patching import patch, report_of
 from toolkit.patching.adapters import fuse_adapters, inner_model, vocabulary_size
 from toolkit.patching.eval_mode import eval_mode
@@ -31,7 +33,8 @@ class Backend(Protocol):
     """What the engine needs of a model; anything with these methods may stand in for one.
 
     A backend whose rotary tables depend on the length of the sequence also has ``rotary_length``, as ``PatchedModel``;
-    batches then say by which length each row's are made (``RaggedBatch.rotary_lengths``). One that takes pictures has
+    batches then say by which length each row's are made (``RaggedBatch.rotary_lengths``). ``sampling_threads`` gives a
+    context in which the logits of the last forward are sampled. One that takes pictures has
     ``expand``, ``encode`` and ``span_layers``. One with ``keeps_prompts`` is told what each row's prompt is
     (``RaggedBatch.prompt_lengths``).
     """
@@ -131,6 +134,10 @@ class PatchedModel:
     def decode_size(self, sequences: int) -> int:
         return padded_size(sequences)
 
+    def sampling_threads(self) -> AbstractContextManager[None]:
+        """In what the logits of the last forward are sampled: on its threads."""
+        return step_threads() if self.graphs.own_threads else nullcontext()
+
     @property
     def span_layers(self) -> frozenset[int] | None:
         """Indices of the layers in which the tokens of a picture see each other."""
@@ -155,8 +162,13 @@ class PatchedModel:
 
     def forward(self, context: PagedContext, rows: Tensor) -> Tensor:
         with eval_mode(self.model):
+            self.graphs.own_threads = False
             if self.graphs.serves(context):
-                return self.graphs.forward(context)[rows]
+                logits = self.graphs.forward(context)
+                # A native replay's memory is fresh, and to copy these rows would wake OpenMP's threads.
+                if self.graphs.own_threads and len(rows) and int(rows[-1]) == len(rows) - 1:
+                    return logits[: len(rows)]
+                return logits[rows]
             self.graphs.find_hooks()
             return context_forward(self.model, context, rows)
 

@@ -48,6 +48,7 @@ class DecodeGraphs:
         self._reads_weights = False
         self._hooked = False
         self.data_dependent_op = ""
+        self.own_threads = False
         self.find_hooks()
 
     @property
@@ -98,6 +99,7 @@ class DecodeGraphs:
                 if not self.data_dependent_op:
                     self._graphs[size] = self._executable(optimize(graph))
             return logits
+        self.own_threads = getattr(replay, "own_threads", False)
         return replay(*inputs)
 
     def _executable(self, graph: CapturedGraph) -> Callable[..., Tensor]:

@@ -28,13 +28,43 @@ def native_replay(graph: CapturedGraph) -> Callable[..., Tensor] | None:
             _add(program, node, numbers, dying.get(node, []))
     except (RuntimeError, TypeError):  # a value that the library has no word for: a generator, say
         return None
-    run = program.run
+    return NativeReplay(program.run, _has_own_threads(graph))
 
-    def replay(*inputs: Tensor) -> Tensor:
-        result: Tensor = run(inputs)
+
+class NativeReplay:
+    """A program of the native library.
+
+    Attributes:
+        own_threads: whether its kernels share out work as in ``step_threads``.
+    """
+
+    def __init__(self, run: Any, own_threads: bool) -> None:
+        self._run = run
+        self.own_threads = own_threads
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        result: Tensor = self._run(inputs, self.own_threads)
         return result
 
-    return replay
+
+def _has_own_threads(graph: CapturedGraph) -> bool:
+    """Whether next to nothing of a graph runs on OpenMP's threads, which go on spinning after each op of theirs."""
+    return sum(map(_runs_on_openmp, graph.nodes)) <= 1
+
+
+def _runs_on_openmp(node: Node) -> bool:
+    """Whether torch shares the op out to its threads: an own op of torch, no view, with a large result."""
+    schema = node.op._schema
+    view = any(one.alias_info is not None and not one.alias_info.is_write for one in schema.returns)
+    if view or schema.name.startswith("toolkit::"):
+        return False
+    products = schema.name.split("::")[1].split(".")[0] in _PRODUCTS
+    computed = [value for value in (*node.reads, *node.results) if value.kind != "constant"]
+    return products or any(value.tensor.numel() >= _GRAIN for value in computed)
+
+
+_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "einsum", "convolution"}
+_GRAIN = 32768  # elements from which torch wakes threads (at::internal::GRAIN_SIZE)
 
 
 def _on_cpu(graph: CapturedGraph) -> bool:

@@ -3,7 +3,7 @@
 // Values of a run are registers. An argument is a constant (a parameter, a number), a register, or a list of tensors of
 // either sort. Kernels are called below autograd, for the graph's device; what is no kernel of the device's own is found
 // by torch's dispatcher as always. A register is emptied by its last reader. The threads stay with the run from its first
-// kernel to its last (team.h).
+// kernel to its last (team.h), where asked to.
 #include <ATen/ScalarOps.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/List.h>
@@ -122,11 +122,13 @@ class Program : public torch::CustomClassHolder {
 
   int64_t size() const { return nodes_.size(); }
 
-  Tensor run(const std::vector<Tensor>& inputs) const {
+  // With `own_threads` kernels share out work to the step's team, else to torch's threads.
+  Tensor run(const std::vector<Tensor>& inputs, bool own_threads) const {
     TORCH_CHECK(inputs.size() == inputs_.size(), "executor: inputs must be ", inputs_.size(), " tensors, got ",
                 inputs.size(), ".");
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    const threads::Team::Scope team;
+    std::optional<threads::Team::Scope> team;
+    if (own_threads) team.emplace();
     const bool profiled = at::hasCallbacks();
     std::vector<IValue> registers(registers_);
     for (size_t i = 0; i < inputs.size(); ++i) registers[inputs_[i]] = inputs[i];
@@ -192,7 +194,13 @@ class Program : public torch::CustomClassHolder {
   std::vector<Node> nodes_;
 };
 
+// Kernels of the calling thread share out work to the step's team for as long as this lives.
+class StepThreads : public torch::CustomClassHolder {
+  threads::Team::Scope team_;
+};
+
 TORCH_LIBRARY(toolkit_native, m) {
+  m.class_<StepThreads>("StepThreads").def(torch::init<>());
   m.class_<Program>("Program")
       .def(torch::init<std::vector<int64_t>, int64_t, int64_t>())
       .def("add_node", &Program::add_node)
