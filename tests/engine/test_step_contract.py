@@ -286,7 +286,7 @@ def test_fixed_addresses_notice_other_memory_without_the_weight_clock(move, monk
     lockstep.close()
 
 
-@pytest.mark.parametrize("move", MOVES)
+@pytest.mark.parametrize("move", MOVES[1:])  # a pool that slept may wake up at the addresses that it had
 def test_these_schedules_find_a_back_end_that_does_not_look_at_addresses(move, monkeypatch):
     lockstep, chance = steady(recorded_replay), random.Random(5)
     monkeypatch.setattr(WeightClock, "_number_of_layout", lambda self: self.layout)
