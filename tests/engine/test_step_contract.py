@@ -270,7 +270,8 @@ def test_block_tables_grow_in_recorded_buffers_and_beyond():
     lockstep.close()
 
 
-MOVES = [slept, freed_and_taken_again, given_other_memory, moved_to_another_dtype]
+# Not ``slept``: a pool may wake up at the addresses that it had, and then there is nothing to notice.
+MOVES = [freed_and_taken_again, given_other_memory, moved_to_another_dtype]
 
 
 @pytest.mark.parametrize("move", MOVES)
@@ -286,7 +287,7 @@ def test_fixed_addresses_notice_other_memory_without_the_weight_clock(move, monk
     lockstep.close()
 
 
-@pytest.mark.parametrize("move", MOVES[1:])  # a pool that slept may wake up at the addresses that it had
+@pytest.mark.parametrize("move", MOVES)
 def test_these_schedules_find_a_back_end_that_does_not_look_at_addresses(move, monkeypatch):
     lockstep, chance = steady(recorded_replay), random.Random(5)
     monkeypatch.setattr(WeightClock, "_number_of_layout", lambda self: self.layout)
