@@ -362,14 +362,7 @@ class Engine:
         threads: Any = getattr(self.backend, "sampling_threads", nullcontext)
         with threads():
             samples = self._sampler.sample(logits if len(rows) == row else logits[rows], sequences)
-        for sequence, token, logprob, sampling, top, error in zip(
-            sequences,
-            samples.token_ids,
-            samples.logprobs,
-            samples.sampling_logprobs,
-            samples.top_logprobs,
-            samples.errors,
-        ):
+        for sequence, (token, logprob, sampling, top, error) in zip(sequences, samples.rows()):
             if sequence.completion is not None:  # a sibling failed, and with it the request
                 continue
             if error is not None:

@@ -42,6 +42,10 @@ class Samples:
     top_logprobs: list[dict[int, float] | None]
     errors: list[str | None]
 
+    def rows(self) -> abc.Iterator[tuple[int, float, float, dict[int, float] | None, str | None]]:
+        """Of each row its token, log-probabilities, most probable tokens and error."""
+        return zip(self.token_ids, self.logprobs, self.sampling_logprobs, self.top_logprobs, self.errors)
+
 
 class BatchParams:
     """What a batch of these sequences needs at every step and no step changes."""

@@ -48,7 +48,7 @@ class NativeReplay:
 
 
 def _has_own_threads(graph: CapturedGraph) -> bool:
-    """Whether next to nothing of a graph runs on OpenMP's threads, which go on spinning after each op of theirs."""
+    """Whether next to nothing of a graph runs on OpenMP's threads, which spin for a while after each op of theirs."""
     return sum(map(_runs_on_openmp, graph.nodes)) <= 1
 
 
