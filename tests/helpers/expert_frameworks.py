@@ -1,5 +1,6 @@
 """Run by test_expert_frameworks.py in every process: the small MoE model under accelerate and DeepSpeed."""
 
+import gc
 import os
 import zlib
 from typing import Any
@@ -55,6 +56,11 @@ def under_accelerate(rank: int, size: int, store: str, experts: int) -> None:
         sharded.clip(wrapped.parameters(), CLIP)
         optimizer.step()
     compare(losses, gather_state_dict(model, sharded), size)
+    # DDP's reducer goes while the group lives: as the group's last owner it would wait, holding the interpreter's lock,
+    # for a thread of gloo that waits for that lock.
+    del wrapped, optimizer, loss
+    accelerator.free_memory()
+    gc.collect()
     dist.destroy_process_group()
 
 
