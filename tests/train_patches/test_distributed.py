@@ -26,9 +26,9 @@ def line_of(file: str) -> str:
     return line
 
 
-def run(line: str, script: str, folder: Path, cases: str = "all") -> None:
+def run(line: str, script: str, folder: Path, *cases: str) -> None:
     """A launch line with a script of this folder in the place of the user's; both processes must say that all held."""
-    words = [*line.replace("train.py", f"{HERE / script} {folder}").split(), cases]
+    words = [*line.replace("train.py", f"{HERE / script} {folder}").split(), *cases]
     settings = dict(word.split("=", 1) for word in words if re.match(r"[A-Z_]+=", word))
     program, *arguments = words[len(settings) :]
     with socket.socket() as free:
@@ -57,7 +57,7 @@ def test_fsdp2_in_short(tmp_path: Path) -> None:
 @pytest.mark.sweep
 @pytest.mark.parametrize("file", ["ddp.yaml", "fsdp2.yaml"])
 def test_accelerate(file: str, tmp_path: Path) -> None:
-    run(line_of(file), "under_accelerate.py", tmp_path)
+    run(line_of(file), "under_accelerate.py", tmp_path, "all")
 
 
 @pytest.mark.sweep  # test_expert_frameworks.py has DeepSpeed's stage 2
