@@ -1,11 +1,13 @@
 """Decode steps of the engine by both executors of captured graphs, and what a step costs the host.
 
-``python -m benchmarks.decode``: steps of one model are taken in turns, native and straight-line Python. A step cannot
+``python -m benchmarks.decode``: the executors take turns of a few steps, after a pause in which the other's threads
+fall asleep (OpenMP's spin for some milliseconds after each op, on the cores that the next step wants). A step cannot
 take less than reading its weights once, at the rate that a sum over as many bytes has in the same run; from some batch
 on arithmetic takes longer than that. ``thin`` has 36 layers so narrow that at batch 1 its step is what the host costs.
 """
 
 import argparse
+import time
 from collections.abc import Callable
 from functools import partial
 from statistics import median
@@ -14,10 +16,11 @@ from typing import Any
 import torch
 
 import toolkit
-from benchmarks.common import interleaved, llama, print_table, write_json
+from benchmarks.common import interleaved, llama, print_table, turns, write_json
 from benchmarks.end_to_end.narrow import smollm2
 from toolkit.engine.step.executors import EXECUTORS, straight_line
 
+STEPS = 3  # timed, of each turn
 SIDES = {"native": EXECUTORS, "straight line": (straight_line,)}
 
 
@@ -43,14 +46,21 @@ def steps(model: Any, batch: int, repeats: int) -> dict[str, list[float]]:
     """Seconds of decode steps of ``batch`` sequences, by executor, in turns."""
     engines = {}
     for side, executors in SIDES.items():
-        engine = engines[side] = toolkit.Engine(model, max_num_seqs=batch, max_model_len=256 + 4 * repeats)
+        engine = engines[side] = toolkit.Engine(model, max_num_seqs=batch, max_model_len=256 + 8 * repeats)
         engine.backend.graphs.executors = executors  # type: ignore[attr-defined]
-        params = toolkit.SamplingParams(max_tokens=128 + 4 * repeats, temperature=0.0, ignore_eos=True)
+        params = toolkit.SamplingParams(max_tokens=128 + 8 * repeats, temperature=0.0, ignore_eos=True)
         for at in range(batch):
             engine.submit([3 + at % 7] * 64, params)
         for _ in range(4 + batch * 64 // 2048):  # the prompts, and the capture
             engine.step()
-    seconds = interleaved({side: engine.step for side, engine in engines.items()}, repeats, warmup=4)
+    seconds: dict[str, list[float]] = {side: [] for side in engines}
+    for side in turns(engines, repeats):
+        time.sleep(0.05)
+        engines[side].step()
+        for _ in range(STEPS):
+            begun = time.perf_counter()
+            engines[side].step()
+            seconds[side].append(time.perf_counter() - begun)
     for engine in engines.values():
         engine.close()
     return seconds
@@ -66,7 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=sorted(MODELS), default=list(MODELS))
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 16, 64])
-    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--repeats", type=int, default=12)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", help="name of the file under benchmarks/results; no file without it")
     arguments = parser.parse_args()
