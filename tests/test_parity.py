@@ -45,6 +45,13 @@ def test_no_token_differs_when_weights_are_written_meanwhile(case):
     assert parity.prefix_cache_hits > 0
 
 
+def test_adapters_of_a_model_whose_kernels_read_a_projection_themselves():
+    adapted = with_embedding_adapters(random_model("mamba2"))
+    layers = {name.rpartition(".")[0] for name, _ in adapted.named_modules() if name.endswith("lora_A")}
+    assert any(name.endswith("in_proj") for name in layers)
+    assert not any(name.endswith("out_proj") for name in layers)
+
+
 @pytest.mark.parametrize(
     "family", ["llama", *(pytest.param(f, marks=pytest.mark.sweep) for f in FAMILIES if f != "llama")]
 )

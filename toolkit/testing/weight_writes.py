@@ -242,6 +242,10 @@ def weight_writes(model: Any) -> dict[str, WeightWrite]:
     return found
 
 
+# PEFT refuses adapters on the layer whose weight these models' fused kernels read themselves.
+_READ_OUT_PROJ = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
+
+
 def with_embedding_adapters(model: Any) -> Any:
     """``model`` with two LoRA adapters of PEFT's, on its projections and on its embedding; changed in place.
 
@@ -256,6 +260,8 @@ def with_embedding_adapters(model: Any) -> Any:
         for path, module in model.named_modules()
         if module is embedding or (type(module) is nn.Linear and module is not output)
     }
+    if model.config.model_type in _READ_OUT_PROJ:
+        targets -= {"out_proj"}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for name in ("first", "second"):
