@@ -120,10 +120,11 @@ def given_other_memory(lockstep, chance):
 def freed_and_taken_again(lockstep, chance):
     _, _, parameter = some_parameter(lockstep.model, chance)
     storage, value = parameter.untyped_storage(), parameter.detach() * 1.02
-    size = storage.nbytes()
-    storage.resize_(0)
-    held = torch.empty(size, dtype=torch.uint8)  # so that it does not come back to its old address
-    storage.resize_(size)
+    size, address, held = storage.nbytes(), storage.data_ptr(), []
+    while storage.data_ptr() in (0, address):  # an allocator may give it its old address again
+        storage.resize_(0)
+        held.append(torch.empty(size, dtype=torch.uint8))
+        storage.resize_(size)
     with torch.no_grad():
         parameter.copy_(value)
     del held

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import toolkit
+from tests.helpers.ragged_training import check_against_unpatched
 from toolkit.patching.state_spec import state_spec
 from toolkit.testing.architectures import IMAGE_TEXT, small_model
 
@@ -68,27 +69,7 @@ def test_a_layer_keeps_the_latents_that_it_takes(model):
 def test_ragged_batches_and_gradients_are_those_of_the_unpatched_model(model):
     """Two sequences beyond the keys that are selected: log-probabilities, and the gradient of every parameter."""
     texts = [tokens(21), tokens(13, seed=5)]
-
-    def gradients(values):
-        model.zero_grad()
-        torch.cat(values).sum().backward()
-        return {name: p.grad.double().clone() for name, p in model.named_parameters() if p.grad is not None}
-
-    got = toolkit.token_logprobs(model, texts)
-    mine = gradients(got)
-    toolkit.unpatch(model)
-    expected = []
-    for text in texts:
-        ids = torch.tensor([text])
-        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
-        expected.append(logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0])
-    theirs = gradients(expected)
-    toolkit.patch(model)
-    for one, other in zip(got, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=2e-5)
-    assert mine.keys() == theirs.keys()
-    difference = sum((mine[name] - theirs[name]).square().sum() for name in mine).sqrt()
-    assert difference < 1e-4 * sum(one.square().sum() for one in theirs.values()).sqrt()
+    check_against_unpatched(model, texts, atol=2e-5)
 
 
 def test_training_has_the_bits_of_decoding(model):

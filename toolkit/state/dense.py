@@ -12,7 +12,7 @@ from toolkit.ops.sparse_attention import sparse_attention
 from toolkit.state.batch import RaggedBatch
 from toolkit.state.context import AttentionSettings, ForwardContext
 from toolkit.state.pools import Pools, select_pools
-from toolkit.state.prompt_windows import seen_positions, sequence_positions
+from toolkit.state.prompt_windows import attend_prompt, sequence_positions
 from toolkit.state.relative_bias import biased_attention
 from toolkit.state.rotary_regimes import RotaryRegimes
 
@@ -54,11 +54,7 @@ class DenseContext(ForwardContext):
     def attend_prompt(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings, window: int
     ) -> Tensor:
-        seen = seen_positions(self.batch, window)
-        if seen is None:
-            return self.attend(layer, q, k, v, settings)
-        self.check_nothing_ahead(layer)
-        return self.attend_selected(layer, q, k, v, seen, settings)
+        return attend_prompt(self, layer, q, k, v, settings, window)
 
     def select(self, layer: int, q: Tensor, k: Tensor, weights: Tensor, topk: int, *, scale: float) -> Tensor:
         self.check_nothing_ahead(layer)

@@ -14,7 +14,7 @@ from toolkit.state.context import AttentionSettings, ForwardContext
 from toolkit.state.kinds import PagedRows, Snapshots
 from toolkit.state.pool import StatePool
 from toolkit.state.pools import Plan, Pools, select_pools
-from toolkit.state.prompt_windows import seen_positions, sequence_positions
+from toolkit.state.prompt_windows import attend_prompt, sequence_positions
 from toolkit.state.relative_bias import biased_attention
 
 
@@ -58,11 +58,7 @@ class PagedContext(ForwardContext):
     def attend_prompt(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings, window: int
     ) -> Tensor:
-        seen = seen_positions(self.batch, window)
-        if seen is None:
-            return self.attend(layer, q, k, v, settings)
-        self.check_nothing_ahead(layer)
-        return self.attend_selected(layer, q, k, v, seen, settings)
+        return attend_prompt(self, layer, q, k, v, settings, window)
 
     def select(self, layer: int, q: Tensor, k: Tensor, weights: Tensor, topk: int, *, scale: float) -> Tensor:
         """The selection over the blocks, after the new tokens' own keys went there."""

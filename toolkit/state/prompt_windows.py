@@ -55,3 +55,14 @@ def seen_positions(batch: RaggedBatch, window: int) -> Tensor | None:
     seen = torch.where(index < prompt[:, None], index, index - prompt[:, None] + begin[:, None])
     hidden = (seen > position[:, None]) | (row >= batch.query_offsets[-1])[:, None]
     return torch.where(hidden, -1, seen)
+
+
+def attend_prompt(
+    context: ForwardContext, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings, window: int
+) -> Tensor:
+    """``ForwardContext.attend_prompt`` by what ``context`` attends all keys and selected ones with."""
+    seen = seen_positions(context.batch, window)
+    if seen is None:
+        return context.attend(layer, q, k, v, settings)
+    context.check_nothing_ahead(layer)
+    return context.attend_selected(layer, q, k, v, seen, settings)

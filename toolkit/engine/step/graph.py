@@ -32,6 +32,8 @@ _HOST_READS = {
     Tensor.__index__,
 }
 _DATA_DEPENDENT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+PLAIN_TENSORS = {Tensor, torch.nn.Parameter}
+"""Types whose ops are those of their memory: other subclasses may do anything in their ``__torch_dispatch__``."""
 _INDEXED = {torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default}
 
 
@@ -103,6 +105,12 @@ class CapturedGraph:
     nodes: list[Node] = field(default_factory=list)
     data_dependent_op: str = ""
     reads_constants: bool = False
+
+    @property
+    def values(self) -> list[Value]:
+        """Every value that it is given, reads, makes or returns; several times where it stands in several places."""
+        of_nodes = (value for node in self.nodes for value in (*node.reads, *node.results))
+        return [*self.inputs, *of_nodes, self.output]
 
     def replace(self, others: dict[Value, Value]) -> None:
         """Let every reader of a key of ``others`` read its value instead."""

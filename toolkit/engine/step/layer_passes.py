@@ -59,12 +59,13 @@ def fuse_rotary_write(graph: CapturedGraph) -> None:
         if found is not None:
             fused[node], parts = found
             absorbed.update(parts)
-    graph.nodes = [
-        one
-        for node in graph.nodes
-        if node not in absorbed
-        for one in ([fused[node], node] if node in fused else [node])
-    ]
+    kept: list[Node] = []
+    for node in graph.nodes:
+        if node in fused:
+            kept.append(fused[node])
+        if node not in absorbed:
+            kept.append(node)
+    graph.nodes = kept
 
 
 def _prepared(attention: Node, links: _Links, order: dict[Node, int]) -> tuple[Node, list[Node]] | None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toolkit.engine.step.graph import Argument, CapturedGraph, Node, Result, Value
+from toolkit.engine.step.graph import PLAIN_TENSORS, Argument, CapturedGraph, Node, Result, Value
 from toolkit.ops.executor import new_program
 
 
@@ -58,7 +58,7 @@ def _runs_on_openmp(node: Node) -> bool:
     view = any(one.alias_info is not None and not one.alias_info.is_write for one in schema.returns)
     if view or schema.name.startswith("toolkit::"):
         return False
-    products = schema.name.split("::")[1].split(".")[0] in _PRODUCTS
+    products = schema.name.split("::")[1] in _PRODUCTS
     computed = [value for value in (*node.reads, *node.results) if value.kind != "constant"]
     return products or any(value.tensor.numel() >= _GRAIN for value in computed)
 
@@ -68,11 +68,7 @@ _GRAIN = 32768  # elements from which torch wakes threads (at::internal::GRAIN_S
 
 
 def _on_cpu(graph: CapturedGraph) -> bool:
-    values = [*graph.inputs, *(value for node in graph.nodes for value in (*node.reads, *node.results))]
-    return all(value.tensor.device.type == "cpu" and type(value.tensor) in _PLAIN for value in values)
-
-
-_PLAIN = {Tensor, torch.nn.Parameter}  # subclasses may do anything in their __torch_dispatch__
+    return all(one.tensor.device.type == "cpu" and type(one.tensor) in PLAIN_TENSORS for one in graph.values)
 
 
 def _registers(graph: CapturedGraph) -> list[Value]:

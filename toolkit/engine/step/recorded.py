@@ -14,10 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toolkit.engine.step.graph import Argument, CapturedGraph, Node, Value, is_data_dependent, mapped
+from toolkit.engine.step.graph import PLAIN_TENSORS, Argument, CapturedGraph, Node, Value, is_data_dependent, mapped
 from toolkit.errors import ToolkitError
-
-_PLAIN = {Tensor, torch.nn.Parameter}
 
 
 def recorded_replay(graph: CapturedGraph) -> "RecordedReplay | None":
@@ -31,8 +29,7 @@ def recorded_replay(graph: CapturedGraph) -> "RecordedReplay | None":
     for node in graph.nodes:  # what a constant decided is fixed too, unless its op is still there
         if is_data_dependent(node.op, mapped(node.args, lambda value: value.tensor)):
             raise _unreplayable(str(node.op))
-    values = [*graph.inputs, *(value for node in graph.nodes for value in (*node.reads, *node.results)), graph.output]
-    if not all(type(one.tensor) in _PLAIN and _is_strided_on_cpu(one.tensor) for one in values):
+    if not all(type(one.tensor) in PLAIN_TENSORS and _is_strided_on_cpu(one.tensor) for one in graph.values):
         return None
     with torch.inference_mode(False), torch.no_grad():
         return RecordedReplay(graph)

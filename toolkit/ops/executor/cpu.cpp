@@ -120,8 +120,6 @@ class Program : public torch::CustomClassHolder {
                 " must have ", schema.returns().size(), " results, got ", node.results.size(), ".");
   }
 
-  int64_t size() const { return nodes_.size(); }
-
   // With `own_threads` kernels share out work to the step's team, else to torch's threads.
   Tensor run(const std::vector<Tensor>& inputs, bool own_threads) const {
     TORCH_CHECK(inputs.size() == inputs_.size(), "executor: inputs must be ", inputs_.size(), " tensors, got ",
@@ -212,7 +210,6 @@ TORCH_LIBRARY(toolkit_native, m) {
       .def("add_tensors", &Program::add_tensors)
       .def("add_result", &Program::add_result)
       .def("end_node", &Program::end_node)
-      .def("size", &Program::size)
       .def("run", &Program::run);
 }
 

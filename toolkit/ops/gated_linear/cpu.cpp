@@ -18,19 +18,13 @@ void check(const char* name, const Tensor& x, const Tensor& weight, const std::o
               bias ? bias->sizes() : at::IntArrayRef{}, ".");
 }
 
-template <typename T, typename S>
-void round_through(T* row, int64_t count) {
-  if constexpr (!std::is_same_v<T, S>)
-    for (int64_t i = 0; i < count; ++i) row[i] = static_cast<T>(static_cast<S>(row[i]));
-}
-
 // gate = f(gate) * up on columns [first, last) of rows [row, row_end).
 template <typename T, typename S, typename F>
 void combine(const F& f, T* gate, T* up, int64_t stride, int64_t row, int64_t row_end, int64_t first, int64_t last) {
   for (int64_t r = row; r < row_end; ++r) {
     T *const g = gate + r * stride + first, *const u = up + r * stride + first;
-    round_through<T, S>(g, last - first);
-    round_through<T, S>(u, last - first);
+    storage::round_through<S>(g, last - first);
+    storage::round_through<S>(u, last - first);
     for_vectors<T>(last - first, [&](int64_t i, int64_t lanes) {
       const auto a = Vec<T>::loadu(g + i, lanes), b = Vec<T>::loadu(u + i, lanes);
       if constexpr (F::kArguments == 2) {

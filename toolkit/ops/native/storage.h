@@ -46,6 +46,13 @@ inline void write_row(const T* from, int64_t count, S* to) {
   }
 }
 
+// What is left of a row that is stored as S and read again.
+template <typename S, typename T>
+inline void round_through(T* row, int64_t count) {
+  if constexpr (!std::is_same_v<T, S>)
+    for (int64_t i = 0; i < count; ++i) row[i] = static_cast<T>(static_cast<S>(row[i]));
+}
+
 // Small tensors are converted here: torch takes longer to start than a row takes to convert.
 constexpr int64_t kSmall = 1 << 15;
 

@@ -8,16 +8,6 @@ namespace toolkit::rotary_write_op {
 using namespace toolkit::rows;
 using rms_norm_op::Factor;
 
-template <typename T, typename S>
-void round_through(T* row, int64_t count) {
-  if constexpr (!std::is_same_v<T, S>) {
-    thread_local std::vector<S> stored;
-    stored.resize(std::max<size_t>(stored.size(), count));
-    storage::write_row(row, count, stored.data());
-    storage::read_row(stored.data(), count, row);
-  }
-}
-
 // Norm (if any) and rotation of one head's row.
 template <typename T, typename S>
 struct Turn {
@@ -30,7 +20,7 @@ struct Turn {
     T *row = work, *turned = work + width;
     storage::read_row(from, width, row);
     if (norm(row, turned)) {
-      round_through<T, S>(turned, width);
+      storage::round_through<S>(turned, width);
       std::swap(row, turned);
     }
     if (interleaved)
