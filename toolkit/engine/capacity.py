@@ -46,10 +46,12 @@ def block_counts(
     is written takes any. ``config.num_blocks`` overrides both.
     """
     size, chunk = config.block_size, config.max_num_batched_tokens
+    drafted = config.speculation.num_speculative_tokens if config.speculation is not None else 0
     block_bytes = StatePool.block_bytes(list(specs), size, backend.dtype)
 
     def counts(most: int) -> dict[Group, int]:
-        return {group: min(most, group.blocks_for(most * size, sequences, chunk, size)) for group in block_bytes}
+        of_groups = {group: group.blocks_for(most * size, sequences, chunk, size, drafted) for group in block_bytes}
+        return {group: min(most, count) for group, count in of_groups.items()}
 
     if config.num_blocks is not None:
         return counts(config.num_blocks)

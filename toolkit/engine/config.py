@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
 from toolkit.engine.params import check_bool, check_float, check_int, check_names
+from toolkit.engine.speculation.config import SpeculativeConfig
 
 GIB = 1 << 30
 
@@ -26,6 +27,7 @@ class EngineConfig:
     enable_return_routed_experts: Annotated[bool, "keep the experts of each token"] = False
     enable_return_selected_keys: Annotated[bool, "keep the keys that each token attends, of sparse attention"] = False
     kinds: Annotated[dict[str, str] | None, "state kinds in the place of others"] = None
+    speculative_config: Annotated[dict[str, Any] | None, "how tokens are drafted"] = None
     numerics: Annotated[str | None, "numerics mode"] = None
     seed: Annotated[int | None, "seed of requests without one"] = None
 
@@ -33,6 +35,11 @@ class EngineConfig:
     def swap_bytes(self) -> int | None:
         """``swap_space`` in bytes."""
         return None if self.swap_space is None else int(self.swap_space * GIB)
+
+    @property
+    def speculation(self) -> SpeculativeConfig | None:
+        """``speculative_config``, checked."""
+        return None if self.speculative_config is None else SpeculativeConfig.check(self.speculative_config)
 
     @classmethod
     def check(cls, **given: Any) -> "EngineConfig":
@@ -48,6 +55,7 @@ class EngineConfig:
         check_bool("enable_prefix_caching", self.enable_prefix_caching)
         check_bool("enable_return_routed_experts", self.enable_return_routed_experts)
         check_bool("enable_return_selected_keys", self.enable_return_selected_keys)
+        _ = self.speculation
         for name, low in (("max_model_len", 2), ("num_blocks", 1), ("seed", 0)):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), low, also=" or None")

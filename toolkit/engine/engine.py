@@ -2,7 +2,6 @@
 
 from collections import deque
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ from torch import nn
 
 from toolkit.engine.capacity import block_counts, chosen_specs
 from toolkit.engine.config import EngineConfig
+from toolkit.engine.decoding import Decoding
 from toolkit.engine.detokenizer import Tokenizer
 from toolkit.engine.media import EncoderCache
 from toolkit.engine.new_requests import NewRequests
@@ -19,8 +19,8 @@ from toolkit.engine.params import SamplingParams
 from toolkit.engine.prompts import Params, Prompt, Prompts, longest_sequence
 from toolkit.engine.request import Request, Sequence
 from toolkit.engine.runner import Backend, ModelRunner, PatchedModel
-from toolkit.engine.sampler import Sampler
 from toolkit.engine.scheduler import Chunk, Scheduler
+from toolkit.engine.speculation.drafters import new_speculation
 from toolkit.engine.swap import SwapSpace
 from toolkit.errors import ToolkitError
 from toolkit.state import BlockManager, StatePool
@@ -53,6 +53,8 @@ class Engine:
         enable_return_routed_experts: keep the experts that each token is routed to beside its other state, and return
             them as ``Completion.routed_experts``.
         enable_return_selected_keys: likewise the keys that sparse attention selects (``Completion.selected_keys``).
+        speculative_config: how tokens are drafted, such as ``{"method": "ngram", "num_speculative_tokens": 5}``, see
+            ``SpeculativeConfig``; None to draft none. It changes no token and no log-probability.
         kinds: state kinds in the place of others, such as {"full": "int8"}; None for those that the layers ask for.
         numerics: "fast" or "bitwise", see ``toolkit.numerics``; None for the device's default, or for the mode that is
             already patched in.
@@ -79,6 +81,7 @@ class Engine:
         enable_return_routed_experts: bool = False,
         enable_return_selected_keys: bool = False,
         kinds: dict[str, str] | None = None,
+        speculative_config: dict[str, Any] | None = None,
         numerics: str | None = None,
         seed: int | None = None,
         **unknown: Any,
@@ -95,6 +98,7 @@ class Engine:
             enable_return_routed_experts=enable_return_routed_experts,
             enable_return_selected_keys=enable_return_selected_keys,
             kinds=kinds,
+            speculative_config=speculative_config,
             numerics=numerics,
             seed=seed,
             **unknown,
@@ -120,7 +124,8 @@ class Engine:
         encode: Any = getattr(self.backend, "encode", None)  # never called for a backend that takes no pictures
         self.encoder_cache = EncoderCache(encode, encoder_cache_size)
         self.runner = ModelRunner(self.backend, self.pool, self.scheduler.max_running, self.max_model_len)
-        self._sampler = Sampler()
+        self.speculation = new_speculation(self.config, self.backend, running, self.max_model_len)
+        self._decoding = Decoding(self.runner, self.scheduler, self.speculation)
         self._new_requests = NewRequests(
             self.backend, tokenizer, processor, self.scheduler, self.max_model_len, np.random.default_rng(seed)
         )
@@ -212,6 +217,7 @@ class Engine:
             encoder_cache_hits, num_encoded: pictures that were found encoded, and that were encoded.
             generation_tokens, num_steps: since the engine was made.
             weight_version: of the last step.
+            spec_decode_num_drafts, spec_decode_num_draft_tokens, spec_decode_num_accepted_tokens: with speculation.
         """
         allocators = self.block_manager.allocators
         total, free = sum(one.num_blocks for one in allocators), sum(one.num_free_blocks for one in allocators)
@@ -231,6 +237,7 @@ class Engine:
             "generation_tokens": self._generation_tokens,
             "num_steps": self._steps,
             "weight_version": self._version,
+            **(self.speculation.stats() if self.speculation is not None else {}),
         }
 
     def sleep(self) -> None:
@@ -266,7 +273,9 @@ class Engine:
         for request in list(self._live.values()):
             self._end(request, "cancelled")
         self.scheduler.swap = None
-        del self.pool, self.runner, self.backend, self._sampler
+        if self.speculation is not None:
+            self.speculation.drafter.close()
+        del self.pool, self.runner, self.backend, self._decoding
 
     def _max_model_len(self) -> int:
         asked, most = self.config.max_model_len, self.backend.max_model_len
@@ -311,6 +320,8 @@ class Engine:
             self._version, self._weights = version, self.backend.prefix_key()
             self.block_manager.drop_outdated(self._weights)
             self.encoder_cache.drop_outdated(self._weights)
+        if self.speculation is not None:
+            self.speculation.draft(self.scheduler.running)
         chunks, features = self._encoded(self.scheduler.schedule(self._weights))
         if not chunks:
             return
@@ -344,37 +355,12 @@ class Engine:
         return [chunk for chunk in chunks if chunk.sequence.request not in failed], features
 
     def _execute(self, chunks: list[Chunk], features: dict[bytes, Features], version: int) -> None:
-        logits = self.runner.forward(chunks, features)
-        sequences: list[Sequence] = []
-        rows: list[int] = []
-        row = 0
-        for chunk in chunks:
-            sequence, tables = chunk.sequence, chunk.sequence.block_tables
-            assert tables is not None
-            tables.commit(sequence.names[chunk.start : chunk.start + chunk.count], sequence.prefix_key(self._weights))
-            if chunk.samples:
-                owners = [sequence, *self.scheduler.fork_siblings(sequence)]
-                sequences += owners
-                rows += [row] * len(owners)
-                row += 1
-        if not sequences:
-            return
-        threads: Any = getattr(self.backend, "sampling_threads", nullcontext)
-        with threads():
-            samples = self._sampler.sample(logits if len(rows) == row else logits[rows], sequences)
-        for sequence, (token, logprob, sampling, top, error) in zip(sequences, samples.rows()):
-            if sequence.completion is not None:  # a sibling failed, and with it the request
-                continue
-            if error is not None:
-                self._end(sequence.request, "error", error)
-                continue
-            try:
-                delta = sequence.accept(token, logprob, sampling, top, version)
-            except Exception as failure:
-                self._end(sequence.request, "error", f"{type(failure).__name__}: {failure}")
-                continue
-            self._generation_tokens += 1
-            self._deliver(sequence, delta)
+        for sequence, outcome in self._decoding.run(chunks, features, self._weights, version):
+            if isinstance(outcome, Delta):
+                self._generation_tokens += len(outcome.token_ids)
+                self._deliver(sequence, outcome)
+            else:
+                self._end(sequence.request, "error", outcome)
 
     def _deliver(self, sequence: Sequence, delta: Delta) -> None:
         request = sequence.request
@@ -384,6 +370,8 @@ class Engine:
                 delta.finished.routed_experts = self.pool.recorded("record_routing", *held)
                 delta.finished.selected_keys = self.pool.recorded("record_selection", *held)
             self.scheduler.remove(sequence)
+            if self.speculation is not None:
+                self.speculation.drafter.observe(sequence)
             if request.finished:
                 self._live.pop(request.request_id, None)
         (self._pending if request.sink is None else request.sink).append(delta)

@@ -91,3 +91,17 @@ class Delta:
     top_logprobs: list[dict[int, float]] | None = None
     finished: Completion | None = None
     text_offset: list[int] = field(default_factory=list)
+
+
+def joined(deltas: list[Delta]) -> Delta:
+    """What several deltas of one completion, in order, add to it together."""
+    first, *others = deltas
+    for other in others:
+        first.token_ids += other.token_ids
+        first.logprobs += other.logprobs
+        first.text += other.text
+        first.text_offset += other.text_offset
+        if first.top_logprobs is not None:
+            first.top_logprobs += other.top_logprobs or []
+        first.finished = other.finished
+    return first

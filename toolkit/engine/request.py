@@ -83,6 +83,7 @@ class Sequence:
         swapped: its state, where that is swapped out.
         table_row: its row in the runner's block tables while it runs.
         num_known_blocks: how many entries of that row are written.
+        draft: tokens that may come next, which the next step verifies.
     """
 
     def __init__(self, request: Request, index: int) -> None:
@@ -98,6 +99,7 @@ class Sequence:
         self.swapped: SwappedState | None = None
         self.table_row = -1
         self.num_known_blocks = 0
+        self.draft: list[int] = []
         self.logprobs: list[float] = []
         self.sampling_logprobs: list[float] = []
         self.top_logprobs: list[dict[int, float]] | None = [] if self.params.logprobs is not None else None
@@ -132,10 +134,9 @@ class Sequence:
         media = self.request.media
         return media is None or media.block_around(length) is None
 
-    @property
-    def adjusted(self) -> bool:
-        """Whether the next token's logits are changed before the temperature."""
-        return self.params.penalised or self.generated < self.params.min_tokens
+    def adjusted(self, drafted: int = 0) -> bool:
+        """Whether logits are changed before the temperature, of the next token or the one behind ``drafted`` others."""
+        return self.params.penalised or self.generated + drafted < self.params.min_tokens
 
     def prefix_key(self, weights: PrefixKey) -> PrefixKey:
         """The key of its state under ``weights``: its own cache salt, rotary length and prompt's length included."""

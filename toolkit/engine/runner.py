@@ -57,8 +57,11 @@ class Backend(Protocol):
     def forward(self, context: PagedContext, rows: Tensor) -> Tensor:
         """Logits [len(rows), vocab_size] at ``rows`` of the batch's tokens."""
 
-    def decode_size(self, sequences: int) -> int:
-        """The number of sequences to pad a decode batch of ``sequences`` to; ``sequences`` for no padding."""
+    def decode_size(self, rows: int) -> int:
+        """The number of rows to pad a decode batch of ``rows`` to; ``rows`` for no padding.
+
+        It is padded to as many sequences too, where several rows are one's.
+        """
 
 
 class PatchedModel:
@@ -131,8 +134,8 @@ class PatchedModel:
     def prefix_key(self) -> PrefixKey:
         return self._clock.key
 
-    def decode_size(self, sequences: int) -> int:
-        return padded_size(sequences)
+    def decode_size(self, rows: int) -> int:
+        return padded_size(rows)
 
     def sampling_threads(self) -> AbstractContextManager[None]:
         """In what the logits of the last forward are sampled: on its threads."""
@@ -222,7 +225,7 @@ class ModelRunner:
                 tokens.append(sequence.tokens[start])
                 positions.append(start)
             else:
-                tokens += sequence.tokens[start:end]
+                tokens += chunk.tokens
                 positions += range(start, end)
             offsets.append(len(tokens))
             lengths.append(end)
@@ -233,21 +236,25 @@ class ModelRunner:
                 prompts += [sequence.request.prompt_length] * chunk.count
             blocks = max(blocks, sequence.num_known_blocks)
             if chunk.samples:
-                rows.append(len(tokens) - 1)
-        count = len(chunks)
-        padding = [0] * (self.backend.decode_size(count) - count if len(tokens) == count else 0)
-        # A decode step is padded with rows that have no slot, no keys and no queries.
+                rows += range(len(tokens) - 1 - chunk.drafts, len(tokens))
+        count = len(tokens)
+        # A decode step is padded with rows that have no slot and with sequences that have no keys and no queries, to
+        # as many of one as of the other: one captured graph serves any division of its rows into sequences.
+        decodes = all(chunk.decodes for chunk in chunks)
+        size = self.backend.decode_size(count) if decodes else 0
+        padding = [0] * (size - count)
+        empty = size - len(chunks)
         tokens += padding
         positions += padding
-        offsets += [count] * len(padding)
-        lengths += padding
-        table_rows += [self._padding] * len(padding)
+        offsets += [count] * empty
+        lengths += [0] * empty
+        table_rows += [self._padding] * empty
         rotary += [1] * len(padding) if rotary else []
         prompts += [-1] * len(padding) if prompts else []
         # One array, one transfer, then views.
         parts = [tokens, positions, offsets, [0] * len(lengths), lengths, rows, rotary, prompts]
         of_groups = [
-            _snapshots(chunks, at, len(padding)) if group.snapshot_interval else [_slots(chunks, at, len(padding))]
+            _snapshots(chunks, at, len(padding), empty) if group.snapshot_interval else _slots(chunks, at, len(padding))
             for at, group in enumerate(self.pool.groups)
         ]
         for found in of_groups:
@@ -310,11 +317,12 @@ class ModelRunner:
         return copies
 
 
-def _slots(chunks: list[Chunk], group: int, padding: int) -> list[int]:
-    return [slot for chunk in chunks for slot in chunk.slots[group]] + [-1] * padding
+def _slots(chunks: list[Chunk], group: int, padding: int) -> list[list[int]]:
+    """The slot of each token."""
+    return [[slot for chunk in chunks for slot in chunk.slots[group]] + [-1] * padding]
 
 
-def _snapshots(chunks: list[Chunk], group: int, padding: int) -> list[list[int]]:
+def _snapshots(chunks: list[Chunk], group: int, padding: int, empty: int) -> list[list[int]]:
     """The block that each chunk loads, rows after which the state is stored, and the blocks that it is stored to."""
     loads, rows, stores, row = [], [], [], 0
     for chunk in chunks:
@@ -325,4 +333,4 @@ def _snapshots(chunks: list[Chunk], group: int, padding: int) -> list[list[int]]
             rows.append(row + offset)
             stores.append(block)
         row += chunk.count
-    return [loads + [-1] * padding, rows + [row - 1] * padding, stores + [-1] * padding]
+    return [loads + [-1] * empty, rows + [row - 1] * padding, stores + [-1] * padding]

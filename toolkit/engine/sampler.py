@@ -1,7 +1,9 @@
 """Logits to tokens: penalties and one sample per row, by the ops ``penalize`` and ``sample``.
 
-Sampling is batch-invariant: a row's token depends on that row's logits and its own sequence only. It is a function of
-(seed of the sequence, tokens so far, logits), so a preempted sequence continues as it would have.
+A row is a place in a sequence: behind its tokens, or behind some that are drafted after them. Sampling is
+batch-invariant: a row's token depends on that row's logits and what stands before it in its own sequence only. It is a
+function of (seed of the sequence, tokens so far, logits), so a preempted sequence continues as it would have, and what
+is sampled behind drafted tokens is what would be sampled once they were accepted.
 Shapes: B rows, V vocabulary.
 """
 
@@ -48,7 +50,7 @@ class Samples:
 
 
 class BatchParams:
-    """What a batch of these sequences needs at every step and no step changes."""
+    """What a batch of rows of these sequences needs at every step and no step changes."""
 
     def __init__(self, sequences: abc.Sequence[Sequence], device: torch.device) -> None:
         self.sequences = tuple(sequences)
@@ -64,7 +66,7 @@ class BatchParams:
             self.frequency = self.floats([one.frequency_penalty for one in params])
             self.presence = self.floats([one.presence_penalty for one in params])
             self.prompt_lengths = self.integers([one.prompt_length for one in sequences])
-        self.histories = {row: History(one) for row, one in enumerate(sequences) if one.params.penalised}
+        self.histories = {one: History(one) for one in dict.fromkeys(sequences) if one.params.penalised}
 
     def holds(self, sequences: abc.Sequence[Sequence], device: torch.device) -> bool:
         """Whether it was made for these sequences, in this order."""
@@ -77,15 +79,18 @@ class BatchParams:
     def floats(self, values: abc.Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64).to(self.device)
 
-    def penalties(self, logits: Tensor) -> Tensor:
+    def penalties(self, logits: Tensor, drafts: abc.Sequence[int]) -> Tensor:
         """New logits after the penalties, and with the ending tokens suppressed before ``min_tokens``."""
-        lists = [self.histories[row].read() if row in self.histories else _NOTHING for row in range(len(logits))]
+        lists = [
+            self.histories[one].read(drafted) if one in self.histories else _NOTHING
+            for one, drafted in zip(self.sequences, drafts)
+        ]
         vocabulary = logits.shape[-1]
         suppressed = [
             [token for token in one.request.stop_ids if token < vocabulary]
-            if one.generated < one.params.min_tokens
+            if one.generated + drafted < one.params.min_tokens
             else []
-            for one in self.sequences
+            for one, drafted in zip(self.sequences, drafts)
         ]
         return penalize(
             logits,
@@ -101,21 +106,23 @@ class BatchParams:
 
 
 class History:
-    """The tokens of one sequence as an array that grows with it."""
+    """The tokens of one sequence, and those drafted behind them, as an array that grows with it."""
 
     def __init__(self, sequence: Sequence) -> None:
         self.sequence = sequence
         self._tokens = np.array(sequence.tokens, dtype=np.int64)
         self._count = len(sequence.tokens)
 
-    def read(self) -> np.ndarray:
-        """The tokens so far [N]; valid until the next call."""
-        tokens = self.sequence.tokens
-        if len(tokens) > len(self._tokens):
-            self._tokens = np.concatenate([self._tokens[: self._count], np.empty(len(tokens), dtype=np.int64)])
+    def read(self, drafted: int = 0) -> np.ndarray:
+        """The tokens so far and the first ``drafted`` of the draft [N]; valid until the sequence grows."""
+        tokens, draft = self.sequence.tokens, self.sequence.draft
+        whole = len(tokens) + len(draft)
+        if whole > len(self._tokens):
+            self._tokens = np.concatenate([self._tokens[: self._count], np.empty(whole, dtype=np.int64)])
         self._tokens[self._count : len(tokens)] = tokens[self._count :]
+        self._tokens[len(tokens) : whole] = draft
         self._count = len(tokens)
-        return self._tokens[: self._count]
+        return self._tokens[: self._count + drafted]
 
 
 class Sampler:
@@ -124,19 +131,29 @@ class Sampler:
     def __init__(self) -> None:
         self._batch_params: BatchParams | None = None
 
-    def sample(self, logits: Tensor, sequences: abc.Sequence[Sequence]) -> Samples:
-        """The next token of each sequence, sampled from its row of ``logits`` [B, V] (the model's own)."""
+    def sample(
+        self, logits: Tensor, sequences: abc.Sequence[Sequence], drafts: abc.Sequence[int] | None = None
+    ) -> Samples:
+        """A token of each row of ``logits`` [B, V] (the model's own).
+
+        Args:
+            logits: after all tokens of the row's sequence and ``drafts`` of those drafted behind them.
+            sequences: of each row.
+            drafts: of each row; None for 0 each.
+        """
+        drafts = [0] * len(sequences) if drafts is None else drafts
         if logits.dtype != torch.float64 or logits.device.type != "cpu":  # float64: as training computes them
             logits = logits.float()
         sampled: Tensor | None = None
-        if all(one.params.greedy and not one.adjusted for one in sequences):
+        adjusted = any(one.adjusted(drafted) for one, drafted in zip(sequences, drafts))
+        if not adjusted and all(one.params.greedy for one in sequences):
             ids = first_largest(logits)
         else:
             batch = self._batch_params
             if batch is None or not batch.holds(sequences, logits.device):
                 batch = self._batch_params = BatchParams(sequences, logits.device)
-            scores = batch.penalties(logits) if any(one.adjusted for one in sequences) else logits
-            steps = batch.integers([one.generated for one in sequences])
+            scores = batch.penalties(logits, drafts) if adjusted else logits
+            steps = batch.integers([one.generated + drafted for one, drafted in zip(sequences, drafts)])
             ids, sampled = sample(scores, batch.temperature, batch.top_k, batch.top_p, batch.min_p, batch.seeds, steps)
         logprob, lse = token_logprob(logits, ids)
         logprobs = logprob.tolist()

@@ -1,6 +1,7 @@
 """Which tokens run in the next step.
 
-Every step gives each decoding sequence its one token first. It then fills the token budget with chunks of prompts,
+Every step gives each decoding sequence its one token first, and the tokens that were drafted for it while there is
+budget for them. It then fills the token budget with chunks of prompts,
 oldest request first, and admits waiting requests in the order they came. When blocks run out the youngest running
 sequence is preempted: it gives up its blocks and waits. Its tokens are kept. Their state is swapped in again where it
 was swapped out, and computed again otherwise.
@@ -31,6 +32,7 @@ class Chunk:
         count: how many.
         slots: of the tokens, in each group of layers.
         samples: whether they are its last, so that the next token is sampled after them.
+        drafts: how many of them, the last ones, are drafted (``Sequence.draft``); a token is sampled before each too.
     """
 
     sequence: Sequence
@@ -38,6 +40,18 @@ class Chunk:
     count: int
     slots: list[list[int]]
     samples: bool
+    drafts: int = 0
+
+    @property
+    def tokens(self) -> list[int]:
+        """The tokens."""
+        known = self.sequence.tokens[self.start : self.start + self.count - self.drafts]
+        return known + self.sequence.draft[: self.drafts] if self.drafts else known
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it is a sequence's one next token and what is drafted behind it."""
+        return self.count == 1 + self.drafts
 
 
 class Scheduler:
@@ -96,11 +110,13 @@ class Scheduler:
         for at, remaining in enumerate(missing):
             if at >= len(self.running):
                 break  # preempted on the way
+            sequence = self.running[at]
             count = 1 if remaining == 1 else min(remaining, spare)
-            count = self.running[at].chunk(count) if count > 0 else 0
-            if count and (chunk := self._reserve(self.running[at], count)):
+            count = sequence.chunk(count) if count > 0 else 0
+            drafts = min(len(sequence.draft), spare) if remaining == 1 else 0
+            if count and (chunk := self._reserve(sequence, count, drafts)):
                 chunks.append(chunk)
-                spare -= count if remaining > 1 else 0
+                spare -= chunk.count - (remaining == 1)
         if self.waiting and spare > 0 and self.num_preemptions == before:
             self._admit(chunks, spare, weights)
         return chunks
@@ -137,10 +153,20 @@ class Scheduler:
         assert all(tables), "a running sequence has no table"
         self.block_manager.check_integrity([one for one in tables if one is not None])
 
-    def _reserve(self, sequence: Sequence, count: int) -> Chunk | None:
-        """The chunk of the next ``count`` tokens, preempting the youngest; None if that was itself."""
+    def _reserve(self, sequence: Sequence, count: int, drafts: int = 0) -> Chunk | None:
+        """The chunk of the next ``count`` tokens, preempting the youngest; None if that was itself.
+
+        With ``drafts`` behind them where the blocks for those are free: nothing is preempted for a draft.
+        """
         tables = sequence.block_tables
         assert tables is not None
+        if drafts:
+            try:
+                slots = tables.reserve(count + drafts, drafts=True)
+            except OutOfBlocks:
+                pass
+            else:
+                return Chunk(sequence, tables.length, count + drafts, slots, True, drafts)
         while True:
             try:
                 slots = tables.reserve(count)

@@ -28,15 +28,20 @@ class Group:
     lookback: int = 0
     snapshot_interval: int = 0
 
-    def blocks_for(self, tokens: int, sequences: int, chunk: int, block_size: int) -> int:
-        """Blocks for ``sequences`` that hold ``tokens`` together while ``chunk`` tokens per step come in."""
+    def blocks_for(self, tokens: int, sequences: int, chunk: int, block_size: int, drafted: int = 0) -> int:
+        """Blocks for ``sequences`` that hold ``tokens`` together while ``chunk`` tokens per step come in.
+
+        Args:
+            drafted: tokens of each that are drafted in a step.
+        """
         everything = -(-tokens // block_size) + sequences
         if not self.lookback:
             return everything
         arriving = -(-chunk // block_size)
         if self.snapshot_interval:
             # The last state of each, as much again for forks and prefixes, and what a step leaves behind.
-            return min(everything, 3 * sequences + arriving // self.snapshot_interval + 1)
+            drafts = (1 + drafted) * sequences if drafted else 0
+            return min(everything, 3 * sequences + arriving // self.snapshot_interval + 1) + drafts
         return min(everything, sequences * (-(-self.lookback // block_size) + 2) + arriving)
 
 
@@ -139,16 +144,19 @@ class BlockTables:
         chunk = n if at_once is None else min(n, at_once)
         return tuple(part.blocks_needed(chunk if part.lookback else n) for part in self.parts)
 
-    def reserve(self, n: int) -> list[list[int]]:
-        """Slots of the next ``n`` tokens in each group. Raises OutOfBlocks with every table unchanged."""
+    def reserve(self, n: int, drafts: bool = False) -> list[list[int]]:
+        """Slots of the next ``n`` tokens in each group; ``drafts``: of which some may not stay.
+
+        Raises OutOfBlocks with every table unchanged.
+        """
         if len(self.parts) > 1:
             for part in self.parts:
-                needed = part.blocks_needed(n)
+                needed = part.blocks_needed(n, drafts)
                 if needed > part.allocator.num_free_blocks:
                     raise OutOfBlocks(
                         f"{needed} blocks were requested, {part.allocator.num_free_blocks} are available."
                     )
-        return [part.reserve(n) for part in self.parts]
+        return [part.reserve(n, drafts) for part in self.parts]
 
     def take_copies(self) -> list[list[tuple[int, int]]]:
         """Pending block copies of each group."""

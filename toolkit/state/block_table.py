@@ -19,6 +19,10 @@ class BlockTable:
     the forward that fills the slots, then ``commit(tokens)``, which alone moves ``length``. A step that
     fails before its commit leaves nothing to undo: the next ``reserve`` returns the same slots.
 
+    Tokens that may turn out wrong are reserved as drafts: ``commit`` may then take fewer of them. Slots of rejected
+    ones are written again. Snapshots cannot be, so the state after each drafted token has a block of its own until
+    ``commit`` picks those that stay.
+
     Args:
         allocator: of the group.
         key: under which its prefix is shared; None keeps it out of the prefix index.
@@ -43,6 +47,7 @@ class BlockTable:
         self.blocks: list[int] = []
         self.tokens: list[int] = []
         self._copies: list[tuple[int, int]] = []
+        self._drafted: list[int] = []  # of snapshots: the block of the state after each token of a drafted step
         self._wanted_snapshots: frozenset[int] = frozenset()
         # The prefix up to the last full block; None where there is none yet, and while key is None.
         self._node: PrefixNode | None = None
@@ -54,8 +59,9 @@ class BlockTable:
 
     @property
     def held(self) -> list[int]:
-        """Every block that this table counts for: its own, and the sources of copies not yet taken."""
-        return [block for block in self.blocks if block != NULL_BLOCK] + [source for source, _ in self._copies]
+        """Every block that this table counts for: its own, sources of copies not yet taken, and a drafted step's."""
+        own = [block for block in self.blocks if block != NULL_BLOCK]
+        return own + [source for source, _ in self._copies] + self._drafted
 
     def first_read(self, length: int) -> int:
         """Index of the first block that a sequence of ``length`` tokens still reads."""
@@ -94,8 +100,10 @@ class BlockTable:
         room = self.allocator.num_free_blocks - needed - self.allocator.num_blocks // _SPARE
         return wanted if room >= len(wanted) else []
 
-    def blocks_needed(self, n: int) -> int:
-        """Blocks that ``reserve(n)`` would take from the allocator."""
+    def blocks_needed(self, n: int, drafts: bool = False) -> int:
+        """Blocks that ``reserve(n, drafts)`` would take from the allocator."""
+        if drafts and self.snapshot_interval:
+            return n - len(self._drafted)
         return len(self._missing(n)) + (n > 0 and self._last_block_is_shared())
 
     def _missing(self, n: int) -> list[int]:
@@ -104,21 +112,26 @@ class BlockTable:
         first, end = -(-self.length // size), -(-(self.length + n) // size)
         if not self.snapshot_interval:
             return list(range(max(first, len(self.blocks)), end))
-        wanted = {at for at in range(first, end) if (at + 1) % self.snapshot_interval == 0} | (
-            {end - 1} if end > first else set()
-        )
-        return sorted(at for at in wanted if not self._holds(at))
+        return [at for at in range(first, end) if self._is_kept(at, end) and not self._holds(at)]
+
+    def _is_kept(self, at: int, end: int) -> bool:
+        """Of snapshots: whether the block is one that has to be kept of a sequence of ``end`` blocks."""
+        return at == end - 1 or (at + 1) % self.snapshot_interval == 0
 
     def _holds(self, at: int) -> bool:
         return at < len(self.blocks) and self.blocks[at] != NULL_BLOCK
 
-    def reserve(self, n: int) -> list[int]:
-        """Slots (block * block_size + offset) for the next ``n`` tokens.
+    def reserve(self, n: int, drafts: bool = False) -> list[int]:
+        """Slots (block * block_size + offset) for the next ``n`` tokens; ``drafts``: of which some may not stay.
 
         Takes new blocks as needed. A block that is partly filled and shared is replaced by a new one, and the
         copy is left for ``take_copies``. Raises OutOfBlocks with the table unchanged.
         Of snapshots the slots mean nothing: ask ``store_blocks``.
         """
+        if drafts and self.snapshot_interval:
+            self._drafted += self.allocator.allocate(max(0, n - len(self._drafted)))
+            return []
+        self._drop_drafted()
         if n <= 0:
             return []
         size = self.allocator.block_size
@@ -148,6 +161,8 @@ class BlockTable:
 
     def store_blocks(self, n: int) -> list[tuple[int, int]]:
         """Of snapshots: (which of the next ``n`` tokens, block that the state after it goes to), once reserved."""
+        if self._drafted:
+            return list(enumerate(self._drafted[:n]))
         size, length = self.allocator.block_size, self.length
         found = []
         for at in range(length // size, -(-(length + n) // size)) if n > 0 else ():
@@ -175,6 +190,8 @@ class BlockTable:
             RuntimeError: for more tokens than were reserved.
         """
         size = self.allocator.block_size
+        if self._drafted:
+            self._keep_drafted(len(tokens))
         if self.length + len(tokens) > len(self.blocks) * size:
             room = len(self.blocks) * size - self.length
             raise RuntimeError(f"committed tokens must be <= the {room} reserved slots, got {len(tokens)}.")
@@ -196,6 +213,20 @@ class BlockTable:
                 self.allocator.free(out_of_window)
             for at in range(first, self.first_read(self.length)):
                 self.blocks[at] = NULL_BLOCK
+
+    def _keep_drafted(self, n: int) -> None:
+        """Put the states after ``n`` drafted tokens where an ordinary step would have put them; free the others."""
+        size, end = self.allocator.block_size, -(-(self.length + n) // self.allocator.block_size)
+        self.blocks += [NULL_BLOCK] * (end - len(self.blocks))
+        for at in range(self.length // size, end):
+            if self._is_kept(at, end) or self._holds(at) or at in self._wanted_snapshots:
+                row = min((at + 1) * size, self.length + n) - self.length - 1
+                self.blocks[at], self._drafted[row] = self._drafted[row], self.blocks[at]
+        self._drop_drafted()
+
+    def _drop_drafted(self) -> None:
+        dropped, self._drafted = self._drafted, []
+        self.allocator.free([block for block in dropped if block != NULL_BLOCK])
 
     def fork(self) -> "BlockTable":
         """A second sequence with the same past. Blocks are shared; whoever writes into a shared one copies it.
@@ -233,6 +264,7 @@ class BlockTable:
             raise ValueError(
                 f"length must be one whose state is kept, such as {self.restorable(length)}, got {length}."
             )
+        self._drop_drafted()
         size = self.allocator.block_size
         if self._node is not None:
             for _ in range(self.length // size - length // size):

@@ -1,0 +1,30 @@
+"""The drafter that a configuration asks for."""
+
+from toolkit.engine.config import EngineConfig
+from toolkit.engine.runner import Backend
+from toolkit.engine.speculation.config import SpeculativeConfig
+from toolkit.engine.speculation.draft_model import DraftModel
+from toolkit.engine.speculation.drafter import Drafter
+from toolkit.engine.speculation.ngram import NgramDrafter
+from toolkit.engine.speculation.speculation import Speculation
+from toolkit.engine.speculation.suffix import SuffixDrafter
+
+
+def new_speculation(config: EngineConfig, backend: Backend, running: int, max_model_len: int) -> Speculation | None:
+    """The speculation of an engine for ``running`` sequences; None where it is not configured."""
+    chosen = config.speculation
+    if chosen is None:
+        return None
+    drafter = _drafter(chosen, config, backend, running, max_model_len)
+    return Speculation(chosen, drafter, backend.decode_size, config.max_num_batched_tokens)
+
+
+def _drafter(
+    chosen: SpeculativeConfig, config: EngineConfig, backend: Backend, running: int, max_model_len: int
+) -> Drafter:
+    if chosen.method == "ngram":
+        return NgramDrafter(chosen.prompt_lookup_min, chosen.prompt_lookup_max)
+    if chosen.method == "suffix":
+        depth, tokens = chosen.suffix_decoding_max_tree_depth, chosen.suffix_decoding_max_cached_tokens
+        return SuffixDrafter(chosen.prompt_lookup_min, depth, tokens)
+    return DraftModel(chosen.model, config, backend, running, max_model_len)

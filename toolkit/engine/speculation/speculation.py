@@ -1,0 +1,101 @@
+"""Drafts for the running sequences before a step, and what became of them after it."""
+
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+
+from toolkit.engine.request import Sequence
+from toolkit.engine.scheduler import Chunk
+from toolkit.engine.speculation.config import SpeculativeConfig
+from toolkit.engine.speculation.drafter import Draft, Drafter
+from toolkit.engine.speculation.lengths import Chances, StepTimes, choose_lengths
+
+
+class Speculation:
+    """Decides what is drafted in an engine.
+
+    Args:
+        config: by which method, and how much.
+        drafter: that does it.
+        padded_size: rows that a decode step of so many rows is padded to.
+        max_rows: of a step.
+
+    Attributes:
+        num_drafts: drafts that were verified.
+        num_draft_tokens: their tokens.
+        num_accepted_tokens: those of them that were right.
+        num_accepted_tokens_per_pos: drafts whose first, second, ... token was right.
+    """
+
+    def __init__(
+        self, config: SpeculativeConfig, drafter: Drafter, padded_size: Callable[[int], int], max_rows: int
+    ) -> None:
+        self.config = config
+        self.drafter = drafter
+        self.max_rows = max_rows
+        self.num_drafts = self.num_draft_tokens = self.num_accepted_tokens = 0
+        self.num_accepted_tokens_per_pos = [0] * config.num_speculative_tokens
+        self._chances = Chances()
+        self._times = StepTimes(padded_size)
+        self._matches: dict[Sequence, int] = {}
+
+    def draft(self, running: Items[Sequence]) -> None:
+        """Set ``Sequence.draft`` of the sequences that decode in the next step."""
+        decoding = [one for one in running if one.remaining == 1]
+        drafts = self._drafts(decoding) if decoding else []
+        lengths = [len(draft.tokens) for draft in drafts]
+        if self.config.adaptive:
+            room = self.max_rows - len(decoding)
+            lengths = choose_lengths(drafts, self._chances, self._times, len(decoding), room)
+        self._matches = {}
+        for sequence, draft, length in zip(decoding, drafts, lengths):
+            sequence.draft = draft.tokens[:length]
+            if length:
+                self._matches[sequence] = draft.match
+            elif draft.tokens:
+                self._chances.passed_by(draft.match)
+
+    def verified(self, sequence: Sequence, drafted: int, accepted: int) -> None:
+        """``accepted`` of the ``drafted`` tokens of the sequence that ran were right; its draft is used up."""
+        if drafted:
+            self.num_drafts += 1
+            self.num_draft_tokens += drafted
+            self.num_accepted_tokens += accepted
+            for at in range(accepted):
+                self.num_accepted_tokens_per_pos[at] += 1
+            self._chances.saw(self._matches[sequence], accepted, drafted)
+
+    def ran(self, chunks: Items[Chunk], seconds: float) -> None:
+        """A step of these chunks took so long."""
+        if all(chunk.decodes for chunk in chunks):
+            self._times.saw(sum(chunk.count for chunk in chunks), seconds)
+
+    def stats(self) -> dict[str, float]:
+        """Totals under vLLM's names."""
+        return {
+            "spec_decode_num_drafts": self.num_drafts,
+            "spec_decode_num_draft_tokens": self.num_draft_tokens,
+            "spec_decode_num_accepted_tokens": self.num_accepted_tokens,
+        }
+
+    def _drafts(self, sequences: list[Sequence]) -> list[Draft]:
+        """None longer than what may follow: the token behind a draft is sampled too."""
+        longest = self._longest(len(sequences))
+        most = [max(0, min(longest, one.request.max_tokens - one.generated - 1)) for one in sequences]
+        asked = [(one, count) for one, count in zip(sequences, most) if count]
+        found = iter(self.drafter.propose([one for one, _ in asked], [count for _, count in asked]) if asked else ())
+        return [next(found) if count else Draft() for count in most]
+
+    def _longest(self, rows: int) -> int:
+        """Most tokens of a draft: fewer than configured, or none, where making them takes longer than they may save."""
+        each, plain, most = self.drafter.seconds_per_token, self._times.of(rows), self.config.num_speculative_tokens
+        if not (each and self.config.adaptive) or plain is None:
+            return most
+        gained, fastest, longest = 1.0, 1 / plain, 0
+        for count in range(1, most + 1):
+            gained += self._chances.of(0) ** count
+            seconds = (self._times.of(rows * (1 + count)) or plain) + count * each
+            if gained / seconds > fastest:
+                fastest, longest = gained / seconds, count
+        if not longest:
+            self._chances.passed_by(0)
+        return longest
