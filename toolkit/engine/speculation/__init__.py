@@ -5,9 +5,3 @@ behind every drafted token with that row's own randomness, and accepts while the
 log-probabilities are those of plain decoding, bit for bit, at any temperature; a draft only decides how many come out
 of a step.
 """
-
-from toolkit.engine.speculation.config import SpeculativeConfig
-from toolkit.engine.speculation.drafter import Draft, Drafter
-from toolkit.engine.speculation.speculation import Speculation
-
-__all__ = ["Draft", "Drafter", "Speculation", "SpeculativeConfig"]
