@@ -77,6 +77,11 @@ class AnyTables(nn.Module):
         return angles.cos() * scaling, angles.sin() * scaling
 
 
+def in_type_of(x, tables):
+    """Cosines and sines in the type of hidden states, as most models have them; complex numbers as they are."""
+    return tables if isinstance(tables, torch.Tensor) else tuple(one.to(x.dtype) for one in tables)
+
+
 class OneKind(AnyTables):
     def forward(self, x, position_ids):
         angles = position_ids[..., None].float() * self.inv_freq
@@ -84,13 +89,13 @@ class OneKind(AnyTables):
             angles = angles.expand(3, -1, -1, -1)
             axes = torch.tensor([0, 1, 2, 0, 1, 0]) if "turns" in self.layout else torch.tensor([0, 0, 1, 1, 2, 2])
             angles = torch.stack([angles[axis, ..., f] for f, axis in enumerate(axes)], -1)
-        return self.table(angles)
+        return in_type_of(x, self.table(angles)) if "wide" not in self.layout else self.table(angles)
 
 
 class TwoKinds(AnyTables):
     def forward(self, x, position_ids, layer_type):
         angles = position_ids[..., None].float() * getattr(self, f"{layer_type}_inv_freq")
-        return self.table(angles, getattr(self, f"{layer_type}_attention_scaling", 1.0))
+        return in_type_of(x, self.table(angles, getattr(self, f"{layer_type}_attention_scaling", 1.0)))
 
 
 def found(role, module: nn.Module) -> Claim | Skipped:
@@ -112,6 +117,8 @@ def found(role, module: nn.Module) -> Claim | Skipped:
         (rotary, OneKind("twice"), "rotary_tables"),
         (rotary, OneKind("repeated"), "rotary_tables (repeated)"),
         (rotary, OneKind("once"), "rotary_tables (once)"),
+        (rotary, OneKind("twice, wide"), "rotary_tables in float32"),
+        (rotary, OneKind("once, wide"), "rotary_tables (once) in float32"),
         (rotary, OneKind("complex"), "rotary_tables (complex)"),
         (rotary, OneKind("axes, sections"), "rotary_tables along axes"),
         (rotary, OneKind("axes, in turns"), "rotary_tables along axes"),

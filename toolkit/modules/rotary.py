@@ -22,7 +22,9 @@ Frequencies = Callable[[nn.Module, int, str | None], tuple[Tensor, float]]
 """Of a module, a sequence length and a layer type: the frequencies [F] and the factor of the tables."""
 
 
-def rotary_tables_forward(layout: str = "twice", axes: Tensor | None = None) -> Callable[..., Any]:
+def rotary_tables_forward(
+    layout: str = "twice", axes: Tensor | None = None, in_float32: bool = False
+) -> Callable[..., Any]:
     """Forward of a rotary embedding with the buffer ``inv_freq`` [F], or one ``<layer_type>_inv_freq`` per layer type.
 
     The forward takes x (for its dtype), position_ids [B, T] and a layer_type, and returns cosines and sines in x's
@@ -32,6 +34,7 @@ def rotary_tables_forward(layout: str = "twice", axes: Tensor | None = None) -> 
         layout: a name of ``LAYOUTS``.
         axes: [F] the axis of each frequency; position_ids may be [A, B, T] then, positions along each of A axes
             (``toolkit.ops.rotary.rotary_tables``).
+        in_float32: whether cosines and sines are float32 beside an x of 16 bits (OLMo, ERNIE 4.5).
     """
 
     @torch.no_grad()
@@ -39,14 +42,23 @@ def rotary_tables_forward(layout: str = "twice", axes: Tensor | None = None) -> 
         prefix = "" if layer_type is None else f"{layer_type}_"
         inv_freq = getattr(self, f"{prefix}inv_freq")
         scaling = float(getattr(self, f"{prefix}attention_scaling", 1.0))
-        return _tables(x, position_ids, inv_freq, scaling, layout, axes)
+        return _tables(x, position_ids, inv_freq, scaling, layout, axes, in_float32)
 
     return forward
 
 
-def _tables(x: Tensor, position_ids: Tensor, inv_freq: Tensor, scaling: float, layout: str, axes: Tensor | None) -> Any:
+def _tables(
+    x: Tensor,
+    position_ids: Tensor,
+    inv_freq: Tensor,
+    scaling: float,
+    layout: str,
+    axes: Tensor | None,
+    in_float32: bool,
+) -> Any:
     along = axes.to(inv_freq.device) if axes is not None and position_ids.dim() == 3 else None
-    dtype = torch.float32 if layout == "complex" else x.dtype
+    dtype = torch.promote_types(x.dtype, torch.float32) if in_float32 else x.dtype
+    dtype = torch.float32 if layout == "complex" else dtype
     if position_ids.is_floating_point() and not torch.equal(position_ids, position_ids.trunc()):
         cos, sin = _between_positions(position_ids, inv_freq, scaling, dtype, along)
     else:
@@ -74,6 +86,7 @@ def length_dependent_forward(
     regimes: dict[str | None, RotaryRegimes | None],
     layout: str = "twice",
     axes: Tensor | None = None,
+    in_float32: bool = False,
 ) -> Callable[..., Any]:
     """``rotary_tables_forward`` of a module whose frequencies depend on the length of the sequence (LongRoPE, NTK).
 
@@ -87,7 +100,7 @@ def length_dependent_forward(
         regimes: of each layer type, which lengths have the same tables; None where all have.
     """
     kept: dict[tuple[Any, ...], tuple[Tensor, float]] = {}
-    live = rotary_tables_forward(layout, axes)
+    live = rotary_tables_forward(layout, axes, in_float32)
 
     def of_length(module: nn.Module, length: int, layer_type: str | None, device: torch.device) -> tuple[Tensor, float]:
         buffer = getattr(module, "inv_freq" if layer_type is None else f"{layer_type}_inv_freq")
@@ -105,7 +118,8 @@ def length_dependent_forward(
         context, regime = get_forward_context(), regimes[layer_type]
 
         def tables(length: int) -> Any:
-            return _tables(x, position_ids, *of_length(self, length, layer_type, position_ids.device), layout, axes)
+            frequencies_F, scaling = of_length(self, length, layer_type, position_ids.device)
+            return _tables(x, position_ids, frequencies_F, scaling, layout, axes, in_float32)
 
         if regime is None:
             return tables(1)

@@ -2,8 +2,9 @@
 
 import copy
 import inspect
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,15 +16,14 @@ from toolkit.modules.row_positions import RowPositions
 from toolkit.patching import attention_interface
 from toolkit.patching.calls import MASK, Call, map_tensors
 from toolkit.patching.claim import ProbeError
-from toolkit.patching.conditions import UNIT, Condition, conditions_of, narrow_error, without_dropout
-from toolkit.patching.probe import compare, device_of, random_input, with_forward
+from toolkit.patching.conditions import UNIT, Condition, Trial, drop_nothing, worst_error
+from toolkit.patching.probe import device_of, random_input, with_forward
 from toolkit.patching.probe_copy import probe_copy
 from toolkit.patching.thresholds import around
 from toolkit.state.active import set_forward_context
 from toolkit.state.batch import RaggedBatch
 from toolkit.state.dense import DenseContext
 
-EXACT = Condition(" in float32", own_values=True)
 ROWS, LENGTH = 2, 7
 LENGTHS = (LENGTH, 4)  # of the sequences of a ragged batch
 PROBE_WINDOW = 3  # small enough to mask tokens within the probe
@@ -60,13 +60,12 @@ class Probe:
         self.module, self.masked = module, masked
         self.copied: Any = probe_copy(module, own_values=condition.own_values, dtype=condition.dtype or torch.float32)
         self.copied.train(condition.training)
+        drop_nothing(self.copied)
         for part in self.copied.modules():
             part.__dict__[attention_interface.IMPLEMENTATION] = attention_interface.NAME
             if masked:
                 part.__dict__[attention_interface.MASKED] = "eager"
-        self.call = (
-            call if condition.dtype is None else replace(call, arguments=cast_floating(call.arguments, condition.dtype))
-        )
+        self.call = call.within(condition.dtype)
         self.shape = call.arguments[call.hidden].shape
         self.paired = True
         self.seen = self.look()
@@ -153,40 +152,39 @@ class Probe:
     def _eager(self, **replaced: Any) -> Any:
         return lambda x: self.run("eager", self.call.arguments.get(MASK), x, **replaced)
 
-    def error(self, forward: Any = None, thorough: bool = True, **replaced: Any) -> ProbeError:
+    def _under(self, source: nn.Module, condition: Condition) -> "Probe":
+        """This probe for its own condition and module, another for others."""
+        return self if condition is UNIT else Probe(source, self.call, condition, self.masked)
+
+    def error(self, forward: Any = None, thorough: bool = True) -> ProbeError:
         """Against eager attention with the mask that transformers made for it.
 
         Args:
             thorough: under every condition, and not the first alone.
         """
-        hidden, worst = [[self._hidden()]], ProbeError(0.0, 0.0)
-        for condition in conditions_of(self.module)[: None if thorough else 1]:
-            probe = self if condition is UNIT else Probe(self.module, self.call, condition, self.masked)
-            got, expected = probe._patched(forward, **replaced), probe._eager(**replaced)
-            if condition.dtype is None:
-                with without_dropout(probe.copied):
-                    error = compare(got, expected, hidden, list(probe.copied.parameters()))
-            else:
-                exact = Probe(probe.copied, self.call, EXACT, self.masked)._eager(**replaced)
-                error = narrow_error(got, expected, exact, hidden, condition.dtype)
-            del probe, got, expected
-            worst = worst.worse(error, condition.name)
-            if not worst.passes():
-                break
-        return worst
+
+        def build(source: nn.Module, condition: Condition) -> tuple[nn.Module, list[Trial]]:
+            probe = self._under(source, condition)
+            return probe.copied, [Trial(probe._patched(forward), probe._eager(), [[probe._hidden()]])]
+
+        return worst_error(self.module, build, None if thorough else [UNIT])
 
     def forward_error(self, forward: Any) -> ProbeError:
         """``error`` of another forward, as recorded and with further tensors that the layer is handed at other values.
 
         A layer may scale its queries by position: by 1 for the few tokens that were recorded.
         """
-        worst, hidden, parameters = self.error(forward), [[self._hidden()]], list(self.copied.parameters())
-        for at, others in enumerate(self.others()):
-            if not worst.passes():
-                break
-            functions = self._patched(forward, **others), self._eager(**others)
-            worst = worst.worse(compare(*functions, hidden, parameters, gradients=at == 0))
-        return worst
+        worst = self.error(forward)
+        return (
+            worst.worse(worst_error(self.module, partial(self._others, forward), [UNIT])) if worst.passes() else worst
+        )
+
+    def _others(self, forward: Any, *_: Any) -> tuple[nn.Module, Iterator[Trial]]:
+        hidden = [[self._hidden()]]
+        return self.copied, (
+            Trial(self._patched(forward, **others), self._eager(**others), hidden, gradients=at == 0)
+            for at, others in enumerate(self.others())
+        )
 
     def ragged_error(self, forward: Any, pasts: tuple[int, int] = (0, 0)) -> ProbeError:
         """Two sequences in one ragged batch, against eager attention on each, as recorded and with ``others``.
@@ -194,13 +192,15 @@ class Probe:
         Args:
             pasts: how many tokens each sequence's positions begin after.
         """
-        worst = ProbeError(0.0, 0.0)
-        for others in ({}, *self.others()):
-            if worst.passes():
-                worst = worst.worse(self._ragged_error(forward, pasts, others))
-        return worst
 
-    def _ragged_error(self, forward: Any, pasts: tuple[int, int], others: dict[str, Tensor]) -> ProbeError:
+        def build(source: nn.Module, condition: Condition) -> tuple[nn.Module, Iterator[Trial]]:
+            probe = self._under(source, condition)
+            given = ({}, *self.others()) if condition is UNIT else ({},)
+            return probe.copied, (probe._ragged(forward, pasts, others) for others in given)
+
+        return worst_error(self.module, build)
+
+    def _ragged(self, forward: Any, pasts: tuple[int, int], others: dict[str, Tensor]) -> Trial:
         given = {name: value for name, value in {**self.call.arguments, **others}.items() if name not in (MASK, CACHE)}
         del given[self.call.hidden]
         cut = [{name: _of_sequence(value, length) for name, value in given.items()} for length in LENGTHS]
@@ -217,14 +217,13 @@ class Probe:
             outputs = []
             for x, own, past in zip(sequences, cut, pasts, strict=True):
                 length = x.shape[1]
-                mask = eager_mask(
-                    1, length, length, mask_function=causal_mask_function, dtype=torch.float32, device=x.device
-                )
+                mask = eager_mask(1, length, length, mask_function=causal_mask_function, dtype=x.dtype, device=x.device)
                 outputs.append(self.run("eager", mask, x, past=past or None, **own))
             return torch.cat(outputs, 1)
 
-        inputs = [random_input(1, length, self.shape[-1], like=self.copied) for length in LENGTHS]
-        return compare(together, separate, [inputs], list(self.copied.parameters()))
+        return Trial(
+            together, separate, [[random_input(1, length, self.shape[-1], like=self.copied) for length in LENGTHS]]
+        )
 
     def others(self) -> list[dict[str, Tensor]]:
         """Other values of the tensors beside hidden states, tables and mask.
@@ -265,19 +264,6 @@ class registered:
 
     def __exit__(self, *_: object) -> None:
         AttentionInterface._global_mapping.pop(self.name, None)
-
-
-def cast_floating(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """Arguments with floating-point tensors in another type, within its range."""
-    limits = torch.finfo(dtype)
-
-    def cast(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
-            return tensor
-        narrower = limits.max < torch.finfo(tensor.dtype).max
-        return (tensor.clamp(limits.min, limits.max) if narrower else tensor).to(dtype)
-
-    return {name: map_tensors(value, cast) for name, value in arguments.items()}
 
 
 def _of_sequence(value: Any, length: int) -> Any:

@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,19 +22,33 @@ from toolkit.patching.skeleton import HIDDEN, skeleton
 from toolkit.patching.without_media import text_arguments
 
 MASK = "attention_mask"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Call:
-    """Arguments of one call of a module, by name. positional: number of arguments that were given without a name."""
+    """Arguments of one call of a module, by name.
+
+    Args:
+        arguments: floating-point tensors are float32.
+        positional: number of arguments that were given without a name.
+        given: as they were, in the types of the model; None where nobody called it.
+    """
 
     arguments: dict[str, Any]
     positional: int
+    given: dict[str, Any] | None = None
 
     @property
     def hidden(self) -> str:
         """The name of the argument that is the hidden states."""
         return next(name for name in HIDDEN if name in self.arguments)
+
+    def within(self, dtype: torch.dtype | None) -> "Call":
+        """The call in a model of 16 bits, whose tables may be float32 all the same; itself for None."""
+        if dtype is None:
+            return self
+        return Call(cast_floating(self.arguments, dtype) if self.given is None else self.given, self.positional)
 
     def with_arguments(self, **replaced: Any) -> dict[str, Any]:
         """The arguments with some replaced; names that the module does not take are ignored.
@@ -59,6 +73,25 @@ def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
             new[name] = map_tensors(item, function)
         return new
     return value
+
+
+def cast_floating(arguments: T, dtype: torch.dtype) -> T:
+    """Arguments with floating-point tensors in another type, within its range."""
+    limits = torch.finfo(dtype)
+
+    def cast(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        narrower = limits.max < torch.finfo(tensor.dtype).max
+        return (tensor.clamp(limits.min, limits.max) if narrower else tensor).to(dtype)
+
+    cast_of: T = map_tensors(arguments, cast)
+    return cast_of
+
+
+def copy_of(tensor: Tensor) -> Tensor:
+    """A copy without a graph."""
+    return tensor.detach().clone()
 
 
 def float32_copy(tensor: Tensor) -> Tensor:
@@ -130,7 +163,10 @@ def _record(
         for parameter in signature.parameters.values():
             if parameter.kind is parameter.VAR_KEYWORD:
                 named |= named.pop(parameter.name, {})
-        calls[module].append(Call({name: map_tensors(value, float32_copy) for name, value in named.items()}, len(args)))
+        full, given = (
+            {name: map_tensors(value, kind) for name, value in named.items()} for kind in (float32_copy, copy_of)
+        )
+        calls[module].append(Call(full, len(args), given))
 
     configs = {id(one): one for one in (model.config, model.config.get_text_config())}.values()
     with torch.no_grad(), eval_mode(model), eager_modules(model), ExitStack() as stack:

@@ -3,9 +3,9 @@
 Modules differ where a probe does not look: at parameters of their real scale, in training mode, in 16 bits.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -36,9 +36,16 @@ class Condition:
     training: bool = False
     dtype: torch.dtype | None = None
 
+    def copy_of(self, module: nn.Module, slices: Slices = WHOLE) -> nn.Module:
+        """A probe copy of ``module`` as the condition asks for it."""
+        copied = probe_copy(module, slices, self.own_values, None if self.dtype else torch.float32)
+        return copied.train(self.training)
+
 
 UNIT = Condition("")
 OWN = Condition(" with its own parameters in training mode", own_values=True, training=True)
+EXACT = Condition(" in float32", own_values=True)
+"""What the one in 16 bits is measured against."""
 
 
 def conditions_of(module: nn.Module) -> list[Condition]:
@@ -46,10 +53,65 @@ def conditions_of(module: nn.Module) -> list[Condition]:
     parameters = list(module.parameters())
     dtypes = [p.dtype for p in parameters if p.is_floating_point() and p.dtype.itemsize == 2]
     narrow = dtypes[0] if dtypes else torch.bfloat16 if not parameters else None
-    found = [UNIT, OWN] if parameters else [UNIT]
+    found = [UNIT, OWN]
     if narrow is not None:
         found.append(Condition(f" in {str(narrow).removeprefix('torch.')}", own_values=True, dtype=narrow))
     return found
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One comparison of a candidate with what the module itself computes of the same inputs.
+
+    Args:
+        candidate, original: functions of the inputs, of one probe copy.
+        inputs: float32, several of each; in 16 bits they are rounded.
+        name: how a report calls it, behind the condition.
+        gradients: False compares outputs alone.
+    """
+
+    candidate: Callable[..., Any]
+    original: Callable[..., Any]
+    inputs: Sequence[Sequence[Tensor]]
+    name: str = ""
+    gradients: bool = True
+
+
+Build = Callable[[nn.Module, Condition], tuple[nn.Module, Iterable[Trial]]]
+"""Of a module and a condition: a probe copy, and the trials on it, which may be made one by one."""
+
+
+def worst_error(module: nn.Module, build: Build, conditions: Sequence[Condition] | None = None) -> ProbeError:
+    """The worst error of ``build``'s trials under every condition, up to the first that fails.
+
+    In 16 bits the truth is what the original computes in float32 of the copy's numbers: a copy of the copy, whose
+    trials are in the same order.
+
+    Args:
+        conditions: None for ``conditions_of`` the module.
+    """
+    worst = ProbeError(0.0, 0.0)
+    for condition in conditions_of(module) if conditions is None else conditions:
+        if worst.passes():
+            worst = _error_under(condition, module, build, worst)
+    return worst
+
+
+def _error_under(condition: Condition, module: nn.Module, build: Build, worst: ProbeError) -> ProbeError:
+    """``worst`` or what is worse under one condition, whose copies are freed at the end."""
+    copied, trials = build(module, condition)
+    exact: Iterable[Trial | None] = repeat(None) if condition.dtype is None else build(copied, EXACT)[1]
+    for trial, truth in zip(trials, exact):
+        if condition.dtype is None or truth is None:
+            parameters = list(copied.parameters())
+            error = compare(trial.candidate, trial.original, trial.inputs, parameters, trial.gradients)
+        else:
+            functions = trial.candidate, trial.original, truth.original
+            error = narrow_error(*functions, trial.inputs, condition.dtype)
+        worst = worst.worse(error, f"{condition.name}{trial.name}")
+        if not worst.passes():
+            break
+    return worst
 
 
 def error_of(
@@ -67,31 +129,24 @@ def error_of(
         slices: of the probe copies. A module that fails on slices of its parameters is probed as a whole.
     """
     original = own or type(module).forward
-    worst = ProbeError(0.0, 0.0)
-    for condition in conditions_of(module):
-        copied = probe_copy(module, slices, condition.own_values, None if condition.dtype else torch.float32)
-        copied.train(condition.training)
+
+    def build(source: nn.Module, condition: Condition) -> tuple[nn.Module, list[Trial]]:
+        copied = condition.copy_of(source, slices if source is module else WHOLE)
         inputs = batches(copied)[: None if condition is UNIT else 1]
-        if slices is not WHOLE and condition is UNIT and not _runs(copied, original, inputs[0]):
-            return error_of(module, candidate, batches, own)
-        if condition.dtype is None:
-            got, expected = (_seeded(with_forward(copied, one), condition.training) for one in (candidate, original))
-            error = compare(got, expected, inputs, list(copied.parameters()))
-        else:
-            exact = probe_copy(copied, own_values=True)
-            functions = (with_forward(copied, candidate), with_forward(copied, original), with_forward(exact, original))
-            error = narrow_error(*functions, inputs, condition.dtype)
-        worst = worst.worse(error, condition.name)
-        if not worst.passes():
-            break
-        del copied
-    return worst
+        ready: Callable[..., Any] = _seeded if copied.training else lambda function: function
+        got, expected = (ready(with_forward(copied, one)) for one in (candidate, original))
+        return copied, [Trial(got, expected, inputs)]
+
+    if slices is WHOLE:
+        return worst_error(module, build)
+    first = [build(module, UNIT)]
+    if not _runs(first[0][1][0]):
+        return error_of(module, candidate, batches, own)
+    return worst_error(module, lambda *given: first.pop() if given[1] is UNIT else build(*given))
 
 
-def _seeded(function: Callable[..., Any], wanted: bool) -> Callable[..., Any]:
+def _seeded(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function``, which sees the same random numbers in every call."""
-    if not wanted:
-        return function
 
     def run(*inputs: Tensor) -> Any:
         devices = [x.device for x in inputs if x.device.type == "cuda"][:1]
@@ -106,28 +161,18 @@ def _seeded(function: Callable[..., Any], wanted: bool) -> Callable[..., Any]:
     return run
 
 
-@contextmanager
-def without_dropout(module: nn.Module) -> Iterator[None]:
-    """Inside, no module of ``module`` drops anything in training mode: two kernels never drop the same."""
-    before = [
-        (part, name, value)
-        for part in module.modules()
-        for name, value in part.__dict__.items()
-        if isinstance(value, float) and ("dropout" in name or (name == "p" and isinstance(part, nn.Dropout)))
-    ]
-    try:
-        for part, name, _ in before:
-            part.__dict__[name] = 0.0
-        yield
-    finally:
-        for part, name, value in before:
-            part.__dict__[name] = value
+def drop_nothing(copied: nn.Module) -> None:
+    """From now on no module of a probe copy drops anything in training mode: two kernels never drop the same."""
+    for part in copied.modules():
+        for name, value in part.__dict__.items():
+            if isinstance(value, float) and ("dropout" in name or (name == "p" and isinstance(part, nn.Dropout))):
+                part.__dict__[name] = 0.0
 
 
-def _runs(copied: nn.Module, original: Callable[..., Any], inputs: Sequence[Tensor]) -> bool:
+def _runs(trial: Trial) -> bool:
     try:
         with torch.no_grad():
-            original(copied, *inputs)
+            trial.original(*trial.inputs[0])
     except Exception:
         return False
     return True

@@ -8,7 +8,8 @@ something else is refused.
 import inspect
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,17 +17,16 @@ from torch import Tensor, nn
 from transformers.masking_utils import bidirectional_mask_function
 
 from toolkit.patching import attention_interface
-from toolkit.patching.attention_probe import LENGTH, LENGTHS, ROWS, cast_floating, registered
+from toolkit.patching.attention_probe import LENGTH, LENGTHS, ROWS, registered
 from toolkit.patching.calls import MASK, Call
 from toolkit.patching.claim import ProbeError
-from toolkit.patching.conditions import UNIT, Condition, conditions_of, narrow_error, without_dropout
-from toolkit.patching.probe import compare, device_of, generator, random_input, with_forward
+from toolkit.patching.conditions import UNIT, Condition, Trial, drop_nothing, worst_error
+from toolkit.patching.probe import device_of, generator, random_input, with_forward
 from toolkit.patching.probe_copy import probe_copy
 from toolkit.patching.skeleton import HIDDEN
 
 PACKED = "cu_seqlens"
 """The argument by which a layer knows where each image begins in its rows [T, N]."""
-EXACT = Condition(" in float32", own_values=True)
 
 
 class UnfitError(Exception):
@@ -61,14 +61,13 @@ class EncoderProbe:
         self.module = module
         self.copied: Any = probe_copy(module, own_values=condition.own_values, dtype=condition.dtype or torch.float32)
         self.copied.train(condition.training)
+        drop_nothing(self.copied)
         self.copied.__dict__[attention_interface.IMPLEMENTATION] = attention_interface.NAME
         if call is None:
             self.call = self._call()
             self._look()
         else:
-            self.call = call
-        if condition.dtype is not None:
-            self.call = replace(self.call, arguments=cast_floating(self.call.arguments, condition.dtype))
+            self.call = call.within(condition.dtype)
 
     def _call(self) -> Call:
         problem: Exception | None = None
@@ -144,28 +143,19 @@ class EncoderProbe:
 
     def error(self) -> ProbeError:
         """Against the layer's own eager attention: outputs and all gradients, under every condition and mask."""
-        hidden, worst = [[self._hidden()]], ProbeError(0.0, 0.0)
-        for condition in conditions_of(self.module):
-            probe = self if condition is UNIT else EncoderProbe(self.module, condition, self.call)
-            for mask in probe.masks():
-                worst = worst.worse(probe._error(condition, mask, hidden), f"{condition.name}{mask.name}")
-                if not worst.passes():
-                    return worst
-        return worst
 
-    def _error(self, condition: Condition, mask: Mask, hidden: list[list[Tensor]]) -> ProbeError:
-        def got(x: Tensor) -> Tensor:
-            return self.run(attention_interface.NAME, mask.handed, x)
+        def build(source: nn.Module, condition: Condition) -> tuple[nn.Module, Iterator[Trial]]:
+            probe = self if condition is UNIT else EncoderProbe(source, condition, self.call)
+            return probe.copied, map(probe._trial, probe.masks())
 
-        def expected(x: Tensor) -> Tensor:
-            return self.run("eager", mask.added, x)
+        return worst_error(self.module, build)
 
-        if condition.dtype is None:
-            with without_dropout(self.copied):
-                return compare(got, expected, hidden, list(self.copied.parameters()))
-        call = replace(self.call, arguments=cast_floating(self.call.arguments, torch.float32))
-        full, added = EncoderProbe(self.copied, EXACT, call), None if mask.added is None else mask.added.float()
-        return narrow_error(got, expected, lambda x: full.run("eager", added, x), hidden, condition.dtype)
+    def _trial(self, mask: Mask) -> Trial:
+        got, expected = (
+            partial(self.run, name, one)
+            for name, one in ((attention_interface.NAME, mask.handed), ("eager", mask.added))
+        )
+        return Trial(got, expected, [[self._hidden()]], mask.name)
 
 
 _PADDING = [[1] * 5 + [0] * 2, [0] * 3 + [1] * 4]

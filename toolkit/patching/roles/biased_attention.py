@@ -5,7 +5,7 @@ The role ``attention`` finds the layers; this is how one of them is proven. Thei
 
 import inspect
 import types
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,8 +16,8 @@ from toolkit.patching.attention_interface import IMPLEMENTATION, NAME
 from toolkit.patching.attention_probe import FAR
 from toolkit.patching.calls import MASK, Call
 from toolkit.patching.claim import ProbeError
-from toolkit.patching.probe import compare, device_of, random_input
-from toolkit.patching.probe_copy import probe_copy
+from toolkit.patching.conditions import UNIT, Condition, Trial, drop_nothing, worst_error
+from toolkit.patching.probe import device_of, random_input
 from toolkit.patching.roles import mixer
 from toolkit.patching.search import prove
 from toolkit.state.active import set_forward_context
@@ -40,8 +40,12 @@ def relative_logits_of(layer: nn.Module) -> str | None:
 class _Probe:
     """Runs a probe copy of a layer over sequences that are longer than its biases extent."""
 
-    def __init__(self, layer: nn.Module, call: Call, name: str) -> None:
-        self.copied: Any = probe_copy(layer)
+    def __init__(
+        self, layer: nn.Module, call: Call, name: str, condition: Condition = UNIT, proven: Any = None
+    ) -> None:
+        self.copied: Any = condition.copy_of(layer)
+        drop_nothing(self.copied)
+        self.dtype = condition.dtype or torch.float32
         for part in self.copied.modules():
             part.__dict__[IMPLEMENTATION] = NAME
         self.call, self.name, self.device = call, name, device_of(self.copied)
@@ -59,7 +63,9 @@ class _Probe:
             raise RuntimeError(f"it takes {sorted(unknown)}, which no such layer is known to take")
         self.width = shape[-1]
         self.convolutions = {path: one for path, one in self.copied.named_modules() if mixer.has_state(one)}
-        self.proven = {path: mixer.proven(one) for path, one in self.convolutions.items()}
+        if proven is None:
+            proven = {path: mixer.proven(one) for path, one in self.convolutions.items()}
+        self.proven = proven
         for path, verdict in self.proven.items():
             if isinstance(verdict, str):
                 raise RuntimeError(f"of its {path} {verdict}")
@@ -83,15 +89,15 @@ class _Probe:
     def mask(self, length: int) -> Tensor:
         back = torch.arange(length, device=self.device)[:, None] - torch.arange(length, device=self.device)
         seen = (back >= 0) & (back < self.window) if self.window else back >= 0
-        hidden = torch.finfo(torch.float32).min
-        return torch.zeros(1, 1, length, length, device=self.device).masked_fill(~seen, hidden)
+        shown = torch.zeros(1, 1, length, length, dtype=self.dtype, device=self.device)
+        return shown.masked_fill(~seen, torch.finfo(self.dtype).min)
 
-    def error(self, forwards: dict[str, Any]) -> ProbeError:
+    def trials(self, forwards: dict[str, Any]) -> Iterator[Trial]:
         """Of sequences in one ragged batch, at their first tokens and far behind, against each one's own way."""
-        errors = [self._error(forwards, start) for start in ((0, FAR) if POSITIONS in self.call.arguments else (0,))]
-        return max(errors, key=ProbeError.worst)
+        for start in (0, FAR) if POSITIONS in self.call.arguments else (0,):
+            yield self._trial(forwards, start)
 
-    def _error(self, forwards: dict[str, Any], start: int) -> ProbeError:
+    def _trial(self, forwards: dict[str, Any], start: int) -> Trial:
         batch = RaggedBatch.from_sequences([[0] * length for length in self.lengths], self.device, share=False)
         context, count = DenseContext(batch), len(self.lengths)
 
@@ -108,7 +114,7 @@ class _Probe:
             return torch.cat(outputs, 1)
 
         inputs = [random_input(1, length, self.width, like=self.copied) for _ in self.inputs for length in self.lengths]
-        return compare(together, separate, [inputs], list(self.copied.parameters()))
+        return Trial(together, separate, [inputs])
 
 
 def prove_biased(layer: nn.Module, call: Call, name: str) -> tuple[str, dict[str, Any], ProbeError] | str:
@@ -116,4 +122,12 @@ def prove_biased(layer: nn.Module, call: Call, name: str) -> tuple[str, dict[str
     probe = _Probe(layer, call, name)
     own = type(getattr(layer, name)).forward
     forwards = {"": biased_forward(type(layer).forward), name: relative_logits_forward(own)}
-    return prove([("attention (biases by distance)", forwards, partial(probe.error, forwards))])
+
+    def error() -> ProbeError:
+        def build(source: nn.Module, condition: Condition) -> tuple[nn.Module, Iterator[Trial]]:
+            made = probe if condition is UNIT else _Probe(source, call, name, condition, probe.proven)
+            return made.copied, made.trials(forwards)
+
+        return worst_error(layer, build)
+
+    return prove([("attention (biases by distance)", forwards, error)])

@@ -5,6 +5,7 @@ The role ``attention`` finds the layers; this is how one of them is proven.
 
 import inspect
 import types
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -18,8 +19,8 @@ from toolkit.modules.sparse_attention import CACHE, HIDDEN, MASK, RESID
 from toolkit.patching.attention_interface import IMPLEMENTATION, NAME
 from toolkit.patching.calls import Call
 from toolkit.patching.claim import ProbeError
-from toolkit.patching.probe import compare, device_of, generator, random_input
-from toolkit.patching.probe_copy import probe_copy
+from toolkit.patching.conditions import OWN, UNIT, Condition, Trial, drop_nothing, worst_error
+from toolkit.patching.probe import device_of, generator, random_input
 from toolkit.patching.report import PatchReport
 from toolkit.patching.roles.sparse_attention import indexer_of
 from toolkit.patching.search import prove
@@ -65,8 +66,12 @@ def indexers_of(report: PatchReport) -> list[nn.Module]:
 class _Probe:
     """Runs a probe copy of a layer over sequences that are longer than what it selects."""
 
-    def __init__(self, layer: nn.Module, call: Call) -> None:
-        self.copied: Any = probe_copy(layer)
+    def __init__(self, layer: nn.Module, call: Call, condition: Condition = UNIT) -> None:
+        self.copied: Any = condition.copy_of(layer)
+        drop_nothing(self.copied)
+        self.dtype = condition.dtype or torch.float32
+        # In 16 bits all pools: rounding selects others, and what an indexer selects is proven in float32.
+        self.count = _COUNT if condition.dtype is None else _POOLS + 1
         for part in self.copied.modules():
             part.__dict__[IMPLEMENTATION] = NAME
         self.name: str | None = None
@@ -93,14 +98,14 @@ class _Probe:
         self.names = set(names)
 
     def _few_pools(self) -> int:
-        """Lets the copied indexer select ``_COUNT`` pools; the tokens of a pool."""
+        """Lets the copied indexer select ``count`` pools; the tokens of a pool."""
         module = self.indexer
         if isinstance(self.form, GatedPools):
             if not getattr(module, "index_kpool_always_select_tail", True):
                 raise RuntimeError("its first tokens see nothing")
-            module.index_topk = _COUNT * module.index_kpool
+            module.index_topk = self.count * module.index_kpool
             return int(module.index_kpool)
-        module.block_topk, module.token_budget = _COUNT, _COUNT * module.compress_ratio
+        module.block_topk, module.token_budget = self.count, self.count * module.compress_ratio
         return int(module.compress_ratio)
 
     def tables(self, length: int, seed: int) -> tuple[Tensor, Tensor] | None:
@@ -113,17 +118,15 @@ class _Probe:
         half = recorded[0].shape[-1] // 2
         angles = torch.rand(1, length, half, device=self.device, generator=generator(self.device, seed)) * 6.3
         angles = torch.cat([angles, angles], -1)
-        return angles.cos(), angles.sin()
+        return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
 
     def mask(self, length: int, hidden: int = 0) -> Tensor:
         """As the layer was handed one: of padding, or added to the scores; ``hidden`` first tokens are padding."""
         seen = torch.arange(length, device=self.device) >= hidden
         if self.call.arguments[MASK].dim() == 2:
             return seen[None]
-        causal = eager_mask(
-            1, length, length, mask_function=causal_mask_function, dtype=torch.float32, device=self.device
-        )
-        return causal.masked_fill(~seen, torch.finfo(torch.float32).min)
+        causal = eager_mask(1, length, length, mask_function=causal_mask_function, dtype=self.dtype, device=self.device)
+        return causal.masked_fill(~seen, torch.finfo(self.dtype).min)
 
     def selection(self, length: int) -> Tensor:
         """[1, length, 2] positions that each token sees, -1 behind the last one: its own, and a random one."""
@@ -174,9 +177,9 @@ class _Probe:
             wrong += float((mine[:, :length] != theirs).any(1).float().mean()) / _RUNS
         return wrong
 
-    def error(self, forwards: dict[str, Any]) -> ProbeError:
-        """Against eager attention: ordinary calls with and without padding, and sequences in one ragged batch."""
-        errors = [self._ragged_error(forwards)]
+    def trials(self, forwards: dict[str, Any]) -> Iterator[Trial]:
+        """Against eager attention: sequences in one ragged batch, and ordinary calls with and without padding."""
+        yield self._ragged(forwards)
         length = self.lengths[0]
         inputs = [[random_input(1, length, self.width, like=self.copied)]]
         tables = self.tables(length, 9)
@@ -192,10 +195,9 @@ class _Probe:
             def original(x: Tensor, mask: Tensor = mask, kept: Tensor = kept) -> Tensor:
                 return self.run("eager", x, mask, tables, None, selection) * kept
 
-            errors.append(compare(candidate, original, inputs, list(self.copied.parameters())))
-        return max(errors, key=ProbeError.worst)
+            yield Trial(candidate, original, inputs)
 
-    def _ragged_error(self, forwards: dict[str, Any]) -> ProbeError:
+    def _ragged(self, forwards: dict[str, Any]) -> Trial:
         """Several sequences in one ragged batch, against each one's own way."""
         tables = [self.tables(length, 10 + at) for at, length in enumerate(self.lengths)]
         selections = [None if self.indexer is not None else self.selection(length) for length in self.lengths]
@@ -213,21 +215,28 @@ class _Probe:
             return torch.cat([self.run("eager", x, self.mask(x.shape[1]), own, None, sel) for x, own, sel in parts], 1)
 
         inputs = [random_input(1, length, self.width, like=self.copied) for length in self.lengths]
-        return compare(candidate, original, [inputs], list(self.copied.parameters()))
+        return Trial(candidate, original, [inputs])
 
 
 def prove_pooled(layer: nn.Module, call: Call) -> tuple[str, dict[str, Any], ProbeError] | str:
     """What takes the place of the layer's forward ("") and of its indexer's, by name, or why nothing does."""
     probe = _Probe(layer, call)
     forward = pooled_forward(type(layer).forward, UP, SELECTION)
+
+    def error(forwards: dict[str, Any]) -> ProbeError:
+        def build(source: nn.Module, condition: Condition) -> tuple[nn.Module, Iterator[Trial]]:
+            made = probe if condition is UNIT else _Probe(source, call, condition)
+            return made.copied, made.trials(forwards)
+
+        return worst_error(layer, build)
+
     found = pooling_indexer_of(layer)
     if found is None:
         forwards = {"": forward}
-        op = "sparse attention (another layer's pools)"
-        return prove([(op, forwards, partial(probe.error, forwards))])
+        return prove([("sparse attention (another layer's pools)", forwards, partial(error, forwards))])
     name, form, kind = found
-    differing = probe.differing()
+    differing = max(one.differing() for one in (probe, _Probe(layer, call, OWN)))
     if differing:
         return f"its indexer selects other pools than the known form: {100 * differing:.0f} % of tokens differ"
     forwards = {"": forward, name: form.make_forward(type(getattr(layer, name)).forward)}
-    return prove([(f"sparse attention ({kind} pools)", forwards, partial(probe.error, forwards))])
+    return prove([(f"sparse attention ({kind} pools)", forwards, partial(error, forwards))])

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from toolkit.modules.positions import GIVEN, PAST, by_argument, by_table
 from toolkit.numerics import Numerics
 from toolkit.patching.claim import Claim, ProbeError, Skipped
-from toolkit.patching.probe import compare, device_of, generator
+from toolkit.patching.conditions import error_of
+from toolkit.patching.probe import device_of, generator
 from toolkit.patching.probe_copy import probe_copy
 from toolkit.patching.search import Candidate, search
 from toolkit.state.active import set_forward_context
@@ -36,22 +37,21 @@ def _batch(module: nn.Module) -> RaggedBatch:
 
 def _probe(module: nn.Module, forward: Callable[..., Any]) -> ProbeError:
     """Two sequences in one batch, against the module's own forward of each."""
-    copied = probe_copy(module)
-    own = type(module).forward
-    device = device_of(module)
+    own, device = type(module).forward, device_of(module)
     ids = [torch.randint(3, (1, length), generator=generator(device), device=device) for length in LENGTHS]
+    copied = probe_copy(module)
     given = next(kind for kind in (_as_ids, _as_shape) if _runs(copied, kind(ids[0])))
 
-    def separate() -> Tensor:
-        rows = [own(copied, given(one), past) for one, past in zip(ids, PASTS, strict=True)]
+    def separate(self: nn.Module) -> Tensor:
+        rows = [own(self, given(one), past) for one, past in zip(ids, PASTS, strict=True)]
         return torch.cat(rows, -2)
 
-    def together() -> Tensor:
+    def together(self: nn.Module) -> Tensor:
         with set_forward_context(DenseContext(_batch(module))):
-            found: Tensor = forward(copied, given(torch.cat(ids, 1)), 0)
+            found: Tensor = forward(self, given(torch.cat(ids, 1)), 0)
             return found
 
-    return compare(together, separate, [[]], list(copied.parameters()))
+    return error_of(module, together, lambda copied: [[]], separate)
 
 
 def _as_ids(ids: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ A module whose frequencies depend on the longest sequence of a call (LongRoPE, d
 they are the same, and gets a forward that goes by the length of each row's own sequence in ragged batches.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from toolkit.modules.rotary import LAYOUTS, length_dependent_forward, rotary_tables_forward
 from toolkit.numerics import Numerics
 from toolkit.patching.claim import Claim, ProbeError, Skipped, replace_forward
+from toolkit.patching.conditions import Condition, Trial, worst_error
 from toolkit.patching.length_tables import BUFFER, Regimes, frequencies_of, fresh_copy, layer_types, regimes_of
-from toolkit.patching.probe import compare, device_of, random_input, with_forward
+from toolkit.patching.probe import device_of, random_input, with_forward
 from toolkit.patching.probe_copy import probe_copy
 from toolkit.patching.search import Candidate, prove, search
 from toolkit.patching.thresholds import around
@@ -31,28 +32,42 @@ def _real(tables: Any) -> Any:
     return torch.view_as_real(tables) if isinstance(tables, Tensor) and tables.is_complex() else tables
 
 
-def _call(module: nn.Module, forward: Callable[..., Any], layer_type: str | None) -> Callable[[Tensor], Any]:
-    """The tables that ``forward`` on the module returns, as a function of the positions."""
-    x, layer_types = random_input(1, 1, 8, like=module), () if layer_type is None else (layer_type,)
+def _call(
+    module: nn.Module, forward: Callable[..., Any], layer_type: str | None, dtype: torch.dtype | None = None
+) -> Callable[[Tensor], Any]:
+    """The tables that ``forward`` on the module returns, as a function of the positions.
+
+    Args:
+        dtype: of the hidden states whose type they have; None for float32.
+    """
+    x = random_input(1, 1, 8, like=module).to(dtype or torch.float32)
+    layer_types = () if layer_type is None else (layer_type,)
     return lambda positions: _real(with_forward(module, forward)(x, positions, *layer_types))
 
 
 def _probe(module: nn.Module, forward: Callable[..., Any], along_axes: bool) -> ProbeError:
-    # Two copies: a table that grows rewrites its frequencies, which the candidate must not see.
-    copied, pristine = probe_copy(module), probe_copy(module)
     longest = int(getattr(module, "max_seq_len_cached", 2048))
-    near = torch.tensor([[0, 1, 2, 5, 31], [7, 100, 3, 0, longest - 1]], device=device_of(copied))
+    near = torch.tensor([[0, 1, 2, 5, 31], [7, 100, 3, 0, longest - 1]], device=device_of(module))
     # Tables that change with the sequence length differ beyond the trained length.
     borders = around(getattr(module, "config", None))
-    far = torch.tensor([[0, *borders, 4 * longest + 3]], device=device_of(copied))
+    far = torch.tensor([[0, *borders, 4 * longest + 3]], device=device_of(module))
     inputs = [[near], [far], [near]]
     if along_axes:
         inputs.append([torch.stack([near, near.flip(-1), near + 3])])
-    errors = [
-        compare(_call(pristine, forward, kind), _call(copied, type(copied).forward, kind), inputs)
-        for kind in layer_types(module)
-    ]
-    return ProbeError(max(e.forward for e in errors), max(e.backward for e in errors))
+
+    def build(source: nn.Module, condition: Condition) -> tuple[nn.Module, Iterator[Trial]]:
+        # Two copies: a table that grows rewrites its frequencies, which the candidate must not see.
+        copied, pristine = condition.copy_of(source), condition.copy_of(source)
+        return copied, (
+            Trial(
+                _call(pristine, forward, kind, condition.dtype),
+                _call(copied, type(copied).forward, kind, condition.dtype),
+                inputs,
+            )
+            for kind in layer_types(module)
+        )
+
+    return worst_error(module, build)
 
 
 def _axes(module: nn.Module, kind: str | None, border: int = 1024) -> Tensor | None:
@@ -80,39 +95,58 @@ def _candidates(module: nn.Module) -> list[Candidate] | None:
         return None
     axes = _axes(module, kinds[0])
     options: list[Candidate] = []
-    for layout in LAYOUTS:
-        forward = rotary_tables_forward(layout, axes)
-        options.append((_name(layout, axes), forward, partial(_probe, module, forward, axes is not None)))
+    for layout, in_float32 in _FORMS:
+        forward = rotary_tables_forward(layout, axes, in_float32)
+        options.append((_name(layout, axes, in_float32), forward, partial(_probe, module, forward, axes is not None)))
     return options
 
 
-def _name(layout: str, axes: Tensor | None) -> str:
-    return "".join(["rotary_tables", f" ({layout})" * (layout != "twice"), " along axes" * (axes is not None)])
+_FORMS = [
+    (layout, in_float32) for layout in LAYOUTS for in_float32 in ((False,) if layout == "complex" else (False, True))
+]
+
+
+def _name(layout: str, axes: Tensor | None, in_float32: bool) -> str:
+    words = ["rotary_tables", f" ({layout})" * (layout != "twice"), " along axes" * (axes is not None)]
+    return "".join([*words, " in float32" * in_float32])
 
 
 def _length_dependent(module: nn.Module, regimes: Regimes) -> list[Candidate]:
     borders = [border for one in regimes.values() if one for border in (*one.borders, one.varies_after) if border]
     axes = _axes(module, None, min(borders)) if list(regimes) == [None] else None
     options: list[Candidate] = []
-    for layout in LAYOUTS:
+    for layout, in_float32 in _FORMS:
         # Frequencies that a module computes anew in its forward are those that it was made with.
         for source in (BUFFER, f"original_{BUFFER}"):
-            forward = length_dependent_forward(type(module).forward, frequencies_of(source), regimes, layout, axes)
+            given = frequencies_of(source), regimes, layout, axes, in_float32
+            forward = length_dependent_forward(type(module).forward, *given)
             probe = partial(_length_probe, module, forward, regimes, axes is not None)
-            options.append((f"{_name(layout, axes)} by sequence length", forward, probe))
+            options.append((f"{_name(layout, axes, in_float32)} by sequence length", forward, probe))
     return options
 
 
 def _length_probe(module: nn.Module, forward: Callable[..., Any], regimes: Regimes, along_axes: bool) -> ProbeError:
     """Sequences of every regime in one ragged batch, against the module's own forward on each alone."""
-    device, errors = device_of(module), []
+
+    def build(source: nn.Module, condition: Condition) -> tuple[nn.Module, Iterator[Trial]]:
+        # Frequencies that a module computes anew are those of its configuration, which a copy of it shares.
+        copied = fresh_copy(source).train(condition.training)
+        return copied, _length_trials(copied, forward, regimes, along_axes, condition.dtype)
+
+    return worst_error(module, build)
+
+
+def _length_trials(
+    module: nn.Module, forward: Callable[..., Any], regimes: Regimes, along_axes: bool, dtype: torch.dtype | None
+) -> Iterator[Trial]:
+    device = device_of(module)
     for kind, regime in regimes.items():
         borders = () if regime is None else (*regime.borders, *filter(None, [regime.varies_after]))
         lengths = sorted({2, 40, *(length for at in borders for length in (at, at + 1, at + 2, 3 * at + 7))})
         parts = [torch.tensor([0, 1, length // 2, length - 1], device=device) for length in lengths]
         batch = RaggedBatch.from_sequences(parts, device, share=False, rotary_lengths=lengths)
-        own = _call(fresh_copy(module), type(module).forward, kind)
-        ragged = _call(module, forward, kind)
+        own = _call(fresh_copy(module), type(module).forward, kind, dtype)
+        ragged = _call(module, forward, kind, dtype)
 
         def separate(*positions: Tensor, own: Any = own) -> Any:
             tables = [own(one) for one in positions]
@@ -127,8 +161,7 @@ def _length_probe(module: nn.Module, forward: Callable[..., Any], regimes: Regim
         inputs = [[part[None] for part in parts]]
         if along_axes:
             inputs.append([torch.stack([part, part // 2, part // 3])[:, None] for part in parts])
-        errors.append(compare(together, separate, inputs))
-    return ProbeError(max(e.forward for e in errors), max(e.backward for e in errors))
+        yield Trial(together, separate, inputs)
 
 
 def find(model: nn.Module, numerics: Numerics) -> list[Claim | Skipped]:

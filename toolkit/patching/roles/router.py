@@ -5,7 +5,7 @@ own topk_ids and topk_weights, and what agrees is proven with gradients.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product as combinations
@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from toolkit.errors import first_line
+from toolkit.modules.elementwise import row_invariant
 from toolkit.modules.router import Router
 from toolkit.numerics import Numerics
 from toolkit.ops.activation import plain_kinds
 from toolkit.patching.claim import Claim, ProbeError, Skipped, replace_forward
-from toolkit.patching.probe import compare, generator, random_input, signature_key, with_forward
-from toolkit.patching.probe_copy import probe_copy
+from toolkit.patching.conditions import EXACT, UNIT, Condition, Trial, worst_error
+from toolkit.patching.probe import generator, random_input, signature_key, with_forward
 from toolkit.patching.roles.moe_layers import MoeLayer, matrix_rows, moe_layers
 from toolkit.patching.search import prove
 from toolkit.patching.settings import Settings, guarded, settings_of
@@ -47,22 +48,13 @@ def _sorted(topk_weights: Tensor, topk_ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Probe:
-    """A probe copy of one router, with random biases of the selection, and its outputs for a few batches."""
+    """A probe copy of one router, its own way and a candidate's."""
 
-    def __init__(self, module: nn.Module, count: int) -> None:
-        self.copied: Any = probe_copy(module)
+    def __init__(self, module: nn.Module, count: int, condition: Condition = UNIT) -> None:
+        self.copied: Any = condition.copy_of(module)
         self.count = count
-        for stream, buffer in enumerate(self.copied.buffers()):
-            if buffer.is_floating_point():
-                # Most of them negative, which tells experts excluded by 0 from those excluded by -inf.
-                source = generator(buffer.device, 500 + stream)
-                buffer.copy_(torch.rand(buffer.shape, generator=source, device=buffer.device) - 0.9)
         self.holder, self.plain = self._matrix()
-        self.parameters = list(self.copied.parameters())
         self.extra = self._second_argument()
-        self.batches = [[x, *self.extra] for x in self._inputs()]
-        self.outputs, self.observed = self._observe()
-        self.float32_outputs = self._float32_outputs()
 
     def _matrix(self) -> tuple[nn.Module, Router]:
         """The module that holds the matrix [E, H], and a router that names the attribute."""
@@ -87,13 +79,17 @@ class Probe:
             return []
         return [random_input(self.count, like=self.copied, scale=0.3)]
 
-    def _run(self, *inputs: Tensor, module: Any = None) -> Any:
-        """The module's own outputs; some modules take [T, H], some only [B, S, H]."""
-        original = with_forward(module or self.copied, type(self.copied).forward)
-        try:
-            return original(*inputs)
-        except ValueError:
-            return original(inputs[0][None], *inputs[1:])
+    def run(self, *inputs: Tensor) -> Any:
+        """The module's own outputs; some modules take [T, H], some only [B, S, H].
+
+        Of equal scores, which its own parameters may give experts, the first is taken, as the op does.
+        """
+        original = with_forward(self.copied, type(self.copied).forward)
+        with row_invariant():
+            try:
+                return original(*inputs)
+            except ValueError:
+                return original(inputs[0][None], *inputs[1:])
 
     def _logits(self, x: Tensor) -> Tensor:
         """The logits, computed by torch."""
@@ -104,10 +100,47 @@ class Probe:
         weight: Tensor = getattr(self.holder, self.plain.weight)
         return weight
 
+    def hidden(self) -> Tensor:
+        """[T, H] hidden states."""
+        return random_input(_TOKENS, self._weight().shape[1], like=self.copied)
+
+    def trial(self, router: Router, batches: Sequence[Sequence[Tensor]]) -> Trial:
+        """Outputs and gradients of ``router`` against the module's own, a token's experts in ascending order."""
+        at = {name: index for index, name in enumerate(router.outputs)}
+
+        def ordered(function: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
+            outputs = function(*inputs)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            weights, ids = _sorted(outputs[at["topk_weights"]], outputs[at["topk_ids"]])
+            return weights, ids, *([outputs[at["logits"]]] if "logits" in at else [])
+
+        candidate = with_forward(self.copied, router.make_forward())
+        return Trial(partial(ordered, candidate), partial(ordered, self.run), batches)
+
+    def selected(self, router: Router, inputs: Sequence[Tensor]) -> Tensor:
+        """[T, K] the experts of the module's own choice, ascending."""
+        with torch.no_grad():
+            outputs = self.run(*inputs)
+        return outputs[router.outputs.index("topk_ids")].sort(-1).values  # type: ignore[no-any-return]
+
+
+class Observed(Probe):
+    """A probe with random parameters and biases of the selection, and what the module makes of a few batches."""
+
+    def __init__(self, module: nn.Module, count: int) -> None:
+        super().__init__(module, count)
+        for stream, buffer in enumerate(self.copied.buffers()):
+            if buffer.is_floating_point():
+                # Most of them negative, which tells experts excluded by 0 from those excluded by -inf.
+                source = generator(buffer.device, 500 + stream)
+                buffer.copy_(torch.rand(buffer.shape, generator=source, device=buffer.device) - 0.9)
+        self.batches = [[x, *self.extra] for x in self._inputs()]
+        self.outputs, self.observed = self._observe()
+        self.float32_outputs = self._float32_outputs(module)
+
     def _inputs(self) -> Iterator[Tensor]:
         """Plain inputs, and inputs with all logits far below zero, where an eps added to the sum of scores shows."""
-        matrix = self._weight().detach()
-        plain = random_input(_TOKENS, matrix.shape[1], like=self.copied)
+        matrix, plain = self._weight().detach(), self.hidden()
         yield plain
         yield plain.flip(0) * 3.0
         below = torch.linalg.pinv(matrix) @ matrix.new_ones(self.count)
@@ -121,9 +154,9 @@ class Probe:
         for inputs in self.batches:
             with torch.no_grad():
                 logits = self._logits(inputs[0])
-                found = self._named(self._run(*inputs), logits)
+                found = self._named(self.run(*inputs), logits)
                 self.copied.train()
-                again = self._named(self._run(*inputs), logits)
+                again = self._named(self.run(*inputs), logits)
                 self.copied.eval()
             if {"topk_weights", "topk_ids"} - set(found):
                 raise RuntimeError("its forward does not return topk_weights and topk_ids")
@@ -152,13 +185,14 @@ class Probe:
             found[name] = value
         return found
 
-    def _float32_outputs(self) -> tuple[str, ...]:
+    def _float32_outputs(self, module: nn.Module) -> tuple[str, ...]:
         """Outputs that stay float32 when all else is bfloat16."""
-        half = probe_copy(self.copied).to(torch.bfloat16)
+        half = Probe(module, self.count)
+        half.copied.to(torch.bfloat16)
         inputs = [x.to(torch.bfloat16) for x in self.batches[0]]
         with torch.no_grad():
             try:
-                outputs = self._run(*inputs, module=half)
+                outputs = half.run(*inputs)
             except RuntimeError:  # a module that needs float32 parameters
                 return ()
         return tuple(name for name, value in zip(self.outputs, outputs) if value.dtype == torch.float32)
@@ -216,21 +250,23 @@ class Probe:
             if all(_near(weights * scale, one.topk_weights) for weights, one in zip(routed, self.observed)):
                 yield replace(known, routed_scaling_factor=scale)
 
-    def error(self, router: Router) -> ProbeError:
-        """Outputs and gradients of ``router`` against the module's own, a token's experts in ascending order."""
-        at = {name: index for index, name in enumerate(self.outputs)}
+    def error(self, router: Router, module: nn.Module) -> ProbeError:
+        """Of ``router`` against ``module``, of which this is a probe, under every condition."""
 
-        def ordered(function: Any) -> Any:
-            def run(*inputs: Tensor) -> tuple[Tensor, ...]:
-                outputs = function(*inputs)
-                weights, ids = _sorted(outputs[at["topk_weights"]], outputs[at["topk_ids"]])
-                return weights, ids, *([outputs[at["logits"]]] if "logits" in at else [])
+        def build(source: nn.Module, condition: Condition) -> tuple[nn.Module, list[Trial]]:
+            if condition is UNIT:
+                return self.copied, [self.trial(router, self.batches)]
+            probe = Probe(source, self.count, condition)
+            inputs = [probe.hidden(), *probe.extra]
+            if condition.dtype is not None:  # tokens that rounding sends to other experts say nothing
+                exact, narrow = Probe(probe.copied, self.count, EXACT), [x.to(condition.dtype) for x in inputs]
+                same = exact.selected(router, [x.float() for x in narrow]) == probe.selected(router, narrow)
+                if not bool(same.all(-1).any()):
+                    raise RuntimeError(f"every token has other experts{condition.name}")
+                inputs = [inputs[0][same.all(-1)], *inputs[1:]]
+            return probe.copied, [probe.trial(router, [inputs])]
 
-            return run
-
-        return compare(
-            ordered(with_forward(self.copied, router.make_forward())), ordered(self._run), self.batches, self.parameters
-        )
+        return worst_error(module, build)
 
 
 def _near(got: Tensor, expected: Tensor) -> bool:
@@ -248,13 +284,13 @@ def _name(router: Router) -> str:
 
 def _verdict(module: nn.Module, count: int) -> tuple[str, Router, ProbeError, Settings] | str:
     try:
-        probe = Probe(module, count)
+        probe = Observed(module, count)
         found = list(probe.settings())
     except Exception as problem:
         return first_line(problem)
     if not found:
         return "no known scoring function, selection and normalisation reproduce its topk_weights and topk_ids"
-    options = [(_name(router), router, partial(probe.error, router)) for router in found]
+    options = [(_name(router), router, partial(probe.error, router, module)) for router in found]
     proven = prove(options)
     return proven if isinstance(proven, str) else (*proven, settings_of(module))
 

@@ -6,6 +6,7 @@ weights from hidden states; a layer without one that is handed an earlier layer'
 
 import inspect
 import types
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -20,8 +21,8 @@ from toolkit.patching.attention_interface import IMPLEMENTATION, NAME
 from toolkit.patching.attention_probe import FAR, LENGTH, LENGTHS, _joined, _of_sequence
 from toolkit.patching.calls import Call
 from toolkit.patching.claim import ProbeError
-from toolkit.patching.probe import compare, device_of, generator, random_input
-from toolkit.patching.probe_copy import probe_copy
+from toolkit.patching.conditions import OWN, UNIT, Condition, Trial, drop_nothing, worst_error
+from toolkit.patching.probe import device_of, generator, random_input
 from toolkit.patching.search import prove
 from toolkit.state.active import set_forward_context
 from toolkit.state.batch import RaggedBatch
@@ -34,6 +35,7 @@ _PARTS = {"wq_b", "wk", "k_norm", "weights_proj"}
 _SETTINGS = ("n_heads", "head_dim", "index_topk", "softmax_scale", "layer_idx")
 _SELECTED = 3  # keys that a probe selects: fewer than its tokens
 _MASKS = 16  # random masks that an indexer's scores are compared under
+_EQUAL = 1e-5  # relative difference of scores
 
 
 def indexer_of(layer: nn.Module) -> str | None:
@@ -55,14 +57,18 @@ def is_sparse(layer: nn.Module) -> bool:
 class _Probe:
     """Runs a probe copy of a sparse attention layer, called as the model calls it, its own way and a candidate's."""
 
-    def __init__(self, layer: nn.Module, call: Call) -> None:
-        self.copied: Any = probe_copy(layer)
+    def __init__(self, layer: nn.Module, call: Call, condition: Condition = UNIT) -> None:
+        self.copied: Any = condition.copy_of(layer)
+        drop_nothing(self.copied)
         for part in self.copied.modules():
             part.__dict__[IMPLEMENTATION] = NAME
-        self.call, self.name = call, indexer_of(layer)
+        self.dtype = condition.dtype or torch.float32
+        self.call = call.within(condition.dtype)
+        self.name = indexer_of(layer)
         self.indexer: Any = None if self.name is None else getattr(self.copied, self.name)
         if self.indexer is not None:
-            self.indexer.index_topk = _SELECTED
+            # In 16 bits all keys: rounding selects others, and what an indexer selects is proven in float32.
+            self.indexer.index_topk = LENGTH if self.dtype != torch.float32 else _SELECTED
         self.shape = call.arguments[HIDDEN].shape
         self.device = device_of(self.copied)
 
@@ -87,10 +93,13 @@ class _Probe:
             scores = torch.stack([index_scores(*one, module.softmax_scale) for one in zip(q, k, weights)])
             differing = 0.0
             for _ in range(_MASKS):
-                mask = torch.randn(scores.shape, device=self.device, generator=source) * scores.std()
+                mask = torch.randn(scores.shape, device=self.device, generator=source) * scores.std().clamp_min(1e-6)
                 own = type(module).forward(module, **given, **{MASK: mask, CACHE: None})
-                found = (scores + mask).topk(_SELECTED).indices
-                differing += float((own.long().sort(-1).values != found.sort(-1).values).float().mean()) / _MASKS
+                best = (scores + mask).topk(_SELECTED + 1)
+                # Two scores that are equal up to rounding may change places.
+                clear = best.values[..., -2] - best.values[..., -1] > _EQUAL * best.values.abs().amax(-1)
+                other = own.long().sort(-1).values != best.indices[..., :-1].sort(-1).values
+                differing += float((other.any(-1) & clear).float().mean()) / _MASKS
         return differing
 
     def _call(self, implementation: str, mask: Any, hidden: Tensor, forward: Any, parts: Any, given: Any) -> Tensor:
@@ -122,21 +131,21 @@ class _Probe:
             return {}
         return {_SELECTION: torch.where(selection < 0, 0, selection).int() if own else selection}
 
-    def error(self, forward: Any, parts: IndexerParts | None) -> ProbeError:
-        """Against eager attention: no padding, padding on the left, an explicit mask, and a ragged batch."""
+    def trials(self, forward: Any, parts: IndexerParts | None) -> Iterator[Trial]:
+        """Against eager attention: a ragged batch, no padding, an explicit mask, and padding on the left."""
         rows, length = self.shape[:2]
         selection = None if self.indexer is not None else self._selection(rows, length)
         causal = self._causal(length).expand(rows, -1, -1, -1)
         padded = torch.ones(rows, length, dtype=torch.bool, device=self.device)
         padded[-1, : length // 3] = False
-        hidden_keys = torch.finfo(torch.float32).min
-        left = causal.masked_fill(~padded[:, None, None], hidden_keys)
-        errors = [self._ragged_error(forward, parts)]
+        left = causal.masked_fill(~padded[:, None, None], torch.finfo(self.dtype).min)
+        yield self._ragged(forward, parts)
         masks: list[tuple[Tensor | None, Tensor, Tensor | None]] = [(None, causal, None), (causal, causal, None)]
         if selection is None:  # positions count from the first token that is no padding, columns do not
             masks.append((padded, left, padded))
         for given, explicit, seen in masks:
-            kept = torch.ones(rows, length, 1, device=self.device) if seen is None else seen[..., None].float()
+            shown = torch.ones_like(padded) if seen is None else seen
+            kept = shown[..., None].to(self.dtype)
             new, old = (self._given(selection, own=own) for own in (given is not None, True))
 
             def candidate(x: Tensor, mask: Any = given, kept: Tensor = kept, new: Any = new) -> Tensor:
@@ -145,16 +154,14 @@ class _Probe:
             def original(x: Tensor, mask: Any = explicit, kept: Tensor = kept, old: Any = old) -> Tensor:
                 return self._call("eager", mask, x, None, None, old) * kept
 
-            inputs = [[random_input(*self.shape, like=self.copied)]]
-            errors.append(compare(candidate, original, inputs, list(self.copied.parameters())))
-        return max(errors, key=ProbeError.worst)
+            yield Trial(candidate, original, [[random_input(*self.shape, like=self.copied)]])
 
     def _causal(self, length: int) -> Tensor:
         return eager_mask(
-            1, length, length, mask_function=causal_mask_function, dtype=torch.float32, device=self.device
+            1, length, length, mask_function=causal_mask_function, dtype=self.dtype, device=self.device
         )  # fmt: skip
 
-    def _ragged_error(self, forward: Any, parts: IndexerParts | None) -> ProbeError:
+    def _ragged(self, forward: Any, parts: IndexerParts | None) -> Trial:
         """Two sequences in one ragged batch, against each one's own way."""
         skipped = (HIDDEN, MASK, CACHE, _SELECTION)
         others = {name: value for name, value in self.call.arguments.items() if name not in skipped}
@@ -181,28 +188,34 @@ class _Probe:
             return torch.cat(outputs, 1)
 
         inputs = [random_input(1, length, self.shape[-1], like=self.copied) for length in LENGTHS]
-        return compare(candidate, original, [inputs], list(self.copied.parameters()))
+        return Trial(candidate, original, [inputs])
 
 
 def prove_sparse(layer: nn.Module, call: Call) -> tuple[str, dict[str, Any], ProbeError] | str:
     """What takes the place of the layer's forward ("") and of its indexer's, by name, or why nothing does."""
     if call.arguments[HIDDEN].shape[1] != LENGTH:
         return f"a probe calls it with {LENGTH} tokens, and it got others"
-    probe = _Probe(layer, call)
+    probe, own_probe = _Probe(layer, call), _Probe(layer, call, OWN)
     forward = sparse_forward(type(layer).forward, _UP)
+
+    def error(parts: IndexerParts | None) -> ProbeError:
+        def build(source: nn.Module, condition: Condition) -> tuple[nn.Module, Iterator[Trial]]:
+            made = probe if condition is UNIT else _Probe(source, call, condition)
+            return made.copied, made.trials(forward, parts)
+
+        return worst_error(layer, build)
+
     if probe.name is None:
-        return prove(
-            [("sparse attention (another layer's selection)", {"": forward}, partial(probe.error, forward, None))]
-        )
+        return prove([("sparse attention (another layer's selection)", {"": forward}, partial(error, None))])
     own = type(getattr(layer, probe.name)).forward
     differing = {}
     forms = [IndexerParts(interleaved, last) for last in (False, True) for interleaved in (False, True)]
     for parts in (*forms, IndexerParts(False, False, rotates=False)):
-        differing[parts] = probe.scores_error(parts)
+        differing[parts] = max(one.scores_error(parts) for one in (probe, own_probe))
         if differing[parts] == 0.0:
             turn = "interleaved" if parts.interleaved else "half"
             columns = f"{turn} rotary of the {'last' if parts.rotated_last else 'first'} columns"
             op = f"sparse attention ({columns if parts.rotates else 'without rotary'})"
             forwards = {"": forward, probe.name: parts.make_forward(own)}
-            return prove([(op, forwards, partial(probe.error, forward, parts))])
+            return prove([(op, forwards, partial(error, parts))])
     return f"its indexer selects other keys than any known form: {100 * min(differing.values()):.0f} % differ"

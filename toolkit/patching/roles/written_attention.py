@@ -23,12 +23,12 @@ from toolkit.patching.adapters import vocabulary_size
 from toolkit.patching.attention_configs import EXPERTS_FIELD, eager_modules
 from toolkit.patching.attention_probe import CACHE, FAR
 from toolkit.patching.cache_windows import cache_window
-from toolkit.patching.calls import float32_copy, map_tensors
+from toolkit.patching.calls import copy_of, float32_copy, map_tensors
 from toolkit.patching.claim import Claim, ProbeError, Skipped, Undo, replace_forward
+from toolkit.patching.conditions import UNIT, Condition, Trial, drop_nothing, worst_error
 from toolkit.patching.eval_mode import eval_mode
 from toolkit.patching.instance_forward import UNPROVEN, foreign_forward
-from toolkit.patching.probe import compare, device_of, generator, random_input, signature_key
-from toolkit.patching.probe_copy import probe_copy
+from toolkit.patching.probe import device_of, generator, random_input, signature_key
 from toolkit.patching.ragged_call import MASKS_OF_BATCH, register_masks
 from toolkit.patching.without_media import text_arguments
 from toolkit.patching.written_trace import TraceWatch
@@ -56,7 +56,7 @@ class _Found(Watch):
         if self.running and self.begins(func, args, kwargs or {}):
             module, arguments = self.running[-1]
             if not self.calls or self.calls[-1][0] is not module:
-                self.calls.append((module, map_tensors(arguments, float32_copy)))
+                self.calls.append((module, map_tensors(arguments, copy_of)))
         return func(*args, **(kwargs or {}))
 
 
@@ -179,9 +179,9 @@ def _forward(own: Callable[..., Any], layer: int, plans: Sequence[Plan], counts:
     return row_positions_forward(forward) if counts else forward
 
 
-def _error(
+def _trial(
     copied: nn.Module, own: Callable[..., Any], forward: Callable[..., Any], arguments: Arguments, past: int
-) -> ProbeError:
+) -> Trial:
     """Of ``forward`` in a batch of one sequence after ``past`` tokens, against the layer's own."""
     _, shape = _with_hidden(arguments, LENGTH)
     batch = RaggedBatch.from_sequences([[0] * LENGTH], device_of(copied), share=False)
@@ -198,21 +198,28 @@ def _error(
         with set_forward_context(context):
             return run(forward, hidden)
 
-    hidden = random_input(*shape, like=copied)
-    return compare(batched, alone, [[hidden]], list(copied.parameters()))
+    return Trial(batched, alone, [[random_input(*shape, like=copied)]])
 
 
 def _prove(module: nn.Module, near: Arguments, far: Arguments, far_length: int) -> tuple[list[Plan], bool, ProbeError]:
     """The plans of a layer, whether it counts positions from its cache's length, and the probe error."""
     own = type(module).forward
-    copied = probe_copy(module)
+    copied, full = UNIT.copy_of(module), map_tensors(near, float32_copy)
     plans = _plans(copied, own, far, far_length)
-    counts = _counts(copied, own, near)
+    counts = _counts(copied, own, full)
     forward = _forward(own, 0, plans, counts)
-    errors = [_error(copied, own, forward, near, past) for past in ((0, FAR) if counts else (0,))]
-    error = max(errors, key=ProbeError.worst)
+
+    def build(source: nn.Module, condition: Condition) -> tuple[nn.Module, Iterator[Trial]]:
+        trying = condition.copy_of(source)
+        drop_nothing(trying)
+        arguments = full if condition.dtype is None else near
+        return trying, (_trial(trying, own, forward, arguments, past) for past in ((0, FAR) if counts else (0,)))
+
+    error = worst_error(module, build)
     if not error.passes():
-        raise UnknownStep(f"attention as its masks and biases say is not it: probe error {error.worst():.1e}")
+        raise UnknownStep(
+            f"attention as its masks and biases say is not it: probe error {error.worst():.1e}{error.where}"
+        )
     return plans, counts, error
 
 
