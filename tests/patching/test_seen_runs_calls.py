@@ -13,8 +13,6 @@ from toolkit.errors import ToolkitError
 from toolkit.modules import attention as attention_module
 from toolkit.modules.attention import attend, keep_runs
 from toolkit.patching.attention_interface import mask_function, proven_attention
-from toolkit.state import DenseContext, RaggedBatch
-from toolkit.state.active import set_forward_context
 from toolkit.state.context import AttentionSettings
 from toolkit.testing.models import random_model
 
@@ -123,9 +121,6 @@ def test_without_causality_every_key_is_seen(queries, keys):
     out, weights = proven_attention(module, *inputs, None, scaling=0.3)
     torch.testing.assert_close(out, with_mask(q, k, v, None))
     assert weights is None
-    context = DenseContext(RaggedBatch.from_sequences([[1] * 6]))
-    with set_forward_context(context), pytest.raises(ToolkitError, match="is_causal must be True for a ragged batch"):
-        proven_attention(module, *inputs, None, scaling=0.3)
     with pytest.raises(ToolkitError, match="for a causal mask"):
         proven_attention(module, *inputs, torch.ones(2, keys, dtype=torch.bool), scaling=0.3)
 

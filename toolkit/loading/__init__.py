@@ -5,24 +5,31 @@ Weights are safetensors or GGUF, never pickled; a tensor that the files lack is 
 
 from typing import Any
 
-from toolkit.loading.classes import auto_class
+from toolkit.errors import ToolkitError, must_be_one_of
+from toolkit.loading.classes import RUNNERS, auto_class, runner_of
 from toolkit.loading.generation_config import sampling_defaults
-from toolkit.loading.model import DTYPES, load_weights
+from toolkit.loading.model import DTYPES, load_weights, read_config
+from toolkit.loading.pooling_files import pooler_settings
 from toolkit.loading.processor import load_processor, processor_files, write_processor_files
 from toolkit.loading.source import Source, find_source
 from toolkit.loading.tokenizer import find_tokenizer, load_tokenizer
 
 __all__ = [
     "DTYPES",
+    "RUNNERS",
     "Source",
     "auto_class",
+    "choose_runner",
     "find_source",
     "find_tokenizer",
     "load_model",
     "load_processor",
     "load_tokenizer",
     "load_weights",
+    "pooler_settings",
     "processor_files",
+    "read_config",
+    "runner_of",
     "sampling_defaults",
     "write_processor_files",
 ]
@@ -36,6 +43,7 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     field: str = "model",
+    runner: str = "generate",
 ) -> tuple[Any, Any]:
     """(model in eval mode, tokenizer or None). A model with image or audio towers has them all.
 
@@ -48,9 +56,32 @@ def load_model(
         revision: branch, tag or commit of a repository of the Hub.
         trust_remote_code: run Python code that comes with the checkpoint.
         field: what the user calls ``name_or_path``, for error sentences.
+        runner: as ``choose_runner`` returns it.
 
     Raises:
         ToolkitError: what is missing, corrupt or does not fit, in one sentence.
     """
     source = find_source(name_or_path, revision=revision, trust_remote_code=trust_remote_code, field=field)
-    return load_weights(source, dtype, device), load_tokenizer(source)
+    return load_weights(source, dtype, device, runner), load_tokenizer(source)
+
+
+def choose_runner(source: Source, runner: str = "auto") -> tuple[str, dict[str, Any]]:
+    """("generate" or "pooling", fields of a ``PoolerConfig`` that the model's files give).
+
+    Args:
+        source: of the model.
+        runner: "auto" for what the checkpoint is for (``runner_of``); or one of ``RUNNERS``, which is returned.
+
+    Raises:
+        ToolkitError: another runner, or files that ask for a pooling that is not served.
+    """
+    allowed = ("auto", *RUNNERS)
+    if runner not in allowed:
+        raise ToolkitError(must_be_one_of("runner", runner, allowed))
+    base = source if source.base is None else source.base
+    if runner == "generate" or base.gguf is not None:
+        return "generate" if runner == "auto" else runner, {}
+    settings = pooler_settings(base)
+    if runner == "auto":
+        runner = runner_of(read_config(base), settings is not None)
+    return runner, (settings or {}) if runner == "pooling" else {}

@@ -1,4 +1,4 @@
-"""Which of transformers' auto classes opens a checkpoint as the class that wrote it."""
+"""Which of transformers' auto classes opens a checkpoint, as the class that wrote it or for what is asked of it."""
 
 from typing import Any
 
@@ -25,6 +25,39 @@ def auto_class(config: Any) -> Any:
     if named & with_towers or not causal or composed:
         return transformers.AutoModelForMultimodalLM
     return transformers.AutoModelForCausalLM
+
+
+RUNNERS = ("generate", "pooling")
+
+
+def runner_of(config: Any, pooled: bool) -> str:
+    """What a checkpoint is for: "generate", or "pooling" (embeddings, scores, classes).
+
+    Args:
+        config: of the checkpoint, whose ``architectures`` decide.
+        pooled: whether the files say how it is pooled, which decides before them.
+    """
+    from transformers.models.auto import modeling_auto
+
+    if pooled:
+        return "pooling"
+    causal = _names(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, config)
+    causal |= _names(modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES, config)
+    named = set(getattr(config, "architectures", None) or ())
+    foreign = any(not one.endswith(("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")) for one in named)
+    return "pooling" if named and foreign and not named & causal else "generate"
+
+
+def pooling_class(config: Any) -> Any:
+    """``AutoModelForSequenceClassification`` or ``...TokenClassification`` where the checkpoint has such a head, else
+    ``AutoModel``."""
+    import transformers
+
+    named = getattr(config, "architectures", None) or ()
+    for kind in ("SequenceClassification", "TokenClassification"):
+        if any(one.endswith(f"For{kind}") for one in named):
+            return getattr(transformers, f"AutoModelFor{kind}")
+    return transformers.AutoModel
 
 
 def _names(mapping: Any, config: Any) -> set[str]:

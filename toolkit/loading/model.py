@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit.errors import ToolkitError, first_line
-from toolkit.loading.classes import auto_class
+from toolkit.loading.classes import auto_class, pooling_class
 from toolkit.loading.source import CONFIG, Source, read_json
 from toolkit.loading.tensors import weight_files
 
@@ -16,15 +16,23 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 GENERATION_CONFIG = "generation_config.json"
+_KINDS = {
+    "AutoModelForCausalLM": "causal language model",
+    "AutoModel": "model without a head",
+    "AutoModelForSequenceClassification": "classifier of sequences",
+    "AutoModelForTokenClassification": "classifier of tokens",
+}
+_POOLER = "pooler."
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
-def load_weights(source: Source, dtype: str = "float32", device: str = "cpu") -> Any:
+def load_weights(source: Source, dtype: str = "float32", device: str = "cpu", runner: str = "generate") -> Any:
     """The model of a source in eval mode: of the class that wrote it, towers included; adapters are merged into it.
 
     Args:
         dtype: one of ``DTYPES``.
         device: such as "cpu" or "cuda".
+        runner: "pooling" opens it for embeddings, scores and classes: with its head of those, else without a head.
 
     Raises:
         ToolkitError: what is missing, corrupt or does not fit; a tensor that the files lack.
@@ -33,7 +41,7 @@ def load_weights(source: Source, dtype: str = "float32", device: str = "cpu") ->
         raise ToolkitError(f"dtype must be one of {', '.join(DTYPES)}, got '{dtype}'.")
     base = source if source.base is None else source.base
     if base.gguf is None:
-        config = _config(base)
+        config = read_config(base)
         _check_files(base.folder)
     else:
         config = None
@@ -43,7 +51,7 @@ def load_weights(source: Source, dtype: str = "float32", device: str = "cpu") ->
     import torch
 
     target = _device(device)
-    model = _model(base, config, getattr(torch, dtype), target)
+    model = _model(base, config, getattr(torch, dtype), target, runner)
     if base is not source:
         model = _merged(model, source.folder)
     return model.to(target).eval()
@@ -61,7 +69,8 @@ def _device(device: str) -> "torch.device":
     return target
 
 
-def _config(source: Source) -> Any:
+def read_config(source: Source) -> Any:
+    """The configuration of a folder. Raises ToolkitError for one that transformers does not read."""
     file = source.folder / CONFIG
     fields = read_json(file)
     if not isinstance(fields.get("model_type"), str):
@@ -99,10 +108,14 @@ def _check_files(folder: Path) -> None:
             raise ToolkitError(f"'{file}' is not a whole safetensors file ({first_line(error)}).") from None
 
 
-def _model(source: Source, config: Any, dtype: "torch.dtype", device: "torch.device") -> Any:
+def _model(source: Source, config: Any, dtype: "torch.dtype", device: "torch.device", runner: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     opener = AutoModelForCausalLM if config is None else auto_class(config)
+    if runner == "pooling":
+        if config is None:
+            raise ToolkitError(f"runner must be 'generate' for a GGUF file, got 'pooling' for '{source.gguf}'.")
+        opener = pooling_class(config)
     options: dict[str, Any] = {**source.options, "dtype": dtype, "output_loading_info": True}
     if source.gguf is None:
         options |= {"config": config, "use_safetensors": True}
@@ -113,10 +126,12 @@ def _model(source: Source, config: Any, dtype: "torch.dtype", device: "torch.dev
         with quiet_transformers():
             loaded: Any = opener.from_pretrained(source.folder, **options)
     except Exception as error:  # missing, truncated or foreign files all surface differently
-        kind = "causal language model" if opener is AutoModelForCausalLM else "model of images and text"
+        kind = _KINDS.get(opener.__name__, "model of images and text")
         raise ToolkitError(f"'{name}' cannot be loaded as a {kind} ({first_line(error)}).") from None
     model, report = loaded
     missing = sorted(report["missing_keys"])
+    if missing and opener.__name__ == "AutoModel" and all(name.startswith(_POOLER) for name in missing):
+        model.pooler, missing = None, []  # that a masked language model was trained without
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ToolkitError(f"The weights in '{name}' lack '{missing[0]}'{more}.")

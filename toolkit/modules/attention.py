@@ -30,8 +30,8 @@ def unpadded_context(batch: int, queries: int, keys: int, device: torch.device) 
 
 
 @lru_cache(maxsize=64)
-def _unmasked(batch: int, queries: int, keys: int, device: torch.device) -> SeenRuns:
-    return all_seen(batch, queries, keys, device)
+def _unmasked(batch: int, queries: int, keys: int, window: int, device: torch.device) -> SeenRuns:
+    return all_seen(batch, queries, keys, window, device)
 
 
 def keep_runs(mask: Tensor) -> None:
@@ -113,17 +113,18 @@ def attend(
         context: of a ragged batch (B = 1), which says which query sees which key; None for an ordinary call.
         settings: scale, window and the rest.
         dropout: probability, in training; a context's forward has none.
-        causal: False: without a mask, every query sees every key of its row.
+        causal: False: without a mask, every query sees every key of its row, or those on both sides of a window.
     """
     batch_size, queries = q.shape[:2]
     q, k, v = autocast_inputs(q, k, v)
     if context is not None:
-        return context.attend(layer, q[0], k[0], v[0], settings)[None]
+        function = context.attend if causal else context.attend_bidirectional
+        return function(layer, q[0], k[0], v[0], settings)[None]
     keys, runs = k.shape[1], None
     if mask is None and not causal:
         if dropout == 0.0 and not torch.compiler.is_compiling():
-            runs = _unmasked(batch_size, queries, keys, q.device)
-        mask = everything(q, k)
+            runs = _unmasked(batch_size, queries, keys, settings.window, q.device)
+        mask = both_sides(q, k, settings.window)
     elif mask is not None and mask.dim() == 4 and dropout == 0.0:
         runs = _kept_runs(mask, batch_size, queries, keys)
     padded: DenseContext
@@ -167,9 +168,11 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, settings: Atten
     return out.transpose(1, 2)
 
 
-def everything(q: Tensor, k: Tensor) -> Tensor:
-    """The explicit mask by which every query [B, S, ...] sees every key [B, S', ...]."""
-    return torch.ones(1, 1, q.shape[1], k.shape[1], dtype=torch.bool, device=q.device)
+def both_sides(q: Tensor, k: Tensor, window: int) -> Tensor:
+    """The mask by which every query [B, S, ...] sees all keys [B, S', ...], or those closer than ``window``."""
+    queries, keys = q.shape[1], k.shape[1]
+    mask = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=q.device)
+    return mask.tril(keys - queries + window - 1).triu(keys - queries - window + 1) if window else mask
 
 
 def explicit_mask(q: Tensor, k: Tensor, mask: Tensor | None, window: int) -> Tensor:

@@ -16,7 +16,7 @@ from toolkit.patching.adapters import (
 )
 from toolkit.patching.claim import Claim, Skipped, install_all, undo_all
 from toolkit.patching.float32_arithmetic import float32_arithmetic
-from toolkit.patching.forward import context_forward
+from toolkit.patching.forward import row_forward
 from toolkit.patching.instance_forward import UNPROVEN, InstalledForwards, foreign_forward
 from toolkit.patching.probe import device_of
 from toolkit.patching.ragged_check import check_ragged
@@ -129,7 +129,7 @@ def patch(model: nn.Module, roles: Sequence[str] | None = None, numerics: str | 
     skipped = [(path, verdict) for path, verdict in adapter_report(model) if verdict != FUSED]
     report.skipped.extend(Skipped("adapter", path, reason) for path, reason in skipped)
     if {"attention", "mixer"} & set(report.roles()) and not any(one.role == "attention" for one in report.skipped):
-        check_ragged(model, report, context_forward)
+        check_ragged(model, report, row_forward)
     return report
 
 

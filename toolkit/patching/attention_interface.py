@@ -13,7 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from toolkit.errors import ToolkitError
-from toolkit.modules.attention import attend, everything, explicit_mask, keep_runs, padded_context, read_runs
+from toolkit.modules.attention import attend, both_sides, explicit_mask, keep_runs, padded_context, read_runs
 from toolkit.modules.sparse_attention import SPARSE_CALL, SparseCall
 from toolkit.state.active import forward_context_of, get_forward_context
 from toolkit.state.context import AttentionSettings
@@ -148,8 +148,8 @@ def proven_attention(
         handed = context is not None or attention_mask is not None
         causal = _is_causal(module, query, key, handed, sliding_window or 0)
     explicit = attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.dim() != 2)
-    if not causal and (context is not None or not explicit):
-        raise ToolkitError("is_causal must be True for a ragged batch and for a causal mask, got False.")
+    if not causal and not explicit:
+        raise ToolkitError("is_causal must be True for a causal mask, got False.")
     if isinstance(attention_mask, SparseCall):
         settings = AttentionSettings(query.shape[-1] ** -0.5 if scaling is None else float(scaling), sinks=s_aux)
         return _sparse_attention(module, query, key, value, attention_mask, settings, float(dropout), **kwargs)
@@ -169,7 +169,7 @@ def proven_attention(
     if context is not None:
         raise ToolkitError("output_attentions must be False for a ragged batch, got True.")
     unmasked = attention_mask is None and not causal
-    mask = everything(q, k) if unmasked else explicit_mask(q, k, attention_mask, settings.window)
+    mask = both_sides(q, k, settings.window) if unmasked else explicit_mask(q, k, attention_mask, settings.window)
     kwargs |= {"dropout": dropout, "scaling": settings.scale, "softcap": softcap, "s_aux": s_aux}
     weights = _eager_weights(module, query, key, value, mask, sliding_window=sliding_window, **kwargs)
     return out.contiguous(), weights

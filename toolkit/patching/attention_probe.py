@@ -37,6 +37,7 @@ class Seen:
 
     Args:
         caller: the name in the layer of the module that calls the interface; "" for the layer itself.
+        causal: what the call says, or else the module.
     """
 
     caller: str
@@ -46,6 +47,7 @@ class Seen:
     softcap: float
     sinks: str | None
     output: Tensor
+    causal: bool
 
 
 class Probe:
@@ -70,10 +72,16 @@ class Probe:
         self.paired = True
         self.seen = self.look()
         if self.seen.window:
-            holders: tuple[Any, Any] = (self.copied, self.copied.config)
-            for holder in holders:
-                if getattr(holder, "sliding_window", None):
-                    holder.sliding_window = PROBE_WINDOW
+            self._shorten_window()
+
+    def _shorten_window(self) -> None:
+        """Give the copy the window of the recorded masks; one that counts its own token beside its configuration's."""
+        config: Any = self.copied.config
+        own, given = (getattr(holder, "sliding_window", None) for holder in (self.copied, config))
+        if own:
+            self.copied.sliding_window = PROBE_WINDOW + (1 if given and own == given + 1 else 0)
+        if given:
+            config.sliding_window = PROBE_WINDOW
 
     def look(self) -> Seen:
         """One call with a recording function registered as the interface."""
@@ -90,7 +98,9 @@ class Probe:
             caller = next((name for name, part in self.copied.named_modules() if part is module), None)
             if caller is None:
                 raise RuntimeError("it must call the attention interface for itself or a module inside it, got another")
-            calls.append(Seen(caller, query.shape[1], query.shape[-1], window, softcap, sinks, output[0]))
+            own, said = getattr(module, "is_causal", True), kwargs.get("is_causal")
+            causal = bool(own if said is None else said)
+            calls.append(Seen(caller, query.shape[1], query.shape[-1], window, softcap, sinks, output[0], causal))
             return output
 
         with registered("toolkit_probe", record), torch.no_grad():

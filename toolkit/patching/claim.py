@@ -62,6 +62,7 @@ class Claim:
         install: makes the replacement and returns its undo step.
         rotary_regimes: of rotary tables that depend on the length of the sequence; None elsewhere.
         keeps_prompt: whether it is a layer that sees a prompt, and a window of what was written after it.
+        bidirectional: whether it is a layer whose tokens see those after them.
     """
 
     role: str
@@ -72,6 +73,7 @@ class Claim:
     install: Callable[[], Undo]
     rotary_regimes: RotaryRegimes | None = None
     keeps_prompt: bool = False
+    bidirectional: bool = False
 
 
 @dataclass(frozen=True)

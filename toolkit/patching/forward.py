@@ -1,7 +1,7 @@
 """Forwards of a patched model over ragged batches."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import cache
 from typing import Any
@@ -13,9 +13,10 @@ from toolkit.errors import ToolkitError
 from toolkit.modules.elementwise import row_invariant
 from toolkit.numerics import Numerics
 from toolkit.patching.adapters import inner_model
-from toolkit.patching.ragged_call import call_arguments
+from toolkit.patching.ragged_call import call_arguments, hidden_part, takes
 from toolkit.patching.ragged_check import check_ragged
 from toolkit.patching.record import check_forwards, report_of
+from toolkit.patching.report import PatchReport
 from toolkit.patching.without_media import text_arguments
 from toolkit.state.active import set_forward_context
 from toolkit.state.batch import RaggedBatch
@@ -53,11 +54,59 @@ def context_forward(model: nn.Module, context: ForwardContext, rows: Tensor | No
 
     Raises:
         ToolkitError: attention and mixers of the model are not patched, its ragged forward is not its ordinary one
-            (``PatchReport.ragged``), or the batch's routing does not fit the model.
+            (``PatchReport.ragged``), it predicts no next token, or the batch's routing does not fit the model.
     """
-    batch = context.batch
-    model = inner_model(model)
-    inner = inner_model(patched_model(model))
+    inner, report = _ragged_model(model, context.batch)
+    if report.ragged.hidden_part is not None or report.bidirectional:
+        got = "an encoder, whose tokens see those after them" if report.bidirectional else "no logits for each token"
+        raise ToolkitError(f"model {type(inner).__name__} must predict the next token of each token, got {got}.")
+    return _logits(model, inner, report, context, rows)
+
+
+def _logits(
+    model: nn.Module, inner: nn.Module, report: PatchReport, context: ForwardContext, rows: Tensor | None = None
+) -> Tensor:
+    keep: dict[str, Any] = {}
+    if rows is not None and _has_logits_to_keep(type(inner).forward):
+        keep["logits_to_keep"] = rows
+    logits: Tensor = _run(inner_model(model), inner, report, context, keep).logits[0]
+    return logits if rows is None or keep else logits[rows]
+
+
+def hidden_states(model: nn.Module, context: ForwardContext, inputs: Mapping[str, Tensor] = {}) -> Tensor:
+    """[T, H] the last hidden states of the batch's tokens: what a model's head, or a pooler, reads.
+
+    Args:
+        model: a patched model, with a head or without.
+        context: of the forward.
+        inputs: further arguments of the model's forward, [T] one for each token (``token_type_ids``).
+
+    Raises:
+        ToolkitError: as ``context_forward``, or for an argument that the model's forward does not have.
+    """
+    inner, report = _ragged_model(model, context.batch)
+    part = inner.get_submodule(hidden_part(inner))
+    for name in inputs:
+        if not takes(type(part).forward, name):
+            raise ToolkitError(f"inputs must be arguments of {type(part).__name__}'s forward, got {name!r}.")
+    given = {name: value[None] for name, value in inputs.items()}
+    hidden: Tensor = _run(part, part, report, context, given).last_hidden_state[0]
+    return hidden
+
+
+def row_forward(model: nn.Module, context: ForwardContext) -> Tensor:
+    """[T, N] what a model computes for every token: logits, or hidden states where it has none."""
+    inner, report = _ragged_model(model, context.batch)
+    return (
+        hidden_states(model, context)
+        if report.ragged.hidden_part is not None
+        else _logits(model, inner, report, context)
+    )
+
+
+def _ragged_model(model: nn.Module, batch: RaggedBatch) -> tuple[nn.Module, PatchReport]:
+    """The patched model inside ``model``, and its report. Raises ToolkitError where it may not run ``batch``."""
+    inner = inner_model(patched_model(inner_model(model)))
     report = report_of(inner)
     if report is None:
         raise ToolkitError(f"model {type(inner).__name__} is not patched; call toolkit.patch(model) first.")
@@ -69,7 +118,7 @@ def context_forward(model: nn.Module, context: ForwardContext, rows: Tensor | No
     if not torch.compiler.is_compiling():
         check_forwards(inner)
         if not report.ragged.checked:
-            check_ragged(inner, report, context_forward)
+            check_ragged(inner, report, row_forward)
     if report.ragged.reason is not None:
         raise ToolkitError(report.ragged.reason)
     if batch.embeddings is not None and "media" not in report.roles():
@@ -77,17 +126,21 @@ def context_forward(model: nn.Module, context: ForwardContext, rows: Tensor | No
             f"embeddings of the batch must be None for {type(inner).__name__}, got a tensor: it has no text part apart "
             "from a tower, or role 'media' is not patched."
         )
-    keep: dict[str, Any] = {}
-    if rows is not None and _has_logits_to_keep(type(inner).forward):
-        keep["logits_to_keep"] = rows
-    batch_invariant = report.numerics is Numerics.BITWISE and batch.tokens.is_cpu and not torch.compiler.is_compiling()
-    with set_forward_context(context), row_invariant() if batch_invariant else nullcontext():
+    return inner, report
+
+
+def _run(
+    called: nn.Module, inner: nn.Module, report: PatchReport, context: ForwardContext, given: Mapping[str, Any]
+) -> Any:
+    """The output of ``called``, which is ``inner`` (a patched model, or its part without a head) or its wrapper."""
+    batch = context.batch
+    bitwise = report.numerics is Numerics.BITWISE and batch.tokens.is_cpu and not torch.compiler.is_compiling()
+    with set_forward_context(context), row_invariant() if bitwise else nullcontext():
         tokens = batch.tokens[None]
         arguments = call_arguments(inner, report, context) | text_arguments(inner, tokens)
-        output = model(input_ids=tokens, **keep, **arguments)
-    if context.replay is not None and not torch.compiler.is_compiling():
-        context.replay.check_complete()
+        output = called(input_ids=tokens, **given, **arguments)
     if not torch.compiler.is_compiling():
+        if context.replay is not None:
+            context.replay.check_complete()
         context.selections.check_complete()
-    logits: Tensor = output.logits[0]
-    return logits if rows is None or keep else logits[rows]
+    return output

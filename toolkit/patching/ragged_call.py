@@ -30,6 +30,12 @@ def call_arguments(model: nn.Module, report: PatchReport, context: ForwardContex
     return {name: value for name, value in arguments.items() if takes(type(model).forward, name)}
 
 
+def hidden_part(model: Any) -> str:
+    """The path of the part of a model that computes the last hidden states; "" for a model without a head."""
+    prefix = getattr(model, "base_model_prefix", "")
+    return prefix if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""
+
+
 @cache
 def takes(forward: Callable[..., Any], name: str) -> bool:
     """Whether a forward can be called with the keyword ``name``."""

@@ -21,6 +21,7 @@ from toolkit.patching.eval_mode import eval_mode
 from toolkit.patching.float32_arithmetic import float32_arithmetic
 from toolkit.patching.length_tables import regimes_of
 from toolkit.patching.probe import device_of, distance, generator
+from toolkit.patching.ragged_call import hidden_part, takes
 from toolkit.patching.report import PatchReport
 from toolkit.patching.skeleton import FEW_TOKENS, skeleton
 from toolkit.patching.text_part import find_entry
@@ -49,7 +50,7 @@ def check_ragged(model: Any, report: PatchReport, forward: Forward) -> None:
     """Write into ``report.ragged`` why the model may have no ragged batch, or what its positions begin at.
 
     Args:
-        forward: ``context_forward``.
+        forward: ``row_forward``.
     """
     use = report.ragged
     if getattr(_running, "use", None) is use:  # a forward of the check itself
@@ -59,6 +60,7 @@ def check_ragged(model: Any, report: PatchReport, forward: Forward) -> None:
             return
         _running.use = use
         use.reason, use.position_offset, use.uncounted_token, use.makes_masks = None, 0, None, False
+        use.hidden_part = None
         try:
             with float32_arithmetic(device_of(model)):
                 use.reason = _reason(model, report, forward)
@@ -92,16 +94,13 @@ def _checked(model: Any, report: PatchReport, forward: Forward) -> str | None:
         return _Check(model, report, forward).reason()
 
 
-def _ordinary(model: Any, text: Tensor, **arguments: Any) -> Tensor:
+def _ordinary(model: Any, text: Tensor, **arguments: Any) -> Any:
+    """The output of an ordinary forward."""
     ids = text[None].to(device_of(model))
     masked = any(hasattr(module, MASKED) for module in model.modules())
+    kept = {"use_cache": False} if takes(type(model).forward, "use_cache") else {}
     with explicit_masks() if masked else nullcontext():
-        return _logits(model, ids, **arguments)
-
-
-def _logits(model: Any, ids: Tensor, **arguments: Any) -> Tensor:
-    logits: Tensor = model(input_ids=ids, use_cache=False, **text_arguments(model, ids), **arguments).logits[0]
-    return logits.float()
+        return model(input_ids=ids, **kept, **text_arguments(model, ids), **arguments)
 
 
 class _Check:
@@ -116,6 +115,21 @@ class _Check:
         source = generator(torch.device("cpu"), 17)
         self.texts = [ordinary[torch.randint(len(ordinary), (length,), generator=source)] for length in LENGTHS]
         self.padding = next((one for one in self._padding() if one < most), None)
+        self.part = model
+        self._find_part()
+
+    def _find_part(self) -> None:
+        """The part whose rows are compared: the model, or what is before its head where there are no rows of logits."""
+        logits = getattr(_ordinary(self.model, self.texts[0]), "logits", None)
+        if logits is None or logits.dim() != 3 or logits.shape[1] != len(self.texts[0]):
+            path = self.report.ragged.hidden_part = hidden_part(self.model)
+            self.part = self.model.get_submodule(path)
+
+    def alone(self, text: Tensor, **arguments: Any) -> Tensor:
+        """[n, N] the rows of an ordinary forward of one sequence."""
+        output = _ordinary(self.part, text, **arguments)
+        rows: Tensor = output.logits if self.report.ragged.hidden_part is None else output.last_hidden_state
+        return rows[0].float()
 
     def _padding(self) -> list[int]:
         found = [getattr(one, "padding_idx", None) for one in self.model.modules()]
@@ -142,7 +156,7 @@ class _Check:
         return max(distance(one, other) for one, other in zip(got, expected, strict=True))
 
     def reason(self) -> str | None:
-        alone = [_ordinary(self.model, text) for text in self.texts]
+        alone = [self.alone(text) for text in self.texts]
         error = self.apart(self._first(), alone)
         if error <= self.near:
             return None
@@ -161,7 +175,7 @@ class _Check:
         for text in self.texts:
             positions = torch.arange(offset, offset + len(text), device=self.device)[None]
             try:
-                given.append(_ordinary(self.model, text, position_ids=positions))
+                given.append(self.alone(text, position_ids=positions))
             except Exception:  # it takes none, or has no such position
                 return False
         return self.apart(given, alone) <= self.near
@@ -172,7 +186,7 @@ class _Check:
             return
         text = self.texts[0].clone()
         text[1] = self.padding
-        if self.apart(self.together([text]), [_ordinary(self.model, text)]) > self.near:
+        if self.apart(self.together([text]), [self.alone(text)]) > self.near:
             self.report.ragged.uncounted_token = self.padding
 
     def _difference(self, error: float) -> str:

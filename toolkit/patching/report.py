@@ -18,6 +18,8 @@ class RaggedUse:
         position_offset: the position of a sequence's first token, where the model itself does not count from 0.
         uncounted_token: a token that the model gives no position (padding), where a ragged batch does.
         makes_masks: the model makes its masks itself, and takes none but one of padding.
+        hidden_part: the path of the part whose hidden states were compared, of a model without logits for each token
+            (headless, or with one output a sequence); None for a model with them.
     """
 
     checked: bool = False
@@ -25,6 +27,7 @@ class RaggedUse:
     position_offset: int = 0
     uncounted_token: int | None = None
     makes_masks: bool = False
+    hidden_part: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +58,11 @@ class PatchReport:
     def keeps_prompts(self) -> bool:
         """Whether tokens behind a prompt see others than those in it do: what a prompt is must then be known."""
         return any(claim.keeps_prompt for claim in self.claims)
+
+    @property
+    def bidirectional(self) -> bool:
+        """Whether tokens see those after them (an encoder): a sequence then runs as a whole, and predicts nothing."""
+        return any(claim.bidirectional for claim in self.claims)
 
     def worst_error(self) -> float:
         """Largest relative probe error, forward or backward, over all replacements."""

@@ -94,6 +94,16 @@ class ForwardContext(ABC):
             settings: scale, window and the rest.
         """
 
+    def attend_bidirectional(self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Tensor:
+        """``attend`` of a layer whose tokens see those after them too, of the whole sequence or of a window.
+
+        With a window W token i sees token j where |i - j| < W. Tokens that come later must be in the batch: a sequence
+        that is still being written has none of them.
+        """
+        raise ToolkitError(
+            f"tokens that see those after them are not served by {type(self).__name__}; run the sequence as a whole."
+        )
+
     def attend_biased(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings, bias: Tensor,
         sinks: Tensor | None,

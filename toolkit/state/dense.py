@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from toolkit.errors import ToolkitError
 from toolkit.ops.attention import attention
 from toolkit.ops.attention.with_lse import attention_with_lse
 from toolkit.ops.causal_conv import causal_conv
@@ -27,6 +28,7 @@ class DenseContext(ForwardContext):
         super().__init__(batch)
         self._parents = batch.parents
         self._past: dict[int, Tensor] = {}
+        self._spans: dict[int, Tensor] = {}
 
     def rotary_lengths(self, regimes: RotaryRegimes) -> Tensor:
         """As given, else by each sequence's own length: all of its tokens are here."""
@@ -37,6 +39,27 @@ class DenseContext(ForwardContext):
         plan = batch.query_offsets, batch.kv_offsets, batch.kv_lengths, batch.block_tables, 1, *settings
         out, _ = attention(q, k, v, *plan, batch.query_ranges, self.seen_ahead(layer))
         return out
+
+    def attend_bidirectional(self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Tensor:
+        batch = self.batch
+        plan = batch.query_offsets, batch.kv_offsets, batch.kv_lengths, batch.block_tables, 1, *settings
+        out, _ = attention(q, k, v, *plan, batch.query_ranges, self._both_sides(settings.window))
+        return out
+
+    def _both_sides(self, window: int) -> Tensor:
+        """[T, 2] spans by which each row sees the rest of its sequence, or of its window, from its own position on."""
+        batch = self.batch
+        if batch.parents is not None and bool((batch.parents >= 0).any()):
+            raise ToolkitError(
+                "sequences of the batch must not share prefixes where tokens see those after them, got a prefix tree; "
+                "make it with share=False, or with one span over each sequence."
+            )
+        if window not in self._spans:
+            position = sequence_positions(batch)
+            end = torch.cat([batch.kv_lengths, batch.kv_lengths.new_zeros(1)])[batch.sequence_ids]
+            end = torch.minimum(end, position + window) if window else end
+            self._spans[window] = torch.stack([position, end], 1)
+        return self._spans[window]
 
     def attend_biased(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings, bias: Tensor,

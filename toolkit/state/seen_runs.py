@@ -48,10 +48,18 @@ def context_of_mask(mask: Tensor) -> SeenRuns:
     return _context(found, length, mask.device)
 
 
-def all_seen(rows: int, queries: int, keys: int, device: torch.device | None = None) -> SeenRuns:
-    """The context of ``rows`` calls of ``queries`` that all see all of their row's ``keys``."""
+def all_seen(rows: int, queries: int, keys: int, window: int = 0, device: torch.device | None = None) -> SeenRuns:
+    """The context of ``rows`` calls of ``queries``, the last of their row's ``keys``, that see all of them.
+
+    Args:
+        window: query i sees key j where |i - j| < window; 0 for all.
+    """
     runs = np.zeros((rows, queries, 2), dtype=np.int64)
     runs[..., 1] = keys
+    if window:
+        position = np.arange(keys - queries, keys)
+        runs[..., 0] = np.maximum(position - window + 1, 0)
+        runs[..., 1] = np.minimum(position + window, keys)
     return _context(runs, keys, device)
 
 

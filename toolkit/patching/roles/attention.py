@@ -42,9 +42,14 @@ _READ_AGAIN = ("scaling", "attention_dropout")
 def _is_attention(module: nn.Module) -> bool:
     return (
         hasattr(module, "is_causal")
-        and hasattr(module, "layer_idx")
+        and (hasattr(module, "layer_idx") or _sees_ahead(module))
         and any(getattr(getattr(child, "weight", None), "ndim", 0) == 2 for child in module.children())
     )
+
+
+def _sees_ahead(module: nn.Module) -> bool:
+    """Whether a layer says that its tokens see those after them: it keeps no state, and needs no index for it."""
+    return getattr(module, "is_causal", True) is False
 
 
 def _fused_options(module: nn.Module, probe: Probe) -> list[Any]:
@@ -144,6 +149,11 @@ class _Proven:
     window: int = 0
     masked: bool = False
 
+    @property
+    def bidirectional(self) -> bool:
+        """Whether tokens see those after them."""
+        return self.seen is not None and not (self.seen.causal or self.masked)
+
 
 def _prove(module: nn.Module, call: Call) -> _Proven | str:
     """What was proven of a layer, or why it keeps its own attention."""
@@ -202,8 +212,9 @@ def _is_causal_mask(mask: Any) -> bool:
 
 def _index(path: str, module: Any, calls: dict[nn.Module, list[Call]]) -> int | None:
     """The index of a layer: its attribute, or its place in the model where the model calls layers with theirs."""
-    index = module.layer_idx
-    if index is None and calls[module] and isinstance(calls[module][0].arguments.get("layer_idx"), int):
+    index = _layer_idx(module)
+    handed = bool(calls[module]) and isinstance(calls[module][0].arguments.get("layer_idx"), int)
+    if index is None and (handed or _sees_ahead(module)):
         index = next((int(part) for part in path.split(".") if part.isdigit()), None)
     return index if isinstance(index, int) else None
 
@@ -231,7 +242,7 @@ def _with_index(module: Any, index: int | None, proven: _Proven | str) -> _Prove
 
 def _as_kept(model: Any, index: int | None, proven: _Proven | str) -> _Proven | str:
     """``proven`` with what the layer's cache keeps, or why that is less than its masks show."""
-    if isinstance(proven, str):
+    if isinstance(proven, str) or proven.bidirectional:
         return proven
     window, reason = _kept_by_cache(model, index, proven.seen)
     return replace(proven, window=window) if reason is None else reason
@@ -245,12 +256,12 @@ def _verdicts(model: Any, layers: dict[str, Any], calls: dict[nn.Module, list[Ca
         other = foreign_forward(module)
         if other is not None:
             found[path] = UNPROVEN.format(other)
-        elif len(calls[module]) > 1:
+        elif len(calls[module]) > 1 and not _sees_ahead(module):
             found[path] = "the model calls it more than once in a forward"
         elif _index(path, module, calls) is None or indices[_index(path, module, calls)] > 1:
             found[path] = "its layer_idx is missing or shared"
         else:
-            (call,) = calls[module]
+            call = calls[module][0]
             given = sorted(name for name, value in call.arguments.items() if value is not None)
             key = signature_key(module), id(module.config), tuple(given), _content(call.arguments.get(MASK))
             if key not in proven:
@@ -284,7 +295,8 @@ def _claim(path: str, module: Any, index: int | None, proven: _Proven, configs: 
         op = f"{op}, the prompt and a window of {proven.window}"
     forwards[""] = guarded(forwards[""], tuple(settings.items()))
     installs += [replace_forward(module.get_submodule(name), forward) for name, forward in forwards.items()]
-    return Claim("attention", path, module, op, error, together(*installs), keeps_prompt=proven.window > 0)
+    kept = proven.window > 0
+    return Claim("attention", path, module, op, error, together(*installs), None, kept, proven.bidirectional)
 
 
 def _reads_padding(model: nn.Module) -> bool:

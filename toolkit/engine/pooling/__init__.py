@@ -1,0 +1,19 @@
+"""Embeddings, scores and classes of whole sequences: one ragged forward for many, without padding."""
+
+from typing import TYPE_CHECKING
+
+from toolkit.engine.pooling.params import PoolerConfig, PoolingParams, Projection
+from toolkit.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from toolkit.engine.pooling.engine import Pooled, PoolingEngine, PoolingInput
+
+__all__ = ["Pooled", "PoolerConfig", "PoolingEngine", "PoolingInput", "PoolingParams", "Projection"]
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "Pooled": "toolkit.engine.pooling.engine",
+        "PoolingEngine": "toolkit.engine.pooling.engine",
+        "PoolingInput": "toolkit.engine.pooling.engine",
+    },
+)
