@@ -17,7 +17,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from infer_patches.generation_config import SAMPLING, sampling_params
 from toolkit import AsyncEngine, Engine, SamplingParams
 from toolkit.engine import Delta, EngineListener, RequestHandle
-from toolkit.engine.params import check_int
+from toolkit.engine.checks import check_int
 from toolkit.errors import ToolkitError, must_be_one_of
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
-from toolkit.engine.params import check_bool, check_float, check_int, check_names
+from toolkit.engine.checks import check_bool, check_float, check_int, check_names
 from toolkit.engine.speculation.config import SpeculativeConfig
 
 GIB = 1 << 30

@@ -2,57 +2,15 @@
 
 import inspect
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, ClassVar
 
-from toolkit.errors import ToolkitError, nearest
+from toolkit.engine.checks import check_bool, check_float, check_int, check_names
+from toolkit.errors import ToolkitError
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy; dividing by them would only overflow."""
-
-
-def check_int(field: str, value: Any, low: int, high: int | None = None, also: str = "") -> int:
-    """``value`` as an int within [low, high]. Raises ToolkitError for any other value.
-
-    Args:
-        field: the name in the error.
-        value: what was given.
-        low: the smallest int.
-        high: the largest int; None for no bound.
-        also: what the error says is possible besides, such as " or None".
-    """
-    good = isinstance(value, Integral) and not isinstance(value, bool)
-    if not good or int(value) < low or (high is not None and int(value) > high):
-        upper = "" if high is None else f" and <= {high}"
-        raise ToolkitError(f"{field} must be an integer >= {low}{upper}{also}, got {value!r}.")
-    return int(value)
-
-
-def check_float(field: str, value: Any, low: float, high: float, open_low: bool = False) -> float:
-    """``value`` as a finite float within [low, high]; above ``low`` with ``open_low``. Raises ToolkitError."""
-    good = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(float(value))
-    if not good or not low <= float(value) <= high or (open_low and float(value) == low):
-        lower = f"> {low:g}" if open_low else f">= {low:g}"
-        upper = "" if math.isinf(high) else f" and <= {high:g}"
-        raise ToolkitError(f"{field} must be a finite number {lower}{upper}, got {value!r}.")
-    return float(value)
-
-
-def check_bool(field: str, value: Any) -> bool:
-    """``value`` if it is a bool. Raises ToolkitError for any other value."""
-    if not isinstance(value, bool):
-        raise ToolkitError(f"{field} must be True or False, got {value!r}.")
-    return value
-
-
-def check_names(owner: str, given: Iterable[str], known: tuple[str, ...]) -> None:
-    """Raise a ToolkitError for the first name in ``given`` that is not ``known``, with the nearest one that is."""
-    for name in given:
-        if name not in known:
-            hint = nearest(name, known) or f"; it has {', '.join(known)}."
-            raise ToolkitError(f"{owner} has no argument {name!r}{hint}")
 
 
 @dataclass(frozen=True, kw_only=True)

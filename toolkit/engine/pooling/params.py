@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from toolkit.engine.params import check_bool, check_int, check_names
+from toolkit.engine.checks import check_bool, check_int, check_names
 from toolkit.errors import ToolkitError, must_be_one_of
 
 POOLING_TYPES = ("LAST", "MEAN", "CLS", "ALL")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
-from toolkit.engine.params import check_bool, check_int, check_names
+from toolkit.engine.checks import check_bool, check_int, check_names
 from toolkit.errors import ToolkitError, must_be_one_of
 
 METHODS = ("ngram", "suffix", "draft_model")
