@@ -24,6 +24,7 @@ PACKAGES = {
     "config": {"config"},
     "loading": {"loading"},
     "chat": set(),
+    "llm": {"llm", "engine", "loading"},
 }
 EVERYWHERE = {"lazy", "chat", "errors", "machine", "numerics", "registry", "sentences", "strict_json"}
 KNOW_TRANSFORMERS = {"patching", "exporting", "testing", "cli", "training", "loading", "chat"}

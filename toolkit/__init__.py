@@ -14,13 +14,17 @@ from toolkit.lazy import lazy_names
 
 if TYPE_CHECKING:
     from toolkit.engine import AsyncEngine, Engine, SamplingParams
+    from toolkit.engine.pooling import PoolingParams
     from toolkit.exporting import export
+    from toolkit.llm import LLM
     from toolkit.patching import PatchReport, patch, token_logprobs, unpatch, weights_changed
 
 # Resolved on first use, so that `toolkit --help` and the ops do not wait for transformers.
 _HOMES = {
     "AsyncEngine": "toolkit.engine",
     "Engine": "toolkit.engine",
+    "LLM": "toolkit.llm",
+    "PoolingParams": "toolkit.engine.pooling",
     "SamplingParams": "toolkit.engine",
     "export": "toolkit.exporting",
     "PatchReport": "toolkit.patching",
@@ -30,9 +34,11 @@ _HOMES = {
     "weights_changed": "toolkit.patching",
 }
 __all__ = [
+    "LLM",
     "AsyncEngine",
     "Engine",
     "PatchReport",
+    "PoolingParams",
     "SamplingParams",
     "export",
     "patch",

@@ -1,4 +1,4 @@
-"""Embeddings, scores and classes of ragged batches: against transformers one by one, and alone against with neighbours."""
+"""Embeddings, scores and classes of ragged batches: against transformers one by one, alone and with neighbours."""
 
 import pytest
 import torch

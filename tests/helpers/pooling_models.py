@@ -5,7 +5,14 @@ from functools import cache
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedTokenizerFast,
+)
 
 from toolkit.testing.models import from_config
 
@@ -46,6 +53,20 @@ def _made(family: str, opener: Any, settings: tuple[tuple[str, Any], ...]) -> An
 def pooling_model(family: str, opener: Any = HEADLESS, **settings: Any) -> Any:
     """A random float32 model with eager attention; the caller's own copy."""
     return copy.deepcopy(_made(family, opener, tuple(sorted(settings.items()))))
+
+
+@cache
+def bert_tokenizer() -> PreTrainedTokenizerFast:
+    """Words between [CLS] and [SEP]; the second text of a pair is of type 1."""
+    words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "the", "play", "##er", "##s", "game", "a", "of", "runs"]
+    backend = Tokenizer(models.WordPiece({word: at for at, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = [("[CLS]", 1), ("[SEP]", 2)]
+    pair = "[CLS] $A [SEP] $B:1 [SEP]:1"
+    backend.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", pair=pair, special_tokens=special)
+    names = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"}
+    kept = ["input_ids", "token_type_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(tokenizer_object=backend, model_input_names=kept, **names)
 
 
 def ragged_texts(lengths: tuple[int, ...] = (40, 1, 7, 23, 5, 100, 2), seed: int = 3) -> list[list[int]]:

@@ -4,7 +4,7 @@ from toolkit.chat.dropped import dropped_messages, hidden_parts, hidden_tools
 from toolkit.chat.images import PicturedTokens, has_images, pictured, read_image, take_images
 from toolkit.chat.rust import rust_encoding
 from toolkit.chat.template import ChatTemplateError, render, render_spans
-from toolkit.chat.tokens import Encoding, encode, prompt_token_ids, special_tokens_around
+from toolkit.chat.tokens import Encoding, encode, prompt_token_ids, sequence_inputs, special_tokens_around
 from toolkit.chat.training import ChatTokenizer, PreferenceTokens, TrainingTokens
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "render",
     "render_spans",
     "rust_encoding",
+    "sequence_inputs",
     "special_tokens_around",
     "take_images",
 ]

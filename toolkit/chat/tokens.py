@@ -58,6 +58,34 @@ def prompt_token_ids(tokenizer: Any, text: str, check_count: Callable[[int], Non
     return list(ids if encoding is None else encoding.ids)[:kept]
 
 
+def sequence_inputs(
+    tokenizer: Any, texts: Sequence[str], pairs: Sequence[str] | None = None, max_length: int | None = None
+) -> list[tuple[list[int], list[int] | None]]:
+    """Of each text, or of each text with its pair, the tokens and their types: what a model reads as a whole.
+
+    All tokens that the tokenizer puts before and behind a text are there, unlike in a prompt, which is to be continued.
+    Types are None where all are 0, or where the tokenizer has none.
+
+    Args:
+        tokenizer: of transformers.
+        texts: the texts.
+        pairs: the second text of each.
+        max_length: longer sequences are cut to it, on the tokenizer's side (``truncation_side``); None cuts none.
+
+    Raises:
+        ToolkitError: a text has a lone surrogate.
+    """
+    if not texts:
+        return []
+    for text in (*texts, *(pairs or ())):
+        check_text(text)
+    cut = {} if max_length is None else {"truncation": True, "max_length": max_length}
+    given = (list(texts),) if pairs is None else (list(texts), list(pairs))
+    found = tokenizer(*given, verbose=False, **cut)
+    types = found.get("token_type_ids") or [[]] * len(texts)
+    return [(list(ids), list(own) if any(own) else None) for ids, own in zip(found["input_ids"], types)]
+
+
 def encode_with_offsets(tokenizer: Any, text: str) -> Encoding:
     """``encode`` with the range of characters of every token.
 

@@ -108,6 +108,10 @@ class PoolingParams:
     truncate_prompt_tokens: int | None = None
     task: str | None = None
 
+    def with_task(self, task: str) -> "PoolingParams":
+        """The same for a task."""
+        return replace(self, task=task)
+
     def __post_init__(self) -> None:
         if self.dimensions is not None:
             check_int("dimensions", self.dimensions, 1, also=" or None")

@@ -1,0 +1,171 @@
+"""What ``LLM`` returns: the fields that vLLM's outputs have."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from torch import Tensor
+
+from toolkit.engine import Completion
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """One token at one place.
+
+    Args:
+        logprob: natural log, under the model's own distribution.
+        rank: 1 for the most probable token; None for a sampled one that is not among the tokens asked for.
+        decoded_token: its text; None without a tokenizer.
+    """
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    """One completion of a prompt.
+
+    Args:
+        index: which of the prompt's ``n``.
+        text: without stop strings and stop tokens.
+        token_ids: as generated.
+        cumulative_logprob: the sum of the tokens' log-probabilities.
+        logprobs: at each place the tokens that ``SamplingParams.logprobs`` asked for, the sampled one among them; None
+            where it asked for none.
+        finish_reason: "stop", "length", "cancelled" or "error".
+        stop_reason: the stop string or stop token id; None for the end-of-text token and for other reasons.
+        error: the message, with "error".
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float
+    logprobs: list[dict[int, Logprob]] | None
+    finish_reason: str
+    stop_reason: str | int | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """All completions of one prompt.
+
+    Args:
+        request_id: counted by the ``LLM``.
+        prompt: the text; None of token ids.
+        prompt_token_ids: its tokens.
+        outputs: ``n`` of them.
+        finished: True.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool = True
+
+
+@dataclass(frozen=True)
+class EmbeddingOutput:
+    """embedding: [D] numbers; of every token with pooling type ALL, [n][D]."""
+
+    embedding: list[float]
+
+    @property
+    def hidden_size(self) -> int:
+        """Dimensions."""
+        return len(self.embedding)
+
+
+@dataclass(frozen=True)
+class ClassificationOutput:
+    """probs: one for each class."""
+
+    probs: list[float]
+
+    @property
+    def num_classes(self) -> int:
+        """Classes."""
+        return len(self.probs)
+
+
+@dataclass(frozen=True)
+class ScoringOutput:
+    """score: of a pair of texts."""
+
+    score: float
+
+
+@dataclass(frozen=True)
+class PoolingOutput:
+    """data: what the task gives: an embedding, one for each token, scores or logits."""
+
+    data: Tensor
+
+
+Output = TypeVar("Output")
+
+
+@dataclass(frozen=True)
+class _Pooled(Generic[Output]):
+    """The result of one prompt.
+
+    Args:
+        request_id: counted by the ``LLM``.
+        prompt: the text; None of token ids and of pairs.
+        prompt_token_ids: its tokens.
+        outputs: the result.
+        finished: True.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: Output
+    finished: bool = True
+
+
+class EmbeddingRequestOutput(_Pooled[EmbeddingOutput]):
+    """``outputs.embedding``."""
+
+
+class ClassificationRequestOutput(_Pooled[ClassificationOutput]):
+    """``outputs.probs``."""
+
+
+class ScoringRequestOutput(_Pooled[ScoringOutput]):
+    """``outputs.score``."""
+
+
+class PoolingRequestOutput(_Pooled[PoolingOutput]):
+    """``outputs.data``."""
+
+
+def completion_output(completion: Completion, tokenizer: Any) -> CompletionOutput:
+    """A completion of the engine."""
+    tops = completion.top_logprobs
+    return CompletionOutput(
+        index=completion.index,
+        text=completion.text,
+        token_ids=completion.token_ids,
+        cumulative_logprob=sum(completion.logprobs),
+        logprobs=None if tops is None else _logprobs(completion, tops, tokenizer),
+        finish_reason=completion.finish_reason,
+        stop_reason=completion.stop_reason,
+        error=completion.error,
+    )
+
+
+def _logprobs(completion: Completion, tops: Sequence[dict[int, float]], tokenizer: Any) -> list[dict[int, Logprob]]:
+    def text(token: int) -> str | None:
+        return None if tokenizer is None else str(tokenizer.decode([token]))
+
+    found = []
+    for token, own, top in zip(completion.token_ids, completion.logprobs, tops):
+        ranked = {one: Logprob(value, rank, text(one)) for rank, (one, value) in enumerate(top.items(), 1)}
+        found.append(ranked if token in ranked else {token: Logprob(own, None, text(token)), **ranked})
+    return found
