@@ -334,18 +334,22 @@ def test_a_model_with_quantised_layers_is_left_as_it_was_and_refused_with_the_re
         def __init__(self, linear):
             super().__init__()
             self.weight = torch.nn.Parameter((linear.weight.detach() * 64).to(torch.int8), requires_grad=False)
-            self.repacked = False
 
         def forward(self, x):
-            self.repacked |= not self.training and not x.requires_grad
+            if not self.training and not x.requires_grad:
+                self.weight.data = self.weight.data.flip(0)
             return torch.nn.functional.linear(x, self.weight.to(x.dtype) / 64)
 
     model = random_model("llama").train()
     for layer in model.model.layers:
-        layer.self_attn.q_proj = Packed(layer.self_attn.q_proj)
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(layer.self_attn, name, Packed(getattr(layer.self_attn, name)))
+    ids = torch.arange(3, 16)[None]
+    expected, packed = model(ids).logits, [layer.self_attn.q_proj.weight.clone() for layer in model.model.layers]
     report = toolkit.patch(model)
     assert torch.is_grad_enabled()
-    assert not any(layer.self_attn.q_proj.repacked for layer in model.model.layers)
+    assert all(torch.equal(layer.self_attn.q_proj.weight, one) for layer, one in zip(model.model.layers, packed))
+    assert relative(model(ids).logits, expected) < 1e-5
     assert {"norm", "mlp"} <= set(report.roles())
     with pytest.raises(ToolkitError, match=r"a skipped layer: .*parameter q_proj.weight is quantised \(int8\)"):
         toolkit.token_logprobs(model, [[3, 4, 5]])

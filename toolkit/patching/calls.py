@@ -113,17 +113,20 @@ def _replaced(config: Any, values: dict[str, Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _as_in_training(embedding: nn.Module) -> Iterator[None]:
-    """Inside, hidden states need gradients: bitsandbytes repacks weights for good in a forward that needs none.
+def as_in_evaluation(model: Any) -> Iterator[None]:
+    """Inside, a forward of ``model`` computes as in evaluation, without gradients, and leaves its weights as they are.
 
-    Repacked weights give wrong gradients on a CPU.
+    bitsandbytes repacks quantised weights for good in a forward that needs no gradient, and repacked ones give wrong
+    gradients on a CPU: of a model with such weights the hidden states need gradients.
     """
-    hook = embedding.register_forward_hook(lambda *call: call[-1].detach().requires_grad_().clone())
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        hook.remove()
+    with torch.no_grad(), eval_mode(model), ExitStack() as stack:
+        if not all(parameter.is_floating_point() for parameter in model.parameters()):
+            embedding = model.get_input_embeddings()
+            stack.callback(
+                embedding.register_forward_hook(lambda *call: call[-1].detach().requires_grad_().clone()).remove
+            )
+            stack.enter_context(torch.enable_grad())
+        yield
 
 
 def record_calls(
@@ -169,12 +172,10 @@ def _record(
         calls[module].append(Call(full, len(args), given))
 
     configs = {id(one): one for one in (model.config, model.config.get_text_config())}.values()
-    with torch.no_grad(), eval_mode(model), eager_modules(model), ExitStack() as stack:
+    with as_in_evaluation(model), eager_modules(model), ExitStack() as stack:
         for config in configs:
             stack.enter_context(_replaced(config, {"sliding_window": window, "attention_chunk_size": window}))
         for module in modules:
             stack.callback(module.register_forward_pre_hook(record, with_kwargs=True).remove)
-        if not all(parameter.is_floating_point() for parameter in model.parameters()):
-            stack.enter_context(_as_in_training(model.get_input_embeddings()))
         model(input_ids=ids, use_cache=False, **text_arguments(model, ids))
     return calls

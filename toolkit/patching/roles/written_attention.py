@@ -23,10 +23,9 @@ from toolkit.patching.adapters import vocabulary_size
 from toolkit.patching.attention_configs import EXPERTS_FIELD, eager_modules
 from toolkit.patching.attention_probe import CACHE, FAR
 from toolkit.patching.cache_windows import cache_window
-from toolkit.patching.calls import copy_of, float32_copy, map_tensors
+from toolkit.patching.calls import as_in_evaluation, copy_of, float32_copy, map_tensors
 from toolkit.patching.claim import Claim, ProbeError, Skipped, Undo, replace_forward
 from toolkit.patching.conditions import UNIT, Condition, Trial, drop_nothing, worst_error
-from toolkit.patching.eval_mode import eval_mode
 from toolkit.patching.instance_forward import UNPROVEN, foreign_forward
 from toolkit.patching.probe import device_of, generator, random_input, signature_key
 from toolkit.patching.ragged_call import MASKS_OF_BATCH, register_masks
@@ -67,7 +66,7 @@ class _Enough(Exception):
 def _run(model: Any, length: int) -> None:
     device = device_of(model)
     ids = torch.randint(min(vocabulary_size(model), 97), (1, length), generator=generator(device, 7), device=device)
-    with torch.no_grad(), eval_mode(model), eager_modules(model, [EXPERTS_FIELD]):
+    with as_in_evaluation(model), eager_modules(model, [EXPERTS_FIELD]):
         model(input_ids=ids, use_cache=False, **text_arguments(model, ids))
 
 
