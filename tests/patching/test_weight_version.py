@@ -97,6 +97,65 @@ def test_a_write_during_a_decode_acts_at_the_next_step(name):
         assert tokens[0] == tokens[1], kind
 
 
+class Scaled(nn.Module):
+    """A module whose output is multiplied by a tensor that is neither a parameter nor a buffer."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.gain = inner, torch.tensor(1.0)
+
+    def forward(self, x):
+        return self.inner(x) * self.gain
+
+
+def rebind(scaled):
+    scaled.gain = torch.tensor(2.0)
+
+
+def rebind_data(scaled):
+    scaled.gain.data = torch.tensor(2.0)
+
+
+@pytest.mark.parametrize("write", [rebind, rebind_data, lambda scaled: scaled.gain.mul_(2)])
+def test_plain_tensor_attributes_are_weights(write):
+    model = random_model("llama")
+    scaled = model.model.layers[0].mlp = Scaled(model.model.layers[0].mlp)
+    toolkit.patch(model)
+    with toolkit.Engine(model, num_blocks=64) as engine:
+        before = engine.generate([PROMPT], PARAMS)[0].weight_version
+        write(scaled)
+        after = engine.generate([PROMPT], PARAMS)[0]
+        assert engine.stats()["prefix_cache_hits"] == 0
+    assert after.weight_version == weight_version(model) != before
+    check(model, after)
+
+
+def test_a_setting_of_a_module_is_a_weight():
+    model = make("llama")
+    with toolkit.Engine(model, num_blocks=64) as engine:
+        before = engine.generate([PROMPT], PARAMS)[0].weight_version
+        model.model.layers[0].self_attn.scaling *= 2
+        after = engine.generate([PROMPT], PARAMS)[0]
+        assert engine.stats()["prefix_cache_hits"] == 0
+        assert after.weight_version != before
+        check(model, after)
+        version = weight_version(model)
+        model.train().eval()
+        model.gradient_checkpointing_enable()
+        assert weight_version(model) == version
+
+
+def test_another_view_of_the_same_memory_is_a_write():
+    model = make("llama")
+    weight = model.model.layers[0].self_attn.o_proj.weight
+    before, at = weight_version(model), weight.data_ptr()
+    weight.data = weight.data.t()
+    after = weight_version(model)
+    weight.data = weight.data[:-1]
+    assert weight.data_ptr() == at
+    assert len({before, after, weight_version(model)}) == 3
+
+
 def test_memory_allocated_again_at_an_old_address_is_told_apart():
     model = random_model("llama")
     weight = model.model.layers[0].mlp.up_proj.weight

@@ -8,7 +8,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
-from operator import attrgetter
+from operator import attrgetter, is_not
 from typing import Any
 
 import torch
@@ -146,3 +146,12 @@ class ModelSettings:
     def changed(self) -> bool:
         """Whether an attribute was set to something else since this object was made."""
         return list(map(dict.get, self._holders, self._keys)) != self._values
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both are the same settings of the same modules."""
+        if not isinstance(other, ModelSettings):
+            return NotImplemented
+        same = len(self._holders) == len(other._holders) and not any(map(is_not, self._holders, other._holders))
+        return same and self._keys == other._keys and self._values == other._values
+
+    __hash__ = None  # type: ignore[assignment]

@@ -111,6 +111,15 @@ def _data_replaced(model: Any, source: random.Random) -> None:
         parameter.data = parameter.data + _noise(parameter, source)
 
 
+def _data_viewed(model: Any, source: random.Random) -> None:
+    """The same memory by other strides, at the same address."""
+    parameter = _any_parameter(model, source)[2]
+    shape = parameter.shape
+    strides = torch.empty(tuple(reversed(shape)), device="meta").stride()
+    last_first = tuple(reversed(strides)) if parameter.is_contiguous() else torch.empty(shape, device="meta").stride()
+    parameter.data = parameter.data.as_strided(shape, last_first)
+
+
 def _parameter_replaced(model: Any, source: random.Random) -> None:
     module, name, parameter = _any_parameter(model, source)
     setattr(module, name, nn.Parameter(parameter.detach() + _noise(parameter, source), parameter.requires_grad))
@@ -214,6 +223,7 @@ _WRITES: dict[str, WeightWrite] = {
     "p.data.copy_": _data_copy,
     "p.data[0] +=, weights_changed": _data_row,
     "p.data =": _data_replaced,
+    "p.data = another view": _data_viewed,
     "module.weight = Parameter": _parameter_replaced,
     "module._parameters[...] =": _entry_replaced,
     "a module replaced": _module_replaced,

@@ -14,7 +14,6 @@ from toolkit.engine.step.passes import optimize
 from toolkit.patching import report_of
 from toolkit.patching.forward import context_forward
 from toolkit.patching.multimodal.entry import MediaEntry
-from toolkit.patching.settings import ModelSettings
 from toolkit.patching.weights import weight_clock
 from toolkit.state import PagedContext, PagedRows, RaggedBatch
 
@@ -31,8 +30,8 @@ class DecodeGraphs:
     """Decode forwards of one patched model over one pool.
 
     A graph is captured at the first batch of its size and holds parameters by reference, so that it sees training
-    between two replays. Graphs are dropped when the layout of the weights changes (``WeightClock``) or an attribute of
-    a module (``ModelSettings``), and when another patch is in place. A forward that reads weights on the host is
+    between two replays. Graphs are dropped when the layout of the weights changes (``WeightClock``), settings of modules
+    included, and when another patch is in place. A forward that reads weights on the host is
     captured again for each version of them. Hooks are found by ``find_hooks``, which the caller runs whenever a prompt
     enters. A model with a data-dependent op has no graphs and runs eagerly. A replay with fixed addresses
     (``FixedReplay``) is captured again where they, or the sizes of its buffers, do not hold.
@@ -43,7 +42,6 @@ class DecodeGraphs:
         self.executors = executors
         self._graphs: dict[tuple[int, int], Callable[..., Tensor]] = {}  # by size, and dimensions of positions
         self._clock = weight_clock(model)
-        self._settings = ModelSettings(model)
         self._captured_from: tuple[object, ...] = ()
         self._reads_weights = False
         self._hooked = False
@@ -69,8 +67,7 @@ class DecodeGraphs:
     def _refresh(self) -> None:
         """Drop the graphs if the model is no longer what they were captured from."""
         now = (report_of(self.model), self._clock.layout, self._clock.key if self._reads_weights else None)
-        if now != self._captured_from or self._settings.changed():
-            self._settings = ModelSettings(self.model)
+        if now != self._captured_from:
             self._graphs.clear()
             self._captured_from, self._reads_weights, self.data_dependent_op = (*now[:2], None), False, ""
 

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import chain
+from itertools import chain, count
 from operator import attrgetter, is_not
 from typing import Any
 from weakref import ref
@@ -15,12 +15,14 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from toolkit.ops.write_stamp import WriteStamp, word_at
 from toolkit.patching.adapters import adapter_entries, base_modules
+from toolkit.patching.settings import ModelSettings
 
 Owner = str | None
 """The adapter that a tensor belongs to; None for the base model."""
 _Entry = tuple[dict[str, Any], str, Any]
 """A dict, a key of it, and the value."""
 
+_NUMBERS = count()
 _VERSION = Tensor._version.__get__  # type: ignore[attr-defined]
 _EXPIRED = torch.UntypedStorage._expired
 _VALUE = attrgetter("value")
@@ -32,17 +34,22 @@ _LENGTH_DEPENDENT = ("dynamic", "longrope")
 class ModelTensors:
     """What the parameters and buffers of a model were when last looked at.
 
+    Watched too: tensors that a module has as plain attributes, private ones left out (caches, most often), and its
+    settings (``ModelSettings``), which decide what is computed as well.
+
     Seen: another module, parameter or buffer in the place of one (also where a module's dict was written), other memory
-    (``p.data = ...``), writes that torch's version counters count, and on a CPU writes past them that reach the middle
-    of a tensor. Memory and modules are remembered weakly: nothing is kept alive, and what was allocated again at an
-    old address is told apart.
+    or another view of the same (``p.data = ...``), writes that torch's version counters count, and on a CPU writes past
+    them that reach the middle of a tensor. Memory and modules are remembered weakly: nothing is kept alive, and what
+    was allocated again at an old address is told apart.
 
     ``writes`` runs before every decode step: a few passes in C, about half a microsecond per tensor.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, before: "ModelTensors | None" = None) -> None:
         modules = list(model.modules())
-        self._died = False
+        self._settings: ModelSettings | None = ModelSettings(model)
+        same = before is not None and before._settings in (None, self._settings)
+        self._number_of_settings = before._number_of_settings if before is not None and same else next(_NUMBERS)
         this = ref(self)
         self._alive = [ref(module, lambda _: _on_death(this)) for module in modules]
         self._base = [ref(module) for module in base_modules(model)]
@@ -67,9 +74,10 @@ class ModelTensors:
         self._ids, self._other_ids = list(map(id, tensors)), [id(entry[2]) for entry, _ in others]
         self._storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
         self._storage_ids = [storage.cdata for storage in self._storages]
-        self._addresses = list(map(Tensor.data_ptr, tensors))
+        self._addresses, self._numels = list(map(Tensor.data_ptr, tensors)), list(map(Tensor.numel, tensors))
+        self._strides = list(map(Tensor.stride, tensors))
         self._memory = [
-            (storage, at if tensor.device.type != "cpu" else 0)
+            (storage, at if tensor.device.type != "cpu" else 0, tensor.storage_offset(), tensor.shape, tensor.stride())
             for storage, at, tensor in zip(self._storage_ids, self._addresses, tensors)
             if tensor.device.type != "cpu" or not hasattr(tensor, "ds_id")
         ]
@@ -82,18 +90,18 @@ class ModelTensors:
 
     def release(self) -> None:
         """Let go of the modules' dicts, and with them of what a module that died held."""
-        self._died = True
+        self._settings = None
         self._parents, self._dicts = [], []
         self._fetch = self._fetch_others = self._fetch_nones = _Fetch([])
 
     @property
     def layout(self) -> tuple[Any, ...]:
-        """Equal to another one's while both live: the same objects over the same memory.
+        """Equal to another one's while both live: the same objects over the same memory, with the same settings.
 
         On a CPU that is the storage, wherever it lies: FSDP2 allocates it again when it gathers. ZeRO-3 gives its
         parameters another storage each time, and their memory is left out: what was captured reads it from them.
         """
-        return self._children, self._ids, self._other_ids, self._memory
+        return self._children, self._ids, self._other_ids, self._memory, self._number_of_settings
 
     def _hash_of_children(self) -> int:
         return hash(tuple(chain.from_iterable(map(dict.values, self._parents))))
@@ -102,9 +110,11 @@ class ModelTensors:
         """Whose tensors were written in place since the last call.
 
         None where more than values changed: a module, a parameter or a buffer was replaced, added or removed, or has
-        other memory. Ask a new ``ModelTensors`` then, and what is ``differing``.
+        other memory, or a setting is another one. Ask a new ``ModelTensors`` then, and what is ``differing``.
         """
-        if self._died or list(map(len, self._dicts)) != self._sizes or self._hash_of_children() != self._children:
+        if self._settings is None or self._settings.changed():
+            return None
+        if list(map(len, self._dicts)) != self._sizes or self._hash_of_children() != self._children:
             return None
         try:
             tensors = list(self._fetch())
@@ -113,6 +123,8 @@ class ModelTensors:
                 or list(map(id, self._fetch_others())) != self._other_ids
                 or any(map(_IS_NOT_NONE, self._fetch_nones()))
                 or list(map(Tensor.data_ptr, tensors)) != self._addresses
+                or list(map(Tensor.stride, tensors)) != self._strides
+                or list(map(Tensor.numel, tensors)) != self._numels
                 or any(map(_EXPIRED, self._storage_ids))
             ):
                 return None
@@ -139,11 +151,14 @@ class ModelTensors:
         """Whose tensors are not what they were, or of the base: whose modules."""
         old, new = self._stamps(), now._stamps()
         found = {owner for owner in old.keys() | new.keys() if old.get(owner) != new.get(owner)}
+        if self._number_of_settings != now._number_of_settings:
+            found.add(None)
         return found if [one() for one in self._base] == [one() for one in now._base] else found | {None}
 
     def _stamps(self) -> dict[Owner, list[Any]]:
         found: dict[Owner, list[Any]] = defaultdict(list)
-        for owner, *stamp in zip(self._owners, self._ids, self._storage_ids, self._addresses, self._versions):
+        parts = (self._ids, self._storage_ids, self._addresses, self._strides, self._numels, self._versions)
+        for owner, *stamp in zip(self._owners, *parts):
             found[owner].append(stamp)
         for owner, sample in zip(self._word_owners, self._samples):
             found[owner].append(sample)
@@ -169,7 +184,7 @@ def _on_death(tensors: "ref[ModelTensors]") -> None:
 
 
 def _entries(module: nn.Module) -> Iterator[_Entry]:
-    """The module's own parameters and buffers, each with the tensors inside of it."""
+    """The module's own parameters, buffers and public attributes that are tensors, each with the tensors inside of it."""
     kinds = getattr(module, "rope_type", "")
     computed = any(kind in _LENGTH_DEPENDENT for kind in (kinds.values() if isinstance(kinds, dict) else [kinds]))
     for holder in (module._parameters, module._buffers):
@@ -178,6 +193,9 @@ def _entries(module: nn.Module) -> Iterator[_Entry]:
                 yield holder, key, value
                 if value is not None and type(value) not in (Tensor, nn.Parameter):
                     yield from _inside(value, {id(value)})
+    for key, value in module.__dict__.items():
+        if isinstance(value, Tensor) and not key.startswith("_") and not (computed and key.endswith("inv_freq")):
+            yield module.__dict__, key, value
 
 
 def _inside(value: Any, seen: set[int]) -> Iterator[_Entry]:
