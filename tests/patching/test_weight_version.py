@@ -130,6 +130,16 @@ def test_plain_tensor_attributes_are_weights(write):
     check(model, after)
 
 
+def test_what_a_forward_leaves_on_a_module_is_no_weight():
+    model = make("llama")
+    version = weight_version(model)
+    for value in (1.0, 2.0):
+        model.model.layers[0].seen = torch.tensor(value)
+        assert weight_version(model) == version
+        model.model.norm.weight.data.mul_(1.5)
+        version = weight_version(model)
+
+
 def test_a_setting_of_a_module_is_a_weight():
     model = make("llama")
     with toolkit.Engine(model, num_blocks=64) as engine:

@@ -30,10 +30,9 @@ class DecodeGraphs:
     """Decode forwards of one patched model over one pool.
 
     A graph is captured at the first batch of its size and holds parameters by reference, so that it sees training
-    between two replays. Graphs are dropped when the layout of the weights changes (``WeightClock``), settings of modules
-    included, and when another patch is in place. A forward that reads weights on the host is
-    captured again for each version of them. Hooks are found by ``find_hooks``, which the caller runs whenever a prompt
-    enters. A model with a data-dependent op has no graphs and runs eagerly. A replay with fixed addresses
+    between two replays. Graphs are dropped when the layout of the weights or a setting of a module changes
+    (``WeightClock``), and when another patch is in place. A forward that reads weights on the host is captured again
+    for each version of them. Hooks are found by ``find_hooks``, which the caller runs whenever a prompt enters. A model with a data-dependent op has no graphs and runs eagerly. A replay with fixed addresses
     (``FixedReplay``) is captured again where they, or the sizes of its buffers, do not hold.
     """
 

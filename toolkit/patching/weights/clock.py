@@ -16,14 +16,16 @@ class WeightClock:
     """The weight version of one model.
 
     Every write to a parameter or buffer changes it: steps of any optimizer, ``load_state_dict`` (``assign=True`` too),
-    in-place operations, replaced parameters, buffers and modules, other memory or another view of it (``p.data = ...``),
-    a setting of a module (``layer.scaling = ...``), adapters that are switched, merged, rescaled, added or deleted. What no counter sees (``p.data.copy_``) is seen on a CPU where it
-    reaches the middle of a tensor; call ``weights_changed(model)`` after such writes.
+    in-place operations, replaced parameters, buffers and modules, other memory or another view of it
+    (``p.data = ...``), adapters that are switched, merged, rescaled, added or deleted. So do writes to tensors that are
+    plain attributes, and to settings of modules (``layer.scaling = ...``). What no counter sees (``p.data.copy_``) is
+    seen on a CPU where it reaches the middle of a tensor; call ``weights_changed(model)`` after such writes.
 
     Attributes:
         key: of the base weights and the active adapters, at the last ``version``.
         layout: another number whenever a module, a parameter or a buffer is another object or, on a device, has other
-            memory, a setting is another one, and with the adapters that act. What was captured under one layout is valid under its number.
+            memory, or a setting is another one, and with the adapters that act. What was captured under one layout is
+            valid under its number.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -34,8 +34,8 @@ _LENGTH_DEPENDENT = ("dynamic", "longrope")
 class ModelTensors:
     """What the parameters and buffers of a model were when last looked at.
 
-    Watched too: tensors that a module has as plain attributes, private ones left out (caches, most often), and its
-    settings (``ModelSettings``), which decide what is computed as well.
+    Watched too: tensors that a module had as plain attributes at first, private ones left out (what a forward leaves
+    behind is no weight), and its settings (``ModelSettings``), which decide what is computed as well.
 
     Seen: another module, parameter or buffer in the place of one (also where a module's dict was written), other memory
     or another view of the same (``p.data = ...``), writes that torch's version counters count, and on a CPU writes past
@@ -63,7 +63,13 @@ class ModelTensors:
         ]
         self._sizes, self._children = list(map(len, self._dicts)), self._hash_of_children()
         owners = adapter_entries(model)
-        entries = [(entry, owners.get((id(entry[0]), entry[1]))) for module in modules for entry in _entries(module)]
+        attributes = [(path, entry) for path, module in model.named_modules() for entry in _attributes(module)]
+        self._attributes = {(path, entry[1]) for path, entry in attributes} if before is None else before._attributes
+        found = [
+            *(entry for module in modules for entry in _entries(module)),
+            *(entry for path, entry in attributes if (path, entry[1]) in self._attributes),
+        ]
+        entries = [(entry, owners.get((id(entry[0]), entry[1]))) for entry in found]
         plain = [(entry, owner) for entry, owner in entries if _is_plain(entry[2])]
         # What has no separate memory: objects with tensors inside, wrappers around tensors.
         others = [(e, owner) for e, owner in entries if e[2] is not None and not _is_plain(e[2])]
@@ -184,18 +190,28 @@ def _on_death(tensors: "ref[ModelTensors]") -> None:
 
 
 def _entries(module: nn.Module) -> Iterator[_Entry]:
-    """The module's own parameters, buffers and public attributes that are tensors, each with the tensors inside of it."""
-    kinds = getattr(module, "rope_type", "")
-    computed = any(kind in _LENGTH_DEPENDENT for kind in (kinds.values() if isinstance(kinds, dict) else [kinds]))
+    """The module's own parameters and buffers, each with the tensors inside of it."""
     for holder in (module._parameters, module._buffers):
         for key, value in holder.items():
-            if not (computed and key.endswith("inv_freq")):
+            if not _is_computed(module, key):
                 yield holder, key, value
                 if value is not None and type(value) not in (Tensor, nn.Parameter):
                     yield from _inside(value, {id(value)})
+
+
+def _attributes(module: nn.Module) -> Iterator[_Entry]:
+    """The module's public attributes that are tensors, and not what a forward with gradients has left there."""
     for key, value in module.__dict__.items():
-        if isinstance(value, Tensor) and not key.startswith("_") and not (computed and key.endswith("inv_freq")):
+        if isinstance(value, Tensor) and not key.startswith("_") and not _is_computed(module, key) and value.is_leaf:
             yield module.__dict__, key, value
+
+
+def _is_computed(module: nn.Module, key: str) -> bool:
+    """Whether a forward writes the tensor, from the length of its batch."""
+    kinds = getattr(module, "rope_type", "")
+    return key.endswith("inv_freq") and any(
+        kind in _LENGTH_DEPENDENT for kind in (kinds.values() if isinstance(kinds, dict) else [kinds])
+    )
 
 
 def _inside(value: Any, seen: set[int]) -> Iterator[_Entry]:
