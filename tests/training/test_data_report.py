@@ -244,6 +244,26 @@ def test_what_a_template_does_not_show_is_told(tmp_path: Path, checkpoint: Path)
     assert report.count("'get_we") == 2
 
 
+@pytest.mark.parametrize("calls", ["", "{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}"])
+def test_a_call_that_a_template_leaves_out_is_told_although_it_lists_the_tool(
+    tmp_path: Path, checkpoint: Path, calls: str
+) -> None:
+    function = {"name": "get_weather", "parameters": {"type": "object", "properties": {}}}
+    messages = [
+        {"role": "user", "content": "is it?"},
+        {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "get_weather", "arguments": {}}}]},
+    ]
+    lines = [{"messages": messages, "tools": tools} for tools in ([function], json.dumps([function]), [])]
+    template = (
+        "{{ tools | tojson if tools }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}"
+        + calls
+        + "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    options = {"chat_template": template}
+    report = report_of(Trainer(recipe_of(tmp_path, checkpoint, "sft", lines, options), quiet=True))
+    assert ("note: in 3 conversations the template shows nothing of a tool or of a call" in report) == (not calls)
+
+
 def test_held_out_lines_are_checked_and_messages_need_a_template(tmp_path: Path, checkpoint: Path) -> None:
     strict = "{% if messages[0].content == 'bad' %}{{ raise_exception('no bad words') }}{% endif %}" + CHATML
     rows = [chat("bad", f"{at}") for at in range(20)]

@@ -43,11 +43,39 @@ def hidden_tools(
         tools: as for ``render``.
         options: other arguments of ``render``.
     """
-    calls = [call for message in messages for call in message.get("tool_calls") or []]
-    named = [one.get("function", one) for one in (parsed_tools(tools) or []) + calls if isinstance(one, Mapping)]
-    names = [one["name"] for one in named if isinstance(one, Mapping) and isinstance(one.get("name"), str)]
-    text = render(tokenizer, messages, tools, **options) if names else ""
-    return [name for name in dict.fromkeys(names) if name not in text]
+    names = [name for tool in parsed_tools(tools) or [] if (name := _name(tool))]
+    called: list[str] = []
+
+    def marked(call: Any) -> Any:
+        """The call of a function of another name: the list of tools may show the function's own."""
+        name = _name(call)
+        if name is None:
+            return call
+        called.append(name)
+        mark = {"name": f"zq{len(called)}qz"}
+        return {**call, "function": call["function"] | mark} if "function" in call else {**call, **mark}
+
+    marks = [
+        {**message, "tool_calls": [marked(call) for call in message["tool_calls"]]}
+        if isinstance(message.get("tool_calls"), (list, tuple))
+        else message
+        for message in messages
+    ]
+    hidden = []
+    if names:
+        text = render(tokenizer, messages, tools, **options)
+        hidden += [name for name in names if name not in text]
+    if called:
+        text = render(tokenizer, marks, tools, **options)
+        hidden += [name for at, name in enumerate(called, 1) if f"zq{at}qz" not in text]
+    return list(dict.fromkeys(hidden))
+
+
+def _name(one: Any) -> str | None:
+    """Of a tool or a call, where it has one."""
+    function = one.get("function", one) if isinstance(one, Mapping) else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    return name if isinstance(name, str) else None
 
 
 def hidden_parts(

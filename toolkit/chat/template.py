@@ -100,12 +100,12 @@ def template_of(tokenizer: Any, chat_template: str | None = None, tools: Any = N
 
 def parsed_tools(tools: Any) -> list[Any] | None:
     """Tools as templates take them: a list of mappings, or None for no tools. Raises ChatTemplateError for others."""
-    if isinstance(tools, str):
+    if isinstance(tools, str) and tools.strip():
         try:
             tools = json.loads(tools)
         except ValueError:
             raise ChatTemplateError("'tools' is a string that is not JSON") from None
-    if not tools:
+    if not tools or isinstance(tools, str):
         return None
     if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, Mapping) or callable(tool) for tool in tools):
         raise ChatTemplateError("'tools' is not a list of mappings")

@@ -32,8 +32,9 @@ class DecodeGraphs:
     A graph is captured at the first batch of its size and holds parameters by reference, so that it sees training
     between two replays. Graphs are dropped when the layout of the weights or a setting of a module changes
     (``WeightClock``), and when another patch is in place. A forward that reads weights on the host is captured again
-    for each version of them. Hooks are found by ``find_hooks``, which the caller runs whenever a prompt enters. A model with a data-dependent op has no graphs and runs eagerly. A replay with fixed addresses
-    (``FixedReplay``) is captured again where they, or the sizes of its buffers, do not hold.
+    for each version of them. Hooks are found by ``find_hooks``, which the caller runs whenever a prompt enters. A model
+    with a data-dependent op has no graphs and runs eagerly. A replay with fixed addresses (``FixedReplay``) is captured
+    again where they, or the sizes of its buffers, do not hold.
     """
 
     def __init__(self, model: nn.Module, executors: Sequence[Executor] = EXECUTORS) -> None:

@@ -49,7 +49,7 @@ class ModelTensors:
         modules = list(model.modules())
         self._settings: ModelSettings | None = ModelSettings(model)
         same = before is not None and before._settings in (None, self._settings)
-        self._number_of_settings = before._number_of_settings if before is not None and same else next(_NUMBERS)
+        self._number_of_settings: int = before._number_of_settings if before is not None and same else next(_NUMBERS)
         this = ref(self)
         self._alive = [ref(module, lambda _: _on_death(this)) for module in modules]
         self._base = [ref(module) for module in base_modules(model)]
@@ -64,6 +64,7 @@ class ModelTensors:
         self._sizes, self._children = list(map(len, self._dicts)), self._hash_of_children()
         owners = adapter_entries(model)
         attributes = [(path, entry) for path, module in model.named_modules() for entry in _attributes(module)]
+        self._attributes: set[tuple[str, str]]
         self._attributes = {(path, entry[1]) for path, entry in attributes} if before is None else before._attributes
         found = [
             *(entry for module in modules for entry in _entries(module)),
