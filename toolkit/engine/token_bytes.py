@@ -19,7 +19,7 @@ class TokenBytes:
 
     def __init__(self, tokenizer: Any) -> None:
         self._backend = getattr(tokenizer, "backend_tokenizer", None) or tokenizer
-        steps = _decoder_steps(self._backend)
+        steps = [step["type"] for step in decoder_steps(self._backend)]
         self.a_letter: int | None = None
         self.kind: Kind = "every token" if steps == ["ByteLevel"] else "none"
         if "ByteFallback" in steps:
@@ -75,13 +75,13 @@ def incomplete_end(data: bytes) -> bytes:
     return b""
 
 
-def _decoder_steps(backend: Any) -> list[str]:
-    """The names of a ``tokenizers`` decoder's steps, in order; none where there is no such decoder."""
+def decoder_steps(backend: Any) -> list[dict[str, Any]]:
+    """The steps of a ``tokenizers`` decoder, in order, each with its ``type``; none where there is no such decoder."""
     try:
         decoder = json.loads(backend.decoder.__getstate__())
     except (AttributeError, TypeError, ValueError):
         return []
-    return [step["type"] for step in decoder.get("decoders", [decoder])]
+    return list(decoder.get("decoders", [decoder]))
 
 
 def _byte_alphabet() -> dict[str, int]:
