@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 from toolkit.engine.config import EngineConfig
 from toolkit.errors import ToolkitError
-from toolkit.loading import DTYPES, load_model, sampling_defaults
+from toolkit.loading import DTYPES, RUNNERS, choose_runner, find_source, load_model, sampling_defaults
 
 if TYPE_CHECKING:
     from toolkit.engine import Engine
+    from toolkit.engine.pooling import PoolingEngine
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -25,16 +26,59 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--numerics", choices=("bitwise", "fast"), help="numerics mode (default: bitwise on CPU)")
 
 
-def load(args: argparse.Namespace) -> tuple[Any, Any]:
+def load(args: argparse.Namespace, runner: str = "generate") -> tuple[Any, Any]:
     """(model, tokenizer or None) that the options of ``add_model_options`` describe."""
-    return load_model(
-        args.model, args.dtype, args.device, revision=args.revision, trust_remote_code=args.trust_remote_code
+    how = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
+    return load_model(args.model, args.dtype, args.device, runner=runner, **how)
+
+
+def add_runner_options(parser: argparse.ArgumentParser) -> None:
+    """``--runner`` and ``--pooler-config``."""
+    parser.add_argument(
+        "--runner",
+        choices=("auto", *RUNNERS),
+        default="auto",
+        help="what the model is for: pooling gives embeddings, scores and classes (default: what its files say)",
     )
+    parser.add_argument(
+        "--pooler-config",
+        type=json.loads,
+        metavar="JSON",
+        help='of a pooling model, such as \'{"pooling_type": "MEAN", "normalize": true}\' (default: its files)',
+    )
+
+
+def runner_of(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """The runner that the options ask for, and what the model's files say about pooling."""
+    source = find_source(args.model, revision=args.revision, trust_remote_code=args.trust_remote_code)
+    runner, settings = choose_runner(source, args.runner)
+    if runner == "generate" and args.pooler_config is not None:
+        raise ToolkitError("--pooler-config must be left out for a model that generates; see --runner pooling.")
+    return runner, settings
+
+
+def make_pooling_engine(args: argparse.Namespace, model: Any, settings: dict[str, Any]) -> "PoolingEngine":
+    """The engine of a pooling model that the options describe.
+
+    Raises:
+        ToolkitError: an option that is for models that generate.
+    """
+    from toolkit.engine.pooling import PoolerConfig, PoolingEngine
+
+    given = {field.name: getattr(args, field.name) for field in fields(EngineConfig) if hasattr(args, field.name)}
+    taken = ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "numerics")
+    wrong = next((name for name in given if name not in taken), None)
+    if wrong is not None:
+        raise ToolkitError(f"--{wrong.replace('_', '-')} must be left out for a pooling model, got {given[wrong]!r}.")
+    longest = settings.pop("max_model_len", None)
+    if longest is not None:
+        given.setdefault("max_model_len", longest)
+    config = PoolerConfig.of(args.pooler_config, PoolerConfig(**settings))
+    return PoolingEngine(model, pooler_config=config, **given)
 
 
 def load_images(args: argparse.Namespace) -> Any:
     """The processor of the model's images; None where there is none, or where it does not load, which is printed."""
-    from toolkit.loading import find_source
     from toolkit.loading.processor import load_processor
 
     source = find_source(args.model, revision=args.revision, trust_remote_code=args.trust_remote_code)

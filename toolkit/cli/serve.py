@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Any
 from toolkit.cli.options import (
     add_engine_options,
     add_model_options,
+    add_runner_options,
     add_sampling_options,
     load,
     load_images,
     load_sampling_defaults,
     make_engine,
+    make_pooling_engine,
+    runner_of,
 )
 from toolkit.errors import ToolkitError, first_line
 from toolkit.machine import describe_cpus
@@ -24,6 +27,7 @@ from toolkit.sentences import shown
 
 if TYPE_CHECKING:
     from toolkit.engine import Engine
+    from toolkit.engine.pooling import PoolingEngine
 
 KEY_VARIABLE = "TOOLKIT_API_KEY"
 
@@ -31,6 +35,7 @@ KEY_VARIABLE = "TOOLKIT_API_KEY"
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("serve", help="serve a model over an OpenAI-compatible HTTP API")
     add_model_options(parser)
+    add_runner_options(parser)
     add_engine_options(parser)
     add_sampling_options(parser)
     _add_api_options(parser.add_argument_group("API"))
@@ -140,7 +145,10 @@ def run(args: argparse.Namespace) -> int:
         raise ToolkitError(f"--allowed-local-media-path must be a folder, got {given}.")
     with listen_unix(args.uds) if args.uds else listen(args.host, args.port) as listener:
         try:
-            model, tokenizer = load(args)
+            runner, settings = runner_of(args)
+            model, tokenizer = load(args, runner)
+            if runner == "pooling":
+                return _serve_pooling(args, make_pooling_engine(args, model, settings), tokenizer, listener, http)
             processor = load_images(args)
             _set_template(tokenizer, template)
             if processor is not None and template is not None:
@@ -207,17 +215,18 @@ def _serve(
     listener: socket.socket,
     http: Any,
 ) -> int:
-    import torch
-
     from toolkit.engine import AsyncEngine
     from toolkit.engine.capacity import describe_capacity
-    from toolkit.serving.app import ServerConfig
     from toolkit.serving.metrics import Metrics
-    from toolkit.serving.server import serve
 
-    names, metrics = args.served_model_name or [Path(args.model).resolve().name], Metrics()
-    config = ServerConfig(
-        served_model_name=names,
+    metrics = Metrics()
+    room = describe_capacity(engine.pool, engine.block_manager, engine.scheduler.max_running, engine.max_model_len)
+    print(room, file=sys.stderr, flush=True)
+    return _run(
+        args,
+        listener,
+        http,
+        engine.backend.device.type,
         engine=AsyncEngine(engine, max_queued_seqs=args.max_queue, listener=metrics),
         metrics=metrics,
         tokenizer=tokenizer,
@@ -225,16 +234,44 @@ def _serve(
         media_folder=None if args.allowed_local_media_path is None else Path(args.allowed_local_media_path),
         max_model_len=engine.max_sequence_len,
         vocab_size=engine.vocab_size,
-        max_body_size=args.payload_limit,
         default_sampling_params=defaults,
-        root_path=args.root_path,
-        docs=not args.disable_fastapi_docs,
-        **_access(args),
+    )
+
+
+def _serve_pooling(
+    args: argparse.Namespace, engine: "PoolingEngine", tokenizer: Any, listener: socket.socket, http: Any
+) -> int:
+    from toolkit.engine.pooling import PoolingQueue
+
+    how = f", {engine.pooling_type} pooling" if engine.tasks[0] == "embed" else f", {engine.activation}"
+    print(f"pooling: {engine.tasks[0]}{how}, {engine.max_model_len} tokens a sequence", file=sys.stderr, flush=True)
+    return _run(
+        args,
+        listener,
+        http,
+        next(engine.model.parameters()).device.type,
+        engine=PoolingQueue(engine, max_queued_seqs=args.max_queue),
+        tokenizer=tokenizer,
+        max_model_len=engine.max_model_len,
+        vocab_size=engine.vocab_size,
+    )
+
+
+def _run(args: argparse.Namespace, listener: socket.socket, http: Any, device: str, **what: Any) -> int:
+    """Serve ``what``, arguments of ``ServerConfig``, on a ``device``; 1 when the engine failed."""
+    import torch
+
+    from toolkit.serving.app import ServerConfig
+    from toolkit.serving.server import serve
+
+    names = args.served_model_name or [Path(args.model).resolve().name]
+    access = _access(args)
+    docs = not args.disable_fastapi_docs
+    config = ServerConfig(
+        names, max_body_size=args.payload_limit, root_path=args.root_path, docs=docs, **access, **what
     )
     where = _address(args, listener)
-    room = describe_capacity(engine.pool, engine.block_manager, engine.scheduler.max_running, engine.max_model_len)
-    print(room, file=sys.stderr, flush=True)
-    if engine.backend.device.type == "cpu":
+    if device == "cpu":
         print(f"cpu: {describe_cpus(torch.get_num_threads())}", file=sys.stderr, flush=True)
     serve(
         config, listener, grace=args.grace, http=http, ready=lambda: print(f"serving {names[0]} on {where}", flush=True)

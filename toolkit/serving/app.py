@@ -1,36 +1,34 @@
-"""The routes: ``/v1/models``, ``/v1/completions``, ``/v1/chat/completions``, ``/health``, ``/ping``, ``/version`` and
-``/metrics``, with ``/openapi.json`` and ``/docs``."""
+"""The routes of a model that generates, beside those of every model: ``/v1/completions``, ``/v1/chat/completions``."""
 
-import asyncio
-import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from fastapi import Depends, FastAPI, Request, Response
-from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import StreamingResponse
 from starlette.background import BackgroundTask
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
-from starlette.routing import Match
 
-import toolkit
-from toolkit.engine import AsyncEngine, Completion, EngineUnavailable, RequestHandle, SamplingParams
+from toolkit.engine import Completion, RequestHandle, SamplingParams
+from toolkit.engine.pooling import PoolingQueue
 from toolkit.engine.prompts import check_num_sequences, fit_max_tokens, outside_vocabulary, prompt_length
-from toolkit.engine.request_handle import SHUTTING_DOWN
 from toolkit.errors import ToolkitError
 from toolkit.sentences import shown
 from toolkit.serving import schemas
-from toolkit.serving.access import ApiKeys, Cors
-from toolkit.serving.limits import MAX_BODY_SIZE, SMALL_BODY, give_back_memory
-from toolkit.serving.metrics import Metrics
-from toolkit.serving.middleware import CountRequests, HeadAsGet, RequestIds
+from toolkit.serving.base import CLIENT_CLOSED_REQUEST, Base, ServerConfig
 from toolkit.serving.openapi import describe, responses, takes
-from toolkit.serving.protocol import ChatRequest, CompletionRequest, RequestError, Sampling, parse
+from toolkit.serving.pooling import POOLING_PATHS, create_pooling_app
+from toolkit.serving.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    ImagePart,
+    ImageUrl,
+    Message,
+    RequestError,
+    Sampling,
+    StreamOptions,
+    TextPart,
+    parse,
+)
 from toolkit.serving.responses import (
     END_OF_STREAM,
     ChatResponse,
@@ -42,60 +40,13 @@ from toolkit.serving.responses import (
 )
 from toolkit.serving.texts import Texts
 
-WORKERS = 4
-"""Threads that read requests."""
+__all__ = ["ServerConfig", "create_app"]
+
+BODIES = (CompletionRequest, ChatRequest, StreamOptions, Message, TextPart, ImagePart, ImageUrl)
+"""Of requests, and what they are made of."""
+GENERATES = "The served model generates; serve a pooling model, or this one with --runner pooling."
 SHORT_RESPONSE = 1000
 """Log-probabilities in a response that is written on the event loop."""
-READ_ON = 64 * 2**20
-"""Bytes of a body beyond the limit that are read, and dropped: a client that is still sending reads no response."""
-TRIM_DELAY = 1.0
-"""Seconds after a large body or response until what it took is given back; by then nothing holds it."""
-CLIENT_CLOSED_REQUEST = 499
-"""The status, in metrics alone, of a client that left before its response; nginx' number."""
-
-STEP_TIMEOUT = 10.0
-"""Seconds that a shutdown waits for the step in progress."""
-
-
-@dataclass(frozen=True)
-class ServerConfig:
-    """What is served, and to whom.
-
-    Args:
-        served_model_name: the model's public name, or several: requests may give any, responses give the first.
-        engine: its engine, with ``metrics`` as listener.
-        metrics: what ``/metrics`` shows.
-        tokenizer: a Hugging Face tokenizer; None for prompts of token ids only.
-        max_model_len: most tokens of prompt and completion together.
-        vocab_size: bounds token ids; None checks none.
-        max_body_size: most bytes of a request's body.
-        processor: of chats with images; None takes none.
-        media_folder: whose files requests may name as images (``file://``); None for none.
-        default_sampling_params: of what a request does not say, such as a checkpoint's ``generation_config.json``.
-        api_key: that clients must send, or several of which any is right; None for no key.
-        cors: which web pages may use the server; None for none.
-        root_path: under which a proxy serves it.
-        docs: whether ``/docs`` and ``/openapi.json`` are served.
-    """
-
-    served_model_name: str | Sequence[str]
-    engine: AsyncEngine
-    metrics: Metrics = field(default_factory=Metrics)
-    tokenizer: Any = None
-    max_model_len: int | None = None
-    vocab_size: int | None = None
-    max_body_size: int = MAX_BODY_SIZE
-    processor: Any = None
-    media_folder: Path | None = None
-    default_sampling_params: Mapping[str, Any] = field(default_factory=dict)
-    api_key: str | Sequence[str] | None = None
-    cors: Cors | None = None
-    root_path: str = ""
-    docs: bool = True
-
-    @property
-    def model_names(self) -> tuple[str, ...]:
-        return (self.served_model_name,) if isinstance(self.served_model_name, str) else tuple(self.served_model_name)
 
 
 @dataclass(frozen=True)
@@ -117,67 +68,12 @@ class _Asked:
 
 def create_app(config: ServerConfig) -> FastAPI:
     """The ASGI application. Its lifespan starts the engine's thread and ends it, and leaves the engine open."""
+    if isinstance(config.engine, PoolingQueue):
+        return create_pooling_app(config, config.engine)
     engine, metrics = config.engine, config.metrics
+    base = Base(config, {*CompletionRequest.model_fields, *ChatRequest.model_fields})
     texts = Texts(config.tokenizer, config.max_model_len, config.processor, config.media_folder)
-    names, created = config.model_names, int(time.time())
-    keys = ApiKeys([config.api_key] if isinstance(config.api_key, str) else config.api_key or ())
-    watchers: set[asyncio.Task[None]] = set()  # the event loop does not hold them
-    workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="request")
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        engine.start()
-        yield
-        await asyncio.to_thread(engine.shutdown, close_engine=False, timeout=STEP_TIMEOUT)
-        workers.shutdown(wait=False, cancel_futures=True)
-
-    app = FastAPI(
-        title="toolkit",
-        version=toolkit.__version__,
-        lifespan=lifespan,
-        docs_url="/docs" if config.docs else None,
-        redoc_url="/redoc" if config.docs else None,
-        openapi_url="/openapi.json" if config.docs else None,
-    )
-    app.root_path = config.root_path.rstrip("/")
-    app.add_middleware(HeadAsGet)
-    app.add_middleware(CountRequests, counter=metrics.http_requests)
-    app.add_middleware(RequestIds)
-    if config.cors is not None:
-        app.add_middleware(CORSMiddleware, **asdict(config.cors), expose_headers=("x-request-id",))
-    guarded = [Depends(keys.check)]
-
-    @app.exception_handler(ToolkitError)
-    async def rejected(request: Request, error: ToolkitError) -> JSONResponse:
-        return _error_response(_as_request_error(error))
-
-    @app.exception_handler(HTTPException)
-    async def no_such_route(request: Request, error: HTTPException) -> Response:
-        allow = _allowed(request)
-        if allow and request.method == "OPTIONS":
-            return Response(status_code=204, headers=allow)
-        asked = f"{request.method} {shown(request.url.path)[1:-1]}"
-        about = {404: f"There is no {asked}.", 405: f"{asked} is not allowed."}
-        message = about.get(error.status_code, f"{error.detail}.")
-        return _error_response(RequestError(message, status=error.status_code), allow)
-
-    @app.exception_handler(ClientDisconnect)
-    async def left(request: Request, error: ClientDisconnect) -> Response:
-        return Response(status_code=CLIENT_CLOSED_REQUEST)  # which goes nowhere
-
-    @app.exception_handler(Exception)
-    async def failed(request: Request, error: Exception) -> JSONResponse:
-        return _error_response(RequestError(f"The server failed: {type(error).__name__}.", status=500))
-
-    def card(name: str) -> Json:
-        about = {"id": name, "object": "model", "created": created, "owned_by": "toolkit"}
-        return {**about, "max_model_len": config.max_model_len}
-
-    def check_model(asked: str | None) -> None:
-        if asked is not None and asked not in names:
-            which = " or ".join(map(shown, names))
-            message = f"'model' must be {which}, got {shown(asked)}."
-            raise RequestError(message, "model", status=404, code="model_not_found")
+    names, app = base.names, base.app
 
     def check_tokens(prompts: list[list[int]]) -> None:
         if config.vocab_size is None:
@@ -198,7 +94,7 @@ def create_app(config: ServerConfig) -> FastAPI:
 
     def read_completion(raw: bytes) -> _Asked:
         asked = parse(CompletionRequest, raw)
-        check_model(asked.model)
+        base.check_model(asked.model)
         check_num_sequences(len(asked.prompt) * asked.n, engine.max_queued_seqs)
         prompts = [texts.prompt(prompt) if isinstance(prompt, str) else prompt for prompt in asked.prompt]
         check_tokens(prompts)
@@ -207,85 +103,39 @@ def create_app(config: ServerConfig) -> FastAPI:
 
     def read_chat(raw: bytes) -> _Asked:
         asked = parse(ChatRequest, raw)
-        check_model(asked.model)
+        base.check_model(asked.model)
         check_num_sequences(asked.n, engine.max_queued_seqs)
         prompts = [texts.chat(asked.messages)]
         top = (asked.top_logprobs or 0) if asked.logprobs else None
         params = sampling_params(asked, prompts, top, max_tokens=None)
         return _Asked(asked, prompts, params, ChatResponse(names[0], texts, top))
 
-    def trim() -> None:
-        with suppress(RuntimeError):  # the server has ended
-            workers.submit(give_back_memory)
-
-    async def trim_soon() -> None:
-        asyncio.get_running_loop().call_later(TRIM_DELAY, trim)
-
-    async def read(request: Request, read_body: Callable[[bytes], _Asked]) -> _Asked:
-        """The request, read on a thread: the event loop serves everybody else meanwhile."""
-        raw = await _body(request, config.max_body_size)
-        try:
-            return await asyncio.get_running_loop().run_in_executor(workers, read_body, raw)
-        finally:
-            if len(raw) > SMALL_BODY:
-                await trim_soon()
-
-    @app.get("/v1/models", dependencies=guarded, responses=responses(schemas.ModelList))
-    async def models() -> Json:
-        return {"object": "list", "data": [card(name) for name in names]}
-
-    @app.get("/v1/models/{asked:path}", dependencies=guarded, responses=responses(schemas.ModelCard))
-    async def model(asked: str) -> Json:
-        check_model(asked)
-        return card(asked)
-
-    @app.get("/health", responses=responses(schemas.Health))
-    async def health() -> JSONResponse:
-        if engine.failure is not None:
-            raise EngineUnavailable(f"The engine has stopped: {engine.failure}")
-        if engine.draining:
-            raise EngineUnavailable(SHUTTING_DOWN)
-        return JSONResponse({"status": "ok"})
-
-    app.get("/ping", responses=responses(schemas.Health))(health)
-    app.post("/ping", responses=responses(schemas.Health))(health)
-
-    @app.get("/version", responses=responses(schemas.Version))
-    async def version() -> Json:
-        return {"version": toolkit.__version__}
-
-    @app.get("/metrics", response_class=PlainTextResponse, responses=responses(text=True))
-    async def show_metrics() -> PlainTextResponse:
-        return PlainTextResponse(metrics.render(engine.stats()), media_type="text/plain; version=0.0.4")
-
     @app.post(
         "/v1/completions",
-        dependencies=guarded,
+        dependencies=base.guarded,
         responses=responses(schemas.CompletionObject, stream=True),
         openapi_extra=takes(CompletionRequest),
     )
     async def completions(request: Request) -> Response:
-        return await respond(request, await read(request, read_completion))
+        return await respond(request, await base.read(request, read_completion))
 
     @app.post(
         "/v1/chat/completions",
-        dependencies=guarded,
+        dependencies=base.guarded,
         responses=responses(schemas.ChatCompletionObject, stream=True),
         openapi_extra=takes(ChatRequest),
     )
     async def chat(request: Request) -> Response:
-        return await respond(request, await read(request, read_chat))
+        return await respond(request, await base.read(request, read_chat))
 
     async def respond(request: Request, given: _Asked) -> Response:
         handle = engine.submit(given.prompts, given.params)
         await handle.wait_accepted()
         prompt_tokens = list(map(prompt_length, given.prompts))
         metrics.prompt_tokens.add(sum(prompt_tokens))
-        watcher = asyncio.create_task(_cancel_on_disconnect(request, handle))
-        watchers.add(watcher)
-        watcher.add_done_callback(watchers.discard)
+        base.watch(request, handle)
         if given.request.stream:
-            events = _events(handle, prompt_tokens, given.request, given.body)
+            events = _events(base, handle, prompt_tokens, given.request, given.body)
             return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
         finished = await _finished(handle, given.request.n)
         used = usage(sum(prompt_tokens), sum(len(one.token_ids) for one in finished))
@@ -293,9 +143,10 @@ def create_app(config: ServerConfig) -> FastAPI:
             return Response(b"".join(given.body.written(finished, used)), media_type="application/json")
         # A plain iterator: its parts are made on threads.
         parts = given.body.written(finished, used)
-        return StreamingResponse(parts, media_type="application/json", background=BackgroundTask(trim_soon))
+        return StreamingResponse(parts, media_type="application/json", background=BackgroundTask(base.trim_soon))
 
-    describe(app, names, config.max_model_len, config.vocab_size)
+    base.add_refused(POOLING_PATHS, GENERATES)
+    describe(app, names, config.max_model_len, config.vocab_size, BODIES)
     return app
 
 
@@ -308,7 +159,7 @@ async def _finished(handle: RequestHandle, n: int) -> list[Completion]:
 
 
 async def _events(
-    handle: RequestHandle, prompt_tokens: list[int], asked: Sampling, body: CompletionResponse
+    base: Base, handle: RequestHandle, prompt_tokens: list[int], asked: Sampling, body: CompletionResponse
 ) -> AsyncIterator[str]:
     n, generated = asked.n, [0] * handle.num_sequences
 
@@ -331,17 +182,10 @@ async def _events(
             yield event(body.chunk([], usage(sum(prompt_tokens), sum(generated)), show_usage=True))
         yield END_OF_STREAM
     except ToolkitError as error:
-        rejected = _as_request_error(error)
+        rejected = base.as_request_error(error)
         yield event(error_body(str(rejected), rejected.status, rejected.param, rejected.code))
     finally:
         handle.cancel()
-
-
-async def _cancel_on_disconnect(request: Request, handle: RequestHandle) -> None:
-    """Ends with the response too: servers report a completed response as a disconnect."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-    handle.cancel()
 
 
 def _without_error(completion: Completion) -> Completion:
@@ -353,44 +197,3 @@ def _without_error(completion: Completion) -> Completion:
         status = CLIENT_CLOSED_REQUEST if completion.finish_reason == "cancelled" else 500
         raise RequestError(message, status=status, code=completion.finish_reason)
     return completion
-
-
-async def _body(request: Request, most: int) -> bytes:
-    body, size = bytearray(), 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size <= most:
-            body += chunk
-        elif size > most + READ_ON:
-            break
-    if size > most:
-        raise RequestError(f"The request body must have <= {most} bytes, got more.", status=413)
-    return bytes(body)
-
-
-def _as_request_error(error: ToolkitError) -> RequestError:
-    """An error of the engine as a response. It names its field first; that is the ``param``."""
-    if isinstance(error, RequestError):
-        return error
-    if isinstance(error, EngineUnavailable):
-        return RequestError(str(error), status=503, code="unavailable")
-    field = str(error).split()[0].strip("'")
-    known = {*CompletionRequest.model_fields, *ChatRequest.model_fields}
-    return RequestError(str(error), field if field in known else None)
-
-
-_HEADERS = {401: {"www-authenticate": "Bearer"}, 503: {"retry-after": "1"}}
-
-
-def _error_response(error: RequestError, headers: Mapping[str, str] = {}) -> JSONResponse:
-    every = {**_HEADERS.get(error.status, {}), **headers}
-    return JSONResponse(error_body(str(error), error.status, error.param, error.code), error.status, every)
-
-
-def _allowed(request: Request) -> dict[str, str]:
-    """The ``Allow`` header of a path that exists (RFC 9110, 10.2.1): HEAD stands beside GET, OPTIONS beside all."""
-    routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
-    methods = {method for route in routes for method in route.methods or ()}
-    if not methods:
-        return {}
-    return {"allow": ", ".join(sorted(methods | {"OPTIONS"} | ({"HEAD"} if "GET" in methods else set())))}

@@ -3,6 +3,7 @@
 The routes parse bodies themselves, for errors of one sentence, so FastAPI cannot read the bodies off the routes.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -10,29 +11,10 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from toolkit.serving import schemas
-from toolkit.serving.protocol import (
-    NOT_OFFERED,
-    ChatRequest,
-    CompletionRequest,
-    ImagePart,
-    ImageUrl,
-    Message,
-    Sampling,
-    StreamOptions,
-    TextPart,
-)
+from toolkit.serving.protocol import NOT_OFFERED
 from toolkit.serving.responses import Json
 
 _COMPONENT = "#/components/schemas/{model}"
-_BODIES: tuple[type[BaseModel], ...] = (
-    CompletionRequest,
-    ChatRequest,
-    StreamOptions,
-    Message,
-    TextPart,
-    ImagePart,
-    ImageUrl,
-)
 _ERROR: Json = {"model": schemas.ErrorResponse}
 _EVENT: Json = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 _FAILURES: dict[int | str, Json] = {"4XX": _ERROR, "5XX": _ERROR}
@@ -67,25 +49,41 @@ def responses(
     return {200: good, **_FAILURES}
 
 
-def takes(body: type[Sampling]) -> Json:
+def takes(body: type[BaseModel]) -> Json:
     """``openapi_extra=`` of a route that parses ``body``."""
     schema = {"$ref": _COMPONENT.format(model=body.__name__)}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
-def describe(app: FastAPI, names: tuple[str, ...], max_model_len: int | None, vocab_size: int | None) -> None:
-    """Let ``app`` serve the document of its routes, made when it is first asked for."""
+_TOKENS = ("prompt", "input")
+"""Fields of bodies that may hold token ids."""
+
+
+def describe(
+    app: FastAPI, names: tuple[str, ...], max_model_len: int | None, vocab_size: int | None,
+    bodies: Sequence[type[BaseModel]],
+) -> None:  # fmt: skip
+    """Let ``app`` serve the document of its routes, made when it is first asked for.
+
+    Args:
+        names: of the model.
+        max_model_len: bounds ``max_tokens``.
+        vocab_size: bounds token ids; None for no bound.
+        bodies: of requests, and what they are made of.
+    """
     plain = app.openapi
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
             made = plain()
-            _, bodies = models_json_schema([(body, "validation") for body in _BODIES], ref_template=_COMPONENT)
-            for body in _BODIES:
-                _complete(bodies["$defs"][body.__name__], body, names, max_model_len)
-            if vocab_size is not None:
-                _bound_tokens(bodies["$defs"]["CompletionRequest"]["properties"]["prompt"], vocab_size)
-            made["components"]["schemas"] |= bodies["$defs"]
+            _, found = models_json_schema([(body, "validation") for body in bodies], ref_template=_COMPONENT)
+            for body in bodies:
+                schema = found["$defs"][body.__name__]
+                _complete(schema, body, names, max_model_len)
+                if vocab_size is not None:
+                    for name in _TOKENS:
+                        _bound_tokens(schema["properties"].get(name), vocab_size)
+            made["components"]["schemas"] |= found["$defs"]
         assert app.openapi_schema is not None
         return app.openapi_schema
 

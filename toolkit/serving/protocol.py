@@ -72,7 +72,7 @@ class RequestError(ToolkitError):
         self.param, self.status, self.code = param, status, code
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     ignored: ClassVar[tuple[str, ...]] = ()
 
@@ -95,7 +95,7 @@ class _Body(BaseModel):
         return kept
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     """Token counts in a stream: in one more chunk at its end, and in every chunk.
 
     Args:
@@ -109,14 +109,14 @@ class StreamOptions(_Body):
     include_obfuscation: bool = False
 
 
-class TextPart(_Body):
+class TextPart(Body):
     """A part of a message's content: text."""
 
     type: Literal["text"]
     text: str
 
 
-class ImageUrl(_Body):
+class ImageUrl(Body):
     """Where an image is: a data URL, or a ``file://`` URL where the server allows local files.
 
     Args:
@@ -128,7 +128,7 @@ class ImageUrl(_Body):
     detail: Literal["auto", "low", "high"] = "auto"
 
 
-class ImagePart(_Body):
+class ImagePart(Body):
     """A part of a message's content: an image."""
 
     type: Literal["image_url"]
@@ -143,7 +143,7 @@ class ImagePart(_Body):
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
-class Message(_Body):
+class Message(Body):
     """One message of a chat: a role and its content, as a string or as parts of text and images."""
 
     role: str = Field(json_schema_extra={"enum": list(ROLES)})
@@ -185,7 +185,7 @@ class Message(_Body):
         return {"role": self.role, "content": content, **({"name": self.name} if self.name else {})}
 
 
-class Sampling(_Body):
+class Sampling(Body):
     """The fields that both endpoints share; those of ``SamplingParams`` keep its names."""
 
     ignored: ClassVar[tuple[str, ...]] = IGNORED
@@ -246,7 +246,19 @@ class Sampling(_Body):
 
 
 _Tokens = Annotated[list[int], Field(min_length=1)]
-_PromptKinds = str | Annotated[list[str], Field(min_length=1)] | _Tokens | Annotated[list[_Tokens], Field(min_length=1)]
+PromptKinds = str | Annotated[list[str], Field(min_length=1)] | _Tokens | Annotated[list[_Tokens], Field(min_length=1)]
+
+
+def prompt_list(prompt: Any, field: str) -> list[Any]:
+    """A list of texts or of token id lists, of any form that a ``field`` of prompts may have."""
+    prompts = [prompt] if isinstance(prompt, str) or _token_ids(prompt) else prompt
+    if not isinstance(prompts, list) or not prompts:
+        raise ValueError(_PROMPT_KINDS.format(field, shown(prompt)))
+    if len(prompts) > MAX_PROMPTS:
+        raise ValueError(f"'{field}' must have <= {MAX_PROMPTS} prompts, got {len(prompts)}.")
+    if all(isinstance(p, str) for p in prompts) or all(_token_ids(p) for p in prompts):
+        return prompts
+    raise ValueError(_PROMPT_KINDS.format(field, shown(prompt)))
 
 
 class CompletionRequest(Sampling):
@@ -255,17 +267,10 @@ class CompletionRequest(Sampling):
     prompt: list[str] | list[list[int]]
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
 
-    @field_validator("prompt", mode="before", json_schema_input_type=_PromptKinds)
+    @field_validator("prompt", mode="before", json_schema_input_type=PromptKinds)
     @classmethod
     def _prompts(cls, prompt: Any) -> Any:
-        prompts = [prompt] if isinstance(prompt, str) or _token_ids(prompt) else prompt
-        if not isinstance(prompts, list) or not prompts:
-            raise ValueError(_PROMPT_KINDS.format(shown(prompt)))
-        if len(prompts) > MAX_PROMPTS:
-            raise ValueError(f"'prompt' must have <= {MAX_PROMPTS} prompts, got {len(prompts)}.")
-        if all(isinstance(p, str) for p in prompts) or all(_token_ids(p) for p in prompts):
-            return prompts
-        raise ValueError(_PROMPT_KINDS.format(shown(prompt)))
+        return prompt_list(prompt, "prompt")
 
     @property
     def top_logprobs(self) -> int | None:
@@ -296,9 +301,9 @@ class ChatRequest(Sampling):
         return values
 
 
-Request = TypeVar("Request", bound=Sampling)
+Request = TypeVar("Request", bound=BaseModel)
 _PROMPT_KINDS = (
-    "'prompt' must be a string, a list of strings, a list of token ids or a list of those lists, none of them empty, "
+    "'{}' must be a string, a list of strings, a list of token ids or a list of those lists, none of them empty, "
     "got {}."
 )
 

@@ -16,7 +16,7 @@ _FIELDS = ("prompt", "prompt_token_ids")
 
 
 def read_inputs(
-    prompts: Prompts, tokenizer: Any, longest: int, truncate: int | None = None
+    prompts: Prompts, tokenizer: Any, longest: int, truncate: int | None = None, name: str = "prompt"
 ) -> list[tuple[str | None, PoolingInput]]:
     """The text of each prompt, None where it has none, and its tokens.
 
@@ -25,6 +25,7 @@ def read_inputs(
         tokenizer: of texts; None for token ids alone.
         longest: tokens of a sequence (``PoolingEngine.max_model_len``).
         truncate: ``truncate_prompt_tokens``. Of token ids the last are kept.
+        name: of a prompt, for errors.
 
     Raises:
         ToolkitError: a prompt of another form, or a text without a tokenizer.
@@ -32,7 +33,7 @@ def read_inputs(
     most = None if truncate is None else min(longest, longest if truncate == -1 else truncate)
     plain = [_plain(prompt) for prompt in split_prompts(prompts)]
     texts = [prompt for prompt in plain if isinstance(prompt, str)]
-    tokens = iter(_inputs(tokenizer, texts, None, most, longest))
+    tokens = iter(_inputs(tokenizer, texts, None, most, longest, name))
     return [
         (prompt, next(tokens)) if isinstance(prompt, str)
         else (None, PoolingInput(prompt if most is None else prompt[-most:]))
@@ -57,14 +58,14 @@ def _plain(prompt: Any) -> str | list[int]:
 
 
 def _inputs(
-    tokenizer: Any, texts: Sequence[str], pairs: Sequence[str] | None, most: int | None, longest: int
+    tokenizer: Any, texts: Sequence[str], pairs: Sequence[str] | None, most: int | None, longest: int, name: str
 ) -> list[PoolingInput]:
     if not texts:
         return []
     if tokenizer is None:
-        raise ToolkitError("prompt must be token ids, since the model has no tokenizer, got a text.")
+        raise ToolkitError(f"{name} must be token ids, since the model has no tokenizer, got a text.")
     if most is None:
-        check_characters("prompt", max(map(len, (*texts, *(pairs or ())))), tokenizer, longest)
+        check_characters(name, max(map(len, (*texts, *(pairs or ())))), tokenizer, longest)
     return [PoolingInput(*one) for one in sequence_inputs(tokenizer, texts, pairs, most)]
 
 
@@ -116,14 +117,14 @@ class ScorePlan:
             texts = list(dict.fromkeys((*first, *second)))
             at = {text: index for index, text in enumerate(texts)}
             pairs = [(at[a], at[b]) for a, b in zip(first * len(second) if len(first) == 1 else first, second)]
-            return cls(_inputs(tokenizer, texts, None, most, longest), params, pairs)
+            return cls(_inputs(tokenizer, texts, None, most, longest, "text"), params, pairs)
         if engine.tasks[0] != "classify" or len(engine.labels) != 1:
             got = f"{engine.tasks[0]} with {len(engine.labels)} labels"
             raise ToolkitError(
                 f"model must have one label, or give one embedding for each text, for scores, got {got}."
             )
         given = first * len(second) if len(first) == 1 else first
-        return cls(_inputs(tokenizer, given, second, most, longest), params, None)
+        return cls(_inputs(tokenizer, given, second, most, longest, "text"), params, None)
 
     def scores(self, results: Sequence[Pooled]) -> list[float]:
         """One for each pair, of the engine's ``results`` for ``inputs``."""

@@ -1,0 +1,288 @@
+"""What the routes of every served model share: errors, keys, reading, and ``/v1/models``, ``/health``, ``/metrics``."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse, PlainTextResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.routing import Match
+
+import toolkit
+from toolkit.engine import AsyncEngine, EngineUnavailable
+from toolkit.engine.pooling import PoolingQueue
+from toolkit.engine.request_handle import SHUTTING_DOWN
+from toolkit.errors import ToolkitError
+from toolkit.sentences import shown
+from toolkit.serving import schemas
+from toolkit.serving.access import ApiKeys, Cors
+from toolkit.serving.limits import MAX_BODY_SIZE, SMALL_BODY, give_back_memory
+from toolkit.serving.metrics import Metrics
+from toolkit.serving.middleware import CountRequests, HeadAsGet, RequestIds
+from toolkit.serving.openapi import responses
+from toolkit.serving.protocol import RequestError
+from toolkit.serving.responses import Json, error_body
+
+WORKERS = 4
+"""Threads that read requests."""
+READ_ON = 64 * 2**20
+"""Bytes of a body beyond the limit that are read, and dropped: a client that is still sending reads no response."""
+TRIM_DELAY = 1.0
+"""Seconds after a large body or response until what it took is given back; by then nothing holds it."""
+CLIENT_CLOSED_REQUEST = 499
+"""The status, in metrics alone, of a client that left before its response; nginx' number."""
+STEP_TIMEOUT = 10.0
+"""Seconds that a shutdown waits for the step in progress."""
+
+Read = TypeVar("Read")
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """What is served, and to whom.
+
+    Args:
+        served_model_name: the model's public name, or several: requests may give any, responses give the first.
+        engine: its engine, with ``metrics`` as listener; or the queue of a pooling model.
+        metrics: what ``/metrics`` shows.
+        tokenizer: a Hugging Face tokenizer; None for prompts of token ids only.
+        max_model_len: most tokens of prompt and completion together.
+        vocab_size: bounds token ids; None checks none.
+        max_body_size: most bytes of a request's body.
+        processor: of chats with images; None takes none.
+        media_folder: whose files requests may name as images (``file://``); None for none.
+        default_sampling_params: of what a request does not say, such as a checkpoint's ``generation_config.json``.
+        api_key: that clients must send, or several of which any is right; None for no key.
+        cors: which web pages may use the server; None for none.
+        root_path: under which a proxy serves it.
+        docs: whether ``/docs`` and ``/openapi.json`` are served.
+    """
+
+    served_model_name: str | Sequence[str]
+    engine: AsyncEngine | PoolingQueue
+    metrics: Metrics = field(default_factory=Metrics)
+    tokenizer: Any = None
+    max_model_len: int | None = None
+    vocab_size: int | None = None
+    max_body_size: int = MAX_BODY_SIZE
+    processor: Any = None
+    media_folder: Path | None = None
+    default_sampling_params: Mapping[str, Any] = field(default_factory=dict)
+    api_key: str | Sequence[str] | None = None
+    cors: Cors | None = None
+    root_path: str = ""
+    docs: bool = True
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        return (self.served_model_name,) if isinstance(self.served_model_name, str) else tuple(self.served_model_name)
+
+
+class Cancellable(Protocol):
+    """What a client that leaves gives up."""
+
+    def cancel(self) -> Any: ...
+
+
+class Base:
+    """An application without the routes that run the model.
+
+    Args:
+        config: what is served.
+        fields: of request bodies, which errors of the engine may be about.
+
+    Attributes:
+        app: the ASGI application. Its lifespan starts the engine's thread and ends it, and leaves the engine open.
+        guarded: dependencies of routes that ask for a key.
+    """
+
+    def __init__(self, config: ServerConfig, fields: set[str]) -> None:
+        self.config, self.engine, self.metrics = config, config.engine, config.metrics
+        self.names = config.model_names
+        self.fields = fields
+        keys = ApiKeys([config.api_key] if isinstance(config.api_key, str) else config.api_key or ())
+        self.guarded = [Depends(keys.check)]
+        self._created = int(time.time())
+        self._watchers: set[asyncio.Task[None]] = set()  # the event loop does not hold them
+        self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="request")
+        self.app = FastAPI(
+            title="toolkit",
+            version=toolkit.__version__,
+            lifespan=self._lifespan,
+            docs_url="/docs" if config.docs else None,
+            redoc_url="/redoc" if config.docs else None,
+            openapi_url="/openapi.json" if config.docs else None,
+        )
+        self.app.root_path = config.root_path.rstrip("/")
+        self.app.add_middleware(HeadAsGet)
+        self.app.add_middleware(CountRequests, counter=self.metrics.http_requests)
+        self.app.add_middleware(RequestIds)
+        if config.cors is not None:
+            self.app.add_middleware(CORSMiddleware, **asdict(config.cors), expose_headers=("x-request-id",))
+        self._handle_errors()
+        self._add_routes()
+
+    @asynccontextmanager
+    async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        self.engine.start()
+        yield
+        await asyncio.to_thread(self.engine.shutdown, close_engine=False, timeout=STEP_TIMEOUT)
+        self._workers.shutdown(wait=False, cancel_futures=True)
+
+    def _handle_errors(self) -> None:
+        app = self.app
+
+        @app.exception_handler(ToolkitError)
+        async def rejected(request: Request, error: ToolkitError) -> JSONResponse:
+            return _error_response(self.as_request_error(error))
+
+        @app.exception_handler(HTTPException)
+        async def no_such_route(request: Request, error: HTTPException) -> Response:
+            allow = _allowed(request)
+            if allow and request.method == "OPTIONS":
+                return Response(status_code=204, headers=allow)
+            asked = f"{request.method} {shown(request.url.path)[1:-1]}"
+            about = {404: f"There is no {asked}.", 405: f"{asked} is not allowed."}
+            message = about.get(error.status_code, f"{error.detail}.")
+            return _error_response(RequestError(message, status=error.status_code), allow)
+
+        @app.exception_handler(ClientDisconnect)
+        async def left(request: Request, error: ClientDisconnect) -> Response:
+            return Response(status_code=CLIENT_CLOSED_REQUEST)  # which goes nowhere
+
+        @app.exception_handler(Exception)
+        async def failed(request: Request, error: Exception) -> JSONResponse:
+            return _error_response(RequestError(f"The server failed: {type(error).__name__}.", status=500))
+
+    def _add_routes(self) -> None:
+        app, engine = self.app, self.engine
+
+        def card(name: str) -> Json:
+            about = {"id": name, "object": "model", "created": self._created, "owned_by": "toolkit"}
+            return {**about, "max_model_len": self.config.max_model_len}
+
+        @app.get("/v1/models", dependencies=self.guarded, responses=responses(schemas.ModelList))
+        async def models() -> Json:
+            return {"object": "list", "data": [card(name) for name in self.names]}
+
+        @app.get("/v1/models/{asked:path}", dependencies=self.guarded, responses=responses(schemas.ModelCard))
+        async def model(asked: str) -> Json:
+            self.check_model(asked)
+            return card(asked)
+
+        @app.get("/health", responses=responses(schemas.Health))
+        async def health() -> JSONResponse:
+            if engine.failure is not None:
+                raise EngineUnavailable(f"The engine has stopped: {engine.failure}")
+            if engine.draining:
+                raise EngineUnavailable(SHUTTING_DOWN)
+            return JSONResponse({"status": "ok"})
+
+        app.get("/ping", responses=responses(schemas.Health))(health)
+        app.post("/ping", responses=responses(schemas.Health))(health)
+
+        @app.get("/version", responses=responses(schemas.Version))
+        async def version() -> Json:
+            return {"version": toolkit.__version__}
+
+        @app.get("/metrics", response_class=PlainTextResponse, responses=responses(text=True))
+        async def show_metrics() -> PlainTextResponse:
+            shown_metrics = self.metrics.render(engine.stats())
+            return PlainTextResponse(shown_metrics, media_type="text/plain; version=0.0.4")
+
+    def add_refused(self, paths: Sequence[str], message: str) -> None:
+        """Routes that this model does not serve, with the reason."""
+
+        async def refuse() -> Response:
+            raise RequestError(message, "model")
+
+        for path in paths:
+            self.app.post(path, dependencies=self.guarded, include_in_schema=False)(refuse)
+
+    def check_model(self, asked: str | None) -> None:
+        """Raise RequestError for a name that the model does not have."""
+        if asked is not None and asked not in self.names:
+            which = " or ".join(map(shown, self.names))
+            message = f"'model' must be {which}, got {shown(asked)}."
+            raise RequestError(message, "model", status=404, code="model_not_found")
+
+    async def on_thread(self, function: Callable[..., Read], *given: Any) -> Read:
+        """``function`` of what is given, on a thread: the event loop serves everybody else meanwhile."""
+        return await asyncio.get_running_loop().run_in_executor(self._workers, function, *given)
+
+    async def read(self, request: Request, read_body: Callable[[bytes], Read]) -> Read:
+        """The request, read on a thread."""
+        raw = await _body(request, self.config.max_body_size)
+        try:
+            return await self.on_thread(read_body, raw)
+        finally:
+            if len(raw) > SMALL_BODY:
+                await self.trim_soon()
+
+    async def trim_soon(self) -> None:
+        """Give memory back to the operating system when what was large is gone."""
+        asyncio.get_running_loop().call_later(TRIM_DELAY, self._trim)
+
+    def _trim(self) -> None:
+        with suppress(RuntimeError):  # the server has ended
+            self._workers.submit(give_back_memory)
+
+    def watch(self, request: Request, running: Cancellable) -> None:
+        """Cancel what runs for a client that leaves."""
+        watcher = asyncio.create_task(_cancel_on_disconnect(request, running))
+        self._watchers.add(watcher)
+        watcher.add_done_callback(self._watchers.discard)
+
+    def as_request_error(self, error: ToolkitError) -> RequestError:
+        """An error of the engine as a response. It names its field first; that is the ``param``."""
+        if isinstance(error, RequestError):
+            return error
+        if isinstance(error, EngineUnavailable):
+            return RequestError(str(error), status=503, code="unavailable")
+        field = str(error).split()[0].strip("'")
+        return RequestError(str(error), field if field in self.fields else None)
+
+
+async def _cancel_on_disconnect(request: Request, running: Cancellable) -> None:
+    """Ends with the response too: servers report a completed response as a disconnect."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    running.cancel()
+
+
+async def _body(request: Request, most: int) -> bytes:
+    body, size = bytearray(), 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size <= most:
+            body += chunk
+        elif size > most + READ_ON:
+            break
+    if size > most:
+        raise RequestError(f"The request body must have <= {most} bytes, got more.", status=413)
+    return bytes(body)
+
+
+_HEADERS = {401: {"www-authenticate": "Bearer"}, 503: {"retry-after": "1"}}
+
+
+def _error_response(error: RequestError, headers: Mapping[str, str] = {}) -> JSONResponse:
+    every = {**_HEADERS.get(error.status, {}), **headers}
+    return JSONResponse(error_body(str(error), error.status, error.param, error.code), error.status, every)
+
+
+def _allowed(request: Request) -> dict[str, str]:
+    """The ``Allow`` header of a path that exists (RFC 9110, 10.2.1): HEAD stands beside GET, OPTIONS beside all."""
+    routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+    methods = {method for route in routes for method in route.methods or ()}
+    if not methods:
+        return {}
+    return {"allow": ", ".join(sorted(methods | {"OPTIONS"} | ({"HEAD"} if "GET" in methods else set())))}
