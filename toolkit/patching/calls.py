@@ -8,7 +8,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from toolkit.patching.adapters import vocabulary_size
 from toolkit.patching.attention_configs import eager_modules
 from toolkit.patching.eval_mode import eval_mode
+from toolkit.patching.mask_borders import Shows, kept_functions
 from toolkit.patching.probe import device_of, generator
 from toolkit.patching.skeleton import HIDDEN, skeleton
 from toolkit.patching.without_media import text_arguments
@@ -33,11 +34,14 @@ class Call:
         arguments: floating-point tensors are float32.
         positional: number of arguments that were given without a name.
         given: as they were, in the types of the model; None where nobody called it.
+        shows: the function that its mask was made of, in the windows and chunks of the configuration; None where
+            transformers made none.
     """
 
     arguments: dict[str, Any]
     positional: int
     given: dict[str, Any] | None = None
+    shows: Shows | None = None
 
     @property
     def hidden(self) -> str:
@@ -145,14 +149,25 @@ def record_calls(
     try:
         copied = skeleton(model)
         copies = {module: copied.get_submodule(paths[module]) for module in modules}
-        found = _record(copied, list(dict.fromkeys(copies.values())), rows, length, window)
+        found = _with_masks(copied, list(dict.fromkeys(copies.values())), rows, length, window)
     except Exception:  # a library's layers that cannot be copied, or layers that cannot be left out
-        return _record(model, modules, rows, length, window)
+        return _with_masks(model, modules, rows, length, window)
     return {module: found[copies[module]] for module in modules}
 
 
-def _record(
+def _with_masks(
     model: Any, modules: Sequence[nn.Module], rows: int, length: int, window: int
+) -> dict[nn.Module, list[Call]]:
+    """The calls with the functions of masks by the model's own configuration, which a second forward makes."""
+    short, real = (_record(model, modules, rows, length, size) for size in (window, None))
+    return {
+        module: [replace(one, shows=other.shows) for one, other in zip(calls, real[module], strict=True)]
+        for module, calls in short.items()
+    }
+
+
+def _record(
+    model: Any, modules: Sequence[nn.Module], rows: int, length: int, window: int | None
 ) -> dict[nn.Module, list[Call]]:
     device = device_of(model)
     vocabulary = vocabulary_size(model)
@@ -169,11 +184,14 @@ def _record(
         full, given = (
             {name: map_tensors(value, kind) for name, value in named.items()} for kind in (float32_copy, copy_of)
         )
-        calls[module].append(Call(full, len(args), given))
+        mask = named.get(MASK)
+        shows = masks[id(mask)][1] if id(mask) in masks else None
+        calls[module].append(Call(full, len(args), given, shows))
 
     configs = {id(one): one for one in (model.config, model.config.get_text_config())}.values()
     with as_in_evaluation(model), eager_modules(model), ExitStack() as stack:
-        for config in configs:
+        masks = stack.enter_context(kept_functions())
+        for config in configs if window is not None else ():
             stack.enter_context(_replaced(config, {"sliding_window": window, "attention_chunk_size": window}))
         for module in modules:
             stack.callback(module.register_forward_pre_hook(record, with_kwargs=True).remove)

@@ -28,7 +28,8 @@ from toolkit.patching.cache_windows import cache_window, keeps_prompt
 from toolkit.patching.calls import MASK, Call, record_calls
 from toolkit.patching.claim import Claim, ProbeError, Skipped, Undo, replace_forward, set_attribute, together
 from toolkit.patching.instance_forward import UNPROVEN, foreign_forward
-from toolkit.patching.probe import signature_key
+from toolkit.patching.mask_borders import border_reason
+from toolkit.patching.probe import device_of, signature_key
 from toolkit.patching.roles.biased_attention import prove_biased, relative_logits_of
 from toolkit.patching.roles.pooled_attention import pooling_indexer_of, prove_pooled
 from toolkit.patching.roles.sparse_attention import indexer_of, is_sparse, prove_sparse
@@ -138,6 +139,7 @@ class _Proven:
         fused: the name, the forwards and the probe error of what takes the place of its forward (""), and of those of
             its parts, by their names; None where nothing has to.
         seen: what it hands the interface; None for sparse attention.
+        shown: tokens that its masks must show a token, itself included; 0 for all before it.
         window: tokens behind the prompt that a token sees; 0 for all.
         masked: whether its masks are causal although it says otherwise.
     """
@@ -146,6 +148,7 @@ class _Proven:
     error: ProbeError
     fused: tuple[str, dict[str, Any], ProbeError] | None
     seen: Seen | None = None
+    shown: int = 0
     window: int = 0
     masked: bool = False
 
@@ -165,7 +168,8 @@ def _prove(module: nn.Module, call: Call) -> _Proven | str:
             found = prove_biased(module, call, biased)
         except Exception as problem:
             return f"its probe with biases by distance failed: {first_line(problem, with_class=True)}"
-        return found if isinstance(found, str) else _Proven("", found[2], found)
+        window = int(getattr(module, "sliding_window", None) or 0)
+        return found if isinstance(found, str) else _Proven("", found[2], found, shown=window)
     pooled = pooling_indexer_of(module) is not None
     if pooled or is_sparse(module):
         try:
@@ -197,9 +201,9 @@ def _prove(module: nn.Module, call: Call) -> _Proven | str:
     if not error.passes():
         return f"the interface changes it: probe error {error.worst():.1e}{error.where}"
     if isinstance(fused, str):
-        return _Proven(probe.seen.caller, error, None, probe.seen, masked=masked)
+        return _Proven(probe.seen.caller, error, None, probe.seen, probe.seen.window, masked=masked)
     op, forward, fused_error = fused
-    return _Proven(probe.seen.caller, error, (op, {"": forward}, fused_error), probe.seen)
+    return _Proven(probe.seen.caller, error, (op, {"": forward}, fused_error), probe.seen, probe.seen.window)
 
 
 def _is_causal_mask(mask: Any) -> bool:
@@ -252,6 +256,7 @@ def _verdicts(model: Any, layers: dict[str, Any], calls: dict[nn.Module, list[Ca
     indices = Counter(_index(path, module, calls) for path, module in layers.items())
     found: dict[str, _Proven | str] = {}
     proven: dict[Any, _Proven | str] = {}
+    borders: dict[Any, str | None] = {}
     for path, module in layers.items():
         other = foreign_forward(module)
         if other is not None:
@@ -267,7 +272,13 @@ def _verdicts(model: Any, layers: dict[str, Any], calls: dict[nn.Module, list[Ca
             if key not in proven:
                 proven[key] = _prove(module, call)
             index = _index(path, module, calls)
-            found[path] = _as_kept(model, index, _with_index(module, index, proven[key]))
+            known = _as_kept(model, index, _with_index(module, index, proven[key]))
+            if not isinstance(known, str):  # probes ran with shorter windows, of layer and masks
+                asked = id(call.shows), known.shown, id(module.config)
+                if asked not in borders:
+                    borders[asked] = border_reason(call.shows, known.shown, module.config, device_of(module))
+                known = borders[asked] or known
+            found[path] = known
     return found
 
 

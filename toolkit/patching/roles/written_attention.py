@@ -6,9 +6,9 @@ with the ``Plan``, which must agree, gradients included.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from toolkit.patching.calls import as_in_evaluation, copy_of, float32_copy, map_
 from toolkit.patching.claim import Claim, ProbeError, Skipped, Undo, replace_forward
 from toolkit.patching.conditions import UNIT, Condition, Trial, drop_nothing, worst_error
 from toolkit.patching.instance_forward import UNPROVEN, foreign_forward
+from toolkit.patching.mask_borders import WINDOWS, Shows, border_reason, kept_functions
 from toolkit.patching.probe import device_of, generator, random_input, signature_key
 from toolkit.patching.ragged_call import MASKS_OF_BATCH, register_masks
 from toolkit.patching.without_media import text_arguments
@@ -38,24 +39,35 @@ from toolkit.state.dense import DenseContext
 LENGTH = 13
 FAR_LENGTH = 300  # beyond local windows that are built into buffers, and beyond what bfloat16 counts to
 LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
-WINDOWS = ("sliding_window", "attention_window", "window_size", "attention_chunk_size")
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Near:
+    """A call of a layer over few tokens, and the function that its mask was made of, if there is one."""
+
+    arguments: Arguments
+    shows: Shows | None
 
 
 class _Found(Watch):
     """Notes the module in whose own code each attention of a forward begins; computes nothing else than the model."""
 
-    def __init__(self, length: int) -> None:
+    def __init__(self, length: int, masks: Mapping[int, tuple[Tensor, Shows]]) -> None:
         super().__init__(length)
+        self.masks = masks
         self.running: list[tuple[nn.Module, Arguments]] = []
-        self.calls: list[tuple[nn.Module, Arguments]] = []
+        self.calls: list[tuple[nn.Module, _Near]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.running and self.begins(func, args, kwargs or {}):
             module, arguments = self.running[-1]
             if not self.calls or self.calls[-1][0] is not module:
-                self.calls.append((module, map_tensors(arguments, copy_of)))
+                given = [
+                    self.masks[id(one)][1] for one in (*arguments[0], *arguments[1].values()) if id(one) in self.masks
+                ]
+                self.calls.append((module, _Near(map_tensors(arguments, copy_of), given[0] if given else None)))
         return func(*args, **(kwargs or {}))
 
 
@@ -70,9 +82,8 @@ def _run(model: Any, length: int) -> None:
         model(input_ids=ids, use_cache=False, **text_arguments(model, ids))
 
 
-def _attention_calls(model: Any) -> list[tuple[nn.Module, Arguments]]:
-    """Modules that multiply queries by keys in their own code, in order, with the arguments of the call."""
-    watch = _Found(LENGTH)
+def _attention_calls(model: Any) -> list[tuple[nn.Module, _Near]]:
+    """Modules that multiply queries by keys in their own code, in order, with the call."""
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
         watch.running.append((module, (args, kwargs)))
@@ -81,6 +92,7 @@ def _attention_calls(model: Any) -> list[tuple[nn.Module, Arguments]]:
         watch.running.pop()
 
     with ExitStack() as stack:
+        watch = _Found(LENGTH, stack.enter_context(kept_functions()))
         for module in model.modules():
             if not isinstance(module, nn.ModuleList):
                 stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
@@ -95,23 +107,30 @@ def _far_length(config: Any) -> int:
     return min([FAR_LENGTH, *limits])
 
 
+def _larger(holder: Any, size: int) -> dict[str, int]:
+    """The windows of a configuration or layer that are larger than ``size``, by name."""
+    values = {name: getattr(holder, name, None) for name in WINDOWS}
+    return {name: value for name, value in values.items() if type(value) is int and value > size}
+
+
 @contextmanager
-def _windows(config: Any, size: int) -> Iterator[dict[int, int]]:
-    """Inside, the windows of the configuration that are larger have this size; theirs by this one.
+def _windows(holders: Iterable[Any], size: int) -> Iterator[int]:
+    """Inside, the windows of the ``holders`` that are larger have this size; theirs by now, 0 where there are none.
 
     Raises:
         UnknownStep: there are several of them, which could not be told apart.
     """
-    before = {name: value for name in WINDOWS if isinstance(value := getattr(config, name, None), int) and value > size}
-    if len(set(before.values())) > 1:
-        raise UnknownStep(f"its windows have several sizes: {before}")
+    before = [(holder, name, value) for holder in holders for name, value in _larger(holder, size).items()]
+    known = {value for _, _, value in before}
+    if len(known) > 1:
+        raise UnknownStep(f"its windows have several sizes: {sorted(known)}")
     try:
-        for name in before:
-            setattr(config, name, size)
-        yield {size: max(before.values(), default=size)}
+        for holder, name, _ in before:
+            setattr(holder, name, size)
+        yield max(known, default=0)
     finally:
-        for name, value in before.items():
-            setattr(config, name, value)
+        for holder, name, value in before:
+            setattr(holder, name, value)
 
 
 def _far_calls(model: Any, wanted: Sequence[nn.Module], length: int) -> dict[nn.Module, Arguments]:
@@ -153,14 +172,44 @@ def _first(output: Any) -> Tensor:
     return first
 
 
-def _plans(copied: nn.Module, own: Callable[..., Any], arguments: Arguments, length: int) -> list[Plan]:
+@dataclass(frozen=True)
+class _Far:
+    """Calls over many tokens, in which the windows of the configuration that are larger than ``size`` have that.
+
+    Args:
+        real: what those windows are; 0 where none is larger.
+    """
+
+    size: int
+    real: int
+    calls: dict[nn.Module, Arguments]
+
+
+def _plans(
+    copied: nn.Module, own: Callable[..., Any], arguments: Arguments, length: int, size: int
+) -> tuple[list[Plan], int]:
+    """As a call over ``length`` tokens shows them, in which larger windows of the layer have ``size``, too; theirs."""
     _, shape = _with_hidden(arguments, length)
     (args, kwargs), _ = _with_hidden(arguments, length, random_input(*shape, like=copied))
-    with torch.no_grad(), TraceWatch(length) as watch:
+    holders = {id(one): one for part in copied.modules() for one in (part, part.__dict__.get("config"))}
+    with _windows(holders.values(), size) as real, torch.no_grad(), TraceWatch(length) as watch:
         output = _first(own(copied, *args, **kwargs))
     if not isinstance(output, Tensor) or not watch.traces:
         raise UnknownStep("its scores do not meet its values in its own code")
-    return [trace.plan() for trace in watch.traces]
+    return [trace.plan() for trace in watch.traces], real
+
+
+def _unshortened(plan: Plan, other: Plan, sizes: tuple[int, int], real: int) -> Plan:
+    """The plan of a layer whose windows are as they are: ``real`` where those of two calls were both of ``sizes``.
+
+    Raises:
+        UnknownStep: a window changes with the configuration's, and is another.
+    """
+    if plan.window == other.window:
+        return plan
+    if (plan.window, other.window) != sizes:
+        raise UnknownStep(f"its window is {plan.window} where those of the configuration are {sizes[0]}")
+    return replace(plan, window=real)
 
 
 def _counts(copied: nn.Module, own: Callable[..., Any], arguments: Arguments) -> bool:
@@ -200,11 +249,22 @@ def _trial(
     return Trial(batched, alone, [[random_input(*shape, like=copied)]])
 
 
-def _prove(module: nn.Module, near: Arguments, far: Arguments, far_length: int) -> tuple[list[Plan], bool, ProbeError]:
-    """The plans of a layer, whether it counts positions from its cache's length, and the probe error."""
+def _prove(
+    module: nn.Module, near: Arguments, far: Sequence[_Far], far_length: int
+) -> tuple[list[Plan], bool, ProbeError]:
+    """The plans of a layer, whether it counts positions from its cache's length, and the probe error.
+
+    Args:
+        far: twice, with windows of two sizes: a window that follows the configuration's is as large as it.
+    """
     own = type(module).forward
     copied, full = UNIT.copy_of(module), map_tensors(near, float32_copy)
-    plans = _plans(copied, own, far, far_length)
+    (first, windows), (second, _) = (_plans(copied, own, one.calls[module], far_length, one.size) for one in far)
+    sizes = far[0].size, far[1].size
+    if len({windows, far[0].real} - {0}) > 1:
+        raise UnknownStep(f"its window is {windows} where that of the configuration is {far[0].real}")
+    real = windows or far[0].real
+    plans = [_unshortened(one, other, sizes, real) for one, other in zip(first, second, strict=True)]
     counts = _counts(copied, own, full)
     forward = _forward(own, 0, plans, counts)
 
@@ -220,6 +280,15 @@ def _prove(module: nn.Module, near: Arguments, far: Arguments, far_length: int) 
             f"attention as its masks and biases say is not it: probe error {error.worst():.1e}{error.where}"
         )
     return plans, counts, error
+
+
+def _check_borders(shows: Shows | None, plan: Plan, config: Any, device: torch.device) -> None:
+    """Raise UnknownStep where a mask is neither a plan's nor plain causal: the layer's code may have a window, too."""
+    if shows is None:
+        return
+    reason = border_reason(shows, plan.window, config, device, plan.chunked)
+    if reason is not None and (not plan.window or border_reason(shows, 0, config, device) is not None):
+        raise UnknownStep(reason)
 
 
 def find(model: Any, numerics: Numerics, first_layer: int = 0) -> list[Claim | Skipped]:
@@ -248,21 +317,26 @@ def find(model: Any, numerics: Numerics, first_layer: int = 0) -> list[Claim | S
     proven: dict[Any, tuple[list[Plan], bool, ProbeError]] = {}
     claims: list[Claim | Skipped] = []
     layer = first_layer
+    far: list[_Far] = []
     try:
-        with _windows(config, far_length // 2) as sizes:
-            far = _far_calls(model, list(representative.values()), far_length)
+        for size in (far_length // 2, far_length // 2 - 1):
+            with _windows([config], size) as real:
+                again = far and not real
+                made = far[0].calls if again else _far_calls(model, list(representative.values()), far_length)
+                far.append(_Far(size, real, made))
     except Exception as problem:
         return [Skipped("attention", "", f"the model's forward failed: {first_line(problem, with_class=True)}")]
     for module, near in calls:
         key = keys[module]
         try:
             if key not in proven:
-                proven[key] = _prove(module, near, far[representative[key]], far_length)
+                proven[key] = _prove(representative[key], near.arguments, far, far_length)
+            for plan in proven[key][0]:
+                _check_borders(near.shows, plan, config, device_of(module))
         except Exception as problem:
             text = first_line(problem, with_class=not isinstance(problem, UnknownStep))
             return [Skipped("attention", paths[module], f"it is not attention in a known form: {text}")]
         plans, counts, error = proven[key]
-        plans = [replace(plan, window=sizes.get(plan.window, plan.window)) for plan in plans]
         kept = cache_window(config, getattr(module, "layer_idx", None))
         if kept and any(not 0 < plan.window <= kept for plan in plans):
             reason = f"its masks show more than the {kept} tokens that its cache keeps"
