@@ -9,7 +9,7 @@ from transformers.models.llama4 import modeling_llama4
 from transformers.models.mistral import modeling_mistral
 
 import toolkit
-from toolkit.patching.mask_borders import border_reason
+from toolkit.patching.mask_borders import BOTH_SIDES, CAUSAL, CHUNKS, border_reason
 from toolkit.testing.architectures import small_model
 from toolkit.testing.models import from_config
 
@@ -50,8 +50,8 @@ def test_a_layer_whose_window_is_one_token_off_its_mask(step):
     model = model_of("qwen2", QWEN2)
     model.model.layers[1].self_attn.sliding_window += step
     reasons, ops = attention(model)
-    # The cache keeps no more than the configuration's window, either.
-    why = f"which is not a window of {WINDOW + step}" if step < 0 else f"show more than the {WINDOW} tokens"
+    # One token more is that of a configuration without the token itself, whose masks show it: a probe sees that.
+    why = f"with a window of {WINDOW + step}" if step < 0 else "the interface changes it"
     assert any(why in reason for reason in reasons)
     assert not ops
 
@@ -68,7 +68,7 @@ def test_a_mask_that_is_one_token_off_at_its_real_size(step, monkeypatch):
     reasons, ops = attention(model_of("mistral", MISTRAL))
     assert reasons
     assert not ops
-    assert all(f"which is not a window of {WINDOW}" in reason for reason in reasons)
+    assert all(f"with a window of {WINDOW}" in reason for reason in reasons)
 
 
 def test_a_window_in_the_mask_alone_that_begins_far_behind_a_probe(monkeypatch):
@@ -95,7 +95,7 @@ def test_chunks_that_are_one_token_off_at_their_real_size(monkeypatch):
 
     monkeypatch.setattr(modeling_llama4, "create_chunked_causal_mask", own)
     reasons, _ = attention(model_of("llama4_text", LLAMA4))
-    assert any(f"which is not chunks of {WINDOW}" in reason for reason in reasons)
+    assert any(f"not attention in chunks with a window of {WINDOW}" in reason for reason in reasons)
 
 
 class Windowed(BloomAttention):
@@ -124,19 +124,20 @@ def test_a_window_that_a_layer_writes_out(more):
     assert bool(ops) == (not more)
 
 
-@pytest.mark.parametrize("window", [0, 1, 5, 4096])
-@pytest.mark.parametrize("chunked", [False, True])
-def test_every_other_size_is_another_mask(window, chunked):
-    """By the definition of a window, of chunks and of plain causal attention, in integers."""
+SHOWN = {
+    CAUSAL: lambda q, k, size: (k <= q) & (q - k < size),
+    CHUNKS: lambda q, k, size: (k <= q) & (k // size == q // size),
+    BOTH_SIDES: lambda q, k, size: (q - k < size) & (k - q < size),
+}
 
-    def shows(size, chunks):
-        def seen(b, h, q, k):
-            past = k <= q
-            return past & (k // size == q // size if chunks else q - k < size) if size else past
 
-        return seen
-
-    for size in {max(window + step, 0) for step in (-1, 0, 1)}:
-        reason = border_reason(shows(size, chunked), window, None, torch.device("cpu"), chunked and window > 0)
-        alike = size == window or (window == 1 and size == 1)
-        assert (reason is None) == alike, (size, reason)
+@pytest.mark.parametrize("window", [1, 5, 4096])
+@pytest.mark.parametrize("kind", SHOWN)
+def test_every_other_size_is_another_mask(window, kind):
+    """By the definitions of the masks, in integers."""
+    for size in (window - 1, window, window + 1):
+        for other, shown in SHOWN.items():
+            if size:
+                reason = border_reason(lambda b, h, q, k: shown(q, k, size), window, None, torch.device("cpu"), kind)  # noqa: B023
+                # A token that sees itself alone is that by every definition.
+                assert (reason is None) == (size == window and (kind == other or window == 1)), (size, other, reason)

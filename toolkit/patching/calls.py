@@ -190,7 +190,7 @@ def _record(
 
     configs = {id(one): one for one in (model.config, model.config.get_text_config())}.values()
     with as_in_evaluation(model), eager_modules(model), ExitStack() as stack:
-        masks = stack.enter_context(kept_functions())
+        masks = stack.enter_context(kept_functions()) if window is None else {}
         for config in configs if window is not None else ():
             stack.enter_context(_replaced(config, {"sliding_window": window, "attention_chunk_size": window}))
         for module in modules:

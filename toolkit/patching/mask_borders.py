@@ -16,8 +16,10 @@ from transformers import AttentionMaskInterface
 from toolkit.patching.thresholds import around, thresholds
 
 _MAKERS = ("eager", "sdpa")
+_NEVER_LEFT_OUT = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
 WINDOWS = ("sliding_window", "attention_window", "window_size", "attention_chunk_size")
 """Fields of a configuration, and attributes of a layer, that are windows or sizes of chunks."""
+CAUSAL, CHUNKS, BOTH_SIDES = "causal attention", "attention in chunks", "attention to both sides"
 Shows = Callable[..., Any]
 """Of batch, head, query and key, as integer tensors, whether the key is seen."""
 
@@ -29,7 +31,7 @@ def kept_functions() -> Iterator[dict[int, tuple[Tensor, Shows]]]:
     known: dict[str, Any] = {name: AttentionMaskInterface._global_mapping[name] for name in _MAKERS}
 
     def keeping(make: Any, *args: Any, **kwargs: Any) -> Any:
-        mask = make(*args, **{**kwargs, "allow_is_causal_skip": False})
+        mask = make(*args, **{**kwargs, **_NEVER_LEFT_OUT})
         if isinstance(mask, Tensor) and callable(kwargs.get("mask_function")):
             found[id(mask)] = mask, kwargs["mask_function"]
         return mask
@@ -44,9 +46,9 @@ def kept_functions() -> Iterator[dict[int, tuple[Tensor, Shows]]]:
 
 
 def border_reason(
-    shows: Shows | None, window: int, config: Any, device: torch.device, chunked: bool = False
+    shows: Shows | None, window: int, config: Any, device: torch.device, kind: str = CAUSAL
 ) -> str | None:
-    """Why masks are something else than causal with a window; None where they are that.
+    """Why masks are something else than ``kind`` with a window; None where they are that.
 
     A mask of whose function nothing is known must be one of the configuration: its windows were shortened in the
     probe, and what it shows changed with them.
@@ -57,31 +59,32 @@ def border_reason(
     Args:
         shows: the function of the mask, by the configuration as it is; None where there is none.
         window: tokens that a query sees, itself included; 0 for all.
-        chunked: whether it sees those of its chunk of ``window`` tokens instead.
+        kind: ``CAUSAL``, ``CHUNKS`` (of ``window`` tokens, of which a query sees those before it) or ``BOTH_SIDES``.
     """
     if shows is None:
         return _unasked(window, config)
     sizes = sorted({window, *thresholds(config)} - {0})
     queries = sorted({0, *around(config), *(at for at in (window - 1, window, window + 1, 3 * window + 7) if at >= 0)})
     q = torch.tensor(queries, device=device)[:, None]
-    back = torch.tensor(sorted({size + step for size in (0, *sizes) for step in (-1, 0, 1)}), device=device)
+    far = {size + step for size in (0, *sizes) for step in (-1, 0, 1)}
+    back = torch.tensor(sorted(far | {-one for one in far}), device=device)
     k = torch.cat([q - back, q.T.expand(len(q), -1)], 1)
     zero = torch.zeros((), dtype=torch.int64, device=device)
     try:
         got = torch.as_tensor(shows(zero, zero, q, k.clamp_min(0)), device=device).expand(k.shape)
     except Exception:  # one that looks tokens up in a row as long as the text
         return _unasked(window, config)
-    expected = k <= q
+    expected = torch.ones_like(k, dtype=torch.bool) if kind == BOTH_SIDES else k <= q
     if window:
-        expected &= (k // window == q // window) if chunked else (k > q - window)
+        expected &= (k // window == q // window) if kind == CHUNKS else (k - q).abs() < window
     wrong = ((got.bool() != expected) & (k >= 0)).nonzero()
     if not len(wrong):
         return None
     row, column = wrong[0].tolist()
     query, key = int(q[row]), int(k[row, column])
     seen = "sees" if bool(got[row, column]) else "does not see"
-    kind = f"{'chunks' if chunked else 'a window'} of {window}" if window else "causal attention"
-    return f"by its mask the token at {query} {seen} the one at {key}, which is not {kind}"
+    wanted = f"{kind} with a window of {window}" if window else kind
+    return f"by its mask the token at {query} {seen} the one at {key}, which is not {wanted}"
 
 
 def _unasked(window: int, config: Any) -> str | None:

@@ -28,7 +28,7 @@ from toolkit.patching.cache_windows import cache_window, keeps_prompt
 from toolkit.patching.calls import MASK, Call, record_calls
 from toolkit.patching.claim import Claim, ProbeError, Skipped, Undo, replace_forward, set_attribute, together
 from toolkit.patching.instance_forward import UNPROVEN, foreign_forward
-from toolkit.patching.mask_borders import border_reason
+from toolkit.patching.mask_borders import BOTH_SIDES, CAUSAL, border_reason
 from toolkit.patching.probe import device_of, signature_key
 from toolkit.patching.roles.biased_attention import prove_biased, relative_logits_of
 from toolkit.patching.roles.pooled_attention import pooling_indexer_of, prove_pooled
@@ -274,9 +274,10 @@ def _verdicts(model: Any, layers: dict[str, Any], calls: dict[nn.Module, list[Ca
             index = _index(path, module, calls)
             known = _as_kept(model, index, _with_index(module, index, proven[key]))
             if not isinstance(known, str):  # probes ran with shorter windows, of layer and masks
-                asked = id(call.shows), known.shown, id(module.config)
+                kind = BOTH_SIDES if known.bidirectional else CAUSAL
+                asked = id(call.shows), known.shown, id(module.config), kind
                 if asked not in borders:
-                    borders[asked] = border_reason(call.shows, known.shown, module.config, device_of(module))
+                    borders[asked] = border_reason(call.shows, known.shown, module.config, device_of(module), kind)
                 known = borders[asked] or known
             found[path] = known
     return found

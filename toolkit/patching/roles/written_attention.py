@@ -27,7 +27,7 @@ from toolkit.patching.calls import as_in_evaluation, copy_of, float32_copy, map_
 from toolkit.patching.claim import Claim, ProbeError, Skipped, Undo, replace_forward
 from toolkit.patching.conditions import UNIT, Condition, Trial, drop_nothing, worst_error
 from toolkit.patching.instance_forward import UNPROVEN, foreign_forward
-from toolkit.patching.mask_borders import WINDOWS, Shows, border_reason, kept_functions
+from toolkit.patching.mask_borders import CAUSAL, CHUNKS, WINDOWS, Shows, border_reason, kept_functions
 from toolkit.patching.probe import device_of, generator, random_input, signature_key
 from toolkit.patching.ragged_call import MASKS_OF_BATCH, register_masks
 from toolkit.patching.without_media import text_arguments
@@ -286,7 +286,7 @@ def _check_borders(shows: Shows | None, plan: Plan, config: Any, device: torch.d
     """Raise UnknownStep where a mask is neither a plan's nor plain causal: the layer's code may have a window, too."""
     if shows is None:
         return
-    reason = border_reason(shows, plan.window, config, device, plan.chunked)
+    reason = border_reason(shows, plan.window, config, device, CHUNKS if plan.chunked else CAUSAL)
     if reason is not None and (not plan.window or border_reason(shows, 0, config, device) is not None):
         raise UnknownStep(reason)
 
