@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from toolkit.errors import ToolkitError
 from toolkit.ops import IGNORED
 from toolkit.ops.linear_logprob.deferred import DeferredLogits, summed_cross_entropy
 from toolkit.ops.targets import checked_targets, quotient
@@ -83,6 +84,7 @@ def causal_lm_loss(
         shift_labels: [B, S] labels that are shifted already, instead of ``labels``.
 
     Raises:
+        ToolkitError: labels of another shape than the logits' positions.
         OutOfVocabularyError: on CPU, for a label that is neither ``ignore_index`` nor from 0 to V - 1.
 
     Where nothing counts the mean is NaN, as transformers' is, and every gradient is 0.
@@ -90,6 +92,10 @@ def causal_lm_loss(
     if shift_labels is None:
         assert labels is not None
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    if shift_labels.numel() * logits.shape[-1] != logits.numel():
+        raise ToolkitError(
+            f"labels must have shape {list(logits.shape[:-1])}, as the logits, got {list(shift_labels.shape)}."
+        )
     targets = shift_labels.to(logits.device).reshape(logits.shape[:-1])
     targets = checked_targets(targets, logits.shape[-1], ignore_index, "labels")
     total = summed_cross_entropy(logits, targets)
