@@ -6,18 +6,20 @@ import random
 import weakref
 from functools import cache
 
+import peft
 import pytest
 import torch
 from torch import nn
 
 import toolkit
 from toolkit.patching import weight_version
-from toolkit.patching.weights import weight_clock
+from toolkit.patching.weights import tensors, weight_clock
 from toolkit.testing.models import random_model
 from toolkit.testing.weight_writes import weight_writes
 
 PROMPT = list(range(3, 60))
 PARAMS = toolkit.SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
+ADAPTER = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
 MODELS = {
     "llama": {},
     "tied": {"tie_word_embeddings": True},
@@ -170,7 +172,7 @@ def test_memory_allocated_again_at_an_old_address_is_told_apart():
     model = random_model("llama")
     weight = model.model.layers[0].mlp.up_proj.weight
     seen, addresses = [weight_version(model)], []
-    for _ in range(6):
+    for _ in range(30):
         addresses.append(weight.data_ptr())
         for _ in range(2):
             weight.data = weight.data * 1.01
@@ -201,6 +203,50 @@ def test_a_model_made_in_inference_mode_has_a_version():
         before = weight_version(model)
         model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
     assert weight_version(model) != before
+
+
+def with_adapters(count):
+    model = peft.get_peft_model(random_model("llama"), ADAPTER, adapter_name="a0")
+    for at in range(1, count):
+        model.add_adapter(f"a{at}", ADAPTER)
+    toolkit.patch(model)
+    return model.eval()
+
+
+def test_a_step_looks_at_the_adapters_that_act_alone(monkeypatch):
+    read, looked = tensors._VERSION, []
+    monkeypatch.setattr(tensors, "_VERSION", lambda tensor: looked.append(tensor) or read(tensor))
+    counts = []
+    for model in map(with_adapters, (1, 12)):
+        weight_version(model)
+        looked.clear()
+        weight_version(model)
+        counts.append(len(looked))
+    assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize("past_the_counters", [False, True])
+def test_what_is_written_to_an_adapter_that_rests_counts_when_it_acts(past_the_counters):
+    model = with_adapters(3)
+    with toolkit.Engine(model, num_blocks=64) as engine:
+        model.set_adapter("a2")
+        before = engine.generate([PROMPT], PARAMS)[0]
+        model.set_adapter("a1")
+        other = engine.generate([PROMPT], PARAMS)[0].weight_version
+        written = [one for name, one in model.named_parameters() if ".a2." in name]
+        with torch.no_grad():
+            for one in written:
+                one.data.copy_(one * 1.5) if past_the_counters else one.mul_(1.5)
+        hits = engine.stats()["prefix_cache_hits"]
+        assert engine.generate([PROMPT], PARAMS)[0].weight_version == other  # its pages stay
+        assert engine.stats()["prefix_cache_hits"] > hits
+        hits = engine.stats()["prefix_cache_hits"]
+        model.set_adapter("a2")
+        after = engine.generate([PROMPT], PARAMS)[0]
+        assert engine.stats()["prefix_cache_hits"] == hits
+    assert after.weight_version != before.weight_version
+    assert after.logprobs != before.logprobs
+    check(model, after)
 
 
 def test_an_unrelated_optimizer_moves_nothing():

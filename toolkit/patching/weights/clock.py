@@ -32,7 +32,8 @@ class WeightClock:
         count_steps(model)
         self._model = weakref.ref(model)
         self._writes, self._numbers = itertools.count(1), itertools.count(1)
-        self._tensors, self._switches = ModelTensors(model), AdapterSwitches(model)
+        self._switches = AdapterSwitches(model)
+        self._tensors = ModelTensors(model, self._switches.active())
         self._copies = steps_of_copies()
         self._base = 0
         self._adapters: dict[str, int] = {}
@@ -61,23 +62,24 @@ class WeightClock:
             self._follow(model, {None, *self._adapters}, moved=True)
 
     def _look(self, model: nn.Module) -> None:
-        written, switched = self._tensors.writes(), self._switches.changed()
-        moved = written is None
-        if written is None:
-            old = self._tensors
-            self._tensors = ModelTensors(model, old)
-            written = old.differing(self._tensors)
+        switched = self._switches.changed()
+        written = self._tensors.writes(all_adapters=switched)
         if self._copies != steps_of_copies():
-            self._copies, written = steps_of_copies(), {None, *self._adapters}
-        if written or switched or moved:
-            self._follow(model, written, moved or switched)
+            self._copies = steps_of_copies()
+            self._follow(model, {None, *self._adapters}, written is None or switched)
+        elif written is None or switched or written:
+            self._follow(model, written, written is None or switched)
 
-    def _follow(self, model: nn.Module, written: set[Owner], moved: bool) -> None:
+    def _follow(self, model: nn.Module, written: set[Owner] | None, moved: bool) -> None:
+        """Move the versions of whose tensors were written; None: of those that are not what they were."""
         if moved:
-            old, self._switches = self._switches, AdapterSwitches(model)
+            switches, self._switches = self._switches, AdapterSwitches(model)
+            tensors, self._tensors = self._tensors, ModelTensors(model, self._switches.active(), self._tensors)
+            written = tensors.differing(self._tensors) if written is None else written
             self.layout = self._number_of_layout()
-            if old.may_have_merged(self._switches):
+            if switches.may_have_merged(self._switches):
                 written = written | {None}
+        assert written is not None
         for owner in written:
             if owner is None:
                 self._base = next(self._writes)

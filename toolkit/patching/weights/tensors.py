@@ -1,7 +1,7 @@
 """The parameters and buffers of a model, watched for every way in which one can be written or replaced."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from itertools import chain, count
 from operator import attrgetter, is_not
@@ -42,10 +42,15 @@ class ModelTensors:
     them that reach the middle of a tensor. Memory and modules are remembered weakly: nothing is kept alive, and what
     was allocated again at an old address is told apart.
 
-    ``writes`` runs before every decode step: a few passes in C, about half a microsecond per tensor.
+    ``writes`` runs before every decode step: a few passes in C, about half a microsecond per tensor. Tensors of
+    adapters that do not act are looked at when asked for, so that a step costs the same with any number of them.
+
+    Args:
+        active: the adapters that act.
+        before: what was seen last, of the same model.
     """
 
-    def __init__(self, model: nn.Module, before: "ModelTensors | None" = None) -> None:
+    def __init__(self, model: nn.Module, active: Collection[str] = (), before: "ModelTensors | None" = None) -> None:
         modules = list(model.modules())
         self._settings: ModelSettings | None = ModelSettings(model)
         same = before is not None and before._settings in (None, self._settings)
@@ -71,6 +76,55 @@ class ModelTensors:
             *(entry for path, entry in attributes if (path, entry[1]) in self._attributes),
         ]
         entries = [(entry, owners.get((id(entry[0]), entry[1]))) for entry in found]
+        acting = {None, *active}
+        self._acting = _Part([one for one in entries if one[1] in acting])
+        self._resting = _Part([one for one in entries if one[1] not in acting])
+
+    def release(self) -> None:
+        """Let go of the modules' dicts, and with them of what a module that died held."""
+        self._settings = None
+        self._parents, self._dicts = [], []
+        self._acting = self._resting = _Part([])
+
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        """Equal to another one's while both live: the same objects over the same memory, with the same settings.
+
+        On a CPU that is the storage, wherever it lies: FSDP2 allocates it again when it gathers. ZeRO-3 gives its
+        parameters another storage each time, and their memory is left out: what was captured reads it from them.
+        """
+        return self._children, self._acting.layout, self._resting.layout, self._number_of_settings
+
+    def _hash_of_children(self) -> int:
+        return hash(tuple(chain.from_iterable(map(dict.values, self._parents))))
+
+    def writes(self, all_adapters: bool = False) -> set[Owner] | None:
+        """Whose tensors were written in place since the last call; of adapters that do not act, if asked for.
+
+        None where more than values changed: a module, a parameter or a buffer was replaced, added or removed, or has
+        other memory, or a setting is another one. Ask a new ``ModelTensors`` then, and what is ``differing``.
+        """
+        if self._settings is None or self._settings.changed():
+            return None
+        if list(map(len, self._dicts)) != self._sizes or self._hash_of_children() != self._children:
+            return None
+        written = self._acting.writes()
+        resting = self._resting.writes() if all_adapters else set()
+        return None if written is None or resting is None else written | resting
+
+    def differing(self, now: "ModelTensors") -> set[Owner]:
+        """Whose tensors are not what they were, or of the base: whose modules."""
+        old, new = ({**one._acting.stamps(), **one._resting.stamps()} for one in (self, now))
+        found = {owner for owner in old.keys() | new.keys() if old.get(owner) != new.get(owner)}
+        if self._number_of_settings != now._number_of_settings:
+            found.add(None)
+        return found if [one() for one in self._base] == [one() for one in now._base] else found | {None}
+
+
+class _Part:
+    """Tensors that are looked at together: entries of dicts, each with its owner."""
+
+    def __init__(self, entries: Sequence[tuple[_Entry, Owner]]) -> None:
         plain = [(entry, owner) for entry, owner in entries if _is_plain(entry[2])]
         # What has no separate memory: objects with tensors inside, wrappers around tensors.
         others = [(e, owner) for e, owner in entries if e[2] is not None and not _is_plain(e[2])]
@@ -83,11 +137,12 @@ class ModelTensors:
         self._storage_ids = [storage.cdata for storage in self._storages]
         self._addresses, self._numels = list(map(Tensor.data_ptr, tensors)), list(map(Tensor.numel, tensors))
         self._strides = list(map(Tensor.stride, tensors))
-        self._memory = [
+        memory = [
             (storage, at if tensor.device.type != "cpu" else 0, tensor.storage_offset(), tensor.shape, tensor.stride())
             for storage, at, tensor in zip(self._storage_ids, self._addresses, tensors)
             if tensor.device.type != "cpu" or not hasattr(tensor, "ds_id")
         ]
+        self.layout = self._ids, self._other_ids, memory
         self._owners = [owner for _, owner in plain]
         self._versions = list(map(_VERSION, tensors))
         words = [(word, owner) for tensor, owner in zip(tensors, self._owners) if (word := word_at(tensor)) is not None]
@@ -95,34 +150,8 @@ class ModelTensors:
         self._samples = list(map(_VALUE, self._words))
         self._odd = [(ref(e[2]), owner, _odd_stamps(e[2])) for e, owner in others if isinstance(e[2], Tensor)]
 
-    def release(self) -> None:
-        """Let go of the modules' dicts, and with them of what a module that died held."""
-        self._settings = None
-        self._parents, self._dicts = [], []
-        self._fetch = self._fetch_others = self._fetch_nones = _Fetch([])
-
-    @property
-    def layout(self) -> tuple[Any, ...]:
-        """Equal to another one's while both live: the same objects over the same memory, with the same settings.
-
-        On a CPU that is the storage, wherever it lies: FSDP2 allocates it again when it gathers. ZeRO-3 gives its
-        parameters another storage each time, and their memory is left out: what was captured reads it from them.
-        """
-        return self._children, self._ids, self._other_ids, self._memory, self._number_of_settings
-
-    def _hash_of_children(self) -> int:
-        return hash(tuple(chain.from_iterable(map(dict.values, self._parents))))
-
     def writes(self) -> set[Owner] | None:
-        """Whose tensors were written in place since the last call.
-
-        None where more than values changed: a module, a parameter or a buffer was replaced, added or removed, or has
-        other memory, or a setting is another one. Ask a new ``ModelTensors`` then, and what is ``differing``.
-        """
-        if self._settings is None or self._settings.changed():
-            return None
-        if list(map(len, self._dicts)) != self._sizes or self._hash_of_children() != self._children:
-            return None
+        """Whose tensors were written in place since the last call; None where one is another, or elsewhere."""
         try:
             tensors = list(self._fetch())
             if (
@@ -154,15 +183,8 @@ class ModelTensors:
                 self._odd[at] = (tensor, owner, now)
         return written
 
-    def differing(self, now: "ModelTensors") -> set[Owner]:
-        """Whose tensors are not what they were, or of the base: whose modules."""
-        old, new = self._stamps(), now._stamps()
-        found = {owner for owner in old.keys() | new.keys() if old.get(owner) != new.get(owner)}
-        if self._number_of_settings != now._number_of_settings:
-            found.add(None)
-        return found if [one() for one in self._base] == [one() for one in now._base] else found | {None}
-
-    def _stamps(self) -> dict[Owner, list[Any]]:
+    def stamps(self) -> dict[Owner, list[Any]]:
+        """What was seen of each owner's tensors."""
         found: dict[Owner, list[Any]] = defaultdict(list)
         parts = (self._ids, self._storage_ids, self._addresses, self._strides, self._numels, self._versions)
         for owner, *stamp in zip(self._owners, *parts):
