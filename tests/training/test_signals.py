@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM on real processes: a checkpoint at the step boundary, and the command that resumes from it."""
+"""Signals on real processes: a checkpoint at the step boundary, and the command that resumes from it."""
 
 import os
 import shlex
@@ -108,6 +108,61 @@ def test_a_signal_writes_a_checkpoint_and_the_printed_command_resumes(tmp_path: 
     assert resumed.returncode == 0, resumed.stderr
     assert f"resumed from my runs/tiny/checkpoints/{saved}" in resumed.stdout
     assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == list(range(1, last + 1))
+
+
+@pytest.mark.sweep
+def test_a_terminal_that_goes_away_costs_no_step(tmp_path: Path) -> None:
+    """SIGHUP, and every write fails from then on."""
+    recipe = write_recipe(tmp_path, checkpoint={"save_steps": None}, train={"max_steps": 100_000})
+    master, terminal = os.openpty()
+    process = subprocess.Popen([*CLI, "train", recipe], cwd=tmp_path, stdout=terminal, stderr=terminal, env=ENVIRONMENT)
+    os.close(terminal)
+    said = b""
+    while b"loss" not in said.rpartition(b"step")[2]:
+        said += os.read(master, 4096)
+    os.close(master)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 128 + signal.SIGHUP
+    run = tmp_path / "my runs" / "tiny"
+    assert steps(run) == [f"step-{read_metrics(run / 'metrics.jsonl')[-1]['step']:06d}"]
+
+
+@pytest.mark.sweep
+def test_a_reader_that_goes_away_ends_no_run(tmp_path: Path) -> None:
+    """As ``toolkit train ... | head`` and a log that nobody writes any more."""
+    recipe = write_recipe(tmp_path, checkpoint={"save_steps": None}, train={"max_steps": 40})
+    process = start(["train", recipe], tmp_path)
+    read_until(process, "  loss ")
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.wait(60) == 0
+    run = tmp_path / "my runs" / "tiny"
+    assert steps(run) == ["step-000040"]
+    assert (run / "result.json").exists()
+
+
+def test_output_that_cannot_be_written_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, write = os.pipe()
+    with os.fdopen(write, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        with StopRequest():
+            os.close(read)
+            print("x" * 100_000)
+            print("again", flush=True)
+            assert sys.stdout.writable()
+        assert sys.stdout is stream
+        print("to nowhere", flush=True)
+
+
+def test_a_hangup_that_is_to_be_ignored_is_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.requested
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:

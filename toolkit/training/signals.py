@@ -1,15 +1,16 @@
-"""SIGINT and SIGTERM stop a run where nothing is lost, and tell how it resumes."""
+"""SIGINT, SIGTERM and SIGHUP stop a run where nothing is lost, and tell how it resumes."""
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _FORWARDED = 5.0
 """Seconds in which a launcher of several processes hands on the signal that its process group got already."""
 _UNHANDLED = 3.0
@@ -29,19 +30,20 @@ class Interrupted(KeyboardInterrupt):
 
     @property
     def status(self) -> int:
-        """The exit status of a process that it stopped: 130 for SIGINT, 143 for SIGTERM."""
+        """The exit status of a process that it stopped: 130 for SIGINT, 143 for SIGTERM, 129 for SIGHUP."""
         return 128 + self.signum
 
 
 class StopRequest:
-    """The first SIGINT or SIGTERM asks the run to stop; the second one ends the process at once.
+    """The first SIGINT, SIGTERM or SIGHUP asks the run to stop; the second one ends the process at once.
 
         with StopRequest() as stop:
             train(recipe, stop=stop)
 
     The first raises ``Interrupted`` in the main thread, or where the run has ``deferred`` it, is noted: the loop then
-    saves a checkpoint at its next step boundary and raises ``Interrupted`` itself. Where it was not entered it handles
-    no signal.
+    saves a checkpoint at its next step boundary and raises ``Interrupted`` itself. A SIGHUP that whoever started the
+    process has it ignore (``nohup``) stays ignored. A terminal, or a reader of the output, that goes away ends nothing:
+    what is said goes nowhere from then on. Where it was not entered it handles none of these.
 
     Args:
         notify: tells the user how the run resumes; called once, by the main process of a run that has stopped.
@@ -58,6 +60,7 @@ class StopRequest:
         self._deferred, self._handled = 0, threading.Event()
         self._launched = "LOCAL_RANK" in os.environ or "OMPI_COMM_WORLD_RANK" in os.environ
         self._before: dict[int, Any] = {}
+        self._streams = sys.stdout, sys.stderr
 
     def __enter__(self) -> Self:
         if threading.current_thread() is not threading.main_thread():
@@ -66,7 +69,11 @@ class StopRequest:
         os.set_blocking(self._write, False)
         self._wakeup_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, daemon=True, name="signals").start()
-        self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        self._streams = sys.stdout, sys.stderr
+        sys.stdout, sys.stderr = (_Unbroken(stream) for stream in self._streams)
+        ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        handled = [number for number in SIGNALS if number is not signal.SIGHUP or not ignored]
+        self._before = {number: signal.signal(number, self._handle) for number in handled}
         return self
 
     def __exit__(
@@ -76,6 +83,7 @@ class StopRequest:
             return
         for number, before in self._before.items():
             signal.signal(number, before)
+        sys.stdout, sys.stderr = self._streams
         signal.set_wakeup_fd(self._wakeup_before)
         os.close(self._write)  # ends the watching thread
 
@@ -115,10 +123,9 @@ class StopRequest:
                 raise Interrupted(signum)
             if os.environ.get("RANK", "0") == "0":
                 # Not print: the handler may have interrupted one.
-                name = signal.Signals(signum).name
-                os.write(
-                    2, f"\n{name}: a checkpoint is saved at the next step boundary; again to stop at once\n".encode()
-                )
+                text = f"{signal.Signals(signum).name}: a checkpoint is saved at the next step boundary"
+                with suppress(OSError):
+                    os.write(2, f"\n{text}; again to stop at once\n".encode())
 
     def _watch(self) -> None:
         """See every signal as it comes, while the main thread is in native code too."""
@@ -138,3 +145,32 @@ class StopRequest:
         if not self._handled.wait(_UNHANDLED) and not self._deferred:
             self.announce()
             os._exit(128 + signum)
+
+
+class _Unbroken:
+    """A stream whose reader, terminal or disk may go away: what cannot be written is lost, and nothing is raised."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            self._give_up()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """Write to nowhere from now on, what is buffered too."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
