@@ -31,7 +31,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit status: 0 when trained, 130, 143 or 129 when SIGINT, SIGTERM or SIGHUP stopped it. The caller prints ToolkitError."""
+    """Exit status: 0 when trained, 130, 143 or 129 when SIGINT, SIGTERM or SIGHUP stopped it.
+
+    The caller prints ToolkitError.
+    """
     from toolkit.training.signals import Interrupted, StopRequest
 
     def notify() -> None:
