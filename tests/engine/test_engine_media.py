@@ -5,7 +5,8 @@ import torch
 
 from tests.helpers.engine_pictures import Picture, PictureModel, expected_history, hash_of
 from tests.helpers.engine_standin import logits_of
-from toolkit import Engine, SamplingParams
+from toolkit import AsyncEngine, Engine, SamplingParams
+from toolkit.engine import EngineUnavailable
 from toolkit.engine.media import EncoderCache, PromptMedia
 from toolkit.errors import ToolkitError
 from toolkit.state import PrefixKey
@@ -135,3 +136,58 @@ def test_prompts_that_cannot_run_are_one_sentence():
         engine.generate([{"image": 1}])
     plain = SamplingParams(max_tokens=2, **GREEDY)
     assert engine.generate({"prompt_token_ids": [3, 4]}, plain)[0].prompt_token_ids == [3, 4]
+
+
+def test_encoded_pictures_are_shared_within_a_cache_salt_alone():
+    model = PictureModel()
+    prompt = {"input_ids": [[1, 2, Picture("cat", 6), 3]]}
+    with Engine(model, max_num_seqs=4) as engine:
+        salts = [None, "one", "one", "two", None]  # of several requests in one step, and of later ones
+        for given in (salts[:4], salts[2:]):
+            params = [SamplingParams(max_tokens=2, cache_salt=salt, **GREEDY) for salt in given]
+            found = engine.generate([prompt] * len(given), params)
+            assert len({tuple(one.token_ids) for one in found}) == 1
+        assert model.encoded == ["cat"] * 3
+        assert engine.stats()["num_encoded"] == 3
+
+
+SPACE = 3 / 1024  # GiB: three of the prompts below
+
+
+def _large(name):
+    """A prompt whose picture takes 1 MiB."""
+    return {"input_ids": [[1, Picture(name, 6), 2]], "pixel_values": torch.zeros(1 << 18)}
+
+
+def test_pictures_of_requests_that_wait_have_a_bound():
+    params = SamplingParams(max_tokens=2, **GREEDY)
+    with Engine(PictureModel(), max_num_seqs=1, media_space=SPACE) as engine:
+        for name in "abc":
+            engine.submit(_large(name), params)
+        with pytest.raises(ToolkitError, match=r"media_space.*beside 0\.00293 of requests that wait or run"):
+            engine.submit(_large("d"), params)
+        engine.submit([1, 2, 3], params)  # text has no bound of that kind
+        while engine.has_work:
+            engine.step()
+        assert len(engine.generate(_large("d"), params)) == 1
+        with pytest.raises(ToolkitError, match=r"<= 0\.00292969 GiB together \(media_space\), got 0\.00391\.$"):
+            engine.generate([_large(name) for name in "efgh"], params)
+    with Engine(PictureModel(), media_space=None) as engine:
+        assert len(engine.generate([_large(name) for name in "abcdefgh"], params)) == 8
+    with pytest.raises(ToolkitError, match="media_space must be"):
+        Engine(PictureModel(), media_space=-1)
+
+
+def test_pictures_of_requests_that_no_step_has_seen_have_a_bound():
+    engine = AsyncEngine(Engine(PictureModel(), max_num_seqs=1, media_space=SPACE))
+    params = SamplingParams(max_tokens=2, **GREEDY)
+    with engine:
+        with engine.pause():
+            handles = [engine.submit(_large(name), params) for name in "abc"]
+            with pytest.raises(EngineUnavailable, match="try again later"):
+                engine.submit(_large("d"), params)
+        assert all(len([delta for delta in handle if delta.finished]) == 1 for handle in handles)
+        with pytest.raises(ToolkitError, match="together") as failure:
+            engine.submit([_large(name) for name in "efgh"], params)
+        assert not isinstance(failure.value, EngineUnavailable)
+        assert len(engine.generate(_large("d"), params)) == 1

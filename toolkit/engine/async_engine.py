@@ -17,10 +17,11 @@ from concurrent.futures import Future, InvalidStateError
 from typing import cast
 
 from toolkit.engine.engine import Engine
+from toolkit.engine.media import check_media_space, num_bytes
 from toolkit.engine.outputs import Completion, Delta
 from toolkit.engine.params import SamplingParams
 from toolkit.engine.prompts import Params, Prompt, Prompts, check_request, tokenise_early
-from toolkit.engine.request_handle import SHUTTING_DOWN, EngineListener, EngineUnavailable, RequestHandle
+from toolkit.engine.request_handle import SHUTTING_DOWN, EngineListener, EngineUnavailable, RequestHandle, until_closed
 from toolkit.errors import ToolkitError
 
 
@@ -55,7 +56,7 @@ class AsyncEngine:
         self._changed = threading.Condition()  # guards all below
         self._commands: list[Callable[[], None]] = []
         self._handles: set[RequestHandle] = set()
-        self._num_queued = 0
+        self._num_queued = self._num_bytes = 0
         self._pauses = 0
         self._stepping = False
         self._stop: str | None = None  # "now", or "drained"
@@ -101,7 +102,7 @@ class AsyncEngine:
         most = self.max_queued_seqs
         texts, chosen = check_request(prompts, params, most)
         given = tokenise_early(texts, self.engine)
-        handle = RequestHandle(sum(one.n for one in chosen), self.cancel_handle)
+        handle = RequestHandle(sum(one.n for one in chosen), self.cancel_handle, num_bytes(given))
         with self._changed:
             if self.failure is not None:
                 raise EngineUnavailable(f"The engine has stopped: {self.failure}")
@@ -109,7 +110,9 @@ class AsyncEngine:
                 raise EngineUnavailable(SHUTTING_DOWN)
             if most is not None and self._num_queued + handle.num_sequences > most:
                 raise EngineUnavailable(f"The engine is at its limit of {most} sequences; try again later.")
+            check_media_space(self._num_bytes, handle.num_bytes, self.engine.config.media_space, EngineUnavailable)
             self._num_queued += handle.num_sequences
+            self._num_bytes += handle.num_bytes
             self._handles.add(handle)
             self._commands.append(lambda: self._admit(handle, given, chosen))
             self._changed.notify_all()
@@ -129,7 +132,7 @@ class AsyncEngine:
         except BaseException:
             handle.cancel()
             raise
-        deltas = _until_closed(handle)
+        deltas = until_closed(handle)
         next(deltas)  # from here on, closing it cancels the request
         return cast("Iterator[Delta]", deltas)
 
@@ -350,6 +353,7 @@ class AsyncEngine:
         with self._changed:
             self._handles.discard(handle)
             self._num_queued -= handle.num_sequences
+            self._num_bytes -= handle.num_bytes
 
     def _fail(self, error: BaseException) -> None:
         with self._changed:
@@ -383,15 +387,6 @@ class AsyncEngine:
             with contextlib.suppress(Exception):
                 command()
         self._tell(self.listener.on_stopped)
-
-
-def _until_closed(handle: RequestHandle) -> Iterator[Delta | None]:
-    """None once, then the deltas."""
-    try:
-        yield None
-        yield from handle
-    finally:
-        handle.cancel()
 
 
 def _set_all(events: list[asyncio.Event]) -> None:

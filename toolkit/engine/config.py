@@ -24,6 +24,7 @@ class EngineConfig:
     swap_space: Annotated[float | None, "GiB of host memory for preempted sequences"] = 0
     enable_prefix_caching: Annotated[bool, "reuse the state of common prefixes"] = True
     encoder_cache_size: Annotated[int, "tokens of encoded pictures that are kept"] = 16384
+    media_space: Annotated[float | None, "GiB of pictures of requests that wait or run"] = 4
     enable_return_routed_experts: Annotated[bool, "keep the experts of each token"] = False
     enable_return_selected_keys: Annotated[bool, "keep the keys that each token attends, of sparse attention"] = False
     kinds: Annotated[dict[str, str] | None, "state kinds in the place of others"] = None
@@ -59,5 +60,6 @@ class EngineConfig:
         for name, low in (("max_model_len", 2), ("num_blocks", 1), ("seed", 0)):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), low, also=" or None")
-        if self.swap_space is not None:
-            check_float("swap_space", self.swap_space, 0, float("inf"))
+        for name in ("swap_space", "media_space"):
+            if getattr(self, name) is not None:
+                check_float(name, getattr(self, name), 0, float("inf"))

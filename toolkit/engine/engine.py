@@ -50,6 +50,7 @@ class Engine:
         enable_prefix_caching: reuse the state of common prefixes.
         processor: the model's own, for prompts with pictures that it has not seen yet; its tokenizer is the default.
         encoder_cache_size: tokens of encoded pictures that are kept for requests with the same picture.
+        media_space: GiB of pictures, as the processor makes them, of all requests that wait or run; None for no bound.
         enable_return_routed_experts: keep the experts that each token is routed to beside its other state, and return
             them as ``Completion.routed_experts``.
         enable_return_selected_keys: likewise the keys that sparse attention selects (``Completion.selected_keys``).
@@ -78,6 +79,7 @@ class Engine:
         enable_prefix_caching: bool = True,
         processor: Any = None,
         encoder_cache_size: int = 16384,
+        media_space: float | None = 4,
         enable_return_routed_experts: bool = False,
         enable_return_selected_keys: bool = False,
         kinds: dict[str, str] | None = None,
@@ -95,6 +97,7 @@ class Engine:
             swap_space=swap_space,
             enable_prefix_caching=enable_prefix_caching,
             encoder_cache_size=encoder_cache_size,
+            media_space=media_space,
             enable_return_routed_experts=enable_return_routed_experts,
             enable_return_selected_keys=enable_return_selected_keys,
             kinds=kinds,
@@ -155,14 +158,14 @@ class Engine:
         Raises:
             ToolkitError: if any prompt cannot run; nothing is started then. What fails later ends with "error".
         """
-        requests = self._new_requests.make(prompts, params, deque())
+        requests = self._make(prompts, params, deque())
         for _ in self._run(requests):
             pass
         return [sequence.completion for request in requests for sequence in request.sequences if sequence.completion]
 
     def stream(self, prompts: Prompts, params: Params = None) -> Iterator[Delta]:
         """The deltas of ``generate``, as each step adds them. Closing the iterator cancels the rest."""
-        return self._run(self._new_requests.make(prompts, params, deque()))
+        return self._run(self._make(prompts, params, deque()))
 
     def submit(self, prompt: Prompt, params: SamplingParams | None = None) -> int:
         """Queue one prompt (text or token ids) and return its request id. Deltas come from ``step``."""
@@ -170,7 +173,7 @@ class Engine:
 
     def submit_batch(self, prompts: Prompts, params: Params = None) -> list[int]:
         """Queue all prompts, or none if any cannot run, and return their request ids. Deltas come from ``step``."""
-        requests = self._new_requests.make(prompts, params, None)
+        requests = self._make(prompts, params, None)
         self._queue(requests)
         return [request.request_id for request in requests]
 
@@ -283,6 +286,11 @@ class Engine:
             raise ToolkitError(f"max_model_len must be <= {most}, which the model was made for, got {asked}.")
         return most if asked is None else asked
 
+    def _make(self, prompts: Prompts, params: Params, sink: deque[Delta] | None) -> list[Request]:
+        """Requests that are not queued; raises ToolkitError where one of the prompts cannot run."""
+        held = sum(one.media.num_bytes for one in self._live.values() if one.media is not None)
+        return self._new_requests.make(prompts, params, sink, held, self.config.media_space)
+
     def _queue(self, requests: list[Request]) -> None:
         if self.is_closed:
             raise ToolkitError("the engine is closed; make another one.")
@@ -339,16 +347,18 @@ class Engine:
         """The chunks whose pictures are encoded, and what they are; requests with others have ended with "error"."""
         failed: set[Request] = set()
         features: dict[bytes, Features] = {}
+        taken: set[tuple[bytes, str | None]] = set()
         for chunk in chunks:
-            request = chunk.sequence.request
+            request, salt = chunk.sequence.request, chunk.sequence.params.cache_salt
             if request.media is None or request in failed:
                 continue
             try:
                 with torch.inference_mode():
                     for digest in request.media.digests(chunk.start, chunk.count):
-                        if digest not in features:
+                        if (digest, salt) not in taken:
                             item = request.media.items[digest]
-                            features[digest] = self.encoder_cache.get(digest, item, self._weights)
+                            features[digest] = self.encoder_cache.get(digest, item, self._weights, salt)
+                            taken.add((digest, salt))
             except Exception as error:
                 failed.add(request)
                 self._end(request, "error", f"{type(error).__name__}: {error}")

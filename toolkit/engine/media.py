@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from toolkit.engine.config import GIB
+from toolkit.errors import ToolkitError
 from toolkit.state import PrefixKey
 from toolkit.state.media import Features, MediaRows, MediaSpan, blocks
 
@@ -31,6 +33,7 @@ class PromptMedia:
         positions: [A, n] rotary positions of the prompt along A axes; None for 0, 1, ...
         delta: what is added to the index of a later token to get its rotary position, on each axis.
         prompt: first and end of the tokens that see each other, those of text too; None where spans say it all.
+        num_bytes: of what the processor made of the pictures, which is held until the request is finished.
     """
 
     tokens: list[int]
@@ -39,6 +42,7 @@ class PromptMedia:
     positions: Tensor | None = None
     delta: int = 0
     prompt: tuple[int, int] | None = None
+    num_bytes: int = 0
 
     @cached_property
     def blocks(self) -> list[tuple[int, int]]:
@@ -93,8 +97,35 @@ def _name(digest: bytes, row: int) -> int:
     return -1 - (int.from_bytes(digest, "big") << _ROWS | row)
 
 
+def num_bytes(value: Any) -> int:
+    """Bytes of tensors, arrays and pictures, also inside mappings and lists; 0 of texts and numbers."""
+    if isinstance(value, Mapping):
+        return sum(map(num_bytes, value.values()))
+    if isinstance(value, (list, tuple)):
+        return sum(map(num_bytes, value)) if value and not isinstance(value[0], int) else 0
+    if hasattr(value, "getbands"):  # Pillow's
+        return int(value.width * value.height * len(value.getbands()))
+    return int(getattr(value, "nbytes", 0))
+
+
+def check_media_space(held: int, added: int, space: float | None, full: type[ToolkitError] = ToolkitError) -> None:
+    """Raise ToolkitError where pictures of ``added`` bytes have no room, and ``full`` where none beside others.
+
+    Args:
+        held: bytes of pictures of requests that wait or run.
+        space: GiB, or None for no bound.
+    """
+    if space is None or not added or held + added <= space * GIB:
+        return
+    sizes = f"pictures of prompts must have <= {space:g} GiB together (media_space), got {added / GIB:.3g}"
+    if added > space * GIB:
+        raise ToolkitError(f"{sizes}.")
+    raise full(f"{sizes} beside {held / GIB:.3g} of requests that wait or run; try again later.")
+
+
 class EncoderCache:
-    """Features of pictures by content and by the weights that computed them; the least recently used ones go first.
+    """Features of pictures by content, the weights that computed them, and a request's cache salt, without which times
+    would tell who else has sent a picture. The least recently used ones go first.
 
     Args:
         encode: computes them, each picture alone: no bit depends on the pictures beside it.
@@ -108,9 +139,9 @@ class EncoderCache:
         self._kept: OrderedDict[tuple[bytes, PrefixKey], Features] = OrderedDict()
         self._rows = 0
 
-    def get(self, digest: bytes, item: Any, weights: PrefixKey) -> Features:
-        """The features of an item under ``weights``."""
-        key = digest, weights
+    def get(self, digest: bytes, item: Any, weights: PrefixKey, salt: str | None = None) -> Features:
+        """The features of an item under ``weights``, shared with requests of the same ``salt``."""
+        key = digest, weights._replace(salt=salt)
         if key in self._kept:
             self.hits += 1
             self._kept.move_to_end(key)

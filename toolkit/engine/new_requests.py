@@ -6,10 +6,11 @@ from collections import deque
 import numpy as np
 
 from toolkit.engine.detokenizer import Decoder, Tokenizer
-from toolkit.engine.media import PromptMedia
+from toolkit.engine.media import PromptMedia, check_media_space
 from toolkit.engine.outputs import Delta
 from toolkit.engine.prompts import (
     Params,
+    Prompt,
     Prompts,
     check_params,
     check_prompt,
@@ -59,13 +60,16 @@ class NewRequests:
         self._decoders = {skip: Decoder(tokenizer, skip) for skip in (True, False)} if tokenizer is not None else {}
         self._rotary_length = getattr(backend, "rotary_length", lambda declared: None)
 
-    def make(self, prompts: Prompts, params: Params, sink: deque[Delta] | None) -> list[Request]:
+    def make(
+        self, prompts: Prompts, params: Params, sink: deque[Delta] | None, held: int = 0, space: float | None = None
+    ) -> list[Request]:
         """Requests, all of them checked, not queued.
 
         Args:
             prompts: as ``Engine.generate`` takes them.
             params: one for all prompts, or one per prompt.
             sink: where their deltas go; None for those that ``Engine.step`` returns.
+            held, space: bytes of pictures of other requests, and GiB of those of all.
 
         Raises:
             ToolkitError: if any prompt cannot run.
@@ -73,10 +77,16 @@ class NewRequests:
         given = split_prompts(prompts)
         chosen = check_params(params, len(given))
         longest = longest_sequence(self._max_model_len, self._scheduler.block_manager)
-        read = [read_media(prompt, self._backend, self._processor, longest) for prompt in given]
+        read: list[tuple[Prompt, PromptMedia | None]] = []
+        added = 0
+        for prompt in given:  # one by one: a processor makes tensors of pictures that are far larger
+            found = read_media(prompt, self._backend, self._processor, longest)
+            if found[1] is not None:
+                added += found[1].num_bytes
+                check_media_space(held, added, space)
+                self._check_blocks(found[1])
+            read.append(found)
         pictures = [media for _, media in read]
-        for media in filter(None, pictures):
-            self._check_blocks(media)
         ready = [
             check_prompt(prompt, one, self._tokenizer, self._max_model_len, self._scheduler.block_manager)
             for (prompt, _), one in zip(read, chosen)

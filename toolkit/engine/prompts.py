@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 
 from toolkit.chat import prompt_token_ids, rust_encoding, special_tokens_around
-from toolkit.engine.media import PromptMedia
+from toolkit.engine.media import PromptMedia, num_bytes
 from toolkit.engine.params import SamplingParams
 from toolkit.errors import ToolkitError, first_line
 from toolkit.state import BlockManager
@@ -85,8 +85,8 @@ def read_media(
     if not hasattr(backend, "expand"):
         raise ToolkitError(f"prompt must be a text or token ids, since {type(backend).__name__} takes no pictures.")
     check_token_count(prompt_length(prompt), *longest)  # before the model sees it
-    media = backend.expand(prompt)
-    return media.tokens, media if media.spans else None
+    media: PromptMedia = backend.expand(prompt)
+    return media.tokens, replace(media, num_bytes=num_bytes(prompt)) if media.spans else None
 
 
 def processed(processor: Any, text: Any, data: Any, **options: Any) -> abc.Mapping[str, Any]:

@@ -29,12 +29,14 @@ class RequestHandle:
 
     Attributes:
         num_sequences: ``n`` of all prompts, added up.
+        num_bytes: of the pictures of the prompts.
         num_unfinished: those that have not finished.
         arrival_time: ``time.perf_counter()`` of the submission.
         accepted: request ids, one per prompt, once the engine has accepted all of them; or why it did not.
     """
 
-    def __init__(self, num_sequences: int, cancel: Callable[["RequestHandle"], None]) -> None:
+    def __init__(self, num_sequences: int, cancel: Callable[["RequestHandle"], None], num_bytes: int = 0) -> None:
+        self.num_bytes = num_bytes
         self.num_sequences = self.num_unfinished = num_sequences
         self.arrival_time = time.perf_counter()
         self.accepted: Future[list[int]] = Future()
@@ -80,6 +82,15 @@ class RequestHandle:
         """Hand over an event; whom to notify on which event loop, if an event loop iterates."""
         self._events.put(event)
         return self._awaited
+
+
+def until_closed(handle: RequestHandle) -> Iterator[Delta | None]:
+    """None once, then the deltas; closing the iterator cancels the request."""
+    try:
+        yield None
+        yield from handle
+    finally:
+        handle.cancel()
 
 
 def _delta(event: Event) -> Delta:

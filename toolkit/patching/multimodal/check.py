@@ -22,6 +22,7 @@ from toolkit.patching.multimodal.encoding import encode_item, on_device, taken_b
 from toolkit.patching.multimodal.entry import Arrival, MediaEntry, arriving
 from toolkit.patching.multimodal.items import Processed, items_of, splits_of
 from toolkit.patching.multimodal.sequences import positions_of, prompt_of
+from toolkit.patching.multimodal.shortened import shortened
 from toolkit.patching.probe import device_of
 from toolkit.patching.text_part import find_entry
 from toolkit.patching.without_media import POSITION_MASK, placeholders_of
@@ -54,10 +55,25 @@ def check_media(model: nn.Module, entry: MediaEntry, processed: Processed, outpu
     if layout not in entry.verdicts:
         # What raises may pass (sharded weights, one odd sequence); a verdict stays.
         with torch.no_grad(), eval_mode(model), observing(None), _state_kept(model):
-            entry.verdicts[layout] = _verdict(model, entry, processed, outputs)
+            if not _proven_shortened(model, entry, processed, outputs):
+                entry.verdicts[layout] = _verdict(model, entry, processed, outputs)
     reason = entry.verdicts[layout]
     if reason is not None:
         raise ToolkitError(f"images of {type(model).__name__} must be proven for a ragged batch, got: {reason}")
+
+
+def _proven_shortened(model: nn.Module, entry: MediaEntry, processed: Processed, outputs: Mapping[str, Any]) -> bool:
+    """Whether the layout is proven by what lies beside its images. What fails there is tried as a whole."""
+    few = shortened(processed, outputs, placeholders_of(model.config))
+    try:
+        if few is None or _verdict(model, entry, Processed.of(few), few) is not None:
+            return False
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, IndexError, TypeError, KeyError, ToolkitError):
+        return False
+    entry.verdicts[processed.layout()] = None
+    return True
 
 
 def _verdict(model: nn.Module, entry: MediaEntry, processed: Processed, outputs: Mapping[str, Any]) -> str | None:
