@@ -1,10 +1,12 @@
 """Collect claims, check them against each other, install them, and take them back."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from torch import nn
 
 from toolkit.errors import ToolkitError
+from toolkit.modules.padding import LabelsOnPadding
 from toolkit.numerics import Numerics
 from toolkit.patching.adapters import (
     FUSED,
@@ -14,7 +16,7 @@ from toolkit.patching.adapters import (
     release_adapters,
     without_adapters,
 )
-from toolkit.patching.claim import Claim, Skipped, install_all, undo_all
+from toolkit.patching.claim import Claim, Skipped, install_all, put_pre_hook, undo_all
 from toolkit.patching.float32_arithmetic import float32_arithmetic
 from toolkit.patching.forward import row_forward
 from toolkit.patching.instance_forward import UNPROVEN, InstalledForwards, foreign_forward
@@ -123,7 +125,10 @@ def patch(model: nn.Module, roles: Sequence[str] | None = None, numerics: str | 
     check_unsharded(model, "patching")
     count_steps(model)  # deferred logits notice writes by torch's counters
     report = find_claims(model, roles, numerics)
-    undo = install_all(claim.install for claim in report.claims)
+    installs = [claim.install for claim in report.claims]
+    if "attention" in report.roles():
+        installs.append(partial(put_pre_hook, model, LabelsOnPadding()))
+    undo = install_all(installs)
     put_record(model, PatchRecord(report, wanted, undo, InstalledForwards.of(report.claims)))
     fuse_adapters(model, report.numerics)
     skipped = [(path, verdict) for path, verdict in adapter_report(model) if verdict != FUSED]

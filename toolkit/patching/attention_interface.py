@@ -14,6 +14,7 @@ from transformers.masking_utils import sdpa_mask
 
 from toolkit.errors import ToolkitError
 from toolkit.modules.attention import attend, both_sides, explicit_mask, keep_runs, padded_context, read_runs
+from toolkit.modules.padding import padding_is_read
 from toolkit.modules.sparse_attention import SPARSE_CALL, SparseCall
 from toolkit.state.active import forward_context_of, get_forward_context
 from toolkit.state.context import AttentionSettings
@@ -265,11 +266,12 @@ def mask_function(
 
     An explicit one is evaluated: where every query sees one run of keys (windows, chunks, packed sequences, pictures
     that see themselves, encoders with padding), the op serves it, else torch's dense attention. Which mask it is
-    depends on the values of ``attention_mask``: while a compiler traces, every mask is made explicit.
+    depends on the values of ``attention_mask``: while a compiler traces, every mask is made explicit; so is one whose
+    padding somebody reads.
     """
     if get_forward_context() is not None:
         return None
-    made = not torch.compiler.is_compiling() and _EXPLICIT.get()
+    made = not torch.compiler.is_compiling() and (_EXPLICIT.get() or padding_is_read())
     whole = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
     plain = allow_is_causal_skip and whole and not made
     if plain and attention_mask is None:

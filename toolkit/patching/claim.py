@@ -151,6 +151,19 @@ def set_attribute(module: nn.Module, name: str, value: Any) -> Undo:
     return undo
 
 
+def put_pre_hook(module: nn.Module, hook: Callable[..., Any]) -> Undo:
+    """The undo step, after putting ``hook``, which gets keywords too, before the module's forward."""
+    module.register_forward_pre_hook(hook, with_kwargs=True)
+    return partial(_remove_pre_hooks, module, type(hook))
+
+
+def _remove_pre_hooks(module: nn.Module, kind: type) -> None:
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if isinstance(hook, kind):
+            module._forward_pre_hooks.pop(key)
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
 def _set_none(module: nn.Module, name: str) -> None:
     module.__dict__[name] = None
 

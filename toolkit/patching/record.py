@@ -26,7 +26,7 @@ class PatchRecord:
     Args:
         report: None after unpickling.
         roles: as given to ``patch``; None for all.
-        undo: one step per claim, in the order of installation.
+        undo: steps of what was installed, in order.
         forwards: that were installed; None after unpickling.
     """
 

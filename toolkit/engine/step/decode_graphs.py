@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 from toolkit.engine.step.executors import EXECUTORS, Executor, holds
 from toolkit.engine.step.graph import CapturedGraph, capture
 from toolkit.engine.step.passes import optimize
+from toolkit.modules.padding import LabelsOnPadding
 from toolkit.patching import report_of
 from toolkit.patching.forward import context_forward
 from toolkit.patching.multimodal.entry import MediaEntry
@@ -57,10 +58,11 @@ class DecodeGraphs:
     def find_hooks(self) -> None:
         """Look for forward hooks: they are the user's Python and must run at every step.
 
-        The hook that puts pictures among embeddings does nothing in a decode step.
+        The patch's own, which put pictures among embeddings and look at labels, do nothing in a decode step.
         """
+        own = (MediaEntry, LabelsOnPadding)
         self._hooked = any(
-            m._forward_hooks or any(not isinstance(hook, MediaEntry) for hook in m._forward_pre_hooks.values())
+            m._forward_hooks or any(not isinstance(hook, own) for hook in m._forward_pre_hooks.values())
             for m in self.model.modules()
         )
 

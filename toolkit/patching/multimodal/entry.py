@@ -13,14 +13,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from toolkit.errors import ToolkitError
-from toolkit.patching.claim import Undo
+from toolkit.patching.claim import Undo, put_pre_hook
 from toolkit.patching.skeleton import HIDDEN
 from toolkit.patching.text_part import find_entry, takes_pixels
 from toolkit.patching.without_media import POSITION_MASK
@@ -214,15 +213,7 @@ def _is_mask(value: Any, shape: torch.Size) -> bool:
 
 def install(entry: nn.Module) -> Undo:
     """Put a ``MediaEntry`` before the forward of ``entry``; the undo step."""
-    entry.register_forward_pre_hook(MediaEntry(takes_pixels(entry)), with_kwargs=True)
-    return partial(_remove, entry)
-
-
-def _remove(entry: nn.Module) -> None:
-    for key, hook in list(entry._forward_pre_hooks.items()):
-        if isinstance(hook, MediaEntry):
-            entry._forward_pre_hooks.pop(key)
-            entry._forward_pre_hooks_with_kwargs.pop(key, None)
+    return put_pre_hook(entry, MediaEntry(takes_pixels(entry)))
 
 
 def entry_of(model: nn.Module) -> MediaEntry | None:
