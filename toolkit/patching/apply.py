@@ -6,7 +6,6 @@ from functools import partial
 from torch import nn
 
 from toolkit.errors import ToolkitError
-from toolkit.modules.padding import LabelsOnPadding
 from toolkit.numerics import Numerics
 from toolkit.patching.adapters import (
     FUSED,
@@ -20,6 +19,7 @@ from toolkit.patching.claim import Claim, Skipped, install_all, put_pre_hook, un
 from toolkit.patching.float32_arithmetic import float32_arithmetic
 from toolkit.patching.forward import row_forward
 from toolkit.patching.instance_forward import UNPROVEN, InstalledForwards, foreign_forward
+from toolkit.patching.padding import LabelsOnPadding
 from toolkit.patching.probe import device_of
 from toolkit.patching.ragged_check import check_ragged
 from toolkit.patching.record import PatchRecord, pop_record, put_record, record_of

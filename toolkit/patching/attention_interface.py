@@ -14,8 +14,8 @@ from transformers.masking_utils import sdpa_mask
 
 from toolkit.errors import ToolkitError
 from toolkit.modules.attention import attend, both_sides, explicit_mask, keep_runs, padded_context, read_runs
-from toolkit.modules.padding import padding_is_read
 from toolkit.modules.sparse_attention import SPARSE_CALL, SparseCall
+from toolkit.patching.padding import padding_is_read
 from toolkit.state.active import forward_context_of, get_forward_context
 from toolkit.state.context import AttentionSettings
 

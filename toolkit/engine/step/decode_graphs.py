@@ -11,10 +11,10 @@ from torch.nn.functional import pad
 from toolkit.engine.step.executors import EXECUTORS, Executor, holds
 from toolkit.engine.step.graph import CapturedGraph, capture
 from toolkit.engine.step.passes import optimize
-from toolkit.modules.padding import LabelsOnPadding
 from toolkit.patching import report_of
 from toolkit.patching.forward import context_forward
 from toolkit.patching.multimodal.entry import MediaEntry
+from toolkit.patching.padding import LabelsOnPadding
 from toolkit.patching.weights import weight_clock
 from toolkit.state import PagedContext, PagedRows, RaggedBatch
 
