@@ -15,6 +15,7 @@ from toolkit.errors import ToolkitError
 from toolkit.sentences import shown
 from toolkit.serving import schemas
 from toolkit.serving.base import CLIENT_CLOSED_REQUEST, Base, ServerConfig
+from toolkit.serving.forms import JsonSchemaFormat, ResponseFormat, StructuredOutputs
 from toolkit.serving.openapi import describe, responses, takes
 from toolkit.serving.pooling import POOLING_PATHS, create_pooling_app
 from toolkit.serving.protocol import (
@@ -42,7 +43,10 @@ from toolkit.serving.texts import Texts
 
 __all__ = ["ServerConfig", "create_app"]
 
-BODIES = (CompletionRequest, ChatRequest, StreamOptions, Message, TextPart, ImagePart, ImageUrl)
+BODIES = (
+    CompletionRequest, ChatRequest, StreamOptions, Message, TextPart, ImagePart, ImageUrl, ResponseFormat,
+    JsonSchemaFormat, StructuredOutputs,
+)  # fmt: skip
 """Of requests, and what they are made of."""
 GENERATES = "The served model generates; serve a pooling model, or this one with --runner pooling."
 SHORT_RESPONSE = 1000
@@ -89,6 +93,8 @@ def create_app(config: ServerConfig) -> FastAPI:
     ) -> list[SamplingParams]:
         given = asked.sampling()
         params = SamplingParams(**{**defaults, **config.default_sampling_params, **given}, logprobs=logprobs)
+        if params.form is not None:
+            engine.engine.compile_grammar(params.form)  # here, where nobody else waits for it
         longest = None if "max_tokens" in given else config.max_model_len
         return [params if longest is None else fit_max_tokens(params, prompt_length(one), longest) for one in prompts]
 

@@ -247,7 +247,7 @@ class Base:
             return error
         if isinstance(error, EngineUnavailable):
             return RequestError(str(error), status=503, code="unavailable")
-        field = str(error).split()[0].strip("'")
+        field = str(error).split()[0].strip("'").partition(".")[0]
         return RequestError(str(error), field if field in self.fields else None)
 
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from toolkit.serving import schemas
-from toolkit.serving.protocol import NOT_OFFERED
+from toolkit.serving.body import NOT_OFFERED
 from toolkit.serving.responses import Json
 
 _COMPONENT = "#/components/schemas/{model}"

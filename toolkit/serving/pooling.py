@@ -22,8 +22,9 @@ from toolkit.engine.pooling.texts import ScorePlan, read_inputs
 from toolkit.engine.prompts import check_num_sequences
 from toolkit.sentences import shown
 from toolkit.serving.base import Base, ServerConfig
+from toolkit.serving.body import Body
 from toolkit.serving.openapi import describe, responses, takes
-from toolkit.serving.protocol import IGNORED, MAX_PROMPTS, Body, PromptKinds, parse, prompt_list
+from toolkit.serving.protocol import IGNORED, MAX_PROMPTS, PromptKinds, parse, prompt_list
 from toolkit.serving.responses import Json
 from toolkit.strict_json import strict_json
 

@@ -8,15 +8,16 @@ of the API that this server does not offer and values of the wrong type each bec
 import json
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from toolkit.errors import ToolkitError
 from toolkit.sentences import sentence, shown, unknown_field
+from toolkit.serving.body import Body
+from toolkit.serving.forms import JsonSchemaFormat, ResponseFormat, StructuredOutputs
 from toolkit.serving.limits import check_structure
 
 MAX_CHOICES = 128
 MAX_TOP_LOGPROBS = 20
-MAX_FIELDS = 128
 MAX_NAME = 200
 """Characters of an unknown field's name that an error repeats."""
 MAX_MESSAGES = MAX_PROMPTS = 2048
@@ -25,24 +26,6 @@ MAX_STOP_CHARACTERS = 8192
 MAX_STOP_TOKEN_IDS = 1024
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
-# Fields of the OpenAI API that are not offered, each with the values that ask for nothing.
-NOT_OFFERED: dict[str, tuple[Any, ...]] = {
-    "audio": (),
-    "best_of": (1,),
-    "echo": (False,),
-    "function_call": ("none",),
-    "functions": ([],),
-    "logit_bias": ({},),
-    "modalities": (["text"],),
-    "prediction": (),
-    "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
-    "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tool_calls": ([],),
-    "tools": ([],),
-    "web_search_options": (),
-}
 IGNORED = (
     "metadata",
     "parallel_tool_calls",
@@ -70,29 +53,6 @@ class RequestError(ToolkitError):
     def __init__(self, message: str, param: str | None = None, status: int = 400, code: str | None = None) -> None:
         super().__init__(message)
         self.param, self.status, self.code = param, status, code
-
-
-class Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-    ignored: ClassVar[tuple[str, ...]] = ()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_what_asks_for_nothing(cls, body: Any) -> Any:
-        if not isinstance(body, dict):
-            return body
-        if len(body) > MAX_FIELDS:
-            raise ValueError(f"A request's object must have <= {MAX_FIELDS} fields, got {len(body)}.")
-        kept = {}
-        for name, value in body.items():
-            if value is None or name in cls.ignored:
-                continue
-            if name in NOT_OFFERED and name not in cls.model_fields:
-                if any(type(value) is type(inert) and value == inert for inert in NOT_OFFERED[name]):
-                    continue
-                raise ValueError(f"'{name}' is {shown(value)}, but this server does not offer '{name}'.")
-            kept[name] = value
-        return kept
 
 
 class StreamOptions(Body):
@@ -209,6 +169,8 @@ class Sampling(Body):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     @field_validator("stop", mode="before", json_schema_input_type=str | list[str])
     @classmethod
@@ -231,10 +193,19 @@ class Sampling(Body):
             raise ValueError("'stream_options' is given, but 'stream' is not true.")
         return self
 
+    @model_validator(mode="after")
+    def _one_form(self) -> "Sampling":
+        if self.structured_outputs is not None and self.response_format is not None and self.response_format.form():
+            raise ValueError("'structured_outputs' is given, and so is 'response_format'; give one.")
+        return self
+
     def sampling(self) -> dict[str, Any]:
         """Keyword arguments for ``SamplingParams``: what the request gave; the defaults live there."""
-        names = set(Sampling.model_fields) - {"model", "stream", "stream_options"}
-        return {name: getattr(self, name) for name in names & self.model_fields_set}
+        names = set(Sampling.model_fields) - {"model", "stream", "stream_options", "response_format"}
+        values = {name: getattr(self, name) for name in names & self.model_fields_set}
+        asked = self.structured_outputs or self.response_format
+        form = asked.form() if asked is not None else None
+        return values if form is None else {**values, "structured_outputs": form}
 
     @property
     def usage_in_stream(self) -> bool:
@@ -352,7 +323,7 @@ def _sentence(kind: type[BaseModel], error: ValidationError) -> RequestError:
         "".join(f"[{part}]" if isinstance(part, int) else f".{part[:MAX_NAME]}" for part in where).lstrip(".") or None
     )
     if first["type"] == "extra_forbidden":
-        fields = _owner(kind, where[:-1], part).model_fields
+        fields = [field.alias or name for name, field in _owner(kind, where[:-1], part).model_fields.items()]
         return RequestError(unknown_field(str(param), str(where[-1]), fields), param)
     if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
         found = (
@@ -373,6 +344,9 @@ def _owner(kind: type[BaseModel], where: list[Any], part: str) -> type[BaseModel
         "messages": Message,
         "content": ImagePart if part == "image_url" else TextPart,
         "image_url": ImageUrl,
+        "response_format": ResponseFormat,
+        "json_schema": JsonSchemaFormat,
+        "structured_outputs": StructuredOutputs,
     }
     return next((nested[part] for part in reversed(where) if part in nested), kind)
 

@@ -1,0 +1,173 @@
+"""``response_format`` and ``structured_outputs`` over HTTP, streamed and not."""
+
+import json
+import re
+
+import pytest
+from fastapi.testclient import TestClient
+
+from tests.helpers.json_schemas import violation
+from toolkit.engine import AsyncEngine, Engine
+from toolkit.loading import load_model
+from toolkit.serving.app import ServerConfig, create_app
+from toolkit.serving.protocol import ChatRequest, CompletionRequest, RequestError, parse
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+SCHEMA = {
+    "type": "object",
+    "properties": {"kind": {"enum": ["a", "b"]}, "n": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["kind", "n"],
+    "additionalProperties": False,
+}
+NAMED = {"type": "json_schema", "json_schema": {"name": "thing", "schema": SCHEMA, "strict": True}}
+TAG = {"triggers": ["<f"], "structures": [{"begin": "<f>", "schema": SCHEMA, "end": "</f>"}]}
+
+
+@pytest.fixture(scope="module")
+def client(chat_model):
+    model, tokenizer = load_model(str(chat_model))
+    with Engine(model, tokenizer, max_model_len=512) as engine:
+        config = ServerConfig("tiny", AsyncEngine(engine), tokenizer=tokenizer, max_model_len=512, vocab_size=320)
+        with TestClient(create_app(config)) as client:
+            yield client
+
+
+def body_of(path: str, **fields) -> dict:
+    asked = {"messages": [{"role": "user", "content": "hi"}]} if path == CHAT else {"prompt": "hi"}
+    return {**asked, "max_tokens": 200, "seed": 0, **fields}
+
+
+def answer(client: TestClient, path: str, **fields) -> tuple[str, str]:
+    """(text, finish reason) of the one choice, streamed or not."""
+    response = client.post(path, json=body_of(path, **fields))
+    assert response.status_code == 200, response.text
+    if not fields.get("stream"):
+        (choice,) = response.json()["choices"]
+        return choice["message"]["content"] if path == CHAT else choice["text"], choice["finish_reason"]
+    choices = [json.loads(line[6:])["choices"][0] for line in response.text.splitlines() if line.startswith("data: {")]
+    text = "".join(one["delta"].get("content", "") if path == CHAT else one["text"] for one in choices)
+    return text, choices[-1]["finish_reason"]
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("fields", "pattern"),
+    [
+        ({"response_format": NAMED}, None),
+        ({"structured_outputs": {"json": SCHEMA, "disable_any_whitespace": True}}, r'\{"kind":"[ab]","n":\d\d?\}'),
+        ({"structured_outputs": {"json": json.dumps(SCHEMA)}, "response_format": {"type": "text"}}, None),
+        ({"structured_outputs": {"regex": "[0-9]{3}", "json": None}}, "[0-9]{3}"),
+        ({"structured_outputs": {"choice": ["left", "right"]}}, "left|right"),
+        ({"structured_outputs": {"grammar": 'root ::= "a" [0-9]\n'}}, "a[0-9]"),
+    ],
+)
+def test_answers_have_the_form_that_was_asked_for(client, path, stream, fields, pattern):
+    text, reason = answer(client, path, stream=stream, **fields)
+    assert reason == "stop"
+    if pattern is None:
+        assert violation(SCHEMA, text) is None
+    else:
+        assert re.fullmatch(pattern, text)
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_objects_and_tags(client, path):
+    text, reason = answer(client, path, response_format={"type": "json_object"}, max_tokens=60)
+    assert text.lstrip().startswith("{")
+    assert reason == "length" or isinstance(json.loads(text), dict)
+    for fields in (
+        {"structured_outputs": {"structural_tag": TAG}},
+        {"response_format": {"type": "structural_tag", **TAG}},
+    ):
+        text, _ = answer(client, path, max_tokens=30, **fields)
+        assert "<f" not in text or "<f>{" in text
+    text, _ = answer(client, path, response_format={"type": "json_schema", "json_schema": {"name": "x"}}, max_tokens=9)
+    assert text.lstrip().startswith("{")
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+@pytest.mark.parametrize(
+    ("fields", "message", "param"),
+    [
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {}}}}},
+            "structured_outputs must not have 'not' in a JSON schema, which cannot be enforced.",
+            "structured_outputs",
+        ),
+        (
+            {"structured_outputs": {"regex": "(?=a)"}},
+            "structured_outputs.regex must be what can be enforced, got one that is not (look-around",
+            "structured_outputs",
+        ),
+        ({"structured_outputs": {}}, "structured_outputs must have one of json, regex", "structured_outputs"),
+        (
+            {"structured_outputs": {"json": 3}},
+            "structured_outputs.json must be a JSON object or its text, got 3.",
+            None,
+        ),
+        (
+            {"structured_outputs": {"jso": {}}},
+            "'structured_outputs.jso'; did you mean 'json'?",
+            "structured_outputs.jso",
+        ),
+        ({"structured_outputs": {"choice": "a"}}, "'structured_outputs.choice' must be a list, got 'a'.", None),
+        ({"structured_outputs": "x"}, "'structured_outputs' must be a mapping of fields, got 'x'.", None),
+        ({"response_format": {"type": "xml"}}, "'response_format.type' must be one of", "response_format.type"),
+        ({"response_format": {}}, "'response_format.type' is required.", "response_format.type"),
+        (
+            {"response_format": {"type": "json_schema"}},
+            "'response_format.json_schema' is required with the type 'json_schema'.",
+            "response_format",
+        ),
+        (
+            {"response_format": {"type": "json_object", "json_schema": {"name": "x"}}},
+            "'response_format.json_schema' must not be given with the type 'json_object'.",
+            "response_format",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "shema": {}}}},
+            "did you mean 'schema'?",
+            "response_format.json_schema.shema",
+        ),
+        (
+            {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}},
+            "'structured_outputs' is given, and so is 'response_format'; give one.",
+            "structured_outputs",
+        ),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(client, path, fields, message, param):
+    response = client.post(path, json=body_of(path, **fields))
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert message in error["message"]
+    if param is not None:
+        assert error["param"] == param
+
+
+def test_requests_for_text_ask_for_nothing():
+    for kind, asked in ((ChatRequest, body_of(CHAT)), (CompletionRequest, body_of(COMPLETIONS))):
+        plain = parse(kind, json.dumps(asked).encode()).sampling()
+        for fields in ({"response_format": {"type": "text"}}, {"response_format": None, "structured_outputs": None}):
+            assert parse(kind, json.dumps({**asked, **fields}).encode()).sampling() == plain
+    with pytest.raises(RequestError):
+        parse(ChatRequest, json.dumps(body_of(CHAT, response_format="text")).encode())
+
+
+def test_the_document_shows_the_fields(client):
+    schemas = client.get("/openapi.json").json()["components"]["schemas"]
+    for name in ("ChatRequest", "CompletionRequest"):
+        assert {"response_format", "structured_outputs"} <= set(schemas[name]["properties"])
+    assert {"json", "regex", "choice", "grammar", "json_object", "structural_tag"} <= set(
+        schemas["StructuredOutputs"]["properties"]
+    )
+    assert {"name", "schema", "strict"} <= set(schemas["JsonSchemaFormat"]["properties"])
+
+
+def test_a_server_without_a_tokenizer_says_so(chat_model):
+    model, _ = load_model(str(chat_model))
+    with Engine(model) as engine, TestClient(create_app(ServerConfig("tiny", AsyncEngine(engine)))) as client:
+        response = client.post(COMPLETIONS, json={"prompt": [1, 2], "structured_outputs": {"regex": "a"}})
+    assert response.status_code == 400
+    assert response.json()["error"]["message"] == "structured_outputs needs a tokenizer, and the engine has none."

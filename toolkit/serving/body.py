@@ -1,0 +1,50 @@
+"""What the objects in request bodies share: fields that are not offered, and null for what is not given."""
+
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from toolkit.sentences import shown
+
+MAX_FIELDS = 128
+
+# Fields of the OpenAI API that are not offered, each with the values that ask for nothing.
+NOT_OFFERED: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "best_of": (1,),
+    "echo": (False,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "modalities": (["text"],),
+    "prediction": (),
+    "reasoning_effort": (),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tool_calls": ([],),
+    "tools": ([],),
+    "web_search_options": (),
+}
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    ignored: ClassVar[tuple[str, ...]] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_asks_for_nothing(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        if len(body) > MAX_FIELDS:
+            raise ValueError(f"A request's object must have <= {MAX_FIELDS} fields, got {len(body)}.")
+        kept = {}
+        for name, value in body.items():
+            if value is None or name in cls.ignored:
+                continue
+            if name in NOT_OFFERED and name not in cls.model_fields:
+                if any(type(value) is type(inert) and value == inert for inert in NOT_OFFERED[name]):
+                    continue
+                raise ValueError(f"'{name}' is {shown(value)}, but this server does not offer '{name}'.")
+            kept[name] = value
+        return kept
