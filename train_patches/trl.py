@@ -78,6 +78,8 @@ def engine_rollout(
     _check(own, returns_logprobs)
     _patch(own, engine_args.get("numerics"), share and hasattr(own, "_get_per_token_logps_and_entropies"))
     engine_args = {"seed": own.args.seed + own.accelerator.process_index} | engine_args
+    if _regex(own) is not None:
+        engine_args = {"tokenizer": own.processing_class} | engine_args
     rollout = Rollout(own, Engine(own.model, **engine_args), returns_logprobs, own._compute_loss)
     own._generate_single_turn = rollout.generate
     own._compute_loss = rollout.compute_loss
@@ -88,6 +90,11 @@ def engine_rollout(
         rollout.rewards = own._calculate_rewards
         own._calculate_rewards = rollout.finite_rewards
     return rollout.engine
+
+
+def _regex(trainer: Any) -> str | None:
+    """What completions must match; TRL's name is that of its other engine."""
+    return getattr(trainer.args, "vllm_structured_outputs_regex", None)
 
 
 def _returns_logprobs(trainer: Any) -> bool:
@@ -182,6 +189,7 @@ class Rollout:
     def params(self, count: int) -> SamplingParams:
         """The trainer's generation settings, for ``count`` completions of a prompt."""
         config = self.trainer.generation_config
+        regex = _regex(self.trainer)
         return SamplingParams(
             n=count,
             max_tokens=config.max_new_tokens,
@@ -193,6 +201,7 @@ class Rollout:
             repetition_penalty=_or(config.repetition_penalty, 1.0),
             ignore_eos=True,  # stop_token_ids has the trainer's list
             stop_token_ids=self.trainer.eos_token_ids,
+            structured_outputs=None if regex is None else {"regex": regex},
         )
 
     def generate(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:

@@ -1,6 +1,7 @@
 """TRL's trainers on a patched model: SFT and DPO as without the patch, GRPO with the engine as its rollout."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -97,6 +98,17 @@ def test_greedy_tokens_are_those_of_trls_own_generation(tokenizer, tmp_path):
     assert completions == expected
     assert len({len(one) for one in completions}) > 1
     assert [len(one) for one in logprobs] == [len(one) for one in completions]
+
+
+def test_completions_match_the_regular_expression_of_the_arguments(tokenizer, tmp_path):
+    trainer = grpo(tokenizer, tmp_path, vllm_structured_outputs_regex="[ab]{3,6}")
+    prompts = [tokenizer(text)["input_ids"] for text in PROMPTS for _ in range(2)]
+    with engine_rollout(trainer, max_model_len=64):
+        completions, _ = trainer._generate_single_turn(prompts, None, {}, 2)
+        trainer.train()
+    for one in completions:
+        assert re.fullmatch("[ab]{3,6}", tokenizer.decode(one, skip_special_tokens=True))
+    assert logged(trainer, "mismatch/kl") == [0.0] * len(logged(trainer, "mismatch/kl"))
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])

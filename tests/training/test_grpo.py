@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,30 @@ def test_a_step_whose_completions_are_all_masked_has_no_loss(tmp_path: Path) -> 
     assert trainer.step == 1
     assert policy.finish()[1]["truncated_fraction"] == 1.0
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(trainer).items())
+
+
+def test_completions_have_the_form_of_the_recipe(tmp_path: Path) -> None:
+    """Their log-probabilities are the model's own, whose ratio to the training forward's is one in every bit."""
+    rollout = {"max_completion_length": 8, "max_num_seqs": 16, "structured_outputs": {"regex": "[a-f]{2}( [a-f]+)?"}}
+    trainer, policy = setup(tmp_path, {"rollout": rollout})
+    found: list[Any] = []
+    generate = policy.rollout.generate
+
+    def kept(*args: Any, **given: Any) -> Any:
+        found.append(generate(*args, **given))
+        return found[-1]
+
+    policy.rollout.generate = kept  # type: ignore[method-assign]
+    policy.task.reward = lambda prompt, completion: completion.count("a")  # type: ignore[method-assign]
+    trainer.train_step()
+    ones = [one for groups in found for group in groups for one in group]
+    assert len(ones) >= 12
+    for one in ones:
+        whole = one.finish_reason == "stop"
+        assert re.fullmatch("[a-f]{2}( [a-f]+)?" if whole else "[a-f]{0,2}( [a-f]*)?", one.text), one.text
+        assert one.logprobs != one.sampling_logprobs
+    with pytest.raises(ToolkitError, match=r"structured_outputs must have one of json, regex.*got none"):
+        setup(tmp_path / "other", {"rollout": rollout | {"structured_outputs": {}}})
 
 
 def test_truncated_importance_and_sequence_means() -> None:

@@ -84,6 +84,9 @@ class RolloutSection(Section):
     """Most sequences in flight."""
     memory_tokens: Count | None = None
     """Tokens of state that the engine holds; null for ``max_num_seqs`` of ``train.max_length``."""
+    structured_outputs: dict[str, Any] | None = None
+    """The form of completions, such as ``{regex: "[0-9]+"}``: the fields of ``StructuredOutputsParams``. Objectives
+    train the model's own probabilities, not those among the tokens that the form allows."""
 
 
 class PromptSection(ObjectiveSection):

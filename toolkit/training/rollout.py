@@ -7,7 +7,7 @@ from contextlib import closing
 from typing import Any, cast
 
 from toolkit.config.objective import RolloutSection
-from toolkit.engine import Engine, SamplingParams
+from toolkit.engine import Engine, SamplingParams, StructuredOutputsParams
 from toolkit.engine.outputs import Completion, Delta
 from toolkit.errors import ToolkitError
 from toolkit.training.corpus import digest
@@ -37,6 +37,7 @@ class Rollout:
         enable_return_selected_keys: bool = False,
     ) -> None:
         self._context, self._section = context, section
+        self._form = StructuredOutputsParams.read(section.structured_outputs)
         self._return_routed_experts = enable_return_routed_experts
         self._return_selected_keys = enable_return_selected_keys
         self._engine: Engine | None = None
@@ -97,6 +98,7 @@ class Rollout:
                 max_tokens=section.max_completion_length,
                 temperature=section.temperature if temperature is None else temperature,
                 seed=seed,
+                structured_outputs=self._form,
             )
             for seed in seeds
         ]
