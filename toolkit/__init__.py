@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from toolkit.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from toolkit.engine import AsyncEngine, Engine, SamplingParams
+    from toolkit.engine import AsyncEngine, Engine, SamplingParams, StructuredOutputsParams
     from toolkit.engine.pooling import PoolingParams
     from toolkit.exporting import export
     from toolkit.llm import LLM
@@ -26,6 +26,7 @@ _HOMES = {
     "LLM": "toolkit.llm",
     "PoolingParams": "toolkit.engine.pooling",
     "SamplingParams": "toolkit.engine",
+    "StructuredOutputsParams": "toolkit.engine",
     "export": "toolkit.exporting",
     "PatchReport": "toolkit.patching",
     "patch": "toolkit.patching",
@@ -40,6 +41,7 @@ __all__ = [
     "PatchReport",
     "PoolingParams",
     "SamplingParams",
+    "StructuredOutputsParams",
     "export",
     "patch",
     "token_logprobs",

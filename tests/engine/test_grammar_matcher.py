@@ -66,7 +66,7 @@ def test_a_mask_allows_what_the_language_can_continue_with(kind: str, language: 
     rng = np.random.default_rng(0)
     ended = 0
     for _ in range(12):
-        matcher, so_far = matcher_of(compiler, VOCAB, **form), b""
+        matcher, so_far = matcher_of(compiler, **form), b""
         while True:
             found = set(allowed(matcher, VOCAB))
             wanted = {at for at, text in whole.items() if in_language(texts, so_far + text)}
@@ -103,7 +103,7 @@ def ids(tokenizer, text: str) -> list[int]:
 
 
 def test_ends_are_allowed_where_the_grammar_may_end_and_forced_where_it_is_complete(tokenizer, compiler) -> None:
-    matcher = matcher_of(compiler, VOCAB, regex="ab?")
+    matcher = matcher_of(compiler, regex="ab?")
     a, b = (tokenizer.convert_tokens_to_ids(one) for one in "ab")
     assert allowed(matcher, VOCAB) == [a]
     assert not matcher.may_end
@@ -120,7 +120,7 @@ def test_ends_are_allowed_where_the_grammar_may_end_and_forced_where_it_is_compl
 
 def test_stop_tokens_are_allowed_where_and_only_where_the_grammar_may_end(tokenizer, compiler) -> None:
     a, b, padding = *(tokenizer.convert_tokens_to_ids(one) for one in "ab"), VOCAB - 1
-    matcher = matcher_of(compiler, VOCAB, [2, b, padding, VOCAB + 3], regex="ab?c")
+    matcher = matcher_of(compiler, [2, b, padding, VOCAB + 3], regex="ab?c")
     assert allowed(matcher, VOCAB) == [a]
     matcher.accept(a)
     assert b not in allowed(matcher, VOCAB)
@@ -130,7 +130,7 @@ def test_stop_tokens_are_allowed_where_and_only_where_the_grammar_may_end(tokeni
 
 
 def test_a_token_that_is_not_allowed_is_an_error_that_stays(tokenizer, compiler) -> None:
-    matcher = matcher_of(compiler, VOCAB, regex="ab?")
+    matcher = matcher_of(compiler, regex="ab?")
     with pytest.raises(ToolkitError, match=r"structured_outputs cannot be followed further \(.*doesn't satisfy"):
         matcher.accept(tokenizer.convert_tokens_to_ids("c"))
     assert matcher.error is not None
@@ -141,7 +141,7 @@ def test_a_token_that_is_not_allowed_is_an_error_that_stays(tokenizer, compiler)
 
 def test_a_matcher_rolls_back_and_forks(tokenizer, compiler) -> None:
     text = ids(tokenizer, '{"name": "the dog", "n": [1, 22]}')
-    matcher = matcher_of(compiler, VOCAB, json_object=True)
+    matcher = matcher_of(compiler, json_object=True)
     masks = [allowed(matcher, VOCAB)]
     for token in text:
         matcher.accept(token)
@@ -185,15 +185,15 @@ def test_free_text_has_tags_where_triggers_are(tokenizer, compiler) -> None:
 def test_special_tokens_are_text_for_no_grammar_that_does_not_name_them(tokenizer, compiler) -> None:
     start = tokenizer.convert_tokens_to_ids("<|im_start|>")
     for form in ({"regex": "(?s:.*)"}, {"choice": ["<|im_start|>"]}, {"regex": r"<\|im_start\|>"}):
-        assert start not in allowed(matcher_of(compiler, VOCAB, **form), VOCAB)
-    assert allowed(matcher_of(compiler, VOCAB, grammar='start: <|im_start|> "a"'), VOCAB) == [start]
+        assert start not in allowed(matcher_of(compiler, **form), VOCAB)
+    assert allowed(matcher_of(compiler, grammar='start: <|im_start|> "a"'), VOCAB) == [start]
 
 
 def test_a_grammar_does_not_choose_between_tokenisations(tokenizer, compiler) -> None:
-    texts = [tokenizer.decode([one]) for one in allowed(matcher_of(compiler, VOCAB, regex="the quick"), VOCAB)]
+    texts = [tokenizer.decode([one]) for one in allowed(matcher_of(compiler, regex="the quick"), VOCAB)]
     assert {"t", "th", "the"} & set(texts) == {one for one in ("t", "th", "the") if len(ids(tokenizer, one)) == 1}
     header = '%llguidance {"no_forcing": false}\nstart: "the quick"'
-    assert [tokenizer.decode([one]) for one in allowed(matcher_of(compiler, VOCAB, grammar=header), VOCAB)] == texts
+    assert [tokenizer.decode([one]) for one in allowed(matcher_of(compiler, grammar=header), VOCAB)] == texts
 
 
 class Rows:
@@ -222,7 +222,7 @@ def rows_of(matcher: Matcher, drafted: list[int]) -> list[list[int]]:
 def test_rows_are_masked_and_others_are_not(tokenizer, compiler) -> None:
     drafted = ids(tokenizer, '{"a": 1}')
     json, regex, late = (
-        matcher_of(compiler, VOCAB, **form) for form in ({"json_object": True}, {"regex": "the dog"}, {"choice": ["x"]})
+        matcher_of(compiler, **form) for form in ({"json_object": True}, {"regex": "the dog"}, {"choice": ["x"]})
     )
     expected = [None, *rows_of(json, drafted), allowed(regex, VOCAB), None, allowed(late, VOCAB)]
     rows = [(None, 0), *((json, at) for at in range(len(drafted) + 1)), (regex, 0), (None, 0), (late, 0)]
@@ -247,7 +247,7 @@ def test_rows_are_masked_and_others_are_not(tokenizer, compiler) -> None:
 
 def test_rows_behind_a_wrong_draft_are_finite(tokenizer, compiler) -> None:
     a, b = (tokenizer.convert_tokens_to_ids(one) for one in "ab")
-    matcher = matcher_of(compiler, VOCAB, regex="ab")
+    matcher = matcher_of(compiler, regex="ab")
     logits = torch.randn(4, VOCAB)
     with Rows() as masks:
         masks.start([(matcher, [a, a, b])])
@@ -260,7 +260,7 @@ def test_rows_behind_a_wrong_draft_are_finite(tokenizer, compiler) -> None:
 
 def test_a_draft_may_pass_the_end(tokenizer, compiler) -> None:
     a = tokenizer.convert_tokens_to_ids("a")
-    matcher = matcher_of(compiler, VOCAB, regex="a")
+    matcher = matcher_of(compiler, regex="a")
     logits = torch.randn(4, VOCAB)
     with Rows() as masks:
         masks.start([(matcher, [a, 2, 2])])
@@ -270,7 +270,7 @@ def test_a_draft_may_pass_the_end(tokenizer, compiler) -> None:
 
 
 def test_where_penalties_leave_nothing_that_is_allowed_the_logits_stand(tokenizer, compiler) -> None:
-    finished, open_end = (matcher_of(compiler, VOCAB, regex=regex) for regex in ("a", "ab?"))
+    finished, open_end = (matcher_of(compiler, regex=regex) for regex in ("a", "ab?"))
     for matcher in (finished, open_end):
         matcher.accept(tokenizer.convert_tokens_to_ids("a"))
     logits = torch.randn(2, VOCAB)
@@ -285,7 +285,7 @@ def test_where_penalties_leave_nothing_that_is_allowed_the_logits_stand(tokenize
 
 
 def test_a_row_whose_grammar_failed_has_an_error(tokenizer, compiler) -> None:
-    good, bad = (matcher_of(compiler, VOCAB, regex="a") for _ in range(2))
+    good, bad = (matcher_of(compiler, regex="a") for _ in range(2))
     with pytest.raises(ToolkitError):
         bad.accept(tokenizer.convert_tokens_to_ids("b"))
     logits = torch.randn(2, VOCAB)

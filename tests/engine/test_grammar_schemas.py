@@ -28,7 +28,7 @@ def test_every_finished_text_is_valid(compiler: GrammarCompiler, count: int) -> 
     for schema in ENFORCED:
         for at in range(count):
             # Without whitespace, of which random texts write more than of anything else, most of them come to an end.
-            matcher = matcher_of(compiler, VOCAB, json=schema, disable_any_whitespace=at % 2 == 0)
+            matcher = matcher_of(compiler, json=schema, disable_any_whitespace=at % 2 == 0)
             text = random_text(matcher, tokenizer, VOCAB, EOS, rng, MOST)
             if text is not None:
                 finished += 1

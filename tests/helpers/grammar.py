@@ -17,14 +17,14 @@ def allowed(matcher: Matcher, vocab_size: int) -> list[int]:
     return [token for token in range(32 * len(row)) if row[token // 32] >> (token % 32) & 1]
 
 
-def matcher_of(compiler: GrammarCompiler, vocab_size: int, stop_ids: Iterable[int] = (), **form: Any) -> Matcher:
+def matcher_of(compiler: GrammarCompiler, stop_ids: Iterable[int] = (), **form: Any) -> Matcher:
     """A matcher at the beginning of a form."""
-    return compiler.compile(StructuredOutputsParams(**form)).matcher(list(stop_ids), vocab_size)
+    return compiler.compile(StructuredOutputsParams(**form)).matcher(list(stop_ids))
 
 
 def accepts(compiler: GrammarCompiler, tokenizer: Any, vocab_size: int, text: str, **form: Any) -> bool:
     """Whether a form allows a text as the whole output, written with the tokenizer's own tokens."""
-    matcher = matcher_of(compiler, vocab_size, **form)
+    matcher = matcher_of(compiler, **form)
     for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
         if token not in allowed(matcher, vocab_size):
             return False

@@ -37,7 +37,7 @@ def body_of(path: str, **fields) -> dict:
     return {**asked, "max_tokens": 200, "seed": 0, **fields}
 
 
-def answer(client: TestClient, path: str, **fields) -> tuple[str, str]:
+def choice_of(client: TestClient, path: str, **fields) -> tuple[str, str]:
     """(text, finish reason) of the one choice, streamed or not."""
     response = client.post(path, json=body_of(path, **fields))
     assert response.status_code == 200, response.text
@@ -62,8 +62,8 @@ def answer(client: TestClient, path: str, **fields) -> tuple[str, str]:
         ({"structured_outputs": {"grammar": 'root ::= "a" [0-9]\n'}}, "a[0-9]"),
     ],
 )
-def test_answers_have_the_form_that_was_asked_for(client, path, stream, fields, pattern):
-    text, reason = answer(client, path, stream=stream, **fields)
+def test_responses_have_the_form_that_was_asked_for(client, path, stream, fields, pattern):
+    text, reason = choice_of(client, path, stream=stream, **fields)
     assert reason == "stop"
     if pattern is None:
         assert violation(SCHEMA, text) is None
@@ -73,16 +73,18 @@ def test_answers_have_the_form_that_was_asked_for(client, path, stream, fields, 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 def test_objects_and_tags(client, path):
-    text, reason = answer(client, path, response_format={"type": "json_object"}, max_tokens=60)
+    text, reason = choice_of(client, path, response_format={"type": "json_object"}, max_tokens=60)
     assert text.lstrip().startswith("{")
     assert reason == "length" or isinstance(json.loads(text), dict)
     for fields in (
         {"structured_outputs": {"structural_tag": TAG}},
         {"response_format": {"type": "structural_tag", **TAG}},
     ):
-        text, _ = answer(client, path, max_tokens=30, **fields)
+        text, _ = choice_of(client, path, max_tokens=30, **fields)
         assert "<f" not in text or "<f>{" in text
-    text, _ = answer(client, path, response_format={"type": "json_schema", "json_schema": {"name": "x"}}, max_tokens=9)
+    text, _ = choice_of(
+        client, path, response_format={"type": "json_schema", "json_schema": {"name": "x"}}, max_tokens=9
+    )
     assert text.lstrip().startswith("{")
 
 

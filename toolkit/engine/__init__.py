@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from toolkit.engine.config import EngineConfig
+from toolkit.engine.grammar.params import StructuredOutputsParams
 from toolkit.engine.params import SamplingParams
 from toolkit.lazy import lazy_names
 
@@ -24,6 +25,7 @@ __all__ = [
     "EngineUnavailable",
     "RequestHandle",
     "SamplingParams",
+    "StructuredOutputsParams",
 ]
 __getattr__ = lazy_names(
     __name__,

@@ -20,7 +20,7 @@ from toolkit.engine.engine import Engine
 from toolkit.engine.media import check_media_space, num_bytes
 from toolkit.engine.outputs import Completion, Delta
 from toolkit.engine.params import SamplingParams
-from toolkit.engine.prompts import Params, Prompt, Prompts, check_request, tokenise_early
+from toolkit.engine.prompts import Params, Prompt, Prompts, check_request, prepare_early
 from toolkit.engine.request_handle import SHUTTING_DOWN, EngineListener, EngineUnavailable, RequestHandle, until_closed
 from toolkit.errors import ToolkitError
 
@@ -88,7 +88,7 @@ class AsyncEngine:
         return self._thread.ident is not None and not self._ended
 
     def submit(self, prompts: Prompts, params: Params = None) -> RequestHandle:
-        """Hand prompts to the engine, all or none, and return once texts are tokenised.
+        """Hand prompts to the engine, all or none, and return once texts are tokenised and grammars compiled.
 
         Args:
             prompts: a text, a list of token ids, or a list of those.
@@ -101,7 +101,7 @@ class AsyncEngine:
         """
         most = self.max_queued_seqs
         texts, chosen = check_request(prompts, params, most)
-        given = tokenise_early(texts, self.engine)
+        given = prepare_early(texts, chosen, self.engine)
         handle = RequestHandle(sum(one.n for one in chosen), self.cancel_handle, num_bytes(given))
         with self._changed:
             if self.failure is not None:

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+from toolkit.engine.grammar.masks import GrammarMasks
 from toolkit.engine.outputs import Delta, joined
 from toolkit.engine.request import Sequence
 from toolkit.engine.runner import ModelRunner
@@ -33,7 +34,7 @@ class Decoding:
         self.runner = runner
         self.scheduler = scheduler
         self.speculation = speculation
-        self.sampler = Sampler()
+        self.sampler = Sampler(GrammarMasks(runner.backend.vocab_size, runner.backend.device))
 
     def run(
         self, chunks: list[Chunk], features: Mapping[bytes, Features], weights: PrefixKey, version: int
@@ -49,7 +50,12 @@ class Decoding:
             version: of the weights.
         """
         started = time.perf_counter()
-        logits = self.runner.forward(chunks, features)
+        self.sampler.prepare((chunk.sequence, chunk.drafts) for chunk in chunks if chunk.drafts or chunk.samples)
+        try:
+            logits = self.runner.forward(chunks, features)
+        except BaseException:
+            self.sampler.abandon()
+            raise
         grown: list[_Grown] = []
         rows: list[int] = []
         sampled = 0

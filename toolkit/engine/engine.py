@@ -132,6 +132,7 @@ class Engine:
         self._new_requests = NewRequests(
             self.backend, tokenizer, processor, self.scheduler, self.max_model_len, np.random.default_rng(seed)
         )
+        self.grammars = self._new_requests.grammars  # any thread may compile one
         self._version = self.backend.version()
         self._weights = self.backend.prefix_key()
         self._generation_tokens = 0
@@ -278,6 +279,7 @@ class Engine:
         self.scheduler.swap = None
         if self.speculation is not None:
             self.speculation.drafter.close()
+        self._decoding.sampler.close()
         del self.pool, self.runner, self.backend, self._decoding
 
     def _max_model_len(self) -> int:

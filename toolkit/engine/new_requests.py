@@ -6,6 +6,7 @@ from collections import deque
 import numpy as np
 
 from toolkit.engine.detokenizer import Decoder, Tokenizer
+from toolkit.engine.grammar.compiler import GrammarCompiler
 from toolkit.engine.media import PromptMedia, check_media_space
 from toolkit.engine.outputs import Delta
 from toolkit.engine.prompts import (
@@ -38,6 +39,7 @@ class NewRequests:
 
     Attributes:
         eos: tokens that end a text.
+        grammars: of structured outputs.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class NewRequests:
         self._seeds = seeds
         self._ids = itertools.count()
         self.eos = backend.eos | _eos_of(tokenizer)
+        self.grammars = GrammarCompiler(tokenizer, backend.vocab_size, self.eos)
         self._decoders = {skip: Decoder(tokenizer, skip) for skip in (True, False)} if tokenizer is not None else {}
         self._rotary_length = getattr(backend, "rotary_length", lambda declared: None)
 
@@ -93,6 +96,7 @@ class NewRequests:
         ]
         for tokens, _ in ready:
             self._check_counted(tokens)
+        grammars = [None if one.form is None else self.grammars.compile(one.form) for one in chosen]
         return [
             Request(
                 next(self._ids),
@@ -109,8 +113,9 @@ class NewRequests:
                 rotary_length=self._rotary_length(len(tokens) + most),
                 media=media,
                 keeps_prompt=getattr(self._backend, "keeps_prompts", False),
+                grammar=grammar,
             )
-            for at, ((tokens, most), one, media) in enumerate(zip(ready, chosen, pictures))
+            for at, ((tokens, most), one, media, grammar) in enumerate(zip(ready, chosen, pictures, grammars))
         ]
 
     def outside_vocabulary(self, tokens: list[int]) -> int | None:

@@ -7,6 +7,7 @@ from numbers import Integral
 from typing import Any, ClassVar
 
 from toolkit.engine.checks import check_bool, check_float, check_int, check_names
+from toolkit.engine.grammar.params import StructuredOutputsParams
 from toolkit.errors import ToolkitError
 
 GREEDY_BELOW = 1e-5
@@ -36,6 +37,8 @@ class SamplingParams:
         repetition_penalty: over prompt and output, divides positive logits and multiplies negative ones; 1e-5 to 1e5.
         presence_penalty: subtracted once for each distinct token of the output.
         frequency_penalty: subtracted once for each occurrence in the output.
+        structured_outputs: the form of the output, a ``StructuredOutputsParams`` or a mapping of its fields. Tokens
+            that the form forbids are not sampled, nor end-of-text and stop tokens where the output is not complete.
 
     Raises:
         ToolkitError: for an unknown field or a bad value.
@@ -59,6 +62,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    structured_outputs: StructuredOutputsParams | dict[str, Any] | None = None
 
     __signature__: ClassVar[inspect.Signature]
 
@@ -85,6 +89,7 @@ class SamplingParams:
             "repetition_penalty": check_float("repetition_penalty", self.repetition_penalty, 1e-5, 1e5),
             "presence_penalty": check_float("presence_penalty", self.presence_penalty, -2, 2),
             "frequency_penalty": check_float("frequency_penalty", self.frequency_penalty, -2, 2),
+            "structured_outputs": StructuredOutputsParams.read(self.structured_outputs),
         }
         if self.max_tokens is not None:
             checked["max_tokens"] = check_int("max_tokens", self.max_tokens, 1, also=" or None")
@@ -103,6 +108,11 @@ class SamplingParams:
     def greedy(self) -> bool:
         """Whether the most probable token is taken instead of a sample."""
         return self.temperature < GREEDY_BELOW
+
+    @property
+    def form(self) -> StructuredOutputsParams | None:
+        """``structured_outputs`` as it was read."""
+        return StructuredOutputsParams.read(self.structured_outputs)
 
     @property
     def penalised(self) -> bool:

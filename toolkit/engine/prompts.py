@@ -211,11 +211,18 @@ def check_request(prompts: Prompts, params: Params, most: int | None) -> tuple[l
     return given, chosen
 
 
-def tokenise_early(prompts: list[Prompt], engine: Any) -> list[Prompt]:
+def prepare_early(prompts: list[Prompt], params: list[SamplingParams], engine: Any) -> list[Prompt]:
     """Texts as token ids, if they fit and the engine's tokenizer may run on any thread; other prompts as they are.
 
-    The engine's thread, which all of its streams wait for, tokenises what remains, or says what is wrong with it.
+    Grammars of structured outputs are compiled. The engine's thread, which all of its streams wait for, tokenises what
+    remains, or says what is wrong with it.
+
+    Raises:
+        ToolkitError: a structured output that cannot be enforced.
     """
+    for form in {one.form for one in params}:
+        if form is not None:
+            engine.grammars.compile(form)
 
     def ids(prompt: Prompt) -> Prompt:
         if not isinstance(prompt, str) or engine.tokenizer is None:

@@ -3,6 +3,7 @@
 from collections import deque
 
 from toolkit.engine.detokenizer import Decoder, Detokenizer
+from toolkit.engine.grammar.compiler import CompiledGrammar
 from toolkit.engine.media import PromptMedia
 from toolkit.engine.outputs import Completion, Delta, FinishReason
 from toolkit.engine.params import SamplingParams
@@ -26,6 +27,7 @@ class Request:
         rotary_length: by which its rotary tables are made, see ``Completion``.
         media: the pictures of the prompt, or None.
         keeps_prompt: whether tokens behind the prompt see others than those in it.
+        grammar: of its outputs, or None.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Request:
         rotary_length: int | None = None,
         media: PromptMedia | None = None,
         keeps_prompt: bool = False,
+        grammar: CompiledGrammar | None = None,
     ) -> None:
         self.request_id = request_id
         self.prompt_index = prompt_index
@@ -57,6 +60,7 @@ class Request:
         self.rotary_length = rotary_length
         self.media = media
         self.prompt_length = len(prompt) if keeps_prompt else None
+        self.grammar = grammar
         self.prefilled = False  # whether the prompt is computed, so that other sequences may fork it
         self.sequences = [Sequence(self, index) for index in range(params.n)]
 
@@ -84,6 +88,7 @@ class Sequence:
         table_row: its row in the runner's block tables while it runs.
         num_known_blocks: how many entries of that row are written.
         draft: tokens that may come next, which the next step verifies.
+        matcher: how far the output is within the request's grammar; None without one.
     """
 
     def __init__(self, request: Request, index: int) -> None:
@@ -100,6 +105,7 @@ class Sequence:
         self.table_row = -1
         self.num_known_blocks = 0
         self.draft: list[int] = []
+        self.matcher = None if request.grammar is None else request.grammar.matcher(request.stop_ids)
         self.logprobs: list[float] = []
         self.sampling_logprobs: list[float] = []
         self.top_logprobs: list[dict[int, float]] | None = [] if self.params.logprobs is not None else None
@@ -150,6 +156,8 @@ class Sequence:
     ) -> Delta:
         """Add a sampled token; the delta that it makes, with the completion if it is the last."""
         params, request = self.params, self.request
+        if self.matcher is not None and token not in request.stop_ids:
+            self.matcher.accept(token)
         self.tokens.append(token)
         if self.names is not self.tokens:
             self.names.append(token)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from toolkit.engine.grammar.masks import GrammarMasks
 from toolkit.engine.order import first_largest
 from toolkit.engine.request import Sequence
 from toolkit.ops.sample import penalize, sample
@@ -126,10 +127,34 @@ class History:
 
 
 class Sampler:
-    """Samples batch after batch. Tensors of parameters are kept while the same sequences come in the same order."""
+    """Samples batch after batch. Tensors of parameters are kept while the same sequences come in the same order.
 
-    def __init__(self) -> None:
+    Args:
+        masks: of sequences with a grammar; None where there are none.
+    """
+
+    def __init__(self, masks: GrammarMasks | None = None) -> None:
+        self._masks = masks
         self._batch_params: BatchParams | None = None
+
+    def prepare(self, drafts: abc.Iterable[tuple[Sequence, int]]) -> None:
+        """Begin what needs no logits, so that it is done while the model runs.
+
+        Args:
+            drafts: the sequences that will be sampled of, each with how many of its drafted tokens run.
+        """
+        if self._masks is not None:
+            self._masks.start((one.matcher, one.draft[:count]) for one, count in drafts if one.matcher is not None)
+
+    def abandon(self) -> None:
+        """End what was prepared, since no logits come."""
+        if self._masks is not None:
+            self._masks.finish()
+
+    def close(self) -> None:
+        """End its thread."""
+        if self._masks is not None:
+            self._masks.close()
 
     def sample(
         self, logits: Tensor, sequences: abc.Sequence[Sequence], drafts: abc.Sequence[int] | None = None
@@ -147,28 +172,41 @@ class Sampler:
         sampled: Tensor | None = None
         adjusted = any(one.adjusted(drafted) for one, drafted in zip(sequences, drafts))
         if not adjusted and all(one.params.greedy for one in sequences):
-            ids = first_largest(logits)
+            scores, failures = self._masked(logits, logits, sequences, drafts)
+            ids = first_largest(scores)
         else:
             batch = self._batch_params
             if batch is None or not batch.holds(sequences, logits.device):
                 batch = self._batch_params = BatchParams(sequences, logits.device)
             scores = batch.penalties(logits, drafts) if adjusted else logits
+            scores, failures = self._masked(logits, scores, sequences, drafts)
             steps = batch.integers([one.generated + drafted for one, drafted in zip(sequences, drafts)])
             ids, sampled = sample(scores, batch.temperature, batch.top_k, batch.top_p, batch.min_p, batch.seeds, steps)
         logprob, lse = token_logprob(logits, ids)
         logprobs = logprob.tolist()
         sampling = [0.0] * len(sequences) if sampled is None else sampled.tolist()
         errors = [
-            None
-            if math.isfinite(value) and math.isfinite(other)
+            failure
+            if failure is not None or (math.isfinite(value) and math.isfinite(other))
             else "the model's logits are not finite, or leave no token to sample."
-            for value, other in zip(logprobs, sampling)
+            for value, other, failure in zip(logprobs, sampling, failures)
         ]
         tops = [
             None if one.params.logprobs is None else top_k_logprobs(logits[row], lse[row], one.params.logprobs)
             for row, one in enumerate(sequences)
         ]
         return Samples(ids.tolist(), logprobs, sampling, tops, errors)
+
+    def _masked(
+        self, logits: Tensor, scores: Tensor, sequences: abc.Sequence[Sequence], drafts: abc.Sequence[int]
+    ) -> tuple[Tensor, list[str | None]]:
+        """``scores`` without what the sequences' grammars forbid, and what went wrong with each row."""
+        rows = [(one.matcher, drafted) for one, drafted in zip(sequences, drafts)]
+        if all(matcher is None for matcher, _ in rows):
+            return scores, [None] * len(rows)
+        if self._masks is None:
+            self._masks = GrammarMasks(logits.shape[-1], logits.device)
+        return self._masks.apply(logits, scores, rows)
 
 
 def top_k_logprobs(logits: Tensor, lse: Tensor, count: int) -> dict[int, float]:

@@ -94,7 +94,7 @@ def create_app(config: ServerConfig) -> FastAPI:
         given = asked.sampling()
         params = SamplingParams(**{**defaults, **config.default_sampling_params, **given}, logprobs=logprobs)
         if params.form is not None:
-            engine.engine.compile_grammar(params.form)  # here, where nobody else waits for it
+            engine.engine.grammars.compile(params.form)  # here, where nobody else waits for it
         longest = None if "max_tokens" in given else config.max_model_len
         return [params if longest is None else fit_max_tokens(params, prompt_length(one), longest) for one in prompts]
 

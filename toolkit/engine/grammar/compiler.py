@@ -33,12 +33,13 @@ class CompiledGrammar:
 
     def __init__(self, start: "LLMatcher", vocabulary: Vocabulary) -> None:
         self._start = start
-        self._eos = vocabulary.eos
+        self._vocabulary = vocabulary
 
-    def matcher(self, stop_ids: Collection[int], vocab_size: int) -> Matcher:
+    def matcher(self, stop_ids: Collection[int]) -> Matcher:
         """A matcher at the beginning; ``stop_ids`` end an output besides the end-of-text tokens."""
-        others = [token for token in stop_ids if token < vocab_size and token not in self._eos]
-        return Matcher(self._start.deep_copy(), self._eos[0], others)
+        eos = self._vocabulary.eos
+        others = [token for token in stop_ids if token < self._vocabulary.size and token not in eos]
+        return Matcher(self._start.deep_copy(), eos[0], others)
 
 
 class GrammarCompiler:
@@ -52,7 +53,7 @@ class GrammarCompiler:
 
     def __init__(self, tokenizer: Any, vocab_size: int, eos: frozenset[int]) -> None:
         self._tokenizer, self._vocab_size, self._eos = tokenizer, vocab_size, eos
-        self._lock = threading.Lock()
+        self._lock, self._one_at_a_time = threading.Lock(), threading.Lock()
         self._vocabulary: Vocabulary | None = None
         self._compiled: OrderedDict[StructuredOutputsParams, CompiledGrammar] = OrderedDict()
 
@@ -62,15 +63,27 @@ class GrammarCompiler:
         Raises:
             ToolkitError: what cannot be enforced, by its name; the library is missing; the tokenizer cannot be read.
         """
-        with self._lock:
-            found = self._compiled.get(params)
+        found = self._found(params)
+        if found is not None:
+            return found
+        with self._one_at_a_time:
+            found = self._found(params)
             if found is None:
                 if self._vocabulary is None:
                     self._vocabulary = Vocabulary(self._tokenizer, self._vocab_size, self._eos)
-                found = self._compiled[params] = CompiledGrammar(self._start(params), self._vocabulary)
-                if len(self._compiled) > CACHED:
-                    self._compiled.popitem(last=False)
-            self._compiled.move_to_end(params)
+                found = CompiledGrammar(self._start(params), self._vocabulary)
+                with self._lock:
+                    self._compiled[params] = found
+                    if len(self._compiled) > CACHED:
+                        self._compiled.popitem(last=False)
+            return found
+
+    def _found(self, params: StructuredOutputsParams) -> CompiledGrammar | None:
+        """What is compiled already, without waiting for what is being compiled."""
+        with self._lock:
+            found = self._compiled.get(params)
+            if found is not None:
+                self._compiled.move_to_end(params)
             return found
 
     def _start(self, params: StructuredOutputsParams) -> "LLMatcher":

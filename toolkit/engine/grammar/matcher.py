@@ -63,6 +63,10 @@ class Matcher:
         if not self.state.consume_token(token):
             self.check()
 
+    def allowed_prefix(self, tokens: list[int]) -> int:
+        """How many of the first tokens may follow one after the other."""
+        return self.state.validate_tokens(tokens) if tokens else 0
+
     def rollback(self, count: int) -> None:
         """Move back by the last ``count`` accepted tokens."""
         if count and not self.state.rollback(count):

@@ -22,6 +22,7 @@ class Vocabulary:
         eos: tokens that end a text.
 
     Attributes:
+        size: ``vocab_size``.
         eos: those of ``eos`` that the model has, ascending.
         special: ids of special tokens by name.
         tokens: for llguidance.
@@ -40,6 +41,7 @@ class Vocabulary:
                 f"structured_outputs needs a fast tokenizer, one of the library tokenizers, "
                 f"got {type(tokenizer).__name__}, which has no fast backend."
             )
+        self.size = vocab_size
         self.eos = sorted(token for token in eos if 0 <= token < vocab_size)
         if not self.eos:
             raise ToolkitError(

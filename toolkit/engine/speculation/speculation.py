@@ -83,7 +83,7 @@ class Speculation:
         most = [max(0, min(longest, one.request.max_tokens - one.generated - 1)) for one in sequences]
         asked = [(one, count) for one, count in zip(sequences, most) if count]
         found = iter(self.drafter.propose([one for one, _ in asked], [count for _, count in asked]) if asked else ())
-        return [next(found) if count else Draft() for count in most]
+        return [_within_grammar(one, next(found)) if count else Draft() for one, count in zip(sequences, most)]
 
     def _longest(self, rows: int) -> int:
         """Most tokens of a draft: fewer than configured, or none, where making them takes longer than they may save."""
@@ -99,3 +99,10 @@ class Speculation:
         if not longest:
             self._chances.passed_by(0)
         return longest
+
+
+def _within_grammar(sequence: Sequence, draft: Draft) -> Draft:
+    """The draft up to the first token that the sequence's grammar forbids, which would not be sampled."""
+    if sequence.matcher is not None:
+        draft.tokens = draft.tokens[: sequence.matcher.allowed_prefix(draft.tokens)]
+    return draft
