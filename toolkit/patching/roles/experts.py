@@ -24,6 +24,7 @@ from toolkit.patching.conditions import error_of
 from toolkit.patching.probe import generator, random_input, signature_key
 from toolkit.patching.probe_copy import Slices
 from toolkit.patching.roles.moe_layers import MoeLayer, moe_layers
+from toolkit.patching.roles.scaled_experts import find_scaled, is_scaled
 from toolkit.patching.search import prove
 from toolkit.patching.settings import guarded, settings_of
 
@@ -143,6 +144,10 @@ def find(model: Any, numerics: Numerics) -> list[Claim | Skipped]:
     for moe in (one for one in moe_layers(model) if one.stacked):
         module = moe.module
         key = signature_key(module)
+        if is_scaled(moe):
+            layer = model.get_submodule(moe.path.rpartition(".")[0])
+            claims += find_scaled(model, moe, proven, signature_key(layer))
+            continue
         if key not in proven:
             proven[key] = _verdict(moe)
         verdict = proven[key]

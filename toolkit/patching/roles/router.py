@@ -24,6 +24,7 @@ from toolkit.patching.claim import Claim, ProbeError, Skipped, replace_forward
 from toolkit.patching.conditions import EXACT, UNIT, Condition, Trial, worst_error
 from toolkit.patching.probe import generator, random_input, signature_key, with_forward
 from toolkit.patching.roles.moe_layers import MoeLayer, matrix_rows, moe_layers
+from toolkit.patching.roles.scaled_experts import is_router_of_scaled
 from toolkit.patching.search import prove
 from toolkit.patching.settings import Settings, guarded, settings_of
 
@@ -306,7 +307,7 @@ def find(model: nn.Module, numerics: Numerics) -> list[Claim | Skipped]:
     proven: dict[Any, tuple[str, Router, ProbeError, Settings] | str] = {}
     for moe in moe_layers(model):
         for path, module in moe.siblings.items():
-            if not _looks_like(module, moe):
+            if not _looks_like(module, moe) or is_router_of_scaled(module, moe):
                 continue
             key = signature_key(module)
             if key not in proven:
