@@ -23,6 +23,7 @@ COMMANDS = {
     "narrow": "--layers 1 --new-tokens 2 --repeats 1",
     "sparse_attention": "--lengths 256 --heads 4 --index-heads 2 --topk 32 --repeats 1",
     "encoder_attention": "--tokens 16 --hidden-size 32 --intermediate-size 48 --heads 2 --repeats 1",
+    "pooling": "--texts 5 --longest 24 --layers 1 --repeats 1",
     "patch_cost": "--only 0.6",
     "ops": "--only bits linear head --seconds 0.01",
     "ops.attention": "--repeats 1",

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from toolkit.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from toolkit.llm.beam_search import BeamSearchOutput, BeamSearchParams, BeamSearchSequence
     from toolkit.llm.llm import LLM
     from toolkit.llm.outputs import (
         ClassificationOutput,
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LLM",
+    "BeamSearchOutput",
+    "BeamSearchParams",
+    "BeamSearchSequence",
     "ClassificationOutput",
     "ClassificationRequestOutput",
     "CompletionOutput",
@@ -34,6 +38,5 @@ __all__ = [
     "ScoringOutput",
     "ScoringRequestOutput",
 ]
-__getattr__ = lazy_names(
-    __name__, {name: "toolkit.llm.llm" if name == "LLM" else "toolkit.llm.outputs" for name in __all__}
-)
+_HOMES = {"LLM": "llm"} | {name: "beam_search" for name in __all__ if name.startswith("Beam")}
+__getattr__ = lazy_names(__name__, {name: f"toolkit.llm.{_HOMES.get(name, 'outputs')}" for name in __all__})

@@ -7,12 +7,13 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from toolkit.chat import encode, render
+from toolkit.chat import encode, prompt_token_ids, render
 from toolkit.engine import Completion, Engine, SamplingParams
 from toolkit.engine.pooling import Pooled, PoolerConfig, PoolingEngine, PoolingParams
-from toolkit.engine.pooling.texts import ScorePlan, read_inputs
+from toolkit.engine.pooling.texts import ScorePlan, plain_prompt, read_inputs
 from toolkit.engine.prompts import Params, Prompt, Prompts, check_params, split_prompts
 from toolkit.errors import ToolkitError
+from toolkit.llm.beam_search import BeamSearchOutput, BeamSearchParams, beam_search
 from toolkit.llm.outputs import (
     ClassificationOutput,
     ClassificationRequestOutput,
@@ -242,6 +243,23 @@ class LLM:
             RequestOutput(output.request_id, text, output.prompt_token_ids, output.outputs)
             for text, output in zip(texts, found, strict=True)
         ]
+
+    def beam_search(self, prompts: Prompts, params: BeamSearchParams) -> list[BeamSearchOutput]:
+        """The most probable continuations of every prompt, as beam search finds them.
+
+        Args:
+            prompts: as for ``generate``, without images.
+            params: of all.
+
+        Raises:
+            ToolkitError: a prompt behind which ``max_tokens`` do not fit.
+        """
+        engine = self.engine
+        plain = [plain_prompt(prompt) for prompt in split_prompts(prompts)]
+        if self.tokenizer is None and any(isinstance(prompt, str) for prompt in plain):
+            raise ToolkitError("prompt must be token ids, since the engine has no tokenizer, got a text.")
+        read = [prompt_token_ids(self.tokenizer, one) if isinstance(one, str) else one for one in plain]
+        return beam_search(engine, read, params, self.tokenizer)
 
     def embed(
         self, prompts: Prompts, pooling_params: PoolParams = None, *, use_tqdm: Bar = None

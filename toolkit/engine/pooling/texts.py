@@ -31,7 +31,7 @@ def read_inputs(
         ToolkitError: a prompt of another form, or a text without a tokenizer.
     """
     most = None if truncate is None else min(longest, longest if truncate == -1 else truncate)
-    plain = [_plain(prompt) for prompt in split_prompts(prompts)]
+    plain = [plain_prompt(prompt) for prompt in split_prompts(prompts)]
     texts = [prompt for prompt in plain if isinstance(prompt, str)]
     tokens = iter(_inputs(tokenizer, texts, None, most, longest, name))
     return [
@@ -41,7 +41,8 @@ def read_inputs(
     ]  # fmt: skip
 
 
-def _plain(prompt: Any) -> str | list[int]:
+def plain_prompt(prompt: Any) -> str | list[int]:
+    """A prompt of any form as a text or token ids. Raises ToolkitError for another, or one with images."""
     if isinstance(prompt, Mapping):
         given = [prompt[name] for name in _FIELDS if prompt.get(name) is not None]
         if len(given) != 1 or set(prompt) - set(_FIELDS):
