@@ -7,8 +7,10 @@ import pytest
 import torch
 
 import toolkit
+from tests.helpers.allocations import allocated_bytes
 from tests.train_patches.test_peft import loss_and_gradients, relative
-from toolkit.testing.models import random_model
+from toolkit.patching.adapters import FUSED, adapter_report
+from toolkit.testing.models import from_config, random_model
 from toolkit.training.losses import divergence_estimate
 
 peft = pytest.importorskip("peft")
@@ -170,3 +172,52 @@ def test_the_reference_of_an_adapted_policy_is_the_model_without_it():
     ]
     assert pairs
     assert all(relative(got, expected) < 1e-3 for got, expected in pairs)
+
+
+@pytest.mark.parametrize("where", ["embed_tokens", "lm_head"])
+def test_trained_rows_cost_what_they_are_and_not_the_vocabulary(where):
+    """PEFT copies the whole weight in every forward."""
+    cost = []
+    for vocabulary in (256, 8192):
+        model = random_model("llama", vocabulary=vocabulary)
+        config = {"target_modules": ["q_proj"], "trainable_token_indices": {where: [3, 5]}}
+        model = adapted(model, config).eval()
+        toolkit.patch(model)
+        layer = model.get_submodule(f"base_model.model.{'' if where == 'lm_head' else 'model.'}{where}")
+        x = torch.randn(1, 64) if where == "lm_head" else torch.tensor([[3, 7]])
+        with torch.no_grad():
+            cost.append(allocated_bytes(lambda layer=layer, x=x: layer(x))[0])
+    logits = 0 if where == "embed_tokens" else 3 * 4 * (8192 - 256)
+    assert cost[1] <= cost[0] + logits
+
+
+def test_trained_rows_of_a_scaled_embedding_by_either_adapter():
+    from transformers import AutoConfig
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 8}
+    stock = from_config(AutoConfig.for_model("gemma3_text", **sizes, **heads))
+    for at, name in enumerate(("one", "two")):
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[3 + at, 9 + at])
+        stock = stock.add_adapter(name, config) or stock if at else peft.get_peft_model(stock, config, name)
+    with torch.no_grad():
+        for key, parameter in stock.named_parameters():
+            if "trainable_tokens_delta" in key:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    model = copy.deepcopy(stock)
+    toolkit.patch(model)
+    assert all(verdict == FUSED for path, verdict in adapter_report(model) if path.endswith("token_adapter"))
+    ids = torch.tensor([[3, 4, 9, 10, 20, 3]])
+    for name in ("one", "two"):
+        found = []
+        for one in (stock, model):
+            one.zero_grad()
+            one.set_adapter(name)
+            loss = one(input_ids=ids, labels=ids).loss
+            loss.backward()
+            found.append((loss.detach(), {key: p.grad for key, p in one.named_parameters() if p.grad is not None}))
+        (expected_loss, expected), (loss, gradients) = found
+        assert relative(loss, expected_loss) < 1e-6
+        assert set(gradients) == set(expected)
+        for key, gradient in expected.items():
+            assert relative(gradients[key], gradient) < 1e-4, key

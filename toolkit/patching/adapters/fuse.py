@@ -12,6 +12,7 @@ from toolkit.numerics import Numerics
 from toolkit.patching.adapters.experts import grouped_experts
 from toolkit.patching.adapters.find import adapter_layers, base_module, is_adapter, wraps_parameter
 from toolkit.patching.adapters.prove import proven_forward
+from toolkit.patching.adapters.tokens import proven_tokens, trains_tokens
 from toolkit.patching.claim import Undo, replace_forward
 from toolkit.patching.probe import device_of, signature_key
 
@@ -25,8 +26,9 @@ def fuse_adapters(model: nn.Module, numerics: Numerics | None = None) -> int:
     """Number of adapted parameters of experts, after the adapters of a patched ``model`` were fused.
 
     Linear layers that are proven to be LoRA or DoRA become the layer and one ``lora_add``; LoRA on parameters of
-    experts becomes grouped GEMMs. ``patch`` calls this, the engine calls it whenever a prompt enters, and
-    ``toolkit train`` after adding adapters. Adapters that are not fused run PEFT's own forward: correct, and slower.
+    experts becomes grouped GEMMs; of an embedding or a head some of whose rows are trained no copy is made. ``patch``
+    calls this, the engine calls it whenever a prompt enters, and ``toolkit train`` after adding adapters. Adapters that
+    are not fused run PEFT's own forward: correct, and slower.
 
     Args:
         numerics: mode of the patch; None is the default of the model's device. In bitwise mode the factors' GEMMs are
@@ -53,7 +55,8 @@ def _fuse_linear(model: nn.Module, numerics: Numerics) -> None:
             continue
         key = signature_key(module)
         if key not in proven:
-            proven[key] = proven_forward(module)
+            bitwise = numerics is Numerics.BITWISE
+            proven[key] = proven_tokens(module, bitwise) if trains_tokens(module) else proven_forward(module)
         verdict = proven[key]
         if isinstance(verdict, str):
             _SKIPPED[module] = verdict
