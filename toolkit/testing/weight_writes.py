@@ -112,12 +112,12 @@ def _data_replaced(model: Any, source: random.Random) -> None:
 
 
 def _data_viewed(model: Any, source: random.Random) -> None:
-    """The same memory by other strides, at the same address."""
-    parameter = _any_parameter(model, source)[2]
-    shape = parameter.shape
-    strides = torch.empty(tuple(reversed(shape)), device="meta").stride()
-    last_first = tuple(reversed(strides)) if parameter.is_contiguous() else torch.empty(shape, device="meta").stride()
-    parameter.data = parameter.data.as_strided(shape, last_first)
+    """The same memory of a matrix by other strides, at the same address."""
+    parameter = source.choice([one for one in model.parameters() if one.dim() == 2])
+    rows, columns = parameter.shape
+    parameter.data = parameter.data.as_strided(
+        (rows, columns), (1, rows) if parameter.is_contiguous() else (columns, 1)
+    )
 
 
 def _parameter_replaced(model: Any, source: random.Random) -> None:
