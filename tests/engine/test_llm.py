@@ -5,7 +5,9 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import AutoModelForImageTextToText
 
+from tests.helpers.image_models import data_url, picture, save_qwen2_vl
 from tests.helpers.pooling_models import SEQUENCES, TOKENS, bert_tokenizer, hidden_of, logits_of, pooling_model
 from toolkit import LLM, PoolingParams, SamplingParams
 from toolkit.errors import ToolkitError
@@ -267,3 +269,31 @@ def test_a_folder_of_sentence_transformers_is_embedded_as_its_files_say(tmp_path
     assert output.prompt_token_ids == bert_tokenizer()(long, truncation=True, max_length=9)["input_ids"]
     (output,) = LLM(str(tmp_path), pooler_config={"normalize": True}).embed("play")
     assert torch.tensor(output.outputs.embedding).norm() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_chats_have_images_where_the_model_takes_them(tmp_path):
+    folder = save_qwen2_vl(tmp_path / "pictures")
+    image, text = picture((200, 20, 20)), {"type": "text", "text": "what is it?"}
+    messages = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": data_url(image)}}, text]}]
+    with LLM(str(folder)) as llm:
+        (found,) = llm.chat(messages, GREEDY)
+        with pytest.raises(ToolkitError, match=r"messages must have images that Pillow reads in messages\[0\]"):
+            llm.chat([{"role": "user", "content": [{"type": "image", "path": "none.png"}, text]}], GREEDY)
+        model, processor = (
+            AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval(),
+            llm.engine.processor,
+        )
+        bare = [{"role": "user", "content": [{"type": "image"}, text]}]
+        prompt = processor.tokenizer.apply_chat_template(bare, add_generation_prompt=True, tokenize=False)
+        inputs = processor(text=[prompt], images=[[image]], add_special_tokens=False, return_tensors="pt")
+    assert (found.prompt, found.prompt_token_ids) == (prompt, inputs["input_ids"][0].tolist())
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    out = model.generate(
+        **inputs, do_sample=False, max_new_tokens=6, min_new_tokens=6, eos_token_id=None, pad_token_id=0
+    )
+    assert found.outputs[0].token_ids == out[0, len(found.prompt_token_ids) :].tolist()
+    with (
+        LLM(random_model("llama"), tiny_tokenizer()) as plain,
+        pytest.raises(ToolkitError, match="messages must be text"),
+    ):
+        plain.chat(messages, GREEDY)

@@ -7,13 +7,14 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from toolkit.chat import encode, prompt_token_ids, render
+from toolkit.chat import prompt_token_ids
 from toolkit.engine import Completion, Engine, SamplingParams
 from toolkit.engine.pooling import Pooled, PoolerConfig, PoolingEngine, PoolingParams
 from toolkit.engine.pooling.texts import ScorePlan, plain_prompt, read_inputs
 from toolkit.engine.prompts import Params, Prompt, Prompts, check_params, split_prompts
 from toolkit.errors import ToolkitError
 from toolkit.llm.beam_search import BeamSearchOutput, BeamSearchParams, beam_search
+from toolkit.llm.chats import chat_prompt
 from toolkit.llm.outputs import (
     ClassificationOutput,
     ClassificationRequestOutput,
@@ -210,7 +211,8 @@ class LLM:
         """The answers to one conversation, or to each of several, by the model's chat template.
 
         Args:
-            messages: of a conversation, or a list of conversations. Content is text, or parts of text.
+            messages: of a conversation, or a list of conversations. Content is text, or parts of text and images
+                (OpenAI's or transformers'; paths and data URLs).
             sampling_params: as for ``generate``.
             use_tqdm: as for ``generate``.
             chat_template: in the place of the tokenizer's.
@@ -222,26 +224,21 @@ class LLM:
         Raises:
             ToolkitError: there is no tokenizer or template, the template does not take the messages; as ``generate``.
         """
-        if self.engine.tokenizer is None:
-            raise ToolkitError("tokenizer must be given for chats, got None.")
+        engine = self.engine
         one = bool(messages) and isinstance(messages[0], Mapping)
         conversations: Any = [messages] if one else messages
-        texts = [
-            render(
-                self.tokenizer,
-                conversation,
-                tools,
-                add_generation_prompt=add_generation_prompt and not continue_final_message,
-                continue_final_message=continue_final_message,
-                chat_template=chat_template,
-                chat_template_kwargs=chat_template_kwargs,
-            )
-            for conversation in conversations
-        ]
-        found = self.generate([encode(self.tokenizer, text) for text in texts], sampling_params, use_tqdm=use_tqdm)
+        options = {
+            "tools": tools,
+            "add_generation_prompt": add_generation_prompt and not continue_final_message,
+            "continue_final_message": continue_final_message,
+            "chat_template": chat_template,
+            "chat_template_kwargs": chat_template_kwargs,
+        }
+        prompts = [chat_prompt(engine.tokenizer, engine.processor, one, options) for one in conversations]
+        found = self.generate([prompt for _, prompt in prompts], sampling_params, use_tqdm=use_tqdm)
         return [
             RequestOutput(output.request_id, text, output.prompt_token_ids, output.outputs)
-            for text, output in zip(texts, found, strict=True)
+            for (text, _), output in zip(prompts, found, strict=True)
         ]
 
     def beam_search(self, prompts: Prompts, params: BeamSearchParams) -> list[BeamSearchOutput]:

@@ -87,7 +87,11 @@ class ScoreRequest(_Pooling):
     text_2: _Texts
 
 
-class Document(Body):
+class _Schema(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Document(_Schema):
     """A document as an object."""
 
     text: str
@@ -109,13 +113,7 @@ class RerankRequest(_Pooling):
         return [one["text"] if isinstance(one, dict) and set(one) == {"text"} else one for one in given]
 
 
-BODIES: tuple[Model, ...] = (
-    EmbeddingRequest, PoolingRequest, ClassifyRequest, ScoreRequest, RerankRequest, Document,
-)  # fmt: skip
-
-
-class _Schema(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+BODIES: tuple[Model, ...] = (EmbeddingRequest, PoolingRequest, ClassifyRequest, ScoreRequest, RerankRequest)
 
 
 class PoolingUsage(_Schema):
