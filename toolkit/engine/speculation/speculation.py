@@ -1,5 +1,6 @@
 """Drafts for the running sequences before a step, and what became of them after it."""
 
+import warnings
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 
@@ -20,6 +21,7 @@ class Speculation:
         max_rows: of a step.
 
     Attributes:
+        failed: whether the drafter raised.
         num_drafts: drafts that were verified.
         num_draft_tokens: their tokens.
         num_accepted_tokens: those of them that were right.
@@ -32,6 +34,7 @@ class Speculation:
         self.config = config
         self.drafter = drafter
         self.max_rows = max_rows
+        self.failed = False
         self.num_drafts = self.num_draft_tokens = self.num_accepted_tokens = 0
         self.num_accepted_tokens_per_pos = [0] * config.num_speculative_tokens
         self._chances = Chances()
@@ -39,9 +42,20 @@ class Speculation:
         self._matches: dict[Sequence, int] = {}
 
     def draft(self, running: Items[Sequence]) -> None:
-        """Set ``Sequence.draft`` of the sequences that decode in the next step."""
-        decoding = [one for one in running if one.remaining == 1]
-        drafts = self._drafts(decoding) if decoding else []
+        """Set ``Sequence.draft`` of the sequences that decode in the next step.
+
+        A drafter that fails is not asked again: what it was for is speed, and no request depends on it.
+        """
+        # Behind the last token of a prompt the other completions of it are forked first.
+        decoding = [one for one in running if one.remaining == 1 and one.generated]
+        try:
+            drafts = self._drafts(decoding) if decoding and not self.failed else [Draft()] * len(decoding)
+        except Exception as error:
+            self.failed = True
+            warnings.warn(
+                f"speculative decoding is off, its drafter failed: {type(error).__name__}: {error}", stacklevel=2
+            )
+            drafts = [Draft()] * len(decoding)
         lengths = [len(draft.tokens) for draft in drafts]
         if self.config.adaptive:
             room = self.max_rows - len(decoding)

@@ -18,7 +18,7 @@ class SuffixDrafter:
 
     Args:
         least: tokens that a run must have.
-        longest: tokens that are looked for at most, within the sequence itself.
+        longest: tokens that are looked for at most.
         max_tokens: of finished sequences that are kept.
     """
 
@@ -26,6 +26,7 @@ class SuffixDrafter:
 
     def __init__(self, least: int, longest: int, max_tokens: int) -> None:
         self.least = least
+        self.longest = longest
         self.own = NgramDrafter(least, longest)
         self.max_tokens = max_tokens
         self._texts = [SuffixAutomaton()]
@@ -35,8 +36,9 @@ class SuffixDrafter:
         drafts = self.own.propose(sequences, most)
         for at, (sequence, count) in enumerate(zip(sequences, most, strict=True)):
             for found in self._found(sequence):
-                if found.length >= max(self.least, drafts[at].match + 1):
-                    drafts[at] = Draft(found.continuation(count), found.length)
+                length = min(found.length, self.longest)
+                if length >= max(self.least, drafts[at].match + 1) and (tokens := found.continuation(count)):
+                    drafts[at] = Draft(tokens, length)
         return drafts
 
     def observe(self, sequence: Sequence) -> None:
@@ -56,7 +58,7 @@ class SuffixDrafter:
     def _found(self, sequence: Sequence) -> "list[Match]":
         """How the sequence's last tokens end in each of the texts."""
         known = self._matches.setdefault(sequence, {})
-        found = {text: known.get(text) or Match(text, sequence) for text in self._texts}
+        found = {text: known.get(text) or Match(text, self.longest) for text in self._texts}
         self._matches[sequence] = found
         for match in found.values():
             match.follow(sequence.tokens)
@@ -123,20 +125,25 @@ class Match:
 
     Args:
         text: that may grow.
-        sequence: whose tokens are followed from somewhat before the end of its prompt on.
+        longest: tokens of the run that matter; longer ones are found where nothing grew meanwhile.
     """
 
-    def __init__(self, text: SuffixAutomaton, sequence: Sequence) -> None:
+    def __init__(self, text: SuffixAutomaton, longest: int) -> None:
         self.text = text
+        self.longest = longest
         self.length = 0
         self._state = 0
-        self._read = max(0, sequence.prompt_length - _CONTEXT)
+        self._read = 0
+        self._grown = -1  # tokens that the text had when it was read last
 
     def follow(self, tokens: list[int]) -> None:
-        """Read the tokens that came since the last time."""
+        """Read the tokens that came since the last time; the last ones again where the text has grown since."""
         text = self.text
+        if len(text.tokens) != self._grown:
+            self._grown = len(text.tokens)
+            self.length = self._state = 0
+            self._read = max(0, len(tokens) - self.longest)
         for token in tokens[self._read :]:
-            self._settle()
             while self._state and token not in text.next[self._state]:
                 self._state = text.link[self._state]
                 self.length = text.length[self._state]
@@ -144,16 +151,9 @@ class Match:
                 self._state = text.next[self._state][token]
                 self.length += 1
         self._read = len(tokens)
-        self._settle()
 
     def continuation(self, count: int) -> list[int]:
         """At most ``count`` tokens that came after the run."""
         end = self.text.end[self._state]
         found = self.text.tokens[end : end + count]
         return found[: found.index(_BREAK)] if _BREAK in found else found
-
-    def _settle(self) -> None:
-        """Go to the state of the run itself: growth of the text may have split the one that it had."""
-        text = self.text
-        while self._state and self.length <= text.length[text.link[self._state]]:
-            self._state = text.link[self._state]
