@@ -215,7 +215,9 @@ def run(lockstep, chance, steps, share_of_changes):
 def check_schedule(family, executors, steps, seed, layers=2, share_of_changes=0.05):
     """What happened in a random schedule, the engines' counts, and the replays by each executor."""
     chance = random.Random(seed)
-    lockstep = Lockstep(family, executors, layers, swap_space=chance.choice((0, None)))
+    drafts = {"method": "suffix", "prompt_lookup_min": 1, "num_speculative_tokens": seed % 5 + 1, "adaptive": False}
+    settings = {"swap_space": chance.choice((0, None)), "speculative_config": drafts if seed % 2 else None}
+    lockstep = Lockstep(family, executors, layers, **settings)
     happened = run(lockstep, chance, steps, share_of_changes)
     stats = lockstep.each("stats")
     lockstep.close()

@@ -74,6 +74,15 @@ class EvaluationSection(Section):
     """Expected share of all problems (or lines of ``data_files``) that is never trained on."""
 
 
+class SpeculationSection(Section):
+    """Speculative decoding of rollouts, which changes no token; see ``toolkit.engine.speculation.config``."""
+
+    method: Literal["ngram", "suffix"] = "suffix"
+    num_speculative_tokens: Count = 7
+    prompt_lookup_min: Count = 2
+    adaptive: bool = True
+
+
 class RolloutSection(Section):
     """The engine that generates inside training. It lives as long as the run."""
 
@@ -87,6 +96,8 @@ class RolloutSection(Section):
     structured_outputs: dict[str, Any] | None = None
     """The form of completions, such as ``{regex: "[0-9]+"}``: the fields of ``StructuredOutputsParams``. Objectives
     train the model's own probabilities, not those among the tokens that the form allows."""
+    speculative_config: SpeculationSection | None = None
+    """How tokens are drafted; null to draft none."""
 
 
 class PromptSection(ObjectiveSection):

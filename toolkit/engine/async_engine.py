@@ -110,7 +110,8 @@ class AsyncEngine:
                 raise EngineUnavailable(SHUTTING_DOWN)
             if most is not None and self._num_queued + handle.num_sequences > most:
                 raise EngineUnavailable(f"The engine is at its limit of {most} sequences; try again later.")
-            check_media_space(self._num_bytes, handle.num_bytes, self.engine.config.media_space, EngineUnavailable)
+            if handle.num_bytes:
+                check_media_space(self._num_bytes, handle.num_bytes, self.engine.config.media_space, EngineUnavailable)
             self._num_queued += handle.num_sequences
             self._num_bytes += handle.num_bytes
             self._handles.add(handle)

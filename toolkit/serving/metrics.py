@@ -57,6 +57,13 @@ STATS = {
     "toolkit:prefix_cache_hits_total": Stat("prefix_cache_hits", "Prompt tokens found in the prefix cache.", "counter"),
     "toolkit:weight_version": Stat("weight_version", "Version of the weights that are served."),
     "toolkit:num_preemptions_total": Stat("num_preemptions", "Preempted sequences (out of KV blocks).", "counter"),
+    "toolkit:spec_decode_num_drafts_total": Stat("spec_decode_num_drafts", "Drafts that were verified.", "counter"),
+    "toolkit:spec_decode_num_draft_tokens_total": Stat(
+        "spec_decode_num_draft_tokens", "Tokens of drafts that were verified.", "counter"
+    ),
+    "toolkit:spec_decode_num_accepted_tokens_total": Stat(
+        "spec_decode_num_accepted_tokens", "Tokens of drafts that were right.", "counter"
+    ),
 }
 
 

@@ -53,6 +53,7 @@ class Rollout:
         """The engine, made when first asked for."""
         if self._engine is None:
             section, longest = self._section, self._context.recipe.train.max_length
+            drafts = section.speculative_config
             memory = section.memory_tokens or section.max_num_seqs * longest
             self._engine = Engine(
                 self._context.model.model,
@@ -64,6 +65,7 @@ class Rollout:
                 num_blocks=max(math.ceil(memory / BLOCK_SIZE), math.ceil(longest / BLOCK_SIZE)),
                 enable_return_routed_experts=self._return_routed_experts,
                 enable_return_selected_keys=self._return_selected_keys,
+                speculative_config=None if drafts is None else drafts.model_dump(),
                 seed=0,
             )
         return self._engine

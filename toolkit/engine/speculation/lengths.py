@@ -83,7 +83,9 @@ class StepTimes:
         return self._seconds[below] + share * (self._seconds[above] - self._seconds[below])
 
 
-def choose_lengths(drafts: Sequence[Draft], chances: Chances, times: StepTimes, rows: int, most: int) -> list[int]:
+def choose_lengths(
+    drafts: Sequence[Draft], chances: Chances, times: StepTimes, rows: int, most: int, overhead: float = 0.0
+) -> list[int]:
     """How many tokens of each draft to verify.
 
     Args:
@@ -92,6 +94,7 @@ def choose_lengths(drafts: Sequence[Draft], chances: Chances, times: StepTimes, 
         times: of steps.
         rows: of the step without drafts.
         most: tokens that may be verified in all.
+        overhead: seconds that it takes to draft.
     """
     candidates = []  # a token's chance to be reached and right, minus itself for order, and whose it is
     for at, draft in enumerate(drafts):
@@ -109,8 +112,8 @@ def choose_lengths(drafts: Sequence[Draft], chances: Chances, times: StepTimes, 
         gained += chance
         whole = count == len(best) or times.size(rows + count) != times.size(rows + count + 1)
         seconds = times.of(rows + count)
-        if whole and seconds is not None and gained / seconds > fastest:
-            fastest, taken = gained / seconds, count
+        if whole and seconds is not None and gained / (seconds + overhead) > fastest:
+            fastest, taken = gained / (seconds + overhead), count
     for _, at in best[:taken]:
         lengths[at] += 1
     return lengths

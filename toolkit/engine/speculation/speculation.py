@@ -1,5 +1,6 @@
 """Drafts for the running sequences before a step, and what became of them after it."""
 
+import time
 import warnings
 from collections.abc import Callable
 from collections.abc import Sequence as Items
@@ -9,6 +10,9 @@ from toolkit.engine.scheduler import Chunk
 from toolkit.engine.speculation.config import SpeculativeConfig
 from toolkit.engine.speculation.drafter import Draft, Drafter
 from toolkit.engine.speculation.lengths import Chances, StepTimes, choose_lengths
+
+_SPEED = 0.2  # how fast the time to draft follows what is measured
+_LONGEST_PAUSE = 15  # steps
 
 
 class Speculation:
@@ -40,6 +44,8 @@ class Speculation:
         self._chances = Chances()
         self._times = StepTimes(padded_size)
         self._matches: dict[Sequence, int] = {}
+        self._overhead = 0.0
+        self._pause = self._rest = 0  # steps without a look for drafts: after the next fruitless one, and left
 
     def draft(self, running: Items[Sequence]) -> None:
         """Set ``Sequence.draft`` of the sequences that decode in the next step.
@@ -48,20 +54,33 @@ class Speculation:
         """
         # Behind the last token of a prompt the other completions of it are forked first.
         decoding = [one for one in running if one.remaining == 1 and one.generated]
+        for sequence in decoding:
+            sequence.draft = []
+        self._matches = {}
+        self._rest -= 1
+        if not decoding or self.failed or self._rest > 0:
+            return
         try:
-            drafts = self._drafts(decoding) if decoding and not self.failed else [Draft()] * len(decoding)
+            self._draft(decoding)
         except Exception as error:
             self.failed = True
-            warnings.warn(
-                f"speculative decoding is off, its drafter failed: {type(error).__name__}: {error}", stacklevel=2
-            )
-            drafts = [Draft()] * len(decoding)
+            reason = f"{type(error).__name__}: {error}"
+            warnings.warn(f"speculative decoding is off, its drafter failed: {reason}", stacklevel=2)
+
+    def _draft(self, decoding: list[Sequence]) -> None:
+        started = time.perf_counter()
+        drafts = self._drafts(decoding)
+        seconds = time.perf_counter() - started
         lengths = [len(draft.tokens) for draft in drafts]
         if self.config.adaptive:
+            if not self.drafter.seconds_per_token:
+                self._overhead += _SPEED * (seconds - self._overhead)
             room = self.max_rows - len(decoding)
-            lengths = choose_lengths(drafts, self._chances, self._times, len(decoding), room)
-        self._matches = {}
-        for sequence, draft, length in zip(decoding, drafts, lengths):
+            lengths = choose_lengths(drafts, self._chances, self._times, len(decoding), room, self._overhead)
+            # To look for drafts that nobody wants takes time as well: ever more rarely then.
+            self._pause = 0 if any(lengths) else min(2 * self._pause + 1, _LONGEST_PAUSE)
+            self._rest = self._pause
+        for sequence, draft, length in zip(decoding, drafts, lengths, strict=True):
             sequence.draft = draft.tokens[:length]
             if length:
                 self._matches[sequence] = draft.match
