@@ -138,9 +138,9 @@ def compared(seed):
 
 
 def test_gradients_in_autocast_are_as_near_to_float64_as_stocks_where_no_token_goes_elsewhere():
-    alike = [pair for pair in map(compared, range(8)) if not pair[0][1] and not pair[1][1]]
-    assert len(alike) >= 2
-    for (allowed, _), (error, _) in alike:
+    unmoved = [pair for pair in map(compared, range(8)) if not pair[0][1] and not pair[1][1]]
+    assert len(unmoved) >= 2
+    for (allowed, _), (error, _) in unmoved:
         assert error <= 1.5 * allowed
 
 
