@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from toolkit.moe.observer import observe_router
+from toolkit.ops.activation import activation
 from toolkit.ops.linear import linear
 from toolkit.ops.route import route
 from toolkit.state.active import get_forward_context
@@ -27,7 +28,12 @@ class Router:
             module, so that adapters apply.
         expert_bias: the (dotted) attribute of the bias of the selection; "" where it is the forward's second argument;
             None for none.
-        outputs: what the forward returns, in order, of "logits", "topk_weights" and "topk_ids".
+        prelude: what the matrix is applied to is made of hidden states by the module of this name, its class's code
+            (Gemma 4: a norm), times the vector ``input_scale`` [H] and the number ``input_factor``, attributes too;
+            None for the hidden states themselves.
+        expert_scale: the attribute of a vector [E] that multiplies each expert's weight, or None.
+        outputs: what the forward returns, in order, of "logits", "scores" (of all experts, float32), "topk_weights" and
+            "topk_ids".
         float32_outputs: those of ``outputs`` that are not cast to the hidden states' dtype.
         layer: the index among the model's MoE layers, under which routing is recorded and replayed.
     """
@@ -44,12 +50,25 @@ class Router:
     norm_topk_prob: bool = False
     eps: float = 0.0
     routed_scaling_factor: float = 1.0
+    prelude: str | None = None
+    input_scale: str | None = None
+    input_factor: str | None = None
+    expert_scale: str | None = None
     outputs: tuple[str, ...] = ("logits", "topk_weights", "topk_ids")
     float32_outputs: tuple[str, ...] = ()
     layer: int = 0
 
+    def projected(self, module: Any, x: Tensor) -> Tensor:
+        """What the matrix is applied to, of hidden states [T, H]."""
+        if self.prelude is None:
+            return x
+        x = getattr(module, self.prelude)(x)
+        x = x if self.input_scale is None else x * getattr(module, self.input_scale)
+        return x if self.input_factor is None else x * getattr(module, self.input_factor)
+
     def logits(self, module: nn.Module, x: Tensor) -> Tensor:
         """[T, E] of hidden states [T, H], in float32 or wider."""
+        x = self.projected(module, x)
         if self.projection is not None:
             child: Any = getattr(module, self.projection)
             logits: Tensor = child(x.to(next(child.parameters()).dtype))
@@ -77,6 +96,10 @@ class Router:
             routed_scaling_factor=self.routed_scaling_factor,
         )
 
+    def scores(self, logits: Tensor) -> Tensor:
+        """[T, E] of logits: what experts are selected by, for whoever reads the module's outputs."""
+        return logits.softmax(-1) if self.scoring_func == "softmax" else activation(logits, self.scoring_func)
+
     def make_forward(self) -> Callable[..., Any]:
         """A forward of hidden states [..., H] that returns ``outputs`` of [T, E], [T, K] and [T, K]."""
         settings = self
@@ -92,9 +115,13 @@ class Router:
             replay = None if context is None else context.replay
             replayed = None if replay is None else replay.take(settings.layer, logits.shape[1])
             topk_weights, topk_ids = settings.route(logits, expert_bias, replayed)
+            if settings.expert_scale is not None:
+                topk_weights = topk_weights * getattr(self, settings.expert_scale)[topk_ids]
             if context is not None:
                 observe_router(settings.layer, logits, topk_ids, context.batch.multiplicity, expert_bias)
             found = {"logits": logits, "topk_weights": topk_weights, "topk_ids": topk_ids}
+            if "scores" in settings.outputs:
+                found["scores"] = settings.scores(logits)
             for name in ("logits", "topk_weights"):
                 found[name] = found[name] if name in settings.float32_outputs else found[name].to(x.dtype)
             values = tuple(found[name] for name in settings.outputs)

@@ -51,10 +51,13 @@ def _sorted(topk_weights: Tensor, topk_ids: Tensor) -> tuple[Tensor, Tensor]:
 class Probe:
     """A probe copy of one router, its own way and a candidate's."""
 
-    def __init__(self, module: nn.Module, count: int, condition: Condition = UNIT) -> None:
+    def __init__(
+        self, module: nn.Module, count: int, condition: Condition = UNIT, form: dict[str, str | None] | None = None
+    ) -> None:
         self.copied: Any = condition.copy_of(module)
         self.count = count
-        self.holder, self.plain = self._matrix()
+        self.holder, plain = self._matrix()
+        self.plain = replace(plain, **(form or {}))  # type: ignore[arg-type]
         self.extra = self._second_argument()
 
     def _matrix(self) -> tuple[nn.Module, Router]:
@@ -95,7 +98,7 @@ class Probe:
     def _logits(self, x: Tensor) -> Tensor:
         """The logits, computed by torch."""
         bias = getattr(self.holder, self.plain.bias or "bias", None)
-        return F.linear(x, self._weight(), bias)
+        return F.linear(self.plain.projected(self.copied, x), self._weight(), bias)
 
     def _weight(self) -> Tensor:
         weight: Tensor = getattr(self.holder, self.plain.weight)
@@ -113,7 +116,7 @@ class Probe:
             outputs = function(*inputs)
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
             weights, ids = _sorted(outputs[at["topk_weights"]], outputs[at["topk_ids"]])
-            return weights, ids, *([outputs[at["logits"]]] if "logits" in at else [])
+            return weights, ids, *(outputs[at[name]] for name in ("logits", "scores") if name in at)
 
         candidate = with_forward(self.copied, router.make_forward())
         return Trial(partial(ordered, candidate), partial(ordered, self.run), batches)
@@ -128,8 +131,8 @@ class Probe:
 class Observed(Probe):
     """A probe with random parameters and biases of the selection, and what the module makes of a few batches."""
 
-    def __init__(self, module: nn.Module, count: int) -> None:
-        super().__init__(module, count)
+    def __init__(self, module: nn.Module, count: int, form: dict[str, str | None]) -> None:
+        super().__init__(module, count, form=form)
         for stream, buffer in enumerate(self.copied.buffers()):
             if buffer.is_floating_point():
                 # Most of them negative, which tells experts excluded by 0 from those excluded by -inf.
@@ -138,6 +141,8 @@ class Observed(Probe):
         self.batches = [[x, *self.extra] for x in self._inputs()]
         self.outputs, self.observed = self._observe()
         self.float32_outputs = self._float32_outputs(module)
+        if "scores" in self.outputs and self.float32_outputs and "scores" not in self.float32_outputs:
+            raise RuntimeError("it rounds the scores of all experts")
 
     def _inputs(self) -> Iterator[Tensor]:
         """Plain inputs, and inputs with all logits far below zero, where an eps added to the sum of scores shows."""
@@ -177,6 +182,8 @@ class Observed(Probe):
                 name = "topk_ids"
             elif shape == tuple(logits.shape) and torch.allclose(value, logits, rtol=1e-4, atol=1e-4):
                 name = "logits"
+            elif shape == tuple(logits.shape) and torch.allclose(value, logits.softmax(-1), rtol=1e-4, atol=1e-6):
+                name = "scores"
             else:
                 name = "topk_weights"
             if name in found:
@@ -244,12 +251,19 @@ class Observed(Probe):
         scales = dict.fromkeys([1.0, 1.0 / plain.top_k, *(float(v) for v in own)])
         for eps in (None, *dict.fromkeys([*_EPS, *small])):
             known = replace(plain, norm_topk_prob=eps is not None, eps=eps or 0.0)
-            routed = [_sorted(*known.route(one.logits, bias))[0] for one in self.observed]
+            routed = [self._scaled(known, *_sorted(*known.route(one.logits, bias))) for one in self.observed]
             first = routed[0]
             ratio = float((self.observed[0].topk_weights * first).sum() / (first * first).sum())
             scale = sorted(scales, key=lambda own, ratio=ratio: abs(own - ratio))[0]  # type: ignore[misc]
             if all(_near(weights * scale, one.topk_weights) for weights, one in zip(routed, self.observed)):
                 yield replace(known, routed_scaling_factor=scale)
+
+    def _scaled(self, router: Router, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        """The weights, times each expert's own factor."""
+        if router.expert_scale is None:
+            return topk_weights
+        factors: Tensor = getattr(self.copied, router.expert_scale).detach()
+        return topk_weights * factors[topk_ids]
 
     def error(self, router: Router, module: nn.Module) -> ProbeError:
         """Of ``router`` against ``module``, of which this is a probe, under every condition."""
@@ -270,6 +284,22 @@ class Observed(Probe):
         return worst_error(module, build)
 
 
+def forms(module: nn.Module, count: int) -> Iterator[dict[str, str | None]]:
+    """What a router may do before its matrix and behind its selection, as fields of ``Router``: nothing first."""
+    yield {}
+    own = dict(module.named_parameters(recurse=False))
+    children = {name: child for name, child in module.named_children() if type(child) is not nn.Linear}
+    widths = {p.shape[1] for child in module.children() for p in child.parameters() if p.dim() == 2}
+    scales = [name for name, p in own.items() if p.dim() == 1 and p.shape[0] in widths]
+    factors = [name for name, value in module.__dict__.items() if type(value) is float]
+    behind = [name for name, p in own.items() if p.shape == (count,) and "bias" not in name]
+    for prelude in children:
+        for scale, factor, expert_scale in combinations([None, *scales], [None, *factors], [None, *behind]):
+            yield {
+                "prelude": prelude, "input_scale": scale, "input_factor": factor, "expert_scale": expert_scale
+            }  # fmt: skip
+
+
 def _near(got: Tensor, expected: Tensor) -> bool:
     return bool((got - expected).norm() <= _AGREE * expected.norm())
 
@@ -284,13 +314,18 @@ def _name(router: Router) -> str:
 
 
 def _verdict(module: nn.Module, count: int) -> tuple[str, Router, ProbeError, Settings] | str:
-    try:
-        probe = Observed(module, count)
-        found = list(probe.settings())
-    except Exception as problem:
-        return first_line(problem)
-    if not found:
-        return "no known scoring function, selection and normalisation reproduce its topk_weights and topk_ids"
+    reason = "no known scoring function, selection and normalisation reproduce its topk_weights and topk_ids"
+    for at, form in enumerate(forms(module, count)):
+        try:
+            probe = Observed(module, count, form)
+            found = list(probe.settings())
+        except Exception as problem:
+            reason = reason if at else first_line(problem)
+            continue
+        if found:
+            break
+    else:
+        return reason
     options = [(_name(router), router, partial(probe.error, router, module)) for router in found]
     proven = prove(options)
     return proven if isinstance(proven, str) else (*proven, settings_of(module))
