@@ -228,7 +228,9 @@ def check_schedule(family, executors, steps, seed, layers=2, share_of_changes=0.
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("family", SMALL)
 def test_random_schedules(family, seed, executor, adapters):
-    happened, stats, (replays,) = check_schedule(family, [executor], 75 + 25 * (seed % 2), seed, layers=1, share_of_changes=0.2)
+    happened, stats, (replays,) = check_schedule(
+        family, [executor], 75 + 25 * (seed % 2), seed, layers=1, share_of_changes=0.2
+    )
     assert {*CHANGES, "cancelled"} <= happened.keys()
     assert replays > 30
     assert stats["num_preemptions"] > 0
