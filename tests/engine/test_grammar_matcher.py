@@ -11,7 +11,7 @@ from tests.helpers.engine_tokenizers import byte_level, metaspace, sentencepiece
 from tests.helpers.grammar import accepts, allowed, matcher_of
 from tests.helpers.tokenizers import make_tokenizer
 from toolkit.engine.grammar.compiler import GrammarCompiler
-from toolkit.engine.grammar.masks import GrammarMasks, forbidden_of
+from toolkit.engine.grammar.masks import GrammarMasks, masked, masked_on_device
 from toolkit.engine.grammar.matcher import Matcher, mask_words
 from toolkit.errors import ToolkitError
 
@@ -297,7 +297,22 @@ def test_a_row_whose_grammar_failed_has_an_error(tokenizer, compiler) -> None:
 
 
 @pytest.mark.parametrize("vocab", [1, 31, 32, 450])
-def test_bits_are_unpacked_alike_on_other_devices(vocab: int) -> None:
-    bits = np.random.default_rng(0).integers(-(2**31), 2**31, (3, mask_words(vocab)), dtype=np.int32).view(np.uint8)
-    expected = np.unpackbits(bits, axis=1, count=vocab, bitorder="little") == 0
-    assert torch.equal(forbidden_of(torch.from_numpy(bits), vocab), torch.from_numpy(expected))
+@pytest.mark.parametrize("where", [None, [0, 2]])
+@pytest.mark.parametrize("adjusted", [False, True])
+def test_devices_mask_in_the_same_way(vocab: int, where: list[int] | None, adjusted: bool) -> None:
+    rng = np.random.default_rng(0)
+    count = 3 if where is None else len(where)
+    bits = rng.integers(-(2**31), 2**31, (count, mask_words(vocab)), dtype=np.int32).view(np.uint8)
+    logits = torch.randn(3, vocab)
+    scores = logits - 1 if adjusted else logits
+    if adjusted:
+        scores[0] = -torch.inf
+    allowed = np.unpackbits(bits, axis=1, count=vocab, bitorder="little").astype(bool)
+    addends = np.where(allowed, 0, -np.inf).astype(np.float32)
+    found = masked(logits, scores, addends, where)
+    assert torch.equal(found, masked_on_device(logits, scores, bits, where))
+    expected = scores.clone()
+    for at, row in enumerate(range(3) if where is None else where):
+        of = logits if adjusted and row == 0 else scores
+        expected[row] = torch.where(torch.from_numpy(allowed[at]), of[row], -torch.inf)
+    assert torch.equal(found, expected)

@@ -17,6 +17,7 @@ from toolkit.engine.grammar.matcher import Matcher, mask_words
 if TYPE_CHECKING:
     from llguidance import LLExecutor
 
+Rows = NDArray[np.float32] | NDArray[np.uint8]
 MaskRow = tuple[Matcher | None, int]
 """A sampled row: the matcher of its sequence, None without a grammar, and how many drafted tokens stand between the
 matcher's position and the row."""
@@ -76,13 +77,11 @@ class GrammarMasks:
         assert masks is not None
         ours = [(at, one, depth) for at, (one, depth) in enumerate(rows) if one is not None]
         errors = [None if one is None else masks.errors.get(one) for one, _ in rows]
-        forbidden = masks.forbidden(
-            [masks.first[one] + depth for _, one, depth in ours], self._vocab_size, self._device
-        )
-        if len(ours) == len(rows):
-            return _masked(logits, scores, forbidden), errors
-        index = torch.tensor([at for at, _, _ in ours], device=self._device)
-        return scores.index_copy(0, index, _masked(logits[index], scores[index], forbidden)), errors
+        index = [masks.first[one] + depth for _, one, depth in ours]
+        found = masks.rows if index == list(range(len(masks.rows))) else masks.rows[index]
+        where = None if len(ours) == len(rows) else [at for at, _, _ in ours]
+        of_device = masked if self._device.type == "cpu" else masked_on_device
+        return of_device(logits, scores, found, where), errors
 
     def close(self) -> None:
         """End the thread."""
@@ -117,10 +116,10 @@ class GrammarMasks:
             matcher.mark_stops(bits[first[matcher] : first[matcher] + 1 + len(drafted)])
             if (error := matcher.error) is not None:
                 errors[matcher] = f"structured_outputs cannot be followed further ({error})."
-        as_bytes = bits.view(np.uint8)
+        rows: Rows = bits.view(np.uint8)
         if self._device.type == "cpu":  # here nobody waits for it
-            as_bytes = np.unpackbits(np.invert(as_bytes), axis=1, count=self._vocab_size, bitorder="little")
-        made = _Masks(as_bytes, first, errors)
+            rows = _ADDENDS[bits.view(np.uint8)].reshape(count, -1)[:, : self._vocab_size]
+        made = _Masks(rows, first, errors)
         return made if before is None else before.joined(made)
 
 
@@ -129,12 +128,13 @@ class _Masks:
     """Masks of several rows.
 
     Args:
-        rows: uint8; for a CPU [R, V], 1 where a token is forbidden, else [R, 4 W], a bit set for each allowed token.
+        rows: for a CPU [R, V] float32, 0 where a token is allowed and -inf where not; else [R, 4 W] uint8, a bit set
+            for each allowed token.
         first: the first row of each matcher.
         errors: what went wrong with a matcher.
     """
 
-    rows: NDArray[np.uint8]
+    rows: Rows
     first: dict[Matcher, int]
     errors: dict[Matcher, str]
 
@@ -143,23 +143,41 @@ class _Masks:
         first = self.first | {matcher: count + row for matcher, row in other.first.items()}
         return _Masks(np.concatenate([self.rows, other.rows]), first, self.errors | other.errors)
 
-    def forbidden(self, index: list[int], vocab_size: int, device: torch.device) -> Tensor:
-        """[len(index), V] bool: the tokens that are forbidden in the rows ``index``."""
-        rows = self.rows if index == list(range(len(self.rows))) else self.rows[index]
-        if device.type == "cpu":
-            return torch.from_numpy(rows.view(np.bool_))
-        return forbidden_of(torch.from_numpy(rows).to(device), vocab_size)
+
+_ADDENDS = np.where(
+    np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), 0, -np.inf
+).astype(np.float32)
+"""For each byte of a mask what is added to the logits of its eight tokens. To add has no branches, and takes as long
+wherever the bits are set."""
 
 
-def forbidden_of(allowed: Tensor, vocab_size: int) -> Tensor:
-    """[R, V] bool: the tokens whose bits in ``allowed`` [R, 4 W] uint8 are not set."""
-    offsets = torch.arange(8, device=allowed.device, dtype=torch.uint8)
-    return ((allowed[..., None] >> offsets) & 1 == 0).flatten(1)[:, :vocab_size]
+def masked(logits: Tensor, scores: Tensor, addends: Rows, where: list[int] | None) -> Tensor:
+    """``GrammarMasks.apply`` on a CPU: ``addends`` [len(where), V] belong to the rows ``where`` (None: to all).
+
+    By NumPy: torch's ops would wake OpenMP's threads, which the next step would wait for.
+    """
+    of_model, of_sampler = logits.numpy(), scores.numpy()
+    part = of_sampler if where is None else of_sampler[where]
+    result = part + addends
+    if scores is not logits:
+        for row in np.flatnonzero(result.max(-1) == -np.inf):
+            result[row] = of_model[row if where is None else where[row]] + addends[row]
+    if where is None:
+        return torch.from_numpy(result)
+    whole = of_sampler.copy()
+    whole[where] = result
+    return torch.from_numpy(whole)
 
 
-def _masked(logits: Tensor, scores: Tensor, forbidden: Tensor) -> Tensor:
-    result = scores.masked_fill(forbidden, -torch.inf)
-    if scores is logits:
-        return result
-    nothing_left = result.amax(-1, keepdim=True) == -torch.inf
-    return torch.where(nothing_left, logits.masked_fill(forbidden, -torch.inf), result)
+def masked_on_device(logits: Tensor, scores: Tensor, allowed: Rows, where: list[int] | None) -> Tensor:
+    """The same from ``allowed`` [len(where), 4 W], bits."""
+    packed = torch.from_numpy(allowed).to(scores.device)
+    offsets = torch.arange(8, device=scores.device, dtype=torch.uint8)
+    forbidden = ((packed[..., None] >> offsets) & 1 == 0).flatten(1)[:, : scores.shape[-1]]
+    index = torch.arange(len(scores)) if where is None else torch.tensor(where)
+    index = index.to(scores.device)
+    result = scores[index].masked_fill(forbidden, -torch.inf)
+    if scores is not logits:
+        nothing_left = result.amax(-1, keepdim=True) == -torch.inf
+        result = torch.where(nothing_left, logits[index].masked_fill(forbidden, -torch.inf), result)
+    return scores.index_copy(0, index, result)
