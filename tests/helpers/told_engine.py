@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 from fastapi.testclient import TestClient
 
-from toolkit.engine import AsyncEngine
+from toolkit.engine import AsyncEngine, EngineConfig
 from toolkit.serving.app import ServerConfig, create_app
 from toolkit.serving.metrics import Metrics
 
@@ -20,6 +20,7 @@ class ToldEngine:
         self.live, self.cancelled, self.steps = {}, [], 0
         self.ended = []
         self.is_sleeping = False
+        self.config = EngineConfig()
         self.held = threading.Event()
         self.held.set()
 
