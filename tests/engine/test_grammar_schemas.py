@@ -20,7 +20,7 @@ def test_there_are_200_schemas() -> None:
     assert len({str(schema) for schema in ENFORCED}) == 200
 
 
-@pytest.mark.parametrize("count", [pytest.param(4), pytest.param(150, marks=pytest.mark.sweep)])
+@pytest.mark.parametrize("count", [pytest.param(4), pytest.param(50, marks=pytest.mark.sweep)])
 def test_every_finished_text_is_valid(compiler: GrammarCompiler, count: int) -> None:
     tokenizer = make_tokenizer("byte_level")
     rng = np.random.default_rng(count)

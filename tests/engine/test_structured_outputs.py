@@ -80,7 +80,7 @@ def result_of(one: toolkit.engine.Completion) -> tuple[Any, ...]:
     return one.token_ids, one.logprobs, one.sampling_logprobs, one.finish_reason, one.stop_reason, one.text
 
 
-@pytest.mark.parametrize("n", [2, pytest.param(20, marks=pytest.mark.sweep)])
+@pytest.mark.parametrize("n", [2, pytest.param(10, marks=pytest.mark.sweep)])
 def test_finished_outputs_of_200_schemas_are_valid_and_others_say_length(n: int) -> None:
     params = [
         SamplingParams(
@@ -195,7 +195,7 @@ def test_a_row_does_not_depend_on_its_neighbours_nor_on_preemption(seed: int) ->
         alone = [made.generate([prompt], one)[0] for prompt, one in zip(prompts, params)]
     with engine() as made:
         beside = made.generate(prompts, params)
-    with engine(num_blocks=30, max_model_len=64, max_num_batched_tokens=16) as made:
+    with engine(num_blocks=20, max_model_len=64, max_num_batched_tokens=16) as made:
         preempted = made.generate(prompts, params)
         assert made.stats()["num_preemptions"] > 0
         made.check_integrity()
