@@ -212,8 +212,32 @@ def test_parameters_are_checked_when_they_are_made():
 def test_models_whose_attention_is_not_proven_are_refused_with_the_reason():
     with pytest.raises(ToolkitError, match="attention of MPNetModel must be patched for a ragged batch"):
         PoolingEngine(pooling_model("mpnet"))
-    with pytest.raises(ToolkitError, match="head of AlbertForSequenceClassification must compute"):
-        PoolingEngine(pooling_model("albert", SEQUENCES, embedding_size=32))
+    with pytest.raises(ToolkitError, match="model CanineModel must be one that can be patched, got Not"):
+        PoolingEngine(pooling_model("canine"))
+    model = pooling_model("bert", SEQUENCES)
+    model.classifier = Reversed(model.classifier)
+    with pytest.raises(ToolkitError, match="head of BertForSequenceClassification must"):
+        PoolingEngine(model)
+
+
+class Reversed(torch.nn.Module):
+    """Part of a head that depends on what was computed before it: the hidden states of an ordinary forward."""
+
+    def __init__(self, own):
+        super().__init__()
+        self.own, self.calls = own, 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.own(x) * self.calls
+
+
+@pytest.mark.parametrize(("family", "settings"), [("albert", {"embedding_size": 32}), ("gpt2", {}), ("gpt_neox", {})])
+def test_heads_of_other_forms(family, settings):
+    plain, texts = pooling_model(family, SEQUENCES, **settings), ragged_texts()
+    engine = PoolingEngine(pooling_model(family, SEQUENCES, **settings))
+    for ids, got in zip(texts, data_of(engine, texts, use_activation=False), strict=True):
+        torch.testing.assert_close(got, logits_of(plain, ids), rtol=1e-5, atol=3e-5)
 
 
 def test_half_types_are_close_and_batch_invariant():
@@ -224,3 +248,17 @@ def test_half_types_are_close_and_batch_invariant():
     for ids, got in zip(texts, together, strict=True):
         torch.testing.assert_close(got, F.normalize(hidden_of(plain, ids)[-1].float(), dim=0), rtol=0, atol=2e-2)
         assert torch.equal(data_of(engine, [ids])[0], got)
+
+
+def test_a_head_may_call_the_forward_of_its_class():
+    plain, model = pooling_model("qwen3", SEQUENCES), pooling_model("qwen3", SEQUENCES)
+
+    class Negated(type(model)):
+        def forward(self, input_ids=None, **given):
+            output = super().forward(input_ids, **given)
+            output.logits = -output.logits
+            return output
+
+    model.__class__ = Negated
+    got = data_of(PoolingEngine(model), [[5, 6, 7]], use_activation=False)[0]
+    torch.testing.assert_close(got, -logits_of(plain, [5, 6, 7]), **CLOSE)

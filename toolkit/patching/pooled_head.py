@@ -30,16 +30,26 @@ LENGTHS = (6, 1, 11)
 _NEAR = 1e-3
 
 
-class _WithHidden:
-    """A model whose part without a head returns ``output``: the ``self`` of one forward."""
+class _Computed(nn.Module):
+    """Stands for the part without a head: returns ``output``, and has the attributes of the part."""
 
-    def __init__(self, model: nn.Module, part: str, output: BaseModelOutputWithPoolingAndCrossAttentions) -> None:
-        self.__dict__.update(_model=model, _part=part, _output=output)
+    def __init__(self, part: nn.Module, output: Any) -> None:
+        super().__init__()
+        self.__dict__.update(part=part, output=output)
 
     def __getattr__(self, name: str) -> Any:
-        if name == self._part:
-            return lambda *_, **__: self._output
-        return getattr(self._model, name)
+        return getattr(self.__dict__["part"], name)
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        return self.__dict__["output"]
+
+
+def _with_hidden(model: nn.Module, path: str, output: Any) -> nn.Module:
+    """A model of the same modules, except that the part at ``path`` returns ``output``. The model does not change."""
+    found: nn.Module = object.__new__(type(model))
+    modules = {**model._modules, path: _Computed(model.get_submodule(path), output)}
+    found.__dict__.update({**model.__dict__, "_modules": modules})
+    return found
 
 
 def has_head(model: nn.Module) -> bool:
@@ -56,17 +66,23 @@ def head_outputs(model: nn.Module, tokens: Tensor, hidden: Tensor) -> Tensor:
         hidden: [n, H] its last hidden states (``hidden_states``).
     """
     model = inner_model(model)
-    part = hidden_part(model)
+    path = hidden_part(model)
     report = report_of(model)
     invariant = report is not None and report.numerics is Numerics.BITWISE and hidden.is_cpu
     with row_invariant() if invariant else nullcontext():
-        pooler = getattr(model.get_submodule(part), "pooler", None)
-        rows = hidden[None]
-        output = BaseModelOutputWithPoolingAndCrossAttentions(
-            last_hidden_state=rows,
-            pooler_output=None if pooler is None else pooler(rows),
-        )
-        found: Tensor = type(model).forward(_WithHidden(model, part, output), input_ids=tokens[None]).logits[0]
+        part, rows = model.get_submodule(path), hidden[None]
+        output = BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=rows, pooler_output=_pooled(part, rows))
+        found: Tensor = type(model).forward(_with_hidden(model, path, output), input_ids=tokens[None]).logits[0]
+    return found
+
+
+def _pooled(part: Any, rows: Tensor) -> Tensor | None:
+    """What the part makes of its hidden states [1, n, H] beside them, for heads that read it; None for nothing."""
+    pooler = getattr(part, "pooler", None)
+    if pooler is None:
+        return None
+    activation = getattr(part, "pooler_activation", None)
+    found: Tensor = pooler(rows) if activation is None else activation(pooler(rows[:, 0]))
     return found
 
 

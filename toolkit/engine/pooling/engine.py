@@ -12,7 +12,7 @@ from toolkit.engine.pooling.params import PoolerConfig, PoolingParams
 from toolkit.engine.pooling.poolers import activate, default_activation, embed, pool
 from toolkit.engine.prompts import outside_vocabulary
 from toolkit.engine.runner import PatchedModel
-from toolkit.errors import ToolkitError, must_be_one_of
+from toolkit.errors import ToolkitError, first_line, must_be_one_of
 from toolkit.patching import choose_rotary_lengths, report_of
 from toolkit.patching.eval_mode import eval_mode
 from toolkit.patching.forward import hidden_states
@@ -86,7 +86,7 @@ class PoolingEngine:
             max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, max_model_len=max_model_len,
             numerics=numerics,
         )  # fmt: skip
-        self._patched = PatchedModel(model, numerics)
+        self._patched = _patched(model, numerics)
         self.model = cast(Any, self._patched.model)
         report = report_of(self.model)
         assert report is not None
@@ -245,3 +245,14 @@ class PoolingEngine:
             logits = head_outputs(self.model, torch.tensor(token_ids, device=hidden.device), hidden)
         use = params.use_activation if params.use_activation is not None else self._given.use_activation is not False
         return activate(logits, self.activation if use else "identity")
+
+
+def _patched(model: nn.Module, numerics: str | None) -> PatchedModel:
+    """The patched model. Raises ToolkitError for one that no patch can look at."""
+    try:
+        return PatchedModel(model, numerics)
+    except ToolkitError:
+        raise
+    except Exception as problem:  # models without an embedding of tokens, or with parts of other kinds
+        name, why = type(model).__name__, first_line(problem, with_class=True)
+        raise ToolkitError(f"model {name} must be one that can be patched, got {why}.") from None
