@@ -37,7 +37,15 @@ BAD = [
     ("ignore_eos", 1),
     ("seed", 1.0),
     ("seed", 2**64),
-    ("logprobs", -1),
+    ("logprobs", -2),
+    ("logit_bias", [1]),
+    ("logit_bias", {"1": 1.0}),
+    ("allowed_token_ids", [-1]),
+    ("allowed_token_ids", 5),
+    ("bad_words", "a"),
+    ("bad_words", ["a", ""]),
+    ("logits_processors", [1]),
+    ("priority", 0.5),
     ("skip_special_tokens", None),
     ("include_stop_str_in_output", "yes"),
     ("cache_salt", ""),
@@ -67,6 +75,13 @@ def test_boundary_values_are_taken():
     SamplingParams(max_tokens=None, min_tokens=100, presence_penalty=-2, frequency_penalty=2, seed=2**64 - 1)
     assert SamplingParams(max_tokens=np.int64(4)).max_tokens == 4
     assert type(SamplingParams(temperature=np.float32(0.5)).temperature) is float
+
+
+def test_other_errors_of_changed_logits():
+    with pytest.raises(ToolkitError, match=r"^logit_bias\[3\] must be a finite number .*, got nan\.$"):
+        SamplingParams(logit_bias={3: float("nan")})
+    with pytest.raises(ToolkitError, match=r"^allowed_token_ids must have >= 1 token ids or be None, got none\.$"):
+        SamplingParams(allowed_token_ids=[])
 
 
 def test_unknown_fields_are_refused_with_the_nearest():

@@ -50,7 +50,7 @@ class Drive:
             one.block_tables.take_copies()
             assert chunk.start == one.block_tables.length
             one.block_tables.commit(one.tokens[chunk.start : chunk.start + chunk.count], 0)
-            self.log[one.order].append((chunk.start, chunk.count))
+            self.log[one.order[1:]].append((chunk.start, chunk.count))
             assert chunk.samples == (one.block_tables.length == len(one.tokens))
             for owner in [one, *scheduler.fork_siblings(one)] if chunk.samples else []:
                 owner.accept(self.rng.randrange(1, 50), 0.0, 0.0, None, 0)
@@ -166,7 +166,7 @@ def test_rows_are_kept_for_siblings_while_their_prompt_is_computed():
     assert len(drive.scheduler.running) == 1
     drive.step()
     drive.step()
-    assert [one.order for one in drive.scheduler.running] == [(0, 0), (0, 1), (0, 2), (0, 3)]
+    assert [one.order[1:] for one in drive.scheduler.running] == [(0, 0), (0, 1), (0, 2), (0, 3)]
     drive.drain()
 
 

@@ -5,6 +5,7 @@ from collections import deque
 
 import numpy as np
 
+from toolkit.engine.adjustments import Adjustments
 from toolkit.engine.detokenizer import Decoder, Tokenizer
 from toolkit.engine.grammar.compiler import GrammarCompiler
 from toolkit.engine.media import PromptMedia, check_media_space
@@ -97,6 +98,9 @@ class NewRequests:
         for tokens, _ in ready:
             self._check_counted(tokens)
         grammars = [None if one.form is None else self.grammars.compile(one.form) for one in chosen]
+        adjustments = {
+            id(one): Adjustments.of(one, self._tokenizer, self._backend.vocab_size) for one in chosen
+        }  # of many prompts the parameters are often one object
         return [
             Request(
                 next(self._ids),
@@ -114,6 +118,7 @@ class NewRequests:
                 media=media,
                 keeps_prompt=getattr(self._backend, "keeps_prompts", False),
                 grammar=grammar,
+                adjustments=adjustments[id(one)],
             )
             for at, ((tokens, most), one, media, grammar) in enumerate(zip(ready, chosen, pictures, grammars))
         ]

@@ -2,7 +2,8 @@
 
 import inspect
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from numbers import Integral
 from typing import Any, ClassVar
 
@@ -12,11 +13,16 @@ from toolkit.errors import ToolkitError
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy; dividing by them would only overflow."""
+MAX_BIAS = 100.0
+"""Bounds ``logit_bias``, as vLLM does."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How to sample the tokens of one request. The order is penalties, temperature, top_k, top_p, min_p.
+    """How to sample the tokens of one request.
+
+    The order is logits_processors, logit_bias, allowed_token_ids, bad_words, penalties, min_tokens, structured_outputs,
+    temperature, top_k, top_p, min_p.
 
     Args:
         n: completions of the prompt.
@@ -30,7 +36,8 @@ class SamplingParams:
         stop_token_ids: tokens that end a completion as the end-of-text token does.
         ignore_eos: continue after the end-of-text token.
         seed: a token is a function of (seed, index among the n, tokens so far, logits); None takes a fresh seed.
-        logprobs: also return this many of the most probable tokens at each step, under the model's own distribution.
+        logprobs: also return this many of the most probable tokens at each step, under the model's own distribution;
+            -1 for all of the vocabulary.
         skip_special_tokens: leave special tokens out of ``text``.
         cache_salt: share cached prefixes only with requests of the same salt; None with those that have none.
         include_stop_str_in_output: keep the stop string or stop token that ended the text.
@@ -39,6 +46,15 @@ class SamplingParams:
         frequency_penalty: subtracted once for each occurrence in the output.
         structured_outputs: the form of the output, a ``StructuredOutputsParams`` or a mapping of its fields. Tokens
             that the form forbids are not sampled, nor end-of-text and stop tokens where the output is not complete.
+        logit_bias: what is added to the logits of tokens, by token id, each at least -100 and at most 100 (what is
+            beyond is cut to that).
+        allowed_token_ids: sample these tokens alone; end-of-text and stop tokens too are sampled only if among them.
+        bad_words: strings that the output must not have. Each is tokenised as the beginning of a text and behind a
+            space, and its last token is not sampled where the output ends in those before it.
+        logits_processors: callables (token ids of the output, logits [V]) -> logits [V], or of the prompt's token ids
+            and these; in order. What they return must depend on what they are given alone: with speculation they see
+            drafts, too.
+        priority: requests of a lower one run first, among equals those that came first.
 
     Raises:
         ToolkitError: for an unknown field or a bad value.
@@ -63,13 +79,18 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     structured_outputs: StructuredOutputsParams | dict[str, Any] | None = None
+    logit_bias: dict[int, float] | None = field(default=None, hash=False)
+    allowed_token_ids: list[int] | tuple[int, ...] | None = None
+    bad_words: list[str] | tuple[str, ...] | None = None
+    logits_processors: list[Callable[..., Any]] | tuple[Callable[..., Any], ...] | None = None
+    priority: int = 0
 
     __signature__: ClassVar[inspect.Signature]
 
     def __new__(cls, *args: Any, **given: Any) -> "SamplingParams":
         if args:
             raise ToolkitError("SamplingParams takes its fields by name, such as SamplingParams(max_tokens=64).")
-        check_names("SamplingParams", given, tuple(field.name for field in fields(cls)))
+        check_names("SamplingParams", given, tuple(one.name for one in fields(cls)))
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -80,8 +101,8 @@ class SamplingParams:
             "top_k": check_int("top_k", self.top_k, -1, also=" (0 and -1 are off)"),
             "top_p": check_float("top_p", self.top_p, 0, 1, open_low=True),
             "min_p": check_float("min_p", self.min_p, 0, 1),
-            "stop": _strings(self.stop),
-            "stop_token_ids": _token_ids(self.stop_token_ids),
+            "stop": _strings("stop", self.stop, one=True),
+            "stop_token_ids": _token_ids("stop_token_ids", self.stop_token_ids) or (),
             "ignore_eos": check_bool("ignore_eos", self.ignore_eos),
             "skip_special_tokens": check_bool("skip_special_tokens", self.skip_special_tokens),
             "include_stop_str_in_output": check_bool("include_stop_str_in_output", self.include_stop_str_in_output),
@@ -90,7 +111,14 @@ class SamplingParams:
             "presence_penalty": check_float("presence_penalty", self.presence_penalty, -2, 2),
             "frequency_penalty": check_float("frequency_penalty", self.frequency_penalty, -2, 2),
             "structured_outputs": StructuredOutputsParams.read(self.structured_outputs),
+            "logit_bias": _bias(self.logit_bias),
+            "allowed_token_ids": _token_ids("allowed_token_ids", self.allowed_token_ids),
+            "bad_words": _strings("bad_words", self.bad_words),
+            "logits_processors": _callables(self.logits_processors),
+            "priority": check_int("priority", self.priority, -(2**63), 2**63 - 1),
         }
+        if checked["allowed_token_ids"] == ():
+            raise ToolkitError("allowed_token_ids must have >= 1 token ids or be None, got none.")
         if self.max_tokens is not None:
             checked["max_tokens"] = check_int("max_tokens", self.max_tokens, 1, also=" or None")
             if checked["min_tokens"] > checked["max_tokens"]:
@@ -98,7 +126,7 @@ class SamplingParams:
         if self.seed is not None:
             checked["seed"] = check_int("seed", self.seed, -(2**63), 2**64 - 1, also=", or None")
         if self.logprobs is not None:
-            checked["logprobs"] = check_int("logprobs", self.logprobs, 0, also=" or None")
+            checked["logprobs"] = check_int("logprobs", self.logprobs, -1, also=" (all of the vocabulary) or None")
         if self.cache_salt is not None and not (isinstance(self.cache_salt, str) and self.cache_salt):
             raise ToolkitError(f"cache_salt must be a string that is not empty or None, got {self.cache_salt!r}.")
         for name, value in checked.items():
@@ -126,17 +154,41 @@ SamplingParams.__signature__ = inspect.Signature(
 )
 
 
-def _strings(stop: Any) -> tuple[str, ...]:
-    strings = () if stop is None else (stop,) if isinstance(stop, str) else stop
-    if not isinstance(strings, list | tuple) or not all(isinstance(one, str) and one for one in strings):
-        raise ToolkitError(f"stop must be a string that is not empty, a list of such strings or None, got {stop!r}.")
+def _strings(field: str, given: Any, one: bool = False) -> tuple[str, ...]:
+    """A list of strings as a tuple; with ``one``, of one string too."""
+    strings = () if given is None else (given,) if one and isinstance(given, str) else given
+    if not isinstance(strings, list | tuple) or not all(isinstance(each, str) and each for each in strings):
+        kinds = "a string that is not empty, a list of such strings" if one else "a list of strings that are not empty"
+        raise ToolkitError(f"{field} must be {kinds} or None, got {given!r}.")
     return tuple(strings)
 
 
-def _token_ids(ids: Any) -> tuple[int, ...]:
-    given = () if ids is None else ids
-    if not isinstance(given, list | tuple | set | frozenset) or not all(
-        isinstance(one, Integral) and not isinstance(one, bool) and int(one) >= 0 for one in given
-    ):
-        raise ToolkitError(f"stop_token_ids must be a list of token ids or None, got {ids!r}.")
-    return tuple(int(one) for one in given)
+def _token_ids(field: str, ids: Any) -> tuple[int, ...] | None:
+    if ids is None:
+        return None
+    if not isinstance(ids, list | tuple | set | frozenset) or not all(map(_is_token_id, ids)):
+        raise ToolkitError(f"{field} must be a list of token ids or None, got {ids!r}.")
+    return tuple(int(one) for one in ids)
+
+
+def _is_token_id(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
+
+
+def _bias(given: Any) -> dict[int, float] | None:
+    if given is None:
+        return None
+    if not isinstance(given, Mapping) or not all(map(_is_token_id, given)):
+        raise ToolkitError(f"logit_bias must be a mapping of token ids to numbers or None, got {given!r}.")
+    found = {}
+    for token, bias in given.items():
+        checked = check_float(f"logit_bias[{token}]", bias, -math.inf, math.inf)
+        found[int(token)] = max(-MAX_BIAS, min(MAX_BIAS, checked))
+    return found
+
+
+def _callables(given: Any) -> tuple[Callable[..., Any], ...]:
+    processors = () if given is None else given
+    if not isinstance(processors, list | tuple) or not all(map(callable, processors)):
+        raise ToolkitError(f"logits_processors must be a list of callables or None, got {given!r}.")
+    return tuple(processors)

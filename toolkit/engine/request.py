@@ -2,6 +2,7 @@
 
 from collections import deque
 
+from toolkit.engine.adjustments import Adjustments
 from toolkit.engine.detokenizer import Decoder, Detokenizer
 from toolkit.engine.grammar.compiler import CompiledGrammar
 from toolkit.engine.media import PromptMedia
@@ -28,6 +29,7 @@ class Request:
         media: the pictures of the prompt, or None.
         keeps_prompt: whether tokens behind the prompt see others than those in it.
         grammar: of its outputs, or None.
+        adjustments: of its logits, or None.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Request:
         media: PromptMedia | None = None,
         keeps_prompt: bool = False,
         grammar: CompiledGrammar | None = None,
+        adjustments: Adjustments | None = None,
     ) -> None:
         self.request_id = request_id
         self.prompt_index = prompt_index
@@ -61,6 +64,7 @@ class Request:
         self.media = media
         self.prompt_length = len(prompt) if keeps_prompt else None
         self.grammar = grammar
+        self.adjustments = adjustments
         self.prefilled = False  # whether the prompt is computed, so that other sequences may fork it
         self.sequences = [Sequence(self, index) for index in range(params.n)]
 
@@ -95,7 +99,7 @@ class Sequence:
         self.request = request
         self.index = index
         self.params = request.params
-        self.order = (request.request_id, index)
+        self.order = (request.params.priority, request.request_id, index)
         self.seed = completion_seed(request.seed, index)
         self.prompt_length = len(request.prompt)
         self.tokens = request.prompt.copy()
@@ -140,8 +144,8 @@ class Sequence:
         media = self.request.media
         return media is None or media.block_around(length) is None
 
-    def adjusted(self, drafted: int = 0) -> bool:
-        """Whether logits are changed before the temperature, of the next token or the one behind ``drafted`` others."""
+    def penalised(self, drafted: int = 0) -> bool:
+        """Whether penalties or ``min_tokens`` change the logits of the next token, or of the one behind a draft."""
         return self.params.penalised or self.generated + drafted < self.params.min_tokens
 
     def prefix_key(self, weights: PrefixKey) -> PrefixKey:

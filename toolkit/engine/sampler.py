@@ -1,4 +1,4 @@
-"""Logits to tokens: penalties and one sample per row, by the ops ``penalize`` and ``sample``.
+"""Logits to tokens: the changes of requests, penalties, grammars, and one sample per row.
 
 A row is a place in a sequence: behind its tokens, or behind some that are drafted after them. Sampling is
 batch-invariant: a row's token depends on that row's logits and what stands before it in its own sequence only. It is a
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from toolkit.engine.adjustments import adjusted_logits
 from toolkit.engine.grammar.masks import GrammarMasks
 from toolkit.engine.order import first_largest
 from toolkit.engine.request import Sequence
@@ -170,18 +171,20 @@ class Sampler:
         if logits.dtype != torch.float64 or logits.device.type != "cpu":  # float64: as training computes them
             logits = logits.float()
         sampled: Tensor | None = None
-        adjusted = any(one.adjusted(drafted) for one, drafted in zip(sequences, drafts))
-        if not adjusted and all(one.params.greedy for one in sequences):
-            scores, failures = self._masked(logits, logits, sequences, drafts)
+        own, failures = adjusted_logits(logits, list(zip(sequences, drafts)))
+        penalised = any(one.penalised(drafted) for one, drafted in zip(sequences, drafts))
+        if own is logits and not penalised and all(one.params.greedy for one in sequences):
+            scores, wrong = self._masked(own, own, sequences, drafts)
             ids = first_largest(scores)
         else:
             batch = self._batch_params
             if batch is None or not batch.holds(sequences, logits.device):
                 batch = self._batch_params = BatchParams(sequences, logits.device)
-            scores = batch.penalties(logits, drafts) if adjusted else logits
-            scores, failures = self._masked(logits, scores, sequences, drafts)
+            scores = batch.penalties(own, drafts) if penalised else own
+            scores, wrong = self._masked(own, scores, sequences, drafts)
             steps = batch.integers([one.generated + drafted for one, drafted in zip(sequences, drafts)])
             ids, sampled = sample(scores, batch.temperature, batch.top_k, batch.top_p, batch.min_p, batch.seeds, steps)
+        failures = [failure or other for failure, other in zip(failures, wrong)]
         logprob, lse = token_logprob(logits, ids)
         logprobs = logprob.tolist()
         sampling = [0.0] * len(sequences) if sampled is None else sampled.tolist()
@@ -198,18 +201,18 @@ class Sampler:
         return Samples(ids.tolist(), logprobs, sampling, tops, errors)
 
     def _masked(
-        self, logits: Tensor, scores: Tensor, sequences: abc.Sequence[Sequence], drafts: abc.Sequence[int]
+        self, own: Tensor, scores: Tensor, sequences: abc.Sequence[Sequence], drafts: abc.Sequence[int]
     ) -> tuple[Tensor, list[str | None]]:
         """``scores`` without what the sequences' grammars forbid, and what went wrong with each row."""
         rows = [(one.matcher, drafted) for one, drafted in zip(sequences, drafts)]
         if all(matcher is None for matcher, _ in rows):
             return scores, [None] * len(rows)
         if self._masks is None:
-            self._masks = GrammarMasks(logits.shape[-1], logits.device)
-        return self._masks.apply(logits, scores, rows)
+            self._masks = GrammarMasks(own.shape[-1], own.device)
+        return self._masks.apply(own, scores, rows)
 
 
 def top_k_logprobs(logits: Tensor, lse: Tensor, count: int) -> dict[int, float]:
-    """The ``count`` most probable tokens of one row [V] with their log-probabilities, best first."""
-    values, ids = logits.topk(min(count, len(logits)))
+    """The ``count`` most probable tokens of one row [V] (-1: all) with their log-probabilities, best first."""
+    values, ids = logits.topk(len(logits) if count < 0 else min(count, len(logits)))
     return dict(zip(ids.tolist(), (values - lse).tolist()))

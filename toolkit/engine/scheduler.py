@@ -1,10 +1,10 @@
 """Which tokens run in the next step.
 
 Every step gives each decoding sequence its one token first, and the tokens that were drafted for it while there is
-budget for them. It then fills the token budget with chunks of prompts,
-oldest request first, and admits waiting requests in the order they came. When blocks run out the youngest running
-sequence is preempted: it gives up its blocks and waits. Its tokens are kept. Their state is swapped in again where it
-was swapped out, and computed again otherwise.
+budget for them. It then fills the token budget with chunks of prompts, oldest request first, and admits waiting
+requests in the order they came. When blocks run out the youngest running sequence is preempted: it gives up its blocks
+and waits. Its tokens are kept. Their state is swapped in again where it was swapped out, and computed again otherwise.
+Requests of a lower ``priority`` count as older than all of a higher one.
 
 A picture whose tokens see each other is computed in one step, whole. Where it is longer than what is left of a step's
 budget, it waits for the next one.

@@ -61,11 +61,11 @@ class GrammarMasks:
         """``scores`` with -inf at the tokens that the rows' grammars forbid, and what went wrong with each row.
 
         Where ``scores`` leave nothing that may follow, because ``min_tokens`` holds back an end that must come,
-        the model's own logits of the allowed tokens stand.
+        ``logits`` of the allowed tokens stand.
 
         Args:
-            logits: [R, V], the model's own.
-            scores: [R, V], what the sampler made of them.
+            logits: [R, V], before penalties and ``min_tokens``.
+            scores: [R, V], behind them.
             rows: what each row is. Those of a matcher that ``start`` was not given are filled now.
         """
         masks = self._take()
