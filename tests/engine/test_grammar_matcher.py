@@ -189,6 +189,14 @@ def test_special_tokens_are_text_for_no_grammar_that_does_not_name_them(tokenize
     assert allowed(matcher_of(compiler, grammar='start: <|im_start|> "a"'), VOCAB) == [start]
 
 
+def test_a_choice_of_many_texts(tokenizer, compiler) -> None:
+    words = [f"word {at}" for at in range(5000)]
+    for text in ("word 0", "word 4999", "word 44"):
+        assert accepts(compiler, tokenizer, VOCAB, text, choice=words)
+    assert not accepts(compiler, tokenizer, VOCAB, "word 5000", choice=words)
+    assert not accepts(compiler, tokenizer, VOCAB, "word ", choice=words)
+
+
 def test_a_grammar_does_not_choose_between_tokenisations(tokenizer, compiler) -> None:
     texts = [tokenizer.decode([one]) for one in allowed(matcher_of(compiler, regex="the quick"), VOCAB)]
     assert {"t", "th", "the"} & set(texts) == {one for one in ("t", "th", "the") if len(ids(tokenizer, one)) == 1}

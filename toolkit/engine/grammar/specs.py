@@ -37,7 +37,8 @@ def lark(params: StructuredOutputsParams, special: Mapping[str, int]) -> str:
     elif params.kind == "regex":
         body = f"start: /{library().regex_to_lark(params.regex, use_ascii='')}/"
     elif params.kind == "choice":
-        body = f"start: {' | '.join(map(_text, params.choice or ()))}"
+        # A terminal is one automaton, however many texts it has; a rule is a row of as many items.
+        body = f"start: CHOICE\nCHOICE: {' | '.join(map(_text, params.choice or ()))}"
     elif params.kind == "grammar":
         body = _grammar(str(params.grammar))
     else:
