@@ -1,10 +1,13 @@
 """``response_format`` and ``structured_outputs`` over HTTP, streamed and not."""
 
+import datetime
 import json
 import re
+from typing import Literal
 
 import pytest
 from fastapi.testclient import TestClient
+from pydantic import BaseModel, Field
 
 from tests.helpers.json_schemas import violation
 from toolkit.engine import AsyncEngine, Engine
@@ -173,3 +176,33 @@ def test_a_server_without_a_tokenizer_says_so(chat_model):
         response = client.post(COMPLETIONS, json={"prompt": [1, 2], "structured_outputs": {"regex": "a"}})
     assert response.status_code == 400
     assert response.json()["error"]["message"] == "structured_outputs needs a tokenizer, and the engine has none."
+
+
+class Address(BaseModel):
+    """Nested in ``Person``."""
+
+    street: str = Field(max_length=8)
+    number: int = Field(ge=1, le=99)
+
+
+class Person(BaseModel):
+    """With what pydantic writes schemas of."""
+
+    kind: Literal["a", "b"]
+    share: float = Field(gt=0, lt=1)
+    tags: list[Literal["x", "y"]] = Field(max_length=2)
+    address: Address | None
+    born: datetime.date
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_openai_s_client_parses_what_it_asked_for(client, seed):
+    openai = pytest.importorskip("openai")
+    asked = openai.OpenAI(api_key="none", base_url="http://testserver/v1", http_client=client)
+    parsed = asked.chat.completions.parse(
+        model="tiny", messages=[{"role": "user", "content": "hi"}], response_format=Person, seed=seed, max_tokens=400,
+        extra_body={"top_k": 20},
+    )  # fmt: skip
+    (choice,) = parsed.choices
+    assert choice.finish_reason == "stop"
+    assert isinstance(choice.message.parsed, Person)
