@@ -95,6 +95,13 @@ def test_a_wrong_config_is_refused(copy, text, words):
     assert words in error_of(copy)
 
 
+@pytest.mark.parametrize("raw", [b'{"eos_token_id": [2, 0],', b"\xef\xbb\xbf{}", b"\xff\xfe", b"[]"])
+def test_a_broken_generation_config_is_refused_and_not_passed_over(copy, raw):
+    (copy / "generation_config.json").write_bytes(raw)
+    with pytest.raises(ToolkitError, match=r"generation_config\.json"):
+        load_model(str(copy))
+
+
 @pytest.fixture
 def hub(saved, tmp_path, monkeypatch):
     """A Hub that cannot be reached, with one repository in the cache."""

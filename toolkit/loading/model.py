@@ -43,6 +43,7 @@ def load_weights(source: Source, dtype: str = "float32", device: str = "cpu", ru
     if base.gguf is None:
         config = read_config(base)
         _check_files(base.folder)
+        _check_generation_config(base.folder / GENERATION_CONFIG)
     else:
         config = None
         if importlib.util.find_spec("gguf") is None:
@@ -106,6 +107,20 @@ def _check_files(folder: Path) -> None:
                 tensors.keys()
         except (SafetensorError, OSError) as error:
             raise ToolkitError(f"'{file}' is not a whole safetensors file ({first_line(error)}).") from None
+
+
+def _check_generation_config(file: Path) -> None:
+    """Raise ToolkitError for a file that cannot be read: transformers passes over it, and so over its EOS tokens."""
+    if not file.is_file():
+        return
+    read_json(file)
+
+    from transformers import GenerationConfig
+
+    try:
+        GenerationConfig.from_pretrained(file.parent)
+    except Exception as error:  # a byte order mark, say
+        raise ToolkitError(f"'{file}' is no configuration that transformers reads ({first_line(error)}).") from None
 
 
 def _model(source: Source, config: Any, dtype: "torch.dtype", device: "torch.device", runner: str) -> Any:
