@@ -8,8 +8,8 @@ import torch
 
 from toolkit.cli import main
 from toolkit.errors import ToolkitError
-from toolkit.loading import find_source, load_model, load_weights
-from toolkit.testing.models import random_model
+from toolkit.loading import find_source, find_tokenizer, load_model, load_tokenizer, load_weights
+from toolkit.testing.models import random_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +189,16 @@ def test_weights_that_are_not_this_models_are_refused_and_never_random(copy):
     wrong = {**weights, "model.norm.weight": torch.ones(3)}
     save_file(wrong, copy / "model.safetensors", {"format": "pt"})
     assert "cannot be loaded as a causal language model" in error_of(copy)
+
+
+def test_the_byte_order_mark_of_a_template_is_no_text(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "chat_template.jinja"
+    file.write_text(file.read_text(encoding="utf-8"), encoding="utf-8-sig")
+    loaded = load_tokenizer(find_tokenizer(str(tmp_path)))
+    assert loaded.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
 
 
 def test_a_broken_tokenizer_is_refused(copy):

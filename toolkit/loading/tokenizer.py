@@ -41,4 +41,12 @@ def load_tokenizer(source: Source) -> Any:
         raise ToolkitError(f"The tokenizer in '{folder}' cannot be loaded ({first_line(error)}).") from None
     if tokenizer.chat_template is None and (folder / PROCESSOR_TEMPLATE).is_file():
         tokenizer.chat_template = read_json(folder / PROCESSOR_TEMPLATE).get("chat_template")
+    tokenizer.chat_template = _without_mark(tokenizer.chat_template)
     return tokenizer
+
+
+def _without_mark(template: Any) -> Any:
+    """A template, or several by name, without the byte order mark of its file, which would begin every text."""
+    if isinstance(template, dict):
+        return {name: _without_mark(one) for name, one in template.items()}
+    return template.removeprefix("\ufeff") if isinstance(template, str) else template
