@@ -58,8 +58,13 @@ class Decoding:
             raise
         grown: list[_Grown] = []
         rows: list[int] = []
-        sampled = 0
+        sampled = 0  # rows of logits that are taken
         for chunk in chunks:
+            if positions := chunk.scored:
+                scores = chunk.sequence.request.prompt_logprobs
+                assert scores is not None
+                scores.add(positions, logits[sampled : sampled + len(positions)])
+                sampled += len(positions)
             if chunk.drafts:
                 grown.append(_Grown(chunk.sequence, chunk.start, chunk.drafts))
                 rows += range(sampled, sampled + 1 + chunk.drafts)
@@ -77,7 +82,7 @@ class Decoding:
         with threads():
             sequences = [one.sequence for one in grown for _ in range(1 + one.drafts)]
             drafts = [drafted for one in grown for drafted in range(1 + one.drafts)]
-            samples = self.sampler.sample(logits if len(rows) == sampled else logits[rows], sequences, drafts)
+            samples = self.sampler.sample(logits if rows == list(range(sampled)) else logits[rows], sequences, drafts)
         if self.speculation is not None:
             self.speculation.ran(chunks, time.perf_counter() - started)
         found = samples.rows()

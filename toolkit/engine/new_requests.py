@@ -83,9 +83,12 @@ class NewRequests:
         longest = longest_sequence(self._max_model_len, self._scheduler.block_manager)
         read: list[tuple[Prompt, PromptMedia | None]] = []
         added = 0
-        for prompt in given:  # one by one: a processor makes tensors of pictures that are far larger
+        for prompt, one in zip(given, chosen):  # one by one: a processor makes tensors of pictures that are far larger
             found = read_media(prompt, self._backend, self._processor, longest)
             if found[1] is not None:
+                if one.truncate_prompt_tokens is not None:
+                    got = one.truncate_prompt_tokens
+                    raise ToolkitError(f"truncate_prompt_tokens must be None for a prompt with pictures, got {got}.")
                 added += found[1].num_bytes
                 check_media_space(held, added, space)
                 self._check_blocks(found[1])

@@ -39,6 +39,10 @@ class Completion:
         rotary_length: the shortest sequence length with the rotary tables that it was computed by, which are those of
             the declared length (prompt + max_tokens); ``token_logprobs(rotary_lengths=...)`` trains by them. None for
             a model whose tables do not depend on the length.
+        prompt_logprobs: for each token of the prompt the most probable ones in its place under the model's own
+            distribution, best first, and before them the token where it is not among them; when
+            ``SamplingParams.prompt_logprobs`` asked for them. None for the first token, and of a prompt that was not
+            computed to its end.
     """
 
     request_id: int
@@ -58,6 +62,7 @@ class Completion:
     routed_experts: Tensor | None = field(default=None, compare=False)
     selected_keys: Tensor | None = field(default=None, compare=False)
     rotary_length: int | None = None
+    prompt_logprobs: list[dict[int, float] | None] | None = None
 
     @property
     def weight_version(self) -> int | None:
@@ -80,6 +85,7 @@ class Delta:
         top_logprobs: of the new tokens, as in ``Completion``.
         finished: the whole completion, at its end.
         text_offset: of the new tokens, as in ``Completion``, before anything is cut.
+        prompt_logprobs: with the first token, as in ``Completion``.
     """
 
     request_id: int
@@ -91,6 +97,7 @@ class Delta:
     top_logprobs: list[dict[int, float]] | None = None
     finished: Completion | None = None
     text_offset: list[int] = field(default_factory=list)
+    prompt_logprobs: list[dict[int, float] | None] | None = None
 
 
 def joined(deltas: list[Delta]) -> Delta:

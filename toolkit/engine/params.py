@@ -38,6 +38,10 @@ class SamplingParams:
         seed: a token is a function of (seed, index among the n, tokens so far, logits); None takes a fresh seed.
         logprobs: also return this many of the most probable tokens at each step, under the model's own distribution;
             -1 for all of the vocabulary.
+        prompt_logprobs: also return the log-probability of each token of the prompt and this many of the most probable
+            ones, -1 for all, under the model's own distribution; the prompt is computed whole, with no cached prefix.
+        truncate_prompt_tokens: keep the last so many tokens of a longer prompt; -1: as many as fit before
+            ``max_tokens``. None refuses prompts that do not fit.
         skip_special_tokens: leave special tokens out of ``text``.
         cache_salt: share cached prefixes only with requests of the same salt; None with those that have none.
         include_stop_str_in_output: keep the stop string or stop token that ended the text.
@@ -84,6 +88,8 @@ class SamplingParams:
     bad_words: list[str] | tuple[str, ...] | None = None
     logits_processors: list[Callable[..., Any]] | tuple[Callable[..., Any], ...] | None = None
     priority: int = 0
+    prompt_logprobs: int | None = None
+    truncate_prompt_tokens: int | None = None
 
     __signature__: ClassVar[inspect.Signature]
 
@@ -125,8 +131,11 @@ class SamplingParams:
                 raise ToolkitError(f"min_tokens must be <= max_tokens ({self.max_tokens}), got {self.min_tokens}.")
         if self.seed is not None:
             checked["seed"] = check_int("seed", self.seed, -(2**63), 2**64 - 1, also=", or None")
-        if self.logprobs is not None:
-            checked["logprobs"] = check_int("logprobs", self.logprobs, -1, also=" (all of the vocabulary) or None")
+        for name in ("logprobs", "prompt_logprobs"):
+            if (value := getattr(self, name)) is not None:
+                checked[name] = check_int(name, value, -1, also=" (all of the vocabulary) or None")
+        if (cut := self.truncate_prompt_tokens) is not None and (cut != -1 or isinstance(cut, bool)):
+            checked["truncate_prompt_tokens"] = check_int("truncate_prompt_tokens", cut, 1, also=", -1 or None")
         if self.cache_salt is not None and not (isinstance(self.cache_salt, str) and self.cache_salt):
             raise ToolkitError(f"cache_salt must be a string that is not empty or None, got {self.cache_salt!r}.")
         for name, value in checked.items():

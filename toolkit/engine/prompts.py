@@ -141,6 +141,14 @@ def longest_sequence(max_model_len: int, block_manager: BlockManager) -> tuple[i
     return max_model_len, "max_model_len"
 
 
+def truncated(tokens: list[int], params: SamplingParams, longest: int) -> list[int]:
+    """The last tokens of a prompt, as many as ``truncate_prompt_tokens`` keeps; ``longest``: of both together."""
+    most = params.truncate_prompt_tokens
+    if most == -1:
+        most = max(1, longest - (params.max_tokens or 1))
+    return tokens if most is None else tokens[-most:]
+
+
 def prompt_length(prompt: abc.Sequence[int] | abc.Mapping[str, Any]) -> int:
     """Tokens of a prompt that is token ids, or what a processor returned."""
     return len(prompt["input_ids"][0]) if isinstance(prompt, abc.Mapping) else len(prompt)
@@ -224,18 +232,18 @@ def prepare_early(prompts: list[Prompt], params: list[SamplingParams], engine: A
         if form is not None:
             engine.grammars.compile(form)
 
-    def ids(prompt: Prompt) -> Prompt:
+    def ids(prompt: Prompt, cut: bool) -> Prompt:
         if not isinstance(prompt, str) or engine.tokenizer is None:
             return prompt
         longest = engine.max_sequence_len
-        if len(prompt) > longest * longest_token(engine.tokenizer):
+        if not cut and len(prompt) > longest * longest_token(engine.tokenizer):
             return prompt
         encoding = rust_encoding(engine.tokenizer, prompt, add_special_tokens=True)
-        if encoding is None or len(encoding) >= longest:
+        if encoding is None or (len(encoding) >= longest and not cut):
             return prompt
         return list(encoding.ids[: len(encoding) - len(special_tokens_around(engine.tokenizer)[1])])
 
-    return [ids(prompt) for prompt in prompts]
+    return [ids(prompt, one.truncate_prompt_tokens is not None) for prompt, one in zip(prompts, params)]
 
 
 def check_prompt(
@@ -247,9 +255,11 @@ def check_prompt(
     if isinstance(prompt, str):
         if tokenizer is None:
             raise ToolkitError("prompt must be token ids, since the engine has no tokenizer, got a text.")
-        check_characters("prompt", len(prompt), tokenizer, longest)
-        tokens = prompt_token_ids(tokenizer, prompt)
+        if params.truncate_prompt_tokens is None:
+            check_characters("prompt", len(prompt), tokenizer, longest)
+        tokens = truncated(prompt_token_ids(tokenizer, prompt), params, longest)
     elif isinstance(prompt, list | tuple):
+        prompt = truncated(list(prompt), params, longest)
         check_token_count(len(prompt), longest, name)
         if not set(map(type, prompt)) <= {int} and not all(map(_is_id, prompt)):
             raise ToolkitError(f"prompt must be a text or a list of token ids, got {str(prompt)[:60]!r}.")

@@ -8,6 +8,7 @@ from toolkit.engine.grammar.compiler import CompiledGrammar
 from toolkit.engine.media import PromptMedia
 from toolkit.engine.outputs import Completion, Delta, FinishReason
 from toolkit.engine.params import SamplingParams
+from toolkit.engine.prompt_logprobs import MOST_ROWS, PromptLogprobs
 from toolkit.engine.swap import SwappedState
 from toolkit.state import BlockTables, PrefixKey
 
@@ -65,6 +66,9 @@ class Request:
         self.prompt_length = len(prompt) if keeps_prompt else None
         self.grammar = grammar
         self.adjustments = adjustments
+        self.prompt_logprobs: PromptLogprobs | None = None
+        if params.prompt_logprobs is not None:
+            self.prompt_logprobs = PromptLogprobs(prompt, params.prompt_logprobs)
         self.prefilled = False  # whether the prompt is computed, so that other sequences may fork it
         self.sequences = [Sequence(self, index) for index in range(params.n)]
 
@@ -133,16 +137,29 @@ class Sequence:
         return len(self.tokens) - self.block_tables.length
 
     def chunk(self, count: int) -> int:
-        """How many of its next ``count`` tokens run in one step: fewer where tokens that see each other are cut."""
-        media = self.request.media
+        """How many of its next ``count`` tokens run in one step.
+
+        Fewer where tokens that see each other are cut, and where the logits of all would be too many.
+        """
+        media, scored = self.request.media, self.request.prompt_logprobs
         if media is None or self.block_tables is None:
-            return count
+            return count if scored is None or scored.complete else min(count, MOST_ROWS)
         return media.chunk(self.block_tables.length, count)
 
     def may_continue(self, length: int) -> bool:
-        """Whether state of the first ``length`` tokens can be taken from another sequence: they end inside no block."""
-        media = self.request.media
-        return media is None or media.block_around(length) is None
+        """Whether state of the first ``length`` tokens can be taken from another sequence.
+
+        They end inside no block, and the logits behind them are not wanted.
+        """
+        media, scored = self.request.media, self.request.prompt_logprobs
+        whole = media is None or media.block_around(length) is None
+        return whole and (scored is None or scored.may_continue(length))
+
+    @property
+    def prompt_logprobs(self) -> list[dict[int, float] | None] | None:
+        """Of the prompt's tokens, where they are asked for and computed."""
+        scored = self.request.prompt_logprobs
+        return None if scored is None or not scored.complete else scored.found
 
     def penalised(self, drafted: int = 0) -> bool:
         """Whether penalties or ``min_tokens`` change the logits of the next token, or of the one behind a draft."""
@@ -194,6 +211,7 @@ class Sequence:
             text,
             tops,
             text_offset=self.text_offset[-1:],
+            prompt_logprobs=self.prompt_logprobs if self.generated == 1 else None,
         )
 
     def finish(
@@ -228,6 +246,7 @@ class Sequence:
             text_offset=[min(offset, len(text)) for offset in self.text_offset],
             error=error,
             rotary_length=request.rotary_length,
+            prompt_logprobs=self.prompt_logprobs,
         )
         return Delta(
             request.request_id,
@@ -239,4 +258,5 @@ class Sequence:
             top_logprobs,
             self.completion,
             self.text_offset[-len(token_ids) :] if token_ids else [],
+            self.prompt_logprobs if token_ids and self.generated == 1 else None,
         )

@@ -192,7 +192,9 @@ class ModelRunner:
         self._padding = max_running  # a row that no sequence has
 
     def forward(self, chunks: list[Chunk], features: abc.Mapping[bytes, Features]) -> Tensor:
-        """Logits [samples, V] of the chunks that sample, in order. Writes the state of all chunks.
+        """Logits [R, V] of the chunks, in order: of each its scored rows, then those that are sampled.
+
+        Writes the state of all chunks.
 
         Args:
             chunks: of this step.
@@ -208,7 +210,7 @@ class ModelRunner:
         return self.backend.forward(PagedContext(batch, self.pool), rows)
 
     def build(self, chunks: list[Chunk]) -> tuple[RaggedBatch, Tensor]:
-        """The batch of the chunks, and the rows [samples] whose logits are wanted."""
+        """The batch of the chunks, and the rows [R] whose logits are wanted."""
         tokens: list[int] = []
         positions: list[int] = []
         offsets = [0]
@@ -235,6 +237,7 @@ class ModelRunner:
             if sequence.request.prompt_length is not None:
                 prompts += [sequence.request.prompt_length] * chunk.count
             blocks = max(blocks, sequence.num_known_blocks)
+            rows += [len(tokens) - end + position for position in chunk.scored]
             if chunk.samples:
                 rows += range(len(tokens) - 1 - chunk.drafts, len(tokens))
         count = len(tokens)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from toolkit.engine.adjustments import adjusted_logits
 from toolkit.engine.grammar.masks import GrammarMasks
+from toolkit.engine.logprobs import top_logprobs, upcast
 from toolkit.engine.order import first_largest
 from toolkit.engine.request import Sequence
 from toolkit.ops.sample import penalize, sample
@@ -168,8 +169,7 @@ class Sampler:
             drafts: of each row; None for 0 each.
         """
         drafts = [0] * len(sequences) if drafts is None else drafts
-        if logits.dtype != torch.float64 or logits.device.type != "cpu":  # float64: as training computes them
-            logits = logits.float()
+        logits = upcast(logits)
         sampled: Tensor | None = None
         own, failures = adjusted_logits(logits, list(zip(sequences, drafts)))
         penalised = any(one.penalised(drafted) for one, drafted in zip(sequences, drafts))
@@ -195,7 +195,7 @@ class Sampler:
             for value, other, failure in zip(logprobs, sampling, failures)
         ]
         tops = [
-            None if one.params.logprobs is None else top_k_logprobs(logits[row], lse[row], one.params.logprobs)
+            None if one.params.logprobs is None else top_logprobs(logits[row], lse[row], one.params.logprobs)
             for row, one in enumerate(sequences)
         ]
         return Samples(ids.tolist(), logprobs, sampling, tops, errors)
@@ -210,9 +210,3 @@ class Sampler:
         if self._masks is None:
             self._masks = GrammarMasks(own.shape[-1], own.device)
         return self._masks.apply(own, scores, rows)
-
-
-def top_k_logprobs(logits: Tensor, lse: Tensor, count: int) -> dict[int, float]:
-    """The ``count`` most probable tokens of one row [V] (-1: all) with their log-probabilities, best first."""
-    values, ids = logits.topk(len(logits) if count < 0 else min(count, len(logits)))
-    return dict(zip(ids.tolist(), (values - lse).tolist()))

@@ -49,6 +49,12 @@ class Chunk:
         return known + self.sequence.draft[: self.drafts] if self.drafts else known
 
     @property
+    def scored(self) -> range:
+        """Positions of its tokens whose logits are wanted for the prompt's log-probabilities."""
+        wanted = self.sequence.request.prompt_logprobs
+        return range(0) if wanted is None else wanted.wanted(self.start, self.count)
+
+    @property
     def decodes(self) -> bool:
         """Whether it is a sequence's one next token and what is drafted behind it."""
         return self.count == 1 + self.drafts

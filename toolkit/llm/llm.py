@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from torch import nn
@@ -26,6 +27,7 @@ from toolkit.llm.outputs import (
     ScoringOutput,
     ScoringRequestOutput,
     completion_output,
+    prompt_logprobs,
 )
 from toolkit.llm.progress import Bar, progress
 from toolkit.loading import choose_runner, find_source, load_model, load_processor, sampling_defaults
@@ -180,17 +182,20 @@ class LLM:
                 for request in unread:
                     engine.cancel(request)
         return [
-            self._request_output(prompt, sorted(found[request], key=lambda one: one.index))
-            for prompt, request in zip(given, order, strict=True)
+            self._request_output(prompt, sorted(found[request], key=lambda one: one.index), one)
+            for prompt, request, one in zip(given, order, params, strict=True)
         ]
 
-    def _request_output(self, prompt: Prompt, completions: Sequence[Completion]) -> RequestOutput:
+    def _request_output(
+        self, prompt: Prompt, completions: Sequence[Completion], params: SamplingParams
+    ) -> RequestOutput:
         text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
         return RequestOutput(
             self._next_id(),
             text if isinstance(text, str) else None,
             completions[0].prompt_token_ids,
             [completion_output(one, self.tokenizer) for one in completions],
+            prompt_logprobs=prompt_logprobs(completions[0], params.prompt_logprobs, self.tokenizer),
         )
 
     def _next_id(self) -> str:
@@ -236,10 +241,7 @@ class LLM:
         }
         prompts = [chat_prompt(engine.tokenizer, engine.processor, one, options) for one in conversations]
         found = self.generate([prompt for _, prompt in prompts], sampling_params, use_tqdm=use_tqdm)
-        return [
-            RequestOutput(output.request_id, text, output.prompt_token_ids, output.outputs)
-            for (text, _), output in zip(prompts, found, strict=True)
-        ]
+        return [replace(output, prompt=text) for (text, _), output in zip(prompts, found, strict=True)]
 
     def beam_search(self, prompts: Prompts, params: BeamSearchParams) -> list[BeamSearchOutput]:
         """The most probable continuations of every prompt, as beam search finds them.

@@ -1,6 +1,5 @@
 """What ``LLM`` returns: the fields that vLLM's outputs have."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -60,6 +59,8 @@ class RequestOutput:
         prompt_token_ids: its tokens.
         outputs: ``n`` of them.
         finished: True.
+        prompt_logprobs: at each token of the prompt those that ``SamplingParams.prompt_logprobs`` asked for, the
+            prompt's among them; None at the first, and where it asked for none.
     """
 
     request_id: str
@@ -67,6 +68,7 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     finished: bool = True
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -153,19 +155,37 @@ def completion_output(completion: Completion, tokenizer: Any) -> CompletionOutpu
         text=completion.text,
         token_ids=completion.token_ids,
         cumulative_logprob=sum(completion.logprobs),
-        logprobs=None if tops is None else _logprobs(completion, tops, tokenizer),
+        logprobs=None
+        if tops is None
+        else [_ranked(*one, tokenizer) for one in zip(completion.token_ids, completion.logprobs, tops)],
         finish_reason=completion.finish_reason,
         stop_reason=completion.stop_reason,
         error=completion.error,
     )
 
 
-def _logprobs(completion: Completion, tops: Sequence[dict[int, float]], tokenizer: Any) -> list[dict[int, Logprob]]:
+def prompt_logprobs(
+    completion: Completion, count: int | None, tokenizer: Any
+) -> list[dict[int, Logprob] | None] | None:
+    """``RequestOutput.prompt_logprobs`` of a completion of its prompt, with the ``count`` most probable tokens each."""
+    if completion.prompt_logprobs is None or count is None:
+        return None
+    found: list[dict[int, Logprob] | None] = []
+    for token, values in zip(completion.prompt_token_ids, completion.prompt_logprobs):
+        if values is None:
+            found.append(None)
+            continue
+        extra = len(values) > count >= 0  # the prompt's own token, before the most probable ones
+        top = dict(list(values.items())[1:]) if extra else values
+        found.append(_ranked(token, values[token], top, tokenizer))
+    return found
+
+
+def _ranked(token: int, own: float, top: dict[int, float], tokenizer: Any) -> dict[int, Logprob]:
+    """The most probable tokens of a place and the one that stands there."""
+
     def text(token: int) -> str | None:
         return None if tokenizer is None else str(tokenizer.decode([token]))
 
-    found = []
-    for token, own, top in zip(completion.token_ids, completion.logprobs, tops):
-        ranked = {one: Logprob(value, rank, text(one)) for rank, (one, value) in enumerate(top.items(), 1)}
-        found.append(ranked if token in ranked else {token: Logprob(own, None, text(token)), **ranked})
-    return found
+    ranked = {one: Logprob(value, rank, text(one)) for rank, (one, value) in enumerate(top.items(), 1)}
+    return ranked if token in ranked else {token: Logprob(own, None, text(token)), **ranked}

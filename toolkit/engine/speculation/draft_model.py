@@ -150,6 +150,7 @@ class _Request:
     rotary_length: int | None
     prompt_length: int | None
     media: PromptMedia | None = None
+    prompt_logprobs: None = None
 
 
 @dataclass(slots=True)
