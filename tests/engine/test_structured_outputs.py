@@ -285,6 +285,26 @@ def test_ends() -> None:
         assert run(structured_outputs={"regex": "[ab]{20}"}).finish_reason == "length"
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_other_parameters_that_exclude_tokens_act_too(temperature: float) -> None:
+    a, b = (tokenizer().convert_tokens_to_ids(letter) for letter in "ab")
+
+    def run(**given: Any) -> Any:
+        params = SamplingParams(
+            max_tokens=8, seed=0, temperature=temperature, structured_outputs={"regex": "[ab]{2}"}, **given
+        )
+        return made.generate([[7]], params)[0]
+
+    with engine() as made:
+        assert run(allowed_token_ids=[b, EOS]).text == "bb"
+        assert run(logit_bias={a: 100}).text == "aa"
+        assert run(allowed_token_ids=[b, EOS], min_tokens=5).text == "bb"
+        for nothing in ({"allowed_token_ids": [EOS]}, {"bad_words": ["a", "b"]}):
+            one = run(**nothing)
+            assert one.finish_reason == "error"
+            assert "leave no token to sample" in str(one.error)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
 def test_drafts_change_no_bit(temperature: float) -> None:
     """What a prompt repeats is drafted; some of it a grammar forbids."""
