@@ -21,6 +21,7 @@ COMMANDS = {
     "fuzz": "--requests 150",
     "decode": "--models thin --batch 1 2 --repeats 1",
     "structured": "--layers 1 --batch 2 --repeats 1",
+    "speculation": "--tasks random rollout --batch 2 --new-tokens 8 --repeats 1",
     "narrow": "--layers 1 --new-tokens 2 --repeats 1",
     "sparse_attention": "--lengths 256 --heads 4 --index-heads 2 --topk 32 --repeats 1",
     "encoder_attention": "--tokens 16 --hidden-size 32 --intermediate-size 48 --heads 2 --repeats 1",

@@ -8,7 +8,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "inference.md").read_text()
 
 def test_the_examples_run_as_written(capsys):
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.S)
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     names: dict = {}
     for block in blocks:
         exec(compile(block, "inference.md", "exec"), names)
