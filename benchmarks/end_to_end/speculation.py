@@ -83,7 +83,7 @@ TASKS: dict[str, Callable[[int, int], tuple[Any, Requests]]] = {
 
 
 def timed(engine: toolkit.Engine, requests: Requests, epochs: int) -> tuple[float, list[Completion]]:
-    """Seconds of the last epoch, and its completions. Each epoch has seeds of its own."""
+    """Seconds of the last epoch, and its completions. Each epoch has other seeds."""
     engine.block_manager.reset_prefix_cache()
     if engine.speculation is not None:
         engine.speculation.drafter.close()

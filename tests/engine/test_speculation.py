@@ -1,4 +1,4 @@
-"""Speculative decoding returns what plain decoding does, bit by bit, whatever is drafted."""
+"""Speculative decoding returns what plain decoding does, bit by bit, for any drafts."""
 
 import dataclasses
 import random

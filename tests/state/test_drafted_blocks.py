@@ -1,4 +1,4 @@
-"""Block tables whose steps draft tokens: whatever is rejected, they end as ordinary steps would have left them."""
+"""Block tables whose steps draft tokens: with any of them rejected, they end as ordinary steps would have left them."""
 
 import random
 

@@ -20,7 +20,7 @@ class BlockTable:
     fails before its commit leaves nothing to undo: the next ``reserve`` returns the same slots.
 
     Tokens that may turn out wrong are reserved as drafts: ``commit`` may then take fewer of them. Slots of rejected
-    ones are written again. Snapshots cannot be, so the state after each drafted token has a block of its own until
+    ones are written again. Snapshots cannot be, so the state after each drafted token has a separate block until
     ``commit`` picks those that stay.
 
     Args:

@@ -1,4 +1,4 @@
-"""Drafts by a smaller model with the same vocabulary, which keeps state of its own of every sequence."""
+"""Drafts by a smaller model with the same vocabulary, with separate state of every sequence."""
 
 import time
 from collections.abc import Sequence as Items

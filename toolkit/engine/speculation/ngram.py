@@ -62,7 +62,7 @@ def last_match(tokens: np.ndarray, least: int, longest: int) -> tuple[int, int]:
 
 
 def continuation(tokens: np.ndarray, start: int, count: int) -> list[int]:
-    """``count`` tokens from ``start`` on; behind the last one it goes on with itself, as a text of one period would."""
+    """``count`` tokens from ``start`` on; behind the last one it repeats, as a text of one period would."""
     found: list[int] = tokens[start : start + count].tolist()
     period = len(found)
     while len(found) < count:
