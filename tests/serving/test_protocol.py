@@ -34,7 +34,7 @@ def test_only_given_fields_are_in_the_sampling_parameters():
 
 def test_null_and_requests_for_nothing_are_as_good_as_absent():
     assert completion(suffix=None, stop=None, best_of=1, echo=False, temperature=None).sampling() == {}
-    assert chat(tools=[], tool_choice="none", response_format={"type": "text"}, logit_bias={}).sampling() == {}
+    assert chat(tools=[], tool_choice="none", response_format={"type": "text"}, logits_processors=[]).sampling() == {}
 
 
 def test_text_parts_are_joined():

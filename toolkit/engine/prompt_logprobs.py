@@ -13,6 +13,17 @@ MOST_ROWS = 256
 """Rows of logits that a sequence asks for in a step: a long prompt's [T, V] would not fit in memory."""
 
 
+def ranked(values: dict[int, float], count: int) -> list[tuple[int, float, int | None]]:
+    """Tokens in the place of one of the prompt, their log-probabilities and ranks, 1 for the most probable.
+
+    Args:
+        values: an entry of ``Completion.prompt_logprobs``.
+        count: how many most probable tokens were asked for. The prompt's own has no rank where it is not among them.
+    """
+    first = 0 if len(values) > count >= 0 else 1
+    return [(token, value, rank or None) for rank, (token, value) in enumerate(values.items(), first)]
+
+
 class PromptLogprobs:
     """Those of one request, as far as its prompt was computed.
 

@@ -6,6 +6,7 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor
 
 from toolkit.engine import Completion
+from toolkit.engine.prompt_logprobs import ranked
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def completion_output(completion: Completion, tokenizer: Any) -> CompletionOutpu
         cumulative_logprob=sum(completion.logprobs),
         logprobs=None
         if tops is None
-        else [_ranked(*one, tokenizer) for one in zip(completion.token_ids, completion.logprobs, tops)],
+        else [_logprobs(*one, tokenizer) for one in zip(completion.token_ids, completion.logprobs, tops)],
         finish_reason=completion.finish_reason,
         stop_reason=completion.stop_reason,
         error=completion.error,
@@ -170,22 +171,19 @@ def prompt_logprobs(
     """``RequestOutput.prompt_logprobs`` of a completion of its prompt, with the ``count`` most probable tokens each."""
     if completion.prompt_logprobs is None or count is None:
         return None
-    found: list[dict[int, Logprob] | None] = []
-    for token, values in zip(completion.prompt_token_ids, completion.prompt_logprobs):
-        if values is None:
-            found.append(None)
-            continue
-        extra = len(values) > count >= 0  # the prompt's own token, before the most probable ones
-        top = dict(list(values.items())[1:]) if extra else values
-        found.append(_ranked(token, values[token], top, tokenizer))
-    return found
+    return [
+        None
+        if values is None
+        else {token: Logprob(value, rank, _text(token, tokenizer)) for token, value, rank in ranked(values, count)}
+        for values in completion.prompt_logprobs
+    ]
 
 
-def _ranked(token: int, own: float, top: dict[int, float], tokenizer: Any) -> dict[int, Logprob]:
-    """The most probable tokens of a place and the one that stands there."""
+def _logprobs(token: int, own: float, top: dict[int, float], tokenizer: Any) -> dict[int, Logprob]:
+    """The most probable tokens in a place of the output, and the one that was sampled."""
+    found = {one: Logprob(value, rank, _text(one, tokenizer)) for rank, (one, value) in enumerate(top.items(), 1)}
+    return found if token in found else {token: Logprob(own, None, _text(token, tokenizer)), **found}
 
-    def text(token: int) -> str | None:
-        return None if tokenizer is None else str(tokenizer.decode([token]))
 
-    ranked = {one: Logprob(value, rank, text(one)) for rank, (one, value) in enumerate(top.items(), 1)}
-    return ranked if token in ranked else {token: Logprob(own, None, text(token)), **ranked}
+def _text(token: int, tokenizer: Any) -> str | None:
+    return None if tokenizer is None else str(tokenizer.decode([token]))

@@ -10,7 +10,13 @@ from starlette.background import BackgroundTask
 
 from toolkit.engine import Completion, RequestHandle, SamplingParams
 from toolkit.engine.pooling import PoolingQueue
-from toolkit.engine.prompts import check_num_sequences, fit_max_tokens, outside_vocabulary, prompt_length
+from toolkit.engine.prompts import (
+    check_num_sequences,
+    fit_max_tokens,
+    outside_vocabulary,
+    prompt_length,
+    truncated,
+)
 from toolkit.errors import ToolkitError
 from toolkit.sentences import shown
 from toolkit.serving import schemas
@@ -90,31 +96,39 @@ def create_app(config: ServerConfig) -> FastAPI:
 
     def sampling_params(
         asked: Sampling, prompts: Sequence[Any], logprobs: int | None, **defaults: Any
-    ) -> list[SamplingParams]:
+    ) -> tuple[Sequence[Any], list[SamplingParams]]:
+        """The prompts, cut where that is asked for, and the parameters of each."""
         given = asked.sampling()
         params = SamplingParams(**{**defaults, **config.default_sampling_params, **given}, logprobs=logprobs)
         if params.form is not None:
             engine.engine.grammars.compile(params.form)  # here, where nobody else waits for it
+        if params.truncate_prompt_tokens is not None:
+            most = engine.engine.max_sequence_len
+            prompts = [truncated(one, params, most) if isinstance(one, list) else one for one in prompts]
         longest = None if "max_tokens" in given else config.max_model_len
-        return [params if longest is None else fit_max_tokens(params, prompt_length(one), longest) for one in prompts]
+        fitting = [
+            params if longest is None else fit_max_tokens(params, prompt_length(one), longest) for one in prompts
+        ]
+        return prompts, fitting
 
     def read_completion(raw: bytes) -> _Asked:
         asked = parse(CompletionRequest, raw)
         base.check_model(asked.model)
         check_num_sequences(len(asked.prompt) * asked.n, engine.max_queued_seqs)
-        prompts = [texts.prompt(prompt) if isinstance(prompt, str) else prompt for prompt in asked.prompt]
+        cut = asked.truncate_prompt_tokens is not None
+        prompts = [texts.prompt(prompt, cut) if isinstance(prompt, str) else prompt for prompt in asked.prompt]
         check_tokens(prompts)
-        body = CompletionResponse(names[0], texts, asked.logprobs)
-        return _Asked(asked, prompts, sampling_params(asked, prompts, asked.logprobs), body)
+        body = CompletionResponse(names[0], texts, asked.logprobs, asked.prompt_logprobs)
+        return _Asked(asked, *sampling_params(asked, prompts, asked.logprobs), body)
 
     def read_chat(raw: bytes) -> _Asked:
         asked = parse(ChatRequest, raw)
         base.check_model(asked.model)
         check_num_sequences(asked.n, engine.max_queued_seqs)
-        prompts = [texts.chat(asked.messages)]
+        prompts = [texts.chat(asked.messages, asked.truncate_prompt_tokens is not None)]
         top = (asked.top_logprobs or 0) if asked.logprobs else None
-        params = sampling_params(asked, prompts, top, max_tokens=None)
-        return _Asked(asked, prompts, params, ChatResponse(names[0], texts, top))
+        body = ChatResponse(names[0], texts, top, asked.prompt_logprobs)
+        return _Asked(asked, *sampling_params(asked, prompts, top, max_tokens=None), body)
 
     @app.post(
         "/v1/completions",
@@ -145,7 +159,7 @@ def create_app(config: ServerConfig) -> FastAPI:
             return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
         finished = await _finished(handle, given.request.n)
         used = usage(sum(prompt_tokens), sum(len(one.token_ids) for one in finished))
-        if given.body.top is None or used["completion_tokens"] * (1 + given.body.top) <= SHORT_RESPONSE:
+        if given.body.num_logprobs(finished) <= SHORT_RESPONSE:
             return Response(b"".join(given.body.written(finished, used)), media_type="application/json")
         # A plain iterator: its parts are made on threads.
         parts = given.body.written(finished, used)

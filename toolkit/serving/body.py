@@ -15,7 +15,7 @@ NOT_OFFERED: dict[str, tuple[Any, ...]] = {
     "echo": (False,),
     "function_call": ("none",),
     "functions": ([],),
-    "logit_bias": ({},),
+    "logits_processors": ([],),
     "modalities": (["text"],),
     "prediction": (),
     "reasoning_effort": (),

@@ -31,6 +31,7 @@ LIMITS: dict[str, Json] = {
     "presence_penalty": {"minimum": -2, "maximum": 2},
     "frequency_penalty": {"minimum": -2, "maximum": 2},
     "repetition_penalty": {"minimum": 1e-5, "maximum": 1e5},
+    "priority": {"minimum": -(2**63), "maximum": 2**63 - 1},
 }
 """What ``SamplingParams`` checks; a test holds the two together."""
 

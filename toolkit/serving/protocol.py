@@ -15,6 +15,7 @@ from toolkit.sentences import sentence, shown, unknown_field
 from toolkit.serving.body import Body
 from toolkit.serving.forms import JsonSchemaFormat, ResponseFormat, StructuredOutputs
 from toolkit.serving.limits import check_structure
+from toolkit.serving.vllm_fields import VllmFields
 
 MAX_CHOICES = 128
 MAX_TOP_LOGPROBS = 20
@@ -145,7 +146,7 @@ class Message(Body):
         return {"role": self.role, "content": content, **({"name": self.name} if self.name else {})}
 
 
-class Sampling(Body):
+class Sampling(VllmFields):
     """The fields that both endpoints share; those of ``SamplingParams`` keep its names."""
 
     ignored: ClassVar[tuple[str, ...]] = IGNORED
@@ -191,6 +192,12 @@ class Sampling(Body):
     def _stream_options_need_a_stream(self) -> "Sampling":
         if self.stream_options is not None and not self.stream:
             raise ValueError("'stream_options' is given, but 'stream' is not true.")
+        return self
+
+    @model_validator(mode="after")
+    def _prompt_logprobs_are_not_streamed(self) -> "Sampling":
+        if self.prompt_logprobs is not None and self.stream:
+            raise ValueError(f"'prompt_logprobs' is {self.prompt_logprobs}, but 'stream' is true.")
         return self
 
     @model_validator(mode="after")

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 from toolkit.engine import Completion, Delta
+from toolkit.engine.prompt_logprobs import ranked
 from toolkit.serving.texts import Texts
 from toolkit.strict_json import strict_json
 
@@ -64,31 +65,47 @@ def usage(prompt_tokens: int, completion_tokens: int) -> Json:
 
 
 class CompletionResponse:
-    """Responses of ``/v1/completions``. ``logprobs``: as the request asked, None for none."""
+    """Responses of ``/v1/completions``. ``logprobs``, ``prompt_logprobs``: as the request asked, None for none."""
 
     id_prefix, object_type, chunk_type = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, model: str, texts: Texts, logprobs: int | None) -> None:
+    def __init__(self, model: str, texts: Texts, logprobs: int | None, prompt_logprobs: int | None = None) -> None:
         self.head = {"id": f"{self.id_prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-        self.texts, self.top = texts, logprobs
+        self.texts, self.top, self.prompt_top = texts, logprobs, prompt_logprobs
 
-    def whole(self, choices: list[Json], used: Json) -> Json:
-        """A response that is not streamed."""
-        return {**self.head, "object": self.object_type, "choices": choices, "usage": used}
+    def num_logprobs(self, finished: Sequence[Completion]) -> int:
+        """Log-probabilities in the response of these completions."""
+        count = 0
+        if self.top is not None:
+            count += (1 + self.top) * sum(len(one.token_ids) for one in finished)
+        if self.prompt_top is not None:
+            count += (1 + self.prompt_top) * sum(len(one.prompt_token_ids) for one in finished)
+        return count
 
     def written(self, finished: Sequence[Completion], used: Json) -> Iterator[bytes]:
         """The response that is not streamed, as JSON in parts; each choice is made when its turn comes."""
-        empty = _json(self.whole([], used))
-        head, tail = empty.split('"choices":[]')  # no text of it has quotes without a backslash
-        part = head + '"choices":['
+        part = ""
+        for text in self._texts(finished, used):
+            part += text
+            if len(part) > PART:
+                yield part.encode()
+                part = ""
+        yield part.encode()
+
+    def _texts(self, finished: Sequence[Completion], used: Json) -> Iterator[str]:
+        yield f'{_json({**self.head, "object": self.object_type})[:-1]},"choices":['
         for index, completion in enumerate(finished):
-            part += "," * (index > 0)
-            for text in json_parts(self.choice(index, completion)):
-                part += text
-                if len(part) > PART:
-                    yield part.encode()
-                    part = ""
-        yield f"{part}]{tail}".encode()
+            yield "," * (index > 0)
+            yield from json_parts(self.choice(index, completion))
+        yield "]"
+        for name, value in self.beside(finished).items():
+            yield f",{_json(name)}:"
+            yield from json_parts(value)
+        yield f',"usage":{_json(used)}}}'
+
+    def beside(self, finished: Sequence[Completion]) -> Json:
+        """Further fields beside the choices."""
+        return {}
 
     def chunk(self, choices: list[Json], used: Json | None = None, show_usage: bool = False) -> Json:
         """A chunk of a stream; with ``show_usage`` every chunk has the field, null until the last."""
@@ -111,6 +128,7 @@ class CompletionResponse:
             "logprobs": self.logprobs(completion),
             "finish_reason": completion.finish_reason,
             "stop_reason": completion.stop_reason,
+            **self.prompt_logprobs(completion),
         }
 
     def deltas(self, index: int, delta: Delta) -> list[Json]:
@@ -150,6 +168,27 @@ class CompletionResponse:
             "text_offset": tokens.text_offset,
         }
 
+    def prompt_logprobs(self, completion: Completion) -> Json:
+        """vLLM's field of that name, where it is asked for."""
+        if self.prompt_top is None or completion.prompt_logprobs is None:
+            return {}
+        count = self.prompt_top
+        return {
+            "prompt_logprobs": [
+                None
+                if values is None
+                else {
+                    str(token): {
+                        "logprob": _finite(value),
+                        "rank": rank,
+                        "decoded_token": self.texts.of_token(token)[0],
+                    }
+                    for token, value, rank in ranked(values, count)
+                }
+                for values in completion.prompt_logprobs
+            ]
+        }
+
 
 class ChatResponse(CompletionResponse):
     """Responses of ``/v1/chat/completions``."""
@@ -179,6 +218,9 @@ class ChatResponse(CompletionResponse):
             }
             chunks.append({**_chat_delta(index, {}), **ending})
         return chunks
+
+    def beside(self, finished: Sequence[Completion]) -> Json:
+        return self.prompt_logprobs(finished[0])
 
     def logprobs(self, tokens: Completion | Delta) -> Json | None:
         if self.top is None:

@@ -24,12 +24,19 @@ class Logprobs(_Schema):
     text_offset: list[int]
 
 
+class PromptLogprob(_Schema):
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
 class Choice(_Schema):
     index: int
     text: str
     logprobs: Logprobs | None
     finish_reason: FinishReason
     stop_reason: int | str | None
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = None
 
 
 class CompletionObject(_Schema):
@@ -77,6 +84,7 @@ class ChatCompletionObject(_Schema):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = None
 
 
 class ModelCard(_Schema):

@@ -60,16 +60,17 @@ class Texts:
         self._bytes = TokenBytes(self._tokenizer)
         self.of_token = lru_cache(maxsize=65536)(self._of_token)
 
-    def prompt(self, text: str) -> list[int]:
-        """Token ids of a completion's prompt: ``prompt_token_ids``."""
+    def prompt(self, text: str, truncated: bool = False) -> list[int]:
+        """Token ids of a completion's prompt: ``prompt_token_ids``. Of any length where it is to be truncated."""
         if self._tokenizer is None:
             raise RequestError("The served model has no tokenizer; 'prompt' must be token ids.", "prompt")
-        self._check_characters("prompt", len(text))
+        if not truncated:
+            self._check_characters("prompt", len(text))
         with self._one_at_a_time:
-            return prompt_token_ids(self._tokenizer, text, self._check_tokens)
+            return prompt_token_ids(self._tokenizer, text, None if truncated else self._check_tokens)
 
-    def chat(self, messages: list[Message]) -> list[int] | Mapping[str, Any]:
-        """A chat in the model's own template, ready for the assistant's reply.
+    def chat(self, messages: list[Message], truncated: bool = False) -> list[int] | Mapping[str, Any]:
+        """A chat in the model's own template, ready for the assistant's reply. Of any length where it is truncated.
 
         Returns:
             Token ids; of a chat with images what the model's processor makes of it.
@@ -81,7 +82,8 @@ class Texts:
                 "messages",
             )
         chat = [message.for_template() for message in messages]
-        self._check_characters("messages", sum(message.num_characters for message in messages))
+        if not truncated:
+            self._check_characters("messages", sum(message.num_characters for message in messages))
         pictures = self._pictures(messages)
         chosen = template if isinstance(template, str) else None  # a tokenizer may have several by name
         try:
@@ -93,9 +95,10 @@ class Texts:
             role = shown(chat[at]["role"])
             message = f"The model's chat template shows nothing of 'messages[{at}]', whose role is {role}."
             raise RequestError(message, f"messages[{at}]")
-        self._check_characters("messages", len(text))  # a template may show more of a message than its content
+        if not truncated:
+            self._check_characters("messages", len(text))  # a template may show more of a message than its content
         if not pictures:
-            return self._encode(text)
+            return self._encode(text, truncated)
         try:
             with self._one_picture:
                 found = processed(self._processor, text, {"image": pictures}, add_special_tokens=False)
@@ -126,12 +129,13 @@ class Texts:
         if self._longest is not None:
             check_token_count(count, self._longest)
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode(self, text: str, truncated: bool) -> list[int]:
         with self._one_at_a_time:
             encoding = rust_encoding(self._tokenizer, text)
             if encoding is None:
                 return encode(self._tokenizer, text)
-        self._check_tokens(len(encoding))
+        if not truncated:
+            self._check_tokens(len(encoding))
         return list(encoding.ids)
 
     def _of_token(self, token: int) -> tuple[str, list[int]]:
