@@ -287,3 +287,40 @@ def test_a_request_of_a_higher_priority_is_preempted_first():
             finished += [delta.request_id for delta in engine.step() if delta.finished is not None]
         assert engine.scheduler.num_preemptions > 0
     assert finished == [late, early]
+
+
+@pytest.mark.parametrize("speculative", [None, {"num_speculative_tokens": 4, "adaptive": False}])
+def test_a_grammar_holds_beside_them(speculative):
+    """Of four texts a bias and allowed tokens make one come; where both leave nothing, that is an error."""
+    pytest.importorskip("llguidance")
+    tokenizer, words = byte_level(), ["the dog", "the fox", "a dog", "lazy"]
+    choice = {"structured_outputs": {"choice": words}, "max_tokens": 20, "temperature": 1.0}
+    of = {word: tokenizer.encode(word) for word in words}
+    eos, start = tokenizer.eos_token_id, {ids[0] for ids in of.values()}
+    assert len(start) == 3
+    given = [
+        {"logit_bias": {of["lazy"][0]: 100}},
+        {"bad_words": ["the"], "n": 12},
+        {"allowed_token_ids": [*of["the fox"], eos]},
+        {"allowed_token_ids": [9, 10]},
+        {"allowed_token_ids": [9, eos], "min_tokens": 3},
+        {"min_tokens": 20, "allowed_token_ids": [*of["a dog"], eos]},
+    ]
+    params = [SamplingParams(**{**choice, "n": 3, "seed": at, **one}) for at, one in enumerate(given)]
+    engine = engine_of(plain_model(), tokenizer=tokenizer, speculative_config=speculative, max_num_seqs=32)
+    if speculative:
+        plain = run(engine_of(plain_model(), tokenizer=tokenizer, max_num_seqs=32), [[9, 10]] * len(given), params)
+        engine.speculation.drafter = Foretelling(plain, random.Random(4))
+    found = run(engine, [[9, 10]] * len(given), params)
+    texts = [{one.text for one in found if one.prompt_index == at} for at in range(len(given))]
+    assert (texts[0], texts[2]) == ({"lazy"}, {"the fox"})
+    assert texts[5] == {"a dog"}  # the end must come, before min_tokens
+    (whole,) = tokenizer.encode("the")
+    free = [one for one in found if one.prompt_index == 1]
+    assert all(whole not in one.token_ids for one in free)
+    assert {one.text for one in free if one.error is None} > {"lazy"}
+    for at in (3, 4):
+        (error,) = {one.error for one in found if one.prompt_index == at}
+        assert "leave no token to sample" in error
+    if speculative:
+        assert found == plain
