@@ -189,6 +189,14 @@ def test_bad_words_of_several_tokens_are_left_out_at_their_last_token():
     assert set(found.token_ids) == set(ids)  # each of its tokens still comes out
 
 
+def test_bad_words_are_those_of_the_output_alone():
+    ids = byte_level().encode("fig")
+    params = SamplingParams(max_tokens=1, temperature=0, logit_bias={ids[-1]: 100}, bad_words=["fig"])
+    with engine_of(plain_model(), tokenizer=byte_level()) as engine:
+        (one,) = engine.generate([ids[:-1]], params)
+    assert one.token_ids == ids[-1:]
+
+
 def test_bad_words_are_tokenised_as_they_begin_a_text_and_behind_a_space():
     tokenizer = byte_level()
     forms = [tokenizer.encode("the"), tokenizer.encode(" the")]

@@ -150,6 +150,15 @@ def test_the_first_delta_has_them_and_no_other():
     assert cut.prompt_logprobs == cut.finished.prompt_logprobs
 
 
+def test_completions_of_a_short_prompt_are_sampled_behind_it():
+    with Engine(HistoryModel(), num_blocks=60) as engine:
+        common = {"max_tokens": 3, "n": 2, "seed": 1, "ignore_eos": True}
+        plain = engine.generate([[5, 6]], SamplingParams(**common))
+        found = engine.generate([[5, 6]], SamplingParams(**common, prompt_logprobs=0))
+    assert [one.token_ids for one in found] == [one.token_ids for one in plain]
+    assert [one.logprobs for one in found] == [one.logprobs for one in plain]
+
+
 def test_llm_returns_them_with_ranks_and_texts():
     model = random_model("llama", layers=1, vocabulary=300)
     with LLM(model, byte_level(), num_blocks=60) as llm:
