@@ -10,7 +10,7 @@ import torch
 
 import toolkit
 from tests.engine.test_speculation import Foretelling, engine_of, run
-from tests.helpers.engine_standin import VOCAB, HistoryModel, logits_of
+from tests.helpers.engine_standin import VOCAB, HistoryModel, logits_of, oracle, result
 from tests.helpers.engine_tokenizers import byte_level, metaspace
 from toolkit.engine.adjustments import bad_word_tokens
 from toolkit.engine.params import SamplingParams
@@ -267,21 +267,28 @@ def test_all_of_the_vocabulary_is_returned_best_first():
         history += (token,)
 
 
-def test_requests_of_a_lower_priority_run_first():
+@pytest.mark.parametrize("swap_space", [0, 1])
+def test_requests_of_a_lower_priority_run_first(swap_space):
     chance = random.Random(3)
-    priorities = [chance.choice((-1, 0, 0, 5)) for _ in range(24)]
-    with toolkit.Engine(HistoryModel(), max_num_seqs=3, num_blocks=9, block_size=4) as engine:
-        ids = {
-            engine.submit([chance.randrange(1, 60) for _ in range(6)], SamplingParams(max_tokens=8, priority=one)): one
-            for one in priorities
-        }
-        first = {}
+    prompts = [[chance.randrange(1, 60) for _ in range(6)] for _ in range(24)]
+    params = [
+        SamplingParams(max_tokens=8, seed=at, n=chance.choice((1, 2)), priority=chance.choice((-1, 0, 0, 5)))
+        for at in range(len(prompts))
+    ]
+    settings = {"max_num_seqs": 3, "num_blocks": 9, "block_size": 4, "swap_space": swap_space}
+    with toolkit.Engine(HistoryModel(), **settings) as engine:
+        ids = [engine.submit(*one) for one in zip(prompts, params)]
+        first, finished = {}, {one: {} for one in ids}
         while engine.has_work:
             for delta in engine.step():
                 first.setdefault(delta.request_id, len(first))
+                if delta.finished is not None:
+                    finished[delta.request_id][delta.index] = result(delta.finished)
             engine.check_integrity()
-    order = sorted(ids, key=first.__getitem__)
-    assert order == sorted(ids, key=lambda one: (ids[one], one))
+        assert engine.scheduler.num_preemptions > 0
+    assert sorted(ids, key=first.__getitem__) == sorted(ids, key=lambda one: (params[ids.index(one)].priority, one))
+    for one, prompt, each in zip(ids, prompts, params):
+        assert [found for _, found in sorted(finished[one].items())] == oracle(prompt, each)
 
 
 def test_a_request_of_a_higher_priority_is_preempted_first():

@@ -7,9 +7,11 @@ import random
 import pytest
 import torch
 
+import toolkit
 from tests.engine.test_speculation import VOCABULARY, Foretelling, engine_of, run
 from tests.helpers.engine_standin import HistoryModel, logits_of
 from tests.helpers.engine_tokenizers import byte_level
+from tests.helpers.picture_models import picture_model
 from toolkit import LLM, AsyncEngine, Engine
 from toolkit.engine import prompt_logprobs
 from toolkit.engine.params import SamplingParams
@@ -81,6 +83,37 @@ def test_they_are_the_stock_models_and_depend_on_nothing_else(family):
         for _ in range(2):  # the second one finds prefixes that the first one left
             assert run(engine, prompts, params) == expected
         assert engine.speculation is not None or engine.scheduler.num_preemptions > 0
+
+
+@pytest.mark.parametrize("kind", ["qwen3_vl", "gemma3"])  # the second one's pictures are computed whole
+def test_prompts_with_pictures(kind, monkeypatch):
+    monkeypatch.setattr(prompt_logprobs, "MOST_ROWS", 3)
+    monkeypatch.setattr("toolkit.engine.request.MOST_ROWS", 3)
+    made = picture_model(kind)
+    patched = copy.deepcopy(made.model)
+    toolkit.patch(patched)
+    parts = [[21, 22, 9, "a", 10, 23, "bb", 24, 25, 26], [31, "bb", 10, 9, "a", 32, 33]]
+    params = SamplingParams(max_tokens=2, prompt_logprobs=2, seed=1, ignore_eos=True)
+    with Engine(patched, max_num_batched_tokens=24, max_num_seqs=2, block_size=4) as engine:
+        found = engine.generate([made.outputs(one) for one in parts], params)
+        again = engine.generate([made.outputs(one) for one in parts], params)
+    assert [one.prompt_logprobs for one in found] == [one.prompt_logprobs for one in again]
+    for one, asked in zip(found, parts, strict=True):
+        with torch.no_grad():
+            check(one, params, made.model(**made.outputs(asked)).logits[0])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_they_are_bitwise_those_of_training(family):
+    model = random_model(family, layers=2, vocabulary=VOCABULARY)
+    prompts, _ = requests(5, 6)
+    with engine_of(model, max_num_batched_tokens=9) as engine:
+        found = engine.generate(prompts, SamplingParams(max_tokens=1, prompt_logprobs=0, seed=1))
+    with torch.no_grad():
+        trained = toolkit.token_logprobs(model, prompts)
+    for one, expected in zip(found, trained, strict=True):
+        values = [next(iter(each.values())) for each in one.prompt_logprobs[1:]]
+        assert torch.equal(torch.tensor(values), expected)
 
 
 @pytest.mark.parametrize("leave", ["preempt", "sleep"])
