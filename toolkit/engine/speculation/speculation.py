@@ -12,6 +12,7 @@ from toolkit.engine.speculation.drafter import Draft, Drafter
 from toolkit.engine.speculation.lengths import Chances, StepTimes, choose_lengths
 
 _SPEED = 0.2  # how fast the time to draft follows what is measured
+_NEXT_TO_NONE = 0.005  # of the time of a step
 _LONGEST_PAUSE = 15  # steps
 
 
@@ -77,8 +78,9 @@ class Speculation:
                 self._overhead += _SPEED * (seconds - self._overhead)
             room = self.max_rows - len(decoding)
             lengths = choose_lengths(drafts, self._chances, self._times, len(decoding), room, self._overhead)
-            # To look for drafts that nobody wants takes time as well: ever more rarely then.
-            self._pause = 0 if any(lengths) else min(2 * self._pause + 1, _LONGEST_PAUSE)
+            # To look for drafts that nobody wants takes time as well: ever more rarely then, unless it is next to none.
+            cheap = self._overhead <= _NEXT_TO_NONE * (self._times.of(len(decoding)) or 0.0)
+            self._pause = 0 if any(lengths) or cheap else min(2 * self._pause + 1, _LONGEST_PAUSE)
             self._rest = self._pause
         for sequence, draft, length in zip(decoding, drafts, lengths, strict=True):
             sequence.draft = draft.tokens[:length]
