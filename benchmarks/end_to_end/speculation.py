@@ -140,6 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--new-tokens", type=int, default=192)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", metavar="NAME", help="write benchmarks/results/NAME.json")
     args = parser.parse_args(arguments)
     results: dict[str, Any] = {}
     rows = []
@@ -152,4 +153,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 rows.append([f"{task}, batch {batch}", name, *(float(value) for value in one.values())])
     header = ["task", "method", "seconds", "x plain", "drafted", "accepted", "tokens a step"]
     print_table("speculative decoding", header, rows)
-    write_json("speculation", {"new_tokens": args.new_tokens, "repeats": args.repeats, "results": results})
+    if args.json:
+        write_json(args.json, {"new_tokens": args.new_tokens, "repeats": args.repeats, "results": results})

@@ -8,6 +8,7 @@ from toolkit.engine.speculation.drafter import Drafter
 from toolkit.engine.speculation.ngram import NgramDrafter
 from toolkit.engine.speculation.speculation import Speculation
 from toolkit.engine.speculation.suffix import SuffixDrafter
+from toolkit.engine.step.decode_graphs import CAPTURE_SIZES
 
 
 def new_speculation(config: EngineConfig, backend: Backend, running: int, max_model_len: int) -> Speculation | None:
@@ -16,7 +17,8 @@ def new_speculation(config: EngineConfig, backend: Backend, running: int, max_mo
     if chosen is None:
         return None
     drafter = _drafter(chosen, config, backend, running, max_model_len)
-    return Speculation(chosen, drafter, backend.decode_size, config.max_num_batched_tokens)
+    # Larger steps are not captured: next to those that are, a row more would cost far more than a row.
+    return Speculation(chosen, drafter, backend.decode_size, min(config.max_num_batched_tokens, CAPTURE_SIZES[-1]))
 
 
 def _drafter(

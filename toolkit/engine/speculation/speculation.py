@@ -23,7 +23,7 @@ class Speculation:
         config: by which method, and how much.
         drafter: that does it.
         padded_size: rows that a decode step of so many rows is padded to.
-        max_rows: of a step.
+        max_rows: of a step with drafts.
 
     Attributes:
         failed: whether the drafter raised.
@@ -59,7 +59,7 @@ class Speculation:
             sequence.draft = []
         self._matches = {}
         self._rest -= 1
-        if not decoding or self.failed or self._rest > 0:
+        if not 0 < len(decoding) < self.max_rows or self.failed or self._rest > 0:
             return
         try:
             self._draft(decoding)
