@@ -96,6 +96,16 @@ class Router:
             routed_scaling_factor=self.routed_scaling_factor,
         )
 
+    def select(self, logits: Tensor, expert_bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``route``, by the routing that the forward context replays, if it does; it is shown to the observer."""
+        context = get_forward_context()
+        replay = None if context is None else context.replay
+        replayed = None if replay is None else replay.take(self.layer, logits.shape[1])
+        topk_weights, topk_ids = self.route(logits, expert_bias, replayed)
+        if context is not None:
+            observe_router(self.layer, logits, topk_ids, context.batch.multiplicity, expert_bias)
+        return topk_weights, topk_ids
+
     def scores(self, logits: Tensor) -> Tensor:
         """[T, E] of logits: what experts are selected by, for whoever reads the module's outputs."""
         return logits.softmax(-1) if self.scoring_func == "softmax" else activation(logits, self.scoring_func)
@@ -111,14 +121,9 @@ class Router:
             expert_bias: Any = None if find is None else find(self)
             if settings.expert_bias == "":
                 expert_bias = next(iter((*args, *kwargs.values())), None)
-            context = get_forward_context()
-            replay = None if context is None else context.replay
-            replayed = None if replay is None else replay.take(settings.layer, logits.shape[1])
-            topk_weights, topk_ids = settings.route(logits, expert_bias, replayed)
+            topk_weights, topk_ids = settings.select(logits, expert_bias)
             if settings.expert_scale is not None:
                 topk_weights = topk_weights * getattr(self, settings.expert_scale)[topk_ids]
-            if context is not None:
-                observe_router(settings.layer, logits, topk_ids, context.batch.multiplicity, expert_bias)
             found = {"logits": logits, "topk_weights": topk_weights, "topk_ids": topk_ids}
             if "scores" in settings.outputs:
                 found["scores"] = settings.scores(logits)

@@ -95,7 +95,7 @@ def guarded(forward: Callable[..., Any], settings: Settings) -> Callable[..., An
         if not same:
             raise ToolkitError(f"{changed_settings(self, settings)[0]}; call toolkit.patch(model) again.")
         for name in parts:
-            if watched(getattr(self, name)):
+            if watched(attrgetter(name)(self)):
                 return type(self).forward(self, *args, **kwargs)
         return forward(self, *args, **kwargs)
 

@@ -10,7 +10,6 @@ from functools import partial
 from itertools import permutations
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from toolkit.modules.moe_experts import MoeExperts
@@ -21,42 +20,29 @@ from toolkit.patching import experts_interface
 from toolkit.patching.attention_configs import EXPERTS_FIELD, set_implementation
 from toolkit.patching.claim import Claim, ProbeError, Skipped, Undo, replace_forward, together
 from toolkit.patching.conditions import error_of
-from toolkit.patching.probe import generator, random_input, signature_key
+from toolkit.patching.probe import signature_key
 from toolkit.patching.probe_copy import Slices
-from toolkit.patching.roles.moe_layers import MoeLayer, moe_layers
+from toolkit.patching.roles.flat_experts import find_flat
+from toolkit.patching.roles.moe_layers import FEW, MoeLayer, expert_batches, moe_layers
 from toolkit.patching.roles.scaled_experts import find_scaled, is_scaled
 from toolkit.patching.search import prove
 from toolkit.patching.settings import guarded, settings_of
 
-_FEW = 5  # experts of a probe copy: the hundreds of a layer compute the same function
-_TOP_K = 2
-# The largest drives gates into their tails, past the limits at which some of them are clamped.
-_SCALES = (1.0, 4.0, 16.0)
-
 
 def _slices(module: nn.Module, count: int, parts: MoeExperts) -> Slices:
-    """The first ``_FEW`` of ``count`` experts, and few columns between their two GEMMs."""
+    """The first ``FEW`` of ``count`` experts, and few columns between their two GEMMs."""
     own = dict(module.named_parameters(recurse=False))
     experts = {name: (0, 1) for name, p in own.items() if p.dim() > 1 and p.shape[0] == count}
     up, down = (2, 1) if parts.layout.transposed else (1, 2)
     inner = own[parts.down].shape[down]
     times = own[parts.up].shape[up] // inner
     columns = {parts.up: (up, times), parts.down: (down, 1)} | ({parts.up_bias: (1, times)} if parts.up_bias else {})
-    return Slices.of(count, experts, _FEW) | Slices.of(inner, columns)
+    return Slices.of(count, experts, FEW) | Slices.of(inner, columns)
 
 
 def _probe(module: nn.Module, count: int, parts: MoeExperts, hidden_size: int) -> ProbeError:
-    kept = min(count, _FEW)
-
     def batches(copied: nn.Module) -> list[list[Tensor]]:
-        device, found = next(copied.parameters()).device, []
-        for stream, scale in enumerate(_SCALES):
-            # A token's experts are distinct; some experts get no token.
-            order = torch.rand(6, kept, generator=generator(device, 1 + stream), device=device).argsort(-1)
-            topk_ids = order[:, : min(_TOP_K, kept)]
-            topk_weights = torch.rand(topk_ids.shape, generator=generator(device, 11 + stream), device=device) + 0.1
-            found.append([random_input(6, hidden_size, like=copied, scale=scale), topk_ids, topk_weights])
-        return found
+        return expert_batches(copied, min(count, FEW), hidden_size)
 
     own = experts_interface.own_forward(module)
     return error_of(module, parts.make_forward(), batches, own, _slices(module, count, parts))
@@ -141,8 +127,12 @@ def find(model: Any, numerics: Numerics) -> list[Claim | Skipped]:
     settable = hasattr(model, "set_experts_implementation") and model._can_set_experts_implementation()
     dispatching = False
     configs: dict[int, Any] = {}
-    for moe in (one for one in moe_layers(model) if one.stacked):
+    for moe in moe_layers(model):
         module = moe.module
+        if moe.flat:
+            claims.append(find_flat(moe, proven))
+        if not moe.stacked:
+            continue
         key = signature_key(module)
         if is_scaled(moe):
             layer = model.get_submodule(moe.path.rpartition(".")[0])

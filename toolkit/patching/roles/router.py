@@ -24,6 +24,7 @@ from toolkit.patching.claim import Claim, ProbeError, Skipped, replace_forward
 from toolkit.patching.conditions import EXACT, UNIT, Condition, Trial, worst_error
 from toolkit.patching.probe import generator, random_input, signature_key, with_forward
 from toolkit.patching.roles.moe_layers import MoeLayer, matrix_rows, moe_layers
+from toolkit.patching.roles.routing_layer import find_routing_layer
 from toolkit.patching.roles.scaled_experts import is_router_of_scaled
 from toolkit.patching.search import prove
 from toolkit.patching.settings import Settings, guarded, settings_of
@@ -340,7 +341,11 @@ def find(model: nn.Module, numerics: Numerics) -> list[Claim | Skipped]:
     """A claim on every router whose settings are proven. The others keep their own forward."""
     found: list[Claim | Skipped] = []
     proven: dict[Any, tuple[str, Router, ProbeError, Settings] | str] = {}
+    proven_layers: dict[Any, Any] = {}
     for moe in moe_layers(model):
+        if moe.flat:
+            found.append(find_routing_layer(model, moe, proven_layers))
+            continue
         for path, module in moe.siblings.items():
             if not _looks_like(module, moe) or is_router_of_scaled(module, moe):
                 continue

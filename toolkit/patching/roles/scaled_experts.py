@@ -21,14 +21,11 @@ from toolkit.patching.conditions import error_of
 from toolkit.patching.instance_forward import UNPROVEN, foreign_forward
 from toolkit.patching.probe import random_input, with_forward
 from toolkit.patching.probe_copy import Slices
-from toolkit.patching.roles.moe_layers import MoeLayer, matrix_rows
+from toolkit.patching.roles.moe_layers import FEW, MoeLayer, clear_choice, matrix_rows
 from toolkit.patching.search import prove
 from toolkit.patching.settings import guarded, settings_of
 
 _TOKENS = 33
-_MARGIN = 0.03  # between the logits of the last expert that is selected and the next, relative
-FEW = 5
-"""Experts of a probe copy."""
 
 
 def is_scaled(moe: MoeLayer) -> bool:
@@ -83,12 +80,10 @@ def _proof(parts: ScaledExperts, experts: MoeExperts, slices: Slices, parent: nn
                 del module.__dict__["forward"]
 
     def batches(copied: nn.Module) -> list[list[Tensor]]:
-        weight = getattr(copied, parts.router).weight.detach().float()
+        weight = getattr(copied, parts.router).weight
         x = random_input(_TOKENS, weight.shape[1], like=copied)
-        best = (x @ weight.T).topk(parts.top_k + 1).values
-        # Tokens that rounding to 16 bits may send to other experts say nothing.
-        clear = best[:, -2] - best[:, -1] >= _MARGIN * best.abs().amax(-1)
-        return [[scale * x[None, clear]] for scale in (1.0, 30.0)]
+        x = x[clear_choice(x, weight, parts.top_k)]
+        return [[scale * x[None]] for scale in (1.0, 30.0)]
 
     return error_of(parent, candidate, batches, slices=slices)
 
