@@ -306,8 +306,9 @@ def test_other_parameters_that_exclude_tokens_act_too(temperature: float) -> Non
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
-def test_drafts_change_no_bit(temperature: float) -> None:
-    """What a prompt repeats is drafted; some of it a grammar forbids."""
+@pytest.mark.parametrize("method", ["ngram", "draft_model"])
+def test_drafts_change_no_bit(method: str, temperature: float) -> None:
+    """What a prompt repeats is drafted, some of which a grammar forbids; or what the model itself samples in it."""
     text = tokenizer()('{"name": "abc", "age": 12} ' * 3)["input_ids"]
     prompts = [text, [*text[3:], 7], *prompts_of(4)]
     forms: list[dict[str, Any] | None] = [
@@ -323,11 +324,15 @@ def test_drafts_change_no_bit(temperature: float) -> None:
     ]  # fmt: skip
     with engine() as made:
         plain = made.generate(prompts, params)
-    method = {"method": "ngram", "num_speculative_tokens": 4, "adaptive": False, "prompt_lookup_min": 1}
-    with engine(speculative_config=method) as made:
+    config = {"method": method, "num_speculative_tokens": 4, "adaptive": False, "prompt_lookup_min": 1}
+    with engine(speculative_config=config | ({"model": patched_llama()} if method == "draft_model" else {})) as made:
         drafted = made.generate(prompts, params)
         stats = made.stats()
         made.check_integrity()
+        assert made.speculation is not None
+        assert not made.speculation.failed
+    if method == "draft_model":  # but for what stands behind an end
+        assert stats["spec_decode_num_accepted_tokens"] > 0.9 * stats["spec_decode_num_draft_tokens"]
     assert stats["spec_decode_num_draft_tokens"] > 100
     assert stats["spec_decode_num_accepted_tokens"] > 10
     assert [result_of(one) for one in plain] == [result_of(one) for one in drafted]

@@ -159,7 +159,11 @@ class Sampler:
             self._masks.close()
 
     def sample(
-        self, logits: Tensor, sequences: abc.Sequence[Sequence], drafts: abc.Sequence[int] | None = None
+        self,
+        logits: Tensor,
+        sequences: abc.Sequence[Sequence],
+        drafts: abc.Sequence[int] | None = None,
+        top: bool = True,
     ) -> Samples:
         """A token of each row of ``logits`` [B, V] (the model's own).
 
@@ -167,6 +171,7 @@ class Sampler:
             logits: after all tokens of the row's sequence and ``drafts`` of those drafted behind them.
             sequences: of each row.
             drafts: of each row; None for 0 each.
+            top: whether the most probable tokens are wanted of those who asked for them.
         """
         drafts = [0] * len(sequences) if drafts is None else drafts
         logits = upcast(logits)
@@ -195,7 +200,7 @@ class Sampler:
             for value, other, failure in zip(logprobs, sampling, failures)
         ]
         tops = [
-            None if one.params.logprobs is None else top_logprobs(logits[row], lse[row], one.params.logprobs)
+            None if one.params.logprobs is None or not top else top_logprobs(logits[row], lse[row], one.params.logprobs)
             for row, one in enumerate(sequences)
         ]
         return Samples(ids.tolist(), logprobs, sampling, tops, errors)

@@ -79,6 +79,7 @@ class DraftModel:
             with torch.inference_mode():
                 self._run(followed, lengths)
         finally:
+            self.sampler.abandon()  # of a forward that failed
             for sequence in sequences:
                 sequence.draft = []
         return [Draft(followed[one].draft if one in followed else []) for one in sequences]
@@ -92,6 +93,7 @@ class DraftModel:
     def close(self) -> None:
         for sequence in list(self._known):
             self.observe(sequence)
+        self.sampler.close()
         del self.pool, self.runner, self.backend
 
     def _follow(self, sequence: Sequence, most: int) -> "_Followed | None":
@@ -129,12 +131,13 @@ class DraftModel:
             if not chunks:
                 return
             started = time.perf_counter()
+            self.sampler.prepare((one, len(one.draft)) for one in owners)
             logits = self.runner.forward(chunks, {})
             for chunk in chunks:
                 assert chunk.sequence.block_tables is not None
                 chunk.sequence.block_tables.commit(chunk.sequence.tokens[chunk.start : chunk.start + chunk.count])
             if owners:
-                sampled = self.sampler.sample(logits, owners, [len(followed[one].draft) for one in owners])
+                sampled = self.sampler.sample(logits, owners, [len(one.draft) for one in owners], top=False)
                 for sequence, token in zip(owners, sampled.token_ids):
                     followed[sequence].add(token)
                     sequence.draft = followed[sequence].draft
