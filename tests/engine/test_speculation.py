@@ -50,6 +50,9 @@ class Foretelling:
     def observe(self, sequence):
         self.finished += 1
 
+    def sleep(self):
+        pass
+
     def close(self):
         pass
 
@@ -185,6 +188,26 @@ def test_a_model_that_drafts_follows_new_weights():
     for parameter in model.parameters():
         parameter.data.mul_(1.01)
     assert run(engine, prompts, params) == run(engine_of(model), prompts, params)
+
+
+def test_a_model_that_drafts_sleeps_with_the_engine():
+    model, small = (random_model("llama", layers=layers, vocabulary=VOCABULARY) for layers in (2, 1))
+    prompts, params = requests(random.Random(5), 6)
+    config = {"method": "draft_model", "model": small, "num_speculative_tokens": 3, "adaptive": False}
+    engine = engine_of(model, speculative_config=config)
+    engine.submit_batch(prompts, params)
+    deltas = [delta for _ in range(4) for delta in engine.step()]
+    engine.sleep()
+    drafter = engine.speculation.drafter
+    assert all(store.untyped_storage().nbytes() == 0 for state in drafter.pool.states for store in state.stores)
+    engine.wake()
+    deltas += [delta for _ in range(100) for delta in engine.step()]
+    finished = [delta.finished for delta in deltas if delta.finished]
+    assert sorted(one.token_ids for one in finished) == sorted(
+        one.token_ids for one in run(engine_of(model), prompts, params)
+    )
+    assert not drafter._known
+    assert engine.speculation.num_drafts > 10
 
 
 def test_steps_with_drafts_are_captured():

@@ -257,6 +257,8 @@ class Engine:
         self.block_manager.reset_prefix_cache()
         self.encoder_cache.clear()
         self.pool.sleep()
+        if self.speculation is not None:
+            self.speculation.drafter.sleep()
         self.is_sleeping = True
 
     def wake(self) -> None:

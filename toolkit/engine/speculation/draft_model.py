@@ -64,8 +64,12 @@ class DraftModel:
         self._version = self.backend.version()
         self._rows = list(range(running))
         self._known: dict[Sequence, _Followed] = {}
+        self._sleeps = False
 
     def propose(self, sequences: Items[Sequence], most: Items[int]) -> list[Draft]:
+        if self._sleeps:
+            self.pool.wake()
+            self._sleeps = False
         version = self.backend.version()
         if version != self._version:  # what older weights computed is of little use
             self._version = version
@@ -89,6 +93,12 @@ class DraftModel:
         if found is not None:
             found.block_tables.release()
             self._rows.append(found.table_row)
+
+    def sleep(self) -> None:
+        for sequence in list(self._known):
+            self.observe(sequence)
+        self.pool.sleep()
+        self._sleeps = True
 
     def close(self) -> None:
         for sequence in list(self._known):

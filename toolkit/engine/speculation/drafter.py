@@ -39,5 +39,8 @@ class Drafter(Protocol):
     def observe(self, sequence: Sequence) -> None:
         """A sequence has finished: nothing is asked for it any more, and its tokens may serve others."""
 
+    def sleep(self) -> None:
+        """Give the memory of state to others until the next ``propose``. Texts may be kept."""
+
     def close(self) -> None:
-        """Give memory back."""
+        """Give all memory back."""

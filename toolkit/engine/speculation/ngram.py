@@ -33,6 +33,9 @@ class NgramDrafter:
     def observe(self, sequence: Sequence) -> None:
         self._histories.pop(sequence, None)
 
+    def sleep(self) -> None:
+        pass
+
     def close(self) -> None:
         self._histories.clear()
 

@@ -50,6 +50,9 @@ class SuffixDrafter:
         for token in [*sequence.tokens[first:], _BREAK]:
             self._texts[-1].append(token)
 
+    def sleep(self) -> None:
+        pass
+
     def close(self) -> None:
         self.own.close()
         self._matches.clear()
