@@ -157,6 +157,17 @@ def test_a_setting_of_a_module_is_a_weight():
         assert weight_version(model) == version
 
 
+def test_what_deepspeed_counts_on_modules_is_no_setting():
+    model = patched("llama")
+    clock = weight_clock(model)
+    for count in range(3):
+        for module in model.modules():
+            module.ds_grads_remaining = count
+            module.applied_pre_backward_ref_cnt = 2 * count
+        assert weight_version(model) == 0
+        assert clock.layout == 0
+
+
 def test_another_view_of_the_same_memory_is_a_write():
     model = make("llama")
     weight = model.model.layers[0].self_attn.o_proj.weight

@@ -23,8 +23,9 @@ Settings = tuple[tuple[str, Any], ...]
 
 _KINDS = (bool, int, float, str, type(None), tuple, list)
 _CLASS = ".__class__"
-_SWITCHES = {"training", "forward", "layer_idx", "gradient_checkpointing"}
-"""Attributes that say how a call runs and not what it computes, and that forwards read again."""
+_SWITCHES = {"training", "forward", "layer_idx", "gradient_checkpointing", "applied_pre_backward_ref_cnt"}
+"""Attributes that say how a call runs and not what it computes, and that forwards read again. The last one and those
+that begin with ``ds_`` are what DeepSpeed's hooks count on modules while it trains."""
 _MASKS = ("sliding_window", "attention_chunk_size", "is_causal")
 """Fields of a configuration by which transformers makes masks."""
 
@@ -50,7 +51,7 @@ def mask_settings(module: nn.Module) -> Settings:
 
 def _own(module: nn.Module, left_out: set[str]) -> Iterator[tuple[str, Any]]:
     for name, value in module.__dict__.items():
-        if name in left_out or name.startswith("_") or "dropout" in name:
+        if name in left_out or name.startswith(("_", "ds_")) or "dropout" in name:
             continue
         if type(value) in _KINDS or inspect.isroutine(value):
             yield name, _copied(value)
