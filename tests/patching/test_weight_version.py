@@ -158,7 +158,7 @@ def test_a_setting_of_a_module_is_a_weight():
 
 
 def test_what_deepspeed_counts_on_modules_is_no_setting():
-    model = patched("llama")
+    model = make("llama")
     clock = weight_clock(model)
     for count in range(3):
         for module in model.modules():
