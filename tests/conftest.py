@@ -26,6 +26,15 @@ def same_number_of_threads() -> Iterator[None]:
     assert after == before, f"the test leaves {after} threads to those after it"
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Small work by one thread, so that a busy machine does not make the tests wait for the other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=PARAMETERS)
 def impl(request: pytest.FixtureRequest) -> Iterator[Implementation]:
     """An implementation of the ops. While the test runs, ``impl=impl.option`` selects it, through autograd."""

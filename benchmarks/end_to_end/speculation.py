@@ -129,6 +129,7 @@ def compare(model: Any, requests: Requests, batch: int, repeats: int, epochs: in
             "drafted": drafted,
             "acceptance": stats.get("spec_decode_num_accepted_tokens", 0.0) / drafted if drafted else 0.0,
             "tokens_per_step": stats["generation_tokens"] / stats["num_steps"] / batch,
+            "draft_us": 0.0 if engine.speculation is None else 1e6 * engine.speculation.draft_seconds,
         }
         engine.close()
     return found
@@ -151,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             results[f"{task}-{batch}"] = found
             for name, one in found.items():
                 rows.append([f"{task}, batch {batch}", name, *(float(value) for value in one.values())])
-    header = ["task", "method", "seconds", "x plain", "drafted", "accepted", "tokens a step"]
+    header = ["task", "method", "seconds", "x plain", "drafted", "accepted", "tokens a step", "draft us"]
     print_table("speculative decoding", header, rows)
     if args.json:
         write_json(args.json, {"new_tokens": args.new_tokens, "repeats": args.repeats, "results": results})

@@ -1,16 +1,9 @@
 """The examples of the page on embeddings run as written, one after the other."""
 
-import re
-from pathlib import Path
-
-PAGE = (Path(__file__).parents[2] / "docs" / "embeddings.md").read_text()
+from tests.helpers.docs_pages import run_examples
 
 
 def test_the_examples_run_as_written(capsys):
-    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.S)
-    assert len(blocks) == 2
-    names: dict = {}
-    for block in blocks:
-        exec(compile(block, "embeddings.md", "exec"), names)
+    names = run_examples("embeddings.md", 2)
     assert "user: Hello" in capsys.readouterr().out
     assert names["reward"].shape == (1,)

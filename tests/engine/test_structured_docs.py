@@ -1,17 +1,10 @@
 """The examples of the page on structured output run as written, one after the other."""
 
-import re
-from pathlib import Path
-
-PAGE = (Path(__file__).parents[2] / "docs" / "structured-output.md").read_text()
+from tests.helpers.docs_pages import run_examples
 
 
 def test_the_examples_run_as_written(capsys):
-    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.S)
-    assert len(blocks) == 3
-    names: dict = {}
-    for block in blocks:
-        exec(compile(block, "structured-output.md", "exec"), names)
+    run_examples("structured-output.md", 3)
     printed = capsys.readouterr().out
     assert "'name'" in printed
     assert "must not have 'uniqueItems' in a JSON schema, which cannot be enforced." in printed

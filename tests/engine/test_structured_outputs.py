@@ -30,13 +30,7 @@ PERSON = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small only lose by more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @cache

@@ -32,13 +32,7 @@ OUTPUTS = [1, 15, 17, 100]
 EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small products by one thread, so that a busy machine does not make the tests wait for the other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(rows, inner, outputs, dtype=torch.float32, bias=True, seed=0):

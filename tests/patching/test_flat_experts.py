@@ -7,7 +7,7 @@ import torch
 from transformers.models.dbrx.modeling_dbrx import DbrxExpertGLU, DbrxExperts, DbrxFFN
 
 import toolkit
-from toolkit import Engine, SamplingParams
+from tests.helpers.routed_completions import greedy_with_experts
 from toolkit.errors import ToolkitError
 from toolkit.testing.architectures import small_model
 from toolkit.testing.oracle import eager
@@ -75,9 +75,7 @@ def test_greedy_tokens_are_those_of_generate_and_routing_is_returned_and_replaye
         model(expected[:, :-1], use_cache=False)
     stock = torch.stack(chosen, 1).sort(-1).values
     toolkit.patch(model)
-    with Engine(model, max_num_seqs=2, enable_return_routed_experts=True) as engine:
-        params = SamplingParams(max_tokens=10, temperature=0.0, ignore_eos=True)
-        (found,) = engine.generate([prompt], params)
+    found = greedy_with_experts(model, prompt, 10)
     whole = prompt + found.token_ids
     assert whole == expected[0].tolist()
     routed = torch.as_tensor(found.routed_experts)

@@ -8,7 +8,7 @@ import torch
 from transformers.models.llama4.modeling_llama4 import Llama4Router, Llama4TextMoe
 
 import toolkit
-from toolkit import Engine, SamplingParams
+from tests.helpers.routed_completions import greedy_with_experts
 from toolkit.testing.architectures import small_model
 from toolkit.testing.oracle import eager
 from toolkit.testing.parity import check_parity
@@ -57,9 +57,7 @@ def test_greedy_tokens_are_those_of_generate_and_routing_is_returned_and_replaye
     with torch.no_grad():
         expected = model.generate(torch.tensor([prompt]), max_new_tokens=10, do_sample=False, eos_token_id=None)
     toolkit.patch(model)
-    with Engine(model, max_num_seqs=2, enable_return_routed_experts=True) as engine:
-        params = SamplingParams(max_tokens=10, temperature=0.0, ignore_eos=True)
-        (found,) = engine.generate([prompt], params)
+    found = greedy_with_experts(model, prompt, 10)
     whole = prompt + found.token_ids
     assert whole == expected[0].tolist()
     routed = found.routed_experts

@@ -65,6 +65,16 @@ def block_counts(
     return counts(blocks)
 
 
+def new_state(
+    backend: Backend, config: EngineConfig, sequences: int, max_model_len: int
+) -> tuple[StatePool, BlockManager]:
+    """The state of ``sequences`` of at most ``max_model_len`` tokens, and who hands out its blocks."""
+    specs, size = chosen_specs(backend, config, max_model_len), config.block_size
+    blocks = block_counts(specs, backend, config, sequences, max_model_len)
+    pool = StatePool(specs, blocks, size, backend.dtype, backend.device)
+    return pool, BlockManager(pool.groups, [blocks[group] for group in pool.groups], size)
+
+
 def describe_capacity(pool: StatePool, block_manager: BlockManager, max_num_seqs: int, max_model_len: int) -> str:
     """One line for people: how many tokens the state has room for, and what it takes at most."""
     tokens, size = block_manager.max_sequence_tokens, f"{pool.bytes / GIB:.2f} GiB at most"

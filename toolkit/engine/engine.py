@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from toolkit.engine.capacity import block_counts, chosen_specs
+from toolkit.engine.capacity import new_state
 from toolkit.engine.config import EngineConfig
 from toolkit.engine.decoding import Decoding
 from toolkit.engine.detokenizer import Tokenizer
@@ -23,7 +23,6 @@ from toolkit.engine.scheduler import Chunk, Scheduler
 from toolkit.engine.speculation.drafters import new_speculation
 from toolkit.engine.swap import SwapSpace
 from toolkit.errors import ToolkitError
-from toolkit.state import BlockManager, StatePool
 from toolkit.state.media import Features
 
 
@@ -112,11 +111,8 @@ class Engine:
         tokenizer = tokenizer if tokenizer is not None else getattr(processor, "tokenizer", None)
         self.tokenizer = tokenizer
         self.max_model_len = self._max_model_len()
-        specs = chosen_specs(self.backend, self.config, self.max_model_len)
         running = min(max_num_seqs, max_num_batched_tokens)
-        blocks = block_counts(specs, self.backend, self.config, running, self.max_model_len)
-        self.pool = StatePool(specs, blocks, block_size, self.backend.dtype, self.backend.device)
-        self.block_manager = BlockManager(self.pool.groups, [blocks[group] for group in self.pool.groups], block_size)
+        self.pool, self.block_manager = new_state(self.backend, self.config, running, self.max_model_len)
         self.scheduler = Scheduler(
             self.block_manager,
             max_num_seqs,

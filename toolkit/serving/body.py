@@ -48,3 +48,11 @@ class Body(BaseModel):
                 raise ValueError(f"'{name}' is {shown(value)}, but this server does not offer '{name}'.")
             kept[name] = value
         return kept
+
+
+def short_together(field: str, texts: list[str], most: int) -> list[str]:
+    """``texts`` if they have at most ``most`` characters together. Raises ValueError."""
+    total = sum(map(len, texts))
+    if total > most:
+        raise ValueError(f"'{field}' must have <= {most} characters together, got {total}.")
+    return texts

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from toolkit.errors import ToolkitError
 from toolkit.sentences import sentence, shown, unknown_field
-from toolkit.serving.body import Body
+from toolkit.serving.body import Body, short_together
 from toolkit.serving.forms import JsonSchemaFormat, ResponseFormat, StructuredOutputs
 from toolkit.serving.limits import check_structure
 from toolkit.serving.vllm_fields import VllmFields
@@ -183,10 +183,7 @@ class Sampling(VllmFields):
     @field_validator("stop")
     @classmethod
     def _stops_are_short(cls, stop: list[str]) -> list[str]:
-        total = sum(map(len, stop))
-        if total > MAX_STOP_CHARACTERS:
-            raise ValueError(f"'stop' must have <= {MAX_STOP_CHARACTERS} characters together, got {total}.")
-        return stop
+        return short_together("stop", stop, MAX_STOP_CHARACTERS)
 
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> "Sampling":

@@ -5,7 +5,7 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from toolkit.sentences import shown
-from toolkit.serving.body import Body
+from toolkit.serving.body import Body, short_together
 
 MAX_BIASES = 1024
 MAX_TOKEN_IDS = 65536
@@ -39,7 +39,4 @@ class VllmFields(Body):
     @field_validator("bad_words")
     @classmethod
     def _bad_words_are_short(cls, words: list[str]) -> list[str]:
-        total = sum(map(len, words))
-        if total > MAX_BAD_WORD_CHARACTERS:
-            raise ValueError(f"'bad_words' must have <= {MAX_BAD_WORD_CHARACTERS} characters together, got {total}.")
-        return words
+        return short_together("bad_words", words, MAX_BAD_WORD_CHARACTERS)

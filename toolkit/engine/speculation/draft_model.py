@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from toolkit.engine.capacity import block_counts, chosen_specs
+from toolkit.engine.capacity import new_state
 from toolkit.engine.config import EngineConfig
 from toolkit.engine.media import PromptMedia
 from toolkit.engine.request import Sequence
@@ -16,7 +16,7 @@ from toolkit.engine.sampler import Sampler
 from toolkit.engine.scheduler import Chunk
 from toolkit.engine.speculation.drafter import Draft
 from toolkit.errors import ToolkitError
-from toolkit.state import BlockManager, BlockTables, OutOfBlocks, StatePool
+from toolkit.state import BlockTables, OutOfBlocks
 
 _SPEED = 0.2  # how fast ``seconds_per_token`` follows what is measured
 
@@ -51,12 +51,7 @@ class DraftModel:
             config, kinds=None, speculative_config=None, enable_return_routed_experts=False,
             enable_return_selected_keys=False,
         )  # fmt: skip
-        specs = chosen_specs(self.backend, plain, self.max_model_len)
-        blocks = block_counts(specs, self.backend, plain, running, self.max_model_len)
-        self.pool = StatePool(specs, blocks, config.block_size, self.backend.dtype, self.backend.device)
-        self.block_manager = BlockManager(
-            self.pool.groups, [blocks[group] for group in self.pool.groups], config.block_size
-        )
+        self.pool, self.block_manager = new_state(self.backend, plain, running, self.max_model_len)
         self.runner = ModelRunner(self.backend, self.pool, running, self.max_model_len)
         self.sampler = Sampler()
         self.seconds_per_token = 0.0

@@ -27,6 +27,7 @@ class Speculation:
 
     Attributes:
         failed: whether the drafter raised.
+        draft_seconds: what it takes lately to look for a step's drafts, in texts.
         num_drafts: drafts that were verified.
         num_draft_tokens: their tokens.
         num_accepted_tokens: those of them that were right.
@@ -45,7 +46,7 @@ class Speculation:
         self._chances = Chances()
         self._times = StepTimes(padded_size)
         self._matches: dict[Sequence, int] = {}
-        self._overhead = 0.0
+        self.draft_seconds = 0.0
         self._pause = self._rest = 0  # steps without a look for drafts: after the next fruitless one, and left
 
     def draft(self, running: Items[Sequence]) -> None:
@@ -75,11 +76,11 @@ class Speculation:
         lengths = [len(draft.tokens) for draft in drafts]
         if self.config.adaptive:
             if not self.drafter.seconds_per_token:
-                self._overhead += _SPEED * (seconds - self._overhead)
+                self.draft_seconds += _SPEED * (seconds - self.draft_seconds)
             room = self.max_rows - len(decoding)
-            lengths = choose_lengths(drafts, self._chances, self._times, len(decoding), room, self._overhead)
+            lengths = choose_lengths(drafts, self._chances, self._times, len(decoding), room, self.draft_seconds)
             # To look for drafts that nobody wants takes time as well: ever more rarely then, unless it is next to none.
-            cheap = self._overhead <= _NEXT_TO_NONE * (self._times.of(len(decoding)) or 0.0)
+            cheap = self.draft_seconds <= _NEXT_TO_NONE * (self._times.of(len(decoding)) or 0.0)
             self._pause = 0 if any(lengths) or cheap else min(2 * self._pause + 1, _LONGEST_PAUSE)
             self._rest = self._pause
         for sequence, draft, length in zip(decoding, drafts, lengths, strict=True):
@@ -91,13 +92,12 @@ class Speculation:
 
     def verified(self, sequence: Sequence, drafted: int, accepted: int) -> None:
         """``accepted`` of the ``drafted`` tokens of the sequence that ran were right; its draft is used up."""
-        if drafted:
-            self.num_drafts += 1
-            self.num_draft_tokens += drafted
-            self.num_accepted_tokens += accepted
-            for at in range(accepted):
-                self.num_accepted_tokens_per_pos[at] += 1
-            self._chances.saw(self._matches[sequence], accepted, drafted)
+        self.num_drafts += 1
+        self.num_draft_tokens += drafted
+        self.num_accepted_tokens += accepted
+        for at in range(accepted):
+            self.num_accepted_tokens_per_pos[at] += 1
+        self._chances.saw(self._matches[sequence], accepted, drafted)
 
     def ran(self, chunks: Items[Chunk], seconds: float) -> None:
         """A step of these chunks took so long."""
