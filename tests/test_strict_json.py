@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from toolkit.serving.responses import event
+from toolkit.serving.openai.responses import event
 from toolkit.strict_json import strict_json
 
 

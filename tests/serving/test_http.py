@@ -11,9 +11,9 @@ from tests.helpers.told_engine import PROMPT, ToldEngine, client_of
 from toolkit.engine import SamplingParams
 from toolkit.errors import ToolkitError
 from toolkit.serving.access import ApiKeys, Cors
+from toolkit.serving.openai.requests import IGNORED, ChatRequest, CompletionRequest
+from toolkit.serving.openai.responses import event
 from toolkit.serving.openapi import LIMITS
-from toolkit.serving.protocol import IGNORED, ChatRequest, CompletionRequest
-from toolkit.serving.responses import event
 
 PAGE = "https://chat.example.org"
 COMPLETIONS, MODELS = "/v1/completions", "/v1/models"

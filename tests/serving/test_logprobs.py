@@ -10,7 +10,7 @@ from fastapi.testclient import TestClient
 
 from toolkit.engine import AsyncEngine, Engine
 from toolkit.serving.app import ServerConfig, create_app
-from toolkit.serving.responses import ITEMS, json_parts
+from toolkit.serving.openai.responses import ITEMS, json_parts
 from toolkit.state import PrefixKey, StateSpec
 from toolkit.testing.models import tiny_tokenizer
 

@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from toolkit.serving.protocol import ChatRequest, CompletionRequest, RequestError, parse
+from toolkit.serving.errors import RequestError
+from toolkit.serving.openai.requests import ChatRequest, CompletionRequest
+from toolkit.serving.parsing import parse
 
 HELLO = [{"role": "user", "content": "Hello"}]
 

@@ -14,7 +14,7 @@ import openai
 import pytest
 
 from tests.helpers.server_process import serving
-from toolkit.serving import schemas
+from toolkit.serving.openai import schemas
 
 GREEDY = {"temperature": 0, "extra_body": {"ignore_eos": True}}
 PROMPT = "the quick brown fox"

@@ -13,7 +13,9 @@ from tests.helpers.json_schemas import violation
 from toolkit.engine import AsyncEngine, Engine
 from toolkit.loading import load_model
 from toolkit.serving.app import ServerConfig, create_app
-from toolkit.serving.protocol import ChatRequest, CompletionRequest, RequestError, parse
+from toolkit.serving.errors import RequestError
+from toolkit.serving.openai.requests import ChatRequest, CompletionRequest
+from toolkit.serving.parsing import parse
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 SCHEMA = {

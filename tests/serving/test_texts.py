@@ -6,7 +6,8 @@ import pytest
 
 from tests.helpers.tokenizers import make_tokenizer
 from toolkit.errors import ToolkitError
-from toolkit.serving.protocol import Message, RequestError
+from toolkit.serving.errors import RequestError
+from toolkit.serving.openai.requests import Message
 from toolkit.serving.texts import Texts
 from toolkit.testing.models import tiny_tokenizer
 

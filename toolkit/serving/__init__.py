@@ -1,10 +1,10 @@
 """An OpenAI-compatible HTTP server on the engine.
 
-``protocol``   request bodies, checked before the engine sees them
-``responses``  response bodies
+``openai``     OpenAI's protocol: bodies of requests and responses, routes
+``generation`` requests that generate in any protocol
 ``metrics``    counters and histograms in Prometheus' text format
 ``base``       what the routes of every model share
-``app``        the routes of a model that generates
+``app``        the application: protocols on ``base``
 ``pooling``    the routes of a model of embeddings, scores and classes
 ``server``     the listening socket, signals and the clean shutdown
 """

@@ -10,7 +10,7 @@ from fastapi import Request
 
 from toolkit.errors import ToolkitError
 from toolkit.sentences import shown
-from toolkit.serving.protocol import RequestError
+from toolkit.serving.errors import RequestError
 
 _ORIGIN = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://[^/\s?#]+")
 

@@ -22,14 +22,13 @@ from toolkit.engine.pooling import PoolingQueue
 from toolkit.engine.request_handle import SHUTTING_DOWN
 from toolkit.errors import ToolkitError
 from toolkit.sentences import shown
-from toolkit.serving import schemas
 from toolkit.serving.access import ApiKeys, Cors
+from toolkit.serving.errors import Json, RequestError, error_body
 from toolkit.serving.limits import MAX_BODY_SIZE, SMALL_BODY, give_back_memory
 from toolkit.serving.metrics import Metrics
 from toolkit.serving.middleware import CountRequests, HeadAsGet, RequestIds
+from toolkit.serving.openai import schemas
 from toolkit.serving.openapi import responses
-from toolkit.serving.protocol import RequestError
-from toolkit.serving.responses import Json, error_body
 
 WORKERS = 4
 """Threads that read requests."""

@@ -7,7 +7,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from toolkit.chat.images import read_image
-from toolkit.serving.protocol import RequestError
+from toolkit.serving.errors import RequestError
 
 MAX_PIXELS = 64 * 2**20
 """Of the images of a request together. A small file may hold a large one."""

@@ -10,9 +10,9 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from toolkit.serving import schemas
 from toolkit.serving.body import NOT_OFFERED
-from toolkit.serving.responses import Json
+from toolkit.serving.errors import Json
+from toolkit.serving.openai import schemas
 
 _COMPONENT = "#/components/schemas/{model}"
 _ERROR: Json = {"model": schemas.ErrorResponse}

@@ -23,9 +23,10 @@ from toolkit.engine.prompts import check_num_sequences
 from toolkit.sentences import shown
 from toolkit.serving.base import Base, ServerConfig
 from toolkit.serving.body import Body
+from toolkit.serving.errors import Json
+from toolkit.serving.openai.requests import IGNORED, MAX_PROMPTS, PromptKinds, prompt_list
 from toolkit.serving.openapi import describe, responses, takes
-from toolkit.serving.protocol import IGNORED, MAX_PROMPTS, PromptKinds, parse, prompt_list
-from toolkit.serving.responses import Json
+from toolkit.serving.parsing import parse
 from toolkit.strict_json import strict_json
 
 SCORES, RERANKS = ("/v1/score", "/score"), ("/v1/rerank", "/v2/rerank", "/rerank")

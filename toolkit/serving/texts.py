@@ -20,8 +20,9 @@ from toolkit.engine.prompts import check_characters, check_token_count, longest_
 from toolkit.engine.token_bytes import REPLACEMENT, TokenBytes
 from toolkit.errors import ToolkitError
 from toolkit.sentences import shown
+from toolkit.serving.errors import RequestError
 from toolkit.serving.images import MAX_PIXELS, read_url
-from toolkit.serving.protocol import Message, RequestError
+from toolkit.serving.openai.requests import Message
 
 METASPACE = "▁"
 

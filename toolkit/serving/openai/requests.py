@@ -5,22 +5,17 @@ given. Ranges of sampling values belong to ``SamplingParams`` and are checked th
 of the API that this server does not offer and values of the wrong type each become one sentence.
 """
 
-import json
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from toolkit.errors import ToolkitError
-from toolkit.sentences import sentence, shown, unknown_field
+from toolkit.sentences import shown
 from toolkit.serving.body import Body, short_together
-from toolkit.serving.forms import JsonSchemaFormat, ResponseFormat, StructuredOutputs
-from toolkit.serving.limits import check_structure
-from toolkit.serving.vllm_fields import VllmFields
+from toolkit.serving.openai.forms import ResponseFormat, StructuredOutputs
+from toolkit.serving.openai.vllm_fields import VllmFields
 
 MAX_CHOICES = 128
 MAX_TOP_LOGPROBS = 20
-MAX_NAME = 200
-"""Characters of an unknown field's name that an error repeats."""
 MAX_MESSAGES = MAX_PROMPTS = 2048
 MAX_STOPS = 64
 MAX_STOP_CHARACTERS = 8192
@@ -38,22 +33,6 @@ IGNORED = (
     "user",
 )
 """Fields of the OpenAI API that current clients send and that change no token: accepted with any value, and unused."""
-
-
-class RequestError(ToolkitError):
-    """A request that cannot be served as given.
-
-    Args:
-        message: one sentence.
-        param: the field at fault, where there is one.
-        status: of HTTP.
-        code: a name for programs.
-
-    """
-
-    def __init__(self, message: str, param: str | None = None, status: int = 400, code: str | None = None) -> None:
-        super().__init__(message)
-        self.param, self.status, self.code = param, status, code
 
 
 class StreamOptions(Body):
@@ -276,84 +255,11 @@ class ChatRequest(Sampling):
         return values
 
 
-Request = TypeVar("Request", bound=BaseModel)
-_PROMPT_KINDS = (
-    "'{}' must be a string, a list of strings, a list of token ids or a list of those lists, none of them empty, "
-    "got {}."
-)
-
-
-def parse(kind: type[Request], raw: bytes) -> Request:
-    """The request in the JSON text ``raw``. Raises ToolkitError, a RequestError most often, with one sentence."""
-    check_structure(raw)
-    try:
-        # Through Python's parser, because validators that run before the types need plain values.
-        body = json.loads(raw)
-        lone = b"\\ud" in raw.lower() and _has_lone_surrogate(body)
-    except (json.JSONDecodeError, UnicodeError) as error:
-        raise RequestError(f"The request body is not valid JSON ({str(error).rstrip('.')}).") from None
-    except ValueError:  # Python converts no longer integers
-        raise RequestError("The request body has a number of too many digits.") from None
-    except RecursionError:
-        raise RequestError("The request body has lists or objects nested too deep.") from None
-    if lone:
-        raise RequestError("The request body holds half of a surrogate pair, which is not valid Unicode text.")
-    if not isinstance(body, dict):
-        raise RequestError(f"The request body must be a JSON object, got {shown(body)}.")
-    try:
-        return kind.model_validate(body)
-    except ValidationError as error:
-        raise _sentence(kind, error) from None
-
-
-def _has_lone_surrogate(body: Any) -> bool:
-    try:
-        json.dumps(body, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return True
-    return False
-
-
 def _token_ids(value: Any) -> bool:
     return isinstance(value, list) and set(map(type, value)) == {int}
 
 
-def _sentence(kind: type[BaseModel], error: ValidationError) -> RequestError:
-    first = error.errors(include_url=False)[0]  # pydantic stops at a list's bound, so that there are not many
-    where = list(first["loc"])
-    # Between a part and its fields pydantic names the kind of part.
-    part = str(where.pop(4)) if where[2:3] == ["content"] and len(where) > 4 else "text"
-    param = (
-        "".join(f"[{part}]" if isinstance(part, int) else f".{part[:MAX_NAME]}" for part in where).lstrip(".") or None
-    )
-    if first["type"] == "extra_forbidden":
-        fields = [field.alias or name for name, field in _owner(kind, where[:-1], part).model_fields.items()]
-        return RequestError(unknown_field(str(param), str(where[-1]), fields), param)
-    if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        found = (
-            f"must be one of {first['ctx']['expected_tags']}, got {shown(first['ctx']['tag'])}"
-            if ("tag" in first["ctx"])
-            else "is required"
-        )
-        return RequestError(f"'{param}.type' {found}.", f"{param}.type")
-    if first["type"] == "value_error":
-        message = str(first["ctx"]["error"])
-        return RequestError(message, param or _quoted(message))
-    return RequestError(sentence(first, f"'{param}'"), param)
-
-
-def _owner(kind: type[BaseModel], where: list[Any], part: str) -> type[BaseModel]:
-    nested: dict[Any, type[BaseModel]] = {
-        "stream_options": StreamOptions,
-        "messages": Message,
-        "content": ImagePart if part == "image_url" else TextPart,
-        "image_url": ImageUrl,
-        "response_format": ResponseFormat,
-        "json_schema": JsonSchemaFormat,
-        "structured_outputs": StructuredOutputs,
-    }
-    return next((nested[part] for part in reversed(where) if part in nested), kind)
-
-
-def _quoted(message: str) -> str | None:
-    return message.split("'")[1] if message.startswith("'") else None
+_PROMPT_KINDS = (
+    "'{}' must be a string, a list of strings, a list of token ids or a list of those lists, none of them empty, "
+    "got {}."
+)

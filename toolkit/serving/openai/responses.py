@@ -6,10 +6,13 @@
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 from toolkit.engine import Completion, Delta
 from toolkit.engine.prompt_logprobs import ranked
+from toolkit.serving.errors import Json, RequestError, error_body
+from toolkit.serving.generation import Usage
+from toolkit.serving.openai.requests import Sampling
 from toolkit.serving.texts import Texts
 from toolkit.strict_json import strict_json
 
@@ -17,16 +20,6 @@ ITEMS = 64
 """Of a long list that are written at a time."""
 PART = 2**16
 """Characters of a response that are sent at a time."""
-
-Json: TypeAlias = dict[str, Any]
-
-ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 500: "server_error", 503: "server_error"}
-
-
-def error_body(message: str, status: int, param: str | None = None, code: str | None = None) -> Json:
-    """The body of every response that is not 2xx."""
-    kind = ERROR_TYPES.get(status, "invalid_request_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def json_parts(value: Any) -> Iterator[str]:
@@ -65,13 +58,20 @@ def usage(prompt_tokens: int, completion_tokens: int) -> Json:
 
 
 class CompletionResponse:
-    """Responses of ``/v1/completions``. ``logprobs``, ``prompt_logprobs``: as the request asked, None for none."""
+    """Responses of ``/v1/completions``.
+
+    Args:
+        model: its public name.
+        texts: of the tokenizer.
+        asked: the request.
+        logprobs: alternatives at each token; None for no log-probabilities.
+    """
 
     id_prefix, object_type, chunk_type = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, model: str, texts: Texts, logprobs: int | None, prompt_logprobs: int | None = None) -> None:
+    def __init__(self, model: str, texts: Texts, asked: Sampling, logprobs: int | None) -> None:
         self.head = {"id": f"{self.id_prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-        self.texts, self.top, self.prompt_top = texts, logprobs, prompt_logprobs
+        self.texts, self.asked, self.top, self.prompt_top = texts, asked, logprobs, asked.prompt_logprobs
 
     def num_logprobs(self, finished: Sequence[Completion]) -> int:
         """Log-probabilities in the response of these completions."""
@@ -82,10 +82,10 @@ class CompletionResponse:
             count += (1 + self.prompt_top) * sum(len(one.prompt_token_ids) for one in finished)
         return count
 
-    def written(self, finished: Sequence[Completion], used: Json) -> Iterator[bytes]:
+    def written(self, finished: Sequence[Completion], used: Usage) -> Iterator[bytes]:
         """The response that is not streamed, as JSON in parts; each choice is made when its turn comes."""
         part = ""
-        for text in self._texts(finished, used):
+        for text in self._texts(finished, usage(sum(used.prompt_tokens), sum(used.completion_tokens))):
             part += text
             if len(part) > PART:
                 yield part.encode()
@@ -106,6 +106,33 @@ class CompletionResponse:
     def beside(self, finished: Sequence[Completion]) -> Json:
         """Further fields beside the choices."""
         return {}
+
+    def opening(self, used: Usage) -> Iterator[str]:
+        """Chunks before the first token."""
+        for choice in self.role_chunks(len(used.completion_tokens)):
+            yield self._event(choice, used)
+
+    def events(self, index: int, delta: Delta, used: Usage) -> Iterator[str]:
+        """Chunks of a delta."""
+        for choice in self.deltas(index, delta):
+            yield self._event(choice, used)
+
+    def ending(self, used: Usage) -> Iterator[str]:
+        """The usage, where it is asked for, and the end of the stream."""
+        if self.asked.usage_in_stream:
+            total = usage(sum(used.prompt_tokens), sum(used.completion_tokens))
+            yield event(self.chunk([], total, show_usage=True))
+        yield END_OF_STREAM
+
+    def error(self, error: RequestError) -> str:
+        """The last event of a stream that fails."""
+        return event(error_body(str(error), error.status, error.param, error.code))
+
+    def _event(self, choice: Json, used: Usage) -> str:
+        at, shown = choice["index"], None
+        if self.asked.usage_in_chunks:
+            shown = usage(used.prompt_tokens[at // self.asked.n], used.completion_tokens[at])
+        return event(self.chunk([choice], shown, show_usage=self.asked.usage_in_stream))
 
     def chunk(self, choices: list[Json], used: Json | None = None, show_usage: bool = False) -> Json:
         """A chunk of a stream; with ``show_usage`` every chunk has the field, null until the last."""

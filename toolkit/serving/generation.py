@@ -1,0 +1,180 @@
+"""Requests that generate in any protocol: prompts and parameters to the engine, its output to a response."""
+
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from fastapi import Request, Response
+from fastapi.responses import StreamingResponse
+from starlette.background import BackgroundTask
+
+from toolkit.engine import AsyncEngine, Completion, Delta, RequestHandle, SamplingParams
+from toolkit.engine.prompts import fit_max_tokens, outside_vocabulary, prompt_length, truncated
+from toolkit.errors import ToolkitError
+from toolkit.sentences import shown
+from toolkit.serving.base import CLIENT_CLOSED_REQUEST, Base, ServerConfig
+from toolkit.serving.errors import RequestError
+from toolkit.serving.texts import Texts
+
+SHORT_RESPONSE = 1000
+"""Log-probabilities in a response that is written on the event loop."""
+
+
+@dataclass
+class Usage:
+    """Tokens of a request so far.
+
+    Args:
+        prompt_tokens: of each prompt.
+        completion_tokens: of each completion.
+    """
+
+    prompt_tokens: list[int]
+    completion_tokens: list[int]
+
+
+class ResponseWriter(Protocol):
+    """What a protocol makes of completions."""
+
+    def num_logprobs(self, finished: Sequence[Completion]) -> int:
+        """Log-probabilities in the response of these completions."""
+
+    def written(self, finished: Sequence[Completion], used: Usage) -> Iterator[bytes]:
+        """The response that is not streamed, as JSON in parts."""
+
+    def opening(self, used: Usage) -> Iterator[str]:
+        """Events before the first token."""
+
+    def events(self, index: int, delta: Delta, used: Usage) -> Iterator[str]:
+        """Events of a delta of the completion ``index`` of the request; none while its text is held back."""
+
+    def ending(self, used: Usage) -> Iterator[str]:
+        """Events after the last token."""
+
+    def error(self, error: RequestError) -> str:
+        """The event of an error after the response has begun; nothing follows it."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request that may run: what it asks for, and what writes its response.
+
+    Args:
+        prompts: token ids, or what a processor returned.
+        params: of each prompt.
+        stream: whether the response is events.
+        writer: of the response.
+        media_type: of a stream.
+    """
+
+    prompts: Sequence[Any]
+    params: list[SamplingParams]
+    stream: bool
+    writer: ResponseWriter
+    media_type: str = "text/event-stream"
+
+
+class Generation:
+    """What the routes of a model that generates share.
+
+    Attributes:
+        base: the application without them.
+        engine: of the model.
+        texts: its tokenizer's part.
+    """
+
+    def __init__(self, base: Base, engine: AsyncEngine, config: ServerConfig) -> None:
+        self.base, self.engine, self.config = base, engine, config
+        self.texts = Texts(config.tokenizer, config.max_model_len, config.processor, config.media_folder)
+
+    def check_tokens(self, prompts: Sequence[list[int]]) -> None:
+        """Raise RequestError for a token id outside the vocabulary."""
+        if self.config.vocab_size is None:
+            return
+        for prompt in prompts:
+            wrong = outside_vocabulary(prompt, self.config.vocab_size)
+            if wrong is not None:
+                message = f"'prompt' must have token ids from 0 to {self.config.vocab_size - 1}, got {shown(wrong)}."
+                raise RequestError(message, "prompt")
+
+    def sampling_params(
+        self, given: dict[str, Any], prompts: Sequence[Any], logprobs: int | None, **defaults: Any
+    ) -> tuple[Sequence[Any], list[SamplingParams]]:
+        """The prompts, cut where that is asked for, and the parameters of each.
+
+        Args:
+            given: arguments of ``SamplingParams`` that the request gives.
+            prompts: of the request.
+            logprobs: as in ``SamplingParams``.
+            defaults: of the protocol, behind those of the server.
+        """
+        params = SamplingParams(**{**defaults, **self.config.default_sampling_params, **given}, logprobs=logprobs)
+        if params.form is not None:
+            self.engine.engine.grammars.compile(params.form)  # here, where nobody else waits for it
+        if params.truncate_prompt_tokens is not None:
+            most = self.engine.engine.max_sequence_len
+            prompts = [truncated(one, params, most) if isinstance(one, list) else one for one in prompts]
+        longest = None if "max_tokens" in given else self.config.max_model_len
+        fitting = [
+            params if longest is None else fit_max_tokens(params, prompt_length(one), longest) for one in prompts
+        ]
+        return prompts, fitting
+
+    async def respond(self, request: Request, given: Asked) -> Response:
+        """Run a request, and respond. Raises what the engine refuses."""
+        handle = self.engine.submit(given.prompts, given.params)
+        await handle.wait_accepted()
+        used = Usage(list(map(prompt_length, given.prompts)), [0] * handle.num_sequences)
+        self.base.metrics.prompt_tokens.add(sum(used.prompt_tokens))
+        self.base.watch(request, handle)
+        if given.stream:
+            events = self._events(handle, given, used)
+            return StreamingResponse(events, media_type=given.media_type, headers={"cache-control": "no-cache"})
+        finished = await self._finished(handle, given)
+        used.completion_tokens = [len(one.token_ids) for one in finished]
+        if given.writer.num_logprobs(finished) <= SHORT_RESPONSE:
+            return Response(b"".join(given.writer.written(finished, used)), media_type="application/json")
+        # A plain iterator: its parts are made on threads.
+        parts = given.writer.written(finished, used)
+        return StreamingResponse(parts, media_type="application/json", background=BackgroundTask(self.base.trim_soon))
+
+    async def _finished(self, handle: RequestHandle, given: Asked) -> list[Completion]:
+        finished: dict[int, Completion] = {}
+        async for delta in handle:
+            if delta.finished is not None:
+                finished[_index(delta, given)] = _without_error(delta.finished)
+        return [finished[index] for index in sorted(finished)]
+
+    async def _events(self, handle: RequestHandle, given: Asked, used: Usage) -> AsyncIterator[str]:
+        writer = given.writer
+        try:
+            for event in writer.opening(used):
+                yield event
+            async for delta in handle:
+                if delta.finished is not None:
+                    _without_error(delta.finished)
+                index = _index(delta, given)
+                used.completion_tokens[index] += len(delta.token_ids)
+                for event in writer.events(index, delta, used):
+                    yield event
+            for event in writer.ending(used):
+                yield event
+        except ToolkitError as error:
+            yield writer.error(self.base.as_request_error(error))
+        finally:
+            handle.cancel()
+
+
+def _index(delta: Delta, given: Asked) -> int:
+    return delta.prompt_index * given.params[0].n + delta.index
+
+
+def _without_error(completion: Completion) -> Completion:
+    """``completion``. Raises what the engine says went wrong with it."""
+    if completion.finish_reason in ("error", "cancelled"):
+        reason = completion.error or "it was cancelled"
+        message = f"The request failed in the engine: {reason}"
+        # A shutdown says so itself: what is cancelled otherwise has lost its client.
+        status = CLIENT_CLOSED_REQUEST if completion.finish_reason == "cancelled" else 500
+        raise RequestError(message, status=status, code=completion.finish_reason)
+    return completion
