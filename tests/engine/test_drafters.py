@@ -108,14 +108,12 @@ def test_the_lengths_chosen_bring_the_most_tokens_per_second(seed):
     chances = Chances()
     for match in range(1, 4):
         for _ in range(chance.randint(0, 20)):
-            chances.saw(match, chance.randint(0, 3), 3)
+            chances.saw(Draft([], match), chance.randint(0, 3), 3)
     rows, most = chance.randint(3, 5), chance.choice((3, 10))
     drafts = [Draft([0] * chance.randint(0, 4), chance.randint(1, 3)) for _ in range(3)]
 
     def speed(lengths):
-        expected = sum(
-            chances.of(draft.match) ** at for draft, length in zip(drafts, lengths) for at in range(1, length + 1)
-        )
+        expected = sum(chances.of(draft) ** at for draft, length in zip(drafts, lengths) for at in range(1, length + 1))
         return (rows + expected) / times.of(rows + sum(lengths))
 
     every = itertools.product(*(range(len(draft.tokens) + 1) for draft in drafts))
@@ -133,10 +131,11 @@ def test_nothing_is_drafted_before_a_step_was_timed_nor_where_drafts_fail():
         times.saw(rows, 1 + 0.2 * rows)
     assert choose_lengths([draft], chances, times, 1, 8) != [0]
     for _ in range(40):
-        chances.saw(2, 0, 1)
+        chances.saw(draft, 0, 1)
     assert choose_lengths([draft], chances, times, 1, 8) == [0]
+    assert choose_lengths([Draft([1, 2, 3], 2, predicted=True)], chances, times, 1, 8) != [0]  # is judged apart
     for _ in range(3000):  # what worked for nobody is tried again by and by
-        chances.passed_by(2)
+        chances.passed_by(draft)
     assert choose_lengths([draft], chances, times, 1, 8) != [0]
 
 
@@ -152,7 +151,7 @@ def test_the_first_step_of_a_size_and_a_step_that_waited_count_little():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"method": "medusa"}, "method of speculative_config must be one of ngram, suffix, draft_model"),
+        ({"method": "medusa"}, "method of speculative_config must be one of prediction, ngram, suffix, draft_model"),
         ({"num_speculative_tokens": 0}, "num_speculative_tokens of speculative_config must be an integer >= 1"),
         ({"prompt_lookup_min": 9}, "prompt_lookup_min of speculative_config must be <= prompt_lookup_max"),
         ({"adaptive": 1}, "adaptive of speculative_config must be True or False, got 1"),

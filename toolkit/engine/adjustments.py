@@ -56,7 +56,8 @@ class Adjustments:
         Raises:
             ToolkitError: a token id that the model does not have; bad words without a tokenizer, or without tokens.
         """
-        for field, ids in (("logit_bias", params.logit_bias), ("allowed_token_ids", params.allowed_token_ids)):
+        for field in ("logit_bias", "allowed_token_ids", "predicted_token_ids"):
+            ids = getattr(params, field)
             wrong = outside_vocabulary(list(ids or ()), vocab_size)
             if wrong is not None:
                 raise ToolkitError(f"{field} must have token ids from 0 to {vocab_size - 1}, got {wrong}.")

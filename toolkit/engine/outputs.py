@@ -43,6 +43,9 @@ class Completion:
             distribution, best first, and before them the token where it is not among them; when
             ``SamplingParams.prompt_logprobs`` asked for them. None for the first token, and of a prompt that was not
             computed to its end.
+        accepted_prediction_tokens, rejected_prediction_tokens: tokens of ``SamplingParams.predicted_token_ids`` that
+            the completion has, followed from its beginning and found again where it leaves them, and those that it does
+            not have; with or without speculation. None without a prediction.
     """
 
     request_id: int
@@ -63,6 +66,8 @@ class Completion:
     selected_keys: Tensor | None = field(default=None, compare=False)
     rotary_length: int | None = None
     prompt_logprobs: list[dict[int, float] | None] | None = None
+    accepted_prediction_tokens: int | None = None
+    rejected_prediction_tokens: int | None = None
 
     @property
     def weight_version(self) -> int | None:

@@ -42,6 +42,8 @@ class SamplingParams:
             ones, -1 for all, under the model's own distribution; the prompt is computed whole, with no cached prefix.
         truncate_prompt_tokens: keep the last so many tokens of a longer prompt; -1: as many as fit before
             ``max_tokens``. None refuses prompts that do not fit.
+        predicted_token_ids: tokens that the output is expected to have, such as those of a file that it edits. With
+            speculation they are drafted, which changes no result; ``Completion`` says how many of them came.
         skip_special_tokens: leave special tokens out of ``text``.
         cache_salt: share cached prefixes only with requests of the same salt; None with those that have none.
         include_stop_str_in_output: keep the stop string or stop token that ended the text.
@@ -90,6 +92,7 @@ class SamplingParams:
     priority: int = 0
     prompt_logprobs: int | None = None
     truncate_prompt_tokens: int | None = None
+    predicted_token_ids: list[int] | tuple[int, ...] | None = None
 
     __signature__: ClassVar[inspect.Signature]
 
@@ -121,6 +124,7 @@ class SamplingParams:
             "allowed_token_ids": _token_ids("allowed_token_ids", self.allowed_token_ids),
             "bad_words": _strings("bad_words", self.bad_words),
             "logits_processors": _callables(self.logits_processors),
+            "predicted_token_ids": _token_ids("predicted_token_ids", self.predicted_token_ids, ordered=True),
             "priority": check_int("priority", self.priority, -(2**63), 2**63 - 1),
         }
         if checked["allowed_token_ids"] == ():
@@ -172,10 +176,11 @@ def _strings(field: str, given: Any, one: bool = False) -> tuple[str, ...]:
     return tuple(strings)
 
 
-def _token_ids(field: str, ids: Any) -> tuple[int, ...] | None:
+def _token_ids(field: str, ids: Any, ordered: bool = False) -> tuple[int, ...] | None:
     if ids is None:
         return None
-    if not isinstance(ids, list | tuple | set | frozenset) or not all(map(_is_token_id, ids)):
+    kinds = (list, tuple) if ordered else (list, tuple, set, frozenset)
+    if not isinstance(ids, kinds) or not all(map(_is_token_id, ids)):
         raise ToolkitError(f"{field} must be a list of token ids or None, got {ids!r}.")
     return tuple(int(one) for one in ids)
 

@@ -8,6 +8,7 @@ from toolkit.engine.grammar.compiler import CompiledGrammar
 from toolkit.engine.media import PromptMedia
 from toolkit.engine.outputs import Completion, Delta, FinishReason
 from toolkit.engine.params import SamplingParams
+from toolkit.engine.prediction import PredictedOutput
 from toolkit.engine.prompt_logprobs import MOST_ROWS, PromptLogprobs
 from toolkit.engine.swap import SwappedState
 from toolkit.state import BlockTables, PrefixKey
@@ -97,6 +98,7 @@ class Sequence:
         num_known_blocks: how many entries of that row are written.
         draft: tokens that may come next, which the next step verifies.
         matcher: how far the output is within the request's grammar; None without one.
+        prediction: how far the output follows the request's prediction; None without one.
     """
 
     def __init__(self, request: Request, index: int) -> None:
@@ -114,6 +116,9 @@ class Sequence:
         self.num_known_blocks = 0
         self.draft: list[int] = []
         self.matcher = None if request.grammar is None else request.grammar.matcher(request.stop_ids)
+        self.prediction: PredictedOutput | None = None
+        if self.params.predicted_token_ids is not None:
+            self.prediction = PredictedOutput(self.params.predicted_token_ids)
         self.logprobs: list[float] = []
         self.sampling_logprobs: list[float] = []
         self.top_logprobs: list[dict[int, float]] | None = [] if self.params.logprobs is not None else None
@@ -182,6 +187,8 @@ class Sequence:
         self.tokens.append(token)
         if self.names is not self.tokens:
             self.names.append(token)
+        if self.prediction is not None:
+            self.prediction.follow(token)
         self.logprobs.append(logprob)
         self.sampling_logprobs.append(sampling_logprob)
         self.versions.append(version)
@@ -247,6 +254,8 @@ class Sequence:
             error=error,
             rotary_length=request.rotary_length,
             prompt_logprobs=self.prompt_logprobs,
+            accepted_prediction_tokens=None if self.prediction is None else self.prediction.num_accepted,
+            rejected_prediction_tokens=None if self.prediction is None else self.prediction.num_rejected,
         )
         return Delta(
             request.request_id,

@@ -6,16 +6,17 @@ from typing import Any
 from toolkit.engine.checks import check_bool, check_int, check_names
 from toolkit.errors import ToolkitError, must_be_one_of
 
-METHODS = ("ngram", "suffix", "draft_model")
+METHODS = ("prediction", "ngram", "suffix", "draft_model")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpeculativeConfig:
-    """How tokens are drafted.
+    """How tokens are drafted. In any method what a request predicts is first: ``SamplingParams.predicted_token_ids``.
 
     Args:
-        method: "ngram" (what followed the same tokens earlier in the sequence), "suffix" (that, and what followed them
-            in finished sequences) or "draft_model" (what a smaller model with the same vocabulary samples).
+        method: "prediction" (that alone), "ngram" (what followed the same tokens earlier in the sequence), "suffix"
+            (that, and what followed them in finished sequences) or "draft_model" (what a smaller model with the same
+            vocabulary samples).
         num_speculative_tokens: most tokens of a draft.
         adaptive: draft as many of them as are estimated to bring the most tokens per second, none where plain decoding
             is faster; False: always as many as there are.

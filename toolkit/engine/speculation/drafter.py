@@ -15,10 +15,12 @@ class Draft:
         tokens: in order; empty for none.
         match: how much speaks for them, in tokens of context that were found before; drafts of equal ``match`` are
             taken to be equally good.
+        predicted: whether they are of the request's predicted output; such are only as good as others of these.
     """
 
     tokens: list[int] = field(default_factory=list)
     match: int = 0
+    predicted: bool = False
 
 
 class Drafter(Protocol):

@@ -6,6 +6,7 @@ from toolkit.engine.speculation.config import SpeculativeConfig
 from toolkit.engine.speculation.draft_model import DraftModel
 from toolkit.engine.speculation.drafter import Drafter
 from toolkit.engine.speculation.ngram import NgramDrafter
+from toolkit.engine.speculation.prediction import PredictionDrafter
 from toolkit.engine.speculation.speculation import Speculation
 from toolkit.engine.speculation.suffix import SuffixDrafter
 from toolkit.engine.step.decode_graphs import CAPTURE_SIZES
@@ -24,6 +25,8 @@ def new_speculation(config: EngineConfig, backend: Backend, running: int, max_mo
 def _drafter(
     chosen: SpeculativeConfig, config: EngineConfig, backend: Backend, running: int, max_model_len: int
 ) -> Drafter:
+    if chosen.method == "prediction":
+        return PredictionDrafter()
     if chosen.method == "ngram":
         return NgramDrafter(chosen.prompt_lookup_min, chosen.prompt_lookup_max)
     if chosen.method == "suffix":

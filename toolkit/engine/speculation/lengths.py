@@ -22,27 +22,31 @@ class Chances:
     """The probability that a drafted token is right given those before it are, by the match that speaks for it."""
 
     def __init__(self) -> None:
-        self._right: defaultdict[int, float] = defaultdict(float)
-        self._wrong: defaultdict[int, float] = defaultdict(float)
+        self._right: defaultdict[tuple[int, bool], float] = defaultdict(float)
+        self._wrong: defaultdict[tuple[int, bool], float] = defaultdict(float)
 
-    def of(self, match: int) -> float:
+    def of(self, draft: Draft) -> float:
         """The probability of one token."""
-        at = min(match, _LONGEST)
+        at = _evidence(draft)
         right, wrong = self._right[at] + _DOUBT, self._wrong[at] + _DOUBT
         return right / (right + wrong)
 
-    def saw(self, match: int, accepted: int, drafted: int) -> None:
+    def saw(self, draft: Draft, accepted: int, drafted: int) -> None:
         """``accepted`` of ``drafted`` tokens were right; the next one, if any, was wrong and decides nothing more."""
-        at = min(match, _LONGEST)
+        at = _evidence(draft)
         wrong = float(accepted < drafted)
         self._right[at] = self._right[at] * _MEMORY + accepted
         self._wrong[at] = self._wrong[at] * _MEMORY + wrong
 
-    def passed_by(self, match: int) -> None:
+    def passed_by(self, draft: Draft) -> None:
         """Nothing was drafted although there was something: it becomes unknown again by and by."""
-        at = min(match, _LONGEST)
+        at = _evidence(draft)
         self._right[at] *= _FORGETS
         self._wrong[at] *= _FORGETS
+
+
+def _evidence(draft: Draft) -> tuple[int, bool]:
+    return min(draft.match, _LONGEST), draft.predicted
 
 
 class StepTimes:
@@ -98,7 +102,7 @@ def choose_lengths(
     """
     candidates = []  # a token's chance to be reached and right, minus itself for order, and whose it is
     for at, draft in enumerate(drafts):
-        chance, reached = chances.of(draft.match), 1.0
+        chance, reached = chances.of(draft), 1.0
         for _ in draft.tokens:
             reached *= chance
             candidates.append((reached, at))

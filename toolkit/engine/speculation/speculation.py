@@ -10,14 +10,16 @@ from toolkit.engine.scheduler import Chunk
 from toolkit.engine.speculation.config import SpeculativeConfig
 from toolkit.engine.speculation.drafter import Draft, Drafter
 from toolkit.engine.speculation.lengths import Chances, StepTimes, choose_lengths
+from toolkit.engine.speculation.prediction import PredictionDrafter
 
 _SPEED = 0.2  # how fast the time to draft follows what is measured
 _NEXT_TO_NONE = 0.005  # of the time of a step
 _LONGEST_PAUSE = 15  # steps
+_UNMATCHED = Draft()  # what speaks for the drafts of a model
 
 
 class Speculation:
-    """Decides what is drafted in an engine.
+    """Decides what is drafted in an engine: of a request's predicted output first, else by the configured drafter.
 
     Args:
         config: by which method, and how much.
@@ -45,7 +47,8 @@ class Speculation:
         self.num_accepted_tokens_per_pos = [0] * config.num_speculative_tokens
         self._chances = Chances()
         self._times = StepTimes(padded_size)
-        self._matches: dict[Sequence, int] = {}
+        self._drafted: dict[Sequence, Draft] = {}
+        self._predictions = PredictionDrafter()
         self.draft_seconds = 0.0
         self._pause = self._rest = 0  # steps without a look for drafts: after the next fruitless one, and left
 
@@ -58,7 +61,7 @@ class Speculation:
         decoding = [one for one in running if one.remaining == 1 and one.generated]
         for sequence in decoding:
             sequence.draft = []
-        self._matches = {}
+        self._drafted = {}
         self._rest -= 1
         if not 0 < len(decoding) < self.max_rows or self.failed or self._rest > 0:
             return
@@ -86,9 +89,9 @@ class Speculation:
         for sequence, draft, length in zip(decoding, drafts, lengths, strict=True):
             sequence.draft = draft.tokens[:length]
             if length:
-                self._matches[sequence] = draft.match
+                self._drafted[sequence] = draft
             elif draft.tokens:
-                self._chances.passed_by(draft.match)
+                self._chances.passed_by(draft)
 
     def verified(self, sequence: Sequence, drafted: int, accepted: int) -> None:
         """``accepted`` of the ``drafted`` tokens of the sequence that ran were right; its draft is used up."""
@@ -97,7 +100,7 @@ class Speculation:
         self.num_accepted_tokens += accepted
         for at in range(accepted):
             self.num_accepted_tokens_per_pos[at] += 1
-        self._chances.saw(self._matches[sequence], accepted, drafted)
+        self._chances.saw(self._drafted[sequence], accepted, drafted)
 
     def ran(self, chunks: Items[Chunk], seconds: float) -> None:
         """A step of these chunks took so long."""
@@ -114,11 +117,16 @@ class Speculation:
 
     def _drafts(self, sequences: list[Sequence]) -> list[Draft]:
         """None longer than what may follow: the token behind a draft is sampled too."""
-        longest = self._longest(len(sequences))
-        most = [max(0, min(longest, one.request.max_tokens - one.generated - 1)) for one in sequences]
-        asked = [(one, count) for one, count in zip(sequences, most) if count]
-        found = iter(self.drafter.propose([one for one, _ in asked], [count for _, count in asked]) if asked else ())
-        return [_within_grammar(one, next(found)) if count else Draft() for one, count in zip(sequences, most)]
+        left = {one: one.request.max_tokens - one.generated - 1 for one in sequences}
+        most = [max(0, min(self.config.num_speculative_tokens, left[one])) for one in sequences]
+        drafts = dict(zip(sequences, self._predictions.propose(sequences, most)))
+        others = [one for one in sequences if not drafts[one].tokens]
+        longest = self._longest(len(sequences)) if others else 0
+        asked = [(one, count) for one in others if (count := min(longest, left[one])) > 0]
+        if asked:
+            found = self.drafter.propose([one for one, _ in asked], [count for _, count in asked])
+            drafts.update((one, draft) for (one, _), draft in zip(asked, found, strict=True))
+        return [_within_grammar(one, drafts[one]) for one in sequences]
 
     def _longest(self, rows: int) -> int:
         """Most tokens of a draft: fewer than configured, or none, where making them takes longer than they may save."""
@@ -127,12 +135,12 @@ class Speculation:
             return most
         gained, fastest, longest = 1.0, 1 / plain, 0
         for count in range(1, most + 1):
-            gained += self._chances.of(0) ** count
+            gained += self._chances.of(_UNMATCHED) ** count
             seconds = (self._times.of(rows * (1 + count)) or plain) + count * each
             if gained / seconds > fastest:
                 fastest, longest = gained / seconds, count
         if not longest:
-            self._chances.passed_by(0)
+            self._chances.passed_by(_UNMATCHED)
         return longest
 
 
