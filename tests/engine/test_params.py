@@ -13,7 +13,7 @@ BAD = [
     ("n", 0),
     ("n", 1.5),
     ("n", True),
-    ("max_tokens", 0),
+    ("max_tokens", -1),
     ("max_tokens", "16"),
     ("min_tokens", -1),
     ("min_tokens", 17),
@@ -105,7 +105,7 @@ def test_values_are_normalised_and_copies_are_equal():
         assert other == params
     assert replace(params, max_tokens=3).max_tokens == 3
     with pytest.raises(ToolkitError):
-        replace(params, max_tokens=0)
+        replace(params, max_tokens=-1)
 
 
 def test_greedy_and_penalised():

@@ -76,6 +76,9 @@ class Decoding:
                 grown += [_Grown(owner) for owner in owners]
                 rows += [sampled] * len(owners)
                 sampled += 1
+        for chunk in chunks:
+            for owner in chunk.sequence.request.sequences if chunk.ends else ():
+                yield owner, owner.finish("length")
         if not grown:
             return
         threads: Any = getattr(self.runner.backend, "sampling_threads", nullcontext)

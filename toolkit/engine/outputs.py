@@ -46,6 +46,8 @@ class Completion:
         accepted_prediction_tokens, rejected_prediction_tokens: tokens of ``SamplingParams.predicted_token_ids`` that
             the completion has, followed from its beginning and found again where it leaves them, and those that it does
             not have; with or without speculation. None without a prediction.
+        num_cached_tokens: of the prompt, whose state was found in the prefix cache when it was first let in. None for
+            what ended while it waited.
     """
 
     request_id: int
@@ -68,6 +70,7 @@ class Completion:
     prompt_logprobs: list[dict[int, float] | None] | None = None
     accepted_prediction_tokens: int | None = None
     rejected_prediction_tokens: int | None = None
+    num_cached_tokens: int | None = field(default=None, compare=False)
 
     @property
     def weight_version(self) -> int | None:
@@ -90,7 +93,8 @@ class Delta:
         top_logprobs: of the new tokens, as in ``Completion``.
         finished: the whole completion, at its end.
         text_offset: of the new tokens, as in ``Completion``, before anything is cut.
-        prompt_logprobs: with the first token, as in ``Completion``.
+        prompt_logprobs: in the first delta of the completion, as in ``Completion``.
+        weight_version: of the last token, new or not; None before the first one.
     """
 
     request_id: int
@@ -103,6 +107,7 @@ class Delta:
     finished: Completion | None = None
     text_offset: list[int] = field(default_factory=list)
     prompt_logprobs: list[dict[int, float] | None] | None = None
+    weight_version: int | None = None
 
 
 def joined(deltas: list[Delta]) -> Delta:
@@ -115,5 +120,5 @@ def joined(deltas: list[Delta]) -> Delta:
         first.text_offset += other.text_offset
         if first.top_logprobs is not None:
             first.top_logprobs += other.top_logprobs or []
-        first.finished = other.finished
+        first.finished, first.weight_version = other.finished, other.weight_version
     return first

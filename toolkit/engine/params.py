@@ -26,7 +26,7 @@ class SamplingParams:
 
     Args:
         n: completions of the prompt.
-        max_tokens: most tokens of a completion; None for up to max_model_len.
+        max_tokens: most tokens of a completion; None for up to max_model_len. 0 computes the prompt and samples nothing.
         min_tokens: before this many tokens no end-of-text token, stop token or stop string ends a completion.
         temperature: divides the logits; 0 is greedy, the lowest id among equals.
         top_k: keep this many of the most probable tokens; 0 or -1 is off.
@@ -130,7 +130,7 @@ class SamplingParams:
         if checked["allowed_token_ids"] == ():
             raise ToolkitError("allowed_token_ids must have >= 1 token ids or be None, got none.")
         if self.max_tokens is not None:
-            checked["max_tokens"] = check_int("max_tokens", self.max_tokens, 1, also=" or None")
+            checked["max_tokens"] = check_int("max_tokens", self.max_tokens, 0, also=" or None")
             if checked["min_tokens"] > checked["max_tokens"]:
                 raise ToolkitError(f"min_tokens must be <= max_tokens ({self.max_tokens}), got {self.min_tokens}.")
         if self.seed is not None:

@@ -70,6 +70,7 @@ class Request:
         self.prompt_logprobs: PromptLogprobs | None = None
         if params.prompt_logprobs is not None:
             self.prompt_logprobs = PromptLogprobs(prompt, params.prompt_logprobs)
+        self.num_cached_tokens: int | None = None
         self.prefilled = False  # whether the prompt is computed, so that other sequences may fork it
         self.sequences = [Sequence(self, index) for index in range(params.n)]
 
@@ -219,6 +220,7 @@ class Sequence:
             tops,
             text_offset=self.text_offset[-1:],
             prompt_logprobs=self.prompt_logprobs if self.generated == 1 else None,
+            weight_version=version,
         )
 
     def finish(
@@ -256,6 +258,7 @@ class Sequence:
             prompt_logprobs=self.prompt_logprobs,
             accepted_prediction_tokens=None if self.prediction is None else self.prediction.num_accepted,
             rejected_prediction_tokens=None if self.prediction is None else self.prediction.num_rejected,
+            num_cached_tokens=request.num_cached_tokens,
         )
         return Delta(
             request.request_id,
@@ -267,5 +270,6 @@ class Sequence:
             top_logprobs,
             self.completion,
             self.text_offset[-len(token_ids) :] if token_ids else [],
-            self.prompt_logprobs if token_ids and self.generated == 1 else None,
+            self.prompt_logprobs if self.generated == len(token_ids or ()) else None,
+            self.completion.weight_version,
         )

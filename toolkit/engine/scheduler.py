@@ -31,7 +31,7 @@ class Chunk:
         start: the first.
         count: how many.
         slots: of the tokens, in each group of layers.
-        samples: whether they are its last, so that the next token is sampled after them.
+        samples: whether they are its last, and the next token is sampled after them.
         drafts: how many of them, the last ones, are drafted (``Sequence.draft``); a token is sampled before each too.
     """
 
@@ -53,6 +53,11 @@ class Chunk:
         """Positions of its tokens whose logits are wanted for the prompt's log-probabilities."""
         wanted = self.sequence.request.prompt_logprobs
         return range(0) if wanted is None else wanted.wanted(self.start, self.count)
+
+    @property
+    def ends(self) -> bool:
+        """Whether its sequence is finished once it has run: the last of a prompt that nothing is sampled after."""
+        return self.sequence.request.max_tokens == 0 and self.start + self.count == len(self.sequence.tokens)
 
     @property
     def decodes(self) -> bool:
@@ -185,7 +190,8 @@ class Scheduler:
                     return None
             else:
                 start = tables.length
-                return Chunk(sequence, start, count, slots, start + count == len(sequence.tokens))
+                last = start + count == len(sequence.tokens)
+                return Chunk(sequence, start, count, slots, last and sequence.request.max_tokens > 0)
 
     def preempt(self, sequence: Sequence, unlimited: bool = False) -> None:
         """Make a running sequence wait, its state swapped out if there is room (``unlimited``: in any case)."""
@@ -234,6 +240,8 @@ class Scheduler:
             needed = tables.blocks_needed(missing, self.budget)
             self._enter(sequence, tables)
             self.prefix_cache_hits += hit
+            if sequence.request.num_cached_tokens is None:
+                sequence.request.num_cached_tokens = hit
             count = sequence.chunk(min(missing, spare))
             if count:
                 chunk = self._reserve(sequence, count)

@@ -196,6 +196,7 @@ class LLM:
             completions[0].prompt_token_ids,
             [completion_output(one, self.tokenizer) for one in completions],
             prompt_logprobs=prompt_logprobs(completions[0], params.prompt_logprobs, self.tokenizer),
+            num_cached_tokens=completions[0].num_cached_tokens,
         )
 
     def _next_id(self) -> str:

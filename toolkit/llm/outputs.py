@@ -62,6 +62,7 @@ class RequestOutput:
         finished: True.
         prompt_logprobs: at each token of the prompt those that ``SamplingParams.prompt_logprobs`` asked for, the
             prompt's among them; None at the first, and where it asked for none.
+        num_cached_tokens: of the prompt, found in the prefix cache; None where it was not let in.
     """
 
     request_id: str
@@ -70,6 +71,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool = True
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    num_cached_tokens: int | None = None
 
 
 @dataclass(frozen=True)
