@@ -26,7 +26,8 @@ class SamplingParams:
 
     Args:
         n: completions of the prompt.
-        max_tokens: most tokens of a completion; None for up to max_model_len. 0 computes the prompt and samples nothing.
+        max_tokens: most tokens of a completion; None for up to max_model_len. 0 computes the prompt and samples
+            nothing.
         min_tokens: before this many tokens no end-of-text token, stop token or stop string ends a completion.
         temperature: divides the logits; 0 is greedy, the lowest id among equals.
         top_k: keep this many of the most probable tokens; 0 or -1 is off.
