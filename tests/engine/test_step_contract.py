@@ -197,7 +197,7 @@ def run(lockstep, chance, steps, share_of_changes):
     prefixes = [[chance.randrange(97) for _ in range(12)] for _ in range(2)]
     happened, changes = Counter(), []
     for _ in range(steps):
-        live = list(lockstep.engines[0]._live)
+        live = list(lockstep.engines[0].requests.by_id)
         if not live or (len(live) < 5 and chance.random() < 0.25):
             live.append(lockstep.each("submit", random_prompt(chance, prefixes), random_params(chance)))
         if chance.random() < 0.03:

@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from tests.helpers.engine_standin import HistoryModel
 from tests.helpers.told_engine import PROMPT, ToldEngine, client_of
-from toolkit.engine import AsyncEngine, EngineUnavailable, SamplingParams
+from toolkit.engine import AsyncEngine, Engine, EngineUnavailable, SamplingParams
 from toolkit.serving.texts import Texts
 from toolkit.testing.models import tiny_tokenizer
 
@@ -42,6 +43,17 @@ def test_a_request_that_fails_in_the_engine_fails_alone():
         assert response.json()["error"]["message"] == "The request failed in the engine: no such expert"
         engine.error = None
         assert client.post("/v1/completions", json=PROMPT).json()["choices"][0]["text"] == "xxx"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_runs_out_of_time_says_so(stream):
+    client, async_engine = client_of(Engine(HistoryModel()), default_sampling_params={"timeout": 0.02})
+    with client:
+        async_engine.sleep()  # nothing runs, and time does
+        response = client.post("/v1/completions", json={**PROMPT, "stream": stream})
+        assert response.status_code == (200 if stream else 408)
+        assert "The request failed in the engine: it ran out of time" in response.text
+        assert "[DONE]" not in response.text
 
 
 def test_beyond_the_limit_requests_are_refused_until_there_is_room():

@@ -5,7 +5,6 @@ It sleeps on a condition while there is nothing to do. The HTTP server, transfor
 batching share this class.
 """
 
-import asyncio
 import contextlib
 import sys
 import threading
@@ -20,8 +19,15 @@ from toolkit.engine.engine import Engine
 from toolkit.engine.media import check_media_space, num_bytes
 from toolkit.engine.outputs import Completion, Delta
 from toolkit.engine.params import SamplingParams
-from toolkit.engine.prompts import Params, Prompt, Prompts, check_request, prepare_early
-from toolkit.engine.request_handle import SHUTTING_DOWN, EngineListener, EngineUnavailable, RequestHandle, until_closed
+from toolkit.engine.prompts import Params, Prompt, Prompts, check_request, check_streamed, prepare_early
+from toolkit.engine.request_handle import (
+    SHUTTING_DOWN,
+    EngineListener,
+    EngineUnavailable,
+    RequestHandle,
+    until_closed,
+    wake,
+)
 from toolkit.errors import ToolkitError
 
 
@@ -102,17 +108,17 @@ class AsyncEngine:
         most = self.max_queued_seqs
         texts, chosen = check_request(prompts, params, most)
         given = prepare_early(texts, chosen, self.engine)
-        handle = RequestHandle(sum(one.n for one in chosen), self.cancel_handle, num_bytes(given))
+        handle = RequestHandle(chosen, self.cancel_handle, num_bytes(given))
         with self._changed:
             if self.failure is not None:
                 raise EngineUnavailable(f"The engine has stopped: {self.failure}")
             if self.draining:
                 raise EngineUnavailable(SHUTTING_DOWN)
-            if most is not None and self._num_queued + handle.num_sequences > most:
+            if most is not None and self._num_queued + handle.num_queued > most:
                 raise EngineUnavailable(f"The engine is at its limit of {most} sequences; try again later.")
             if handle.num_bytes:
                 check_media_space(self._num_bytes, handle.num_bytes, self.engine.config.media_space, EngineUnavailable)
-            self._num_queued += handle.num_sequences
+            self._num_queued += handle.num_queued
             self._num_bytes += handle.num_bytes
             self._handles.add(handle)
             self._commands.append(lambda: self._admit(handle, given, chosen))
@@ -122,11 +128,15 @@ class AsyncEngine:
 
     def generate(self, prompts: Prompts, params: Params = None) -> list[Completion]:
         """Completions of all prompts, in order, ``n`` per prompt: ``Engine.generate`` from any thread."""
-        finished = [delta.finished for delta in self.stream(prompts, params) if delta.finished is not None]
+        finished = [delta.finished for delta in self._stream(prompts, params) if delta.finished is not None]
         return sorted(finished, key=lambda one: (one.prompt_index, one.index))
 
     def stream(self, prompts: Prompts, params: Params = None) -> Iterator[Delta]:
         """The deltas of ``generate``, as each step adds them. Closing the iterator cancels the rest."""
+        check_streamed(params)
+        return self._stream(prompts, params)
+
+    def _stream(self, prompts: Prompts, params: Params) -> Iterator[Delta]:
         handle = self.submit(prompts, params)
         try:
             handle.accepted.result()
@@ -250,7 +260,8 @@ class AsyncEngine:
         try:
             while True:
                 with self._changed:
-                    self._changed.wait_for(self._has_work)
+                    idle = self.engine.is_sleeping and not self._pauses  # and still ends what runs out of time
+                    self._changed.wait_for(self._has_work, self.engine.seconds_left() if idle else None)
                     commands, self._commands = self._commands, []
                     stop_now = self._stop == "now"
                     doomed = list(self._handles) if stop_now else []
@@ -296,7 +307,7 @@ class AsyncEngine:
             return
         if not handle.accepted.set_running_or_notify_cancel():
             self._finish(handle)
-            self._notify([handle.put(EngineUnavailable("The request was cancelled."))])
+            wake([handle.put(EngineUnavailable("The request was cancelled."))])
             return
         try:
             request_ids = self.engine.submit_batch(prompts, params)
@@ -304,7 +315,7 @@ class AsyncEngine:
             self._finish(handle)
             self._tell(self.listener.on_failed, handle, error)
             handle.accepted.set_exception(error)
-            self._notify([handle.put(error)])
+            wake([handle.put(error)])
             return
         self._of_request.update(dict.fromkeys(request_ids, handle))
         self._tell(self.listener.on_accepted, handle)
@@ -316,7 +327,7 @@ class AsyncEngine:
         """The final deltas come with the next step."""
         if handle.num_unfinished and handle.accepted.done():
             if error is not None:
-                self._notify([handle.put(error)])
+                wake([handle.put(error)])
             self._cancel_requests(handle.accepted.result())
 
     def _cancel_requests(self, request_ids: list[int]) -> None:
@@ -335,16 +346,7 @@ class AsyncEngine:
                     self._finish(handle)
             self._tell(self.listener.on_delta, handle, delta)
             awaited.append(handle.put(delta))
-        self._notify(awaited)
-
-    def _notify(self, awaited: list[tuple[asyncio.AbstractEventLoop, asyncio.Event] | None]) -> None:
-        """Wake each event loop once for everything that a step has added."""
-        of_loop: dict[asyncio.AbstractEventLoop, list[asyncio.Event]] = {}
-        for loop, ready in filter(None, awaited):
-            of_loop.setdefault(loop, []).append(ready)
-        for loop, events in of_loop.items():
-            with contextlib.suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(_set_all, events)
+        wake(awaited)
 
     def _finish(self, handle: RequestHandle) -> None:
         handle.num_unfinished = 0
@@ -353,7 +355,7 @@ class AsyncEngine:
                 del self._of_request[request_id]
         with self._changed:
             self._handles.discard(handle)
-            self._num_queued -= handle.num_sequences
+            self._num_queued -= handle.num_queued
             self._num_bytes -= handle.num_bytes
 
     def _fail(self, error: BaseException) -> None:
@@ -366,7 +368,7 @@ class AsyncEngine:
             self._tell(self.listener.on_failed, handle, ended)
             with contextlib.suppress(InvalidStateError):  # it was accepted
                 handle.accepted.set_exception(ended)
-            self._notify([handle.put(ended)])
+            wake([handle.put(ended)])
 
     def _tell(self, notify: Callable[..., None], *args: object) -> None:
         """Call the listener. What it raises is printed, and no request waits for it."""
@@ -388,8 +390,3 @@ class AsyncEngine:
             with contextlib.suppress(Exception):
                 command()
         self._tell(self.listener.on_stopped)
-
-
-def _set_all(events: list[asyncio.Event]) -> None:
-    for event in events:
-        event.set()

@@ -12,12 +12,13 @@ from toolkit.engine.capacity import new_state
 from toolkit.engine.config import EngineConfig
 from toolkit.engine.decoding import Decoding
 from toolkit.engine.detokenizer import Tokenizer
+from toolkit.engine.live_requests import LiveRequests
 from toolkit.engine.media import EncoderCache
 from toolkit.engine.new_requests import NewRequests
-from toolkit.engine.outputs import Completion, Delta, FinishReason
+from toolkit.engine.outputs import Completion, Delta
 from toolkit.engine.params import SamplingParams
-from toolkit.engine.prompts import Params, Prompt, Prompts, longest_sequence
-from toolkit.engine.request import Request, Sequence
+from toolkit.engine.prompts import Params, Prompt, Prompts, check_streamed, longest_sequence
+from toolkit.engine.request import Request
 from toolkit.engine.runner import Backend, ModelRunner, PatchedModel
 from toolkit.engine.scheduler import Chunk, Scheduler
 from toolkit.engine.speculation.drafters import new_speculation
@@ -124,6 +125,7 @@ class Engine:
         self.encoder_cache = EncoderCache(encode, encoder_cache_size)
         self.runner = ModelRunner(self.backend, self.pool, self.scheduler.max_running, self.max_model_len)
         self.speculation = new_speculation(self.config, self.backend, running, self.max_model_len)
+        self.requests = LiveRequests(self.scheduler, self.pool, self.speculation)
         self._decoding = Decoding(self.runner, self.scheduler, self.speculation)
         self._new_requests = NewRequests(
             self.backend, tokenizer, processor, self.scheduler, self.max_model_len, np.random.default_rng(seed)
@@ -133,8 +135,6 @@ class Engine:
         self._weights = self.backend.prefix_key()
         self._generation_tokens = 0
         self._steps = 0
-        self._live: dict[int, Request] = {}
-        self._pending: list[Delta] = []
         self.is_closed = False
         self.is_sleeping = False
 
@@ -158,10 +158,11 @@ class Engine:
         requests = self._make(prompts, params, deque())
         for _ in self._run(requests):
             pass
-        return [sequence.completion for request in requests for sequence in request.sequences if sequence.completion]
+        return [completion for request in requests for completion in request.completions]
 
     def stream(self, prompts: Prompts, params: Params = None) -> Iterator[Delta]:
         """The deltas of ``generate``, as each step adds them. Closing the iterator cancels the rest."""
+        check_streamed(params)
         return self._run(self._make(prompts, params, deque()))
 
     def submit(self, prompt: Prompt, params: SamplingParams | None = None) -> int:
@@ -176,9 +177,9 @@ class Engine:
 
     def cancel(self, request_id: int) -> bool:
         """End a request's unfinished completions with "cancelled"; False if there is no such request (any more)."""
-        request = self._live.get(request_id)
+        request = self.requests.by_id.get(request_id)
         if request is not None:
-            self._end(request, "cancelled")
+            self.requests.end(request, "cancelled")
         return request is not None
 
     def step(self) -> list[Delta]:
@@ -187,13 +188,16 @@ class Engine:
         What fails ends its requests with "error"; this does not raise.
         """
         self._advance()
-        deltas, self._pending = self._pending, []
-        return deltas
+        return self.requests.take()
 
     @property
     def has_work(self) -> bool:
         """Whether ``step`` has anything to run or to deliver."""
-        return bool(self._live or self._pending)
+        return bool(self.requests.by_id or self.requests.pending)
+
+    def seconds_left(self) -> float | None:
+        """Seconds until ``step`` ends a request for its ``timeout``, 0 where it is over; None where none has one."""
+        return self.requests.seconds_left()
 
     @property
     def eos(self) -> frozenset[int]:
@@ -272,8 +276,7 @@ class Engine:
         if self.is_closed:
             return
         self.is_closed = True
-        for request in list(self._live.values()):
-            self._end(request, "cancelled")
+        self.requests.close()
         self.scheduler.swap = None
         if self.speculation is not None:
             self.speculation.drafter.close()
@@ -288,20 +291,15 @@ class Engine:
 
     def _make(self, prompts: Prompts, params: Params, sink: deque[Delta] | None) -> list[Request]:
         """Requests that are not queued; raises ToolkitError where one of the prompts cannot run."""
-        held = sum(one.media.num_bytes for one in self._live.values() if one.media is not None)
-        return self._new_requests.make(prompts, params, sink, held, self.config.media_space)
+        return self._new_requests.make(prompts, params, sink, self.requests.media_bytes, self.config.media_space)
 
     def _queue(self, requests: list[Request]) -> None:
         if self.is_closed:
             raise ToolkitError("the engine is closed; make another one.")
         for request in requests:
-            self._live[request.request_id] = request
             wrong = self._new_requests.outside_vocabulary(request.prompt)
-            if wrong is not None:
-                message = f"prompt must have token ids from 0 to {self.vocab_size - 1}, got {wrong}."
-                self._end(request, "error", message)
-            else:
-                self.scheduler.add(request)
+            message = f"prompt must have token ids from 0 to {self.vocab_size - 1}, got {wrong}."
+            self.requests.add(request, None if wrong is None else message)
 
     def _run(self, requests: list[Request]) -> Iterator[Delta]:
         """Step until the requests are finished, yielding their deltas; cancel them if the caller leaves."""
@@ -321,6 +319,7 @@ class Engine:
 
     def _advance(self) -> None:
         """schedule → batch → forward → sample → deliver."""
+        self.requests.end_expired()
         if self.is_closed or self.is_sleeping:
             return
         version = self.backend.version()
@@ -339,7 +338,7 @@ class Engine:
                 self._execute(chunks, features, version)
         except BaseException as error:
             for request in {chunk.sequence.request for chunk in chunks}:
-                self._end(request, "error", f"{type(error).__name__}: {error}")
+                self.requests.end(request, "error", f"{type(error).__name__}: {error}")
             if not isinstance(error, Exception):
                 raise
 
@@ -361,33 +360,13 @@ class Engine:
                             taken.add((digest, salt))
             except Exception as error:
                 failed.add(request)
-                self._end(request, "error", f"{type(error).__name__}: {error}")
+                self.requests.end(request, "error", f"{type(error).__name__}: {error}")
         return [chunk for chunk in chunks if chunk.sequence.request not in failed], features
 
     def _execute(self, chunks: list[Chunk], features: dict[bytes, Features], version: int) -> None:
         for sequence, outcome in self._decoding.run(chunks, features, self._weights, version):
             if isinstance(outcome, Delta):
                 self._generation_tokens += len(outcome.token_ids)
-                self._deliver(sequence, outcome)
+                self.requests.deliver(sequence, outcome)
             else:
-                self._end(sequence.request, "error", outcome)
-
-    def _deliver(self, sequence: Sequence, delta: Delta) -> None:
-        request = sequence.request
-        if delta.finished is not None:
-            if sequence.block_tables is not None:
-                held = [part.blocks for part in sequence.block_tables.parts], sequence.block_tables.length
-                delta.finished.routed_experts = self.pool.recorded("record_routing", *held)
-                delta.finished.selected_keys = self.pool.recorded("record_selection", *held)
-            self.scheduler.remove(sequence)
-            if self.speculation is not None:
-                self.speculation.drafter.observe(sequence)
-            if request.finished:
-                self._live.pop(request.request_id, None)
-        (self._pending if request.sink is None else request.sink).append(delta)
-
-    def _end(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
-        """End what is unfinished of a request."""
-        for sequence in request.sequences:
-            if sequence.completion is None:
-                self._deliver(sequence, sequence.finish(reason, error=error))
+                self.requests.end(sequence.request, "error", outcome)

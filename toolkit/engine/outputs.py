@@ -5,7 +5,7 @@ from typing import Literal
 
 from torch import Tensor
 
-FinishReason = Literal["stop", "length", "cancelled", "error"]
+FinishReason = Literal["stop", "length", "cancelled", "timeout", "error"]
 
 
 @dataclass(slots=True)
@@ -22,7 +22,8 @@ class Completion:
             penalties and temperature); float32 values, of a float64 model on a CPU float64.
         sampling_logprobs: one per token, under the distribution that it was sampled from (0 for greedy).
         text: without stop strings and stop tokens, unless asked for; "" without a tokenizer.
-        finish_reason: "stop" (end of text, stop token or stop string), "length", "cancelled" or "error".
+        finish_reason: "stop" (end of text, stop token or stop string), "length", "cancelled", "timeout" (it has what
+            was generated until then) or "error".
         stop_reason: the stop string or stop token id; None for the end-of-text token and for other reasons.
         weight_versions: one per token, of the weights that it was sampled under.
         top_logprobs: the most probable tokens at each step under the model's own distribution, best first, when
@@ -108,6 +109,23 @@ class Delta:
     text_offset: list[int] = field(default_factory=list)
     prompt_logprobs: list[dict[int, float] | None] | None = None
     weight_version: int | None = None
+
+
+def whole(completion: Completion) -> Delta:
+    """A completion as one delta."""
+    return Delta(
+        completion.request_id,
+        completion.prompt_index,
+        completion.index,
+        completion.token_ids,
+        completion.logprobs,
+        completion.text,
+        completion.top_logprobs,
+        completion,
+        completion.text_offset,
+        completion.prompt_logprobs,
+        completion.weight_version,
+    )
 
 
 def joined(deltas: list[Delta]) -> Delta:

@@ -26,6 +26,8 @@ class SamplingParams:
 
     Args:
         n: completions of the prompt.
+        best_of: candidates, of which the ``n`` with the highest mean log-probability are returned, best first; None for
+            ``n``. Beyond ``n`` nothing is streamed: deltas come when all candidates have finished.
         max_tokens: most tokens of a completion; None for up to max_model_len. 0 computes the prompt and samples
             nothing.
         min_tokens: before this many tokens no end-of-text token, stop token or stop string ends a completion.
@@ -43,6 +45,8 @@ class SamplingParams:
             ones, -1 for all, under the model's own distribution; the prompt is computed whole, with no cached prefix.
         truncate_prompt_tokens: keep the last so many tokens of a longer prompt; -1: as many as fit before
             ``max_tokens``. None refuses prompts that do not fit.
+        timeout: seconds after which the request ends with "timeout", whether it runs or still waits. They begin when
+            the engine queues it, and are looked at between steps. None for no bound.
         predicted_token_ids: tokens that the output is expected to have, such as those of a file that it edits. With
             speculation they are drafted, which changes no result; ``Completion`` says how many of them came.
         skip_special_tokens: leave special tokens out of ``text``.
@@ -68,6 +72,7 @@ class SamplingParams:
     """
 
     n: int = 1
+    best_of: int | None = None
     max_tokens: int | None = 16
     min_tokens: int = 0
     temperature: float = 1.0
@@ -93,6 +98,7 @@ class SamplingParams:
     priority: int = 0
     prompt_logprobs: int | None = None
     truncate_prompt_tokens: int | None = None
+    timeout: float | None = None
     predicted_token_ids: list[int] | tuple[int, ...] | None = None
 
     __signature__: ClassVar[inspect.Signature]
@@ -141,6 +147,10 @@ class SamplingParams:
                 checked[name] = check_int(name, value, -1, also=" (all of the vocabulary) or None")
         if (cut := self.truncate_prompt_tokens) is not None and (cut != -1 or isinstance(cut, bool)):
             checked["truncate_prompt_tokens"] = check_int("truncate_prompt_tokens", cut, 1, also=", -1 or None")
+        if self.best_of is not None:
+            checked["best_of"] = check_int("best_of", self.best_of, checked["n"], also=" (n) or None")
+        if self.timeout is not None:
+            checked["timeout"] = check_float("timeout", self.timeout, 0, math.inf, open_low=True)
         if self.cache_salt is not None and not (isinstance(self.cache_salt, str) and self.cache_salt):
             raise ToolkitError(f"cache_salt must be a string that is not empty or None, got {self.cache_salt!r}.")
         for name, value in checked.items():
@@ -150,6 +160,16 @@ class SamplingParams:
     def greedy(self) -> bool:
         """Whether the most probable token is taken instead of a sample."""
         return self.temperature < GREEDY_BELOW
+
+    @property
+    def num_candidates(self) -> int:
+        """Sequences that are sampled: ``best_of``, or ``n``."""
+        return self.n if self.best_of is None else self.best_of
+
+    @property
+    def chooses(self) -> bool:
+        """Whether more sequences are sampled than returned."""
+        return self.num_candidates > self.n
 
     @property
     def form(self) -> StructuredOutputsParams | None:

@@ -215,8 +215,15 @@ def check_request(prompts: Prompts, params: Params, most: int | None) -> tuple[l
     """The prompts and the parameters of each; ``most`` bounds the sequences of a request."""
     given = split_prompts(prompts)
     chosen = check_params(params, len(given))
-    check_num_sequences(sum(one.n for one in chosen), most)
+    check_num_sequences(sum(one.num_candidates for one in chosen), most)
     return given, chosen
+
+
+def check_streamed(params: Params) -> None:
+    """Raise a ToolkitError for parameters whose completions are chosen at the end, so that nothing can be streamed."""
+    for one in params if isinstance(params, list | tuple) else [params]:
+        if isinstance(one, SamplingParams) and one.chooses:
+            raise ToolkitError(f"best_of must be {one.n} (n) or None in a stream, got {one.best_of}; use generate().")
 
 
 def prepare_early(prompts: list[Prompt], params: list[SamplingParams], engine: Any) -> list[Prompt]:

@@ -1,6 +1,8 @@
 """A request and its sequences: what was asked, and how far each completion is."""
 
+import math
 from collections import deque
+from dataclasses import replace
 
 from toolkit.engine.adjustments import Adjustments
 from toolkit.engine.detokenizer import Decoder, Detokenizer
@@ -15,7 +17,7 @@ from toolkit.state import BlockTables, PrefixKey
 
 
 class Request:
-    """One prompt and its ``params.n`` completions.
+    """One prompt and its ``params.num_candidates`` sequences.
 
     Args:
         request_id: a number that no other request of the engine has.
@@ -72,12 +74,28 @@ class Request:
             self.prompt_logprobs = PromptLogprobs(prompt, params.prompt_logprobs)
         self.num_cached_tokens: int | None = None
         self.prefilled = False  # whether the prompt is computed, so that other sequences may fork it
-        self.sequences = [Sequence(self, index) for index in range(params.n)]
+        self.sequences = [Sequence(self, index) for index in range(params.num_candidates)]
 
     @property
     def finished(self) -> bool:
         """Whether every completion is finished."""
         return all(sequence.completion is not None for sequence in self.sequences)
+
+    @property
+    def completions(self) -> list[Completion]:
+        """The finished completions in order; of ``best_of`` candidates the best, numbered anew."""
+        finished = [sequence.completion for sequence in self.sequences if sequence.completion is not None]
+        if not self.params.chooses:
+            return finished
+        best = sorted(finished, key=_mean_logprob, reverse=True)[: self.params.n]
+        return [replace(completion, index=index) for index, completion in enumerate(best)]
+
+
+def _mean_logprob(completion: Completion) -> float:
+    """Under the model's own distribution; of one that failed, or has no tokens, the lowest."""
+    if completion.finish_reason == "error" or not completion.logprobs:
+        return -math.inf
+    return math.fsum(completion.logprobs) / len(completion.logprobs)
 
 
 def completion_seed(seed: int, index: int) -> int:

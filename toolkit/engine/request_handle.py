@@ -1,18 +1,21 @@
 """What a caller holds while the engine's thread runs its request."""
 
 import asyncio
+import contextlib
 import queue
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import TypeAlias
 
 from toolkit.engine.outputs import Delta
+from toolkit.engine.params import SamplingParams
 from toolkit.errors import ToolkitError
 
 Event: TypeAlias = Delta | Exception
 """What a handle gets: a delta, or what ended the request early."""
-
+Awaited: TypeAlias = tuple[asyncio.AbstractEventLoop, asyncio.Event]
+"""An event loop on which a handle is iterated, and what wakes the iteration."""
 
 SHUTTING_DOWN = "The engine is shutting down."
 
@@ -29,20 +32,24 @@ class RequestHandle:
 
     Attributes:
         num_sequences: ``n`` of all prompts, added up.
+        num_queued: their candidates (``best_of``).
         num_bytes: of the pictures of the prompts.
         num_unfinished: those that have not finished.
         arrival_time: ``time.perf_counter()`` of the submission.
         accepted: request ids, one per prompt, once the engine has accepted all of them; or why it did not.
     """
 
-    def __init__(self, num_sequences: int, cancel: Callable[["RequestHandle"], None], num_bytes: int = 0) -> None:
+    def __init__(
+        self, params: Sequence[SamplingParams], cancel: Callable[["RequestHandle"], None], num_bytes: int = 0
+    ) -> None:
         self.num_bytes = num_bytes
-        self.num_sequences = self.num_unfinished = num_sequences
+        self.num_sequences = self.num_unfinished = sum(one.n for one in params)
+        self.num_queued = sum(one.num_candidates for one in params)
         self.arrival_time = time.perf_counter()
         self.accepted: Future[list[int]] = Future()
         self._cancel = cancel
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._awaited: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+        self._awaited: Awaited | None = None
 
     async def wait_accepted(self) -> list[int]:
         """The request ids. Raises why the engine did not accept them; cancels the request when it is cancelled."""
@@ -78,10 +85,25 @@ class RequestHandle:
         if self.num_unfinished:
             self._cancel(self)
 
-    def put(self, event: Event) -> tuple[asyncio.AbstractEventLoop, asyncio.Event] | None:
+    def put(self, event: Event) -> Awaited | None:
         """Hand over an event; whom to notify on which event loop, if an event loop iterates."""
         self._events.put(event)
         return self._awaited
+
+
+def wake(awaited: Iterable[Awaited | None]) -> None:
+    """Wake each event loop once for everything that a step has added."""
+    of_loop: dict[asyncio.AbstractEventLoop, list[asyncio.Event]] = {}
+    for loop, ready in filter(None, awaited):
+        of_loop.setdefault(loop, []).append(ready)
+    for loop, events in of_loop.items():
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(_set_all, events)
+
+
+def _set_all(events: list[asyncio.Event]) -> None:
+    for event in events:
+        event.set()
 
 
 def until_closed(handle: RequestHandle) -> Iterator[Delta | None]:

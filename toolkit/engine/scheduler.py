@@ -205,7 +205,7 @@ class Scheduler:
     def _admit(self, chunks: list[Chunk], spare: int, weights: PrefixKey) -> None:
         """Let waiting sequences in, in order, while there are rows, budget and blocks for their tokens."""
         # Those that will fork a prompt being computed now have their rows kept.
-        kept = sum(s.params.n - 1 for s in self.running if not s.request.prefilled)
+        kept = sum(len(s.request.sequences) - 1 for s in self.running if not s.request.prefilled)
         # What runs already needs blocks for the rest of its prompts and soon one more each: others given them
         # would only be preempted again.
         owed = tuple(len(self.running) for _ in self._one_each)
@@ -250,7 +250,7 @@ class Scheduler:
             spare = spare - count if count else 0
             owed = _sum(owed, needed, self._one_each)
             if not sequence.request.prefilled:
-                kept += sequence.params.n - 1
+                kept += len(sequence.request.sequences) - 1
 
     def _room(self, blocks: BlockCounts) -> bool:
         """Whether every group has so many free blocks."""

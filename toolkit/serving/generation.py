@@ -169,12 +169,17 @@ def _index(delta: Delta, given: Asked) -> int:
     return delta.prompt_index * given.params[0].n + delta.index
 
 
+_FAILURES = {
+    "error": (500, "it says no reason"),
+    "cancelled": (CLIENT_CLOSED_REQUEST, "it was cancelled"),  # and its client is gone: a shutdown says so itself
+    "timeout": (408, "it ran out of time"),
+}
+
+
 def _without_error(completion: Completion) -> Completion:
     """``completion``. Raises what the engine says went wrong with it."""
-    if completion.finish_reason in ("error", "cancelled"):
-        reason = completion.error or "it was cancelled"
-        message = f"The request failed in the engine: {reason}"
-        # A shutdown says so itself: what is cancelled otherwise has lost its client.
-        status = CLIENT_CLOSED_REQUEST if completion.finish_reason == "cancelled" else 500
+    if completion.finish_reason in _FAILURES:
+        status, reason = _FAILURES[completion.finish_reason]
+        message = f"The request failed in the engine: {completion.error or reason}"
         raise RequestError(message, status=status, code=completion.finish_reason)
     return completion

@@ -1,0 +1,93 @@
+"""The requests that an engine has: queued, delivered to, ended when they are cancelled, fail or run out of time."""
+
+import heapq
+import time
+
+from toolkit.engine.outputs import Delta, FinishReason, whole
+from toolkit.engine.request import Request, Sequence
+from toolkit.engine.scheduler import Scheduler
+from toolkit.engine.speculation.speculation import Speculation
+from toolkit.state import StatePool
+
+
+class LiveRequests:
+    """Requests that wait or run.
+
+    Args:
+        scheduler: that runs them.
+        pool: of their state.
+        speculation: that drafts for them; None for none.
+
+    Attributes:
+        by_id: those that are not finished.
+        pending: deltas of those that have no sink, until ``take``.
+    """
+
+    def __init__(self, scheduler: Scheduler, pool: StatePool, speculation: Speculation | None) -> None:
+        self.by_id: dict[int, Request] = {}
+        self.pending: list[Delta] = []
+        self._scheduler = scheduler
+        self._pool: StatePool | None = pool
+        self._speculation = speculation
+        self._deadlines: list[tuple[float, int]] = []
+
+    @property
+    def media_bytes(self) -> int:
+        """Bytes of their pictures."""
+        return sum(one.media.num_bytes for one in self.by_id.values() if one.media is not None)
+
+    def add(self, request: Request, error: str | None = None) -> None:
+        """Queue a request; with ``error``, end it with that. Its time begins."""
+        self.by_id[request.request_id] = request
+        if error is not None:
+            self.end(request, "error", error)
+            return
+        if request.params.timeout is not None:
+            heapq.heappush(self._deadlines, (time.monotonic() + request.params.timeout, request.request_id))
+        self._scheduler.add(request)
+
+    def take(self) -> list[Delta]:
+        """The pending deltas, which are pending no more."""
+        taken, self.pending = self.pending, []
+        return taken
+
+    def deliver(self, sequence: Sequence, delta: Delta) -> None:
+        """Hand over what a sequence has grown by, or its end. Of ``best_of`` candidates the best, at the last one's."""
+        request = sequence.request
+        if delta.finished is not None:
+            if sequence.block_tables is not None and self._pool is not None:
+                held = [part.blocks for part in sequence.block_tables.parts], sequence.block_tables.length
+                delta.finished.routed_experts = self._pool.recorded("record_routing", *held)
+                delta.finished.selected_keys = self._pool.recorded("record_selection", *held)
+            self._scheduler.remove(sequence)
+            if self._speculation is not None:
+                self._speculation.drafter.observe(sequence)
+            if request.finished:
+                self.by_id.pop(request.request_id, None)
+        deltas = [delta]
+        if request.params.chooses:
+            deltas = [whole(one) for one in request.completions] if request.finished else []
+        (self.pending if request.sink is None else request.sink).extend(deltas)
+
+    def end(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
+        """End what is unfinished of a request."""
+        for sequence in request.sequences:
+            if sequence.completion is None:
+                self.deliver(sequence, sequence.finish(reason, error=error))
+
+    def seconds_left(self) -> float | None:
+        """Seconds until the first of them runs out of time, 0 where it has; None where none does."""
+        while self._deadlines and self._deadlines[0][1] not in self.by_id:
+            heapq.heappop(self._deadlines)
+        return max(0.0, self._deadlines[0][0] - time.monotonic()) if self._deadlines else None
+
+    def end_expired(self) -> None:
+        """End those that ran out of time, with "timeout"."""
+        while self.seconds_left() == 0:
+            self.end(self.by_id[heapq.heappop(self._deadlines)[1]], "timeout")
+
+    def close(self) -> None:
+        """Cancel them all, and let go of the pool."""
+        for request in list(self.by_id.values()):
+            self.end(request, "cancelled")
+        self._pool = None
