@@ -82,7 +82,7 @@ def test_cached_tokens_are_those_of_the_first_time_that_a_sequence_runs():
         assert engine.scheduler.num_preemptions == 1
         assert [one.num_cached_tokens for one in finished] == [8, 8]
         engine.submit(prompt, SamplingParams())
-        engine.cancel(next(iter(engine._live)))
+        engine.cancel(next(iter(engine.requests.by_id)))
         assert [delta.finished.num_cached_tokens for delta in engine.step()] == [None]
 
 

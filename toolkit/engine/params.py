@@ -72,7 +72,6 @@ class SamplingParams:
     """
 
     n: int = 1
-    best_of: int | None = None
     max_tokens: int | None = 16
     min_tokens: int = 0
     temperature: float = 1.0
@@ -98,6 +97,7 @@ class SamplingParams:
     priority: int = 0
     prompt_logprobs: int | None = None
     truncate_prompt_tokens: int | None = None
+    best_of: int | None = None
     timeout: float | None = None
     predicted_token_ids: list[int] | tuple[int, ...] | None = None
 
