@@ -165,18 +165,21 @@ def bench_head(budget: Budget, ceilings: dict[str, float]) -> dict[str, Any]:
     return result
 
 
-def lora_loop(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: Tensor, adapters: Tensor) -> Tensor:
+def lora_loop(x: Tensor, weight: Tensor, *factors: Tensor, scaling: list[float], adapters: Tensor) -> Tensor:
     """Adapters one after another on cuBLAS GEMMs."""
-    y = F.linear(x, weight)
-    for index in range(a.shape[0]):
+    y, count = F.linear(x, weight), len(scaling)
+    for index, factor in enumerate(scaling):
         own = (adapters == index).nonzero().squeeze(-1)
-        low = F.linear(F.linear(x[own], a[index]), b[index])
-        y = y.index_add(0, own, low * scaling[index].to(y.dtype))
+        low = F.linear(F.linear(x[own], factors[index]), factors[count + index])
+        y = y.index_add(0, own, low * factor)
     return y
 
 
-def lora_ours(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: Tensor, adapters: Tensor, fast: bool) -> Tensor:
-    return lora_linear(x, weight, None, a, b, scaling, adapters, fast=fast)
+def lora_ours(
+    x: Tensor, weight: Tensor, *factors: Tensor, scaling: list[float], adapters: Tensor, fast: bool
+) -> Tensor:
+    count = len(scaling)
+    return lora_linear(x, weight, None, factors[:count], factors[count:], scaling, adapters, fast=fast)
 
 
 def bench_lora(budget: Budget, ceilings: dict[str, float]) -> dict[str, Any]:
@@ -186,18 +189,20 @@ def bench_lora(budget: Budget, ceilings: dict[str, float]) -> dict[str, Any]:
         if not budget.allows(f"lora_linear {name}", 4.0):
             continue
         x, weight = normal(rows, depth), normal(outputs, depth, scale=depth**-0.5)
-        a, b = normal(count, rank, depth, scale=depth**-0.5), normal(count, outputs, rank, scale=rank**-0.5)
-        scaling = torch.linspace(0.5, 2.0, count, device=DEVICE)
+        ranks = [max(1, rank >> index % 3) for index in range(count)]
+        factors = [normal(one, depth, scale=depth**-0.5) for one in ranks]
+        factors += [normal(outputs, one, scale=one**-0.5) for one in ranks]
+        scaling = torch.linspace(0.5, 2.0, count).tolist()
         adapters = torch.randint(-1, count, (rows,), device=DEVICE)
 
         few = slice(0, 32)
-        small, grad = [x[few], weight, a, b], normal(min(rows, 32), outputs)
-        first = {"scaling": scaling, "adapters": adapters[few]}
+        small, grad = [x[few], weight, *factors], normal(min(rows, 32), outputs)
+        first: dict[str, Any] = {"scaling": scaling, "adapters": adapters[few]}
         exact = both_ways(partial(lora_loop, **first), doubles(small), [grad.double()])
         got = both_ways(partial(lora_ours, **first, fast=False), small, [grad])
         entry: dict[str, Any] = {"gate": gate(f"lora_linear {name}", got, exact, GATE[HALF]), "sides": {}}
-        leaves = [t.requires_grad_() for t in (x, weight, a, b)]
-        whole = {"scaling": scaling, "adapters": adapters}
+        leaves = [t.requires_grad_() for t in (x, weight, *factors)]
+        whole: dict[str, Any] = {"scaling": scaling, "adapters": adapters}
         sides = {
             "ours, bitwise": partial(lora_ours, **whole, fast=False),
             "ours, fast": partial(lora_ours, **whole, fast=True),

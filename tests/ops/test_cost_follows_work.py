@@ -72,10 +72,14 @@ def recur(capacity, dtype, impl):
 
 
 def adapt(capacity, dtype, impl):
+    """Slices of one adapter, and adapters."""
     a, b = filled(capacity, 4, 20, dtype=dtype), filled(capacity, 12, 4, dtype=dtype)
     x, base, ids = numbers(5, 20, dtype=dtype), numbers(5, 12, dtype=dtype), torch.tensor([2, -1, 9, 2, 0])
-    scaling = torch.full((capacity,), 0.5, dtype=torch.float64)
-    return lambda: lora_add(base, x, a, b, scaling, ids, impl=impl)
+    own, zeros = torch.tensor([-1, 0, -1, 0, -1]), torch.zeros(5, dtype=torch.int64)
+    first, second = [a, *a[:FEW]], [b, *b[:FEW]]
+    chosen = torch.where(own < 0, zeros, ids + 1)
+    scaling = [0.5] * len(first)
+    return lambda: lora_add(base, x, first, second, scaling, chosen, groups=ids.clamp_min(0) * (own < 0), impl=impl)
 
 
 def route_to(capacity):

@@ -256,8 +256,12 @@ def lora_case(inner: int, outputs: int, rank: int) -> Case:
         return [seeded(length, inner, dtype=dtype, seed=seed), integers(-1, 3, length, seed=seed)]
 
     def call(lengths: list[int], dtype: torch.dtype, x: Tensor, adapters: Tensor) -> Tensor:
-        weight, a, b = weights(dtype, (outputs, inner), (3, rank, inner), (3, outputs, rank))
-        return lora_linear(x, weight, None, a, b, torch.tensor([2.0, 0.5, 1.0]), adapters)
+        ranks = rank, 2 * rank + 1, 1
+        shapes = [(r, inner) for r in ranks] + [(outputs, r) for r in ranks]
+        weight, scale, bias, *factors = weights(dtype, (outputs, inner), (outputs,), (outputs,), *shapes)
+        return lora_linear(
+            x, weight, bias, factors[:3], factors[3:], [2.0, 0.5, 1.0], adapters, column_scales=[None, scale, None]
+        )
 
     return Case(rows, call)
 

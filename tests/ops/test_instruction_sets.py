@@ -40,9 +40,16 @@ results += [value.detach(), *torch.autograd.grad(value.sum(), (hidden, head))]
 long, words = torch.randn(500, 96, requires_grad=True), torch.randn(700, 96, requires_grad=True)
 value = linear_logprob(long, words, torch.randint(700, (500,))).logprob  # block of k after block of k, not row by row
 results += [value.detach(), *torch.autograd.grad(value.sum(), (long, words))]
-a, b = torch.randn(2, 9, 96, requires_grad=True), torch.randn(2, 120, 9, requires_grad=True)
-y = lora_add(torch.zeros(500, 120), long, a, b, torch.tensor([2.0, 0.5]), torch.randint(2, (500,)))
-results += [y.detach(), *torch.autograd.grad(y, (long, a, b), torch.randn(y.shape))]
+ranks, ids = (9, 32, 1), torch.randint(-1, 3, (500,))
+for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    rows, under = (t.to(dtype).detach().requires_grad_() for t in (long, torch.randn(500, 120)))
+    a = [torch.randn(rank, 96).to(dtype).requires_grad_() for rank in ranks]
+    b = [torch.randn(120, rank).to(dtype).requires_grad_() for rank in ranks]
+    scale, shift = torch.randn(2, 120).to(dtype).requires_grad_().unbind()
+    y = lora_add(under, rows, a, b, [2.0, 0.5, 1.0], ids, column_scales=[scale, None, None], bias=shift)
+    wanted = (under, rows, scale, shift, *a, *b)
+    results += [y.detach(), *torch.autograd.grad(y, wanted, torch.randn(y.shape).to(dtype))]
+    results += [lora_add(under, rows, a, b, [2.0, 0.5, 1.0], ids).detach()]
 plan = dispatch_plan(torch.randint(5, (77, 2)), 5)
 for transposed in (False, True):
     weight = torch.randn(*((5, 96, 40) if transposed else (5, 40, 96)), requires_grad=True)

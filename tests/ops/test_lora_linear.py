@@ -1,31 +1,36 @@
-"""lora_linear: against fp64 row by row, its gradients, and that a row's bits depend on it and its adapter alone."""
+"""lora_add and lora_linear: against fp64 row by row, forward and every gradient, and their limits."""
 
-import random
+from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 from tests.helpers.implementations import (
     NATIVE,
     REFERENCE,
     SMALL,
-    TRITON,
     impl_and_dtype,
     impl_dtype_and,
     implementations,
-    only_triton,
 )
-from tests.helpers.interpreter import far_apart
-from tests.helpers.rowwise import THREADS, threads
+from tests.helpers.lora import Batch, evaluate, make_batch, oracle
 from toolkit.errors import ToolkitError
 from toolkit.ops.linear import linear
 from toolkit.ops.lora_linear import lora_add, lora_linear, tiles
-from toolkit.ops.registry import has_native
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
-SHAPES = [(0, 5, 4, 3, 2), (1, 1, 1, 1, 1), (7, 60, 17, 8, 3), (40, 33, 70, 5, 4), (40, 330, 20, 16, 2)]
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+# rows, K, N, ranks; slices of each adapter; which are DoRA; whether the layer has a bias.
+CASES = {
+    "no rows": ((0, 5, 4, (3, 2)), None, None, True),
+    "one of everything": ((1, 1, 1, (1,)), None, (True,), True),
+    "ranks": ((40, 60, 17, (1, 8, 3, 16, 5)), None, None, False),
+    "long": ((40, 330, 70, (4, 64)), None, (True, False), True),
+    "slices": ((60, 33, 21, (3, 7, 2)), (4, 0, 3), None, False),
+    "slices and scales": ((60, 20, 33, (2, 9)), (3, 0), (True, True), False),
+}
+FAST = ["ranks", "slices and scales"]
 
 
 @pytest.fixture(autouse=True)
@@ -36,263 +41,227 @@ def small_parts(monkeypatch):
         monkeypatch.setattr(tiles, "SUMMED_ROWS", 32)
 
 
-def make(rows, inner, outputs, rank, count, dtype=torch.float32, seed=0) -> list[Tensor]:
-    """x, weight, bias, a, b, scaling, adapters."""
-    g = torch.Generator().manual_seed(seed)
-    sizes = ((rows, inner), (outputs, inner), (outputs,), (count, rank, inner), (count, outputs, rank))
-    tensors = [torch.randn(size, generator=g).to(dtype) for size in sizes]
-    scaling = torch.rand(count, generator=g) + 0.5
-    return [*tensors, scaling, torch.randint(-1, count, (rows,), generator=g)]
+def batch_of(name: str, dtype: torch.dtype, seed: int = 0) -> Batch:
+    sizes, slices, scaled, bias = CASES[name]
+    return make_batch(*sizes, dtype, slices=slices, scaled=scaled, bias=bias, seed=seed)
 
 
-def oracle(x, weight, bias, a, b, scaling, adapters):
-    """Row by row, in float64."""
-    rows = [x[:0] @ weight.T]
-    for t, index in enumerate(adapters.tolist()):
-        y = weight @ x[t] + (0 if bias is None else bias)
-        rows.append((y if index < 0 else y + scaling[index] * (b[index] @ (a[index] @ x[t])))[None])
-    return torch.cat(rows)
+def gradient(batch: Batch) -> torch.Tensor:
+    return torch.randn(batch.base.shape, generator=torch.Generator("cpu").manual_seed(1), device="cpu").to(batch.base)
 
 
-def with_gradients(function, inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
-    leaves = [t.detach().clone().requires_grad_() for t in inputs[:5]]
-    y = function(*leaves, *inputs[5:])
-    grads = torch.autograd.grad(y, leaves, grad, allow_unused=True)
-    return [y.detach(), *(torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads, leaves))]
+def mixed(dtype: torch.dtype = torch.float32, rows: int = 24) -> Batch:
+    return make_batch(rows, 60, 18, (6, 3, 10), dtype, scaled=(False, True, False))
 
 
-@impl_and_dtype()
-@pytest.mark.parametrize("shape", SHAPES)
-def test_outputs_and_every_gradient_match_fp64(impl, dtype, shape):
-    if SMALL and impl is TRITON:
-        shape = (shape[0], min(shape[1], 150), *shape[2:])  # three splits
-    inputs = make(*shape, dtype)
-    grad = torch.randn(shape[0], shape[2], generator=torch.Generator().manual_seed(1)).to(dtype)
-    upcast = [t.double() if t.is_floating_point() else t for t in inputs]
-
-    def call(*tensors):
-        return lora_linear(*tensors, impl=impl.option)
-
-    got, again = (with_gradients(call, inputs, grad) for _ in range(2))
-    expected = with_gradients(oracle, upcast, grad.double())
-    for value, repeat, exact in zip(got, again, expected):
+@impl_dtype_and("case", list(CASES), FAST)
+def test_outputs_and_every_gradient_match_fp64(impl, dtype, case):
+    batch = batch_of(case, dtype)
+    grad = gradient(batch)
+    got, again = (evaluate(Batch.__call__, batch, grad) for _ in range(2))
+    expected = evaluate(oracle, batch.mapped(torch.Tensor.double), grad.double())
+    assert got.keys() == expected.keys()
+    for name, value in got.items():
         assert value.dtype == dtype
-        assert torch.equal(value, repeat)
-        # A few roundings of the largest value, and the float32 sums of up to 530 x 16 products.
+        assert torch.equal(value, again[name])
+        exact = expected[name]
+        # A few roundings of the largest value, and the float32 sums of up to 330 x 64 products.
         size = float(exact.abs().max()) if exact.numel() else 0.0
-        torch.testing.assert_close(value.double(), exact, rtol=0, atol=max(4 * EPS[dtype], 16 * EPS[torch.float32])
-                                   * size if dtype != torch.float64 else 1e-12 * (size + 1))  # fmt: skip
+        bound = 1e-12 * (size + 1) if dtype == torch.float64 else max(2 * EPS[dtype], 16 * EPS[torch.float32]) * size
+        torch.testing.assert_close(value.double(), exact, rtol=0, atol=bound, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@impl_and_dtype()
-def test_a_row_without_adapter_has_the_bits_of_linear(impl, dtype):
-    inputs = make(40, 60, 33, 8, 3, dtype)
-    x, weight, bias, a, b, scaling, adapters = inputs
-    x[3] = -0.0
-    bias = bias.fill_(-0.0)
-    adapters[3] = -1
-    base = linear(x, weight, bias, impl=impl.option)
-    y = lora_linear(x, weight, bias, a, b, scaling, adapters, impl=impl.option)
-    plain = adapters < 0
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
-    assert torch.equal(y[plain].view(integers), base[plain].view(integers))
-    assert not torch.equal(y[~plain], base[~plain])
-    alone = lora_linear(x, weight, bias, a, b, scaling, torch.full_like(adapters, -1), impl=impl.option)
-    assert torch.equal(alone.view(integers), base.view(integers))
-
-
-@impl_dtype_and("size", [(60, 17, 8), (530, 40, 5)], [(530, 40, 5)], [torch.float32, torch.bfloat16])
-def test_bits_of_a_row_for_any_adapters_of_other_rows(impl, dtype, size):
-    rng = random.Random(0)
-    few = SMALL and impl is TRITON
-    rows = 40 if few else 150
-    size = (min(size[0], 150), *size[1:]) if few else size
-    x, weight, bias, a, b, scaling, adapters = make(rows, *size, 4, dtype)
-    grad = torch.randn(rows, size[1], generator=torch.Generator().manual_seed(2)).to(dtype)
-
-    def call(chosen, ids):
-        return lora_linear(x[chosen], weight, bias, a, b, scaling, ids, impl=impl.option)
-
-    def gradient(chosen):
-        return torch.ops.toolkit.lora_add_backward(
-            grad[chosen], x[chosen], a, b, scaling, adapters[chosen], True, False, False
-        )[0]
-
-    everything = torch.arange(rows)
-    whole, whole_gradient = call(everything, adapters), gradient(everything)
-    for trial in range(3 if few else 12):
-        with threads(THREADS[trial % len(THREADS)]):
-            chosen = torch.randperm(rows)[: rng.choice([1, 2, 5, 33, 64, 150])]
-            assert torch.equal(call(chosen, adapters[chosen]), whole[chosen])
-            if impl.name != "reference":  # the order of its sums is torch's
-                assert torch.equal(gradient(chosen), whole_gradient[chosen])
-            others = torch.randint(-1, 4, (rows,))
-            keep = torch.rand(rows) < 0.3
-            assert torch.equal(call(everything, torch.where(keep, adapters, others))[keep], whole[keep])
-
-
-@pytest.mark.skipif(not has_native("lora_add"), reason="the order of sums is a promise of the native kernel")
-def test_gradients_have_the_same_bits_on_every_run_and_any_threads():
-    inputs = make(600, 300, 70, 8, 2)
-    grad = torch.randn(600, 70)
-
-    def gradients(n):
-        with threads(n):
-            leaves = [t.clone().requires_grad_() for t in inputs[:5]]
-            base = torch.zeros(600, 70)
-            y = lora_add(base, leaves[0], leaves[3], leaves[4], *inputs[5:])
-            return torch.autograd.grad(y, [leaves[0], leaves[3], leaves[4]], grad)
-
-    first = gradients(1)
-    for n in (1, 2, 2):
-        assert all(torch.equal(*pair) for pair in zip(first, gradients(n)))
-    # A gradient row of x depends on its own row.
-    leaf = inputs[0][17:19].clone().requires_grad_()
-    lora_add(torch.zeros(2, 70), leaf, *inputs[3:6], inputs[6][17:19]).backward(grad[17:19])
-    assert torch.equal(leaf.grad, first[0][17:19])
-
-
-def test_ranks_are_padded_with_zeros(impl):
-    x, weight, bias, a, b, scaling, adapters = make(20, 60, 17, 8, 2)
-    a[1, 3:] = 0
-    b[1, :, 3:] = 0
-    padded = lora_linear(x, weight, bias, a, b, scaling, torch.ones_like(adapters), impl=impl.option)
-    narrow = lora_linear(
-        x, weight, bias, a[1:, :3], b[1:, :, :3], scaling[1:], torch.zeros_like(adapters), impl=impl.option
-    )  # fmt: skip
-    torch.testing.assert_close(padded, narrow, rtol=1e-6, atol=1e-5)
-
-
-def test_strides_and_leading_dimensions(impl):
-    x, weight, bias, a, b, scaling, adapters = make(24, 60, 18, 6, 3)
-    flat = lora_linear(x, weight, bias, a, b, scaling, adapters, impl=impl.option)
-    cube = lora_linear(x.view(2, 12, 60), weight, bias, a, b, scaling, adapters.view(2, 12), impl=impl.option)
-    assert torch.equal(cube, flat.view(2, 12, 18))
-    assert torch.equal(lora_linear(x[5], weight, bias, a, b, scaling, adapters[5], impl=impl.option), flat[5])
-    joined = torch.cat([x, x], 1)
-    strided_a, strided_b = a.mT.contiguous().mT, b.transpose(0, 1).contiguous().transpose(0, 1)
-    strided = lora_linear(
-        joined[::2, 60:], weight, bias, strided_a, strided_b, scaling, adapters[::2], impl=impl.option
-    )
-    assert torch.equal(strided, flat[::2])
-    grads = []
-    for first, second in ((a, b), (strided_a, strided_b)):
-        leaves = [first.detach().requires_grad_(), second.detach().requires_grad_()]
-        lora_linear(x, weight, bias, *leaves, scaling, adapters, impl=impl.option).square().sum().backward()
-        grads.append([leaf.grad for leaf in leaves])
-    assert all(torch.equal(*pair) for pair in zip(*grads))
-
-
-def test_nan_and_infinity_stay_in_their_row_and_adapter(impl):
-    x, weight, bias, a, b, scaling, adapters = make(30, 60, 17, 8, 3)
-    clean = lora_linear(x, weight, bias, a, b, scaling, adapters, impl=impl.option)
-    a[1] = float("nan")
-    dirty_x = x.clone()
-    dirty_x[4] = float("inf")
-    y = lora_linear(dirty_x, weight, bias, a, b, scaling, adapters, impl=impl.option)
-    others = (adapters != 1) & (torch.arange(30) != 4)
-    assert torch.equal(y[others], clean[others])
-    assert bool(y[adapters == 1].isnan().all())
-
-
-def test_only_the_gradients_asked_for_and_adapters_that_nobody_uses(impl):
-    x, weight, bias, a, b, scaling, _ = make(9, 20, 7, 4, 3)
-    adapters = torch.tensor([2, -1, 2, 2, -1, 2, 2, 2, 2])
-    for wanted in (1, 2, 4, 8, 16, 25, 31) if SMALL and impl is TRITON else range(1, 32):
-        leaves = [t.clone().requires_grad_(bool(wanted >> i & 1)) for i, t in enumerate((x, weight, bias, a, b))]
-        lora_linear(*leaves, scaling, adapters, impl=impl.option).sum().backward()
-        assert [leaf.grad is not None for leaf in leaves] == [bool(wanted >> i & 1) for i in range(5)]
-        for leaf in leaves[3:]:
-            assert leaf.grad is None or (bool((leaf.grad[:2] == 0).all()) and bool((leaf.grad[2] != 0).any()))
-
-
-def test_no_rows_no_adapters_no_inner_size(impl):
-    x, weight, bias, a, b, scaling, _ = make(4, 20, 7, 4, 3)
-    none = torch.full((4,), -1)
-    assert torch.equal(
-        lora_linear(x, weight, bias, a[:0], b[:0], scaling[:0], none, impl=impl.option),
-        linear(x, weight, bias, impl=impl.option),
-    )
-    ids = torch.zeros(4, dtype=torch.int64)
-    empty = lora_linear(x[:, :0], weight[:, :0], bias, a[:, :, :0], b, scaling, ids, impl=impl.option)
-    assert torch.equal(empty, bias.expand(4, 7))
-    assert torch.equal(
-        lora_linear(x, weight, bias, a[:, :0], b[:, :, :0], scaling, ids, impl=impl.option),
-        linear(x, weight, bias, impl=impl.option),
-    )
-
-
-def test_fast_takes_the_mkl_gemm():
-    inputs = make(9, 60, 17, 8, 3)
-    x, weight, bias, a, b, scaling, adapters = inputs
-    expected = lora_add(torch.nn.functional.linear(x, weight, bias), x, a, b, scaling, adapters)
-    assert torch.equal(lora_linear(*inputs, fast=True), expected)
-
-
-def test_wrong_arguments_are_one_sentence():
-    x, weight, bias, a, b, scaling, adapters = make(4, 20, 7, 4, 3)
-    for arguments, words in [
-        ((x, weight, bias, a[0], b, scaling, adapters), r"a must have shape .* got \[4, 20\]"),
-        ((x, weight, bias, a, b[:2], scaling, adapters), r"b must have shape \[3, 7, 4\] .* got \[2, 7, 4\]"),
-        ((x, weight, bias, a, b, scaling[:1], adapters), r"scaling must have shape \[3\] for 3 adapters, got \[1\]"),
-        ((x, weight, bias, a, b, scaling.requires_grad_(), adapters), "scaling must not require a gradient"),
-        (
-            (x, weight, bias, a, b, scaling.detach(), adapters[:2]),
-            r"adapters must be int64 \[4\] .* got torch.int64 of shape \[2\]",
-        ),
-        ((x, weight, bias, a, b, scaling.detach(), adapters.int()), "adapters must be int64 .* got torch.int32"),
-        (
-            (x, weight, bias, a, b, torch.ones(3, dtype=torch.int64), adapters),
-            "scaling must have a floating-point dtype, got torch.int64",
-        ),
-        ((x, weight, bias, a.half(), b, scaling.detach(), adapters), "must be equal"),
-    ]:
-        with pytest.raises(ToolkitError, match=words):
-            lora_linear(*arguments)
+def test_the_reference_by_name_is_differentiated_by_torch():
+    batch = batch_of("slices and scales", torch.float64)
+    named = evaluate(Batch.__call__, replace(batch, impl="reference"), gradient(batch))
+    for name, value in evaluate(Batch.__call__, batch, gradient(batch)).items():
+        torch.testing.assert_close(named[name], value, rtol=1e-12, atol=1e-12)
 
 
 @implementations(REFERENCE, NATIVE)
-def test_adapters_that_do_not_exist(impl):
-    x, weight, bias, a, b, scaling, _ = make(4, 20, 7, 4, 3)
+@pytest.mark.parametrize("case", ["ranks", "slices and scales", "one of everything"])
+def test_gradients_are_those_of_finite_differences(impl, case):
+    batch = batch_of(case, torch.float64).rows(torch.arange(min(8, CASES[case][0][0])))
+    leaves = batch.leaves()
+
+    def call(*tensors):
+        replaced = iter(tensors)
+        return batch.mapped(lambda _: next(replaced))()
+
+    # ``mapped`` and ``leaves`` go by different orders.
+    order = []
+    batch.mapped(lambda t: order.append(t) or t)
+    assert {id(t) for t in order} >= {id(t) for t in leaves.values()}
+    assert torch.autograd.gradcheck(call, [t.clone().requires_grad_() for t in order])
+
+
+@impl_and_dtype()
+@pytest.mark.parametrize("scaled", [None, (True, True, False)], ids=str)
+def test_a_row_without_adapter_has_the_bits_of_its_base(impl, dtype, scaled):
+    batch = make_batch(40, 60, 33, (8, 4, 2), dtype, scaled=scaled)
+    batch.base[3] = -0.0
+    batch.adapters[3] = -1
+    y, plain, bits = batch(), batch.adapters < 0, INTEGERS[dtype.itemsize]
+    assert torch.equal(y[plain].view(bits), batch.base[plain].view(bits))
+    assert not torch.equal(y[~plain], batch.base[~plain])
+    alone = replace(batch, adapters=torch.full_like(batch.adapters, -1))()
+    assert torch.equal(alone.view(bits), batch.base.view(bits))
+    assert alone.data_ptr() != batch.base.data_ptr()
+
+
+def test_linear_is_the_base(impl):
+    batch = mixed()
+    weight, bias = torch.randn(18, 60), torch.randn(18)
+    scales = batch.column_scales
+    got = lora_linear(
+        batch.x, weight, bias, batch.a, batch.b, batch.scaling, batch.adapters, column_scales=scales
+    )  # fmt: skip
+    base = linear(batch.x, weight, bias)
+    assert torch.equal(got, replace(batch, base=base, bias=bias)())
+    assert torch.equal(got[batch.adapters < 0], base[batch.adapters < 0])
+
+
+def test_fast_takes_the_mkl_gemm():
+    batch = mixed()
+    weight = torch.randn(18, 60)
+    expected = replace(batch, base=torch.nn.functional.linear(batch.x, weight), column_scales=None)()
+    got = lora_linear(batch.x, weight, None, batch.a, batch.b, batch.scaling, batch.adapters, fast=True)
+    assert torch.equal(got, expected)
+
+
+def test_strides_and_leading_dimensions(impl):
+    batch = make_batch(24, 60, 18, (6, 3, 10), slices=(2, 0, 3), scaled=(False, True, False))
+    flat = batch()
+    shaped = replace(batch, base=batch.base.view(2, 12, 18), x=batch.x.view(2, 12, 60))
+    shaped = replace(shaped, adapters=batch.adapters.view(2, 12), groups=batch.groups.view(2, 12))
+    assert torch.equal(shaped(), flat.view(2, 12, 18))
+    one = replace(batch, base=batch.base[5], x=batch.x[5], adapters=batch.adapters[5], groups=batch.groups[5])
+    assert torch.equal(one(), flat[5])
+    cut = replace(batch, base=torch.cat([batch.base] * 2, 1)[:, 18:], x=torch.cat([batch.x] * 2, 1)[:, 60:])
+    turned = replace(cut, a=[t.mT.contiguous().mT for t in batch.a], b=[t.mT.contiguous().mT for t in batch.b])
+    parted = replace(cut, a=[torch.cat([t, t], -1)[..., :60] for t in batch.a],
+                     b=[t.repeat_interleave(2, -1)[..., ::2] for t in batch.b])  # fmt: skip
+    grad = gradient(batch)
+    plain = evaluate(Batch.__call__, batch, grad)
+    for strided in (cut, turned, parted):
+        found = evaluate(Batch.__call__, strided, torch.cat([grad, grad], 1)[:, 18:])
+        assert all(torch.equal(found[name], value) for name, value in plain.items())
+
+
+def test_nan_and_infinity_stay_in_their_row_and_adapter(impl):
+    batch = mixed(rows=30)
+    clean = evaluate(Batch.__call__, batch, gradient(batch))
+    dirty = replace(batch, a=[batch.a[0], torch.full_like(batch.a[1], torch.nan), batch.a[2]], x=batch.x.clone())
+    row = int((batch.adapters == 0).nonzero()[0])
+    dirty.x[row] = float("inf")
+    found = evaluate(Batch.__call__, dirty, gradient(batch))
+    others = (batch.adapters != 1) & (torch.arange(30) != row)
+    assert torch.equal(found["y"][others], clean["y"][others])
+    assert torch.equal(found["x"][batch.adapters != 1], clean["x"][batch.adapters != 1])
+    assert bool(found["y"][batch.adapters == 1].isnan().all())
+    assert torch.equal(found["a2"], clean["a2"])
+    assert torch.equal(found["b2"], clean["b2"])
+
+
+def test_only_the_gradients_asked_for_and_adapters_that_nobody_uses(impl):
+    batch = mixed(rows=9)
+    batch = replace(batch, adapters=torch.tensor([2, -1, 2, 2, -1, 2, 1, 1, 2]), column_scales=[batch.bias + 2] * 3)
+    names = list(batch.leaves())
+    for wanted in [{name} for name in names] + [set(names), {"a2", "x"}, {"b2", "c1"}, {"bias", "a0"}]:
+        leaves = {name: t.detach().clone().requires_grad_(name in wanted) for name, t in batch.leaves().items()}
+        fresh = replace(
+            batch, base=leaves["base"], x=leaves["x"], bias=leaves["bias"],
+            a=[leaves[f"a{i}"] for i in range(3)], b=[leaves[f"b{i}"] for i in range(3)],
+            column_scales=[leaves[f"c{i}"] for i in range(3)],
+        )  # fmt: skip
+        fresh().square().sum().backward()
+        assert {name for name, leaf in leaves.items() if leaf.grad is not None} == wanted
+        for name in wanted:
+            assert (int(leaves[name].grad.count_nonzero()) == 0) == (name in ("a0", "b0", "c0"))
+
+
+def test_no_rows_no_adapters_no_inner_size(impl):
+    batch = mixed(rows=4)
+    none = replace(batch, a=[], b=[], scaling=[], column_scales=None, adapters=torch.full((4,), -1))
+    found = evaluate(Batch.__call__, none, gradient(batch))
+    assert torch.equal(found["y"], batch.base)
+    assert torch.equal(found["base"], gradient(batch))
+    assert int(found["x"].count_nonzero()) == 0
+    used = replace(batch, adapters=torch.zeros(4, dtype=torch.int64), column_scales=None)
+    empty = replace(used, x=batch.x[:, :0], a=[one[:, :0] for one in batch.a])
+    assert torch.equal(empty(), batch.base)
+    assert evaluate(Batch.__call__, empty, gradient(batch))["a0"].shape == (6, 0)
+    unranked = replace(used, a=[one[:0] for one in batch.a], b=[one[:, :0] for one in batch.b])
+    assert torch.equal(unranked(), batch.base)
+    assert evaluate(Batch.__call__, unranked, gradient(batch))["b0"].shape == (18, 0)
+
+
+def test_wrong_arguments_are_one_sentence():
+    batch = make_batch(4, 20, 7, (4, 2, 3), slices=(0, 2, 0), scaled=(True, False, False))
+    a, b, ids = batch.a, batch.b, batch.adapters
+    for changes, words in [
+        ({"a": torch.zeros(3, 4, 20)}, r"a must be a list of tensors, .* got a tensor of shape \[3, 4, 20\]"),
+        ({"scaling": torch.ones(3)}, "scaling must be a list of numbers"),
+        ({"scaling": [1.0]}, "scaling must have 3 entries, one of each adapter in a, got 1"),
+        ({"b": b[:2]}, "b must have 3 entries"),
+        ({"a": [a[0][:, :5], *a[1:]]}, r"a\[0\] must have shape \[R, 20\] or \[G, R, 20\], got \[4, 5\]"),
+        ({"b": [b[0], b[1][:1], b[2]]}, r"b\[1\] must have shape \[2, 7, 2\] .* got \[1, 7, 2\]"),
+        ({"adapters": ids[:2]}, r"adapters must be int64 \[4\] .* got torch.int64 of shape \[2\]"),
+        ({"adapters": ids.int()}, "adapters must be int64 .* got torch.int32"),
+        ({"groups": ids.int()}, "groups must be int64 .* got torch.int32"),
+        ({"base": batch.base[:2]}, r"base must have as many rows as x .* got \[2, 7\]"),
+        ({"bias": batch.bias[:3]}, r"bias must have shape \[7\], got \[3\]"),
+        ({"column_scales": [batch.bias[:3], None, None]}, r"column_scales\[0\] must have shape \[7\], got \[3\]"),
+        ({"column_scales": [batch.bias.half(), None, None]}, r"column_scales\[0\] must have the dtype of base"),
+        ({"a": [a[0], a[1].half(), a[2]]}, r"a\[1\] must have the dtype of base, torch.float32, got torch.float16"),
+    ]:
+        with pytest.raises(ToolkitError, match=words):
+            replace(batch, **changes)()
+
+
+@implementations(REFERENCE, NATIVE)
+def test_adapters_and_slices_that_do_not_exist(impl):
+    batch = make_batch(4, 20, 7, (4, 2, 3), slices=(0, 2, 0))
     with pytest.raises(IndexError, match=r"adapters must be negative or 0 to 2, got 3"):
-        lora_linear(x, weight, bias, a, b, scaling, torch.full((4,), 3), impl=impl.option)
+        replace(batch, adapters=torch.tensor([0, -1, 3, 1]))()
+    for groups, words in (([0, 2, 0, 0], "0 to 1 for adapter 1, got 2"), ([0, 0, -1, 0], "0 to 0 for adapter 2, got")):
+        with pytest.raises(IndexError, match=f"groups must be {words}"):
+            replace(batch, adapters=torch.tensor([0, 1, 2, -1]), groups=torch.tensor(groups))()
+    # The slice of a row without adapter is not read.
+    replace(batch, adapters=torch.full((4,), -1), groups=torch.full((4,), 99))()
+    with pytest.raises(IndexError, match="adapters must be negative where there are no adapters, got 0"):
+        replace(batch, a=[], b=[], scaling=[], adapters=torch.zeros(4, dtype=torch.int64))()
 
 
 def test_registration_is_sound():
-    x, weight, _, a, b, scaling, adapters = make(5, 6, 4, 3, 2)
+    batch = make_batch(5, 6, 4, (3, 2), slices=(0, 2), scaled=(True, False))
     for needs in (False, True):
-        tensors = [t.requires_grad_(needs) for t in (x @ weight.detach().T, x, a, b)]
-        torch.library.opcheck(torch.ops.toolkit.lora_add.default, [*(t.detach().requires_grad_(needs) for t in tensors),
-                                                                   scaling, adapters])  # fmt: skip
-    arguments = [t.detach() for t in (x @ weight.T, x, a, b)]
-    torch.library.opcheck(
-        torch.ops.toolkit.lora_add_backward.default, [*arguments, scaling, adapters, True, False, True]
-    )
+        one = batch.mapped(lambda t, needs=needs: t.detach().requires_grad_(needs))
+        scales = [one.column_scales[0], one.base.new_empty(0)]
+        plan = [one.scaling, one.adapters, one.groups]
+        forward = torch.ops.toolkit.lora_add_rows.default
+        torch.library.opcheck(forward, [one.base, one.x, one.a, one.b, *plan, scales, one.bias])
+        torch.library.opcheck(forward, [one.base, one.x, one.a, one.b, *plan[:2], None, [], None])
+    needed = [True, True, [True, False], [False, True], [True, False], True]
+    arguments = [batch.base, batch.base, batch.x, batch.a, batch.b, *plan, [t.detach() for t in scales], batch.bias]
+    torch.library.opcheck(torch.ops.toolkit.lora_add_rows_backward.default, [*arguments, *needed])
 
 
-# The Triton launcher: its limits.
-@only_triton
-@pytest.mark.usefixtures("impl")
-def test_adapters_that_do_not_exist_give_nan():
-    """A kernel raises nothing."""
-    x, weight, bias, a, b, scaling, adapters = make(20, 40, 17, 8, 3)
-    clean = lora_linear(x, weight, bias, a, b, scaling, adapters)
-    strange = adapters.clone()
-    strange[0] = 7
-    y = lora_linear(x, weight, bias, a, b, scaling, strange)
-    assert bool(y[0].isnan().all())
-    assert torch.equal(y[1:], clean[1:])
+def test_compiles_into_one_graph():
+    batch = mixed()
+    compiled = torch.compile(lambda b: evaluate_sum(b), fullgraph=True, backend="aot_eager")
+    for one in (batch, replace(batch, column_scales=None)):
+        graded = [one.mapped(lambda t: t.detach().clone().requires_grad_()) for _ in range(2)]
+        sums = compiled(graded[0]), evaluate_sum(graded[1])
+        assert torch.equal(*sums)
+        for total in sums:
+            total.backward()
+        for name, leaf in graded[0].leaves().items():
+            assert torch.equal(leaf.grad, graded[1].leaves()[name].grad)
 
 
-@only_triton
-@pytest.mark.usefixtures("impl")
-def test_rows_beyond_two_to_the_31_elements_and_a_dtype_that_is_named():
-    x, _, _, a, b, scaling, adapters = make(3, 20, 7, 4, 2, torch.float16)
-    base, grad = torch.randn(2, 3, 7).half()
-    y = lora_add(base, x, a, b, scaling, adapters)
-    assert torch.equal(lora_add(base, far_apart(x), a, b, scaling, adapters), y)
-    backward = torch.ops.toolkit.lora_add_backward
-    gradients = [backward(grad, rows, a, b, scaling, adapters, True, True, True) for rows in (x, far_apart(x))]
-    assert all(torch.equal(*pair) for pair in zip(*gradients))
-    with pytest.raises(ToolkitError, match="float64"):
-        lora_add(*(t.double() for t in (base, x, a, b)), scaling, adapters)
+def evaluate_sum(batch: Batch) -> torch.Tensor:
+    return lora_add(
+        batch.base, batch.x, batch.a, batch.b, batch.scaling, batch.adapters,
+        column_scales=batch.column_scales, bias=batch.bias,
+    ).square().sum()  # fmt: skip

@@ -61,7 +61,18 @@ OPS = {
     "linear": lambda x: linear(x, SQUARE.to(x.dtype), x[0]),
     "linear_group": lambda x: linear_group(x.detach(), [SQUARE.to(x.dtype)] * 2, [None, None]),
     "lora_linear": lambda x: lora_linear(
-        x, SQUARE.to(x.dtype), None, A.to(x.dtype), B.to(x.dtype), torch.ones(2), IDS % 3 - 1
+        x, SQUARE.to(x.dtype), None, list(A.to(x.dtype)), list(B.to(x.dtype)), [1.0, 1.0], IDS % 3 - 1
+    ),
+    "lora_linear, of every kind": lambda x: lora_linear(
+        x,
+        SQUARE.to(x.dtype),
+        x[1],
+        [x[:2], A.to(x.dtype), x[2:3]],
+        [x[:2].T, B.to(x.dtype), x[2:3].T],
+        [1.0, 2.0, 0.5],
+        IDS % 4 - 1,
+        groups=INTEGERS % 2 * (IDS % 4 == 2),
+        column_scales=[x[3], None, x[4]],
     ),
     "token_logprob": lambda x: token_logprob(x, TARGETS),
     "linear_logprob": lambda x: linear_logprob(x, SQUARE.to(x.dtype), TARGETS, bias=x[0], top_k=3)[:4],

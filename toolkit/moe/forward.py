@@ -96,14 +96,13 @@ def _experts_in_parts(
     layout = weights.layout
     expert_of_row = plan.expert_of_rows()
     # Rows of skipped pairs have no adapter.
-    expert_of_row = torch.where(expert_of_row < weights.num_local_experts, expert_of_row, -1)
+    adapter_of_row = torch.where(expert_of_row < weights.num_local_experts, 0, -1)
 
     def adapted(base: Tensor, source: Tensor, factors: Factors | None) -> Tensor:
         if factors is None:
             return base
         a, b, scaling = factors
-        scalings = torch.full((len(a),), scaling, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-        return lora_add(base, source, a, b, scalings, expert_of_row)
+        return lora_add(base, source, [a], [b], [scaling], adapter_of_row, groups=expert_of_row)
 
     rows = x[plan.order // max(plan.rows.shape[1], 1)]
     if layout.score_position == "input":

@@ -43,7 +43,7 @@ class Op(Generic[R]):
         result: R = self.reference(*args) if transformed() else self.overload(*args)
         return result
 
-    def gradient(self, *args: Any) -> Sequence[Tensor]:
+    def gradient(self, *args: Any) -> Sequence[Any]:
         """The results of this op as the backward of another op; their own derivative is an error."""
         given: Any = self.overload(*args)
         results = given if isinstance(given, tuple) else (given,)

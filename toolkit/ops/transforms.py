@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from toolkit.errors import ToolkitError
 
@@ -53,8 +54,13 @@ class _FirstDerivativeOnly(torch.autograd.Function):
 
 
 def first_derivative_only(name: str, results: Sequence[Any], arguments: Sequence[Any]) -> Sequence[Any]:
-    """``results`` of the backward of op ``name`` from ``arguments``; differentiating them again raises."""
+    """``results`` of the backward of op ``name`` from ``arguments``; differentiating them again raises.
+
+    Both may hold lists of tensors.
+    """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return results
-    found: Sequence[Any] = _FirstDerivativeOnly.apply(name, len(results), *results, *arguments)  # type: ignore[no-untyped-call]
+    flat, structure = tree_flatten(list(results))
+    checked = _FirstDerivativeOnly.apply(name, len(flat), *flat, *tree_leaves(arguments))  # type: ignore[no-untyped-call]
+    found: list[Any] = tree_unflatten(checked, structure)
     return found

@@ -58,17 +58,23 @@ def _factors_fit(module: Any, name: str, x: Tensor) -> bool:
 
 def _add(module: Any, name: str, x: Tensor, base: Tensor) -> Tensor:
     """``base`` [..., N], the layer's output, with one adapter added, in its dtype."""
-    a_rK, b_Nr, scaling = module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]
-    upcast, dropped = base.to(a_rK.dtype), module.lora_dropout[name](x.to(a_rK.dtype))
+    a_rK, b_Nr, scaling = module.lora_A[name].weight, module.lora_B[name].weight, float(module.scaling[name])
+    dtype = a_rK.dtype
     adapter_of_row = torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device)
-    factor = torch.full((1,), float(scaling), dtype=a_rK.dtype, device=x.device)
-    if name not in getattr(module, "lora_variant", {}):
-        return lora_add(upcast, dropped, a_rK[None], b_Nr[None], factor, adapter_of_row).to(base.dtype)
-    bias, weight = module.base_layer.bias, module.base_layer.weight
-    magnitude = module.lora_magnitude_vector[name].weight
-    with torch.no_grad():
-        norm = torch.linalg.norm(weight + scaling * (b_Nr @ a_rK).to(weight.dtype), dim=1).to(magnitude.dtype)
-    plain = upcast if bias is None else upcast - bias
-    scaled = lora_add(plain, dropped, a_rK[None], b_Nr[None], factor, adapter_of_row) * (magnitude / norm)
-    result: Tensor = scaled if bias is None else scaled + bias
+    scale = bias = None
+    if name in getattr(module, "lora_variant", {}):
+        magnitude, layer = module.lora_magnitude_vector[name].weight, module.base_layer
+        scale = column_scale(magnitude, layer.weight, a_rK, b_Nr, scaling).to(dtype)
+        bias = None if layer.bias is None else layer.bias.to(dtype)
+    dropped = module.lora_dropout[name](x.to(dtype))
+    result = lora_add(
+        base.to(dtype), dropped, [a_rK], [b_Nr], [scaling], adapter_of_row, column_scales=[scale], bias=bias
+    )  # fmt: skip
     return result.to(base.dtype)
+
+
+def column_scale(magnitude_N: Tensor, weight_NK: Tensor, a_rK: Tensor, b_Nr: Tensor, scaling: float) -> Tensor:
+    """DoRA's magnitude over the norm of each row of the adapted weight [N]; the norm is taken without gradient."""
+    with torch.no_grad():
+        norm_N = torch.linalg.norm(weight_NK + scaling * (b_Nr @ a_rK).to(weight_NK.dtype), dim=1)
+    return magnitude_N / norm_N.to(magnitude_N.dtype)
