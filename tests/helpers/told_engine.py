@@ -20,6 +20,9 @@ class ToldEngine:
         self.live, self.cancelled, self.steps = {}, [], 0
         self.ended = []
         self.is_sleeping = False
+        self.forgotten = []
+        self.block_manager = SimpleNamespace(reset_prefix_cache=lambda: self.forgotten.append("prefixes"))
+        self.encoder_cache = SimpleNamespace(clear=lambda: self.forgotten.append("pictures"))
         self.config = EngineConfig()
         self.held = threading.Event()
         self.held.set()
@@ -37,8 +40,7 @@ class ToldEngine:
 
     def step(self):
         if not self.live:
-            deltas, self.ended = self.ended, []
-            return deltas
+            return self.take_deltas()
         self.held.wait(10)
         self.steps += 1
         if self.fail:
@@ -68,6 +70,13 @@ class ToldEngine:
                     text_offset=[len(tokens) - 1],
                 )
             )
+        return deltas
+
+    def seconds_left(self):
+        return None
+
+    def take_deltas(self):
+        deltas, self.ended = self.ended, []
         return deltas
 
     def cancel(self, request):

@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from toolkit.cli.operations import add_operation_options, operation_of
 from toolkit.cli.options import (
     add_engine_options,
     add_model_options,
@@ -40,6 +41,7 @@ def add_parser(subparsers: Any) -> None:
     add_sampling_options(parser)
     _add_api_options(parser.add_argument_group("API"))
     _add_http_options(parser.add_argument_group("HTTP"))
+    add_operation_options(parser.add_argument_group("operation"))
     parser.set_defaults(run=run)
 
 
@@ -138,7 +140,10 @@ def run(args: argparse.Namespace) -> int:
 
     options = {name: getattr(args, name) for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs")}
     http = HttpOptions(timeout_keep_alive=args.timeout_keep_alive, **options)
-    _access(args)  # what is wrong with the options is known before the model is read, and so is a port that is taken
+    (
+        _access(args),
+        operation_of(args),
+    )  # what is wrong with the options is known before the model is read, and so is a port that is taken
     template = _chat_template(args.chat_template)
     if args.allowed_local_media_path is not None and not Path(args.allowed_local_media_path).is_dir():
         given = shown(args.allowed_local_media_path)
@@ -265,7 +270,7 @@ def _run(args: argparse.Namespace, listener: socket.socket, http: Any, device: s
     from toolkit.serving.server import serve
 
     names = args.served_model_name or [Path(args.model).resolve().name]
-    access = _access(args)
+    access = {**_access(args), **operation_of(args)}
     docs = not args.disable_fastapi_docs
     config = ServerConfig(
         names, max_body_size=args.payload_limit, root_path=args.root_path, docs=docs, **access, **what

@@ -13,7 +13,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, InvalidStateError
-from typing import cast
+from typing import TypeVar, cast
 
 from toolkit.engine.engine import Engine
 from toolkit.engine.media import check_media_space, num_bytes
@@ -28,7 +28,10 @@ from toolkit.engine.request_handle import (
     until_closed,
     wake,
 )
+from toolkit.engine.step_gate import StepGate
 from toolkit.errors import ToolkitError
+
+Result = TypeVar("Result")
 
 
 class AsyncEngine:
@@ -63,12 +66,10 @@ class AsyncEngine:
         self._commands: list[Callable[[], None]] = []
         self._handles: set[RequestHandle] = set()
         self._num_queued = self._num_bytes = 0
-        self._pauses = 0
-        self._stepping = False
+        self._gate = StepGate(self._changed)
         self._stop: str | None = None  # "now", or "drained"
         self._close_engine = False
         self._ended = False
-        self._one_pause = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def __enter__(self) -> "AsyncEngine":
@@ -166,33 +167,40 @@ class AsyncEngine:
         """``Engine.stats`` as of the last step."""
         return self._stats
 
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
+    def pause(self) -> contextlib.AbstractContextManager[None]:
         """No step runs inside, so that weights may be written. Several threads pause one after the other."""
-        with self._changed:
-            self._pauses += 1
-        try:
-            with self._one_pause:
-                with self._changed:
-                    self._changed.wait_for(lambda: not self._stepping)
-                yield
-        finally:
-            with self._changed:
-                self._pauses -= 1
-                self._changed.notify_all()
+        return self._gate.pause()
 
     @property
     def is_paused(self) -> bool:
-        """Whether a ``pause`` is in effect."""
-        return self._pauses > 0
+        """Whether no step may run: inside ``pause``, or between ``pause_generation`` and ``resume_generation``."""
+        return self._gate.closed
+
+    def pause_generation(self) -> None:
+        """Run no step until ``resume_generation``. Requests keep what they have, and new ones wait."""
+        self._gate.hold()
+
+    def resume_generation(self) -> None:
+        """Continue after ``pause_generation``."""
+        self._gate.release()
+
+    @property
+    def generation_paused(self) -> bool:
+        """Whether ``pause_generation`` is in effect."""
+        return self._gate.held
+
+    @property
+    def has_requests(self) -> bool:
+        """Whether any request waits or runs."""
+        return bool(self._handles)
 
     def sleep(self) -> None:
         """``Engine.sleep`` between two steps."""
-        self._call(self.engine.sleep)
+        self.call(self.engine.sleep)
 
     def wake(self) -> None:
         """``Engine.wake``."""
-        self._call(self.engine.wake)
+        self.call(self.engine.wake)
 
     def shutdown(
         self,
@@ -234,14 +242,13 @@ class AsyncEngine:
             self._commands.append(command)
             self._changed.notify_all()
 
-    def _call(self, function: Callable[[], None]) -> None:
-        """Run ``function`` on the engine's thread, and wait until it has run."""
-        done: Future[None] = Future()
+    def call(self, function: Callable[[], Result]) -> Result:
+        """What ``function`` returns on the engine's thread, between two steps. Waits for it."""
+        done: Future[Result] = Future()
 
         def command() -> None:
             try:
-                function()
-                done.set_result(None)
+                done.set_result(function())
             except Exception as error:
                 done.set_exception(error)
 
@@ -251,7 +258,7 @@ class AsyncEngine:
             self._commands.append(command)
             self._changed.notify_all()
             self.start()
-        done.result()
+        return done.result()
 
     # What follows runs on the engine's thread.
 
@@ -260,7 +267,7 @@ class AsyncEngine:
         try:
             while True:
                 with self._changed:
-                    idle = self.engine.is_sleeping and not self._pauses  # and still ends what runs out of time
+                    idle = self.engine.is_sleeping or self._gate.closed  # and still ends what runs out of time
                     self._changed.wait_for(self._has_work, self.engine.seconds_left() if idle else None)
                     commands, self._commands = self._commands, []
                     stop_now = self._stop == "now"
@@ -270,9 +277,7 @@ class AsyncEngine:
                     pending.popleft()()
                 for handle in doomed:
                     self._cancel(handle, EngineUnavailable(SHUTTING_DOWN))
-                with self._changed:
-                    self._stepping = bool(doomed) or not self._pauses
-                deltas = self._step() if self._stepping else []
+                deltas = self._step() if self._gate.enter(anyway=bool(doomed)) else self.engine.take_deltas()
                 self._stats = self.engine.stats()
                 self._deliver(deltas)
                 with self._changed:
@@ -288,7 +293,7 @@ class AsyncEngine:
 
     def _has_work(self) -> bool:
         stopping = self._stop == "now" or (self._stop == "drained" and not self._handles)
-        can_step = self.engine.has_work and not self._pauses and not self.engine.is_sleeping
+        can_step = self.engine.has_work and not self._gate.closed and not self.engine.is_sleeping
         return bool(self._commands) or stopping or can_step
 
     def _step(self) -> list[Delta]:
@@ -298,9 +303,7 @@ class AsyncEngine:
             self.step_start = time.perf_counter()
             return self.engine.step()
         finally:
-            with self._changed:
-                self._stepping = False
-                self._changed.notify_all()
+            self._gate.leave()
 
     def _admit(self, handle: RequestHandle, prompts: list[Prompt], params: list[SamplingParams]) -> None:
         if handle.accepted.done() and not handle.accepted.cancelled():  # the engine has failed meanwhile

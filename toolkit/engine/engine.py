@@ -22,6 +22,7 @@ from toolkit.engine.request import Request
 from toolkit.engine.runner import Backend, ModelRunner, PatchedModel
 from toolkit.engine.scheduler import Chunk, Scheduler
 from toolkit.engine.speculation.drafters import new_speculation
+from toolkit.engine.stats import engine_stats
 from toolkit.engine.swap import SwapSpace
 from toolkit.errors import ToolkitError
 from toolkit.state.media import Features
@@ -190,6 +191,11 @@ class Engine:
         self._advance()
         return self.requests.take()
 
+    def take_deltas(self) -> list[Delta]:
+        """Deltas of what has ended between steps: it was cancelled, or ran out of time. ``step`` returns them too."""
+        self.requests.end_expired()
+        return self.requests.take()
+
     @property
     def has_work(self) -> bool:
         """Whether ``step`` has anything to run or to deliver."""
@@ -210,39 +216,18 @@ class Engine:
         return longest_sequence(self.max_model_len, self.block_manager)[0]
 
     def stats(self) -> dict[str, float]:
-        """Gauges and totals under vLLM's names.
+        """Gauges and totals under vLLM's names: see ``engine_stats``.
 
-        Returns:
-            num_requests_running, num_requests_waiting: sequences.
-            kv_cache_usage_perc: share of the blocks in use, 0 to 1.
-            num_blocks, num_used_blocks, num_free_blocks, num_cached_blocks: over all groups of layers.
-            prefix_cache_hits: prompt tokens found in the prefix cache.
-            num_preemptions, num_swaps: sequences preempted, and those of them that were swapped out.
-            encoder_cache_hits, num_encoded: pictures that were found encoded, and that were encoded.
-            generation_tokens, num_steps: since the engine was made.
-            weight_version: of the last step.
-            spec_decode_num_drafts, spec_decode_num_draft_tokens, spec_decode_num_accepted_tokens: with speculation.
+        Beside those generation_tokens and num_steps since the engine was made, and weight_version of the last step.
         """
-        allocators = self.block_manager.allocators
-        total, free = sum(one.num_blocks for one in allocators), sum(one.num_free_blocks for one in allocators)
-        return {
-            "num_requests_running": len(self.scheduler.running),
-            "num_requests_waiting": len(self.scheduler.waiting),
-            "kv_cache_usage_perc": (total - free) / total if total else 0.0,
-            "num_blocks": total,
-            "num_used_blocks": total - free,
-            "num_free_blocks": free,
-            "num_cached_blocks": sum(one.num_cached_blocks for one in allocators),
-            "prefix_cache_hits": self.scheduler.prefix_cache_hits,
-            "encoder_cache_hits": self.encoder_cache.hits,
-            "num_encoded": self.encoder_cache.num_encoded,
-            "num_preemptions": self.scheduler.num_preemptions,
-            "num_swaps": self.scheduler.swap.count if self.scheduler.swap is not None else 0,
-            "generation_tokens": self._generation_tokens,
-            "num_steps": self._steps,
-            "weight_version": self._version,
-            **(self.speculation.stats() if self.speculation is not None else {}),
-        }
+        return engine_stats(
+            self.scheduler,
+            self.encoder_cache,
+            self.speculation,
+            generation_tokens=self._generation_tokens,
+            num_steps=self._steps,
+            weight_version=self._version,
+        )
 
     def sleep(self) -> None:
         """Give the memory of all state to others, such as a training step, until ``wake``.
@@ -266,6 +251,15 @@ class Engine:
         if self.is_sleeping and not self.is_closed:
             self.pool.wake()
             self.is_sleeping = False
+
+    def see_weights(self) -> int:
+        """The weight version; where it has moved, cached state of other weights is dropped. Steps do it themselves."""
+        version = self.backend.version()
+        if version != self._version:
+            self._version, self._weights = version, self.backend.prefix_key()
+            self.block_manager.drop_outdated(self._weights)
+            self.encoder_cache.drop_outdated(self._weights)
+        return version
 
     def check_integrity(self) -> None:
         """Raise AssertionError where queues or blocks do not add up. Not for hot paths."""
@@ -322,11 +316,7 @@ class Engine:
         self.requests.end_expired()
         if self.is_closed or self.is_sleeping:
             return
-        version = self.backend.version()
-        if version != self._version:
-            self._version, self._weights = version, self.backend.prefix_key()
-            self.block_manager.drop_outdated(self._weights)
-            self.encoder_cache.drop_outdated(self._weights)
+        version = self.see_weights()
         if self.speculation is not None:
             self.speculation.draft(self.scheduler.running)
         chunks, features = self._encoded(self.scheduler.schedule(self._weights))

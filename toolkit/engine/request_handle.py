@@ -36,6 +36,9 @@ class RequestHandle:
         num_bytes: of the pictures of the prompts.
         num_unfinished: those that have not finished.
         arrival_time: ``time.perf_counter()`` of the submission.
+        num_tokens: generated so far, of all sequences.
+        first_token_time: ``time.perf_counter()`` of the first of them.
+        finish_reasons: of the sequences that have finished.
         accepted: request ids, one per prompt, once the engine has accepted all of them; or why it did not.
     """
 
@@ -46,6 +49,9 @@ class RequestHandle:
         self.num_sequences = self.num_unfinished = sum(one.n for one in params)
         self.num_queued = sum(one.num_candidates for one in params)
         self.arrival_time = time.perf_counter()
+        self.num_tokens = 0
+        self.first_token_time: float | None = None
+        self.finish_reasons: list[str] = []
         self.accepted: Future[list[int]] = Future()
         self._cancel = cancel
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
@@ -87,6 +93,12 @@ class RequestHandle:
 
     def put(self, event: Event) -> Awaited | None:
         """Hand over an event; whom to notify on which event loop, if an event loop iterates."""
+        if not isinstance(event, Exception):
+            self.num_tokens += len(event.token_ids)
+            if event.token_ids and self.first_token_time is None:
+                self.first_token_time = time.perf_counter()
+            if event.finished is not None:
+                self.finish_reasons.append(event.finished.finish_reason)
         self._events.put(event)
         return self._awaited
 

@@ -88,7 +88,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
         self.num_preemptions = 0
-        self.prefix_cache_hits = 0
+        self.prefix_cache_queries = self.prefix_cache_hits = 0
         self._free_rows = list(range(self.max_running - 1, -1, -1))
         self._one_each: BlockCounts = (1,) * len(block_manager.groups)
 
@@ -218,7 +218,7 @@ class Scheduler:
             if sequence.index > 0 and not sequence.request.prefilled:
                 at += 1  # its prompt is computed by the first of the request
                 continue
-            hit = 0
+            hit = looked_up = 0
             if sequence.swapped is not None and self.swap is not None:
                 shape = sequence.swapped.shape
                 missing = len(sequence.tokens) - len(shape.tokens)
@@ -231,6 +231,7 @@ class Scheduler:
                 key = sequence.prefix_key(weights) if self.enable_prefix_caching else None
                 tables = self.block_manager.new_block_tables(key)
                 hit = tables.match_prefix(sequence.names, sequence.may_continue)
+                looked_up = len(sequence.tokens) if key is not None else 0
                 if self.running and not self._room(
                     _sum(owed, tables.blocks_needed(len(sequence.tokens) - hit, self.budget))
                 ):
@@ -242,6 +243,7 @@ class Scheduler:
             self.prefix_cache_hits += hit
             if sequence.request.num_cached_tokens is None:
                 sequence.request.num_cached_tokens = hit
+            self.prefix_cache_queries += looked_up
             count = sequence.chunk(min(missing, spare))
             if count:
                 chunk = self._reserve(sequence, count)

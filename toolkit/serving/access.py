@@ -35,6 +35,9 @@ class ApiKeys:
             with contextlib.suppress(UnicodeEncodeError):
                 self._keys.append(key.strip().encode("latin-1"))
 
+    def __bool__(self) -> bool:
+        return bool(self._keys)
+
     async def check(self, request: Request) -> None:
         """Raises RequestError unless the request has ``Authorization: Bearer`` and one of the keys."""
         if not self._keys:
@@ -45,6 +48,39 @@ class ApiKeys:
         right = [hmac.compare_digest(key.strip(), one) for one in self._keys]
         if scheme.lower() != b"bearer" or not any(right):
             raise RequestError("The API key is missing or wrong.", status=401, code="invalid_api_key")
+
+
+@dataclass(frozen=True)
+class AdminAccess:
+    """Who may use the admin endpoints: who has a key, or where ``enabled`` whoever reaches the server.
+
+    Args:
+        keys: that open them; the server's other keys do not.
+        enabled: open them without a key of their own, for a server that nobody else reaches. Web pages are kept out.
+
+    Raises:
+        ToolkitError: for an empty key.
+    """
+
+    keys: tuple[str, ...] = ()
+    enabled: bool = False
+
+    def __post_init__(self) -> None:
+        ApiKeys(self.keys)
+
+    async def check(self, request: Request) -> None:
+        """Raises RequestError for who may not."""
+        if self.keys:
+            await ApiKeys(self.keys).check(request)
+        elif not self.enabled:
+            message = (
+                "The admin endpoints are off; start the server with --admin-api-key KEY, or with "
+                "--enable-admin-endpoints on 127.0.0.1."
+            )
+            raise RequestError(message, status=403, code="admin_endpoints_off")
+        elif "origin" in request.headers:
+            message = "The admin endpoints are closed to web pages; start the server with --admin-api-key KEY."
+            raise RequestError(message, status=403, code="admin_endpoints_off")
 
 
 @dataclass(frozen=True)

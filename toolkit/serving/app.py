@@ -3,6 +3,7 @@
 from fastapi import FastAPI
 
 from toolkit.engine.pooling import PoolingQueue
+from toolkit.serving.admin import routes as admin
 from toolkit.serving.base import Base, ServerConfig
 from toolkit.serving.generation import Generation
 from toolkit.serving.openai import routes as openai
@@ -11,7 +12,7 @@ from toolkit.serving.pooling import POOLING_PATHS, create_pooling_app
 
 __all__ = ["ServerConfig", "create_app"]
 
-PROTOCOLS = (openai,)
+PROTOCOLS = (openai, admin)
 """Modules with ``BODIES`` of requests, and what they are made of, and ``add_routes(generation)``."""
 GENERATES = "The served model generates; serve a pooling model, or this one with --runner pooling."
 

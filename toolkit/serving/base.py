@@ -22,13 +22,15 @@ from toolkit.engine.pooling import PoolingQueue
 from toolkit.engine.request_handle import SHUTTING_DOWN
 from toolkit.errors import ToolkitError
 from toolkit.sentences import shown
-from toolkit.serving.access import ApiKeys, Cors
+from toolkit.serving.access import AdminAccess, ApiKeys, Cors
 from toolkit.serving.errors import Json, RequestError, error_body
 from toolkit.serving.limits import MAX_BODY_SIZE, SMALL_BODY, give_back_memory
 from toolkit.serving.metrics import Metrics
 from toolkit.serving.middleware import CountRequests, HeadAsGet, RequestIds
 from toolkit.serving.openai import schemas
 from toolkit.serving.openapi import responses
+from toolkit.serving.request_log import JsonLog, LogRequests, record_of
+from toolkit.serving.running import RunningRequests
 
 WORKERS = 4
 """Threads that read requests."""
@@ -63,6 +65,9 @@ class ServerConfig:
         cors: which web pages may use the server; None for none.
         root_path: under which a proxy serves it.
         docs: whether ``/docs`` and ``/openapi.json`` are served.
+        admin: who may use the admin endpoints.
+        max_requests_per_client: most unfinished sequences of a client; None for no bound.
+        log: where each request is logged; None for nowhere.
     """
 
     served_model_name: str | Sequence[str]
@@ -79,6 +84,9 @@ class ServerConfig:
     cors: Cors | None = None
     root_path: str = ""
     docs: bool = True
+    admin: AdminAccess = field(default_factory=AdminAccess)
+    max_requests_per_client: int | None = None
+    log: JsonLog | None = None
 
     @property
     def model_names(self) -> tuple[str, ...]:
@@ -101,6 +109,7 @@ class Base:
     Attributes:
         app: the ASGI application. Its lifespan starts the engine's thread and ends it, and leaves the engine open.
         guarded: dependencies of routes that ask for a key.
+        running: requests under way.
     """
 
     def __init__(self, config: ServerConfig, fields: set[str]) -> None:
@@ -109,6 +118,7 @@ class Base:
         self.fields = fields
         keys = ApiKeys([config.api_key] if isinstance(config.api_key, str) else config.api_key or ())
         self.guarded = [Depends(keys.check)]
+        self.running = RunningRequests(config.max_requests_per_client, bool(keys))
         self._created = int(time.time())
         self._watchers: set[asyncio.Task[None]] = set()  # the event loop does not hold them
         self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="request")
@@ -123,6 +133,8 @@ class Base:
         self.app.root_path = config.root_path.rstrip("/")
         self.app.add_middleware(HeadAsGet)
         self.app.add_middleware(CountRequests, counter=self.metrics.http_requests)
+        if config.log is not None:
+            self.app.add_middleware(LogRequests, log=config.log, by_key=bool(keys))
         self.app.add_middleware(RequestIds)
         if config.cors is not None:
             self.app.add_middleware(CORSMiddleware, **asdict(config.cors), expose_headers=("x-request-id",))
@@ -188,6 +200,10 @@ class Base:
         app.get("/ping", responses=responses(schemas.Health))(health)
         app.post("/ping", responses=responses(schemas.Health))(health)
 
+        @app.get("/load", responses=responses(schemas.Load))
+        async def load() -> Json:
+            return {"server_load": self.running.load}
+
         @app.get("/version", responses=responses(schemas.Version))
         async def version() -> Json:
             return {"version": toolkit.__version__}
@@ -220,6 +236,9 @@ class Base:
     async def read(self, request: Request, read_body: Callable[[bytes], Read]) -> Read:
         """The request, read on a thread."""
         raw = await _body(request, self.config.max_body_size)
+        record = record_of(request.scope)
+        if record is not None:
+            record.body = raw
         try:
             return await self.on_thread(read_body, raw)
         finally:
@@ -270,7 +289,7 @@ async def _body(request: Request, most: int) -> bytes:
     return bytes(body)
 
 
-_HEADERS = {401: {"www-authenticate": "Bearer"}, 503: {"retry-after": "1"}}
+_HEADERS = {401: {"www-authenticate": "Bearer"}, 429: {"retry-after": "1"}, 503: {"retry-after": "1"}}
 
 
 def _error_response(error: RequestError, headers: Mapping[str, str] = {}) -> JSONResponse:

@@ -6,7 +6,15 @@ from toolkit.errors import ToolkitError
 
 Json: TypeAlias = dict[str, Any]
 
-ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 500: "server_error", 503: "server_error"}
+ERROR_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "server_error",
+    504: "server_error",
+}
 
 
 class RequestError(ToolkitError):

@@ -14,6 +14,7 @@ from toolkit.errors import ToolkitError
 from toolkit.sentences import shown
 from toolkit.serving.base import CLIENT_CLOSED_REQUEST, Base, ServerConfig
 from toolkit.serving.errors import RequestError
+from toolkit.serving.request_log import record_of
 from toolkit.serving.texts import Texts
 
 SHORT_RESPONSE = 1000
@@ -65,6 +66,8 @@ class Asked:
         stream: whether the response is events.
         writer: of the response.
         media_type: of a stream.
+        ids: under which the request can be aborted, beside its ``X-Request-Id``.
+        keep_cancelled: whether the response of an aborted request has its tokens; otherwise it is an error.
     """
 
     prompts: Sequence[Any]
@@ -72,6 +75,8 @@ class Asked:
     stream: bool
     writer: ResponseWriter
     media_type: str = "text/event-stream"
+    ids: tuple[str, ...] = ()
+    keep_cancelled: bool = False
 
 
 class Generation:
@@ -122,9 +127,20 @@ class Generation:
 
     async def respond(self, request: Request, given: Asked) -> Response:
         """Run a request, and respond. Raises what the engine refuses."""
-        handle = self.engine.submit(given.prompts, given.params)
+        handle = await self.base.running.start(
+            request,
+            self.engine,
+            lambda: self.engine.submit(given.prompts, given.params),
+            sum(one.n for one in given.params),
+            given.ids,
+            given.keep_cancelled,
+        )
         await handle.wait_accepted()
         used = Usage(list(map(prompt_length, given.prompts)), [0] * handle.num_sequences)
+        record = record_of(request.scope)
+        if record is not None:
+            record.model, record.stream, record.handle = self.base.names[0], given.stream, handle
+            record.prompt_tokens = sum(used.prompt_tokens)
         self.base.metrics.prompt_tokens.add(sum(used.prompt_tokens))
         self.base.watch(request, handle)
         if given.stream:
@@ -142,7 +158,7 @@ class Generation:
         finished: dict[int, Completion] = {}
         async for delta in handle:
             if delta.finished is not None:
-                finished[_index(delta, given)] = _without_error(delta.finished)
+                finished[_index(delta, given)] = _without_error(delta.finished, given)
         return [finished[index] for index in sorted(finished)]
 
     async def _events(self, handle: RequestHandle, given: Asked, used: Usage) -> AsyncIterator[str]:
@@ -152,7 +168,7 @@ class Generation:
                 yield event
             async for delta in handle:
                 if delta.finished is not None:
-                    _without_error(delta.finished)
+                    _without_error(delta.finished, given)
                 index = _index(delta, given)
                 used.completion_tokens[index] += len(delta.token_ids)
                 for event in writer.events(index, delta, used):
@@ -176,8 +192,10 @@ _FAILURES = {
 }
 
 
-def _without_error(completion: Completion) -> Completion:
+def _without_error(completion: Completion, given: Asked) -> Completion:
     """``completion``. Raises what the engine says went wrong with it."""
+    if given.keep_cancelled and completion.finish_reason == "cancelled":
+        return completion
     if completion.finish_reason in _FAILURES:
         status, reason = _FAILURES[completion.finish_reason]
         message = f"The request failed in the engine: {completion.error or reason}"

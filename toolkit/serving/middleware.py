@@ -7,7 +7,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from toolkit.serving.metrics import Counter
 
 KNOWN_PATHS = frozenset(
-    ("/v1/models", "/v1/completions", "/v1/chat/completions", "/health", "/ping", "/version", "/metrics")
+    ("/v1/models", "/v1/completions", "/v1/chat/completions", "/health", "/ping", "/load", "/version", "/metrics")
 )
 MAX_REQUEST_ID = 256
 _ID = b"x-request-id"
@@ -38,6 +38,8 @@ class RequestIds:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         given = next((value for name, value in scope.get("headers", ()) if name == _ID), b"")
         identity = given if 0 < len(given) <= MAX_REQUEST_ID else uuid.uuid4().hex.encode()
+
+        scope["toolkit.request_id"] = identity.decode("latin-1")
 
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":

@@ -56,6 +56,13 @@ def takes(body: type[BaseModel]) -> Json:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
+def takes_query(query: type[BaseModel]) -> Json:
+    """``openapi_extra=`` of a route that parses ``query``."""
+    properties = query.model_json_schema()["properties"]
+    found = [{"name": name, "in": "query", "required": False, "schema": one} for name, one in properties.items()]
+    return {"parameters": found}
+
+
 _TOKENS = ("prompt", "input")
 """Fields of bodies that may hold token ids."""
 

@@ -2,9 +2,10 @@
 
 import json
 from collections.abc import Iterator
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from starlette.requests import HTTPConnection
 
 from toolkit.sentences import sentence, shown, unknown_field
 from toolkit.serving.errors import RequestError
@@ -35,6 +36,21 @@ def parse(kind: type[Request], raw: bytes) -> Request:
         raise RequestError(f"The request body must be a JSON object, got {shown(body)}.")
     try:
         return kind.model_validate(body)
+    except ValidationError as error:
+        raise _sentence(kind, error) from None
+
+
+def parse_query(kind: type[Request], request: HTTPConnection) -> Request:
+    """The parameters behind the path of ``request``. Raises RequestError with one sentence."""
+    given: dict[str, Any] = {}
+    for name, value in request.query_params.multi_items():
+        field = kind.model_fields.get(name)
+        if field is not None and get_origin(field.annotation) is list:
+            given[name] = [*given.get(name, []), *value.split(",")]
+        else:
+            given[name] = value
+    try:
+        return kind.model_validate(given)
     except ValidationError as error:
         raise _sentence(kind, error) from None
 

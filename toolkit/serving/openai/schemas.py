@@ -104,6 +104,10 @@ class Health(_Schema):
     status: Literal["ok"]
 
 
+class Load(_Schema):
+    server_load: int
+
+
 class Version(_Schema):
     version: str
 

@@ -1,0 +1,88 @@
+"""The admin endpoints."""
+
+from fastapi import Depends, Request, params
+
+from toolkit.serving.admin import schemas
+from toolkit.serving.admin.control import Control
+from toolkit.serving.errors import Json, RequestError
+from toolkit.serving.generation import Generation
+from toolkit.serving.openapi import responses, takes, takes_query
+from toolkit.serving.parsing import parse, parse_query
+
+BODIES = (schemas.AbortRequest,)
+
+
+def add_routes(generation: Generation) -> None:
+    """Add the routes to the application of ``generation``."""
+    base, access = generation.base, generation.config.admin
+    guarded = [Depends(access.check)] if access.keys else [*base.guarded, Depends(access.check)]
+    add_control(generation, guarded)
+
+
+def add_control(generation: Generation, guarded: list[params.Depends]) -> None:
+    """``/pause`` and ``/resume``, ``/sleep`` and ``/wake_up``, aborting, caches."""
+    base, control, engine = generation.base, Control(generation), generation.engine
+    app = base.app
+
+    @app.post(
+        "/pause",
+        dependencies=guarded,
+        responses=responses(schemas.Status),
+        openapi_extra=takes_query(schemas.PauseQuery),
+    )
+    async def pause(request: Request) -> Json:
+        asked = parse_query(schemas.PauseQuery, request)
+        await control.pause("wait" if asked.wait_for_inflight_requests else asked.mode, asked.clear_cache)
+        return {"status": "paused"}
+
+    @app.post("/resume", dependencies=guarded, responses=responses(schemas.Status))
+    async def resume() -> Json:
+        control.resume()
+        return {"status": "resumed"}
+
+    @app.get("/is_paused", dependencies=guarded, responses=responses(schemas.IsPaused))
+    async def is_paused() -> Json:
+        return {"is_paused": engine.generation_paused}
+
+    @app.post(
+        "/sleep",
+        dependencies=guarded,
+        responses=responses(schemas.Status),
+        openapi_extra=takes_query(schemas.SleepQuery),
+    )
+    async def sleep(request: Request) -> Json:
+        asked = parse_query(schemas.SleepQuery, request)
+        await control.sleep(asked.level, asked.mode)
+        return {"status": "sleeping" if asked.level else "paused"}
+
+    @app.post(
+        "/wake_up",
+        dependencies=guarded,
+        responses=responses(schemas.Status),
+        openapi_extra=takes_query(schemas.WakeQuery),
+    )
+    async def wake_up(request: Request) -> Json:
+        await control.wake(list(parse_query(schemas.WakeQuery, request).tags))
+        return {"status": "sleeping" if engine.engine.is_sleeping else "awake"}
+
+    @app.get("/is_sleeping", dependencies=guarded, responses=responses(schemas.IsSleeping))
+    async def is_sleeping() -> Json:
+        return {"is_sleeping": engine.engine.is_sleeping}
+
+    @app.post("/reset_prefix_cache", dependencies=guarded, responses=responses(schemas.Success))
+    @app.post("/flush_cache", dependencies=guarded, responses=responses(schemas.Success))
+    async def reset_prefix_cache() -> Json:
+        await control.reset_prefix_cache()
+        return {"success": True}
+
+    @app.post(
+        "/abort_requests",
+        dependencies=guarded,
+        responses=responses(schemas.Aborted),
+        openapi_extra=takes(schemas.AbortRequest),
+    )
+    async def abort_requests(request: Request) -> Json:
+        asked = await base.read(request, lambda raw: parse(schemas.AbortRequest, raw))
+        if asked.abort_all == bool(asked.request_ids):
+            raise RequestError("'request_ids' must be given, or 'abort_all' be true, and not both.", "request_ids")
+        return {"num_aborted": control.abort(None if asked.abort_all else asked.request_ids)}
