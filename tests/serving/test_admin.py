@@ -33,7 +33,7 @@ def until(condition, seconds=10.0):
 
 
 class Sent(threading.Thread):
-    """A request on a thread of its own; ``response`` when it has ended."""
+    """A request on a thread; ``response`` when it has ended."""
 
     def __init__(self, client, body, **headers):
         super().__init__(daemon=True)
@@ -58,9 +58,9 @@ def test_admin_endpoints_are_off_and_say_how_they_are_turned_on(told):
     client, _ = client_of(told)
     with client:
         for method, path in ADMIN_PATHS:
-            answer = client.request(method, path)
-            assert answer.status_code == 403, path
-            error = answer.json()["error"]
+            response = client.request(method, path)
+            assert response.status_code == 403, path
+            error = response.json()["error"]
             assert (error["type"], error["code"]) == ("permission_error", "admin_endpoints_off")
             assert "--admin-api-key" in error["message"]
             assert "--enable-admin-endpoints" in error["message"]
@@ -86,7 +86,7 @@ def test_without_an_admin_key_the_server_s_key_is_asked_for_and_web_pages_are_ke
         assert "web pages" in from_page.json()["error"]["message"]
 
 
-def test_the_command_refuses_admin_endpoints_that_strangers_would_reach(chat_model, capsys):
+def test_the_command_refuses_admin_endpoints_that_are_open_to_others(chat_model, capsys):
     assert main(["serve", str(chat_model), "--host", "0.0.0.0", "--port", "0", "--enable-admin-endpoints"]) == 2
     assert "--admin-api-key must be given with --enable-admin-endpoints on --host '0.0.0.0'" in capsys.readouterr().err
     assert main(["serve", str(chat_model), "--max-requests-per-client", "0"]) == 2
@@ -121,17 +121,17 @@ def test_a_pause_that_waits_lets_running_requests_finish_and_new_ones_wait(told)
         told.held.clear()
         running = Sent(client, PROMPT)
         until(lambda: told.live)
-        answers = []
-        pausing = threading.Thread(target=lambda: answers.append(client.post("/pause", params={"mode": "wait"})))
+        responses = []
+        pausing = threading.Thread(target=lambda: responses.append(client.post("/pause", params={"mode": "wait"})))
         pausing.start()
         time.sleep(0.05)
         late = Sent(client, PROMPT)
         time.sleep(0.05)
-        assert not answers
+        assert not responses
         assert len(told.live) == 1
         told.held.set()
         pausing.join(10)
-        assert answers[0].json() == {"status": "paused"}
+        assert responses[0].json() == {"status": "paused"}
         assert running.ended().status_code == 200
         assert told.forgotten == ["prefixes", "pictures"]
         steps = told.steps
@@ -149,13 +149,13 @@ def test_resume_ends_a_pause_that_still_waits(told):
         told.held.clear()
         running = Sent(client, PROMPT)
         until(lambda: told.live)
-        answers = []
-        pausing = threading.Thread(target=lambda: answers.append(client.post("/pause", params={"mode": "wait"})))
+        responses = []
+        pausing = threading.Thread(target=lambda: responses.append(client.post("/pause", params={"mode": "wait"})))
         pausing.start()
         time.sleep(0.05)
         assert client.post("/resume").status_code == 200
         pausing.join(10)
-        assert answers[0].status_code == 409
+        assert responses[0].status_code == 409
         told.held.set()
         assert running.ended().status_code == 200
         assert client.post("/v1/completions", json=PROMPT).status_code == 200
@@ -209,9 +209,9 @@ def test_requests_are_aborted_by_either_of_their_ids(told):
 def test_parameters_behind_the_path_are_checked(told, path, message):
     client, engine = client_of(told, admin=OPEN)
     with client:
-        answer = client.post(path)
-        assert answer.status_code == 400
-        assert message.rstrip(".") in answer.json()["error"]["message"]
+        response = client.post(path)
+        assert response.status_code == 400
+        assert message.rstrip(".") in response.json()["error"]["message"]
         assert not engine.is_paused
 
 
@@ -265,9 +265,9 @@ def test_a_request_ends_at_its_deadline(told, held_by):
             pausing = threading.Thread(target=lambda: client.post("/pause?mode=wait"))
             pausing.start()
             time.sleep(0.05)
-        answer = client.post("/v1/completions", json=LONG, headers={"x-request-timeout": "0.1"})
-        assert answer.status_code == 504
-        error = answer.json()["error"]
+        response = client.post("/v1/completions", json=LONG, headers={"x-request-timeout": "0.1"})
+        assert response.status_code == 504
+        error = response.json()["error"]
         assert error["code"] == "timeout"
         assert error["message"] == "The request took longer than its x-request-timeout of 0.1 seconds."
         if held_by == "a drain":
@@ -281,8 +281,8 @@ def test_a_stream_ends_at_its_deadline_with_an_error(told):
     client, _ = client_of(told)
     with client:
         headers = {"x-request-timeout": "0.1"}
-        with client.stream("POST", "/v1/completions", json={**LONG, "stream": True}, headers=headers) as answer:
-            events = [line for line in answer.iter_lines() if line]
+        with client.stream("POST", "/v1/completions", json={**LONG, "stream": True}, headers=headers) as response:
+            events = [line for line in response.iter_lines() if line]
         assert json.loads(events[-1].removeprefix("data: "))["error"]["code"] == "timeout"
 
 
@@ -290,10 +290,10 @@ def test_a_stream_ends_at_its_deadline_with_an_error(told):
 def test_a_deadline_is_a_number_of_seconds(told, given):
     client, _ = client_of(told)
     with client:
-        answer = client.post("/v1/completions", json=PROMPT, headers={"x-request-timeout": given})
-        assert answer.status_code == 400
+        response = client.post("/v1/completions", json=PROMPT, headers={"x-request-timeout": given})
+        assert response.status_code == 400
         expected = f"x-request-timeout must be > 0 and <= 86400 seconds, got '{given}'."
-        assert answer.json()["error"]["message"] == expected
+        assert response.json()["error"]["message"] == expected
 
 
 def lines_of(path):

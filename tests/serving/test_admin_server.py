@@ -87,8 +87,8 @@ def test_a_sleeping_server_holds_no_state_and_says_so(server):
 def test_a_stream_that_is_frozen_continues_where_it_was(server, undisturbed):
     body = asked(3, stream=True)
     text = ""
-    with server.http.stream("POST", "/v1/completions", json=body) as answer:
-        lines = answer.iter_lines()
+    with server.http.stream("POST", "/v1/completions", json=body) as response:
+        lines = response.iter_lines()
         for _ in range(8):
             text += _text(next(lines))
         server.http.post("/pause", params={"mode": "keep"}).raise_for_status()

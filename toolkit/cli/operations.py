@@ -45,7 +45,7 @@ def operation_of(args: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments of ``ServerConfig`` that the options give.
 
     Raises:
-        ToolkitError: for admin endpoints that strangers would reach, and other bad values.
+        ToolkitError: for admin endpoints open to others, and other bad values.
     """
     from toolkit.serving.access import AdminAccess
     from toolkit.serving.request_log import JsonLog
@@ -67,6 +67,13 @@ def operation_of(args: argparse.Namespace) -> dict[str, Any]:
         "max_requests_per_client": most,
         "log": None if args.log_requests is None else JsonLog(args.log_requests, args.log_prompts),
     }
+
+
+def refuse_for_pooling(args: argparse.Namespace) -> None:
+    """Raise ToolkitError for what is there only where a model generates."""
+    for name in ("admin_api_key", "enable_admin_endpoints", "max_requests_per_client"):
+        if getattr(args, name):
+            raise ToolkitError(f"--{name.replace('_', '-')} must be left out for a pooling model.")
 
 
 def _is_loopback(host: str) -> bool:

@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolkit.cli.operations import add_operation_options, operation_of
+from toolkit.cli.operations import add_operation_options, operation_of, refuse_for_pooling
 from toolkit.cli.options import (
     add_engine_options,
     add_model_options,
@@ -151,6 +151,8 @@ def run(args: argparse.Namespace) -> int:
     with listen_unix(args.uds) if args.uds else listen(args.host, args.port) as listener:
         try:
             runner, settings = runner_of(args)
+            if runner == "pooling":
+                refuse_for_pooling(args)
             model, tokenizer = load(args, runner)
             if runner == "pooling":
                 return _serve_pooling(args, make_pooling_engine(args, model, settings), tokenizer, listener, http)

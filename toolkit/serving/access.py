@@ -56,7 +56,7 @@ class AdminAccess:
 
     Args:
         keys: that open them; the server's other keys do not.
-        enabled: open them without a key of their own, for a server that nobody else reaches. Web pages are kept out.
+        enabled: open them without an admin key, for a server that nobody else reaches. Web pages are kept out.
 
     Raises:
         ToolkitError: for an empty key.

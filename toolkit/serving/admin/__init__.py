@@ -1,4 +1,4 @@
-"""What operators and trainers ask of a server: vLLM's endpoints of these names, behind a key of their own.
+"""What operators and trainers ask of a server: vLLM's endpoints of these names, behind an admin key.
 
 ``control``  sleeping, pausing, aborting, caches
 ``weights``  new weights while it serves
