@@ -127,3 +127,14 @@ def test_the_log_has_a_line_for_every_request(server, undisturbed):
     ours = [line for line in lines if line.get("completion_tokens") == MAX_TOKENS]
     assert len(ours) >= NUM_REQUESTS
     assert all(line["finish_reasons"] == ["length"] and line["ttft_s"] < line["latency_s"] for line in ours)
+
+
+@pytest.mark.parametrize(("stop", "go_on"), [("/pause?mode=keep", "/resume"), ("/sleep", "/wake_up")])
+def test_a_request_runs_out_of_time_while_the_server_is_stopped(server, stop, go_on):
+    server.http.post(stop).raise_for_status()
+    try:
+        headers = {"x-request-timeout": "0.2"}
+        assert server.http.post("/v1/completions", json=asked(0), headers=headers).status_code == 504
+        assert server.http.get("/load").json() == {"server_load": 0}
+    finally:
+        server.http.post(go_on).raise_for_status()
