@@ -59,7 +59,7 @@ class CompletionRequest(Sampling):
 
     @property
     def candidates(self) -> int:
-        """Completions of each prompt that are made, of which the best ``n`` are returned."""
+        """Sequences of each prompt."""
         return self.n if self.best_of is None else self.best_of
 
     @property
@@ -70,7 +70,8 @@ class CompletionRequest(Sampling):
 
     def sampling(self) -> dict[str, Any]:
         own = {"prompt_logprobs": self.prompt_count} if self.prompt_count is not None else {}
-        return {**super().sampling(), **own, **({"n": self.candidates} if self.candidates > 1 else {})}
+        best = {"best_of": self.best_of} if self.candidates > self.n else {}
+        return {**super().sampling(), **own, **best}
 
 
 def _token_ids(value: Any) -> bool:

@@ -69,7 +69,6 @@ class CompletionResponse:
         prompts: of the request, as the engine gets them.
         fingerprint: makes ``system_fingerprint`` of a version of the weights, None for now's.
         echoes: of the prompts, where they are asked for.
-        candidates: completions of each prompt, of which the best ``n`` are shown; None for ``n``.
     """
 
     id_prefix, object_type, chunk_type = "cmpl", "text_completion", "text_completion"
@@ -83,12 +82,10 @@ class CompletionResponse:
         prompts: Sequence[Any],
         fingerprint: Callable[[int | None], str],
         echoes: Sequence[Echo] = (),
-        candidates: int | None = None,
     ) -> None:
         self.head = {"id": f"{self.id_prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         self.texts, self.asked, self.top = texts, asked, logprobs
         self.prompts, self.echoes = prompts, echoes
-        self.candidates = asked.n if candidates is None else candidates
         self._fingerprint = fingerprint
         self._version: int | None = None  # of the weights that made the last token
         self._begun: set[int] = set()  # choices of a stream with a chunk
@@ -116,7 +113,7 @@ class CompletionResponse:
         """The response that is not streamed, as JSON in parts; each choice is made when its turn comes."""
         part = ""
         self._version = finished[-1].weight_version
-        for text in self._texts(self._best(finished), self.total(used)):
+        for text in self._texts(finished, self.total(used)):
             part += text
             if len(part) > PART:
                 yield part.encode()
@@ -133,16 +130,6 @@ class CompletionResponse:
             yield f",{_json(name)}:"
             yield from json_parts(value)
         yield f',"usage":{_json(used)}}}'
-
-    def _best(self, finished: Sequence[Completion]) -> list[Completion]:
-        """Of each prompt's completions the ``n`` of the highest mean log-probability, best first; all of ``n``."""
-        if self.candidates == self.asked.n:
-            return list(finished)
-        found: list[Completion] = []
-        for at in range(0, len(finished), self.candidates):
-            of_one = sorted(finished[at : at + self.candidates], key=_mean_logprob, reverse=True)
-            found += of_one[: self.asked.n]
-        return found
 
     def beside(self, finished: Sequence[Completion]) -> Json:
         """Further fields beside the choices."""
@@ -322,10 +309,6 @@ class CompletionResponse:
 def _shifted(logprobs: Json | None, by: int) -> Json | None:
     """``logprobs`` of a choice with so many characters in front."""
     return logprobs and {**logprobs, "text_offset": [by + offset for offset in logprobs["text_offset"]]}
-
-
-def _mean_logprob(completion: Completion) -> float:
-    return sum(completion.logprobs) / max(1, len(completion.logprobs))
 
 
 def top_of(tops: Sequence[dict[int, float]] | None, at: int, most: int) -> list[tuple[int, float]]:

@@ -44,9 +44,7 @@ def add_routes(generation: Generation) -> None:
             sampling["stop_token_ids"] = [*asked.stop_token_ids, *ends]
         prompts, params = generation.sampling_params(sampling, read, asked.logprobs)
         echoes = read_echoes(texts, asked, prompts)
-        writer = CompletionResponse(
-            model, texts, asked, asked.logprobs, prompts, generation.fingerprint, echoes, asked.candidates
-        )
+        writer = CompletionResponse(model, texts, asked, asked.logprobs, prompts, generation.fingerprint, echoes)
         return Asked(prompts, params, asked.stream, writer)
 
     def read_chat(raw: bytes) -> Asked:
