@@ -1,6 +1,7 @@
 """An application on an engine that does as it is told: it fails, waits or ends requests when a test says so."""
 
 import threading
+from types import SimpleNamespace
 
 from fastapi.testclient import TestClient
 
