@@ -3,6 +3,7 @@ import random
 import pytest
 
 from tests.helpers.engine_tokenizers import added_tokens, byte_level, end_of_word, metaspace, sentencepiece, wordpiece
+from tests.helpers.tokenizers import make_tokenizer
 from toolkit.engine.detokenizer import HOLD, REPLACEMENT, Decoder, Detokenizer
 from toolkit.engine.stop_strings import StopStrings
 
@@ -256,3 +257,16 @@ def test_stops_before_min_tokens_do_not_count():
     ids = [tokenizer(letter)["input_ids"][0] for letter in "aaaa"]
     assert [one.push(token, may_stop=at >= 2) for at, token in enumerate(ids)] == [None, None, None, "aa"]
     assert one.text == "aa"
+
+
+def test_kept_special_tokens_stay_in_the_text():
+    tokenizer = make_tokenizer()
+    ids = tokenizer("<|im_start|>hello<|im_end|> world</s>", add_special_tokens=False)["input_ids"]
+    kept = tokenizer.convert_tokens_to_ids(["<|im_start|>"])
+    for keep, expected in (((), "hello world"), (kept, "<|im_start|>hello world")):
+        text, shown = Detokenizer(Decoder(tokenizer, True, keep), []), ""
+        for token in ids:
+            text.push(token)
+            shown += text.take()
+        text.finish()
+        assert shown + text.take() == text.text == expected

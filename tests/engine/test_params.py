@@ -51,6 +51,7 @@ BAD = [
     ("logits_processors", [1]),
     ("priority", 0.5),
     ("skip_special_tokens", None),
+    ("kept_special_tokens", "<s>"),
     ("include_stop_str_in_output", "yes"),
     ("cache_salt", ""),
     ("cache_salt", 7),

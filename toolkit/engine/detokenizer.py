@@ -1,6 +1,6 @@
 """Tokens to text, one at a time, without ever showing text that may still change."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from toolkit.engine.stop_strings import stop_strings
@@ -25,15 +25,21 @@ class Tokenizer(Protocol):
 class Decoder:
     """A tokenizer's decoding, with the text of single tokens remembered.
 
+    Args:
+        tokenizer: of the model.
+        skip_special_tokens: leave special tokens out of texts.
+        kept: special tokens that are not left out.
+
     Attributes:
         bytes: of the tokens that stand for bytes.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, kept: Iterable[int] = ()) -> None:
         # The Rust tokenizer under a fast one, where there is one: the wrapper costs as much as the decoding.
         self._tokenizer: Any = getattr(tokenizer, "backend_tokenizer", None) or tokenizer
-        self._skip = skip_special_tokens
-        self._special = _special_ids(self._tokenizer) if skip_special_tokens else frozenset()
+        self._special = _special_ids(self._tokenizer) - set(kept) if skip_special_tokens else frozenset()
+        # With some of them kept, none of the others gets as far as decoding.
+        self._skip = skip_special_tokens and not set(kept)
         self._texts: dict[int, str] = {}
         self.bytes = TokenBytes(tokenizer)
 

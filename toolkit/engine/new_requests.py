@@ -10,6 +10,7 @@ from toolkit.engine.detokenizer import Decoder, Tokenizer
 from toolkit.engine.grammar.compiler import GrammarCompiler
 from toolkit.engine.media import PromptMedia, check_media_space
 from toolkit.engine.outputs import Delta
+from toolkit.engine.params import SamplingParams
 from toolkit.engine.prompts import (
     Params,
     Prompt,
@@ -25,6 +26,9 @@ from toolkit.engine.request import Request
 from toolkit.engine.runner import Backend
 from toolkit.engine.scheduler import Scheduler
 from toolkit.errors import ToolkitError
+
+DECODERS = 64
+"""Kinds of decoding that are kept."""
 
 
 class NewRequests:
@@ -61,7 +65,7 @@ class NewRequests:
         self._ids = itertools.count()
         self.eos = backend.eos | _eos_of(tokenizer)
         self.grammars = GrammarCompiler(tokenizer, backend.vocab_size, self.eos)
-        self._decoders = {skip: Decoder(tokenizer, skip) for skip in (True, False)} if tokenizer is not None else {}
+        self._decoders: dict[tuple[bool, tuple[int, ...]], Decoder] = {}
         self._rotary_length = getattr(backend, "rotary_length", lambda declared: None)
 
     def make(
@@ -113,9 +117,7 @@ class NewRequests:
                 eos=self.eos,
                 max_tokens=most,
                 seed=int(self._seeds.integers(2**63)) if one.seed is None else one.seed,
-                decoder=None
-                if self.outside_vocabulary(tokens) is not None
-                else self._decoders.get(one.skip_special_tokens),
+                decoder=None if self.outside_vocabulary(tokens) is not None else self._decoder(one),
                 sink=sink,
                 rotary_length=self._rotary_length(len(tokens) + most),
                 media=media,
@@ -125,6 +127,17 @@ class NewRequests:
             )
             for at, ((tokens, most), one, media, grammar) in enumerate(zip(ready, chosen, pictures, grammars))
         ]
+
+    def _decoder(self, params: SamplingParams) -> Decoder | None:
+        """What decodes the texts of a request; kinds of requests share one."""
+        if self._tokenizer is None:
+            return None
+        kind = params.skip_special_tokens, tuple(params.kept_special_tokens or ())
+        if kind not in self._decoders:
+            if len(self._decoders) == DECODERS:
+                self._decoders.clear()
+            self._decoders[kind] = Decoder(self._tokenizer, *kind)
+        return self._decoders[kind]
 
     def outside_vocabulary(self, tokens: list[int]) -> int | None:
         """The first token id that no embedding has, if there is one."""

@@ -50,6 +50,7 @@ class SamplingParams:
         predicted_token_ids: tokens that the output is expected to have, such as those of a file that it edits. With
             speculation they are drafted, which changes no result; ``Completion`` says how many of them came.
         skip_special_tokens: leave special tokens out of ``text``.
+        kept_special_tokens: ids of those that stay in ``text`` all the same, such as the markers of tool calls.
         cache_salt: share cached prefixes only with requests of the same salt; None with those that have none.
         include_stop_str_in_output: keep the stop string or stop token that ended the text.
         repetition_penalty: over prompt and output, divides positive logits and multiplies negative ones; 1e-5 to 1e5.
@@ -100,6 +101,7 @@ class SamplingParams:
     best_of: int | None = None
     timeout: float | None = None
     predicted_token_ids: list[int] | tuple[int, ...] | None = None
+    kept_special_tokens: list[int] | tuple[int, ...] | None = None
 
     __signature__: ClassVar[inspect.Signature]
 
@@ -131,6 +133,7 @@ class SamplingParams:
             "allowed_token_ids": _token_ids("allowed_token_ids", self.allowed_token_ids),
             "bad_words": _strings("bad_words", self.bad_words),
             "logits_processors": _callables(self.logits_processors),
+            "kept_special_tokens": _token_ids("kept_special_tokens", self.kept_special_tokens) or (),
             "predicted_token_ids": _token_ids("predicted_token_ids", self.predicted_token_ids, ordered=True),
             "priority": check_int("priority", self.priority, -(2**63), 2**63 - 1),
         }

@@ -64,6 +64,8 @@ class ServerConfig:
         api_key: that clients must send, or several of which any is right; None for no key.
         cors: which web pages may use the server; None for none.
         root_path: under which a proxy serves it.
+        tool_call_parser: how tool calls are read: a name of ``chat.reply.families``, "auto" or "none".
+        reasoning_parser: how reasoning is read, in the same way.
         docs: whether ``/docs`` and ``/openapi.json`` are served.
         admin: who may use the admin endpoints.
         max_requests_per_client: most unfinished sequences of a client; None for no bound.
@@ -84,6 +86,8 @@ class ServerConfig:
     cors: Cors | None = None
     root_path: str = ""
     docs: bool = True
+    tool_call_parser: str = "auto"
+    reasoning_parser: str = "auto"
     admin: AdminAccess = field(default_factory=AdminAccess)
     max_requests_per_client: int | None = None
     log: JsonLog | None = None

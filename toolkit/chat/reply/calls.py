@@ -83,6 +83,9 @@ class GrammarTerms(Protocol):
     def rule(self, name: str, body: str) -> str:
         """A further rule (lower case) or terminal (upper case) of the grammar; its name, made unique."""
 
+    def named(self, name: str, body: str) -> str:
+        """A further rule of exactly that name, which its own body may use; the name."""
+
     def until(self, text: str) -> str:
         """Any text up to ``text``, and that."""
 

@@ -192,7 +192,8 @@ class JsonCalls(CallFormat):
 
     def calls_grammar(self, tools: Sequence[Tool], several: bool, terms: GrammarTerms) -> str:
         one = terms.rule("call", " | ".join(self._one(tool, terms) for tool in tools))
-        begin, end = (self.begins[0] if self.begins else ""), (self.ends[0] if self.ends else "")
+        marked = bool(self.begins) and not self.bare
+        begin, end = (self.begins[0] if marked else ""), (self.ends[0] if self.ends and marked else "")
         if self.lists:
             more = f' ("," /[ ]?/ {one})*' if several else ""
             body = f'{terms.text(begin + self.padding)} "[" {one}{more} "]" {terms.text(self.padding + end)}'
@@ -200,9 +201,9 @@ class JsonCalls(CallFormat):
             more = f" ({terms.text(self.separator + ' ')} {one})*" if several else ""
             body = f"{terms.text(begin)} {one}{more} {terms.text(end)}"
         else:
-            marked = f"{terms.text(begin + self.padding)} {one} {terms.text(self.padding + end)}"
-            more = f" ({terms.text(self.between)} {marked})*" if several else ""
-            body = f"{marked}{more}"
+            last = terms.text(self.padding + end)
+            more = f" ({terms.text(self.between + begin + self.padding)} {one} {last})*" if several else ""
+            body = f"{terms.text(begin + self.padding)} {one} {last}{more}"
         return body
 
     def _one(self, tool: Tool, terms: GrammarTerms) -> str:
@@ -294,13 +295,17 @@ class NamedJsonCalls(CallFormat):
     def calls_grammar(self, tools: Sequence[Tool], several: bool, terms: GrammarTerms) -> str:
         if self.writes_otherwise and self.otherwise is not None:
             return self.otherwise.calls_grammar(tools, several, terms)
-        one = terms.rule("call", " | ".join(self._one(tool, terms) for tool in tools))
-        more = f" ({terms.text(self.between)} {one})*" if several else ""
         first, last = self.section or ("", "")
-        return f"{terms.text(first)} {one}{more} {terms.text(last)}"
+        one = terms.rule("call", " | ".join(self._one(tool, terms, first) for tool in tools))
+        more = ""
+        if several:
+            # No text may be the beginning of another that may come in the same position.
+            more = f" {terms.rule('more', ' | '.join(self._one(tool, terms, self.between) for tool in tools))}*"
+        return f"{one}{more} {terms.text(last)}"
 
-    def _one(self, tool: Tool, terms: GrammarTerms) -> str:
-        marker = self.begins[-1]
-        head = marker + self.before_name + self.prefix + tool.name + self.name_ends[0] + self.fence[0]
+    def _one(self, tool: Tool, terms: GrammarTerms, before: str) -> str:
+        head = before + self.begins[-1] + self.before_name + self.prefix + tool.name
+        behind = self.name_ends[0] + self.fence[0]
+        named = f"{terms.text(head)} /{self.suffix}/ {terms.text(behind)}" if self.suffix else terms.text(head + behind)
         end = self.fence[1] + (self.ends[0] if self.ends else "")
-        return f"{terms.text(head)} {terms.json(dict(tool.parameters))} {terms.text(end)}"
+        return f"{named} {terms.json(dict(tool.parameters))} {terms.text(end)}"

@@ -60,7 +60,9 @@ class PythonCalls(CallFormat):
         return f"{terms.text(tool.name + '(')} {arguments} {terms.text(')')}"
 
 
-PYTHON = Dialect(true="True", false="False", null="None", quote='"', escapes=True, pair="{key}=", key_quote='"')
+PYTHON = Dialect(
+    true="True", false="False", null="None", quote='"', escapes=True, pair="{key}=", key_quote='"', gap=" "
+)
 
 
 def _python_text(source: Source) -> Generator[None, None, str]:

@@ -16,6 +16,10 @@ _TAKEN = {
     "string": {"type", "enum", "const"}, "integer": {"type", "enum", "const"}, "number": {"type", "enum", "const"},
     "boolean": {"type"}, "null": {"type"}, "array": {"type", "items"}, "object": {"type", "properties", "required"},
 }  # fmt: skip
+_NUMBERS = {
+    "integer": "/-?(0|[1-9][0-9]{0,30})/",
+    "number": r"/-?(0|[1-9][0-9]{0,15})(\.[0-9]{1,15})?(e-?[0-9]{1,2})?/",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +32,7 @@ class Dialect:
         escapes: whether a backslash escapes inside them.
         pair: before the value of an argument.
         key_quote: around keys of inner objects.
+        gap: behind commas, and behind colons of inner objects.
     """
 
     true: str
@@ -37,6 +42,7 @@ class Dialect:
     escapes: bool
     pair: str
     key_quote: str = ""
+    gap: str = ""
 
 
 def literal_grammar(dialect: Dialect, tool: Tool, terms: GrammarTerms) -> str:
@@ -52,6 +58,7 @@ class _Literals:
         """Pairs of an object, in the order of its schema."""
         required = schema.get("required", ())
         text = self._terms.text
+        comma = text("," + self._dialect.gap)
         pairs = {
             name: f"{text(pair.format(key=name))} {self._value(one, f'{where}.{name}')}"
             for name, one in schema.get("properties", {}).items()
@@ -61,11 +68,10 @@ class _Literals:
         others = [one for name, one in pairs.items() if name not in required]
         if not needed and others:
             rows = [
-                " ".join([one, *(f"({text(',')} {later})?" for later in others[at + 1 :])])
-                for at, one in enumerate(others)
+                " ".join([one, *(f"({comma} {later})?" for later in others[at + 1 :])]) for at, one in enumerate(others)
             ]
             return f"({' | '.join(rows)})?"
-        return " ".join([f" {text(',')} ".join(needed) or text(""), *(f"({text(',')} {one})?" for one in others)])
+        return " ".join([f" {comma} ".join(needed), *(f"({comma} {one})?" for one in others)])
 
     def _value(self, schema: Any, where: str, depth: int = 0) -> str:
         schema = resolved(schema, self._root)
@@ -75,8 +81,10 @@ class _Literals:
         if unions:
             return f"({' | '.join(self._value(one, where, depth + 1) for one in unions)})"
         types = sorted(types_of(schema, self._root))
+        if not types and not set(schema) - _ABOUT:
+            return self._anything()
         if not types:
-            raise _refused("a value without a type", where)
+            raise _refused(shown(next(iter(set(schema) - _ABOUT))), where)
         return f"({' | '.join(self._of_type(one, schema, where, depth) for one in types)})"
 
     def _of_type(self, kind: str, schema: Mapping[str, Any], where: str, depth: int) -> str:
@@ -88,20 +96,42 @@ class _Literals:
         if values is not None:
             return f"({' | '.join(text(self._written(value)) for value in values)})"
         if kind == "string":
-            if dialect.escapes:
-                return self._terms.json({"type": "string"})
-            return f"{text(dialect.quote)} {self._terms.until(dialect.quote)}"
+            return self._string()
         if kind == "boolean":
             return f"({text(dialect.true)} | {text(dialect.false)})"
         if kind == "null":
             return text(dialect.null)
         if kind in ("integer", "number"):
-            return self._terms.json({"type": kind})
+            return _NUMBERS[kind]
         if kind == "array":
             one = self._terms.rule("item", self._value(schema.get("items", {}), f"{where}[]", depth + 1))
-            return f"{text('[')} ({one} ({text(',')} {one})*)? {text(']')}"
-        key = f"{dialect.key_quote}{{key}}{dialect.key_quote}:"
+            return self._list(one)
+        if "properties" not in schema:
+            return self._pairs(self._anything())
+        key = f"{dialect.key_quote}{{key}}{dialect.key_quote}:{dialect.gap}"
         return f"{text('{')} {self.members(schema, key, where)} {text('}')}"
+
+    def _string(self) -> str:
+        if self._dialect.escapes:
+            return self._terms.json({"type": "string"})
+        return f"{self._terms.text(self._dialect.quote)} {self._terms.until(self._dialect.quote)}"
+
+    def _list(self, one: str) -> str:
+        text, comma = self._terms.text, self._terms.text("," + self._dialect.gap)
+        return f"{text('[')} ({one} ({comma} {one})*)? {text(']')}"
+
+    def _pairs(self, value: str) -> str:
+        """An object of any keys."""
+        text, comma = self._terms.text, self._terms.text("," + self._dialect.gap)
+        key = self._string() if self._dialect.key_quote else r"/\w+/"
+        pair = f"{key} {text(':' + self._dialect.gap)} {value}"
+        return f"{text('{')} ({pair} ({comma} {pair})*)? {text('}')}"
+
+    def _anything(self) -> str:
+        text, dialect = self._terms.text, self._dialect
+        names = map(text, (dialect.true, dialect.false, dialect.null))
+        kinds = (self._string(), _NUMBERS["number"], *names, self._list("anything"))
+        return self._terms.named("anything", " | ".join((*kinds, self._pairs("anything"))))
 
     def _written(self, value: Any) -> str:
         dialect = self._dialect

@@ -40,7 +40,8 @@ class TaggedCalls(CallFormat):
         value_begin: marker before the value, where there is one.
         value_end: marker behind it.
         close: marker behind the last argument, where there is one besides ``ends``.
-        newline: between a tag and a value, as the chat template writes it.
+        newline: between tags, as the chat template writes it.
+        inside: between a tag and a value, as the chat template writes it.
         between: text between calls, as the chat template writes it.
     """
 
@@ -54,6 +55,7 @@ class TaggedCalls(CallFormat):
     json_after: tuple[str, ...] = ()
     many: bool = False
     newline: str = "\n"
+    inside: str = ""
     between: str = "\n"
 
     def read(self, source: Source, calls: CallWriter, marker: str) -> Reading:
@@ -127,15 +129,16 @@ class TaggedCalls(CallFormat):
         calls.arguments(json_of(text, types))
 
     def calls_grammar(self, tools: Sequence[Tool], several: bool, terms: GrammarTerms) -> str:
-        one = terms.rule("call", " | ".join(self._one(tool, terms) for tool in tools))
-        first = self.begins[0] if not self.name_begin or self.many else ""
-        more = f" ({terms.text(self.between)} {one})*" if several else ""
-        if self.many:
-            return f"{terms.text(first + self.newline)} {one}{more} {terms.text(self.newline + self.ends[0])}"
-        return f"{one}{more}"
+        first = self.begins[0] + (self.newline if self.name_begin else "")
+        later = self.between + ("" if self.many else first)
+        one = terms.rule("call", " | ".join(self._one(tool, terms, first) for tool in tools))
+        more = ""
+        if several:
+            # No text may be the beginning of another that may come in the same position.
+            more = f" {terms.rule('more', ' | '.join(self._one(tool, terms, later) for tool in tools))}*"
+        return f"{one}{more}" + (f" {terms.text(self.newline + self.ends[0])}" if self.many else "")
 
-    def _one(self, tool: Tool, terms: GrammarTerms) -> str:
-        begin = "" if self.many else self.begins[0] + (self.newline if self.name_begin else "")
+    def _one(self, tool: Tool, terms: GrammarTerms, begin: str) -> str:
         schemas, required = property_schemas(tool.parameters), _required(tool)
         parts = [terms.text(begin + self.name_begin + tool.name + self._behind_name)]
         for name, schema in schemas.items():
@@ -146,7 +149,7 @@ class TaggedCalls(CallFormat):
             head = self.key_begin + name + key_end
             if self.value_begin:
                 head += self.newline + self.value_begin
-            part = f"{terms.text(head + self._inside)} {value}"
+            part = f"{terms.text(head + self.inside)} {value}"
             parts.append(part if name in required else f"({part})?")
         parts.append(
             terms.text(self.close + ("" if self.many else (self.newline if self.close else "") + self.ends[0]))
@@ -158,13 +161,9 @@ class TaggedCalls(CallFormat):
         end = self.name_ends[0]
         return (end if end not in (self.key_begin, *self.ends) else "") + ("" if end == "\n" else self.newline)
 
-    @property
-    def _inside(self) -> str:
-        return "" if self.value_begin or self.many else self.newline
-
     def _value_grammar(self, tool: Tool, name: str, schema: Mapping[str, Any], terms: GrammarTerms) -> str:
         """The value with the marker behind it, up to the next tag."""
-        end = self._inside + self.value_end
+        end = self.inside + self.value_end
         types = types_of(schema, tool.parameters)
         if "string" in types or not types:
             _check_plain(schema, f"tools.{tool.name}.{name}")

@@ -13,6 +13,7 @@ from toolkit.engine.grammar.library import library
 from toolkit.engine.grammar.matcher import NO_TOKEN, TOO_DEEP, Matcher, explained, mask_words
 from toolkit.engine.grammar.params import StructuredOutputsParams
 from toolkit.engine.grammar.specs import lark
+from toolkit.engine.grammar.terms import LarkTerms
 from toolkit.engine.grammar.vocabulary import Vocabulary
 from toolkit.errors import ToolkitError
 
@@ -69,14 +70,22 @@ class GrammarCompiler:
         with self._one_at_a_time:
             found = self._found(params)
             if found is None:
-                if self._vocabulary is None:
-                    self._vocabulary = Vocabulary(self._tokenizer, self._vocab_size, self._eos)
-                found = CompiledGrammar(self._start(params), self._vocabulary)
+                found = CompiledGrammar(self._start(params), self._read_vocabulary())
                 with self._lock:
                     self._compiled[params] = found
                     if len(self._compiled) > CACHED:
                         self._compiled.popitem(last=False)
             return found
+
+    def terms(self, trigger: str | None = None) -> LarkTerms:
+        """Terms of a grammar for this tokenizer, to put together. Raises ToolkitError as ``compile`` does."""
+        with self._one_at_a_time:
+            return LarkTerms(self._read_vocabulary().special, trigger)
+
+    def _read_vocabulary(self) -> Vocabulary:
+        if self._vocabulary is None:
+            self._vocabulary = Vocabulary(self._tokenizer, self._vocab_size, self._eos)
+        return self._vocabulary
 
     def _found(self, params: StructuredOutputsParams) -> CompiledGrammar | None:
         """What is compiled already, without waiting for what is being compiled."""
@@ -87,12 +96,12 @@ class GrammarCompiler:
             return found
 
     def _start(self, params: StructuredOutputsParams) -> "LLMatcher":
-        assert self._vocabulary is not None
+        vocabulary = self._read_vocabulary()
         limits = library().LLParserLimits(verbose_errors=False)
         row = np.zeros(mask_words(self._vocab_size), dtype=np.int32)
         try:
-            text = lark(params, self._vocabulary.special)
-            start: LLMatcher = library().LLMatcher(self._vocabulary.tokens, text, log_level=0, limits=limits)
+            text = lark(params, vocabulary.special)
+            start: LLMatcher = library().LLMatcher(vocabulary.tokens, text, log_level=0, limits=limits)
             if not start.is_error():
                 start.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
         except RecursionError:

@@ -31,9 +31,9 @@ def lark(params: StructuredOutputsParams, special: Mapping[str, int]) -> str:
         ToolkitError: for what the grammar's own syntax does not allow to be enforced.
     """
     if params.kind == "json_object":
-        body = f"start: {_json({'type': 'object'}, params)}"
+        body = f"start: {json_term({'type': 'object'}, params)}"
     elif params.kind == "json":
-        body = f"start: {_json(json.loads(str(params.json)), params)}"
+        body = f"start: {json_term(json.loads(str(params.json)), params)}"
     elif params.kind == "regex":
         body = f"start: /{library().regex_to_lark(params.regex, use_ascii='')}/"
     elif params.kind == "choice":
@@ -46,7 +46,7 @@ def lark(params: StructuredOutputsParams, special: Mapping[str, int]) -> str:
     return body + FOOTER
 
 
-def _json(schema: dict[str, Any], params: StructuredOutputsParams | None = None) -> str:
+def json_term(schema: dict[str, Any], params: StructuredOutputsParams | None = None) -> str:
     """A JSON schema as a term of a rule. Options of llguidance in the schema itself would loosen what it means."""
     options: dict[str, Any] = {"json_allowed_escapes": ESCAPES}
     if params is not None and params.disable_any_whitespace:
@@ -102,8 +102,8 @@ def _structural_tag(tag: dict[str, Any], special: Mapping[str, int]) -> str:
             raise ToolkitError(
                 f"{_NAME}.structural_tag{where}.begin must start with one of the triggers, got {shown(begin)}."
             )
-        first = _literals(trigger, special)
-        body = [*_literals(begin[len(trigger) :], special), _json(schema), *_literals(end, special)]
+        first = literal_terms(trigger, special)
+        body = [*literal_terms(begin[len(trigger) :], special), json_term(schema), *literal_terms(end, special)]
         if len(first) > 1 and not first[0].startswith('"'):
             body, first = [*first[1:], *body], first[:1]
         if len(first) > 1:
@@ -140,7 +140,7 @@ def _parsed(schema: str, where: str) -> Any:
         ) from None
 
 
-def _literals(text: str, special: Mapping[str, int]) -> list[str]:
+def literal_terms(text: str, special: Mapping[str, int]) -> list[str]:
     """The terms of a literal text in which special tokens are written as themselves."""
     if not text:
         return []

@@ -12,7 +12,7 @@ _KIMI = NamedJsonCalls(
     section=_KIMI_SECTION,
     name_ends=("<|tool_call_argument_begin|>",),
     prefix="functions.",
-    suffix=r":\d+",
+    suffix=":[0-9]{1,3}",
     id_of="functions.{name}:{index}",
 )
 _MINIMAX = TaggedCalls(

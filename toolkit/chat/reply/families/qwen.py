@@ -13,6 +13,7 @@ _CODER = TaggedCalls(
     key_ends=(">",),
     value_end="</parameter>",
     close="</function>",
+    inside="\n",
 )
 
 CALLS = {
