@@ -40,7 +40,7 @@ WRITTEN["llama4_json"] = CALLS["llama3_json"]
 TEMPLATES = {"mistral, named": "[TOOL_CALLS][ARGS]"}
 
 
-class Served:
+class ModelPlans:
     """A planner of a model whose tokenizer has the given special tokens, and its grammars."""
 
     def __init__(self, case: str, *special: str, reasoning: str = "none", template: str = "") -> None:
@@ -76,7 +76,7 @@ class Served:
 
 @pytest.mark.parametrize("case", WRITTEN)
 def test_required_allows_the_familys_calls_and_nothing_else(case):
-    served = Served(case)
+    served = ModelPlans(case)
     plan = served.plan(TOOLS, ToolChoice("required"))
     assert served.allows(plan, WRITTEN[case])
     for text in ("Hello", "", " " + WRITTEN[case], WRITTEN[case] + "Hello", WRITTEN[case].replace("now", "was")):
@@ -87,7 +87,7 @@ def test_required_allows_the_familys_calls_and_nothing_else(case):
 
 @pytest.mark.parametrize("case", WRITTEN)
 def test_one_function_is_one_call_of_it(case):
-    served = Served(case)
+    served = ModelPlans(case)
     named = served.plan(TOOLS, ToolChoice.function("now"))
     assert not served.allows(named, WRITTEN[case])
     one = served.plan(TOOLS[:1], ToolChoice("required", parallel=False))
@@ -98,7 +98,7 @@ def test_one_function_is_one_call_of_it(case):
 
 @pytest.mark.parametrize("case", WRITTEN)
 def test_random_outputs_are_calls_that_satisfy_the_schema(case):
-    served = Served(case)
+    served = ModelPlans(case)
     rng = np.random.default_rng(0)
     plan = served.plan([PICK], ToolChoice("required"))
     ended = 0
@@ -120,7 +120,7 @@ def test_random_outputs_are_calls_that_satisfy_the_schema(case):
     "marks", [(), ("<tool_call>", "</tool_call>"), ("<tool_call>", "</tool_call>", "<think>", "</think>")]
 )
 def test_reasoning_may_come_before_calls(marks):
-    served = Served("hermes", *marks, reasoning="qwen3")
+    served = ModelPlans("hermes", *marks, reasoning="qwen3")
     required = ToolChoice("required")
     call = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
     for prompt, texts in (
@@ -138,7 +138,7 @@ def test_reasoning_may_come_before_calls(marks):
 @pytest.mark.parametrize("marks", [(), ("<tool_call>", "</tool_call>", "<think>", "</think>")])
 @pytest.mark.parametrize("prompt", ["assistant\n", "assistant\n<think>\n"])
 def test_strict_tools_that_the_model_chooses_to_call(marks, prompt):
-    served = Served("hermes", *marks, reasoning="qwen3")
+    served = ModelPlans("hermes", *marks, reasoning="qwen3")
     plan = served.plan([PICK, Tool("now")], ToolChoice(), prompt)
     good = '<tool_call>\n{"name": "pick", "arguments": {"size": 1, "kind": "a"}}\n</tool_call>'
     bad = good.replace("1", '"x"')
@@ -157,14 +157,14 @@ def test_strict_tools_that_the_model_chooses_to_call(marks, prompt):
 
 @pytest.mark.parametrize("case", ["qwen3_coder", "glm45", "gemma4", "deepseek_v3", "mistral", "minimax_m2", "kimi_k2"])
 def test_strict_tools_in_other_families(case):
-    served = Served(case)
+    served = ModelPlans(case)
     plan = served.plan([Tool(one.name, one.description, one.parameters, strict=True) for one in TOOLS], ToolChoice())
     assert served.allows(plan, f"Let me see.\n{WRITTEN[case]}")
     assert not served.allows(plan, f"Let me see.\n{WRITTEN[case]}".replace("now", "was"))
 
 
 def test_content_in_a_form_beside_calls_and_behind_reasoning():
-    served = Served("hermes", reasoning="qwen3")
+    served = ModelPlans("hermes", reasoning="qwen3")
     form = {"json": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}}
     call = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
     both = served.plan(TOOLS, ToolChoice(), structured_outputs=form)
@@ -178,21 +178,21 @@ def test_content_in_a_form_beside_calls_and_behind_reasoning():
 
 
 def test_other_forms_leave_nothing_but_content():
-    served = Served("hermes", reasoning="qwen3")
+    served = ModelPlans("hermes", reasoning="qwen3")
     plan = served.plan(TOOLS, ToolChoice(), "<think>\n", structured_outputs={"regex": "[0-9]+"})
     assert plan.params == {}
     assert parse_reply(plan.parser(), "12").content == "12"
 
 
 def test_markers_that_are_special_tokens_stay_in_the_text():
-    served = Served("hermes", "<tool_call>", "</tool_call>", "<other>")
+    served = ModelPlans("hermes", "<tool_call>", "</tool_call>", "<other>")
     kept = served.plan(TOOLS, ToolChoice()).params["kept_special_tokens"]
     assert served.tokenizer.convert_ids_to_tokens(kept) == ["<tool_call>", "</tool_call>"]
     assert served.plan((), None).params == {}
 
 
 def test_what_cannot_be_enforced_is_refused():
-    unknown = Served("none")
+    unknown = ModelPlans("none")
     with pytest.raises(
         RequestError, match=r"'tools' must be left out .* start the server with --tool-call-parser NAME"
     ):
@@ -200,11 +200,11 @@ def test_what_cannot_be_enforced_is_refused():
     assert unknown.plan(TOOLS, ToolChoice("none")).params == {}
     pattern = Tool("f", "", {"type": "object", "properties": {"a": {"type": "string", "pattern": "a+"}}})
     with pytest.raises(RequestError, match=r"tools must not have 'pattern' in a string's .* got it in 'tools.f.a'"):
-        Served("qwen3_coder").plan([pattern], ToolChoice("required"))
-    assert Served("hermes").plan([pattern], ToolChoice("required")).params["structured_outputs"]
+        ModelPlans("qwen3_coder").plan([pattern], ToolChoice("required"))
+    assert ModelPlans("hermes").plan([pattern], ToolChoice("required")).params["structured_outputs"]
     wrong = Tool("f", "", {"type": "object", "properties": {"a": {"uniqueItems": True, "type": "array"}}})
     with pytest.raises(RequestError, match="tools must not have 'uniqueItems' in a JSON schema"):
-        Served("hermes").plan([wrong], ToolChoice("required"))
+        ModelPlans("hermes").plan([wrong], ToolChoice("required"))
 
 
 def test_a_missing_library_is_one_sentence(monkeypatch):
@@ -212,4 +212,4 @@ def test_a_missing_library_is_one_sentence(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(RequestError, match="tool_choice needs the package 'llguidance': pip install"):
-        Served("hermes").plan(TOOLS, ToolChoice("required"))
+        ModelPlans("hermes").plan(TOOLS, ToolChoice("required"))
