@@ -83,6 +83,10 @@ WHOLE_NAMES = {
 """Python names: what to write instead."""
 
 
+FIELDS = {"service_tier"}
+"""Names of other people's protocols, which stay."""
+
+
 class Use(NamedTuple):
     """One use of a word that stays out."""
 
@@ -106,7 +110,7 @@ def uses(path: Path) -> Iterator[Use]:
     # The bodies of Triton kernels keep their local names.
     if path.suffix == ".py" and not path.name.startswith("triton"):
         for token in tokenize.generate_tokens(io.StringIO(text).readline):
-            if token.type == tokenize.NAME:
+            if token.type == tokenize.NAME and token.string not in FIELDS:
                 parts = token.string.lower().replace("in_place", "").split("_")
                 found = {WHOLE_NAMES.get(token.string), *map(NAMES.get, parts)}
                 for instead in sorted(word for word in found if word is not None):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 from fastapi.testclient import TestClient
 
-from toolkit.engine import AsyncEngine, EngineConfig
+from toolkit.engine import AsyncEngine, Completion, Delta, EngineConfig
 from toolkit.serving.app import ServerConfig, create_app
 from toolkit.serving.metrics import Metrics
 
@@ -52,23 +52,12 @@ class ToldEngine:
             if len(tokens) == params.max_tokens or self.error:
                 del self.live[request]
                 reason = "error" if self.error else "length"
-                done = SimpleNamespace(
-                    text="x" * len(tokens), token_ids=tokens, logprobs=[-1.0] * len(tokens), top_logprobs=None
-                )
-                done.text_offset = list(range(len(tokens)))
-                done.finish_reason, done.stop_reason, done.error = reason, None, self.error
+                done = Completion(
+                    request, prompt, 0, [1, 2, 3], tokens, [-1.0] * len(tokens), [-1.0] * len(tokens),
+                    "x" * len(tokens), reason, text_offset=list(range(len(tokens))), error=self.error,
+                )  # fmt: skip
             deltas.append(
-                SimpleNamespace(
-                    request_id=request,
-                    prompt_index=prompt,
-                    index=0,
-                    token_ids=[7],
-                    logprobs=[float("-inf")],
-                    top_logprobs=None,
-                    text="x",
-                    finished=done,
-                    text_offset=[len(tokens) - 1],
-                )
+                Delta(request, prompt, 0, [7], [float("-inf")], "x", finished=done, text_offset=[len(tokens) - 1])
             )
         return deltas
 
@@ -83,10 +72,8 @@ class ToldEngine:
         self.cancelled.append(request)
         if request in self.live:
             prompt = self.live.pop(request)[2]
-            done = SimpleNamespace(finish_reason="cancelled", error=None)
-            self.ended.append(
-                SimpleNamespace(request_id=request, prompt_index=prompt, index=0, token_ids=[], finished=done)
-            )
+            done = Completion(request, prompt, 0, [1, 2, 3], [], [], [], "", "cancelled")
+            self.ended.append(Delta(request, prompt, 0, [], [], "", finished=done))
 
     def stats(self):
         return {"num_requests_running": len(self.live), "num_requests_waiting": 0}

@@ -135,7 +135,7 @@ def test_what_a_request_does_not_say_is_the_checkpoints_default(monkeypatch):
 def test_health_and_streams_do_not_wait_for_a_prompt_that_is_tokenised(monkeypatch):
     tokenising, tokenised = threading.Event(), threading.Event()
 
-    def slow(self, text, truncated):
+    def slow(self, text, *options):
         tokenising.set()
         tokenised.wait(10)
         return [1]

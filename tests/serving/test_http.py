@@ -11,8 +11,10 @@ from tests.helpers.told_engine import PROMPT, ToldEngine, client_of
 from toolkit.engine import SamplingParams
 from toolkit.errors import ToolkitError
 from toolkit.serving.access import ApiKeys, Cors
-from toolkit.serving.openai.requests import IGNORED, ChatRequest, CompletionRequest
+from toolkit.serving.openai.completion_request import CompletionRequest
+from toolkit.serving.openai.requests import ChatRequest
 from toolkit.serving.openai.responses import event
+from toolkit.serving.openai.sampling import IGNORED
 from toolkit.serving.openapi import LIMITS
 
 PAGE = "https://chat.example.org"
@@ -157,7 +159,8 @@ def test_usage_in_every_chunk_counts_its_choice():
             options = {"include_usage": True, "continuous_usage_stats": continuous}
             text = client.post(COMPLETIONS, json={**asked, "stream_options": options}).text
             chunks = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
-            assert chunks[-1]["usage"] == {"prompt_tokens": 4, "completion_tokens": 6, "total_tokens": 10}
+            whole = {"prompt_tokens": 4, "completion_tokens": 6, "total_tokens": 10}
+            assert chunks[-1]["usage"] == {**whole, "prompt_tokens_details": {"cached_tokens": 0}}
             seen = {0: [], 1: []}
             for chunk in chunks[:-1]:
                 seen[chunk["choices"][0]["index"]].append(chunk["usage"])

@@ -8,7 +8,8 @@ import pytest
 
 from toolkit.errors import ToolkitError
 from toolkit.serving.limits import MAX_ITEMS, SMALL_BODY, check_structure, give_back_memory
-from toolkit.serving.openai.requests import ChatRequest, CompletionRequest
+from toolkit.serving.openai.completion_request import CompletionRequest
+from toolkit.serving.openai.requests import ChatRequest
 from toolkit.serving.parsing import parse
 
 MIB = 2**20

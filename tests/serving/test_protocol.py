@@ -5,7 +5,8 @@ import json
 import pytest
 
 from toolkit.serving.errors import RequestError
-from toolkit.serving.openai.requests import ChatRequest, CompletionRequest
+from toolkit.serving.openai.completion_request import CompletionRequest
+from toolkit.serving.openai.requests import ChatRequest
 from toolkit.serving.parsing import parse
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -73,8 +74,21 @@ WRONG = [
     (completion, {"cache_salt": "x" * 2000}, "cache_salt", "text of at most 1024 characters"),
     (completion, {str(at): 1 for at in range(10_000)}, None, "must have <= 128 fields, got 10001."),
     (completion, {"k" * 10_000: 1}, "k" * 200, "Unknown field 'kkk"),
-    (completion, {"best_of": 4}, "best_of", "does not offer 'best_of'"),
-    (completion, {"echo": 0}, "echo", "does not offer 'echo'"),
+    (completion, {"best_of": 2, "n": 3}, "best_of", "'best_of' must be >= n (3), got 2."),
+    (completion, {"best_of": 4, "stream": True}, "best_of", "'best_of' must be n (1) where 'stream' is true, got 4."),
+    (chat, {"best_of": 4}, "best_of", "does not offer 'best_of'"),
+    (completion, {"echo": 0}, "echo", "'echo' must be true or false, got 0."),
+    (chat, {"echo": True}, "echo", "does not offer 'echo'"),
+    (completion, {"suffix": "b", "prompt": [1]}, "suffix", "'suffix' is given, but 'prompt' is token ids"),
+    (completion, {"suffix": "b", "echo": True}, "suffix", "'suffix' is given, and so is 'echo'; give one."),
+    (completion, {"n_predict": 4}, "n_predict", "'n_predict' is called 'max_tokens' here."),
+    (completion, {"max_new_tokens": 4}, "max_new_tokens", "'max_new_tokens' is called 'max_tokens' here."),
+    (chat, {"repeat_penalty": 1.1}, "repeat_penalty", "'repeat_penalty' is called 'repetition_penalty' here."),
+    (chat, {"guided_json": {}}, "guided_json", "'guided_json' is called 'structured_outputs.json' here."),
+    (completion, {"use_beam_search": True}, "use_beam_search", "does not offer 'use_beam_search'"),
+    (completion, {"detokenize": False}, "detokenize", "does not offer 'detokenize'"),
+    (chat, {"prediction": {"type": "tokens", "content": ""}}, "prediction.type", "must be one of 'content'"),
+    (chat, {"prediction": {"type": "content", "content": 3}}, "prediction.content", "must be a list"),
     (completion, {"stream_options": {}}, "stream_options", "'stream' is not true"),
     (
         completion,

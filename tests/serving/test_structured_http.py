@@ -14,7 +14,8 @@ from toolkit.engine import AsyncEngine, Engine
 from toolkit.loading import load_model
 from toolkit.serving.app import ServerConfig, create_app
 from toolkit.serving.errors import RequestError
-from toolkit.serving.openai.requests import ChatRequest, CompletionRequest
+from toolkit.serving.openai.completion_request import CompletionRequest
+from toolkit.serving.openai.requests import ChatRequest
 from toolkit.serving.parsing import parse
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"

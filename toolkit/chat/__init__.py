@@ -2,6 +2,7 @@
 
 from toolkit.chat.dropped import dropped_messages, hidden_parts, hidden_tools
 from toolkit.chat.images import PicturedTokens, has_images, pictured, read_image, take_images
+from toolkit.chat.infilling import Infill, infill
 from toolkit.chat.rust import rust_encoding
 from toolkit.chat.template import ChatTemplateError, render, render_spans
 from toolkit.chat.tokens import Encoding, encode, prompt_token_ids, sequence_inputs, special_tokens_around
@@ -11,6 +12,7 @@ __all__ = [
     "ChatTemplateError",
     "ChatTokenizer",
     "Encoding",
+    "Infill",
     "PicturedTokens",
     "PreferenceTokens",
     "TrainingTokens",
@@ -19,6 +21,7 @@ __all__ = [
     "has_images",
     "hidden_parts",
     "hidden_tools",
+    "infill",
     "pictured",
     "prompt_token_ids",
     "read_image",

@@ -1,5 +1,6 @@
 """What the objects in request bodies share: fields that are not offered, and null for what is not given."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -10,19 +11,22 @@ MAX_FIELDS = 128
 
 # Fields of the OpenAI API that are not offered, each with the values that ask for nothing.
 NOT_OFFERED: dict[str, tuple[Any, ...]] = {
+    "add_special_tokens": (False,),
     "audio": (),
     "best_of": (1,),
+    "detokenize": (True,),
     "echo": (False,),
     "function_call": ("none",),
     "functions": ([],),
     "logits_processors": ([],),
     "modalities": (["text"],),
-    "prediction": (),
     "reasoning_effort": (),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tool_calls": ([],),
     "tools": ([],),
+    "use_beam_search": (False,),
+    "vllm_xargs": ({},),
     "web_search_options": (),
 }
 
@@ -30,6 +34,8 @@ NOT_OFFERED: dict[str, tuple[Any, ...]] = {
 class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     ignored: ClassVar[tuple[str, ...]] = ()
+    other_names: ClassVar[Mapping[str, str]] = {}
+    """Fields of other servers' protocols, each with its name in this one."""
 
     @model_validator(mode="before")
     @classmethod
@@ -46,6 +52,8 @@ class Body(BaseModel):
                 if any(type(value) is type(inert) and value == inert for inert in NOT_OFFERED[name]):
                     continue
                 raise ValueError(f"'{name}' is {shown(value)}, but this server does not offer '{name}'.")
+            if name in cls.other_names and name not in cls.model_fields:
+                raise ValueError(f"'{name}' is called '{cls.other_names[name]}' here.")
             kept[name] = value
         return kept
 

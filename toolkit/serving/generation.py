@@ -1,7 +1,7 @@
 """Requests that generate in any protocol: prompts and parameters to the engine, its output to a response."""
 
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fastapi import Request, Response
@@ -29,10 +29,24 @@ class Usage:
     Args:
         prompt_tokens: of each prompt.
         completion_tokens: of each completion.
+        cached_tokens: of each prompt, found in the prefix cache; known once a completion of it has finished.
+        accepted_prediction_tokens, rejected_prediction_tokens: of all completions that have finished.
     """
 
     prompt_tokens: list[int]
     completion_tokens: list[int]
+    cached_tokens: list[int] = field(init=False)
+    accepted_prediction_tokens: int = 0
+    rejected_prediction_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self.cached_tokens = [0] * len(self.prompt_tokens)
+
+    def add(self, finished: Completion, prompt_index: int) -> None:
+        """Count what a completion says at its end."""
+        self.cached_tokens[prompt_index] = finished.num_cached_tokens or 0
+        self.accepted_prediction_tokens += finished.accepted_prediction_tokens or 0
+        self.rejected_prediction_tokens += finished.rejected_prediction_tokens or 0
 
 
 class ResponseWriter(Protocol):
@@ -94,6 +108,13 @@ class Generation:
         self.base, self.engine, self.config = base, engine, config
         self.replies = ReplyPlanner(config)
         self.texts = Texts(config.tokenizer, config.max_model_len, config.processor, config.media_folder)
+        backend = getattr(engine.engine, "backend", None)
+        self._numerics = str(getattr(backend, "numerics", "fast"))
+
+    def fingerprint(self, weight_version: int | None = None) -> str:
+        """``system_fingerprint`` of a response: the numerics mode and the version of the weights, None for now's."""
+        version = self.engine.stats().get("weight_version", 0) if weight_version is None else weight_version
+        return f"{self._numerics}-{version:.0f}"
 
     def check_tokens(self, prompts: Sequence[list[int]]) -> None:
         """Raise RequestError for a token id outside the vocabulary."""
@@ -149,7 +170,7 @@ class Generation:
         if given.stream:
             events = self._events(handle, given, used)
             return StreamingResponse(events, media_type=given.media_type, headers={"cache-control": "no-cache"})
-        finished = await self._finished(handle, given)
+        finished = await self._finished(handle, given, used)
         used.completion_tokens = [len(one.token_ids) for one in finished]
         if given.writer.num_logprobs(finished) <= SHORT_RESPONSE:
             return Response(b"".join(given.writer.written(finished, used)), media_type="application/json")
@@ -157,11 +178,12 @@ class Generation:
         parts = given.writer.written(finished, used)
         return StreamingResponse(parts, media_type="application/json", background=BackgroundTask(self.base.trim_soon))
 
-    async def _finished(self, handle: RequestHandle, given: Asked) -> list[Completion]:
+    async def _finished(self, handle: RequestHandle, given: Asked, used: Usage) -> list[Completion]:
         finished: dict[int, Completion] = {}
         async for delta in handle:
             if delta.finished is not None:
                 finished[_index(delta, given)] = _without_error(delta.finished, given)
+                used.add(delta.finished, delta.prompt_index)
         return [finished[index] for index in sorted(finished)]
 
     async def _events(self, handle: RequestHandle, given: Asked, used: Usage) -> AsyncIterator[str]:
@@ -171,7 +193,7 @@ class Generation:
                 yield event
             async for delta in handle:
                 if delta.finished is not None:
-                    _without_error(delta.finished, given)
+                    used.add(_without_error(delta.finished, given), delta.prompt_index)
                 index = _index(delta, given)
                 used.completion_tokens[index] += len(delta.token_ids)
                 for event in writer.events(index, delta, used):

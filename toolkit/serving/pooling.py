@@ -24,7 +24,8 @@ from toolkit.sentences import shown
 from toolkit.serving.base import Base, ServerConfig
 from toolkit.serving.body import Body
 from toolkit.serving.errors import Json
-from toolkit.serving.openai.requests import IGNORED, MAX_PROMPTS, PromptKinds, prompt_list
+from toolkit.serving.openai.completion_request import MAX_PROMPTS, PromptKinds, prompt_list
+from toolkit.serving.openai.sampling import IGNORED
 from toolkit.serving.openapi import describe, responses, takes
 from toolkit.serving.parsing import parse
 from toolkit.strict_json import strict_json

@@ -2,7 +2,7 @@
 
 import copy
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
@@ -10,12 +10,15 @@ from typing import Any
 
 from toolkit.chat import (
     ChatTemplateError,
+    Infill,
     dropped_messages,
     encode,
+    infill,
     prompt_token_ids,
     render,
     rust_encoding,
 )
+from toolkit.engine.detokenizer import Decoder, Detokenizer
 from toolkit.engine.prompts import check_characters, check_token_count, longest_token, processed, prompt_length
 from toolkit.engine.token_bytes import REPLACEMENT, TokenBytes
 from toolkit.errors import ToolkitError
@@ -59,14 +62,22 @@ class Texts:
         in_rust = rust_encoding(self._tokenizer, "") is not None
         self._one_at_a_time = nullcontext() if in_rust else threading.Lock()
         self._bytes = TokenBytes(self._tokenizer)
+        self._decoders = (
+            {skip: Decoder(self._tokenizer, skip) for skip in (True, False)} if tokenizer is not None else {}
+        )
         self.of_token = lru_cache(maxsize=65536)(self._of_token)
 
-    def prompt(self, text: str, truncated: bool = False) -> list[int]:
-        """Token ids of a completion's prompt: ``prompt_token_ids``. Of any length where it is to be truncated."""
+    def prompt(self, text: str, truncated: bool = False, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a completion's prompt: ``prompt_token_ids``, or without those that the tokenizer puts before it.
+
+        Of any length where it is to be truncated.
+        """
         if self._tokenizer is None:
             raise RequestError("The served model has no tokenizer; 'prompt' must be token ids.", "prompt")
         if not truncated:
             self._check_characters("prompt", len(text))
+        if not add_special_tokens:
+            return self._encode(text, truncated)
         with self._one_at_a_time:
             return prompt_token_ids(self._tokenizer, text, None if truncated else self._check_tokens)
 
@@ -121,6 +132,35 @@ class Texts:
                 found.append(read_url(url, self._media_folder, f"{where}.content", left))
             left -= found[-1].width * found[-1].height
         return found
+
+    def decoded(self, tokens: Sequence[int], skip_special_tokens: bool) -> tuple[str, list[int]]:
+        """The text of tokens, and where in it the characters of each begin; "" without a tokenizer."""
+        if self._tokenizer is None:
+            return "", [0] * len(tokens)
+        text, offsets = Detokenizer(self._decoders[skip_special_tokens], []), []
+        with self._one_at_a_time:
+            for token in tokens:
+                offsets.append(len(text.text))
+                text.push(token)
+            text.finish()
+        return text.text, offsets
+
+    def infill(self, before: str, behind: str) -> Infill:
+        """The prompt of a completion between two texts."""
+        if self._tokenizer is None:
+            raise RequestError("The served model has no tokenizer; 'suffix' must not be given.", "suffix")
+        self._check_characters("prompt and suffix", len(before) + len(behind))
+        with self._one_at_a_time:
+            found = infill(self._tokenizer, before, behind)
+        self._check_tokens(len(found.token_ids))
+        return found
+
+    def prediction(self, text: str) -> list[int]:
+        """Token ids of a predicted output."""
+        if self._tokenizer is None:
+            raise RequestError("The served model has no tokenizer for a 'prediction'.", "prediction")
+        self._check_characters("prediction", len(text))
+        return self._encode(text, truncated=True)[: self._longest]
 
     def _check_characters(self, field: str, count: int) -> None:
         if self._longest is not None:

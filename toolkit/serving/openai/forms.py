@@ -1,8 +1,8 @@
-"""What a request says about the form of its output: OpenAI's ``response_format``, vLLM's ``structured_outputs``."""
+"""What a request says about its output: OpenAI's ``response_format``, ``prediction``, vLLM's ``structured_outputs``."""
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from toolkit.serving.body import Body
 
@@ -75,3 +75,32 @@ class StructuredOutputs(Body):
     def form(self) -> dict[str, Any]:
         """Arguments of ``StructuredOutputsParams``."""
         return self.model_dump(by_alias=True, exclude_unset=True)
+
+
+class TextPart(Body):
+    """A part of a message's content: text."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Prediction(Body):
+    """What the output is expected to be, such as a file that it edits: drafted with speculation, and no limit to it.
+
+    Args:
+        type: "content".
+        content: text, or parts of text.
+    """
+
+    type: Literal["content"]
+    content: list[TextPart]
+
+    @field_validator("content", mode="before", json_schema_input_type=str | list[TextPart])
+    @classmethod
+    def _a_string_is_one_part(cls, content: Any) -> Any:
+        return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+    @property
+    def text(self) -> str:
+        """Of all parts."""
+        return "".join(part.text for part in self.content)

@@ -5,14 +5,15 @@
 
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from toolkit.engine import Completion, Delta
 from toolkit.engine.prompt_logprobs import ranked
 from toolkit.serving.errors import Json, RequestError, error_body
 from toolkit.serving.generation import Usage
-from toolkit.serving.openai.requests import Sampling
+from toolkit.serving.openai.completion_prompts import Echo
+from toolkit.serving.openai.sampling import Sampling
 from toolkit.serving.texts import Texts
 from toolkit.strict_json import strict_json
 
@@ -65,27 +66,54 @@ class CompletionResponse:
         texts: of the tokenizer.
         asked: the request.
         logprobs: alternatives at each token; None for no log-probabilities.
+        prompts: of the request, as the engine gets them.
+        fingerprint: makes ``system_fingerprint`` of a version of the weights, None for now's.
+        echoes: of the prompts, where they are asked for.
     """
 
     id_prefix, object_type, chunk_type = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, model: str, texts: Texts, asked: Sampling, logprobs: int | None) -> None:
+    def __init__(
+        self,
+        model: str,
+        texts: Texts,
+        asked: Sampling,
+        logprobs: int | None,
+        prompts: Sequence[Any],
+        fingerprint: Callable[[int | None], str],
+        echoes: Sequence[Echo] = (),
+    ) -> None:
         self.head = {"id": f"{self.id_prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-        self.texts, self.asked, self.top, self.prompt_top = texts, asked, logprobs, asked.prompt_logprobs
+        self.texts, self.asked, self.top = texts, asked, logprobs
+        self.prompts, self.echoes = prompts, echoes
+        self._fingerprint = fingerprint
+        self._version: int | None = None  # of the weights that made the last token
+        self._begun: set[int] = set()  # choices of a stream with a chunk
+
+    def total(self, used: Usage) -> Json:
+        """``usage`` of the whole request."""
+        details: Json = {"prompt_tokens_details": {"cached_tokens": sum(used.cached_tokens)}}
+        if self.asked.prediction is not None:
+            details["completion_tokens_details"] = {
+                "accepted_prediction_tokens": used.accepted_prediction_tokens,
+                "rejected_prediction_tokens": used.rejected_prediction_tokens,
+            }
+        return {**usage(sum(used.prompt_tokens), sum(used.completion_tokens)), **details}
 
     def num_logprobs(self, finished: Sequence[Completion]) -> int:
         """Log-probabilities in the response of these completions."""
         count = 0
         if self.top is not None:
             count += (1 + self.top) * sum(len(one.token_ids) for one in finished)
-        if self.prompt_top is not None:
-            count += (1 + self.prompt_top) * sum(len(one.prompt_token_ids) for one in finished)
+        if self.asked.prompt_count is not None:
+            count += (1 + self.asked.prompt_count) * sum(len(one.prompt_token_ids) for one in finished)
         return count
 
     def written(self, finished: Sequence[Completion], used: Usage) -> Iterator[bytes]:
         """The response that is not streamed, as JSON in parts; each choice is made when its turn comes."""
         part = ""
-        for text in self._texts(finished, usage(sum(used.prompt_tokens), sum(used.completion_tokens))):
+        self._version = finished[-1].weight_version
+        for text in self._texts(finished, self.total(used)):
             part += text
             if len(part) > PART:
                 yield part.encode()
@@ -97,7 +125,7 @@ class CompletionResponse:
         for index, completion in enumerate(finished):
             yield "," * (index > 0)
             yield from json_parts(self.choice(index, completion))
-        yield "]"
+        yield f'],"system_fingerprint":{_json(self._fingerprint(self._version))}'
         for name, value in self.beside(finished).items():
             yield f",{_json(name)}:"
             yield from json_parts(value)
@@ -111,17 +139,18 @@ class CompletionResponse:
         """Chunks before the first token."""
         for choice in self.role_chunks(len(used.completion_tokens)):
             yield self._event(choice, used)
+            self._begun.add(choice["index"])
 
     def events(self, index: int, delta: Delta, used: Usage) -> Iterator[str]:
         """Chunks of a delta."""
+        self._version = delta.weight_version if delta.weight_version is not None else self._version
         for choice in self.deltas(index, delta):
             yield self._event(choice, used)
 
     def ending(self, used: Usage) -> Iterator[str]:
         """The usage, where it is asked for, and the end of the stream."""
         if self.asked.usage_in_stream:
-            total = usage(sum(used.prompt_tokens), sum(used.completion_tokens))
-            yield event(self.chunk([], total, show_usage=True))
+            yield event(self.chunk([], self.total(used), show_usage=True))
         yield END_OF_STREAM
 
     def error(self, error: RequestError) -> str:
@@ -140,6 +169,7 @@ class CompletionResponse:
             **self.head,
             "object": self.chunk_type,
             "choices": choices,
+            "system_fingerprint": self._fingerprint(self._version),
             **({"usage": used} if show_usage else {}),
         }
 
@@ -149,29 +179,48 @@ class CompletionResponse:
 
     def choice(self, index: int, completion: Completion) -> Json:
         """One finished choice of a response that is not streamed."""
+        echo = self._echo(index)
         return {
             "index": index,
-            "text": completion.text,
-            "logprobs": self.logprobs(completion),
+            "text": completion.text if echo is None else echo.text + completion.text,
+            "logprobs": self._with_echo(echo, self.logprobs(completion), completion.prompt_logprobs),
             "finish_reason": completion.finish_reason,
             "stop_reason": completion.stop_reason,
             **self.prompt_logprobs(completion),
+            **self.token_ids(completion, completion.prompt_token_ids),
         }
 
     def deltas(self, index: int, delta: Delta) -> list[Json]:
         """What a delta adds to a choice of a stream; nothing while its text is held back."""
-        done = delta.finished
-        if not (delta.text or done or (self.top is not None and delta.token_ids)):
+        done, echo = delta.finished, self._echo(index)
+        begins = index not in self._begun
+        tokens_shown = self.top is not None or self.asked.return_token_ids
+        if not (delta.text or done or (tokens_shown and delta.token_ids) or (begins and echo is not None)):
             return []
+        self._begun.add(index)
+        logprobs = self.logprobs(delta)
+        if echo is not None and not begins:
+            logprobs = _shifted(logprobs, len(echo.text))
         return [
             {
                 "index": index,
-                "text": delta.text,
-                "logprobs": self.logprobs(delta),
+                "text": echo.text + delta.text if echo is not None and begins else delta.text,
+                "logprobs": self._with_echo(echo, logprobs, delta.prompt_logprobs) if begins else logprobs,
                 "finish_reason": done.finish_reason if done else None,
                 **({"stop_reason": done.stop_reason} if done else {}),
+                **self.token_ids(delta, self.prompts[index // self.asked.n] if begins else None),
             }
         ]
+
+    def token_ids(self, tokens: Completion | Delta, prompt: Sequence[int] | None) -> Json:
+        """vLLM's fields for token ids, where they are asked for."""
+        if not self.asked.return_token_ids:
+            return {}
+        return {**({} if prompt is None else {"prompt_token_ids": list(prompt)}), "token_ids": tokens.token_ids}
+
+    def name(self, token: int) -> str:
+        """A token as log-probabilities name it."""
+        return f"token_id:{token}" if self.asked.return_tokens_as_token_ids else self.texts.of_token(token)[0]
 
     def logprobs(self, tokens: Completion | Delta) -> Json | None:
         """Of a Completion's or a Delta's tokens: the model's own, before temperature.
@@ -180,12 +229,11 @@ class CompletionResponse:
         """
         if self.top is None:
             return None
-        names = [self.texts.of_token(token)[0] for token in tokens.token_ids]
-        values = list(map(_finite, tokens.logprobs))
+        names = list(map(self.name, tokens.token_ids))
+        values = list(map(finite, tokens.logprobs))
         top = [
             # Names may collide; the sampled token's own value is the one that stays.
-            {self.texts.of_token(token)[0]: value for token, value in _top(tokens.top_logprobs, at, self.top)}
-            | {name: value}
+            {self.name(token): value for token, value in top_of(tokens.top_logprobs, at, self.top)} | {name: value}
             for at, (name, value) in enumerate(zip(names, values))
         ]
         return {
@@ -195,82 +243,78 @@ class CompletionResponse:
             "text_offset": tokens.text_offset,
         }
 
+    def _echo(self, index: int) -> Echo | None:
+        return self.echoes[index // self.asked.n] if self.echoes else None
+
+    def _with_echo(
+        self, echo: Echo | None, logprobs: Json | None, found: list[dict[int, float] | None] | None
+    ) -> Json | None:
+        """``logprobs`` behind those of the prompt, whose first token has none."""
+        if echo is None or logprobs is None:
+            return logprobs
+        names, values = list(map(self.name, echo.token_ids)), list[float | None]()
+        top = list[dict[str, float] | None]()
+        for own, name, every in zip(echo.token_ids, names, found or ()):
+            shown = self._shown(every, own, self.top)
+            if shown is None:
+                values.append(None)
+                top.append(None)
+                continue
+            value = next(value for token, value, _ in shown if token == own)
+            values.append(value)
+            top.append({self.name(token): value for token, value, _ in shown} | {name: value})
+        return {
+            "tokens": names + logprobs["tokens"],
+            "token_logprobs": values + logprobs["token_logprobs"],
+            "top_logprobs": top + logprobs["top_logprobs"],
+            "text_offset": echo.text_offset + [len(echo.text) + offset for offset in logprobs["text_offset"]],
+        }
+
+    def _shown(
+        self, values: dict[int, float] | None, own: int, count: int | None
+    ) -> list[tuple[int, float, int | None]] | None:
+        """In the place of a token of the prompt: it and the ``count`` most probable ones, with their ranks."""
+        made = self.asked.prompt_count
+        if values is None or count is None or made is None:
+            return None
+        of_all = ranked(values, made)
+        return [
+            (token, finite(value), rank)
+            for token, value, rank in of_all
+            if token == own or (rank is not None and rank <= count)
+        ]
+
     def prompt_logprobs(self, completion: Completion) -> Json:
         """vLLM's field of that name, where it is asked for."""
-        if self.prompt_top is None or completion.prompt_logprobs is None:
+        if self.asked.prompt_logprobs is None or completion.prompt_logprobs is None:
             return {}
-        count = self.prompt_top
+        count = self.asked.prompt_logprobs
+        shown = [
+            self._shown(values, own, count)
+            for values, own in zip(completion.prompt_logprobs, completion.prompt_token_ids)
+        ]
         return {
             "prompt_logprobs": [
                 None
-                if values is None
+                if one is None
                 else {
-                    str(token): {
-                        "logprob": _finite(value),
-                        "rank": rank,
-                        "decoded_token": self.texts.of_token(token)[0],
-                    }
-                    for token, value, rank in ranked(values, count)
+                    str(token): {"logprob": value, "rank": rank, "decoded_token": self.texts.of_token(token)[0]}
+                    for token, value, rank in one
                 }
-                for values in completion.prompt_logprobs
+                for one in shown
             ]
         }
 
 
-class ChatResponse(CompletionResponse):
-    """Responses of ``/v1/chat/completions``."""
-
-    id_prefix, object_type, chunk_type = "chatcmpl", "chat.completion", "chat.completion.chunk"
-
-    def role_chunks(self, choices: int) -> list[Json]:
-        return [_chat_delta(index, {"role": "assistant", "content": ""}) for index in range(choices)]
-
-    def choice(self, index: int, completion: Completion) -> Json:
-        return {
-            "index": index,
-            "message": {"role": "assistant", "content": completion.text, "refusal": None},
-            "logprobs": self.logprobs(completion),
-            "finish_reason": completion.finish_reason,
-            "stop_reason": completion.stop_reason,
-        }
-
-    def deltas(self, index: int, delta: Delta) -> list[Json]:
-        chunks = []
-        if delta.text or (self.top is not None and delta.token_ids):
-            chunks.append(_chat_delta(index, {"content": delta.text}, self.logprobs(delta)))
-        if delta.finished:
-            ending = {
-                "finish_reason": delta.finished.finish_reason,
-                "stop_reason": delta.finished.stop_reason,
-            }
-            chunks.append({**_chat_delta(index, {}), **ending})
-        return chunks
-
-    def beside(self, finished: Sequence[Completion]) -> Json:
-        return self.prompt_logprobs(finished[0])
-
-    def logprobs(self, tokens: Completion | Delta) -> Json | None:
-        if self.top is None:
-            return None
-        content = []
-        for at, token in enumerate(tokens.token_ids):
-            others = [self._entry(*pair) for pair in _top(tokens.top_logprobs, at, self.top)]
-            content.append({**self._entry(token, tokens.logprobs[at]), "top_logprobs": others})
-        return {"content": content, "refusal": None}
-
-    def _entry(self, token: int, logprob: float) -> Json:
-        text, raw = self.texts.of_token(token)
-        return {"token": text, "logprob": _finite(logprob), "bytes": raw}
+def _shifted(logprobs: Json | None, by: int) -> Json | None:
+    """``logprobs`` of a choice with so many characters in front."""
+    return logprobs and {**logprobs, "text_offset": [by + offset for offset in logprobs["text_offset"]]}
 
 
-def _chat_delta(index: int, delta: Json, logprobs: Json | None = None) -> Json:
-    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+def top_of(tops: Sequence[dict[int, float]] | None, at: int, most: int) -> list[tuple[int, float]]:
+    return [(token, finite(value)) for token, value in tops[at].items()][:most] if tops and most else []
 
 
-def _top(tops: Sequence[dict[int, float]] | None, at: int, most: int) -> list[tuple[int, float]]:
-    return [(token, _finite(value)) for token, value in tops[at].items()][:most] if tops and most else []
-
-
-def _finite(logprob: float) -> float:
+def finite(logprob: float) -> float:
     """JSON has neither infinities nor NaN; the API writes the impossible as -9999."""
     return max(-9999.0, logprob)  # in this order NaN is -9999 too

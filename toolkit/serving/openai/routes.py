@@ -1,27 +1,25 @@
 """``/v1/completions`` and ``/v1/chat/completions``."""
 
+from typing import Any
+
 from fastapi import Request, Response
 
 from toolkit.engine.prompts import check_num_sequences
 from toolkit.serving.generation import Asked, Generation
 from toolkit.serving.openai import schemas
-from toolkit.serving.openai.forms import JsonSchemaFormat, ResponseFormat, StructuredOutputs
-from toolkit.serving.openai.requests import (
-    ChatRequest,
-    CompletionRequest,
-    ImagePart,
-    ImageUrl,
-    Message,
-    StreamOptions,
-    TextPart,
-)
-from toolkit.serving.openai.responses import ChatResponse, CompletionResponse
+from toolkit.serving.openai.chat_response import ChatResponse
+from toolkit.serving.openai.completion_prompts import read_echoes, read_prompts
+from toolkit.serving.openai.completion_request import CompletionRequest
+from toolkit.serving.openai.forms import JsonSchemaFormat, Prediction, ResponseFormat, StructuredOutputs, TextPart
+from toolkit.serving.openai.requests import ChatRequest, ImagePart, ImageUrl, Message
+from toolkit.serving.openai.responses import CompletionResponse
+from toolkit.serving.openai.sampling import Sampling, StreamOptions
 from toolkit.serving.openapi import responses, takes
 from toolkit.serving.parsing import parse
 
 BODIES = (
     CompletionRequest, ChatRequest, StreamOptions, Message, TextPart, ImagePart, ImageUrl, ResponseFormat,
-    JsonSchemaFormat, StructuredOutputs,
+    JsonSchemaFormat, StructuredOutputs, Prediction,
 )  # fmt: skip
 """Of requests, and what they are made of."""
 
@@ -31,26 +29,35 @@ def add_routes(generation: Generation) -> None:
     base, texts, engine = generation.base, generation.texts, generation.engine
     model = base.names[0]
 
+    def with_prediction(asked: Sampling) -> dict[str, Any]:
+        predicted = texts.prediction(asked.prediction.text) if asked.prediction is not None else None
+        return {**asked.sampling(), **({"predicted_token_ids": predicted} if predicted else {})}
+
     def read_completion(raw: bytes) -> Asked:
         asked = parse(CompletionRequest, raw)
         base.check_model(asked.model)
-        check_num_sequences(len(asked.prompt) * asked.n, engine.max_queued_seqs)
-        cut = asked.truncate_prompt_tokens is not None
-        prompts = [texts.prompt(prompt, cut) if isinstance(prompt, str) else prompt for prompt in asked.prompt]
-        generation.check_tokens(prompts)
-        writer = CompletionResponse(model, texts, asked, asked.logprobs)
-        given = generation.sampling_params(asked.sampling(), prompts, asked.logprobs)
-        return Asked(*given, asked.stream, writer)
+        check_num_sequences(len(asked.prompt) * asked.candidates, engine.max_queued_seqs)
+        read, ends = read_prompts(texts, asked)
+        generation.check_tokens(read)
+        sampling = with_prediction(asked)
+        if ends:
+            sampling["stop_token_ids"] = [*asked.stop_token_ids, *ends]
+        prompts, params = generation.sampling_params(sampling, read, asked.logprobs)
+        echoes = read_echoes(texts, asked, prompts)
+        writer = CompletionResponse(model, texts, asked, asked.logprobs, prompts, generation.fingerprint, echoes)
+        return Asked(prompts, params, asked.stream, writer)
 
     def read_chat(raw: bytes) -> Asked:
         asked = parse(ChatRequest, raw)
         base.check_model(asked.model)
         check_num_sequences(asked.n, engine.max_queued_seqs)
-        prompts = [texts.chat(asked.messages, asked.truncate_prompt_tokens is not None)]
+        read = [texts.chat(asked.messages, asked.truncate_prompt_tokens is not None)]
         top = (asked.top_logprobs or 0) if asked.logprobs else None
-        writer = ChatResponse(model, texts, asked, top)
-        given = generation.sampling_params(asked.sampling(), prompts, top, max_tokens=None)
-        return Asked(*given, asked.stream, writer)
+        prompts, params = generation.sampling_params(with_prediction(asked), read, top, max_tokens=None)
+        writer = ChatResponse(model, texts, asked, top, prompts, generation.fingerprint)
+        if asked.service_tier is not None:
+            writer.head["service_tier"] = "default"
+        return Asked(prompts, params, asked.stream, writer)
 
     @base.app.post(
         "/v1/completions",

@@ -11,16 +11,27 @@ class _Schema(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+class PromptTokensDetails(_Schema):
+    cached_tokens: int
+
+
+class CompletionTokensDetails(_Schema):
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
+
+
 class Usage(_Schema):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | None = None
 
 
 class Logprobs(_Schema):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -37,6 +48,8 @@ class Choice(_Schema):
     finish_reason: FinishReason
     stop_reason: int | str | None
     prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = None
+    prompt_token_ids: list[int] | None = None
+    token_ids: list[int] | None = None
 
 
 class CompletionObject(_Schema):
@@ -45,6 +58,7 @@ class CompletionObject(_Schema):
     created: int
     model: str
     choices: list[Choice]
+    system_fingerprint: str
     usage: Usage
 
 
@@ -75,6 +89,7 @@ class ChatChoice(_Schema):
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason
     stop_reason: int | str | None
+    token_ids: list[int] | None = None
 
 
 class ChatCompletionObject(_Schema):
@@ -83,8 +98,11 @@ class ChatCompletionObject(_Schema):
     created: int
     model: str
     choices: list[ChatChoice]
+    system_fingerprint: str
+    service_tier: Literal["default"] | None = None
     usage: Usage
     prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = None
+    prompt_token_ids: list[int] | None = None
 
 
 class ModelCard(_Schema):
