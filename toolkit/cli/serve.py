@@ -224,6 +224,7 @@ def _serve(
 ) -> int:
     from toolkit.engine import AsyncEngine
     from toolkit.engine.capacity import describe_capacity
+    from toolkit.loading import read_new_weights
     from toolkit.serving.metrics import Metrics
 
     metrics = Metrics()
@@ -242,6 +243,7 @@ def _serve(
         max_model_len=engine.max_sequence_len,
         vocab_size=engine.vocab_size,
         default_sampling_params=defaults,
+        read_weights=read_new_weights,
     )
 
 

@@ -9,6 +9,7 @@ from toolkit.errors import ToolkitError, must_be_one_of
 from toolkit.loading.classes import RUNNERS, auto_class, runner_of
 from toolkit.loading.generation_config import sampling_defaults
 from toolkit.loading.model import DTYPES, load_weights, read_config
+from toolkit.loading.new_weights import read_new_weights
 from toolkit.loading.pooling_files import pooler_settings
 from toolkit.loading.processor import load_processor, processor_files, write_processor_files
 from toolkit.loading.source import Source, find_source
@@ -29,6 +30,7 @@ __all__ = [
     "pooler_settings",
     "processor_files",
     "read_config",
+    "read_new_weights",
     "runner_of",
     "sampling_defaults",
     "write_processor_files",

@@ -26,12 +26,15 @@ _POOLER = "pooler."
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
-def load_weights(source: Source, dtype: str = "float32", device: str = "cpu", runner: str = "generate") -> Any:
+def load_weights(
+    source: Source, dtype: str = "float32", device: str = "cpu", runner: str = "generate", config: Any = None
+) -> Any:
     """The model of a source in eval mode: of the class that wrote it, towers included; adapters are merged into it.
 
     Args:
         dtype: one of ``DTYPES``.
         device: such as "cpu" or "cuda".
+        config: in the place of the folder's ``config.json``.
         runner: "pooling" opens it for embeddings, scores and classes: with its head of those, else without a head.
 
     Raises:
@@ -41,7 +44,7 @@ def load_weights(source: Source, dtype: str = "float32", device: str = "cpu", ru
         raise ToolkitError(f"dtype must be one of {', '.join(DTYPES)}, got '{dtype}'.")
     base = source if source.base is None else source.base
     if base.gguf is None:
-        config = read_config(base)
+        config = read_config(base) if config is None else config
         _check_files(base.folder)
         _check_generation_config(base.folder / GENERATION_CONFIG)
     else:

@@ -29,12 +29,17 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor by its name; empty where a file is missing.
+    """The shape of every tensor by its name; empty where a file is missing. Raises as ``tensor_headers``."""
+    return {name: shape for name, (_, shape) in tensor_headers(folder).items()}
+
+
+def tensor_headers(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """(dtype such as "BF16", shape) of every tensor by its name; empty where a file is missing.
 
     Raises:
         ToolkitError: a file is not safetensors.
     """
-    found: dict[str, tuple[int, ...]] = {}
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name in weight_files(folder):
         try:
             with (folder / name).open("rb") as file:
@@ -44,5 +49,7 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
             return {}
         except (ValueError, OSError, struct.error) as error:
             raise ToolkitError(f"'{folder / name}' is not a safetensors file ({first_line(error)}).") from None
-        found |= {key: tuple(value["shape"]) for key, value in header.items() if key != "__metadata__"}
+        for key, value in header.items():
+            if key != "__metadata__":
+                found[key] = value["dtype"], tuple(value["shape"])
     return found

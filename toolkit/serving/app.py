@@ -9,10 +9,11 @@ from toolkit.serving.generation import Generation
 from toolkit.serving.openai import routes as openai
 from toolkit.serving.openapi import describe
 from toolkit.serving.pooling import POOLING_PATHS, create_pooling_app
+from toolkit.serving.tokens import routes as tokens
 
 __all__ = ["ServerConfig", "create_app"]
 
-PROTOCOLS = (openai, admin)
+PROTOCOLS = (openai, tokens, admin)
 """Modules with ``BODIES`` of requests, and what they are made of, and ``add_routes(generation)``."""
 GENERATES = "The served model generates; serve a pooling model, or this one with --runner pooling."
 

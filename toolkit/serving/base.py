@@ -18,6 +18,7 @@ from starlette.routing import Match
 
 import toolkit
 from toolkit.engine import AsyncEngine, EngineUnavailable
+from toolkit.engine.fingerprint import numerics_fingerprint
 from toolkit.engine.pooling import PoolingQueue
 from toolkit.engine.request_handle import SHUTTING_DOWN
 from toolkit.errors import ToolkitError
@@ -27,6 +28,7 @@ from toolkit.serving.errors import Json, RequestError, error_body
 from toolkit.serving.limits import MAX_BODY_SIZE, SMALL_BODY, give_back_memory
 from toolkit.serving.metrics import Metrics
 from toolkit.serving.middleware import CountRequests, HeadAsGet, RequestIds
+from toolkit.serving.numerics_check import NumericsCheck
 from toolkit.serving.openai import schemas
 from toolkit.serving.openapi import responses
 from toolkit.serving.request_log import JsonLog, LogRequests, record_of
@@ -68,6 +70,7 @@ class ServerConfig:
         reasoning_parser: how reasoning is read, in the same way.
         docs: whether ``/docs`` and ``/openapi.json`` are served.
         admin: who may use the admin endpoints.
+        read_weights: (folder, model, what the request calls it) -> its state dict for the model; None updates none.
         max_requests_per_client: most unfinished sequences of a client; None for no bound.
         log: where each request is logged; None for nowhere.
     """
@@ -89,6 +92,7 @@ class ServerConfig:
     tool_call_parser: str = "auto"
     reasoning_parser: str = "auto"
     admin: AdminAccess = field(default_factory=AdminAccess)
+    read_weights: Callable[[str, Any, str], Mapping[str, Any]] | None = None
     max_requests_per_client: int | None = None
     log: JsonLog | None = None
 
@@ -114,6 +118,7 @@ class Base:
         app: the ASGI application. Its lifespan starts the engine's thread and ends it, and leaves the engine open.
         guarded: dependencies of routes that ask for a key.
         running: requests under way.
+        numerics: refuses clients of other numerics.
     """
 
     def __init__(self, config: ServerConfig, fields: set[str]) -> None:
@@ -121,7 +126,9 @@ class Base:
         self.names = config.model_names
         self.fields = fields
         keys = ApiKeys([config.api_key] if isinstance(config.api_key, str) else config.api_key or ())
-        self.guarded = [Depends(keys.check)]
+        backend = getattr(getattr(config.engine, "engine", None), "backend", None)
+        self.numerics = NumericsCheck(None if backend is None else numerics_fingerprint(backend))
+        self.guarded = [Depends(keys.check), Depends(self.numerics.check)]
         self.running = RunningRequests(config.max_requests_per_client, bool(keys))
         self._created = int(time.time())
         self._watchers: set[asyncio.Task[None]] = set()  # the event loop does not hold them
@@ -182,7 +189,7 @@ class Base:
 
         def card(name: str) -> Json:
             about = {"id": name, "object": "model", "created": self._created, "owned_by": "toolkit"}
-            return {**about, "max_model_len": self.config.max_model_len}
+            return {**about, "max_model_len": self.config.max_model_len, "weight_version": self.weight_version}
 
         @app.get("/v1/models", dependencies=self.guarded, responses=responses(schemas.ModelList))
         async def models() -> Json:
@@ -225,6 +232,11 @@ class Base:
 
         for path in paths:
             self.app.post(path, dependencies=self.guarded, include_in_schema=False)(refuse)
+
+    @property
+    def weight_version(self) -> int:
+        """Of the weights that are served."""
+        return int(self.engine.stats().get("weight_version", 0))
 
     def check_model(self, asked: str | None) -> None:
         """Raise RequestError for a name that the model does not have."""

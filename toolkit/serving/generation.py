@@ -18,6 +18,8 @@ from toolkit.serving.reply_plan import ReplyPlanner
 from toolkit.serving.request_log import record_of
 from toolkit.serving.texts import Texts
 
+VERSION_HEADER = "x-weight-version"
+"""Of the weights that made the last tokens of a response; of a stream, of those when it began."""
 SHORT_RESPONSE = 1000
 """Log-probabilities in a response that is written on the event loop."""
 
@@ -116,15 +118,15 @@ class Generation:
         version = self.engine.stats().get("weight_version", 0) if weight_version is None else weight_version
         return f"{self._numerics}-{version:.0f}"
 
-    def check_tokens(self, prompts: Sequence[list[int]]) -> None:
+    def check_tokens(self, prompts: Sequence[list[int]], field: str = "prompt") -> None:
         """Raise RequestError for a token id outside the vocabulary."""
         if self.config.vocab_size is None:
             return
         for prompt in prompts:
             wrong = outside_vocabulary(prompt, self.config.vocab_size)
             if wrong is not None:
-                message = f"'prompt' must have token ids from 0 to {self.config.vocab_size - 1}, got {shown(wrong)}."
-                raise RequestError(message, "prompt")
+                message = f"'{field}' must have token ids from 0 to {self.config.vocab_size - 1}, got {shown(wrong)}."
+                raise RequestError(message, field)
 
     def sampling_params(
         self, given: dict[str, Any], prompts: Sequence[Any], logprobs: int | None, **defaults: Any
@@ -169,14 +171,19 @@ class Generation:
         self.base.watch(request, handle)
         if given.stream:
             events = self._events(handle, given, used)
-            return StreamingResponse(events, media_type=given.media_type, headers={"cache-control": "no-cache"})
+            headers = {"cache-control": "no-cache", VERSION_HEADER: str(self.base.weight_version)}
+            return StreamingResponse(events, media_type=given.media_type, headers=headers)
         finished = await self._finished(handle, given, used)
         used.completion_tokens = [len(one.token_ids) for one in finished]
+        known = [one.weight_version for one in finished if one.weight_version is not None]
+        versions = {VERSION_HEADER: str(max(known, default=self.base.weight_version))}
         if given.writer.num_logprobs(finished) <= SHORT_RESPONSE:
-            return Response(b"".join(given.writer.written(finished, used)), media_type="application/json")
+            body = b"".join(given.writer.written(finished, used))
+            return Response(body, media_type="application/json", headers=versions)
         # A plain iterator: its parts are made on threads.
         parts = given.writer.written(finished, used)
-        return StreamingResponse(parts, media_type="application/json", background=BackgroundTask(self.base.trim_soon))
+        background = BackgroundTask(self.base.trim_soon)
+        return StreamingResponse(parts, media_type="application/json", headers=versions, background=background)
 
     async def _finished(self, handle: RequestHandle, given: Asked, used: Usage) -> list[Completion]:
         finished: dict[int, Completion] = {}

@@ -50,10 +50,10 @@ def responses(
     return {200: good, **_FAILURES}
 
 
-def takes(body: type[BaseModel]) -> Json:
+def takes(body: type[BaseModel], required: bool = True) -> Json:
     """``openapi_extra=`` of a route that parses ``body``."""
     schema = {"$ref": _COMPONENT.format(model=body.__name__)}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    return {"requestBody": {"required": required, "content": {"application/json": {"schema": schema}}}}
 
 
 def takes_query(query: type[BaseModel]) -> Json:
@@ -63,7 +63,7 @@ def takes_query(query: type[BaseModel]) -> Json:
     return {"parameters": found}
 
 
-_TOKENS = ("prompt", "input")
+_TOKENS = ("prompt", "input", "token_ids")
 """Fields of bodies that may hold token ids."""
 
 

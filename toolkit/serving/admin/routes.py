@@ -4,12 +4,14 @@ from fastapi import Depends, Request, params
 
 from toolkit.serving.admin import schemas
 from toolkit.serving.admin.control import Control
+from toolkit.serving.admin.info import add_info
+from toolkit.serving.admin.weights import add_weights
 from toolkit.serving.errors import Json, RequestError
 from toolkit.serving.generation import Generation
 from toolkit.serving.openapi import responses, takes, takes_query
 from toolkit.serving.parsing import parse, parse_query
 
-BODIES = (schemas.AbortRequest,)
+BODIES = (schemas.AbortRequest, schemas.InitRequest, schemas.StartRequest, schemas.UpdateRequest)
 
 
 def add_routes(generation: Generation) -> None:
@@ -17,6 +19,8 @@ def add_routes(generation: Generation) -> None:
     base, access = generation.base, generation.config.admin
     guarded = [Depends(access.check)] if access.keys else [*base.guarded, Depends(access.check)]
     add_control(generation, guarded)
+    add_weights(generation, guarded)
+    add_info(generation, guarded)
 
 
 def add_control(generation: Generation, guarded: list[params.Depends]) -> None:

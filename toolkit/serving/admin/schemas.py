@@ -1,6 +1,6 @@
 """Bodies and queries of admin requests, and bodies of their responses."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -51,6 +51,26 @@ class WakeQuery(Query):
     tags: list[Literal["weights", "kv_cache", "scheduling"]] = []
 
 
+class InfoQuery(Query):
+    """Parameters of ``/server_info``.
+
+    Args:
+        config_format: of ``vllm_config``; "text" is not offered.
+    """
+
+    config_format: Literal["json"] = "json"
+
+
+class WorldQuery(Query):
+    """Parameters of ``/get_world_size``.
+
+    Args:
+        include_dp: accepted and unused: there is one process.
+    """
+
+    include_dp: bool = True
+
+
 class AbortRequest(Body):
     """The body of ``POST /abort_requests``.
 
@@ -85,3 +105,78 @@ class Success(_Schema):
 
 class Aborted(_Schema):
     num_aborted: int
+
+
+class InitRequest(Body):
+    """The body of ``POST /init_weight_transfer_engine``.
+
+    Args:
+        init_info: may have ``backend``, which must be "folder", and ``numerics_fingerprint``, the trainer's, as text or
+            as an object.
+    """
+
+    init_info: dict[str, Any]
+
+
+class StartRequest(Body):
+    """The body of ``POST /start_weight_update``.
+
+    Args:
+        is_checkpoint_format: must be true: weights are named and laid out as in checkpoints.
+    """
+
+    is_checkpoint_format: bool = True
+
+
+class UpdateRequest(Body):
+    """The body of ``POST /update_weights``; one of the fields.
+
+    Args:
+        weight_dir: a folder of safetensors files that the server can read.
+        model_path: the same (SGLang's name).
+        update_info: an object with one of these (vLLM's form).
+    """
+
+    weight_dir: str | None = None
+    model_path: str | None = None
+    update_info: dict[str, Any] | None = None
+
+
+class Message(_Schema):
+    message: str
+
+
+class Updated(_Schema):
+    status: Literal["ok"]
+    message: str
+    weight_version: int
+
+
+class WorldSize(_Schema):
+    world_size: int
+
+
+class ModelInfo(_Schema):
+    model_path: str
+    is_generation: bool
+    weight_version: int
+    max_model_len: int | None
+    dtype: str
+
+
+class ServerInfo(BaseModel):
+    """What is served, in vLLM's form, and what is this server's.
+
+    Args:
+        vllm_config: the parts of vLLM's configuration that its clients read.
+        engine: the engine's configuration.
+        numerics_fingerprint: what the bits of logprobs depend on.
+        version: of toolkit.
+        weight_version: of the weights.
+    """
+
+    vllm_config: dict[str, Any]
+    engine: dict[str, Any]
+    numerics_fingerprint: dict[str, str]
+    version: str
+    weight_version: int

@@ -111,6 +111,7 @@ class ModelCard(_Schema):
     created: int
     owned_by: str
     max_model_len: int | None
+    weight_version: int
 
 
 class ModelList(_Schema):

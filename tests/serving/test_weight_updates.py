@@ -1,0 +1,341 @@
+"""Weights of a folder into a real server process, as trainers send them; token ids in and out."""
+
+import json
+import shutil
+import threading
+import time
+from types import SimpleNamespace
+
+import httpx
+import pytest
+import torch
+
+from tests.helpers.server_process import serving
+from toolkit.engine import Engine, SamplingParams
+from toolkit.loading import load_model
+
+PROMPT = [5, 17, 80, 3, 9, 200, 41, 7, 7, 12, 19, 33, 2, 64, 90, 11, 8]
+SAMPLING = {"temperature": 1.0, "seed": 7, "max_tokens": 24, "logprobs": 0, "ignore_eos": True}
+
+
+def saved(folder, chat_model, seed, **changes):
+    """Another checkpoint of the served model's architecture."""
+    from transformers import AutoConfig, LlamaForCausalLM
+
+    config = AutoConfig.from_pretrained(chat_model)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    torch.manual_seed(seed)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(chat_model, tmp_path_factory):
+    root = tmp_path_factory.mktemp("weights")
+    one = saved(root / "one", chat_model, 11)
+    two = saved(root / "two", chat_model, 12)
+    (two / "config.json").unlink()  # as trainers leave it
+    return SimpleNamespace(root=root, start=chat_model, one=one, two=two)
+
+
+@pytest.fixture(scope="module")
+def server(chat_model):
+    options = ("--port", "0", "--enable-admin-endpoints", "--max-num-seqs", "8")
+    with serving(chat_model, *options) as one, httpx.Client(base_url=one.url, timeout=60) as http:
+        yield SimpleNamespace(http=http, url=one.url)
+
+
+@pytest.fixture(scope="module")
+def fresh(folders, chat_model):
+    """(token ids, logprobs) of a new engine on the weights of a folder."""
+
+    def of(folder):
+        whole = folder
+        if not (folder / "config.json").is_file():
+            whole = folders.root / f"whole-{folder.name}"
+            if not whole.exists():
+                shutil.copytree(folder, whole)
+                shutil.copy(chat_model / "config.json", whole)
+        with Engine(load_model(str(whole))[0]) as engine:
+            (completion,) = engine.generate([PROMPT], SamplingParams(**SAMPLING))
+        return completion.token_ids, completion.logprobs
+
+    return of
+
+
+def generate(http, **fields):
+    body = {"token_ids": PROMPT, "sampling_params": SAMPLING, **fields}
+    return http.post("/inference/v1/generate", json=body).raise_for_status()
+
+
+def bits(response):
+    (choice,) = response.json()["choices"]
+    entries = choice["logprobs"]["content"]
+    assert [entry["token"] for entry in entries] == [f"token_id:{token}" for token in choice["token_ids"]]
+    return choice["token_ids"], [entry["logprob"] for entry in entries]
+
+
+def update(http, folder, **body):
+    return http.post("/update_weights", json=body or {"weight_dir": str(folder)})
+
+
+def version(http):
+    return http.get("/v1/models").json()["data"][0]["weight_version"]
+
+
+def same_bits(found, expected):
+    assert found[0] == expected[0]
+    assert torch.equal(torch.tensor(found[1], dtype=torch.float64), torch.tensor(expected[1], dtype=torch.float64))
+
+
+def test_after_an_update_the_bits_are_those_of_a_new_engine_on_the_weights(server, folders, fresh):
+    same_bits(bits(generate(server.http)), fresh(folders.start))  # and its prefix is cached now
+    seen = [version(server.http)]
+    for folder, body in (
+        (folders.one, {"weight_dir": str(folders.one)}),
+        (folders.two, {"model_path": str(folders.two)}),
+        (folders.start, {"update_info": {"weight_dir": str(folders.start)}}),
+    ):
+        updated = update(server.http, folder, **body).raise_for_status().json()
+        assert (updated["status"], updated["message"]) == ("ok", "Weights updated")
+        seen.append(updated["weight_version"])
+        assert version(server.http) == seen[-1]
+        response = generate(server.http)
+        same_bits(bits(response), fresh(folder))
+        choice = response.json()["choices"][0]
+        assert set(choice["weight_versions"]) == {seen[-1]}
+        assert response.json()["weight_version"] == seen[-1]
+        assert response.headers["x-weight-version"] == str(seen[-1])
+        text = server.http.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": 2})
+        assert text.headers["x-weight-version"] == str(seen[-1])
+    assert len(set(seen)) == 4
+
+
+def test_weights_that_change_while_requests_run_are_told_apart_token_by_token(server, folders, fresh):
+    update(server.http, folders.start).raise_for_status()
+    old = version(server.http)
+    sampling = {**SAMPLING, "max_tokens": 600, "temperature": 0.0}
+    found = []
+    body = {"token_ids": PROMPT, "sampling_params": sampling}
+    running = threading.Thread(
+        target=lambda: found.append(server.http.post("/inference/v1/generate", json=body).json()["choices"][0])
+    )
+    running.start()
+    while server.http.get("/load").json()["server_load"] == 0:
+        time.sleep(0.002)
+    time.sleep(0.05)
+    server.http.post("/pause", params={"mode": "keep", "clear_cache": "false"}).raise_for_status()  # as prime-rl does
+    update(server.http, folders.one).raise_for_status()
+    server.http.post("/resume").raise_for_status()
+    running.join(60)
+    versions = found[0]["weight_versions"]
+    assert len(versions) == 600
+    assert versions == sorted(versions)
+    assert set(versions) == {old, version(server.http)}
+    same_bits(bits(generate(server.http)), fresh(folders.one))
+
+
+def broken(folders, kind):
+    """A folder with weights that do not fit."""
+    from safetensors.torch import load_file, save_file
+
+    folder = folders.root / kind
+    if kind == "none":
+        return folder
+    if kind == "config":
+        return saved(folder, folders.start, 13, rope_parameters={"rope_type": "default", "rope_theta": 5000.0})
+    shutil.copytree(folders.one, folder)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    last = "model.layers.1.mlp.up_proj.weight"
+    if kind == "missing":
+        del tensors[last]
+    elif kind == "shape":
+        tensors[last] = tensors[last][:-1].clone()
+    elif kind == "dtype":
+        tensors[last] = tensors[last].to(torch.int8)
+    elif kind == "pickled":
+        torch.save(tensors, folder / "pytorch_model.bin")
+        file.unlink()
+        return folder
+    save_file(tensors, file, metadata={"format": "pt"})
+    if kind == "cut":
+        file.write_bytes(file.read_bytes()[:-100])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("none", "weight_dir must be a folder that this server can read, got "),
+        ("config", "weight_dir must have a config.json with rope_parameters {"),
+        ("missing", "lack 'model.layers.1.mlp.up_proj.weight'"),
+        ("shape", "weight_dir must have model.layers.1.mlp.up_proj.weight of the shape [128, 64], got [127, 64]."),
+        ("dtype", "model.layers.1.mlp.up_proj.weight of a dtype among F64, F32, F16, BF16, got I8."),
+        ("pickled", "pickled weights are not loaded"),
+        ("cut", "is not a whole safetensors file"),
+    ],
+)
+def test_a_folder_that_does_not_fit_changes_nothing(server, folders, kind, words):
+    before, number = bits(generate(server.http)), version(server.http)
+    refused = update(server.http, broken(folders, kind))
+    assert refused.status_code == 400
+    message = refused.json()["error"]["message"]
+    assert words in message
+    assert message.endswith(".")
+    assert version(server.http) == number
+    same_bits(bits(generate(server.http)), before)
+    assert server.http.get("/is_paused").json() == {"is_paused": False}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "words"),
+    [
+        ("/update_weights", {}, 400, "'weight_dir' must be given, and nothing else names weights, got none."),
+        ("/update_weights", {"weight_dir": "a", "model_path": "b"}, 400, "got weight_dir, model_path."),
+        ("/update_weights", {"update_info": {"names": []}}, 501, 'POST /update_weights {"weight_dir": "FOLDER"}.'),
+        ("/update_weights", {"update_info": {"mood": 1}}, 400, "'update_info' must have 'weight_dir' alone"),
+        ("/update_weights", {"update_info": {"weight_dir": 1}}, 400, "'update_info.weight_dir' must be text, got 1."),
+        ("/update_weights", {"weights": "a"}, 400, "'weights'"),
+        ("/start_weight_update", {"is_checkpoint_format": False}, 400, "'is_checkpoint_format' must be true"),
+        ("/init_weight_transfer_engine", {}, 400, "'init_info' is required"),
+        ("/init_weight_transfer_engine", {"init_info": {"master_port": 1}}, 501, "receives no tensors over NCCL"),
+    ],
+)
+def test_updates_that_are_not_offered_say_what_is(server, path, body, status, words):
+    refused = server.http.post(path, json=body)
+    assert refused.status_code == status
+    assert words in refused.json()["error"]["message"]
+
+
+def test_a_trainer_of_other_numerics_is_refused_with_the_part_that_differs(server):
+    info = server.http.get("/server_info").json()
+    ours = info["numerics_fingerprint"]
+    assert (ours["numerics"], ours["dtype"], ours["device"]) == ("bitwise", "float32", "cpu")
+    assert ours["torch"] == torch.__version__
+    assert ours["instructions"] == torch.backends.cpu.get_cpu_capability().lower()
+    line = "; ".join(f"{name}={value}" for name, value in ours.items())
+    generate(server.http)
+    body = {"token_ids": PROMPT, "sampling_params": SAMPLING}
+    for path in ("/inference/v1/generate", "/v1/completions"):
+        fields = body if path.startswith("/inf") else {"prompt": PROMPT}
+        assert server.http.post(path, json=fields, headers={"x-numerics-fingerprint": line}).status_code == 200
+        other = line.replace(f"torch={torch.__version__}", "torch=2.11.0")
+        refused = server.http.post(path, json=fields, headers={"x-numerics-fingerprint": other})
+        assert refused.status_code == 412
+        assert refused.json()["error"] == {
+            "message": f"x-numerics-fingerprint must have torch '{torch.__version__}', as this server has in bitwise "
+            "mode, got '2.11.0'.",
+            "type": "invalid_request_error",
+            "param": "x-numerics-fingerprint",
+            "code": "numerics_mismatch",
+        }
+    wrong = server.http.post("/v1/completions", json={"prompt": PROMPT}, headers={"x-numerics-fingerprint": "torch"})
+    assert wrong.status_code == 400
+
+    def initialise(fingerprint):
+        init_info = {"backend": "folder", "numerics_fingerprint": fingerprint}
+        return server.http.post("/init_weight_transfer_engine", json={"init_info": init_info})
+
+    assert initialise(ours).status_code == initialise(line).status_code == 200
+    assert initialise({**ours, "dtype": "bfloat16"}).status_code == 412
+    missing = initialise({name: value for name, value in ours.items() if name != "native"})
+    assert "init_info.numerics_fingerprint must have native" in missing.json()["error"]["message"]
+    assert missing.json()["error"]["message"].endswith("got none.")
+    more = initialise({**ours, "triton": "3.6"}).json()["error"]["message"]
+    assert "must have no triton, as this server has in bitwise mode, got '3.6'." in more
+
+
+def test_tokens_are_streamed_and_their_ends_say_which_weights_sampled_them(server):
+    (whole,) = generate(server.http).json()["choices"]
+    events = []
+    body = {"token_ids": PROMPT, "sampling_params": {**SAMPLING, "n": 2}, "stream": True, "request_id": "mine"}
+    body["stream_options"] = {"include_usage": True}
+    with server.http.stream("POST", "/inference/v1/generate", json=body) as response:
+        lines = [line for line in response.iter_lines() if line]
+    assert lines[-1] == "data: [DONE]"
+    events = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+    assert {one["request_id"] for one in events} == {"mine"}
+    choices = [choice for one in events for choice in one["choices"] if choice["index"] == 0]
+    assert [token for choice in choices for token in choice["token_ids"]] == whole["token_ids"]
+    found = [entry for choice in choices for entry in choice["logprobs"]["content"]]
+    assert found == whole["logprobs"]["content"]
+    assert choices[-1]["weight_versions"] == whole["weight_versions"]
+    assert choices[-1]["finish_reason"] == "length"
+    assert events[-1]["usage"]["completion_tokens"] == 2 * SAMPLING["max_tokens"]
+
+
+def test_an_aborted_request_keeps_its_tokens(server):
+    found = []
+    body = {"token_ids": PROMPT, "sampling_params": {**SAMPLING, "max_tokens": 3000}, "request_id": "long"}
+    running = threading.Thread(target=lambda: found.append(server.http.post("/inference/v1/generate", json=body)))
+    running.start()
+    while not server.http.get("/load").json()["server_load"]:
+        time.sleep(0.002)
+    time.sleep(0.05)
+    aborted = server.http.post("/abort_requests", json={"request_ids": ["long"]}).json()
+    assert aborted == {"num_aborted": 1}
+    running.join(60)
+    (choice,) = found[0].json()["choices"]
+    assert choice["finish_reason"] == "abort"
+    assert 0 < len(choice["token_ids"]) < 3000
+
+
+def test_prompt_logprobs_and_alternatives_are_by_token_id(server):
+    sampling = {**SAMPLING, "max_tokens": 2, "logprobs": 2, "prompt_logprobs": 1}
+    body = generate(server.http, sampling_params=sampling).json()
+    assert body["prompt_logprobs"][0] is None
+    assert len(body["prompt_logprobs"]) == len(PROMPT)
+    assert all(str(token) in entry for token, entry in zip(PROMPT[1:], body["prompt_logprobs"][1:], strict=True))
+    for entry in body["choices"][0]["logprobs"]["content"]:
+        tops = [top["logprob"] for top in entry["top_logprobs"]]
+        assert len(tops) == 2
+        assert tops == sorted(tops, reverse=True)
+    assert body["usage"]["prompt_tokens"] == len(PROMPT)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"token_ids": []}, "'token_ids' must be a list of at least 1"),
+        ({"token_ids": [10**6]}, "'token_ids' must have token ids from 0 to"),
+        ({"sampling_params": {"mood": 1}}, "mood"),
+        ({"sampling_params": {"stream": True}}, "'sampling_params' must have no 'stream'."),
+        ({"sampling_params": {"temperature": -1}}, "temperature must be"),
+        ({"stream_options": {}}, "'stream_options' is given, but 'stream' is not true."),
+        ({"model": "other"}, "'model' must be 'tiny', got 'other'."),
+    ],
+)
+def test_a_wrong_request_for_tokens_is_one_sentence(server, fields, words):
+    body = {"token_ids": PROMPT, "sampling_params": {}, **fields}
+    refused = server.http.post("/inference/v1/generate", json=body)
+    assert refused.status_code in (400, 404)
+    assert words in refused.json()["error"]["message"]
+
+
+def test_trl_s_own_client_drives_the_server(server, folders, fresh):
+    client_module = pytest.importorskip("trl.experimental.async_grpo.vllm_client")
+    accelerate = pytest.importorskip("accelerate")
+    if not accelerate.PartialState._shared_state:  # its logger asks for it
+        accelerate.PartialState(cpu=True)
+    client = client_module.VLLMClient(server.url, server_timeout=10)
+    client.wait_for_server_ready()
+    assert client.get_max_model_len() == 4096
+    assert client.get_dtype() == "torch.float32"
+    info = client.get_server_info()
+    assert info["lora_config"] is None
+    assert info["weight_transfer_config"] is None
+    assert info["parallel_config"]["data_parallel_size"] == 1
+    assert client.get_world_size() == 1
+    client.init_weight_transfer_engine({"backend": "folder"})
+    client.pause()
+    client.start_weight_update()
+    client.update_weights({"weight_dir": str(folders.two)})
+    client.finish_weight_update()
+    client.resume()
+    same_bits(bits(generate(server.http)), fresh(folders.two))
+    with pytest.raises(Exception, match="receives no tensors over NCCL"):
+        client.init_weight_transfer_engine({"master_address": "x", "master_port": 1, "rank_offset": 1, "world_size": 2})
+    with pytest.raises(Exception, match="receives no tensors over NCCL"):
+        client.update_weights({"names": ["a"], "dtype_names": ["float32"], "shapes": [[1]]})

@@ -1,0 +1,90 @@
+"""What is served, and by which numerics."""
+
+from dataclasses import asdict
+from typing import Any
+
+from fastapi import Request, params
+
+import toolkit
+from toolkit.serving.admin import schemas
+from toolkit.serving.errors import Json
+from toolkit.serving.generation import Generation
+from toolkit.serving.openapi import responses, takes_query
+from toolkit.serving.parsing import parse_query
+
+
+def vllm_config(generation: Generation) -> Json:
+    """The parts of vLLM's configuration that clients read: dtype, adapters, parallelism, how weights are sent."""
+    engine, config = generation.engine.engine, generation.config
+    return {
+        "model_config": {
+            "model": _path(engine),
+            "served_model_name": list(generation.base.names),
+            "dtype": str(engine.backend.dtype),
+            "max_model_len": config.max_model_len,
+        },
+        "cache_config": {
+            "block_size": engine.config.block_size,
+            "num_gpu_blocks": int(engine.stats()["num_blocks"]),
+            "enable_prefix_caching": engine.config.enable_prefix_caching,
+        },
+        "scheduler_config": {
+            "max_num_seqs": engine.config.max_num_seqs,
+            "max_num_batched_tokens": engine.config.max_num_batched_tokens,
+        },
+        "parallel_config": {
+            "tensor_parallel_size": 1,
+            "pipeline_parallel_size": 1,
+            "data_parallel_size": 1,
+            "world_size": 1,
+        },
+        "speculative_config": engine.config.speculative_config,
+        "lora_config": None,
+        "weight_transfer_config": None,
+    }
+
+
+def add_info(generation: Generation, guarded: list[params.Depends]) -> None:
+    """``/server_info``, ``/get_world_size``, and for clients ``/get_model_info``."""
+    base, engine = generation.base, generation.engine
+    app = base.app
+
+    @app.get(
+        "/server_info",
+        dependencies=guarded,
+        responses=responses(schemas.ServerInfo),
+        openapi_extra=takes_query(schemas.InfoQuery),
+    )
+    async def server_info(request: Request) -> Json:
+        parse_query(schemas.InfoQuery, request)
+        return {
+            "vllm_config": vllm_config(generation),
+            "engine": asdict(engine.engine.config),
+            "numerics_fingerprint": base.numerics.fingerprint,
+            "version": toolkit.__version__,
+            "weight_version": base.weight_version,
+        }
+
+    @app.get(
+        "/get_world_size",
+        dependencies=guarded,
+        responses=responses(schemas.WorldSize),
+        openapi_extra=takes_query(schemas.WorldQuery),
+    )
+    async def world_size(request: Request) -> Json:
+        parse_query(schemas.WorldQuery, request)
+        return {"world_size": 1}
+
+    @app.get("/get_model_info", dependencies=base.guarded, responses=responses(schemas.ModelInfo))
+    async def model_info() -> Json:
+        return {
+            "model_path": _path(engine.engine),
+            "is_generation": True,
+            "weight_version": base.weight_version,
+            "max_model_len": generation.config.max_model_len,
+            "dtype": str(engine.engine.backend.dtype).removeprefix("torch."),
+        }
+
+
+def _path(engine: Any) -> str:
+    return str(getattr(getattr(engine.backend, "model", None), "name_or_path", ""))

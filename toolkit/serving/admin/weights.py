@@ -1,0 +1,107 @@
+"""New weights while the server generates, as vLLM's clients ask for them."""
+
+import asyncio
+from typing import Any
+
+from fastapi import Request, params
+
+from toolkit.engine.new_weights import write_new_weights
+from toolkit.sentences import shown
+from toolkit.serving.admin import schemas
+from toolkit.serving.errors import Json, RequestError
+from toolkit.serving.generation import Generation
+from toolkit.serving.openapi import responses, takes
+from toolkit.serving.parsing import parse
+
+NO_TRANSFER = (
+    "This server receives no tensors over NCCL; write the weights to a folder that it can read, and POST "
+    '/update_weights {"weight_dir": "FOLDER"}.'
+)
+
+
+def folder_of(asked: schemas.UpdateRequest) -> tuple[str, str]:
+    """(what the request calls it, the folder). Raises RequestError for none, or for tensors over a network."""
+    given: dict[str, Any] = {"weight_dir": asked.weight_dir, "model_path": asked.model_path}
+    given = {name: value for name, value in given.items() if value is not None}
+    if asked.update_info is not None:
+        other = next((name for name in asked.update_info if name not in ("weight_dir", "model_path")), None)
+        if other in ("names", "dtype_names", "shapes", "packed", "ipc_handles_pickled"):
+            raise RequestError(NO_TRANSFER, "update_info", status=501, code="no_weight_transfer")
+        if other is not None:
+            raise RequestError(f"'update_info' must have 'weight_dir' alone, got {shown(other)}.", "update_info")
+        given |= {f"update_info.{name}": value for name, value in asked.update_info.items()}
+    if len(given) != 1:
+        found = ", ".join(given) or "none"
+        raise RequestError(f"'weight_dir' must be given, and nothing else names weights, got {found}.", "weight_dir")
+    ((field, folder),) = given.items()
+    if not isinstance(folder, str):
+        raise RequestError(f"'{field}' must be text, got {shown(folder)}.", field)
+    return field, folder
+
+
+class WeightUpdates:
+    """Reads new weights while the engine runs, and writes them between two steps; one update at a time."""
+
+    def __init__(self, generation: Generation) -> None:
+        self._engine, self._read = generation.engine, generation.config.read_weights
+        self._one = asyncio.Lock()
+
+    async def update(self, field: str, folder: str) -> int:
+        """The weight version with the weights of a folder. Raises ToolkitError where they do not fit."""
+        async with self._one:
+            return await asyncio.to_thread(self._update, field, folder)
+
+    def _update(self, field: str, folder: str) -> int:
+        model = getattr(self._engine.engine.backend, "model", None)
+        if self._read is None or model is None:
+            raise RequestError("This server reads no weights; start it with toolkit serve.", status=501)
+        return write_new_weights(self._engine, model, self._read(folder, model, field))
+
+
+def add_weights(generation: Generation, guarded: list[params.Depends]) -> None:
+    """``/init_weight_transfer_engine``, ``/start_weight_update``, ``/update_weights``, ``/finish_weight_update``."""
+    base, updates = generation.base, WeightUpdates(generation)
+    app = base.app
+
+    @app.post(
+        "/init_weight_transfer_engine",
+        dependencies=guarded,
+        responses=responses(schemas.Message),
+        openapi_extra=takes(schemas.InitRequest),
+    )
+    async def init(request: Request) -> Json:
+        info = (await base.read(request, lambda raw: parse(schemas.InitRequest, raw))).init_info
+        base.numerics.read_and_compare(info.get("numerics_fingerprint"), "init_info.numerics_fingerprint")
+        other = next((name for name in info if name not in ("backend", "numerics_fingerprint")), None)
+        if other is not None or info.get("backend", "folder") != "folder":
+            raise RequestError(NO_TRANSFER, "init_info", status=501, code="no_weight_transfer")
+        return {"message": "Weight transfer initialized"}
+
+    @app.post(
+        "/start_weight_update",
+        dependencies=guarded,
+        responses=responses(schemas.Message),
+        openapi_extra=takes(schemas.StartRequest, required=False),
+    )
+    async def start(request: Request) -> Json:
+        asked = await base.read(request, lambda raw: parse(schemas.StartRequest, raw or b"{}"))
+        if not asked.is_checkpoint_format:
+            message = "'is_checkpoint_format' must be true: weights are named as in checkpoints, got false."
+            raise RequestError(message, "is_checkpoint_format")
+        return {"message": "Weight update started"}
+
+    @app.post(
+        "/update_weights",
+        dependencies=guarded,
+        responses=responses(schemas.Updated),
+        openapi_extra=takes(schemas.UpdateRequest),
+    )
+    async def update(request: Request) -> Json:
+        asked = await base.read(request, lambda raw: parse(schemas.UpdateRequest, raw))
+        version = await updates.update(*folder_of(asked))
+        return {"status": "ok", "message": "Weights updated", "weight_version": version}
+
+    @app.post("/finish_weight_update", dependencies=guarded, responses=responses(schemas.Updated))
+    async def finish() -> Json:
+        version = await asyncio.to_thread(generation.engine.call, generation.engine.engine.see_weights)
+        return {"status": "ok", "message": "Weight update finished", "weight_version": version}
