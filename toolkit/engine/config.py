@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 from toolkit.engine.checks import check_bool, check_float, check_int, check_names
 from toolkit.engine.speculation.config import SpeculativeConfig
+from toolkit.errors import ToolkitError
 
 GIB = 1 << 30
 
@@ -29,6 +30,8 @@ class EngineConfig:
     enable_return_selected_keys: Annotated[bool, "keep the keys that each token attends, of sparse attention"] = False
     kinds: Annotated[dict[str, str] | None, "state kinds in the place of others"] = None
     speculative_config: Annotated[dict[str, Any] | None, "how tokens are drafted"] = None
+    max_loras: Annotated[int | None, "adapters in the model at a time, of those loaded while it runs"] = None
+    max_cpu_loras: Annotated[int | None, "such adapters in memory; others are read again when they are needed"] = None
     numerics: Annotated[str | None, "numerics mode"] = None
     seed: Annotated[int | None, "seed of requests without one"] = None
 
@@ -57,9 +60,13 @@ class EngineConfig:
         check_bool("enable_return_routed_experts", self.enable_return_routed_experts)
         check_bool("enable_return_selected_keys", self.enable_return_selected_keys)
         _ = self.speculation
-        for name, low in (("max_model_len", 2), ("num_blocks", 1), ("seed", 0)):
+        bounds = {"max_model_len": 2, "num_blocks": 1, "seed": 0, "max_loras": 1, "max_cpu_loras": 1}
+        for name, low in bounds.items():
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), low, also=" or None")
+        loras, most = self.max_loras, self.max_cpu_loras
+        if loras is not None and most is not None and most < loras:
+            raise ToolkitError(f"max_cpu_loras must be >= max_loras ({loras}), got {most}.")
         for name in ("swap_space", "media_space"):
             if getattr(self, name) is not None:
                 check_float(name, getattr(self, name), 0, float("inf"))

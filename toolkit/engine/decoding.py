@@ -14,7 +14,7 @@ from toolkit.engine.runner import ModelRunner
 from toolkit.engine.sampler import Sampler
 from toolkit.engine.scheduler import Chunk, Scheduler
 from toolkit.engine.speculation.speculation import Speculation
-from toolkit.state import PrefixKey
+from toolkit.state import WeightKeys
 from toolkit.state.media import Features
 
 SampledRow = tuple[int, float, float, dict[int, float] | None, str | None]
@@ -37,7 +37,7 @@ class Decoding:
         self.sampler = Sampler(GrammarMasks(runner.backend.vocab_size, runner.backend.device))
 
     def run(
-        self, chunks: list[Chunk], features: Mapping[bytes, Features], weights: PrefixKey, version: int
+        self, chunks: list[Chunk], features: Mapping[bytes, Features], weights: WeightKeys
     ) -> Iterator[tuple[Sequence, Delta | str]]:
         """What the step adds to each sequence that grows: a delta, or the error that ends its request.
 
@@ -46,8 +46,7 @@ class Decoding:
         Args:
             chunks: that run.
             features: of the pictures that they take rows of, by digest.
-            weights: key of the weights.
-            version: of the weights.
+            weights: keys of the weights.
         """
         started = time.perf_counter()
         self.sampler.prepare((chunk.sequence, chunk.drafts) for chunk in chunks if chunk.drafts or chunk.samples)
@@ -92,16 +91,15 @@ class Decoding:
         for one in grown:
             of_one = list(itertools.islice(found, 1 + one.drafts))
             if one.sequence.completion is None:  # else a sibling failed, and with it the request
-                for outcome in self._accepted(one, of_one, weights, version):
+                for outcome in self._accepted(one, of_one, weights):
                     yield one.sequence, outcome
 
-    def _accepted(
-        self, grown: "_Grown", rows: list[SampledRow], weights: PrefixKey, version: int
-    ) -> Iterator[Delta | str]:
+    def _accepted(self, grown: "_Grown", rows: list[SampledRow], weights: WeightKeys) -> Iterator[Delta | str]:
         """Accept tokens until one is not what was drafted, or ends the completion."""
         sequence = grown.sequence
         deltas: list[Delta] = []
         failure: str | None = None
+        version = weights.version_of(sequence.params.lora_name)
         for at, (token, logprob, sampling, top, failure) in enumerate(rows):
             if failure is not None:
                 break
@@ -123,7 +121,7 @@ class Decoding:
             yield failure
 
     @staticmethod
-    def _commit(sequence: Sequence, start: int, count: int, weights: PrefixKey) -> None:
+    def _commit(sequence: Sequence, start: int, count: int, weights: WeightKeys) -> None:
         assert sequence.block_tables is not None
         sequence.block_tables.commit(sequence.names[start : start + count], sequence.prefix_key(weights))
 

@@ -2,16 +2,19 @@
 
 from collections import deque
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from toolkit.engine.adapters import ModelAdapters, new_adapters, weight_keys
 from toolkit.engine.capacity import new_state
 from toolkit.engine.config import EngineConfig
 from toolkit.engine.decoding import Decoding
 from toolkit.engine.detokenizer import Tokenizer
+from toolkit.engine.encoded import encoded
 from toolkit.engine.live_requests import LiveRequests
 from toolkit.engine.media import EncoderCache
 from toolkit.engine.new_requests import NewRequests
@@ -58,6 +61,10 @@ class Engine:
         speculative_config: how tokens are drafted, such as ``{"method": "ngram", "num_speculative_tokens": 5}``, see
             ``SpeculativeConfig``; None to draft none. It changes no token and no log-probability.
         kinds: state kinds in the place of others, such as {"full": "int8"}; None for those that the layers ask for.
+        max_loras: adapters in the model at a time, of those that ``load_adapter`` took in; the least recently used ones
+            wait in host memory. None for any number.
+        max_cpu_loras: such adapters in memory, those in the model included; others are read again from their folders.
+            None for any number.
         numerics: "fast" or "bitwise", see ``toolkit.numerics``; None for the device's default, or for the mode that is
             already patched in.
         seed: of the generator that seeds requests without a seed; None for one from the operating system.
@@ -85,6 +92,8 @@ class Engine:
         enable_return_selected_keys: bool = False,
         kinds: dict[str, str] | None = None,
         speculative_config: dict[str, Any] | None = None,
+        max_loras: int | None = None,
+        max_cpu_loras: int | None = None,
         numerics: str | None = None,
         seed: int | None = None,
         **unknown: Any,
@@ -103,6 +112,8 @@ class Engine:
             enable_return_selected_keys=enable_return_selected_keys,
             kinds=kinds,
             speculative_config=speculative_config,
+            max_loras=max_loras,
+            max_cpu_loras=max_cpu_loras,
             numerics=numerics,
             seed=seed,
             **unknown,
@@ -126,14 +137,22 @@ class Engine:
         self.encoder_cache = EncoderCache(encode, encoder_cache_size)
         self.runner = ModelRunner(self.backend, self.pool, self.scheduler.max_running, self.max_model_len)
         self.speculation = new_speculation(self.config, self.backend, running, self.max_model_len)
-        self.requests = LiveRequests(self.scheduler, self.pool, self.speculation)
+        self.adapters = new_adapters(self.backend, self.scheduler, self.config)
+        if self.adapters is not None:
+            self.runner.adapter_ids = self.adapters.ids
+        self.requests = LiveRequests(self.scheduler, self.pool, self.speculation, self.adapters)
         self._decoding = Decoding(self.runner, self.scheduler, self.speculation)
         self._new_requests = NewRequests(
-            self.backend, tokenizer, processor, self.scheduler, self.max_model_len, np.random.default_rng(seed)
+            self.backend,
+            tokenizer,
+            processor,
+            self.scheduler,
+            self.max_model_len,
+            np.random.default_rng(seed),
+            self.adapters,
         )
         self.grammars = self._new_requests.grammars  # any thread may compile one
-        self._version = self.backend.version()
-        self._weights = self.backend.prefix_key()
+        self._weights = weight_keys(self.backend, self.adapters)
         self._generation_tokens = 0
         self._steps = 0
         self.is_closed = False
@@ -226,8 +245,31 @@ class Engine:
             self.speculation,
             generation_tokens=self._generation_tokens,
             num_steps=self._steps,
-            weight_version=self._version,
+            weight_version=self._weights.version,
         )
+
+    def load_adapter(self, lora_name: str, lora_path: str | Path, load_inplace: bool = False) -> None:
+        """Take in the adapter of a PEFT folder, LoRA or DoRA, for requests with this ``lora_name``.
+
+        Args:
+            lora_name: that no other adapter has.
+            lora_path: a folder with adapter_config.json and adapter_model.safetensors.
+            load_inplace: whether it takes the place of a loaded adapter of this name; requests under way continue under
+                the new one.
+
+        Raises:
+            ToolkitError: for a name that is taken, or a folder that is no adapter of this model whose layers are fused.
+        """
+        self._adapters(lora_name).load(lora_name, lora_path, load_inplace)
+
+    def unload_adapter(self, lora_name: str) -> None:
+        """Let no more requests choose a loaded adapter; those under way finish. ToolkitError if none has the name."""
+        self._adapters(lora_name).unload(lora_name)
+
+    def _adapters(self, name: str) -> ModelAdapters:
+        if self.adapters is None:
+            raise ToolkitError(f"lora_name must be None for this backend, got {name!r}.")
+        return self.adapters
 
     def sleep(self) -> None:
         """Give the memory of all state to others, such as a training step, until ``wake``.
@@ -254,12 +296,12 @@ class Engine:
 
     def see_weights(self) -> int:
         """The weight version; where it has moved, cached state of other weights is dropped. Steps do it themselves."""
-        version = self.backend.version()
-        if version != self._version:
-            self._version, self._weights = version, self.backend.prefix_key()
-            self.block_manager.drop_outdated(self._weights)
-            self.encoder_cache.drop_outdated(self._weights)
-        return version
+        weights = weight_keys(self.backend, self.adapters)
+        if weights != self._weights:
+            self._weights = weights
+            self.block_manager.drop_outdated(weights)
+            self.encoder_cache.drop_outdated(weights)
+        return weights.version
 
     def check_integrity(self) -> None:
         """Raise AssertionError where queues or blocks do not add up. Not for hot paths."""
@@ -316,7 +358,8 @@ class Engine:
         self.requests.end_expired()
         if self.is_closed or self.is_sleeping:
             return
-        version = self.see_weights()
+        self.requests.bring_adapters()
+        self.see_weights()
         if self.speculation is not None:
             self.speculation.draft(self.scheduler.running)
         chunks, features = self._encoded(self.scheduler.schedule(self._weights))
@@ -325,7 +368,7 @@ class Engine:
         self._steps += 1
         try:
             with torch.inference_mode():
-                self._execute(chunks, features, version)
+                self._execute(chunks, features)
         except BaseException as error:
             for request in {chunk.sequence.request for chunk in chunks}:
                 self.requests.end(request, "error", f"{type(error).__name__}: {error}")
@@ -334,27 +377,13 @@ class Engine:
 
     def _encoded(self, chunks: list[Chunk]) -> tuple[list[Chunk], dict[bytes, Features]]:
         """The chunks whose pictures are encoded, and what they are; requests with others have ended with "error"."""
-        failed: set[Request] = set()
-        features: dict[bytes, Features] = {}
-        taken: set[tuple[bytes, str | None]] = set()
-        for chunk in chunks:
-            request, salt = chunk.sequence.request, chunk.sequence.params.cache_salt
-            if request.media is None or request in failed:
-                continue
-            try:
-                with torch.inference_mode():
-                    for digest in request.media.digests(chunk.start, chunk.count):
-                        if (digest, salt) not in taken:
-                            item = request.media.items[digest]
-                            features[digest] = self.encoder_cache.get(digest, item, self._weights, salt)
-                            taken.add((digest, salt))
-            except Exception as error:
-                failed.add(request)
-                self.requests.end(request, "error", f"{type(error).__name__}: {error}")
-        return [chunk for chunk in chunks if chunk.sequence.request not in failed], features
+        features, failed = encoded(chunks, self.encoder_cache, self._weights.active)
+        for request, error in failed.items():
+            self.requests.end(request, "error", error)
+        return [chunk for chunk in chunks if chunk.sequence.request not in failed] if failed else chunks, features
 
-    def _execute(self, chunks: list[Chunk], features: dict[bytes, Features], version: int) -> None:
-        for sequence, outcome in self._decoding.run(chunks, features, self._weights, version):
+    def _execute(self, chunks: list[Chunk], features: dict[bytes, Features]) -> None:
+        for sequence, outcome in self._decoding.run(chunks, features, self._weights):
             if isinstance(outcome, Delta):
                 self._generation_tokens += len(outcome.token_ids)
                 self.requests.deliver(sequence, outcome)

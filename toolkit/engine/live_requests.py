@@ -3,6 +3,7 @@
 import heapq
 import time
 
+from toolkit.engine.adapters import ModelAdapters
 from toolkit.engine.outputs import Delta, FinishReason, whole
 from toolkit.engine.request import Request, Sequence
 from toolkit.engine.scheduler import Scheduler
@@ -17,18 +18,26 @@ class LiveRequests:
         scheduler: that runs them.
         pool: of their state.
         speculation: that drafts for them; None for none.
+        adapters: that they choose; None for none.
 
     Attributes:
         by_id: those that are not finished.
         pending: deltas of those that have no sink, until ``take``.
     """
 
-    def __init__(self, scheduler: Scheduler, pool: StatePool, speculation: Speculation | None) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        pool: StatePool,
+        speculation: Speculation | None,
+        adapters: ModelAdapters | None = None,
+    ) -> None:
         self.by_id: dict[int, Request] = {}
         self.pending: list[Delta] = []
         self._scheduler = scheduler
         self._pool: StatePool | None = pool
         self._speculation = speculation
+        self._adapters = adapters
         self._deadlines: list[tuple[float, int]] = []
 
     @property
@@ -39,6 +48,8 @@ class LiveRequests:
     def add(self, request: Request, error: str | None = None) -> None:
         """Queue a request; with ``error``, end it with that. Its time begins."""
         self.by_id[request.request_id] = request
+        if self._adapters is not None:
+            self._adapters.enter(request.params.lora_name)
         if error is not None:
             self.end(request, "error", error)
             return
@@ -63,11 +74,15 @@ class LiveRequests:
             if self._speculation is not None:
                 self._speculation.drafter.observe(sequence)
             if request.finished:
-                self.by_id.pop(request.request_id, None)
+                self._forget(request)
         deltas = [delta]
         if request.params.chooses:
             deltas = [whole(one) for one in request.completions] if request.finished else []
         (self.pending if request.sink is None else request.sink).extend(deltas)
+
+    def _forget(self, request: Request) -> None:
+        if self.by_id.pop(request.request_id, None) is not None and self._adapters is not None:
+            self._adapters.leave(request.params.lora_name)
 
     def end(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
         """End what is unfinished of a request."""
@@ -85,6 +100,13 @@ class LiveRequests:
         """End those that ran out of time, with "timeout"."""
         while self.seconds_left() == 0:
             self.end(self.by_id[heapq.heappop(self._deadlines)[1]], "timeout")
+
+    def bring_adapters(self) -> None:
+        """Put the adapters that the next step needs into the model; requests whose adapter cannot be read end."""
+        failed = self._adapters.prepare() if self._adapters is not None else {}
+        for request in list(self.by_id.values()) if failed else ():
+            if request.params.lora_name in failed:
+                self.end(request, "error", failed[request.params.lora_name])
 
     def close(self) -> None:
         """Cancel them all, and let go of the pool."""

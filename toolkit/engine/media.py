@@ -14,7 +14,7 @@ from torch import Tensor
 
 from toolkit.engine.config import GIB
 from toolkit.errors import ToolkitError
-from toolkit.state import PrefixKey
+from toolkit.state import PrefixKey, WeightKeys
 from toolkit.state.media import Features, MediaRows, MediaSpan, blocks
 
 Encode = Callable[[Any], Features]
@@ -154,7 +154,7 @@ class EncoderCache:
             self._rows -= _size(self._kept.popitem(last=False)[1])
         return features
 
-    def drop_outdated(self, current: PrefixKey) -> None:
+    def drop_outdated(self, current: WeightKeys) -> None:
         """Forget what ``current`` outdates."""
         for key in [key for key in self._kept if current.outdates(key[1])]:
             self._rows -= _size(self._kept.pop(key))

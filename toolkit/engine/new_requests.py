@@ -5,6 +5,7 @@ from collections import deque
 
 import numpy as np
 
+from toolkit.engine.adapters import ModelAdapters
 from toolkit.engine.adjustments import Adjustments
 from toolkit.engine.detokenizer import Decoder, Tokenizer
 from toolkit.engine.grammar.compiler import GrammarCompiler
@@ -41,6 +42,7 @@ class NewRequests:
         scheduler: that will run them.
         max_model_len: most tokens of prompt and completion together.
         seeds: seeds requests without a seed.
+        adapters: that requests choose; None for a backend without.
 
     Attributes:
         eos: tokens that end a text.
@@ -55,6 +57,7 @@ class NewRequests:
         scheduler: Scheduler,
         max_model_len: int,
         seeds: np.random.Generator,
+        adapters: ModelAdapters | None = None,
     ) -> None:
         self._backend = backend
         self._tokenizer = tokenizer
@@ -62,6 +65,7 @@ class NewRequests:
         self._scheduler = scheduler
         self._max_model_len = max_model_len
         self._seeds = seeds
+        self._adapters = adapters
         self._ids = itertools.count()
         self.eos = backend.eos | _eos_of(tokenizer)
         self.grammars = GrammarCompiler(tokenizer, backend.vocab_size, self.eos)
@@ -98,6 +102,7 @@ class NewRequests:
                 self._check_blocks(found[1])
             read.append(found)
         pictures = [media for _, media in read]
+        self._check_adapters(chosen, pictures)
         ready = [
             check_prompt(prompt, one, self._tokenizer, self._max_model_len, self._scheduler.block_manager)
             for (prompt, _), one in zip(read, chosen)
@@ -142,6 +147,16 @@ class NewRequests:
     def outside_vocabulary(self, tokens: list[int]) -> int | None:
         """The first token id that no embedding has, if there is one."""
         return outside_vocabulary(tokens, self._backend.vocab_size)
+
+    def _check_adapters(self, params: list[SamplingParams], media: list[PromptMedia | None]) -> None:
+        """Raise ToolkitError for an adapter that a request cannot choose."""
+        for name in dict.fromkeys(one.lora_name for one in params):
+            if name is not None and self._adapters is None:
+                raise ToolkitError(f"lora_name must be None for this backend, got {name!r}.")
+            if name is not None and self._adapters is not None:
+                self._adapters.check(name)
+                if any(one.lora_name == name and pictures is not None for one, pictures in zip(params, media)):
+                    self._adapters.check_text_alone(name)
 
     def _check_counted(self, tokens: list[int]) -> None:
         """Raise ToolkitError for a token that the model takes for padding and gives no position."""

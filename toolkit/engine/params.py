@@ -66,6 +66,8 @@ class SamplingParams:
         logits_processors: callables (token ids of the output, logits [V]) -> logits [V], or of the prompt's token ids
             and these; in order. What they return must depend on what they are given alone: with speculation they see
             drafts, too.
+        lora_name: the adapter that acts on the request, of those in the model and those that the engine has loaded;
+            None for what is active in the model.
         priority: requests of a lower one run first, among equals those that came first.
 
     Raises:
@@ -96,6 +98,7 @@ class SamplingParams:
     bad_words: list[str] | tuple[str, ...] | None = None
     logits_processors: list[Callable[..., Any]] | tuple[Callable[..., Any], ...] | None = None
     priority: int = 0
+    lora_name: str | None = None
     prompt_logprobs: int | None = None
     truncate_prompt_tokens: int | None = None
     best_of: int | None = None
@@ -156,6 +159,8 @@ class SamplingParams:
             checked["timeout"] = check_float("timeout", self.timeout, 0, math.inf, open_low=True)
         if self.cache_salt is not None and not (isinstance(self.cache_salt, str) and self.cache_salt):
             raise ToolkitError(f"cache_salt must be a string that is not empty or None, got {self.cache_salt!r}.")
+        if self.lora_name is not None and not (isinstance(self.lora_name, str) and self.lora_name):
+            raise ToolkitError(f"lora_name must be the name of an adapter or None, got {self.lora_name!r}.")
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 

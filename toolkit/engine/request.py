@@ -13,7 +13,7 @@ from toolkit.engine.params import SamplingParams
 from toolkit.engine.prediction import PredictedOutput
 from toolkit.engine.prompt_logprobs import MOST_ROWS, PromptLogprobs
 from toolkit.engine.swap import SwappedState
-from toolkit.state import BlockTables, PrefixKey
+from toolkit.state import BlockTables, PrefixKey, WeightKeys
 
 
 class Request:
@@ -189,12 +189,13 @@ class Sequence:
         """Whether penalties or ``min_tokens`` change the logits of the next token, or of the one behind a draft."""
         return self.params.penalised or self.generated + drafted < self.params.min_tokens
 
-    def prefix_key(self, weights: PrefixKey) -> PrefixKey:
-        """The key of its state under ``weights``: its own cache salt, rotary length and prompt's length included."""
+    def prefix_key(self, weights: WeightKeys) -> PrefixKey:
+        """The key of its state: of the weights, and its own cache salt, rotary length and prompt's length."""
+        key = weights.of(self.params.lora_name)
         salt, rotary, prompt = self.params.cache_salt, self.request.rotary_length, self.request.prompt_length
         if salt is None and rotary is None and prompt is None:
-            return weights
-        return weights._replace(salt=salt, rotary=rotary, prompt=prompt)
+            return key
+        return key._replace(salt=salt, rotary=rotary, prompt=prompt)
 
     def accept(
         self, token: int, logprob: float, sampling_logprob: float, top: dict[int, float] | None, version: int

@@ -17,7 +17,7 @@ from toolkit.errors import ToolkitError
 from toolkit.numerics import Numerics
 from toolkit.ops.executor import step_threads
 from toolkit.patching import patch, report_of
-from toolkit.patching.adapters import fuse_adapters, inner_model, vocabulary_size
+from toolkit.patching.adapters import fuse_adapters, inner_model, refresh_scales, vocabulary_size
 from toolkit.patching.eval_mode import eval_mode
 from toolkit.patching.forward import context_forward
 from toolkit.patching.multimodal import encode, expand, span_layers, takes_media
@@ -26,6 +26,8 @@ from toolkit.patching.state_spec import state_spec
 from toolkit.patching.weights import weight_clock
 from toolkit.state import PagedContext, PagedRows, PrefixKey, RaggedBatch, Snapshots, StatePool, StateSpec
 from toolkit.state.media import Features
+
+AdapterIds = abc.Callable[[list[str | None]], tuple[tuple[str, ...], list[int]] | None]
 
 
 @runtime_checkable
@@ -93,8 +95,8 @@ class PatchedModel:
         sources = (getattr(model, "generation_config", None), config, text)
         self.eos = frozenset().union(*(_ids(getattr(source, "eos_token_id", None)) for source in sources))
         self.graphs = DecodeGraphs(model)
-        self._clock = weight_clock(model)
-        self._layout = -1
+        self.clock = weight_clock(model)
+        self._seen = (-1, -1)
 
     def layers(self) -> abc.Sequence[StateSpec]:
         return state_spec(self.model)
@@ -124,15 +126,18 @@ class PatchedModel:
         return regimes.canonical(declared)
 
     def version(self) -> int:
-        version = self._clock.version()
-        if self._clock.layout != self._layout:
-            check_unsharded(self.model, "generating")
-            fuse_adapters(self.model, self.numerics)
-            self._layout = self._clock.layout
+        version = self.clock.version()
+        seen = self.clock.layout, self.clock.changes
+        if seen != self._seen:
+            if seen[0] != self._seen[0]:
+                check_unsharded(self.model, "generating")
+                fuse_adapters(self.model, self.numerics)
+            refresh_scales(self.model)
+            self._seen = seen
         return version
 
     def prefix_key(self) -> PrefixKey:
-        return self._clock.key
+        return self.clock.key
 
     def decode_size(self, rows: int) -> int:
         return padded_size(rows)
@@ -181,9 +186,21 @@ def _ids(eos: Any) -> frozenset[int]:
 
 
 class ModelRunner:
-    """Runs chunks. Owns the block tables of what runs: one row per sequence, written only where it changed."""
+    """Runs chunks. Owns the block tables of what runs: one row per sequence, written only where it changed.
+
+    Args:
+        backend: the model.
+        pool: of the state.
+        max_running: most sequences.
+        max_model_len: most tokens of one.
+
+    Attributes:
+        adapter_ids: of the adapter that each sequence of a step chooses, what ``RaggedBatch`` says of it: the names,
+            and an index of them for each sequence; None where none chooses one.
+    """
 
     def __init__(self, backend: Backend, pool: StatePool, max_running: int, max_model_len: int) -> None:
+        self.adapter_ids: AdapterIds = lambda names: None
         self.backend = backend
         self.pool = pool
         width = math.ceil(max_model_len / pool.block_size)
@@ -255,7 +272,10 @@ class ModelRunner:
         rotary += [1] * len(padding) if rotary else []
         prompts += [-1] * len(padding) if prompts else []
         # One array, one transfer, then views.
-        parts = [tokens, positions, offsets, [0] * len(lengths), lengths, rows, rotary, prompts]
+        chosen = self.adapter_ids([chunk.sequence.params.lora_name for chunk in chunks])
+        adapters = [] if chosen is None else [one for one, chunk in zip(chosen[1], chunks) for _ in range(chunk.count)]
+        adapters += [-1] * len(padding) if chosen is not None else []
+        parts = [tokens, positions, offsets, [0] * len(lengths), lengths, rows, rotary, prompts, adapters]
         of_groups = [
             _snapshots(chunks, at, len(padding), empty) if group.snapshot_interval else _slots(chunks, at, len(padding))
             for at, group in enumerate(self.pool.groups)
@@ -266,7 +286,7 @@ class ModelRunner:
         device = self.backend.device
         tensors = iter(torch.from_numpy(flat).to(device).split([len(part) for part in parts]))
         tokens_T, positions_T, offsets_S, kv_offsets_S, lengths_S, rows_R = (next(tensors) for _ in range(6))
-        rotary_T, prompts_T = (next(tensors) for _ in range(2))
+        rotary_T, prompts_T, adapters_T = (next(tensors) for _ in range(3))
         views: list[PagedRows | Snapshots] = []
         for at, found in enumerate(of_groups):
             mine = [next(tensors) for _ in found]
@@ -276,6 +296,8 @@ class ModelRunner:
             else:
                 views.append(Snapshots(*mine))
         batch = RaggedBatch(tokens_T, positions_T, offsets_S, kv_offsets_S, lengths_S, views=tuple(views))
+        if chosen is not None:
+            batch = replace(batch, adapter_ids=adapters_T, adapters=chosen[0])
         lengths_T = rotary_T if rotary else None
         return replace(batch, rotary_lengths=lengths_T, prompt_lengths=prompts_T if prompts else None), rows_R
 

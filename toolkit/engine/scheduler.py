@@ -11,12 +11,13 @@ budget, it waits for the next one.
 """
 
 from bisect import bisect_left, insort
+from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
 
 from toolkit.engine.request import Request, Sequence
 from toolkit.engine.swap import SwapSpace
-from toolkit.state import BlockManager, BlockTables, OutOfBlocks, PrefixKey
+from toolkit.state import BlockManager, BlockTables, OutOfBlocks, WeightKeys
 from toolkit.state.block_manager import BlockCounts
 
 _order = attrgetter("order")
@@ -87,6 +88,7 @@ class Scheduler:
         self.enable_prefix_caching = enable_prefix_caching
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
+        self.may_run: Callable[[Sequence], bool] = lambda sequence: True  # else others go first
         self.num_preemptions = 0
         self.prefix_cache_queries = self.prefix_cache_hits = 0
         self._free_rows = list(range(self.max_running - 1, -1, -1))
@@ -108,11 +110,11 @@ class Scheduler:
             del queue[at]
             self._leave(sequence)
 
-    def schedule(self, weights: PrefixKey) -> list[Chunk]:
+    def schedule(self, weights: WeightKeys) -> list[Chunk]:
         """The next step's chunks, oldest sequence first, their slots reserved; [] when nothing can run.
 
         Args:
-            weights: key of the weights that will run it; a sequence adds what is its own.
+            weights: keys of the weights that will run it; a sequence adds what is its own.
         """
         chunks: list[Chunk] = []
         missing = [sequence.remaining for sequence in self.running]
@@ -202,7 +204,7 @@ class Scheduler:
         insort(self.waiting, sequence, key=_order)
         self.num_preemptions += 1
 
-    def _admit(self, chunks: list[Chunk], spare: int, weights: PrefixKey) -> None:
+    def _admit(self, chunks: list[Chunk], spare: int, weights: WeightKeys) -> None:
         """Let waiting sequences in, in order, while there are rows, budget and blocks for their tokens."""
         # Those that will fork a prompt being computed now have their rows kept.
         kept = sum(len(s.request.sequences) - 1 for s in self.running if not s.request.prefilled)
@@ -217,6 +219,9 @@ class Scheduler:
             sequence = self.waiting[at]
             if sequence.index > 0 and not sequence.request.prefilled:
                 at += 1  # its prompt is computed by the first of the request
+                continue
+            if not self.may_run(sequence):
+                at += 1
                 continue
             hit = looked_up = 0
             if sequence.swapped is not None and self.swap is not None:

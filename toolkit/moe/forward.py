@@ -17,6 +17,7 @@ from toolkit.ops.experts import experts
 from toolkit.ops.experts.rows import activate
 from toolkit.ops.grouped_linear import combine, grouped_linear
 from toolkit.ops.lora_linear import lora_add
+from toolkit.ops.rowwise import upcast
 
 
 def moe_forward(
@@ -94,21 +95,33 @@ def _experts_in_parts(
 ) -> Tensor:
     """``experts`` as separate ops, with adapters on the GEMMs and a norm before the combine."""
     layout = weights.layout
+    token_of_row = plan.order // max(plan.rows.shape[1], 1)
     expert_of_row = plan.expert_of_rows()
     # Rows of skipped pairs have no adapter.
-    adapter_of_row = torch.where(expert_of_row < weights.num_local_experts, 0, -1)
+    chosen = 0 if adapters.ids is None else adapters.ids[token_of_row]
+    adapter_of_row = torch.where(expert_of_row < weights.num_local_experts, chosen, -1)
 
     def adapted(base: Tensor, source: Tensor, factors: Factors | None) -> Tensor:
-        if factors is None:
-            return base
-        a, b, scaling = factors
-        return lora_add(base, source, [a], [b], [scaling], adapter_of_row, groups=expert_of_row)
+        return base if factors is None else lora_add(base, source, *factors, adapter_of_row, groups=expert_of_row)
 
-    rows = x[plan.order // max(plan.rows.shape[1], 1)]
+    rows = x[token_of_row]
     if layout.score_position == "input":
         rows = (rows * topk_weights.flatten()[plan.order][:, None]).to(x.dtype)
-    z = grouped_linear(rows, weights.up, weights.up_bias, plan, transposed=layout.transposed)
-    a = activate(adapted(z, rows, adapters.up), layout.activation, weights.gated, layout.interleaved)
+    z = adapted(
+        grouped_linear(rows, weights.up, weights.up_bias, plan, transposed=layout.transposed), rows, adapters.up
+    )
+    # Each step rounds where ``experts`` does, so that rows without an adapter are bitwise identical.
+    at_activation = layout.score_position == "activation" and post_norm is None
+    activated = activate(upcast(z), layout.activation, weights.gated, layout.interleaved)
+    if at_activation:
+        weight = topk_weights.flatten()[plan.order][:, None].to(activated.dtype)
+        a = (activated * weight).to(x.dtype)
+        y = adapted(grouped_linear(a, weights.down, None, plan, transposed=layout.transposed), a, adapters.down)
+        if weights.down_bias is not None:
+            own = upcast(weights.down_bias[expert_of_row.clamp(max=weights.num_local_experts - 1)])
+            y = (upcast(y) + weight * own).to(x.dtype)
+        return combine(y, plan.rows, None)
+    a = activated.to(x.dtype)
     y = grouped_linear(a, weights.down, weights.down_bias, plan, transposed=layout.transposed)
     y = adapted(y, a, adapters.down)
     if post_norm is not None:

@@ -62,20 +62,36 @@ class ExpertWeights(NamedTuple):
         return ExpertWeights(self.up.to(dtype), self.down.to(dtype), self.layout, up_bias, down_bias)
 
 
-Factors = tuple[Tensor, Tensor, float]
-"""a [E, r, in], b [E, out, r] and scaling of low-rank adapters ``W + scaling B A``."""
+class Factors(NamedTuple):
+    """Low-rank adapters ``W + scaling B A`` of each expert's weight.
+
+    Fields:
+        a: of each adapter [E, r, in].
+        b: of each adapter [E, out, r].
+        scaling: of each adapter.
+    """
+
+    a: tuple[Tensor, ...]
+    b: tuple[Tensor, ...]
+    scaling: tuple[float, ...]
+
+    def to(self, dtype: torch.dtype) -> "Factors":
+        """The factors in another dtype."""
+        return Factors(tuple(one.to(dtype) for one in self.a), tuple(one.to(dtype) for one in self.b), self.scaling)
 
 
 class ExpertAdapters(NamedTuple):
-    """Low-rank adapters of each expert's two weights; None for a weight without."""
+    """Low-rank adapters of each expert's two weights; None for a weight without.
+
+    Fields:
+        up, down: of the weights.
+        ids: [T] int64 the adapter of each token, -1 for none; None where all tokens have the first one.
+    """
 
     up: Factors | None = None
     down: Factors | None = None
+    ids: Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> "ExpertAdapters":
         """The adapters in another dtype."""
-
-        def cast(factors: Factors | None) -> Factors | None:
-            return None if factors is None else (factors[0].to(dtype), factors[1].to(dtype), factors[2])
-
-        return ExpertAdapters(cast(self.up), cast(self.down))
+        return ExpertAdapters(self.up and self.up.to(dtype), self.down and self.down.to(dtype), self.ids)

@@ -68,7 +68,7 @@ def _logits(
 ) -> Tensor:
     keep: dict[str, Any] = {}
     if rows is not None and _has_logits_to_keep(type(inner).forward):
-        keep["logits_to_keep"] = rows
+        keep["logits_to_keep"] = context.rows = rows
     logits: Tensor = _run(inner_model(model), inner, report, context, keep).logits[0]
     return logits if rows is None or keep else logits[rows]
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from toolkit.errors import ToolkitError
 from toolkit.ops.linear_logprob import deferred
 from toolkit.ops.take_rows import take_rows
-from toolkit.patching.adapters import inner_model, vocabulary_size
+from toolkit.patching.adapters import check_rows, inner_model, vocabulary_size
 from toolkit.patching.forward import patched_model, ragged_forward
 from toolkit.patching.multimodal import MediaSequence, expand, media_batch
 from toolkit.patching.record import report_of
@@ -47,6 +47,7 @@ def token_logprobs(
     rotary_lengths: Sequence[int | None] | None = None,
     images: Sequence[Mapping[str, Any] | None] | None = None,
     selection: Sequence[Tensor] | None = None,
+    adapters: Sequence[str | None] | None = None,
 ) -> list[Tensor]:
     """Log-probability (nats, full vocabulary) of every token of every sequence given the tokens before it.
 
@@ -67,6 +68,9 @@ def token_logprobs(
             tower once, forward and backward, however many sequences have it.
         selection: positions [tokens, layers with an indexer, keys] that the tokens of sequence i attend, in place of
             the indexers' choice (``Completion.selected_keys``); negative ones are none. The last token may be missing.
+        adapters: of each sequence the name of the LoRA or DoRA adapter in the model that acts on it, in the place of
+            the active one; None for that. Many adapters are one batch, and an adapter's gradients are those that its
+            sequences give alone.
 
     Returns:
         One tensor per sequence, [tokens - 1] or [last[i]].
@@ -107,14 +111,38 @@ def token_logprobs(
     report = report_of(inner_model(patched_model(inner_model(model))))
     if last is not None and report is not None and report.keeps_prompts:
         prompts = [len(sequence) - count for sequence, count in zip(tokens, last)]
+    chosen_adapters = _adapters(model, adapters, len(tokens))
     if any(given):
+        if chosen_adapters is not None:
+            raise ToolkitError("adapters must be None with images, got some.")
         parts = [media or one for one, media in zip(tokens, given)]
         batch = media_batch(model, parts, share, routing, chosen, selection, prompts)
     else:
         batch = RaggedBatch.from_sequences(
-            tokens, device, share, routing, chosen, selection=selection, prompt_lengths=prompts
+            tokens,
+            device,
+            share,
+            routing,
+            chosen,
+            selection=selection,
+            prompt_lengths=prompts,
+            adapters=chosen_adapters,
         )
     return list(predictions(model, batch, tokens, lengths)[0].split(lengths))
+
+
+def _adapters(model: nn.Module, given: Sequence[str | None] | None, count: int) -> list[str | None] | None:
+    """The adapter of each sequence; None where what is active acts on all."""
+    if given is None:
+        return None
+    _check_one_each("adapters", given, count)
+    if not any(given):
+        return None
+    inner = inner_model(patched_model(inner_model(model)))
+    checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in inner.modules())
+    if torch.is_grad_enabled() and inner.training and checkpointing:
+        raise ToolkitError("adapters must be None under gradient checkpointing, which runs layers without a batch.")
+    return check_rows(inner, given)
 
 
 def _token_ids(index: int, given: Any, vocabulary: int) -> Tensor:

@@ -132,12 +132,17 @@ def changed_settings(module: nn.Module, settings: Settings) -> list[str]:
 
 
 class ModelSettings:
-    """The settings of all modules of a model, to be compared with later ones: tens of nanoseconds per setting."""
+    """The settings of modules of a model, to be compared with later ones: tens of nanoseconds per setting.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: whose configurations are looked at.
+        modules: of the model; None for all.
+    """
+
+    def __init__(self, model: nn.Module, modules: Iterable[nn.Module] | None = None) -> None:
         # The sizes of torch's own layers are those of their weights.
         sized = (nn.Linear, nn.Embedding)
-        modules = [module for module in model.modules() if type(module) not in sized]
+        modules = [one for one in (model.modules() if modules is None else modules) if type(one) not in sized]
         entries = [(module.__dict__, key, value) for module in modules for key, value in _own(module, _SWITCHES)]
         for config in attention_configs(model):
             entries += [(config.__dict__, key, _copied(config.__dict__.get(key))) for key in (FIELD, *_MASKS)]

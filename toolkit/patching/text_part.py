@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from toolkit.patching.adapters import unwrapped
+from toolkit.patching.adapters import adapter_layers, adapts, unwrapped
 
 PIXELS = "pixel_values"
 
@@ -32,3 +32,14 @@ def find_entry(model: Any) -> tuple[str, nn.Module] | None:
 def takes_pixels(module: nn.Module) -> bool:
     """Whether a module's own forward takes pixels: it puts images among the embeddings of its tokens itself."""
     return PIXELS in inspect.signature(type(module).forward).parameters
+
+
+def adapted_outside(model: Any, adapter: str) -> str | None:
+    """A layer that an adapter adapts outside the text part and the head; None where there is none."""
+    entry = find_entry(model)
+    if entry is None:
+        return None
+    layers = [module for module in adapter_layers(model) if adapts(module, adapter)]
+    inside = set() if takes_pixels(entry[1]) else set(entry[1].modules())
+    outside = set(layers) - inside - {model.get_output_embeddings()}
+    return next((path for path, module in model.named_modules() if module in outside), None)

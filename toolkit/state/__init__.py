@@ -10,7 +10,7 @@ from toolkit.state.kinds import PagedRows, Snapshots, StateSpec
 from toolkit.state.paged import PagedContext
 from toolkit.state.pool import StatePool
 from toolkit.state.prefix import PrefixIndex
-from toolkit.state.prefix_key import PrefixKey
+from toolkit.state.prefix_key import PrefixKey, WeightKeys
 from toolkit.state.rotary_regimes import RotaryRegimes
 
 __all__ = [
@@ -32,4 +32,5 @@ __all__ = [
     "Snapshots",
     "StatePool",
     "StateSpec",
+    "WeightKeys",
 ]

@@ -56,6 +56,9 @@ class RaggedBatch:
             a sequence; None where the model's tables do not depend on it, or by its own length (``RotaryRegimes``).
         prompt_lengths: [T] the tokens of the prompt of each row's sequence, -1 for a row that lies in it; None where
             all tokens are a prompt's. Layers look at it that see a prompt and a window of what was written after it.
+        adapter_ids: [T] the adapter of each row, as an index of ``adapters``, -1 for none; None where what the model
+            has switched on acts on all rows.
+        adapters: names of adapters.
         spans: [T, 2] the (first, end) index in its sequence of the span that each row lies in, (0, 0) for none; None
             for no spans. The tokens of a span see each other, later ones too (a picture's): a row sees what it would
             without, and its span from there on. A span lies in one segment and in one step of the engine.
@@ -65,11 +68,9 @@ class RaggedBatch:
         embedding_levels: [L, M, H] added to them in L of the layers, which are the model's choice; None for none.
 
     What is to come fits without another shape of class. Nothing here is derived or cached: contexts derive what they
-    need, so fields may be buffers that a runner owns and updates in place, and a captured step reads them again.
-
-    - An adapter per row: a field ``adapter_ids`` [T], which linear layers read from the active context's batch.
-    - R rows per sequence (verification of drafts): ``query_offsets`` in steps of R; which rows want logits is an
-      argument of the forward.
+    need, so fields may be buffers that a runner owns and updates in place, and a captured step reads them again. R rows
+    per sequence (verification of drafts) are ``query_offsets`` in steps of R; which rows want logits is an argument of
+    the forward.
     """
 
     tokens: Tensor
@@ -92,6 +93,8 @@ class RaggedBatch:
     embeddings: Tensor | None = None
     embedding_levels: Tensor | None = None
     prompt_lengths: Tensor | None = None
+    adapter_ids: Tensor | None = None
+    adapters: tuple[str, ...] = ()
 
     @classmethod
     def from_sequences(
@@ -108,6 +111,7 @@ class RaggedBatch:
         sequence_positions: Sequence[Tensor | None] | None = None,
         span_layers: frozenset[int] | None = None,
         prompt_lengths: Sequence[int] | None = None,
+        adapters: Sequence[str | None] | None = None,
     ) -> "RaggedBatch":
         """The batch of whole sequences, without state: what training runs.
 
@@ -133,6 +137,8 @@ class RaggedBatch:
             span_layers: see the field.
             prompt_lengths: of each sequence the tokens of its prompt, see the field. Behind the shorter prompt
                 sequences share prefixes only where these are equal.
+            adapters: of each sequence the name of the adapter that acts on it, None for none. Sequences of one adapter
+                share prefixes.
 
         Raises:
             ToolkitError: for a routing, selection, rotary_lengths, spans, media or positions that do not fit the
@@ -143,8 +149,10 @@ class RaggedBatch:
         recorded = Recorded.of(routing, selection, counts)
         items = MediaRows()
         rows = recorded.rows if recorded else None
+        names = tuple(dict.fromkeys(one for one in adapters or () if one is not None))
+        ids = None if adapters is None else [-1 if one is None else names.index(one) for one in adapters]
         columns = RowColumns.of_sequences(
-            arrays, rows, rotary_lengths, media, sequence_positions, items, prompt_lengths
+            arrays, rows, rotary_lengths, media, sequence_positions, items, prompt_lengths, ids
         )
         if spans is None and media is not None:
             spans = [blocks(one) for one in media]
@@ -162,7 +170,7 @@ class RaggedBatch:
             batch = cls._packed(counts, device)
             if by_row is not None:
                 batch = replace(batch, spans=torch.from_numpy(np.concatenate(by_row)).to(device))
-        batch = batch._with_columns(columns, device)
+        batch = replace(batch._with_columns(columns, device), adapters=names)
         if recorded is not None and columns.recorded is not None:
             given_fields: dict[str, Any] = dict(recorded.fields(columns.recorded, device))
             batch = replace(batch, **given_fields)
@@ -186,6 +194,8 @@ class RaggedBatch:
             found = replace(found, rotary_lengths=on(columns.rotary_lengths))
         if columns.prompt_lengths is not None:
             found = replace(found, prompt_lengths=on(columns.prompt_lengths))
+        if columns.adapter_ids is not None:
+            found = replace(found, adapter_ids=on(columns.adapter_ids))
         return found
 
     @classmethod

@@ -8,7 +8,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 
 from toolkit.state.prefix import PrefixIndex, PrefixNode
-from toolkit.state.prefix_key import PrefixKey
+from toolkit.state.prefix_key import PrefixKey, WeightKeys
 
 
 class OutOfBlocks(Exception):
@@ -118,7 +118,7 @@ class BlockAllocator:
             self.prefix_index.drop(block)
         return True
 
-    def drop_outdated(self, current: PrefixKey) -> None:
+    def drop_outdated(self, current: PrefixKey | WeightKeys) -> None:
         """Forget every prefix whose key ``current`` outdates; cached ones become free."""
         for block in self.prefix_index.drop_outdated(current):
             if block in self._cached:

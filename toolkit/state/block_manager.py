@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from toolkit.state.block_allocator import BlockAllocator, OutOfBlocks
 from toolkit.state.block_table import NULL_BLOCK, BlockTable, longest_prefix
 from toolkit.state.prefix import PrefixNode
-from toolkit.state.prefix_key import PrefixKey
+from toolkit.state.prefix_key import PrefixKey, WeightKeys
 
 BlockCounts = tuple[int, ...]
 """Blocks of each group."""
@@ -73,7 +73,7 @@ class BlockManager:
             ]
         )
 
-    def drop_outdated(self, current: PrefixKey) -> None:
+    def drop_outdated(self, current: PrefixKey | WeightKeys) -> None:
         for allocator in self.allocators:
             allocator.drop_outdated(current)
 

@@ -45,6 +45,7 @@ class ForwardContext(ABC):
     Attributes:
         batch: the tokens, and where each one's past lies.
         replay: the experts that tokens are to take in the place of the routers' choice; None to let routers choose.
+        rows: indices of the tokens whose logits alone the head computes; None for all.
         selections: the keys that sparse attention layers selected or were given, and those that they are to take in the
             place of their choice.
     """
@@ -52,6 +53,7 @@ class ForwardContext(ABC):
     def __init__(self, batch: RaggedBatch) -> None:
         self.batch = batch
         self.replay = None if batch.routing is None else RoutingReplay(batch.routing)
+        self.rows: Tensor | None = None
         self._ahead: Tensor | None = None
         self.selections = SelectionReplay(batch.selection)
 

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Sequence
 from weakref import WeakValueDictionary
 
-from toolkit.state.prefix_key import PrefixKey
+from toolkit.state.prefix_key import PrefixKey, WeightKeys
 
 
 class PrefixNode:
@@ -101,7 +101,7 @@ class PrefixIndex:
         """Forget a registered block."""
         self._nodes.pop(block).block = None
 
-    def drop_outdated(self, current: PrefixKey) -> list[int]:
+    def drop_outdated(self, current: PrefixKey | WeightKeys) -> list[int]:
         """Forget every block whose key ``current`` outdates; returns those blocks."""
         dropped = [block for block, node in self._nodes.items() if current.outdates(node.key)]
         for block in dropped:

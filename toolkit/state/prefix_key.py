@@ -1,5 +1,7 @@
 """What cached state of a prefix depends on besides its tokens."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 
@@ -30,3 +32,31 @@ class PrefixKey(NamedTuple):
         if self.weights != other.weights:
             return True
         return self.adapter == other.adapter and self.adapter_version != other.adapter_version
+
+
+@dataclass(frozen=True)
+class WeightKeys:
+    """The keys and versions of the weights of now.
+
+    Args:
+        active: key of what acts on rows that choose no adapter.
+        version: of it.
+        adapters: (key, version) of each adapter that rows may choose.
+    """
+
+    active: PrefixKey
+    version: int
+    adapters: Mapping[str, tuple[PrefixKey, int]] = field(default_factory=dict)
+
+    def of(self, adapter: str | None) -> PrefixKey:
+        """The key of rows that choose ``adapter``; None for those that choose none."""
+        return self.active if adapter is None else self.adapters[adapter][0]
+
+    def version_of(self, adapter: str | None) -> int:
+        """The version of the weights of rows that choose ``adapter``."""
+        return self.version if adapter is None else self.adapters[adapter][1]
+
+    def outdates(self, other: PrefixKey) -> bool:
+        """Whether no sequence can have the key ``other`` any more."""
+        keys = [key for key, _ in self.adapters.values()]
+        return any(key.outdates(other) for key in (self.active, *keys))

@@ -28,6 +28,7 @@ class RowColumns:
         media: [N, 2] item and row of the item (``MediaRows``), -1 and 0 for none.
         positions: [N, A].
         prompt_lengths: [N] tokens of the prompt, -1 for the tokens in it.
+        adapter_ids: [N] adapter of each token, -1 for none.
     """
 
     tokens: Ints
@@ -36,6 +37,7 @@ class RowColumns:
     media: Ints | None = None
     positions: Ints | None = None
     prompt_lengths: Ints | None = None
+    adapter_ids: Ints | None = None
 
     @classmethod
     def of_sequences(
@@ -47,6 +49,7 @@ class RowColumns:
         sequence_positions: Sequence[Tensor | None] | None,
         items: MediaRows,
         prompt_lengths: Sequence[int] | None = None,
+        adapter_ids: Sequence[int] | None = None,
     ) -> "RowColumns":
         """From what ``RaggedBatch.from_sequences`` is given; ``items`` gets the names of the media.
 
@@ -59,12 +62,16 @@ class RowColumns:
             "media": media,
             "sequence_positions": sequence_positions,
             "prompt_lengths": prompt_lengths,
+            "adapters": adapter_ids,
         }
         for name, one in given.items():
             if one is not None and len(one) != len(counts):
                 raise ToolkitError(f"{name} must have one entry per sequence ({len(counts)}), got {len(one)}.")
-        lengths = None if rotary_lengths is None else np.repeat(np.asarray(rotary_lengths, dtype=np.int64), counts)
-        found = cls(_joined(tokens), _joined(recorded) if recorded else None, lengths)
+        lengths, ids = (
+            None if one is None else np.repeat(np.asarray(one, dtype=np.int64), counts)
+            for one in (rotary_lengths, adapter_ids)
+        )
+        found = cls(_joined(tokens), _joined(recorded) if recorded else None, lengths, adapter_ids=ids)
         if prompt_lengths is not None:
             ends = zip(prompt_lengths, counts)
             behind = [np.where(np.arange(count) < prompt, -1, prompt) for prompt, count in ends]
@@ -87,10 +94,8 @@ class RowColumns:
         if self.recorded is not None:
             table = np.concatenate([names[:, None], self.recorded], 1)
             names = np.unique(table, axis=0, return_inverse=True)[1].reshape(-1)
-        given = [
-            one for one in (self.rotary_lengths, self.media, self.positions, self.prompt_lengths) if one is not None
-        ]
-        for column in [column for one in given for column in np.atleast_2d(one.T)]:
+        given = (self.rotary_lengths, self.media, self.positions, self.prompt_lengths, self.adapter_ids)
+        for column in [column for one in given if one is not None for column in np.atleast_2d(one.T)]:
             names = _paired(names, column)
         return np.split(names, np.cumsum(counts)[:-1])
 

@@ -41,7 +41,7 @@ class DecodeGraphs:
     def __init__(self, model: nn.Module, executors: Sequence[Executor] = EXECUTORS) -> None:
         self.model = model
         self.executors = executors
-        self._graphs: dict[tuple[int, int], Callable[..., Tensor]] = {}  # by size, and dimensions of positions
+        self._graphs: dict[tuple[Any, ...], Callable[..., Tensor]] = {}  # by size, dimensions of positions, adapters
         self._clock = weight_clock(model)
         self._captured_from: tuple[object, ...] = ()
         self._reads_weights = False
@@ -84,7 +84,9 @@ class DecodeGraphs:
     def forward(self, context: PagedContext) -> Tensor:
         """Logits [S, V] of all rows, padding included, of a batch that ``serves`` accepts."""
         inputs = _tensors(context)
-        size = len(context.batch.tokens), context.batch.positions.dim()
+        batch = context.batch
+        adapters = None if batch.adapter_ids is None else batch.adapters
+        size = len(batch.tokens), batch.positions.dim(), adapters
         replay = self._graphs.get(size)
         if replay is None or not holds(replay, inputs):
             # Captured outside inference mode: tensors made by the capture belong to later steps too.
@@ -117,7 +119,8 @@ _OWN = ("tokens", "positions", "query_offsets", "kv_offsets", "kv_lengths")
 
 
 def _own(batch: RaggedBatch) -> tuple[str, ...]:
-    return _OWN if batch.rotary_lengths is None else (*_OWN, "rotary_lengths")
+    optional = ("rotary_lengths", "adapter_ids")
+    return (*_OWN, *(name for name in optional if getattr(batch, name) is not None))
 
 
 def _tensors(context: PagedContext) -> list[Tensor]:

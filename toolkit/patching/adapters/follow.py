@@ -93,6 +93,22 @@ class AdapterSwitches:
         """What decides what the active adapters add, beside their tensors."""
         return tuple(self._of(name) for name in _STATE)
 
+    def scaling_of(self, adapter: str) -> tuple[Any, ...]:
+        """The factor of an adapter in each switch that has it."""
+        return tuple(
+            scaling.get(adapter)
+            for names, _, switches in self._switches
+            for switch in (switches if "scaling" in names else ())
+            if isinstance(scaling := switch.scaling, dict)
+        )
+
+    def all_apply(self, adapter: str) -> bool:
+        """Whether every switch applies this adapter alone, unmerged."""
+        active = self._of("_active_adapter")
+        return all(one in (adapter, (adapter,)) for one in active) and not any(
+            (*self._of("_disable_adapters"), *self._of("merged_adapters"))
+        )
+
     def _of(self, name: str) -> tuple[Any, ...]:
         names = [names for names, _, switches in self._switches for _ in switches]
         return tuple(

@@ -9,6 +9,7 @@ from torch import nn
 from toolkit.modules.linear import linear_forward
 from toolkit.modules.moe_experts import moe_experts_of
 from toolkit.numerics import Numerics
+from toolkit.patching.adapters.embeddings import adapts_embedding, proven_embedding
 from toolkit.patching.adapters.experts import grouped_experts
 from toolkit.patching.adapters.find import adapter_layers, base_module, is_adapter, wraps_parameter
 from toolkit.patching.adapters.prove import proven_forward
@@ -25,8 +26,9 @@ _SKIPPED: "weakref.WeakKeyDictionary[nn.Module, str]" = weakref.WeakKeyDictionar
 def fuse_adapters(model: nn.Module, numerics: Numerics | None = None) -> int:
     """Number of adapted parameters of experts, after the adapters of a patched ``model`` were fused.
 
-    Linear layers that are proven to be LoRA or DoRA become the layer and one ``lora_add``; LoRA on parameters of
-    experts becomes grouped GEMMs; of an embedding or a head some of whose rows are trained no copy is made. ``patch``
+    Linear layers that are proven to be LoRA or DoRA, and embeddings with LoRA, become the layer and one ``lora_add``;
+    LoRA on parameters of experts becomes grouped GEMMs; of an embedding or a head some of whose rows are trained no
+    copy is made. ``patch``
     calls this, the engine calls it whenever a prompt enters, and ``toolkit train`` after adding adapters. Adapters that
     are not fused run PEFT's own forward: correct, and slower.
 
@@ -46,6 +48,8 @@ def fuse_adapters(model: nn.Module, numerics: Numerics | None = None) -> int:
 
 def _fuse_linear(model: nn.Module, numerics: Numerics) -> None:
     proven: dict[Any, str | Callable[..., Any]] = {}
+    find_head: Any = getattr(model, "get_output_embeddings", lambda: None)
+    head = find_head()
     for module in adapter_layers(model):
         if wraps_parameter(module):
             continue
@@ -53,10 +57,14 @@ def _fuse_linear(model: nn.Module, numerics: Numerics) -> None:
             _make_factors_batch_invariant(module)
         if module in _SKIPPED or "forward" in module.__dict__:
             continue
-        key = signature_key(module)
+        key = signature_key(module), module is head
         if key not in proven:
-            bitwise = numerics is Numerics.BITWISE
-            proven[key] = proven_tokens(module, bitwise) if trains_tokens(module) else proven_forward(module)
+            if trains_tokens(module):
+                proven[key] = proven_tokens(module, numerics is Numerics.BITWISE)
+            else:
+                proven[key] = (
+                    proven_embedding(module) if adapts_embedding(module) else proven_forward(module, module is head)
+                )
         verdict = proven[key]
         if isinstance(verdict, str):
             _SKIPPED[module] = verdict
@@ -69,6 +77,11 @@ def _make_factors_batch_invariant(module: Any) -> None:
         for factor in getattr(module, name, {}).values():
             if type(factor) is nn.Linear and "forward" not in factor.__dict__:
                 _UNDO[factor] = replace_forward(factor, linear_forward)()
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether the forward of a wrapper is a fused one."""
+    return module in _UNDO
 
 
 def adapter_report(model: nn.Module) -> list[tuple[str, str]]:

@@ -1,39 +1,53 @@
 """Fused forwards of adapted linear layers: LoRA and DoRA.
 
-PEFT adds ``scaling B A dropout(x)`` to the layer's output in four operations; here it is one ``lora_add``.
+PEFT adds ``scaling B A dropout(x)`` to the layer's output in four operations; here it is one ``lora_add``, for the
+adapters that are switched on and for those that rows of a batch choose.
 
 Shapes: K input and N output features, r rank.
 """
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from toolkit.errors import ToolkitError
 from toolkit.ops.lora_linear import lora_add
+from toolkit.patching.adapters.rows import RowAdapters, no_factors, row_adapters
+from toolkit.state.paged import PagedContext
+
+_SCALES: "weakref.WeakKeyDictionary[nn.Module, dict[str, Tensor]]" = weakref.WeakKeyDictionary()
 
 
-def fused_linear(own: Callable[..., Any]) -> Callable[..., Any]:
+def fused_linear(own: Callable[..., Any], head: bool = False) -> Callable[..., Any]:
     """Forward of a wrapper: x [..., K] to ``base(x) + sum over active adapters of scaling B A dropout(x)`` [..., N].
 
     DoRA (Liu et al., 2024): ``m (base(x) - bias + scaling B A x) / |W + scaling B A| + bias``; the norm of each row of
-    weights is taken without gradient.
+    weights is taken without gradient. Where rows of the batch choose adapters, each has its own in the place of those
+    that are active.
 
     Args:
         own: the wrapper's own forward. It computes what is neither: several adapters one of which is not plain LoRA,
             adapters per sample, merged or disabled adapters, autocast, factors of a narrower dtype than the output.
+        head: whether the layer is the model's head.
     """
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if (rows := row_adapters(x.shape[:-1], head)) is not None:
+            return _add_chosen(self, x, rows)
         if args or kwargs or self.merged or self.disable_adapters or torch.is_autocast_enabled(x.device.type):
             return own(self, x, *args, **kwargs)
         active = [name for name in self.active_adapters if name in self.lora_A]
-        if not all(is_fusible(self, name, len(active)) and _factors_fit(self, name, x) for name in active):
+        fits = all(is_fusible(self, name, len(active)) and factors_fit(self, name, x.dtype) for name in active)
+        if not fits:
             return own(self, x)
         result = self.base_layer(x)
         for name in active:
-            result = _add(self, name, x, result)
+            scale = _scale(self, name) if is_dora(self, name) else None
+            result = _add(self, [name], [scale], x, result, None)
         return result
 
     return forward
@@ -46,35 +60,103 @@ def is_fusible(module: Any, name: str, active: int) -> bool:
     if name not in getattr(module, "lora_variant", {}):
         return True
     dropped = module.training and not isinstance(module.lora_dropout[name], nn.Identity)
-    return name in getattr(module, "lora_magnitude_vector", {}) and active == 1 and not dropped
+    return is_dora(module, name) and active == 1 and not dropped
 
 
-def _factors_fit(module: Any, name: str, x: Tensor) -> bool:
-    """Whether the factors can be read in place, and in a dtype at least as wide as x and the layer's output."""
+def is_dora(module: Any, name: str) -> bool:
+    """Whether an adapter scales the layer's output by a magnitude."""
+    return name in getattr(module, "lora_variant", {}) and name in getattr(module, "lora_magnitude_vector", {})
+
+
+def factors_fit(module: Any, name: str, dtype: torch.dtype) -> bool:
+    """Whether factors can be read in place, and have a dtype at least as wide as inputs of ``dtype`` and the output."""
     weight = module.lora_A[name].weight
-    dtype = torch.promote_types(torch.promote_types(x.dtype, module.base_layer.weight.dtype), weight.dtype)
-    return dtype == weight.dtype and not hasattr(weight, "ds_id")  # ZeRO-3 gathers parameters for their own module only
+    widest = torch.promote_types(torch.promote_types(dtype, module.base_layer.weight.dtype), weight.dtype)
+    return widest == weight.dtype and not hasattr(weight, "ds_id")  # ZeRO-3 gathers them for their own module only
 
 
-def _add(module: Any, name: str, x: Tensor, base: Tensor) -> Tensor:
-    """``base`` [..., N], the layer's output, with one adapter added, in its dtype."""
-    a_rK, b_Nr, scaling = module.lora_A[name].weight, module.lora_B[name].weight, float(module.scaling[name])
-    dtype = a_rK.dtype
-    adapter_of_row = torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device)
-    scale = bias = None
-    if name in getattr(module, "lora_variant", {}):
-        magnitude, layer = module.lora_magnitude_vector[name].weight, module.base_layer
-        scale = column_scale(magnitude, layer.weight, a_rK, b_Nr, scaling).to(dtype)
-        bias = None if layer.bias is None else layer.bias.to(dtype)
-    dropped = module.lora_dropout[name](x.to(dtype))
+def refresh_scales(model: nn.Module) -> None:
+    """Compute again what DoRA scales by in decode steps, after a write to the model's weights."""
+    with torch.no_grad():
+        for module in model.modules() if _SCALES else ():
+            for name, kept in _SCALES.get(module, {}).items():
+                if name in module.lora_A:  # type: ignore[operator]
+                    kept.copy_(_scale(module, name))
+
+
+def _add_chosen(module: Any, x: Tensor, rows: RowAdapters) -> Tensor:
+    """The layer's output [..., N], to each row of which the adapter is added that it chooses."""
+    if module.merged:
+        raise ToolkitError("adapters must not be merged into the layers where rows choose one; unmerge them first.")
+    result: Tensor = module.base_layer(x)
+    names = [name for name in rows.names if name in module.lora_A]
+    # Each dtype, and each dropout, is a separate call: a row has one adapter, so others leave it as it is.
+    for _, group in groupby(names, lambda name: _kind(module, name)):
+        chosen = list(group)
+        scales = [_kept_scale(module, name, rows) if is_dora(module, name) else None for name in chosen]
+        result = _add(module, chosen, scales, x, result, rows)
+    return result
+
+
+def _kind(module: Any, name: str) -> tuple[torch.dtype, str]:
+    dropped = module.training and not isinstance(module.lora_dropout[name], nn.Identity)
+    return module.lora_A[name].weight.dtype, name if dropped else ""
+
+
+def _add(
+    module: Any,
+    names: Sequence[str],
+    scales: Sequence[Tensor | None],
+    x: Tensor,
+    base: Tensor,
+    rows: RowAdapters | None,
+) -> Tensor:
+    """``base`` [..., N], the layer's output, with adapters added, in its dtype: the one of all rows, or each row's."""
+    dtype = module.lora_A[names[0]].weight.dtype
+    dropped = module.lora_dropout[names[0]](x.to(dtype))
+    if rows is None:
+        every, ids = list(names), torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device)
+    else:
+        every, ids = list(rows.names), rows.ids
+    found = dict(zip(names, scales))
+    empty = no_factors(x.shape[-1], base.shape[-1], dtype, x.device)
+    factors = [
+        (module.lora_A[name].weight, module.lora_B[name].weight, float(module.scaling[name]))
+        if name in found
+        else (*empty, 0.0)
+        for name in every
+    ]
+    a, b, scaling = zip(*factors)
+    scaled = any(scale is not None for scale in scales)
     result = lora_add(
-        base.to(dtype), dropped, [a_rK], [b_Nr], [scaling], adapter_of_row, column_scales=[scale], bias=bias
-    )  # fmt: skip
+        base.to(dtype),
+        dropped,
+        a,
+        b,
+        scaling,
+        ids,
+        column_scales=[found.get(name) for name in every] if scaled else None,
+        bias=module.base_layer.bias if scaled else None,
+    )
     return result.to(base.dtype)
 
 
-def column_scale(magnitude_N: Tensor, weight_NK: Tensor, a_rK: Tensor, b_Nr: Tensor, scaling: float) -> Tensor:
-    """DoRA's magnitude over the norm of each row of the adapted weight [N]; the norm is taken without gradient."""
+def _kept_scale(module: Any, name: str, rows: RowAdapters) -> Tensor:
+    """``_scale``; of the engine's forwards a tensor that ``refresh_scales`` keeps up to date."""
+    if torch.is_grad_enabled() or not isinstance(rows.context, PagedContext):
+        return _scale(module, name)
+    kept = _SCALES.setdefault(module, {})
+    if name not in kept:
+        with torch.inference_mode(False), torch.no_grad():
+            kept[name] = _scale(module, name).clone()
+    return kept[name]
+
+
+def _scale(module: Any, name: str) -> Tensor:
+    """[N] DoRA's magnitude over the norm of each row of ``W + scaling B A``."""
+    weight, a_rK, b_Nr = module.base_layer.weight, module.lora_A[name].weight, module.lora_B[name].weight
+    magnitude: Tensor = module.lora_magnitude_vector[name].weight
     with torch.no_grad():
-        norm_N = torch.linalg.norm(weight_NK + scaling * (b_Nr @ a_rK).to(weight_NK.dtype), dim=1)
-    return magnitude_N / norm_N.to(magnitude_N.dtype)
+        norm = torch.linalg.norm(weight + module.scaling[name] * (b_Nr @ a_rK).to(weight.dtype), dim=1)
+    scale: Tensor = magnitude / norm.to(magnitude.dtype)
+    return scale

@@ -16,15 +16,15 @@ PARTS = ("lora_A", "lora_B", "lora_dropout", "scaling", "active_adapters", "disa
 """Attributes that the fused forward reads."""
 
 
-def proven_forward(module: Any) -> Callable[..., Any] | str:
-    """The fused forward of a wrapper, or the reason why PEFT's own stays."""
+def proven_forward(module: Any, head: bool = False) -> Callable[..., Any] | str:
+    """The fused forward of a wrapper, which may be the model's ``head``, or the reason why PEFT's own stays."""
     missing = [name for name in PARTS if not hasattr(module, name)]
     if missing:
         return f"it has no {missing[0]}"
     if type(module.base_layer) is not nn.Linear:
         return f"it wraps a {type(module.base_layer).__name__}, not nn.Linear"
     own = type(module).forward
-    found = prove([("lora_linear", fused_linear(own), partial(_probe, module, own))])
+    found = prove([("lora_linear", fused_linear(own, head), partial(_probe, module, own))])
     return found if isinstance(found, str) else found[1]
 
 
@@ -33,6 +33,8 @@ def _probe(module: Any, own: Callable[..., Any]) -> ProbeError:
 
     def batches(copied: Any) -> list[list[Tensor]]:
         active = [name for name in copied.active_adapters if name in copied.lora_A]
+        if not active and not copied.disable_adapters:  # adapters that rows choose
+            copied._active_adapter = active = list(copied.lora_A)[:1]
         for name in active:
             if not is_fusible(copied, name, len(active)):
                 raise NotImplementedError(f"adapter {name!r} is neither plain LoRA nor DoRA alone")

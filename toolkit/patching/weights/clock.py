@@ -2,6 +2,8 @@
 
 import itertools
 import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -21,8 +23,11 @@ class WeightClock:
     plain attributes, and to settings of modules (``layer.scaling = ...``). What no counter sees (``p.data.copy_``) is
     seen on a CPU where it reaches the middle of a tensor; call ``weights_changed(model)`` after such writes.
 
+    Rows of a batch may choose adapters that are not active: ``watch`` names them, and each has a key.
+
     Attributes:
         key: of the base weights and the active adapters, at the last ``version``.
+        changes: another number whenever a key may be another one.
         layout: another number whenever a module, a parameter or a buffer is another object or, on a device, has other
             memory, or a setting is another one, and with the adapters that act. What was captured under one layout is
             valid under its number.
@@ -37,7 +42,9 @@ class WeightClock:
         self._copies = steps_of_copies()
         self._base = 0
         self._adapters: dict[str, int] = {}
+        self._watched: tuple[str, ...] = ()
         self._selections: dict[Any, int] = {}
+        self.changes = 0
         self.layout = 0
         self._layouts = [(0, (self._tensors.layout, self._switches.selection()), self._tensors)]
         self.key = self._current()
@@ -48,11 +55,51 @@ class WeightClock:
         model = self._model()
         if model is not None:
             self._look(model)
-        if self.key not in self._versions:
+        return self._version_of(self.key)
+
+    def _version_of(self, key: PrefixKey) -> int:
+        if key not in self._versions:
             # Base weights do not come back; adapters may be switched back.
-            self._versions = {one: number for one, number in self._versions.items() if not self.key.outdates(one)}
-            self._versions[self.key] = next(self._numbers)
-        return self._versions[self.key]
+            self._versions = {one: number for one, number in self._versions.items() if not key.outdates(one)}
+            self._versions[key] = next(self._numbers)
+        return self._versions[key]
+
+    def watch(self, adapters: Sequence[str]) -> None:
+        """Look at the tensors of ``adapters`` too, which rows may choose, in the place of those named before."""
+        model = self._model()
+        if model is not None and tuple(adapters) != self._watched:
+            self._look(model)
+            self._watched = tuple(adapters)
+            self._tensors = self._new_tensors(model)
+            self.changes += 1
+
+    def of_adapter(self, name: str) -> tuple[PrefixKey, int]:
+        """The key and the version of the weights of rows that choose a watched adapter, at the last ``version``."""
+        key = PrefixKey(self._base, name, self._number_of_adapter(name))
+        return key, self._version_of(key)
+
+    @contextmanager
+    def adapters_alone(self) -> Iterator[None]:
+        """Inside, adapters come and go, and nothing else is written: wrappers that are gone were not merged."""
+        self.version()
+        base = self._base
+        yield
+        model = self._model()
+        if model is not None:
+            self._look(model)
+        self._base, self.key = base, self.key._replace(weights=base)
+        self.changes += 1
+
+    def stamp(self, name: str) -> int:
+        """What stands for the state of an adapter's tensors, to be given to ``restore``."""
+        return self._adapters.get(name, 0)
+
+    def restore(self, name: str, stamp: int) -> None:
+        """Say that an adapter which was taken out of the model is there again, as it was at ``stamp``."""
+        self.version()
+        self._adapters[name] = stamp
+        self.key = self._current()
+        self.changes += 1
 
     def move(self) -> None:
         """Change the version by hand, as a write to everything."""
@@ -74,7 +121,7 @@ class WeightClock:
         """Move the versions of whose tensors were written; None: of those that are not what they were."""
         if moved:
             switches, self._switches = self._switches, AdapterSwitches(model)
-            tensors, self._tensors = self._tensors, ModelTensors(model, self._switches.active(), self._tensors)
+            tensors, self._tensors = self._tensors, self._new_tensors(model)
             written = tensors.differing(self._tensors) if written is None else written
             self.layout = self._number_of_layout()
             if switches.may_have_merged(self._switches):
@@ -91,6 +138,10 @@ class WeightClock:
             if all(self._adapters.get(name) == version for name, version in selection[1])
         }
         self.key = self._current()
+        self.changes += 1
+
+    def _new_tensors(self, model: nn.Module) -> ModelTensors:
+        return ModelTensors(model, {*self._switches.active(), *self._watched}, self._tensors)
 
     def _number_of_layout(self) -> int:
         """A new number, or that of one of the last layouts which is there again, as after gathering sharded weights."""
@@ -107,11 +158,21 @@ class WeightClock:
         active = self._switches.active()
         if not active:
             return PrefixKey(self._base)
+        if len(active) == 1 and self._switches.all_apply(active[0]):
+            return PrefixKey(self._base, active[0], self._number_of_adapter(active[0]))
         versions = tuple((name, self._adapters.setdefault(name, 0)) for name in active)
-        selection = (self._switches.selection(), versions)
+        number = self._number_of((self._switches.selection(), versions))
+        return PrefixKey(self._base, "+".join(active), number)
+
+    def _number_of_adapter(self, name: str) -> int:
+        """The number of what an adapter adds where nothing else does, active or chosen by a row."""
+        version = self._adapters.setdefault(name, 0)
+        return self._number_of((self._switches.scaling_of(name), ((name, version),)))
+
+    def _number_of(self, selection: tuple[Any, tuple[tuple[str, int], ...]]) -> int:
         if selection not in self._selections:
             self._selections[selection] = next(self._writes)
-        return PrefixKey(self._base, "+".join(active), self._selections[selection])
+        return self._selections[selection]
 
 
 _CLOCKS: "weakref.WeakKeyDictionary[nn.Module, WeightClock]" = weakref.WeakKeyDictionary()

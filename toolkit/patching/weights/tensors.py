@@ -55,6 +55,7 @@ class ModelTensors:
         self._settings: ModelSettings | None = ModelSettings(model)
         same = before is not None and before._settings in (None, self._settings)
         self._number_of_settings: int = before._number_of_settings if before is not None and same else next(_NUMBERS)
+        self._base_settings: ModelSettings | None = ModelSettings(model, base_modules(model))
         this = ref(self)
         self._alive = [ref(module, lambda _: _on_death(this)) for module in modules]
         self._base = [ref(module) for module in base_modules(model)]
@@ -82,7 +83,7 @@ class ModelTensors:
 
     def release(self) -> None:
         """Let go of the modules' dicts, and with them of what a module that died held."""
-        self._settings = None
+        self._settings = self._base_settings = None
         self._parents, self._dicts = [], []
         self._acting = self._resting = _Part([])
 
@@ -116,7 +117,7 @@ class ModelTensors:
         """Whose tensors are not what they were, or of the base: whose modules."""
         old, new = ({**one._acting.stamps(), **one._resting.stamps()} for one in (self, now))
         found = {owner for owner in old.keys() | new.keys() if old.get(owner) != new.get(owner)}
-        if self._number_of_settings != now._number_of_settings:
+        if None not in (self._base_settings, now._base_settings) and self._base_settings != now._base_settings:
             found.add(None)
         return found if [one() for one in self._base] == [one() for one in now._base] else found | {None}
 
