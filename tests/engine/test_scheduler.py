@@ -6,7 +6,9 @@ import pytest
 from tests.helpers.engine_standin import make_request
 from toolkit.engine.params import SamplingParams
 from toolkit.engine.scheduler import Scheduler
-from toolkit.state import BlockManager, Group
+from toolkit.state import BlockManager, Group, PrefixKey, WeightKeys
+
+WEIGHTS = WeightKeys(PrefixKey(), 0)
 
 
 class Drive:
@@ -33,7 +35,7 @@ class Drive:
         scheduler = self.scheduler
         decoding = [one for one in scheduler.running if one.remaining == 1]
         preemptions = scheduler.num_preemptions
-        self.chunks = chunks = scheduler.schedule(0)
+        self.chunks = chunks = scheduler.schedule(WEIGHTS)
         scheduler.check_integrity()
         total = sum(chunk.count for chunk in chunks)
         assert total <= self.budget
@@ -49,7 +51,7 @@ class Drive:
             one = chunk.sequence
             one.block_tables.take_copies()
             assert chunk.start == one.block_tables.length
-            one.block_tables.commit(one.tokens[chunk.start : chunk.start + chunk.count], 0)
+            one.block_tables.commit(one.tokens[chunk.start : chunk.start + chunk.count], WEIGHTS.active)
             self.log[one.order[1:]].append((chunk.start, chunk.count))
             assert chunk.samples == (one.block_tables.length == len(one.tokens))
             for owner in [one, *scheduler.fork_siblings(one)] if chunk.samples else []:

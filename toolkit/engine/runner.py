@@ -196,11 +196,11 @@ class ModelRunner:
 
     Attributes:
         adapter_ids: of the adapter that each sequence of a step chooses, what ``RaggedBatch`` says of it: the names,
-            and an index of them for each sequence; None where none chooses one.
+            and an index of them for each sequence; None where none chooses one, and for a backend without adapters.
     """
 
     def __init__(self, backend: Backend, pool: StatePool, max_running: int, max_model_len: int) -> None:
-        self.adapter_ids: AdapterIds = lambda names: None
+        self.adapter_ids: AdapterIds | None = None
         self.backend = backend
         self.pool = pool
         width = math.ceil(max_model_len / pool.block_size)
@@ -272,7 +272,9 @@ class ModelRunner:
         rotary += [1] * len(padding) if rotary else []
         prompts += [-1] * len(padding) if prompts else []
         # One array, one transfer, then views.
-        chosen = self.adapter_ids([chunk.sequence.params.lora_name for chunk in chunks])
+        chosen = None
+        if self.adapter_ids is not None:
+            chosen = self.adapter_ids([chunk.sequence.params.lora_name for chunk in chunks])
         adapters = [] if chosen is None else [one for one, chunk in zip(chosen[1], chunks) for _ in range(chunk.count)]
         adapters += [-1] * len(padding) if chosen is not None else []
         parts = [tokens, positions, offsets, [0] * len(lengths), lengths, rows, rotary, prompts, adapters]
