@@ -23,7 +23,7 @@ PROSE = {
     r"\bcompany\b": "batch neighbours",
     r"keeps? (its|their|the) bits|\bown bits\b|(the )?same bits|equal bits|its bits": "bitwise identical",
     r"\bstands? alone\b": "is batch-invariant",
-    r"vendor('s)?\b": "cuBLAS / MKL",
+    r"(?<!ai-)vendor('s)?\b": "cuBLAS / MKL",
     r"grouped products?|matrix products?": "grouped GEMM, matmul",
     r"\bK order\b": "reduction order",
     r"\btiers?\b": "numerics mode (of tests: level)",

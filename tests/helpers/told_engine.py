@@ -28,7 +28,7 @@ class ToldEngine:
         self.held.set()
 
     def submit_batch(self, prompts, params):
-        self.submitted = params
+        self.submitted, self.prompts = params, prompts
         first = len(self.live)
         for at, one in enumerate(params):
             self.live[first + at] = (one, [], at)

@@ -39,3 +39,38 @@ def chat_model(tmp_path_factory):
     LlamaForCausalLM(config).save_pretrained(folder)
     wrapped.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def talking_model(chat_model, tmp_path_factory):
+    """``chat_model`` that never ends a text, and writes ASCII when it is greedy: what it does not write has logit 0."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(chat_model)
+    model = AutoModelForCausalLM.from_pretrained(chat_model)
+    texts = [tokenizer.decode([token]) for token in range(len(tokenizer))]
+    never = [token for token, text in enumerate(texts) if token == 0 or not (text.isascii() and text.isprintable())]
+    with torch.no_grad():
+        model.lm_head.weight[never] = 0
+    folder = tmp_path_factory.mktemp("talking") / "tiny"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def calling_model(talking_model, tmp_path_factory):
+    """``talking_model`` whose chat template has reasoning and tools."""
+    from shutil import copytree
+
+    from transformers import AutoTokenizer
+
+    from tests.helpers.tool_template import TEMPLATE as WITH_TOOLS
+
+    folder = tmp_path_factory.mktemp("calling") / "tiny"
+    copytree(talking_model, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = WITH_TOOLS
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -39,14 +39,21 @@ class ApiKeys:
         return bool(self._keys)
 
     async def check(self, request: Request) -> None:
-        """Raises RequestError unless the request has ``Authorization: Bearer`` and one of the keys."""
+        """Raises RequestError unless the request has one of the keys: as ``Authorization: Bearer``, or as
+        ``X-Api-Key``, where Anthropic's clients put it.
+        """
         if not self._keys:
             return
-        given = next((value for name, value in request.scope["headers"] if name == b"authorization"), b"")
-        scheme, _, key = given.partition(b" ")
+        given = [b""]
+        for name, value in request.scope["headers"]:
+            scheme, _, key = value.partition(b" ")
+            if name == b"authorization" and scheme.lower() == b"bearer":
+                given.append(key.strip())
+            elif name == b"x-api-key":
+                given.append(value.strip())
         # Every key is compared, in constant time, so that the time says nothing about any.
-        right = [hmac.compare_digest(key.strip(), one) for one in self._keys]
-        if scheme.lower() != b"bearer" or not any(right):
+        right = [hmac.compare_digest(key, one) for key in given for one in self._keys]
+        if not any(right):
             raise RequestError("The API key is missing or wrong.", status=401, code="invalid_api_key")
 
 

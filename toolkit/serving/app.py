@@ -4,16 +4,18 @@ from fastapi import FastAPI
 
 from toolkit.engine.pooling import PoolingQueue
 from toolkit.serving.admin import routes as admin
+from toolkit.serving.anthropic import routes as anthropic
 from toolkit.serving.base import Base, ServerConfig
 from toolkit.serving.generation import Generation
 from toolkit.serving.openai import routes as openai
 from toolkit.serving.openapi import describe
 from toolkit.serving.pooling import POOLING_PATHS, create_pooling_app
+from toolkit.serving.responses import routes as responses
 from toolkit.serving.tokens import routes as tokens
 
 __all__ = ["ServerConfig", "create_app"]
 
-PROTOCOLS = (openai, tokens, admin)
+PROTOCOLS = (openai, responses, anthropic, tokens, admin)
 """Modules with ``BODIES`` of requests, and what they are made of, and ``add_routes(generation)``."""
 GENERATES = "The served model generates; serve a pooling model, or this one with --runner pooling."
 

@@ -24,15 +24,15 @@ from toolkit.engine.request_handle import SHUTTING_DOWN
 from toolkit.errors import ToolkitError
 from toolkit.sentences import shown
 from toolkit.serving.access import AdminAccess, ApiKeys, Cors
-from toolkit.serving.errors import Json, RequestError, error_body
+from toolkit.serving.errors import ErrorStyle, Json, RequestError, error_body
 from toolkit.serving.limits import MAX_BODY_SIZE, SMALL_BODY, give_back_memory
 from toolkit.serving.metrics import Metrics
-from toolkit.serving.middleware import CountRequests, HeadAsGet, RequestIds
+from toolkit.serving.middleware import REQUEST_ID_HEADERS, CountRequests, HeadAsGet, RequestIds
 from toolkit.serving.numerics_check import NumericsCheck
 from toolkit.serving.openai import schemas
 from toolkit.serving.openapi import responses
 from toolkit.serving.request_log import JsonLog, LogRequests, record_of
-from toolkit.serving.running import RunningRequests
+from toolkit.serving.running import RunningRequests, request_id
 
 WORKERS = 4
 """Threads that read requests."""
@@ -130,6 +130,7 @@ class Base:
         self.numerics = NumericsCheck(None if backend is None else numerics_fingerprint(backend))
         self.guarded = [Depends(keys.check), Depends(self.numerics.check)]
         self.running = RunningRequests(config.max_requests_per_client, bool(keys))
+        self._error_styles: dict[str, ErrorStyle] = {}
         self._created = int(time.time())
         self._watchers: set[asyncio.Task[None]] = set()  # the event loop does not hold them
         self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="request")
@@ -148,7 +149,7 @@ class Base:
             self.app.add_middleware(LogRequests, log=config.log, by_key=bool(keys))
         self.app.add_middleware(RequestIds)
         if config.cors is not None:
-            self.app.add_middleware(CORSMiddleware, **asdict(config.cors), expose_headers=("x-request-id",))
+            self.app.add_middleware(CORSMiddleware, **asdict(config.cors), expose_headers=REQUEST_ID_HEADERS)
         self._handle_errors()
         self._add_routes()
 
@@ -164,7 +165,7 @@ class Base:
 
         @app.exception_handler(ToolkitError)
         async def rejected(request: Request, error: ToolkitError) -> JSONResponse:
-            return _error_response(self.as_request_error(error))
+            return self._error_response(request, self.as_request_error(error))
 
         @app.exception_handler(HTTPException)
         async def no_such_route(request: Request, error: HTTPException) -> Response:
@@ -174,7 +175,7 @@ class Base:
             asked = f"{request.method} {shown(request.url.path)[1:-1]}"
             about = {404: f"There is no {asked}.", 405: f"{asked} is not allowed."}
             message = about.get(error.status_code, f"{error.detail}.")
-            return _error_response(RequestError(message, status=error.status_code), allow)
+            return self._error_response(request, RequestError(message, status=error.status_code), allow)
 
         @app.exception_handler(ClientDisconnect)
         async def left(request: Request, error: ClientDisconnect) -> Response:
@@ -182,7 +183,20 @@ class Base:
 
         @app.exception_handler(Exception)
         async def failed(request: Request, error: Exception) -> JSONResponse:
-            return _error_response(RequestError(f"The server failed: {type(error).__name__}.", status=500))
+            message = f"The server failed: {type(error).__name__}."
+            return self._error_response(request, RequestError(message, status=500))
+
+    def add_error_style(self, path: str, style: ErrorStyle) -> None:
+        """Errors of ``path``, and of paths below it, in the form of another protocol than OpenAI's."""
+        self._error_styles[path] = style
+
+    def _error_response(self, request: Request, error: RequestError, headers: Mapping[str, str] = {}) -> JSONResponse:
+        every = {**_HEADERS.get(error.status, {}), **headers}
+        path = request.scope["path"].removeprefix(self.app.root_path)
+        for above, style in self._error_styles.items():
+            if path == above or path.startswith(f"{above}/"):
+                return JSONResponse(style(error, request_id(request)), error.status, every)
+        return JSONResponse(error_body(str(error), error.status, error.param, error.code), error.status, every)
 
     def _add_routes(self) -> None:
         app, engine = self.app, self.engine
@@ -306,11 +320,6 @@ async def _body(request: Request, most: int) -> bytes:
 
 
 _HEADERS = {401: {"www-authenticate": "Bearer"}, 429: {"retry-after": "1"}, 503: {"retry-after": "1"}}
-
-
-def _error_response(error: RequestError, headers: Mapping[str, str] = {}) -> JSONResponse:
-    every = {**_HEADERS.get(error.status, {}), **headers}
-    return JSONResponse(error_body(str(error), error.status, error.param, error.code), error.status, every)
 
 
 def _allowed(request: Request) -> dict[str, str]:

@@ -36,6 +36,7 @@ class Body(BaseModel):
     ignored: ClassVar[tuple[str, ...]] = ()
     other_names: ClassVar[Mapping[str, str]] = {}
     """Fields of other servers' protocols, each with its name in this one."""
+    not_offered: ClassVar[Mapping[str, tuple[Any, ...]]] = NOT_OFFERED
 
     @model_validator(mode="before")
     @classmethod
@@ -48,8 +49,8 @@ class Body(BaseModel):
         for name, value in body.items():
             if value is None or name in cls.ignored:
                 continue
-            if name in NOT_OFFERED and name not in cls.model_fields:
-                if any(type(value) is type(inert) and value == inert for inert in NOT_OFFERED[name]):
+            if name in cls.not_offered and name not in cls.model_fields:
+                if any(type(value) is type(inert) and value == inert for inert in cls.not_offered[name]):
                     continue
                 raise ValueError(f"'{name}' is {shown(value)}, but this server does not offer '{name}'.")
             if name in cls.other_names and name not in cls.model_fields:

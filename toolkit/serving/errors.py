@@ -1,5 +1,6 @@
 """Errors of requests, and the body that every response has that is not 2xx."""
 
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from toolkit.errors import ToolkitError
@@ -30,6 +31,10 @@ class RequestError(ToolkitError):
     def __init__(self, message: str, param: str | None = None, status: int = 400, code: str | None = None) -> None:
         super().__init__(message)
         self.param, self.status, self.code = param, status, code
+
+
+ErrorStyle: TypeAlias = Callable[[RequestError, str], Json]
+"""What makes the body of an error, of it and of the request's id."""
 
 
 def error_body(message: str, status: int, param: str | None = None, code: str | None = None) -> Json:

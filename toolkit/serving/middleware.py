@@ -7,10 +7,24 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from toolkit.serving.metrics import Counter
 
 KNOWN_PATHS = frozenset(
-    ("/v1/models", "/v1/completions", "/v1/chat/completions", "/health", "/ping", "/load", "/version", "/metrics")
+    (
+        "/v1/models",
+        "/v1/completions",
+        "/v1/chat/completions",
+        "/v1/messages",
+        "/v1/messages/count_tokens",
+        "/v1/responses",
+        "/health",
+        "/ping",
+        "/load",
+        "/version",
+        "/metrics",
+    )
 )
 MAX_REQUEST_ID = 256
-_ID = b"x-request-id"
+REQUEST_ID_HEADERS = ("x-request-id", "request-id")
+"""The first is OpenAI's, and requests may give it; the second is what Anthropic's clients read."""
+_ID = REQUEST_ID_HEADERS[0].encode()
 
 
 class CountRequests:
@@ -30,7 +44,7 @@ class CountRequests:
 
 
 class RequestIds:
-    """Gives each response the ``X-Request-Id`` of its request, or a new one."""
+    """Gives each response the ``X-Request-Id`` of its request, or a new one; routes read it in the scope."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -38,12 +52,12 @@ class RequestIds:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         given = next((value for name, value in scope.get("headers", ()) if name == _ID), b"")
         identity = given if 0 < len(given) <= MAX_REQUEST_ID else uuid.uuid4().hex.encode()
-
         scope["toolkit.request_id"] = identity.decode("latin-1")
 
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), (_ID, identity)]
+                ids = [(name.encode(), identity) for name in REQUEST_ID_HEADERS]
+                message["headers"] = [*message.get("headers", ()), *ids]
             await send(message)
 
         await self.app(scope, receive, named if scope["type"] == "http" else send)

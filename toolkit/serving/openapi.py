@@ -15,9 +15,7 @@ from toolkit.serving.errors import Json
 from toolkit.serving.openai import schemas
 
 _COMPONENT = "#/components/schemas/{model}"
-_ERROR: Json = {"model": schemas.ErrorResponse}
 _EVENT: Json = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
-_FAILURES: dict[int | str, Json] = {"4XX": _ERROR, "5XX": _ERROR}
 
 LIMITS: dict[str, Json] = {
     "temperature": {"minimum": 0},
@@ -37,7 +35,11 @@ LIMITS: dict[str, Json] = {
 
 
 def responses(
-    model: type[BaseModel] | None = None, *, stream: bool = False, text: bool = False
+    model: type[BaseModel] | None = None,
+    *,
+    stream: bool = False,
+    text: bool = False,
+    error: type[BaseModel] = schemas.ErrorResponse,
 ) -> dict[int | str, Json]:
     """``responses=`` of a route: its 200 and the errors, any of which have one body."""
     good: Json = {"description": "OK"}
@@ -47,7 +49,7 @@ def responses(
         good["content"] = {"text/event-stream": {"itemSchema": _EVENT}}
     if text:
         good["content"] = {"text/plain": {"schema": {"type": "string"}}}
-    return {200: good, **_FAILURES}
+    return {200: good, "4XX": {"model": error}, "5XX": {"model": error}}
 
 
 def takes(body: type[BaseModel], required: bool = True) -> Json:
@@ -112,7 +114,7 @@ def _complete(schema: Json, body: type[BaseModel], names: tuple[str, ...], max_m
             kinds = [{"enum": list(names)}]
         null = [] if name in required or {"type": "null"} in kinds else [{"type": "null"}]
         one["anyOf"] = [*kinds, *null]
-    for name, inert in NOT_OFFERED.items():
+    for name, inert in getattr(body, "not_offered", NOT_OFFERED).items():
         if name not in properties:
             properties[name] = {"enum": [*inert, None], "description": "Not offered; these values ask for nothing."}
     for name in getattr(body, "ignored", ()):

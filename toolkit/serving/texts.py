@@ -23,9 +23,9 @@ from toolkit.engine.prompts import check_characters, check_token_count, longest_
 from toolkit.engine.token_bytes import REPLACEMENT, TokenBytes
 from toolkit.errors import ToolkitError
 from toolkit.sentences import shown
+from toolkit.serving.conversation import TemplateMessage
 from toolkit.serving.errors import RequestError
 from toolkit.serving.images import MAX_PIXELS, read_url
-from toolkit.serving.openai.requests import Message
 
 METASPACE = "▁"
 
@@ -81,8 +81,23 @@ class Texts:
         with self._one_at_a_time:
             return prompt_token_ids(self._tokenizer, text, None if truncated else self._check_tokens)
 
-    def chat(self, messages: list[Message], truncated: bool = False) -> list[int] | Mapping[str, Any]:
+    def chat(
+        self,
+        messages: Sequence[TemplateMessage],
+        truncated: bool = False,
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
+    ) -> list[int] | Mapping[str, Any]:
         """A chat in the model's own template, ready for the assistant's reply. Of any length where it is truncated.
+
+        Args:
+            messages: of the chat.
+            truncated: whether the prompt will be cut.
+            tools: as for ``render``.
+            chat_template_kwargs: as for ``render``.
+            continue_final_message: the reply continues the last message.
 
         Returns:
             Token ids; of a chat with images what the model's processor makes of it.
@@ -94,19 +109,26 @@ class Texts:
                 "messages",
             )
         chat = [message.for_template() for message in messages]
+        fields = [getattr(message, "where", f"messages[{at}]") for at, message in enumerate(messages)]
         if not truncated:
             self._check_characters("messages", sum(message.num_characters for message in messages))
-        pictures = self._pictures(messages)
-        chosen = template if isinstance(template, str) else None  # a tokenizer may have several by name
+        pictures = self._pictures(messages, fields)
+        options: dict[str, Any] = {
+            "tools": list(tools),
+            "add_generation_prompt": not continue_final_message,
+            "continue_final_message": continue_final_message,
+            "chat_template": template if isinstance(template, str) else None,  # a tokenizer may have several by name
+            "chat_template_kwargs": chat_template_kwargs,
+        }
         try:
-            text = render(self._tokenizer, chat, add_generation_prompt=True, chat_template=chosen)
+            text = render(self._tokenizer, chat, **options)
         except ChatTemplateError as error:
             message = f"The model's chat template rejects these messages ({error.reason})."
             raise RequestError(message, "messages") from None
-        for at in dropped_messages(self._tokenizer, chat, add_generation_prompt=True, chat_template=chosen):
+        for at in dropped_messages(self._tokenizer, chat, **options):
             role = shown(chat[at]["role"])
-            message = f"The model's chat template shows nothing of 'messages[{at}]', whose role is {role}."
-            raise RequestError(message, f"messages[{at}]")
+            message = f"The model's chat template shows nothing of '{fields[at]}', whose role is {role}."
+            raise RequestError(message, fields[at])
         if not truncated:
             self._check_characters("messages", len(text))  # a template may show more of a message than its content
         if not pictures:
@@ -119,8 +141,8 @@ class Texts:
         self._check_tokens(prompt_length(found))
         return found
 
-    def _pictures(self, messages: list[Message]) -> list[Any]:
-        given = [(f"messages[{at}]", url) for at, message in enumerate(messages) for url in message.images]
+    def _pictures(self, messages: Sequence[TemplateMessage], fields: Sequence[str]) -> list[Any]:
+        given = [(where, url) for where, message in zip(fields, messages) for url in message.images]
         if given and self._processor is None:
             raise RequestError("The served model takes no images; 'messages' must be text.", given[0][0])
         if self._longest is not None:  # an image is a token at least

@@ -1,0 +1,40 @@
+"""An application on an engine that says a given text, a chunk at each step."""
+
+import copy
+
+from tests.helpers.told_engine import ToldEngine, client_of
+from toolkit.engine import Completion, Delta
+
+
+class SayingEngine(ToldEngine):
+    """Each sequence gets ``chunks``, one token each, and ends with ``finish_reason`` and ``stop_reason``."""
+
+    def __init__(self, chunks, finish_reason="stop", stop_reason=None):
+        super().__init__()
+        self.chunks, self.finish_reason, self.stop_reason = list(chunks), finish_reason, stop_reason
+
+    def step(self):
+        deltas = self.take_deltas()
+        for request, (_, tokens, prompt) in list(self.live.items()):
+            at, text = len(tokens), self.chunks[len(tokens)]
+            tokens.append(7)
+            begins = [sum(map(len, self.chunks[:index])) for index in range(at + 1)]
+            done = None
+            if len(tokens) == len(self.chunks):
+                del self.live[request]
+                logprobs = [-1.0] * len(tokens)
+                done = Completion(
+                    request, prompt, 0, [1, 2, 3], tokens, logprobs, logprobs, "".join(self.chunks),
+                    self.finish_reason, self.stop_reason, text_offset=begins,
+                )  # fmt: skip
+            deltas.append(Delta(request, prompt, 0, [7], [-1.0], text, finished=done, text_offset=begins[-1:]))
+        return deltas
+
+
+def saying(chunks, template, tokenizer, **ending):
+    """(client, engine) of a served model that says ``chunks``, whose tokenizer has the chat template ``template``."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = template
+    engine = SayingEngine(chunks, **ending)
+    client, _ = client_of(engine, tokenizer=tokenizer, max_model_len=4096)
+    return client, engine
