@@ -31,10 +31,10 @@ class SayingEngine(ToldEngine):
         return deltas
 
 
-def saying(chunks, template, tokenizer, **ending):
+def saying(chunks, template, tokenizer, finish_reason="stop", stop_reason=None, **config):
     """(client, engine) of a served model that says ``chunks``, whose tokenizer has the chat template ``template``."""
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = template
-    engine = SayingEngine(chunks, **ending)
-    client, _ = client_of(engine, tokenizer=tokenizer, max_model_len=4096)
+    engine = SayingEngine(chunks, finish_reason, stop_reason)
+    client, _ = client_of(engine, tokenizer=tokenizer, max_model_len=4096, **config)
     return client, engine

@@ -110,7 +110,7 @@ DEFAULTS = {"temperature": 0.6, "top_k": 20, "top_p": 0.9, "min_p": 0.1, "repeti
 
 
 def test_what_a_request_does_not_say_is_the_checkpoints_default(monkeypatch):
-    monkeypatch.setattr(Texts, "chat", lambda self, messages, truncated: [1, 2, 3])
+    monkeypatch.setattr(Texts, "chat", lambda self, messages, truncated, **options: [1, 2, 3])
     engine, chat = ToldEngine(), {"messages": [{"role": "user", "content": "a"}]}
     client, _ = client_of(engine, default_sampling_params=DEFAULTS, max_model_len=16)
 

@@ -142,7 +142,7 @@ WRONG = [
     (chat, {"top_logprobs": 2}, "top_logprobs", "'logprobs' is not true"),
     (chat, {"logprobs": 3}, "logprobs", "true or false"),
     (chat, {"max_tokens": 2, "max_completion_tokens": 3}, "max_tokens", "give one"),
-    (chat, {"tools": [{"type": "function"}]}, "tools", "does not offer 'tools'"),
+    (chat, {"tools": [{"type": "function"}]}, "tools[0].function", "is required"),
     (chat, {"messages": [{"role": "user", "content": "\ud800"}]}, None, "surrogate"),
 ]
 

@@ -283,7 +283,7 @@ WRONG = [
     (CHATS, {"messages": []}, 400, "messages", "a list of at least 1"),
     (CHATS, {"messages": [{"role": "tool", "content": "x"}]}, 400, "messages", "no tools here"),
     (CHATS, {"messages": [{"role": "king", "content": "x"}]}, 400, "messages[0].role", "'user'"),
-    (CHATS, {"messages": CHAT, "tools": [{}]}, 400, "tools", "does not offer 'tools'"),
+    (CHATS, {"messages": CHAT, "tools": [{}]}, 400, "tools[0].function", "is required"),
     ("/v1/audio/speech", {"input": "a"}, 404, None, "There is no POST /v1/audio/speech."),
     ("/v1/embeddings", {"input": "a"}, 400, "model", "The served model generates; serve a pooling model"),
     ("/health", {}, 405, None, "POST /health is not allowed."),

@@ -62,6 +62,19 @@ def _add_api_options(group: Any) -> None:
     )
     group.add_argument("--chat-template", metavar="FILE", help="a Jinja file, or the template itself")
     group.add_argument(
+        "--tool-call-parser",
+        default="auto",
+        metavar="NAME",
+        help="how tool calls are read, such as hermes (default: auto, by the chat template; none reads none)",
+    )
+    group.add_argument(
+        "--reasoning-parser",
+        default="auto",
+        metavar="NAME",
+        help="how reasoning is read, such as qwen3 (default: auto, by the chat template; none reads none)",
+    )
+    group.add_argument("--enable-auto-tool-choice", action="store_true", help="accepted and not needed")
+    group.add_argument(
         "--allowed-local-media-path",
         metavar="FOLDER",
         help="whose files requests may name as images (file://; default: data URLs alone)",
@@ -145,6 +158,9 @@ def run(args: argparse.Namespace) -> int:
         operation_of(args),
     )  # what is wrong with the options is known before the model is read, and so is a port that is taken
     template = _chat_template(args.chat_template)
+    from toolkit.chat.reply import reading_of
+
+    reading_of(None, None, args.tool_call_parser, args.reasoning_parser)
     if args.allowed_local_media_path is not None and not Path(args.allowed_local_media_path).is_dir():
         given = shown(args.allowed_local_media_path)
         raise ToolkitError(f"--allowed-local-media-path must be a folder, got {given}.")
@@ -244,6 +260,8 @@ def _serve(
         vocab_size=engine.vocab_size,
         default_sampling_params=defaults,
         read_weights=read_new_weights,
+        tool_call_parser=args.tool_call_parser,
+        reasoning_parser=args.reasoning_parser,
     )
 
 

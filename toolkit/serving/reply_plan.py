@@ -54,7 +54,6 @@ class ReplyPlanner:
 
     Args:
         config: what is served.
-        grammars: the engine's, called when a grammar is needed.
 
     Attributes:
         reading: of the model's replies.
@@ -75,6 +74,7 @@ class ReplyPlanner:
         tools: Sequence[Tool] = (),
         choice: ToolChoice | None = None,
         given: Mapping[str, Any] | None = None,
+        continued: str = "",
     ) -> ReplyPlan:
         """How replies to a prompt are sampled and read.
 
@@ -83,6 +83,7 @@ class ReplyPlanner:
             tools: of the request; the prompt shows them.
             choice: among them; None is "auto".
             given: arguments of ``SamplingParams`` that the request gives.
+            continued: what the prompt has of the reply already, where the reply continues a message.
 
         Raises:
             RequestError: calls that the model has no known syntax for, or that cannot be enforced.
@@ -97,6 +98,9 @@ class ReplyPlanner:
             raise RequestError(message, "tools")
         params: Json = {}
         end = self._end_of(prompt)
+        marks = self.reading.reasoning
+        if marks is not None and continued.rfind(marks.begin) > continued.rfind(marks.end):
+            end += marks.begin  # the reply continues its reasoning
         form = StructuredOutputsParams.read(given.get("structured_outputs"))
         grammar = self._grammar(form, allowed, choice, end)
         if grammar is not None:

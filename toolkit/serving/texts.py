@@ -13,11 +13,13 @@ from toolkit.chat import (
     Infill,
     dropped_messages,
     encode,
+    hidden_tools,
     infill,
     prompt_token_ids,
     render,
     rust_encoding,
 )
+from toolkit.chat.tools import with_tool_names
 from toolkit.engine.detokenizer import Decoder, Detokenizer
 from toolkit.engine.prompts import check_characters, check_token_count, longest_token, processed, prompt_length
 from toolkit.engine.token_bytes import REPLACEMENT, TokenBytes
@@ -89,6 +91,8 @@ class Texts:
         tools: Sequence[Mapping[str, Any]] = (),
         chat_template_kwargs: Mapping[str, Any] | None = None,
         continue_final_message: bool = False,
+        add_generation_prompt: bool | None = None,
+        tools_needed: bool = True,
     ) -> list[int] | Mapping[str, Any]:
         """A chat in the model's own template, ready for the assistant's reply. Of any length where it is truncated.
 
@@ -98,6 +102,9 @@ class Texts:
             tools: as for ``render``.
             chat_template_kwargs: as for ``render``.
             continue_final_message: the reply continues the last message.
+            add_generation_prompt: whether the prompt ends with what opens the assistant's turn; None for all that
+                continue no message.
+            tools_needed: whether a template that does not show the tools is an error.
 
         Returns:
             Token ids; of a chat with images what the model's processor makes of it.
@@ -108,23 +115,28 @@ class Texts:
                 "The served model has no chat template; use /v1/completions with a 'prompt' instead.",
                 "messages",
             )
-        chat = [message.for_template() for message in messages]
+        chat = with_tool_names([message.for_template() for message in messages])
         fields = [getattr(message, "where", f"messages[{at}]") for at, message in enumerate(messages)]
         if not truncated:
             self._check_characters("messages", sum(message.num_characters for message in messages))
         pictures = self._pictures(messages, fields)
         options: dict[str, Any] = {
             "tools": list(tools),
-            "add_generation_prompt": not continue_final_message,
+            "add_generation_prompt": (
+                not continue_final_message if add_generation_prompt is None else add_generation_prompt
+            ),
             "continue_final_message": continue_final_message,
             "chat_template": template if isinstance(template, str) else None,  # a tokenizer may have several by name
             "chat_template_kwargs": chat_template_kwargs,
         }
-        try:
-            text = render(self._tokenizer, chat, **options)
-        except ChatTemplateError as error:
-            message = f"The model's chat template rejects these messages ({error.reason})."
-            raise RequestError(message, "messages") from None
+        text = self._rendered(chat, options)
+        if tools or any(message.get("tool_calls") for message in chat):
+            shown_tools = {**options, "tools": options["tools"] if tools_needed else []}
+            hidden = hidden_tools(self._tokenizer, chat, **shown_tools)
+            if hidden:
+                field = "tools" if tools and tools_needed else "messages"
+                what = f"The model's chat template shows nothing of the tool {shown(hidden[0])} in '{field}'."
+                raise RequestError(what, field)
         for at in dropped_messages(self._tokenizer, chat, **options):
             role = shown(chat[at]["role"])
             message = f"The model's chat template shows nothing of '{fields[at]}', whose role is {role}."
@@ -140,6 +152,23 @@ class Texts:
             raise RequestError("The model's processor must take the images of 'messages'.", "messages") from None
         self._check_tokens(prompt_length(found))
         return found
+
+    def _rendered(self, chat: list[dict[str, Any]], options: Mapping[str, Any]) -> str:
+        """The text of a chat. Calls without content have none, or an empty one for a template that takes no other."""
+        try:
+            return render(self._tokenizer, chat, **options)
+        except ChatTemplateError as error:
+            problem = error
+        bare = [message for message in chat if message["content"] is None]
+        try:
+            for message in bare:
+                message["content"] = ""
+            if bare:
+                return render(self._tokenizer, chat, **options)
+        except ChatTemplateError:
+            pass
+        what = f"The model's chat template rejects these messages ({problem.reason})."
+        raise RequestError(what, "messages") from None
 
     def _pictures(self, messages: Sequence[TemplateMessage], fields: Sequence[str]) -> list[Any]:
         given = [(where, url) for where, message in zip(fields, messages) for url in message.images]

@@ -1,43 +1,86 @@
 """Responses of ``/v1/chat/completions``."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
+from toolkit.chat.reply import CallArguments, CallBegin, ContentText, Event, OutputParser, ReasoningText, parse_reply
 from toolkit.engine import Completion, Delta
 from toolkit.serving.errors import Json
 from toolkit.serving.openai.responses import CompletionResponse, finite, top_of
+from toolkit.serving.reply_plan import ReplyPlan
 
 
 class ChatResponse(CompletionResponse):
-    """Responses of ``/v1/chat/completions``."""
+    """Responses of ``/v1/chat/completions``.
+
+    Args:
+        plan: of the replies.
+        shows_reasoning: whether reasoning is in the response.
+    """
 
     id_prefix, object_type, chunk_type = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, *of_every_response: Any, plan: ReplyPlan, shows_reasoning: bool = True) -> None:
+        super().__init__(*of_every_response)
+        self._plan, self._shows_reasoning = plan, shows_reasoning
+        self._parsers: dict[int, OutputParser] = {}
+        self._called: set[int] = set()  # choices of a stream with a tool call
 
     def role_chunks(self, choices: int) -> list[Json]:
         return [_chat_delta(index, {"role": "assistant", "content": ""}) for index in range(choices)]
 
     def choice(self, index: int, completion: Completion) -> Json:
+        reply = parse_reply(self._plan.parser(), completion.text)
+        message: Json = {"role": "assistant", "content": reply.content, "refusal": None}
+        if reply.calls:
+            message["content"] = reply.content or None
+            message["tool_calls"] = [call.for_template() for call in reply.calls]
+        if reply.reasoning is not None and self._shows_reasoning:
+            message |= _reasoning(reply.reasoning)
         return {
             "index": index,
-            "message": {"role": "assistant", "content": completion.text, "refusal": None},
+            "message": message,
             "logprobs": self.logprobs(completion),
-            "finish_reason": completion.finish_reason,
+            "finish_reason": _finish_reason(completion, bool(reply.calls)),
             "stop_reason": completion.stop_reason,
             **self.token_ids(completion, None),
         }
 
     def deltas(self, index: int, delta: Delta) -> list[Json]:
-        chunks = []
+        parser = self._parsers.setdefault(index, self._plan.parser())
+        events = parser.feed(delta.text) if delta.text else []
+        if delta.finished:
+            events = [*events, *parser.finish()]
+            del self._parsers[index]
+        changes = list(self._changes(index, events))
         tokens_shown = self.top is not None or self.asked.return_token_ids
-        if delta.text or (tokens_shown and delta.token_ids):
-            chunk = _chat_delta(index, {"content": delta.text}, self.logprobs(delta))
-            chunks.append({**chunk, **self.token_ids(delta, None)})
+        if not changes and tokens_shown and delta.token_ids:
+            changes = [{"content": ""}]
+        chunks = [_chat_delta(index, change) for change in changes]
+        if chunks:  # tokens stand beside the first of what they changed
+            chunks[0] |= {"logprobs": self.logprobs(delta), **self.token_ids(delta, None)}
         if delta.finished:
             ending = {
-                "finish_reason": delta.finished.finish_reason,
+                "finish_reason": _finish_reason(delta.finished, index in self._called),
                 "stop_reason": delta.finished.stop_reason,
             }
             chunks.append({**_chat_delta(index, {}), **ending})
         return chunks
+
+    def _changes(self, index: int, events: Iterable[Event]) -> Iterable[Json]:
+        """Deltas of a message."""
+        for event in events:
+            if isinstance(event, ContentText):
+                yield {"content": event.text}
+            elif isinstance(event, ReasoningText):
+                if self._shows_reasoning:
+                    yield _reasoning(event.text)
+            elif isinstance(event, CallBegin):
+                self._called.add(index)
+                function = {"name": event.name, "arguments": ""}
+                yield {"tool_calls": [{"index": event.index, "id": event.id, "type": "function", "function": function}]}
+            elif isinstance(event, CallArguments):
+                yield {"tool_calls": [{"index": event.index, "function": {"arguments": event.text}}]}
 
     def beside(self, finished: Sequence[Completion]) -> Json:
         return {**self.prompt_logprobs(finished[0]), **self._prompt_token_ids(finished[0].prompt_token_ids)}
@@ -68,6 +111,15 @@ class ChatResponse(CompletionResponse):
         text, raw = self.texts.of_token(token)
         name = self.name(token) if self.asked.return_tokens_as_token_ids else text
         return {"token": name, "logprob": finite(logprob), "bytes": raw}
+
+
+def _reasoning(text: str) -> Json:
+    """Under the names of DeepSeek's API and of vLLM's."""
+    return {"reasoning_content": text, "reasoning": text}
+
+
+def _finish_reason(completion: Completion, called: bool) -> str:
+    return "tool_calls" if called and completion.finish_reason == "stop" else completion.finish_reason
 
 
 def _chat_delta(index: int, delta: Json, logprobs: Json | None = None) -> Json:

@@ -1,6 +1,6 @@
 """What a request says about its output: OpenAI's ``response_format``, ``prediction``, vLLM's ``structured_outputs``."""
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -80,6 +80,7 @@ class StructuredOutputs(Body):
 class TextPart(Body):
     """A part of a message's content: text."""
 
+    ignored: ClassVar[tuple[str, ...]] = ("cache_control",)
     type: Literal["text"]
     text: str
 

@@ -1,96 +1,83 @@
 """The body of ``/v1/chat/completions``; ``sampling`` documents what it shares with completions."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
+from toolkit.chat.tools import Tool, ToolChoice
 from toolkit.sentences import shown
-from toolkit.serving.body import Body
-from toolkit.serving.openai.forms import TextPart
+from toolkit.serving.openai.messages import ROLES, ImagePart, ImageUrl, Message, MessageToolCall, Part
 from toolkit.serving.openai.sampling import IGNORED, MAX_TOP_LOGPROBS, Sampling
+from toolkit.serving.openai.tools import MAX_TOOLS, ToolChoiceField, ToolChoiceObject, ToolSpec, checked_choice
+
+__all__ = ["ROLES", "ChatRequest", "ImagePart", "ImageUrl", "Message", "MessageToolCall", "Part"]
 
 MAX_MESSAGES = 2048
-ROLES = ("system", "developer", "user", "assistant", "tool")
-
-
-class ImageUrl(Body):
-    """Where an image is: a data URL, or a ``file://`` URL where the server allows local files.
-
-    Args:
-        url: of the image. Nothing is fetched from a network.
-        detail: accepted and unused; the model's processor chooses the resolution.
-    """
-
-    url: str
-    detail: Literal["auto", "low", "high"] = "auto"
-
-
-class ImagePart(Body):
-    """A part of a message's content: an image."""
-
-    type: Literal["image_url"]
-    image_url: ImageUrl
-
-    @field_validator("image_url", mode="before", json_schema_input_type=str | ImageUrl)
-    @classmethod
-    def _a_string_is_a_url(cls, given: Any) -> Any:
-        return {"url": given} if isinstance(given, str) else given
-
-
-Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
-
-
-class Message(Body):
-    """One message of a chat: a role and its content, as a string or as parts of text and images."""
-
-    role: str = Field(json_schema_extra={"enum": list(ROLES)})
-    content: list[Part]
-    name: str = ""
-
-    @field_validator("role")
-    @classmethod
-    def _known_role(cls, role: str) -> str:
-        if role not in ROLES:
-            raise ValueError(f"'role' of a message must be one of {', '.join(map(repr, ROLES))}, got {shown(role)}.")
-        return role
-
-    @field_validator("content", mode="before", json_schema_input_type=str | list[Part])
-    @classmethod
-    def _a_string_is_one_part(cls, content: Any) -> Any:
-        if not isinstance(content, str | list):
-            raise ValueError(f"'content' of a message must be text or a list of parts, got {shown(content)}.")
-        return [{"type": "text", "text": content}] if isinstance(content, str) else content
-
-    @property
-    def num_characters(self) -> int:
-        """Characters of its text parts."""
-        return sum(len(part.text) for part in self.content if isinstance(part, TextPart))
-
-    @property
-    def images(self) -> list[str]:
-        """URLs of its images, in order."""
-        return [part.image_url.url for part in self.content if isinstance(part, ImagePart)]
-
-    def for_template(self) -> dict[str, Any]:
-        """The message as chat templates read it: its text parts joined, or all parts where some are images."""
-        content: Any = "".join(part.text for part in self.content if isinstance(part, TextPart))
-        if self.images:
-            content = [
-                {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": "image"}
-                for part in self.content
-            ]
-        return {"role": self.role, "content": content, **({"name": self.name} if self.name else {})}
+MAX_DOCUMENTS = 1024
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
 
 
 class ChatRequest(Sampling):
-    """The body of ``POST /v1/chat/completions``."""
+    """The body of ``POST /v1/chat/completions``.
 
-    ignored: ClassVar[tuple[str, ...]] = tuple(name for name in IGNORED if name != "service_tier")
+    Args:
+        tools: functions that the model may call.
+        tool_choice: "none", "auto", "required", one function, or those that are allowed.
+        parallel_tool_calls: False for at most one call in a reply.
+        reasoning_effort: a variable of the chat template; "none" also sets its ``enable_thinking`` to false.
+        include_reasoning: False leaves reasoning out of the response.
+        add_generation_prompt: end the prompt with what opens the assistant's turn; not with
+            ``continue_final_message``.
+        continue_final_message: the reply continues the last message.
+        documents: for the chat template.
+        chat_template_kwargs: variables of the chat template, such as ``enable_thinking``.
+        chat_template: refused, see the error.
+    """
+
+    ignored: ClassVar[tuple[str, ...]] = tuple(
+        name for name in IGNORED if name not in ("service_tier", "parallel_tool_calls")
+    )
     service_tier: Any = None
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    tools: list[ToolSpec] = Field([], max_length=MAX_TOOLS)
+    tool_choice: ToolChoiceField | None = None
+    parallel_tool_calls: bool = True
+    reasoning_effort: str | None = Field(None, json_schema_extra={"enum": [*EFFORTS, None]})
+    include_reasoning: bool = True
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    documents: list[dict[str, Any]] = Field([], max_length=MAX_DOCUMENTS)
+    chat_template_kwargs: dict[str, Any] = Field({})
+    chat_template: Any = None
+
+    @field_validator("tool_choice", mode="before", json_schema_input_type=ToolChoiceField)
+    @classmethod
+    def _a_choice(cls, given: Any) -> Any:
+        if isinstance(given, str) and given not in ("none", "auto", "required"):
+            raise ValueError(
+                "'tool_choice' must be 'none', 'auto', 'required' or an object that names a function, "
+                f"got {shown(given)}."
+            )
+        return given if isinstance(given, str) else ToolChoiceObject.model_validate(given)
+
+    @field_validator("reasoning_effort")
+    @classmethod
+    def _an_effort(cls, effort: str | None) -> str | None:
+        if effort is not None and effort not in EFFORTS:
+            allowed = ", ".join(map(repr, EFFORTS))
+            raise ValueError(f"'reasoning_effort' must be one of {allowed}, got {shown(effort)}.")
+        return effort
+
+    @field_validator("chat_template")
+    @classmethod
+    def _no_template(cls, given: Any) -> Any:
+        raise ValueError(
+            "'chat_template' must be left out: a template is a program that the server would run for its client; "
+            "start the server with --chat-template."
+        )
 
     @model_validator(mode="after")
     def _consistent(self) -> "ChatRequest":
@@ -99,7 +86,32 @@ class ChatRequest(Sampling):
         old, new = self.max_tokens, self.max_completion_tokens
         if old is not None and new is not None and old != new:
             raise ValueError(f"'max_tokens' is {old} and 'max_completion_tokens' is {new}; give one.")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError("'add_generation_prompt' is true, but 'continue_final_message' is true too; give one.")
+        if self.continue_final_message and self.messages[-1].tool_calls:
+            raise ValueError("'continue_final_message' is true, but the last message has 'tool_calls'.")
+        self.choice  # noqa: B018  # raises what is wrong
         return self
+
+    @property
+    def choice(self) -> ToolChoice:
+        """Among the tools."""
+        return checked_choice(self.tools, self.tool_choice, self.parallel_tool_calls)
+
+    def read_tools(self) -> list[Tool]:
+        """The tools, in no protocol's form."""
+        return [one.tool() for one in self.tools]
+
+    def variables(self) -> dict[str, Any]:
+        """Variables of the chat template."""
+        given: dict[str, Any] = {}
+        if self.reasoning_effort is not None:
+            given["reasoning_effort"] = self.reasoning_effort
+            if self.reasoning_effort == "none":
+                given["enable_thinking"] = False
+        if self.documents:
+            given["documents"] = self.documents
+        return {**given, **self.chat_template_kwargs}
 
     def sampling(self) -> dict[str, Any]:
         values = super().sampling()

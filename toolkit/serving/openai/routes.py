@@ -11,15 +11,25 @@ from toolkit.serving.openai.chat_response import ChatResponse
 from toolkit.serving.openai.completion_prompts import read_echoes, read_prompts
 from toolkit.serving.openai.completion_request import CompletionRequest
 from toolkit.serving.openai.forms import JsonSchemaFormat, Prediction, ResponseFormat, StructuredOutputs, TextPart
-from toolkit.serving.openai.requests import ChatRequest, ImagePart, ImageUrl, Message
+from toolkit.serving.openai.messages import CalledFunction, ImagePart, ImageUrl, Message, MessageToolCall
+from toolkit.serving.openai.requests import ChatRequest
 from toolkit.serving.openai.responses import CompletionResponse
 from toolkit.serving.openai.sampling import Sampling, StreamOptions
+from toolkit.serving.openai.tools import (
+    AllowedTools,
+    FunctionSpec,
+    NamedFunction,
+    NamedTool,
+    ToolChoiceObject,
+    ToolSpec,
+)
 from toolkit.serving.openapi import responses, takes
 from toolkit.serving.parsing import parse
 
 BODIES = (
     CompletionRequest, ChatRequest, StreamOptions, Message, TextPart, ImagePart, ImageUrl, ResponseFormat,
-    JsonSchemaFormat, StructuredOutputs, Prediction,
+    JsonSchemaFormat, StructuredOutputs, Prediction, MessageToolCall, CalledFunction, ToolSpec, FunctionSpec,
+    ToolChoiceObject, NamedFunction, NamedTool, AllowedTools,
 )  # fmt: skip
 """Of requests, and what they are made of."""
 
@@ -51,10 +61,24 @@ def add_routes(generation: Generation) -> None:
         asked = parse(ChatRequest, raw)
         base.check_model(asked.model)
         check_num_sequences(asked.n, engine.max_queued_seqs)
-        read = [texts.chat(asked.messages, asked.truncate_prompt_tokens is not None)]
+        given, tools, choice = with_prediction(asked), asked.read_tools(), asked.choice
+        read = texts.chat(
+            asked.messages,
+            asked.truncate_prompt_tokens is not None,
+            tools=[tool.for_template() for tool in tools],
+            tools_needed=choice.mode != "none",
+            chat_template_kwargs=asked.variables(),
+            continue_final_message=asked.continue_final_message,
+            add_generation_prompt=asked.add_generation_prompt,
+        )
+        continued = asked.messages[-1].text if asked.continue_final_message else ""
+        plan = generation.replies.plan(read, tools, choice, given, continued)
         top = (asked.top_logprobs or 0) if asked.logprobs else None
-        prompts, params = generation.sampling_params(with_prediction(asked), read, top, max_tokens=None)
-        writer = ChatResponse(model, texts, asked, top, prompts, generation.fingerprint)
+        prompts, params = generation.sampling_params({**given, **plan.params}, [read], top, max_tokens=None)
+        writer = ChatResponse(
+            model, texts, asked, top, prompts, generation.fingerprint, plan=plan,
+            shows_reasoning=asked.include_reasoning,
+        )  # fmt: skip
         if asked.service_tier is not None:
             writer.head["service_tier"] = "default"
         return Asked(prompts, params, asked.stream, writer)

@@ -77,17 +77,31 @@ class ChatLogprobs(_Schema):
     declined: None = Field(alias="refusal")
 
 
+class FunctionCall(_Schema):
+    name: str
+    arguments: str
+
+
+class AssistantToolCall(_Schema):
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
 class AssistantMessage(_Schema):
     role: Literal["assistant"]
-    content: str
+    content: str | None
     declined: None = Field(alias="refusal")
+    tool_calls: list[AssistantToolCall] | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
 
 
 class ChatChoice(_Schema):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason
+    finish_reason: FinishReason | Literal["tool_calls"]
     stop_reason: int | str | None
     token_ids: list[int] | None = None
 
