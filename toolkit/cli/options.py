@@ -16,9 +16,13 @@ if TYPE_CHECKING:
     from toolkit.engine.pooling import PoolingEngine
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """The positional ``model`` with ``--dtype``, ``--device`` and ``--numerics``."""
-    parser.add_argument("model", help="a model's folder, a training run, a GGUF file or a repository such as org/name")
+def add_model_options(parser: argparse.ArgumentParser, flag: bool = False) -> None:
+    """The positional ``model``, or ``--model``, with ``--dtype``, ``--device`` and ``--numerics``."""
+    about = "a model's folder, a training run, a GGUF file or a repository such as org/name"
+    if flag:
+        parser.add_argument("--model", required=True, help=about)
+    else:
+        parser.add_argument("model", help=about)
     parser.add_argument("--revision", help="branch, tag or commit of a repository (default: main)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")

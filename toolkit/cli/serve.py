@@ -92,6 +92,9 @@ def _add_api_options(group: Any) -> None:
         metavar="N",
         help="most bytes of a request's body (default: 4194304)",
     )
+    group.add_argument(
+        "--batch-folder", metavar="FOLDER", help="where files and batches are kept (default: a temporary one)"
+    )
     group.add_argument("--disable-fastapi-docs", action="store_true", help="serve no /docs and no /openapi.json")
 
 
@@ -294,8 +297,15 @@ def _run(args: argparse.Namespace, listener: socket.socket, http: Any, device: s
     names = args.served_model_name or [Path(args.model).resolve().name]
     access = {**_access(args), **operation_of(args)}
     docs = not args.disable_fastapi_docs
+    batch_folder = None if args.batch_folder is None else Path(args.batch_folder)
     config = ServerConfig(
-        names, max_body_size=args.payload_limit, root_path=args.root_path, docs=docs, **access, **what
+        names,
+        max_body_size=args.payload_limit,
+        root_path=args.root_path,
+        docs=docs,
+        batch_folder=batch_folder,
+        **access,
+        **what,
     )
     where = _address(args, listener)
     if device == "cpu":

@@ -6,6 +6,7 @@ from toolkit.engine.pooling import PoolingQueue
 from toolkit.serving.admin import routes as admin
 from toolkit.serving.anthropic import routes as anthropic
 from toolkit.serving.base import Base, ServerConfig
+from toolkit.serving.batches import routes as batches
 from toolkit.serving.generation import Generation
 from toolkit.serving.openai import routes as openai
 from toolkit.serving.openapi import describe
@@ -24,11 +25,12 @@ def create_app(config: ServerConfig) -> FastAPI:
     """The ASGI application. Its lifespan starts the engine's thread and ends it, and leaves the engine open."""
     if isinstance(config.engine, PoolingQueue):
         return create_pooling_app(config, config.engine)
-    bodies = [body for protocol in PROTOCOLS for body in protocol.BODIES]
+    bodies = [*batches.BODIES, *(body for protocol in PROTOCOLS for body in protocol.BODIES)]
     base = Base(config, {name for body in bodies for name in body.model_fields})
     generation = Generation(base, config.engine, config)
     for protocol in PROTOCOLS:
         protocol.add_routes(generation)
+    batches.add_routes(base)
     base.add_refused(POOLING_PATHS, GENERATES)
     describe(base.app, base.names, config.max_model_len, config.vocab_size, bodies)
     return base.app

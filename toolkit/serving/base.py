@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -69,6 +69,7 @@ class ServerConfig:
         tool_call_parser: how tool calls are read: a name of ``chat.reply.families``, "auto" or "none".
         reasoning_parser: how reasoning is read, in the same way.
         docs: whether ``/docs`` and ``/openapi.json`` are served.
+        batch_folder: of files and batches; None for a temporary one.
         admin: who may use the admin endpoints.
         read_weights: (folder, model, what the request calls it) -> its state dict for the model; None updates none.
         max_requests_per_client: most unfinished sequences of a client; None for no bound.
@@ -89,6 +90,7 @@ class ServerConfig:
     cors: Cors | None = None
     root_path: str = ""
     docs: bool = True
+    batch_folder: Path | None = None
     tool_call_parser: str = "auto"
     reasoning_parser: str = "auto"
     admin: AdminAccess = field(default_factory=AdminAccess)
@@ -119,6 +121,7 @@ class Base:
         guarded: dependencies of routes that ask for a key.
         running: requests under way.
         numerics: refuses clients of other numerics.
+        services: context managers that are entered when the application starts, and left before the engine ends.
     """
 
     def __init__(self, config: ServerConfig, fields: set[str]) -> None:
@@ -131,6 +134,7 @@ class Base:
         self.guarded = [Depends(keys.check), Depends(self.numerics.check)]
         self.running = RunningRequests(config.max_requests_per_client, bool(keys))
         self._error_styles: dict[str, ErrorStyle] = {}
+        self.services: list[Callable[[], AbstractAsyncContextManager[None]]] = []
         self._created = int(time.time())
         self._watchers: set[asyncio.Task[None]] = set()  # the event loop does not hold them
         self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="request")
@@ -156,7 +160,10 @@ class Base:
     @asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         self.engine.start()
-        yield
+        async with AsyncExitStack() as stack:
+            for service in self.services:
+                await stack.enter_async_context(service())
+            yield
         await asyncio.to_thread(self.engine.shutdown, close_engine=False, timeout=STEP_TIMEOUT)
         self._workers.shutdown(wait=False, cancel_futures=True)
 

@@ -22,6 +22,7 @@ from toolkit.engine.pooling.texts import ScorePlan, read_inputs
 from toolkit.engine.prompts import check_num_sequences
 from toolkit.sentences import shown
 from toolkit.serving.base import Base, ServerConfig
+from toolkit.serving.batches import routes as batches
 from toolkit.serving.body import Body
 from toolkit.serving.errors import Json
 from toolkit.serving.openai.completion_request import MAX_PROMPTS, PromptKinds, prompt_list
@@ -318,7 +319,8 @@ def create_pooling_app(config: ServerConfig, queue: PoolingQueue) -> FastAPI:
     add(("/classify",), ClassifyRequest, ClassList, read_classes)
     add(("/pooling",), PoolingRequest, PoolingList, read_pooling)
     base.add_refused(("/v1/completions", "/v1/chat/completions"), POOLS)
-    describe(base.app, base.names, None, config.vocab_size, BODIES)
+    batches.add_routes(base)
+    describe(base.app, base.names, None, config.vocab_size, (*BODIES, *batches.BODIES))
     return base.app
 
 

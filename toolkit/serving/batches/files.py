@@ -1,0 +1,120 @@
+"""Files in a folder, with what is known of each beside it."""
+
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from toolkit.errors import ToolkitError
+from toolkit.sentences import shown
+from toolkit.serving.batches.schemas import FileObject
+from toolkit.serving.errors import RequestError
+
+Record = TypeVar("Record", bound=BaseModel)
+
+
+class Records(Generic[Record]):
+    """Objects by id, each in a JSON file of a folder, oldest first.
+
+    Args:
+        folder: of the files.
+        kind: of the objects.
+        name: of one, for errors.
+    """
+
+    def __init__(self, folder: Path, kind: type[Record], name: str) -> None:
+        self.folder, self._name = folder, name
+        folder.mkdir(parents=True, exist_ok=True)
+        self._of: dict[str, Record] = {}
+        for path in sorted(folder.glob("*.json"), key=lambda path: path.name):
+            try:
+                self._of[path.stem] = kind.model_validate_json(path.read_bytes())
+            except ValidationError as error:
+                raise ToolkitError(f"'{path}' must be a {name} of this server, got something else: {error}.") from None
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self._of.values())
+
+    def get(self, identity: str) -> Record:
+        """The object of an id. Raises RequestError where there is none."""
+        if identity not in self._of:
+            raise RequestError(f"There is no {self._name} {shown(identity)}.", status=404)
+        return self._of[identity]
+
+    def put(self, identity: str, record: Record) -> None:
+        """Keep an object, also when the server ends."""
+        with written_aside(self.folder / f"{identity}.json") as file:
+            file.write(record.model_dump_json().encode())
+        self._of[identity] = record
+
+    def remove(self, identity: str) -> None:
+        """Forget an object."""
+        self.get(identity)
+        del self._of[identity]
+        (self.folder / f"{identity}.json").unlink(missing_ok=True)
+
+    def page(
+        self, after: str | None, limit: int, newest_first: bool = True, keep: Callable[[Record], bool] = lambda _: True
+    ) -> tuple[list[Record], bool]:
+        """(objects behind ``after`` in order that are to be kept, whether there are more)."""
+        order = [identity for identity, one in self._of.items() if keep(one) or identity == after]
+        order = order[::-1] if newest_first else order
+        first = 0
+        if after is not None:
+            self.get(after)
+            first = order.index(after) + 1
+        return [self._of[one] for one in order[first : first + limit]], len(order) > first + limit
+
+
+class Files:
+    """Contents and descriptions of files, in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.records = Records(folder, FileObject, "file")
+
+    def path(self, identity: str) -> Path:
+        """Where the content of a file is. Raises RequestError where there is no such file."""
+        return self._path(self.records.get(identity).id)
+
+    @contextmanager
+    def adding(self, filename: str, purpose: Literal["batch", "batch_output"]) -> Iterator[tuple[str, BinaryIO]]:
+        """The id of a new file, and where to write it; it is there once the block ends well."""
+        identity = new_id("file-")
+        with written_aside(self._path(identity)) as file:
+            yield identity, file
+        size = self._path(identity).stat().st_size
+        about = FileObject(id=identity, bytes=size, created_at=int(time.time()), filename=filename, purpose=purpose)
+        self.records.put(identity, about)
+
+    def remove(self, identity: str) -> None:
+        """Delete a file."""
+        path = self.path(identity)
+        self.records.remove(identity)
+        path.unlink(missing_ok=True)
+
+    def _path(self, identity: str) -> Path:
+        return self.records.folder / f"{identity}.jsonl"
+
+
+def new_id(prefix: str) -> str:
+    """An id that no other object has; those made later come later in order."""
+    return f"{prefix}{time.time_ns():016x}{uuid.uuid4().hex[:8]}"
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which takes the place of ``path`` once it is whole; nothing of it is left after an error."""
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with aside.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
