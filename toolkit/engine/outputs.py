@@ -49,6 +49,7 @@ class Completion:
             not have; with or without speculation. None without a prediction.
         num_cached_tokens: of the prompt, whose state was found in the prefix cache when it was first let in. None for
             what ended while it waited.
+        scheduled_time: ``time.perf_counter()`` when its request was first let in.
     """
 
     request_id: int
@@ -72,6 +73,7 @@ class Completion:
     accepted_prediction_tokens: int | None = None
     rejected_prediction_tokens: int | None = None
     num_cached_tokens: int | None = field(default=None, compare=False)
+    scheduled_time: float | None = field(default=None, compare=False)
 
     @property
     def weight_version(self) -> int | None:

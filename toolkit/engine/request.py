@@ -73,6 +73,7 @@ class Request:
         if params.prompt_logprobs is not None:
             self.prompt_logprobs = PromptLogprobs(prompt, params.prompt_logprobs)
         self.num_cached_tokens: int | None = None
+        self.scheduled_time: float | None = None
         self.prefilled = False  # whether the prompt is computed, so that other sequences may fork it
         self.sequences = [Sequence(self, index) for index in range(params.num_candidates)]
 
@@ -278,6 +279,7 @@ class Sequence:
             accepted_prediction_tokens=None if self.prediction is None else self.prediction.num_accepted,
             rejected_prediction_tokens=None if self.prediction is None else self.prediction.num_rejected,
             num_cached_tokens=request.num_cached_tokens,
+            scheduled_time=request.scheduled_time,
         )
         return Delta(
             request.request_id,

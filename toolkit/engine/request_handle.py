@@ -33,6 +33,7 @@ class RequestHandle:
     Attributes:
         num_sequences: ``n`` of all prompts, added up.
         num_queued: their candidates (``best_of``).
+        params: of each prompt.
         num_bytes: of the pictures of the prompts.
         num_unfinished: those that have not finished.
         arrival_time: ``time.perf_counter()`` of the submission.
@@ -45,7 +46,7 @@ class RequestHandle:
     def __init__(
         self, params: Sequence[SamplingParams], cancel: Callable[["RequestHandle"], None], num_bytes: int = 0
     ) -> None:
-        self.num_bytes = num_bytes
+        self.params, self.num_bytes = params, num_bytes
         self.num_sequences = self.num_unfinished = sum(one.n for one in params)
         self.num_queued = sum(one.num_candidates for one in params)
         self.arrival_time = time.perf_counter()

@@ -10,6 +10,7 @@ A picture whose tokens see each other is computed in one step, whole. Where it i
 budget, it waits for the next one.
 """
 
+import time
 from bisect import bisect_left, insort
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -247,7 +248,7 @@ class Scheduler:
             self._enter(sequence, tables)
             self.prefix_cache_hits += hit
             if sequence.request.num_cached_tokens is None:
-                sequence.request.num_cached_tokens = hit
+                sequence.request.num_cached_tokens, sequence.request.scheduled_time = hit, time.perf_counter()
             self.prefix_cache_queries += looked_up
             count = sequence.chunk(min(missing, spare))
             if count:

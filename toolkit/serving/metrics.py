@@ -7,9 +7,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple, TypeAlias
 
-from toolkit.engine import Delta, EngineListener, RequestHandle
+from toolkit.engine import Completion, Delta, EngineListener, RequestHandle
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+COUNTS = tuple(float(digit * 10**power) for power in range(6) for digit in (1, 2, 5))
 Labels: TypeAlias = tuple[tuple[str, str], ...]
 Sample: TypeAlias = tuple[str, Labels, float]
 
@@ -54,6 +55,9 @@ STATS = {
     "toolkit:kv_cache_usage_perc": Stat("kv_cache_usage_perc", "Blocks of state in use; 1 means all."),
     "toolkit:num_blocks": Stat("num_blocks", "Blocks of state."),
     "toolkit:num_cached_blocks": Stat("num_cached_blocks", "Blocks kept for prefixes that no sequence holds."),
+    "toolkit:prefix_cache_queries_total": Stat(
+        "prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", "counter"
+    ),
     "toolkit:prefix_cache_hits_total": Stat("prefix_cache_hits", "Prompt tokens found in the prefix cache.", "counter"),
     "toolkit:weight_version": Stat("weight_version", "Version of the weights that are served."),
     "toolkit:num_preemptions_total": Stat("num_preemptions", "Preempted sequences (out of KV blocks).", "counter"),
@@ -68,7 +72,7 @@ STATS = {
 
 
 class Histogram:
-    """Observations in seconds, counted in cumulative buckets."""
+    """Observations, in seconds or of counts, in cumulative buckets."""
 
     kind = "histogram"
 
@@ -101,57 +105,103 @@ class Metrics(EngineListener):
     """
 
     def __init__(self) -> None:
-        self.http_requests = Counter("toolkit:http_requests_total", "HTTP requests, by path and status.")
-        self.success = Counter("toolkit:request_success_total", "Finished sequences, by the reason of their end.")
-        self.prompt_tokens = Counter("toolkit:prompt_tokens_total", "Prompt tokens of accepted requests.")
-        self.generation_tokens = Counter("toolkit:generation_tokens_total", "Generated tokens.")
-        self.time_to_first_token = Histogram(
-            "toolkit:time_to_first_token_seconds",
-            "From the arrival of a request to the first token of a sequence.",
+        self._shown: list[Counter | Histogram] = []
+        self.http_requests = self._counter("http_requests_total", "HTTP requests, by path and status.")
+        self.success = self._counter("request_success_total", "Finished sequences, by the reason of their end.")
+        self.prompt_tokens = self._counter("prompt_tokens_total", "Prompt tokens of accepted requests.")
+        self.generation_tokens = self._counter("generation_tokens_total", "Generated tokens.")
+        self.time_to_first_token = self._seconds(
+            "time_to_first_token_seconds", "From the arrival of a request to the first token of a sequence."
         )
-        self.inter_token_latency = Histogram(
-            "toolkit:inter_token_latency_seconds", "From a token of a sequence to the next one."
+        self.inter_token_latency = self._seconds(
+            "inter_token_latency_seconds", "From a token of a sequence to the next one."
         )
-        self._last_token: dict[RequestHandle, dict[tuple[int, int], float]] = {}
+        self.time_per_output_token = self._seconds(
+            "request_time_per_output_token_seconds", "The mean of that over a sequence."
+        )
+        self.e2e_latency = self._seconds("e2e_request_latency_seconds", "From the arrival to the end of a sequence.")
+        self.queue_time = self._seconds("request_queue_time_seconds", "From the arrival until a request first runs.")
+        self.prefill_time = self._seconds(
+            "request_prefill_time_seconds", "From there to the first token of a sequence."
+        )
+        self.decode_time = self._seconds("request_decode_time_seconds", "From there to the end of the sequence.")
+        self.inference_time = self._seconds("request_inference_time_seconds", "From its first run to its end.")
+        self.request_prompt_tokens = self._counts("request_prompt_tokens", "Prompt tokens of a sequence.")
+        self.request_generation_tokens = self._counts("request_generation_tokens", "Generated tokens of a sequence.")
+        self.params_n = self._counts("request_params_n", "The parameter n of a prompt.")
+        self.params_max_tokens = self._counts("request_params_max_tokens", "The parameter max_tokens of a prompt.")
+        self._times: dict[RequestHandle, dict[tuple[int, int], _Times]] = {}
+
+    def _counter(self, name: str, about: str) -> Counter:
+        self._shown.append(made := Counter(f"toolkit:{name}", about))
+        return made
+
+    def _seconds(self, name: str, about: str) -> Histogram:
+        self._shown.append(made := Histogram(f"toolkit:{name}", about))
+        return made
+
+    def _counts(self, name: str, about: str) -> Histogram:
+        self._shown.append(made := Histogram(f"toolkit:{name}", about, COUNTS))
+        return made
 
     def on_accepted(self, handle: RequestHandle) -> None:
-        self._last_token[handle] = {}
+        self._times[handle] = {}
+        for params in handle.params:
+            self.params_n.observe(params.n)
+            if params.max_tokens is not None:
+                self.params_max_tokens.observe(params.max_tokens)
 
     def on_delta(self, handle: RequestHandle, delta: Delta) -> None:
         now, tokens = time.perf_counter(), len(delta.token_ids)
+        times, sequence = self._times[handle], (delta.prompt_index, delta.index)
         if tokens:
             self.generation_tokens.add(tokens)
-            times, sequence = self._last_token[handle], (delta.prompt_index, delta.index)
             if sequence in times:
-                self.inter_token_latency.observe((now - times[sequence]) / tokens, tokens)
+                self.inter_token_latency.observe((now - times[sequence].last) / tokens, tokens)
+                times[sequence] = _Times(times[sequence].first, now)
             else:
                 self.time_to_first_token.observe(now - handle.arrival_time)
-            times[sequence] = now
+                times[sequence] = _Times(now, now)
         if delta.finished is not None:
-            self.success.add(finished_reason=delta.finished.finish_reason)
+            self._on_finished(handle, delta.finished, times.get(sequence), now)
             if not handle.num_unfinished:
-                del self._last_token[handle]
+                del self._times[handle]
+
+    def _on_finished(self, handle: RequestHandle, finished: Completion, times: "_Times | None", now: float) -> None:
+        tokens, scheduled = len(finished.token_ids), finished.scheduled_time
+        self.success.add(finished_reason=finished.finish_reason)
+        self.request_prompt_tokens.observe(len(finished.prompt_token_ids))
+        self.request_generation_tokens.observe(tokens)
+        self.e2e_latency.observe(now - handle.arrival_time)
+        if scheduled is not None:
+            self.queue_time.observe(max(0.0, scheduled - handle.arrival_time))
+            self.inference_time.observe(now - scheduled)
+        if times is not None:
+            if scheduled is not None:
+                self.prefill_time.observe(times.first - scheduled)
+            self.decode_time.observe(now - times.first)
+            if tokens > 1:
+                self.time_per_output_token.observe((now - times.first) / (tokens - 1))
 
     def on_failed(self, handle: RequestHandle, error: Exception) -> None:
-        self._last_token.pop(handle, None)
+        self._times.pop(handle, None)
 
     def render(self, stats: Mapping[str, float]) -> str:
         """The text of all metrics, with the engine's ``stats``."""
-        counted: list[Counter | Histogram] = [
-            self.http_requests,
-            self.success,
-            self.prompt_tokens,
-            self.generation_tokens,
-            self.time_to_first_token,
-            self.inter_token_latency,
-        ]
         lines = []
-        for metric in counted:
+        for metric in self._shown:
             lines += _lines(metric.name, metric.about, metric.kind, metric.samples())
         for name, stat in STATS.items():
             samples = [(name, (), stats[stat.key])] if stat.key in stats else []
             lines += _lines(name, stat.about, stat.kind, samples)
         return "\n".join(lines) + "\n"
+
+
+class _Times(NamedTuple):
+    """When the first and the last token of a sequence came."""
+
+    first: float
+    last: float
 
 
 def _lines(name: str, about: str, kind: str, samples: Iterable[Sample]) -> list[str]:
