@@ -7,9 +7,11 @@ import torch
 
 import toolkit
 from tests.helpers.allocations import allocated_bytes
+from tests.helpers.engine_standin import HistoryModel
 from toolkit import machine
 from toolkit.engine import Engine, SamplingParams
-from toolkit.engine.capacity import describe_capacity
+from toolkit.engine.memory_plan import describe_memory, fitting_sequences
+from toolkit.errors import ToolkitError
 from toolkit.state.lazy_zeros import clear, lazy_zeros
 from toolkit.testing.models import random_model
 
@@ -69,8 +71,11 @@ def test_the_default_pool_holds_what_the_limits_can_use(monkeypatch):
     model = random_model("llama")
     with Engine(model, max_num_seqs=3, max_model_len=100) as engine:
         assert engine.stats()["num_blocks"] == 3 * 7
-        said = describe_capacity(engine.pool, engine.block_manager, 3, engine.max_model_len)
-    assert said.startswith("state of 336 tokens (0.00 GiB at most")
+        said = describe_memory(engine).splitlines()
+    assert said[0] == "memory plan on cpu, max_model_len 100:"
+    assert said[1] == "  weights     0.00 GiB, float32"
+    assert said[2] == "  state       0.00 GiB at most, for 336 tokens in blocks of 16"
+    assert said[4] == "  fits        3 sequences of 100 tokens"
     monkeypatch.setattr("toolkit.engine.capacity.memory_bytes", lambda: 4 * MIB)
     with Engine(model) as engine:
         assert 0.9 * MIB < engine.pool.bytes <= MIB
@@ -102,3 +107,40 @@ def test_a_containers_limits_count(tmp_path, monkeypatch):
     assert machine.cpu_quota() == 0.5
     assert machine.cpu_count() == 1
     assert machine.memory_bytes() == 32 * MIB
+
+
+@pytest.mark.parametrize(("num_blocks", "length"), [(20, 24), (20, 25), (7, 28), (6, 25), (40, 12)])
+def test_as_many_sequences_as_the_plan_says_run_without_preemption(num_blocks, length):
+    def most_at_once(sequences):
+        with Engine(
+            HistoryModel(), max_num_seqs=64, num_blocks=num_blocks, block_size=4, max_model_len=length
+        ) as engine:
+            fits = fitting_sequences(engine, length)
+            params = SamplingParams(max_tokens=length - 1, ignore_eos=True)
+            engine.submit_batch([[1 + at] for at in range(sequences)], params)
+            seen = 0
+            while engine.has_work:
+                engine.step()
+                seen = max(seen, int(engine.stats()["num_requests_running"]))
+            return fits, seen, engine.stats()["num_preemptions"]
+
+    fits, _, _ = most_at_once(1)
+    assert 0 < fits < 50
+    assert most_at_once(fits) == (fits, fits, 0)
+    _, together, preempted = most_at_once(fits + 1)
+    assert together <= fits or preempted > 0
+
+
+def test_the_longest_length_that_fits_is_chosen():
+    with Engine(HistoryModel(max_model_len=256), num_blocks=20, block_size=4, max_model_len="auto") as engine:
+        assert engine.max_model_len == engine.max_sequence_len == 81  # the last token needs no state
+        params = SamplingParams(max_tokens=61, ignore_eos=True)
+        (completion,) = engine.generate([list(range(1, 21))], params)
+        assert completion.finish_reason == "length"
+        assert len(completion.token_ids) == 61
+        with pytest.raises(ToolkitError, match="81"):
+            engine.generate([list(range(1, 22))], params)
+    with Engine(HistoryModel(max_model_len=256), block_size=4, max_model_len="auto") as engine:
+        assert engine.max_model_len == 256
+    with pytest.raises(ToolkitError, match=r"max_model_len must be an integer >= 2, 'auto' or None, got 'long'\."):
+        Engine(HistoryModel(), max_model_len="long")

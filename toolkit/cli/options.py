@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
-from toolkit.engine.config import EngineConfig
+from toolkit.engine.config import AUTO, EngineConfig
 from toolkit.errors import ToolkitError
 from toolkit.loading import DTYPES, RUNNERS, choose_runner, find_source, load_model, sampling_defaults
 
@@ -137,9 +137,16 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         if kinds == [bool]:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, **how)
             continue
-        read = json.loads if get_origin(kinds[0]) is dict else kinds[0]
-        how["metavar"] = "N" if read is int else "X" if read is float else "JSON"
+        read = json.loads if get_origin(kinds[0]) is dict else _int_or_auto if kinds == [int, str] else kinds[0]
+        how["metavar"] = "N|auto" if read is _int_or_auto else "N" if read is int else "X" if read is float else "JSON"
         group.add_argument(flag, type=read if annotation == kinds[0] else _or_none(read), **how)
+
+
+def _int_or_auto(text: str) -> int | str:
+    return text if text.lower() == AUTO else int(text)
+
+
+_int_or_auto.__name__ = "int or 'auto'"  # argparse shows it in errors
 
 
 def _or_none(read: Callable[[str], Any]) -> Callable[[str], Any]:

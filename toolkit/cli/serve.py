@@ -242,13 +242,12 @@ def _serve(
     http: Any,
 ) -> int:
     from toolkit.engine import AsyncEngine
-    from toolkit.engine.capacity import describe_capacity
+    from toolkit.engine.memory_plan import describe_memory
     from toolkit.loading import read_new_weights
     from toolkit.serving.metrics import Metrics
 
     metrics = Metrics()
-    room = describe_capacity(engine.pool, engine.block_manager, engine.scheduler.max_running, engine.max_model_len)
-    print(room, file=sys.stderr, flush=True)
+    print(describe_memory(engine), file=sys.stderr, flush=True)
     return _run(
         args,
         listener,

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from toolkit.engine.config import GIB, EngineConfig
+from toolkit.engine.config import EngineConfig
 from toolkit.engine.runner import Backend
 from toolkit.errors import ToolkitError, must_be_one_of
 from toolkit.machine import memory_bytes
@@ -73,12 +73,3 @@ def new_state(
     blocks = block_counts(specs, backend, config, sequences, max_model_len)
     pool = StatePool(specs, blocks, size, backend.dtype, backend.device)
     return pool, BlockManager(pool.groups, [blocks[group] for group in pool.groups], size)
-
-
-def describe_capacity(pool: StatePool, block_manager: BlockManager, max_num_seqs: int, max_model_len: int) -> str:
-    """One line for people: how many tokens the state has room for, and what it takes at most."""
-    tokens, size = block_manager.max_sequence_tokens, f"{pool.bytes / GIB:.2f} GiB at most"
-    limits = f"max_num_seqs {max_num_seqs}, max_model_len {max_model_len}"
-    if tokens is None:  # nothing of the model grows with the tokens
-        return f"state of {max_num_seqs} sequences of any length ({size}; {limits})"
-    return f"state of {tokens} tokens ({size}; {limits})"

@@ -8,6 +8,8 @@ from toolkit.engine.speculation.config import SpeculativeConfig
 from toolkit.errors import ToolkitError
 
 GIB = 1 << 30
+AUTO = "auto"
+"""``max_model_len`` of as many tokens as the blocks hold."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +21,7 @@ class EngineConfig:
 
     max_num_seqs: Annotated[int, "sequences in a step"] = 64
     max_num_batched_tokens: Annotated[int, "tokens in a step"] = 2048
-    max_model_len: Annotated[int | None, "tokens of prompt and completion together"] = None
+    max_model_len: Annotated[int | str | None, "tokens of prompt and completion together; auto: as many as fit"] = None
     block_size: Annotated[int, "tokens of state in a block"] = 16
     num_blocks: Annotated[int | None, "blocks of state"] = None
     swap_space: Annotated[float | None, "GiB of host memory for preempted sequences"] = 0
@@ -60,7 +62,9 @@ class EngineConfig:
         check_bool("enable_return_routed_experts", self.enable_return_routed_experts)
         check_bool("enable_return_selected_keys", self.enable_return_selected_keys)
         _ = self.speculation
-        bounds = {"max_model_len": 2, "num_blocks": 1, "seed": 0, "max_loras": 1, "max_cpu_loras": 1}
+        if self.max_model_len != AUTO and self.max_model_len is not None:
+            check_int("max_model_len", self.max_model_len, 2, also=", 'auto' or None")
+        bounds = {"num_blocks": 1, "seed": 0, "max_loras": 1, "max_cpu_loras": 1}
         for name, low in bounds.items():
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), low, also=" or None")

@@ -11,7 +11,7 @@ from torch import nn
 
 from toolkit.engine.adapters import ModelAdapters, new_adapters, weight_keys
 from toolkit.engine.capacity import new_state
-from toolkit.engine.config import EngineConfig
+from toolkit.engine.config import AUTO, EngineConfig
 from toolkit.engine.decoding import Decoding
 from toolkit.engine.detokenizer import Tokenizer
 from toolkit.engine.encoded import encoded
@@ -44,7 +44,7 @@ class Engine:
         max_num_seqs: sequences in a step.
         max_num_batched_tokens: tokens in a step. It also bounds the sequences, since each needs one.
         max_model_len: tokens of prompt and completion together; None for what the model was made for, which is also the
-            most, except for dynamic NTK in fast mode.
+            most, except for dynamic NTK in fast mode. "auto" for as many of those as one sequence's state has room for.
         block_size: tokens of state in a block.
         num_blocks: blocks of state; None for enough for max_num_seqs sequences of max_model_len, within a part of the
             device's memory. vLLM's name is num_gpu_blocks_override; here state may live on a CPU, and no profiling run
@@ -80,7 +80,7 @@ class Engine:
         *,
         max_num_seqs: int = 64,
         max_num_batched_tokens: int = 2048,
-        max_model_len: int | None = None,
+        max_model_len: int | str | None = None,
         block_size: int = 16,
         num_blocks: int | None = None,
         swap_space: float | None = 0,
@@ -126,6 +126,8 @@ class Engine:
         self.max_model_len = self._max_model_len()
         running = min(max_num_seqs, max_num_batched_tokens)
         self.pool, self.block_manager = new_state(self.backend, self.config, running, self.max_model_len)
+        if max_model_len == AUTO:
+            self.max_model_len = longest_sequence(self.max_model_len, self.block_manager)[0]
         self.scheduler = Scheduler(
             self.block_manager,
             max_num_seqs,
@@ -321,6 +323,8 @@ class Engine:
 
     def _max_model_len(self) -> int:
         asked, most = self.config.max_model_len, self.backend.max_model_len
+        if isinstance(asked, str):  # "auto"
+            return most
         if asked is not None and asked > most and not getattr(self.backend, "grows", False):
             raise ToolkitError(f"max_model_len must be <= {most}, which the model was made for, got {asked}.")
         return most if asked is None else asked

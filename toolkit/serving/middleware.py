@@ -6,21 +6,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from toolkit.serving.metrics import Counter
 
-KNOWN_PATHS = frozenset(
-    (
-        "/v1/models",
-        "/v1/completions",
-        "/v1/chat/completions",
-        "/v1/messages",
-        "/v1/messages/count_tokens",
-        "/v1/responses",
-        "/health",
-        "/ping",
-        "/load",
-        "/version",
-        "/metrics",
-    )
-)
 MAX_REQUEST_ID = 256
 REQUEST_ID_HEADERS = ("x-request-id", "request-id")
 """The first is OpenAI's, and requests may give it; the second is what Anthropic's clients read."""
@@ -32,12 +17,16 @@ class CountRequests:
 
     def __init__(self, app: ASGIApp, counter: Counter) -> None:
         self.app, self.counter = app, counter
+        self._paths: frozenset[str] = frozenset()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not self._paths and "app" in scope:  # all routes are there when the first request is
+            self._paths = frozenset(getattr(route, "path", "") for route in scope["app"].routes)
+
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
                 path = scope["path"].removeprefix(scope.get("root_path", ""))
-                self.counter.add(path=path if path in KNOWN_PATHS else "other", status=str(message["status"]))
+                self.counter.add(path=path if path in self._paths else "other", status=str(message["status"]))
             await send(message)
 
         await self.app(scope, receive, counted if scope["type"] == "http" else send)
