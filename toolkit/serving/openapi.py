@@ -12,6 +12,7 @@ from pydantic.json_schema import models_json_schema
 
 from toolkit.serving.body import NOT_OFFERED
 from toolkit.serving.errors import Json
+from toolkit.serving.field_texts import field_texts
 from toolkit.serving.openai import schemas
 
 _COMPONENT = "#/components/schemas/{model}"
@@ -61,7 +62,11 @@ def takes(body: type[BaseModel], required: bool = True) -> Json:
 def takes_query(query: type[BaseModel]) -> Json:
     """``openapi_extra=`` of a route that parses ``query``."""
     properties = query.model_json_schema()["properties"]
-    found = [{"name": name, "in": "query", "required": False, "schema": one} for name, one in properties.items()]
+    texts = field_texts(query)
+    found = [
+        {"name": name, "in": "query", "required": False, "schema": one, "description": texts.get(name, "")}
+        for name, one in properties.items()
+    ]
     return {"parameters": found}
 
 
@@ -103,6 +108,7 @@ def describe(
 def _complete(schema: Json, body: type[BaseModel], names: tuple[str, ...], max_model_len: int | None) -> None:
     """What pydantic does not see: null for "not given", fields that are ignored or not offered, limits."""
     properties, required = schema["properties"], schema.get("required", ())
+    texts = {(body.model_fields[name].alias or name): text for name, text in field_texts(body).items()}
     for name, one in properties.items():
         kinds = one.pop("anyOf", None) or [{key: one.pop(key) for key in list(one) if key not in ("title", "default")}]
         for kind in kinds:
@@ -114,6 +120,8 @@ def _complete(schema: Json, body: type[BaseModel], names: tuple[str, ...], max_m
             kinds = [{"enum": list(names)}]
         null = [] if name in required or {"type": "null"} in kinds else [{"type": "null"}]
         one["anyOf"] = [*kinds, *null]
+        if (text := texts.get(name)) is not None:
+            one.setdefault("description", text)
     for name, inert in getattr(body, "not_offered", NOT_OFFERED).items():
         if name not in properties:
             properties[name] = {"enum": [*inert, None], "description": "Not offered; these values ask for nothing."}
