@@ -8,6 +8,8 @@ from toolkit.serving.anthropic import routes as anthropic
 from toolkit.serving.base import Base, ServerConfig
 from toolkit.serving.batches import routes as batches
 from toolkit.serving.generation import Generation
+from toolkit.serving.ollama import routes as ollama
+from toolkit.serving.ollama.embed import EMBED
 from toolkit.serving.openai import routes as openai
 from toolkit.serving.openapi import describe
 from toolkit.serving.pooling import POOLING_PATHS, create_pooling_app
@@ -16,7 +18,7 @@ from toolkit.serving.tokens import routes as tokens
 
 __all__ = ["ServerConfig", "create_app"]
 
-PROTOCOLS = (openai, responses, anthropic, tokens, admin)
+PROTOCOLS = (openai, responses, anthropic, ollama, tokens, admin)
 """Modules with ``BODIES`` of requests, and what they are made of, and ``add_routes(generation)``."""
 GENERATES = "The served model generates; serve a pooling model, or this one with --runner pooling."
 
@@ -31,6 +33,6 @@ def create_app(config: ServerConfig) -> FastAPI:
     for protocol in PROTOCOLS:
         protocol.add_routes(generation)
     batches.add_routes(base)
-    base.add_refused(POOLING_PATHS, GENERATES)
+    base.add_refused((*POOLING_PATHS, EMBED), GENERATES)
     describe(base.app, base.names, config.max_model_len, config.vocab_size, bodies)
     return base.app

@@ -1,5 +1,6 @@
 """A chat in no protocol's form: its messages as chat templates read them, each with its field of the request."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -80,6 +81,15 @@ class Chat:
     choice: ToolChoice = field(default_factory=ToolChoice)
     variables: Json = field(default_factory=dict)
     prefilled: bool = False
+
+
+def arguments_of(text: str) -> Json:
+    """The object of a call's arguments; empty where the model stopped inside them, for protocols that have no text."""
+    try:
+        found = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def merged(

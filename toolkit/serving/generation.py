@@ -33,6 +33,7 @@ class Usage:
         completion_tokens: of each completion.
         cached_tokens: of each prompt, found in the prefix cache; known once a completion of it has finished.
         accepted_prediction_tokens, rejected_prediction_tokens: of all completions that have finished.
+        handle: of the request, for its times.
     """
 
     prompt_tokens: list[int]
@@ -40,6 +41,7 @@ class Usage:
     cached_tokens: list[int] = field(init=False)
     accepted_prediction_tokens: int = 0
     rejected_prediction_tokens: int = 0
+    handle: RequestHandle | None = None
 
     def __post_init__(self) -> None:
         self.cached_tokens = [0] * len(self.prompt_tokens)
@@ -162,7 +164,7 @@ class Generation:
             given.keep_cancelled,
         )
         await handle.wait_accepted()
-        used = Usage(list(map(prompt_length, given.prompts)), [0] * handle.num_sequences)
+        used = Usage(list(map(prompt_length, given.prompts)), [0] * handle.num_sequences, handle=handle)
         record = record_of(request.scope)
         if record is not None:
             record.model, record.stream, record.handle = self.base.names[0], given.stream, handle

@@ -39,6 +39,7 @@ def responses(
     model: type[BaseModel] | None = None,
     *,
     stream: bool = False,
+    lines: bool = False,
     text: bool = False,
     error: type[BaseModel] = schemas.ErrorResponse,
 ) -> dict[int | str, Json]:
@@ -48,6 +49,8 @@ def responses(
         good["model"] = model
     if stream:
         good["content"] = {"text/event-stream": {"itemSchema": _EVENT}}
+    if lines:
+        good["content"] = {"application/x-ndjson": {"itemSchema": {"type": "object"}}}
     if text:
         good["content"] = {"text/plain": {"schema": {"type": "string"}}}
     return {200: good, "4XX": {"model": error}, "5XX": {"model": error}}

@@ -21,10 +21,13 @@ from toolkit.engine.pooling import Pooled, PoolingInput, PoolingParams, PoolingQ
 from toolkit.engine.pooling.texts import ScorePlan, read_inputs
 from toolkit.engine.prompts import check_num_sequences
 from toolkit.sentences import shown
+from toolkit.serving.anthropic.responses import error_body
 from toolkit.serving.base import Base, ServerConfig
 from toolkit.serving.batches import routes as batches
 from toolkit.serving.body import Body
 from toolkit.serving.errors import Json
+from toolkit.serving.ollama.embed import add_embed
+from toolkit.serving.ollama.requests import OllamaEmbedRequest, OllamaShowRequest
 from toolkit.serving.openai.completion_request import MAX_PROMPTS, PromptKinds, prompt_list
 from toolkit.serving.openai.sampling import IGNORED
 from toolkit.serving.openapi import describe, responses, takes
@@ -33,6 +36,11 @@ from toolkit.strict_json import strict_json
 
 SCORES, RERANKS = ("/v1/score", "/score"), ("/v1/rerank", "/v2/rerank", "/rerank")
 POOLING_PATHS = ("/v1/embeddings", *SCORES, *RERANKS, "/classify", "/pooling")
+MESSAGES = "/v1/messages"
+GENERATING_PATHS = (
+    "/v1/completions", "/v1/chat/completions", "/v1/responses", MESSAGES, f"{MESSAGES}/count_tokens", "/api/chat",
+    "/api/generate",
+)  # fmt: skip
 POOLS = "The served model gives embeddings, scores or classes; serve a model that generates for completions."
 Model = type[BaseModel]
 Write = Callable[[int, Tensor], Json]
@@ -116,7 +124,10 @@ class RerankRequest(_Pooling):
         return [one["text"] if isinstance(one, dict) and set(one) == {"text"} else one for one in given]
 
 
-BODIES: tuple[Model, ...] = (EmbeddingRequest, PoolingRequest, ClassifyRequest, ScoreRequest, RerankRequest)
+BODIES: tuple[Model, ...] = (
+    EmbeddingRequest, PoolingRequest, ClassifyRequest, ScoreRequest, RerankRequest, OllamaEmbedRequest,
+    OllamaShowRequest,
+)  # fmt: skip
 
 
 class PoolingUsage(_Schema):
@@ -318,7 +329,9 @@ def create_pooling_app(config: ServerConfig, queue: PoolingQueue) -> FastAPI:
     add(RERANKS, RerankRequest, RerankResponse, read_rerank)
     add(("/classify",), ClassifyRequest, ClassList, read_classes)
     add(("/pooling",), PoolingRequest, PoolingList, read_pooling)
-    base.add_refused(("/v1/completions", "/v1/chat/completions"), POOLS)
+    add_embed(base, queue, tokenizer, one_at_a_time)
+    base.add_error_style(MESSAGES, error_body)
+    base.add_refused(GENERATING_PATHS, POOLS)
     batches.add_routes(base)
     describe(base.app, base.names, None, config.vocab_size, (*BODIES, *batches.BODIES))
     return base.app

@@ -1,12 +1,11 @@
 """Response bodies and events: Anthropic's messages, and its errors."""
 
-import json
 import uuid
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from toolkit.chat.reply import CallArguments, CallBegin, CallEnd, ContentText, Event, OutputParser, ReasoningText
 from toolkit.engine import Completion, Delta
+from toolkit.serving.conversation import arguments_of
 from toolkit.serving.errors import Json, RequestError
 from toolkit.serving.generation import Usage
 from toolkit.strict_json import strict_json
@@ -175,7 +174,7 @@ class Blocks:
         if self._open is None:
             return
         if self._kind == "tool_use":
-            self.made[-1]["input"], self._arguments = _object(self._arguments), ""
+            self.made[-1]["input"], self._arguments = arguments_of(self._arguments), ""
         self._open = None
         yield {"type": "content_block_stop", "index": len(self.made) - 1}
 
@@ -191,12 +190,3 @@ class Blocks:
 
     def _delta(self, delta: Json) -> Json:
         return {"type": "content_block_delta", "index": len(self.made) - 1, "delta": delta}
-
-
-def _object(arguments: str) -> Any:
-    """The object of a call's arguments; empty where the model stopped inside them: the field holds no text."""
-    try:
-        found = json.loads(arguments or "{}")
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}

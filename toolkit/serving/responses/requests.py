@@ -18,6 +18,7 @@ from toolkit.serving.openai.sampling import MAX_TOP_LOGPROBS
 from toolkit.serving.responses.items import InputItem, ItemPart
 
 MAX_TOOLS = 512
+CHOICES = ("none", "auto", "required")
 LOGPROBS = "message.output_text.logprobs"
 INCLUDABLE = (
     LOGPROBS,
@@ -236,6 +237,13 @@ class ResponsesRequest(Body):
             else item
             for item in given
         ]
+
+    @field_validator("tool_choice", mode="before", json_schema_input_type=ResponsesToolChoice | Literal[CHOICES])
+    @classmethod
+    def _a_word_or_an_object(cls, choice: Any) -> Any:
+        if not isinstance(choice, dict) and choice not in CHOICES:
+            raise ValueError(f"'tool_choice' must be an object or one of {', '.join(CHOICES)}, got {shown(choice)}.")
+        return choice
 
     @field_validator("include")
     @classmethod
