@@ -46,13 +46,17 @@ def lark(params: StructuredOutputsParams, special: Mapping[str, int]) -> str:
     return body + FOOTER
 
 
-def json_term(schema: dict[str, Any], params: StructuredOutputsParams | None = None) -> str:
+def json_term(
+    schema: dict[str, Any], params: StructuredOutputsParams | None = None, whitespace_pattern: str | None = None
+) -> str:
     """A JSON schema as a term of a rule. Options of llguidance in the schema itself would loosen what it means."""
     options: dict[str, Any] = {"json_allowed_escapes": ESCAPES}
     if params is not None and params.disable_any_whitespace:
         options["whitespace_flexible"] = False
     if params is not None and params.whitespace_pattern is not None:
-        options["whitespace_pattern"] = params.whitespace_pattern
+        whitespace_pattern = params.whitespace_pattern
+    if whitespace_pattern is not None:
+        options["whitespace_pattern"] = whitespace_pattern
     return "%json " + json.dumps({**enforced(schema), "x-guidance": options}, ensure_ascii=False)
 
 

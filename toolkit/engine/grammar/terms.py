@@ -8,6 +8,9 @@ from toolkit.engine.grammar.specs import json_term, literal_terms
 from toolkit.errors import ToolkitError
 from toolkit.sentences import shown
 
+WHITESPACE = r"[ \n]{1,33}"
+"""Between tokens of JSON in terms: enough to indent by, and not so much that a model writes nothing else."""
+
 
 class LarkTerms:
     """Writes terms, and keeps the rules that they need.
@@ -29,7 +32,7 @@ class LarkTerms:
 
     def json(self, schema: dict[str, Any]) -> str:
         """JSON text of a schema. Raises ToolkitError for one that cannot be enforced."""
-        return json_term(schema)
+        return json_term(schema, whitespace_pattern=WHITESPACE)
 
     def rule(self, name: str, body: str, lazy: bool = False) -> str:
         """A further rule (lower case) or terminal (upper case); its name, made unique.

@@ -1,6 +1,5 @@
 """Messages of a chat request: their roles, parts, and calls of tools."""
 
-import json
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
@@ -43,21 +42,10 @@ Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
 class CalledFunction(Body):
-    """The function of a call, and its arguments as JSON text of an object."""
+    """The function of a call, and its arguments as JSON text of an object, or what else the model had written."""
 
     name: str = Field(min_length=1)
     arguments: str = "{}"
-
-    @field_validator("arguments")
-    @classmethod
-    def _an_object(cls, arguments: str) -> str:
-        try:
-            fine = isinstance(json.loads(arguments or "{}"), dict)
-        except (ValueError, RecursionError):
-            fine = False
-        if not fine:
-            raise ValueError(f"'arguments' of a tool call must be JSON text of an object, got {shown(arguments)}.")
-        return arguments or "{}"
 
 
 class MessageToolCall(Body):
@@ -81,7 +69,7 @@ class Message(Body):
         tool_call_id: of the call whose result this is.
         reasoning_content: of the assistant.
         reasoning: vLLM's newer name for it.
-        declined: ``refusal`` of the assistant, instead of content.
+        declined: what the assistant says instead of content where it does not do what was asked.
     """
 
     ignored: ClassVar[tuple[str, ...]] = ("annotations", "cache_control")
