@@ -99,7 +99,7 @@ class OllamaTool(OllamaPart):
         return Tool(self.function.name, self.function.description, self.function.parameters)
 
 
-class CalledFunction(OllamaPart):
+class OllamaCalledFunction(OllamaPart):
     """The function of a call that the assistant made."""
 
     ignored: ClassVar[tuple[str, ...]] = ("description", "index")
@@ -112,7 +112,7 @@ class OllamaCall(OllamaPart):
 
     ignored: ClassVar[tuple[str, ...]] = ("type",)
     id: str | None = None
-    function: CalledFunction
+    function: OllamaCalledFunction
 
 
 class OllamaMessage(OllamaPart):

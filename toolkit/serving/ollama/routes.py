@@ -14,8 +14,8 @@ from toolkit.serving.generation import Asked, Generation
 from toolkit.serving.ollama import schemas
 from toolkit.serving.ollama.about import add_about, check_name
 from toolkit.serving.ollama.requests import (
-    CalledFunction,
     OllamaCall,
+    OllamaCalledFunction,
     OllamaChatRequest,
     OllamaFunction,
     OllamaGenerateRequest,
@@ -31,7 +31,7 @@ from toolkit.serving.parsing import parse
 
 BODIES = (
     OllamaChatRequest, OllamaGenerateRequest, OllamaShowRequest, OllamaMessage, OllamaOptions, OllamaTool,
-    OllamaFunction, OllamaCall, CalledFunction,
+    OllamaFunction, OllamaCall, OllamaCalledFunction,
 )  # fmt: skip
 """Of requests, and what they are made of."""
 LINES = "application/x-ndjson"
