@@ -138,7 +138,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, **how)
             continue
         read = json.loads if get_origin(kinds[0]) is dict else _int_or_auto if kinds == [int, str] else kinds[0]
-        how["metavar"] = "N|auto" if read is _int_or_auto else "N" if read is int else "X" if read is float else "JSON"
+        how["metavar"] = {_int_or_auto: "N|auto", int: "N", float: "X", str: "TEXT"}.get(read, "JSON")
         group.add_argument(flag, type=read if annotation == kinds[0] else _or_none(read), **how)
 
 

@@ -3,6 +3,7 @@
 import math
 from collections import abc
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -11,6 +12,7 @@ from toolkit.engine.runner import Backend
 from toolkit.errors import ToolkitError, must_be_one_of
 from toolkit.machine import memory_bytes
 from toolkit.state import BlockManager, Group, StatePool, StateSpec
+from toolkit.state.offloading import PrefixOffloading
 
 _CPU_SHARE = 4  # a pool takes 1 / this of the memory at most
 
@@ -35,6 +37,16 @@ def chosen_specs(backend: Backend, config: EngineConfig, max_model_len: int) -> 
         if name not in known:
             raise ToolkitError(must_be_one_of("a key of kinds", name, known))
     return [replace(spec, kind=kinds.get(spec.kind, spec.kind)) for spec in specs]
+
+
+def chosen_max_model_len(backend: Backend, asked: int | str | None) -> int:
+    """Most tokens of a sequence. Raises ToolkitError for more than the model was made for."""
+    most = backend.max_model_len
+    if isinstance(asked, str):  # "auto"
+        return most
+    if asked is not None and asked > most and not getattr(backend, "grows", False):
+        raise ToolkitError(f"max_model_len must be <= {most}, which the model was made for, got {asked}.")
+    return most if asked is None else asked
 
 
 def block_counts(
@@ -73,3 +85,15 @@ def new_state(
     blocks = block_counts(specs, backend, config, sequences, max_model_len)
     pool = StatePool(specs, blocks, size, backend.dtype, backend.device)
     return pool, BlockManager(pool.groups, [blocks[group] for group in pool.groups], size)
+
+
+def new_offloading(config: EngineConfig, pool: StatePool, block_manager: BlockManager) -> PrefixOffloading | None:
+    """What a pool's cached prefixes are offloaded to, if anything. Raises ToolkitError for a bad folder."""
+    host, disk = config.kv_bytes
+    if host == disk == 0:
+        return None
+    folder = None if config.kv_disk_folder is None else Path(config.kv_disk_folder)
+    try:
+        return PrefixOffloading(pool, block_manager, host, disk, folder)
+    except OSError as error:
+        raise ToolkitError(f"kv_disk_folder must be a folder that can be written, got '{folder}': {error}.") from None

@@ -26,6 +26,9 @@ class EngineConfig:
     num_blocks: Annotated[int | None, "blocks of state"] = None
     swap_space: Annotated[float | None, "GiB of host memory for preempted sequences"] = 0
     enable_prefix_caching: Annotated[bool, "reuse the state of common prefixes"] = True
+    kv_host_space: Annotated[float | None, "GiB of host memory for cached prefixes without room in the blocks"] = 0
+    kv_disk_space: Annotated[float | None, "GiB of disk for those without room in kv_host_space"] = 0
+    kv_disk_folder: Annotated[str | None, "folder of kv_disk_space"] = None
     encoder_cache_size: Annotated[int, "tokens of encoded pictures that are kept"] = 16384
     media_space: Annotated[float | None, "GiB of pictures of requests that wait or run"] = 4
     enable_return_routed_experts: Annotated[bool, "keep the experts of each token"] = False
@@ -40,7 +43,12 @@ class EngineConfig:
     @property
     def swap_bytes(self) -> int | None:
         """``swap_space`` in bytes."""
-        return None if self.swap_space is None else int(self.swap_space * GIB)
+        return _bytes(self.swap_space)
+
+    @property
+    def kv_bytes(self) -> tuple[int | None, int | None]:
+        """``kv_host_space`` and ``kv_disk_space`` in bytes."""
+        return _bytes(self.kv_host_space), _bytes(self.kv_disk_space)
 
     @property
     def speculation(self) -> SpeculativeConfig | None:
@@ -48,9 +56,14 @@ class EngineConfig:
         return None if self.speculative_config is None else SpeculativeConfig.check(self.speculative_config)
 
     @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Of all fields."""
+        return tuple(field.name for field in fields(cls))
+
+    @classmethod
     def check(cls, **given: Any) -> "EngineConfig":
         """The configuration of these arguments. Raises ToolkitError for an unknown name or a bad value."""
-        check_names("Engine", given, ("model", "tokenizer", *(field.name for field in fields(cls))))
+        check_names("Engine", given, ("model", "tokenizer", *cls.names()))
         return cls(**given)
 
     def __post_init__(self) -> None:
@@ -71,6 +84,19 @@ class EngineConfig:
         loras, most = self.max_loras, self.max_cpu_loras
         if loras is not None and most is not None and most < loras:
             raise ToolkitError(f"max_cpu_loras must be >= max_loras ({loras}), got {most}.")
-        for name in ("swap_space", "media_space"):
+        for name in ("swap_space", "media_space", "kv_host_space", "kv_disk_space"):
             if getattr(self, name) is not None:
                 check_float(name, getattr(self, name), 0, float("inf"))
+        for name in ("kv_host_space", "kv_disk_space"):
+            if getattr(self, name) != 0 and not self.enable_prefix_caching:
+                raise ToolkitError(f"{name} must be 0 without enable_prefix_caching, got {getattr(self, name)}.")
+        folder = self.kv_disk_folder
+        if folder is not None and not (isinstance(folder, str) and folder):
+            raise ToolkitError(f"kv_disk_folder must be the path of a folder or None, got {folder!r}.")
+        if (folder is None) != (self.kv_disk_space == 0):
+            wanted = "None without" if self.kv_disk_space == 0 else "the path of a folder with"
+            raise ToolkitError(f"kv_disk_folder must be {wanted} kv_disk_space, got {folder!r}.")
+
+
+def _bytes(gib: float | None) -> int | None:
+    return None if gib is None else int(gib * GIB)

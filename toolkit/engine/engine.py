@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from toolkit.engine.adapters import ModelAdapters, new_adapters, weight_keys
-from toolkit.engine.capacity import new_state
+from toolkit.engine.capacity import chosen_max_model_len, new_offloading, new_state
 from toolkit.engine.config import AUTO, EngineConfig
 from toolkit.engine.decoding import Decoding
 from toolkit.engine.detokenizer import Tokenizer
@@ -23,6 +23,7 @@ from toolkit.engine.params import SamplingParams
 from toolkit.engine.prompts import Params, Prompt, Prompts, check_streamed, longest_sequence
 from toolkit.engine.request import Request
 from toolkit.engine.runner import Backend, ModelRunner, PatchedModel
+from toolkit.engine.saved_prefixes import PrefixFiles, SavedPrefixes
 from toolkit.engine.scheduler import Chunk, Scheduler
 from toolkit.engine.speculation.drafters import new_speculation
 from toolkit.engine.stats import engine_stats
@@ -52,6 +53,10 @@ class Engine:
         swap_space: GiB of host memory for the state of preempted sequences; without room there the state is computed
             again. None for no bound, 0 for none.
         enable_prefix_caching: reuse the state of common prefixes.
+        kv_host_space: GiB of host memory for blocks of cached prefixes that make room for others, least recently used
+            out first; a later prompt gets them back. None for no bound, 0 for none.
+        kv_disk_space: likewise of disk, for what has no room in host memory. The files end with the engine.
+        kv_disk_folder: in which ``kv_disk_space`` makes a folder.
         processor: the model's own, for prompts with pictures that it has not seen yet; its tokenizer is the default.
         encoder_cache_size: tokens of encoded pictures that are kept for requests with the same picture.
         media_space: GiB of pictures, as the processor makes them, of all requests that wait or run; None for no bound.
@@ -85,6 +90,9 @@ class Engine:
         num_blocks: int | None = None,
         swap_space: float | None = 0,
         enable_prefix_caching: bool = True,
+        kv_host_space: float | None = 0,
+        kv_disk_space: float | None = 0,
+        kv_disk_folder: str | None = None,
         processor: Any = None,
         encoder_cache_size: int = 16384,
         media_space: float | None = 4,
@@ -98,42 +106,25 @@ class Engine:
         seed: int | None = None,
         **unknown: Any,
     ) -> None:
-        self.config = EngineConfig.check(
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_model_len=max_model_len,
-            block_size=block_size,
-            num_blocks=num_blocks,
-            swap_space=swap_space,
-            enable_prefix_caching=enable_prefix_caching,
-            encoder_cache_size=encoder_cache_size,
-            media_space=media_space,
-            enable_return_routed_experts=enable_return_routed_experts,
-            enable_return_selected_keys=enable_return_selected_keys,
-            kinds=kinds,
-            speculative_config=speculative_config,
-            max_loras=max_loras,
-            max_cpu_loras=max_cpu_loras,
-            numerics=numerics,
-            seed=seed,
-            **unknown,
-        )
+        named = locals()  # first of all: these are the arguments alone
+        self.config = EngineConfig.check(**{name: named[name] for name in EngineConfig.names()}, **unknown)
         self.backend: Backend = model if isinstance(model, Backend) else PatchedModel(model, numerics)
         self.vocab_size = self.backend.vocab_size
         self.processor = processor
-        tokenizer = tokenizer if tokenizer is not None else getattr(processor, "tokenizer", None)
-        self.tokenizer = tokenizer
-        self.max_model_len = self._max_model_len()
+        self.tokenizer = tokenizer = tokenizer if tokenizer is not None else getattr(processor, "tokenizer", None)
+        self.max_model_len = chosen_max_model_len(self.backend, max_model_len)
         running = min(max_num_seqs, max_num_batched_tokens)
         self.pool, self.block_manager = new_state(self.backend, self.config, running, self.max_model_len)
         if max_model_len == AUTO:
             self.max_model_len = longest_sequence(self.max_model_len, self.block_manager)[0]
+        self.offloading = new_offloading(self.config, self.pool, self.block_manager)
         self.scheduler = Scheduler(
             self.block_manager,
             max_num_seqs,
             max_num_batched_tokens,
             enable_prefix_caching,
             SwapSpace(self.pool, self.block_manager, self.config.swap_bytes),
+            self.offloading,
         )
         encode: Any = getattr(self.backend, "encode", None)  # never called for a backend that takes no pictures
         self.encoder_cache = EncoderCache(encode, encoder_cache_size)
@@ -144,16 +135,12 @@ class Engine:
             self.runner.adapter_ids = self.adapters.ids
         self.requests = LiveRequests(self.scheduler, self.pool, self.speculation, self.adapters)
         self._decoding = Decoding(self.runner, self.scheduler, self.speculation)
+        seeds = np.random.default_rng(seed)
         self._new_requests = NewRequests(
-            self.backend,
-            tokenizer,
-            processor,
-            self.scheduler,
-            self.max_model_len,
-            np.random.default_rng(seed),
-            self.adapters,
+            self.backend, tokenizer, processor, self.scheduler, self.max_model_len, seeds, self.adapters
         )
         self.grammars = self._new_requests.grammars  # any thread may compile one
+        self._saved_prefixes = SavedPrefixes(self.backend, self.pool, self.block_manager, self.offloading)
         self._weights = weight_keys(self.backend, self.adapters)
         self._generation_tokens = 0
         self._steps = 0
@@ -276,8 +263,9 @@ class Engine:
     def sleep(self) -> None:
         """Give the memory of all state to others, such as a training step, until ``wake``.
 
-        Cached prefixes are forgotten; sequences under way are swapped out and later continue where they were, under
-        the weights of then. Requests may be submitted meanwhile; ``step`` runs nothing. Does nothing when asleep.
+        Cached prefixes are forgotten but for offloaded ones; sequences under way are swapped out and later continue
+        where they were, under the weights of then. Requests may be submitted meanwhile; ``step`` runs nothing. Does
+        nothing when asleep.
         """
         if self.is_sleeping or self.is_closed:
             return
@@ -303,7 +291,21 @@ class Engine:
             self._weights = weights
             self.block_manager.drop_outdated(weights)
             self.encoder_cache.drop_outdated(weights)
+            if self.offloading is not None:
+                self.offloading.drop_outdated(weights)
         return weights.version
+
+    def save_prefixes(self, folder: str | Path) -> PrefixFiles:
+        """Write the cached prefixes of the current weights, offloaded ones too: see ``SavedPrefixes.save``."""
+        self._check_open()
+        self.see_weights()
+        return self._saved_prefixes.save(folder, self._weights)
+
+    def load_prefixes(self, folder: str | Path) -> PrefixFiles:
+        """Read what ``save_prefixes`` wrote, perhaps in another process: see ``SavedPrefixes.load``."""
+        self._check_open()
+        self.see_weights()
+        return self._saved_prefixes.load(folder, self._weights)
 
     def check_integrity(self) -> None:
         """Raise AssertionError where queues or blocks do not add up. Not for hot paths."""
@@ -316,26 +318,23 @@ class Engine:
         self.is_closed = True
         self.requests.close()
         self.scheduler.swap = None
+        if self.offloading is not None:
+            self.offloading.close()
         if self.speculation is not None:
             self.speculation.drafter.close()
         self._decoding.sampler.close()
-        del self.pool, self.runner, self.backend, self._decoding
-
-    def _max_model_len(self) -> int:
-        asked, most = self.config.max_model_len, self.backend.max_model_len
-        if isinstance(asked, str):  # "auto"
-            return most
-        if asked is not None and asked > most and not getattr(self.backend, "grows", False):
-            raise ToolkitError(f"max_model_len must be <= {most}, which the model was made for, got {asked}.")
-        return most if asked is None else asked
+        del self.pool, self.runner, self.backend, self._decoding, self._saved_prefixes
 
     def _make(self, prompts: Prompts, params: Params, sink: deque[Delta] | None) -> list[Request]:
         """Requests that are not queued; raises ToolkitError where one of the prompts cannot run."""
         return self._new_requests.make(prompts, params, sink, self.requests.media_bytes, self.config.media_space)
 
-    def _queue(self, requests: list[Request]) -> None:
+    def _check_open(self) -> None:
         if self.is_closed:
             raise ToolkitError("the engine is closed; make another one.")
+
+    def _queue(self, requests: list[Request]) -> None:
+        self._check_open()
         for request in requests:
             wrong = self._new_requests.outside_vocabulary(request.prompt)
             message = f"prompt must have token ids from 0 to {self.vocab_size - 1}, got {wrong}."

@@ -20,6 +20,7 @@ from toolkit.engine.request import Request, Sequence
 from toolkit.engine.swap import SwapSpace
 from toolkit.state import BlockManager, BlockTables, OutOfBlocks, WeightKeys
 from toolkit.state.block_manager import BlockCounts
+from toolkit.state.offloading import PrefixOffloading
 
 _order = attrgetter("order")
 
@@ -81,9 +82,11 @@ class Scheduler:
         max_num_batched_tokens: int,
         enable_prefix_caching: bool,
         swap: SwapSpace | None = None,
+        offloading: PrefixOffloading | None = None,
     ) -> None:
         self.block_manager = block_manager
         self.swap = swap
+        self.offloading = offloading
         self.max_running = min(max_num_seqs, max_num_batched_tokens)
         self.budget = max_num_batched_tokens
         self.enable_prefix_caching = enable_prefix_caching
@@ -166,6 +169,8 @@ class Scheduler:
         tables = [sequence.block_tables for sequence in self.running]
         assert all(tables), "a running sequence has no table"
         self.block_manager.check_integrity([one for one in tables if one is not None])
+        if self.offloading is not None:
+            self.offloading.check_integrity()
 
     def _reserve(self, sequence: Sequence, count: int, drafts: int = 0) -> Chunk | None:
         """The chunk of the next ``count`` tokens, preempting the youngest; None if that was itself.
@@ -236,13 +241,10 @@ class Scheduler:
             else:
                 key = sequence.prefix_key(weights) if self.enable_prefix_caching else None
                 tables = self.block_manager.new_block_tables(key)
-                hit = tables.match_prefix(sequence.names, sequence.may_continue)
-                looked_up = len(sequence.tokens) if key is not None else 0
-                if self.running and not self._room(
-                    _sum(owed, tables.blocks_needed(len(sequence.tokens) - hit, self.budget))
-                ):
-                    tables.release()
+                found = self._find_prefix(sequence, tables, owed)
+                if found is None:
                     return
+                hit, looked_up = found, len(sequence.tokens) if key is not None else 0
             missing = len(sequence.tokens) - tables.length
             needed = tables.blocks_needed(missing, self.budget)
             self._enter(sequence, tables)
@@ -259,6 +261,29 @@ class Scheduler:
             owed = _sum(owed, needed, self._one_each)
             if not sequence.request.prefilled:
                 kept += len(sequence.request.sequences) - 1
+
+    def _find_prefix(self, sequence: Sequence, tables: BlockTables, owed: BlockCounts) -> int | None:
+        """How many tokens of a sequence have state, which ``tables`` share now; None, and nothing, without room.
+
+        What is offloaded is brought back once the sequence would run without it.
+        """
+        hit = tables.match_prefix(sequence.names, sequence.may_continue)
+        if not self._lets_in(sequence, tables, owed):
+            return None
+        if self.offloading is not None and self.offloading.restore(tables, sequence.names, sequence.may_continue):
+            tables.release()
+            hit = tables.match_prefix(sequence.names, sequence.may_continue)
+            if not self._lets_in(sequence, tables, owed):
+                return None
+        return hit
+
+    def _lets_in(self, sequence: Sequence, tables: BlockTables, owed: BlockCounts) -> bool:
+        """Whether there is room for the rest of a sequence, beside ``owed`` blocks; its tables are released if not."""
+        missing = len(sequence.tokens) - tables.length
+        if self.running and not self._room(_sum(owed, tables.blocks_needed(missing, self.budget))):
+            tables.release()
+            return False
+        return True
 
     def _room(self, blocks: BlockCounts) -> bool:
         """Whether every group has so many free blocks."""

@@ -17,6 +17,11 @@ def engine_stats(
         prefix_cache_queries, prefix_cache_hits: prompt tokens looked up in the prefix cache, and found there.
         num_preemptions, num_swaps: sequences preempted, and those of them that were swapped out.
         encoder_cache_hits, num_encoded: pictures that were found encoded, and that were encoded.
+        kv_restored_tokens: prompt tokens whose offloaded state came back (they are prefix_cache_hits, too).
+        kv_host_blocks, kv_host_bytes, kv_host_hits, kv_host_evictions: blocks in host memory and their bytes, blocks
+            that were read back, and those that made room; with kv_host_space or kv_disk_space.
+        kv_disk_blocks, kv_disk_bytes, kv_disk_hits, kv_disk_evictions, kv_disk_failures: likewise on disk, and blocks
+            that could not be written or were damaged.
         spec_decode_num_drafts, spec_decode_num_draft_tokens, spec_decode_num_accepted_tokens: with speculation.
         totals: as given.
     """
@@ -36,6 +41,7 @@ def engine_stats(
         "num_encoded": encoder_cache.num_encoded,
         "num_preemptions": scheduler.num_preemptions,
         "num_swaps": scheduler.swap.count if scheduler.swap is not None else 0,
+        **(scheduler.offloading.stats() if scheduler.offloading is not None else {}),
         **totals,
         **(speculation.stats() if speculation is not None else {}),
     }

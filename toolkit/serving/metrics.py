@@ -59,6 +59,16 @@ STATS = {
         "prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", "counter"
     ),
     "toolkit:prefix_cache_hits_total": Stat("prefix_cache_hits", "Prompt tokens found in the prefix cache.", "counter"),
+    "toolkit:kv_restored_tokens_total": Stat(
+        "kv_restored_tokens", "Prompt tokens whose offloaded state came back.", "counter"
+    ),
+    "toolkit:kv_host_bytes": Stat("kv_host_bytes", "Bytes of cached prefixes in host memory."),
+    "toolkit:kv_host_hits_total": Stat("kv_host_hits", "Blocks read back from host memory.", "counter"),
+    "toolkit:kv_host_evictions_total": Stat("kv_host_evictions", "Blocks that left host memory for room.", "counter"),
+    "toolkit:kv_disk_bytes": Stat("kv_disk_bytes", "Bytes of cached prefixes on disk."),
+    "toolkit:kv_disk_hits_total": Stat("kv_disk_hits", "Blocks read back from disk.", "counter"),
+    "toolkit:kv_disk_evictions_total": Stat("kv_disk_evictions", "Blocks that left the disk for room.", "counter"),
+    "toolkit:kv_disk_failures_total": Stat("kv_disk_failures", "Blocks not written, or damaged.", "counter"),
     "toolkit:weight_version": Stat("weight_version", "Version of the weights that are served."),
     "toolkit:num_preemptions_total": Stat("num_preemptions", "Preempted sequences (out of KV blocks).", "counter"),
     "toolkit:spec_decode_num_drafts_total": Stat("spec_decode_num_drafts", "Drafts that were verified.", "counter"),

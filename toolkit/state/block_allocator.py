@@ -5,7 +5,7 @@ the prefix index knows its tokens; evicted least recently used first), or free.
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from toolkit.state.prefix import PrefixIndex, PrefixNode
 from toolkit.state.prefix_key import PrefixKey, WeightKeys
@@ -16,7 +16,11 @@ class OutOfBlocks(Exception):
 
 
 class BlockAllocator:
-    """Reference counts, the free list and the prefix index of ``num_blocks`` blocks of ``block_size`` tokens."""
+    """Reference counts, the free list and the prefix index of ``num_blocks`` blocks of ``block_size`` tokens.
+
+    Attributes:
+        on_evict: is called with evicted blocks and what they were registered under, before they are handed out.
+    """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         if num_blocks < 0 or block_size < 1:
@@ -24,6 +28,7 @@ class BlockAllocator:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.prefix_index = PrefixIndex(block_size)
+        self.on_evict: Callable[[list[tuple[int, PrefixNode]]], None] | None = None
         # Of the blocks that were ever handed out, which are the first ones.
         self._ref_counts: list[int] = []
         # A stack of those that came back: blocks used last are still in the caches of the machine.
@@ -51,7 +56,7 @@ class BlockAllocator:
         """
         if n > self.num_free_blocks:
             raise OutOfBlocks(f"{n} blocks were requested, {self.num_free_blocks} of {self.num_blocks} are available.")
-        blocks = []
+        blocks, evicted = [], []
         for _ in range(n):
             if self._free:
                 block = self._free.pop()
@@ -60,9 +65,11 @@ class BlockAllocator:
                 self._ref_counts.append(0)
             else:
                 block, _ = self._cached.popitem(last=False)
-                self.prefix_index.drop(block)
+                evicted.append((block, self.prefix_index.drop(block)))
             self._ref_counts[block] = 1
             blocks.append(block)
+        if evicted and self.on_evict is not None:
+            self.on_evict(evicted)
         return blocks
 
     def touch(self, blocks: Sequence[int]) -> None:

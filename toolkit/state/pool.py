@@ -117,6 +117,33 @@ class StatePool:
         for state, group, saved in zip(self.states, self.members, host, strict=True):
             state.swap_in(blocks[group], saved)
 
+    @property
+    def group_bytes(self) -> list[int]:
+        """Bytes of a block of each group over all its layers."""
+        totals = [0] * len(self.groups)
+        for state, group in zip(self.states, self.members, strict=True):
+            totals[group] += state.block_bytes(state.spec, self.block_size, self.dtype)
+        return totals
+
+    def pack(self, group: int, blocks: Sequence[int]) -> Tensor:
+        """[B, bytes] uint8 on the CPU: the contents of ``blocks`` of a group, all of its layers in a row."""
+        index = torch.tensor(blocks, dtype=torch.int64, device=self.device)
+        parts = [store[index].view(len(blocks), -1).view(torch.uint8) for store in self._stores(group)]
+        return torch.cat(parts, 1).cpu()
+
+    def unpack(self, group: int, blocks: Sequence[int], packed: Sequence[Tensor]) -> None:
+        """Put blocks that ``pack`` returned into ``blocks`` of that group."""
+        index = torch.tensor(blocks, dtype=torch.int64, device=self.device)
+        stores = self._stores(group)
+        sizes = [store[0].nbytes for store in stores]
+        parts = torch.stack(list(packed)).to(self.device).split(sizes, 1)
+        for store, part in zip(stores, parts, strict=True):
+            aligned = part.clone(memory_format=torch.contiguous_format)
+            store[index] = aligned.view(store.dtype).view(-1, *store.shape[1:])
+
+    def _stores(self, group: int) -> list[Tensor]:
+        return [store for state, member in zip(self.states, self.members) if member == group for store in state.stores]
+
     def sleep(self) -> None:
         """Free all memory; contents are lost. The tensors stay the same objects, so captured graphs stay valid."""
         for state in self.states:

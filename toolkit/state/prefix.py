@@ -15,17 +15,20 @@ from toolkit.state.prefix_key import PrefixKey, WeightKeys
 class PrefixNode:
     """One full block of tokens after one exact prefix; ``block`` holds its state, None once evicted.
 
+    ``digest`` is what names it outside of the pool, once asked for (``toolkit.state.offloading``).
+
     A node lives while its block is registered, while a block table refers to it, or while it has children. So a prefix
     whose first block was evicted can be matched again as soon as that block is recomputed.
     """
 
-    __slots__ = ("__weakref__", "block", "children", "key", "parent", "tokens")
+    __slots__ = ("__weakref__", "block", "children", "digest", "key", "parent", "tokens")
 
     def __init__(self, parent: "PrefixNode | None", tokens: tuple[int, ...], key: PrefixKey) -> None:
         self.parent = parent
         self.tokens = tokens
         self.key = key
         self.block: int | None = None
+        self.digest: bytes | None = None
         self.children: WeakValueDictionary[tuple[int, ...], PrefixNode] = WeakValueDictionary()
 
 
@@ -97,9 +100,15 @@ class PrefixIndex:
             self._nodes[block] = node
         return node
 
-    def drop(self, block: int) -> None:
-        """Forget a registered block."""
-        self._nodes.pop(block).block = None
+    def drop(self, block: int) -> PrefixNode:
+        """Forget a registered block; returns what it was registered under."""
+        node = self._nodes.pop(block)
+        node.block = None
+        return node
+
+    def registered(self) -> list[PrefixNode]:
+        """The nodes of all registered blocks."""
+        return list(self._nodes.values())
 
     def drop_outdated(self, current: PrefixKey | WeightKeys) -> list[int]:
         """Forget every block whose key ``current`` outdates; returns those blocks."""

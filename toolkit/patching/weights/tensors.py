@@ -69,11 +69,11 @@ class ModelTensors:
         ]
         self._sizes, self._children = list(map(len, self._dicts)), self._hash_of_children()
         owners = adapter_entries(model)
-        attributes = [(path, entry) for path, module in model.named_modules() for entry in _attributes(module)]
+        attributes = [(path, entry) for path, module in model.named_modules() for entry in tensor_attributes(module)]
         self._attributes: set[tuple[str, str]]
         self._attributes = {(path, entry[1]) for path, entry in attributes} if before is None else before._attributes
         found = [
-            *(entry for module in modules for entry in _entries(module)),
+            *(entry for module in modules for entry in tensor_entries(module)),
             *(entry for path, entry in attributes if (path, entry[1]) in self._attributes),
         ]
         entries = [(entry, owners.get((id(entry[0]), entry[1]))) for entry in found]
@@ -213,7 +213,7 @@ def _on_death(tensors: "ref[ModelTensors]") -> None:
         alive.release()
 
 
-def _entries(module: nn.Module) -> Iterator[_Entry]:
+def tensor_entries(module: nn.Module) -> Iterator[_Entry]:
     """The module's own parameters and buffers, each with the tensors inside of it."""
     for holder in (module._parameters, module._buffers):
         for key, value in holder.items():
@@ -223,7 +223,7 @@ def _entries(module: nn.Module) -> Iterator[_Entry]:
                     yield from _inside(value, {id(value)})
 
 
-def _attributes(module: nn.Module) -> Iterator[_Entry]:
+def tensor_attributes(module: nn.Module) -> Iterator[_Entry]:
     """The module's public attributes that are tensors, and not what a forward with gradients has left there."""
     for key, value in module.__dict__.items():
         if isinstance(value, Tensor) and not key.startswith("_") and not _is_computed(module, key) and value.is_leaf:
