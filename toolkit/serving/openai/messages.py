@@ -41,7 +41,7 @@ class ImagePart(Body):
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
-class CalledFunction(Body):
+class MessageFunction(Body):
     """The function of a call, and its arguments as JSON text of an object, or what else the model had written."""
 
     name: str = Field(min_length=1)
@@ -54,7 +54,7 @@ class MessageToolCall(Body):
     ignored: ClassVar[tuple[str, ...]] = ("index",)
     id: str = ""
     type: Literal["function"] = "function"
-    function: CalledFunction
+    function: MessageFunction
 
 
 class Message(Body):
@@ -76,7 +76,7 @@ class Message(Body):
     role: str = Field(json_schema_extra={"enum": list(ROLES)})
     name: str = ""
     tool_calls: list[MessageToolCall] = Field([], max_length=MAX_CALLS)
-    function_call: CalledFunction | None = None
+    function_call: MessageFunction | None = None
     tool_call_id: str = ""
     reasoning_content: str = ""
     reasoning: str = ""

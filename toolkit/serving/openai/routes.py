@@ -11,7 +11,7 @@ from toolkit.serving.openai.chat_response import ChatResponse
 from toolkit.serving.openai.completion_prompts import read_echoes, read_prompts
 from toolkit.serving.openai.completion_request import CompletionRequest
 from toolkit.serving.openai.forms import JsonSchemaFormat, Prediction, ResponseFormat, StructuredOutputs, TextPart
-from toolkit.serving.openai.messages import CalledFunction, ImagePart, ImageUrl, Message, MessageToolCall
+from toolkit.serving.openai.messages import ImagePart, ImageUrl, Message, MessageFunction, MessageToolCall
 from toolkit.serving.openai.requests import ChatRequest
 from toolkit.serving.openai.responses import CompletionResponse
 from toolkit.serving.openai.sampling import Sampling, StreamOptions
@@ -28,7 +28,7 @@ from toolkit.serving.parsing import parse
 
 BODIES = (
     CompletionRequest, ChatRequest, StreamOptions, Message, TextPart, ImagePart, ImageUrl, ResponseFormat,
-    JsonSchemaFormat, StructuredOutputs, Prediction, MessageToolCall, CalledFunction, ToolSpec, FunctionSpec,
+    JsonSchemaFormat, StructuredOutputs, Prediction, MessageToolCall, MessageFunction, ToolSpec, FunctionSpec,
     ToolChoiceObject, NamedFunction, NamedTool, AllowedTools,
 )  # fmt: skip
 """Of requests, and what they are made of."""
