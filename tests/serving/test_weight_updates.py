@@ -35,7 +35,8 @@ def folders(chat_model, tmp_path_factory):
     root = tmp_path_factory.mktemp("weights")
     one = saved(root / "one", chat_model, 11)
     two = saved(root / "two", chat_model, 12)
-    (two / "config.json").unlink()  # as trainers leave it
+    for name in ("config.json", "generation_config.json"):  # as trainers leave it
+        (two / name).unlink()
     return SimpleNamespace(root=root, start=chat_model, one=one, two=two)
 
 
@@ -314,12 +315,17 @@ def test_a_wrong_request_for_tokens_is_one_sentence(server, fields, words):
     assert words in refused.json()["error"]["message"]
 
 
-def test_trl_s_own_client_drives_the_server(server, folders, fresh):
+@pytest.fixture
+def client(server):
+    """TRL's own client."""
     client_module = pytest.importorskip("trl.experimental.async_grpo.vllm_client")
     accelerate = pytest.importorskip("accelerate")
     if not accelerate.PartialState._shared_state:  # its logger asks for it
         accelerate.PartialState(cpu=True)
-    client = client_module.VLLMClient(server.url, server_timeout=10)
+    return client_module.VLLMClient(server.url, server_timeout=10)
+
+
+def test_trl_s_own_client_drives_the_server(server, folders, fresh, client):
     client.wait_for_server_ready()
     assert client.get_max_model_len() == 4096
     assert client.get_dtype() == "torch.float32"
@@ -339,3 +345,31 @@ def test_trl_s_own_client_drives_the_server(server, folders, fresh):
         client.init_weight_transfer_engine({"master_address": "x", "master_port": 1, "rank_offset": 1, "world_size": 2})
     with pytest.raises(Exception, match="receives no tensors over NCCL"):
         client.update_weights({"names": ["a"], "dtype_names": ["float32"], "shapes": [[1]]})
+
+
+def test_trl_s_weight_transfer_through_a_folder(server, folders, fresh, client, tmp_path):
+    """The calls of AsyncGRPOTrainer, in its order, with the names that it sends."""
+    from transformers import AutoModelForCausalLM
+    from trl.experimental.async_grpo.async_grpo_trainer import _iter_vllm_named_params
+
+    from train_patches.trl_async import FolderWeightTransfer
+
+    ours = client.get_server_info() and server.http.get("/server_info").json()["numerics_fingerprint"]
+    transfer = FolderWeightTransfer(client, tmp_path / "policy", numerics_fingerprint=ours)
+    transfer.init_weight_transfer()
+    for folder in (folders.one, folders.start):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        transfer.pause()
+        transfer.send_weights((name, parameter.detach()) for name, parameter in _iter_vllm_named_params(model))
+        transfer.resume()
+        same_bits(bits(generate(server.http)), fresh(folder))
+        assert len(list((tmp_path / "policy").iterdir())) == 1
+    number, before = version(server.http), bits(generate(server.http))
+    with pytest.raises(Exception, match="lack"):  # the parameters that are not trained are not sent
+        transfer.send_weights(iter([("model.norm.weight", torch.ones(64))]))
+    assert version(server.http) == number
+    same_bits(bits(generate(server.http)), before)
+    transfer.destroy()
+    other = FolderWeightTransfer(client, tmp_path, numerics_fingerprint={**ours, "torch": "2.11.0"})
+    with pytest.raises(Exception, match=r"init_info\.numerics_fingerprint must have torch"):
+        other.init_weight_transfer()

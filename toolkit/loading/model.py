@@ -127,7 +127,7 @@ def _check_generation_config(file: Path) -> None:
 
 
 def _model(source: Source, config: Any, dtype: "torch.dtype", device: "torch.device", runner: str) -> Any:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     opener = AutoModelForCausalLM if config is None else auto_class(config)
     if runner == "pooling":
@@ -137,6 +137,8 @@ def _model(source: Source, config: Any, dtype: "torch.dtype", device: "torch.dev
     options: dict[str, Any] = {**source.options, "dtype": dtype, "output_loading_info": True}
     if source.gguf is None:
         options |= {"config": config, "use_safetensors": True}
+        if not (source.folder / CONFIG).is_file():  # transformers reads one of the two files in any case
+            options["generation_config"] = GenerationConfig()
     if device.type != "cpu" and importlib.util.find_spec("accelerate") is not None:
         options["device_map"] = {"": device}
     name = source.folder if source.gguf is None else source.folder / source.gguf
