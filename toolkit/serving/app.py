@@ -3,6 +3,7 @@
 from fastapi import FastAPI
 
 from toolkit.engine.pooling import PoolingQueue
+from toolkit.serving import text_routes
 from toolkit.serving.admin import routes as admin
 from toolkit.serving.anthropic import routes as anthropic
 from toolkit.serving.base import Base, ServerConfig
@@ -18,7 +19,7 @@ from toolkit.serving.tokens import routes as tokens
 
 __all__ = ["ServerConfig", "create_app"]
 
-PROTOCOLS = (openai, responses, anthropic, ollama, tokens, admin)
+PROTOCOLS = (openai, responses, anthropic, ollama, tokens, text_routes, admin)
 """Modules with ``BODIES`` of requests, and what they are made of, and ``add_routes(generation)``."""
 GENERATES = "The served model generates; serve a pooling model, or this one with --runner pooling."
 

@@ -73,7 +73,7 @@ def takes_query(query: type[BaseModel]) -> Json:
     return {"parameters": found}
 
 
-_TOKENS = ("prompt", "input", "token_ids")
+_TOKENS = ("prompt", "input", "tokens", "token_ids")
 """Fields of bodies that may hold token ids."""
 
 

@@ -21,17 +21,20 @@ from toolkit.engine.pooling import Pooled, PoolingInput, PoolingParams, PoolingQ
 from toolkit.engine.pooling.texts import ScorePlan, read_inputs
 from toolkit.engine.prompts import check_num_sequences
 from toolkit.sentences import shown
+from toolkit.serving import text_routes
 from toolkit.serving.anthropic.responses import error_body
 from toolkit.serving.base import Base, ServerConfig
 from toolkit.serving.batches import routes as batches
 from toolkit.serving.body import Body
-from toolkit.serving.errors import Json
+from toolkit.serving.errors import Json, RequestError
 from toolkit.serving.ollama.embed import add_embed
 from toolkit.serving.ollama.requests import OllamaEmbedRequest, OllamaShowRequest
 from toolkit.serving.openai.completion_request import MAX_PROMPTS, PromptKinds, prompt_list
 from toolkit.serving.openai.sampling import IGNORED
 from toolkit.serving.openapi import describe, responses, takes
 from toolkit.serving.parsing import parse
+from toolkit.serving.text_routes import add_text_routes
+from toolkit.serving.texts import Texts
 from toolkit.strict_json import strict_json
 
 SCORES, RERANKS = ("/v1/score", "/score"), ("/v1/rerank", "/v2/rerank", "/rerank")
@@ -333,7 +336,15 @@ def create_pooling_app(config: ServerConfig, queue: PoolingQueue) -> FastAPI:
     base.add_error_style(MESSAGES, error_body)
     base.add_refused(GENERATING_PATHS, POOLS)
     batches.add_routes(base)
-    describe(base.app, base.names, None, config.vocab_size, (*BODIES, *batches.BODIES))
+
+    def tokens_of(text: str, special: bool) -> list[int]:
+        if tokenizer is None:
+            raise RequestError("The served model has no tokenizer; 'prompt' must be token ids.", "prompt")
+        with one_at_a_time:
+            return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+    add_text_routes(base, Texts(config.tokenizer), tokens_of)
+    describe(base.app, base.names, None, config.vocab_size, (*BODIES, *batches.BODIES, *text_routes.BODIES))
     return base.app
 
 

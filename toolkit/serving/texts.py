@@ -84,6 +84,31 @@ class Texts:
             return prompt_token_ids(self._tokenizer, text, None if truncated else self._check_tokens)
 
     def chat(
+        self, messages: Sequence[TemplateMessage], truncated: bool = False, **options: Any
+    ) -> list[int] | Mapping[str, Any]:
+        """A chat in the model's own template, ready for the assistant's reply. Of any length where it is truncated.
+
+        Args:
+            messages: of the chat.
+            truncated: whether the prompt will be cut.
+            options: of ``chat_text``.
+
+        Returns:
+            Token ids; of a chat with images what the model's processor makes of it.
+        """
+        pictures = self._pictures(messages, _fields(messages))
+        text = self.chat_text(messages, truncated, **options)
+        if not pictures:
+            return self._encode(text, truncated)
+        try:
+            with self._one_picture:
+                found = processed(self._processor, text, {"image": pictures}, add_special_tokens=False)
+        except ToolkitError:
+            raise RequestError("The model's processor must take the images of 'messages'.", "messages") from None
+        self._check_tokens(prompt_length(found))
+        return found
+
+    def chat_text(
         self,
         messages: Sequence[TemplateMessage],
         truncated: bool = False,
@@ -93,21 +118,18 @@ class Texts:
         continue_final_message: bool = False,
         add_generation_prompt: bool | None = None,
         tools_needed: bool = True,
-    ) -> list[int] | Mapping[str, Any]:
-        """A chat in the model's own template, ready for the assistant's reply. Of any length where it is truncated.
+    ) -> str:
+        """The text of a chat in the model's own template, with a placeholder for each image.
 
         Args:
             messages: of the chat.
-            truncated: whether the prompt will be cut.
+            truncated: whether the text may be of any length.
             tools: as for ``render``.
             chat_template_kwargs: as for ``render``.
             continue_final_message: the reply continues the last message.
             add_generation_prompt: whether the prompt ends with what opens the assistant's turn; None for all that
                 continue no message.
             tools_needed: whether a template that does not show the tools is an error.
-
-        Returns:
-            Token ids; of a chat with images what the model's processor makes of it.
         """
         template = getattr(self._processor, "chat_template", None) or getattr(self._tokenizer, "chat_template", None)
         if self._tokenizer is None or not template:
@@ -115,11 +137,9 @@ class Texts:
                 "The served model has no chat template; use /v1/completions with a 'prompt' instead.",
                 "messages",
             )
-        chat = with_tool_names([message.for_template() for message in messages])
-        fields = [getattr(message, "where", f"messages[{at}]") for at, message in enumerate(messages)]
+        chat, fields = with_tool_names([message.for_template() for message in messages]), _fields(messages)
         if not truncated:
             self._check_characters("messages", sum(message.num_characters for message in messages))
-        pictures = self._pictures(messages, fields)
         options: dict[str, Any] = {
             "tools": list(tools),
             "add_generation_prompt": (
@@ -143,15 +163,7 @@ class Texts:
             raise RequestError(message, fields[at])
         if not truncated:
             self._check_characters("messages", len(text))  # a template may show more of a message than its content
-        if not pictures:
-            return self._encode(text, truncated)
-        try:
-            with self._one_picture:
-                found = processed(self._processor, text, {"image": pictures}, add_special_tokens=False)
-        except ToolkitError:
-            raise RequestError("The model's processor must take the images of 'messages'.", "messages") from None
-        self._check_tokens(prompt_length(found))
-        return found
+        return text
 
     def _rendered(self, chat: list[dict[str, Any]], options: Mapping[str, Any]) -> str:
         """The text of a chat. Calls without content have none, or an empty one for a template that takes no other."""
@@ -195,6 +207,18 @@ class Texts:
                 text.push(token)
             text.finish()
         return text.text, offsets
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, special ones included."""
+        if self._tokenizer is None:
+            raise RequestError("The served model has no tokenizer.", "tokens")
+        with self._one_at_a_time:
+            return self._decoders[False].decode(list(tokens))
+
+    def raw_tokens(self, tokens: Sequence[int]) -> list[str]:
+        """Tokens as the vocabulary spells them; "" for those that it does not have."""
+        found = [] if self._tokenizer is None else self._tokenizer.convert_ids_to_tokens(list(tokens))
+        return [one or "" for one in found]
 
     def infill(self, before: str, behind: str) -> Infill:
         """The prompt of a completion between two texts."""
@@ -243,3 +267,8 @@ class Texts:
         if raw.startswith(METASPACE) and not text.startswith(" "):
             text = " " + text  # the first word of a text loses its space when it is decoded alone
         return text, list(text.encode())
+
+
+def _fields(messages: Sequence[TemplateMessage]) -> list[str]:
+    """What errors call the messages."""
+    return [getattr(message, "where", f"messages[{at}]") for at, message in enumerate(messages)]

@@ -6,26 +6,25 @@ from pydantic import Field, field_validator, model_validator
 
 from toolkit.chat.tools import Tool, ToolChoice
 from toolkit.sentences import shown
+from toolkit.serving.body import Body
 from toolkit.serving.openai.messages import ROLES, ImagePart, ImageUrl, Message, MessageToolCall, Part
 from toolkit.serving.openai.sampling import IGNORED, MAX_TOP_LOGPROBS, Sampling
 from toolkit.serving.openai.tools import MAX_TOOLS, ToolChoiceField, ToolChoiceObject, ToolSpec, checked_choice
 
-__all__ = ["ROLES", "ChatRequest", "ImagePart", "ImageUrl", "Message", "MessageToolCall", "Part"]
+__all__ = ["ROLES", "ChatRequest", "Conversation", "ImagePart", "ImageUrl", "Message", "MessageToolCall", "Part"]
 
 MAX_MESSAGES = 2048
 MAX_DOCUMENTS = 1024
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
 
 
-class ChatRequest(Sampling):
-    """The body of ``POST /v1/chat/completions``.
+class Conversation(Body):
+    """What a body says about its chat.
 
     Args:
+        messages: of the chat.
         tools: functions that the model may call.
-        tool_choice: "none", "auto", "required", one function, or those that are allowed.
-        parallel_tool_calls: False for at most one call in a reply.
         reasoning_effort: a variable of the chat template; "none" also sets its ``enable_thinking`` to false.
-        include_reasoning: False leaves reasoning out of the response.
         add_generation_prompt: end the prompt with what opens the assistant's turn; not with
             ``continue_final_message``.
         continue_final_message: the reply continues the last message.
@@ -34,34 +33,14 @@ class ChatRequest(Sampling):
         chat_template: refused, see the error.
     """
 
-    ignored: ClassVar[tuple[str, ...]] = tuple(
-        name for name in IGNORED if name not in ("service_tier", "parallel_tool_calls")
-    )
-    service_tier: Any = None
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
-    max_completion_tokens: int | None = None
-    logprobs: bool = False
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     tools: list[ToolSpec] = Field([], max_length=MAX_TOOLS)
-    tool_choice: ToolChoiceField | None = None
-    parallel_tool_calls: bool = True
     reasoning_effort: str | None = Field(None, json_schema_extra={"enum": [*EFFORTS, None]})
-    include_reasoning: bool = True
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     documents: list[dict[str, Any]] = Field([], max_length=MAX_DOCUMENTS)
     chat_template_kwargs: dict[str, Any] = Field({})
     chat_template: Any = None
-
-    @field_validator("tool_choice", mode="before", json_schema_input_type=ToolChoiceField)
-    @classmethod
-    def _a_choice(cls, given: Any) -> Any:
-        if isinstance(given, str) and given not in ("none", "auto", "required"):
-            raise ValueError(
-                "'tool_choice' must be 'none', 'auto', 'required' or an object that names a function, "
-                f"got {shown(given)}."
-            )
-        return given if isinstance(given, str) else ToolChoiceObject.model_validate(given)
 
     @field_validator("reasoning_effort")
     @classmethod
@@ -80,23 +59,12 @@ class ChatRequest(Sampling):
         )
 
     @model_validator(mode="after")
-    def _consistent(self) -> "ChatRequest":
-        if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError(f"'top_logprobs' is {self.top_logprobs}, but 'logprobs' is not true.")
-        old, new = self.max_tokens, self.max_completion_tokens
-        if old is not None and new is not None and old != new:
-            raise ValueError(f"'max_tokens' is {old} and 'max_completion_tokens' is {new}; give one.")
+    def _continues_or_opens(self) -> "Conversation":
         if self.continue_final_message and self.add_generation_prompt:
             raise ValueError("'add_generation_prompt' is true, but 'continue_final_message' is true too; give one.")
-        if self.continue_final_message and self.messages[-1].tool_calls:
+        if self.continue_final_message and self.messages and self.messages[-1].tool_calls:
             raise ValueError("'continue_final_message' is true, but the last message has 'tool_calls'.")
-        self.choice  # noqa: B018  # raises what is wrong
         return self
-
-    @property
-    def choice(self) -> ToolChoice:
-        """Among the tools."""
-        return checked_choice(self.tools, self.tool_choice, self.parallel_tool_calls)
 
     def read_tools(self) -> list[Tool]:
         """The tools, in no protocol's form."""
@@ -112,6 +80,61 @@ class ChatRequest(Sampling):
         if self.documents:
             given["documents"] = self.documents
         return {**given, **self.chat_template_kwargs}
+
+    def template_options(self) -> dict[str, Any]:
+        """Arguments of ``Texts.chat_text``."""
+        return {
+            "tools": [tool.for_template() for tool in self.read_tools()],
+            "chat_template_kwargs": self.variables(),
+            "continue_final_message": self.continue_final_message,
+            "add_generation_prompt": self.add_generation_prompt,
+        }
+
+
+class ChatRequest(Conversation, Sampling):
+    """The body of ``POST /v1/chat/completions``.
+
+    Args:
+        tool_choice: "none", "auto", "required", one function, or those that are allowed.
+        parallel_tool_calls: False for at most one call in a reply.
+        include_reasoning: False leaves reasoning out of the response.
+    """
+
+    ignored: ClassVar[tuple[str, ...]] = tuple(
+        name for name in IGNORED if name not in ("service_tier", "parallel_tool_calls")
+    )
+    service_tier: Any = None
+    max_completion_tokens: int | None = None
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    tool_choice: ToolChoiceField | None = None
+    parallel_tool_calls: bool = True
+    include_reasoning: bool = True
+
+    @field_validator("tool_choice", mode="before", json_schema_input_type=ToolChoiceField)
+    @classmethod
+    def _a_choice(cls, given: Any) -> Any:
+        if isinstance(given, str) and given not in ("none", "auto", "required"):
+            raise ValueError(
+                "'tool_choice' must be 'none', 'auto', 'required' or an object that names a function, "
+                f"got {shown(given)}."
+            )
+        return given if isinstance(given, str) else ToolChoiceObject.model_validate(given)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ChatRequest":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError(f"'top_logprobs' is {self.top_logprobs}, but 'logprobs' is not true.")
+        old, new = self.max_tokens, self.max_completion_tokens
+        if old is not None and new is not None and old != new:
+            raise ValueError(f"'max_tokens' is {old} and 'max_completion_tokens' is {new}; give one.")
+        self.choice  # noqa: B018  # raises what is wrong
+        return self
+
+    @property
+    def choice(self) -> ToolChoice:
+        """Among the tools."""
+        return checked_choice(self.tools, self.tool_choice, self.parallel_tool_calls)
 
     def sampling(self) -> dict[str, Any]:
         values = super().sampling()

@@ -65,11 +65,8 @@ def add_routes(generation: Generation) -> None:
         read = texts.chat(
             asked.messages,
             asked.truncate_prompt_tokens is not None,
-            tools=[tool.for_template() for tool in tools],
             tools_needed=choice.mode != "none",
-            chat_template_kwargs=asked.variables(),
-            continue_final_message=asked.continue_final_message,
-            add_generation_prompt=asked.add_generation_prompt,
+            **asked.template_options(),
         )
         continued = asked.messages[-1].text if asked.continue_final_message else ""
         plan = generation.replies.plan(read, tools, choice, given, continued)
