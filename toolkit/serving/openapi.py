@@ -94,9 +94,9 @@ def describe(
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
             made = plain()
-            _, found = models_json_schema([(body, "validation") for body in bodies], ref_template=_COMPONENT)
-            for body in bodies:
-                schema = found["$defs"][body.__name__]
+            references, found = models_json_schema([(body, "validation") for body in bodies], ref_template=_COMPONENT)
+            for body in bodies:  # two protocols' parts may have one name, and then have longer ones here
+                schema = found["$defs"][references[body, "validation"]["$ref"].rpartition("/")[2]]
                 _complete(schema, body, names, max_model_len)
                 if vocab_size is not None:
                     for name in _TOKENS:
