@@ -29,7 +29,9 @@ class TokenizeRequest(Conversation):
     """The body of ``POST /tokenize``: a ``prompt``, or ``messages``.
 
     Args:
+        model: any of the served names.
         prompt: a text, as ``/v1/completions`` takes it.
+        messages: of a chat, in the place of a prompt.
         add_special_tokens: whether those that the tokenizer puts around a text are there; None: around a prompt, for
             a chat template writes its own.
         return_token_strs: whether the response spells the tokens too.
@@ -51,7 +53,12 @@ class TokenizeRequest(Conversation):
 
 
 class DetokenizeRequest(Body):
-    """The body of ``POST /detokenize``."""
+    """The body of ``POST /detokenize``.
+
+    Args:
+        model: any of the served names.
+        tokens: token ids.
+    """
 
     model: str | None = None
     tokens: list[int]

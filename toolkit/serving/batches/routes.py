@@ -38,7 +38,14 @@ _CONTENT: dict[int | str, Json] = {
 
 
 class BatchRequest(Body):
-    """The body of ``POST /v1/batches``."""
+    """The body of ``POST /v1/batches``.
+
+    Args:
+        input_file_id: of a file of requests, uploaded with the purpose "batch".
+        endpoint: of all of them.
+        completion_window: after which requests that are left are not made.
+        metadata: kept with the batch.
+    """
 
     input_file_id: str
     endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]

@@ -26,7 +26,16 @@ def prompt_list(prompt: Any, field: str) -> list[Any]:
 
 
 class CompletionRequest(Sampling):
-    """The body of ``POST /v1/completions``; ``prompt`` is kept as a list of texts or of token id lists."""
+    """The body of ``POST /v1/completions``; ``prompt`` is kept as a list of texts or of token id lists.
+
+    Args:
+        prompt: texts or token ids.
+        suffix: what the completion stands before, for tokenizers with fill-in-the-middle tokens.
+        logprobs: alternatives at each token beside its log-probability; those of the prompt too with ``echo``.
+        echo: the prompt in front of each completion.
+        best_of: candidates, of which the ``n`` with the highest mean log-probability are returned; not with ``stream``.
+        add_special_tokens: whether the tokenizer's are put before a text.
+    """
 
     prompt: list[str] | list[list[int]]
     suffix: str = ""

@@ -75,7 +75,18 @@ NOT_SAMPLING = {
 
 
 class Sampling(VllmFields):
-    """The fields that both endpoints share; those of ``SamplingParams`` keep its names."""
+    """The fields that both endpoints share; those of ``SamplingParams`` keep its names.
+
+    Args:
+        model: any of the served names; None for the first.
+        stream: whether the response is events.
+        stream_options: token counts in a stream.
+        response_format: the form of the output, in OpenAI's words.
+        structured_outputs: the form of the output, in vLLM's.
+        prediction: what the output is expected to be.
+        return_token_ids: token ids of prompt and completion in the response.
+        return_tokens_as_token_ids: log-probabilities name tokens ``token_id:123``.
+    """
 
     ignored: ClassVar[tuple[str, ...]] = IGNORED
     other_names: ClassVar[Mapping[str, str]] = OTHER_NAMES
