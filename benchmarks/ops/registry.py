@@ -11,6 +11,7 @@ SECTIONS = {
     "linear": ("linear", "bench_linear"),
     "rowwise": ("rowwise", "bench_rowwise"),
     "head": ("head", "bench_head"),
+    "lora": ("lora", "bench_lora"),
 }
 
 

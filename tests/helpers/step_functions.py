@@ -3,6 +3,7 @@
 import torch
 
 from toolkit.ops.linear import linear, linear_group
+from toolkit.ops.lora_linear import lora_add
 from toolkit.ops.rms_norm import rms_norm
 
 WEIGHT = torch.randn(48, 32, generator=torch.Generator().manual_seed(1))
@@ -38,7 +39,18 @@ def of_lists(x):
     return torch.stack([parts, parts.neg()]).sum([0]) + parts.view(-1, 32).sum(-1, keepdim=True)
 
 
+def adapted(x, scales=(None, None), count=2):
+    """Rows with adapters of two ranks, and one without."""
+    ids = (torch.arange(x.shape[0]) % (count + 1) - 1).clamp_max(count - 1)
+    a, b = [WEIGHT[:3], WEIGHT[3:8]][:count], [WEIGHT[:, :3], WEIGHT[:, 3:8]][:count]
+    base = x.repeat(1, 2)[:, :48]
+    return lora_add(base, x, a, b, [2, 0.5][:count], ids, column_scales=list(scales)[:count], bias=BIAS)
+
+
 FUNCTIONS = {
+    "adapters": adapted,
+    "adapters with scales": lambda x: adapted(x, (None, BIAS)),
+    "no adapters": lambda x: adapted(x, count=0),
     "numbers": lambda x: torch.add(x, 1, alpha=2).to(torch.float64).mul(3).float().pow(2).mean(-1),
     "linear with and without bias": lambda x: linear(x, WEIGHT, BIAS) + linear(x, WEIGHT, None),
     "group": lambda x: torch.cat(linear_group(x, [WEIGHT, WEIGHT[:8], WEIGHT[8:]], [BIAS, None, None]), -1),

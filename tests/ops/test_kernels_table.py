@@ -1,16 +1,20 @@
 """The committed table of what every kernel compiles to: of this tree, complete, and without a kernel unfit to ship.
 
-Compiling all of it takes minutes; the table carries a fingerprint of the code that it was made from, and single cases
-are compiled afresh in the tests of their ops.
+Compiling all of it takes minutes; each case carries a digest of the code and the launches that it was made from, and
+single cases are compiled afresh in the tests of their ops.
 """
 
+import importlib.util
+from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton", reason="the Triton kernels need triton")
 
-from tools.compile_kernels import compiler, table
+from tests.helpers.compiler import Compiler
+from tools.compile_kernels import compiler, fingerprints, table
 
 # NVIDIA's matrix units have no IEEE float32 product: there float32 is multiply-add on purpose.
 NO_MATRIX = "fp32"
@@ -19,7 +23,7 @@ WGMMA = {"linear_forward": 128, "attention_forward": 64}
 
 
 @cache
-def committed() -> tuple[str, list[tuple[str, compiler.Compiled]]]:
+def committed() -> tuple[dict[tuple[str, str], str], list[tuple[str, compiler.Compiled]]]:
     return table.read()
 
 
@@ -27,8 +31,15 @@ def rows() -> list[tuple[str, compiler.Compiled]]:
     return committed()[1]
 
 
-def test_is_of_this_tree():
-    assert committed()[0] == table.fingerprint(), "kernels changed: run python -m tools.compile_kernels"
+@pytest.fixture(scope="module")
+def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compiler]:
+    made = Compiler(str(tmp_path_factory.mktemp("triton")))
+    yield made
+    made.pool.shutdown()
+
+
+def test_is_of_this_tree(process):
+    assert process.run(table.stale) == [], "kernels changed: run python -m tools.compile_kernels"
 
 
 def test_is_complete():
@@ -77,3 +88,64 @@ def test_occupancy():
     assert compiler.occupancy("sm_80", 32, 100_000, 4) == 4 / 64
     assert compiler.occupancy("gfx942", 512, 0, 4) == 4 / 32
     assert compiler.occupancy("gfx942", 64, 32768, 4) == 8 / 32
+
+
+KERNEL = '''
+import triton
+import triton.language as tl
+
+FACTOR = tl.constexpr(2)
+UNUSED = 5
+
+
+@triton.jit
+def inner(x):
+    return x * FACTOR
+
+
+@triton.jit
+def outer(x, SIZE: tl.constexpr):
+    """What it does."""
+    return inner(x) + SIZE  # and why
+'''
+
+
+def digest_of(path: Path) -> str:
+    spec = importlib.util.spec_from_file_location("digested", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return fingerprints.of_kernel(module.outer)
+
+
+SAME = {
+    "comment": ("  # and why", ""),
+    "docstring": ('"What it does."', '"Other words."'),
+    "value of another": ("UNUSED = 5", "UNUSED = 6"),
+    "layout": ("return inner(x) + SIZE", "return (\n        inner(x) + SIZE)"),
+}
+OTHER = {
+    "body": ("+ SIZE", "- SIZE"),
+    "callee": ("x * FACTOR", "x + FACTOR"),
+    "constant": ("constexpr(2)", "constexpr(3)"),
+    "option": ("@triton.jit\ndef outer", "@triton.jit(do_not_specialize=['x'])\ndef outer"),
+}
+
+
+def test_a_digest_is_of_the_code_of_a_kernel_and_all_it_calls(process, tmp_path):
+    def changed(name: str, old: str = "", new: str = "") -> str:
+        assert old in KERNEL
+        path = tmp_path / f"{name.replace(' ', '_')}.py"
+        path.write_text(KERNEL.replace(old, new) if old else KERNEL)
+        return process.run(digest_of, path)
+
+    made = changed("as it is")
+    assert {name for name, change in SAME.items() if changed(name, *change) != made} == set()
+    assert {name for name, change in OTHER.items() if changed(name, *change) == made} == set()
+
+
+def test_a_digest_is_of_the_launch_too(process):
+    cases = "linear bf16 4096x2560", "linear fp32 4096x2560", "linear bf16 uneven"
+    pairs = [(case, arch) for case in cases for arch in ("sm_90", "gfx942")]
+    made = process.run(table.made_from, pairs)
+    assert len(set(made.values())) == len(pairs)
+    assert process.run(table.made_from, pairs) == made

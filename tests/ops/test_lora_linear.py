@@ -12,7 +12,9 @@ from tests.helpers.implementations import (
     impl_and_dtype,
     impl_dtype_and,
     implementations,
+    only_triton,
 )
+from tests.helpers.interpreter import far_apart
 from tests.helpers.lora import Batch, evaluate, make_batch, oracle
 from toolkit.errors import ToolkitError
 from toolkit.ops.linear import linear
@@ -265,3 +267,36 @@ def evaluate_sum(batch: Batch) -> torch.Tensor:
         batch.base, batch.x, batch.a, batch.b, batch.scaling, batch.adapters,
         column_scales=batch.column_scales, bias=batch.bias,
     ).square().sum()  # fmt: skip
+
+
+# The Triton launcher: its limits.
+@only_triton
+@pytest.mark.usefixtures("impl")
+def test_adapters_that_do_not_exist_give_nan():
+    """A kernel raises nothing."""
+    batch = make_batch(20, 40, 17, (8, 2, 3), slices=(0, 2, 0))
+    clean = batch()
+    batch.adapters[:2] = torch.tensor([7, 1])
+    batch.groups[1] = 2
+    y = batch()
+    assert bool(y[:2].isnan().all())
+    assert torch.equal(y[2:], clean[2:])
+
+
+@only_triton
+@pytest.mark.usefixtures("impl")
+def test_rows_beyond_two_to_the_31_elements_and_a_dtype_that_is_named():
+    batch = make_batch(3, 20, 7, (4, 2), torch.float16)
+    far = replace(batch, x=far_apart(batch.x))
+    grad = gradient(batch)
+    assert torch.equal(far(), batch())
+    backward = torch.ops.toolkit.lora_add_rows_backward
+    need = [False, True, [True] * 2, [True] * 2, [], False]
+    found = [
+        backward(grad, None, x, batch.a, batch.b, batch.scaling, batch.adapters, None, [], None, *need)
+        for x in (batch.x, far.x)
+    ]
+    assert torch.equal(found[0][1], found[1][1])
+    assert all(torch.equal(*pair) for at in (2, 3) for pair in zip(found[0][at], found[1][at], strict=True))
+    with pytest.raises(ToolkitError, match="float64"):
+        batch.mapped(torch.Tensor.double)()

@@ -80,12 +80,11 @@ def _target(arch: str) -> Any:
     return GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
 
 
-def compile_launch(launch: Launch, arch: str) -> Compiled:
-    """Compile one recorded launch for ``arch`` and read its resources from the binary."""
-    import triton
-    from triton.compiler import ASTSource
-
-    signature, constants, attributes = {}, {}, {}
+def specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], list[list[Any]]]]:
+    """(types of the parameters, values of the constant ones, what is known of the others) of a recorded launch."""
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for i, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
         if parameter.is_constexpr:
@@ -99,6 +98,15 @@ def compile_launch(launch: Launch, arch: str) -> Compiled:
             signature[parameter.name] = "i32"
             if value % 16 == 0 and not parameter.do_not_specialize:
                 attributes[(i,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def compile_launch(launch: Launch, arch: str) -> Compiled:
+    """Compile one recorded launch for ``arch`` and read its resources from the binary."""
+    import triton
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes = specialised(launch)
     source = ASTSource(launch.kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=_target(arch), options=launch.options)
     assembly = compiled.asm["amdgcn" if arch.startswith("gfx") else "ptx"]

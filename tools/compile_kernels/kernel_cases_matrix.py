@@ -19,18 +19,21 @@ def linear_case(dtype: torch.dtype, outputs: int, depth: int, rows: int = 512) -
     return call
 
 
-def lora_case(dtype: torch.dtype, outputs: int, depth: int, rank: int, rows: int = 512, adapters: int = 4) -> Callable:
-    """A call of ``lora_add``, forward and backward: each of its kernels."""
+def lora_case(dtype: torch.dtype, outputs: int, depth: int, rank: int, *, scaled: bool = False) -> Callable:
+    """A call of ``lora_add`` with two adapters, forward and backward: each of its kernels. ``scaled``: as for DoRA."""
 
     def call() -> None:
         from toolkit.ops.lora_linear.triton import lora_add
         from toolkit.ops.lora_linear.triton_backward import lora_add_backward
 
-        base, x = torch.empty(rows, outputs, dtype=dtype), torch.empty(rows, depth, dtype=dtype)
-        a, b = torch.empty(adapters, rank, depth, dtype=dtype), torch.empty(adapters, outputs, rank, dtype=dtype)
-        scaling, ids = torch.ones(adapters), torch.arange(rows) % adapters
-        lora_add(base, x, a, b, scaling, ids)
-        lora_add_backward(base, x, a, b, scaling, ids, True, True, True)
+        base, x = torch.empty(512, outputs, dtype=dtype), torch.empty(512, depth, dtype=dtype)
+        a = [torch.empty(one, depth, dtype=dtype) for one in (rank, 4)]
+        b = [torch.empty(outputs, one, dtype=dtype) for one in (rank, 4)]
+        scales = [torch.empty(size, dtype=dtype) for size in (outputs, 0)] if scaled else []
+        plan = [1.0, 2.0], torch.arange(512) % 2, None, scales, base[0] if scaled else None
+        some = [True, False]
+        lora_add(base, x, a, b, *plan)
+        lora_add_backward(base, base, x, a, b, *plan, scaled, True, some, some, some[: len(scales)], scaled)
 
     return call
 
@@ -66,6 +69,8 @@ def cases() -> dict[str, Callable]:
         for rank in (8, 16, 64):
             found[f"lora_add {short} 9728x2560 rank {rank}"] = lora_case(dtype, 9728, 2560, rank)
         found[f"lora_add {short} uneven rank 12"] = lora_case(dtype, 1000, 1001, 12)
+        found[f"lora_add {short} 9728x2560 DoRA"] = lora_case(dtype, 9728, 2560, 16, scaled=True)
+        found[f"lora_add {short} uneven DoRA"] = lora_case(dtype, 1000, 1001, 12, scaled=True)
         found[f"linear_logprob {short} 151936x2560"] = logprob_case(dtype)
         found[f"linear_logprob {short} all options"] = logprob_case(dtype, 5000, 2560, whole=True)
         found[f"linear_logprob {short} uneven"] = logprob_case(dtype, 5001, 1001)

@@ -1,15 +1,14 @@
-"""The table of what every kernel compiles to: its cases, its file, and the fingerprint of the code it was made from."""
+"""The table of what every kernel compiles to: its cases, and its file with digests of what each case was made from."""
 
-import ast
-import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import ROOT, describe, write_aside
 from tools.compile_kernels import (
+    fingerprints,
     kernel_cases_attention,
     kernel_cases_matrix,
     kernel_cases_moe,
@@ -17,7 +16,7 @@ from tools.compile_kernels import (
     kernel_cases_rowwise,
     kernel_cases_sample,
 )
-from tools.compile_kernels.compiler import Compiled
+from tools.compile_kernels.compiler import SHARED_LIMIT, Compiled
 
 TABLE = ROOT / "benchmarks" / "results" / "kernels.json"
 
@@ -35,52 +34,44 @@ def cases() -> dict[str, Callable[[], Any]]:
     return {name: call for module in modules for name, call in module.cases().items()}
 
 
-def fingerprint() -> str:
-    """A digest of the code that decides what the kernels compile to.
-
-    Comments, docstrings and formatting do not count, nor does the version of Triton.
-    """
-    ops = ROOT / "toolkit" / "ops"
-    kernels = {
-        *ops.rglob("triton*.py"),
-        *ops.rglob("tiles.py"),
-        *ops.glob("*/kinds/*.py"),
-        *ops.glob("*/modifiers/*.py"),
-    }
-    here = Path(__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted(kernels | {here / "compiler.py", *here.glob("kernel_cases_*.py")}):
-        digest.update(path.relative_to(ROOT).as_posix().encode())
-        digest.update(ast.dump(_without_docstrings(ast.parse(path.read_text()))).encode())
-    return digest.hexdigest()
+def made_from(pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """For each (case, architecture) the digest of what it is made from in this tree."""
+    calls = cases()
+    return {(name, arch): fingerprints.of_case(calls[name], arch) for name, arch in pairs}
 
 
-def _without_docstrings(tree: ast.Module) -> ast.Module:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node, clean=False):
-            node.body = node.body[1:]
-    return tree
+def stale() -> list[tuple[str, str]]:
+    """The (case, architecture) pairs whose rows in the committed table are missing, or of other sources."""
+    pairs = [(name, arch) for name in cases() for arch in SHARED_LIMIT]
+    now, committed = made_from(pairs), read()[0]
+    return [pair for pair in pairs if now[pair] != committed.get(pair)]
 
 
-def write(results: Iterable[tuple[str, Compiled]]) -> Path:
-    """Write the table, one line per case: target -> the kernels that the case launches."""
-    grouped: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for case, made in results:
-        entry = asdict(made)
-        grouped.setdefault(case, {}).setdefault(entry.pop("arch"), []).append(entry)
-    head = json.dumps({**describe(), "fingerprint": fingerprint()}, indent=2).removesuffix("\n}")
-    lines = ",\n".join(f"    {json.dumps({'case': case, **targets})}" for case, targets in grouped.items())
-    return write_aside(TABLE, f'{head},\n  "kernels": [\n{lines}\n  ]\n}}\n')
+def write(results: Mapping[tuple[str, str], Sequence[Compiled]], digests: Mapping[tuple[str, str], str]) -> Path:
+    """Write the table, a line for each case: target -> the kernels that it launches, and what they were made from."""
+    lines = []
+    for case in cases():
+        line: dict[str, Any] = {"case": case, "made_from": {arch: digests[case, arch] for arch in SHARED_LIMIT}}
+        for arch in SHARED_LIMIT:
+            line[arch] = [{k: v for k, v in asdict(made).items() if k != "arch"} for made in results[case, arch]]
+        lines.append(f"    {json.dumps(line)}")
+    head = json.dumps(describe(), indent=2).removesuffix("\n}")
+    body = ",\n".join(lines)
+    return write_aside(TABLE, f'{head},\n  "kernels": [\n{body}\n  ]\n}}\n')
 
 
-def read() -> tuple[str, list[tuple[str, Compiled]]]:
-    """(fingerprint, (case, compiled kernel) pairs) of the committed table."""
+def read() -> tuple[dict[tuple[str, str], str], list[tuple[str, Compiled]]]:
+    """(digests, rows) of the committed table: what each (case, architecture) was made from, (case, compiled kernel)."""
     table = json.loads(TABLE.read_text())
-    rows = [
-        (line["case"], Compiled(arch=arch, **entry))
-        for line in table["kernels"]
-        for arch, entries in line.items()
-        if arch != "case"
-        for entry in entries
-    ]
-    return table["fingerprint"], rows
+    digests, rows = {}, []
+    for line in table["kernels"]:
+        for arch, digest in line["made_from"].items():
+            digests[line["case"], arch] = digest
+            rows += [(line["case"], Compiled(arch=arch, **entry)) for entry in line[arch]]
+    return digests, rows
+
+
+def compiler_of_table() -> str:
+    """The version of Triton that the committed table was made with."""
+    version: str = json.loads(TABLE.read_text())["versions"]["triton"]
+    return version

@@ -33,11 +33,13 @@ struct Node {
   std::vector<int64_t> dying;                 // registers that nobody reads after this node
 };
 
-// The value as the schema has it. Python's whole numbers may be meant as floats; a number in the place of a tensor is one
-// that gives its dtype up to the other operand.
+// The value as the schema has it. Python's whole numbers may be meant as floats, its empty lists as lists of anything; a
+// number in the place of a tensor is one that gives its dtype up to the other operand.
 IValue as_type(const IValue& value, c10::TypePtr type) {
   if (const auto optional = type->cast<c10::OptionalType>()) type = optional->getElementType();
   if (value.isInt() && type->kind() == c10::TypeKind::FloatType) return static_cast<double>(value.toInt());
+  if (const auto list = type->cast<c10::ListType>(); list && value.isIntList() && value.toIntList().empty())
+    return c10::impl::GenericList(list->getElementType());
   if (!value.isScalar() || type->kind() != c10::TypeKind::TensorType) return value;
   Tensor number = c10::scalar_to_tensor(value.toScalar());
   number.unsafeGetTensorImpl()->set_wrapped_number(true);

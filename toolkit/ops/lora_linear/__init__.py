@@ -63,14 +63,14 @@ _BACKWARD = register(
     " -> (Tensor, Tensor, Tensor[], Tensor[], Tensor[], Tensor)",
     reference=reference.lora_add_backward,
     fake=reference.lora_add_backward_fake,
-    # triton="toolkit.ops.lora_linear.triton_backward.lora_add_backward",
+    triton="toolkit.ops.lora_linear.triton_backward.lora_add_backward",
 )
 _FORWARD = register(
     "lora_add_rows(Tensor base, Tensor x, Tensor[] a, Tensor[] b, float[] scaling, Tensor adapters, Tensor? groups,"
     " Tensor[] column_scales, Tensor? bias) -> Tensor",
     reference=reference.lora_add,
     fake=reference.lora_add_fake,
-    # triton="toolkit.ops.lora_linear.triton.lora_add",
+    triton="toolkit.ops.lora_linear.triton.lora_add",
     backward=_backward,
     setup_context=_setup_context,
 )
