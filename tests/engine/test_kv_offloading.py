@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import toolkit
+from tests.helpers.adapter_folders import save_adapter
 from tests.helpers.engine_standin import HistoryModel, logits_of, make_request
 from toolkit.engine import Engine, SamplingParams
 from toolkit.engine.sampler import Sampler
@@ -136,6 +137,50 @@ def test_adapters_have_offloaded_prefixes_of_their_own():
             with model.disable_adapter():
                 assert_same_bits(engine.generate(prompts, params()), plain)
             engine.check_integrity()
+        assert engine.stats()["kv_host_hits"] > 20
+
+
+def test_a_reset_forgets_what_is_offloaded(tmp_path):
+    model = random_model("llama", layers=2, vocabulary=VOCABULARY)
+    prompts = shared_prompts(random.Random(6), 12)
+    given = {"kv_host_space": 10 * 2048 / GIB, "kv_disk_space": None, "kv_disk_folder": str(tmp_path)}
+    with Engine(model, block_size=4, num_blocks=24, max_num_seqs=2, **given) as engine:
+        engine.generate(prompts, params())
+        assert min(engine.stats()[f"kv_{where}_blocks"] for where in ("host", "disk")) > 0
+        engine.reset_prefix_cache()
+        stats = engine.stats()
+        assert max(stats[name] for name in stats if name.endswith(("_bytes", "cached_blocks", "used_blocks"))) == 0
+        engine.check_integrity()
+        hits = stats["prefix_cache_hits"]
+        engine.generate(prompts[0], params())
+        assert engine.stats()["prefix_cache_hits"] == hits
+
+
+def test_rows_that_choose_adapters_get_their_prefixes_back(tmp_path):
+    pytest.importorskip("peft")
+    model = random_model("llama", layers=2, vocabulary=VOCABULARY)
+    names = [save_adapter(model, tmp_path / name, seed).name for seed, name in enumerate(("one", "two"))]
+    prompts = shared_prompts(random.Random(8), 30, prefixes=4)
+    asked = [params(lora_name=(None, *names)[at % 3]) for at in range(30)]
+
+    def engine_of(**given):
+        engine = Engine(random_model("llama", layers=2, vocabulary=VOCABULARY), block_size=4, **given)
+        for name in names:
+            engine.load_adapter(name, tmp_path / name)
+        return engine
+
+    with engine_of(enable_prefix_caching=False) as engine:
+        expected = engine.generate(prompts, asked)
+    with engine_of(num_blocks=24, max_num_seqs=2, kv_host_space=1) as engine:
+        for _ in range(2):
+            assert_same_bits(engine.generate(prompts, asked), expected)
+            engine.check_integrity()
+        assert engine.stats()["kv_host_hits"] > 20
+        saved = engine.save_prefixes(tmp_path / "saved")
+    with engine_of(num_blocks=24, max_num_seqs=2, kv_host_space=1) as engine:
+        loaded = engine.load_prefixes(tmp_path / "saved")
+        assert (loaded.num_blocks, loaded.num_skipped) == (saved.num_blocks, 0)
+        assert_same_bits(engine.generate(prompts, asked), expected)
         assert engine.stats()["kv_host_hits"] > 20
 
 

@@ -21,7 +21,6 @@ class ToldEngine:
         self.ended = []
         self.is_sleeping = False
         self.forgotten = []
-        self.block_manager = SimpleNamespace(reset_prefix_cache=lambda: self.forgotten.append("prefixes"))
         self.encoder_cache = SimpleNamespace(clear=lambda: self.forgotten.append("pictures"))
         self.config = EngineConfig()
         self.held = threading.Event()
@@ -33,6 +32,9 @@ class ToldEngine:
         for at, one in enumerate(params):
             self.live[first + at] = (one, [], at)
         return list(range(first, first + len(params)))
+
+    def reset_prefix_cache(self):
+        self.forgotten.append("prefixes")
 
     @property
     def has_work(self):

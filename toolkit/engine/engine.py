@@ -295,6 +295,12 @@ class Engine:
                 self.offloading.drop_outdated(weights)
         return weights.version
 
+    def reset_prefix_cache(self) -> None:
+        """Forget cached prefixes that no sequence holds, offloaded ones too."""
+        self.block_manager.reset_prefix_cache()
+        if self.offloading is not None:
+            self.offloading.clear()
+
     def save_prefixes(self, folder: str | Path) -> PrefixFiles:
         """Write the cached prefixes of the current weights, offloaded ones too: see ``SavedPrefixes.save``."""
         self._check_open()

@@ -56,6 +56,10 @@ def describe_memory(engine: Engine) -> str:
         f"  fits        {room} of {length:,} tokens",
         f"  a step      {engine.scheduler.max_running:,} sequences, {config.max_num_batched_tokens:,} tokens",
     ]
+    if engine.offloading is not None:
+        spaces = {"host": config.kv_host_space, "disk": config.kv_disk_space}
+        shown = (f"{name} {'no bound' if space is None else f'{space:g} GiB'}" for name, space in spaces.items())
+        lines.insert(3, f"  offloading  {', '.join(shown)}")
     if model is not None:
         lines.insert(1, f"  weights     {weight_bytes(model) / GIB:.2f} GiB, {dtype}")
     return "\n".join(lines)

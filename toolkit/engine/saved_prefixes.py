@@ -1,16 +1,13 @@
 """Cached prefixes in files, for other processes with the same model."""
 
 import hashlib
-import platform
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import toolkit
+from toolkit.engine.fingerprint import fingerprint_text, numerics_fingerprint
 from toolkit.engine.runner import Backend
 from toolkit.errors import ToolkitError
 from toolkit.patching.weights.fingerprint import model_fingerprint
@@ -122,8 +119,8 @@ class SavedPrefixes:
                 "model must be a Hugging Face model to save or load prefixes, whose weights are hashed, got a backend."
             )
         started = time.perf_counter()
-        parts = [model_fingerprint(backend.model), toolkit.__version__, torch.__version__, str(self._pool.dtype)]
-        parts += [self._pool.device.type, _hardware(self._pool.device), str(self._pool.block_size)]
+        parts = [model_fingerprint(backend.model), fingerprint_text(numerics_fingerprint(backend))]
+        parts += [str(self._pool.dtype), str(self._pool.block_size)]
         parts += [repr(self._pool.groups), repr(self._pool.specs), repr([type(one) for one in self._pool.states])]
         fingerprint = hashlib.sha256("\n".join(parts).encode()).hexdigest()
         self._known = current, fingerprint
@@ -170,10 +167,3 @@ def _in_files(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
             some, size = [], 0
     if some:
         yield some
-
-
-def _hardware(device: torch.device) -> str:
-    """What decides the bits of arithmetic besides the program."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"

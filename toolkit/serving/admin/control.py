@@ -86,5 +86,5 @@ class Control:
         await asyncio.to_thread(self._engine.call, self._forget)
 
     def _forget(self) -> None:
-        self._engine.engine.block_manager.reset_prefix_cache()
+        self._engine.engine.reset_prefix_cache()
         self._engine.engine.encoder_cache.clear()

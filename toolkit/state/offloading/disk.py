@@ -114,10 +114,14 @@ class DiskCache:
         for one in [one for one, file in self._files.items() if current.outdates(file.key)]:
             self._drop(one)
 
+    def clear(self) -> None:
+        """Forget everything."""
+        for one in list(self._files):
+            self._drop(one)
+
     def close(self) -> None:
-        """Remove the folder."""
-        self._files.clear()
-        self.bytes = 0
+        """Forget everything and remove the folder."""
+        self.clear()
         self._close()
 
     def check_integrity(self) -> None:

@@ -136,10 +136,16 @@ class PrefixOffloading:
         """Forget everything, remove what is on disk, and let go of the pool."""
         for allocator in self.block_manager.allocators:
             allocator.on_evict = None
-        self.host.clear()
+        self.clear()
         if self.disk is not None:
             self.disk.close()
         del self.pool
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.host.clear()
+        if self.disk is not None:
+            self.disk.clear()
 
     def _keeper(self, group: int) -> Callable[[list[tuple[int, PrefixNode]]], None]:
         """What an allocator calls before it hands out evicted blocks."""
