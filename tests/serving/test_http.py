@@ -11,6 +11,7 @@ from tests.helpers.told_engine import PROMPT, ToldEngine, client_of
 from toolkit.engine import SamplingParams
 from toolkit.errors import ToolkitError
 from toolkit.serving.access import ApiKeys, Cors
+from toolkit.serving.app import PROTOCOLS
 from toolkit.serving.openai.completion_request import CompletionRequest
 from toolkit.serving.openai.requests import ChatRequest
 from toolkit.serving.openai.responses import event
@@ -123,6 +124,11 @@ def test_behind_a_proxy_with_and_without_the_prefix():
         assert client.get("/openapi.json").json()["servers"] == [{"url": "/api"}]
         counted = client.get("/metrics").text
         assert f'toolkit:http_requests_total{{path="{MODELS}",status="200"}} 2' in counted
+
+
+def test_names_of_objects_in_requests_are_those_of_the_document():
+    names = [body.__name__ for protocol in PROTOCOLS for body in protocol.BODIES]
+    assert {name for name in names if names.count(name) > 1} == set()  # pydantic would rename them
 
 
 def test_small_routes():

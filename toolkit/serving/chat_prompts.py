@@ -12,12 +12,12 @@ Prompt = list[int] | Mapping[str, Any]
 
 
 def chat_prompt(texts: Texts, chat: Chat, truncated: bool = False) -> Prompt:
-    """The prompt of a chat, as ``Texts.chat`` makes it; it shows no tools where none may be called."""
-    shown = [] if chat.choice.mode == "none" else chat.tools
+    """The prompt of a chat, as ``Texts.chat`` makes it."""
     return texts.chat(
         chat.messages,
         truncated,
-        tools=[tool.for_template() for tool in shown],
+        tools=[tool.for_template() for tool in chat.tools],
+        tools_needed=chat.choice.mode != "none",
         chat_template_kwargs=chat.variables,
         continue_final_message=chat.prefilled,
     )

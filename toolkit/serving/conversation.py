@@ -82,6 +82,12 @@ class Chat:
     variables: Json = field(default_factory=dict)
     prefilled: bool = False
 
+    @property
+    def continued(self) -> str:
+        """What the prompt has of the reply already."""
+        last = self.messages[-1].content if self.prefilled else []
+        return "".join(part for part in last if isinstance(part, str))
+
 
 def arguments_of(text: str) -> Json:
     """The object of a call's arguments; empty where the model stopped inside them, for protocols that have no text."""
@@ -114,15 +120,12 @@ def system_first(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
     return [*merged(messages[:count]), *messages[count:]]
 
 
-def name_results(messages: Sequence[ChatMessage]) -> None:
-    """Give results of calls the names of their tools. Raises RequestError for one of a call that no message makes."""
-    called: dict[str, str] = {}
+def check_results(messages: Sequence[ChatMessage]) -> None:
+    """Raise RequestError for the result of a call that no message before it makes."""
+    called: set[str] = set()
     for one in messages:
-        called |= {call["id"]: call["function"]["name"] for call in one.fields.get("tool_calls", ())}
+        called |= {call["id"] for call in one.fields.get("tool_calls", ())}
         asked = one.fields.get("tool_call_id")
-        if asked is None:
-            continue
-        if asked not in called:
+        if asked is not None and asked not in called:
             message = f"'{one.where}' has the result of a tool call {shown(asked)} that no message makes."
             raise RequestError(message, one.where)
-        one.fields.setdefault("name", called[asked])

@@ -12,7 +12,7 @@ from toolkit.chat.tools import Tool, ToolChoice
 from toolkit.sentences import shown
 from toolkit.serving.anthropic.blocks import Block, InputMessage, TextBlock, as_blocks
 from toolkit.serving.body import Body, short_together
-from toolkit.serving.conversation import Chat, ChatMessage, merged, name_results
+from toolkit.serving.conversation import Chat, ChatMessage, check_results, merged
 from toolkit.serving.errors import Json, RequestError
 from toolkit.serving.openai.requests import MAX_MESSAGES
 from toolkit.serving.openai.sampling import MAX_STOP_CHARACTERS, MAX_STOPS
@@ -175,7 +175,7 @@ class CountTokensRequest(Body):
         for at, one in enumerate(self.messages):
             messages += one.messages(f"messages[{at}]")
         messages = merged(messages)
-        name_results(messages)
+        check_results(messages)
         prefilled = messages[-1].role == "assistant"
         if prefilled and messages[-1].fields:
             raise RequestError(

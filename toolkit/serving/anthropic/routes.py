@@ -52,7 +52,7 @@ def add_routes(generation: Generation) -> None:
         base.check_model(asked.model)
         chat, given = asked.chat(), asked.sampling()
         prompt = chat_prompt(texts, chat)
-        plan = generation.replies.plan(prompt, chat.tools, chat.choice, given)
+        plan = generation.replies.plan(prompt, chat.tools, chat.choice, given, chat.continued)
         prompts, params = generation.sampling_params({**given, **plan.params}, [prompt], None)
         show = asked.thinking is None or asked.thinking.display != "omitted"
         writer = MessageResponse(model, plan.parser(), show, identity)

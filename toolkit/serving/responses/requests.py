@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from toolkit.chat.tools import Tool, ToolChoice
 from toolkit.sentences import shown
 from toolkit.serving.body import Body
-from toolkit.serving.conversation import Chat, ChatMessage, merged, name_results, system_first
+from toolkit.serving.conversation import Chat, ChatMessage, check_results, merged, system_first
 from toolkit.serving.errors import Json
 from toolkit.serving.openai.requests import MAX_MESSAGES
 from toolkit.serving.openai.sampling import MAX_TOP_LOGPROBS
@@ -279,7 +279,7 @@ class ResponsesRequest(Body):
         messages = [ChatMessage("system", "instructions", [self.instructions])] if self.instructions else []
         messages += [item.message(f"input[{at}]") for at, item in enumerate(self.input)]
         messages = system_first(merged(messages, ("assistant",)))
-        name_results(messages)
+        check_results(messages)
         variables = self.reasoning.variables() if self.reasoning is not None else {}
         return Chat(messages, [tool.tool() for tool in self.tools], self.choice(), variables)
 
