@@ -109,3 +109,25 @@ def test_what_a_template_does_not_take(options: dict[str, Any], reason: str) -> 
         render(make_tokenizer(), chat(("user", "u")), **{"chat_template": CHATML, **options})
     assert caught.value.reason.startswith(reason)
     assert "\n" not in str(caught.value)
+
+
+def test_calls_without_content_for_templates_that_ask_for_none_and_for_text() -> None:
+    wants_none = (
+        "{% for m in messages %}{% if m['content'] is none %}{% for c in m.tool_calls %}CALL {{ c.function.name }}"
+        "{{ ' ' + c.function.arguments }}{% endfor %}{% else %}{{ m.role + ': ' + m['content'] }}{% endif %}"
+        "{% endfor %}"
+    )
+    wants_text = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content }}{% for c in m.tool_calls or [] %}"
+        "CALL {{ c.function.name }} {{ c.function.arguments | tojson }}{% endfor %}{% endfor %}"
+    )
+    wants_either = wants_text.replace("m.role + ': ' + m.content", "m.role ~ ': ' ~ m['content']")
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    messages = [{"role": "user", "content": "None"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    for template, expected in (
+        (wants_none, 'user: NoneCALL f {"a": 1}'),
+        (wants_text, 'user: Noneassistant: CALL f {"a": 1}'),
+        (wants_either, 'user: Noneassistant: CALL f {"a": 1}'),
+    ):
+        assert render(make_tokenizer(chat_template=template), messages) == expected
+    assert messages[1]["content"] is None

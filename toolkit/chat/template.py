@@ -6,13 +6,14 @@ Templates disagree on what a message looks like. ``render`` hands each one the f
   that shows nothing of a string.
 - The role ``developer`` becomes ``system`` where the template knows the second one only.
 - The arguments of tool calls are mappings; JSON text where the template puts them into a string as they are.
+- A call without content has none, as the messages say, or an empty one where the template takes no other.
 - No tools is None, never an empty list, for which some templates write their preamble.
 """
 
 import inspect
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -130,22 +131,55 @@ def _rendered(
         _shape(_form_of(tokenizer, template), message)
     called = _parse_arguments(given)
     variables = {**_variables(tokenizer, chat_template_kwargs), **options}
+
+    def attempt(keep_none: bool = False) -> str:
+        return _with_arguments(called, lambda: _apply(tokenizer, template, given, tools, variables, spans, keep_none))
+
     try:
-        return _without_python(_apply(tokenizer, template, given, tools, variables, spans), given)
-    except TypeError as error:
-        if not called:
-            raise ChatTemplateError(first_line(error)) from None
-        problem: Exception = error
+        return _without_python(attempt(), given)
+    except ChatTemplateError as error:
+        problem = error
+    # transformers leaves fields of None out; some templates ask for a content of none beside calls, others for text.
+    bare = [one for one in given if one.get("tool_calls") and one.get("content", "") is None]
+    if not bare:
+        raise problem
+    try:
+        kept = attempt(keep_none=True)
     except ChatTemplateError:
-        raise
+        kept = None
+    for message in bare:
+        message["content"] = ""
+    try:
+        empty = attempt()
+    except ChatTemplateError:
+        empty = None
+    if kept is not None and (empty is None or kept.count("None") <= empty.count("None")):
+        return kept
+    if empty is None:
+        raise problem
+    return empty
+
+
+def _with_arguments(called: Sequence[dict[str, Any]], apply: Callable[[], str]) -> str:
+    """What ``apply`` renders, with the arguments of calls as JSON text where a template takes them so only."""
+    mappings = [function["arguments"] for function in called]
+    try:
+        return apply()
+    except TypeError as error:
+        problem: Exception = error
     except Exception as error:  # Jinja, and templates themselves, raise anything
         raise ChatTemplateError(first_line(error)) from None
-    for function in called:  # a template that joins strings
-        function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
     try:
-        return _apply(tokenizer, template, given, tools, variables, spans)
+        for function in called:  # a template that joins strings
+            function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+        if called:
+            return apply()
     except Exception:
-        raise ChatTemplateError(first_line(problem)) from None
+        pass  # the first one says what is wrong
+    finally:
+        for function, arguments in zip(called, mappings):
+            function["arguments"] = arguments
+    raise ChatTemplateError(first_line(problem)) from None
 
 
 def _apply(
@@ -155,23 +189,26 @@ def _apply(
     tools: list[Any] | None,
     variables: Mapping[str, Any],
     spans: list[Span] | None = None,
+    keep_none: bool = False,
 ) -> str:
-    if spans is None:
+    if spans is None and not keep_none:
         return str(
             tokenizer.apply_chat_template(messages, tools=tools, chat_template=template, tokenize=False, **variables)
         )
     from transformers.utils.chat_template_utils import render_jinja_template
 
     # ``apply_chat_template`` gives the ranges as a mask of tokens, with a fast tokenizer only.
+    shown = [{key: value for key, value in m.items() if value is not None or keep_none} for m in messages]
     result: Any = render_jinja_template(
-        conversations=[[{key: value for key, value in m.items() if value is not None} for m in messages]],
+        conversations=[shown],
         tools=tools,
         chat_template=template,
-        return_assistant_tokens_mask=True,
+        return_assistant_tokens_mask=spans is not None,
         **{**tokenizer.special_tokens_map, **variables},
     )
-    (text,), (found,) = result
-    spans[:] = [(begin, end) for begin, end in found if end > begin]
+    (text,), (found,) = result[0], result[1] if spans is not None else ([],)
+    if spans is not None:
+        spans[:] = [(begin, end) for begin, end in found if end > begin]
     return str(text)
 
 

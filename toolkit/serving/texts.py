@@ -138,6 +138,9 @@ class Texts:
                 "messages",
             )
         chat, fields = with_tool_names([message.for_template() for message in messages]), _fields(messages)
+        for one in chat:
+            if one.get("tool_calls") and one.get("content") == "":
+                one["content"] = None  # some templates show calls beside none only
         if not truncated:
             self._check_characters("messages", sum(message.num_characters for message in messages))
         options: dict[str, Any] = {
@@ -166,21 +169,11 @@ class Texts:
         return text
 
     def _rendered(self, chat: list[dict[str, Any]], options: Mapping[str, Any]) -> str:
-        """The text of a chat. Calls without content have none, or an empty one for a template that takes no other."""
         try:
             return render(self._tokenizer, chat, **options)
         except ChatTemplateError as error:
-            problem = error
-        bare = [message for message in chat if message["content"] is None]
-        try:
-            for message in bare:
-                message["content"] = ""
-            if bare:
-                return render(self._tokenizer, chat, **options)
-        except ChatTemplateError:
-            pass
-        what = f"The model's chat template rejects these messages ({problem.reason})."
-        raise RequestError(what, "messages") from None
+            message = f"The model's chat template rejects these messages ({error.reason})."
+            raise RequestError(message, "messages") from None
 
     def _pictures(self, messages: Sequence[TemplateMessage], fields: Sequence[str]) -> list[Any]:
         given = [(where, url) for where, message in zip(fields, messages) for url in message.images]
