@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from toolkit.engine import AsyncEngine, Engine, SamplingParams, StructuredOutputsParams
     from toolkit.engine.pooling import PoolingParams
     from toolkit.exporting import export
-    from toolkit.llm import LLM
+    from toolkit.llm import LLM, LoRARequest
     from toolkit.patching import PatchReport, patch, token_logprobs, unpatch, weights_changed
 
 # Resolved on first use, so that `toolkit --help` and the ops do not wait for transformers.
@@ -24,6 +24,7 @@ _HOMES = {
     "AsyncEngine": "toolkit.engine",
     "Engine": "toolkit.engine",
     "LLM": "toolkit.llm",
+    "LoRARequest": "toolkit.llm",
     "PoolingParams": "toolkit.engine.pooling",
     "SamplingParams": "toolkit.engine",
     "StructuredOutputsParams": "toolkit.engine",
@@ -38,6 +39,7 @@ __all__ = [
     "LLM",
     "AsyncEngine",
     "Engine",
+    "LoRARequest",
     "PatchReport",
     "PoolingParams",
     "SamplingParams",

@@ -1,6 +1,7 @@
 """Requests that choose adapters: many in one batch, each with the bits that it has alone, and they come and go."""
 
 import copy
+import dataclasses
 import itertools
 import random
 
@@ -91,7 +92,7 @@ def test_a_batch_of_adapters_is_pefts_and_each_has_the_bits_it_has_alone(folders
         expected = oracle_logprobs(model, folders.get(name), [sequences[at] for at in mine])
         for at, values in zip(mine, expected):
             got = torch.tensor(together[at].logprobs).double()
-            torch.testing.assert_close(got, values[-len(got) :], rtol=0, atol=1e-5)
+            torch.testing.assert_close(got, values[-len(got) :], rtol=5e-6, atol=1e-5)  # float32 against float64
 
 
 @pytest.mark.parametrize("bounds", [(1, None), (2, None), (1, 2), (2, 2)], ids=str)
@@ -236,6 +237,54 @@ def test_what_cannot_be_loaded_or_chosen_is_one_sentence_and_changes_nothing(fol
         engine.generate([prompt(0)], SamplingParams(lora_name="x"))
 
 
+@pytest.mark.parametrize("seed", range(2))
+def test_random_comings_and_goings(folders, alone, tmp_path, seed):
+    """Of each request the adapter is known by the tokens alone: names are given to any folder, again and again."""
+    chance = random.Random(seed)
+    broken = save_adapter(random_model(DENSE), tmp_path / "broken", lora_bias=True)
+    greedy = SamplingParams(max_tokens=6, temperature=0)
+    with engine_with(folders) as engine:
+        expected = {
+            name: engine.generate([prompt(1)], dataclasses.replace(greedy, lora_name=name))[0].token_ids
+            for name in (None, *folders)
+        }
+    with engine_with({}, max_loras=chance.choice((1, 2)), max_cpu_loras=chance.choice((2, 3, None))) as engine:
+        known, asked = {}, {}
+        for _ in range(60):
+            what = chance.random()
+            name = f"n{chance.randrange(4)}"
+            kind = chance.choice(list(folders))
+            if what < 0.2 and name not in known and name not in engine.adapters._leaving:
+                engine.load_adapter(name, folders[kind])
+                known[name] = kind
+            elif what < 0.3 and known:
+                name = chance.choice(list(known))
+                if not any(one == name for one, _ in asked.values()):  # those would be of both
+                    engine.load_adapter(name, folders[kind], load_inplace=True)
+                    known[name] = kind
+            elif what < 0.4 and known:
+                name = chance.choice(list(known))
+                engine.unload_adapter(name)
+                del known[name]
+            elif what < 0.5:
+                with pytest.raises(ToolkitError):
+                    engine.load_adapter("x", broken)
+            elif what < 0.8:
+                chosen = chance.choice([None, *known])
+                request = engine.submit(prompt(1), dataclasses.replace(greedy, lora_name=chosen))
+                asked[request] = chosen, expected[known.get(chosen)]
+            for delta in engine.step() if what > 0.5 else ():
+                if delta.finished is not None:
+                    assert delta.finished.token_ids == asked.pop(delta.request_id)[1]
+        while engine.has_work:
+            for delta in engine.step():
+                if delta.finished is not None:
+                    assert delta.finished.token_ids == asked.pop(delta.request_id)[1]
+        assert not asked
+        assert engine.adapters.num_evictions > 0
+        engine.check_integrity()
+
+
 def test_an_adapter_that_cannot_be_read_again_ends_its_requests_alone(folders, tmp_path):
     removed = save_adapter(random_model(DENSE), tmp_path / "removed", seed=5)
     with engine_with({"removed": removed, **folders}, max_loras=1, max_cpu_loras=1) as engine:
@@ -272,7 +321,7 @@ def test_families_with_experts_and_recurrent_state(family, tmp_path):
         for mine in (at, at + 3):
             (expected,) = oracle_logprobs(model, folders.get(name), [sequences[mine]])
             got = torch.tensor(together[mine].logprobs).double()
-            torch.testing.assert_close(got, expected[-len(got) :], rtol=0, atol=2e-5)
+            torch.testing.assert_close(got, expected[-len(got) :], rtol=5e-6, atol=2e-5)
 
 
 @pytest.mark.parametrize("family", [DENSE, MOE])

@@ -60,6 +60,16 @@ def _add_api_options(group: Any) -> None:
         metavar="KEY",
         help=f"keys, of which clients must send one (default: ${KEY_VARIABLE}, or none)",
     )
+    group.add_argument(
+        "--lora-modules",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="PEFT adapters, LoRA or DoRA, which requests name as their model",
+    )
+    group.add_argument("--enable-lora", action="store_true", help="accepted and unused: adapters may always come")
+    group.add_argument("--max-lora-rank", metavar="N", help="accepted and unused: adapters may have any rank")
     group.add_argument("--chat-template", metavar="FILE", help="a Jinja file, or the template itself")
     group.add_argument(
         "--tool-call-parser",
@@ -156,6 +166,7 @@ def run(args: argparse.Namespace) -> int:
 
     options = {name: getattr(args, name) for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs")}
     http = HttpOptions(timeout_keep_alive=args.timeout_keep_alive, **options)
+    lora_modules(args.lora_modules)
     (
         _access(args),
         operation_of(args),
@@ -232,6 +243,26 @@ def _set_template(tokenizer: Any, template: str | None) -> None:
         pass  # it may ask for other messages than these
 
 
+def lora_modules(given: list[str]) -> dict[str, str]:
+    """Name and folder of each adapter, as vLLM's option gives them: NAME=FOLDER, or JSON with name and path."""
+    found: dict[str, str] = {}
+    for text in given:
+        if text.lstrip().startswith("{"):
+            try:
+                module = json.loads(text)
+                name, folder = str(module["name"]), str(module["path"])
+            except (ValueError, KeyError):
+                raise ToolkitError(f"--lora-modules must be JSON with name and path, got {shown(text)}.") from None
+        else:
+            name, _, folder = text.partition("=")
+        if not name or not folder:
+            raise ToolkitError(f"--lora-modules must be NAME=FOLDER, got {shown(text)}.")
+        if name in found:
+            raise ToolkitError(f"--lora-modules must have each name once, got {shown(name)} twice.")
+        found[name] = folder
+    return found
+
+
 def _serve(
     args: argparse.Namespace,
     engine: "Engine",
@@ -247,6 +278,9 @@ def _serve(
     from toolkit.serving.metrics import Metrics
 
     metrics = Metrics()
+    adapters = lora_modules(args.lora_modules)
+    for name, folder in adapters.items():
+        engine.load_adapter(name, folder)
     print(describe_memory(engine), file=sys.stderr, flush=True)
     return _run(
         args,
@@ -260,6 +294,7 @@ def _serve(
         media_folder=None if args.allowed_local_media_path is None else Path(args.allowed_local_media_path),
         max_model_len=engine.max_sequence_len,
         vocab_size=engine.vocab_size,
+        lora_modules=adapters,
         default_sampling_params=defaults,
         read_weights=read_new_weights,
         tool_call_parser=args.tool_call_parser,

@@ -112,6 +112,10 @@ class ModelAdapters:
     def _internal_names(self) -> dict[str, str]:
         return {internal_name(name): name for name in self._loaded}
 
+    @property
+    def _hosted(self) -> list[Parts]:
+        return [one.host for one in self._loaded.values() if one.host is not None]
+
     def folder(self, name: str) -> Path | None:
         """Where an adapter was loaded from; None for one that was not."""
         return self._loaded[name].folder if name in self._loaded else None
@@ -137,7 +141,7 @@ class ModelAdapters:
         if name in self._leaving:
             raise ToolkitError(f"adapter {shown(name)} must have no requests under way to be loaded again.")
         arriving = f"{internal}%" if taken else internal  # no internal name ends so
-        load_adapter(model, arriving, folder)
+        load_adapter(model, arriving, folder, self._hosted)
         try:
             self._backend.version()
             check_choosable(model, arriving)
@@ -149,6 +153,7 @@ class ModelAdapters:
             if old.in_model:
                 take_out(model, internal)
             put_in(take_out(model, arriving), internal)
+            self._backend.version()  # before it may be evicted again: its stamp is another one
         self._loaded[name] = LoadedAdapter(name, Path(folder).resolve(), last_used=self._steps)
         self._leave_room(model, keep=name)
         self._changed()
@@ -306,7 +311,7 @@ class ModelAdapters:
         name, model = internal_name(adapter.name), self._backend.model
         adapter.last_used = self._steps
         if adapter.host is None:
-            load_adapter(model, name, adapter.folder)
+            load_adapter(model, name, adapter.folder, self._hosted)
             adapter.dropped = False
         else:
             move(adapter.host, self._backend.device)
@@ -319,7 +324,7 @@ class ModelAdapters:
 
     def _remove(self, name: str) -> None:
         with self._backend.clock.adapters_alone():
-            remove_adapter(self._backend.model, name)
+            remove_adapter(self._backend.model, name, self._hosted)
 
     def _finish_leaving(self) -> None:
         """Remove adapters that nobody uses any more."""

@@ -7,6 +7,7 @@ from toolkit.lazy import lazy_names
 if TYPE_CHECKING:
     from toolkit.llm.beam_search import BeamSearchOutput, BeamSearchParams, BeamSearchSequence
     from toolkit.llm.llm import LLM
+    from toolkit.llm.lora_request import LoRARequest
     from toolkit.llm.outputs import (
         ClassificationOutput,
         ClassificationRequestOutput,
@@ -31,6 +32,7 @@ __all__ = [
     "CompletionOutput",
     "EmbeddingOutput",
     "EmbeddingRequestOutput",
+    "LoRARequest",
     "Logprob",
     "PoolingOutput",
     "PoolingRequestOutput",
@@ -38,5 +40,7 @@ __all__ = [
     "ScoringOutput",
     "ScoringRequestOutput",
 ]
-_HOMES = {"LLM": "llm"} | {name: "beam_search" for name in __all__ if name.startswith("Beam")}
+_HOMES = {"LLM": "llm", "LoRARequest": "lora_request"} | {
+    name: "beam_search" for name in __all__ if name.startswith("Beam")
+}
 __getattr__ = lazy_names(__name__, {name: f"toolkit.llm.{_HOMES.get(name, 'outputs')}" for name in __all__})

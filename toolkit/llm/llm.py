@@ -16,6 +16,7 @@ from toolkit.engine.prompts import Params, Prompt, Prompts, check_params, split_
 from toolkit.errors import ToolkitError
 from toolkit.llm.beam_search import BeamSearchOutput, BeamSearchParams, beam_search
 from toolkit.llm.chats import chat_prompt
+from toolkit.llm.lora_request import Adapters, with_adapters
 from toolkit.llm.outputs import (
     ClassificationOutput,
     ClassificationRequestOutput,
@@ -146,7 +147,7 @@ class LLM:
         return SamplingParams(**self._defaults)
 
     def generate(
-        self, prompts: Prompts, sampling_params: Params = None, *, use_tqdm: Bar = None
+        self, prompts: Prompts, sampling_params: Params = None, *, use_tqdm: Bar = None, lora_request: Adapters = None
     ) -> list[RequestOutput]:
         """The completions of all prompts, in order.
 
@@ -155,6 +156,8 @@ class LLM:
                 ``multi_modal_data`` for images), or a list of those.
             sampling_params: one for all, or one for each; None for the model's own defaults.
             use_tqdm: show a progress bar; None where standard error is a terminal.
+            lora_request: the adapter, a ``LoRARequest`` for all prompts or one for each (None for none), which is
+                loaded where it is new.
 
         Raises:
             ToolkitError: if any prompt cannot run; nothing is started then.
@@ -163,7 +166,7 @@ class LLM:
         given = split_prompts(prompts)
         if sampling_params is None:
             sampling_params = self.get_default_sampling_params()
-        params = check_params(sampling_params, len(given))
+        params = with_adapters(engine, check_params(sampling_params, len(given)), lora_request)
         order = engine.submit_batch(given, params)
         found: dict[int, list[Completion]] = {request: [] for request in order}
         unread = dict(zip(order, (one.n for one in params)))
@@ -213,6 +216,7 @@ class LLM:
         continue_final_message: bool = False,
         tools: Sequence[Any] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        lora_request: Adapters = None,
     ) -> list[RequestOutput]:
         """The answers to one conversation, or to each of several, by the model's chat template.
 
@@ -226,6 +230,7 @@ class LLM:
             continue_final_message: continue the last message.
             tools: JSON schemas.
             chat_template_kwargs: variables of the template, such as ``{"enable_thinking": False}``.
+            lora_request: as for ``generate``.
 
         Raises:
             ToolkitError: there is no tokenizer or template, the template does not take the messages; as ``generate``.
@@ -241,7 +246,8 @@ class LLM:
             "chat_template_kwargs": chat_template_kwargs,
         }
         prompts = [chat_prompt(engine.tokenizer, engine.processor, one, options) for one in conversations]
-        found = self.generate([prompt for _, prompt in prompts], sampling_params, use_tqdm=use_tqdm)
+        given = [prompt for _, prompt in prompts]
+        found = self.generate(given, sampling_params, use_tqdm=use_tqdm, lora_request=lora_request)
         return [replace(output, prompt=text) for (text, _), output in zip(prompts, found, strict=True)]
 
     def beam_search(self, prompts: Prompts, params: BeamSearchParams) -> list[BeamSearchOutput]:

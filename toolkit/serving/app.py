@@ -35,5 +35,6 @@ def create_app(config: ServerConfig) -> FastAPI:
         protocol.add_routes(generation)
     batches.add_routes(base)
     base.add_refused((*POOLING_PATHS, EMBED), GENERATES)
-    describe(base.app, base.names, config.max_model_len, config.vocab_size, bodies)
+    adapters = bool(config.lora_modules or config.admin.keys or config.admin.enabled)
+    describe(base.app, base.names, config.max_model_len, config.vocab_size, bodies, adapters)
     return base.app

@@ -33,6 +33,7 @@ from toolkit.serving.openai import schemas
 from toolkit.serving.openapi import responses
 from toolkit.serving.request_log import JsonLog, LogRequests, record_of
 from toolkit.serving.running import RunningRequests, request_id
+from toolkit.serving.served_models import ServedModel, ServedModels
 
 WORKERS = 4
 """Threads that read requests."""
@@ -62,6 +63,7 @@ class ServerConfig:
         max_body_size: most bytes of a request's body.
         processor: of chats with images; None takes none.
         media_folder: whose files requests may name as images (``file://``); None for none.
+        lora_modules: adapters that the engine has, and the folder of each; requests name them as their ``model``.
         default_sampling_params: of what a request does not say, such as a checkpoint's ``generation_config.json``.
         api_key: that clients must send, or several of which any is right; None for no key.
         cors: which web pages may use the server; None for none.
@@ -85,6 +87,7 @@ class ServerConfig:
     max_body_size: int = MAX_BODY_SIZE
     processor: Any = None
     media_folder: Path | None = None
+    lora_modules: Mapping[str, str] = field(default_factory=dict)
     default_sampling_params: Mapping[str, Any] = field(default_factory=dict)
     api_key: str | Sequence[str] | None = None
     cors: Cors | None = None
@@ -127,6 +130,7 @@ class Base:
     def __init__(self, config: ServerConfig, fields: set[str]) -> None:
         self.config, self.engine, self.metrics = config, config.engine, config.metrics
         self.names = config.model_names
+        self.models = ServedModels(self.names, config.lora_modules)
         self.fields = fields
         keys = ApiKeys([config.api_key] if isinstance(config.api_key, str) else config.api_key or ())
         backend = getattr(getattr(config.engine, "engine", None), "backend", None)
@@ -210,11 +214,12 @@ class Base:
 
         def card(name: str) -> Json:
             about = {"id": name, "object": "model", "created": self._created, "owned_by": "toolkit"}
-            return {**about, "max_model_len": self.config.max_model_len, "weight_version": self.weight_version}
+            about |= {"max_model_len": self.config.max_model_len, "weight_version": self.weight_version}
+            return {**about, **self.models.relation(name)}
 
         @app.get("/v1/models", dependencies=self.guarded, responses=responses(schemas.ModelList))
         async def models() -> Json:
-            return {"object": "list", "data": [card(name) for name in self.names]}
+            return {"object": "list", "data": [card(name) for name in self.models.all]}
 
         @app.get("/v1/models/{asked:path}", dependencies=self.guarded, responses=responses(schemas.ModelCard))
         async def model(asked: str) -> Json:
@@ -259,12 +264,9 @@ class Base:
         """Of the weights that are served."""
         return int(self.engine.stats().get("weight_version", 0))
 
-    def check_model(self, asked: str | None) -> None:
-        """Raise RequestError for a name that the model does not have."""
-        if asked is not None and asked not in self.names:
-            which = " or ".join(map(shown, self.names))
-            message = f"'model' must be {which}, got {shown(asked)}."
-            raise RequestError(message, "model", status=404, code="model_not_found")
+    def check_model(self, asked: str | None) -> ServedModel:
+        """What a request's ``model`` names. Raises RequestError for a name that nothing has."""
+        return self.models.find(asked)
 
     async def on_thread(self, function: Callable[..., Read], *given: Any) -> Read:
         """``function`` of what is given, on a thread: the event loop serves everybody else meanwhile."""

@@ -167,7 +167,8 @@ class Generation:
         used = Usage(list(map(prompt_length, given.prompts)), [0] * handle.num_sequences, handle=handle)
         record = record_of(request.scope)
         if record is not None:
-            record.model, record.stream, record.handle = self.base.names[0], given.stream, handle
+            record.model = given.params[0].lora_name or self.base.names[0]
+            record.stream, record.handle = given.stream, handle
             record.prompt_tokens = sum(used.prompt_tokens)
         self.base.metrics.prompt_tokens.add(sum(used.prompt_tokens))
         self.base.watch(request, handle)

@@ -79,7 +79,7 @@ _TOKENS = ("prompt", "input", "tokens", "token_ids")
 
 def describe(
     app: FastAPI, names: tuple[str, ...], max_model_len: int | None, vocab_size: int | None,
-    bodies: Sequence[type[BaseModel]],
+    bodies: Sequence[type[BaseModel]], adapters: bool = False,
 ) -> None:  # fmt: skip
     """Let ``app`` serve the document of its routes, made when it is first asked for.
 
@@ -88,6 +88,7 @@ def describe(
         max_model_len: bounds ``max_tokens``.
         vocab_size: bounds token ids; None for no bound.
         bodies: of requests, and what they are made of.
+        adapters: whether there may be some, which requests name as their model.
     """
     plain = app.openapi
 
@@ -97,7 +98,7 @@ def describe(
             references, found = models_json_schema([(body, "validation") for body in bodies], ref_template=_COMPONENT)
             for body in bodies:  # two protocols' parts may have one name, and then have longer ones here
                 schema = found["$defs"][references[body, "validation"]["$ref"].rpartition("/")[2]]
-                _complete(schema, body, names, max_model_len)
+                _complete(schema, body, names, max_model_len, adapters)
                 if vocab_size is not None:
                     for name in _TOKENS:
                         _bound_tokens(schema["properties"].get(name), vocab_size)
@@ -108,7 +109,9 @@ def describe(
     app.openapi = document  # type: ignore[method-assign]
 
 
-def _complete(schema: Json, body: type[BaseModel], names: tuple[str, ...], max_model_len: int | None) -> None:
+def _complete(
+    schema: Json, body: type[BaseModel], names: tuple[str, ...], max_model_len: int | None, any_model: bool
+) -> None:
     """What pydantic does not see: null for "not given", fields that are ignored or not offered, limits."""
     properties, required = schema["properties"], schema.get("required", ())
     texts = {(body.model_fields[name].alias or name): text for name, text in field_texts(body).items()}
@@ -120,7 +123,7 @@ def _complete(schema: Json, body: type[BaseModel], names: tuple[str, ...], max_m
                 if max_model_len is not None and name in ("max_tokens", "max_completion_tokens"):
                     kind["maximum"] = max_model_len
         if name == "model":
-            kinds = [{"enum": list(names)}]
+            kinds = [{"type": "string", "examples": list(names)}] if any_model else [{"enum": list(names)}]
         null = [] if name in required or {"type": "null"} in kinds else [{"type": "null"}]
         one["anyOf"] = [*kinds, *null]
         if (text := texts.get(name)) is not None:

@@ -3,7 +3,7 @@
 PEFT makes the wrappers, so that training, saving and merging know them. What comes in does not become active.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,14 @@ def internal_name(name: str) -> str:
     return name.replace("%", "%25").replace(".", "%2E")
 
 
-def load_adapter(model: nn.Module, name: str, folder: str | Path) -> None:
+def load_adapter(model: nn.Module, name: str, folder: str | Path, kept: Iterable[Parts] = ()) -> None:
     """Put the adapter of a PEFT folder into ``model`` under ``name``, not active.
 
     Args:
         model: the model inside a ``PeftModel``, or one without adapters.
         name: of ``internal_name``, which no other adapter has.
         folder: with adapter_config.json and adapter_model.safetensors.
+        kept: as for ``remove_adapter``.
 
     Raises:
         ToolkitError: the folder is not read, or is no LoRA of this model. The model is as it was then.
@@ -54,7 +55,7 @@ def load_adapter(model: nn.Module, name: str, folder: str | Path) -> None:
                 raise ToolkitError(f"its tensors must be those of its target modules, but {wrong[0]} is not")
             _cast(model, name)
         except Exception as problem:
-            remove_adapter(model, name)
+            remove_adapter(model, name, kept)
             reason = first_line(problem).rstrip(".")
             raise ToolkitError(f"adapter {shown(str(folder))} must be LoRA of this model ({reason}).") from None
         finally:
@@ -126,12 +127,19 @@ def put_in(parts: Parts, name: str) -> None:
         getattr(module, attribute)[name] = part
 
 
-def remove_adapter(model: nn.Module, name: str) -> None:
-    """Take an adapter out for good, and the wrappers that have none left."""
+def remove_adapter(model: nn.Module, name: str, kept: Iterable[Parts] = ()) -> None:
+    """Take an adapter out for good, and the wrappers that have none left.
+
+    Args:
+        model: with the adapter.
+        name: of it.
+        kept: what was taken out and will be put in again: its wrappers stay.
+    """
     take_out(model, name)
+    needed = {id(module) for parts in kept for module, _, _ in parts}
     for parent in list(model.modules()):
         for child_name, child in list(parent._modules.items()):
-            while child is not None and is_adapter(child) and not _has_adapters(child):
+            while child is not None and is_adapter(child) and not _has_adapters(child) and id(child) not in needed:
                 child = parent._modules[child_name] = child.base_layer  # type: ignore[assignment]
 
 

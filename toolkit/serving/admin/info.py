@@ -39,9 +39,16 @@ def vllm_config(generation: Generation) -> Json:
             "world_size": 1,
         },
         "speculative_config": engine.config.speculative_config,
-        "lora_config": None,
+        "lora_config": _lora_config(generation),
         "weight_transfer_config": None,
     }
+
+
+def _lora_config(generation: Generation) -> Json | None:
+    if not generation.base.models.adapters:
+        return None
+    config = generation.engine.engine.config
+    return {"max_loras": config.max_loras, "max_cpu_loras": config.max_cpu_loras}
 
 
 def add_info(generation: Generation, guarded: list[params.Depends]) -> None:

@@ -3,6 +3,7 @@
 from fastapi import Depends, Request, params
 
 from toolkit.serving.admin import schemas
+from toolkit.serving.admin.adapters import add_adapters
 from toolkit.serving.admin.control import Control
 from toolkit.serving.admin.info import add_info
 from toolkit.serving.admin.weights import add_weights
@@ -11,7 +12,10 @@ from toolkit.serving.generation import Generation
 from toolkit.serving.openapi import responses, takes, takes_query
 from toolkit.serving.parsing import parse, parse_query
 
-BODIES = (schemas.AbortRequest, schemas.InitRequest, schemas.StartRequest, schemas.UpdateRequest)
+BODIES = (
+    schemas.AbortRequest, schemas.InitRequest, schemas.StartRequest, schemas.UpdateRequest, schemas.LoadAdapterRequest,
+    schemas.UnloadAdapterRequest,
+)  # fmt: skip
 
 
 def add_routes(generation: Generation) -> None:
@@ -20,6 +24,7 @@ def add_routes(generation: Generation) -> None:
     guarded = [Depends(access.check)] if access.keys else [*base.guarded, Depends(access.check)]
     add_control(generation, guarded)
     add_weights(generation, guarded)
+    add_adapters(generation, guarded)
     add_info(generation, guarded)
 
 

@@ -180,3 +180,31 @@ class ServerInfo(BaseModel):
     numerics_fingerprint: dict[str, str]
     version: str
     weight_version: int
+
+
+class LoadAdapterRequest(Body):
+    """The body of ``/v1/load_lora_adapter``.
+
+    Args:
+        lora_name: by which requests choose it as their ``model``.
+        lora_path: a folder on the server with adapter_config.json and adapter_model.safetensors.
+        load_inplace: whether it may take the place of an adapter of this name; requests under way continue under it.
+        base_model_name: accepted and unused; there is one.
+    """
+
+    ignored = ("base_model_name",)
+    lora_name: str = Field(min_length=1, max_length=256)
+    lora_path: str = Field(min_length=1, max_length=4096)
+    load_inplace: bool = False
+
+
+class UnloadAdapterRequest(Body):
+    """The body of ``/v1/unload_lora_adapter``.
+
+    Args:
+        lora_name: of the adapter. Requests under way finish with it.
+        lora_int_id: accepted and unused; names tell adapters apart.
+    """
+
+    ignored = ("lora_int_id",)
+    lora_name: str = Field(min_length=1, max_length=256)

@@ -44,18 +44,17 @@ MESSAGES = "/v1/messages"
 def add_routes(generation: Generation) -> None:
     """Add the routes to the application of ``generation``."""
     base, texts = generation.base, generation.texts
-    model = base.names[0]
     base.add_error_style(MESSAGES, error_body)
 
     def read_messages(raw: bytes, identity: str) -> Asked:
         asked = parse(MessagesRequest, raw)
-        base.check_model(asked.model)
+        served = base.check_model(asked.model)
         chat, given = asked.chat(), asked.sampling()
         prompt = chat_prompt(texts, chat)
         plan = generation.replies.plan(prompt, chat.tools, chat.choice, given, chat.continued)
-        prompts, params = generation.sampling_params({**given, **plan.params}, [prompt], None)
+        prompts, params = generation.sampling_params({**given, **plan.params, **served.sampling}, [prompt], None)
         show = asked.thinking is None or asked.thinking.display != "omitted"
-        writer = MessageResponse(model, plan.parser(), show, identity)
+        writer = MessageResponse(served.name, plan.parser(), show, identity)
         return Asked(prompts, params, asked.stream, writer, ids=(writer.id,))
 
     def read_count(raw: bytes) -> int:

@@ -6,14 +6,14 @@ from typing import Any
 from fastapi import Request
 
 import toolkit
-from toolkit.sentences import shown
 from toolkit.serving.base import Base
-from toolkit.serving.errors import Json, RequestError
+from toolkit.serving.errors import Json
 from toolkit.serving.ollama import schemas
 from toolkit.serving.ollama.requests import OllamaShowRequest
 from toolkit.serving.ollama.responses import error_body, now
 from toolkit.serving.openapi import responses, takes
 from toolkit.serving.parsing import parse
+from toolkit.serving.served_models import ServedModel
 
 API = "/api"
 TAG = ":latest"
@@ -23,11 +23,9 @@ MANAGES = ("/api/blobs/{digest:path}", "/api/copy", "/api/create", "/api/pull", 
 ONE_MODEL = "This server serves the model that it was started with; none is pulled, made or copied over HTTP."
 
 
-def check_name(base: Base, asked: str) -> None:
-    """Raise RequestError for a name that the model does not have, with or without ``:latest``."""
-    if asked.removesuffix(TAG) not in base.names and asked not in base.names:
-        which = " or ".join(map(shown, base.names))
-        raise RequestError(f"'model' must be {which}, got {shown(asked)}.", "model", status=404)
+def check_name(base: Base, asked: str) -> ServedModel:
+    """What a name stands for, with or without ``:latest``. Raises RequestError for one that nothing has."""
+    return base.models.find(asked if asked in base.models.all else asked.removesuffix(TAG))
 
 
 def add_about(base: Base, capabilities: Sequence[str]) -> None:
@@ -51,12 +49,12 @@ def add_about(base: Base, capabilities: Sequence[str]) -> None:
 
     @base.app.get("/api/tags", dependencies=base.guarded, responses=responses(schemas.OllamaModels, **errors))
     async def tags() -> Json:
-        return {"models": [card(name) for name in base.names]}
+        return {"models": [card(name) for name in base.models.all]}
 
     @base.app.get("/api/ps", dependencies=base.guarded, responses=responses(schemas.OllamaModels, **errors))
     async def running() -> Json:
         loaded = {"expires_at": NO_EXPIRY, "size_vram": 0, "context_length": config.max_model_len}
-        return {"models": [{**card(name), **loaded} for name in base.names]}
+        return {"models": [{**card(name), **loaded} for name in base.models.all]}
 
     @base.app.get("/api/version", responses=responses(schemas.OllamaVersion, **errors))
     async def ollama_version() -> Json:

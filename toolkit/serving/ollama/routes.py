@@ -45,7 +45,7 @@ def add_routes(generation: Generation) -> None:
     add_about(base, ["completion", *(name for name, is_so in can.items() if is_so)])
 
     def planned(asked: OllamaRequest, chat: Chat | None, prompt: Any, ends: list[int], writer: Any) -> Asked:
-        given = asked.sampling()
+        given = asked.sampling() | check_name(base, asked.model).sampling
         if ends:
             given["stop_token_ids"] = ends
         if chat is None:

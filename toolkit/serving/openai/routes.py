@@ -37,7 +37,6 @@ BODIES = (
 def add_routes(generation: Generation) -> None:
     """Add the routes to the application of ``generation``."""
     base, texts, engine = generation.base, generation.texts, generation.engine
-    model = base.names[0]
 
     def with_prediction(asked: Sampling) -> dict[str, Any]:
         predicted = texts.prediction(asked.prediction.text) if asked.prediction is not None else None
@@ -45,21 +44,21 @@ def add_routes(generation: Generation) -> None:
 
     def read_completion(raw: bytes) -> Asked:
         asked = parse(CompletionRequest, raw)
-        base.check_model(asked.model)
+        served = base.check_model(asked.model)
         check_num_sequences(len(asked.prompt) * asked.candidates, engine.max_queued_seqs)
         read, ends = read_prompts(texts, asked)
         generation.check_tokens(read)
-        sampling = with_prediction(asked)
+        sampling = with_prediction(asked) | served.sampling
         if ends:
             sampling["stop_token_ids"] = [*asked.stop_token_ids, *ends]
         prompts, params = generation.sampling_params(sampling, read, asked.logprobs)
         echoes = read_echoes(texts, asked, prompts)
-        writer = CompletionResponse(model, texts, asked, asked.logprobs, prompts, generation.fingerprint, echoes)
+        writer = CompletionResponse(served.name, texts, asked, asked.logprobs, prompts, generation.fingerprint, echoes)
         return Asked(prompts, params, asked.stream, writer)
 
     def read_chat(raw: bytes) -> Asked:
         asked = parse(ChatRequest, raw)
-        base.check_model(asked.model)
+        served = base.check_model(asked.model)
         check_num_sequences(asked.n, engine.max_queued_seqs)
         given, tools, choice = with_prediction(asked), asked.read_tools(), asked.choice
         read = texts.chat(
@@ -71,9 +70,10 @@ def add_routes(generation: Generation) -> None:
         continued = asked.messages[-1].text if asked.continue_final_message else ""
         plan = generation.replies.plan(read, tools, choice, given, continued)
         top = (asked.top_logprobs or 0) if asked.logprobs else None
-        prompts, params = generation.sampling_params({**given, **plan.params}, [read], top, max_tokens=None)
+        sampling = {**given, **plan.params, **served.sampling}
+        prompts, params = generation.sampling_params(sampling, [read], top, max_tokens=None)
         writer = ChatResponse(
-            model, texts, asked, top, prompts, generation.fingerprint, plan=plan,
+            served.name, texts, asked, top, prompts, generation.fingerprint, plan=plan,
             shows_reasoning=asked.include_reasoning,
         )  # fmt: skip
         if asked.service_tier is not None:

@@ -126,6 +126,8 @@ class ModelCard(_Schema):
     owned_by: str
     max_model_len: int | None
     weight_version: int
+    parent: str | None
+    root: str | None
 
 
 class ModelList(_Schema):

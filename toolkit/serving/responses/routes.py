@@ -38,20 +38,20 @@ BODIES = (
 def add_routes(generation: Generation) -> None:
     """Add the route to the application of ``generation``."""
     base, texts = generation.base, generation.texts
-    model, longest = base.names[0], generation.config.max_model_len
+    longest = generation.config.max_model_len
 
     def read(raw: bytes) -> Asked:
         asked = parse(ResponsesRequest, raw)
-        base.check_model(asked.model)
+        served = base.check_model(asked.model)
         chat, given = asked.chat(), asked.sampling()
         if asked.truncation == "auto" and longest is not None:
             prompt = shortened_prompt(texts, chat, longest - (asked.max_output_tokens or 1))
         else:
             prompt = chat_prompt(texts, chat)
         plan = generation.replies.plan(prompt, chat.tools, chat.choice, given, chat.continued)
-        given |= plan.params
+        given |= plan.params | served.sampling
         prompts, params = generation.sampling_params(given, [prompt], asked.num_logprobs, max_tokens=None)
-        writer = ResponsesWriter(model, texts, asked, params[0], plan.parser())
+        writer = ResponsesWriter(served.name, texts, asked, params[0], plan.parser())
         return Asked(prompts, params, asked.stream, writer, ids=(writer.head["id"],))
 
     @base.app.post(

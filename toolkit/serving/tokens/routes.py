@@ -19,11 +19,12 @@ def add_routes(generation: Generation) -> None:
 
     def read(raw: bytes) -> Asked:
         asked = parse(GenerateRequest, raw)
-        base.check_model(asked.model)
+        served = base.check_model(asked.model)
         check_num_sequences(asked.sampling_params.n, engine.max_queued_seqs)
         generation.check_tokens([asked.token_ids], "token_ids")
-        given = generation.sampling_params(asked.sampling(), [asked.token_ids], asked.sampling_params.logprobs)
-        writer = GenerateResponse(base.names[0], asked)
+        sampling = asked.sampling() | served.sampling
+        given = generation.sampling_params(sampling, [asked.token_ids], asked.sampling_params.logprobs)
+        writer = GenerateResponse(served.name, asked)
         return Asked(*given, asked.stream, writer, ids=(writer.request_id,), keep_cancelled=True)
 
     @base.app.post(

@@ -1,0 +1,61 @@
+"""Adapters that come and go while the server runs, under vLLM's endpoints."""
+
+import asyncio
+
+from fastapi import Request, params
+
+from toolkit.errors import ToolkitError
+from toolkit.sentences import shown
+from toolkit.serving.admin import schemas
+from toolkit.serving.errors import Json, RequestError
+from toolkit.serving.generation import Generation
+from toolkit.serving.openapi import responses, takes
+from toolkit.serving.parsing import parse
+
+
+def add_adapters(generation: Generation, guarded: list[params.Depends]) -> None:
+    """``/v1/load_lora_adapter`` and ``/v1/unload_lora_adapter``."""
+    base, models, engine = generation.base, generation.base.models, generation.engine
+    app = base.app
+    changing = asyncio.Lock()
+
+    @app.post(
+        "/v1/load_lora_adapter",
+        dependencies=guarded,
+        responses=responses(schemas.Status),
+        openapi_extra=takes(schemas.LoadAdapterRequest),
+    )
+    async def load_lora_adapter(request: Request) -> Json:
+        asked = await base.read(request, lambda raw: parse(schemas.LoadAdapterRequest, raw))
+        if asked.lora_name in models.names:
+            message = f"'lora_name' must not be a name of the served model, got {shown(asked.lora_name)}."
+            raise RequestError(message, "lora_name")
+        async with changing:
+            try:
+                await asyncio.to_thread(
+                    engine.call,
+                    lambda: engine.engine.load_adapter(asked.lora_name, asked.lora_path, asked.load_inplace),
+                )
+            except RequestError:
+                raise
+            except ToolkitError as error:
+                field = "lora_name" if str(error).startswith("lora_name") else "lora_path"
+                raise RequestError(str(error), field) from None
+            models.adapters[asked.lora_name] = asked.lora_path
+        return {"status": "loaded"}
+
+    @app.post(
+        "/v1/unload_lora_adapter",
+        dependencies=guarded,
+        responses=responses(schemas.Status),
+        openapi_extra=takes(schemas.UnloadAdapterRequest),
+    )
+    async def unload_lora_adapter(request: Request) -> Json:
+        asked = await base.read(request, lambda raw: parse(schemas.UnloadAdapterRequest, raw))
+        async with changing:
+            if asked.lora_name not in models.adapters:
+                message = f"There is no adapter {shown(asked.lora_name)}."
+                raise RequestError(message, "lora_name", status=404, code="model_not_found")
+            del models.adapters[asked.lora_name]  # first, so that no request is read that finds it no more
+            await asyncio.to_thread(engine.call, lambda: engine.engine.unload_adapter(asked.lora_name))
+        return {"status": "unloaded"}
