@@ -8,6 +8,7 @@ import torch
 import toolkit
 from toolkit.errors import ToolkitError
 from toolkit.patching import report_of
+from toolkit.patching.adapters.linear import fused_linear
 from toolkit.testing.models import random_model
 from toolkit.testing.oracle import eager, lifted_to_double
 from train_patches.peft import fuse_adapters
@@ -172,6 +173,30 @@ def test_wider_adapters_and_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         expected, got = loss_and_gradients(oracle), loss_and_gradients(model)
     assert relative(got[0], expected[0]) < 1e-2
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_float32_factors_on_a_bfloat16_layer_with_bias(use_dora):
+    def made():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(2)
+            layer = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(32, 48)}).to(torch.bfloat16)
+            config = lora(["q_proj"], use_dora=use_dora)
+            return peft.inject_adapter_in_model(config, layer)["q_proj"]
+
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
+    results = []
+    for forward in (type(made()).forward, fused_linear(type(made()).forward)):
+        wrapper = made()
+        factors = [p.requires_grad_() for name, p in wrapper.named_parameters() if "lora_" in name]
+        for factor in factors:
+            factor.data = factor.data.float()
+        y = forward(wrapper, x)
+        assert y.dtype == torch.bfloat16
+        results.append([y, *torch.autograd.grad(y.float().square().sum(), factors)])
+    assert len(results[0]) == (4 if use_dora else 3)
+    for expected, got in zip(*results):
+        torch.testing.assert_close(got.float(), expected.float(), rtol=0, atol=0.02 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])

@@ -127,7 +127,7 @@ def _add(
         for name in every
     ]
     a, b, scaling = zip(*factors)
-    scaled = any(scale is not None for scale in scales)
+    scaled, bias = any(scale is not None for scale in scales), module.base_layer.bias
     result = lora_add(
         base.to(dtype),
         dropped,
@@ -135,10 +135,14 @@ def _add(
         b,
         scaling,
         ids,
-        column_scales=[found.get(name) for name in every] if scaled else None,
-        bias=module.base_layer.bias if scaled else None,
+        column_scales=[_cast(found.get(name), dtype) for name in every] if scaled else None,
+        bias=_cast(bias, dtype) if scaled else None,
     )
     return result.to(base.dtype)
+
+
+def _cast(row: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if row is None else row.to(dtype)
 
 
 def _kept_scale(module: Any, name: str, rows: RowAdapters) -> Tensor:
