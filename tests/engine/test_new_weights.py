@@ -1,5 +1,7 @@
 """New weights in a model that serves: experts that checkpoints store one by one, tied heads, bfloat16, adapters."""
 
+import time
+
 import pytest
 import torch
 
@@ -112,3 +114,27 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, chang
     with AsyncEngine(Engine(model)) as engine, pytest.raises(ToolkitError):
         write_new_weights(engine, model, state)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_no_step_runs_while_weights_are_written(tmp_path, monkeypatch):
+    model = load_model(saved(tmp_path / "old", tied(), 1))[0]
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with AsyncEngine(Engine(model)) as engine:
+        handle = engine.submit([PROMPT], SamplingParams(max_tokens=100, ignore_eos=True))
+        next(iter(handle))
+        steps = []
+        load = model.load_state_dict
+
+        def watched(weights):
+            steps.append((engine.is_paused, engine.engine.stats()["num_steps"]))
+            for _ in range(50):
+                time.sleep(0.001)
+            steps.append((engine.is_paused, engine.engine.stats()["num_steps"]))
+            return load(weights)
+
+        monkeypatch.setattr(model, "load_state_dict", watched)
+        write_new_weights(engine, model, state)
+        assert steps[0][0]
+        assert steps[0] == steps[1]
+        assert not engine.is_paused
+        handle.cancel()

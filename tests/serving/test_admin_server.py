@@ -1,6 +1,7 @@
 """A real server process that is paused, put to sleep and woken while it generates."""
 
 import json
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,9 +18,19 @@ NUM_REQUESTS, MAX_TOKENS = 12, 48
 @pytest.fixture(scope="module")
 def server(chat_model, tmp_path_factory):
     log = tmp_path_factory.mktemp("log") / "requests.jsonl"
-    options = ("--port", "0", "--enable-admin-endpoints", "--max-num-seqs", "4", "--log-requests", str(log))
+    options = (
+        "--port",
+        "0",
+        "--enable-admin-endpoints",
+        "--max-num-seqs",
+        "4",
+        "--log-requests",
+        str(log),
+        "--grace",
+        "1",
+    )
     with serving(chat_model, *options) as one, httpx.Client(base_url=one.url, timeout=60) as http:
-        yield SimpleNamespace(http=http, log=log)
+        yield SimpleNamespace(http=http, log=log, process=one.process)
 
 
 def asked(at, **fields):
@@ -138,3 +149,17 @@ def test_a_request_runs_out_of_time_while_the_server_is_stopped(server, stop, go
         assert server.http.get("/load").json() == {"server_load": 0}
     finally:
         server.http.post(go_on).raise_for_status()
+
+
+# The last test of the module: it ends the module's server.
+def test_a_paused_server_ends_by_itself_and_tells_those_who_wait(server):
+    server.http.post("/pause?mode=keep").raise_for_status()
+    with ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(server.http.post, "/v1/completions", json=asked(at)) for at in range(2)]
+        while server.http.get("/load").json()["server_load"] < 2:
+            time.sleep(0.005)
+        server.process.send_signal(signal.SIGTERM)
+        for one in waiting:
+            assert one.result(30).status_code == 503
+            assert "shutting down" in one.result().json()["error"]["message"]
+    assert server.process.wait(30) == 0

@@ -51,7 +51,7 @@ def server(chat_model):
 def fresh(folders, chat_model):
     """(token ids, logprobs) of a new engine on the weights of a folder."""
 
-    def of(folder):
+    def of(folder, prompt=PROMPT):
         whole = folder
         if not (folder / "config.json").is_file():
             whole = folders.root / f"whole-{folder.name}"
@@ -59,7 +59,7 @@ def fresh(folders, chat_model):
                 shutil.copytree(folder, whole)
                 shutil.copy(chat_model / "config.json", whole)
         with Engine(load_model(str(whole))[0]) as engine:
-            (completion,) = engine.generate([PROMPT], SamplingParams(**SAMPLING))
+            (completion,) = engine.generate([prompt], SamplingParams(**SAMPLING))
         return completion.token_ids, completion.logprobs
 
     return of
@@ -135,6 +135,8 @@ def test_weights_that_change_while_requests_run_are_told_apart_token_by_token(se
     assert versions == sorted(versions)
     assert set(versions) == {old, version(server.http)}
     same_bits(bits(generate(server.http)), fresh(folders.one))
+    whole = [*PROMPT, *found[0]["token_ids"]]  # its state is of both weights, and is not hit
+    same_bits(bits(generate(server.http, token_ids=whole)), fresh(folders.one, whole))
 
 
 def broken(folders, kind):
@@ -246,6 +248,19 @@ def test_a_trainer_of_other_numerics_is_refused_with_the_part_that_differs(serve
     assert missing.json()["error"]["message"].endswith("got none.")
     more = initialise({**ours, "triton": "3.6"}).json()["error"]["message"]
     assert "must have no triton, as this server has in bitwise mode, got '3.6'." in more
+
+
+def test_the_model_is_described_to_clients_of_other_servers(server, chat_model):
+    info = server.http.get("/get_model_info").json()
+    assert info["model_path"] == str(chat_model)
+    assert (info["is_generation"], info["max_model_len"], info["dtype"]) == (True, 4096, "float32")
+    assert info["weight_version"] == version(server.http)
+    props = server.http.get("/props").json()
+    assert props["total_slots"] == 8
+    assert props["default_generation_settings"]["n_ctx"] == 4096
+    assert props["default_generation_settings"]["params"]["temperature"] == 1.0
+    assert "{% for m in messages %}" in props["chat_template"]
+    assert props["modalities"] == {"vision": False, "audio": False}
 
 
 def test_tokens_are_streamed_and_their_ends_say_which_weights_sampled_them(server):

@@ -167,10 +167,8 @@ def run(args: argparse.Namespace) -> int:
     options = {name: getattr(args, name) for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs")}
     http = HttpOptions(timeout_keep_alive=args.timeout_keep_alive, **options)
     lora_modules(args.lora_modules)
-    (
-        _access(args),
-        operation_of(args),
-    )  # what is wrong with the options is known before the model is read, and so is a port that is taken
+    _access(args)  # what is wrong with the options is known before the model is read, and so is a port that is taken
+    args.operation = operation_of(args)
     template = _chat_template(args.chat_template)
     from toolkit.chat.reply import reading_of
 
@@ -329,7 +327,7 @@ def _run(args: argparse.Namespace, listener: socket.socket, http: Any, device: s
     from toolkit.serving.server import serve
 
     names = args.served_model_name or [Path(args.model).resolve().name]
-    access = {**_access(args), **operation_of(args)}
+    access = {**_access(args), **args.operation}
     docs = not args.disable_fastapi_docs
     batch_folder = None if args.batch_folder is None else Path(args.batch_folder)
     config = ServerConfig(

@@ -6,6 +6,7 @@ from typing import Any
 from fastapi import Request, params
 
 import toolkit
+from toolkit.engine import SamplingParams
 from toolkit.serving.admin import schemas
 from toolkit.serving.errors import Json
 from toolkit.serving.generation import Generation
@@ -52,7 +53,7 @@ def _lora_config(generation: Generation) -> Json | None:
 
 
 def add_info(generation: Generation, guarded: list[params.Depends]) -> None:
-    """``/server_info``, ``/get_world_size``, and for clients ``/get_model_info``."""
+    """``/server_info``, ``/get_world_size``, and for clients ``/get_model_info`` and ``/props``."""
     base, engine = generation.base, generation.engine
     app = base.app
 
@@ -90,6 +91,30 @@ def add_info(generation: Generation, guarded: list[params.Depends]) -> None:
             "weight_version": base.weight_version,
             "max_model_len": generation.config.max_model_len,
             "dtype": str(engine.engine.backend.dtype).removeprefix("torch."),
+        }
+
+    @app.get("/props", dependencies=base.guarded, responses=responses(schemas.Props))
+    async def props() -> Json:
+        params = SamplingParams(**generation.config.default_sampling_params)
+        names = (
+            "temperature",
+            "top_k",
+            "top_p",
+            "min_p",
+            "repetition_penalty",
+            "presence_penalty",
+            "frequency_penalty",
+        )
+        return {
+            "default_generation_settings": {
+                "n_ctx": generation.config.max_model_len,
+                "params": {name: getattr(params, name) for name in names},
+            },
+            "total_slots": engine.engine.scheduler.max_running,
+            "model_path": _path(engine.engine),
+            "chat_template": getattr(generation.config.tokenizer, "chat_template", None) or "",
+            "modalities": {"vision": generation.config.processor is not None, "audio": False},
+            "build_info": f"toolkit {toolkit.__version__}",
         }
 
 

@@ -164,6 +164,26 @@ class ModelInfo(_Schema):
     dtype: str
 
 
+class Props(_Schema):
+    """llama.cpp's description of a server.
+
+    Args:
+        default_generation_settings: ``n_ctx``, and the sampling parameters of a request that gives none.
+        total_slots: sequences that run at the same time.
+        model_path: of the model.
+        chat_template: a Jinja template; "" for none.
+        modalities: what prompts may have besides text.
+        build_info: name and version.
+    """
+
+    default_generation_settings: dict[str, Any]
+    total_slots: int
+    model_path: str
+    chat_template: str
+    modalities: dict[str, bool]
+    build_info: str
+
+
 class ServerInfo(BaseModel):
     """What is served, in vLLM's form, and what is this server's.
 
