@@ -300,3 +300,22 @@ def test_rows_beyond_two_to_the_31_elements_and_a_dtype_that_is_named():
     assert all(torch.equal(*pair) for at in (2, 3) for pair in zip(found[0][at], found[1][at], strict=True))
     with pytest.raises(ToolkitError, match="float64"):
         batch.mapped(torch.Tensor.double)()
+
+
+@only_triton
+@pytest.mark.usefixtures("impl")
+def test_a_step_with_the_adapters_of_an_earlier_one_makes_no_table(monkeypatch):
+    from toolkit.ops.lora_linear import triton_table
+
+    made = []
+    build = triton_table._build
+    monkeypatch.setattr(triton_table, "_build", lambda *arguments: made.append(1) or build(*arguments))
+    batch = make_batch(6, 32, 16, (4, 2), scaled=(True, False))
+    first = batch()
+    batch.a[0].mul_(2.0)  # written in place, as by an optimizer
+    second = replace(batch, x=batch.x.clone(), adapters=batch.adapters.flip(0))()
+    assert made == [1]
+    assert not torch.equal(first, second)
+    torch.testing.assert_close(second, oracle(replace(batch, adapters=batch.adapters.flip(0))), rtol=0, atol=1e-4)
+    replace(batch, scaling=[3.0, 4.0])()
+    assert made == [1, 1]
