@@ -102,8 +102,8 @@ def write_tasks(folder: Path) -> None:
         whole = tokenizer(question)["input_ids"] + said(question, 1)
         right = first if tokenizer(question + first)["input_ids"] == whole else " " + text(1)
         choices.append({"question": question, "choices": [right, *wrong], "answer": at % 2})
-        answer = tokenizer.decode(said(question, NEW_TOKENS), skip_special_tokens=True)
-        texts.append({"question": question, "answer": answer if at % 2 else text(2)})
+        reply = tokenizer.decode(said(question, NEW_TOKENS), skip_special_tokens=True)
+        texts.append({"question": question, "answer": reply if at % 2 else text(2)})
     (folder / "yaml").mkdir()
     for name, rows, rest in (("choice", choices, CHOICE), ("generate", texts[:12], GENERATE)):
         data = folder / f"{name}.jsonl"
