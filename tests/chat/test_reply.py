@@ -197,3 +197,10 @@ def test_families_are_recognised_by_their_chat_templates():
 def test_unknown_names_are_errors_with_the_known_ones(field):
     with pytest.raises(ToolkitError, match=f"{field} must be one of 'auto', 'none', .*got 'x'"):
         reading_of(None, None, **{field: "x"})
+
+
+def test_long_whitespace_is_kept_whole():
+    parser = ReplyParser(HERMES, THINK, TOOLS)
+    events = [event for _ in range(20_000) for event in parser.feed(" \n")]
+    assert events == []
+    assert parser.feed("x") == [ContentText(" \n" * 20_000 + "x")]

@@ -67,7 +67,7 @@ class ReplyParser:
         self._source = Source()
         self._events: list[Event] = []
         self._calls = CallWriter(self._source, self._events.append, self._new_id, tools, most_calls)
-        self._pending_space = ""
+        self._pending_space: list[str] = []
         self._written = False  # content, so that whitespace before more of it counts
         self._after_call = False
         self._content: Callable[[str], None] = self._write_content
@@ -114,7 +114,7 @@ class ReplyParser:
                 break
             if self._reasoning is not None and marker == self._reasoning.begin:
                 source.at += len(marker)
-                self._pending_space = ""
+                self._pending_space = []
                 yield from self._read_reasoning()
                 if self._format is not None and self._format.bare and not self._written:
                     yield from self._read_bare(self._format)
@@ -143,15 +143,16 @@ class ReplyParser:
 
     def _read_reasoning(self) -> Reading:
         assert self._reasoning is not None
-        source, held = self._source, [""]
+        source = self._source
+        held: list[str] = []
         yield from space(source)
 
         def write(text: str) -> None:
-            text = held[0] + text
             kept = text.rstrip(_SPACE)
-            held[0] = text[len(kept) :]
             if kept:
-                self._events.append(ReasoningText(kept))
+                self._events.append(ReasoningText("".join([*held, kept])))
+                held.clear()
+            held.append(text[len(kept) :])
 
         yield from until(source, [self._reasoning.end], write)
         yield from space(source)
@@ -187,7 +188,7 @@ class ReplyParser:
                     self._write_content(source.take(len(marker)))
                     source.release()
                     return
-                self._pending_space = ""
+                self._pending_space = []
                 # The rest of what the marker opened: what is no call is content.
                 marker = (yield from until(source, [*form.ends, *form.begins], self._content)) if form.ends else None
                 if marker in form.begins:
@@ -195,7 +196,7 @@ class ReplyParser:
                     continue
             marker = None
         source.release()
-        self._pending_space, self._after_call = "", True
+        self._pending_space, self._after_call = [], True
 
     def _give_up(self) -> None:
         if self._calls.open:
@@ -204,19 +205,22 @@ class ReplyParser:
 
     def _write_content(self, text: str) -> None:
         """Content, whose last whitespace waits for what follows it."""
-        text = self._pending_space + text
         kept = text.rstrip(_SPACE) if self._format is not None or self._reasoning is not None else text
-        self._pending_space = text[len(kept) :]
         if kept:
+            behind, kept = text[len(kept) :], "".join([*self._pending_space, kept])
+            self._pending_space = []
             if self._after_call and not self._written:
                 kept = kept.lstrip(_SPACE)
             self._events.append(ContentText(kept))
             self._written, self._after_call = True, False
+            text = behind
+        if text:
+            self._pending_space.append(text)
 
     def _flush_space(self) -> None:
-        if self._pending_space:
-            self._events.append(ContentText(self._pending_space))
-            self._pending_space = ""
+        if text := "".join(self._pending_space):
+            self._events.append(ContentText(text))
+            self._pending_space = []
 
 
 def _joined(events: Sequence[Event]) -> list[Event]:

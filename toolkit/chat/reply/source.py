@@ -166,6 +166,8 @@ def short_name(source: Source, markers: Sequence[str]) -> Generator[None, None, 
 
     def write(text: str) -> None:
         parts.append(text)
+        if sum(map(len, parts)) > 512:
+            raise Malformed
         if "".join(parts).strip():
             checked_name("".join(parts))
 
