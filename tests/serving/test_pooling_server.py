@@ -6,7 +6,6 @@ import re
 import signal
 import threading
 import time
-from contextlib import contextmanager
 
 import httpx
 import numpy as np
@@ -14,9 +13,9 @@ import openai
 import pytest
 import torch
 import torch.nn.functional as F
-import uvicorn
 from fastapi.testclient import TestClient
 
+from tests.helpers.app_on_port import on_a_port
 from tests.helpers.pooling_models import SEQUENCES, TOKENS, bert_tokenizer, hidden_of, logits_of, pooling_model
 from tests.helpers.server_process import serving
 from tests.helpers.told_engine import ToldEngine, client_of
@@ -60,21 +59,6 @@ def cross_encoded(one, other):
 
 def embedding_of(ids, dimensions=None):
     return F.normalize(hidden_of(pooling_model("qwen3"), ids)[-1, :dimensions], dim=0)
-
-
-@contextmanager
-def on_a_port(app):
-    """The address of the application on a socket, for clients that want one."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", ws="none"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.005)
-    try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(30)
 
 
 def check_embeddings(url):
