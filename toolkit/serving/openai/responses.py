@@ -58,6 +58,12 @@ def usage(prompt_tokens: int, completion_tokens: int) -> Json:
     }
 
 
+def total_usage(used: Usage) -> Json:
+    """``usage`` of a whole request."""
+    details = {"prompt_tokens_details": {"cached_tokens": sum(used.cached_tokens)}}
+    return {**usage(sum(used.prompt_tokens), sum(used.completion_tokens)), **details}
+
+
 class CompletionResponse:
     """Responses of ``/v1/completions``.
 

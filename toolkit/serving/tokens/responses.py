@@ -10,7 +10,7 @@ from toolkit.engine import Completion, Delta
 from toolkit.engine.prompt_logprobs import ranked
 from toolkit.serving.errors import Json, RequestError, error_body
 from toolkit.serving.generation import Usage
-from toolkit.serving.openai.responses import END_OF_STREAM, event, json_parts, usage
+from toolkit.serving.openai.responses import END_OF_STREAM, event, json_parts, total_usage
 from toolkit.serving.openai.schemas import ChatLogprobs
 from toolkit.serving.openai.schemas import Usage as UsageSchema
 from toolkit.serving.tokens.requests import GenerateRequest
@@ -76,7 +76,7 @@ class GenerateResponse:
             "prompt_logprobs": self._prompt_logprobs(finished[0]),
             "kv_transfer_params": None,
             "weight_version": max(versions, default=None),
-            "usage": usage(sum(used.prompt_tokens), sum(used.completion_tokens)),
+            "usage": total_usage(used),
         }
         for part in json_parts(body):
             yield part.encode()
@@ -113,7 +113,7 @@ class GenerateResponse:
         """The usage, where it is asked for, and the end of the stream."""
         options = self._asked.stream_options
         if options is not None and options.include_usage:
-            counts = usage(sum(used.prompt_tokens), sum(used.completion_tokens))
+            counts = total_usage(used)
             yield event({**self._head, "choices": [], "usage": counts})
         yield END_OF_STREAM
 
