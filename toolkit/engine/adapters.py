@@ -16,6 +16,7 @@ from toolkit.errors import ToolkitError, must_be_one_of
 from toolkit.patching.adapters import (
     active_adapter,
     adapter_names,
+    adapter_parts,
     check_choosable,
     internal_name,
     load_adapter,
@@ -25,6 +26,7 @@ from toolkit.patching.adapters import (
     take_out,
 )
 from toolkit.patching.adapters.files import Parts
+from toolkit.patching.eval_mode import eval_mode
 from toolkit.patching.text_part import adapted_outside
 from toolkit.sentences import shown
 from toolkit.state import WeightKeys
@@ -46,7 +48,7 @@ class LoadedAdapter:
     name: str
     folder: Path
     host: Parts | None = None
-    stamp: int = 0
+    stamp: tuple[int, int] = (0, 0)
     dropped: bool = False
     last_used: int = 0
 
@@ -99,6 +101,7 @@ class ModelAdapters:
         self._allowed: set[str] = set()
         self._keys: tuple[tuple[int, tuple[str, ...]], WeightKeys] | None = None
         self._active: tuple[int, str | None] = (-1, None)
+        self._looked = -1
         self._steps = 0
         scheduler.may_run = self._may_run
 
@@ -111,6 +114,10 @@ class ModelAdapters:
     @property
     def _internal_names(self) -> dict[str, str]:
         return {internal_name(name): name for name in self._loaded}
+
+    def _internal(self, name: str) -> str:
+        """The name in the model: PEFT's own where it was there before."""
+        return internal_name(name) if name in self._loaded else name
 
     @property
     def _hosted(self) -> list[Parts]:
@@ -135,16 +142,21 @@ class ModelAdapters:
         model, internal = self._backend.model, internal_name(name)
         if not name:
             raise ToolkitError("lora_name must be text that is not empty, got ''.")
-        taken = name in self.names
+        taken = name in self.names or (name not in self._loaded and internal in adapter_names(model))
         if taken and not (replace and name in self._loaded):
             raise ToolkitError(f"lora_name must be a name that no adapter has, got {shown(name)}.")
         if name in self._leaving:
             raise ToolkitError(f"adapter {shown(name)} must have no requests under way to be loaded again.")
         arriving = f"{internal}%" if taken else internal  # no internal name ends so
+        states = self._backend.layers()
         load_adapter(model, arriving, folder, self._hosted)
         try:
             self._backend.version()
-            check_choosable(model, arriving)
+            self._check_choosable(arriving)
+            if states != self._backend.layers():
+                raise ToolkitError(
+                    f"adapter {shown(name)} must keep what layers remember of a token, got another state."
+                )
         except ToolkitError:
             self._remove(arriving)
             raise
@@ -185,14 +197,19 @@ class ModelAdapters:
                 if known
                 else f"lora_name must be None for a model without adapters, got {name!r}."
             )
-        check_choosable(self._backend.model, name)
+        self._check_choosable(name)
         if name not in self._chosen:
             self._chosen.add(name)
             self._changed()
 
+    def _check_choosable(self, name: str) -> None:
+        model = self._backend.model
+        with eval_mode(model, adapter_parts(model)):
+            check_choosable(model, name)
+
     def check_text_alone(self, name: str) -> None:
         """Raise ToolkitError where an adapter adapts more than the text part: pictures are encoded without adapters."""
-        outside = adapted_outside(self._backend.model, internal_name(name))
+        outside = adapted_outside(self._backend.model, self._internal(name))
         if outside is not None:
             raise ToolkitError(
                 f"adapter {name!r} must adapt the text part alone for a prompt with pictures, got {outside}."
@@ -237,6 +254,24 @@ class ModelAdapters:
             self._loaded[name].last_used = self._steps
         return failed
 
+    def lost(self) -> dict[str, str]:
+        """Of adapters that are gone from the model, as ``delete_adapter`` leaves it: why requests cannot have them.
+
+        Nobody may choose them any more. Looks where the layout has changed since the last call.
+        """
+        if self._looked == self._backend.clock.layout:
+            return {}
+        self._looked = self._backend.clock.layout
+        deleted = set(self.table) - set(adapter_names(self._backend.model))
+        if not deleted:
+            return {}
+        names = {self._internal_names.get(name, name) for name in deleted}
+        self._chosen -= names
+        self._leaving -= names
+        self._loaded = {name: one for name, one in self._loaded.items() if name not in names}
+        self._changed()
+        return {name: f"adapter {name!r} must stay in the model until its requests end." for name in names}
+
     def weight_keys(self) -> WeightKeys:
         """Keys and versions of what rows may choose, as of now."""
         version = self._backend.version()
@@ -256,7 +291,8 @@ class ModelAdapters:
         table = self.table if active is None or active in self.table else (*self.table, active)
         index: dict[str | None, int] = {name: at for at, name in enumerate(table)}
         found = {
-            name: index.get(active, -1) if name is None else index[internal_name(name)] for name in dict.fromkeys(names)
+            name: index.get(active, -1) if name is None else index[self._internal(name)]
+            for name in dict.fromkeys(names)
         }
         return table, [found[name] for name in names]
 
@@ -274,7 +310,7 @@ class ModelAdapters:
         present = {internal_name(name) for name, one in self._loaded.items() if one.in_model} | self._chosen
         self.table = tuple(sorted(present))
         self._backend.version()
-        self._backend.clock.watch(self.table)
+        self._backend.clock.watch(self.table, self)
 
     def _room(self) -> bool:
         """Whether one more adapter fits into the model, or another one can leave it."""

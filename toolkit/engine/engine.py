@@ -367,8 +367,7 @@ class Engine:
         self.requests.end_expired()
         if self.is_closed or self.is_sleeping:
             return
-        self.requests.bring_adapters()
-        self.see_weights()
+        self.requests.bring_adapters(self.see_weights)
         if self.speculation is not None:
             self.speculation.draft(self.scheduler.running)
         chunks, features = self._encoded(self.scheduler.schedule(self._weights))

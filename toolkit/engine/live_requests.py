@@ -2,6 +2,7 @@
 
 import heapq
 import time
+from collections.abc import Callable, Mapping
 
 from toolkit.engine.adapters import ModelAdapters
 from toolkit.engine.outputs import Delta, FinishReason, whole
@@ -101,12 +102,26 @@ class LiveRequests:
         while self.seconds_left() == 0:
             self.end(self.by_id[heapq.heappop(self._deadlines)[1]], "timeout")
 
-    def bring_adapters(self) -> None:
-        """Put the adapters that the next step needs into the model; requests whose adapter cannot be read end."""
-        failed = self._adapters.prepare() if self._adapters is not None else {}
-        for request in list(self.by_id.values()) if failed else ():
-            if request.params.lora_name in failed:
-                self.end(request, "error", failed[request.params.lora_name])
+    def bring_adapters(self, see_weights: Callable[[], object]) -> None:
+        """Put the adapters that the next step needs into the model; requests end whose adapter is not there.
+
+        Args:
+            see_weights: looks at what the weights are now.
+        """
+        if self._adapters is not None:
+            self._end_without(self._adapters.prepare())
+        see_weights()
+        lost = self._adapters.lost() if self._adapters is not None else {}
+        if lost:
+            self._end_without(lost)
+            see_weights()
+
+    def _end_without(self, adapters: Mapping[str, str]) -> None:
+        """End requests that have chosen one of ``adapters``, for the reason that it has there."""
+        for request in list(self.by_id.values()) if adapters else ():
+            name = request.params.lora_name
+            if name is not None and name in adapters:
+                self.end(request, "error", adapters[name])
 
     def close(self) -> None:
         """Cancel them all, and let go of the pool."""

@@ -17,7 +17,7 @@ from toolkit.errors import ToolkitError
 from toolkit.numerics import Numerics
 from toolkit.ops.executor import step_threads
 from toolkit.patching import patch, report_of
-from toolkit.patching.adapters import fuse_adapters, inner_model, refresh_scales, vocabulary_size
+from toolkit.patching.adapters import adapter_parts, fuse_adapters, inner_model, refresh_scales, vocabulary_size
 from toolkit.patching.eval_mode import eval_mode
 from toolkit.patching.forward import context_forward
 from toolkit.patching.multimodal import encode, expand, span_layers, takes_media
@@ -97,6 +97,7 @@ class PatchedModel:
         self.graphs = DecodeGraphs(model)
         self.clock = weight_clock(model)
         self._seen = (-1, -1)
+        self._adapter_parts: list[nn.Module] = []
 
     def layers(self) -> abc.Sequence[StateSpec]:
         return state_spec(self.model)
@@ -132,6 +133,7 @@ class PatchedModel:
             if seen[0] != self._seen[0]:
                 check_unsharded(self.model, "generating")
                 fuse_adapters(self.model, self.numerics)
+                self._adapter_parts = adapter_parts(self.model)
             refresh_scales(self.model)
             self._seen = seen
         return version
@@ -169,7 +171,7 @@ class PatchedModel:
             return encode(self.model, item)
 
     def forward(self, context: PagedContext, rows: Tensor) -> Tensor:
-        with eval_mode(self.model):
+        with eval_mode(self.model, self._adapter_parts):
             self.graphs.own_threads = False
             if self.graphs.serves(context):
                 logits = self.graphs.forward(context)

@@ -10,6 +10,7 @@ from toolkit.patching.adapters.choose import active_adapter, adapter_names, adap
 from toolkit.patching.adapters.files import internal_name, load_adapter, move, put_in, remove_adapter, take_out
 from toolkit.patching.adapters.find import (
     adapter_layers,
+    adapter_parts,
     base_module,
     inner_model,
     unwrapped,
@@ -28,6 +29,7 @@ __all__ = [
     "adapter_entries",
     "adapter_layers",
     "adapter_names",
+    "adapter_parts",
     "adapter_report",
     "adapts",
     "base_module",

@@ -58,7 +58,8 @@ def _reason(module: Any, name: str) -> str | None:
         return "has experts that are not patched" if name in module.lora_A and experts is None else None
     if not is_switch(module):
         return None
-    acts = name in _names(module) or (bool(module._active_adapter) and not module._disable_adapters)
+    whole = name in (getattr(module, "modules_to_save", None) or ())
+    acts = whole or name in _names(module) or (bool(module._active_adapter) and not module._disable_adapters)
     if not is_fused(module):
         return f"is a {type(module).__name__} that runs PEFT's own forward" if acts else None
     if name not in _names(module):
@@ -68,7 +69,7 @@ def _reason(module: Any, name: str) -> str | None:
     if not hasattr(module, "lora_A"):
         return "trains some rows"
     if not is_fusible(module, name, 1):
-        return "has a variant of LoRA that is not DoRA, or biases"
+        return "has a variant of LoRA that is not DoRA, biases, or DoRA with dropout in train mode"
     if not factors_fit(module, name, module.base_layer.weight.dtype):
         return f"has factors of a narrower dtype than the layer ({module.lora_A[name].weight.dtype})"
     return None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from toolkit.errors import ToolkitError, first_line
-from toolkit.patching.adapters.find import adapter_layers, is_adapter
+from toolkit.patching.adapters.find import adapter_layers, adapter_parts, is_adapter
 from toolkit.sentences import shown
 
 Parts = list[tuple[Any, str, Any]]
@@ -44,7 +44,7 @@ def load_adapter(model: nn.Module, name: str, folder: str | Path, kept: Iterable
     old: dict[nn.Module, Any] = {module: module._active_adapter for module in _switches(model)}
     active: Any = next(iter(old.values()), [])
     configs = dict(getattr(model, "peft_config", {}))
-    known = getattr(model, "peft_config", None)
+    known, before = getattr(model, "peft_config", None), set(adapter_parts(model))
     with _unchanged_gradients(model):
         try:
             inject_adapter_in_model(config, model, name, low_cpu_mem_usage=True)
@@ -54,6 +54,8 @@ def load_adapter(model: nn.Module, name: str, folder: str | Path, kept: Iterable
             if wrong:
                 raise ToolkitError(f"its tensors must be those of its target modules, but {wrong[0]} is not")
             _cast(model, name)
+            for part in set(adapter_parts(model)) - before:
+                part.training = model.training  # what PEFT adds is in train mode
         except Exception as problem:
             remove_adapter(model, name, kept)
             reason = first_line(problem).rstrip(".")
@@ -99,7 +101,10 @@ def read_adapter(folder: str | Path) -> tuple[Any, dict[str, Tensor]]:
 
 def _without_base(model: nn.Module, tensors: dict[str, Tensor], folder: str | Path) -> dict[str, Tensor]:
     """The adapter's own tensors. PEFT saves embeddings and heads that it adapts beside it: they must be the model's."""
-    own = {name.replace(".base_layer.", "."): parameter for name, parameter in model.named_parameters()}
+    own = {
+        name.replace(".base_layer.", "."): parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
     for name in [name for name in tensors if "lora_" not in name]:
         mine = own.get(name.removeprefix("base_model.model.").replace(".base_layer.", "."))
         if (

@@ -28,6 +28,17 @@ def adapter_layers(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if is_adapter(module)]
 
 
+def adapter_parts(model: nn.Module) -> list[nn.Module]:
+    """The wrappers of PEFT's in the model and all that they have beside the wrapped modules, dropout among it."""
+    inside = {id(part) for module in adapter_layers(model) for part in module.base_layer.modules()}
+    return [
+        part
+        for module in adapter_layers(model)
+        for part in module.modules()
+        if id(part) not in inside or is_adapter(part)
+    ]
+
+
 def parameter_wrappers(module: nn.Module) -> tuple[list[Any], nn.Module]:
     """The wrappers of parameters around a module, outermost first, and that module."""
     wrappers: list[Any] = []

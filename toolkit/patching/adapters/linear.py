@@ -53,13 +53,17 @@ def fused_linear(own: Callable[..., Any], head: bool = False) -> Callable[..., A
     return forward
 
 
-def is_fusible(module: Any, name: str, active: int) -> bool:
-    """Whether ``fused_linear`` computes adapter ``name`` of a wrapper that has ``active`` active adapters."""
+def is_fusible(module: Any, name: str, active: int, evaluates: bool = False) -> bool:
+    """Whether ``fused_linear`` computes adapter ``name`` of a wrapper that has ``active`` active adapters.
+
+    Args:
+        evaluates: asks for eval mode: dropout in train mode is not fused with DoRA.
+    """
     if any(type(part) is not nn.Linear or part.bias is not None for part in (module.lora_A[name], module.lora_B[name])):
         return False
     if name not in getattr(module, "lora_variant", {}):
         return True
-    dropped = module.training and not isinstance(module.lora_dropout[name], nn.Identity)
+    dropped = module.training and not evaluates and not isinstance(module.lora_dropout[name], nn.Identity)
     return is_dora(module, name) and active == 1 and not dropped
 
 

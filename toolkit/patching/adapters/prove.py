@@ -36,7 +36,7 @@ def _probe(module: Any, own: Callable[..., Any]) -> ProbeError:
         if not active and not copied.disable_adapters:  # adapters that rows choose
             copied._active_adapter = active = list(copied.lora_A)[:1]
         for name in active:
-            if not is_fusible(copied, name, len(active)):
+            if not is_fusible(copied, name, len(active), evaluates=True):
                 raise NotImplementedError(f"adapter {name!r} is neither plain LoRA nor DoRA alone")
         return [[random_input(2, 3, width, like=copied)]]
 

@@ -42,7 +42,8 @@ class WeightClock:
         self._copies = steps_of_copies()
         self._base = 0
         self._adapters: dict[str, int] = {}
-        self._watched: tuple[str, ...] = ()
+        self._watchers: weakref.WeakKeyDictionary[object, frozenset[str]] = weakref.WeakKeyDictionary()
+        self._watched: frozenset[str] = frozenset()
         self._selections: dict[Any, int] = {}
         self.changes = 0
         self.layout = 0
@@ -64,12 +65,17 @@ class WeightClock:
             self._versions[key] = next(self._numbers)
         return self._versions[key]
 
-    def watch(self, adapters: Sequence[str]) -> None:
-        """Look at the tensors of ``adapters`` too, which rows may choose, in the place of those named before."""
+    def watch(self, adapters: Sequence[str], watcher: object) -> None:
+        """Look at the tensors of ``adapters`` too, which rows may choose, as long as ``watcher`` lives.
+
+        They take the place of those that it named before.
+        """
         model = self._model()
-        if model is not None and tuple(adapters) != self._watched:
+        self._watchers[watcher] = frozenset(adapters)
+        watched = frozenset().union(*self._watchers.values())
+        if model is not None and watched != self._watched:
             self._look(model)
-            self._watched = tuple(adapters)
+            self._watched = watched
             self._tensors = self._new_tensors(model)
             self.changes += 1
 
@@ -90,14 +96,17 @@ class WeightClock:
         self._base, self.key = base, self.key._replace(weights=base)
         self.changes += 1
 
-    def stamp(self, name: str) -> int:
-        """What stands for the state of an adapter's tensors, to be given to ``restore``."""
-        return self._adapters.get(name, 0)
+    def stamp(self, name: str) -> tuple[int, int]:
+        """What stands for the state of an adapter's tensors now, to be given to ``restore``."""
+        self.version()
+        number = self._number_of_adapter(name)
+        return self._adapters[name], number
 
-    def restore(self, name: str, stamp: int) -> None:
+    def restore(self, name: str, stamp: tuple[int, int]) -> None:
         """Say that an adapter which was taken out of the model is there again, as it was at ``stamp``."""
         self.version()
-        self._adapters[name] = stamp
+        self._adapters[name] = stamp[0]
+        self._selections[self._selection_of(name)] = stamp[1]
         self.key = self._current()
         self.changes += 1
 
@@ -166,8 +175,10 @@ class WeightClock:
 
     def _number_of_adapter(self, name: str) -> int:
         """The number of what an adapter adds where nothing else does, active or chosen by a row."""
-        version = self._adapters.setdefault(name, 0)
-        return self._number_of((self._switches.scaling_of(name), ((name, version),)))
+        return self._number_of(self._selection_of(name))
+
+    def _selection_of(self, name: str) -> Any:
+        return self._switches.scaling_of(name), ((name, self._adapters.setdefault(name, 0)),)
 
     def _number_of(self, selection: tuple[Any, tuple[tuple[str, int], ...]]) -> int:
         if selection not in self._selections:
