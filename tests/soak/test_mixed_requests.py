@@ -12,12 +12,14 @@ from collections import Counter
 import pytest
 
 import toolkit
+from tests.helpers.adapter_folders import save_adapter
 from toolkit.engine import AsyncEngine, Engine, SamplingParams
 from toolkit.testing.models import random_model, tiny_tokenizer
 
 CLIENTS = 8
 CHECKED = 20  # one of so many answers is computed again, alone
 FORMS = ["[ab]{3,9}", "(the|a) (page|engine)", "[0-9]{2,4}", "x+y"]
+ADAPTERS = ("one", "two", "three")
 SOAK = int(os.environ.get("TOOLKIT_SOAK_REQUESTS", "100000"))
 MIB = 1 << 20
 
@@ -70,6 +72,7 @@ class Client(threading.Thread):
             "logprobs": chance.choice((None, None, 2)),
             "priority": chance.choice((0, 0, -1, 1)),
             "cache_salt": chance.choice((None, None, None, "salt")),
+            "lora_name": chance.choice((None, None, None, *ADAPTERS)),
             "seed": chance.randrange(1 << 40),
         }
         return SamplingParams(**{**defaults, **given})
@@ -127,7 +130,7 @@ class Client(threading.Thread):
             predicted[self.chance.randrange(len(predicted))] = 5
         params = self.params(
             n=1, seed=params.seed, temperature=params.temperature, max_tokens=params.max_tokens,
-            repetition_penalty=params.repetition_penalty, predicted_token_ids=predicted,
+            repetition_penalty=params.repetition_penalty, lora_name=params.lora_name, predicted_token_ids=predicted,
         )  # fmt: skip
         (again,) = self.engine.generate([prompt], params)
         assert (again.token_ids, again.logprobs) == (first.token_ids, first.logprobs)
@@ -154,17 +157,23 @@ def rounds(engine, count, seed, prefixes):
     ],
 )
 def test_mixed_requests(count, tmp_path):
+    pytest.importorskip("peft")
     tokenizer = tiny_tokenizer()
     model = random_model("llama", layers=1, vocabulary=len(tokenizer))
+    folders = [save_adapter(model, tmp_path / name, at, rank=2 + at) for at, name in enumerate(ADAPTERS)]
     toolkit.patch(model)
     chance = random.Random(0)
     prefixes = [[chance.randrange(3, 90) for _ in range(30)] for _ in range(12)]
     engine = Engine(
         model, tokenizer, block_size=4, num_blocks=16, max_num_seqs=8, max_num_batched_tokens=48, max_model_len=64,
-        swap_space=1e-5, kv_host_space=1e-4, kv_disk_space=2e-4, kv_disk_folder=str(tmp_path), seed=1,
-        speculative_config={"method": "ngram", "prompt_lookup_min": 1, "adaptive": False},
+        swap_space=1e-5, kv_host_space=1e-4, kv_disk_space=2e-4, kv_disk_folder=str(tmp_path / "disk"), seed=1,
+        speculative_config={"method": "ngram", "prompt_lookup_min": 1, "adaptive": False}, max_loras=2,
     )  # fmt: skip
-    plain = Engine(model, tokenizer, block_size=4, max_model_len=64, enable_prefix_caching=False)
+    same = random_model("llama", layers=1, vocabulary=len(tokenizer))
+    plain = Engine(same, tokenizer, block_size=4, max_model_len=64, enable_prefix_caching=False)
+    for name, folder in zip(ADAPTERS, folders):
+        engine.load_adapter(name, folder)
+        plain.load_adapter(name, folder)
     happened, resident, parts = Counter(), [], 5
     with AsyncEngine(engine, max_queued_seqs=64) as running:
         for part in range(parts):
@@ -187,6 +196,7 @@ def test_mixed_requests(count, tmp_path):
     assert stats["num_used_blocks"] == stats["num_requests_running"] == stats["num_requests_waiting"] == 0
     assert not engine.speculation.failed
     assert not engine.has_work
-    assert list(tmp_path.iterdir()) == []
+    assert list((tmp_path / "disk").iterdir()) == []
+    assert engine.adapters.num_evictions > 3
     if count >= 20_000:  # before, caches fill
         assert resident[-1] - resident[1] < 48 * MIB, [value // MIB for value in resident]
