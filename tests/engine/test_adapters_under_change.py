@@ -170,3 +170,15 @@ def test_an_adapter_that_changes_what_layers_remember_is_refused_and_harms_nobod
             engine.load_adapter("a", folder)
         engine.reset_prefix_cache()
         assert outcome(completed(engine)) == outcome(expected)
+
+
+def test_a_folder_that_has_become_another_kind_is_refused_when_it_is_read_again(tmp_path):
+    model = random_model("llama")
+    folders = {name: save_adapter(model, tmp_path / name, seed) for seed, name in enumerate("ab")}
+    with Engine(model, max_loras=1, max_cpu_loras=1) as engine:
+        for name, folder in folders.items():
+            engine.load_adapter(name, folder)
+        completed(engine, "b")
+        save_adapter(random_model("llama"), folders["a"], lora_bias=True)
+        assert "adapter 'a' must be LoRA or DoRA that rows can choose" in completed(engine, "a").error
+        assert completed(engine, "b").finish_reason == "length"

@@ -148,18 +148,7 @@ class ModelAdapters:
         if name in self._leaving:
             raise ToolkitError(f"adapter {shown(name)} must have no requests under way to be loaded again.")
         arriving = f"{internal}%" if taken else internal  # no internal name ends so
-        states = self._backend.layers()
-        load_adapter(model, arriving, folder, self._hosted)
-        try:
-            self._backend.version()
-            self._check_choosable(arriving)
-            if states != self._backend.layers():
-                raise ToolkitError(
-                    f"adapter {shown(name)} must keep what layers remember of a token, got another state."
-                )
-        except ToolkitError:
-            self._remove(arriving)
-            raise
+        self._read(name, arriving, folder)
         if taken:
             old = self._loaded[name]
             if old.in_model:
@@ -347,7 +336,7 @@ class ModelAdapters:
         name, model = internal_name(adapter.name), self._backend.model
         adapter.last_used = self._steps
         if adapter.host is None:
-            load_adapter(model, name, adapter.folder, self._hosted)
+            self._read(adapter.name, name, adapter.folder)
             adapter.dropped = False
         else:
             move(adapter.host, self._backend.device)
@@ -357,6 +346,21 @@ class ModelAdapters:
         self._allowed.add(adapter.name)
         self._leave_room(model, keep=adapter.name)
         self._changed()
+
+    def _read(self, name: str, internal: str, folder: str | Path) -> None:
+        """Put the adapter of a folder into the model; ToolkitError where rows cannot choose it."""
+        states = self._backend.layers()
+        load_adapter(self._backend.model, internal, folder, self._hosted)
+        try:
+            self._backend.version()
+            self._check_choosable(internal)
+            if states != self._backend.layers():
+                raise ToolkitError(
+                    f"adapter {shown(name)} must keep what layers remember of a token, got another state."
+                )
+        except ToolkitError:
+            self._remove(internal)
+            raise
 
     def _remove(self, name: str) -> None:
         with self._backend.clock.adapters_alone():
