@@ -182,3 +182,11 @@ def test_a_folder_that_has_become_another_kind_is_refused_when_it_is_read_again(
         save_adapter(random_model("llama"), folders["a"], lora_bias=True)
         assert "adapter 'a' must be LoRA or DoRA that rows can choose" in completed(engine, "a").error
         assert completed(engine, "b").finish_reason == "length"
+
+
+def test_an_adapter_that_peft_adds_to_other_layers_may_be_chosen_at_once():
+    model = adapted(a={})
+    with Engine(model) as engine:
+        expected = completed(engine, "a")
+        model.add_adapter("b", peft.LoraConfig(**{**SMALL, "target_modules": ["o_proj"]}))
+        assert outcome(completed(engine, "b")) != outcome(expected) == outcome(completed(engine, "a"))

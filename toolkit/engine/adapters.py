@@ -193,6 +193,7 @@ class ModelAdapters:
 
     def _check_choosable(self, name: str) -> None:
         model = self._backend.model
+        self._backend.version()  # fuses what is new
         with eval_mode(model, adapter_parts(model)):
             check_choosable(model, name)
 
@@ -352,7 +353,6 @@ class ModelAdapters:
         states = self._backend.layers()
         load_adapter(self._backend.model, internal, folder, self._hosted)
         try:
-            self._backend.version()
             self._check_choosable(internal)
             if states != self._backend.layers():
                 raise ToolkitError(
