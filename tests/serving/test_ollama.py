@@ -149,6 +149,7 @@ WRONG = [
     ("show", {"model": "large"}, 404, "'model' must be 'tiny', got 'large'."),
     ("pull", {}, 400, "none is pulled, made or copied over HTTP."),
     ("nothing", {}, 404, "There is no POST /api/nothing."),
+    ("embeddings", {}, 404, "There is no POST /api/embeddings; use /api/embed."),
     ("embed", {"input": "a"}, 400, "The served model generates"),
 ]
 

@@ -31,6 +31,7 @@ from toolkit.serving.middleware import REQUEST_ID_HEADERS, CountRequests, HeadAs
 from toolkit.serving.numerics_check import NumericsCheck
 from toolkit.serving.openai import schemas
 from toolkit.serving.openapi import responses
+from toolkit.serving.paths import meant_path
 from toolkit.serving.request_log import JsonLog, LogRequests, record_of
 from toolkit.serving.running import RunningRequests, request_id
 from toolkit.serving.served_models import ServedModel, ServedModels
@@ -184,7 +185,9 @@ class Base:
             if allow and request.method == "OPTIONS":
                 return Response(status_code=204, headers=allow)
             asked = f"{request.method} {shown(request.url.path)[1:-1]}"
-            about = {404: f"There is no {asked}.", 405: f"{asked} is not allowed."}
+            meant = meant_path(request) if error.status_code == 404 else None
+            instead = f"; use {shown(meant)[1:-1]}" if meant else ""
+            about = {404: f"There is no {asked}{instead}.", 405: f"{asked} is not allowed."}
             message = about.get(error.status_code, f"{error.detail}.")
             return self._error_response(request, RequestError(message, status=error.status_code), allow)
 

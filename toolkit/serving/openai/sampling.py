@@ -32,6 +32,7 @@ IGNORED = (
     "service_tier",
     "store",
     "user",
+    "verbosity",
 )
 """Fields of the OpenAI API that current clients send and that change no token: accepted with any value, and unused."""
 
