@@ -156,7 +156,7 @@ class ModelAdapters:
             put_in(take_out(model, arriving), internal)
             self._backend.version()  # before it may be evicted again: its stamp is another one
         self._loaded[name] = LoadedAdapter(name, Path(folder).resolve(), last_used=self._steps)
-        self._leave_room(model, keep=name)
+        self._leave_room(keep=name)
         self._changed()
 
     def unload(self, name: str) -> None:
@@ -308,7 +308,7 @@ class ModelAdapters:
             return True
         return any(one.in_model and name not in self._allowed for name, one in self._loaded.items())
 
-    def _leave_room(self, model: object, keep: str) -> None:
+    def _leave_room(self, keep: str) -> None:
         """Evict until the bounds hold: what is in use stays, and then ``keep`` where it can."""
         in_use = {one.params.lora_name for one in self._scheduler.running} | (self._allowed if self._uses else set())
         by_age = sorted(self._loaded.values(), key=lambda one: one.last_used)
@@ -334,7 +334,7 @@ class ModelAdapters:
         self.num_evictions += 1
 
     def _bring_in(self, adapter: LoadedAdapter) -> None:
-        name, model = internal_name(adapter.name), self._backend.model
+        name = internal_name(adapter.name)
         adapter.last_used = self._steps
         if adapter.host is None:
             self._read(adapter.name, name, adapter.folder)
@@ -345,7 +345,7 @@ class ModelAdapters:
             adapter.host = None
             self._backend.clock.restore(name, adapter.stamp)
         self._allowed.add(adapter.name)
-        self._leave_room(model, keep=adapter.name)
+        self._leave_room(keep=adapter.name)
         self._changed()
 
     def _read(self, name: str, internal: str, folder: str | Path) -> None:
