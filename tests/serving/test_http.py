@@ -39,7 +39,7 @@ def test_a_key_in_any_spelling_of_the_scheme_and_any_encoding():
             assert status(client, wrong) == status(client) == 401
         refused = client.post(COMPLETIONS, content=b"{")  # before the body is read
         assert (refused.status_code, refused.headers["www-authenticate"]) == (401, "Bearer")
-        for path in ("/health", "/ping", "/version", "/metrics", "/openapi.json"):
+        for path in ("/", "/health", "/ping", "/version", "/metrics", "/openapi.json"):
             assert status(client, path=path) == 200
 
 

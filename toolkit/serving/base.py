@@ -229,6 +229,10 @@ class Base:
             self.check_model(asked)
             return card(asked)
 
+        @app.get("/", response_class=PlainTextResponse, responses=responses(text=True))
+        async def root() -> PlainTextResponse:  # Ollama's command line asks whether a server is there
+            return PlainTextResponse(f"toolkit {toolkit.__version__} serves {self.names[0]}.\n")
+
         @app.get("/health", responses=responses(schemas.Health))
         async def health() -> JSONResponse:
             if engine.failure is not None:
