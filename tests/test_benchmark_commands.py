@@ -20,6 +20,7 @@ COMMANDS = {
     "moe_overlap": "--tokens 16 --hidden-size 32 --intermediate-size 16 --chunks 2 --repeats 1",
     "fuzz": "--requests 150",
     "decode": "--models thin --batch 1 2 --repeats 1",
+    "adapters": "--layers 1 --batch 4 --adapters 3 --repeats 1",
     "structured": "--layers 1 --batch 2 --repeats 1",
     "speculation": "--tasks random rollout --batch 2 --new-tokens 8 --repeats 1",
     "narrow": "--layers 1 --new-tokens 2 --repeats 1",

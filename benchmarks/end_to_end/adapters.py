@@ -116,6 +116,8 @@ def main() -> None:
         settings = {name: getattr(arguments, name) for name in ("threads", "layers", "batch", "adapters")}
         kept = {**settings, "ranks": RANKS, "rows that differ": differing, "seconds": found, "speed": speed}
         print(f"written to {write_json(arguments.json, kept)}")
+    if differing:
+        raise SystemExit(f"{differing} rows differ from the same rows alone.")
 
 
 if __name__ == "__main__":

@@ -64,7 +64,9 @@ def ask(client, **fields):
 def test_the_names_and_kinds_are_those_of_vllm(client):
     found = dict(re.findall(r"^# TYPE toolkit:(\w+) (\w+)$", client.get("/metrics").text, re.M))
     assert {name: found.get(name) for name in VLLM_NAMES} == VLLM_NAMES
-    beside = set(found) - set(VLLM_NAMES)
+    offloading = {name for name in found if name.startswith(("kv_host_", "kv_disk_", "kv_restored_"))}
+    assert len(offloading) == 8
+    beside = set(found) - set(VLLM_NAMES) - offloading
     assert beside == {"http_requests_total", "num_blocks", "num_cached_blocks", "weight_version"}
 
 
