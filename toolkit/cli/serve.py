@@ -105,6 +105,7 @@ def _add_api_options(group: Any) -> None:
     group.add_argument(
         "--batch-folder", metavar="FOLDER", help="where files and batches are kept (default: a temporary one)"
     )
+    group.add_argument("--disable-page", action="store_true", help="serve no page for browsers at /")
     group.add_argument("--disable-fastapi-docs", action="store_true", help="serve no /docs and no /openapi.json")
 
 
@@ -335,6 +336,7 @@ def _run(args: argparse.Namespace, listener: socket.socket, http: Any, device: s
         max_body_size=args.payload_limit,
         root_path=args.root_path,
         docs=docs,
+        page=not args.disable_page,
         batch_folder=batch_folder,
         **access,
         **what,

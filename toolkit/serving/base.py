@@ -72,6 +72,7 @@ class ServerConfig:
         tool_call_parser: how tool calls are read: a name of ``chat.reply.families``, "auto" or "none".
         reasoning_parser: how reasoning is read, in the same way.
         docs: whether ``/docs`` and ``/openapi.json`` are served.
+        page: whether ``/`` is a page for browsers.
         batch_folder: of files and batches; None for a temporary one.
         admin: who may use the admin endpoints.
         read_weights: (folder, model, what the request calls it) -> its state dict for the model; None updates none.
@@ -94,6 +95,7 @@ class ServerConfig:
     cors: Cors | None = None
     root_path: str = ""
     docs: bool = True
+    page: bool = True
     batch_folder: Path | None = None
     tool_call_parser: str = "auto"
     reasoning_parser: str = "auto"
@@ -228,10 +230,6 @@ class Base:
         async def model(asked: str) -> Json:
             self.check_model(asked)
             return card(asked)
-
-        @app.get("/", response_class=PlainTextResponse, responses=responses(text=True))
-        async def root() -> PlainTextResponse:  # Ollama's command line asks whether a server is there
-            return PlainTextResponse(f"toolkit {toolkit.__version__} serves {self.names[0]}.\n")
 
         @app.get("/health", responses=responses(schemas.Health))
         async def health() -> JSONResponse:
