@@ -100,8 +100,8 @@ def test_objects_and_tags(client, path):
     [
         (
             {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {}}}}},
-            "structured_outputs must not have 'not' in a JSON schema, which cannot be enforced.",
-            "structured_outputs",
+            "'response_format.json_schema.schema' must not have 'not' in a JSON schema, which cannot be enforced.",
+            "response_format.json_schema.schema",
         ),
         (
             {"structured_outputs": {"regex": "(?=a)"}},

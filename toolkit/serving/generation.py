@@ -24,6 +24,9 @@ SHORT_RESPONSE = 1000
 """Log-probabilities in a response that is written on the event loop."""
 
 
+FORM_FIELD = "structured_outputs"
+
+
 @dataclass
 class Usage:
     """Tokens of a request so far.
@@ -98,6 +101,14 @@ class Asked:
     keep_cancelled: bool = False
 
 
+def about_form(error: ToolkitError, field: str) -> ToolkitError:
+    """``error`` about the request's own ``field``, where it is about ``structured_outputs``; any other as it is."""
+    name, _, rest = str(error).partition(" ")
+    if field == FORM_FIELD or name.partition(".")[0] != FORM_FIELD:
+        return error
+    return RequestError(f"'{field}' {rest}", field)
+
+
 class Generation:
     """What the routes of a model that generates share.
 
@@ -131,7 +142,12 @@ class Generation:
                 raise RequestError(message, field)
 
     def sampling_params(
-        self, given: dict[str, Any], prompts: Sequence[Any], logprobs: int | None, **defaults: Any
+        self,
+        given: dict[str, Any],
+        prompts: Sequence[Any],
+        logprobs: int | None,
+        form_field: str = FORM_FIELD,
+        **defaults: Any,
     ) -> tuple[Sequence[Any], list[SamplingParams]]:
         """The prompts, cut where that is asked for, and the parameters of each.
 
@@ -139,11 +155,15 @@ class Generation:
             given: arguments of ``SamplingParams`` that the request gives.
             prompts: of the request.
             logprobs: as in ``SamplingParams``.
+            form_field: of the request that says the form of the output, for errors about it.
             defaults: of the protocol, behind those of the server.
         """
-        params = SamplingParams(**{**defaults, **self.config.default_sampling_params, **given}, logprobs=logprobs)
-        if params.form is not None:
-            self.engine.engine.grammars.compile(params.form)  # here, where nobody else waits for it
+        try:
+            params = SamplingParams(**{**defaults, **self.config.default_sampling_params, **given}, logprobs=logprobs)
+            if params.form is not None:
+                self.engine.engine.grammars.compile(params.form)  # here, where nobody else waits for it
+        except ToolkitError as error:
+            raise about_form(error, form_field) from None
         if params.truncate_prompt_tokens is not None:
             most = self.engine.engine.max_sequence_len
             prompts = [truncated(one, params, most) if isinstance(one, list) else one for one in prompts]

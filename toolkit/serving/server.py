@@ -136,7 +136,10 @@ def serve(
         access_log=False,
         timeout_graceful_shutdown=int(grace + AFTER_GRACE) + 1,
     )
-    _Server(config, server, grace, ready).run(sockets=[listener])
+    try:
+        _Server(config, server, grace, ready).run(sockets=[listener])
+    finally:
+        gc.unfreeze()  # what stays frozen is listed by Triton's bindings as leaked when the process ends
 
 
 class _Server(uvicorn.Server):

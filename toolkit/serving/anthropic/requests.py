@@ -209,6 +209,11 @@ class MessagesRequest(CountTokensRequest):
     def _stops_are_short(cls, stop: list[str]) -> list[str]:
         return short_together("stop_sequences", stop, MAX_STOP_CHARACTERS)
 
+    @property
+    def form_field(self) -> str:
+        """The field that says the form of the output."""
+        return "output_format.schema" if self.output_format is not None else "output_config.format.schema"
+
     def sampling(self) -> Json:
         """Keyword arguments for ``SamplingParams``: what the request gave; the defaults live there."""
         names = {"max_tokens", "temperature", "top_p", "top_k"}

@@ -52,7 +52,8 @@ def add_routes(generation: Generation) -> None:
         chat, given = asked.chat(), asked.sampling()
         prompt = chat_prompt(texts, chat)
         plan = generation.replies.plan(prompt, chat.tools, chat.choice, given, chat.continued)
-        prompts, params = generation.sampling_params({**given, **plan.params, **served.sampling}, [prompt], None)
+        sampling = {**given, **plan.params, **served.sampling}
+        prompts, params = generation.sampling_params(sampling, [prompt], None, asked.form_field)
         show = asked.thinking is None or asked.thinking.display != "omitted"
         writer = MessageResponse(served.name, plan.parser(), show, identity)
         return Asked(prompts, params, asked.stream, writer, ids=(writer.id,))

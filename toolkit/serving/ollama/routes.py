@@ -55,7 +55,7 @@ def add_routes(generation: Generation) -> None:
             given, parser = {**given, **plan.params}, plan.parser()
         if "max_tokens" in given and longest is not None:
             given["max_tokens"] = min(given["max_tokens"], max(1, longest - prompt_length(prompt)))
-        prompts, params = generation.sampling_params(given, [prompt], asked.num_logprobs, max_tokens=None)
+        prompts, params = generation.sampling_params(given, [prompt], asked.num_logprobs, "format", max_tokens=None)
         return Asked(prompts, params, asked.stream, writer(asked.model, texts, parser, asked.num_logprobs), LINES)
 
     def only_loaded(asked: OllamaRequest, content: Json) -> Response:

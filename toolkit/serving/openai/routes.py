@@ -51,7 +51,7 @@ def add_routes(generation: Generation) -> None:
         sampling = with_prediction(asked) | served.sampling
         if ends:
             sampling["stop_token_ids"] = [*asked.stop_token_ids, *ends]
-        prompts, params = generation.sampling_params(sampling, read, asked.logprobs)
+        prompts, params = generation.sampling_params(sampling, read, asked.logprobs, asked.form_field)
         echoes = read_echoes(texts, asked, prompts)
         writer = CompletionResponse(served.name, texts, asked, asked.logprobs, prompts, generation.fingerprint, echoes)
         return Asked(prompts, params, asked.stream, writer)
@@ -71,7 +71,7 @@ def add_routes(generation: Generation) -> None:
         plan = generation.replies.plan(read, tools, choice, given, continued)
         top = (asked.top_logprobs or 0) if asked.logprobs else None
         sampling = {**given, **plan.params, **served.sampling}
-        prompts, params = generation.sampling_params(sampling, [read], top, max_tokens=None)
+        prompts, params = generation.sampling_params(sampling, [read], top, asked.form_field, max_tokens=None)
         writer = ChatResponse(
             served.name, texts, asked, top, prompts, generation.fingerprint, plan=plan,
             shows_reasoning=asked.include_reasoning,

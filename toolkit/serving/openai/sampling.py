@@ -147,6 +147,13 @@ class Sampling(VllmFields):
             raise ValueError("'structured_outputs' is given, and so is 'response_format'; give one.")
         return self
 
+    @property
+    def form_field(self) -> str:
+        """The field that says the form of the output."""
+        asked = self.response_format
+        schema = asked is not None and asked.type == "json_schema"
+        return "response_format.json_schema.schema" if schema else "response_format" if asked else "structured_outputs"
+
     def sampling(self) -> dict[str, Any]:
         """Keyword arguments for ``SamplingParams``: what the request gave; the defaults live there."""
         names = set(Sampling.model_fields) - NOT_SAMPLING

@@ -50,7 +50,9 @@ def add_routes(generation: Generation) -> None:
             prompt = chat_prompt(texts, chat)
         plan = generation.replies.plan(prompt, chat.tools, chat.choice, given, chat.continued)
         given |= plan.params | served.sampling
-        prompts, params = generation.sampling_params(given, [prompt], asked.num_logprobs, max_tokens=None)
+        prompts, params = generation.sampling_params(
+            given, [prompt], asked.num_logprobs, "text.format.schema", max_tokens=None
+        )
         writer = ResponsesWriter(served.name, texts, asked, params[0], plan.parser())
         return Asked(prompts, params, asked.stream, writer, ids=(writer.head["id"],))
 
