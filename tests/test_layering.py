@@ -26,7 +26,7 @@ PACKAGES = {
     "chat": set(),
     "llm": {"llm", "engine", "loading"},
 }
-EVERYWHERE = {"lazy", "chat", "errors", "machine", "numerics", "registry", "sentences", "strict_json"}
+EVERYWHERE = {"lazy", "chat", "errors", "files", "machine", "numerics", "registry", "sentences", "strict_json"}
 KNOW_TRANSFORMERS = {"patching", "exporting", "testing", "cli", "training", "loading", "chat"}
 
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from tests.helpers.training_recipes import tiny_recipe, write_corpus
+from toolkit import files
 from toolkit.errors import ToolkitError
 from toolkit.loading import find_source
 from toolkit.loading.run import latest, name_of, step_of, steps_in
-from toolkit.training import checkpoint, files
+from toolkit.training import checkpoint
 from toolkit.training.loop import Trainer
 from toolkit.training.metrics import Metrics, read_metrics
 from toolkit.training.schedule import make_optimizer

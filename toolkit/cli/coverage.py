@@ -34,9 +34,9 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Exit status 1 where an architecture is patched and wrong. Prints a Markdown table."""
     from toolkit.errors import ToolkitError, nearest
+    from toolkit.files import write_atomic
     from toolkit.testing.architectures import architectures, registered
     from toolkit.testing.coverage import Row, measure_all
-    from toolkit.training.files import write_atomic
 
     known = list(registered(args.kind))
     for name in args.architectures:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from toolkit.files import sync
 from toolkit.registry import Registry
 
 
@@ -36,19 +37,11 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         yield staging
         for file in staging.rglob("*"):
-            _flush(file)
-        _flush(staging)
+            sync(file)
+        sync(staging)
         if path.exists():
             path.rmdir()
         os.replace(staging, path)
-        _flush(path.parent)
+        sync(path.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

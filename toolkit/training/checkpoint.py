@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.errors import ToolkitError
+from toolkit.files import sync, write_atomic
 from toolkit.loading.run import LATEST, name_of, steps_in
-from toolkit.training.files import sync, write_atomic
 
 MANIFEST = "manifest.json"
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from toolkit.config import Recipe, dump
 from toolkit.errors import ToolkitError
 from toolkit.exporting.completeness import checkpoint_folder
+from toolkit.files import write_atomic
 from toolkit.loading import processor_files
 from toolkit.loading.run import name_of
 from toolkit.machine import describe_cpus
@@ -29,7 +30,6 @@ from toolkit.patching import expert_layers
 from toolkit.strict_json import strict_json
 from toolkit.training import checkpoint
 from toolkit.training.accelerator import make_accelerator
-from toolkit.training.files import write_atomic
 from toolkit.training.freezing import freeze_parameters
 from toolkit.training.indexers import IndexerTraining, freeze_indexers
 from toolkit.training.metrics import FILE as METRICS

@@ -5,8 +5,8 @@ import os
 from pathlib import Path
 from typing import IO, Any
 
+from toolkit.files import write_atomic
 from toolkit.strict_json import strict_json
-from toolkit.training.files import write_atomic
 
 FILE = "metrics.jsonl"
 PLOTS = "plots"

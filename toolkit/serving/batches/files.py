@@ -1,6 +1,5 @@
 """Files in a folder, with what is known of each beside it."""
 
-import os
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -11,6 +10,7 @@ from typing import BinaryIO, Generic, Literal, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from toolkit.errors import ToolkitError
+from toolkit.files import replacing
 from toolkit.sentences import shown
 from toolkit.serving.batches.schemas import FileObject
 from toolkit.serving.errors import RequestError
@@ -109,12 +109,5 @@ def new_id(prefix: str) -> str:
 @contextmanager
 def written_aside(path: Path) -> Iterator[BinaryIO]:
     """A file to write, which takes the place of ``path`` once it is whole; nothing of it is left after an error."""
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with aside.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with replacing(path, uuid.uuid4().hex[:8]) as aside, aside.open("xb") as file:
+        yield file

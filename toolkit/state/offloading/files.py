@@ -1,9 +1,7 @@
 """Files of entries: safetensors, written aside and renamed, each entry with a checksum."""
 
-import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from toolkit.files import replacing
 from toolkit.state.offloading.entries import Entry
 from toolkit.state.prefix_key import PrefixKey
 
@@ -46,20 +45,9 @@ def write_entries(path: Path, entries: Sequence[Entry], fingerprint: str, sync: 
         "entries": json.dumps(described),
         "checksums": json.dumps(checksums),
     }
-    staging = path.with_name(f".{path.name}.new")
-    try:
+    with replacing(path, durable=sync) as staging:
         save_file({str(at): entry.content for at, entry in enumerate(entries)}, staging, metadata)
-        if sync:
-            _sync(staging)
-        size = staging.stat().st_size
-        os.replace(staging, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            staging.unlink()
-        raise
-    if sync:
-        _sync(path.parent)
-    return size
+        return staging.stat().st_size
 
 
 def read_entries(
@@ -99,11 +87,3 @@ def _checksum(fields: dict[str, Any], content: Tensor) -> str:
     found = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     found.update(content.numpy().data)
     return found.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
 from toolkit.config import Recipe
 from toolkit.config.objective import ObjectiveSection
 from toolkit.errors import ToolkitError
-from toolkit.training.files import write_atomic
+from toolkit.files import write_atomic
 from toolkit.training.signals import StopRequest
 from toolkit.training.tasks import ProblemStream, Task
 
