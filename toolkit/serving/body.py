@@ -55,6 +55,13 @@ class Body(BaseModel):
         return kept
 
 
+def one_or_several(field: str, given: Any) -> Any:
+    """A text as a list of one; a list as it is. Raises ValueError for anything else."""
+    if not isinstance(given, str | list):
+        raise ValueError(f"'{field}' must be text or a list of texts, got {shown(given)}.")
+    return [given] if isinstance(given, str) else given
+
+
 def short_together(field: str, texts: list[str], most: int) -> list[str]:
     """``texts`` if they have at most ``most`` characters together. Raises ValueError."""
     total = sum(map(len, texts))

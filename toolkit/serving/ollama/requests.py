@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 
 from toolkit.chat.tools import Tool, ToolCall
 from toolkit.sentences import shown
-from toolkit.serving.body import Body, short_together
+from toolkit.serving.body import Body, one_or_several, short_together
 from toolkit.serving.conversation import Chat, ChatMessage, Image, merged, system_first
 from toolkit.serving.errors import Json
 from toolkit.serving.openai.requests import MAX_MESSAGES
@@ -61,9 +61,7 @@ class OllamaOptions(OllamaPart):
     @field_validator("stop", mode="before", json_schema_input_type=str | list[str])
     @classmethod
     def _one_stop_is_a_list_of_one(cls, stop: Any) -> Any:
-        if not isinstance(stop, str | list):
-            raise ValueError(f"'options.stop' must be text or a list of texts, got {shown(stop)}.")
-        return [stop] if isinstance(stop, str) else stop
+        return one_or_several("options.stop", stop)
 
     @field_validator("stop")
     @classmethod

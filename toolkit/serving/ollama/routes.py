@@ -1,5 +1,6 @@
 """``/api/chat`` and ``/api/generate``, and the routes that say what is served."""
 
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import Request, Response
@@ -83,6 +84,10 @@ def add_routes(generation: Generation) -> None:
         chat = asked.chat()
         return planned(asked, chat, chat_prompt(texts, chat), [], GenerateResponse)
 
+    async def respond(request: Request, read: Callable[[bytes], Asked | Response]) -> Response:
+        given = await base.read(request, read)
+        return given if isinstance(given, Response) else await generation.respond(request, given)
+
     @base.app.post(
         "/api/chat",
         dependencies=base.guarded,
@@ -90,8 +95,7 @@ def add_routes(generation: Generation) -> None:
         openapi_extra=takes(OllamaChatRequest),
     )
     async def ollama_chat(request: Request) -> Response:
-        given = await base.read(request, read_chat)
-        return given if isinstance(given, Response) else await generation.respond(request, given)
+        return await respond(request, read_chat)
 
     @base.app.post(
         "/api/generate",
@@ -100,5 +104,4 @@ def add_routes(generation: Generation) -> None:
         openapi_extra=takes(OllamaGenerateRequest),
     )
     async def ollama_generate(request: Request) -> Response:
-        given = await base.read(request, read_generate)
-        return given if isinstance(given, Response) else await generation.respond(request, given)
+        return await respond(request, read_generate)

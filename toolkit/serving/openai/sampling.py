@@ -10,8 +10,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
-from toolkit.sentences import shown
-from toolkit.serving.body import Body, short_together
+from toolkit.serving.body import Body, one_or_several, short_together
 from toolkit.serving.openai.forms import Prediction, ResponseFormat, StructuredOutputs
 from toolkit.serving.openai.vllm_fields import VllmFields
 
@@ -120,9 +119,7 @@ class Sampling(VllmFields):
     @field_validator("stop", mode="before", json_schema_input_type=str | list[str])
     @classmethod
     def _one_stop_is_a_list_of_one(cls, stop: Any) -> Any:
-        if not isinstance(stop, str | list):
-            raise ValueError(f"'stop' must be text or a list of texts, got {shown(stop)}.")
-        return [stop] if isinstance(stop, str) else stop
+        return one_or_several("stop", stop)
 
     @field_validator("stop")
     @classmethod
