@@ -4,6 +4,7 @@ import asyncio
 
 from fastapi import Request, params
 
+from toolkit.engine import EngineUnavailable
 from toolkit.errors import ToolkitError
 from toolkit.sentences import shown
 from toolkit.serving.admin import schemas
@@ -36,7 +37,7 @@ def add_adapters(generation: Generation, guarded: list[params.Depends]) -> None:
                     engine.call,
                     lambda: engine.engine.load_adapter(asked.lora_name, asked.lora_path, asked.load_inplace),
                 )
-            except RequestError:
+            except EngineUnavailable:
                 raise
             except ToolkitError as error:
                 field = "lora_name" if str(error).startswith("lora_name") else "lora_path"
