@@ -12,7 +12,7 @@ from toolkit.engine.config import EngineConfig
 from toolkit.engine.request import Sequence
 from toolkit.engine.runner import Backend, PatchedModel
 from toolkit.engine.scheduler import Scheduler
-from toolkit.errors import ToolkitError, must_be_one_of
+from toolkit.errors import ToolkitError
 from toolkit.patching.adapters import (
     active_adapter,
     adapter_names,
@@ -24,6 +24,7 @@ from toolkit.patching.adapters import (
     put_in,
     remove_adapter,
     take_out,
+    unknown_adapter,
 )
 from toolkit.patching.adapters.files import Parts
 from toolkit.patching.eval_mode import eval_mode
@@ -95,7 +96,7 @@ class ModelAdapters:
         self.table: tuple[str, ...] = ()
         self.num_evictions = 0
         self._loaded: dict[str, LoadedAdapter] = {}
-        self._chosen: set[str] = set()  # of those that were in the model before
+        self._chosen: dict[str, int] = {}  # of those that were in the model before, and the layout of their last check
         self._uses: Counter[str] = Counter()
         self._leaving: set[str] = set()
         self._allowed: set[str] = set()
@@ -122,10 +123,6 @@ class ModelAdapters:
     @property
     def _hosted(self) -> list[Parts]:
         return [one.host for one in self._loaded.values() if one.host is not None]
-
-    def folder(self, name: str) -> Path | None:
-        """Where an adapter was loaded from; None for one that was not."""
-        return self._loaded[name].folder if name in self._loaded else None
 
     def load(self, name: str, folder: str | Path, replace: bool = False) -> None:
         """Take in the adapter of a PEFT folder, for requests that choose ``name``.
@@ -166,11 +163,8 @@ class ModelAdapters:
             ToolkitError: there is no such adapter.
         """
         if name not in self._loaded or name in self._leaving:
-            known = [one for one in self._loaded if one not in self._leaving]
-            raise ToolkitError(
-                must_be_one_of("lora_name", name, known)
-                if known
-                else f"lora_name must be None while none is loaded, got {name!r}."
+            raise unknown_adapter(
+                name, [one for one in self._loaded if one not in self._leaving], "while none is loaded"
             )
         self._leaving.add(name)
         self._finish_leaving()
@@ -179,16 +173,17 @@ class ModelAdapters:
         """Raise ToolkitError unless requests may choose ``name``."""
         if name in self._loaded and name not in self._leaving:
             return
-        if name not in self.names:
-            known = self.names
-            raise ToolkitError(
-                must_be_one_of("lora_name", name, known)
-                if known
-                else f"lora_name must be None for a model without adapters, got {name!r}."
-            )
+        self._backend.version()
+        layout = self._backend.clock.layout
+        if self._chosen.get(name) == layout:
+            return
+        known = self.names
+        if name not in known:
+            raise unknown_adapter(name, known)
         self._check_choosable(name)
-        if name not in self._chosen:
-            self._chosen.add(name)
+        new = name not in self._chosen
+        self._chosen[name] = layout
+        if new:
             self._changed()
 
     def _check_choosable(self, name: str) -> None:
@@ -237,7 +232,6 @@ class ModelAdapters:
             elif self._room():
                 try:
                     self._bring_in(adapter)
-                    self._allowed.add(name)
                 except ToolkitError as error:
                     failed[name] = str(error)
         for name in self._allowed & self._loaded.keys():
@@ -256,7 +250,7 @@ class ModelAdapters:
         if not deleted:
             return {}
         names = {self._internal_names.get(name, name) for name in deleted}
-        self._chosen -= names
+        self._chosen = {name: layout for name, layout in self._chosen.items() if name not in names}
         self._leaving -= names
         self._loaded = {name: one for name, one in self._loaded.items() if name not in names}
         self._changed()
@@ -270,7 +264,7 @@ class ModelAdapters:
         if self._keys is None or self._keys[0] != seen:
             names = self._internal_names
             found = {names.get(name, name): clock.of_adapter(name) for name in self.table}
-            self._keys = (clock.changes, self.table), WeightKeys(clock.key, version, found)
+            self._keys = seen, WeightKeys(clock.key, version, found)
         return self._keys[1]
 
     def ids(self, names: list[str | None]) -> tuple[tuple[str, ...], list[int]] | None:
@@ -297,7 +291,7 @@ class ModelAdapters:
         return name is None or name in self._allowed
 
     def _changed(self) -> None:
-        present = {internal_name(name) for name, one in self._loaded.items() if one.in_model} | self._chosen
+        present = {internal_name(name) for name, one in self._loaded.items() if one.in_model} | self._chosen.keys()
         self.table = tuple(sorted(present))
         self._backend.version()
         self._backend.clock.watch(self.table, self)

@@ -6,7 +6,14 @@ the wrappers their own forward back; ``follow`` which adapters are active; what 
 and go while the model runs. Saving, merging and switching stay PEFT's: the wrappers remain in the model.
 """
 
-from toolkit.patching.adapters.choose import active_adapter, adapter_names, adapts, check_choosable, check_rows
+from toolkit.patching.adapters.choose import (
+    active_adapter,
+    adapter_names,
+    adapts,
+    check_choosable,
+    check_rows,
+    unknown_adapter,
+)
 from toolkit.patching.adapters.files import internal_name, load_adapter, move, put_in, remove_adapter, take_out
 from toolkit.patching.adapters.find import (
     adapter_layers,
@@ -46,6 +53,7 @@ __all__ = [
     "release_adapters",
     "remove_adapter",
     "take_out",
+    "unknown_adapter",
     "unwrapped",
     "vocabulary_size",
     "without_adapters",

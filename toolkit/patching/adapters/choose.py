@@ -40,15 +40,17 @@ def check_choosable(model: nn.Module, name: str) -> None:
     """Raise ToolkitError unless rows may choose the adapter ``name``: every layer that it adapts is a fused one."""
     known = adapter_names(model)
     if name not in known:
-        raise ToolkitError(must_be_one_of("lora_name", name, known) if known else _none(name))
+        raise unknown_adapter(name, known)
     for path, module in model.named_modules():
         reason = _reason(module, name)
         if reason is not None:
             raise ToolkitError(f"adapter {name!r} must be LoRA or DoRA that rows can choose, but {path} {reason}.")
 
 
-def _none(name: str) -> str:
-    return f"lora_name must be None for a model without adapters, got {name!r}."
+def unknown_adapter(name: str, known: Sequence[str], none: str = "for a model without adapters") -> ToolkitError:
+    """The error of a name that is none of the ``known`` adapters; where there are none, it says when that is so."""
+    allowed = f"lora_name must be None {none}, got {name!r}."
+    return ToolkitError(must_be_one_of("lora_name", name, known) if known else allowed)
 
 
 def _reason(module: Any, name: str) -> str | None:

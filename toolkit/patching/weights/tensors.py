@@ -55,7 +55,9 @@ class ModelTensors:
         self._settings: ModelSettings | None = ModelSettings(model)
         same = before is not None and before._settings in (None, self._settings)
         self._number_of_settings: int = before._number_of_settings if before is not None and same else next(_NUMBERS)
-        self._base_settings: ModelSettings | None = ModelSettings(model, base_modules(model))
+        base = list(dict.fromkeys(base_modules(model)))
+        alone = len(base) == len(modules)  # then both are one, and it is made once
+        self._base_settings: ModelSettings | None = self._settings if alone else ModelSettings(model, base)
         this = ref(self)
         self._alive = [ref(module, lambda _: _on_death(this)) for module in modules]
         self._base = [ref(module) for module in base_modules(model)]
