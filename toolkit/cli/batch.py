@@ -7,18 +7,8 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolkit.cli.options import (
-    add_engine_options,
-    add_model_options,
-    add_runner_options,
-    add_sampling_options,
-    load,
-    load_images,
-    load_sampling_defaults,
-    make_engine,
-    make_pooling_engine,
-    runner_of,
-)
+from toolkit.cli.opened import add_served_options, opened
+from toolkit.cli.options import runner_of
 from toolkit.errors import ToolkitError
 
 if TYPE_CHECKING:
@@ -29,10 +19,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("batch", help="run a file of requests, one per line, as OpenAI's batches have them")
     parser.add_argument("input", help="lines of {custom_id, method, url, body}")
     parser.add_argument("output", help="where responses go, as they come, and errors")
-    add_model_options(parser, flag=True)
-    add_runner_options(parser)
-    add_engine_options(parser)
-    add_sampling_options(parser)
+    add_served_options(parser, flag=True)
     parser.add_argument("--served-model-name", metavar="NAME", help="the model's name in requests (default: any)")
     parser.set_defaults(run=run)
 
@@ -54,27 +41,14 @@ def run(args: argparse.Namespace) -> int:
         where = "" if first.line is None else f", line {first.line}"
         raise ToolkitError(f"input must be a file of requests, got '{args.input}'{where}: {first.message}")
     runner, settings = runner_of(args)
-    model, tokenizer = load(args, runner)
     names = [args.served_model_name] if args.served_model_name else [Path(args.model).resolve().name, *names_of(source)]
     from toolkit.engine import AsyncEngine
     from toolkit.engine.pooling import PoolingQueue
     from toolkit.serving.base import ServerConfig
 
-    if runner == "pooling":
-        pooling = make_pooling_engine(args, model, settings)
-        config = ServerConfig(
-            names, PoolingQueue(pooling), tokenizer=tokenizer, max_model_len=pooling.max_model_len,
-            vocab_size=pooling.vocab_size,
-        )  # fmt: skip
-        return asyncio.run(_run(config, source, target, total))
-    processor = load_images(args)
-    defaults = load_sampling_defaults(args, model)
-    with make_engine(args, model, tokenizer) as engine:
-        config = ServerConfig(
-            names, AsyncEngine(engine), tokenizer=tokenizer, processor=processor, max_model_len=engine.max_sequence_len,
-            vocab_size=engine.vocab_size, default_sampling_params=defaults,
-        )  # fmt: skip
-        return asyncio.run(_run(config, source, target, total))
+    with opened(args, runner, settings) as (engine, served):
+        queue: Any = PoolingQueue if runner == "pooling" else AsyncEngine
+        return asyncio.run(_run(ServerConfig(names, queue(engine), **served), source, target, total))
 
 
 async def _run(config: "ServerConfig", source: Path, target: Path, total: int) -> int:

@@ -7,38 +7,21 @@ import socket
 import sys
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from toolkit.cli.opened import add_served_options, opened
 from toolkit.cli.operations import add_operation_options, operation_of, refuse_for_pooling
-from toolkit.cli.options import (
-    add_engine_options,
-    add_model_options,
-    add_runner_options,
-    add_sampling_options,
-    load,
-    load_images,
-    load_sampling_defaults,
-    make_engine,
-    make_pooling_engine,
-    runner_of,
-)
+from toolkit.cli.options import runner_of
 from toolkit.errors import ToolkitError, first_line
 from toolkit.machine import describe_cpus
 from toolkit.sentences import shown
-
-if TYPE_CHECKING:
-    from toolkit.engine import Engine
-    from toolkit.engine.pooling import PoolingEngine
 
 KEY_VARIABLE = "TOOLKIT_API_KEY"
 
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("serve", help="serve a model over an OpenAI-compatible HTTP API")
-    add_model_options(parser)
-    add_runner_options(parser)
-    add_engine_options(parser)
-    add_sampling_options(parser)
+    add_served_options(parser)
     _add_api_options(parser.add_argument_group("API"))
     _add_http_options(parser.add_argument_group("HTTP"))
     add_operation_options(parser.add_argument_group("operation"))
@@ -182,16 +165,9 @@ def run(args: argparse.Namespace) -> int:
             runner, settings = runner_of(args)
             if runner == "pooling":
                 refuse_for_pooling(args)
-            model, tokenizer = load(args, runner)
-            if runner == "pooling":
-                return _serve_pooling(args, make_pooling_engine(args, model, settings), tokenizer, listener, http)
-            processor = load_images(args)
-            _set_template(tokenizer, template)
-            if processor is not None and template is not None:
-                processor.chat_template = template
-            defaults = load_sampling_defaults(args, model)
-            with make_engine(args, model, tokenizer) as engine:
-                return _serve(args, engine, tokenizer, processor, defaults, listener, http)
+            with opened(args, runner, settings, template) as (engine, served):
+                serve = _serve_pooling if runner == "pooling" else _serve
+                return serve(args, engine, served, listener, http)
         finally:
             if args.uds:
                 Path(args.uds).unlink(missing_ok=True)
@@ -225,23 +201,6 @@ def _chat_template(given: str | None) -> str | None:
         raise ToolkitError(f"--chat-template must be a file or a template, got {shown(given)} ({reason}).") from None
 
 
-def _set_template(tokenizer: Any, template: str | None) -> None:
-    if template is None:
-        return
-    if tokenizer is None:
-        raise ToolkitError("--chat-template must be left out for a model without a tokenizer.")
-    from jinja2 import TemplateError, TemplateSyntaxError
-
-    tokenizer.chat_template = template
-    try:
-        tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
-    except TemplateSyntaxError as error:
-        reason = str(error.message).rstrip(".")
-        raise ToolkitError(f"--chat-template must be a Jinja template: line {error.lineno}: {reason}.") from None
-    except (TemplateError, TypeError, ValueError):
-        pass  # it may ask for other messages than these
-
-
 def lora_modules(given: list[str]) -> dict[str, str]:
     """Name and folder of each adapter, as vLLM's option gives them: NAME=FOLDER, or JSON with name and path."""
     found: dict[str, str] = {}
@@ -262,15 +221,7 @@ def lora_modules(given: list[str]) -> dict[str, str]:
     return found
 
 
-def _serve(
-    args: argparse.Namespace,
-    engine: "Engine",
-    tokenizer: Any,
-    processor: Any,
-    defaults: dict[str, Any],
-    listener: socket.socket,
-    http: Any,
-) -> int:
+def _serve(args: argparse.Namespace, engine: Any, served: dict[str, Any], listener: socket.socket, http: Any) -> int:
     from toolkit.engine import AsyncEngine
     from toolkit.engine.memory_plan import describe_memory
     from toolkit.loading import read_new_weights
@@ -288,21 +239,17 @@ def _serve(
         engine.backend.device.type,
         engine=AsyncEngine(engine, max_queued_seqs=args.max_queue, listener=metrics),
         metrics=metrics,
-        tokenizer=tokenizer,
-        processor=processor,
         media_folder=None if args.allowed_local_media_path is None else Path(args.allowed_local_media_path),
-        max_model_len=engine.max_sequence_len,
-        vocab_size=engine.vocab_size,
         lora_modules=adapters,
-        default_sampling_params=defaults,
         read_weights=read_new_weights,
         tool_call_parser=args.tool_call_parser,
         reasoning_parser=args.reasoning_parser,
+        **served,
     )
 
 
 def _serve_pooling(
-    args: argparse.Namespace, engine: "PoolingEngine", tokenizer: Any, listener: socket.socket, http: Any
+    args: argparse.Namespace, engine: Any, served: dict[str, Any], listener: socket.socket, http: Any
 ) -> int:
     from toolkit.engine.pooling import PoolingQueue
 
@@ -314,9 +261,7 @@ def _serve_pooling(
         http,
         next(engine.model.parameters()).device.type,
         engine=PoolingQueue(engine, max_queued_seqs=args.max_queue),
-        tokenizer=tokenizer,
-        max_model_len=engine.max_model_len,
-        vocab_size=engine.vocab_size,
+        **served,
     )
 
 
