@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -22,6 +22,7 @@ from toolkit.strict_json import strict_json
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(os.environ.get("TOOLKIT_BENCHMARK_RESULTS", ROOT / "benchmarks" / "results"))
+Result = TypeVar("Result")
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft", "numpy")
 
 
@@ -130,6 +131,18 @@ def turns(names: Iterable[str], repeats: int) -> Iterator[str]:
     order = list(names)
     for turn in range(repeats):
         yield from order if turn % 2 == 0 else reversed(order)
+
+
+CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
+
+
+def clocked(call: Callable[[], Result], seconds: Mapping[str, list[float]]) -> Result:
+    """What ``call`` returns; the time that it took by each of ``CLOCKS`` is added to ``seconds``."""
+    begun = {clock: read() for clock, read in CLOCKS.items()}
+    returned = call()
+    for clock, read in CLOCKS.items():
+        seconds[clock].append(read() - begun[clock])
+    return returned
 
 
 def interleaved(

@@ -8,7 +8,6 @@ gate compares tokens and log-probabilities of each adapter in the batch with tho
 import argparse
 import itertools
 import tempfile
-import time
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 
 import toolkit
-from benchmarks.common import print_table, turns, write_json
+from benchmarks.common import CLOCKS, clocked, print_table, turns, write_json
 from benchmarks.end_to_end.narrow import smollm2
 
 RANKS = (4, 8, 16, 32, 64)
@@ -58,8 +57,7 @@ def gate(engine: toolkit.Engine, names: list[str], batch: int) -> int:
 
 def steps(engine: toolkit.Engine, sides: dict[str, list[str | None]], batch: int, repeats: int) -> dict[str, Any]:
     """Seconds and process time of decode steps of ``batch`` sequences, for each choice of adapters, in turns."""
-    clocks = {"wall": time.perf_counter, "process": time.process_time}
-    found: dict[str, Any] = {side: {clock: [] for clock in clocks} for side in sides}
+    found: dict[str, Any] = {side: {clock: [] for clock in CLOCKS} for side in sides}
     for side in turns(sides, repeats):
         requests = [
             engine.submit(prompt(row), params(row, name, STEPS + 4))
@@ -68,10 +66,7 @@ def steps(engine: toolkit.Engine, sides: dict[str, list[str | None]], batch: int
         for _ in range(3):  # the prompts, and a capture
             engine.step()
         for _ in range(STEPS):
-            begun = {clock: read() for clock, read in clocks.items()}
-            deltas = engine.step()
-            for clock, read in clocks.items():
-                found[side][clock].append(read() - begun[clock])
+            deltas = clocked(engine.step, found[side])
             if len(deltas) != batch:
                 raise RuntimeError(f"A step must grow {batch} sequences, got {len(deltas)}.")
         for request in requests:

