@@ -1,6 +1,7 @@
 """An application on an engine that says a given text, a chunk at each step."""
 
 import copy
+from contextlib import ExitStack, contextmanager
 
 from tests.helpers.told_engine import ToldEngine, client_of
 from toolkit.engine import Completion, Delta
@@ -38,3 +39,21 @@ def saying(chunks, template, tokenizer, finish_reason="stop", stop_reason=None, 
     engine = SayingEngine(chunks, finish_reason, stop_reason)
     client, _ = client_of(engine, tokenizer=tokenizer, max_model_len=4096, **config)
     return client, engine
+
+
+@contextmanager
+def saying_clients(tokenizer, template, connect):
+    """A function that makes (client, engine) of a model that says chunks of text; its clients end with the block.
+
+    Args:
+        tokenizer: of the model.
+        template: chat template of it.
+        connect: a provider's client of an HTTP client.
+    """
+    with ExitStack() as opened:
+
+        def make(chunks, **ending):
+            http, engine = saying(chunks, template, tokenizer, **ending)
+            return connect(opened.enter_context(http)), engine
+
+        yield make

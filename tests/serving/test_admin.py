@@ -115,16 +115,22 @@ def test_requests_wait_while_paused_and_finish_after_resume(told):
         assert told.forgotten == []
 
 
+def waiting_pause(client):
+    """(thread, its responses) of a pause that waits for running requests."""
+    responses = []
+    pausing = threading.Thread(target=lambda: responses.append(client.post("/pause", params={"mode": "wait"})))
+    pausing.start()
+    time.sleep(0.05)
+    return pausing, responses
+
+
 def test_a_pause_that_waits_lets_running_requests_finish_and_new_ones_wait(told):
     client, engine = client_of(told, admin=OPEN)
     with client:
         told.held.clear()
         running = Sent(client, PROMPT)
         until(lambda: told.live)
-        responses = []
-        pausing = threading.Thread(target=lambda: responses.append(client.post("/pause", params={"mode": "wait"})))
-        pausing.start()
-        time.sleep(0.05)
+        pausing, responses = waiting_pause(client)
         late = Sent(client, PROMPT)
         time.sleep(0.05)
         assert not responses
@@ -149,10 +155,7 @@ def test_resume_ends_a_pause_that_still_waits(told):
         told.held.clear()
         running = Sent(client, PROMPT)
         until(lambda: told.live)
-        responses = []
-        pausing = threading.Thread(target=lambda: responses.append(client.post("/pause", params={"mode": "wait"})))
-        pausing.start()
-        time.sleep(0.05)
+        pausing, responses = waiting_pause(client)
         assert client.post("/resume").status_code == 200
         pausing.join(10)
         assert responses[0].status_code == 409

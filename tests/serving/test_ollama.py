@@ -9,7 +9,7 @@ import ollama
 import pytest
 from transformers import AutoTokenizer
 
-from tests.helpers.saying_engine import saying
+from tests.helpers.saying_engine import saying_clients
 from tests.helpers.server_process import serving
 from tests.helpers.tool_template import CALL, REASONED_CALL, TEMPLATE, WEATHER
 from toolkit import __version__
@@ -172,20 +172,14 @@ def test_errors_are_raised_by_the_client(client):
 @pytest.fixture
 def said(chat_model, monkeypatch):
     """Makes a client of a model that says chunks of text."""
-    tokenizer = AutoTokenizer.from_pretrained(chat_model)
-    opened = []
 
-    def make(chunks, **ending):
-        http, engine = saying(chunks, TEMPLATE, tokenizer, **ending)
-        http.__enter__()
-        opened.append(http)
+    def connect(http):
         client = ollama.Client("http://testserver")
         monkeypatch.setattr(client, "_client", http)
-        return client, engine
+        return client
 
-    yield make
-    for http in opened:
-        http.__exit__(None, None, None)
+    with saying_clients(AutoTokenizer.from_pretrained(chat_model), TEMPLATE, connect) as make:
+        yield make
 
 
 def test_thoughts_text_and_calls_are_apart(said):

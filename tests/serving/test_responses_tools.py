@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.helpers.provider_specs import check
-from tests.helpers.saying_engine import saying
+from tests.helpers.saying_engine import saying_clients
 from tests.helpers.server_process import serving
 from tests.helpers.tool_template import CALL, REASONED_CALL, TEMPLATE, WEATHER
 
@@ -24,17 +24,11 @@ def tokenizer(chat_model):
 def said(tokenizer):
     """Makes a client of a model that says chunks of text."""
 
-    def make(chunks, **ending):
-        http, engine = saying(chunks, TEMPLATE, tokenizer, **ending)
-        http.__enter__()
-        opened.append(http)
-        client = openai.OpenAI(base_url="http://testserver/v1", api_key="any", http_client=http, max_retries=0)
-        return client, engine
+    def connect(http):
+        return openai.OpenAI(base_url="http://testserver/v1", api_key="any", http_client=http, max_retries=0)
 
-    opened = []
-    yield make
-    for http in opened:
-        http.__exit__(None, None, None)
+    with saying_clients(tokenizer, TEMPLATE, connect) as make:
+        yield make
 
 
 def test_reasoning_text_and_a_call_are_items(said):
