@@ -150,6 +150,6 @@ def test_a_pooling_model_gets_all_special_tokens():
 
 def test_the_document_describes_them(client):
     document = client.get("/openapi.json").json()
-    assert set(text_routes.PATHS) <= set(document["paths"])
+    assert {"/tokenize", "/detokenize", "/tokenizer_info", "/apply-template"} <= set(document["paths"])
     body = document["components"]["schemas"]["DetokenizeRequest"]["properties"]["tokens"]["anyOf"][0]
     assert body["items"] == {"type": "integer", "minimum": 0, "maximum": 299}

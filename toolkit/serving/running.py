@@ -42,11 +42,6 @@ class RunningRequests:
         """Requests that have not finished."""
         return len({one for handles in self._handles.values() for one in handles if one.num_unfinished})
 
-    @property
-    def is_open(self) -> bool:
-        """Whether new requests are handed to the engine."""
-        return self._open.is_set()
-
     def close(self) -> None:
         """Let new requests wait until ``open``."""
         self._open.clear()

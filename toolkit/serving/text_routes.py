@@ -20,7 +20,6 @@ from toolkit.serving.parsing import parse
 from toolkit.serving.texts import Texts
 from toolkit.strict_json import strict_json
 
-PATHS = ("/tokenize", "/detokenize", "/tokenizer_info", "/apply-template")
 LOCAL = ("name_or_path", "local_files_only", "tokenizer_file", "vocab_file", "merges_file", "cache_dir")
 """Settings of a tokenizer that say where its files are."""
 

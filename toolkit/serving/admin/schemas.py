@@ -6,8 +6,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from toolkit.serving.body import Body
 
-WAKE_TAGS = ("weights", "kv_cache", "scheduling")
-
 
 class Query(BaseModel):
     """Parameters behind the path; their values arrive as text."""

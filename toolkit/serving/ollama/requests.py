@@ -286,6 +286,4 @@ class OllamaEmbedRequest(OllamaPart):
     @field_validator("input", mode="before", json_schema_input_type=str | _Texts)
     @classmethod
     def _one_text_is_a_list_of_one(cls, given: Any) -> Any:
-        if not isinstance(given, str | list):
-            raise ValueError(f"'input' must be text or a list of texts, got {shown(given)}.")
-        return [given] if isinstance(given, str) else given
+        return one_or_several("input", given)
