@@ -82,7 +82,7 @@ WRONG = [
     (["generate", "good", "text", "--temperature", "-1"], "temperature"),
     (["generate", "good", "text", "--max-tokens", "100000"], "max_tokens"),
     (["export", "good", "taken"], "taken"),
-    (["export", "good", "new", "--format", "gguff"], "gguff"),
+    (["export", "good", "new", "--to", "gguff"], "gguff"),
     (["export", "nowhere", "new"], "nowhere"),
     (["verify", "good", "--tokens", "0"], "--tokens"),
     (["verify"], "model folder"),

@@ -1,33 +1,63 @@
 """Export a patched model to the formats that other engines open; one file per target."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from toolkit.errors import ToolkitError
-from toolkit.exporting.base import TARGETS, ExportTarget, new_folder
+from toolkit.exporting.base import (
+    TARGETS,
+    ConsumerOutput,
+    ExportJob,
+    ExportTarget,
+    chosen_format,
+    is_lossless,
+    require_packages,
+)
+from toolkit.exporting.folders import check_free, new_folder
+from toolkit.exporting.manifest import MANIFEST, manifest
 
-__all__ = ["TARGETS", "ExportTarget", "export"]
+__all__ = ["MANIFEST", "TARGETS", "ConsumerOutput", "ExportJob", "ExportTarget", "export", "is_lossless"]
 
 
-def export(model: Any, path: str | Path, format: str = "hf", tokenizer: Any = None) -> Path:
-    """The folder ``path`` with ``model`` in ``format``, written atomically.
+def export(
+    model: Any,
+    path: str | Path,
+    to: str = "hf",
+    tokenizer: Any = None,
+    quantise: str | None = None,
+    prompts: Sequence[Sequence[int]] = (),
+    max_tokens: int = 16,
+) -> Path:
+    """The folder ``path`` with ``model`` as a target holds it, written atomically, with a manifest.
+
+    The manifest (``toolkit_manifest.json``) has the source, the weight version, versions of packages, a hash of every
+    file, and the proof: what the target's own program generated for ``prompts``.
 
     Args:
-        model: a model of transformers, patched or not.
+        model: a model of transformers, patched or not. Targets of adapters take one of PEFT.
         path: a new or empty folder.
-        format: the name of a target. "hf" is a plain Hugging Face checkpoint (safetensors, config, generation config,
-            manifest of versions and numerics; the tokenizer's files when one is given, and those of the checkpoint's
-            processor), which unpatched transformers opens.
+        to: the name of a target. "hf" is a plain Hugging Face checkpoint (safetensors, config, generation config, the
+            tokenizer's files when one is given, and those of the checkpoint's processor), which unpatched transformers
+            opens.
         tokenizer: saved beside the model.
+        quantise: one of the target's formats; None takes its first.
+        prompts: token ids, which the target's program continues if it is installed; none run nothing.
+        max_tokens: greedy tokens of each continuation.
 
     Raises:
-        ToolkitError: an unknown format, a path that already holds something, or a model of a class without the towers
-            that its checkpoint has.
+        ToolkitError: an unknown target or format, a package that is missing, a path that already holds something or may
+            not be written, a full disk, or what the target cannot hold.
     """
-    target = TARGETS.find("format", format)()
+    target = TARGETS.find("to", to)()
+    job = ExportJob(model, tokenizer, chosen_format(target, quantise))
     folder = Path(path)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ToolkitError(f"path must be a new or empty folder, got {str(path)!r}.")
+    check_free(folder)
+    require_packages(target, job.quantise)
+    target.check(job)
     with new_folder(folder) as staging:
-        target.write(model, staging, tokenizer)
+        target.write(job, staging)
+        output = target.consume(staging, prompts, max_tokens) if prompts else None
+        content = manifest(job, to, target.packages(job.quantise), staging, prompts, output)
+        (staging / MANIFEST).write_text(json.dumps(content, indent=2) + "\n")
     return folder

@@ -1,56 +1,103 @@
-"""A plain Hugging Face checkpoint, as ``save_pretrained`` writes it, with a manifest beside it."""
+"""A plain Hugging Face checkpoint, as ``save_pretrained`` writes it."""
 
-import json
-from importlib.metadata import PackageNotFoundError, version
+import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from toolkit.exporting.base import ExportTarget
-from toolkit.exporting.completeness import check_towers, checkpoint_folder, left_out
-from toolkit.loading import processor_files, write_processor_files
-from toolkit.patching import report_of
+from toolkit.errors import ToolkitError
+from toolkit.exporting.base import ConsumerOutput, ExportJob, ExportTarget
+from toolkit.exporting.completeness import check_towers, checkpoint_folder
+from toolkit.exporting.manifest import installed_version
+from toolkit.loading import auto_class, processor_files, write_processor_files
+from toolkit.loading.model import quiet_transformers
 
-MANIFEST = "toolkit_manifest.json"
+SHARD = "5GB"
+"""Size of a safetensors file; more weights are sharded, with an index."""
 
 
 class HuggingFace(ExportTarget, name="hf"):
     """safetensors, config, generation config, tokenizer, processor; a patch's attention does not reach the config.
 
-    Tensors have the names that the checkpoint has; files of the processor are copied from it.
+    Tensors have the names that the checkpoint has; files of the processor are copied from it. Every token at which the
+    engine stops is in the generation config.
     """
 
-    def write(self, model: Any, folder: Path, tokenizer: Any = None) -> None:
-        source = checkpoint_folder(model)
-        if source is not None:
-            check_towers(model, source)
-        model.save_pretrained(folder)
-        if getattr(model, "generation_config", None) is not None:
-            model.generation_config.save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        write_processor_files(processor_files(source), folder)
-        (folder / MANIFEST).write_text(json.dumps(manifest(model), indent=2) + "\n")
+    def check(self, job: ExportJob) -> None:
+        check_whole_model(job, self.target)
+
+    def write(self, job: ExportJob, folder: Path) -> None:
+        write_checkpoint(job, folder)
+
+    def consume(self, folder: Path, prompts: Sequence[Sequence[int]], max_tokens: int) -> ConsumerOutput:
+        return ConsumerOutput(
+            f"transformers {installed_version('transformers')}", greedy_tokens(str(folder), prompts, max_tokens)
+        )
 
 
-def manifest(model: Any) -> dict[str, Any]:
-    """Versions of all packages that matter, the numerics mode, and the patched roles with their largest probe error."""
-    report, source = report_of(model), checkpoint_folder(model)
-    lost = left_out(model, source) if source is not None else None
-    return {
-        "format": "hf",
-        "architecture": type(model).__name__,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "parameters": model.num_parameters(),
-        "numerics": str(report.numerics) if report else None,
-        "roles": report.roles() if report else {},
-        "largest_probe_error": report.worst_error() if report else None,
-        "left_out": None if lost is None else lost._asdict(),
-        "versions": {name: _version(name) for name in ("train-infer-toolkit", "torch", "transformers", "safetensors")},
-    }
+def check_whole_model(job: ExportJob, target: str) -> None:
+    """Raise ToolkitError for adapters beside the weights, and for a model without the towers of its checkpoint."""
+    names = list(getattr(job.model, "peft_config", {}))
+    if names:
+        raise ToolkitError(
+            f"An export to {target!r} holds one set of weights, and model has the adapters {', '.join(names)} beside "
+            "them; merge them first (model.merge_and_unload()), or export to 'peft'."
+        )
+    source = checkpoint_folder(job.model)
+    if source is not None:
+        check_towers(job.model, source)
 
 
-def _version(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
+def write_checkpoint(job: ExportJob, folder: Path) -> None:
+    """Fill ``folder`` with the model, its tokenizer and the files of its processor."""
+    model = job.model
+    with quiet_transformers():
+        model.save_pretrained(folder, max_shard_size=SHARD)
+    generation = copy.deepcopy(getattr(model, "generation_config", None))
+    if generation is not None:
+        ends = eos_token_ids(model, job.tokenizer)
+        if ends:
+            generation.eos_token_id = ends[0] if len(ends) == 1 else ends
+        generation.save_pretrained(folder)
+    if job.tokenizer is not None:
+        job.tokenizer.save_pretrained(folder)
+    write_processor_files(processor_files(checkpoint_folder(model)), folder)
+
+
+def eos_token_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Every token at which the engine stops: of the generation config, of the config and the tokenizer's own."""
+    sources = (getattr(model, "generation_config", None), model.config, model.config.get_text_config(), tokenizer)
+    found: list[int] = []
+    for source in sources:
+        given = getattr(source, "eos_token_id", None)
+        found += [given] if isinstance(given, int) else list(given or ())
+    return list(dict.fromkeys(found))
+
+
+def greedy_tokens(path: str, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
+    """What stock transformers generates from the checkpoint at ``path``: greedy, eager attention, prompt by prompt."""
+    from transformers import AutoConfig
+
+    opener = auto_class(AutoConfig.from_pretrained(path, local_files_only=True))
+    with quiet_transformers():
+        model = opener.from_pretrained(path, attn_implementation="eager", local_files_only=True).eval()
+    return generate_greedily(model, prompts, max_tokens)
+
+
+def generate_greedily(model: Any, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
+    """``max_tokens`` greedy tokens of transformers' ``generate`` for each prompt, beyond end-of-text tokens too."""
+    import torch
+
+    outputs = []
+    for prompt in prompts:
+        ids = torch.tensor([list(prompt)])
+        generated = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=max_tokens,
+            min_new_tokens=max_tokens,
+            pad_token_id=0,
+        )
+        outputs.append(generated[0, len(prompt) :].tolist())
+    return outputs
