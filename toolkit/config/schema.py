@@ -126,6 +126,8 @@ class DataSection(Section):
 class OptimizerSection(Section):
     """AdamW. Matrices decay, vectors (norms, biases) do not."""
 
+    optim: Literal["adamw_torch_fused", "adamw_8bit"] = "adamw_torch_fused"
+    """adamw_8bit keeps the moments of parameters of 4,096 elements or more in 8 bits: 2 bytes an element, not 8."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95

@@ -15,11 +15,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
-from torch.optim.adamw import adamw
 
 from toolkit.config.schema import OptimizerSection
 from toolkit.errors import ToolkitError
 from toolkit.moe.sharding import ShardedExperts
+from toolkit.training.moments import MOMENTS, update
 
 Masters = dict[nn.Parameter, Tensor]
 """Of each parameter that was rounded to 16 bits, its value in float32."""
@@ -58,9 +58,9 @@ def stochastic_round(values: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class LowPrecisionAdamW(torch.optim.Optimizer):
-    """AdamW (Loshchilov and Hutter, 2019) on parameters of which some have 16 bits; its arithmetic is float32.
+    """AdamW (Loshchilov and Hutter, 2019) with state or parameters of fewer bits than its arithmetic, which is float32.
 
-    State of each parameter: ``step``, ``exp_avg`` and ``exp_avg_sq`` in float32, and one of
+    State of each parameter: ``step``, ``exp_avg`` and ``exp_avg_sq`` in float32 or in 8 bits, and for one of 16 bits
 
     - ``master``: the weight in float32, of which the parameter is the rounding (the default);
     - ``kahan_comp``: what rounding cut off, in the parameter's dtype, added to the weight before the next update
@@ -75,6 +75,8 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
         masters: values in float32 to start from, by parameter; others start from the parameter. Emptied.
         keep: "master", "kahan_sum", "bf16_stochastic_round" or "none".
         seed: of stochastic rounding.
+        optim: "adamw_torch_fused", or "adamw_8bit": moments in 8 bits (``toolkit.ops.adamw_8bit``) but of small
+            parameters.
     """
 
     def __init__(
@@ -87,8 +89,10 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
         keep: str = "master",
         masters: Masters | None = None,
         seed: int = 0,
+        optim: str = "adamw_torch_fused",
     ) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+        self._moments = MOMENTS[optim]
         self.keep, self.seed, self._masters = keep, seed, {} if masters is None else masters
         for parameter in self._parameters():
             # torch then converts each gradient before it is added to those of earlier micro-batches.
@@ -100,19 +104,16 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
     def _start(self, parameter: nn.Parameter) -> None:
-        def zeros(dtype: torch.dtype) -> Tensor:
-            return torch.zeros_like(parameter, dtype=dtype, memory_format=torch.contiguous_format)
-
         state = self.state[parameter]
         state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        state["exp_avg"], state["exp_avg_sq"] = zeros(torch.float32), zeros(torch.float32)
+        state.update(self._moments(parameter))
         if parameter.dtype == torch.float32:
             return
         if self.keep == "master":
             given = self._masters.get(parameter)
             state["master"] = parameter.detach().float() if given is None else given.to(parameter.device)
         elif self.keep == "kahan_sum":
-            state["kahan_comp"] = zeros(parameter.dtype)
+            state["kahan_comp"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -131,12 +132,7 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
             weight = parameter.float()
             if "kahan_comp" in state:
                 weight += state["kahan_comp"]
-        beta1, beta2 = group["betas"]
-        adamw(
-            [weight], [grad], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]],
-            fused=weight.device.type in ("cpu", "cuda"), amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"],
-            weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
-        )  # fmt: skip
+        update(weight, grad, state, group)
         if weight is parameter:
             increment_version(parameter)  # fused updates write past the counter by which engines see new weights
             return

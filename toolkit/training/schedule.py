@@ -48,11 +48,12 @@ def make_optimizer(
     ]
     groups = [group for group in groups if group["params"]]
     betas = section.adam_beta1, section.adam_beta2
-    if masters is not None or any(parameter.itemsize == 2 for parameter in trained):
+    low = masters is not None or any(parameter.itemsize == 2 for parameter in trained)
+    if low or section.optim == "adamw_8bit":
         keep = "master" if masters is not None else section.kept_of_rounding
         return LowPrecisionAdamW(
             groups, lr=section.learning_rate, betas=betas, eps=section.adam_epsilon, keep=keep, masters=masters,
-            seed=seed,
+            seed=seed, optim=section.optim,
         )  # fmt: skip
     return torch.optim.AdamW(
         groups,

@@ -91,6 +91,21 @@ def state_write_case(dtype: torch.dtype, width: int) -> Callable[[], None]:
     return call
 
 
+def adamw_8bit_case() -> Callable[[], None]:
+    def call() -> None:
+        from toolkit.ops.adamw_8bit import dynamic_map, new_moments, thresholds
+        from toolkit.ops.adamw_8bit.triton import adamw_8bit
+
+        weight = torch.empty(ROWS, 512)
+        mean, mean_scale, square, square_scale = new_moments(weight).values()
+        tables = [table(signed) for signed in (True, False) for table in (dynamic_map, thresholds)]
+        adamw_8bit(
+            weight, weight, mean, mean_scale, square, square_scale, 1e-3, 0.9, 0.95, 1e-8, 0.1, 1, *tables
+        )  # fmt: skip
+
+    return call
+
+
 def rotary_case(dtype: torch.dtype, width: int, *, interleaved: bool) -> Callable[[], None]:
     """Heads of 128 channels, a view of a projection's rows; the tables in float32."""
 
@@ -120,7 +135,7 @@ def cases() -> dict[str, Callable[[], None]]:
     """Every row-wise kernel at three widths in two dtypes."""
     from toolkit.ops.activation import KINDS, plain_kinds
 
-    found: dict[str, Callable[[], None]] = {}
+    found: dict[str, Callable[[], None]] = {"adamw_8bit fp32": adamw_8bit_case()}
     for short, dtype in DTYPES.items():
         for kind in plain_kinds():
             found[f"activation {kind} {short} 4096"] = activation_case(dtype, 4096, kind)
