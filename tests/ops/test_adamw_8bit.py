@@ -8,7 +8,7 @@ import torch
 
 from tests.helpers.implementations import Implementation, impl_and
 from toolkit.errors import ToolkitError
-from toolkit.ops.adamw_8bit import BLOCK, adamw_8bit, dynamic_map, new_moments
+from toolkit.ops.adamw_8bit import BLOCK, adamw_8bit, dynamic_map, new_moments, thresholds
 from toolkit.ops.adamw_8bit.reference import dequantise
 
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
@@ -129,3 +129,10 @@ def test_errors() -> None:
         adamw_8bit(weight.double(), weight, **state, step=1, **SETTINGS)
     with pytest.raises(ToolkitError, match="step must be at least 1, got 0"):
         adamw_8bit(weight, weight, **state, step=0, **SETTINGS)
+
+
+def test_operator_registration() -> None:
+    weight = torch.linspace(-1, 1, 300)
+    tables = [table(signed) for signed in (True, False) for table in (dynamic_map, thresholds)]
+    arguments = (weight, weight.clone(), *new_moments(weight).values(), 1e-2, 0.9, 0.95, 1e-8, 0.1, 1, *tables)
+    torch.library.opcheck(torch.ops.toolkit.adamw_8bit.default, arguments)

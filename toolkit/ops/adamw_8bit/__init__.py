@@ -73,9 +73,9 @@ def adamw_8bit(
     Raises:
         ToolkitError: for other shapes, dtypes or layouts, and for step < 1.
 
-    Numerics: a block depends on itself alone, so any number of threads gives the same bits. Moments have the same bits
-    in every implementation; weights agree to the rounding of a square root (torch's has an error of up to one unit in
-    the last place). A NaN or infinity of grad makes its block's moments NaN. No gradient.
+    Numerics: a block depends on itself alone, so results are bitwise identical for any number of threads. Moments are
+    bitwise identical in every implementation; weights agree to the rounding of a square root (torch's has an error of
+    up to one unit in the last place). A NaN or infinity of grad makes its block's moments NaN. No gradient.
     """
     _check(weight, grad, (exp_avg, exp_avg_sq), (exp_avg_scale, exp_avg_sq_scale), step)
     tables = [table(signed).to(weight.device) for signed in (True, False) for table in (dynamic_map, thresholds)]
