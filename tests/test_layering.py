@@ -13,10 +13,11 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = {
     # package: toolkit packages it may import from
     "ops": {"ops"},
+    "quantised": {"quantised", "ops"},
     "state": {"state", "ops"},
     "moe": {"moe", "ops"},
     "modules": {"modules", "ops", "state", "moe"},
-    "patching": {"patching", "modules", "state", "moe", "ops"},
+    "patching": {"patching", "modules", "state", "moe", "quantised", "ops"},
     "engine": {"engine", "patching", "state", "ops"},
     "training": {"training", "config", "engine", "patching", "state", "moe", "ops", "exporting", "loading"},
     "serving": {"serving", "engine"},

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from toolkit.exporting import export
     from toolkit.llm import LLM, LoRARequest
     from toolkit.patching import PatchReport, patch, token_logprobs, unpatch, weights_changed
+    from toolkit.quantised import quantise
 
 # Resolved on first use, so that `toolkit --help` and the ops do not wait for transformers.
 _HOMES = {
@@ -31,6 +32,7 @@ _HOMES = {
     "export": "toolkit.exporting",
     "PatchReport": "toolkit.patching",
     "patch": "toolkit.patching",
+    "quantise": "toolkit.quantised",
     "token_logprobs": "toolkit.patching",
     "unpatch": "toolkit.patching",
     "weights_changed": "toolkit.patching",
@@ -46,6 +48,7 @@ __all__ = [
     "StructuredOutputsParams",
     "export",
     "patch",
+    "quantise",
     "token_logprobs",
     "unpatch",
     "weights_changed",

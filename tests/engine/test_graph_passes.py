@@ -10,9 +10,11 @@ from toolkit.engine.step import decode_graphs
 from toolkit.engine.step.graph import CapturedGraph, capture
 from toolkit.engine.step.passes import optimize
 from toolkit.ops.linear import linear
+from toolkit.ops.quantised_linear import quantised_linear
 from toolkit.ops.rms_norm import rms_norm
 from toolkit.ops.rotary import rotary
 from toolkit.ops.state_write import state_write
+from toolkit.quantised import QuantisedWeight
 from toolkit.testing.models import random_model
 
 WEIGHTS = [torch.randn(n, 16, generator=torch.Generator().manual_seed(n)) for n in (16, 16, 8)]
@@ -39,6 +41,26 @@ def test_linears_of_one_input_are_grouped():
     ops = optimized(lambda x: torch.cat([linear(x, w) for w in WEIGHTS], -1) + linear(-x, WEIGHTS[0]).sum(), X)
     assert ops["toolkit.linear_group.default"] == 1
     assert ops["toolkit.linear.default"] == 1
+
+
+def test_linears_with_quantised_weights_of_one_input_are_grouped():
+    weights = [
+        QuantisedWeight.of(torch.randn(n, 16, generator=torch.Generator().manual_seed(n)), format)
+        for n, format in ((16, "nf4"), (24, "nf4"), (8, "int8"))
+    ]
+    bias = torch.linspace(0.0, 1.0, 24)
+
+    def function(x):
+        parts = [
+            quantised_linear(x, w.codes, w.scales, bias if n == 24 else None, w.format, n)
+            for w in weights
+            for n in [len(w)]
+        ]
+        return torch.cat([*parts, linear(x, WEIGHTS[0]), linear(x, WEIGHTS[1])], -1)
+
+    ops = optimized(function, X)
+    assert ops["toolkit.quantised_linear_group.default"] == ops["toolkit.linear_group.default"] == 1
+    assert ops["toolkit.quantised_linear.default"] == ops["toolkit.linear.default"] == 0
 
 
 def test_linears_with_computed_weights_are_not():

@@ -26,14 +26,35 @@ def add_model_options(parser: argparse.ArgumentParser, flag: bool = False) -> No
     parser.add_argument("--revision", help="branch, tag or commit of a repository (default: main)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    add_quantise_option(parser)
     parser.add_argument("--device", default="cpu", help="such as cpu or cuda (default: cpu)")
     parser.add_argument("--numerics", choices=("bitwise", "fast"), help="numerics mode (default: bitwise on CPU)")
+
+
+def add_quantise_option(parser: argparse.ArgumentParser) -> None:
+    """``--quantise``."""
+    parser.add_argument(
+        "--quantise",
+        metavar="FORMAT",
+        help="round the weights of layers to a low-precision format, such as int8, int4, nf4 or fp8 (default: as they "
+        "are)",
+    )
+
+
+def quantise_as_asked(args: argparse.Namespace, model: Any) -> Any:
+    """The model, quantised in place where ``--quantise`` asks for it, which is printed on standard error."""
+    if args.quantise is not None:
+        from toolkit.quantised import quantise
+
+        print(quantise(model, args.quantise), file=sys.stderr, flush=True)
+    return model
 
 
 def load(args: argparse.Namespace, runner: str = "generate") -> tuple[Any, Any]:
     """(model, tokenizer or None) that the options of ``add_model_options`` describe."""
     how = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
-    return load_model(args.model, args.dtype, args.device, runner=runner, **how)
+    model, tokenizer = load_model(args.model, args.dtype, args.device, runner=runner, **how)
+    return quantise_as_asked(args, model), tokenizer
 
 
 def add_runner_options(parser: argparse.ArgumentParser) -> None:

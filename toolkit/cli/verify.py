@@ -3,11 +3,16 @@
 import argparse
 from typing import Any
 
+from toolkit.cli.options import add_quantise_option, quantise_as_asked
+from toolkit.loading import DTYPES
+
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("verify", help="compare rollout and training log-probabilities bit for bit")
     parser.add_argument("model", nargs="?", help="checkpoint folder or training run")
     parser.add_argument("--random", metavar="FAMILY", action="append", help="a small random model instead (repeatable)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the model (default float32)")
+    add_quantise_option(parser)
     parser.add_argument("--tokens", type=int, default=2000, help="sampled tokens to compare at least (default 2000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the schedules (default 0)")
     parser.add_argument("--numerics", choices=["bitwise", "fast"], default=None, help="numerics mode to verify")
@@ -93,12 +98,14 @@ def _subjects(args: argparse.Namespace) -> Any:
     """Name, model and prompts (token ids) of everything to verify."""
     import random
 
+    import torch
+
     source = random.Random(args.seed)
     if args.random:
         from toolkit.testing.models import random_model
 
         for family in args.random:
-            model = random_model(family, seed=args.seed)
+            model = quantise_as_asked(args, random_model(family, seed=args.seed).to(getattr(torch, args.dtype)))
             vocabulary = model.config.vocab_size
             prompts = [[source.randrange(3, vocabulary) for _ in range(source.randint(2, 90))] for _ in range(32)]
             yield f"random {family}", model, prompts
@@ -106,7 +113,8 @@ def _subjects(args: argparse.Namespace) -> Any:
     from toolkit.loading import load_model
     from toolkit.patching.adapters import vocabulary_size
 
-    model, tokenizer = load_model(args.model)
+    model, tokenizer = load_model(args.model, args.dtype)
+    model = quantise_as_asked(args, model)
     yield args.model, model, real_prompts(tokenizer, vocabulary_size(model), source)
 
 

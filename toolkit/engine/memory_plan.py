@@ -3,14 +3,25 @@
 import bisect
 from typing import Any
 
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
 from toolkit.engine.config import GIB
 from toolkit.engine.engine import Engine
 
 
 def weight_bytes(model: Any) -> int:
     """Bytes of a model's parameters and buffers, tied ones once."""
-    tensors = [*model.parameters(), *model.buffers()]
+    tensors = [part for one in (*model.parameters(), *model.buffers()) for part in _plain_parts(one)]
     return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}.values())
+
+
+def _plain_parts(tensor: Tensor) -> list[Tensor]:
+    """A tensor, or the tensors that a wrapper (a quantised weight) is made of."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+    return [one for part in parts for one in _plain_parts(part)]
 
 
 def fitting_sequences(engine: Engine, length: int) -> int | None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from toolkit.patching.probe import generator
+from toolkit.quantised import QuantisedWeight
 
 KEPT = 256
 """Most output rows of a linear layer, and columns between the GEMMs of an MLP or of experts, in a copy."""
@@ -66,7 +67,8 @@ def probe_copy(
 
     Args:
         slices: what of it is copied.
-        own_values: keep the module's numbers; else parameters are random, of unit scale (matrices: 1/sqrt(fan in)).
+        own_values: keep the module's numbers, dequantised; else parameters are random, of unit scale (matrices:
+            1/sqrt(fan in)).
         dtype: of floating-point parameters and buffers; None is each one's own.
     """
     check_floating(module)
@@ -87,7 +89,7 @@ def probe_copy(
 
 
 def _own(parameter: Tensor, kept: tuple[tuple[int, int], ...], dtype: torch.dtype | None) -> nn.Parameter:
-    values = parameter.detach()
+    values = parameter.dequantise() if isinstance(parameter, QuantisedWeight) else parameter.detach()
     # The dimension that loses most is the first: whole experts, copied on the way, are a gibibyte at Mixtral's width.
     for dimension, count in sorted(kept, key=lambda one: one[1] / values.shape[one[0]]):
         if count < values.shape[dimension]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from toolkit.patching import weights_changed
 from toolkit.patching.adapters import adapter_layers
+from toolkit.quantised import QuantisedWeight, quantised_weights
 
 WeightWrite = Callable[[Any, random.Random], None]
 """Writes weights of a model; the generator chooses where."""
@@ -52,14 +53,18 @@ def _noise(like: Tensor, source: random.Random) -> Tensor:
 
 
 def _any_parameter(model: Any, source: random.Random) -> tuple[nn.Module, str, nn.Parameter]:
-    """A trained or base parameter, of a matrix."""
+    """A trained or base parameter, of a dense matrix."""
     found = [
         (module, name, parameter)
         for module in model.modules()
         for name, parameter in module._parameters.items()
-        if parameter is not None and parameter.dim() > 1
+        if _is_dense_matrix(parameter)
     ]
     return source.choice(found)
+
+
+def _is_dense_matrix(parameter: Tensor | None) -> bool:
+    return parameter is not None and parameter.dim() > 1 and not isinstance(parameter, QuantisedWeight)
 
 
 def _optimizer(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> WeightWrite:
@@ -79,7 +84,7 @@ def _load(assign: bool) -> WeightWrite:
     def write(model: Any, source: random.Random) -> None:
         state = {name: value.clone() for name, value in model.state_dict().items()}
         for value in state.values():
-            if value.is_floating_point():
+            if value.is_floating_point() and not isinstance(value, QuantisedWeight):
                 value += _noise(value, source)
         model.load_state_dict(state, assign=assign)
         if assign and getattr(model.config, "tie_word_embeddings", False):
@@ -113,7 +118,7 @@ def _data_replaced(model: Any, source: random.Random) -> None:
 
 def _data_viewed(model: Any, source: random.Random) -> None:
     """The same memory of a matrix by other strides, at the same address."""
-    parameter = source.choice([one for one in model.parameters() if one.dim() == 2])
+    parameter = source.choice([one for one in model.parameters() if one.dim() == 2 and _is_dense_matrix(one)])
     rows, columns = parameter.shape
     parameter.data = parameter.data.as_strided(
         (rows, columns), (1, rows) if parameter.is_contiguous() else (columns, 1)
@@ -141,8 +146,7 @@ def _module_replaced(model: Any, source: random.Random) -> None:
 
 
 def _leaf(module: nn.Module) -> bool:
-    weight = module._parameters.get("weight")
-    return next(module.children(), None) is None and weight is not None and weight.dim() > 1
+    return next(module.children(), None) is None and _is_dense_matrix(module._parameters.get("weight"))
 
 
 def _buffers(model: Any) -> list[tuple[nn.Module, str, Tensor]]:
@@ -172,6 +176,25 @@ def _embeddings_tied(model: Any, source: random.Random) -> None:
     head.weight = nn.Parameter(head.weight.detach().clone()) if tied else embedding.weight
     with torch.no_grad():
         head.weight.add_(_noise(head.weight, source))
+
+
+def _quantised_again(model: Any, source: random.Random) -> None:
+    """A quantised weight is made of other numbers, and stands in the place of the one before."""
+    name, weight = source.choice(list(quantised_weights(model)))
+    path, _, last = name.rpartition(".")
+    setattr(model.get_submodule(path), last, nn.Parameter(_changed(weight, source), requires_grad=False))
+
+
+def _codes_copied(model: Any, source: random.Random) -> None:
+    """The codes and scales of a quantised weight are written in place."""
+    weight = source.choice(list(quantised_weights(model)))[1]
+    with torch.no_grad():
+        weight.copy_(_changed(weight, source))
+
+
+def _changed(weight: QuantisedWeight, source: random.Random) -> QuantisedWeight:
+    dense = weight.dequantise()
+    return QuantisedWeight.of(dense + _noise(dense, source), weight.format)
 
 
 def _adapter_written(model: Any, source: random.Random) -> None:
@@ -229,12 +252,17 @@ _WRITES: dict[str, WeightWrite] = {
     "a module replaced": _module_replaced,
 }
 _OF_BUFFERS: dict[str, WeightWrite] = {"a buffer in place": _buffer_in_place, "a buffer replaced": _buffer_replaced}
+_OF_QUANTISED: dict[str, WeightWrite] = {
+    "a weight quantised again": _quantised_again,
+    "codes copied": _codes_copied,
+}
+_MERGED = "adapters merged or unmerged"
 _OF_ADAPTERS: dict[str, WeightWrite] = {
     "an adapter written": _adapter_written,
     "another adapter": _adapter_chosen,
     "adapters rescaled": _adapter_rescaled,
     "adapters switched on or off": _adapters_toggled,
-    "adapters merged or unmerged": _adapters_merged,
+    _MERGED: _adapters_merged,
 }
 
 
@@ -243,8 +271,14 @@ def weight_writes(model: Any) -> dict[str, WeightWrite]:
     found = dict(_WRITES)
     if _buffers(model):
         found |= _OF_BUFFERS
+    quantised = any(quantised_weights(model))
+    if quantised:
+        found |= _OF_QUANTISED
     if adapter_layers(model):
-        return found | _OF_ADAPTERS
+        found |= _OF_ADAPTERS
+        if quantised:
+            del found[_MERGED]  # merging writes weights in place
+        return found
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     embedding = model.get_input_embeddings()
     if head is not None and getattr(head, "weight", None) is not None and head.weight.shape == embedding.weight.shape:

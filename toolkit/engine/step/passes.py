@@ -3,15 +3,19 @@
 - ``eliminate_dead_code``: results that nobody reads, and aliases (``detach``) that stand for their argument.
 - ``merge_views``: a chain of views becomes one view, taken once.
 - ``fuse_add_rms_norm``: a residual sum and its RMS norm become one op.
-- ``group_linears``: linear layers of one input (queries, keys, values; gate, up) become one op.
+- ``group_linears``: linear layers of one input (queries, keys, values; gate, up) become one op; quantised ones too.
 - those of ``layer_passes``.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch._ops import OpOverload
 
 from toolkit.engine.step.graph import Argument, CapturedGraph, Node, Value
 from toolkit.engine.step.layer_passes import fuse_gated_linear, fuse_rotary_write
-from toolkit.ops import linear, rms_norm  # noqa: F401  (importing them registers their ops)
+from toolkit.ops import linear, quantised_linear, rms_norm  # noqa: F401  (importing them registers their ops)
 
 _ATEN, _OURS = torch.ops.aten, torch.ops.toolkit
 _ALIASES = {_ATEN.detach.default, _ATEN.alias.default}
@@ -91,24 +95,38 @@ def _is_plain_sum(node: Node) -> bool:
 
 
 def group_linears(graph: CapturedGraph) -> None:
-    """Replace linear layers of one input with constant weights by ``linear_group``, at the position of the first."""
-    of_input: dict[Argument, list[Node]] = {}
+    """Replace linear layers of one input with constant weights by ``linear_group``, at the position of the first; and
+    those with quantised weights by ``quantised_linear_group``."""
+    of_input: dict[tuple[OpOverload, Argument], list[Node]] = {}
     for node in graph.nodes:
-        if node.op is _OURS.linear.default and all(value.kind == "constant" for value in node.reads[1:]):
-            of_input.setdefault(node.args[0], []).append(node)
+        if node.op in _GROUPED and all(value.kind == "constant" for value in node.reads[1:]):
+            of_input.setdefault((node.op, node.args[0]), []).append(node)
     written = {value for node in graph.nodes if node.writes for value in node.reads}
-    groups = {nodes[0]: nodes for x, nodes in of_input.items() if len(nodes) > 1 and x not in written}
+    groups = {nodes[0]: nodes for (_, x), nodes in of_input.items() if len(nodes) > 1 and x not in written}
     absorbed = {node for nodes in groups.values() for node in nodes[1:]}
     kept = []
     for node in graph.nodes:
         if node in groups:
             members = groups[node]
-            weights, biases = ([one.args[at] for one in members] for at in (1, 2))
+            columns = zip(*(one.args[1:] for one in members))
+            group, arguments = _GROUPED[node.op]
             results = [one.result for one in members]
-            node = Node(_OURS.linear_group.default, (node.args[0], weights, biases), {}, results)
+            node = Node(group, (node.args[0], *arguments(*map(list, columns))), {}, results)
         if node not in absorbed:
             kept.append(node)
     graph.nodes = kept
+
+
+def _quantised_arguments(codes: Any, scales: Any, biases: Any, formats: Any, outputs: Any) -> tuple[Any, ...]:
+    flat = [scale for some in scales for scale in some]
+    return codes, flat, [len(some) for some in scales], biases, formats, outputs
+
+
+_GROUPED: dict[OpOverload, tuple[OpOverload, Callable[..., tuple[Any, ...]]]] = {
+    _OURS.linear.default: (_OURS.linear_group.default, lambda weights, biases: (weights, biases)),
+    _OURS.quantised_linear.default: (_OURS.quantised_linear_group.default, _quantised_arguments),
+}
+"""The op of several GEMMs of one input, and its arguments from those of the single ones, each as a list."""
 
 
 _PASSES = (

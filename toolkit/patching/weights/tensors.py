@@ -151,7 +151,11 @@ class _Part:
         words = [(word, owner) for tensor, owner in zip(tensors, self._owners) if (word := word_at(tensor)) is not None]
         self._words, self._word_owners = [word for word, _ in words], [owner for _, owner in words]
         self._samples = list(map(_VALUE, self._words))
-        self._odd = [(ref(e[2]), owner, _odd_stamps(e[2])) for e, owner in others if isinstance(e[2], Tensor)]
+        odd = [(entry, owner) for entry, owner in others if isinstance(entry[2], Tensor)]
+        # Fetched, not remembered weakly: torch swaps a wrapper in ``Module.to`` only where nothing refers to it.
+        self._fetch_odd = _Fetch([entry for entry, _ in odd])
+        self._insides = [vars(entry[2]) for entry, _ in odd]  # swapped with it
+        self._odd = [(owner, _odd_stamps(entry[2])) for entry, owner in odd]
 
     def writes(self) -> set[Owner] | None:
         """Whose tensors were written in place since the last call; None where one is another, or elsewhere."""
@@ -165,6 +169,7 @@ class _Part:
                 or list(map(Tensor.stride, tensors)) != self._strides
                 or list(map(Tensor.numel, tensors)) != self._numels
                 or any(map(_EXPIRED, self._storage_ids))
+                or any(vars(one) is not inside for one, inside in zip(self._fetch_odd(), self._insides))
             ):
                 return None
         except (KeyError, RuntimeError):  # an entry is gone, or has no memory any more
@@ -179,11 +184,11 @@ class _Part:
         if samples != self._samples:
             written |= {owner for owner, old, new in zip(self._word_owners, self._samples, samples) if old != new}
             self._samples = samples
-        for at, (tensor, owner, stamps) in enumerate(self._odd):
-            now = _odd_stamps(tensor())
+        for at, (tensor, (owner, stamps)) in enumerate(zip(self._fetch_odd(), self._odd)):
+            now = _odd_stamps(tensor)
             if now != stamps:
                 written.add(owner)
-                self._odd[at] = (tensor, owner, now)
+                self._odd[at] = (owner, now)
         return written
 
     def stamps(self) -> dict[Owner, list[Any]]:
@@ -194,7 +199,7 @@ class _Part:
             found[owner].append(stamp)
         for owner, sample in zip(self._word_owners, self._samples):
             found[owner].append(sample)
-        for _, owner, stamps in self._odd:
+        for owner, stamps in self._odd:
             found[owner] += stamps
         return found
 
@@ -262,10 +267,8 @@ def _is_plain(value: Any) -> bool:
         return False
 
 
-def _odd_stamps(value: Tensor | None) -> list[WriteStamp]:
+def _odd_stamps(value: Tensor) -> list[WriteStamp]:
     """Of a tensor that is not plain (made in inference mode, or a wrapper), and of those that it wraps."""
-    if value is None:
-        return []
     names: Sequence[str] = value.__tensor_flatten__()[0] if is_traceable_wrapper_subclass(value) else []
     within = [part for name in names if isinstance(part := getattr(value, name), Tensor)]
     return [WriteStamp(value), *(stamp for part in within for stamp in _odd_stamps(part))]

@@ -1,0 +1,199 @@
+"""A quantised weight is the dense weight that it dequantises to: in linear layers, in any other op, and kept as one."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from toolkit.errors import ToolkitError
+from toolkit.modules.linear import linear_forward
+from toolkit.ops.linear import linear, linear_group
+from toolkit.ops.quantised_linear import makers
+from toolkit.quantised import QuantisedWeight
+
+FORMATS = makers()
+
+
+def layer_of(format, outputs=40, inputs=96, dtype=torch.float32, bias=True, seed=0):
+    """A linear layer with a quantised weight, and one with the dense weight that it stands for."""
+    torch.manual_seed(seed)
+    quantised = nn.Linear(inputs, outputs, bias=bias, dtype=dtype)
+    quantised.weight = nn.Parameter(QuantisedWeight.of(quantised.weight, format), requires_grad=False)
+    dense = copy.deepcopy(quantised)
+    dense.weight = nn.Parameter(quantised.weight.dequantise(), requires_grad=False)
+    assert type(dense.weight) is nn.Parameter
+    return quantised, dense
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_linear_has_the_bits_of_the_dense_weight_forward_and_backward(format, dtype):
+    quantised, dense = layer_of(format, dtype=dtype)
+    for rows in (1, 3, 70):
+        results = []
+        for layer in (quantised, dense):
+            x = torch.randn(rows, 96, generator=torch.Generator().manual_seed(rows)).to(dtype).requires_grad_()
+            y = linear_forward(layer, x)
+            gradients = torch.autograd.grad(y.double().pow(2).sum(), [x, layer.bias])
+            results.append((y, *gradients))
+        for one, other in zip(*results, strict=True):
+            assert one.dtype == other.dtype == dtype
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_weight_is_near_the_one_that_was_quantised(format):
+    torch.manual_seed(0)
+    weight = torch.randn(40, 256)
+    error = (QuantisedWeight.of(weight, format).dequantise() - weight).norm() / weight.norm()
+    assert error < {"int4": 0.12, "nf4": 0.12}.get(format, 0.03)
+
+
+def test_other_ops_see_the_dense_weight():
+    quantised, dense = layer_of("nf4")
+    w, d = quantised.weight, dense.weight
+    x = torch.randn(3, 96)
+    for op in (
+        lambda w: x @ w.t(),
+        lambda w: w[3:5],
+        lambda w: w + 1,
+        lambda w: w.float().norm(dim=1),
+        lambda w: F.embedding(torch.tensor([1, 5]), w),
+        lambda w: torch.cat([w, w]),
+        lambda w: F.linear(w, x),
+        lambda w: w.reshape(-1, 2),
+        lambda w: torch.zeros(40, 96).copy_(w),
+        lambda w: linear_group(x, [w, w], [None, None])[1],
+    ):
+        assert torch.equal(op(w), op(d))
+        assert type(op(w)) is torch.Tensor
+
+
+def test_experts_are_three_dimensional():
+    torch.manual_seed(0)
+    weight = torch.randn(3, 20, 64)
+    quantised = QuantisedWeight.of(weight, "int8")
+    assert quantised.shape == (3, 20, 64)
+    assert torch.equal(quantised[1], QuantisedWeight.of(weight[1], "int8").dequantise())
+    assert torch.equal(F.linear(weight[0], quantised[2]), F.linear(weight[0], quantised.dequantise()[2]))
+
+
+def test_gradients_pass_through_any_op():
+    quantised, dense = layer_of("int8")
+    x = torch.randn(3, 96, requires_grad=True)
+    (found,) = torch.autograd.grad((x @ quantised.weight.t()).pow(2).sum(), x)
+    (wanted,) = torch.autograd.grad((x @ dense.weight.t()).pow(2).sum(), x)
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_keeps_the_format(format):
+    layer, _ = layer_of(format)
+    weight, dense = layer.weight, layer.weight.dequantise()
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    kept = {
+        "detach": weight.detach(),
+        "data": weight.data,
+        "clone": weight.clone(),
+        "deepcopy": copy.deepcopy(layer).weight,
+        "pickle": pickle.loads(pickle.dumps(weight)),
+        "torch.save": torch.load(file, weights_only=True)["weight"],
+        "to a device": weight.to("cpu", copy=True),
+    }
+    for name, one in kept.items():
+        assert isinstance(one, QuantisedWeight), name
+        assert one.format == format
+        assert one.dtype == torch.float32
+        assert torch.equal(one.dequantise(), dense), name
+        assert not one.requires_grad
+    for name in ("deepcopy", "pickle"):
+        assert isinstance(kept[name], nn.Parameter)
+    assert kept["clone"].codes.data_ptr() != weight.codes.data_ptr() == kept["detach"].codes.data_ptr()
+
+
+def test_another_dtype_is_what_the_weight_dequantises_to():
+    layer, _ = layer_of("nf4")
+    exact = layer.weight.dequantise(torch.float32)
+    layer.to(torch.bfloat16)
+    assert isinstance(layer.weight, QuantisedWeight)
+    assert layer.weight.dtype == torch.bfloat16
+    assert torch.equal(layer.weight.dequantise(), exact.to(torch.bfloat16))
+    layer.to(torch.float32)
+    assert torch.equal(layer.weight.dequantise(), exact)
+    assert layer.weight.to(torch.int32).dtype == torch.int32
+
+
+def test_autocast_rounds_as_the_dense_weight_is_rounded():
+    quantised, dense = layer_of("int4")
+    x = torch.randn(5, 96)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(linear_forward(quantised, x), linear_forward(dense, x))
+        assert quantised(x).dtype == torch.bfloat16
+
+
+def test_inputs_of_another_dtype_are_refused_as_by_a_dense_weight():
+    quantised, _ = layer_of("int8")
+    for call in (lambda x: quantised(x), lambda x: linear(x, quantised.weight)):
+        with pytest.raises(RuntimeError):
+            call(torch.randn(2, 96, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda w: w.data.zero_(),
+        lambda w: w.add_(1),
+        lambda w: w.__setitem__(0, 1.0),
+        lambda w: w.copy_(torch.zeros(40, 96)),
+        lambda w: nn.init.normal_(w),
+    ],
+)
+def test_writes_in_place_are_refused(write):
+    layer, _ = layer_of("int8")
+    before = layer.weight.dequantise()
+    with torch.no_grad(), pytest.raises(ToolkitError, match=r"a weight in int8 must not be written in place, got \w+"):
+        write(layer.weight)
+    assert torch.equal(layer.weight.dequantise(), before)
+
+
+@pytest.mark.parametrize(
+    "ask", [lambda w: w.requires_grad_(), lambda w: setattr(w, "requires_grad", True), nn.Parameter]
+)
+def test_gradients_of_it_are_refused(ask):
+    layer, _ = layer_of("int8")
+    with pytest.raises(ToolkitError, match="requires_grad must be False for a weight in int8"):
+        ask(layer.weight)
+    layer.requires_grad_(False)
+
+
+def test_load_state_dict_writes_codes_of_the_same_format():
+    layer, _ = layer_of("int8")
+    other, _ = layer_of("int8", seed=1)
+    address = layer.weight.codes.data_ptr()
+    layer.load_state_dict(other.state_dict())
+    assert layer.weight.codes.data_ptr() == address
+    assert torch.equal(layer.weight.dequantise(), other.weight.dequantise())
+    dense = {"weight": torch.zeros(40, 96), "bias": torch.zeros(40)}
+    with pytest.raises((ToolkitError, RuntimeError), match="must not be written in place"):
+        layer.load_state_dict(dense)
+
+
+def test_bytes_and_sizes():
+    weight = layer_of("int8")[0].weight
+    assert weight.numel() == 40 * 96
+    assert weight.nbytes == 40 * 96 * 4
+    assert weight.quantised_bytes == 48 * 96 + 48 * 4  # outputs in panels of 16
+    assert repr(weight) == "QuantisedWeight('int8', shape=[40, 96], dtype=torch.float32, device=cpu)"
+
+
+def test_torch_compile_sees_the_same_layer():
+    quantised, dense = layer_of("nf4")
+    x = torch.randn(4, 96)
+    compiled = torch.compile(lambda layer, x: linear_forward(layer, x), backend="aot_eager")
+    assert torch.equal(compiled(quantised, x), linear_forward(dense, x))

@@ -1,0 +1,236 @@
+"""A weight in a low-precision format: a tensor that is the dense one that it dequantises to.
+
+N outputs, K inputs; E experts.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._ops import OpOverload
+
+import toolkit.ops.linear  # noqa: F401  (registers toolkit::linear)
+from toolkit.errors import ToolkitError
+from toolkit.ops.quantised_linear import dequantise, find, quantised_linear
+from toolkit.ops.registry import has_native
+
+_ATEN, _OURS = torch.ops.aten, torch.ops.toolkit
+_LINEAR = {F.linear, _OURS.linear.default, _OURS.linear}
+
+
+class QuantisedWeight(Tensor):
+    """A weight [N, K], or [E, N, K] of experts, in a format of ``toolkit.ops.quantised_linear``.
+
+    It stands in a plain ``nn.Linear`` as ``weight``. Linear layers read its codes; every other op sees the dense
+    tensor, dequantised for that call, so results are bitwise identical to those of the dense weight. What keeps the
+    format: ``detach``, ``clone``, ``deepcopy``, ``to`` (of a floating-point dtype and any device), pickling,
+    ``state_dict`` and ``load_state_dict``. Views and slices are dense copies.
+
+    Args:
+        format: the name of the format.
+        codes: of E N outputs, as ``toolkit.ops.quantised_linear`` packs them.
+        scales: the format's scales, in its order.
+        shape: [N, K] or [E, N, K].
+        dtype: of the dense weight.
+
+    Raises:
+        ToolkitError: for what writes it in place, or asks for its gradient.
+    """
+
+    format: str
+    codes: Tensor
+
+    @staticmethod
+    def __new__(
+        cls, format: str, codes: Tensor, scales: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype
+    ) -> "QuantisedWeight":
+        made: QuantisedWeight = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, tuple(shape), dtype=dtype, device=codes.device, requires_grad=False
+        )
+        made.format, made.codes = format, codes
+        for at, scale in enumerate(scales):
+            setattr(made, f"scale_{at}", scale)
+        return made
+
+    @classmethod
+    def of(cls, weight: Tensor, format: str, **options: Any) -> "QuantisedWeight":
+        """A dense weight [N, K] or [E, N, K], rounded to a format.
+
+        Args:
+            format: a name of ``toolkit.ops.quantised_linear.makers()``.
+            options: of the format's quantiser, ``group`` of int4, say.
+
+        Raises:
+            ToolkitError: another format; NaN or infinity in the weight.
+        """
+        dense = weight.dequantise() if isinstance(weight, QuantisedWeight) else weight.detach()
+        codes, scales = find(format).quantise(dense.reshape(-1, dense.shape[-1]), **options)
+        return cls(format, codes, scales, dense.shape, dense.dtype)
+
+    @property
+    def scales(self) -> list[Tensor]:
+        """The format's scales, in its order."""
+        return [getattr(self, name) for name in self._parts()[1:]]
+
+    @property
+    def quantised_bytes(self) -> int:
+        """Bytes of codes and scales; ``nbytes`` is of the dense weight."""
+        return sum(getattr(self, name).nbytes for name in self._parts())
+
+    def dequantise(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense weight: float32 values by the format's formula, rounded once to ``dtype``; None is its own."""
+        dtype = self.dtype if dtype is None else dtype
+        inputs = self.shape[-1]
+        outputs = math.prod(self.shape[:-1])
+        return dequantise(self.codes, self.scales, self.format, outputs, inputs, dtype).view(self.shape)
+
+    def _parts(self) -> list[str]:
+        return [name for name in self.__dict__ if name == "codes" or name.startswith("scale_")]
+
+    def _with(self, change: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> "QuantisedWeight":
+        """The weight with each of its tensors changed."""
+        codes, *scales = (change(getattr(self, name)) for name in self._parts())
+        return QuantisedWeight(self.format, codes, scales, self.shape, self.dtype if dtype is None else dtype)
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        return self._parts(), (self.format, self.shape, self.dtype)
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], meta: Any, size: Any, stride: Any) -> "QuantisedWeight":
+        format, shape, dtype = meta
+        codes, *scales = inner.values()
+        return QuantisedWeight(format, codes, scales, shape, dtype)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        parts = [self.codes.view(torch.uint8), *self.scales]  # pickle has no 8-bit floats
+        return _rebuilt, (self.format, parts, tuple(self.shape), self.dtype, isinstance(self, nn.Parameter))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        if id(self) not in memo:
+            copied = self._with(Tensor.clone)
+            memo[id(self)] = nn.Parameter(copied, requires_grad=False) if isinstance(self, nn.Parameter) else copied
+        found: Tensor = memo[id(self)]
+        return found
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"QuantisedWeight({self.format!r}, shape={list(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in _LINEAR and (found := _linear(*args, **kwargs)) is not None:
+                return found
+            if func == Tensor.__setitem__ and isinstance(args[0], QuantisedWeight):
+                raise _written(args[0], "item assignment")
+            if _asks_for_gradient(func, args, kwargs):
+                raise ToolkitError(
+                    f"requires_grad must be False for a weight in {args[0].format}; train adapters on it, or "
+                    "dequantise it."
+                )
+            if isinstance(func, OpOverload) and func.namespace == "toolkit" and not torch.is_grad_enabled():
+                # Without gradients nothing is saved: what is captured are dequantising and the op, on plain tensors.
+                args, kwargs = _dense(args), _dense(kwargs)
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        keep = _KEEPING.get(func)
+        if keep is not None:
+            kept = keep(*args, **kwargs)
+            if kept is not None:
+                return kept
+        for argument, value in zip(func._schema.arguments, args):
+            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, QuantisedWeight):
+                raise _written(value, func._schema.name.split("::")[1])
+        return func(*_dense(args), **_dense(kwargs))
+
+
+def _written(weight: QuantisedWeight, how: str) -> ToolkitError:
+    return ToolkitError(
+        f"a weight in {weight.format} must not be written in place, got {how}; dequantise the model first "
+        "(toolkit.quantised.dequantise)."
+    )
+
+
+def _rebuilt(format: str, parts: list[Tensor], shape: Any, dtype: torch.dtype, is_parameter: bool) -> Tensor:
+    weight = QuantisedWeight(format, parts[0].view(find(format).codes), parts[1:], shape, dtype)
+    return nn.Parameter(weight, requires_grad=False) if is_parameter else weight
+
+
+torch.serialization.add_safe_globals([QuantisedWeight, _rebuilt])
+
+
+def _linear(input: Any, weight: Any, bias: Tensor | None = None) -> Tensor | None:
+    """``linear`` by the codes of its weight; None for a call that dequantises."""
+    if not isinstance(weight, QuantisedWeight) or weight.dim() != 2 or isinstance(input, QuantisedWeight):
+        return None
+    device = input.device.type
+    if device == "cpu" and has_native("linear") and not has_native("quantised_linear"):
+        return None  # a library of older sources: of this op it has the reference alone, which adds in another order
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        if weight.dtype not in (torch.float32, dtype):
+            return None  # rounded twice
+        input, bias = input.to(dtype), None if bias is None else bias.to(dtype)
+    elif input.dtype != weight.dtype:
+        return None  # the dense op says why not
+    return quantised_linear(input, weight.codes, weight.scales, bias, weight.format, weight.shape[0])
+
+
+def _asks_for_gradient(func: Any, args: Any, kwargs: Any) -> bool:
+    if func == Tensor.requires_grad_:
+        wanted = args[1] if len(args) > 1 else kwargs.get("requires_grad", True)
+    elif func == Tensor.requires_grad.__set__:  # type: ignore[attr-defined]
+        wanted = args[1]
+    else:
+        return False
+    return bool(wanted)
+
+
+def _dense(value: Any) -> Any:
+    """``value`` with dense tensors in the place of quantised ones."""
+    if isinstance(value, QuantisedWeight):
+        return value.dequantise()
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_dense, value))
+    if isinstance(value, dict):
+        return {name: _dense(one) for name, one in value.items()}
+    return value
+
+
+def _detached(weight: Any) -> Tensor:
+    return weight._with(lambda part: part)  # type: ignore[no-any-return]
+
+
+def _cloned(weight: Any, **_: Any) -> Tensor:
+    return weight._with(Tensor.clone)  # type: ignore[no-any-return]
+
+
+def _converted(weight: Any, *, dtype: Any = None, device: Any = None, **_: Any) -> Tensor | None:
+    if dtype is not None and not dtype.is_floating_point:
+        return None
+    return weight._with(lambda part: part.to(device=device, copy=True), dtype)  # type: ignore[no-any-return]
+
+
+def _copied(target: Any, source: Any, non_blocking: bool = False) -> Tensor | None:
+    if not (isinstance(target, QuantisedWeight) and isinstance(source, QuantisedWeight)):
+        return None
+    if (target.format, target.shape) != (source.format, source.shape):
+        return None
+    for mine, other in zip((target.codes, *target.scales), (source.codes, *source.scales), strict=True):
+        mine.copy_(other, non_blocking)
+    return target
+
+
+_KEEPING: dict[Any, Callable[..., Any]] = {
+    _ATEN.detach.default: _detached,
+    _ATEN.alias.default: _detached,
+    _ATEN.clone.default: _cloned,
+    _ATEN._to_copy.default: _converted,
+    _ATEN.copy_.default: _copied,
+}
