@@ -186,10 +186,10 @@ ON_TASK = "task: {name: countdown}"
             f"objective={{kind: grpo, {ON_TASK}, rollout: {{max_completion_length: 512}}}}",
             "objective.rollout.max_completion_length must be < train.max_length, which is 512, got 512.",
         ),
-        ("objective={kind: sft}", "Exactly one of objective.task and objective.data_files must be given, got neither."),
+        ("objective={kind: sft}", "Exactly one of objective.task, objective.data_files and objective.datasets must be given, got none."),
         (
             f"objective={{kind: sft, data_files: x, {ON_TASK}}}",
-            "Exactly one of objective.task and objective.data_files must be given, got both.",
+            "Exactly one of objective.task, objective.data_files and objective.datasets must be given, got task and data_files.",
         ),
         (
             "objective={kind: sft, data_files: x, warmup: {max_steps: 1}}",

@@ -123,11 +123,37 @@ class PromptSection(ObjectiveSection):
             )
 
 
+class DatasetSection(Section):
+    """A dataset: what ``datasets.load_dataset`` opens, or a json lines file."""
+
+    path: Annotated[str, Field(min_length=1)]
+    """A file (.jsonl, .json, .parquet, .arrow, .csv, .tsv, .txt), a folder of such files or of ``save_to_disk``, or a
+    repository of the Hub."""
+    name: str | None = None
+    """The configuration of a repository that has several."""
+    revision: str | None = None
+    """Branch, tag or commit of a repository of the Hub."""
+    data_files: str | list[str] | None = None
+    """Patterns of files within a folder or repository; null takes all."""
+    split: Annotated[str, Field(min_length=1)] = "train"
+    """A split, or a slice of one, e.g. ``train[:10%]``."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Which column is which field, e.g. ``{prompt: question, completion: answer}``; others keep their names."""
+    max_samples: Count | None = None
+    """Train on at most this many lines, chosen by a hash of their number; null is all."""
+    weight: Positive = 1.0
+    """How often an epoch has each line, on average."""
+
+
 class OfflineSection(PromptSection):
-    """Examples of a task, or of a file."""
+    """Examples of a task, of a file, or of datasets."""
 
     data_files: str | None = None
     """A json lines file, plain or gzip, in one of TRL's dataset formats; see the kind for its fields."""
+    datasets: Annotated[list[DatasetSection], Field(min_length=1)] | None = None
+    """One dataset or several, shuffled together."""
+    eval_datasets: Annotated[list[DatasetSection], Field(min_length=1)] | None = None
+    """Held-out lines; null holds out ``evaluation.val_set_size`` of those to train on."""
     chat_template: str | None = None
     """For messages: Jinja text, a file with it, or the name of one of the tokenizer's templates; null takes the
     tokenizer's own. It is saved with the tokenizer."""
@@ -145,9 +171,14 @@ class OfflineSection(PromptSection):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        if (self.task is None) == (self.data_files is None):
-            given = "both" if self.task is not None else "neither"
-            raise ValueError(f"exactly one of objective.task and objective.data_files must be given, got {given}")
+        given = [name for name in ("task", "data_files", "datasets") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                "exactly one of objective.task, objective.data_files and objective.datasets must be given, got "
+                f"{' and '.join(given) or 'none'}"
+            )
+        if self.eval_datasets is not None and self.datasets is None:
+            raise ValueError("objective.eval_datasets must be null without objective.datasets")
         return self
 
 

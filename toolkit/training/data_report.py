@@ -39,7 +39,9 @@ class DataReport:
         try:
             outcome = prepare(source)
         except ToolkitError as error:
-            (self.too_long if isinstance(error, TooLong) else self.bad).append(BadLine(number, str(error)))
+            (self.too_long if isinstance(error, TooLong) else self.bad).append(
+                BadLine(number, str(error), source.path if isinstance(source, Line) else "")
+            )
             return
         self.counts += outcome.counts
         self.turn_ends += outcome.turn_ends
@@ -93,16 +95,16 @@ def check(
     return report
 
 
-def raise_by_policy(report: DataReport, path: str, on_bad_lines: str) -> None:
-    """Raise ToolkitError for lines that the recipe's policies do not pass over, the first few by number."""
+def raise_by_policy(report: DataReport, name: str, on_bad_lines: str) -> None:
+    """Raise ToolkitError for lines of what is called ``name`` that the recipe's policies do not pass over."""
     if report.too_long:
         lines = shown(report.too_long)
         raise ToolkitError(
-            f"objective.data_files '{path}' has {len(report.too_long)} lines that are too long: {lines}; raise "
-            "train.max_length, or set objective.excess_length_strategy to truncate or drop."
+            f"{name} has {len(report.too_long)} lines that are too long: {lines}; raise train.max_length, or set "
+            "objective.excess_length_strategy to truncate or drop."
         )
     if report.bad and on_bad_lines == "error":
-        raise bad_lines_error(path, report.bad)
+        raise bad_lines_error(name, report.bad)
 
 
 def written(report: DataReport, what: str, max_length: int, tokenizer: Any, notes: list[str], example: Any) -> str:

@@ -27,9 +27,24 @@ class Stream(Protocol):
 
 
 class LineStream:
-    """Endless lines, in an order of their hashes that is another one every epoch; every process its share."""
+    """Endless lines, in an order of their hashes that is another one every epoch; every process its share.
 
-    def __init__(self, lines: Sequence[Any], seed: int, *, rank: int = 0, world_size: int = 1) -> None:
+    Args:
+        lines: of all datasets, one behind the other.
+        shares: (number of lines, how often an epoch has each on average) of every dataset; None is each line once. Of
+            2.5 every line comes twice, and half of them, others every epoch, a third time.
+    """
+
+    def __init__(
+        self,
+        lines: Sequence[Any],
+        seed: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        shares: Sequence[tuple[int, float]] | None = None,
+    ) -> None:
+        self._shares = [(len(lines), 1.0)] if shares is None else shares
         if len(lines) < world_size:
             raise ToolkitError(
                 f"objective.data_files must have a line for each of {world_size} processes, got {len(lines)}."
@@ -39,7 +54,17 @@ class LineStream:
         self._share = self._order()
 
     def _order(self) -> list[int]:
-        order = sorted(range(len(self._lines)), key=lambda at: digest(f"{self._seed}/{self._epoch}/{at}"))
+        salt, first = f"{self._seed}/{self._epoch}", 0
+        keys: dict[int, int] = {}  # lines are numbered on in further rounds of their dataset
+        for count, weight in self._shares:
+            rounds, part = divmod(weight, 1)
+            again = sorted(range(count), key=lambda at: digest(f"{salt}/again/{first + at}"))[: round(part * count)]
+            for number, members in enumerate([*([range(count)] * int(rounds)), again]):
+                for at in members:
+                    line = first + at
+                    keys[number * len(self._lines) + line] = digest(f"{salt}/{line}" + (f"/{number}" * (number > 0)))
+            first += count
+        order = [number % len(self._lines) for number in sorted(keys, key=keys.__getitem__)]
         return order[self._rank :: self._world_size]
 
     def take(self, count: int) -> list[Any]:

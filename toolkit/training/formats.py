@@ -2,7 +2,8 @@
 
 A prompt and its completions are texts, or lists of messages. ``tools`` and ``chat_template_kwargs`` may stand beside
 messages. ``conversations`` with ``from`` and ``value`` (ShareGPT) read as ``messages`` with ``role`` and ``content``,
-``human`` and ``gpt`` as ``user`` and ``assistant``.
+``human`` and ``gpt`` as ``user`` and ``assistant``. ``instruction``, ``input`` (may be missing) and ``output``
+(Alpaca), and ``system`` beside them, read as ``prompt`` and ``completion``, both messages.
 """
 
 from collections.abc import Mapping, Sequence
@@ -95,7 +96,12 @@ def _fits(name: str, value: Any) -> bool:
 
 
 def _role_and_content(line: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The line with ``messages`` for ``conversations``, and messages with ``role`` and ``content``."""
+    """The line with ``messages`` for ``conversations``, Alpaca's fields as messages, and those with ``role``."""
+    if all(isinstance(line.get(name), str) for name in ("instruction", "output")) and "prompt" not in line:
+        asked = "\n\n".join(filter(None, (line["instruction"], line.get("input"))))
+        system = [{"role": "system", "content": line["system"]}] if line.get("system") else []
+        completion = [{"role": "assistant", "content": line["output"]}]
+        line = {**line, "prompt": [*system, {"role": "user", "content": asked}], "completion": completion}
     if isinstance(line.get("conversations"), list) and "messages" not in line:
         line = {"messages": line["conversations"], **line}
     return {

@@ -32,24 +32,27 @@ _OTHER_FORMATS = {
 
 
 class Line(NamedTuple):
-    """A line's number, from 1, and its object."""
+    """A line's number, from 1, its object, and the file or dataset that it is of."""
 
     number: int
     value: dict[str, Any]
+    path: str = ""
 
 
 class BadLine(NamedTuple):
-    """A line that cannot be trained on: its number, and why, as the rest of a sentence: ``must be ..., got ...``."""
+    """A line that cannot be trained on: its number, why, as the rest of a sentence: ``must be ..., got ...``, and the
+    file or dataset that it is of."""
 
     number: int
     reason: str
+    path: str = ""
 
 
 class LineIndex(Sequence[Line]):
     """Lines of an open file at the given offsets; each is read when it is asked for."""
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
+    def __init__(self, file: IO[bytes], path: str) -> None:
+        self._file, self._path = file, path
         self._offsets, self._numbers = array("q"), array("q")
 
     def add(self, offset: int, number: int) -> None:
@@ -67,7 +70,7 @@ class LineIndex(Sequence[Line]):
         if isinstance(at, slice):
             return [self[index] for index in range(*at.indices(len(self)))]
         self._file.seek(self._offsets[at])
-        return Line(self._numbers[at], json.loads(_text(self._file.readline())))
+        return Line(self._numbers[at], json.loads(_text(self._file.readline())), self._path)
 
 
 class JsonlDataset:
@@ -78,8 +81,10 @@ class JsonlDataset:
         val_set_size: expected share of the lines that is held out.
         check: raises ToolkitError for an object that is no example.
         on_bad_lines: ``error`` or ``skip``.
+        field: of the recipe, for errors.
 
     Attributes:
+        name: what errors call it.
         bad: the lines that are skipped.
         fingerprint: a hash of the file.
 
@@ -89,11 +94,16 @@ class JsonlDataset:
     """
 
     def __init__(
-        self, path: str, val_set_size: float, check: Callable[[dict[str, Any]], None], on_bad_lines: str = "error"
+        self,
+        path: str,
+        val_set_size: float,
+        check: Callable[[dict[str, Any]], None],
+        on_bad_lines: str = "error",
+        field: str = FIELD,
     ) -> None:
-        self.path = path
-        self._file = _opened(path)
-        self.train, self.held_out = LineIndex(self._file), LineIndex(self._file)
+        self.name = f"{field} '{path}'"
+        self._file = _opened(path, field)
+        self.train, self.held_out = LineIndex(self._file, path), LineIndex(self._file, path)
         self.bad: list[BadLine] = []
         seen = hashlib.sha256()
         threshold, offset = int(val_set_size * 2**64), 0
@@ -106,16 +116,16 @@ class JsonlDataset:
                     side = self.held_out if digest(text) < threshold else self.train
                     side.add(offset, number)
             except ToolkitError as error:
-                self.bad.append(BadLine(number, str(error)))
+                self.bad.append(BadLine(number, str(error), path))
             offset += len(raw)
         self.fingerprint = seen.hexdigest()
         if on_bad_lines == "error" and self.bad:
-            raise bad_lines_error(path, self.bad)
+            raise bad_lines_error(self.name, self.bad)
         if not self.train:
             skipped = f", of which {len(self.bad)} lines are skipped ({shown(self.bad)})" if self.bad else ""
             if self.held_out:
                 skipped += f", of which evaluation.val_set_size {val_set_size} holds out {len(self.held_out)} lines"
-            raise ToolkitError(f"{FIELD} must have a line to train on, got '{path}'{skipped}.")
+            raise ToolkitError(f"{field} must have a line to train on, got '{path}'{skipped}.")
 
 
 def parse_object(text: str) -> dict[str, Any]:
@@ -146,23 +156,24 @@ def kind_of(value: Any) -> str:
     return "null" if value is None else names.get(type(value), "a number")
 
 
-def bad_lines_error(path: str, bad: Sequence[BadLine]) -> ToolkitError:
-    """One sentence on all bad lines, the first few by number."""
+def bad_lines_error(name: str, bad: Sequence[BadLine]) -> ToolkitError:
+    """One sentence on all bad lines of what is called ``name``, the first few by number."""
     return ToolkitError(
-        f"{FIELD} '{path}', {shown(bad)}. Mend the file, or pass over such lines with objective.on_bad_lines=skip."
+        f"{name}, {shown(bad)}. Mend the file, or pass over such lines with objective.on_bad_lines=skip."
     )
 
 
 def shown(bad: Sequence[BadLine]) -> str:
     """Why lines are bad, the most frequent reasons, each with the numbers of the first few."""
-    reasons: dict[str, list[int]] = {}
-    for number, reason in bad:
-        reasons.setdefault(reason.rstrip("."), []).append(number)
+    reasons: dict[tuple[str, str], list[int]] = {}
+    several = len({path for _, _, path in bad}) > 1
+    for number, reason, path in bad:
+        reasons.setdefault((reason.rstrip("."), f" of '{path}'" if several else ""), []).append(number)
     listed = sorted(reasons.items(), key=lambda item: -len(item[1]))
     texts = []
-    for reason, numbers in listed[:SHOWN]:
+    for (reason, of), numbers in listed[:SHOWN]:
         more = f" and {len(numbers) - SHOWN:,} more" if len(numbers) > SHOWN else ""
-        which = ("line " if len(numbers) == 1 else "lines ") + ", ".join(map(str, numbers[:SHOWN])) + more
+        which = ("line " if len(numbers) == 1 else "lines ") + ", ".join(map(str, numbers[:SHOWN])) + more + of
         texts.append(f"{which}{',' if reason.startswith('must ') else ':'} {reason}")
     others = sum(len(numbers) for _, numbers in listed[SHOWN:])
     return "; ".join(texts) + (f"; {others:,} others" if others else "")
@@ -175,25 +186,25 @@ def _text(raw: bytes) -> str:
         raise ToolkitError(f"must be UTF-8, got byte 0x{raw[error.start]:02X}.") from None
 
 
-def _opened(path: str) -> IO[bytes]:
+def _opened(path: str, field: str) -> IO[bytes]:
     """The file, uncompressed, open where it can be sought."""
     try:
         file: IO[bytes] = open(path, "rb")  # noqa: SIM115 (lives as long as the data set)
         begin = file.read(8)
         file.seek(0)
     except OSError as error:
-        raise ToolkitError(f"{FIELD} must be a json lines file, got '{path}' ({error.strerror}).") from None
+        raise ToolkitError(f"{field} must be a json lines file, got '{path}' ({error.strerror}).") from None
     for magic, name in _OTHER_FORMATS.items():
         if begin.startswith(magic):
-            raise ToolkitError(f"{FIELD} must be a json lines file, plain or gzip, got '{path}' ({name}).")
+            raise ToolkitError(f"{field} must be a json lines file, plain or gzip, got '{path}' ({name}).")
     if begin.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise ToolkitError(f"{FIELD} must be a json lines file in UTF-8, got '{path}' (UTF-16).")
+        raise ToolkitError(f"{field} must be a json lines file in UTF-8, got '{path}' (UTF-16).")
     if begin.removeprefix(_BOM).lstrip().startswith(b"["):
-        raise ToolkitError(f"{FIELD} must be a json lines file, an object on each line, got '{path}' (an array).")
-    return _unzipped(file, path) if begin.startswith(b"\x1f\x8b") else file
+        raise ToolkitError(f"{field} must be a json lines file, an object on each line, got '{path}' (an array).")
+    return _unzipped(file, path, field) if begin.startswith(b"\x1f\x8b") else file
 
 
-def _unzipped(file: IO[bytes], path: str) -> IO[bytes]:
+def _unzipped(file: IO[bytes], path: str, field: str) -> IO[bytes]:
     """A copy on disk that vanishes with the process: gzip cannot be sought."""
     import gzip
     import zlib
@@ -203,7 +214,7 @@ def _unzipped(file: IO[bytes], path: str) -> IO[bytes]:
         with file, gzip.open(file) as packed:
             shutil.copyfileobj(cast(IO[bytes], packed), whole, 1 << 20)
     except (OSError, EOFError, zlib.error) as error:
-        raise ToolkitError(f"{FIELD} '{path}' must be a whole gzip file ({first_line(error)}).") from None
+        raise ToolkitError(f"{field} '{path}' must be a whole gzip file ({first_line(error)}).") from None
     whole.seek(0)
     return whole
 

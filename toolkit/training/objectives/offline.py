@@ -11,7 +11,8 @@ from toolkit.config.objective import OfflineSection
 from toolkit.errors import ToolkitError
 from toolkit.training import data_report, formats
 from toolkit.training.examples import LineStream, Stream
-from toolkit.training.jsonl import BadLine, JsonlDataset, Line, bad_lines_error, shown
+from toolkit.training.jsonl import BadLine, Line, bad_lines_error, shown
+from toolkit.training.mixture import Lines, open_lines
 from toolkit.training.objectives.base import CHECKED_PROBLEMS, Objective, RunContext, task_texts
 from toolkit.training.preparing import Outcome, TooLong
 from toolkit.training.tasks import Problem, ProblemStream, make_task
@@ -39,14 +40,7 @@ class OfflineObjective(Objective[O]):
         section = self.section
         self.task = make_task(section.task) if section.task is not None else None
         self.val_set_size: float = section.evaluation.val_set_size
-        self.dataset: JsonlDataset | None = None
-        if section.data_files is not None:
-            self.dataset = JsonlDataset(
-                section.data_files,
-                self.val_set_size,
-                lambda line: formats.check(line, self.formats),
-                section.on_bad_lines,
-            )
+        self.dataset = open_lines(section, lambda line: formats.check(line, self.formats))
         self.fingerprint = self.dataset.fingerprint if self.dataset is not None else repr(section.task)
 
     def describe(self) -> str:
@@ -77,18 +71,17 @@ class OfflineObjective(Objective[O]):
         super().bind(context)
         if self.section.chat_template is not None:
             context.tokenizer.chat_template = _template(self.section.chat_template, context.tokenizer)
-        if not context.tokenizer.chat_template and self._has_messages():
+        if self.dataset is not None and not context.tokenizer.chat_template and self._has_messages(self.dataset):
             raise ToolkitError(
-                f"objective.chat_template must be given for messages, as in '{self.section.data_files}', when the "
-                "tokenizer has no template."
+                f"objective.chat_template must be given for messages, as in {self.dataset.name}, when the tokenizer "
+                "has no template."
             )
         self.chat = self.chat_tokenizer(eos_token_ids(context.model.model))
 
-    def _has_messages(self) -> bool:
-        """Whether the file's first line has messages."""
-        if self.dataset is None:
-            return False
-        return bool(formats.conversations(formats.read(self.dataset.train[0].value, self.formats)))
+    def _has_messages(self, dataset: Lines) -> bool:
+        """Whether the first line of a file, or of any dataset, has messages."""
+        firsts = (line.value for line in dataset.firsts())
+        return any(formats.conversations(formats.read(line, self.formats)) for line in firsts)
 
     @abstractmethod
     def prepare(self, source: Problem | Line) -> Outcome:
@@ -106,7 +99,7 @@ class OfflineObjective(Objective[O]):
             if self.dataset is None or not isinstance(source, Line):
                 raise
             if isinstance(error, TooLong) or self.section.on_bad_lines == "error":
-                raise bad_lines_error(self.dataset.path, [BadLine(source.number, str(error))]) from None
+                raise bad_lines_error(self.dataset.name, [BadLine(source.number, str(error), source.path)]) from None
             return []
 
     def check_data(self) -> None:
@@ -126,7 +119,7 @@ class OfflineObjective(Objective[O]):
         if self.dataset is not None:
             held_out = self.dataset.held_out[: section.evaluation.max_eval_samples]
             report.add_bad(data_report.check(held_out, len(held_out), self.prepare, context, "held-out lines"))
-            data_report.raise_by_policy(report, self.dataset.path, section.on_bad_lines)
+            data_report.raise_by_policy(report, self.dataset.name, section.on_bad_lines)
             report.sources += len(self.dataset.bad)
             report.bad = sorted([*report.bad, *self.dataset.bad])
         if not report.counts["examples"]:
@@ -187,7 +180,9 @@ class OfflineObjective(Objective[O]):
         if self.task is not None:
             return ProblemStream(self.task, self.recipe.seed, self.val_set_size, rank=rank, world_size=world_size)
         assert self.dataset is not None
-        return LineStream(self.dataset.train, self.recipe.seed, rank=rank, world_size=world_size)
+        return LineStream(
+            self.dataset.train, self.recipe.seed, rank=rank, world_size=world_size, shares=self.dataset.shares
+        )
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = self.stream.state_dict()

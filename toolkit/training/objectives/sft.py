@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
@@ -18,6 +17,7 @@ from toolkit.training.formats import SFT_FORMATS, Options, conversations, read
 from toolkit.training.formats import options as line_options
 from toolkit.training.images import WithImages
 from toolkit.training.jsonl import Line
+from toolkit.training.mixture import folder_of
 from toolkit.training.objectives.base import MetricAccumulator, Metrics, RunContext
 from toolkit.training.objectives.offline import OfflineObjective
 from toolkit.training.preparing import Example, Outcome, pictured_example, supervised
@@ -81,8 +81,8 @@ class SFT(OfflineObjective[SFTSection]):
 
         super().bind(context)
         if self.dataset is not None:
-            first = conversations(read(self.dataset.train[0].value, self.formats))
-            if any(map(has_images, first)):
+            firsts = (conversations(read(line.value, self.formats)) for line in self.dataset.firsts())
+            if any(has_images(messages) for first in firsts for messages in first):
                 self.require_processor()
         self.check_data()
         self.stream = Packed(self.sources(context), self.examples, self.recipe.train.batch_tokens)
@@ -95,7 +95,7 @@ class SFT(OfflineObjective[SFTSection]):
         else:
             fields, options = read(source.value, self.formats), line_options(source.value)
             if any(map(has_images, conversations(fields))):
-                return self._with_images(source.value, fields, options)
+                return self._with_images(source, fields, options)
             if "messages" in fields:
                 tokens = self.chat.messages(fields["messages"], *options)
             elif "text" in fields:
@@ -104,11 +104,10 @@ class SFT(OfflineObjective[SFTSection]):
                 tokens = self.chat.completion(fields["prompt"], fields["completion"], *options)
         return supervised(tokens, self.recipe.train.max_length, self.section.excess_length_strategy)
 
-    def _with_images(self, line: dict[str, Any], fields: dict[str, Any], options: Options) -> Outcome:
+    def _with_images(self, line: Line, fields: dict[str, Any], options: Options) -> Outcome:
         """A conversation with images, whose tokens are those of the model's processor."""
-        assert self.dataset is not None
         (conversation,) = conversations(fields)
-        messages, images = take_images(conversation, Path(self.dataset.path).parent, line.get("images"))
+        messages, images = take_images(conversation, folder_of(line.path), line.value.get("images"))
         if "messages" in fields:
             tokens = self.chat.messages(messages, *options)
         else:
