@@ -134,6 +134,7 @@ def test_a_wrong_override_is_one_sentence(recipe: str, override: str, expected: 
     assert error_of(recipe, override).startswith(expected)
 
 
+ONE_SOURCE = "Exactly one of objective.task, objective.data_files and objective.datasets must be given, got"
 ON_TASK = "task: {name: countdown}"
 
 
@@ -186,10 +187,10 @@ ON_TASK = "task: {name: countdown}"
             f"objective={{kind: grpo, {ON_TASK}, rollout: {{max_completion_length: 512}}}}",
             "objective.rollout.max_completion_length must be < train.max_length, which is 512, got 512.",
         ),
-        ("objective={kind: sft}", "Exactly one of objective.task, objective.data_files and objective.datasets must be given, got none."),
+        ("objective={kind: sft}", f"{ONE_SOURCE} none."),
         (
             f"objective={{kind: sft, data_files: x, {ON_TASK}}}",
-            "Exactly one of objective.task, objective.data_files and objective.datasets must be given, got task and data_files.",
+            f"{ONE_SOURCE} task and data_files.",
         ),
         (
             "objective={kind: sft, data_files: x, warmup: {max_steps: 1}}",
