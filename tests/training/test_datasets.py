@@ -14,8 +14,8 @@ from toolkit.config.objective import DatasetSection
 from toolkit.errors import ToolkitError
 from toolkit.training.examples import LineStream
 from toolkit.training.formats import SFT_FORMATS, check, read
+from toolkit.training.given import GivenLines, open_lines
 from toolkit.training.loop import Trainer
-from toolkit.training.mixture import Lines, open_lines
 from toolkit.training.objectives.sft import SFTSection
 
 ROWS = [{"prompt": f"question {at}", "completion": f"answer {at}"} for at in range(40)]
@@ -49,7 +49,7 @@ def write(folder: Path, kind: str, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-def opened(*sections: dict[str, Any], **more: Any) -> Lines:
+def opened(*sections: dict[str, Any], **more: Any) -> GivenLines:
     section = SFTSection.model_validate({"kind": "sft", "datasets": list(sections), **more})
     found = open_lines(section, lambda line: check(line, SFT_FORMATS))
     assert found is not None
@@ -98,7 +98,7 @@ def test_columns_and_alpaca(tmp_path: Path) -> None:
     assert read(alpaca, SFT_FORMATS)["prompt"] == [{"role": "user", "content": "Add."}]
 
 
-def test_mixtures_have_their_weights_in_every_epoch(tmp_path: Path) -> None:
+def test_datasets_have_their_weights_in_every_epoch(tmp_path: Path) -> None:
     other = [{"text": f"text {at}"} for at in range(30)]
     lines = opened(
         {"path": write(tmp_path, "parquet", ROWS), "weight": 0.5},

@@ -11,8 +11,8 @@ from toolkit.config.objective import OfflineSection
 from toolkit.errors import ToolkitError
 from toolkit.training import data_report, formats
 from toolkit.training.examples import LineStream, Stream
+from toolkit.training.given import GivenLines, open_lines
 from toolkit.training.jsonl import BadLine, Line, bad_lines_error, shown
-from toolkit.training.mixture import Lines, open_lines
 from toolkit.training.objectives.base import CHECKED_PROBLEMS, Objective, RunContext, task_texts
 from toolkit.training.preparing import Outcome, TooLong
 from toolkit.training.tasks import Problem, ProblemStream, make_task
@@ -78,7 +78,7 @@ class OfflineObjective(Objective[O]):
             )
         self.chat = self.chat_tokenizer(eos_token_ids(context.model.model))
 
-    def _has_messages(self, dataset: Lines) -> bool:
+    def _has_messages(self, dataset: GivenLines) -> bool:
         """Whether the first line of a file, or of any dataset, has messages."""
         firsts = (line.value for line in dataset.firsts())
         return any(formats.conversations(formats.read(line, self.formats)) for line in firsts)

@@ -15,9 +15,9 @@ from toolkit.ops import IGNORED
 from toolkit.training.examples import Packed
 from toolkit.training.formats import SFT_FORMATS, Options, conversations, read
 from toolkit.training.formats import options as line_options
+from toolkit.training.given import folder_of
 from toolkit.training.images import WithImages
 from toolkit.training.jsonl import Line
-from toolkit.training.mixture import folder_of
 from toolkit.training.objectives.base import MetricAccumulator, Metrics, RunContext
 from toolkit.training.objectives.offline import OfflineObjective
 from toolkit.training.preparing import Example, Outcome, pictured_example, supervised

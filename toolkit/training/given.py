@@ -54,7 +54,7 @@ class Joined(Sequence[Line]):
         return self._read[part](self._parts[part][at - begin])
 
 
-class Lines:
+class GivenLines:
     """All lines of an objective.
 
     Attributes:
@@ -94,7 +94,7 @@ class Lines:
             first += count
 
 
-def open_lines(section: OfflineSection, check: Callable[[Mapping[str, Any]], None]) -> Lines | None:
+def open_lines(section: OfflineSection, check: Callable[[Mapping[str, Any]], None]) -> GivenLines | None:
     """The lines of ``data_files`` or of ``datasets``; None of a task.
 
     Args:
@@ -106,7 +106,7 @@ def open_lines(section: OfflineSection, check: Callable[[Mapping[str, Any]], Non
     share = section.evaluation.val_set_size
     if section.data_files is not None:
         file = JsonlDataset(section.data_files, share, check, section.on_bad_lines)
-        return Lines(file.name, [file], [None])
+        return GivenLines(file.name, [file], [None])
     if section.datasets is None:
         return None
     evaluated = [
@@ -118,7 +118,7 @@ def open_lines(section: OfflineSection, check: Callable[[Mapping[str, Any]], Non
         for at, one in enumerate(section.datasets)
     ]
     name = sources[0].name if len(sources) == 1 else "objective.datasets"
-    found = Lines(name, sources, section.datasets, evaluated)
+    found = GivenLines(name, sources, section.datasets, evaluated)
     if not sum(round(count * weight) for count, weight in found.shares):
         raise ToolkitError(f"{name} must have a line to train on, got none.")
     return found
