@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.errors import ToolkitError, first_line
+from toolkit.loading.gguf_pre_tokenizers import restore_pre_tokenizer
 from toolkit.loading.source import Source, find_source, read_json
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -39,6 +40,8 @@ def load_tokenizer(source: Source) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder, **source.options)
     except Exception as error:  # transformers raises many kinds
         raise ToolkitError(f"The tokenizer in '{folder}' cannot be loaded ({first_line(error)}).") from None
+    if source.gguf is not None:
+        restore_pre_tokenizer(tokenizer, folder / source.gguf)
     if tokenizer.chat_template is None and (folder / PROCESSOR_TEMPLATE).is_file():
         tokenizer.chat_template = read_json(folder / PROCESSOR_TEMPLATE).get("chat_template")
     tokenizer.chat_template = _without_mark(tokenizer.chat_template)
