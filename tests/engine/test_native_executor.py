@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import toolkit
-from tests.helpers.step_functions import BIAS, FUNCTIONS, WEIGHT, numbers
+from tests.helpers.step_functions import BIAS, FUNCTIONS, WEIGHT, before_sampling, numbers
 from toolkit.engine.step import decode_graphs
 from toolkit.engine.step.executors import straight_line
 from toolkit.engine.step.graph import capture
@@ -155,9 +155,11 @@ def test_launches_of_a_dense_layer(family, monkeypatch):
     monkeypatch.setattr(decode_graphs, "optimize", lambda graph: graphs.append(optimize(graph)) or graphs[-1])
     with toolkit.Engine(model, max_num_seqs=4, max_model_len=64) as engine:
         engine.generate([[5, 6, 7]], toolkit.SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True))
-    launches = [str(node.op) for node in graphs[0].nodes if node.op not in VIEWS]
+    model_nodes = before_sampling(graphs[0])
+    launches = [str(node.op) for node in model_nodes if node.op not in VIEWS]
     layers = model.config.num_hidden_layers
     assert launches.count("toolkit.attention.default") == launches.count("toolkit.rotary_write.default") == layers
     assert launches.count("toolkit.gated_linear.default") == layers
     beside = 4 + 4 * (family == "gemma2")  # it scales embeddings and bounds logits
+    assert len(graphs[0].nodes) - len(model_nodes) <= 8  # samples, log-probabilities and their way into one tensor
     assert len(launches) <= beside + (10 if family == "gemma2" else 8) * layers, launches

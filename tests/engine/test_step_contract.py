@@ -13,6 +13,7 @@ from torch import nn
 
 import toolkit
 from tests.helpers.step_functions import FUNCTIONS, numbers
+from toolkit.engine.runner import ModelRunner
 from toolkit.engine.step.executors import straight_line
 from toolkit.engine.step.graph import capture
 from toolkit.engine.step.native import native_replay
@@ -45,20 +46,34 @@ class Lockstep:
             graphs.forward = self.counted(graphs.forward, self.forwards, executor)
             engine.backend.forward = self.noted(engine.backend.forward, kept)
         self.engines[0].backend.graphs.serves = lambda context: False
+        self.engines[0].runner.step = self.of_new_inputs(self.engines[0].runner)
 
     def counted(self, function, counter=None, at=None):
         counter = self.captures if counter is None else counter
 
-        def counting(argument):
+        def counting(*arguments):
             counter[at] += 1
-            return function(argument)
+            return function(*arguments)
 
         return counting
 
     @staticmethod
+    def of_new_inputs(runner):
+        """``runner.step`` that finds nothing of an earlier step in its inputs."""
+        step, pool = runner.step, runner.pool
+
+        def renewed(chunks, features, sampled_rows):
+            fresh = ModelRunner(runner.backend, pool, 6, 128)
+            runner._tables, runner._columns = fresh._tables, {}
+            return step(chunks, features)
+
+        return renewed
+
+    @staticmethod
     def noted(forward, kept):
-        def noting(context, rows):
-            kept.append(forward(context, rows))  # no copy: a replay must not overwrite what an earlier step returned
+        def noting(context, rows, *sampling):
+            # no copy: a replay must not overwrite what an earlier step returned
+            kept.append(forward(context, rows, *sampling))
             return kept[-1]
 
         return noting
@@ -182,14 +197,36 @@ def random_prompt(chance, prefixes):
 
 
 def random_params(chance):
-    return toolkit.SamplingParams(
-        n=chance.choice((1, 1, 1, 2, 3)),
-        max_tokens=chance.randint(1, 20),
-        temperature=chance.choice((0.0, 0.8)),
-        seed=chance.randrange(1000),
-        logprobs=chance.choice((None, 3)),
-        ignore_eos=True,
-    )
+    found = {
+        "n": chance.choice((1, 1, 1, 2, 3)),
+        "max_tokens": chance.randint(1, 20),
+        "temperature": chance.choice((0.0, 0.8)),
+        "seed": chance.randrange(1000),
+        "logprobs": chance.choice((None, 3)),
+        "ignore_eos": True,
+    }
+    return toolkit.SamplingParams(**found, **random_choices(random.Random(found["seed"])))
+
+
+def flipped(output, row):
+    return row.flip(0) if len(output) % 2 else row
+
+
+def random_choices(chance):
+    """What else decides a token: of every third request nothing."""
+    found = {
+        "top_k": chance.choice((0, 5)),
+        "top_p": chance.choice((1.0, 0.8)),
+        "min_p": chance.choice((0.0, 0.1)),
+        "repetition_penalty": chance.choice((1.0, 1.0, 1.4)),
+        "frequency_penalty": chance.choice((0.0, 0.3)),
+        "presence_penalty": chance.choice((0.0, -0.5)),
+        "logit_bias": chance.choice((None, {chance.randrange(97): 3.0, chance.randrange(97): -2.5})),
+        "allowed_token_ids": chance.choice((None, None, sorted(chance.sample(range(97), 20)))),
+        "stop_token_ids": [90, 91],
+        "logits_processors": chance.choice((None, None, None, [flipped])),
+    }
+    return chance.choice(({}, found, found))
 
 
 def run(lockstep, chance, steps, share_of_changes):

@@ -3,6 +3,7 @@
 A prompt is written as a list: an int is a token, a ``Picture`` some rows of a picture.
 """
 
+import copy
 import hashlib
 from typing import NamedTuple
 
@@ -73,7 +74,7 @@ class PictureModel(HistoryModel):
 
     def forward(self, context: PagedContext, rows: Tensor) -> Tensor:
         batch, pool = context.batch, context.pool
-        self.batches.append(batch)
+        self.batches.append(copy.deepcopy(batch))  # the runner writes the next step over it
         (view,) = batch.views
         assert isinstance(view, PagedRows)
         tokens = batch.tokens.float()

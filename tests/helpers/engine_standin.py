@@ -4,6 +4,7 @@ Any mistake in paging, copying, chunking or preemption changes the history, and 
 stand-in also checks that what it reads back is positions 0, 1, 2, ... of one sequence.
 """
 
+import copy
 import functools
 import random
 import zlib
@@ -62,7 +63,7 @@ class HistoryModel:
 
     def forward(self, context: PagedContext, rows: torch.Tensor) -> torch.Tensor:
         batch, pool = context.batch, context.pool
-        self.batches.append(batch)
+        self.batches.append(copy.deepcopy(batch))  # the runner writes the next step over it
         if self.failure is not None:
             failure, self.failure = self.failure, None
             raise failure

@@ -1,5 +1,7 @@
 """Functions for captured graphs: one for every sort of argument that an op may have."""
 
+import itertools
+
 import torch
 
 from toolkit.ops.linear import linear, linear_group
@@ -65,3 +67,8 @@ FUNCTIONS = {
     "lists": of_lists,
     "an input": lambda x: x,
 }
+
+
+def before_sampling(graph):
+    """The nodes of a decode step's graph that compute logits."""
+    return list(itertools.takewhile(lambda node: node.op is not torch.ops.toolkit.sample.default, graph.nodes))

@@ -9,10 +9,10 @@ from toolkit.lazy import lazy_names
 
 if TYPE_CHECKING:
     from toolkit.engine.async_engine import AsyncEngine
+    from toolkit.engine.backend import Backend
     from toolkit.engine.engine import Engine
     from toolkit.engine.outputs import Completion, Delta
     from toolkit.engine.request_handle import EngineListener, EngineUnavailable, RequestHandle
-    from toolkit.engine.runner import Backend
 
 __all__ = [
     "AsyncEngine",
@@ -31,7 +31,7 @@ __getattr__ = lazy_names(
     __name__,
     {
         "AsyncEngine": "toolkit.engine.async_engine",
-        "Backend": "toolkit.engine.runner",
+        "Backend": "toolkit.engine.backend",
         "Completion": "toolkit.engine.outputs",
         "Delta": "toolkit.engine.outputs",
         "Engine": "toolkit.engine.engine",

@@ -8,9 +8,9 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from toolkit.engine.backend import Backend, PatchedModel
 from toolkit.engine.config import EngineConfig
 from toolkit.engine.request import Sequence
-from toolkit.engine.runner import Backend, PatchedModel
 from toolkit.engine.scheduler import Scheduler
 from toolkit.errors import ToolkitError
 from toolkit.patching.adapters import (

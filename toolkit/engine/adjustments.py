@@ -77,6 +77,21 @@ class Adjustments:
                 raise ToolkitError(f"logits_processors must return a tensor of shape {list(size)}, got {got}.")
         return row
 
+    def addends(self, row: Tensor, last: list[int]) -> Tensor:
+        """What ``adjusted_logits`` adds to a row, without the processors.
+
+        Args:
+            row: [1, V] zeros, which are written to.
+            last: the tokens that would complete bad words.
+        """
+        row[0, self.bias_ids] = torch.from_numpy(self.bias).to(row.dtype)
+        if self.allowed_ids is not None:
+            kept = row[0, self.allowed_ids]
+            row.fill_(-torch.inf)
+            row[0, self.allowed_ids] = kept
+        row[0, last] = -torch.inf
+        return row
+
     def completing(self, sequence: "request.Sequence", drafted: int) -> list[int]:
         """The tokens that would be the last ones of bad words."""
         if not self._bad_words:

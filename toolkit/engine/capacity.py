@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
+from toolkit.engine.backend import Backend
 from toolkit.engine.config import EngineConfig
-from toolkit.engine.runner import Backend
 from toolkit.errors import ToolkitError, must_be_one_of
 from toolkit.machine import memory_bytes
 from toolkit.state import BlockManager, Group, StatePool, StateSpec

@@ -11,14 +11,12 @@ from toolkit.engine.grammar.masks import GrammarMasks
 from toolkit.engine.outputs import Delta, joined
 from toolkit.engine.request import Sequence
 from toolkit.engine.runner import ModelRunner
-from toolkit.engine.sampler import Sampler
+from toolkit.engine.sampler import SampledRow, Sampler, needs_host
 from toolkit.engine.scheduler import Chunk, Scheduler
 from toolkit.engine.speculation.speculation import Speculation
+from toolkit.engine.step.sampling import Row
 from toolkit.state import WeightKeys
 from toolkit.state.media import Features
-
-SampledRow = tuple[int, float, float, dict[int, float] | None, str | None]
-"""A row of ``Samples``."""
 
 
 class Decoding:
@@ -51,12 +49,13 @@ class Decoding:
         started = time.perf_counter()
         self.sampler.prepare((chunk.sequence, chunk.drafts) for chunk in chunks if chunk.drafts or chunk.samples)
         try:
-            logits = self.runner.forward(chunks, features)
+            logits, result = self.runner.step(chunks, features, self._sampled_rows(chunks))
         except BaseException:
             self.sampler.abandon()
             raise
         grown: list[_Grown] = []
         rows: list[int] = []
+        forked: set[int] = set()  # of ``rows``, those of sequences that begin here
         sampled = 0  # rows of logits that are taken
         for chunk in chunks:
             if positions := chunk.scored:
@@ -73,6 +72,7 @@ class Decoding:
             if chunk.samples:
                 owners = [chunk.sequence, *self.scheduler.fork_siblings(chunk.sequence)]
                 grown += [_Grown(owner) for owner in owners]
+                forked.update(range(len(rows) + 1, len(rows) + len(owners)))
                 rows += [sampled] * len(owners)
                 sampled += 1
         for chunk in chunks:
@@ -84,15 +84,27 @@ class Decoding:
         with threads():
             sequences = [one.sequence for one in grown for _ in range(1 + one.drafts)]
             drafts = [drafted for one in grown for drafted in range(1 + one.drafts)]
-            samples = self.sampler.sample(logits if rows == list(range(sampled)) else logits[rows], sequences, drafts)
+            if result is None:
+                taken = logits if rows == list(range(sampled)) else logits[rows]
+                found = self.sampler.sample(taken, sequences, drafts).rows()
+            else:
+                found = iter(self.sampler.read(result, logits, rows, sequences, drafts, forked))
         if self.speculation is not None:
             self.speculation.ran(chunks, time.perf_counter() - started)
-        found = samples.rows()
         for one in grown:
             of_one = list(itertools.islice(found, 1 + one.drafts))
             if one.sequence.completion is None:  # else a sibling failed, and with it the request
                 for outcome in self._accepted(one, of_one, weights):
                     yield one.sequence, outcome
+
+    @staticmethod
+    def _sampled_rows(chunks: list[Chunk]) -> list[Row] | None:
+        """What the rows of a step are that the model may sample: of one that decodes alone, unless the host must."""
+        if not all(chunk.decodes and chunk.samples and not chunk.scored for chunk in chunks):
+            return None
+        if all(needs_host(chunk.sequence) for chunk in chunks):
+            return None
+        return [(chunk.sequence, drafted) for chunk in chunks for drafted in range(1 + chunk.drafts)]
 
     def _accepted(self, grown: "_Grown", rows: list[SampledRow], weights: WeightKeys) -> Iterator[Delta | str]:
         """Accept tokens until one is not what was drafted, or ends the completion."""

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from toolkit.engine.adapters import ModelAdapters, new_adapters, weight_keys
+from toolkit.engine.backend import Backend, PatchedModel
 from toolkit.engine.capacity import chosen_max_model_len, new_offloading, new_state
 from toolkit.engine.config import AUTO, EngineConfig
 from toolkit.engine.decoding import Decoding
@@ -22,7 +23,7 @@ from toolkit.engine.outputs import Completion, Delta
 from toolkit.engine.params import SamplingParams
 from toolkit.engine.prompts import Params, Prompt, Prompts, check_streamed, longest_sequence
 from toolkit.engine.request import Request
-from toolkit.engine.runner import Backend, ModelRunner, PatchedModel
+from toolkit.engine.runner import ModelRunner
 from toolkit.engine.saved_prefixes import PrefixFiles, SavedPrefixes
 from toolkit.engine.scheduler import Chunk, Scheduler
 from toolkit.engine.speculation.drafters import new_speculation

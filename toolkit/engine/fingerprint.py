@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 import toolkit
-from toolkit.engine.runner import Backend
+from toolkit.engine.backend import Backend
 from toolkit.ops import native
 
 

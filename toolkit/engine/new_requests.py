@@ -7,6 +7,7 @@ import numpy as np
 
 from toolkit.engine.adapters import ModelAdapters
 from toolkit.engine.adjustments import Adjustments
+from toolkit.engine.backend import Backend
 from toolkit.engine.detokenizer import Decoder, Tokenizer
 from toolkit.engine.grammar.compiler import GrammarCompiler
 from toolkit.engine.media import PromptMedia, check_media_space
@@ -24,7 +25,6 @@ from toolkit.engine.prompts import (
     split_prompts,
 )
 from toolkit.engine.request import Request
-from toolkit.engine.runner import Backend
 from toolkit.engine.scheduler import Scheduler
 from toolkit.errors import ToolkitError
 

@@ -114,8 +114,8 @@ class Sequence:
         names: what stands for each of them in the prefix index: themselves, or the rows of pictures.
         block_tables: its blocks while it runs; None while it waits.
         swapped: its state, where that is swapped out.
-        table_row: its row in the runner's block tables while it runs.
-        num_known_blocks: how many entries of that row are written.
+        table_stamp: of the row of the runner's block tables that holds its blocks; 0 for none.
+        num_known_blocks: how many entries of that row are its blocks.
         draft: tokens that may come next, which the next step verifies.
         matcher: how far the output is within the request's grammar; None without one.
         prediction: how far the output follows the request's prediction; None without one.
@@ -132,7 +132,7 @@ class Sequence:
         self.names = self.tokens if request.media is None else request.media.names.copy()
         self.block_tables: BlockTables | None = None
         self.swapped: SwappedState | None = None
-        self.table_row = -1
+        self.table_stamp = 0
         self.num_known_blocks = 0
         self.draft: list[int] = []
         self.matcher = None if request.grammar is None else request.grammar.matcher(request.stop_ids)

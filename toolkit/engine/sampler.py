@@ -22,11 +22,15 @@ from toolkit.engine.grammar.masks import GrammarMasks
 from toolkit.engine.logprobs import top_logprobs, upcast
 from toolkit.engine.order import first_largest
 from toolkit.engine.request import Sequence
+from toolkit.engine.step.sampling import EVERYTHING
 from toolkit.ops.sample import penalize, sample
 from toolkit.ops.token_logprob import token_logprob
 
 _NOTHING = np.zeros(0, dtype=np.int64)
-_EVERYTHING = 2**62  # a top_k that no vocabulary reaches
+
+
+SampledRow = tuple[int, float, float, dict[int, float] | None, str | None]
+"""A row of ``Samples``."""
 
 
 @dataclass(slots=True)
@@ -47,7 +51,7 @@ class Samples:
     top_logprobs: list[dict[int, float] | None]
     errors: list[str | None]
 
-    def rows(self) -> abc.Iterator[tuple[int, float, float, dict[int, float] | None, str | None]]:
+    def rows(self) -> abc.Iterator[SampledRow]:
         """Of each row its token, log-probabilities, most probable tokens and error."""
         return zip(self.token_ids, self.logprobs, self.sampling_logprobs, self.top_logprobs, self.errors)
 
@@ -60,7 +64,7 @@ class BatchParams:
         self.device = device
         params = [one.params for one in sequences]
         self.temperature = self.floats([0.0 if one.greedy else one.temperature for one in params])
-        self.top_k = self.integers([min(one.top_k, _EVERYTHING) for one in params])
+        self.top_k = self.integers([min(one.top_k, EVERYTHING) for one in params])
         self.top_p = self.floats([one.top_p for one in params])
         self.min_p = self.floats([one.min_p for one in params])
         self.seeds = self.integers([one.seed for one in sequences])
@@ -193,17 +197,50 @@ class Sampler:
         logprob, lse = token_logprob(logits, ids)
         logprobs = logprob.tolist()
         sampling = [0.0] * len(sequences) if sampled is None else sampled.tolist()
-        errors = [
-            failure
-            if failure is not None or (math.isfinite(value) and math.isfinite(other))
-            else "the model's logits are not finite, or leave no token to sample."
-            for value, other, failure in zip(logprobs, sampling, failures)
-        ]
+        errors = [failure or _error(value, other) for value, other, failure in zip(logprobs, sampling, failures)]
         tops = [
             None if one.params.logprobs is None or not top else top_logprobs(logits[row], lse[row], one.params.logprobs)
             for row, one in enumerate(sequences)
         ]
         return Samples(ids.tolist(), logprobs, sampling, tops, errors)
+
+    def read(
+        self,
+        result: Tensor,
+        logits: Tensor,
+        rows: abc.Sequence[int],
+        sequences: abc.Sequence[Sequence],
+        drafts: abc.Sequence[int],
+        others: abc.Container[int],
+    ) -> list[SampledRow]:
+        """What ``sample`` would return of some rows of a step that sampled; those that need the host are sampled here.
+
+        Args:
+            result: [R, 4] of the step, see ``StepSampling``.
+            logits: [R, V] of the step.
+            rows: of both that are asked for.
+            sequences: of each row.
+            drafts: of each row.
+            others: indices of ``rows`` that the step sampled of another sequence.
+        """
+        host = [at for at, one in enumerate(sequences) if at in others or needs_host(one)]
+        of_host: abc.Iterator[SampledRow] = iter(())
+        if host:
+            given = logits[[rows[at] for at in host]], [sequences[at] for at in host], [drafts[at] for at in host]
+            of_host = self.sample(*given).rows()
+        whole, waiting = result.tolist(), set(host)
+        found = []
+        for at, (row, one) in enumerate(zip(rows, sequences)):
+            if at in waiting:
+                found.append(next(of_host))
+                continue
+            token, logprob, sampling, lse = whole[row]
+            top = None
+            if one.params.logprobs is not None:
+                own = upcast(logits[row])
+                top = top_logprobs(own, torch.tensor(lse, dtype=own.dtype, device=own.device), one.params.logprobs)
+            found.append((int(token), logprob, sampling, top, _error(logprob, sampling)))
+        return found
 
     def _masked(
         self, own: Tensor, scores: Tensor, sequences: abc.Sequence[Sequence], drafts: abc.Sequence[int]
@@ -215,3 +252,15 @@ class Sampler:
         if self._masks is None:
             self._masks = GrammarMasks(own.shape[-1], own.device)
         return self._masks.apply(own, scores, rows)
+
+
+def needs_host(sequence: Sequence) -> bool:
+    """Whether the host must see a sequence's logits: for processors, or a grammar, filled while the model runs."""
+    adjustments = sequence.request.adjustments
+    return sequence.matcher is not None or (adjustments is not None and bool(adjustments.processors))
+
+
+def _error(logprob: float, sampling_logprob: float) -> str | None:
+    if math.isfinite(logprob) and math.isfinite(sampling_logprob):
+        return None
+    return "the model's logits are not finite, or leave no token to sample."

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from toolkit.engine.backend import Backend
 from toolkit.engine.fingerprint import fingerprint_text, numerics_fingerprint
-from toolkit.engine.runner import Backend
 from toolkit.errors import ToolkitError
 from toolkit.patching.weights.fingerprint import model_fingerprint
 from toolkit.state import BlockManager, PrefixKey, StatePool, WeightKeys

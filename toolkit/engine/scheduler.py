@@ -95,7 +95,6 @@ class Scheduler:
         self.may_run: Callable[[Sequence], bool] = lambda sequence: True  # else others go first
         self.num_preemptions = 0
         self.prefix_cache_queries = self.prefix_cache_hits = 0
-        self._free_rows = list(range(self.max_running - 1, -1, -1))
         self._one_each: BlockCounts = (1,) * len(block_manager.groups)
 
     def add(self, request: Request) -> None:
@@ -164,8 +163,6 @@ class Scheduler:
         assert len(self.running) <= self.max_running, "too many sequences run"
         assert all(sequence.block_tables is None for sequence in self.waiting), "a waiting sequence holds blocks"
         assert all(sequence.swapped is None for sequence in self.running), "a running sequence is swapped out too"
-        rows = sorted(self._free_rows + [sequence.table_row for sequence in self.running])
-        assert rows == list(range(self.max_running)), "a table row is lost or given twice"
         tables = [sequence.block_tables for sequence in self.running]
         assert all(tables), "a running sequence has no table"
         self.block_manager.check_integrity([one for one in tables if one is not None])
@@ -291,14 +288,13 @@ class Scheduler:
 
     def _enter(self, sequence: Sequence, tables: BlockTables) -> None:
         del self.waiting[bisect_left(self.waiting, sequence.order, key=_order)]
-        sequence.block_tables, sequence.table_row, sequence.num_known_blocks = tables, self._free_rows.pop(), 0
+        sequence.block_tables, sequence.num_known_blocks = tables, 0
         insort(self.running, sequence, key=_order)
 
     def _leave(self, sequence: Sequence) -> None:
         if sequence.block_tables is not None:
             sequence.block_tables.release()
             sequence.block_tables = None
-            self._free_rows.append(sequence.table_row)
 
 
 def _sum(*needs: BlockCounts) -> BlockCounts:

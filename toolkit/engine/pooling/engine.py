@@ -7,11 +7,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from toolkit.engine.backend import PatchedModel
 from toolkit.engine.config import EngineConfig
 from toolkit.engine.pooling.params import PoolerConfig, PoolingParams
 from toolkit.engine.pooling.poolers import activate, default_activation, embed, pool
 from toolkit.engine.prompts import outside_vocabulary
-from toolkit.engine.runner import PatchedModel
 from toolkit.errors import ToolkitError, first_line, must_be_one_of
 from toolkit.patching import choose_rotary_lengths, report_of
 from toolkit.patching.eval_mode import eval_mode

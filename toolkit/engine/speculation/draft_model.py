@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
+from toolkit.engine.backend import Backend, PatchedModel
 from toolkit.engine.capacity import new_state
 from toolkit.engine.config import EngineConfig
 from toolkit.engine.media import PromptMedia
 from toolkit.engine.request import Sequence
-from toolkit.engine.runner import Backend, ModelRunner, PatchedModel
+from toolkit.engine.runner import ModelRunner
 from toolkit.engine.sampler import Sampler
 from toolkit.engine.scheduler import Chunk
 from toolkit.engine.speculation.drafter import Draft
@@ -57,7 +58,7 @@ class DraftModel:
         self.seconds_per_token = 0.0
         self._budget = config.max_num_batched_tokens
         self._version = self.backend.version()
-        self._rows = list(range(running))
+        self._running = running
         self._known: dict[Sequence, _Followed] = {}
         self._sleeps = False
 
@@ -87,7 +88,6 @@ class DraftModel:
         found = self._known.pop(sequence, None)
         if found is not None:
             found.block_tables.release()
-            self._rows.append(found.table_row)
 
     def sleep(self) -> None:
         for sequence in list(self._known):
@@ -107,12 +107,12 @@ class DraftModel:
             return None
         found = self._known.get(sequence)
         if found is None:
-            if not self._rows:
+            if len(self._known) >= self._running:
                 return None
             length = self._rotary_length(len(sequence.request.prompt) + sequence.request.max_tokens)
             request = _Request(length, sequence.request.prompt_length)
             tables = self.block_manager.new_block_tables(None)
-            found = self._known[sequence] = _Followed(request, tables, self._rows.pop())
+            found = self._known[sequence] = _Followed(request, tables)
         found.follow(sequence.tokens)
         return found
 
@@ -167,9 +167,9 @@ class _Followed:
 
     request: _Request
     block_tables: BlockTables
-    table_row: int
     tokens: list[int] = field(default_factory=list)
     draft: list[int] = field(default_factory=list)
+    table_stamp: int = 0
     num_known_blocks: int = 0
 
     def follow(self, tokens: list[int]) -> None:

@@ -1,7 +1,7 @@
 """The drafter that a configuration asks for."""
 
+from toolkit.engine.backend import Backend
 from toolkit.engine.config import EngineConfig
-from toolkit.engine.runner import Backend
 from toolkit.engine.speculation.config import SpeculativeConfig
 from toolkit.engine.speculation.draft_model import DraftModel
 from toolkit.engine.speculation.drafter import Drafter

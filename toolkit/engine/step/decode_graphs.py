@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from toolkit.engine.step.executors import EXECUTORS, Executor, holds
 from toolkit.engine.step.graph import CapturedGraph, capture
 from toolkit.engine.step.passes import optimize
+from toolkit.engine.step.sampling import StepSampling, sample_step
 from toolkit.patching import report_of
 from toolkit.patching.forward import context_forward
 from toolkit.patching.multimodal.entry import MediaEntry
@@ -41,7 +41,7 @@ class DecodeGraphs:
     def __init__(self, model: nn.Module, executors: Sequence[Executor] = EXECUTORS) -> None:
         self.model = model
         self.executors = executors
-        self._graphs: dict[tuple[Any, ...], Callable[..., Tensor]] = {}  # by size, dimensions of positions, adapters
+        self._graphs: dict[tuple[Any, ...], Callable[..., Tensor]] = {}  # by size and what else decides the ops
         self._clock = weight_clock(model)
         self._captured_from: tuple[object, ...] = ()
         self._reads_weights = False
@@ -81,24 +81,30 @@ class DecodeGraphs:
         steady = plain and context.pool.capturable and not self._hooked and not self.data_dependent_op
         return steady and count == len(context.batch.kv_lengths) and count in CAPTURE_SIZES
 
-    def forward(self, context: PagedContext) -> Tensor:
-        """Logits [S, V] of all rows, padding included, of a batch that ``serves`` accepts."""
-        inputs = _tensors(context)
+    def forward(self, context: PagedContext, sampling: StepSampling | None = None) -> Tensor:
+        """Logits [S, V] of all rows, padding included, of a batch that ``serves`` accepts.
+
+        With ``sampling`` every row is sampled too (``StepSampling.result``).
+        """
+        inputs = [*_tensors(context), *(sampling.tensors if sampling is not None else ())]
         batch = context.batch
         adapters = None if batch.adapter_ids is None else batch.adapters
-        size = len(batch.tokens), batch.positions.dim(), adapters
-        replay = self._graphs.get(size)
+        parts = None if sampling is None else sampling.parts
+        size = len(batch.tokens), batch.positions.dim(), adapters, parts
+        widths = tuple(view.block_tables.shape[1] for view in batch.views if isinstance(view, PagedRows))
+        replay = self._graphs.get(size) or self._graphs.get((*size, widths))
         if replay is None or not holds(replay, inputs):
             # Captured outside inference mode: tensors made by the capture belong to later steps too.
             with torch.inference_mode(False), torch.no_grad():
-                graph = capture(self._function(context), _with_room(context))
+                graph = capture(self._function(context, sampling), inputs)
                 # The capture was this step: run twice, a recurrence would advance by two tokens.
                 logits = graph.output.tensor
                 self.data_dependent_op = graph.data_dependent_op
                 if graph.reads_constants and not self._reads_weights:
                     self._reads_weights, self._captured_from = True, (*self._captured_from[:2], self._clock.key)
                 if not self.data_dependent_op:
-                    self._graphs[size] = self._executable(optimize(graph))
+                    made = self._executable(optimize(graph))
+                    self._graphs[(*size, widths) if hasattr(made, "fits") else size] = made
             return logits
         self.own_threads = getattr(replay, "own_threads", False)
         return replay(*inputs)
@@ -106,11 +112,15 @@ class DecodeGraphs:
     def _executable(self, graph: CapturedGraph) -> Callable[..., Tensor]:
         return next(replay for executor in self.executors if (replay := executor(graph)) is not None)
 
-    def _function(self, context: PagedContext) -> Callable[..., Tensor]:
+    def _function(self, context: PagedContext, sampling: StepSampling | None) -> Callable[..., Tensor]:
         model = self.model
+        own = len(_tensors(context))
 
         def forward(*tensors: Tensor) -> Tensor:
-            return context_forward(model, _with_tensors(context, tensors))
+            logits = context_forward(model, _with_tensors(context, tensors[:own]))
+            if sampling is not None:
+                sample_step(logits, sampling.parts, tensors[own:])
+            return logits
 
         return forward
 
@@ -129,20 +139,6 @@ def _tensors(context: PagedContext) -> list[Tensor]:
     return [getattr(batch, name) for name in _own(batch)] + [
         getattr(view, part.name) for view in batch.views for part in fields(view)
     ]
-
-
-def _with_room(context: PagedContext) -> list[Tensor]:
-    """Copies of ``_tensors`` with columns of block tables to spare, which a replay into fixed buffers can grow into."""
-    tables = {id(view.block_tables) for view in context.batch.views if isinstance(view, PagedRows)}
-    return [
-        pad(part, (0, _room(part.shape[1]) - part.shape[1])) if id(part) in tables else part.clone()
-        for part in _tensors(context)
-    ]
-
-
-def _room(columns: int) -> int:
-    """The next power of two, 8 at least, so that a sequence outgrows few graphs."""
-    return max(8, 1 << max(columns - 1, 0).bit_length())
 
 
 def _with_tensors(context: PagedContext, tensors: Sequence[Tensor]) -> PagedContext:

@@ -26,7 +26,7 @@ class FixedReplay(Protocol):
         """Whether what is not an input lies where it lay, in the same shape, strides and dtype."""
 
     def fits(self, inputs: Sequence[Tensor]) -> bool:
-        """Whether its buffers are large enough for ``inputs``."""
+        """Whether ``inputs`` are of the shapes, strides and dtypes of its recording."""
 
 
 def holds(replay: Callable[..., Tensor], inputs: Sequence[Tensor]) -> bool:

@@ -1,7 +1,7 @@
 """Runs a captured graph from fixed addresses, on a CPU, as a CUDA graph runs one on a device.
 
-Everything that a step reads or writes has its memory from recording on: constants where they lay then, inputs in
-buffers that a replay fills, results in memory that it writes again. Nothing is looked up when it runs, so a parameter
+Everything that a step reads or writes has its memory from recording on: constants and inputs where they lay then,
+results in memory that it writes again. Nothing is looked up when it runs, so a parameter
 that has other memory since is not followed. Whoever replays asks ``addresses_hold`` first.
 
 It is for tests, where it stands for a device: what it finds stale becomes a difference, not a speed.
@@ -90,7 +90,7 @@ def _end(tensor: Tensor) -> int:
 class RecordedReplay:
     """A graph as a function of its inputs. What it returns is its own memory, valid until the next replay.
 
-    Inputs may have fewer columns than at recording, as block tables have: the rest is 0.
+    Inputs are read where those of the recording lie; others are copied there.
     """
 
     def __init__(self, graph: CapturedGraph) -> None:
@@ -111,7 +111,7 @@ class RecordedReplay:
         return _addresses(self._constants) == self._addresses
 
     def fits(self, inputs: Sequence[Tensor]) -> bool:
-        """Whether the recorded buffers are large enough for ``inputs``."""
+        """Whether ``inputs`` are of the recorded shapes, strides and dtypes."""
         return all(map(_fits, inputs, self._inputs))
 
     def __call__(self, *inputs: Tensor) -> Tensor:
@@ -121,11 +121,8 @@ class RecordedReplay:
             for memory in self._own:
                 memory.poison()
             for own, given in zip(self._inputs, inputs, strict=True):
-                if own.shape == given.shape:
+                if own.data_ptr() != given.data_ptr():
                     own.copy_(given)
-                else:
-                    own.zero_()
-                    own[:, : given.shape[1]].copy_(given)
             for step in self._steps:
                 step.run()
         return self._output
@@ -155,6 +152,8 @@ class RecordedReplay:
         storage = value.tensor.untyped_storage()
         if value.kind == "constant":
             return _Memory(storage, storage.data_ptr())
+        if value.kind == "input":
+            return _Memory(storage)
         memory = _Memory(torch.UntypedStorage(storage.nbytes()))
         if value.kind == "result":
             self._own.append(memory)
@@ -183,8 +182,7 @@ class _Step:
 
 
 def _fits(given: Tensor, own: Tensor) -> bool:
-    narrower = given.dim() == own.dim() == 2 and given.shape[0] == own.shape[0] and given.shape[1] < own.shape[1]
-    return given.dtype == own.dtype and (narrower or given.shape == own.shape)
+    return given.dtype == own.dtype and given.shape == own.shape and given.stride() == own.stride()
 
 
 def _tensors_in(result: Any) -> list[Tensor]:
