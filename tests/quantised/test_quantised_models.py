@@ -138,6 +138,10 @@ def test_bad_requests():
         quantise(model, "int3")
     with pytest.raises(ToolkitError, match=r"include must match a weight .* got \['no_such'\]"):
         quantise(model, "int8", include=["no_such"])
+    with pytest.raises(
+        ToolkitError, match="an option of int4 must be one of group, symmetric, scale_dtype, got 'groups'"
+    ):
+        quantise(model, "int4", groups=32)
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(
         ToolkitError, match=r"parameter model.layers.1.mlp.up_proj.weight cannot be quantised: .*finite"

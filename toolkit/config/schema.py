@@ -42,6 +42,18 @@ class LoraSection(Section):
         return self
 
 
+class QuantiseSection(Section):
+    """Weights of linear layers and experts in a low-precision format, as ``toolkit.quantise`` has them."""
+
+    format: Literal["fp8", "int4", "int8", "nf4", "q8_0"]
+    include: Annotated[list[str], Field(min_length=1)] = Field(["*"])
+    """Patterns of names of parameters, or of modules around them."""
+    exclude: list[str] | None = None
+    """Patterns of what stays dense of them; null is the head and routers."""
+    options: dict[str, Any] = Field({})
+    """Of the format's quantiser: ``group`` and ``symmetric`` of int4, ``double`` of nf4."""
+
+
 class ModelSection(Section):
     """The model: random weights of an architecture (``config``), or a checkpoint (``name_or_path``)."""
 
@@ -61,6 +73,11 @@ class ModelSection(Section):
     """Numerics mode; null is the device's default."""
     lora: LoraSection | None = None
     """Train adapters instead of the weights; null trains the weights."""
+    quantise: Annotated[
+        QuantiseSection | None, BeforeValidator(lambda v: {"format": v} if isinstance(v, str) else v)
+    ] = None
+    """A format, such as ``nf4``, or the fields of ``toolkit.quantise``: adapters are trained on a frozen base of few
+    bits (QLoRA), whose codes rollouts read too; null keeps the weights as they are."""
     freeze_parameters: Annotated[list[str], Field(min_length=1)] | None = None
     """Patterns of parameters' names that are not trained, e.g. ``model.visual`` (all that begins so) or ``*.norm.*``;
     null trains all."""
@@ -69,6 +86,8 @@ class ModelSection(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
+        if self.quantise is not None and self.lora is None:
+            raise ValueError("model.quantise must be null without model.lora: quantised weights are not trained")
         if self.freeze_parameters is None and self.trainable_parameters is not None:
             raise ValueError(
                 "model.trainable_parameters must be null without model.freeze_parameters, from which they are excepted"

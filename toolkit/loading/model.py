@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.errors import ToolkitError, first_line
 from toolkit.loading.classes import auto_class, pooling_class
+from toolkit.loading.quantised_base import quantise_base_of
 from toolkit.loading.source import CONFIG, Source, read_json
 from toolkit.loading.tensors import weight_files
 
@@ -169,6 +170,7 @@ def _merged(model: Any, folder: Path) -> Any:
         import peft
         import transformers
 
+        quantise_base_of(model, folder)
         merged = peft.PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
         if (folder / GENERATION_CONFIG).is_file():
             merged.generation_config = transformers.GenerationConfig.from_pretrained(folder)

@@ -3,6 +3,7 @@
 N outputs, K inputs; E experts.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 
 import toolkit.ops.linear  # noqa: F401  (registers toolkit::linear)
-from toolkit.errors import ToolkitError
+from toolkit.errors import ToolkitError, must_be_one_of
 from toolkit.ops.quantised_linear import dequantise, find, quantised_linear
 from toolkit.ops.registry import has_native
 
@@ -47,7 +48,7 @@ class QuantisedWeight(Tensor):
     def __new__(
         cls, format: str, codes: Tensor, scales: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype
     ) -> "QuantisedWeight":
-        made: QuantisedWeight = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: QuantisedWeight = torch.Tensor._make_wrapper_subclass(
             cls, tuple(shape), dtype=dtype, device=codes.device, requires_grad=False
         )
         made.format, made.codes = format, codes
@@ -67,7 +68,12 @@ class QuantisedWeight(Tensor):
             ToolkitError: another format; NaN or infinity in the weight.
         """
         dense = weight.dequantise() if isinstance(weight, QuantisedWeight) else weight.detach()
-        codes, scales = find(format).quantise(dense.reshape(-1, dense.shape[-1]), **options)
+        made = find(format)
+        known = [] if made.make is None else list(inspect.signature(made.make).parameters)[1:]
+        for name in options:
+            if name not in known:
+                raise ToolkitError(must_be_one_of(f"an option of {format}", name, known or ["nothing"]))
+        codes, scales = made.quantise(dense.reshape(-1, dense.shape[-1]), **options)
         return cls(format, codes, scales, dense.shape, dense.dtype)
 
     @property
@@ -115,7 +121,7 @@ class QuantisedWeight(Tensor):
         found: Tensor = memo[id(self)]
         return found
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"QuantisedWeight({self.format!r}, shape={list(self.shape)}, dtype={self.dtype}, device={self.device})"
 
     @classmethod
@@ -137,7 +143,9 @@ class QuantisedWeight(Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         keep = _KEEPING.get(func)
         if keep is not None:

@@ -34,7 +34,14 @@ from toolkit.training.freezing import freeze_parameters
 from toolkit.training.indexers import IndexerTraining, freeze_indexers
 from toolkit.training.metrics import FILE as METRICS
 from toolkit.training.metrics import Metrics, plot_curve, read_metrics
-from toolkit.training.model import RaggedModel, load_adapters, load_checkpoint, make_model, patch_model
+from toolkit.training.model import (
+    RaggedModel,
+    load_adapters,
+    load_checkpoint,
+    make_model,
+    patch_model,
+    quantise_base,
+)
 from toolkit.training.moe import Balancing
 from toolkit.training.nested import warmup_recipe
 from toolkit.training.objectives.base import RunContext, make_objective
@@ -198,6 +205,7 @@ class Trainer:
         """The model that training starts from: after the warm-up, from ``model.name_or_path``, or random."""
         model = self._whole_model()
         lower_precision(model, self.recipe.forward_dtype)
+        quantise_base(model, self.recipe.model.quantise)
         return model
 
     def _whole_model(self) -> "PreTrainedModel":
@@ -225,6 +233,12 @@ class Trainer:
         for tensor in (*model.parameters(), *model.buffers()):
             # Loaded tensors may lie at any address; fresh ones are aligned the same, and bits can depend on it.
             tensor.data = tensor.data.clone()
+        if recipe.model.quantise is not None:
+            if self.accelerator.num_processes > 1:  # data parallel writes the parameters of the others in place
+                raise ToolkitError(
+                    f"model.quantise must be null with several processes, got {self.accelerator.num_processes} of them."
+                )
+            self.log(f"quantised: {quantise_base(model, recipe.model.quantise)}")
         return model
 
     def _shard_experts(self, ragged: RaggedModel) -> ShardedExperts | None:

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from toolkit.config.schema import LoraSection, ModelSection
+from toolkit.config.schema import LoraSection, ModelSection, QuantiseSection
 from toolkit.errors import ToolkitError, first_line, nearest
 from toolkit.loading import find_source, load_weights
 from toolkit.loading.model import GENERATION_CONFIG, quiet_transformers
+from toolkit.loading.quantised_base import write_quantised_base
 from toolkit.moe.observer import RouterObserver, observing
 from toolkit.patching import (
     IndexLosses,
@@ -27,6 +28,7 @@ from toolkit.patching import (
 )
 from toolkit.patching.adapters import fuse_adapters, vocabulary_size
 from toolkit.patching.multimodal import MediaSequence, media_batch
+from toolkit.quantised import QuantisationReport, quantise
 from toolkit.state.batch import RaggedBatch
 from toolkit.training.images import WithImages, image_logits, proven_sequences
 
@@ -266,6 +268,13 @@ def add_adapters(model: "PreTrainedModel", section: LoraSection, report: PatchRe
     weights_changed(model)
 
 
+def quantise_base(model: "PreTrainedModel", section: QuantiseSection | None) -> QuantisationReport | None:
+    """Quantise the weights in place as a recipe says: what was done; None where it says nothing."""
+    if section is None:
+        return None
+    return quantise(model, section.format, section.include, section.exclude, **section.options)
+
+
 def load_adapters(model: "PreTrainedModel", folder: Path) -> None:
     """Weights that ``save_model`` wrote, into the adapters of ``model``."""
     import peft
@@ -274,10 +283,17 @@ def load_adapters(model: "PreTrainedModel", folder: Path) -> None:
     peft.set_peft_model_state_dict(model, load_file(str(folder / "adapter_model.safetensors")))
 
 
-def save_model(model: "PreTrainedModel", folder: Path) -> None:
-    """The model as a checkpoint of transformers; one with adapters as PEFT saves it: the adapters alone."""
+def save_model(model: "PreTrainedModel", folder: Path, quantised: QuantiseSection | None = None) -> None:
+    """The model as a checkpoint of transformers; one with adapters as PEFT saves it: the adapters alone.
+
+    Args:
+        quantised: how the base model of the adapters is quantised, which is saved beside them.
+    """
     with quiet_transformers():
         model.save_pretrained(str(folder))
+    if quantised is not None:
+        dtype = str(model.dtype).removeprefix("torch.")
+        write_quantised_base(folder, {**quantised.model_dump(), "dtype": dtype})
     if model.generation_config is not None and not (folder / GENERATION_CONFIG).is_file():
         # Of adapters, whose base model may stop at fewer tokens.
         (folder / GENERATION_CONFIG).write_text(model.generation_config.to_json_string(), encoding="utf-8")

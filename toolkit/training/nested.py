@@ -23,7 +23,13 @@ def teacher_recipe(recipe: Recipe, tokenizer: Path) -> Recipe:
     """The SFT run of the teacher that ``objective.teacher`` describes, with the tokenizer in a folder."""
     objective: Any = recipe.objective
     teacher = objective.teacher
-    model = {**recipe.model.model_dump(), "name_or_path": None, "config": teacher.config, "lora": None}
+    model = {
+        **recipe.model.model_dump(),
+        "name_or_path": None,
+        "config": teacher.config,
+        "lora": None,
+        "quantise": None,
+    }
     model |= {"freeze_parameters": None, "trainable_parameters": None}
     # These are about the student's experts and indexers; a teacher may have none.
     own = {"moe": MoeSection(), "indexer_loss_coef": 0.0}
@@ -38,7 +44,7 @@ def _sft(
     recipe: Recipe, name: str, task: Any, steps: int, rate: float, batch_tokens: int, changed: dict[str, Any]
 ) -> Recipe:
     values = recipe.model_dump()
-    values["model"]["lora"] = None
+    values["model"] |= {"lora": None, "quantise": None}
     objective = {key: values["objective"][key] for key in ("evaluation", "rollout")}
     train = {"max_steps": steps, "batch_tokens": batch_tokens, "gradient_accumulation_steps": 1}
     return validate(
