@@ -34,21 +34,14 @@ from toolkit.training.freezing import freeze_parameters
 from toolkit.training.indexers import IndexerTraining, freeze_indexers
 from toolkit.training.metrics import FILE as METRICS
 from toolkit.training.metrics import Metrics, plot_curve, read_metrics
-from toolkit.training.model import (
-    RaggedModel,
-    load_adapters,
-    load_checkpoint,
-    make_model,
-    patch_model,
-    quantise_base,
-)
+from toolkit.training.model import RaggedModel, load_adapters, load_checkpoint, make_model, patch_model, quantise_base
 from toolkit.training.moe import Balancing
 from toolkit.training.nested import warmup_recipe
 from toolkit.training.objectives.base import RunContext, make_objective
 from toolkit.training.precision import GradientStep, lower_precision
 from toolkit.training.progress import Progress
 from toolkit.training.report import line, result_of, show
-from toolkit.training.resume import RESULT, Start, find_start, prepare_folder, run_folder
+from toolkit.training.resume import RESULT, Start, check_start, find_start, prepare_folder, run_folder
 from toolkit.training.run_state import restore_run, write_run
 from toolkit.training.schedule import make_optimizer, make_scheduler
 from toolkit.training.signals import Interrupted, StopRequest
@@ -84,7 +77,7 @@ class Trainer:
         self._prepared = False
         self.objective = make_objective(recipe)
         if start is not None:
-            self._check_start(start)
+            check_start(start, self.objective, self.accelerator.num_processes)
         self.log(f"data: {self.objective.describe()}")
         self._warmed_up = self._warm_up(start)
 
@@ -182,15 +175,6 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         return last
 
-    def _check_start(self, start: Start) -> None:
-        before, now = start.state["world_size"], self.accelerator.num_processes
-        if before != now:
-            raise ToolkitError(f"{start.checkpoint} was written by {before} processes and cannot be resumed by {now}.")
-        if start.state["data_fingerprint"] != self.objective.fingerprint:
-            raise ToolkitError(
-                f"{self.objective.data_changed()} than when {start.checkpoint} was written; resuming needs the same."
-            )
-
     def _make_tokenizer(self, start: Start | None) -> Any:
         if start is not None:
             return load_tokenizer(start.checkpoint, "the checkpoint")
@@ -233,12 +217,8 @@ class Trainer:
         for tensor in (*model.parameters(), *model.buffers()):
             # Loaded tensors may lie at any address; fresh ones are aligned the same, and bits can depend on it.
             tensor.data = tensor.data.clone()
-        if recipe.model.quantise is not None:
-            if self.accelerator.num_processes > 1:  # data parallel writes the parameters of the others in place
-                raise ToolkitError(
-                    f"model.quantise must be null with several processes, got {self.accelerator.num_processes} of them."
-                )
-            self.log(f"quantised: {quantise_base(model, recipe.model.quantise)}")
+        if (quantised := quantise_base(model, recipe.model.quantise, self.accelerator.num_processes)) is not None:
+            self.log(f"quantised: {quantised}")
         return model
 
     def _shard_experts(self, ragged: RaggedModel) -> ShardedExperts | None:

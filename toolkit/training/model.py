@@ -268,10 +268,18 @@ def add_adapters(model: "PreTrainedModel", section: LoraSection, report: PatchRe
     weights_changed(model)
 
 
-def quantise_base(model: "PreTrainedModel", section: QuantiseSection | None) -> QuantisationReport | None:
-    """Quantise the weights in place as a recipe says: what was done; None where it says nothing."""
+def quantise_base(
+    model: "PreTrainedModel", section: QuantiseSection | None, processes: int = 1
+) -> QuantisationReport | None:
+    """Quantise the weights in place as a recipe says: what was done; None where it says nothing.
+
+    Raises:
+        ToolkitError: for several processes, whose parameters data parallel writes in place.
+    """
     if section is None:
         return None
+    if processes > 1:
+        raise ToolkitError(f"model.quantise must be null with several processes, got {processes} of them.")
     return quantise(model, section.format, section.include, section.exclude, **section.options)
 
 

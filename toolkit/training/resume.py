@@ -4,7 +4,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -14,6 +14,9 @@ from toolkit.loading.run import latest, name_of, steps_in
 from toolkit.training import checkpoint
 from toolkit.training.metrics import FILE as METRICS
 from toolkit.training.metrics import PLOTS
+
+if TYPE_CHECKING:
+    from toolkit.training.objectives.base import Objective
 
 RESULT = "result.json"
 
@@ -129,3 +132,16 @@ def prepare_folder(recipe: Recipe, start: Start | None) -> list[str]:
     (folder / METRICS).unlink(missing_ok=True)
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)
     return dropped
+
+
+def check_start(start: Start, objective: "Objective[Any]", processes: int) -> None:
+    """Raise ToolkitError for a checkpoint of another number of processes, or of other data."""
+    before = start.state["world_size"]
+    if before != processes:
+        raise ToolkitError(
+            f"{start.checkpoint} was written by {before} processes and cannot be resumed by {processes}."
+        )
+    if start.state["data_fingerprint"] != objective.fingerprint:
+        raise ToolkitError(
+            f"{objective.data_changed()} than when {start.checkpoint} was written; resuming needs the same."
+        )
