@@ -144,13 +144,16 @@ ON_TASK = "task: {name: countdown}"
         ("objective=3", "objective must be a mapping of fields, got 3."),
         (
             "objective={}",
-            "objective.kind is required: one of distill, dpo, grpo, pretrain, sft.",
+            "objective.kind is required: one of cpo, distill, dpo, grpo, orpo, pretrain, sft.",
         ),
         (
             "objective.kind=grp",
-            "objective.kind must be one of distill, dpo, grpo, pretrain, sft, got 'grp'; did you mean 'grpo'?",
+            "objective.kind must be one of cpo, distill, dpo, grpo, orpo, pretrain, sft, got 'grp'; did you mean 'grpo'?",
         ),
-        ("objective.kind=[grpo]", "objective.kind must be one of distill, dpo, grpo, pretrain, sft, got ['grpo']"),
+        (
+            "objective.kind=[grpo]",
+            "objective.kind must be one of cpo, distill, dpo, grpo, orpo, pretrain, sft, got ['grpo']",
+        ),
         ("objective={kind: grpo}", "objective.task must be given for rollouts, got null."),
         (
             f"objective={{kind: grpo, {ON_TASK}, epsilon_hi: 3}}",

@@ -13,7 +13,6 @@ from toolkit.training.losses import (
     kl_divergence,
     next_token_loss,
     policy_loss,
-    preference_loss,
     with_tail,
 )
 
@@ -53,17 +52,6 @@ def test_nothing_to_predict():
     loss = next_token_loss(DeferredLogits(hidden, weight, None), torch.full((12,), -100))
     assert loss == 0.0
     assert not any(x.any() for x in torch.autograd.grad(loss, [hidden, weight]))
-
-
-def test_preference():
-    hidden, weight, targets = head()
-    logprob = linear_logprob(hidden, weight, targets).logprob
-    dense = torch.log_softmax(hidden @ weight.T, -1).gather(-1, targets.clamp_min(0)[:, None])[:, 0]
-    dense = torch.where(targets < 0, 0.0, dense)
-    reference = numbers(4, seed=3)
-    ours = preference_loss(*(x.view(4, 3).sum(1) for x in (logprob, logprob.flip(0))), reference, reference.flip(0))
-    margin = dense.view(4, 3).sum(1) - reference - (dense.flip(0).view(4, 3).sum(1) - reference.flip(0))
-    same(ours, torch.log(1 + torch.exp(-0.1 * margin)), [hidden, weight])
 
 
 @pytest.mark.parametrize("advantage", [1.0, -1.0])

@@ -37,18 +37,6 @@ def next_token_loss(logits: Tensor, targets: Tensor, *, label_smoothing: float =
     return mean_over(torch.where(counted, loss, 0.0).sum(), counted.sum())
 
 
-def preference_loss(
-    chosen: Tensor, rejected: Tensor, chosen_reference: Tensor, rejected_reference: Tensor, *, beta: float = 0.1
-) -> Tensor:
-    """Direct preference optimisation (Rafailov et al., 2023), one value per pair.
-
-    ``-log sigmoid(beta ((chosen - chosen_reference) - (rejected - rejected_reference)))`` over log-probabilities of
-    whole completions, sums over their tokens; all of one shape.
-    """
-    margin = (chosen - chosen_reference) - (rejected - rejected_reference)
-    return -F.logsigmoid(beta * margin)
-
-
 class PolicyLoss(NamedTuple):
     """One entry per token: the loss, and whether its ratio was outside of the trust region."""
 

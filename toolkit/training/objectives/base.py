@@ -107,8 +107,8 @@ class Objective(ABC, Generic[S]):
     """A kind of run: its data, its loss and its held-out measure. The loop owns all else.
 
     A subclass names its section, which registers it: ``class GRPO(OnPolicyObjective[GRPOSection])``, or, derived from a
-    finished one, ``class IPO(DPO, section=IPOSection)``. ``__init__`` reads the data, before there is a tokenizer or a
-    model; ``bind`` brings those. Bad input raises ToolkitError in either.
+    finished one, ``class SLiC(DPO, section=SLiCSection)``. ``__init__`` reads the data, before there is a tokenizer or
+    a model; ``bind`` brings those. Bad input raises ToolkitError in either.
     """
 
     primary_metric: ClassVar[str] = "loss"

@@ -1,219 +1,56 @@
-"""Direct preference optimisation: pairs side by side in a batch, so that their prompt is computed once."""
+"""Direct preference optimisation and its relatives: preferences relative to a frozen reference."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from toolkit.config.base import Count
-from toolkit.config.objective import OfflineSection, Positive
-from toolkit.training.examples import check_misses, in_batches
-from toolkit.training.formats import PREFERENCE_FORMATS, options, preference, read
-from toolkit.training.jsonl import Line
-from toolkit.training.objectives.base import MetricAccumulator, Metrics, RunContext, divided
-from toolkit.training.objectives.offline import OfflineObjective
-from toolkit.training.preparing import Outcome, paired
-from toolkit.training.tasks import Problem, ProblemStream
+from toolkit.config.objective import Positive
+from toolkit.training.objectives.preference import Preference, PreferenceSection
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from toolkit.training.preference_losses import Scores
 
-SUMS = ("pairs", "accuracies", "margins", "preferred", "chosen", "rejected")
 
-
-class DPOSection(OfflineSection):
-    """Direct preference optimisation. ``data_files``: lines with ``prompt``, ``chosen`` and ``rejected``.
-
-    They are texts or messages; without ``prompt`` it is what both completions begin with. ``tools`` and
-    ``chat_template_kwargs`` beside messages are given to the chat template. The reference is the initial model (after
-    the warm-up).
-    """
+class DPOSection(PreferenceSection):
+    """Direct preference optimisation. The reference is the initial model (after the warm-up)."""
 
     kind: Literal["dpo"] = "dpo"
-    pairs: Count = 32
-    """Pairs per step, over all processes."""
-    beta: Positive = 0.1
+    loss_type: Literal[
+        "sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "sppo_hard", "apo_zero",
+        "apo_down", "discopop",
+    ] = "sigmoid"  # fmt: skip
+    """The loss of a pair, by TRL's names; ``toolkit/training/preference_losses.py`` has the formulas."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Probability that a pair's sides are swapped; of sigmoid, sigmoid_norm, exo_pair (> 0) and robust."""
+    discopop_tau: Positive = 0.05
     sft_weight: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the chosen completion's cross-entropy beside the preference (RPO)."""
 
-
-@dataclass
-class Pair:
-    """Two completions of one prompt, and the sums of their log-probabilities under the reference."""
-
-    prompt: list[int]
-    chosen: list[int]
-    rejected: list[int]
-    reference: tuple[float, float] = (0.0, 0.0)
-    weight: float = 0.0
-    """In the loss; 0 for a pair that only fills a micro-batch."""
-
-    @property
-    def tokens(self) -> int:
-        """A bound of what a forward computes for it."""
-        return len(self.prompt) + len(self.chosen) + len(self.rejected)
-
-
-class DPO(OfflineObjective[DPOSection]):
-    """Pairs of a task (a right and a wrong completion) or of a file. The reference is a frozen copy."""
-
-    primary_metric = "rewards/accuracies"
-    formats = PREFERENCE_FORMATS
-    of_task = of_file = "pairs"
-
-    def bind(self, context: RunContext) -> None:
-        from toolkit.training.model import Reference
-
-        super().bind(context)
-        self.check_data()
-        self.stream = self.sources(context)
-        self._pairs = divided("objective.pairs", self.section.pairs, context.world_size)
-        self.reference = Reference(context.initial_model(), self.recipe.model, context.device)
-        self.sums = MetricAccumulator()
-
-    def prepare(self, source: Problem | Line) -> Outcome:
-        if isinstance(source, Problem):
-            tokens = self.chat.preference(source.prompt, source.solution, source.wrong)
-        else:
-            tokens = self.chat.preference(*preference(read(source.value, self.formats)), *options(source.value))
-        return paired(tokens, Pair, self.recipe.train.max_length, self.section.excess_length_strategy)
-
-    def shown(self, example: Pair) -> tuple[list[int], list[bool]]:
-        return example.prompt + example.chosen, [False] * len(example.prompt) + [True] * len(example.chosen)
-
-    def _take(self, count: int) -> list[Pair]:
-        """The next pairs; sources that give none are passed over."""
-        pairs: list[Pair] = []
-        misses = 0
-        while len(pairs) < count:
-            found = self.examples(self.stream.take(1)[0])
-            misses = 0 if found else misses + 1
-            check_misses(misses)
-            pairs += found
-        return pairs
-
-    def updates(self, step: int) -> Iterator[Sequence[list[Pair]]]:
-        pairs = self._take(self._pairs)
-        for pair in pairs:
-            pair.weight = self.context.world_size / self.section.pairs
-        micros = self._packed(pairs)
-        count = self.context.reduce_max(len(micros))
-        filler = Pair(pairs[0].prompt, pairs[0].chosen[:1], pairs[0].rejected[:1])
-        micros += [[filler] for _ in range(count - len(micros))]
-        (self._tokens,) = self.context.reduce_sum([sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)])
-        yield micros
-
-    def _packed(self, pairs: Sequence[Pair]) -> list[list[Pair]]:
-        """Pairs in forwards of ``train.batch_tokens``, with the reference's log-probabilities of them."""
-        micros = in_batches(pairs, lambda pair: pair.tokens, self.recipe.train.batch_tokens)
-        for micro in micros:
-            chosen, rejected, _ = _logps(self.reference.logprobs(*_sequences(micro)))
-            for pair, one, other in zip(micro, chosen.tolist(), rejected.tolist()):
-                pair.reference = one, other
-        return micros
-
-    def loss(self, forward: Callable[..., Any], micro: list[Pair]) -> "Tensor":
-        sequences, lengths = _sequences(micro)
-        chosen, rejected, tokenwise = _logps(forward(sequences, last=lengths))
-        weight = chosen.new_tensor([pair.weight for pair in micro])
-        references = chosen.new_tensor([pair.reference for pair in micro])
-        loss = self.preference_loss(chosen, rejected, references[:, 0], references[:, 1])
-        self._count(micro, chosen.detach(), rejected.detach(), references)
-        if self.section.sft_weight:
-            loss = loss - self.section.sft_weight * tokenwise
-        return (loss * weight).sum()
-
-    def preference_loss(
-        self, chosen: "Tensor", rejected: "Tensor", chosen_reference: "Tensor", rejected_reference: "Tensor"
-    ) -> "Tensor":
-        """[pairs] losses of log-probabilities of whole completions, each [pairs]."""
-        from toolkit.training.losses import preference_loss
-
-        return preference_loss(chosen, rejected, chosen_reference, rejected_reference, beta=self.section.beta)
-
-    def rows(self, micro: list[Pair]) -> int:
-        return sum(pair.tokens + len(pair.prompt) for pair in micro if pair.weight)
-
-    def _count(self, micro: list[Pair], chosen: "Tensor", rejected: "Tensor", references: "Tensor") -> None:
-        margin = (chosen - references[:, 0]) - (rejected - references[:, 1])
-        real = chosen.new_tensor([float(pair.weight > 0.0) for pair in micro])
-        # A tie says nothing: half a point, so that the untrained model has 50 %.
-        wins = (margin > 0).to(real.dtype) + 0.5 * (margin == 0).to(real.dtype)
-        self.sums.add(
-            pairs=real.sum().item(),
-            accuracies=(wins * real).sum().item(),
-            margins=(self.section.beta * margin * real).sum().item(),
-            preferred=((chosen > rejected) * real).sum().item(),
-            chosen=(chosen * real).sum().item(),
-            rejected=(rejected * real).sum().item(),
-        )
-
-    def finish(self) -> tuple[int, dict[str, float]]:
-        return int(self._tokens), self._metrics()
-
-    def _metrics(self) -> dict[str, float]:
-        """Means over pairs: the margin in units of the loss, how often it is above 0, and the log-probabilities."""
-        got = self.sums.take(self.context)
-        pairs = got.pop("pairs")
-        return {
-            "rewards/accuracies": got["accuracies"] / pairs,
-            "rewards/margins": got["margins"] / pairs,
-            "logps/accuracies": got["preferred"] / pairs,
-            "logps/chosen": got["chosen"] / pairs,
-            "logps/rejected": got["rejected"] / pairs,
-        }
-
-    def evaluate(self) -> Metrics:
-        """The same metrics on held-out pairs; none where a file has too few."""
-        import torch
-
-        from toolkit.patching.eval_mode import eval_mode
-
-        evaluation, context = self.section.evaluation, self.context
-        if self.task is not None:
-            sources: Sequence[Any] = ProblemStream(self.task, 0, evaluation.val_set_size, held_out=True).take(
-                evaluation.max_eval_samples
+    @model_validator(mode="after")
+    def _smoothing_fits(self) -> Self:
+        if self.loss_type == "exo_pair" and self.label_smoothing == 0:
+            raise ValueError("objective.label_smoothing must be > 0 for objective.loss_type 'exo_pair', got 0")
+        if self.label_smoothing and self.loss_type not in ("sigmoid", "sigmoid_norm", "exo_pair", "robust"):
+            raise ValueError(
+                f"objective.label_smoothing must be 0 for objective.loss_type '{self.loss_type}', got "
+                f"{self.label_smoothing}"
             )
-        else:
-            assert self.dataset is not None
-            sources = self.dataset.held_out[: evaluation.max_eval_samples]
-        if len(sources) < context.world_size:
-            return {"eval_samples": 0}
-        mine = [pair for source in sources[context.rank :: context.world_size] for pair in self.examples(source)]
-        (total,) = context.reduce_sum([len(mine)])
-        if not total:
-            return {"eval_samples": 0}
-        for pair in mine:
-            pair.weight = 1.0
-        self.sums.add(**dict.fromkeys(SUMS, 0.0))  # a process may have no pair
-        with torch.no_grad(), eval_mode(context.model):
-            for micro in self._packed(mine):
-                sequences, lengths = _sequences(micro)
-                chosen, rejected, _ = _logps(context.model(sequences, last=lengths))
-                self._count(micro, chosen, rejected, chosen.new_tensor([pair.reference for pair in micro]))
-        return {"eval_samples": int(total), **{f"eval_{name}": value for name, value in self._metrics().items()}}
-
-    def show(self, before: Metrics | None, after: Metrics) -> None:
-        if after["eval_samples"]:
-            for name, what in (
-                ("eval_rewards/accuracies", "margin above 0"),
-                ("eval_logps/accuracies", "chosen more probable than rejected"),
-            ):
-                start = f"{before[name]:.1%} before, " if before else ""
-                print(f"held-out pairs, {what}: {start}{after[name]:.1%} after ({after['eval_samples']} pairs)")
+        return self
 
 
-def _sequences(micro: Sequence[Pair]) -> tuple[list[list[int]], list[int]]:
-    """Both sequences of each pair, side by side, and how many of their last tokens are completions."""
-    sequences = [pair.prompt + completion for pair in micro for completion in (pair.chosen, pair.rejected)]
-    return sequences, [len(completion) for pair in micro for completion in (pair.chosen, pair.rejected)]
+class DPO(Preference[DPOSection]):
+    """The reference is a frozen copy."""
 
+    has_reference: ClassVar[bool] = True
 
-def _logps(logprobs: "Sequence[Tensor]") -> "tuple[Tensor, Tensor, Tensor]":
-    """(chosen, rejected, mean per token of chosen) [pairs]: sums of the completions' log-probabilities."""
-    import torch
+    def preference_loss(self, scores: "Scores") -> "Tensor":
+        from toolkit.training.preference_losses import WITH_REFERENCE, Settings
 
-    chosen, rejected = (torch.stack([values.sum() for values in side]) for side in (logprobs[::2], logprobs[1::2]))
-    return chosen, rejected, torch.stack([values.mean() for values in logprobs[::2]])
+        section = self.section
+        settings = Settings(section.beta, section.label_smoothing, section.discopop_tau)
+        return WITH_REFERENCE[section.loss_type](scores, settings)
+
+    def supervised_weight(self) -> float:
+        return self.section.sft_weight
