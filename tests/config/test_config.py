@@ -134,6 +134,7 @@ def test_a_wrong_override_is_one_sentence(recipe: str, override: str, expected: 
     assert error_of(recipe, override).startswith(expected)
 
 
+KINDS = "cpo, distill, dpo, grpo, orpo, pretrain, sft"
 ONE_SOURCE = "Exactly one of objective.task, objective.data_files and objective.datasets must be given, got"
 ON_TASK = "task: {name: countdown}"
 
@@ -144,15 +145,15 @@ ON_TASK = "task: {name: countdown}"
         ("objective=3", "objective must be a mapping of fields, got 3."),
         (
             "objective={}",
-            "objective.kind is required: one of cpo, distill, dpo, grpo, orpo, pretrain, sft.",
+            f"objective.kind is required: one of {KINDS}.",
         ),
         (
             "objective.kind=grp",
-            "objective.kind must be one of cpo, distill, dpo, grpo, orpo, pretrain, sft, got 'grp'; did you mean 'grpo'?",
+            f"objective.kind must be one of {KINDS}, got 'grp'; did you mean 'grpo'?",
         ),
         (
             "objective.kind=[grpo]",
-            "objective.kind must be one of cpo, distill, dpo, grpo, orpo, pretrain, sft, got ['grpo']",
+            f"objective.kind must be one of {KINDS}, got ['grpo']",
         ),
         ("objective={kind: grpo}", "objective.task must be given for rollouts, got null."),
         (
