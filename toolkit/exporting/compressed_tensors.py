@@ -1,0 +1,154 @@
+"""A Hugging Face folder with weights in compressed-tensors' formats, which vLLM and transformers open."""
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from toolkit.errors import ToolkitError
+from toolkit.exporting.base import ConsumerOutput, ExportJob, ExportTarget
+from toolkit.exporting.hf import check_whole_model, greedy_tokens, write_checkpoint
+from toolkit.exporting.manifest import installed_version
+from toolkit.loading.source import CONFIG, read_json
+from toolkit.loading.tensors import INDEX, weight_files
+
+GROUPS = (128, 64, 32)
+"""Input columns that share a scale: the first that divides those of every layer; where none does, a row has one."""
+FP8_LARGEST = torch.finfo(torch.float8_e4m3fn).max
+VERSION = "0.20.1"
+"""Of the format that is written."""
+
+
+class CompressedTensors(ExportTarget, name="compressed-tensors"):
+    """Linear layers but the head have 8- or 4-bit integers (w8a16, w4a16) or float8 (fp8); all else keeps its dtype."""
+
+    formats = ("w8a16", "w4a16", "fp8")
+
+    def check(self, job: ExportJob) -> None:
+        check_whole_model(job, self.target)
+        if any(name.endswith(".experts") for name, _ in job.model.named_modules()):
+            raise ToolkitError(
+                f"An export to {self.target!r} cannot hold experts, got a {type(job.model).__name__}: transformers "
+                "keeps them in one tensor, which is no linear layer."
+            )
+        if not linear_layers(job.model):
+            raise ToolkitError(f"An export to {self.target!r} needs linear layers, got a {type(job.model).__name__}.")
+
+    def write(self, job: ExportJob, folder: Path) -> None:
+        write_checkpoint(job, folder)
+        layers = linear_layers(job.model)
+        group = next((size for size in GROUPS if not any(layer.in_features % size for layer in layers.values())), None)
+        form = job.quantise or self.formats[0]
+        names = {f"{name}.weight": name for name in layers}
+        shards: dict[str, str] = {}
+        found: set[str] = set()
+        for file in weight_files(folder):
+            tensors: dict[str, Tensor] = {}
+            for name, tensor in load_file(folder / file).items():
+                if name in names:
+                    found.add(name)
+                    tensors |= {f"{names[name]}.{key}": value for key, value in compressed(tensor, form, group).items()}
+                else:
+                    tensors[name] = tensor
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+            shards |= dict.fromkeys(tensors, file)
+        if found != set(names):
+            raise ToolkitError(
+                f"An export to {self.target!r} names layers as the checkpoint does, which has no "
+                f"'{min(set(names) - found)}'."
+            )
+        if (folder / INDEX).is_file():
+            index = read_json(folder / INDEX)
+            index["weight_map"] = shards
+            index["metadata"] = {"total_size": sum((folder / name).stat().st_size for name in set(shards.values()))}
+            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        config = read_json(folder / CONFIG)
+        config["quantization_config"] = settings(form, group, kept_layers(job.model))
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+    def consume(self, folder: Path, prompts: Sequence[Sequence[int]], max_tokens: int) -> ConsumerOutput | None:
+        if importlib.util.find_spec("compressed_tensors") is None:
+            return None
+        names = ("transformers", "compressed-tensors")
+        versions = ", ".join(f"{name} {installed_version(name)}" for name in names)
+        return ConsumerOutput(versions, greedy_tokens(str(folder), prompts, max_tokens))
+
+
+def linear_layers(model: Any) -> dict[str, nn.Linear]:
+    """The layers whose weights are compressed, by name: all linear ones but the head."""
+    kept = set(kept_layers(model))
+    return {name: one for name, one in model.named_modules() if isinstance(one, nn.Linear) and name not in kept}
+
+
+def kept_layers(model: Any) -> list[str]:
+    """Names of linear layers whose weights keep their dtype: the head."""
+    head = model.get_output_embeddings()
+    return [name for name, one in model.named_modules() if one is head]
+
+
+def compressed(weight: Tensor, form: str, group: int | None) -> dict[str, Tensor]:
+    """The tensors that stand for a weight, by what follows the layer's name.
+
+    Args:
+        weight: [rows, columns].
+        form: one of the target's formats.
+        group: columns that share a scale, of integers; None for all of a row. float8 has a scale for each row.
+    """
+    values = weight.float()
+    if form == "fp8":
+        scale = (values.abs().amax(-1, keepdim=True) / FP8_LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
+        scale = scale.to(weight.dtype)
+        scaled = (values / scale.float()).clamp(-FP8_LARGEST, FP8_LARGEST)
+        return {"weight": scaled.to(torch.float8_e4m3fn), "weight_scale": scale}
+    bits = 8 if form == "w8a16" else 4
+    half = 2 ** (bits - 1)
+    rows = values.unflatten(-1, (-1, group or values.shape[-1]))
+    # The largest value lies half a step beyond the largest integer, so that no value is off by more than half a step.
+    scale = (rows.abs().amax(-1) / (half - 0.5)).clamp(min=torch.finfo(torch.float32).tiny).to(weight.dtype)
+    whole = (rows / scale.float().unsqueeze(-1)).round().clamp(-half, half - 1).flatten(-2)
+    return {
+        "weight_packed": packed(whole.to(torch.int32) + half, bits),
+        "weight_scale": scale,
+        "weight_shape": torch.tensor(weight.shape, dtype=torch.int64),
+    }
+
+
+def packed(values: Tensor, bits: int) -> Tensor:
+    """Unsigned integers of ``bits`` bits, int32 [rows, columns], in int32 words, the first in the lowest bits."""
+    each = 32 // bits
+    padding = -values.shape[-1] % each
+    words = nn.functional.pad(values, (0, padding)).unflatten(-1, (-1, each)).to(torch.int64)
+    total = (words << (torch.arange(each) * bits)).sum(-1)
+    return torch.where(total >= 2**31, total - 2**32, total).to(torch.int32)
+
+
+def settings(form: str, group: int | None, kept: list[str]) -> dict[str, Any]:
+    """``quantization_config`` of a format."""
+    weights: dict[str, Any] = {"symmetric": True, "dynamic": False, "num_bits": 4 if form == "w4a16" else 8}
+    inputs: dict[str, Any] | None = None
+    if form == "fp8":
+        weights |= {"type": "float", "strategy": "channel"}
+        inputs = {"symmetric": True, "dynamic": True, "num_bits": 8, "type": "float", "strategy": "token"}
+    else:
+        weights |= {"type": "int", "strategy": "group" if group else "channel", "group_size": group}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized" if form == "fp8" else "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": weights,
+                "input_activations": inputs,
+                "output_activations": None,
+            }
+        },
+        "ignore": kept,
+        "kv_cache_scheme": None,
+        "version": VERSION,
+    }
