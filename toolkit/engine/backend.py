@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from toolkit.engine.media import PromptMedia
+from toolkit.engine.step.cuda_device import records
 from toolkit.engine.step.decode_graphs import DecodeGraphs, padded_size
 from toolkit.engine.step.sampling import StepSampling
 from toolkit.errors import ToolkitError
@@ -34,7 +35,8 @@ class Backend(Protocol):
     context in which the logits of the last forward are sampled. One that takes pictures has
     ``expand``, ``encode`` and ``span_layers``. One with ``keeps_prompts`` is told what each row's prompt is
     (``RaggedBatch.prompt_lengths``). One with ``sampled`` takes a third argument of ``forward``, a ``StepSampling`` of
-    a decode step's rows, and says by ``sampled`` whether that forward sampled them.
+    a decode step's rows, and says by ``sampled`` whether that forward sampled them, and by ``captures_ahead`` whether
+    graphs are to be captured before the first request.
     """
 
     device: torch.device
@@ -93,6 +95,7 @@ class PatchedModel:
         self.graphs = DecodeGraphs(model)
         self.clock = weight_clock(model)
         self.sampled = False
+        self.captures_ahead = records(parameter.device)
         self._seen = (-1, -1)
         self._adapter_parts: list[nn.Module] = []
 

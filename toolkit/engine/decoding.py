@@ -88,7 +88,7 @@ class Decoding:
                 taken = logits if rows == list(range(sampled)) else logits[rows]
                 found = self.sampler.sample(taken, sequences, drafts).rows()
             else:
-                found = iter(self.sampler.read(result, logits, rows, sequences, drafts, forked))
+                found = iter(self.sampler.read(result(), logits, rows, sequences, drafts, forked))
         if self.speculation is not None:
             self.speculation.ran(chunks, time.perf_counter() - started)
         for one in grown:

@@ -11,7 +11,8 @@ from torch import Tensor
 from toolkit.engine.backend import Backend
 from toolkit.engine.media import MediaChunk, media_fields
 from toolkit.engine.scheduler import Chunk
-from toolkit.engine.step.decode_graphs import padded_size
+from toolkit.engine.step.cuda_device import ReadBack
+from toolkit.engine.step.decode_graphs import CAPTURE_SIZES, padded_size
 from toolkit.engine.step.inputs import Columns, ResidentTables
 from toolkit.engine.step.sampling import Row, SamplingInputs
 from toolkit.state import PagedContext, PagedRows, RaggedBatch, Snapshots, StatePool
@@ -39,6 +40,8 @@ class ModelRunner:
         self.backend = backend
         self.pool = pool
         self._shared = backend.device.type == "cpu"
+        self._read_back = None if self._shared else ReadBack()
+        self._max_running = max_running
         width = math.ceil(max_model_len / pool.block_size)
         paged = [at for at, group in enumerate(pool.groups) if not group.snapshot_interval]
         self._tables = ResidentTables(paged, padded_size(max_running), width, backend.device, self._shared)
@@ -48,6 +51,8 @@ class ModelRunner:
         self._names = [*_COLUMNS]
         for at, group in enumerate(pool.groups):
             self._names += [f"{name} {at}" for name in (_SNAPSHOTS if group.snapshot_interval else _SLOTS)]
+        if getattr(backend, "captures_ahead", False):
+            self.capture_ahead()
 
     def forward(self, chunks: list[Chunk], features: abc.Mapping[bytes, Features]) -> Tensor:
         """The logits of ``step``."""
@@ -55,7 +60,7 @@ class ModelRunner:
 
     def step(
         self, chunks: list[Chunk], features: abc.Mapping[bytes, Features], sampled_rows: abc.Sequence[Row] | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, abc.Callable[[], Tensor] | None]:
         """Logits [R, V] of the chunks, in order: of each its scored rows, then those that are sampled.
 
         Writes the state of all chunks.
@@ -66,7 +71,8 @@ class ModelRunner:
             sampled_rows: what each row of a step that decodes alone is, for the model to sample them; None for not.
 
         Returns:
-            The logits, and ``StepSampling.result`` where the model sampled; overwritten by the next step.
+            The logits, and where the model sampled what waits for ``StepSampling.result`` and gives it on the host;
+            overwritten by the next step.
         """
         copies: list[list[tuple[int, int]]] = [[] for _ in self.pool.groups]
         ends = [-(-(chunk.start + chunk.count) // self.pool.block_size) for chunk in chunks]
@@ -85,7 +91,53 @@ class ModelRunner:
             sampling = self._sampling.of(sampled_rows, len(batch.tokens))
         sampler: Any = backend
         logits = sampler.forward(context, rows, sampling)
-        return logits, sampling.result if sampler.sampled else None
+        if not sampler.sampled:
+            return logits, None
+        return logits, (lambda: sampling.result) if self._read_back is None else self._read_back.start(sampling.result)
+
+    def capture_ahead(self) -> None:
+        """Capture the plain decode step of every size, largest first, so that later ones fit in its memory.
+
+        It writes no state: each sequence's one token has no slot.
+        """
+        sizes = [size for size in CAPTURE_SIZES if size <= padded_size(self._max_running)]
+        with torch.inference_mode():
+            self.backend.version()
+            for columns in self._tables.all_columns:
+                for size in reversed(sizes):
+                    with torch.inference_mode(False):
+                        self._tables.begin(size, columns)
+                        sampling = self._sampling.of([], size)
+                    sampler: Any = self.backend
+                    batch, rows = self._stateless(size)
+                    sampler.forward(PagedContext(batch, self.pool), rows, sampling)
+
+    def _stateless(self, size: int) -> tuple[RaggedBatch, Tensor]:
+        """``size`` sequences of one token whose state goes nowhere, and no row whose logits are wanted."""
+        columns = self._columns_of(size)
+        nowhere, rows = [-1] * size, list(range(size))
+        views: list[PagedRows | Snapshots] = []
+        for at in range(len(self.pool.groups)):
+            if at in self._tables.groups:
+                views.append(PagedRows(self._tables.view(at, size), columns.write(f"slots {at}", nowhere)))
+            else:
+                parts = zip(_SNAPSHOTS, (nowhere, rows, nowhere))
+                views.append(Snapshots(*(columns.write(f"{name} {at}", part) for name, part in parts)))
+        rotary_length: Any = getattr(self.backend, "rotary_length", lambda declared: None)
+        own: dict[str, Any] = {}
+        if rotary_length(1) is not None:
+            own["rotary_lengths"] = columns.write("rotary", [1] * size)
+        batch = RaggedBatch(
+            columns.write("tokens", [0] * size),
+            columns.write("positions", [0] * size),
+            columns.write("query_offsets", [*rows, size]),
+            columns.view("zeros", size),
+            columns.write("kv_lengths", [1] * size),
+            views=tuple(views),
+            **own,
+        )
+        columns.upload()
+        return batch, columns.view("rows", 0)
 
     def build(self, chunks: list[Chunk]) -> tuple[RaggedBatch, Tensor]:
         """The batch of the chunks, and the rows [R] whose logits are wanted. The next step's are written over both."""

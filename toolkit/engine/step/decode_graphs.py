@@ -103,6 +103,7 @@ class DecodeGraphs:
                 if graph.reads_constants and not self._reads_weights:
                     self._reads_weights, self._captured_from = True, (*self._captured_from[:2], self._clock.key)
                 if not self.data_dependent_op:
+                    graph.idle_inputs = _idle(context, len(inputs))
                     made = self._executable(optimize(graph))
                     self._graphs[(*size, widths) if hasattr(made, "fits") else size] = made
             return logits
@@ -139,6 +140,16 @@ def _tensors(context: PagedContext) -> list[Tensor]:
     return [getattr(batch, name) for name in _own(batch)] + [
         getattr(view, part.name) for view in batch.views for part in fields(view)
     ]
+
+
+_NOWHERE = {"slot_mapping": -1, "store_blocks": -1}
+
+
+def _idle(context: PagedContext, count: int) -> list[int | None]:
+    """What to fill each of ``count`` inputs with for a run whose state goes nowhere; None: as it is."""
+    names = _own(context.batch) + tuple(part.name for view in context.batch.views for part in fields(view))
+    found = [_NOWHERE.get(name) for name in names]
+    return found + [None] * (count - len(found))
 
 
 def _with_tensors(context: PagedContext, tensors: Sequence[Tensor]) -> PagedContext:

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from toolkit.engine.step.cuda_device import cuda_graphs
 from toolkit.engine.step.graph import CapturedGraph
 from toolkit.engine.step.native import native_replay
 
@@ -40,4 +41,4 @@ def straight_line(graph: CapturedGraph) -> Callable[..., Tensor]:
     return graph.compile()
 
 
-EXECUTORS: tuple[Executor, ...] = (native_replay, straight_line)
+EXECUTORS: tuple[Executor, ...] = (cuda_graphs, native_replay, straight_line)

@@ -98,6 +98,8 @@ class CapturedGraph:
         output: the tensor that a replay returns.
         data_dependent_op: an op by which input values decided what was run; "" where there was none.
         reads_constants: whether values of constants decided it.
+        idle_inputs: for each input a number to fill it with (None: as it is), so that a run writes no state; None where
+            that is not known.
     """
 
     inputs: list[Value]
@@ -105,6 +107,7 @@ class CapturedGraph:
     nodes: list[Node] = field(default_factory=list)
     data_dependent_op: str = ""
     reads_constants: bool = False
+    idle_inputs: Sequence[int | None] | None = None
 
     @property
     def values(self) -> list[Value]:

@@ -105,6 +105,12 @@ class ResidentTables:
             found = self._tables[columns] = _Table(self.groups, self._rows, columns, self._device, self._shared)
         return found
 
+    @property
+    def all_columns(self) -> list[int]:
+        """Every number of columns that a step may have, most first."""
+        every = range(self._width.bit_length() + 1) if self.groups else [0]
+        return sorted({min(self._width, padded_width(1 << bits)) for bits in every}, reverse=True)
+
     def begin(self, rows: int, blocks: int) -> None:
         """Begin a step of so many sequences, the longest of which has ``blocks`` blocks."""
         if rows > self._rows:
@@ -170,7 +176,9 @@ class _Table:
         runs = [np.arange(row * self._columns + first, row * self._columns + end) for row, first, end in changed]
         index = np.concatenate(runs)
         for at, tensor in self._tensors.items():
-            both = torch.from_numpy(np.stack([index, self.host[at].reshape(-1)[index]])).to(tensor.device)
+            both = torch.from_numpy(np.stack([index, self.host[at].reshape(-1)[index]]))
+            if tensor.device.type == "cuda":
+                both = both.pin_memory().to(tensor.device, non_blocking=True)
             tensor.view(-1).index_copy_(0, both[0], both[1])
 
 

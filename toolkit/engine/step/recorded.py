@@ -104,11 +104,11 @@ class RecordedReplay:
             self._record(node)
         self._output = self._recorded(graph.output)
         self._constant_memories = [one for one in self._memories.values() if one.address]
-        self._addresses = _addresses(self._constants)
+        self._addresses = addresses(self._constants)
 
     def addresses_hold(self) -> bool:
         """Whether every constant lies where it lay at recording, in the same shape, strides and dtype."""
-        return _addresses(self._constants) == self._addresses
+        return addresses(self._constants) == self._addresses
 
     def fits(self, inputs: Sequence[Tensor]) -> bool:
         """Whether ``inputs`` are of the recorded shapes, strides and dtypes."""
@@ -200,7 +200,7 @@ _SHAPE: Callable[[Tensor], torch.Size] = Tensor.shape.__get__  # type: ignore[at
 _DTYPE: Callable[[Tensor], torch.dtype] = Tensor.dtype.__get__  # type: ignore[attr-defined]
 
 
-def _addresses(tensors: list[Tensor]) -> list[list[Any]]:
+def addresses(tensors: list[Tensor]) -> list[list[Any]]:
     """Where tensors lie and how: one pass in C each. Empty where one has no memory. No two devices share an address."""
     try:
         found: list[list[Any]] = [list(map(Tensor.data_ptr, tensors)), list(map(_SHAPE, tensors))]
