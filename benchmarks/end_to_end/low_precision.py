@@ -1,6 +1,6 @@
 """Decode steps with weights of fewer bits on SmolLM2-135M's shape: ``python -m benchmarks.low_precision``.
 
-Every side is an engine of its own on the same random weights, bitwise mode; they take turns of a few steps. Formats
+Every side is a separate engine on the same random weights, bitwise mode; they take turns of a few steps. Formats
 round the layers' weights, and the head, which is the embedding, unless ``--dense-head`` is given. Activations are not
 rounded. A step cannot take less than reading its weights once, at the rate of a sum over float32 in the same run.
 """
