@@ -21,7 +21,7 @@ def format_of(case: str):
 
 
 def test_every_family_has_a_case():
-    assert {family_of(case) for case in CALLS} | {"qwen3_xml", "glm47"} == set(FORMATS)
+    assert {family_of(case) for case in CALLS} | {"qwen3_xml", "glm47", "openai"} == set(FORMATS)
 
 
 @pytest.mark.parametrize("case", CALLS)

@@ -1,22 +1,17 @@
 """Grammars of tool calls: what they allow is a call of the family whose arguments satisfy the tool's schema."""
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from tests.helpers.grammar import random_text
 from tests.helpers.json_schemas import violation
-from tests.helpers.replies import ARGUMENTS, CALLS, TOOLS, family_of
-from tests.helpers.tokenizers import make_tokenizer
+from tests.helpers.model_plans import ModelPlans
+from tests.helpers.replies import ARGUMENTS, CALLS, TOOLS
 from toolkit.chat.reply import parse_reply
 from toolkit.chat.tools import Tool, ToolChoice
-from toolkit.engine.grammar import StructuredOutputsParams
-from toolkit.engine.grammar.compiler import GrammarCompiler
-from toolkit.serving.app import ServerConfig
 from toolkit.serving.errors import RequestError
-from toolkit.serving.reply_plan import ReplyPlanner
 
 SCHEMA = {
     "type": "object",
@@ -37,41 +32,6 @@ WRITTEN = {case: text for case, text in CALLS.items() if case not in ("llama3_js
 WRITTEN["llama4_pythonic"] = f"<|python_start|>{CALLS['llama4_pythonic']}<|python_end|>"
 WRITTEN["pythonic"] = CALLS["llama4_pythonic"]
 WRITTEN["llama4_json"] = CALLS["llama3_json"]
-TEMPLATES = {"mistral, named": "[TOOL_CALLS][ARGS]"}
-
-
-class ModelPlans:
-    """A planner of a model whose tokenizer has the given special tokens, and its grammars."""
-
-    def __init__(self, case: str, *special: str, reasoning: str = "none", template: str = "") -> None:
-        self.tokenizer = make_tokenizer(chat_template=template or TEMPLATES.get(case, "{{ messages }}"))
-        if special:
-            self.tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
-        self.compiler = GrammarCompiler(self.tokenizer, len(self.tokenizer), frozenset({2}))
-        engine = SimpleNamespace(engine=SimpleNamespace(grammars=self.compiler))
-        self.planner = ReplyPlanner(
-            ServerConfig(
-                "m", engine, tokenizer=self.tokenizer, tool_call_parser=family_of(case), reasoning_parser=reasoning
-            )
-        )
-
-    def plan(self, tools, choice, prompt="", **given):
-        return self.planner.plan(self.ids(prompt), tools, choice, given)
-
-    def ids(self, text):
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def matcher(self, plan):
-        return self.compiler.compile(StructuredOutputsParams(**plan.params["structured_outputs"])).matcher([])
-
-    def allows(self, plan, text):
-        """Whether the whole output may be ``text``."""
-        matcher, ids = self.matcher(plan), self.ids(text)
-        if matcher.allowed_prefix(ids) < len(ids):
-            return False
-        for token in ids:
-            matcher.accept(token)
-        return matcher.may_end
 
 
 @pytest.mark.parametrize("case", WRITTEN)
@@ -213,3 +173,37 @@ def test_a_missing_library_is_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(RequestError, match="tool_choice needs the package 'llguidance': pip install"):
         ModelPlans("hermes").plan(TOOLS, ToolChoice("required"))
+
+
+BARE = {
+    "llama3_json": '{{"name": "pick", "parameters": {{"size": {size}, "kind": "a"}}}}',
+    "pythonic": '[pick(size={size}, kind="a")]',
+}
+LOOSE = {"llama3_json": '{"name": "now", "parameters": {"any": ["thing"]}}', "pythonic": "[now(any=1)]"}
+
+
+@pytest.mark.parametrize("case", BARE)
+def test_strict_tools_of_families_whose_calls_have_no_marker(case):
+    served = ModelPlans(case)
+    plan = served.plan([PICK, Tool("now")], ToolChoice())
+    good, bad = BARE[case].format(size=1), BARE[case].format(size='"x"')
+    for text, fine in (
+        (good, True), (LOOSE[case], True), ("Hello {there} [you]", True), (" \n It is {", True),
+        ("", True), (bad, False), (good[:-1], False), (f"{good} more", False),
+    ):  # fmt: skip
+        assert served.allows(plan, text) == fine, text
+        calls = parse_reply(plan.parser(), text).calls if fine else []
+        assert len(calls) == (text in (good, LOOSE[case]))
+    alone = served.plan([Tool("now")], ToolChoice())
+    assert "structured_outputs" not in alone.params
+
+
+def test_strict_tools_without_a_marker_behind_reasoning():
+    served = ModelPlans("llama3_json", reasoning="qwen3")
+    plan = served.plan([PICK], ToolChoice(), "<think>\n")
+    good = BARE["llama3_json"].format(size=1)
+    for text, fine in (
+        (f"hm</think>\n{good}", True), ("hm</think>Hello", True), (good, False),
+        (f"hm</think>{BARE['llama3_json'].format(size=True)}", False),
+    ):  # fmt: skip
+        assert served.allows(plan, text) == fine, text

@@ -5,11 +5,13 @@ A protocol asks the ``ReplyPlanner`` of its ``Generation`` for a plan once it ha
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from toolkit.chat.reply import OutputParser, ReplyReading, reading_of
+from toolkit.chat.reply.harmony import content_head, harmony_start, open_message
 from toolkit.chat.tools import Tool, ToolChoice
 from toolkit.engine.grammar import StructuredOutputsParams
 from toolkit.engine.grammar.compiler import GrammarCompiler
@@ -107,7 +109,7 @@ class ReplyPlanner:
             params["structured_outputs"] = {"grammar": grammar}
         # A form that is enforced from the first token on leaves nothing else in the output.
         plain = form is not None and grammar is None
-        if self._kept and not plain and (allowed or self.reading.reads_reasoning):
+        if self._kept and not plain and (allowed or self.reading.reads_reasoning or self.reading.is_harmony):
             params["kept_special_tokens"] = self._kept
         return ReplyPlan(params, self.reading, end, allowed, choice, plain)
 
@@ -127,8 +129,8 @@ class ReplyPlanner:
         if form is not None and not of_json:
             return None
         marked = self.reading.reasoning is not None and not self.reading.reasoning.ended_by(end)
-        strict = choice.mode == "auto" and any(tool.strict for tool in allowed)
-        if not (choice.mode == "required" or (of_json and (allowed or marked)) or (strict and self._can_trigger)):
+        strict = choice.mode == "auto" and self.reading.calls is not None and any(tool.strict for tool in allowed)
+        if not (choice.mode == "required" or (of_json and (allowed or marked)) or strict):
             return None
         try:
             return self._written(form, allowed, choice, end)
@@ -138,10 +140,6 @@ class ReplyPlanner:
             field = "tool_choice" if choice.mode == "required" and "needs " in str(error) else "tools"
             raise RequestError(str(error).replace("structured_outputs.grammar", field).replace(
                 "structured_outputs", field), field) from None  # fmt: skip
-
-    @property
-    def _can_trigger(self) -> bool:
-        return self.reading.calls is not None and bool(self.reading.calls.begins) and not self.reading.calls.bare
 
     def _written(
         self, form: StructuredOutputsParams | None, allowed: Sequence[Tool], choice: ToolChoice, end: str
@@ -154,7 +152,9 @@ class ReplyPlanner:
                 "tool_choice",
             )
         loose = choice.mode == "auto" and form is None
-        terms = self._compiler.terms(calls.begins[0] if loose and calls is not None else None)
+        bare = calls.bare if calls is not None else ""
+        behind_text = loose and not bare and not self.reading.is_harmony
+        terms = self._compiler.terms(calls.begins[0] if behind_text and calls is not None else None)
         bodies = []
         if allowed and calls is not None:
             shown = [tool if choice.mode == "required" or tool.strict or form else _loose(tool) for tool in allowed]
@@ -162,21 +162,29 @@ class ReplyPlanner:
         if form is not None:
             schema = json.loads(str(form.json)) if form.kind == "json" else {"type": "object"}
             bodies.append(json_term(schema, form))
+            if self.reading.is_harmony and open_message(end) is None:
+                bodies[-1] = f"{content_head(terms)} {bodies[-1]}"
+        if self.reading.is_harmony:
+            return self._checked(terms.grammar(harmony_start(terms, end, bodies, loose)))
         marks = self.reading.reasoning
         thought = ""
         if marks is not None and not marks.ended_by(end):
             thought = terms.until(marks.end)
             if not marks.begun_by(end):
-                thought = f"{terms.until(marks.begin) if loose else terms.text(marks.begin)} {thought}"
+                thought = f"{terms.until(marks.begin) if behind_text else terms.text(marks.begin)} {thought}"
         begun = marks is not None and marks.begun_by(end)
-        if loose:
+        if behind_text:
             before, inside = (f"{thought} ", "") if begun else ("", f" | {thought}" if thought else "")
             start = f"{before}({' | '.join(bodies)}{inside})* {terms.rule('ANY', '/(?s:.*)/')}"
         else:
             gap = r"/\n{0,2}/"
             before = thought and (f"{thought} {gap} " if begun else f"({thought} {gap})? ")
-            start = f"{before}({' | '.join(bodies)})"
-        grammar = terms.grammar(start)
+            if loose:  # a reply that does not begin as a call is any text
+                bodies.append(terms.rule("ANY", rf"/\s*[^\s{re.escape(bare)}](?s:.*)/"))
+            start = f"{before}({' | '.join(bodies)})" + "?" * loose
+        return self._checked(terms.grammar(start))
+
+    def _checked(self, grammar: str) -> str:
         self._compiler.compile(StructuredOutputsParams(grammar=grammar))
         return grammar
 

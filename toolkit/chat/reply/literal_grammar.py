@@ -46,8 +46,15 @@ class Dialect:
 
 
 def literal_grammar(dialect: Dialect, tool: Tool, terms: GrammarTerms) -> str:
-    """A term of the arguments of a tool, without what stands around them. Raises ToolkitError for other schemas."""
-    return _Literals(dialect, tool, terms).members(tool.parameters, dialect.pair, tool.name)
+    """A term of the arguments of a tool, without what stands around them; any where its schema names none.
+
+    Raises:
+        ToolkitError: for other schemas.
+    """
+    literals = _Literals(dialect, tool, terms)
+    if "properties" in tool.parameters:
+        return literals.members(tool.parameters, dialect.pair, tool.name)
+    return literals.any_members()
 
 
 class _Literals:
@@ -72,6 +79,15 @@ class _Literals:
             ]
             return f"({' | '.join(rows)})?"
         return " ".join([f" {comma} ".join(needed), *(f"({comma} {one})?" for one in others)])
+
+    def any_members(self) -> str:
+        """Pairs of any names and values."""
+        text, comma = self._terms.text, self._terms.text("," + self._dialect.gap)
+        before, behind = self._dialect.pair.split("{key}")
+        pair = " ".join(
+            part for part in (before and text(before), r"/[A-Za-z_]\w*/", text(behind), self._anything()) if part
+        )
+        return f"({pair} ({comma} {pair})*)?"
 
     def _value(self, schema: Any, where: str, depth: int = 0) -> str:
         schema = resolved(schema, self._root)

@@ -86,7 +86,7 @@ class ReplyParser:
     def _advance(self) -> list[Event]:
         if self._reading is not None and next(self._reading, self) is self:
             self._reading = None
-        events, self._events[:] = _joined(self._events), []
+        events, self._events[:] = joined(self._events), []
         return events
 
     def _new_id(self, name: str, index: int) -> str:
@@ -223,7 +223,7 @@ class ReplyParser:
             self._pending_space = []
 
 
-def _joined(events: Sequence[Event]) -> list[Event]:
+def joined(events: Sequence[Event]) -> list[Event]:
     """The events, texts of one sort that follow one another joined."""
     joined: list[Event] = []
     for event in events:

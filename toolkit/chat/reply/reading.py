@@ -6,6 +6,8 @@ from typing import Any
 
 from toolkit.chat.reply.calls import CallFormat
 from toolkit.chat.reply.families import CALLS, REASONING, calls_named, calls_of, reasoning_of
+from toolkit.chat.reply.harmony import MARKERS as HARMONY_MARKERS
+from toolkit.chat.reply.harmony import HarmonyCalls, HarmonyParser, HarmonyReasoning
 from toolkit.chat.reply.parser import OutputParser, ReasoningFormat, ReplyParser
 from toolkit.chat.reply.shipped import ShippedParser, texts_of
 from toolkit.chat.tools import Tool, ToolChoice, new_call_id
@@ -39,6 +41,11 @@ class ReplyReading:
         """Whether reasoning is read."""
         return self.reasoning is not None or self.shipped is not None
 
+    @property
+    def is_harmony(self) -> bool:
+        """Whether a reply is messages with headers, as gpt-oss writes them."""
+        return isinstance(self.calls, HarmonyCalls) or isinstance(self.reasoning, HarmonyReasoning)
+
     def kept_tokens(self, tokenizer: Any) -> tuple[int, ...]:
         """Ids of the special tokens that are markers, or parts of them: the text of a reply must have them."""
         texts = [] if self.shipped is None else texts_of(self.shipped.response_template)
@@ -46,6 +53,8 @@ class ReplyReading:
             texts += _strings(vars(self.calls))
         if self.reasoning is not None:
             texts += [self.reasoning.begin, self.reasoning.end]
+        if self.is_harmony:
+            texts += HARMONY_MARKERS
         backend = getattr(tokenizer, "backend_tokenizer", None) or tokenizer
         added = backend.get_added_tokens_decoder() if hasattr(backend, "get_added_tokens_decoder") else {}
         return tuple(
@@ -75,6 +84,9 @@ class ReplyReading:
             return ShippedParser(
                 self.shipped, prompt, tools, reasoning, called, most, new_id=lambda: new_call_id(length)
             )
+        if self.is_harmony:
+            apart = reasoning and self.reasoning is not None
+            return HarmonyParser(prompt, tools, apart, called and self.calls is not None, most)
         marked = self.reasoning if reasoning else None
         begun = marked is not None and marked.begun_by(prompt)
         return ReplyParser(self.calls if called else None, marked, tools, begun, most)

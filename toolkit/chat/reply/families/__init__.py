@@ -5,11 +5,11 @@ template of the family has one, at least, for each entry; a name's first variant
 """
 
 from toolkit.chat.reply.calls import CallFormat
-from toolkit.chat.reply.families import deepseek, gemma, glm, hermes, llama, mistral, others, qwen
+from toolkit.chat.reply.families import deepseek, gemma, glm, gpt_oss, hermes, llama, mistral, others, qwen
 from toolkit.chat.reply.families.variant import Variant
 from toolkit.chat.reply.parser import ReasoningFormat
 
-_FILES = (qwen, glm, gemma, mistral, deepseek, llama, others, hermes)
+_FILES = (gpt_oss, qwen, glm, gemma, mistral, deepseek, llama, others, hermes)
 """In the order in which a model's is looked for: Hermes' marker is in templates of others too."""
 
 CALLS: dict[str, tuple[Variant, ...]] = {name: found for file in _FILES for name, found in file.CALLS.items()}
