@@ -4,9 +4,13 @@ uses it."""
 import re
 
 import pytest
+from fastapi.testclient import TestClient
 
 from tests.helpers.told_engine import ToldEngine, client_of
+from toolkit import AsyncEngine, Engine
+from toolkit.serving.app import ServerConfig, create_app
 from toolkit.serving.page.routes import page_files
+from toolkit.testing.models import random_model, tiny_tokenizer
 
 BROWSER = {"accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
 
@@ -42,3 +46,28 @@ def test_nothing_is_loaded_from_elsewhere(name):
         assert module.removeprefix("./") in page_files()
     if name.endswith(".html"):
         assert not re.search(r"<script(?![^>]*\bsrc=)|\bon\w+=|\bstyle=", text)  # the policy refuses what is inline
+
+
+def test_the_blocks_that_the_page_draws():
+    tokenizer = tiny_tokenizer()
+    engine = Engine(random_model("llama"), tokenizer, num_blocks=600, block_size=4)
+    config = ServerConfig("tiny", AsyncEngine(engine), tokenizer=tokenizer, max_model_len=256, api_key="secret")
+    with TestClient(create_app(config)) as client:
+        assert client.get("/page/blocks").status_code == 401
+        client.headers["authorization"] = "Bearer secret"
+        shared = list(range(5, 13))
+        for tail in ([20, 21, 22, 23], [30, 31, 32, 33]):
+            client.post("/v1/completions", json={"prompt": shared + tail, "max_tokens": 1}).raise_for_status()
+        (group,) = client.get("/page/blocks").json()["groups"]
+    assert (group["block_size"], group["per_cell"], len(group["cells"])) == (4, 3, 200)
+    assert sum(held for held, _ in group["cells"]) == 0
+    assert sum(cached for _, cached in group["cells"]) == 4
+    assert [(run["depth"], run["blocks"], run["held"]) for run in group["runs"]] == [
+        (0, 2, False), (1, 1, False), (1, 1, False)
+    ]  # fmt: skip
+
+
+def test_without_the_page_there_are_no_blocks_to_draw():
+    client, _ = client_of(ToldEngine(), page=False)
+    with client:
+        assert client.get("/page/blocks").status_code == 404

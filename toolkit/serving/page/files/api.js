@@ -36,9 +36,12 @@ export async function detokenize(token, model) {
   return texts.get(token);
 }
 
-// The chunks of a streamed completion.
-export async function* stream(body, signal) {
-  const response = await post("v1/completions", { ...body, stream: true }, signal);
+// The chunks of a streamed completion, and of a streamed chat.
+export const stream = (body, signal) => chunks("v1/completions", body, signal);
+export const chatStream = (body, signal) => chunks("v1/chat/completions", body, signal);
+
+async function* chunks(path, body, signal) {
+  const response = await post(path, { ...body, stream: true }, signal);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
@@ -53,6 +56,11 @@ export async function* stream(body, signal) {
       yield chunk;
     }
   }
+}
+
+// The engine's blocks and its prefix tree.
+export async function blocks() {
+  return (await checked(await fetch("page/blocks", { headers: headers() }))).json();
 }
 
 // Gauges and counters of /metrics, by name; of those with labels the sum.

@@ -1,6 +1,8 @@
 // The page: what is asked, of which models, and what they reply.
 import { metrics, models, tokenize } from "./api.js";
+import { showBlocks } from "./blocks.js";
 import { Reply } from "./reply.js";
+import { ToolReply } from "./tools.js";
 
 const at = (name) => document.getElementById(name);
 const NUMBERS = ["temperature", "top_p", "top_k", "min_p", "max_tokens", "seed"];
@@ -29,10 +31,11 @@ function chosenModels() {
 }
 
 function showMessages() {
-  at("messages").replaceChildren(...chat.map(({ role, content }) => {
+  at("messages").replaceChildren(...chat.map(({ role, content, tool_calls }) => {
     const item = document.createElement("li");
     item.dataset.role = role;
-    item.textContent = content;
+    const calls = (tool_calls ?? []).map((call) => `${call.function.name}(${call.function.arguments})`);
+    item.textContent = [content, ...calls].filter(Boolean).join("\n");
     return item;
   }));
 }
@@ -58,16 +61,30 @@ function stop() {
   running?.abort();
 }
 
+// The functions that a chat may call; none where it has none.
+function tools() {
+  const given = mode === "chat" ? at("tools").value.trim() : "";
+  return (given ? JSON.parse(given) : []).map((one) => (one.function ? one : { type: "function", function: one }));
+}
+
 async function ask() {
   const text = at("prompt").value;
+  if (!text || !chosenModels().length) return say(text ? "Choose a model." : "Write something.", true);
+  if (mode === "chat") takeReply();
+  await send([...chat, { role: "user", content: text }], text);
+}
+
+// Ask the chosen models, with messages or with a text.
+async function send(messages, text) {
   const names = chosenModels();
-  if (!text || !names.length) return say(text ? "Choose a model." : "Write something.", true);
   try {
-    if (mode === "chat") takeReply();
-    const messages = [...chat, { role: "user", content: text }];
     const what = mode === "chat" ? { messages } : { prompt: text };
     const given = settings();
-    const replies = await Promise.all(names.map(async (name) => new Reply(name, await tokenize(what, name), given, [], branch)));
+    const functions = tools();
+    if (functions.length && at("required").checked && messages.at(-1).role === "user") given.tool_choice = "required";
+    const replies = await Promise.all(names.map(async (name) => (functions.length
+      ? new ToolReply(name, messages, functions, given, answer)
+      : new Reply(name, await tokenize(what, name), given, [], branch))));
     if (mode === "chat") {
       chat = messages;
       at("prompt").value = "";
@@ -84,8 +101,13 @@ async function ask() {
 // The first reply that is shown becomes a message of the chat.
 function takeReply() {
   const reply = at("replies").firstElementChild?.reply;
-  if (reply && chat.at(-1)?.role === "user") chat = [...chat, { role: "assistant", content: reply.whole }];
+  if (reply && chat.length && chat.at(-1).role !== "assistant") chat = [...chat, reply.message];
   at("replies").replaceChildren();
+}
+
+// The results of a reply's calls, which the models get with it.
+function answer(reply, results) {
+  return send([...chat, reply.message, ...results]);
 }
 
 async function branch(from, kept) {
@@ -131,6 +153,11 @@ async function showEngine() {
   }));
 }
 
+async function refresh() {
+  await showEngine();
+  if (at("state-blocks").open) await showBlocks(at("blocks"));
+}
+
 function choose(next) {
   mode = next;
   for (const name of ["chat", "complete"]) at(`tab-${name}`).ariaSelected = String(name === mode);
@@ -154,5 +181,6 @@ document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") stop();
 });
 listModels().catch((error) => say(error.message, true));
-showEngine().catch(() => {});
-setInterval(() => { if (!document.hidden) showEngine().catch(() => {}); }, REFRESH);
+at("state-blocks").addEventListener("toggle", () => refresh().catch((error) => say(error.message, true)));
+refresh().catch(() => {});
+setInterval(() => { if (!document.hidden) refresh().catch(() => {}); }, REFRESH);

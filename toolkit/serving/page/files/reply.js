@@ -16,12 +16,23 @@ export class Reply {
     this.element = document.createElement("article");
     this.element.className = "reply";
     const title = document.createElement("h2");
-    title.append(model);
+    this.shownVersion = document.createElement("span");
+    this.shownVersion.className = "version";
+    const again = document.createElement("button");
+    Object.assign(again, { textContent: "Again", title: "the same request, beside this reply: by the weights of now" });
+    again.addEventListener("click", () => this.onBranch(this, this.kept));
+    const name = document.createElement("span");
+    Object.assign(name, { className: "model", textContent: model });
+    title.append(name, this.shownVersion, again);
     this.body = document.createElement("div");
     this.body.className = "tokens";
     this.footer = document.createElement("footer");
     this.element.append(title, this.body, this.footer);
     this.kept.forEach((_, at) => this.body.append(this.span(at)));
+  }
+
+  get message() {
+    return { role: "assistant", content: this.whole };
   }
 
   get whole() {
@@ -39,6 +50,7 @@ export class Reply {
       const choice = chunk.choices[0];
       if (!choice) continue;
       this.version = chunk.system_fingerprint ?? this.version;
+      this.shownVersion.textContent = this.version;
       this.text += choice.text;
       (choice.logprobs?.tokens ?? []).forEach((name, at) => {
         const { token_logprobs, top_logprobs, text_offset } = choice.logprobs;
@@ -59,7 +71,7 @@ export class Reply {
       this.finish = choice.finish_reason ?? this.finish;
       const count = this.tokens.length - this.kept.length;
       const seconds = (performance.now() - began) / 1000;
-      this.footer.textContent = `${count} tokens, ${(count / seconds).toFixed(1)} /s, ${this.version}${this.finish ? `, ${this.finish}` : ""}`;
+      this.footer.textContent = `${count} tokens, ${(count / seconds).toFixed(1)} /s${this.finish ? `, ${this.finish}` : ""}`;
     }
   }
 
