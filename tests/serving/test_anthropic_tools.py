@@ -74,6 +74,9 @@ def test_a_call_that_is_cut_says_so(said):
     message = client.messages.create(**ASK, tools=TOOLS)
     assert message.stop_reason == "max_tokens"
     assert message.content[-1].type == "tool_use"
+    assert message.content[-1].input == {}
+    client, _ = said([*REASONED_CALL[:-2], 'ty": "Os'], finish_reason="length")
+    assert client.messages.create(**ASK, tools=TOOLS).content[-1].input == {"city": "Os"}
 
 
 def test_thoughts_may_be_left_out(said):

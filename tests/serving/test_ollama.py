@@ -2,17 +2,20 @@
 
 import asyncio
 import json
+import re
 from types import SimpleNamespace
 
 import httpx
 import ollama
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.helpers.saying_engine import saying_clients
 from tests.helpers.server_process import serving
 from tests.helpers.tool_template import CALL, REASONED_CALL, TEMPLATE, WEATHER
 from toolkit import __version__
+from toolkit.serving.ollama.weights import WeightsInMemory
+from toolkit.testing.models import random_model
 
 HELLO = [{"role": "user", "content": "jumps over"}]
 GREEDY = {"temperature": 0, "num_predict": 8}
@@ -111,10 +114,14 @@ def test_log_probabilities(client):
     assert streamed == [one.logprob for one in response.logprobs]
 
 
-def test_what_is_served(client, server):
+def test_what_is_served(client, server, talking_model):
     (listed,) = client.list().models
     assert listed.model == "tiny"
+    parameters = AutoModelForCausalLM.from_pretrained(talking_model).num_parameters()
+    assert (listed.size, listed.details.parameter_size) == (4 * parameters, f"{parameters / 1e3:.1f}K")
     (running,) = client.ps().models
+    assert running.digest == listed.digest
+    assert (running.size, running.size_vram) == (listed.size, 0)
     assert (running.model, running.context_length) == ("tiny", 512)
     shown = client.show("tiny")
     assert shown.modelinfo == {"general.architecture": "llama", "llama.context_length": 512}
@@ -124,6 +131,18 @@ def test_what_is_served(client, server):
     assert server.http.get("/api/version").json() == {"version": __version__}
     for loading in (client.chat("tiny", []), client.generate("tiny", "", keep_alive=0)):
         assert (loading.done, loading.done_reason) == (True, "load")
+
+
+def test_a_digest_is_of_the_weights_and_of_their_version():
+    def held(**sizes):
+        return WeightsInMemory.of(SimpleNamespace(engine=SimpleNamespace(model=random_model("llama", **sizes))))
+
+    one, other = held(), held(vocabulary=300)
+    assert re.fullmatch("[0-9a-f]{64}", one.digest(0, ""))
+    assert one.digest(0, "") == held().digest(0, "")
+    assert len({one.digest(0, ""), one.digest(1, ""), one.digest(0, "folder"), other.digest(0, "")}) == 4
+    assert WeightsInMemory.of(None) == WeightsInMemory()
+    assert WeightsInMemory().digest(0, "") == ""
 
 
 def test_the_asynchronous_client(server):
@@ -193,6 +212,8 @@ def test_thoughts_text_and_calls_are_apart(said):
     assert "".join(chunk.message.content for chunk in chunks) == "Let me look."
     assert [call.function.name for chunk in chunks for call in chunk.message.tool_calls or ()] == ["weather"]
     assert last.done_reason == "stop"
+    cut, _ = said([*REASONED_CALL[:-2], 'ty": "Os'], finish_reason="length")
+    assert cut.chat("told", HELLO, tools=TOOLS).message.tool_calls[0].function.arguments == {"city": "Os"}
     generated = client.generate("told", "Oslo?")
     assert (generated.thinking, generated.response.startswith("Let me look.")) == ("I wonder.", True)
     # What is raw has no thoughts apart.

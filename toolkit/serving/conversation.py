@@ -1,9 +1,10 @@
 """A chat in no protocol's form: its messages as chat templates read them, each with its field of the request."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+from pydantic_core import from_json
 
 from toolkit.chat.tools import Tool, ToolChoice
 from toolkit.sentences import shown
@@ -90,10 +91,13 @@ class Chat:
 
 
 def arguments_of(text: str) -> Json:
-    """The object of a call's arguments; empty where the model stopped inside them, for protocols that have no text."""
+    """The object of a call's arguments, for protocols that have no text.
+
+    Where the model stopped inside them, what they have so far, strings that it had begun included.
+    """
     try:
-        found = json.loads(text or "{}")
-    except (ValueError, RecursionError):
+        found = from_json(text or "{}", allow_inf_nan=False, allow_partial="trailing-strings")
+    except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
 

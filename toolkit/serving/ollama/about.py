@@ -11,6 +11,7 @@ from toolkit.serving.errors import Json
 from toolkit.serving.ollama import schemas
 from toolkit.serving.ollama.requests import OllamaShowRequest
 from toolkit.serving.ollama.responses import error_body, now
+from toolkit.serving.ollama.weights import WeightsInMemory
 from toolkit.serving.openapi import responses, takes
 from toolkit.serving.parsing import parse
 from toolkit.serving.served_models import ServedModel
@@ -35,14 +36,16 @@ def add_about(base: Base, capabilities: Sequence[str]) -> None:
     config = base.config
     tokenizer = config.tokenizer
     template = getattr(config.processor, "chat_template", None) or getattr(tokenizer, "chat_template", None) or ""
-    family = _family(config.engine)
+    weights = WeightsInMemory.of(config.engine)
+    family = weights.family
     details = {
         "parent_model": "", "format": "safetensors", "family": family, "families": [family] if family else [],
-        "parameter_size": "", "quantization_level": "",
+        "parameter_size": weights.parameter_size, "quantization_level": "",
     }  # fmt: skip
 
     def card(name: str) -> Json:
-        about = {"name": name, "model": name, "modified_at": started, "size": 0, "digest": ""}
+        digest = weights.digest(base.weight_version, config.lora_modules.get(name, ""))
+        about = {"name": name, "model": name, "modified_at": started, "size": weights.size, "digest": digest}
         return {**about, "details": details}
 
     errors: dict[str, Any] = {"error": schemas.OllamaError}
@@ -53,7 +56,7 @@ def add_about(base: Base, capabilities: Sequence[str]) -> None:
 
     @base.app.get("/api/ps", dependencies=base.guarded, responses=responses(schemas.OllamaModels, **errors))
     async def running() -> Json:
-        loaded = {"expires_at": NO_EXPIRY, "size_vram": 0, "context_length": config.max_model_len}
+        loaded = {"expires_at": NO_EXPIRY, "size_vram": weights.on_device, "context_length": config.max_model_len}
         return {"models": [{**card(name), **loaded} for name in base.models.all]}
 
     @base.app.get("/api/version", responses=responses(schemas.OllamaVersion, **errors))
@@ -83,10 +86,3 @@ def add_about(base: Base, capabilities: Sequence[str]) -> None:
         }
 
     base.add_refused(MANAGES, ONE_MODEL)
-
-
-def _family(engine: Any) -> str:
-    """The type of the model's architecture, as transformers names it; "" where it is not known."""
-    inner = getattr(engine, "engine", None)
-    model = getattr(getattr(inner, "backend", inner), "model", None)
-    return str(getattr(getattr(model, "config", None), "model_type", ""))

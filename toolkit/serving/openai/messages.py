@@ -51,7 +51,7 @@ class MessageFunction(Body):
 class MessageToolCall(Body):
     """A call that the assistant has made."""
 
-    ignored: ClassVar[tuple[str, ...]] = ("index",)
+    ignored: ClassVar[tuple[str, ...]] = ("index", "provider_specific_fields")
     id: str = ""
     type: Literal["function"] = "function"
     function: MessageFunction
@@ -72,7 +72,7 @@ class Message(Body):
         declined: what the assistant says instead of content where it does not do what was asked.
     """
 
-    ignored: ClassVar[tuple[str, ...]] = ("annotations", "cache_control")
+    ignored: ClassVar[tuple[str, ...]] = ("annotations", "cache_control", "provider_specific_fields", "thinking_blocks")
     role: str = Field(json_schema_extra={"enum": list(ROLES)})
     name: str = ""
     tool_calls: list[MessageToolCall] = Field([], max_length=MAX_CALLS)

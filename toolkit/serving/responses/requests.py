@@ -10,11 +10,11 @@ from pydantic import Field, field_validator, model_validator
 
 from toolkit.chat.tools import Tool, ToolChoice
 from toolkit.sentences import shown
-from toolkit.serving.body import Body
+from toolkit.serving.body import Body, one_or_several, short_together
 from toolkit.serving.conversation import Chat, ChatMessage, check_results, merged, system_first
 from toolkit.serving.errors import Json
 from toolkit.serving.openai.requests import MAX_MESSAGES
-from toolkit.serving.openai.sampling import MAX_TOP_LOGPROBS
+from toolkit.serving.openai.sampling import MAX_STOP_CHARACTERS, MAX_STOPS, MAX_TOP_LOGPROBS
 from toolkit.serving.responses.items import InputItem, ItemPart
 
 MAX_TOOLS = 512
@@ -57,6 +57,11 @@ NOT_OFFERED: dict[str, tuple[Any, ...]] = {
     "prompt": (),
 }
 """Fields of the API that are not offered, each with the values that ask for nothing."""
+SAMPLED = {
+    "frequency_penalty", "ignore_eos", "min_p", "presence_penalty", "repetition_penalty", "seed", "stop", "temperature",
+    "top_k", "top_p",
+}  # fmt: skip
+"""Fields that keep their names in ``SamplingParams``; all but ``temperature`` and ``top_p`` are vLLM's extras."""
 NOT_STORED = ("background", "conversation", "previous_response_id", "prompt")
 """Those that need what the server stores."""
 
@@ -212,6 +217,14 @@ class ResponsesRequest(Body):
     top_logprobs: int = Field(0, ge=0, le=MAX_TOP_LOGPROBS)
     top_p: float = 1.0
     truncation: Literal["auto", "disabled"] = "disabled"
+    frequency_penalty: float = 0.0
+    ignore_eos: bool = False
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: list[str] = Field([], max_length=MAX_STOPS)
+    top_k: int = 0
 
     @model_validator(mode="before")
     @classmethod
@@ -244,6 +257,16 @@ class ResponsesRequest(Body):
         if not isinstance(choice, dict) and choice not in CHOICES:
             raise ValueError(f"'tool_choice' must be an object or one of {', '.join(CHOICES)}, got {shown(choice)}.")
         return choice
+
+    @field_validator("stop", mode="before", json_schema_input_type=str | list[str])
+    @classmethod
+    def _one_stop_is_a_list_of_one(cls, stop: Any) -> Any:
+        return one_or_several("stop", stop)
+
+    @field_validator("stop")
+    @classmethod
+    def _stops_are_short(cls, stop: list[str]) -> list[str]:
+        return short_together("stop", stop, MAX_STOP_CHARACTERS)
 
     @field_validator("include")
     @classmethod
@@ -285,7 +308,7 @@ class ResponsesRequest(Body):
 
     def sampling(self) -> Json:
         """Keyword arguments for ``SamplingParams``: what the request gave; the defaults live there."""
-        values: Json = {name: getattr(self, name) for name in {"temperature", "top_p"} & self.model_fields_set}
+        values: Json = {name: getattr(self, name) for name in SAMPLED & self.model_fields_set}
         if self.max_output_tokens is not None:
             values["max_tokens"] = self.max_output_tokens
         form = self.text.format.form() if self.text is not None and self.text.format is not None else None
