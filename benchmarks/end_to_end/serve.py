@@ -25,9 +25,9 @@ from benchmarks.common import MODELS, interleaved, print_table, summary, write_j
 NEAR_TIE = 1e-4
 
 
-def make_prompts(count: int, length: int, vocabulary: int) -> list[list[int]]:
+def make_prompts(count: int, length: int, vocabulary: int, seed: int = 1) -> list[list[int]]:
     """Random token ids; the same ones for every system."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, vocabulary, (count, length), generator=generator).tolist()
 
 
