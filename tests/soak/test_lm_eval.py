@@ -1,26 +1,21 @@
 """lm-eval's ``local-completions`` and ``local-chat-completions`` against a server, beside its own ``hf`` backend.
 
-The tasks and their data are written here. lm-eval is installed beside this environment's packages, or is that of the
-Python that ``TOOLKIT_LM_EVAL`` names.
+The tasks and their data are written here. lm-eval is installed beside this environment's packages.
 """
 
 import json
-import os
 import random
-import subprocess
-import sys
-import sysconfig
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.helpers.client_environments import client_environment, run_client
 from tests.helpers.engine_tokenizers import byte_level
 from tests.helpers.server_process import serving
 from toolkit.testing.models import random_model
 
-ROOT = Path(__file__).resolve().parents[2]
 VERSION = "0.4.13"
 NEW_TOKENS = 12
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "not", "amused", "café", "日本", "naïve"]
@@ -48,21 +43,10 @@ pytestmark = [pytest.mark.soak, pytest.mark.timeout(1800)]
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A Python with lm-eval."""
-    given = os.environ.get("TOOLKIT_LM_EVAL")
-    if given:
-        return given
-    folder = tmp_path_factory.mktemp("environment")
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    path = str(folder / "bin" / "python")
-    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    packages = subprocess.run([path, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-    Path(packages, "beside.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    constraints = ROOT / "constraints.txt"
-    install = [path, "-m", "pip", "install", "-q", "-c", str(constraints), f"lm_eval[api]=={VERSION}"]
-    done = subprocess.run(install, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return path
+    """A Python with lm-eval, beside this environment's packages."""
+    return client_environment(
+        tmp_path_factory.mktemp("environment"), "lm-eval", [f"lm_eval[api]=={VERSION}"], beside=True
+    )
 
 
 @pytest.fixture(scope="module")
@@ -117,10 +101,7 @@ def evaluated(python: str, folder: Path, out: str, model: str, arguments: str, t
         python, "-m", "lm_eval", "run", "--model", model, "--model_args", arguments, "--tasks", tasks,
         "--include_path", str(folder / "yaml"), "--log_samples", "--output_path", str(folder / out), *more,
     ]  # fmt: skip
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "OPENAI_API_KEY": "-"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    run_client(command, folder)
     (results,) = (folder / out).rglob("results_*.json")
     scores = json.loads(results.read_text())["results"]
     samples = {}
