@@ -19,6 +19,7 @@ COMMANDS = {
     "long_sequence": "--length 96 --chunk 32 --compare 64",
     "moe_overlap": "--tokens 16 --hidden-size 32 --intermediate-size 16 --chunks 2 --repeats 1",
     "fuzz": "--requests 150",
+    "http_overhead": "--streams 2 --prompt 8 --new-tokens 4 --repeats 1",
     "decode": "--models thin --batch 1 2 --repeats 1",
     "adapters": "--layers 1 --batch 4 --adapters 3 --repeats 1",
     "structured": "--layers 1 --batch 2 --repeats 1",
@@ -62,9 +63,8 @@ def test_a_kernel_compiles_for_each_target(tmp_path: Path) -> None:
 
 
 def test_every_command_has_a_small_size() -> None:
-    short = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - {
-        "__init__",
-        "common",
-        "picture",
-    }  # which measures nothing
+    short = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
+    short -= {"__init__", "common"}
+    short -= {"picture"}  # which measures nothing
+    short -= {"peers"}  # which needs an environment of its own
     assert short <= set(COMMANDS)

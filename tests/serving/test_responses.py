@@ -54,6 +54,20 @@ def test_a_response_says_what_a_chat_says(client, talking_model):
     assert response.store is False
 
 
+def test_vllm_s_sampling_extras_are_those_of_a_chat(client):
+    sampled = {"top_k": 9, "min_p": 0.01, "seed": 5, "repetition_penalty": 1.1, "ignore_eos": True}
+    asked = {**ASK, "temperature": 1.0, "extra_body": {**sampled, "presence_penalty": 0.5, "frequency_penalty": 0.2}}
+    response = client.responses.create(**asked)
+    chat = client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": HELLO}], max_tokens=8, temperature=1.0,
+        presence_penalty=0.5, frequency_penalty=0.2, extra_body=sampled,
+    )  # fmt: skip
+    assert response.output_text == chat.choices[0].message.content
+    assert response.output_text != client.responses.create(**ASK).output_text
+    whole = client.responses.create(**ASK).output_text
+    assert client.responses.create(**ASK, extra_body={"stop": whole[3]}).output_text == whole[: whole.index(whole[3])]
+
+
 def test_items_of_every_way_to_write_a_message(client):
     expected = chat_text(
         client,

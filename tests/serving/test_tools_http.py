@@ -155,7 +155,7 @@ HISTORY = [
     {"role": "user", "content": "weather?"},
     {
         "role": "assistant", "content": None, "refusal": None, "annotations": [], "audio": None,
-        "reasoning_content": "I look it up.",
+        "reasoning_content": "I look it up.", "provider_specific_fields": {"refusal": None},
         "tool_calls": [{"id": "call_1", "type": "function", "function": CALLED}],
     },
     {"role": "tool", "tool_call_id": "call_1", "content": [{"type": "text", "text": "sunny"}]},
