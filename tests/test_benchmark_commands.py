@@ -66,5 +66,5 @@ def test_every_command_has_a_small_size() -> None:
     short = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
     short -= {"__init__", "common"}
     short -= {"picture"}  # which measures nothing
-    short -= {"peers"}  # which needs an environment of its own
+    short -= {"peers"}  # which needs a separate environment
     assert short <= set(COMMANDS)

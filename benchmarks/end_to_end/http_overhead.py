@@ -95,12 +95,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                     for clock, found in taken.items():
                         seconds[name][clock] += found
         engine.close()
-    rows, figures = [], {}
+    rows, measured = [], {}
     for name, clocks in seconds.items():
         medians = {clock: statistics.median(found) for clock, found in clocks.items()}
         base = {clock: statistics.median(found) for clock, found in seconds[ALONE].items()}
         overhead = {clock: medians[clock] / base[clock] - 1 for clock in medians}
-        figures[name] = {"seconds": medians, "overhead": overhead}
+        measured[name] = {"seconds": medians, "overhead": overhead}
         rows.append(
             [name, medians["process"], f"{overhead['process']:+.1%}", medians["wall"], f"{overhead['wall']:+.1%}"]
         )
@@ -110,7 +110,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     print_table(title, ["", "CPU s", "over the engine", "wall s", "over the engine"], rows)
     return {
         "model": arguments.model, "streams": streams, "prompt": arguments.prompt, "new_tokens": new_tokens,
-        "load": list(Path("/proc/loadavg").read_text().split()[:3]), "figures": figures,
+        "load": list(Path("/proc/loadavg").read_text().split()[:3]), "measured": measured,
     }  # fmt: skip
 
 

@@ -100,11 +100,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             for at, name in enumerate(turns(servers, arguments.repeats)):
                 of[name].append(load(servers[name], arguments, concurrency, seed=at // 2))
                 print(f"{concurrency} at once, {name}: {of[name][-1]['output_throughput']:.1f} tok/s", flush=True)
-    rows, figures = [], {}
+    rows, measured = [], {}
     for concurrency, found in reports.items():
         medians = {name: _medians(of) for name, of in found.items()}
         ratio = medians[OURS]["tokens per second"] / medians[PEER]["tokens per second"]
-        figures[str(concurrency)] = medians | {"ratio": ratio}
+        measured[str(concurrency)] = medians | {"ratio": ratio}
         for name, values in medians.items():
             rows.append([name, concurrency, *values.values(), f"{ratio:.2f}x" if name == OURS else ""])
     whole = all(report["whole"] for found in reports.values() for of in found.values() for report in of)
@@ -114,9 +114,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     print_table(title, ["server", "at once", *MEASURED, "CPU s", "ratio"], rows)
     return {
-        "model": Path(arguments.model).name, "prompt": arguments.prompt, "new_tokens": arguments.new_tokens, "threads": threads,
-        "whole": whole, "equal_greedy": equal, "questions": len(QUESTIONS), "load": list(os.getloadavg()),
-        "at_once": figures,
+        "model": Path(arguments.model).name, "prompt": arguments.prompt, "new_tokens": arguments.new_tokens,
+        "threads": threads, "whole": whole, "equal_greedy": equal, "questions": len(QUESTIONS),
+        "load": list(os.getloadavg()), "at_once": measured,
     }  # fmt: skip
 
 

@@ -63,7 +63,7 @@ def serving(
             process = subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, **variables})
         try:
             end = time.monotonic() + seconds
-            while not _answers(url):
+            while not _is_up(url):
                 if process.poll() is not None or time.monotonic() > end:
                     raise RuntimeError(f"{name} does not answer at {url}:\n{log.read_text()[-3000:]}")
                 time.sleep(0.5)
@@ -77,7 +77,7 @@ def serving(
                 process.wait()
 
 
-def _answers(url: str) -> bool:
+def _is_up(url: str) -> bool:
     try:
         return httpx.get(f"{url}/health", timeout=5).status_code == 200
     except httpx.HTTPError:

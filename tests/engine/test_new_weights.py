@@ -5,6 +5,7 @@ import time
 import pytest
 import torch
 
+from tests.helpers.adapter_folders import save_adapter
 from toolkit.engine import AsyncEngine, Engine, SamplingParams
 from toolkit.engine.new_weights import check_new_weights, write_new_weights
 from toolkit.errors import ToolkitError
@@ -69,6 +70,30 @@ def test_the_bits_are_those_of_a_new_engine(tmp_path, config, dtype):
         assert completion(engine) == before
 
 
+def test_weights_go_below_the_adapters_that_requests_choose(tmp_path):
+    pytest.importorskip("peft")
+    old, new = saved(tmp_path / "old", tied(), 1), saved(tmp_path / "new", tied(), 2)
+    folder = save_adapter(load_model(old)[0], tmp_path / "adapter")
+    chosen = SamplingParams(max_tokens=12, seed=1, ignore_eos=True, lora_name="legal")
+
+    def completions(engine):
+        return [completion(engine), *((one.token_ids, one.logprobs) for one in engine.generate([PROMPT], chosen))]
+
+    with Engine(load_model(new)[0]) as engine:
+        engine.load_adapter("legal", folder)
+        expected = completions(engine)
+    model = load_model(old)[0]
+    inner = Engine(model)
+    inner.load_adapter("legal", folder)
+    with AsyncEngine(inner) as engine:
+        before = completions(engine)
+        write_new_weights(engine, model, read_new_weights(new, model))
+        assert completions(engine) == expected
+        write_new_weights(engine, model, read_new_weights(old, model))
+        assert completions(engine) == before
+    assert len({tuple(tokens) for tokens, _ in (*before, *expected)}) == 4
+
+
 def test_adapters_are_merged_into_their_base_model(tmp_path):
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
@@ -125,12 +150,12 @@ def test_no_step_runs_while_weights_are_written(tmp_path, monkeypatch):
         steps = []
         load = model.load_state_dict
 
-        def watched(weights):
+        def watched(weights, strict):
             steps.append((engine.is_paused, engine.engine.stats()["num_steps"]))
             for _ in range(50):
                 time.sleep(0.001)
             steps.append((engine.is_paused, engine.engine.stats()["num_steps"]))
-            return load(weights)
+            return load(weights, strict)
 
         monkeypatch.setattr(model, "load_state_dict", watched)
         write_new_weights(engine, model, state)

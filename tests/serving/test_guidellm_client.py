@@ -1,4 +1,4 @@
-"""guidellm in an environment of its own: a load of chats and of completions; what it counts is what was asked."""
+"""guidellm in a separate environment: a load of chats and of completions; what it counts is what was asked."""
 
 import json
 

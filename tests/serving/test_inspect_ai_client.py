@@ -1,4 +1,4 @@
-"""inspect-ai in an environment of its own: an evaluation by three of its providers, and one with a tool."""
+"""inspect-ai in a separate environment: an evaluation by three of its providers, and one with a tool."""
 
 import httpx
 import pytest

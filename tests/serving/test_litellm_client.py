@@ -1,4 +1,4 @@
-"""litellm in an environment of its own: chats by four of its providers, tools, completions, embeddings, responses."""
+"""litellm in a separate environment: chats by four of its providers, tools, completions, embeddings, responses."""
 
 import json
 
@@ -60,7 +60,7 @@ def test_tools_that_are_required_are_called_and_answered(found, provider):
     ((name, arguments),) = said["calls"]
     assert name == "turn"
     assert said["answered"] == 8
-    if provider == "hosted_vllm":  # it leaves additionalProperties out, so the random model goes on to the limit
+    if provider == "hosted_vllm":  # it leaves additionalProperties out, so the random model writes up to the limit
         assert said["finish_reason"] == "length"
         assert arguments.startswith("{")
         assert said["streamed"] == said["calls"]

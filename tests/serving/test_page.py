@@ -48,7 +48,7 @@ def test_nothing_is_loaded_from_elsewhere(name):
         assert not re.search(r"<script(?![^>]*\bsrc=)|\bon\w+=|\bstyle=", text)  # the policy refuses what is inline
 
 
-def test_the_blocks_that_the_page_draws():
+def test_the_blocks_that_the_page_shows():
     tokenizer = tiny_tokenizer()
     engine = Engine(random_model("llama"), tokenizer, num_blocks=600, block_size=4)
     config = ServerConfig("tiny", AsyncEngine(engine), tokenizer=tokenizer, max_model_len=256, api_key="secret")
@@ -67,7 +67,7 @@ def test_the_blocks_that_the_page_draws():
     ]  # fmt: skip
 
 
-def test_without_the_page_there_are_no_blocks_to_draw():
+def test_without_the_page_there_are_no_blocks_to_show():
     client, _ = client_of(ToldEngine(), page=False)
     with client:
         assert client.get("/page/blocks").status_code == 404

@@ -9,9 +9,28 @@ from toolkit.engine.async_engine import AsyncEngine
 from toolkit.errors import ToolkitError
 
 
+def _own_tensors(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
+    """(name in the state dict, tensor) of what is the model's own, by its name without adapters.
+
+    PEFT keeps a layer that it adapts as ``base_layer`` of one that has the adapters too.
+    """
+    adapted = [f"{name}." for name, module in model.named_modules() if hasattr(module, "base_layer")]
+    found = {}
+    for name, tensor in model.state_dict().items():
+        layer = next((one for one in adapted if name.startswith(one)), None)
+        if layer is None:
+            found[name] = name, tensor
+        elif name.startswith(f"{layer}base_layer."):
+            found[name.replace(f"{layer}base_layer.", layer, 1)] = name, tensor
+    return found
+
+
 def check_new_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Raise ToolkitError unless ``weights`` have the names, shapes and kinds of dtype of the model's state dict."""
-    state = model.state_dict()
+    """Raise ToolkitError unless ``weights`` have the names, shapes and kinds of dtype of the model's own state dict.
+
+    Names are those without adapters.
+    """
+    state = {name: tensor for name, (_, tensor) in _own_tensors(model).items()}
     for name in state:
         if name not in weights:
             raise ToolkitError(f"the new weights must have {name}, which they lack.")
@@ -35,6 +54,7 @@ def write_new_weights(engine: AsyncEngine, model: nn.Module, weights: Mapping[st
         ToolkitError: for weights that do not fit; nothing is written then.
     """
     check_new_weights(model, weights)
+    names = {name: inner for name, (inner, _) in _own_tensors(model).items()}
     with engine.pause(), torch.no_grad():
-        model.load_state_dict(weights)
+        model.load_state_dict({names[name]: tensor for name, tensor in weights.items()}, strict=False)
     return engine.call(engine.engine.see_weights)

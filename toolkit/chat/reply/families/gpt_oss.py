@@ -1,4 +1,4 @@
-"""gpt-oss: Harmony, in which reasoning, calls and content are messages of their own."""
+"""gpt-oss: Harmony, in which reasoning, calls and content are separate messages."""
 
 from toolkit.chat.reply.families.variant import Variant
 from toolkit.chat.reply.harmony import CHANNEL, HarmonyCalls, HarmonyReasoning
