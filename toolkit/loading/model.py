@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from toolkit.errors import ToolkitError, first_line
 from toolkit.loading.classes import auto_class, pooling_class
 from toolkit.loading.quantised_base import quantise_base_of
+from toolkit.loading.quantised_files import is_readable, load_quantised
 from toolkit.loading.source import CONFIG, Source, read_json
 from toolkit.loading.tensors import weight_files
 
@@ -145,7 +146,13 @@ def _model(source: Source, config: Any, dtype: "torch.dtype", device: "torch.dev
     name = source.folder if source.gguf is None else source.folder / source.gguf
     try:
         with quiet_transformers():
-            loaded: Any = opener.from_pretrained(source.folder, **options)
+            loaded: Any
+            if source.gguf is None and is_readable(config):
+                loaded = load_quantised(opener, source.folder, options.pop("config"), options)
+            else:
+                loaded = opener.from_pretrained(source.folder, **options)
+    except ToolkitError:
+        raise
     except Exception as error:  # missing, truncated or foreign files all surface differently
         kind = _KINDS.get(opener.__name__, "model of images and text")
         raise ToolkitError(f"'{name}' cannot be loaded as a {kind} ({first_line(error)}).") from None

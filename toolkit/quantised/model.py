@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from toolkit.errors import ToolkitError, must_be_one_of
 from toolkit.ops.quantised_linear import makers
+from toolkit.quantised.adopt import adopt
 from toolkit.quantised.weight import QuantisedWeight
 
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -41,7 +42,7 @@ class QuantisationReport:
 
 def quantise(
     model: nn.Module,
-    format: str,
+    format: str | None = None,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] | None = None,
     **options: Any,
@@ -52,16 +53,22 @@ def quantise(
     and after ``patch``, and on a ``PeftModel``, whose adapters stay dense. Without calibration. Weights that are
     quantised already are rounded again from what they dequantise to, unless they have that format.
 
+    Without a format the layers that another library has quantised (bitsandbytes, compressed-tensors, GPTQ, AWQ,
+    torchao, transformers' FP8) become linear layers with the same values: ``toolkit.quantised.adopt``.
+
     Args:
-        format: "int8", "int4", "nf4", "fp8", "q8_0" ...: ``toolkit.ops.quantised_linear.makers()``.
+        format: None, or "int8", "int4", "nf4", "fp8", "q8_0" ...: ``toolkit.ops.quantised_linear.makers()``.
         include: patterns (``fnmatch``) of parameters' names, or of modules' names.
         exclude: patterns of what stays dense of them. None is the head (the output embedding, tied or not), routers and
             adapters; given patterns stand in the place of head and routers.
         options: of the format's quantiser, such as ``group`` of int4.
 
     Raises:
-        ToolkitError: an unknown format, or one that has no quantiser; nothing that matches.
+        ToolkitError: an unknown format, or one that has no quantiser; nothing that matches; without a format no layer
+            that another library has quantised, or one in a layout that no format holds.
     """
+    if format is None:
+        return _adopted(model)
     if format not in makers():
         raise ToolkitError(must_be_one_of("format", format, makers()))
     found: dict[str, str] = {}
@@ -90,6 +97,15 @@ def quantise(
         )
     _replace(model, made)
     return QuantisationReport(found, dense, small, kept)
+
+
+def _adopted(model: nn.Module) -> QuantisationReport:
+    weights = adopt(model)
+    if not weights:
+        raise ToolkitError("format must be given for a model none of whose layers another library has quantised.")
+    formats = {name: weight.format for name, weight in weights.items()}
+    dense, small = (sum(getattr(one, size) for one in weights.values()) for size in ("nbytes", "quantised_bytes"))
+    return QuantisationReport(formats, dense, small)
 
 
 def dequantise(model: nn.Module) -> int:
