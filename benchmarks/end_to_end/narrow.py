@@ -6,7 +6,6 @@ Random weights: what a step costs does not depend on them.
 
 import argparse
 import os
-import time
 from collections.abc import Callable
 from statistics import median
 from typing import Any
@@ -14,9 +13,12 @@ from typing import Any
 import torch
 
 import toolkit
-from benchmarks.common import print_table, turns, write_json
+from benchmarks.common import CLOCKS, print_table, turns, write_json
+from toolkit.ops import native
 
 PROMPT = 128
+BATCH = 16
+SHORT = 32  # tokens of a prompt of a batch
 
 
 def smollm2(dtype: torch.dtype, layers: int) -> Any:
@@ -44,14 +46,14 @@ class System:
             toolkit.patch(self.model)
             self.engine = toolkit.Engine(self.model, enable_prefix_caching=False)
 
-    def generate(self, prompt: list[int], count: int) -> None:
-        """Greedy decoding of ``count`` tokens."""
+    def generate(self, prompt: list[int], count: int, batch: int = 1) -> None:
+        """Greedy decoding of ``count`` tokens in each of ``batch`` sequences."""
         if self.engine is not None:
             params = toolkit.SamplingParams(max_tokens=count, temperature=0, ignore_eos=True)
-            self.engine.generate([prompt], params)
+            self.engine.generate([prompt] * batch, params)
             return
         with torch.inference_mode():
-            ids = torch.tensor([prompt])
+            ids = torch.tensor([prompt] * batch)
             self.model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0,
                 max_new_tokens=count, min_new_tokens=count,
@@ -64,10 +66,10 @@ class System:
         self.model.zero_grad()
 
 
-def seconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
+def seconds(call: Callable[[], Any], clock: Callable[[], float]) -> float:
+    start = clock()
     call()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -75,8 +77,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--threads", type=int, help="torch's threads")
+    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="process: of a busy machine, one thread")
     parser.add_argument("--json", metavar="NAME", help="write benchmarks/results/NAME.json")
     options = parser.parse_args(argv)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    clock = CLOCKS[options.clock]
     dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
     systems = {
         f"{library} {name}": System(library, dtype, options.layers)
@@ -90,28 +97,31 @@ def main(argv: list[str] | None = None) -> None:
         calls = (
             lambda system=system: system.generate(prompt, 1),
             lambda system=system: system.generate(prompt, 1 + options.new_tokens),
+            lambda system=system: system.generate(prompt[:SHORT], 1, BATCH),
+            lambda system=system: system.generate(prompt[:SHORT], 1 + options.new_tokens, BATCH),
             lambda system=system: system.train(prompt),
         )
-        times[name].append([seconds(call) for call in calls])
+        times[name].append([seconds(call, clock) for call in calls])
     medians = {name: [median(one) for one in zip(*rows[1:], strict=True)] for name, rows in times.items()}
     speeds = {
         name: {
             "prefill_tokens_per_second": PROMPT / first,
             "decode_tokens_per_second": options.new_tokens / (whole - first),
+            f"decode_tokens_per_second_of_{BATCH}": BATCH * options.new_tokens / (whole_batch - first_batch),
             "train_tokens_per_second": PROMPT / step,
         }
-        for name, (first, whole, step) in medians.items()
+        for name, (first, whole, first_batch, whole_batch, step) in medians.items()
     }
-    peer = speeds["transformers bfloat16"]
+    ours = speeds["toolkit bfloat16"]
     print_table(
-        "SmolLM2-135M's shape on the CPU, medians",
-        ["system", "prefill tok/s", "decode tok/s", "train tok/s", "decode / transformers bf16"],
+        f"SmolLM2-135M's shape on the CPU, medians by the {options.clock} clock, GEMMs in bfloat16: "
+        f"{native.family(torch.bfloat16)}; in brackets what toolkit reaches in bfloat16 over it",
+        ["system", "prefill tok/s", "decode tok/s", f"decode tok/s of {BATCH}", "train tok/s"],
         [
-            [name, *(f"{value:.1f}" for value in values.values()),
-             f"{values['decode_tokens_per_second'] / peer['decode_tokens_per_second']:.2f}"]
+            [name, *(f"{value:.1f} ({ours[key] / value:.2f}x)" for key, value in values.items())]
             for name, values in speeds.items()
         ],
-    )  # fmt: skip
+    )
     if options.json is not None:
         load = os.getloadavg()[0]
         write_json(options.json, {"load": load, "prompt": PROMPT, "results": speeds})

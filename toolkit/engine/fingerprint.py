@@ -18,6 +18,7 @@ def numerics_fingerprint(backend: Backend) -> dict[str, str]:
         device: "cpu" or "cuda".
         instructions: the instruction set that torch uses on a CPU, or the name and compute capability of a GPU.
         native: the native CPU library, "none" without one; of a CPU only.
+        family: the instructions of its GEMMs, see ``toolkit.ops.native.family``; of a CPU only.
         toolkit, torch, transformers, triton: versions, triton's of a GPU only.
     """
     on_cpu = backend.device.type == "cpu"
@@ -29,6 +30,7 @@ def numerics_fingerprint(backend: Backend) -> dict[str, str]:
     if on_cpu:
         found["instructions"] = torch.backends.cpu.get_cpu_capability().lower()
         found["native"] = native.load() or "none"
+        found["family"] = native.family(backend.dtype)
     else:
         major, minor = torch.cuda.get_device_capability(backend.device)
         found["instructions"] = f"{torch.cuda.get_device_name(backend.device)} sm_{major}{minor}"

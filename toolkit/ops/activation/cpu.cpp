@@ -9,45 +9,47 @@ using namespace toolkit::rows;
 constexpr int64_t kWeight = 4;
 
 Tensor forward(const Tensor& input, c10::string_view kind) {
-  const auto type = compute_type(input, "activation");
-  const Matrix x(input.dim() ? input : input.unsqueeze(0), type);
-  Tensor out = empty(input.sizes(), input, type);
-  by_type(type, [&](auto zero) {
+  compute_type(input, "activation");
+  const Matrix x(input.dim() ? input : input.unsqueeze(0), input.scalar_type());
+  Tensor out = empty(input.sizes(), input, input.scalar_type());
+  dtypes::with_types(input.scalar_type(), [&](auto zero, auto stored) {
     using T = decltype(zero);
-    T* result = out.mutable_data_ptr<T>();
+    using S = decltype(stored);
+    S* result = out.mutable_data_ptr<S>();
     activations::with_plain_kind({kind.data(), kind.size()}, [&](auto f) {
       for_spans(x.flat(), x.count, x.width, kWeight, [&](int64_t row, int64_t column, int64_t n) {
-        const T* from = x.row<T>(row) + column;
-        T* to = result + row * x.width + column;
+        const S* from = x.row<S>(row) + column;
+        S* to = result + row * x.width + column;
         for_vectors<T>(n, [&](int64_t i, int64_t lanes) {
-          f.value(Vec<T>::loadu(from + i, lanes)).store(to + i, lanes);
+          storage::store<T>(f.value(storage::load<T>(from + i, lanes)), to + i, lanes);
         });
       });
     });
   });
-  return cast(out, input.scalar_type());
+  return out;
 }
 
 Tensor backward(const Tensor& grad, const Tensor& input, c10::string_view kind) {
-  const auto type = compute_type(input, "activation_backward");
+  compute_type(input, "activation_backward");
   check_equal_shapes("activation_backward", "grad", grad, "x", input);
-  const Matrix x(input.dim() ? input : input.unsqueeze(0), type), g(grad.dim() ? grad : grad.unsqueeze(0), type);
-  Tensor out = empty(input.sizes(), input, type);
-  by_type(type, [&](auto zero) {
+  const Matrix x(input.dim() ? input : input.unsqueeze(0), input.scalar_type()), g(grad.dim() ? grad : grad.unsqueeze(0), input.scalar_type());
+  Tensor out = empty(input.sizes(), input, input.scalar_type());
+  dtypes::with_types(input.scalar_type(), [&](auto zero, auto stored) {
     using T = decltype(zero);
-    T* result = out.mutable_data_ptr<T>();
+    using S = decltype(stored);
+    S* result = out.mutable_data_ptr<S>();
     activations::with_plain_kind({kind.data(), kind.size()}, [&](auto f) {
       for_spans(x.flat() && g.flat(), x.count, x.width, kWeight, [&](int64_t row, int64_t column, int64_t n) {
-        const T *at_x = x.row<T>(row) + column, *at_g = g.row<T>(row) + column;
-        T* to = result + row * x.width + column;
+        const S *at_x = x.row<S>(row) + column, *at_g = g.row<S>(row) + column;
+        S* to = result + row * x.width + column;
         for_vectors<T>(n, [&](int64_t i, int64_t lanes) {
-          const auto pair = f.both(Vec<T>::loadu(at_x + i, lanes));
-          (Vec<T>::loadu(at_g + i, lanes) * pair.derivative).store(to + i, lanes);
+          const auto pair = f.both(storage::load<T>(at_x + i, lanes));
+          storage::store<T>(storage::load<T>(at_g + i, lanes) * pair.derivative, to + i, lanes);
         });
       });
     });
   });
-  return cast(out, input.scalar_type());
+  return out;
 }
 
 TORCH_LIBRARY_IMPL(toolkit, CPU, m) {

@@ -11,6 +11,7 @@
 #include <ATen/record_function.h>
 #include <torch/custom_class.h>
 
+#include "pairs.h"
 #include "threads.h"
 
 namespace toolkit::executor {
@@ -200,6 +201,7 @@ class StepThreads : public torch::CustomClassHolder {
 };
 
 TORCH_LIBRARY(toolkit_native, m) {
+  m.def("multiplies_pairs() -> bool", [] { return gemm::has_dot_products(); });
   m.class_<StepThreads>("StepThreads").def(torch::init<>());
   m.class_<Program>("Program")
       .def(torch::init<std::vector<int64_t>, int64_t, int64_t>())

@@ -50,29 +50,37 @@ std::vector<T> by_row(const Plan& plan, const Tensor& topk_weights) {
   return found;
 }
 
-// out[r] = factor[r] x[token of r].
-template <typename T>
-Tensor scaled_rows(const Plan& plan, const Tensor& x, const std::vector<T>& factor) {
+// out[r] = factor[r] x[token of r], rounded to S; x and out as operands of the GEMM.
+template <typename E, typename S>
+Tensor scaled_rows(const Plan& plan, const Tensor& x, const std::vector<gemm::Sum<E>>& factor) {
+  using T = gemm::Sum<E>;
+  using Operand = gemm::Operand<E>;
   const int64_t width = x.size(1);
   Tensor out = rows::empty({plan.used, width}, x, x.scalar_type());
-  const T* const from = x.const_data_ptr<T>();
-  T* const to = out.mutable_data_ptr<T>();
+  const Operand* const from = x.const_data_ptr<Operand>();
+  Operand* const to = out.mutable_data_ptr<Operand>();
   rows::for_rows(plan.used, width, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r)
+    T* const row = threads::scratch<T, 1>(width);
+    for (int64_t r = begin; r < end; ++r) {
       for (int64_t c = 0; c < width; ++c)
-        to[r * width + c] = from[plan.token_of[r] * x.stride(0) + c] * factor[r];
+        row[c] = static_cast<T>(from[plan.token_of[r] * x.stride(0) + c]) * factor[r];
+      storage::round_row<S>(row, width, to + r * width);
+    }
   });
   return out;
 }
 
-// y[r] += factor[r] shift[e(r)], rows of `width`.
-template <typename T>
-void add_shift(const Plan& plan, const std::vector<T>& factor, const ExpertBias<T>& shift, int64_t width, T* y) {
+// y[r] += factor[r] shift[e(r)], rows of `width`, rounded to S.
+template <typename T, typename S>
+void add_shift(const Plan& plan, const std::vector<T>& factor, const ExpertBias<T>& shift, int64_t width, S* y) {
   const std::vector<int64_t> owner = plan.expert_of_rows();
   rows::for_rows(plan.used, width, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const T* const own = shift.of(owner[r]);
-      for (int64_t c = 0; c < width; ++c) y[r * width + c] += factor[r] * own[c];
+      for (int64_t c = 0; c < width; ++c) {
+        S& at = y[r * width + c];
+        at = static_cast<S>(static_cast<T>(at) + factor[r] * own[c]);
+      }
     }
   });
 }
@@ -87,77 +95,80 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& topk_weights, 
   const ScorePosition position = position_of(score_position);
   const auto dtype = x.scalar_type(), type = dtypes::upcast(dtype);
   const Tensor first = rows_adjacent(up), second = rows_adjacent(down), factors = upcast(topk_weights, type);
-  Tensor z = rows::empty({plan.count, layout.width()}, x, type), saved, out;
-  Tensor a = rows::empty({plan.used, layout.inner}, x, type), y = rows::empty({plan.used, x.size(1)}, x, type);
-  dtypes::with_types(dtype, [&](auto compute, auto stored) {
-    using T = decltype(compute);
+  // In the 16-bit types intermediates are rounded as if each step were a separate op.
+  Tensor z = rows::empty({plan.count, layout.width()}, x, dtype), y = rows::empty({plan.used, x.size(1)}, x, dtype);
+  Tensor a = rows::empty({plan.used, layout.inner}, x, gemm::operand_type(dtype)), out;
+  gemm::with_elements(dtype, [&](auto element, auto stored) {
+    using E = decltype(element);
+    using T = gemm::Sum<E>;
     using S = decltype(stored);
     const auto shift_up = expert_bias<T>(plan, up_bias), shift_down = expert_bias<T>(plan, down_bias);
-    const auto rounded = [&](const Tensor& wide) { return storage::cast(storage::cast(wide, dtype), type); };
     const bool at_activation = position == ScorePosition::kActivation;
     const std::vector<T> factor = position == ScorePosition::kCombine ? std::vector<T>{} : by_row<T>(plan, factors);
-    Tensor source = upcast(x);
-    if (position == ScorePosition::kInput) source = rounded(scaled_rows(plan, source, factor));
-    multiply<T, S>(plan, source, position != ScorePosition::kInput, first, !transposed, shift_up, z);
-    saved = rows::cast(z, dtype);
-    if (dtype != type) z = storage::cast(saved, type);  // what the backward will read
-    activate(activation, layout, plan.used, z.const_data_ptr<T>(), at_activation ? factor.data() : nullptr,
-             a.mutable_data_ptr<T>());
-    const bool narrow = dtype != type;  // intermediates are rounded as if each step were a separate op
-    if (narrow) a = rounded(a);
-    multiply<T, S>(plan, a, false, second, !transposed, at_activation ? std::nullopt : shift_down, y);
-    if (narrow) y = rounded(y);
+    Tensor source = operands(x);
+    if (position == ScorePosition::kInput) source = scaled_rows<E, S>(plan, source, factor);
+    multiply<E, S, S>(plan, source, position != ScorePosition::kInput, first, !transposed, shift_up, z);
+    activate(activation, layout, plan.used, z.const_data_ptr<S>(), at_activation ? factor.data() : nullptr,
+             a.mutable_data_ptr<gemm::Operand<E>>());
+    multiply<E, S, S>(plan, a, false, second, !transposed, at_activation ? std::nullopt : shift_down, y);
     const T* const weights = factors.const_data_ptr<T>();
-    if (narrow && at_activation && down_bias) {
-      add_shift(plan, factor, *shift_down, x.size(1), y.mutable_data_ptr<T>());
-      out = combine<T>(rounded(y), plan.rows, nullptr);
+    if (dtype != type && at_activation && down_bias) {
+      add_shift(plan, factor, *shift_down, x.size(1), y.mutable_data_ptr<S>());
+      out = combine<T, S, S>(y, plan.rows, nullptr);
     } else if (at_activation && down_bias) {
       const Shift<T> shift{*shift_down, weights, plan.expert_of_rows()};
-      out = combine<T>(y, plan.rows, nullptr, &shift);
+      out = combine<T, S, S>(y, plan.rows, nullptr, &shift);
     } else {
-      out = combine<T>(y, plan.rows, position == ScorePosition::kCombine ? weights : nullptr);
+      out = combine<T, S, S>(y, plan.rows, position == ScorePosition::kCombine ? weights : nullptr);
     }
   });
-  return {rows::cast(out, dtype), saved};
+  return {out, z};
 }
 
-// Inputs and steps of the backward in the compute dtype T, with weights stored as S.
-template <typename T, typename S>
+// Inputs and steps of the backward for GEMMs of elements E with weights stored as S.
+template <typename E, typename S>
 struct Backward {
+  using T = gemm::Sum<E>;
+  using Operand = gemm::Operand<E>;
   const Plan& plan;
   const Layout layout;
   const ScorePosition position;
   const c10::string_view activation;
   const bool transposed;
-  const Tensor grad, x, factors, z, up, down;  // the first four in T
+  const Tensor grad, x;         // operands
+  const Tensor factors;         // in T
+  const Tensor z, up, down;     // in S
   const std::optional<ExpertBias<T>> down_bias;
   const std::vector<T> factor = by_row<T>(plan, factors);
-  Tensor a, dz, to_rows;
+  Tensor a, dz;     // operands
+  Tensor to_rows;   // in T
   std::vector<T> products = std::vector<T>(plan.used);  // the gradients of the rows' routing weights
 
   const T* scale() const { return position == ScorePosition::kInput ? nullptr : factor.data(); }
-  Tensor rows_of(int64_t width) const { return rows::empty({plan.used, width}, x, x.scalar_type()); }
+  Tensor sums_of(int64_t width) const { return rows::empty({plan.used, width}, x, factors.scalar_type()); }
+  Tensor operands_of(int64_t width) const { return rows::empty({plan.used, width}, x, x.scalar_type()); }
 
   // dz, and a times the routing weight where that is applied after the activation.
   void through_activation(bool need_dz) {
-    a = rows_of(layout.inner);
+    a = operands_of(layout.inner);
     if (!need_dz) {
-      activate(activation, layout, plan.used, z.const_data_ptr<T>(), scale(), a.mutable_data_ptr<T>());
+      activate(activation, layout, plan.used, z.const_data_ptr<S>(), scale(), a.mutable_data_ptr<Operand>());
       return;
     }
-    multiply<T, S>(plan, grad, true, down, transposed, {}, a);
-    dz = rows_of(layout.width());
-    activate_backward(activation, layout, plan.used, z.const_data_ptr<T>(), scale(), a.mutable_data_ptr<T>(),
-                      dz.mutable_data_ptr<T>(), products.data());
+    Tensor v = std::is_same_v<T, Operand> ? a : sums_of(layout.inner);
+    multiply<E, S, T>(plan, grad, true, down, transposed, {}, v);
+    dz = operands_of(layout.width());
+    activate_backward(activation, layout, plan.used, z.const_data_ptr<S>(), scale(), v.const_data_ptr<T>(),
+                      a.mutable_data_ptr<Operand>(), dz.mutable_data_ptr<Operand>(), products.data());
   }
 
   void through_up() {
-    to_rows = rows_of(x.size(1));
-    multiply<T, S>(plan, dz, false, up, transposed, {}, to_rows);
+    to_rows = sums_of(x.size(1));
+    multiply<E, S, T>(plan, dz, false, up, transposed, {}, to_rows);
   }
 
   Tensor to_topk_weights() {
-    Tensor out = rows::empty(factors.sizes(), x, x.scalar_type());
+    Tensor out = rows::empty(factors.sizes(), x, factors.scalar_type());
     T* const to = out.mutable_data_ptr<T>();
     std::fill_n(to, out.numel(), T(0));
     const int64_t width = x.size(1);
@@ -167,29 +178,31 @@ struct Backward {
         const int64_t token = plan.token_of[r];
         T& sum = to[plan.pair_of[r]];
         if (position == ScorePosition::kInput) {
-          sum = dot(to_rows.const_data_ptr<T>() + r * width, x.const_data_ptr<T>() + token * x.stride(0), width);
+          sum = dot<T>(to_rows.const_data_ptr<T>() + r * width, x.const_data_ptr<Operand>() + token * x.stride(0),
+                       width);
           continue;
         }
         sum = products[r];
         if (down_bias)
-          sum += dot(down_bias->of(owner[r]), grad.const_data_ptr<T>() + token * grad.stride(0), width);
+          sum += dot<T>(down_bias->of(owner[r]), grad.const_data_ptr<Operand>() + token * grad.stride(0), width);
       }
     });
     return out;
   }
 
   Tensor to_x() const {
-    return combine<T>(to_rows, plan.rows, position == ScorePosition::kInput ? factors.const_data_ptr<T>() : nullptr);
+    return combine<T, T, S>(to_rows, plan.rows,
+                            position == ScorePosition::kInput ? factors.const_data_ptr<T>() : nullptr);
   }
-  Tensor to_up_bias() const { return sum_rows<T>(plan, dz, false, nullptr); }
-  Tensor to_down_bias() const { return sum_rows<T>(plan, grad, true, scale()); }
+  Tensor to_up_bias() const { return sum_rows<T, Operand>(plan, dz, false, nullptr); }
+  Tensor to_down_bias() const { return sum_rows<T, Operand>(plan, grad, true, scale()); }
   Tensor to_down() const {
-    return transposed ? outer<T>(plan, a, false, grad, true) : outer<T>(plan, grad, true, a, false);
+    return transposed ? outer<E, S>(plan, a, false, grad, true) : outer<E, S>(plan, grad, true, a, false);
   }
   Tensor to_up() const {
     const bool scaled = position == ScorePosition::kInput;
-    const Tensor source = scaled ? scaled_rows(plan, x, factor) : x;
-    return transposed ? outer<T>(plan, source, !scaled, dz, false) : outer<T>(plan, dz, false, source, !scaled);
+    const Tensor source = scaled ? scaled_rows<E, S>(plan, x, factor) : x;
+    return transposed ? outer<E, S>(plan, source, !scaled, dz, false) : outer<E, S>(plan, dz, false, source, !scaled);
   }
 };
 
@@ -207,11 +220,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
               grad.sizes(), " and ", z.sizes(), ".");
   const auto type = dtypes::upcast(x.scalar_type());
   Tensor to_x, to_topk_weights, to_up, to_up_bias, to_down, to_down_bias;
-  dtypes::with_types(x.scalar_type(), [&](auto compute, auto stored) {
-    Backward<decltype(compute), decltype(stored)> steps{
-        plan, layout, position_of(score_position), activation, transposed, rows_adjacent(storage::cast(grad, type)), upcast(x),
-        upcast(topk_weights, type), upcast(z, type), rows_adjacent(up), rows_adjacent(down),
-        expert_bias<decltype(compute)>(plan, down_bias)};
+  gemm::with_elements(x.scalar_type(), [&](auto element, auto stored) {
+    using E = decltype(element);
+    Backward<E, decltype(stored)> steps{
+        plan, layout, position_of(score_position), activation, transposed, operands(grad), operands(x),
+        upcast(topk_weights, type), z.contiguous(), rows_adjacent(up), rows_adjacent(down),
+        expert_bias<gemm::Sum<E>>(plan, down_bias)};
     const bool need_rows = need_x || (need_topk_weights && steps.position == ScorePosition::kInput);
     const bool need_dz = need_rows || need_topk_weights || need_up || need_up_bias;
     if (need_dz || need_down) steps.through_activation(need_dz);

@@ -27,14 +27,22 @@ inline Halves<T> halves(T* row, const Layout& layout) {
   return {row, layout.gated ? row + layout.inner : nullptr};
 }
 
-template <typename T>
-inline Halves<const T> read_halves(const T* row, const Layout& layout, T* memory) {
-  if (!layout.interleaved) return halves(row, layout);
-  for (int64_t i = 0; i < layout.inner; ++i) {
-    memory[i] = row[2 * i];
-    memory[layout.inner + i] = row[2 * i + 1];
+// Of a row that is stored as S; `memory` has room for a row.
+template <typename T, typename S>
+inline Halves<const T> read_halves(const S* row, const Layout& layout, T* memory) {
+  if (layout.interleaved) {
+    for (int64_t i = 0; i < layout.inner; ++i) {
+      memory[i] = static_cast<T>(row[2 * i]);
+      memory[layout.inner + i] = static_cast<T>(row[2 * i + 1]);
+    }
+    return halves<const T>(memory, layout);
   }
-  return halves<const T>(memory, layout);
+  if constexpr (std::is_same_v<T, S>) {
+    return halves(row, layout);
+  } else {
+    storage::read_row(row, layout.width(), memory);
+    return halves<const T>(memory, layout);
+  }
 }
 
 // f and its derivatives by gate and up, in one form for plain activations, gates and functions of both.
@@ -70,52 +78,62 @@ inline void with_activation(c10::string_view activation, bool gated, const Body&
 
 constexpr int64_t kWeight = 4;  // cost of an exp relative to an add, as in activation
 
-// a[r] = factor[r] act(z[r]) for `count` rows; a null factor is 1.
-template <typename T>
-void activate(c10::string_view activation, const Layout& layout, int64_t count, const T* z, const T* factor, T* a) {
+// a[r] = factor[r] act(z[r]) for `count` rows; a null factor is 1. z is stored as S; a is rounded to S, stored as O.
+template <typename T, typename S, typename O>
+void activate(c10::string_view activation, const Layout& layout, int64_t count, const S* z, const T* factor, O* a) {
+  const int64_t n = layout.inner;
   with_activation(activation, layout.gated, [&](auto f) {
     rows::for_rows(count, layout.width() * kWeight, [&](int64_t begin, int64_t end) {
-      T* const memory = threads::scratch<T, 1>(layout.width());
+      T* const memory = threads::scratch<T, 1>(layout.width() + n);
       for (int64_t r = begin; r < end; ++r) {
         const auto row = read_halves(z + r * layout.width(), layout, memory);
         const Vec<T> weight(factor == nullptr ? T(1) : factor[r]);
-        rows::for_vectors<T>(layout.inner, [&](int64_t i, int64_t lanes) {
-          (value_of(f, row, i, lanes) * weight).store(a + r * layout.inner + i, lanes);
+        T* to = memory + layout.width();
+        if constexpr (std::is_same_v<T, O>) to = a + r * n;
+        rows::for_vectors<T>(n, [&](int64_t i, int64_t lanes) {
+          (value_of(f, row, i, lanes) * weight).store(to + i, lanes);
         });
+        storage::round_row<S>(to, n, a + r * n);
       }
     });
   });
 }
 
-// Of a row with v the gradient to factor times act(z): dz = factor v act'(z), v becomes factor act(z), and product, the
-// gradient to the factor, is <v, act(z)>.
-template <typename T>
-void activate_backward(c10::string_view activation, const Layout& layout, int64_t count, const T* z, const T* factor,
-                       T* v, T* dz, T* product) {
-  const int64_t n = layout.inner;
+// Of a row with v the gradient to factor times act(z): dz = factor v act'(z), a = factor act(z), and product, the
+// gradient to the factor, is <v, act(z)>. a may be v. z is stored as S, a and dz as O.
+template <typename T, typename S, typename O>
+void activate_backward(c10::string_view activation, const Layout& layout, int64_t count, const S* z, const T* factor,
+                       const T* v, O* a, O* dz, T* product) {
+  const int64_t n = layout.inner, width = layout.width();
   with_activation(activation, layout.gated, [&](auto f) {
-    rows::for_rows(count, layout.width() * kWeight, [&](int64_t begin, int64_t end) {
-      T* const memory = threads::scratch<T, 1>(2 * layout.width());
+    rows::for_rows(count, width * kWeight, [&](int64_t begin, int64_t end) {
+      T* const memory = threads::scratch<T, 1>(2 * width);
       for (int64_t r = begin; r < end; ++r) {
-        const auto row = read_halves(z + r * layout.width(), layout, memory);
-        T *const to_row = dz + r * layout.width(), *const at = v + r * n;
-        const auto to = halves(layout.interleaved ? memory + layout.width() : to_row, layout);
+        const auto row = read_halves(z + r * width, layout, memory);
+        const bool direct = std::is_same_v<T, O> && !layout.interleaved;
+        T* const to_row = direct ? reinterpret_cast<T*>(dz + r * width) : memory + width;
+        const auto to = halves(to_row, layout);
         const Vec<T> weight(factor == nullptr ? T(1) : factor[r]);
         rows::Sum<T> sum;
         rows::accumulate<T>(n, [&](int slot, int64_t i, int64_t lanes) {
           const auto slopes = slopes_of(f, row, i, lanes);
-          const auto g = Vec<T>::loadu(at + i, lanes), d = g * weight;
+          const auto g = Vec<T>::loadu(v + r * n + i, lanes), d = g * weight;
           (d * slopes.to_gate).store(to.gate + i, lanes);
           if (layout.gated) (d * slopes.to_up).store(to.up + i, lanes);
           sum.part[slot] = sum.part[slot] + g * slopes.value;
-          (slopes.value * weight).store(at + i, lanes);
+          storage::store<T>(slopes.value * weight, a + r * n + i, lanes);
         });
         product[r] = static_cast<T>(sum.total());
-        if (layout.interleaved)
-          for (int64_t i = 0; i < n; ++i) {
-            to_row[2 * i] = to.gate[i];
-            to_row[2 * i + 1] = to.up[i];
-          }
+        if (direct) continue;
+        O* const out = dz + r * width;
+        if (!layout.interleaved) {
+          storage::write_row(to_row, width, out);
+          continue;
+        }
+        for (int64_t i = 0; i < n; ++i) {
+          out[2 * i] = static_cast<O>(to.gate[i]);
+          out[2 * i + 1] = static_cast<O>(to.up[i]);
+        }
       }
     });
   });

@@ -20,12 +20,14 @@ void check(const char* name, const Tensor& x, const Tensor& weight, const std::o
 
 // gate = f(gate) * up on columns [first, last) of rows [row, row_end).
 template <typename T, typename S, typename F>
-void combine(const F& f, T* gate, T* up, int64_t stride, int64_t row, int64_t row_end, int64_t first, int64_t last) {
+void combine(const F& f, S* gate, const S* up, int64_t stride, int64_t row, int64_t row_end, int64_t first,
+             int64_t last) {
+  const int64_t count = last - first;
+  T *const g = threads::scratch<T, 7>(2 * count), *const u = g + count;
   for (int64_t r = row; r < row_end; ++r) {
-    T *const g = gate + r * stride + first, *const u = up + r * stride + first;
-    storage::round_through<S>(g, last - first);
-    storage::round_through<S>(u, last - first);
-    for_vectors<T>(last - first, [&](int64_t i, int64_t lanes) {
+    storage::read_row(gate + r * stride + first, count, g);
+    storage::read_row(up + r * stride + first, count, u);
+    for_vectors<T>(count, [&](int64_t i, int64_t lanes) {
       const auto a = Vec<T>::loadu(g + i, lanes), b = Vec<T>::loadu(u + i, lanes);
       if constexpr (F::kArguments == 2) {
         f.value(a, b).store(g + i, lanes);
@@ -33,11 +35,13 @@ void combine(const F& f, T* gate, T* up, int64_t stride, int64_t row, int64_t ro
         (f.value(a) * b).store(g + i, lanes);
       }
     });
+    storage::write_row(g, count, gate + r * stride + first);
   }
 }
 
 template <typename T, typename S, typename F>
-void run(const F& f, const matmul::Problem<T, S>& gate, const matmul::Problem<T, S>& up) {
+void run(const F& f, const matmul::Problem<T, S>& gate, const matmul::Problem<T, S>& up, S* gate_out,
+         const S* up_out) {
   const gemm::Panels<T> panels(gate.outputs, gate.rows);
   const auto cut = [](int64_t count, int64_t parts) { return (count + parts - 1) / parts; };
   const int64_t work = 2 * matmul::cost(gate.rows, gate.outputs * gate.depth);
@@ -55,7 +59,7 @@ void run(const F& f, const matmul::Problem<T, S>& gate, const matmul::Problem<T,
     for (const auto* problem : {&gate, &up})
       if (problem->depth > 0) matmul::block(*problem, row, row_end, panel, panel_end);
     const int64_t last = panels.begin(panel_end - 1) + panels.columns(panel_end - 1);
-    combine<T, S>(f, gate.out, up.out, gate.out_stride, row, row_end, panels.begin(panel), last);
+    combine<gemm::Sum<T>>(f, gate_out, up_out, gate.out_stride, row, row_end, panels.begin(panel), last);
   });
 }
 
@@ -66,12 +70,12 @@ Tensor gated_linear(const Tensor& x, const Tensor& gate_weight, const Tensor& up
   check("up_weight", x, up_weight, up_bias);
   check_equal_shapes("gated_linear", "up_weight", up_weight, "gate_weight", gate_weight);
   const auto type = compute_type(x, "gated_linear");
-  const Tensor from = cast(x, type).contiguous();
+  const Tensor from = cast(x, gemm::operand_type(x.scalar_type())).contiguous();
   const int64_t outputs = gate_weight.size(0), depth = gate_weight.size(1);
   auto shape = x.sizes().vec();
   shape.back() = outputs;
-  Tensor gate = empty(shape, x, type), up = empty(shape, x, type);
-  if (gate.numel() == 0) return cast(gate, x.scalar_type());
+  Tensor gate = empty(shape, x, x.scalar_type()), up = empty(shape, x, x.scalar_type());
+  if (gate.numel() == 0) return gate;
   const auto rows_of = [](const Tensor& weight) {
     return weight.size(1) > 1 && weight.stride(1) != 1 ? weight.contiguous() : weight;
   };
@@ -79,22 +83,27 @@ Tensor gated_linear(const Tensor& x, const Tensor& gate_weight, const Tensor& up
     return bias ? cast(*bias, type).contiguous() : Tensor();
   };
   const Tensor weights[] = {rows_of(gate_weight), rows_of(up_weight)}, shifts[] = {shift_of(gate_bias), shift_of(up_bias)};
-  dtypes::with_types(x.scalar_type(), [&](auto compute, auto stored) {
-    using T = decltype(compute);
+  gemm::with_elements(x.scalar_type(), [&](auto element, auto stored) {
+    using E = decltype(element);
+    using T = gemm::Sum<E>;
     using S = decltype(stored);
     const auto problem = [&](int i, Tensor& out) {
-      return matmul::Problem<T, S>{from.const_data_ptr<T>(), depth, weights[i].const_data_ptr<S>(),
-                                   weights[i].stride(0), shifts[i].defined() ? shifts[i].const_data_ptr<T>() : nullptr,
-                                   out.mutable_data_ptr<T>(), outputs, out.numel() / outputs, outputs, depth};
+      matmul::Problem<E, S> made{from.const_data_ptr<gemm::Operand<E>>(), depth, weights[i].const_data_ptr<S>(),
+                                 weights[i].stride(0), shifts[i].defined() ? shifts[i].const_data_ptr<T>() : nullptr,
+                                 nullptr, outputs, out.numel() / outputs, outputs, depth};
+      matmul::write_to(made, out.mutable_data_ptr<S>());
+      return made;
     };
     const auto of_gate = problem(0, gate), of_up = problem(1, up);
     if (depth == 0) {
       matmul::fill_empty(of_gate);
       matmul::fill_empty(of_up);
     }
-    activations::with_kind({kind.data(), kind.size()}, [&](auto f) { run(f, of_gate, of_up); });
+    activations::with_kind({kind.data(), kind.size()}, [&](auto f) {
+      run(f, of_gate, of_up, gate.mutable_data_ptr<S>(), up.const_data_ptr<S>());
+    });
   });
-  return cast(gate, x.scalar_type());
+  return gate;
 }
 
 TORCH_LIBRARY_IMPL(toolkit, CPU, m) { m.impl("gated_linear", &gated_linear); }

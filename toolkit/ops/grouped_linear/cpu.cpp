@@ -24,13 +24,14 @@ Tensor grouped_linear(const Tensor& x, const Tensor& weight, const std::optional
                       const Tensor& pair_rows, const Tensor& offsets, const Tensor&, bool gather, bool transposed) {
   const Plan plan("grouped_linear", order, pair_rows, offsets);
   check("grouped_linear", plan, x, weight, bias, gather, transposed);
-  const Tensor source = upcast(x), matrices = rows_adjacent(weight);
-  Tensor out = rows::empty({plan.count, weight.size(transposed ? 2 : 1)}, x, source.scalar_type());
-  dtypes::with_types(x.scalar_type(), [&](auto compute, auto stored) {
-    using T = decltype(compute);
-    multiply<T, decltype(stored)>(plan, source, gather, matrices, !transposed, expert_bias<T>(plan, bias), out);
+  const Tensor source = operands(x), matrices = rows_adjacent(weight);
+  Tensor out = rows::empty({plan.count, weight.size(transposed ? 2 : 1)}, x, x.scalar_type());
+  gemm::with_elements(x.scalar_type(), [&](auto element, auto stored) {
+    using E = decltype(element);
+    using S = decltype(stored);
+    multiply<E, S, S>(plan, source, gather, matrices, !transposed, expert_bias<gemm::Sum<E>>(plan, bias), out);
   });
-  return rows::cast(out, x.scalar_type());
+  return out;
 }
 
 std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
@@ -43,22 +44,26 @@ std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(const Tensor& grad, c
   const int64_t outputs = weight.size(transposed ? 2 : 1);
   TORCH_CHECK(grad.dim() == 2 && grad.size(0) == plan.count && grad.size(1) == outputs,
               "grouped_linear_backward: grad must be [", plan.count, ", ", outputs, "], got ", grad.sizes(), ".");
-  const Tensor source = upcast(x), g = rows_adjacent(storage::cast(grad, source.scalar_type())), matrices = rows_adjacent(weight);
-  const auto type = source.scalar_type();
+  const Tensor source = operands(x), g = operands(grad), matrices = rows_adjacent(weight);
   Tensor to_x = at::empty({0}, x.options()), to_weight = at::empty({0}, x.options()), to_bias = to_weight.clone();
-  dtypes::with_types(x.scalar_type(), [&](auto compute, auto stored) {
-    using T = decltype(compute);
-    if (need_x) {
-      to_x = rows::empty({plan.count, x.size(1)}, x, type);
-      multiply<T, decltype(stored)>(plan, g, false, matrices, transposed, {}, to_x);
-      if (gather) to_x = combine<T>(to_x, plan.rows, nullptr);
+  gemm::with_elements(x.scalar_type(), [&](auto element, auto stored) {
+    using E = decltype(element);
+    using T = gemm::Sum<E>;
+    using S = decltype(stored);
+    if (need_x && gather) {
+      Tensor of_rows = rows::empty({plan.count, x.size(1)}, x, dtypes::upcast(x.scalar_type()));
+      multiply<E, S, T>(plan, g, false, matrices, transposed, {}, of_rows);
+      to_x = combine<T, T, S>(of_rows, plan.rows, nullptr);
+    } else if (need_x) {
+      to_x = rows::empty({plan.count, x.size(1)}, x, x.scalar_type());
+      multiply<E, S, S>(plan, g, false, matrices, transposed, {}, to_x);
     }
     if (need_weight)
-      to_weight = transposed ? outer<T>(plan, source, gather, g, false) : outer<T>(plan, g, false, source, gather);
-    if (need_bias) to_bias = sum_rows<T>(plan, g, false, nullptr);
+      to_weight =
+          transposed ? outer<E, S>(plan, source, gather, g, false) : outer<E, S>(plan, g, false, source, gather);
+    if (need_bias) to_bias = rows::cast(sum_rows<T, gemm::Operand<E>>(plan, g, false, nullptr), x.scalar_type());
   });
-  return {rows::cast(to_x, x.scalar_type()), rows::cast(to_weight, x.scalar_type()),
-          rows::cast(to_bias, x.scalar_type())};
+  return {to_x, to_weight, to_bias};
 }
 
 // Checks the rows of a plan that is given without its order and offsets.
@@ -76,50 +81,53 @@ void check_rows(const char* op, const Tensor& y, const Tensor& pair_rows, const 
 }
 
 Tensor combine_forward(const Tensor& y, const Tensor& pair_rows, const std::optional<Tensor>& weights) {
-  const Tensor taken = pair_rows.contiguous(), source = upcast(y);
+  const Tensor taken = pair_rows.contiguous(), source = rows_adjacent(y);
   check_rows("combine", y, taken, weights);
   Tensor out;
-  rows::by_type(source.scalar_type(), [&](auto zero) {
+  dtypes::with_types(y.scalar_type(), [&](auto zero, auto stored) {
     using T = decltype(zero);
-    const Tensor factors = weights ? upcast(*weights, source.scalar_type()) : Tensor();
-    out = combine<T>(source, taken, weights ? factors.const_data_ptr<T>() : nullptr);
+    using S = decltype(stored);
+    const Tensor factors = weights ? upcast(*weights, dtypes::upcast(y.scalar_type())) : Tensor();
+    out = combine<T, S, S>(source, taken, weights ? factors.const_data_ptr<T>() : nullptr);
   });
-  return rows::cast(out, y.scalar_type());
+  return out;
 }
 
 std::tuple<Tensor, Tensor> combine_backward(const Tensor& grad, const Tensor& y, const Tensor& pair_rows,
                                             const std::optional<Tensor>& weights, bool need_y, bool need_weights) {
-  const Tensor taken = pair_rows.contiguous(), source = upcast(y), g = upcast(grad, source.scalar_type());
+  const Tensor taken = pair_rows.contiguous(), source = rows_adjacent(y);
   check_rows("combine_backward", y, taken, weights);
+  const Tensor g = storage::cast(grad, y.scalar_type()).contiguous();
   const int64_t top_k = taken.size(1), width = y.size(1);
   TORCH_CHECK(g.dim() == 2 && g.size(0) == taken.size(0) && g.size(1) == width && (weights || !need_weights),
               "combine_backward: grad must be [", taken.size(0), ", ", width,
               "], and weights are needed for their gradient, got grad ", grad.sizes(), ".");
-  const auto type = source.scalar_type();
-  Tensor to_y = need_y ? rows::empty(y.sizes(), y, type).zero_() : at::empty({0}, y.options());
+  const auto type = dtypes::upcast(y.scalar_type());
+  Tensor to_y = need_y ? rows::empty(y.sizes(), y, y.scalar_type()).zero_() : at::empty({0}, y.options());
   Tensor to_weights = need_weights ? rows::empty(taken.sizes(), y, type) : at::empty({0}, y.options());
-  rows::by_type(type, [&](auto zero) {
+  dtypes::with_types(y.scalar_type(), [&](auto zero, auto stored) {
     using T = decltype(zero);
+    using S = decltype(stored);
     const Tensor factors = weights ? upcast(*weights, type) : Tensor();
-    const T *factor = weights ? factors.const_data_ptr<T>() : nullptr, *from = source.const_data_ptr<T>();
-    const T* const at_g = g.const_data_ptr<T>();
+    const T* const factor = weights ? factors.const_data_ptr<T>() : nullptr;
+    const S *const from = source.const_data_ptr<S>(), *const at_g = g.const_data_ptr<S>();
     const int64_t* row_of = taken.const_data_ptr<int64_t>();
-    T* const rows_out = need_y ? to_y.mutable_data_ptr<T>() : nullptr;
+    S* const rows_out = need_y ? to_y.mutable_data_ptr<S>() : nullptr;
     T* const products = need_weights ? to_weights.mutable_data_ptr<T>() : nullptr;
     rows::for_rows(taken.numel(), width, [&](int64_t begin, int64_t end) {
       for (int64_t pair = begin; pair < end; ++pair) {
         const int64_t row = row_of[pair];
-        const T* const token = at_g + pair / top_k * width;
-        if (products != nullptr) products[pair] = row < 0 ? T(0) : dot(token, from + row * source.stride(0), width);
+        const S* const token = at_g + pair / top_k * width;
+        if (products != nullptr) products[pair] = row < 0 ? T(0) : dot<T>(token, from + row * source.stride(0), width);
         if (rows_out == nullptr || row < 0) continue;
         const Vec<T> weight(factor == nullptr ? T(1) : factor[pair]);
         rows::for_vectors<T>(width, [&](int64_t i, int64_t lanes) {
-          (Vec<T>::loadu(token + i, lanes) * weight).store(rows_out + row * width + i, lanes);
+          storage::store<T>(storage::load<T>(token + i, lanes) * weight, rows_out + row * width + i, lanes);
         });
       }
     });
   });
-  return {rows::cast(to_y, y.scalar_type()), weights ? rows::cast(to_weights, weights->scalar_type()) : to_weights};
+  return {to_y, weights ? rows::cast(to_weights, weights->scalar_type()) : to_weights};
 }
 
 TORCH_LIBRARY_IMPL(toolkit, CPU, m) {

@@ -45,8 +45,9 @@ def linear(
         ToolkitError, RuntimeError: for shapes or dtypes that do not fit.
         ToolkitError: for an ``impl`` that is not available.
 
-    Numerics: batch-invariant. bfloat16 and float16 are added in float32 and rounded once. On CPU, with any number of
-    threads: sums run over blocks of 1024 bytes of k, in a block one chain of fused multiply-adds over ascending k, the
+    Numerics: batch-invariant. bfloat16 and float16 are added in float32 and rounded once; bfloat16 by pairs of k where
+    the processor multiplies them (``toolkit.ops.native.family``). On CPU, with any number of threads: sums run over
+    blocks of 256 k (128 of float64, 512 of pairs), in a block one chain of fused multiply-adds over ascending k, the
     blocks' sums added in order, the bias last. On CUDA (Triton; no float64): one float32 sum over steps of k in
     ascending order, by a tile that goes by device, dtype and N. A NaN or infinity stays in its row.
     The gradient of x is the same GEMM over ascending n, batch-invariant too. Gradients of weight and bias add rows in

@@ -37,9 +37,10 @@ void launch(const Tensor& x, const std::vector<Tensor>& weights, const std::vect
     const Tensor& weight = weights[i];
     const int64_t outputs = weight.size(0), depth = weight.size(1);
     if (outs[i].numel() == 0) continue;
-    problems.push_back({x.const_data_ptr<T>(), depth, weight.const_data_ptr<S>(), weight.stride(0),
-                        biases[i].defined() ? biases[i].const_data_ptr<T>() : nullptr, outs[i].mutable_data_ptr<T>(),
-                        outputs, outs[i].numel() / outputs, outputs, depth});
+    problems.push_back({x.const_data_ptr<gemm::Operand<T>>(), depth, weight.const_data_ptr<S>(), weight.stride(0),
+                        biases[i].defined() ? biases[i].const_data_ptr<gemm::Sum<T>>() : nullptr, nullptr, outputs,
+                        outs[i].numel() / outputs, outputs, depth});
+    matmul::write_to(problems.back(), outs[i].mutable_data_ptr<S>());
   }
   if (!problems.empty()) matmul::run(problems);
 }
@@ -47,19 +48,18 @@ void launch(const Tensor& x, const std::vector<Tensor>& weights, const std::vect
 std::vector<Tensor> compute(const Tensor& x, std::vector<Tensor> weights, std::vector<Tensor> biases) {
   const auto dtype = x.scalar_type(), upcast = dtypes::upcast(dtype);
   // Both hand back the same tensor when there is nothing to do.
-  const Tensor rows = storage::cast(x, upcast).contiguous();
+  const Tensor rows = storage::cast(x, gemm::operand_type(dtype)).contiguous();
   std::vector<Tensor> outs;
   for (size_t i = 0; i < weights.size(); ++i) {
     if (weights[i].size(1) > 1 && weights[i].stride(1) != 1) weights[i] = weights[i].contiguous();
     if (biases[i].defined()) biases[i] = storage::cast(biases[i], upcast).contiguous();
     auto shape = x.sizes().vec();
     shape.back() = weights[i].size(0);
-    outs.push_back(memory::empty(shape, x.options().dtype(upcast)));
+    outs.push_back(memory::empty(shape, x.options()));
   }
-  dtypes::with_types(dtype, [&](auto compute, auto stored) {
-    launch<decltype(compute), decltype(stored)>(rows, weights, biases, outs);
+  gemm::with_elements(dtype, [&](auto element, auto stored) {
+    launch<decltype(element), decltype(stored)>(rows, weights, biases, outs);
   });
-  for (Tensor& out : outs) out = storage::cast(out, dtype);
   return outs;
 }
 
@@ -81,7 +81,7 @@ std::vector<Tensor> linear_group(const Tensor& x, at::TensorList weights,
   return compute(x, weights.vec(), std::move(shifts));
 }
 
-// x of any leading shape as [rows, width] with adjacent rows, in the type of the arithmetic.
+// x of any leading shape as [rows, width] with adjacent rows, in the type of a GEMM's operands.
 Tensor flat_rows(const Tensor& x, int64_t rows, int64_t width, at::ScalarType type) {
   const Tensor flat = storage::cast(x, type).reshape({rows, width});
   return width <= 1 || flat.stride(1) == 1 ? flat : flat.contiguous();
@@ -91,28 +91,32 @@ Tensor flat_rows(const Tensor& x, int64_t rows, int64_t width, at::ScalarType ty
 // transposed where it lies.
 template <typename T, typename S>
 Tensor to_x(const Tensor& g, const Tensor& weight, at::IntArrayRef shape) {
-  Tensor out = memory::empty(shape, g.options());
+  Tensor out = memory::empty(shape, weight.options());
   if (out.numel() == 0) return out;
   const int64_t outputs = weight.size(0), depth = weight.size(1);
   const bool by_outputs = outputs > 1 && weight.stride(0) == 1 && weight.stride(1) != 1;  // a transposed view
   const Tensor matrix = by_outputs || depth <= 1 || weight.stride(1) == 1 ? weight : weight.contiguous();
-  matmul::run(std::vector<matmul::Problem<T, S>>{{g.const_data_ptr<T>(), g.stride(0), matrix.const_data_ptr<S>(),
-                                                  matrix.stride(by_outputs ? 1 : 0), nullptr, out.mutable_data_ptr<T>(),
-                                                  depth, g.size(0), depth, outputs, false, nullptr, !by_outputs}});
+  matmul::Problem<T, S> problem{g.const_data_ptr<gemm::Operand<T>>(), g.stride(0), matrix.const_data_ptr<S>(),
+                                matrix.stride(by_outputs ? 1 : 0), nullptr, nullptr, depth, g.size(0), depth, outputs,
+                                false, nullptr, !by_outputs};
+  matmul::write_to(problem, out.mutable_data_ptr<S>());
+  matmul::run(std::vector{problem});
   return out;
 }
 
 // out[a, b] = sum_m left[m, a] right[m, b], rows ascending; left null for ones, a = 1.
-template <typename T>
-Tensor sum_of_rows(const Tensor* left, const Tensor& right) {
-  const T one = 1;
+template <typename T, typename S>
+Tensor sum_of_rows(const Tensor* left, const Tensor& right, const Tensor& like) {
+  using Operand = gemm::Operand<T>;
+  const Operand one = 1;
   const int64_t height = left == nullptr ? 1 : left->size(1), width = right.size(1);
-  Tensor out = memory::empty({height, width}, right.options());
+  Tensor out = memory::empty({height, width}, like.options());
   if (out.numel() == 0) return out;
-  matmul::run(std::vector<matmul::Outer<T>>{{left == nullptr ? &one : left->const_data_ptr<T>(),
-                                             left == nullptr ? 0 : left->stride(0), nullptr, right.const_data_ptr<T>(),
-                                             right.stride(0), nullptr, out.mutable_data_ptr<T>(), width, height, width,
-                                             right.size(0)}});
+  matmul::Outer<T, S> outer{left == nullptr ? &one : left->const_data_ptr<Operand>(),
+                            left == nullptr ? 0 : left->stride(0), nullptr, right.const_data_ptr<Operand>(),
+                            right.stride(0), nullptr, nullptr, width, height, width, right.size(0)};
+  matmul::write_to(outer, out.mutable_data_ptr<S>());
+  matmul::run(std::vector{outer});
   return out;
 }
 
@@ -126,17 +130,18 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const Ten
               "linear_backward: grad must have shape ", at::IntArrayRef(shape), " and the dtype of x, ",
               x.scalar_type(), ", got ", grad.sizes(), " and ", grad.scalar_type(), ".");
   const int64_t rows = c10::multiply_integers(shape.begin(), shape.end() - 1);
-  const auto dtype = x.scalar_type(), upcast = dtypes::upcast(dtype);
-  const Tensor g = flat_rows(grad, rows, outputs, upcast);
+  const auto operand = gemm::operand_type(x.scalar_type());
+  const Tensor g = flat_rows(grad, rows, outputs, operand);
   const auto none = [&] { return at::empty({0}, x.options()); };
   Tensor dx = none(), dw = none(), db = none();
-  dtypes::with_types(dtype, [&](auto compute, auto stored) {
-    using T = decltype(compute);
-    if (need_x) dx = to_x<T, decltype(stored)>(g, weight, x.sizes());
-    if (need_weight) dw = sum_of_rows<T>(&g, flat_rows(x, rows, depth, upcast));
-    if (need_bias) db = sum_of_rows<T>(nullptr, g).view({outputs});
+  gemm::with_elements(x.scalar_type(), [&](auto element, auto stored) {
+    using T = decltype(element);
+    using S = decltype(stored);
+    if (need_x) dx = to_x<T, S>(g, weight, x.sizes());
+    if (need_weight) dw = sum_of_rows<T, S>(&g, flat_rows(x, rows, depth, operand), x);
+    if (need_bias) db = sum_of_rows<T, S>(nullptr, g, x).view({outputs});
   });
-  return {storage::cast(dx, dtype), storage::cast(dw, dtype), storage::cast(db, dtype)};
+  return {dx, dw, db};
 }
 
 TORCH_LIBRARY_IMPL(toolkit, CPU, m) {

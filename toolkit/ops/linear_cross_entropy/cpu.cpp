@@ -27,13 +27,17 @@ int64_t chunk_rows(int64_t rows, int64_t depth, int64_t vocabulary) {
   return std::min(rows, ((rows + chunks - 1) / chunks + kTileRows - 1) / kTileRows * kTileRows);
 }
 
-// One chunk: exponentials of its logits by block of the vocabulary, later the gradients to its logits.
-template <typename T, typename S>
+// One chunk: exponentials of its logits by block of the vocabulary, later the gradients to its logits, as operands of
+// the GEMMs that follow.
+template <typename E, typename S>
 struct Chunk {
-  const head::Head<T, S>& in;
+  using T = gemm::Sum<E>;
+  using Operand = gemm::Operand<E>;
+  const head::Head<E, S>& in;
   const int64_t *target, *row_of;  // of every row given; the rows that count
   const T* row_weight;
-  T* values;  // [height or more, stride]
+  T* values;           // [height or more, stride]
+  Operand* gradients;  // the same, or `values`
   int64_t first, height, stride;
 
   int64_t vocabulary() const { return in.weight.size(0); }
@@ -77,7 +81,7 @@ struct Chunk {
     });
   }
 
-  // d z = w (p - onehot), in place.
+  // d z = w (p - onehot).
   void differentiate(const std::vector<T>& factors) const {
     for_tiles([&](int64_t row, int64_t end, int64_t block, int64_t column, int64_t n) {
       for (int64_t r = row; r < end; ++r) {
@@ -88,6 +92,7 @@ struct Chunk {
         });
         const int64_t source = row_of[first + r], at = target[source] - column;
         if (at >= 0 && at < n) z[at] -= row_weight[source];
+        if constexpr (!std::is_same_v<T, Operand>) storage::write_row(z, n, gradients + r * stride + column);
       }
     });
   }
@@ -97,7 +102,7 @@ struct Chunk {
     const int64_t depth = in.weight.size(1);
     for (int64_t column = 0; column < vocabulary(); column += kBlock) {
       const int64_t n = std::min(kBlock, vocabulary() - column);
-      const T* const dz = values + column;
+      const Operand* const dz = gradients + column;
       if (dh.numel() > 0)
         in.gradient_to_hidden(dz, stride, height, column, n, dh.mutable_data_ptr<T>() + first * depth, column > 0);
       if (dw.numel() > 0)
@@ -125,8 +130,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& hidden, const T
   const bool biased = need_bias && bias.has_value();
   Tensor logprob = at::zeros(targets.sizes(), options), dh = at::empty({0}, options), dw = at::empty({0}, options);
   Tensor db = biased ? at::zeros({vocabulary}, options) : at::empty({0}, options);
-  dtypes::with_types(hidden.scalar_type(), [&](auto zero, auto stored) {
-    using T = decltype(zero);
+  gemm::with_elements(hidden.scalar_type(), [&](auto element, auto stored) {
+    using E = decltype(element);
+    using T = gemm::Sum<E>;
     using S = decltype(stored);
     const int64_t* target = targets.const_data_ptr<int64_t>();
     const T* row_weight = row_weights.const_data_ptr<T>();
@@ -136,20 +142,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& hidden, const T
     const int64_t rows = counted.size();
     const bool all = rows == hidden.size(0);
     const Tensor index = at::tensor(counted, at::kLong);
-    const head::Head<T, S> in(all ? hidden : hidden.index_select(0, index), weight, bias, type);
+    const head::Head<E, S> in(all ? hidden : hidden.index_select(0, index), weight, bias);
     if (need_hidden) dh = memory::empty({rows, depth}, options);
     // The first chunk writes it whole.
     if (need_weight) dw = rows > 0 ? memory::empty(weight.sizes(), options) : at::zeros(weight.sizes(), options);
     const int64_t height = chunk_rows(rows, depth, vocabulary), stride = (vocabulary + kPad - 1) / kPad * kPad + kPad;
     const Tensor buffer = memory::empty({height, stride}, options);
+    const auto operand = gemm::operand_type(hidden.scalar_type());
+    const Tensor gradients = operand == type ? buffer : memory::empty({height, stride}, options.dtype(operand));
     std::vector<T> factors;
     for (int64_t first = 0; first < rows; first += height) {
-      const Chunk<T, S> chunk{in, target, counted.data(), row_weight,
-                              buffer.mutable_data_ptr<T>(), first, std::min(height, rows - first), stride};
+      const Chunk<E, S> chunk{in, target, counted.data(), row_weight, buffer.mutable_data_ptr<T>(),
+                              gradients.mutable_data_ptr<gemm::Operand<E>>(), first, std::min(height, rows - first),
+                              stride};
       chunk.forward(logprob.mutable_data_ptr<T>(), factors);
       if (need_hidden || need_weight || biased) chunk.differentiate(factors);
       chunk.add_products(dh, dw);
-      if (biased) in.gradient_to_bias(chunk.values, stride, chunk.height, vocabulary, db.mutable_data_ptr<T>());
+      if (biased) in.gradient_to_bias(chunk.gradients, stride, chunk.height, vocabulary, db.mutable_data_ptr<T>());
     }
     if (need_hidden && !all) dh = at::zeros(hidden.sizes(), options).index_copy_(0, index, dh);
   });

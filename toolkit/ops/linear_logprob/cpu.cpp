@@ -55,11 +55,12 @@ void select_top(const T* z, int64_t n, int64_t first_id, T* values, int64_t* ids
   }
 }
 
-template <typename T, typename S>
-struct Inputs : head::Head<T, S> {
+template <typename E, typename S>
+struct Inputs : head::Head<E, S> {
+  using T = gemm::Sum<E>;
   Inputs(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
          const std::optional<Tensor>& temperature_given, at::ScalarType type)
-      : head::Head<T, S>(hidden, weight, bias, type),
+      : head::Head<E, S>(hidden, weight, bias),
         temperature(temperature_given ? temperature_given->to(type).contiguous() : Tensor()) {}
 
   const T* temperature_of(int64_t row) const {
@@ -97,10 +98,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   const int64_t per_chunk = (blocks + std::min(blocks, most) - 1) / std::min(blocks, most);
   const int64_t chunks = (blocks + per_chunk - 1) / per_chunk;
   std::vector<Partial> parts(rows * blocks);
-  dtypes::with_types(hidden.scalar_type(), [&](auto zero, auto stored) {
-    using T = decltype(zero);
-    using S = decltype(stored);
-    const Inputs<T, S> in(hidden, weight, bias, temperature, type);
+  gemm::with_elements(hidden.scalar_type(), [&](auto element, auto stored) {
+    using T = gemm::Sum<decltype(element)>;
+    const Inputs<decltype(element), decltype(stored)> in(hidden, weight, bias, temperature, type);
     const bool listed = top_k > 0;
     std::vector<T> list_values(rows * chunks * top_k, -std::numeric_limits<T>::infinity());
     std::vector<int64_t> list_ids(rows * chunks * top_k, 0);
@@ -204,8 +204,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   auto upcast = [&](const Tensor& x) { return x.to(type).contiguous(); };
   const Tensor targets = targets_given.contiguous();
   Tensor dh, dw, db;
-  dtypes::with_types(hidden.scalar_type(), [&](auto zero, auto stored) {
-    using T = decltype(zero);
+  gemm::with_elements(hidden.scalar_type(), [&](auto element, auto stored) {
+    using E = decltype(element);
+    using T = gemm::Sum<E>;
+    using Operand = gemm::Operand<E>;
     using S = decltype(stored);
     const Tensor of_logprob = upcast(grad_logprob), of_lse = upcast(grad_lse), of_entropy = upcast(grad_entropy);
     const Tensor of_mean = upcast(grad_mean), log_sum = upcast(lse), entropy_rows = upcast(entropy);
@@ -230,7 +232,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     const int64_t rows = active.size();
     const bool all = rows == hidden.size(0);
     const Tensor index = at::tensor(active, at::kLong);
-    const Inputs<T, S> in(all ? hidden : hidden.index_select(0, index), weight, bias,
+    const Inputs<E, S> in(all ? hidden : hidden.index_select(0, index), weight, bias,
                           temperature && !all ? temperature->reshape(-1).index_select(0, index) : temperature, type);
     const auto wide_options = hidden.options().dtype(type);
     // Blocks are written whole by the first GEMM that adds to them: no zeros first, unless no row is there.
@@ -238,17 +240,19 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     if (need_weight) dw = rows > 0 ? memory::empty(weight.sizes(), weight.options()) : at::zeros(weight.sizes(), weight.options());
     if (need_bias) db = at::zeros({vocabulary}, wide_options);
     const int64_t stride = std::min(vocabulary, kBackwardBlock) + kPad;
-    const Tensor buffer = memory::empty({std::min(rows, kBackwardRows), stride}, wide_options);
+    const int64_t most = std::min(rows, kBackwardRows);
+    const Tensor buffer = memory::empty({most, stride}, wide_options);
+    const auto operand = gemm::operand_type(hidden.scalar_type());
+    const Tensor operands = operand == type ? buffer : memory::empty({most, stride}, wide_options.dtype(operand));
+    Tensor sums;  // of a block of d weight that several blocks of rows add to, before it is rounded
+    if (need_weight && rows > kBackwardRows && dw.scalar_type() != type)
+      sums = at::empty({std::min(vocabulary, kBackwardBlock), depth}, wide_options);
     for (int64_t column = 0; column < vocabulary && rows > 0; column += kBackwardBlock) {
       const int64_t n = std::min(kBackwardBlock, vocabulary - column);
-      Tensor block_dw;
-      if (need_weight) {
-        block_dw = dw.narrow(0, column, n);
-        if (dw.scalar_type() != type) block_dw = at::empty({n, weight.size(1)}, wide_options);
-      }
       for (int64_t first = 0; first < rows; first += kBackwardRows) {
         const int64_t height = std::min(kBackwardRows, rows - first);
-        T* const g = static_cast<T*>(buffer.mutable_data_ptr());
+        T* const g = buffer.mutable_data_ptr<T>();
+        Operand* const given = operands.mutable_data_ptr<Operand>();
         threads::run_tasks((height + kTileRows - 1) / kTileRows, at::get_num_threads(), [&](int64_t tile) {
           const int64_t row = tile * kTileRows, count = std::min(kTileRows, height - row);
           in.multiply(first + row, count, column, n, g + row * stride, stride);
@@ -258,15 +262,18 @@ std::tuple<Tensor, Tensor, Tensor> backward(
             finish_logits(g + r * stride, n, options, tempered);
             logits_gradient(g + r * stride, n, column, gradients[first + r], target + source * choices,
                             of_target + source * choices, choices, options, tempered);
+            if constexpr (!std::is_same_v<T, Operand>) storage::write_row(g + r * stride, n, given + r * stride);
           }
         });
         if (need_hidden)
-          in.gradient_to_hidden(g, stride, height, column, n, dx.mutable_data_ptr<T>() + first * depth,
-                                column > 0);
-        if (need_weight) in.gradient_to_weight(g, stride, first, height, n, block_dw.mutable_data_ptr<T>(), first > 0);
-        if (need_bias) in.gradient_to_bias(g, stride, height, n, db.mutable_data_ptr<T>() + column);
+          in.gradient_to_hidden(given, stride, height, column, n, dx.mutable_data_ptr<T>() + first * depth, column > 0);
+        if (need_weight && sums.defined())
+          in.gradient_to_weight(given, stride, first, height, n, sums.mutable_data_ptr<T>(), first > 0);
+        else if (need_weight)
+          in.gradient_to_weight(given, stride, first, height, n, dw.mutable_data_ptr<S>() + column * depth, first > 0);
+        if (need_bias) in.gradient_to_bias(given, stride, height, n, db.mutable_data_ptr<T>() + column);
       }
-      if (need_weight && dw.scalar_type() != type) dw.narrow(0, column, n).copy_(block_dw);
+      if (sums.defined()) dw.narrow(0, column, n).copy_(sums.narrow(0, 0, n));
     }
     if (need_hidden) {
       dh = all ? cast(dx, hidden.scalar_type())

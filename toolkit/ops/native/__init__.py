@@ -1,7 +1,8 @@
 """Loads the native CPU library that fits this machine, if the package was built with one.
 
 ``TOOLKIT_NATIVE=off`` runs on the reference implementations; ``TOOLKIT_NATIVE=/some/folder`` takes the
-libraries from there instead of from the package.
+libraries from there instead of from the package. ``TOOLKIT_BFLOAT16=widen`` multiplies bfloat16 in float32 where the
+processor has an instruction for it.
 """
 
 import os
@@ -37,3 +38,18 @@ def load() -> str | None:
                 reason = str(error).splitlines()[0]
     warnings.warn(f"toolkit runs on its reference kernels: the native CPU library is missing ({reason}).", stacklevel=2)
     return None
+
+
+def family(dtype: torch.dtype) -> str:
+    """The instructions that GEMMs of this dtype use in this process, for any number of rows; what their bits depend on.
+
+    Returns:
+        "vdpbf16ps": bfloat16 by AVX512-BF16, two terms at a time.
+        "vector": multiply-adds in float32 or float64; 16-bit numbers are widened.
+        "reference": torch's, without a native library.
+    """
+    if load() is None:
+        return "reference"
+    # A library built from older sources lacks it, and widens.
+    multiplies_pairs = getattr(torch.ops.toolkit_native, "multiplies_pairs", None)
+    return "vdpbf16ps" if dtype == torch.bfloat16 and multiplies_pairs and multiplies_pairs() else "vector"

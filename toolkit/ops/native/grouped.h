@@ -52,9 +52,12 @@ struct Plan {
   std::vector<int64_t> token_of;  // of each used row
 };
 
-// Tensors in the compute dtype with unit stride along a row; the same tensor where it has both already.
+// Tensors with unit stride along a row, as stored, as a GEMM takes them and in another dtype; the same tensor where it
+// is that already.
 inline Tensor rows_adjacent(const Tensor& x) { return x.dim() == 0 || x.stride(-1) == 1 ? x : x.contiguous(); }
-inline Tensor upcast(const Tensor& x) { return rows_adjacent(storage::cast(x, dtypes::upcast(x.scalar_type()))); }
+inline Tensor operands(const Tensor& x) {
+  return rows_adjacent(storage::cast(x, gemm::operand_type(x.scalar_type())));
+}
 inline Tensor upcast(const Tensor& x, at::ScalarType type) { return storage::cast(x, type).contiguous(); }
 
 // A bias per expert [E, N] in T; of a 16-bit one only the experts that have rows are converted.
@@ -97,53 +100,58 @@ std::optional<ExpertBias<T>> expert_bias(const Plan& plan, const std::optional<T
 }
 
 // out[r] = W_e x[r] + bias[e] for the rows r of every expert e. x: row r of `x`, or of its token where `gather`.
-// `by_outputs`: W_e[n, k] lies as [E, N, K], else as [E, K, N]. Rows of no expert are zeros where out has them.
-template <typename T, typename S>
+// `by_outputs`: W_e[n, k] lies as [E, N, K], else as [E, K, N]. Rows of no expert are zeros where out has them. For
+// elements E (pairs.h), weights that are stored as S and results as O, sums or S.
+template <typename E, typename S, typename O>
 void multiply(const Plan& plan, const Tensor& x, bool gather, const Tensor& weight, bool by_outputs,
-              const std::optional<ExpertBias<T>>& bias, Tensor& out) {
+              const std::optional<ExpertBias<gemm::Sum<E>>>& bias, Tensor& out) {
   const int64_t outputs = out.size(1), depth = x.size(1);
-  const T* const from = x.const_data_ptr<T>();
-  T* const to = out.mutable_data_ptr<T>();
-  std::vector<matmul::Problem<T, S>> problems;
+  const auto* const from = x.const_data_ptr<gemm::Operand<E>>();
+  O* const to = out.mutable_data_ptr<O>();
+  std::vector<matmul::Problem<E, S>> problems;
   problems.reserve(plan.experts);
   if (outputs > 0)
     plan.for_experts(false, [&](int64_t e, int64_t first, int64_t end) {
       problems.push_back({gather ? from : from + first * x.stride(0), x.stride(0),
                           weight.const_data_ptr<S>() + e * weight.stride(0), weight.stride(1),
-                          bias ? bias->of(e) : nullptr, to + first * outputs, outputs,
-                          end - first, outputs, depth, false, gather ? &plan.token_of[first] : nullptr, !by_outputs});
+                          bias ? bias->of(e) : nullptr, nullptr, outputs, end - first, outputs, depth, false,
+                          gather ? &plan.token_of[first] : nullptr, !by_outputs});
+      matmul::write_to(problems.back(), to + first * outputs);
     });
   if (!problems.empty()) matmul::run(problems);
-  std::fill(to + plan.used * outputs, to + out.size(0) * outputs, T(0));
+  std::fill(to + plan.used * outputs, to + out.size(0) * outputs, O(0));
 }
 
-// out[e][m, n] = sum over the rows r of expert e, ascending, of p[r, m] q[r, n]; rows of p or q are the token's where
-// their `gather`. An expert without rows gets zeros.
-template <typename T>
+// out[e][m, n] = sum over the rows r of expert e, ascending, of p[r, m] q[r, n], rounded to S; rows of p or q are the
+// token's where their `gather`. An expert without rows gets zeros.
+template <typename E, typename S>
 Tensor outer(const Plan& plan, const Tensor& p, bool gather_p, const Tensor& q, bool gather_q) {
-  Tensor out = memory::empty({plan.experts, p.size(1), q.size(1)}, p.options());
-  const T *const from_p = p.const_data_ptr<T>(), *const from_q = q.const_data_ptr<T>();
-  T* const to = out.mutable_data_ptr<T>();
+  using Operand = gemm::Operand<E>;
+  Tensor out = memory::empty({plan.experts, p.size(1), q.size(1)},
+                             p.options().dtype(c10::CppTypeToScalarType<S>::value));
+  const Operand *const from_p = p.const_data_ptr<Operand>(), *const from_q = q.const_data_ptr<Operand>();
+  S* const to = out.mutable_data_ptr<S>();
   const int64_t size = p.size(1) * q.size(1);
-  std::vector<matmul::Outer<T>> sums;
+  std::vector<matmul::Outer<E, S>> sums;
   sums.reserve(plan.experts);
   if (size > 0)
     plan.for_experts(true, [&](int64_t e, int64_t first, int64_t end) {
       const int64_t* const tokens = plan.token_of.data() + first;
       sums.push_back({gather_p ? from_p : from_p + first * p.stride(0), p.stride(0), gather_p ? tokens : nullptr,
                       gather_q ? from_q : from_q + first * q.stride(0), q.stride(0), gather_q ? tokens : nullptr,
-                      to + e * size, q.size(1), p.size(1), q.size(1), end - first});
+                      nullptr, q.size(1), p.size(1), q.size(1), end - first});
+      matmul::write_to(sums.back(), to + e * size);
     });
   if (!sums.empty()) matmul::run(sums);
   return out;
 }
 
-// out[e] = sum over the rows r of expert e, ascending, of factor[r] x[r]; factor may be null for ones.
-template <typename T>
+// out[e] = sum over the rows r of expert e, ascending, of factor[r] x[r], in T; factor may be null for ones.
+template <typename T, typename X>
 Tensor sum_rows(const Plan& plan, const Tensor& x, bool gather, const T* factor) {
   const int64_t width = x.size(1);
-  Tensor out = rows::empty({plan.experts, width}, x, x.scalar_type());
-  const T* const from = x.const_data_ptr<T>();
+  Tensor out = rows::empty({plan.experts, width}, x, c10::CppTypeToScalarType<T>::value);
+  const X* const from = x.const_data_ptr<X>();
   T* const to = out.mutable_data_ptr<T>();
   const int64_t work = (plan.used / std::max<int64_t>(1, plan.experts) + 1) * std::max<int64_t>(1, width);
   threads::parallel_for(0, plan.experts, std::max<int64_t>(1, rows::kGrain / work), [&](int64_t begin, int64_t end) {
@@ -151,9 +159,9 @@ Tensor sum_rows(const Plan& plan, const Tensor& x, bool gather, const T* factor)
       T* const sum = to + e * width;
       std::fill_n(sum, width, T(0));
       for (int64_t r = plan.begin[e]; r < plan.begin[e + 1]; ++r) {
-        const T* const row = from + (gather ? plan.token_of[r] : r) * x.stride(0);
+        const X* const row = from + (gather ? plan.token_of[r] : r) * x.stride(0);
         const T weight = factor == nullptr ? T(1) : factor[r];
-        for (int64_t c = 0; c < width; ++c) sum[c] += weight * row[c];
+        for (int64_t c = 0; c < width; ++c) sum[c] += weight * static_cast<T>(row[c]);
       }
     }
   });
@@ -169,14 +177,14 @@ struct Shift {
 };
 
 // out[t] = sum over k, ascending, of w[t, k] (y[r] + shift), r = rows[t, k]; pairs of row -1 add nothing.
-// weights may be null for ones, shift for none.
-template <typename T>
+// weights may be null for ones, shift for none. Added in T, y stored as Y, out rounded to O.
+template <typename T, typename Y, typename O>
 Tensor combine(const Tensor& y, const Tensor& pair_rows, const T* weights, const Shift<T>* shift = nullptr) {
   const int64_t tokens = pair_rows.size(0), top_k = pair_rows.size(1), width = y.size(1);
-  Tensor out = rows::empty({tokens, width}, y, y.scalar_type());
-  const T* const from = y.const_data_ptr<T>();
+  Tensor out = rows::empty({tokens, width}, y, c10::CppTypeToScalarType<O>::value);
+  const Y* const from = y.const_data_ptr<Y>();
   const int64_t* const row_of = pair_rows.const_data_ptr<int64_t>();
-  T* const to = out.mutable_data_ptr<T>();
+  O* const to = out.mutable_data_ptr<O>();
   rows::for_rows(tokens, width * std::max<int64_t>(1, top_k), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t)
       rows::for_vectors<T>(width, [&](int64_t i, int64_t lanes) {
@@ -184,24 +192,24 @@ Tensor combine(const Tensor& y, const Tensor& pair_rows, const T* weights, const
         for (int64_t pair = t * top_k; pair < (t + 1) * top_k; ++pair) {
           const int64_t row = row_of[pair];
           if (row < 0) continue;
-          Vec<T> part = Vec<T>::loadu(from + row * y.stride(0) + i, lanes);
+          Vec<T> part = storage::load<T>(from + row * y.stride(0) + i, lanes);
           if (shift != nullptr)
             part = part + Vec<T>(shift->topk_weights[pair]) *
                               Vec<T>::loadu(shift->bias.of(shift->expert_of_row[row]) + i, lanes);
           sum = sum + (weights == nullptr ? part : part * Vec<T>(weights[pair]));
         }
-        sum.store(to + t * width + i, lanes);
+        storage::store<T>(sum, to + t * width + i, lanes);
       });
   });
   return out;
 }
 
-// <a, b> along a row.
-template <typename T>
-inline T dot(const T* a, const T* b, int64_t n) {
+// <a, b> along a row, in T.
+template <typename T, typename A, typename B>
+inline T dot(const A* a, const B* b, int64_t n) {
   rows::Sum<T> sum;
   rows::accumulate<T>(n, [&](int slot, int64_t i, int64_t lanes) {
-    sum.part[slot] = sum.part[slot] + Vec<T>::loadu(a + i, lanes) * Vec<T>::loadu(b + i, lanes);
+    sum.part[slot] = sum.part[slot] + storage::load<T>(a + i, lanes) * storage::load<T>(b + i, lanes);
   });
   return static_cast<T>(sum.total());
 }

@@ -49,8 +49,58 @@ inline void write_row(const T* from, int64_t count, S* to) {
 // What is left of a row that is stored as S and read again.
 template <typename S, typename T>
 inline void round_through(T* row, int64_t count) {
-  if constexpr (!std::is_same_v<T, S>)
-    for (int64_t i = 0; i < count; ++i) row[i] = static_cast<T>(static_cast<S>(row[i]));
+  if constexpr (!std::is_same_v<T, S>) {
+    constexpr int64_t kPart = 64;
+    S part[kPart];
+    for (int64_t i = 0; i < count; i += kPart) {
+      const int64_t n = count - i < kPart ? count - i : kPart;
+      write_row(row + i, n, part);
+      read_row(part, n, row + i);
+    }
+  }
+}
+
+// A row rounded to S, stored as S or as numbers that hold it.
+template <typename S, typename T, typename O>
+inline void round_row(T* row, int64_t count, O* to) {
+  if constexpr (std::is_same_v<T, O>) {
+    round_through<S>(row, count);
+    if (row != to) std::memcpy(to, row, count * sizeof(T));
+  } else {
+    write_row(row, count, to);
+  }
+}
+
+// Up to a vector of T from numbers that are stored as S, and to them.
+template <typename T, typename S>
+inline at::vec::Vectorized<T> load(const S* from, int64_t count) {
+  using Vec = at::vec::Vectorized<T>;
+  if constexpr (std::is_same_v<S, T>) {
+    return Vec::loadu(from, count);
+  } else {
+    if (count == Vec::size()) {
+      Vec wide;
+      at::vec::load_to_float<S>(from, wide);
+      return wide;
+    }
+    T wide[Vec::size()];
+    read_row(from, count, wide);
+    return Vec::loadu(wide, count);
+  }
+}
+template <typename T, typename S>
+inline void store(const at::vec::Vectorized<T>& value, S* to, int64_t count) {
+  if constexpr (std::is_same_v<S, T>) {
+    value.store(to, count);
+  } else {
+    constexpr int kSize = at::vec::Vectorized<T>::size();
+    S both[2 * kSize];
+    at::vec::convert_from_float<S>(value, value).store(both);
+    if (count == kSize)
+      std::memcpy(to, both, kSize * sizeof(S));
+    else
+      std::memcpy(to, both, count * sizeof(S));
+  }
 }
 
 // Small tensors are converted here: torch takes longer to start than a row takes to convert.

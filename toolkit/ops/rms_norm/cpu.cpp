@@ -1,28 +1,49 @@
 // rms_norm, of x or of x + residual, and its backward on CPU, a row at a time; 1/rms is recomputed rather than saved.
-#include <ATen/ops/add.h>
-
 #include <cmath>
 
 #include "row.h"
 
 namespace toolkit::rms_norm_op {
 
+// A row of numbers that are stored as S: where it lies, or upcast to `room`.
+template <typename T, typename S>
+const T* row_of(const Matrix& x, int64_t r, T* room) {
+  if constexpr (std::is_same_v<T, S>) {
+    return x.row<T>(r);
+  } else {
+    storage::read_row(x.row<S>(r), x.width, room);
+    return room;
+  }
+}
+
 // Of x; or, with a residual, of their sum, which is written to `total`.
-template <typename T, bool weighted>
-void forward_rows(const Matrix& x, const Matrix* residual, const Factor<T, weighted>& factor, double eps, T* total,
-                  T* out) {
+template <typename T, typename S, bool weighted>
+void forward_rows(const Matrix& x, const Matrix* residual, const Factor<T, weighted>& factor, double eps, S* total,
+                  S* out) {
   for_rows(x.count, x.width, [&](int64_t begin, int64_t end) {
+    T* const work = threads::scratch<T, 1>(3 * x.width);
     for (int64_t r = begin; r < end; ++r) {
-      const T* from = x.row<T>(r);
+      const T* from = row_of<T, S>(x, r, work);
       if (residual) {
-        const T* other = residual->row<T>(r);
-        T* sum = total + r * x.width;
+        const T* other = row_of<T, S>(*residual, r, work + x.width);
+        T* sum = work;
+        if constexpr (std::is_same_v<T, S>) sum = total + r * x.width;
         for_vectors<T>(x.width, [&](int64_t i, int64_t lanes) {
           (Vec<T>::loadu(from + i, lanes) + Vec<T>::loadu(other + i, lanes)).store(sum + i, lanes);
         });
+        if constexpr (!std::is_same_v<T, S>) {
+          storage::write_row(sum, x.width, total + r * x.width);
+          storage::read_row(total + r * x.width, x.width, sum);
+        }
         from = sum;
       }
-      norm_row(from, x.width, factor, eps, out + r * x.width);
+      S* const to = out + r * x.width;
+      if constexpr (std::is_same_v<T, S>) {
+        norm_row(from, x.width, factor, eps, to);
+      } else {
+        norm_row(from, x.width, factor, eps, work + 2 * x.width);
+        storage::write_row(work + 2 * x.width, x.width, to);
+      }
     }
   });
 }
@@ -49,30 +70,28 @@ void backward_row(const T* grad, const T* extra, const T* x, int64_t n, const Fa
   });
 }
 
-// (normed, total); total is undefined without a residual. 16-bit rows are added by torch, which rounds the sum once.
+// (normed, total); total is undefined without a residual. 16-bit sums are rounded, and the norm is of what is left.
 std::tuple<Tensor, Tensor> normed(const char* op, const Tensor& input, const std::optional<Tensor>& residual,
                                   const std::optional<Tensor>& weight, double eps, double offset) {
   check_row(op, "weight", weight, input);
-  const auto type = compute_type(input, op);
-  const bool same_type = type == input.scalar_type();
-  Tensor total;
-  if (residual) total = same_type ? empty(input.sizes(), input, type) : at::add(input, *residual).contiguous();
-  const Matrix x(residual && !same_type ? total : input, type);
+  const auto type = compute_type(input, op), stored = input.scalar_type();
+  const Matrix x(input, stored);
   std::optional<Matrix> added;
-  if (residual && same_type) added.emplace(*residual, type);
-  Tensor out = empty(input.sizes(), input, type);
-  by_type(type, [&](auto zero) {
+  if (residual) added.emplace(*residual, stored);
+  Tensor total = residual ? empty(input.sizes(), input, stored) : Tensor(), out = empty(input.sizes(), input, stored);
+  dtypes::with_types(stored, [&](auto zero, auto storing) {
     using T = decltype(zero);
-    T *to = out.mutable_data_ptr<T>(), *sum = added ? total.mutable_data_ptr<T>() : nullptr;
+    using S = decltype(storing);
+    S *to = out.mutable_data_ptr<S>(), *sum = added ? total.mutable_data_ptr<S>() : nullptr;
     const Matrix* other = added ? &*added : nullptr;
     if (weight) {
       const Matrix w(*weight, type);
-      forward_rows(x, other, Factor<T, true>{w.row<T>(0), Vec<T>(offset)}, eps, sum, to);
+      forward_rows<T, S>(x, other, Factor<T, true>{w.row<T>(0), Vec<T>(offset)}, eps, sum, to);
     } else {
-      forward_rows(x, other, Factor<T, false>{}, eps, sum, to);
+      forward_rows<T, S>(x, other, Factor<T, false>{}, eps, sum, to);
     }
   });
-  return {cast(out, input.scalar_type()), total};
+  return {out, total};
 }
 
 Tensor forward(const Tensor& input, const std::optional<Tensor>& weight, double eps, double offset) {
@@ -91,33 +110,39 @@ std::tuple<Tensor, Tensor> gradients(const Tensor& grad, const std::optional<Ten
                                      const std::optional<Tensor>& weight, double eps, double offset) {
   check_row("rms_norm_backward", "weight", weight, input);
   check_equal_shapes("rms_norm_backward", "grad", grad, "x", input);
-  const auto type = compute_type(input, "rms_norm_backward");
-  const Matrix x(input, type), g(grad, type);
+  const auto type = compute_type(input, "rms_norm_backward"), stored = input.scalar_type();
+  const Matrix x(input, stored), g(grad, stored);
   std::optional<Matrix> extra;
-  if (grad_sum) extra.emplace(*grad_sum, type);
-  Tensor dx = empty(input.sizes(), input, type);
-  Tensor dw = weight ? empty(weight->sizes(), *weight, type) : empty({0}, input, input.scalar_type());
-  by_type(type, [&](auto zero) {
+  if (grad_sum) extra.emplace(*grad_sum, stored);
+  Tensor dx = empty(input.sizes(), input, stored);
+  Tensor dw = weight ? empty(weight->sizes(), *weight, type) : empty({0}, input, stored);
+  dtypes::with_types(stored, [&](auto zero, auto storing) {
     using T = decltype(zero);
-    T* to = dx.mutable_data_ptr<T>();
-    const auto extra_row = [&](int64_t r) { return extra ? extra->row<T>(r) : nullptr; };
+    using S = decltype(storing);
+    S* const to = dx.mutable_data_ptr<S>();
+    const auto rows = [&](int64_t first, int64_t last, const auto& factor, T* sums) {
+      T* const work = threads::scratch<T, 1>(4 * x.width);
+      for (int64_t r = first; r < last; ++r) {
+        const T* const more = extra ? row_of<T, S>(*extra, r, work + 2 * x.width) : nullptr;
+        T* row = work + 3 * x.width;
+        if constexpr (std::is_same_v<T, S>) row = to + r * x.width;
+        backward_row(row_of<T, S>(g, r, work), more, row_of<T, S>(x, r, work + x.width), x.width, factor, eps, row,
+                     sums);
+        if constexpr (!std::is_same_v<T, S>) storage::write_row(row, x.width, to + r * x.width);
+      }
+    };
     if (weight) {
       const Matrix w(*weight, type);
       const Factor<T, true> factor{w.row<T>(0), Vec<T>(offset)};
-      Blocks(x.count).sum(x.width, dw.mutable_data_ptr<T>(), [&](int64_t first, int64_t last, T* sums) {
-        for (int64_t r = first; r < last; ++r) {
-          backward_row(g.row<T>(r), extra_row(r), x.row<T>(r), x.width, factor, eps, to + r * x.width, sums);
-        }
-      });
+      Blocks(x.count).sum(x.width, dw.mutable_data_ptr<T>(),
+                          [&](int64_t first, int64_t last, T* sums) { rows(first, last, factor, sums); });
     } else {
       for_rows(x.count, x.width, [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; ++r) {
-          backward_row<T, false>(g.row<T>(r), extra_row(r), x.row<T>(r), x.width, {}, eps, to + r * x.width, nullptr);
-        }
+        rows(begin, end, Factor<T, false>{}, static_cast<T*>(nullptr));
       });
     }
   });
-  return {cast(dx, input.scalar_type()), cast(dw, weight ? weight->scalar_type() : input.scalar_type())};
+  return {dx, cast(dw, weight ? weight->scalar_type() : stored)};
 }
 
 std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& input, const std::optional<Tensor>& weight,

@@ -14,30 +14,40 @@ Tensor forward(const Tensor& input, const Tensor& cos, const Tensor& sin, bool i
               ", R], R even and at most ", width, ".");
   check_equal_shapes("rotary", "sin", sin, "cos", cos);
   const auto type = compute_type(input, "rotary");
-  Tensor x = cast(input, type);
-  if (width > 1 && x.stride(2) != 1) x = x.contiguous();
+  const Tensor x = width > 1 && input.stride(2) != 1 ? input.contiguous() : input;
   const Matrix c(cos, type), s(sin, type);
-  Tensor out = empty(input.sizes(), input, type);
+  Tensor out = empty(input.sizes(), input, input.scalar_type());
   const int64_t token_stride = x.stride(0), head_stride = x.stride(1);
-  by_type(type, [&](auto zero) {
+  dtypes::with_types(input.scalar_type(), [&](auto zero, auto stored) {
     using T = decltype(zero);
-    const T* from = x.const_data_ptr<T>();
-    T* to = out.mutable_data_ptr<T>();
+    using S = decltype(stored);
+    const S* from = x.const_data_ptr<S>();
+    S* to = out.mutable_data_ptr<S>();
+    const auto turn = [&](const T* row, int64_t t, T* result) {
+      if (interleaved) {
+        rotate<T, true>(row, c.row<T>(t), s.row<T>(t), c.width, width, result);
+      } else {
+        rotate<T, false>(row, c.row<T>(t), s.row<T>(t), c.width, width, result);
+      }
+    };
     for_rows(tokens, heads * width, [&](int64_t begin, int64_t end) {
+      T* const work = threads::scratch<T, 1>(2 * width);
       for (int64_t t = begin; t < end; ++t) {
         for (int64_t h = 0; h < heads; ++h) {
-          const T* row = from + t * token_stride + h * head_stride;
-          T* result = to + (t * heads + h) * width;
-          if (interleaved) {
-            rotate<T, true>(row, c.row<T>(t), s.row<T>(t), c.width, width, result);
+          const S* row = from + t * token_stride + h * head_stride;
+          S* result = to + (t * heads + h) * width;
+          if constexpr (std::is_same_v<T, S>) {
+            turn(row, t, result);
           } else {
-            rotate<T, false>(row, c.row<T>(t), s.row<T>(t), c.width, width, result);
+            storage::read_row(row, width, work);
+            turn(work, t, work + width);
+            storage::write_row(work + width, width, result);
           }
         }
       }
     });
   });
-  return cast(out, input.scalar_type());
+  return out;
 }
 
 // The angle is rounded to float (as models are trained with), its cosine and sine are taken in double. With axes,
