@@ -1,9 +1,10 @@
 """Builds the optional native CPU library beside the Python packages.
 
 The sources are every ``toolkit/ops/*/cpu.cpp``, compiled as one translation unit (torch's headers are
-read once) per instruction set, with headers made from the files of ``toolkit/ops/activation/kinds`` and
-``toolkit/ops/attention/modifiers``. The library for the machine at hand is chosen when it is loaded. Without torch
-or a C++ compiler at build time nothing is built, and the reference implementations serve.
+read once) per instruction set, with headers made from the files of ``toolkit/ops/activation/kinds``,
+``toolkit/ops/attention/modifiers`` and ``toolkit/ops/quantised_linear/formats``. The library for the machine at hand
+is chosen when it is loaded. Without torch or a C++ compiler at build time nothing is built, and the reference
+implementations serve.
 """
 
 import ast
@@ -99,6 +100,14 @@ def modifier_header(folder: Path) -> str:
     return _header("attention_op", None, includes, [*checks, chosen])
 
 
+def format_header(folder: Path) -> str:
+    """C++ that includes the functor of every weight format of ``folder`` and chooses among them by name."""
+    paths = sorted(folder.glob("[!_]*.py"))
+    includes = [f'#include "{functor_header(path)}"\n' for path in paths]
+    structs = {path.stem: f"Format_{path.stem}" for path in paths}
+    return _header("quantised", None, includes, [chooser("with_format", "format", structs, "", "quantised_linear")])
+
+
 def _header(namespace: str, needs: str | None, includes: list[str], body: list[str]) -> str:
     first = [f'#include "{needs}"\n'] if needs else []
     inside = "\n".join(body)
@@ -126,6 +135,8 @@ def compile_command(name: str, sources: list[Path], out: Path, work: Path) -> li
     (generated / "activation_kinds.h").write_text(activation_header(kinds))
     modifiers = ROOT / "toolkit" / "ops" / "attention" / "modifiers"
     (generated / "attention_modifiers.h").write_text(modifier_header(modifiers))
+    formats = ROOT / "toolkit" / "ops" / "quantised_linear" / "formats"
+    (generated / "quantised_formats.h").write_text(format_header(formats))
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
     if compiler is None:
         raise RuntimeError("no C++ compiler found")
@@ -214,6 +225,7 @@ def newest_source() -> float:
 
     ops = ROOT / "toolkit" / "ops"
     files = [*ops.rglob("*.cpp"), *ops.rglob("*.h"), *ops.glob("*/kinds/*.py"), *ops.glob("*/modifiers/*.py")]
+    files += ops.glob("*/formats/*.py")
     return max(path.stat().st_mtime for path in [*files, Path(__file__), Path(torch.version.__file__)])
 
 

@@ -18,6 +18,7 @@ from toolkit.ops.linear import linear, linear_group
 from toolkit.ops.linear_cross_entropy import linear_cross_entropy
 from toolkit.ops.linear_logprob import linear_logprob
 from toolkit.ops.lora_linear import lora_linear
+from toolkit.ops.quantised_linear import dequantise, find, quantised_linear
 from toolkit.ops.rms_norm import add_rms_norm, rms_norm
 from toolkit.ops.rotary import rotary, rotary_tables
 from toolkit.ops.route import route
@@ -30,6 +31,7 @@ TARGETS = torch.where(IDS < 0, -100, IDS)
 OFFSETS = torch.tensor([0, 5, 5, 30])  # an empty sequence, and rows of padding at the end
 A, B = seeded(2, 3, WIDTH, seed=5), seeded(2, WIDTH, 3, seed=6)
 SQUARE = seeded(WIDTH, WIDTH, seed=4)
+CODES, SCALES = find("int4").quantise(SQUARE, group=32)
 HALF, INTEGERS = torch.full((ROWS,), 0.5, dtype=torch.float64), torch.arange(ROWS)
 
 
@@ -60,6 +62,9 @@ OPS = {
     "rotary": lambda x: rotary(x[:, None], *rotary_tables(INTEGERS, torch.rand(10), dtype=x.dtype)),
     "linear": lambda x: linear(x, SQUARE.to(x.dtype), x[0]),
     "linear_group": lambda x: linear_group(x.detach(), [SQUARE.to(x.dtype)] * 2, [None, None]),
+    "quantised_linear": lambda x: quantised_linear(x, CODES, SCALES, x[0], "int4", WIDTH),
+    "quantised_linear, few rows": lambda x: quantised_linear(x[:3], CODES, SCALES, None, "int4", WIDTH),
+    "dequantise": lambda x: dequantise(CODES, SCALES, "int4", WIDTH, WIDTH, x.dtype),
     "lora_linear": lambda x: lora_linear(
         x, SQUARE.to(x.dtype), None, list(A.to(x.dtype)), list(B.to(x.dtype)), [1.0, 1.0], IDS % 3 - 1
     ),

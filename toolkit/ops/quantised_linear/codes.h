@@ -1,0 +1,168 @@
+// Codes of quantised weights in vectors: one output per lane, several k of it in each 32-bit word.
+#pragma once
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "gemm.h"
+
+namespace toolkit::quantised {
+
+constexpr int64_t kPanel = 16;  // outputs whose words lie side by side
+using Lanes = gemm::Lanes<float>;
+using Floats = Lanes::Vector;
+constexpr int64_t kLanes = gemm::kLanes<float>;
+constexpr int kParts = kPanel / kLanes;  // vectors of a panel
+typedef int32_t Ints __attribute__((vector_size(gemm::kVectorBytes)));
+typedef uint32_t Words __attribute__((vector_size(gemm::kVectorBytes)));
+#define TOOLKIT_INLINE __attribute__((always_inline)) inline
+#define TOOLKIT_LAMBDA __attribute__((always_inline))
+
+TOOLKIT_INLINE Words load_words(const int32_t* p) {
+  Words v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+TOOLKIT_INLINE Floats floats_of_bits(Words v) { return (Floats)v; }
+TOOLKIT_INLINE Floats fill(float value) { return Lanes::broadcast(&value); }
+
+// Bit `From` of each lane moved to bit `To`; what lies beside comes along.
+template <int From, int To>
+TOOLKIT_INLINE Words moved(Words v) {
+  if constexpr (From > To) return v >> (From - To);
+  if constexpr (From < To) return v << (To - From);
+  return v;
+}
+
+// (v & mask) ^ bits, which the compiler would give a register of `bits` for each use.
+TOOLKIT_INLINE Floats masked_xor(Words v, uint32_t mask, uint32_t bits) {
+#if defined(TOOLKIT_AVX512)
+  return (Floats)_mm512_ternarylogic_epi32((__m512i)v, _mm512_set1_epi32(mask), _mm512_set1_epi32(bits), 0x6a);
+#else
+  return floats_of_bits((v & mask) ^ bits);
+#endif
+}
+
+// 16 + the 4-bit code J of each word, exactly: the code is the upper bits of a mantissa.
+template <int J>
+TOOLKIT_INLINE Floats nibble_plus_16(Words v) {
+  return masked_xor(moved<4 * J, 19>(v), 0x00780000u, 0x41800000u);
+}
+
+// 384 + the signed 8-bit code J of each word, exactly: the code plus 128 is the upper bits of a mantissa.
+template <int J>
+TOOLKIT_INLINE Floats byte_plus_384(Words v) {
+  return masked_xor(moved<8 * J, 15>(v), 0x007f8000u, 0x43c00000u);
+}
+
+#ifndef CPU_CAPABILITY_AVX2
+// Without instructions for a step its lanes take turns, in functions of their own: inlined they would be most of the
+// library.
+__attribute__((noinline)) static Floats pick(Words indices, const float* table) {
+  Floats out;
+  for (int64_t l = 0; l < kLanes; ++l) out[l] = table[indices[l]];
+  return out;
+}
+template <typename S>
+__attribute__((noinline)) Floats each(const S* p) {
+  Floats out;
+  for (int64_t l = 0; l < kLanes; ++l) out[l] = static_cast<float>(p[l]);
+  return out;
+}
+__attribute__((noinline)) static Floats through_half(Floats v) {
+  for (int64_t l = 0; l < kLanes; ++l) v[l] = static_cast<float>(static_cast<c10::Half>(v[l]));
+  return v;
+}
+#endif
+
+// table[the 4-bit code J of each word].
+template <int J>
+TOOLKIT_INLINE Floats lookup(Words v, const float* table) {
+#if defined(TOOLKIT_AVX512)
+  return _mm512_permutexvar_ps((__m512i)moved<4 * J, 0>(v), _mm512_loadu_ps(table));
+#elif defined(CPU_CAPABILITY_AVX2)
+  const __m256i index = (__m256i)moved<4 * J, 0>(v);
+  const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index);
+  const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), index);
+  return _mm256_blendv_ps(low, high, (__m256)moved<4 * J + 3, 31>(v));
+#else
+  return pick(v >> (4 * J) & 15u, table);
+#endif
+}
+
+inline constexpr float kWhole[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+// The 4-bit code J of each word.
+template <int J>
+TOOLKIT_INLINE Floats nibble(Words v) {
+#if defined(TOOLKIT_AVX512)
+  return lookup<J>(v, kWhole);
+#else
+  return __builtin_convertvector((Ints)(moved<4 * J, 0>(v) & 15u), Floats);
+#endif
+}
+
+TOOLKIT_INLINE Floats smaller(Floats a, Floats b) {
+#if defined(TOOLKIT_AVX512)
+  return _mm512_min_ps(a, b);
+#elif defined(CPU_CAPABILITY_AVX2)
+  return _mm256_min_ps(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+// kLanes numbers as they are stored, in float.
+TOOLKIT_INLINE Floats load(const float* p) { return Lanes::load(p); }
+TOOLKIT_INLINE Floats load(const c10::Half* p) {
+#if defined(TOOLKIT_AVX512)
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(CPU_CAPABILITY_AVX2)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  return each(p);
+#endif
+}
+TOOLKIT_INLINE Floats load(const c10::BFloat16* p) {
+#if defined(TOOLKIT_AVX512)
+  return _mm512_castsi512_ps(
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+#elif defined(CPU_CAPABILITY_AVX2)
+  return _mm256_castsi256_ps(
+      _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+#else
+  return each(p);
+#endif
+}
+TOOLKIT_INLINE Floats load(const uint8_t* p) {
+#if defined(TOOLKIT_AVX512)
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(CPU_CAPABILITY_AVX2)
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  return each(p);
+#endif
+}
+
+// v rounded to S and read again, to nearest, ties to even.
+template <typename S>
+TOOLKIT_INLINE Floats rounded(Floats v) {
+  if constexpr (std::is_same_v<S, c10::BFloat16>) {
+    const Words bits = (Words)v;
+    return floats_of_bits((bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u);
+  } else if constexpr (std::is_same_v<S, c10::Half>) {
+#if defined(TOOLKIT_AVX512)
+    return _mm512_cvtph_ps(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(CPU_CAPABILITY_AVX2)
+    return _mm256_cvtph_ps(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+    return through_half(v);
+#endif
+  }
+  return v;
+}
+
+}  // namespace toolkit::quantised

@@ -1,0 +1,154 @@
+// GEMM of a few rows with a quantised weight: codes become floats in registers, and each output is the chain of
+// multiply-adds that `linear` has for the dequantised weight: in blocks of kDepth k, ascending, block sums in order, the
+// bias last.
+#pragma once
+#include <limits>
+
+#include "matmul.h"
+#include "stored.h"
+
+namespace toolkit::quantised {
+
+constexpr int64_t kDepth = matmul::kDepth<float>;
+constexpr int64_t kUnit = 2;  // panels that a task is made of
+
+struct Problem {
+  Stored weight;
+  const float* x;  // [rows and those of the padding, inputs]
+  int64_t rows;
+  const float* bias;
+  float* out;  // [rows, outputs]
+  void (*run)(const Problem&, int64_t first, int64_t last);  // units
+  int64_t units() const { return (weight.panels + kUnit - 1) / kUnit; }
+};
+
+// Rows that a tile takes at a time: 1, 2, 4 or kTileRows; x is padded with rows to these.
+constexpr int64_t kTileRows = gemm::kVectorBytes == 64 ? 8 : 4;
+inline int64_t tile_rows(int64_t left) {
+  int64_t rows = 1;
+  while (rows < std::min(left, kTileRows)) rows *= 2;
+  return rows;
+}
+inline int64_t padded_rows(int64_t rows) { return rows / kTileRows * kTileRows + (rows % kTileRows ? tile_rows(rows % kTileRows) : 0); }
+
+// `body(integral_constant<J>)` for each code of a word.
+template <typename Format, typename Body>
+TOOLKIT_INLINE void for_codes(const Body& body) {
+  [&]<int... J>(std::integer_sequence<int, J...>) TOOLKIT_LAMBDA {
+    (body(std::integral_constant<int, J>{}), ...);
+  }(std::make_integer_sequence<int, 32 / Format::kBits>{});
+}
+
+// R rows of x against P panels from `panel` on, of which those beyond the last repeat it and are not written.
+template <typename Format, typename S, int R, int P>
+__attribute__((noinline)) void tile(const Problem& p, int64_t row, int64_t panel) {
+  constexpr int V = P * kParts;
+  constexpr int64_t per_word = 32 / Format::kBits, ahead = 16 * kPanel;
+  const Stored& w = p.weight;
+  const float* const x = p.x + row * w.inputs;
+  const int32_t* codes[P];
+  int64_t panels[P];
+  for (int i = 0; i < P; ++i) {
+    panels[i] = std::min(panel + i, w.panels - 1);
+    codes[i] = w.codes + panels[i] * w.words * kPanel;
+  }
+  float total[R][V * kLanes];
+  [[maybe_unused]] Words nans[V] = {};
+  for (int64_t block = 0; block < w.inputs; block += kDepth) {
+    const int64_t block_end = std::min(block + kDepth, w.inputs);
+    Floats sum[R][V] = {};
+    for (int64_t k = block; k < block_end;) {
+      const int64_t g = k / w.group, end = std::min(block_end, (g + 1) * w.group);
+      typename Format::Group groups[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) groups[v] = Format::group(w, panels[v / kParts], g, v % kParts * kLanes);
+      const auto take = [&](auto j, const Words(&words)[V], int64_t at) TOOLKIT_LAMBDA {
+        Floats values[V];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) values[v] = rounded<S>(Format::template value<j()>(words[v], groups[v]));
+        gemm::multiply_add<float, R, V>(x + at + j(), w.inputs, values, sum);
+      };
+      for (; k < end; k += per_word) {
+        Words words[V];
+        const int64_t at = k / per_word * kPanel;
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) {
+          words[v] = load_words(codes[v / kParts] + at + v % kParts * kLanes);
+          if constexpr (Format::kHasNan) nans[v] |= Format::nans(words[v]);
+          if (v % kParts == 0) __builtin_prefetch(codes[v / kParts] + at + ahead);
+        }
+        if (k + per_word <= end) {
+          for_codes<Format>([&](auto j) TOOLKIT_LAMBDA { take(j, words, k); });
+        } else {
+          for_codes<Format>([&](auto j) TOOLKIT_LAMBDA {
+            if (k + j() < end) take(j, words, k);
+          });
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        float* const to = total[r] + v * kLanes;
+        Lanes::store(to, block == 0 ? sum[r][v] : Lanes::load(to) + sum[r][v]);
+      }
+  }
+  const int64_t n = panel * kPanel, columns = std::min<int64_t>(V * kLanes, w.outputs - n);
+  for (int64_t r = 0; r < std::min<int64_t>(R, p.rows - row); ++r) {
+    float* const to = p.out + (row + r) * w.outputs + n;
+    for (int64_t c = 0; c < columns; ++c) {
+      to[c] = p.bias == nullptr ? total[r][c] : total[r][c] + p.bias[n + c];
+      if constexpr (Format::kHasNan)
+        if (nans[c / kLanes][c % kLanes] != 0) to[c] = std::numeric_limits<float>::quiet_NaN();
+    }
+  }
+}
+
+// Panels [first, last), as many at a time as there are registers for.
+template <typename Format, typename S, int R>
+TOOLKIT_INLINE void tiles(const Problem& p, int64_t row, int64_t first, int64_t last) {
+  constexpr int P = kTileRows == 8 || R <= 2 ? 2 : 1;
+  for (int64_t panel = first; panel < last; panel += P) tile<Format, S, R, P>(p, row, panel);
+}
+
+// Panels of units [first, last) for all rows.
+template <typename Format, typename S>
+void run_units(const Problem& p, int64_t first, int64_t last) {
+  for (int64_t panel = first * kUnit; panel < std::min(last * kUnit, p.weight.panels); panel += kUnit)
+    for (int64_t row = 0; row < p.rows;) {
+      const int64_t height = tile_rows(p.rows - row);
+      const int64_t end = std::min(panel + kUnit, p.weight.panels);
+      if (height == 1) tiles<Format, S, 1>(p, row, panel, end);
+      if (height == 2) tiles<Format, S, 2>(p, row, panel, end);
+      if (height == 4) tiles<Format, S, 4>(p, row, panel, end);
+      if constexpr (kTileRows == 8)
+        if (height == 8) tiles<Format, S, 8>(p, row, panel, end);
+      row += height;
+    }
+}
+
+// Several GEMMs, split together over the threads.
+inline void run(const std::vector<Problem>& problems) {
+  int64_t units = 0, work = 0;
+  for (const auto& p : problems) {
+    units += p.units();
+    work += matmul::cost(p.rows, p.weight.outputs * p.weight.inputs);
+  }
+  const int64_t workers = work >= matmul::kParallelWork ? at::get_num_threads() : 1;
+  const int64_t chunk = std::clamp<int64_t>(units / (workers * matmul::kTasks), 1, matmul::kChunk);
+  std::vector<int64_t> first;  // task of each GEMM
+  int64_t tasks = 0;
+  for (const auto& p : problems) {
+    first.push_back(tasks);
+    tasks += (p.units() + chunk - 1) / chunk;
+  }
+  threads::run_tasks(tasks, workers, [&](int64_t task) {
+    size_t at = problems.size() - 1;
+    while (first[at] > task) --at;
+    const int64_t unit = (task - first[at]) * chunk;
+    problems[at].run(problems[at], unit, std::min(unit + chunk, problems[at].units()));
+  });
+}
+
+}  // namespace toolkit::quantised
