@@ -75,17 +75,18 @@ class ModelRunner:
             overwritten by the next step.
         """
         copies: list[list[tuple[int, int]]] = [[] for _ in self.pool.groups]
+        size = self._padded(chunks)
         ends = [-(-(chunk.start + chunk.count) // self.pool.block_size) for chunk in chunks]
         with torch.inference_mode(False):
-            self._tables.begin(max(len(chunks), self._padded(chunks)), max(ends))
+            self._tables.begin(max(len(chunks), size), max(ends))
         for row, chunk in enumerate(chunks):
             for of_group, found in zip(copies, self._sync(row, chunk, ends[row]), strict=True):
                 of_group += found
-        batch, rows = self.build(chunks)
+        batch, rows = self.build(chunks, size)
         batch = self._with_media(batch, chunks, features)
         self.pool.copy_blocks(copies)
         context, backend = PagedContext(batch, self.pool), self.backend
-        if sampled_rows is None or not self._padded(chunks) or not hasattr(backend, "sampled"):
+        if sampled_rows is None or not size or not hasattr(backend, "sampled"):
             return backend.forward(context, rows), None
         with torch.inference_mode(False):
             sampling = self._sampling.of(sampled_rows, len(batch.tokens))
@@ -139,8 +140,13 @@ class ModelRunner:
         columns.upload()
         return batch, columns.view("rows", 0)
 
-    def build(self, chunks: list[Chunk]) -> tuple[RaggedBatch, Tensor]:
-        """The batch of the chunks, and the rows [R] whose logits are wanted. The next step's are written over both."""
+    def build(self, chunks: list[Chunk], size: int) -> tuple[RaggedBatch, Tensor]:
+        """The batch of the chunks, and the rows [R] whose logits are wanted. The next step's are written over both.
+
+        Args:
+            chunks: of the step.
+            size: rows that it is padded to; 0 for none.
+        """
         tokens: list[int] = []
         positions: list[int] = []
         offsets = [0]
@@ -169,7 +175,6 @@ class ModelRunner:
         count = len(tokens)
         # A decode step is padded with rows that have no slot and with sequences that have no keys and no queries, to
         # as many of one as of the other: one captured graph serves any division of its rows into sequences.
-        size = self._padded(chunks)
         padding, empty = size - count if size else 0, size - len(chunks) if size else 0
         of_groups = [
             _snapshots(chunks, at, padding, empty) if group.snapshot_interval else _slots(chunks, at, padding)

@@ -90,6 +90,8 @@ class BlockAllocator:
         The last of ``blocks`` becomes the least recently used: a block is useless without those before it.
         Raises ValueError, changing nothing, when a block would be freed more often than it is held.
         """
+        if not blocks:  # nearly always, in a decode step
+            return
         for block, times in Counter(blocks).items():
             if self.ref_count(block) < times:
                 raise ValueError(f"block {block} must be freed at most {self.ref_count(block)} times, got {times}.")
