@@ -52,7 +52,7 @@ def forget_quantiser(model: Any) -> None:
     """Remove what transformers keeps of the library: it would refuse to move, train or save the model."""
     for name in ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
         model.__dict__.pop(name, None)
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
 
@@ -62,7 +62,8 @@ def plain_linear(weight: QuantisedWeight, bias: Tensor | None) -> nn.Linear:
     outputs, inputs = weight.shape
     made = nn.Linear(inputs, outputs, bias=False, device="meta")
     made.weight = nn.Parameter(weight, requires_grad=False)
-    made.bias = None if bias is None else nn.Parameter(bias.detach().to(weight.dtype), requires_grad=False)
+    kept = None if bias is None else nn.Parameter(bias.detach().to(weight.dtype), requires_grad=False)
+    made.register_parameter("bias", kept)
     return made
 
 
@@ -108,7 +109,7 @@ def _of_tensor(weight: Any) -> QuantisedWeight | None:
     if name not in ("Int8Tensor", "IntxUnpackedToInt8Tensor") or codes is None or scale is None:
         raise ToolkitError(f"torchao's tensors must be Int8Tensor or IntxUnpackedToInt8Tensor, got {name}.")
     scale = scale.reshape(len(codes), -1)
-    if getattr(weight, "target_dtype", None) == torch.int4:  # stored as int8 from -8 to 7
+    if str(getattr(weight, "target_dtype", None)) == "torch.int4":  # stored as int8 from -8 to 7
         shifted = torch.zeros_like(scale) if zero is None else zero.reshape(scale.shape)
         return int4_weight(codes + 8, shifted + 8, scale, weight.dtype)
     if zero is not None and bool(zero.any()):

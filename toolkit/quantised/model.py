@@ -154,7 +154,7 @@ def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
             yield path, module, "weight"
         elif not type(module).__module__.startswith("torch."):
             stacked = [name for name, one in module._parameters.items() if one is not None and one.dim() == 3]
-            if len({module._parameters[name].shape[0] for name in stacked}) == 1:  # type: ignore[union-attr]
+            if len({module._parameters[name].shape[0] for name in stacked}) == 1:
                 yield from ((path, module, name) for name in stacked)
 
 
