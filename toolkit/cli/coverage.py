@@ -28,11 +28,16 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--write", metavar="FILE", help="also write the page to FILE (default docs/coverage*.md for all architectures)"
     )
+    parser.add_argument("--export", action="store_true", help="measure which families each export target holds instead")
+    parser.add_argument("--to", nargs="+", metavar="TARGET", help="targets of --export (default: all)")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 1 where an architecture is patched and wrong. Prints a Markdown table."""
+    if args.export:
+        return export_matrix(args)
+
     from toolkit.errors import ToolkitError, nearest
     from toolkit.files import write_atomic
     from toolkit.testing.architectures import architectures, registered
@@ -60,6 +65,30 @@ def run(args: argparse.Namespace) -> int:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(Path(path), page(rows, args.kind))
     return int(any(row.verdict == "wrong" for row in rows))
+
+
+def export_matrix(args: argparse.Namespace) -> int:
+    """Print a table of families and targets; exit status 1 where a lossless export generates other tokens."""
+    from toolkit.errors import ToolkitError, must_be_one_of
+    from toolkit.exporting import TARGETS
+    from toolkit.testing.export_coverage import ALL, EXPORTED, columns, measure_exports
+
+    for name in args.architectures:
+        if name not in EXPORTED:
+            raise ToolkitError(must_be_one_of("architecture", name, EXPORTED))
+    targets = args.to or TARGETS.names()
+    heads = [target if form is None else f"{target} {form}" for target, form in columns(targets)]
+    cells = []
+    for cell in measure_exports(args.architectures or EXPORTED, targets):
+        cells.append(cell)
+        print(f"{cell.family} to {cell.target} {cell.quantise or ''}: {cell.shown}", file=sys.stderr, flush=True)
+    lines = [f"| family | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for start in range(0, len(cells), len(heads)):
+        row = cells[start : start + len(heads)]
+        lines.append(f"| {row[0].family} | {' | '.join(cell.shown for cell in row)} |")
+    reasons = {cell.refused: None for cell in cells if cell.refused is not None}
+    print("\n".join([*lines, "", *(f"- {reason}" for reason in reasons)]))
+    return int(any(cell.lossless and cell.same not in (None, ALL) for cell in cells))
 
 
 def totals(rows: "Sequence[Row]") -> str:

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     from toolkit.cli.verify import real_prompts
     from toolkit.engine import Engine, SamplingParams
     from toolkit.exporting import MANIFEST, TARGETS, export, is_lossless
-    from toolkit.loading import load_model
+    from toolkit.loading import load_model, load_with_adapters
     from toolkit.patching.adapters import vocabulary_size
 
     target = TARGETS.find("--to", args.to)()
@@ -43,7 +43,13 @@ def run(args: argparse.Namespace) -> int:
         with Engine(model, tokenizer) as engine:
             prompts = real_prompts(tokenizer, vocabulary_size(model), random.Random(0))[:PROMPTS]
             path = export(
-                model, args.target, args.to, tokenizer, args.quantise, () if args.no_check else prompts, TOKENS
+                load_with_adapters(args.model, args.dtype) if target.holds_adapters else model,
+                args.target,
+                args.to,
+                tokenizer,
+                args.quantise,
+                () if args.no_check else prompts,
+                TOKENS,
             )
             print(f"exported {args.model} to {path}")
             if args.no_check:

@@ -89,15 +89,18 @@ def generate_greedily(model: Any, prompts: Sequence[Sequence[int]], max_tokens: 
     import torch
 
     outputs = []
-    for prompt in prompts:
-        ids = torch.tensor([list(prompt)])
-        generated = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=max_tokens,
-            min_new_tokens=max_tokens,
-            pad_token_id=0,
-        )
-        outputs.append(generated[0, len(prompt) :].tolist())
+    ends, model.generation_config.eos_token_id = model.generation_config.eos_token_id, None
+    try:
+        for prompt in prompts:
+            ids = torch.tensor([list(prompt)])
+            generated = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=max_tokens,
+                pad_token_id=0,
+            )
+            outputs.append(generated[0, len(prompt) :].tolist())
+    finally:
+        model.generation_config.eos_token_id = ends
     return outputs

@@ -8,7 +8,7 @@ from typing import Any
 from toolkit.errors import ToolkitError, must_be_one_of
 from toolkit.loading.classes import RUNNERS, auto_class, runner_of
 from toolkit.loading.generation_config import sampling_defaults
-from toolkit.loading.model import DTYPES, load_weights, read_config
+from toolkit.loading.model import DTYPES, load_weights, load_with_adapters, read_config
 from toolkit.loading.new_weights import read_new_weights
 from toolkit.loading.pooling_files import pooler_settings
 from toolkit.loading.processor import load_processor, processor_files, write_processor_files
@@ -27,6 +27,7 @@ __all__ = [
     "load_processor",
     "load_tokenizer",
     "load_weights",
+    "load_with_adapters",
     "pooler_settings",
     "processor_files",
     "read_config",

@@ -10,7 +10,7 @@ from toolkit.errors import ToolkitError, first_line
 from toolkit.loading.classes import auto_class, pooling_class
 from toolkit.loading.quantised_base import quantise_base_of
 from toolkit.loading.quantised_files import is_readable, load_quantised
-from toolkit.loading.source import CONFIG, Source, read_json
+from toolkit.loading.source import ADAPTER, CONFIG, Source, find_source, read_json
 from toolkit.loading.tensors import weight_files
 
 if TYPE_CHECKING:
@@ -170,6 +170,24 @@ def _model(source: Source, config: Any, dtype: "torch.dtype", device: "torch.dev
             del model.config.quantization_config
     model.name_or_path = source.name
     return model
+
+
+def load_with_adapters(name_or_path: str | Path, dtype: str = "float32", device: str = "cpu") -> Any:
+    """PEFT's model of a folder of adapters, beside the weights of their base model; arguments as for ``load_weights``.
+
+    Raises:
+        ToolkitError: no adapters, or what does not load.
+    """
+    source = find_source(name_or_path)
+    if source.base is None:
+        raise ToolkitError(f"model must be a folder of adapters, got '{name_or_path}', which has no {ADAPTER}.")
+    base = load_weights(source.base, dtype, device)
+    try:
+        import peft
+
+        return peft.PeftModel.from_pretrained(base, str(source.folder)).eval()
+    except Exception as error:
+        raise ToolkitError(f"The adapters in '{source.folder}' cannot be loaded ({first_line(error)}).") from None
 
 
 def _merged(model: Any, folder: Path) -> Any:

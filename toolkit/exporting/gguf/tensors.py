@@ -82,7 +82,7 @@ def named_tensors(folder: Path, config: Any, family: Family, head_size: int, tar
     for name, (_, shape) in headers.items():
         if _EXPERT.match(name) or (name == _UNTIED and config.tie_word_embeddings):
             continue
-        change = _change(name, config, family)
+        change = changed(name, config, family)
         shape = (shape[0], shape[2]) if name.endswith("conv.conv.weight") else shape
         yield Named(names.of(name), shape, partial(_changed, read, name, change))
 
@@ -95,7 +95,7 @@ def _changed(read: "Reader", name: str, change: Callable[[Tensor], Tensor]) -> T
     return change(read(name))
 
 
-def _change(name: str, config: Any, family: Family) -> Callable[[Tensor], Tensor]:
+def changed(name: str, config: Any, family: Family) -> Callable[[Tensor], Tensor]:
     """What happens to a tensor's values."""
     if family.interleaved_rotary and re.search(r"\.[qk]_proj\.(weight|bias)$", name):
         heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
