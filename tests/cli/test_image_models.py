@@ -68,7 +68,7 @@ def test_an_export_that_would_lose_a_tower_is_refused(saved, tmp_path):
     assert not (tmp_path / "exported").exists()
 
 
-def test_tensors_that_the_class_leaves_out_are_in_the_manifest(saved, tmp_path):
+def test_tensors_that_the_class_does_not_read_are_copied(saved, tmp_path):
     from safetensors.torch import save_file
 
     folder = tmp_path / "with_mtp"
@@ -77,7 +77,9 @@ def test_tensors_that_the_class_leaves_out_are_in_the_manifest(saved, tmp_path):
     save_file({**tensors(saved), "mtp.fc.weight": torch.zeros(2, 2)}, folder / "model.safetensors", {"format": "pt"})
     path = export(load_model(folder)[0], tmp_path / "exported")
     manifest = json.loads((path / "toolkit_manifest.json").read_text())
-    assert manifest["left_out"] == {"tensors": 1, "first": "mtp.fc.weight"}
+    assert manifest["left_out"] is None
+    with safe_open(path / "model-00002-of-00002.safetensors", "pt") as file:
+        assert torch.equal(file.get_tensor("mtp.fc.weight"), torch.zeros(2, 2))
 
 
 @pytest.mark.parametrize(

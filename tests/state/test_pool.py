@@ -21,6 +21,7 @@ SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
     "selection": ((1, 4),),
     "index": ((1, 6),),
     "pooled_index": ((1, 6),),
+    "hidden": ((1, 6),),
 }
 """What to remember in the tests of a kind; any other kind is given keys and values."""
 
@@ -195,7 +196,7 @@ def test_half_precision_is_kept_bit_for_bit(kind: str) -> None:
     host = sequences.state.swap_out(blocks)
     sequences.state.swap_in(blocks, host)
     assert same(sequences.read(block_tables), before)
-    if kind in ("full", "latent"):
+    if kind in ("full", "latent", "hidden"):
         assert same(before, rows)
     if kind == "conv":
         assert torch.equal(before[0], rows[0][-3:])
@@ -203,7 +204,7 @@ def test_half_precision_is_kept_bit_for_bit(kind: str) -> None:
         assert torch.equal(before[0], rows[0].int())
 
 
-@pytest.mark.parametrize("kind", ["full", "latent", "routing", "selection", "window"])
+@pytest.mark.parametrize("kind", ["full", "hidden", "latent", "routing", "selection", "window"])
 def test_negative_slots_are_skipped(kind: str) -> None:
     sequences = Sequences(kind)
     before = [store.clone() for store in sequences.state.stores]

@@ -87,6 +87,7 @@ class PatchedModel:
         config: Any = model.config
         text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
         self.vocab_size = vocabulary_size(model)
+        self.hidden_size = int(getattr(text, "hidden_size", 0) or 0)
         # A table of positions has no rows for those before a sequence's first one.
         self.max_model_len = int(getattr(text, "max_position_embeddings", None) or 2048) - report.ragged.position_offset
         self.uncounted_token = report.ragged.uncounted_token

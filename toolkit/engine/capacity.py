@@ -28,6 +28,11 @@ def chosen_specs(backend: Backend, config: EngineConfig, max_model_len: int) -> 
             specs = [spec for spec in specs if spec.kind != kind]
         elif all(spec.kind != kind for spec in specs):
             raise ToolkitError(f"{option} must be False for a model without a patched {lacking}, got True.")
+    if config.keeps_hidden:
+        width = getattr(backend, "hidden_size", 0)
+        if not width:
+            raise ToolkitError("method of speculative_config must be another than 'mtp' for this backend.")
+        specs.append(StateSpec(0, "hidden", ((1, width),)))
     widths = [spec.shapes[0][1] for spec in specs if spec.kind == "selection"]
     if widths:  # one width for all layers, and no more keys than a sequence has
         shapes = ((1, min(max(widths), max_model_len)),)

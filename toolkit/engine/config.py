@@ -55,6 +55,11 @@ class EngineConfig:
         """``speculative_config``, checked."""
         return None if self.speculative_config is None else SpeculativeConfig.check(self.speculative_config)
 
+    @property
+    def keeps_hidden(self) -> bool:
+        """Whether last hidden states are kept beside other state: a multi-token prediction layer reads them."""
+        return self.speculation is not None and self.speculation.method == "mtp"
+
     @classmethod
     def names(cls) -> tuple[str, ...]:
         """Of all fields."""

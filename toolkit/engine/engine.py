@@ -130,7 +130,7 @@ class Engine:
         encode: Any = getattr(self.backend, "encode", None)  # never called for a backend that takes no pictures
         self.encoder_cache = EncoderCache(encode, encoder_cache_size)
         self.runner = ModelRunner(self.backend, self.pool, self.scheduler.max_running, self.max_model_len)
-        self.speculation = new_speculation(self.config, self.backend, running, self.max_model_len)
+        self.speculation = new_speculation(self.config, self.backend, self.pool, running, self.max_model_len)
         self.adapters = new_adapters(self.backend, self.scheduler, self.config)
         if self.adapters is not None:
             self.runner.adapter_ids = self.adapters.ids

@@ -7,13 +7,7 @@ from typing import Any, NamedTuple
 from toolkit.errors import ToolkitError
 from toolkit.loading.source import CONFIG, find_source, read_json
 from toolkit.loading.tensors import tensor_shapes
-
-
-class LeftOut(NamedTuple):
-    """Tensors of a checkpoint that the model's class does not read. first: the name of one of them."""
-
-    tensors: int
-    first: str
+from toolkit.patching.mtp import mtp_tensors
 
 
 def checkpoint_folder(model: Any) -> Path | None:
@@ -48,11 +42,27 @@ def check_towers(model: Any, folder: Path) -> None:
         )
 
 
-def left_out(model: Any, folder: Path) -> LeftOut | None:
-    """Tensors of the checkpoint that transformers' class leaves out (heads of other objectives, say)."""
-    patterns = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
-    names = sorted(name for name in tensor_shapes(folder) if any(one.search(name) for one in patterns))
+class LeftOut(NamedTuple):
+    """Tensors of a checkpoint that an export does not have. first: the name of one of them."""
+
+    tensors: int
+    first: str
+
+
+def left_out(model: Any, source: Path, folder: Path) -> LeftOut | None:
+    """Tensors of the checkpoint that the model's class does not read, and that the export in ``folder`` lacks."""
+    there = tensor_shapes(folder)
+    names = [name for name in unread_tensors(model, source) if name not in there]
     return LeftOut(len(names), names[0]) if names else None
+
+
+def unread_tensors(model: Any, folder: Path) -> list[str]:
+    """Names of the checkpoint's tensors that transformers' class leaves out: multi-token prediction layers, say."""
+    patterns = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    names = sorted(tensor_shapes(folder))
+    ahead = set(mtp_tensors(names, model.config.get_text_config().num_hidden_layers))
+    kept = model.state_dict().keys()
+    return [one for one in names if one not in kept and (one in ahead or any(p.search(one) for p in patterns))]
 
 
 def _is_tower(name: str, value: Any) -> bool:

@@ -7,8 +7,9 @@ from typing import Any
 
 from toolkit.errors import ToolkitError
 from toolkit.exporting.base import ConsumerOutput, ExportJob, ExportTarget
-from toolkit.exporting.completeness import check_towers, checkpoint_folder
+from toolkit.exporting.completeness import check_towers, checkpoint_folder, unread_tensors
 from toolkit.exporting.manifest import installed_version
+from toolkit.exporting.unread import copy_unread
 from toolkit.loading import auto_class, processor_files, write_processor_files
 from toolkit.loading.model import quiet_transformers
 
@@ -19,7 +20,8 @@ SHARD = "5GB"
 class HuggingFace(ExportTarget, name="hf"):
     """safetensors, config, generation config, tokenizer, processor; a patch's attention does not reach the config.
 
-    Tensors have the names that the checkpoint has; files of the processor are copied from it. Every token at which the
+    Tensors have the names that the checkpoint has. Those that the model's class does not read (multi-token prediction
+    layers) and files of the processor are copied from it. Every token at which the
     engine stops is in the generation config.
     """
 
@@ -53,6 +55,9 @@ def write_checkpoint(job: ExportJob, folder: Path) -> None:
     model = job.model
     with quiet_transformers():
         model.save_pretrained(folder, max_shard_size=SHARD)
+    source = checkpoint_folder(model)
+    if source is not None:
+        copy_unread(unread_tensors(model, source), source, folder)
     generation = copy.deepcopy(getattr(model, "generation_config", None))
     if generation is not None:
         ends = eos_token_ids(model, job.tokenizer)
@@ -61,7 +66,7 @@ def write_checkpoint(job: ExportJob, folder: Path) -> None:
         generation.save_pretrained(folder)
     if job.tokenizer is not None:
         job.tokenizer.save_pretrained(folder)
-    write_processor_files(processor_files(checkpoint_folder(model)), folder)
+    write_processor_files(processor_files(source), folder)
 
 
 def eos_token_ids(model: Any, tokenizer: Any) -> list[int]:

@@ -36,7 +36,7 @@ def manifest(
     model = job.model
     base = model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
     report, source = report_of(model), checkpoint_folder(base)
-    lost = left_out(base, source) if source is not None else None
+    lost = left_out(base, source, folder) if source is not None else None
     return {
         "format": target,
         "quantise": job.quantise,

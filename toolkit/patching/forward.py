@@ -1,8 +1,8 @@
 """Forwards of a patched model over ragged batches."""
 
 import inspect
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -18,7 +18,7 @@ from toolkit.patching.ragged_check import check_ragged
 from toolkit.patching.record import check_forwards, report_of
 from toolkit.patching.report import PatchReport
 from toolkit.patching.without_media import text_arguments
-from toolkit.state.active import set_forward_context
+from toolkit.state.active import get_forward_context, set_forward_context
 from toolkit.state.batch import RaggedBatch
 from toolkit.state.context import ForwardContext
 from toolkit.state.dense import DenseContext
@@ -135,7 +135,7 @@ def _run(
     """The output of ``called``, which is ``inner`` (a patched model, or its part without a head) or its wrapper."""
     batch = context.batch
     bitwise = report.numerics is Numerics.BITWISE and batch.tokens.is_cpu and not torch.compiler.is_compiling()
-    with set_forward_context(context), row_invariant() if bitwise else nullcontext():
+    with set_forward_context(context), row_invariant() if bitwise else nullcontext(), _recording(inner, context):
         tokens = batch.tokens[None]
         arguments = call_arguments(inner, report, context) | text_arguments(inner, tokens)
         output = called(input_ids=tokens, **given, **arguments)
@@ -144,3 +144,21 @@ def _run(
             context.replay.check_complete()
         context.selections.check_complete()
     return output
+
+
+@contextmanager
+def _recording(inner: nn.Module, context: ForwardContext) -> Iterator[None]:
+    """Let the context keep the last hidden states of the forward that runs here, if it does."""
+    if not context.keeps_hidden:
+        yield
+        return
+
+    def record(part: nn.Module, arguments: Any, output: Any) -> None:
+        if get_forward_context() is context:  # not that of another thread
+            context.record_hidden(output.last_hidden_state[0])
+
+    hook = inner.get_submodule(hidden_part(inner)).register_forward_hook(record)
+    try:
+        yield
+    finally:
+        hook.remove()

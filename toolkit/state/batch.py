@@ -59,6 +59,8 @@ class RaggedBatch:
         adapter_ids: [T] the adapter of each row, as an index of ``adapters``, -1 for none; None where what the model
             has switched on acts on all rows.
         adapters: names of adapters.
+        previous_hidden: [T, H] what the model said of the token before each of these, its last hidden state; None where
+            nothing reads that. A multi-token prediction layer does.
         spans: [T, 2] the (first, end) index in its sequence of the span that each row lies in, (0, 0) for none; None
             for no spans. The tokens of a span see each other, later ones too (a picture's): a row sees what it would
             without, and its span from there on. A span lies in one segment and in one step of the engine.
@@ -95,6 +97,7 @@ class RaggedBatch:
     prompt_lengths: Tensor | None = None
     adapter_ids: Tensor | None = None
     adapters: tuple[str, ...] = ()
+    previous_hidden: Tensor | None = None
 
     @classmethod
     def from_sequences(

@@ -201,3 +201,11 @@ class ForwardContext(ABC):
     @abstractmethod
     def record_routing(self, layer: int, ids: Tensor) -> None:
         """Keep the experts ids [T, K] that the new tokens go to in a layer of experts, where the state does."""
+
+    @property
+    def keeps_hidden(self) -> bool:
+        """Whether the last hidden states of the new tokens are kept."""
+        return False
+
+    def record_hidden(self, hidden: Tensor) -> None:  # noqa: B027
+        """Keep the last hidden states [T, H] of the new tokens, where the state does (``keeps_hidden``)."""

@@ -127,6 +127,14 @@ class PagedContext(ForwardContext):
             state, view = self._state(layer, "record_routing")
             state.write((ids[:, None],), view, self.batch.query_offsets)
 
+    @property
+    def keeps_hidden(self) -> bool:
+        return self.pool.has(0, "record_hidden")
+
+    def record_hidden(self, hidden: Tensor) -> None:
+        state, view = self._state(0, "record_hidden")
+        state.write((hidden[:, None],), view, self.batch.query_offsets)
+
     def _state(self, layer: int, op: str, part: int = 0) -> tuple[Any, PagedRows | Snapshots]:
         """The state kind that serves an op of a layer, and the batch's view of its group."""
         state, group = self.pool.find(layer, op, part)

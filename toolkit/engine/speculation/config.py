@@ -6,7 +6,7 @@ from typing import Any
 from toolkit.engine.checks import check_bool, check_int, check_names
 from toolkit.errors import ToolkitError, must_be_one_of
 
-METHODS = ("prediction", "ngram", "suffix", "draft_model")
+METHODS = ("prediction", "ngram", "suffix", "draft_model", "mtp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,8 +15,8 @@ class SpeculativeConfig:
 
     Args:
         method: "prediction" (that alone), "ngram" (what followed the same tokens earlier in the sequence), "suffix"
-            (that, and what followed them in finished sequences) or "draft_model" (what a smaller model with the same
-            vocabulary samples).
+            (that, and what followed them in finished sequences), "draft_model" (what a smaller model with the same
+            vocabulary samples) or "mtp" (what the multi-token prediction layer of the model's own checkpoint samples).
         num_speculative_tokens: most tokens of a draft.
         adaptive: draft as many of them as are estimated to bring the most tokens per second, none where plain decoding
             is faster; False: always as many as there are.

@@ -49,17 +49,17 @@ class DraftModel:
             )
         self.max_model_len = min(max_model_len, self.backend.max_model_len)
         plain = replace(
-            config, kinds=None, speculative_config=None, enable_return_routed_experts=False,
-            enable_return_selected_keys=False,
+            config, kinds=None, enable_return_routed_experts=False, enable_return_selected_keys=False,
+            speculative_config=config.speculative_config if config.keeps_hidden else None,
         )  # fmt: skip
         self.pool, self.block_manager = new_state(self.backend, plain, running, self.max_model_len)
-        self.runner = ModelRunner(self.backend, self.pool, running, self.max_model_len)
+        self.runner = self._new_runner(running)
         self.sampler = Sampler()
         self.seconds_per_token = 0.0
         self._budget = config.max_num_batched_tokens
         self._version = self.backend.version()
         self._running = running
-        self._known: dict[Sequence, _Followed] = {}
+        self._known: dict[Sequence, Followed] = {}
         self._sleeps = False
 
     def propose(self, sequences: Items[Sequence], most: Items[int]) -> list[Draft]:
@@ -101,7 +101,7 @@ class DraftModel:
         self.sampler.close()
         del self.pool, self.runner, self.backend
 
-    def _follow(self, sequence: Sequence, most: int) -> "_Followed | None":
+    def _follow(self, sequence: Sequence, most: int) -> "Followed | None":
         """The sequence here, with state of no other tokens than its own; None where it cannot be drafted for."""
         if sequence.request.media is not None or len(sequence.tokens) + most > self.max_model_len:
             return None
@@ -110,18 +110,24 @@ class DraftModel:
             if len(self._known) >= self._running:
                 return None
             length = self._rotary_length(len(sequence.request.prompt) + sequence.request.max_tokens)
-            request = _Request(length, sequence.request.prompt_length)
+            request = DraftRequest(length, sequence.request.prompt_length)
             tables = self.block_manager.new_block_tables(None)
-            found = self._known[sequence] = _Followed(request, tables)
+            found = self._known[sequence] = self._new_followed(sequence, request, tables)
         found.follow(sequence.tokens)
         return found
+
+    def _new_runner(self, running: int) -> ModelRunner:
+        return ModelRunner(self.backend, self.pool, running, self.max_model_len)
+
+    def _new_followed(self, sequence: Sequence, request: "DraftRequest", tables: BlockTables) -> "Followed":
+        return Followed(request, tables)
 
     def _rotary_length(self, declared: int) -> int | None:
         of: Any = getattr(self.backend, "rotary_length", lambda declared: None)
         length: int | None = of(declared)
         return length
 
-    def _run(self, followed: "dict[Sequence, _Followed]", most: dict[Sequence, int]) -> None:
+    def _run(self, followed: "dict[Sequence, Followed]", most: dict[Sequence, int]) -> None:
         """Steps until every draft has as many tokens as it may."""
         while True:
             wanting = [(one, found) for one, found in followed.items() if len(found.draft) < most[one]]
@@ -152,7 +158,7 @@ class DraftModel:
 
 
 @dataclass(slots=True)
-class _Request:
+class DraftRequest:
     """What a runner asks of a request."""
 
     rotary_length: int | None
@@ -162,10 +168,10 @@ class _Request:
 
 
 @dataclass(slots=True)
-class _Followed:
+class Followed:
     """A sequence in the draft model: for its runner what a ``Sequence`` is for the engine's."""
 
-    request: _Request
+    request: DraftRequest
     block_tables: BlockTables
     tokens: list[int] = field(default_factory=list)
     draft: list[int] = field(default_factory=list)

@@ -5,25 +5,29 @@ from toolkit.engine.config import EngineConfig
 from toolkit.engine.speculation.config import SpeculativeConfig
 from toolkit.engine.speculation.draft_model import DraftModel
 from toolkit.engine.speculation.drafter import Drafter
+from toolkit.engine.speculation.mtp import MtpDrafter
 from toolkit.engine.speculation.ngram import NgramDrafter
 from toolkit.engine.speculation.prediction import PredictionDrafter
 from toolkit.engine.speculation.speculation import Speculation
 from toolkit.engine.speculation.suffix import SuffixDrafter
 from toolkit.engine.step.decode_graphs import CAPTURE_SIZES
+from toolkit.state import StatePool
 
 
-def new_speculation(config: EngineConfig, backend: Backend, running: int, max_model_len: int) -> Speculation | None:
-    """The speculation of an engine for ``running`` sequences; None where it is not configured."""
+def new_speculation(
+    config: EngineConfig, backend: Backend, pool: StatePool, running: int, max_model_len: int
+) -> Speculation | None:
+    """The speculation of an engine for ``running`` sequences over ``pool``; None where it is not configured."""
     chosen = config.speculation
     if chosen is None:
         return None
-    drafter = _drafter(chosen, config, backend, running, max_model_len)
+    drafter = _drafter(chosen, config, backend, pool, running, max_model_len)
     # Larger steps are not captured: next to those that are, a row more would cost far more than a row.
     return Speculation(chosen, drafter, backend.decode_size, min(config.max_num_batched_tokens, CAPTURE_SIZES[-1]))
 
 
 def _drafter(
-    chosen: SpeculativeConfig, config: EngineConfig, backend: Backend, running: int, max_model_len: int
+    chosen: SpeculativeConfig, config: EngineConfig, backend: Backend, pool: StatePool, running: int, max_model_len: int
 ) -> Drafter:
     if chosen.method == "prediction":
         return PredictionDrafter()
@@ -32,4 +36,6 @@ def _drafter(
     if chosen.method == "suffix":
         depth, tokens = chosen.suffix_decoding_max_tree_depth, chosen.suffix_decoding_max_cached_tokens
         return SuffixDrafter(chosen.prompt_lookup_min, depth, tokens)
+    if chosen.method == "mtp":
+        return MtpDrafter(config, backend, pool, running, max_model_len)
     return DraftModel(chosen.model, config, backend, running, max_model_len)

@@ -90,7 +90,7 @@ class DecodeGraphs:
         batch = context.batch
         adapters = None if batch.adapter_ids is None else batch.adapters
         parts = None if sampling is None else sampling.parts
-        size = len(batch.tokens), batch.positions.dim(), adapters, parts
+        size = len(batch.tokens), batch.positions.dim(), adapters, parts, batch.previous_hidden is not None
         widths = tuple(view.block_tables.shape[1] for view in batch.views if isinstance(view, PagedRows))
         replay = self._graphs.get(size) or self._graphs.get((*size, widths))
         if replay is None or not holds(replay, inputs):
@@ -130,7 +130,7 @@ _OWN = ("tokens", "positions", "query_offsets", "kv_offsets", "kv_lengths")
 
 
 def _own(batch: RaggedBatch) -> tuple[str, ...]:
-    optional = ("rotary_lengths", "adapter_ids")
+    optional = ("rotary_lengths", "adapter_ids", "previous_hidden")
     return (*_OWN, *(name for name in optional if getattr(batch, name) is not None))
 
 

@@ -81,8 +81,8 @@ class StateKind(ABC):
 
     kind: ClassVar[str]
     op: ClassVar[str]
-    """What uses it: "attend", "select", "scan", "convolve", "record_routing" or "record_selection"; a layer has one of
-    each, and a scan a part."""
+    """What uses it: "attend", "select", "scan", "convolve", "record_routing", "record_selection" or "record_hidden"; a
+    layer has one of each, and a scan a part."""
     snapshot_interval: ClassVar[int] = 0
     """0: a block holds a slot for each token. s > 0: it holds one value, and every s-th block's is kept."""
     capturable: ClassVar[bool] = True
