@@ -17,14 +17,14 @@ GREEDY = {"max_tokens": 5, "temperature": 0}
 SMALL = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
 
 
-def adapted(**options):
+def adapted(family="llama", **options):
     """A model with an adapter of each name, the first of which is active."""
     torch.manual_seed(0)
     model = None
     for name, one in options.items():
         config = peft.LoraConfig(**{**SMALL, **one})
         if model is None:
-            model = peft.get_peft_model(random_model("llama"), config, adapter_name=name)
+            model = peft.get_peft_model(random_model(family), config, adapter_name=name)
         else:
             model.add_adapter(name, config)
     return model
@@ -75,6 +75,71 @@ def test_a_deleted_adapter_ends_its_requests_alone(whole):
         with pytest.raises(ToolkitError, match="lora_name must be"):
             completed(engine, "b")
         engine.check_integrity()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_an_adapter_that_is_merged_ends_its_requests_alone(family):
+    model = adapted(family, a={}, b={})
+    other = copy.deepcopy(model)  # the same by hand: what is merged is written into the weights, and gone
+    for module in other.modules():
+        if hasattr(module, "get_delta_weight") and "a" in module.lora_A:
+            module.base_layer.weight.data += module.get_delta_weight("a")
+    other.delete_adapter("a")
+    with Engine(model) as engine, Engine(other) as plain:
+        before = completed(engine, "a")
+        lost, *kept = [engine.submit(PROMPT, SamplingParams(**GREEDY, lora_name=name)) for name in ("a", "b", None)]
+        engine.step()
+        model.merge_adapter(["a"])
+        done = {}
+        while engine.has_work:
+            done |= {delta.request_id: delta.finished for delta in engine.step() if delta.finished}
+        assert done[lost].error == "adapter 'a' must not be merged while requests choose it."
+        assert [done[one].finish_reason for one in kept] == ["length", "length"]
+        with pytest.raises(ToolkitError, match=r"adapter 'a' must be LoRA .* has it merged into its weight; unmerge"):
+            completed(engine, "a")
+        assert outcome(completed(engine, "b")) == outcome(completed(plain, "b"))
+        assert outcome(completed(engine)) != outcome(completed(engine, "b"))
+        model.unmerge_adapter()
+        again = completed(engine, "a")
+        assert again.token_ids == before.token_ids
+        torch.testing.assert_close(torch.tensor(again.logprobs), torch.tensor(before.logprobs))
+        engine.check_integrity()
+
+
+def test_an_adapter_of_an_unchanged_folder_keeps_its_version(tmp_path):
+    model = random_model("llama")
+    folders = {name: save_adapter(model, tmp_path / name, seed) for seed, name in enumerate("ab")}
+    with Engine(model, max_loras=1, max_cpu_loras=1) as engine:
+        for name, folder in folders.items():
+            engine.load_adapter(name, folder)
+        first = completed(engine, "a")
+        for changed in (False, True):
+            completed(engine, "b")  # "a" is read again then
+            hits = engine.stats()["prefix_cache_hits"]
+            again = completed(engine, "a")
+            assert (again.weight_version == first.weight_version) is not changed
+            assert (engine.stats()["prefix_cache_hits"] > hits) is not changed
+            assert (outcome(again) == outcome(first)) is not changed
+            save_adapter(model, folders["a"], seed=7)
+
+
+@pytest.mark.parametrize("where", ["model", "host", "folder"])
+def test_an_adapter_that_is_loaded_over_itself_keeps_its_version(where, tmp_path):
+    model = random_model("llama")
+    folders = {name: save_adapter(model, tmp_path / name, seed) for seed, name in enumerate("ab")}
+    bounds = {"model": {}, "host": {"max_loras": 1}, "folder": {"max_loras": 1, "max_cpu_loras": 1}}[where]
+    with Engine(model, **bounds) as engine:
+        for name, folder in folders.items():
+            engine.load_adapter(name, folder)
+        first = completed(engine, "a")
+        completed(engine, "b")
+        engine.load_adapter("a", folders["a"], load_inplace=True)
+        again = completed(engine, "a")
+        assert (outcome(again), again.weight_version) == (outcome(first), first.weight_version)
+        engine.load_adapter("a", folders["b"], load_inplace=True)
+        other = completed(engine, "a")
+        assert other.weight_version != first.weight_version
+        assert outcome(other) == outcome(completed(engine, "b")) != outcome(first)
 
 
 @pytest.mark.parametrize("dora", [False, True])

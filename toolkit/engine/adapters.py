@@ -18,9 +18,12 @@ from toolkit.patching.adapters import (
     adapter_names,
     adapter_parts,
     check_choosable,
+    contents,
     internal_name,
     load_adapter,
+    merged_adapters,
     move,
+    parts_of,
     put_in,
     remove_adapter,
     take_out,
@@ -42,7 +45,7 @@ class LoadedAdapter:
         folder: it came from.
         host: its parts while they are not in the model.
         stamp: of its tensors when they left the model.
-        dropped: whether the host has forgotten its parts, which are in the folder.
+        contents: a digest of its parts, once the host has forgotten them: they are in the folder.
         last_used: the number of the last step that needed it.
     """
 
@@ -50,8 +53,12 @@ class LoadedAdapter:
     folder: Path
     host: Parts | None = None
     stamp: tuple[int, int] = (0, 0)
-    dropped: bool = False
+    contents: bytes | None = None
     last_used: int = 0
+
+    @property
+    def dropped(self) -> bool:
+        return self.contents is not None
 
     @property
     def in_model(self) -> bool:
@@ -100,6 +107,7 @@ class ModelAdapters:
         self._uses: Counter[str] = Counter()
         self._leaving: set[str] = set()
         self._allowed: set[str] = set()
+        self._merged: set[str] = set()
         self._keys: tuple[tuple[int, tuple[str, ...]], WeightKeys] | None = None
         self._active: tuple[int, str | None] = (-1, None)
         self._looked = -1
@@ -148,10 +156,14 @@ class ModelAdapters:
         self._read(name, arriving, folder)
         if taken:
             old = self._loaded[name]
-            if old.in_model:
-                take_out(model, internal)
-            put_in(take_out(model, arriving), internal)
+            stamp = self._backend.clock.stamp(internal) if old.in_model else old.stamp
+            before = take_out(model, internal) if old.in_model else old.host
+            new = take_out(model, arriving)
+            same = contents(new) == (old.contents if before is None else contents(before))
+            put_in(new, internal)
             self._backend.version()  # before it may be evicted again: its stamp is another one
+            if same:
+                self._backend.clock.restore(internal, stamp)
         self._loaded[name] = LoadedAdapter(name, Path(folder).resolve(), last_used=self._steps)
         self._leave_room(keep=name)
         self._changed()
@@ -171,10 +183,12 @@ class ModelAdapters:
 
     def check(self, name: str) -> None:
         """Raise ToolkitError unless requests may choose ``name``."""
-        if name in self._loaded and name not in self._leaving:
-            return
         self._backend.version()
         layout = self._backend.clock.layout
+        if name in self._loaded and name not in self._leaving:
+            if self._loaded[name].in_model and internal_name(name) in self._merged_now():
+                self._check_choosable(internal_name(name))
+            return
         if self._chosen.get(name) == layout:
             return
         known = self.names
@@ -185,6 +199,10 @@ class ModelAdapters:
         self._chosen[name] = layout
         if new:
             self._changed()
+
+    def _merged_now(self) -> set[str]:
+        """Adapters that are merged; ``_merged`` has those of the last step."""
+        return self._merged if self._looked == self._backend.clock.layout else merged_adapters(self._backend.model)
 
     def _check_choosable(self, name: str) -> None:
         model = self._backend.model
@@ -246,15 +264,23 @@ class ModelAdapters:
         if self._looked == self._backend.clock.layout:
             return {}
         self._looked = self._backend.clock.layout
+        merged, before = merged_adapters(self._backend.model), self._merged
+        self._merged = merged
+        refused = {}
+        if merged != before:
+            asked = [self._internal_names.get(name, name) for name in merged]
+            refused = {name: f"adapter {name!r} must not be merged while requests choose it." for name in asked}
+            self._changed()
         deleted = set(self.table) - set(adapter_names(self._backend.model))
         if not deleted:
-            return {}
+            return refused
         names = {self._internal_names.get(name, name) for name in deleted}
         self._chosen = {name: layout for name, layout in self._chosen.items() if name not in names}
         self._leaving -= names
         self._loaded = {name: one for name, one in self._loaded.items() if name not in names}
         self._changed()
-        return {name: f"adapter {name!r} must stay in the model until its requests end." for name in names}
+        lost = {name: f"adapter {name!r} must stay in the model until its requests end." for name in names}
+        return refused | lost
 
     def weight_keys(self) -> WeightKeys:
         """Keys and versions of what rows may choose, as of now."""
@@ -292,7 +318,7 @@ class ModelAdapters:
 
     def _changed(self) -> None:
         present = {internal_name(name) for name, one in self._loaded.items() if one.in_model} | self._chosen.keys()
-        self.table = tuple(sorted(present))
+        self.table = tuple(sorted(present - self._merged))
         self._backend.version()
         self._backend.clock.watch(self.table, self)
 
@@ -305,7 +331,9 @@ class ModelAdapters:
     def _leave_room(self, keep: str) -> None:
         """Evict until the bounds hold: what is in use stays, and then ``keep`` where it can."""
         in_use = {one.params.lora_name for one in self._scheduler.running} | (self._allowed if self._uses else set())
-        by_age = sorted(self._loaded.values(), key=lambda one: one.last_used)
+        # What is merged stays: PEFT unmerges it by its parts.
+        may_go = (one for one in self._loaded.values() if internal_name(one.name) not in self._merged)
+        by_age = sorted(may_go, key=lambda one: one.last_used)
         candidates = [one for one in by_age if one.name not in in_use and one.name != keep]
         candidates += [one for one in by_age if one.name == keep and keep not in in_use]
         for one in candidates:
@@ -318,7 +346,7 @@ class ModelAdapters:
             if self.max_cpu_loras is None or held <= self.max_cpu_loras:
                 break
             if one.host is not None:
-                one.host, one.dropped = None, True
+                one.contents, one.host = contents(one.host), None
 
     def _evict(self, adapter: LoadedAdapter) -> None:
         name = internal_name(adapter.name)
@@ -332,7 +360,9 @@ class ModelAdapters:
         adapter.last_used = self._steps
         if adapter.host is None:
             self._read(adapter.name, name, adapter.folder)
-            adapter.dropped = False
+            if adapter.contents == contents(parts_of(self._backend.model, name)):
+                self._backend.clock.restore(name, adapter.stamp)
+            adapter.contents = None
         else:
             move(adapter.host, self._backend.device)
             put_in(adapter.host, name)

@@ -108,12 +108,14 @@ class LiveRequests:
         Args:
             see_weights: looks at what the weights are now.
         """
-        if self._adapters is not None:
-            self._end_without(self._adapters.prepare())
+        if self._adapters is None:
+            see_weights()
+            return
+        self._end_without(self._adapters.prepare())
         see_weights()
-        lost = self._adapters.lost() if self._adapters is not None else {}
-        if lost:
-            self._end_without(lost)
+        table = self._adapters.table
+        self._end_without(self._adapters.lost())
+        if self._adapters.table is not table:
             see_weights()
 
     def _end_without(self, adapters: Mapping[str, str]) -> None:

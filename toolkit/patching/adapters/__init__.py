@@ -12,9 +12,19 @@ from toolkit.patching.adapters.choose import (
     adapts,
     check_choosable,
     check_rows,
+    merged_adapters,
     unknown_adapter,
 )
-from toolkit.patching.adapters.files import internal_name, load_adapter, move, put_in, remove_adapter, take_out
+from toolkit.patching.adapters.files import (
+    contents,
+    internal_name,
+    load_adapter,
+    move,
+    parts_of,
+    put_in,
+    remove_adapter,
+    take_out,
+)
 from toolkit.patching.adapters.find import (
     adapter_layers,
     adapter_parts,
@@ -43,11 +53,14 @@ __all__ = [
     "base_modules",
     "check_choosable",
     "check_rows",
+    "contents",
     "fuse_adapters",
     "inner_model",
     "internal_name",
     "load_adapter",
+    "merged_adapters",
     "move",
+    "parts_of",
     "put_in",
     "refresh_scales",
     "release_adapters",

@@ -20,20 +20,35 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 
 def active_adapter(model: nn.Module) -> str | None:
-    """The adapter that acts on rows which choose none; None for no adapter.
+    """The adapter that acts on rows which choose none; None for no adapter. Where one is merged, none acts beside it.
 
     Raises:
         ToolkitError: several act at once, or one acts in a way that is no row's choice.
     """
     switches = AdapterSwitches(model)
     active = switches.active()
-    if not active:
+    if not active or (merged_adapters(model) and not _acts_unmerged(model, active)):
         return None
     if len(active) > 1 or not switches.all_apply(active[0]):
         raise ToolkitError(
             f"one adapter at most must be active, unmerged, where rows choose adapters, got {', '.join(active)}."
         )
     return active[0]
+
+
+def _acts_unmerged(model: nn.Module, names: Sequence[str]) -> bool:
+    """Whether one of the adapters acts in a layer that none is merged into: merged ones stand for all there."""
+    return any(
+        adapts(module, name) or name in (getattr(module, "modules_to_save", None) or ())
+        for module in filter(is_switch, model.modules())
+        if not getattr(module, "merged_adapters", None)
+        for name in names
+    )
+
+
+def merged_adapters(model: nn.Module) -> set[str]:
+    """The adapters that are added to weights of the model by ``merge_adapter``, in some layer."""
+    return {name for module in adapter_layers(model) for name in getattr(module, "merged_adapters", ())}
 
 
 def check_choosable(model: nn.Module, name: str) -> None:
@@ -56,6 +71,8 @@ def unknown_adapter(name: str, known: Sequence[str], none: str = "for a model wi
 def _reason(module: Any, name: str) -> str | None:
     """Why rows cannot choose the adapter ``name`` of a module; None where they can."""
     if wraps_parameter(module):
+        if name in module.merged_adapters:
+            return "has it merged into its weight; unmerge it first"
         experts = moe_experts_of(base_module(module))
         return "has experts that are not patched" if name in module.lora_A and experts is None else None
     if not is_switch(module):
@@ -66,6 +83,8 @@ def _reason(module: Any, name: str) -> str | None:
         return f"is a {type(module).__name__} that runs PEFT's own forward" if acts else None
     if name not in _names(module):
         return None
+    if name in getattr(module, "merged_adapters", ()):
+        return "has it merged into its weight; unmerge it first"
     if adapts_embedding(module):
         return "has a variant of LoRA" if name in module.lora_variant else None
     if not hasattr(module, "lora_A"):

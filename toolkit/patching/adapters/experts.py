@@ -34,7 +34,7 @@ def grouped_experts(own: Callable[..., Any]) -> Callable[..., Any]:
         adapters = None if parts is None or kwargs or len(args) != 2 else _adapters(wrappers, parts, chosen)
         if parts is None or adapters is None:
             if chosen is not None:
-                raise ToolkitError("adapters of these experts must be plain LoRA, unmerged, where rows choose one.")
+                raise ToolkitError("adapters of these experts must be plain LoRA where rows choose one.")
             return own(self, x, *args, **kwargs)
         topk_ids, topk_weights = args
         plain = adapters.up is None and adapters.down is None
@@ -47,17 +47,17 @@ def _adapters(wrappers: list[Any], parts: MoeExperts, chosen: RowAdapters | None
     """What the wrappers add to the experts' weights; None where one of them does something else."""
     found: dict[str, Factors | None] = {}
     for wrapper in wrappers:
-        if wrapper.merged and (wrapper.disable_adapters or chosen is not None):
+        if wrapper.merged and wrapper.disable_adapters and chosen is None:
             return None  # PEFT's forward unmerges the weights first
         if wrapper.parameter_name not in (parts.up, parts.down) or wrapper.parameter_name in found:
             return None
         transposed = parts.layout.transposed
         found[wrapper.parameter_name] = (
-            None
+            _of_rows(wrapper, transposed, chosen.names)
+            if chosen is not None
+            else None
             if wrapper.merged
             else _active(wrapper, transposed)
-            if chosen is None
-            else _of_rows(wrapper, transposed, chosen.names)
         )
     return ExpertAdapters(found.get(parts.up), found.get(parts.down), None if chosen is None else chosen.ids)
 

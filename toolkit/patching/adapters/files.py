@@ -5,6 +5,7 @@ PEFT makes the wrappers, so that training, saving and merging know them. What co
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def load_adapter(model: nn.Module, name: str, folder: str | Path, kept: Iterable
                 known.clear()
                 known.update(configs)
                 model.peft_config = known
-    for _, _, part in _parts(model, name):
+    for _, _, part in parts_of(model, name):
         for tensor in _parameters(part):
             tensor.requires_grad_(False)
 
@@ -120,7 +121,7 @@ def _without_base(model: nn.Module, tensors: dict[str, Tensor], folder: str | Pa
 
 def take_out(model: nn.Module, name: str) -> Parts:
     """Take an adapter out of the model's wrappers, to be given to ``put_in``."""
-    parts = _parts(model, name)
+    parts = parts_of(model, name)
     for module, attribute, _ in parts:
         del getattr(module, attribute)[name]
     return parts
@@ -155,11 +156,25 @@ def move(parts: Parts, device: torch.device | str) -> None:
             parameter.data = parameter.data.to(device)
 
 
+def contents(parts: Parts) -> bytes:
+    """A digest of an adapter's tensors and numbers, wherever they are: equal where all of them are."""
+    digest = blake2b(digest_size=32)
+    for _, attribute, part in parts:
+        digest.update(attribute.encode())
+        if isinstance(part, (bool, int, float, str)):
+            digest.update(repr(part).encode())
+        for tensor in _parameters(part):
+            digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.digest()
+
+
 def _switches(model: nn.Module) -> Iterator[Any]:
     return (module for module in adapter_layers(model) if hasattr(module, "_active_adapter"))
 
 
-def _parts(model: nn.Module, name: str) -> Parts:
+def parts_of(model: nn.Module, name: str) -> Parts:
+    """What ``take_out`` takes, which stays in the model."""
     found: Parts = []
     for module in adapter_layers(model):
         # DoRA names its magnitudes a second time.
@@ -183,7 +198,7 @@ def _has_adapters(module: Any) -> bool:
 
 def _cast(model: nn.Module, name: str) -> None:
     """Give an adapter's tensors a dtype that is no narrower than the layer's."""
-    for module, _, part in _parts(model, name):
+    for module, _, part in parts_of(model, name):
         layer = next(iter(module.get_base_layer().parameters()))
         for tensor in _parameters(part):
             tensor.data = tensor.data.to(layer.device, torch.promote_types(tensor.dtype, layer.dtype))

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from toolkit.errors import ToolkitError
 from toolkit.ops.lora_linear import lora_add
 from toolkit.patching.adapters.rows import RowAdapters, no_factors, row_adapters
 from toolkit.state.paged import PagedContext
@@ -90,9 +89,7 @@ def refresh_scales(model: nn.Module) -> None:
 
 def _add_chosen(module: Any, x: Tensor, rows: RowAdapters) -> Tensor:
     """The layer's output [..., N], to each row of which the adapter is added that it chooses."""
-    if module.merged:
-        raise ToolkitError("adapters must not be merged into the layers where rows choose one; unmerge them first.")
-    result: Tensor = module.base_layer(x)
+    result: Tensor = module.base_layer(x)  # with what is merged into it, which no row chooses
     names = [name for name in rows.names if name in module.lora_A]
     # Each dtype, and each dropout, is a separate call: a row has one adapter, so others leave it as it is.
     for _, group in groupby(names, lambda name: _kind(module, name)):
