@@ -3,7 +3,6 @@
 import itertools
 import random
 
-import numpy as np
 import pytest
 
 import toolkit
@@ -11,8 +10,9 @@ from tests.helpers.engine_standin import make_request
 from toolkit.engine.speculation.config import SpeculativeConfig
 from toolkit.engine.speculation.drafter import Draft
 from toolkit.engine.speculation.lengths import Chances, StepTimes, choose_lengths
-from toolkit.engine.speculation.ngram import NgramDrafter, continuation, last_match
+from toolkit.engine.speculation.ngram import NgramDrafter, continuation
 from toolkit.engine.speculation.suffix import SuffixDrafter
+from toolkit.engine.speculation.text_index import Follower, TextIndex
 from toolkit.errors import ToolkitError
 
 
@@ -23,7 +23,7 @@ def sequence_of(tokens, max_tokens=1000):
 
 
 def longest_match(tokens, least, longest):
-    """``last_match`` by its definition."""
+    """Where the longest run of last tokens occurred before, the last time, and its length, by definition."""
     for length in range(min(longest, len(tokens) - 1), least - 1, -1):
         for end in range(len(tokens) - 1, length - 1, -1):
             if tokens[end - length : end] == tokens[-length:]:
@@ -34,13 +34,53 @@ def longest_match(tokens, least, longest):
 @pytest.mark.parametrize("seed", range(40))
 def test_the_longest_run_of_last_tokens_is_found_where_it_occurred_last(seed):
     chance = random.Random(seed)
-    tokens = [chance.randrange(chance.choice((2, 3, 9))) for _ in range(chance.randint(1, 60))]
+    alphabet = chance.choice((2, 3, 9))
+    tokens = [chance.randrange(alphabet) for _ in range(chance.randint(1, 60))]
     least, longest = chance.choice(((1, 1), (1, 4), (2, 8), (3, 3)))
-    assert last_match(np.array(tokens), least, longest) == longest_match(tokens, least, longest)
+    follower = Follower(TextIndex(least), longest, own=True)
+    for _ in range(30):
+        follower.follow(tokens)
+        end, length = longest_match(tokens, least, longest)
+        assert follower.text.find(tokens, longest, own=True) == (end, length)
+        assert follower.length == length
+        assert tokens[follower.end - length : follower.end] == tokens[len(tokens) - length :]
+        assert follower.end < len(tokens)
+        tokens += [chance.randrange(alphabet) for _ in range(chance.choice((0, 1, 1, 1, 4)))]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_run_is_followed_in_a_text_that_grows(seed):
+    chance = random.Random(seed)
+    least, longest = chance.choice(((1, 4), (2, 8), (3, 3)))
+    text, tokens = TextIndex(least), [0]
+    follower = Follower(text, longest)
+    for _ in range(60):
+        if chance.random() < 0.2 and len(text.tokens) < 120:
+            text.extend([*(chance.randrange(3) for _ in range(chance.randint(0, 9))), -1])
+        tokens += [chance.randrange(3) for _ in range(chance.choice((1, 1, 2)))]
+        follower.follow(tokens)
+        ends = [
+            (length, end)
+            for length in range(least, min(longest, len(tokens)) + 1)
+            for end in range(length, len(text.tokens) + 1)
+            if text.tokens[end - length : end] == tokens[-length:]
+        ]
+        length, end = max(ends, default=(0, 0))
+        assert text.find(tokens, longest) == (end, length)
+        assert follower.length == length
+        assert text.tokens[follower.end - length : follower.end] == tokens[len(tokens) - length :]
+
+
+def test_a_search_looks_at_so_many_occurrences_only():
+    text = TextIndex(1)
+    text.extend([7, 8] + [0, 8] * TextIndex.MOST_SEARCHED)
+    assert text.find([7, 8], 4) == (len(text.tokens), 1)
+    text.extend([7, 8])
+    assert text.find([7, 8], 4) == (len(text.tokens), 2)
 
 
 def test_a_continuation_goes_on_with_itself_at_the_end():
-    tokens = np.array([7, 8, 9, 1, 2])
+    tokens = [7, 8, 9, 1, 2]
     assert continuation(tokens, 1, 2) == [8, 9]
     assert continuation(tokens, 3, 5) == [1, 2, 1, 2, 1]
     assert continuation(tokens, 4, 3) == [2, 2, 2]

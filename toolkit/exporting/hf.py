@@ -30,6 +30,9 @@ class HuggingFace(ExportTarget, name="hf"):
 
     def write(self, job: ExportJob, folder: Path) -> None:
         write_checkpoint(job, folder)
+        source = checkpoint_folder(job.model)
+        if source is not None:
+            copy_unread(unread_tensors(job.model, source), source, folder)
 
     def consume(self, folder: Path, prompts: Sequence[Sequence[int]], max_tokens: int) -> ConsumerOutput:
         return ConsumerOutput(
@@ -55,9 +58,6 @@ def write_checkpoint(job: ExportJob, folder: Path) -> None:
     model = job.model
     with quiet_transformers():
         model.save_pretrained(folder, max_shard_size=SHARD)
-    source = checkpoint_folder(model)
-    if source is not None:
-        copy_unread(unread_tensors(model, source), source, folder)
     generation = copy.deepcopy(getattr(model, "generation_config", None))
     if generation is not None:
         ends = eos_token_ids(model, job.tokenizer)
@@ -66,7 +66,7 @@ def write_checkpoint(job: ExportJob, folder: Path) -> None:
         generation.save_pretrained(folder)
     if job.tokenizer is not None:
         job.tokenizer.save_pretrained(folder)
-    write_processor_files(processor_files(source), folder)
+    write_processor_files(processor_files(checkpoint_folder(model)), folder)
 
 
 def eos_token_ids(model: Any, tokenizer: Any) -> list[int]:

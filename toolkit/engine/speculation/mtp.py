@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toolkit.engine.config import EngineConfig
 from toolkit.engine.backend import Backend, PatchedModel
+from toolkit.engine.config import EngineConfig
 from toolkit.engine.request import Sequence
 from toolkit.engine.runner import ModelRunner
 from toolkit.engine.scheduler import Chunk

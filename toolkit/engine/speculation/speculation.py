@@ -14,7 +14,8 @@ from toolkit.engine.speculation.prediction import PredictionDrafter
 
 _SPEED = 0.2  # how fast the time to draft follows what is measured
 _NEXT_TO_NONE = 0.005  # of the time of a step
-_LONGEST_PAUSE = 15  # steps
+_PAUSES = 15, 255  # steps: the longest pause, where looking is cheap, and where it is dear
+_OF_LOOKING = 0.005  # of the time of the steps between two fruitless looks
 _UNMATCHED = Draft()  # what speaks for the drafts of a model
 
 
@@ -57,13 +58,15 @@ class Speculation:
 
         A drafter that fails is not asked again: what it was for is speed, and no request depends on it.
         """
-        # Behind the last token of a prompt the other completions of it are forked first.
-        decoding = [one for one in running if one.remaining == 1 and one.generated]
-        for sequence in decoding:
+        for sequence in self._drafted:
             sequence.draft = []
         self._drafted = {}
         self._rest -= 1
-        if not 0 < len(decoding) < self.max_rows or self.failed or self._rest > 0:
+        if self.failed or self._rest > 0:
+            return
+        # Behind the last token of a prompt the other completions of it are forked first.
+        decoding = [one for one in running if one.remaining == 1 and one.generated]
+        if not 0 < len(decoding) < self.max_rows:
             return
         try:
             self._draft(decoding)
@@ -83,8 +86,11 @@ class Speculation:
             room = self.max_rows - len(decoding)
             lengths = choose_lengths(drafts, self._chances, self._times, len(decoding), room, self.draft_seconds)
             # To look for drafts that nobody wants takes time as well: ever more rarely then, unless it is next to none.
-            cheap = self.draft_seconds <= _NEXT_TO_NONE * (self._times.of(len(decoding)) or 0.0)
-            self._pause = 0 if any(lengths) or cheap else min(2 * self._pause + 1, _LONGEST_PAUSE)
+            step = self._times.of(len(decoding)) or 0.0
+            cheap = self.draft_seconds <= _NEXT_TO_NONE * step
+            least, most = _PAUSES
+            longest = min(max(least, int(self.draft_seconds / (_OF_LOOKING * step))), most) if step else least
+            self._pause = 0 if any(lengths) or cheap else min(2 * self._pause + 1, longest)
             self._rest = self._pause
         for sequence, draft, length in zip(decoding, drafts, lengths, strict=True):
             sequence.draft = draft.tokens[:length]
