@@ -80,19 +80,19 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 @needs_pairs
 def test_pairs_are_as_near_to_float64_as_widening(tmp_path):
-    path = tmp_path / "widened.pt"
+    path = tmp_path / "upcast.pt"
     code = (
         "import torch; torch.set_num_threads(1); from tests.ops import test_bfloat16_families as t; "
         f"assert t.native.family(torch.bfloat16) == 'vector'; torch.save(t.errors(t.products()), {str(path)!r})"
     )
     result = run(code, TOOLKIT_BFLOAT16="widen")
     assert result.returncode == 0, result.stderr
-    widened, by_pairs = torch.load(path), errors(products())
-    assert widened.keys() == by_pairs.keys()
-    assert len(widened) > 30
+    by_upcast, by_pairs = torch.load(path), errors(products())
+    assert by_upcast.keys() == by_pairs.keys()
+    assert len(by_upcast) > 30
     for name, error in by_pairs.items():
         # Results are rounded to 8 bits; gradients of logits and between an expert's GEMMs are rounded on the way too.
-        assert error <= 1.5 * widened[name] + 2e-5, (name, error, widened[name])
+        assert error <= 1.5 * by_upcast[name] + 2e-5, (name, error, by_upcast[name])
         assert error < 8e-3, (name, error)
 
 
@@ -119,9 +119,9 @@ def test_rows_with_a_last_pair_that_is_cut_stand_alone(depth):
     dirty = x.clone()
     dirty[1::2] = float("nan")
     assert torch.equal(linear(dirty, w)[::2], full[::2])
-    wide = torch.full((40, depth + 1), float("nan"), dtype=torch.bfloat16)
-    wide[:, :depth] = x
-    assert torch.equal(linear(wide[:, :depth], w), full)
+    joined = torch.full((40, depth + 1), float("nan"), dtype=torch.bfloat16)
+    joined[:, :depth] = x
+    assert torch.equal(linear(joined[:, :depth], w), full)
     last = x.clone()
     last[3, -1] = float("inf")
     assert bool(linear(last, w)[3].isinf().all())  # and not infinity times a padding of 0

@@ -45,7 +45,7 @@ def family(dtype: torch.dtype) -> str:
 
     Returns:
         "vdpbf16ps": bfloat16 by AVX512-BF16, two terms at a time.
-        "vector": multiply-adds in float32 or float64; 16-bit numbers are widened.
+        "vector": multiply-adds in float32 or float64; 16-bit numbers are upcast.
         "reference": torch's, without a native library.
     """
     if load() is None:

@@ -10,7 +10,7 @@
 //
 // An element of a sum takes its pairs in ascending order by vdpbf16ps: acc = fma(second, second', acc), then
 // fma(first, first', acc), each rounded to nearest even. The instruction reads and writes numbers below 2^-126 as 0.
-// Its bits are not those of widening, so one family serves a process for any number of rows: `has_dot_products`.
+// Widening rounds otherwise, so one family serves a process for any number of rows: `has_dot_products`.
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
