@@ -9,6 +9,7 @@ import asyncio
 import json
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -81,9 +82,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 prompts = make_prompts(streams, arguments.prompt, model.config.vocab_size, seed=at)
                 taken: dict[str, list[float]] = {"wall": [], "process": []}
                 if name == ALONE:
-                    tokens = clocked(
-                        lambda of=prompts: sum(len(one.token_ids) for one in engine.generate(of, params)), taken
-                    )
+                    completions = clocked(partial(engine.generate, prompts, params), taken)
+                    tokens = sum(len(one.token_ids) for one in completions)
                 else:
                     before, began = server.cpu_seconds(), time.perf_counter()
                     tokens = asyncio.run(ask(server, prompts, new_tokens, name == STREAMED))

@@ -15,7 +15,7 @@ from toolkit.serving.parsing import parse
 
 
 def add_adapters(generation: Generation, guarded: list[params.Depends]) -> None:
-    """``/v1/load_lora_adapter`` and ``/v1/unload_lora_adapter``."""
+    """``/v1/load_lora_adapter``, ``/load_lora_adapter`` and ``/v1/unload_lora_adapter``."""
     base, models, engine = generation.base, generation.base.models, generation.engine
     app = base.app
     changing = asyncio.Lock()
@@ -28,6 +28,19 @@ def add_adapters(generation: Generation, guarded: list[params.Depends]) -> None:
     )
     async def load_lora_adapter(request: Request) -> Json:
         asked = await base.read(request, lambda raw: parse(schemas.LoadAdapterRequest, raw))
+        return await load(asked, asked.load_inplace)
+
+    @app.post(
+        "/load_lora_adapter",
+        dependencies=guarded,
+        responses=responses(schemas.Status),
+        openapi_extra=takes(schemas.ReplaceAdapterRequest),
+    )
+    async def replace_lora_adapter(request: Request) -> Json:
+        return await load(await base.read(request, lambda raw: parse(schemas.ReplaceAdapterRequest, raw)), True)
+
+    async def load(asked: schemas.ReplaceAdapterRequest, in_place: bool) -> Json:
+        """Take in an adapter; ``in_place`` of the one of its name, where there is one."""
         if asked.lora_name in models.names:
             message = f"'lora_name' must not be a name of the served model, got {shown(asked.lora_name)}."
             raise RequestError(message, "lora_name")
@@ -35,7 +48,7 @@ def add_adapters(generation: Generation, guarded: list[params.Depends]) -> None:
             try:
                 await asyncio.to_thread(
                     engine.call,
-                    lambda: engine.engine.load_adapter(asked.lora_name, asked.lora_path, asked.load_inplace),
+                    lambda: engine.engine.load_adapter(asked.lora_name, asked.lora_path, in_place),
                 )
             except EngineUnavailable:
                 raise

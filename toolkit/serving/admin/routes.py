@@ -14,7 +14,7 @@ from toolkit.serving.parsing import parse, parse_query
 
 BODIES = (
     schemas.AbortRequest, schemas.InitRequest, schemas.StartRequest, schemas.UpdateRequest, schemas.LoadAdapterRequest,
-    schemas.UnloadAdapterRequest,
+    schemas.ReplaceAdapterRequest, schemas.UnloadAdapterRequest,
 )  # fmt: skip
 
 

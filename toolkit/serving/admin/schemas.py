@@ -200,7 +200,22 @@ class ServerInfo(BaseModel):
     weight_version: int
 
 
-class LoadAdapterRequest(Body):
+class ReplaceAdapterRequest(Body):
+    """The body of ``/load_lora_adapter``, which prime-rl calls after each step.
+
+    Args:
+        lora_name: by which requests choose it as their ``model``. An adapter of this name is replaced; requests under
+            way continue under the new one.
+        lora_path: a folder on the server with adapter_config.json and adapter_model.safetensors.
+        base_model_name: accepted and unused; there is one.
+    """
+
+    ignored = ("base_model_name",)
+    lora_name: str = Field(min_length=1, max_length=256)
+    lora_path: str = Field(min_length=1, max_length=4096)
+
+
+class LoadAdapterRequest(ReplaceAdapterRequest):
     """The body of ``/v1/load_lora_adapter``.
 
     Args:
@@ -210,9 +225,6 @@ class LoadAdapterRequest(Body):
         base_model_name: accepted and unused; there is one.
     """
 
-    ignored = ("base_model_name",)
-    lora_name: str = Field(min_length=1, max_length=256)
-    lora_path: str = Field(min_length=1, max_length=4096)
     load_inplace: bool = False
 
 
