@@ -8,8 +8,9 @@ import torch
 
 from tests.helpers.implementations import Implementation, impl_and
 from toolkit.errors import ToolkitError
-from toolkit.ops.adamw_8bit import BLOCK, adamw_8bit, dynamic_map, new_moments, thresholds
+from toolkit.ops.adamw_8bit import BLOCK, adamw_8bit, new_moments
 from toolkit.ops.adamw_8bit.reference import dequantise
+from toolkit.ops.dynamic_map import dynamic_map, thresholds
 
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 SHAPES = [(), (1,), (255,), (256,), (3, 257), (16, 128)]

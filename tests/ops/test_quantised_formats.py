@@ -9,6 +9,7 @@ import torch
 from tests.helpers.quantised import VARIANTS, packed
 from tests.helpers.rowwise import integers, seeded
 from toolkit.errors import ToolkitError
+from toolkit.ops.dynamic_map import dynamic_map
 from toolkit.ops.quantised_linear import FORMATS, dequantise, find, makers
 from toolkit.ops.quantised_linear.formats import int4, nf4
 from toolkit.ops.quantised_linear.packing import pack_codes, pack_groups, unpack_codes, unpack_groups
@@ -138,7 +139,7 @@ def test_nf4_takes_the_nearest_value():
 
 def test_the_map_of_double_quantisation():
     """256 ascending values: of each sign 1, 2, 4 ... 64 for the powers of ten below 1; 0 and 1."""
-    table = nf4.dynamic_map()
+    table = dynamic_map(signed=True)
     assert table.shape == (256,)
     assert bool((table.diff() > 0).all())
     assert float(table[127]) == 0

@@ -93,8 +93,9 @@ def state_write_case(dtype: torch.dtype, width: int) -> Callable[[], None]:
 
 def adamw_8bit_case() -> Callable[[], None]:
     def call() -> None:
-        from toolkit.ops.adamw_8bit import dynamic_map, new_moments, thresholds
+        from toolkit.ops.adamw_8bit import new_moments
         from toolkit.ops.adamw_8bit.triton import adamw_8bit
+        from toolkit.ops.dynamic_map import dynamic_map, thresholds
 
         weight = torch.empty(ROWS, 512)
         mean, mean_scale, square, square_scale = new_moments(weight).values()

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from toolkit.errors import ToolkitError
 from toolkit.ops.adamw_8bit import reference
-from toolkit.ops.adamw_8bit.dynamic_map import dynamic_map, nearest_code, thresholds
 from toolkit.ops.adamw_8bit.reference import BLOCK
+from toolkit.ops.dynamic_map import dynamic_map, nearest_code, thresholds
 from toolkit.ops.registry import register
 
-__all__ = ["BLOCK", "adamw_8bit", "dynamic_map", "nearest_code", "new_moments", "thresholds"]
+__all__ = ["BLOCK", "adamw_8bit", "new_moments"]
 
 
 def _fake(*_: Any) -> None:

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from toolkit.ops.adamw_8bit.dynamic_map import dynamic_map, nearest_code
+from toolkit.ops.dynamic_map import dynamic_map, nearest_code
 
 BLOCK = 256  # consecutive elements that share a scale
 

@@ -5,12 +5,12 @@ a nested absmax per 256 blocks. Blocks are counted n * G + g for output n and gr
 """
 
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from toolkit.ops.dynamic_map import dynamic_map
 from toolkit.ops.quantised_linear.packing import grouped, pack_codes, pack_groups, panels, spread, unpack_groups
 
 BITS = 4
@@ -36,21 +36,6 @@ VALUES = (
     0.7229568362236023,
     1.0,
 )
-
-
-@cache
-def dynamic_map() -> Tensor:
-    """The 256 values of bitsandbytes' signed 8-bit map, float32, ascending.
-
-    For each power of ten from 1e-6 to 1, both signs of the midpoints of 1, 2, 4, ..., 64 equal parts of [0.1, 1], and 0
-    and 1.
-    """
-    positive = []
-    for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1)
-        positive.append(10.0 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2))
-    magnitudes = torch.cat(positive)
-    return torch.cat([-magnitudes, magnitudes, torch.tensor([0.0, 1.0])]).sort().values
 
 
 def scale_shapes(
@@ -96,7 +81,7 @@ def quantise(weight: Tensor, *, double: bool = True) -> tuple[Tensor, list[Tenso
     codes = pack_codes(indices[:, : weight.shape[1]].to(torch.uint8), BITS)
     if not double:
         return codes, [pack_groups(absmax)]
-    table = dynamic_map().to(weight.device)
+    table = dynamic_map(signed=True).to(weight.device)
     mean = absmax.mean() if absmax.numel() else absmax.new_zeros(())
     centred = absmax.flatten() - mean
     blocks = F.pad(centred, (0, -centred.numel() % NESTED)).view(-1, NESTED)

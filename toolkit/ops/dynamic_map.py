@@ -1,4 +1,4 @@
-"""The dynamic 8-bit map of Dettmers et al. (2022): 256 values whose spacing follows their magnitude."""
+"""The dynamic 8-bit map of Dettmers et al. (2022), bitsandbytes' values: 256 whose spacing follows their magnitude."""
 
 from functools import cache
 
@@ -15,12 +15,11 @@ def magnitudes(signed: bool) -> Tensor:
     Decade i, from 10^(i - 7) to 10^(i - 6), holds the middles of 2^i equal parts (signed; else of 2^(i + 1)), so large
     values have a fine step and small ones a wide range: 129 values, or 256.
     """
-    found = [torch.zeros(1, dtype=torch.float64)]
+    found = [torch.zeros(1)]
     for decade in range(_DECADES):
-        parts = 2 ** (decade if signed else decade + 1)
-        middles = 0.1 + 0.9 * (torch.arange(parts, dtype=torch.float64) + 0.5) / parts
-        found.append(middles * 10.0 ** (decade + 1 - _DECADES))
-    return torch.cat([*found, torch.ones(1, dtype=torch.float64)]).float()
+        edges = torch.linspace(0.1, 1, 2 ** (decade if signed else decade + 1) + 1)
+        found.append(10.0 ** (decade + 1 - _DECADES) * ((edges[:-1] + edges[1:]) / 2))
+    return torch.cat([*found, torch.ones(1)])
 
 
 @cache
