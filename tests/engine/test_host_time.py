@@ -32,6 +32,7 @@ def least_seconds(engine, batch):
     return min(seconds)
 
 
+@pytest.mark.soak  # its limit is of a machine without other work
 @pytest.mark.parametrize(("batch", "limit"), [(1, 0.001), (64, 0.002)])
 def test_a_step_without_its_kernels(batch, limit):
     with toolkit.Engine(thin(), max_num_seqs=batch, max_model_len=512) as engine:
