@@ -186,16 +186,19 @@ import sys
 import torch
 from tests.helpers.quantised import VARIANTS, packed
 from toolkit.ops import native
+from toolkit.ops.linear import linear
 from toolkit.ops.quantised_linear import dequantise, quantised_linear
 results = [native.load()]
 for variant in VARIANTS:
     for outputs, inputs in ((1, 1), (33, 77), (100, 521)):
         name, codes, scales = packed(variant, outputs, inputs)
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            results.append(dequantise(codes, scales, name, outputs, inputs, dtype))
+            weight = dequantise(codes, scales, name, outputs, inputs, dtype)
+            results.append(weight)
             for rows in (1, 2, 3, 4, 7, 9, 40):
                 x = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(rows)).to(dtype)
                 results.append(quantised_linear(x, codes, scales, None, name, outputs))
+                assert torch.equal(results[-1], linear(x, weight))
 torch.save(results, sys.argv[1])
 """
 
@@ -204,10 +207,11 @@ torch.save(results, sys.argv[1])
 @pytest.mark.skipif(native.load() != "avx512", reason="needs a machine with AVX-512")
 @needs_native
 def test_avx512_has_the_bits_of_avx2(tmp_path):
+    """With bfloat16 upcast in both: products of pairs have other bits, and only AVX-512 has them."""
     kept = []
     for capability in ("avx2", "avx512"):
         out = tmp_path / f"{capability}.pt"
-        environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+        environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "TOOLKIT_BFLOAT16": "widen"}
         subprocess.run([sys.executable, "-c", PRODUCTS, str(out)], check=True, env=environment)
         name, *results = torch.load(out)
         assert name == capability

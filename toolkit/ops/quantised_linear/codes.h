@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "gemm.h"
+#include "pairs.h"
 
 namespace toolkit::quantised {
 
@@ -59,7 +60,7 @@ TOOLKIT_INLINE Floats byte_plus_384(Words v) {
 }
 
 #ifndef CPU_CAPABILITY_AVX2
-// Without instructions for a step its lanes take turns, in functions of their own: inlined they would be most of the
+// Without instructions for a step its lanes take turns, in separate functions: inlined they would be most of the
 // library.
 __attribute__((noinline)) static Floats pick(Words indices, const float* table) {
   Floats out;
@@ -164,5 +165,18 @@ TOOLKIT_INLINE Floats rounded(Floats v) {
   }
   return v;
 }
+
+#if defined(TOOLKIT_AVX512)
+// (first, second) of each lane, rounded to bfloat16, to nearest even. Numbers below 2^-126 become 0, as the product of
+// pairs reads them. Written out as in pairs.h: only a processor that has these instructions comes here.
+TOOLKIT_INLINE Floats pairs(Floats first, Floats second) {
+  alignas(64) static constexpr uint16_t kInterleaved[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                            8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  Floats halves;
+  asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(halves) : "v"(first), "v"(second));
+  asm("vpermw %0, %1, %0" : "+v"(halves) : "v"(_mm512_load_si512(kInterleaved)));
+  return halves;
+}
+#endif
 
 }  // namespace toolkit::quantised

@@ -78,18 +78,19 @@ Tensor dense_linear(const Tensor& x, const Stored& w, const std::optional<Tensor
   return linear_op()(x, dense(w, x, x.scalar_type()), bias);
 }
 
-// Whether `linear` adds the products of bfloat16 numbers in float32 as they are: an instruction for pairs of them reads
-// and writes subnormal numbers as 0 and adds in another order, which few_rows.h does not have.
-bool linear_widens_bfloat16() {
-  static const bool widens = [] {
-    const auto one = [](float value) {
-      Tensor out = at::empty({1, 1}, at::TensorOptions().dtype(at::kBFloat16));
-      *out.mutable_data_ptr<c10::BFloat16>() = value;
-      return out;
-    };
-    return *linear_op()(one(0x1p-100f), one(0x1p-30f), {}).const_data_ptr<c10::BFloat16>() != c10::BFloat16(0);
-  }();
-  return widens;
+// x [rows, K] as elements of T, K and the rows padded with zeros to what tiles take.
+template <typename T>
+Tensor padded(const Tensor& x, int64_t rows, int64_t inputs) {
+  const auto type = c10::CppTypeToScalarType<gemm::Operand<T>>::value;
+  const Tensor flat = storage::cast(x, type).reshape({rows, inputs}).contiguous();
+  const int64_t height = padded_rows(rows), width = gemm::steps_of<T>(inputs) * gemm::kTerms<T>;
+  if (height == rows && width == inputs) return flat;
+  Tensor more = at::empty({height, width}, flat.options());
+  const auto* const from = flat.const_data_ptr<gemm::Operand<T>>();
+  auto* const to = more.mutable_data_ptr<gemm::Operand<T>>();
+  std::fill_n(to, height * width, gemm::Operand<T>(0));
+  for (int64_t r = 0; r < rows; ++r) std::copy_n(from + r * inputs, inputs, to + r * width);
+  return more;
 }
 
 struct Member {
@@ -102,18 +103,12 @@ std::vector<Tensor> compute(const Tensor& x, std::vector<Member> members) {
   const int64_t inputs = x.size(-1), rows = c10::multiply_integers(x.sizes().begin(), x.sizes().end() - 1);
   const auto dtype = x.scalar_type();
   std::vector<Tensor> outs;
-  const bool few = rows > 0 && rows <= kFewRows && inputs > 0 && dtype != at::kDouble;
-  if (!few || (dtype == at::kBFloat16 && !linear_widens_bfloat16())) {
+  if (rows == 0 || inputs == 0 || rows > kFewRows || dtype == at::kDouble) {
     for (const auto& member : members) outs.push_back(dense_linear(x, member.weight, member.bias));
     return outs;
   }
-  Tensor flat = storage::cast(x, at::kFloat).reshape({rows, inputs}).contiguous();
-  if (const int64_t padded = padded_rows(rows); padded > rows) {
-    Tensor more = at::empty({padded, inputs}, flat.options());
-    float* const to = more.mutable_data_ptr<float>();
-    std::fill(std::copy_n(flat.const_data_ptr<float>(), rows * inputs, to), to + padded * inputs, 0.0f);
-    flat = more;
-  }
+  Tensor flat;
+  gemm::with_elements(dtype, [&](auto element, auto) { flat = padded<decltype(element)>(x, rows, inputs); });
   std::vector<Problem> problems;
   std::vector<Tensor> biases;
   for (auto& member : members) {
@@ -122,11 +117,12 @@ std::vector<Tensor> compute(const Tensor& x, std::vector<Member> members) {
     outs.push_back(memory::empty(shape, x.options().dtype(at::kFloat)));
     if (member.weight.outputs == 0) continue;
     if (member.bias) biases.push_back(storage::cast(*member.bias, at::kFloat).contiguous());
-    Problem p{std::move(member.weight), flat.const_data_ptr<float>(), rows,
+    Problem p{std::move(member.weight), flat.const_data_ptr(), rows,
               member.bias ? biases.back().const_data_ptr<float>() : nullptr, outs.back().mutable_data_ptr<float>()};
     with_variant_of(p.weight, [&](auto kind) {
-      dtypes::with_types(dtype, [&](auto compute, auto store) {
-        if constexpr (std::is_same_v<decltype(compute), float>) p.run = &run_units<decltype(kind), decltype(store)>;
+      gemm::with_elements(dtype, [&](auto element, auto store) {
+        using T = decltype(element);
+        if constexpr (std::is_same_v<gemm::Sum<T>, float>) p.run = &run_units<decltype(kind), T, decltype(store)>;
       });
     });
     problems.push_back(std::move(p));

@@ -15,7 +15,7 @@ inline void decode(const Stored& w, int64_t panel, int64_t k, int64_t count, flo
     const auto group = Format::group(w, panel, k / w.group, lane);
     for (int64_t at = 0; at < count; at += per_word) {
       const Words words = load_words(w.codes + (panel * w.words + (k + at) / per_word) * kPanel + lane);
-      for_codes<Format>([&](auto j) TOOLKIT_LAMBDA {
+      for_steps<Format, float>([&](auto j) TOOLKIT_LAMBDA {
         Floats value = Format::template value<j()>(words, group);
         if constexpr (Format::kHasNan) value = Format::template with_nan<j()>(words, value);
         Lanes::store(&columns[at + j()][lane], value);

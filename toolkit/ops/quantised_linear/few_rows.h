@@ -1,6 +1,6 @@
-// GEMM of a few rows with a quantised weight: codes become floats in registers, and each output is the chain of
+// GEMM of a few rows with a quantised weight: codes become numbers in registers, and each output is the chain of
 // multiply-adds that `linear` has for the dequantised weight: in blocks of kDepth k, ascending, block sums in order, the
-// bias last.
+// bias last; of bfloat16 in pairs where `linear` multiplies pairs (pairs.h).
 #pragma once
 #include <limits>
 
@@ -9,12 +9,11 @@
 
 namespace toolkit::quantised {
 
-constexpr int64_t kDepth = matmul::kDepth<float>;
 constexpr int64_t kUnit = 2;  // panels that a task is made of
 
 struct Problem {
   Stored weight;
-  const float* x;  // [rows and those of the padding, inputs]
+  const void* x;  // elements (float or Pair) [rows and those of the padding, steps]
   int64_t rows;
   const float* bias;
   float* out;  // [rows, outputs]
@@ -31,21 +30,39 @@ inline int64_t tile_rows(int64_t left) {
 }
 inline int64_t padded_rows(int64_t rows) { return rows / kTileRows * kTileRows + (rows % kTileRows ? tile_rows(rows % kTileRows) : 0); }
 
-// `body(integral_constant<J>)` for each code of a word.
-template <typename Format, typename Body>
-TOOLKIT_INLINE void for_codes(const Body& body) {
+// `body(integral_constant<J>)` for each element of T that the codes of a word make.
+template <typename Format, typename T, typename Body>
+TOOLKIT_INLINE void for_steps(const Body& body) {
   [&]<int... J>(std::integer_sequence<int, J...>) TOOLKIT_LAMBDA {
     (body(std::integral_constant<int, J>{}), ...);
-  }(std::make_integer_sequence<int, 32 / Format::kBits>{});
+  }(std::make_integer_sequence<int, 32 / Format::kBits / int(gemm::kTerms<T>)>{});
+}
+
+// Elements of a GEMM that step J of a word holds for each vector: numbers rounded to S, or pairs of bfloat16; `left` codes
+// of the word are inputs of the weight.
+template <typename Format, typename T, typename S, int J, int V>
+TOOLKIT_INLINE void elements(const Words (&words)[V], const typename Format::Group (&groups)[V], [[maybe_unused]] int64_t left,
+                             Floats (&values)[V]) {
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) {
+    if constexpr (gemm::kTerms<T> == 1) {
+      values[v] = rounded<S>(Format::template value<J>(words[v], groups[v]));
+    } else {
+      const Floats first = Format::template value<2 * J>(words[v], groups[v]);
+      values[v] = pairs(first, 2 * J + 1 < left ? Format::template value<2 * J + 1>(words[v], groups[v]) : Floats{});
+    }
+  }
 }
 
 // R rows of x against P panels from `panel` on, of which those beyond the last repeat it and are not written.
-template <typename Format, typename S, int R, int P>
+template <typename Format, typename T, typename S, int R, int P>
 __attribute__((noinline)) void tile(const Problem& p, int64_t row, int64_t panel) {
   constexpr int V = P * kParts;
-  constexpr int64_t per_word = 32 / Format::kBits, ahead = 16 * kPanel;
+  constexpr int64_t per_word = 32 / Format::kBits, terms = gemm::kTerms<T>, ahead = 16 * kPanel;
+  constexpr int64_t depth = matmul::kDepth<T>;
   const Stored& w = p.weight;
-  const float* const x = p.x + row * w.inputs;
+  const int64_t steps = gemm::steps_of<T>(w.inputs);
+  const T* const x = static_cast<const T*>(p.x) + row * steps;
   const int32_t* codes[P];
   int64_t panels[P];
   for (int i = 0; i < P; ++i) {
@@ -54,19 +71,18 @@ __attribute__((noinline)) void tile(const Problem& p, int64_t row, int64_t panel
   }
   float total[R][V * kLanes];
   [[maybe_unused]] Words nans[V] = {};
-  for (int64_t block = 0; block < w.inputs; block += kDepth) {
-    const int64_t block_end = std::min(block + kDepth, w.inputs);
+  for (int64_t block = 0; block < w.inputs; block += depth) {
+    const int64_t block_end = std::min(block + depth, w.inputs);
     Floats sum[R][V] = {};
     for (int64_t k = block; k < block_end;) {
       const int64_t g = k / w.group, end = std::min(block_end, (g + 1) * w.group);
       typename Format::Group groups[V];
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) groups[v] = Format::group(w, panels[v / kParts], g, v % kParts * kLanes);
-      const auto take = [&](auto j, const Words(&words)[V], int64_t at) TOOLKIT_LAMBDA {
+      const auto take = [&](auto j, const Words(&words)[V], int64_t left) TOOLKIT_LAMBDA {
         Floats values[V];
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) values[v] = rounded<S>(Format::template value<j()>(words[v], groups[v]));
-        gemm::multiply_add<float, R, V>(x + at + j(), w.inputs, values, sum);
+        elements<Format, T, S, j(), V>(words, groups, left, values);
+        gemm::multiply_add<T, R, V>(x + k / terms + j(), steps, values, sum);
       };
       for (; k < end; k += per_word) {
         Words words[V];
@@ -78,10 +94,10 @@ __attribute__((noinline)) void tile(const Problem& p, int64_t row, int64_t panel
           if (v % kParts == 0) __builtin_prefetch(codes[v / kParts] + at + ahead);
         }
         if (k + per_word <= end) {
-          for_codes<Format>([&](auto j) TOOLKIT_LAMBDA { take(j, words, k); });
+          for_steps<Format, T>([&](auto j) TOOLKIT_LAMBDA { take(j, words, per_word); });
         } else {
-          for_codes<Format>([&](auto j) TOOLKIT_LAMBDA {
-            if (k + j() < end) take(j, words, k);
+          for_steps<Format, T>([&](auto j) TOOLKIT_LAMBDA {
+            if (k + j() * terms < end) take(j, words, end - k);
           });
         }
       }
@@ -106,24 +122,24 @@ __attribute__((noinline)) void tile(const Problem& p, int64_t row, int64_t panel
 }
 
 // Panels [first, last), as many at a time as there are registers for.
-template <typename Format, typename S, int R>
+template <typename Format, typename T, typename S, int R>
 TOOLKIT_INLINE void tiles(const Problem& p, int64_t row, int64_t first, int64_t last) {
   constexpr int P = kTileRows == 8 || R <= 2 ? 2 : 1;
-  for (int64_t panel = first; panel < last; panel += P) tile<Format, S, R, P>(p, row, panel);
+  for (int64_t panel = first; panel < last; panel += P) tile<Format, T, S, R, P>(p, row, panel);
 }
 
 // Panels of units [first, last) for all rows.
-template <typename Format, typename S>
+template <typename Format, typename T, typename S>
 void run_units(const Problem& p, int64_t first, int64_t last) {
   for (int64_t panel = first * kUnit; panel < std::min(last * kUnit, p.weight.panels); panel += kUnit)
     for (int64_t row = 0; row < p.rows;) {
       const int64_t height = tile_rows(p.rows - row);
       const int64_t end = std::min(panel + kUnit, p.weight.panels);
-      if (height == 1) tiles<Format, S, 1>(p, row, panel, end);
-      if (height == 2) tiles<Format, S, 2>(p, row, panel, end);
-      if (height == 4) tiles<Format, S, 4>(p, row, panel, end);
+      if (height == 1) tiles<Format, T, S, 1>(p, row, panel, end);
+      if (height == 2) tiles<Format, T, S, 2>(p, row, panel, end);
+      if (height == 4) tiles<Format, T, S, 4>(p, row, panel, end);
       if constexpr (kTileRows == 8)
-        if (height == 8) tiles<Format, S, 8>(p, row, panel, end);
+        if (height == 8) tiles<Format, T, S, 8>(p, row, panel, end);
       row += height;
     }
 }
