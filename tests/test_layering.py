@@ -32,7 +32,7 @@ PACKAGES = {
         "loading",
     },
     "serving": {"serving", "engine"},
-    "exporting": {"exporting", "patching", "loading"},
+    "exporting": {"exporting", "patching", "quantised", "loading"},
     "config": {"config"},
     "loading": {"loading", "quantised"},
     "chat": set(),

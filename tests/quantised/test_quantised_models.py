@@ -8,6 +8,7 @@ from torch import nn
 
 import toolkit
 from toolkit.errors import ToolkitError
+from toolkit.loading import load_model
 from toolkit.ops.quantised_linear import makers
 from toolkit.patching import report_of, weight_version
 from toolkit.quantised import QuantisedWeight, dequantise, quantise, quantised_weights
@@ -186,3 +187,15 @@ def test_the_weight_version_sees_that_weights_are_quantised_and_written():
             assert torch.equal(torch.tensor(completion.logprobs), trained[-4:])
         assert len(set(seen)) == len(seen)
         assert [one.weight_versions[0] for one in texts] == seen
+
+
+def test_a_model_is_dequantised_before_it_is_exported(tmp_path):
+    model, dense = pair("llama", "nf4")
+    with pytest.raises(
+        ToolkitError, match=r"model must be dense to be exported to 'hf', got model\.layers\.0.* in nf4"
+    ):
+        toolkit.export(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    dequantise(model)
+    loaded, _ = load_model(str(toolkit.export(model, tmp_path / "out")))
+    assert all(map(torch.equal, loaded.state_dict().values(), dense.state_dict().values()))

@@ -36,10 +36,12 @@ def run(args: argparse.Namespace) -> int:
     from toolkit.exporting import MANIFEST, TARGETS, export, is_lossless
     from toolkit.loading import load_model, load_with_adapters
     from toolkit.patching.adapters import vocabulary_size
+    from toolkit.quantised import dequantise
 
     target = TARGETS.find("--to", args.to)()
     with ended_by_signals():
         model, tokenizer = load_model(args.model, args.dtype)
+        dequantise(model)  # of a checkpoint in another library's layout
         with Engine(model, tokenizer) as engine:
             prompts = real_prompts(tokenizer, vocabulary_size(model), random.Random(0))[:PROMPTS]
             path = export(

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from toolkit.errors import ToolkitError
 from toolkit.exporting.base import (
     TARGETS,
     ConsumerOutput,
@@ -16,6 +17,7 @@ from toolkit.exporting.base import (
 )
 from toolkit.exporting.folders import check_free, new_folder
 from toolkit.exporting.manifest import MANIFEST, manifest
+from toolkit.quantised import quantised_weights
 
 __all__ = ["MANIFEST", "TARGETS", "ConsumerOutput", "ExportJob", "ExportTarget", "export", "is_lossless"]
 
@@ -54,6 +56,7 @@ def export(
     folder = Path(path)
     check_free(folder)
     require_packages(target, job.quantise)
+    _check_dense(model, target)
     target.check(job)
     with new_folder(folder) as staging:
         target.write(job, staging)
@@ -61,3 +64,14 @@ def export(
         content = manifest(job, to, target.packages(job.quantise), staging, prompts, output)
         (staging / MANIFEST).write_text(json.dumps(content, indent=2) + "\n")
     return folder
+
+
+def _check_dense(model: Any, target: ExportTarget) -> None:
+    """Raise ToolkitError for quantised weights, but where the target holds adapters alone."""
+    found = [] if target.holds_adapters else list(quantised_weights(model))
+    if found:
+        name, weight = found[0]
+        raise ToolkitError(
+            f"model must be dense to be exported to {target.target!r}, got {name} in {weight.format}; dequantise it "
+            "first (toolkit.quantised.dequantise)."
+        )
