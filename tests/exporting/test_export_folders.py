@@ -158,6 +158,20 @@ def test_an_interrupted_export_leaves_nothing(model, tmp_path, number):
     assert [folder.name for folder in tmp_path.iterdir()] == ["saved"]
 
 
+def test_an_export_that_its_program_does_not_run_is_not_kept(model, tmp_path, monkeypatch):
+    from toolkit.exporting.hf import HuggingFace
+
+    def fail(self, folder, prompts, max_tokens):
+        raise RuntimeError("no such layer")
+
+    monkeypatch.setattr(HuggingFace, "consume", fail)
+    with pytest.raises(
+        ToolkitError, match=r"The program of 'hf' does not run the export \(RuntimeError: no such layer"
+    ):
+        export(model, tmp_path / "out", prompts=[[1, 2]])
+    assert not list(tmp_path.iterdir())
+
+
 class NeedsNothingThere(ExportTarget, name="needs-nothing-there"):
     def packages(self, quantise):
         return ("no_such_package_at_all",)

@@ -231,6 +231,16 @@ def test_the_file_opens_here_again_and_may_be_patched(family, tmp_path):
     assert its_tokenizer(text)["input_ids"] == tokenizer(text)["input_ids"]
 
 
+def test_a_short_prompt_after_a_long_one_sees_nothing_of_it(tmp_path):
+    model = make("gemma3_text", hidden=64)
+    path = export(model, tmp_path / "out", "gguf", make_tokenizer(), "f32")
+    with served(path) as server:
+        alone = server.generate([3, 4], 6)
+    with served(path) as server:
+        server.generate(sequences(1, 20)[0], 6)
+        assert server.generate([3, 4], 6) == alone
+
+
 REFUSED = [
     ("gpt_neox", {}, "model_type must be one of llama, .*got 'gpt_neox'"),
     ("qwen2", {"use_sliding_window": True, "sliding_window": 8}, "sliding_window of qwen2 must be null"),

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from toolkit.errors import ToolkitError
+from toolkit.errors import ToolkitError, first_line
 from toolkit.exporting.base import (
     TARGETS,
     ConsumerOutput,
@@ -49,7 +49,7 @@ def export(
 
     Raises:
         ToolkitError: an unknown target or format, a package that is missing, a path that already holds something or may
-            not be written, a full disk, or what the target cannot hold.
+            not be written, a full disk, what the target cannot hold, or an export that its program does not run.
     """
     target = TARGETS.find("to", to)()
     job = ExportJob(model, tokenizer, chosen_format(target, quantise))
@@ -60,7 +60,7 @@ def export(
     target.check(job)
     with new_folder(folder) as staging:
         target.write(job, staging)
-        output = target.consume(staging, prompts, max_tokens) if prompts else None
+        output = _consume(target, staging, prompts, max_tokens) if prompts else None
         content = manifest(job, to, target.packages(job.quantise), staging, prompts, output)
         (staging / MANIFEST).write_text(json.dumps(content, indent=2) + "\n")
     return folder
@@ -75,3 +75,16 @@ def _check_dense(model: Any, target: ExportTarget) -> None:
             f"model must be dense to be exported to {target.target!r}, got {name} in {weight.format}; dequantise it "
             "first (toolkit.quantised.dequantise)."
         )
+
+
+def _consume(
+    target: ExportTarget, folder: Path, prompts: Sequence[Sequence[int]], max_tokens: int
+) -> ConsumerOutput | None:
+    """What the target's program generates; one that fails is an error, and the export is not kept."""
+    try:
+        return target.consume(folder, prompts, max_tokens)
+    except ToolkitError:
+        raise
+    except Exception as error:  # programs raise their own
+        reason = first_line(error, with_class=True)
+        raise ToolkitError(f"The program of {target.target!r} does not run the export ({reason}).") from None

@@ -28,6 +28,8 @@ class LlamaCpp:
         settings.n_batch = settings.n_ubatch = min(512, context + 8)
         settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
         settings.warmup = False
+        # A cache of the windows alone, used again for a short prompt after a longer one, gives other tokens.
+        settings.swa_full = True
         settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         if adapter is not None:
