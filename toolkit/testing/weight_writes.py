@@ -69,7 +69,8 @@ def _is_dense_matrix(parameter: Tensor | None) -> bool:
 
 def _optimizer(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> WeightWrite:
     def write(model: Any, source: random.Random) -> None:
-        parameters = [one for one in model.parameters() if one.requires_grad] or list(model.parameters())
+        dense = [one for one in model.parameters() if not isinstance(one, QuantisedWeight)]
+        parameters = [one for one in dense if one.requires_grad] or dense
         optimizer = make(parameters)
         for parameter in parameters:
             parameter.grad = _noise(parameter, source)
