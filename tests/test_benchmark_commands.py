@@ -29,6 +29,8 @@ COMMANDS = {
     "encoder_attention": "--tokens 16 --hidden-size 32 --intermediate-size 48 --heads 2 --repeats 1",
     "pooling": "--texts 5 --longest 24 --layers 1 --repeats 1",
     "patch_cost": "--only 0.6",
+    "quantised": "--threads 1 --repeats 1 --rows 1 --largest 400000",
+    "low_precision": "--layers 1 --batch 1 --repeats 1 --sides int8 --dense-head",
     "ops": "--only bits linear head --seconds 0.01",
     "ops.attention": "--repeats 1",
 }
@@ -66,5 +68,5 @@ def test_every_command_has_a_small_size() -> None:
     short = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
     short -= {"__init__", "common"}
     short -= {"picture"}  # which measures nothing
-    short -= {"peers"}  # which needs a separate environment
+    short -= {"peers", "llama_cpp"}  # which need a separate environment, or files of a model
     assert short <= set(COMMANDS)

@@ -88,8 +88,8 @@ class _Runner(ModelRunner):
         self._pools = target, pool
         self._read: dict[int, Tensor] = {}  # what decode steps of a size read, which stays where it is
 
-    def build(self, chunks: list[Chunk]) -> tuple[RaggedBatch, Tensor]:
-        batch, rows = super().build(chunks)
+    def build(self, chunks: list[Chunk], size: int) -> tuple[RaggedBatch, Tensor]:
+        batch, rows = super().build(chunks, size)
         rows_of: tuple[list[int], list[int]] = [], []  # rows that read each pool
         slots: tuple[list[int], list[int]] = [], []
         row = 0
