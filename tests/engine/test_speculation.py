@@ -107,7 +107,8 @@ def check_drafts(family, schedules, count, most=24, adapted=lambda model: model)
         }
         plain = engine_of(model, **settings)
         expected = run(plain, prompts, params)
-        config = {"num_speculative_tokens": chance.randint(1, 7), "adaptive": chance.choice((True, False))}
+        # Adaptive lengths follow how long steps take: how much is drafted then is the machine's affair.
+        config = {"num_speculative_tokens": chance.randint(3, 7), "adaptive": bool(seed % 2)}
         engine = engine_of(model, **settings, speculative_config=config)
         engine.speculation.drafter = Foretelling(expected, chance)
         for _ in range(2):  # the second one finds prefixes that the first one left

@@ -10,7 +10,7 @@ from tests.helpers.quantised import VARIANTS, packed
 from tests.helpers.rowwise import integers, seeded
 from toolkit.errors import ToolkitError
 from toolkit.ops.dynamic_map import dynamic_map
-from toolkit.ops.quantised_linear import FORMATS, dequantise, find, makers
+from toolkit.ops.quantised_linear import FORMATS, dequantise, dequantise_rows, find, makers
 from toolkit.ops.quantised_linear.formats import int4, nf4
 from toolkit.ops.quantised_linear.packing import pack_codes, pack_groups, unpack_codes, unpack_groups
 
@@ -212,3 +212,18 @@ def test_bad_input_is_one_sentence():
 def test_all_formats_are_listed():
     assert list(FORMATS) == sorted({name for name, _ in VARIANTS.values()})
     assert makers() == ["fp8", "int4", "int8", "nf4", "q8_0"]
+
+
+@pytest.mark.parametrize("format", [*makers(), "nf4 single"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_by_their_own_codes(format: str, dtype: torch.dtype) -> None:
+    """Of a weight whose last panel and last block of nested scales are not full; more rows than are done at once."""
+    name, _, single = format.partition(" ")
+    weight = torch.randn(83, 200, generator=torch.Generator().manual_seed(0))
+    codes, scales = find(name).quantise(weight, **({"double": False} if single else {}))
+    rows = torch.randint(83, (300,), generator=torch.Generator().manual_seed(1))
+    for some in (rows, rows[:1], rows[:0]):
+        dense = dequantise(codes, scales, name, 83, 200, dtype)
+        assert torch.equal(dequantise_rows(some, codes, scales, name, 200, dtype), dense[some])
+    with pytest.raises(IndexError):
+        dequantise_rows(torch.tensor([96]), codes, scales, name, 200, dtype)

@@ -197,3 +197,13 @@ def test_torch_compile_sees_the_same_layer():
     x = torch.randn(4, 96)
     compiled = torch.compile(lambda layer, x: linear_forward(layer, x), backend="aot_eager")
     assert torch.equal(compiled(quantised, x), linear_forward(dense, x))
+
+
+@pytest.mark.parametrize("format", makers())
+def test_embeddings_read_their_rows_alone(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bitwise the rows of the dequantised weight, of which no more than the rows' panels is made."""
+    weight = QuantisedWeight.of(torch.randn(640, 96, generator=torch.Generator().manual_seed(0)), format)
+    dense, ids = weight.dequantise(), torch.tensor([[0, 639, 17], [17, 5, 320]])
+    monkeypatch.setattr(QuantisedWeight, "dequantise", lambda *_: pytest.fail("the whole weight was made"))
+    assert torch.equal(torch.nn.functional.embedding(ids, weight), dense[ids])
+    assert torch.equal(torch.nn.functional.embedding(ids[:0], weight), dense[ids[:0]])

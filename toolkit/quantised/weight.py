@@ -15,7 +15,7 @@ from torch._ops import OpOverload
 
 import toolkit.ops.linear  # noqa: F401  (registers toolkit::linear)
 from toolkit.errors import ToolkitError, must_be_one_of
-from toolkit.ops.quantised_linear import dequantise, find, quantised_linear
+from toolkit.ops.quantised_linear import PANEL, dequantise, dequantise_rows, find, quantised_linear
 from toolkit.ops.registry import has_native
 
 _ATEN, _OURS = torch.ops.aten, torch.ops.toolkit
@@ -130,6 +130,8 @@ class QuantisedWeight(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if func in _LINEAR and (found := _linear(*args, **kwargs)) is not None:
                 return found
+            if func is F.embedding and (found := _embedding(*args, **kwargs)) is not None:
+                return found
             if func == Tensor.__setitem__ and isinstance(args[0], QuantisedWeight):
                 raise _written(args[0], "item assignment")
             if _asks_for_gradient(func, args, kwargs):
@@ -188,6 +190,18 @@ def _linear(input: Any, weight: Any, bias: Tensor | None = None) -> Tensor | Non
     elif input.dtype != weight.dtype:
         return None  # the dense op says why not
     return quantised_linear(input, weight.codes, weight.scales, bias, weight.format, weight.shape[0])
+
+
+def _embedding(
+    input: Tensor, weight: Any, padding_idx: Any = None, max_norm: Any = None, *_: Any, **options: Any
+) -> Tensor | None:
+    """The rows of an embedding by their own codes; None for a call that dequantises all."""
+    whole_panels = isinstance(weight, QuantisedWeight) and weight.dim() == 2 and weight.shape[0] % PANEL == 0
+    if not whole_panels or max_norm is not None or input.is_floating_point():
+        return None
+    inputs = weight.shape[-1]
+    rows = dequantise_rows(input.reshape(-1).long(), weight.codes, weight.scales, weight.format, inputs, weight.dtype)
+    return rows.view(*input.shape, inputs)
 
 
 def _asks_for_gradient(func: Any, args: Any, kwargs: Any) -> bool:

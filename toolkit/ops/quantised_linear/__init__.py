@@ -8,9 +8,15 @@ from torch import Tensor
 
 from toolkit.ops.quantised_linear import reference
 from toolkit.ops.quantised_linear.formats import FORMATS, Format, find, makers
+from toolkit.ops.quantised_linear.packing import PANEL
 from toolkit.ops.registry import Op, register
 
-__all__ = ["FORMATS", "Format", "dequantise", "find", "makers", "quantised_linear", "quantised_linear_group"]
+__all__ = [
+    "FORMATS", "PANEL", "Format", "dequantise", "dequantise_rows", "find", "makers", "quantised_linear",
+    "quantised_linear_group",
+]  # fmt: skip
+
+_ROWS = 256  # whose panels are dequantised at once: 16 rows each
 
 _TRITON = "toolkit.ops.quantised_linear.triton"
 _BACKWARD: Op[tuple[Tensor, Tensor]] = register(
@@ -134,3 +140,37 @@ def dequantise(
     ``dtype``. No gradient.
     """
     return _DEQUANTISE.select(impl)(codes, list(scales), format, outputs, inputs, dtype)
+
+
+def dequantise_rows(
+    rows: torch.Tensor,
+    codes: torch.Tensor,
+    scales: Sequence[torch.Tensor],
+    format: str,
+    inputs: int,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """``dequantise(codes, scales, ...)[rows]``, bitwise identical: the rows of an embedding, by their own codes.
+
+    A row costs the panel of 16 that it is of.
+
+    Args:
+        rows: [T] int64, from 0 to 16 P - 1.
+        codes, scales: packed, of P panels.
+        inputs: K.
+
+    Returns:
+        [T, K] of dtype.
+
+    Raises:
+        IndexError: on CPU, for a row of no panel.
+    """
+    known, found = find(format), []
+    for some in rows.split(_ROWS):
+        panels = some // PANEL
+        dense = dequantise(
+            codes.index_select(0, panels), known.of_panels(scales, panels), format, PANEL * len(some), inputs, dtype
+        )
+        lanes = torch.arange(len(some), device=rows.device) * PANEL + some % PANEL
+        found.append(dense.index_select(0, lanes))
+    return torch.cat(found) if found else torch.empty(0, inputs, dtype=dtype, device=codes.device)

@@ -151,10 +151,16 @@ class _Part:
         words = [(word, owner) for tensor, owner in zip(tensors, self._owners) if (word := word_at(tensor)) is not None]
         self._words, self._word_owners = [word for word, _ in words], [owner for _, owner in words]
         self._samples = list(map(_VALUE, self._words))
-        odd = [(entry, owner) for entry, owner in others if isinstance(entry[2], Tensor)]
+        known = {(id(entry[0]), entry[1]) for entry, _ in plain}
+        wrappers = [(entry, owner) for entry, owner in others if _is_known_inside(entry[2], known)]
+        self._fetch_wrappers = _Fetch([entry for entry, _ in wrappers])
+        self._wrapper_owners = [owner for _, owner in wrappers]
+        self._wrapper_versions = self._versions_of_wrappers()
+        taken = {id(entry[2]) for entry, _ in wrappers}
+        odd = [(e, owner) for e, owner in others if isinstance(e[2], Tensor) and id(e[2]) not in taken]
         # Fetched, not remembered weakly: torch swaps a wrapper in ``Module.to`` only where nothing refers to it.
         self._fetch_odd = _Fetch([entry for entry, _ in odd])
-        self._insides = [vars(entry[2]) for entry, _ in odd]  # swapped with it
+        self._insides = [vars(entry[2]) for entry, _ in (*wrappers, *odd)]  # swapped with it
         self._odd = [(owner, _odd_stamps(entry[2])) for entry, owner in odd]
 
     def writes(self) -> set[Owner] | None:
@@ -169,7 +175,10 @@ class _Part:
                 or list(map(Tensor.stride, tensors)) != self._strides
                 or list(map(Tensor.numel, tensors)) != self._numels
                 or any(map(_EXPIRED, self._storage_ids))
-                or any(vars(one) is not inside for one, inside in zip(self._fetch_odd(), self._insides))
+                or any(
+                    vars(one) is not inside
+                    for one, inside in zip(chain(self._fetch_wrappers(), self._fetch_odd()), self._insides)
+                )
             ):
                 return None
         except (KeyError, RuntimeError):  # an entry is gone, or has no memory any more
@@ -184,12 +193,20 @@ class _Part:
         if samples != self._samples:
             written |= {owner for owner, old, new in zip(self._word_owners, self._samples, samples) if old != new}
             self._samples = samples
+        if self._wrapper_owners and (now := self._versions_of_wrappers()) != self._wrapper_versions:
+            pairs = zip(self._wrapper_owners, self._wrapper_versions, now)
+            written |= {owner for owner, old, new in pairs if old != new}
+            self._wrapper_versions = now
         for at, (tensor, (owner, stamps)) in enumerate(zip(self._fetch_odd(), self._odd)):
-            now = _odd_stamps(tensor)
-            if now != stamps:
+            stamps_now = _odd_stamps(tensor)
+            if stamps_now != stamps:
                 written.add(owner)
-                self._odd[at] = (owner, now)
+                self._odd[at] = (owner, stamps_now)
         return written
+
+    def _versions_of_wrappers(self) -> list[int]:
+        with torch._C.DisableTorchFunctionSubclass():  # which a wrapper's every attribute would go through
+            return list(map(_VERSION, self._fetch_wrappers()))
 
     def stamps(self) -> dict[Owner, list[Any]]:
         """What was seen of each owner's tensors."""
@@ -197,8 +214,12 @@ class _Part:
         parts = (self._ids, self._storage_ids, self._addresses, self._strides, self._numels, self._versions)
         for owner, *stamp in zip(self._owners, *parts):
             found[owner].append(stamp)
-        for owner, sample in zip(self._word_owners, self._samples):
-            found[owner].append(sample)
+        for owners, values in (
+            (self._word_owners, self._samples),
+            (self._wrapper_owners, self._wrapper_versions),
+        ):
+            for owner, value in zip(owners, values):
+                found[owner].append(value)
         for owner, stamps in self._odd:
             found[owner] += stamps
         return found
@@ -267,8 +288,16 @@ def _is_plain(value: Any) -> bool:
         return False
 
 
+def _is_known_inside(value: Any, known: set[tuple[int, str]]) -> bool:
+    """Whether a wrapper's tensors are attributes of it that are watched as entries."""
+    if not isinstance(value, Tensor) or not is_traceable_wrapper_subclass(value) or value.is_inference():
+        return False
+    return all((id(value.__dict__), name) in known for name in value.__tensor_flatten__()[0])
+
+
 def _odd_stamps(value: Tensor) -> list[WriteStamp]:
-    """Of a tensor that is not plain (made in inference mode, or a wrapper), and of those that it wraps."""
+    """Of a tensor that is not plain (made in inference mode, a wrapper of what is no attribute), and of those that it
+    wraps."""
     names: Sequence[str] = value.__tensor_flatten__()[0] if is_traceable_wrapper_subclass(value) else []
     within = [part for name in names if isinstance(part := getattr(value, name), Tensor)]
     return [WriteStamp(value), *(stamp for part in within for stamp in _odd_stamps(part))]

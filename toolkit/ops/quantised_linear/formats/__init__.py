@@ -16,6 +16,8 @@ file holds
     Shape and allowed dtypes of each of them.
 ``values(codes, scales, outputs, group)``
     float32 [N, K] from unpacked codes [N, K] and the packed scales.
+``scales_of_panels(scales, panels)``
+    The scales of a weight of some panels [T] of the packed outputs; absent where every scale is [P, ...] or shared.
 ``quantise(weight, **options)``
     Packed codes and scales of a dense weight [N, K]; absent where a format is read and never made.
 
@@ -51,6 +53,7 @@ class Format:
     scale_shapes: Callable[[Sequence[str], int, int], Shapes] = field(repr=False)
     values: Callable[[Tensor, Sequence[Tensor], int, int], Tensor] = field(repr=False)
     make: Callable[..., Packed] | None = field(repr=False)
+    of_panels: Callable[[Sequence[Tensor], Tensor], list[Tensor]] = field(repr=False)
 
     def quantise(self, weight: Tensor, **options: Any) -> Packed:
         """Packed codes and scales of a dense weight [N, K].
@@ -130,8 +133,13 @@ def discover() -> dict[str, Format]:
             module.scale_shapes,
             module.values,
             getattr(module, "quantise", None),
+            getattr(module, "scales_of_panels", _selected),
         )
     return dict(sorted(found.items()))
+
+
+def _selected(scales: Sequence[Tensor], panels: Tensor) -> list[Tensor]:
+    return [scale.index_select(0, panels) for scale in scales]
 
 
 def makers() -> list[str]:

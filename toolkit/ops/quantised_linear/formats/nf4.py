@@ -61,6 +61,19 @@ def scale_of(scales: Sequence[Tensor], outputs: int) -> Tensor:
     return table[indices.long()] * shared + mean
 
 
+def scales_of_panels(scales: Sequence[Tensor], panels: Tensor) -> list[Tensor]:
+    """Single-precision absmax of the blocks of these panels."""
+    if len(scales) == 1:
+        return [scales[0].index_select(0, panels)]
+    codes, nested, mean, table = scales
+    groups = codes.shape[1]
+    lanes, group = (torch.arange(count, device=codes.device) for count in (16, groups))
+    block = (panels[:, None, None] * 16 + lanes) * groups + group[:, None]
+    # Outputs that only fill the last panel have blocks behind the last one.
+    shared = nested[(block // NESTED).clamp_max(len(nested) - 1)]
+    return [table[codes.index_select(0, panels).long()] * shared + mean]
+
+
 def values(codes: Tensor, scales: Sequence[Tensor], outputs: int, group: int) -> Tensor:
     table = torch.tensor(VALUES, device=codes.device)
     return table[codes.long()] * spread(scale_of(scales, outputs), group, codes.shape[1])
