@@ -17,15 +17,17 @@ from toolkit.loading import load_model
 from toolkit.loading.tensors import weight_files
 from toolkit.testing.models import random_model
 
-LAYOUTS = [("deepseek_v3_moe", "layer"), ("glm4_moe", "layer"), ("qwen3_next_moe", "top"), ("qwen3_next", "top")]
+LAYOUTS = {"deepseek_v3_moe": "layer", "qwen3_next_moe": "top", "glm4_moe": "layer", "qwen3_next": "top"}
+FAST = ("deepseek_v3_moe", "qwen3_next_moe")  # of each layout one
 CONFIG = {"method": "mtp", "num_speculative_tokens": 3, "adaptive": False}
 
 
-@pytest.fixture(scope="module", params=LAYOUTS, ids=lambda one: one[0])
+@pytest.fixture(
+    scope="module", params=[pytest.param(one, marks=[pytest.mark.sweep] * (one not in FAST)) for one in LAYOUTS]
+)
 def folder(request, tmp_path_factory):
-    family, layout = request.param
-    path = tmp_path_factory.mktemp(family)
-    save_with_mtp(family, path, layout)
+    path = tmp_path_factory.mktemp(request.param)
+    save_with_mtp(request.param, path, LAYOUTS[request.param])
     return path
 
 
@@ -94,7 +96,7 @@ def test_mtp_drafts_what_the_stock_layer_does(folder):
     assert all(checked)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", [pytest.param(0.0, marks=pytest.mark.sweep), 1.0])
 def test_what_the_layer_foretells_is_accepted(tmp_path, temperature):
     """Where the next token depends on the last one alone, and the layer has learnt how, every draft is right."""
     save_with_mtp("deepseek_v3", tmp_path)
@@ -141,6 +143,7 @@ def test_mtp_follows_new_weights_and_sleeps(folder):
     assert layer.model.embed_tokens.weight is model.model.embed_tokens.weight
 
 
+@pytest.mark.sweep
 def test_what_a_checkpoint_lacks_is_named(tmp_path):
     found = save_with_mtp("deepseek_v3", tmp_path / "whole")
     random_model("llama", vocabulary=VOCABULARY).save_pretrained(tmp_path / "none")
@@ -187,6 +190,7 @@ def test_an_export_keeps_the_layer(folder, tmp_path):
     assert not engine.speculation.failed
 
 
+@pytest.mark.sweep
 def test_an_export_in_several_files_keeps_the_layer(tmp_path):
     save_with_mtp("deepseek_v3", tmp_path / "one")
     model = loaded(tmp_path / "one")

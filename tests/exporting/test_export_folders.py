@@ -142,7 +142,9 @@ sys.exit(toolkit.cli.main(["export", sys.argv[1], sys.argv[2], "--to", "slow"]))
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, *(pytest.param(one, marks=pytest.mark.sweep) for one in (signal.SIGINT, signal.SIGHUP))]
+)
 def test_an_interrupted_export_leaves_nothing(model, tmp_path, number):
     saved = export(model, tmp_path / "saved", tokenizer=make_tokenizer())
     out = tmp_path / "new" / "out"

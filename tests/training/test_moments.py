@@ -39,7 +39,9 @@ def test_which_parameters_keep_8_bits() -> None:
         assert per_element == (2 + 8 / 256 if eight else 8), shape
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    "precision", ["float32", *(pytest.param(one, marks=pytest.mark.sweep) for one in PRECISIONS if one != "float32")]
+)
 def test_resuming_is_exact(precision: str, tmp_path: Path, small: None) -> None:
     recipe = objective_recipe(tmp_path, "sft", {}, **{**PRECISIONS[precision], "optimizer": EIGHT_BIT})
     whole = Trainer(recipe, quiet=True)
@@ -69,6 +71,7 @@ def test_rollouts_see_every_update(tmp_path: Path, small: None) -> None:
     assert versions == sorted(set(versions))
 
 
+@pytest.mark.sweep
 def test_a_regression_ends_where_float32_moments_end() -> None:
     """Least squares of a 64 x 64 matrix: both find it, over 300 steps with noise in the gradients."""
     target = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))

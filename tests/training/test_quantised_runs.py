@@ -52,7 +52,7 @@ def test_only_adapters_move(tmp_path: Path) -> None:
     assert all(one.any() for one in factors)
 
 
-@pytest.mark.parametrize("format", ["nf4", "int8"])
+@pytest.mark.parametrize("format", ["nf4", pytest.param("int8", marks=pytest.mark.sweep)])
 def test_rollouts_have_the_log_probabilities_of_training(tmp_path: Path, format: str) -> None:
     objective = {"task": LOWER, "prompts": 4, "num_generations": 4, "warmup": {**WARMUP, "task": TASK}, "beta": 0.01}
     train(qlora(tmp_path, "grpo", objective, quantise=format), quiet=True)
@@ -74,7 +74,10 @@ def test_a_resumed_run_ends_with_the_same_adapters(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
-@pytest.mark.parametrize("quantised", [{"format": "int4", "options": {"group": 32}}, {"format": "nf4"}])
+@pytest.mark.parametrize(
+    "quantised",
+    [{"format": "int4", "options": {"group": 32}}, pytest.param({"format": "nf4"}, marks=pytest.mark.sweep)],
+)
 def test_a_run_loads_as_the_dequantised_base_and_what_was_trained(tmp_path: Path, quantised: dict[str, Any]) -> None:
     trainer = Trainer(qlora(tmp_path, quantise=quantised), quiet=True)
     trainer.fit()
