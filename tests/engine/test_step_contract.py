@@ -281,7 +281,7 @@ def test_random_schedules(family, seed, executor, adapters):
 @pytest.mark.parametrize("family", SWEPT)
 def test_many_random_schedules(family, seed, adapters):
     executors = [straight_line, recorded_replay, *([native_replay] if native.load() is not None else [])]
-    _, _, replays = check_schedule(family, executors, 250, seed)
+    _, _, replays = check_schedule(family, executors, 300, seed)
     assert min(replays) > 100
 
 
