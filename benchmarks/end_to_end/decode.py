@@ -8,7 +8,7 @@ on arithmetic takes longer than that. ``thin`` has 36 layers so narrow that at b
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from statistics import median
 from typing import Any
@@ -46,8 +46,19 @@ def steps(model: Any, batch: int, repeats: int) -> dict[str, list[float]]:
     """Seconds of decode steps of ``batch`` sequences, by executor, in turns."""
     engines = {}
     for side, executors in SIDES.items():
-        engine = engines[side] = toolkit.Engine(model, max_num_seqs=batch, max_model_len=256 + 8 * repeats)
+        engine = engines[side] = new_engine(model, batch, repeats)
         engine.backend.graphs.executors = executors  # type: ignore[attr-defined]
+    return timed_steps(engines, batch, repeats)
+
+
+def new_engine(model: Any, batch: int, repeats: int) -> toolkit.Engine:
+    """An engine with room for what ``timed_steps`` runs."""
+    return toolkit.Engine(model, max_num_seqs=batch, max_model_len=256 + 8 * repeats)
+
+
+def timed_steps(engines: Mapping[str, toolkit.Engine], batch: int, repeats: int) -> dict[str, list[float]]:
+    """Seconds of decode steps of ``batch`` sequences in each engine, in turns; the engines are closed."""
+    for engine in engines.values():
         params = toolkit.SamplingParams(max_tokens=128 + 8 * repeats, temperature=0.0, ignore_eos=True)
         for at in range(batch):
             engine.submit([3 + at % 7] * 64, params)

@@ -7,15 +7,14 @@ rounded. A step cannot take less than reading its weights once, at the rate of a
 
 import argparse
 import gc
-import time
 from statistics import median
 from typing import Any
 
 import torch
 
 import toolkit
-from benchmarks.common import print_table, turns, write_json
-from benchmarks.end_to_end.decode import STEPS, read_rate
+from benchmarks.common import print_table, write_json
+from benchmarks.end_to_end.decode import new_engine, read_rate, timed_steps
 from benchmarks.end_to_end.narrow import smollm2
 from toolkit.engine.memory_plan import weight_bytes
 
@@ -35,29 +34,6 @@ def model_of(side: str, layers: int, dense_head: bool) -> Any:
     return model
 
 
-def steps(models: dict[str, Any], batch: int, repeats: int) -> dict[str, list[float]]:
-    """Seconds of decode steps of ``batch`` sequences, by side, in turns."""
-    engines = {}
-    for side, model in models.items():
-        engine = engines[side] = toolkit.Engine(model, max_num_seqs=batch, max_model_len=256 + 8 * repeats)
-        params = toolkit.SamplingParams(max_tokens=128 + 8 * repeats, temperature=0.0, ignore_eos=True)
-        for at in range(batch):
-            engine.submit([3 + at % 7] * 64, params)
-        for _ in range(4 + batch * 64 // 2048):  # the prompts, and the capture
-            engine.step()
-    seconds: dict[str, list[float]] = {side: [] for side in engines}
-    for side in turns(engines, repeats):
-        time.sleep(0.05)
-        engines[side].step()
-        for _ in range(STEPS):
-            begun = time.perf_counter()
-            engines[side].step()
-            seconds[side].append(time.perf_counter() - begun)
-    for engine in engines.values():
-        engine.close()
-    return seconds
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--sides", nargs="+", default=list(SIDES), help="float32, bfloat16, a format, or bfloat16+nf4")
@@ -75,7 +51,8 @@ def main() -> None:
     gc.collect()
     rows, found = [], []
     for batch in arguments.batch:
-        seconds = steps(models, batch, arguments.repeats)
+        engines = {side: new_engine(model, batch, arguments.repeats) for side, model in models.items()}
+        seconds = timed_steps(engines, batch, arguments.repeats)
         base = median(seconds["float32"])
         for side, model in models.items():
             size, took = weight_bytes(model), median(seconds[side])

@@ -4,12 +4,12 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol, cast, overload
+from typing import Any, Protocol, cast
 
 from toolkit.config.objective import DatasetSection, OfflineSection
 from toolkit.errors import ToolkitError
 from toolkit.training.corpus import digest
-from toolkit.training.jsonl import BadLine, JsonlDataset, Line
+from toolkit.training.jsonl import BadLine, JsonlDataset, Line, LineSequence
 from toolkit.training.rows import RowDataset
 
 _JSON_LINES = (".jsonl", ".ndjson", ".gz")
@@ -31,7 +31,7 @@ class Source(Protocol):
         """The others."""
 
 
-class Joined(Sequence[Line]):
+class Joined(LineSequence):
     """Lines of several sequences one behind the other, as ``read`` makes them."""
 
     def __init__(self, parts: Sequence[Sequence[Line]], read: Sequence[Callable[[Line], Line]]) -> None:
@@ -41,13 +41,7 @@ class Joined(Sequence[Line]):
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    @overload
-    def __getitem__(self, at: int) -> Line: ...
-    @overload
-    def __getitem__(self, at: slice) -> list[Line]: ...
-    def __getitem__(self, at: int | slice) -> Line | list[Line]:
-        if isinstance(at, slice):
-            return [self[index] for index in range(*at.indices(len(self)))]
+    def read(self, at: int) -> Line:
         at = range(len(self))[at]
         part = next(index for index, end in enumerate(self._ends) if at < end)
         begin = self._ends[part] - len(self._parts[part])
@@ -156,7 +150,7 @@ def _first(lines: Sequence[Line], section: DatasetSection | None) -> Sequence[Li
     return Chosen(lines, kept)
 
 
-class Chosen(Sequence[Line]):
+class Chosen(LineSequence):
     """Some lines of a sequence."""
 
     def __init__(self, lines: Sequence[Line], kept: Sequence[int]) -> None:
@@ -165,9 +159,7 @@ class Chosen(Sequence[Line]):
     def __len__(self) -> int:
         return len(self._kept)
 
-    def __getitem__(self, at: Any) -> Any:
-        if isinstance(at, slice):
-            return [self._lines[index] for index in self._kept[at]]
+    def read(self, at: int) -> Line:
         return self._lines[self._kept[at]]
 
 

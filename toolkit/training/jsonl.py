@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 import tempfile
+from abc import abstractmethod
 from array import array
 from collections.abc import Callable, Sequence
 from typing import IO, Any, NamedTuple, cast, overload
@@ -48,7 +49,24 @@ class BadLine(NamedTuple):
     path: str = ""
 
 
-class LineIndex(Sequence[Line]):
+class LineSequence(Sequence[Line]):
+    """Lines that are read when they are asked for."""
+
+    @abstractmethod
+    def read(self, at: int) -> Line:
+        """The line at an index, which may be counted from the end. Raises IndexError where there is none."""
+
+    @overload
+    def __getitem__(self, at: int) -> Line: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Line]: ...
+    def __getitem__(self, at: int | slice) -> Line | list[Line]:
+        if isinstance(at, slice):
+            return [self[index] for index in range(*at.indices(len(self)))]
+        return self.read(at)
+
+
+class LineIndex(LineSequence):
     """Lines of an open file at the given offsets; each is read when it is asked for."""
 
     def __init__(self, file: IO[bytes], path: str) -> None:
@@ -62,13 +80,7 @@ class LineIndex(Sequence[Line]):
     def __len__(self) -> int:
         return len(self._offsets)
 
-    @overload
-    def __getitem__(self, at: int) -> Line: ...
-    @overload
-    def __getitem__(self, at: slice) -> list[Line]: ...
-    def __getitem__(self, at: int | slice) -> Line | list[Line]:
-        if isinstance(at, slice):
-            return [self[index] for index in range(*at.indices(len(self)))]
+    def read(self, at: int) -> Line:
         self._file.seek(self._offsets[at])
         return Line(self._numbers[at], json.loads(_text(self._file.readline())), self._path)
 

@@ -2,14 +2,14 @@
 
 import hashlib
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 from toolkit.errors import ToolkitError, first_line
 from toolkit.strict_json import strict_json
 from toolkit.training.corpus import digest
-from toolkit.training.jsonl import BadLine, Line, bad_lines_error
+from toolkit.training.jsonl import BadLine, Line, LineSequence, bad_lines_error
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -22,7 +22,7 @@ _BUILDERS = {
 _SPLIT_OF_FILES = "train"
 
 
-class RowIndex(Sequence[Line]):
+class RowIndex(LineSequence):
     """Rows of a dataset at the given numbers; each is read when it is asked for."""
 
     def __init__(self, rows: "Dataset", name: str) -> None:
@@ -35,13 +35,7 @@ class RowIndex(Sequence[Line]):
     def __len__(self) -> int:
         return len(self._numbers)
 
-    @overload
-    def __getitem__(self, at: int) -> Line: ...
-    @overload
-    def __getitem__(self, at: slice) -> list[Line]: ...
-    def __getitem__(self, at: int | slice) -> Line | list[Line]:
-        if isinstance(at, slice):
-            return [self[index] for index in range(*at.indices(len(self)))]
+    def read(self, at: int) -> Line:
         number = self._numbers[at]
         return Line(number, without_nulls(self._rows[number - 1]), self._name)
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from toolkit.chat.reply.calls import CallFormat, CallWriter, GrammarTerms
 from toolkit.chat.reply.events import ContentText, Event, ReasoningText
-from toolkit.chat.reply.parser import ReasoningFormat, joined
+from toolkit.chat.reply.parser import ReasoningFormat, SteppedParser
 from toolkit.chat.reply.source import Reading, Source, until
 from toolkit.chat.tools import Tool, new_call_id
 
@@ -98,7 +98,7 @@ def content_head(terms: GrammarTerms) -> str:
     return terms.text(f"{CHANNEL}{FINAL}{MESSAGE}")
 
 
-class HarmonyParser:
+class HarmonyParser(SteppedParser):
     """Reads one reply as ``ReplyParser`` does.
 
     Messages of the channel ``analysis`` are reasoning, messages to a function are calls, all others are content; a line
@@ -122,28 +122,12 @@ class HarmonyParser:
     ) -> None:
         self._apart, self._reads_calls = reasoning, calls
         self._source = Source()
-        self._events: list[Event] = []
+        self._events = []
         self._calls = CallWriter(
             self._source, self._events.append, lambda name, index: new_call_id(), tools, most_calls
         )
-        self._reading: Reading | None = self._read(open_message(prompt))
+        self._reading = self._read(open_message(prompt))
         self._written: set[type[Event]] = set()
-
-    def feed(self, text: str) -> list[Event]:
-        """Events of more text."""
-        self._source.feed(text)
-        return self._advance()
-
-    def finish(self) -> list[Event]:
-        """Events of the end of the text; nothing is fed after it."""
-        self._source.ended = True
-        return self._advance()
-
-    def _advance(self) -> list[Event]:
-        if self._reading is not None and next(self._reading, self) is self:
-            self._reading = None
-        events, self._events[:] = joined(self._events), []
-        return events
 
     def _read(self, header: Header | None) -> Reading:
         first = header is None

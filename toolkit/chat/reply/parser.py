@@ -40,7 +40,34 @@ class ReasoningFormat:
         return prompt.rstrip().endswith(self.end.rstrip())
 
 
-class ReplyParser:
+class SteppedParser:
+    """A parser whose reading of the text is a generator that yields where it waits for more.
+
+    A subclass makes source, events and reading.
+    """
+
+    _source: Source
+    _events: list[Event]
+    _reading: Reading | None
+
+    def feed(self, text: str) -> list[Event]:
+        """Events of more text."""
+        self._source.feed(text)
+        return self._advance()
+
+    def finish(self) -> list[Event]:
+        """Events of the end of the text; nothing is fed after it."""
+        self._source.ended = True
+        return self._advance()
+
+    def _advance(self) -> list[Event]:
+        if self._reading is not None and next(self._reading, self) is self:
+            self._reading = None
+        events, self._events[:] = joined(self._events), []
+        return events
+
+
+class ReplyParser(SteppedParser):
     """Reads one reply.
 
     All events together are the same however the text was cut. Text is held back only while it may be the beginning of
@@ -65,29 +92,13 @@ class ReplyParser:
     ) -> None:
         self._format, self._reasoning, self._begun = calls, reasoning, begun and reasoning is not None
         self._source = Source()
-        self._events: list[Event] = []
+        self._events = []
         self._calls = CallWriter(self._source, self._events.append, self._new_id, tools, most_calls)
         self._pending_space: list[str] = []
         self._written = False  # content, so that whitespace before more of it counts
         self._after_call = False
         self._content: Callable[[str], None] = self._write_content
-        self._reading: Reading | None = self._read()
-
-    def feed(self, text: str) -> list[Event]:
-        """Events of more text."""
-        self._source.feed(text)
-        return self._advance()
-
-    def finish(self) -> list[Event]:
-        """Events of the end of the text; nothing is fed after it."""
-        self._source.ended = True
-        return self._advance()
-
-    def _advance(self) -> list[Event]:
-        if self._reading is not None and next(self._reading, self) is self:
-            self._reading = None
-        events, self._events[:] = joined(self._events), []
-        return events
+        self._reading = self._read()
 
     def _new_id(self, name: str, index: int) -> str:
         if self._format is not None and self._format.id_of is not None:
