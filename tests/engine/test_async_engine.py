@@ -1,6 +1,7 @@
 """The engine on its thread: many threads and event loops at once, pauses, sleep, failures and the shutdown."""
 
 import asyncio
+import dataclasses
 import random
 import threading
 
@@ -136,6 +137,31 @@ def test_a_stream_that_is_left_cancels_its_requests():
         async_engine.cancel(handle.accepted.result()[0])
         assert [one.finish_reason for one in finished(handle)] == ["cancelled"]
         handle.cancel()
+
+
+@pytest.mark.parametrize("paused", [False, True])
+def test_who_is_told_that_a_request_has_ended_finds_it_ended(paused):
+    params = dataclasses.replace(LONG, n=3)
+    with make() as async_engine:
+        if paused:
+            async_engine.pause_generation()
+        handle = async_engine.submit([[1], [2, 3]], params)
+        told, put = [], handle.put
+
+        def noted(event):
+            told.append((isinstance(event, Exception), handle.num_unfinished))
+            return put(event)
+
+        handle.put = noted
+        handle.accepted.result(30)
+        async_engine.cancel_handle(handle, ToolkitError("Too late."))
+        with pytest.raises(ToolkitError, match=r"Too late\."):
+            list(handle)
+        assert [unfinished for failed, unfinished in told if failed] == [0]
+        assert handle.finish_reasons == ["cancelled"] * 6
+        assert async_engine.has_requests is False
+        if paused:
+            async_engine.resume_generation()
 
 
 def test_what_cannot_run_is_an_error_and_starts_nothing():

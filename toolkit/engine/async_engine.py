@@ -327,11 +327,11 @@ class AsyncEngine:
             self._finish(handle)
 
     def _cancel(self, handle: RequestHandle, error: Exception | None = None) -> None:
-        """The final deltas come with the next step."""
+        """Who is told ``error`` finds the request finished: it is raised in the place of the final deltas."""
         if handle.num_unfinished and handle.accepted.done():
-            if error is not None:
-                wake([handle.put(error)])
+            handle.error = error
             self._cancel_requests(handle.accepted.result())
+            self._deliver(self.engine.take_deltas())
 
     def _cancel_requests(self, request_ids: list[int]) -> None:
         for request_id in request_ids:
@@ -349,6 +349,8 @@ class AsyncEngine:
                     self._finish(handle)
             self._tell(self.listener.on_delta, handle, delta)
             awaited.append(handle.put(delta))
+            if handle.error is not None and not handle.num_unfinished:
+                awaited.append(handle.put(handle.error))
         wake(awaited)
 
     def _finish(self, handle: RequestHandle) -> None:

@@ -40,6 +40,7 @@ class RequestHandle:
         num_tokens: generated so far, of all sequences.
         first_token_time: ``time.perf_counter()`` of the first of them.
         finish_reasons: of the sequences that have finished.
+        error: what iteration raises once every sequence has been cancelled for it.
         accepted: request ids, one per prompt, once the engine has accepted all of them; or why it did not.
     """
 
@@ -53,6 +54,7 @@ class RequestHandle:
         self.num_tokens = 0
         self.first_token_time: float | None = None
         self.finish_reasons: list[str] = []
+        self.error: Exception | None = None
         self.accepted: Future[list[int]] = Future()
         self._cancel = cancel
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
@@ -93,14 +95,18 @@ class RequestHandle:
             self._cancel(self)
 
     def put(self, event: Event) -> Awaited | None:
-        """Hand over an event; whom to notify on which event loop, if an event loop iterates."""
+        """Hand over an event; whom to notify on which event loop, if an event loop iterates.
+
+        Deltas after ``error`` is set are counted only.
+        """
         if not isinstance(event, Exception):
             self.num_tokens += len(event.token_ids)
             if event.token_ids and self.first_token_time is None:
                 self.first_token_time = time.perf_counter()
             if event.finished is not None:
                 self.finish_reasons.append(event.finished.finish_reason)
-        self._events.put(event)
+        if self.error is None or isinstance(event, Exception):
+            self._events.put(event)
         return self._awaited
 
 
