@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from toolkit.cli.live import add_live_options, check_live_options, live_training
 from toolkit.cli.opened import add_served_options, opened
 from toolkit.cli.operations import add_operation_options, operation_of, refuse_for_pooling
 from toolkit.cli.options import runner_of
@@ -25,6 +26,7 @@ def add_parser(subparsers: Any) -> None:
     _add_api_options(parser.add_argument_group("API"))
     _add_http_options(parser.add_argument_group("HTTP"))
     add_operation_options(parser.add_argument_group("operation"))
+    add_live_options(parser.add_argument_group("training"))
     parser.set_defaults(run=run)
 
 
@@ -165,6 +167,7 @@ def run(args: argparse.Namespace) -> int:
             runner, settings = runner_of(args)
             if runner == "pooling":
                 refuse_for_pooling(args)
+            check_live_options(args, runner)
             with opened(args, runner, settings, template) as (engine, served):
                 serve = _serve_pooling if runner == "pooling" else _serve
                 return serve(args, engine, served, listener, http)
@@ -232,20 +235,28 @@ def _serve(args: argparse.Namespace, engine: Any, served: dict[str, Any], listen
     for name, folder in adapters.items():
         engine.load_adapter(name, folder)
     print(describe_memory(engine), file=sys.stderr, flush=True)
-    return _run(
-        args,
-        listener,
-        http,
-        engine.backend.device.type,
-        engine=AsyncEngine(engine, max_queued_seqs=args.max_queue, listener=metrics),
-        metrics=metrics,
-        media_folder=None if args.allowed_local_media_path is None else Path(args.allowed_local_media_path),
-        lora_modules=adapters,
-        read_weights=read_new_weights,
-        tool_call_parser=args.tool_call_parser,
-        reasoning_parser=args.reasoning_parser,
-        **served,
-    )
+    running = AsyncEngine(engine, max_queued_seqs=args.max_queue, listener=metrics)
+    with live_training(args, running, _names(args)) as live:
+        return _run(
+            args,
+            listener,
+            http,
+            engine.backend.device.type,
+            engine=running,
+            metrics=metrics,
+            media_folder=None if args.allowed_local_media_path is None else Path(args.allowed_local_media_path),
+            lora_modules=adapters,
+            read_weights=read_new_weights,
+            tool_call_parser=args.tool_call_parser,
+            reasoning_parser=args.reasoning_parser,
+            live=live,
+            **served,
+        )
+
+
+def _names(args: argparse.Namespace) -> list[str]:
+    """Public names of the model."""
+    return args.served_model_name or [Path(args.model).resolve().name]
 
 
 def _serve_pooling(
@@ -272,7 +283,7 @@ def _run(args: argparse.Namespace, listener: socket.socket, http: Any, device: s
     from toolkit.serving.app import ServerConfig
     from toolkit.serving.server import serve
 
-    names = args.served_model_name or [Path(args.model).resolve().name]
+    names = _names(args)
     access = {**_access(args), **args.operation}
     docs = not args.disable_fastapi_docs
     batch_folder = None if args.batch_folder is None else Path(args.batch_folder)

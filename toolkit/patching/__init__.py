@@ -4,7 +4,7 @@ from toolkit.modules.index_observer import IndexLosses, index_losses
 from toolkit.modules.moe_experts import expert_layers
 from toolkit.patching.apply import find_claims, patch, unpatch
 from toolkit.patching.forward import ragged_forward
-from toolkit.patching.logprobs import choose_rotary_lengths, token_logprobs
+from toolkit.patching.logprobs import choose_rotary_lengths, target_logprobs, token_logprobs
 from toolkit.patching.record import report_of
 from toolkit.patching.report import PatchReport
 from toolkit.patching.roles.pooled_attention import indexers_of
@@ -23,6 +23,7 @@ __all__ = [
     "ragged_forward",
     "report_of",
     "state_spec",
+    "target_logprobs",
     "token_logprobs",
     "unpatch",
     "weight_version",

@@ -131,6 +131,52 @@ def token_logprobs(
     return list(predictions(model, batch, tokens, lengths)[0].split(lengths))
 
 
+def target_logprobs(
+    model: nn.Module,
+    sequences: Sequence[Sequence[int] | Tensor],
+    targets: Sequence[Sequence[int] | Tensor],
+    adapters: Sequence[str | None] | None = None,
+    share: bool = True,
+) -> list[Tensor]:
+    """Log-probability (nats, full vocabulary) of a target after every token of every sequence.
+
+    Where ``targets[i]`` is ``sequences[i]`` shifted by one token, these are the values of ``token_logprobs``, bitwise.
+    Differentiable. All sequences are one batch.
+
+    Args:
+        model: a patched model, or its wrapper.
+        sequences: token ids of each sequence, at least one token in each.
+        targets: of each token the one whose log-probability is asked for, after it.
+        adapters: as for ``token_logprobs``.
+        share: compute common prefixes once.
+
+    Returns:
+        One tensor per sequence, [tokens].
+
+    Raises:
+        ToolkitError: as ``token_logprobs``, and for targets that are not one per token.
+    """
+    vocabulary = vocabulary_size(patched_model(model))
+    tokens = [_token_ids(index, one, vocabulary) for index, one in enumerate(sequences)]
+    wanted = [_token_ids(index, one, vocabulary) for index, one in enumerate(targets)]
+    _check_one_each("targets", wanted, len(tokens))
+    for index, (one, target) in enumerate(zip(tokens, wanted)):
+        if len(one) != len(target) or not len(one):
+            raise ToolkitError(f"targets[{index}] must have one per token ({len(one)}, >= 1), got {len(target)}.")
+    _check_counted(patched_model(inner_model(model)), tokens)
+    lengths = [len(one) for one in tokens]
+    device = next(model.parameters()).device
+    batch = RaggedBatch.from_sequences(
+        tokens,
+        device,
+        share,
+        rotary_lengths=choose_rotary_lengths(model, lengths),
+        adapters=_adapters(model, adapters, len(tokens)),
+    )
+    found = _read_at(model, batch, torch.arange(sum(lengths)), torch.cat(wanted), deferred.token_logprobs)[0]
+    return list(found.split(lengths))
+
+
 def _adapters(model: nn.Module, given: Sequence[str | None] | None, count: int) -> list[str | None] | None:
     """The adapter of each sequence; None where what is active acts on all."""
     if given is None:
@@ -193,11 +239,18 @@ def predictions(
     Args:
         batch: ``RaggedBatch.from_sequences(sequences)``.
     """
-    device = batch.tokens.device
     ends = torch.tensor([len(sequence) for sequence in sequences]).cumsum(0).tolist()
     # A token is predicted by the row before it.
     predicting = torch.cat([torch.arange(end - 1 - count, end - 1) for end, count in zip(ends, counts)])
     targets = torch.cat([sequence[len(sequence) - count :] for sequence, count in zip(sequences, counts)])
+    return _read_at(model, batch, predicting, targets, read)
+
+
+def _read_at(
+    model: nn.Module, batch: RaggedBatch, predicting: Tensor, targets: Tensor, read: ReadLogits
+) -> tuple[Tensor, ...]:
+    """What ``read`` returns for ``targets`` [N] under the logits of the tokens ``predicting`` [N] of all sequences."""
+    device = batch.tokens.device
     rows = predicting if batch.sample_rows is None else batch.sample_rows.cpu()[predicting]
     if batch.sample_rows is None:
         return read(ragged_forward(model, batch, rows.to(device)), targets.to(device))

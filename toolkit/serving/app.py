@@ -16,6 +16,7 @@ from toolkit.serving.openapi import describe
 from toolkit.serving.page.routes import add_page
 from toolkit.serving.pooling import POOLING_PATHS, create_pooling_app
 from toolkit.serving.responses import routes as responses
+from toolkit.serving.tinker import routes as tinker
 from toolkit.serving.tokens import routes as tokens
 
 __all__ = ["ServerConfig", "create_app"]
@@ -34,6 +35,8 @@ def create_app(config: ServerConfig) -> FastAPI:
     generation = Generation(base, config.engine, config)
     for protocol in PROTOCOLS:
         protocol.add_routes(generation)
+    if config.live is not None:
+        tinker.add_routes(generation, config.live)
     batches.add_routes(base)
     base.add_refused((*POOLING_PATHS, EMBED), GENERATES)
     add_page(base, config.page)

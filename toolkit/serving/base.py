@@ -22,6 +22,7 @@ from toolkit.engine.fingerprint import numerics_fingerprint
 from toolkit.engine.pooling import PoolingQueue
 from toolkit.engine.request_handle import SHUTTING_DOWN
 from toolkit.errors import ToolkitError
+from toolkit.live import LiveTraining
 from toolkit.sentences import shown
 from toolkit.serving.access import AdminAccess, ApiKeys, Cors
 from toolkit.serving.errors import ErrorStyle, Json, RequestError, error_body
@@ -78,6 +79,7 @@ class ServerConfig:
         read_weights: (folder, model, what the request calls it) -> its state dict for the model; None updates none.
         max_requests_per_client: most unfinished sequences of a client; None for no bound.
         log: where each request is logged; None for nowhere.
+        live: training on the engine, by Tinker's routes; None for none.
     """
 
     served_model_name: str | Sequence[str]
@@ -103,6 +105,7 @@ class ServerConfig:
     read_weights: Callable[[str, Any, str], Mapping[str, Any]] | None = None
     max_requests_per_client: int | None = None
     log: JsonLog | None = None
+    live: LiveTraining | None = None
 
     @property
     def model_names(self) -> tuple[str, ...]:
@@ -209,7 +212,7 @@ class Base:
     def _error_response(self, request: Request, error: RequestError, headers: Mapping[str, str] = {}) -> JSONResponse:
         every = {**_HEADERS.get(error.status, {}), **headers}
         path = request.scope["path"].removeprefix(self.app.root_path)
-        for above, style in self._error_styles.items():
+        for above, style in sorted(self._error_styles.items(), key=lambda one: -len(one[0])):
             if path == above or path.startswith(f"{above}/"):
                 return JSONResponse(style(error, request_id(request)), error.status, every)
         return JSONResponse(error_body(str(error), error.status, error.param, error.code), error.status, every)

@@ -1,0 +1,79 @@
+"""Saved weights that requests sample: adapters in the engine beside those that are trained.
+
+A saved version is loaded when it is sampled for the first time, and leaves the model when others have been sampled
+since; its folder is read again then.
+"""
+
+import itertools
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from toolkit.engine import AsyncEngine, EngineUnavailable
+
+
+@dataclass
+class _Loaded:
+    adapter: str
+    uses: int = 0
+    last_used: int = 0
+
+
+class Samplers:
+    """Saved versions in the engine.
+
+    Args:
+        engine: that samples them.
+        most: how many stay in the model while nobody samples them.
+    """
+
+    def __init__(self, engine: AsyncEngine, most: int) -> None:
+        self._engine, self._most = engine, most
+        self._loaded: dict[Path, _Loaded] = {}
+        self._clock = itertools.count(1)
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def adapter(self, folder: Path) -> Iterator[str]:
+        """Inside, the engine has the adapter of this folder under the name that is given. Waits for the engine.
+
+        Raises:
+            ToolkitError: the folder is no adapter of the model.
+        """
+        one = self._enter(folder)
+        try:
+            yield one.adapter
+        finally:
+            with self._lock:
+                one.uses -= 1
+
+    def _enter(self, folder: Path) -> _Loaded:
+        with self._lock:
+            one = self._loaded.get(folder)
+            if one is None:
+                self._leave_room()
+                one = _Loaded(f"sampler-{uuid.uuid4().hex}")
+                adapter = one.adapter
+                self._engine.call(lambda: self._engine.engine.load_adapter(adapter, folder))
+                self._loaded[folder] = one
+            one.uses += 1
+            one.last_used = next(self._clock)
+            return one
+
+    def close(self) -> None:
+        """Take all of them out of the model, those that are sampled once that has ended."""
+        with self._lock, suppress(EngineUnavailable):  # the engine has ended, and its model is nobody's
+            for folder in list(self._loaded):
+                self._unload(folder)
+
+    def _leave_room(self) -> None:
+        idle = sorted((one.last_used, folder) for folder, one in self._loaded.items() if not one.uses)
+        for _, folder in idle[: max(0, len(self._loaded) + 1 - self._most)]:
+            self._unload(folder)
+
+    def _unload(self, folder: Path) -> None:
+        adapter = self._loaded.pop(folder).adapter
+        self._engine.call(lambda: self._engine.engine.unload_adapter(adapter))

@@ -1,0 +1,10 @@
+"""Tinker's API: its client trains and samples LoRA adapters on the weights that are served.
+
+``requests``  the bodies that are JSON
+``messages``  the bodies and results that are protobuf
+``promises``  results that clients ask for until they are there
+``sessions``  what the routes share, and the routes of sessions and promises
+``training``  the routes of training clients
+``sampling``  the routes of samplers
+``routes``    all of them
+"""
