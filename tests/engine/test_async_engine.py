@@ -149,7 +149,8 @@ def test_who_is_told_that_a_request_has_ended_finds_it_ended(paused):
         told, put = [], handle.put
 
         def noted(event):
-            told.append((isinstance(event, Exception), handle.num_unfinished))
+            queued = sum(async_engine.stats()[f"num_requests_{state}"] for state in ("running", "waiting"))
+            told.append((isinstance(event, Exception), handle.num_unfinished + queued))
             return put(event)
 
         handle.put = noted
@@ -162,6 +163,35 @@ def test_who_is_told_that_a_request_has_ended_finds_it_ended(paused):
         assert async_engine.has_requests is False
         if paused:
             async_engine.resume_generation()
+
+
+def test_tokens_are_counted_before_the_statistics_say_so_and_before_anybody_is_told():
+    seen, engine = [], Engine(HistoryModel(), num_blocks=64)
+    steps, step = [], engine.step
+    engine.step = lambda: (steps.append(1), step())[1]
+    engine.stats = lambda: {"steps": len(steps)}
+
+    class Counts(EngineListener):
+        def on_delta(self, handle, delta):
+            seen.append(("counted", async_engine.stats()["steps"]))
+
+    with AsyncEngine(engine, listener=Counts()) as async_engine:
+        with async_engine.pause():
+            handle = async_engine.submit([[1], [2]], SamplingParams(max_tokens=1, ignore_eos=True))
+            put = handle.put
+            handle.put = lambda event: (seen.append(("told", async_engine.stats()["steps"])), put(event))[1]
+        list(handle)
+    assert seen == [("counted", 0), ("counted", 0), ("told", 1), ("told", 1)]
+
+
+def test_who_has_called_finds_it_in_the_statistics():
+    with make() as async_engine:
+        go, calls = threading.Event(), []
+        async_engine.engine.stats = lambda: {"calls": len(calls)}
+        async_engine._step = lambda: [go.wait(30)][1:]
+        async_engine.call(lambda: calls.append(1))
+        assert async_engine.stats() == {"calls": 1}
+        go.set()
 
 
 def test_what_cannot_run_is_an_error_and_starts_nothing():

@@ -1,5 +1,6 @@
 """Admin endpoints, limits per client, deadlines and the log of requests, on an engine that does as it is told."""
 
+import asyncio
 import json
 import threading
 import time
@@ -9,7 +10,8 @@ import pytest
 from tests.helpers.told_engine import PROMPT, ToldEngine, client_of
 from toolkit.cli import main
 from toolkit.serving.access import AdminAccess
-from toolkit.serving.request_log import JsonLog
+from toolkit.serving.request_log import JsonLog, LogRequests
+from toolkit.serving.running import RunningRequests
 
 OPEN = AdminAccess(enabled=True)
 ADMIN_PATHS = [
@@ -115,16 +117,28 @@ def test_requests_wait_while_paused_and_finish_after_resume(told):
         assert told.forgotten == []
 
 
-def waiting_pause(client):
-    """(thread, its responses) of a pause that waits for running requests."""
-    responses = []
-    pausing = threading.Thread(target=lambda: responses.append(client.post("/pause", params={"mode": "wait"})))
-    pausing.start()
-    time.sleep(0.05)
-    return pausing, responses
+@pytest.fixture
+def waiting_pause(monkeypatch):
+    """A pause that waits for running requests, and has begun to: its thread and its responses."""
+    begun, close = threading.Event(), RunningRequests.close
+
+    def noted(running):
+        close(running)
+        begun.set()
+
+    monkeypatch.setattr(RunningRequests, "close", noted)
+
+    def begin(client):
+        responses = []
+        pausing = threading.Thread(target=lambda: responses.append(client.post("/pause", params={"mode": "wait"})))
+        pausing.start()
+        assert begun.wait(10)
+        return pausing, responses
+
+    return begin
 
 
-def test_a_pause_that_waits_lets_running_requests_finish_and_new_ones_wait(told):
+def test_a_pause_that_waits_lets_running_requests_finish_and_new_ones_wait(told, waiting_pause):
     client, engine = client_of(told, admin=OPEN)
     with client:
         told.held.clear()
@@ -149,7 +163,7 @@ def test_a_pause_that_waits_lets_running_requests_finish_and_new_ones_wait(told)
         assert not engine.is_paused
 
 
-def test_resume_ends_a_pause_that_still_waits(told):
+def test_resume_ends_a_pause_that_still_waits(told, waiting_pause):
     client, _ = client_of(told, admin=OPEN)
     with client:
         told.held.clear()
@@ -257,7 +271,7 @@ LONG = {**PROMPT, "max_tokens": 10**6}
 
 
 @pytest.mark.parametrize("held_by", ["its length", "a pause", "a drain"])
-def test_a_request_ends_at_its_deadline(told, held_by):
+def test_a_request_ends_at_its_deadline(told, held_by, waiting_pause):
     client, _ = client_of(told, admin=OPEN)
     with client:
         if held_by == "a pause":
@@ -265,9 +279,7 @@ def test_a_request_ends_at_its_deadline(told, held_by):
         if held_by == "a drain":
             running = Sent(client, LONG)
             until(lambda: told.live)
-            pausing = threading.Thread(target=lambda: client.post("/pause?mode=wait"))
-            pausing.start()
-            time.sleep(0.05)
+            pausing, _ = waiting_pause(client)
         response = client.post("/v1/completions", json=LONG, headers={"x-request-timeout": "0.1"})
         assert response.status_code == 504
         error = response.json()["error"]
@@ -322,6 +334,25 @@ def test_each_request_is_one_line_of_the_log_without_its_prompt(told, tmp_path):
     assert (refused["status"], refused.get("model")) == (400, None)
     assert "secret" not in path.read_text()
     assert "body" not in whole
+
+
+def test_the_line_is_there_before_the_end_of_the_response(tmp_path):
+    path, seen = tmp_path / "requests.jsonl", []
+    parts = [{"type": "http.response.start", "status": 200, "headers": []},
+             {"type": "http.response.body", "body": b"a", "more_body": True},
+             {"type": "http.response.body", "body": b""}]  # fmt: skip
+
+    async def app(scope, receive, send):
+        for part in parts:
+            await send(part)
+
+    async def send(message):
+        seen.append(len(path.read_text().splitlines()) if path.exists() else 0)
+
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": [], "query_string": b"", "client": None}
+    asyncio.run(LogRequests(app, JsonLog(str(path)), by_key=False)(scope, None, send))
+    assert seen == [0, 0, 1]
+    assert [line["status"] for line in lines_of(path)] == [200]
 
 
 def test_prompts_are_logged_where_that_is_asked_for(told, tmp_path):

@@ -308,7 +308,8 @@ def test_the_queue_has_a_bound_and_cancelled_requests_run_no_further():
         return own(inputs, params)
 
     queue.engine.pool = held
-    first = queue.submit([PoolingInput([5])], PoolingParams())
+    first, seen = queue.submit([PoolingInput([5])], PoolingParams()), []
+    first.add_done_callback(lambda _: seen.append(queue.stats()))
     assert running.wait(30)
     second = queue.submit([PoolingInput([6]), PoolingInput([7])], PoolingParams())
     with pytest.raises(EngineUnavailable, match="at its limit of 3 sequences"):
@@ -318,6 +319,7 @@ def test_the_queue_has_a_bound_and_cancelled_requests_run_no_further():
     assert len(first.result(30)) == 1
     assert len(queue.submit([PoolingInput([8])], PoolingParams()).result(30)) == 1
     assert forwards == [1, 1]
+    assert seen == [{"num_requests_running": 0, "num_requests_waiting": 0}]
     queue.shutdown(timeout=10)
     with pytest.raises(EngineUnavailable, match="shutting down"):
         queue.submit([PoolingInput([8])], PoolingParams())

@@ -85,6 +85,19 @@ def version(http):
     return http.get("/v1/models").json()["data"][0]["weight_version"]
 
 
+def generated_tokens(http):
+    lines = http.get("/metrics").text.splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("toolkit:generation_tokens_total "))
+
+
+def until_it_generates(http, before):
+    """Wait until more than ``before`` tokens have been generated."""
+    end = time.monotonic() + 30
+    while generated_tokens(http) <= before and time.monotonic() < end:
+        time.sleep(0.002)
+    assert generated_tokens(http) > before
+
+
 def same_bits(found, expected):
     assert found[0] == expected[0]
     assert torch.equal(torch.tensor(found[1], dtype=torch.float64), torch.tensor(expected[1], dtype=torch.float64))
@@ -122,10 +135,9 @@ def test_weights_that_change_while_requests_run_are_told_apart_token_by_token(se
     running = threading.Thread(
         target=lambda: found.append(server.http.post("/inference/v1/generate", json=body).json()["choices"][0])
     )
+    before = generated_tokens(server.http)
     running.start()
-    while server.http.get("/load").json()["server_load"] == 0:
-        time.sleep(0.002)
-    time.sleep(0.05)
+    until_it_generates(server.http, before)
     server.http.post("/pause", params={"mode": "keep", "clear_cache": "false"}).raise_for_status()  # as prime-rl does
     update(server.http, folders.one).raise_for_status()
     server.http.post("/resume").raise_for_status()
@@ -286,10 +298,9 @@ def test_an_aborted_request_keeps_its_tokens(server):
     found = []
     body = {"token_ids": PROMPT, "sampling_params": {**SAMPLING, "max_tokens": 3000}, "request_id": "long"}
     running = threading.Thread(target=lambda: found.append(server.http.post("/inference/v1/generate", json=body)))
+    before = generated_tokens(server.http)
     running.start()
-    while not server.http.get("/load").json()["server_load"]:
-        time.sleep(0.002)
-    time.sleep(0.05)
+    until_it_generates(server.http, before)
     aborted = server.http.post("/abort_requests", json={"request_ids": ["long"]}).json()
     assert aborted == {"num_aborted": 1}
     running.join(60)

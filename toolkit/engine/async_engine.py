@@ -24,6 +24,7 @@ from toolkit.engine.request_handle import (
     SHUTTING_DOWN,
     EngineListener,
     EngineUnavailable,
+    Event,
     RequestHandle,
     until_closed,
     wake,
@@ -164,7 +165,7 @@ class AsyncEngine:
             self.cancel_handle(handle, error)
 
     def stats(self) -> dict[str, float]:
-        """``Engine.stats`` as of the last step."""
+        """``Engine.stats`` as of the last step, cancellation or ``call``: whoever is told of one finds it counted."""
         return self._stats
 
     def pause(self) -> contextlib.AbstractContextManager[None]:
@@ -248,9 +249,11 @@ class AsyncEngine:
 
         def command() -> None:
             try:
-                done.set_result(function())
+                result, self._stats = function(), self.engine.stats()
             except Exception as error:
                 done.set_exception(error)
+            else:
+                done.set_result(result)
 
         with self._changed:
             if self._ended:
@@ -277,9 +280,7 @@ class AsyncEngine:
                     pending.popleft()()
                 for handle in doomed:
                     self._cancel(handle, EngineUnavailable(SHUTTING_DOWN))
-                deltas = self._step() if self._gate.enter(anyway=bool(doomed)) else self.engine.take_deltas()
-                self._stats = self.engine.stats()
-                self._deliver(deltas)
+                self._deliver(self._step() if self._gate.enter(anyway=bool(doomed)) else self.engine.take_deltas())
                 with self._changed:
                     if stop_now or (self._stop == "drained" and not self._handles):
                         break
@@ -338,20 +339,22 @@ class AsyncEngine:
             self.engine.cancel(request_id)
 
     def _deliver(self, deltas: list[Delta]) -> None:
-        awaited = []
+        """Count first and tell then: who sees a request in ``stats`` no more finds its tokens counted, too."""
+        events: list[tuple[RequestHandle, Event]] = []
+        stats = self.engine.stats()
         for delta in deltas:
-            handle = self._of_request.get(delta.request_id)
-            if handle is None:
+            if (handle := self._of_request.get(delta.request_id)) is None:
                 continue
             if delta.finished is not None:
                 handle.num_unfinished -= 1
                 if not handle.num_unfinished:
                     self._finish(handle)
             self._tell(self.listener.on_delta, handle, delta)
-            awaited.append(handle.put(delta))
+            events.append((handle, delta))
             if handle.error is not None and not handle.num_unfinished:
-                awaited.append(handle.put(handle.error))
-        wake(awaited)
+                events.append((handle, handle.error))
+        self._stats = stats
+        wake([handle.put(event) for handle, event in events])
 
     def _finish(self, handle: RequestHandle) -> None:
         handle.num_unfinished = 0

@@ -83,7 +83,7 @@ class JsonLog:
 
 
 class LogRequests:
-    """Logs each request when its response has ended."""
+    """Logs each request before the end of its response is sent: a client that has all of it finds its line."""
 
     def __init__(self, app: ASGIApp, log: JsonLog, by_key: bool) -> None:
         self.app, self._log, self._by_key = app, log, by_key
@@ -93,23 +93,32 @@ class LogRequests:
             await self.app(scope, receive, send)
             return
         record = scope[_RECORD] = RequestRecord()
-        started, now, status = time.perf_counter(), datetime.now(UTC), [0]
+        started, now, status, logged = time.perf_counter(), datetime.now(UTC), 0, False
+
+        def log() -> None:
+            nonlocal logged
+            line = {"time": now.isoformat(timespec="milliseconds"), "id": scope.get("toolkit.request_id")}
+            line |= {"client": client_of(HTTPConnection(scope), self._by_key), "method": scope["method"]}
+            line |= {"path": scope["path"], "status": status, **_of_engine(record, started)}
+            line["latency_s"] = round(time.perf_counter() - started, 6)
+            if self._log.prompts and record.body is not None:
+                line["body"] = _body(record.body)
+            logged = True
+            self._log.write(line)
 
         async def watched(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
-                status[0] = message["status"]
+                status = message["status"]
+            elif message["type"] == "http.response.body" and not message.get("more_body", False):
+                log()
             await send(message)
 
         try:
             await self.app(scope, receive, watched)
         finally:
-            line = {"time": now.isoformat(timespec="milliseconds"), "id": scope.get("toolkit.request_id")}
-            line |= {"client": client_of(HTTPConnection(scope), self._by_key), "method": scope["method"]}
-            line |= {"path": scope["path"], "status": status[0], **_of_engine(record, started)}
-            line["latency_s"] = round(time.perf_counter() - started, 6)
-            if self._log.prompts and record.body is not None:
-                line["body"] = _body(record.body)
-            self._log.write(line)
+            if not logged:
+                log()
 
 
 def _of_engine(record: RequestRecord, started: float) -> Json:

@@ -78,8 +78,8 @@ class PoolingQueue:
                 raise EngineUnavailable(f"The engine has stopped: {self.failure}")
             if self.draining:
                 raise EngineUnavailable(SHUTTING_DOWN)
-            queued, most = len(self._waiting) + len(self._running), self.max_queued_seqs
-            if most is not None and queued + len(inputs) > most:
+            most = self.max_queued_seqs
+            if most is not None and self._num_queued() + len(inputs) > most:
                 raise EngineUnavailable(f"The engine is at its limit of {most} sequences; try again later.")
             self._waiting.extend((job, at) for at in range(len(inputs)))
             self._changed.notify_all()
@@ -91,7 +91,13 @@ class PoolingQueue:
     def stats(self) -> dict[str, float]:
         """num_requests_running and num_requests_waiting, in sequences."""
         with self._changed:
-            return {"num_requests_running": len(self._running), "num_requests_waiting": len(self._waiting)}
+            waiting = self._num_queued() - len(self._running)
+            return {"num_requests_running": len(self._running), "num_requests_waiting": waiting}
+
+    def _num_queued(self) -> int:
+        """Sequences that wait or run; those whose request was cancelled wait no more."""
+        self._waiting = deque(one for one in self._waiting if not one[0].future.done())
+        return len(self._waiting) + len(self._running)
 
     def cancel_all(self, error: Exception) -> None:
         """End all requests with ``error``."""
@@ -132,10 +138,11 @@ class PoolingQueue:
                     if self._ended:
                         return
                     self._running = self._take()
-                if self._running:
-                    self._forward(self._running)
+                results = self._forward(self._running) if self._running else {}
                 with self._changed:
                     self._running = []
+                for job, result in results.items():  # who has one finds its sequences queued no more
+                    _give(job.future, result)
         except BaseException as error:
             traceback.print_exc(file=sys.stderr)
             self.failure = error
@@ -155,18 +162,17 @@ class PoolingQueue:
             self._waiting.popleft()
         return taken
 
-    def _forward(self, taken: list[tuple[_Job, int]]) -> None:
+    def _forward(self, taken: list[tuple[_Job, int]]) -> dict[_Job, list[Pooled] | Exception]:
+        """What has ended with a forward of these sequences, and how."""
         try:
             results = self.engine.pool([job.inputs[at] for job, at in taken], [job.params for job, _ in taken])
         except Exception as error:  # there is no state: what fails fails alone
             traceback.print_exc(file=sys.stderr)
-            for job in dict.fromkeys(job for job, _ in taken):
-                _give(job.future, error)
-            return
+            return {job: error for job, _ in taken}
         for (job, at), result in zip(taken, results, strict=True):
             job.found[at] = result
-            if len(job.found) == len(job.inputs):
-                _give(job.future, [job.found[index] for index in range(len(job.inputs))])
+        whole = [job for job in dict.fromkeys(job for job, _ in taken) if len(job.found) == len(job.inputs)]
+        return {job: [job.found[index] for index in range(len(job.inputs))] for job in whole}
 
 
 def _give(future: "Future[list[Pooled]]", result: list[Pooled] | Exception) -> None:
