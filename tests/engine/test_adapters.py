@@ -359,3 +359,16 @@ def test_an_adapters_gradients_do_not_depend_on_its_neighbours(family, tmp_path)
         for key, value in mine.items():
             assert torch.equal(value, together[key]), key
             assert value.abs().max() > 0, key
+    adapted.train()
+    adapted.enable_input_require_grads()  # without them the reentrant variant has no backward
+    runs = []
+    next(part for name, part in adapted.named_modules() if name.endswith("q_proj")).register_forward_hook(
+        lambda *_: runs.append(1)
+    )
+    for reentrant in (False, True):
+        adapted.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        recomputed = gradients({"a0", "a1", "a2", None})
+        assert len(runs) == 2, "the backward did not run the layer again"
+        runs.clear()
+        assert recomputed.keys() == together.keys()
+        assert all(torch.equal(value, together[key]) for key, value in recomputed.items()), reentrant

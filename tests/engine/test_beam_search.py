@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from toolkit import LLM
+from toolkit import LLM, SamplingParams
 from toolkit.errors import ToolkitError
 from toolkit.llm import BeamSearchParams
 from toolkit.testing.models import random_model, tiny_tokenizer
@@ -85,6 +85,42 @@ def test_texts_have_texts_and_prefixes_are_shared():
         assert one.tokens[: len(prompt)] == prompt
         assert one.text == tiny_tokenizer().decode(one.tokens, skip_special_tokens=True)
     assert stats["prefix_cache_hits"] > 200
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_next"])
+def test_beams_fork_their_parents(family):
+    params = BeamSearchParams(beam_width=3, max_tokens=8, ignore_eos=True)
+    with LLM(random_model(family), block_size=4) as llm:
+        step, counts = llm.engine.runner.step, []
+
+        def counted(chunks, *rest):
+            counts.append([chunk.count for chunk in chunks])
+            llm.engine.check_integrity()
+            return step(chunks, *rest)
+
+        llm.engine.runner.step = counted
+        found = llm.beam_search(PROMPTS, params)
+        assert counts == [[4, 2, 40], *[[1] * 9] * 7]
+        assert llm.engine.stats()["num_used_blocks"] == 0
+        llm.engine.check_integrity()
+        llm.engine.reset_prefix_cache()
+        for prompt, output in zip(PROMPTS, found, strict=True):
+            for beam in output.sequences:  # scored whole, in one piece
+                scored = llm.engine.generate([beam.tokens], SamplingParams(max_tokens=0, prompt_logprobs=-1))[0]
+                ids = list(enumerate(beam.tokens))[len(prompt) :]
+                assert beam.logprobs == [scored.prompt_logprobs[at][token] for at, token in ids]
+
+
+def test_too_few_blocks_for_all_parents_change_no_beam():
+    params = BeamSearchParams(beam_width=4, max_tokens=20, ignore_eos=True)
+    with LLM(random_model("llama"), block_size=4) as llm:
+        expected = llm.beam_search(PROMPTS[:2], params)
+    with LLM(random_model("llama"), block_size=4, num_blocks=10, max_num_seqs=4, swap_space=0) as llm:
+        assert llm.beam_search(PROMPTS[:2], params) == expected
+        points = llm.engine.scheduler.fork_points
+        assert 0 < points.num_forks < 2 * 4 * 19
+        llm.engine.check_integrity()
+        assert llm.engine.stats()["num_used_blocks"] == 0
 
 
 def test_what_does_not_fit_is_one_sentence():

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from tests.helpers.implementations import NATIVE, REFERENCE, SMALL, TRITON, impl_and_dtype, implementations
 from tests.helpers.lora import Batch, evaluate, make_batch
@@ -77,6 +78,16 @@ def test_a_row_is_what_it_is_beside_any_rows(impl, dtype):
             other = torch.where(keep, batch.adapters, one)
             groups = torch.where(keep, batch.groups, torch.zeros_like(other))
             assert torch.equal(replace(batch, adapters=other, groups=groups)()[keep], whole["y"][keep])
+
+
+@impl_and_dtype([torch.float32])
+def test_under_checkpointing(impl, dtype):
+    batch = batch_of(impl, dtype)
+    grad = gradient(batch)
+    whole = evaluate(Batch.__call__, batch, grad)
+    found = evaluate(lambda given: checkpoint(given, use_reentrant=False), batch, grad)
+    assert found.keys() == whole.keys()
+    assert all(torch.equal(value, whole[name]) for name, value in found.items())
 
 
 @implementations(NATIVE)

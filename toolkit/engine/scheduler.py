@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
 
+from toolkit.engine.fork_points import ForkPoints
 from toolkit.engine.request import Request, Sequence
 from toolkit.engine.swap import SwapSpace
 from toolkit.state import BlockManager, BlockTables, OutOfBlocks, WeightKeys
@@ -87,6 +88,7 @@ class Scheduler:
         self.block_manager = block_manager
         self.swap = swap
         self.offloading = offloading
+        self.fork_points = ForkPoints()
         self.max_running = min(max_num_seqs, max_num_batched_tokens)
         self.budget = max_num_batched_tokens
         self.enable_prefix_caching = enable_prefix_caching
@@ -111,6 +113,10 @@ class Scheduler:
         at = bisect_left(queue, sequence.order, key=_order)
         if at < len(queue) and queue[at] is sequence:
             del queue[at]
+            tables, done = sequence.block_tables, sequence.completion
+            whole = tables is not None and done is not None and done.finish_reason == "length"
+            if tables is not None and whole and self.fork_points.keep(tables):
+                sequence.block_tables = None
             self._leave(sequence)
 
     def schedule(self, weights: WeightKeys) -> list[Chunk]:
@@ -165,7 +171,7 @@ class Scheduler:
         assert all(sequence.swapped is None for sequence in self.running), "a running sequence is swapped out too"
         tables = [sequence.block_tables for sequence in self.running]
         assert all(tables), "a running sequence has no table"
-        self.block_manager.check_integrity([one for one in tables if one is not None])
+        self.block_manager.check_integrity([*(one for one in tables if one is not None), *self.fork_points.tables])
         if self.offloading is not None:
             self.offloading.check_integrity()
 
@@ -187,6 +193,8 @@ class Scheduler:
             try:
                 slots = tables.reserve(count)
             except OutOfBlocks:
+                if self.fork_points.give_up():
+                    continue
                 victim = self.running[-1]
                 if len(self.running) == 1:
                     raise RuntimeError("a sequence that was let in does not fit in the pool") from None
@@ -237,11 +245,18 @@ class Scheduler:
                 tables, sequence.swapped = self.swap.swap_in(sequence.swapped), None
             else:
                 key = sequence.prefix_key(weights) if self.enable_prefix_caching else None
-                tables = self.block_manager.new_block_tables(key)
-                found = self._find_prefix(sequence, tables, owed)
-                if found is None:
-                    return
-                hit, looked_up = found, len(sequence.tokens) if key is not None else 0
+                if self.fork_points.has(sequence.tokens, key):
+                    if self.running and not self._room(_sum(owed, self._one_each)):
+                        return
+                    tables = self.fork_points.fork(sequence.tokens)
+                    hit = tables.length
+                else:
+                    tables = self.block_manager.new_block_tables(key)
+                    found = self._find_prefix(sequence, tables, owed)
+                    if found is None:
+                        return
+                    hit = found
+                looked_up = len(sequence.tokens) if key is not None else 0
             missing = len(sequence.tokens) - tables.length
             needed = tables.blocks_needed(missing, self.budget)
             self._enter(sequence, tables)

@@ -1,9 +1,9 @@
 """Beam search over an engine: each step asks it for the most probable next tokens of all beams.
 
-The beams of a prompt have their beginning in common, which the prefix cache holds once: blocks, not copies of them.
-What a step computes is the end of each beam behind its last full block.
+A beam forks the blocks of the one that it extends, so a step computes one row of each, as a decode step does.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -120,10 +120,12 @@ def beam_search(
     width = min(2 * params.beam_width, engine.vocab_size)
     step = SamplingParams(max_tokens=1, temperature=0, logprobs=width, ignore_eos=True)
     searches = [_Search(prompt, params, engine.eos) for prompt in prompts]
-    for _ in range(params.max_tokens):
-        completions = iter(engine.generate([beam.tokens for one in searches for beam in one.running], step))
-        for one in searches:
-            one.extend([_without_error(next(completions)) for _ in one.running])
+    with engine.scheduler.fork_points.kept() as parents:
+        for _ in range(params.max_tokens):
+            completions = iter(engine.generate([beam.tokens for one in searches for beam in one.running], step))
+            for one in searches:
+                one.extend([_without_error(next(completions)) for _ in one.running])
+            parents.expect(Counter(tuple(beam.tokens[:-1]) for one in searches for beam in one.running))
     return [BeamSearchOutput([_with_text(beam, tokenizer) for beam in one.best()]) for one in searches]
 
 

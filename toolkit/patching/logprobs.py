@@ -185,9 +185,13 @@ def _adapters(model: nn.Module, given: Sequence[str | None] | None, count: int) 
     if not any(given):
         return None
     inner = inner_model(patched_model(inner_model(model)))
+    report = report_of(inner)
     checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in inner.modules())
-    if torch.is_grad_enabled() and inner.training and checkpointing:
-        raise ToolkitError("adapters must be None under gradient checkpointing, which runs layers without a batch.")
+    if torch.is_grad_enabled() and inner.training and checkpointing and not (report and "layer" in report.roles()):
+        raise ToolkitError(
+            "adapters must be None under gradient checkpointing where role 'layer' is not patched: the backward would "
+            "run layers again without their batch."
+        )
     return check_rows(inner, given)
 
 
