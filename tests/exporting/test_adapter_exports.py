@@ -4,9 +4,12 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from tests.helpers.adapter_folders import save_adapter
 from tests.helpers.tokenizers import make_tokenizer
 from toolkit.cli import main
+from toolkit.engine import Engine, SamplingParams
 from toolkit.errors import ToolkitError
 from toolkit.exporting import MANIFEST, export
 from toolkit.loading import load_model, load_with_adapters
@@ -105,3 +108,28 @@ def test_the_command_exports_adapters_and_compares(base, tmp_path, capsys):
     adapters = export(adapted(base, r=4), tmp_path / "adapters", "peft", make_tokenizer())
     assert main(["export", str(adapters), str(tmp_path / "again"), "--to", "peft"]) == 0
     assert "8 of 8 prompts give the same 64 greedy tokens" in capsys.readouterr().out
+
+
+def test_adapters_that_an_engine_holds_stay_out_of_the_base_models_export(tmp_path):
+    model = random_model("llama", hidden=32)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    folder = save_adapter(model, tmp_path / "adapter", 1)
+    with Engine(model) as engine:
+        engine.load_adapter("one", folder)
+        params = SamplingParams(max_tokens=2, temperature=0.0, lora_name="one")
+        (one,) = engine.generate([[1, 2, 3]], params)
+        first = one.token_ids, one.logprobs, one.weight_versions
+        found = load_file(export(model, tmp_path / "base") / "model.safetensors")
+        assert found.keys() <= before.keys()
+        assert all(torch.equal(found[name], before[name]) for name in found)
+        (again,) = engine.generate([[1, 2, 3]], params)
+        assert (again.token_ids, again.logprobs, again.weight_versions) == first
+
+
+def test_an_acting_adapter_that_an_engine_would_not_choose_is_refused(tmp_path):
+    model = random_model("llama", hidden=32)
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), model, "acts")
+    model.__dict__.pop("peft_config", None)
+    with pytest.raises(ToolkitError, match="model must have no adapter in it to be exported to 'hf', got acts"):
+        export(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import httpx
 import openai
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.helpers.adapter_folders import save_adapter
 from tests.helpers.server_process import serving
@@ -124,3 +126,34 @@ def test_swaps_under_load_lose_nothing(server, folders, expected):
     for one in threads:
         one.join(60)
     assert not wrong
+
+
+def test_the_base_model_is_exported_while_adapters_are_loaded(server, chat_model, tmp_path):
+    generated(server, "one")
+    body = {"path": str(tmp_path / "out"), "to": "hf"}
+    exported = server.admin.post("/export", json=body).raise_for_status().json()
+    assert exported == {**body, "weight_version": exported["weight_version"]}
+    found, wanted = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", chat_model))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    assert generated(server, "one") != generated(server, "tiny")
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "message"),
+    [
+        ({"to": "hf"}, "path", "path must be a new or empty folder"),
+        ({"path": "new", "to": "tflite"}, "to", "to must be one of compressed-tensors, gguf"),
+        ({"path": "new", "to": "gguf", "quantise": "q3"}, "quantise", "quantise must be one of f32, bf16"),
+        ({"path": "new", "to": "peft"}, "path", "'peft'"),
+    ],
+)
+def test_what_is_not_exported_is_a_sentence(server, tmp_path, body, param, message):
+    (tmp_path / "file").touch()
+    given = {**body, "path": str(tmp_path / body.get("path", ""))}
+    response = server.admin.post("/export", json=given)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param
+    assert message in response.json()["error"]["message"]
+    assert not (tmp_path / "new").exists()

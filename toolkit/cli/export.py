@@ -1,15 +1,11 @@
 """``toolkit export``: a model as another program opens it, run by that program and compared token by token."""
 
 import argparse
-import json
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-PROMPTS = 8
-TOKENS = 64
 STOPS = (signal.SIGTERM, signal.SIGHUP)
 
 
@@ -29,42 +25,16 @@ def run(args: argparse.Namespace) -> int:
 
     A format that rounds the weights may generate others: the number of equal prompts is printed, and the status is 0.
     """
-    import random
+    from toolkit.exporting.compared import export_and_compare
 
-    from toolkit.cli.verify import real_prompts
-    from toolkit.engine import Engine, SamplingParams
-    from toolkit.exporting import MANIFEST, TARGETS, export, is_lossless
-    from toolkit.loading import load_model, load_with_adapters
-    from toolkit.patching.adapters import vocabulary_size
-    from toolkit.quantised import dequantise
-
-    target = TARGETS.find("--to", args.to)()
     with ended_by_signals():
-        model, tokenizer = load_model(args.model, args.dtype)
-        dequantise(model)  # of a checkpoint in another library's layout
-        with Engine(model, tokenizer) as engine:
-            prompts = real_prompts(tokenizer, vocabulary_size(model), random.Random(0))[:PROMPTS]
-            path = export(
-                load_with_adapters(args.model, args.dtype) if target.holds_adapters else model,
-                args.target,
-                args.to,
-                tokenizer,
-                args.quantise,
-                () if args.no_check else prompts,
-                TOKENS,
-            )
-            print(f"exported {args.model} to {path}")
-            if args.no_check:
-                return 0
-            proof = json.loads((Path(path) / MANIFEST).read_text())["proof"]
-            if proof is None:
-                print(f"not checked: what opens {args.to} is not installed here")
-                return 0
-            params = SamplingParams(max_tokens=TOKENS, temperature=0.0, ignore_eos=True)
-            ours = [list(completion.token_ids) for completion in engine.generate(prompts, params)]
-    same = sum(a == b for a, b in zip(ours, proof["outputs"]))
-    print(f"{proof['consumer']} on the export: {same} of {PROMPTS} prompts give the same {TOKENS} greedy tokens")
-    return 0 if same == PROMPTS or not is_lossless(target, args.quantise) or args.dtype != "float32" else 1
+        compared = export_and_compare(args.model, args.target, args.to, args.quantise, args.dtype, not args.no_check)
+    print(f"exported {args.model} to {compared.path}")
+    if compared.consumer is not None:
+        print(compared)
+    elif not args.no_check:
+        print(f"not checked: what opens {args.to} is not installed here")
+    return 0 if compared.ok else 1
 
 
 @contextmanager

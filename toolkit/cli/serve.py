@@ -227,6 +227,7 @@ def lora_modules(given: list[str]) -> dict[str, str]:
 def _serve(args: argparse.Namespace, engine: Any, served: dict[str, Any], listener: socket.socket, http: Any) -> int:
     from toolkit.engine import AsyncEngine
     from toolkit.engine.memory_plan import describe_memory
+    from toolkit.exporting import export
     from toolkit.loading import read_new_weights
     from toolkit.serving.metrics import Metrics
 
@@ -247,6 +248,7 @@ def _serve(args: argparse.Namespace, engine: Any, served: dict[str, Any], listen
             media_folder=None if args.allowed_local_media_path is None else Path(args.allowed_local_media_path),
             lora_modules=adapters,
             read_weights=read_new_weights,
+            export=export,
             tool_call_parser=args.tool_call_parser,
             reasoning_parser=args.reasoning_parser,
             live=live,

@@ -110,20 +110,10 @@ def _subjects(args: argparse.Namespace) -> Any:
             prompts = [[source.randrange(3, vocabulary) for _ in range(source.randint(2, 90))] for _ in range(32)]
             yield f"random {family}", model, prompts
         return
+    from toolkit.exporting.compared import text_prompts
     from toolkit.loading import load_model
     from toolkit.patching.adapters import vocabulary_size
 
     model, tokenizer = load_model(args.model, args.dtype)
     model = quantise_as_asked(args, model)
-    yield args.model, model, real_prompts(tokenizer, vocabulary_size(model), source)
-
-
-def real_prompts(tokenizer: Any, vocabulary: int, source: Any) -> list[list[int]]:
-    """32 prompts of 8 to 96 tokens: excerpts of the standard library's ``argparse``, or random ids."""
-    if tokenizer is None:
-        ids = [source.randrange(vocabulary) for _ in range(4096)]
-    else:
-        with open(argparse.__file__, encoding="utf-8") as file:
-            ids = tokenizer(file.read(), add_special_tokens=False, verbose=False)["input_ids"]
-    starts = [source.randrange(max(1, len(ids) - 96)) for _ in range(32)]
-    return [ids[start : start + source.randint(8, 96)] for start in starts]
+    yield args.model, model, text_prompts(tokenizer, vocabulary_size(model), source)

@@ -1,6 +1,6 @@
 """Recipes: the schema, YAML loading, dotted overrides, and errors of one sentence."""
 
 from toolkit.config.load import dump, find, load_recipe, shipped, validate
-from toolkit.config.schema import Recipe
+from toolkit.config.schema import ExportSection, Recipe
 
-__all__ = ["Recipe", "dump", "find", "load_recipe", "shipped", "validate"]
+__all__ = ["ExportSection", "Recipe", "dump", "find", "load_recipe", "shipped", "validate"]

@@ -252,6 +252,17 @@ class CheckpointSection(Section):
     save_total_limit: Count = 2
 
 
+class ExportSection(Section):
+    """A format of other programs, written after the last step to ``export`` in the run's folder; see docs/export.md."""
+
+    to: str = "hf"
+    """The target, such as hf, peft, gguf or compressed-tensors."""
+    quantise: str | None = None
+    """One of the target's formats of weights; null takes its first."""
+    check: bool = True
+    """Run the target's program, where it is installed, and compare its greedy tokens with the engine's."""
+
+
 class LogSection(Section):
     """Beside metrics.jsonl, which is always written."""
 
@@ -300,6 +311,7 @@ class Recipe(Section):
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     log: LogSection = Field(default_factory=LogSection)
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
+    export: list[ExportSection] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

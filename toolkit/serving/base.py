@@ -77,6 +77,7 @@ class ServerConfig:
         batch_folder: of files and batches; None for a temporary one.
         admin: who may use the admin endpoints.
         read_weights: (folder, model, what the request calls it) -> its state dict for the model; None updates none.
+        export: (model, path, target, tokenizer, format) -> the folder it wrote; None exports nothing.
         max_requests_per_client: most unfinished sequences of a client; None for no bound.
         log: where each request is logged; None for nowhere.
         live: training on the engine, by Tinker's routes; None for none.
@@ -103,6 +104,7 @@ class ServerConfig:
     reasoning_parser: str = "auto"
     admin: AdminAccess = field(default_factory=AdminAccess)
     read_weights: Callable[[str, Any, str], Mapping[str, Any]] | None = None
+    export: Callable[[Any, str, str, Any, str | None], Path] | None = None
     max_requests_per_client: int | None = None
     log: JsonLog | None = None
     live: LiveTraining | None = None

@@ -1,9 +1,9 @@
 """The training loop: a recipe in, a run's folder out. Stands on accelerate.
 
 What is minimised is the recipe's objective (``toolkit.training.objectives``); this loop owns all else. A run's folder
-holds recipe.yaml (resolved), data_report.txt, metrics.jsonl, tensorboard/, checkpoints/, plots/, result.json, and
-``warmup`` and ``teacher`` of nested runs. With the same recipe, machine, versions, threads and processes, weights after
-N steps are bitwise identical whether or not the run was killed and resumed.
+holds recipe.yaml (resolved), data_report.txt, metrics.jsonl, tensorboard/, checkpoints/, plots/, export/, result.json,
+and ``warmup`` and ``teacher`` of nested runs. With the same recipe, machine, versions, threads and processes, weights
+after N steps are bitwise identical whether or not the run was killed and resumed.
 """
 
 import signal
@@ -30,6 +30,7 @@ from toolkit.patching import expert_layers
 from toolkit.strict_json import strict_json
 from toolkit.training import checkpoint
 from toolkit.training.accelerator import make_accelerator
+from toolkit.training.final_exports import check_exports, write_exports
 from toolkit.training.freezing import freeze_parameters
 from toolkit.training.indexers import IndexerTraining, freeze_indexers
 from toolkit.training.metrics import FILE as METRICS
@@ -68,6 +69,7 @@ class Trainer:
         self, recipe: Recipe, quiet: bool = False, nested: bool = False, stop: StopRequest | None = None
     ) -> None:
         self.recipe, self.stop = recipe, StopRequest() if stop is None else stop
+        check_exports(recipe)
         self.accelerator = make_accelerator(recipe)
         self._quiet = quiet or not self.accelerator.is_main_process
         if not nested:
@@ -387,6 +389,10 @@ def train(recipe: Recipe, quiet: bool = False, nested: bool = False, stop: StopR
             write_atomic(trainer.folder / RESULT, strict_json(result, indent=1) + "\n")
             if not quiet:
                 show(result, trainer.objective, trainer.folder)
+            if recipe.export:
+                result["exports"] = write_exports(trainer)
+                write_atomic(trainer.folder / RESULT, strict_json(result, indent=1) + "\n")
+        trainer.accelerator.wait_for_everyone()
     finally:
         trainer.objective.close()
     return result

@@ -63,6 +63,7 @@ def _sft(
             "train": {**values["train"], **train},
             "checkpoint": {**values["checkpoint"], "save_total_limit": 1},
             "evaluate": {"do_eval": False},
+            "export": [],
             **changed,
         }
     )

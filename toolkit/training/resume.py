@@ -12,6 +12,7 @@ from toolkit.config import Recipe, validate
 from toolkit.errors import ToolkitError
 from toolkit.loading.run import latest, name_of, steps_in
 from toolkit.training import checkpoint
+from toolkit.training.final_exports import remove_exports
 from toolkit.training.metrics import FILE as METRICS
 from toolkit.training.metrics import PLOTS
 
@@ -22,7 +23,8 @@ RESULT = "result.json"
 
 # What may differ between the recipe that wrote a checkpoint and the one that resumes from it.
 _FREE = {
-    "run_name", "output_dir", "resume_from_checkpoint", "overwrite", "checkpoint", "log", "evaluate", "train.max_steps",
+    "run_name", "output_dir", "resume_from_checkpoint", "overwrite", "checkpoint", "log", "evaluate", "export",
+    "train.max_steps",
     "objective.on_bad_lines", "objective.max_check_samples",
 }  # fmt: skip
 
@@ -121,6 +123,7 @@ def prepare_folder(recipe: Recipe, start: Start | None) -> list[str]:
     checkpoint.clean(checkpoints)
     (folder / RESULT).unlink(missing_ok=True)
     shutil.rmtree(folder / PLOTS, ignore_errors=True)
+    remove_exports(folder)
     if start is not None:
         return checkpoint.drop_after(checkpoints, start.step)
     dropped = [name_of(step) for step in steps_in(checkpoints)]

@@ -5,6 +5,7 @@ from fastapi import Depends, Request, params
 from toolkit.serving.admin import schemas
 from toolkit.serving.admin.adapters import add_adapters
 from toolkit.serving.admin.control import Control
+from toolkit.serving.admin.exports import add_exports
 from toolkit.serving.admin.info import add_info
 from toolkit.serving.admin.weights import add_weights
 from toolkit.serving.errors import Json, RequestError
@@ -14,7 +15,7 @@ from toolkit.serving.parsing import parse, parse_query
 
 BODIES = (
     schemas.AbortRequest, schemas.InitRequest, schemas.StartRequest, schemas.UpdateRequest, schemas.LoadAdapterRequest,
-    schemas.ReplaceAdapterRequest, schemas.UnloadAdapterRequest,
+    schemas.ReplaceAdapterRequest, schemas.UnloadAdapterRequest, schemas.ExportRequest,
 )  # fmt: skip
 
 
@@ -25,6 +26,7 @@ def add_routes(generation: Generation) -> None:
     add_control(generation, guarded)
     add_weights(generation, guarded)
     add_adapters(generation, guarded)
+    add_exports(generation, guarded)
     add_info(generation, guarded)
 
 

@@ -140,6 +140,26 @@ class UpdateRequest(Body):
     update_info: dict[str, Any] | None = None
 
 
+class ExportRequest(Body):
+    """The body of ``POST /export``.
+
+    Args:
+        path: a new or empty folder that the server can write.
+        to: what opens it, as in ``toolkit export``.
+        quantise: one of the formats of ``to``; null for its first.
+    """
+
+    path: str
+    to: str = "hf"
+    quantise: str | None = None
+
+
+class Exported(_Schema):
+    path: str
+    to: str
+    weight_version: int
+
+
 class Message(_Schema):
     message: str
 
