@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 # Read when OpenMP is loaded, with torch: threads that spin while they wait take the CPU of the other worker process.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -14,6 +15,17 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from tests.helpers.implementations import PARAMETERS, Implementation
+
+LONG = Path(__file__).with_name("long_tests.txt")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Cases of long_tests.txt, which tools/long_tests.py writes, run in the sweep."""
+    long = set(LONG.read_text(encoding="utf-8").splitlines())
+    for item in items:
+        if item.nodeid in long and not any(item.iter_markers("soak")):
+            item.add_marker(pytest.mark.sweep)
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,31 @@
+"""The list of cases that run in the sweep for their length: how it is written, and that what it names is there."""
+
+import ast
+from pathlib import Path
+
+from tests.conftest import LONG
+from tools.long_tests import durations, long_cases
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_one_case_of_each_test_stays() -> None:
+    log = """
+    3.00s call     tests/a.py::test_one[x-y z]
+    9.50s setup    tests/a.py::test_one[x]
+    2.00s call     tests/a.py::test_one[x]
+    0.50s call     tests/a.py::test_two[x]
+    4.00s call     tests/a.py::test_two[y]
+    9.00s call     tests/a.py::test_three
+    """
+    measured = durations(log)
+    assert measured["tests/a.py::test_one[x]"] == 2.0
+    assert long_cases(measured, 1.5) == {"tests/a.py::test_one[x-y z]", "tests/a.py::test_two[y]"}
+
+
+def test_what_is_listed_is_there() -> None:
+    tests = {line.partition("[")[0] for line in LONG.read_text(encoding="utf-8").splitlines()}
+    for path in {test.partition("::")[0] for test in tests}:
+        tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+        defined = {f"{path}::{one.name}" for one in tree.body if isinstance(one, ast.FunctionDef)}
+        assert {test for test in tests if test.startswith(f"{path}::")} <= defined
