@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from tests.helpers.tokenizers import make_tokenizer
 from toolkit.errors import ToolkitError
@@ -11,6 +12,8 @@ from toolkit.exporting import MANIFEST, export
 from toolkit.exporting.compressed_tensors import compressed, packed
 from toolkit.loading import load_model
 from toolkit.patching import patch
+from toolkit.quantised import QuantisedWeight, quantise, quantised_weights
+from toolkit.quantised.stored.compressed_tensors import HELD, write
 from toolkit.testing.models import random_model
 
 library = pytest.importorskip("compressed_tensors", reason="needs compressed-tensors, with which transformers reads it")
@@ -87,4 +90,66 @@ def test_shards_and_their_index_name_the_new_tensors(tmp_path, monkeypatch):
 def test_experts_are_refused_by_name(tmp_path):
     with pytest.raises(ToolkitError, match="'compressed-tensors' cannot hold experts, got a Qwen3MoeForCausalLM"):
         export(random_model("qwen3_moe"), tmp_path / "out", "compressed-tensors")
+    assert not list(tmp_path.iterdir())
+
+
+# format, options of its quantiser, and whether transformers opens the file (not with zeros: on the meta device the
+# library does not pack them, and finds another shape).
+CODED = [
+    ("int4", {"group": 32, "symmetric": True}, True),
+    ("int4", {"group": 64}, False),
+    ("int8", {}, True),
+    ("q8_0", {}, True),
+    ("fp8", {}, True),
+]
+
+
+@pytest.mark.parametrize(("format", "options", "opens"), CODED)
+def test_codes_are_exported_as_they_are(format, options, opens, tmp_path):
+    model = random_model("llama", hidden=128, vocabulary=340, intermediate_size=192)
+    quantise(model, format, exclude=["lm_head", "*.o_proj"], **options)
+    path = export(model, tmp_path / "out", "compressed-tensors", make_tokenizer())
+    assert json.loads((path / MANIFEST).read_text())["quantise"] == HELD[format]
+    opened = load_model(str(path))[0]
+    weights, again = (dict(quantised_weights(one)) for one in (model, opened))
+    assert weights.keys() == again.keys()
+    assert len(weights) == 12
+    for name, weight in weights.items():
+        assert again[name].format == format
+        assert torch.equal(again[name].dequantise(), weight.dequantise())
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        assert torch.equal(opened(ids).logits, model(ids).logits)
+    if opens:
+        stock = AutoModelForCausalLM.from_pretrained(path)
+        with torch.no_grad():
+            stock(ids)
+        for name, weight in weights.items():
+            assert torch.equal(stock.get_parameter(name), weight.dequantise())
+
+
+def test_the_library_reads_zeros(tmp_path):
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    weight = QuantisedWeight.of(torch.randn(40, 96, generator=torch.Generator().manual_seed(0)) + 0.5, "int4", group=32)
+    parts, kind = write(weight)
+    assert not kind["symmetric"]
+    codes = unpack_from_int32(parts["weight_packed"], 4, weight.shape).float()
+    zeros = unpack_from_int32(parts["weight_zero_point"], 4, torch.Size((40, 3)), packed_dim=0).float()
+    found = (codes.unflatten(1, (3, 32)) - zeros.unsqueeze(2)) * parts["weight_scale"].float().unsqueeze(2)
+    assert torch.equal(found.flatten(1), weight.dequantise())
+
+
+@pytest.mark.parametrize(
+    ("format", "options", "sentence"),
+    [
+        ("nf4", {}, r"must be dense, or quantised to one format that w8a16 holds, got model\.layers.* in nf4"),
+        ("int4", {"group": 128}, "groups of compressed-tensors must divide the inputs, got 192 in groups of 128"),
+    ],
+)
+def test_codes_that_it_does_not_hold_are_refused(format, options, sentence, tmp_path):
+    model = random_model("llama", hidden=128, vocabulary=340, intermediate_size=192)
+    quantise(model, format, **options)
+    with pytest.raises(ToolkitError, match=sentence):
+        export(model, tmp_path / "out", "compressed-tensors")
     assert not list(tmp_path.iterdir())

@@ -189,13 +189,18 @@ def test_the_weight_version_sees_that_weights_are_quantised_and_written():
         assert [one.weight_versions[0] for one in texts] == seen
 
 
-def test_a_model_is_dequantised_before_it_is_exported(tmp_path):
-    model, dense = pair("llama", "nf4")
-    with pytest.raises(
-        ToolkitError, match=r"model must be dense to be exported to 'hf', got model\.layers\.0.* in nf4"
-    ):
-        toolkit.export(model, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    dequantise(model)
+def test_a_plain_checkpoint_has_the_values_of_the_codes(tmp_path):
+    model, dense = pair("qwen3_moe", "nf4")
     loaded, _ = load_model(str(toolkit.export(model, tmp_path / "out")))
+    assert any(quantised_weights(model))
+    assert not any(quantised_weights(loaded))
     assert all(map(torch.equal, loaded.state_dict().values(), dense.state_dict().values()))
+
+
+def test_a_model_is_dequantised_before_it_is_exported_to_another_target(tmp_path):
+    model, _ = pair("llama", "nf4")
+    with pytest.raises(
+        ToolkitError, match=r"model must be dense to be exported to 'gguf', got model\.layers\.0.* in nf4"
+    ):
+        toolkit.export(model, tmp_path / "out", "gguf")
+    assert not (tmp_path / "out").exists()

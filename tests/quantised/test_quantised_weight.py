@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tests.helpers.quantised import VARIANTS
 from toolkit.errors import ToolkitError
 from toolkit.modules.linear import linear_forward
 from toolkit.ops.linear import linear, linear_group
@@ -162,14 +163,61 @@ def test_writes_in_place_are_refused(write):
     assert torch.equal(layer.weight.dequantise(), before)
 
 
-@pytest.mark.parametrize(
-    "ask", [lambda w: w.requires_grad_(), lambda w: setattr(w, "requires_grad", True), nn.Parameter]
-)
-def test_gradients_of_it_are_refused(ask):
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "q4_k"])
+def test_rounding_in_place_makes_the_codes_that_quantising_makes(variant):
+    format, options = VARIANTS[variant]
+    torch.manual_seed(0)
+    first, second = torch.randn(2, 40, 192)
+    weight = QuantisedWeight.of(first, format, **options)
+    address = weight.codes.data_ptr()
+    assert weight.quantise_(second) is weight
+    wanted = QuantisedWeight.of(second, format, **options)
+    assert weight.codes.data_ptr() == address
+    assert len(weight.scales) == len(wanted.scales)
+    for one, other in zip((weight.codes, *weight.scales), (wanted.codes, *wanted.scales)):
+        assert one.dtype == other.dtype
+        assert torch.equal(one.float(), other.float())
+
+
+def test_what_is_rounded_in_place_fits():
+    weight = layer_of("int8")[0].weight
+    with pytest.raises(ToolkitError, match=r"dense must have shape \[40, 96\], got \[96, 40\]"):
+        weight.quantise_(torch.zeros(96, 40))
+    with pytest.raises(ToolkitError, match="must be finite"):
+        weight.quantise_(torch.full((40, 96), torch.nan))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_its_gradient_is_that_of_the_dense_weight(format):
+    quantised, dense = layer_of(format)
+    ids = torch.tensor([1, 5])
+    x = torch.randn(3, 96)
+    for op in (
+        lambda w: linear(x, w),
+        lambda w: F.linear(x.bfloat16(), w.bfloat16()),
+        lambda w: x @ w.t(),
+        lambda w: F.embedding(ids, w),
+    ):
+        gradients = []
+        for layer in (quantised, dense):
+            layer.weight.requires_grad_()
+            y = op(layer.weight)
+            assert torch.equal(y.detach(), op(layer.weight.detach()))
+            gradients.append(torch.autograd.grad(y.float().pow(2).sum(), layer.weight)[0])
+        assert type(gradients[0]) is torch.Tensor
+        assert torch.equal(*gradients)
+    copies = [copy.deepcopy(quantised.weight), pickle.loads(pickle.dumps(quantised.weight))]
+    assert all(isinstance(one, nn.Parameter) and one.requires_grad for one in copies)
+
+
+@pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {"foreach": False}])
+def test_an_optimizer_that_writes_weights_is_refused(options):
     layer, _ = layer_of("int8")
-    with pytest.raises(ToolkitError, match="requires_grad must be False for a weight in int8"):
-        ask(layer.weight)
-    layer.requires_grad_(False)
+    layer.weight.requires_grad_().grad = torch.ones(40, 96)
+    before = layer.weight.dequantise()
+    with pytest.raises(ToolkitError, match="a weight in int8 must not be written in place"):
+        torch.optim.AdamW([layer.weight], **options).step()
+    assert torch.equal(layer.weight.dequantise(), before)
 
 
 def test_load_state_dict_writes_codes_of_the_same_format():

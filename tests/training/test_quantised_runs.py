@@ -35,11 +35,6 @@ def test_a_format_alone_is_its_section() -> None:
     assert section.quantise == QuantiseSection(format="int4")
 
 
-def test_quantised_weights_are_not_trained() -> None:
-    with pytest.raises(ValueError, match=r"model\.quantise must be null without model\.lora"):
-        ModelSection(name_or_path="x", quantise="int4")
-
-
 def test_only_adapters_move(tmp_path: Path) -> None:
     trainer = Trainer(qlora(tmp_path), quiet=True)
     before = {name: weight.dequantise().clone() for name, weight in quantised_weights(trainer.hf_model)}

@@ -76,8 +76,9 @@ class ModelSection(Section):
     quantise: Annotated[
         QuantiseSection | None, BeforeValidator(lambda v: {"format": v} if isinstance(v, str) else v)
     ] = None
-    """A format, such as ``nf4``, or the fields of ``toolkit.quantise``: adapters are trained on a frozen base of few
-    bits (QLoRA), whose codes rollouts read too; null keeps the weights as they are."""
+    """A format, such as ``nf4``, or the fields of ``toolkit.quantise``: with ``lora`` adapters are trained on a frozen
+    base of few bits (QLoRA), without it the weights through their rounding (quantisation-aware training). Rollouts read
+    the same codes. null keeps the weights as they are."""
     freeze_parameters: Annotated[list[str], Field(min_length=1)] | None = None
     """Patterns of parameters' names that are not trained, e.g. ``model.visual`` (all that begins so) or ``*.norm.*``;
     null trains all."""
@@ -86,8 +87,6 @@ class ModelSection(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        if self.quantise is not None and self.lora is None:
-            raise ValueError("model.quantise must be null without model.lora: quantised weights are not trained")
         if self.freeze_parameters is None and self.trainable_parameters is not None:
             raise ValueError(
                 "model.trainable_parameters must be null without model.freeze_parameters, from which they are excepted"
@@ -356,12 +355,22 @@ class Recipe(Section):
         """The dtype that the model's forward reads its weights in, in training, rollout and evaluation."""
         return {"no": self.model.dtype, "bf16": "bfloat16", "fp16": "float16"}[self.train.mixed_precision]
 
+    @property
+    def trains_quantised(self) -> bool:
+        """Whether weights are trained through their rounding to a format."""
+        return self.model.quantise is not None and self.model.lora is None
+
     def _check_precision(self) -> None:
         dtype, mixed, optimizer = self.model.dtype, self.train.mixed_precision, self.optimizer
         if mixed != "no" and dtype != "float32":
             raise ValueError(
                 f"model.dtype must be 'float32' with train.mixed_precision '{mixed}', as it is the dtype of the "
                 f"weights that the optimizer updates, got '{dtype}'"
+            )
+        if self.trains_quantised and dtype != "float32":
+            raise ValueError(
+                "model.dtype must be 'float32' with model.quantise and without model.lora, as it is the dtype of the "
+                f"weights that the optimizer updates and rounds, got '{dtype}'"
             )
         if dtype == "float16":
             raise ValueError(

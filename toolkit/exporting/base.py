@@ -50,11 +50,18 @@ class ExportTarget(ABC):
     holds_adapters: ClassVar[bool] = False
     """Whether it is made of a PEFT model's adapters, without the base model."""
 
+    takes_quantised: ClassVar[bool] = False
+    """Whether a model with quantised weights may be given; it is exported with the values that it computes with."""
+
     def __init_subclass__(cls, name: str | None = None, **options: Any) -> None:
         super().__init_subclass__(**options)
         if name is not None:
             cls.target = name
             TARGETS.add(name, cls)
+
+    def format_of(self, model: Any) -> str | None:
+        """The format that a quantised model has already; None for another one."""
+        return None
 
     def packages(self, quantise: str | None) -> tuple[str, ...]:
         """Modules outside of the toolkit's own dependencies that writing needs."""

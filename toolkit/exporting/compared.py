@@ -57,7 +57,7 @@ def export_and_compare(
         source: checkpoint folder, adapters, GGUF file or training run.
         path: a new or empty folder.
         to: the name of a target.
-        quantise: one of the target's formats; None takes its first.
+        quantise: one of the target's formats; None takes the one that a quantised model has, else the first.
         dtype: of the weights before that.
         check: whether the program is run, where it is installed.
 
@@ -66,7 +66,8 @@ def export_and_compare(
     """
     target = TARGETS.find("--to", to)()
     model, tokenizer = load_model(source, dtype)
-    dequantise(model)  # of a checkpoint in another library's layout
+    if not target.takes_quantised or quantise not in (None, target.format_of(model)):
+        dequantise(model)
     with Engine(model, tokenizer) as engine:
         most = engine.max_model_len // 2
         tokens = min(TOKENS, engine.max_model_len - most)

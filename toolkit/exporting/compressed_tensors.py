@@ -16,6 +16,9 @@ from toolkit.exporting.hf import check_whole_model, greedy_tokens, write_checkpo
 from toolkit.exporting.manifest import installed_version
 from toolkit.loading.source import CONFIG, read_json
 from toolkit.loading.tensors import INDEX, weight_files
+from toolkit.quantised import QuantisedWeight
+from toolkit.quantised.stored.compressed_tensors import HELD, write
+from toolkit.quantised.stored.parts import packed
 
 GROUPS = (128, 64, 32)
 """Input columns that share a scale: the first that divides those of every layer; where none does, a row has one."""
@@ -25,9 +28,17 @@ VERSION = "0.20.1"
 
 
 class CompressedTensors(ExportTarget, name="compressed-tensors"):
-    """Linear layers but the head have 8- or 4-bit integers (w8a16, w4a16) or float8 (fp8); all else keeps its dtype."""
+    """Linear layers but the head have 8- or 4-bit integers (w8a16, w4a16) or float8 (fp8); all else keeps its dtype.
+
+    Of a quantised model the codes themselves are written.
+    """
 
     formats = ("w8a16", "w4a16", "fp8")
+    takes_quantised = True
+
+    def format_of(self, model: Any) -> str | None:
+        forms = {HELD.get(weight.format) for weight in coded_layers(model).values()}
+        return forms.pop() if len(forms) == 1 else None
 
     def check(self, job: ExportJob) -> None:
         check_whole_model(job, self.target)
@@ -38,13 +49,23 @@ class CompressedTensors(ExportTarget, name="compressed-tensors"):
             )
         if not linear_layers(job.model):
             raise ToolkitError(f"An export to {self.target!r} needs linear layers, got a {type(job.model).__name__}.")
+        for name, weight in coded_layers(job.model).items():
+            if HELD.get(weight.format) != job.quantise:
+                raise ToolkitError(
+                    f"model must be dense, or quantised to one format that {job.quantise} holds, got {name} in "
+                    f"{weight.format}; dequantise it first (toolkit.quantised.dequantise)."
+                )
 
     def write(self, job: ExportJob, folder: Path) -> None:
         write_checkpoint(job, folder)
         layers = linear_layers(job.model)
         group = next((size for size in GROUPS if not any(layer.in_features % size for layer in layers.values())), None)
         form = job.quantise or self.formats[0]
-        names = {f"{name}.weight": name for name in layers}
+        coded = {name: _codes(name, weight) for name, weight in coded_layers(job.model).items()}
+        kinds = [kind for _, kind in coded.values()]
+        if any(kind != kinds[0] for kind in kinds):
+            raise ToolkitError(f"An export to {self.target!r} has one layout of scales, got {kinds[0]} and others.")
+        names = {f"{name}.weight": name for name in coded or layers}
         shards: dict[str, str] = {}
         found: set[str] = set()
         for file in weight_files(folder):
@@ -52,7 +73,8 @@ class CompressedTensors(ExportTarget, name="compressed-tensors"):
             for name, tensor in load_file(folder / file).items():
                 if name in names:
                     found.add(name)
-                    tensors |= {f"{names[name]}.{key}": value for key, value in compressed(tensor, form, group).items()}
+                    parts = coded[names[name]][0] if coded else compressed(tensor, form, group)
+                    tensors |= {f"{names[name]}.{key}": value for key, value in parts.items()}
                 else:
                     tensors[name] = tensor
             save_file(tensors, folder / file, metadata={"format": "pt"})
@@ -68,7 +90,11 @@ class CompressedTensors(ExportTarget, name="compressed-tensors"):
             index["metadata"] = {"total_size": sum((folder / name).stat().st_size for name in set(shards.values()))}
             (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         config = read_json(folder / CONFIG)
-        config["quantization_config"] = settings(form, group, kept_layers(job.model))
+        if coded:
+            kept = [name for name, one in job.model.named_modules() if isinstance(one, nn.Linear) and name not in coded]
+            config["quantization_config"] = configuration(kinds[0], None, kept)
+        else:
+            config["quantization_config"] = settings(form, group, kept_layers(job.model))
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
     def consume(self, folder: Path, prompts: Sequence[Sequence[int]], max_tokens: int) -> ConsumerOutput | None:
@@ -83,6 +109,22 @@ def linear_layers(model: Any) -> dict[str, nn.Linear]:
     """The layers whose weights are compressed, by name: all linear ones but the head."""
     kept = set(kept_layers(model))
     return {name: one for name, one in model.named_modules() if isinstance(one, nn.Linear) and name not in kept}
+
+
+def coded_layers(model: Any) -> dict[str, QuantisedWeight]:
+    """The quantised weights of linear layers, by the layer's name."""
+    return {
+        name: one.weight
+        for name, one in model.named_modules()
+        if isinstance(one, nn.Linear) and isinstance(one.weight, QuantisedWeight)
+    }
+
+
+def _codes(name: str, weight: QuantisedWeight) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        return write(weight)
+    except ToolkitError as error:
+        raise ToolkitError(f"layer {name} cannot be exported as it is: {error}") from None
 
 
 def kept_layers(model: Any) -> list[str]:
@@ -118,15 +160,6 @@ def compressed(weight: Tensor, form: str, group: int | None) -> dict[str, Tensor
     }
 
 
-def packed(values: Tensor, bits: int) -> Tensor:
-    """Unsigned integers of ``bits`` bits, int32 [rows, columns], in int32 words, the first in the lowest bits."""
-    each = 32 // bits
-    padding = -values.shape[-1] % each
-    words = nn.functional.pad(values, (0, padding)).unflatten(-1, (-1, each)).to(torch.int64)
-    total = (words << (torch.arange(each) * bits)).sum(-1)
-    return torch.where(total >= 2**31, total - 2**32, total).to(torch.int32)
-
-
 def settings(form: str, group: int | None, kept: list[str]) -> dict[str, Any]:
     """``quantization_config`` of a format."""
     weights: dict[str, Any] = {"symmetric": True, "dynamic": False, "num_bits": 4 if form == "w4a16" else 8}
@@ -136,9 +169,15 @@ def settings(form: str, group: int | None, kept: list[str]) -> dict[str, Any]:
         inputs = {"symmetric": True, "dynamic": True, "num_bits": 8, "type": "float", "strategy": "token"}
     else:
         weights |= {"type": "int", "strategy": "group" if group else "channel", "group_size": group}
+    return configuration(weights, inputs, kept)
+
+
+def configuration(weights: dict[str, Any], inputs: dict[str, Any] | None, kept: list[str]) -> dict[str, Any]:
+    """``quantization_config`` of how weights and inputs of linear layers are rounded; ``kept``: layers that are not."""
+    layout = "float-quantized" if weights["type"] == "float" else "pack-quantized"
     return {
         "quant_method": "compressed-tensors",
-        "format": "float-quantized" if form == "fp8" else "pack-quantized",
+        "format": layout,
         "quantization_status": "compressed",
         "config_groups": {
             "group_0": {

@@ -12,6 +12,7 @@ from toolkit.exporting.manifest import installed_version
 from toolkit.exporting.unread import copy_unread
 from toolkit.loading import auto_class, processor_files, write_processor_files
 from toolkit.loading.model import quiet_transformers
+from toolkit.quantised import dense_state, quantised_weights
 
 SHARD = "5GB"
 """Size of a safetensors file; more weights are sharded, with an index."""
@@ -22,8 +23,10 @@ class HuggingFace(ExportTarget, name="hf"):
 
     Tensors have the names that the checkpoint has. Those that the model's class does not read (multi-token prediction
     layers) and files of the processor are copied from it. Every token at which the
-    engine stops is in the generation config.
+    engine stops is in the generation config. Quantised weights are dense in it, of the values that they stand for.
     """
+
+    takes_quantised = True
 
     def check(self, job: ExportJob) -> None:
         check_whole_model(job, self.target)
@@ -56,8 +59,9 @@ def check_whole_model(job: ExportJob, target: str) -> None:
 def write_checkpoint(job: ExportJob, folder: Path) -> None:
     """Fill ``folder`` with the model, its tokenizer and the files of its processor."""
     model = job.model
+    state = dense_state(model) if any(quantised_weights(model)) else None
     with quiet_transformers():
-        model.save_pretrained(folder, max_shard_size=SHARD)
+        model.save_pretrained(folder, max_shard_size=SHARD, state_dict=state)
     generation = copy.deepcopy(getattr(model, "generation_config", None))
     if generation is not None:
         ends = eos_token_ids(model, job.tokenizer)

@@ -48,7 +48,7 @@ def export(
             tokenizer's files when one is given, and those of the checkpoint's processor), which unpatched transformers
             opens.
         tokenizer: saved beside the model.
-        quantise: one of the target's formats; None takes its first.
+        quantise: one of the target's formats; None takes the one that a quantised model has, else the first.
         prompts: token ids, which the target's program continues if it is installed; none run nothing.
         max_tokens: greedy tokens of each continuation.
 
@@ -57,11 +57,12 @@ def export(
             not be written, a full disk, what the target cannot hold, or an export that its program does not run.
     """
     target = TARGETS.find("to", to)()
-    job = ExportJob(model, tokenizer, chosen_format(target, quantise))
+    _check_dense(model, target)
+    wanted = target.format_of(model) if quantise is None else quantise
+    job = ExportJob(model, tokenizer, chosen_format(target, wanted))
     folder = Path(path)
     check_free(folder)
     require_packages(target, job.quantise)
-    _check_dense(model, target)
     with _base_alone(model, target):
         target.check(job)
     with new_folder(folder) as staging:
@@ -95,8 +96,8 @@ def _base_alone(model: Any, target: ExportTarget) -> Iterator[None]:
 
 
 def _check_dense(model: Any, target: ExportTarget) -> None:
-    """Raise ToolkitError for quantised weights, but where the target holds adapters alone."""
-    found = [] if target.holds_adapters else list(quantised_weights(model))
+    """Raise ToolkitError for quantised weights, but where the target takes them or holds adapters alone."""
+    found = [] if target.holds_adapters or target.takes_quantised else list(quantised_weights(model))
     if found:
         name, weight = found[0]
         raise ToolkitError(

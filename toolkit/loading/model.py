@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from toolkit.errors import ToolkitError, first_line
 from toolkit.loading.classes import auto_class, pooling_class
 from toolkit.loading.quantised_base import quantise_base_of
+from toolkit.loading.quantised_codes import read_codes
 from toolkit.loading.quantised_files import is_readable, load_quantised
 from toolkit.loading.source import ADAPTER, CONFIG, Source, find_source, read_json
 from toolkit.loading.tensors import weight_files
@@ -169,6 +170,8 @@ def _model(source: Source, config: Any, dtype: "torch.dtype", device: "torch.dev
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
     model.name_or_path = source.name
+    if runner == "generate":
+        read_codes(model, source.folder)
     return model
 
 

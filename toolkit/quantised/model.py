@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from toolkit.errors import ToolkitError, must_be_one_of
@@ -25,12 +26,14 @@ class QuantisationReport:
         dense_bytes: of those parameters before.
         quantised_bytes: of those parameters now.
         kept: names of matrices of linear layers and experts that are dense.
+        masters: of each weight that is trained, what it was before, in float32.
     """
 
     formats: dict[str, str]
     dense_bytes: int = 0
     quantised_bytes: int = 0
     kept: list[str] = field(default_factory=list)
+    masters: dict[nn.Parameter, Tensor] = field(default_factory=dict, repr=False)
 
     def __str__(self) -> str:
         formats = ", ".join(sorted(set(self.formats.values())))
@@ -45,6 +48,7 @@ def quantise(
     format: str | None = None,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] | None = None,
+    trainable: bool = False,
     **options: Any,
 ) -> QuantisationReport:
     """The report of which weights are now in ``format``, in place: those of linear layers and of experts.
@@ -61,6 +65,9 @@ def quantise(
         include: patterns (``fnmatch``) of parameters' names, or of modules' names.
         exclude: patterns of what stays dense of them. None is the head (the output embedding, tied or not), routers and
             adapters; given patterns stand in the place of head and routers.
+        trainable: weights that require a gradient keep doing so (quantisation-aware training): it is that of the dense
+            weight, straight through the rounding. ``LowPrecisionAdamW`` updates the report's ``masters`` and rounds
+            them to the codes, in place; an optimizer that writes weights itself is refused when it does.
         options: of the format's quantiser, such as ``group`` of int4.
 
     Raises:
@@ -74,6 +81,7 @@ def quantise(
     found: dict[str, str] = {}
     dense = small = 0
     made: dict[int, nn.Parameter] = {}
+    masters: dict[nn.Parameter, Tensor] = {}
     entries = list(_matrices(model))
     kept = []
     for path, module, name in entries:
@@ -90,13 +98,16 @@ def quantise(
         if key not in made:
             made[key] = _quantised(weight, format, full, options)
             small += made[key].quantised_bytes  # type: ignore[attr-defined]
+            if trainable and weight.requires_grad:
+                made[key].requires_grad_()
+                masters[made[key]] = dense_values(weight)
         found[full] = format
     if not found:
         raise ToolkitError(
             f"include must match a weight of a linear layer or of experts that exclude does not, got {list(include)}."
         )
     _replace(model, made)
-    return QuantisationReport(found, dense, small, kept)
+    return QuantisationReport(found, dense, small, kept, masters)
 
 
 def _adopted(model: nn.Module) -> QuantisationReport:
@@ -115,6 +126,19 @@ def dequantise(model: nn.Module) -> int:
     }
     _replace(model, made)
     return len(made)
+
+
+def dense_values(weight: Tensor) -> Tensor:
+    """The values of a parameter in float32, without gradient; of a float32 one its own memory."""
+    if isinstance(weight, QuantisedWeight):
+        return weight.dequantise(torch.float32)
+    return weight.detach().float()
+
+
+def dense_state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's ``state_dict``, with dense tensors in the place of quantised ones."""
+    state = model.state_dict()
+    return {name: one.dequantise() if isinstance(one, QuantisedWeight) else one for name, one in state.items()}
 
 
 def quantised_weights(model: nn.Module) -> Iterator[tuple[str, QuantisedWeight]]:

@@ -30,6 +30,9 @@ class QuantisedWeight(Tensor):
     format: ``detach``, ``clone``, ``deepcopy``, ``to`` (of a floating-point dtype and any device), pickling,
     ``state_dict`` and ``load_state_dict``. Views and slices are dense copies.
 
+    Its gradient, where it requires one, is that of the dense weight: rounding passes it straight through. What it is
+    the rounding of is kept by an optimizer, which writes it by ``quantise_``.
+
     Args:
         format: the name of the format.
         codes: of E N outputs, as ``toolkit.ops.quantised_linear`` packs them.
@@ -38,7 +41,7 @@ class QuantisedWeight(Tensor):
         dtype: of the dense weight.
 
     Raises:
-        ToolkitError: for what writes it in place, or asks for its gradient.
+        ToolkitError: for what else writes it in place.
     """
 
     format: str
@@ -76,6 +79,25 @@ class QuantisedWeight(Tensor):
         codes, scales = made.quantise(dense.reshape(-1, dense.shape[-1]), **options)
         return cls(format, codes, scales, dense.shape, dense.dtype)
 
+    @torch.no_grad()
+    def quantise_(self, dense: Tensor) -> "QuantisedWeight":
+        """This weight, whose codes and scales are now those of ``dense``, in place: by its own format, group size and
+        dtype of scales.
+
+        Raises:
+            ToolkitError: another shape; a format that is read only; NaN or infinity in ``dense``.
+        """
+        if dense.shape != self.shape:
+            raise ToolkitError(f"dense must have shape {list(self.shape)}, got {list(dense.shape)}.")
+        known = find(self.format)
+        outputs, inputs = math.prod(self.shape[:-1]), self.shape[-1]
+        codes, scales = known.quantise(
+            dense.detach().reshape(outputs, inputs), **known.options(self.scales, outputs, inputs)
+        )
+        for mine, new in zip((self.codes, *self.scales), (codes, *scales), strict=True):
+            mine.copy_(new)
+        return self
+
     @property
     def scales(self) -> list[Tensor]:
         """The format's scales, in its order."""
@@ -112,12 +134,13 @@ class QuantisedWeight(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         parts = [self.codes.view(torch.uint8), *self.scales]  # pickle has no 8-bit floats
-        return _rebuilt, (self.format, parts, tuple(self.shape), self.dtype, isinstance(self, nn.Parameter))
+        gradient = self.requires_grad if isinstance(self, nn.Parameter) else None
+        return _rebuilt, (self.format, parts, tuple(self.shape), self.dtype, gradient)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         if id(self) not in memo:
-            copied = self._with(Tensor.clone)
-            memo[id(self)] = nn.Parameter(copied, requires_grad=False) if isinstance(self, nn.Parameter) else copied
+            copied = self.detach()._with(Tensor.clone)  # type: ignore[attr-defined]
+            memo[id(self)] = nn.Parameter(copied, self.requires_grad) if isinstance(self, nn.Parameter) else copied
         found: Tensor = memo[id(self)]
         return found
 
@@ -134,11 +157,6 @@ class QuantisedWeight(Tensor):
                 return found
             if func == Tensor.__setitem__ and isinstance(args[0], QuantisedWeight):
                 raise _written(args[0], "item assignment")
-            if _asks_for_gradient(func, args, kwargs):
-                raise ToolkitError(
-                    f"requires_grad must be False for a weight in {args[0].format}; train adapters on it, or "
-                    "dequantise it."
-                )
             if isinstance(func, OpOverload) and func.namespace == "toolkit" and not torch.is_grad_enabled():
                 # Without gradients nothing is saved: what is captured are dequantising and the op, on plain tensors.
                 args, kwargs = _dense(args), _dense(kwargs)
@@ -154,22 +172,26 @@ class QuantisedWeight(Tensor):
             kept = keep(*args, **kwargs)
             if kept is not None:
                 return kept
-        for argument, value in zip(func._schema.arguments, args):
-            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, QuantisedWeight):
-                raise _written(value, func._schema.name.split("::")[1])
+        for at, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                value = args[at] if at < len(args) else kwargs.get(argument.name)
+                for one in value if isinstance(value, (list, tuple)) else [value]:
+                    if isinstance(one, QuantisedWeight):
+                        raise _written(one, func._schema.name.split("::")[1])
         return func(*_dense(args), **_dense(kwargs))
 
 
 def _written(weight: QuantisedWeight, how: str) -> ToolkitError:
     return ToolkitError(
         f"a weight in {weight.format} must not be written in place, got {how}; dequantise the model first "
-        "(toolkit.quantised.dequantise)."
+        "(toolkit.quantised.dequantise), or round to its codes (quantise_)."
     )
 
 
-def _rebuilt(format: str, parts: list[Tensor], shape: Any, dtype: torch.dtype, is_parameter: bool) -> Tensor:
+def _rebuilt(format: str, parts: list[Tensor], shape: Any, dtype: torch.dtype, gradient: bool | None) -> Tensor:
+    """``gradient``: whether the parameter requires one; None for no parameter."""
     weight = QuantisedWeight(format, parts[0].view(find(format).codes), parts[1:], shape, dtype)
-    return nn.Parameter(weight, requires_grad=False) if is_parameter else weight
+    return weight if gradient is None else nn.Parameter(weight, gradient)
 
 
 torch.serialization.add_safe_globals([QuantisedWeight, _rebuilt])
@@ -189,6 +211,10 @@ def _linear(input: Any, weight: Any, bias: Tensor | None = None) -> Tensor | Non
         input, bias = input.to(dtype), None if bias is None else bias.to(dtype)
     elif input.dtype != weight.dtype:
         return None  # the dense op says why not
+    if weight.requires_grad and torch.is_grad_enabled():
+        # Bitwise the same: the dense op on what the weight dequantises to, whose gradient it has.
+        found: Tensor = _OURS.linear(input, weight, bias)
+        return found
     return quantised_linear(input, weight.codes, weight.scales, bias, weight.format, weight.shape[0])
 
 
@@ -199,19 +225,11 @@ def _embedding(
     whole_panels = isinstance(weight, QuantisedWeight) and weight.dim() == 2 and weight.shape[0] % PANEL == 0
     if not whole_panels or max_norm is not None or input.is_floating_point():
         return None
+    if weight.requires_grad and torch.is_grad_enabled():
+        return None
     inputs = weight.shape[-1]
     rows = dequantise_rows(input.reshape(-1).long(), weight.codes, weight.scales, weight.format, inputs, weight.dtype)
     return rows.view(*input.shape, inputs)
-
-
-def _asks_for_gradient(func: Any, args: Any, kwargs: Any) -> bool:
-    if func == Tensor.requires_grad_:
-        wanted = args[1] if len(args) > 1 else kwargs.get("requires_grad", True)
-    elif func == Tensor.requires_grad.__set__:  # type: ignore[attr-defined]
-        wanted = args[1]
-    else:
-        return False
-    return bool(wanted)
 
 
 def _dense(value: Any) -> Any:

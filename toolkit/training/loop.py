@@ -35,12 +35,13 @@ from toolkit.training.freezing import freeze_parameters
 from toolkit.training.indexers import IndexerTraining, freeze_indexers
 from toolkit.training.metrics import FILE as METRICS
 from toolkit.training.metrics import Metrics, plot_curve, read_metrics
-from toolkit.training.model import RaggedModel, load_adapters, load_checkpoint, make_model, patch_model, quantise_base
+from toolkit.training.model import RaggedModel, load_adapters, load_checkpoint, make_model, patch_model
 from toolkit.training.moe import Balancing
 from toolkit.training.nested import warmup_recipe
 from toolkit.training.objectives.base import RunContext, make_objective
-from toolkit.training.precision import GradientStep, lower_precision
+from toolkit.training.precision import GradientStep, lower_precision, move_to_fresh_memory
 from toolkit.training.progress import Progress
+from toolkit.training.quantising import quantise_model, train_quantised
 from toolkit.training.report import line, result_of, show
 from toolkit.training.resume import RESULT, Start, check_start, find_start, prepare_folder, run_folder
 from toolkit.training.run_state import restore_run, write_run
@@ -189,9 +190,9 @@ class Trainer:
 
     def _initial_model(self) -> "PreTrainedModel":
         """The model that training starts from: after the warm-up, from ``model.name_or_path``, or random."""
-        model = self._whole_model()
-        lower_precision(model, self.recipe.forward_dtype)
-        quantise_base(model, self.recipe.model.quantise)
+        model, section = self._whole_model(), self.recipe.model
+        freeze_parameters(model, section)
+        quantise_model(model, section, lower_precision(model, self.recipe.forward_dtype))
         return model
 
     def _whole_model(self) -> "PreTrainedModel":
@@ -207,20 +208,20 @@ class Trainer:
 
     def _make_model(self, start: Start | None) -> "PreTrainedModel":
         recipe = self.recipe
-        if start is None or recipe.model.lora is not None:
+        if new := start is None or recipe.model.lora is not None:
             model = self._whole_model()
         else:
             model = load_checkpoint(start.checkpoint, recipe.forward_dtype, "the checkpoint").train()
+        if recipe.trains_quantised:
+            train_quantised(model)
         frozen = freeze_parameters(model, recipe.model)
         if frozen is not None:
             self.log(f"frozen: {frozen}")
         masters = lower_precision(model, recipe.forward_dtype)
-        self._masters = None if recipe.train.mixed_precision == "no" else masters
-        for tensor in (*model.parameters(), *model.buffers()):
-            # Loaded tensors may lie at any address; fresh ones are aligned the same, and bits can depend on it.
-            tensor.data = tensor.data.clone()
-        if (quantised := quantise_base(model, recipe.model.quantise, self.accelerator.num_processes)) is not None:
-            self.log(f"quantised: {quantised}")
+        move_to_fresh_memory(model)
+        if new and (report := quantise_model(model, recipe.model, masters, self.accelerator.num_processes)):
+            self.log(f"quantised: {report}")
+        self._masters = None if recipe.train.mixed_precision == "no" and not recipe.trains_quantised else masters
         return model
 
     def _shard_experts(self, ragged: RaggedModel) -> ShardedExperts | None:

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from toolkit.config.schema import LoraSection, ModelSection, QuantiseSection
+from toolkit.config.schema import LoraSection, ModelSection
 from toolkit.errors import ToolkitError, first_line, nearest
 from toolkit.loading import find_source, load_weights
 from toolkit.loading.model import GENERATION_CONFIG, quiet_transformers
 from toolkit.loading.quantised_base import write_quantised_base
+from toolkit.loading.quantised_codes import write_codes
 from toolkit.moe.observer import RouterObserver, observing
 from toolkit.patching import (
     IndexLosses,
@@ -28,7 +29,7 @@ from toolkit.patching import (
 )
 from toolkit.patching.adapters import fuse_adapters, vocabulary_size
 from toolkit.patching.multimodal import MediaSequence, media_batch
-from toolkit.quantised import QuantisationReport, quantise
+from toolkit.quantised import dense_state, quantised_weights
 from toolkit.state.batch import RaggedBatch
 from toolkit.training.images import WithImages, image_logits, proven_sequences
 
@@ -268,21 +269,6 @@ def add_adapters(model: "PreTrainedModel", section: LoraSection, report: PatchRe
     weights_changed(model)
 
 
-def quantise_base(
-    model: "PreTrainedModel", section: QuantiseSection | None, processes: int = 1
-) -> QuantisationReport | None:
-    """Quantise the weights in place as a recipe says: what was done; None where it says nothing.
-
-    Raises:
-        ToolkitError: for several processes, whose parameters data parallel writes in place.
-    """
-    if section is None:
-        return None
-    if processes > 1:
-        raise ToolkitError(f"model.quantise must be null with several processes, got {processes} of them.")
-    return quantise(model, section.format, section.include, section.exclude, **section.options)
-
-
 def load_adapters(model: "PreTrainedModel", folder: Path) -> None:
     """Weights that ``save_model`` wrote, into the adapters of ``model``."""
     import peft
@@ -291,17 +277,20 @@ def load_adapters(model: "PreTrainedModel", folder: Path) -> None:
     peft.set_peft_model_state_dict(model, load_file(str(folder / "adapter_model.safetensors")))
 
 
-def save_model(model: "PreTrainedModel", folder: Path, quantised: QuantiseSection | None = None) -> None:
+def save_model(model: "PreTrainedModel", folder: Path, section: ModelSection) -> None:
     """The model as a checkpoint of transformers; one with adapters as PEFT saves it: the adapters alone.
 
-    Args:
-        quantised: how the base model of the adapters is quantised, which is saved beside them.
+    Quantised weights are dense in it, and their codes lie beside it; beside adapters lies how their base is quantised.
     """
+    adapters = section.lora is not None
+    quantised = not adapters and any(quantised_weights(model))
     with quiet_transformers():
-        model.save_pretrained(str(folder))
-    if quantised is not None:
+        model.save_pretrained(str(folder), state_dict=dense_state(model) if quantised else None)
+    if quantised:
+        write_codes(model, folder)
+    if adapters and section.quantise is not None:
         dtype = str(model.dtype).removeprefix("torch.")
-        write_quantised_base(folder, {**quantised.model_dump(), "dtype": dtype})
+        write_quantised_base(folder, {**section.quantise.model_dump(), "dtype": dtype})
     if model.generation_config is not None and not (folder / GENERATION_CONFIG).is_file():
         # Of adapters, whose base model may stop at fewer tokens.
         (folder / GENERATION_CONFIG).write_text(model.generation_config.to_json_string(), encoding="utf-8")

@@ -19,10 +19,11 @@ from torch.autograd.graph import increment_version
 from toolkit.config.schema import OptimizerSection
 from toolkit.errors import ToolkitError
 from toolkit.moe.sharding import ShardedExperts
+from toolkit.quantised import QuantisedWeight, dense_values
 from toolkit.training.moments import MOMENTS, update
 
 Masters = dict[nn.Parameter, Tensor]
-"""Of each parameter that was rounded to 16 bits, its value in float32."""
+"""Of each parameter that was rounded to 16 bits or to codes, its value in float32."""
 
 
 def lower_precision(model: Any, name: str) -> Masters:
@@ -47,6 +48,14 @@ def lower_precision(model: Any, name: str) -> Masters:
     return masters
 
 
+def move_to_fresh_memory(model: nn.Module) -> None:
+    """Copy every dense tensor: loaded ones may lie at any address, fresh ones are aligned the same, and bits can depend
+    on it."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not isinstance(tensor, QuantisedWeight):
+            tensor.data = tensor.data.clone()
+
+
 def stochastic_round(values: Tensor, generator: torch.Generator) -> Tensor:
     """float32 to bfloat16: up with a probability of the distance from the lower neighbour, so that the mean is exact.
 
@@ -68,7 +77,8 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
     - nothing: ``bf16_stochastic_round`` (as in torchao). The noise depends on seed, parameter and step alone, so
       processes and resumed runs agree.
 
-    Neither kind: rounding to nearest, which loses most updates. A float32 parameter is updated as it is.
+    Neither kind: rounding to nearest, which loses most updates. A float32 parameter is updated as it is. A
+    ``QuantisedWeight`` has a ``master`` in any case, which each step rounds to its codes (``quantise_``).
 
     Args:
         groups: of parameters, with ``weight_decay``.
@@ -107,11 +117,11 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
         state = self.state[parameter]
         state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
         state.update(self._moments(parameter))
-        if parameter.dtype == torch.float32:
+        if _is_plain(parameter):
             return
-        if self.keep == "master":
+        if self.keep == "master" or isinstance(parameter, QuantisedWeight):
             given = self._masters.get(parameter)
-            state["master"] = parameter.detach().float() if given is None else given.to(parameter.device)
+            state["master"] = dense_values(parameter) if given is None else given.to(parameter.device)
         elif self.keep == "kahan_sum":
             state["kahan_comp"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
 
@@ -127,7 +137,7 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
     def _update(self, group: dict[str, Any], index: int, parameter: nn.Parameter) -> None:
         state, grad = self.state[parameter], parameter.grad
         assert grad is not None
-        weight = parameter if parameter.dtype == torch.float32 else state.get("master")
+        weight = parameter if _is_plain(parameter) else state.get("master")
         if weight is None:
             weight = parameter.float()
             if "kahan_comp" in state:
@@ -135,6 +145,9 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
         update(weight, grad, state, group)
         if weight is parameter:
             increment_version(parameter)  # fused updates write past the counter by which engines see new weights
+            return
+        if isinstance(parameter, QuantisedWeight):
+            parameter.quantise_(weight)
             return
         if self.keep == "bf16_stochastic_round":
             generator = torch.Generator(parameter.device)
@@ -152,6 +165,11 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
         for index, parameter in enumerate(self._parameters()):
             for name, value in state_dict["state"].get(index, {}).items():
                 self.state[parameter][name] = value.to(parameter.device)
+
+
+def _is_plain(parameter: nn.Parameter) -> bool:
+    """Whether the parameter is updated itself."""
+    return parameter.dtype == torch.float32 and not isinstance(parameter, QuantisedWeight)
 
 
 class GradientStep:

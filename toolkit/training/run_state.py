@@ -22,7 +22,7 @@ def write_run(trainer: "Trainer", staging: Path, rngs: list[Any], positions: lis
         rngs: ``rng_state`` of each process.
         positions: position in the data of each process.
     """
-    save_model(trainer.hf_model, staging, trainer.recipe.model.quantise)
+    save_model(trainer.hf_model, staging, trainer.recipe.model)
     trainer.tokenizer.save_pretrained(str(staging))
     write_processor_files(trainer.processor_files, staging)
     (staging / "recipe.yaml").write_text(dump(trainer.recipe), encoding="utf-8")

@@ -4,6 +4,7 @@ N outputs, K inputs, G groups of an output.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from toolkit.errors import ToolkitError
@@ -20,6 +21,15 @@ def unpacked(words: Tensor, bits: int, order: tuple[int, ...] | None = None) -> 
     offsets = torch.arange(32 // bits) if order is None else torch.tensor(order)
     codes = (words.unsqueeze(-1) >> (offsets * bits).to(torch.int32)) & ((1 << bits) - 1)
     return codes.flatten(-2).to(torch.uint8)
+
+
+def packed(values: Tensor, bits: int) -> Tensor:
+    """Unsigned integers of ``bits`` bits, int32 [rows, columns], in int32 words, the first in the lowest bits."""
+    each = 32 // bits
+    padding = -values.shape[-1] % each
+    words = F.pad(values, (0, padding)).unflatten(-1, (-1, each)).to(torch.int64)
+    total = (words << (torch.arange(each) * bits)).sum(-1)
+    return torch.where(total >= 2**31, total - 2**32, total).to(torch.int32)
 
 
 def int4_weight(codes: Tensor, zero: Tensor, scale: Tensor, dtype: torch.dtype) -> QuantisedWeight:

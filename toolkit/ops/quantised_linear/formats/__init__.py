@@ -20,6 +20,8 @@ file holds
     The scales of a weight of some panels [T] of the packed outputs; absent where every scale is [P, ...] or shared.
 ``quantise(weight, **options)``
     Packed codes and scales of a dense weight [N, K]; absent where a format is read and never made.
+``options(scales, outputs, group)``
+    The options by which ``quantise`` makes scales like these; absent where it has none.
 
 The header of the same name holds the functor ``Format_<name>`` of the native library.
 """
@@ -54,6 +56,7 @@ class Format:
     values: Callable[[Tensor, Sequence[Tensor], int, int], Tensor] = field(repr=False)
     make: Callable[..., Packed] | None = field(repr=False)
     of_panels: Callable[[Sequence[Tensor], Tensor], list[Tensor]] = field(repr=False)
+    make_options: Callable[[Sequence[Tensor], int, int], dict[str, Any]] = field(repr=False)
 
     def quantise(self, weight: Tensor, **options: Any) -> Packed:
         """Packed codes and scales of a dense weight [N, K].
@@ -68,6 +71,10 @@ class Format:
         if not bool(weight.isfinite().all()):
             raise ToolkitError(f"weight must be finite to be quantised to {self.name}, got a NaN or an infinity.")
         return self.make(weight.detach(), **options)
+
+    def options(self, scales: Sequence[Tensor], outputs: int, inputs: int) -> dict[str, Any]:
+        """The options of ``quantise`` that make scales of this layout for a weight [outputs, inputs]."""
+        return self.make_options(scales, outputs, self.group(scales, inputs))
 
     def group(self, scales: Sequence[Tensor], inputs: int) -> int:
         """Inputs that share a scale, from the shape of the scales. Sizes that cut K the same way are one."""
@@ -134,6 +141,7 @@ def discover() -> dict[str, Format]:
             module.values,
             getattr(module, "quantise", None),
             getattr(module, "scales_of_panels", _selected),
+            getattr(module, "options", lambda *_: {}),
         )
     return dict(sorted(found.items()))
 

@@ -1,6 +1,7 @@
 """int4: unsigned 4-bit codes and zeros in groups of 32, 64 or 128: the values of AWQ, GPTQ and compressed-tensors."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,12 @@ def values(codes: Tensor, scales: Sequence[Tensor], outputs: int, group: int) ->
     scale, zero = (unpack_groups(part, outputs).to(torch.float32) for part in scales)
     inputs = codes.shape[1]
     return (codes.to(torch.float32) - spread(zero, group, inputs)) * spread(scale, group, inputs)
+
+
+def options(scales: Sequence[Tensor], outputs: int, group: int) -> dict[str, Any]:
+    scale, zero = scales
+    symmetric = bool((unpack_groups(zero, outputs) == 8).all())
+    return {"group": group, "symmetric": symmetric, "scale_dtype": scale.dtype}
 
 
 def quantise(

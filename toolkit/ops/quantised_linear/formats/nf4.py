@@ -84,6 +84,10 @@ def nearest(x: Tensor, table: Tensor) -> Tensor:
     return torch.bucketize(x, (table[:-1] + table[1:]) / 2)
 
 
+def options(scales: Sequence[Tensor], outputs: int, group: int) -> dict[str, bool]:
+    return {"double": len(scales) > 1}
+
+
 def quantise(weight: Tensor, *, double: bool = True) -> tuple[Tensor, list[Tensor]]:
     """The nearest of the values to w / absmax; ``double``: the absmax is quantised too, less its mean."""
     dense = grouped(weight, 64)
