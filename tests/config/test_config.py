@@ -86,8 +86,9 @@ def test_the_resolved_recipe_is_a_recipe(recipe: str, tmp_path: Path) -> None:
         ("model=[]", "model must be a mapping of fields, got []."),
         (
             "schedule.lr_scheduler_type=cosin",
-            "schedule.lr_scheduler_type must be one of 'cosine_with_min_lr', 'warmup_stable_decay' or "
-            "'constant_with_warmup', got 'cosin'.",
+            "schedule.lr_scheduler_type must be one of 'cosine_with_min_lr', 'warmup_stable_decay', "
+            "'constant_with_warmup', 'linear', 'cosine', 'constant', 'polynomial', 'inverse_sqrt' or "
+            "'cosine_with_restarts', got 'cosin'.",
         ),
         ("optimizer.adam_beta2=1", "optimizer.adam_beta2 must be < 1, got 1."),
         ("optimizer.learning_rate=-1", "optimizer.learning_rate must be > 0, got -1."),
@@ -269,6 +270,12 @@ def test_a_misspelt_key_is_named_before_what_follows_from_it(tmp_path: Path) -> 
 def test_overwrite_and_resume_exclude_each_other(recipe: str) -> None:
     assert error_of(recipe, "overwrite=true", "resume_from_checkpoint=true").startswith(
         "overwrite must be false with resume_from_checkpoint True"
+    )
+
+
+def test_weights_of_16_bits_are_trained_by_adamw(recipe: str) -> None:
+    assert error_of(recipe, "model.dtype=bfloat16", "optimizer.optim=muon") == (
+        "optimizer.optim must be one of AdamW's with weights of fewer bits than 32, got 'muon'."
     )
 
 

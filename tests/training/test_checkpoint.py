@@ -18,7 +18,7 @@ from toolkit.loading.run import latest, name_of, step_of, steps_in
 from toolkit.training import checkpoint
 from toolkit.training.loop import Trainer
 from toolkit.training.metrics import Metrics, read_metrics
-from toolkit.training.schedule import make_optimizer
+from toolkit.training.optimizers import make_optimizer
 from toolkit.training.state import load_optimizer, restore_rng, rng_state, save_optimizer
 
 

@@ -143,12 +143,12 @@ def _section(annotation: Any, kind: str | None) -> type[BaseModel] | None:
 
 
 def field_names(section: type[BaseModel] = Recipe, prefix: str = "", kind: str | None = "pretrain") -> list[str]:
-    """Every dotted field name of a section, inner sections included, with an objective of ``kind``."""
+    """Every dotted field name of a section and of those inside of it but in lists, with an objective of ``kind``."""
     names: list[str] = []
     for name, field in section.model_fields.items():
         names.append(prefix + name)
         inner = _section(field.annotation, kind)
-        if inner is not None:
+        if inner is not None and typing.get_origin(field.annotation) is not list:
             names += field_names(inner, f"{prefix}{name}.", kind)
     return names
 

@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from toolkit.config.base import Count, FolderName, Fraction, Section
 from toolkit.config.objective import OBJECTIVES, ObjectiveSection, parse_objective
+from toolkit.config.optimization import OptimizerSection, ScheduleSection
 
 
 class LoraSection(Section):
@@ -139,53 +140,6 @@ class DataSection(Section):
     streams: Count | None = None
     """Streams that the files are sharded to; a step takes a batch of each. The number of processes must divide it; null
     is one per process."""
-
-
-class OptimizerSection(Section):
-    """AdamW. Matrices decay, vectors (norms, biases) do not."""
-
-    optim: Literal["adamw_torch_fused", "adamw_8bit"] = "adamw_torch_fused"
-    """adamw_8bit keeps the moments of parameters of 4,096 elements or more in 8 bits: 2 bytes an element, not 8."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    """Gradients are clipped to this norm; null does not clip."""
-    kahan_sum: bool | None = None
-    """For weights that are 16-bit themselves (``model.dtype: bfloat16``): keep what rounding cuts off an update and add
-    it to the next one. null is true for them, unless they are rounded stochastically."""
-    bf16_stochastic_round: bool = False
-    """For such weights, instead: round up or down with a probability of the distance."""
-
-    @property
-    def kept_of_rounding(self) -> Literal["kahan_sum", "bf16_stochastic_round", "none"]:
-        """What becomes of the part of an update that 16-bit weights have no room for."""
-        if self.bf16_stochastic_round:
-            return "bf16_stochastic_round"
-        return "none" if self.kahan_sum is False else "kahan_sum"
-
-    @model_validator(mode="after")
-    def _one_way_to_round(self) -> Self:
-        if self.kahan_sum and self.bf16_stochastic_round:
-            raise ValueError(
-                "at most one of optimizer.kahan_sum and optimizer.bf16_stochastic_round must be true, got both"
-            )
-        return self
-
-
-class ScheduleSection(Section):
-    """Linear warm-up, then cosine, constant, or constant with a linear decay at the end."""
-
-    lr_scheduler_type: Literal["cosine_with_min_lr", "warmup_stable_decay", "constant_with_warmup"] = (
-        "cosine_with_min_lr"
-    )
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    num_decay_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps of the linear decay; warmup_stable_decay only."""
-    min_lr_ratio: Fraction = 0.1
-    """Where the decay ends, as a share of optimizer.learning_rate."""
 
 
 class MoeSection(Section):
@@ -320,10 +274,11 @@ class Recipe(Section):
                 "schedule.num_decay_steps must be 0 unless schedule.lr_scheduler_type is 'warmup_stable_decay', got "
                 f"{schedule.num_decay_steps}"
             )
-        if schedule.warmup_steps + schedule.num_decay_steps > steps:
+        warmup = schedule.num_warmup_steps(steps)
+        if warmup + schedule.num_decay_steps > steps:
             raise ValueError(
                 f"schedule.warmup_steps + schedule.num_decay_steps must be <= train.max_steps, which is {steps}, got "
-                f"{schedule.warmup_steps + schedule.num_decay_steps}"
+                f"{warmup + schedule.num_decay_steps}"
             )
         if self.model.lora and self.model.name_or_path is None and getattr(objective, "warmup", None) is None:
             raise ValueError(
@@ -376,6 +331,11 @@ class Recipe(Section):
             raise ValueError(
                 "model.dtype must be 'float32', with train.mixed_precision 'fp16', to train in float16, whose "
                 "gradients need loss scaling, got 'float16'"
+            )
+        rounded = (dtype, mixed) != ("float32", "no") or self.trains_quantised
+        if rounded and optimizer.optim in ("adafactor", "muon", "sgd"):
+            raise ValueError(
+                f"optimizer.optim must be one of AdamW's with weights of fewer bits than 32, got '{optimizer.optim}'"
             )
         for name in ("kahan_sum", "bf16_stochastic_round"):
             if getattr(optimizer, name) and dtype != "bfloat16":

@@ -39,13 +39,14 @@ from toolkit.training.model import RaggedModel, load_adapters, load_checkpoint, 
 from toolkit.training.moe import Balancing
 from toolkit.training.nested import warmup_recipe
 from toolkit.training.objectives.base import RunContext, make_objective
+from toolkit.training.optimizers import make_optimizer
 from toolkit.training.precision import GradientStep, lower_precision, move_to_fresh_memory
 from toolkit.training.progress import Progress
 from toolkit.training.quantising import quantise_model, train_quantised
 from toolkit.training.report import line, result_of, show
 from toolkit.training.resume import RESULT, Start, check_start, find_start, prepare_folder, run_folder
 from toolkit.training.run_state import restore_run, write_run
-from toolkit.training.schedule import make_optimizer, make_scheduler
+from toolkit.training.schedule import make_scheduler
 from toolkit.training.signals import Interrupted, StopRequest
 from toolkit.training.state import rng_kept, rng_state
 from toolkit.training.tokenizer import load_tokenizer, make_tokenizer

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from toolkit.config.schema import OptimizerSection
+from toolkit.config.optimization import OptimizerSection
 from toolkit.errors import ToolkitError
 from toolkit.moe.sharding import ShardedExperts
 from toolkit.quantised import QuantisedWeight, dense_values

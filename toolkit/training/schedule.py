@@ -1,11 +1,13 @@
 """The learning rate as a function of the step."""
 
 import math
+from typing import Any
 
 import torch
 
-from toolkit.config.schema import OptimizerSection, ScheduleSection
-from toolkit.training.precision import LowPrecisionAdamW, Masters
+from toolkit.config.optimization import ScheduleSection
+from toolkit.errors import ToolkitError, first_line
+from toolkit.sentences import shown
 
 
 def learning_rate_factor(step: int, steps: int, schedule: ScheduleSection) -> float:
@@ -16,7 +18,7 @@ def learning_rate_factor(step: int, steps: int, schedule: ScheduleSection) -> fl
     ``num_decay_steps``; constant_with_warmup: 1.
     """
     kind, warmup, decay, least = (
-        schedule.lr_scheduler_type, schedule.warmup_steps, schedule.num_decay_steps, schedule.min_lr_ratio,
+        schedule.lr_scheduler_type, schedule.num_warmup_steps(steps), schedule.num_decay_steps, schedule.min_lr_ratio,
     )  # fmt: skip
     if step < warmup:
         return (step + 1) / warmup
@@ -29,43 +31,28 @@ def learning_rate_factor(step: int, steps: int, schedule: ScheduleSection) -> fl
     return 1.0
 
 
-def make_optimizer(
-    model: torch.nn.Module, section: OptimizerSection, masters: Masters | None = None, seed: int = 0
-) -> torch.optim.Optimizer:
-    """AdamW over the model's parameters: matrices decay, vectors do not. Fused where torch has it.
-
-    Args:
-        masters: with mixed precision, of parameters that were rounded to 16 bits, their values in float32. None: 16-bit
-            weights are trained as the section says.
-        seed: of stochastic rounding.
-    """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in trained if parameter.dim() >= 2]
-    vectors = [parameter for parameter in trained if parameter.dim() < 2]
-    groups = [
-        {"params": matrices, "weight_decay": section.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    betas = section.adam_beta1, section.adam_beta2
-    low = masters is not None or any(parameter.itemsize == 2 for parameter in trained)
-    if low or section.optim == "adamw_8bit":
-        keep = "master" if masters is not None else section.kept_of_rounding
-        return LowPrecisionAdamW(
-            groups, lr=section.learning_rate, betas=betas, eps=section.adam_epsilon, keep=keep, masters=masters,
-            seed=seed, optim=section.optim,
-        )  # fmt: skip
-    return torch.optim.AdamW(
-        groups,
-        lr=section.learning_rate,
-        betas=betas,
-        eps=section.adam_epsilon,
-        fused=all(parameter.device.type in ("cpu", "cuda") for parameter in trained),
-    )
-
-
 def make_scheduler(
     optimizer: torch.optim.Optimizer, schedule: ScheduleSection, steps: int
-) -> torch.optim.lr_scheduler.LambdaLR:
-    """``learning_rate_factor`` as a torch scheduler, to be stepped once per optimizer step."""
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """``learning_rate_factor``, or a schedule of transformers, as a torch scheduler: stepped once per optimizer step.
+
+    Raises:
+        ToolkitError: settings that transformers' schedule does not have.
+    """
+    if schedule.of_transformers:
+        from transformers import get_scheduler
+
+        settings: dict[str, Any] = {
+            name: int(value) if name == "num_cycles" and schedule.lr_scheduler_type == "cosine_with_restarts" else value
+            for name, value in schedule.lr_scheduler_kwargs.items()
+        }
+        try:
+            return get_scheduler(
+                schedule.lr_scheduler_type, optimizer, schedule.num_warmup_steps(steps), steps, settings or None
+            )
+        except (TypeError, ValueError) as error:
+            raise ToolkitError(
+                f"schedule.lr_scheduler_kwargs must be settings of '{schedule.lr_scheduler_type}', got "
+                f"{shown(schedule.lr_scheduler_kwargs)} ({first_line(error)})."
+            ) from None
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps, schedule))
