@@ -69,6 +69,9 @@ class Client(threading.Thread):
             "max_tokens": chance.randint(1, 12),
             "temperature": chance.choice((0.0, 1.0)),
             "repetition_penalty": chance.choice((1.0, 1.0, 1.2)),
+            "dry_multiplier": chance.choice((0.0, 0.0, 1.0)),
+            "typical_p": chance.choice((1.0, 1.0, 0.7)),
+            "xtc_probability": chance.choice((0.0, 0.0, 0.5)),
             "logprobs": chance.choice((None, None, 2)),
             "priority": chance.choice((0, 0, -1, 1)),
             "cache_salt": chance.choice((None, None, None, "salt")),
@@ -130,7 +133,9 @@ class Client(threading.Thread):
             predicted[self.chance.randrange(len(predicted))] = 5
         params = self.params(
             n=1, seed=params.seed, temperature=params.temperature, max_tokens=params.max_tokens,
-            repetition_penalty=params.repetition_penalty, lora_name=params.lora_name, predicted_token_ids=predicted,
+            repetition_penalty=params.repetition_penalty, dry_multiplier=params.dry_multiplier,
+            typical_p=params.typical_p, xtc_probability=params.xtc_probability,
+            lora_name=params.lora_name, predicted_token_ids=predicted,
         )  # fmt: skip
         (again,) = self.engine.generate([prompt], params)
         assert (again.token_ids, again.logprobs) == (first.token_ids, first.logprobs)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from toolkit.engine import request
 
 Ids = NDArray[np.int64]
+DRY_BREAKERS = ("\n", ":", '"', "*")
 
 
 class Adjustments:
@@ -31,9 +32,16 @@ class Adjustments:
     Args:
         params: of the request.
         bad_words: the tokens of each.
+        dry_breakers: tokens of ``dry_sequence_breakers``.
     """
 
-    def __init__(self, params: SamplingParams, bad_words: Iterable[Sequence[int]] = ()) -> None:
+    def __init__(
+        self,
+        params: SamplingParams,
+        bad_words: Iterable[Sequence[int]] = (),
+        dry_breakers: frozenset[int] = frozenset(),
+    ) -> None:
+        self.dry_breakers = dry_breakers
         bias = params.logit_bias or {}
         self.bias_ids: Ids = np.array(list(bias), dtype=np.int64)
         self.bias = np.array(list(bias.values()), dtype=np.float64)
@@ -62,9 +70,11 @@ class Adjustments:
             if wrong is not None:
                 raise ToolkitError(f"{field} must have token ids from 0 to {vocab_size - 1}, got {wrong}.")
         words = bad_word_tokens(tokenizer, params.bad_words or ())
-        if not (params.logit_bias or params.allowed_token_ids or params.logits_processors or words):
+        dry = params.dry_multiplier > 0
+        if not (params.logit_bias or params.allowed_token_ids or params.logits_processors or words or dry):
             return None
-        return cls(params, [word for word in words if word[-1] < vocab_size])
+        breakers = dry_breakers(tokenizer, params.dry_sequence_breakers) if dry else frozenset()
+        return cls(params, [word for word in words if word[-1] < vocab_size], breakers)
 
     def processed(self, sequence: "request.Sequence", drafted: int, row: Tensor) -> Tensor:
         """What the logits processors make of a row [V], which they may write to."""
@@ -112,6 +122,18 @@ def bad_word_tokens(tokenizer: Any, words: Sequence[str]) -> list[list[int]]:
             raise ToolkitError(f"bad_words must have strings that the tokenizer has tokens of, got {word!r}.")
         found += [form for form in forms if form not in found]
     return found
+
+
+def dry_breakers(tokenizer: Any, strings: Sequence[str] | None) -> frozenset[int]:
+    """The last token of each string where it ends a text."""
+    if tokenizer is None and strings:
+        raise ToolkitError(
+            f"dry_sequence_breakers must be None, since the engine has no tokenizer, got {list(strings)!r}."
+        )
+    if tokenizer is None:
+        return frozenset()
+    found = [encode(tokenizer, "a" + one) for one in (DRY_BREAKERS if strings is None else strings)]
+    return frozenset(tokens[-1] for tokens in found if tokens)
 
 
 def adjusted_logits(logits: Tensor, rows: Sequence[tuple["request.Sequence", int]]) -> tuple[Tensor, list[str | None]]:

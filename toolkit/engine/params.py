@@ -21,8 +21,8 @@ MAX_BIAS = 100.0
 class SamplingParams:
     """How to sample the tokens of one request.
 
-    The order is logits_processors, logit_bias, allowed_token_ids, bad_words, penalties, min_tokens, structured_outputs,
-    temperature, top_k, top_p, min_p.
+    The order is logits_processors, logit_bias, allowed_token_ids, bad_words, penalties, min_tokens, DRY,
+    structured_outputs, typical_p, XTC, temperature, top_k, top_p, min_p.
 
     Args:
         n: completions of the prompt.
@@ -35,6 +35,16 @@ class SamplingParams:
         top_k: keep this many of the most probable tokens; 0 or -1 is off.
         top_p: keep the most probable tokens up to this probability mass; 1 is off.
         min_p: keep tokens of at least this probability relative to the largest; 0 is off.
+        typical_p: keep the tokens whose information is nearest to the entropy, up to this probability mass, at
+            temperature 1; 1 is off. Off where greedy, as XTC.
+        xtc_probability: at this part of the places leave out, of the tokens of a probability of ``xtc_threshold`` or
+            more at temperature 1, all but the least probable one; 0 is off.
+        xtc_threshold: see there.
+        dry_multiplier: subtract ``dry_multiplier * dry_base ** (n - dry_allowed_length)`` from the logits of tokens
+            that followed the last n >= ``dry_allowed_length`` tokens of prompt and output before; 0 is off.
+        dry_base, dry_allowed_length: see there; a base of 1 to 4, as runs of up to 50 tokens count.
+        dry_sequence_breakers: strings whose last token ends such runs, and is not penalised. None: a line break, a
+            colon, a quotation mark and an asterisk, where there is a tokenizer.
         stop: a string or strings that end the text, and are cut from it unless ``include_stop_str_in_output``.
         stop_token_ids: tokens that end a completion as the end-of-text token does.
         ignore_eos: continue after the end-of-text token.
@@ -81,6 +91,13 @@ class SamplingParams:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    typical_p: float = 1.0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_sequence_breakers: list[str] | tuple[str, ...] | None = None
     stop: str | list[str] | tuple[str, ...] | None = None
     stop_token_ids: list[int] | tuple[int, ...] | None = None
     ignore_eos: bool = False
@@ -122,6 +139,12 @@ class SamplingParams:
             "top_k": check_int("top_k", self.top_k, -1, also=" (0 and -1 are off)"),
             "top_p": check_float("top_p", self.top_p, 0, 1, open_low=True),
             "min_p": check_float("min_p", self.min_p, 0, 1),
+            "typical_p": check_float("typical_p", self.typical_p, 0, 1, open_low=True),
+            "xtc_probability": check_float("xtc_probability", self.xtc_probability, 0, 1),
+            "xtc_threshold": check_float("xtc_threshold", self.xtc_threshold, 0, 1),
+            "dry_multiplier": check_float("dry_multiplier", self.dry_multiplier, 0, 100),
+            "dry_base": check_float("dry_base", self.dry_base, 1, 4),
+            "dry_allowed_length": check_int("dry_allowed_length", self.dry_allowed_length, 1),
             "stop": _strings("stop", self.stop, one=True),
             "stop_token_ids": _token_ids("stop_token_ids", self.stop_token_ids) or (),
             "ignore_eos": check_bool("ignore_eos", self.ignore_eos),
@@ -140,6 +163,8 @@ class SamplingParams:
             "predicted_token_ids": _token_ids("predicted_token_ids", self.predicted_token_ids, ordered=True),
             "priority": check_int("priority", self.priority, -(2**63), 2**63 - 1),
         }
+        if self.dry_sequence_breakers is not None:
+            checked["dry_sequence_breakers"] = _strings("dry_sequence_breakers", self.dry_sequence_breakers)
         if checked["allowed_token_ids"] == ():
             raise ToolkitError("allowed_token_ids must have >= 1 token ids or be None, got none.")
         if self.max_tokens is not None:
@@ -168,6 +193,11 @@ class SamplingParams:
     def greedy(self) -> bool:
         """Whether the most probable token is taken instead of a sample."""
         return self.temperature < GREEDY_BELOW
+
+    @property
+    def cuts_tails(self) -> bool:
+        """Whether ``typical_p`` or XTC leave tokens out."""
+        return not self.greedy and (self.typical_p < 1 or self.xtc_probability > 0)
 
     @property
     def num_candidates(self) -> int:

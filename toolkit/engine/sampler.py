@@ -1,4 +1,4 @@
-"""Logits to tokens: the changes of requests, penalties, grammars, and one sample per row.
+"""Logits to tokens: the changes of requests, penalties, grammars, cut tails, and one sample per row.
 
 A row is a place in a sequence: behind its tokens, or behind some that are drafted after them. Sampling is
 batch-invariant: a row's token depends on that row's logits and what stands before it in its own sequence only. It is a
@@ -22,6 +22,7 @@ from toolkit.engine.grammar.masks import GrammarMasks
 from toolkit.engine.logprobs import top_logprobs, upcast
 from toolkit.engine.order import first_largest
 from toolkit.engine.request import Sequence
+from toolkit.engine.samplers import cut_tails, penalised_by_dry
 from toolkit.engine.step.sampling import EVERYTHING
 from toolkit.ops.sample import penalize, sample
 from toolkit.ops.token_logprob import token_logprob
@@ -68,7 +69,7 @@ class BatchParams:
         self.top_p = self.floats([one.top_p for one in params])
         self.min_p = self.floats([one.min_p for one in params])
         self.seeds = self.integers([one.seed for one in sequences])
-        if any(one.penalised or one.min_tokens for one in params):
+        if any(one.penalised or one.min_tokens or one.dry_multiplier > 0 for one in params):
             self.repetition = self.floats([one.repetition_penalty for one in params])
             self.frequency = self.floats([one.frequency_penalty for one in params])
             self.presence = self.floats([one.presence_penalty for one in params])
@@ -180,8 +181,9 @@ class Sampler:
         drafts = [0] * len(sequences) if drafts is None else drafts
         logits = upcast(logits)
         sampled: Tensor | None = None
-        own, failures = adjusted_logits(logits, list(zip(sequences, drafts)))
-        penalised = any(one.penalised(drafted) for one, drafted in zip(sequences, drafts))
+        rows = list(zip(sequences, drafts))
+        own, failures = adjusted_logits(logits, rows)
+        penalised = any(one.penalised(drafted) or one.params.dry_multiplier > 0 for one, drafted in rows)
         if own is logits and not penalised and all(one.params.greedy for one in sequences):
             scores, wrong = self._masked(own, own, sequences, drafts)
             ids = first_largest(scores)
@@ -189,9 +191,10 @@ class Sampler:
             batch = self._batch_params
             if batch is None or not batch.holds(sequences, logits.device):
                 batch = self._batch_params = BatchParams(sequences, logits.device)
-            scores = batch.penalties(own, drafts) if penalised else own
+            scores = penalised_by_dry(batch.penalties(own, drafts), rows) if penalised else own
             scores, wrong = self._masked(own, scores, sequences, drafts)
-            steps = batch.integers([one.generated + drafted for one, drafted in zip(sequences, drafts)])
+            scores = cut_tails(scores, rows)
+            steps = batch.integers([one.generated + drafted for one, drafted in rows])
             ids, sampled = sample(scores, batch.temperature, batch.top_k, batch.top_p, batch.min_p, batch.seeds, steps)
         failures = [failure or other for failure, other in zip(failures, wrong)]
         logprob, lse = token_logprob(logits, ids)
@@ -255,8 +258,13 @@ class Sampler:
 
 
 def needs_host(sequence: Sequence) -> bool:
-    """Whether the host must see a sequence's logits: for processors, or a grammar, filled while the model runs."""
-    adjustments = sequence.request.adjustments
+    """Whether the host must see a sequence's logits.
+
+    For processors, DRY, ``typical_p`` and XTC; and a grammar, whose masks are filled while the model runs.
+    """
+    adjustments, params = sequence.request.adjustments, sequence.params
+    if params.dry_multiplier > 0 or params.cuts_tails:
+        return True
     return sequence.matcher is not None or (adjustments is not None and bool(adjustments.processors))
 
 

@@ -109,8 +109,8 @@ class Speculation:
         self._chances.saw(self._drafted[sequence], accepted, drafted)
 
     def ran(self, chunks: Items[Chunk], seconds: float) -> None:
-        """A step of these chunks took so long."""
-        if all(chunk.decodes for chunk in chunks):
+        """A step of these chunks took so long. Of a pause the last step counts alone: the others cost nothing."""
+        if self._rest <= 1 and all(chunk.decodes for chunk in chunks):
             self._times.saw(sum(chunk.count for chunk in chunks), seconds)
 
     def stats(self) -> dict[str, float]:

@@ -45,7 +45,6 @@ class OllamaOptions(OllamaPart):
         "mirostat": (0,),
         "repeat_last_n": (-1,),
         "tfs_z": (1, 1.0),
-        "typical_p": (1, 1.0),
     }
     frequency_penalty: float | None = None
     min_p: float | None = None
@@ -57,6 +56,7 @@ class OllamaOptions(OllamaPart):
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
+    typical_p: float | None = None
 
     @field_validator("stop", mode="before", json_schema_input_type=str | list[str])
     @classmethod

@@ -99,6 +99,13 @@ class Sampling(VllmFields):
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    typical_p: float = 1.0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_sequence_breakers: list[str] | None = Field(None, max_length=MAX_STOPS)
     max_tokens: int | None = None
     min_tokens: int = 0
     stop: list[str] = Field([], max_length=MAX_STOPS)
