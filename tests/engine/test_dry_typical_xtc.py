@@ -120,8 +120,8 @@ def test_runs_end_at_breakers_and_repeats_grow_rare():
     tokenizer = tiny_tokenizer()
     model = random_model("llama", layers=1, vocabulary=len(tokenizer))
     (breaker,) = {tokenizer.encode("a" + one, add_special_tokens=False)[-1] for one in ("e",)}
-    likely = {token: 90.0 - token for token in range(5, 25)}
-    base = {"max_tokens": 60, "temperature": 0.0, "ignore_eos": True, "logit_bias": likely}
+    favoured = {token: 90.0 - token for token in range(5, 25)}
+    base = {"max_tokens": 60, "temperature": 0.0, "ignore_eos": True, "logit_bias": favoured}
     dry = {"dry_multiplier": 50.0, "dry_allowed_length": 2}
     prompt = [7, 8, breaker, 9, 10]
     with Engine(model, tokenizer) as engine:
