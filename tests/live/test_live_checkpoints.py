@@ -77,7 +77,7 @@ def test_names_and_paths(engine, tmp_path):
         assert path == "tinker://a/weights/x"
         with pytest.raises(ToolkitError, match="name that no checkpoint of a has, got 'x'"):
             live.save("a", 2, "weights", "x").result(WAIT)
-        assert live.save("a", 3, "weights", "x", replace=True).result(WAIT) == path
+        assert live.save("a", 3, "weights", "x", overwrite=True).result(WAIT) == path
         for number, name in enumerate(("../x", "", ".x", "a/b"), 4):
             with pytest.raises(ToolkitError, match="path must be a name of letters"):
                 live.save("a", number, "weights", name).result(WAIT)
@@ -100,7 +100,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
         (folder / "half").write_text("x")
         raise OSError("no space")
 
-    monkeypatch.setattr(checkpoints, "_write", fail)
+    monkeypatch.setattr(checkpoints, "write_saved", fail)
     kept = Checkpoints(tmp_path)
     with pytest.raises(OSError, match="no space"):
         kept.save("a", "weights", "x", None)

@@ -1,6 +1,7 @@
 """A tenant has the numbers that it gets alone, requests are applied once and in order, and decoding continues."""
 
 import random
+import threading
 from concurrent.futures import Future
 from itertools import pairwise
 
@@ -81,25 +82,44 @@ def test_sampled_log_probabilities_are_those_of_a_forward_pass(engine, tmp_path)
         assert base != (tokens, logprobs)
 
 
-def test_decoding_goes_on_between_micro_batches(engine, tmp_path, monkeypatch):
-    """On the engine's thread no two micro-batches are neighbours while a request decodes."""
+def test_decoding_continues_between_micro_batches(engine, tmp_path, monkeypatch):
+    """On the engine's thread no two micro-batches are neighbours while a request decodes.
+
+    A step waits until training asks for the thread, so that the request is there as long as training is.
+    """
     events: list[str] = []
-    step, run_parts = engine.engine.step, worker.run_parts
-    monkeypatch.setattr(engine.engine, "step", lambda: events.append("step") or step())
-    monkeypatch.setattr(
-        worker, "run_parts", lambda model, parts: events.append("micro-batch") or run_parts(model, parts)
-    )
+    asked, over = threading.Semaphore(2), threading.Event()
+    step, call, run_parts = engine.engine.step, engine.call, worker.run_parts
+
+    def step_when_asked():
+        while not (asked.acquire(timeout=0.01) or over.is_set()):
+            pass
+        events.append("step")
+        return step()
+
+    def asking(function):
+        asked.release()
+        return call(function)
+
+    def noted(model, parts):
+        events.append("micro-batch")
+        return run_parts(model, parts)
+
     with training(engine, tmp_path, micro_batch_tokens=1) as live:
         live.create("a", "base", {"rank": 4, "seed": 0}).result(WAIT)
-        handle = engine.submit([[5, 6]], SamplingParams(max_tokens=400, ignore_eos=True))
-        deltas = iter(handle)
-        next(deltas)
-        began = len(events)
-        live.forward_backward("a", 1, examples(0, 12, 8, False), "cross_entropy", {}).result(WAIT)
-        during, unfinished = events[began:], bool(handle.num_unfinished)
-        handle.cancel()
-        list(deltas)
-    assert unfinished
+        with monkeypatch.context() as patched:
+            patched.setattr(engine.engine, "step", step_when_asked)
+            patched.setattr(engine, "call", asking)
+            patched.setattr(worker, "run_parts", noted)
+            handle = engine.submit([[5, 6]], SamplingParams(max_tokens=400, ignore_eos=True))
+            deltas = iter(handle)
+            next(deltas)
+            live.forward_backward("a", 1, examples(0, 12, 8, False), "cross_entropy", {}).result(WAIT)
+            during, unfinished = list(events), handle.num_unfinished
+            over.set()
+            handle.cancel()
+            list(deltas)
+    assert unfinished == 1
     assert during.count("micro-batch") == 12
     assert ("micro-batch", "micro-batch") not in pairwise(during)
 

@@ -64,5 +64,8 @@ def live_training(args: argparse.Namespace, engine: "AsyncEngine", names: list[s
     tokenizer = str(folder.resolve()) if folder.is_dir() else args.model
     with tempfile.TemporaryDirectory(prefix="toolkit-train-") as temporary:
         root = Path(args.train_folder or temporary)
-        config = LiveConfig((*names, args.model), root, tokenizer, args.train_micro_batch_tokens)
+        durable = args.train_folder is not None
+        config = LiveConfig(
+            (*names, args.model), root, tokenizer, durable, micro_batch_tokens=args.train_micro_batch_tokens
+        )
         yield LiveTraining(engine, config)

@@ -2,13 +2,15 @@
 
 In reading order: ``losses`` of a sequence; ``examples`` and the micro-batches that they become; ``gradients`` of
 micro-batches of several tenants; ``adam``; ``lora``, which layers a tenant adapts; ``checkpoints``; ``tenant``;
-``jobs``, what its requests do; ``ordered`` requests; ``worker``, the thread that gives the engine training work;
-``samplers``, saved versions that are sampled; ``service``, all of it behind futures.
+``samplers``, saved versions that are sampled; ``jobs``, work in parts; ``ordered`` numbers; ``journal``, what survives
+a server; ``requests``, the jobs that they become; ``worker``, the thread that gives the engine training work;
+``service``, all of it behind futures.
 """
 
 from toolkit.live.examples import Example
 from toolkit.live.jobs import ForwardBackwardResult
-from toolkit.live.service import LiveConfig, LiveTraining, SamplingTarget
+from toolkit.live.samplers import SamplingTarget
+from toolkit.live.service import LiveConfig, LiveTraining, Recovered
 from toolkit.live.tenant import Tenant
 
-__all__ = ["Example", "ForwardBackwardResult", "LiveConfig", "LiveTraining", "SamplingTarget", "Tenant"]
+__all__ = ["Example", "ForwardBackwardResult", "LiveConfig", "LiveTraining", "Recovered", "SamplingTarget", "Tenant"]

@@ -10,7 +10,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from toolkit.live.lora import LoraSettings, write_adapter
 from toolkit.sentences import shown
 
 KINDS = ("weights", "sampler_weights")
+JOURNAL = "journal"
+"""The folder beside them for a client's journal."""
 SCHEME = "tinker://"
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 _RUN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._:-]{0,255}")
@@ -58,11 +60,11 @@ class Checkpoints:
         self.root = root
         root.mkdir(parents=True, exist_ok=True)
 
-    def save(self, run: str, kind: str, name: str, saved: Saved, replace: bool = False) -> str:
+    def save(self, run: str, kind: str, name: str, saved: Saved, overwrite: bool = False) -> str:
         """Write a checkpoint, and return its path. After a crash it is there whole or not at all.
 
         Args:
-            replace: whether it may take the place of one of this name.
+            overwrite: whether it may take the place of one of this name.
 
         Raises:
             ToolkitError: for a name that is none, or is taken.
@@ -70,10 +72,15 @@ class Checkpoints:
         if not _NAME.fullmatch(name):
             raise ToolkitError(f"path must be a name of letters, digits, '.', '_' and '-', got {shown(name)}.")
         folder = self.root / run / kind / name
-        if folder.exists() and not replace:
+        if folder.exists() and not overwrite:
             raise ToolkitError(f"path must be a name that no checkpoint of {run} has, got {shown(name)}.")
-        write_folder(folder, lambda inside: _write(inside, saved))
+        write_folder(folder, lambda inside: write_saved(inside, saved))
         return f"{SCHEME}{run}/{kind}/{name}"
+
+    def path_of(self, run: str, kind: str, name: str) -> str | None:
+        """The path of a checkpoint; None where there is none of this name."""
+        known = _NAME.fullmatch(name) and (self.root / run / kind / name / _ABOUT).is_file()
+        return f"{SCHEME}{run}/{kind}/{name}" if known else None
 
     def folder(self, path: str) -> Path:
         """The folder of a path. Raises ToolkitError for a path that is none, or of no checkpoint."""
@@ -89,21 +96,14 @@ class Checkpoints:
 
     def about(self, path: str) -> tuple[str, LoraSettings]:
         """The base model and the LoRA's settings of a checkpoint."""
-        about: dict[str, Any] = json.loads((self.folder(path) / _ABOUT).read_text(encoding="utf-8"))
-        return str(about["base_model"]), LoraSettings(**about["lora"])
+        return _about(self.folder(path))
 
     def read(self, path: str, optimizer: bool) -> Saved:
         """A checkpoint. Raises ToolkitError where it lacks the optimizer's state that is asked for."""
-        from safetensors.torch import load_file
-
-        folder = self.folder(path)
-        base_model, settings = self.about(path)
-        state = None
-        if optimizer:
-            if not (folder / _OPTIMIZER).is_file():
-                raise ToolkitError(f"path must be a checkpoint with the optimizer's state, got {shown(path)}.")
-            state = _state(load_file(folder / _OPTIMIZER))
-        return Saved(base_model, settings, load_file(folder / "adapter_model.safetensors"), state)
+        saved = read_saved(self.folder(path))
+        if optimizer and saved.optimizer is None:
+            raise ToolkitError(f"path must be a checkpoint with the optimizer's state, got {shown(path)}.")
+        return saved if optimizer else replace(saved, optimizer=None)
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
@@ -129,7 +129,8 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         raise
 
 
-def _write(folder: Path, saved: Saved) -> None:
+def write_saved(folder: Path, saved: Saved) -> None:
+    """Write a checkpoint's files into a folder that there is."""
     from safetensors.torch import save_file
 
     write_adapter(folder, saved.base_model, saved.factors)
@@ -137,6 +138,21 @@ def _write(folder: Path, saved: Saved) -> None:
     (folder / _ABOUT).write_text(json.dumps(about, indent=1), encoding="utf-8")
     if saved.optimizer is not None:
         save_file(_tensors(saved.optimizer), folder / _OPTIMIZER)
+
+
+def read_saved(folder: Path) -> Saved:
+    """What ``write_saved`` wrote."""
+    from safetensors.torch import load_file
+
+    base_model, settings = _about(folder)
+    optimizer = folder / _OPTIMIZER
+    state = _state(load_file(optimizer)) if optimizer.is_file() else None
+    return Saved(base_model, settings, load_file(folder / "adapter_model.safetensors"), state)
+
+
+def _about(folder: Path) -> tuple[str, LoraSettings]:
+    about: dict[str, Any] = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
+    return str(about["base_model"]), LoraSettings(**about["lora"])
 
 
 def _tensors(state: AdamState) -> dict[str, Tensor]:

@@ -20,11 +20,14 @@ class Job:
     Args:
         function: all that it does beside its micro-batches, at its end.
         on_engine: whether that runs on the engine's thread.
+        then: is called after it, on the thread of training, before the future has the result.
     """
 
-    def __init__(self, function: Callable[[], Any], on_engine: bool = False) -> None:
+    def __init__(
+        self, function: Callable[[], Any], on_engine: bool = False, then: Callable[[], None] | None = None
+    ) -> None:
         self.future: Future[Any] = Future()
-        self.finish, self.on_engine = function, on_engine
+        self.finish, self.on_engine, self.then = function, on_engine, then
 
     def part(self) -> Part | None:
         """The next micro-batch; None where there is none left. Raises ToolkitError for a request that is none."""

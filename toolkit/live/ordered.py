@@ -7,17 +7,18 @@ Item = TypeVar("Item")
 
 
 class Ordered(Generic[Item]):
-    """Items numbered 1, 2, 3 ... which come out in that order.
+    """Items numbered n, n + 1, n + 2 ... which come out in that order.
 
     Args:
         release: is called with each item in its turn.
+        first: n.
 
     It is not locked: one thread at a time.
     """
 
-    def __init__(self, release: Callable[[Item], None]) -> None:
+    def __init__(self, release: Callable[[Item], None], first: int = 1) -> None:
         self._release = release
-        self._next = 1
+        self._next = first
         self._waiting: dict[int, Item] = {}
 
     def knows(self, number: int) -> bool:

@@ -13,6 +13,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from toolkit.engine import AsyncEngine, EngineUnavailable
+from toolkit.live.tenant import Tenant
+
+
+@dataclass(frozen=True)
+class SamplingTarget:
+    """What a sampling session samples.
+
+    Args:
+        folder: of saved weights.
+        tenant: whose weights of now are sampled, where ``folder`` is None; None for the base model.
+        path: of saved weights, as clients name it.
+    """
+
+    folder: Path | None = None
+    tenant: Tenant | None = None
+    path: str | None = None
 
 
 @dataclass

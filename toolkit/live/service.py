@@ -1,32 +1,39 @@
 """Training clients and samplers on the weights that an engine serves."""
 
-import itertools
+import json
 import secrets
 import shutil
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from toolkit.engine import AsyncEngine
 from toolkit.errors import ToolkitError
-from toolkit.live.adam import AdamParams
-from toolkit.live.checkpoints import Checkpoints
+from toolkit.files import write_atomic
+from toolkit.live.checkpoints import JOURNAL, Checkpoints, Saved
 from toolkit.live.examples import Example
-from toolkit.live.jobs import ForwardBackward, Job
+from toolkit.live.jobs import Job
+from toolkit.live.journal import Journal
 from toolkit.live.lora import LoraSettings
 from toolkit.live.ordered import Ordered
-from toolkit.live.samplers import Samplers
+from toolkit.live.requests import Client, Requests
+from toolkit.live.samplers import Samplers, SamplingTarget
 from toolkit.live.tenant import Tenant
 from toolkit.live.worker import Worker
 from toolkit.sentences import shown
 
-EPHEMERAL = "ephemeral"
 REMEMBERED = 1024
 """Results of a client that a retry of their request still gets."""
+LONGEST_NAME = 200
+"""Characters of the name of a sampling session, which is a file's."""
+SAMPLERS = ".samplers"
+"""The folder of what sampling sessions sample."""
+CREATE = "create"
+"""The method of a client's request 0."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,8 @@ class LiveConfig:
     Args:
         base_models: public names of the model, of which clients give any; checkpoints have the first.
         root: folder of the checkpoints.
+        durable: whether clients are there again, with their requests, when the server starts again.
+        state_interval: steps of Adam between two states on disk; fewer are run again at a start.
         tokenizer: what clients load the tokenizer from, a folder or a name; None for the model's name.
         micro_batch_tokens: of one forward and backward of a request; several tenants' are a batch of at most twice as
             many. A tenant's numbers are a function of this too.
@@ -45,32 +54,29 @@ class LiveConfig:
     base_models: tuple[str, ...]
     root: Path
     tokenizer: str | None = None
+    durable: bool = False
+    state_interval: int = 8
     micro_batch_tokens: int = 1024
     max_samplers: int = 8
 
 
 @dataclass(frozen=True)
-class SamplingTarget:
-    """What a sampling session samples.
+class Recovered:
+    """A request that the journal of a client had when the server started.
 
     Args:
-        folder: of saved weights.
-        tenant: whose weights of now are sampled, where ``folder`` is None; None for the base model.
-        path: of saved weights, as clients name it.
+        name: of the client.
+        number: of the request; 0 for its creation.
+        method: "create", or as in ``Requests.job``.
+        arguments: of it.
+        future: of its result.
     """
 
-    folder: Path | None = None
-    tenant: Tenant | None = None
-    path: str | None = None
-
-
-@dataclass
-class _Client:
-    tenant: Tenant
-    created: Future[Any]
-    ordered: Ordered[Job]
-    futures: dict[int, Future[Any]] = field(default_factory=dict)  # by the number of the request
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    name: str
+    number: int
+    method: str
+    arguments: Mapping[str, Any]
+    future: Future[Any]
 
 
 class LiveTraining:
@@ -80,8 +86,11 @@ class LiveTraining:
         engine: that serves the model; its adapters must be unbounded (``max_loras`` None).
         config: of the training.
 
+    Attributes:
+        recovered: requests of journals, which run again when training starts.
+
     Raises:
-        ToolkitError: for a model that is not patched, or an engine that evicts adapters.
+        ToolkitError: for a model that is not patched, an engine that evicts adapters, or journals of another model.
     """
 
     def __init__(self, engine: AsyncEngine, config: LiveConfig) -> None:
@@ -97,8 +106,10 @@ class LiveTraining:
         self._scratch.mkdir()
         self._worker = Worker(engine, model, 2 * config.micro_batch_tokens)
         self._samplers = Samplers(engine, config.max_samplers)
-        self._clients: dict[str, _Client] = {}
-        self._ephemeral = itertools.count()
+        self._requests = Requests(engine, self.checkpoints, config.state_interval)
+        self._clients: dict[str, Client] = {}
+        self._targets: dict[str, SamplingTarget] = {}
+        self.recovered = self._recover() if config.durable else []
 
     def start(self) -> None:
         """Start the thread of training."""
@@ -125,7 +136,7 @@ class LiveTraining:
         """The training client of an id. Raises ToolkitError for none."""
         return self._client(name).tenant
 
-    def _client(self, name: str) -> _Client:
+    def _client(self, name: str) -> Client:
         if name not in self._clients:
             raise ToolkitError(f"model_id must be a training client of this server, got {shown(name)}.")
         return self._clients[name]
@@ -163,100 +174,149 @@ class LiveTraining:
     def _create(self, name: str, settings: LoraSettings, path: str | None, optimizer: bool) -> Future[Any]:
         if name in self._clients:
             return self._clients[name].created
-        tenant = Tenant(name, self.base_model, settings)
+        journal = Journal(self.config.root / name / JOURNAL) if self.config.durable else None
+        tokens = self.config.micro_batch_tokens
+        if journal is not None:
+            journal.create(self.base_model, settings, path, optimizer, tokens)
+        return self._add(name, settings, path, optimizer, tokens, journal).created
+
+    def _add(
+        self,
+        name: str,
+        settings: LoraSettings,
+        path: str | None,
+        optimizer: bool,
+        micro_batch_tokens: int,
+        journal: Journal | None,
+        kept: tuple[int, Saved | None] = (0, None),
+    ) -> Client:
+        """A client, and the job that puts its adapter into the model.
+
+        Args:
+            kept: the number of the request that it continues behind, and its state then.
+        """
+        tenant, (number, state) = Tenant(name, self.base_model, settings), kept
 
         def arrive() -> None:
-            saved = None if path is None else self.checkpoints.read(path, optimizer)
+            saved = state
+            if saved is None and path is not None:
+                saved = self._requests.read(journal, 0, path, optimizer)
             tenant.arrive(self.engine.engine, self._scratch, saved)
 
         job = Job(arrive, on_engine=True)
-        self._clients[name] = _Client(tenant, job.future, Ordered(lambda one: self._worker.add(name, one)))
+        ordered = Ordered[Job](lambda one: self._worker.add(name, one), number + 1)
+        client = Client(tenant, micro_batch_tokens, ordered, journal, job.future)
+        self._clients[name] = client
         self._worker.add(name, job)
-        return job.future
+        return client
+
+    def _recover(self) -> list[Recovered]:
+        """The clients of all journals, with the requests behind their states."""
+        found = []
+        for folder in Journal.found(self.config.root):
+            name, journal = folder.parent.name, Journal(folder)
+            base_model, settings, path, optimizer, tokens = journal.created()
+            self.check_base(base_model)
+            kept = journal.state()
+            client = self._add(name, settings, path, optimizer, tokens, journal, kept)
+            found.append(Recovered(name, 0, CREATE, {"path": path}, client.created))
+            for number, method, arguments in journal.requests():
+                if number > kept[0]:
+                    future = self._take(client, number, method, arguments, again=True)
+                    found.append(Recovered(name, number, method, arguments, future))
+        return found
 
     def unload(self, name: str) -> Future[Any]:
         """End a training client after the requests whose turn has come; its checkpoints stay."""
         client = self._client(name)
         del self._clients[name]
-        job = Job(lambda: client.tenant.leave(self.engine.engine), on_engine=True)
+        forget = None if client.journal is None else client.journal.remove
+        job = Job(lambda: client.tenant.leave(self.engine.engine), on_engine=True, then=forget)
         self._worker.add(name, job)
         return job.future
 
-    def _submit(self, name: str, seq_id: int | None, job: Job) -> Future[Any]:
-        """Run a job of a client when its number's turn has come; without a number, when it arrives.
+    def _submit(self, name: str, number: int, method: str, **arguments: Any) -> Future[Any]:
+        """Run a request of a client when its number's turn has come, and note it in the journal before.
 
-        A number that has come before is a retry: its future is the first one's, and the job is dropped.
+        A number that has come before is a retry: its future is the first one's.
         """
         client = self._client(name)
-        if seq_id is None:
-            self._worker.add(name, job)
-            return job.future
-        if seq_id < 1:
-            raise ToolkitError(f"seq_id must be >= 1, got {seq_id}.")
+        if number < 1:
+            raise ToolkitError(f"seq_id must be >= 1, got {number}.")
         with client.lock:
-            known = client.futures.get(seq_id)
+            known = client.futures.get(number)
             if known is not None:
                 return known
-            if client.ordered.knows(seq_id):
-                raise ToolkitError(f"seq_id must be of the last {REMEMBERED} requests, got {seq_id}.")
-            client.futures[seq_id] = job.future
-            if len(client.futures) > REMEMBERED:
-                client.futures.pop(min(client.futures))
-            client.ordered.add(seq_id, job)
+            if client.ordered.knows(number):
+                raise ToolkitError(f"seq_id must be of the last {REMEMBERED} requests, got {number}.")
+            if client.journal is not None:
+                client.journal.write(number, method, arguments)
+            return self._take(client, number, method, arguments, again=False)
+
+    def _take(self, client: Client, number: int, method: str, arguments: Mapping[str, Any], again: bool) -> Future[Any]:
+        job = self._requests.job(client, number, method, arguments, again)
+        client.futures[number] = job.future
+        if len(client.futures) > REMEMBERED:
+            client.futures.pop(min(client.futures))
+        client.ordered.add(number, job)
         return job.future
 
     def forward_backward(
         self,
         name: str,
-        seq_id: int | None,
+        number: int,
         examples: Sequence[Example],
         loss_fn: str,
         config: Mapping[str, float | str],
         forward_only: bool = False,
     ) -> Future[Any]:
         """Add the gradients of examples to a client's; the future of a ``ForwardBackwardResult``."""
-        engine = self.engine.engine
-        limits = engine.vocab_size, engine.max_sequence_len, self.config.micro_batch_tokens
-        job = ForwardBackward(self.tenant(name), examples, loss_fn, config, forward_only, limits)
-        return self._submit(name, seq_id, job)
+        given = {"examples": examples, "loss_fn": loss_fn, "config": config, "forward_only": forward_only}
+        return self._submit(name, number, "forward_backward", **given)
 
-    def optim_step(self, name: str, seq_id: int | None, params: Mapping[str, float]) -> Future[Any]:
+    def optim_step(self, name: str, number: int, params: Mapping[str, float]) -> Future[Any]:
         """Write a step of Adam; the future of the gradient's norm."""
-        tenant = self.tenant(name)
-        return self._submit(name, seq_id, Job(lambda: tenant.step(AdamParams(**params)), on_engine=True))
+        return self._submit(name, number, "optim_step", params=params)
 
-    def save(self, name: str, seq_id: int | None, kind: str, path: str, replace: bool = False) -> Future[Any]:
+    def save(self, name: str, number: int, kind: str, path: str, overwrite: bool = False) -> Future[Any]:
         """Save a client's weights under a name; the future of the checkpoint's path.
 
         Args:
             kind: "weights", with the optimizer's state, or "sampler_weights".
         """
-        tenant = self.tenant(name)
+        return self._submit(name, number, "save", kind=kind, path=path, overwrite=overwrite)
 
-        def save() -> str:
-            return self.checkpoints.save(name, kind, path, tenant.saved(kind == "weights"), replace)
-
-        return self._submit(name, seq_id, Job(save))
-
-    def snapshot(self, name: str, seq_id: int | None, inflight: bool) -> Future[Any]:
+    def snapshot(self, name: str, number: int, inflight: bool) -> Future[Any]:
         """The future of a ``SamplingTarget``: a client's weights as they are then, or ``inflight`` as they change."""
-        tenant = self.tenant(name)
+        return self._submit(name, number, "snapshot", inflight=inflight)
 
-        def take() -> SamplingTarget:
-            if inflight:
-                return SamplingTarget(tenant=tenant)
-            path = self.checkpoints.save(
-                name, "sampler_weights", f"{EPHEMERAL}-{next(self._ephemeral)}", tenant.saved(False), replace=True
-            )
-            return SamplingTarget(self.checkpoints.folder(path), path=path)
-
-        return self._submit(name, seq_id, Job(take))
-
-    def load(self, name: str, seq_id: int | None, path: str, optimizer: bool) -> Future[Any]:
+    def load(self, name: str, number: int, path: str, optimizer: bool) -> Future[Any]:
         """Write a checkpoint's weights over a client's own."""
-        tenant = self.tenant(name)
-        job = Job(lambda: tenant.load(self.checkpoints.read(path, optimizer)), on_engine=True)
-        return self._submit(name, seq_id, job)
+        return self._submit(name, number, "load", path=path, optimizer=optimizer)
+
+    def name_target(self, name: str, target: SamplingTarget) -> None:
+        """Remember what a sampling session samples."""
+        self._targets[name] = target
+        if self.config.durable:
+            about = {"path": target.path, "tenant": None if target.tenant is None else target.tenant.name}
+            file = self._target_file(name)
+            file.parent.mkdir(exist_ok=True)
+            write_atomic(file, json.dumps(about))
+
+    def named_target(self, name: str) -> SamplingTarget:
+        """What a sampling session samples. Raises ToolkitError where nobody has named it."""
+        if name not in self._targets:
+            file = self._target_file(name)
+            if not (self.config.durable and len(name) <= LONGEST_NAME and file.is_file()):
+                raise ToolkitError(f"sampling_session_id must be a session of this server, got {shown(name)}.")
+            about = json.loads(file.read_text(encoding="utf-8"))
+            tenant = about["tenant"]
+            known = self.target(about["path"]) if tenant is None else SamplingTarget(tenant=self.tenant(tenant))
+            self._targets[name] = known
+        return self._targets[name]
+
+    def _target_file(self, name: str) -> Path:
+        return self.config.root / SAMPLERS / f"{quote(name, safe='')}.json"
 
     def target(self, path: str | None) -> SamplingTarget:
         """What a path names; the base model without one. Raises ToolkitError for no checkpoint of this model."""

@@ -76,6 +76,8 @@ class Worker:
             part = job.part()
             if part is None:
                 result = self._engine.call(job.finish) if job.on_engine else job.finish()
+                if job.then is not None:
+                    job.then()
                 self._end(lane)
                 job.future.set_result(result)
                 return

@@ -3,7 +3,8 @@
 import asyncio
 import json
 from collections import OrderedDict
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 from fastapi import Response
@@ -51,6 +52,14 @@ class Promises:
         self._tasks[name] = asyncio.create_task(_settled(work))
         while len(self._tasks) > REMEMBERED and next(iter(self._tasks.values())).done():
             self._tasks.popitem(last=False)
+
+    def add_future(self, name: str, future: Future[Any], result: Callable[[Any], Result]) -> None:
+        """``add`` of what a thread makes, which nobody takes back."""
+
+        async def work() -> Result:
+            return result(await asyncio.shield(asyncio.wrap_future(future)))
+
+        self.add(name, work())
 
     async def retrieve(self, name: str, longest: float = LONGEST_POLL) -> Response:
         """The result, or after ``longest`` seconds that it is not there yet.

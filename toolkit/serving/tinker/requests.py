@@ -69,7 +69,7 @@ class Adam(TinkerBody):
 
 class OptimStep(OfModel):
     adam_params: Adam
-    seq_id: int | None = None
+    seq_id: int
 
 
 class SaveWeights(OfModel):
@@ -77,7 +77,7 @@ class SaveWeights(OfModel):
 
     ignored: ClassVar[tuple[str, ...]] = (*TinkerBody.ignored, "ttl_seconds")
     path: str | None = None
-    seq_id: int | None = None
+    seq_id: int
     overwrite: bool = False
 
 
@@ -88,7 +88,7 @@ class SaveForSampler(OfModel):
     path: str | None = None
     sampling_session_seq_id: int | None = None
     kind: str = Field("snapshot", pattern="^(snapshot|inflight)$")
-    seq_id: int | None = None
+    seq_id: int
 
 
 class LoadWeights(TinkerBody):

@@ -10,7 +10,6 @@ from toolkit.engine import Completion, RequestHandle, SamplingParams
 from toolkit.engine.prompts import check_num_sequences
 from toolkit.errors import ToolkitError
 from toolkit.live import SamplingTarget
-from toolkit.sentences import shown
 from toolkit.serving.errors import Json, RequestError
 from toolkit.serving.tinker import requests
 from toolkit.serving.tinker.messages import sample_response
@@ -23,10 +22,10 @@ def add_sampling_routes(tinker: Tinker) -> None:
     base, live, engine = tinker.generation.base, tinker.live, tinker.generation.engine
 
     def sampler(name: str) -> SamplingTarget:
-        if name not in tinker.samplers:
-            message = f"sampling_session_id must be a sampling session of this server, got {shown(name)}."
-            raise RequestError(message, "sampling_session_id", status=404)
-        return tinker.samplers[name]
+        try:
+            return live.named_target(name)
+        except ToolkitError as error:
+            raise RequestError(str(error), "sampling_session_id", status=404) from None
 
     def target(base_model: str | None, model_path: str | None) -> SamplingTarget:
         if base_model is not None:
@@ -40,7 +39,7 @@ def add_sampling_routes(tinker: Tinker) -> None:
         asked = await tinker.read(request, requests.CreateSampler)
         tinker.session(asked.session_id)
         name = f"{asked.session_id}:sample:{asked.sampling_session_seq_id}"
-        tinker.samplers[name] = target(asked.base_model, asked.model_path)
+        await base.on_thread(live.name_target, name, target(asked.base_model, asked.model_path))
         return {"type": "create_sampling_session", "sampling_session_id": name}
 
     @tinker.route("GET", "samplers/{sampler_id:path}")

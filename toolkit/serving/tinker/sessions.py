@@ -4,12 +4,14 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 from fastapi import Depends, Request, Response
 from pydantic import BaseModel
 
-from toolkit.live import LiveTraining, SamplingTarget
+from toolkit.files import write_atomic
+from toolkit.live import LiveTraining
 from toolkit.sentences import shown
 from toolkit.serving.errors import Json, RequestError
 from toolkit.serving.generation import Generation
@@ -37,14 +39,12 @@ class Tinker:
     Attributes:
         promises: of all clients.
         sessions: the training clients of each.
-        samplers: what each sampling session samples.
     """
 
     generation: Generation
     live: LiveTraining
     promises: Promises = field(default_factory=Promises)
     sessions: dict[str, list[str]] = field(default_factory=dict)
-    samplers: dict[str, SamplingTarget] = field(default_factory=dict)
 
     def route(self, method: str, path: str) -> Callable[[Callable[..., object]], Callable[..., object]]:
         """Decorates the function of a route below ``/api/v1``, which asks for a key."""
@@ -57,6 +57,30 @@ class Tinker:
     async def read(self, request: Request, kind: type[Parsed]) -> Parsed:
         """The body of a request."""
         return await self.generation.base.read(request, lambda raw: parse(kind, raw))
+
+    def begin_session(self, name: str) -> None:
+        """Take in a session, which is there when the server starts again if training is durable."""
+        self.sessions[name] = []
+        if self.live.config.durable:
+            self._sessions_folder.mkdir(exist_ok=True)
+            write_atomic(self._sessions_folder / name, "")
+
+    def end_session(self, name: str) -> list[str]:
+        """Forget a session; its training clients. None of a session that is not known."""
+        if name in self.sessions and self.live.config.durable:
+            (self._sessions_folder / name).unlink(missing_ok=True)
+        return self.sessions.pop(name, [])
+
+    def recover_sessions(self) -> None:
+        """Take in the sessions of an earlier server, and their training clients."""
+        if self._sessions_folder.is_dir():
+            self.sessions |= {path.name: [] for path in self._sessions_folder.glob("[!.]*")}
+        for name in self.live.names:
+            self.sessions.setdefault(name.partition(":")[0], []).append(name)
+
+    @property
+    def _sessions_folder(self) -> Path:
+        return self.live.config.root / ".sessions"
 
     def session(self, name: str) -> list[str]:
         """The training clients of a session. Raises RequestError (410: it has ended) for none."""
@@ -76,12 +100,18 @@ def tinker_error(error: RequestError, request_id: str) -> Json:
     return {"detail": str(error), "message": str(error), "request_id": request_id}
 
 
-def add_session_routes(tinker: Tinker) -> None:
-    """The routes of sessions and promises."""
+def add_session_routes(tinker: Tinker, recover: Callable[[Tinker], None]) -> None:
+    """The routes of sessions and promises.
+
+    Args:
+        recover: promises again what clients of an earlier server wait for.
+    """
     base = tinker.generation.base
 
     @asynccontextmanager
     async def running() -> AsyncIterator[None]:
+        tinker.recover_sessions()
+        recover(tinker)
         tinker.live.start()
         yield
         await base.on_thread(tinker.live.close)
@@ -117,7 +147,7 @@ def add_session_routes(tinker: Tinker) -> None:
     async def create(request: Request) -> Json:
         await tinker.read(request, requests.CreateSession)
         name = uuid.uuid4().hex
-        tinker.sessions[name] = []
+        await base.on_thread(tinker.begin_session, name)
         return {"type": "create_session", "session_id": name}
 
     @tinker.route("POST", "session_heartbeat")
@@ -127,7 +157,7 @@ def add_session_routes(tinker: Tinker) -> None:
 
     @tinker.route("POST", "sessions/{session_id}/finish")
     async def finish(session_id: str) -> Json:
-        for name in tinker.sessions.pop(session_id, []):
+        for name in tinker.end_session(session_id):
             if name in tinker.live.names:
                 tinker.live.unload(name)
         return {}

@@ -1,19 +1,18 @@
 """The routes of training clients."""
 
-import asyncio
-import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 from fastapi import Request
 
-from toolkit.live import ForwardBackwardResult, SamplingTarget
+from toolkit.live import Example
 from toolkit.live.lora import LoraSettings
 from toolkit.serving.errors import Json, RequestError
 from toolkit.serving.tinker import requests
-from toolkit.serving.tinker.messages import ForwardBackward, forward_backward_output, inflated
-from toolkit.serving.tinker.promises import Result, json_result, protobuf_result
+from toolkit.serving.tinker.messages import ForwardBackward, inflated
+from toolkit.serving.tinker.promises import json_result
+from toolkit.serving.tinker.results import promised
 from toolkit.serving.tinker.sessions import Tinker
 
 
@@ -21,20 +20,11 @@ def add_training_routes(tinker: Tinker) -> None:
     """Add them."""
     base, live = tinker.generation.base, tinker.live
 
-    def promised(name: str, future: Future[Any], result: Callable[[Any], Result], **also: Any) -> Json:
-        """The response to a request whose result is ``result`` of what ``future`` gives. A retry has the same."""
-
-        async def work() -> Result:
-            return result(await asyncio.shield(asyncio.wrap_future(future)))
-
-        if name not in tinker.promises:
-            tinker.promises.add(name, work())
-        return {"request_id": name, **also}
-
-    def of_request(asked: Any) -> str:
-        return (
-            f"{asked.model_id}:{asked.seq_id}" if asked.seq_id is not None else f"{asked.model_id}:{uuid.uuid4().hex}"
-        )
+    async def submit(name: str, number: int, method: str, **arguments: Any) -> Json:
+        """Hand a numbered request over, on a thread: it may be written to disk first."""
+        call: Callable[..., Future[Any]] = getattr(live, method)
+        future = await base.on_thread(lambda: call(name, number, **arguments))
+        return promised(tinker, name, number, method, arguments, future)
 
     def remember(session_id: str, model_seq_id: int) -> str:
         """The id of a session's training client."""
@@ -49,10 +39,8 @@ def add_training_routes(tinker: Tinker) -> None:
         name = remember(asked.session_id, asked.model_seq_id)
         if asked.lora_config is None:
             raise RequestError("'lora_config' must be given: full fine-tuning is not served.", "lora_config")
-        future = live.create(name, asked.base_model, asked.lora_config.model_dump())
-        return promised(
-            f"{name}:0", future, lambda _: json_result({"type": "create_model", "model_id": name}), model_id=name
-        )
+        future = await base.on_thread(live.create, name, asked.base_model, asked.lora_config.model_dump())
+        return promised(tinker, name, 0, "create", {}, future)
 
     @tinker.route("POST", "get_info")
     async def info(request: Request) -> Json:
@@ -65,67 +53,56 @@ def add_training_routes(tinker: Tinker) -> None:
     @tinker.route("POST", "unload_model")
     async def unload(request: Request) -> Json:
         name = (await tinker.read(request, requests.OfModel)).model_id
-        result = json_result({"type": "unload_model", "model_id": name})
-        return promised(f"{name}:unload", live.unload(name), lambda _: result, model_id=name)
+        promise = f"{name}:unload"
+        if promise not in tinker.promises:
+            tinker.promises.add_future(
+                promise, live.unload(name), lambda _: json_result({"type": "unload_model", "model_id": name})
+            )
+        return {"request_id": promise, "model_id": name}
 
     @tinker.route("POST", "forward_backward")
     async def forward_backward(request: Request) -> Json:
         encoding = request.headers.get("content-encoding", "").strip().lower()
 
-        def read(raw: bytes) -> tuple[ForwardBackward, Any]:
+        def read(raw: bytes) -> tuple[ForwardBackward, Sequence[Example]]:
             asked = ForwardBackward(inflated(raw, encoding))
             return asked, asked.examples()
 
         asked, examples = await base.read(request, read)
-        given = (asked.model_id, asked.seq_id, examples, asked.loss_fn, asked.config, asked.forward_only)
-
-        def result(found: ForwardBackwardResult) -> Result:
-            return protobuf_result(forward_backward_output(found))
-
-        return promised(of_request(asked), live.forward_backward(*given), result, model_id=asked.model_id)
+        given = {"loss_fn": asked.loss_fn, "config": asked.config, "forward_only": asked.forward_only}
+        return await submit(asked.model_id, asked.seq_id, "forward_backward", examples=examples, **given)
 
     @tinker.route("POST", "optim_step")
     async def optim_step(request: Request) -> Json:
         asked = await tinker.read(request, requests.OptimStep)
-        future = live.optim_step(asked.model_id, asked.seq_id, asked.adam_params.model_dump())
-        return promised(of_request(asked), future, lambda norm: json_result({"metrics": {"grad_norm": norm}}))
+        return await submit(asked.model_id, asked.seq_id, "optim_step", params=asked.adam_params.model_dump())
 
     @tinker.route("POST", "save_weights")
     async def save(request: Request) -> Json:
         asked = await tinker.read(request, requests.SaveWeights)
-        name = asked.path or f"step-{asked.seq_id or 0:06d}"
-        future = live.save(asked.model_id, asked.seq_id, "weights", name, asked.overwrite)
-        return promised(of_request(asked), future, lambda path: json_result({"type": "save_weights", "path": path}))
+        path = asked.path or f"step-{asked.seq_id:06d}"
+        return await submit(asked.model_id, asked.seq_id, "save", kind="weights", path=path, overwrite=asked.overwrite)
 
     @tinker.route("POST", "load_weights")
     async def load(request: Request) -> Json:
         asked = await tinker.read(request, requests.LoadWeights)
-        if asked.model_id is None:
-            if asked.session_id is None or asked.model_seq_id is None:
-                raise RequestError("'model_id' must be given, or session_id and model_seq_id.", "model_id")
-            name = remember(asked.session_id, asked.model_seq_id)
-            promise, future = f"{name}:0", live.create_from(name, asked.path, asked.optimizer)
-        else:
-            name, promise = asked.model_id, of_request(asked)
-            future = live.load(name, asked.seq_id, asked.path, asked.optimizer)
-        result = json_result({"type": "load_weights", "path": asked.path, "model_id": name})
-        return promised(promise, future, lambda _: result, model_id=name)
+        if asked.model_id is not None:
+            if asked.seq_id is None:
+                raise RequestError("'seq_id' must be given with 'model_id'.", "seq_id")
+            return await submit(asked.model_id, asked.seq_id, "load", path=asked.path, optimizer=asked.optimizer)
+        if asked.session_id is None or asked.model_seq_id is None:
+            raise RequestError("'model_id' must be given, or session_id and model_seq_id.", "model_id")
+        name = remember(asked.session_id, asked.model_seq_id)
+        future = await base.on_thread(live.create_from, name, asked.path, asked.optimizer)
+        return promised(tinker, name, 0, "create", {"path": asked.path}, future)
 
     @tinker.route("POST", "save_weights_for_sampler")
     async def save_for_sampler(request: Request) -> Json:
         asked = await tinker.read(request, requests.SaveForSampler)
-        name, kind = asked.model_id, "save_weights_for_sampler"
-        if asked.path is not None:
-            saved = live.save(name, asked.seq_id, "sampler_weights", asked.path)
-            return promised(of_request(asked), saved, lambda path: json_result({"type": kind, "path": path}))
-
-        def result(target: SamplingTarget) -> Result:
-            session = f"{name}:sampler:{asked.seq_id}"
-            tinker.samplers[session] = target
-            return json_result({"type": kind, "sampling_session_id": session})
-
-        future = live.snapshot(name, asked.seq_id, asked.kind == "inflight")
-        return promised(of_request(asked), future, result)
+        if asked.path is None:
+            return await submit(asked.model_id, asked.seq_id, "snapshot", inflight=asked.kind == "inflight")
+        given = {"kind": "sampler_weights", "path": asked.path, "overwrite": False}
+        return await submit(asked.model_id, asked.seq_id, "save", **given)
 
     @tinker.route("POST", "weights_info")
     async def weights_info(request: Request) -> Json:
