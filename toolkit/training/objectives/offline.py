@@ -1,7 +1,7 @@
 """What the objectives on given examples share: a task's problems or a file's lines, how they become examples."""
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -40,8 +40,12 @@ class OfflineObjective(Objective[O]):
         section = self.section
         self.task = make_task(section.task) if section.task is not None else None
         self.val_set_size: float = section.evaluation.val_set_size
-        self.dataset = open_lines(section, lambda line: formats.check(line, self.formats))
+        self.dataset = open_lines(section, self.check_line)
         self.fingerprint = self.dataset.fingerprint if self.dataset is not None else repr(section.task)
+
+    def check_line(self, line: Mapping[str, Any]) -> None:
+        """Raise ToolkitError for an object that is no example."""
+        formats.check(line, self.formats)
 
     def describe(self) -> str:
         if self.dataset is not None:
