@@ -1,5 +1,6 @@
 """Models from folders, the Hub's cache and GGUF files: what loads, and the one sentence for what does not."""
 
+import base64
 import json
 import shutil
 
@@ -272,3 +273,41 @@ def test_a_gguf_file_loads_and_can_be_saved(tmp_path):
         ToolkitError, match=r"The weights in '.*part.gguf' lack 'model.layers.0.self_attn.v_proj.weight'\."
     ):
         load_weights(find_source(tmp_path / "part.gguf"))
+
+
+def save_tekken(folder, **more):
+    """A folder's ``tekken.json`` with every byte and "ab" behind four special tokens."""
+    tokens = [bytes([byte]) for byte in range(256)] + [b"ab"]
+    special = ("<unk>", "<s>", "</s>", "[INST]")
+    vocabulary = [
+        {"rank": rank, "token_bytes": base64.b64encode(one).decode(), "token_str": None}
+        for rank, one in enumerate(tokens)
+    ]
+    content = {
+        "config": {"pattern": "[a-z]+|[^a-z]", "default_vocab_size": 261, "default_num_special_tokens": 4},
+        "vocab": vocabulary,
+        "special_tokens": [
+            {"rank": rank, "token_str": token, "is_control": True} for rank, token in enumerate(special)
+        ],
+    }
+    (folder / "tekken.json").write_text(json.dumps(content | more))
+
+
+def test_a_tokenizer_of_mistral_s_alone_is_read_with_its_first_token(copy):
+    save_tekken(copy)
+    (copy / "chat_template.jinja").write_text("[INST]{{ messages[0].content }}")
+    tokenizer = load_model(copy)[1]
+    assert tokenizer("abab\u00e9")["input_ids"] == [1, 260, 260, 4 + 0xC3, 4 + 0xA9]
+    assert tokenizer("[INST]", add_special_tokens=False)["input_ids"] == [3]
+    assert (tokenizer.bos_token, tokenizer.eos_token_id) == ("<s>", 2)
+    assert tokenizer.decode([1, 260, 4 + 0xC3, 4 + 0xA9], skip_special_tokens=True) == "ab\u00e9"
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == "[INST]a"
+
+
+def test_what_a_tokenizer_of_mistral_s_lacks_is_said(copy, monkeypatch):
+    (copy / "tokenizer.model.v3").write_bytes(b"")
+    assert "has tokenizer.model.v3 alone; put the model's tokenizer.json beside it." in error_of(copy)
+    save_tekken(copy, special_tokens=None)  # as of 2024: their names are in the package
+    monkeypatch.setattr("transformers.integrations.mistral.tokenizer.is_mistral_common_available", lambda: False)
+    monkeypatch.setattr("transformers.utils.import_utils.is_mistral_common_available", lambda: False)
+    assert error_of(copy).endswith("needs the package mistral-common: pip install mistral-common.")

@@ -178,6 +178,18 @@ def test_usage_in_every_chunk_counts_its_choice():
         assert "usage" not in client.post(COMPLETIONS, json=alone).text
 
 
+def test_bodies_that_are_not_json_as_they_are_say_so():
+    client, _ = client_of(ToldEngine())
+    with client:
+        packed = client.post(COMPLETIONS, content=b"\x1f\x8b", headers={"content-encoding": "gzip"})
+        assert packed.status_code == 415
+        assert "must not be encoded, got the Content-Encoding 'gzip'." in packed.json()["error"]["message"]
+        empty = client.post(COMPLETIONS)
+        assert (empty.status_code, empty.json()["error"]["message"]) == (
+            400, "The request body must be a JSON object, got none."
+        )  # fmt: skip
+
+
 def test_an_event_is_one_line_for_every_way_of_splitting_lines():
     text = "a\u2028b\u2029c\u0085d\x0b\x0c\x1c\x1de😀"
     sent = event({"text": text})

@@ -9,7 +9,10 @@ MEANT = {
     "/v1/v1/completions": "/v1/completions",
     "/v1/v1/messages": "/v1/messages",
     "/v1/api/chat": "/api/chat",
+    "/v1//chat/completions": "/v1/chat/completions",
+    "/chat//completions": "/v1/chat/completions",
     "/completion": "/v1/completions",
+    "/generate_stream": "/v1/completions",
     "/invocations": "/v1/chat/completions",
     "/api/embeddings": "/api/embed",
 }

@@ -128,6 +128,8 @@ def test_what_is_served(client, server, talking_model):
     assert "completion" in shown.capabilities
     assert "vision" not in shown.capabilities
     assert "messages" in shown.template
+    older = server.http.post("/api/show", json={"name": "tiny"}).json()
+    assert older["template"] == shown.template
     assert server.http.get("/api/version").json() == {"version": __version__}
     for loading in (client.chat("tiny", []), client.generate("tiny", "", keep_alive=0)):
         assert (loading.done, loading.done_reason) == (True, "load")

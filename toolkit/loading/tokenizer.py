@@ -6,8 +6,10 @@ from typing import Any
 from toolkit.errors import ToolkitError, first_line
 from toolkit.loading.gguf_pre_tokenizers import restore_pre_tokenizer
 from toolkit.loading.source import Source, find_source, read_json
+from toolkit.loading.tekken import TEKKEN, load_tekken
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
+"""Any of which transformers makes a tokenizer of."""
 PROCESSOR_TEMPLATE = "chat_template.json"
 """Where processors of older releases keep the chat template."""
 
@@ -21,23 +23,35 @@ def find_tokenizer(name_or_path: str | Path, **options: Any) -> Source:
 
 
 def _holds_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in FILES)
+    return any((folder / name).is_file() for name in (*FILES, TEKKEN))
 
 
 def load_tokenizer(source: Source) -> Any:
     """The tokenizer of a source, of adapters without one that of their base model; None where there is none.
 
     Raises:
-        ToolkitError: it does not load.
+        ToolkitError: it does not load, or is SentencePiece of Mistral's alone (``tokenizer.model.v3``).
     """
     folder = source.folder
     if source.gguf is None and not _holds_tokenizer(folder):
-        return None if source.base is None else load_tokenizer(source.base)
+        if source.base is not None:
+            return load_tokenizer(source.base)
+        for file in sorted(folder.glob("tokenizer.model.v*")):  # transformers reads SentencePiece of Mistral's wrongly
+            raise ToolkitError(f"'{folder}' has {file.name} alone; put the model's tokenizer.json beside it.")
+        return None
 
     from transformers import AutoTokenizer
 
+    has_tekken = (folder / TEKKEN).is_file()
+    # Where mistral-common is installed, transformers would take its class, which has no tokenizer of the Rust library.
+    options = source.options | ({"mistral_format": False} if has_tekken else {})
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **source.options)
+        if has_tekken and not any((folder / name).is_file() for name in FILES):
+            tokenizer = load_tekken(folder / TEKKEN)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    except ToolkitError:
+        raise
     except Exception as error:  # transformers raises many kinds
         raise ToolkitError(f"The tokenizer in '{folder}' cannot be loaded ({first_line(error)}).") from None
     if source.gguf is not None:

@@ -284,6 +284,9 @@ class Base:
 
     async def read(self, request: Request, read_body: Callable[[bytes], Read]) -> Read:
         """The request, read on a thread."""
+        if (encoding := request.headers.get("content-encoding", "identity")) != "identity":
+            message = f"The request body must not be encoded, got the Content-Encoding {shown(encoding)}."
+            raise RequestError(message, status=415)
         raw = await _body(request, self.config.max_body_size)
         record = record_of(request.scope)
         if record is not None:

@@ -16,15 +16,27 @@ NOT_OFFERED: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "detokenize": (True,),
     "echo": (False,),
+    "extra_body": ({},),
     "function_call": ("none",),
     "functions": ([],),
     "logits_processors": ([],),
     "modalities": (["text"],),
+    "prompt_embeds": (),
     "suffix": ("",),
     "use_beam_search": (False,),
     "vllm_xargs": ({},),
     "web_search_options": (),
 }
+
+
+INSTEAD = {
+    "extra_body": "its fields stand beside the others",
+    "function_call": "use 'tool_choice'",
+    "functions": "use 'tools'",
+    "prompt_embeds": "'prompt' is text or token ids",
+    "use_beam_search": "LLM.beam_search does it in process",
+}
+"""What a client does about some of these."""
 
 
 class Body(BaseModel):
@@ -48,7 +60,8 @@ class Body(BaseModel):
             if name in cls.not_offered and name not in cls.model_fields:
                 if any(type(value) is type(inert) and value == inert for inert in cls.not_offered[name]):
                     continue
-                raise ValueError(f"'{name}' is {shown(value)}, but this server does not offer '{name}'.")
+                instead = f"; {INSTEAD[name]}" if name in INSTEAD else ""
+                raise ValueError(f"'{name}' is {shown(value)}, but this server does not offer '{name}'{instead}.")
             if name in cls.other_names and name not in cls.model_fields:
                 raise ValueError(f"'{name}' is called '{cls.other_names[name]}' here.")
             kept[name] = value

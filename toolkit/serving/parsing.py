@@ -20,6 +20,8 @@ Request = TypeVar("Request", bound=BaseModel)
 def parse(kind: type[Request], raw: bytes) -> Request:
     """The request in the JSON text ``raw``. Raises ToolkitError, a RequestError most often, with one sentence."""
     check_structure(raw)
+    if not raw:
+        raise RequestError("The request body must be a JSON object, got none.")
     try:
         # Through Python's parser, because validators that run before the types need plain values.
         body = json.loads(raw)

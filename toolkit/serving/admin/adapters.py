@@ -1,6 +1,7 @@
 """Adapters that come and go while the server runs, under vLLM's endpoints."""
 
 import asyncio
+from pathlib import Path
 
 from fastapi import Request, params
 
@@ -12,6 +13,8 @@ from toolkit.serving.errors import Json, RequestError
 from toolkit.serving.generation import Generation
 from toolkit.serving.openapi import responses, takes
 from toolkit.serving.parsing import parse
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def add_adapters(generation: Generation, guarded: list[params.Depends]) -> None:
@@ -54,7 +57,9 @@ def add_adapters(generation: Generation, guarded: list[params.Depends]) -> None:
                 raise
             except ToolkitError as error:
                 field = "lora_name" if str(error).startswith("lora_name") else "lora_path"
-                raise RequestError(str(error), field) from None
+                # As vLLM says it; a trainer asks again for what a shared disk does not show yet.
+                there = await asyncio.to_thread(_has_files, asked.lora_path)
+                raise RequestError(str(error), field, status=400 if there else 404) from None
             models.adapters[asked.lora_name] = asked.lora_path
         return {"status": "loaded"}
 
@@ -73,3 +78,7 @@ def add_adapters(generation: Generation, guarded: list[params.Depends]) -> None:
             del models.adapters[asked.lora_name]  # first, so that no request is read that finds it no more
             await asyncio.to_thread(engine.call, lambda: engine.engine.unload_adapter(asked.lora_name))
         return {"status": "unloaded"}
+
+
+def _has_files(folder: str) -> bool:
+    return all(Path(folder, name).is_file() for name in ADAPTER_FILES)

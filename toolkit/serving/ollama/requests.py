@@ -6,7 +6,7 @@ to ``SamplingParams`` and are checked there.
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from toolkit.chat.tools import Tool, ToolCall
 from toolkit.sentences import shown
@@ -259,10 +259,17 @@ class OllamaGenerateRequest(OllamaRequest):
 
 
 class OllamaShowRequest(OllamaPart):
-    """The body of ``POST /api/show``."""
+    """The body of ``POST /api/show``; older clients name the model as ``name``."""
 
     ignored: ClassVar[tuple[str, ...]] = ("name", "verbose")
     model: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _older_name(cls, body: Any) -> Any:
+        return (
+            {**body, "model": body.get("model") or body["name"]} if isinstance(body, dict) and "name" in body else body
+        )
 
 
 _Texts = Annotated[list[str], Field(min_length=1, max_length=2048)]

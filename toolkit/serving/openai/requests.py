@@ -1,5 +1,6 @@
 """The body of ``/v1/chat/completions``; ``sampling`` documents what it shares with completions."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from pydantic import Field, field_validator, model_validator
@@ -8,7 +9,7 @@ from toolkit.chat.tools import Tool, ToolChoice
 from toolkit.sentences import shown
 from toolkit.serving.body import Body
 from toolkit.serving.openai.messages import ROLES, ImagePart, ImageUrl, Message, MessageToolCall, Part
-from toolkit.serving.openai.sampling import IGNORED, MAX_TOP_LOGPROBS, Sampling
+from toolkit.serving.openai.sampling import CHAT_NAMES, IGNORED, MAX_TOP_LOGPROBS, OTHER_NAMES, Sampling
 from toolkit.serving.openai.tools import MAX_TOOLS, ToolChoiceField, ToolChoiceObject, ToolSpec, checked_choice
 
 __all__ = ["ROLES", "ChatRequest", "Conversation", "ImagePart", "ImageUrl", "Message", "MessageToolCall", "Part"]
@@ -103,6 +104,7 @@ class ChatRequest(Conversation, Sampling):
     ignored: ClassVar[tuple[str, ...]] = tuple(
         name for name in IGNORED if name not in ("service_tier", "parallel_tool_calls")
     )
+    other_names: ClassVar[Mapping[str, str]] = OTHER_NAMES | CHAT_NAMES
     service_tier: Any = None
     max_completion_tokens: int | None = None
     logprobs: bool = False

@@ -51,6 +51,12 @@ OTHER_NAMES = {
     "stream_usage": "stream_options.include_usage",
 }
 """Names of llama.cpp, Ollama, TGI, Anthropic and older vLLM for fields that are offered under OpenAI's or vLLM's."""
+CHAT_NAMES = {
+    "enable_thinking": "chat_template_kwargs.enable_thinking",
+    "reasoning": "reasoning_effort",
+    "thinking": "chat_template_kwargs.enable_thinking",
+}
+"""The same of chats: names of OpenRouter, DashScope, DeepSeek, Z.ai and Anthropic."""
 
 
 class StreamOptions(Body):
