@@ -87,6 +87,7 @@ WRONG = [
     (chat, {"guided_json": {}}, "guided_json", "'guided_json' is called 'structured_outputs.json' here."),
     (chat, {"reasoning": {"effort": "low"}}, "reasoning", "'reasoning' is called 'reasoning_effort' here."),
     (chat, {"functions": [{"name": "f"}]}, "functions", "does not offer 'functions'; use 'tools'."),
+    (chat, {"length_penalty": 2.0}, "length_penalty", "does not offer 'length_penalty'."),
     (chat, {"extra_body": {"top_k": 1}}, "extra_body", "'extra_body'; its fields stand beside the others."),
     (lambda **body: completion(prompt=None, **body), {"prompt_embeds": "a"}, "prompt_embeds", "is text or token ids."),
     (completion, {"use_beam_search": True}, "use_beam_search", "does not offer 'use_beam_search'"),

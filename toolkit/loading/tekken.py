@@ -18,7 +18,7 @@ def load_tekken(file: Path) -> Any:
         ToolkitError: a file of 2024, which names no special tokens, without mistral-common.
     """
     from tokenizers import processors
-    from transformers.integrations.mistral import convert_tekken_tokenizer
+    from transformers.integrations.mistral.tokenizer import convert_tekken_tokenizer
 
     try:
         tokenizer = convert_tekken_tokenizer(str(file))

@@ -9,17 +9,21 @@ from toolkit.sentences import shown
 
 MAX_FIELDS = 128
 
-# Fields of the OpenAI API that are not offered, each with the values that ask for nothing.
+# Fields of OpenAI's and vLLM's that are not offered, each with the values that ask for nothing.
 NOT_OFFERED: dict[str, tuple[Any, ...]] = {
     "add_special_tokens": (False,),
     "audio": (),
     "best_of": (1,),
     "detokenize": (True,),
+    "early_stopping": (False,),
     "echo": (False,),
     "extra_body": ({},),
     "function_call": ("none",),
     "functions": ([],),
+    "kv_transfer_params": ({},),
+    "length_penalty": (1, 1.0),
     "logits_processors": ([],),
+    "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
     "prompt_embeds": (),
     "suffix": ("",),

@@ -29,11 +29,12 @@ IGNORED = (
     "rid",
     "safety_identifier",
     "service_tier",
+    "spaces_between_special_tokens",
     "store",
     "user",
     "verbosity",
 )
-"""Fields of the OpenAI API that current clients send and that change no token: accepted with any value, and unused."""
+"""Fields of OpenAI's and vLLM's that clients send and that change no token: accepted with any value, and unused."""
 
 
 OTHER_NAMES = {
