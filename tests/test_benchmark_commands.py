@@ -31,6 +31,7 @@ COMMANDS = {
     "patch_cost": "--only 0.6",
     "quantised": "--threads 1 --repeats 1 --rows 1 --largest 400000",
     "low_precision": "--layers 1 --batch 1 --repeats 1 --sides int8 --dense-head",
+    "qlora": "--layers 1 --length 16 --repeats 1 --curve-layers 1 --curve-steps 3 --curve-length 8",
     "ops": "--only bits linear head --seconds 0.01",
     "ops.attention": "--repeats 1",
 }
@@ -68,5 +69,5 @@ def test_every_command_has_a_small_size() -> None:
     short = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
     short -= {"__init__", "common"}
     short -= {"picture"}  # which measures nothing
-    short -= {"peers", "llama_cpp"}  # which need a separate environment, or files of a model
+    short -= {"peers", "llama_cpp", "perplexity"}  # which need a separate environment, or files of a model
     assert short <= set(COMMANDS)
