@@ -77,7 +77,7 @@ def test_the_resolved_recipe_is_a_recipe(recipe: str, tmp_path: Path) -> None:
         ("train.max_step=5", "Unknown field 'train.max_step'; did you mean 'train.max_steps'?"),
         ("learning_rate=3", "Unknown field 'learning_rate'; did you mean 'optimizer.learning_rate'?"),
         ("qqqq=1", "Unknown field 'qqqq'; fields are run_name, output_dir, "),
-        ("train.zzzzz=1", "Unknown field 'train.zzzzz'; fields are max_steps, batch_tokens, "),
+        ("train.zzzzz=1", "Unknown field 'train.zzzzz'; fields are max_steps, num_train_epochs, "),
         ("train.max_steps=0", "train.max_steps must be >= 1, got 0."),
         ("train.max_steps=many", "train.max_steps must be an integer, got 'many'."),
         ("train.max_steps=true", "train.max_steps must be an integer, got True."),

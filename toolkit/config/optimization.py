@@ -81,6 +81,15 @@ class ScheduleSection(Section):
         """Steps of the warm-up in a run of ``steps``."""
         return self.warmup_steps or math.ceil(self.warmup_ratio * steps)
 
+    def check_steps(self, steps: int) -> None:
+        """Raise ValueError where a run of ``steps`` has no room for the warm-up and the decay."""
+        needed = self.num_warmup_steps(steps) + self.num_decay_steps
+        if needed > steps:
+            raise ValueError(
+                f"schedule.warmup_steps + schedule.num_decay_steps must be <= train.max_steps, which is {steps}, got "
+                f"{needed}"
+            )
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.warmup_steps and self.warmup_ratio:

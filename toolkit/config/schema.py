@@ -179,6 +179,8 @@ class TrainSection(Section):
     """
 
     max_steps: Count = 1000
+    num_train_epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the lines of ``objective.data_files`` or ``datasets``; ``max_steps`` is then what they come to."""
     batch_tokens: Annotated[int, Field(ge=2)] = 2048
     """Predicted tokens in one forward: one flat ragged row, always full."""
     max_length: Annotated[int, Field(ge=2)] = 512
@@ -274,11 +276,12 @@ class Recipe(Section):
                 "schedule.num_decay_steps must be 0 unless schedule.lr_scheduler_type is 'warmup_stable_decay', got "
                 f"{schedule.num_decay_steps}"
             )
-        warmup = schedule.num_warmup_steps(steps)
-        if warmup + schedule.num_decay_steps > steps:
+        if self.train.num_train_epochs is None:
+            schedule.check_steps(steps)
+        elif not any(getattr(objective, name, None) for name in ("data_files", "datasets")):
             raise ValueError(
-                f"schedule.warmup_steps + schedule.num_decay_steps must be <= train.max_steps, which is {steps}, got "
-                f"{warmup + schedule.num_decay_steps}"
+                "train.num_train_epochs must be null without objective.data_files and objective.datasets, got "
+                f"{self.train.num_train_epochs:g}"
             )
         if self.model.lora and self.model.name_or_path is None and getattr(objective, "warmup", None) is None:
             raise ValueError(

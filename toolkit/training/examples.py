@@ -67,6 +67,11 @@ class LineStream:
         order = [number % len(self._lines) for number in sorted(keys, key=keys.__getitem__)]
         return order[self._rank :: self._world_size]
 
+    @property
+    def lines_per_epoch(self) -> int:
+        """Of this process."""
+        return len(self._share)
+
     def take(self, count: int) -> list[Any]:
         """The next ``count`` lines."""
         taken = []

@@ -24,12 +24,12 @@ from toolkit.exporting.completeness import checkpoint_folder
 from toolkit.files import write_atomic
 from toolkit.loading import processor_files
 from toolkit.loading.run import name_of
-from toolkit.machine import describe_cpus
 from toolkit.moe.sharding import ShardedExperts, expert_groups, shard_experts
 from toolkit.patching import expert_layers
 from toolkit.strict_json import strict_json
 from toolkit.training import checkpoint
 from toolkit.training.accelerator import make_accelerator
+from toolkit.training.epochs import in_steps
 from toolkit.training.final_exports import check_exports, write_exports
 from toolkit.training.freezing import freeze_parameters
 from toolkit.training.indexers import IndexerTraining, freeze_indexers
@@ -43,7 +43,7 @@ from toolkit.training.optimizers import make_optimizer
 from toolkit.training.precision import GradientStep, lower_precision, move_to_fresh_memory
 from toolkit.training.progress import Progress
 from toolkit.training.quantising import quantise_model, train_quantised
-from toolkit.training.report import line, result_of, show
+from toolkit.training.report import about_model, line, result_of, show
 from toolkit.training.resume import RESULT, Start, check_start, find_start, prepare_folder, run_folder
 from toolkit.training.run_state import restore_run, write_run
 from toolkit.training.schedule import make_scheduler
@@ -99,14 +99,15 @@ class Trainer:
         self.num_trainable = sum(p.numel() for p in self.hf_model.parameters() if p.requires_grad)
         self.sharded = self._shard_experts(ragged)
         optimizer = make_optimizer(ragged, recipe.optimizer, self._masters, recipe.seed)
-        scheduler = make_scheduler(optimizer, recipe.schedule, recipe.train.max_steps)
-        self.forward, self.optimizer, self.scheduler = self.accelerator.prepare(ragged, optimizer, scheduler)
+        self.forward, self.optimizer = self.accelerator.prepare(ragged, optimizer)
         self.ragged: RaggedModel = self.accelerator.unwrap_model(self.forward)
         loss_scaling = recipe.train.mixed_precision == "fp16"
         self.gradients = GradientStep(
             self.accelerator, self.forward, self.optimizer, self.sharded, recipe.optimizer, loss_scaling
         )
         self.objective.bind(self._context())
+        self.recipe = recipe = in_steps(recipe, self.objective)
+        self.scheduler = self.accelerator.prepare(make_scheduler(optimizer, recipe.schedule, recipe.train.max_steps))
         # Runs the model: one that cannot take a ragged batch is refused before anything is written.
         self.balancing = Balancing(recipe.train.moe, self.objective.context, self.patch_report)
         self.indexers = IndexerTraining(recipe.train.indexer_loss_coef, self.objective.context, self.patch_report)
@@ -121,12 +122,8 @@ class Trainer:
         if self.accelerator.is_main_process:
             write_atomic(self.folder / "recipe.yaml", dump(recipe))
             self.objective.write_report(self.folder)
-        roles = ", ".join(f"{count} {role}" for role, count in self.patch_report.roles().items())
-        part = f", {self.num_trainable / 1e6:.3f} M trainable" if self.num_trainable != self.num_parameters else ""
-        self.log(f"model: {type(self.hf_model).__name__}, {self.num_parameters / 1e6:.2f} M parameters{part}")
-        self.log(f"patched: {roles} (numerics: {self.patch_report.numerics})")
-        if self.accelerator.device.type == "cpu":
-            self.log(f"cpu: {describe_cpus(torch.get_num_threads())}")
+        for text in about_model(self):
+            self.log(text)
 
     def log(self, text: str) -> None:
         """Print on the main process."""

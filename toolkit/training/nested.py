@@ -46,7 +46,12 @@ def _sft(
     values = recipe.model_dump()
     values["model"] |= {"lora": None, "quantise": None}
     objective = {key: values["objective"][key] for key in ("evaluation", "rollout")}
-    train = {"max_steps": steps, "batch_tokens": batch_tokens, "gradient_accumulation_steps": 1}
+    train = {
+        "max_steps": steps,
+        "batch_tokens": batch_tokens,
+        "gradient_accumulation_steps": 1,
+        "num_train_epochs": None,
+    }
     return validate(
         {
             **values,

@@ -38,6 +38,11 @@ class Outcome:
     counts: Counter[str] = field(default_factory=Counter)
     turn_ends: Counter[int | None] = field(default_factory=Counter)
 
+    @property
+    def lengths(self) -> list[int]:
+        """Inputs of the examples that are packed; none of others."""
+        return [len(one.inputs) for one in self.examples if isinstance(one, Example)]
+
     def remark(self, tokens: TrainingTokens | PreferenceTokens) -> None:
         self.counts.update(straddles=tokens.straddles, reopened=tokens.reopened)
         self.turn_ends.update(tokens.turn_ends)

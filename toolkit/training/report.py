@@ -6,11 +6,29 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from toolkit.machine import describe_cpus
 from toolkit.training.metrics import FILE, read_metrics
 from toolkit.training.objectives.base import Objective
 
 if TYPE_CHECKING:
     from toolkit.training.loop import Trainer
+
+
+def about_model(trainer: "Trainer") -> list[str]:
+    """Lines on what is trained, and on what."""
+    report, trained, total = trainer.patch_report, trainer.num_trainable, trainer.num_parameters
+    roles = ", ".join(f"{count} {role}" for role, count in report.roles().items())
+    part = f", {trained / 1e6:.3f} M trainable" if trained != total else ""
+    epochs = trainer.recipe.train.num_train_epochs
+    lines = [
+        f"model: {type(trainer.hf_model).__name__}, {total / 1e6:.2f} M parameters{part}",
+        f"patched: {roles} (numerics: {report.numerics})",
+    ]
+    if epochs is not None:
+        lines.append(f"epochs: {epochs:g} are {trainer.recipe.train.max_steps:,} steps")
+    if trainer.accelerator.device.type == "cpu":
+        lines.append(f"cpu: {describe_cpus(torch.get_num_threads())}")
+    return lines
 
 
 def result_of(trainer: "Trainer") -> dict[str, Any]:

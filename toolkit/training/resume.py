@@ -24,7 +24,7 @@ RESULT = "result.json"
 # What may differ between the recipe that wrote a checkpoint and the one that resumes from it.
 _FREE = {
     "run_name", "output_dir", "resume_from_checkpoint", "overwrite", "checkpoint", "log", "evaluate", "export",
-    "train.max_steps",
+    "train.max_steps", "train.num_train_epochs",
     "objective.on_bad_lines", "objective.max_check_samples",
 }  # fmt: skip
 
@@ -77,7 +77,7 @@ def find_start(recipe: Recipe) -> Start | None:
     checkpoint.verify(path)
     _check_recipe(recipe, path)
     start = Start(path, json.loads((path / "training" / "state.json").read_text(encoding="utf-8")))
-    if start.step > recipe.train.max_steps:
+    if recipe.train.num_train_epochs is None and start.step > recipe.train.max_steps:
         raise ToolkitError(
             f"train.max_steps must be >= {start.step}, the step of {path}, got {recipe.train.max_steps}."
         )

@@ -119,6 +119,10 @@ class KTO(OfflineObjective[KTOSection]):
     def shown(self, example: Judged) -> tuple[list[int], list[bool]]:
         return example.prompt + example.completion, [False] * len(example.prompt) + [True] * len(example.completion)
 
+    @property
+    def lines_per_step(self) -> int:
+        return self.section.lines
+
     def updates(self, step: int) -> Iterator[Sequence[list[Judged]]]:
         examples: list[Judged] = []
         misses = 0

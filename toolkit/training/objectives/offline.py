@@ -1,5 +1,6 @@
 """What the objectives on given examples share: a task's problems or a file's lines, how they become examples."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ class OfflineObjective(Objective[O]):
         formats: the sets of fields that a line may have.
         of_task, of_file: what the examples are called.
         chat: tokenises.
+        lengths: of the packed examples of each line that was checked.
     """
 
     formats: ClassVar[Sequence[formats.Format]]
@@ -34,6 +36,7 @@ class OfflineObjective(Objective[O]):
     of_file: ClassVar[str]
     stream: Any  # a Stream, or what packs one
     chat: ChatTokenizer
+    lengths: Mapping[int, Sequence[int]]
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
@@ -140,11 +143,37 @@ class OfflineObjective(Objective[O]):
         notes = self._complete_eos_list(report)
         if total < len(sources):
             notes.append(f"note: {len(sources) - total:,} more lines are checked as they come (max_check_samples)")
+        self.lengths = report.lengths
         example = self.shown(report.first) if report.first is not None else None
         self.data_report = data_report.written(
             report, what, self.recipe.train.max_length, context.tokenizer, notes, example
         )
         context.log(data_report.for_terminal(self.data_report))
+
+    def num_steps(self, epochs: float) -> int:
+        """Steps of so many passes over the lines. After ``bind``."""
+        lines = self.line_streams(range(self.num_lines))[0].lines_per_epoch * self.context.world_size
+        return max(math.ceil(epochs * lines / self.lines_per_step), 1)
+
+    @property
+    def lines_per_step(self) -> int:
+        """Over all processes, of an objective that takes a number of them."""
+        raise NotImplementedError
+
+    @property
+    def num_lines(self) -> int:
+        """Lines to train on."""
+        assert self.dataset is not None
+        return len(self.dataset.train)
+
+    def line_streams(self, lines: Sequence[Any]) -> list[LineStream]:
+        """The shares of all processes of the lines, or of what stands for them."""
+        assert self.dataset is not None
+        world_size = self.context.world_size
+        return [
+            LineStream(lines, self.recipe.seed, rank=rank, world_size=world_size, shares=self.dataset.shares)
+            for rank in range(world_size)
+        ]
 
     def _prepare_and_look(self, source: Problem | Line) -> Outcome:
         """``prepare``, and whether the template leaves messages out; the latter of the first lines only."""
@@ -184,9 +213,7 @@ class OfflineObjective(Objective[O]):
         if self.task is not None:
             return ProblemStream(self.task, self.recipe.seed, self.val_set_size, rank=rank, world_size=world_size)
         assert self.dataset is not None
-        return LineStream(
-            self.dataset.train, self.recipe.seed, rank=rank, world_size=world_size, shares=self.dataset.shares
-        )
+        return self.line_streams(self.dataset.train)[rank]
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = self.stream.state_dict()

@@ -103,6 +103,10 @@ class Preference(OfflineObjective[P]):
             pairs += found
         return pairs
 
+    @property
+    def lines_per_step(self) -> int:
+        return self.section.pairs
+
     def updates(self, step: int) -> Iterator[Sequence[list[Pair]]]:
         pairs = self._take(self._pairs)
         for pair in pairs:

@@ -12,6 +12,7 @@ from toolkit.config.objective import OfflineSection
 from toolkit.errors import ToolkitError
 from toolkit.loading import find_source, load_processor
 from toolkit.ops import IGNORED
+from toolkit.training.epochs import packed_steps
 from toolkit.training.examples import Packed
 from toolkit.training.formats import SFT_FORMATS, Options, conversations, read
 from toolkit.training.formats import options as line_options
@@ -138,6 +139,15 @@ class SFT(OfflineObjective[SFTSection]):
         last = example.targets[-1]
         ids = example.inputs if last == IGNORED else [*example.inputs, last]
         return ids, [False, *(target != IGNORED for target in example.targets)][: len(ids)]
+
+    def num_steps(self, epochs: float) -> int:
+        if self.section.max_check_samples is not None:
+            raise ToolkitError(
+                "objective.max_check_samples must be null with train.num_train_epochs, which needs the length of every "
+                f"line, got {self.section.max_check_samples}."
+            )
+        train, streams = self.recipe.train, self.line_streams(range(self.num_lines))
+        return packed_steps(self.lengths, streams, epochs, train.batch_tokens, train.gradient_accumulation_steps)
 
     def updates(self, step: int) -> Iterator[Sequence[MicroBatch]]:
         packs = [self.stream.next_batch() for _ in range(self.recipe.train.gradient_accumulation_steps)]
