@@ -19,7 +19,7 @@ def write_codes(model: Any, folder: Path) -> None:
     for name, weight in quantised_weights(model):
         kinds[name] = json.dumps({"format": weight.format, "shape": list(weight.shape)})
         for at, part in enumerate((weight.codes, *weight.scales)):
-            tensors[f"{name}/{at}"] = part.detach().cpu().contiguous()
+            tensors[f"{name}/{at}"] = part.detach().cpu().clone()  # weights of NF4 share a table, files nothing
     save_file(tensors, folder / CODES, metadata=kinds)
 
 

@@ -104,11 +104,15 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
         self._moments = MOMENTS[optim]
         self.keep, self.seed, self._masters = keep, seed, {} if masters is None else masters
+        self.add_gradients_in_float32()
         for parameter in self._parameters():
-            # torch then converts each gradient before it is added to those of earlier micro-batches.
-            parameter.grad_dtype = torch.float32
             self._start(parameter)
         self._masters.clear()
+
+    def add_gradients_in_float32(self) -> None:
+        """Let torch convert each gradient before it is added to those of earlier micro-batches."""
+        for parameter in self._parameters():
+            parameter.grad_dtype = torch.float32
 
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
@@ -198,6 +202,9 @@ class GradientStep:
         self._skipped = 0
         # Data parallel would reduce 16-bit gradients as they are, and only those of the last micro-batch's backward.
         in_float32 = isinstance(optimizer.optimizer, LowPrecisionAdamW)
+        if in_float32:
+            # Again, for moving a model to a device makes its quantised weights anew.
+            optimizer.optimizer.add_gradients_in_float32()
         apart = {id(p) for p in sharded.parameters.values()} if sharded is not None else set()
         parameters = [p for p in forward.parameters() if p.requires_grad and id(p) not in apart]
         self._reduced = parameters if in_float32 and accelerator.num_processes > 1 else None
