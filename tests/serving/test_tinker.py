@@ -216,7 +216,9 @@ def test_what_is_refused(server, model):
 
 
 def test_what_clients_ask_for_around_it(server):
-    models = server.http.get("get_server_capabilities").json()["supported_models"]
+    capabilities = server.http.get("get_server_capabilities").json()
+    models = capabilities["supported_models"]
+    assert "0.38.0" in capabilities["tested_client_versions"]
     assert [one["model_name"] for one in models] == ["tiny", "other-name"]
     assert post(server, "client/config", sdk_version="0.38.0")["proto_compress_fwdbwd"] is True
     assert post(server, "telemetry", events=[]) == {"status": "accepted"}

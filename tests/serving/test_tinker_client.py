@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from tests.helpers.client_environments import run_script
 from tests.helpers.server_process import serving
+from toolkit.serving.tinker.sessions import TESTED_CLIENTS
 from toolkit.testing.models import random_model, tiny_tokenizer
 
 KILLS = 20
@@ -46,7 +47,7 @@ def installed(version, folder):
     return folder
 
 
-@pytest.mark.parametrize("version", ["0.38.0", "0.36.0"])
+@pytest.mark.parametrize("version", TESTED_CLIENTS)
 def test_a_client_learns_sums(server, version, tmp_path):
     one, folder = server
     packages = installed(version, tmp_path / "packages")

@@ -22,6 +22,8 @@ from toolkit.serving.tinker.promises import Promises
 ROOT = "/api/v1"
 KEY = "x-api-key"
 KEY_PREFIX = "tml-"
+TESTED_CLIENTS = ("0.38.0", "0.36.0")
+"""Versions of the tinker client that the tests of the soak level run."""
 LARGEST_CHUNK = 5_000_000
 """Most bytes of a ``forward_backward``, as clients estimate them."""
 
@@ -141,7 +143,8 @@ def add_session_routes(tinker: Tinker, recover: Callable[[Tinker], None]) -> Non
         longest = base.config.max_model_len
         names = tinker.live.config.base_models
         common = {"max_context_length": longest, "trainable": True, "sampleable": True}
-        return {"supported_models": [{"model_name": name, **common} for name in names]}
+        models = [{"model_name": name, **common} for name in names]
+        return {"supported_models": models, "tested_client_versions": list(TESTED_CLIENTS)}
 
     @tinker.route("POST", "create_session")
     async def create(request: Request) -> Json:
