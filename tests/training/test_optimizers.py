@@ -77,6 +77,13 @@ def test_muon_moves_matrices_of_layers_and_adamw_the_rest() -> None:
         assert not torch.equal(one, before[name])
 
 
+@pytest.mark.parametrize("size", [(6,), (6, 5)])
+def test_muon_has_parameters_of_one_kind(size: tuple[int, ...]) -> None:
+    model = nn.ParameterList([nn.Parameter(torch.ones(size))])
+    steps(model, make_optimizer(model, OptimizerSection(optim="muon")), 0, 1)
+    assert not torch.equal(model[0], torch.ones(size))
+
+
 def test_adafactor_is_that_of_transformers_trainer() -> None:
     model = small_model()
     other = copy.deepcopy(model)

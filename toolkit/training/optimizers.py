@@ -1,6 +1,7 @@
 """The optimizers of recipes: torch's and transformers', and those of 16-bit weights and 8-bit moments."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,32 +38,29 @@ def make_optimizer(
             seed=seed, optim=section.optim,
         )  # fmt: skip
     if section.optim == "adafactor":
-        return Adafactor(groups, lr=section.learning_rate, scale_parameter=False, relative_step=False)
+        return Adafactor(groups, lr=section.learning_rate, scale_parameter=False, relative_step=False)  # type: ignore[no-untyped-call]
     if section.optim == "sgd":
         return torch.optim.SGD(groups, lr=section.learning_rate, momentum=section.momentum)
     fused = all(parameter.device.type in ("cpu", "cuda") for parameter in trained)
-    adam = {"lr": section.learning_rate, "betas": betas, "eps": section.adam_epsilon, "fused": fused}
+    adamw = partial(torch.optim.AdamW, lr=section.learning_rate, betas=betas, eps=section.adam_epsilon, fused=fused)
     if section.optim == "muon":
         inner = {id(parameter) for parameter in _inner_matrices(model)}
         rest = [parameter for parameter in matrices if id(parameter) not in inner]
         of_muon = [parameter for parameter in matrices if id(parameter) in inner]
-        muon = [{"params": of_muon, "weight_decay": section.weight_decay}] if of_muon else []
         others = [{"params": rest, "weight_decay": section.weight_decay}, *groups[1 if matrices else 0 :]]
-        return Together(
-            [
-                torch.optim.Muon(
-                    muon, lr=section.learning_rate, momentum=section.momentum, adjust_lr_fn="match_rms_adamw"
-                ),
-                torch.optim.AdamW([group for group in others if group["params"]], **adam),
-            ]
-        )
-    return torch.optim.AdamW(groups, **adam)
+        others = [group for group in others if group["params"]]
+        muon = partial(torch.optim.Muon, momentum=section.momentum, adjust_lr_fn="match_rms_adamw")
+        parts: list[torch.optim.Optimizer] = [adamw(others)] if others else []
+        if of_muon:
+            parts.insert(0, muon(of_muon, lr=section.learning_rate, weight_decay=section.weight_decay))
+        return Together(parts)
+    return adamw(groups)
 
 
 def _inner_matrices(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     """Matrices inside of layers: neither embeddings nor the head, which have a row for each token."""
     outer = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
-    outer += [one.get_output_embeddings() for one in model.modules() if hasattr(one, "get_output_embeddings")]
+    outer += [one.get_output_embeddings() for one in model.modules() if isinstance(one, transformers.PreTrainedModel)]
     known = {id(parameter) for module in outer if module is not None for parameter in module.parameters()}
     return [p for p in model.parameters() if p.requires_grad and p.dim() == 2 and id(p) not in known]
 
@@ -94,7 +92,7 @@ class Together(torch.optim.Optimizer):
     """
 
     def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
-        self.parts = [part for part in parts if part.param_groups]
+        self.parts = parts
         super().__init__([group for part in self.parts for group in part.param_groups], {})
         self._share()
 

@@ -47,9 +47,10 @@ def make_scheduler(
             for name, value in schedule.lr_scheduler_kwargs.items()
         }
         try:
-            return get_scheduler(
+            scheduler: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
                 schedule.lr_scheduler_type, optimizer, schedule.num_warmup_steps(steps), steps, settings or None
             )
+            return scheduler
         except (TypeError, ValueError) as error:
             raise ToolkitError(
                 f"schedule.lr_scheduler_kwargs must be settings of '{schedule.lr_scheduler_type}', got "
