@@ -20,7 +20,7 @@ from toolkit.ops.registry import has_native
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-ROWS = [0, 1, 2, 7, 8, 9, 33, 200]
+ROWS = [0, 1, 2, 7, 8, 9, 16, 17, 33, 200]
 SIZES = [(1, 1), (17, 77), (64, 256), (100, 521)]  # odd, K of one block and of several, no multiple of words or groups
 needs_native = pytest.mark.skipif(not has_native("quantised_linear"), reason="needs the native kernels")
 
@@ -45,13 +45,66 @@ def test_has_the_bits_of_linear_with_the_dequantised_weight(variant, dtype, thre
 @needs_native
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_threads_share_out_a_large_weight(variant):
-    name, codes, scales = packed(variant, 2000, 600)
-    weight = dequantise(codes, scales, name, 2000, 600)
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        for rows in (1, 5, 16, 40):
-            x = seeded(rows, 600, dtype=torch.float32, seed=rows)
-            assert torch.equal(quantised_linear(x, codes, scales, None, name, 2000), linear(x, weight))
+    """Several blocks of a sum and of rows, forward and to x; a stride of 4 KiB."""
+    outputs, inputs = 1100, 1024
+    name, codes, scales = packed(variant, outputs, inputs)
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = dequantise(codes, scales, name, outputs, inputs, dtype)
+        for rows in (1, 5, 16, 40, 400):
+            x = seeded(rows, inputs, dtype=dtype, seed=rows).requires_grad_()
+            grad = seeded(rows, outputs, dtype=dtype, seed=3)
+            y = linear(x, weight)
+            y.backward(grad)
+            wanted, x.grad = x.grad, None
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                got = quantised_linear(x, codes, scales, None, name, outputs)
+                got.backward(grad)
+                assert torch.equal(got, y)
+                assert torch.equal(x.grad, wanted)
+                x.grad = None
+
+
+@needs_native
+def test_scales_of_int8_may_be_tiny():
+    """Products that a scale of 2^-24 times the size would round differently."""
+    codes = pack_codes(torch.arange(-8, 8, dtype=torch.int8).view(1, 16).repeat(2, 1), 8)
+    scale = torch.full((1, 1, 16), 1.0)
+    scale[0, 0, 0], scale[0, 0, 1] = 1.2345e-38, 1.2345e-33
+    weight = dequantise(codes, [scale], "int8", 2, 16, impl="reference")
+    assert torch.equal(dequantise(codes, [scale], "int8", 2, 16), weight)
+    for rows in (1, 40):
+        x = seeded(rows, 16, dtype=torch.float32)
+        assert torch.equal(quantised_linear(x, codes, [scale], None, "int8", 2), linear(x, weight))
+
+
+@needs_native
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="reads the kernel's count of resident memory")
+def test_many_rows_make_no_dense_weight():
+    """The most memory that a forward and a backward take is far less than a float32 weight."""
+    size = 4096
+    codes = torch.zeros(size // 16, size // 8, 16, dtype=torch.int32)
+    scales = [
+        torch.ones(size // 16, size // 128, 16).half(),
+        torch.ones(size // 16, size // 128, 16, dtype=torch.uint8),
+    ]
+
+    def step(rows):
+        x = torch.ones(rows, size, requires_grad=True)
+        quantised_linear(x, codes, scales, None, "int4", size).backward(torch.ones(rows, size))
+
+    step(17)  # a thread's own memory
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    before = resident("VmRSS")
+    step(64)
+    assert resident("VmHWM") - before < size * size * 4 / 4
+
+
+def resident(name: str) -> int:
+    """Bytes of one line of this process's /proc/self/status."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
 
 
 @implementations(REFERENCE, TRITON)

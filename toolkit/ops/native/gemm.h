@@ -111,9 +111,15 @@ __attribute__((always_inline)) inline void multiply_add(const T* x, int64_t x_st
                                                         typename Lanes<T>::Vector (&sum)[R][V]) {
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
-    const auto value = Lanes<T>::broadcast(x + r * x_stride);
+    const T* const from = x + r * x_stride;
+    if constexpr (V <= 2) {  // a load for each costs less than a broadcast
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) sum[r][v] = Lanes<T>::fma_with(from, w[v], sum[r][v]);
+    } else {
+      const auto value = Lanes<T>::broadcast(from);
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) sum[r][v] = Lanes<T>::fma(value, w[v], sum[r][v]);
+      for (int v = 0; v < V; ++v) sum[r][v] = Lanes<T>::fma(value, w[v], sum[r][v]);
+    }
   }
 }
 

@@ -12,6 +12,8 @@
 
 namespace toolkit::gemm {
 
+// `fma_with(a, b, c)` is fma(broadcast(a), b, c). With AVX-512 the multiply-add itself reads the number: a broadcast of 64
+// bytes takes the place of other vector work.
 template <typename T>
 struct Lanes;
 
@@ -37,6 +39,10 @@ struct Lanes<float> {
   static Vector load(const float* p) { return _mm512_loadu_ps(p); }
   static Vector broadcast(const float* p) { return _mm512_set1_ps(*p); }
   static Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+  static Vector fma_with(const float* a, Vector b, Vector c) {
+    asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(c) : "v"(b), "m"(*a));
+    return c;
+  }
   static void store(float* p, Vector v) { _mm512_storeu_ps(p, v); }
 };
 template <>
@@ -45,6 +51,7 @@ struct Lanes<double> {
   static Vector load(const double* p) { return _mm512_loadu_pd(p); }
   static Vector broadcast(const double* p) { return _mm512_set1_pd(*p); }
   static Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_pd(a, b, c); }
+  static Vector fma_with(const double* a, Vector b, Vector c) { return fma(broadcast(a), b, c); }
   static void store(double* p, Vector v) { _mm512_storeu_pd(p, v); }
 };
 #else
@@ -60,6 +67,7 @@ struct Lanes<float> {
   static Vector load(const float* p) { return _mm256_loadu_ps(p); }
   static Vector broadcast(const float* p) { return _mm256_broadcast_ss(p); }
   static Vector fma(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
+  static Vector fma_with(const float* a, Vector b, Vector c) { return fma(broadcast(a), b, c); }
   static void store(float* p, Vector v) { _mm256_storeu_ps(p, v); }
 };
 template <>
@@ -68,6 +76,7 @@ struct Lanes<double> {
   static Vector load(const double* p) { return _mm256_loadu_pd(p); }
   static Vector broadcast(const double* p) { return _mm256_broadcast_sd(p); }
   static Vector fma(Vector a, Vector b, Vector c) { return _mm256_fmadd_pd(a, b, c); }
+  static Vector fma_with(const double* a, Vector b, Vector c) { return fma(broadcast(a), b, c); }
   static void store(double* p, Vector v) { _mm256_storeu_pd(p, v); }
 };
 #else
@@ -81,6 +90,7 @@ struct Lanes {
   }
   static Vector broadcast(const T* p) { return *p - Vector{}; }
   static Vector fma(Vector a, Vector b, Vector c) { return a * b + c; }
+  static Vector fma_with(const T* a, Vector b, Vector c) { return fma(broadcast(a), b, c); }
   static void store(T* p, Vector v) { std::memcpy(p, &v, sizeof(v)); }
 };
 #endif

@@ -189,7 +189,7 @@ template <typename P>
 void run(const std::vector<P>& problems) {
   using T = typename P::Value;
   struct Share {  // how one GEMM is split into tasks, and which task is its first
-    int64_t panels, row_blocks, height, chunk, chunks, first;
+    int64_t panels, row_blocks, height, chunks, first;
   };
   const auto cut = [](int64_t count, int64_t parts) { return (count + parts - 1) / parts; };  // parts of like size
   int64_t panels = 0, work = 0, tasks = 0;
@@ -202,11 +202,11 @@ void run(const std::vector<P>& problems) {
   std::vector<Share> shares;
   for (const auto& p : problems) {
     if (p.depth == 0) fill_empty(p);
-    Share share{gemm::Panels<T>(p.outputs, p.rows).count(), p.depth == 0 ? 0 : cut(p.rows, kRowBlock), 0, 0, 0, tasks};
+    Share share{gemm::Panels<T>(p.outputs, p.rows).count(), p.depth == 0 ? 0 : cut(p.rows, kRowBlock), 0, 0, tasks};
     const int64_t tiles = cut(p.rows, gemm::kMaxRows);
     share.height = cut(tiles, std::max<int64_t>(1, share.row_blocks)) * gemm::kMaxRows;
-    share.chunks = std::max<int64_t>(1, cut(share.panels, wanted));
-    share.chunk = cut(share.panels, share.chunks);
+    // As many for each thread.
+    share.chunks = std::clamp<int64_t>(cut(cut(share.panels, wanted), workers) * workers, 1, std::max<int64_t>(1, share.panels));
     tasks += share.row_blocks * share.chunks;
     shares.push_back(share);
   }
@@ -215,9 +215,10 @@ void run(const std::vector<P>& problems) {
     while (shares[at].first > task) --at;
     const Share& share = shares[at];
     const int64_t row = (task - share.first) / share.chunks * share.height;
-    const int64_t panel = (task - share.first) % share.chunks * share.chunk;
+    const int64_t chunk = (task - share.first) % share.chunks;
+    const auto begin = [&](int64_t chunk) { return share.panels * chunk / share.chunks; };
     const auto& p = problems[at];
-    block(p, row, std::min(row + share.height, p.rows), panel, std::min(panel + share.chunk, share.panels));
+    block(p, row, std::min(row + share.height, p.rows), begin(chunk), begin(chunk + 1));
   });
 }
 

@@ -55,6 +55,10 @@ struct Lanes<Pair> {
     asm("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
     return c;
   }
+  static Vector fma_with(const Pair* a, Vector b, Vector c) {
+    asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(c) : "v"(b), "m"(*a));
+    return c;
+  }
   static void store(Pair* p, Vector v) { _mm512_storeu_ps(p, v); }
 };
 #endif

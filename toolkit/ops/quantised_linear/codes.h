@@ -59,6 +59,30 @@ TOOLKIT_INLINE Floats byte_plus_384(Words v) {
   return masked_xor(moved<8 * J, 15>(v), 0x007f8000u, 0x43c00000u);
 }
 
+// 2^24 times the signed 8-bit code J of each word, exactly: the code is the upper byte of an integer.
+template <int J>
+TOOLKIT_INLINE Floats byte_times_2_24(Words v) {
+#if defined(CPU_CAPABILITY_AVX2)
+  // Byte J of each word to its upper byte, 0 (-1: no byte) to the others.
+#define TOOLKIT_WORD(at) -1, -1, -1, at + J
+  alignas(64) static constexpr int8_t kUpper[64] = {
+      TOOLKIT_WORD(0), TOOLKIT_WORD(4), TOOLKIT_WORD(8), TOOLKIT_WORD(12), TOOLKIT_WORD(0), TOOLKIT_WORD(4),
+      TOOLKIT_WORD(8), TOOLKIT_WORD(12), TOOLKIT_WORD(0), TOOLKIT_WORD(4), TOOLKIT_WORD(8), TOOLKIT_WORD(12),
+      TOOLKIT_WORD(0), TOOLKIT_WORD(4), TOOLKIT_WORD(8), TOOLKIT_WORD(12)};
+#undef TOOLKIT_WORD
+#if defined(TOOLKIT_AVX512)
+  // Written out: AVX512-BW is not among the flags of the compiler, and torch calls no processor AVX512 without it.
+  __m512i upper;
+  asm("vpshufb %2, %1, %0" : "=v"(upper) : "v"(v), "v"(_mm512_load_si512(kUpper)));
+  return _mm512_cvtepi32_ps(upper);
+#else
+  return _mm256_cvtepi32_ps(_mm256_shuffle_epi8((__m256i)v, _mm256_load_si256(reinterpret_cast<const __m256i*>(kUpper))));
+#endif
+#else
+  return __builtin_convertvector((Ints)(v << (24 - 8 * J) & 0xff000000u), Floats);
+#endif
+}
+
 #ifndef CPU_CAPABILITY_AVX2
 // Without instructions for a step its lanes take turns, in separate functions: inlined they would be most of the
 // library.

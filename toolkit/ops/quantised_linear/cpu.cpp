@@ -1,5 +1,5 @@
-// quantised_linear, its backward and group, and dequantise on CPU: checks and dtypes; the kernels are few_rows.h and
-// dense.h. Many rows, float64 and gradients take `linear` with the dequantised weight, of which the kernels have the bits.
+// quantised_linear, its backward and group, and dequantise on CPU: checks and dtypes; the kernels are few_rows.h, many_rows.h
+// and dense.h. float64 takes `linear` with the dequantised weight, of which the kernels have the bits.
 #include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -8,18 +8,18 @@
 #include "dense.h"
 #include "dtypes.h"
 #include "few_rows.h"
+#include "many_rows.h"
 #include "quantised_formats.h"
 
 namespace toolkit::quantised {
 
-// Rows up to which decoding for every few of them costs less than a dense weight in memory.
-constexpr int64_t kFewRows = 32;
+// Rows up to which decoding for every few of them, in registers, costs less than once for all, through memory.
+constexpr int64_t kFewRows = 16;
 
 Stored stored(std::string_view format, const Tensor& codes, at::TensorList scales, int64_t outputs, int64_t inputs) {
   TORCH_CHECK(outputs >= 0 && inputs >= 0, "quantised_linear: the weight must have sizes >= 0, got [", outputs, ", ",
               inputs, "].");
   Stored w{format, outputs, inputs};
-  w.kept.reserve(1 + scales.size());
   with_format(format, [&](auto kind) {
     using Format = decltype(kind);
     w.take_codes(codes, Format::kBits, Format::kCodes);
@@ -78,37 +78,86 @@ Tensor dense_linear(const Tensor& x, const Stored& w, const std::optional<Tensor
   return linear_op()(x, dense(w, x, x.scalar_type()), bias);
 }
 
-// x [rows, K] as elements of T, K and the rows padded with zeros to what tiles take.
+struct Rows {
+  Tensor data;     // elements
+  int64_t stride;  // in elements
+};
+
+// x [rows, K] as elements of T, K padded with zeros to whole ones, and `height` rows or more to be read. Where `apart` they
+// do not lie so far apart that they compete for the same few cache sets.
 template <typename T>
-Tensor padded(const Tensor& x, int64_t rows, int64_t inputs) {
-  const auto type = c10::CppTypeToScalarType<gemm::Operand<T>>::value;
-  const Tensor flat = storage::cast(x, type).reshape({rows, inputs}).contiguous();
-  const int64_t height = padded_rows(rows), width = gemm::steps_of<T>(inputs) * gemm::kTerms<T>;
-  if (height == rows && width == inputs) return flat;
+Rows rows_of(const Tensor& x, int64_t rows, int64_t height, bool apart) {
+  using Operand = gemm::Operand<T>;
+  const int64_t inputs = x.size(-1), steps = gemm::steps_of<T>(inputs);
+  const Tensor flat = storage::cast(x, c10::CppTypeToScalarType<Operand>::value).contiguous();
+  const bool close = apart && rows >= matmul::kCopyRows && steps * int64_t(sizeof(T)) % matmul::kBadStride == 0;
+  const int64_t stride = close ? steps + 64 / int64_t(sizeof(T)) : steps, width = stride * gemm::kTerms<T>;
+  if (height == rows && width == inputs) return {flat, stride};
   Tensor more = at::empty({height, width}, flat.options());
-  const auto* const from = flat.const_data_ptr<gemm::Operand<T>>();
-  auto* const to = more.mutable_data_ptr<gemm::Operand<T>>();
-  std::fill_n(to, height * width, gemm::Operand<T>(0));
-  for (int64_t r = 0; r < rows; ++r) std::copy_n(from + r * inputs, inputs, to + r * width);
-  return more;
+  const auto* const from = flat.const_data_ptr<Operand>();
+  auto* const to = more.mutable_data_ptr<Operand>();
+  for (int64_t r = 0; r < height; ++r) {
+    const int64_t there = r < rows ? inputs : 0;
+    std::copy_n(from + r * inputs, there, to + r * width);
+    std::fill_n(to + r * width + there, width - there, Operand(0));
+  }
+  return {more, stride};
 }
+
+int64_t rows_in(const Tensor& x) { return c10::multiply_integers(x.sizes().begin(), x.sizes().end() - 1); }
+
+// Whether the dense op takes x: there is nothing to add up, or it is float64.
+bool is_for_dense(const Tensor& x) { return x.numel() == 0 || x.scalar_type() == at::kDouble; }
 
 struct Member {
   Stored weight;
   std::optional<Tensor> bias;
 };
 
+// x W^T + bias, or where `ToInputs` x W, of any number of rows.
+template <bool ToInputs>
+Tensor large(const Tensor& x, const Stored& w, const std::optional<Tensor>& bias) {
+  const int64_t outputs = ToInputs ? w.inputs : w.outputs, depth = ToInputs ? w.outputs : w.inputs;
+  const int64_t rows = rows_in(x);
+  auto shape = x.sizes().vec();
+  shape.back() = outputs;
+  Tensor out = memory::empty(shape, x.options());
+  const Tensor shift = bias ? storage::cast(*bias, at::kFloat).contiguous() : Tensor();
+  gemm::with_elements(x.scalar_type(), [&](auto element, auto store) {
+    using T = decltype(element);
+    using S = decltype(store);
+    if constexpr (std::is_same_v<gemm::Sum<T>, float>) {
+      const Rows from = rows_of<T>(x, rows, rows, true);
+      Large<T, S> gemm{w, nullptr, static_cast<const T*>(from.data.const_data_ptr()), from.stride, rows, depth, outputs,
+                       bias ? shift.const_data_ptr<float>() : nullptr, out.mutable_data_ptr<S>()};
+      with_variant_of(w, [&](auto kind) {
+        gemm.pack = ToInputs ? &pack_inputs<decltype(kind), T, S> : &pack_outputs<decltype(kind), T, S>;
+      });
+      gemm.run();
+    }
+  });
+  return out;
+}
+
 // The GEMMs of one x, in one parallel section where they are of few rows.
 std::vector<Tensor> compute(const Tensor& x, std::vector<Member> members) {
-  const int64_t inputs = x.size(-1), rows = c10::multiply_integers(x.sizes().begin(), x.sizes().end() - 1);
+  const int64_t inputs = x.size(-1), rows = rows_in(x);
   const auto dtype = x.scalar_type();
   std::vector<Tensor> outs;
-  if (rows == 0 || inputs == 0 || rows > kFewRows || dtype == at::kDouble) {
+  if (is_for_dense(x)) {
     for (const auto& member : members) outs.push_back(dense_linear(x, member.weight, member.bias));
     return outs;
   }
+  if (rows > kFewRows) {
+    for (const auto& member : members)
+      outs.push_back(member.weight.outputs == 0 ? dense_linear(x, member.weight, member.bias)
+                                                : large<false>(x, member.weight, member.bias));
+    return outs;
+  }
   Tensor flat;
-  gemm::with_elements(dtype, [&](auto element, auto) { flat = padded<decltype(element)>(x, rows, inputs); });
+  gemm::with_elements(dtype, [&](auto element, auto) {
+    flat = rows_of<decltype(element)>(x, rows, padded_rows(rows), false).data;
+  });
   std::vector<Problem> problems;
   std::vector<Tensor> biases;
   for (auto& member : members) {
@@ -168,9 +217,11 @@ std::tuple<Tensor, Tensor> quantised_linear_backward(const Tensor& grad, const T
   const Stored w = stored(format, codes, scales, grad.size(-1), inputs);
   auto shape = grad.sizes().vec();
   shape.back() = inputs;
-  const Tensor x = at::empty({}, grad.options()).expand(shape);  // of which only shape and dtype are read
-  auto [to_x, to_weight, to_bias] = op.call(grad, x, dense(w, grad, grad.scalar_type()), need_x, false, need_bias);
-  return {to_x, to_bias};
+  const Tensor single = at::empty({}, grad.options()), x = single.expand(shape);  // of which only shape and dtype are read
+  const bool dense_x = need_x && (is_for_dense(grad) || inputs == 0);
+  const Tensor weight = dense_x ? dense(w, grad, grad.scalar_type()) : single.expand({w.outputs, w.inputs});
+  auto [to_x, to_weight, to_bias] = op.call(grad, x, weight, dense_x, false, need_bias);
+  return {need_x && !dense_x ? large<true>(grad, w, {}) : to_x, to_bias};
 }
 
 TORCH_LIBRARY_IMPL(toolkit, CPU, m) {

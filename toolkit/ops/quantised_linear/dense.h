@@ -16,14 +16,22 @@ inline void decode(const Stored& w, int64_t panel, int64_t k, int64_t count, flo
     for (int64_t at = 0; at < count; at += per_word) {
       const Words words = load_words(w.codes + (panel * w.words + (k + at) / per_word) * kPanel + lane);
       for_steps<Format, float>([&](auto j) TOOLKIT_LAMBDA {
-        Floats value = Format::template value<j()>(words, group);
-        if constexpr (Format::kHasNan) value = Format::template with_nan<j()>(words, value);
-        Lanes::store(&columns[at + j()][lane], value);
+        Lanes::store(&columns[at + j()][lane], number<Format, j(), true>(words, group));
       });
     }
   }
+#if defined(CPU_CAPABILITY_AVX2)
+  constexpr int64_t step = gemm::kTransposed<float>;
+  for (int64_t n = 0; n < kPanel; n += step)
+    for (int64_t i = 0; i < kPanel; i += kLanes) {
+      Floats turned[step];
+      gemm::transpose(&columns[i][n], kPanel, turned);
+      for (int64_t j = 0; j < step; ++j) Lanes::store(out + (n + j) * stride + i, turned[j]);
+    }
+#else
   for (int64_t n = 0; n < kPanel; ++n)
     for (int64_t i = 0; i < kPanel; ++i) out[n * stride + i] = columns[i][n];
+#endif
 }
 
 // out[n, k] in D, for outputs of panels [first, last).

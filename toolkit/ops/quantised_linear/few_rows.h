@@ -28,7 +28,9 @@ inline int64_t tile_rows(int64_t left) {
   while (rows < std::min(left, kTileRows)) rows *= 2;
   return rows;
 }
-inline int64_t padded_rows(int64_t rows) { return rows / kTileRows * kTileRows + (rows % kTileRows ? tile_rows(rows % kTileRows) : 0); }
+inline int64_t padded_rows(int64_t rows) {
+  return rows / kTileRows * kTileRows + (rows % kTileRows ? tile_rows(rows % kTileRows) : 0);
+}
 
 // `body(integral_constant<J>)` for each element of T that the codes of a word make.
 template <typename Format, typename T, typename Body>
@@ -38,36 +40,53 @@ TOOLKIT_INLINE void for_steps(const Body& body) {
   }(std::make_integer_sequence<int, 32 / Format::kBits / int(gemm::kTerms<T>)>{});
 }
 
+// The number of code J of each word; without `Nan` another one of a code that is a NaN.
+template <typename Format, int J, bool Nan>
+TOOLKIT_INLINE Floats number(Words words, const typename Format::Group& group) {
+  const Floats value = Format::template value<J>(words, group);
+  if constexpr (Nan && Format::kHasNan) return Format::template with_nan<J>(words, value);
+  return value;
+}
+
 // Elements of a GEMM that step J of a word holds for each vector: numbers rounded to S, or pairs of bfloat16; `left` codes
 // of the word are inputs of the weight.
-template <typename Format, typename T, typename S, int J, int V>
+template <typename Format, typename T, typename S, int J, int V, bool Nan = false>
 TOOLKIT_INLINE void elements(const Words (&words)[V], const typename Format::Group (&groups)[V], [[maybe_unused]] int64_t left,
                              Floats (&values)[V]) {
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) {
     if constexpr (gemm::kTerms<T> == 1) {
-      values[v] = rounded<S>(Format::template value<J>(words[v], groups[v]));
+      values[v] = rounded<S>(number<Format, J, Nan>(words[v], groups[v]));
     } else {
-      const Floats first = Format::template value<2 * J>(words[v], groups[v]);
-      values[v] = pairs(first, 2 * J + 1 < left ? Format::template value<2 * J + 1>(words[v], groups[v]) : Floats{});
+      const Floats first = number<Format, 2 * J, Nan>(words[v], groups[v]);
+      values[v] = pairs(first, 2 * J + 1 < left ? number<Format, 2 * J + 1, Nan>(words[v], groups[v]) : Floats{});
     }
   }
+}
+
+// What a panel of `length` codes asks for at code `at`: those of kAhead words later, of the next P panels at its end, which
+// no processor guesses.
+constexpr int64_t kAhead = 64 * kPanel;
+template <int P>
+TOOLKIT_INLINE int64_t upcoming(int64_t at, int64_t length) {
+  const int64_t to = at + kAhead;
+  return to < length ? to : to + (P - 1) * length;
 }
 
 // R rows of x against P panels from `panel` on, of which those beyond the last repeat it and are not written.
 template <typename Format, typename T, typename S, int R, int P>
 __attribute__((noinline)) void tile(const Problem& p, int64_t row, int64_t panel) {
   constexpr int V = P * kParts;
-  constexpr int64_t per_word = 32 / Format::kBits, terms = gemm::kTerms<T>, ahead = 16 * kPanel;
+  constexpr int64_t per_word = 32 / Format::kBits, terms = gemm::kTerms<T>;
   constexpr int64_t depth = matmul::kDepth<T>;
   const Stored& w = p.weight;
-  const int64_t steps = gemm::steps_of<T>(w.inputs);
+  const int64_t steps = gemm::steps_of<T>(w.inputs), length = w.words * kPanel;
   const T* const x = static_cast<const T*>(p.x) + row * steps;
   const int32_t* codes[P];
   int64_t panels[P];
   for (int i = 0; i < P; ++i) {
     panels[i] = std::min(panel + i, w.panels - 1);
-    codes[i] = w.codes + panels[i] * w.words * kPanel;
+    codes[i] = w.codes + panels[i] * length;
   }
   float total[R][V * kLanes];
   [[maybe_unused]] Words nans[V] = {};
@@ -91,7 +110,7 @@ __attribute__((noinline)) void tile(const Problem& p, int64_t row, int64_t panel
         for (int v = 0; v < V; ++v) {
           words[v] = load_words(codes[v / kParts] + at + v % kParts * kLanes);
           if constexpr (Format::kHasNan) nans[v] |= Format::nans(words[v]);
-          if (v % kParts == 0) __builtin_prefetch(codes[v / kParts] + at + ahead);
+          if (v % kParts == 0) __builtin_prefetch(codes[v / kParts] + upcoming<P>(at, length));
         }
         if (k + per_word <= end) {
           for_steps<Format, T>([&](auto j) TOOLKIT_LAMBDA { take(j, words, per_word); });
@@ -144,26 +163,25 @@ void run_units(const Problem& p, int64_t first, int64_t last) {
     }
 }
 
-// Several GEMMs, split together over the threads.
+// Several GEMMs, split together over the threads into tasks of like size, as many for each thread.
 inline void run(const std::vector<Problem>& problems) {
-  int64_t units = 0, work = 0;
+  std::vector<int64_t> first{0};  // unit of each GEMM
+  int64_t work = 0;
   for (const auto& p : problems) {
-    units += p.units();
+    first.push_back(first.back() + p.units());
     work += matmul::cost(p.rows, p.weight.outputs * p.weight.inputs);
   }
-  const int64_t workers = work >= matmul::kParallelWork ? at::get_num_threads() : 1;
-  const int64_t chunk = std::clamp<int64_t>(units / (workers * matmul::kTasks), 1, matmul::kChunk);
-  std::vector<int64_t> first;  // task of each GEMM
-  int64_t tasks = 0;
-  for (const auto& p : problems) {
-    first.push_back(tasks);
-    tasks += (p.units() + chunk - 1) / chunk;
-  }
+  const int64_t workers = work >= matmul::kParallelWork ? at::get_num_threads() : 1, units = first.back();
+  const int64_t tasks = std::min(units, std::max(workers * matmul::kTasks, units / matmul::kChunk));
   threads::run_tasks(tasks, workers, [&](int64_t task) {
-    size_t at = problems.size() - 1;
-    while (first[at] > task) --at;
-    const int64_t unit = (task - first[at]) * chunk;
-    problems[at].run(problems[at], unit, std::min(unit + chunk, problems[at].units()));
+    int64_t unit = units * task / tasks;
+    const int64_t end = units * (task + 1) / tasks;
+    for (size_t at = 0; unit < end; ++at) {
+      if (unit >= first[at + 1]) continue;
+      const int64_t until = std::min(end, first[at + 1]);
+      problems[at].run(problems[at], unit - first[at], until - first[at]);
+      unit = until;
+    }
   });
 }
 

@@ -26,9 +26,11 @@ struct Stored {
   int64_t nested = 0;                      // elements of a nested scale
   std::vector<Tensor> kept;                // copies of what was not contiguous
 
-  const Tensor& keep(const Tensor& tensor) {
+  // Where the numbers of an argument of the op lie, which outlives this.
+  const void* keep(const Tensor& tensor) {
+    if (tensor.is_contiguous()) return tensor.const_data_ptr();
     kept.push_back(tensor.contiguous());
-    return kept.back();
+    return kept.back().const_data_ptr();
   }
 
   template <typename T>
@@ -44,12 +46,12 @@ struct Stored {
   void take_codes(const Tensor& tensor, int bits, at::ScalarType type) {
     panels = (outputs + kPanel - 1) / kPanel;
     words = (inputs * bits + 31) / 32;
-    std::vector<int64_t> shape{panels, words, kPanel};
-    if (bits == 8) shape.push_back(4);
+    const int64_t lanes[4] = {panels, words, kPanel, 4};
+    const at::IntArrayRef shape(lanes, bits == 8 ? 4 : 3);
     TORCH_CHECK(tensor.sizes() == shape && tensor.scalar_type() == type, format, ": codes must be ", type, " of shape ",
-                at::IntArrayRef(shape), " for a weight [", outputs, ", ", inputs, "], got ", tensor.scalar_type(),
-                " of shape ", tensor.sizes(), ".");
-    codes = static_cast<const int32_t*>(keep(tensor).const_data_ptr());
+                shape, " for a weight [", outputs, ", ", inputs, "], got ", tensor.scalar_type(), " of shape ",
+                tensor.sizes(), ".");
+    codes = static_cast<const int32_t*>(keep(tensor));
   }
 
   void take_count(const at::TensorList& tensors, std::initializer_list<int> allowed) {
@@ -77,7 +79,7 @@ struct Stored {
                 name, " must be ", *types.begin(), " (or another that the format allows) of shape ", shape, ", got ", type,
                 " of shape ", tensor.sizes(), ".");
     if (i == 0) scale_type = type;
-    scales[i] = keep(tensor).const_data_ptr();
+    scales[i] = keep(tensor);
   }
   void take_per_group(int i, const char* name, const Tensor& tensor, std::initializer_list<at::ScalarType> types) {
     take(i, name, tensor, {panels, groups, kPanel}, types);
