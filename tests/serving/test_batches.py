@@ -13,6 +13,7 @@ import httpx
 import openai
 import pytest
 
+from tests.helpers.provider_specs import check
 from tests.helpers.server_process import serving
 from tests.helpers.told_engine import ToldEngine, client_of
 from toolkit.cli import main
@@ -282,6 +283,10 @@ def test_a_batch_asks_at_the_lowest_priority_and_so_many_at_a_time():
         asked_for = {"input_file_id": file["id"], "endpoint": COMPLETIONS, "completion_window": "24h"}
         batch = client.post("/v1/batches", json=asked_for).json()
         schemas.BatchObject.model_validate(batch)
+        check("openai", "OpenAIFile", file)
+        check("openai", "ListFilesResponse", client.get("/v1/files").json())
+        # OpenAI's examples have the nulls that its schema leaves out.
+        check("openai", "Batch", {name: value for name, value in batch.items() if value is not None})
         end = time.monotonic() + 10
         while len(seen) < 3 and time.monotonic() < end:
             time.sleep(0.01)

@@ -17,6 +17,7 @@ from fastapi.testclient import TestClient
 
 from tests.helpers.app_on_port import on_a_port
 from tests.helpers.pooling_models import SEQUENCES, TOKENS, bert_tokenizer, hidden_of, logits_of, pooling_model
+from tests.helpers.provider_specs import check
 from tests.helpers.server_process import serving
 from tests.helpers.told_engine import ToldEngine, client_of
 from toolkit.cli import serve
@@ -264,7 +265,7 @@ def test_the_document_describes_the_routes_and_the_metrics_count(embeddings):
     bounded = document["components"]["schemas"]["EmbeddingRequest"]["properties"]["input"]["anyOf"][2]
     assert bounded["items"] == {"type": "integer", "minimum": 0, "maximum": 330}
     before = int(re.search(r"^toolkit:prompt_tokens_total (\d+)$", embeddings.get("/metrics").text, re.M)[1])
-    embeddings.post("/v1/embeddings", json={"input": [5, 6, 7]})
+    check("openai", "CreateEmbeddingResponse", embeddings.post("/v1/embeddings", json={"input": [5, 6, 7]}).json())
     assert f"toolkit:prompt_tokens_total {before + 3}" in embeddings.get("/metrics").text
     assert embeddings.get("/health").json() == {"status": "ok"}
 
