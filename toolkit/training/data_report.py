@@ -30,14 +30,14 @@ class DataReport:
     too_long: list[BadLine] = field(default_factory=list)
     dropped: list[int] = field(default_factory=list)
     lengths: dict[int, list[int]] = field(default_factory=dict)
-    """Of the examples of each source, by its place."""
+    """Of the examples of each source, by its index."""
     first: Any = None
     first_number: int | None = None
 
-    def add(self, source: Any, prepare: Callable[[Any], Outcome], place: int) -> None:
+    def add(self, source: Any, prepare: Callable[[Any], Outcome], index: int) -> None:
         """One more source of examples."""
         self.sources += 1
-        self.lengths[place] = []
+        self.lengths[index] = []
         number = source.number if isinstance(source, Line) else self.sources
         try:
             outcome = prepare(source)
@@ -46,7 +46,7 @@ class DataReport:
                 BadLine(number, str(error), source.path if isinstance(source, Line) else "")
             )
             return
-        self.lengths[place] = outcome.lengths
+        self.lengths[index] = outcome.lengths
         self.counts += outcome.counts
         self.turn_ends += outcome.turn_ends
         if not outcome.examples:
@@ -70,7 +70,7 @@ class DataReport:
         self.sources = sum(part.sources for part in parts)
         self.counts = sum((part.counts for part in parts), Counter())
         self.turn_ends = sum((part.turn_ends for part in parts), Counter())
-        self.lengths = {place: one for part in parts for place, one in part.lengths.items()}
+        self.lengths = {index: one for part in parts for index, one in part.lengths.items()}
         for name in ("bad", "too_long", "dropped"):
             setattr(self, name, sorted(one for part in parts for one in getattr(part, name)))
         shown_by = next((part for part in parts if part.first is not None), self)

@@ -32,16 +32,16 @@ def packed_steps(
     """Steps of packed examples, whose lengths are packed as ``Packed`` packs the examples.
 
     Args:
-        lengths: inputs of the examples of each line, by its place.
-        streams: of places, one for each process.
+        lengths: inputs of the examples of each line, by its index.
+        streams: of indexes, one for each process.
         batch_tokens: inputs of a batch.
         batches: of a step, in each process.
     """
     most = 0
     for stream in streams:
         full = rows = 0
-        for place in stream.take(round(epochs * stream.lines_per_epoch)):
-            for length in lengths.get(place, ()):
+        for index in stream.take(round(epochs * stream.lines_per_epoch)):
+            for length in lengths.get(index, ()):
                 if rows and rows + length > batch_tokens:
                     full, rows = full + 1, 0
                 rows += length

@@ -1,4 +1,4 @@
-"""Kahneman-Tversky optimisation: completions that are good or bad by themselves, relative to a frozen reference."""
+"""Kahneman-Tversky optimisation: completions with a label, good or bad, relative to a frozen reference."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
