@@ -282,9 +282,17 @@ class Base:
         """``function`` of what is given, on a thread: the event loop serves everybody else meanwhile."""
         return await asyncio.get_running_loop().run_in_executor(self._workers, function, *given)
 
-    async def read(self, request: Request, read_body: Callable[[bytes], Read]) -> Read:
-        """The request, read on a thread."""
-        if (encoding := request.headers.get("content-encoding", "identity")) != "identity":
+    async def read(
+        self, request: Request, read_body: Callable[[bytes], Read], decode: Callable[[bytes, str], bytes] | None = None
+    ) -> Read:
+        """The request, read on a thread.
+
+        Args:
+            read_body: reads a body.
+            decode: (body, its content-encoding in lower case) -> the body before that; None refuses every encoding.
+        """
+        encoding = request.headers.get("content-encoding", "identity").strip().lower()
+        if decode is None and encoding != "identity":
             message = f"The request body must not be encoded, got the Content-Encoding {shown(encoding)}."
             raise RequestError(message, status=415)
         raw = await _body(request, self.config.max_body_size)
@@ -292,7 +300,7 @@ class Base:
         if record is not None:
             record.body = raw
         try:
-            return await self.on_thread(read_body, raw)
+            return await self.on_thread(lambda: read_body(raw if decode is None else decode(raw, encoding)))
         finally:
             if len(raw) > SMALL_BODY:
                 await self.trim_soon()

@@ -62,13 +62,11 @@ def add_training_routes(tinker: Tinker) -> None:
 
     @tinker.route("POST", "forward_backward")
     async def forward_backward(request: Request) -> Json:
-        encoding = request.headers.get("content-encoding", "").strip().lower()
-
         def read(raw: bytes) -> tuple[ForwardBackward, Sequence[Example]]:
-            asked = ForwardBackward(inflated(raw, encoding))
+            asked = ForwardBackward(raw)
             return asked, asked.examples()
 
-        asked, examples = await base.read(request, read)
+        asked, examples = await base.read(request, read, inflated)
         given = {"loss_fn": asked.loss_fn, "config": asked.config, "forward_only": asked.forward_only}
         return await submit(asked.model_id, asked.seq_id, "forward_backward", examples=examples, **given)
 
