@@ -26,7 +26,7 @@ from toolkit.patching.record import PatchRecord, pop_record, put_record, record_
 from toolkit.patching.report import PatchReport
 from toolkit.patching.roles import FINDERS, wanted_roles
 from toolkit.patching.sharding import check_unsharded
-from toolkit.patching.weights import count_steps
+from toolkit.patching.weights import count_steps, leave_clock
 
 
 def find_claims(
@@ -153,3 +153,4 @@ def unpatch(model: nn.Module) -> None:
         pop_record(model)
         release_adapters(model)
         undo_all(record.undo)
+        leave_clock(model)

@@ -14,12 +14,13 @@ from toolkit.patching.adapters.experts import grouped_experts
 from toolkit.patching.adapters.find import adapter_layers, base_module, is_adapter, wraps_parameter
 from toolkit.patching.adapters.prove import proven_forward
 from toolkit.patching.adapters.tokens import proven_tokens, trains_tokens
+from toolkit.patching.attached import attach, attached, detach
 from toolkit.patching.claim import Undo, replace_forward
 from toolkit.patching.probe import device_of, signature_key
 
 FUSED = "fused"
 
-_UNDO: "weakref.WeakKeyDictionary[nn.Module, Undo]" = weakref.WeakKeyDictionary()
+_UNDO = "_toolkit_undo"
 _SKIPPED: "weakref.WeakKeyDictionary[nn.Module, str]" = weakref.WeakKeyDictionary()
 
 
@@ -69,25 +70,25 @@ def _fuse_linear(model: nn.Module, numerics: Numerics) -> None:
         if isinstance(verdict, str):
             _SKIPPED[module] = verdict
         else:
-            _UNDO[module] = replace_forward(module, verdict)()
+            attach(module, _UNDO, replace_forward(module, verdict)())
 
 
 def _make_factors_batch_invariant(module: Any) -> None:
     for name in ("lora_A", "lora_B"):
         for factor in getattr(module, name, {}).values():
             if type(factor) is nn.Linear and "forward" not in factor.__dict__:
-                _UNDO[factor] = replace_forward(factor, linear_forward)()
+                attach(factor, _UNDO, replace_forward(factor, linear_forward)())
 
 
 def is_fused(module: nn.Module) -> bool:
     """Whether the forward of a wrapper is a fused one."""
-    return module in _UNDO
+    return attached(module, _UNDO) is not None
 
 
 def adapter_report(model: nn.Module) -> list[tuple[str, str]]:
     """(path, ``FUSED`` or the reason why PEFT's forward stays) of each wrapper of a linear layer."""
     return [
-        (path, FUSED if module in _UNDO else _SKIPPED.get(module, "another forward was put in its place"))
+        (path, FUSED if is_fused(module) else _SKIPPED.get(module, "another forward was put in its place"))
         for path, module in model.named_modules()
         if is_adapter(module) and not wraps_parameter(module)
     ]
@@ -96,7 +97,7 @@ def adapter_report(model: nn.Module) -> list[tuple[str, str]]:
 def release_adapters(model: nn.Module) -> None:
     """Give all wrappers, and their factors, PEFT's own forward back."""
     for module in model.modules():
-        undo = _UNDO.pop(module, None)
+        undo: Undo | None = detach(module, _UNDO)
         if undo is not None:
             undo()
         _SKIPPED.pop(module, None)

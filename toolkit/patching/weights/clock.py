@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from toolkit.patching.adapters import AdapterSwitches, inner_model
+from toolkit.patching.attached import attach, attached, detach
 from toolkit.patching.weights.optimizers import count_steps, steps_of_copies
 from toolkit.patching.weights.tensors import ModelTensors, Owner
 from toolkit.state.prefix_key import PrefixKey
@@ -50,6 +51,10 @@ class WeightClock:
         self._layouts = [(0, (self._tensors.layout, self._switches.selection()), self._tensors)]
         self.key = self._current()
         self._versions = {self.key: 0}
+
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether it is that of ``model``, and not of what it is a shallow copy of."""
+        return self._model() is model
 
     def version(self) -> int:
         """The current version: 0 at first, and equal only where the weights are."""
@@ -186,16 +191,26 @@ class WeightClock:
         return self._selections[selection]
 
 
-_CLOCKS: "weakref.WeakKeyDictionary[nn.Module, WeightClock]" = weakref.WeakKeyDictionary()
+_CLOCK = "_toolkit_clock"
+_HELD: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[WeightClock]]" = weakref.WeakKeyDictionary()
+"""Clocks that may have users after ``leave_clock``."""
 
 
 def weight_clock(model: nn.Module) -> WeightClock:
     """The clock of ``model``: the same one for every caller."""
     model = inner_model(model)
-    clock = _CLOCKS.get(model)
-    if clock is None:
-        clock = _CLOCKS[model] = WeightClock(model)
+    clock: WeightClock | None = attached(model, _CLOCK)
+    if clock is None or not clock.is_of(model):
+        held = _HELD.get(model)
+        clock = (None if held is None else held()) or WeightClock(model)
+        attach(model, _CLOCK, clock)
+        _HELD[model] = weakref.ref(clock)
     return clock
+
+
+def leave_clock(model: nn.Module) -> None:
+    """Leave no clock on the model; one that is in use is its clock again when it is asked for."""
+    detach(model, _CLOCK)
 
 
 def weight_version(model: nn.Module) -> int:
