@@ -326,6 +326,7 @@ LARGE = {
 LONG_PROMPTS = json.dumps({"prompt": ["the quick brown fox " * 150] * 8, "max_tokens": 1})
 
 
+@pytest.mark.soak
 def test_no_single_request_keeps_the_others_waiting_or_the_memory(server):
     """Everybody else meanwhile: /health, and a stream, whose tokens come within the step that is under way."""
 
