@@ -1,6 +1,7 @@
 """Fixtures of every test. Without a CUDA device the Triton kernels run in Triton's interpreter, on CPU tensors."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,11 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from tests.helpers.implementations import PARAMETERS, Implementation
+
+# Who is started in the background ignores them, and so would the processes that the tests send them to.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 LONG = Path(__file__).with_name("long_tests.txt")
 
