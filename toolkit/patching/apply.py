@@ -26,7 +26,7 @@ from toolkit.patching.record import PatchRecord, pop_record, put_record, record_
 from toolkit.patching.report import PatchReport
 from toolkit.patching.roles import FINDERS, wanted_roles
 from toolkit.patching.sharding import check_unsharded
-from toolkit.patching.weights import count_steps, leave_clock
+from toolkit.patching.weights import count_steps, leave_clock, make_room_for_clock
 
 
 def find_claims(
@@ -130,6 +130,7 @@ def patch(model: nn.Module, roles: Sequence[str] | None = None, numerics: str | 
         installs.append(partial(put_pre_hook, model, LabelsOnPadding()))
     undo = install_all(installs)
     put_record(model, PatchRecord(report, wanted, undo, InstalledForwards.of(report.claims)))
+    make_room_for_clock(model)
     fuse_adapters(model, report.numerics)
     skipped = [(path, verdict) for path, verdict in adapter_report(model) if verdict != FUSED]
     report.skipped.extend(Skipped("adapter", path, reason) for path, reason in skipped)

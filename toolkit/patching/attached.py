@@ -24,9 +24,16 @@ class Attached:
         return Attached, ()
 
 
-def attach(module: nn.Module, name: str, value: Any) -> None:
-    """Keep a value under a name, which begins with an underscore: other attributes are settings of the module."""
-    module.__dict__[name] = Attached(value)
+def attach(module: nn.Module, name: str, value: Any = None) -> None:
+    """Keep a value under a name, which begins with an underscore: other attributes are settings of the module.
+
+    Where there is room for it (``attach`` of None), no attribute of the module is another object afterwards.
+    """
+    room = module.__dict__.get(name)
+    if room is not None and room.value is None:
+        room.value = value
+    else:
+        module.__dict__[name] = Attached(value)
 
 
 def attached(module: nn.Module, name: str) -> Any:

@@ -208,6 +208,12 @@ def weight_clock(model: nn.Module) -> WeightClock:
     return clock
 
 
+def make_room_for_clock(model: nn.Module) -> None:
+    """Let whoever asks for the clock later, such as an engine, leave the attributes of the model as they are."""
+    if attached(model, _CLOCK) is None:
+        attach(model, _CLOCK)
+
+
 def leave_clock(model: nn.Module) -> None:
     """Leave no clock on the model; one that is in use is its clock again when it is asked for."""
     detach(model, _CLOCK)
