@@ -215,6 +215,15 @@ class OfflineObjective(Objective[O]):
         assert self.dataset is not None
         return self.line_streams(self.dataset.train)[rank]
 
+    def held_out_sources(self) -> Sequence[Problem | Line]:
+        """Problems or lines that are never trained on, at most ``evaluation.max_eval_samples``."""
+        evaluation = self.section.evaluation
+        if self.task is not None:
+            stream = ProblemStream(self.task, 0, evaluation.val_set_size, held_out=True)
+            return stream.take(evaluation.max_eval_samples)
+        assert self.dataset is not None
+        return self.dataset.held_out[: evaluation.max_eval_samples]
+
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = self.stream.state_dict()
         return state

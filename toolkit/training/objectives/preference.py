@@ -13,7 +13,7 @@ from toolkit.training.jsonl import Line
 from toolkit.training.objectives.base import MetricAccumulator, Metrics, RunContext, divided
 from toolkit.training.objectives.offline import OfflineObjective
 from toolkit.training.preparing import Outcome, paired
-from toolkit.training.tasks import Problem, ProblemStream
+from toolkit.training.tasks import Problem
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -188,14 +188,8 @@ class Preference(OfflineObjective[P]):
 
         from toolkit.patching.eval_mode import eval_mode
 
-        evaluation, context = self.section.evaluation, self.context
-        if self.task is not None:
-            sources: Sequence[Any] = ProblemStream(self.task, 0, evaluation.val_set_size, held_out=True).take(
-                evaluation.max_eval_samples
-            )
-        else:
-            assert self.dataset is not None
-            sources = self.dataset.held_out[: evaluation.max_eval_samples]
+        context = self.context
+        sources = self.held_out_sources()
         if len(sources) < context.world_size:
             return {"eval_samples": 0}
         mine = [pair for source in sources[context.rank :: context.world_size] for pair in self.examples(source)]
