@@ -25,7 +25,8 @@ def train(live, name, first, rounds):
     for at in range(rounds):
         data = examples(first + 2 * at, 3, 16, False)
         losses.append(live.forward_backward(name, first + 2 * at, data, "cross_entropy", {}))
-        live.optim_step(name, first + 2 * at + 1, STEP)
+        step = live.optim_step(name, first + 2 * at + 1, STEP)
+    step.result(WAIT)  # the last one writes the weights after the losses are there
     return [one.result(WAIT).loss for one in losses]
 
 
