@@ -5,10 +5,9 @@ from pathlib import Path
 
 from fastapi import Request, params
 
-from toolkit.engine import EngineUnavailable
-from toolkit.errors import ToolkitError
 from toolkit.sentences import shown
 from toolkit.serving.admin import schemas
+from toolkit.serving.admin.on_engine import on_engine
 from toolkit.serving.errors import Json, RequestError
 from toolkit.serving.generation import Generation
 from toolkit.serving.openapi import responses, takes
@@ -49,17 +48,16 @@ def add_adapters(generation: Generation, guarded: list[params.Depends]) -> None:
             raise RequestError(message, "lora_name")
         async with changing:
             try:
-                await asyncio.to_thread(
-                    engine.call,
+                await on_engine(
+                    engine,
                     lambda: engine.engine.load_adapter(asked.lora_name, asked.lora_path, in_place),
+                    ("lora_name", "lora_path"),
                 )
-            except EngineUnavailable:
-                raise
-            except ToolkitError as error:
-                field = "lora_name" if str(error).startswith("lora_name") else "lora_path"
+            except RequestError as error:
                 # As vLLM says it; a trainer asks again for what a shared disk does not show yet.
-                there = await asyncio.to_thread(_has_files, asked.lora_path)
-                raise RequestError(str(error), field, status=400 if there else 404) from None
+                if not await asyncio.to_thread(_has_files, asked.lora_path):
+                    error.status = 404
+                raise
             models.adapters[asked.lora_name] = asked.lora_path
         return {"status": "loaded"}
 

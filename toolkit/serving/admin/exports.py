@@ -1,11 +1,9 @@
 """``POST /export``: the served weights as another program opens them."""
 
-import asyncio
-
 from fastapi import Request, params
 
-from toolkit.errors import ToolkitError
 from toolkit.serving.admin import schemas
+from toolkit.serving.admin.on_engine import on_engine
 from toolkit.serving.errors import Json, RequestError
 from toolkit.serving.generation import Generation
 from toolkit.serving.openapi import responses, takes
@@ -32,9 +30,5 @@ def add_exports(generation: Generation, guarded: list[params.Depends]) -> None:
             path = write(model, asked.path, asked.to, generation.config.tokenizer, asked.quantise)
             return str(path), engine.engine.see_weights()
 
-        try:
-            path, version = await asyncio.to_thread(engine.call, written)
-        except ToolkitError as error:
-            field = next((name for name in ("to", "quantise") if str(error).startswith(f"{name} ")), "path")
-            raise RequestError(str(error), field) from None
+        path, version = await on_engine(engine, written, ("to", "quantise", "path"))
         return {"path": path, "to": asked.to, "weight_version": version}
