@@ -39,7 +39,18 @@ PACKAGES = {
     "chat": set(),
     "llm": {"llm", "engine", "loading"},
 }
-EVERYWHERE = {"lazy", "chat", "errors", "files", "machine", "numerics", "registry", "sentences", "strict_json"}
+EVERYWHERE = {
+    "lazy",
+    "chat",
+    "errors",
+    "files",
+    "machine",
+    "numerics",
+    "packing",
+    "registry",
+    "sentences",
+    "strict_json",
+}
 KNOW_TRANSFORMERS = {"patching", "exporting", "testing", "cli", "training", "loading", "chat"}
 
 

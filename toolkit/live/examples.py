@@ -8,6 +8,7 @@ from torch import Tensor
 
 from toolkit.errors import ToolkitError
 from toolkit.live.losses import Loss
+from toolkit.packing import in_batches
 from toolkit.state import RaggedBatch
 
 
@@ -87,15 +88,7 @@ def micro_batches(examples: Sequence[Example], max_tokens: int) -> list[MicroBat
     A function of the examples and the limit alone, so a request's gradient does not depend on what else the server has
     to do.
     """
-    runs: list[list[Example]] = []
-    room = 0
-    for example in examples:
-        if not runs or len(example) > room:
-            runs.append([])
-            room = max_tokens
-        runs[-1].append(example)
-        room -= len(example)
-    return [MicroBatch(tuple(run), _shares(run)) for run in runs]
+    return [MicroBatch(tuple(run), _shares(run)) for run in in_batches(examples, len, max_tokens)]
 
 
 def _shares(run: Sequence[Example]) -> bool:

@@ -29,15 +29,14 @@ class DataReport:
     bad: list[BadLine] = field(default_factory=list)
     too_long: list[BadLine] = field(default_factory=list)
     dropped: list[int] = field(default_factory=list)
-    lengths: dict[int, list[int]] = field(default_factory=dict)
-    """Of the examples of each source, by its index."""
+    lengths: dict[int, list[int]] | None = None
+    """Of the examples of each source, by its index; None where nobody wants them."""
     first: Any = None
     first_number: int | None = None
 
     def add(self, source: Any, prepare: Callable[[Any], Outcome], index: int) -> None:
         """One more source of examples."""
         self.sources += 1
-        self.lengths[index] = []
         number = source.number if isinstance(source, Line) else self.sources
         try:
             outcome = prepare(source)
@@ -46,7 +45,8 @@ class DataReport:
                 BadLine(number, str(error), source.path if isinstance(source, Line) else "")
             )
             return
-        self.lengths[index] = outcome.lengths
+        if self.lengths is not None:
+            self.lengths[index] = outcome.lengths
         self.counts += outcome.counts
         self.turn_ends += outcome.turn_ends
         if not outcome.examples:
@@ -70,7 +70,8 @@ class DataReport:
         self.sources = sum(part.sources for part in parts)
         self.counts = sum((part.counts for part in parts), Counter())
         self.turn_ends = sum((part.turn_ends for part in parts), Counter())
-        self.lengths = {index: one for part in parts for index, one in part.lengths.items()}
+        if self.lengths is not None:
+            self.lengths = {index: one for part in parts for index, one in (part.lengths or {}).items()}
         for name in ("bad", "too_long", "dropped"):
             setattr(self, name, sorted(one for part in parts for one in getattr(part, name)))
         shown_by = next((part for part in parts if part.first is not None), self)
@@ -88,7 +89,8 @@ def check(
         prepare: makes the examples of one; raises ToolkitError for a bad one.
         what: the sources are called.
     """
-    report, begun = DataReport(), time.monotonic()
+    wanted = context.recipe.train.num_train_epochs is not None
+    report, begun = DataReport(lengths={} if wanted else None), time.monotonic()
     last, seconds = begun, context.recipe.log.progress_seconds
     for at, source in enumerate(sources):
         if at % context.world_size == context.rank:

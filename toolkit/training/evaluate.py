@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from toolkit.ops.token_logprob import token_logprob
+from toolkit.packing import in_batches
 from toolkit.state.batch import RaggedBatch
-from toolkit.training.examples import in_batches
 
 Forward = Callable[[RaggedBatch, Tensor], Tensor]
 

@@ -1,7 +1,7 @@
 """Sources of examples for SFT and DPO in order, with a position: lines of a file, and what packs them."""
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 from toolkit.chat import prompt_token_ids
 from toolkit.errors import ToolkitError
@@ -9,8 +9,6 @@ from toolkit.training.corpus import digest
 from toolkit.training.preparing import Example
 
 MOST_MISSES = 1_000_000
-
-T = TypeVar("T")
 
 
 class Stream(Protocol):
@@ -158,16 +156,3 @@ def check_misses(misses: int) -> None:
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     """The tokens of a prompt as completions are trained with; without any, the end-of-text token."""
     return prompt_token_ids(tokenizer, prompt) or [tokenizer.eos_token_id]
-
-
-def in_batches(items: Iterable[T], tokens: Callable[[T], int], most: int) -> list[list[T]]:
-    """Items in order, in batches of at most ``most`` tokens; a larger item has a batch to itself."""
-    batches: list[list[T]] = []
-    room = 0
-    for item in items:
-        if not batches or tokens(item) > room:
-            batches.append([])
-            room = most
-        batches[-1].append(item)
-        room -= tokens(item)
-    return batches

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from toolkit.config.base import Count, Fraction, Section
 from toolkit.config.objective import OnPolicySection, Positive
 from toolkit.errors import ToolkitError
-from toolkit.training.examples import in_batches
+from toolkit.packing import in_batches
 from toolkit.training.objectives.base import RunContext
 from toolkit.training.objectives.on_policy import OnPolicyObjective
 

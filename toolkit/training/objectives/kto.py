@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from toolkit.config.base import Count
 from toolkit.config.objective import OfflineSection, Positive
 from toolkit.errors import ToolkitError
-from toolkit.training.examples import check_misses, in_batches
+from toolkit.packing import in_batches
+from toolkit.training.examples import check_misses
 from toolkit.training.formats import PREFERENCE_FORMATS, Format, options, preference, read
 from toolkit.training.jsonl import Line, kind_of
 from toolkit.training.objectives.base import MetricAccumulator, Metrics, RunContext, divided

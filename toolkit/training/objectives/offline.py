@@ -28,7 +28,7 @@ class OfflineObjective(Objective[O]):
         formats: the sets of fields that a line may have.
         of_task, of_file: what the examples are called.
         chat: tokenises.
-        lengths: of the packed examples of each line that was checked.
+        lengths: of the packed examples of each line; none unless the recipe counts epochs.
     """
 
     formats: ClassVar[Sequence[formats.Format]]
@@ -143,7 +143,7 @@ class OfflineObjective(Objective[O]):
         notes = self._complete_eos_list(report)
         if total < len(sources):
             notes.append(f"note: {len(sources) - total:,} more lines are checked as they come (max_check_samples)")
-        self.lengths = report.lengths
+        self.lengths = report.lengths or {}
         example = self.shown(report.first) if report.first is not None else None
         self.data_report = data_report.written(
             report, what, self.recipe.train.max_length, context.tokenizer, notes, example

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from toolkit.config.base import Count
 from toolkit.config.objective import OfflineSection, Positive
-from toolkit.training.examples import check_misses, in_batches
+from toolkit.packing import in_batches
+from toolkit.training.examples import check_misses
 from toolkit.training.formats import PREFERENCE_FORMATS, options, preference, read
 from toolkit.training.jsonl import Line
 from toolkit.training.objectives.base import MetricAccumulator, Metrics, RunContext, divided
