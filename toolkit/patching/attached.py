@@ -6,16 +6,13 @@ from torch import nn
 
 
 class Attached:
-    """Holds a value in a module's ``__dict__``. Copies and pickles of the module hold none.
+    """Holds a value in a module's ``__dict__``. Deep copies and pickles of the module hold none.
 
     A ``WeakKeyDictionary`` would keep a module alive whose value refers to it, and with it the weights.
     """
 
     def __init__(self, value: Any = None) -> None:
         self.value = value
-
-    def __copy__(self) -> "Attached":
-        return Attached()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Attached":
         return Attached()
