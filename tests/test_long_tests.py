@@ -9,7 +9,7 @@ from tools.long_tests import durations, long_cases
 ROOT = Path(__file__).parent.parent
 
 
-def test_one_case_of_each_test_stays() -> None:
+def test_one_case_of_each_test_stays_unless_it_takes_long_alone() -> None:
     log = """
     3.00s call     tests/a.py::test_one[x-y z]
     9.50s setup    tests/a.py::test_one[x]
@@ -17,10 +17,13 @@ def test_one_case_of_each_test_stays() -> None:
     0.50s call     tests/a.py::test_two[x]
     4.00s call     tests/a.py::test_two[y]
     9.00s call     tests/a.py::test_three
+    9.00s call     tests/test_parity.py::test_four
     """
     measured = durations(log)
     assert measured["tests/a.py::test_one[x]"] == 2.0
-    assert long_cases(measured, 1.5) == {"tests/a.py::test_one[x-y z]", "tests/a.py::test_two[y]"}
+    found = {"tests/a.py::test_one[x-y z]", "tests/a.py::test_two[y]"}
+    assert long_cases(measured, 1.5, alone=9.0) == found
+    assert long_cases(measured, 1.5, alone=8.0) == {*found, "tests/a.py::test_three"}
 
 
 def test_what_is_listed_is_there() -> None:
