@@ -7,9 +7,14 @@ r = exp(lp - q), the loss of a sequence is
     importance_sampling  -sum r A
     ppo                  -sum min(r A, clip(r, low, high) A)                 (Schulman et al., 2017)
     cispo                -sum clip(r, low, high).detach() lp A               (MiniMax-M1, 2025)
+    gspo                 -sum min(s_t A, clip(s_t, low, high) A)             (GSPO-token; Zheng et al., 2025)
     dro                  -sum lp A - beta / 2 (lp - q)^2                     (Richemond et al., 2024)
 
-The thresholds are 0.8 and 1.2 and beta is 0.05 unless the request says otherwise.
+where s_t = s.detach() exp(lp - lp.detach()) and s = exp(mean of lp - q over the tokens M that ``sequence_ratio_mask``
+marks), 1 where it marks none: every token has the ratio of its sequence and the gradient of its own log-probability.
+
+The thresholds are 0.8 and 1.2, of gspo 1 - 3e-4 and 1 + 4e-4 as in its paper, and beta is 0.05 unless the request says
+otherwise.
 """
 
 import math
@@ -25,6 +30,7 @@ Inputs = Mapping[str, Tensor]
 Config = Mapping[str, float]
 
 _CLIP = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
+_CLIP_SEQUENCE = {"clip_low_threshold": 1 - 3e-4, "clip_high_threshold": 1 + 4e-4}
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,13 @@ def _ppo(logprobs: Tensor, inputs: Inputs, config: Config) -> Tensor:
     return -torch.minimum(ratio * advantages, _clipped(ratio, config) * advantages).sum()
 
 
+def _gspo(logprobs: Tensor, inputs: Inputs, config: Config) -> Tensor:
+    now, marked = logprobs.detach(), inputs["sequence_ratio_mask"] != 0
+    log_ratio = torch.where(marked, now - inputs["logprobs"], 0.0).sum() / marked.sum().clamp(min=1)
+    ratio, advantages = (log_ratio + logprobs - now).exp(), inputs["advantages"]
+    return -torch.minimum(ratio * advantages, _clipped(ratio, config) * advantages).sum()
+
+
 def _cispo(logprobs: Tensor, inputs: Inputs, config: Config) -> Tensor:
     weight = _clipped(_ratio(logprobs, inputs), config).detach()
     return -(weight * logprobs * inputs["advantages"]).sum()
@@ -90,6 +103,7 @@ LOSSES = {
     "importance_sampling": Loss(_importance_sampling, _OF_SAMPLES),
     "ppo": Loss(_ppo, _OF_SAMPLES, _CLIP),
     "cispo": Loss(_cispo, _OF_SAMPLES, _CLIP),
+    "gspo": Loss(_gspo, (*_OF_SAMPLES, "sequence_ratio_mask"), _CLIP_SEQUENCE),
     "dro": Loss(_dro, _OF_SAMPLES, {"beta": 0.05}),
 }
 
