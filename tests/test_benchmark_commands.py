@@ -22,6 +22,7 @@ COMMANDS = {
     "http_overhead": "--streams 2 --prompt 8 --new-tokens 4 --repeats 1",
     "decode": "--models thin --batch 1 2 --repeats 1",
     "adapters": "--layers 1 --batch 4 --adapters 3 --repeats 1",
+    "live": "--layers 1 --tokens 96 --streams 1 --seconds 0.5 --repeats 1 --threads 1",
     "structured": "--layers 1 --batch 2 --repeats 1",
     "speculation": "--tasks random rollout --batch 2 --new-tokens 8 --repeats 1",
     "narrow": "--layers 1 --new-tokens 2 --repeats 1",

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.helpers.adapter_folders import oracle_logprobs
-from tests.helpers.live import WAIT, examples, live_engine, training
+from tests.helpers.live import WAIT, examples, live_engine, sampled, training
 from toolkit.errors import ToolkitError
 from toolkit.live import checkpoints
 from toolkit.live.checkpoints import Checkpoints
@@ -96,6 +96,49 @@ def test_names_and_paths(engine, tmp_path):
             live.checkpoints.read(sampler, optimizer=True)
 
 
+def test_checkpoints_end_and_do_not_come_back(engine, tmp_path):
+    now = [1000.0]
+    kept = Checkpoints(tmp_path, lambda: now[0])
+    with training(engine, tmp_path / "live") as live:
+        live.create("a", "base", {"rank": 4, "seed": 1}).result(WAIT)
+        saved = live.tenant("a").saved(optimizer=True)
+    paths = [kept.save("a", "weights", name, saved, ttl_seconds=ttl) for name, ttl in (("x", 100), ("y", None))]
+    now[0] = 1001.0
+    later = kept.save("b", "sampler_weights", "z", saved)
+    assert [one.path for one in kept.entries()] == [later, *paths]
+    assert [(one.saved_at, one.expires_at) for one in kept.entries("a")] == [(1000.0, 1100.0), (1000.0, None)]
+    assert kept.entries("a")[0].num_bytes > sum(one.numel() * 4 for one in saved.factors.values())
+    kept.set_ttl(paths[0], 200)
+    kept.set_ttl(paths[1], 300)
+    now[0] = 1150.0
+    assert kept.about(paths[0])[0] == "base"
+    now[0] = 1201.0
+    with pytest.raises(ToolkitError, match="saved here"):
+        kept.folder(paths[0])
+    assert [one.path for one in kept.entries()] == [later, paths[1]]
+    kept.remove(later)
+    assert [kept.path_of("b", "sampler_weights", name) for name in ("z", "w")] == [later, None]
+    assert kept.save("a", "weights", "x", saved) == paths[0]  # its name is free again
+    assert [one.path for one in kept.entries()] == [paths[0], paths[1]]
+    assert not list(tmp_path.glob("**/.*.old"))
+
+
+def test_a_name_that_is_saved_again_is_sampled_as_it_is_now(engine, tmp_path):
+    with training(engine, tmp_path) as live:
+        live.create("a", "base", {"rank": 4, "seed": 1}).result(WAIT)
+        found = []
+        for at in range(2):
+            live.forward_backward("a", 3 * at + 1, examples(at, 2, 12, False), "cross_entropy", {})
+            live.optim_step("a", 3 * at + 2, STEP)
+            path = live.save("a", 3 * at + 3, "sampler_weights", "same").result(WAIT)
+            target = live.target(path)
+            found.append(sampled(live, target, 4))
+            live.checkpoints.remove(path)
+            with pytest.raises(ToolkitError, match="not removed"):
+                sampled(live, target, 4)
+        assert found[0] != found[1]
+
+
 def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
     def fail(folder, saved):
         (folder / "half").write_text("x")
@@ -109,8 +152,6 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_saved_versions_leave_the_model_for_others_and_come_back(engine, tmp_path):
-    from tests.helpers.live import sampled
-
     with training(engine, tmp_path, max_samplers=1) as live:
         live.create("a", "base", {"rank": 4, "seed": 1}).result(WAIT)
         targets, found = [], []

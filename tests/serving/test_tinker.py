@@ -1,5 +1,7 @@
 """Tinker's wire, spoken with httpx: keys, promises, numbered requests, protobuf. The client itself is a soak test."""
 
+import io
+import tarfile
 import threading
 from itertools import pairwise
 from types import SimpleNamespace
@@ -189,6 +191,84 @@ def test_checkpoints(server, model):
     assert sample(server, session, 0, [5, 6]) == of_base  # B is 0: nothing is added yet
     assert result(server, post(server, "unload_model", model_id=other)) == {"type": "unload_model", "model_id": other}
     assert server.http.post("get_info", json={"model_id": other}).status_code == 400
+
+
+def test_checkpoints_are_listed_kept_for_a_while_downloaded_and_removed(server, model):
+    http, saved = server.http, {}
+    for number, (route, name) in enumerate(
+        [("save_weights", "w"), ("save_weights_for_sampler", "s"), ("save_weights_external", "e")], 1
+    ):
+        given = {"ttl_seconds": 7200} if name == "w" else {}
+        saved[name] = result(server, post(server, route, model_id=model.id, seq_id=number, path=name, **given))["path"]
+    run = http.get(f"training_runs/{model.id}").json()
+    assert (run["base_model"], run["lora_rank"]) == ("tiny", 4)
+    assert (run["last_checkpoint"]["tinker_path"], run["last_sampler_checkpoint"]["tinker_path"]) == (
+        saved["w"],
+        saved["s"],
+    )
+    runs = http.get("training_runs", params={"limit": 1, "access_scope": "owned"}).json()
+    assert [one["training_run_id"] for one in runs["training_runs"]] == [model.id]  # the latest request first
+    found = http.get(f"training_runs/{model.id}/checkpoints").json()["checkpoints"]
+    assert {one["checkpoint_id"]: one["checkpoint_type"] for one in found} == {
+        "weights/w": "training",
+        "sampler_weights/s": "sampler",
+        "external_weights/e": "external",
+    }
+    assert [one["checkpoint_id"] for one in found if one["expires_at"] is not None] == ["weights/w"]
+    everything = http.get("checkpoints", params={"limit": 2}).json()
+    assert (len(everything["checkpoints"]), everything["cursor"]["total_count"]) == (2, 3)
+
+    at = f"training_runs/{model.id}/checkpoints"
+    assert http.put(f"{at}/weights/w/ttl", json={"ttl_seconds": None}).status_code == 204
+    assert http.put(f"{at}/sampler_weights/s/ttl", json={"ttl_seconds": 3600}).status_code == 204
+    assert http.put(f"{at}/weights/w/ttl", json={"ttl_seconds": 60}).status_code == 400
+    found = http.get(at).json()["checkpoints"]
+    assert [one["checkpoint_id"] for one in found if one["expires_at"] is not None] == ["sampler_weights/s"]
+
+    urls = http.get(f"{at}/external_weights/e/external_weights_urls").json()["urls"]
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= urls.keys()
+    folder = server.live.checkpoints.folder(saved["e"])
+    for name, url in urls.items():
+        assert httpx.get(url).content == (folder / name).read_bytes()  # without a key
+    assert httpx.get(urls["adapter_config.json"].replace("adapter_config.json", "tinker.json")).status_code == 403
+    archive = http.get(f"{at}/weights/w/archive", follow_redirects=True)
+    with tarfile.open(fileobj=io.BytesIO(archive.content)) as tar:
+        assert {"adapter_model.safetensors", "optimizer.safetensors"} <= set(tar.getnames())
+
+    assert http.delete(f"{at}/sampler_weights/s").status_code == 204
+    gone = http.delete(f"{at}/sampler_weights/s")
+    assert (gone.status_code, "saved here" in gone.json()["detail"]) == (404, True)
+    assert http.get("training_runs/nobody").status_code == 404
+    assert http.get("checkpoints", params={"limit": 0}).status_code == 400
+
+
+def test_all_samples_of_a_session_are_waited_for_at_once(server, model):
+    asked = {"session_id": model.session, "sampling_session_seq_id": 0, "base_model": "tiny"}
+    session = post(server, "create_sampling_session", **asked)["sampling_session_id"]
+    about = server.http.get(f"sessions/{model.session}").json()
+    assert (about["training_run_ids"], about["sampler_ids"]) == ([model.id], [session])
+    assert model.session in server.http.get("sessions").json()["sessions"]
+    body = {"prompt": {"chunks": [{"tokens": [5, 6]}]}, "sampling_params": {"max_tokens": 2, "seed": 0}}
+    names = {
+        seq_id: post(server, "asample", sampling_session_id=session, seq_id=seq_id, **body)["request_id"]
+        for seq_id in (0, 1, 1_000_000_000)  # the last one is of another client of the session
+    }
+    target, cursor, told = {"sampling_session_id": session}, 0, {}
+    while len(told) < 2:
+        answer = post(server, "retrieve_futures", target=target, prev_cursor=cursor)
+        assert answer["cursor"] > cursor
+        cursor = answer["cursor"]
+        told |= {one["request_id"]: one for one in answer["completions"]}
+    assert told.keys() == {names[0], names[1]}
+    assert {one["state"] for one in told.values()} == {"finished"}
+    content = result(server, {"request_id": names[0]})
+    assert len(content) == told[names[0]]["response_payload_uncompressed_size"]
+    read = post(server, "retrieve_futures", target=target, prev_cursor=cursor, timeout=0,
+                retrieved_request_ids=[names[0], names[1_000_000_000]])  # fmt: skip
+    assert read == {"completions": [], "cursor": cursor}
+    assert server.http.post("retrieve_future", json={"request_id": names[0]}).status_code == 410  # read, and forgotten
+    assert result(server, {"request_id": names[1]}) == content  # the same seed
+    result(server, {"request_id": names[1_000_000_000]})  # the session's other client has not read it
 
 
 def test_what_is_refused(server, model):

@@ -1,6 +1,7 @@
 """Options of ``toolkit serve`` for training on the weights that it serves."""
 
 import argparse
+import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,13 @@ def add_live_options(group: Any) -> None:
         metavar="N",
         help="most tokens of one forward and backward, between two decode steps (default: 1024)",
     )
+    group.add_argument(
+        "--train-max-wait-ms",
+        type=float,
+        default=50.0,
+        metavar="MS",
+        help="most milliseconds that a decode step waits for training, beside one module's (default: 50)",
+    )
 
 
 def check_live_options(args: argparse.Namespace, runner: str) -> None:
@@ -39,6 +47,8 @@ def check_live_options(args: argparse.Namespace, runner: str) -> None:
         raise ToolkitError("--train must be left out for a pooling model.")
     if args.train_micro_batch_tokens < 1:
         raise ToolkitError(f"--train-micro-batch-tokens must be >= 1, got {args.train_micro_batch_tokens}.")
+    if not (math.isfinite(args.train_max_wait_ms) and args.train_max_wait_ms >= 0):
+        raise ToolkitError(f"--train-max-wait-ms must be a finite number >= 0, got {args.train_max_wait_ms}.")
     from toolkit.serving.tinker.messages import messages
 
     messages()
@@ -66,6 +76,11 @@ def live_training(args: argparse.Namespace, engine: "AsyncEngine", names: list[s
         root = Path(args.train_folder or temporary)
         durable = args.train_folder is not None
         config = LiveConfig(
-            (*names, args.model), root, tokenizer, durable, micro_batch_tokens=args.train_micro_batch_tokens
+            (*names, args.model),
+            root,
+            tokenizer,
+            durable,
+            micro_batch_tokens=args.train_micro_batch_tokens,
+            max_wait=args.train_max_wait_ms / 1000,
         )
         yield LiveTraining(engine, config)

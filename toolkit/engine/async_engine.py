@@ -1,8 +1,7 @@
 """The one thread boundary of the engine: a thread that steps it, and handles on which other threads wait for tokens.
 
 Everything that touches the engine runs on that thread. Other threads hand it commands, which it runs between two steps.
-It sleeps on a condition while there is nothing to do. The HTTP server, transformers' ``generate`` and its continuous
-batching share this class.
+It sleeps on a condition while there is nothing to do.
 """
 
 import contextlib
@@ -64,13 +63,12 @@ class AsyncEngine:
         self._stats = engine.stats()
         self._of_request: dict[int, RequestHandle] = {}  # the thread's own
         self._changed = threading.Condition()  # guards all below
-        self._commands: list[Callable[[], None]] = []
+        self._commands: list[Callable[[], object]] = []
         self._handles: set[RequestHandle] = set()
         self._num_queued = self._num_bytes = 0
         self._gate = StepGate(self._changed)
         self._stop: str | None = None  # "now", or "drained"
-        self._close_engine = False
-        self._ended = False
+        self._close_engine = self._ended = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def __enter__(self) -> "AsyncEngine":
@@ -151,7 +149,7 @@ class AsyncEngine:
 
     def cancel(self, request_id: int) -> None:
         """End a request's unfinished completions with "cancelled"."""
-        self._command(lambda: self._cancel_requests([request_id]))
+        self._command(lambda: self.engine.cancel(request_id))
 
     def cancel_handle(self, handle: RequestHandle, error: Exception | None = None) -> None:
         """End all requests of a handle with "cancelled". With ``error`` its iteration raises that instead."""
@@ -238,7 +236,7 @@ class AsyncEngine:
         if self._thread.ident is not None:
             self._thread.join(timeout)
 
-    def _command(self, command: Callable[[], None]) -> None:
+    def _command(self, command: Callable[[], object]) -> None:
         with self._changed:
             self._commands.append(command)
             self._changed.notify_all()
@@ -265,8 +263,13 @@ class AsyncEngine:
 
     # What follows runs on the engine's thread.
 
+    def step_within(self) -> None:
+        """Run a step inside a function of ``call``, where one may run. Commands wait until the function has ended."""
+        if not self.engine.is_sleeping and self._gate.enter():
+            self._deliver(self._step())
+
     def _run(self) -> None:
-        pending: deque[Callable[[], None]] = deque()
+        pending: deque[Callable[[], object]] = deque()
         try:
             while True:
                 with self._changed:
@@ -331,12 +334,9 @@ class AsyncEngine:
         """Who is told ``error`` finds the request finished: it is raised in the place of the final deltas."""
         if handle.num_unfinished and handle.accepted.done():
             handle.error = error
-            self._cancel_requests(handle.accepted.result())
+            for request_id in handle.accepted.result():
+                self.engine.cancel(request_id)
             self._deliver(self.engine.take_deltas())
-
-    def _cancel_requests(self, request_ids: list[int]) -> None:
-        for request_id in request_ids:
-            self.engine.cancel(request_id)
 
     def _deliver(self, deltas: list[Delta]) -> None:
         """Count first and tell then: who sees a request in ``stats`` no more finds its tokens counted, too."""

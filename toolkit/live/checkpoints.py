@@ -1,13 +1,16 @@
 """Saved weights: PEFT folders under one root, written aside and renamed, by paths of Tinker's form.
 
-``tinker://RUN/weights/NAME`` has the optimizer's state beside the adapter, ``tinker://RUN/sampler_weights/NAME`` the
-adapter alone. RUN is the id of the training client. The folder is ``ROOT/RUN/KIND/NAME``.
+``tinker://RUN/weights/NAME`` has the optimizer's state beside the adapter, ``tinker://RUN/sampler_weights/NAME`` and
+``tinker://RUN/external_weights/NAME``, which is for downloads, the adapter alone. RUN is the id of the training client.
+The folder is ``ROOT/RUN/KIND/NAME``.
 """
 
 import json
 import os
 import re
 import shutil
+import threading
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -18,18 +21,20 @@ import torch
 from torch import Tensor
 
 from toolkit.errors import ToolkitError
-from toolkit.files import sync
+from toolkit.files import sync, write_atomic
 from toolkit.live.adam import AdamState
 from toolkit.live.lora import LoraSettings, write_adapter
 from toolkit.sentences import shown
 
-KINDS = ("weights", "sampler_weights")
+KINDS = ("weights", "sampler_weights", "external_weights")
 JOURNAL = "journal"
 """The folder beside them for a client's journal."""
 SCHEME = "tinker://"
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 _RUN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._:-]{0,255}")
-_ABOUT, _OPTIMIZER = "tinker.json", "optimizer.safetensors"
+_ABOUT, _DATES, _OPTIMIZER = "tinker.json", "dates.json", "optimizer.safetensors"
+_REMOVED = ".removed"
+"""The folder of the names of checkpoints that were removed: a request that runs again does not bring them back."""
 
 
 @dataclass(frozen=True)
@@ -49,38 +54,115 @@ class Saved:
     optimizer: AdamState | None = None
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A checkpoint in a list.
+
+    Args:
+        path: of it.
+        run: the training client that it is of.
+        kind: one of ``KINDS``.
+        name: that it was saved under.
+        saved_at: seconds since the epoch.
+        expires_at: the same, when it is gone; None for never.
+        num_bytes: of its files.
+    """
+
+    path: str
+    run: str
+    kind: str
+    name: str
+    saved_at: float
+    expires_at: float | None
+    num_bytes: int
+
+
 class Checkpoints:
-    """The checkpoints below a folder.
+    """The checkpoints below a folder. One whose time is over is no checkpoint any more, and is removed with the next.
 
     Args:
         root: where they are; made where there is none.
+        clock: seconds since the epoch.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, clock: Callable[[], float] = time.time) -> None:
+        self.root, self._clock = root, clock
+        self._lock = threading.RLock()  # of what is written, listed and removed
         root.mkdir(parents=True, exist_ok=True)
 
-    def save(self, run: str, kind: str, name: str, saved: Saved, overwrite: bool = False) -> str:
+    def save(
+        self, run: str, kind: str, name: str, saved: Saved, overwrite: bool = False, ttl_seconds: float | None = None
+    ) -> str:
         """Write a checkpoint, and return its path. After a crash it is there whole or not at all.
 
         Args:
             overwrite: whether it may take the place of one of this name.
+            ttl_seconds: how long it is kept; None for ever.
 
         Raises:
             ToolkitError: for a name that is none, or is taken.
         """
         if not _NAME.fullmatch(name):
             raise ToolkitError(f"path must be a name of letters, digits, '.', '_' and '-', got {shown(name)}.")
-        folder = self.root / run / kind / name
-        if folder.exists() and not overwrite:
-            raise ToolkitError(f"path must be a name that no checkpoint of {run} has, got {shown(name)}.")
-        write_folder(folder, lambda inside: write_saved(inside, saved))
+        folder, now = self.root / run / kind / name, self._clock()
+
+        def write(inside: Path) -> None:
+            write_saved(inside, saved)
+            (inside / _DATES).write_text(_dates(now, now, ttl_seconds), encoding="utf-8")
+
+        with self._lock:
+            self._remove_expired()
+            if folder.exists() and not overwrite:
+                raise ToolkitError(f"path must be a name that no checkpoint of {run} has, got {shown(name)}.")
+            write_folder(folder, write)
+            (folder.parent / _REMOVED / name).unlink(missing_ok=True)
         return f"{SCHEME}{run}/{kind}/{name}"
 
     def path_of(self, run: str, kind: str, name: str) -> str | None:
-        """The path of a checkpoint; None where there is none of this name."""
-        known = _NAME.fullmatch(name) and (self.root / run / kind / name / _ABOUT).is_file()
+        """The path of a checkpoint that is there or was removed; None where none of this name was saved."""
+        folder = self.root / run / kind
+        known = _NAME.fullmatch(name) and ((folder / name / _ABOUT).is_file() or (folder / _REMOVED / name).is_file())
         return f"{SCHEME}{run}/{kind}/{name}" if known else None
+
+    def entries(self, run: str | None = None) -> list[Entry]:
+        """All checkpoints, or those of a training client; the newest first."""
+        with self._lock:
+            self._remove_expired()
+            found = [_entry(one) for one in self._folders() if run in (None, one.parents[1].name)]
+        return sorted(found, key=lambda one: (-one.saved_at, one.path))
+
+    def set_ttl(self, path: str, seconds: float | None) -> None:
+        """Keep a checkpoint for so long from now; None for ever."""
+        with self._lock:
+            folder = self.folder(path)
+            write_atomic(folder / _DATES, _dates(_read_dates(folder)[0], self._clock(), seconds))
+
+    def remove(self, path: str) -> None:
+        """Remove a checkpoint. Raises ToolkitError for a path of none."""
+        with self._lock:
+            self._remove(self.folder(path))
+
+    def files(self, path: str) -> list[Path]:
+        """The files of a checkpoint that PEFT and other engines read, and the optimizer's state."""
+        own = (_ABOUT, _DATES)
+        return sorted(one for one in self.folder(path).iterdir() if one.name not in own and one.name[0] != ".")
+
+    def _folders(self) -> list[Path]:
+        return [one.parent for kind in KINDS for one in self.root.glob(f"*/{kind}/[!.]*/{_ABOUT}")]
+
+    def _expired(self, folder: Path) -> bool:
+        expires_at = _read_dates(folder)[1]
+        return expires_at is not None and expires_at <= self._clock()
+
+    def _remove_expired(self) -> None:
+        for folder in self._folders():
+            if self._expired(folder):
+                self._remove(folder)
+
+    def _remove(self, folder: Path) -> None:
+        (folder.parent / _REMOVED).mkdir(exist_ok=True)
+        write_atomic(folder.parent / _REMOVED / folder.name, "")
+        _discard(folder)
 
     def folder(self, path: str) -> Path:
         """The folder of a path. Raises ToolkitError for a path that is none, or of no checkpoint."""
@@ -90,8 +172,9 @@ class Checkpoints:
             allowed = " or ".join(f"{SCHEME}RUN/{kind}/NAME" for kind in KINDS)
             raise ToolkitError(f"path must be {allowed}, got {shown(path)}.")
         folder = self.root.joinpath(*parts)
-        if not (folder / _ABOUT).is_file():
-            raise ToolkitError(f"path must be a checkpoint that was saved here, got {shown(path)}.")
+        with self._lock:
+            if not (folder / _ABOUT).is_file() or self._expired(folder):
+                raise ToolkitError(f"path must be a checkpoint that was saved here, got {shown(path)}.")
         return folder
 
     def about(self, path: str) -> tuple[str, LoraSettings]:
@@ -127,6 +210,30 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def _discard(folder: Path) -> None:
+    """Take a folder away: after a crash it is there whole or not at all."""
+    old = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.old")
+    os.rename(folder, old)
+    sync(folder.parent)
+    shutil.rmtree(old)
+
+
+def _dates(saved_at: float, now: float, ttl_seconds: float | None) -> str:
+    return json.dumps({"saved_at": saved_at, "expires_at": None if ttl_seconds is None else now + ttl_seconds})
+
+
+def _read_dates(folder: Path) -> tuple[float, float | None]:
+    """(when it was saved, when it is gone) of a checkpoint."""
+    dates = json.loads((folder / _DATES).read_text(encoding="utf-8"))
+    return dates["saved_at"], dates["expires_at"]
+
+
+def _entry(folder: Path) -> Entry:
+    run, kind, name = folder.parts[-3:]
+    num_bytes = sum(one.stat().st_size for one in folder.iterdir())
+    return Entry(f"{SCHEME}{run}/{kind}/{name}", run, kind, name, *_read_dates(folder), num_bytes)
 
 
 def write_saved(folder: Path, saved: Saved) -> None:

@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -32,6 +33,7 @@ class Client:
         ordered: releases its jobs in order.
         journal: of its requests; None where nothing is to survive the server.
         created: the future of its creation.
+        last_request: seconds since the epoch of the last one.
         futures: of its requests, by number.
         lock: is held while a request is taken in.
     """
@@ -41,6 +43,7 @@ class Client:
     ordered: Ordered[Job]
     journal: Journal | None
     created: Future[Any]
+    last_request: float = field(default_factory=time.time)
     futures: dict[int, Future[Any]] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -103,22 +106,37 @@ class Requests:
 
         return Job(lambda: tenant.step(AdamParams(**params)), on_engine=True, then=keep)
 
-    def save(self, client: Client, number: int, again: bool, kind: str, path: str, overwrite: bool) -> Job:
+    def save(
+        self,
+        client: Client,
+        number: int,
+        again: bool,
+        kind: str,
+        path: str,
+        overwrite: bool,
+        ttl_seconds: float | None = None,
+    ) -> Job:
         """Its result is the path of the checkpoint."""
-        return Job(lambda: self._saved(client, again, kind, path, overwrite))
+        return Job(lambda: self._saved(client, again, kind, path, overwrite, ttl_seconds))
 
-    def _saved(self, client: Client, again: bool, kind: str, path: str, overwrite: bool) -> str:
-        tenant = client.tenant
-        known = self._checkpoints.path_of(tenant.name, kind, path) if again else None
-        return known or self._checkpoints.save(tenant.name, kind, path, tenant.saved(kind == "weights"), overwrite)
+    def _saved(
+        self, client: Client, again: bool, kind: str, path: str, overwrite: bool, ttl_seconds: float | None = None
+    ) -> str:
+        tenant, checkpoints = client.tenant, self._checkpoints
+        known = checkpoints.path_of(tenant.name, kind, path) if again else None
+        if known is not None:
+            return known
+        return checkpoints.save(tenant.name, kind, path, tenant.saved(kind == "weights"), overwrite, ttl_seconds)
 
-    def snapshot(self, client: Client, number: int, again: bool, inflight: bool) -> Job:
+    def snapshot(
+        self, client: Client, number: int, again: bool, inflight: bool, ttl_seconds: float | None = None
+    ) -> Job:
         """Its result is a ``SamplingTarget``."""
 
         def take() -> SamplingTarget:
             if inflight:
                 return SamplingTarget(tenant=client.tenant)
-            path = self._saved(client, again, "sampler_weights", f"{EPHEMERAL}-{number}", True)
+            path = self._saved(client, again, "sampler_weights", f"{EPHEMERAL}-{number}", True, ttl_seconds)
             return SamplingTarget(self._checkpoints.folder(path), path=path)
 
         return Job(take)

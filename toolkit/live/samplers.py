@@ -13,7 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from toolkit.engine import AsyncEngine, EngineUnavailable
+from toolkit.errors import ToolkitError
 from toolkit.live.tenant import Tenant
+from toolkit.sentences import shown
+
+Content = tuple[Path, int, int]
+"""A folder with what it had when it was loaded: another checkpoint of the same name is another one."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class Samplers:
 
     def __init__(self, engine: AsyncEngine, most: int) -> None:
         self._engine, self._most = engine, most
-        self._loaded: dict[Path, _Loaded] = {}
+        self._loaded: dict[Content, _Loaded] = {}
         self._clock = itertools.count(1)
         self._lock = threading.Lock()
 
@@ -57,7 +62,7 @@ class Samplers:
         """Inside, the engine has the adapter of this folder under the name that is given. Waits for the engine.
 
         Raises:
-            ToolkitError: the folder is no adapter of the model.
+            ToolkitError: the folder is no adapter of the model, or was removed.
         """
         one = self._enter(folder)
         try:
@@ -67,14 +72,15 @@ class Samplers:
                 one.uses -= 1
 
     def _enter(self, folder: Path) -> _Loaded:
+        content = _content(folder)
         with self._lock:
-            one = self._loaded.get(folder)
+            one = self._loaded.get(content)
             if one is None:
                 self._leave_room()
                 one = _Loaded(f"sampler-{uuid.uuid4().hex}")
                 adapter = one.adapter
                 self._engine.call(lambda: self._engine.engine.load_adapter(adapter, folder))
-                self._loaded[folder] = one
+                self._loaded[content] = one
             one.uses += 1
             one.last_used = next(self._clock)
             return one
@@ -82,14 +88,22 @@ class Samplers:
     def close(self) -> None:
         """Take all of them out of the model, those that are sampled once that has ended."""
         with self._lock, suppress(EngineUnavailable):  # the engine has ended, and its model is nobody's
-            for folder in list(self._loaded):
-                self._unload(folder)
+            for content in list(self._loaded):
+                self._unload(content)
 
     def _leave_room(self) -> None:
-        idle = sorted((one.last_used, folder) for folder, one in self._loaded.items() if not one.uses)
-        for _, folder in idle[: max(0, len(self._loaded) + 1 - self._most)]:
-            self._unload(folder)
+        idle = sorted((one.last_used, content) for content, one in self._loaded.items() if not one.uses)
+        for _, content in idle[: max(0, len(self._loaded) + 1 - self._most)]:
+            self._unload(content)
 
-    def _unload(self, folder: Path) -> None:
-        adapter = self._loaded.pop(folder).adapter
+    def _unload(self, content: Content) -> None:
+        adapter = self._loaded.pop(content).adapter
         self._engine.call(lambda: self._engine.engine.unload_adapter(adapter))
+
+
+def _content(folder: Path) -> Content:
+    try:
+        about = (folder / "adapter_model.safetensors").stat()
+    except FileNotFoundError:
+        raise ToolkitError(f"path must be a checkpoint that was not removed, got {shown(folder.name)}.") from None
+    return folder, about.st_ino, about.st_mtime_ns

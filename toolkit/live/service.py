@@ -3,6 +3,7 @@
 import json
 import secrets
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from urllib.parse import quote
 from toolkit.engine import AsyncEngine
 from toolkit.errors import ToolkitError
 from toolkit.files import write_atomic
+from toolkit.live.catalogue import Run, runs_of
 from toolkit.live.checkpoints import JOURNAL, Checkpoints, Saved
 from toolkit.live.examples import Example
 from toolkit.live.jobs import Job
@@ -49,6 +51,8 @@ class LiveConfig:
         micro_batch_tokens: of one forward and backward of a request; several tenants' are a batch of at most twice as
             many. A tenant's numbers are a function of this too.
         max_samplers: saved versions that stay in the model while nobody samples them.
+        max_wait: seconds that a decode step waits for training, and for the module that runs then; None for a whole
+            batch of micro-batches.
     """
 
     base_models: tuple[str, ...]
@@ -58,6 +62,7 @@ class LiveConfig:
     state_interval: int = 8
     micro_batch_tokens: int = 1024
     max_samplers: int = 8
+    max_wait: float | None = 0.05
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ class LiveTraining:
         self._scratch = config.root / ".scratch"
         shutil.rmtree(self._scratch, ignore_errors=True)
         self._scratch.mkdir()
-        self._worker = Worker(engine, model, 2 * config.micro_batch_tokens)
+        self._worker = Worker(engine, model, 2 * config.micro_batch_tokens, config.max_wait)
         self._samplers = Samplers(engine, config.max_samplers)
         self._requests = Requests(engine, self.checkpoints, config.state_interval)
         self._clients: dict[str, Client] = {}
@@ -131,6 +136,15 @@ class LiveTraining:
     def names(self) -> list[str]:
         """Ids of the training clients."""
         return list(self._clients)
+
+    def runs(self) -> list[Run]:
+        """The training clients that there are, and those that left checkpoints; the latest request first."""
+        return runs_of(self._clients, self.checkpoints)
+
+    @property
+    def samplers(self) -> list[str]:
+        """Names of the sampling sessions that this server has."""
+        return list(self._targets)
 
     def tenant(self, name: str) -> Tenant:
         """The training client of an id. Raises ToolkitError for none."""
@@ -241,6 +255,7 @@ class LiveTraining:
         A number that has come before is a retry: its future is the first one's.
         """
         client = self._client(name)
+        client.last_request = time.time()
         if number < 1:
             raise ToolkitError(f"seq_id must be >= 1, got {number}.")
         with client.lock:
@@ -278,17 +293,27 @@ class LiveTraining:
         """Write a step of Adam; the future of the gradient's norm."""
         return self._submit(name, number, "optim_step", params=params)
 
-    def save(self, name: str, number: int, kind: str, path: str, overwrite: bool = False) -> Future[Any]:
+    def save(
+        self,
+        name: str,
+        number: int,
+        kind: str,
+        path: str,
+        overwrite: bool = False,
+        ttl_seconds: float | None = None,
+    ) -> Future[Any]:
         """Save a client's weights under a name; the future of the checkpoint's path.
 
         Args:
-            kind: "weights", with the optimizer's state, or "sampler_weights".
+            kind: "weights", with the optimizer's state, "sampler_weights" or "external_weights".
+            ttl_seconds: how long the checkpoint is kept; None for ever.
         """
-        return self._submit(name, number, "save", kind=kind, path=path, overwrite=overwrite)
+        given = {"kind": kind, "path": path, "overwrite": overwrite, "ttl_seconds": ttl_seconds}
+        return self._submit(name, number, "save", **given)
 
-    def snapshot(self, name: str, number: int, inflight: bool) -> Future[Any]:
+    def snapshot(self, name: str, number: int, inflight: bool, ttl_seconds: float | None = None) -> Future[Any]:
         """The future of a ``SamplingTarget``: a client's weights as they are then, or ``inflight`` as they change."""
-        return self._submit(name, number, "snapshot", inflight=inflight)
+        return self._submit(name, number, "snapshot", inflight=inflight, ttl_seconds=ttl_seconds)
 
     def load(self, name: str, number: int, path: str, optimizer: bool) -> Future[Any]:
         """Write a checkpoint's weights over a client's own."""

@@ -8,6 +8,7 @@ from torch import nn
 from toolkit.engine import AsyncEngine
 from toolkit.live.gradients import Part, run_parts
 from toolkit.live.jobs import Job
+from toolkit.live.lending import Lending
 
 
 class Worker:
@@ -20,10 +21,12 @@ class Worker:
         engine: whose thread runs them.
         model: the engine's.
         batch_tokens: most tokens of a batch, unless one micro-batch has more.
+        max_wait: seconds that a decode step waits for a batch, and for the module that runs then; None for all of it.
     """
 
-    def __init__(self, engine: AsyncEngine, model: nn.Module, batch_tokens: int) -> None:
+    def __init__(self, engine: AsyncEngine, model: nn.Module, batch_tokens: int, max_wait: float | None) -> None:
         self._engine, self._model, self._batch_tokens = engine, model, batch_tokens
+        self._lending = None if max_wait is None else Lending(engine, max_wait)
         self._changed = threading.Condition()
         self._lanes: dict[str, deque[Job]] = {}
         self._turns: deque[str] = deque()  # lanes with jobs, the next one first
@@ -43,6 +46,8 @@ class Worker:
             self._changed.notify_all()
         if self._thread.ident is not None:
             self._thread.join()
+        if self._lending is not None:
+            self._lending.close()
         for lane in self._lanes.values():
             for job in lane:
                 job.future.cancel()
@@ -92,7 +97,8 @@ class Worker:
     def _run_batch(self, chosen: list[tuple[str, Job, Part]]) -> bool:
         """Run micro-batches as one batch; False where that failed. One that is alone fails with its job."""
         try:
-            outcomes = self._engine.call(lambda: run_parts(self._model, [part for _, _, part in chosen]))
+            run = self._engine.call if self._lending is None else self._lending.run
+            outcomes = run(lambda: run_parts(self._model, [part for _, _, part in chosen]))
         except Exception as error:
             if len(chosen) == 1:
                 self._fail(*chosen[0][:2], error)

@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from toolkit.engine import EngineUnavailable
 from toolkit.errors import ToolkitError
 from toolkit.sentences import shown
 from toolkit.serving.errors import RequestError
+from toolkit.serving.tinker.completions import Completions, Session
 from toolkit.serving.tinker.messages import PROTOBUF
 
 LONGEST_POLL = 20.0
@@ -39,19 +40,49 @@ def _failed(message: str, category: str) -> Result:
 
 
 class Promises:
-    """The promises of one application; for its event loop alone."""
+    """The promises of one application; for its event loop alone.
+
+    Attributes:
+        completions: of the promises of sampling sessions.
+    """
 
     def __init__(self) -> None:
+        self.completions = Completions()
         self._tasks: OrderedDict[str, asyncio.Task[Result]] = OrderedDict()
+        self._sessions: dict[str, Session] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._tasks
 
-    def add(self, name: str, work: Coroutine[Any, Any, Result]) -> None:
-        """Begin ``work``, whose result ``name`` promises. What it raises is the result too."""
-        self._tasks[name] = asyncio.create_task(_settled(work))
-        while len(self._tasks) > REMEMBERED and next(iter(self._tasks.values())).done():
-            self._tasks.popitem(last=False)
+    def add(self, name: str, work: Coroutine[Any, Any, Result], session: Session | None = None) -> None:
+        """Begin ``work``, whose result ``name`` promises. What it raises is the result too.
+
+        Args:
+            session: that is told of it.
+        """
+        if session is not None:
+            self._sessions[name] = session
+        self._tasks[name] = asyncio.create_task(self._settled(name, work, session))
+        while len(self._tasks) > REMEMBERED and (oldest := next(iter(self._tasks.items())))[1].done():
+            self._forget(oldest[0])
+
+    async def _settled(self, name: str, work: Coroutine[Any, Any, Result], session: Session | None) -> Result:
+        result = await _outcome(work)
+        if session is not None:
+            num_bytes = len(result.content) if result.media_type == PROTOBUF else None
+            await self.completions.note(session, name, num_bytes)
+        return result
+
+    def forget(self, session: Session, names: Iterable[str]) -> None:
+        """Keep the results no longer that a session has read."""
+        for name in names:
+            if self._sessions.get(name) == session and self._tasks[name].done():
+                self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        del self._tasks[name]
+        if (session := self._sessions.pop(name, None)) is not None:
+            self.completions.forget(session, name)
 
     def add_future(self, name: str, future: Future[Any], result: Callable[[Any], Result]) -> None:
         """``add`` of what a thread makes, which nobody takes back."""
@@ -90,7 +121,7 @@ class Promises:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _settled(work: Coroutine[Any, Any, Result]) -> Result:
+async def _outcome(work: Coroutine[Any, Any, Result]) -> Result:
     try:
         return await work
     except EngineUnavailable as error:

@@ -1,11 +1,13 @@
 """Bodies of Tinker's routes that are JSON. A null is a field that is not given."""
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import ConfigDict, Field
 
 from toolkit.serving.body import Body
+
+Item = TypeVar("Item")
 
 
 class TinkerBody(Body):
@@ -72,19 +74,34 @@ class OptimStep(OfModel):
     seq_id: int
 
 
-class SaveWeights(OfModel):
+SHORTEST_TTL, LONGEST_TTL = 3600, 10 * 366 * 24 * 3600
+"""Seconds that a checkpoint may be kept: from an hour to ten years."""
+
+
+class Ttl(TinkerBody):
+    """Args: ttl_seconds: how long a checkpoint is kept from now; for ever without."""
+
+    ttl_seconds: int | None = Field(None, ge=SHORTEST_TTL, le=LONGEST_TTL)
+
+
+class SaveWeights(OfModel, Ttl):
     """Args: path: the checkpoint's name."""
 
-    ignored: ClassVar[tuple[str, ...]] = (*TinkerBody.ignored, "ttl_seconds")
     path: str | None = None
     seq_id: int
     overwrite: bool = False
 
 
-class SaveForSampler(OfModel):
+class SaveExternal(OfModel, Ttl):
+    """Args: path: the checkpoint's name."""
+
+    path: str
+    seq_id: int
+
+
+class SaveForSampler(OfModel, Ttl):
     """Args: path: the checkpoint's name; without one a sampling session is made."""
 
-    ignored: ClassVar[tuple[str, ...]] = (*TinkerBody.ignored, "ttl_seconds")
     path: str | None = None
     sampling_session_seq_id: int | None = None
     kind: str = Field("snapshot", pattern="^(snapshot|inflight)$")
@@ -102,6 +119,47 @@ class LoadWeights(TinkerBody):
     path: str
     optimizer: bool
     optimizer_config: Optimizer | None = None
+
+
+class Page(TinkerBody):
+    """The parameters of a list. Args: limit: most items; offset: of the first one."""
+
+    model_config = ConfigDict(strict=False)
+    ignored: ClassVar[tuple[str, ...]] = (*TinkerBody.ignored, "access_scope", "project_id")
+    limit: int = Field(100, ge=1, le=10_000)
+    offset: int = Field(0, ge=0)
+
+    def of(self, found: Sequence[Item]) -> Sequence[Item]:
+        """Its items."""
+        return found[self.offset : self.offset + self.limit]
+
+
+class Link(TinkerBody):
+    """What makes a link to a file good. Args: expires: seconds since the epoch."""
+
+    model_config = ConfigDict(strict=False)
+    expires: int
+    signature: str
+
+
+class FuturesTarget(TinkerBody):
+    """Args: cloned_sampler_id: of the client; requests of the clone c are numbered from c * ``CLONE_NUMBERS``."""
+
+    sampling_session_id: str
+    cloned_sampler_id: int = 0
+
+
+class RetrieveMany(TinkerBody):
+    """Args:
+    prev_cursor: of the last response; what it told is not told again.
+    timeout: seconds that the response may wait for a result.
+    retrieved_request_ids: promises whose results the client has.
+    """
+
+    target: FuturesTarget
+    prev_cursor: int = 0
+    timeout: float | None = Field(None, ge=0)
+    retrieved_request_ids: list[str] = Field(default_factory=list)
 
 
 class WeightsInfo(TinkerBody):

@@ -10,6 +10,13 @@ from toolkit.serving.tinker.messages import forward_backward_output
 from toolkit.serving.tinker.promises import Result, json_result, protobuf_result
 from toolkit.serving.tinker.sessions import Tinker
 
+SAVES = {
+    "weights": "save_weights",
+    "sampler_weights": "save_weights_for_sampler",
+    "external_weights": "save_weights_external",
+}
+"""The type of the result of saving a checkpoint of each kind."""
+
 
 def promised(
     tinker: Tinker, name: str, number: int, method: str, arguments: Mapping[str, Any], future: Future[Any]
@@ -53,8 +60,7 @@ def result(name: str, number: int, method: str, arguments: Mapping[str, Any], va
     if method == "optim_step":
         return json_result({"metrics": {"grad_norm": value}})
     if method == "save":
-        kind = "save_weights" if arguments["kind"] == "weights" else "save_weights_for_sampler"
-        return json_result({"type": kind, "path": value})
+        return json_result({"type": SAVES[arguments["kind"]], "path": value})
     if method == "snapshot":
         return json_result({"type": "save_weights_for_sampler", "sampling_session_id": sampler_of(name, number)})
     if arguments.get("path") is not None:

@@ -2,6 +2,7 @@
 
 from toolkit.live import LiveTraining
 from toolkit.serving.generation import Generation
+from toolkit.serving.tinker.archive import add_archive_routes
 from toolkit.serving.tinker.messages import messages
 from toolkit.serving.tinker.results import recover_promises
 from toolkit.serving.tinker.sampling import add_sampling_routes
@@ -16,4 +17,5 @@ def add_routes(generation: Generation, live: LiveTraining) -> None:
     add_session_routes(tinker, recover_promises)
     add_training_routes(tinker)
     add_sampling_routes(tinker)
+    add_archive_routes(tinker)
     generation.base.add_error_style(ROOT, tinker_error)

@@ -12,6 +12,7 @@ from toolkit.errors import ToolkitError
 from toolkit.live import SamplingTarget
 from toolkit.serving.errors import Json, RequestError
 from toolkit.serving.tinker import requests
+from toolkit.serving.tinker.completions import CLONE_NUMBERS
 from toolkit.serving.tinker.messages import sample_response
 from toolkit.serving.tinker.promises import Result, protobuf_result
 from toolkit.serving.tinker.sessions import SAMPLE, Tinker
@@ -49,11 +50,13 @@ def add_sampling_routes(tinker: Tinker) -> None:
     @tinker.route("POST", "asample")
     async def sample(request: Request) -> Json:
         asked = await tinker.read(request, requests.Sample)
+        session = None
         if asked.sampling_session_id is None:
             chosen, name = target(asked.base_model, asked.model_path), f"{SAMPLE}{uuid.uuid4().hex}"
         else:
             chosen = sampler(asked.sampling_session_id)
             name = f"{SAMPLE}{asked.sampling_session_id}:{asked.seq_id}"
+            session = (asked.sampling_session_id, (asked.seq_id or 0) // CLONE_NUMBERS)
         promise = {"request_id": name, "sample_sequence_ids": [f"{name}:{at}" for at in range(asked.num_samples)]}
         if name in tinker.promises:
             return promise
@@ -61,7 +64,7 @@ def add_sampling_routes(tinker: Tinker) -> None:
         check_num_sequences(asked.num_samples, engine.max_queued_seqs)
         tinker.generation.check_tokens([tokens], "prompt")
         params = sampling_params(asked)
-        tinker.promises.add(name, run(request, chosen, asked, tokens, params))
+        tinker.promises.add(name, run(request, chosen, asked, tokens, params), session)
         return promise
 
     async def run(

@@ -15,9 +15,9 @@ from toolkit.live import LiveTraining
 from toolkit.sentences import shown
 from toolkit.serving.errors import Json, RequestError
 from toolkit.serving.generation import Generation
-from toolkit.serving.parsing import parse
+from toolkit.serving.parsing import parse, parse_query
 from toolkit.serving.tinker import requests
-from toolkit.serving.tinker.promises import Promises
+from toolkit.serving.tinker.promises import LONGEST_POLL, Promises
 
 ROOT = "/api/v1"
 KEY = "x-api-key"
@@ -124,7 +124,15 @@ def add_session_routes(tinker: Tinker, recover: Callable[[Tinker], None]) -> Non
     @tinker.route("POST", "client/config")
     async def config() -> Json:
         chunk = min(LARGEST_CHUNK, base.config.max_body_size * 3 // 4)
-        return {"pjwt_auth_enabled": False, "proto_compress_fwdbwd": True, "fwdbwd_max_chunk_bytes_count": chunk}
+        # A client that waits for all of a session's samples at once does not notice that a server has forgotten one,
+        # as a server does that starts again.
+        together = not tinker.live.config.durable
+        return {
+            "pjwt_auth_enabled": False,
+            "proto_compress_fwdbwd": True,
+            "fwdbwd_max_chunk_bytes_count": chunk,
+            "sample_use_retrieve_futures": together,
+        }
 
     @tinker.route("POST", "client/dynamic_config")
     async def dynamic_config() -> Json:
@@ -153,6 +161,17 @@ def add_session_routes(tinker: Tinker, recover: Callable[[Tinker], None]) -> Non
         await base.on_thread(tinker.begin_session, name)
         return {"type": "create_session", "session_id": name}
 
+    @tinker.route("GET", "sessions")
+    async def sessions(request: Request) -> Json:
+        return {"sessions": parse_query(requests.Page, request).of(list(tinker.sessions))}
+
+    @tinker.route("GET", "sessions/{session_id}")
+    async def session(session_id: str) -> Json:
+        if session_id not in tinker.sessions:
+            raise RequestError(f"session_id must be a session of this server, got {shown(session_id)}.", status=404)
+        samplers = [one for one in tinker.live.samplers if one.startswith(f"{session_id}:")]
+        return {"training_run_ids": tinker.sessions[session_id], "sampler_ids": samplers}
+
     @tinker.route("POST", "session_heartbeat")
     async def heartbeat(request: Request) -> Json:
         tinker.session((await tinker.read(request, requests.Heartbeat)).session_id)
@@ -168,6 +187,21 @@ def add_session_routes(tinker: Tinker, recover: Callable[[Tinker], None]) -> Non
     @tinker.route("POST", "retrieve_future")
     async def retrieve(request: Request) -> Response:
         return await tinker.promises.retrieve((await tinker.read(request, requests.Retrieve)).request_id)
+
+    @tinker.route("POST", "retrieve_futures")
+    async def retrieve_many(request: Request) -> Json:
+        asked = await tinker.read(request, requests.RetrieveMany)
+        session = (asked.target.sampling_session_id, asked.target.cloned_sampler_id)
+        tinker.promises.forget(session, asked.retrieved_request_ids)
+        timeout = LONGEST_POLL if asked.timeout is None else min(asked.timeout, LONGEST_POLL)
+        found = await tinker.promises.completions.after(session, asked.prev_cursor, timeout)
+        told: list[Json] = [
+            {"state": "failed", "request_id": one.name}
+            if one.num_bytes is None
+            else {"state": "finished", "request_id": one.name, "response_payload_uncompressed_size": one.num_bytes}
+            for one in found
+        ]
+        return {"completions": told, "cursor": found[-1].number if found else asked.prev_cursor}
 
     @tinker.route("POST", "cancel_future")
     async def cancel(request: Request) -> Json:

@@ -78,8 +78,14 @@ def add_training_routes(tinker: Tinker) -> None:
     @tinker.route("POST", "save_weights")
     async def save(request: Request) -> Json:
         asked = await tinker.read(request, requests.SaveWeights)
-        path = asked.path or f"step-{asked.seq_id:06d}"
-        return await submit(asked.model_id, asked.seq_id, "save", kind="weights", path=path, overwrite=asked.overwrite)
+        given = {"kind": "weights", "path": asked.path or f"step-{asked.seq_id:06d}", "overwrite": asked.overwrite}
+        return await submit(asked.model_id, asked.seq_id, "save", **given, ttl_seconds=asked.ttl_seconds)
+
+    @tinker.route("POST", "save_weights_external")
+    async def save_external(request: Request) -> Json:
+        asked = await tinker.read(request, requests.SaveExternal)
+        given = {"kind": "external_weights", "path": asked.path, "ttl_seconds": asked.ttl_seconds}
+        return await submit(asked.model_id, asked.seq_id, "save", **given)
 
     @tinker.route("POST", "load_weights")
     async def load(request: Request) -> Json:
@@ -98,8 +104,9 @@ def add_training_routes(tinker: Tinker) -> None:
     async def save_for_sampler(request: Request) -> Json:
         asked = await tinker.read(request, requests.SaveForSampler)
         if asked.path is None:
-            return await submit(asked.model_id, asked.seq_id, "snapshot", inflight=asked.kind == "inflight")
-        given = {"kind": "sampler_weights", "path": asked.path, "overwrite": False}
+            snapshot = {"inflight": asked.kind == "inflight", "ttl_seconds": asked.ttl_seconds}
+            return await submit(asked.model_id, asked.seq_id, "snapshot", **snapshot)
+        given = {"kind": "sampler_weights", "path": asked.path, "ttl_seconds": asked.ttl_seconds}
         return await submit(asked.model_id, asked.seq_id, "save", **given)
 
     @tinker.route("POST", "weights_info")
