@@ -62,6 +62,11 @@ def test_a_client_learns_sums(server, version, tmp_path):
     assert seen["scored"][0] is None
     assert all(value < 0 for value in seen["scored"][1:])
     assert seen["same"][0] == seen["same"][1]
+    assert {"weights/before", "sampler_weights/last"} < set(seen["listed"])
+    assert seen["left"] == [one for one in seen["listed"] if one != "sampler_weights/last"]
+    assert [one.rpartition("/")[2] for one in seen["expiring"]] == ["last"]
+    assert len(seen["runs"]) >= 2  # and the one that was resumed
+    assert seen["downloaded"] is None or "adapter_model.safetensors" in seen["downloaded"]
     body = {"prompt": "1+1=", "max_tokens": 2, "temperature": 0}
     response = httpx.post(f"{one.url}/v1/completions", json=body, headers={"authorization": "Bearer tml-secret"})
     assert response.status_code == 200, response.text

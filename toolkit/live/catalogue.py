@@ -15,7 +15,7 @@ class Run:
     Args:
         name: its id.
         base_model: name of the model.
-        settings: of its LoRA.
+        settings: of its LoRA, or that it has none.
         last_request: seconds since the epoch of its last request; of its last checkpoint where it has ended.
         last: its newest checkpoint of each kind.
     """

@@ -1,4 +1,4 @@
-"""Saved weights: PEFT folders under one root, written aside and renamed, by paths of Tinker's form.
+"""Saved weights: PEFT folders, or folders of models, under one root, written aside and renamed, by Tinker's paths.
 
 ``tinker://RUN/weights/NAME`` has the optimizer's state beside the adapter, ``tinker://RUN/sampler_weights/NAME`` and
 ``tinker://RUN/external_weights/NAME``, which is for downloads, the adapter alone. RUN is the id of the training client.
@@ -33,6 +33,7 @@ SCHEME = "tinker://"
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 _RUN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._:-]{0,255}")
 _ABOUT, _DATES, _OPTIMIZER = "tinker.json", "dates.json", "optimizer.safetensors"
+_WEIGHTS = "model.safetensors"
 _REMOVED = ".removed"
 """The folder of the names of checkpoints that were removed: a request that runs again does not bring them back."""
 
@@ -44,14 +45,16 @@ class Saved:
     Args:
         base_model: name of the model that it was trained on.
         settings: of its LoRA.
-        factors: by the names of a PEFT file.
+        factors: by the names of a PEFT file; all weights by the names of the model where its rank is 0.
         optimizer: its state; None where there is none.
+        config: of the model, where it is all weights.
     """
 
     base_model: str
     settings: LoraSettings
     factors: Mapping[str, Tensor]
     optimizer: AdamState | None = None
+    config: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -240,7 +243,12 @@ def write_saved(folder: Path, saved: Saved) -> None:
     """Write a checkpoint's files into a folder that there is."""
     from safetensors.torch import save_file
 
-    write_adapter(folder, saved.base_model, saved.factors)
+    if saved.settings.full:
+        contents = {name: one.detach().cpu().contiguous() for name, one in saved.factors.items()}
+        save_file(contents, folder / _WEIGHTS, metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(saved.config), encoding="utf-8")
+    else:
+        write_adapter(folder, saved.base_model, saved.factors)
     about = {"base_model": saved.base_model, "lora": asdict(saved.settings)}
     (folder / _ABOUT).write_text(json.dumps(about, indent=1), encoding="utf-8")
     if saved.optimizer is not None:
@@ -254,7 +262,8 @@ def read_saved(folder: Path) -> Saved:
     base_model, settings = _about(folder)
     optimizer = folder / _OPTIMIZER
     state = _state(load_file(optimizer)) if optimizer.is_file() else None
-    return Saved(base_model, settings, load_file(folder / "adapter_model.safetensors"), state)
+    factors = load_file(folder / (_WEIGHTS if settings.full else "adapter_model.safetensors"))
+    return Saved(base_model, settings, factors, state)
 
 
 def _about(folder: Path) -> tuple[str, LoraSettings]:

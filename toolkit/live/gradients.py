@@ -16,15 +16,15 @@ class Part:
     """A tenant's micro-batch in a batch.
 
     Args:
-        adapter: its name in the model.
-        parameters: of the adapter.
+        adapter: its name in the model; None where the model's own weights are trained.
+        parameters: of the adapter, or of the model.
         micro_batch: the tenant's.
         loss: of each of its examples.
         config: of the loss.
         backward: whether gradients are wanted.
     """
 
-    adapter: str
+    adapter: str | None
     parameters: Mapping[str, nn.Parameter]
     micro_batch: MicroBatch
     loss: Loss

@@ -27,7 +27,7 @@ class LoraSettings:
     """What a client asks for at the beginning.
 
     Args:
-        rank: of every layer.
+        rank: of every layer; 0 for none, all weights of the model being trained.
         seed: of the first factors.
         train_attn: whether linear layers of attention and other mixers of tokens are adapted.
         train_mlp: whether all other linear layers are, but the head.
@@ -35,6 +35,9 @@ class LoraSettings:
 
     Raises:
         ToolkitError: for a rank out of range, or no layers.
+
+    Attributes:
+        full: whether all weights are trained.
     """
 
     rank: int
@@ -44,12 +47,16 @@ class LoraSettings:
     train_unembed: bool = True
 
     def __post_init__(self) -> None:
-        if self.rank == 0:
-            raise ToolkitError("lora_config.rank must be >= 1, got 0: full fine-tuning is not served.")
-        if not 1 <= self.rank <= MAX_RANK:
-            raise ToolkitError(f"lora_config.rank must be >= 1 and <= {MAX_RANK}, got {self.rank}.")
+        if not 0 <= self.rank <= MAX_RANK:
+            raise ToolkitError(f"lora_config.rank must be >= 0 and <= {MAX_RANK}, got {self.rank}.")
+        if self.full and not (self.train_attn and self.train_mlp and self.train_unembed):
+            raise ToolkitError("lora_config.rank must be >= 1 where not all of attn, mlp and unembed train, got 0.")
         if not (self.train_attn or self.train_mlp or self.train_unembed):
             raise ToolkitError("lora_config must train attn, mlp or unembed, got none of them.")
+
+    @property
+    def full(self) -> bool:
+        return self.rank == 0
 
 
 def target_layers(model: Any, settings: LoraSettings) -> dict[str, nn.Linear]:
@@ -90,6 +97,21 @@ def _parts(wrapper: Any) -> Iterator[nn.Module]:
     for name, child in wrapper.named_children():
         if name != "base_layer":
             yield from child.modules()
+
+
+def base_parameters(model: Any) -> dict[str, nn.Parameter]:
+    """All weights of the model without adapters, by its names.
+
+    Raises:
+        ToolkitError: where they are not float32, which Adam's steps need.
+    """
+    found = {}
+    for path, module in _base_modules(model):
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dtype != torch.float32:
+                raise ToolkitError(f"lora_config.rank must be >= 1 for weights of {parameter.dtype}, got 0.")
+            found.setdefault(parameter, f"{path}.{name}")  # tied weights once
+    return {name: parameter for parameter, name in found.items()}
 
 
 def new_factors(layers: Mapping[str, nn.Linear], settings: LoraSettings) -> dict[str, Tensor]:

@@ -134,8 +134,9 @@ class Requests:
         """Its result is a ``SamplingTarget``."""
 
         def take() -> SamplingTarget:
-            if inflight:
-                return SamplingTarget(tenant=client.tenant)
+            tenant = client.tenant
+            if inflight or tenant.settings.full:
+                return SamplingTarget(tenant=tenant, version=None if inflight else tenant.version)
             path = self._saved(client, again, "sampler_weights", f"{EPHEMERAL}-{number}", True, ttl_seconds)
             return SamplingTarget(self._checkpoints.folder(path), path=path)
 

@@ -29,11 +29,21 @@ class SamplingTarget:
         folder: of saved weights.
         tenant: whose weights of now are sampled, where ``folder`` is None; None for the base model.
         path: of saved weights, as clients name it.
+        version: of the tenant's weights, the only ones that are sampled; None for any.
     """
 
     folder: Path | None = None
     tenant: Tenant | None = None
     path: str | None = None
+    version: str | None = None
+
+    def check(self) -> None:
+        """Raise ToolkitError where the tenant's weights are others by now."""
+        if self.tenant is not None and self.version not in (None, self.tenant.version):
+            raise ToolkitError(
+                "sampling_session_id must be of the weights as they are now: full fine-tuning (rank 0) keeps no older "
+                'ones to sample. Make a sampler after each step, or one of kind "inflight".'
+            )
 
 
 @dataclass

@@ -3,10 +3,11 @@
 import json
 import secrets
 import shutil
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from contextlib import contextmanager
+from concurrent.futures import Future, wait
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,7 @@ class LiveConfig:
         micro_batch_tokens: of one forward and backward of a request; several tenants' are a batch of at most twice as
             many. A tenant's numbers are a function of this too.
         max_samplers: saved versions that stay in the model while nobody samples them.
-        max_wait: seconds that a decode step waits for training, and for the module that runs then; None for a whole
-            batch of micro-batches.
+        max_wait: seconds that a decode step waits for training, beside one module's; None for all of a batch.
     """
 
     base_models: tuple[str, ...]
@@ -114,6 +114,8 @@ class LiveTraining:
         self._requests = Requests(engine, self.checkpoints, config.state_interval)
         self._clients: dict[str, Client] = {}
         self._targets: dict[str, SamplingTarget] = {}
+        self._creating = threading.Lock()
+        self._leaving: dict[Future[Any], bool] = {}  # by when they have left, whether clients trained all weights
         self.recovered = self._recover() if config.durable else []
 
     def start(self) -> None:
@@ -186,13 +188,33 @@ class LiveTraining:
         return self._create(name, settings, path, optimizer)
 
     def _create(self, name: str, settings: LoraSettings, path: str | None, optimizer: bool) -> Future[Any]:
+        with self._creating:
+            return self._created(name, settings, path, optimizer)
+
+    def _created(self, name: str, settings: LoraSettings, path: str | None, optimizer: bool) -> Future[Any]:
         if name in self._clients:
             return self._clients[name].created
+        self._check_alone(settings)
         journal = Journal(self.config.root / name / JOURNAL) if self.config.durable else None
         tokens = self.config.micro_batch_tokens
         if journal is not None:
             journal.create(self.base_model, settings, path, optimizer, tokens)
         return self._add(name, settings, path, optimizer, tokens, journal).created
+
+    def _check_alone(self, settings: LoraSettings) -> None:
+        """Raise ToolkitError for a client that trains all weights beside another one. Waits for those that leave."""
+        for client in list(self._clients.values()):
+            if settings.full:
+                raise ToolkitError("lora_config.rank must be >= 1 while there are other training clients, got 0.")
+            if client.tenant.settings.full:
+                raise ToolkitError(
+                    f"lora_config must wait: {client.tenant.name} trains all weights (rank 0) and is alone; unload it."
+                )
+        self._wait_for_leaving(settings.full)
+
+    def _wait_for_leaving(self, all_of_them: bool = False) -> None:
+        """Wait until a client that trained all weights has given the model its own back, or until any has left."""
+        wait([left for left, full in list(self._leaving.items()) if full or all_of_them])
 
     def _add(
         self,
@@ -243,9 +265,11 @@ class LiveTraining:
     def unload(self, name: str) -> Future[Any]:
         """End a training client after the requests whose turn has come; its checkpoints stay."""
         client = self._client(name)
-        del self._clients[name]
         forget = None if client.journal is None else client.journal.remove
         job = Job(lambda: client.tenant.leave(self.engine.engine), on_engine=True, then=forget)
+        self._leaving[job.future] = client.tenant.settings.full
+        job.future.add_done_callback(self._leaving.pop)
+        del self._clients[name]
         self._worker.add(name, job)
         return job.future
 
@@ -323,7 +347,8 @@ class LiveTraining:
         """Remember what a sampling session samples."""
         self._targets[name] = target
         if self.config.durable:
-            about = {"path": target.path, "tenant": None if target.tenant is None else target.tenant.name}
+            tenant = None if target.tenant is None else target.tenant.name
+            about = {"path": target.path, "tenant": tenant, "version": target.version}
             file = self._target_file(name)
             file.parent.mkdir(exist_ok=True)
             write_atomic(file, json.dumps(about))
@@ -335,9 +360,11 @@ class LiveTraining:
             if not (self.config.durable and len(name) <= LONGEST_NAME and file.is_file()):
                 raise ToolkitError(f"sampling_session_id must be a session of this server, got {shown(name)}.")
             about = json.loads(file.read_text(encoding="utf-8"))
-            tenant = about["tenant"]
-            known = self.target(about["path"]) if tenant is None else SamplingTarget(tenant=self.tenant(tenant))
-            self._targets[name] = known
+            tenant, path = about["tenant"], about["path"]
+            if tenant is None:
+                self._targets[name] = self.target(path)
+            else:
+                self._targets[name] = SamplingTarget(tenant=self.tenant(tenant), version=about["version"])
         return self._targets[name]
 
     def _target_file(self, name: str) -> Path:
@@ -347,17 +374,25 @@ class LiveTraining:
         """What a path names; the base model without one. Raises ToolkitError for no checkpoint of this model."""
         if path is None:
             return SamplingTarget()
-        self.check_base(self.checkpoints.about(path)[0])
+        base_model, settings = self.checkpoints.about(path)
+        self.check_base(base_model)
+        if settings.full:
+            raise ToolkitError(f"path must be of an adapter to be sampled, got all weights of a model ({shown(path)}).")
         return SamplingTarget(self.checkpoints.folder(path), path=path)
 
     @contextmanager
     def sampled(self, target: SamplingTarget) -> Iterator[str | None]:
         """Inside, requests may choose the adapter that is given (None for the base). Waits for the engine."""
-        if target.folder is not None:
-            with self._samplers.adapter(target.folder) as adapter:
-                yield adapter
-        elif target.tenant is not None:
+        if target.tenant is not None:
             target.tenant.check()
+            target.check()
             yield target.tenant.adapter
-        else:
-            yield None
+            target.check()  # a step meanwhile
+            return
+        full = next((name for name, one in self._clients.items() if one.tenant.settings.full), None)
+        if full is not None:
+            raise ToolkitError(f"sampling_session_id must be of {full}, which trains all weights, got another one's.")
+        self._wait_for_leaving()
+        context = nullcontext() if target.folder is None else self._samplers.adapter(target.folder)
+        with context as adapter:
+            yield adapter

@@ -5,6 +5,9 @@ Its arguments are the server's address and the model. The last line is JSON with
 
 import inspect
 import json
+import os
+import pathlib
+import subprocess
 import sys
 
 import numpy as np
@@ -78,6 +81,15 @@ def resumed(service, training, tokenizer):
     return [supervised(one, tokenizer, 2, 1e-3) for one in (training, again)]
 
 
+def downloaded(path):
+    """The files that ``tinker checkpoint download`` writes; None where this client downloads in another way."""
+    if not hasattr(training, "save_weights_external"):
+        return None
+    command = [sys.executable, "-m", "tinker.cli", "checkpoint", "download", path, "--output", "downloads"]
+    subprocess.run(command, check=True, env=os.environ | {"TINKER_BASE_URL": URL, "TINKER_API_KEY": "tml-secret"})
+    return sorted(one.name for one in pathlib.Path("downloads").glob("**/*") if one.is_file())
+
+
 service = tinker.ServiceClient(base_url=URL, api_key="tml-secret")
 training = there(service.create_lora_training_client(base_model=MODEL, rank=16, seed=0))
 tokenizer = training.get_tokenizer()
@@ -109,4 +121,14 @@ seen["inflight"] = bool(kind)
 params = types.SamplingParams(max_tokens=4, temperature=0)
 asked = (types.ModelInput.from_ints(tokenizer.encode("2+2=")), 1, params)
 seen["same"] = [list(one.sample(*asked).result().sequences[0].tokens) for one in (sampler, inflight)]
+rest, run = service.create_rest_client(), training.model_id
+listed = there(rest.list_checkpoints(run)).checkpoints
+seen["listed"] = sorted(one.checkpoint_id for one in listed)
+seen["runs"] = [one.training_run_id for one in there(rest.list_training_runs()).training_runs]
+there(rest.set_checkpoint_ttl_from_tinker_path(path, 7200))
+expires = {one.tinker_path: one.expires_at for one in there(rest.list_user_checkpoints()).checkpoints}
+seen["expiring"] = [name for name, at in expires.items() if at is not None]
+seen["downloaded"] = downloaded(f"tinker://{run}/weights/before")
+there(rest.delete_checkpoint_from_tinker_path(path))
+seen["left"] = sorted(one.checkpoint_id for one in there(rest.list_checkpoints(run)).checkpoints)
 print(json.dumps(seen))

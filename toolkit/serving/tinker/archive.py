@@ -24,6 +24,7 @@ from toolkit.serving.errors import Json, RequestError
 from toolkit.serving.parsing import parse_query
 from toolkit.serving.tinker import requests
 from toolkit.serving.tinker.sessions import ROOT, Tinker
+from toolkit.serving.tinker.training import lora_fields
 
 TYPES = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
 """Kinds of checkpoints by the names of the wire."""
@@ -176,8 +177,7 @@ def _run(run: Run) -> Json:
         "training_run_id": run.name,
         "base_model": run.base_model,
         "model_owner": "local",
-        "is_lora": True,
-        "lora_rank": run.settings.rank,
+        **lora_fields(run.settings),
         "corrupted": False,
         "last_request_time": _time(run.last_request),
         "last_checkpoint": last.get("weights"),

@@ -37,9 +37,8 @@ def add_training_routes(tinker: Tinker) -> None:
     async def create(request: Request) -> Json:
         asked = await tinker.read(request, requests.CreateModel)
         name = remember(asked.session_id, asked.model_seq_id)
-        if asked.lora_config is None:
-            raise RequestError("'lora_config' must be given: full fine-tuning is not served.", "lora_config")
-        future = await base.on_thread(live.create, name, asked.base_model, asked.lora_config.model_dump())
+        lora = {"rank": 0} if asked.lora_config is None else asked.lora_config.model_dump()
+        future = await base.on_thread(live.create, name, asked.base_model, lora)
         return promised(tinker, name, 0, "create", {}, future)
 
     @tinker.route("POST", "get_info")
@@ -47,8 +46,8 @@ def add_training_routes(tinker: Tinker) -> None:
         name = (await tinker.read(request, requests.OfModel)).model_id
         settings = live.tenant(name).settings
         about = {"arch": live.architecture, "model_name": live.base_model, "tokenizer_id": live.config.tokenizer}
-        lora = {"is_lora": True, "lora_rank": settings.rank}
-        return {"type": "get_info", "model_id": name, "model_data": about, "model_name": live.base_model, **lora}
+        named = {"model_id": name, "model_data": about, "model_name": live.base_model}
+        return {"type": "get_info", **named, **lora_fields(settings)}
 
     @tinker.route("POST", "unload_model")
     async def unload(request: Request) -> Json:
@@ -113,7 +112,12 @@ def add_training_routes(tinker: Tinker) -> None:
     async def weights_info(request: Request) -> Json:
         asked = await tinker.read(request, requests.WeightsInfo)
         base_model, settings = live.checkpoints.about(asked.tinker_path)
-        return {"base_model": base_model, "is_lora": True, "lora_rank": settings.rank, **_trained(settings)}
+        return {"base_model": base_model, **lora_fields(settings), **_trained(settings)}
+
+
+def lora_fields(settings: LoraSettings) -> Json:
+    """Whether a training client has a LoRA, and its rank."""
+    return {"is_lora": not settings.full, "lora_rank": settings.rank or None}
 
 
 def _trained(settings: LoraSettings) -> Json:
