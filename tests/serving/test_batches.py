@@ -273,6 +273,8 @@ def test_a_batch_asks_at_the_lowest_priority_and_so_many_at_a_time():
 
     engine.submit_batch = noting
     with client:
+        check("openai", "ListFilesResponse", client.get("/v1/files").json())  # empty ones too
+        check("openai", "ListBatchesResponse", client.get("/v1/batches").json())
         files = {
             "file": (
                 "a",
@@ -285,9 +287,8 @@ def test_a_batch_asks_at_the_lowest_priority_and_so_many_at_a_time():
         schemas.BatchObject.model_validate(batch)
         check("openai", "OpenAIFile", file)
         check("openai", "ListFilesResponse", client.get("/v1/files").json())
-        # OpenAI's examples have the nulls that its schema leaves out.
-        check("openai", "Batch", {name: value for name, value in batch.items() if value is not None})
-        end = time.monotonic() + 10
+        check("openai", "Batch", batch)
+        end = time.monotonic() + 60
         while len(seen) < 3 and time.monotonic() < end:
             time.sleep(0.01)
         time.sleep(0.1)
@@ -296,6 +297,16 @@ def test_a_batch_asks_at_the_lowest_priority_and_so_many_at_a_time():
         while client.get(f"/v1/batches/{batch['id']}").json()["status"] != "completed" and time.monotonic() < end:
             time.sleep(0.01)
         assert len(seen) == 9
+        file = client.post("/v1/files", files={"file": ("a", "no line")}, data={"purpose": "batch"}).json()
+        failed = client.post("/v1/batches", json={**asked_for, "input_file_id": file["id"]}).json()
+        while client.get(f"/v1/batches/{failed['id']}").json()["status"] != "failed" and time.monotonic() < end:
+            time.sleep(0.01)
+        listed = client.get("/v1/batches").json()
+        check("openai", "ListBatchesResponse", listed)
+        assert [one["status"] for one in listed["data"]] == ["failed", "completed"]
+        for one in listed["data"]:
+            assert client.get(f"/v1/batches/{one['id']}").json() == one
+            assert None not in one.values()
     assert SamplingParams(priority=lines.LOWEST_PRIORITY).priority == lines.LOWEST_PRIORITY
 
 

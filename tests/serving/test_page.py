@@ -38,12 +38,26 @@ def test_a_server_without_the_page():
         assert client.get("/page/app.js").status_code == 404
 
 
-@pytest.mark.parametrize("name", page_files())
-def test_nothing_is_loaded_from_elsewhere(name):
-    text = page_files()[name].decode()
+@pytest.mark.parametrize("prefix", ["", "/api"])
+def test_the_page_of_the_documents_and_its_files(prefix):
+    client, _ = client_of(ToldEngine(), root_path=prefix)
+    with client:
+        page = client.get(f"{prefix}/docs")
+        assert page.headers["content-type"] == "text/html; charset=utf-8"
+        assert "default-src 'self'" in page.headers["content-security-policy"]
+        named = re.findall(r'(?:href|src)="([^"]+)"', page.text)
+        assert {"docs/docs.js", "docs/docs.css", "openapi.json"} == set(named)
+        for path in named:
+            assert client.get(f"{prefix}/{path}?name=x").status_code == 200, path
+        assert client.get("/redoc").status_code == 404
+
+
+@pytest.mark.parametrize(("folder", "name"), [(one, name) for one in ("files", "docs") for name in page_files(one)])
+def test_nothing_is_loaded_from_elsewhere(folder, name):
+    text = page_files(folder)[name].decode()
     assert "//" not in re.sub(r"(?m)(^|[;{\s])//.*$", "", text)  # comments apart
     for module in re.findall(r'from "([^"]+)"', text):
-        assert module.removeprefix("./") in page_files()
+        assert module.removeprefix("./") in page_files(folder)
     if name.endswith(".html"):
         assert not re.search(r"<script(?![^>]*\bsrc=)|\bon\w+=|\bstyle=", text)  # the policy refuses what is inline
 

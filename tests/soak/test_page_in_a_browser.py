@@ -199,3 +199,25 @@ def test_what_a_reader_does(page):
     page.wait_for_selector("#state.error")
     until(page, lambda: page.locator("#engine dd").first.text_content() == "0")
     assert not page.problems
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+def test_the_documents_of_the_api_call_it(page):
+    document = httpx.get(f"{page.server.url}/openapi.json").json()
+    page.goto(f"{page.server.url}/docs")
+    entries = page.locator("details.endpoint")
+    until(page, lambda: entries.count() == sum(map(len, document["paths"].values())))
+    page.fill("#find", "top_logprobs")
+    until(page, lambda: 0 < page.locator("details.endpoint:visible").count() < entries.count())
+    page.fill("#find", "/tokenize")
+    page.fill("#key", "secret")
+    entry = page.locator("details.endpoint:visible").first
+    entry.locator("summary").first.click()
+    assert "add_special_tokens" in entry.locator("table").first.text_content()
+    entry.locator("textarea").fill(json.dumps({"prompt": "The capital"}))
+    entry.locator("button").click()
+    until(page, lambda: entry.locator("output p").count() == 1 and entry.locator("button").is_enabled())
+    assert entry.locator("output p").text_content().startswith("200")
+    assert json.loads(entry.locator("output pre").text_content())["count"] >= 2
+    assert not page.problems

@@ -13,7 +13,7 @@ from toolkit.serving.ollama import routes as ollama
 from toolkit.serving.ollama.embed import EMBED
 from toolkit.serving.openai import routes as openai
 from toolkit.serving.openapi import describe
-from toolkit.serving.page.routes import add_page
+from toolkit.serving.page.routes import add_docs, add_page
 from toolkit.serving.pooling import POOLING_PATHS, create_pooling_app
 from toolkit.serving.responses import routes as responses
 from toolkit.serving.tinker import routes as tinker
@@ -40,6 +40,7 @@ def create_app(config: ServerConfig) -> FastAPI:
     batches.add_routes(base)
     base.add_refused((*POOLING_PATHS, EMBED), GENERATES)
     add_page(base, config.page)
+    add_docs(base)
     adapters = bool(config.lora_modules or config.admin.keys or config.admin.enabled)
     describe(base.app, base.names, config.max_model_len, config.vocab_size, bodies, adapters)
     return base.app

@@ -154,8 +154,8 @@ class Base:
             title="toolkit",
             version=toolkit.__version__,
             lifespan=self._lifespan,
-            docs_url="/docs" if config.docs else None,
-            redoc_url="/redoc" if config.docs else None,
+            docs_url=None,  # FastAPI's page loads its scripts from elsewhere; page/routes.py has ours
+            redoc_url=None,
             openapi_url="/openapi.json" if config.docs else None,
         )
         self.app.root_path = config.root_path.rstrip("/")

@@ -32,7 +32,7 @@ from toolkit.serving.ollama.requests import OllamaEmbedRequest, OllamaShowReques
 from toolkit.serving.openai.completion_request import MAX_PROMPTS, PromptKinds, prompt_list
 from toolkit.serving.openai.sampling import IGNORED
 from toolkit.serving.openapi import describe, responses, takes
-from toolkit.serving.page.routes import add_page
+from toolkit.serving.page.routes import add_docs, add_page
 from toolkit.serving.parsing import parse
 from toolkit.serving.text_routes import add_text_routes
 from toolkit.serving.texts import Texts
@@ -346,6 +346,7 @@ def create_pooling_app(config: ServerConfig, queue: PoolingQueue) -> FastAPI:
 
     add_text_routes(base, Texts(config.tokenizer), tokens_of)
     add_page(base, False)
+    add_docs(base)
     describe(base.app, base.names, None, config.vocab_size, (*BODIES, *batches.BODIES, *text_routes.BODIES))
     return base.app
 

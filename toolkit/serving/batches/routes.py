@@ -98,7 +98,7 @@ def add_routes(base: Base) -> None:
         kept = jobs.files.records.page(
             after, _limit(limit, MAX_PAGE), order == "desc", lambda one: purpose in (None, one.purpose)
         )
-        return _listed(*kept)
+        return _listed(*kept, {"first_id": "", "last_id": ""})
 
     @app.get("/v1/files/{identity}", dependencies=guarded, responses=responses(FileObject))
     async def show_file(identity: str) -> FileObject:
@@ -116,7 +116,13 @@ def add_routes(base: Base) -> None:
         jobs.files.remove(identity)
         return FileDeleted(id=identity)
 
-    @app.post("/v1/batches", dependencies=guarded, responses=responses(BatchObject), openapi_extra=takes(BatchRequest))
+    @app.post(
+        "/v1/batches",
+        dependencies=guarded,
+        responses=responses(BatchObject),
+        openapi_extra=takes(BatchRequest),
+        response_model_exclude_none=True,
+    )
     async def create(request: Request) -> BatchObject:
         asked = await base.read(request, lambda raw: parse(BatchRequest, raw))
         assert asked.endpoint in ENDPOINTS
@@ -124,13 +130,23 @@ def add_routes(base: Base) -> None:
 
     @app.get("/v1/batches", dependencies=guarded, responses=responses(BatchList))
     async def list_batches(request: Request, after: str | None = None, limit: str | None = None) -> Json:
-        return _listed(*jobs.batches.page(after, _limit(limit, 20)))
+        return _listed(*jobs.batches.page(after, _limit(limit, 20)), {})
 
-    @app.get("/v1/batches/{identity}", dependencies=guarded, responses=responses(BatchObject))
+    @app.get(
+        "/v1/batches/{identity}",
+        dependencies=guarded,
+        responses=responses(BatchObject),
+        response_model_exclude_none=True,
+    )
     async def show_batch(identity: str) -> BatchObject:
         return jobs.batches.get(identity)
 
-    @app.post("/v1/batches/{identity}/cancel", dependencies=guarded, responses=responses(BatchObject))
+    @app.post(
+        "/v1/batches/{identity}/cancel",
+        dependencies=guarded,
+        responses=responses(BatchObject),
+        response_model_exclude_none=True,
+    )
     async def cancel(identity: str) -> BatchObject:
         return jobs.cancel(identity)
 
@@ -151,10 +167,8 @@ def _limit(given: str | None, default: int) -> int:
     return int(given)
 
 
-def _listed(page: list[Any], more: bool) -> Json:
-    ids = [one.id for one in page]
-    data = [one.model_dump() for one in page]
-    return {
-        "object": "list", "data": data, "first_id": ids[0] if ids else None, "last_id": ids[-1] if ids else None,
-        "has_more": more,
-    }  # fmt: skip
+def _listed(page: list[Any], more: bool, empty: Json) -> Json:
+    """A page of objects; OpenAI's schemas have no nulls in them, and of files an empty page has ids too (``empty``)."""
+    data = [one.model_dump(exclude_none=True) for one in page]
+    ids = {"first_id": page[0].id, "last_id": page[-1].id} if page else empty
+    return {"object": "list", "data": data, **ids, "has_more": more}

@@ -1,4 +1,4 @@
-"""OpenAI's objects of files and batches."""
+"""OpenAI's objects of files and batches. What is None is left out of responses."""
 
 from typing import Literal
 
@@ -27,8 +27,8 @@ class FileObject(_Schema):
 class FileList(_Schema):
     object: Literal["list"] = "list"
     data: list[FileObject]
-    first_id: str | None
-    last_id: str | None
+    first_id: str
+    last_id: str
     has_more: bool
 
 
@@ -82,6 +82,6 @@ class BatchObject(_Schema):
 class BatchList(_Schema):
     object: Literal["list"] = "list"
     data: list[BatchObject]
-    first_id: str | None
-    last_id: str | None
+    first_id: str | None = None
+    last_id: str | None = None
     has_more: bool

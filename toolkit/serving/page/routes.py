@@ -1,4 +1,4 @@
-"""``GET /`` and the files of the page."""
+"""``GET /`` and ``GET /docs``, and the files of both pages."""
 
 from importlib.resources import files
 
@@ -19,9 +19,9 @@ HEADERS = {
 }
 
 
-def page_files() -> dict[str, bytes]:
-    """The files of the page, by name."""
-    folder = files("toolkit.serving.page") / "files"
+def page_files(folder_name: str = "files") -> dict[str, bytes]:
+    """The files of the page, or of the one in another folder ("docs"), by name."""
+    folder = files("toolkit.serving.page") / folder_name
     return {one.name: one.read_bytes() for one in folder.iterdir() if one.name.rpartition(".")[2] in MEDIA_TYPES}
 
 
@@ -35,21 +35,40 @@ def add_page(base: Base, shown: bool) -> None:
     """
     kept = page_files() if shown else {}
 
-    def response_of(name: str) -> Response:
-        kind = MEDIA_TYPES[name.rpartition(".")[2]]
-        return Response(kept[name], media_type=f"{kind}; charset=utf-8", headers=HEADERS)
-
     @base.app.get("/", include_in_schema=False)
     async def root(request: Request) -> Response:
         if kept and "text/html" in request.headers.get("accept", ""):
-            return response_of("index.html")
+            return _response("index.html", kept)
         return PlainTextResponse(f"toolkit {toolkit.__version__} serves {base.names[0]}.\n")
 
-    for name in kept:
-
-        async def file(name: str = name) -> Response:
-            return response_of(name)
-
-        base.app.get(f"/page/{name}", include_in_schema=False)(file)
+    _add_files(base, "page", kept)
     if shown:
         add_blocks(base)
+
+
+def add_docs(base: Base) -> None:
+    """Add ``/docs``, which shows ``/openapi.json`` and calls its endpoints, where the application has that document."""
+    if base.app.openapi_url is None:
+        return
+    kept = page_files("docs")
+
+    @base.app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return _response("index.html", kept)
+
+    _add_files(base, "docs", kept)
+
+
+def _response(name: str, kept: dict[str, bytes]) -> Response:
+    kind = MEDIA_TYPES[name.rpartition(".")[2]]
+    return Response(kept[name], media_type=f"{kind}; charset=utf-8", headers=HEADERS)
+
+
+def _add_files(base: Base, path: str, kept: dict[str, bytes]) -> None:
+    def add(name: str) -> None:
+        @base.app.get(f"/{path}/{name}", include_in_schema=False)
+        async def file() -> Response:
+            return _response(name, kept)
+
+    for name in kept:
+        add(name)
