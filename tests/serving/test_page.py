@@ -9,7 +9,7 @@ from fastapi.testclient import TestClient
 from tests.helpers.told_engine import ToldEngine, client_of
 from toolkit import AsyncEngine, Engine
 from toolkit.serving.app import ServerConfig, create_app
-from toolkit.serving.page.routes import page_files
+from toolkit.serving.page.content import page_files
 from toolkit.testing.models import random_model, tiny_tokenizer
 
 BROWSER = {"accept": "text/html,application/xhtml+xml,*/*;q=0.8"}

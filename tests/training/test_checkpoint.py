@@ -12,10 +12,13 @@ import torch
 
 from tests.helpers.training_recipes import tiny_recipe, write_corpus
 from toolkit import files
+from toolkit.config.schema import LogSection
 from toolkit.errors import ToolkitError
 from toolkit.loading import find_source
 from toolkit.loading.run import latest, name_of, step_of, steps_in
 from toolkit.training import checkpoint
+from toolkit.training.details import FILE as DETAILS
+from toolkit.training.details import StepDetails
 from toolkit.training.loop import Trainer
 from toolkit.training.metrics import Metrics, read_metrics
 from toolkit.training.optimizers import make_optimizer
@@ -186,18 +189,21 @@ def test_random_state_is_exact() -> None:
 
 
 def test_metrics_drop_what_is_later_and_what_is_cut(tmp_path: Path) -> None:
-    metrics = Metrics(tmp_path, 0, tensorboard=False)
+    details = StepDetails(LogSection(details_steps=1))
+    metrics = Metrics(tmp_path, 0, False, details)
     for step in (1, 2, 3):
+        details.add_expert_load([torch.full((2,), step)])
         metrics.write({"step": step, "loss": 1 / 3})
     metrics.close()
     path = tmp_path / "metrics.jsonl"
     with path.open("a") as file:
         file.write('{"step": 4, "lo')
     assert [line["step"] for line in read_metrics(path)] == [1, 2, 3]
-    again = Metrics(tmp_path, 2, tensorboard=False)
+    again = Metrics(tmp_path, 2, False, StepDetails(LogSection()))
     again.write({"step": 3, "loss": 5.0})
     again.close()
     assert [line["loss"] for line in read_metrics(path)] == [1 / 3, 1 / 3, 5.0]
+    assert [line["expert_load"] for line in read_metrics(tmp_path / DETAILS)] == [[[1, 1]], [[2, 2]]]
 
 
 def test_a_checkpoint_is_a_plain_hugging_face_model(tmp_path: Path) -> None:

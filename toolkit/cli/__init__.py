@@ -11,7 +11,20 @@ from toolkit.cli.quiet import silence_libraries
 from toolkit.errors import ToolkitError
 from toolkit.machine import share_cpus
 
-COMMANDS = ("train", "generate", "verify", "export", "serve", "batch", "patches", "coverage", "demo")
+COMMANDS = (
+    "init",
+    "schema",
+    "train",
+    "watch",
+    "generate",
+    "verify",
+    "export",
+    "serve",
+    "batch",
+    "patches",
+    "coverage",
+    "demo",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -91,6 +91,7 @@ def _add_api_options(group: Any) -> None:
         "--batch-folder", metavar="FOLDER", help="where files and batches are kept (default: a temporary one)"
     )
     group.add_argument("--disable-page", action="store_true", help="serve no page for browsers at /")
+    group.add_argument("--watch", metavar="RUN", help="the folder of a training run that /watch shows beside the page")
     group.add_argument("--disable-fastapi-docs", action="store_true", help="serve no /docs and no /openapi.json")
 
 
@@ -149,7 +150,11 @@ def run(args: argparse.Namespace) -> int:
         raise ToolkitError(f"Serving needs the package '{error.name}'; install train-infer-toolkit[serve].") from None
 
     from toolkit.serving.server import HttpOptions, listen, listen_unix
+    from toolkit.serving.watch.run import WatchedRun
 
+    if args.watch and args.disable_page:
+        raise ToolkitError(f"--watch must be left out with --disable-page, got {shown(args.watch)}.")
+    args.watch = None if args.watch is None else WatchedRun(Path(args.watch))
     options = {name: getattr(args, name) for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs")}
     http = HttpOptions(timeout_keep_alive=args.timeout_keep_alive, **options)
     lora_modules(args.lora_modules)
@@ -295,6 +300,7 @@ def _run(args: argparse.Namespace, listener: socket.socket, http: Any, device: s
         root_path=args.root_path,
         docs=docs,
         page=not args.disable_page,
+        watch=args.watch,
         batch_folder=batch_folder,
         **access,
         **what,

@@ -27,6 +27,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--resume", action="store_true", help="resume from the run's latest checkpoint (resume_from_checkpoint=true)"
     )
     parser.add_argument("--check", action="store_true", help="print the resolved recipe and stop")
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="print tokens, memory and time of a step, load nothing, and stop",
+    )
     parser.set_defaults(run=run)
 
 
@@ -60,6 +65,11 @@ def _train(args: argparse.Namespace, stop: "StopRequest") -> int:
     recipe = load_recipe(args.recipe, [*args.overrides, *_resume(args)])
     if args.check:
         print(dump(recipe), end="")
+        return 0
+    if args.plan:
+        from toolkit.training.plan import describe, plan_here
+
+        print(describe(plan_here(recipe)))
         return 0
     from toolkit.training.loop import train
 

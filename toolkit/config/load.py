@@ -36,7 +36,8 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _parse(text: str, where: str) -> Any:
+def read_yaml(text: str, where: str) -> Any:
+    """The plain values of a text, ``1e-3`` a number; ToolkitError, naming ``where``, for what is no YAML."""
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
@@ -85,7 +86,7 @@ def load_recipe(recipe: str, overrides: Iterable[str] = ()) -> Recipe:
     except (OSError, UnicodeDecodeError) as error:
         reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
         raise ToolkitError(f"Recipe '{recipe}' cannot be read: {reason}.") from None
-    values = _parse(text, f"Recipe '{recipe}'")
+    values = read_yaml(text, f"Recipe '{recipe}'")
     if values is None:
         values = {}
     if not isinstance(values, dict):
@@ -131,7 +132,7 @@ def _override(values: dict[str, Any], override: str) -> None:
                 f"Override '{override}' names a field inside {within}, which is {inner!r}, not a mapping."
             )
         target = inner
-    target[last] = _parse(text, f"The value of override '{override}'")
+    target[last] = read_yaml(text, f"The value of override '{override}'")
 
 
 def _section(annotation: Any, kind: str | None) -> type[BaseModel] | None:

@@ -225,6 +225,11 @@ class LogSection(Section):
     plot: bool = True
     progress_seconds: Annotated[float, Field(gt=0)] = 10.0
     """Seconds between progress lines where the output is not a terminal."""
+    details_steps: Count | None = 10
+    """Steps between lines of details.jsonl, which ``toolkit watch`` shows: sampled completions with their rewards, the
+    engine's blocks and prefix tree in the rollout, and the tokens of each expert; null writes none."""
+    num_completions: Count = 8
+    """Completions in such a line."""
 
 
 class EvaluateSection(Section):

@@ -36,6 +36,7 @@ from toolkit.serving.paths import meant_path
 from toolkit.serving.request_log import JsonLog, LogRequests, record_of
 from toolkit.serving.running import RunningRequests, request_id
 from toolkit.serving.served_models import ServedModel, ServedModels
+from toolkit.serving.watch.run import WatchedRun
 
 WORKERS = 4
 """Threads that read requests."""
@@ -74,6 +75,7 @@ class ServerConfig:
         reasoning_parser: how reasoning is read, in the same way.
         docs: whether ``/docs`` and ``/openapi.json`` are served.
         page: whether ``/`` is a page for browsers.
+        watch: a training run that ``/watch`` shows; None for none.
         batch_folder: of files and batches; None for a temporary one.
         admin: who may use the admin endpoints.
         read_weights: (folder, model, what the request calls it) -> its state dict for the model; None updates none.
@@ -99,6 +101,7 @@ class ServerConfig:
     root_path: str = ""
     docs: bool = True
     page: bool = True
+    watch: WatchedRun | None = None
     batch_folder: Path | None = None
     tool_call_parser: str = "auto"
     reasoning_parser: str = "auto"

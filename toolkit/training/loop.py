@@ -1,9 +1,9 @@
 """The training loop: a recipe in, a run's folder out. Stands on accelerate.
 
 What is minimised is the recipe's objective (``toolkit.training.objectives``); this loop owns all else. A run's folder
-holds recipe.yaml (resolved), data_report.txt, metrics.jsonl, tensorboard/, checkpoints/, plots/, export/, result.json,
-and ``warmup`` and ``teacher`` of nested runs. With the same recipe, machine, versions, threads and processes, weights
-after N steps are bitwise identical whether or not the run was killed and resumed.
+holds recipe.yaml (resolved), data_report.txt, metrics.jsonl, details.jsonl, tensorboard/, checkpoints/, plots/,
+export/, result.json, and ``warmup`` and ``teacher`` of nested runs. With the same recipe, machine, versions, threads
+and processes, weights after N steps are bitwise identical whether or not the run was killed and resumed.
 """
 
 import signal
@@ -255,7 +255,8 @@ class Trainer:
             with rng_kept():
                 self.before_training = self.evaluate()
             self.log(f"held out, before: {line(self.before_training)}")
-        metrics = Metrics(self.folder, self.step, recipe.log.report_to == "tensorboard") if main else None
+        tensorboard, details = recipe.log.report_to == "tensorboard", self.objective.context.details
+        metrics = Metrics(self.folder, self.step, tensorboard, details) if main else None
         recent: deque[tuple[int, float]] = deque(maxlen=20)
         primary = self.objective.primary_metric
         try:

@@ -1,4 +1,4 @@
-"""Metrics of a run: metrics.jsonl (one line per step), TensorBoard, and plots."""
+"""Metrics of a run: metrics.jsonl (one line per step), details.jsonl, TensorBoard, and plots."""
 
 import json
 import os
@@ -7,6 +7,8 @@ from typing import IO, Any
 
 from toolkit.files import write_atomic
 from toolkit.strict_json import strict_json
+from toolkit.training.details import FILE as DETAILS
+from toolkit.training.details import StepDetails
 
 FILE = "metrics.jsonl"
 PLOTS = "plots"
@@ -14,13 +16,16 @@ PLOTS = "plots"
 
 
 class Metrics:
-    """Appends to ``metrics.jsonl`` and TensorBoard. Lines later than ``step`` are dropped on opening."""
+    """Appends to ``metrics.jsonl``, ``details.jsonl`` and TensorBoard; lines later than ``step`` are dropped first.
 
-    def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
-        self._path = folder / FILE
-        kept = [strict_json(line) + "\n" for line in read_metrics(self._path) if line["step"] <= step]
-        write_atomic(self._path, "".join(kept))
-        self._file: IO[str] = self._path.open("a", encoding="utf-8")
+    Args:
+        details: of the steps, which are written with their metrics.
+    """
+
+    def __init__(self, folder: Path, step: int, tensorboard: bool, details: StepDetails) -> None:
+        self._file, self._details_file = _opened(folder / FILE, step), _opened(folder / DETAILS, step)
+        self._details = details
+        details.begin(step + 1)
         self._writer: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -29,8 +34,13 @@ class Metrics:
 
     def write(self, values: dict[str, float | int]) -> None:
         """Record one step; ``values`` has "step" and numbers, NaN and infinities written as null."""
+        found = self._details.take()
+        if found:
+            self._details_file.write(strict_json({"step": values["step"], **found}) + "\n")
+            self._details_file.flush()
         self._file.write(strict_json(values) + "\n")
         self._file.flush()
+        self._details.begin(int(values["step"]) + 1)
         if self._writer is not None:
             for name, value in values.items():
                 if name != "step":
@@ -38,14 +48,23 @@ class Metrics:
 
     def sync(self) -> None:
         """Flush to disk, so that a checkpoint never knows more steps than the metrics."""
-        os.fsync(self._file.fileno())
+        for file in (self._file, self._details_file):
+            os.fsync(file.fileno())
         if self._writer is not None:
             self._writer.flush()
 
     def close(self) -> None:
         self._file.close()
+        self._details_file.close()
         if self._writer is not None:
             self._writer.close()
+
+
+def _opened(path: Path, step: int) -> IO[str]:
+    """A file of steps, to append to, without the lines that are later than ``step``."""
+    kept = [strict_json(line) + "\n" for line in read_metrics(path) if line["step"] <= step]
+    write_atomic(path, "".join(kept))
+    return path.open("a", encoding="utf-8")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

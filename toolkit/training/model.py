@@ -243,19 +243,7 @@ def add_adapters(model: "PreTrainedModel", section: LoraSection, report: PatchRe
     of experts' parameters are grouped like the experts' own.
     Raises ToolkitError for target names that no module or parameter of the model has.
     """
-    import peft
-
-    config = peft.LoraConfig(
-        r=section.r,
-        lora_alpha=section.lora_alpha,  # type: ignore[arg-type]
-        lora_dropout=section.lora_dropout,
-        target_modules=section.target_modules if section.target_modules is not None else "all-linear",
-        exclude_modules=section.exclude_modules,
-        target_parameters=section.target_parameters,
-        trainable_token_indices=section.trainable_token_indices,
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=str(model.name_or_path),
-    )
+    config = lora_config(section, str(model.name_or_path))
     try:
         model.add_adapter(config)
     except ValueError as error:
@@ -267,6 +255,23 @@ def add_adapters(model: "PreTrainedModel", section: LoraSection, report: PatchRe
         raise ToolkitError(f"{names} must name layers of the model, got {given}: {first_line(error)}.") from None
     fuse_adapters(model, report.numerics)
     weights_changed(model)
+
+
+def lora_config(section: LoraSection, base: str | None = None) -> Any:
+    """PEFT's ``LoraConfig`` of a section; ``base`` is the name of the model that it is for."""
+    import peft
+
+    return peft.LoraConfig(
+        r=section.r,
+        lora_alpha=section.lora_alpha,  # type: ignore[arg-type]
+        lora_dropout=section.lora_dropout,
+        target_modules=section.target_modules if section.target_modules is not None else "all-linear",
+        exclude_modules=section.exclude_modules,
+        target_parameters=section.target_parameters,
+        trainable_token_indices=section.trainable_token_indices,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+    )
 
 
 def load_adapters(model: "PreTrainedModel", folder: Path) -> None:

@@ -106,6 +106,7 @@ class Balancing:
         loads, self._step_loads = list(self._step_loads.values()), {}
         if not loads:
             return {}
+        self.context.details.add_expert_load(loads)
         values = load_metrics(loads)
         if self.statistics.losses:
             balance, z_loss = self.context.reduce_sum(

@@ -12,6 +12,7 @@ from toolkit.config import Recipe, validate
 from toolkit.errors import ToolkitError
 from toolkit.loading.run import latest, name_of, steps_in
 from toolkit.training import checkpoint
+from toolkit.training.details import FILE as DETAILS
 from toolkit.training.final_exports import remove_exports
 from toolkit.training.metrics import FILE as METRICS
 from toolkit.training.metrics import PLOTS
@@ -132,7 +133,8 @@ def prepare_folder(recipe: Recipe, start: Start | None) -> list[str]:
     checkpoints.rename(staging)
     checkpoints.mkdir()
     shutil.rmtree(staging)
-    (folder / METRICS).unlink(missing_ok=True)
+    for name in (METRICS, DETAILS):
+        (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)
     return dropped
 

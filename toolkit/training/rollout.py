@@ -118,8 +118,13 @@ class Rollout:
         """What ``engine.generate`` returns, or the part of it that was there when a signal asked to stop."""
         found: dict[tuple[int, int], Completion] = {}
         deltas = cast(Generator[Delta, None, None], self.engine.stream(prompts, params))
+        sequences, sampled = sum(one.n for one in params), 0
         with closing(deltas):
             for delta in deltas:
+                sampled += len(delta.token_ids)
+                half = 2 * sampled >= sequences * self._section.max_completion_length
+                if half or 2 * len(found) >= sequences:
+                    self._context.details.add_blocks(self.engine)
                 if delta.finished is not None:
                     found[delta.prompt_index, delta.index] = delta.finished
                 if self._context.stop.requested:

@@ -1,6 +1,4 @@
-"""``GET /`` and ``GET /docs``, and the files of both pages."""
-
-from importlib.resources import files
+"""``GET /`` and ``GET /docs``, the page of a watched run, and the files of all of them."""
 
 from fastapi import Request, Response
 from fastapi.responses import PlainTextResponse
@@ -8,21 +6,8 @@ from fastapi.responses import PlainTextResponse
 import toolkit
 from toolkit.serving.base import Base
 from toolkit.serving.page.blocks import add_blocks
-
-MEDIA_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
-HEADERS = {
-    # Nothing is loaded from elsewhere, and no other page may frame this one.
-    "content-security-policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    "cache-control": "no-cache",
-}
-
-
-def page_files(folder_name: str = "files") -> dict[str, bytes]:
-    """The files of the page, or of the one in another folder ("docs"), by name."""
-    folder = files("toolkit.serving.page") / folder_name
-    return {one.name: one.read_bytes() for one in folder.iterdir() if one.name.rpartition(".")[2] in MEDIA_TYPES}
+from toolkit.serving.page.content import HEADERS, linked, media_type, page_files
+from toolkit.serving.watch.routes import add_watch
 
 
 def add_page(base: Base, shown: bool) -> None:
@@ -34,6 +19,7 @@ def add_page(base: Base, shown: bool) -> None:
             that are no browsers (Ollama's command line asks whether a server is there).
     """
     kept = page_files() if shown else {}
+    watched = base.config.watch if shown else None
 
     @base.app.get("/", include_in_schema=False)
     async def root(request: Request) -> Response:
@@ -41,6 +27,15 @@ def add_page(base: Base, shown: bool) -> None:
             return _response("index.html", kept)
         return PlainTextResponse(f"toolkit {toolkit.__version__} serves {base.names[0]}.\n")
 
+    if watched is not None:
+        kept["index.html"] = linked(kept["index.html"], {"watch": "Training"})
+        kept["watch.html"] = linked(kept["watch.html"], {"./": "Chat"})
+
+        @base.app.get("/watch", include_in_schema=False)
+        async def watch() -> Response:
+            return _response("watch.html", kept)
+
+        add_watch(base, watched)
     _add_files(base, "page", kept)
     if shown:
         add_blocks(base)
@@ -60,8 +55,7 @@ def add_docs(base: Base) -> None:
 
 
 def _response(name: str, kept: dict[str, bytes]) -> Response:
-    kind = MEDIA_TYPES[name.rpartition(".")[2]]
-    return Response(kept[name], media_type=f"{kind}; charset=utf-8", headers=HEADERS)
+    return Response(kept[name], media_type=media_type(name), headers=HEADERS)
 
 
 def _add_files(base: Base, path: str, kept: dict[str, bytes]) -> None:

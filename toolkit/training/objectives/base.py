@@ -4,6 +4,7 @@ import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
 
@@ -11,6 +12,7 @@ from toolkit.config import Recipe
 from toolkit.config.objective import ObjectiveSection
 from toolkit.errors import ToolkitError
 from toolkit.files import write_atomic
+from toolkit.training.details import StepDetails
 from toolkit.training.signals import StopRequest
 from toolkit.training.tasks import ProblemStream, Task
 
@@ -55,6 +57,11 @@ class RunContext:
     folder: Path
     log: Callable[[str], None]
     stop: StopRequest = field(default_factory=StopRequest)
+
+    @cached_property
+    def details(self) -> StepDetails:
+        """What is written of a step beside its metrics."""
+        return StepDetails(self.recipe.log)
 
     @property
     def device(self) -> "torch.device":

@@ -117,6 +117,7 @@ class OnPolicyObjective(Objective[P]):
             truncated=sum(one.finish_reason == "length" for one in flat),
             negative_log_likelihood=-sum(sum(one.logprobs) for one in flat),
         )
+        self.context.details.add_completions(problems, completions, rewards)
         return rewards
 
     def take(self) -> dict[str, float]:

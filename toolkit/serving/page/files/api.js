@@ -63,6 +63,16 @@ export async function blocks() {
   return (await checked(await fetch("page/blocks", { headers: headers() }))).json();
 }
 
+// Of a training run: what its log has after ``after`` lines of a generation of the file, and what it kept of one step.
+export async function runSteps(generation, after) {
+  const path = `watch/steps?generation=${generation}&after=${after}`;
+  return (await checked(await fetch(path, { headers: headers() }))).json();
+}
+
+export async function runDetails(step) {
+  return (await checked(await fetch(`watch/details?step=${step}`, { headers: headers() }))).json();
+}
+
 // Gauges and counters of /metrics, by name; of those with labels the sum.
 export async function metrics() {
   const found = {};

@@ -1,7 +1,7 @@
 // The engine's blocks as cells, and its prefix tree as runs of blocks.
 import { blocks } from "./api.js";
 
-function element(name, className, text = "") {
+export function element(name, className, text = "") {
   const made = document.createElement(name);
   made.className = className;
   made.textContent = text;
@@ -31,7 +31,11 @@ function tree(group) {
   return list;
 }
 
-export async function showBlocks(into) {
-  const { groups } = await blocks();
+// The groups of blocks of an engine, now or in a rollout.
+export function showGroups(into, groups) {
   into.replaceChildren(...groups.flatMap((group) => [...strip(group), tree(group)]));
+}
+
+export async function showBlocks(into) {
+  showGroups(into, (await blocks()).groups);
 }

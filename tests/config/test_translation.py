@@ -1,0 +1,141 @@
+"""Settings of TRL and Axolotl as recipes: values by hand, nothing dropped silently, all of it valid."""
+
+from typing import Any
+
+import pytest
+
+from toolkit.config import validate
+from toolkit.config.translation import Translation, translate
+from toolkit.errors import ToolkitError
+
+TRL = {"model_name_or_path": "org/name", "dataset_name": "data/lines.jsonl", "output_dir": "out/first"}
+AXOLOTL = {"base_model": "org/name", "datasets": [{"path": "org/lines", "type": "alpaca"}], "output_dir": "./out/first"}
+
+
+def made(settings: dict[str, Any], kind: str | None = None) -> tuple[dict[str, Any], Translation]:
+    """The resolved recipe as plain values, and the translation; every key is in either the recipe or the notes."""
+    found = translate(settings, kind)
+    assert not list(found.left())
+    return validate(found.values).model_dump(), found
+
+
+def lost(found: Translation) -> set[str]:
+    return {note.key for note in found.notes if note.lost}
+
+
+def test_sft_of_trl_with_its_defaults():
+    recipe, found = made({**TRL, "bf16": True, "max_length": 256, "gradient_accumulation_steps": 2, "packing": True})
+    assert (recipe["run_name"], recipe["output_dir"], recipe["seed"]) == ("first", "out", 42)
+    objective, train, optimizer = recipe["objective"], recipe["train"], recipe["optimizer"]
+    assert objective["kind"] == "sft"
+    assert [(one["path"], one["split"]) for one in objective["datasets"]] == [("data/lines.jsonl", "train")]
+    assert not objective["assistant_only_loss"]
+    assert (train["batch_tokens"], train["max_length"], train["gradient_accumulation_steps"]) == (2048, 256, 2)
+    assert (train["num_train_epochs"], train["mixed_precision"]) == (3.0, "bf16")
+    assert (optimizer["learning_rate"], optimizer["weight_decay"], optimizer["adam_beta2"]) == (2e-5, 0.0, 0.999)
+    assert recipe["schedule"]["lr_scheduler_type"] == "linear"
+    assert recipe["model"]["lora"] is None
+    assert not recipe["evaluate"]["do_eval"]
+    assert lost(found) == set()
+    assert {note.key for note in found.notes} == {"packing"}
+
+
+def test_preferences_of_trl():
+    recipe, found = made(
+        {
+            **TRL, "beta": 0.2, "loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5], "eval_strategy": "steps",
+            "per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "use_peft": True, "lora_r": 4,
+            "lora_target_modules": "all-linear", "warmup_steps": 0.1, "max_steps": 50, "max_grad_norm": 0,
+            "lr_scheduler_type": "constant", "precompute_ref_log_probs": True, "f_divergence_type": "js_divergence",
+        }
+    )  # fmt: skip
+    objective = recipe["objective"]
+    assert (objective["kind"], objective["pairs"], objective["beta"], objective["sft_weight"]) == ("dpo", 12, 0.2, 0.5)
+    assert (objective["loss_type"], objective["eval_datasets"][0]["split"]) == ("sigmoid", "test")
+    assert recipe["model"]["lora"] | {"r": 4, "lora_alpha": 32.0, "target_modules": None} == recipe["model"]["lora"]
+    assert recipe["schedule"]["lr_scheduler_type"] == "constant_with_warmup"
+    assert (recipe["schedule"]["warmup_ratio"], recipe["train"]["max_steps"]) == (0.1, 50)
+    assert recipe["optimizer"] | {"learning_rate": 1e-6, "max_grad_norm": None} == recipe["optimizer"]
+    assert lost(found) == {"f_divergence_type"}
+    assert made({**TRL, "loss_type": "simpo", "simpo_gamma": 1.5, "cpo_alpha": 0.0})[0]["objective"]["kind"] == "cpo"
+    assert made({**TRL, "desirable_weight": 1.2})[0]["objective"]["desirable_weight"] == 1.2
+    assert made({**TRL, "beta": 0.3}, "orpo")[0]["objective"]["beta"] == 0.3
+
+
+def test_grpo_of_trl():
+    recipe, found = made(
+        {
+            **TRL, "reward_funcs": ["package.rewards.short"], "num_generations": 4, "per_device_train_batch_size": 8,
+            "gradient_accumulation_steps": 2, "max_completion_length": 64, "use_vllm": True, "vllm_mode": "colocate",
+            "scale_rewards": False, "epsilon_high": 0.28, "temperature": 0.7, "max_steps": 5,
+        }
+    )  # fmt: skip
+    objective = recipe["objective"]
+    assert (objective["kind"], objective["prompts"], objective["num_generations"]) == ("grpo", 4, 4)
+    assert (objective["scale_rewards"], objective["loss_type"], objective["epsilon_high"]) == ("none", "dapo", 0.28)
+    assert objective["rollout"]["max_completion_length"] == 64
+    assert recipe["train"]["max_length"] == 576
+    assert "temperature" in lost(found)
+    assert not {"use_vllm", "vllm_mode"} & lost(found)
+
+
+def test_qlora_of_axolotl():
+    recipe, found = made(
+        {
+            **AXOLOTL, "adapter": "qlora", "load_in_4bit": True, "lora_r": 32, "lora_target_linear": True,
+            "val_set_size": 0.05, "sequence_len": 2048, "sample_packing": True, "micro_batch_size": 2, "num_epochs": 2,
+            "optimizer": "paged_adamw_8bit", "learning_rate": 2e-4, "bf16": "auto", "flash_attention": True,
+            "wandb_project": "mine", "deepspeed": "zero2.json", "evals_per_epoch": 4, "chat_template": "chatml",
+            "datasets": [
+                {"path": "org/lines", "type": "alpaca", "split": "train[:10%]"},
+                {"path": "json", "data_files": "chats.jsonl", "type": "chat_template", "field_messages": "turns",
+                 "message_property_mappings": {"role": "who", "content": "said"}, "roles_to_train": ["assistant"]},
+            ],
+        }
+    )  # fmt: skip
+    objective = recipe["objective"]
+    assert [(one["path"], one["split"]) for one in objective["datasets"]] == [
+        ("org/lines", "train[:10%]"), ("chats.jsonl", "train")
+    ]  # fmt: skip
+    assert objective["datasets"][1]["columns"] == {"messages": "turns"}
+    assert (objective["evaluation"]["val_set_size"], recipe["evaluate"]["do_eval"]) == (0.05, True)
+    assert recipe["model"]["quantise"]["format"] == "nf4"
+    assert recipe["model"]["lora"] | {"r": 32, "lora_alpha": 16.0} == recipe["model"]["lora"]
+    assert recipe["train"] | {"batch_tokens": 4096, "num_train_epochs": 2.0} == recipe["train"]
+    assert (recipe["optimizer"]["optim"], recipe["schedule"]["lr_scheduler_type"]) == ("adamw_8bit", "cosine")
+    assert {"deepspeed", "evals_per_epoch", "chat_template", "datasets.message_property_mappings"} <= lost(found)
+    assert not {"sample_packing", "flash_attention", "wandb_project", "lora_target_linear"} & lost(found)
+
+
+def test_preferences_and_rollouts_of_axolotl():
+    recipe, _ = made({**AXOLOTL, "rl": "simpo", "rl_beta": 2.0, "simpo_gamma": 1.0, "micro_batch_size": 3})
+    objective = recipe["objective"]
+    assert (objective["kind"], objective["loss_type"], objective["cpo_alpha"]) == ("cpo", "simpo", 0.0)
+    assert (objective["beta"], objective["simpo_gamma"], objective["pairs"]) == (2.0, 1.0, 3)
+    assert made({**AXOLOTL, "rl": "ipo"})[0]["objective"]["loss_type"] == "ipo"
+    trl = {"num_generations": 2, "max_completion_length": 16, "use_vllm": True, "reward_funcs": ["a.b"]}
+    recipe, _ = made({**AXOLOTL, "rl": "grpo", "trl": trl, "micro_batch_size": 4, "max_steps": 3})
+    assert (recipe["objective"]["prompts"], recipe["objective"]["rollout"]["max_completion_length"]) == (2, 16)
+
+
+def test_a_key_that_a_recipe_s_field_has_is_that_field_where_it_fits():
+    recipe, found = made(
+        {**TRL, "router_aux_loss_coef": 0.01, "indexer_loss_coef": -1.0, "z_loss": 1e-4, "save_steps": 7}
+    )
+    assert recipe["train"]["moe"]["router_aux_loss_coef"] == 0.01
+    assert recipe["objective"]["z_loss"] == 1e-4
+    assert recipe["checkpoint"]["save_steps"] == 7
+    assert lost(found) == {"indexer_loss_coef"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"learning_rate": 1.0}, "model_name_or_path (TRL) or base_model (Axolotl)"),
+        ({**AXOLOTL, "rl": "ppo"}, "rl must be one of"),
+    ],
+)
+def test_settings_of_neither(settings, said):
+    with pytest.raises(ToolkitError) as raised:
+        translate(settings)
+    assert said in str(raised.value)

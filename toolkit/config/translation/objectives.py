@@ -1,0 +1,105 @@
+"""What is minimised, by the names of TRL's configurations: sizes of a step, data of it, the loss."""
+
+from typing import Any
+
+from toolkit.config.translation.base import Translation
+
+NOT_HELD_OUT = 1e-9
+"""Share of the lines that is held out where the other program holds out none; a recipe's must be above 0."""
+
+
+def sizes(t: Translation, max_length: int) -> None:
+    """``max_length`` and how much a step takes, from sequences per device and forwards per step."""
+    batch, forwards = int(t.take("per_device_train_batch_size", 8)), int(t.take("gradient_accumulation_steps", 1))
+    longest = int(t.take("max_length", max_length))
+    t.put("train.max_length", longest)
+    t.put("train.batch_tokens", batch * longest)
+    if t.kind in ("sft", "pretrain"):
+        t.put("train.gradient_accumulation_steps", forwards)
+        t.unneeded("per_device_train_batch_size", f"train.batch_tokens is {batch} of {longest} tokens, always full")
+        return
+    counted = {"kto": "lines"}.get(t.kind, "pairs")
+    t.put(f"objective.{counted}", batch * forwards)
+    t.unneeded("per_device_train_batch_size", f"objective.{counted} is {batch} x {forwards}, over all processes")
+
+
+def rollouts(t: Translation) -> None:
+    """GRPO and its relatives, whose sequences are completions."""
+    batch, forwards = int(t.take("per_device_train_batch_size", 8)), int(t.take("gradient_accumulation_steps", 1))
+    several = int(t.take("num_generations", 8))
+    completion = int(t.take("max_completion_length", 512))
+    prompt = int(t.take("max_prompt_length", 512))
+    longest = int(t.take("vllm_max_model_length", prompt + completion))
+    t.put("objective.num_generations", several)
+    t.put("objective.prompts", max(1, batch * forwards // several))
+    t.unneeded("per_device_train_batch_size", f"objective.prompts is {batch} x {forwards} / {several}")
+    t.put("objective.rollout.max_completion_length", completion)
+    t.put("train.max_length", longest)
+    t.put("train.batch_tokens", max(2048, longest * batch // 2))
+    if t.get("max_prompt_length") is None and t.get("vllm_max_model_length") is None:
+        t.unneeded("max_completion_length", f"train.max_length is {longest}, which leaves {prompt} tokens for prompts")
+    scale = t.take("scale_rewards", "group")
+    scale = {True: "group", False: "none", "True": "group", "False": "none"}.get(scale, scale)
+    t.put("objective.scale_rewards", scale, "scale_rewards")
+    t.put("objective.loss_type", t.take("loss_type", "dapo"), "loss_type")
+    for name in (
+        "num_iterations", "epsilon", "epsilon_high", "beta", "importance_sampling_level", "mask_truncated_completions",
+    ):  # fmt: skip
+        t.move(name, f"objective.{name}")
+    for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
+        neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}[name]
+        if t.take(name, neutral) != neutral:
+            t.lose(name, "rollouts sample from the distribution that is trained")
+    _rewards(t)
+
+
+def _rewards(t: Translation) -> None:
+    functions = t.take("reward_funcs")
+    if t.has("objective.reward_funcs") and functions:
+        names = [functions] if isinstance(functions, str) else list(functions)
+        t.put("objective.reward_funcs", [_importable(name) for name in names])
+        t.move("reward_weights", "objective.reward_weights")
+        return
+    t.put("objective.task", {"name": "rewards:Rewards"})
+    t.lose("reward_funcs", "write a class derived from toolkit.training.tasks.Task and name it in objective.task")
+
+
+def _importable(name: str) -> str:
+    """``package.module.function`` as ``package.module:function``."""
+    module, dot, function = name.rpartition(".")
+    return f"{module}:{function}" if dot and ":" not in name else name
+
+
+def losses(t: Translation) -> None:
+    """The loss of offline objectives."""
+    given = t.take("loss_type")
+    if isinstance(given, list) and t.kind == "dpo":
+        weights = t.take("loss_weights") or [1.0] * len(given)
+        of = dict(zip(given, weights))
+        if len(of) == 2 and "sft" in of:
+            (name,) = set(of) - {"sft"}
+            t.put("objective.loss_type", name, "loss_type")
+            t.put("objective.sft_weight", of["sft"] / of[name])
+        elif len(of) == 1:
+            t.put("objective.loss_type", given[0], "loss_type")
+        else:
+            t.lose("loss_type", "a recipe has one loss of a pair, and sft beside it")
+    elif given not in (None, "nll", "chunked_nll"):
+        t.put("objective.loss_type", given, "loss_type")
+    if t.kind == "dpo":
+        t.move("rpo_alpha", "objective.sft_weight")
+    for name in (
+        "beta", "label_smoothing", "discopop_tau", "cpo_alpha", "simpo_gamma", "desirable_weight", "undesirable_weight",
+        "label_smoothing_factor",
+    ):  # fmt: skip
+        if t.has(f"objective.{name}"):
+            t.move(name, f"objective.{name}")
+
+
+def held_out(t: Translation, datasets: list[dict[str, Any]] | None, share: float) -> None:
+    """What is evaluated on: datasets, a share of the lines, or nothing."""
+    if datasets:
+        t.put("objective.eval_datasets", datasets)
+    elif t.has("objective.evaluation.val_set_size"):
+        t.put("objective.evaluation.val_set_size", share or NOT_HELD_OUT)
+    t.put("evaluate.do_eval", bool(datasets or share))

@@ -1,0 +1,108 @@
+"""What a recipe will take, before anything is loaded: ``toolkit train --plan RECIPE``.
+
+``model``  the model on the meta device, and the sizes of its layers
+``memory`` weights, gradients, optimizer, activations of one forward, state of the engine
+``work``   tokens and floating point operations of a step, and how long this machine takes for them
+"""
+
+import os
+from dataclasses import dataclass
+
+from toolkit.config import Recipe
+from toolkit.training.plan.memory import Footprint, memory_of
+from toolkit.training.plan.model import LayerSizes, empty_model
+from toolkit.training.plan.work import Speed, Work, measure_speed, work_of
+
+__all__ = ["Plan", "Speed", "describe", "make_plan", "plan_here"]
+
+_UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe will take.
+
+    Args:
+        model_class: of transformers.
+        parameters: of the model, adapters included.
+        trainable: of them.
+        processes: that share a step.
+        max_steps: None where the number follows from the data.
+        work: of a step of one process.
+        memory: of one process.
+        seconds: that a step takes on this machine; None where its speed was not measured.
+    """
+
+    model_class: str
+    parameters: int
+    trainable: int
+    processes: int
+    max_steps: int | None
+    work: Work
+    memory: Footprint
+    seconds: float | None
+
+
+def make_plan(recipe: Recipe, speed: Speed | None = None) -> Plan:
+    """The plan of a recipe. Reads the model's configuration, neither its weights nor data.
+
+    Args:
+        speed: of this machine; None to leave the time out.
+
+    Raises:
+        ToolkitError: a model without a configuration, or one that transformers does not take.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    model = empty_model(recipe)
+    sizes = LayerSizes.of(model)
+    work = work_of(recipe, sizes, processes)
+    parameters = list(model.parameters())
+    return Plan(
+        model_class=type(model).__name__,
+        parameters=sum(one.numel() for one in parameters),
+        trainable=sum(one.numel() for one in parameters if one.requires_grad),
+        processes=processes,
+        max_steps=recipe.train.max_steps if recipe.train.num_train_epochs is None else None,
+        work=work,
+        memory=memory_of(recipe, model, sizes),
+        seconds=None if speed is None else work.seconds(speed),
+    )
+
+
+def plan_here(recipe: Recipe) -> Plan:
+    """The plan of a recipe with the time that this machine takes, whose speed is measured for less than a second."""
+    return make_plan(recipe, measure_speed(recipe, LayerSizes.of(empty_model(recipe))))
+
+
+def describe(plan: Plan) -> str:
+    """The plan as lines."""
+    work, memory = plan.work, plan.memory
+    trained = "" if plan.trainable == plan.parameters else f", {plan.trainable / 1e6:.3f} M trainable"
+    at_most = "at most " if work.at_most else ""
+    processes = f" in each of {plan.processes} processes" if plan.processes > 1 else ""
+    lines = [
+        f"model: {plan.model_class}, {plan.parameters / 1e6:.2f} M parameters{trained}",
+        f"a step: {at_most}{work.trained_tokens:,} tokens trained{processes}: {work.how}",
+    ]
+    if work.rolled_tokens:
+        lines.append(f"        {at_most}{work.rolled_tokens:,} tokens rolled out before them")
+    lines.append(f"memory{' of a process' if plan.processes > 1 else ''}: about {_bytes(memory.total)}")
+    lines += [f"  {name:<12} {_bytes(size):>10}  {about}" for name, size, about in memory.rows if size]
+    if plan.seconds is not None:
+        of_run = f", {_clock(plan.seconds * plan.max_steps)} for {plan.max_steps:,} steps" if plan.max_steps else ""
+        lines.append(f"time: about {plan.seconds:.3g} s a step on this machine{of_run}, without evaluation")
+    else:
+        lines.append("time: not measured")
+    if plan.max_steps is None:
+        lines.append("steps: as many as train.num_train_epochs takes; lines are counted when the run begins")
+    return "\n".join(lines)
+
+
+def _bytes(size: int) -> str:
+    unit, name = next(((unit, name) for unit, name in _UNITS if size >= unit), (1, "B"))
+    return f"{size / unit:.1f} {name}"
+
+
+def _clock(seconds: float) -> str:
+    minutes = seconds / 60
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"

@@ -1,0 +1,146 @@
+"""Bytes that a process holds in training."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from toolkit.config import Recipe
+from toolkit.config.objective import PromptSection
+from toolkit.quantised import quantise
+from toolkit.training.moments import SMALLEST
+from toolkit.training.plan.model import LayerSizes
+
+IN_8_BITS = 2.0 + 2 * 4 / 256
+"""Bytes of an element's two moments in blocks of 256 with a scale each."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes by use, each with what it is.
+
+    Args:
+        weights: of the model, and of a reference.
+        gradients: of what is trained.
+        optimizer: its state, masters included.
+        activations: that the backward of one forward needs.
+        state: of the engine that rolls out.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    state: int
+    about: dict[str, str]
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.state
+
+    @property
+    def rows(self) -> Iterator[tuple[str, int, str]]:
+        """(use, bytes, what it is)."""
+        for name in ("weights", "gradients", "optimizer", "activations", "state"):
+            yield name, getattr(self, name), self.about[name]
+
+
+def memory_of(recipe: Recipe, model: "nn.Module", sizes: LayerSizes) -> Footprint:
+    """What a process holds. The activations are an estimate, the rest follows from shapes."""
+    dtype = getattr(torch, recipe.forward_dtype)
+    weights = _weights(recipe, model)
+    trained = [one for one in model.parameters() if one.requires_grad]
+    count = sum(one.numel() for one in trained)
+    objective, train = recipe.objective, recipe.train
+    weighted = objective.kind in ("dpo", "kto") or bool(getattr(objective, "beta", 0) and objective.kind == "grpo")
+    rolls_out = isinstance(objective, PromptSection) and not hasattr(objective, "datasets")
+    state = 0
+    if rolls_out:
+        rollout: Any = objective.rollout  # type: ignore[attr-defined]
+        tokens = rollout.memory_tokens or rollout.max_num_seqs * train.max_length
+        state = math.ceil(tokens / 16) * 16 * sizes.state * dtype.itemsize
+    gradient = 8 if recipe.model.dtype == "float64" else 4
+    about = {
+        "weights": recipe.forward_dtype + (", with a reference" if weighted else ""),
+        "gradients": f"of {count / 1e6:.3f} M parameters",
+        "optimizer": recipe.optimizer.optim + (", with float32 weights" if _has_masters(recipe) else ""),
+        "activations": f"of a forward of {train.batch_tokens:,} tokens",
+        "state": "of the engine, at most",
+    }
+    return Footprint(
+        weights=weights * (2 if weighted else 1),
+        gradients=count * gradient,
+        optimizer=_optimizer(recipe, model, trained),
+        activations=train.batch_tokens * (sizes.saved + 2 * sizes.hidden) * dtype.itemsize,
+        state=state,
+        about=about,
+    )
+
+
+def _weights(recipe: Recipe, model: "nn.Module") -> int:
+    """Of the model in the dtype of its forward, and in fewer bits where the recipe says so."""
+    section = recipe.model.quantise
+    total = sum(one.numel() * one.itemsize for one in model.parameters())
+    if section is None:
+        return total
+    for module in _quantised(recipe, model):
+        dense = module.weight.numel() * module.weight.itemsize
+        total -= dense - int(dense * _share(module.in_features, module.weight.dtype, section))
+    return total
+
+
+def _quantised(recipe: Recipe, model: "nn.Module") -> Iterator[nn.Linear]:
+    """The layers whose weights get fewer bits."""
+    section = recipe.model.quantise
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    for name, module in model.named_modules():
+        if section is None or not isinstance(module, nn.Linear) or module is head or "lora_" in name:
+            continue
+        names = (name, f"{name}.weight")
+        wanted = any(fnmatchcase(one, pattern) for one in names for pattern in section.include)
+        left_out = any(fnmatchcase(one, pattern) for one in names for pattern in section.exclude or ())
+        if wanted and not left_out:
+            yield module
+
+
+def _share(width: int, dtype: torch.dtype, section: Any) -> float:
+    """Bytes of a quantised weight over those of the dense one, of a few rows of this width."""
+    sample = nn.Sequential(nn.Linear(width, 32, bias=False, dtype=dtype))
+    report = quantise(sample, section.format, **section.options)
+    return report.quantised_bytes / report.dense_bytes
+
+
+def _has_masters(recipe: Recipe) -> bool:
+    return recipe.train.mixed_precision != "no" or recipe.trains_quantised
+
+
+def _optimizer(recipe: Recipe, model: "nn.Module", trained: list[nn.Parameter]) -> int:
+    """Moments, float32 copies of weights of fewer bits, and what rounding cut off."""
+    section = recipe.optimizer
+    outer = {id(one) for module in model.modules() if isinstance(module, nn.Embedding) for one in module.parameters()}
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if head is not None:
+        outer.add(id(head.weight))
+    rounded = {id(module.weight) for module in _quantised(recipe, model)}
+    size = 0.0
+    for one in trained:
+        moment = 8 if one.dtype == torch.float64 else 4
+        if section.optim == "adamw_8bit" and one.numel() >= SMALLEST:
+            size += one.numel() * IN_8_BITS
+        elif section.optim == "sgd" or (section.optim == "muon" and one.dim() == 2 and id(one) not in outer):
+            size += one.numel() * moment
+        elif section.optim == "adafactor" and one.dim() >= 2:
+            size += moment * one.numel() * (1 / one.shape[-1] + 1 / one.shape[-2])
+        elif section.optim == "adafactor":
+            size += one.numel() * moment
+        else:
+            size += one.numel() * 2 * moment
+        if id(one) in rounded or (recipe.train.mixed_precision != "no" and one.itemsize == 2):
+            size += one.numel() * 4
+        elif one.itemsize == 2 and section.kept_of_rounding == "kahan_sum":
+            size += one.numel() * 2
+    return int(size)
