@@ -1,4 +1,4 @@
-"""What the GPU suite stands on: the device, timing by device events, correctness gates and time budgets.
+"""What the GPU suite stands on: the device, and timing by device events.
 
 With ``TOOLKIT_GPU_TESTS=cpu`` and ``TRITON_INTERPRET=1`` set, the suite runs on CPU tensors through Triton's
 interpreter, at small sizes and without timing: so its code is proven on machines without a GPU.
@@ -7,9 +7,6 @@ interpreter, at small sizes and without timing: so its code is proven on machine
 import importlib
 import os
 import pkgutil
-import signal
-import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -127,47 +124,3 @@ def measure(call: Callable[..., Any], leaves: Sequence[Tensor], cotangents: Sequ
     entry["backward_s"] = median(partial(torch.autograd.grad, outputs, wanted, cotangents, retain_graph=True), 50)
     entry["peak_bytes"] = peak(lambda: torch.autograd.grad(as_tuple(call(*leaves)), wanted, cotangents))
     return entry
-
-
-class Budget:
-    """Seconds that a section may take. What does not fit is skipped and named, and a hanging call is interrupted."""
-
-    def __init__(self, seconds: float) -> None:
-        self.end = time.monotonic() + seconds
-        self.left_out: list[str] = []
-        self.failed: dict[str, str] = {}
-
-    def left(self) -> float:
-        return self.end - time.monotonic()
-
-    def allows(self, name: str, seconds: float) -> bool:
-        """Whether ``seconds`` more are there; the name is kept in ``left_out`` otherwise."""
-        if self.left() >= seconds:
-            return True
-        self.left_out.append(name)
-        return False
-
-    @contextmanager
-    def trying(self, name: str) -> Iterator[None]:
-        """What fails in the body is kept in ``failed``, so that the section continues."""
-        try:
-            yield
-        except TimeoutError:
-            raise
-        except Exception:
-            self.failed[name] = traceback.format_exc()
-
-    @contextmanager
-    def enforced(self, grace: float = 30.0) -> Iterator[None]:
-        """TimeoutError in the body once the budget and ``grace`` seconds are over. Main thread only."""
-
-        def stop(*_: Any) -> None:
-            raise TimeoutError("the section's time is over")
-
-        before = signal.signal(signal.SIGALRM, stop)
-        signal.setitimer(signal.ITIMER_REAL, max(self.left() + grace, 1.0))
-        try:
-            yield
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0.0)
-            signal.signal(signal.SIGALRM, before)

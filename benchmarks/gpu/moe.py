@@ -2,7 +2,7 @@
 
 Many tokens, forward and backward, against torch's grouped GEMM and the kernels of Liger and SonicMoE where they
 are installed; a missing peer is named. Few tokens, forward, against the time in which the weights of the experts that
-were hit come from memory. Every measurement comes after a gate against float64.
+were hit come from memory. Every measurement comes with a check against float64.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from benchmarks.common import both_ways, gate, print_table
 from benchmarks.gpu import device
-from benchmarks.gpu.device import DRY, GATE, HALF, Budget, doubles, median, normal
+from benchmarks.gpu.device import DRY, GATE, HALF, doubles, median, normal
+from benchmarks.gpu.section import Section
 from toolkit.ops.dispatch_plan import dispatch_plan
 from toolkit.ops.experts import experts
 from toolkit.ops.route import route
@@ -99,13 +100,14 @@ def routed(tokens: int) -> tuple[Tensor, Tensor]:
     return route(normal(tokens, SIZES[0]), SIZES[3], norm_topk_prob=True)
 
 
-def checked(tokens: int, weights: list[Tensor]) -> float:
-    """The largest error of results and gradients on a few tokens, against float64; RuntimeError when the gate fails."""
+def checked(section: Section, tokens: int, weights: list[Tensor]) -> float:
+    """The largest error of results and gradients on a few tokens, against float64."""
     count = min(tokens, 64)
     x, grad, (topk_weights, topk_ids) = normal(count, SIZES[1]), normal(count, SIZES[1]), routed(count)
     inputs = [x, topk_weights, *weights]
     exact = both_ways(partial(dense, topk_ids=topk_ids), doubles(inputs), [grad.double()])
-    return gate("experts", both_ways(partial(ours, topk_ids=topk_ids), inputs, [grad]), exact, GATE[HALF])
+    got = both_ways(partial(ours, topk_ids=topk_ids), inputs, [grad])
+    return section.check(f"experts, {tokens} tokens", got, exact, GATE[HALF])
 
 
 def agreeing(
@@ -118,12 +120,12 @@ def agreeing(
     gate("a peer's layer", [made], [wanted], 2 * GATE[HALF])
 
 
-def bench_many(tokens: int, weights: list[Tensor]) -> dict[str, Any]:
+def bench_many(section: Section, tokens: int, weights: list[Tensor]) -> dict[str, Any]:
     """Seconds and peak bytes of a training forward and backward, of every side."""
     x, grad, (topk_weights, topk_ids) = normal(tokens, SIZES[1]), normal(tokens, SIZES[1]), routed(tokens)
     leaves = [t.detach().requires_grad_() for t in (x, topk_weights, *weights)]
     flops = 6 * topk_ids.numel() * SIZES[1] * SIZES[2]  # of the forward
-    result: dict[str, Any] = {"gate": checked(tokens, weights), "flops": flops, "sides": {}, "missing": []}
+    result: dict[str, Any] = {"gate": checked(section, tokens, weights), "flops": flops, "sides": {}, "missing": []}
     for side, maker in ({"ours": lambda: ours} | PEERS).items():
         try:
             call = maker()
@@ -151,26 +153,24 @@ def bench_few(tokens: int, layers: list[list[Tensor]], copy: float) -> dict[str,
     return {"forward_s": taken, "plan_s": planned, "experts_hit": hit, "of_streaming": read / copy / taken}
 
 
-def bench_moe(budget: Budget, ceilings: dict[str, float]) -> dict[str, Any]:
+def bench_moe(section: Section) -> None:
     """Experts of a layer with many and with few tokens."""
-    result: dict[str, Any] = {"many": {}, "few": {}}
+    result = section.result
+    result |= {"many": {}, "few": {}}
     layers = [weights_of() for _ in range(COPIES)]
-    result["gate"] = checked(max(FEW), layers[0])
+    result["gate"] = checked(section, max(FEW), layers[0])
     for tokens in FEW:
-        if budget.allows(f"{tokens} tokens", 2.0):
-            with budget.trying(f"{tokens} tokens"):
-                result["few"][str(tokens)] = bench_few(tokens, layers, ceilings["copy_bytes_per_s"])
+        if section.allows(f"{tokens} tokens", 2.0):
+            with section.trying(f"{tokens} tokens"):
+                result["few"][str(tokens)] = bench_few(tokens, layers, section.ceilings["copy_bytes_per_s"])
     for tokens in MANY:
-        if budget.allows(f"{tokens} tokens", 10.0):
-            with budget.trying(f"{tokens} tokens"):
-                result["many"][str(tokens)] = bench_many(tokens, layers[0])
-    return result
+        if section.allows(f"{tokens} tokens", 10.0):
+            with section.trying(f"{tokens} tokens"):
+                result["many"][str(tokens)] = bench_many(section, tokens, layers[0])
 
 
-def show(result: dict[str, Any]) -> None:
+def show(entry: dict[str, Any], ceilings: dict[str, float]) -> None:
     """The measurements that were made, as tables."""
-    if not (entry := result.get("moe")):
-        return
     rows: list[list[Any]] = []
     for tokens, case in entry["many"].items():
         for side, taken in case["sides"].items():

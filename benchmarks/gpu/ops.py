@@ -1,6 +1,6 @@
 """The ops on a GPU against their peers, part of ``python -m benchmarks.gpu``.
 
-Every measurement comes after a gate: results and gradients on a small slice against float64. Times are medians by
+Every measurement comes with a check of results and gradients on a small slice against float64. Times are medians by
 device events, with L2 cold and operands of 64 MiB and more; memory is the peak that a forward and backward allocate
 above their inputs. Peers: ``torch.compile`` of the plain formula, cuBLAS GEMMs, and Liger's kernels where installed.
 """
@@ -13,20 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import both_ways, gate, geomean, print_table
+from benchmarks.common import both_ways, geomean, print_table
 from benchmarks.gpu import device
 from benchmarks.gpu.device import (
     DEVICE,
     DRY,
     GATE,
     HALF,
-    Budget,
     doubles,
     median,
     normal,
     upcast,
 )
-from benchmarks.gpu.rowwise import bench_memory_bound
+from benchmarks.gpu.section import Section
 from toolkit.ops.linear import linear
 from toolkit.ops.linear_logprob import linear_logprob
 from toolkit.ops.lora_linear import lora_linear
@@ -48,32 +47,32 @@ DECODE_LORA = (4, 32, 40, 4, 3) if DRY else (64, 2560, 4096, 16, 32)
 SAMPLES = [(3, 70)] if DRY else [(1, 151936), (64, 151936)]
 
 
-def bench_linear(budget: Budget, ceilings: dict[str, float]) -> dict[str, Any]:
+def bench_linear(section: Section) -> None:
     """``linear`` in bitwise mode against cuBLAS: ratios by rows and shape, above 1 ours is faster."""
     ratios: dict[int, list[float]] = {}
+    result = section.result
     seconds: dict[str, dict[str, float]] = {}
-    worst = 0.0
+    result |= {"gate": 0.0, "seconds": seconds}
     for depth, outputs in PROJECTIONS:
         for rows in [*FEW, *MANY, *BETWEEN]:
             label = f"{rows} x {depth} -> {outputs}"
-            if not budget.allows(label, 1.0):
+            if not section.allows(label, 1.0):
                 continue
-            with budget.trying(label), torch.no_grad():
+            with section.trying(label), torch.no_grad():
                 # Few rows take microseconds: several weights in turn, from a graph. Many keep the device busy.
                 copies = 1 if rows in MANY else max(1, STREAM_BYTES // (depth * outputs * HALF.itemsize))
                 weights = [normal(outputs, depth, scale=depth**-0.5) for _ in range(copies)]
                 x, some = normal(rows, depth), slice(max(0, rows - 8), rows)
                 exact = x[some].double() @ weights[0].double().T
-                worst = max(worst, gate(label, [linear(x, weights[0])[some]], [exact], GATE[HALF]))
+                error = section.check(label, [linear(x, weights[0])[some]], [exact], GATE[HALF])
+                result["gate"] = max(result["gate"], error)
                 taken = {}
                 for side, function in (("ours", linear), ("cublas", F.linear)):
                     calls = [partial(function, x, weight) for weight in weights]
                     taken[side] = median(calls[0], 60) if rows in MANY else device.replayed(calls)
                 ratios.setdefault(rows, []).append(taken["cublas"] / taken["ours"])
                 seconds[label] = {**taken, "flops_per_s": 2 * rows * depth * outputs / taken["ours"]}
-    return {
-        "gate": worst,
-        "seconds": seconds,
+    result |= {
         "ratios": {str(rows): values for rows, values in sorted(ratios.items())},
         "few_rows": geomean([r for rows in FEW for r in ratios.get(rows, [])]),
         "many_rows": geomean([r for rows in MANY for r in ratios.get(rows, [])]),
@@ -122,7 +121,7 @@ def measure_loss(loss: Callable[..., Tensor], leaves: list[Tensor], targets: Ten
     }
 
 
-def bench_head(budget: Budget, ceilings: dict[str, float]) -> dict[str, Any]:
+def bench_head(section: Section) -> None:
     """Head and loss, forward and backward: time and peak memory, and the loss of every side."""
     tokens, depth, size = HEAD.values()
     hidden, weight = normal(tokens, depth), normal(size, depth, scale=depth**-0.5)
@@ -135,7 +134,7 @@ def bench_head(budget: Budget, ceilings: dict[str, float]) -> dict[str, Any]:
     small, y = [hidden[rows], weight[words]], targets[rows] % (words.stop or size)
     one = torch.ones((), device=DEVICE)
     exact = both_ways(lambda x, w: dense_loss(x, w, y), doubles(small), [one.double()])
-    error = gate("linear_logprob", both_ways(lambda x, w: ours(x, w, y), small, [one]), exact, GATE[HALF])
+    error = section.check("linear_logprob", both_ways(lambda x, w: ours(x, w, y), small, [one]), exact, GATE[HALF])
     sides: dict[str, Callable[[], Callable[..., Tensor]]] = {
         "ours": lambda: ours,
         "chunked, checkpointed": lambda: chunked_loss,
@@ -144,9 +143,10 @@ def bench_head(budget: Budget, ceilings: dict[str, float]) -> dict[str, Any]:
         "liger": liger_head,
     }
     leaves = [hidden.requires_grad_(), weight.requires_grad_()]
-    result: dict[str, Any] = {"gate": error, "logits_bytes": tokens * size * HALF.itemsize, "sides": {}}
+    result = section.result
+    result |= {"gate": error, "logits_bytes": tokens * size * HALF.itemsize, "sides": {}}
     for side, maker in sides.items():
-        if not budget.allows(side, 3.0):
+        if not section.allows(side, 3.0):
             continue
         try:
             result["sides"][side] = measure_loss(maker(), leaves, targets)
@@ -160,9 +160,9 @@ def bench_head(budget: Budget, ceilings: dict[str, float]) -> dict[str, Any]:
             torch.cuda.empty_cache()
     expected = result["sides"]["ours"]["loss"]
     for side, entry in result["sides"].items():
-        if "loss" in entry and not abs(entry["loss"] - expected) <= 1e-2 * abs(expected):
-            raise RuntimeError(f"The loss of {side} must be within 1 % of {expected}, got {entry['loss']}.")
-    return result
+        if "loss" in entry:
+            near = abs(entry["loss"] - expected) <= 1e-2 * abs(expected)
+            section.expect(side, near, f"the loss must be within 1 % of {expected}, got {entry['loss']}")
 
 
 def lora_loop(x: Tensor, weight: Tensor, *factors: Tensor, scaling: list[float], adapters: Tensor) -> Tensor:
@@ -182,11 +182,11 @@ def lora_ours(
     return lora_linear(x, weight, None, factors[:count], factors[count:], scaling, adapters, fast=fast)
 
 
-def bench_lora(budget: Budget, ceilings: dict[str, float]) -> dict[str, Any]:
+def bench_lora(section: Section) -> None:
     """Several adapters in one batch against a loop over adapters on cuBLAS GEMMs."""
-    result: dict[str, Any] = {}
+    result = section.result
     for name, (rows, depth, outputs, rank, count) in {"training": LORA, "decode": DECODE_LORA}.items():
-        if not budget.allows(f"lora_linear {name}", 4.0):
+        if not section.allows(f"lora_linear {name}", 4.0):
             continue
         x, weight = normal(rows, depth), normal(outputs, depth, scale=depth**-0.5)
         ranks = [max(1, rank >> index % 3) for index in range(count)]
@@ -200,7 +200,8 @@ def bench_lora(budget: Budget, ceilings: dict[str, float]) -> dict[str, Any]:
         first: dict[str, Any] = {"scaling": scaling, "adapters": adapters[few]}
         exact = both_ways(partial(lora_loop, **first), doubles(small), [grad.double()])
         got = both_ways(partial(lora_ours, **first, fast=False), small, [grad])
-        entry: dict[str, Any] = {"gate": gate(f"lora_linear {name}", got, exact, GATE[HALF]), "sides": {}}
+        error = section.check(f"lora_linear {name}", got, exact, GATE[HALF])
+        entry = result[name] = {"gate": error, "sides": {}}
         leaves = [t.requires_grad_() for t in (x, weight, *factors)]
         whole: dict[str, Any] = {"scaling": scaling, "adapters": adapters}
         sides = {
@@ -210,8 +211,6 @@ def bench_lora(budget: Budget, ceilings: dict[str, float]) -> dict[str, Any]:
         }
         for side, call in sides.items():
             entry["sides"][side] = device.measure(call, leaves, [normal(rows, outputs)])
-        result[name] = entry
-    return result
 
 
 def torch_sample(logits: Tensor, temperature: float = 0.8, top_k: int = 50, top_p: float = 0.9) -> Tensor:
@@ -227,37 +226,26 @@ def torch_multinomial(logits: Tensor, temperature: float = 0.8) -> Tensor:
     return torch.multinomial(torch.softmax(logits / temperature, -1), 1)
 
 
-def bench_sample(budget: Budget, ceilings: dict[str, float]) -> dict[str, Any]:
+def bench_sample(section: Section) -> None:
     """Sampling with top-k and top-p, and by temperature alone, against plain torch."""
-    result = {}
+    result = section.result
     for rows, size in SAMPLES:
         logits = normal(rows, size, dtype=torch.float32, scale=3.0)
         one = torch.ones(rows, device=DEVICE)
         for name, (top_k, top_p) in {"top-k 50, top-p 0.9": (50, 0.9), "temperature": (0, 1.0)}.items():
             label = f"{rows} x {size}, {name}"
-            if not budget.allows(label, 1.0):
+            if not section.allows(label, 1.0):
                 continue
             columns = [0.8 * one, (top_k * one).long(), top_p * one, 0 * one, one.long(), one.long().cumsum(0)]
             few = slice(0, 4)
             wanted = sampling.sample(logits[few].cpu(), *(c[few].cpu() for c in columns))
-            if not torch.equal(sample(logits, *columns)[0][few].cpu(), wanted[0]):
-                raise RuntimeError(f"The tokens of sample {label} must be those of its reference.")
+            right = torch.equal(sample(logits, *columns)[0][few].cpu(), wanted[0])
+            section.expect(label, right, "the tokens must be those of the reference")
             plain = torch_sample if top_k else torch_multinomial
             result[label] = {
                 "ours_s": median(partial(sample, logits, *columns), 50),
                 "torch_s": median(partial(plain, logits), 50),
             }
-    return result
-
-
-# name -> (what measures it, seconds it may take)
-SECTIONS: dict[str, tuple[Callable[[Budget, dict[str, float]], dict[str, Any]], float]] = {
-    "linear": (bench_linear, 30.0),
-    "linear_logprob": (bench_head, 45.0),
-    "lora_linear": (bench_lora, 20.0),
-    "sample": (bench_sample, 10.0),
-    "memory_bound": (bench_memory_bound, 80.0),
-}
 
 
 def ratio(entry: dict[str, Any], side: str, what: str) -> str:
@@ -268,37 +256,31 @@ def ratio(entry: dict[str, Any], side: str, what: str) -> str:
     return "failed" if "failed" in other else f"{other[what] / ours[what]:.2f}x" if ours.get(what) else ""
 
 
-def show(result: dict[str, Any]) -> None:
-    """The measurements that were made, as tables."""
-    if entries := result.get("memory_bound"):
-        rows = [
-            [name, entry["sides"]["ours"]["forward_s"] * 1e3, f"{entry['forward_of_copy']:.0%}",
-             f"{entry['backward_of_copy']:.0%}" if "backward_of_copy" in entry else "",
-             *(ratio(entry, side, what) for side in ("torch.compile", "liger")
-               for what in ("forward_s", "backward_s", "peak_bytes") if what != "peak_bytes" or side != "liger")]
-            for name, entry in entries.items()
-        ]  # fmt: skip
-        header = ["op", "forward ms", "of copy", "backward of copy", "compile: forward", "backward", "memory"]
-        print_table("Memory-bound ops; peers' time and memory over ours", [*header, "liger: forward", "backward"], rows)
-    if entry := result.get("linear"):
-        rows = [[label, s["ours"] * 1e3, f"{s['cublas'] / s['ours']:.2f}x", s["flops_per_s"] / 1e12]
-                for label, s in entry["seconds"].items()]  # fmt: skip
-        title = f"linear, bitwise, over F.linear: few rows {entry['few_rows']:.2f}x, many {entry['many_rows']:.2f}x"
-        print_table(title, ["rows x K -> N", "ours ms", "over F.linear", "TFLOP/s"], rows)
-    if entry := result.get("linear_logprob"):
-        rows = [
-            [side, "failed", "", "", ""] if "failed" in s else
-            [side, s["forward_s"] * 1e3, s["forward_and_backward_s"] * 1e3,
-             ratio(entry, side, "forward_and_backward_s"), s["peak_bytes"] / 2**30]
-            for side, s in entry["sides"].items()
-        ]  # fmt: skip
-        title = "Head and loss, {tokens} tokens x vocabulary size {vocabulary} x {depth}".format(**HEAD)
-        print_table(title, ["", "forward ms", "both ms", "over ours", "peak GiB"], rows)
-    if entries := result.get("lora_linear"):
-        rows = [[name, side, s["forward_s"] * 1e3, s["backward_s"] * 1e3, s["peak_bytes"] / 2**20]
-                for name, entry in entries.items() for side, s in entry["sides"].items()]  # fmt: skip
-        print_table("lora_linear", ["batch", "side", "forward ms", "backward ms", "peak MiB"], rows)
-    if entries := result.get("sample"):
-        rows = [[label, s["ours_s"] * 1e3, s["torch_s"] * 1e3, f"{s['torch_s'] / s['ours_s']:.2f}x"]
-                for label, s in entries.items()]  # fmt: skip
-        print_table("sample", ["rows x vocabulary size", "ours ms", "torch ms", "ratio"], rows)
+def show_linear(entry: dict[str, Any], ceilings: dict[str, float]) -> None:
+    rows = [[label, s["ours"] * 1e3, f"{s['cublas'] / s['ours']:.2f}x", s["flops_per_s"] / 1e12]
+            for label, s in entry["seconds"].items()]  # fmt: skip
+    title = f"linear, bitwise, over F.linear: few rows {entry['few_rows']:.2f}x, many {entry['many_rows']:.2f}x"
+    print_table(title, ["rows x K -> N", "ours ms", "over F.linear", "TFLOP/s"], rows)
+
+
+def show_head(entry: dict[str, Any], ceilings: dict[str, float]) -> None:
+    rows = [
+        [side, "failed", "", "", ""] if "failed" in s else
+        [side, s["forward_s"] * 1e3, s["forward_and_backward_s"] * 1e3,
+         ratio(entry, side, "forward_and_backward_s"), s["peak_bytes"] / 2**30]
+        for side, s in entry["sides"].items()
+    ]  # fmt: skip
+    title = "Head and loss, {tokens} tokens x vocabulary size {vocabulary} x {depth}".format(**HEAD)
+    print_table(title, ["", "forward ms", "both ms", "over ours", "peak GiB"], rows)
+
+
+def show_lora(entries: dict[str, Any], ceilings: dict[str, float]) -> None:
+    rows = [[name, side, s["forward_s"] * 1e3, s["backward_s"] * 1e3, s["peak_bytes"] / 2**20]
+            for name, entry in entries.items() for side, s in entry["sides"].items()]  # fmt: skip
+    print_table("lora_linear", ["batch", "side", "forward ms", "backward ms", "peak MiB"], rows)
+
+
+def show_sample(entries: dict[str, Any], ceilings: dict[str, float]) -> None:
+    rows = [[label, s["ours_s"] * 1e3, s["torch_s"] * 1e3, f"{s['torch_s'] / s['ours_s']:.2f}x"]
+            for label, s in entries.items()]  # fmt: skip
+    print_table("sample", ["rows x vocabulary size", "ours ms", "torch ms", "ratio"], rows)

@@ -11,19 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import as_tuple, both_ways, gate
+from benchmarks.common import as_tuple, both_ways, print_table
 from benchmarks.gpu import device
 from benchmarks.gpu.device import (
     DEVICE,
     DRY,
     GATE,
     HALF,
-    Budget,
     doubles,
     median,
     normal,
     upcast,
 )
+from benchmarks.gpu.ops import ratio
+from benchmarks.gpu.section import Section
 from toolkit.ops.activation import activation
 from toolkit.ops.gated_activation import gated_activation
 from toolkit.ops.layer_norm import layer_norm
@@ -152,8 +153,8 @@ def bound_cases(dtype: torch.dtype) -> dict[str, Callable[[], Bound]]:
     }  # fmt: skip
 
 
-def bench_bound(case: Bound, name: str, dtype: torch.dtype, copy: float) -> dict[str, Any]:
-    """One memory-bound op: gate, then all sides."""
+def bench_bound(section: Section, case: Bound, name: str, dtype: torch.dtype) -> dict[str, Any]:
+    """One memory-bound op: a check, then all sides."""
     still = len(case.rows) - case.still
     leaves = [
         x.detach().requires_grad_(x.is_floating_point() and not still <= i < len(case.rows))
@@ -169,7 +170,7 @@ def bench_bound(case: Bound, name: str, dtype: torch.dtype, copy: float) -> dict
     outputs = as_tuple(case.ours(*(x[few] for x in case.rows), *case.params))
     grads = [normal(*y.shape, dtype=y.dtype) for y in outputs]
     exact = both_ways(on_slice(case.plain, small, doubles(fixed)), doubles(small), doubles(grads))
-    error = gate(name, both_ways(on_slice(case.ours, small, fixed), small, grads), exact, GATE[dtype])
+    error = section.check(name, both_ways(on_slice(case.ours, small, fixed), small, grads), exact, GATE[dtype])
     result: dict[str, Any] = {"gate": error, "sides": {}}
     cotangents = [normal(*y.shape, dtype=y.dtype) for y in as_tuple(case.ours(*leaves))]
     sides: dict[str, Callable[[], Callable[..., Any]]] = {
@@ -188,37 +189,52 @@ def bench_bound(case: Bound, name: str, dtype: torch.dtype, copy: float) -> dict
                 raise
             result["sides"][side] = {"failed": f"{type(problem).__name__}: {problem}"[:300]}
     ours = result["sides"]["ours"]
+    copy = section.ceilings["copy_bytes_per_s"]
     result["forward_of_copy"] = case.forward / ours["forward_s"] / copy
     result["backward_of_copy"] = case.backward / ours["backward_s"] / copy
     return result
 
 
-def bench_memory_bound(budget: Budget, ceilings: dict[str, float]) -> dict[str, Any]:
+def bench_memory_bound(section: Section) -> None:
     """Row-wise ops, forward and backward, as a share of a copy's bandwidth and against their peers."""
-    copy = ceilings["copy_bytes_per_s"]
-    result: dict[str, Any] = {}
+    result = section.result
     with device.reusable_graphs():
         for dtype in (HALF, torch.float32):
             for name, maker in bound_cases(dtype).items():
                 label = f"{name} {SHORT[dtype]}"
-                if budget.allows(label, 4.0):
-                    with budget.trying(label):
-                        result[label] = bench_bound(maker(), label, dtype, copy)
-    if budget.allows("state_write", 2.0):
-        with budget.trying("state_write"):
-            result["state_write"] = bench_state_write(copy)
-    return result
+                if section.allows(label, 4.0):
+                    with section.trying(label):
+                        result[label] = bench_bound(section, maker(), label, dtype)
+    if section.allows("state_write", 2.0):
+        with section.trying("state_write"):
+            result["state_write"] = bench_state_write(section)
 
 
-def bench_state_write(copy: float) -> dict[str, Any]:
+def bench_state_write(section: Section) -> dict[str, Any]:
     """Rows of keys into random slots of a pool, against ``index_copy_``."""
     tokens = ROWS * WIDTH // (8 * 128) if not DRY else 6
     pool, new = normal(2 * tokens, 8, 128), normal(tokens, 8, 128)
     slots = torch.randperm(2 * tokens, device=DEVICE)[:tokens]
     state_write(pool, new, slots)
-    if not torch.equal(pool[slots], new):
-        raise RuntimeError("gate red: state_write did not write its rows")
+    section.expect("state_write", torch.equal(pool[slots], new), "the rows must be written")
     taken = median(lambda: state_write(pool, new, slots), 50)
     other = median(lambda: pool.index_copy_(0, slots, new), 50)
     sides = {"ours": {"forward_s": taken}, "index_copy_": {"forward_s": other}}
-    return {"gate": 0.0, "sides": sides, "forward_of_copy": 2 * new.nbytes / taken / copy}
+    return {
+        "gate": 0.0,
+        "sides": sides,
+        "forward_of_copy": 2 * new.nbytes / taken / section.ceilings["copy_bytes_per_s"],
+    }
+
+
+def show(entries: dict[str, Any], ceilings: dict[str, float]) -> None:
+    """Shares of a copy's bandwidth, and the peers' time and memory over ours."""
+    rows = [
+        [name, entry["sides"]["ours"]["forward_s"] * 1e3, f"{entry['forward_of_copy']:.0%}",
+         f"{entry['backward_of_copy']:.0%}" if "backward_of_copy" in entry else "",
+         *(ratio(entry, side, what) for side in ("torch.compile", "liger")
+           for what in ("forward_s", "backward_s", "peak_bytes") if what != "peak_bytes" or side != "liger")]
+        for name, entry in entries.items()
+    ]  # fmt: skip
+    header = ["op", "forward ms", "of copy", "backward of copy", "compile: forward", "backward", "memory"]
+    print_table("Memory-bound ops; peers' time and memory over ours", [*header, "liger: forward", "backward"], rows)

@@ -1,6 +1,9 @@
 """linear: against fp64, its gradients, and that a row's bits depend on that row alone."""
 
+import json
 import random
+from dataclasses import asdict
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -337,19 +340,41 @@ def test_rows_beyond_two_to_the_31_elements():
 
 @only_interpreter
 @pytest.mark.usefixtures("impl")
-def test_a_decode_tile_serves_few_rows(monkeypatch):
-    rows = [choices for row in tiles.TABLE.entries.values() for choices in row.values()]
-    assert all(tile.decode is None for choices in rows for _, tile in choices)
-    small = GemmTile(16, 32, 16, 1, 1)
-    large = GemmTile(32, 16, 16, 1, 1, decode=small)
-    monkeypatch.setitem(tiles.TABLE.entries["interpreter"], 4, ((None, large),))
-    tile = tiles.TABLE.find("interpreter", torch.float32, 9, row_widths=(40,))
-    assert tile.for_rows(DECODE_ROWS) == small
-    assert tile.for_rows(DECODE_ROWS + 1) == large
+def test_a_decode_tile_serves_few_rows_where_it_was_measured(monkeypatch, tmp_path):
+    cpu, base, small = torch.device("cpu"), GemmTile(32, 16, 16, 1, 1), GemmTile(16, 32, 16, 1, 1)
+    monkeypatch.setitem(tiles.TABLE.entries["interpreter"], 4, ((None, base),))
+    written = tmp_path / "measured_tiles.json"
+    entry = {"device": "interpreter", "triton": version("triton"), "itemsize": 4}
+    entry |= {"base": asdict(base), "tile": asdict(small)}
+
+    def found(rows, **changes):
+        written.write_text(json.dumps([entry | changes]))
+        tiles._decode_tiles.cache_clear()
+        return tiles.find(cpu, torch.float32, 20, 40, rows)
+
+    monkeypatch.setattr(tiles, "MEASURED", written)
+    assert found(1) == found(DECODE_ROWS) == small
     x, weight, bias = make(70, 40, 20)
-    torch.testing.assert_close(
-        torch.ops.toolkit.linear(x[:5], weight, bias), torch.ops.toolkit.linear(x, weight, bias)[:5]
-    )
+    some = torch.ops.toolkit.linear(x[:5], weight, bias)
+    torch.testing.assert_close(some, torch.ops.toolkit.linear(x, weight, bias)[:5])
+    for changes in ({"device": "NVIDIA H200"}, {"triton": "3.0.0"}, {"itemsize": 2}, {"base": asdict(small)}):
+        assert found(1, **changes) == base
+    assert found(DECODE_ROWS + 1) == base
+    tiles._decode_tiles.cache_clear()
+
+
+def test_measured_tiles_are_of_tiles_that_are_shipped():
+    """Each names its device, its Triton, a tile of the table and one of the candidates, and how much faster it was."""
+    shipped = {(itemsize, tile) for row in tiles.TABLE.entries.values() for itemsize, choices in row.items()
+               for _, tile in choices}  # fmt: skip
+    tried = {(size, tile) for row in tiles.DECODE_CANDIDATES.values() for size, some in row.items() for tile in some}
+    for entry in json.loads(tiles.MEASURED.read_text(encoding="utf-8")):
+        assert (entry["itemsize"], GemmTile(**entry["base"])) in shipped
+        assert (entry["itemsize"], GemmTile(**entry["tile"])) in tried
+        assert entry["device"]
+        assert entry["triton"]
+        assert entry["time"]
+        assert entry["speedup"] > 1.0
 
 
 @only_interpreter

@@ -23,6 +23,7 @@ from torch import Tensor
 from toolkit.errors import ToolkitError, must_be_one_of
 from toolkit.ops import native
 from toolkit.ops.transforms import first_derivative_only, transformed
+from toolkit.ops.triton_devices import on_device_of
 
 _LIBRARY = torch.library.Library("toolkit", "DEF")
 R = TypeVar("R")
@@ -65,7 +66,10 @@ class Op(Generic[R]):
 
 
 def _imported_late(path: str) -> Callable[..., Any]:
-    """The function of this dotted name, whose module is imported at its first call."""
+    """The function of this dotted name, whose module is imported at its first call.
+
+    It runs with the device of its first tensor as the current one: Triton launches in the context of that.
+    """
     module, _, name = path.rpartition(".")
 
     @functools.cache
@@ -74,7 +78,8 @@ def _imported_late(path: str) -> Callable[..., Any]:
         return function
 
     def call(*args: Any) -> Any:
-        return load()(*args)
+        with on_device_of(args):
+            return load()(*args)
 
     call.__name__ = path
     return call

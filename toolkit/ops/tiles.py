@@ -19,7 +19,7 @@ T = TypeVar("T")
 # Elements. Rows whose width is no multiple of this are not aligned: loads go element by element, and a large tile
 # would spill.
 ALIGNMENT = 16
-# Rows that a decode tile takes at most.
+# Rows for which a decode tile may stand in at most.
 DECODE_ROWS = 64
 
 
@@ -29,7 +29,6 @@ class GemmTile:
 
     warps, stages: Triton's num_warps and num_stages.
     group: row tiles that run together, column by column, so that the weights they read stay in L2.
-    decode: the tile for few rows, where there is one that is bitwise identical to this one.
     """
 
     rows: int
@@ -38,11 +37,6 @@ class GemmTile:
     warps: int
     stages: int
     group: int = 8
-    decode: "GemmTile | None" = None
-
-    def for_rows(self, rows: int) -> "GemmTile":
-        """This tile, or its decode tile where that is set and there are few rows."""
-        return self.decode if self.decode is not None and rows <= DECODE_ROWS else self
 
     def options(self) -> dict[str, Any]:
         """The launch options, as keywords. Floating-point contraction is off in every kernel."""

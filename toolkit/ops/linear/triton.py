@@ -119,8 +119,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     # No view: a model may write into what a projection returns, and autograd takes no views of a function's output.
     y = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype, device=x.device)
     if y.numel():
-        arch = triton_devices.architecture(x.device)
-        size = tiles.TABLE.find(arch, x.dtype, outputs, row_widths=(depth,)).for_rows(rows)
+        size = tiles.find(x.device, x.dtype, outputs, depth, rows)
         linear_forward[(triton.cdiv(rows, size.rows) * triton.cdiv(outputs, size.columns),)](
             flat, matrix, matrix if bias is None else bias.contiguous(), y, rows, outputs, depth,
             flat.stride(0), matrix.stride(0),
