@@ -33,7 +33,7 @@ PACKAGES = {
     },
     "live": {"live", "engine", "patching", "state"},
     "serving": {"serving", "engine", "live"},
-    "exporting": {"exporting", "engine", "patching", "quantised", "loading"},
+    "exporting": {"exporting", "engine", "patching", "quantised", "loading", "state", "ops"},
     "config": {"config"},
     "loading": {"loading", "quantised"},
     "chat": set(),

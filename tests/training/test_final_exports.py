@@ -43,6 +43,7 @@ def test_a_run_ends_with_its_exports_and_again_where_it_is_resumed(tmp_path: Pat
     [
         ([{"to": "hf"}, {"to": "tflite"}], r"export\[1\]\.to must be one of .*gguf.*got 'tflite'"),
         ([{"to": "gguf", "quantise": "int4"}], r"export\[0\]\.quantise must be one of .*q8_0.*got 'int4'"),
+        ([{"to": "hf", "imatrix": "a.txt"}], r"export\[0\]\.imatrix must not be given for 'hf', got 'a.txt'"),
         ([{"to": "hf"}, {"to": "hf"}], r"export\[1\] must differ from the others, got 'hf' again"),
     ],
 )

@@ -15,6 +15,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("target", metavar="out", help="new folder to write")
     parser.add_argument("--to", default="hf", metavar="TARGET", help="what opens it; docs/export.md lists them (hf)")
     parser.add_argument("--quantise", metavar="FORMAT", help="format of the weights, such as q8_0 for gguf")
+    parser.add_argument(
+        "--imatrix", metavar="FILE", help="for gguf: importances of llama-imatrix, or a text to compute them from"
+    )
     parser.add_argument("--dtype", default="float32", help="of the weights before that (float32)")
     parser.add_argument("--no-check", action="store_true", help="do not run the export and compare its tokens")
     parser.set_defaults(run=run)
@@ -28,7 +31,9 @@ def run(args: argparse.Namespace) -> int:
     from toolkit.exporting.compared import export_and_compare
 
     with ended_by_signals():
-        compared = export_and_compare(args.model, args.target, args.to, args.quantise, args.dtype, not args.no_check)
+        compared = export_and_compare(
+            args.model, args.target, args.to, args.quantise, args.dtype, not args.no_check, args.imatrix
+        )
     print(f"exported {args.model} to {compared.path}")
     if compared.consumer is not None:
         print(compared)

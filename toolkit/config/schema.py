@@ -214,6 +214,8 @@ class ExportSection(Section):
     """The target, such as hf, peft, gguf or compressed-tensors."""
     quantise: str | None = None
     """One of the target's formats of weights; null takes its first."""
+    imatrix: str | None = None
+    """For gguf: a file of llama-imatrix by which columns are weighed, or a text to make one from; null for none."""
     check: bool = True
     """Run the target's program, where it is installed, and compare its greedy tokens with the engine's."""
 

@@ -19,11 +19,13 @@ class ExportJob:
         model: of transformers, patched or not; of PEFT for targets that hold adapters alone.
         tokenizer: of the model, or None.
         quantise: one of the target's ``formats``, None where it has none.
+        imatrix: a file of importances of columns, or a text that they are computed from; None for equal ones.
     """
 
     model: Any
     tokenizer: Any = None
     quantise: str | None = None
+    imatrix: Path | None = None
 
 
 class ConsumerOutput(NamedTuple):
@@ -67,6 +69,10 @@ class ExportTarget(ABC):
         """Modules outside of the toolkit's own dependencies that writing needs."""
         return ()
 
+    def check_imatrix(self, file: Path, quantise: str | None) -> None:
+        """Raise ToolkitError where the target does not weigh columns, or not by this file, in this format."""
+        raise ToolkitError(f"imatrix must not be given for {self.target!r}, got '{file}'; 'gguf' takes one.")
+
     def check(self, job: ExportJob) -> None:
         """Raise ToolkitError, naming it, for what the target cannot hold. Called before anything is written."""
         return
@@ -109,11 +115,13 @@ def is_lossless(target: ExportTarget, quantise: str | None) -> bool:
     return not target.formats or chosen_format(target, quantise) in target.lossless
 
 
+_OF_EXTRA = ("gguf", "libgguf", "compressed_tensors")
+"""Modules that come with the extra ``export``."""
+
+
 def require_packages(target: ExportTarget, quantise: str | None) -> None:
     """Raise ToolkitError, in one sentence, where a package that writing needs is missing."""
     for package in target.packages(quantise):
         if importlib.util.find_spec(package) is None:
-            raise ToolkitError(
-                f"An export to {target.target!r} needs the package '{package}': "
-                'pip install "train-infer-toolkit[export]".'
-            )
+            name = '"train-infer-toolkit[export]"' if package in _OF_EXTRA else package
+            raise ToolkitError(f"An export to {target.target!r} needs the package '{package}': pip install {name}.")

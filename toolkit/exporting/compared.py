@@ -49,7 +49,7 @@ class Comparison:
 
 def export_and_compare(
     source: str, path: str | Path, to: str = "hf", quantise: str | None = None, dtype: str = "float32",
-    check: bool = True,
+    check: bool = True, imatrix: str | Path | None = None,
 ) -> Comparison:  # fmt: skip
     """``toolkit.export`` of a checkpoint, whose program's greedy tokens are compared with the engine's.
 
@@ -60,6 +60,7 @@ def export_and_compare(
         quantise: one of the target's formats; None takes the one that a quantised model has, else the first.
         dtype: of the weights before that.
         check: whether the program is run, where it is installed.
+        imatrix: as ``toolkit.export`` takes it.
 
     Raises:
         ToolkitError: what ``toolkit.export`` and loading refuse.
@@ -74,7 +75,7 @@ def export_and_compare(
         prompts = text_prompts(tokenizer, vocabulary_size(model), random.Random(0))[:PROMPTS]
         prompts = [prompt[:most] for prompt in prompts]
         exported = load_with_adapters(source, dtype) if target.holds_adapters else model
-        written = export(exported, path, to, tokenizer, quantise, prompts if check else (), tokens)
+        written = export(exported, path, to, tokenizer, quantise, prompts if check else (), tokens, imatrix)
         proof = json.loads((written / MANIFEST).read_text())["proof"]
         if proof is None:
             return Comparison(written)

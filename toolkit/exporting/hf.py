@@ -56,6 +56,12 @@ def check_whole_model(job: ExportJob, target: str) -> None:
         check_towers(job.model, source)
 
 
+def check_causal(job: ExportJob, target: str) -> None:
+    """Raise ToolkitError for a model that predicts no next token."""
+    if not type(job.model).__name__.endswith("ForCausalLM"):
+        raise ToolkitError(f"An export to {target!r} holds causal language models, got a {type(job.model).__name__}.")
+
+
 def write_checkpoint(job: ExportJob, folder: Path) -> None:
     """Fill ``folder`` with the model, its tokenizer and the files of its processor."""
     model = job.model

@@ -40,6 +40,7 @@ def manifest(
     return {
         "format": target,
         "quantise": job.quantise,
+        "imatrix": None if job.imatrix is None else job.imatrix.name,
         "source": getattr(base, "name_or_path", None) or None,
         "weight_version": weight_version(model) if report else None,
         "architecture": type(base).__name__,

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from toolkit.errors import ToolkitError, first_line
 from toolkit.exporting.base import ConsumerOutput, ExportJob, ExportTarget
-from toolkit.exporting.hf import check_whole_model, write_checkpoint
+from toolkit.exporting.hf import check_causal, check_whole_model, write_checkpoint
 from toolkit.exporting.manifest import installed_version
 from toolkit.loading import auto_class
 from toolkit.loading.model import quiet_transformers
@@ -36,10 +36,7 @@ class ProgramTarget(ExportTarget):
 
     def check(self, job: ExportJob) -> None:
         check_whole_model(job, self.target)
-        if not type(job.model).__name__.endswith("ForCausalLM"):
-            raise ToolkitError(
-                f"An export to {self.target!r} holds causal language models, got a {type(job.model).__name__}."
-            )
+        check_causal(job, self.target)
 
     def write(self, job: ExportJob, folder: Path) -> None:
         from transformers.exporters.auto import AutoExportConfig, get_exporter_class

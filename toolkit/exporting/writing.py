@@ -35,6 +35,7 @@ def export(
     quantise: str | None = None,
     prompts: Sequence[Sequence[int]] = (),
     max_tokens: int = 16,
+    imatrix: str | Path | None = None,
 ) -> Path:
     """The folder ``path`` with ``model`` as a target holds it, written atomically, with a manifest.
 
@@ -51,6 +52,8 @@ def export(
         quantise: one of the target's formats; None takes the one that a quantised model has, else the first.
         prompts: token ids, which the target's program continues if it is installed; none run nothing.
         max_tokens: greedy tokens of each continuation.
+        imatrix: for "gguf", a file of ``llama-imatrix`` by which columns are weighed where weights are rounded, or a
+            text (UTF-8) over which the model is run to make one, ``imatrix.gguf`` in the folder.
 
     Raises:
         ToolkitError: an unknown target or format, a package that is missing, a path that already holds something or may
@@ -59,10 +62,12 @@ def export(
     target = TARGETS.find("to", to)()
     _check_dense(model, target)
     wanted = target.format_of(model) if quantise is None else quantise
-    job = ExportJob(model, tokenizer, chosen_format(target, wanted))
+    job = ExportJob(model, tokenizer, chosen_format(target, wanted), None if imatrix is None else Path(imatrix))
     folder = Path(path)
     check_free(folder)
     require_packages(target, job.quantise)
+    if job.imatrix is not None:
+        target.check_imatrix(job.imatrix, job.quantise)
     with _base_alone(model, target):
         target.check(job)
     with new_folder(folder) as staging:

@@ -1,7 +1,8 @@
 """What the blocks of every layer hold. The numbers of the blocks are ``BlockManager``'s; their contents are here."""
 
+import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -56,10 +57,20 @@ class StatePool:
         ]
         self.capturable = all(state.capturable for state in self.states)
         self.members = [self.groups.index(group_of(spec)) for spec in self.specs]
-        self._serving: dict[tuple[int, str, int], tuple[Any, int]] = {
+        self._serving = self._by_op()
+
+    def _by_op(self) -> dict[tuple[int, str, int], tuple[Any, int]]:
+        return {
             (state.spec.layer, state.op, state.spec.part): (state, group)
             for state, group in zip(self.states, self.members, strict=True)
         }
+
+    def with_stores(self, stores: Sequence[Rows]) -> Self:
+        """The same layers over other memory: of each state its tensors, of any number of blocks."""
+        other = copy.copy(self)
+        other.states = [state.with_stores(given) for state, given in zip(self.states, stores, strict=True)]
+        other._serving = other._by_op()
+        return other
 
     @staticmethod
     def block_bytes(specs: Sequence[StateSpec], block_size: int, dtype: torch.dtype) -> dict[Group, int]:

@@ -26,6 +26,11 @@ def check_exports(recipe: Recipe) -> None:
         except ToolkitError as error:
             raise ToolkitError(f"export[{at}].{error}") from None
         require_packages(target, quantise)
+        if section.imatrix is not None:
+            try:
+                target.check_imatrix(Path(section.imatrix), quantise)
+            except ToolkitError as error:
+                raise ToolkitError(f"export[{at}].{error}") from None
         if target.holds_adapters and recipe.model.lora is None:
             raise ToolkitError(
                 f"export[{at}].to must be a target of whole models without model.lora, got {section.to!r}."
@@ -52,8 +57,9 @@ def write_exports(trainer: "Trainer") -> list[dict[str, Any]]:
         path = trainer.folder / FOLDER / _name(section)
         try:
             compared = export_and_compare(
-                str(trainer.folder), path, section.to, section.quantise, recipe.forward_dtype, section.check
-            )
+                str(trainer.folder), path, section.to, section.quantise, recipe.forward_dtype, section.check,
+                section.imatrix,
+            )  # fmt: skip
         except ToolkitError as error:
             raise ToolkitError(f"The run is complete, but export[{at}] failed: {error}") from None
         trainer.log(f"exported to {path}" + ("" if compared.consumer is None else f"; {compared}"))

@@ -8,11 +8,19 @@ from typing import Any
 from toolkit.exporting.base import ConsumerOutput, ExportJob, ExportTarget
 from toolkit.exporting.gguf.consumer import LlamaCpp
 from toolkit.exporting.gguf.families import family_of
-from toolkit.exporting.gguf.formats import FILE_TYPES, FORMATS, K_QUANTS, encoded, ggml_type, tensor_format
+from toolkit.exporting.gguf.formats import FILE_TYPES, FORMATS, WEIGHTED, encoded, ggml_type, tensor_format
+from toolkit.exporting.gguf.importance import FILE as IMPORTANCE
+from toolkit.exporting.gguf.importance import (
+    Importance,
+    check_importance,
+    is_gguf,
+    read_importance,
+    write_importance,
+)
 from toolkit.exporting.gguf.metadata import head_size_of, window_period, write_metadata
 from toolkit.exporting.gguf.modelfile import modelfile
 from toolkit.exporting.gguf.rotary import check_rotary
-from toolkit.exporting.gguf.tensors import named_tensors
+from toolkit.exporting.gguf.tensors import Names, named_tensors
 from toolkit.exporting.gguf.vocabulary import ordered_ends, read_vocabulary, write_vocabulary
 from toolkit.exporting.hf import check_whole_model, write_checkpoint
 from toolkit.exporting.manifest import installed_version
@@ -28,7 +36,10 @@ class Gguf(ExportTarget, name="gguf"):
     lossless = ("f32",)
 
     def packages(self, quantise: str | None) -> tuple[str, ...]:
-        return ("gguf", "libgguf") if quantise in K_QUANTS else ("gguf",)
+        return ("gguf", "libgguf") if quantise in WEIGHTED else ("gguf",)
+
+    def check_imatrix(self, file: Path, quantise: str | None) -> None:
+        check_importance(file, quantise, self.target)
 
     def check(self, job: ExportJob) -> None:
         check_whole_model(job, self.target)
@@ -43,8 +54,18 @@ class Gguf(ExportTarget, name="gguf"):
         # Original names, and experts one by one, are what save_pretrained writes.
         with TemporaryDirectory(prefix=".checkpoint.", dir=folder) as checkpoint:
             write_checkpoint(ExportJob(job.model), Path(checkpoint))
-            write_gguf(job, Path(checkpoint), folder / FILE, self.target)
+            importance = self._importance(job, Path(checkpoint), folder)
+            write_gguf(job, Path(checkpoint), folder / FILE, self.target, importance)
         (folder / MODELFILE).write_text(modelfile(FILE, job.model, job.tokenizer), encoding="utf-8")
+
+    def _importance(self, job: ExportJob, checkpoint: Path, folder: Path) -> Importance | None:
+        """Those that the export was given, or has computed of a text, into ``folder``."""
+        if job.imatrix is None or is_gguf(job.imatrix):
+            return None if job.imatrix is None else read_importance(job.imatrix)
+        config = job.model.config
+        names = Names(family_of(job.model, self.target), config.num_hidden_layers, self.target)
+        write_importance(job.imatrix, checkpoint, job.tokenizer, names, folder / IMPORTANCE)
+        return read_importance(folder / IMPORTANCE)
 
     def consume(self, folder: Path, prompts: Sequence[Sequence[int]], max_tokens: int) -> ConsumerOutput | None:
         if not LlamaCpp.installed():
@@ -54,7 +75,7 @@ class Gguf(ExportTarget, name="gguf"):
         return ConsumerOutput(f"xllamacpp {installed_version('xllamacpp')}", outputs)
 
 
-def write_gguf(job: ExportJob, checkpoint: Path, file: Path, target: str) -> None:
+def write_gguf(job: ExportJob, checkpoint: Path, file: Path, target: str, importance: Importance | None = None) -> None:
     """Write a checkpoint of a folder as a GGUF file, one tensor in memory at a time."""
     from gguf import GGUFWriter, LlamaFileType, quant_shape_to_byte_shape
 
@@ -82,7 +103,8 @@ def write_gguf(job: ExportJob, checkpoint: Path, file: Path, target: str) -> Non
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for one, wanted in zip(tensors, forms):
-        writer.write_tensor_data(encoded(one.read(), wanted))
+        columns = None if importance is None else importance.of(one.name, one.shape)
+        writer.write_tensor_data(encoded(one.read(), wanted, columns))
     writer.close()
 
 

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 FORMATS = ("f32", "bf16", "f16", "q8_0", "q6_k", "q5_k", "q4_k", "q4_0")
 K_QUANTS = ("q6_k", "q5_k", "q4_k")
+WEIGHTED = (*K_QUANTS, "q4_0")
+"""Formats whose scales may be chosen by importances of columns (``importance.py``)."""
 _FALLBACK = {"q6_k": "q8_0", "q5_k": "q5_1", "q4_k": "q5_0"}
 """Of rows that 256 does not divide, as llama.cpp's own converter chooses."""
 FILE_TYPES = {
@@ -23,6 +25,8 @@ FILE_TYPES = {
     "q4_k": "MOSTLY_Q4_K_S",
     "q4_0": "MOSTLY_Q4_0",
 }
+_SCALED = ("q4_0", "q5_0", "q5_1")
+"""Other formats whose scales libgguf chooses by importances."""
 _KEPT = ("ffn_gate_inp", "shortconv.conv")
 """Small tensors that llama.cpp reads as float32: routers and convolutions."""
 
@@ -57,8 +61,11 @@ def ggml_type(form: str) -> "GGMLQuantizationType":
     return GGMLQuantizationType[form.upper()]
 
 
-def encoded(tensor: Tensor, form: str) -> "np.ndarray":
-    """A tensor's bytes in a format, uint8 with the bytes of a row as last dimension; floats keep their dtype."""
+def encoded(tensor: Tensor, form: str, importance: "np.ndarray | None" = None) -> "np.ndarray":
+    """A tensor's bytes in a format, uint8 with the bytes of a row as last dimension; floats keep their dtype.
+
+    importance: [matrices, columns] float32 that chooses scales (``importance.py``); None weighs all columns equally.
+    """
     import numpy as np
     from gguf import quants
 
@@ -67,9 +74,12 @@ def encoded(tensor: Tensor, form: str) -> "np.ndarray":
         return values
     if form == "f16":
         return values.astype(np.float16)
-    if form in K_QUANTS:
+    if form in K_QUANTS or (importance is not None and form in _SCALED):
         import libgguf
 
-        rows = libgguf.quantize_rows(values.reshape(-1, values.shape[-1]), int(ggml_type(form)))
-        return np.asarray(rows).reshape(*values.shape[:-1], -1)
+        weights = [None] if importance is None else list(importance)
+        matrices = values.reshape(len(weights), -1, values.shape[-1])
+        kind = int(ggml_type(form))
+        rows = [libgguf.quantize_rows(one, kind, by) for one, by in zip(matrices, weights)]
+        return np.stack(rows).reshape(*values.shape[:-1], -1)
     return quants.quantize(values, ggml_type(form))

@@ -63,7 +63,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, tails: Tensor | None,
 
 
 def _check_indices(query_offsets: Tensor, **others: tuple[Tensor, list[int]]) -> None:
-    if query_offsets.dim() != 1 or not len(query_offsets) or query_offsets.dtype != torch.int64:
+    if query_offsets.dim() != 1 or not query_offsets.shape[0] or query_offsets.dtype != torch.int64:
         raise ToolkitError(
             f"query_offsets must be int64 [S + 1], got {query_offsets.dtype} of shape {list(query_offsets.shape)}."
         )
@@ -110,7 +110,7 @@ def causal_conv(
     rows in an order that depends on their number only. Saved for backward: the inputs.
     """
     _check(x, weight, bias, tails, activation)
-    _check_indices(query_offsets, past=(past, [len(query_offsets) - 1, weight.shape[1] - 1]))
+    _check_indices(query_offsets, past=(past, [query_offsets.shape[0] - 1, weight.shape[1] - 1]))
     return _OP.select(impl)(x, weight, bias, query_offsets, past, tails, activation)
 
 
@@ -152,7 +152,7 @@ def causal_conv_paged(
     Numerics: bitwise identical to ``causal_conv``, however a sequence is split into calls. No gradient.
     """
     _check(x, weight, bias, tails, activation)
-    segments, stores = len(query_offsets) - 1, store_rows.numel()
+    segments, stores = query_offsets.shape[0] - 1, store_rows.numel()
     _check_indices(
         query_offsets,
         load_blocks=(load_blocks, [segments]),

@@ -89,12 +89,12 @@ def _check_states(name: str, states: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _check_indices(query_offsets: Tensor, **others: tuple[Tensor, int]) -> None:
-    if query_offsets.dim() != 1 or not len(query_offsets) or query_offsets.dtype != torch.int64:
+    if query_offsets.dim() != 1 or not query_offsets.shape[0] or query_offsets.dtype != torch.int64:
         raise ToolkitError(
             f"query_offsets must be int64 [S + 1], got {query_offsets.dtype} of shape {list(query_offsets.shape)}."
         )
     for name, (x, length) in others.items():
-        if x.dim() != 1 or len(x) != length or x.dtype != torch.int64:
+        if x.dim() != 1 or x.shape[0] != length or x.dtype != torch.int64:
             raise ToolkitError(f"{name} must be int64 [{length}], got {x.dtype} of shape {list(x.shape)}.")
 
 
@@ -156,7 +156,7 @@ def linear_recurrence(
     Kimi Team, "Kimi Linear" (2025); Gu and Dao, "Mamba" (2023).
     """
     _check_rows(q, k, v, g, beta, rates)
-    _check_indices(query_offsets, parents=(parents, len(query_offsets) - 1))
+    _check_indices(query_offsets, parents=(parents, query_offsets.shape[0] - 1))
     if initial is not None:
         _check_states("initial", initial, k, v)
     differentiable = (q, k, v, g, beta, initial, rates)
@@ -208,9 +208,11 @@ def linear_recurrence_paged(
     """
     _check_rows(q, k, v, g, beta, rates)
     _check_indices(
-        query_offsets, load_blocks=(load_blocks, len(query_offsets) - 1), store_rows=(store_rows, len(store_rows))
+        query_offsets,
+        load_blocks=(load_blocks, query_offsets.shape[0] - 1),
+        store_rows=(store_rows, store_rows.shape[0]),
     )
-    _check_indices(query_offsets, store_blocks=(store_blocks, len(store_rows)))
+    _check_indices(query_offsets, store_blocks=(store_blocks, store_rows.shape[0]))
     _check_states("states", states, k, v)
     if states.shape[3] > 1 and states.stride(3) != 1:
         raise ToolkitError(f"states must have a contiguous last dimension, got strides {list(states.stride())}.")

@@ -23,10 +23,9 @@ def load() -> str | None:
     identical to ``avx2``. ``ATEN_CPU_CAPABILITY=avx2`` bounds it as it bounds torch. Says once, in one line, when
     it is missing.
     """
-    setting = os.environ.get("TOOLKIT_NATIVE", "")
-    if setting == "off":
+    folder = _folder()
+    if folder is None:
         return None
-    folder = Path(setting) if setting else Path(__file__).parent
     reason = "it was not built: no C++ compiler when the package was installed"
     for name in _FITTING.get(torch.backends.cpu.get_cpu_capability(), ("baseline",)):
         path = folder / f"{name}.so"
@@ -38,6 +37,17 @@ def load() -> str | None:
                 reason = str(error).splitlines()[0]
     warnings.warn(f"toolkit runs on its reference kernels: the native CPU library is missing ({reason}).", stacklevel=2)
     return None
+
+
+def path() -> Path | None:
+    """The file of the library that ``load`` loaded."""
+    name, folder = load(), _folder()
+    return None if name is None or folder is None else folder / f"{name}.so"
+
+
+def _folder() -> Path | None:
+    setting = os.environ.get("TOOLKIT_NATIVE", "")
+    return None if setting == "off" else Path(setting) if setting else Path(__file__).parent
 
 
 def family(dtype: torch.dtype) -> str:

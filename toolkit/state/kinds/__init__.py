@@ -5,12 +5,13 @@ its op reads and writes it there. A new kind is a file in this folder with a sub
 tests find it. docs/state.md shows one from start to end.
 """
 
+import copy
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -104,6 +105,12 @@ class StateKind(ABC):
         self.stores: Rows = tuple(
             lazy_zeros((num_blocks, *shape), kept, device) for shape, kept in self.entries(spec, block_size, dtype)
         )
+
+    def with_stores(self, stores: Rows) -> Self:
+        """The same kind over other memory, which has the shapes of ``stores`` but for the number of blocks."""
+        other = copy.copy(self)
+        other.stores = stores
+        return other
 
     @classmethod
     @abstractmethod

@@ -1,6 +1,7 @@
 """What the kinds have in common whose blocks hold a row for each token: keys and values, latents, routing."""
 
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -20,6 +21,11 @@ class TokenRows(StateKind):
     ) -> None:
         super().__init__(spec, num_blocks, block_size, dtype, device)
         self.rows = tuple(store.flatten(0, 1) for store in self.stores)
+
+    def with_stores(self, stores: Rows) -> Self:
+        other = super().with_stores(stores)
+        other.rows = tuple(store.flatten(0, 1) for store in stores)
+        return other
 
     @classmethod
     def entries(cls, spec: StateSpec, block_size: int, dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
