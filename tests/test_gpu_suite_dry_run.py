@@ -40,7 +40,7 @@ for name in sys.argv[2:]:
 @pytest.mark.sweep
 @pytest.mark.parametrize("names", TOGETHER.values(), ids=list(TOGETHER))
 def test_sections_run(names, tmp_path, capsys):
-    """To their ends, with every check passed; and their tables can be drawn."""
+    """To their ends, with every check passed; and their tables are printed."""
     ceilings = {"copy_bytes_per_s": 1.0, "bf16_flops_per_s": 1.0}
     (tmp_path / "ceilings.json").write_text(json.dumps({"result": ceilings}))
     command = [sys.executable, "-c", SEVERAL, str(tmp_path), *names]
@@ -90,7 +90,7 @@ time.sleep(600)
 """
 
 
-def gone(pid: int) -> bool:
+def ended(pid: int) -> bool:
     """Whether a process has ended, be it waited for or not."""
     stat = Path(f"/proc/{pid}/stat")
     return not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] in "ZX"
@@ -111,7 +111,7 @@ def test_a_section_that_hangs_is_killed_and_what_it_had_measured_is_kept(tmp_pat
     report = json.loads((tmp_path / "gpu.json").read_text())["sections"]["linear"]
     assert report["status"].startswith("killed after")
     assert report["marks"] == ["gate: why"]
-    assert gone(report["result"]["child"])
+    assert ended(report["result"]["child"])
     assert any("killed" in line for line in suite.wrong(made.reports, ["linear"]))
 
 
@@ -147,7 +147,7 @@ def test_a_report_that_is_missing_is_a_failure(tmp_path):
     assert outcome["failed"][1:] == [["test_bounds_rowwise", "b"], ["test_bounds_rowwise", "crashed"]]
 
 
-def test_a_section_keeps_figures_of_failed_checks_and_names_what_does_not_fit(tmp_path):
+def test_a_section_keeps_what_a_failed_check_marks_and_names_what_does_not_fit(tmp_path):
     made = section.Section(0.5, tmp_path / "linear.json")
     assert not made.allows("long", 3.0)
     with made.trying("broken"):

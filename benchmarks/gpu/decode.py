@@ -51,7 +51,7 @@ def make_model(**sizes: int) -> Any:
 
 
 def streamed_bytes(model: Any) -> int:
-    """Bytes of weights that a decode step reads: all but the embedding, of which it reads a row a token."""
+    """Bytes of weights that a decode step reads: all but the embedding, of which it reads one row per token."""
     return sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
 
 

@@ -1,6 +1,6 @@
 """Whether this device's own GEMM is batch-invariant: do a row's bits depend on how many rows it is called with?
 
-Where no call changes a row's bits with split-K forbidden, ``linear`` in bitwise mode may be the vendor's GEMM on this
+Where no call changes a row's bits with split-K forbidden, ``linear`` in bitwise mode may be the cuBLAS GEMM on this
 device, for these shapes and this version of the library; where one does, the Triton kernel stays.
 """
 
@@ -87,8 +87,8 @@ def verdict(result: dict[str, Any]) -> str:
         and not any(any(found.values()) for found in result[setting].values())
     ]
     if not fit:
-        return "the vendor's GEMM is not batch-invariant here: bitwise mode keeps the Triton kernel"
-    return f"no row changed with {ROWS} rows, {HALF}: bitwise mode may use the vendor's GEMM, with {' or '.join(fit)}"
+        return "the cuBLAS GEMM is not batch-invariant here: bitwise mode keeps the Triton kernel"
+    return f"no row changed with {ROWS} rows, {HALF}: bitwise mode may use the cuBLAS GEMM, with {' or '.join(fit)}"
 
 
 def show(result: dict[str, Any], ceilings: dict[str, float]) -> None:
@@ -97,5 +97,5 @@ def show(result: dict[str, Any], ceilings: dict[str, float]) -> None:
         for label, found in result[setting].items():
             changed = sorted({*found["first"], *found["last"]})
             rows.append([setting, label, f"{len(changed)} of {len(COUNTS)}", str(changed), bool(found["repeat"])])
-    title = f"Vendor GEMM: {result['verdict']}"
+    title = f"cuBLAS GEMM: {result['verdict']}"
     print_table(title, ["setting", "K -> N", "differ", "numbers of rows", "repeat differs"], rows)

@@ -1,6 +1,6 @@
 """GPU benchmarks and tests: ``python -m benchmarks.gpu`` (under eight minutes).
 
-Every section is a process of its own with a time limit: a kernel that hangs or an error that sticks to a process costs
+Every section is a separate process with a time limit: a kernel that hangs or an error that sticks to a process costs
 that section alone, and what it had measured is kept. Figures come first, the tests of the kernels last; figures that a
 failed correctness check or test covers are marked and not withheld. ``gpu.json``, ``gpu.txt`` and ``gpu.log`` in
 ``--output`` are written while it runs. Without a CUDA device it says so and exits with 2.

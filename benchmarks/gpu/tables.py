@@ -29,10 +29,10 @@ def show(about: dict[str, Any], reports: dict[str, Any]) -> None:
 def show_section(name: str, result: dict[str, Any], ceilings: dict[str, float]) -> None:
     """One section's tables. A result that is not whole yet shows what it can."""
     module, function = SECTIONS[name].function.split(".")
-    place = importlib.import_module(f"benchmarks.gpu.{module}")
-    draw = getattr(place, f"show_{function.removeprefix('bench_')}", None) or place.show
+    found = importlib.import_module(f"benchmarks.gpu.{module}")
+    print_result = getattr(found, f"show_{function.removeprefix('bench_')}", None) or found.show
     try:
-        draw(result, ceilings)
+        print_result(result, ceilings)
     except (KeyError, IndexError, TypeError):
         print(f"{name}: not whole yet, {traceback.format_exc().strip().splitlines()[-1]}")
     print()

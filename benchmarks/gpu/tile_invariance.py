@@ -104,7 +104,7 @@ def survey(
 def best_decode_tile(entries: list[dict[str, Any]], candidates: Container[GemmTile]) -> dict[str, Any] | None:
     """Of a survey the fastest of ``candidates`` at few rows that has the bits of the first entry, the table's own.
 
-    None where the table's own is broken or none has its bits. ``speedup`` is over the table's own.
+    None where the table's own is broken or none is bitwise identical to it. ``speedup`` is over the table's own.
     """
     base = entries[0]
     if "seconds" not in base or base["differing"]:

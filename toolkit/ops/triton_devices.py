@@ -45,7 +45,7 @@ def check_gemm_dtype(op: str, dtype: torch.dtype, arch: str) -> None:
 def on_device_of(values: Iterable[Any]) -> AbstractContextManager[Any]:
     """Makes the CUDA device of the first tensor in ``values``, or in a list there, the current one; else does nothing.
 
-    Triton launches on the current device, whatever the devices of its arguments.
+    Triton launches on the current device and does not look at those of its arguments.
     """
     device = _first_device(values)
     if device is None or device.type != "cuda" or device.index == torch.cuda.current_device():

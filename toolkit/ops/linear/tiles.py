@@ -52,7 +52,7 @@ _UNALIGNED = {
 TABLE = TileTable("linear", _ENTRIES, _UNALIGNED)
 
 # Tiles for few rows: of few columns, so that there are many programs, and with deep pipelines. On sm_90 they keep
-# wgmma, whose 64 rows are the smallest, and so may keep the bits. Tried, and used only where they are in MEASURED.
+# wgmma, whose 64 rows are the smallest, and so may be bitwise identical. Used only where they are in MEASURED.
 _FEW_ROWS = tuple(GemmTile(64, columns, 128, 4, stages) for columns in (32, 16) for stages in (5, 4))
 DECODE_CANDIDATES: dict[str, dict[int, tuple[GemmTile, ...]]] = {
     "sm_80": {2: (GemmTile(64, 32, 64, 4, 5), GemmTile(64, 16, 64, 4, 5)), 4: ()},
@@ -73,7 +73,7 @@ def find(device: torch.device, dtype: torch.dtype, outputs: int, depth: int, row
 
 @cache
 def _decode_tiles(device: str) -> dict[tuple[int, GemmTile], GemmTile]:
-    """(bytes per element, tile) -> the decode tile that was measured to give its bits on this device."""
+    """(bytes per element, tile) -> the decode tile that was measured to be bitwise identical on this device."""
     return decode_tiles(json.loads(MEASURED.read_text(encoding="utf-8")), device, _triton())
 
 
