@@ -3,7 +3,9 @@
 ``python -m benchmarks.decode``: the executors take turns of a few steps, after a pause in which the other's threads
 fall asleep (OpenMP's spin for some milliseconds after each op, on the cores that the next step wants). A step cannot
 take less than reading its weights once, at the rate that a sum over as many bytes has in the same run; from some batch
-on arithmetic takes longer than that. ``thin`` has 36 layers so narrow that at batch 1 its step is what the host costs.
+on arithmetic takes longer than that. ``thin`` has 36 layers so narrow that at batch 1 its step is what the host costs;
+its ``host`` is CPU time of a step whose captured graph computes nothing. ``weights`` is CPU time of the look at the
+weights that each step begins with, after a step that read them all.
 """
 
 import argparse
@@ -77,6 +79,50 @@ def timed_steps(engines: Mapping[str, toolkit.Engine], batch: int, repeats: int)
     return seconds
 
 
+def stub(graphs: Any) -> None:
+    """Let replays compute nothing: logits are zeros, and so is what is sampled."""
+    logits: dict[int, torch.Tensor] = {}
+
+    def forward(context: Any, sampling: Any = None) -> torch.Tensor:
+        rows = len(context.batch.tokens)
+        return logits.setdefault(rows, torch.zeros(rows, 512))
+
+    graphs.forward = forward
+
+
+def thread_seconds(function: Callable[[], Any]) -> float:
+    """CPU time of this thread: other processes take turns on the cores."""
+    begun = time.thread_time()
+    function()
+    return time.thread_time() - begun
+
+
+def host_seconds(batch: int, repeats: int = 100) -> list[float]:
+    """CPU time of decode steps of ``thin`` without their kernels."""
+    with toolkit.Engine(thin(), max_num_seqs=batch, max_model_len=512) as engine:
+        params = toolkit.SamplingParams(max_tokens=450, temperature=0.8, ignore_eos=True)
+        for at in range(batch):
+            engine.submit([5, 6, 7 + at], params)
+        for _ in range(4):
+            engine.step()
+        stub(engine.backend.graphs)  # type: ignore[attr-defined]
+        seconds = [thread_seconds(engine.step) for _ in range(repeats)]
+        assert engine.stats()["generation_tokens"] >= repeats * batch
+        return seconds
+
+
+def look_seconds(model: Any, repeats: int) -> list[float]:
+    """CPU time of the look at a model's weights, after decode steps of one sequence."""
+    with toolkit.Engine(model, max_num_seqs=1, max_model_len=256) as engine:
+        engine.submit([3] * 16, toolkit.SamplingParams(max_tokens=200, temperature=0.0, ignore_eos=True))
+        engine.step()
+        found = []
+        for _ in range(repeats):
+            engine.step()
+            found.append(thread_seconds(engine.see_weights))
+        return found
+
+
 def read_rate(size: int) -> float:
     """Bytes per second of a sum over ``size`` bytes of float32, the best of five."""
     values = torch.ones(size // 4)
@@ -99,13 +145,20 @@ def main() -> None:
         toolkit.patch(model, numerics="bitwise")
         size = sum(parameter.nbytes for parameter in model.parameters())
         limit = size / read_rate(max(size, 1 << 28))
+        look = median(look_seconds(model, 4 * arguments.repeats))
         for batch in arguments.batch:
             seconds = steps(model, batch, arguments.repeats)
+            host = min(host_seconds(batch)) if name == "thin" else None
             medians = {side: median(values) for side, values in seconds.items()}
             ratio = medians["straight line"] / medians["native"]
-            rows.append([name, batch, *(1e3 * medians[side] for side in SIDES), f"{ratio:.2f}x", 1e3 * limit])
-            found.append({"model": name, "batch": batch, "seconds": seconds, "ratio": ratio, "read_s": limit})
-    print_table("a decode step, fp32", ["model", "batch", "native ms", "Python ms", "ratio", "reading ms"], rows)
+            ms = [1e3 * one for one in (*(medians[side] for side in SIDES), limit, look)]
+            rows.append([name, batch, *ms[:2], f"{ratio:.2f}x", *ms[2:], "" if host is None else f"{1e3 * host:.2f}"])
+            found.append(
+                {"model": name, "batch": batch, "seconds": seconds, "ratio": ratio, "read_s": limit, "look_s": look}
+                | ({} if host is None else {"host_s": host})
+            )
+    header = ["model", "batch", "native ms", "Python ms", "ratio", "reading ms", "weights ms", "host ms"]
+    print_table("a decode step, fp32", header, rows)
     if arguments.json:
         print(f"written to {write_json(arguments.json, {'threads': arguments.threads, 'steps': found})}")
 

@@ -13,7 +13,8 @@ from torch import nn
 
 import toolkit
 from toolkit.patching import weight_version
-from toolkit.patching.weights import tensors, weight_clock
+from toolkit.patching.weights import weight_clock
+from toolkit.patching.weights.tensors import ModelTensors
 from toolkit.testing.models import random_model
 from toolkit.testing.weight_writes import weight_writes
 
@@ -224,16 +225,27 @@ def with_adapters(count):
     return model.eval()
 
 
-def test_a_step_looks_at_the_adapters_that_act_alone(monkeypatch):
-    read, looked = tensors._VERSION, []
-    monkeypatch.setattr(tensors, "_VERSION", lambda tensor: looked.append(tensor) or read(tensor))
+def test_a_step_looks_at_the_adapters_that_act_alone():
     counts = []
     for model in map(with_adapters, (1, 12)):
-        weight_version(model)
-        looked.clear()
-        weight_version(model)
-        counts.append(len(looked))
+        clock = weight_clock(model)
+        seen = clock._tensors
+        seen._resting._watch = None  # a look at it would fail
+        assert clock.version() == 0
+        counts.append(len(seen._acting._watch.stamps()))
     assert counts[0] == counts[1] > 0
+
+
+def test_a_write_that_is_seen_beside_a_move_counts():
+    model = with_adapters(2)
+    seen = ModelTensors(model, ["a0"])
+    resting = next(one for name, one in model.named_parameters() if ".a1." in name)
+    moved = next(one for name, one in model.named_parameters() if "norm" in name)
+    with torch.no_grad():
+        resting.mul_(2)
+    moved.data = moved.data.clone()
+    assert seen.writes(all_adapters=True) is None
+    assert seen.differing(ModelTensors(model, ["a0"], seen)) == {"a1", None}
 
 
 @pytest.mark.parametrize("past_the_counters", [False, True])

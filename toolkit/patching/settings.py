@@ -149,6 +149,11 @@ class ModelSettings:
         self._holders, self._keys = [entry[0] for entry in entries], [entry[1] for entry in entries]
         self._values = [entry[2] for entry in entries]
 
+    @property
+    def dicts(self) -> list[dict[str, Any]]:
+        """Those that are read, each once; kept alive by this object."""
+        return list({id(holder): holder for holder in self._holders}.values())
+
     def changed(self) -> bool:
         """Whether an attribute was set to something else since this object was made."""
         return list(map(dict.get, self._holders, self._keys)) != self._values

@@ -4,16 +4,16 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from itertools import chain, count
-from operator import attrgetter, is_not
+from operator import is_not
 from typing import Any
 from weakref import ref
 
-import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from toolkit.ops.write_stamp import WriteStamp, word_at
+from toolkit.ops.tensor_watch import MemoryHints, watch_tensors
+from toolkit.ops.write_stamp import WriteStamp
 from toolkit.patching.adapters import adapter_entries, base_modules
 from toolkit.patching.settings import ModelSettings
 
@@ -23,9 +23,6 @@ _Entry = tuple[dict[str, Any], str, Any]
 """A dict, a key of it, and the value."""
 
 _NUMBERS = count()
-_VERSION = Tensor._version.__get__  # type: ignore[attr-defined]
-_EXPIRED = torch.UntypedStorage._expired
-_VALUE = attrgetter("value")
 _IS_NOT_NONE = partial(is_not, None)
 # A forward computes these frequencies from the length of its batch: they are no weights.
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
@@ -42,7 +39,7 @@ class ModelTensors:
     them that reach the middle of a tensor. Memory and modules are remembered weakly: nothing is kept alive, and what
     was allocated again at an old address is told apart.
 
-    ``writes`` runs before every decode step: a few passes in C, about half a microsecond per tensor. Tensors of
+    ``writes`` runs before every decode step: a few passes in C over dicts, and one call for the tensors. Tensors of
     adapters that do not act are looked at when asked for, so that a step costs the same with any number of them.
 
     Args:
@@ -82,10 +79,13 @@ class ModelTensors:
         acting = {None, *active}
         self._acting = _Part([one for one in entries if one[1] in acting])
         self._resting = _Part([one for one in entries if one[1] not in acting])
+        dicts = [*self._dicts, *self._settings.dicts, *self._acting.dicts]
+        self._hints = MemoryHints(dicts, [*self._acting.addresses, *map(id, modules)])
 
     def release(self) -> None:
         """Let go of the modules' dicts, and with them of what a module that died held."""
         self._settings = self._base_settings = None
+        self._hints = MemoryHints([], [])
         self._parents, self._dicts = [], []
         self._acting = self._resting = _Part([])
 
@@ -107,18 +107,24 @@ class ModelTensors:
         None where more than values changed: a module, a parameter or a buffer was replaced, added or removed, or has
         other memory, or a setting is another one. Ask a new ``ModelTensors`` then, and what is ``differing``.
         """
+        self._hints.ask_for_all()
+        self._acting.ask_for_all()
         if self._settings is None or self._settings.changed():
             return None
         if list(map(len, self._dicts)) != self._sizes or self._hash_of_children() != self._children:
             return None
-        written = self._acting.writes()
         resting = self._resting.writes() if all_adapters else set()
-        return None if written is None or resting is None else written | resting
+        written = None if resting is None else self._acting.writes()
+        if written is None or resting is None:
+            self._resting.unreported |= resting or set()
+            return None
+        return written | resting
 
     def differing(self, now: "ModelTensors") -> set[Owner]:
         """Whose tensors are not what they were, or of the base: whose modules."""
         old, new = ({**one._acting.stamps(), **one._resting.stamps()} for one in (self, now))
         found = {owner for owner in old.keys() | new.keys() if old.get(owner) != new.get(owner)}
+        found |= self._acting.unreported | self._resting.unreported
         if None not in (self._base_settings, now._base_settings) and self._base_settings != now._base_settings:
             found.add(None)
         return found if [one() for one in self._base] == [one() for one in now._base] else found | {None}
@@ -136,26 +142,27 @@ class _Part:
         self._fetch_nones = _Fetch([entry for entry, _ in entries if entry[2] is None])
         tensors = [entry[2] for entry, _ in plain]
         self._ids, self._other_ids = list(map(id, tensors)), [id(entry[2]) for entry, _ in others]
+        self._watch = watch_tensors(tensors)
         self._storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
-        self._storage_ids = [storage.cdata for storage in self._storages]
-        self._addresses, self._numels = list(map(Tensor.data_ptr, tensors)), list(map(Tensor.numel, tensors))
-        self._strides = list(map(Tensor.stride, tensors))
+        self._memory = [
+            (storage.cdata, tensor.data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
+            for storage, tensor in zip(self._storages, tensors)
+        ]
         memory = [
-            (storage, at if tensor.device.type != "cpu" else 0, tensor.storage_offset(), tensor.shape, tensor.stride())
-            for storage, at, tensor in zip(self._storage_ids, self._addresses, tensors)
+            (number, address if tensor.device.type != "cpu" else 0, *rest)
+            for (number, address, *rest), tensor in zip(self._memory, tensors)
             if tensor.device.type != "cpu" or not hasattr(tensor, "ds_id")
         ]
         self.layout = self._ids, self._other_ids, memory
         self._owners = [owner for _, owner in plain]
-        self._versions = list(map(_VERSION, tensors))
-        words = [(word, owner) for tensor, owner in zip(tensors, self._owners) if (word := word_at(tensor)) is not None]
-        self._words, self._word_owners = [word for word, _ in words], [owner for _, owner in words]
-        self._samples = list(map(_VALUE, self._words))
+        self.unreported: set[Owner] = set()  # written at a look that ended with None
+        self.dicts = [entry[0] for entry, _ in entries]
+        self.addresses = [*self._ids, *self._other_ids]
         known = {(id(entry[0]), entry[1]) for entry, _ in plain}
         wrappers = [(entry, owner) for entry, owner in others if _is_known_inside(entry[2], known)]
         self._fetch_wrappers = _Fetch([entry for entry, _ in wrappers])
         self._wrapper_owners = [owner for _, owner in wrappers]
-        self._wrapper_versions = self._versions_of_wrappers()
+        self._wrappers = watch_tensors([entry[2] for entry, _ in wrappers])
         taken = {id(entry[2]) for entry, _ in wrappers}
         odd = [(e, owner) for e, owner in others if isinstance(e[2], Tensor) and id(e[2]) not in taken]
         # Fetched, not remembered weakly: torch swaps a wrapper in ``Module.to`` only where nothing refers to it.
@@ -166,37 +173,27 @@ class _Part:
     def writes(self) -> set[Owner] | None:
         """Whose tensors were written in place since the last call; None where one is another, or elsewhere."""
         try:
-            tensors = list(self._fetch())
+            wrappers = list(self._fetch_wrappers())
             if (
-                list(map(id, tensors)) != self._ids
-                or list(map(id, self._fetch_others())) != self._other_ids
+                list(map(id, self._fetch_others())) != self._other_ids
                 or any(map(_IS_NOT_NONE, self._fetch_nones()))
-                or list(map(Tensor.data_ptr, tensors)) != self._addresses
-                or list(map(Tensor.stride, tensors)) != self._strides
-                or list(map(Tensor.numel, tensors)) != self._numels
-                or any(map(_EXPIRED, self._storage_ids))
-                or any(
-                    vars(one) is not inside
-                    for one, inside in zip(chain(self._fetch_wrappers(), self._fetch_odd()), self._insides)
-                )
+                or any(map(is_not, map(vars, chain(wrappers, self._fetch_odd())), self._insides))
+                or (changed := self._wrappers.look(wrappers)) is None
             ):
                 return None
-        except (KeyError, RuntimeError):  # an entry is gone, or has no memory any more
+            self.unreported.update(self._wrapper_owners[at] for at in changed)
+            changed = self._watch.look(list(self._fetch()))
+        except (KeyError, RuntimeError, TypeError):  # an entry is gone, is no tensor or has no memory any more
             return None
-        return self._written(list(map(_VERSION, tensors)), list(map(_VALUE, self._words)))
+        return None if changed is None else self._written(changed)
 
-    def _written(self, versions: list[int], samples: list[int]) -> set[Owner]:
-        written: set[Owner] = set()
-        if versions != self._versions:
-            written |= {owner for owner, old, new in zip(self._owners, self._versions, versions) if old != new}
-            self._versions = versions
-        if samples != self._samples:
-            written |= {owner for owner, old, new in zip(self._word_owners, self._samples, samples) if old != new}
-            self._samples = samples
-        if self._wrapper_owners and (now := self._versions_of_wrappers()) != self._wrapper_versions:
-            pairs = zip(self._wrapper_owners, self._wrapper_versions, now)
-            written |= {owner for owner, old, new in pairs if old != new}
-            self._wrapper_versions = now
+    def ask_for_all(self) -> None:
+        """Request the memory that ``writes`` reads of tensors."""
+        self._watch.ask_for_all()
+        self._wrappers.ask_for_all()
+
+    def _written(self, changed: list[int]) -> set[Owner]:
+        written, self.unreported = {self._owners[at] for at in changed} | self.unreported, set()
         for at, (tensor, (owner, stamps)) in enumerate(zip(self._fetch_odd(), self._odd)):
             stamps_now = _odd_stamps(tensor)
             if stamps_now != stamps:
@@ -204,22 +201,13 @@ class _Part:
                 self._odd[at] = (owner, stamps_now)
         return written
 
-    def _versions_of_wrappers(self) -> list[int]:
-        with torch._C.DisableTorchFunctionSubclass():  # which a wrapper's every attribute would go through
-            return list(map(_VERSION, self._fetch_wrappers()))
-
     def stamps(self) -> dict[Owner, list[Any]]:
         """What was seen of each owner's tensors."""
         found: dict[Owner, list[Any]] = defaultdict(list)
-        parts = (self._ids, self._storage_ids, self._addresses, self._strides, self._numels, self._versions)
-        for owner, *stamp in zip(self._owners, *parts):
+        for owner, *stamp in zip(self._owners, self._ids, self._memory, self._watch.stamps()):
             found[owner].append(stamp)
-        for owners, values in (
-            (self._word_owners, self._samples),
-            (self._wrapper_owners, self._wrapper_versions),
-        ):
-            for owner, value in zip(owners, values):
-                found[owner].append(value)
+        for owner, value in zip(self._wrapper_owners, self._wrappers.stamps()):
+            found[owner].append(value)
         for owner, stamps in self._odd:
             found[owner] += stamps
         return found
