@@ -27,7 +27,7 @@ SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
 
 
 def spec_of(kind: str, layer: int = 0) -> StateSpec:
-    return StateSpec(layer, kind, SHAPES.get(kind, ((2, 3), (2, 5))), window=7 if kind == "window" else 0)
+    return StateSpec(layer, kind, SHAPES.get(kind, ((2, 3), (2, 5))), window=7 if kind.startswith("window") else 0)
 
 
 class Sequences:

@@ -16,6 +16,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--tokens", type=int, default=2000, help="sampled tokens to compare at least (default 2000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the schedules (default 0)")
     parser.add_argument("--numerics", choices=["bitwise", "fast"], default=None, help="numerics mode to verify")
+    parser.add_argument("--kv-cache-dtype", choices=["auto", "int8"], default="auto", help="of keys and values")
     parser.add_argument(
         "--no-writes", action="store_true", help="do not verify copies of the model whose weights are written meanwhile"
     )
@@ -28,6 +29,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Exit status 1 if a token differs in bitwise mode, else 0."""
     from toolkit.errors import ToolkitError
+    from toolkit.patching.apply import patch
     from toolkit.testing.parity import bitwise_overhead, check_parity
 
     if (args.model is None) == (not args.random):
@@ -36,6 +38,8 @@ def run(args: argparse.Namespace) -> int:
         raise ToolkitError(f"--tokens must be >= 1, got {args.tokens}.")
     broken = False
     for name, model, prompts in _subjects(args):
+        if args.kv_cache_dtype != "auto":
+            patch(model, numerics=args.numerics, kv_cache_dtype=args.kv_cache_dtype)
         parity = check_parity(model, prompts, min_tokens=args.tokens, seed=args.seed, numerics=args.numerics)
         broken |= parity.numerics == "bitwise" and parity.differing + parity.replayed_differing > 0
         print(

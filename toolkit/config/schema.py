@@ -72,6 +72,8 @@ class ModelSection(Section):
     """Roles to patch; null, and ``default`` among them, patches every role that matches but encoder_attention."""
     numerics: Literal["bitwise", "fast"] | None = None
     """Numerics mode; null is the device's default."""
+    kv_cache_dtype: Literal["auto", "int8"] = "auto"
+    """``int8`` rounds keys and values to eight bits, in rollouts' blocks and in training alike."""
     lora: LoraSection | None = None
     """Train adapters instead of the weights; null trains the weights."""
     quantise: Annotated[

@@ -67,11 +67,18 @@ class Backend(Protocol):
 class PatchedModel:
     """A Hugging Face causal language model as a backend. Patches it unless it is patched already."""
 
-    def __init__(self, model: nn.Module, numerics: str | None = None) -> None:
+    def __init__(self, model: nn.Module, numerics: str | None = None, kv_cache_dtype: str = "auto") -> None:
         model = inner_model(model)
         report = report_of(model)
         if report is None:
-            report = patch(model, numerics=numerics)
+            report = patch(
+                model, numerics=numerics, kv_cache_dtype=None if kv_cache_dtype == "auto" else kv_cache_dtype
+            )
+        if kv_cache_dtype not in ("auto", report.kv_cache_dtype):
+            raise ToolkitError(
+                f"kv_cache_dtype must be 'auto', as the model is patched, got {kv_cache_dtype!r}; call "
+                f"toolkit.patch(model, kv_cache_dtype={kv_cache_dtype!r}) first, so that training computes the same."
+            )
         parameter = next(model.parameters())
         if numerics is not None and report.numerics is not Numerics.choose(numerics, parameter.device):
             raise ToolkitError(

@@ -5,7 +5,8 @@ from typing import Annotated, Any
 
 from toolkit.engine.checks import check_bool, check_float, check_int, check_names
 from toolkit.engine.speculation.config import SpeculativeConfig
-from toolkit.errors import ToolkitError
+from toolkit.errors import ToolkitError, must_be_one_of
+from toolkit.state.rounding import KV_CACHE_DTYPES
 
 GIB = 1 << 30
 AUTO = "auto"
@@ -34,6 +35,7 @@ class EngineConfig:
     enable_return_routed_experts: Annotated[bool, "keep the experts of each token"] = False
     enable_return_selected_keys: Annotated[bool, "keep the keys that each token attends, of sparse attention"] = False
     kinds: Annotated[dict[str, str] | None, "state kinds in the place of others"] = None
+    kv_cache_dtype: Annotated[str, "auto, or int8: keys and values in eight bits"] = "auto"
     speculative_config: Annotated[dict[str, Any] | None, "how tokens are drafted"] = None
     max_loras: Annotated[int | None, "adapters in the model at a time, of those loaded while it runs"] = None
     max_cpu_loras: Annotated[int | None, "such adapters in memory; others are read again when they are needed"] = None
@@ -79,6 +81,8 @@ class EngineConfig:
         check_bool("enable_prefix_caching", self.enable_prefix_caching)
         check_bool("enable_return_routed_experts", self.enable_return_routed_experts)
         check_bool("enable_return_selected_keys", self.enable_return_selected_keys)
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            raise ToolkitError(must_be_one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES))
         _ = self.speculation
         if self.max_model_len != AUTO and self.max_model_len is not None:
             check_int("max_model_len", self.max_model_len, 2, also=", 'auto' or None")

@@ -48,11 +48,9 @@ class Engine:
         max_model_len: tokens of prompt and completion together; None for what the model was made for, which is also the
             most, except for dynamic NTK in fast mode. "auto" for as many of those as one sequence's state has room for.
         block_size: tokens of state in a block.
-        num_blocks: blocks of state; None for enough for max_num_seqs sequences of max_model_len, within a part of the
-            device's memory. vLLM's name is num_gpu_blocks_override; here state may live on a CPU, and no profiling run
-            is overridden.
-        swap_space: GiB of host memory for the state of preempted sequences; without room there the state is computed
-            again. None for no bound, 0 for none.
+        num_blocks: blocks of state (vLLM's num_gpu_blocks_override); None for enough for max_num_seqs sequences of
+            max_model_len, within a part of the device's memory.
+        swap_space: GiB of host memory for preempted sequences, computed again without room. None for no bound.
         enable_prefix_caching: reuse the state of common prefixes.
         kv_host_space: GiB of host memory for blocks of cached prefixes that make room for others, least recently used
             out first; a later prompt gets them back. None for no bound, 0 for none.
@@ -66,6 +64,7 @@ class Engine:
         enable_return_selected_keys: likewise the keys that sparse attention selects (``Completion.selected_keys``).
         speculative_config: how tokens are drafted, such as ``{"method": "ngram", "num_speculative_tokens": 5}``, see
             ``SpeculativeConfig``; None to draft none. It changes no token and no log-probability.
+        kv_cache_dtype: "int8" keeps keys and values in eight bits, in training too; "auto": what the patch says.
         kinds: state kinds in the place of others, such as {"full": "int8"}; None for those that the layers ask for.
         max_loras: adapters in the model at a time, of those that ``load_adapter`` took in; the least recently used ones
             wait in host memory. None for any number.
@@ -100,6 +99,7 @@ class Engine:
         enable_return_routed_experts: bool = False,
         enable_return_selected_keys: bool = False,
         kinds: dict[str, str] | None = None,
+        kv_cache_dtype: str = "auto",
         speculative_config: dict[str, Any] | None = None,
         max_loras: int | None = None,
         max_cpu_loras: int | None = None,
@@ -109,7 +109,7 @@ class Engine:
     ) -> None:
         named = locals()  # first of all: these are the arguments alone
         self.config = EngineConfig.check(**{name: named[name] for name in EngineConfig.names()}, **unknown)
-        self.backend: Backend = model if isinstance(model, Backend) else PatchedModel(model, numerics)
+        self.backend: Backend = model if isinstance(model, Backend) else PatchedModel(model, numerics, kv_cache_dtype)
         self.vocab_size = self.backend.vocab_size
         self.processor = processor
         self.tokenizer = tokenizer = tokenizer if tokenizer is not None else getattr(processor, "tokenizer", None)

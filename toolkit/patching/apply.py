@@ -1,6 +1,7 @@
 """Collect claims, check them against each other, install them, and take them back."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 from torch import nn
@@ -19,6 +20,7 @@ from toolkit.patching.claim import Claim, Skipped, install_all, put_pre_hook, un
 from toolkit.patching.float32_arithmetic import float32_arithmetic
 from toolkit.patching.forward import row_forward
 from toolkit.patching.instance_forward import UNPROVEN, InstalledForwards, foreign_forward
+from toolkit.patching.key_rounding import AUTO, checked_kv_dtype, kept_kv_dtype, round_keys
 from toolkit.patching.padding import LabelsOnPadding
 from toolkit.patching.probe import device_of
 from toolkit.patching.ragged_check import check_ragged
@@ -97,7 +99,12 @@ def _is_current(record: PatchRecord, model: nn.Module) -> bool:
     return record.forwards is not None and not record.forwards.changed()
 
 
-def patch(model: nn.Module, roles: Sequence[str] | None = None, numerics: str | Numerics | None = None) -> PatchReport:
+def patch(
+    model: nn.Module,
+    roles: Sequence[str] | None = None,
+    numerics: str | Numerics | None = None,
+    kv_cache_dtype: str | None = None,
+) -> PatchReport:
     """The report of what was replaced, with probe errors, and of what was skipped, with reasons.
 
     Replaces the forwards of ``model`` by shared ops, in place; each replacement is proven by a probe first. Parameters
@@ -112,19 +119,27 @@ def patch(model: nn.Module, roles: Sequence[str] | None = None, numerics: str | 
             media and encoder_attention (non-causal attention of image and audio towers), which the model must have;
             "default" is all that it has of them but encoder_attention. None is ["default"].
         numerics: "bitwise" or "fast" (``toolkit.numerics``); None is bitwise on CPU and fast elsewhere.
+        kv_cache_dtype: "int8" rounds keys and values to eight bits with a scale for each token and head
+            (``toolkit.state.rounding``): an engine's pages hold the codes, and training computes with the same values,
+            its gradients straight through. "auto" keeps the model's dtype; None leaves it as an earlier patch has it.
+
+    Raises:
+        ToolkitError: an unknown value, or a model that cannot be patched so.
     """
     model = inner_model(model)
+    before = kept_kv_dtype(model)
+    kv_cache_dtype = before if kv_cache_dtype is None else checked_kv_dtype(kv_cache_dtype)
     wanted = tuple(roles) if roles is not None else None
     record = record_of(model)
     if record is not None and record.roles == wanted and _is_current(record, model):
         assert record.report is not None
         mode = record.report.numerics
-        if numerics is None or mode is Numerics.choose(numerics, device_of(model)):
+        if kv_cache_dtype == before and (numerics is None or mode is Numerics.choose(numerics, device_of(model))):
             return record.report
     unpatch(model)
     check_unsharded(model, "patching")
     count_steps(model)  # deferred logits notice writes by torch's counters
-    report = find_claims(model, roles, numerics)
+    report = replace(find_claims(model, roles, numerics), kv_cache_dtype=kv_cache_dtype)
     installs = [claim.install for claim in report.claims]
     if "attention" in report.roles():
         installs.append(partial(put_pre_hook, model, LabelsOnPadding()))
@@ -136,6 +151,13 @@ def patch(model: nn.Module, roles: Sequence[str] | None = None, numerics: str | 
     report.skipped.extend(Skipped("adapter", path, reason) for path, reason in skipped)
     if {"attention", "mixer"} & set(report.roles()) and not any(one.role == "attention" for one in report.skipped):
         check_ragged(model, report, row_forward)
+    if kv_cache_dtype != AUTO:  # the checks compare with the model as it was
+        try:
+            rounding = round_keys(model, report, kv_cache_dtype)
+        except ToolkitError:
+            unpatch(model)
+            raise
+        put_record(model, PatchRecord(report, wanted, (*undo, *rounding), InstalledForwards.of(report.claims)))
     return report
 
 

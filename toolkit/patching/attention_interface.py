@@ -13,7 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from toolkit.errors import ToolkitError
-from toolkit.modules.attention import attend, both_sides, explicit_mask, keep_runs, padded_context, read_runs
+from toolkit.modules.attention import KV_DTYPE, attend, both_sides, explicit_mask, keep_runs, padded_context, read_runs
 from toolkit.modules.sparse_attention import SPARSE_CALL, SparseCall
 from toolkit.patching.padding import padding_is_read
 from toolkit.state.active import forward_context_of, get_forward_context
@@ -159,6 +159,7 @@ def proven_attention(
         window=sliding_window or 0,
         softcap=softcap or 0.0,
         sinks=s_aux,
+        kv_dtype=getattr(module, KV_DTYPE, ""),
     )
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     layer = getattr(module, "layer_idx", None) or 0

@@ -37,11 +37,13 @@ class PatchReport:
     Args:
         ragged: what ragged batches need.
         numerics: mode of the patch.
+        kv_cache_dtype: "int8" where keys and values are rounded to eight bits, in pages and elsewhere; else "auto".
         claims: replacements, with their probe errors.
         skipped: modules that looked like a role and keep their own forward, with the reason.
     """
 
     numerics: Numerics
+    kv_cache_dtype: str = "auto"
     claims: list[Claim] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     ragged: RaggedUse = field(default_factory=RaggedUse)
@@ -92,6 +94,7 @@ class PatchReport:
 
     def __str__(self) -> str:
         lines = [f"numerics: {self.numerics}"]
+        lines += [f"keys and values: {self.kv_cache_dtype}"] if self.kv_cache_dtype != "auto" else []
         lines += [f"  {' · '.join(row)}" for row in self.rows()]
         lines += [f"  skipped: {' · '.join(row)}" for row in self.skipped_rows()]
         lines += [f"  no ragged batches: {self.ragged.reason}"] if self.ragged.reason else []

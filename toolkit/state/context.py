@@ -14,6 +14,7 @@ from toolkit.state.batch import RaggedBatch
 from toolkit.state.pools import Pools
 from toolkit.state.replay import RoutingReplay, SelectionReplay
 from toolkit.state.rotary_regimes import RotaryRegimes
+from toolkit.state.rounding import rounded
 
 
 class AttentionSettings(NamedTuple):
@@ -26,6 +27,7 @@ class AttentionSettings(NamedTuple):
         sinks: [Hq] an extra logit per head, which takes part in the softmax's denominator alone (gpt-oss, 2025).
         modifier: a file of ``toolkit/ops/attention/modifiers``; "" for none.
         parameters: [Hq, n] numbers of the modifier.
+        kv_dtype: "int8" where pages hold keys and values in eight bits; "" for the model's dtype.
     """
 
     scale: float
@@ -34,6 +36,16 @@ class AttentionSettings(NamedTuple):
     sinks: Tensor | None = None
     modifier: str = ""
     parameters: Tensor | None = None
+    kv_dtype: str = ""
+
+    @property
+    def of_op(self) -> tuple[float, int, float, Tensor | None, str, Tensor | None]:
+        """The arguments of ``toolkit.ops.attention`` alone."""
+        return self[:-1]
+
+    def kept(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [..., D] as pages hold them."""
+        return (rounded(k), rounded(v)) if self.kv_dtype else (k, v)
 
 
 class ForwardContext(ABC):

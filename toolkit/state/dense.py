@@ -36,13 +36,14 @@ class DenseContext(ForwardContext):
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Tensor:
         batch = self.batch
-        plan = batch.query_offsets, batch.kv_offsets, batch.kv_lengths, batch.block_tables, 1, *settings
+        k, v = settings.kept(k, v)
+        plan = batch.query_offsets, batch.kv_offsets, batch.kv_lengths, batch.block_tables, 1, *settings.of_op
         out, _ = attention(q, k, v, *plan, batch.query_ranges, self.seen_ahead(layer))
         return out
 
     def attend_bidirectional(self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Tensor:
         batch = self.batch
-        plan = batch.query_offsets, batch.kv_offsets, batch.kv_lengths, batch.block_tables, 1, *settings
+        plan = batch.query_offsets, batch.kv_offsets, batch.kv_lengths, batch.block_tables, 1, *settings.of_op
         out, _ = attention(q, k, v, *plan, batch.query_ranges, self._both_sides(settings.window))
         return out
 

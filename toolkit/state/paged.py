@@ -32,7 +32,7 @@ class PagedContext(ForwardContext):
         assert isinstance(view, PagedRows)
         state.write((k, v), view, batch.query_offsets)
         keys, values, tables = state.operands(view)
-        plan = batch.query_offsets, batch.kv_offsets, batch.kv_lengths, tables, self.pool.block_size, *settings
+        plan = batch.query_offsets, batch.kv_offsets, batch.kv_lengths, tables, self.pool.block_size, *settings.of_op
         out, _ = attention(q, keys, values, *plan, None, self.seen_ahead(layer))
         return out
 

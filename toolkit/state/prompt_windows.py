@@ -21,7 +21,7 @@ class PromptWindowContext:
         self._context, self._window = context, window
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Tensor:
-        return self._context.attend_prompt(layer, q, k, v, settings, self._window)
+        return self._context.attend_prompt(layer, q, k, v, settings._replace(kv_dtype=""), self._window)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._context, name)

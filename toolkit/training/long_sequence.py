@@ -58,7 +58,7 @@ class _Attend(torch.autograd.Function):
         state.values[start:stop] = v
         keys, values = (kept[:stop].to(q.device) for kept in (state.keys, state.values))
         plan = batch.query_offsets, batch.kv_offsets, batch.kv_lengths
-        out, lse = attention(q, keys, values, *(*plan, None, 0, *settings), None, spans)
+        out, lse = attention(q, keys, values, *(*plan, None, 0, *settings.of_op), None, spans)
         # Saved tensors hold the sinks: autograd frees those after the backward.
         ctx.state, ctx.plan, ctx.settings, ctx.span = state, plan, settings._replace(sinks=None), (start, stop)
         ctx.save_for_backward(q, out, lse, sinks, spans)
@@ -67,7 +67,7 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, out, lse, sinks, spans = ctx.saved_tensors
-        scale, window, softcap, _, modifier, parameters = ctx.settings
+        scale, window, softcap, _, modifier, parameters = ctx.settings.of_op
         start, stop = ctx.span
         offsets, first, lengths = ctx.plan
         keys, values = (kept[:stop].to(q.device) for kept in (ctx.state.keys, ctx.state.values))
@@ -125,6 +125,7 @@ class ChunkedContext(ForwardContext):
             starts.pop(self.chunk + 1, None)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Tensor:
+        k, v = settings.kept(k, v)
         keys = self.state.keys.get(layer)
         if keys is None:
             keys = self.state.keys[layer] = _LayerKeys(self.state.length, k, v, self.state.device)

@@ -107,7 +107,7 @@ class Reference:
 
     def __init__(self, model: "PreTrainedModel", section: ModelSection, device: torch.device) -> None:
         model.requires_grad_(False).to(device).eval()  # type: ignore[arg-type]
-        patch(model, section.roles, section.numerics)
+        patch(model, section.roles, section.numerics, section.kv_cache_dtype)
         self.model = model
 
     @torch.no_grad()
@@ -229,7 +229,7 @@ def load_checkpoint(
 
 def patch_model(model: "PreTrainedModel", section: ModelSection) -> tuple[RaggedModel, PatchReport]:
     """Patch in place for the recipe's roles and numerics mode, and add the adapters that the recipe asks for."""
-    report = patch(model, section.roles, section.numerics)
+    report = patch(model, section.roles, section.numerics, section.kv_cache_dtype)
     if section.lora is not None:
         add_adapters(model, section.lora, report)
     return RaggedModel(model), report
