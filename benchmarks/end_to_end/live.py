@@ -7,6 +7,7 @@ resident memory. The gate compares losses and weights of the three with those of
 """
 
 import argparse
+import math
 import tempfile
 import threading
 import time
@@ -145,8 +146,7 @@ def gaps(engine: AsyncEngine, streams: int, seconds: float, max_wait: float | No
         params = toolkit.SamplingParams(max_tokens=min(3900, 16_000 // max(streams, 1)), ignore_eos=True, seed=0)
         handle = engine.submit(prompts, params) if streams else None
         deltas = iter(handle) if handle is not None else None
-        if deltas is not None:
-            next(deltas)
+        first = next(deltas).request_id if deltas is not None else None
         if training:
             thread.start()
         begun = last = time.perf_counter()
@@ -155,7 +155,7 @@ def gaps(engine: AsyncEngine, streams: int, seconds: float, max_wait: float | No
             if deltas is None:
                 time.sleep(0.01)
                 continue
-            if next(deltas).index == 0 and handle is not None:
+            if next(deltas).request_id == first:
                 now = time.perf_counter()
                 found.append(now - last)
                 last = now
@@ -168,19 +168,19 @@ def gaps(engine: AsyncEngine, streams: int, seconds: float, max_wait: float | No
             thread.join()
             elapsed = time.perf_counter() - begun
     found.sort()
-    p99 = found[int(0.99 * (len(found) - 1))] if found else 0.0
+    p99 = found[math.ceil(0.99 * len(found)) - 1] if found else 0.0
     return {"tokens": len(found), "median_s": median(found) if found else 0.0, "p99_s": p99,
             "trained_tokens_per_s": trained[0] / elapsed}  # fmt: skip
 
 
-def memory(ranks: Sequence[str]) -> dict[str, float]:
+def memory(names: Sequence[str], layers: int) -> dict[str, float]:
     """Bytes of this process: before the model, of its parts, and the most."""
     before = peak_rss()
-    model = llama()
+    model = llama(num_hidden_layers=layers)
     engine = Engine(model, num_blocks=64, numerics="bitwise")
     pool = engine.pool.bytes
     base = sum(one.numel() * one.element_size() for one in model.parameters())
-    chosen = {name: RANKS[name] for name in ranks}
+    chosen = {name: RANKS[name] for name in names}
     with AsyncEngine(engine) as served, live(served, chosen, 0.05) as training:
         clients = [Client(training, name) for name in chosen]
         for _ in range(2):
@@ -208,7 +208,7 @@ def main() -> None:
     if arguments.memory is not None:
         import json
 
-        print(json.dumps(memory(arguments.memory)))
+        print(json.dumps(memory(arguments.memory, arguments.layers)))
         return
     model = llama(num_hidden_layers=arguments.layers)
     with AsyncEngine(Engine(model, num_blocks=1100, numerics="bitwise")) as engine:
@@ -240,7 +240,8 @@ def report(arguments: argparse.Namespace, wrong: int, seconds: Any, load: Any) -
     header = ["streams", "training", "median ms", "p99 ms", "trained tok/s"]
     print_table("gaps between the tokens of a stream", header, rows)
     names = {"one": ["b"], "three": list(RANKS)}
-    parts = {side: in_fresh_process("benchmarks.live", "--memory", *of) for side, of in names.items()}
+    layers = ("--layers", str(arguments.layers))
+    parts = {side: in_fresh_process("benchmarks.live", *layers, "--memory", *of) for side, of in names.items()}
     held = {side: of["base"] + 3 * of["adapters"] for side, of in parts.items()}  # with Adam's two means
     used = {side: of["peak"] - of["before"] - of["pool"] for side, of in parts.items()}
     bound = used["three"] / (held["three"] + used["one"] - held["one"])

@@ -237,8 +237,8 @@ def test_checkpoints_are_listed_kept_for_a_while_downloaded_and_removed(server, 
         assert {"adapter_model.safetensors", "optimizer.safetensors"} <= set(tar.getnames())
 
     assert http.delete(f"{at}/sampler_weights/s").status_code == 204
-    gone = http.delete(f"{at}/sampler_weights/s")
-    assert (gone.status_code, "saved here" in gone.json()["detail"]) == (404, True)
+    removed = http.delete(f"{at}/sampler_weights/s")
+    assert (removed.status_code, "saved here" in removed.json()["detail"]) == (404, True)
     assert http.get("training_runs/nobody").status_code == 404
     assert http.get("checkpoints", params={"limit": 0}).status_code == 400
 
@@ -256,10 +256,10 @@ def test_all_samples_of_a_session_are_waited_for_at_once(server, model):
     }
     target, cursor, told = {"sampling_session_id": session}, 0, {}
     while len(told) < 2:
-        answer = post(server, "retrieve_futures", target=target, prev_cursor=cursor)
-        assert answer["cursor"] > cursor
-        cursor = answer["cursor"]
-        told |= {one["request_id"]: one for one in answer["completions"]}
+        response = post(server, "retrieve_futures", target=target, prev_cursor=cursor)
+        assert response["cursor"] > cursor
+        cursor = response["cursor"]
+        told |= {one["request_id"]: one for one in response["completions"]}
     assert told.keys() == {names[0], names[1]}
     assert {one["state"] for one in told.values()} == {"finished"}
     content = result(server, {"request_id": names[0]})

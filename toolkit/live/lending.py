@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 
 
 class Lending:
-    """Runs forwards and backwards on a thread of their own while the engine's thread waits, one of both at a time.
+    """Runs forwards and backwards on another thread while the engine's thread waits, one of both at a time.
 
     At the border of a module, forward or backward, where a request decodes and waits for ``max_wait`` seconds already,
     the engine runs a step. Steps and training share weights, which neither writes meanwhile, and nothing else: another

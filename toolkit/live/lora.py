@@ -105,7 +105,7 @@ def base_parameters(model: Any) -> dict[str, nn.Parameter]:
     Raises:
         ToolkitError: where they are not float32, which Adam's steps need.
     """
-    found = {}
+    found: dict[nn.Parameter, str] = {}
     for path, module in _base_modules(model):
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.dtype != torch.float32:

@@ -11,7 +11,7 @@ r = exp(lp - q), the loss of a sequence is
     dro                  -sum lp A - beta / 2 (lp - q)^2                     (Richemond et al., 2024)
 
 where s_t = s.detach() exp(lp - lp.detach()) and s = exp(mean of lp - q over the tokens M that ``sequence_ratio_mask``
-marks), 1 where it marks none: every token has the ratio of its sequence and the gradient of its own log-probability.
+marks), 1 where it marks none: every token has the ratio of its sequence, and the gradient of that token alone.
 
 The thresholds are 0.8 and 1.2, of gspo 1 - 3e-4 and 1 + 4e-4 as in its paper, and beta is 0.05 unless the request says
 otherwise.

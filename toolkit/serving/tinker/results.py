@@ -10,7 +10,7 @@ from toolkit.serving.tinker.messages import forward_backward_output
 from toolkit.serving.tinker.promises import Result, json_result, protobuf_result
 from toolkit.serving.tinker.sessions import Tinker
 
-SAVES = {
+KINDS_OF_RESULT = {
     "weights": "save_weights",
     "sampler_weights": "save_weights_for_sampler",
     "external_weights": "save_weights_external",
@@ -60,7 +60,7 @@ def result(name: str, number: int, method: str, arguments: Mapping[str, Any], va
     if method == "optim_step":
         return json_result({"metrics": {"grad_norm": value}})
     if method == "save":
-        return json_result({"type": SAVES[arguments["kind"]], "path": value})
+        return json_result({"type": KINDS_OF_RESULT[arguments["kind"]], "path": value})
     if method == "snapshot":
         return json_result({"type": "save_weights_for_sampler", "sampling_session_id": sampler_of(name, number)})
     if arguments.get("path") is not None:
