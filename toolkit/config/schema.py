@@ -73,7 +73,7 @@ class ModelSection(Section):
     numerics: Literal["bitwise", "fast"] | None = None
     """Numerics mode; null is the device's default."""
     kv_cache_dtype: Literal["auto", "int8"] = "auto"
-    """``int8`` rounds keys and values to eight bits, in rollouts' blocks and in training alike."""
+    """``int8`` rounds keys and values to eight bits, in rollouts' blocks and in training."""
     lora: LoraSection | None = None
     """Train adapters instead of the weights; null trains the weights."""
     quantise: Annotated[
