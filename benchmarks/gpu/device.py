@@ -10,7 +10,8 @@ import pkgutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ def triton_on_cpu() -> None:
 
     if os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError("TRITON_INTERPRET is not 1; without it the Triton kernels take no CPU tensors.")
+    mend_interpreter()
     for entry in pkgutil.iter_modules(ops.__path__):
         if entry.ispkg and entry.name != "native":
             importlib.import_module(f"toolkit.ops.{entry.name}")
@@ -41,6 +43,23 @@ def triton_on_cpu() -> None:
         for op in registry._OPS.values():
             if op.triton is not None:
                 registry._LIBRARY.impl(op.name, op.triton, "CPU", allow_override=True)
+
+
+@cache
+def mend_interpreter() -> None:
+    """Triton 3.6's interpreter takes Python numbers from arrays of one element, which NumPy 2.4 refuses: from their one
+    element instead. Later versions of Triton do so themselves."""
+    if not version("triton").startswith("3.6."):
+        return
+    from triton.runtime import interpreter
+
+    original = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patched
 
 
 def median(call: Callable[[], Any], milliseconds: int = 100) -> float:

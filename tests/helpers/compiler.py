@@ -7,7 +7,7 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 from unittest import mock
 
-from tools.compile_kernels import compiler, table
+from tools.compile_kernels import budgets, compiler, table
 
 
 class Compiler:
@@ -24,11 +24,12 @@ class Compiler:
         return self.pool.submit(function, *args).result()
 
     def compile(self, case: str, arch: str) -> tuple[list[compiler.Compiled], list[str]]:
-        """What the kernels of a case compile to for ``arch``, none with a fault, and their PTX."""
+        """What the kernels of a case compile to for ``arch``, none with a fault or over its budget, and their PTX."""
         compiled, assembly = self.run(compile_case, case, arch)
         assert compiled
         for made in compiled:
             assert compiler.faults(made) == [], made
+        assert budgets.over([(case, made) for made in compiled], budgets.read()) == []
         return compiled, assembly
 
 

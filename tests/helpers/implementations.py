@@ -18,6 +18,7 @@ from unittest import mock
 import pytest
 import torch
 
+from benchmarks.gpu.device import mend_interpreter
 from tests.helpers import interpreter, rowwise
 from toolkit import ops
 from toolkit.ops import registry
@@ -55,6 +56,7 @@ class Implementation:
                     stack.enter_context(torch.device(self.device))
                     stack.enter_context(mock.patch.object(torch, "Generator", partial(_generator, self.device)))
                 else:
+                    mend_interpreter()
                     stack.enter_context(serving("triton"))
                     from triton.runtime.interpreter import InterpreterBuilder
 

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("triton", reason="the Triton kernels need triton")
 
 from tests.helpers.compiler import Compiler
-from tools.compile_kernels import compiler, fingerprints, table
+from tools.compile_kernels import budgets, compiler, fingerprints, table
 
 # NVIDIA's matrix units have no IEEE float32 product: there float32 is multiply-add on purpose.
 NO_MATRIX = "fp32"
@@ -50,6 +50,21 @@ def test_is_complete():
 def test_nothing_spills_or_takes_too_much_shared_memory():
     unfit = {(made.kernel, made.arch, fault) for _, made in rows() for fault in compiler.faults(made)}
     assert not unfit
+
+
+def test_no_kernel_takes_more_than_its_budget():
+    assert budgets.over(rows(), budgets.read()) == []
+
+
+def test_what_is_over_its_budget_is_named():
+    case, made = rows()[0]
+    limits = budgets.budgets_of([(case, made)])
+    assert budgets.over([(case, made)], limits) == []
+    for name in budgets.LIMITS:
+        more = compiler.Compiled(**{**vars(made), name: getattr(made, name) + 1})
+        (sentence,) = budgets.over([(case, more)], limits)
+        assert sentence.startswith(f"{made.kernel}, {made.arch}, case {case}: {name} ")
+    assert "no budget" in budgets.over([(case, compiler.Compiled(**{**vars(made), "kernel": "other"}))], limits)[0]
 
 
 def test_products_use_matrix_instructions():
