@@ -1,7 +1,7 @@
 // A curve over the steps of a run: each value, their running mean, and the chosen step.
 import { element } from "./blocks.js";
 
-const [WIDTH, HEIGHT, LEFT, BOTTOM, TOP] = [320, 130, 38, 14, 6];
+const [WIDTH, HEIGHT, LEFT, BOTTOM, TOP] = [320, 130, 44, 14, 6];
 const MEAN_SHARE = 50; // the running mean is over this part of the steps
 
 function drawn(name, attributes) {
