@@ -1,6 +1,7 @@
 """Structured output through the engine on tiny random models, against stock transformers and ``jsonschema``."""
 
 import copy
+import dataclasses
 import json
 import random
 import re
@@ -375,3 +376,14 @@ def test_a_deep_copy_and_json_of_parameters_are_equal() -> None:
     assert copy.deepcopy(params) == params
     assert isinstance(params.structured_outputs, StructuredOutputsParams)
     assert json.loads(str(params.structured_outputs.json)) == PERSON
+
+
+def test_a_draft_ends_before_the_end_of_its_grammar_where_the_output_goes_on() -> None:
+    params = SamplingParams(seed=1, max_tokens=20, ignore_eos=True, structured_outputs={"choice": WORDS})
+    with engine() as made:
+        (plain,) = made.generate(prompts_of(1), params)
+    assert plain.token_ids[-9:] == [EOS] * 9
+    with engine(speculative_config={"method": "prediction", "num_speculative_tokens": 9, "adaptive": False}) as made:
+        foretold = dataclasses.replace(params, predicted_token_ids=plain.token_ids)
+        (drafted,) = made.generate(prompts_of(1), foretold)
+    assert result_of(drafted) == result_of(plain)

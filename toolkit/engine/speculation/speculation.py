@@ -151,7 +151,13 @@ class Speculation:
 
 
 def _within_grammar(sequence: Sequence, draft: Draft) -> Draft:
-    """The draft up to the first token that the sequence's grammar forbids, which would not be sampled."""
+    """The draft up to the first token that the sequence's grammar forbids, which would not be sampled.
+
+    With ``ignore_eos`` an output goes on behind the end of its grammar, where no mask of a draft reaches: the draft
+    ends before it.
+    """
     if sequence.matcher is not None:
-        draft.tokens = draft.tokens[: sequence.matcher.allowed_prefix(draft.tokens)]
+        tokens, ends = draft.tokens, sequence.request.eos - sequence.request.stop_ids
+        first = next((at for at, token in enumerate(tokens) if token in ends), len(tokens))
+        draft.tokens = tokens[: sequence.matcher.allowed_prefix(tokens[:first])]
     return draft
