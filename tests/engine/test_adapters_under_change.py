@@ -142,6 +142,25 @@ def test_an_adapter_that_is_loaded_over_itself_keeps_its_version(where, tmp_path
         assert outcome(other) == outcome(completed(engine, "b")) != outcome(first)
 
 
+def test_lora_and_dora_follow_each_other_under_one_name(tmp_path):
+    """Of each the bits are those that it has in an engine of its own, and nothing is left of the one before."""
+    model = random_model("llama")
+    kinds = {"dora": {"use_dora": True}, "lora": {}, "other": {"use_dora": True, "rank": 8}}
+    folders = {name: save_adapter(model, tmp_path / name, at, **one) for at, (name, one) in enumerate(kinds.items())}
+    alone = {}
+    for name, folder in folders.items():
+        with Engine(random_model("llama")) as engine:
+            engine.load_adapter("a", folder)
+            alone[name] = outcome(completed(engine, "a"))
+    with Engine(model) as engine:
+        for at, name in enumerate(("dora", "lora", "other", "dora", "lora")):
+            engine.load_adapter("a", folders[name], load_inplace=at > 0)
+            assert outcome(completed(engine, "a")) == alone[name]
+        engine.unload_adapter("a")
+        engine.load_adapter("a", folders["other"])
+        assert outcome(completed(engine, "a")) == alone["other"]
+
+
 @pytest.mark.parametrize("dora", [False, True])
 def test_dropout_never_acts_in_an_engine(dora, tmp_path):
     model = random_model("llama")

@@ -83,7 +83,7 @@ def refresh_scales(model: nn.Module) -> None:
     with torch.no_grad():
         for module in model.modules() if _SCALES else ():
             for name, kept in _SCALES.get(module, {}).items():
-                if name in module.lora_A:  # type: ignore[operator]
+                if is_dora(module, name):  # else it has left, or is LoRA by now
                     kept.copy_(_scale(module, name))
 
 
