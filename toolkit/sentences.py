@@ -70,6 +70,8 @@ def _beginning(value: Any, limit: int) -> str:
     """``repr(value)``, or more than ``limit`` characters of its beginning."""
     if isinstance(value, str):
         return repr(value[: limit + 1])
+    if isinstance(value, int) and value.bit_length() > 8 * limit:  # Python refuses to write very long ones
+        return f"an integer of {value.bit_length()} bits"
     if type(value) not in (list, tuple, dict) or not value:
         return repr(value)
     brackets = "{}" if isinstance(value, dict) else "[]" if isinstance(value, list) else "()"

@@ -143,7 +143,7 @@ def test_an_adapter_that_is_loaded_over_itself_keeps_its_version(where, tmp_path
 
 
 def test_lora_and_dora_follow_each_other_under_one_name(tmp_path):
-    """Of each the bits are those that it has in an engine of its own, and nothing is left of the one before."""
+    """Of each the bits are those that it has in another engine, and nothing is left of the one before."""
     model = random_model("llama")
     kinds = {"dora": {"use_dora": True}, "lora": {}, "other": {"use_dora": True, "rank": 8}}
     folders = {name: save_adapter(model, tmp_path / name, at, **one) for at, (name, one) in enumerate(kinds.items())}

@@ -81,5 +81,5 @@ def test_the_thread_counts_candidates_and_returns_the_best():
 
 @pytest.mark.parametrize("best_of", [1, 0, 2.5])
 def test_there_are_at_least_as_many_candidates_as_completions(best_of):
-    with pytest.raises(ToolkitError, match=r"best_of must be an integer >= 2 \(n\) or None, got"):
+    with pytest.raises(ToolkitError, match=r"best_of must be an integer >= 2 and <= 16384, or None for n, got"):
         SamplingParams(n=2, best_of=best_of)

@@ -297,3 +297,37 @@ def test_chats_have_images_where_the_model_takes_them(tmp_path):
         pytest.raises(ToolkitError, match="messages must be text"),
     ):
         plain.chat(messages, GREEDY)
+
+
+def test_a_sleeping_engine_is_an_error_and_no_endless_wait(llm):
+    llm.engine.sleep()
+    for call in (llm.generate, lambda text, params: llm.chat([{"role": "user", "content": text}], params)):
+        with pytest.raises(ToolkitError, match="the engine is asleep; call llm"):
+            call("Small", GREEDY)
+    assert not llm.engine.has_work
+    llm.engine.wake()
+    assert llm.generate("Small", GREEDY)[0].outputs[0].finish_reason == "length"
+
+
+def test_log_probabilities_of_the_model_and_of_what_was_sampled_from(llm):
+    """With a form the two differ: the second is among the allowed tokens."""
+    params = SamplingParams(max_tokens=9, seed=0, logprobs=0, structured_outputs={"choice": ["a", "b"]})
+    (output,) = llm.generate("Small", params)[0].outputs
+    first = output.token_ids[0]
+    own = [llm.engine.generate(["Small"], SamplingParams(max_tokens=1, seed=0, logprobs=-1))[0].top_logprobs[0][one]
+           for one in llm.tokenizer.convert_tokens_to_ids(["a", "b"])]  # fmt: skip
+    assert output.logprobs[0][first].logprob in own
+    expected = torch.tensor(own).double().log_softmax(-1)[own.index(output.logprobs[0][first].logprob)]
+    assert output.sampling_logprobs[0] == pytest.approx(float(expected), abs=1e-6)
+    assert output.sampling_logprobs[1:] == [0.0] * (len(output.token_ids) - 1)  # nothing but the end may follow
+
+
+def test_a_draft_model_may_be_a_folder(tmp_path):
+    random_model("llama", layers=1, seed=1).save_pretrained(tmp_path)
+    config = {"method": "draft_model", "model": str(tmp_path), "num_speculative_tokens": 3, "adaptive": False}
+    with LLM(random_model("llama"), speculative_config=config) as llm:
+        (found,) = llm.generate([[5, 6, 7]], GREEDY)
+        assert found.outputs[0].token_ids == continued([5, 6, 7])
+        assert llm.engine.stats()["spec_decode_num_draft_tokens"] > 0
+    with pytest.raises(ToolkitError, match="model of speculative_config must be a folder, a GGUF file or a repository"):
+        LLM(random_model("llama"), speculative_config={**config, "model": str(tmp_path / "nowhere")})

@@ -124,6 +124,8 @@ def _rendered(
 ) -> str:
     tools = parsed_tools(tools)
     template = template_of(tokenizer, chat_template, tools)
+    if isinstance(messages, str) or not all(isinstance(message, Mapping) for message in messages):
+        raise ChatTemplateError("'messages' is not a list of mappings")
     given = [dict(message) for message in messages]
     if not given:
         raise ChatTemplateError("there are no messages")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 from toolkit.engine.config import AUTO, EngineConfig
 from toolkit.errors import ToolkitError
-from toolkit.loading import DTYPES, RUNNERS, choose_runner, find_source, load_model, sampling_defaults
+from toolkit.loading import DTYPES, RUNNERS, choose_runner, find_source, load_model, sampling_defaults, with_draft_model
 
 if TYPE_CHECKING:
     from toolkit.engine import Engine
@@ -187,4 +187,4 @@ def make_engine(args: argparse.Namespace, model: Any, tokenizer: Any) -> "Engine
     from toolkit.engine import Engine
 
     given = {field.name: getattr(args, field.name) for field in fields(EngineConfig) if hasattr(args, field.name)}
-    return Engine(model, tokenizer, **given)
+    return Engine(model, tokenizer, **with_draft_model(given, args.dtype, args.device))

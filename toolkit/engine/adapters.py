@@ -144,9 +144,9 @@ class ModelAdapters:
         Raises:
             ToolkitError: for a name that is taken, and a folder that is no LoRA or DoRA that rows can choose.
         """
+        if not (isinstance(name, str) and name):
+            raise ToolkitError(f"lora_name must be text that is not empty, got {shown(name)}.")
         model, internal = self._backend.model, internal_name(name)
-        if not name:
-            raise ToolkitError("lora_name must be text that is not empty, got ''.")
         taken = name in self.names or (name not in self._loaded and internal in adapter_names(model))
         if taken and not (replace and name in self._loaded):
             raise ToolkitError(f"lora_name must be a name that no adapter has, got {shown(name)}.")
@@ -174,7 +174,7 @@ class ModelAdapters:
         Raises:
             ToolkitError: there is no such adapter.
         """
-        if name not in self._loaded or name in self._leaving:
+        if not isinstance(name, str) or name not in self._loaded or name in self._leaving:
             raise unknown_adapter(
                 name, [one for one in self._loaded if one not in self._leaving], "while none is loaded"
             )

@@ -6,6 +6,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from toolkit.errors import ToolkitError, nearest
+from toolkit.sentences import shown
 
 
 def check_int(field: str, value: Any, low: int, high: int | None = None, also: str = "") -> int:
@@ -21,24 +22,33 @@ def check_int(field: str, value: Any, low: int, high: int | None = None, also: s
     good = isinstance(value, Integral) and not isinstance(value, bool)
     if not good or int(value) < low or (high is not None and int(value) > high):
         upper = "" if high is None else f" and <= {high}"
-        raise ToolkitError(f"{field} must be an integer >= {low}{upper}{also}, got {value!r}.")
+        raise ToolkitError(f"{field} must be an integer >= {low}{upper}{also}, got {shown(value)}.")
     return int(value)
 
 
 def check_float(field: str, value: Any, low: float, high: float, open_low: bool = False) -> float:
     """``value`` as a finite float within [low, high]; above ``low`` with ``open_low``. Raises ToolkitError."""
-    good = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(float(value))
-    if not good or not low <= float(value) <= high or (open_low and float(value) == low):
+    try:
+        number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # an int beyond all floats
+        number = math.inf
+    if not math.isfinite(number) or not low <= number <= high or (open_low and number == low):
         lower = f"> {low:g}" if open_low else f">= {low:g}"
         upper = "" if math.isinf(high) else f" and <= {high:g}"
-        raise ToolkitError(f"{field} must be a finite number {lower}{upper}, got {value!r}.")
-    return float(value)
+        raise ToolkitError(f"{field} must be a finite number {lower}{upper}, got {shown(value)}.")
+    return number
+
+
+def check_cut(field: str, value: Any) -> int:
+    """``value`` as tokens that are kept, an int >= 1, or -1 for as many as fit. Raises ToolkitError for any other."""
+    given = isinstance(value, Integral) and not isinstance(value, bool) and int(value) == -1
+    return -1 if given else check_int(field, value, 1, also=", -1 or None")
 
 
 def check_bool(field: str, value: Any) -> bool:
     """``value`` if it is a bool. Raises ToolkitError for any other value."""
     if not isinstance(value, bool):
-        raise ToolkitError(f"{field} must be True or False, got {value!r}.")
+        raise ToolkitError(f"{field} must be True or False, got {shown(value)}.")
     return value
 
 

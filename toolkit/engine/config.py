@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from toolkit.engine.checks import check_bool, check_float, check_int, check_names
 from toolkit.engine.speculation.config import SpeculativeConfig
 from toolkit.errors import ToolkitError, must_be_one_of
+from toolkit.sentences import shown
 from toolkit.state.rounding import KV_CACHE_DTYPES
 
 GIB = 1 << 30
@@ -84,7 +85,7 @@ class EngineConfig:
         if self.kv_cache_dtype not in KV_CACHE_DTYPES:
             raise ToolkitError(must_be_one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES))
         _ = self.speculation
-        if self.max_model_len != AUTO and self.max_model_len is not None:
+        if not (isinstance(self.max_model_len, str) and self.max_model_len == AUTO) and self.max_model_len is not None:
             check_int("max_model_len", self.max_model_len, 2, also=", 'auto' or None")
         bounds = {"num_blocks": 1, "seed": 0, "max_loras": 1, "max_cpu_loras": 1}
         for name, low in bounds.items():
@@ -99,9 +100,12 @@ class EngineConfig:
         for name in ("kv_host_space", "kv_disk_space"):
             if getattr(self, name) != 0 and not self.enable_prefix_caching:
                 raise ToolkitError(f"{name} must be 0 without enable_prefix_caching, got {getattr(self, name)}.")
+        kinds = self.kinds
+        if kinds is not None and not (isinstance(kinds, dict) and all(isinstance(one, str) for one in kinds.values())):
+            raise ToolkitError(f"kinds must be a dictionary of state kinds or None, got {shown(kinds)}.")
         folder = self.kv_disk_folder
         if folder is not None and not (isinstance(folder, str) and folder):
-            raise ToolkitError(f"kv_disk_folder must be the path of a folder or None, got {folder!r}.")
+            raise ToolkitError(f"kv_disk_folder must be the path of a folder or None, got {shown(folder)}.")
         if (folder is None) != (self.kv_disk_space == 0):
             wanted = "None without" if self.kv_disk_space == 0 else "the path of a folder with"
             raise ToolkitError(f"kv_disk_folder must be {wanted} kv_disk_space, got {folder!r}.")

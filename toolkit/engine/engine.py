@@ -244,8 +244,7 @@ class Engine:
         Args:
             lora_name: that no other adapter has.
             lora_path: a folder with adapter_config.json and adapter_model.safetensors.
-            load_inplace: whether it takes the place of a loaded adapter of this name; requests under way continue under
-                the new one.
+            load_inplace: take the place of a loaded adapter of this name, for requests under way too.
 
         Raises:
             ToolkitError: for a name that is taken, or a folder that is no adapter of this model whose layers are fused.
@@ -257,6 +256,7 @@ class Engine:
         self._adapters(lora_name).unload(lora_name)
 
     def _adapters(self, name: str) -> ModelAdapters:
+        self._check_open()
         if self.adapters is None:
             raise ToolkitError(f"lora_name must be None for this backend, got {name!r}.")
         return self.adapters

@@ -7,14 +7,17 @@ from dataclasses import dataclass, field, fields
 from numbers import Integral
 from typing import Any, ClassVar
 
-from toolkit.engine.checks import check_bool, check_float, check_int, check_names
+from toolkit.engine.checks import check_bool, check_cut, check_float, check_int, check_names
 from toolkit.engine.grammar.params import StructuredOutputsParams
 from toolkit.errors import ToolkitError
+from toolkit.sentences import shown
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy; dividing by them would only overflow."""
 MAX_BIAS = 100.0
 """Bounds ``logit_bias``, as vLLM does."""
+MAX_SEQUENCES = 16_384
+"""Bounds ``n`` and ``best_of``, as vLLM does: every sequence takes memory before the first one runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +28,7 @@ class SamplingParams:
     structured_outputs, typical_p, XTC, temperature, top_k, top_p, min_p.
 
     Args:
-        n: completions of the prompt.
+        n: completions of the prompt, at most 16,384.
         best_of: candidates, of which the ``n`` with the highest mean log-probability are returned, best first; None for
             ``n``. Beyond ``n`` nothing is streamed: deltas come when all candidates have finished.
         max_tokens: most tokens of a completion; None for up to max_model_len. 0 computes the prompt and samples
@@ -133,7 +136,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {
-            "n": check_int("n", self.n, 1),
+            "n": check_int("n", self.n, 1, MAX_SEQUENCES),
             "min_tokens": check_int("min_tokens", self.min_tokens, 0),
             "temperature": check_float("temperature", self.temperature, 0, math.inf),
             "top_k": check_int("top_k", self.top_k, -1, also=" (0 and -1 are off)"),
@@ -170,22 +173,24 @@ class SamplingParams:
         if self.max_tokens is not None:
             checked["max_tokens"] = check_int("max_tokens", self.max_tokens, 0, also=" or None")
             if checked["min_tokens"] > checked["max_tokens"]:
-                raise ToolkitError(f"min_tokens must be <= max_tokens ({self.max_tokens}), got {self.min_tokens}.")
+                raise ToolkitError(
+                    f"min_tokens must be <= max_tokens ({shown(self.max_tokens)}), got {shown(self.min_tokens)}."
+                )
         if self.seed is not None:
             checked["seed"] = check_int("seed", self.seed, -(2**63), 2**64 - 1, also=", or None")
         for name in ("logprobs", "prompt_logprobs"):
             if (value := getattr(self, name)) is not None:
                 checked[name] = check_int(name, value, -1, also=" (all of the vocabulary) or None")
-        if (cut := self.truncate_prompt_tokens) is not None and (cut != -1 or isinstance(cut, bool)):
-            checked["truncate_prompt_tokens"] = check_int("truncate_prompt_tokens", cut, 1, also=", -1 or None")
+        if self.truncate_prompt_tokens is not None:
+            checked["truncate_prompt_tokens"] = check_cut("truncate_prompt_tokens", self.truncate_prompt_tokens)
         if self.best_of is not None:
-            checked["best_of"] = check_int("best_of", self.best_of, checked["n"], also=" (n) or None")
+            checked["best_of"] = check_int("best_of", self.best_of, checked["n"], MAX_SEQUENCES, also=", or None for n")
         if self.timeout is not None:
             checked["timeout"] = check_float("timeout", self.timeout, 0, math.inf, open_low=True)
         if self.cache_salt is not None and not (isinstance(self.cache_salt, str) and self.cache_salt):
-            raise ToolkitError(f"cache_salt must be a string that is not empty or None, got {self.cache_salt!r}.")
+            raise ToolkitError(f"cache_salt must be a string that is not empty or None, got {shown(self.cache_salt)}.")
         if self.lora_name is not None and not (isinstance(self.lora_name, str) and self.lora_name):
-            raise ToolkitError(f"lora_name must be the name of an adapter or None, got {self.lora_name!r}.")
+            raise ToolkitError(f"lora_name must be the name of an adapter or None, got {shown(self.lora_name)}.")
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
@@ -231,7 +236,7 @@ def _strings(field: str, given: Any, one: bool = False) -> tuple[str, ...]:
     strings = () if given is None else (given,) if one and isinstance(given, str) else given
     if not isinstance(strings, list | tuple) or not all(isinstance(each, str) and each for each in strings):
         kinds = "a string that is not empty, a list of such strings" if one else "a list of strings that are not empty"
-        raise ToolkitError(f"{field} must be {kinds} or None, got {given!r}.")
+        raise ToolkitError(f"{field} must be {kinds} or None, got {shown(given)}.")
     return tuple(strings)
 
 
@@ -240,7 +245,7 @@ def _token_ids(field: str, ids: Any, ordered: bool = False) -> tuple[int, ...] |
         return None
     kinds = (list, tuple) if ordered else (list, tuple, set, frozenset)
     if not isinstance(ids, kinds) or not all(map(_is_token_id, ids)):
-        raise ToolkitError(f"{field} must be a list of token ids or None, got {ids!r}.")
+        raise ToolkitError(f"{field} must be a list of token ids or None, got {shown(ids)}.")
     return tuple(int(one) for one in ids)
 
 
@@ -252,10 +257,10 @@ def _bias(given: Any) -> dict[int, float] | None:
     if given is None:
         return None
     if not isinstance(given, Mapping) or not all(map(_is_token_id, given)):
-        raise ToolkitError(f"logit_bias must be a mapping of token ids to numbers or None, got {given!r}.")
+        raise ToolkitError(f"logit_bias must be a mapping of token ids to numbers or None, got {shown(given)}.")
     found = {}
     for token, bias in given.items():
-        checked = check_float(f"logit_bias[{token}]", bias, -math.inf, math.inf)
+        checked = check_float(f"logit_bias[{shown(token)}]", bias, -math.inf, math.inf)
         found[int(token)] = max(-MAX_BIAS, min(MAX_BIAS, checked))
     return found
 
@@ -263,5 +268,5 @@ def _bias(given: Any) -> dict[int, float] | None:
 def _callables(given: Any) -> tuple[Callable[..., Any], ...]:
     processors = () if given is None else given
     if not isinstance(processors, list | tuple) or not all(map(callable, processors)):
-        raise ToolkitError(f"logits_processors must be a list of callables or None, got {given!r}.")
+        raise ToolkitError(f"logits_processors must be a list of callables or None, got {shown(given)}.")
     return tuple(processors)

@@ -13,6 +13,7 @@ from toolkit.chat import prompt_token_ids, rust_encoding, special_tokens_around
 from toolkit.engine.media import PromptMedia, num_bytes
 from toolkit.engine.params import SamplingParams
 from toolkit.errors import ToolkitError, first_line
+from toolkit.sentences import shown
 from toolkit.state import BlockManager
 
 Prompt: TypeAlias = str | abc.Sequence[int] | Tensor | abc.Mapping[str, Any]
@@ -127,7 +128,7 @@ def check_params(params: Params, count: int) -> list[SamplingParams]:
     if isinstance(params, SamplingParams):
         return [params] * count
     if not isinstance(params, abc.Sequence) or not all(isinstance(one, SamplingParams) for one in params):
-        raise ToolkitError(f"params must be SamplingParams, a list of them or None, got {params!r}.")
+        raise ToolkitError(f"params must be SamplingParams, a list of them or None, got {shown(params)}.")
     if len(params) != count:
         raise ToolkitError(f"params must have one entry per prompt ({count}), got {len(params)}.")
     return list(params)

@@ -10,7 +10,12 @@ from typing import Any
 
 from toolkit.engine import Completion, Engine, SamplingParams
 from toolkit.engine.checks import check_bool, check_float, check_int
+from toolkit.engine.prompts import check_token_count
 from toolkit.errors import ToolkitError
+from toolkit.sentences import shown
+
+MOST_PENALTY = 32.0
+"""Bounds ``length_penalty``: powers of any length of a sequence stay within float64."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +27,7 @@ class BeamSearchParams:
         max_tokens: most tokens of a beam, behind the prompt.
         ignore_eos: continue after the end-of-text token.
         length_penalty: beams are ranked by sum(log-probabilities) / n ** length_penalty, n tokens of prompt and beam
-            without the end-of-text token (as in vLLM; transformers counts those of the beam alone).
+            without the end-of-text token (as in vLLM; transformers counts those of the beam alone); -32 to 32.
 
     Raises:
         ToolkitError: for a bad value.
@@ -37,7 +42,7 @@ class BeamSearchParams:
         check_int("beam_width", self.beam_width, 1)
         check_int("max_tokens", self.max_tokens, 1)
         check_bool("ignore_eos", self.ignore_eos)
-        check_float("length_penalty", self.length_penalty, float("-inf"), float("inf"))
+        check_float("length_penalty", self.length_penalty, -MOST_PENALTY, MOST_PENALTY)
 
 
 @dataclass(frozen=True)
@@ -110,8 +115,11 @@ def beam_search(
     Raises:
         ToolkitError: a prompt behind which ``max_tokens`` do not fit, or that cannot run.
     """
+    if not isinstance(params, BeamSearchParams):
+        raise ToolkitError(f"params must be BeamSearchParams, got {shown(params)}.")
     longest = engine.max_sequence_len
     for prompt in prompts:
+        check_token_count(len(prompt), longest)
         if len(prompt) + params.max_tokens > longest:
             raise ToolkitError(
                 f"max_tokens must be <= {longest - len(prompt)} after a prompt of {len(prompt)} tokens, got "
@@ -131,7 +139,7 @@ def beam_search(
 
 def _without_error(completion: Completion) -> Completion:
     if completion.finish_reason == "error":
-        raise ToolkitError(f"The request failed in the engine: {completion.error}.")
+        raise ToolkitError(f"The request failed in the engine: {str(completion.error).rstrip('.')}.")
     return completion
 
 

@@ -7,6 +7,14 @@ from typing import Any
 from toolkit.chat import encode, has_images, render, take_images
 from toolkit.engine.prompts import MEDIA, Prompt, processed
 from toolkit.errors import ToolkitError
+from toolkit.sentences import shown
+
+
+def conversations(messages: Any) -> list[Any]:
+    """A list of conversations, from one conversation or a list of them. Raises ToolkitError for anything else."""
+    if not isinstance(messages, list | tuple):
+        raise ToolkitError(f"messages must be a conversation or a list of them, got {shown(messages)}.")
+    return [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
 
 
 def chat_prompt(
@@ -25,6 +33,8 @@ def chat_prompt(
     """
     if tokenizer is None:
         raise ToolkitError("tokenizer must be given for chats, got None.")
+    if not isinstance(messages, list | tuple):
+        raise ToolkitError(f"messages of a conversation must be a list of mappings, got {shown(messages)}.")
     if not has_images(messages):
         text = render(tokenizer, messages, **options)
         return text, encode(tokenizer, text)

@@ -11,11 +11,12 @@ from torch import nn
 from toolkit.chat import prompt_token_ids
 from toolkit.engine import Completion, Engine, SamplingParams
 from toolkit.engine.pooling import Pooled, PoolerConfig, PoolingEngine, PoolingParams
+from toolkit.engine.pooling.params import pooling_params_of
 from toolkit.engine.pooling.texts import ScorePlan, plain_prompt, read_inputs
 from toolkit.engine.prompts import Params, Prompt, Prompts, check_params, split_prompts
-from toolkit.errors import ToolkitError
+from toolkit.errors import ToolkitError, must_be_one_of
 from toolkit.llm.beam_search import BeamSearchOutput, BeamSearchParams, beam_search
-from toolkit.llm.chats import chat_prompt
+from toolkit.llm.chats import chat_prompt, conversations
 from toolkit.llm.lora_request import Adapters, with_adapters
 from toolkit.llm.outputs import (
     ClassificationOutput,
@@ -31,7 +32,15 @@ from toolkit.llm.outputs import (
     prompt_logprobs,
 )
 from toolkit.llm.progress import Bar, progress
-from toolkit.loading import choose_runner, find_source, load_model, load_processor, sampling_defaults
+from toolkit.loading import (
+    RUNNERS,
+    choose_runner,
+    find_source,
+    load_model,
+    load_processor,
+    sampling_defaults,
+    with_draft_model,
+)
 
 Conversation = Sequence[Mapping[str, Any]]
 PoolParams = PoolingParams | Sequence[PoolingParams] | None
@@ -59,7 +68,8 @@ class LLM:
         pooler_config: defaults of a pooling model, in the place of those of its files.
         generation_config: "auto" for the sampling defaults of the model, "vllm" for none, or a folder.
         processor: of images; None for the one beside the model, where there is one.
-        limits: keyword arguments of ``Engine``, or of ``PoolingEngine``.
+        limits: keyword arguments of ``Engine``, or of ``PoolingEngine``. The model of ``speculative_config`` may be a
+            name, as ``model`` is.
 
     Raises:
         ToolkitError: what is missing or does not fit, in one sentence.
@@ -92,6 +102,8 @@ class LLM:
             if processor is None and runner == "generate":
                 with suppress(ToolkitError):  # prompts with images are refused then
                     processor = load_processor(source)
+        elif runner not in ("auto", *RUNNERS):
+            raise ToolkitError(must_be_one_of("runner", runner, ("auto", *RUNNERS)))
         elif runner == "auto":
             runner = "pooling" if model.get_output_embeddings() is None else "generate"  # type: ignore[operator]
         self.runner = runner
@@ -102,6 +114,7 @@ class LLM:
             if pooler_config is not None:
                 raise ToolkitError(f"pooler_config must be None for runner 'generate', got {pooler_config!r}.")
             self._defaults = sampling_defaults(module, generation_config)
+            limits = with_draft_model(limits, dtype, device)
             self._engine: Engine | PoolingEngine = Engine(module, tokenizer, processor=processor, **limits)
             return
         longest = settings.pop("max_model_len", None)
@@ -167,6 +180,8 @@ class LLM:
         if sampling_params is None:
             sampling_params = self.get_default_sampling_params()
         params = with_adapters(engine, check_params(sampling_params, len(given)), lora_request)
+        if engine.is_sleeping:
+            raise ToolkitError("the engine is asleep; call llm.engine.wake() first.")
         order = engine.submit_batch(given, params)
         found: dict[int, list[Completion]] = {request: [] for request in order}
         unread = dict(zip(order, (one.n for one in params)))
@@ -236,8 +251,6 @@ class LLM:
             ToolkitError: there is no tokenizer or template, the template does not take the messages; as ``generate``.
         """
         engine = self.engine
-        one = bool(messages) and isinstance(messages[0], Mapping)
-        conversations: Any = [messages] if one else messages
         options = {
             "tools": tools,
             "add_generation_prompt": add_generation_prompt and not continue_final_message,
@@ -245,7 +258,7 @@ class LLM:
             "chat_template": chat_template,
             "chat_template_kwargs": chat_template_kwargs,
         }
-        prompts = [chat_prompt(engine.tokenizer, engine.processor, one, options) for one in conversations]
+        prompts = [chat_prompt(engine.tokenizer, engine.processor, one, options) for one in conversations(messages)]
         given = [prompt for _, prompt in prompts]
         found = self.generate(given, sampling_params, use_tqdm=use_tqdm, lora_request=lora_request)
         return [replace(output, prompt=text) for (text, _), output in zip(prompts, found, strict=True)]
@@ -316,7 +329,7 @@ class LLM:
         self, prompts: Prompts, pooling_params: PoolParams = None, *, use_tqdm: Bar = None
     ) -> list[PoolingRequestOutput]:
         """What a head gives without its activation, in order: rewards of sequences, or of their tokens."""
-        params = self._params(pooling_params, len(split_prompts(prompts)), None)
+        params = pooling_params_of(pooling_params, len(split_prompts(prompts)))
         raw = [PoolingParams(use_activation=False, truncate_prompt_tokens=one.truncate_prompt_tokens) for one in params]
         if "embed" in self.pooling_engine.tasks:
             raise ToolkitError("model must have a head for rewards, got one of embeddings.")
@@ -350,17 +363,6 @@ class LLM:
             for at, score in enumerate(plan.scores(results))
         ]
 
-    def _params(self, given: PoolParams, count: int, task: str | None) -> list[PoolingParams]:
-        if given is None or isinstance(given, PoolingParams):
-            given = [given or PoolingParams()] * count
-        params = list(given)
-        if len(params) != count:
-            raise ToolkitError(f"pooling_params must be one, or one per prompt ({count}), got {len(params)}.")
-        asked = next((one.task for one in params if task is not None and one.task not in (None, task)), None)
-        if asked is not None:
-            raise ToolkitError(f"task must be {task!r} or None, got {asked!r}.")
-        return params if task is None else [one.with_task(task) for one in params]
-
     def _pooled(
         self,
         prompts: Prompts,
@@ -371,7 +373,7 @@ class LLM:
     ) -> list[Request]:
         engine = self.pooling_engine
         prompts = split_prompts(prompts)
-        params = self._params(given, len(prompts), task)
+        params = pooling_params_of(given, len(prompts), task)
         for one in params:
             engine.check(one)
         cuts = {one.truncate_prompt_tokens for one in params}

@@ -6,6 +6,7 @@ from typing import TypeAlias
 
 from toolkit.engine import Engine, SamplingParams
 from toolkit.errors import ToolkitError
+from toolkit.sentences import shown
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,10 @@ def with_adapters(engine: Engine, params: list[SamplingParams], given: Adapters)
     """
     if given is None:
         return params
-    requests = [given] * len(params) if isinstance(given, LoRARequest) else list(given)
+    requests = given if isinstance(given, list | tuple) else [given] * len(params)
+    for one in requests:
+        if one is not None and not (isinstance(one, LoRARequest) and isinstance(one.lora_name, str)):
+            raise ToolkitError(f"lora_request must be a LoRARequest, a list of them or None, got {shown(one)}.")
     if len(requests) != len(params):
         raise ToolkitError(f"lora_request must have one entry per prompt ({len(params)}), got {len(requests)}.")
     for request in dict.fromkeys(requests):

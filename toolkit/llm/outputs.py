@@ -1,6 +1,6 @@
 """What ``LLM`` returns: the fields that vLLM's outputs have."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor
@@ -35,9 +35,11 @@ class CompletionOutput:
         cumulative_logprob: the sum of the tokens' log-probabilities.
         logprobs: at each place the tokens that ``SamplingParams.logprobs`` asked for, the sampled one among them; None
             where it asked for none.
-        finish_reason: "stop", "length", "cancelled" or "error".
+        finish_reason: "stop", "length", "cancelled", "timeout" or "error".
         stop_reason: the stop string or stop token id; None for the end-of-text token and for other reasons.
         error: the message, with "error".
+        sampling_logprobs: of each token, under the distribution that it was sampled from: after penalties, masks of
+            ``structured_outputs``, temperature and filters (0 for greedy).
     """
 
     index: int
@@ -48,6 +50,7 @@ class CompletionOutput:
     finish_reason: str
     stop_reason: str | int | None = None
     error: str | None = None
+    sampling_logprobs: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -164,6 +167,7 @@ def completion_output(completion: Completion, tokenizer: Any) -> CompletionOutpu
         finish_reason=completion.finish_reason,
         stop_reason=completion.stop_reason,
         error=completion.error,
+        sampling_logprobs=completion.sampling_logprobs,
     )
 
 

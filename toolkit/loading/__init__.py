@@ -34,6 +34,7 @@ __all__ = [
     "read_new_weights",
     "runner_of",
     "sampling_defaults",
+    "with_draft_model",
     "write_processor_files",
 ]
 
@@ -66,6 +67,23 @@ def load_model(
     """
     source = find_source(name_or_path, revision=revision, trust_remote_code=trust_remote_code, field=field)
     return load_weights(source, dtype, device, runner), load_tokenizer(source)
+
+
+def with_draft_model(limits: dict[str, Any], dtype: str = "float32", device: str = "cpu") -> dict[str, Any]:
+    """Keyword arguments of ``Engine``, with the model of ``speculative_config`` loaded where that is a name.
+
+    Args:
+        limits: the arguments.
+        dtype, device: as for ``load_model``.
+
+    Raises:
+        ToolkitError: as ``load_model``.
+    """
+    config = limits.get("speculative_config")
+    if not isinstance(config, dict) or not isinstance(config.get("model"), str):
+        return limits
+    model, _ = load_model(config["model"], dtype, device, field="model of speculative_config")
+    return {**limits, "speculative_config": {**config, "model": model}}
 
 
 def choose_runner(source: Source, runner: str = "auto") -> tuple[str, dict[str, Any]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from toolkit.errors import ToolkitError, first_line
 from toolkit.loading.run import latest
+from toolkit.sentences import shown
 
 ADAPTER = "adapter_config.json"
 CONFIG = "config.json"
@@ -58,6 +59,8 @@ def find_source(
 
     Args and errors as for ``load_model``; ``cached``: nothing is downloaded.
     """
+    if not isinstance(name_or_path, str | Path):
+        raise ToolkitError(f"{field} must be a folder, a GGUF file or org/name, got {shown(name_or_path)}.")
     path, repository = Path(name_or_path), None
     if path.is_file():
         if path.suffix != ".gguf":

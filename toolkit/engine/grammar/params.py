@@ -5,6 +5,7 @@ from collections import abc
 from dataclasses import dataclass, fields
 from typing import Any
 
+from toolkit.chat.tokens import check_text
 from toolkit.engine.checks import check_bool, check_names
 from toolkit.errors import ToolkitError, first_line
 from toolkit.sentences import shown
@@ -45,6 +46,7 @@ class StructuredOutputsParams:
         for name, value in checked.items():
             if value is not None and not (isinstance(value, str) and value):
                 raise ToolkitError(f"{_NAME}.{name} must be a string that is not empty or None, got {shown(value)}.")
+            _check_unicode(name, value or "")
         check_bool(f"{_NAME}.disable_any_whitespace", self.disable_any_whitespace)
         if self.json_object is not None:
             checked["json_object"] = check_bool(f"{_NAME}.json_object", self.json_object) or None
@@ -81,7 +83,7 @@ class StructuredOutputsParams:
         if not isinstance(given, abc.Mapping):
             raise ToolkitError(f"{_NAME} must be a StructuredOutputsParams, a mapping of its fields or None, "
                                f"got {shown(given)}.")  # fmt: skip
-        check_names("StructuredOutputsParams", map(str, given), tuple(field.name for field in fields(cls)))
+        check_names("StructuredOutputsParams", map(_name, given), tuple(field.name for field in fields(cls)))
         return cls(**given)
 
 
@@ -101,6 +103,7 @@ def _json_text(field: str, given: Any) -> str | None:
         ) from None
     if not isinstance(value, dict):
         raise ToolkitError(f"{_NAME}.{field} must be a JSON object or its text, got {shown(given)}.")
+    _check_unicode(field, text)
     return text
 
 
@@ -111,4 +114,17 @@ def _choices(given: Any) -> tuple[str, ...] | None:
         raise ToolkitError(
             f"{_NAME}.choice must be a list of strings, at least one and none of them empty, got {shown(given)}."
         )
+    for one in given:
+        _check_unicode("choice", one)
     return tuple(given)
+
+
+def _name(field: Any) -> str:
+    return field if isinstance(field, str) else shown(field)
+
+
+def _check_unicode(field: str, text: str) -> None:
+    try:
+        check_text(text)
+    except ToolkitError as error:
+        raise ToolkitError(f"{_NAME}.{field}: {error}") from None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from toolkit.engine.backend import PatchedModel
+from toolkit.engine.checks import check_names
 from toolkit.engine.config import EngineConfig
 from toolkit.engine.pooling.params import PoolerConfig, PoolingParams
 from toolkit.engine.pooling.poolers import activate, default_activation, embed, pool
@@ -81,7 +82,10 @@ class PoolingEngine:
         max_num_seqs: int = 256,
         max_model_len: int | None = None,
         numerics: str | None = None,
+        **unknown: Any,
     ) -> None:
+        taken = ("max_num_batched_tokens", "max_num_seqs", "max_model_len", "numerics")
+        check_names("PoolingEngine", unknown, ("pooler_config", *taken))
         self.config = EngineConfig.check(
             max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, max_model_len=max_model_len,
             numerics=numerics,

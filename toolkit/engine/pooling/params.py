@@ -5,8 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
-from toolkit.engine.checks import check_bool, check_int, check_names
+from toolkit.engine.checks import check_bool, check_cut, check_int, check_names
 from toolkit.errors import ToolkitError, must_be_one_of
+from toolkit.sentences import shown
 
 POOLING_TYPES = ("LAST", "MEAN", "CLS", "ALL")
 ACTIVATIONS = ("identity", "sigmoid", "softmax")
@@ -81,7 +82,7 @@ class PoolerConfig:
             check_names("PoolerConfig", given, names)
             given = cls(**given)
         if not isinstance(given, cls):
-            raise ToolkitError(f"pooler_config must be a PoolerConfig or a mapping of its fields, got {given!r}.")
+            raise ToolkitError(f"pooler_config must be a PoolerConfig or a mapping of its fields, got {shown(given)}.")
         said = {name: getattr(given, name) for name in names if getattr(given, name) not in (None, ())}
         return replace(base, **said)
 
@@ -118,12 +119,35 @@ class PoolingParams:
         for name in ("normalize", "use_activation"):
             if getattr(self, name) is not None:
                 check_bool(name, getattr(self, name))
-        if self.truncate_prompt_tokens is not None and self.truncate_prompt_tokens != -1:
-            check_int("truncate_prompt_tokens", self.truncate_prompt_tokens, 1, also=", -1 or None")
-        if self.task is not None and self.task not in TASKS:
-            raise ToolkitError(must_be_one_of("task", self.task, TASKS))
+        if self.truncate_prompt_tokens is not None:
+            check_cut("truncate_prompt_tokens", self.truncate_prompt_tokens)
+        if self.task is not None and not (isinstance(self.task, str) and self.task in TASKS):
+            asked = self.task if isinstance(self.task, str) else shown(self.task)
+            raise ToolkitError(must_be_one_of("task", asked, TASKS))
         if None not in (self.normalize, self.use_activation) and self.normalize != self.use_activation:
             raise ToolkitError(
                 f"normalize must be equal to use_activation where both are given, got {self.normalize} and "
                 f"{self.use_activation}."
             )
+
+
+def pooling_params_of(given: Any, count: int, task: str | None = None) -> list[PoolingParams]:
+    """The parameters of ``count`` prompts: of one object, one for each, or None.
+
+    Args:
+        given: what the caller gave.
+        count: prompts.
+        task: that all of them get; None for what each asks for.
+
+    Raises:
+        ToolkitError: another number of them, other objects, or one that asks for another task.
+    """
+    params = [given or PoolingParams()] * count if given is None or isinstance(given, PoolingParams) else given
+    if not isinstance(params, list | tuple) or not all(isinstance(one, PoolingParams) for one in params):
+        raise ToolkitError(f"pooling_params must be PoolingParams, a list of them or None, got {shown(given)}.")
+    if len(params) != count:
+        raise ToolkitError(f"pooling_params must be one, or one per prompt ({count}), got {len(params)}.")
+    asked = next((one.task for one in params if task is not None and one.task not in (None, task)), None)
+    if asked is not None:
+        raise ToolkitError(f"task must be {task!r} or None, got {asked!r}.")
+    return list(params) if task is None else [one.with_task(task) for one in params]

@@ -11,6 +11,7 @@ from toolkit.engine.pooling.engine import Pooled, PoolingEngine, PoolingInput
 from toolkit.engine.pooling.params import PoolingParams
 from toolkit.engine.prompts import Prompts, check_characters, split_prompts
 from toolkit.errors import ToolkitError
+from toolkit.sentences import shown
 
 _FIELDS = ("prompt", "prompt_token_ids")
 
@@ -101,6 +102,9 @@ class ScorePlan:
         Raises:
             ToolkitError: numbers of texts that do not fit, or a model without scores.
         """
+        for one in (text_1, text_2):
+            if not isinstance(one, str | Sequence):
+                raise ToolkitError(f"text_1 and text_2 must be texts or lists of texts, got {shown(one)}.")
         first, second = ([one] if isinstance(one, str) else list(one) for one in (text_1, text_2))
         if not second or len(first) not in (1, len(second)):
             raise ToolkitError(

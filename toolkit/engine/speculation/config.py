@@ -5,8 +5,11 @@ from typing import Any
 
 from toolkit.engine.checks import check_bool, check_int, check_names
 from toolkit.errors import ToolkitError, must_be_one_of
+from toolkit.sentences import shown
 
 METHODS = ("prediction", "ngram", "suffix", "draft_model", "mtp")
+MOST_TOKENS = 65_536
+"""Bounds what is drafted and looked for: memory is taken for each of as many tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +49,7 @@ class SpeculativeConfig:
             return given
         if not isinstance(given, dict):
             raise ToolkitError(
-                f"speculative_config must be a dictionary such as {{'method': 'ngram'}} or None, got {given!r}."
+                f"speculative_config must be a dictionary such as {{'method': 'ngram'}} or None, got {shown(given)}."
             )
         check_names("speculative_config", given, tuple(field.name for field in fields(cls)))
         return cls(**given)
@@ -56,7 +59,8 @@ class SpeculativeConfig:
             raise ToolkitError(must_be_one_of("method of speculative_config", self.method, METHODS))
         for field in fields(self):
             if field.type is int:
-                check_int(f"{field.name} of speculative_config", getattr(self, field.name), 1)
+                most = None if field.name == "suffix_decoding_max_cached_tokens" else MOST_TOKENS
+                check_int(f"{field.name} of speculative_config", getattr(self, field.name), 1, most)
         check_bool("adaptive of speculative_config", self.adaptive)
         if self.prompt_lookup_min > self.prompt_lookup_max:
             raise ToolkitError(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from toolkit.engine.backend import Backend, PatchedModel
 from toolkit.engine.capacity import new_state
@@ -17,6 +18,7 @@ from toolkit.engine.sampler import Sampler
 from toolkit.engine.scheduler import Chunk
 from toolkit.engine.speculation.drafter import Draft
 from toolkit.errors import ToolkitError
+from toolkit.sentences import shown
 from toolkit.state import BlockTables, OutOfBlocks
 
 _SPEED = 0.2  # how fast ``seconds_per_token`` follows what is measured
@@ -40,6 +42,11 @@ class DraftModel:
     """
 
     def __init__(self, model: Any, config: EngineConfig, target: Backend, running: int, max_model_len: int) -> None:
+        if not isinstance(model, nn.Module | Backend):
+            raise ToolkitError(
+                f"model of speculative_config must be a model that is loaded, got {shown(model)}; toolkit.LLM and "
+                "toolkit serve load one by its name."
+            )
         self.backend: Backend = model if isinstance(model, Backend) else PatchedModel(model)
         if self.backend.vocab_size != target.vocab_size or self.backend.device != target.device:
             raise ToolkitError(

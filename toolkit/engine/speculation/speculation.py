@@ -153,7 +153,7 @@ class Speculation:
 def _within_grammar(sequence: Sequence, draft: Draft) -> Draft:
     """The draft up to the first token that the sequence's grammar forbids, which would not be sampled.
 
-    With ``ignore_eos`` an output goes on behind the end of its grammar, where no mask of a draft reaches: the draft
+    With ``ignore_eos`` an output continues behind the end of its grammar, where no mask of a draft reaches: the draft
     ends before it.
     """
     if sequence.matcher is not None:

@@ -12,6 +12,7 @@ from toolkit.patching.adapters.find import adapter_layers, base_module, wraps_pa
 from toolkit.patching.adapters.follow import AdapterSwitches, is_switch
 from toolkit.patching.adapters.fuse import is_fused
 from toolkit.patching.adapters.linear import factors_fit, is_fusible
+from toolkit.sentences import shown
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -64,7 +65,7 @@ def check_choosable(model: nn.Module, name: str) -> None:
 
 def unknown_adapter(name: str, known: Sequence[str], none: str = "for a model without adapters") -> ToolkitError:
     """The error of a name that is none of the ``known`` adapters; where there are none, it says when that is so."""
-    allowed = f"lora_name must be None {none}, got {name!r}."
+    allowed = f"lora_name must be None {none}, got {shown(name)}."
     return ToolkitError(must_be_one_of("lora_name", name, known) if known else allowed)
 
 

@@ -77,6 +77,8 @@ def load_adapter(model: nn.Module, name: str, folder: str | Path, kept: Iterable
 
 def read_adapter(folder: str | Path) -> tuple[Any, dict[str, Tensor]]:
     """The configuration and the tensors of a PEFT folder. Raises ToolkitError where it is no plain LoRA or DoRA."""
+    if not isinstance(folder, str | Path):
+        raise ToolkitError(f"adapter must be the path of a folder, got {shown(folder)}.")
     path = Path(folder)
     weights = path / "adapter_model.safetensors"
     for file in (path / "adapter_config.json", weights):

@@ -39,10 +39,17 @@ def vllm_config(generation: Generation) -> Json:
             "data_parallel_size": 1,
             "world_size": 1,
         },
-        "speculative_config": engine.config.speculative_config,
+        "speculative_config": _speculative_config(engine.config.speculative_config),
         "lora_config": _lora_config(generation),
         "weight_transfer_config": None,
     }
+
+
+def _speculative_config(config: Any) -> Json | None:
+    """As JSON: a draft model is the folder that it was loaded from."""
+    if not isinstance(config, dict) or config.get("model") is None:
+        return config
+    return {**config, "model": str(getattr(getattr(config["model"], "config", None), "name_or_path", ""))}
 
 
 def _lora_config(generation: Generation) -> Json | None:
