@@ -20,6 +20,18 @@ RUNTIMES = {"torch-export": (), "onnx": ("onnx", "onnxscript", "onnxruntime"), "
 def test_its_runtime_generates_the_models_tokens(family, target, tmp_path):
     for module in RUNTIMES[target]:
         pytest.importorskip(module, reason=f"needs {module}")
+    check_tokens(family, target, tmp_path)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_executorch_generates_the_models_tokens(tmp_path):
+    pytest.importorskip("executorch", reason="needs executorch")
+    check_tokens("llama", "executorch", tmp_path)
+
+
+def check_tokens(family, target, tmp_path):
+    """The manifest's tokens of a small model's export are those that it predicts."""
     torch.manual_seed(0)
     model = random_model(family, hidden=32, layers=2, vocabulary=340)
     patch(model)  # what is exported is the model without it
