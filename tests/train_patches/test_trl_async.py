@@ -15,7 +15,7 @@ from train_patches.trl_async.transfer import FolderWeightTransfer, ServedWeights
 packing = pytest.importorskip("trl.experimental.async_grpo.packing")
 
 PROMPT = [5, 9, 11, 4]
-# Two that end alike but for one token, the beginning of another, the same twice, another prompt, a conversation whose
+# Two that end with different tokens, the beginning of another, the same twice, another prompt, a conversation whose
 # middle is not trained.
 SAMPLES = [
     ([*PROMPT, 7, 8, 9], [0] * 4 + [1] * 3),
@@ -88,7 +88,7 @@ def test_settings_that_the_server_s_log_probabilities_do_not_have(settings, argu
         async_grpo_trainer("model", args=args, weight_folder="weights", **arguments)
 
 
-def test_a_server_that_does_not_answer_is_a_sentence(tmp_path):
+def test_a_silent_server_is_a_sentence(tmp_path):
     with socket.socket() as closed:  # bound, not listening
         closed.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{closed.getsockname()[1]}"
