@@ -90,6 +90,8 @@ def _data(t: Translation) -> None:
     held_out = None
     if evaluated and path is not None:
         held_out = [{**datasets[0], "split": test}]
+        held_out[0].pop("streaming", None)  # it is measured on in order, as often as is asked
+        held_out[0].pop("streaming", None)  # it is measured on in order, as often as is asked
     share = float(t.take("test_split_size", 0.0) or 0.0)
     objectives.held_out(t, held_out, share if evaluated else 0.0)
 
