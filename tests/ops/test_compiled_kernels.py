@@ -27,6 +27,7 @@ MATRIX = {
     "attention bf16 256": ["sm_90"],
     "attention fp32 64 paged": ["sm_90", "gfx942"],
     "linear bf16 9728x2560": TARGETS,
+    "linear bf16 2560x4096 few rows": ["sm_90"],
     "linear bf16 uneven": ["sm_80"],
     "linear fp32 9728x2560": ["gfx942"],
     "lora_add bf16 9728x2560 rank 64": ["sm_90"],

@@ -1,6 +1,7 @@
 """The matrix kernels with the shapes of a 4 B model, for ``python -m tools.compile_kernels``."""
 
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 
@@ -15,6 +16,21 @@ def linear_case(dtype: torch.dtype, outputs: int, depth: int, rows: int = 512) -
         from toolkit.ops.linear.triton import linear
 
         linear(torch.empty(rows, depth, dtype=dtype), torch.empty(outputs, depth, dtype=dtype), None)
+
+    return call
+
+
+def few_rows_case(outputs: int, depth: int) -> Callable:
+    """A call of ``linear`` with each candidate for few rows of the target, in bfloat16."""
+
+    def call() -> None:
+        from toolkit.ops import triton_devices
+        from toolkit.ops.linear import tiles
+
+        tried = tiles.DECODE_CANDIDATES[triton_devices.architecture(torch.device("cpu"))][2]
+        for tile in tried:
+            with mock.patch.object(tiles, "find", return_value=tile):
+                linear_case(torch.bfloat16, outputs, depth, rows=1)()
 
     return call
 
@@ -65,6 +81,8 @@ def cases() -> dict[str, Callable]:
     for dtype, short in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         for outputs, depth in SHAPES:
             found[f"linear {short} {outputs}x{depth}"] = linear_case(dtype, outputs, depth)
+        if short == "bf16":
+            found["linear bf16 2560x4096 few rows"] = few_rows_case(2560, 4096)
         found[f"linear {short} uneven"] = linear_case(dtype, 1000, 1001)
         for rank in (8, 16, 64):
             found[f"lora_add {short} 9728x2560 rank {rank}"] = lora_case(dtype, 9728, 2560, rank)

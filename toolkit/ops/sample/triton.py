@@ -1,8 +1,9 @@
 """Sampling in Triton: one program a row, which walks the vocabulary in blocks of a width set by its length alone.
 
-Thresholds of top-k and top-p are bisected on the ordered bits of the logits, a pass of counting or summing a step,
-and the bisection ends as soon as the set of tokens is settled. Weights are float64, kept in a scratch row. All sums
-have one order; a row's bits depend on that row alone. Floating-point contraction is off.
+Thresholds of top-k and top-p are searched on the ordered bits of the logits: a pass counts or weighs what reaches each
+of three keys, two bits of the threshold, and the search ends as soon as the set of tokens is settled. In a pass every
+lane adds up its own, and the lanes are added once at its end. Weights are float64, kept in a scratch row. All sums have
+one order; a row's bits depend on that row alone. Floating-point contraction is off.
 """
 
 import torch
@@ -56,21 +57,43 @@ def uniform(seed, step):
 
 
 @triton.jit
+def quarters(low, high):
+    """Three keys, as int32, that cut ``low`` ... ``high`` in four parts, as far as there are so many; the later ones
+    may be ``high``, which is at most one above a finite number's."""
+    step = tl.maximum((high - low) >> 2, 1)
+    first, second, third = low + step, tl.minimum(low + 2 * step, high), tl.minimum(low + 3 * step, high)
+    return first.to(tl.int32), second.to(tl.int32), third.to(tl.int32)
+
+
+@triton.jit
+def chosen(in_1, in_2, in_3, none, first, second, third):
+    """Of keys 1, 2, 3, ascending, the value of the last one that is in, or ``none``; in the type of that."""
+    return tl.where(in_3, third, tl.where(in_2, second, tl.where(in_1, first, none)))
+
+
+@triton.jit
 def top_k_edge(row, best, k, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """A key that the k largest of a row reach, and what equals the k-th, and no others."""
     low = tl.full([], _NO_CHANCE, tl.int64)  # at least k reach it, ``count`` of them
     high = best.to(tl.int64) + 1  # fewer reach it
     count = tl.full([], WIDTH, tl.int64)
     while (high - low > 1) & (count != k):
-        middle = (low + high) >> 1
-        reach = tl.full([], 0, tl.int64)
+        key_1, key_2, key_3 = quarters(low, high)
+        lanes_1 = tl.zeros([BLOCK], tl.int32)
+        lanes_2 = tl.zeros([BLOCK], tl.int32)
+        lanes_3 = tl.zeros([BLOCK], tl.int32)
         for start in range(0, WIDTH, BLOCK):
             keys = keys_of(row, start + tl.arange(0, BLOCK), WIDTH)
-            reach += tl.sum((keys >= middle).to(tl.int32), 0)
-        enough = reach >= k
-        low = tl.where(enough, middle, low)
-        count = tl.where(enough, reach, count)
-        high = tl.where(enough, high, middle)
+            lanes_1 += (keys >= key_1).to(tl.int32)
+            lanes_2 += (keys >= key_2).to(tl.int32)
+            lanes_3 += (keys >= key_3).to(tl.int32)
+        reach_1 = tl.sum(lanes_1, 0).to(tl.int64)
+        reach_2 = tl.sum(lanes_2, 0).to(tl.int64)
+        reach_3 = tl.sum(lanes_3, 0).to(tl.int64)
+        in_1, in_2, in_3 = reach_1 >= k, reach_2 >= k, reach_3 >= k
+        high = chosen(in_1, in_2, in_3, key_1, key_2, key_3, high)
+        low = chosen(in_1, in_2, in_3, low, key_1, key_2, key_3)
+        count = chosen(in_1, in_2, in_3, count, reach_1, reach_2, reach_3)
     return low
 
 
@@ -84,20 +107,33 @@ def nucleus_edge(row, weights, least, best, target, WIDTH: tl.constexpr, BLOCK: 
     reach_high = tl.full([], 0, tl.int64)
     mass_high = tl.full([], 0.0, tl.float64)
     while (high - low > 1) & (reach_low - reach_high > 1):
-        middle = (low + high) >> 1
-        reach = tl.full([], 0, tl.int64)
-        mass = tl.full([], 0.0, tl.float64)
+        key_1, key_2, key_3 = quarters(low, high)
+        lanes_1 = tl.zeros([BLOCK], tl.int32)
+        lanes_2 = tl.zeros([BLOCK], tl.int32)
+        lanes_3 = tl.zeros([BLOCK], tl.int32)
+        masses_1 = tl.zeros([BLOCK], tl.float64)
+        masses_2 = tl.zeros([BLOCK], tl.float64)
+        masses_3 = tl.zeros([BLOCK], tl.float64)
         for start in range(0, WIDTH, BLOCK):
             columns = start + tl.arange(0, BLOCK)
-            inside = keys_of(row, columns, WIDTH) >= middle
-            reach += tl.sum(inside.to(tl.int32), 0)
-            mass += tl.sum(tl.load(weights + columns, mask=inside, other=0.0), 0)
-        enough = mass >= target
-        low = tl.where(enough, middle, low)
-        reach_low = tl.where(enough, reach, reach_low)
-        high = tl.where(enough, high, middle)
-        reach_high = tl.where(enough, reach_high, reach)
-        mass_high = tl.where(enough, mass_high, mass)
+            keys = keys_of(row, columns, WIDTH)
+            weight = tl.load(weights + columns, mask=columns < WIDTH, other=0.0)
+            lanes_1 += (keys >= key_1).to(tl.int32)
+            lanes_2 += (keys >= key_2).to(tl.int32)
+            lanes_3 += (keys >= key_3).to(tl.int32)
+            masses_1 += tl.where(keys >= key_1, weight, 0.0)
+            masses_2 += tl.where(keys >= key_2, weight, 0.0)
+            masses_3 += tl.where(keys >= key_3, weight, 0.0)
+        reach_1 = tl.sum(lanes_1, 0).to(tl.int64)
+        reach_2 = tl.sum(lanes_2, 0).to(tl.int64)
+        reach_3 = tl.sum(lanes_3, 0).to(tl.int64)
+        mass_1, mass_2, mass_3 = tl.sum(masses_1, 0), tl.sum(masses_2, 0), tl.sum(masses_3, 0)
+        in_1, in_2, in_3 = mass_1 >= target, mass_2 >= target, mass_3 >= target
+        high = chosen(in_1, in_2, in_3, key_1, key_2, key_3, high)
+        low = chosen(in_1, in_2, in_3, low, key_1, key_2, key_3)
+        reach_high = chosen(in_1, in_2, in_3, reach_1, reach_2, reach_3, reach_high)
+        mass_high = chosen(in_1, in_2, in_3, mass_1, mass_2, mass_3, mass_high)
+        reach_low = chosen(in_1, in_2, in_3, reach_low, reach_1, reach_2, reach_3)
     return low, high, mass_high
 
 
@@ -109,15 +145,15 @@ def sample_row(
     at = tl.program_id(0).to(tl.int64)
     row = logits + at * stride
     weights = weights + at * WIDTH
-    best = tl.full([], _LOWEST, tl.int32)
-    best_id = tl.full([], 0, tl.int32)
+    largest = tl.full([BLOCK], _LOWEST, tl.int32)  # of each lane, and the first column that has it
+    first_column = tl.full([BLOCK], WIDTH, tl.int32)
     for start in range(0, WIDTH, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         keys = keys_of(row, columns, WIDTH)
-        largest = tl.max(keys, 0)
-        lowest_id = tl.min(tl.where((keys == largest) & (columns < WIDTH), columns, WIDTH), 0)
-        best_id = tl.where(largest > best, lowest_id, best_id)
-        best = tl.maximum(best, largest)
+        first_column = tl.where(keys > largest, columns, first_column)
+        largest = tl.maximum(largest, keys)
+    best = tl.max(largest, 0)
+    best_id = tl.min(tl.where(largest == best, first_column, WIDTH), 0)
     heat = tl.load(temperature + at)
     hot = heat > 0
     heat = tl.where(hot, heat, 1.0)
@@ -143,7 +179,8 @@ def sample_row(
         share = tl.load(top_p + at)
         if share < 1:
             target = share * total
-            low, high, mass = nucleus_edge(row, weights, least, best, target, WIDTH, BLOCK)
+            # Half a block at a time: a lane's counts and masses of three keys take its registers.
+            low, high, mass = nucleus_edge(row, weights, least, best, target, WIDTH, (BLOCK + 1) // 2)
             if high - low == 1:
                 # Equals: in, in order of ids, while the mass before them falls short.
                 one = tl.exp(value_of(low.to(tl.int32)).to(tl.float64) / heat - top)
@@ -158,11 +195,11 @@ def sample_row(
             edge = ((keys >= low) & (keys < high)).to(tl.int32)
             rank = passed + tl.cumsum(edge, 0) - edge
             passed += tl.sum(edge, 0)
-            weight = tl.load(weights + columns, mask=columns < WIDTH, other=0.0)
             kept = (keys >= high) | ((edge != 0) & (rank < room))
+            weight = tl.load(weights + columns, mask=columns < WIDTH, other=0.0)
             weight = tl.where(kept & (weight >= relative), weight, 0.0)
             tl.store(weights + columns, weight, mask=columns < WIDTH)
-            total += tl.sum(weight, 0)
+            total += tl.sum(weight, 0)  # block by block, as below, so that the last running sum is the total
         tl.debug_barrier()
         target = uniform(tl.load(seeds + at), tl.load(steps + at)) * total  # below the total
         running = tl.full([], 0.0, tl.float64)
