@@ -135,7 +135,7 @@ def test_a_wrong_override_is_one_sentence(recipe: str, override: str, expected: 
     assert error_of(recipe, override).startswith(expected)
 
 
-KINDS = "cpo, distill, dpo, grpo, kto, orpo, pretrain, sft"
+KINDS = "cpo, distill, dpo, grpo, kto, orpo, pretrain, reward, rloo, sft"
 ONE_SOURCE = "Exactly one of objective.task, objective.data_files and objective.datasets must be given, got"
 ON_TASK = "task: {name: countdown}"
 
@@ -156,7 +156,7 @@ ON_TASK = "task: {name: countdown}"
             "objective.kind=[grpo]",
             f"objective.kind must be one of {KINDS}, got ['grpo']",
         ),
-        ("objective={kind: grpo}", "objective.task must be given for rollouts, got null."),
+        ("objective={kind: grpo}", f"{ONE_SOURCE} none."),
         (
             f"objective={{kind: grpo, {ON_TASK}, epsilon_hi: 3}}",
             "Unknown field 'objective.epsilon_hi'; did you mean 'objective.epsilon_high'?",

@@ -12,7 +12,7 @@ import torch
 
 from tests.helpers.training_recipes import tiny_recipe, write_corpus
 from toolkit import files
-from toolkit.config.schema import LogSection
+from toolkit.config.outputs import LogSection
 from toolkit.errors import ToolkitError
 from toolkit.loading import find_source
 from toolkit.loading.run import latest, name_of, step_of, steps_in
@@ -190,7 +190,7 @@ def test_random_state_is_exact() -> None:
 
 def test_metrics_drop_what_is_later_and_what_is_cut(tmp_path: Path) -> None:
     details = StepDetails(LogSection(details_steps=1))
-    metrics = Metrics(tmp_path, 0, False, details)
+    metrics = Metrics(tiny_recipe(tmp_path), tmp_path, 0, details)
     for step in (1, 2, 3):
         details.add_expert_load([torch.full((2,), step)])
         metrics.write({"step": step, "loss": 1 / 3})
@@ -199,7 +199,7 @@ def test_metrics_drop_what_is_later_and_what_is_cut(tmp_path: Path) -> None:
     with path.open("a") as file:
         file.write('{"step": 4, "lo')
     assert [line["step"] for line in read_metrics(path)] == [1, 2, 3]
-    again = Metrics(tmp_path, 2, False, StepDetails(LogSection()))
+    again = Metrics(tiny_recipe(tmp_path), tmp_path, 2, StepDetails(LogSection()))
     again.write({"step": 3, "loss": 5.0})
     again.close()
     assert [line["loss"] for line in read_metrics(path)] == [1 / 3, 1 / 3, 5.0]

@@ -139,7 +139,7 @@ def test_a_completion_without_a_reward_has_no_part_in_its_group(tmp_path: Path, 
     said: list[str] = []
     object.__setattr__(policy.context, "log", said.append)
     rewards = iter([missing, 0.0, 1.0, 2.0] + [missing] * 4)
-    policy.task.reward = lambda prompt, completion: next(rewards)  # type: ignore[method-assign]
+    policy.prompts.task.reward = lambda prompt, completion: next(rewards)  # type: ignore[method-assign]
     samples = [sample for micro in next(policy.updates(0)) for sample in micro.samples]
     assert [sample.advantage for sample in samples] == pytest.approx([0.0, -1.0, 0.0, 1.0], abs=1e-3)
     metrics = policy.finish()[1]
@@ -150,7 +150,7 @@ def test_a_completion_without_a_reward_has_no_part_in_its_group(tmp_path: Path, 
 
 def test_a_run_of_which_no_completion_has_a_reward_changes_nothing(tmp_path: Path) -> None:
     trainer, policy = setup(tmp_path, {})
-    policy.task.reward = lambda prompt, completion: None  # type: ignore[method-assign]
+    policy.prompts.task.reward = lambda prompt, completion: None  # type: ignore[method-assign]
     before = weights(trainer)
     assert trainer.train_step() == (0.0, 0.0)
     metrics = policy.finish()[1]
@@ -173,7 +173,7 @@ def test_truncated_completions_can_be_masked(tmp_path: Path, loss_type: str) -> 
 
     policy.rollout.generate = cut  # type: ignore[method-assign]
     rewards = iter([0.0, 1.0, 2.0, 3.0] * 2)
-    policy.task.reward = lambda prompt, completion: next(rewards)  # type: ignore[method-assign]
+    policy.prompts.task.reward = lambda prompt, completion: next(rewards)  # type: ignore[method-assign]
     samples = [sample for micro in next(policy.updates(0)) for sample in micro.samples]
     advantages = group_advantages(torch.tensor([[0.0, 1.0, 2.0, 3.0]], dtype=torch.float64))[0].tolist()
     assert [sample.advantage for sample in samples] == [advantages[0], advantages[2]] * 2
@@ -187,7 +187,7 @@ def test_a_step_whose_completions_are_all_masked_has_no_loss(tmp_path: Path) -> 
     settings = {"mask_truncated_completions": True, "rollout": {"max_completion_length": 1, "max_num_seqs": 16}}
     trainer, policy = setup(tmp_path, settings | {"beta": 0.1, "loss_type": "dapo"})
     rewards = iter([0.0, 1.0] * 6)
-    policy.task.reward = lambda prompt, completion: next(rewards)  # type: ignore[method-assign]
+    policy.prompts.task.reward = lambda prompt, completion: next(rewards)  # type: ignore[method-assign]
     before = weights(trainer)
     assert trainer.train_step() == (0.0, 0.0)
     assert trainer.step == 1
@@ -207,7 +207,7 @@ def test_completions_have_the_form_of_the_recipe(tmp_path: Path) -> None:
         return found[-1]
 
     policy.rollout.generate = kept  # type: ignore[method-assign]
-    policy.task.reward = lambda prompt, completion: completion.count("a")  # type: ignore[method-assign]
+    policy.prompts.task.reward = lambda prompt, completion: completion.count("a")  # type: ignore[method-assign]
     trainer.train_step()
     ones = [one for groups in found for group in groups for one in group]
     assert len(ones) >= 12
@@ -243,7 +243,7 @@ def test_the_loss_does_not_depend_on_the_micro_batches(tmp_path: Path) -> None:
 def test_a_group_without_variance_counts_in_the_mean_and_is_not_computed(tmp_path: Path) -> None:
     trainer, policy = setup(tmp_path, {"prompts": 2})
     rewards = iter([1.0] * 4 + [0.0, 1.0, 1.0, 0.0])
-    policy.task.reward = lambda prompt, completion: next(rewards)  # type: ignore[method-assign]
+    policy.prompts.task.reward = lambda prompt, completion: next(rewards)  # type: ignore[method-assign]
     micros = next(policy.updates(0))
     samples = [sample for micro in micros for sample in micro.samples]
     assert len(samples) == 4
@@ -329,7 +329,7 @@ def test_a_fast_model_reports_its_mismatch(tmp_path: Path) -> None:
 def test_dynamic_sampling_drops_groups_without_variance(tmp_path: Path) -> None:
     trainer, policy = setup(tmp_path, {"dynamic_sampling": True, "max_rounds": 3})
     rewards = iter([1.0] * 4 + [0.0, 1.0, 1.0, 0.0] + [0.0] * 4 + [1.0, 0.0] * 2 + [0.5] * 4 + [0.2, 0.3] * 2)
-    policy.task.reward = lambda prompt, completion: next(rewards)  # type: ignore[method-assign]
+    policy.prompts.task.reward = lambda prompt, completion: next(rewards)  # type: ignore[method-assign]
     micros = next(policy.updates(0))
     kept = [sample.advantage for micro in micros for sample in micro.samples]
     assert len(kept) == 12
@@ -342,7 +342,7 @@ def test_dynamic_sampling_drops_groups_without_variance(tmp_path: Path) -> None:
 
 def test_a_step_without_any_variance_changes_nothing(tmp_path: Path) -> None:
     trainer, policy = setup(tmp_path, {"dynamic_sampling": True, "max_rounds": 2})
-    policy.task.reward = lambda prompt, completion: 1.0  # type: ignore[method-assign]
+    policy.prompts.task.reward = lambda prompt, completion: 1.0  # type: ignore[method-assign]
     before = weights(trainer)
     assert trainer.train_step() == (0.0, 0.0)
     tokens, metrics = policy.finish()

@@ -143,10 +143,16 @@ class DatasetSection(Section):
     """Train on at most this many lines, chosen by a hash of their number; null is all."""
     weight: Positive = 1.0
     """How often an epoch has each line, on average."""
+    streaming: bool = False
+    """Read lines as they are trained on, without an index of them; for one dataset alone, without weights."""
+    shuffle_buffer_size: Count = 1000
+    """Lines of a stream that are shuffled together."""
 
 
-class OfflineSection(PromptSection):
-    """Examples of a task, of a file, or of datasets."""
+class LinesSection(PromptSection):
+    """What the objectives share that take a task's problems, lines of a file, or datasets."""
+
+    supports_streaming: ClassVar[bool] = True
 
     data_files: str | None = None
     """A json lines file, plain or gzip, in one of TRL's dataset formats; see the kind for its fields."""
@@ -162,12 +168,6 @@ class OfflineSection(PromptSection):
     on_bad_lines: Literal["error", "skip"] = "error"
     """Lines that cannot be trained on (no JSON, missing fields, messages that the template does not take): error ends
     the run before its first step and names them, skip passes over them and counts them."""
-    excess_length_strategy: Literal["truncate", "drop", "raise"] = "truncate"
-    """Examples longer than ``train.max_length``: cut at the end, left out, or an error before the first step. One of
-    which nothing that counts is left is always left out, and counted."""
-    max_check_samples: Count | None = None
-    """Lines that are tokenised before the first step, to count and check them; null is all of them. Later lines are
-    checked as they come."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -179,22 +179,77 @@ class OfflineSection(PromptSection):
             )
         if self.eval_datasets is not None and self.datasets is None:
             raise ValueError("objective.eval_datasets must be null without objective.datasets")
+        self._check_streams()
+        return self
+
+    def _check_streams(self) -> None:
+        for at, one in enumerate(self.datasets or ()):
+            if one.streaming and (len(self.datasets or ()) > 1 or one.weight != 1.0):
+                raise ValueError(
+                    f"objective.datasets[{at}].streaming must be false for one of several datasets or with a weight"
+                )
+            if one.streaming and not self.supports_streaming:
+                raise ValueError(f"objective.datasets[{at}].streaming must be false with objective.kind '{self.kind}'")
+        for at, one in enumerate(self.eval_datasets or ()):
+            if one.streaming:
+                raise ValueError(f"objective.eval_datasets[{at}].streaming must be false")
+
+
+class OfflineSection(LinesSection):
+    """Examples of a task, of a file, or of datasets."""
+
+    splits_examples: ClassVar[bool] = False
+    """Whether an example that is too long may become several."""
+
+    excess_length_strategy: Literal["truncate", "drop", "raise", "split"] = "truncate"
+    """Examples longer than ``train.max_length``: cut at the end, left out, an error before the first step, or (sft)
+    split into examples that follow each other. One of which nothing that counts is left is always left out, and
+    counted."""
+    max_check_samples: Count | None = None
+    """Lines that are tokenised before the first step, to count and check them; null is all of them. Later lines are
+    checked as they come."""
+
+    @model_validator(mode="after")
+    def _may_split(self) -> Self:
+        if self.excess_length_strategy == "split" and not self.splits_examples:
+            raise ValueError(
+                f"objective.excess_length_strategy must be truncate, drop or raise with objective.kind '{self.kind}', "
+                "got 'split'"
+            )
         return self
 
 
-class OnPolicySection(PromptSection):
-    """Rolls out from the live weights."""
+class OnPolicySection(LinesSection):
+    """Rolls out from the live weights, on a task's problems or on the prompts of lines.
+
+    ``data_files``, ``datasets``: lines with ``prompt``, a text or messages; reward functions get their other columns.
+    """
 
     supports_expert_parallel: ClassVar[bool] = False
+    supports_streaming: ClassVar[bool] = False
 
     prompts: Count = 16
     """Prompts per step, over all processes."""
+    reward_funcs: list[Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]] = Field(default_factory=list)
+    """For lines: functions by ``module:function``, plain or asynchronous, with TRL's signature. They are called by name
+    with ``prompts``, ``completions``, ``completion_ids``, ``trainer_state`` and the lines' columns, an entry for each
+    completion, and return a number for each, or None where they have none."""
+    reward_weights: list[float] | None = None
+    """Of each function; null is 1 each."""
     filter_overlong_prompts: bool = False
     """Pass over problems whose prompt leaves no room for ``rollout.max_completion_length`` within ``train.max_length``,
     and count them (``prompts_dropped``); false is an error."""
 
     @model_validator(mode="after")
-    def _has_a_task(self) -> Self:
-        if self.task is None:
-            raise ValueError("objective.task must be given for rollouts, got null")
+    def _rewarded(self) -> Self:
+        if (self.task is None) != bool(self.reward_funcs):
+            raise ValueError(
+                "objective.reward_funcs must be given for objective.data_files and objective.datasets, and for them "
+                f"alone, got {self.reward_funcs}"
+            )
+        if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
+            raise ValueError(
+                f"objective.reward_weights must have a weight for each of {len(self.reward_funcs)} reward_funcs, got "
+                f"{len(self.reward_weights)}"
+            )
         return self

@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
-from toolkit.config.base import Count, FolderName, Fraction, Section
+from toolkit.config.base import Count, FolderName, Section
 from toolkit.config.objective import OBJECTIVES, ObjectiveSection, parse_objective
 from toolkit.config.optimization import OptimizerSection, ScheduleSection
+from toolkit.config.outputs import CheckpointSection, EvaluateSection, ExportSection, LogSection
 
 
 class LoraSection(Section):
@@ -29,6 +30,15 @@ class LoraSection(Section):
     trainable_token_indices: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
     """Tokens whose rows of the embedding are trained too (new special tokens, say); null is none."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r) (Kalajdzievski, 2023)."""
+    use_dora: bool = False
+    """Direction by the adapter, magnitude by a vector (Liu et al., 2024)."""
+    init_lora_weights: bool | Literal["gaussian", "orthogonal"] = True
+    """How adapters begin, by PEFT's names, all of which leave the model as it is."""
+    modules_to_save: Annotated[list[str], Field(min_length=1)] | None = None
+    """Ends of names of modules that are trained and saved whole beside the adapters, e.g. ``embed_tokens``; null is
+    none. A reward model's head always is."""
 
     @model_validator(mode="after")
     def _something_to_adapt(self) -> Self:
@@ -119,6 +129,9 @@ class TokenizerSection(Section):
     """Size with the end-of-text token; 256 bytes and that token are the least."""
     max_bytes: Count | None = None
     """Train on at most this much text (whole files, in hash order); null takes all of it."""
+    added_tokens: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
+    """Special tokens to add. A model with fewer rows grows: their embeddings begin as samples of the distribution that
+    the others have (transformers' ``resize_token_embeddings``)."""
 
 
 class DataSection(Section):
@@ -185,6 +198,8 @@ class TrainSection(Section):
     """Passes over the lines of ``objective.data_files`` or ``datasets``; ``max_steps`` is then what they come to."""
     batch_tokens: Annotated[int, Field(ge=2)] = 2048
     """Predicted tokens in one forward: one flat ragged row, always full."""
+    per_device_train_batch_size: Count | None = None
+    """sft: so many examples in one forward, of any length, instead of ``batch_tokens``."""
     max_length: Annotated[int, Field(ge=2)] = 512
     """Longest sequence; longer documents are split."""
     gradient_accumulation_steps: Count = 1
@@ -192,6 +207,11 @@ class TrainSection(Section):
     mixed_precision: Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(_no_of_yaml)] = "no"
     """bf16, fp16: model, rollout, evaluation and saved weights have 16 bits; the optimizer updates float32 copies,
     which checkpoints hold for resuming. fp16 scales the loss. no: all is in ``model.dtype``."""
+    gradient_checkpointing: bool = False
+    """Compute each layer's activations again in the backward instead of keeping them; no bit of a gradient changes."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Keep an exponential moving average of the weights, of this decay: it is what is measured on held-out data, and
+    ``ema`` in the run's folder has it as a model after the last step. null keeps none."""
     moe: MoeSection = Field(default_factory=MoeSection)
     indexer_loss_coef: Annotated[float, Field(ge=0)] = 0.0
     """For models with sparse attention: weight of the loss by which their indexers learn to select keys, KL(attention
@@ -200,50 +220,6 @@ class TrainSection(Section):
     not."""
     expert_parallel: ExpertParallelSection | None = None
     """For MoE models; null keeps all experts in every process."""
-
-
-class CheckpointSection(Section):
-    """When to save, beside the last step, and how many to keep."""
-
-    save_steps: Count | None = 100
-    save_total_limit: Count = 2
-
-
-class ExportSection(Section):
-    """A format of other programs, written after the last step to ``export`` in the run's folder; see docs/export.md."""
-
-    to: str = "hf"
-    """The target, such as hf, peft, gguf or compressed-tensors."""
-    quantise: str | None = None
-    """One of the target's formats of weights; null takes its first."""
-    imatrix: str | None = None
-    """For gguf: a file of llama-imatrix by which columns are weighed, or a text to make one from; null for none."""
-    check: bool = True
-    """Run the target's program, where it is installed, and compare its greedy tokens with the engine's."""
-
-
-class LogSection(Section):
-    """Beside metrics.jsonl, which is always written."""
-
-    report_to: Literal["tensorboard", "none"] = "tensorboard"
-    plot: bool = True
-    progress_seconds: Annotated[float, Field(gt=0)] = 10.0
-    """Seconds between progress lines where the output is not a terminal."""
-    details_steps: Count | None = 10
-    """Steps between lines of details.jsonl, which ``toolkit watch`` shows: sampled completions with their rewards, the
-    engine's blocks and prefix tree in the rollout, and the tokens of each expert; null writes none."""
-    num_completions: Count = 8
-    """Completions in such a line."""
-
-
-class EvaluateSection(Section):
-    """The held-out measure, before the first step (where the objective has use for it) and after the last."""
-
-    do_eval: bool = True
-    max_bytes: Count | None = None
-    """pretrain: use at most this much held-out text (whole files, in hash order); null takes all of it."""
-    overlap: Fraction = 0.25
-    """pretrain: share of a window that repeats the document's previous tokens as context."""
 
 
 def _checkpoint_to_resume(value: Any) -> Any:
@@ -292,6 +268,11 @@ class Recipe(Section):
                 "train.num_train_epochs must be null without objective.data_files and objective.datasets, got "
                 f"{self.train.num_train_epochs:g}"
             )
+        elif any(one.streaming for one in getattr(objective, "datasets", None) or ()):
+            raise ValueError(
+                "train.num_train_epochs must be null with a dataset that is streamed, whose length is not known, got "
+                f"{self.train.num_train_epochs:g}"
+            )
         if self.model.lora and self.model.name_or_path is None and getattr(objective, "warmup", None) is None:
             raise ValueError(
                 "model.lora must be null while model.name_or_path and objective.warmup are null: adapters need a "
@@ -308,6 +289,24 @@ class Recipe(Section):
             raise ValueError(
                 f"train.gradient_accumulation_steps must be 1 with objective.kind '{objective.kind}', which makes "
                 f"forwards of train.batch_tokens as they are needed, got {self.train.gradient_accumulation_steps}"
+            )
+        if self.train.per_device_train_batch_size is not None and objective.kind != "sft":
+            raise ValueError(
+                f"train.per_device_train_batch_size must be null with objective.kind '{objective.kind}', got "
+                f"{self.train.per_device_train_batch_size}"
+            )
+        if self.evaluate.load_best_model_at_end and (self.trains_quantised or self.train.expert_parallel is not None):
+            other = "model.quantise" if self.trains_quantised else "train.expert_parallel"
+            raise ValueError(f"evaluate.load_best_model_at_end must be false with {other}")
+        if self.train.ema_decay is not None and (self.trains_quantised or self.train.expert_parallel is not None):
+            other = "model.quantise" if self.trains_quantised else "train.expert_parallel"
+            raise ValueError(f"train.ema_decay must be null with {other}, got {self.train.ema_decay}")
+        if self.train.ema_decay is not None and self.evaluate.load_best_model_at_end:
+            raise ValueError("evaluate.load_best_model_at_end must be false with train.ema_decay, got true")
+        if self.tokenizer.added_tokens and self.model.lora is not None:
+            raise ValueError(
+                "tokenizer.added_tokens must be empty with model.lora, whose adapters have no new embeddings, got "
+                f"{self.tokenizer.added_tokens}"
             )
         self._check_precision()
         objective.check(self)

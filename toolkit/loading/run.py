@@ -6,6 +6,7 @@ from pathlib import Path
 from toolkit.errors import ToolkitError
 
 LATEST = "latest"
+BEST = "best"
 _NAME = re.compile(r"^step-(\d{6,})$")
 
 
@@ -30,10 +31,20 @@ def steps_in(folder: Path) -> list[int]:
 
 def latest(folder: Path) -> Path | None:
     """The checkpoint that ``folder``/latest names; without that file, the one of the highest step; else None."""
-    pointer = folder / LATEST
-    if not pointer.is_file():
+    if not (folder / LATEST).is_file():
         steps = steps_in(folder)
         return folder / name_of(steps[-1]) if steps else None
+    return _named(folder, LATEST)
+
+
+def served(folder: Path) -> Path | None:
+    """The checkpoint that a run is opened by: the one that ``folder``/best names, where there is such a file, else the
+    latest."""
+    return _named(folder, BEST) if (folder / BEST).is_file() else latest(folder)
+
+
+def _named(folder: Path, name: str) -> Path:
+    pointer = folder / name
     name = pointer.read_text(encoding="utf-8", errors="replace").strip()
     if step_of(name) is None or not (folder / name).is_dir():
         known = ", ".join(name_of(step) for step in steps_in(folder)) or "none"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.errors import ToolkitError, first_line
-from toolkit.loading.run import latest
+from toolkit.loading.run import served
 from toolkit.sentences import shown
 
 ADAPTER = "adapter_config.json"
@@ -92,7 +92,7 @@ def _model_folder(path: Path, field: str) -> Path:
     if _holds_model(path):
         return path
     for folder in (path / "checkpoints", path):
-        checkpoint = latest(folder)
+        checkpoint = served(folder)
         if checkpoint is not None:
             if not _holds_model(checkpoint):
                 raise ToolkitError(f"Checkpoint '{checkpoint}' has no {CONFIG}.")

@@ -18,7 +18,7 @@ from typing import Any
 
 from toolkit.errors import ToolkitError
 from toolkit.files import sync, write_atomic
-from toolkit.loading.run import LATEST, name_of, steps_in
+from toolkit.loading.run import BEST, LATEST, name_of, steps_in
 
 MANIFEST = "manifest.json"
 
@@ -118,18 +118,28 @@ def verify(checkpoint: Path) -> dict[str, Any]:
 
 
 def drop_after(folder: Path, step: int) -> list[str]:
-    """Remove the checkpoints later than ``step`` and make that one the latest; returns the names removed."""
+    """Remove the checkpoints later than ``step`` and make that one the latest; returns the names removed.
+
+    None is the best any more: the run says again which is.
+    """
     write_atomic(folder / LATEST, name_of(step) + "\n")
+    (folder / BEST).unlink(missing_ok=True)
     dropped = [other for other in steps_in(folder) if other > step]
     for other in dropped:
         _remove(folder / name_of(other))
     return [name_of(other) for other in dropped]
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Remove all but the last ``keep`` checkpoints."""
+def prune(folder: Path, keep: int, best: int | None = None) -> None:
+    """Remove all but the last ``keep`` checkpoints, and that of step ``best``."""
     for step in steps_in(folder)[:-keep]:
-        _remove(folder / name_of(step))
+        if step != best:
+            _remove(folder / name_of(step))
+
+
+def name_best(folder: Path, step: int) -> None:
+    """Let the run be opened by the checkpoint of a step."""
+    write_atomic(folder / BEST, name_of(step) + "\n")
 
 
 def _remove(checkpoint: Path) -> None:

@@ -137,6 +137,7 @@ def written(report: DataReport, what: str, max_length: int, tokenizer: Any, note
         lines.append(f"  dropped: {len(report.dropped):,} {what} ({numbers}): {why}")
     remarks = {
         "cut": f"cut: {{}} examples at train.max_length {max_length}, {counts['cut_tokens']:,} tokens",
+        "parted": f"split: {{}} examples longer than train.max_length {max_length}, into parts",
         "split": "split: {} conversations, whose template rewrites earlier turns: each such turn is an example",
         "straddles": "note: in {} examples one token has the prompt's end and the completion's beginning; it counts. "
         "End prompts before a space, not behind it",

@@ -13,14 +13,13 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from toolkit.config.schema import LogSection
+from toolkit.config.outputs import LogSection
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from toolkit.engine import Engine
     from toolkit.engine.outputs import Completion
-    from toolkit.training.tasks import Problem
 
 FILE = "details.jsonl"
 
@@ -45,21 +44,21 @@ class StepDetails:
 
     def add_completions(
         self,
-        problems: "Sequence[Problem]",
+        prompts: Sequence[str],
         completions: "Sequence[Sequence[Completion]]",
         rewards: Sequence[Sequence[float]],
     ) -> None:
-        """Completions of each problem and their rewards, as a round of rollouts gives them."""
+        """Completions of each prompt and their rewards, as a round of rollouts gives them."""
         if not self._wanted:
             return
         kept = self._found.setdefault("completions", [])
-        for problem, group, values in zip(problems, completions, rewards):
+        for prompt, group, values in zip(prompts, completions, rewards):
             for one, reward in zip(group, values):
                 if len(kept) == self._section.num_completions:
                     return
                 kept.append(
                     {
-                        "prompt": problem.prompt,
+                        "prompt": prompt,
                         "completion": one.text,
                         "reward": reward,
                         "tokens": len(one.token_ids),

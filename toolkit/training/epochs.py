@@ -27,7 +27,12 @@ def in_steps(recipe: Recipe, objective: Any) -> Recipe:
 
 
 def packed_steps(
-    lengths: Mapping[int, Sequence[int]], streams: Sequence[LineStream], epochs: float, batch_tokens: int, batches: int
+    lengths: Mapping[int, Sequence[int]],
+    streams: Sequence[LineStream],
+    epochs: float,
+    batch_tokens: int,
+    batches: int,
+    batch_size: int | None = None,
 ) -> int:
     """Steps of packed examples, whose lengths are packed as ``Packed`` packs the examples.
 
@@ -36,14 +41,17 @@ def packed_steps(
         streams: of indexes, one for each process.
         batch_tokens: inputs of a batch.
         batches: of a step, in each process.
+        batch_size: examples of a batch, in the place of its inputs.
     """
     most = 0
     for stream in streams:
         full = rows = 0
         for index in stream.take(round(epochs * stream.lines_per_epoch)):
             for length in lengths.get(index, ()):
-                if rows and rows + length > batch_tokens:
+                room = batch_tokens if batch_size is None else batch_size
+                taken = length if batch_size is None else 1
+                if rows and rows + taken > room:
                     full, rows = full + 1, 0
-                rows += length
+                rows += taken
         most = max(most, full + bool(rows))
     return max(math.ceil(most / batches), 1)

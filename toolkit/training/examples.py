@@ -98,10 +98,18 @@ class Packed:
         stream: of sources.
         make: the examples of a source: none, one or several.
         batch_tokens: rows of a batch.
+        batch_size: examples of a batch, in the place of its rows; None counts rows.
     """
 
-    def __init__(self, stream: Stream, make: Callable[[Any], Sequence[Example]], batch_tokens: int) -> None:
-        self._stream, self._make, self._batch_tokens = stream, make, batch_tokens
+    def __init__(
+        self,
+        stream: Stream,
+        make: Callable[[Any], Sequence[Example]],
+        batch_tokens: int,
+        batch_size: int | None = None,
+    ) -> None:
+        self._stream, self._make = stream, make
+        self._batch_tokens, self._batch_size = batch_tokens, batch_size
         self._examples: Sequence[Example] = []
         self._done = 0
         """Of the examples of the source read last."""
@@ -122,13 +130,14 @@ class Packed:
         """At least one example."""
         batch: list[Example] = []
         rows = 0
-        while True:
+        while len(batch) != self._batch_size:
             example = self._peek()
-            if batch and rows + len(example.inputs) > self._batch_tokens:
-                return batch
+            if self._batch_size is None and batch and rows + len(example.inputs) > self._batch_tokens:
+                break
             self._done += 1
             batch.append(example)
             rows += len(example.inputs)
+        return batch
 
     def state_dict(self) -> dict[str, Any]:
         """The position, as JSON."""

@@ -12,7 +12,7 @@ import warnings
 from collections import deque
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object, set_seed
@@ -29,30 +29,30 @@ from toolkit.patching import expert_layers
 from toolkit.strict_json import strict_json
 from toolkit.training import checkpoint
 from toolkit.training.accelerator import make_accelerator
+from toolkit.training.averaging import AveragedWeights
+from toolkit.training.best import Measures
 from toolkit.training.epochs import in_steps
 from toolkit.training.final_exports import check_exports, write_exports
-from toolkit.training.freezing import freeze_parameters
 from toolkit.training.indexers import IndexerTraining, freeze_indexers
+from toolkit.training.loggers import check_loggers
+from toolkit.training.measuring import load_best, measure, name_best
 from toolkit.training.metrics import FILE as METRICS
 from toolkit.training.metrics import Metrics, plot_curve, read_metrics
-from toolkit.training.model import RaggedModel, load_adapters, load_checkpoint, make_model, patch_model
+from toolkit.training.model import RaggedModel, checkpoint_layers, load_adapters, patch_model
 from toolkit.training.moe import Balancing
 from toolkit.training.nested import warmup_recipe
 from toolkit.training.objectives.base import RunContext, make_objective
 from toolkit.training.optimizers import make_optimizer
-from toolkit.training.precision import GradientStep, lower_precision, move_to_fresh_memory
+from toolkit.training.precision import GradientStep
 from toolkit.training.progress import Progress
-from toolkit.training.quantising import quantise_model, train_quantised
 from toolkit.training.report import about_model, line, result_of, show
 from toolkit.training.resume import RESULT, Start, check_start, find_start, prepare_folder, run_folder
-from toolkit.training.run_state import restore_run, write_run
+from toolkit.training.run_state import restore_run, write_averaged, write_run
 from toolkit.training.schedule import make_scheduler
 from toolkit.training.signals import Interrupted, StopRequest
+from toolkit.training.start_model import StartModel
 from toolkit.training.state import rng_kept, rng_state
 from toolkit.training.tokenizer import load_tokenizer, make_tokenizer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 class Trainer:
@@ -72,6 +72,7 @@ class Trainer:
     ) -> None:
         self.recipe, self.stop = recipe, StopRequest() if stop is None else stop
         check_exports(recipe)
+        check_loggers(recipe)
         self.accelerator = make_accelerator(recipe)
         self._quiet = quiet or not self.accelerator.is_main_process
         if not nested:
@@ -87,9 +88,12 @@ class Trainer:
 
         self.tokenizer = self._make_tokenizer(start)
         set_seed(recipe.seed)
-        self.hf_model = self._make_model(start)
+        self._start_model = StartModel(recipe, self.tokenizer, self.objective.head, self._warmed_up)
+        self.hf_model, self._masters = self._start_model.make(start, self.accelerator.num_processes, self.log)
         self.processor_files = processor_files(checkpoint_folder(self.hf_model))
         ragged, self.patch_report = patch_model(self.hf_model, recipe.model)
+        if recipe.train.gradient_checkpointing:
+            checkpoint_layers(self.hf_model)
         if start is not None and recipe.model.lora is not None:
             load_adapters(self.hf_model, start.checkpoint)
         idle = None if recipe.train.indexer_loss_coef else freeze_indexers(self.hf_model, self.patch_report)
@@ -111,10 +115,13 @@ class Trainer:
         # Runs the model: one that cannot take a ragged batch is refused before anything is written.
         self.balancing = Balancing(recipe.train.moe, self.objective.context, self.patch_report)
         self.indexers = IndexerTraining(recipe.train.indexer_loss_coef, self.objective.context, self.patch_report)
+        decay = recipe.train.ema_decay
+        self.averaged = None if decay is None else AveragedWeights(self.hf_model, decay)
         self.step, self.seconds, self.num_tokens = 0, 0.0, 0
         self._saved = 0 if start is None else start.step
         self._stopping = False
         self.before_training: dict[str, Any] | None = None
+        self.measures = Measures(recipe.evaluate, self.objective.eval_metric)
         set_seed(recipe.seed, device_specific=True)
         if start is not None:
             restore_run(self, start)
@@ -136,7 +143,7 @@ class Trainer:
             accelerator=self.accelerator,
             tokenizer=self.tokenizer,
             model=self.ragged,
-            initial_model=self._initial_model,
+            initial_model=self._start_model.initial,
             nested_run=self._nested_run,
             folder=self.folder,
             log=self.log,
@@ -186,42 +193,6 @@ class Trainer:
         self.log(f"tokenizer: {len(made)} tokens, {time.monotonic() - begun:.1f} s")
         return made
 
-    def _initial_model(self) -> "PreTrainedModel":
-        """The model that training starts from: after the warm-up, from ``model.name_or_path``, or random."""
-        model, section = self._whole_model(), self.recipe.model
-        freeze_parameters(model, section)
-        quantise_model(model, section, lower_precision(model, self.recipe.forward_dtype))
-        return model
-
-    def _whole_model(self) -> "PreTrainedModel":
-        """The initial model in ``model.dtype``."""
-        section = self.recipe.model
-        if self._warmed_up is not None:
-            model = load_checkpoint(self._warmed_up, section.dtype, "the warm-up")
-            model.train()
-            return model
-        with torch.random.fork_rng():
-            set_seed(self.recipe.seed)
-            return make_model(section, self.tokenizer, self.recipe.train.max_length)
-
-    def _make_model(self, start: Start | None) -> "PreTrainedModel":
-        recipe = self.recipe
-        if new := start is None or recipe.model.lora is not None:
-            model = self._whole_model()
-        else:
-            model = load_checkpoint(start.checkpoint, recipe.forward_dtype, "the checkpoint").train()
-        if recipe.trains_quantised:
-            train_quantised(model)
-        frozen = freeze_parameters(model, recipe.model)
-        if frozen is not None:
-            self.log(f"frozen: {frozen}")
-        masters = lower_precision(model, recipe.forward_dtype)
-        move_to_fresh_memory(model)
-        if new and (report := quantise_model(model, recipe.model, masters, self.accelerator.num_processes)):
-            self.log(f"quantised: {report}")
-        self._masters = None if recipe.train.mixed_precision == "no" and not recipe.trains_quantised else masters
-        return model
-
     def _shard_experts(self, ragged: RaggedModel) -> ShardedExperts | None:
         section = self.recipe.train.expert_parallel
         if section is None:
@@ -240,7 +211,7 @@ class Trainer:
 
     def evaluate(self) -> dict[str, Any]:
         """The objective's held-out measure. All processes must call it."""
-        with self._whole():
+        with self._whole(), nullcontext() if self.averaged is None else self.averaged.applied():
             return self.objective.evaluate()
 
     def fit(self) -> None:
@@ -249,14 +220,15 @@ class Trainer:
         Raises:
             Interrupted: a signal asked to stop, and the last step done is saved.
         """
-        recipe, last = self.recipe, self.recipe.train.max_steps
-        main = self.accelerator.is_main_process
+        recipe, last, main = self.recipe, self.recipe.train.max_steps, self.accelerator.is_main_process
         if recipe.evaluate.do_eval and self.objective.eval_on_start and self.before_training is None:
             with rng_kept():
                 self.before_training = self.evaluate()
             self.log(f"held out, before: {line(self.before_training)}")
-        tensorboard, details = recipe.log.report_to == "tensorboard", self.objective.context.details
-        metrics = Metrics(self.folder, self.step, tensorboard, details) if main else None
+        if self.measures.owed(self.step):
+            measure(self)
+        name_best(self)
+        metrics = Metrics(recipe, self.folder, self.step, self.objective.context.details) if main else None
         recent: deque[tuple[int, float]] = deque(maxlen=20)
         primary = self.objective.primary_metric
         try:
@@ -264,7 +236,7 @@ class Trainer:
                 self.stop.deferred(),
                 Progress(last, self.step, recipe.log.progress_seconds, not self._quiet, primary) as progress,
             ):
-                while self.step < last:
+                while self.step < last and not self.measures.stopped:
                     begun, position = time.perf_counter(), self._position()
                     rate = self.scheduler.get_last_lr()[0]
                     try:
@@ -289,20 +261,34 @@ class Trainer:
                         **self.gradients.metrics(),
                         "seconds": round(self.seconds, 3),
                     }
+                    improved = False
+                    if self.measures.due(self.step):
+                        try:
+                            measured, improved = measure(self)
+                        except Interrupted:  # in a rollout; it is measured when the run resumes
+                            self._save_once(metrics)
+                            raise self._interruption() from None
+                        logged |= {name: value for name, value in measured.items() if isinstance(value, (int, float))}
                     if metrics is not None:
                         metrics.write(logged)
                     speed = sum(count for count, _ in recent) / sum(seconds for _, seconds in recent)
                     progress.update(self.step, logged[primary], speed)
                     interval = recipe.checkpoint.save_steps
                     due = self.step == last or (interval is not None and self.step % interval == 0)
-                    if due:
+                    if due or self.measures.stopped or (improved and recipe.evaluate.load_best_model_at_end):
                         self._save_once(metrics)
+                        name_best(self)
                     if self._stopping or (self.accelerator.num_processes == 1 and self.stop.requested):
                         self._save_once(metrics)
                         raise self._interruption()
         finally:
             if metrics is not None:
                 metrics.close()
+        if self.measures.stopped:
+            self.log(f"stopped after step {self.step}: {self.measures.describe()}")
+        load_best(self)
+        if main:
+            write_averaged(self)
         if main and recipe.log.plot:
             plot_curve(read_metrics(self.folder / METRICS), primary, self.folder, recipe.run_name)
 
@@ -346,6 +332,8 @@ class Trainer:
             # torch takes a first step without updates (all groups dropped) for a wrong order of calls.
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             self.scheduler.step()
+        if self.averaged is not None:
+            self.averaged.update()
         self.step += 1
         # The processes stop after the same step, whichever of them was asked to.
         asked = torch.full_like(total, float(self.stop.requested))
@@ -369,7 +357,7 @@ class Trainer:
                 folder = self.folder / "checkpoints"
                 with checkpoint.writing(folder, self.step) as staging:
                     write_run(self, staging, rngs, positions)
-                checkpoint.prune(folder, self.recipe.checkpoint.save_total_limit)
+                checkpoint.prune(folder, self.recipe.checkpoint.save_total_limit, self.measures.best_step)
         self._saved = self.step
         self.accelerator.wait_for_everyone()
 

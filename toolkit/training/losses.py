@@ -56,6 +56,9 @@ def policy_loss(
     entropy: Tensor | None = None,
     entropy_coef: float = 0.0,
     lengths: Sequence[int] | None = None,
+    delta: float | None = None,
+    bounded_ratio: bool = False,
+    summed: bool = False,
 ) -> PolicyLoss:
     """The clipped surrogate of PPO (Schulman et al., 2017), which GRPO uses with group-normalised advantages.
 
@@ -70,16 +73,30 @@ def policy_loss(
         reference: [T], of the reference policy.
         entropy: [T], nats.
         lengths: tokens of each completion; r is then the geometric mean over its completion (GSPO; Zheng et al., 2025).
+        delta: bounds r in the first term, too.
+        bounded_ratio: the first term is ``-min(r, epsilon_high) a logprob``, the factor without gradient (CISPO;
+            MiniMax, 2025); ratios beyond the bound count as clipped.
+        summed: with ``lengths``, r is the product over its completion (RLOO; Ahmadian et al., 2024).
     """
     difference = logprob - behaviour
-    ratio = torch.exp(difference if lengths is None else sequence_mean(difference, lengths))
-    bounded = ratio.clamp(1.0 - epsilon, 1.0 + epsilon_high)
-    loss = -torch.minimum(ratio * advantage, bounded * advantage)
+    if lengths is not None:
+        means = sequence_mean(difference, lengths)
+        counts = [float(length) for length in lengths for _ in range(length)]
+        difference = means * means.new_tensor(counts) if summed else means
+    ratio = torch.exp(difference)
+    if bounded_ratio:
+        loss = -ratio.clamp(max=epsilon_high).detach() * advantage * logprob
+        clipped = (ratio > epsilon_high) & (advantage > 0)
+    else:
+        bounded = ratio.clamp(1.0 - epsilon, 1.0 + epsilon_high)
+        limited = ratio if delta is None else ratio.clamp(max=delta)
+        loss = -torch.minimum(limited * advantage, bounded * advantage)
+        clipped = ratio * advantage > bounded * advantage
     if reference is not None and beta:
         loss = loss + beta * divergence_estimate(reference - logprob)
     if entropy is not None and entropy_coef:
         loss = loss - entropy_coef * entropy
-    return PolicyLoss(loss, (ratio * advantage > bounded * advantage).detach())
+    return PolicyLoss(loss, clipped.detach())
 
 
 def divergence_estimate(difference: Tensor) -> Tensor:

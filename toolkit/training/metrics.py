@@ -1,14 +1,16 @@
-"""Metrics of a run: metrics.jsonl (one line per step), details.jsonl, TensorBoard, and plots."""
+"""Metrics of a run: metrics.jsonl (one line per step), details.jsonl, loggers, and plots."""
 
 import json
 import os
 from pathlib import Path
 from typing import IO, Any
 
+from toolkit.config import Recipe
 from toolkit.files import write_atomic
 from toolkit.strict_json import strict_json
 from toolkit.training.details import FILE as DETAILS
 from toolkit.training.details import StepDetails
+from toolkit.training.loggers import make_loggers
 
 FILE = "metrics.jsonl"
 PLOTS = "plots"
@@ -16,21 +18,17 @@ PLOTS = "plots"
 
 
 class Metrics:
-    """Appends to ``metrics.jsonl``, ``details.jsonl`` and TensorBoard; lines later than ``step`` are dropped first.
+    """Appends to ``metrics.jsonl``, ``details.jsonl`` and the recipe's loggers; lines later than ``step`` are dropped.
 
     Args:
         details: of the steps, which are written with their metrics.
     """
 
-    def __init__(self, folder: Path, step: int, tensorboard: bool, details: StepDetails) -> None:
+    def __init__(self, recipe: Recipe, folder: Path, step: int, details: StepDetails) -> None:
         self._file, self._details_file = _opened(folder / FILE, step), _opened(folder / DETAILS, step)
         self._details = details
         details.begin(step + 1)
-        self._writer: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        self._loggers = make_loggers(recipe, folder, step)
 
     def write(self, values: dict[str, float | int]) -> None:
         """Record one step; ``values`` has "step" and numbers, NaN and infinities written as null."""
@@ -41,23 +39,22 @@ class Metrics:
         self._file.write(strict_json(values) + "\n")
         self._file.flush()
         self._details.begin(int(values["step"]) + 1)
-        if self._writer is not None:
-            for name, value in values.items():
-                if name != "step":
-                    self._writer.add_scalar(name, value, values["step"])
+        scalars = {name: value for name, value in values.items() if name != "step"}
+        for logger in self._loggers:
+            logger.write(scalars, int(values["step"]))
 
     def sync(self) -> None:
         """Flush to disk, so that a checkpoint never knows more steps than the metrics."""
         for file in (self._file, self._details_file):
             os.fsync(file.fileno())
-        if self._writer is not None:
-            self._writer.flush()
+        for logger in self._loggers:
+            logger.flush()
 
     def close(self) -> None:
         self._file.close()
         self._details_file.close()
-        if self._writer is not None:
-            self._writer.close()
+        for logger in self._loggers:
+            logger.close()
 
 
 def _opened(path: Path, step: int) -> IO[str]:

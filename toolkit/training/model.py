@@ -3,7 +3,7 @@
 import inspect
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from toolkit.config import Recipe
 from toolkit.config.schema import LoraSection, ModelSection
 from toolkit.errors import ToolkitError, first_line, nearest
 from toolkit.loading import find_source, load_weights
@@ -32,9 +33,10 @@ from toolkit.patching.multimodal import MediaSequence, media_batch
 from toolkit.quantised import dense_state, quantised_weights
 from toolkit.state.batch import RaggedBatch
 from toolkit.training.images import WithImages, image_logits, proven_sequences
+from toolkit.training.score_model import head_modules, load_score_model, make_score_model, sequence_scores
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
     from toolkit.training.tokenizer import Tokenizer
 
@@ -61,6 +63,7 @@ class RaggedModel(nn.Module):
         routing: list[Tensor] | None = None,
         rotary_lengths: list[int | None] | None = None,
         selection: list[Tensor] | None = None,
+        scores: bool = False,
     ) -> Any:
         """Logits [T, V] of every token of a batch, or [len(rows), V] of those rows.
 
@@ -73,10 +76,13 @@ class RaggedModel(nn.Module):
             routing: the experts of each sequence's tokens.
             rotary_lengths: of each sequence, see ``token_logprobs``.
             selection: the keys that each sequence's tokens attend.
+            scores: return the score [S] of each sequence, of a model with a head of one.
         """
         observed = torch.is_grad_enabled()
         indexers = nullcontext() if self.index_losses is None else index_losses(self.index_losses)
         with observing(self.observer if observed else None), indexers if observed else nullcontext():
+            if isinstance(batch, list) and scores:
+                return sequence_scores(self.model, batch)
             if isinstance(batch, list):
                 return token_logprobs(self.model, batch, True, last, routing, rotary_lengths, selection=selection)
             if isinstance(batch, WithImages):
@@ -123,8 +129,12 @@ class Reference:
         return ragged_forward(self.model, batch, rows)
 
 
-def make_model(section: ModelSection, tokenizer: "Tokenizer", max_length: int) -> "PreTrainedModel":
+def make_model(
+    section: ModelSection, tokenizer: "Tokenizer", max_length: int, head: str = "tokens", added_tokens: bool = False
+) -> "PreTrainedModel":
     """The unpatched model in training mode. Random weights come from torch's global generator.
+
+    ``head``: tokens, or score for one score a sequence. ``added_tokens``: a loaded model grows to the vocabulary.
 
     The vocabulary and the special tokens come from the tokenizer; a vocabulary given in ``model.config`` may
     be larger. Raises ToolkitError for a configuration that transformers does not know or accept, a path
@@ -133,17 +143,27 @@ def make_model(section: ModelSection, tokenizer: "Tokenizer", max_length: int) -
     if section.config is not None:
         from transformers import AutoModelForCausalLM
 
+        model: PreTrainedModel
         config = make_config(section.config, tokenizer)
         try:
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, section.dtype))
+            if head == "score":
+                model = make_score_model(config, section.dtype)
+            else:
+                model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, section.dtype))
         except Exception as error:  # a combination of fields that only the model's own code refuses
             raise ToolkitError(f"model.config makes no model: {first_line(error)}.") from None
     else:
         assert section.name_or_path is not None
         model = load_checkpoint(
-            section.name_or_path, section.dtype, "model.name_or_path", section.revision, section.trust_remote_code
+            section.name_or_path, section.dtype, "model.name_or_path", section.revision, section.trust_remote_code, head
         )
+    if head == "score" and model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id  # of a batch's other sequences, elsewhere
     rows = vocabulary_size(model)
+    if rows < len(tokenizer) and added_tokens and section.config is None:
+        with quiet_transformers():
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
+        rows = vocabulary_size(model)
     if rows < len(tokenizer):
         field = "model.config.vocab_size" if section.config is not None else "the model's vocabulary size"
         raise ToolkitError(f"{field} must be >= the tokenizer's, which is {len(tokenizer)}, got {rows}.")
@@ -152,7 +172,7 @@ def make_model(section: ModelSection, tokenizer: "Tokenizer", max_length: int) -
         raise ToolkitError(
             f"train.max_length must be <= the model's max_position_embeddings, which is {positions}, got {max_length}."
         )
-    generation = model.generation_config
+    generation = generation_config_of(model)
     if generation is not None:
         if section.config is not None or generation.bos_token_id is None:
             generation.bos_token_id = tokenizer.bos_token_id
@@ -165,9 +185,14 @@ def make_model(section: ModelSection, tokenizer: "Tokenizer", max_length: int) -
     return model
 
 
+def generation_config_of(model: "PreTrainedModel") -> "GenerationConfig | None":
+    """None of a model that predicts no tokens."""
+    return getattr(model, "generation_config", None)
+
+
 def eos_token_ids(model: "PreTrainedModel") -> list[int]:
     """The tokens at which generation stops, in order."""
-    generation = model.generation_config
+    generation = generation_config_of(model)
     ids = generation.eos_token_id if generation is not None else None
     if ids is None:
         ids = model.config.get_text_config().eos_token_id
@@ -176,9 +201,10 @@ def eos_token_ids(model: "PreTrainedModel") -> list[int]:
 
 def add_eos_token_ids(model: "PreTrainedModel", ids: Iterable[int]) -> None:
     """Let generation stop at these tokens, too; checkpoints keep the list."""
-    if model.generation_config is not None:
+    generation = generation_config_of(model)
+    if generation is not None:
         found = list(dict.fromkeys([*eos_token_ids(model), *ids]))
-        model.generation_config.eos_token_id = found[0] if len(found) == 1 else found
+        generation.eos_token_id = found[0] if len(found) == 1 else found
 
 
 def make_config(fields: dict[str, Any], tokenizer: "Tokenizer") -> "PretrainedConfig":
@@ -216,12 +242,20 @@ def make_config(fields: dict[str, Any], tokenizer: "Tokenizer") -> "PretrainedCo
 
 
 def load_checkpoint(
-    name_or_path: str | Path, dtype: str, field: str, revision: str | None = None, trust_remote_code: bool = False
+    name_or_path: str | Path,
+    dtype: str,
+    field: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    head: str = "tokens",
 ) -> "PreTrainedModel":
     """The causal language model of a checkpoint in eval mode: see ``toolkit.loading.load_model``.
 
+    ``head`` "score": a model with one score a sequence.
     Raises ToolkitError, naming ``field``, where there is none, and for weights that lack a tensor.
     """
+    if head == "score":
+        return load_score_model(name_or_path, dtype, field, revision, trust_remote_code)
     source = find_source(name_or_path, revision=revision, trust_remote_code=trust_remote_code, field=field)
     model: PreTrainedModel = load_weights(source, dtype)
     return model
@@ -235,6 +269,16 @@ def patch_model(model: "PreTrainedModel", section: ModelSection) -> tuple[Ragged
     return RaggedModel(model), report
 
 
+def checkpoint_layers(model: "PreTrainedModel") -> None:
+    """Let a patched model's layers be computed again in the backward.
+
+    Raises ToolkitError for a model whose layers cannot be.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise ToolkitError(f"train.gradient_checkpointing must be false for {type(model).__name__}, got true.")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
 def add_adapters(model: "PreTrainedModel", section: LoraSection, report: PatchReport) -> None:
     """Put LoRA adapters of PEFT into a patched model; its own weights freeze.
 
@@ -243,7 +287,8 @@ def add_adapters(model: "PreTrainedModel", section: LoraSection, report: PatchRe
     of experts' parameters are grouped like the experts' own.
     Raises ToolkitError for target names that no module or parameter of the model has.
     """
-    config = lora_config(section, str(model.name_or_path))
+    scored = model.get_output_embeddings() is None
+    config = lora_config(section, str(model.name_or_path), head_modules(model) if scored else ())
     try:
         model.add_adapter(config)
     except ValueError as error:
@@ -257,19 +302,28 @@ def add_adapters(model: "PreTrainedModel", section: LoraSection, report: PatchRe
     weights_changed(model)
 
 
-def lora_config(section: LoraSection, base: str | None = None) -> Any:
-    """PEFT's ``LoraConfig`` of a section; ``base`` is the name of the model that it is for."""
+def lora_config(section: LoraSection, base: str | None = None, head: Sequence[str] = ()) -> Any:
+    """PEFT's ``LoraConfig`` of a section.
+
+    Args:
+        base: the name of the model that it is for.
+        head: modules of a head that is trained whole, of a model with one score a sequence.
+    """
     import peft
 
     return peft.LoraConfig(
         r=section.r,
         lora_alpha=section.lora_alpha,  # type: ignore[arg-type]
+        use_rslora=section.use_rslora,
+        use_dora=section.use_dora,
+        init_lora_weights=section.init_lora_weights,
+        modules_to_save=[*(section.modules_to_save or ()), *head] or None,
         lora_dropout=section.lora_dropout,
         target_modules=section.target_modules if section.target_modules is not None else "all-linear",
         exclude_modules=section.exclude_modules,
         target_parameters=section.target_parameters,
         trainable_token_indices=section.trainable_token_indices,
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if head else "CAUSAL_LM",
         base_model_name_or_path=base,
     )
 
@@ -279,7 +333,19 @@ def load_adapters(model: "PreTrainedModel", folder: Path) -> None:
     import peft
     from safetensors.torch import load_file
 
-    peft.set_peft_model_state_dict(model, load_file(str(folder / "adapter_model.safetensors")))
+    saved = load_file(str(folder / "adapter_model.safetensors"))
+    # Modules that are saved whole are looked up by the names that they have in the model.
+    named = {name.removeprefix("base_model.model."): tensor for name, tensor in saved.items()}
+    peft.set_peft_model_state_dict(model, named)
+
+
+def load_weights_of(model: "PreTrainedModel", folder: Path, recipe: Recipe, head: str) -> None:
+    """Give a run's model the weights of one of its checkpoints, in place."""
+    if recipe.model.lora is not None:
+        load_adapters(model, folder)
+    else:
+        model.load_state_dict(load_checkpoint(folder, recipe.forward_dtype, "the checkpoint", head=head).state_dict())
+    weights_changed(model)
 
 
 def save_model(model: "PreTrainedModel", folder: Path, section: ModelSection) -> None:
@@ -296,6 +362,7 @@ def save_model(model: "PreTrainedModel", folder: Path, section: ModelSection) ->
     if adapters and section.quantise is not None:
         dtype = str(model.dtype).removeprefix("torch.")
         write_quantised_base(folder, {**section.quantise.model_dump(), "dtype": dtype})
-    if model.generation_config is not None and not (folder / GENERATION_CONFIG).is_file():
+    generation = generation_config_of(model)
+    if generation is not None and not (folder / GENERATION_CONFIG).is_file():
         # Of adapters, whose base model may stop at fewer tokens.
-        (folder / GENERATION_CONFIG).write_text(model.generation_config.to_json_string(), encoding="utf-8")
+        (folder / GENERATION_CONFIG).write_text(generation.to_json_string(), encoding="utf-8")

@@ -14,8 +14,10 @@ from toolkit.config.schema import MoeSection
 from toolkit.errors import ToolkitError
 from toolkit.moe.balance import RouterStatistics, load_metrics, update_expert_bias
 from toolkit.moe.observer import observing
-from toolkit.patching import PatchReport, ragged_forward
+from toolkit.patching import PatchReport
+from toolkit.patching.forward import row_forward
 from toolkit.state.batch import RaggedBatch
+from toolkit.state.dense import DenseContext
 from toolkit.training.objectives.base import RunContext
 from toolkit.training.shares import TokenShares
 
@@ -48,7 +50,8 @@ class Balancing:
         """Counts the model's routers by a forward of one token, and checks the section against them."""
         section, observed = self.section, RouterStatistics(losses=False)
         with torch.no_grad(), observing(observed):
-            ragged_forward(self.context.model.model, RaggedBatch.from_sequences([[0]], device=self.context.device))
+            batch = RaggedBatch.from_sequences([[0]], device=self.context.device)
+            row_forward(self.context.model.model, DenseContext(batch))
         self.routers = len(observed.take_loads())
         reasons = sorted({one.reason for one in report.skipped if one.role in ("router", "experts")})
         why = f" ({'; '.join(reasons)})" if reasons else ""

@@ -55,6 +55,8 @@ class TooLong(ToolkitError):
 def supervised(tokens: Sequence[TrainingTokens], max_length: int, excess_length_strategy: str) -> Outcome:
     """Examples of at most ``max_length`` inputs; one of which nothing that counts is left is dropped.
 
+    Where the strategy is ``split``, a longer one becomes several: each token is predicted once.
+
     Raises TooLong where the strategy is ``raise`` and one is longer.
     """
     outcome = Outcome(counts=Counter(split=len(tokens) > 1))
@@ -64,6 +66,21 @@ def supervised(tokens: Sequence[TrainingTokens], max_length: int, excess_length_
         excess = max(len(targets) - max_length, 0)
         if excess and excess_length_strategy == "raise":
             raise TooLong(f"must have <= {max_length} tokens (train.max_length), got {len(targets)}.")
+        if excess and excess_length_strategy == "split":
+            parts = [
+                Example(example.inputs[at : at + max_length], targets[at : at + max_length])
+                for at in range(0, len(targets), max_length)
+            ]
+            parts = [part for part in parts if part.counted]
+            outcome.examples += parts
+            outcome.counts.update(
+                examples=len(parts),
+                tokens=sum(len(part.inputs) for part in parts),
+                counted=sum(part.counted for part in parts),
+                parted=1,
+            )
+            outcome.remark(one)
+            continue
         kept = Example(example.inputs[:max_length], targets[:max_length])
         if not kept.counted or (excess and excess_length_strategy == "drop"):
             outcome.counts.update(["too_long" if excess else "empty"])
@@ -77,8 +94,12 @@ def supervised(tokens: Sequence[TrainingTokens], max_length: int, excess_length_
 
 
 def pictured_example(made: PicturedTokens, max_length: int, excess_length_strategy: str) -> Outcome:
-    """``supervised`` of one conversation with images: one that would be cut within or before an image is dropped."""
-    outcome = supervised([made.tokens], max_length, excess_length_strategy)
+    """``supervised`` of one conversation with images: one that would be cut within or before an image is dropped.
+
+    It is not split: what follows would lack the images.
+    """
+    strategy = "truncate" if excess_length_strategy == "split" else excess_length_strategy
+    outcome = supervised([made.tokens], max_length, strategy)
     kept = [one for one in outcome.examples if len(one.inputs) >= made.images_end]
     if len(kept) < len(outcome.examples):
         return Outcome(counts=Counter(["too_long"]))

@@ -55,6 +55,8 @@ def result_of(trainer: "Trainer") -> dict[str, Any]:
     if trainer.recipe.evaluate.do_eval:
         if trainer.before_training is not None:
             result["before_training"] = trainer.before_training
+        if trainer.measures.best_step is not None:
+            result["best_step"] = trainer.measures.best_step
         result |= trainer.evaluate()
     return result
 

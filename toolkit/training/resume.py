@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from toolkit.training.objectives.base import Objective
 
 RESULT = "result.json"
+AVERAGED = "ema"
 
 # What may differ between the recipe that wrote a checkpoint and the one that resumes from it.
 _FREE = {
@@ -123,7 +124,8 @@ def prepare_folder(recipe: Recipe, start: Start | None) -> list[str]:
             leftover.unlink()
     checkpoint.clean(checkpoints)
     (folder / RESULT).unlink(missing_ok=True)
-    shutil.rmtree(folder / PLOTS, ignore_errors=True)
+    for name in (PLOTS, AVERAGED):
+        shutil.rmtree(folder / name, ignore_errors=True)
     remove_exports(folder)
     if start is not None:
         return checkpoint.drop_after(checkpoints, start.step)
@@ -133,9 +135,10 @@ def prepare_folder(recipe: Recipe, start: Start | None) -> list[str]:
     checkpoints.rename(staging)
     checkpoints.mkdir()
     shutil.rmtree(staging)
-    for name in (METRICS, DETAILS):
+    for name in (METRICS, DETAILS, "wandb_id"):
         (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+    for of_logger in ("tensorboard", "wandb"):
+        shutil.rmtree(folder / of_logger, ignore_errors=True)
     return dropped
 
 

@@ -11,9 +11,9 @@ from toolkit.engine import Engine, SamplingParams, StructuredOutputsParams
 from toolkit.engine.outputs import Completion, Delta
 from toolkit.errors import ToolkitError
 from toolkit.training.corpus import digest
-from toolkit.training.examples import check_misses, prompt_ids
+from toolkit.training.examples import Stream, check_misses
 from toolkit.training.objectives.base import RunContext
-from toolkit.training.tasks import Problem, ProblemStream, Task, checked_reward
+from toolkit.training.prompts import Prompts
 
 BLOCK_SIZE = 16
 
@@ -139,60 +139,74 @@ class Rollout:
 
 
 def problems_that_fit(
-    context: RunContext, rollout: Rollout, stream: ProblemStream, count: int
-) -> tuple[list[Problem], list[list[int]], int]:
-    """The next problems whose prompts leave room for a completion, those prompts, and how many were passed over."""
-    problems: list[Problem] = []
-    prompts: list[list[int]] = []
+    prompts: Prompts, stream: Stream, count: int, longest: int
+) -> tuple[list[Any], list[list[int]], int]:
+    """The next problems whose prompts have at most ``longest`` tokens, those prompts, and how many were passed over."""
+    problems: list[Any] = []
+    token_ids: list[list[int]] = []
     dropped, misses = 0, 0
     while len(problems) < count:
         (problem,) = stream.take(1)
-        ids = prompt_ids(context.tokenizer, problem.prompt)
-        if len(ids) <= rollout.max_prompt_length:
+        ids = prompts.token_ids(problem)
+        if len(ids) <= longest:
             problems.append(problem)
-            prompts.append(ids)
+            token_ids.append(ids)
             misses = 0
         else:
             dropped, misses = dropped + 1, misses + 1
             check_misses(misses)
-    return problems, prompts, dropped
+    return problems, token_ids, dropped
 
 
-def eval_accuracy(
-    context: RunContext,
-    rollout: Rollout,
-    task: Task,
-    count: int,
-    val_set_size: float,
-    filter_overlong_prompts: bool = False,
+def eval_completions(
+    context: RunContext, rollout: Rollout, prompts: Prompts, most: int, filter_overlong_prompts: bool = False
 ) -> dict[str, Any]:
-    """The share of ``count`` held-out problems that are solved, greedily and by one sample at temperature 1.
+    """Held-out problems, answered greedily and by one sample at temperature 1.
 
-    The problems and the seeds of the samples are always the same ones. The processes share the work.
+    Of a task the share that is solved, else the mean reward, and that of each function. The problems and the seeds of
+    the samples are always the same ones. The processes share the work.
     """
-    stream = ProblemStream(task, 0, val_set_size, held_out=True)
+    stream, count = prompts.held_out(most)
+    if not count:
+        return {"eval_samples": 0}
     if filter_overlong_prompts:
-        problems = problems_that_fit(context, rollout, stream, count)[0]
+        problems = problems_that_fit(prompts, stream, count, rollout.max_prompt_length)[0]
     else:
         problems = stream.take(count)
     mine = list(enumerate(problems))[context.rank :: context.world_size]
-    prompts = [prompt_ids(context.tokenizer, problem.prompt) for _, problem in mine]
+    token_ids = [prompts.token_ids(problem) for _, problem in mine]
     seeds = [digest(f"held out/{at}") for at, _ in mine]
-    begun, solved = time.perf_counter(), []
-    for temperature in (1.0, 0.0):
-        completions = rollout.generate(prompts, seeds, 1, temperature)
-        solved.append(sum(checked_reward(task, p.prompt, a.text) >= 1.0 for (_, p), (a,) in zip(mine, completions)))
-    sampled, greedy = context.reduce_sum(solved)
-    return {
-        "eval_samples": count,
-        "eval_accuracy_sampled": sampled / count,
-        "eval_accuracy_greedy": greedy / count,
-        "eval_runtime": round(time.perf_counter() - begun, 1),
-    }
+    begun = time.perf_counter()
+    found: dict[str, Any] = {"eval_samples": count}
+    for how, temperature in (("sampled", 1.0), ("greedy", 0.0)):
+        completions = rollout.generate(token_ids, seeds, 1, temperature)
+        rewards, by_function = prompts.judge([problem for _, problem in mine], completions)
+        values = [value for group in rewards for value in group]
+        if prompts.solvable:
+            (solved,) = context.reduce_sum([sum(value >= 1.0 for value in values)])
+            found[f"eval_accuracy_{how}"] = solved / count
+            continue
+        found["eval_reward" if how == "sampled" else "eval_reward_greedy"] = _mean(context, values)
+        if how == "sampled":
+            found |= {f"eval_rewards/{name}/mean": _mean(context, given) for name, given in by_function.items()}
+    found["eval_runtime"] = round(time.perf_counter() - begun, 1)
+    return found
 
 
-def show_accuracy(before: dict[str, Any] | None, after: dict[str, Any]) -> None:
-    """Print the accuracy on held-out problems before and after."""
+def _mean(context: RunContext, values: Sequence[float]) -> float:
+    """Over all processes, of those that are no NaN."""
+    known = [value for value in values if not math.isnan(value)]
+    total, count = context.reduce_sum([sum(known), len(known)])
+    return total / count if count else math.nan
+
+
+def show_completions(before: dict[str, Any] | None, after: dict[str, Any]) -> None:
+    """Print the measure of completions of held-out problems before and after."""
     for name, how in (("eval_accuracy_sampled", "sampled at temperature 1"), ("eval_accuracy_greedy", "greedy")):
-        start = f"{before[name]:.1%} before, " if before else ""
-        print(f"held-out problems solved, {how}: {start}{after[name]:.1%} after ({after['eval_samples']} problems)")
+        if name in after:
+            start = f"{before[name]:.1%} before, " if before else ""
+            print(f"held-out problems solved, {how}: {start}{after[name]:.1%} after ({after['eval_samples']} problems)")
+    for name, how in (("eval_reward", "sampled at temperature 1"), ("eval_reward_greedy", "greedy")):
+        if name in after:
+            start = f"{before[name]:.3f} before, " if before else ""
+            print(f"held-out prompts, mean reward, {how}: {start}{after[name]:.3f} after ({after['eval_samples']})")

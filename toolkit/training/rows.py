@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 _BUILDERS = {
     ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".tsv": "csv", ".json": "json", ".txt": "text",
 }  # fmt: skip
-_SPLIT_OF_FILES = "train"
+_LINES = {".jsonl": "json", ".ndjson": "json", ".gz": "json"}
+"""Which are read as streams here, and indexed elsewhere (``toolkit.training.jsonl``)."""
 
 
 class RowIndex(LineSequence):
@@ -69,8 +70,7 @@ class RowDataset:
         threshold, seen = int(val_set_size * 2**64), hashlib.sha256()
         for number, row in enumerate(rows, 1):
             value = without_nulls(row)
-            # The order of a row's columns says nothing.
-            text = strict_json(value, sort_keys=True, default=str)
+            text = text_of_row(value)
             seen.update(text.encode("utf-8", "surrogatepass"))
             try:
                 check(value)
@@ -84,29 +84,44 @@ class RowDataset:
             raise bad_lines_error(self.name, self.bad)
 
 
-def open_rows(section: "DatasetSection", field: str) -> "Dataset":
-    """The dataset of a section of a recipe. Raises ToolkitError in one sentence where there is none."""
+def text_of_row(value: Any) -> str:
+    """A row as text, of which its side of the split is a hash. The order of its columns says nothing."""
+    return strict_json(value, sort_keys=True, default=str)
+
+
+def open_rows(section: "DatasetSection", field: str, streaming: bool = False) -> Any:
+    """The dataset of a section of a recipe, or a stream of it. Raises ToolkitError in one sentence where there is none.
+
+    Args:
+        section: what to open.
+        field: of the recipe, for errors.
+        streaming: return an ``IterableDataset``.
+    """
     import datasets
 
     path = Path(section.path)
     try:
         if path.is_file():
-            builder = _BUILDERS.get(path.suffix.lower())
+            builder = (_BUILDERS | (_LINES if streaming else {})).get(path.suffix.lower())
             if builder is None:
                 raise ToolkitError(
                     f"{field}.path must be a .jsonl, {', '.join(_BUILDERS)} file, a folder or a repository of the Hub, "
                     f"got '{section.path}'."
                 )
             options = {"delimiter": "\t"} if path.suffix.lower() == ".tsv" else {}
-            found = datasets.load_dataset(builder, data_files=str(path), split=section.split, **options)
+            found = datasets.load_dataset(
+                builder, data_files=str(path), split=section.split, streaming=streaming, **options
+            )
         elif path.is_dir() and any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
             found = datasets.load_from_disk(str(path))
             if isinstance(found, datasets.DatasetDict):
                 found = found[section.split]
+            if streaming:
+                found = found.to_iterable_dataset()
         else:
             found = datasets.load_dataset(
                 section.path, section.name, data_files=section.data_files, split=section.split,
-                revision=None if path.exists() else section.revision,
+                revision=None if path.exists() else section.revision, streaming=streaming,
             )  # fmt: skip
     except ToolkitError:
         raise

@@ -1,5 +1,6 @@
 """What a checkpoint of a run holds, and a run that continues from one."""
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +9,7 @@ import torch
 from toolkit.config import dump
 from toolkit.loading import write_processor_files
 from toolkit.training.model import save_model
-from toolkit.training.resume import Start
+from toolkit.training.resume import AVERAGED, Start
 from toolkit.training.state import load_optimizer, restore_rank, write_state
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def write_run(trainer: "Trainer", staging: Path, rngs: list[Any], positions: lis
         "seconds": trainer.seconds,
         "num_tokens": trainer.num_tokens,
         "before_training": trainer.before_training,
+        "measures": trainer.measures.state_dict(),
         "world_size": trainer.accelerator.num_processes,
         "threads": torch.get_num_threads(),
         "data_fingerprint": trainer.objective.fingerprint,
@@ -39,6 +41,19 @@ def write_run(trainer: "Trainer", staging: Path, rngs: list[Any], positions: lis
         "data": positions,
     }
     write_state(staging / "training", values, trainer.optimizer.optimizer, trainer.ragged.model, rngs)
+    if trainer.averaged is not None:
+        trainer.averaged.save(staging / "training")
+
+
+def write_averaged(trainer: "Trainer") -> None:
+    """Leave the averaged weights as a model in ``ema`` of the run's folder, where the recipe keeps them."""
+    if trainer.averaged is not None:
+        folder = trainer.folder / AVERAGED
+        shutil.rmtree(folder, ignore_errors=True)
+        with trainer.averaged.applied():
+            save_model(trainer.hf_model, folder, trainer.recipe.model)
+        trainer.tokenizer.save_pretrained(str(folder))
+        write_processor_files(trainer.processor_files, folder)
 
 
 def restore_run(trainer: "Trainer", start: Start) -> None:
@@ -50,12 +65,15 @@ def restore_run(trainer: "Trainer", start: Start) -> None:
     )
     if trainer.sharded is not None:
         trainer.sharded.shard_optimizer(trainer.optimizer.optimizer)
+    if trainer.averaged is not None:
+        trainer.averaged.load(folder)
     trainer.gradients.load_state_dict(state["loss_scale"])
     trainer.scheduler.load_state_dict(state["scheduler"])
     trainer.objective.load_state_dict(state["data"][rank])
     restore_rank(folder, state, rank)
     trainer.step, trainer.seconds, trainer.num_tokens = start.step, state["seconds"], state["num_tokens"]
     trainer.before_training = state["before_training"]
+    trainer.measures.load_state_dict(state["measures"])
     trainer.log(f"resumed from {start.checkpoint}")
     if state["threads"] != torch.get_num_threads():
         trainer.log(

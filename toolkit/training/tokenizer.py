@@ -71,9 +71,38 @@ def load_tokenizer(
 
 
 def make_tokenizer(section: TokenizerSection, model: ModelSection, texts: Iterable[str], max_length: int) -> Tokenizer:
-    """``tokenizer.name_or_path``, else the tokenizer of ``model.name_or_path``, else one trained on ``texts``."""
+    """``tokenizer.name_or_path``, else the tokenizer of ``model.name_or_path``, else one trained on ``texts``.
+
+    It gets ``tokenizer.added_tokens``.
+    """
     if section.name_or_path is not None:
-        return load_tokenizer(section.name_or_path)
-    if model.name_or_path is not None:
-        return load_tokenizer(model.name_or_path, "model.name_or_path", model.revision, model.trust_remote_code)
-    return train_tokenizer(texts, section.vocab_size, max_length)
+        found = load_tokenizer(section.name_or_path)
+    elif model.name_or_path is not None:
+        found = load_tokenizer(model.name_or_path, "model.name_or_path", model.revision, model.trust_remote_code)
+    else:
+        found = train_tokenizer(texts, section.vocab_size, max_length)
+    found.add_tokens(list(section.added_tokens), special_tokens=True)
+    return found
+
+
+def set_chat_template(tokenizer: Tokenizer, given: str | None) -> None:
+    """Let the tokenizer have ``objective.chat_template``: Jinja text, a file with it, or the name of one that it has.
+
+    Raises ToolkitError for anything else. None leaves its own.
+    """
+    if given is not None:
+        tokenizer.chat_template = _template(given, tokenizer)
+
+
+def _template(given: str, tokenizer: Tokenizer) -> str:
+    if "{" in given:
+        return given
+    named = tokenizer.chat_template
+    if isinstance(named, dict) and given in named:
+        return str(named[given])
+    try:
+        return Path(given).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError, ValueError):
+        raise ToolkitError(
+            f"objective.chat_template must be Jinja text, a file with it or a template of the tokenizer, got '{given}'."
+        ) from None

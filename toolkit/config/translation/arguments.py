@@ -1,9 +1,11 @@
 """Keys that TRL and Axolotl share: transformers' ``TrainingArguments``, and PEFT's adapters."""
 
 import re
+import typing
 from pathlib import PurePosixPath
 from typing import Any
 
+from toolkit.config.outputs import LoggerName
 from toolkit.config.translation.base import Translation
 
 OPTIMIZERS = {
@@ -180,8 +182,8 @@ def _checkpoints(t: Translation) -> None:
 def _logs(t: Translation) -> None:
     given = t.take("report_to", "none")
     names = [given] if isinstance(given, str) else list(given)
-    known = [name for name in names if name in t.choices("log.report_to") and name != "none"]
+    known = [name for name in names if name in typing.get_args(LoggerName)]
     for name in names:
         if name not in (*known, "none", "all"):
             t.lose("report_to", f"there is no {name}; metrics.jsonl has every step")
-    t.put("log.report_to", known[0] if known else "none")
+    t.put("log.report_to", known or "none")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, cast
 
 from toolkit.config import Recipe
 from toolkit.config.objective import ObjectiveSection
@@ -122,6 +122,10 @@ class Objective(ABC, Generic[S]):
     """The metric of a step that is shown and plotted."""
     eval_on_start: ClassVar[bool] = True
     """Whether ``evaluate`` also runs before the first step."""
+    eval_metric: str = "eval_loss"
+    """The held-out metric by which checkpoints are compared, where the recipe names none."""
+    head: ClassVar[Literal["tokens", "score"]] = "tokens"
+    """Whether the model predicts tokens, or has one score a sequence."""
     fingerprint: str
     """Of the data: a position in it means something only for the same data."""
     data_report: str = ""

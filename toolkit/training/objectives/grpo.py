@@ -1,10 +1,11 @@
 """Group-relative policy optimisation: the engine rolls out from the live weights, a task's reward judges."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from toolkit.config.base import Count
 from toolkit.config.objective import OnPolicySection, Positive
@@ -13,6 +14,8 @@ from toolkit.training.objectives.on_policy import OnPolicyObjective
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from toolkit.engine.outputs import Completion
 
 
 class GRPOSection(OnPolicySection):
@@ -28,17 +31,25 @@ class GRPOSection(OnPolicySection):
     """Completions per prompt."""
     num_iterations: Count = 1
     """Optimizer updates on each batch of rollouts."""
-    scale_rewards: Literal["group", "none"] = "group"
-    """Whether advantages are divided by the standard deviation of their group."""
-    loss_type: Literal["grpo", "dapo", "dr_grpo"] = "grpo"
-    """grpo: mean over the tokens of a completion, then over completions. dapo: mean over all tokens. dr_grpo: sum over
-    tokens, divided by ``rollout.max_completion_length``, mean over completions."""
+    scale_rewards: Annotated[
+        Literal["group", "batch", "none"],
+        BeforeValidator(lambda v: {True: "group", False: "none"}[v] if isinstance(v, bool) else v),
+    ] = "group"
+    """Advantages are divided by the standard deviation of their group's rewards, of all rewards of the step (as in
+    REINFORCE++ with a baseline; Hu et al., 2025), or not. true is group, false none."""
+    loss_type: Literal["grpo", "bnpo", "dapo", "dr_grpo", "cispo"] = "grpo"
+    """grpo: mean over the tokens of a completion, then over completions. dapo: mean over all tokens. bnpo: over
+    those of each process. dr_grpo: sum over tokens, divided by ``rollout.max_completion_length``, mean over
+    completions. cispo (MiniMax, 2025): as dapo, but ratios are bounded by ``epsilon_high`` and weigh the
+    log-probability."""
     importance_sampling_level: Literal["token", "sequence"] = "token"
     """Each token's ratio, or the geometric mean over its completion."""
     epsilon: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """Ratios are clipped to 1 - epsilon .. 1 + epsilon_high."""
     epsilon_high: Annotated[float, Field(ge=0)] | None = None
-    """null is ``epsilon``."""
+    """null is ``epsilon``. Of cispo the largest ratio itself, e.g. 5.0."""
+    delta: Positive | None = None
+    """Ratios are bounded by it on the other side, too, where the advantage is negative (INTELLECT-2); null does not."""
     mask_truncated_completions: bool = False
     """Completions that ``rollout.max_completion_length`` cut count in their group's mean and not in the loss."""
     dynamic_sampling: bool = False
@@ -61,7 +72,18 @@ class GRPOSection(OnPolicySection):
                 "objective.rollout.temperature must be 1.0 with objective.kind 'grpo', which trains the distribution "
                 f"that it samples from, got {self.rollout.temperature}"
             )
+        if self.loss_type == "cispo" and self.epsilon_high is None:
+            raise ValueError("objective.epsilon_high must be given with objective.loss_type 'cispo', got null")
+        if self.delta is not None and (self.loss_type == "cispo" or self.delta <= 1.0 + self._epsilon_high):
+            raise ValueError(
+                "objective.delta must be > 1 + objective.epsilon_high, and null with objective.loss_type 'cispo', got "
+                f"{self.delta}"
+            )
         return self
+
+    @property
+    def _epsilon_high(self) -> float:
+        return self.epsilon if self.epsilon_high is None else self.epsilon_high
 
 
 @dataclass
@@ -132,6 +154,11 @@ class GRPO(OnPolicyObjective[GRPOSection]):
 
     primary_metric = "reward"
 
+    @property
+    def sequence_ratio(self) -> Literal["none", "mean", "product"]:
+        """What the ratios of a completion's tokens become: they stay, or each is their mean or product."""
+        return "mean" if self.section.importance_sampling_level == "sequence" else "none"
+
     def bind(self, context: RunContext) -> None:
         from toolkit.training.model import Reference
 
@@ -164,16 +191,14 @@ class GRPO(OnPolicyObjective[GRPOSection]):
         """The groups to train on, with advantages; with dynamic sampling, rounds until there are enough."""
         import torch
 
-        from toolkit.training.losses import group_advantages
-
-        section, wanted = self.section, self.prompts
+        section, wanted = self.section, self.prompts_per_step
         groups: list[list[Sample]] = []
         dropped, rounds = 0, 0
         while rounds < (section.max_rounds if section.dynamic_sampling else 1):
             problems, completions = self.roll_out(step, section.num_generations, rounds)
             rounds += 1
             rewards = torch.tensor(self.count(problems, completions), dtype=torch.float64)
-            advantages = group_advantages(rewards, scaled=section.scale_rewards == "group")
+            advantages = self.advantages(rewards, completions)
             for group, values in zip(completions, advantages.tolist()):
                 if section.dynamic_sampling and not any(values):
                     dropped += 1
@@ -199,13 +224,29 @@ class GRPO(OnPolicyObjective[GRPOSection]):
         self.sums.add(groups=min(len(groups), wanted), groups_dropped=dropped, rounds=rounds)
         return groups[:wanted]
 
+    def advantages(self, rewards: "Tensor", completions: Sequence[Sequence["Completion"]]) -> "Tensor":
+        """[groups, n] of the rewards of this process's completions; 0 where the reward is NaN."""
+        from toolkit.training.losses import group_advantages
+
+        advantages = group_advantages(rewards, scaled=self.section.scale_rewards == "group")
+        return advantages / (self.deviation(rewards) + 1e-4) if self.section.scale_rewards == "batch" else advantages
+
+    def deviation(self, values: "Tensor") -> float:
+        """The standard deviation (n - 1) of numbers of all processes, without those that are NaN."""
+        known = values[~values.isnan()]
+        count, total = self.context.reduce_sum([known.numel(), known.sum().item()])
+        (squares,) = self.context.reduce_sum([(known - total / max(count, 1.0)).square().sum().item()])
+        return math.sqrt(squares / max(count - 1.0, 1.0))
+
     def _weigh(self, samples: list[Sample]) -> None:
         """Each token's weight, so that the loss is the asked-for mean over the samples of all processes."""
         trained = sum(len(sample.tokens) for sample in samples if not sample.masked)
         count, tokens = self.context.reduce_sum([len(samples), trained])
         for sample in samples:
-            if self.section.loss_type == "dapo":
+            if self.section.loss_type in ("dapo", "cispo"):
                 weight = 1.0 / max(tokens, 1.0)
+            elif self.section.loss_type == "bnpo":
+                weight = 1.0 / (max(trained, 1) * self.context.world_size)
             elif self.section.loss_type == "grpo":
                 weight = 1.0 / (count * max(len(sample.tokens), 1))
             else:
@@ -255,10 +296,13 @@ class GRPO(OnPolicyObjective[GRPOSection]):
             behaviour,
             spread([sample.advantage for sample in samples]),
             epsilon=section.epsilon,
-            epsilon_high=section.epsilon if section.epsilon_high is None else section.epsilon_high,
+            epsilon_high=section._epsilon_high,
+            delta=section.delta,
+            bounded_ratio=section.loss_type == "cispo",
             reference=reference,
             beta=section.beta,
-            lengths=lengths if section.importance_sampling_level == "sequence" else None,
+            lengths=lengths if self.sequence_ratio != "none" else None,
+            summed=self.sequence_ratio == "product",
         )
         self.sums.add(clipped=(result.clipped * counted).sum().item(), trained=counted.sum().item())
         if reference is not None:

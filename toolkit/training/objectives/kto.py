@@ -68,6 +68,7 @@ class KTO(OfflineObjective[KTOSection]):
     """
 
     primary_metric = "rewards/margins"
+    eval_metric = "eval_rewards/accuracies"
     formats = (*PREFERENCE_FORMATS, SINGLE)
     of_task = of_file = "lines"
 

@@ -3,7 +3,6 @@
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from toolkit.chat import ChatTokenizer, dropped_messages, hidden_parts, hidden_tools
@@ -17,6 +16,7 @@ from toolkit.training.jsonl import BadLine, Line, bad_lines_error, shown
 from toolkit.training.objectives.base import CHECKED_PROBLEMS, Objective, RunContext, task_texts
 from toolkit.training.preparing import Outcome, TooLong
 from toolkit.training.tasks import Problem, ProblemStream, make_task
+from toolkit.training.tokenizer import set_chat_template
 
 O = TypeVar("O", bound=OfflineSection)
 
@@ -52,10 +52,7 @@ class OfflineObjective(Objective[O]):
 
     def describe(self) -> str:
         if self.dataset is not None:
-            skipped = f", {len(self.dataset.bad)} skipped" if self.dataset.bad else ""
-            return (
-                f"{len(self.dataset.train)} {self.of_file} to train on, {len(self.dataset.held_out)} held out{skipped}"
-            )
+            return self.dataset.describe(self.of_file)
         return f"{self.of_task} of {self.section.task}, {self.val_set_size:.0%} of them held out"
 
     def texts(self) -> Iterable[str]:
@@ -76,8 +73,7 @@ class OfflineObjective(Objective[O]):
         from toolkit.training.model import eos_token_ids
 
         super().bind(context)
-        if self.section.chat_template is not None:
-            context.tokenizer.chat_template = _template(self.section.chat_template, context.tokenizer)
+        set_chat_template(context.tokenizer, self.section.chat_template)
         if self.dataset is not None and not context.tokenizer.chat_template and self._has_messages(self.dataset):
             raise ToolkitError(
                 f"objective.chat_template must be given for messages, as in {self.dataset.name}, when the tokenizer "
@@ -141,7 +137,9 @@ class OfflineObjective(Objective[O]):
                 f"{self.recipe.train.max_length}, got none in {report.sources} {what}{why}; raise it."
             )
         notes = self._complete_eos_list(report)
-        if total < len(sources):
+        if self.dataset is not None and self.dataset.streamed:
+            notes.append("note: later lines of the stream are checked as they come")
+        elif total < len(sources):
             notes.append(f"note: {len(sources) - total:,} more lines are checked as they come (max_check_samples)")
         self.lengths = report.lengths or {}
         example = self.shown(report.first) if report.first is not None else None
@@ -213,7 +211,7 @@ class OfflineObjective(Objective[O]):
         if self.task is not None:
             return ProblemStream(self.task, self.recipe.seed, self.val_set_size, rank=rank, world_size=world_size)
         assert self.dataset is not None
-        return self.line_streams(self.dataset.train)[rank]
+        return self.dataset.stream(self.recipe.seed, rank, world_size)
 
     def held_out_sources(self) -> Sequence[Problem | Line]:
         """Problems or lines that are never trained on, at most ``evaluation.max_eval_samples``."""
@@ -230,18 +228,3 @@ class OfflineObjective(Objective[O]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.stream.load_state_dict(state)
-
-
-def _template(given: str, tokenizer: Any) -> str:
-    """The text of ``objective.chat_template``: Jinja, a file with it, or a name of one of the tokenizer's."""
-    if "{" in given:
-        return given
-    named = tokenizer.chat_template
-    if isinstance(named, dict) and given in named:
-        return str(named[given])
-    try:
-        return Path(given).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError, ValueError):
-        raise ToolkitError(
-            f"objective.chat_template must be Jinja text, a file with it or a template of the tokenizer, got '{given}'."
-        ) from None

@@ -9,7 +9,6 @@ from toolkit.config import Recipe
 from toolkit.config.objective import OnPolicySection
 from toolkit.errors import ToolkitError
 from toolkit.training.corpus import digest
-from toolkit.training.examples import prompt_ids
 from toolkit.training.objectives.base import (
     CHECKED_PROBLEMS,
     MetricAccumulator,
@@ -17,9 +16,9 @@ from toolkit.training.objectives.base import (
     Objective,
     RunContext,
     divided,
-    task_texts,
 )
-from toolkit.training.tasks import Problem, ProblemStream, checked_reward, make_task
+from toolkit.training.prompts import make_prompts
+from toolkit.training.tokenizer import set_chat_template
 
 if TYPE_CHECKING:
     from toolkit.engine.outputs import Completion
@@ -28,28 +27,30 @@ P = TypeVar("P", bound=OnPolicySection)
 
 
 class OnPolicyObjective(Objective[P]):
-    """An objective that trains on completions of a task's prompts, sampled from the live weights."""
+    """An objective that trains on completions of a task's or of lines' prompts, sampled from the live weights."""
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
-        assert self.section.task is not None
-        self.task = make_task(self.section.task)
-        self.fingerprint = repr(self.section.task)
+        self.prompts = make_prompts(recipe)
+        self.fingerprint = self.prompts.fingerprint
+
+    @property
+    def eval_metric(self) -> str:  # type: ignore[override]
+        return "eval_accuracy_sampled" if self.prompts.solvable else "eval_reward"
 
     def describe(self) -> str:
-        return f"problems of {self.section.task}, {self.section.evaluation.val_set_size:.0%} of them held out"
+        return self.prompts.describe()
 
     def texts(self) -> Iterable[str]:
-        return task_texts(self.task, self.recipe.seed, self.section.evaluation.val_set_size)
+        return self.prompts.texts()
 
     def bind(self, context: RunContext) -> None:
         from toolkit.training.rollout import Rollout
 
         super().bind(context)
-        share = self.section.evaluation.val_set_size
-        self.stream = ProblemStream(
-            self.task, self.recipe.seed, share, rank=context.rank, world_size=context.world_size
-        )
+        set_chat_template(context.tokenizer, self.section.chat_template)
+        self.prompts.bind(context.tokenizer)
+        self.stream = self.prompts.stream(context.rank, context.world_size)
         self.rollout = Rollout(
             context,
             self.section.rollout,
@@ -57,17 +58,21 @@ class OnPolicyObjective(Objective[P]):
             enable_return_selected_keys=getattr(self.section, "replay_selection", False),
         )
         self.sums = MetricAccumulator()
-        self.prompts = divided("objective.prompts", self.section.prompts, context.world_size)
+        self.prompts_per_step = divided("objective.prompts", self.section.prompts, context.world_size)
         self.trained_tokens = 0
-        self._check_prompts(share)
+        self._check_prompts()
         self._said_unscored = False
+
+    def num_steps(self, epochs: float) -> int:
+        """Steps of so many passes over the lines."""
+        return max(math.ceil(epochs * self.prompts.num_lines() / self.section.prompts), 1)
 
     def begin(self) -> None:
         """At the start of a step."""
         self._begun = time.perf_counter()
         self.rollout.seconds, self.rollout.tokens = 0.0, 0
 
-    def roll_out(self, step: int, n: int, attempt: int = 0) -> tuple[list[Problem], list[list["Completion"]]]:
+    def roll_out(self, step: int, n: int, attempt: int = 0) -> tuple[list[Any], list[list["Completion"]]]:
         """This process's problems of a step and ``n`` completions of each; samples depend on (seed, step, index)."""
         context = self.context
         problems, prompts = self._next_problems()
@@ -75,22 +80,24 @@ class OnPolicyObjective(Objective[P]):
         seeds = [digest(f"{self.recipe.seed}/{step}/{attempt}/{index}") for index in indices]
         return problems, self.rollout.generate(prompts, seeds, n)
 
-    def _next_problems(self) -> tuple[list[Problem], list[list[int]]]:
+    def _next_problems(self) -> tuple[list[Any], list[list[int]]]:
         """This process's next problems and their prompts, without those that do not fit where the recipe says so."""
         from toolkit.training.rollout import problems_that_fit
 
         if not self.section.filter_overlong_prompts:
-            problems = self.stream.take(self.prompts)
-            return problems, [prompt_ids(self.context.tokenizer, problem.prompt) for problem in problems]
-        problems, prompts, dropped = problems_that_fit(self.context, self.rollout, self.stream, self.prompts)
+            problems = self.stream.take(self.prompts_per_step)
+            return problems, [self.prompts.token_ids(problem) for problem in problems]
+        problems, prompts, dropped = problems_that_fit(
+            self.prompts, self.stream, self.prompts_per_step, self.rollout.max_prompt_length
+        )
         self.sums.add(prompts_dropped=dropped)
         return problems, prompts
 
-    def _check_prompts(self, share: float) -> None:
+    def _check_prompts(self) -> None:
         """Raise ToolkitError where prompts of the first problems do not fit and the recipe does not pass over them."""
         longest = self.rollout.max_prompt_length
-        first = ProblemStream(self.task, self.recipe.seed, share).take(CHECKED_PROBLEMS)
-        lengths = [len(prompt_ids(self.context.tokenizer, problem.prompt)) for problem in first]
+        first = self.prompts.stream().take(CHECKED_PROBLEMS)
+        lengths = [len(self.prompts.token_ids(problem)) for problem in first]
         long = [length for length in lengths if length > longest]
         if long and (not self.section.filter_overlong_prompts or len(long) == len(lengths)):
             raise ToolkitError(
@@ -100,11 +107,12 @@ class OnPolicyObjective(Objective[P]):
                 "over such problems with objective.filter_overlong_prompts=true."
             )
 
-    def count(self, problems: Sequence[Problem], completions: Sequence[Sequence["Completion"]]) -> list[list[float]]:
+    def count(self, problems: Sequence[Any], completions: Sequence[Sequence["Completion"]]) -> list[list[float]]:
         """The rewards of the completions of each problem, NaN where there is none; they enter the step's metrics."""
-        rewards = [
-            [checked_reward(self.task, p.prompt, one.text) for one in group] for p, group in zip(problems, completions)
-        ]
+        rewards, by_function = self.prompts.judge(problems, completions)
+        for name, given in by_function.items():
+            known = [value for value in given if not math.isnan(value)]
+            self.sums.add(**{f"rewards/{name}": sum(known), f"judged/{name}": len(known)})
         values = [reward for group in rewards for reward in group if not math.isnan(reward)]
         flat = [one for group in completions for one in group]
         self.sums.add(
@@ -117,7 +125,7 @@ class OnPolicyObjective(Objective[P]):
             truncated=sum(one.finish_reason == "length" for one in flat),
             negative_log_likelihood=-sum(sum(one.logprobs) for one in flat),
         )
-        self.context.details.add_completions(problems, completions, rewards)
+        self.context.details.add_completions([self.prompts.text(one) for one in problems], completions, rewards)
         return rewards
 
     def take(self) -> dict[str, float]:
@@ -148,7 +156,8 @@ class OnPolicyObjective(Objective[P]):
         return {
             "reward": mean,
             "reward_std": math.sqrt(variance),
-            "accuracy": got["solved"] / samples,
+            **({"accuracy": got["solved"] / samples} if self.prompts.solvable else {}),
+            **self._by_function(got),
             "unscored_fraction": 1.0 - scored / samples,
             "entropy": got["negative_log_likelihood"] / max(got["length"], 1.0),
             "completions/mean_length": got["length"] / samples,
@@ -162,23 +171,32 @@ class OnPolicyObjective(Objective[P]):
             **({"prompts_dropped": int(got["prompts_dropped"])} if self.section.filter_overlong_prompts else {}),
         }
 
-    def evaluate(self) -> Metrics:
-        from toolkit.training.rollout import eval_accuracy
+    @staticmethod
+    def _by_function(got: dict[str, float]) -> dict[str, float]:
+        """The mean reward of each function, over the completions that it judges."""
+        names = [name.partition("/")[2] for name in got if name.startswith("rewards/")]
+        return {
+            f"rewards/{name}/mean": got[f"rewards/{name}"] / got[f"judged/{name}"]
+            if got[f"judged/{name}"]
+            else math.nan
+            for name in names
+        }
 
-        evaluation = self.section.evaluation
-        return eval_accuracy(
+    def evaluate(self) -> Metrics:
+        from toolkit.training.rollout import eval_completions
+
+        return eval_completions(
             self.context,
             self.rollout,
-            self.task,
-            evaluation.max_eval_samples,
-            evaluation.val_set_size,
+            self.prompts,
+            self.section.evaluation.max_eval_samples,
             self.section.filter_overlong_prompts,
         )
 
     def show(self, before: Metrics | None, after: Metrics) -> None:
-        from toolkit.training.rollout import show_accuracy
+        from toolkit.training.rollout import show_completions
 
-        show_accuracy(before, after)
+        show_completions(before, after)
 
     def state_dict(self) -> dict[str, Any]:
         return self.stream.state_dict()

@@ -37,6 +37,7 @@ class Pretrain(Objective[PretrainSection]):
     """Documents of section ``data``, packed without padding."""
 
     eval_on_start = False
+    eval_metric = "eval_bits_per_byte"
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)

@@ -40,6 +40,7 @@ class SFTSection(OfflineSection):
     """
 
     supports_gradient_accumulation: ClassVar[bool] = True
+    splits_examples: ClassVar[bool] = True
 
     kind: Literal["sft"] = "sft"
     assistant_only_loss: bool = True
@@ -50,6 +51,9 @@ class SFTSection(OfflineSection):
     label_smoothing_factor: Annotated[float, Field(ge=0, lt=1)] = 0.0
     z_loss: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the squared log of the softmax's normaliser (PaLM, 2022)."""
+    neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = None
+    """Noise on the embeddings in training, uniform within alpha / sqrt(tokens x hidden size) (NEFTune; Jain et al.,
+    2023); null adds none."""
 
 
 class MicroBatch(NamedTuple):
@@ -65,6 +69,11 @@ class SFT(OfflineObjective[SFTSection]):
     """Cross-entropy of the tokens that count, averaged over those of the whole step."""
 
     formats = SFT_FORMATS
+
+    @property
+    def eval_metric(self) -> str:  # type: ignore[override]
+        return "eval_loss" if self.task is None else "eval_accuracy_greedy"
+
     of_task, of_file = "problems", "lines"
 
     def chat_tokenizer(self, eos_token_ids: Iterable[int]) -> ChatTokenizer:
@@ -78,6 +87,7 @@ class SFT(OfflineObjective[SFTSection]):
         )
 
     def bind(self, context: RunContext) -> None:
+        from toolkit.training.noise import add_embedding_noise
         from toolkit.training.rollout import Rollout
 
         super().bind(context)
@@ -86,8 +96,13 @@ class SFT(OfflineObjective[SFTSection]):
             if any(has_images(messages) for first in firsts for messages in first):
                 self.require_processor()
         self.check_data()
-        self.stream = Packed(self.sources(context), self.examples, self.recipe.train.batch_tokens)
+        train = self.recipe.train
+        self.stream = Packed(
+            self.sources(context), self.examples, train.batch_tokens, train.per_device_train_batch_size
+        )
         self.rollout = Rollout(context, self.section.rollout)
+        if self.section.neftune_noise_alpha is not None:
+            add_embedding_noise(context.model.model, self.section.neftune_noise_alpha)
         self._tokens = 0
 
     def prepare(self, source: Problem | Line) -> Outcome:
@@ -147,7 +162,10 @@ class SFT(OfflineObjective[SFTSection]):
                 f"line, got {self.section.max_check_samples}."
             )
         train, streams = self.recipe.train, self.line_streams(range(self.num_lines))
-        return packed_steps(self.lengths, streams, epochs, train.batch_tokens, train.gradient_accumulation_steps)
+        return packed_steps(
+            self.lengths, streams, epochs, train.batch_tokens, train.gradient_accumulation_steps,
+            train.per_device_train_batch_size,
+        )  # fmt: skip
 
     def updates(self, step: int) -> Iterator[Sequence[MicroBatch]]:
         packs = [self.stream.next_batch() for _ in range(self.recipe.train.gradient_accumulation_steps)]
@@ -180,13 +198,14 @@ class SFT(OfflineObjective[SFTSection]):
 
         from toolkit.patching.eval_mode import eval_mode
         from toolkit.training.losses import next_token_loss
-        from toolkit.training.rollout import eval_accuracy
+        from toolkit.training.prompts import TaskPrompts
+        from toolkit.training.rollout import eval_completions
 
         evaluation, context = self.section.evaluation, self.context
         if self.task is not None:
-            accuracy = eval_accuracy(
-                context, self.rollout, self.task, evaluation.max_eval_samples, evaluation.val_set_size
-            )
+            prompts = TaskPrompts(self.task, self.section.task or {}, self.recipe.seed, evaluation.val_set_size)
+            prompts.bind(context.tokenizer)
+            accuracy = eval_completions(context, self.rollout, prompts, evaluation.max_eval_samples)
             self.rollout.close()
             return accuracy
         assert self.dataset is not None
@@ -203,10 +222,10 @@ class SFT(OfflineObjective[SFTSection]):
         return {"eval_samples": len(lines), "eval_num_tokens": int(totals["tokens"]), "eval_loss": loss}
 
     def show(self, before: Metrics | None, after: Metrics) -> None:
-        from toolkit.training.rollout import show_accuracy
+        from toolkit.training.rollout import show_completions
 
         if self.task is not None:
-            show_accuracy(before, after)
+            show_completions(before, after)
         elif after["eval_num_tokens"]:
             start = f"{before['eval_loss']:.3f} before, " if before else ""
             print(f"held-out loss: {start}{after['eval_loss']:.3f} after ({after['eval_samples']} lines)")

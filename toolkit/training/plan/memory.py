@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from toolkit.config import Recipe
-from toolkit.config.objective import PromptSection
+from toolkit.config.objective import OnPolicySection
 from toolkit.quantised import quantise
 from toolkit.training.moments import SMALLEST
 from toolkit.training.plan.model import LayerSizes
@@ -56,11 +56,11 @@ def memory_of(recipe: Recipe, model: "nn.Module", sizes: LayerSizes) -> Footprin
     trained = [one for one in model.parameters() if one.requires_grad]
     count = sum(one.numel() for one in trained)
     objective, train = recipe.objective, recipe.train
-    weighted = objective.kind in ("dpo", "kto") or bool(getattr(objective, "beta", 0) and objective.kind == "grpo")
-    rolls_out = isinstance(objective, PromptSection) and not hasattr(objective, "datasets")
+    on_policy = objective.kind in ("grpo", "rloo")
+    weighted = objective.kind in ("dpo", "kto") or bool(getattr(objective, "beta", 0) and on_policy)
     state = 0
-    if rolls_out:
-        rollout: Any = objective.rollout  # type: ignore[attr-defined]
+    if isinstance(objective, OnPolicySection):
+        rollout = objective.rollout
         tokens = rollout.memory_tokens or rollout.max_num_seqs * train.max_length
         state = math.ceil(tokens / 16) * 16 * sizes.state * dtype.itemsize
     gradient = 8 if recipe.model.dtype == "float64" else 4

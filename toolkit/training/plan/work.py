@@ -82,7 +82,9 @@ def work_of(recipe: Recipe, sizes: LayerSizes, processes: int) -> Work:
         rows = min(given.rollout.max_num_seqs, sequences)
         decode_steps = -(-sequences // rows) * completion
         prompts = max(given.prompts // processes, 1) * (longest - completion)
-        forwards_without_gradient = int(bool(given.beta) and objective.kind == "grpo") + (objective.kind == "distill")
+        forwards_without_gradient = int(bool(given.beta) and objective.kind in ("grpo", "rloo")) + (
+            objective.kind == "distill"
+        )
         how = f"objective.prompts {given.prompts} x num_generations {several} x {completion} tokens"
         how += f" x num_iterations {updates}" if updates > 1 else ""
     else:

@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,16 +68,31 @@ def checked_reward(task: Task, prompt: str, completion: str) -> float:
             is any that ``float`` takes, such as a scalar of numpy or a tensor of one element, but no text.
     """
     where = f"the reward of the task {type(task).__name__}"
-    try:
+    with call_checked(where, f"the completion {_shown(completion)}"):
         value: Any = task.reward(prompt, completion)
+    return finite_reward(value, where, completion)
+
+
+@contextmanager
+def call_checked(where: str, what: str) -> Iterator[None]:
+    """Around a call of the user's code: what it raises becomes a ToolkitError with the line that raised.
+
+    Args:
+        where: what is called.
+        what: it is called for.
+    """
+    try:
+        yield
     except Exception as error:
         trace = error.__traceback__
         while trace is not None and trace.tb_next is not None:
             trace = trace.tb_next
         at = f" at {trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace is not None else ""
-        raise ToolkitError(
-            f"{where} raised {type(error).__name__}{at} for the completion {_shown(completion)}: {first_line(error)}."
-        ) from error
+        raise ToolkitError(f"{where} raised {type(error).__name__}{at} for {what}: {first_line(error)}.") from error
+
+
+def finite_reward(value: Any, where: str, completion: Any) -> float:
+    """A reward as a float: finite, or NaN for None. Raises ToolkitError, naming ``where``, for anything else."""
     if value is None:
         return math.nan
     try:
