@@ -45,9 +45,9 @@ def vllm_config(generation: Generation) -> Json:
     }
 
 
-def _speculative_config(config: Any) -> Json | None:
+def _speculative_config(config: Json | None) -> Json | None:
     """As JSON: a draft model is the folder that it was loaded from."""
-    if not isinstance(config, dict) or config.get("model") is None:
+    if config is None or config.get("model") is None:
         return config
     return {**config, "model": str(getattr(getattr(config["model"], "config", None), "name_or_path", ""))}
 
