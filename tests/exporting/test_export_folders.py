@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from tests.helpers.tokenizers import make_tokenizer
 from toolkit.errors import ToolkitError
@@ -54,6 +55,25 @@ def test_every_token_that_ends_a_text_is_in_the_generation_config(model, tmp_pat
     written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert written["eos_token_id"] == [2, tokenizer.eos_token_id]
     assert model.generation_config.eos_token_id == 2
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "older"),
+    [
+        ("llama", {}, {"rope_theta": 77777.0}),
+        ("llama", {"rope_type": "linear", "factor": 4.0}, {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+        ("qwen3_next", {"partial_rotary_factor": 0.5}, {"partial_rotary_factor": 0.5}),
+    ],
+)
+def test_rotary_settings_have_the_names_that_older_readers_know_too(tmp_path, family, settings, older):
+    rotary = {"rope_type": "default", "rope_theta": 77777.0, **settings}
+    model = random_model(family, rope_parameters=rotary)
+    export(model, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written.items() >= {"rope_theta": 77777.0, **older}.items()
+    again = AutoConfig.from_pretrained(tmp_path / "out").to_dict()
+    assert again["rope_parameters"] == model.config.to_dict()["rope_parameters"]
+    assert not {"rope_theta", "rope_scaling"} & again.keys()
 
 
 def test_weights_are_sharded(model, tmp_path, monkeypatch):
