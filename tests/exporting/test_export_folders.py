@@ -65,7 +65,7 @@ def test_every_token_that_ends_a_text_is_in_the_generation_config(model, tmp_pat
         ("qwen3_next", {"partial_rotary_factor": 0.5}, {"partial_rotary_factor": 0.5}),
     ],
 )
-def test_rotary_settings_have_the_names_that_older_readers_know_too(tmp_path, family, settings, older):
+def test_rotary_settings_have_their_older_names_too(tmp_path, family, settings, older):
     rotary = {"rope_type": "default", "rope_theta": 77777.0, **settings}
     model = random_model(family, rope_parameters=rotary)
     export(model, tmp_path / "out")
