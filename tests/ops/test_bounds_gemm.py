@@ -96,7 +96,7 @@ def test_linear_decode_tiles_have_the_bits_of_the_others(impl, dtype):
     from toolkit.ops.triton_devices import architecture
 
     for limit, tile in tiles.TABLE.entries[architecture(impl.device)][dtype.itemsize]:
-        outputs = 40 if SMALL else 4096 if limit is not None else 9728
+        outputs = limit or (40 if SMALL else 9728)
         for depth in (64, 48) if SMALL else (2560, 2576):
             x, weight, _ = product(depth, outputs, dtype, rows=DECODE_ROWS)
             wanted = unrounded(x, weight, tile)

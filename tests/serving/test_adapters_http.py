@@ -144,7 +144,7 @@ def test_the_base_model_is_exported_while_adapters_are_loaded(server, chat_model
     ("body", "param", "message"),
     [
         ({"to": "hf"}, "path", "path must be a new or empty folder"),
-        ({"path": "new", "to": "tflite"}, "to", "to must be one of compressed-tensors, gguf"),
+        ({"path": "new", "to": "tflite"}, "to", "to must be one of aot-inductor, compressed-tensors,"),
         ({"path": "new", "to": "gguf", "quantise": "q3"}, "quantise", "quantise must be one of f32, bf16"),
         ({"path": "new", "to": "peft"}, "path", "'peft'"),
     ],

@@ -12,7 +12,7 @@ from tests.helpers.processes import run_processes
 from toolkit.errors import ToolkitError
 from toolkit.moe.balance import RouterStatistics
 from toolkit.testing.oracle import eager
-from toolkit.training import loop, model
+from toolkit.training import model, start_model
 from toolkit.training.loop import Trainer
 from toolkit.training.metrics import read_metrics
 
@@ -22,7 +22,7 @@ METRICS = {"expert_load_max", "expert_load_entropy", "aux_loss", "router_z_loss"
 @pytest.fixture
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models in float64, whose experts transformers' default code does not take."""
-    for module, name in ((loop, "make_model"), (loop, "load_checkpoint"), (model, "load_checkpoint")):
+    for module, name in ((start_model, "make_model"), (start_model, "load_checkpoint"), (model, "load_checkpoint")):
         make = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *given, make=make: eager(make(*given)))
 

@@ -7,7 +7,6 @@ from toolkit.engine.checks import check_bool, check_float, check_int, check_name
 from toolkit.engine.speculation.config import SpeculativeConfig
 from toolkit.errors import ToolkitError, must_be_one_of
 from toolkit.sentences import shown
-from toolkit.state.rounding import KV_CACHE_DTYPES
 
 GIB = 1 << 30
 AUTO = "auto"
@@ -82,6 +81,8 @@ class EngineConfig:
         check_bool("enable_prefix_caching", self.enable_prefix_caching)
         check_bool("enable_return_routed_experts", self.enable_return_routed_experts)
         check_bool("enable_return_selected_keys", self.enable_return_selected_keys)
+        from toolkit.state.rounding import KV_CACHE_DTYPES  # torch, which a command's --help does not load
+
         if self.kv_cache_dtype not in KV_CACHE_DTYPES:
             raise ToolkitError(must_be_one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES))
         _ = self.speculation
