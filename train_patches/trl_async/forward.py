@@ -91,15 +91,15 @@ class TreeForward:
         device = keywords["input_ids"].device
         batch = RaggedBatch.from_sequences(sequences, device)
         values = predictions(self._model, batch, sequences, list(map(len, predicting)), _statistics)
-        # What several samples share is one prediction; of its places in ``values`` the first is taken.
+        # What several samples share is one prediction; of its indices in ``values`` the first is taken.
         at: dict[int, int] = {}
-        for place, position in enumerate(torch.cat(predicting).tolist()):
-            at.setdefault(position, place)
+        for index, position in enumerate(torch.cat(predicting).tolist()):
+            at.setdefault(position, index)
         kept = [position for position in at if row.labels[position] != IGNORED]
-        places = torch.tensor([at[position] for position in kept], device=device)
+        indices = torch.tensor([at[position] for position in kept], device=device)
         positions = torch.tensor(kept, device=device)
         zeros = torch.zeros(len(row.tokens), dtype=torch.float32, device=device)
-        log_probs, entropy = (zeros.index_copy(0, positions, one.float()[places]) for one in values)
+        log_probs, entropy = (zeros.index_copy(0, positions, one.float()[indices]) for one in values)
         self.log_probs = log_probs.detach()
         return FusedCausalLMOutput(log_probs=log_probs.unsqueeze(0), entropy=entropy.unsqueeze(0))
 

