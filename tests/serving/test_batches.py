@@ -232,7 +232,10 @@ def test_wrong_requests_are_one_sentence(server):
         assert message in error.json()["error"]["message"]
     for path in ("/v1/files/nowhere", "/v1/files/nowhere/content", "/v1/batches/nowhere"):
         assert http.get(path).status_code == 404
-    assert http.get("/v1/files?limit=0").json()["error"]["param"] == "limit"
+    for limit in ("0", "²", "000000001" + "9" * 5000):
+        for path in ("/v1/files", "/v1/batches"):
+            refused = http.get(path, params={"limit": limit})
+            assert (refused.status_code, refused.json()["error"]["param"]) == (400, "limit")
     assert httpx.get(f"{server.url}/v1/files").status_code == 401
 
 

@@ -162,7 +162,8 @@ def _check_size(request: Request) -> None:
 def _limit(given: str | None, default: int) -> int:
     if given is None:
         return default
-    if not given.isdigit() or not 1 <= int(given[:9]) <= MAX_PAGE:
+    plain = given.isascii() and given.isdigit() and len(given) <= len(str(MAX_PAGE))
+    if not plain or not 1 <= int(given) <= MAX_PAGE:
         raise RequestError(f"'limit' must be an integer >= 1 and <= {MAX_PAGE}, got {shown(given)}.", "limit")
     return int(given)
 
