@@ -133,6 +133,20 @@ def test_the_prefix_cache_is_forgotten_on_request(server):
         assert hits() == before
 
 
+def test_what_no_file_system_takes_as_a_path_is_the_request_s_error(server):
+    for path in ("", "/tmp/a\0b", f"/tmp/{'x' * 300}", f"/{'y' * 300}/z"):
+        bodies = {
+            "/update_weights": {"weight_dir": path},
+            "/export": {"path": path or "/etc/passwd"},
+            "/v1/load_lora_adapter": {"lora_name": "a", "lora_path": path},
+            "/load_lora_adapter": {"lora_name": "a", "lora_path": path},
+        }
+        for endpoint, body in bodies.items():
+            refused = server.http.post(endpoint, json=body)
+            assert refused.status_code in (400, 404), (endpoint, path, refused.text)
+            assert refused.json()["error"]["param"] == list(body)[-1]
+
+
 def test_the_log_has_a_line_for_every_request(server, undisturbed):
     lines = [json.loads(line) for line in server.log.read_text().splitlines()]
     ours = [line for line in lines if line.get("completion_tokens") == MAX_TOKENS]

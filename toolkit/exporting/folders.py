@@ -20,6 +20,10 @@ def check_free(path: Path) -> None:
         taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
     except PermissionError:
         raise ToolkitError(f"path must be a folder that may be read, got {str(path)!r}.") from None
+    except OSError as error:
+        raise ToolkitError(_sentence(error, path) or f"path must be a folder, got {str(path)!r} ({error}).") from None
+    if "\0" in str(path):
+        raise ToolkitError(f"path must be what the file system takes, got {str(path)!r}.")
     if taken:
         raise ToolkitError(f"path must be a new or empty folder, got {str(path)!r}.")
 
@@ -97,5 +101,5 @@ def _sentence(error: Exception, path: Path) -> str | None:
     if number == errno.ENOTDIR:
         return f"path must be in a folder, got '{path}', above which a file lies."
     if number == errno.ENAMETOOLONG:
-        return f"path must be a name that the file system takes, got one of {len(path.name)} characters."
+        return f"path must be what the file system takes, got one of {len(str(path))} characters."
     return None

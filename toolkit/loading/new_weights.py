@@ -1,5 +1,6 @@
 """Weights of a folder for a model that is loaded already."""
 
+import os
 from collections import Counter
 from copy import deepcopy
 from pathlib import Path
@@ -38,7 +39,7 @@ def read_new_weights(folder: str, model: "nn.Module", field: str = "weight_dir")
         ToolkitError: what is missing, corrupt or does not fit.
     """
     path = Path(folder)
-    if not path.is_dir():
+    if not os.path.isdir(folder):  # false for what is no path at all; "" is none, and not the working folder
         raise ToolkitError(f"{field} must be a folder that this server can read, got {shown(folder)}.")
     config: Any = model.config
     counts: Counter[str] = Counter()

@@ -3,6 +3,7 @@
 PEFT makes the wrappers, so that training, saving and merging know them. What comes in does not become active.
 """
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
@@ -82,7 +83,7 @@ def read_adapter(folder: str | Path) -> tuple[Any, dict[str, Tensor]]:
     path = Path(folder)
     weights = path / "adapter_model.safetensors"
     for file in (path / "adapter_config.json", weights):
-        if not file.is_file():
+        if not os.path.isfile(file):  # false for what is no path at all
             raise ToolkitError(f"adapter {shown(str(folder))} must be a folder with {file.name}, got none.")
     from peft import LoraConfig, PeftConfig
     from safetensors.torch import load_file

@@ -1,6 +1,7 @@
 """Adapters that come and go while the server runs, under vLLM's endpoints."""
 
 import asyncio
+import os
 from pathlib import Path
 
 from fastapi import Request, params
@@ -79,4 +80,4 @@ def add_adapters(generation: Generation, guarded: list[params.Depends]) -> None:
 
 
 def _has_files(folder: str) -> bool:
-    return all(Path(folder, name).is_file() for name in ADAPTER_FILES)
+    return all(os.path.isfile(Path(folder, name)) for name in ADAPTER_FILES)
