@@ -246,6 +246,8 @@ def test_a_client_has_a_bounded_number_of_unfinished_sequences(told):
         error = refused.json()["error"]
         assert error["type"] == "rate_limit_error"
         assert error["message"].startswith("This client must have <= 2 unfinished sequences, got 3")
+        disguised = {"x-api-key": "one", "authorization": "Bearer another"}  # what else it sends makes it nobody else
+        assert client.post("/v1/completions", json=PROMPT, headers=disguised).status_code == 429
         others = Sent(client, PROMPT, **two)
         until(lambda: len(told.live) == 3)
         client.post("/resume", headers=chief)

@@ -12,6 +12,8 @@ from toolkit.errors import ToolkitError
 from toolkit.sentences import shown
 from toolkit.serving.errors import RequestError
 
+OPENED_BY = "toolkit.api_key"
+"""In the scope of a request: the key that opened the server to it, among all that it sent."""
 _ORIGIN = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://[^/\s?#]+")
 
 
@@ -52,9 +54,10 @@ class ApiKeys:
             elif name == b"x-api-key":
                 given.append(value.strip())
         # Every key is compared, in constant time, so that the time says nothing about any.
-        right = [hmac.compare_digest(key, one) for key in given for one in self._keys]
-        if not any(right):
+        right = [key for key in given for one in self._keys if hmac.compare_digest(key, one)]
+        if not right:
             raise RequestError("The API key is missing or wrong.", status=401, code="invalid_api_key")
+        request.scope[OPENED_BY] = right[0]
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from starlette.requests import HTTPConnection
 
 from toolkit.engine import AsyncEngine, RequestHandle
 from toolkit.sentences import shown
+from toolkit.serving.access import OPENED_BY
 from toolkit.serving.errors import RequestError
 
 DEADLINE = "x-request-timeout"
@@ -124,10 +125,11 @@ def request_id(request: Request) -> str:
 
 
 def client_of(request: HTTPConnection, by_key: bool) -> str:
-    """Who sends a request: a digest of the key that was sent, or an address."""
+    """Who sends a request: a digest of its key, of several that which opened the server to it; or an address."""
     if by_key:
         headers = {name: value for name, value in request.scope["headers"] if name in (b"authorization", b"x-api-key")}
         sent = headers.get(b"authorization", b"").rpartition(b" ")[2] or headers.get(b"x-api-key", b"")
+        sent = request.scope.get(OPENED_BY, sent)
         return "key-" + hashlib.sha256(sent).hexdigest()[:12]
     return request.client.host if request.client is not None and request.client.host else _NO_ADDRESS
 
