@@ -10,6 +10,7 @@ from fastapi.testclient import TestClient
 from pydantic import BaseModel, Field
 
 from tests.helpers.json_schemas import violation
+from tests.helpers.tool_template import TEMPLATE
 from toolkit.engine import AsyncEngine, Engine
 from toolkit.loading import load_model
 from toolkit.serving.app import ServerConfig, create_app
@@ -152,6 +153,40 @@ def test_what_is_wrong_is_one_sentence(client, path, fields, message, param):
     assert message in error["message"]
     if param is not None:
         assert error["param"] == param
+
+
+def test_a_form_beside_reasoning_and_tools_is_named_as_the_request_names_it(chat_model):
+    """There the form is a part of a grammar, of which no client knows."""
+    model, tokenizer = load_model(str(chat_model))
+    tokenizer.chat_template = TEMPLATE
+    nowhere, call = {"$ref": "http://example.org/schema"}, {"name": "look", "parameters": {"type": "object"}}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": nowhere}}
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 9}
+    field = "response_format.json_schema.schema"
+    cases = [
+        (CHAT, {**asked, "response_format": form}, field),
+        (CHAT, {**asked, "response_format": form, "tools": [{"type": "function", "function": call}]}, field),
+        (
+            "/v1/messages",
+            {**asked, "output_config": {"format": {"type": "json_schema", "schema": nowhere}}},
+            "output_config.format.schema",
+        ),
+        (
+            "/v1/responses",
+            {"input": "hi", "text": {"format": {"type": "json_schema", "name": "x", "schema": nowhere}}},
+            "text.format.schema",
+        ),
+        ("/api/chat", {"model": "tiny", "messages": asked["messages"], "format": nowhere}, "format"),
+    ]
+    with Engine(model, tokenizer, max_model_len=512) as engine:
+        config = ServerConfig("tiny", AsyncEngine(engine), tokenizer=tokenizer, max_model_len=512, vocab_size=320)
+        with TestClient(create_app(config)) as client:
+            for path, body, named in cases:
+                response = client.post(path, json=body)
+                assert response.status_code == 400, response.text
+                error = response.json()["error"]
+                message = error if isinstance(error, str) else error["message"]
+                assert message.startswith(f"'{named}' must be what can be enforced"), message
 
 
 def test_requests_for_text_ask_for_nothing():

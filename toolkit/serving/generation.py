@@ -14,7 +14,7 @@ from toolkit.errors import ToolkitError
 from toolkit.sentences import shown
 from toolkit.serving.base import CLIENT_CLOSED_REQUEST, Base, ServerConfig
 from toolkit.serving.errors import RequestError
-from toolkit.serving.reply_plan import ReplyPlanner
+from toolkit.serving.reply_plan import ReplyPlan, ReplyPlanner
 from toolkit.serving.request_log import record_of
 from toolkit.serving.texts import Texts
 
@@ -140,6 +140,13 @@ class Generation:
             if wrong is not None:
                 message = f"'{field}' must have token ids from 0 to {self.config.vocab_size - 1}, got {shown(wrong)}."
                 raise RequestError(message, field)
+
+    def plan(self, *given: Any, form_field: str = FORM_FIELD) -> ReplyPlan:
+        """``ReplyPlanner.plan``; ``form_field`` of the request says the form of the output, for errors about it."""
+        try:
+            return self.replies.plan(*given)
+        except ToolkitError as error:
+            raise about_form(error, form_field) from None
 
     def sampling_params(
         self,

@@ -132,6 +132,8 @@ class ReplyPlanner:
         strict = choice.mode == "auto" and self.reading.calls is not None and any(tool.strict for tool in allowed)
         if not (choice.mode == "required" or (of_json and (allowed or marked)) or strict):
             return None
+        if form is not None:
+            self._compiler.compile(form)  # alone: what is wrong with it is not about the tools
         try:
             return self._written(form, allowed, choice, end)
         except ToolkitError as error:

@@ -51,7 +51,7 @@ def add_routes(generation: Generation) -> None:
         served = base.check_model(asked.model)
         chat, given = asked.chat(), asked.sampling()
         prompt = chat_prompt(texts, chat)
-        plan = generation.replies.plan(prompt, chat.tools, chat.choice, given, chat.continued)
+        plan = generation.plan(prompt, chat.tools, chat.choice, given, chat.continued, form_field=asked.form_field)
         sampling = {**given, **plan.params, **served.sampling}
         prompts, params = generation.sampling_params(sampling, [prompt], None, asked.form_field)
         show = asked.thinking is None or asked.thinking.display != "omitted"

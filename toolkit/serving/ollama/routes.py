@@ -52,7 +52,7 @@ def add_routes(generation: Generation) -> None:
         if chat is None:
             parser = ReplyReading().parser("")
         else:
-            plan = generation.replies.plan(prompt, chat.tools, chat.choice, given, chat.continued)
+            plan = generation.plan(prompt, chat.tools, chat.choice, given, chat.continued, form_field="format")
             given, parser = {**given, **plan.params}, plan.parser()
         if "max_tokens" in given and longest is not None:
             given["max_tokens"] = min(given["max_tokens"], max(1, longest - prompt_length(prompt)))

@@ -33,6 +33,8 @@ BODIES = (
     OutputText, InputImage, FunctionTool, AllowedTool, ResponsesToolChoice, TextFormat, TextConfig, Reasoning,
 )  # fmt: skip
 """Of requests, and what they are made of."""
+FORMAT = "text.format.schema"
+"""The field that says the form of the output."""
 
 
 def add_routes(generation: Generation) -> None:
@@ -48,11 +50,9 @@ def add_routes(generation: Generation) -> None:
             prompt = shortened_prompt(texts, chat, longest - (asked.max_output_tokens or 1))
         else:
             prompt = chat_prompt(texts, chat)
-        plan = generation.replies.plan(prompt, chat.tools, chat.choice, given, chat.continued)
+        plan = generation.plan(prompt, chat.tools, chat.choice, given, chat.continued, form_field=FORMAT)
         given |= plan.params | served.sampling
-        prompts, params = generation.sampling_params(
-            given, [prompt], asked.num_logprobs, "text.format.schema", max_tokens=None
-        )
+        prompts, params = generation.sampling_params(given, [prompt], asked.num_logprobs, FORMAT, max_tokens=None)
         writer = ResponsesWriter(served.name, texts, asked, params[0], plan.parser())
         return Asked(prompts, params, asked.stream, writer, ids=(writer.head["id"],))
 
