@@ -22,10 +22,14 @@ _REQUIREMENTS = {
     "less_than_equal": "<= {le}",
     "too_short": "a list of at least {min_length}",
     "too_long": "a list of at most {max_length}",
+    "too_few_fields": "a mapping of at least {min_length} fields",
+    "too_many_fields": "a mapping of at most {max_length} fields",
     "string_too_short": "text of at least {min_length} character",
     "string_too_long": "text of at most {max_length} characters",
     "literal_error": "one of {expected}",
 }
+_OF_FIELDS = {"too_short": "too_few_fields", "too_long": "too_many_fields"}
+"""Kinds of problems that pydantic has one name for, of lists and of objects."""
 
 
 def sentence(problem: Mapping[str, Any], field: str, *, requirement: str | None = None, nullable: bool = False) -> str:
@@ -42,6 +46,8 @@ def sentence(problem: Mapping[str, Any], field: str, *, requirement: str | None 
         return f"{field} is required."
     if requirement is None:
         message = problem["msg"].removeprefix("Input should be ")
+        if isinstance(problem["input"], Mapping):
+            kind = _OF_FIELDS.get(kind, kind)
         requirement = (
             _REQUIREMENTS[kind].format(**{name: _plain(value) for name, value in context.items()})
             if kind in _REQUIREMENTS

@@ -240,6 +240,8 @@ WRONG = [
     ({"include": ["everything"]}, "'include' must be some of "),
     ({"max_output_tokens": -1}, "max_tokens must be "),
     ({"tool_choice": "required"}, "'tool_choice' must be 'auto' or 'none' without 'tools'."),
+    ({"tool_choice": {"type": "file_search"}}, "'tool_choice.type' must be one of 'function' or 'allowed_tools', got "),
+    ({"metadata": {str(at): "a" for at in range(17)}}, "'metadata' must be a mapping of at most 16 fields, got {'0': "),
     ({"tools": [{"type": "web_search"}]}, "'tools[0].type' must be one of 'function', got 'web_search'."),
     ({"text": {"format": {"type": "json_schema", "name": "a"}}}, "'text.format.schema' is required with the type"),
     ({"messages": []}, "Unknown field 'messages'"),

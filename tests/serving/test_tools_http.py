@@ -252,6 +252,7 @@ WRONG = [
     ({"tool_choice": "required"}, "tool_choice", "'tools' has none"),
     ({"tools": SPECS, "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice", "got 'x'"),
     ({"tools": SPECS, "tool_choice": {"type": "function"}}, "tool_choice.function", "is required"),
+    ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "'messages' is not a variable"),
     ({"chat_template": "{{ 1 }}"}, "chat_template", "is a program that the server would run"),
     ({"continue_final_message": True, "add_generation_prompt": True}, "add_generation_prompt", "give one"),
     ({"reasoning_effort": "much"}, "reasoning_effort", "must be one of 'none'"),

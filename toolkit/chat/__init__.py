@@ -4,7 +4,7 @@ from toolkit.chat.dropped import dropped_messages, hidden_parts, hidden_tools
 from toolkit.chat.images import PicturedTokens, has_images, pictured, read_image, take_images
 from toolkit.chat.infilling import Infill, infill
 from toolkit.chat.rust import rust_encoding
-from toolkit.chat.template import ChatTemplateError, render, render_spans
+from toolkit.chat.template import ChatTemplateError, TemplateVariableError, render, render_spans
 from toolkit.chat.tokens import Encoding, encode, prompt_token_ids, sequence_inputs, special_tokens_around
 from toolkit.chat.training import ChatTokenizer, PreferenceTokens, TrainingTokens
 
@@ -15,6 +15,7 @@ __all__ = [
     "Infill",
     "PicturedTokens",
     "PreferenceTokens",
+    "TemplateVariableError",
     "TrainingTokens",
     "dropped_messages",
     "encode",

@@ -36,6 +36,10 @@ class ChatTemplateError(ToolkitError):
         self.reason = reason
 
 
+class TemplateVariableError(ChatTemplateError):
+    """A variable is given under the name of something that every template gets, such as ``messages``."""
+
+
 def render(
     tokenizer: Any,
     messages: Sequence[Mapping[str, Any]],
@@ -232,7 +236,7 @@ def _variables(tokenizer: Any, chat_template_kwargs: Mapping[str, Any] | None) -
     taken = {*inspect.signature(tokenizer.apply_chat_template).parameters, "self", "messages"} - {"documents", "kwargs"}
     for name in variables:
         if name in taken:
-            raise ChatTemplateError(f"'{name}' is not a variable of a template")
+            raise TemplateVariableError(f"'{name}' is not a variable of a template")
     return variables
 
 

@@ -1,6 +1,7 @@
 """Request bodies out of JSON text; what is wrong with one becomes one sentence that names the field."""
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -11,6 +12,8 @@ from toolkit.sentences import sentence, shown, unknown_field
 from toolkit.serving.errors import RequestError
 from toolkit.serving.limits import check_structure
 
+_VALIDATED = re.compile(r"function-(after|before|plain|wrap)\[")
+"""What pydantic calls a kind of object with a validator, among several that a field may have."""
 MAX_NAME = 200
 """Characters of an unknown field's name that an error repeats."""
 
@@ -95,6 +98,8 @@ def _owner_and_path(kind: type[BaseModel], loc: list[Any]) -> tuple[type[BaseMod
     owners: list[type[BaseModel]] = [kind]
     path: list[Any] = []
     for part in loc:
+        if isinstance(part, str) and _VALIDATED.match(part):
+            continue
         fields = [field for one in owners for name, field in one.model_fields.items() if part in (name, field.alias)]
         tagged = [one for one in owners if part in _tags(one)]
         if tagged and len(owners) > 1:  # before the name of a field, which may be the same

@@ -11,6 +11,7 @@ from typing import Any
 from toolkit.chat import (
     ChatTemplateError,
     Infill,
+    TemplateVariableError,
     dropped_messages,
     encode,
     hidden_tools,
@@ -171,6 +172,11 @@ class Texts:
     def _rendered(self, chat: list[dict[str, Any]], options: Mapping[str, Any]) -> str:
         try:
             return render(self._tokenizer, chat, **options)
+        except TemplateVariableError as error:
+            field = "chat_template_kwargs"
+            raise RequestError(
+                f"'{field}' must have variables of the chat template alone: {error.reason}.", field
+            ) from None
         except ChatTemplateError as error:
             message = f"The model's chat template rejects these messages ({error.reason})."
             raise RequestError(message, "messages") from None
