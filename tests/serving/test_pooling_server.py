@@ -228,6 +228,8 @@ def test_classes_have_their_names():
         ("/v1/embeddings", {"input": "x" * 9999}, "input", "input must have <= "),
         ("/v1/embeddings", {"input": "x", "encoding_format": "hex"}, "encoding_format", "must be one of"),
         ("/v1/score", {"text_1": ["a", "b"], "text_2": "c"}, "text_1", "text_1 must have 1 text, or one for each of"),
+        ("/v1/score", {"text_1": [], "text_2": "c"}, "text_1", "'text_1' must be a list of at least 1, got []."),
+        ("/v1/score", {"text_1": "a", "text_2": 5}, "text_2", "'text_2' must be text or a list of texts, got 5."),
         ("/v1/rerank", {"query": "x", "documents": "y"}, "documents", "'documents' must be a list of texts, got 'y'"),
         ("/v1/rerank", {"query": "x", "documents": [{"body": "y"}]}, "documents[0]", "must be text"),
         ("/classify", {"input": "x"}, "task", "task must be one of embed, token_embed, got 'classify'"),

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import FastAPI, Request, Response
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from torch import Tensor
 
 from toolkit.engine.pooling import Pooled, PoolingInput, PoolingParams, PoolingQueue
@@ -25,7 +25,7 @@ from toolkit.serving import text_routes
 from toolkit.serving.anthropic.responses import error_body
 from toolkit.serving.base import Base, ServerConfig
 from toolkit.serving.batches import routes as batches
-from toolkit.serving.body import Body
+from toolkit.serving.body import Body, one_or_several
 from toolkit.serving.errors import Json, RequestError
 from toolkit.serving.ollama.embed import add_embed
 from toolkit.serving.ollama.requests import OllamaEmbedRequest, OllamaShowRequest
@@ -48,7 +48,7 @@ GENERATING_PATHS = (
 POOLS = "The served model gives embeddings, scores or classes; serve a model that generates for completions."
 Model = type[BaseModel]
 Write = Callable[[int, Tensor], Json]
-_Texts = str | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+_Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
 
 
 class _Pooling(Body):
@@ -100,6 +100,11 @@ class ScoreRequest(_Pooling):
 
     text_1: _Texts
     text_2: _Texts
+
+    @field_validator("text_1", "text_2", mode="before", json_schema_input_type=str | _Texts)
+    @classmethod
+    def _one_text_is_a_list_of_one(cls, given: Any, info: ValidationInfo) -> Any:
+        return one_or_several(str(info.field_name), given)
 
 
 class _Schema(BaseModel):
