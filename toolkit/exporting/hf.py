@@ -38,7 +38,7 @@ class HuggingFace(ExportTarget, name="hf"):
         if source is not None:
             copy_unread(unread_tensors(job.model, source), source, folder)
 
-    def consume(self, folder: Path, prompts: Sequence[Sequence[int]], max_tokens: int) -> ConsumerOutput:
+    def consume(self, folder: Path, prompts: Sequence[Sequence[int]], max_tokens: int) -> ConsumerOutput | None:
         return ConsumerOutput(
             f"transformers {installed_version('transformers')}", greedy_tokens(str(folder), prompts, max_tokens)
         )
