@@ -22,6 +22,8 @@ from toolkit.quantised.stored.parts import packed
 
 GROUPS = (128, 64, 32)
 """Input columns that share a scale: the first that divides those of every layer; where none does, a row has one."""
+_LEAST_SCALE = 2.0**-24
+"""The smallest number of float16 above 0."""
 FP8_LARGEST = torch.finfo(torch.float8_e4m3fn).max
 VERSION = "0.20.1"
 """Of the format that is written."""
@@ -152,6 +154,9 @@ def compressed(weight: Tensor, form: str, group: int | None) -> dict[str, Tensor
     rows = values.unflatten(-1, (-1, group or values.shape[-1]))
     # The largest value lies half a step beyond the largest integer, so that no value is off by more than half a step.
     scale = (rows.abs().amax(-1) / (half - 0.5)).clamp(min=torch.finfo(torch.float32).tiny).to(weight.dtype)
+    if bits == 8 and group is not None:  # as q8_0 has them, so that the folder opens here as that format
+        up = scale.float() * (1 + 2.0**-11)  # not below what the largest value needs
+        scale = up.clamp(_LEAST_SCALE, torch.finfo(torch.float16).max).half().to(weight.dtype)
     whole = (rows / scale.float().unsqueeze(-1)).round().clamp(-half, half - 1).flatten(-2)
     return {
         "weight_packed": packed(whole.to(torch.int32) + half, bits),
