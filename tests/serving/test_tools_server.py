@@ -111,10 +111,16 @@ def test_pydantic_tools_and_responses(client):
     assert isinstance(message.parsed, Side) or isinstance(message.tool_calls[0].function.parsed_arguments, Turn)
 
 
-@pytest.mark.parametrize("option", ["--tool-call-parser", "--reasoning-parser"])
-def test_unknown_parsers_end_the_start(chat_model, capsys, option):
+@pytest.mark.parametrize(
+    ("option", "field"),
+    [
+        ("--tool-call-parser", "tool_call_parser"), ("--tool-parser", "tool_call_parser"),
+        ("--reasoning-parser", "reasoning_parser"), ("--reasoning", "reasoning_parser"),
+    ],
+)  # fmt: skip
+def test_unknown_parsers_end_the_start(chat_model, capsys, option, field):
     assert main(["serve", str(chat_model), "--port", "0", option, "x"]) != 0
-    assert f"{option[2:].replace('-', '_')} must be one of 'auto', 'none', " in capsys.readouterr().err
+    assert f"{field} must be one of 'auto', 'none', " in capsys.readouterr().err
 
 
 def test_the_examples_of_the_page_run_as_written(server, capsys):

@@ -58,12 +58,14 @@ def _add_api_options(group: Any) -> None:
     group.add_argument("--chat-template", metavar="FILE", help="a Jinja file, or the template itself")
     group.add_argument(
         "--tool-call-parser",
+        "--tool-parser",
         default="auto",
         metavar="NAME",
         help="how tool calls are read, such as hermes (default: auto, by the chat template; none reads none)",
     )
     group.add_argument(
         "--reasoning-parser",
+        "--reasoning",
         default="auto",
         metavar="NAME",
         help="how reasoning is read, such as qwen3 (default: auto, by the chat template; none reads none)",
