@@ -185,6 +185,19 @@ def _reward(recipe: Any, objective: Any, given: Any, tokenizer: Any) -> Any:
     )
 
 
+def _of_groups(recipe: Any, objective: Any) -> dict[str, Any]:
+    """What trainers of groups of completions share."""
+    return {
+        **_common(recipe, objective.prompts * objective.num_generations),
+        "num_generations": objective.num_generations,
+        "max_completion_length": objective.rollout.max_completion_length,
+        "epsilon": objective.epsilon,
+        "beta": objective.beta,
+        "reward_weights": objective.reward_weights,
+        "shuffle_dataset": False,
+    }
+
+
 def _grpo(recipe: Any, objective: Any, given: Any, tokenizer: Any) -> Any:
     """Its rollouts are those that the recipe's run has recorded, its rewards by the same functions."""
     steps = iter(given["completions"])
@@ -200,16 +213,10 @@ def _grpo(recipe: Any, objective: Any, given: Any, tokenizer: Any) -> Any:
         }
 
     arguments = GRPOConfig(
-        **_common(recipe, objective.prompts * objective.num_generations),
-        num_generations=objective.num_generations,
-        max_completion_length=objective.rollout.max_completion_length,
+        **_of_groups(recipe, objective),
         loss_type=objective.loss_type,
         scale_rewards=objective.scale_rewards,
-        epsilon=objective.epsilon,
         epsilon_high=objective.epsilon_high,
-        beta=objective.beta,
-        reward_weights=objective.reward_weights,
-        shuffle_dataset=False,
     )
     return GRPOTrainer(
         model=_causal(),
@@ -224,16 +231,7 @@ def _grpo(recipe: Any, objective: Any, given: Any, tokenizer: Any) -> Any:
 def _rloo(recipe: Any, objective: Any, given: Any, tokenizer: Any) -> Any:
     """As ``_grpo``."""
     steps = iter(given["completions"])
-    arguments = RLOOConfig(
-        **_common(recipe, objective.prompts * objective.num_generations),
-        num_generations=objective.num_generations,
-        max_completion_length=objective.rollout.max_completion_length,
-        epsilon=objective.epsilon,
-        beta=objective.beta,
-        normalize_advantages=objective.normalize_advantages,
-        reward_weights=objective.reward_weights,
-        shuffle_dataset=False,
-    )
+    arguments = RLOOConfig(**_of_groups(recipe, objective), normalize_advantages=objective.normalize_advantages)
     trainer = RLOOTrainer(
         model="start", args=arguments, train_dataset=Dataset.from_list(given["prompts"]), processing_class=tokenizer,
         reward_funcs=load_reward_functions(objective.reward_funcs),

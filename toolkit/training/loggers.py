@@ -56,7 +56,22 @@ class TensorBoard(Logger):
         self._writer.close()
 
 
-class Wandb(Logger):
+class _RunLogger(Logger):
+    """A run of a client that writes as it is given."""
+
+    _run: Any
+
+    def write(self, values: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(values), step=step)
+
+    def flush(self) -> None:
+        return
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Wandb(_RunLogger):
     """A run in ``wandb``, offline unless the environment says otherwise. A run that resumes writes another file of the
     same run, which ``wandb sync`` joins."""
 
@@ -64,7 +79,7 @@ class Wandb(Logger):
         import wandb
 
         mode = os.environ.get("WANDB_MODE", "offline")
-        self._run: Any = wandb.init(
+        self._run = wandb.init(
             project=recipe.log.project,
             name=recipe.run_name,
             id=_identity(folder, "wandb_id"),
@@ -74,17 +89,8 @@ class Wandb(Logger):
             config=recipe.model_dump(),
         )
 
-    def write(self, values: Mapping[str, float], step: int) -> None:
-        self._run.log(dict(values), step=step)
 
-    def flush(self) -> None:
-        return  # wandb writes as it is given
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-class Trackio(Logger):
+class Trackio(_RunLogger):
     """A run in Trackio's local database."""
 
     def __init__(self, recipe: Recipe, folder: Path, step: int) -> None:
@@ -92,18 +98,9 @@ class Trackio(Logger):
 
         resume = "allow" if step else "never"
         config = json.loads(json.dumps(recipe.model_dump()))
-        self._run: Any = trackio.init(
+        self._run = trackio.init(
             project=recipe.log.project, name=recipe.run_name, resume=resume, config=config, embed=False
         )
-
-    def write(self, values: Mapping[str, float], step: int) -> None:
-        self._run.log(dict(values), step=step)
-
-    def flush(self) -> None:
-        return  # wandb writes as it is given
-
-    def close(self) -> None:
-        self._run.finish()
 
 
 _LOGGERS: dict[str, type[Logger]] = {"tensorboard": TensorBoard, "wandb": Wandb, "trackio": Trackio}

@@ -1,16 +1,15 @@
 """Keys and values in eight bits with a scale for each token and head (``toolkit.state.rounding``)."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from toolkit.state.kinds import PagedRows, Rows, Snapshots, StateKind, StateSpec
+from toolkit.state.kinds import PagedRows, Rows, Snapshots, StateSpec
+from toolkit.state.kinds.token_rows import TokenRows
 from toolkit.state.kinds.window import WindowAttention
 from toolkit.state.rounding import int8_codes, int8_values
 
 
-class Int8Attention(StateKind, kind="full_int8"):
+class Int8Attention(TokenRows, kind="full_int8"):
     """Codes [num_blocks, block_size, heads, width] of keys and of values, and float32 scales [..., heads, 1] of both.
 
     Attention reads values of the model's dtype: those of the blocks in use are computed for each call.
@@ -30,37 +29,20 @@ class Int8Attention(StateKind, kind="full_int8"):
         codes = [((block_size, *shape), torch.int8) for shape in spec.shapes]
         return codes + [((block_size, heads, 1), torch.float32) for heads, _ in spec.shapes]
 
-    @classmethod
-    def inputs(cls, spec: StateSpec) -> tuple[tuple[int, ...], ...]:
-        return spec.shapes
-
     def write(self, rows: Rows, view: PagedRows | Snapshots, query_offsets: Tensor) -> None:
-        assert isinstance(view, PagedRows)
-        kept = (view.slot_mapping >= 0).nonzero()[:, 0]
-        slots = view.slot_mapping[kept]
-        for codes, scales, given in zip(*self._halves(), rows, strict=True):
-            codes.flatten(0, 1)[slots], scales.flatten(0, 1)[slots] = int8_codes(given[kept])
+        codes, scales = zip(*map(int8_codes, rows), strict=True)
+        super().write((*codes, *scales), view, query_offsets)
 
     def operands(self, view: PagedRows) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values [rows, heads, width] of the blocks in use, and the tables that lead to them."""
         blocks, tables = view.block_tables.unique(return_inverse=True)
-        keys, values = self._values(blocks)
+        keys, values = self.contents(blocks)
         return keys, values, tables
 
-    def read(self, blocks: Sequence[int], length: int) -> Rows:
-        """The rows of the tokens that are still read, [n, ...] each."""
-        lookback = self.lookback(self.spec)
-        start = max(0, length - lookback) if lookback else 0
-        first = start // self.block_size
-        found = self._values(self._index(blocks[first : -(-length // self.block_size)]))
-        return tuple(rows[start - first * self.block_size : length - first * self.block_size] for rows in found)
-
-    def _halves(self) -> tuple[Rows, Rows]:
-        return self.stores[:2], self.stores[2:]
-
-    def _values(self, blocks: Tensor) -> Rows:
-        pairs = zip(*self._halves(), strict=True)
-        return tuple(int8_values(codes[blocks], scales[blocks], self.dtype).flatten(0, 1) for codes, scales in pairs)
+    def contents(self, blocks: Tensor) -> Rows:
+        *codes, key_scales, value_scales = super().contents(blocks)
+        pairs = zip(codes, (key_scales, value_scales), strict=True)
+        return tuple(int8_values(*pair, self.dtype) for pair in pairs)
 
 
 class Int8Window(Int8Attention, kind="window_int8"):

@@ -11,7 +11,7 @@ from toolkit.state.kinds import PagedRows, Rows, Snapshots, StateKind, StateSpec
 
 
 class TokenRows(StateKind):
-    """``stores`` of [num_blocks, block_size, heads, width], one for each of spec.shapes, (heads, width) a token.
+    """``stores`` of [num_blocks, block_size, heads, width], at first one for each of spec.shapes, (heads, width) a token.
 
     ``rows``: the same memory, one row per slot.
     """
@@ -45,8 +45,9 @@ class TokenRows(StateKind):
         lookback = self.lookback(self.spec)
         start = max(0, length - lookback) if lookback else 0
         first = start // self.block_size
-        index = self._index(blocks[first : -(-length // self.block_size)])
-        return tuple(
-            store[index].flatten(0, 1)[start - first * self.block_size : length - first * self.block_size]
-            for store in self.stores
-        )
+        held = self.contents(self._index(blocks[first : -(-length // self.block_size)]))
+        return tuple(rows[start - first * self.block_size : length - first * self.block_size] for rows in held)
+
+    def contents(self, blocks: Tensor) -> Rows:
+        """The rows of whole blocks [n], [n * block_size, heads, width] each."""
+        return tuple(store[blocks].flatten(0, 1) for store in self.stores)
