@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,9 @@ def test_a_section_that_hangs_is_killed_and_what_it_had_measured_is_kept(tmp_pat
     report = json.loads((tmp_path / "gpu.json").read_text())["sections"]["linear"]
     assert report["status"].startswith("killed after")
     assert report["marks"] == ["gate: why"]
+    end = time.monotonic() + 30.0  # it was sent SIGKILL, and dies when it is scheduled
+    while not ended(report["result"]["child"]) and time.monotonic() < end:
+        time.sleep(0.02)
     assert ended(report["result"]["child"])
     assert any("killed" in line for line in suite.wrong(made.reports, ["linear"]))
 

@@ -32,7 +32,6 @@ WHOLE = {
 if DRY:
     WHOLE = dict.fromkeys(WHOLE, 16) | {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
     WHOLE |= {"vocab_size": 61}
-DTYPE = torch.float16 if DRY else HALF
 BATCHES = [2] if DRY else [1, 32, 256]
 PROMPT, STEPS, WARMUP, PROFILED = (3, 1, 1, 1) if DRY else (128, 24, 4, 2)
 PEER_TOKENS = 2 if DRY else 32
@@ -42,7 +41,7 @@ GRAPHS = ["eager"] if DRY else ["eager", "graph"]  # a CPU has no CUDA graphs
 def make_model(**sizes: int) -> Any:
     """A Qwen3 with random weights, made on the device in 16 bits."""
     before = torch.get_default_dtype()
-    torch.set_default_dtype(DTYPE)
+    torch.set_default_dtype(HALF)
     try:
         with torch.device(DEVICE):
             return qwen3(**sizes)

@@ -1,4 +1,4 @@
-"""The gated delta rule on a GPU: training forward and backward, and decode, against fla's chunked kernels.
+"""The gated delta rule on a GPU: training forward and backward, against fla's chunked kernels.
 
 The shape is a Qwen3-Next layer's: 16 key heads, 32 value heads, K = V = 128. fla is named where it is missing.
 """
@@ -30,9 +30,9 @@ def inputs(tokens: int) -> list[Tensor]:
     return [q, k, normal(tokens, HEADS, WIDTH), g, torch.rand(tokens, HEADS, device=DEVICE)]
 
 
-def offsets_of(sequences: int, tokens: int) -> tuple[Tensor, Tensor]:
+def offsets_of(sequences: int, tokens: int) -> dict[str, Tensor]:
     offsets = torch.arange(sequences + 1, device=DEVICE) * tokens
-    return offsets, torch.full((sequences,), -1, device=DEVICE)
+    return {"offsets": offsets, "parents": torch.full((sequences,), -1, device=DEVICE)}
 
 
 def ours(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, offsets: Tensor, parents: Tensor) -> Tensor:
@@ -63,13 +63,13 @@ def bench_recurrence(section: Section) -> None:
         if not section.allows(name, 4.0):
             continue
         with section.trying(name):
-            few = dict(zip(("offsets", "parents"), offsets_of(2, CHECKED // 2)))
+            few = offsets_of(2, CHECKED // 2)
             small, grad = inputs(CHECKED), normal(CHECKED, HEADS, WIDTH)
             exact = both_ways(partial(oracle, **few), doubles(small), [grad.double()])
             error = section.check(name, both_ways(partial(ours, **few), small, [grad]), exact, GATE[HALF])
             rows = [x.requires_grad_() for x in inputs(sequences * tokens)]
             grad = normal(sequences * tokens, HEADS, WIDTH)
-            whole = dict(zip(("offsets", "parents"), offsets_of(sequences, tokens)))
+            whole = offsets_of(sequences, tokens)
             entry = section.result[name] = {"gate": error, "tokens": sequences * tokens, "sides": {}, "missing": []}
             makers: dict[str, Callable[[], Callable[..., Tensor]]] = {"ours": lambda: ours, "fla": fla}
             for side, maker in makers.items():

@@ -1,4 +1,4 @@
-"""The versions and packages of a lent GPU machine: torch 2.11, Triton 3.6, transformers 5.17, without pydantic and TRL.
+"""The GPU suite with other packages: torch 2.11, Triton 3.6, transformers 5.17, without pydantic and TRL.
 
 The environment has PyPI's torch, a CUDA build: a few gigabytes, made once where ``TOOLKIT_CLIENT_ENVIRONMENTS`` names a
 folder to keep it in.

@@ -173,14 +173,20 @@ def _kind(value: Any) -> str:
     return "a list" if isinstance(value, list) else f"{value!r}"
 
 
-def _nullable(key: str, kind: str | None) -> bool:
+def annotation_of(key: str, kind: str | None) -> Any:
+    """The type of a dotted field, with an objective of ``kind``; None where there is no such field."""
     annotation: Any = Recipe
     for part in key.split("."):
         section = _section(annotation, kind)
         field = section.model_fields.get(part) if section else None
         if field is None:
-            return False
+            return None
         annotation = field.annotation
+    return annotation
+
+
+def _nullable(key: str, kind: str | None) -> bool:
+    annotation = annotation_of(key, kind)
     return typing.get_origin(annotation) in (typing.Union, types.UnionType) and type(None) in typing.get_args(
         annotation
     )

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from toolkit.engine.checks import check_bool, check_float, check_int, check_names
 from toolkit.engine.speculation.config import SpeculativeConfig
-from toolkit.errors import ToolkitError, must_be_one_of
+from toolkit.errors import ToolkitError
 from toolkit.sentences import shown
 
 GIB = 1 << 30
@@ -81,10 +81,9 @@ class EngineConfig:
         check_bool("enable_prefix_caching", self.enable_prefix_caching)
         check_bool("enable_return_routed_experts", self.enable_return_routed_experts)
         check_bool("enable_return_selected_keys", self.enable_return_selected_keys)
-        from toolkit.state.rounding import KV_CACHE_DTYPES  # torch, which a command's --help does not load
+        from toolkit.state.rounding import checked_kv_dtype  # torch, which a command's --help does not load
 
-        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
-            raise ToolkitError(must_be_one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES))
+        checked_kv_dtype(self.kv_cache_dtype)
         _ = self.speculation
         if not (isinstance(self.max_model_len, str) and self.max_model_len == AUTO) and self.max_model_len is not None:
             check_int("max_model_len", self.max_model_len, 2, also=", 'auto' or None")

@@ -28,7 +28,7 @@ class SamplingParams:
     structured_outputs, typical_p, XTC, temperature, top_k, top_p, min_p.
 
     Args:
-        n: completions of the prompt, at most 16,384.
+        n: completions of the prompt.
         best_of: candidates, of which the ``n`` with the highest mean log-probability are returned, best first; None for
             ``n``. Beyond ``n`` nothing is streamed: deltas come when all candidates have finished.
         max_tokens: most tokens of a completion; None for up to max_model_len. 0 computes the prompt and samples

@@ -13,6 +13,7 @@ from toolkit.exporting.manifest import installed_version
 from toolkit.exporting.unread import copy_unread
 from toolkit.loading import auto_class, processor_files, write_processor_files
 from toolkit.loading.model import quiet_transformers
+from toolkit.loading.source import CONFIG, read_json
 from toolkit.quantised import dense_state, quantised_weights
 
 SHARD = "5GB"
@@ -69,7 +70,7 @@ def write_checkpoint(job: ExportJob, folder: Path) -> None:
     state = dense_state(model) if any(quantised_weights(model)) else None
     with quiet_transformers():
         model.save_pretrained(folder, max_shard_size=SHARD, state_dict=state)
-    write_older_rotary_fields(folder / "config.json")
+    write_older_rotary_fields(folder / CONFIG)
     generation = copy.deepcopy(getattr(model, "generation_config", None))
     if generation is not None:
         ends = eos_token_ids(model, job.tokenizer)
@@ -87,7 +88,7 @@ def write_older_rotary_fields(path: Path) -> None:
     transformers 5 writes ``rope_parameters`` alone. What reads the names of before (transformers 4, mlx-lm, mistral.rs)
     refuses such a folder, or takes its default theta without a word.
     """
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path)
     for section in (config, *(one for one in config.values() if isinstance(one, dict))):
         rotary = section.get("rope_parameters")
         if isinstance(rotary, dict) and isinstance(rotary.get("rope_theta"), int | float):  # one for all layers
@@ -111,12 +112,20 @@ def eos_token_ids(model: Any, tokenizer: Any) -> list[int]:
 
 def greedy_tokens(path: str, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
     """What stock transformers generates from the checkpoint at ``path``: greedy, eager attention, prompt by prompt."""
+    return generate_greedily(stock_model(path, attn_implementation="eager"), prompts, max_tokens)
+
+
+def stock_model(path: str | Path, **options: Any) -> Any:
+    """The model in a folder as stock transformers opens it, for evaluation.
+
+    Args:
+        options: of ``from_pretrained``.
+    """
     from transformers import AutoConfig
 
     opener = auto_class(AutoConfig.from_pretrained(path, local_files_only=True))
     with quiet_transformers():
-        model = opener.from_pretrained(path, attn_implementation="eager", local_files_only=True).eval()
-    return generate_greedily(model, prompts, max_tokens)
+        return opener.from_pretrained(path, local_files_only=True, **options).eval()
 
 
 def generate_greedily(model: Any, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:

@@ -11,9 +11,8 @@ from typing import Any, ClassVar
 
 from toolkit.errors import ToolkitError, first_line
 from toolkit.exporting.base import ConsumerOutput, ExportJob, ExportTarget
-from toolkit.exporting.hf import check_causal, check_whole_model, write_checkpoint
+from toolkit.exporting.hf import check_causal, check_whole_model, stock_model, write_checkpoint
 from toolkit.exporting.manifest import installed_version
-from toolkit.loading import auto_class
 from toolkit.loading.model import quiet_transformers
 
 GENERATION_CONFIG = "generation_config.json"
@@ -82,12 +81,10 @@ def exported_program(exporter: Any, checkpoint: Path, config: Any, target: str) 
         ToolkitError: the exporter cannot hold the model.
     """
     import torch
-    from transformers import AutoConfig
 
-    opener = auto_class(AutoConfig.from_pretrained(checkpoint, local_files_only=True))
     with quiet_transformers(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = opener.from_pretrained(checkpoint, local_files_only=True).eval()
+        model = stock_model(checkpoint)
         ids = torch.arange(3, 9).unsqueeze(0) % model.config.vocab_size
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         try:

@@ -12,7 +12,8 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -117,21 +118,25 @@ class Checkpoints:
             self._remove_expired()
             if folder.exists() and not overwrite:
                 raise ToolkitError(f"path must be a name that no checkpoint of {run} has, got {shown(name)}.")
-            write_folder(folder, write)
-            (folder.parent / _REMOVED / name).unlink(missing_ok=True)
-        return f"{SCHEME}{run}/{kind}/{name}"
+        write_folder(folder, write, self._renaming(folder))  # one thread saves; others read while it writes
+        return path_to(run, kind, name)
+
+    @contextmanager
+    def _renaming(self, folder: Path) -> Iterator[None]:
+        with self._lock:
+            yield
+            (folder.parent / _REMOVED / folder.name).unlink(missing_ok=True)
 
     def path_of(self, run: str, kind: str, name: str) -> str | None:
         """The path of a checkpoint that is there or was removed; None where none of this name was saved."""
         folder = self.root / run / kind
         known = _NAME.fullmatch(name) and ((folder / name / _ABOUT).is_file() or (folder / _REMOVED / name).is_file())
-        return f"{SCHEME}{run}/{kind}/{name}" if known else None
+        return path_to(run, kind, name) if known else None
 
     def entries(self, run: str | None = None) -> list[Entry]:
         """All checkpoints, or those of a training client; the newest first."""
         with self._lock:
-            self._remove_expired()
-            found = [_entry(one) for one in self._folders() if run in (None, one.parents[1].name)]
+            found = [_entry(one) for one in self._remove_expired() if run in (None, one.parents[1].name)]
         return sorted(found, key=lambda one: (-one.saved_at, one.path))
 
     def set_ttl(self, path: str, seconds: float | None) -> None:
@@ -157,10 +162,15 @@ class Checkpoints:
         expires_at = _read_dates(folder)[1]
         return expires_at is not None and expires_at <= self._clock()
 
-    def _remove_expired(self) -> None:
+    def _remove_expired(self) -> list[Path]:
+        """The folders of the checkpoints that are left."""
+        left = []
         for folder in self._folders():
             if self._expired(folder):
                 self._remove(folder)
+            else:
+                left.append(folder)
+        return left
 
     def _remove(self, folder: Path) -> None:
         (folder.parent / _REMOVED).mkdir(exist_ok=True)
@@ -192,8 +202,15 @@ class Checkpoints:
         return saved if optimizer else replace(saved, optimizer=None)
 
 
-def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Make ``folder`` with what ``write`` puts into an empty one: aside, flushed, renamed."""
+def path_to(run: str, kind: str, name: str) -> str:
+    """The path of a checkpoint."""
+    return f"{SCHEME}{run}/{kind}/{name}"
+
+
+def write_folder(
+    folder: Path, write: Callable[[Path], None], renaming: AbstractContextManager[None] | None = None
+) -> None:
+    """Make ``folder`` with what ``write`` puts into an empty one: aside, flushed, renamed inside of ``renaming``."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     staging.mkdir()
@@ -202,14 +219,15 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         for file in staging.iterdir():
             sync(file)
         sync(staging)
-        if folder.exists():
-            old = folder.with_name(f"{staging.name}.old")
-            os.rename(folder, old)
-            os.rename(staging, folder)
-            shutil.rmtree(old)
-        else:
-            os.rename(staging, folder)
-        sync(folder.parent)
+        with renaming or nullcontext():
+            if folder.exists():
+                old = folder.with_name(f"{staging.name}.old")
+                os.rename(folder, old)
+                os.rename(staging, folder)
+                shutil.rmtree(old)
+            else:
+                os.rename(staging, folder)
+            sync(folder.parent)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -236,7 +254,7 @@ def _read_dates(folder: Path) -> tuple[float, float | None]:
 def _entry(folder: Path) -> Entry:
     run, kind, name = folder.parts[-3:]
     num_bytes = sum(one.stat().st_size for one in folder.iterdir())
-    return Entry(f"{SCHEME}{run}/{kind}/{name}", run, kind, name, *_read_dates(folder), num_bytes)
+    return Entry(path_to(run, kind, name), run, kind, name, *_read_dates(folder), num_bytes)
 
 
 def write_saved(folder: Path, saved: Saved) -> None:

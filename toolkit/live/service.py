@@ -389,7 +389,7 @@ class LiveTraining:
             yield target.tenant.adapter
             target.check()  # a step meanwhile
             return
-        full = next((name for name, one in self._clients.items() if one.tenant.settings.full), None)
+        full = next((name for name, one in list(self._clients.items()) if one.tenant.settings.full), None)
         if full is not None:
             raise ToolkitError(f"sampling_session_id must be of {full}, which trains all weights, got another one's.")
         self._wait_for_leaving()

@@ -123,9 +123,9 @@ def attend(
     if context is not None:
         function = context.attend if causal else context.attend_bidirectional
         return function(layer, q[0], k[0], v[0], settings)[None]
-    if causal:
-        k, v = settings.kept(k, v)
-    settings = settings._replace(kv_dtype="")
+    if settings.kv_dtype:
+        k, v = settings.kept(k, v) if causal else (k, v)
+        settings = settings._replace(kv_dtype="")  # a context would round again
     keys, runs = k.shape[1], None
     if mask is None and not causal:
         if dropout == 0.0 and not torch.compiler.is_compiling():
@@ -259,7 +259,8 @@ class FusedAttention:
             dropout = float(getattr(self, "attention_dropout", 0.0)) if self.training else 0.0
             sinks = None if parts.sinks is None else getattr(self, parts.sinks)
             settings = AttentionSettings(float(self.scaling), parts.window, parts.softcap, sinks)  # type: ignore[arg-type]
-            settings = settings._replace(kv_dtype=getattr(self, KV_DTYPE, ""))
+            if kept_as := getattr(self, KV_DTYPE, ""):
+                settings = settings._replace(kv_dtype=kept_as)
             context = forward_context_of(kwargs)
             out = attend(self.layer_idx, q, k, v, attention_mask, context, settings, dropout)  # type: ignore[arg-type]
             return getattr(self, parts.out)(out.reshape(batch_size, length, -1)), None

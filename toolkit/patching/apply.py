@@ -20,7 +20,7 @@ from toolkit.patching.claim import Claim, Skipped, install_all, put_pre_hook, un
 from toolkit.patching.float32_arithmetic import float32_arithmetic
 from toolkit.patching.forward import row_forward
 from toolkit.patching.instance_forward import UNPROVEN, InstalledForwards, foreign_forward
-from toolkit.patching.key_rounding import AUTO, checked_kv_dtype, kept_kv_dtype, round_keys
+from toolkit.patching.key_rounding import kept_kv_dtype, round_keys
 from toolkit.patching.padding import LabelsOnPadding
 from toolkit.patching.probe import device_of
 from toolkit.patching.ragged_check import check_ragged
@@ -29,6 +29,7 @@ from toolkit.patching.report import PatchReport
 from toolkit.patching.roles import FINDERS, wanted_roles
 from toolkit.patching.sharding import check_unsharded
 from toolkit.patching.weights import count_steps, leave_clock, make_room_for_clock
+from toolkit.state.rounding import AUTO, checked_kv_dtype
 
 
 def find_claims(
@@ -144,7 +145,8 @@ def patch(
     if "attention" in report.roles():
         installs.append(partial(put_pre_hook, model, LabelsOnPadding()))
     undo = install_all(installs)
-    put_record(model, PatchRecord(report, wanted, undo, InstalledForwards.of(report.claims)))
+    record = PatchRecord(report, wanted, undo, InstalledForwards.of(report.claims))
+    put_record(model, record)
     make_room_for_clock(model)
     fuse_adapters(model, report.numerics)
     skipped = [(path, verdict) for path, verdict in adapter_report(model) if verdict != FUSED]
@@ -157,7 +159,7 @@ def patch(
         except ToolkitError:
             unpatch(model)
             raise
-        put_record(model, PatchRecord(report, wanted, (*undo, *rounding), InstalledForwards.of(report.claims)))
+        put_record(model, replace(record, undo=(*undo, *rounding)))
     return report
 
 

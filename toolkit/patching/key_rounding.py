@@ -4,21 +4,12 @@ from functools import partial
 
 from torch import nn
 
-from toolkit.errors import ToolkitError, must_be_one_of
+from toolkit.errors import ToolkitError
 from toolkit.modules.attention import KV_DTYPE
 from toolkit.patching.claim import Undo, install_all, set_attribute, undo_all
 from toolkit.patching.report import PatchReport
 from toolkit.patching.state_spec import state_spec
-from toolkit.state.rounding import KV_CACHE_DTYPES
-
-AUTO = KV_CACHE_DTYPES[0]
-
-
-def checked_kv_dtype(given: str) -> str:
-    """``given``. Raises ToolkitError unless it is one of ``KV_CACHE_DTYPES``."""
-    if given not in KV_CACHE_DTYPES:
-        raise ToolkitError(must_be_one_of("kv_cache_dtype", given, KV_CACHE_DTYPES))
-    return given
+from toolkit.state.rounding import AUTO
 
 
 def kept_kv_dtype(model: nn.Module) -> str:

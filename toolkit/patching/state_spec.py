@@ -27,7 +27,9 @@ class _SpecContext(DenseContext):
         self.experts: list[StateSpec] = []
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Tensor:
-        kind = f"{'window' if settings.window else 'full'}{'_' * bool(settings.kv_dtype)}{settings.kv_dtype}"
+        kind = "window" if settings.window else "full"
+        if settings.kv_dtype:
+            kind += f"_{settings.kv_dtype}"
         self.layers.append(StateSpec(layer, kind, (tuple(k.shape[1:]), tuple(v.shape[1:])), settings.window))
         return super().attend(layer, q, k, v, settings)
 

@@ -15,9 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from toolkit.errors import ToolkitError, must_be_one_of
+
 KV_CACHE_DTYPES = ("auto", "int8")
 """What keys and values are kept as: the model's dtype, or codes of eight bits."""
+AUTO = KV_CACHE_DTYPES[0]
 _TINY = torch.finfo(torch.float32).tiny
+
+
+def checked_kv_dtype(given: str) -> str:
+    """``given``. Raises ToolkitError unless it is one of ``KV_CACHE_DTYPES``."""
+    if given not in KV_CACHE_DTYPES:
+        raise ToolkitError(must_be_one_of("kv_cache_dtype", given, KV_CACHE_DTYPES))
+    return given
 
 
 def int8_codes(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -121,6 +121,7 @@ class Trainer:
         self._saved = 0 if start is None else start.step
         self._stopping = False
         self.before_training: dict[str, Any] | None = None
+        self.measured: tuple[int, dict[str, Any]] | None = None  # by the weights as they are after that step
         self.measures = Measures(recipe.evaluate, self.objective.eval_metric)
         set_seed(recipe.seed, device_specific=True)
         if start is not None:

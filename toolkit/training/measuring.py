@@ -16,6 +16,7 @@ def measure(trainer: "Trainer") -> tuple[dict[str, Any], bool]:
     """The held-out measure after the run's step, and whether it is the best one. All processes must call it."""
     with rng_kept():
         measured = trainer.evaluate()
+    trainer.measured = trainer.step, measured
     trainer.log(f"held out, step {trainer.step}: {line(measured)}")
     return measured, trainer.measures.add(trainer.step, measured)
 
@@ -32,6 +33,7 @@ def load_best(trainer: "Trainer") -> None:
     step, folder = _best(trainer), trainer.folder / "checkpoints"
     if step is not None and step != trainer.step:
         trainer.log(f"the best: {trainer.measures.describe()}")
+        trainer.measured = None
         load_weights_of(trainer.hf_model, folder / name_of(step), trainer.recipe, trainer.objective.head)
 
 

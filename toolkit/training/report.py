@@ -57,7 +57,8 @@ def result_of(trainer: "Trainer") -> dict[str, Any]:
             result["before_training"] = trainer.before_training
         if trainer.measures.best_step is not None:
             result["best_step"] = trainer.measures.best_step
-        result |= trainer.evaluate()
+        step, measured = trainer.measured or (-1, {})
+        result |= measured if step == trainer.step else trainer.evaluate()
     return result
 
 

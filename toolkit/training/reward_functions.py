@@ -1,14 +1,13 @@
 """Reward functions as TRL has them: called once for all completions of a step, by name, with the lines' columns."""
 
 import asyncio
-import importlib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from toolkit.errors import ToolkitError
-from toolkit.training.tasks.base import call_checked, finite_reward
+from toolkit.training.tasks.base import call_checked, finite_reward, imported
 
 RewardFunction = Callable[..., Any]
 
@@ -24,13 +23,7 @@ def load_reward_functions(names: Sequence[str]) -> list[RewardFunction]:
     """The functions of ``objective.reward_funcs``. Raises ToolkitError for one that cannot be imported or called."""
     found: list[RewardFunction] = []
     for at, name in enumerate(names):
-        module, _, attribute = name.partition(":")
-        try:
-            function = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ToolkitError(
-                f"objective.reward_funcs[{at}] must be a function to import, got '{name}' ({error})."
-            ) from None
+        function = imported(name, f"objective.reward_funcs[{at}]", "a function")
         if not callable(function):
             raise ToolkitError(f"objective.reward_funcs[{at}] must be a function, got '{name}'.")
         found.append(function)

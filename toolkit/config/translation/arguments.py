@@ -23,7 +23,7 @@ ALWAYS = {
     "logging_*": "every step is logged",
     "log_level*": "the program prints what a run does",
     "disable_tqdm": "a progress bar is shown on terminals",
-    "gradient_checkpointing_kwargs": "there is no gradient checkpointing to set up",
+    "gradient_checkpointing_kwargs": "train.gradient_checkpointing has no settings",
     "attn_implementation": "patched layers run the toolkit's attention",
     "use_liger_kernel": "patched layers run the toolkit's kernels",
     "dataloader_*": "lines are read by position",

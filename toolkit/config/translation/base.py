@@ -5,9 +5,8 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from toolkit.config.load import field_names, validate
+from toolkit.config.load import annotation_of, field_names, validate
 from toolkit.config.objective import OBJECTIVES
-from toolkit.config.schema import Recipe
 from toolkit.errors import ToolkitError
 
 NO_FIELD = "recipes have no field for it"
@@ -121,16 +120,8 @@ class Translation:
 
     def choices(self, path: str) -> tuple[Any, ...]:
         """The values that a field is one of; none where it takes others too."""
-        section: Any = Recipe
-        *parents, last = path.split(".")
-        for parent in parents:
-            annotation = section.model_fields[parent].annotation if parent in section.model_fields else None
-            section = OBJECTIVES.find("", self.kind) if parent == "objective" else _model(annotation)
-            if section is None:
-                return ()
-        field = section.model_fields.get(last)
-        literal = field is not None and typing.get_origin(field.annotation) is typing.Literal
-        return typing.get_args(field.annotation) if literal else ()
+        annotation = annotation_of(path, self.kind)
+        return typing.get_args(annotation) if typing.get_origin(annotation) is typing.Literal else ()
 
     def finish(self, unneeded: Mapping[str, str]) -> None:
         """Deal with what is left: a key that one field of the recipe is called by is that field, where it is valid.
@@ -141,7 +132,7 @@ class Translation:
         Raises:
             ToolkitError: the recipe is not valid without the keys that are left.
         """
-        self._validated(self.values)
+        self._validated()
         for key, value in self.left():
             reason = next((text for name, text in unneeded.items() if _matches(key, name)), None)
             paths = [path for path in self._fields if path.rpartition(".")[2] == key]
@@ -154,22 +145,15 @@ class Translation:
                 self.put(paths[0], value, key)
                 self._left.pop(key, None)
                 try:
-                    self._validated(self.values)
+                    self._validated()
                 except ToolkitError as error:
                     self.values = before
                     self.lose(key, str(error).rstrip("."), value)
             else:
                 self.lose(key, NO_FIELD)
 
-    def _validated(self, values: Mapping[str, Any]) -> None:
-        validate(copy.deepcopy(dict(values)))
-
-
-def _model(annotation: Any) -> Any:
-    for one in (annotation, *typing.get_args(annotation)):
-        if isinstance(one, type) and hasattr(one, "model_fields"):
-            return one
-    return None
+    def _validated(self) -> None:
+        validate(copy.deepcopy(self.values))
 
 
 def _matches(key: str, name: str) -> bool:

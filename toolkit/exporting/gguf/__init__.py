@@ -60,12 +60,14 @@ class Gguf(ExportTarget, name="gguf"):
 
     def _importance(self, job: ExportJob, checkpoint: Path, folder: Path) -> Importance | None:
         """Those that the export was given, or has computed of a text, into ``folder``."""
-        if job.imatrix is None or is_gguf(job.imatrix):
-            return None if job.imatrix is None else read_importance(job.imatrix)
-        config = job.model.config
-        names = Names(family_of(job.model, self.target), config.num_hidden_layers, self.target)
-        write_importance(job.imatrix, checkpoint, job.tokenizer, names, folder / IMPORTANCE)
-        return read_importance(folder / IMPORTANCE)
+        file = job.imatrix
+        if file is None:
+            return None
+        if not is_gguf(file):
+            names = Names(family_of(job.model, self.target), job.model.config.num_hidden_layers, self.target)
+            text, file = file, folder / IMPORTANCE
+            write_importance(text, checkpoint, job.tokenizer, names, file)
+        return read_importance(file)
 
     def consume(self, folder: Path, prompts: Sequence[Sequence[int]], max_tokens: int) -> ConsumerOutput | None:
         if not LlamaCpp.installed():

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from toolkit.errors import ToolkitError, first_line
 from toolkit.exporting.gguf.formats import WEIGHTED
-from toolkit.loading import auto_class
-from toolkit.loading.model import quiet_transformers
+from toolkit.exporting.hf import stock_model
 
 if TYPE_CHECKING:
     import numpy as np
@@ -100,13 +99,9 @@ def write_importance(text: Path, checkpoint: Path, tokenizer: Any, names: "Names
         ToolkitError: the text has no two tokens.
     """
     from gguf import GGUFWriter
-    from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
-    with quiet_transformers():
-        opener = auto_class(config)
-        model = opener.from_pretrained(checkpoint, local_files_only=True, dtype=torch.float32).eval()
-    size = min(CHUNK, getattr(config, "max_position_embeddings", None) or CHUNK)
+    model = stock_model(checkpoint, dtype=torch.float32)
+    size = min(CHUNK, getattr(model.config, "max_position_embeddings", None) or CHUNK)
     chunks = _chunks(_read_text(text), tokenizer, size)
     if not chunks:
         raise ToolkitError(f"imatrix must be a text of two tokens or more, got '{text}'.")

@@ -19,7 +19,7 @@ from starlette.background import BackgroundTask
 
 from toolkit.errors import ToolkitError
 from toolkit.live import Entry, Run
-from toolkit.live.checkpoints import SCHEME
+from toolkit.live.checkpoints import SCHEME, path_to
 from toolkit.serving.errors import Json, RequestError
 from toolkit.serving.parsing import parse_query
 from toolkit.serving.tinker import requests
@@ -100,18 +100,18 @@ def add_archive_routes(tinker: Tinker) -> None:
 
     @tinker.route("DELETE", CHECKPOINT)
     async def remove(run: str, kind: str, name: str) -> Response:
-        await on_disk(checkpoints.remove, _path(run, kind, name))
+        await on_disk(checkpoints.remove, path_to(run, kind, name))
         return Response(status_code=204)
 
     @tinker.route("PUT", f"{CHECKPOINT}/ttl")
     async def set_ttl(request: Request, run: str, kind: str, name: str) -> Response:
         asked = await tinker.read(request, requests.Ttl)
-        await on_disk(checkpoints.set_ttl, _path(run, kind, name), asked.ttl_seconds)
+        await on_disk(checkpoints.set_ttl, path_to(run, kind, name), asked.ttl_seconds)
         return Response(status_code=204)
 
     @tinker.route("GET", f"{CHECKPOINT}/external_weights_urls")
     async def urls(request: Request, run: str, kind: str, name: str) -> Json:
-        path = _path(run, kind, name)
+        path = path_to(run, kind, name)
         files: list[Path] = await on_disk(checkpoints.files, path)
         found = {one.name: links.url(str(request.base_url), path, one.name) for one in files}
         expires = min(until for _, until in found.values())
@@ -119,7 +119,7 @@ def add_archive_routes(tinker: Tinker) -> None:
 
     @tinker.route("GET", f"{CHECKPOINT}/archive")
     async def archive(request: Request, run: str, kind: str, name: str) -> Response:
-        path = _path(run, kind, name)
+        path = path_to(run, kind, name)
         await on_disk(checkpoints.folder, path)
         url, expires = links.url(str(request.base_url), path, ARCHIVE)
         expires_on = datetime.fromtimestamp(expires, UTC).strftime("%a, %d %b %Y %H:%M:%S GMT")
@@ -127,7 +127,7 @@ def add_archive_routes(tinker: Tinker) -> None:
 
     @base.app.get(f"{ROOT}/files/{{run}}/{{kind}}/{{name}}/{{file}}", include_in_schema=False)
     async def download(request: Request, run: str, kind: str, name: str, file: str) -> Response:
-        path, given = _path(run, kind, name), parse_query(requests.Link, request)
+        path, given = path_to(run, kind, name), parse_query(requests.Link, request)
         links.check(path, file, given.expires, given.signature)
         files = {one.name: one for one in await on_disk(checkpoints.files, path)}
         if file == ARCHIVE:
@@ -145,10 +145,6 @@ def _packed(files: Sequence[Path]) -> Path:
         for one in files:
             tar.add(one, one.name)
     return Path(name)
-
-
-def _path(run: str, kind: str, name: str) -> str:
-    return f"{SCHEME}{run}/{kind}/{name}"
 
 
 def _time(seconds: float) -> str:

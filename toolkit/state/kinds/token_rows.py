@@ -11,7 +11,7 @@ from toolkit.state.kinds import PagedRows, Rows, Snapshots, StateKind, StateSpec
 
 
 class TokenRows(StateKind):
-    """``stores`` of [num_blocks, block_size, heads, width], at first one for each of spec.shapes, (heads, width) a token.
+    """``stores`` of [num_blocks, block_size, heads, width], here one for each of spec.shapes: (heads, width).
 
     ``rows``: the same memory, one row per slot.
     """

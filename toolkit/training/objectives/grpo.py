@@ -229,14 +229,15 @@ class GRPO(OnPolicyObjective[GRPOSection]):
         from toolkit.training.losses import group_advantages
 
         advantages = group_advantages(rewards, scaled=self.section.scale_rewards == "group")
-        return advantages / (self.deviation(rewards) + 1e-4) if self.section.scale_rewards == "batch" else advantages
+        return advantages / (self.moments(rewards)[1] + 1e-4) if self.section.scale_rewards == "batch" else advantages
 
-    def deviation(self, values: "Tensor") -> float:
-        """The standard deviation (n - 1) of numbers of all processes, without those that are NaN."""
+    def moments(self, values: "Tensor") -> tuple[float, float]:
+        """Mean and standard deviation (n - 1) of numbers of all processes, without those that are NaN."""
         known = values[~values.isnan()]
         count, total = self.context.reduce_sum([known.numel(), known.sum().item()])
-        (squares,) = self.context.reduce_sum([(known - total / max(count, 1.0)).square().sum().item()])
-        return math.sqrt(squares / max(count - 1.0, 1.0))
+        mean = total / max(count, 1.0)
+        (squares,) = self.context.reduce_sum([(known - mean).square().sum().item()])
+        return mean, math.sqrt(squares / max(count - 1.0, 1.0))
 
     def _weigh(self, samples: list[Sample]) -> None:
         """Each token's weight, so that the loss is the asked-for mean over the samples of all processes."""

@@ -68,9 +68,8 @@ class RLOO(GRPO, section=RLOOSection):
         others = (rewards.nansum(1, keepdim=True) - rewards) / (known - 1)
         advantages = rewards - others
         if section.normalize_advantages:
-            finite = advantages[~advantages.isnan()]
-            count, total = self.context.reduce_sum([finite.numel(), finite.sum().item()])
-            advantages = (advantages - total / max(count, 1.0)) / (self.deviation(advantages) + 1e-4)
+            mean, deviation = self.moments(advantages)
+            advantages = (advantages - mean) / (deviation + 1e-4)
         return advantages.nan_to_num(0.0)
 
     def _divergence(self, completions: Sequence[Sequence["Completion"]]) -> "Tensor":

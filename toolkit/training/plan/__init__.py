@@ -7,6 +7,7 @@
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 from toolkit.config import Recipe
 from toolkit.training.plan.memory import Footprint, memory_of
@@ -52,9 +53,19 @@ def make_plan(recipe: Recipe, speed: Speed | None = None) -> Plan:
     Raises:
         ToolkitError: a model without a configuration, or one that transformers does not take.
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    model = empty_model(recipe)
+    return _planned(recipe, model, LayerSizes.of(model), speed)
+
+
+def plan_here(recipe: Recipe) -> Plan:
+    """The plan of a recipe with the time that this machine takes, whose speed is measured for less than a second."""
     model = empty_model(recipe)
     sizes = LayerSizes.of(model)
+    return _planned(recipe, model, sizes, measure_speed(recipe, sizes))
+
+
+def _planned(recipe: Recipe, model: Any, sizes: LayerSizes, speed: Speed | None) -> Plan:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
     work = work_of(recipe, sizes, processes)
     parameters = list(model.parameters())
     return Plan(
@@ -67,11 +78,6 @@ def make_plan(recipe: Recipe, speed: Speed | None = None) -> Plan:
         memory=memory_of(recipe, model, sizes),
         seconds=None if speed is None else work.seconds(speed),
     )
-
-
-def plan_here(recipe: Recipe) -> Plan:
-    """The plan of a recipe with the time that this machine takes, whose speed is measured for less than a second."""
-    return make_plan(recipe, measure_speed(recipe, LayerSizes.of(empty_model(recipe))))
 
 
 def describe(plan: Plan) -> str:

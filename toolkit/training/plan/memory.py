@@ -87,9 +87,13 @@ def _weights(recipe: Recipe, model: "nn.Module") -> int:
     total = sum(one.numel() * one.itemsize for one in model.parameters())
     if section is None:
         return total
+    shares: dict[tuple[int, torch.dtype], float] = {}
     for module in _quantised(recipe, model):
         dense = module.weight.numel() * module.weight.itemsize
-        total -= dense - int(dense * _share(module.in_features, module.weight.dtype, section))
+        row = module.in_features, module.weight.dtype
+        if row not in shares:
+            shares[row] = _share(*row, section)
+        total -= dense - int(dense * shares[row])
     return total
 
 

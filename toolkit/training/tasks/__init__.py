@@ -1,11 +1,10 @@
 """Verifiable tasks, one file each, by the name that a recipe gives; ``package.module:Class`` names one elsewhere."""
 
-import importlib
 from collections.abc import Mapping
 from typing import Any
 
 from toolkit.errors import ToolkitError
-from toolkit.training.tasks.base import TASKS, Problem, ProblemStream, Task, checked_reward
+from toolkit.training.tasks.base import TASKS, Problem, ProblemStream, Task, checked_reward, imported
 
 __all__ = ["TASKS", "Problem", "ProblemStream", "Task", "checked_reward", "make_task"]
 
@@ -30,11 +29,7 @@ def make_task(fields: Mapping[str, Any]) -> Task:
 
 
 def _imported(name: str) -> type[Task]:
-    module, _, attribute = name.partition(":")
-    try:
-        kind = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ToolkitError(f"objective.task.name must be a class to import, got '{name}' ({error}).") from None
+    kind = imported(name, "objective.task.name", "a class")
     if not (isinstance(kind, type) and issubclass(kind, Task)):
         raise ToolkitError(f"objective.task.name must be a class derived from Task, got '{name}'.")
     return kind

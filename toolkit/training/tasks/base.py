@@ -1,5 +1,6 @@
 """What a verifiable task is: synthetic problems, and a reward that checks a completion."""
 
+import importlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -54,6 +55,15 @@ class Task(ABC):
 
 
 TASKS: Registry[Task] = Registry("toolkit.training.tasks")
+
+
+def imported(name: str, field: str, what: str) -> Any:
+    """What ``module:attribute`` names. Raises ToolkitError, naming ``field``, where it cannot be imported."""
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ToolkitError(f"{field} must be {what} to import, got '{name}' ({error}).") from None
 
 
 _SHOWN = 200
