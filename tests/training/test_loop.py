@@ -68,6 +68,12 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in trainer.hf_model.state_dict().items()}
 
 
+def moments(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """The optimizer's tensors."""
+    states = trainer.optimizer.optimizer.state_dict()["state"].items()
+    return {f"{at}/{name}": value for at, state in states for name, value in state.items()}
+
+
 def run(recipe: Recipe) -> Trainer:
     trainer = noisy(recipe)
     trainer.fit()
@@ -351,8 +357,54 @@ def test_what_cannot_be_resumed_is_one_sentence(corpus: Path) -> None:
     assert not list((corpus / "runs" / "tiny" / "checkpoints").iterdir())
 
 
+def test_a_step_that_is_not_finite_is_skipped(corpus: Path) -> None:
+    recipe = tiny_recipe(
+        corpus, run_name="skips", optimizer={"max_skipped_steps": 2}, train={"ema_decay": 0.5, "max_steps": 4},
+        checkpoint={"save_steps": 2},
+    )  # fmt: skip
+    trainer = Trainer(recipe, quiet=True)
+    trainer.train_step()
+    before, kept = weights(trainer), trainer.hf_model.get_parameter("model.norm.weight")[3].item()
+    poisoned = trainer.hf_model.get_parameter("model.norm.weight").data
+    optimizer = {name: tensor.clone() for name, tensor in moments(trainer).items()}
+    schedule, average = trainer.scheduler.state_dict(), trainer.averaged._averages["model.norm.weight"].clone()
+    poisoned[3] = math.nan
+    loss, norm = trainer.train_step()
+    assert math.isnan(loss)
+    assert math.isnan(norm)
+    assert trainer.step == 2
+    assert trainer.gradients.metrics() == {"skipped_steps": 1}
+    poisoned[3] = kept
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(trainer).items())
+    assert all(torch.equal(tensor, optimizer[name]) for name, tensor in moments(trainer).items())
+    assert trainer.scheduler.state_dict() == schedule
+    assert torch.equal(trainer.averaged._averages["model.norm.weight"], average)
+    trainer.save()
+    assert math.isfinite(trainer.train_step()[0])  # the next batch is another
+    again = Trainer(changed(recipe, resume_from_checkpoint=True), quiet=True)
+    assert again.gradients.metrics() == {"skipped_steps": 1}
+    again.fit()
+    lines = read_metrics(corpus / "runs" / "skips" / "metrics.jsonl")
+    assert [line["skipped_steps"] for line in lines] == [1, 1]  # the steps after the resumed checkpoint
+    poisoned[3] = math.nan
+    trainer.train_step()
+    trainer.train_step()
+    with pytest.raises(ToolkitError, match=r"The gradients of 3 steps up to 6 are not finite \(loss nan, norm nan\)"):
+        trainer.train_step()
+
+
+def test_a_loss_that_is_not_finite_skips_the_step_too(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(tiny_recipe(corpus, run_name="infinite"), quiet=True)
+    before, loss = weights(trainer), trainer.objective.loss
+    monkeypatch.setattr(trainer.objective, "loss", lambda *given: loss(*given) + math.inf)  # its gradient is finite
+    mean, norm = trainer.train_step()
+    assert math.isnan(mean)
+    assert math.isfinite(norm)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(trainer).items())
+
+
 def test_a_gradient_that_is_not_finite_stops_the_run(corpus: Path) -> None:
-    trainer = Trainer(tiny_recipe(corpus), quiet=True)
+    trainer = Trainer(tiny_recipe(corpus, optimizer={"max_skipped_steps": 0}), quiet=True)
     trainer.train_step()
     before = weights(trainer)
     with torch.no_grad():

@@ -22,6 +22,9 @@ class OptimizerSection(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Gradients are clipped to this norm; null does not clip."""
+    max_skipped_steps: Annotated[int, Field(ge=0)] = 5
+    """A step whose loss or gradient norm is not finite is skipped: weights, optimizer and schedule stay as they are.
+    More than so many in a row end the run; 0 ends it at the first."""
     kahan_sum: bool | None = None
     """For weights that are 16-bit themselves (``model.dtype: bfloat16``): keep what rounding cuts off an update and add
     it to the next one. null is true for them, unless they are rounded stochastically."""

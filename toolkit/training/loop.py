@@ -6,9 +6,9 @@ export/, result.json, and ``warmup`` and ``teacher`` of nested runs. With the sa
 and processes, weights after N steps are bitwise identical whether or not the run was killed and resumed.
 """
 
+import math
 import signal
 import time
-import warnings
 from collections import deque
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -48,7 +48,7 @@ from toolkit.training.progress import Progress
 from toolkit.training.report import about_model, line, result_of, show
 from toolkit.training.resume import RESULT, Start, check_start, find_start, prepare_folder, run_folder
 from toolkit.training.run_state import restore_run, write_averaged, write_run
-from toolkit.training.schedule import make_scheduler
+from toolkit.training.schedule import advance, make_scheduler
 from toolkit.training.signals import Interrupted, StopRequest
 from toolkit.training.start_model import StartModel
 from toolkit.training.state import rng_kept, rng_state
@@ -312,33 +312,42 @@ class Trainer:
             self.save(position)
 
     def train_step(self) -> tuple[float, float]:
-        """One step; returns its mean loss over its updates, and the gradient's norm at the last of them."""
+        """One step; returns its mean loss over its updates, and the gradient's norm at the last of them.
+
+        Updates that were skipped are left out of the mean, which is NaN where all were.
+        """
         total = torch.zeros((), device=self.accelerator.device)
         norm = torch.zeros(())
-        updates = 0
+        updates = done = 0
         for micros in self.objective.updates(self.step):
             self.balancing.begin(micros, self.objective.rows)
             self.indexers.begin(micros, self.objective.rows)
+            of_update = torch.zeros_like(total)
             for index, micro in enumerate(micros):
                 with self.gradients.accumulating(last=index == len(micros) - 1):
                     loss = self.objective.loss(self.forward, micro)
-                    total += loss.detach()
+                    of_update += loss.detach()
                     for auxiliary in (self.balancing.loss(index), self.indexers.loss(index)):
                         loss = loss if auxiliary is None else loss + auxiliary
                     self.gradients.backward(loss)
-            norm = self.gradients.finish(self.step + 1)
-            self.balancing.finish_update()
+            norm = self.gradients.finish(self.step + 1, of_update)
+            self.balancing.finish_update(self.gradients.updated)
             updates += 1
-        with warnings.catch_warnings():
-            # torch takes a first step without updates (all groups dropped) for a wrong order of calls.
-            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-            self.scheduler.step()
-        if self.averaged is not None:
-            self.averaged.update()
+            if self.gradients.updated:
+                done += 1
+                total += of_update
+            else:
+                self.log(f"step {self.step + 1} skipped: loss {of_update:.4g}, gradient norm {norm:.4g}")
+        if done or not updates:
+            advance(self.scheduler)
+            if self.averaged is not None:
+                self.averaged.update()
+        else:
+            total += math.nan
         self.step += 1
         # The processes stop after the same step, whichever of them was asked to.
         asked = torch.full_like(total, float(self.stop.requested))
-        means = cast(Tensor, self.accelerator.reduce(torch.stack([total / max(updates, 1), asked]), "mean"))
+        means = cast(Tensor, self.accelerator.reduce(torch.stack([total / max(done, 1), asked]), "mean"))
         mean, stopping = means.tolist()
         if stopping:
             self.stop.accept(signal.SIGTERM)

@@ -92,8 +92,12 @@ class Balancing:
         coefficients = both.new_tensor([self.section.router_aux_loss_coef, self.section.router_z_loss_coef])
         return share * (both * coefficients).sum()
 
-    def finish_update(self) -> None:
-        """After the optimizer step: sums the loads of all processes and updates the expert biases by them."""
+    def finish_update(self, updated: bool = True) -> None:
+        """After the optimizer step: sums the loads of all processes and updates the expert biases by them.
+
+        Args:
+            updated: False for a step that was skipped, whose biases stay.
+        """
         mine, self._loads = self._loads, {}
         if not mine:
             return
@@ -101,7 +105,7 @@ class Balancing:
         reduced = cast(Tensor, self.context.accelerator.reduce(torch.cat(list(mine.values())), "sum"))
         for layer, load in zip(mine, reduced.split([len(load) for load in mine.values()])):
             _add(self._step_loads, layer, load)
-            if self.section.bias_update_rate and layer in self.statistics.expert_biases:
+            if updated and self.section.bias_update_rate and layer in self.statistics.expert_biases:
                 update_expert_bias(self.statistics.expert_biases[layer], load, self.section.bias_update_rate)
 
     def metrics(self) -> dict[str, float]:

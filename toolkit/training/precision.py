@@ -185,6 +185,10 @@ class GradientStep:
         sharded: experts that are not averaged by data parallel.
         section: of the recipe; its ``max_grad_norm`` bounds the norm.
         loss_scaling: as ``torch.amp.GradScaler``: a step whose gradients overflow is skipped and the scale halved.
+
+    Attributes:
+        updated: whether the last update moved the weights.
+        skipped: updates of the run that did not, because their loss or gradients were not finite.
     """
 
     def __init__(
@@ -199,7 +203,7 @@ class GradientStep:
         self._accelerator, self._forward, self._optimizer = accelerator, forward, optimizer
         self._sharded, self._section = sharded, section
         self.scaler = torch.amp.GradScaler(accelerator.device.type) if loss_scaling else None
-        self._skipped = 0
+        self.updated, self.skipped, self._in_a_row = True, 0, 0
         # Data parallel would reduce 16-bit gradients as they are, and only those of the last micro-batch's backward.
         in_float32 = isinstance(optimizer.optimizer, LowPrecisionAdamW)
         if in_float32:
@@ -219,11 +223,15 @@ class GradientStep:
         """Adds the gradients of a micro-batch's loss."""
         self._accelerator.backward(loss if self.scaler is None else self.scaler.scale(loss))
 
-    def finish(self, step: int) -> Tensor:
-        """Updates the weights in ``step`` by the gradients so far, which are then gone; their norm, 0 if it is skipped.
+    def finish(self, step: int, loss: Tensor) -> Tensor:
+        """Updates the weights in ``step`` by the gradients so far, which are then gone; returns their norm.
+
+        Where the norm, or the ``loss`` in any process, is not finite, weights and optimizer stay as they are, and
+        ``skipped`` counts one more.
 
         Raises:
-            ToolkitError: the gradients are not finite, and no loss scaling is there to overflow.
+            ToolkitError: more than ``max_skipped_steps`` in a row are skipped. Those by which loss scaling finds its
+                scale do not count.
         """
         for parameter in self._reduced or ():
             grad = torch.zeros_like(parameter, dtype=torch.float32) if parameter.grad is None else parameter.grad
@@ -231,21 +239,37 @@ class GradientStep:
         if self.scaler is not None:
             self.scaler.unscale_(self._optimizer.optimizer)
         norm = self._clip()
-        if self.scaler is not None and torch.isfinite(norm).logical_not() and self.scaler.get_scale() > 1.0:
-            self._skipped += 1
-            norm = torch.zeros_like(norm)
-        elif not torch.isfinite(norm):
-            raise ToolkitError(
-                f"The gradient of step {step} is not finite (norm {norm.item()}); lower optimizer.learning_rate, which "
-                f"is {self._section.learning_rate}."
-            )
-        if self.scaler is None:
-            self._optimizer.step()
+        self.updated = bool(torch.isfinite(norm)) and self._finite_everywhere(loss)
+        if self.updated:
+            self._in_a_row = 0
+            if self.scaler is None:
+                self._optimizer.step()
+            else:
+                self.scaler.step(self._optimizer.optimizer)
         else:
-            self.scaler.step(self._optimizer.optimizer)
+            self.skipped += 1
+            self._in_a_row += self.scaler is None or self.scaler.get_scale() <= 1.0
+            if self._in_a_row > self._section.max_skipped_steps:
+                raise ToolkitError(self._not_finite(step, loss, norm))
+        if self.scaler is not None:
             self.scaler.update()
         self._optimizer.zero_grad()
         return norm
+
+    def _finite_everywhere(self, loss: Tensor) -> bool:
+        """Whether the loss is finite in all processes, which must all skip a step or none."""
+        bad = torch.isfinite(loss).logical_not().float()
+        if self._accelerator.num_processes > 1:
+            bad = cast(Tensor, self._accelerator.reduce(bad, "sum"))
+        return not bad
+
+    def _not_finite(self, step: int, loss: Tensor, norm: Tensor) -> str:
+        rate, most = self._section.learning_rate, self._section.max_skipped_steps
+        which = f"The gradient of step {step} is" if not most else f"The gradients of {most + 1} steps up to {step} are"
+        return (
+            f"{which} not finite (loss {loss.item():.4g}, norm {norm.item():.4g}); lower optimizer.learning_rate, "
+            f"which is {rate}, or allow more such steps in a row by optimizer.max_skipped_steps, which is {most}."
+        )
 
     def _clip(self) -> Tensor:
         limit = math.inf if self._section.max_grad_norm is None else self._section.max_grad_norm
@@ -255,17 +279,17 @@ class GradientStep:
         return cast(Tensor, self._accelerator.clip_grad_norm_(self._forward.parameters(), limit))
 
     def metrics(self) -> dict[str, float]:
-        """With loss scaling: the scale, and how many steps were skipped since the last call."""
-        if self.scaler is None:
-            return {}
-        skipped, self._skipped = self._skipped, 0
-        return {"loss_scale": self.scaler.get_scale(), "skipped_steps": skipped}
+        """How many updates were skipped so far, and with loss scaling the scale."""
+        scale = {} if self.scaler is None else {"loss_scale": self.scaler.get_scale()}
+        return {"skipped_steps": self.skipped, **scale}
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of the loss scale, as JSON."""
-        return {} if self.scaler is None else self.scaler.state_dict()
+        """Counts and the state of the loss scale, as JSON."""
+        scale = {} if self.scaler is None else {"scaler": self.scaler.state_dict()}
+        return {"skipped": self.skipped, "in_a_row": self._in_a_row, **scale}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where ``state_dict`` was taken."""
+        self.skipped, self._in_a_row = state["skipped"], state["in_a_row"]
         if self.scaler is not None:
-            self.scaler.load_state_dict(dict(state))
+            self.scaler.load_state_dict(dict(state["scaler"]))

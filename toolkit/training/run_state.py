@@ -37,7 +37,7 @@ def write_run(trainer: "Trainer", staging: Path, rngs: list[Any], positions: lis
         "threads": torch.get_num_threads(),
         "data_fingerprint": trainer.objective.fingerprint,
         "scheduler": trainer.scheduler.state_dict(),
-        "loss_scale": trainer.gradients.state_dict(),
+        "gradients": trainer.gradients.state_dict(),
         "data": positions,
     }
     write_state(staging / "training", values, trainer.optimizer.optimizer, trainer.ragged.model, rngs)
@@ -67,7 +67,7 @@ def restore_run(trainer: "Trainer", start: Start) -> None:
         trainer.sharded.shard_optimizer(trainer.optimizer.optimizer)
     if trainer.averaged is not None:
         trainer.averaged.load(folder)
-    trainer.gradients.load_state_dict(state["loss_scale"])
+    trainer.gradients.load_state_dict(state["gradients"])
     trainer.scheduler.load_state_dict(state["scheduler"])
     trainer.objective.load_state_dict(state["data"][rank])
     restore_rank(folder, state, rank)

@@ -1,6 +1,7 @@
 """The learning rate as a function of the step."""
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -57,3 +58,11 @@ def make_scheduler(
                 f"{shown(schedule.lr_scheduler_kwargs)} ({first_line(error)})."
             ) from None
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps, schedule))
+
+
+def advance(scheduler: torch.optim.lr_scheduler.LRScheduler) -> None:
+    """One step on, after an update, or after a step that had nothing to train on."""
+    with warnings.catch_warnings():
+        # torch takes a first step without updates (all groups dropped) for a wrong order of calls.
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+        scheduler.step()
