@@ -6,13 +6,13 @@ import pytest
 import torch
 
 import toolkit
-from toolkit.config.schema import LoraSection
+from toolkit.config.schema import LoraSection, ModelSection
 from toolkit.errors import ToolkitError
 from toolkit.ops import lora_linear
 from toolkit.patching.adapters import fuse_adapters
 from toolkit.testing.models import random_model
 from toolkit.testing.oracle import eager, lifted_to_double
-from toolkit.training.model import add_adapters
+from toolkit.training.model import patch_model
 
 peft = pytest.importorskip("peft")
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
@@ -190,20 +190,17 @@ def test_rollout_and_training_are_bitwise_identical(family):
 
 def test_recipes_name_parameters():
     model = random_model("qwen3_moe")
-    report = toolkit.patch(model)
-    section = LoraSection(r=2, lora_alpha=4.0, target_modules=[], target_parameters=["experts.down_proj"])
-    add_adapters(model, section, report)
+    lora = LoraSection(r=2, lora_alpha=4.0, target_modules=[], target_parameters=["experts.down_proj"])
+    patch_model(model, ModelSection(name_or_path="it", lora=lora))
     names = {name.split(".lora_")[0] for name, p in model.named_parameters() if p.requires_grad}
     assert names == {f"model.layers.{layer}.mlp.experts" for layer in (0, 1)}
     assert all("forward" in layer.mlp.experts.__dict__ for layer in model.model.layers)
     loss_and_gradients(model)
-    other = random_model("qwen3_moe")
+    lora = LoraSection(target_modules=[], target_parameters=["experts.sideways"])
     with pytest.raises(
         ToolkitError, match=r"model\.lora\.target_parameters must name .* got \[\] and \['experts\.sideways'"
     ):
-        add_adapters(
-            other, LoraSection(target_modules=[], target_parameters=["experts.sideways"]), toolkit.patch(other)
-        )
+        patch_model(random_model("qwen3_moe"), ModelSection(name_or_path="it", lora=lora))
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,21 @@ Keys have the names of transformers' ``TrainingArguments``, TRL and PEFT where t
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, model_validator
 
 from toolkit.config.base import Count, FolderName, Section
 from toolkit.config.objective import OBJECTIVES, ObjectiveSection, parse_objective
 from toolkit.config.optimization import OptimizerSection, ScheduleSection
 from toolkit.config.outputs import CheckpointSection, EvaluateSection, ExportSection, LogSection
+
+
+def _known_start(value: bool | str) -> bool | str:
+    if isinstance(value, str) and not re.fullmatch(r"gaussian|orthogonal|olora|pissa(_niter_[1-9][0-9]*)?", value):
+        raise ValueError(
+            "model.lora.init_lora_weights must be true, false, gaussian, orthogonal, olora, pissa or pissa_niter_N, "
+            f"got {value!r}"
+        )
+    return value
 
 
 class LoraSection(Section):
@@ -34,11 +43,37 @@ class LoraSection(Section):
     """Scale by lora_alpha / sqrt(r) (Kalajdzievski, 2023)."""
     use_dora: bool = False
     """Direction by the adapter, magnitude by a vector (Liu et al., 2024)."""
-    init_lora_weights: bool | Literal["gaussian", "orthogonal"] = True
-    """How adapters begin, by PEFT's names, all of which leave the model as it is."""
+    init_lora_weights: Annotated[bool | str, AfterValidator(_known_start)] = True
+    """How adapters begin, by PEFT's names: true, gaussian, orthogonal, pissa, pissa_niter_N or olora leave the model as
+    it is, false does not. ``pissa`` (``pissa_niter_N`` by N fast iterations) and ``olora`` begin with factors of each
+    weight, which are taken off it; checkpoints hold adapters of twice the rank for the weights as they were."""
     modules_to_save: Annotated[list[str], Field(min_length=1)] | None = None
     """Ends of names of modules that are trained and saved whole beside the adapters, e.g. ``embed_tokens``; null is
     none. A reward model's head always is."""
+    adapter: str | None = None
+    """LoRA adapters to continue: a folder of PEFT's, a run, or a repository of the Hub. Rank, layers and kind are
+    theirs, so the other fields are left out; the reference of preferences has them, too. null begins new ones."""
+
+    @property
+    def decomposes(self) -> bool:
+        """Whether adapters begin with factors of the weights."""
+        return isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith(("pissa", "olora"))
+
+    @model_validator(mode="after")
+    def _kinds_fit(self) -> Self:
+        if self.adapter is not None:
+            for name, field in type(self).model_fields.items():
+                if name != "adapter" and getattr(self, name) != field.default:
+                    raise ValueError(
+                        f"model.lora.{name} must be left out with model.lora.adapter, whose adapters have theirs, got "
+                        f"{getattr(self, name)!r}"
+                    )
+        if self.decomposes and self.target_parameters is not None:
+            raise ValueError(
+                f"model.lora.target_parameters must be null with init_lora_weights {self.init_lora_weights!r}, got "
+                f"{self.target_parameters!r}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _something_to_adapt(self) -> Self:
@@ -100,6 +135,11 @@ class ModelSection(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
+        if self.lora is not None and self.lora.decomposes and self.quantise is not None:
+            raise ValueError(
+                f"model.quantise must be null with model.lora.init_lora_weights {self.lora.init_lora_weights!r}, which "
+                f"changes the weights, got {self.quantise.format!r}"
+            )
         if self.freeze_parameters is None and self.trainable_parameters is not None:
             raise ValueError(
                 "model.trainable_parameters must be null without model.freeze_parameters, from which they are excepted"
@@ -131,7 +171,8 @@ class TokenizerSection(Section):
     """Train on at most this much text (whole files, in hash order); null takes all of it."""
     added_tokens: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
     """Special tokens to add. A model with fewer rows grows: their embeddings begin as samples of the distribution that
-    the others have (transformers' ``resize_token_embeddings``)."""
+    the others have (transformers' ``resize_token_embeddings``). Beside adapters ``model.lora.modules_to_save`` must
+    have the embeddings and the head."""
 
 
 class DataSection(Section):
@@ -303,11 +344,6 @@ class Recipe(Section):
             raise ValueError(f"train.ema_decay must be null with {other}, got {self.train.ema_decay}")
         if self.train.ema_decay is not None and self.evaluate.load_best_model_at_end:
             raise ValueError("evaluate.load_best_model_at_end must be false with train.ema_decay, got true")
-        if self.tokenizer.added_tokens and self.model.lora is not None:
-            raise ValueError(
-                "tokenizer.added_tokens must be empty with model.lora, whose adapters have no new embeddings, got "
-                f"{self.tokenizer.added_tokens}"
-            )
         self._check_precision()
         objective.check(self)
         if self.overwrite and self.resume_from_checkpoint is not False:

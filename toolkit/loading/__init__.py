@@ -99,7 +99,7 @@ def choose_runner(source: Source, runner: str = "auto") -> tuple[str, dict[str, 
     allowed = ("auto", *RUNNERS)
     if runner not in allowed:
         raise ToolkitError(must_be_one_of("runner", runner, allowed))
-    base = source if source.base is None else source.base
+    base = source.whole
     if runner == "generate" or base.gguf is not None:
         return "generate" if runner == "auto" else runner, {}
     settings = pooler_settings(base)

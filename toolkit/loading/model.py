@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 GENERATION_CONFIG = "generation_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _KINDS = {
     "AutoModelForCausalLM": "causal language model",
     "AutoModel": "model without a head",
@@ -45,23 +46,21 @@ def load_weights(
     """
     if dtype not in DTYPES:
         raise ToolkitError(f"dtype must be one of {', '.join(DTYPES)}, got '{dtype}'.")
-    base = source if source.base is None else source.base
-    if base.gguf is None:
-        config = read_config(base) if config is None else config
-        _check_files(base.folder)
-        _check_generation_config(base.folder / GENERATION_CONFIG)
+    if source.base is not None:
+        return _merged(load_weights(source.base, dtype, device, runner, config), source.folder).to(device).eval()
+    if source.gguf is None:
+        config = read_config(source) if config is None else config
+        _check_files(source.folder)
+        _check_generation_config(source.folder / GENERATION_CONFIG)
     else:
         config = None
         if importlib.util.find_spec("gguf") is None:
-            raise ToolkitError(f"Reading '{base.folder / base.gguf}' needs the package 'gguf': pip install gguf.")
+            raise ToolkitError(f"Reading '{source.folder / source.gguf}' needs the package 'gguf': pip install gguf.")
 
     import torch
 
     target = _device(device)
-    model = _model(base, config, getattr(torch, dtype), target, runner)
-    if base is not source:
-        model = _merged(model, source.folder)
-    return model.to(target).eval()
+    return _model(source, config, getattr(torch, dtype), target, runner).to(target).eval()
 
 
 def _device(device: str) -> "torch.device":
@@ -188,6 +187,7 @@ def load_with_adapters(name_or_path: str | Path, dtype: str = "float32", device:
     try:
         import peft
 
+        _grow(base, source.folder)
         return peft.PeftModel.from_pretrained(base, str(source.folder)).eval()
     except Exception as error:
         raise ToolkitError(f"The adapters in '{source.folder}' cannot be loaded ({first_line(error)}).") from None
@@ -199,6 +199,7 @@ def _merged(model: Any, folder: Path) -> Any:
         import transformers
 
         quantise_base_of(model, folder)
+        _grow(model, folder)
         merged = peft.PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
         if (folder / GENERATION_CONFIG).is_file():
             merged.generation_config = transformers.GenerationConfig.from_pretrained(folder)
@@ -207,6 +208,23 @@ def _merged(model: Any, folder: Path) -> Any:
     for parameter in merged.parameters():  # PEFT froze them; what is merged trains like any checkpoint
         parameter.requires_grad_(parameter.is_floating_point())
     return merged
+
+
+def _grow(model: Any, folder: Path) -> None:
+    """Give a model the rows of embeddings that adapters were trained with, for tokens that were added to it."""
+    from safetensors import safe_open
+
+    file = folder / ADAPTER_WEIGHTS
+    embeddings = model.get_input_embeddings()
+    if embeddings is None or not file.is_file():
+        return
+    (name,) = (name for name, module in model.named_modules() if module is embeddings)
+    with safe_open(file, framework="pt") as tensors:
+        saved = f"base_model.model.{name}.weight"
+        rows = tensors.get_slice(saved).get_shape()[0] if saved in tensors.keys() else 0  # noqa: SIM118 (no mapping)
+    if rows > embeddings.num_embeddings:
+        with quiet_transformers():
+            model.resize_token_embeddings(rows, mean_resizing=False)  # the adapters replace them all
 
 
 @contextmanager

@@ -50,7 +50,7 @@ def read_new_weights(folder: str, model: "nn.Module", field: str = "weight_dir")
         raise ToolkitError(f"the served model must have weights of {', '.join(DTYPES)}, got {dtype}.")
     if (path / CONFIG).is_file() or (path / ADAPTER).is_file():
         source, given = find_source(path, field=field), None
-        base = source if source.base is None else source.base
+        base = source.whole
         _check_config(base, config, field)
     else:
         source, given = Source(path), deepcopy(config)

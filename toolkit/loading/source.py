@@ -23,7 +23,7 @@ class Source:
     Attributes:
         folder: a local folder with the files.
         gguf: the name of the GGUF file in it, if that is the model.
-        base: of adapters, the model that they belong to.
+        base: of adapters, the model that they belong to, which may be adapters of another one.
         trust_remote_code: run Python code that lies in the folder.
         repository: the Hub's name of it, if it comes from there.
     """
@@ -33,6 +33,11 @@ class Source:
     base: "Source | None" = None
     trust_remote_code: bool = False
     repository: str | None = None
+
+    @property
+    def whole(self) -> "Source":
+        """The model below all adapters: the source itself without any."""
+        return self if self.base is None else self.base.whole
 
     @property
     def name(self) -> str:
@@ -85,6 +90,25 @@ def find_source(
     except ToolkitError as error:
         raise ToolkitError(f"'{folder / ADAPTER}' names the base model {name!r}: {first_line(error)}.") from None
     return Source(folder, base=base, trust_remote_code=trust_remote_code, repository=repository)
+
+
+def adapter_folder(name_or_path: str, field: str) -> Path:
+    """The folder of adapters that a folder, a run or a repository of the Hub has; that of their base model is not
+    looked for.
+
+    Raises:
+        ToolkitError: naming ``field``, where there is none.
+    """
+    path = Path(name_or_path)
+    if path.is_dir():
+        folder = _model_folder(path, field)
+    elif _REPOSITORY.match(name_or_path):
+        folder = _snapshot(name_or_path, None, False, field, False)
+    else:
+        raise ToolkitError(f"{field} must be a folder of adapters, got '{name_or_path}', which does not exist.")
+    if not (folder / ADAPTER).is_file():
+        raise ToolkitError(f"{field} must be a folder of adapters, got '{name_or_path}', which has no {ADAPTER}.")
+    return folder
 
 
 def _model_folder(path: Path, field: str) -> Path:

@@ -29,6 +29,7 @@ from toolkit.patching import expert_layers
 from toolkit.strict_json import strict_json
 from toolkit.training import checkpoint
 from toolkit.training.accelerator import make_accelerator
+from toolkit.training.adapters import check_added_tokens
 from toolkit.training.averaging import AveragedWeights
 from toolkit.training.best import Measures
 from toolkit.training.epochs import in_steps
@@ -38,7 +39,7 @@ from toolkit.training.loggers import check_loggers
 from toolkit.training.measuring import load_best, measure, name_best
 from toolkit.training.metrics import FILE as METRICS
 from toolkit.training.metrics import Metrics, plot_curve, read_metrics
-from toolkit.training.model import RaggedModel, checkpoint_layers, load_adapters, patch_model
+from toolkit.training.model import RaggedModel, checkpoint_layers, patch_model
 from toolkit.training.moe import Balancing
 from toolkit.training.nested import warmup_recipe
 from toolkit.training.objectives.base import RunContext, make_objective
@@ -91,11 +92,12 @@ class Trainer:
         self._start_model = StartModel(recipe, self.tokenizer, self.objective.head, self._warmed_up)
         self.hf_model, self._masters = self._start_model.make(start, self.accelerator.num_processes, self.log)
         self.processor_files = processor_files(checkpoint_folder(self.hf_model))
-        ragged, self.patch_report = patch_model(self.hf_model, recipe.model)
+        saved = None if start is None else start.checkpoint
+        ragged, self.patch_report = patch_model(self.hf_model, recipe.model, saved)
+        if recipe.model.lora is not None:
+            check_added_tokens(self.hf_model, recipe.tokenizer.added_tokens)
         if recipe.train.gradient_checkpointing:
             checkpoint_layers(self.hf_model)
-        if start is not None and recipe.model.lora is not None:
-            load_adapters(self.hf_model, start.checkpoint)
         idle = None if recipe.train.indexer_loss_coef else freeze_indexers(self.hf_model, self.patch_report)
         if idle is not None:
             self.log(f"frozen: {idle}")

@@ -3,7 +3,7 @@
 import inspect
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from toolkit.config import Recipe
-from toolkit.config.schema import LoraSection, ModelSection
+from toolkit.config.schema import ModelSection
 from toolkit.errors import ToolkitError, first_line, nearest
 from toolkit.loading import find_source, load_weights
 from toolkit.loading.model import GENERATION_CONFIG, quiet_transformers
@@ -32,8 +32,9 @@ from toolkit.patching.adapters import fuse_adapters, vocabulary_size
 from toolkit.patching.multimodal import MediaSequence, media_batch
 from toolkit.quantised import dense_state, quantised_weights
 from toolkit.state.batch import RaggedBatch
+from toolkit.training.adapters import add_adapters, load_adapters, save_adapters
 from toolkit.training.images import WithImages, image_logits, proven_sequences
-from toolkit.training.score_model import head_modules, load_score_model, make_score_model, sequence_scores
+from toolkit.training.score_model import load_score_model, make_score_model, sequence_scores
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
@@ -258,14 +259,26 @@ def load_checkpoint(
         return load_score_model(name_or_path, dtype, field, revision, trust_remote_code)
     source = find_source(name_or_path, revision=revision, trust_remote_code=trust_remote_code, field=field)
     model: PreTrainedModel = load_weights(source, dtype)
+    model.adapted_base = source.name  # type: ignore[assignment]
     return model
 
 
-def patch_model(model: "PreTrainedModel", section: ModelSection) -> tuple[RaggedModel, PatchReport]:
-    """Patch in place for the recipe's roles and numerics mode, and add the adapters that the recipe asks for."""
+def patch_model(
+    model: "PreTrainedModel", section: ModelSection, saved: Path | None = None
+) -> tuple[RaggedModel, PatchReport]:
+    """Patch in place for the recipe's roles and numerics mode, and add the adapters that the recipe asks for.
+
+    ``saved``: the checkpoint that has them; None to begin.
+
+    Layers are recognised by their linear parts, which PEFT wraps, so the patch comes first: patched forwards call their
+    projections as modules, and wrapped ones are called like others. The adapters' GEMMs follow the numerics mode; those
+    of experts' parameters are grouped like the experts' own.
+    """
     report = patch(model, section.roles, section.numerics, section.kv_cache_dtype)
     if section.lora is not None:
-        add_adapters(model, section.lora, report)
+        add_adapters(model, section.lora, saved)
+        fuse_adapters(model, report.numerics)
+        weights_changed(model)
     return RaggedModel(model), report
 
 
@@ -277,66 +290,6 @@ def checkpoint_layers(model: "PreTrainedModel") -> None:
     if not model.supports_gradient_checkpointing:
         raise ToolkitError(f"train.gradient_checkpointing must be false for {type(model).__name__}, got true.")
     model.gradient_checkpointing_enable({"use_reentrant": False})
-
-
-def add_adapters(model: "PreTrainedModel", section: LoraSection, report: PatchReport) -> None:
-    """Put LoRA adapters of PEFT into a patched model; its own weights freeze.
-
-    Layers are recognised by their linear parts, which PEFT wraps, so the patch comes first: patched forwards call their
-    projections as modules, and wrapped ones are called like others. The adapters' GEMMs follow the numerics mode; those
-    of experts' parameters are grouped like the experts' own.
-    Raises ToolkitError for target names that no module or parameter of the model has.
-    """
-    scored = model.get_output_embeddings() is None
-    config = lora_config(section, str(model.name_or_path), head_modules(model) if scored else ())
-    try:
-        model.add_adapter(config)
-    except ValueError as error:
-        given = repr(section.target_modules)
-        names = "model.lora.target_modules"
-        if section.target_parameters is not None:
-            given += f" and {section.target_parameters!r}"
-            names += " and model.lora.target_parameters"
-        raise ToolkitError(f"{names} must name layers of the model, got {given}: {first_line(error)}.") from None
-    fuse_adapters(model, report.numerics)
-    weights_changed(model)
-
-
-def lora_config(section: LoraSection, base: str | None = None, head: Sequence[str] = ()) -> Any:
-    """PEFT's ``LoraConfig`` of a section.
-
-    Args:
-        base: the name of the model that it is for.
-        head: modules of a head that is trained whole, of a model with one score a sequence.
-    """
-    import peft
-
-    return peft.LoraConfig(
-        r=section.r,
-        lora_alpha=section.lora_alpha,  # type: ignore[arg-type]
-        use_rslora=section.use_rslora,
-        use_dora=section.use_dora,
-        init_lora_weights=section.init_lora_weights,
-        modules_to_save=[*(section.modules_to_save or ()), *head] or None,
-        lora_dropout=section.lora_dropout,
-        target_modules=section.target_modules if section.target_modules is not None else "all-linear",
-        exclude_modules=section.exclude_modules,
-        target_parameters=section.target_parameters,
-        trainable_token_indices=section.trainable_token_indices,
-        task_type="SEQ_CLS" if head else "CAUSAL_LM",
-        base_model_name_or_path=base,
-    )
-
-
-def load_adapters(model: "PreTrainedModel", folder: Path) -> None:
-    """Weights that ``save_model`` wrote, into the adapters of ``model``."""
-    import peft
-    from safetensors.torch import load_file
-
-    saved = load_file(str(folder / "adapter_model.safetensors"))
-    # Modules that are saved whole are looked up by the names that they have in the model.
-    named = {name.removeprefix("base_model.model."): tensor for name, tensor in saved.items()}
-    peft.set_peft_model_state_dict(model, named)
 
 
 def load_weights_of(model: "PreTrainedModel", folder: Path, recipe: Recipe, head: str) -> None:
@@ -355,8 +308,11 @@ def save_model(model: "PreTrainedModel", folder: Path, section: ModelSection) ->
     """
     adapters = section.lora is not None
     quantised = not adapters and any(quantised_weights(model))
-    with quiet_transformers():
-        model.save_pretrained(str(folder), state_dict=dense_state(model) if quantised else None)
+    if adapters:
+        save_adapters(model, folder)
+    else:
+        with quiet_transformers():
+            model.save_pretrained(str(folder), state_dict=dense_state(model) if quantised else None)
     if quantised:
         write_codes(model, folder)
     if adapters and section.quantise is not None:

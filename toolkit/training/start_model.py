@@ -8,6 +8,7 @@ import torch
 from accelerate.utils import set_seed
 
 from toolkit.config import Recipe
+from toolkit.training.adapters import add_adapters
 from toolkit.training.freezing import freeze_parameters
 from toolkit.training.model import load_checkpoint, make_model
 from toolkit.training.precision import Masters, lower_precision, move_to_fresh_memory
@@ -34,10 +35,15 @@ class StartModel:
         self._recipe, self._tokenizer, self._head, self._warmed_up = recipe, tokenizer, head, warmed_up
 
     def initial(self) -> "PreTrainedModel":
-        """The model that training starts from: after the warm-up, from ``model.name_or_path``, or random."""
+        """The model that training starts from: after the warm-up, from ``model.name_or_path``, or random.
+
+        Adapters that training continues are in it.
+        """
         model, section = self._whole(), self._recipe.model
         freeze_parameters(model, section)
         quantise_model(model, section, lower_precision(model, self._recipe.forward_dtype))
+        if section.lora is not None and section.lora.adapter is not None:
+            add_adapters(model, section.lora)
         return model
 
     def _whole(self) -> "PreTrainedModel":

@@ -19,6 +19,11 @@ OPTIMIZERS = {
     "paged_adamw_8bit": "adamw_8bit",
     "ademamix_8bit": "",
 }
+ADAPTERS_OWN = (
+    "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters", "lora_modules_to_save",
+    "use_rslora", "use_dora", "init_lora_weights",
+)  # fmt: skip
+"""Keys of adapters that are in the configuration of those that are continued."""
 ALWAYS = {
     "logging_*": "every step is logged",
     "log_level*": "the program prints what a run does",
@@ -99,6 +104,16 @@ def _adapters(t: Translation, defaults: dict[str, Any]) -> None:
             if t.get(name):
                 t.lose(name, "without adapters model.quantise trains the weights through their rounding")
         return
+    if four:
+        t.put("model.quantise", {"format": "nf4", "options": {"double": True}} if double else "nf4")
+    elif eight:
+        t.put("model.quantise", "int8")
+    folder = t.take("adapter_folder")
+    if folder is not None:
+        t.put("model.lora.adapter", folder)
+        for name in ADAPTERS_OWN:
+            t.unneeded(name, "the adapters of model.lora.adapter have theirs")
+        return
     t.put("model.lora.r", t.take("lora_r", defaults["lora_r"]))
     t.put("model.lora.lora_alpha", float(t.take("lora_alpha", defaults["lora_alpha"])))
     t.put("model.lora.lora_dropout", float(t.take("lora_dropout", defaults["lora_dropout"])))
@@ -112,10 +127,9 @@ def _adapters(t: Translation, defaults: dict[str, Any]) -> None:
         value = t.take(name)
         if value:
             t.put(f"model.lora.{field}", value, name)
-    if four:
-        t.put("model.quantise", {"format": "nf4", "options": {"double": True}} if double else "nf4")
-    elif eight:
-        t.put("model.quantise", "int8")
+    start = t.take("init_lora_weights")
+    if start is not None:
+        t.put("model.lora.init_lora_weights", start)
 
 
 def _optimizer(t: Translation, defaults: dict[str, Any]) -> None:

@@ -19,6 +19,8 @@ NAMES = {
     "max_length": "sequence_len",
     "use_dora": "peft_use_dora",
     "use_rslora": "peft_use_rslora",
+    "init_lora_weights": "peft_init_lora_weights",
+    "adapter_folder": "lora_model_dir",
     "beta": "rl_beta",
 }
 """TRL's name of a key: Axolotl's."""
@@ -98,8 +100,8 @@ def _adapter(t: Translation) -> None:
     t.adapters = adapter in ("lora", "qlora")
     if t.take("lora_target_linear"):
         t.unneeded("lora_target_linear", "model.lora.target_modules is every linear layer by default")
-    if t.take("lora_model_dir") is not None:
-        t.lose("lora_model_dir", "name the folder in model.name_or_path to merge an adapter and train on")
+    if t.get("adapter_folder") is not None and not t.adapters:
+        t.lose("adapter_folder", "name the folder in model.name_or_path to merge an adapter and train on")
 
 
 def _template(t: Translation) -> None:

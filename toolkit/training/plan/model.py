@@ -12,8 +12,9 @@ from toolkit.config.schema import ModelSection
 from toolkit.errors import ToolkitError, first_line
 from toolkit.loading import find_source, read_config
 from toolkit.loading.classes import auto_class
+from toolkit.training.adapters import lora_config
 from toolkit.training.freezing import freeze_parameters
-from toolkit.training.model import lora_config, make_config
+from toolkit.training.model import make_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,7 +66,7 @@ def _config(section: ModelSection) -> Any:
         if Path(name).is_file():
             raise ToolkitError(f"model.name_or_path must be a folder or a repository for a plan, got '{name}'.")
         source = find_source(name, field="model.name_or_path")
-        return read_config(source if source.base is None else source.base)
+        return read_config(source.whole)
     from transformers import AutoConfig
 
     try:
