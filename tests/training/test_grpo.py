@@ -17,7 +17,8 @@ from toolkit.errors import ToolkitError
 from toolkit.training.loop import Trainer, train
 from toolkit.training.losses import group_advantages, importance_weight, policy_loss, sequence_mean
 from toolkit.training.metrics import read_metrics
-from toolkit.training.objectives.grpo import GRPO, MicroBatch, Sample, pack
+from toolkit.training.objectives.grpo import GRPO
+from toolkit.training.samples import MicroBatch, Sample, pack
 
 SMALL = {"task": LOWER, "prompts": 3, "num_generations": 4}
 
@@ -141,9 +142,10 @@ def test_a_completion_without_a_reward_has_no_part_in_its_group(tmp_path: Path, 
     rewards = iter([missing, 0.0, 1.0, 2.0] + [missing] * 4)
     policy.prompts.task.reward = lambda prompt, completion: next(rewards)  # type: ignore[method-assign]
     samples = [sample for micro in next(policy.updates(0)) for sample in micro.samples]
-    assert [sample.advantage for sample in samples] == pytest.approx([0.0, -1.0, 0.0, 1.0], abs=1e-3)
+    assert [sample.advantage for sample in samples] == pytest.approx([-1.0, 0.0, 1.0], abs=1e-3)
+    assert sum(sample.weight * len(sample.tokens) for sample in samples) == pytest.approx(1.0)
     metrics = policy.finish()[1]
-    assert (metrics["reward"], metrics["unscored_fraction"]) == (1.0, 5 / 8)
+    assert (metrics["reward"], metrics["unscored_fraction"], metrics["groups_dropped"]) == (1.0, 5 / 8, 1)
     assert metrics["reward_std"] == pytest.approx(1.0)
     assert ["note: 5 of 8 completions of a step have no reward" in line for line in said] == [True]
 

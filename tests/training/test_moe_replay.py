@@ -11,7 +11,8 @@ from tests.helpers.objective_recipes import weights
 from toolkit.errors import ToolkitError
 from toolkit.training.loop import Trainer
 from toolkit.training.metrics import read_metrics
-from toolkit.training.objectives.grpo import GRPO, MicroBatch, _filler
+from toolkit.training.objectives.grpo import GRPO
+from toolkit.training.samples import MicroBatch, filler
 
 
 def setup(folder: Path, replay: bool, **sections: Any) -> tuple[Trainer, GRPO]:
@@ -64,11 +65,11 @@ def test_training_takes_the_recorded_experts(tmp_path: Path, numerics: str) -> N
 def test_samples_that_only_fill_up_are_replayed_too(tmp_path: Path) -> None:
     trainer, policy = setup(tmp_path, True)
     micros = next(policy.updates(0))
-    filler = MicroBatch([_filler(micros[0].samples[0])])
-    assert filler.routing is not None
-    assert len(filler.routing[0]) == len(filler.sequences[0]) - 1
-    assert policy.loss(trainer.forward, filler).item() == 0.0
-    assert policy.rows(filler) == 0
+    padding = MicroBatch([filler(micros[0].samples[0])])
+    assert padding.routing is not None
+    assert len(padding.routing[0]) == len(padding.sequences[0]) - 1
+    assert policy.loss(trainer.forward, padding).item() == 0.0
+    assert policy.rows(padding) == 0
     assert MicroBatch([micros[0].samples[0], type(micros[0].samples[0])([1], [2], [0.0])]).routing is None
 
 

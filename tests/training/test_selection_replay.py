@@ -12,7 +12,8 @@ from toolkit.errors import ToolkitError
 from toolkit.state.replay import SelectionReplay
 from toolkit.training.loop import Trainer
 from toolkit.training.metrics import read_metrics
-from toolkit.training.objectives.grpo import GRPO, MicroBatch, _filler
+from toolkit.training.objectives.grpo import GRPO
+from toolkit.training.samples import MicroBatch, filler
 
 pytest.importorskip("transformers.models.deepseek_v32", reason="needs a transformers with DeepSeek-V3.2")
 
@@ -77,10 +78,10 @@ def test_training_takes_the_recorded_keys(tmp_path: Path, monkeypatch: pytest.Mo
 def test_samples_that_only_fill_up_are_replayed_too(tmp_path: Path) -> None:
     trainer, policy = setup(tmp_path, objective={"replay_selection": True})
     micros = next(policy.updates(0))
-    filler = MicroBatch([_filler(micros[0].samples[0])])
-    assert filler.selection is not None
-    assert len(filler.selection[0]) == len(filler.sequences[0]) - 1
-    assert policy.loss(trainer.forward, filler).item() == 0.0
+    padding = MicroBatch([filler(micros[0].samples[0])])
+    assert padding.selection is not None
+    assert len(padding.selection[0]) == len(padding.sequences[0]) - 1
+    assert policy.loss(trainer.forward, padding).item() == 0.0
     assert MicroBatch([micros[0].samples[0], type(micros[0].samples[0])([1], [2], [0.0])]).selection is None
 
 

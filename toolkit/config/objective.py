@@ -5,6 +5,7 @@ files are imported when a recipe is validated; they load neither torch nor trans
 """
 
 import typing
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -89,6 +90,8 @@ class RolloutSection(Section):
     max_completion_length: Count = 32
     """Longest completion in tokens; the end-of-text token counts."""
     temperature: Positive = 1.0
+    stop: list[Annotated[str, Field(min_length=1)]] | None = None
+    """Texts that end a completion, which does not show them; their tokens are trained on."""
     max_num_seqs: Count = 64
     """Most sequences in flight."""
     memory_tokens: Count | None = None
@@ -227,29 +230,41 @@ class OnPolicySection(LinesSection):
 
     supports_expert_parallel: ClassVar[bool] = False
     supports_streaming: ClassVar[bool] = False
+    environment_fields: ClassVar[Sequence[str]] = ("environment", "environment_factory", "tools")
+    """Of an environment, which may judge in the place of functions; a kind has all of them or none."""
 
     prompts: Count = 16
     """Prompts per step, over all processes."""
     reward_funcs: list[Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]] = Field(default_factory=list)
     """For lines: functions by ``module:function``, plain or asynchronous, with TRL's signature. They are called by name
-    with ``prompts``, ``completions``, ``completion_ids``, ``trainer_state`` and the lines' columns, an entry for each
-    completion, and return a number for each, or None where they have none."""
+    with ``prompts``, ``completions``, ``completion_ids`` and the lines' columns, an entry for each completion, beside
+    ``trainer_state``, ``log_metric`` and ``log_extra``, and return a number for each, or None where they do not apply.
+    A completion for which one raises or returns NaN is dropped, and counted."""
     reward_weights: list[float] | None = None
     """Of each function; null is 1 each."""
+    reward_timeout: Positive | None = None
+    """Seconds that a reward function may take for the completions of a step; those of one that takes longer are
+    dropped, and counted. null is no bound."""
     filter_overlong_prompts: bool = False
     """Pass over problems whose prompt leaves no room for ``rollout.max_completion_length`` within ``train.max_length``,
     and count them (``prompts_dropped``); false is an error."""
 
     @model_validator(mode="after")
     def _rewarded(self) -> Self:
+        if any(getattr(self, name, None) for name in self.environment_fields):
+            self._check_weights()
+            return self
         if (self.task is None) != bool(self.reward_funcs):
             raise ValueError(
                 "objective.reward_funcs must be given for objective.data_files and objective.datasets, and for them "
                 f"alone, got {self.reward_funcs}"
             )
+        self._check_weights()
+        return self
+
+    def _check_weights(self) -> None:
         if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
             raise ValueError(
                 f"objective.reward_weights must have a weight for each of {len(self.reward_funcs)} reward_funcs, got "
                 f"{len(self.reward_weights)}"
             )
-        return self

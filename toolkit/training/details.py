@@ -61,7 +61,7 @@ class StepDetails:
                         "prompt": prompt,
                         "completion": one.text,
                         "reward": reward,
-                        "tokens": len(one.token_ids),
+                        "tokens": len(one.logprobs),
                         "logprob": sum(one.logprobs),
                         "finish_reason": one.finish_reason,
                     }

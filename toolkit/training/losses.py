@@ -130,6 +130,24 @@ def group_advantages(rewards: Tensor, *, scaled: bool = True, eps: float = 1e-4)
     return centred / (rewards.std(1, keepdim=True, unbiased=rewards.shape[1] > 1) + eps)
 
 
+def sum_of_normalised(rewards: Tensor, weights: Sequence[float], eps: float = 1e-4) -> Tensor:
+    """[G, n] ``sum_f w_f (r_f - mean_f) / (std_f + eps)`` with mean and std (n - 1) of each group (GDPO).
+
+    Args:
+        rewards: [F, G, n] of each function; NaN where one does not apply, which is then left out of mean, std and sum.
+        weights: of each function.
+
+    A function that applies to one completion of a group says nothing of it. NaN where no function applies.
+    """
+    known = ~rewards.isnan()
+    count = known.sum(-1, keepdim=True)
+    centred = rewards - rewards.nansum(-1, keepdim=True) / count
+    deviation = (centred.square().nansum(-1, keepdim=True) / (count - 1)).sqrt()
+    normalised = torch.where(known & (count > 1), centred / (deviation + eps), 0.0)
+    total = (normalised * rewards.new_tensor(list(weights))[:, None, None]).sum(0)
+    return total.masked_fill(~known.any(0), torch.nan)
+
+
 def importance_weight(train: Tensor, rollout: Tensor, cap: float) -> Tensor:
     """``min(exp(train - rollout), cap)``, without gradient: truncated importance sampling (Yao et al., 2025).
 

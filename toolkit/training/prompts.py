@@ -1,8 +1,10 @@
 """Where the objectives that roll out have their prompts from, and what judges completions: a task, or lines."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from toolkit.chat import render
@@ -11,24 +13,34 @@ from toolkit.config import Recipe
 from toolkit.config.objective import OnPolicySection
 from toolkit.errors import ToolkitError
 from toolkit.training import formats
+from toolkit.training.conversations import Conversation
+from toolkit.training.environments import Environment, make_environment
 from toolkit.training.examples import Stream, prompt_ids
 from toolkit.training.given import open_lines
 from toolkit.training.jsonl import Line
 from toolkit.training.objectives.base import task_texts
-from toolkit.training.reward_functions import RewardFunctions
+from toolkit.training.reward_functions import Failures, RewardFunctions
 from toolkit.training.tasks import ProblemStream, Task, checked_reward, make_task
 
 if TYPE_CHECKING:
     from toolkit.engine.outputs import Completion
+    from toolkit.training.rollout import Rollout
 
 PROMPT: formats.Format = ("prompt",)
 
 
 class Judged(NamedTuple):
-    """Rewards of the completions of each problem, NaN where there is none, and those of each function by its label."""
+    """Rewards of the completions of each problem.
+
+    Args:
+        rewards: of each problem's completions; NaN where there is none.
+        by_function: of each function, by its label, those of all completions, problem after problem.
+        failures: of each function, by its label, what it failed for.
+    """
 
     rewards: list[list[float]]
     by_function: Mapping[str, list[float]]
+    failures: Mapping[str, Failures]
 
 
 class Prompts(ABC):
@@ -37,10 +49,42 @@ class Prompts(ABC):
     Attributes:
         fingerprint: of the data.
         solvable: whether a reward of 1 is a problem that is solved.
+        functions: which judge, where the recipe or the environment has some.
+        environment: that answers completions, where there is one.
+        max_turns: most turns of a conversation with it.
+        tokenizer: what makes tokens; ``bind`` sets it.
+        chat_template_kwargs: variables of the chat template.
     """
 
     fingerprint: str
     solvable: bool = False
+    functions: RewardFunctions | None = None
+    environment: Environment | None = None
+    max_turns: int = 1
+    tokenizer: Any
+    chat_template_kwargs: Mapping[str, Any] | None = None
+
+    def _take_environment(self, section: OnPolicySection) -> None:
+        """The environment of a section, and the functions of both."""
+        names = section.reward_funcs
+        self.functions = RewardFunctions.load(names, section.reward_weights, section.reward_timeout) if names else None
+        self.environment = make_environment(
+            getattr(section, "environment", None),
+            getattr(section, "environment_factory", None),
+            getattr(section, "tools", ()),
+        )
+        if self.environment is None:
+            return
+        self.max_turns = getattr(section, "max_turns", None) or self.environment.max_turns
+        own = self.environment.reward_functions()
+        if own:
+            given = self.functions or RewardFunctions([], [], [], section.reward_timeout)
+            self.functions = RewardFunctions(
+                [*given.names, *(name for name, _, _ in own)],
+                [*given.functions, *(function for _, function, _ in own)],
+                [*(given.weights or ()), *(weight for _, _, weight in own)],
+                section.reward_timeout,
+            )
 
     @abstractmethod
     def describe(self) -> str:
@@ -59,20 +103,116 @@ class Prompts(ABC):
         """Problems that are never trained on, and how many of them to measure: at most ``most``."""
 
     @abstractmethod
-    def token_ids(self, problem: Any) -> list[int]:
-        """The prompt's tokens."""
+    def prompt(self, problem: Any) -> Any:
+        """The prompt: a text, or messages."""
+
+    @abstractmethod
+    def columns(self, problem: Any) -> dict[str, Any]:
+        """What reward functions and environments get of a problem beside its prompt."""
+
+    @abstractmethod
+    def encode(self, prompt: Any, problem: Any) -> list[int]:
+        """The tokens of a prompt, which may be another than the problem's own."""
 
     @abstractmethod
     def text(self, problem: Any) -> str:
         """The prompt as text, to show."""
 
-    @abstractmethod
-    def judge(self, problems: Sequence[Any], completions: Sequence[Sequence["Completion"]]) -> Judged:
-        """The rewards of completions, a sequence of them for each problem."""
+    def token_ids(self, problem: Any) -> list[int]:
+        """The prompt's tokens."""
+        return self.encode(self.prompt(problem), problem)
+
+    def roll_out(
+        self,
+        rollout: "Rollout",
+        problems: Sequence[Any],
+        token_ids: Sequence[list[int]],
+        seeds: Sequence[int],
+        n: int,
+        *temperature: float,
+    ) -> "Sequence[Sequence[Completion]]":
+        """``n`` completions of each problem, or conversations with the environment.
+
+        Args:
+            token_ids: of each problem's prompt.
+            temperature: in the place of the recipe's.
+        """
+        if self.environment is None:
+            return rollout.generate(token_ids, seeds, n, *temperature)
+        return rollout.converse(self, problems, seeds, n, *temperature)
+
+    def judge(self, problems: Sequence[Any], completions: "Sequence[Sequence[Completion]]") -> Judged:
+        """The rewards of completions, a sequence of them for each problem.
+
+        Raises:
+            ToolkitError: the environment has raised for all completions since the run began, or as ``RewardFunctions``.
+        """
+        pairs = [(problem, one) for problem, group in zip(problems, completions) for one in group]
+        failures = {} if self.environment is None else {"environment": Failures()}
+        for _, one in pairs:
+            if one.error is not None:
+                failures["environment"].add(f"the environment raised {one.error}")
+        if pairs and failures and failures["environment"].count == len(pairs) and not self._answered:
+            raise ToolkitError(f"{failures['environment'].first}; it has not worked for any completion yet.")
+        self._answered |= any(one.error is None for _, one in pairs)
+        known = [at for at, (_, one) in enumerate(pairs) if one.error is None]
+        totals = [math.nan] * len(pairs)
+        by_function: dict[str, list[float]] = {}
+        if self.functions is None:
+            for at in known:
+                totals[at] = self.own_reward(*pairs[at])
+        else:
+            found = self.functions(*self._arguments([pairs[at] for at in known]))
+            for at, total in zip(known, found.totals):
+                totals[at] = total
+            for name, values, failed in zip(self.functions.names, found.by_function, found.failures):
+                of_all = dict(zip(known, values))
+                by_function[name] = [of_all.get(at, math.nan) for at in range(len(pairs))]
+                failures[name] = failed
+        ends = list(accumulate((len(group) for group in completions), initial=0))
+        return Judged([totals[a:b] for a, b in pairwise(ends)], by_function, failures)
+
+    _answered = False
+
+    def own_reward(self, problem: Any, completion: "Completion") -> float:
+        """The reward of a completion where no functions judge."""
+        raise ToolkitError(
+            "objective.reward_funcs must be given for objective.data_files and objective.datasets with an environment "
+            "that does not judge, got none."
+        )
+
+    def _arguments(
+        self, pairs: "Sequence[tuple[Any, Completion]]"
+    ) -> tuple[list[Any], list[Any], list[list[int]], list[dict[str, Any]]]:
+        """What reward functions get of completions."""
+        prompts, said, columns = [], [], []
+        for problem, one in pairs:
+            prompt, own = self.prompt(problem), self.columns(problem)
+            if isinstance(one, Conversation):
+                prompt = one.state["prompt"]
+                said.append(one.messages)
+                own = {**own, "states": one.state}
+                if "environment" in one.state:
+                    own["environments"] = one.state["environment"]
+            else:
+                said.append(one.text if isinstance(prompt, str) else [{"role": "assistant", "content": one.text}])
+            prompts.append(prompt)
+            columns.append(own)
+        return prompts, said, [one.token_ids for _, one in pairs], columns
 
     def bind(self, tokenizer: Any) -> None:
         """Take what makes tokens."""
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
+
+    def begin_step(self, step: int, max_steps: int) -> None:
+        """Tell reward functions which step (counted from 0) is to come."""
+        if self.functions is not None:
+            state = self.functions.trainer_state
+            state.global_step, state.max_steps = step, max_steps
+
+    def take_logged(self) -> Mapping[str, list[float]]:
+        """Metrics that reward functions have logged since the last call."""
+        return {} if self.functions is None else self.functions.take_logged()
 
     def num_lines(self) -> int:
         """Lines to train on. Raises ToolkitError for a task, which has no end."""
@@ -87,13 +227,23 @@ class TaskPrompts(Prompts):
         fields: of the recipe.
         seed: of the recipe.
         val_set_size: share of the problems that is held out.
+        section: with the environment, where there is one.
     """
 
     solvable = True
 
-    def __init__(self, task: Task, fields: Mapping[str, Any], seed: int, val_set_size: float) -> None:
+    def __init__(
+        self,
+        task: Task,
+        fields: Mapping[str, Any],
+        seed: int,
+        val_set_size: float,
+        section: OnPolicySection | None = None,
+    ) -> None:
         self.task, self._fields, self._seed, self._val_set_size = task, fields, seed, val_set_size
         self.fingerprint = repr(fields)
+        if section is not None:
+            self._take_environment(section)
 
     def describe(self) -> str:
         return f"problems of {self._fields}, {self._val_set_size:.0%} of them held out"
@@ -107,18 +257,20 @@ class TaskPrompts(Prompts):
     def held_out(self, most: int) -> tuple[Stream, int]:
         return ProblemStream(self.task, 0, self._val_set_size, held_out=True), most
 
-    def token_ids(self, problem: Any) -> list[int]:
-        return prompt_ids(self._tokenizer, problem.prompt)
+    def prompt(self, problem: Any) -> str:
+        return str(problem.prompt)
+
+    def columns(self, problem: Any) -> dict[str, Any]:
+        return {"answer": problem.solution.strip()}
+
+    def encode(self, prompt: Any, problem: Any) -> list[int]:
+        return prompt_ids(self.tokenizer, prompt)
 
     def text(self, problem: Any) -> str:
         return str(problem.prompt)
 
-    def judge(self, problems: Sequence[Any], completions: Sequence[Sequence["Completion"]]) -> Judged:
-        rewards = [
-            [checked_reward(self.task, problem.prompt, one.text) for one in group]
-            for problem, group in zip(problems, completions)
-        ]
-        return Judged(rewards, {})
+    def own_reward(self, problem: Any, completion: "Completion") -> float:
+        return checked_reward(self.task, problem.prompt, completion.text)
 
 
 @dataclass
@@ -149,7 +301,8 @@ class LinePrompts(Prompts):
 
     def __init__(self, section: OnPolicySection, seed: int) -> None:
         self._section, self._seed = section, seed
-        self.functions = RewardFunctions(section.reward_funcs, section.reward_weights)
+        self._take_environment(section)
+        self.chat_template_kwargs = section.chat_template_kwargs
         lines = open_lines(section, lambda line: formats.check(line, (PROMPT,)))
         assert lines is not None
         self._lines = lines
@@ -180,37 +333,29 @@ class LinePrompts(Prompts):
                 "has no template."
             )
 
-    def token_ids(self, problem: Line) -> list[int]:
-        prompt = formats.read(problem.value, (PROMPT,))["prompt"]
+    def prompt(self, problem: Line) -> Any:
+        return formats.read(problem.value, (PROMPT,))["prompt"]
+
+    def columns(self, problem: Line) -> dict[str, Any]:
+        return {name: value for name, value in problem.value.items() if name != "prompt"}
+
+    def encode(self, prompt: Any, problem: Line) -> list[int]:
         if isinstance(prompt, str):
-            return prompt_ids(self._tokenizer, prompt)
+            return prompt_ids(self.tokenizer, prompt)
         tools, own = formats.options(problem.value)
+        if self.environment is not None and self.environment.tools:
+            tools = [tool.for_template() for tool in self.environment.tools]
         variables = {**(self._section.chat_template_kwargs or {}), **(own or {})}
         # A last message of the assistant is continued, as TRL has it.
         opened = prompt[-1].get("role") == "assistant"
         text = render(
-            self._tokenizer, prompt, tools, add_generation_prompt=not opened, continue_final_message=opened,
+            self.tokenizer, prompt, tools, add_generation_prompt=not opened, continue_final_message=opened,
             chat_template_kwargs=variables,
         )  # fmt: skip
-        return encode(self._tokenizer, text)
+        return encode(self.tokenizer, text)
 
     def text(self, problem: Line) -> str:
         return formats.text_of(formats.read(problem.value, (PROMPT,)))
-
-    def judge(self, problems: Sequence[Line], completions: Sequence[Sequence["Completion"]]) -> Judged:
-        pairs = [(problem, one) for problem, group in zip(problems, completions) for one in group]
-        prompts = [formats.read(problem.value, (PROMPT,))["prompt"] for problem, _ in pairs]
-        replies: list[Any] = [
-            one.text if isinstance(prompt, str) else [{"role": "assistant", "content": one.text}]
-            for prompt, (_, one) in zip(prompts, pairs)
-        ]
-        columns = [{name: value for name, value in line.value.items() if name != "prompt"} for line, _ in pairs]
-        found = self.functions(prompts, replies, [one.token_ids for _, one in pairs], columns)
-        rewards, at = [], 0
-        for group in completions:
-            rewards.append(found.totals[at : at + len(group)])
-            at += len(group)
-        return Judged(rewards, dict(zip(self.functions.labels, found.by_function)))
 
 
 def make_prompts(recipe: Recipe) -> Prompts:
@@ -218,5 +363,6 @@ def make_prompts(recipe: Recipe) -> Prompts:
     section = recipe.objective
     assert isinstance(section, OnPolicySection)
     if section.task is not None:
-        return TaskPrompts(make_task(section.task), section.task, recipe.seed, section.evaluation.val_set_size)
+        task, share = make_task(section.task), section.evaluation.val_set_size
+        return TaskPrompts(task, section.task, recipe.seed, share, section)
     return LinePrompts(section, recipe.seed)

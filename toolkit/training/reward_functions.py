@@ -4,19 +4,45 @@ import asyncio
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from toolkit.errors import ToolkitError
+from toolkit.errors import ToolkitError, first_line
+from toolkit.training.background_loop import LOOP, is_async
 from toolkit.training.tasks.base import call_checked, finite_reward, imported
+from toolkit.training.timed_call import TookTooLong, timed_call
 
 RewardFunction = Callable[..., Any]
 
 
 class Rewards(NamedTuple):
-    """Of each completion the weighted sum, NaN where no function judges it, and what each function returned."""
+    """What the functions made of completions.
+
+    Args:
+        totals: the weighted sum of each completion; NaN where no function applies to it, or one failed.
+        by_function: what each function returned for each completion; NaN where it does not apply or failed.
+        failures: for each function how many completions it failed for, and what the first failure was.
+    """
 
     totals: list[float]
     by_function: list[list[float]]
+    failures: list["Failures"]
+
+
+@dataclass
+class Failures:
+    """Completions that a function failed for: it raised, took too long, or returned NaN."""
+
+    count: int = 0
+    first: str = ""
+
+    def add(self, sentence: str) -> float:
+        """One more; the reward that stands for it."""
+        self.count += 1
+        self.first = self.first or sentence
+        return math.nan
 
 
 def load_reward_functions(names: Sequence[str]) -> list[RewardFunction]:
@@ -30,22 +56,47 @@ def load_reward_functions(names: Sequence[str]) -> list[RewardFunction]:
     return found
 
 
+@dataclass
 class RewardFunctions:
     """The functions of a recipe with their weights.
 
+    Asynchronous ones run at the same time, and beside the plain ones, which run one after the other. A function that
+    raises is called again for each completion alone, so that one completion fails alone. A completion that a function
+    fails for has no reward, even where others judge it; a function that returns None does not apply to it, and the
+    others judge it.
+
     Args:
-        names: ``module:function`` of each.
+        names: of each, for metrics and errors.
+        functions: with TRL's signature.
         weights: of each; None is 1 each.
+        timeout: seconds that a function may take for a step's completions; None is no bound. What is not there then
+            has failed.
 
     Attributes:
-        labels: short names, which metrics have: the functions', with their module where two are the same.
+        trainer_state: what functions get under this name: ``global_step`` and ``max_steps``.
+        logged: values that functions gave to ``log_metric`` since ``take_logged``.
     """
 
-    def __init__(self, names: Sequence[str], weights: Sequence[float] | None = None) -> None:
-        self._functions = load_reward_functions(names)
-        self._weights = [1.0] * len(names) if weights is None else list(weights)
+    names: Sequence[str]
+    functions: Sequence[RewardFunction]
+    weights: Sequence[float] | None = None
+    timeout: float | None = None
+    trainer_state: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(global_step=0, max_steps=0))
+    logged: dict[str, list[float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.weights is None:
+            self.weights = [1.0] * len(self.names)
+        self._worked = [False] * len(self.names)
+
+    @classmethod
+    def load(
+        cls, names: Sequence[str], weights: Sequence[float] | None = None, timeout: float | None = None
+    ) -> "RewardFunctions":
+        """Those of ``module:function``; short names, with the module where two are the same."""
         short = [name.partition(":")[2] for name in names]
-        self.labels = [one if short.count(one) == 1 else name for one, name in zip(short, names)]
+        labels = [one if short.count(one) == 1 else name for one, name in zip(short, names)]
+        return cls(labels, load_reward_functions(names), weights, timeout)
 
     def __call__(
         self,
@@ -63,40 +114,111 @@ class RewardFunctions:
             columns: of the line of each; a function gets them as lists, None where a line lacks one.
 
         Raises:
-            ToolkitError: a function raised, or returned other than a finite number, NaN or None for each completion.
+            ToolkitError: a function has never worked and failed for all completions, returned other than a list of one
+                value for each, or a value that is no finite number, NaN or None.
         """
         if not completions:
-            return Rewards([], [[] for _ in self._functions])
+            return Rewards([], [[] for _ in self.functions], [Failures() for _ in self.functions])
         names = dict.fromkeys(name for line in columns for name in line)
-        given = {name: [line.get(name) for line in columns] for name in names}
-        given |= {"prompts": list(prompts), "completions": list(completions), "completion_ids": list(completion_ids)}
-        returned = asyncio.run(self._called({**given, "trainer_state": None}))
-        by_function = [
-            self._checked(label, values, completions) for label, values in zip(self.labels, returned, strict=True)
-        ]
+        lists: dict[str, list[Any]] = {name: [line.get(name) for line in columns] for name in names}
+        lists |= {"prompts": list(prompts), "completions": list(completions), "completion_ids": list(completion_ids)}
+        failures = [Failures() for _ in self.functions]
+        pending = [self._begin(function, lists) for function in self.functions]
+        by_function: list[list[float | None]] = [[] for _ in self.functions]
+        # The plain ones first: they run while the asynchronous ones wait.
+        for at in sorted(range(len(self.functions)), key=lambda at: pending[at] is not None):
+            by_function[at] = self._of_function(at, lists, pending[at], failures[at])
+            if failures[at].count == len(completions) and not self._worked[at]:
+                raise ToolkitError(f"{failures[at].first}; it has not worked for any completion yet.")
+            self._worked[at] |= failures[at].count < len(completions)
+        assert self.weights is not None
         totals = []
-        for values in zip(*by_function):
-            judged = [weight * value for weight, value in zip(self._weights, values) if not math.isnan(value)]
-            totals.append(sum(judged) if judged else math.nan)
-        return Rewards(totals, by_function)
+        for row in zip(*by_function):
+            applies = [weight * value for weight, value in zip(self.weights, row) if value is not None]
+            totals.append(sum(applies) if applies else math.nan)
+        known = [[math.nan if value is None else value for value in values] for values in by_function]
+        return Rewards(totals, known, failures)
 
-    async def _called(self, given: Mapping[str, Any]) -> list[Any]:
-        """What each function returned; asynchronous ones wait together."""
+    def take_logged(self) -> dict[str, list[float]]:
+        """What functions gave to ``log_metric`` since the last call."""
+        taken, self.logged = self.logged, {}
+        return taken
 
-        async def one(label: str, function: RewardFunction) -> Any:
-            with call_checked(f"the reward function {label}", "a step's completions"):
-                value = function(**given)
-                return await value if inspect.isawaitable(value) else value
+    def _log_metric(self, name: str, value: float) -> None:
+        self.logged.setdefault(name, []).append(float(value))
 
-        return await asyncio.gather(*map(one, self.labels, self._functions))
+    def _arguments(self, lists: Mapping[str, list[Any]]) -> dict[str, Any]:
+        others = {"trainer_state": self.trainer_state, "log_metric": self._log_metric, "log_extra": lambda *_: None}
+        return {**lists, **others}
+
+    def _begin(self, function: RewardFunction, lists: Mapping[str, list[Any]]) -> "Future[Any] | None":
+        """An asynchronous function's call, which has begun."""
+        if not is_async(function):
+            return None
+        return LOOP.submit(_within(self.timeout, function(**self._arguments(lists))))
+
+    def _called(self, function: RewardFunction, lists: Mapping[str, list[Any]], pending: "Future[Any] | None") -> Any:
+        if pending is None:
+            arguments = self._arguments(lists)
+            if self.timeout is None:
+                value = function(**arguments)
+            else:
+                value = timed_call(lambda: function(**arguments), self.timeout)
+            if not inspect.isawaitable(value):
+                return value
+            pending = LOOP.submit(_within(self.timeout, value))
+        return pending.result()
+
+    def _of_function(
+        self,
+        index: int,
+        lists: Mapping[str, list[Any]],
+        pending: "Future[Any] | None",
+        failures: Failures,
+    ) -> list[float | None]:
+        """A function's value of each completion: None where it does not apply, NaN where it failed."""
+        function, completions = self.functions[index], lists["completions"]
+        where = f"the reward function {self.names[index]}"
+        try:
+            with call_checked(where, "a step's completions", passing=(TookTooLong,)):
+                returned = self._called(function, lists, pending)
+        except TookTooLong:
+            late = f"{where} must return within objective.reward_timeout, which is {self.timeout:g} seconds"
+            return [failures.add(late) for _ in completions]
+        except ToolkitError as error:
+            if len(completions) == 1:
+                return [failures.add(str(error).rstrip("."))]
+            alone = [{name: [values[at]] for name, values in lists.items()} for at in range(len(completions))]
+            begun = [self._begin(function, one) for one in alone]
+            return [value for one, call in zip(alone, begun) for value in self._of_function(index, one, call, failures)]
+        return self._checked(where, returned, completions, failures)
 
     @staticmethod
-    def _checked(label: str, returned: Any, completions: Sequence[Any]) -> list[float]:
-        where = f"the reward function {label}"
+    def _checked(where: str, returned: Any, completions: Sequence[Any], failures: Failures) -> list[float | None]:
         values = returned.tolist() if hasattr(returned, "tolist") else returned
         if not isinstance(values, (list, tuple)) or len(values) != len(completions):
             got = f"{len(values)} of them" if isinstance(values, (list, tuple)) else type(values).__name__
             raise ToolkitError(
                 f"{where} must return a list with a number for each of {len(completions)} completions, got {got}."
             )
-        return [finite_reward(value, where, completion) for value, completion in zip(values, completions)]
+        found: list[float | None] = []
+        for value, completion in zip(values, completions):
+            if isinstance(value, Exception):  # of a function that is called for each completion
+                found.append(failures.add(f"{where} raised {type(value).__name__}: {first_line(value)}"))
+                continue
+            reward = None if value is None else finite_reward(value, where, completion)
+            if reward is not None and math.isnan(reward):
+                reward = failures.add(f"{where} returned NaN")
+            found.append(reward)
+        return found
+
+
+async def _within(timeout: float | None, awaitable: Any) -> Any:
+    """What is awaited. Raises TookTooLong, where it is not there in time."""
+    try:
+        async with asyncio.timeout(timeout) as bound:
+            return await awaitable
+    except TimeoutError:
+        if bound.expired():
+            raise TookTooLong from None
+        raise  # the function's own

@@ -10,6 +10,7 @@ from toolkit.config.objective import RolloutSection
 from toolkit.engine import Engine, SamplingParams, StructuredOutputsParams
 from toolkit.engine.outputs import Completion, Delta
 from toolkit.errors import ToolkitError
+from toolkit.training.conversations import Conversation, Conversations
 from toolkit.training.corpus import digest
 from toolkit.training.examples import Stream, check_misses
 from toolkit.training.objectives.base import RunContext
@@ -41,7 +42,13 @@ class Rollout:
         self._return_routed_experts = enable_return_routed_experts
         self._return_selected_keys = enable_return_selected_keys
         self._engine: Engine | None = None
+        self._conversations: Conversations | None = None
         self.seconds, self.tokens = 0.0, 0
+
+    @property
+    def max_completion_length(self) -> int:
+        """Tokens of the longest completion, of all turns together."""
+        return self._section.max_completion_length
 
     @property
     def max_prompt_length(self) -> int:
@@ -85,34 +92,73 @@ class Rollout:
             ToolkitError: a prompt that is too long, or a completion that failed.
             Interrupted: a signal asked some process to stop, in all of them; the weights are what they were.
         """
-        section, begun = self._section, time.perf_counter()
-        longest = self.max_prompt_length
+        begun = time.perf_counter()
         for prompt in prompts:
-            if len(prompt) > longest:
-                raise ToolkitError(
-                    f"a prompt must have <= {longest} tokens with train.max_length "
-                    f"{longest + section.max_completion_length} and objective.rollout.max_completion_length "
-                    f"{section.max_completion_length}, got {len(prompt)}."
-                )
-        params = [
-            SamplingParams(
-                n=n,
-                max_tokens=section.max_completion_length,
-                temperature=section.temperature if temperature is None else temperature,
-                seed=seed,
-                structured_outputs=self._form,
-            )
-            for seed in seeds
-        ]
+            self.check_prompt(prompt)
+        params = [self.params(seed, n, temperature) for seed in seeds]
         completions = self._run(list(prompts), params) if prompts else []
-        if self._context.reduce_max(int(self._context.stop.requested)):
-            raise self._context.stop.interruption()
+        self._finish(begun, completions)
         for one in completions:
             if one.error is not None:
                 raise ToolkitError(f"a rollout failed: {one.error.rstrip('.')}.")
-        self.seconds += time.perf_counter() - begun
-        self.tokens += sum(len(one.token_ids) for one in completions)
         return [completions[at : at + n] for at in range(0, len(completions), n)]
+
+    def converse(
+        self, prompts: Prompts, problems: Sequence[Any], seeds: Sequence[int], n: int, temperature: float | None = None
+    ) -> list[list[Conversation]]:
+        """``n`` conversations of each problem with the environment of ``prompts``; otherwise as ``generate``."""
+        begun = time.perf_counter()
+        if self._conversations is None:
+            self._conversations = Conversations(self, prompts, prompts.max_turns)
+        groups = self._conversations.hold(problems, seeds, n, temperature)
+        self._finish(begun, [one for group in groups for one in group])
+        return groups
+
+    def params(self, seed: int, n: int, temperature: float | None, used: int = 0, **given: Any) -> SamplingParams:
+        """How completions are sampled.
+
+        Args:
+            seed: of the request.
+            n: completions.
+            temperature: in the place of the recipe's.
+            used: tokens that a completion has from earlier turns.
+            given: further fields.
+        """
+        section = self._section
+        return SamplingParams(
+            n=n,
+            max_tokens=section.max_completion_length - used,
+            temperature=section.temperature if temperature is None else temperature,
+            seed=seed,
+            structured_outputs=self._form,
+            stop=section.stop,
+            **given,
+        )
+
+    def check_prompt(self, prompt: Sequence[int]) -> None:
+        """Raise ToolkitError for a prompt that leaves no room for a completion."""
+        longest, completion = self.max_prompt_length, self._section.max_completion_length
+        if len(prompt) > longest:
+            raise ToolkitError(
+                f"a prompt must have <= {longest} tokens with train.max_length {longest + completion} and "
+                f"objective.rollout.max_completion_length {completion}, got {len(prompt)}."
+            )
+
+    def note_blocks(self) -> None:
+        """Keep the engine's blocks of now for the step's details."""
+        self._context.details.add_blocks(self.engine)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether a signal asked this process to stop."""
+        return self._context.stop.requested
+
+    def _finish(self, begun: float, completions: Sequence[Completion]) -> None:
+        """Count what was sampled. Raises Interrupted, in all processes, where a signal asked one of them to stop."""
+        if self._context.reduce_max(int(self._context.stop.requested)):
+            raise self._context.stop.interruption()
+        self.seconds += time.perf_counter() - begun
+        self.tokens += sum(len(one.logprobs) for one in completions)
 
     def _run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[Completion]:
         """What ``engine.generate`` returns, or the part of it that was there when a signal asked to stop."""
@@ -124,7 +170,7 @@ class Rollout:
                 sampled += len(delta.token_ids)
                 half = 2 * sampled >= sequences * self._section.max_completion_length
                 if half or 2 * len(found) >= sequences:
-                    self._context.details.add_blocks(self.engine)
+                    self.note_blocks()
                 if delta.finished is not None:
                     found[delta.prompt_index, delta.index] = delta.finished
                 if self._context.stop.requested:
@@ -179,16 +225,16 @@ def eval_completions(
     begun = time.perf_counter()
     found: dict[str, Any] = {"eval_samples": count}
     for how, temperature in (("sampled", 1.0), ("greedy", 0.0)):
-        completions = rollout.generate(token_ids, seeds, 1, temperature)
-        rewards, by_function = prompts.judge([problem for _, problem in mine], completions)
-        values = [value for group in rewards for value in group]
+        completions = prompts.roll_out(rollout, [problem for _, problem in mine], token_ids, seeds, 1, temperature)
+        judged = prompts.judge([problem for _, problem in mine], completions)
+        values = [value for group in judged.rewards for value in group]
         if prompts.solvable:
             (solved,) = context.reduce_sum([sum(value >= 1.0 for value in values)])
             found[f"eval_accuracy_{how}"] = solved / count
             continue
         found["eval_reward" if how == "sampled" else "eval_reward_greedy"] = _mean(context, values)
         if how == "sampled":
-            found |= {f"eval_rewards/{name}/mean": _mean(context, given) for name, given in by_function.items()}
+            found |= {f"eval_rewards/{name}/mean": _mean(context, given) for name, given in judged.by_function.items()}
     found["eval_runtime"] = round(time.perf_counter() - begun, 1)
     return found
 

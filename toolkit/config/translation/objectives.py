@@ -44,13 +44,43 @@ def rollouts(t: Translation) -> None:
     t.put("objective.loss_type", t.take("loss_type", "dapo"), "loss_type")
     for name in (
         "num_iterations", "epsilon", "epsilon_high", "beta", "importance_sampling_level", "mask_truncated_completions",
+        "multi_objective_aggregation",
     ):  # fmt: skip
         t.move(name, f"objective.{name}")
+    _generation(t)
+    _tools(t)
     for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
         neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}[name]
         if t.take(name, neutral) != neutral:
             t.lose(name, "rollouts sample from the distribution that is trained")
     _rewards(t)
+
+
+def _tools(t: Translation) -> None:
+    """Tools and environments; TRL counts the turns after the first."""
+    calls = t.take("max_tool_calling_iterations")
+    given = t.take("tools")
+    if given:
+        names = [given] if isinstance(given, str) else given
+        t.put("objective.tools", [_importable(name) for name in names], "tools")
+    factory = t.take("environment_factory")
+    if isinstance(factory, str):
+        t.put("objective.environment_factory", _importable(factory), "environment_factory")
+    if calls is not None and (given or factory):
+        t.put("objective.max_turns", int(calls) + 1, "max_tool_calling_iterations")
+
+
+def _generation(t: Translation) -> None:
+    """``generation_kwargs``, of which a recipe has the stop strings."""
+    given = t.take("generation_kwargs") or {}
+    stop = [given[name] for name in ("stop_strings", "stop") if isinstance(given, dict) and given.get(name)]
+    if stop:
+        t.put("objective.rollout.stop", [stop[0]] if isinstance(stop[0], str) else list(stop[0]), "generation_kwargs")
+    others = [name for name in given if name not in ("stop_strings", "stop")]
+    if others:
+        t.lose(
+            "generation_kwargs", f"rollouts sample from the distribution that is trained, without {', '.join(others)}"
+        )
 
 
 def _rewards(t: Translation) -> None:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -11,6 +10,8 @@ from toolkit.config.base import Count
 from toolkit.config.objective import OnPolicySection, Positive
 from toolkit.training.objectives.base import RunContext
 from toolkit.training.objectives.on_policy import OnPolicyObjective
+from toolkit.training.prompts import Judged
+from toolkit.training.samples import MicroBatch, Sample, filler, pack
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,6 +38,9 @@ class GRPOSection(OnPolicySection):
     ] = "group"
     """Advantages are divided by the standard deviation of their group's rewards, of all rewards of the step (as in
     REINFORCE++ with a baseline; Hu et al., 2025), or not. true is group, false none."""
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    """Of several ``reward_funcs``. normalize_then_sum (GDPO; Liu et al., 2026): each function's rewards are normalised
+    in their group, then summed by their weights, then normalised over the step; ``scale_rewards`` has no part in it."""
     loss_type: Literal["grpo", "bnpo", "dapo", "dr_grpo", "cispo"] = "grpo"
     """grpo: mean over the tokens of a completion, then over completions. dapo: mean over all tokens. bnpo: over
     those of each process. dr_grpo: sum over tokens, divided by ``rollout.max_completion_length``, mean over
@@ -62,6 +66,16 @@ class GRPOSection(OnPolicySection):
     """Of an MoE model: train every token through the experts that it was rolled out with."""
     replay_selection: bool = False
     """Of a model with sparse attention: train every token over the keys that it was rolled out with."""
+    environment: str | dict[str, Any] | None = None
+    """Answers completions, for several turns: ``package.module:Class`` or a name, or a mapping of ``name`` and the
+    fields of the class (``toolkit.training.environments``). Its answers are not trained on."""
+    environment_factory: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = None
+    """As in TRL: ``module:Class`` of objects whose public methods are tools, with ``reset``, and ``get_reward`` where
+    they judge."""
+    tools: list[Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]] = Field(default_factory=list)
+    """As in TRL: functions by ``module:function`` that the model may call; results are not trained on."""
+    max_turns: Count | None = None
+    """Most turns of the model in a conversation; null is the environment's own number, of tools 10."""
     beta: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the KL divergence from the initial model (after the warm-up); above 0 keeps a copy of that."""
 
@@ -71,6 +85,24 @@ class GRPOSection(OnPolicySection):
             raise ValueError(
                 "objective.rollout.temperature must be 1.0 with objective.kind 'grpo', which trains the distribution "
                 f"that it samples from, got {self.rollout.temperature}"
+            )
+        several = self.environment_factory is not None or bool(self.tools)
+        if self.environment is not None and several:
+            raise ValueError(
+                "objective.environment must be null with objective.environment_factory or objective.tools, got "
+                f"{self.environment!r}"
+            )
+        if self.max_turns is not None and self.environment is None and not several:
+            raise ValueError(
+                "objective.max_turns must be null without objective.environment, objective.environment_factory and "
+                f"objective.tools, got {self.max_turns}"
+            )
+        if (several or self.environment is not None) and self.rollout.structured_outputs is not None:
+            raise ValueError("objective.rollout.structured_outputs must be null with several turns")
+        if self.multi_objective_aggregation != "sum_then_normalize" and not self.reward_funcs:
+            raise ValueError(
+                "objective.multi_objective_aggregation must be 'sum_then_normalize' without objective.reward_funcs, "
+                f"got '{self.multi_objective_aggregation}'"
             )
         if self.loss_type == "cispo" and self.epsilon_high is None:
             raise ValueError("objective.epsilon_high must be given with objective.loss_type 'cispo', got null")
@@ -84,69 +116,6 @@ class GRPOSection(OnPolicySection):
     @property
     def _epsilon_high(self) -> float:
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
-
-
-@dataclass
-class Sample:
-    """One completion: its tokens after the prompt's, the engine's log-probabilities of them, advantage and weight."""
-
-    prompt: list[int]
-    tokens: list[int]
-    behaviour: list[float]
-    advantage: float = 0.0
-    weight: float = 0.0
-    """Of each of its tokens in the loss; 0 for a sample that only fills a micro-batch."""
-    masked: bool = False
-    """Whether its tokens are not trained on."""
-    train: "Tensor | None" = None
-    """Log-probabilities by the first training forward, where they are asked for."""
-    reference: "Tensor | None" = None
-    routing: "Tensor | None" = None
-    """The experts of its tokens but the last one, where they are replayed."""
-    selection: "Tensor | None" = None
-    """The keys that those attend, where they are replayed."""
-    rotary_length: int | None = None
-    """By which its rotary tables are made: the completion's."""
-
-    @property
-    def sequence(self) -> list[int]:
-        return [*self.prompt, *self.tokens]
-
-
-@dataclass
-class MicroBatch:
-    """Samples of one forward, members of a group side by side, so that their prompt is computed once."""
-
-    samples: list[Sample]
-    first: bool = field(default=True)
-    """Whether the weights are still those of the rollout."""
-
-    @property
-    def sequences(self) -> list[list[int]]:
-        return [sample.sequence for sample in self.samples]
-
-    @property
-    def lengths(self) -> list[int]:
-        return [len(sample.tokens) for sample in self.samples]
-
-    @property
-    def routing(self) -> "list[Tensor] | None":
-        """Of each sample, or None where nothing is replayed."""
-        return self._of_all([sample.routing for sample in self.samples])
-
-    @property
-    def selection(self) -> "list[Tensor] | None":
-        """Of each sample, or None where nothing is replayed."""
-        return self._of_all([sample.selection for sample in self.samples])
-
-    @staticmethod
-    def _of_all(recorded: "list[Tensor | None]") -> "list[Tensor] | None":
-        found = [one for one in recorded if one is not None]
-        return found if len(found) == len(recorded) else None
-
-    @property
-    def rotary_lengths(self) -> list[int | None]:
-        return [sample.rotary_length for sample in self.samples]
 
 
 class GRPO(OnPolicyObjective[GRPOSection]):
@@ -178,9 +147,9 @@ class GRPO(OnPolicyObjective[GRPOSection]):
         micros = pack(groups, self.recipe.train.batch_tokens)
         count = self.context.reduce_max(len(micros))
         if not micros and count:  # every process gives as many micro-batches, of padding if need be
-            filler = Sample([self.context.tokenizer.eos_token_id], [self.context.tokenizer.eos_token_id], [0.0])
-            micros = [MicroBatch([filler])]
-        micros += [MicroBatch([_filler(micros[0].samples[0])]) for _ in range(count - len(micros))]
+            padding = Sample([self.context.tokenizer.eos_token_id], [self.context.tokenizer.eos_token_id], [0.0])
+            micros = [MicroBatch([padding])]
+        micros += [MicroBatch([filler(micros[0].samples[0])]) for _ in range(count - len(micros))]
         self._remember_reference(micros)
         for update in range(self.section.num_iterations if count else 0):
             for micro in micros:
@@ -197,32 +166,50 @@ class GRPO(OnPolicyObjective[GRPOSection]):
         while rounds < (section.max_rounds if section.dynamic_sampling else 1):
             problems, completions = self.roll_out(step, section.num_generations, rounds)
             rounds += 1
-            rewards = torch.tensor(self.count(problems, completions), dtype=torch.float64)
-            advantages = self.advantages(rewards, completions)
-            for group, values in zip(completions, advantages.tolist()):
-                if section.dynamic_sampling and not any(values):
+            judged = self.count(problems, completions)
+            rewards = torch.tensor(judged.rewards, dtype=torch.float64)
+            if section.multi_objective_aggregation == "normalize_then_sum":
+                advantages = self._sum_of_normalised(judged)
+            else:
+                advantages = self.advantages(rewards, completions)
+            for group, scored, values in zip(completions, (~rewards.isnan()).tolist(), advantages.tolist()):
+                # Completions without a reward are as if they had not been sampled; one alone has nothing beside it.
+                if sum(scored) < 2 or (section.dynamic_sampling and not any(values)):
                     dropped += 1
                     continue
-                groups.append(
-                    [
-                        Sample(
-                            one.prompt_token_ids,
-                            one.token_ids,
-                            one.logprobs,
-                            advantage,
-                            masked=section.mask_truncated_completions and one.finish_reason == "length",
-                            routing=one.routed_experts,
-                            selection=one.selected_keys,
-                            rotary_length=one.rotary_length,
-                        )
-                        for one, advantage in zip(group, values)
-                    ]
-                )
+                kept = [(one, value) for one, has, value in zip(group, scored, values) if has]
+                groups.append([self._sample(one, advantage) for one, advantage in kept])
             missing = max(wanted - len(groups), 0)
             if not self.context.reduce_max(missing):  # all processes continue, or none does
                 break
         self.sums.add(groups=min(len(groups), wanted), groups_dropped=dropped, rounds=rounds)
         return groups[:wanted]
+
+    def _sample(self, one: "Completion", advantage: float) -> Sample:
+        return Sample(
+            one.prompt_token_ids,
+            one.token_ids,
+            one.logprobs,
+            advantage,
+            masked=self.section.mask_truncated_completions and one.finish_reason == "length",
+            routing=one.routed_experts,
+            selection=one.selected_keys,
+            rotary_length=one.rotary_length,
+            sampled=getattr(one, "sampled", None),
+        )
+
+    def _sum_of_normalised(self, judged: Judged) -> "Tensor":
+        """[groups, n] advantages by ``normalize_then_sum``; 0 where there is no reward."""
+        import torch
+
+        from toolkit.training.losses import sum_of_normalised
+
+        rewards = torch.tensor(judged.rewards, dtype=torch.float64)
+        each = torch.tensor(list(judged.by_function.values()), dtype=torch.float64).reshape(-1, *rewards.shape)
+        weights = self.section.reward_weights or [1.0] * len(each)
+        sums = sum_of_normalised(each.masked_fill(rewards.isnan(), math.nan), weights)
+        mean, deviation = self.moments(sums)
+        return ((sums - mean) / (deviation + 1e-4)).nan_to_num(0.0)
 
     def advantages(self, rewards: "Tensor", completions: Sequence[Sequence["Completion"]]) -> "Tensor":
         """[groups, n] of the rewards of this process's completions; 0 where the reward is NaN."""
@@ -241,7 +228,7 @@ class GRPO(OnPolicyObjective[GRPOSection]):
 
     def _weigh(self, samples: list[Sample]) -> None:
         """Each token's weight, so that the loss is the asked-for mean over the samples of all processes."""
-        trained = sum(len(sample.tokens) for sample in samples if not sample.masked)
+        trained = sum(len(sample.behaviour) for sample in samples if not sample.masked)
         count, tokens = self.context.reduce_sum([len(samples), trained])
         for sample in samples:
             if self.section.loss_type in ("dapo", "cispo"):
@@ -249,7 +236,7 @@ class GRPO(OnPolicyObjective[GRPOSection]):
             elif self.section.loss_type == "bnpo":
                 weight = 1.0 / (max(trained, 1) * self.context.world_size)
             elif self.section.loss_type == "grpo":
-                weight = 1.0 / (count * max(len(sample.tokens), 1))
+                weight = 1.0 / (count * max(len(sample.behaviour), 1))
             else:
                 weight = 1.0 / (count * self.section.rollout.max_completion_length)
             sample.weight = weight * self.context.world_size  # gradients are averaged over the processes
@@ -259,7 +246,7 @@ class GRPO(OnPolicyObjective[GRPOSection]):
             for micro in micros:
                 values = self.reference.logprobs(micro.sequences, micro.lengths, micro.rotary_lengths)
                 for sample, value in zip(micro.samples, values):
-                    sample.reference = value
+                    sample.reference = sample.of_sampled(value)
 
     def loss(self, forward: Callable[..., Any], micro: MicroBatch) -> "Tensor":
         import torch
@@ -267,9 +254,10 @@ class GRPO(OnPolicyObjective[GRPOSection]):
         from toolkit.training.losses import divergence_estimate, importance_weight, policy_loss
 
         section, samples = self.section, micro.samples
-        lengths = micro.lengths
+        lengths = micro.trained_lengths
         given = {name: getattr(micro, name) for name in ("routing", "selection", "rotary_lengths")}
-        logprob = torch.cat(forward(micro.sequences, last=lengths, **given))
+        values = forward(micro.sequences, last=micro.lengths, **given)
+        logprob = torch.cat([sample.of_sampled(one) for sample, one in zip(samples, values)])
         device = logprob.device
 
         def spread(values: list[float]) -> "Tensor":
@@ -286,8 +274,8 @@ class GRPO(OnPolicyObjective[GRPOSection]):
         behaviour, weight = rolled.to(logprob.dtype), spread([sample.weight for sample in samples])
         if section.importance_sampling_clip_max is not None:
             if micro.first:
-                for sample, values in zip(samples, logprob.detach().split(lengths)):
-                    sample.train = values
+                for sample, own in zip(samples, logprob.detach().split(lengths)):
+                    sample.train = own
             train = torch.cat([cast("Tensor", sample.train) for sample in samples])
             weight = weight * importance_weight(train, behaviour, section.importance_sampling_clip_max)
             behaviour = train  # the ratio is between weights, the importance weight between engines
@@ -348,34 +336,3 @@ class GRPO(OnPolicyObjective[GRPOSection]):
         if self.reference is not None:
             values["kl"] = got["kl"] / trained
         return self.trained_tokens, values
-
-
-def pack(groups: Sequence[Sequence[Sample]], batch_tokens: int) -> list[MicroBatch]:
-    """Groups to micro-batches of at most ``batch_tokens`` tokens, a prompt counted once for the members of its group.
-
-    A group that is larger is split; a sample that is larger has one to itself.
-    """
-    micros: list[MicroBatch] = []
-    room = 0
-    for group in groups:
-        whole = len(group[0].prompt) + sum(len(sample.tokens) for sample in group)
-        fresh = not micros or whole > room
-        if fresh:
-            micros.append(MicroBatch([]))
-            room = batch_tokens
-        first = True
-        for sample in group:
-            cost = len(sample.tokens) + (len(sample.prompt) if first else 0)
-            if micros[-1].samples and cost > room:
-                micros.append(MicroBatch([]))
-                room, cost = batch_tokens, len(sample.tokens) + len(sample.prompt)
-            micros[-1].samples.append(sample)
-            room -= cost
-            first = False
-    return micros
-
-
-def _filler(like: Sample) -> Sample:
-    """A sample that counts for nothing."""
-    routing, selection = (None if one is None else one[: len(like.prompt)] for one in (like.routing, like.selection))
-    return Sample(like.prompt, like.tokens[:1], like.behaviour[:1], routing=routing, selection=selection)

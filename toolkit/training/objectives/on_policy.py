@@ -17,7 +17,7 @@ from toolkit.training.objectives.base import (
     RunContext,
     divided,
 )
-from toolkit.training.prompts import make_prompts
+from toolkit.training.prompts import Judged, make_prompts
 from toolkit.training.tokenizer import set_chat_template
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class OnPolicyObjective(Objective[P]):
         self.prompts_per_step = divided("objective.prompts", self.section.prompts, context.world_size)
         self.trained_tokens = 0
         self._check_prompts()
-        self._said_unscored = False
+        self._said: set[str] = set()
 
     def num_steps(self, epochs: float) -> int:
         """Steps of so many passes over the lines."""
@@ -72,13 +72,14 @@ class OnPolicyObjective(Objective[P]):
         self._begun = time.perf_counter()
         self.rollout.seconds, self.rollout.tokens = 0.0, 0
 
-    def roll_out(self, step: int, n: int, attempt: int = 0) -> tuple[list[Any], list[list["Completion"]]]:
+    def roll_out(self, step: int, n: int, attempt: int = 0) -> "tuple[list[Any], Sequence[Sequence[Completion]]]":
         """This process's problems of a step and ``n`` completions of each; samples depend on (seed, step, index)."""
         context = self.context
+        self.prompts.begin_step(step, self.recipe.train.max_steps)
         problems, prompts = self._next_problems()
         indices = [at * context.world_size + context.rank for at in range(len(problems))]
         seeds = [digest(f"{self.recipe.seed}/{step}/{attempt}/{index}") for index in indices]
-        return problems, self.rollout.generate(prompts, seeds, n)
+        return problems, self.prompts.roll_out(self.rollout, problems, prompts, seeds, n)
 
     def _next_problems(self) -> tuple[list[Any], list[list[int]]]:
         """This process's next problems and their prompts, without those that do not fit where the recipe says so."""
@@ -107,12 +108,18 @@ class OnPolicyObjective(Objective[P]):
                 "over such problems with objective.filter_overlong_prompts=true."
             )
 
-    def count(self, problems: Sequence[Any], completions: Sequence[Sequence["Completion"]]) -> list[list[float]]:
-        """The rewards of the completions of each problem, NaN where there is none; they enter the step's metrics."""
-        rewards, by_function = self.prompts.judge(problems, completions)
-        for name, given in by_function.items():
+    def count(self, problems: Sequence[Any], completions: Sequence[Sequence["Completion"]]) -> Judged:
+        """What judges the completions of each problem says of them, which enters the step's metrics."""
+        judged = self.prompts.judge(problems, completions)
+        rewards = judged.rewards
+        for name, given in judged.by_function.items():
             known = [value for value in given if not math.isnan(value)]
             self.sums.add(**{f"rewards/{name}": sum(known), f"judged/{name}": len(known)})
+        for name, failures in judged.failures.items():
+            metric = f"rewards/{name}/failed" if name in judged.by_function else f"{name}/failed"
+            self.sums.add(**{f"failed/{metric}": failures.count})
+            if failures.count:
+                self._say_once(metric, f"{failures.first}; {metric} counts such completions")
         values = [reward for group in rewards for reward in group if not math.isnan(reward)]
         flat = [one for group in completions for one in group]
         self.sums.add(
@@ -121,12 +128,25 @@ class OnPolicyObjective(Objective[P]):
             reward=sum(values),
             squared_reward=sum(value * value for value in values),
             solved=sum(value >= 1.0 for value in values),
-            length=sum(len(one.token_ids) for one in flat),
+            length=sum(len(one.logprobs) for one in flat),
             truncated=sum(one.finish_reason == "length" for one in flat),
             negative_log_likelihood=-sum(sum(one.logprobs) for one in flat),
         )
+        if self.prompts.environment is not None:
+            states: list[Any] = [getattr(one, "state") for one in flat]  # noqa: B009
+            self.sums.add(
+                turns=sum(state["turn"] for state in states),
+                tool_calls=sum(state.get("tool_calls", 0) for state in states),
+                tool_failures=sum(state.get("tool_failures", 0) for state in states),
+            )
         self.context.details.add_completions([self.prompts.text(one) for one in problems], completions, rewards)
-        return rewards
+        return judged
+
+    def _say_once(self, key: str, note: str) -> None:
+        """Print a note at the first of its kind."""
+        if key not in self._said:
+            self._said.add(key)
+            self.context.log(f"note: {note}")
 
     def take(self) -> dict[str, float]:
         """The step's sums over all processes."""
@@ -147,21 +167,23 @@ class OnPolicyObjective(Objective[P]):
         if scored:
             mean = got["reward"] / scored
             variance = max((got["squared_reward"] - got["reward"] ** 2 / scored) / max(scored - 1, 1), 0.0)
-        if scored < samples and not self._said_unscored:
-            self._said_unscored = True
-            self.context.log(
-                f"note: {samples - scored:.0f} of {samples:.0f} completions of a step have no reward (None or NaN) and "
-                "no advantage; unscored_fraction has the share of every step"
+        if scored < samples:
+            self._say_once(
+                "unscored",
+                f"{samples - scored:.0f} of {samples:.0f} completions of a step have no reward and are dropped; "
+                "unscored_fraction has the share of every step",
             )
         return {
             "reward": mean,
             "reward_std": math.sqrt(variance),
             **({"accuracy": got["solved"] / samples} if self.prompts.solvable else {}),
             **self._by_function(got),
+            **self._logged(),
             "unscored_fraction": 1.0 - scored / samples,
             "entropy": got["negative_log_likelihood"] / max(got["length"], 1.0),
             "completions/mean_length": got["length"] / samples,
             "truncated_fraction": got["truncated"] / samples,
+            **self._of_turns(got),
             "rollout_tokens": int(got["rolled"]),
             "rollout_tokens_per_second": round(got["rolled"] * processes / max(got["rollout_seconds"], 1e-9), 1),
             "training_tokens_per_second": round(
@@ -173,14 +195,35 @@ class OnPolicyObjective(Objective[P]):
 
     @staticmethod
     def _by_function(got: dict[str, float]) -> dict[str, float]:
-        """The mean reward of each function, over the completions that it judges."""
-        names = [name.partition("/")[2] for name in got if name.startswith("rewards/")]
+        """The mean reward of each function, over the completions that it judges, and how many it failed for."""
+        found: dict[str, float] = {}
+        for name in [name.partition("/")[2] for name in got if name.startswith("rewards/")]:
+            judged = got[f"judged/{name}"]
+            found[f"rewards/{name}/mean"] = got[f"rewards/{name}"] / judged if judged else math.nan
+        return found | {name.partition("/")[2]: int(count) for name, count in got.items() if name.startswith("failed/")}
+
+    def _of_turns(self, got: dict[str, float]) -> dict[str, float]:
+        """Turns and calls of tools, by TRL's names."""
+        if self.prompts.environment is None:
+            return {}
+        calls = got["tool_calls"]
         return {
-            f"rewards/{name}/mean": got[f"rewards/{name}"] / got[f"judged/{name}"]
-            if got[f"judged/{name}"]
-            else math.nan
-            for name in names
+            "turns/mean": got["turns"] / got["samples"],
+            "tools/call_frequency": calls / got["samples"],
+            "tools/failure_frequency": got["tool_failures"] / calls if calls else 0.0,
         }
+
+    def _logged(self) -> dict[str, float]:
+        """Means of what reward functions have logged, over all processes, which may have logged other names."""
+        from accelerate.utils import gather_object
+
+        if self.prompts.functions is None:
+            return {}
+        values: dict[str, list[float]] = {}
+        for one in gather_object([self.prompts.take_logged()]):
+            for name, given in one.items():
+                values.setdefault(name, []).extend(given)
+        return {name: sum(given) / len(given) for name, given in sorted(values.items())}
 
     def evaluate(self) -> Metrics:
         from toolkit.training.rollout import eval_completions

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from toolkit.engine.outputs import Completion
     from toolkit.training.model import Reference
 
-_OF_GRPO = ("loss_type", "scale_rewards", "importance_sampling_level", "delta")
+_OF_GRPO = ("loss_type", "scale_rewards", "multi_objective_aggregation", "importance_sampling_level", "delta")
 
 
 class RLOOSection(GRPOSection):
@@ -90,5 +90,9 @@ class RLOO(GRPO, section=RLOOSection):
                 [len(one.token_ids) for one in batch],
                 [one.rotary_length for one in batch],
             )
-            found += [sum(one.logprobs) - float(values.sum()) for one, values in zip(batch, initial)]
+            masks = [torch.tensor(getattr(one, "sampled", None) or [True] * len(one.token_ids)) for one in batch]
+            found += [
+                sum(one.logprobs) - float(values[mask.to(values.device)].sum())
+                for one, values, mask in zip(batch, initial, masks)
+            ]
         return torch.tensor(found, dtype=torch.float64).reshape(len(completions), -1)

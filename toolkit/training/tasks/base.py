@@ -84,15 +84,18 @@ def checked_reward(task: Task, prompt: str, completion: str) -> float:
 
 
 @contextmanager
-def call_checked(where: str, what: str) -> Iterator[None]:
+def call_checked(where: str, what: str, passing: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """Around a call of the user's code: what it raises becomes a ToolkitError with the line that raised.
 
     Args:
         where: what is called.
         what: it is called for.
+        passing: exceptions that stay as they are.
     """
     try:
         yield
+    except passing:
+        raise
     except Exception as error:
         trace = error.__traceback__
         while trace is not None and trace.tb_next is not None:
