@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from tests.helpers.exported_models import exported_model
 from tests.helpers.tokenizers import make_tokenizer
 from toolkit.errors import ToolkitError
 from toolkit.exporting import MANIFEST, TARGETS, ExportTarget, export
@@ -74,6 +75,29 @@ def test_rotary_settings_have_their_older_names_too(tmp_path, family, settings, 
     again = AutoConfig.from_pretrained(tmp_path / "out").to_dict()
     assert again["rope_parameters"] == model.config.to_dict()["rope_parameters"]
     assert not {"rope_theta", "rope_scaling"} & again.keys()
+
+
+@pytest.mark.parametrize(
+    ("family", "older"),
+    [
+        ("qwen3_moe", {"num_experts": 12, "rope_theta": 10000.0, "max_window_layers": 2}),
+        ("lfm2", {"block_dim": 64}),
+        ("gemma3_text", {"rope_theta": 5e5, "rope_local_base_freq": 2e4, "sliding_window_pattern": 3}),
+    ],
+)
+def test_fields_have_their_older_names_too(tmp_path, family, older):
+    if family == "gemma3_text":
+        rotary = {"sliding_attention": {"rope_theta": 2e4}, "full_attention": {"rope_theta": 5e5}}
+        model, _ = exported_model(family, rope_parameters=rotary)
+    else:
+        model = random_model(family)
+    export(model, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text()).items() >= older.items()
+    again = AutoConfig.from_pretrained(tmp_path / "out").to_dict()
+    before = model.config.to_dict()
+    changed = {name for name in before if again[name] != before[name] and not name.startswith("_")}
+    assert changed <= {"architectures"}
+    assert again.keys() - before.keys() <= {"block_dim", "max_window_layers", "sliding_window_pattern"}
 
 
 def test_weights_are_sharded(model, tmp_path, monkeypatch):

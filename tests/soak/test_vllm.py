@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.exported_models import exported_model
 from tests.helpers.smollm2 import TEXT, load_smollm2
 from tests.helpers.vllm_server import Differences, differences, vllm_environment, vllm_serving
 from toolkit.exporting import export
-from toolkit.testing.models import random_model, tiny_tokenizer
 
-FAMILIES = ("llama", "qwen3", "gemma2", "qwen3_moe")
+FAMILIES = ("llama", "qwen3", "gemma2", "gemma3_text", "qwen3_moe")
 BOUND = 1e-3
 """Of the difference of a log-probability of float32 weights; tokens must agree beyond ten times that."""
 
@@ -40,8 +40,7 @@ def seen(python: str, folder: Path, model: Any, sequences: list[list[int]], boun
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_random_models(family, python, tmp_path):
-    tokenizer = tiny_tokenizer()
-    model = random_model(family, hidden=128, vocabulary=len(tokenizer), num_attention_heads=4, head_dim=32)
+    model, tokenizer = exported_model(family)
     chance = random.Random(0)
     sequences = [[chance.randrange(len(tokenizer)) for _ in range(60)] for _ in range(3)]
     seen(python, export(model, tmp_path / family, "hf", tokenizer), model, sequences, BOUND)

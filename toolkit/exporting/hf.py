@@ -1,7 +1,6 @@
 """A plain Hugging Face checkpoint, as ``save_pretrained`` writes it."""
 
 import copy
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,11 @@ from toolkit.errors import ToolkitError
 from toolkit.exporting.base import ConsumerOutput, ExportJob, ExportTarget
 from toolkit.exporting.completeness import check_towers, checkpoint_folder, unread_tensors
 from toolkit.exporting.manifest import installed_version
+from toolkit.exporting.older_fields import write_older_fields
 from toolkit.exporting.unread import copy_unread
 from toolkit.loading import auto_class, processor_files, write_processor_files
 from toolkit.loading.model import quiet_transformers
-from toolkit.loading.source import CONFIG, read_json
+from toolkit.loading.source import CONFIG
 from toolkit.quantised import dense_state, quantised_weights
 
 SHARD = "5GB"
@@ -70,7 +70,7 @@ def write_checkpoint(job: ExportJob, folder: Path) -> None:
     state = dense_state(model) if any(quantised_weights(model)) else None
     with quiet_transformers():
         model.save_pretrained(folder, max_shard_size=SHARD, state_dict=state)
-    write_older_rotary_fields(folder / CONFIG)
+    write_older_fields(folder / CONFIG)
     generation = copy.deepcopy(getattr(model, "generation_config", None))
     if generation is not None:
         ends = eos_token_ids(model, job.tokenizer)
@@ -80,24 +80,6 @@ def write_checkpoint(job: ExportJob, folder: Path) -> None:
     if job.tokenizer is not None:
         job.tokenizer.save_pretrained(folder)
     write_processor_files(processor_files(checkpoint_folder(model)), folder)
-
-
-def write_older_rotary_fields(path: Path) -> None:
-    """Add ``rope_theta``, ``rope_scaling`` and ``partial_rotary_factor`` to a configuration with ``rope_parameters``.
-
-    transformers 5 writes ``rope_parameters`` alone. What reads the names of before (transformers 4, mlx-lm, mistral.rs)
-    refuses such a folder, or takes its default theta without a word.
-    """
-    config = read_json(path)
-    for section in (config, *(one for one in config.values() if isinstance(one, dict))):
-        rotary = section.get("rope_parameters")
-        if isinstance(rotary, dict) and isinstance(rotary.get("rope_theta"), int | float):  # one for all layers
-            for name in ("rope_theta", "partial_rotary_factor"):
-                if name in rotary:
-                    section.setdefault(name, rotary[name])
-            if rotary.get("rope_type", "default") != "default":
-                section.setdefault("rope_scaling", {key: value for key, value in rotary.items() if key != "rope_theta"})
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def eos_token_ids(model: Any, tokenizer: Any) -> list[int]:
