@@ -258,6 +258,6 @@ def _factors(weight: Tensor, rank: int, scaling: float, kind: str) -> tuple[Tens
 def _take_off(layer: Any, first: Tensor, second: Tensor) -> None:
     """W - s B0 A0, computed the same when a run begins and when it resumes."""
     weight = layer.get_base_layer().weight
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    product = (layer.scaling[NAME] * second.to(weight.device, wide)) @ first.to(weight.device, wide)
-    weight.copy_(weight.to(wide) - (product.T if layer.fan_in_fan_out else product))
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    product = (layer.scaling[NAME] * second.to(weight.device, dtype)) @ first.to(weight.device, dtype)
+    weight.copy_(weight.to(dtype) - (product.T if layer.fan_in_fan_out else product))
