@@ -1,6 +1,9 @@
 """Data is looked at before the first step: counted, shown with its mask, cut, dropped or named, and resumed past."""
 
 import json
+from collections import Counter
+from contextlib import closing
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +24,16 @@ from toolkit.config import Recipe
 from toolkit.errors import ToolkitError
 from toolkit.loading import load_model
 from toolkit.testing.models import random_model
+from toolkit.training import data_report
 from toolkit.training.corpus import digest
 from toolkit.training.loop import Trainer, train
 from toolkit.training.metrics import read_metrics
+from toolkit.training.objectives.kto import Judged
+from toolkit.training.objectives.pairs import Pair
+from toolkit.training.objectives.sft import SFT
+from toolkit.training.prepared import PreparedLines
+from toolkit.training.preparing import Outcome
+from toolkit.training.progress import tracked
 from toolkit.training.tasks import Problem, Task
 
 
@@ -330,3 +340,83 @@ def test_a_slow_tokenizer_trains_and_rolls_out(tmp_path: Path) -> None:
     model = {"config": None, "name_or_path": str(folder)}
     train(objective_recipe(tmp_path, "grpo", objective, model=model, train={"max_steps": 2}), quiet=True)
     assert read_metrics(tmp_path / "runs" / "grpo" / "metrics.jsonl")[0]["mismatch_bits"] == 0
+
+
+@pytest.mark.sweep
+def test_lines_are_tokenised_once(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second start reads them and trains the same; another template, or another length, is another file."""
+    lines = [chat(f"is it {at}?", f"yes {at}") for at in range(12)]
+    made: list[str] = []
+    original = SFT.prepare
+
+    def counted(self: SFT, source: Any) -> Any:
+        made.append(str(source.value))
+        return original(self, source)
+
+    monkeypatch.setattr(SFT, "prepare", counted)
+    folder = tmp_path / "prepared"
+    recipe = recipe_of(tmp_path, checkpoint, "sft", lines, {"dataset_prepared_path": str(folder)}, run_name="first")
+    train(recipe, quiet=True)
+    first, report = len(made), (tmp_path / "runs" / "first" / "data_report.txt").read_text()
+    assert "tokenised: 12 lines; 0 more read from" in report
+    train(recipe.model_copy(update={"run_name": "second"}), quiet=True)
+    assert len(made) == first
+    assert "tokenised: 0 lines; 12 more read from" in (tmp_path / "runs" / "second" / "data_report.txt").read_text()
+    metrics = [read_metrics(tmp_path / "runs" / name / "metrics.jsonl") for name in ("first", "second")]
+    losses = [[line["loss"] for line in steps] for steps in metrics]
+    assert losses[0] == losses[1]
+    plain = recipe_of(tmp_path, checkpoint, "sft", lines, run_name="plain")
+    train(plain, quiet=True)
+    assert [line["loss"] for line in read_metrics(tmp_path / "runs" / "plain" / "metrics.jsonl")] == losses[0]
+    for other in ({"chat_template": "{# another #}" + CHATML}, {"assistant_only_loss": False}):
+        made.clear()
+        again = {"dataset_prepared_path": str(folder), **other}
+        Trainer(recipe_of(tmp_path, checkpoint, "sft", lines, again, run_name="other"), quiet=True)
+        assert len(made) == 12
+    assert len(list(folder.glob("*.sqlite"))) == 3
+    (folder / "file").write_text("")
+    unusable = {"dataset_prepared_path": str(folder / "file")}
+    with pytest.raises(ToolkitError, match=r"objective\.dataset_prepared_path must be a folder to write to, got "):
+        Trainer(recipe_of(tmp_path, checkpoint, "sft", lines, unusable, run_name="none"), quiet=True)
+
+
+@pytest.mark.parametrize(("kind", "number"), [("dpo", 5), ("kto", 4)])
+def test_pairs_are_kept_as_they_are(tmp_path: Path, kind: str, number: int) -> None:
+    made = Pair([1, 2], [3], [4, 5], margin=0.5) if kind == "dpo" else Judged([1], [2, 3], True)
+    outcome = Outcome([made], Counter(examples=1, cut=0), Counter({None: 2, 7: 1}))
+    cls = type(made)
+    with closing(PreparedLines(str(tmp_path), kind, cls)) as lines:
+        assert lines.outcome(f"line {number}", lambda: outcome) is outcome
+    with closing(PreparedLines(str(tmp_path), kind, cls)) as lines:
+        again = lines.outcome(f"line {number}", lambda: pytest.fail("it is there"))
+    assert (again.counts, again.turn_ends) == (outcome.counts, outcome.turn_ends)
+    assert [list(astuple(one))[:3] for one in again.examples] == [list(astuple(made))[:3]]
+    assert again.examples[0].tokens == made.tokens
+
+
+def test_lengths_and_colours(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert data_report._lengths(Counter({2: 18, 5: 1, 90: 1})) == "2 to 90 tokens, mean 6.5, median 2, 95 % <= 5"
+    tokenizer = make_tokenizer(chat_template=CHATML)
+    ids = tokenizer("is it?")["input_ids"]
+    mask = [False] * (len(ids) - 1) + [True]
+    plain = data_report.marked(tokenizer, ids, mask)
+    coloured = data_report.marked(tokenizer, ids, mask, ("\x1b[1m", "\x1b[0m"))
+    assert coloured == plain.replace(">>>", "\x1b[1m").replace("<<<", "\x1b[0m")
+    assert "\x1b" in coloured
+    long = data_report.marked(tokenizer, ids * 900, mask * 900)
+    assert "characters) ..." in long
+    assert long.count(">>>") == long.count("<<<")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert data_report.marks() == ("\x1b[1;32m", "\x1b[0m")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert data_report.marks() == (">>>", "<<<")
+
+
+def test_a_long_step_is_shown_in_lines() -> None:
+    said: list[str] = []
+    assert list(tracked(range(3), 3, "data: lines checked", 0.0, said.append)) == [0, 1, 2]
+    assert [text.rpartition(",")[0] for text in said] == [f"data: lines checked: {at} of 3" for at in (1, 2, 3)]
+    assert list(tracked(range(3), None, "x", 1e9, said.append)) == [0, 1, 2]
+    assert len(said) == 3

@@ -82,9 +82,9 @@ class ChatTokenizer:
         self.tokenizer = tokenizer
         self._chat_template, self._variables = chat_template, dict(chat_template_kwargs or {})
         self._assistant_only, self._completion_only = assistant_only_loss, completion_only_loss
-        self._eos: frozenset[int] = frozenset({*eos_token_ids, tokenizer.eos_token_id} - {None})
+        self.eos_token_ids: frozenset[int] = frozenset({*eos_token_ids, tokenizer.eos_token_id} - {None})
         added = getattr(tokenizer, "added_tokens_decoder", {})
-        self._special = self._eos | {at for at, token in added.items() if token.special}
+        self._special = self.eos_token_ids | {at for at, token in added.items() if token.special}
 
     def messages(
         self, messages: Messages, tools: Any = None, chat_template_kwargs: Mapping[str, Any] | None = None
@@ -206,7 +206,7 @@ class ChatTokenizer:
         counts = range(len(ids)) if all_of_it or not self._completion_only else range(first, last)
         mask = [False] * len(before) + [at in counts for at in range(len(ids))]
         ids = [*before, *ids]
-        if len(ids) == len(before) or ids[-1] not in self._eos:
+        if len(ids) == len(before) or ids[-1] not in self.eos_token_ids:
             ids, mask = [*ids, self.tokenizer.eos_token_id], [*mask, True]
         return TrainingTokens(ids, mask, straddles and not all_of_it)
 
@@ -233,12 +233,12 @@ class ChatTokenizer:
         at = last
         while at > first and self._blank(ids[at - 1]):
             at -= 1
-        if at > first and ids[at - 1] in self._eos:
+        if at > first and ids[at - 1] in self.eos_token_ids:
             return last, []
         after = last
         while after < min(len(ids), last + 2) and self._blank(ids[after]):
             after += 1
-        if after < len(ids) and ids[after] in self._eos:
+        if after < len(ids) and ids[after] in self.eos_token_ids:
             return after + 1, []
         return last, [ids[at - 1] if at > first and ids[at - 1] in self._special else None]
 

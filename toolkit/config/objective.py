@@ -208,6 +208,9 @@ class OfflineSection(LinesSection):
     """Examples longer than ``train.max_length``: cut at the end, left out, an error before the first step, or (sft)
     split into examples that follow each other. One of which nothing that counts is left is always left out, and
     counted."""
+    dataset_prepared_path: str | None = None
+    """A folder for tokenised lines: each is tokenised once, and a later start with the same tokenizer, template and
+    settings reads it. null keeps none: a line is tokenised when it is checked and whenever it is trained on."""
     max_check_samples: Count | None = None
     """Lines that are tokenised before the first step, to count and check them; null is all of them. Later lines are
     checked as they come."""

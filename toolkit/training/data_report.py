@@ -1,15 +1,17 @@
 """The check of training data before the first step, and the report that it prints and leaves in the run's folder."""
 
+import os
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from toolkit.errors import ToolkitError
 from toolkit.training.jsonl import BadLine, Line, bad_lines_error, shown
 from toolkit.training.preparing import Outcome, TooLong
+from toolkit.training.progress import tracked
 
 if TYPE_CHECKING:
     from toolkit.training.objectives.base import RunContext
@@ -26,6 +28,8 @@ class DataReport:
     sources: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     turn_ends: Counter[int | None] = field(default_factory=Counter)
+    sizes: Counter[int] = field(default_factory=Counter)
+    """How many examples have so many tokens."""
     bad: list[BadLine] = field(default_factory=list)
     too_long: list[BadLine] = field(default_factory=list)
     dropped: list[int] = field(default_factory=list)
@@ -34,7 +38,9 @@ class DataReport:
     first: Any = None
     first_number: int | None = None
 
-    def add(self, source: Any, prepare: Callable[[Any], Outcome], index: int) -> None:
+    def add(
+        self, source: Any, prepare: Callable[[Any], Outcome], index: int, length: Callable[[Any], int] | None = None
+    ) -> None:
         """One more source of examples."""
         self.sources += 1
         number = source.number if isinstance(source, Line) else self.sources
@@ -49,6 +55,8 @@ class DataReport:
             self.lengths[index] = outcome.lengths
         self.counts += outcome.counts
         self.turn_ends += outcome.turn_ends
+        if length is not None:
+            self.sizes.update(map(length, outcome.examples))
         if not outcome.examples:
             self.dropped.append(number)
         elif self.first is None:
@@ -70,6 +78,7 @@ class DataReport:
         self.sources = sum(part.sources for part in parts)
         self.counts = sum((part.counts for part in parts), Counter())
         self.turn_ends = sum((part.turn_ends for part in parts), Counter())
+        self.sizes = sum((part.sizes for part in parts), Counter())
         if self.lengths is not None:
             self.lengths = {index: one for part in parts for index, one in (part.lengths or {}).items()}
         for name in ("bad", "too_long", "dropped"):
@@ -79,7 +88,12 @@ class DataReport:
 
 
 def check(
-    sources: Iterable[Any], total: int, prepare: Callable[[Any], Outcome], context: "RunContext", what: str
+    sources: Iterable[Any],
+    total: int,
+    prepare: Callable[[Any], Outcome],
+    context: "RunContext",
+    what: str,
+    length: Callable[[Any], int] | None = None,
 ) -> DataReport:
     """Prepare this process's share of the sources and count; all processes must call it and get the same.
 
@@ -88,16 +102,14 @@ def check(
         total: how many there are.
         prepare: makes the examples of one; raises ToolkitError for a bad one.
         what: the sources are called.
+        length: tokens of an example, to count; None for none.
     """
     wanted = context.recipe.train.num_train_epochs is not None
-    report, begun = DataReport(lengths={} if wanted else None), time.monotonic()
-    last, seconds = begun, context.recipe.log.progress_seconds
-    for at, source in enumerate(sources):
+    report = DataReport(lengths={} if wanted else None)
+    shown = tracked(sources, total, f"data: {what} checked", context.recipe.log.progress_seconds, context.log)
+    for at, source in enumerate(shown):
         if at % context.world_size == context.rank:
-            report.add(source, prepare, at)
-        if time.monotonic() - last >= seconds:
-            last = time.monotonic()
-            context.log(f"data: {at + 1:,} of {total:,} {what} checked, {last - begun:.0f} s")
+            report.add(source, prepare, at, length)
     report.gather(context)
     return report
 
@@ -114,7 +126,15 @@ def raise_by_policy(report: DataReport, name: str, on_bad_lines: str) -> None:
         raise bad_lines_error(name, report.bad)
 
 
-def written(report: DataReport, what: str, max_length: int, tokenizer: Any, notes: list[str], example: Any) -> str:
+def written(
+    report: DataReport,
+    what: str,
+    max_length: int,
+    tokenizer: Any,
+    notes: list[str],
+    example: Any,
+    around: tuple[str, str] = (BEGIN, END),
+) -> str:
     """The report as text.
 
     Args:
@@ -122,6 +142,7 @@ def written(report: DataReport, what: str, max_length: int, tokenizer: Any, note
         max_length: ``train.max_length``.
         notes: more lines.
         example: (token ids, whether each counts) of the first example; None for no example.
+        around: marks of what counts in it.
     """
     counts = report.counts
     kept = report.sources - len(report.bad) - len(report.dropped)
@@ -129,6 +150,8 @@ def written(report: DataReport, what: str, max_length: int, tokenizer: Any, note
         f"data: {kept:,} of {report.sources:,} {what} kept: {counts['examples']:,} examples, {counts['tokens']:,} "
         f"tokens, {counts['counted']:,} of them count in the loss, {counts['tokens'] - counts['counted']:,} are masked"
     ]
+    if report.sizes:
+        lines.append(f"  lengths: {_lengths(report.sizes)}")
     if report.bad:
         lines.append(f"  skipped: {len(report.bad):,} {what} ({shown(report.bad)})")
     if report.dropped:
@@ -156,9 +179,31 @@ def written(report: DataReport, what: str, max_length: int, tokenizer: Any, note
         )
     lines += [f"  {note}" for note in notes]
     if example is not None:
-        lines.append(f"example ({what[:-1]} {report.first_number}; {BEGIN}what counts in the loss{END}):")
-        lines += [f"  | {line}" for line in marked(tokenizer, *example).split("\n")]
+        (begin, end), (ids, mask) = around, example
+        lines.append(f"example ({what[:-1]} {report.first_number}; {begin}what counts in the loss{end}):")
+        lines += [f"  | {line}" for line in marked(tokenizer, ids, mask, around).split("\n")]
     return "\n".join(lines)
+
+
+def _lengths(sizes: Counter[int]) -> str:
+    """Statistics of the tokens of examples."""
+    count, ordered = sizes.total(), sorted(sizes.items())
+    ends = list(accumulate(number for _, number in ordered))
+
+    def quantile(share: float) -> int:
+        return next(size for (size, _), end in zip(ordered, ends) if end >= share * count)
+
+    mean = sum(size * number for size, number in ordered) / count
+    return (
+        f"{ordered[0][0]:,} to {ordered[-1][0]:,} tokens, mean {mean:,.1f}, median {quantile(0.5):,}, "
+        f"95 % <= {quantile(0.95):,}"
+    )
+
+
+def marks() -> tuple[str, str]:
+    """What is around text that counts: colour on a terminal that takes it, else ``BEGIN`` and ``END``."""
+    plain = not sys.stdout.isatty() or "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
+    return (BEGIN, END) if plain else ("\x1b[1;32m", "\x1b[0m")
 
 
 def for_terminal(text: str) -> str:
@@ -167,17 +212,31 @@ def for_terminal(text: str) -> str:
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
-def marked(tokenizer: Any, ids: list[int], mask: list[bool]) -> str:
+def marked(tokenizer: Any, ids: list[int], mask: list[bool], around: tuple[str, str] = (BEGIN, END)) -> str:
     """The text of tokens, marks around what counts; without the middle of a long one, control characters as escapes."""
-    chunks: list[str] = []
+    chunks: list[tuple[str, bool]] = []
     begin = 0
     for at in range(1, len(ids) + 1):
         if at == len(ids) or mask[at] != mask[begin]:
             text = tokenizer.decode(ids[begin:at], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            chunks.append(f"{BEGIN}{text}{END}" if mask[begin] else text)
+            chunks.append((text, mask[begin]))
             begin = at
-    text = "".join(chunks)
-    if len(text) > EXAMPLE_CHARACTERS:
-        half = EXAMPLE_CHARACTERS // 2
-        text = f"{text[:half]} ... ({len(text) - 2 * half:,} characters) ... {text[-half:]}"
+    total, half = sum(len(text) for text, _ in chunks), EXAMPLE_CHARACTERS // 2
+    if total > EXAMPLE_CHARACTERS:
+        gap = (f" ... ({total - 2 * half:,} characters) ... ", False)
+        chunks = [*_first(chunks, half), gap, *_first([(text[::-1], on) for text, on in chunks[::-1]], half, -1)[::-1]]
+    return "".join(f"{around[0]}{_escaped(text)}{around[1]}" if on else _escaped(text) for text, on in chunks)
+
+
+def _first(chunks: list[tuple[str, bool]], most: int, step: int = 1) -> list[tuple[str, bool]]:
+    """The first ``most`` characters of chunks, each then read by ``step``."""
+    kept: list[tuple[str, bool]] = []
+    for text, on in chunks:
+        if most > 0:
+            kept.append((text[:most][::step], on))
+            most -= len(text)
+    return kept
+
+
+def _escaped(text: str) -> str:
     return "".join(one if one == "\n" or one.isprintable() else one.encode("unicode_escape").decode() for one in text)

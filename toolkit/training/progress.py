@@ -2,8 +2,11 @@
 
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
+
+T = TypeVar("T")
 
 
 class Progress:
@@ -60,3 +63,42 @@ class Progress:
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
+
+
+def tracked(
+    items: Iterable[T], total: int | None, name: str, seconds: float, log: Callable[[str], None] | None = print
+) -> Iterator[T]:
+    """The items, while what takes long is shown: a bar on a terminal, elsewhere a line every ``seconds`` seconds.
+
+    Args:
+        total: number of items; None where it is not known.
+        name: what is done, e.g. ``data: lines checked``.
+        log: prints a line; None shows nothing.
+    """
+    begun = last = time.monotonic()
+    bar, of = None, "" if total is None else f" of {total:,}"
+    try:
+        for at, item in enumerate(items, 1):
+            yield item
+            now = time.monotonic()
+            if bar is not None:
+                bar.update(0, completed=at)
+            elif log is not None and now - last >= seconds:
+                last = now
+                log(f"{name}: {at:,}{of}, {now - begun:.0f} s")
+            if bar is None and log is not None and sys.stdout.isatty() and now - begun > 1.0:
+                bar = _bar(name, total)
+    finally:
+        if bar is not None:
+            bar.stop()
+
+
+def _bar(name: str, total: int | None) -> Any:
+    """A bar of one task that has begun."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    bar = Bar(TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    bar.add_task(name, total=total)
+    bar.start()
+    return bar

@@ -27,7 +27,7 @@ AVERAGED = "ema"
 _FREE = {
     "run_name", "output_dir", "resume_from_checkpoint", "overwrite", "checkpoint", "log", "evaluate", "export",
     "train.max_steps", "train.num_train_epochs",
-    "objective.on_bad_lines", "objective.max_check_samples",
+    "objective.on_bad_lines", "objective.max_check_samples", "objective.dataset_prepared_path",
 }  # fmt: skip
 
 

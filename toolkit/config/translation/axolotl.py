@@ -47,7 +47,6 @@ UNNEEDED = {
     "lora_mlp_kernel": "adapters run the toolkit's kernels",
     "lora_qkv_kernel": "adapters run the toolkit's kernels",
     "lora_o_kernel": "adapters run the toolkit's kernels",
-    "dataset_prepared_path": "lines are tokenised as they come",
     "dataset_processes": "lines are tokenised as they come",
     "tokenizer_type": "the checkpoint says which",
     "model_type": "the checkpoint says which",

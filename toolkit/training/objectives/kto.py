@@ -70,6 +70,7 @@ class KTO(OfflineObjective[KTOSection]):
     primary_metric = "rewards/margins"
     eval_metric = "eval_rewards/accuracies"
     formats = (*PREFERENCE_FORMATS, SINGLE)
+    example_type = Judged
     of_task = of_file = "lines"
 
     def check_line(self, line: Mapping[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 from toolkit.chat import ChatTokenizer, dropped_messages, hidden_parts, hidden_tools
@@ -14,11 +14,20 @@ from toolkit.training.examples import LineStream, Stream
 from toolkit.training.given import GivenLines, open_lines
 from toolkit.training.jsonl import BadLine, Line, bad_lines_error, shown
 from toolkit.training.objectives.base import CHECKED_PROBLEMS, Objective, RunContext, task_texts
+from toolkit.training.prepared import PreparedLines, settings_of
 from toolkit.training.preparing import Outcome, TooLong
+from toolkit.training.rows import text_of_row
 from toolkit.training.tasks import Problem, ProblemStream, make_task
 from toolkit.training.tokenizer import set_chat_template
 
 O = TypeVar("O", bound=OfflineSection)
+
+
+_NOT_OF_TOKENS = (
+    "task", "data_files", "datasets", "eval_datasets", "evaluation", "rollout", "warmup", "on_bad_lines",
+    "dataset_prepared_path", "max_check_samples",
+)  # fmt: skip
+"""Fields of a section that a line's tokens do not follow from."""
 
 
 class OfflineObjective(Objective[O]):
@@ -26,17 +35,20 @@ class OfflineObjective(Objective[O]):
 
     Attributes:
         formats: the sets of fields that a line may have.
+        example_type: makes an example of its fields.
         of_task, of_file: what the examples are called.
         chat: tokenises.
         lengths: of the packed examples of each line; none unless the recipe counts epochs.
     """
 
     formats: ClassVar[Sequence[formats.Format]]
+    example_type: ClassVar[Callable[..., Any]]
     of_task: ClassVar[str]
     of_file: ClassVar[str]
     stream: Any  # a Stream, or what packs one
     chat: ChatTokenizer
     lengths: Mapping[int, Sequence[int]]
+    _prepared: PreparedLines | None = None
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
@@ -73,13 +85,18 @@ class OfflineObjective(Objective[O]):
         from toolkit.training.model import eos_token_ids
 
         super().bind(context)
-        set_chat_template(context.tokenizer, self.section.chat_template)
+        section = self.section
+        set_chat_template(context.tokenizer, section.chat_template)
         if self.dataset is not None and not context.tokenizer.chat_template and self._has_messages(self.dataset):
             raise ToolkitError(
                 f"objective.chat_template must be given for messages, as in {self.dataset.name}, when the tokenizer "
                 "has no template."
             )
         self.chat = self.chat_tokenizer(eos_token_ids(context.model.model))
+        if section.dataset_prepared_path is not None and self.dataset is not None:
+            values = {name: value for name, value in section.model_dump().items() if name not in _NOT_OF_TOKENS}
+            settings = settings_of(context.tokenizer, {**values, "max_length": self.recipe.train.max_length})
+            self._prepared = PreparedLines(section.dataset_prepared_path, settings, type(self).example_type)
 
     def _has_messages(self, dataset: GivenLines) -> bool:
         """Whether the first line of a file, or of any dataset, has messages."""
@@ -94,10 +111,21 @@ class OfflineObjective(Objective[O]):
     def shown(self, example: Any) -> tuple[list[int], list[bool]]:
         """An example's tokens, and whether each counts."""
 
+    def prepared(self, source: Problem | Line) -> Outcome:
+        """``prepare``, or what it has given for such a line before."""
+        if self._prepared is None or not isinstance(source, Line):
+            return self.prepare(source)
+        key = f"{sorted(self.chat.eos_token_ids)} {text_of_row(source.value)}"
+        return self._prepared.outcome(key, lambda: self.prepare(source))
+
+    def length(self, example: Any) -> int:
+        """Tokens of an example, as it is shown."""
+        return len(self.shown(example)[0])
+
     def examples(self, source: Problem | Line) -> list[Any]:
         """``prepare`` by the recipe's policies: none of a line that is skipped."""
         try:
-            return self.prepare(source).examples
+            return self.prepared(source).examples
         except ToolkitError as error:
             if self.dataset is None or not isinstance(source, Line):
                 raise
@@ -118,10 +146,12 @@ class OfflineObjective(Objective[O]):
         else:
             what, sources = "lines", self.dataset.train
         total = min(most or len(sources), len(sources))
-        report = data_report.check((sources[at] for at in range(total)), total, self._prepare_and_look, context, what)
+        report = data_report.check(
+            (sources[at] for at in range(total)), total, self._prepare_and_look, context, what, self.length
+        )
         if self.dataset is not None:
             held_out = self.dataset.held_out[: section.evaluation.max_eval_samples]
-            report.add_bad(data_report.check(held_out, len(held_out), self.prepare, context, "held-out lines"))
+            report.add_bad(data_report.check(held_out, len(held_out), self.prepared, context, "held-out lines"))
             data_report.raise_by_policy(report, self.dataset.name, section.on_bad_lines)
             report.sources += len(self.dataset.bad)
             report.bad = sorted([*report.bad, *self.dataset.bad])
@@ -137,6 +167,10 @@ class OfflineObjective(Objective[O]):
                 f"{self.recipe.train.max_length}, got none in {report.sources} {what}{why}; raise it."
             )
         notes = self._complete_eos_list(report)
+        if self._prepared is not None:
+            self._prepared.commit()
+            found, made = map(int, context.reduce_sum([self._prepared.found, self._prepared.made]))
+            notes.append(f"tokenised: {made:,} lines; {found:,} more read from {section.dataset_prepared_path}")
         if self.dataset is not None and self.dataset.streamed:
             notes.append("note: later lines of the stream are checked as they come")
         elif total < len(sources):
@@ -146,7 +180,13 @@ class OfflineObjective(Objective[O]):
         self.data_report = data_report.written(
             report, what, self.recipe.train.max_length, context.tokenizer, notes, example
         )
-        context.log(data_report.for_terminal(self.data_report))
+        context.log(
+            data_report.for_terminal(
+                data_report.written(
+                    report, what, self.recipe.train.max_length, context.tokenizer, notes, example, data_report.marks()
+                )
+            )
+        )
 
     def num_steps(self, epochs: float) -> int:
         """Steps of so many passes over the lines. After ``bind``."""
@@ -175,7 +215,7 @@ class OfflineObjective(Objective[O]):
 
     def _prepare_and_look(self, source: Problem | Line) -> Outcome:
         """``prepare``, and whether the template leaves messages out; the latter of the first lines only."""
-        outcome = self.prepare(source)
+        outcome = self.prepared(source)
         if isinstance(source, Line) and source.number <= CHECKED_PROBLEMS:
             tools, own = formats.options(source.value)
             variables = {**(self.section.chat_template_kwargs or {}), **(own or {})}
@@ -221,6 +261,12 @@ class OfflineObjective(Objective[O]):
             return stream.take(evaluation.max_eval_samples)
         assert self.dataset is not None
         return self.dataset.held_out[: evaluation.max_eval_samples]
+
+    def close(self) -> None:
+        if self._prepared is not None:
+            self._prepared.close()
+            self._prepared = None
+        super().close()
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = self.stream.state_dict()

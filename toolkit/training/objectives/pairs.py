@@ -55,6 +55,7 @@ class OnPairs(OfflineObjective[P]):
     """Pairs of a task (a right and a wrong completion) or of lines."""
 
     formats = PREFERENCE_FORMATS
+    example_type = Pair
     of_task = of_file = "pairs"
 
     def bind(self, context: RunContext) -> None:

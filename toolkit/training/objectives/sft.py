@@ -74,6 +74,7 @@ class SFT(OfflineObjective[SFTSection]):
     def eval_metric(self) -> str:  # type: ignore[override]
         return "eval_loss" if self.task is None else "eval_accuracy_greedy"
 
+    example_type = Example
     of_task, of_file = "problems", "lines"
 
     def chat_tokenizer(self, eos_token_ids: Iterable[int]) -> ChatTokenizer:
@@ -231,6 +232,7 @@ class SFT(OfflineObjective[SFTSection]):
             print(f"held-out loss: {start}{after['eval_loss']:.3f} after ({after['eval_samples']} lines)")
 
     def close(self) -> None:
+        super().close()
         self.rollout.close()
 
 
