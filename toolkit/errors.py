@@ -53,6 +53,11 @@ def must_be_one_of(field: str, value: object, allowed: Iterable[str]) -> str:
     return f"{field} must be one of {', '.join(names)}, got {value!r}{nearest(str(value), names) or '.'}"
 
 
+def described(error: BaseException) -> str:
+    """What an exception says; of one that is no sentence for users, its class in front."""
+    return str(error) if isinstance(error, ToolkitError) else f"{type(error).__name__}: {error}"
+
+
 def first_line(error: BaseException, with_class: bool = False, limit: int = 240) -> str:
     """The first line of an exception's message that says something, without its last period.
 

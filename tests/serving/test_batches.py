@@ -19,6 +19,8 @@ from tests.helpers.told_engine import ToldEngine, client_of
 from toolkit.cli import main
 from toolkit.engine.params import SamplingParams
 from toolkit.serving.batches import lines, schemas
+from toolkit.serving.batches.files import Files
+from toolkit.serving.errors import RequestError
 from toolkit.testing.models import random_model
 
 COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
@@ -98,6 +100,62 @@ def test_results_are_those_of_single_requests(server, url):
     about = client.files.retrieve(done.output_file_id)
     assert (about.purpose, about.filename) == ("batch_output", f"{batch.id}_output.jsonl")
     assert about.bytes == len(client.files.content(done.output_file_id).content)
+
+
+def test_responses_in_a_batch_and_files_that_expire(server):
+    client = server.client
+    after = {"anchor": "created_at", "seconds": 3600}
+    bodies = [{"model": "tiny", "input": f"fox {at}", "max_output_tokens": 4, "seed": at} for at in range(3)]
+    text = text_of(*(line(f"r{at}", body, "/v1/responses") for at, body in enumerate(bodies)))
+    file = client.files.create(file=("in.jsonl", io.BytesIO(text.encode())), purpose="batch", expires_after=after)
+    assert file.expires_at == file.created_at + 3600
+    batch = client.batches.create(
+        input_file_id=file.id, endpoint="/v1/responses", completion_window="24h", output_expires_after=after
+    )
+    done = ended(client, batch.id)
+    assert (done.status, done.request_counts.completed) == ("completed", 3)
+    assert "output_lifetime" not in done.to_dict()
+    assert "output_lifetime" not in server.http.get("/v1/batches").text
+    output = client.files.retrieve(done.output_file_id)
+    assert output.expires_at == output.created_at + 3600
+    for one in content(client, done.output_file_id):
+        single = server.http.post("/v1/responses", json=bodies[int(one["custom_id"][1:])]).json()
+        assert one["response"]["body"]["output"][0]["content"] == single["output"][0]["content"]
+    unending = upload(client, text)
+    assert unending.expires_at is None
+    for fields, words in (
+        ({"expires_after[anchor]": "now", "expires_after[seconds]": "3600"}, "must be 'created_at', got 'now'."),
+        ({"expires_after[anchor]": "created_at", "expires_after[seconds]": "60"}, "must be an integer >= 3600 and <= "),
+        ({"expires_after[anchor]": "created_at"}, "must be an integer >= 3600 and <= 2592000, got None."),
+    ):
+        data = {"purpose": "batch", **fields}
+        wrong = server.http.post("/v1/files", data=data, files={"file": ("a.jsonl", b"{}")})
+        assert (wrong.status_code, words in wrong.json()["error"]["message"]) == (400, True), wrong.text
+    body = {"input_file_id": unending.id, "endpoint": COMPLETIONS, "completion_window": "24h"}
+    wrong = server.http.post("/v1/batches", json={**body, "output_expires_after": {**after, "seconds": 60}}).json()
+    assert wrong["error"]["param"] == "output_expires_after.seconds"
+
+
+def test_a_file_that_has_expired_is_deleted_unless_it_is_read(tmp_path, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("toolkit.serving.batches.files.time.time", lambda: now[0])
+    read: set[str] = set()
+    files = Files(tmp_path, read.__contains__)
+    found = {}
+    for lifetime in (None, 10, 20):
+        with files.adding("a.jsonl", "batch", lifetime) as (identity, out):
+            out.write(b"x")
+        found[lifetime] = identity
+    now[0] = 1010.0
+    assert [one.id for one in files.records] == [found[None], found[20]]
+    assert not list(tmp_path.glob(f"{found[10]}*"))
+    read.add(found[20])
+    now[0] = 1030.0
+    assert files.path(found[20]).read_bytes() == b"x"
+    read.clear()
+    with pytest.raises(RequestError, match="There is no file"):
+        files.path(found[20])
+    assert [one.id for one in Files(tmp_path).records] == [found[None]]
 
 
 def test_errors_have_a_file_of_their_own(server):
@@ -202,7 +260,7 @@ def test_wrong_requests_are_one_sentence(server):
         (
             "/v1/files",
             {"files": {"file": b"x"}, "data": {"purpose": "batch", "x": "1"}},
-            "Unknown field 'x'; a file has 'file' and 'purpose'.",
+            "Unknown field 'x'; a file has 'file', 'purpose' and 'expires_after'.",
         ),
         ("/v1/files", {"data": {"purpose": "batch", "file": "x"}}, "'file' must be a file."),
         (

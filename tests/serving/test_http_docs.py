@@ -4,6 +4,6 @@ from tests.helpers.docs_pages import run_examples
 
 
 def test_the_examples_run_as_written(capsys):
-    names = run_examples("http.md", 5)
+    names = run_examples("http.md", 6)
     names["engine"].shutdown()
     assert "bitwise-" in capsys.readouterr().out

@@ -160,7 +160,7 @@ WRONG = [
     ("chat", {"messages": [{"role": "usr", "content": ""}]}, 400, "'messages[0].role' must be one of 'system', 'user'"),
     ("chat", {"options": {"temprature": 1}}, 400, "did you mean 'temperature'?"),
     ("chat", {"options": {"mirostat": 1}}, 400, "'mirostat' is 1, but this server does not offer 'mirostat'."),
-    ("chat", {"options": {"top_p": 3}}, 400, "top_p must be "),
+    ("chat", {"options": {"top_p": 3}}, 400, "'options.top_p' must be "),
     ("chat", {"messages": [{"role": "user", "content": "", "images": ["AA"]}]}, 400, "takes no images"),
     ("chat", {"think": "deeply"}, 400, "'think' must be "),
     ("generate", {"prompt": "a", "template": "{{ .Prompt }}"}, 400, "this server does not offer 'template'."),

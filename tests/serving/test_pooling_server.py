@@ -228,6 +228,16 @@ def test_classes_have_their_names():
         ("/v1/embeddings", {"input": "x" * 9999}, "input", "input must have <= "),
         ("/v1/embeddings", {"input": "x", "encoding_format": "hex"}, "encoding_format", "must be one of"),
         ("/v1/score", {"text_1": ["a", "b"], "text_2": "c"}, "text_1", "text_1 must have 1 text, or one for each of"),
+        (
+            "/v1/score",
+            {"text_1": "a", "text_2": ["b", "a model " * 99]},
+            "text_2[1]",
+            "must have >= 1 and <= 128 tokens",
+        ),
+        ("/v1/score", {"text_1": "a model " * 99, "text_2": ["b", "c"]}, "text_1", "must have >= 1 and <= 128 tokens"),
+        ("/v1/score", {"text_1": "a", "text_2": "b" * 99999}, "text_2", "must have <= "),
+        ("/v1/rerank", {"query": "a", "documents": ["b", "a model " * 99]}, "documents[1]", "'documents[1]' must have"),
+        ("/v1/rerank", {"query": "q" * 99999, "documents": ["b"]}, "query", "'query' must have <= "),
         ("/v1/score", {"text_1": [], "text_2": "c"}, "text_1", "'text_1' must be a list of at least 1, got []."),
         ("/v1/score", {"text_1": "a", "text_2": 5}, "text_2", "'text_2' must be text or a list of texts, got 5."),
         ("/v1/rerank", {"query": "x", "documents": "y"}, "documents", "'documents' must be a list of texts, got 'y'"),
@@ -242,6 +252,20 @@ def test_what_is_wrong_is_one_sentence(embeddings, path, body, param, message):
     error = response.json()["error"]
     assert message in error["message"]
     assert (error["param"], error["type"]) == (param, "invalid_request_error")
+
+
+def test_of_a_pair_that_is_too_long_the_longer_text_is_named(reranker):
+    long = "play the game " * 42
+    for path, body, param, words in (
+        ("/v1/score", {"text_1": "play", "text_2": ["game", long]}, "text_2[1]", "text_2[1] with text_1 must"),
+        ("/v1/score", {"text_1": [long, "a"], "text_2": ["b", "c"]}, "text_1[0]", "text_1[0] with text_2 must have"),
+        ("/rerank", {"query": "play", "documents": ["game", long]}, "documents[1]", "'documents[1]' with query"),
+        ("/rerank", {"query": long, "documents": ["game"]}, "query", "'query' with documents must have"),
+    ):  # fmt: skip
+        response = reranker.post(path, json=body)
+        assert response.status_code == 400
+        error = response.json()["error"]
+        assert (error["param"], words in error["message"]) == (param, True), error
 
 
 def test_a_model_that_generates_says_so_where_embeddings_are_asked_for():

@@ -46,10 +46,30 @@ def test_text_parts_are_joined():
     assert message.for_template() == HELLO[0]
 
 
+def test_what_an_assistant_declined_is_its_text():
+    part = {"type": "refusal", "refusal": "I will not."}
+    for given in (
+        {"content": [part]},
+        {"content": [{"type": "text", "text": "I "}, {**part, "refusal": "will not."}]},
+        {"content": None, "refusal": "I will not."},
+        {"content": "", "refusal": "I will not."},
+        {"content": "I ", "refusal": "will not."},
+    ):
+        message = chat(messages=[*HELLO, {"role": "assistant", **given}, *HELLO]).messages[1]
+        assert message.for_template() == {"role": "assistant", "content": "I will not."}
+        assert message.num_characters == len("I will not.")
+
+
 WRONG = [
     (completion, {"tempature": 1}, "tempature", "did you mean 'temperature'?"),
     (completion, {"messages": HELLO}, "messages", "Unknown field 'messages'."),
     (completion, {"prompt": None}, "prompt", "'prompt' is required."),
+    (
+        chat,
+        {"messages": [{"role": "user", "content": [{"type": "refusal", "refusal": "no"}]}]},
+        "messages[0]",
+        "must be in a message of the role 'assistant', got 'user'.",
+    ),
     (completion, {"prompt": []}, "prompt", "none of them empty"),
     (completion, {"prompt": [1, 2.5]}, "prompt", "must be a string"),
     (completion, {"prompt": [1, True]}, "prompt", "must be a string"),
@@ -118,7 +138,7 @@ WRONG = [
         chat,
         {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
         "messages[0].content[0].type",
-        "must be one of 'text', 'image_url', got 'input_audio'",
+        "must be one of 'text', 'image_url', ",
     ),
     (
         chat,

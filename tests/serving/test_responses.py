@@ -54,6 +54,15 @@ def test_a_response_says_what_a_chat_says(client, talking_model):
     assert response.store is False
 
 
+def test_what_a_reply_declined_is_its_text(client):
+    history = [{"role": "user", "content": HELLO}, {"role": "assistant", "content": "I will not."}]
+    part = {"type": "refusal", "refusal": "I will not."}
+    about = {"id": "msg_1", "status": "completed", "type": "message", "role": "assistant", "content": [part]}
+    ask = {"role": "user", "content": "why"}
+    response = client.responses.create(**{**ASK, "input": [history[0], about, ask]})
+    assert response.output_text == chat_text(client, [*history, ask])
+
+
 def test_vllm_s_sampling_extras_are_those_of_a_chat(client):
     sampled = {"top_k": 9, "min_p": 0.01, "seed": 5, "repetition_penalty": 1.1, "ignore_eos": True}
     asked = {**ASK, "temperature": 1.0, "extra_body": {**sampled, "presence_penalty": 0.5, "frequency_penalty": 0.2}}
@@ -238,7 +247,7 @@ WRONG = [
         "'input[0]' has the result of a tool call 'c' that no message makes.",
     ),
     ({"include": ["everything"]}, "'include' must be some of "),
-    ({"max_output_tokens": -1}, "max_tokens must be "),
+    ({"max_output_tokens": -1}, "'max_output_tokens' must be "),
     ({"tool_choice": "required"}, "'tool_choice' must be 'auto' or 'none' without 'tools'."),
     ({"tool_choice": {"type": "file_search"}}, "'tool_choice.type' must be one of 'function' or 'allowed_tools', got "),
     ({"metadata": {str(at): "a" for at in range(17)}}, "'metadata' must be a mapping of at most 16 fields, got {'0': "),

@@ -34,6 +34,28 @@ def test_developer_is_system_to_a_template_that_knows_no_other():
     assert prompt(everything, *asked) == "[developer]answer in French[user]hi"
 
 
+DOCUMENTS = "{% for d in documents or [] %}<{{ d.title }}: {{ d.text }}>{% endfor %}"
+FIRST_DOCUMENT = "{% if documents %}<{{ documents[0].text }}>{% endif %}"
+
+
+@pytest.mark.parametrize(("template", "at"), [(KNOWN, 0), (FIRST_DOCUMENT + KNOWN, 1), (DOCUMENTS + KNOWN, None)])
+def test_a_document_that_the_template_does_not_show_is_an_error_that_names_it(template, at):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    texts, messages = Texts(tokenizer), [Message(role="user", content="hi")]
+    documents = [{"title": "a", "text": "a page"}, {"title": "b", "text": "a block", "meta": {"of": ["x", 1]}}]
+    for options in ({}, {"enable_thinking": False}):
+        kwargs = {"documents": documents, **options}
+        if at is None:
+            assert texts.chat_text(messages, chat_template_kwargs=kwargs) == "<a: a page><b: a block>[user]hi"
+            continue
+        words = rf"The model's chat template shows nothing of 'documents\[{at}\]'; leave 'documents' out"
+        with pytest.raises(RequestError, match=words) as raised:
+            texts.chat_text(messages, chat_template_kwargs=kwargs)
+        assert raised.value.param == f"documents[{at}]"
+    assert texts.chat_text(messages, chat_template_kwargs={"documents": []}).endswith("[user]hi")
+
+
 @pytest.mark.parametrize(
     "content", ["hello there", [{"type": "text", "text": "hello "}, {"type": "text", "text": "there"}]]
 )

@@ -11,6 +11,7 @@ from tests.helpers.model_plans import ModelPlans
 from tests.helpers.replies import ARGUMENTS, CALLS, TOOLS
 from toolkit.chat.reply import parse_reply
 from toolkit.chat.tools import Tool, ToolChoice
+from toolkit.errors import ToolkitError
 from toolkit.serving.errors import RequestError
 
 SCHEMA = {
@@ -142,6 +143,35 @@ def test_other_forms_leave_nothing_but_content():
     plan = served.plan(TOOLS, ToolChoice(), "<think>\n", structured_outputs={"regex": "[0-9]+"})
     assert plan.params == {}
     assert parse_reply(plan.parser(), "12").content == "12"
+
+
+FORMS = [
+    {"regex": "[0-9]+"}, {"choice": ["a", "b"]}, {"grammar": 'start: "a"'},
+    {"structural_tag": {"triggers": ["<f"], "structures": [{"begin": "<f>", "schema": {}, "end": "</f>"}]}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: next(iter(form)))
+@pytest.mark.parametrize("choice", [ToolChoice("required"), ToolChoice.function("now")], ids=["required", "named"])
+def test_a_form_of_the_whole_output_leaves_no_room_for_calls_that_must_be(form, choice):
+    (kind,) = form
+    words = (
+        rf"'tool_choice' must be \"auto\" or \"none\" with structured_outputs.{kind}, which is the form of the whole"
+    )
+    with pytest.raises(RequestError, match=words) as raised:
+        ModelPlans("hermes").plan(TOOLS, choice, structured_outputs=form)
+    assert raised.value.param == "tool_choice"
+
+
+@pytest.mark.parametrize("form", [{"json": {"type": "object"}}, {"json_object": True}], ids=["json", "json_object"])
+def test_calls_that_must_be_are_the_reply_where_the_content_has_a_form(form):
+    served = ModelPlans("hermes")
+    plan = served.plan(TOOLS, ToolChoice("required"), structured_outputs=form)
+    assert served.allows(plan, '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>')
+    assert not served.allows(plan, '{"a": 1}')
+    wrong = {"json": {"type": "array", "uniqueItems": True}}
+    with pytest.raises(ToolkitError, match="structured_outputs must not have 'uniqueItems'"):
+        served.plan(TOOLS, ToolChoice("required"), structured_outputs=wrong)
 
 
 def test_markers_that_are_special_tokens_stay_in_the_text():

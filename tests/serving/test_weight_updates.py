@@ -329,7 +329,7 @@ def test_prompt_logprobs_and_alternatives_are_by_token_id(server):
         ({"token_ids": [10**6]}, "'token_ids' must have token ids from 0 to"),
         ({"sampling_params": {"mood": 1}}, "mood"),
         ({"sampling_params": {"stream": True}}, "'sampling_params' must have no 'stream'."),
-        ({"sampling_params": {"temperature": -1}}, "temperature must be"),
+        ({"sampling_params": {"temperature": -1}}, "'sampling_params.temperature' must be"),
         ({"stream_options": {}}, "'stream_options' is given, but 'stream' is not true."),
         ({"model": "other"}, "'model' must be 'tiny', got 'other'."),
     ],

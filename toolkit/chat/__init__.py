@@ -1,6 +1,6 @@
 """Chats and prompts as tokens: one way for training, rollouts and serving."""
 
-from toolkit.chat.dropped import dropped_messages, hidden_parts, hidden_tools
+from toolkit.chat.dropped import dropped_messages, hidden_documents, hidden_parts, hidden_tools
 from toolkit.chat.images import PicturedTokens, has_images, pictured, read_image, take_images
 from toolkit.chat.infilling import Infill, infill
 from toolkit.chat.rust import rust_encoding
@@ -20,6 +20,7 @@ __all__ = [
     "dropped_messages",
     "encode",
     "has_images",
+    "hidden_documents",
     "hidden_parts",
     "hidden_tools",
     "infill",

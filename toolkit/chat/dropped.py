@@ -71,6 +71,47 @@ def hidden_tools(
     return list(dict.fromkeys(hidden))
 
 
+def hidden_documents(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Any] | str | None = None,
+    *,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> list[int]:
+    """Which of ``chat_template_kwargs["documents"]`` ``render`` shows nothing of.
+
+    Every text of a document is replaced by a mark, and the marks are looked for in what is rendered. Empty where the
+    template does not render them.
+
+    Args:
+        tokenizer: of transformers.
+        messages: as for ``render``.
+        tools: as for ``render``.
+        chat_template_kwargs: as for ``render``.
+        options: other arguments of ``render``.
+    """
+    variables = dict(chat_template_kwargs or {})
+    documents = variables.get("documents")
+    if not isinstance(documents, (list, tuple)):
+        return []
+    variables["documents"] = [_marked(one, f"zq{at}qz") for at, one in enumerate(documents)]
+    try:
+        text = render(tokenizer, messages, tools, chat_template_kwargs=variables, **options)
+    except ChatTemplateError:
+        return []
+    return [at for at in range(len(documents)) if f"zq{at}qz" not in text]
+
+
+def _marked(value: Any, mark: str) -> Any:
+    """``value`` with ``mark`` in the place of its texts."""
+    if isinstance(value, Mapping):
+        return {key: _marked(inner, mark) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_marked(inner, mark) for inner in value]
+    return mark if isinstance(value, str) else value
+
+
 def _name(one: Any) -> str | None:
     """Of a tool or a call, where it has one."""
     function = one.get("function", one) if isinstance(one, Mapping) else None

@@ -173,6 +173,8 @@ def _with_arguments(called: Sequence[dict[str, Any]], apply: Callable[[], str]) 
         return apply()
     except TypeError as error:
         problem: Exception = error
+    except RecursionError:
+        raise ChatTemplateError("they are nested too deep") from None
     except Exception as error:  # Jinja, and templates themselves, raise anything
         raise ChatTemplateError(first_line(error)) from None
     try:

@@ -17,7 +17,7 @@ from torch import Tensor
 from toolkit.chat import encode
 from toolkit.engine.params import SamplingParams
 from toolkit.engine.prompts import outside_vocabulary
-from toolkit.errors import ToolkitError
+from toolkit.errors import ToolkitError, described
 
 if TYPE_CHECKING:
     from toolkit.engine import request
@@ -160,8 +160,8 @@ def adjusted_logits(logits: Tensor, rows: Sequence[tuple["request.Sequence", int
             try:
                 result[at] = one.processed(sequence, drafted, result[at].clone())
             except Exception as error:  # of the caller's code
-                named = isinstance(error, ToolkitError)
-                errors[at] = str(error) if named else f"logits_processors failed: {type(error).__name__}: {error}"
+                failed = "" if isinstance(error, ToolkitError) else "logits_processors failed: "
+                errors[at] = f"{failed}{described(error)}"
     if indices := _indices(logits.device, [(at, one.bias_ids) for at, _, _, one in ours]):
         bias = np.concatenate([one.bias for _, _, _, one in ours])
         result[indices] += torch.from_numpy(bias).to(logits.device, logits.dtype)

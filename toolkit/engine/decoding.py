@@ -15,6 +15,7 @@ from toolkit.engine.sampler import SampledRow, Sampler, needs_host
 from toolkit.engine.scheduler import Chunk, Scheduler
 from toolkit.engine.speculation.speculation import Speculation
 from toolkit.engine.step.sampling import Row
+from toolkit.errors import described
 from toolkit.state import WeightKeys
 from toolkit.state.media import Features
 
@@ -118,7 +119,7 @@ class Decoding:
             try:
                 deltas.append(sequence.accept(token, logprob, sampling, top, version))
             except Exception as raised:
-                failure = f"{type(raised).__name__}: {raised}"
+                failure = described(raised)
                 break
             if deltas[-1].finished is not None or (at < grown.drafts and token != sequence.draft[at]):
                 break

@@ -5,6 +5,7 @@ import torch
 from toolkit.engine.media import EncoderCache
 from toolkit.engine.request import Request
 from toolkit.engine.scheduler import Chunk
+from toolkit.errors import described
 from toolkit.state import PrefixKey
 from toolkit.state.media import Features
 
@@ -27,5 +28,5 @@ def encoded(
                         features[digest] = cache.get(digest, request.media.items[digest], weights, salt)
                         taken.add((digest, salt))
         except Exception as error:
-            failed[request] = f"{type(error).__name__}: {error}"
+            failed[request] = described(error)
     return features, failed

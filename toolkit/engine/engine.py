@@ -29,7 +29,7 @@ from toolkit.engine.scheduler import Chunk, Scheduler
 from toolkit.engine.speculation.drafters import new_speculation
 from toolkit.engine.stats import engine_stats
 from toolkit.engine.swap import SwapSpace
-from toolkit.errors import ToolkitError
+from toolkit.errors import ToolkitError, described
 from toolkit.state.media import Features
 
 
@@ -380,7 +380,7 @@ class Engine:
                 self._execute(chunks, features)
         except BaseException as error:
             for request in {chunk.sequence.request for chunk in chunks}:
-                self.requests.end(request, "error", f"{type(error).__name__}: {error}")
+                self.requests.end(request, "error", described(error))
             if not isinstance(error, Exception):
                 raise
 

@@ -98,6 +98,7 @@ class Delta:
         text_offset: of the new tokens, as in ``Completion``, before anything is cut.
         prompt_logprobs: in the first delta of the completion, as in ``Completion``.
         weight_version: of the last token, new or not; None before the first one.
+        sampling_logprobs: of the new tokens, as in ``Completion``.
     """
 
     request_id: int
@@ -111,6 +112,7 @@ class Delta:
     text_offset: list[int] = field(default_factory=list)
     prompt_logprobs: list[dict[int, float] | None] | None = None
     weight_version: int | None = None
+    sampling_logprobs: list[float] = field(default_factory=list)
 
 
 def whole(completion: Completion) -> Delta:
@@ -127,6 +129,7 @@ def whole(completion: Completion) -> Delta:
         completion.text_offset,
         completion.prompt_logprobs,
         completion.weight_version,
+        completion.sampling_logprobs,
     )
 
 
@@ -136,6 +139,7 @@ def joined(deltas: list[Delta]) -> Delta:
     for other in others:
         first.token_ids += other.token_ids
         first.logprobs += other.logprobs
+        first.sampling_logprobs += other.sampling_logprobs
         first.text += other.text
         first.text_offset += other.text_offset
         if first.top_logprobs is not None:

@@ -241,6 +241,7 @@ class Sequence:
             text_offset=self.text_offset[-1:],
             prompt_logprobs=self.prompt_logprobs if self.generated == 1 else None,
             weight_version=version,
+            sampling_logprobs=[sampling_logprob],
         )
 
     def finish(
@@ -293,4 +294,5 @@ class Sequence:
             self.text_offset[-len(token_ids) :] if token_ids else [],
             self.prompt_logprobs if self.generated == len(token_ids or ()) else None,
             self.completion.weight_version,
+            self.sampling_logprobs[-len(token_ids) :] if token_ids else [],
         )

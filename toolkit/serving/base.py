@@ -329,7 +329,7 @@ class Base:
         if isinstance(error, EngineUnavailable):
             return RequestError(str(error), status=503, code="unavailable")
         field = str(error).split()[0].strip("'").partition(".")[0]
-        return RequestError(str(error), field if field in self.fields else None)
+        return RequestError(str(error), field if field.partition("[")[0] in self.fields else None)
 
 
 async def _cancel_on_disconnect(request: Request, running: Cancellable) -> None:

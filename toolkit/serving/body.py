@@ -50,6 +50,11 @@ class Body(BaseModel):
     """Fields of other servers' protocols, each with its name in this one."""
     not_offered: ClassVar[Mapping[str, tuple[Any, ...]]] = NOT_OFFERED
 
+    @property
+    def field_names(self) -> Mapping[str, str]:
+        """What this body calls fields that errors of the engine are about, where it has other names."""
+        return {}
+
     @model_validator(mode="before")
     @classmethod
     def _drop_what_asks_for_nothing(cls, body: Any) -> Any:

@@ -1,10 +1,28 @@
 """uvicorn's HTTP/1.1 connection, with an end for clients that never finish a request, and for garbage behind one."""
 
 import asyncio
-from typing import cast
+from typing import Any, cast
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+
+class _UntilClosed:
+    """A transport that is written to until it is closing.
+
+    uvicorn learns that a client has left when the event loop turns. What is sent for it before that goes nowhere, and
+    asyncio would complain of it on standard error ("socket.send() raised exception").
+    """
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+
+    def write(self, data: bytes) -> None:
+        if not self._transport.is_closing():
+            self._transport.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
 
 
 class Connection(H11Protocol):
@@ -15,7 +33,7 @@ class Connection(H11Protocol):
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        super().connection_made(_UntilClosed(transport))  # type: ignore[arg-type]
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     def data_received(self, data: bytes) -> None:

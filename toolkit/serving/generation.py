@@ -1,8 +1,8 @@
 """Requests that generate in any protocol: prompts and parameters to the engine, its output to a response."""
 
-from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, TypeVar
 
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
@@ -13,7 +13,10 @@ from toolkit.engine.prompts import fit_max_tokens, outside_vocabulary, prompt_le
 from toolkit.errors import ToolkitError
 from toolkit.sentences import shown
 from toolkit.serving.base import CLIENT_CLOSED_REQUEST, Base, ServerConfig
+from toolkit.serving.body import Body
 from toolkit.serving.errors import RequestError
+from toolkit.serving.field_names import named, naming
+from toolkit.serving.parsing import parse
 from toolkit.serving.reply_plan import ReplyPlan, ReplyPlanner
 from toolkit.serving.request_log import record_of
 from toolkit.serving.texts import Texts
@@ -23,8 +26,8 @@ VERSION_HEADER = "x-weight-version"
 SHORT_RESPONSE = 1000
 """Log-probabilities in a response that is written on the event loop."""
 
-
-FORM_FIELD = "structured_outputs"
+Given = TypeVar("Given", bound=Body)
+Made = TypeVar("Made")
 
 
 @dataclass
@@ -90,6 +93,7 @@ class Asked:
         media_type: of a stream.
         ids: under which the request can be aborted, beside its ``X-Request-Id``.
         keep_cancelled: whether the response of an aborted request has its tokens; otherwise it is an error.
+        field_names: of its body, for errors of the engine.
     """
 
     prompts: Sequence[Any]
@@ -99,14 +103,7 @@ class Asked:
     media_type: str = "text/event-stream"
     ids: tuple[str, ...] = ()
     keep_cancelled: bool = False
-
-
-def about_form(error: ToolkitError, field: str) -> ToolkitError:
-    """``error`` about the request's own ``field``, where it is about ``structured_outputs``; any other as it is."""
-    name, _, rest = str(error).partition(" ")
-    if field == FORM_FIELD or name.partition(".")[0] != FORM_FIELD:
-        return error
-    return RequestError(f"'{field}' {rest}", field)
+    field_names: Mapping[str, str] = field(default_factory=dict)
 
 
 class Generation:
@@ -141,20 +138,23 @@ class Generation:
                 message = f"'{field}' must have token ids from 0 to {self.config.vocab_size - 1}, got {shown(wrong)}."
                 raise RequestError(message, field)
 
-    def plan(self, *given: Any, form_field: str = FORM_FIELD) -> ReplyPlan:
-        """``ReplyPlanner.plan``; ``form_field`` of the request says the form of the output, for errors about it."""
-        try:
-            return self.replies.plan(*given)
-        except ToolkitError as error:
-            raise about_form(error, form_field) from None
+    def reader(self, kind: type[Given], make: Callable[[Given], Made]) -> Callable[[bytes], Made]:
+        """What reads bodies of a ``kind``, and makes a request of each; errors are about the body's own fields."""
+
+        def read(raw: bytes) -> Made:
+            asked = parse(kind, raw)
+            with naming(asked.field_names):
+                made = make(asked)
+            return replace(made, field_names=asked.field_names) if isinstance(made, Asked) else made
+
+        return read
+
+    def plan(self, *given: Any) -> ReplyPlan:
+        """``ReplyPlanner.plan``."""
+        return self.replies.plan(*given)
 
     def sampling_params(
-        self,
-        given: dict[str, Any],
-        prompts: Sequence[Any],
-        logprobs: int | None,
-        form_field: str = FORM_FIELD,
-        **defaults: Any,
+        self, given: dict[str, Any], prompts: Sequence[Any], logprobs: int | None, **defaults: Any
     ) -> tuple[Sequence[Any], list[SamplingParams]]:
         """The prompts, cut where that is asked for, and the parameters of each.
 
@@ -162,15 +162,11 @@ class Generation:
             given: arguments of ``SamplingParams`` that the request gives.
             prompts: of the request.
             logprobs: as in ``SamplingParams``.
-            form_field: of the request that says the form of the output, for errors about it.
             defaults: of the protocol, behind those of the server.
         """
-        try:
-            params = SamplingParams(**{**defaults, **self.config.default_sampling_params, **given}, logprobs=logprobs)
-            if params.form is not None:
-                self.engine.engine.grammars.compile(params.form)  # here, where nobody else waits for it
-        except ToolkitError as error:
-            raise about_form(error, form_field) from None
+        params = SamplingParams(**{**defaults, **self.config.default_sampling_params, **given}, logprobs=logprobs)
+        if params.form is not None:
+            self.engine.engine.grammars.compile(params.form)  # here, where nobody else waits for it
         if params.truncate_prompt_tokens is not None:
             most = self.engine.engine.max_sequence_len
             prompts = [truncated(one, params, most) if isinstance(one, list) else one for one in prompts]
@@ -182,15 +178,16 @@ class Generation:
 
     async def respond(self, request: Request, given: Asked) -> Response:
         """Run a request, and respond. Raises what the engine refuses."""
-        handle = await self.base.running.start(
-            request,
-            self.engine,
-            lambda: self.engine.submit(given.prompts, given.params),
-            sum(one.n for one in given.params),
-            given.ids,
-            given.keep_cancelled,
-        )
-        await handle.wait_accepted()
+        with naming(given.field_names):
+            handle = await self.base.running.start(
+                request,
+                self.engine,
+                lambda: self.engine.submit(given.prompts, given.params),
+                sum(one.n for one in given.params),
+                given.ids,
+                given.keep_cancelled,
+            )
+            await handle.wait_accepted()
         used = Usage(list(map(prompt_length, given.prompts)), [0] * handle.num_sequences, handle=handle)
         record = record_of(request.scope)
         if record is not None:
@@ -203,7 +200,8 @@ class Generation:
             events = self._events(handle, given, used)
             headers = {"cache-control": "no-cache", VERSION_HEADER: str(self.base.weight_version)}
             return StreamingResponse(events, media_type=given.media_type, headers=headers)
-        finished = await self._finished(handle, given, used)
+        with naming(given.field_names):
+            finished = await self._finished(handle, given, used)
         used.completion_tokens = [len(one.token_ids) for one in finished]
         known = [one.weight_version for one in finished if one.weight_version is not None]
         versions = {VERSION_HEADER: str(max(known, default=self.base.weight_version))}
@@ -238,7 +236,7 @@ class Generation:
             for event in writer.ending(used):
                 yield event
         except ToolkitError as error:
-            yield writer.error(self.base.as_request_error(error))
+            yield writer.error(self.base.as_request_error(named(error, given.field_names)))
         finally:
             handle.cancel()
 
@@ -258,6 +256,9 @@ def _without_error(completion: Completion, given: Asked) -> Completion:
     """``completion``. Raises what the engine says went wrong with it."""
     if given.keep_cancelled and completion.finish_reason == "cancelled":
         return completion
+    field = (completion.error or "").partition(" ")[0]
+    if completion.finish_reason == "error" and field in SamplingParams.__dataclass_fields__:
+        raise RequestError(str(completion.error), field)  # what the client asked for was not to be followed
     if completion.finish_reason in _FAILURES:
         status, reason = _FAILURES[completion.finish_reason]
         message = f"The request failed in the engine: {completion.error or reason}"

@@ -27,6 +27,7 @@ from toolkit.serving.base import Base, ServerConfig
 from toolkit.serving.batches import routes as batches
 from toolkit.serving.body import Body, one_or_several
 from toolkit.serving.errors import Json, RequestError
+from toolkit.serving.field_names import naming
 from toolkit.serving.ollama.embed import add_embed
 from toolkit.serving.ollama.requests import OllamaEmbedRequest, OllamaShowRequest
 from toolkit.serving.openai.completion_request import MAX_PROMPTS, PromptKinds, prompt_list
@@ -131,6 +132,11 @@ class RerankRequest(_Pooling):
         if not isinstance(given, list):
             raise ValueError(f"'documents' must be a list of texts, got {shown(given)}.")
         return [one["text"] if isinstance(one, dict) and set(one) == {"text"} else one for one in given]
+
+    @property
+    def field_names(self) -> dict[str, str]:
+        """What this body calls the texts of a score."""
+        return {"text_1": "query", "text_2": "documents"}
 
 
 BODIES: tuple[Model, ...] = (
@@ -281,7 +287,7 @@ def create_pooling_app(config: ServerConfig, queue: PoolingQueue) -> FastAPI:
     def plan(asked: _Pooling, first: str | list[str], second: str | list[str]) -> ScorePlan:
         base.check_model(asked.model)
         check_num_sequences(1 if isinstance(second, str) else len(second), queue.max_queued_seqs)
-        with one_at_a_time:
+        with one_at_a_time, naming(asked.field_names):
             return ScorePlan.of(engine, tokenizer, first, second, asked.params())
 
     def read_scores(raw: bytes) -> _Asked:
@@ -292,7 +298,7 @@ def create_pooling_app(config: ServerConfig, queue: PoolingQueue) -> FastAPI:
             scores = enumerate(made.scores(results))
             return listed("score", [{"index": at, "object": "score", "score": score} for at, score in scores], tokens)
 
-        return _Asked(made.inputs, made.params, "text", body)
+        return _Asked(made.inputs, made.params, "text_1", body)
 
     def read_rerank(raw: bytes) -> _Asked:
         asked = parse(RerankRequest, raw)
@@ -307,7 +313,7 @@ def create_pooling_app(config: ServerConfig, queue: PoolingQueue) -> FastAPI:
             head = {"id": f"rerank-{uuid.uuid4().hex}", "model": base.names[0]}
             return {**head, "usage": {"total_tokens": tokens}, "results": found}
 
-        return _Asked(made.inputs, made.params, "text", body)
+        return _Asked(made.inputs, made.params, "documents", body)
 
     async def respond(request: Request, given: _Asked) -> Response:
         future = queue.submit(given.inputs, given.params, given.name)

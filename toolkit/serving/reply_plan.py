@@ -20,6 +20,8 @@ from toolkit.errors import ToolkitError
 from toolkit.serving.base import ServerConfig
 from toolkit.serving.errors import Json, RequestError
 
+OF_JSON = ("json", "json_object")
+"""Forms that a reply's content may have beside reasoning and calls; others are those of the whole output."""
 TAIL = 512
 """Tokens at the end of a prompt that may say where its reply begins."""
 
@@ -104,6 +106,12 @@ class ReplyPlanner:
         if marks is not None and continued.rfind(marks.begin) > continued.rfind(marks.end):
             end += marks.begin  # the reply continues its reasoning
         form = StructuredOutputsParams.read(given.get("structured_outputs"))
+        if form is not None and form.kind not in OF_JSON and allowed and choice.mode == "required":
+            message = (
+                f'\'tool_choice\' must be "auto" or "none" with structured_outputs.{form.kind}, which is the form of '
+                "the whole output, got one that calls tools."
+            )
+            raise RequestError(message, "tool_choice")
         grammar = self._grammar(form, allowed, choice, end)
         if grammar is not None:
             params["structured_outputs"] = {"grammar": grammar}
@@ -125,7 +133,7 @@ class ReplyPlanner:
         self, form: StructuredOutputsParams | None, allowed: Sequence[Tool], choice: ToolChoice, end: str
     ) -> str | None:
         """A grammar in Lark in the place of ``form``; None where ``form`` stands, or nothing is enforced."""
-        of_json = form is not None and form.kind in ("json", "json_object")
+        of_json = form is not None and form.kind in OF_JSON
         if form is not None and not of_json:
             return None
         marked = self.reading.reasoning is not None and not self.reading.reasoning.ended_by(end)
@@ -134,6 +142,8 @@ class ReplyPlanner:
             return None
         if form is not None:
             self._compiler.compile(form)  # alone: what is wrong with it is not about the tools
+        if choice.mode == "required":
+            form = None  # it is that of the content, of which there is none
         try:
             return self._written(form, allowed, choice, end)
         except ToolkitError as error:

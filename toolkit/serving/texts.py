@@ -14,6 +14,7 @@ from toolkit.chat import (
     TemplateVariableError,
     dropped_messages,
     encode,
+    hidden_documents,
     hidden_tools,
     infill,
     prompt_token_ids,
@@ -161,12 +162,16 @@ class Texts:
                 field = "tools" if tools and tools_needed else "messages"
                 what = f"The model's chat template shows nothing of the tool {shown(hidden[0])} in '{field}'."
                 raise RequestError(what, field)
+        for at in hidden_documents(self._tokenizer, chat, **options)[:1]:
+            message = f"The model's chat template shows nothing of 'documents[{at}]'; leave 'documents' out."
+            raise RequestError(message, f"documents[{at}]")
         for at in dropped_messages(self._tokenizer, chat, **options):
             role = shown(chat[at]["role"])
             message = f"The model's chat template shows nothing of '{fields[at]}', whose role is {role}."
             raise RequestError(message, fields[at])
         if not truncated:
-            self._check_characters("messages", len(text))  # a template may show more of a message than its content
+            shown_too = " and tools" if tools else ""
+            self._check_characters(f"messages{shown_too}", len(text))  # a template shows more than their content
         return text
 
     def _rendered(self, chat: list[dict[str, Any]], options: Mapping[str, Any]) -> str:
@@ -178,8 +183,16 @@ class Texts:
                 f"'{field}' must have variables of the chat template alone: {error.reason}.", field
             ) from None
         except ChatTemplateError as error:
-            message = f"The model's chat template rejects these messages ({error.reason})."
-            raise RequestError(message, "messages") from None
+            field = "tools" if options["tools"] and self._renders(chat, {**options, "tools": []}) else "messages"
+            message = f"The model's chat template rejects these {field} ({error.reason})."
+            raise RequestError(message, field) from None
+
+    def _renders(self, chat: list[dict[str, Any]], options: Mapping[str, Any]) -> bool:
+        try:
+            render(self._tokenizer, chat, **options)
+        except ChatTemplateError:
+            return False
+        return True
 
     def _pictures(self, messages: Sequence[TemplateMessage], fields: Sequence[str]) -> list[Any]:
         given = [(where, url) for where, message in zip(fields, messages) for url in message.images]

@@ -16,6 +16,7 @@ Bits = NDArray[np.int32]
 
 NO_TOKEN = "no token of the vocabulary can continue it"
 TOO_DEEP = "it is nested too deep"
+TOO_MANY = "it has too much that may come next in one place"
 
 
 def mask_words(vocab_size: int) -> int:
@@ -111,4 +112,9 @@ def explained(message: str) -> str:
     return next((plain for found, plain in _PLAIN.items() if found in line), line.rstrip("."))
 
 
-_PLAIN = {"NoExtensionBias": NO_TOKEN, "recursion limit": TOO_DEEP}
+_PLAIN = {
+    "NoExtensionBias": NO_TOKEN,
+    "recursion limit": TOO_DEEP,
+    "Current row has": TOO_MANY,
+    "Too many items": TOO_MANY,
+}

@@ -30,6 +30,9 @@ _TIME = "[0-9]{2}:[0-9]{2}:[0-5]"
 """No leap second: whether there was one depends on the date and the time zone."""
 _FORMATS = {"date": _DATE, "time": [f"^{_TIME}"], "date-time": [*_DATE, f"^.{{11}}{_TIME}"]}
 
+MAX_OPTIONAL = 498
+"""Of one object; the time to compile them grows with the square of their number, too."""
+
 _CONTROL = re.compile(r"\\u00[01]")
 """A control character as ``json.dumps`` writes it, without those that have a letter: \\b, \\t, \\n, \\f and \\r."""
 ESCAPES = 'nrbtf\\"'
@@ -67,6 +70,7 @@ class _Rewriting:
         if not isinstance(given, dict):
             return given
         self._check_counts(given)
+        self._check_width(given)
         self._check_bounds(given)
         made: Schema = {}
         for keyword, value in given.items():
@@ -91,6 +95,14 @@ class _Rewriting:
         distinct = len(required) + 1 if isinstance(required, list) else 1
         if isinstance(least, int) and least > distinct and not closed:
             raise _refused(f"'minProperties' > {distinct} with properties that 'properties' does not list")
+
+    def _check_width(self, given: Schema) -> None:
+        """Any of the optional properties may come next: four items each of llguidance's row, which has 2,000."""
+        properties, required = given.get("properties"), given.get("required")
+        optional = set(properties if isinstance(properties, dict) else ())
+        optional -= {one for one in required if isinstance(one, str)} if isinstance(required, list) else set()
+        if len(optional) > MAX_OPTIONAL:
+            raise _refused(f"> {MAX_OPTIONAL} 'properties' of an object that 'required' does not list")
 
     def _check_bounds(self, given: Schema) -> None:
         """A fractional range of less than 1 beside a whole number has that number, exclusive or not."""

@@ -71,6 +71,11 @@ def _inputs(
     return [PoolingInput(*one) for one in sequence_inputs(tokenizer, texts, pairs, most)]
 
 
+def _numbered(name: str, at: int, texts: Sequence[str]) -> str:
+    """What errors call one of the ``texts`` of a field."""
+    return name if len(texts) == 1 else f"{name}[{at}]"
+
+
 @dataclass(frozen=True)
 class ScorePlan:
     """What is pooled for the scores of pairs of texts, and how a score is made of it.
@@ -100,7 +105,8 @@ class ScorePlan:
             params: of all.
 
         Raises:
-            ToolkitError: numbers of texts that do not fit, or a model without scores.
+            ToolkitError: numbers of texts that do not fit, a text that is too long, or a model without scores. Of a
+                pair that is too long together the longer text is named.
         """
         for one in (text_1, text_2):
             if not isinstance(one, str | Sequence):
@@ -117,19 +123,31 @@ class ScorePlan:
         cut = params.truncate_prompt_tokens
         longest = engine.max_model_len
         most = None if cut is None else min(longest, longest if cut == -1 else cut)
+        names = {text: _numbered("text_2", at, second) for at, text in reversed(list(enumerate(second)))}
+        names |= {text: _numbered("text_1", at, first) for at, text in reversed(list(enumerate(first)))}
+        if most is None:
+            for text, name in names.items():
+                check_characters(name, len(text), tokenizer, longest)
+        given = first * len(second) if len(first) == 1 else first
         if engine.tasks[0] == "embed" and engine.pooling_type != "ALL":
             engine.check(params)
             texts = list(dict.fromkeys((*first, *second)))
             at = {text: index for index, text in enumerate(texts)}
-            pairs = [(at[a], at[b]) for a, b in zip(first * len(second) if len(first) == 1 else first, second)]
-            return cls(_inputs(tokenizer, texts, None, most, longest, "text"), params, pairs)
+            pairs = [(at[a], at[b]) for a, b in zip(given, second)]
+            inputs = _inputs(tokenizer, texts, None, most, longest, "text_1")
+            for text, read in zip(texts, inputs):
+                engine.check_input(read, names[text])
+            return cls(inputs, params, pairs)
         if engine.tasks[0] != "classify" or len(engine.labels) != 1:
             got = f"{engine.tasks[0]} with {len(engine.labels)} labels"
             raise ToolkitError(
                 f"model must have one label, or give one embedding for each text, for scores, got {got}."
             )
-        given = first * len(second) if len(first) == 1 else first
-        return cls(_inputs(tokenizer, given, second, most, longest, "text"), params, None)
+        inputs = _inputs(tokenizer, given, second, most, longest, "text_1")
+        for a, b, pair in zip(given, second, inputs):
+            longer, other = (names[a], "text_2") if len(a) > len(b) else (names[b], "text_1")
+            engine.check_input(pair, f"{longer} with {other}")
+        return cls(inputs, params, None)
 
     def scores(self, results: Sequence[Pooled]) -> list[float]:
         """One for each pair, of the engine's ``results`` for ``inputs``."""

@@ -11,6 +11,7 @@ from toolkit.engine.speculation.config import SpeculativeConfig
 from toolkit.engine.speculation.drafter import Draft, Drafter
 from toolkit.engine.speculation.lengths import Chances, StepTimes, choose_lengths
 from toolkit.engine.speculation.prediction import PredictionDrafter
+from toolkit.errors import described
 
 _SPEED = 0.2  # how fast the time to draft follows what is measured
 _NEXT_TO_NONE = 0.005  # of the time of a step
@@ -72,7 +73,7 @@ class Speculation:
             self._draft(decoding)
         except Exception as error:
             self.failed = True
-            reason = f"{type(error).__name__}: {error}"
+            reason = described(error)
             warnings.warn(f"speculative decoding is off, its drafter failed: {reason}", stacklevel=2)
 
     def _draft(self, decoding: list[Sequence]) -> None:

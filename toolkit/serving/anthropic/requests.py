@@ -14,6 +14,7 @@ from toolkit.serving.anthropic.blocks import Block, InputMessage, TextBlock, as_
 from toolkit.serving.body import Body, short_together
 from toolkit.serving.conversation import Chat, ChatMessage, check_results, merged
 from toolkit.serving.errors import Json, RequestError
+from toolkit.serving.field_names import of_form
 from toolkit.serving.openai.requests import MAX_MESSAGES
 from toolkit.serving.openai.sampling import MAX_STOP_CHARACTERS, MAX_STOPS
 
@@ -164,6 +165,11 @@ class CountTokensRequest(Body):
         return self
 
     @property
+    def field_names(self) -> dict[str, str]:
+        """What this body calls fields that errors of the engine are about."""
+        return {"prompt": "messages"}
+
+    @property
     def output_schema(self) -> Json | None:
         """The JSON schema of the reply, where there is one."""
         found = self.output_format or (self.output_config.format if self.output_config is not None else None)
@@ -210,9 +216,10 @@ class MessagesRequest(CountTokensRequest):
         return short_together("stop_sequences", stop, MAX_STOP_CHARACTERS)
 
     @property
-    def form_field(self) -> str:
-        """The field that says the form of the output."""
-        return "output_format.schema" if self.output_format is not None else "output_config.format.schema"
+    def field_names(self) -> dict[str, str]:
+        """What this body calls fields that errors of the engine are about."""
+        form = "output_format.schema" if self.output_format is not None else "output_config.format.schema"
+        return {**super().field_names, **of_form(form), "stop": "stop_sequences"}
 
     def sampling(self) -> Json:
         """Keyword arguments for ``SamplingParams``: what the request gave; the defaults live there."""

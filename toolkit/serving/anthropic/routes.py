@@ -29,7 +29,6 @@ from toolkit.serving.anthropic.responses import MessageResponse, error_body
 from toolkit.serving.chat_prompts import chat_prompt
 from toolkit.serving.generation import Asked, Generation
 from toolkit.serving.openapi import responses, takes
-from toolkit.serving.parsing import parse
 from toolkit.serving.running import request_id
 
 BODIES = (
@@ -46,20 +45,18 @@ def add_routes(generation: Generation) -> None:
     base, texts = generation.base, generation.texts
     base.add_error_style(MESSAGES, error_body)
 
-    def read_messages(raw: bytes, identity: str) -> Asked:
-        asked = parse(MessagesRequest, raw)
+    def read_messages(asked: MessagesRequest, identity: str) -> Asked:
         served = base.check_model(asked.model)
         chat, given = asked.chat(), asked.sampling()
         prompt = chat_prompt(texts, chat)
-        plan = generation.plan(prompt, chat.tools, chat.choice, given, chat.continued, form_field=asked.form_field)
+        plan = generation.plan(prompt, chat.tools, chat.choice, given, chat.continued)
         sampling = {**given, **plan.params, **served.sampling}
-        prompts, params = generation.sampling_params(sampling, [prompt], None, asked.form_field)
+        prompts, params = generation.sampling_params(sampling, [prompt], None)
         show = asked.thinking is None or asked.thinking.display != "omitted"
         writer = MessageResponse(served.name, plan.parser(), show, identity)
         return Asked(prompts, params, asked.stream, writer, ids=(writer.id,))
 
-    def read_count(raw: bytes) -> int:
-        asked = parse(CountTokensRequest, raw)
+    def read_count(asked: CountTokensRequest) -> int:
         base.check_model(asked.model)
         return prompt_length(chat_prompt(texts, asked.chat()))
 
@@ -71,7 +68,10 @@ def add_routes(generation: Generation) -> None:
     )
     async def messages(request: Request) -> Response:
         identity = request_id(request)
-        return await generation.respond(request, await base.read(request, lambda raw: read_messages(raw, identity)))
+        read = generation.reader(MessagesRequest, lambda asked: read_messages(asked, identity))
+        return await generation.respond(request, await base.read(request, read))
+
+    count = generation.reader(CountTokensRequest, read_count)
 
     @base.app.post(
         f"{MESSAGES}/count_tokens",
@@ -80,4 +80,4 @@ def add_routes(generation: Generation) -> None:
         openapi_extra=takes(CountTokensRequest),
     )
     async def count_tokens(request: Request) -> Response:
-        return JSONResponse({"input_tokens": await base.read(request, read_count)})
+        return JSONResponse({"input_tokens": await base.read(request, count)})

@@ -72,33 +72,64 @@ class Records(Generic[Record]):
 
 
 class Files:
-    """Contents and descriptions of files, in a folder."""
+    """Contents and descriptions of files, in a folder. Those that have expired are deleted when the next is asked for.
 
-    def __init__(self, folder: Path) -> None:
-        self.records = Records(folder, FileObject, "file")
+    Args:
+        folder: of the files.
+        in_use: whether a file of an id must stay for now.
+    """
+
+    def __init__(self, folder: Path, in_use: Callable[[str], bool] = lambda identity: False) -> None:
+        self._records = Records(folder, FileObject, "file")
+        self._in_use = in_use
+
+    @property
+    def records(self) -> Records[FileObject]:
+        """Descriptions of the files that have not expired."""
+        now = time.time()
+        expired = [one.id for one in self._records if one.expires_at is not None and one.expires_at <= now]
+        for identity in expired:
+            if not self._in_use(identity):
+                self._delete(identity)
+        return self._records
 
     def path(self, identity: str) -> Path:
         """Where the content of a file is. Raises RequestError where there is no such file."""
         return self._path(self.records.get(identity).id)
 
     @contextmanager
-    def adding(self, filename: str, purpose: Literal["batch", "batch_output"]) -> Iterator[tuple[str, BinaryIO]]:
-        """The id of a new file, and where to write it; it is there once the block ends well."""
+    def adding(
+        self, filename: str, purpose: Literal["batch", "batch_output"], lifetime: int | None = None
+    ) -> Iterator[tuple[str, BinaryIO]]:
+        """The id of a new file, and where to write it; it is there once the block ends well.
+
+        Args:
+            filename: what the description says.
+            purpose: likewise.
+            lifetime: seconds until it expires; None for no end.
+        """
         identity = new_id("file-")
         with written_aside(self._path(identity)) as file:
             yield identity, file
         size = self._path(identity).stat().st_size
-        about = FileObject(id=identity, bytes=size, created_at=int(time.time()), filename=filename, purpose=purpose)
-        self.records.put(identity, about)
+        now = int(time.time())
+        about = FileObject(
+            id=identity, bytes=size, created_at=now, filename=filename, purpose=purpose,
+            expires_at=None if lifetime is None else now + lifetime,
+        )  # fmt: skip
+        self._records.put(identity, about)
 
     def remove(self, identity: str) -> None:
         """Delete a file."""
-        path = self.path(identity)
-        self.records.remove(identity)
-        path.unlink(missing_ok=True)
+        self.records.get(identity)
+        self._delete(identity)
+
+    def _delete(self, identity: str) -> None:
+        self._records.remove(identity)
+        self._path(identity).unlink(missing_ok=True)
 
     def _path(self, identity: str) -> Path:
-        return self.records.folder / f"{identity}.jsonl"
+        return self._records.folder / f"{identity}.jsonl"
 
 
 def new_id(prefix: str) -> str:

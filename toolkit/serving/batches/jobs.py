@@ -44,8 +44,8 @@ class Jobs:
         """Batches run inside. Those that an earlier server left unfinished begin again."""
         with ExitStack() as stack:
             folder = self._folder or Path(stack.enter_context(TemporaryDirectory(prefix="toolkit-batches-")))
-            self.files = Files(folder / "files")
             self.batches = Records(folder / "batches", BatchObject, "batch")
+            self.files = Files(folder / "files", lambda identity: self.reader(identity) is not None)
             for batch in self.batches:
                 if batch.status not in ENDED:
                     self._start(batch)
@@ -58,8 +58,13 @@ class Jobs:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
 
-    def create(self, input_file_id: str, endpoint: str, metadata: dict[str, str] | None) -> BatchObject:
-        """A new batch, which starts. Raises RequestError for a file that is not there, or is no batch's."""
+    def create(
+        self, input_file_id: str, endpoint: str, metadata: dict[str, str] | None, output_lifetime: int | None = None
+    ) -> BatchObject:
+        """A new batch, which starts; its files expire after ``output_lifetime`` seconds.
+
+        Raises RequestError for a file that is not there, or is no batch's.
+        """
         about = self.files.records.get(input_file_id)
         if about.purpose != "batch":
             message = f"'input_file_id' must be a file with the purpose 'batch', got one with {about.purpose!r}."
@@ -67,15 +72,15 @@ class Jobs:
         now = int(time.time())
         batch = BatchObject(
             id=new_id("batch_"), endpoint=endpoint, input_file_id=input_file_id, created_at=now,
-            expires_at=now + COMPLETION_WINDOW, metadata=metadata,
+            expires_at=now + COMPLETION_WINDOW, metadata=metadata, output_lifetime=output_lifetime,
         )  # fmt: skip
         self.batches.put(batch.id, batch)
         self._start(batch)
         return batch
 
-    def runs(self, identity: str) -> bool:
-        """Whether a batch has not ended."""
-        return identity in self._tasks
+    def reader(self, file_id: str) -> BatchObject | None:
+        """A batch that has not ended whose requests are in a file."""
+        return next((one for one in self.batches if one.input_file_id == file_id and one.id in self._tasks), None)
 
     def cancel(self, identity: str) -> BatchObject:
         """The batch, which ends soon; results so far are kept. Raises RequestError for one that has ended."""
@@ -132,10 +137,10 @@ class Jobs:
             done.add(line.custom_id)
             batch.request_counts.completed, batch.request_counts.failed = counts.completed, counts.failed
 
-        add = self.files.adding
+        add, lifetime = self.files.adding, batch.output_lifetime
         with (
-            add(f"{batch.id}_output.jsonl", "batch_output") as (good, output),
-            add(f"{batch.id}_error.jsonl", "batch_output") as (bad, failures),
+            add(f"{batch.id}_output.jsonl", "batch_output", lifetime) as (good, output),
+            add(f"{batch.id}_error.jsonl", "batch_output", lifetime) as (bad, failures),
         ):
             status, code = "completed", ""
             try:

@@ -11,7 +11,7 @@ from toolkit.sentences import shown
 from toolkit.serving.errors import Json
 from toolkit.strict_json import strict_json
 
-ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
+ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
 MAX_LINES = 50_000
 """Requests of a batch, as OpenAI has it."""
 MAX_ERRORS = 100

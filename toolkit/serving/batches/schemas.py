@@ -3,6 +3,7 @@
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
+from pydantic.json_schema import SkipJsonSchema
 
 Status = Literal[
     "validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"
@@ -22,6 +23,7 @@ class FileObject(_Schema):
     filename: str
     purpose: Literal["batch", "batch_output"]
     status: Literal["processed"] = "processed"
+    expires_at: int | None = None
 
 
 class FileList(_Schema):
@@ -77,6 +79,12 @@ class BatchObject(_Schema):
     cancelled_at: int | None = None
     request_counts: RequestCounts = RequestCounts()
     metadata: dict[str, str] | None = None
+    output_lifetime: SkipJsonSchema[int | None] = None
+    """Seconds until its files expire, which OpenAI's object does not say."""
+
+
+KEPT_INSIDE = {"output_lifetime"}
+"""Fields of a batch that no response has."""
 
 
 class BatchList(_Schema):

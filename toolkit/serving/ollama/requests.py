@@ -13,6 +13,7 @@ from toolkit.sentences import shown
 from toolkit.serving.body import Body, one_or_several, short_together
 from toolkit.serving.conversation import Chat, ChatMessage, Image, merged, system_first
 from toolkit.serving.errors import Json
+from toolkit.serving.field_names import of_form
 from toolkit.serving.openai.requests import MAX_MESSAGES
 from toolkit.serving.openai.sampling import MAX_STOP_CHARACTERS, MAX_STOPS, MAX_TOP_LOGPROBS
 from toolkit.strict_json import strict_json
@@ -20,6 +21,8 @@ from toolkit.strict_json import strict_json
 MAX_TOOLS = 512
 MAX_IMAGES = 64
 EFFORTS = ("low", "medium", "high", "max")
+OTHER_OPTIONS = {"repeat_penalty": "repetition_penalty", "num_predict": "max_tokens"}
+"""Options that ``SamplingParams`` has under other names."""
 
 
 class OllamaPart(Body):
@@ -70,8 +73,7 @@ class OllamaOptions(OllamaPart):
 
     def sampling(self) -> Json:
         """Keyword arguments for ``SamplingParams``: what the request gave; the defaults live there."""
-        names = {"repeat_penalty": "repetition_penalty", "num_predict": "max_tokens"}
-        values = {names.get(name, name): getattr(self, name) for name in self.model_fields_set}
+        values = {OTHER_OPTIONS.get(name, name): getattr(self, name) for name in self.model_fields_set}
         if (values.get("max_tokens") or 0) < 0:
             del values["max_tokens"]
         return {name: value for name, value in values.items() if value not in (None, [])}
@@ -194,6 +196,12 @@ class OllamaRequest(Body):
         return form
 
     @property
+    def field_names(self) -> dict[str, str]:
+        """What this body calls fields that errors of the engine are about."""
+        options = {OTHER_OPTIONS.get(name, name): f"options.{name}" for name in OllamaOptions.model_fields}
+        return {**options, **of_form("format")}
+
+    @property
     def num_logprobs(self) -> int | None:
         """Alternatives at each token; None for no log-probabilities."""
         return self.top_logprobs if self.logprobs else None
@@ -220,6 +228,10 @@ class OllamaChatRequest(OllamaRequest):
 
     messages: list[OllamaMessage] = Field([], max_length=MAX_MESSAGES)
     tools: list[OllamaTool] = Field([], max_length=MAX_TOOLS)
+
+    @property
+    def field_names(self) -> dict[str, str]:
+        return {**super().field_names, "prompt": "messages"}
 
     def chat(self) -> Chat:
         """The chat."""
@@ -250,6 +262,10 @@ class OllamaGenerateRequest(OllamaRequest):
     system: str = ""
     images: list[str] = Field([], max_length=MAX_IMAGES)
     raw: bool = False
+
+    @property
+    def field_names(self) -> dict[str, str]:
+        return {**super().field_names, "messages": "prompt"}
 
     def chat(self) -> Chat:
         """The prompt as a chat."""

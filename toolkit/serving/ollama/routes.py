@@ -28,7 +28,6 @@ from toolkit.serving.ollama.requests import (
 )
 from toolkit.serving.ollama.responses import GenerateResponse, OllamaChatResponse, loaded
 from toolkit.serving.openapi import responses, takes
-from toolkit.serving.parsing import parse
 
 BODIES = (
     OllamaChatRequest, OllamaGenerateRequest, OllamaShowRequest, OllamaMessage, OllamaOptions, OllamaTool,
@@ -52,27 +51,25 @@ def add_routes(generation: Generation) -> None:
         if chat is None:
             parser = ReplyReading().parser("")
         else:
-            plan = generation.plan(prompt, chat.tools, chat.choice, given, chat.continued, form_field="format")
+            plan = generation.plan(prompt, chat.tools, chat.choice, given, chat.continued)
             given, parser = {**given, **plan.params}, plan.parser()
         if "max_tokens" in given and longest is not None:
             given["max_tokens"] = min(given["max_tokens"], max(1, longest - prompt_length(prompt)))
-        prompts, params = generation.sampling_params(given, [prompt], asked.num_logprobs, "format", max_tokens=None)
+        prompts, params = generation.sampling_params(given, [prompt], asked.num_logprobs, max_tokens=None)
         return Asked(prompts, params, asked.stream, writer(asked.model, texts, parser, asked.num_logprobs), LINES)
 
     def only_loaded(asked: OllamaRequest, content: Json) -> Response:
         generation.sampling_params(asked.sampling(), [], None)  # checks them
         return JSONResponse(loaded(asked.model, content))
 
-    def read_chat(raw: bytes) -> Asked | Response:
-        asked = parse(OllamaChatRequest, raw)
+    def read_chat(asked: OllamaChatRequest) -> Asked | Response:
         check_name(base, asked.model)
         if not asked.messages:
             return only_loaded(asked, {"message": {"role": "assistant", "content": ""}})
         chat = asked.chat()
         return planned(asked, chat, chat_prompt(texts, chat), [], OllamaChatResponse)
 
-    def read_generate(raw: bytes) -> Asked | Response:
-        asked = parse(OllamaGenerateRequest, raw)
+    def read_generate(asked: OllamaGenerateRequest) -> Asked | Response:
         check_name(base, asked.model)
         if not (asked.prompt or asked.suffix or asked.images or asked.raw):
             return only_loaded(asked, {"response": ""})
@@ -88,6 +85,9 @@ def add_routes(generation: Generation) -> None:
         given = await base.read(request, read)
         return given if isinstance(given, Response) else await generation.respond(request, given)
 
+    chat = generation.reader(OllamaChatRequest, read_chat)
+    generate = generation.reader(OllamaGenerateRequest, read_generate)
+
     @base.app.post(
         "/api/chat",
         dependencies=base.guarded,
@@ -95,7 +95,7 @@ def add_routes(generation: Generation) -> None:
         openapi_extra=takes(OllamaChatRequest),
     )
     async def ollama_chat(request: Request) -> Response:
-        return await respond(request, read_chat)
+        return await respond(request, chat)
 
     @base.app.post(
         "/api/generate",
@@ -104,4 +104,4 @@ def add_routes(generation: Generation) -> None:
         openapi_extra=takes(OllamaGenerateRequest),
     )
     async def ollama_generate(request: Request) -> Response:
-        return await respond(request, read_generate)
+        return await respond(request, generate)

@@ -6,7 +6,8 @@ from typing import Any
 from toolkit.chat.reply import CallArguments, CallBegin, ContentText, Event, OutputParser, ReasoningText, parse_reply
 from toolkit.engine import Completion, Delta
 from toolkit.serving.errors import Json
-from toolkit.serving.openai.responses import CompletionResponse, finite, top_of
+from toolkit.serving.logprobs import finite
+from toolkit.serving.openai.responses import CompletionResponse, top_of
 from toolkit.serving.reply_plan import ReplyPlan
 
 
@@ -44,6 +45,7 @@ class ChatResponse(CompletionResponse):
             "finish_reason": _finish_reason(completion, bool(reply.calls)),
             "stop_reason": completion.stop_reason,
             **self.token_ids(completion, None),
+            **self.sampling_logprobs(completion),
         }
 
     def deltas(self, index: int, delta: Delta) -> list[Json]:
@@ -53,12 +55,15 @@ class ChatResponse(CompletionResponse):
             events = [*events, *parser.finish()]
             del self._parsers[index]
         changes = list(self._changes(index, events))
-        tokens_shown = self.top is not None or self.asked.return_token_ids
-        if not changes and tokens_shown and delta.token_ids:
+        if not changes and self.shows_tokens and delta.token_ids:
             changes = [{"content": ""}]
         chunks = [_chat_delta(index, change) for change in changes]
         if chunks:  # tokens stand beside the first of what they changed
-            chunks[0] |= {"logprobs": self.logprobs(delta), **self.token_ids(delta, None)}
+            chunks[0] |= {
+                "logprobs": self.logprobs(delta),
+                **self.token_ids(delta, None),
+                **self.sampling_logprobs(delta),
+            }
         if delta.finished:
             ending = {
                 "finish_reason": _finish_reason(delta.finished, index in self._called),

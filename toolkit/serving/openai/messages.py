@@ -38,7 +38,14 @@ class ImagePart(Body):
         return {"url": given} if isinstance(given, str) else given
 
 
-Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+class DeclinedPart(Body):
+    """A part of an assistant's content: what it said instead of doing what was asked; text to the model."""
+
+    type: Literal["refusal"]
+    text: str = Field(alias="refusal")
+
+
+Part = Annotated[TextPart | ImagePart | DeclinedPart, Field(discriminator="type")]
 
 
 class MessageFunction(Body):
@@ -111,6 +118,10 @@ class Message(Body):
             if wrong is not None:
                 field = "refusal" if wrong == "declined" else wrong
                 raise ValueError(f"'{field}' must be in a message of the role '{role[0]}', got '{self.role}'.")
+        if self.role != "assistant":
+            declined = next((part.type for part in self.content or () if isinstance(part, DeclinedPart)), None)
+            if declined is not None:
+                raise ValueError(f"'{declined}' must be in a message of the role 'assistant', got '{self.role}'.")
         return self
 
     @property
@@ -121,7 +132,7 @@ class Message(Body):
     @property
     def text(self) -> str:
         """Its text parts, joined."""
-        return "".join(part.text for part in self.content or () if isinstance(part, TextPart))
+        return "".join(part.text for part in self.content or () if not isinstance(part, ImagePart))
 
     @property
     def num_characters(self) -> int:
@@ -138,10 +149,10 @@ class Message(Body):
         """The message as chat templates read it: its text parts joined, or all parts where some are images."""
         content: Any = self.declined or None
         if self.content is not None:
-            content = self.text or self.declined
+            content = self.text + self.declined
         if self.images:
             content = [
-                {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": "image"}
+                {"type": "image"} if isinstance(part, ImagePart) else {"type": "text", "text": part.text}
                 for part in self.content or ()
             ]
         calls = [*self.tool_calls]

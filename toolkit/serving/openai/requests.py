@@ -138,6 +138,11 @@ class ChatRequest(Conversation, Sampling):
         """Among the tools."""
         return checked_choice(self.tools, self.tool_choice, self.parallel_tool_calls)
 
+    @property
+    def field_names(self) -> dict[str, str]:
+        limit = {"max_tokens": "max_completion_tokens"} if self.max_completion_tokens is not None else {}
+        return {**super().field_names, "prompt": "messages", **limit}
+
     def sampling(self) -> dict[str, Any]:
         values = super().sampling()
         if self.max_completion_tokens is not None:

@@ -12,6 +12,7 @@ from toolkit.engine import Completion, Delta
 from toolkit.engine.prompt_logprobs import ranked
 from toolkit.serving.errors import Json, RequestError, error_body
 from toolkit.serving.generation import Usage
+from toolkit.serving.logprobs import finite
 from toolkit.serving.openai.completion_prompts import Echo
 from toolkit.serving.openai.sampling import Sampling
 from toolkit.serving.texts import Texts
@@ -111,6 +112,8 @@ class CompletionResponse:
         count = 0
         if self.top is not None:
             count += (1 + self.top) * sum(len(one.token_ids) for one in finished)
+        if self.asked.return_sampling_logprobs:
+            count += sum(len(one.token_ids) for one in finished)
         if self.asked.prompt_count is not None:
             count += (1 + self.asked.prompt_count) * sum(len(one.prompt_token_ids) for one in finished)
         return count
@@ -194,14 +197,14 @@ class CompletionResponse:
             "stop_reason": completion.stop_reason,
             **self.prompt_logprobs(completion),
             **self.token_ids(completion, completion.prompt_token_ids),
+            **self.sampling_logprobs(completion),
         }
 
     def deltas(self, index: int, delta: Delta) -> list[Json]:
         """What a delta adds to a choice of a stream; nothing while its text is held back."""
         done, echo = delta.finished, self._echo(index)
         begins = index not in self._begun
-        tokens_shown = self.top is not None or self.asked.return_token_ids
-        if not (delta.text or done or (tokens_shown and delta.token_ids) or (begins and echo is not None)):
+        if not (delta.text or done or (self.shows_tokens and delta.token_ids) or (begins and echo is not None)):
             return []
         self._begun.add(index)
         logprobs = self.logprobs(delta)
@@ -215,6 +218,7 @@ class CompletionResponse:
                 "finish_reason": done.finish_reason if done else None,
                 **({"stop_reason": done.stop_reason} if done else {}),
                 **self.token_ids(delta, self.prompts[index // self.asked.n] if begins else None),
+                **self.sampling_logprobs(delta),
             }
         ]
 
@@ -223,6 +227,17 @@ class CompletionResponse:
         if not self.asked.return_token_ids:
             return {}
         return {**({} if prompt is None else {"prompt_token_ids": list(prompt)}), "token_ids": tokens.token_ids}
+
+    @property
+    def shows_tokens(self) -> bool:
+        """Whether a chunk says something of tokens whose text is held back."""
+        return self.top is not None or self.asked.return_token_ids or self.asked.return_sampling_logprobs
+
+    def sampling_logprobs(self, tokens: Completion | Delta) -> Json:
+        """Log-probabilities under what the tokens were sampled from, where they are asked for."""
+        if not self.asked.return_sampling_logprobs:
+            return {}
+        return {"sampling_logprobs": list(map(finite, tokens.sampling_logprobs))}
 
     def name(self, token: int) -> str:
         """A token as log-probabilities name it."""
@@ -319,8 +334,3 @@ def _shifted(logprobs: Json | None, by: int) -> Json | None:
 
 def top_of(tops: Sequence[dict[int, float]] | None, at: int, most: int) -> list[tuple[int, float]]:
     return [(token, finite(value)) for token, value in tops[at].items()][:most] if tops and most else []
-
-
-def finite(logprob: float) -> float:
-    """JSON has neither infinities nor NaN; the API writes the impossible as -9999."""
-    return max(-9999.0, logprob)  # in this order NaN is -9999 too

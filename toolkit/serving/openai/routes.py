@@ -11,7 +11,14 @@ from toolkit.serving.openai.chat_response import ChatResponse
 from toolkit.serving.openai.completion_prompts import read_echoes, read_prompts
 from toolkit.serving.openai.completion_request import CompletionRequest
 from toolkit.serving.openai.forms import JsonSchemaFormat, Prediction, ResponseFormat, StructuredOutputs, TextPart
-from toolkit.serving.openai.messages import ImagePart, ImageUrl, Message, MessageFunction, MessageToolCall
+from toolkit.serving.openai.messages import (
+    DeclinedPart,
+    ImagePart,
+    ImageUrl,
+    Message,
+    MessageFunction,
+    MessageToolCall,
+)
 from toolkit.serving.openai.requests import ChatRequest
 from toolkit.serving.openai.responses import CompletionResponse
 from toolkit.serving.openai.sampling import Sampling, StreamOptions
@@ -24,10 +31,9 @@ from toolkit.serving.openai.tools import (
     ToolSpec,
 )
 from toolkit.serving.openapi import responses, takes
-from toolkit.serving.parsing import parse
 
 BODIES = (
-    CompletionRequest, ChatRequest, StreamOptions, Message, TextPart, ImagePart, ImageUrl, ResponseFormat,
+    CompletionRequest, ChatRequest, StreamOptions, Message, TextPart, DeclinedPart, ImagePart, ImageUrl, ResponseFormat,
     JsonSchemaFormat, StructuredOutputs, Prediction, MessageToolCall, MessageFunction, ToolSpec, FunctionSpec,
     ToolChoiceObject, NamedFunction, NamedTool, AllowedTools,
 )  # fmt: skip
@@ -42,8 +48,7 @@ def add_routes(generation: Generation) -> None:
         predicted = texts.prediction(asked.prediction.text) if asked.prediction is not None else None
         return {**asked.sampling(), **({"predicted_token_ids": predicted} if predicted else {})}
 
-    def read_completion(raw: bytes) -> Asked:
-        asked = parse(CompletionRequest, raw)
+    def read_completion(asked: CompletionRequest) -> Asked:
         served = base.check_model(asked.model)
         check_num_sequences(len(asked.prompt) * asked.candidates, engine.max_queued_seqs)
         read, ends = read_prompts(texts, asked)
@@ -51,13 +56,12 @@ def add_routes(generation: Generation) -> None:
         sampling = with_prediction(asked) | served.sampling
         if ends:
             sampling["stop_token_ids"] = [*asked.stop_token_ids, *ends]
-        prompts, params = generation.sampling_params(sampling, read, asked.logprobs, asked.form_field)
+        prompts, params = generation.sampling_params(sampling, read, asked.logprobs)
         echoes = read_echoes(texts, asked, prompts)
         writer = CompletionResponse(served.name, texts, asked, asked.logprobs, prompts, generation.fingerprint, echoes)
         return Asked(prompts, params, asked.stream, writer)
 
-    def read_chat(raw: bytes) -> Asked:
-        asked = parse(ChatRequest, raw)
+    def read_chat(asked: ChatRequest) -> Asked:
         served = base.check_model(asked.model)
         check_num_sequences(asked.n, engine.max_queued_seqs)
         given, tools, choice = with_prediction(asked), asked.read_tools(), asked.choice
@@ -68,10 +72,10 @@ def add_routes(generation: Generation) -> None:
             **asked.template_options(),
         )
         continued = asked.messages[-1].text if asked.continue_final_message else ""
-        plan = generation.plan(read, tools, choice, given, continued, form_field=asked.form_field)
+        plan = generation.plan(read, tools, choice, given, continued)
         top = (asked.top_logprobs or 0) if asked.logprobs else None
         sampling = {**given, **plan.params, **served.sampling}
-        prompts, params = generation.sampling_params(sampling, [read], top, asked.form_field, max_tokens=None)
+        prompts, params = generation.sampling_params(sampling, [read], top, max_tokens=None)
         writer = ChatResponse(
             served.name, texts, asked, top, prompts, generation.fingerprint, plan=plan,
             shows_reasoning=asked.include_reasoning,
@@ -80,6 +84,9 @@ def add_routes(generation: Generation) -> None:
             writer.head["service_tier"] = "default"
         return Asked(prompts, params, asked.stream, writer)
 
+    completion = generation.reader(CompletionRequest, read_completion)
+    chat = generation.reader(ChatRequest, read_chat)
+
     @base.app.post(
         "/v1/completions",
         dependencies=base.guarded,
@@ -87,7 +94,7 @@ def add_routes(generation: Generation) -> None:
         openapi_extra=takes(CompletionRequest),
     )
     async def completions(request: Request) -> Response:
-        return await generation.respond(request, await base.read(request, read_completion))
+        return await generation.respond(request, await base.read(request, completion))
 
     @base.app.post(
         "/v1/chat/completions",
@@ -95,5 +102,5 @@ def add_routes(generation: Generation) -> None:
         responses=responses(schemas.ChatCompletionObject, stream=True),
         openapi_extra=takes(ChatRequest),
     )
-    async def chat(request: Request) -> Response:
-        return await generation.respond(request, await base.read(request, read_chat))
+    async def chat_completions(request: Request) -> Response:
+        return await generation.respond(request, await base.read(request, chat))

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from pydantic import Field, field_validator, model_validator
 
 from toolkit.serving.body import Body, one_or_several, short_together
+from toolkit.serving.field_names import of_form
 from toolkit.serving.openai.forms import Prediction, ResponseFormat, StructuredOutputs
 from toolkit.serving.openai.vllm_fields import VllmFields
 
@@ -75,8 +76,8 @@ class StreamOptions(Body):
 
 
 NOT_SAMPLING = {
-    "model", "prediction", "response_format", "return_token_ids", "return_tokens_as_token_ids", "stream",
-    "stream_options",
+    "model", "prediction", "response_format", "return_sampling_logprobs", "return_token_ids",
+    "return_tokens_as_token_ids", "stream", "stream_options",
 }  # fmt: skip
 """Fields of ``Sampling`` that ``SamplingParams`` does not have."""
 
@@ -93,6 +94,8 @@ class Sampling(VllmFields):
         prediction: what the output is expected to be.
         return_token_ids: token ids of prompt and completion in the response.
         return_tokens_as_token_ids: log-probabilities name tokens ``token_id:123``.
+        return_sampling_logprobs: choices have ``sampling_logprobs``: one per token, under the distribution that it was
+            sampled from, after penalties, masks of ``structured_outputs``, temperature and filters (0 for greedy).
     """
 
     ignored: ClassVar[tuple[str, ...]] = IGNORED
@@ -129,6 +132,7 @@ class Sampling(VllmFields):
     prediction: Prediction | None = None
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
+    return_sampling_logprobs: bool = False
 
     @field_validator("stop", mode="before", json_schema_input_type=str | list[str])
     @classmethod
@@ -159,11 +163,12 @@ class Sampling(VllmFields):
         return self
 
     @property
-    def form_field(self) -> str:
-        """The field that says the form of the output."""
-        asked = self.response_format
-        schema = asked is not None and asked.type == "json_schema"
-        return "response_format.json_schema.schema" if schema else "response_format" if asked else "structured_outputs"
+    def field_names(self) -> dict[str, str]:
+        """What this body calls fields that errors of the engine are about."""
+        if self.response_format is None:
+            return {}
+        schema = self.response_format.type == "json_schema"
+        return of_form("response_format.json_schema.schema" if schema else "response_format")
 
     def sampling(self) -> dict[str, Any]:
         """Keyword arguments for ``SamplingParams``: what the request gave; the defaults live there."""

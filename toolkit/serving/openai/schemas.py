@@ -50,6 +50,7 @@ class Choice(_Schema):
     prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = None
     prompt_token_ids: list[int] | None = None
     token_ids: list[int] | None = None
+    sampling_logprobs: list[float] | None = None
 
 
 class CompletionObject(_Schema):
@@ -104,6 +105,7 @@ class ChatChoice(_Schema):
     finish_reason: FinishReason | Literal["tool_calls"]
     stop_reason: int | str | None
     token_ids: list[int] | None = None
+    sampling_logprobs: list[float] | None = None
 
 
 class ChatCompletionObject(_Schema):

@@ -15,7 +15,13 @@ MAX_PROMPT_LOGPROBS = 20
 
 
 class VllmFields(Body):
-    """Fields of ``SamplingParams`` under its names; ``logit_bias``, whose keys are text in JSON, is OpenAI's too."""
+    """Fields of ``SamplingParams`` under its names; ``logit_bias``, whose keys are text in JSON, is OpenAI's too.
+
+    Args:
+        prompt_logprobs: also return the log-probability of each token of the prompt and this many of the most probable
+            ones, under the model's own distribution; the prompt is computed whole, with no cached prefix. Not with
+            ``stream``.
+    """
 
     logit_bias: dict[int, float] = Field({})
     allowed_token_ids: list[int] | None = Field(None, min_length=1, max_length=MAX_TOKEN_IDS)

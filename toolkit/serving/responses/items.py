@@ -34,6 +34,13 @@ class OutputText(ItemPart):
     text: str
 
 
+class DeclinedText(ItemPart):
+    """What an earlier reply said instead of doing what was asked; text to the model."""
+
+    type: Literal["refusal"]
+    text: str = Field(alias="refusal")
+
+
 class InputImage(ItemPart):
     """An image behind a data URL, or behind a ``file://`` URL where the server allows local files."""
 
@@ -41,7 +48,7 @@ class InputImage(ItemPart):
     image_url: str
 
 
-InputPart = Annotated[InputText | OutputText | InputImage, Field(discriminator="type")]
+InputPart = Annotated[InputText | OutputText | DeclinedText | InputImage, Field(discriminator="type")]
 
 
 def as_parts(field: str, content: Any) -> Any:

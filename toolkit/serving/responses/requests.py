@@ -13,6 +13,7 @@ from toolkit.sentences import shown
 from toolkit.serving.body import Body, one_or_several, short_together
 from toolkit.serving.conversation import Chat, ChatMessage, check_results, merged, system_first
 from toolkit.serving.errors import Json
+from toolkit.serving.field_names import of_form
 from toolkit.serving.openai.requests import MAX_MESSAGES
 from toolkit.serving.openai.sampling import MAX_STOP_CHARACTERS, MAX_STOPS, MAX_TOP_LOGPROBS
 from toolkit.serving.responses.items import InputItem, ItemPart
@@ -58,8 +59,8 @@ NOT_OFFERED: dict[str, tuple[Any, ...]] = {
 }
 """Fields of the API that are not offered, each with the values that ask for nothing."""
 SAMPLED = {
-    "frequency_penalty", "ignore_eos", "min_p", "presence_penalty", "repetition_penalty", "seed", "stop", "temperature",
-    "top_k", "top_p",
+    "frequency_penalty", "ignore_eos", "min_p", "presence_penalty", "priority", "repetition_penalty", "seed", "stop",
+    "temperature", "top_k", "top_p",
 }  # fmt: skip
 """Fields that keep their names in ``SamplingParams``; all but ``temperature`` and ``top_p`` are vLLM's extras."""
 NOT_STORED = ("background", "conversation", "previous_response_id", "prompt")
@@ -221,6 +222,7 @@ class ResponsesRequest(Body):
     ignore_eos: bool = False
     min_p: float = 0.0
     presence_penalty: float = 0.0
+    priority: int = 0
     repetition_penalty: float = 1.0
     seed: int | None = None
     stop: list[str] = Field([], max_length=MAX_STOPS)
@@ -285,6 +287,13 @@ class ResponsesRequest(Body):
         if wrong is not None:
             raise ValueError(f"'tool_choice' must name some of 'tools', got {shown(wrong)}.")
         return self
+
+    @property
+    def field_names(self) -> dict[str, str]:
+        """What this body calls fields that errors of the engine are about."""
+        form = self.text.format if self.text is not None else None
+        field = "text.format.schema" if form is not None and form.type == "json_schema" else "text.format"
+        return {**of_form(field), "max_tokens": "max_output_tokens", "messages": "input", "prompt": "input"}
 
     @property
     def num_logprobs(self) -> int | None:

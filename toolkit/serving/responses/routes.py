@@ -5,9 +5,9 @@ from fastapi import Request, Response
 from toolkit.serving.chat_prompts import chat_prompt, shortened_prompt
 from toolkit.serving.generation import Asked, Generation
 from toolkit.serving.openapi import responses, takes
-from toolkit.serving.parsing import parse
 from toolkit.serving.responses import schemas
 from toolkit.serving.responses.items import (
+    DeclinedText,
     FunctionCallItem,
     FunctionCallOutputItem,
     InputImage,
@@ -30,11 +30,10 @@ from toolkit.serving.responses.writer import ResponsesWriter
 
 BODIES = (
     ResponsesRequest, MessageItem, FunctionCallItem, FunctionCallOutputItem, ReasoningItem, ReasoningText, InputText,
-    OutputText, InputImage, FunctionTool, AllowedTool, ResponsesToolChoice, TextFormat, TextConfig, Reasoning,
+    OutputText, DeclinedText, InputImage, FunctionTool, AllowedTool, ResponsesToolChoice, TextFormat, TextConfig,
+    Reasoning,
 )  # fmt: skip
 """Of requests, and what they are made of."""
-FORMAT = "text.format.schema"
-"""The field that says the form of the output."""
 
 
 def add_routes(generation: Generation) -> None:
@@ -42,19 +41,20 @@ def add_routes(generation: Generation) -> None:
     base, texts = generation.base, generation.texts
     longest = generation.config.max_model_len
 
-    def read(raw: bytes) -> Asked:
-        asked = parse(ResponsesRequest, raw)
+    def read(asked: ResponsesRequest) -> Asked:
         served = base.check_model(asked.model)
         chat, given = asked.chat(), asked.sampling()
         if asked.truncation == "auto" and longest is not None:
             prompt = shortened_prompt(texts, chat, longest - (asked.max_output_tokens or 1))
         else:
             prompt = chat_prompt(texts, chat)
-        plan = generation.plan(prompt, chat.tools, chat.choice, given, chat.continued, form_field=FORMAT)
+        plan = generation.plan(prompt, chat.tools, chat.choice, given, chat.continued)
         given |= plan.params | served.sampling
-        prompts, params = generation.sampling_params(given, [prompt], asked.num_logprobs, FORMAT, max_tokens=None)
+        prompts, params = generation.sampling_params(given, [prompt], asked.num_logprobs, max_tokens=None)
         writer = ResponsesWriter(served.name, texts, asked, params[0], plan.parser())
         return Asked(prompts, params, asked.stream, writer, ids=(writer.head["id"],))
+
+    read_body = generation.reader(ResponsesRequest, read)
 
     @base.app.post(
         "/v1/responses",
@@ -63,4 +63,4 @@ def add_routes(generation: Generation) -> None:
         openapi_extra=takes(ResponsesRequest),
     )
     async def create_response(request: Request) -> Response:
-        return await generation.respond(request, await base.read(request, read))
+        return await generation.respond(request, await base.read(request, read_body))

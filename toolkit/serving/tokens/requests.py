@@ -7,7 +7,10 @@ from pydantic import Field, model_validator
 from toolkit.serving.body import Body
 from toolkit.serving.openai.sampling import MAX_TOP_LOGPROBS, Sampling, StreamOptions
 
-_ELSEWHERE = ("model", "stream", "stream_options", "prediction", "return_token_ids", "return_tokens_as_token_ids")
+_ELSEWHERE = (
+    "model", "stream", "stream_options", "prediction", "return_sampling_logprobs", "return_token_ids",
+    "return_tokens_as_token_ids",
+)  # fmt: skip
 
 
 class TokenSampling(Sampling):
@@ -46,6 +49,7 @@ class GenerateRequest(Body):
         stream_options: token counts in the stream.
         cache_salt: as in ``SamplingParams``.
         priority: as in ``SamplingParams``.
+        return_sampling_logprobs: as in ``/v1/completions``.
     """
 
     token_ids: Annotated[list[int], Field(min_length=1)]
@@ -56,6 +60,7 @@ class GenerateRequest(Body):
     stream_options: StreamOptions | None = None
     cache_salt: str | None = Field(None, min_length=1, max_length=1024)
     priority: int | None = None
+    return_sampling_logprobs: bool = False
 
     @model_validator(mode="after")
     def _consistent(self) -> "GenerateRequest":
@@ -64,6 +69,16 @@ class GenerateRequest(Body):
         if self.stream and self.sampling_params.prompt_logprobs is not None:
             raise ValueError("'sampling_params.prompt_logprobs' is given, but 'stream' is true.")
         return self
+
+    @property
+    def field_names(self) -> dict[str, str]:
+        """What this body calls fields that errors of the engine are about."""
+        inside = {
+            name: name for name in TokenSampling.model_fields if name not in _ELSEWHERE
+        } | self.sampling_params.field_names
+        names = {name: f"sampling_params.{own}" for name, own in inside.items()}
+        own = {name: name for name in ("cache_salt", "priority") if getattr(self, name) is not None}
+        return {**names, **own, "prompt": "token_ids"}
 
     def sampling(self) -> dict[str, Any]:
         """Keyword arguments for ``SamplingParams``."""

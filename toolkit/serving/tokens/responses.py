@@ -10,6 +10,7 @@ from toolkit.engine import Completion, Delta
 from toolkit.engine.prompt_logprobs import ranked
 from toolkit.serving.errors import Json, RequestError, error_body
 from toolkit.serving.generation import Usage
+from toolkit.serving.logprobs import finite
 from toolkit.serving.openai.responses import END_OF_STREAM, event, json_parts, total_usage
 from toolkit.serving.openai.schemas import ChatLogprobs
 from toolkit.serving.openai.schemas import Usage as UsageSchema
@@ -35,6 +36,7 @@ class GenerateChoice(_Schema):
     finish_reason: str
     stop_reason: int | str | None
     weight_versions: list[int]
+    sampling_logprobs: list[float] | None = None
 
 
 class GenerateObject(_Schema):
@@ -90,6 +92,7 @@ class GenerateResponse:
             "finish_reason": _REASONS.get(reason, reason),
             "stop_reason": completion.stop_reason,
             "weight_versions": completion.weight_versions,
+            **self._sampling_logprobs(completion),
         }
 
     def opening(self, used: Usage) -> Iterator[str]:
@@ -104,6 +107,7 @@ class GenerateResponse:
             None if delta.finished is None else _REASONS.get(delta.finished.finish_reason, delta.finished.finish_reason)
         )
         choice: dict[str, Any] = {"index": index, "token_ids": delta.token_ids, "logprobs": self._logprobs(delta)}
+        choice |= self._sampling_logprobs(delta)
         choice |= {"finish_reason": reason, "stop_reason": delta.finished.stop_reason if delta.finished else None}
         if delta.finished is not None:
             choice["weight_versions"] = delta.finished.weight_versions
@@ -120,6 +124,11 @@ class GenerateResponse:
     def error(self, error: RequestError) -> str:
         """The last event of a stream that fails."""
         return event(error_body(str(error), error.status, error.param, error.code))
+
+    def _sampling_logprobs(self, tokens: Completion | Delta) -> Json:
+        if not self._asked.return_sampling_logprobs:
+            return {}
+        return {"sampling_logprobs": list(map(finite, tokens.sampling_logprobs))}
 
     def _logprobs(self, tokens: Completion | Delta) -> Json | None:
         if self._top is None:
@@ -138,7 +147,7 @@ class GenerateResponse:
             None
             if values is None
             else {
-                str(token): {"logprob": max(-9999.0, value), "rank": rank}
+                str(token): {"logprob": finite(value), "rank": rank}
                 for token, value, rank in ranked(values, self._prompt_top)
             }
             for values in completion.prompt_logprobs
@@ -146,4 +155,4 @@ class GenerateResponse:
 
 
 def _entry(token: int, logprob: float) -> Json:
-    return {"token": f"token_id:{token}", "logprob": max(-9999.0, logprob), "bytes": None}
+    return {"token": f"token_id:{token}", "logprob": finite(logprob), "bytes": None}
