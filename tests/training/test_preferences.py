@@ -54,6 +54,7 @@ FORMULAS: dict[str, Callable[[float, float, float, float], float]] = {
         (-(1 - SMOOTHING) * math.log(s(BETA * (c - r))) + SMOOTHING * math.log(s(-BETA * (c - r))))
         / (1 - 2 * SMOOTHING)
     ),
+    "bco_pair": lambda c, r, mc, mr: -math.log(s(BETA * c)) - math.log(s(-BETA * r)),
     "sppo_hard": lambda c, r, mc, mr: (c - 0.5 / BETA) ** 2 + (r + 0.5 / BETA) ** 2,
     "apo_zero": lambda c, r, mc, mr: 1 - s(BETA * c) + s(BETA * r),
     "apo_down": lambda c, r, mc, mr: s(BETA * c) + 1 - s(BETA * (c - r)),
@@ -62,7 +63,7 @@ FORMULAS: dict[str, Callable[[float, float, float, float], float]] = {
 WITHOUT: dict[str, Callable[[float, float, float, float], float]] = {
     "sigmoid": FORMULAS["sigmoid"],
     "hinge": FORMULAS["hinge"],
-    "ipo": lambda c, r, mc, mr: ((c - r) - 1 / (2 * BETA)) ** 2,
+    "ipo": FORMULAS["ipo"],
     "simpo": lambda c, r, mc, mr: smoothed(BETA * (mc - mr) - GAMMA),
 }
 
@@ -98,10 +99,31 @@ def check(ours: Tensor, formula: Callable[[float, float, float, float], float], 
             assert gradient[at].item() == pytest.approx((moved[0] - moved[1]) / (2 * step), rel=2e-5, abs=1e-8)
 
 
-@pytest.mark.parametrize("name", WITH_REFERENCE)
+SORTED = {"aot", "aot_unpaired"}
+
+
+@pytest.mark.parametrize("name", [name for name in WITH_REFERENCE if name not in SORTED])
 def test_losses_with_a_reference(name: str) -> None:
     given = scores(reference=True)
     check(WITH_REFERENCE[name](given, Settings(BETA, SMOOTHING, TAU)), FORMULAS[name], given)
+
+
+@pytest.mark.parametrize("name", sorted(SORTED))
+def test_losses_of_sorted_pairs(name: str) -> None:
+    given = scores(reference=True)
+    chosen, rejected, one, other = (column.tolist() for column in given[:4])
+    if name == "aot":
+        first, second = zip(*((c - r, a - b) for c, r, a, b in zip(chosen, rejected, one, other)))
+    else:
+        first, second = zip(*((c - a, r - b) for c, r, a, b in zip(chosen, rejected, one, other)))
+    exact = [smoothed(BETA * (x - y)) for x, y in zip(sorted(first), sorted(second))]
+    ours = WITH_REFERENCE[name](given, Settings(BETA, SMOOTHING))
+    assert ours.tolist() == pytest.approx(exact, rel=1e-9)
+    slopes = dict(zip(sorted(first), ((y - x) for x, y in zip(sorted(first), sorted(second)))))
+    (gradient,) = torch.autograd.grad(ours.sum(), [given.chosen])
+    for at, value in enumerate(first):  # of a value by its place in the order
+        x = -BETA * slopes[value]
+        assert gradient[at].item() == pytest.approx(BETA * (SMOOTHING * s(x) - (1 - SMOOTHING) * s(-x)), rel=1e-9)
 
 
 @pytest.mark.parametrize("name", WITHOUT_REFERENCE)
@@ -121,23 +143,19 @@ def summed(model: Any, prompt: list[int], completion: list[int]) -> float:
     return float(dense_logprobs(model, prompt + completion)[-len(completion) :].sum().detach())
 
 
-# Of r(chosen), its mean, r(rejected), its mean, and the chosen completion's cross-entropy.
-OfPair = Callable[[float, float, float, float, float], float]
-CASES: list[tuple[str, dict[str, Any], OfPair]] = [
-    ("dpo", {"loss_type": "ipo", "sft_weight": 0.25}, lambda c, mc, r, mr, nll: (mc - mr - 1) ** 2 + 0.25 * nll),
-    (
-        "cpo",
-        {"loss_type": "simpo", "cpo_alpha": 0.0},
-        lambda c, mc, r, mr, nll: -math.log(s(0.5 * (mc - mr) - 0.5)),
-    ),
-    ("cpo", {}, lambda c, mc, r, mr, nll: -math.log(s(0.5 * (c - r))) + nll),
-    ("orpo", {}, lambda c, mc, r, mr, nll: -0.5 * math.log(s(odds(mc) - odds(mr))) + nll),
+# Of r(chosen), its mean, r(rejected) and its mean; the weight of the chosen completions' cross-entropy is beside it.
+OfPair = Callable[[float, float, float, float], float]
+CASES: list[tuple[str, dict[str, Any], OfPair, float]] = [
+    ("dpo", {"loss_type": "ipo", "sft_weight": 0.25}, lambda c, mc, r, mr: (mc - mr - 1) ** 2, 0.25),
+    ("cpo", {"loss_type": "simpo", "cpo_alpha": 0.0}, lambda c, mc, r, mr: -math.log(s(0.5 * (mc - mr) - 0.5)), 0.0),
+    ("cpo", {}, lambda c, mc, r, mr: -math.log(s(0.5 * (c - r))), 1.0),
+    ("orpo", {}, lambda c, mc, r, mr: -0.5 * math.log(s(odds(mc) - odds(mr))) - mc, 0.0),
 ]
 
 
-@pytest.mark.parametrize(("kind", "fields", "of_pair"), CASES)
+@pytest.mark.parametrize(("kind", "fields", "of_pair", "weight"), CASES)
 def test_a_run_has_the_loss_of_the_definition(
-    kind: str, fields: dict[str, Any], of_pair: OfPair, tmp_path: Path
+    kind: str, fields: dict[str, Any], of_pair: OfPair, weight: float, tmp_path: Path
 ) -> None:
     recipe = objective_recipe(
         tmp_path, kind, {"pairs": 5, "beta": 0.5, **fields}, model={"dtype": "float64"}, train={"batch_tokens": 64}
@@ -152,20 +170,19 @@ def test_a_run_has_the_loss_of_the_definition(
     micros = next(objective.updates(0))
     assert len(micros) > 1
     loss = torch.stack([objective.loss(trainer.forward, micro) for micro in micros]).detach().sum()
-    exact = []
+    exact, supervised, counted = [], 0.0, 0
     for pair in (pair for micro in micros for pair in micro if pair.weight):
         ratios: list[float] = []
-        supervised = 0.0
         for tokens in (pair.chosen, pair.rejected):
             own = summed(trainer.hf_model, pair.prompt, tokens)
             reference = 0.0
             if objective.reference is not None:
                 reference = summed(objective.reference.model, pair.prompt, tokens)
             ratios += [own - reference, (own - reference) / len(tokens)]
-            supervised = supervised or -own / len(tokens)
-        c, mc, r, mr = ratios
-        exact.append(of_pair(c, mc, r, mr, supervised))
-    assert float(loss) == pytest.approx(sum(exact) / len(exact), rel=1e-6)
+            if tokens is pair.chosen:
+                supervised, counted = supervised - own, counted + len(tokens)
+        exact.append(of_pair(*ratios))
+    assert float(loss) == pytest.approx(sum(exact) / len(exact) + weight * supervised / counted, rel=1e-6)
 
 
 @pytest.mark.parametrize(("kind", "fields"), [("cpo", {"loss_type": "simpo", "beta": 2.0}), ("orpo", {})])

@@ -90,6 +90,27 @@ def nca_pair(scores: Scores, settings: Settings) -> Tensor:
     return -F.logsigmoid(chosen) - 0.5 * (F.logsigmoid(-chosen) + F.logsigmoid(-rejected))
 
 
+def bco_pair(scores: Scores, settings: Settings) -> Tensor:
+    """``-log s(beta r_c) - log s(-beta r_r)``: binary classifier optimisation (Jung et al., 2024), of a pair."""
+    return -F.logsigmoid(settings.beta * scores.chosen_ratio) - F.logsigmoid(-settings.beta * scores.rejected_ratio)
+
+
+def aot(scores: Scores, settings: Settings) -> Tensor:
+    """``sigmoid`` of sorted margins less the reference's sorted margins: AOT (Melnyk et al., 2024).
+
+    Sorted are the pairs of one call.
+    """
+    margins = (scores.chosen - scores.rejected).sort().values
+    reference = (scores.chosen_reference - scores.rejected_reference).sort().values
+    return _smoothed(settings.beta * (margins - reference), settings.label_smoothing)
+
+
+def aot_unpaired(scores: Scores, settings: Settings) -> Tensor:
+    """``sigmoid`` of sorted r_c less sorted r_r: AOT (Melnyk et al., 2024), for completions that are no pairs."""
+    delta = scores.chosen_ratio.sort().values - scores.rejected_ratio.sort().values
+    return _smoothed(settings.beta * delta, settings.label_smoothing)
+
+
 def robust(scores: Scores, settings: Settings) -> Tensor:
     """``(-(1 - e) log s(beta d) + e log s(-beta d)) / (1 - 2 e)``: Chowdhury et al. (2024); e < 1/2."""
     logits, smoothing = settings.beta * scores.margin, settings.label_smoothing
@@ -124,11 +145,6 @@ def simpo(scores: Scores, settings: Settings) -> Tensor:
     return _smoothed(settings.beta * scores.mean_margin - settings.simpo_gamma, settings.label_smoothing)
 
 
-def plain_ipo(scores: Scores, settings: Settings) -> Tensor:
-    """``(d - 1 / (2 beta))^2`` of sums."""
-    return (scores.margin - 1 / (2 * settings.beta)).square()
-
-
 def odds_ratio(scores: Scores, settings: Settings) -> Tensor:
     """``-beta log s(log odds(chosen) - log odds(rejected))``: ORPO (Hong et al., 2024).
 
@@ -147,11 +163,12 @@ def _log_of_rest(logprob: Tensor) -> Tensor:
 WITH_REFERENCE: Mapping[str, PreferenceLoss] = {
     one.__name__: one
     for one in (
-        sigmoid, sigmoid_norm, hinge, ipo, exo_pair, nca_pair, robust, sppo_hard, apo_zero, apo_down, discopop,
+        sigmoid, sigmoid_norm, hinge, ipo, exo_pair, nca_pair, robust, bco_pair, sppo_hard, aot, aot_unpaired, apo_zero,
+        apo_down, discopop,
     )
 }  # fmt: skip
-"""``loss_type`` of ``dpo``. TRL's ``aot`` and ``aot_unpaired``, which sort a whole batch, are left out."""
+"""``loss_type`` of ``dpo``."""
 WITHOUT_REFERENCE: Mapping[str, PreferenceLoss] = {
-    "sigmoid": sigmoid, "hinge": hinge, "ipo": plain_ipo, "simpo": simpo,
+    "sigmoid": sigmoid, "hinge": hinge, "ipo": ipo, "simpo": simpo,
 }  # fmt: skip
 """``loss_type`` of ``cpo``."""

@@ -19,7 +19,7 @@ class CPOSection(PreferenceSection):
     loss_type: Literal["sigmoid", "hinge", "ipo", "simpo"] = "sigmoid"
     """The loss of a pair, by TRL's names; ``toolkit/training/preference_losses.py`` has the formulas."""
     cpo_alpha: Annotated[float, Field(ge=0)] = 1.0
-    """Weight of the chosen completion's cross-entropy, a mean over its tokens."""
+    """Weight of the chosen completions' cross-entropy, a mean over the step's tokens of them."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Probability that a pair's sides are swapped; of sigmoid and simpo."""
     simpo_gamma: Annotated[float, Field(ge=0)] = 0.5

@@ -13,26 +13,32 @@ if TYPE_CHECKING:
     from toolkit.training.preference_losses import Scores
 
 
+_SMOOTHED = ("sigmoid", "sigmoid_norm", "exo_pair", "robust", "aot", "aot_unpaired")
+
+
 class DPOSection(PreferenceSection):
     """Direct preference optimisation. The reference is the initial model (after the warm-up)."""
 
     kind: Literal["dpo"] = "dpo"
     loss_type: Literal[
-        "sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "sppo_hard", "apo_zero",
-        "apo_down", "discopop",
+        "sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
+        "aot_unpaired", "apo_zero", "apo_down", "discopop",
     ] = "sigmoid"  # fmt: skip
-    """The loss of a pair, by TRL's names; ``toolkit/training/preference_losses.py`` has the formulas."""
+    """The loss of a pair, by TRL's names; ``toolkit/training/preference_losses.py`` has the formulas.
+    aot and aot_unpaired sort the pairs of one forward: a ``train.batch_tokens`` that holds a step's sorts them all."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Probability that a pair's sides are swapped; of sigmoid, sigmoid_norm, exo_pair (> 0) and robust."""
+    """Probability that a pair's sides are swapped; of sigmoid, sigmoid_norm, exo_pair (> 0), robust, aot and
+    aot_unpaired."""
     discopop_tau: Positive = 0.05
     sft_weight: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the chosen completion's cross-entropy beside the preference (RPO)."""
+    """Weight of the chosen completions' cross-entropy beside the preference (RPO), a mean over the step's tokens of
+    them; TRL's ``loss_type: [sigmoid, sft]``."""
 
     @model_validator(mode="after")
     def _smoothing_fits(self) -> Self:
         if self.loss_type == "exo_pair" and self.label_smoothing == 0:
             raise ValueError("objective.label_smoothing must be > 0 for objective.loss_type 'exo_pair', got 0")
-        if self.label_smoothing and self.loss_type not in ("sigmoid", "sigmoid_norm", "exo_pair", "robust"):
+        if self.label_smoothing and self.loss_type not in _SMOOTHED:
             raise ValueError(
                 f"objective.label_smoothing must be 0 for objective.loss_type '{self.loss_type}', got "
                 f"{self.label_smoothing}"

@@ -35,12 +35,8 @@ class ORPO(Preference[ORPOSection]):
     def supervised_weight(self) -> float:
         return 1.0
 
-    def weigh(self, pairs: Sequence[Pair]) -> None:
-        super().weigh(pairs)
-        # The first token of a sequence is predicted by none.
-        (total,) = self.context.reduce_sum([sum(len(pair.prompt) + len(pair.chosen) - 1 for pair in pairs)])
-        for pair in pairs:
-            pair.token_weight = self.context.world_size / total
+    def supervised_tokens(self, pair: Pair) -> int:
+        return len(pair.prompt) + len(pair.chosen) - 1  # the first token of a sequence is predicted by none
 
     def predicted(self, micro: Sequence[Pair], lengths: list[int]) -> list[int]:
         if self.section.completion_only_loss:
@@ -50,6 +46,7 @@ class ORPO(Preference[ORPOSection]):
     def cross_entropy(self, micro: Sequence[Pair], logprobs: "Sequence[Tensor]") -> "Tensor":
         import torch
 
-        if self.section.completion_only_loss:
+        if not self.section.completion_only_loss:
             return super().cross_entropy(micro, logprobs)
-        return -torch.stack([values.sum() * pair.token_weight for pair, values in zip(micro, logprobs)]).sum()
+        means = torch.stack([values.mean() for values in logprobs])
+        return -(means * means.new_tensor([pair.weight for pair in micro])).sum()

@@ -47,6 +47,16 @@ class Preference(OnPairs[P]):
         if self.has_reference:
             self.reference = Reference(context.initial_model(), self.recipe.model, context.device)
 
+    def weigh(self, pairs: Sequence[Pair]) -> None:
+        super().weigh(pairs)
+        (total,) = self.context.reduce_sum([sum(map(self.supervised_tokens, pairs))])
+        for pair in pairs:
+            pair.token_weight = self.context.world_size / total
+
+    def supervised_tokens(self, pair: Pair) -> int:
+        """Tokens of a pair that ``cross_entropy`` is over."""
+        return len(pair.chosen)
+
     def packed(self, pairs: Sequence[Pair]) -> list[list[Pair]]:
         """Pairs in forwards of ``train.batch_tokens``, with the reference's log-probabilities of them."""
         micros = super().packed(pairs)
@@ -86,11 +96,10 @@ class Preference(OnPairs[P]):
         return 0.0
 
     def cross_entropy(self, micro: Sequence[Pair], logprobs: "Sequence[Tensor]") -> "Tensor":
-        """The micro-batch's part of the chosen completions' cross-entropy: means over their tokens, then over pairs."""
+        """The micro-batch's part of the chosen completions' cross-entropy, a mean over their tokens in the step."""
         import torch
 
-        means = torch.stack([values.mean() for values in logprobs])
-        return -(means * means.new_tensor([pair.weight for pair in micro])).sum()
+        return -torch.stack([values.sum() * pair.token_weight for pair, values in zip(micro, logprobs)]).sum()
 
     def _count(self, micro: list[Pair], chosen: "Tensor", rejected: "Tensor", references: "Tensor") -> None:
         margin = (chosen - references[:, 0]) - (rejected - references[:, 1])
