@@ -30,7 +30,7 @@ from torch import nn
 from toolkit.errors import ToolkitError
 from toolkit.moe.sharding import ShardedExperts, gather_state_dict, group_size, shard_experts
 from toolkit.patching import expert_layers
-from toolkit.patching.sharding import gathering
+from toolkit.patching.sharding import gathered_zero
 
 __all__ = ["expert_parallel", "gather_state_dict", "gathered", "parameter_groups"]
 
@@ -49,11 +49,7 @@ def gathered(model: nn.Module) -> AbstractContextManager[None]:
     Args:
         model: what ``deepspeed.initialize`` was given, or made under ``deepspeed.zero.Init``, or DeepSpeed's engine.
     """
-    import deepspeed
-
-    model = getattr(model, "module", model)  # of an engine
-    parameters = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
-    return gathering(model, "deepspeed", [deepspeed.zero.GatheredParameters(parameters)] if parameters else [])
+    return gathered_zero(model)
 
 
 def expert_parallel(model: nn.Module, size: int | None = None, chunks: int = 2) -> ShardedExperts:

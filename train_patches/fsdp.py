@@ -11,17 +11,11 @@
 With accelerate, ``accelerator.prepare(model, optimizer)`` shards; the rest is the same.
 """
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, cast
+from contextlib import AbstractContextManager
 
 from torch import nn
 
-from toolkit.errors import ToolkitError
-from toolkit.patching.sharding import gathering
-
-if TYPE_CHECKING:
-    from torch.distributed.fsdp import FSDPModule
+from toolkit.patching.sharding import gathered_fsdp
 
 
 def gathered(model: nn.Module) -> AbstractContextManager[None]:
@@ -35,18 +29,4 @@ def gathered(model: nn.Module) -> AbstractContextManager[None]:
     Raises:
         ToolkitError: ``fully_shard`` was not applied to the model.
     """
-    from torch.distributed.fsdp import FSDPModule
-
-    units = [cast("FSDPModule", module) for module in model.modules() if isinstance(module, FSDPModule)]
-    if not units:
-        raise ToolkitError(f"{type(model).__name__} is not sharded; call fully_shard(model) before gathered(model).")
-    return gathering(model, "torch.distributed.fsdp", [_unsharded(unit) for unit in units])
-
-
-@contextmanager
-def _unsharded(unit: "FSDPModule") -> Iterator[None]:
-    unit.unshard()
-    try:
-        yield
-    finally:
-        unit.reshard()
+    return gathered_fsdp(model)

@@ -139,3 +139,45 @@ def test_settings_of_neither(settings, said):
     with pytest.raises(ToolkitError) as raised:
         translate(settings)
     assert said in str(raised.value)
+
+
+def distributed(settings):
+    recipe, found = made({"max_steps": 1, **settings})
+    return recipe["train"]["distributed"], lost(found)
+
+
+def test_processes_of_trl_and_axolotl(tmp_path):
+    file = tmp_path / "ds.json"
+    file.write_text('{"zero_optimization": {"stage": 3, "overlap_comm": true}, "bf16": {"enabled": "auto"}}')
+    plain = {"strategy": "ddp", "cpu_offload": False, "deepspeed": None}
+    assert distributed(TRL) == (plain, set())
+    for settings in (TRL, AXOLOTL):
+        with_file = plain | {"strategy": "zero3", "deepspeed": str(file)}
+        assert distributed({**settings, "deepspeed": str(file)}) == (with_file, set())
+        by_name = {**settings, "deepspeed": "deepspeed_configs/zero2.json"}
+        assert distributed(by_name) == (plain | {"strategy": "zero2"}, {"deepspeed"})
+        assert distributed({**settings, "deepspeed": "mine.json"}) == (plain, {"deepspeed"})
+    offloaded = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    assert distributed({**TRL, "deepspeed": offloaded})[0] == plain | {"strategy": "zero2", "cpu_offload": True}
+    assert distributed({**TRL, "deepspeed": {"zero_optimization": {"stage": 0}}}) == (plain, {"deepspeed"})
+    assert distributed({**TRL, "fsdp": "full_shard auto_wrap", "fsdp_config": {"fsdp_version": 2}}) == (
+        plain | {"strategy": "fsdp2"}, set()
+    )  # fmt: skip
+    config = {"offload_params": True, "activation_checkpointing": True, "transformer_layer_cls_to_wrap": "LlamaLayer"}
+    recipe, found = made({**AXOLOTL, "max_steps": 1, "fsdp_version": 2, "fsdp_config": config})
+    assert recipe["train"]["distributed"] == plain | {"strategy": "fsdp2", "cpu_offload": True}
+    assert recipe["train"]["gradient_checkpointing"]
+    assert not lost(found)
+    for given, strategy in (("zero1", "zero1"), ("fsdp1", "fsdp2"), ("multi_gpu", "ddp"), ("single_gpu", "ddp")):
+        assert distributed({**TRL, "accelerate_config": given, "num_processes": 2}) == (
+            plain | {"strategy": strategy}, set()
+        )  # fmt: skip
+    assert distributed({**TRL, "accelerate_config": "mine.yaml"}) == (plain, {"accelerate_config"})
+
+
+def test_processes_that_a_recipe_does_not_go_with():
+    qlora = {"adapter": "qlora", "load_in_4bit": True, "fsdp_version": 2, "fsdp_config": {"offload_params": True}}
+    recipe, found = made({**AXOLOTL, **qlora, "max_steps": 1})
+    assert recipe["train"]["distributed"]["strategy"] == "ddp"
+    (text,) = [note.text for note in found.notes if note.lost and note.key == "fsdp_config"]
+    assert "model.quantise must be null with train.distributed 'fsdp2'" in text

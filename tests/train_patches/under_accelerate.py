@@ -113,9 +113,7 @@ def under_fsdp2(folder: Path, cases: str) -> None:
     assert not isinstance(model, FSDPModule)
     refused("Linear is not sharded", lambda: gathered(model))
     run_example("FSDP2", folder / "example")
-    refused(
-        "must be set up for one process or plain data parallel", lambda: Trainer(tiny_recipe(folder, run_name="no"))
-    )
+    refused("train.distributed must be 'fsdp2'", lambda: Trainer(tiny_recipe(folder, run_name="no")))
 
 
 torch.set_num_threads(1)

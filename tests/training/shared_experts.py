@@ -45,7 +45,7 @@ def train_and_resume(folder: Path, name: str) -> None:
     assert len(held) == 2
     assert all(p.shape[0] == 16 // world_size for p in held)
     whole.fit()
-    with whole._whole():
+    with whole.strategy.whole():
         expected = {name: tensor.clone() for name, tensor in whole.hf_model.state_dict().items()}
     last = folder / "runs" / name / "checkpoints" / "step-000008"
     saved = load_checkpoint(last, "float32", "the checkpoint").state_dict()

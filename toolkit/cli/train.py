@@ -3,10 +3,20 @@
 import argparse
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from toolkit.cli.launch import (
+    BEREFT,
+    LAUNCHED,
+    check_launched,
+    end_process_group,
+    end_with_launcher,
+    launch,
+    launched,
+    lost_process,
+)
 from toolkit.cli.resume import resume_command
-from toolkit.errors import ToolkitError
+from toolkit.errors import ToolkitError, first_line
 
 if TYPE_CHECKING:
     from toolkit.training.signals import StopRequest
@@ -32,7 +42,22 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         action="store_true",
         help="print tokens, memory and time of a step, load nothing, and stop",
     )
+    parser.add_argument(
+        "--num-processes",
+        type=int,
+        metavar="N",
+        help="train in N processes of this machine, which share the model as train.distributed says",
+    )
     parser.set_defaults(run=run)
+    parse = parser.parse_known_args
+
+    def parse_overrides(args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Overrides behind options too, where argparse does not look for them."""
+        found, rest = parse(args, namespace)
+        found.overrides += [word for word in rest if "=" in word and not word.startswith("-")]
+        return found, [word for word in rest if word not in found.overrides]
+
+    parser.parse_known_args = parse_overrides  # type: ignore[method-assign]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -40,6 +65,19 @@ def run(args: argparse.Namespace) -> int:
 
     The caller prints ToolkitError.
     """
+    if args.num_processes is not None:
+        if launched():
+            check_launched(args.num_processes)
+        elif args.num_processes < 1:
+            raise ToolkitError(f"--num-processes must be >= 1, got {args.num_processes}.")
+        elif args.num_processes > 1 and not args.check and not args.plan:
+            return launch(args.words, args.num_processes)
+    end_with_launcher()
+    return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
+    """In this process."""
     from toolkit.training.signals import Interrupted, StopRequest
 
     def notify() -> None:
@@ -57,6 +95,14 @@ def run(args: argparse.Namespace) -> int:
                 sys.stderr.flush()
                 os._exit(interrupted.status)
             return interrupted.status
+        except RuntimeError as error:
+            if not (launched() and lost_process(error)):
+                raise
+            if LAUNCHED not in os.environ:
+                print(f"toolkit: another process of the run is gone: {first_line(error)}", file=sys.stderr)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(BEREFT)
 
 
 def _train(args: argparse.Namespace, stop: "StopRequest") -> int:
@@ -69,11 +115,13 @@ def _train(args: argparse.Namespace, stop: "StopRequest") -> int:
     if args.plan:
         from toolkit.training.plan import describe, plan_here
 
-        print(describe(plan_here(recipe)))
+        print(describe(plan_here(recipe, args.num_processes)))
         return 0
     from toolkit.training.loop import train
 
     train(recipe, stop=stop)
+    if launched():
+        end_process_group()
     return 0
 
 

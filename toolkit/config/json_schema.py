@@ -43,6 +43,10 @@ def recipe_schema() -> dict[str, Any]:
     fields["resume_from_checkpoint"] |= {"anyOf": [{"type": "boolean"}, {"type": "string", "pattern": r"^step-\d+$"}]}
     quantise = definitions["ModelSection"]["properties"]["quantise"]
     quantise["anyOf"].insert(0, definitions["QuantiseSection"]["properties"]["format"])
+    distributed = definitions["TrainSection"]["properties"]["distributed"]
+    strategy = definitions["DistributedSection"]["properties"]["strategy"]
+    names = {name: value for name, value in strategy.items() if name in ("enum", "type")}
+    distributed["anyOf"] = [names, {"$ref": distributed.pop("$ref")}]
     # YAML 1.1 reads no as false.
     precision = definitions["TrainSection"]["properties"]["mixed_precision"]
     precision |= {"enum": [*precision["enum"], False], "type": ["string", "boolean"]}

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, model_validator
 
 from toolkit.config.base import Count, FolderName, Section
+from toolkit.config.distributed import DistributedSection, ExpertParallelSection, check_distributed
 from toolkit.config.objective import OBJECTIVES, ObjectiveSection, parse_objective
 from toolkit.config.optimization import OptimizerSection, ScheduleSection
 from toolkit.config.outputs import CheckpointSection, EvaluateSection, ExportSection, LogSection
@@ -214,15 +215,6 @@ class MoeSection(Section):
     """Compute the experts' activations again in the backward instead of keeping them."""
 
 
-class ExpertParallelSection(Section):
-    """Experts of each layer sharded over processes, instead of a copy of all in each."""
-
-    size: Count | None = None
-    """Processes that share a layer's experts; it must divide their number, and that of the experts. null is all."""
-    chunks: Count = 2
-    """Chunks of a forward's tokens: the exchange of one overlaps the GEMMs of another."""
-
-
 def _no_of_yaml(value: Any) -> Any:
     return "no" if value is False else value  # YAML reads no as false
 
@@ -261,6 +253,10 @@ class TrainSection(Section):
     not."""
     expert_parallel: ExpertParallelSection | None = None
     """For MoE models; null keeps all experts in every process."""
+    distributed: Annotated[
+        DistributedSection, BeforeValidator(lambda v: {"strategy": v} if isinstance(v, str) else v)
+    ] = Field(default_factory=DistributedSection)
+    """How several processes share the model: ddp, fsdp2, zero1, zero2 or zero3; or a mapping with options."""
 
 
 def _checkpoint_to_resume(value: Any) -> Any:
@@ -345,6 +341,7 @@ class Recipe(Section):
         if self.train.ema_decay is not None and self.evaluate.load_best_model_at_end:
             raise ValueError("evaluate.load_best_model_at_end must be false with train.ema_decay, got true")
         self._check_precision()
+        check_distributed(self)
         objective.check(self)
         if self.overwrite and self.resume_from_checkpoint is not False:
             raise ValueError(

@@ -3,12 +3,15 @@
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
 from toolkit.errors import ToolkitError
 from toolkit.patching.weights import weights_changed
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 
 def is_shard(parameter: nn.Parameter) -> bool:
@@ -60,12 +63,50 @@ def gathering(model: nn.Module, framework: str, parameters: Sequence[AbstractCon
         yield
 
 
+def gathered_fsdp(model: nn.Module) -> AbstractContextManager[None]:
+    """``train_patches.fsdp.gathered``."""
+    from torch.distributed.fsdp import FSDPModule
+
+    units = [cast("FSDPModule", module) for module in model.modules() if isinstance(module, FSDPModule)]
+    if not units:
+        raise ToolkitError(f"{type(model).__name__} is not sharded; call fully_shard(model) before gathered(model).")
+    return gathering(model, "torch.distributed.fsdp", [_unsharded(unit) for unit in units])
+
+
+@contextmanager
+def _unsharded(unit: "FSDPModule") -> Iterator[None]:
+    unit.unshard()
+    try:
+        yield
+    finally:
+        unit.reshard()
+
+
+def gathered_zero(model: nn.Module, rewritten: bool = False) -> AbstractContextManager[None]:
+    """``train_patches.deepspeed.gathered``.
+
+    Args:
+        rewritten: whether what the first process writes to parameters inside stays.
+    """
+    import deepspeed
+
+    model = getattr(model, "module", model)  # of an engine
+    parameters = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
+    if not parameters:
+        return gathering(model, "deepspeed", [])
+    rank = 0 if rewritten else None
+    return gathering(model, "deepspeed", [deepspeed.zero.GatheredParameters(parameters, modifier_rank=rank)])
+
+
 @contextmanager
 def _without_hooks(model: nn.Module, framework: str) -> Iterator[None]:
     """Inside, no module has hooks of ``framework``; hooks that are added or removed inside stay so."""
     removed = []
     for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks, module._state_dict_pre_hooks):
+        for hooks in (
+            module._forward_pre_hooks, module._forward_hooks, module._state_dict_pre_hooks,
+            module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks,
+        ):  # fmt: skip
             before = list(hooks.items())
             for number, hook in before:
                 if hook.__module__.startswith(framework):

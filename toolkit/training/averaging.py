@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from toolkit.patching import weights_changed
+from toolkit.training.strategies.shards import shard_like, whole_of
 
 FILE = "ema.safetensors"
 
@@ -48,14 +49,19 @@ class AveragedWeights:
             one.copy_(values[name])
         weights_changed(self._model)
 
-    def save(self, folder: Path) -> None:
-        """Write the averages to a folder."""
-        save_file({name: one.cpu().contiguous() for name, one in self._averages.items()}, str(folder / FILE))
+    def whole(self) -> dict[str, Tensor]:
+        """The averages by name. Where they are sharded over processes, all of these must call it."""
+        return {name: whole_of(one) for name, one in self._averages.items()}
 
     def load(self, folder: Path) -> None:
-        """Continue with what ``save`` wrote."""
+        """Continue with what ``save_averages`` wrote."""
         for name, value in load_file(str(folder / FILE)).items():
-            self._averages[name].copy_(value)
+            self._averages[name].copy_(shard_like(value, self._averages[name]))
+
+
+def save_averages(averages: dict[str, Tensor], folder: Path) -> None:
+    """Write what ``AveragedWeights.whole`` gave to a folder."""
+    save_file({name: one.cpu().contiguous() for name, one in averages.items()}, str(folder / FILE))
 
 
 def _float32(parameter: Tensor) -> Tensor:

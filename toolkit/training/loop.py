@@ -10,7 +10,7 @@ import math
 import signal
 import time
 from collections import deque
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,8 +24,6 @@ from toolkit.exporting.completeness import checkpoint_folder
 from toolkit.files import write_atomic
 from toolkit.loading import processor_files
 from toolkit.loading.run import name_of
-from toolkit.moe.sharding import ShardedExperts, expert_groups, shard_experts
-from toolkit.patching import expert_layers
 from toolkit.strict_json import strict_json
 from toolkit.training import checkpoint
 from toolkit.training.accelerator import make_accelerator
@@ -43,8 +41,6 @@ from toolkit.training.model import RaggedModel, checkpoint_layers, patch_model
 from toolkit.training.moe import Balancing
 from toolkit.training.nested import warmup_recipe
 from toolkit.training.objectives.base import RunContext, make_objective
-from toolkit.training.optimizers import make_optimizer
-from toolkit.training.precision import GradientStep
 from toolkit.training.progress import Progress
 from toolkit.training.report import about_model, line, result_of, show
 from toolkit.training.resume import RESULT, Start, check_start, find_start, prepare_folder, run_folder
@@ -53,6 +49,7 @@ from toolkit.training.schedule import advance, make_scheduler
 from toolkit.training.signals import Interrupted, StopRequest
 from toolkit.training.start_model import StartModel
 from toolkit.training.state import rng_kept, rng_state
+from toolkit.training.strategies import make_strategy
 from toolkit.training.tokenizer import load_tokenizer, make_tokenizer
 
 
@@ -103,20 +100,19 @@ class Trainer:
             self.log(f"frozen: {idle}")
         self.num_parameters = sum(parameter.numel() for parameter in self.hf_model.parameters())
         self.num_trainable = sum(p.numel() for p in self.hf_model.parameters() if p.requires_grad)
-        self.sharded = self._shard_experts(ragged)
-        optimizer = make_optimizer(ragged, recipe.optimizer, self._masters, recipe.seed)
-        self.forward, self.optimizer = self.accelerator.prepare(ragged, optimizer)
-        self.ragged: RaggedModel = self.accelerator.unwrap_model(self.forward)
-        loss_scaling = recipe.train.mixed_precision == "fp16"
-        self.gradients = GradientStep(
-            self.accelerator, self.forward, self.optimizer, self.sharded, recipe.optimizer, loss_scaling
-        )
+        self.strategy = strategy = make_strategy(recipe, self.accelerator)
+        strategy.wrap(ragged, self._masters)
+        self.forward, self.optimizer, self.gradients = strategy.forward, strategy.optimizer, strategy.gradients
+        self.ragged: RaggedModel = strategy.ragged
         self.objective.bind(self._context())
         self.recipe = recipe = in_steps(recipe, self.objective)
-        self.scheduler = self.accelerator.prepare(make_scheduler(optimizer, recipe.schedule, recipe.train.max_steps))
+        self.scheduler = self.accelerator.prepare(
+            make_scheduler(self.optimizer.optimizer, recipe.schedule, recipe.train.max_steps)
+        )
         # Runs the model: one that cannot take a ragged batch is refused before anything is written.
-        self.balancing = Balancing(recipe.train.moe, self.objective.context, self.patch_report)
-        self.indexers = IndexerTraining(recipe.train.indexer_loss_coef, self.objective.context, self.patch_report)
+        with strategy.whole():
+            self.balancing = Balancing(recipe.train.moe, self.objective.context, self.patch_report)
+            self.indexers = IndexerTraining(recipe.train.indexer_loss_coef, self.objective.context, self.patch_report)
         decay = recipe.train.ema_decay
         self.averaged = None if decay is None else AveragedWeights(self.hf_model, decay)
         self.step, self.seconds, self.num_tokens = 0, 0.0, 0
@@ -151,6 +147,7 @@ class Trainer:
             folder=self.folder,
             log=self.log,
             stop=self.stop,
+            gathered=self.strategy.whole,
         )
 
     def _prepare_folder(self) -> None:
@@ -196,25 +193,9 @@ class Trainer:
         self.log(f"tokenizer: {len(made)} tokens, {time.monotonic() - begun:.1f} s")
         return made
 
-    def _shard_experts(self, ragged: RaggedModel) -> ShardedExperts | None:
-        section = self.recipe.train.expert_parallel
-        if section is None:
-            return None
-        group, replicas = expert_groups(section.size)
-        layers = expert_layers(ragged)
-        sharded = shard_experts(ragged, layers, group, chunks=section.chunks, replicas=replicas)
-        for parameter in sharded.parameters.values():
-            if self._masters is not None and parameter in self._masters:
-                self._masters[parameter] = sharded.shard(self._masters[parameter])
-        return sharded
-
-    def _whole(self, optimizer: torch.optim.Optimizer | None = None) -> AbstractContextManager[None]:
-        """The model with all its experts in every process, as it always is where they are not sharded."""
-        return nullcontext() if self.sharded is None else self.sharded.gathered(optimizer)
-
     def evaluate(self) -> dict[str, Any]:
         """The objective's held-out measure. All processes must call it."""
-        with self._whole(), nullcontext() if self.averaged is None else self.averaged.applied():
+        with nullcontext() if self.averaged is None else self.averaged.applied(), self.strategy.whole():
             return self.objective.evaluate()
 
     def fit(self) -> None:
@@ -290,8 +271,7 @@ class Trainer:
         if self.measures.stopped:
             self.log(f"stopped after step {self.step}: {self.measures.describe()}")
         load_best(self)
-        if main:
-            write_averaged(self)
+        write_averaged(self)
         if main and recipe.log.plot:
             plot_curve(read_metrics(self.folder / METRICS), primary, self.folder, recipe.run_name)
 
@@ -364,11 +344,12 @@ class Trainer:
         """
         gathered = gather_object([self._position() if position is None else position])
         rngs, positions = [rng for rng, _ in gathered], [data for _, data in gathered]
-        with self._whole(self.optimizer.optimizer):
-            if self.accelerator.is_main_process:
+        averages = None if self.averaged is None else self.averaged.whole()
+        with self.strategy.saving() as optimizer:
+            if optimizer is not None:
                 folder = self.folder / "checkpoints"
                 with checkpoint.writing(folder, self.step) as staging:
-                    write_run(self, staging, rngs, positions)
+                    write_run(self, staging, rngs, positions, optimizer, averages)
                 checkpoint.prune(folder, self.recipe.checkpoint.save_total_limit, self.measures.best_step)
         self._saved = self.step
         self.accelerator.wait_for_everyone()

@@ -34,7 +34,8 @@ def load_best(trainer: "Trainer") -> None:
     if step is not None and step != trainer.step:
         trainer.log(f"the best: {trainer.measures.describe()}")
         trainer.measured = None
-        load_weights_of(trainer.hf_model, folder / name_of(step), trainer.recipe, trainer.objective.head)
+        with trainer.strategy.rewritten():
+            load_weights_of(trainer.hf_model, folder / name_of(step), trainer.recipe, trainer.objective.head)
 
 
 def _best(trainer: "Trainer") -> int | None:

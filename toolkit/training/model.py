@@ -30,6 +30,7 @@ from toolkit.patching import (
 )
 from toolkit.patching.adapters import fuse_adapters, vocabulary_size
 from toolkit.patching.multimodal import MediaSequence, media_batch
+from toolkit.patching.sharding import is_sharded
 from toolkit.quantised import dense_state, quantised_weights
 from toolkit.state.batch import RaggedBatch
 from toolkit.training.adapters import add_adapters, load_adapters, save_adapters
@@ -87,6 +88,11 @@ class RaggedModel(nn.Module):
             if isinstance(batch, list):
                 return token_logprobs(self.model, batch, True, last, routing, rotary_lengths, selection=selection)
             if isinstance(batch, WithImages):
+                if observed and is_sharded(self.model):
+                    raise ToolkitError(
+                        "train.distributed must be 'ddp', 'zero1' or 'zero2' for data with images, whose layers do not "
+                        "run the same number of times in every process."
+                    )
                 return self._with_images(batch, rows)
             return ragged_forward(self.model, batch, rows)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from toolkit.config.schema import MoeSection
 from toolkit.errors import ToolkitError
@@ -16,6 +16,7 @@ from toolkit.moe.balance import RouterStatistics, load_metrics, update_expert_bi
 from toolkit.moe.observer import observing
 from toolkit.patching import PatchReport
 from toolkit.patching.forward import row_forward
+from toolkit.patching.sharding import is_sharded
 from toolkit.state.batch import RaggedBatch
 from toolkit.state.dense import DenseContext
 from toolkit.training.objectives.base import RunContext
@@ -65,6 +66,12 @@ class Balancing:
             raise ToolkitError(
                 "train.moe.bias_update_rate must be 0 for a model whose routers have no expert bias, got "
                 f"{section.bias_update_rate}."
+            )
+        trained_apart = any(isinstance(one, nn.Parameter) for one in observed.expert_biases.values())
+        if section.bias_update_rate and trained_apart and is_sharded(context_model := self.context.model.model):
+            raise ToolkitError(
+                f"train.moe.bias_update_rate must be 0 with sharded weights for {type(context_model).__name__}, whose "
+                f"expert biases are sharded with them, got {section.bias_update_rate}."
             )
         experts = [claim.module for claim in report.claims if claim.role == "experts"]
         if section.recompute and not experts:

@@ -240,21 +240,25 @@ class GradientStep:
             self.scaler.unscale_(self._optimizer.optimizer)
         norm = self._clip()
         self.updated = bool(torch.isfinite(norm)) and self._finite_everywhere(loss)
-        if self.updated:
-            self._in_a_row = 0
-            if self.scaler is None:
-                self._optimizer.step()
-            else:
-                self.scaler.step(self._optimizer.optimizer)
-        else:
-            self.skipped += 1
-            self._in_a_row += self.scaler is None or self.scaler.get_scale() <= 1.0
-            if self._in_a_row > self._section.max_skipped_steps:
-                raise ToolkitError(self._not_finite(step, loss, norm))
+        self._count_skipped(step, loss, norm)
+        if self.updated and self.scaler is None:
+            self._optimizer.step()
+        elif self.updated and self.scaler is not None:
+            self.scaler.step(self._optimizer.optimizer)
         if self.scaler is not None:
             self.scaler.update()
         self._optimizer.zero_grad()
         return norm
+
+    def _count_skipped(self, step: int, loss: Tensor, norm: Tensor) -> None:
+        """Count a step that is not ``updated``. Raises ToolkitError where there are too many in a row."""
+        if self.updated:
+            self._in_a_row = 0
+            return
+        self.skipped += 1
+        self._in_a_row += self.scaler is None or self.scaler.get_scale() <= 1.0
+        if self._in_a_row > self._section.max_skipped_steps:
+            raise ToolkitError(self._not_finite(step, loss, norm))
 
     def _finite_everywhere(self, loss: Tensor) -> bool:
         """Whether the loss is finite in all processes, which must all skip a step or none."""

@@ -24,6 +24,11 @@ def about_model(trainer: "Trainer") -> list[str]:
         f"model: {type(trainer.hf_model).__name__}, {total / 1e6:.2f} M parameters{part}",
         f"patched: {roles} (numerics: {report.numerics})",
     ]
+    distributed, processes = trainer.recipe.train.distributed, trainer.accelerator.num_processes
+    if processes > 1:
+        lines.append(f"processes: {processes} ({distributed.strategy})")
+    elif distributed.shards:
+        lines.append(f"note: one process has all of the model; {distributed.strategy} needs more (--num-processes)")
     if epochs is not None:
         lines.append(f"epochs: {epochs:g} are {trainer.recipe.train.max_steps:,} steps")
     if trainer.accelerator.device.type == "cpu":

@@ -27,6 +27,7 @@ AVERAGED = "ema"
 _FREE = {
     "run_name", "output_dir", "resume_from_checkpoint", "overwrite", "checkpoint", "log", "evaluate", "export",
     "train.max_steps", "train.num_train_epochs",
+    "train.distributed.strategy", "train.distributed.cpu_offload", "train.distributed.deepspeed",
     "objective.on_bad_lines", "objective.max_check_samples", "objective.dataset_prepared_path",
 }  # fmt: skip
 

@@ -96,7 +96,8 @@ class Rollout:
         for prompt in prompts:
             self.check_prompt(prompt)
         params = [self.params(seed, n, temperature) for seed in seeds]
-        completions = self._run(list(prompts), params) if prompts else []
+        with self._context.gathered():
+            completions = self._run(list(prompts), params) if prompts else []
         self._finish(begun, completions)
         for one in completions:
             if one.error is not None:
@@ -108,9 +109,10 @@ class Rollout:
     ) -> list[list[Conversation]]:
         """``n`` conversations of each problem with the environment of ``prompts``; otherwise as ``generate``."""
         begun = time.perf_counter()
-        if self._conversations is None:
-            self._conversations = Conversations(self, prompts, prompts.max_turns)
-        groups = self._conversations.hold(problems, seeds, n, temperature)
+        with self._context.gathered():
+            if self._conversations is None:
+                self._conversations = Conversations(self, prompts, prompts.max_turns)
+            groups = self._conversations.hold(problems, seeds, n, temperature)
         self._finish(begun, [one for group in groups for one in group])
         return groups
 

@@ -5,23 +5,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from toolkit.config import dump
 from toolkit.loading import write_processor_files
+from toolkit.training.averaging import save_averages
 from toolkit.training.model import save_model
 from toolkit.training.resume import AVERAGED, Start
-from toolkit.training.state import load_optimizer, restore_rank, write_state
+from toolkit.training.state import OptimizerState, restore_rank, write_state
 
 if TYPE_CHECKING:
     from toolkit.training.loop import Trainer
 
 
-def write_run(trainer: "Trainer", staging: Path, rngs: list[Any], positions: list[Any]) -> None:
-    """Fill the folder of a checkpoint.
+def write_run(
+    trainer: "Trainer",
+    staging: Path,
+    rngs: list[Any],
+    positions: list[Any],
+    optimizer: OptimizerState,
+    averages: dict[str, Tensor] | None,
+) -> None:
+    """Fill the folder of a checkpoint, on the main process, which has the whole model.
 
     Args:
         rngs: ``rng_state`` of each process.
         positions: position in the data of each process.
+        optimizer: its whole state.
+        averages: of the weights, whole; None where the run keeps none.
     """
     save_model(trainer.hf_model, staging, trainer.recipe.model)
     trainer.tokenizer.save_pretrained(str(staging))
@@ -40,18 +51,24 @@ def write_run(trainer: "Trainer", staging: Path, rngs: list[Any], positions: lis
         "gradients": trainer.gradients.state_dict(),
         "data": positions,
     }
-    write_state(staging / "training", values, trainer.optimizer.optimizer, trainer.ragged.model, rngs)
-    if trainer.averaged is not None:
-        trainer.averaged.save(staging / "training")
+    write_state(staging / "training", values, optimizer, rngs)
+    if averages is not None:
+        save_averages(averages, staging / "training")
 
 
 def write_averaged(trainer: "Trainer") -> None:
-    """Leave the averaged weights as a model in ``ema`` of the run's folder, where the recipe keeps them."""
-    if trainer.averaged is not None:
+    """Leave the averaged weights as a model in ``ema`` of the run's folder, where the recipe keeps them.
+
+    All processes must call it; the main one writes.
+    """
+    if trainer.averaged is None:
+        return
+    with trainer.averaged.applied(), trainer.strategy.whole():
+        if not trainer.accelerator.is_main_process:
+            return
         folder = trainer.folder / AVERAGED
         shutil.rmtree(folder, ignore_errors=True)
-        with trainer.averaged.applied():
-            save_model(trainer.hf_model, folder, trainer.recipe.model)
+        save_model(trainer.hf_model, folder, trainer.recipe.model)
         trainer.tokenizer.save_pretrained(str(folder))
         write_processor_files(trainer.processor_files, folder)
 
@@ -60,11 +77,7 @@ def restore_run(trainer: "Trainer", start: Start) -> None:
     """Continue where the checkpoint was written: optimizer, schedule, data and generators of this process."""
     state, folder = start.state, start.checkpoint / "training"
     rank = trainer.accelerator.process_index
-    load_optimizer(
-        trainer.optimizer.optimizer, trainer.ragged.model, folder / "optimizer.safetensors", state["optimizer"]
-    )
-    if trainer.sharded is not None:
-        trainer.sharded.shard_optimizer(trainer.optimizer.optimizer)
+    trainer.strategy.load_optimizer(folder / "optimizer.safetensors", state["optimizer"])
     if trainer.averaged is not None:
         trainer.averaged.load(folder)
     trainer.gradients.load_state_dict(state["gradients"])

@@ -3,6 +3,7 @@
 ``base``      a recipe in the making, and what became of each key
 ``arguments`` keys that both share: transformers' ``TrainingArguments`` and adapters
 ``objectives`` what is minimised, by TRL's names
+``processes`` how several share the model
 ``trl``, ``axolotl`` one file per program
 """
 

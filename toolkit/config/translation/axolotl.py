@@ -7,6 +7,7 @@ from toolkit.config.objective import DatasetSection
 from toolkit.config.translation import objectives
 from toolkit.config.translation.arguments import ALWAYS, training_arguments
 from toolkit.config.translation.base import Translation
+from toolkit.config.translation.processes import processes
 from toolkit.errors import ToolkitError
 
 NAMES = {
@@ -88,6 +89,7 @@ def translate(settings: Mapping[str, Any], kind: str | None) -> Translation:
         t.put("objective.assistant_only_loss", not everything)
         t.put("objective.completion_only_loss", not everything)
     _template(t)
+    processes(t)
     t.finish(UNNEEDED)
     return t
 

@@ -93,6 +93,18 @@ class Translation:
                 target = target.setdefault(parent, {})
             target[last] = value
 
+    def put_where_valid(self, path: str, value: Any, name: str) -> None:
+        """``put``; where the recipe so far, which must be valid, does not go with it, ``name`` is noted as lost."""
+        self._validated()
+        before = copy.deepcopy(self.values)
+        self.put(path, value, name)
+        self._left.pop(name, None)
+        try:
+            self._validated()
+        except ToolkitError as error:
+            self.values = before
+            self.lose(name, str(error).rstrip("."), value)
+
     def move(self, name: str, path: str) -> None:
         """Take a setting, where it is given, and put it."""
         value = self.take(name)
@@ -141,14 +153,7 @@ class Translation:
             elif value is None or value is False or value == [] or value == {}:
                 self.unneeded(key, "off in both")
             elif len(paths) == 1 and "." in paths[0]:
-                before = copy.deepcopy(self.values)
-                self.put(paths[0], value, key)
-                self._left.pop(key, None)
-                try:
-                    self._validated()
-                except ToolkitError as error:
-                    self.values = before
-                    self.lose(key, str(error).rstrip("."), value)
+                self.put_where_valid(paths[0], value, key)
             else:
                 self.lose(key, NO_FIELD)
 

@@ -7,6 +7,7 @@ from toolkit.config.objective import DatasetSection
 from toolkit.config.translation import objectives
 from toolkit.config.translation.arguments import ALWAYS, training_arguments
 from toolkit.config.translation.base import Translation
+from toolkit.config.translation.processes import processes
 
 DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 3.0, "lr_scheduler_type": "linear", "weight_decay": 0.0, "adam_beta1": 0.9,
@@ -66,6 +67,7 @@ def translate(settings: Mapping[str, Any], kind: str | None) -> Translation:
         if t.take("completion_only_loss") is False:
             t.put("objective.completion_only_loss", False)
     t.move("chat_template_path", "objective.chat_template")
+    processes(t)
     t.finish(UNNEEDED)
     return t
 

@@ -3,6 +3,7 @@
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -46,6 +47,8 @@ class RunContext:
         folder: the run's.
         log: prints a line on the main process.
         stop: whether a signal has asked the run to stop.
+        gathered: inside of what it returns this process has the whole model, where that is sharded over processes: all
+            must enter it, and inside they need not do the same.
     """
 
     recipe: Recipe
@@ -57,6 +60,7 @@ class RunContext:
     folder: Path
     log: Callable[[str], None]
     stop: StopRequest = field(default_factory=StopRequest)
+    gathered: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @cached_property
     def details(self) -> StepDetails:

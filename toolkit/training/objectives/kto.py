@@ -173,7 +173,7 @@ class KTO(OfflineObjective[KTOSection]):
             for one, other in zip(examples, others)
         ]
         total = 0.0
-        with torch.no_grad(), eval_mode(model):
+        with self.context.gathered(), torch.no_grad(), eval_mode(model):
             for micro in self._batches(mixed):
                 sequences = _sequences(micro)
                 ratio = _sums(model(*sequences[:1], last=sequences[1])) - _sums(self.reference.logprobs(*sequences))

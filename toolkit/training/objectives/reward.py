@@ -61,7 +61,9 @@ class RewardModel(OnPairs[RewardSection]):
         from toolkit.patching.pooled_head import check_head
 
         super().bind(context)
-        if check_head(context.model.model):
+        with context.gathered():
+            of_tokens = check_head(context.model.model)
+        if of_tokens:
             raise ToolkitError(
                 "model.name_or_path must be a model with one score a sequence, got "
                 f"{type(context.model.model).__name__} with one a token."

@@ -44,28 +44,29 @@ class Plan:
     seconds: float | None
 
 
-def make_plan(recipe: Recipe, speed: Speed | None = None) -> Plan:
+def make_plan(recipe: Recipe, speed: Speed | None = None, processes: int | None = None) -> Plan:
     """The plan of a recipe. Reads the model's configuration, neither its weights nor data.
 
     Args:
         speed: of this machine; None to leave the time out.
+        processes: that share a step; None for those that a launcher started.
 
     Raises:
         ToolkitError: a model without a configuration, or one that transformers does not take.
     """
     model = empty_model(recipe)
-    return _planned(recipe, model, LayerSizes.of(model), speed)
+    return _planned(recipe, model, LayerSizes.of(model), speed, processes)
 
 
-def plan_here(recipe: Recipe) -> Plan:
+def plan_here(recipe: Recipe, processes: int | None = None) -> Plan:
     """The plan of a recipe with the time that this machine takes, whose speed is measured for less than a second."""
     model = empty_model(recipe)
     sizes = LayerSizes.of(model)
-    return _planned(recipe, model, sizes, measure_speed(recipe, sizes))
+    return _planned(recipe, model, sizes, measure_speed(recipe, sizes), processes)
 
 
-def _planned(recipe: Recipe, model: Any, sizes: LayerSizes, speed: Speed | None) -> Plan:
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+def _planned(recipe: Recipe, model: Any, sizes: LayerSizes, speed: Speed | None, processes: int | None) -> Plan:
+    processes = processes or int(os.environ.get("WORLD_SIZE", "1"))
     work = work_of(recipe, sizes, processes)
     parameters = list(model.parameters())
     return Plan(
@@ -75,7 +76,7 @@ def _planned(recipe: Recipe, model: Any, sizes: LayerSizes, speed: Speed | None)
         processes=processes,
         max_steps=recipe.train.max_steps if recipe.train.num_train_epochs is None else None,
         work=work,
-        memory=memory_of(recipe, model, sizes),
+        memory=memory_of(recipe, model, sizes, processes),
         seconds=None if speed is None else work.seconds(speed),
     )
 

@@ -19,12 +19,16 @@ IN_8_BITS = 2.0 + 2 * 4 / 256
 """Bytes of an element's two moments in blocks of 256 with a scale each."""
 
 
+USES = ("weights", "gathered", "gradients", "optimizer", "activations", "state")
+
+
 @dataclass(frozen=True)
 class Footprint:
     """Bytes by use, each with what it is.
 
     Args:
-        weights: of the model, and of a reference.
+        weights: of the model, or of this process's shard, and of a reference.
+        gathered: weights that a process has beside its shard in a rollout, an evaluation or when it saves.
         gradients: of what is trained.
         optimizer: its state, masters included.
         activations: that the backward of one forward needs.
@@ -32,6 +36,7 @@ class Footprint:
     """
 
     weights: int
+    gathered: int
     gradients: int
     optimizer: int
     activations: int
@@ -40,17 +45,20 @@ class Footprint:
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.state
+        return sum(getattr(self, name) for name in USES)
 
     @property
     def rows(self) -> Iterator[tuple[str, int, str]]:
         """(use, bytes, what it is)."""
-        for name in ("weights", "gradients", "optimizer", "activations", "state"):
+        for name in USES:
             yield name, getattr(self, name), self.about[name]
 
 
-def memory_of(recipe: Recipe, model: "nn.Module", sizes: LayerSizes) -> Footprint:
-    """What a process holds. The activations are an estimate, the rest follows from shapes."""
+def memory_of(recipe: Recipe, model: "nn.Module", sizes: LayerSizes, processes: int = 1) -> Footprint:
+    """What one of so many processes holds. The activations are an estimate, the rest follows from shapes.
+
+    Gradients and activations are held at another time than the gathered weights are; the total has them all.
+    """
     dtype = getattr(torch, recipe.forward_dtype)
     weights = _weights(recipe, model)
     trained = [one for one in model.parameters() if one.requires_grad]
@@ -64,17 +72,35 @@ def memory_of(recipe: Recipe, model: "nn.Module", sizes: LayerSizes) -> Footprin
         tokens = rollout.memory_tokens or rollout.max_num_seqs * train.max_length
         state = math.ceil(tokens / 16) * 16 * sizes.state * dtype.itemsize
     gradient = 8 if recipe.model.dtype == "float64" else 4
+    strategy = train.distributed.strategy
+    shares_weights = strategy in ("fsdp2", "zero3") and processes > 1
+    of_weights = processes if shares_weights else 1
+    of_gradients = processes if strategy in ("fsdp2", "zero2", "zero3") else 1
+    of_optimizer = processes if train.distributed.shards else 1
+    shard = f" of {processes} processes" if processes > 1 and train.distributed.shards else ""
+    optimizer = _optimizer(recipe, model, trained)
+    own = weights
+    if strategy == "fsdp2" and processes > 1 and train.mixed_precision == "bf16":
+        # The float32 weights are the shards themselves.
+        optimizer -= 4 * sum(one.numel() for one in trained if one.itemsize == 2)
+        own += 2 * sum(one.numel() for one in trained if one.itemsize == 2)
     about = {
-        "weights": recipe.forward_dtype + (", with a reference" if weighted else ""),
-        "gradients": f"of {count / 1e6:.3f} M parameters",
-        "optimizer": recipe.optimizer.optim + (", with float32 weights" if _has_masters(recipe) else ""),
+        "weights": recipe.forward_dtype
+        + (f", a shard{shard}" if shares_weights else "")
+        + (", with a reference" if weighted else ""),
+        "gathered": "all weights, in rollouts, evaluation and to save",
+        "gradients": f"of {count / 1e6:.3f} M parameters" + (f", a shard{shard}" if of_gradients > 1 else ""),
+        "optimizer": recipe.optimizer.optim
+        + (", with float32 weights" if _has_masters(recipe) else "")
+        + (f", a shard{shard}" if shard else ""),
         "activations": f"of a forward of {train.batch_tokens:,} tokens",
         "state": "of the engine, at most",
     }
     return Footprint(
-        weights=weights * (2 if weighted else 1),
-        gradients=count * gradient,
-        optimizer=_optimizer(recipe, model, trained),
+        weights=own // of_weights + (weights if weighted else 0),
+        gathered=weights if shares_weights else 0,
+        gradients=count * gradient // of_gradients,
+        optimizer=optimizer // of_optimizer,
         activations=train.batch_tokens * (sizes.saved + 2 * sizes.hidden) * dtype.itemsize,
         state=state,
         about=about,

@@ -1,0 +1,57 @@
+"""Recipes that are trained by one process, and by two under every strategy of ``train.distributed``."""
+
+from pathlib import Path
+from typing import Any
+
+from tests.helpers.objective_recipes import LOWER, TASK, objective_recipe
+from tests.helpers.training_recipes import tiny_recipe
+from toolkit.config import Recipe
+
+STEPS = 50
+MOE = {
+    "model_type": "qwen3_moe", "hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 8, "num_experts": 4,
+    "num_experts_per_tok": 2, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
+    "max_position_embeddings": 32,
+}  # fmt: skip
+STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+CASES = ("dense", "moe", "bf16", "sft", "dpo", "kto", "reward", "grpo", "lora")
+RESUMED = ("dense", "moe", "bf16", "grpo", "lora")
+"""Cases that are resumed from the middle."""
+
+
+def base_of(folder: Path) -> Path:
+    """The model that case "lora" adapts: what one process made of case "dense"."""
+    return folder / "runs" / "dense-ddp-1" / "checkpoints" / f"step-{STEPS:06d}"
+
+
+def case(name: str, folder: Path, strategy: str, processes: int) -> Recipe:
+    """A recipe whose steps see the same examples for any number of processes; ``folder``/text is a corpus."""
+    own: dict[str, Any] = {"run_name": f"{name}-{strategy}-{processes}", "checkpoint": {"save_steps": None}}
+    train: dict[str, Any] = {"distributed": strategy}
+    if name in ("dense", "moe", "bf16"):
+        own["checkpoint"] = {"save_steps": STEPS // 2}
+        train |= {"max_steps": STEPS, "gradient_accumulation_steps": 1 if name == "moe" else 2}
+        if name == "moe":
+            own["model"] = {"config": MOE}
+        if name == "bf16":
+            train |= {"mixed_precision": "bf16"}
+        return tiny_recipe(folder, data={"streams": 2}, train=train, evaluate={"do_eval": name == "dense"}, **own)
+    own["checkpoint"] = {"save_steps": 3}
+    train |= {"max_steps": 6}
+    if name == "sft":
+        train["per_device_train_batch_size"] = 4 // processes
+        # Nothing is solved, so that the first measure is the best one.
+        own["evaluate"] = {"do_eval": True, "eval_steps": 2, "load_best_model_at_end": True}
+        objective: dict[str, Any] = {"task": TASK}
+    elif name == "grpo":
+        objective = {"task": LOWER, "prompts": 4, "num_generations": 4, "num_iterations": 2}
+        own["evaluate"] = {"do_eval": True}
+    elif name == "lora":
+        name, train["ema_decay"] = "dpo", None if strategy == "zero3" else 0.5
+        own["model"] = {"config": None, "name_or_path": str(base_of(folder)), "lora": {"r": 2}}
+        own["tokenizer"] = {"name_or_path": str(base_of(folder))}
+        objective = {"pairs": 8}
+    else:
+        objective = {"lines" if name == "kto" else "pairs": 8}
+        own["evaluate"] = {"do_eval": True}
+    return objective_recipe(folder, name, objective, train=train, **own)
