@@ -319,7 +319,7 @@ def test_requests_of_many_threads_share_forwards_and_keep_their_results():
     for one in threads:
         one.join(60)
     assert not failed
-    assert queue.stats() == {"num_requests_running": 0, "num_requests_waiting": 0}
+    assert queue.stats() == {"num_requests_running": 0, "num_requests_waiting": 0, "weight_version": 0}
     assert queue.shutdown(timeout=10)
 
 
@@ -346,7 +346,7 @@ def test_the_queue_has_a_bound_and_cancelled_requests_run_no_further():
     assert len(first.result(30)) == 1
     assert len(queue.submit([PoolingInput([8])], PoolingParams()).result(30)) == 1
     assert forwards == [1, 1]
-    assert seen == [{"num_requests_running": 0, "num_requests_waiting": 0}]
+    assert seen == [{"num_requests_running": 0, "num_requests_waiting": 0, "weight_version": 0}]
     queue.shutdown(timeout=10)
     with pytest.raises(EngineUnavailable, match="shutting down"):
         queue.submit([PoolingInput([8])], PoolingParams())

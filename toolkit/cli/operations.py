@@ -69,13 +69,6 @@ def operation_of(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def refuse_for_pooling(args: argparse.Namespace) -> None:
-    """Raise ToolkitError for what is there only where a model generates."""
-    for name in ("admin_api_key", "enable_admin_endpoints", "max_requests_per_client"):
-        if getattr(args, name):
-            raise ToolkitError(f"--{name.replace('_', '-')} must be left out for a pooling model.")
-
-
 def _is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback

@@ -11,7 +11,7 @@ from typing import Any
 
 from toolkit.cli.live import add_live_options, check_live_options, live_training
 from toolkit.cli.opened import add_served_options, opened
-from toolkit.cli.operations import add_operation_options, operation_of, refuse_for_pooling
+from toolkit.cli.operations import add_operation_options, operation_of
 from toolkit.cli.options import runner_of
 from toolkit.errors import ToolkitError, first_line
 from toolkit.machine import describe_cpus
@@ -172,8 +172,6 @@ def run(args: argparse.Namespace) -> int:
     with listen_unix(args.uds) if args.uds else listen(args.host, args.port) as listener:
         try:
             runner, settings = runner_of(args)
-            if runner == "pooling":
-                refuse_for_pooling(args)
             check_live_options(args, runner)
             with opened(args, runner, settings, template) as (engine, served):
                 serve = _serve_pooling if runner == "pooling" else _serve
@@ -272,6 +270,7 @@ def _serve_pooling(
     args: argparse.Namespace, engine: Any, served: dict[str, Any], listener: socket.socket, http: Any
 ) -> int:
     from toolkit.engine.pooling import PoolingQueue
+    from toolkit.loading import read_new_weights
 
     how = f", {engine.pooling_type} pooling" if engine.tasks[0] == "embed" else f", {engine.activation}"
     print(f"pooling: {engine.tasks[0]}{how}, {engine.max_model_len} tokens a sequence", file=sys.stderr, flush=True)
@@ -281,6 +280,7 @@ def _serve_pooling(
         http,
         next(engine.model.parameters()).device.type,
         engine=PoolingQueue(engine, max_queued_seqs=args.max_queue),
+        read_weights=read_new_weights,
         **served,
     )
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from toolkit.engine.async_engine import AsyncEngine
+from toolkit.engine.pooling.queue import PoolingQueue
 from toolkit.errors import ToolkitError
 
 
@@ -44,7 +45,7 @@ def check_new_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
             raise ToolkitError(f"{name} must have the dtype {there.dtype}, got {tensor.dtype}.")
 
 
-def write_new_weights(engine: AsyncEngine, model: nn.Module, weights: Mapping[str, Tensor]) -> int:
+def write_new_weights(engine: AsyncEngine | PoolingQueue, model: nn.Module, weights: Mapping[str, Tensor]) -> int:
     """The weight version after ``weights`` are written into the model's own parameters, between two steps.
 
     Running requests continue under the new weights, with their state of the old ones, as their tokens'

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from fastapi import Depends, FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response, params
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
@@ -263,14 +263,15 @@ class Base:
             shown_metrics = self.metrics.render(engine.stats())
             return PlainTextResponse(shown_metrics, media_type="text/plain; version=0.0.4")
 
-    def add_refused(self, paths: Sequence[str], message: str) -> None:
-        """Routes that this model does not serve, with the reason."""
+    def add_refused(self, paths: Sequence[str], message: str, guarded: list[params.Depends] | None = None) -> None:
+        """Routes that this model does not serve, with the reason; ``guarded`` in the place of the dependencies."""
 
         async def refuse() -> Response:
             raise RequestError(message, "model")
 
         for path in paths:
-            self.app.post(path, dependencies=self.guarded, include_in_schema=False)(refuse)
+            depends = self.guarded if guarded is None else guarded
+            self.app.post(path, dependencies=depends, include_in_schema=False)(refuse)
 
     @property
     def weight_version(self) -> int:

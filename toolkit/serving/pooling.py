@@ -22,6 +22,7 @@ from toolkit.engine.pooling.texts import ScorePlan, read_inputs
 from toolkit.engine.prompts import check_num_sequences
 from toolkit.sentences import shown
 from toolkit.serving import text_routes
+from toolkit.serving.admin import routes as admin
 from toolkit.serving.anthropic.responses import error_body
 from toolkit.serving.base import Base, ServerConfig
 from toolkit.serving.batches import routes as batches
@@ -316,7 +317,9 @@ def create_pooling_app(config: ServerConfig, queue: PoolingQueue) -> FastAPI:
         return _Asked(made.inputs, made.params, "documents", body)
 
     async def respond(request: Request, given: _Asked) -> Response:
-        future = queue.submit(given.inputs, given.params, given.name)
+        future = await base.running.start(
+            request, queue, lambda: queue.submit(given.inputs, given.params, given.name), len(given.inputs)
+        )
         tokens = sum(len(one.token_ids) for one in given.inputs)
         base.metrics.prompt_tokens.add(tokens)
         base.watch(request, future)
@@ -348,6 +351,7 @@ def create_pooling_app(config: ServerConfig, queue: PoolingQueue) -> FastAPI:
     base.add_error_style(MESSAGES, error_body)
     base.add_refused(GENERATING_PATHS, POOLS)
     batches.add_routes(base)
+    admin.add_pooling_routes(base)
 
     def tokens_of(text: str, special: bool) -> list[int]:
         if tokenizer is None:
@@ -358,7 +362,8 @@ def create_pooling_app(config: ServerConfig, queue: PoolingQueue) -> FastAPI:
     add_text_routes(base, Texts(config.tokenizer), tokens_of)
     add_page(base, False)
     add_docs(base)
-    describe(base.app, base.names, None, config.vocab_size, (*BODIES, *batches.BODIES, *text_routes.BODIES))
+    bodies: tuple[Model, ...] = (*BODIES, *batches.BODIES, *text_routes.BODIES, *admin.POOLING_BODIES)
+    describe(base.app, base.names, None, config.vocab_size, bodies)
     return base.app
 
 

@@ -6,11 +6,13 @@ import math
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 from fastapi import Request
 from starlette.requests import HTTPConnection
 
 from toolkit.engine import AsyncEngine, RequestHandle
+from toolkit.engine.pooling.queue import PoolingQueue, PoolingRequest
 from toolkit.sentences import shown
 from toolkit.serving.access import OPENED_BY
 from toolkit.serving.errors import RequestError
@@ -21,8 +23,13 @@ MAX_DEADLINE = 86400.0
 _NO_ADDRESS = "unix"
 
 
+Handle = RequestHandle | PoolingRequest
+AnyEngine = AsyncEngine | PoolingQueue
+Submitted = TypeVar("Submitted", RequestHandle, PoolingRequest)
+
+
 class RunningRequests:
-    """What generates now.
+    """What generates or is pooled now.
 
     Args:
         max_per_client: most unfinished sequences of one client; None for no bound.
@@ -31,9 +38,9 @@ class RunningRequests:
 
     def __init__(self, max_per_client: int | None = None, by_key: bool = False) -> None:
         self.max_per_client, self._by_key = max_per_client, by_key
-        self._handles: dict[str, weakref.WeakSet[RequestHandle]] = defaultdict(weakref.WeakSet)  # by id
-        self._of_client: dict[str, weakref.WeakSet[RequestHandle]] = defaultdict(weakref.WeakSet)
-        self._keep: weakref.WeakSet[RequestHandle] = weakref.WeakSet()
+        self._handles: dict[str, weakref.WeakSet[Handle]] = defaultdict(weakref.WeakSet)  # by id
+        self._of_client: dict[str, weakref.WeakSet[Handle]] = defaultdict(weakref.WeakSet)
+        self._keep: weakref.WeakSet[Handle] = weakref.WeakSet()
         self._most_ids = 64  # before finished ones are looked for
         self._open = asyncio.Event()
         self._open.set()
@@ -52,9 +59,9 @@ class RunningRequests:
         self._open.set()
 
     async def start(
-        self, request: Request, engine: AsyncEngine, submit: Callable[[], RequestHandle], sequences: int,
+        self, request: Request, engine: AnyEngine, submit: Callable[[], Submitted], sequences: int,
         ids: Iterable[str] = (), keep_cancelled: bool = False,
-    ) -> RequestHandle:  # fmt: skip
+    ) -> Submitted:  # fmt: skip
         """The handle of a request that is handed to the engine.
 
         Args:
@@ -84,11 +91,11 @@ class RunningRequests:
         if keep_cancelled:
             self._keep.add(handle)
         if seconds is not None:
-            held = weakref.ref(handle)
+            held: Callable[[], Handle | None] = weakref.ref(handle)
             asyncio.get_running_loop().call_later(seconds, _expire, engine, held, seconds)
         return handle
 
-    def abort(self, engine: AsyncEngine, error: RequestError, ids: Iterable[str] | None = None) -> int:
+    def abort(self, engine: AnyEngine, error: RequestError, ids: Iterable[str] | None = None) -> int:
         """End requests, those of ``ids`` or all; how many were under way.
 
         Their handles raise ``error``, except where their tokens are kept.
@@ -96,7 +103,7 @@ class RunningRequests:
         names = list(self._handles) if ids is None else ids
         found = {one for name in names for one in self._handles.get(name, ()) if one.num_unfinished}
         for handle in found:
-            engine.cancel_handle(handle, None if handle in self._keep else error)
+            _cancel(engine, handle, None if handle in self._keep else error)
         return len(found)
 
     def _check(self, client: str, sequences: int) -> None:
@@ -154,7 +161,11 @@ def _late(seconds: float) -> RequestError:
     )
 
 
-def _expire(engine: AsyncEngine, held: "weakref.ref[RequestHandle]", seconds: float) -> None:
+def _expire(engine: AnyEngine, held: Callable[[], Handle | None], seconds: float) -> None:
     handle = held()
     if handle is not None and handle.num_unfinished:
-        engine.cancel_handle(handle, _late(seconds))
+        _cancel(engine, handle, _late(seconds))
+
+
+def _cancel(engine: Any, handle: Handle, error: RequestError | None) -> None:
+    engine.cancel_handle(handle, error)

@@ -68,6 +68,8 @@ class PoolingEngine:
     Attributes:
         tasks: what the model serves, its own first.
         num_tokens: of all sequences so far.
+        weight_version: of the weights that were seen last.
+        is_sleeping: whether a queue is to run nothing.
 
     Raises:
         ToolkitError: a model that a ragged batch is not proven for, a head that is not proven, or a bad value.
@@ -111,6 +113,26 @@ class PoolingEngine:
         if self._of_head:
             self.tasks = ("token_classify",) if check_head(self.model) else ("classify",)
         self.num_tokens = 0
+        self.weight_version = self.see_weights()
+        self.is_sleeping = False
+
+    @property
+    def backend(self) -> PatchedModel:
+        """The patched model, as an ``Engine`` has it."""
+        return self._patched
+
+    def see_weights(self) -> int:
+        """The weight version now."""
+        self.weight_version = self._patched.version()
+        return self.weight_version
+
+    def sleep(self) -> None:
+        """Run nothing until ``wake``. There is no memory to give back: nothing is kept between forwards."""
+        self.is_sleeping = True
+
+    def wake(self) -> None:
+        """Continue after ``sleep``."""
+        self.is_sleeping = False
 
     @property
     def pooling_type(self) -> str:
@@ -234,7 +256,7 @@ class PoolingEngine:
         return list(rows.split([len(one) for one in sequences]))
 
     def _forward(self, batch: RaggedBatch, types: Tensor | None = None) -> Tensor:
-        self._patched.version()  # weights that a framework has sharded or moved since
+        self.see_weights()  # those that a framework has sharded or moved since
         inputs = {} if types is None else {TYPES: types}
         with eval_mode(self.model), torch.no_grad():
             return hidden_states(self.model, DenseContext(batch), inputs)

@@ -5,13 +5,34 @@ import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from toolkit.engine.pooling.engine import Pooled, PoolingEngine, PoolingInput
 from toolkit.engine.pooling.params import PoolingParams
 from toolkit.engine.request_handle import SHUTTING_DOWN, EngineUnavailable
+from toolkit.engine.step_gate import StepGate
+
+Result = TypeVar("Result")
+
+
+class PoolingRequest(Future[list[Pooled]]):
+    """The results of a request's sequences, in order.
+
+    Args:
+        count: of the sequences.
+    """
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self._count = count
+
+    @property
+    def num_unfinished(self) -> int:
+        """Sequences that somebody waits for."""
+        return 0 if self.done() else self._count
 
 
 @dataclass(eq=False)
@@ -20,7 +41,7 @@ class _Job:
 
     inputs: Sequence[PoolingInput]
     params: PoolingParams
-    future: "Future[list[Pooled]]" = field(default_factory=Future)
+    future: PoolingRequest
     found: dict[int, Pooled] = field(default_factory=dict)
 
 
@@ -46,6 +67,8 @@ class PoolingQueue:
         self._changed = threading.Condition()  # guards all below
         self._waiting: deque[tuple[_Job, int]] = deque()
         self._running: list[tuple[_Job, int]] = []
+        self._commands: list[tuple[Callable[[], Any], Future[Any]]] = []
+        self._gate = StepGate(self._changed)
         self._ended = False
         self._thread = threading.Thread(target=self._run, name="pooling", daemon=True)
 
@@ -55,9 +78,7 @@ class PoolingQueue:
             if self._thread.ident is None and not self._ended:
                 self._thread.start()
 
-    def submit(
-        self, inputs: Sequence[PoolingInput], params: PoolingParams, name: str = "prompt"
-    ) -> "Future[list[Pooled]]":
+    def submit(self, inputs: Sequence[PoolingInput], params: PoolingParams, name: str = "prompt") -> PoolingRequest:
         """Queue sequences, all or none. The future's result is theirs, in order; cancelled, it takes no more forwards.
 
         Args:
@@ -72,7 +93,7 @@ class PoolingQueue:
         self.engine.check(params)
         for one in inputs:
             self.engine.check_input(one, name)
-        job = _Job(inputs, params)
+        job = _Job(inputs, params, PoolingRequest(len(inputs)))
         with self._changed:
             if self.failure is not None:
                 raise EngineUnavailable(f"The engine has stopped: {self.failure}")
@@ -89,10 +110,60 @@ class PoolingQueue:
         return job.future
 
     def stats(self) -> dict[str, float]:
-        """num_requests_running and num_requests_waiting, in sequences."""
+        """num_requests_running and num_requests_waiting, in sequences, and weight_version."""
         with self._changed:
-            waiting = self._num_queued() - len(self._running)
-            return {"num_requests_running": len(self._running), "num_requests_waiting": waiting}
+            running = len(self._running)
+            waiting, version = self._num_queued() - running, self.engine.weight_version
+        return {"num_requests_running": running, "num_requests_waiting": waiting, "weight_version": version}
+
+    def pause(self) -> contextlib.AbstractContextManager[None]:
+        """No forward runs inside, so that weights may be written."""
+        return self._gate.pause()
+
+    def pause_generation(self) -> None:
+        """Run no forward until ``resume_generation``; requests wait. Returns when none runs."""
+        self._gate.hold()
+
+    def resume_generation(self) -> None:
+        """Continue after ``pause_generation``."""
+        self._gate.release()
+
+    @property
+    def generation_paused(self) -> bool:
+        """Whether ``pause_generation`` is in effect."""
+        return self._gate.held
+
+    @property
+    def has_requests(self) -> bool:
+        """Whether any sequence waits or runs."""
+        with self._changed:
+            return self._num_queued() > 0
+
+    def sleep(self) -> None:
+        """``PoolingEngine.sleep`` between two forwards."""
+        self.call(self.engine.sleep)
+
+    def wake(self) -> None:
+        """``PoolingEngine.wake``."""
+        self.call(self.engine.wake)
+
+    def call(self, function: Callable[[], Result]) -> Result:
+        """What ``function`` returns on the thread, between two forwards. Waits for it."""
+        done: Future[Result] = Future()
+        with self._changed:
+            if self._ended or self.failure is not None:
+                raise EngineUnavailable("The engine's thread has ended.")
+            self._commands.append((function, done))
+            self._changed.notify_all()
+            self.start()
+        return done.result()
+
+    def cancel_handle(self, handle: PoolingRequest, error: Exception | None = None) -> None:
+        """End a request, with ``error`` where there is one."""
+        if error is None:
+            handle.cancel()
+        else:
+            _give(handle, error)
 
     def _num_queued(self) -> int:
         """Sequences that wait or run; those whose request was cancelled wait no more."""
@@ -134,19 +205,42 @@ class PoolingQueue:
         try:
             while True:
                 with self._changed:
-                    self._changed.wait_for(lambda: self._waiting or self._ended)
+                    self._changed.wait_for(self._has_work)
                     if self._ended:
                         return
-                    self._running = self._take()
-                results = self._forward(self._running) if self._running else {}
-                with self._changed:
-                    self._running = []
-                for job, result in results.items():  # who has one finds its sequences queued no more
-                    _give(job.future, result)
+                    commands, self._commands = self._commands, []
+                for function, done in commands:
+                    _do(function, done)
+                if self._gate.enter():
+                    try:
+                        self._step()
+                    finally:
+                        self._gate.leave()
         except BaseException as error:
             traceback.print_exc(file=sys.stderr)
             self.failure = error
             self.cancel_all(EngineUnavailable(f"The engine has stopped: {error}"))
+        finally:
+            with self._changed:
+                left, self._commands = self._commands, []
+            for _, done in left:
+                done.set_exception(EngineUnavailable("The engine's thread has ended."))
+
+    def _has_work(self) -> bool:
+        may_run = not self._gate.closed and not self.engine.is_sleeping
+        return self._ended or bool(self._commands) or (bool(self._waiting) and may_run)
+
+    def _step(self) -> None:
+        """A forward of what waits."""
+        if self.engine.is_sleeping:
+            return
+        with self._changed:
+            self._running = self._take()
+        results = self._forward(self._running) if self._running else {}
+        with self._changed:
+            self._running = []
+        for job, result in results.items():  # who has one finds its sequences queued no more
+            _give(job.future, result)
 
     def _take(self) -> list[tuple[_Job, int]]:
         """The next sequences that fit into one forward, those of cancelled requests left out."""
@@ -173,6 +267,13 @@ class PoolingQueue:
             job.found[at] = result
         whole = [job for job in dict.fromkeys(job for job, _ in taken) if len(job.found) == len(job.inputs)]
         return {job: [job.found[index] for index in range(len(job.inputs))] for job in whole}
+
+
+def _do(function: Callable[[], Any], done: "Future[Any]") -> None:
+    try:
+        done.set_result(function())
+    except Exception as error:
+        done.set_exception(error)
 
 
 def _give(future: "Future[list[Pooled]]", result: list[Pooled] | Exception) -> None:

@@ -1,10 +1,12 @@
 """Sleeping, pausing, aborting and caches."""
 
 import asyncio
+from typing import Any
 
 from toolkit.engine import EngineUnavailable
+from toolkit.engine.pooling import PoolingEngine
+from toolkit.serving.base import Base
 from toolkit.serving.errors import RequestError
-from toolkit.serving.generation import Generation
 
 LOOK = 0.01
 """Seconds between looks at whether running requests have finished."""
@@ -13,8 +15,8 @@ LOOK = 0.01
 class Control:
     """Starts and stops what a server generates. Its methods belong to the event loop of the server."""
 
-    def __init__(self, generation: Generation) -> None:
-        self._engine, self._running = generation.engine, generation.base.running
+    def __init__(self, base: Base) -> None:
+        self._engine, self._running = base.engine, base.running
         self._turn = 0  # of the last pause or resume: an earlier one that still waits gives up
 
     async def pause(self, mode: str, clear_cache: bool = True) -> None:
@@ -82,9 +84,11 @@ class Control:
         return self._running.abort(self._engine, error, ids)
 
     async def reset_prefix_cache(self) -> None:
-        """Forget cached prefixes that no sequence holds."""
+        """Forget cached prefixes that no sequence holds; a pooling model has none."""
         await asyncio.to_thread(self._engine.call, self._forget)
 
     def _forget(self) -> None:
-        self._engine.engine.reset_prefix_cache()
-        self._engine.engine.encoder_cache.clear()
+        engine: Any = self._engine.engine
+        if not isinstance(engine, PoolingEngine):
+            engine.reset_prefix_cache()
+            engine.encoder_cache.clear()

@@ -6,29 +6,29 @@ from typing import Any
 from fastapi import Request, params
 
 import toolkit
-from toolkit.engine import SamplingParams
+from toolkit.engine import Engine, SamplingParams
+from toolkit.engine.pooling import PoolingEngine
 from toolkit.serving.admin import schemas
+from toolkit.serving.base import Base
 from toolkit.serving.errors import Json
 from toolkit.serving.generation import Generation
 from toolkit.serving.openapi import responses, takes_query
 from toolkit.serving.parsing import parse_query
 
 
-def vllm_config(generation: Generation) -> Json:
+def vllm_config(base: Base) -> Json:
     """The parts of vLLM's configuration that clients read: dtype, adapters, parallelism, how weights are sent."""
-    engine, config = generation.engine.engine, generation.config
+    engine, config = base.engine.engine, base.config
+    pooling = isinstance(engine, PoolingEngine)
     return {
         "model_config": {
             "model": _path(engine),
-            "served_model_name": list(generation.base.names),
+            "served_model_name": list(base.names),
+            "runner_type": "pooling" if pooling else "generate",
             "dtype": str(engine.backend.dtype),
             "max_model_len": config.max_model_len,
         },
-        "cache_config": {
-            "block_size": engine.config.block_size,
-            "num_gpu_blocks": int(engine.stats()["num_blocks"]),
-            "enable_prefix_caching": engine.config.enable_prefix_caching,
-        },
+        "cache_config": None if isinstance(engine, PoolingEngine) else _cache_config(engine),
         "scheduler_config": {
             "max_num_seqs": engine.config.max_num_seqs,
             "max_num_batched_tokens": engine.config.max_num_batched_tokens,
@@ -40,8 +40,16 @@ def vllm_config(generation: Generation) -> Json:
             "world_size": 1,
         },
         "speculative_config": _speculative_config(engine.config.speculative_config),
-        "lora_config": _lora_config(generation),
+        "lora_config": _lora_config(base),
         "weight_transfer_config": None,
+    }
+
+
+def _cache_config(engine: Engine) -> Json:
+    return {
+        "block_size": engine.config.block_size,
+        "num_gpu_blocks": int(engine.stats()["num_blocks"]),
+        "enable_prefix_caching": engine.config.enable_prefix_caching,
     }
 
 
@@ -52,17 +60,16 @@ def _speculative_config(config: Json | None) -> Json | None:
     return {**config, "model": str(getattr(getattr(config["model"], "config", None), "name_or_path", ""))}
 
 
-def _lora_config(generation: Generation) -> Json | None:
-    if not generation.base.models.adapters:
+def _lora_config(base: Base) -> Json | None:
+    if not base.models.adapters:
         return None
-    config = generation.engine.engine.config
+    config = base.engine.engine.config
     return {"max_loras": config.max_loras, "max_cpu_loras": config.max_cpu_loras}
 
 
-def add_info(generation: Generation, guarded: list[params.Depends]) -> None:
-    """``/server_info``, ``/get_world_size``, and for clients ``/get_model_info`` and ``/props``."""
-    base, engine = generation.base, generation.engine
-    app = base.app
+def add_info(base: Base, guarded: list[params.Depends]) -> None:
+    """``/server_info``, ``/get_world_size``, and for clients ``/get_model_info``."""
+    app, engine = base.app, base.engine
 
     @app.get(
         "/server_info",
@@ -73,7 +80,7 @@ def add_info(generation: Generation, guarded: list[params.Depends]) -> None:
     async def server_info(request: Request) -> Json:
         parse_query(schemas.InfoQuery, request)
         return {
-            "vllm_config": vllm_config(generation),
+            "vllm_config": vllm_config(base),
             "engine": asdict(engine.engine.config),
             "numerics_fingerprint": base.numerics.fingerprint,
             "version": toolkit.__version__,
@@ -94,13 +101,18 @@ def add_info(generation: Generation, guarded: list[params.Depends]) -> None:
     async def model_info() -> Json:
         return {
             "model_path": _path(engine.engine),
-            "is_generation": True,
+            "is_generation": not isinstance(engine.engine, PoolingEngine),
             "weight_version": base.weight_version,
-            "max_model_len": generation.config.max_model_len,
+            "max_model_len": base.config.max_model_len,
             "dtype": str(engine.engine.backend.dtype).removeprefix("torch."),
         }
 
-    @app.get("/props", dependencies=base.guarded, responses=responses(schemas.Props))
+
+def add_props(generation: Generation) -> None:
+    """llama.cpp's ``/props``, for clients of a model that generates."""
+    base, engine = generation.base, generation.engine
+
+    @base.app.get("/props", dependencies=base.guarded, responses=responses(schemas.Props))
     async def props() -> Json:
         params = SamplingParams(**generation.config.default_sampling_params)
         names = (

@@ -6,8 +6,9 @@ from toolkit.serving.admin import schemas
 from toolkit.serving.admin.adapters import add_adapters
 from toolkit.serving.admin.control import Control
 from toolkit.serving.admin.exports import add_exports
-from toolkit.serving.admin.info import add_info
+from toolkit.serving.admin.info import add_info, add_props
 from toolkit.serving.admin.weights import add_weights
+from toolkit.serving.base import Base
 from toolkit.serving.errors import Json, RequestError
 from toolkit.serving.generation import Generation
 from toolkit.serving.openapi import responses, takes, takes_query
@@ -19,20 +20,41 @@ BODIES = (
 )  # fmt: skip
 
 
+POOLING_BODIES = (schemas.AbortRequest, schemas.InitRequest, schemas.StartRequest, schemas.UpdateRequest)
+"""Those of a pooling model."""
+ADAPTER_PATHS = ("/v1/load_lora_adapter", "/load_lora_adapter", "/v1/unload_lora_adapter")
+NO_ADAPTERS = "The served model is a pooling model, which takes no adapters; merge them into its weights."
+NO_EXPORT = "The served model is a pooling model, which this server does not export; use toolkit export."
+
+
 def add_routes(generation: Generation) -> None:
     """Add the routes to the application of ``generation``."""
-    base, access = generation.base, generation.config.admin
-    guarded = [Depends(access.check)] if access.keys else [*base.guarded, Depends(access.check)]
-    add_control(generation, guarded)
-    add_weights(generation, guarded)
+    guarded = _add_common(generation.base)
     add_adapters(generation, guarded)
     add_exports(generation, guarded)
-    add_info(generation, guarded)
+    add_props(generation)
 
 
-def add_control(generation: Generation, guarded: list[params.Depends]) -> None:
+def add_pooling_routes(base: Base) -> None:
+    """Add those that a pooling model has to its application; the others say why there are none."""
+    guarded = _add_common(base)
+    base.add_refused(ADAPTER_PATHS, NO_ADAPTERS, guarded)
+    base.add_refused(("/export",), NO_EXPORT, guarded)
+
+
+def _add_common(base: Base) -> list[params.Depends]:
+    """Those of any model; what guards admin endpoints."""
+    access = base.config.admin
+    guarded = [Depends(access.check)] if access.keys else [*base.guarded, Depends(access.check)]
+    add_control(base, guarded)
+    add_weights(base, guarded)
+    add_info(base, guarded)
+    return guarded
+
+
+def add_control(base: Base, guarded: list[params.Depends]) -> None:
     """``/pause`` and ``/resume``, ``/sleep`` and ``/wake_up``, aborting, caches."""
-    base, control, engine = generation.base, Control(generation), generation.engine
+    control, engine = Control(base), base.engine
     app = base.app
 
     @app.post(

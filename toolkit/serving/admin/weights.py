@@ -8,8 +8,8 @@ from fastapi import Request, params
 from toolkit.engine.new_weights import write_new_weights
 from toolkit.sentences import shown
 from toolkit.serving.admin import schemas
+from toolkit.serving.base import Base
 from toolkit.serving.errors import Json, RequestError
-from toolkit.serving.generation import Generation
 from toolkit.serving.openapi import responses, takes
 from toolkit.serving.parsing import parse
 
@@ -42,8 +42,8 @@ def folder_of(asked: schemas.UpdateRequest) -> tuple[str, str]:
 class WeightUpdates:
     """Reads new weights while the engine runs, and writes them between two steps; one update at a time."""
 
-    def __init__(self, generation: Generation) -> None:
-        self._engine, self._read = generation.engine, generation.config.read_weights
+    def __init__(self, base: Base) -> None:
+        self._engine, self._read = base.engine, base.config.read_weights
         self._one = asyncio.Lock()
 
     async def update(self, field: str, folder: str) -> int:
@@ -58,9 +58,9 @@ class WeightUpdates:
         return write_new_weights(self._engine, model, self._read(folder, model, field))
 
 
-def add_weights(generation: Generation, guarded: list[params.Depends]) -> None:
+def add_weights(base: Base, guarded: list[params.Depends]) -> None:
     """``/init_weight_transfer_engine``, ``/start_weight_update``, ``/update_weights``, ``/finish_weight_update``."""
-    base, updates = generation.base, WeightUpdates(generation)
+    updates = WeightUpdates(base)
     app = base.app
 
     @app.post(
@@ -103,5 +103,5 @@ def add_weights(generation: Generation, guarded: list[params.Depends]) -> None:
 
     @app.post("/finish_weight_update", dependencies=guarded, responses=responses(schemas.Updated))
     async def finish() -> Json:
-        version = await asyncio.to_thread(generation.engine.call, generation.engine.engine.see_weights)
+        version = await asyncio.to_thread(base.engine.call, base.engine.engine.see_weights)
         return {"status": "ok", "message": "Weight update finished", "weight_version": version}

@@ -65,7 +65,7 @@ def add_embed(base: Base, queue: PoolingQueue, tokenizer: Any, one_at_a_time: th
         begun = time.perf_counter()
         asked, inputs, params = await base.read(request, read)
         tokens = sum(len(one.token_ids) for one in inputs)
-        future = queue.submit(inputs, params, "input")
+        future = await base.running.start(request, queue, lambda: queue.submit(inputs, params, "input"), len(inputs))
         base.metrics.prompt_tokens.add(tokens)
         base.watch(request, future)
         results = await asyncio.wrap_future(future)
