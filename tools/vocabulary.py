@@ -88,7 +88,7 @@ WHOLE_NAMES = {
 """Python names: what to write instead."""
 
 
-FIELDS = {"service_tier"}
+FIELDS = {"service_tier", "score_answer"}
 """Names of other people's protocols, which stay."""
 
 

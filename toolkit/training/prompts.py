@@ -270,7 +270,7 @@ class TaskPrompts(Prompts):
         return str(problem.prompt)
 
     def own_reward(self, problem: Any, completion: "Completion") -> float:
-        return checked_reward(self.task, problem.prompt, completion.text)
+        return checked_reward(self.task, problem, completion.text)
 
 
 @dataclass

@@ -17,7 +17,14 @@ def make_task(fields: Mapping[str, Any]) -> Task:
     """
     options = dict(fields)
     name = options.pop("name", None)
-    kind = _imported(name) if isinstance(name, str) and ":" in name else None
+    kind = None
+    if isinstance(name, str) and ":" in name:
+        before, _, variant = name.partition(":")
+        kind = TASKS.get(before)
+        if kind is not None and kind.takes_variant is not None:
+            options[kind.takes_variant] = variant
+        else:
+            kind = _imported(name)
     if kind is None:
         kind = TASKS.find("objective.task.name", name, ["package.module:Class"])
     try:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from toolkit.errors import ToolkitError, first_line
 from toolkit.registry import Registry
@@ -23,12 +23,14 @@ class Problem:
 
     Attributes:
         key: identifies the problem. The held-out split is by its hash, so spellings of one problem share it.
+        entry: what the task keeps to judge it.
     """
 
     prompt: str
     solution: str
     wrong: str
     key: str
+    entry: Any = None
 
 
 class Task(ABC):
@@ -36,6 +38,9 @@ class Task(ABC):
 
     ``class Countdown(Task, name="countdown")`` registers a task of this package; one from elsewhere needs no name.
     """
+
+    takes_variant: ClassVar[str | None] = None
+    """The field that stands behind a colon in ``objective.task.name``; None for none."""
 
     def __init_subclass__(cls, name: str | None = None, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -52,6 +57,10 @@ class Task(ABC):
 
         None (or NaN) where it cannot be judged: the completion then has no part in its group's mean, and no advantage.
         """
+
+    def judge(self, problem: Problem, completion: str) -> float | None:
+        """``reward``, of a problem."""
+        return self.reward(problem.prompt, completion)
 
 
 TASKS: Registry[Task] = Registry("toolkit.training.tasks")
@@ -70,8 +79,10 @@ _SHOWN = 200
 """Characters of a value in an error's sentence."""
 
 
-def checked_reward(task: Task, prompt: str, completion: str) -> float:
-    """``task.reward`` as a float: finite, or NaN where the task does not judge the completion.
+def checked_reward(task: Task, problem: Problem | str, completion: str) -> float:
+    """``task.reward`` of a prompt, or ``task.judge`` of a problem, as a float.
+
+    It is finite, or NaN where the task does not judge the completion.
 
     Raises:
         ToolkitError: the task's method raised, or returned something other than a finite number, NaN or None. A number
@@ -79,7 +90,9 @@ def checked_reward(task: Task, prompt: str, completion: str) -> float:
     """
     where = f"the reward of the task {type(task).__name__}"
     with call_checked(where, f"the completion {_shown(completion)}"):
-        value: Any = task.reward(prompt, completion)
+        value: Any = (
+            task.judge(problem, completion) if isinstance(problem, Problem) else task.reward(problem, completion)
+        )
     return finite_reward(value, where, completion)
 
 
