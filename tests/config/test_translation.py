@@ -181,3 +181,69 @@ def test_processes_that_a_recipe_does_not_go_with():
     assert recipe["train"]["distributed"]["strategy"] == "ddp"
     (text,) = [note.text for note in found.notes if note.lost and note.key == "fsdp_config"]
     assert "model.quantise must be null with train.distributed 'fsdp2'" in text
+
+
+def test_other_trainers_of_trl():
+    recipe, found = made({**TRL, "center_rewards_coefficient": 0.01, "eval_strategy": "steps", "eval_steps": 5})
+    assert (recipe["objective"]["kind"], recipe["optimizer"]["learning_rate"]) == ("reward", 1e-4)
+    assert recipe["evaluate"]["eval_steps"] == 5
+    recipe, found = made(
+        {
+            **TRL,
+            "reward_funcs": ["accuracy_reward", "a.b.c"],
+            "normalize_advantages": True,
+            "reward_clip_range": [-1, 1],
+        }
+    )
+    objective = recipe["objective"]
+    assert (objective["kind"], objective["num_generations"], objective["normalize_advantages"]) == ("rloo", 2, True)
+    assert objective["reward_funcs"] == ["trl.rewards:accuracy_reward", "a.b:c"]
+    assert not lost(found)
+    recipe, found = made({**TRL, "teacher_model_name_or_path": "t", "lmbda": 0.7, "max_new_tokens": 32, "beta": 0.4})
+    objective = recipe["objective"]
+    teacher, rollout = objective["teacher"]["name_or_path"], objective["rollout"]
+    assert (objective["kind"], teacher, objective["beta"]) == ("distill", "t", 0.4)
+    assert (rollout["temperature"], rollout["max_completion_length"]) == (0.9, 32)
+    assert "lmbda" in lost(found)
+
+
+def test_measures_and_the_best_checkpoint():
+    given = {"load_best_model_at_end": True, "metric_for_best_model": "eval_margin", "greater_is_better": False}
+    recipe, found = made({**TRL, **given, "eval_strategy": "steps", "logging_steps": 4, "neftune_noise_alpha": 5.0})
+    wanted = {**given, "eval_steps": 4, "do_eval": True}
+    assert {name: recipe["evaluate"][name] for name in wanted} == wanted
+    assert recipe["objective"]["neftune_noise_alpha"] == 5.0
+    assert not lost(found)
+    recipe, found = made({**TRL, "eval_strategy": "epoch", "load_best_model_at_end": True})
+    assert {"eval_strategy", "load_best_model_at_end"} <= lost(found)
+    assert recipe["evaluate"]["eval_steps"] is None
+    assert made({**TRL, "eval_strategy": "no", "eval_steps": 3})[0]["evaluate"]["eval_steps"] is None
+
+
+def test_loggers_tokens_streams_and_adapters_of_axolotl():
+    recipe, found = made(
+        {
+            "base_model": "m", "pretraining_dataset": [{"path": "text.jsonl", "name": None}], "max_steps": 9,
+            "wandb_project": "mine", "use_tensorboard": True, "tokens": ["<|a|>"], "mlflow_tracking_uri": "x",
+            "special_tokens": {"pad_token": "p", "additional_special_tokens": ["<|b|>"], "eos_token": "e"},
+        }
+    )  # fmt: skip
+    assert (recipe["log"]["project"], recipe["log"]["report_to"]) == ("mine", ["wandb", "tensorboard"])
+    assert recipe["tokenizer"]["added_tokens"] == ["<|a|>", "<|b|>"]
+    (dataset,) = recipe["objective"]["datasets"]
+    assert (dataset["path"], dataset["streaming"]) == ("text.jsonl", True)
+    assert recipe["objective"]["excess_length_strategy"] == "split"
+    assert lost(found) == {"mlflow_tracking_uri", "special_tokens"}
+    recipe, found = made({**AXOLOTL, "lora_model_dir": "theirs", "adapter": "lora", "load_in_4bit": False})
+    assert recipe["model"]["lora"]["adapter"] == "theirs"
+    assert not {"lora_r", "lora_alpha"} & lost(found)
+    recipe, found = made(
+        {**AXOLOTL, "adapter": "lora", "load_in_4bit": False, "peft_init_lora_weights": "pissa_niter_16"}
+    )
+    assert recipe["model"]["lora"]["init_lora_weights"] == "pissa_niter_16"
+    assert made({**AXOLOTL, "reward_model": True})[0]["objective"]["kind"] == "reward"
+
+
+def test_reward_functions_have_a_module():
+    with pytest.raises(ToolkitError, match=r"objective\.reward_funcs\.0 must be module:function, got 'plain'"):
+        made({**TRL, "reward_funcs": ["plain"]})

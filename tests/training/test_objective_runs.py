@@ -432,3 +432,17 @@ def test_a_teacher_of_another_vocabulary_is_one_sentence(tmp_path: Path) -> None
     objective = {"prompts": 2, "teacher": TEACHER | {"config": config, "max_steps": 1}}
     with pytest.raises(ToolkitError, match="must have the student's vocabulary size, which is 257, got 300"):
         Trainer(objective_recipe(tmp_path, "distill", objective), quiet=True)
+
+
+@pytest.mark.sweep
+def test_a_teacher_needs_no_rewards(tmp_path: Path) -> None:
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text("".join(f'{{"prompt": "{at} and"}}\n' for at in range(30)))
+    train(objective_recipe(tmp_path, "sft", {}, run_name="teaches", train={"max_steps": 3}), quiet=True)
+    teacher = {"name_or_path": str(tmp_path / "runs" / "teaches")}
+    given = {"task": None, "data_files": str(lines), "prompts": 4, "teacher": teacher}
+    recipe = objective_recipe(tmp_path, "distill", given, train={"max_steps": 6}, optimizer={"learning_rate": 3e-2})
+    train(recipe, quiet=True)
+    metrics = read_metrics(tmp_path / "runs" / "distill" / "metrics.jsonl")
+    assert metrics[-1]["divergence"] < metrics[0]["divergence"]
+    assert [line["reward"] for line in metrics] == [None] * 6

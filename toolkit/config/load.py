@@ -202,5 +202,7 @@ def _sentence(problem: dict[str, Any], objective: str | None) -> str:
         named = message.startswith(tuple(field_names(kind=objective)))
         end = "" if message.endswith((".", "?")) else "."
         return f"{message if named else message[0].upper() + message[1:]}{end}"
-    folder_name = "a folder name of letters, digits, '.', '_' and '-'" if kind == "string_pattern_mismatch" else None
-    return sentence(problem, key, requirement=folder_name, nullable=_nullable(key, objective))
+    wanted = None
+    if kind == "string_pattern_mismatch":
+        wanted = "a folder name of letters, digits, '.', '_' and '-'" if key == "run_name" else "module:function"
+    return sentence(problem, key, requirement=wanted, nullable=_nullable(key, objective))

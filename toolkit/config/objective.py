@@ -233,6 +233,8 @@ class OnPolicySection(LinesSection):
 
     supports_expert_parallel: ClassVar[bool] = False
     supports_streaming: ClassVar[bool] = False
+    needs_rewards: ClassVar[bool] = True
+    """Whether completions of lines must be judged to be trained on."""
     environment_fields: ClassVar[Sequence[str]] = ("environment", "environment_factory", "tools")
     """Of an environment, which may judge in the place of functions; a kind has all of them or none."""
 
@@ -257,7 +259,7 @@ class OnPolicySection(LinesSection):
         if any(getattr(self, name, None) for name in self.environment_fields):
             self._check_weights()
             return self
-        if (self.task is None) != bool(self.reward_funcs):
+        if (self.task is None) != bool(self.reward_funcs) and (self.needs_rewards or self.reward_funcs):
             raise ValueError(
                 "objective.reward_funcs must be given for objective.data_files and objective.datasets, and for them "
                 f"alone, got {self.reward_funcs}"

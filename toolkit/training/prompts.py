@@ -308,6 +308,9 @@ class LinePrompts(Prompts):
         self._lines = lines
         self.fingerprint = lines.fingerprint
 
+    def own_reward(self, problem: Any, completion: "Completion") -> float:
+        return super().own_reward(problem, completion) if self._section.needs_rewards else math.nan
+
     def describe(self) -> str:
         return f"{len(self._lines.train)} prompts to train on, {len(self._lines.held_out)} held out"
 

@@ -45,6 +45,13 @@ ALWAYS = {
     "save_safetensors": "weights are saved as safetensors",
     "save_only_model": "a checkpoint resumes exactly",
     "use_cpu": "accelerate chooses the device",
+    "full_determinism": "runs are deterministic",
+    "data_seed": "seed orders the data, too",
+    "average_tokens_across_devices": "a loss is a mean over the tokens of all processes",
+    "include_num_input_tokens_seen": "num_tokens is logged",
+    "ignore_data_skip": "a run resumes at its position in the data",
+    "skip_memory_metrics": "it is off by default",
+    "torch_compile*": "patched layers run the toolkit's kernels",
     "hub_*": "nothing is pushed",
     "push_to_hub": "nothing is pushed",
 }
@@ -74,6 +81,7 @@ def training_arguments(t: Translation, defaults: dict[str, Any]) -> None:
     else:
         t.put("train.num_train_epochs", float(epochs))
     _checkpoints(t)
+    _measures(t)
     _logs(t)
     if t.take("gradient_checkpointing", False):
         t.put("train.gradient_checkpointing", True, "gradient_checkpointing")
@@ -191,6 +199,22 @@ def _checkpoints(t: Translation) -> None:
     limit = t.take("save_total_limit")
     if limit:
         t.put("checkpoint.save_total_limit", int(limit))
+
+
+def _measures(t: Translation) -> None:
+    """Held-out measures between steps."""
+    strategy, steps = t.get("eval_strategy"), t.take("eval_steps")
+    if strategy == "steps" and steps is None:
+        steps = t.get("logging_steps", 10)
+    if strategy == "no" and steps is not None:
+        t.unneeded("eval_steps", "nothing is evaluated")
+    elif strategy not in (None, "no", "steps"):
+        t.lose("eval_strategy", "evaluate.eval_steps is a number of steps")
+    elif steps is not None and not steps >= 1:
+        t.lose("eval_steps", "evaluate.eval_steps is a number of steps")
+    elif steps is not None:
+        t.put("evaluate.eval_steps", int(steps), "eval_steps")
+    t.move("greater_is_better", "evaluate.greater_is_better")
 
 
 def _logs(t: Translation) -> None:

@@ -53,9 +53,8 @@ UNNEEDED = {
     "model_type": "the checkpoint says which",
     "is_*_derived_model": "the checkpoint says which",
     "strict": "unknown keys of recipes are errors",
-    "wandb_*": "log.report_to says where metrics go",
-    "mlflow_*": "log.report_to says where metrics go",
-    "comet_*": "log.report_to says where metrics go",
+    "wandb_*": "log.project and run_name say what a run is called",
+    "trackio_*": "log.project and run_name say what a run is called",
     "eval_batch_size": "train.batch_tokens is the size of every forward",
     "eval_table_size": "details.jsonl has completions, and toolkit watch shows them",
     "debug": "the data report shows a decoded example",
@@ -68,8 +67,12 @@ def translate(settings: Mapping[str, Any], kind: str | None) -> Translation:
     rl = settings.get("rl")
     if rl is not None and kind is None and rl not in KINDS:
         raise ToolkitError(f"rl must be one of {', '.join(KINDS)}, got '{rl}'.")
-    t = Translation(settings, kind or KINDS.get(str(rl), "sft"), NAMES)
+    plain = "reward" if settings.get("reward_model") else "sft"
+    t = Translation(settings, kind or KINDS.get(str(rl), plain), NAMES)
     t.take("rl")
+    t.take("reward_model")
+    _loggers(t)
+    _tokens(t)
     _adapter(t)
     training_arguments(t, DEFAULTS)
     _data(t)
@@ -105,6 +108,33 @@ def _adapter(t: Translation) -> None:
         t.lose("adapter_folder", "name the folder in model.name_or_path to merge an adapter and train on")
 
 
+LOGGERS = {
+    "wandb": ("use_wandb", "wandb_project"),
+    "trackio": ("use_trackio", "trackio_project_name"),
+    "tensorboard": ("use_tensorboard", "tensorboard"),
+}
+"""Loggers, and the keys each of which asks for one."""
+
+
+def _loggers(t: Translation) -> None:
+    asked = {name: [t.take(key) for key in keys] for name, keys in LOGGERS.items()}
+    project = next((value for values in asked.values() for value in values if isinstance(value, str)), None)
+    t.add({"report_to": [name for name, values in asked.items() if any(values)] or "none"})
+    if project is not None:
+        t.put("log.project", project)
+
+
+def _tokens(t: Translation) -> None:
+    """Tokens that are added."""
+    special = t.take("special_tokens") or {}
+    added = [*(t.take("tokens") or ()), *(special.get("additional_special_tokens") or ())]
+    if added:
+        t.put("tokenizer.added_tokens", added)
+    others = {name: value for name, value in special.items() if name not in ("additional_special_tokens", "pad_token")}
+    if others:
+        t.lose("special_tokens", "the tokenizer says which tokens are special, beside those that are added", others)
+
+
 def _template(t: Translation) -> None:
     name, text = t.take("chat_template"), t.take("chat_template_jinja")
     if text is not None:
@@ -115,8 +145,13 @@ def _template(t: Translation) -> None:
 
 def _data(t: Translation) -> None:
     share = float(t.take("val_set_size", 0.0) or 0.0)
-    given = t.take("datasets") or t.take("pretraining_dataset") or []
-    datasets = [_dataset(t, one) for one in ([given] if isinstance(given, dict) else given)]
+    given, streamed = t.take("datasets"), t.take("pretraining_dataset")
+    given = given or streamed or []
+    datasets = [_dataset(t, one) for one in ([given] if isinstance(given, (dict, str)) else given)]
+    if streamed is given and t.kind == "sft":
+        t.put("objective.excess_length_strategy", "split")
+        if len(datasets) == 1 and "max_steps" in t.values["train"]:
+            datasets[0]["streaming"] = True
     tests = [_dataset(t, one) for one in t.take("test_datasets") or ()]
     if not t.has("objective.datasets"):
         if datasets:

@@ -4,6 +4,8 @@ from typing import Any
 
 from toolkit.config.translation.base import Translation
 
+TRL_REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")
+"""Reward functions that TRL's command knows without a module."""
 NOT_HELD_OUT = 1e-9
 """Share of the lines that is held out where the other program holds out none; a recipe's must be above 0."""
 
@@ -26,7 +28,7 @@ def sizes(t: Translation, max_length: int) -> None:
 def rollouts(t: Translation) -> None:
     """GRPO and its relatives, whose sequences are completions."""
     batch, forwards = int(t.take("per_device_train_batch_size", 8)), int(t.take("gradient_accumulation_steps", 1))
-    several = int(t.take("num_generations", 8))
+    several = int(t.take("num_generations", 2 if t.kind == "rloo" else 8))
     completion = int(t.take("max_completion_length", 512))
     prompt = int(t.take("max_prompt_length", 512))
     longest = int(t.take("vllm_max_model_length", prompt + completion))
@@ -38,10 +40,11 @@ def rollouts(t: Translation) -> None:
     t.put("train.batch_tokens", max(2048, longest * batch // 2))
     if t.get("max_prompt_length") is None and t.get("vllm_max_model_length") is None:
         t.unneeded("max_completion_length", f"train.max_length is {longest}, which leaves {prompt} tokens for prompts")
-    scale = t.take("scale_rewards", "group")
-    scale = {True: "group", False: "none", "True": "group", "False": "none"}.get(scale, scale)
-    t.put("objective.scale_rewards", scale, "scale_rewards")
-    t.put("objective.loss_type", t.take("loss_type", "dapo"), "loss_type")
+    if t.kind == "grpo":
+        scale = t.take("scale_rewards", "group")
+        scale = {True: "group", False: "none", "True": "group", "False": "none"}.get(scale, scale)
+        t.put("objective.scale_rewards", scale, "scale_rewards")
+        t.put("objective.loss_type", t.take("loss_type", "dapo"), "loss_type")
     for name in (
         "num_iterations", "epsilon", "epsilon_high", "beta", "importance_sampling_level", "mask_truncated_completions",
         "multi_objective_aggregation",
@@ -54,6 +57,22 @@ def rollouts(t: Translation) -> None:
         if t.take(name, neutral) != neutral:
             t.lose(name, "rollouts sample from the distribution that is trained")
     _rewards(t)
+
+
+def distillation(t: Translation) -> None:
+    """TRL's ``GKDConfig``; completions are the student's own."""
+    batch, forwards = int(t.take("per_device_train_batch_size", 8)), int(t.take("gradient_accumulation_steps", 1))
+    completion, longest = int(t.take("max_new_tokens", 128)), int(t.take("max_length", 1024))
+    t.put("objective.prompts", batch * forwards)
+    t.unneeded("per_device_train_batch_size", f"objective.prompts is {batch} x {forwards}, over all processes")
+    t.put("objective.teacher.name_or_path", t.take("teacher_model_name_or_path"))
+    t.put("objective.beta", float(t.take("beta", 0.5)))
+    t.put("objective.rollout.temperature", float(t.take("temperature", 0.9)))
+    t.put("objective.rollout.max_completion_length", min(completion, longest - 1))
+    t.put("train.max_length", longest)
+    t.put("train.batch_tokens", max(2048, longest * batch // 2))
+    if float(t.take("lmbda", 0.5)) != 1.0:
+        t.lose("lmbda", "all completions are the student's, which is lmbda 1", 0.5)
 
 
 def _tools(t: Translation) -> None:
@@ -96,6 +115,8 @@ def _rewards(t: Translation) -> None:
 
 def _importable(name: str) -> str:
     """``package.module.function`` as ``package.module:function``."""
+    if name in TRL_REWARDS:
+        return f"trl.rewards:{name}"
     module, dot, function = name.rpartition(".")
     return f"{module}:{function}" if dot and ":" not in name else name
 

@@ -13,7 +13,7 @@ DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 3.0, "lr_scheduler_type": "linear", "weight_decay": 0.0, "adam_beta1": 0.9,
     "adam_beta2": 0.999, "adam_epsilon": 1e-8, "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05,
 }  # fmt: skip
-RATES = {"sft": 2e-5, "reward": 1e-4}
+RATES = {"sft": 2e-5, "distill": 2e-5, "reward": 1e-4}
 """Default learning rates; others are 1e-6."""
 UNNEEDED = {
     **ALWAYS,
@@ -42,8 +42,14 @@ UNNEEDED = {
 
 def kind_of(settings: Mapping[str, Any]) -> str:
     """The objective that the keys are of; sft where they leave it open."""
+    if "normalize_advantages" in settings or "reward_clip_range" in settings:
+        return "rloo"
     if "reward_funcs" in settings or "num_generations" in settings:
         return "grpo"
+    if "teacher_model_name_or_path" in settings:
+        return "distill"
+    if "center_rewards_coefficient" in settings:
+        return "reward"
     if "desirable_weight" in settings or "undesirable_weight" in settings:
         return "kto"
     if "cpo_alpha" in settings or "simpo_gamma" in settings:
@@ -57,8 +63,10 @@ def translate(settings: Mapping[str, Any], kind: str | None) -> Translation:
     t.adapters = bool(t.take("use_peft", False))
     training_arguments(t, {**DEFAULTS, "learning_rate": RATES.get(t.kind, 1e-6)})
     _data(t)
-    if t.kind == "grpo":
+    if t.kind in ("grpo", "rloo"):
         objectives.rollouts(t)
+    elif t.kind == "distill":
+        objectives.distillation(t)
     else:
         objectives.sizes(t, 1024)
         objectives.losses(t)
@@ -81,8 +89,8 @@ def _data(t: Translation) -> None:
     if path is not None and not datasets:
         datasets = [_dataset(t, {"path": path, "name": name, "split": split}, streaming)]
     evaluated = t.take("eval_strategy", "no") != "no"
-    if t.get("eval_strategy", "no") != "no":
-        t.unneeded("eval_strategy", "evaluate.do_eval is before the first step and after the last")
+    if t.get("eval_strategy", "no") == "steps":
+        t.unneeded("eval_strategy", "evaluate.do_eval is also before the first step and after the last")
     if not (t.has("objective.datasets") and datasets):
         if datasets:
             t.lose("dataset_name" if path is not None else "datasets", f"objective.kind '{t.kind}' takes a task")
@@ -92,7 +100,6 @@ def _data(t: Translation) -> None:
     held_out = None
     if evaluated and path is not None:
         held_out = [{**datasets[0], "split": test}]
-        held_out[0].pop("streaming", None)  # it is measured on in order, as often as is asked
         held_out[0].pop("streaming", None)  # it is measured on in order, as often as is asked
     share = float(t.take("test_split_size", 0.0) or 0.0)
     objectives.held_out(t, held_out, share if evaluated else 0.0)

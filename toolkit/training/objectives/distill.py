@@ -6,7 +6,7 @@ Agarwal et al., "On-Policy Distillation of Language Models", 2024 (generalised k
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
@@ -46,7 +46,9 @@ class TeacherSection(Section):
 
 
 class DistillSection(OnPolicySection):
-    """On-policy distillation, generalised (GKD)."""
+    """On-policy distillation, generalised (GKD). Of lines, reward functions are measured alone and may be left out."""
+
+    needs_rewards: ClassVar[bool] = False
 
     kind: Literal["distill"] = "distill"
     teacher: TeacherSection

@@ -167,7 +167,7 @@ class OnPolicyObjective(Objective[P]):
         if scored:
             mean = got["reward"] / scored
             variance = max((got["squared_reward"] - got["reward"] ** 2 / scored) / max(scored - 1, 1), 0.0)
-        if scored < samples:
+        if scored < samples and (self.section.needs_rewards or self.section.reward_funcs):
             self._say_once(
                 "unscored",
                 f"{samples - scored:.0f} of {samples:.0f} completions of a step have no reward and are dropped; "

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from toolkit.training.objectives.base import RunContext
 from toolkit.training.objectives.grpo import GRPO, GRPOSection
@@ -25,7 +25,9 @@ class RLOOSection(GRPOSection):
     """Weight of ``log p - log p_initial`` of each completion, which is taken off its reward."""
     normalize_advantages: bool = False
     """Whether advantages of a step get mean 0 and standard deviation 1."""
-    reward_clip_range: tuple[float, float] | None = None
+    reward_clip_range: Annotated[
+        tuple[float, float] | None, BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+    ] = None
     """Bounds of a reward, before the divergence is taken off; null bounds none."""
 
     @model_validator(mode="after")
